@@ -1,0 +1,166 @@
+"""Training a codec: reconstruction with a multi-scale mel loss, on the one training loop."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from beartype import beartype
+from einops import rearrange
+from torch import Tensor, nn
+
+from audiolm_pytorch.codecs.losses import MultiScaleMelLoss
+from audiolm_pytorch.codecs.quantizer import code_usage
+from audiolm_pytorch.codecs.soundstream import SoundStream
+from audiolm_pytorch.data.batches import collate_crops
+from audiolm_pytorch.data.crops import CropDataset
+from audiolm_pytorch.data.manifest import load_split
+from audiolm_pytorch.training import LoopSettings, LossOutput, Phase, TrainLoop
+
+__all__ = ["CodecTask", "SoundStreamTrainer"]
+
+
+class CodecTask:
+    """What the loop needs to train a codec.
+
+    The quantizer stays out of the way for the first steps: frames that already carry the sound make a far better k-means
+    start for the codebooks than those of an untrained encoder, and no code dies while the encoder still moves fast.
+
+    Args:
+        codec: The codec.
+        train: Crops to learn from, at the codec's rate.
+        valid: Crops to validate on.
+        unquantized_steps: Steps before the codebooks are initialised and used.
+        initialising_crops: Crops whose frames initialise the codebooks.
+        validation_crops: At most this many crops of `valid` are used.
+    """
+
+    name = "codec"
+
+    @beartype
+    def __init__(
+        self,
+        codec: SoundStream,
+        train: CropDataset,
+        valid: CropDataset,
+        *,
+        unquantized_steps: int = 300,
+        initialising_crops: int = 512,
+        validation_crops: int = 64,
+    ) -> None:
+        self.module: nn.Module = codec
+        self.codec, self.train, self.valid = codec, train, valid
+        self.unquantized_steps, self.initialising_crops = unquantized_steps, initialising_crops
+        self.validation_crops = min(validation_crops, len(valid))
+        self.mel_loss = MultiScaleMelLoss(codec.target_sample_hz)
+        self.phases = (Phase("reconstruction", (codec,), self._loss),)
+        self.num_items = len(train)
+        self.chance: dict[str, float] = {}
+
+    def batch(self, indices: list[tuple[int, int]]) -> Tensor:
+        """Waves `[b, n]` of (epoch, index) pairs."""
+        crops = collate_crops([self.train.get(epoch, index) for epoch, index in indices])
+        return crops.waves[self.codec.target_sample_hz]
+
+    def before_training(self) -> None:
+        """Nothing: the codebooks are initialised at step `unquantized_steps`, from a trained encoder."""
+
+    def samples(self, folder: Path, step: int) -> None:
+        """Nothing yet to look at."""
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Mel distance through the codes, and code usage of every level, on the first crops of the validation set."""
+        self.mel_loss.to(next(self.codec.parameters()).device)
+        distances, codes = [], []
+        for index in range(self.validation_crops):
+            wave = self._on_device(self.valid.get(0, index).waves[self.codec.target_sample_hz][None])
+            codes.append(self.codec.tokenize(wave))
+            decoded = self.codec.decode_from_codebook_indices(codes[-1], num_samples=wave.shape[-1])
+            distances.append(self.mel_loss(decoded, rearrange(wave, "b n -> b 1 n")).item())
+        usage = code_usage(torch.cat([rearrange(c, "b f q -> (b f) q") for c in codes]), self.codec.codebook_size)
+        return {
+            "mel_distance": sum(distances) / len(distances),
+            **{
+                f"{name}_level_{level}": value
+                for name, values in usage.items()
+                for level, value in enumerate(values.tolist(), start=1)
+            },
+        }
+
+    def _loss(self, wave: Tensor, step: int) -> LossOutput:
+        self.mel_loss.to(wave.device)
+        if step == self.unquantized_steps:
+            self._initialise_codebooks()
+        output = self.codec(wave, quantize=step >= self.unquantized_steps)
+        mel = self.mel_loss(output.wave, rearrange(wave, "b n -> b 1 n"))
+        return LossOutput(mel + output.commitment_loss, {"mel": mel.detach(), "commitment": output.commitment_loss.detach()})
+
+    @torch.no_grad()
+    def _initialise_codebooks(self) -> None:
+        """K-means over the frames of a fixed set of crops, so that a resumed run finds the same codebooks."""
+        frames = []
+        for index in range(self.initialising_crops):
+            crop = self.train.get(index // self.num_items, index % self.num_items)
+            wave = self._on_device(crop.waves[self.codec.target_sample_hz][None])
+            frames.append(self.codec(wave, quantize=False).frames[0].float())
+        self.codec.quantizer.initialise(torch.cat(frames))
+
+    def _on_device(self, wave: Tensor) -> Tensor:
+        return wave.to(next(self.codec.parameters()).device)
+
+
+class SoundStreamTrainer:
+    """Trains a SoundStream on a folder of audio.
+
+    Args:
+        soundstream: The codec, `SoundStream` or `SpectralSoundStream`.
+        folder: Folder of audio files or JSONL manifest.
+        batch_size: Crops a step.
+        num_train_steps: Steps.
+        data_max_length: Samples of a crop at the codec's rate; exclusive with `data_max_length_seconds`.
+        data_max_length_seconds: Seconds of a crop.
+        results_folder: Where checkpoints and metrics go.
+        unquantized_steps: Steps before the codebooks are initialised; a tenth of the run if not given.
+        accelerator: Shared with other trainers of the run, if any.
+        loop: Further fields of `LoopSettings`, e.g. `learning_rate`.
+
+    Raises:
+        ValueError: If the folder holds no readable audio or the crop length is given twice.
+    """
+
+    @beartype
+    def __init__(
+        self,
+        soundstream: SoundStream,
+        *,
+        folder: str | Path,
+        batch_size: int,
+        num_train_steps: int,
+        data_max_length: int | None = None,
+        data_max_length_seconds: float | None = None,
+        results_folder: str | Path = "./results/codec",
+        unquantized_steps: int | None = None,
+        accelerator: Accelerator | None = None,
+        **loop: Any,
+    ) -> None:
+        if data_max_length is not None and data_max_length_seconds is not None:
+            raise ValueError("give data_max_length (samples) or data_max_length_seconds, not both")
+        rate_hz = soundstream.target_sample_hz
+        seconds = data_max_length / rate_hz if data_max_length is not None else (data_max_length_seconds or 1.0)
+        settings = LoopSettings(**{"learning_rate": 1e-3, "betas": (0.8, 0.99), "max_grad_norm": 5.0, **loop, "num_train_steps": num_train_steps, "batch_size": batch_size})
+        train, valid = load_split(folder, min_seconds=soundstream.downsample_factor / rate_hz)
+        self.task = CodecTask(
+            soundstream,
+            CropDataset(train, seconds, [rate_hz], seed=settings.seed),
+            CropDataset(valid, min(seconds * 3, 5.0), [rate_hz], seed=settings.seed),
+            unquantized_steps=num_train_steps // 10 if unquantized_steps is None else unquantized_steps,
+        )
+        self.loop = TrainLoop(self.task, settings, Path(results_folder), accelerator)
+
+    def train(self) -> SoundStream:
+        """Run, or continue, to the last step and return the trained codec in eval mode."""
+        self.loop.train()
+        module = self.loop.final_module()
+        module.eval()
+        return self.task.codec

@@ -1,0 +1,240 @@
+"""Which audio files a training run sees: folders and JSON-lines manifests, checked file by file before training."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from beartype import beartype
+
+from audiolm_pytorch.audio import decoded_info
+
+__all__ = ["AudioItem", "ItemReport", "Rejected", "load_items", "load_split", "split_items"]
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
+TRAIN_MANIFEST, VALID_MANIFEST = "train.jsonl", "valid.jsonl"
+MAX_REJECTED_IN_LOG = 20
+MAX_READERS = 8
+
+
+@dataclass(frozen=True)
+class AudioItem:
+    """One usable audio file, with what its manifest says about it; the length is what could be decoded."""
+
+    path: Path
+    caption: str | None
+    labels: dict[str, Any]
+    sample_hz: int
+    num_samples: int
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """One file that is left out, and why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class ItemReport:
+    """What a folder or manifest holds: the usable items in order, and what was left out."""
+
+    items: list[AudioItem]
+    rejected: list[Rejected]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A file that is still to be checked."""
+
+    path: Path
+    caption: str | None = None
+    labels: dict[str, Any] = field(default_factory=dict)
+
+
+@beartype
+def load_items(source: str | Path, min_seconds: float | int = 0.0) -> ItemReport:
+    """List the audio files of a folder or a manifest, and decode each once to see that it can be used.
+
+    Args:
+        source: A folder (all .wav, .flac, .mp3 and .ogg files below it, in order of their names; hidden files are
+            skipped), a folder that holds a `train.jsonl` (then that file decides), or a `.jsonl` file. A manifest line
+            is an object with `audio` (path, relative to the manifest) and perhaps `caption`; all else becomes labels.
+        min_seconds: Shorter files are rejected.
+
+    Returns:
+        Usable items in the order of the source, and the rejected ones with reasons (also logged in one warning).
+
+    Raises:
+        ValueError: If the source does not exist, a manifest line is malformed (its number is named), or nothing can be
+            used.
+    """
+    source = Path(source)
+    manifest = _manifest_of(source)
+    entries = _folder_entries(source) if manifest is None else _manifest_entries(manifest)
+    with ThreadPoolExecutor(min(MAX_READERS, os.cpu_count() or 1)) as readers:
+        checked = list(readers.map(lambda entry: _checked(entry, min_seconds), entries))
+    report = ItemReport(
+        items=[item for item in checked if isinstance(item, AudioItem)],
+        rejected=[item for item in checked if isinstance(item, Rejected)],
+    )
+    summary = _summary(report.rejected)
+    if not report.items:
+        raise ValueError(f"{source}: none of {len(checked)} audio files can be used: {summary}")
+    if report.rejected:
+        logger.warning("%s: left out %d of %d audio files: %s", source, len(report.rejected), len(checked), summary)
+    return report
+
+
+def _manifest_of(source: Path) -> Path | None:
+    """The manifest that a source names, if it names one."""
+    if source.suffix.lower() == ".jsonl":
+        return source
+    manifest = source / TRAIN_MANIFEST
+    return manifest if manifest.is_file() else None
+
+
+def _folder_entries(folder: Path) -> list[_Entry]:
+    """Every audio file below a folder, in an order that does not depend on the file system."""
+    if not folder.is_dir():
+        what = "is a file; give its folder, or a .jsonl manifest" if folder.is_file() else "no such folder or manifest"
+        raise ValueError(f"{folder}: {what}")
+    relative_paths = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    # Hidden files are other programs' leftovers (macOS "._song.wav", our own unfinished writes), not music.
+    visible = (path for path in relative_paths if not any(part.startswith(".") for part in path.parts))
+    entries = [_Entry(folder / path) for path in sorted(visible) if (folder / path).is_file()]
+    if not entries:
+        raise ValueError(f"{folder}: holds no {', '.join(SUFFIXES)} files and no {TRAIN_MANIFEST}")
+    return entries
+
+
+def _manifest_entries(manifest: Path) -> list[_Entry]:
+    """Every line of a manifest."""
+    if not manifest.is_file():
+        raise ValueError(f"{manifest}: no such manifest")
+    with manifest.open(encoding="utf-8-sig") as lines:
+        entries = [_manifest_entry(line, manifest, number) for number, line in enumerate(lines, 1) if line.strip()]
+    if not entries:
+        raise ValueError(f"{manifest}: holds no lines")
+    return entries
+
+
+def _manifest_entry(line: str, manifest: Path, number: int) -> _Entry:
+    """One line of a manifest, or a ValueError that names it."""
+    where = f"{manifest}, line {number}"
+    try:
+        fields = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error}); every line must be one object") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where}: must be an object with an 'audio' field, got {type(fields).__name__}")
+    audio, caption = fields.pop("audio", None), fields.pop("caption", None)
+    if not isinstance(audio, str) or not audio:
+        raise ValueError(f"{where}: 'audio' must be a path, got {audio!r}")
+    if caption is not None and not isinstance(caption, str):
+        raise ValueError(f"{where}: 'caption' must be a string or null, got {caption!r}")
+    return _Entry(manifest.parent / audio, caption, fields)
+
+
+def _checked(entry: _Entry, min_seconds: float) -> AudioItem | Rejected:
+    """Decode a file and say whether it can be used."""
+    try:
+        info = decoded_info(entry.path)
+    except (ValueError, OSError) as error:
+        return Rejected(entry.path, str(error).removeprefix(f"{entry.path}: "))
+    if info.num_samples < min_seconds * info.sample_hz:
+        seconds = info.num_samples / info.sample_hz
+        return Rejected(entry.path, f"too short: {seconds:.3f} s, at least {min_seconds} s are needed")
+    return AudioItem(entry.path, entry.caption, entry.labels, info.sample_hz, info.num_samples)
+
+
+def _summary(rejected: Sequence[Rejected]) -> str:
+    """The rejected files with their reasons, in one line that stays readable."""
+    shown = [f"{item.path} ({item.reason})" for item in rejected[:MAX_REJECTED_IN_LOG]]
+    more = len(rejected) - len(shown)
+    return "; ".join(shown) + (f"; and {more} more" if more else "")
+
+
+@beartype
+def split_items(
+    items: Sequence[AudioItem], valid_fraction: float = 0.05, seed: int = 0
+) -> tuple[list[AudioItem], list[AudioItem]]:
+    """Split items into training and validation ones by a hash of their names.
+
+    An item keeps its side when others are added, when the folder moves, and on every machine.
+
+    Args:
+        items: What to split.
+        valid_fraction: Expected share of validation items, in 0..1.
+        seed: Another seed gives another split.
+
+    Returns:
+        Training and validation items, in order; of two or more items each side gets at least one.
+
+    Raises:
+        ValueError: If the fraction lies outside 0..1 or there are no items.
+    """
+    if not 0.0 <= valid_fraction <= 1.0 or not items:
+        raise ValueError(
+            f"need 0 <= valid_fraction <= 1 and at least one item, got {valid_fraction} and {len(items)} items"
+        )
+    draws = [_uniform_hash(name, seed) for name in _distinct_names([item.path for item in items])]
+    is_valid = [draw < valid_fraction for draw in draws]
+    if len(items) == 1:
+        is_valid = [False]
+    elif not any(is_valid):
+        is_valid[draws.index(min(draws))] = True
+    elif all(is_valid):
+        is_valid[draws.index(max(draws))] = False
+    train = [item for item, held_out in zip(items, is_valid, strict=True) if not held_out]
+    return train, [item for item, held_out in zip(items, is_valid, strict=True) if held_out]
+
+
+def _distinct_names(paths: Sequence[Path]) -> list[str]:
+    """File names, or paths below the common folder where file names repeat (song1/mix.wav, song2/mix.wav)."""
+    names = [path.name for path in paths]
+    if len(set(names)) == len(names):
+        return names
+    absolute = [path.absolute() for path in paths]
+    common = Path(os.path.commonpath(absolute)) if len({path.anchor for path in absolute}) == 1 else None
+    return [(path.relative_to(common) if common else path).as_posix() for path in absolute]
+
+
+def _uniform_hash(name: str, seed: int) -> float:
+    """A number in 0..1 that depends on nothing but its arguments."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+@beartype
+def load_split(
+    source: str | Path, valid_fraction: float = 0.05, seed: int = 0, min_seconds: float | int = 0.0
+) -> tuple[list[AudioItem], list[AudioItem]]:
+    """Load training and validation items.
+
+    Args:
+        source: As for `load_items`; a folder with both `train.jsonl` and `valid.jsonl` is split by these.
+        valid_fraction: Share of validation items where the source does not say.
+        seed: Seed of that split.
+        min_seconds: Shorter files are rejected.
+
+    Returns:
+        Training and validation items.
+
+    Raises:
+        ValueError: As `load_items`.
+    """
+    source = Path(source)
+    manifests: Iterable[Path] = (source / TRAIN_MANIFEST, source / VALID_MANIFEST)
+    if all(manifest.is_file() for manifest in manifests):
+        train, valid = (load_items(manifest, min_seconds).items for manifest in manifests)
+        return train, valid
+    return split_items(load_items(source, min_seconds).items, valid_fraction, seed)

@@ -1,0 +1,298 @@
+"""Token shards: what frozen encoders said about a corpus, computed once by any number of processes, then memory-mapped.
+
+A folder holds `plan.json` (what is being written), `chunk-00000/` and so on (each field as one flat array plus the
+offsets of its records, all plain `.npy`), and, once every chunk is there, `index.json`. A chunk appears under its name
+only when it is complete, so a run that was killed goes on where it stood.
+"""
+
+import json
+import os
+import shutil
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from beartype import beartype
+
+from audiolm_pytorch.io import read_json, write_json
+
+__all__ = ["TokenShards", "write_shards"]
+
+FORMAT_VERSION = 1
+PLAN_NAME, INDEX_NAME, FIELDS_NAME = "plan.json", "index.json", "fields.json"
+FLOAT_TYPES = (np.float16, np.float32)
+# Two maps a field stay open for every chunk in use; far below the usual limit of 1,024 open files a process.
+MAX_OPEN_CHUNKS = 64
+
+Record = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class _OpenChunk:
+    """One chunk as arrays: `values [rows, ...]` and `offsets [records + 1]` of every field."""
+
+    values: Record
+    offsets: Record
+
+
+@beartype
+def write_shards(
+    folder: str | Path,
+    make_record: Callable[[int], Record],
+    num_records: int,
+    fingerprint: dict[str, Any],
+    records_per_chunk: int = 256,
+    rank: int = 0,
+    world_size: int = 1,
+) -> int:
+    """Compute records and store them; chunks that are already complete are not computed again.
+
+    Any number of processes may write one folder, each with its rank; who finds all chunks complete writes the index.
+
+    Args:
+        folder: Where to; made if missing.
+        make_record: Gives record `i`: named arrays, the same names in every record. Whole numbers are stored as int16
+            or int32, real ones as float16 or float32; an array of no dimensions is one number and keeps its precision.
+            All but the first dimension (time) must agree between records.
+        num_records: How many records there are.
+        fingerprint: What the records depend on (encoders, crops, source), as JSON; a folder belongs to one fingerprint.
+        records_per_chunk: Records that are lost when the process is killed, at most.
+        rank: Number of this process.
+        world_size: Number of processes.
+
+    Returns:
+        How many chunks this call computed.
+
+    Raises:
+        ValueError: If the folder was begun with another fingerprint or size, or a record cannot be stored.
+    """
+    if min(num_records, records_per_chunk) < 1 or not 0 <= rank < world_size:
+        raise ValueError(
+            "need num_records >= 1, records_per_chunk >= 1 and 0 <= rank < world_size, "
+            f"got {num_records}, {records_per_chunk}, {rank}, {world_size}"
+        )
+    folder = Path(folder)
+    # Through JSON, so that what is compared is what a reader will find (tuples are lists there).
+    plan = json.loads(
+        json.dumps(
+            {
+                "format_version": FORMAT_VERSION,
+                "num_records": num_records,
+                "records_per_chunk": records_per_chunk,
+                "fingerprint": fingerprint,
+            }
+        )
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / PLAN_NAME).is_file():
+        _require_equal(read_json(folder / PLAN_NAME), plan, f"{folder} was begun with another plan; use another folder")
+    else:
+        write_json(folder / PLAN_NAME, plan)
+    chunks = [folder / f"chunk-{number:05d}" for number in range(-(-num_records // records_per_chunk))]
+    num_computed = 0
+    for number in range(rank, len(chunks), world_size):
+        if chunks[number].is_dir():
+            continue
+        first = number * records_per_chunk
+        last = min(first + records_per_chunk, num_records)
+        _write_chunk(chunks[number], [_storable(make_record(i), i) for i in range(first, last)], first)
+        num_computed += 1
+    if all(chunk.is_dir() for chunk in chunks):
+        write_json(folder / INDEX_NAME, {**plan, "fields": _joint_fields(chunks)})
+    return num_computed
+
+
+def _storable(record: Record, number: int) -> Record:
+    """Bring a record's arrays to the types that are stored."""
+    stored = {}
+    for name, given in record.items():
+        array = np.asarray(given)
+        if array.dtype.kind not in "biuf":
+            raise ValueError(f"record {number}, field {name!r}: cannot store {array.dtype}; give whole or real numbers")
+        if array.dtype.kind == "f":
+            if not np.isfinite(array).all():
+                raise ValueError(f"record {number}, field {name!r}: holds NaN or infinite values")
+            small = array.dtype in FLOAT_TYPES
+            stored[name] = array if small or not array.ndim else array.astype(np.float32)
+        else:
+            stored[name] = array.astype(_integer_type(array, number, name))
+    return stored
+
+
+def _integer_type(array: np.ndarray, number: int, name: str) -> type:
+    """The smaller of int16 and int32 that holds all values."""
+    low, high = int(array.min(initial=0)), int(array.max(initial=0))
+    for integer in (np.int16, np.int32):
+        if np.iinfo(integer).min <= low and high <= np.iinfo(integer).max:
+            return integer
+    raise ValueError(f"record {number}, field {name!r}: {low}..{high} does not fit into 32 bits")
+
+
+def _write_chunk(chunk: Path, records: list[Record], first: int) -> None:
+    """Write a chunk beside its place and move it there; the first process to finish wins."""
+    fields = {}
+    partial = chunk.with_name(f".{chunk.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        for name, array in records[0].items():
+            column = _column(records, name, first)
+            rows = [np.atleast_1d(value) for value in column]
+            values = np.concatenate(rows)
+            offsets = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64)
+            np.save(partial / f"{name}.npy", values, allow_pickle=False)
+            np.save(partial / f"{name}.offsets.npy", offsets, allow_pickle=False)
+            fields[name] = {"dtype": values.dtype.name, "shape": list(values.shape[1:]), "scalar": array.ndim == 0}
+        write_json(partial / FIELDS_NAME, fields)
+        try:
+            partial.rename(chunk)
+        except OSError:
+            if not chunk.is_dir():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _column(records: list[Record], name: str, first: int) -> list[np.ndarray]:
+    """One field of all records, after checking that they can stand in one array."""
+    names, shape = records[0].keys(), records[0][name].shape
+    for number, record in enumerate(records, first):
+        if record.keys() != names:
+            raise ValueError(f"record {number} has fields {sorted(record)}, record {first} has {sorted(names)}")
+        given = record[name].shape
+        if given[1:] != shape[1:] or len(given) != len(shape):
+            raise ValueError(
+                f"record {number}, field {name!r}: shape {given} does not go with {shape} of record {first}"
+            )
+    return [record[name] for record in records]
+
+
+def _joint_fields(chunks: list[Path]) -> dict[str, dict[str, Any]]:
+    """The fields of all chunks, each with the type that holds every chunk's values."""
+    described = [read_json(chunk / FIELDS_NAME) for chunk in chunks]
+    joint: dict[str, dict[str, Any]] = {name: dict(form) for name, form in described[0].items()}
+    for chunk, fields in zip(chunks, described, strict=True):
+        layout, expected = (
+            {name: (form["shape"], form["scalar"]) for name, form in given.items()} for given in (fields, joint)
+        )
+        _require_equal(layout, expected, f"{chunk} has other fields than {chunks[0]}")
+        for name, form in fields.items():
+            joint[name]["dtype"] = np.result_type(joint[name]["dtype"], form["dtype"]).name
+    return joint
+
+
+def _require_equal(found: dict[str, Any], expected: dict[str, Any], complaint: str) -> None:
+    """Raise a ValueError that shows where two nested descriptions differ."""
+    differences = list(_differences(found, expected, ""))
+    if differences:
+        raise ValueError(f"{complaint}: " + "; ".join(differences))
+
+
+def _differences(found: Any, expected: Any, where: str) -> list[str]:
+    """Every leaf in which two nested descriptions differ."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        missing = object()
+        pairs = [(key, found.get(key, missing), expected.get(key, missing)) for key in sorted({**found, **expected})]
+        lines: list[str] = []
+        for key, left, right in pairs:
+            place = f"{where}.{key}" if where else str(key)
+            if left is missing or right is missing:
+                lines.append(f"{place} is only in the {'expected' if left is missing else 'found'} one")
+            else:
+                lines += _differences(left, right, place)
+        return lines
+    return [] if found == expected else [f"{where}: found {found!r}, expected {expected!r}"]
+
+
+class TokenShards:
+    """Records written by `write_shards`, read one by one from memory maps."""
+
+    @beartype
+    def __init__(self, folder: str | Path, expect_fingerprint: dict[str, Any] | None = None) -> None:
+        """Open a complete folder.
+
+        Args:
+            folder: A folder that `write_shards` has finished.
+            expect_fingerprint: What the records should depend on; None accepts any.
+
+        Raises:
+            ValueError: If the folder is missing, unfinished or of another format, or the fingerprint differs (the
+                message shows where).
+        """
+        self.folder = Path(folder)
+        if not (self.folder / INDEX_NAME).is_file():
+            state = (
+                "unfinished: run write_shards again" if (self.folder / PLAN_NAME).is_file() else "not a shard folder"
+            )
+            raise ValueError(f"{self.folder}: no {INDEX_NAME} ({state})")
+        index = read_json(self.folder / INDEX_NAME)
+        if index.get("format_version") != FORMAT_VERSION:
+            raise ValueError(
+                f"{self.folder}: format version {index.get('format_version')}, this code reads {FORMAT_VERSION}"
+            )
+        self.fingerprint: dict[str, Any] = index["fingerprint"]
+        if expect_fingerprint is not None:
+            expected = json.loads(json.dumps(expect_fingerprint))
+            _require_equal(
+                self.fingerprint, expected, f"{self.folder} holds tokens of another origin; write them again"
+            )
+        self._num_records: int = index["num_records"]
+        self._records_per_chunk: int = index["records_per_chunk"]
+        self._fields: dict[str, dict[str, Any]] = index["fields"]
+        self._open: OrderedDict[int, _OpenChunk] = OrderedDict()
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of the fields of every record."""
+        return tuple(self._fields)
+
+    def __len__(self) -> int:
+        """Count the records."""
+        return self._num_records
+
+    def __getitem__(self, index: int) -> Record:
+        """Read one record.
+
+        Args:
+            index: Number of the record.
+
+        Returns:
+            Its arrays, as copies in memory.
+
+        Raises:
+            IndexError: If there is no such record.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"there is no record {index} among {len(self)} of {self.folder}")
+        number, place = divmod(index, self._records_per_chunk)
+        chunk = self._chunk(number)
+        record = {}
+        for name, form in self._fields.items():
+            start, stop = chunk.offsets[name][place : place + 2]
+            values = np.array(chunk.values[name][start:stop], dtype=form["dtype"])
+            record[name] = values.reshape(()) if form["scalar"] else values
+        return record
+
+    def _chunk(self, number: int) -> _OpenChunk:
+        """Open a chunk, or find it among those last used."""
+        if number not in self._open:
+            folder = self.folder / f"chunk-{number:05d}"
+            self._open[number] = _OpenChunk(
+                values={name: _load(folder / f"{name}.npy") for name in self._fields},
+                offsets={name: np.load(folder / f"{name}.offsets.npy", allow_pickle=False) for name in self._fields},
+            )
+            if len(self._open) > MAX_OPEN_CHUNKS:
+                self._open.popitem(last=False)
+        self._open.move_to_end(number)
+        return self._open[number]
+
+
+def _load(path: Path) -> np.ndarray:
+    """Map an array; an empty one cannot be mapped and is read."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError:
+        return np.load(path, allow_pickle=False)

@@ -1,0 +1,132 @@
+"""The mel spectrogram front end."""
+
+import numpy as np
+import torch
+from beartype import beartype
+from einops import pack, rearrange, unpack
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["MelSpectrogram", "mel_filterbank"]
+
+
+@beartype
+def mel_filterbank(
+    sample_hz: int, n_fft: int, num_mels: int, f_min_hz: float | int = 0.0, f_max_hz: float | int | None = None
+) -> Tensor:
+    """Build triangular filters, equally spaced on the HTK mel scale, each with a peak of 1.
+
+    mel(f) = 2595 log10(1 + f / 700): HTK Book, sec. 5.4 (Young et al.); as in the front end of most audio taggers.
+
+    Args:
+        sample_hz: Sample rate in Hz.
+        n_fft: Size of the Fourier transform in samples.
+        num_mels: Number of filters.
+        f_min_hz: Lower edge of the first filter.
+        f_max_hz: Upper edge of the last; None = half the sample rate.
+
+    Returns:
+        `[num_mels, n_fft // 2 + 1]` float32.
+
+    Raises:
+        ValueError: If the edges are out of order, or a filter lies between two bins and would always be zero.
+    """
+    top_hz = sample_hz / 2 if f_max_hz is None else f_max_hz
+    if num_mels < 1 or not 0 <= f_min_hz < top_hz <= sample_hz / 2:
+        raise ValueError(
+            f"need num_mels >= 1 and 0 <= f_min_hz < f_max_hz <= {sample_hz / 2}, got {num_mels}, {f_min_hz}, {top_hz}"
+        )
+    first_mel, last_mel = 2595.0 * np.log10(1.0 + np.array([f_min_hz, top_hz]) / 700.0)
+    edges_mel = np.linspace(first_mel, last_mel, num_mels + 2)
+    edges_hz = 700.0 * (10.0 ** (edges_mel / 2595.0) - 1.0)
+    lower, centre, upper = (rearrange(edges_hz[i : i + num_mels], "m -> m 1") for i in range(3))
+    bins_hz = np.arange(n_fft // 2 + 1) * sample_hz / n_fft
+    filters = np.minimum((bins_hz - lower) / (centre - lower), (upper - bins_hz) / (upper - centre)).clip(min=0.0)
+    empty = np.flatnonzero(filters.max(axis=1) <= 0.0)
+    if len(empty):
+        raise ValueError(
+            f"{len(empty)} of {num_mels} mel filters would be empty (the first is number {empty[0]}): too many for "
+            f"n_fft={n_fft} at {sample_hz} Hz; use fewer mels, a larger n_fft or a higher f_min_hz"
+        )
+    return torch.from_numpy(filters).float()
+
+
+class MelSpectrogram(nn.Module):
+    """Mel spectrogram with a Hann window; computed in float32 under autocast too."""
+
+    window: Tensor
+    filters: Tensor
+
+    @beartype
+    def __init__(
+        self,
+        *,
+        sample_hz: int,
+        n_fft: int,
+        hop_length: int,
+        num_mels: int,
+        win_length: int | None = None,
+        f_min_hz: float | int = 0.0,
+        f_max_hz: float | int | None = None,
+        power: float | int = 1.0,
+        center: bool = True,
+    ) -> None:
+        """Set the front end.
+
+        Args:
+            sample_hz: Sample rate in Hz.
+            n_fft: Size of the Fourier transform in samples.
+            hop_length: Samples a frame.
+            num_mels: Number of mel bands.
+            win_length: Samples of the window, centred in the transform; None = `n_fft`.
+            f_min_hz: Lower edge of the lowest band.
+            f_max_hz: Upper edge of the highest; None = half the sample rate.
+            power: 1 for magnitudes, 2 for energies.
+            center: Frame i is centred on sample `i * hop_length` (the wave is reflected at its ends, or padded with
+                zeros if it is too short to reflect); otherwise it begins there.
+
+        Raises:
+            ValueError: If a number is out of range, or a mel band would be empty.
+        """
+        super().__init__()
+        if not 1 <= (win_length or n_fft) <= n_fft or hop_length < 1 or power <= 0:
+            raise ValueError(
+                "need 1 <= win_length <= n_fft, hop_length >= 1 and power > 0, "
+                f"got {win_length}, {n_fft}, {hop_length}, {power}"
+            )
+        self.n_fft, self.hop_length, self.win_length = n_fft, hop_length, win_length or n_fft
+        self.power, self.center = float(power), center
+        filters = mel_filterbank(sample_hz, n_fft, num_mels, f_min_hz, f_max_hz)
+        self.register_buffer("window", torch.hann_window(self.win_length), persistent=False)
+        self.register_buffer("filters", filters, persistent=False)
+
+    def num_frames(self, num_samples: int) -> int:
+        """Count the frames of a wave of `num_samples` samples."""
+        return 1 + (num_samples if self.center else num_samples - self.n_fft) // self.hop_length
+
+    def forward(self, wave: Tensor) -> Tensor:
+        """Transform waves.
+
+        Args:
+            wave: `[..., n]` at the module's sample rate.
+
+        Returns:
+            `[..., num_mels, f]` float32, not negative, with `f = num_frames(n)`.
+
+        Raises:
+            ValueError: If `center` is off and the wave is shorter than `n_fft`, or if the wave is empty.
+        """
+        num_samples = wave.shape[-1]
+        if num_samples < (1 if self.center else self.n_fft):
+            raise ValueError(f"wave has {num_samples} samples, need at least {1 if self.center else self.n_fft}")
+        with torch.autocast(device_type=wave.device.type, enabled=False):
+            flat, leading = pack([wave.float()], "* n")
+            if self.center:
+                half = self.n_fft // 2
+                flat = F.pad(flat, (half, half), mode="reflect" if num_samples > half else "constant")
+            window = self.window.float()
+            spectrum = torch.stft(
+                flat, self.n_fft, self.hop_length, self.win_length, window, center=False, return_complex=True
+            )
+            mels = self.filters.float() @ spectrum.abs().pow(self.power)
+        return unpack(mels, leading, "* m f")[0]

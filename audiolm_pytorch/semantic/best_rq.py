@@ -1,0 +1,286 @@
+"""BEST-RQ: a self-supervised encoder that predicts randomly projected, quantized mel frames (arXiv:2202.01855)."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from beartype import beartype
+from einops import rearrange
+from torch import Tensor, nn
+
+from audiolm_pytorch.encoder import TransformerEncoder
+from audiolm_pytorch.io import register
+from audiolm_pytorch.semantic.frontend import StackedLogMel
+
+__all__ = ["BestRQ", "BestRQEncoder", "MaskedPrediction", "RandomProjectionQuantizer", "sample_span_mask"]
+
+
+@register
+class BestRQEncoder(nn.Module):
+    """Log-mel tokens through a bidirectional transformer; a `FrameEncoder`. One token covers 40 ms by default (25 Hz).
+
+    Args:
+        dim: Width of the transformer.
+        depth: Blocks.
+        heads: Attention heads.
+        dim_head: Width of a head.
+        ff_mult: Inner width of the feed-forward over `dim`.
+        dropout: Dropout of the blocks in training.
+        sample_hz: Rate of the waves (Hz).
+        num_mels: Mel bands.
+        n_fft: Samples of the analysis window.
+        hop_length: Samples between mel frames (10 ms by default).
+        frames_per_token: Mel frames stacked into a token.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    @beartype
+    def __init__(
+        self,
+        *,
+        dim: int = 192,
+        depth: int = 4,
+        heads: int = 3,
+        dim_head: int = 64,
+        ff_mult: int = 4,
+        dropout: float | int = 0.0,
+        sample_hz: int = 16_000,
+        num_mels: int = 80,
+        n_fft: int = 1024,
+        hop_length: int = 160,
+        frames_per_token: int = 4,
+    ) -> None:
+        super().__init__()
+        front = {
+            "sample_hz": sample_hz,
+            "num_mels": num_mels,
+            "n_fft": n_fft,
+            "hop_length": hop_length,
+            "frames_per_token": frames_per_token,
+        }
+        body = {"dim": dim, "depth": depth, "heads": heads, "dim_head": dim_head, "ff_mult": ff_mult, "dropout": dropout}
+        self.config: dict[str, Any] = {**body, **front}
+        self.front_end = StackedLogMel(**front)
+        self.to_tokens = nn.Linear(self.front_end.dim, dim)
+        self.transformer = TransformerEncoder(dim, depth, heads, dim_head=dim_head, ff_mult=ff_mult, dropout=dropout)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "BestRQEncoder":
+        """Build an untrained encoder from the numbers in `config`."""
+        return cls(**config)
+
+    @property
+    def sample_hz(self) -> int:
+        """Rate of the waves (Hz)."""
+        return self.front_end.sample_hz
+
+    @property
+    def downsample_factor(self) -> int:
+        """Samples per token."""
+        return self.front_end.downsample_factor
+
+    @property
+    def dim(self) -> int:
+        """Width of the features."""
+        return self.transformer.dim
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return self.transformer.depth
+
+    def num_frames(self, num_samples: int) -> int:
+        """Tokens of a wave of that many samples: `ceil(num_samples / downsample_factor)`; see `StackedLogMel.num_frames`."""
+        return self.front_end.num_frames(num_samples)
+
+    def encode(self, frames: Tensor, mask: Tensor, layer: int | None = None) -> Tensor:
+        """Run the transformer over vectors of the front end.
+
+        Args:
+            frames: `[b, t, front_end.dim]`.
+            mask: `[b, t]` bool, True where a token is real.
+            layer: Blocks to run, 0..depth (0 = the tokens alone); None = all, with the final norm.
+
+        Returns:
+            Features `[b, t, d]`.
+        """
+        return self.transformer(self.to_tokens(frames), mask, return_layer=layer)
+
+    def features(self, wave: Tensor, lengths: Tensor | None = None, layer: int | None = None) -> tuple[Tensor, Tensor]:
+        """Hidden states of a layer.
+
+        Args:
+            wave: `[b, n]`, float, at `sample_hz`.
+            lengths: `[b]` int, samples that belong to each item; None = all.
+            layer: 0..depth; None = the output of the whole stack.
+
+        Returns:
+            Features `[b, t, d]` and the mask `[b, t]` bool of real tokens. Padding changes nothing at real tokens.
+
+        Raises:
+            ValueError: If shapes do not fit, an item is shorter than one token or there is no such layer.
+        """
+        frames, mask = self.front_end(wave, lengths)
+        return self.encode(frames, mask, layer), mask
+
+    def forward(self, wave: Tensor, lengths: Tensor | None = None, layer: int | None = None) -> tuple[Tensor, Tensor]:
+        """Same as `features`."""
+        return self.features(wave, lengths, layer)
+
+    def truncated(self, layer: int) -> "BestRQEncoder":
+        """An independent copy of the first `layer` blocks, whose hidden states are those of this encoder.
+
+        Args:
+            layer: Blocks to keep, 1..depth.
+
+        Raises:
+            ValueError: If there is no such layer.
+        """
+        if not 1 <= layer <= self.depth:
+            raise ValueError(f"layer must be in 1..{self.depth}, got {layer}")
+        short = type(self)(**{**self.config, "depth": layer})
+        wanted = short.state_dict().keys()
+        short.load_state_dict({key: value for key, value in self.state_dict().items() if key in wanted})
+        return short.to(self.to_tokens.weight.device).train(self.training)
+
+
+class RandomProjectionQuantizer(nn.Module):
+    """Frozen targets: project to a few dimensions at random, name the nearest random code (arXiv:2202.01855, eq. 1).
+
+    Everything is a buffer drawn from a generator of its own, so a seed fixes the targets whatever else is random. The
+    input must be normalised, or most codes stay unused (sec. 3.1).
+
+    Args:
+        dim: Width of the input vectors.
+        codebook_size: Codes per codebook, V.
+        codebook_dim: Width of the projection.
+        num_targets: Codebooks, each with a projection of its own.
+        seed: Seed of projections and codebooks.
+    """
+
+    @beartype
+    def __init__(self, dim: int, codebook_size: int, codebook_dim: int = 16, num_targets: int = 1, seed: int = 0) -> None:
+        super().__init__()
+        if min(dim, codebook_dim, num_targets) < 1 or codebook_size < 2:
+            raise ValueError("dim, codebook_dim and num_targets must be >= 1 and codebook_size >= 2")
+        generator = torch.Generator().manual_seed(seed)
+        bound = (6 / (dim + codebook_dim)) ** 0.5  # Xavier uniform, as in the paper
+        projection = (torch.rand(num_targets, dim, codebook_dim, generator=generator) * 2 - 1) * bound
+        codebook = torch.randn(num_targets, codebook_size, codebook_dim, generator=generator)
+        self.projection: Tensor
+        self.codebook: Tensor
+        self.register_buffer("projection", projection)
+        self.register_buffer("codebook", F.normalize(codebook, dim=-1))
+
+    @torch.no_grad()
+    def forward(self, frames: Tensor) -> Tensor:
+        """Name every vector: `[..., dim]` -> `[..., num_targets]` int64. In float32, since bfloat16 would move the targets."""
+        with torch.autocast(frames.device.type, enabled=False):
+            # The nearest of unit vectors has the greatest inner product; the length of the projection does not matter.
+            projected = torch.einsum("... d, q d e -> ... q e", frames.float(), self.projection)
+            return torch.einsum("... q e, q v e -> ... q v", projected, self.codebook).argmax(dim=-1)
+
+
+def sample_span_mask(valid: Tensor, start_prob: float, span_tokens: int, generator: torch.Generator | None = None) -> Tensor:
+    """Choose the tokens to hide: every real token starts a span with a fixed probability; spans may overlap.
+
+    Args:
+        valid: `[b, t]` bool, True where a token is real; every item holds at least one.
+        start_prob: Probability that a span starts at a token.
+        span_tokens: Length of a span, cut at the end of the item.
+        generator: CPU generator; None = the global one.
+
+    Returns:
+        `[b, t]` bool, a subset of `valid` with at least one token in each item.
+    """
+    num_items, num_tokens = valid.shape
+    starts = torch.rand(num_items, num_tokens, generator=generator) < start_prob
+    counts = valid.sum(dim=1).cpu()
+    # An item without a span would add nothing but cost its forward pass: one start is always given.
+    sure = (torch.rand(num_items, generator=generator) * counts).long().clamp(max=num_tokens - 1)
+    starts[torch.arange(num_items), sure] = True
+    reach = F.pad(starts.float(), (span_tokens - 1, 0)).unsqueeze(1)
+    spans = F.max_pool1d(reach, kernel_size=span_tokens, stride=1).squeeze(1) > 0
+    return spans.to(valid.device) & valid
+
+
+class MaskedPrediction(NamedTuple):
+    """What a step of BEST-RQ gives.
+
+    Attributes:
+        loss: Scalar, mean cross-entropy (nats) over hidden tokens and codebooks.
+        accuracy: Scalar, share of hidden targets predicted; chance is 1 / codebook_size.
+        majority: Scalar, the accuracy of always naming the commonest target of these very tokens: what to beat.
+        hidden: `[b, t]` bool, the tokens that were hidden.
+    """
+
+    loss: Tensor
+    accuracy: Tensor
+    majority: Tensor
+    hidden: Tensor
+
+
+class BestRQ(nn.Module):
+    """Masked prediction of frozen random targets on top of an encoder (arXiv:2202.01855, sec. 3).
+
+    Spans of the normalised mel tokens are replaced by noise; the encoder has to name the codes of what was there.
+
+    Args:
+        encoder: The encoder to train.
+        codebook_size: Codes per codebook, V.
+        codebook_dim: Width of the random projection.
+        num_targets: Codebooks predicted side by side.
+        start_prob: Probability that a hidden span starts at a token.
+        span_tokens: Length of a span.
+        noise_std: Standard deviation of the noise that stands in for hidden tokens.
+        seed: Seed of the frozen targets.
+    """
+
+    @beartype
+    def __init__(
+        self,
+        encoder: BestRQEncoder,
+        *,
+        codebook_size: int = 1024,
+        codebook_dim: int = 16,
+        num_targets: int = 1,
+        start_prob: float | int = 0.06,
+        span_tokens: int = 8,
+        noise_std: float | int = 0.1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= start_prob <= 1 or span_tokens < 1 or noise_std < 0:
+            raise ValueError(f"need 0 <= start_prob <= 1, span_tokens >= 1, noise_std >= 0; got {start_prob, span_tokens, noise_std}")
+        self.encoder = encoder
+        self.codebook_size = codebook_size
+        self.num_targets = num_targets
+        self.start_prob = start_prob
+        self.span_tokens = span_tokens
+        self.noise_std = noise_std
+        self.quantizer = RandomProjectionQuantizer(encoder.front_end.dim, codebook_size, codebook_dim, num_targets, seed)
+        self.to_logits = nn.Linear(encoder.dim, num_targets * codebook_size)
+
+    def forward(self, wave: Tensor, lengths: Tensor | None = None, generator: torch.Generator | None = None) -> MaskedPrediction:
+        """Loss and accuracy of one masked batch.
+
+        Args:
+            wave: `[b, n]`, float, at the encoder's rate.
+            lengths: `[b]` int, samples that belong to each item; None = all.
+            generator: CPU generator of masks and noise; None = the global one.
+
+        Returns:
+            A `MaskedPrediction`; only hidden tokens count in it.
+        """
+        frames, valid = self.encoder.front_end(wave, lengths)
+        hidden = sample_span_mask(valid, self.start_prob, self.span_tokens, generator)
+        targets = self.quantizer(frames[hidden])
+        noise = torch.randn(frames.shape, generator=generator).to(frames) * self.noise_std
+        seen = torch.where(rearrange(hidden, "b t -> b t 1"), noise, frames)
+        logits = rearrange(self.to_logits(self.encoder.encode(seen, valid)[hidden]), "m (q v) -> m q v", q=self.num_targets)
+        loss = F.cross_entropy(rearrange(logits.float(), "m q v -> (m q) v"), rearrange(targets, "m q -> (m q)"))
+        accuracy = (logits.detach().argmax(dim=-1) == targets).float().mean()
+        commonest = torch.stack([column.bincount().max() for column in targets.unbind(dim=1)])
+        return MaskedPrediction(loss, accuracy, commonest.float().mean() / len(targets), hidden)

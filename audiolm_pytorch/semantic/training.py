@@ -1,0 +1,191 @@
+"""Training of the semantic tokenizer: BEST-RQ on the one loop, then k-means over a layer of what came out."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from beartype import beartype
+from torch import Tensor
+
+from audiolm_pytorch.data import AudioItem, BatchPlan, CropBatch, CropDataset, collate_crops, load_split
+from audiolm_pytorch.io import save_module
+from audiolm_pytorch.semantic.best_rq import BestRQ, BestRQEncoder, MaskedPrediction
+from audiolm_pytorch.semantic.kmeans import KMeansFit, fit_kmeans
+from audiolm_pytorch.training import LoopSettings, LossOutput, Phase, TrainLoop, TrainResult
+
+__all__ = ["BestRQTask", "SemanticTokenizerTrainer"]
+
+# Crops that the statistics of the front end are estimated on: 200 of 5 s hold 100,000 mel frames.
+_STATISTICS_CROPS = 200
+_VALIDATION_SEED = 0
+
+
+class BestRQTask:
+    """What the loop needs to train a `BestRQ`: batches of crops, one phase, masked accuracy on held-out crops.
+
+    Args:
+        model: Encoder and masked prediction.
+        train: Training crops, at the encoder's rate.
+        valid: Held-out crops; always the same ones, hidden at the same places.
+        valid_batch_size: Crops in one forward pass of validation.
+    """
+
+    name = "best_rq"
+
+    @beartype
+    def __init__(self, *, model: BestRQ, train: CropDataset, valid: CropDataset, valid_batch_size: int = 16) -> None:
+        self.module = model
+        self.phases = (Phase(self.name, (model,), self._loss),)
+        self.num_items = len(train)
+        self.chance = {"loss": math.log(model.codebook_size), "accuracy": 1 / model.codebook_size}
+        self._model = model
+        self._train = train
+        self._valid = valid
+        self._valid_batch_size = valid_batch_size
+
+    def batch(self, indices: list[tuple[int, int]]) -> CropBatch:
+        """Crops of (epoch, index) pairs, padded to the longest."""
+        return collate_crops([self._train.get(epoch, index) for epoch, index in indices])
+
+    def validate(self) -> dict[str, float]:
+        """Mean loss, accuracy and majority-class accuracy over the held-out crops."""
+        generator = torch.Generator().manual_seed(_VALIDATION_SEED)
+        sums = torch.zeros(3, dtype=torch.float64)
+        weight = 0
+        for first in range(0, len(self._valid), self._valid_batch_size):
+            last = min(first + self._valid_batch_size, len(self._valid))
+            batch = collate_crops([self._valid.get(0, index) for index in range(first, last)])
+            with torch.no_grad():
+                out = self._predict(batch, generator)
+            num_hidden = int(out.hidden.sum())
+            sums += num_hidden * torch.stack((out.loss, out.accuracy, out.majority)).double().cpu()
+            weight += num_hidden
+        return dict(zip(("loss", "accuracy", "majority"), (sums / weight).tolist()))
+
+    def samples(self, folder: Path, step: int) -> None:
+        """Nothing to show: hidden targets are no sound."""
+
+    def before_training(self) -> None:
+        """Estimate the statistics of the front end, evenly over the training files; they are fixed from then on."""
+        count = min(_STATISTICS_CROPS, self.num_items)
+        crops = (self._train.get(0, place * self.num_items // count) for place in range(count))
+        rate_hz = self._model.encoder.sample_hz
+        self._model.encoder.front_end.fit(crop.waves[rate_hz] for crop in crops)
+
+    def _predict(self, batch: CropBatch, generator: torch.Generator | None = None) -> MaskedPrediction:
+        rate_hz = self._model.encoder.sample_hz
+        device = self._model.to_logits.weight.device
+        return self._model(batch.waves[rate_hz].to(device), batch.lengths[rate_hz].to(device), generator)
+
+    def _loss(self, batch: CropBatch, step: int) -> LossOutput:
+        out = self._predict(batch)
+        return LossOutput(out.loss, {"accuracy": out.accuracy, "majority": out.majority})
+
+
+class SemanticTokenizerTrainer:
+    """Trains a BEST-RQ encoder on a folder of audio and cuts one of its layers into semantic tokens.
+
+    Args:
+        encoder: The encoder to train, in place.
+        folder: Folder or manifest of audio (`load_split`); needed unless `items` are given.
+        items: Training and held-out items instead of a folder.
+        batch_size: Crops a step and process.
+        num_train_steps: Optimizer steps.
+        seconds: Length of a crop (s).
+        results_folder: Where checkpoints, metrics and the tokenizer are written; a run found there is continued.
+        objective: Masked prediction around this same encoder; None = `BestRQ(encoder)` with its defaults.
+        accelerator: The Accelerator of the run; None = one of the loop's own.
+        **loop_settings: Further fields of `LoopSettings`, such as `learning_rate` or `precision`.
+
+    Raises:
+        ValueError: If neither or both of folder and items are given, the objective is around another encoder, or the folder
+            holds no usable audio.
+    """
+
+    @beartype
+    def __init__(
+        self,
+        *,
+        encoder: BestRQEncoder,
+        folder: str | Path | None = None,
+        items: tuple[list[AudioItem], list[AudioItem]] | None = None,
+        batch_size: int,
+        num_train_steps: int,
+        seconds: float | int = 5.0,
+        results_folder: str | Path = "./results/semantic",
+        objective: BestRQ | None = None,
+        accelerator: Accelerator | None = None,
+        **loop_settings: Any,
+    ) -> None:
+        objective = BestRQ(encoder) if objective is None else objective
+        if objective.encoder is not encoder:
+            raise ValueError("objective must wrap the encoder that is trained: BestRQ(encoder, ...)")
+        train, valid = _items_of(folder, items, encoder.downsample_factor / encoder.sample_hz)
+        settings = LoopSettings(num_train_steps=num_train_steps, batch_size=batch_size, **loop_settings)
+        rates_hz = (encoder.sample_hz,)
+        self.results_folder = Path(results_folder)
+        self._seed = settings.seed
+        self._train = CropDataset(train, seconds, rates_hz, seed=settings.seed)
+        self.task = BestRQTask(
+            model=objective,
+            train=self._train,
+            valid=CropDataset(valid, seconds, rates_hz, seed=settings.seed),
+            valid_batch_size=batch_size,
+        )
+        self.loop = TrainLoop(self.task, settings, self.results_folder, accelerator)
+
+    def train(self, stop_after_steps: int | None = None) -> TrainResult:
+        """Train from wherever the results folder stands; see `TrainLoop.train`."""
+        return self.loop.train(stop_after_steps)
+
+    @beartype
+    def fit_tokenizer(self, *, layer: int = 3, num_clusters: int = 512, max_tokens: int = 200_000) -> KMeansFit:
+        """Fit k-means to a layer of the trained encoder and save the tokenizer in `results_folder / "tokenizer"`.
+
+        Args:
+            layer: Layer to cut; one above the middle, since the last layers turn towards the random targets.
+            num_clusters: Size of the token vocabulary.
+            max_tokens: Tokens of training audio to fit on, fewer when one pass over the files gives no more.
+
+        Returns:
+            The fit; its tokenizer is on the CPU.
+
+        Raises:
+            RuntimeError: If training is not finished.
+            ValueError: If the files hold fewer tokens than clusters.
+        """
+        if not self.loop.is_finished:
+            raise RuntimeError("train the encoder to its end before fitting the tokenizer: call train()")
+        self.loop.final_module()
+        encoder = self.task.module.encoder
+        fit = fit_kmeans(
+            encoder, self._shuffled_waves(), layer=layer, num_clusters=num_clusters, seed=self._seed, max_tokens=max_tokens
+        )
+        save_module(fit.tokenizer, self.results_folder / "tokenizer", extra={"usage": asdict(fit.usage)})
+        return fit
+
+    def _shuffled_waves(self) -> Iterator[Tensor]:
+        """One crop of every training file, in the order of an epoch of its own."""
+        plan = BatchPlan(len(self._train), 1, self._seed)
+        for step in range(len(self._train)):
+            for epoch, index in plan.indices(step):
+                yield self._train.get(epoch, index).waves[self.task.module.encoder.sample_hz]
+
+
+def _items_of(
+    folder: str | Path | None, items: tuple[list[AudioItem], list[AudioItem]] | None, min_seconds: float
+) -> tuple[list[AudioItem], list[AudioItem]]:
+    """Training and held-out items, at least one token long, from whichever source was given."""
+    if (folder is None) == (items is None):
+        raise ValueError("give either a folder (or manifest) of audio, or (train, valid) items")
+    if items is not None:
+        train, valid = items
+    else:
+        train, valid = load_split(folder or "", min_seconds=min_seconds)
+    if not train or not valid:
+        raise ValueError(f"training needs at least one training and one held-out file, got {len(train)} and {len(valid)}")
+    return train, valid

@@ -1,0 +1,139 @@
+"""One phase of a step: backward over the batches, averaging over processes, clipping, AdamW, and the guard against NaN."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from audiolm_pytorch.training.ranks import PersistentBuffers, average_gradients, broadcast_tensors
+from audiolm_pytorch.training.task import LoopSettings, LossOutput, Phase
+
+__all__ = ["PhaseOptimizer"]
+
+
+class PhaseOptimizer:
+    """AdamW (arXiv:1711.05101) over the parameters of one phase, and what surrounds its step.
+
+    Args:
+        phase: The phase; its parameters are on their device.
+        names: Every trainable parameter of the task's module to its name there.
+        buffers: Of the task's module.
+        settings: Of the run.
+        accelerator: Of the run.
+
+    Raises:
+        ValueError: The phase trains nothing, or something that the task's module does not hold.
+    """
+
+    def __init__(
+        self,
+        phase: Phase,
+        names: Mapping[nn.Parameter, str],
+        buffers: PersistentBuffers,
+        settings: LoopSettings,
+        accelerator: Accelerator,
+    ) -> None:
+        self.phase = phase
+        self._settings, self._accelerator, self._buffers = settings, accelerator, buffers
+        parameters = {parameter: None for module in phase.modules for parameter in module.parameters()}
+        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        strangers = sum(parameter not in names for parameter in self._parameters)
+        if strangers or not self._parameters:
+            raise ValueError(
+                f"phase {phase.name!r} has {len(self._parameters)} trainable parameters, {strangers} of them outside the "
+                "task's module; it needs at least one, and all inside, since only that module is checkpointed"
+            )
+        self._names = [names[parameter] for parameter in self._parameters]
+        self.optimizer = torch.optim.AdamW(
+            self._groups(),
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            # One kernel for all tensors; elementwise, hence deterministic. Elsewhere torch chooses.
+            fused=True if accelerator.device.type in ("cpu", "cuda") else None,
+        )
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Decay matrices and filters; gains and biases have no reason to be small."""
+        matrices = [parameter for parameter in self._parameters if parameter.ndim >= 2]
+        vectors = [parameter for parameter in self._parameters if parameter.ndim < 2]
+        groups = [(matrices, self._settings.weight_decay), (vectors, 0.0)]
+        return [{"params": members, "weight_decay": decay} for members, decay in groups if members]
+
+    def step(self, batches: Sequence[Any], step: int, learning_rate: float) -> list[dict[str, Tensor | float]] | None:
+        """Move the phase's parameters once.
+
+        Args:
+            batches: Their gradients are averaged, each weighing the same.
+            step: Number of steps done before this one, handed to the loss.
+            learning_rate: Of this step.
+
+        Returns:
+            The metrics of each batch; None when the loss or the gradients were not finite: then parameters and buffers
+            are as before the step.
+        """
+        before = self._buffers.copy()
+        metrics: list[dict[str, Tensor | float]] = []
+        self.optimizer.zero_grad(set_to_none=True)
+        for batch in batches:
+            output = self._loss(batch, step)
+            # Gradients flow to this phase's parameters only; those of the others are not even computed.
+            self._accelerator.backward(output.loss / len(batches), inputs=self._parameters)
+            metrics.append({"loss": output.loss.detach()} | {name: _read(value) for name, value in output.metrics.items()})
+        losses = torch.stack([torch.as_tensor(one["loss"]).float() for one in metrics])
+        loss = average_gradients(self._accelerator, self._parameters, losses.sum())
+        used = [parameter for parameter in self._parameters if parameter.grad is not None]
+        grad_norm = nn.utils.clip_grad_norm_(used, self._settings.max_grad_norm).to(loss.device)
+        # The only wait for the device in a step: both numbers at once.
+        if not bool(torch.isfinite(torch.stack([loss.float(), grad_norm.float()])).all()):
+            self.optimizer.zero_grad(set_to_none=True)
+            self._buffers.restore(before)
+            return None
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        broadcast_tensors(self._accelerator, self._buffers.tensors())
+        metrics[-1]["grad_norm"] = grad_norm.detach()
+        return metrics
+
+    def _loss(self, batch: Any, step: int) -> LossOutput:
+        """Compute the loss in the precision of the run."""
+        enabled = self._settings.precision == "bf16"
+        with torch.autocast(self._accelerator.device.type, dtype=torch.bfloat16, enabled=enabled):
+            return self.phase.loss(batch, step)
+
+    def state(self) -> dict[str, Tensor]:
+        """Give the optimizer's tensors as `parameter name/what`."""
+        return {
+            f"{name}/{what}": value.detach()
+            for name, parameter in zip(self._names, self._parameters, strict=True)
+            for what, value in self.optimizer.state.get(parameter, {}).items()
+        }
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over checkpointed tensors.
+
+        Args:
+            tensors: As given by `state`; those of other phases are passed over.
+        """
+        state: dict[nn.Parameter, dict[str, Tensor]] = {}
+        owners = dict(zip(self._names, self._parameters, strict=True))
+        for key, value in tensors.items():
+            name, _, what = key.rpartition("/")
+            if name in owners:
+                state.setdefault(owners[name], {})[what] = value
+        ordered = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        # load_state_dict knows which tensors belong on the device and which stay on the CPU.
+        self.optimizer.load_state_dict(
+            {
+                "state": {index: state[parameter] for index, parameter in enumerate(ordered) if parameter in state},
+                "param_groups": self.optimizer.state_dict()["param_groups"],
+            }
+        )
+
+
+def _read(value: Tensor | float) -> Tensor | float:
+    """Keep a metric without its graph."""
+    return value.detach() if isinstance(value, Tensor) else float(value)

@@ -1,0 +1,160 @@
+"""What the loop is told: a task (what is trained, on what, by which losses) and its settings."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from beartype import beartype
+from torch import Tensor, nn
+
+__all__ = ["LoopSettings", "LossOutput", "Phase", "Task"]
+
+# Changing one of these changes when something is written, never the weights that come out.
+_FREE_TO_CHANGE = ("checkpoint_every_seconds", "checkpoint_every_steps", "validate_every", "log_every")
+
+
+@beartype
+@dataclass(frozen=True)
+class LoopSettings:
+    """Numbers of one training run.
+
+    Args:
+        num_train_steps: Optimizer steps of the whole run.
+        batch_size: Items in one forward pass of one process; a step sees `batch_size * grad_accum_every * processes` items.
+        learning_rate: Peak of the schedule (see `learning_rate_at`).
+        warmup_steps: Steps of linear warm-up.
+        final_lr_fraction: Learning rate of the last step as a fraction of the peak.
+        weight_decay: Decoupled decay (AdamW, arXiv:1711.05101), on tensors of two or more dimensions only.
+        betas: AdamW's decay rates.
+        grad_accum_every: Batches whose gradients are averaged into one step.
+        max_grad_norm: Gradients of a phase are scaled down to this norm.
+        precision: "fp32", or "bf16" for autocast around the loss.
+        ema_decay: Decay of the running average of the weights; None keeps no average.
+        seed: Of data order and all noise in training.
+        checkpoint_every_seconds: Time between checkpoints.
+        checkpoint_every_steps: Steps between checkpoints, in addition; None leaves it to the time.
+        validate_every: Steps between validations.
+        log_every: Steps between rows of metrics.
+    """
+
+    num_train_steps: int
+    batch_size: int
+    learning_rate: float = 3e-4
+    warmup_steps: int = 100
+    final_lr_fraction: float = 0.05
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+    grad_accum_every: int = 1
+    max_grad_norm: float = 1.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    ema_decay: float | None = None
+    seed: int = 0
+    checkpoint_every_seconds: float = 120.0
+    checkpoint_every_steps: int | None = None
+    validate_every: int = 500
+    log_every: int = 20
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no run can have."""
+        at_least_one = ("num_train_steps", "batch_size", "grad_accum_every", "validate_every", "log_every")
+        for name in at_least_one:
+            _need(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        _need(self.checkpoint_every_steps is None or self.checkpoint_every_steps >= 1, "checkpoint_every_steps",
+              self.checkpoint_every_steps, "1 or more, or None")  # fmt: skip
+        for name in ("learning_rate", "max_grad_norm", "checkpoint_every_seconds"):
+            _need(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        for name in ("warmup_steps", "weight_decay"):
+            _need(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        _need(0 <= self.final_lr_fraction <= 1, "final_lr_fraction", self.final_lr_fraction, "from 0 to 1")
+        _need(all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "two numbers from 0 to below 1")
+        _need(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "between 0 and 1, or None")
+
+    def decisive(self) -> dict[str, Any]:
+        """Give the settings that decide the weights, as JSON would hold them; a resumed run must have the same."""
+        values = {name: value for name, value in asdict(self).items() if name not in _FREE_TO_CHANGE}
+        return dict(json.loads(json.dumps(values)))
+
+
+def _need(holds: bool, name: str, value: object, wanted: str) -> None:
+    """Raise a readable error unless a setting is in its range."""
+    if not holds:
+        raise ValueError(f"{name} is {value}; it must be {wanted}")
+
+
+@dataclass(frozen=True, eq=False)
+class LossOutput:
+    """What a phase's loss gives back.
+
+    Args:
+        loss: Scalar that is differentiated; the mean over the batch.
+        metrics: Further scalars to report; tensors are detached and read only when a row is written.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor | float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Phase:
+    """One optimizer of a task: which modules it moves, and by which loss.
+
+    Args:
+        name: Of the phase in metrics and messages.
+        modules: Parts of the task's module; their trainable parameters belong to this phase alone.
+        loss: Called as `loss(batch, step)`; any closure over the raw modules.
+    """
+
+    name: str
+    modules: tuple[nn.Module, ...]
+    loss: Callable[[Any, int], LossOutput]
+
+
+@runtime_checkable
+class Task(Protocol):
+    """Everything that `TrainLoop` has to know about what it trains."""
+
+    @property
+    def name(self) -> str:
+        """Of the task, in messages and checkpoints."""
+
+    @property
+    def module(self) -> nn.Module:
+        """One container of everything that is trained and checkpointed; the loop moves it to its device."""
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """Run one after another in each step, on the same batches: one for a language model, two for a codec with critics."""
+
+    @property
+    def num_items(self) -> int:
+        """Size of the data set, for the order of the data."""
+
+    @property
+    def chance(self) -> dict[str, float]:
+        """Metric name to the value that guessing would reach, e.g. `{"loss": math.log(512)}`; reported beside the metric."""
+
+    def batch(self, indices: list[tuple[int, int]]) -> Any:
+        """Make a batch from (epoch, index) pairs; a pure function of them and of the seeded global generators.
+
+        Args:
+            indices: Which items, at which pass over the data.
+
+        Returns:
+            Tensors on the CPU, in any nesting of dataclasses, dicts, lists and tuples.
+        """
+
+    def validate(self) -> dict[str, float]:
+        """Measure in eval mode, without gradients, with averaged weights if there are any; called on every process."""
+
+    def samples(self, folder: Path, step: int) -> None:
+        """Write pictures or audio into a folder, after each validation; called on the first process only.
+
+        Args:
+            folder: Where; it exists.
+            step: Number of steps done.
+        """
+
+    def before_training(self) -> None:
+        """Do what needs data before step 0 (k-means codebooks, …); its effect must live in `module`. Not called on resume."""

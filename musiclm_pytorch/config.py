@@ -1,0 +1,232 @@
+"""Presets: every number of a run, in frozen dataclasses.
+
+A preset says what is built and how long each stage trains. Constructors of modules take numbers, never a preset:
+`musiclm_pytorch.pipeline` turns one into the other.
+"""
+
+from dataclasses import dataclass, replace
+
+from beartype import beartype
+
+__all__ = [
+    "PRESETS",
+    "CodecConfig",
+    "MuLaNConfig",
+    "Preset",
+    "QuantizerConfig",
+    "RunConfig",
+    "SemanticConfig",
+    "StageConfig",
+    "preset_named",
+]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How long and on what one thing trains.
+
+    Attributes:
+        num_train_steps: Optimizer steps.
+        batch_size: Clips a step.
+        seconds: Length of a crop.
+        learning_rate: Peak of the schedule.
+        warmup_steps: Steps of linear warm-up.
+        precision: "fp32" or "bf16" (autocast; the products run several times as fast on a CPU with bf16 units).
+    """
+
+    num_train_steps: int
+    batch_size: int
+    seconds: float
+    learning_rate: float
+    warmup_steps: int = 100
+    precision: str = "bf16"
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """The spectral SoundStream: its rate in Hz, width, blocks, samples a frame, and codes."""
+
+    sample_hz: int
+    hop_samples: int
+    dim: int
+    encoder_depth: int
+    decoder_depth: int
+    codebook_size: int
+    num_quantizers: int
+    code_dim: int
+    run: RunConfig
+
+
+@dataclass(frozen=True)
+class SemanticConfig:
+    """The BEST-RQ encoder and its k-means tokens (25 a second): width, blocks, the layer that is clustered, clusters."""
+
+    dim: int
+    depth: int
+    heads: int
+    layer: int
+    num_clusters: int
+    run: RunConfig
+
+
+@dataclass(frozen=True)
+class MuLaNConfig:
+    """Both towers: width, blocks, mel bands of the audio side, vocabulary and length of the text side (tokens)."""
+
+    dim: int
+    depth: int
+    heads: int
+    num_mels: int
+    text_vocab_size: int
+    text_max_tokens: int
+    run: RunConfig
+
+
+@dataclass(frozen=True)
+class QuantizerConfig:
+    """MuLaN conditioning codes: levels and codes a level. Few and small, as a few thousand clips cannot fill 12 x 1024."""
+
+    num_quantizers: int
+    codebook_size: int
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One token language model: width, blocks, heads, dropout, and how often conditioning is dropped in training."""
+
+    dim: int
+    depth: int
+    heads: int
+    dropout: float
+    cond_drop_prob: float
+    level_drop_prob: float
+    run: RunConfig
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A whole model.
+
+    Attributes:
+        name: What the command line calls it.
+        num_coarse_quantizers: Codec levels that the coarse stage predicts; the fine stage predicts the rest.
+    """
+
+    name: str
+    codec: CodecConfig
+    semantic_tokenizer: SemanticConfig
+    mulan: MuLaNConfig
+    quantizer: QuantizerConfig
+    semantic: StageConfig
+    coarse: StageConfig
+    fine: StageConfig
+    num_coarse_quantizers: int
+
+    @beartype
+    def scaled(self, scale: float) -> "Preset":
+        """The same model with every step count multiplied by `scale` (at least ten steps each).
+
+        Raises:
+            ValueError: If `scale` is not positive.
+        """
+        if not scale > 0:
+            raise ValueError(f"scale must be positive, got {scale}; 1 is the full run")
+        if scale == 1:
+            return self
+        parts = {}
+        for name in ("codec", "semantic_tokenizer", "mulan", "semantic", "coarse", "fine"):
+            part = getattr(self, name)
+            steps = max(10, round(part.run.num_train_steps * scale))
+            warmup = min(part.run.warmup_steps, max(1, steps // 10))
+            parts[name] = replace(part, run=replace(part.run, num_train_steps=steps, warmup_steps=warmup))
+        return replace(self, **parts)
+
+
+# Two CPU cores, about an hour and a half; sizes and steps were chosen by the trials in recipes/README.md.
+_TINY = Preset(
+    name="tiny",
+    codec=CodecConfig(
+        sample_hz=16000,
+        hop_samples=320,
+        dim=256,
+        encoder_depth=4,
+        decoder_depth=6,
+        codebook_size=1024,
+        num_quantizers=4,
+        code_dim=16,
+        run=RunConfig(5000, 16, 1.0, 1e-3),
+    ),
+    semantic_tokenizer=SemanticConfig(
+        dim=192, depth=4, heads=3, layer=3, num_clusters=512, run=RunConfig(1500, 16, 5.0, 1e-3)
+    ),
+    mulan=MuLaNConfig(
+        dim=192, depth=4, heads=3, num_mels=64, text_vocab_size=1024, text_max_tokens=64, run=RunConfig(1500, 64, 5.0, 7e-4)
+    ),
+    quantizer=QuantizerConfig(num_quantizers=4, codebook_size=64),
+    semantic=StageConfig(
+        dim=192, depth=6, heads=3, dropout=0.1, cond_drop_prob=0.1, level_drop_prob=0.2, run=RunConfig(3000, 32, 5.0, 1e-3)
+    ),
+    coarse=StageConfig(
+        dim=192, depth=6, heads=3, dropout=0.1, cond_drop_prob=0.1, level_drop_prob=0.2, run=RunConfig(3000, 16, 5.0, 1e-3)
+    ),
+    fine=StageConfig(
+        dim=128, depth=4, heads=2, dropout=0.1, cond_drop_prob=0.1, level_drop_prob=0.2, run=RunConfig(2000, 32, 2.0, 1e-3)
+    ),
+    num_coarse_quantizers=2,
+)
+
+# One GPU, a day: MusicLM's rates with modules of a tenth of its size.
+_SMALL = Preset(
+    name="small",
+    codec=CodecConfig(
+        sample_hz=24000,
+        hop_samples=480,
+        dim=512,
+        encoder_depth=8,
+        decoder_depth=12,
+        codebook_size=1024,
+        num_quantizers=8,
+        code_dim=16,
+        run=RunConfig(200_000, 64, 2.0, 5e-4, warmup_steps=1000),
+    ),
+    semantic_tokenizer=SemanticConfig(
+        dim=512, depth=12, heads=8, layer=8, num_clusters=1024, run=RunConfig(100_000, 64, 10.0, 5e-4, warmup_steps=2000)
+    ),
+    mulan=MuLaNConfig(
+        dim=512,
+        depth=8,
+        heads=8,
+        num_mels=128,
+        text_vocab_size=8192,
+        text_max_tokens=128,
+        run=RunConfig(50_000, 512, 10.0, 5e-4, warmup_steps=1000),
+    ),
+    quantizer=QuantizerConfig(num_quantizers=8, codebook_size=256),
+    semantic=StageConfig(
+        dim=768, depth=12, heads=12, dropout=0.1, cond_drop_prob=0.1, level_drop_prob=0.1,
+        run=RunConfig(200_000, 64, 30.0, 3e-4, warmup_steps=2000),
+    ),
+    coarse=StageConfig(
+        dim=768, depth=12, heads=12, dropout=0.1, cond_drop_prob=0.1, level_drop_prob=0.1,
+        run=RunConfig(200_000, 64, 10.0, 3e-4, warmup_steps=2000),
+    ),
+    fine=StageConfig(
+        dim=768, depth=12, heads=12, dropout=0.1, cond_drop_prob=0.1, level_drop_prob=0.1,
+        run=RunConfig(200_000, 64, 3.0, 3e-4, warmup_steps=2000),
+    ),
+    num_coarse_quantizers=4,
+)  # fmt: skip
+
+PRESETS = {preset.name: preset for preset in (_TINY, _SMALL)}
+
+
+@beartype
+def preset_named(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises:
+        ValueError: If there is none, naming those that exist.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"there is no preset {name!r}; choose one of: {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,238 @@
+"""Composes tunes: eight-bar parts of two four-bar phrases, built from motifs over a harmonic progression.
+
+The first phrase of a part ends open, the second takes up its first two bars and ends closed on the tonic. Strong beats carry
+chord tones, the notes between them walk along the scale or break the chord, and a motif that returns is moved along the scale
+so that it fits the chord it returns over.
+"""
+
+import math
+from dataclasses import dataclass
+from random import Random
+
+from beartype import beartype
+
+from musiclm_pytorch.recipes.dances import DANCES, Metre
+from musiclm_pytorch.recipes.theory import CADENCES, KEYS, OPENINGS, SCALES, Chord, Scale
+
+__all__ = ["BARS_PER_PART", "ChordSpan", "MelodyNote", "Tune", "compose_tune"]
+
+BARS_PER_PART = 8
+
+# MIDI pitches between which melodies of the middle register move, and the pitch they are drawn to.
+LOWEST_PITCH, CENTRE_PITCH, HIGHEST_PITCH = 61, 72, 83
+# Roots of accompanying chords lie in the octave from here (C2, 65.4 Hz) upwards, whatever the register of the melody.
+LOWEST_CHORD_ROOT = 36
+
+# Which motif each bar of a phrase takes; the cadence is a motif of its own.
+_PHRASE_PLANS = ("abaz", "aabz", "abcz", "abbz")
+
+
+@dataclass(frozen=True)
+class MelodyNote:
+    """A note of the melody: start and duration in quarters from the start of the tune, MIDI pitch, whether it is on a strong beat."""
+
+    start_quarters: float
+    duration_quarters: float
+    pitch: int
+    strong: bool
+
+
+@dataclass(frozen=True)
+class ChordSpan:
+    """An accompanying chord: start and duration in quarters from the start of the tune, MIDI pitches from the root upwards."""
+
+    start_quarters: float
+    duration_quarters: float
+    pitches: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Tune:
+    """A composed tune.
+
+    Args:
+        dance: Value of the label `dance`.
+        mode: "major" or "minor".
+        scale: The scale it is written in.
+        metre: Its metre.
+        num_bars: Its length in bars.
+        notes: The melody, in order, in the middle register; some note starts with every bar.
+        chords: The accompaniment, in order, without gaps.
+    """
+
+    dance: str
+    mode: str
+    scale: Scale
+    metre: Metre
+    num_bars: int
+    notes: tuple[MelodyNote, ...]
+    chords: tuple[ChordSpan, ...]
+
+    @property
+    def quarters(self) -> float:
+        """Length of the tune, in quarters."""
+        return self.num_bars * self.metre.quarters_per_bar
+
+
+@dataclass(frozen=True)
+class _Bar:
+    """A bar: per group its rhythm, its chord and the scale degrees of its notes."""
+
+    rhythms: tuple[tuple[float, ...], ...]
+    chords: tuple[Chord, ...]
+    degrees: tuple[tuple[int, ...], ...]
+
+
+def _pick(rng: Random, weighted: dict) -> object:
+    return rng.choices(list(weighted), weights=list(weighted.values()))[0]
+
+
+class _Composer:
+    """Writes the bars of one tune."""
+
+    def __init__(self, scale: Scale, mode: str, metre: Metre, rng: Random) -> None:
+        self.scale, self.mode, self.metre, self.rng = scale, mode, metre, rng
+        degrees = [degree for degree in range(-14, 21) if LOWEST_PITCH <= scale.pitch(degree) <= HIGHEST_PITCH]
+        self.lowest, self.highest = degrees[0], degrees[-1]
+        self.centre = min(degrees, key=lambda degree: abs(scale.pitch(degree) - CENTRE_PITCH))
+        self.last = self.centre
+
+    def part(self) -> list[_Bar]:
+        """Eight bars: a phrase that asks and one that answers."""
+        rng = self.rng
+        opening = rng.choice(OPENINGS[self.mode])
+        plan = rng.choice(_PHRASE_PLANS)
+        question = self._phrase([*opening, *rng.choice(CADENCES[self.mode, "open"])], plan, {}, closed=False)
+        answer_plan = plan[:2] + rng.choice(("a", "b", "d")) + "y"
+        motifs = dict(zip(plan, question, strict=True))
+        answer = self._phrase([*opening, *rng.choice(CADENCES[self.mode, "closed"])], answer_plan, motifs, closed=True)
+        return question + answer
+
+    def _phrase(self, harmony: list[tuple[Chord, ...]], plan: str, motifs: dict[str, _Bar], closed: bool) -> list[_Bar]:
+        bars = []
+        for position, (motif, names) in enumerate(zip(plan, harmony, strict=True)):
+            chords = self._chords_of_groups(names)
+            if position == len(plan) - 1:
+                bar = self._cadence(chords, closed)
+            else:
+                bar = self._returning(motifs[motif], chords) if motif in motifs else self._new_bar(self._rhythms(motifs), chords)
+                motifs.setdefault(motif, bar)
+            self.last = bar.degrees[-1][-1]
+            bars.append(bar)
+        return bars
+
+    def _chords_of_groups(self, names: tuple[Chord, ...]) -> tuple[Chord, ...]:
+        """One chord a group; a bar of a single group keeps the last chord, which the phrase aims at."""
+        count = len(self.metre.groups)
+        if count == 1:
+            return (names[-1],)
+        return tuple(names[min(group * len(names) // count, len(names) - 1)] for group in range(count))
+
+    def _rhythms(self, motifs: dict[str, _Bar]) -> tuple[tuple[float, ...], ...]:
+        """A bar's rhythm: often one that was heard before, so that the tune hangs together."""
+        if motifs and self.rng.random() < 0.4:
+            return self.rng.choice(list(motifs.values())).rhythms
+        return tuple(tuple(_pick(self.rng, self.metre.figures)) for _ in self.metre.groups)  # type: ignore[arg-type]
+
+    def _new_bar(self, rhythms: tuple[tuple[float, ...], ...], chords: tuple[Chord, ...], end: int | None = None) -> _Bar:
+        """A bar whose groups start on chord tones; with `end`, its last group starts on that degree."""
+        anchors: list[int] = []
+        for chord in chords:
+            anchors.append(self._anchor(chord, anchors[-1] if anchors else self.last))
+        if end is not None:
+            anchors[-1] = end
+        degrees = []
+        for group, (rhythm, chord) in enumerate(zip(rhythms, chords, strict=True)):
+            target = anchors[group + 1] if group + 1 < len(anchors) else None
+            degrees.append(self._walk(anchors[group], target, len(rhythm), chord))
+        return _Bar(rhythms, chords, tuple(degrees))
+
+    def _anchor(self, chord: Chord, near: int) -> int:
+        """A chord tone close to `near`, drawn towards the middle of the range."""
+        tones = [degree for degree in range(self.lowest, self.highest + 1) if chord.has(degree)]
+        weights = [math.exp(-abs(tone - near) / 1.6 - abs(tone - self.centre) / 5.0) * (0.4 if tone == near else 1.0) for tone in tones]
+        return self.rng.choices(tones, weights=weights)[0]
+
+    def _walk(self, start: int, target: int | None, length: int, chord: Chord) -> tuple[int, ...]:
+        """`length` degrees from `start`, by steps and broken chords, such that `target` follows naturally."""
+        degrees = [start]
+        for left in range(length - 1, 0, -1):
+            here = degrees[-1]
+            moves, weights = [], []
+            for move, step_weight, chord_weight in ((1, 5.0, 5.0), (2, 0.6, 3.0), (3, 0.0, 1.2), (4, 0.0, 0.6), (0, 0.2, 0.6)):
+                for degree in {here + move, here - move}:
+                    if self.lowest <= degree <= self.highest:
+                        weight = chord_weight if chord.has(degree) else step_weight
+                        too_far = 0.0 if target is None else max(0.0, abs(target - degree) - 1.4 * left)
+                        pull = abs(degree - self.centre) / 8.0
+                        moves.append(degree)
+                        weights.append(weight * math.exp(-1.5 * too_far - pull))
+            degrees.append(self.rng.choices(moves, weights=weights)[0])
+        return tuple(degrees)
+
+    def _returning(self, motif: _Bar, chords: tuple[Chord, ...]) -> _Bar:
+        """The motif moved along the scale onto the chords of this bar, or a new melody on its rhythm where it cannot fit."""
+        shift = (chords[0].degree - motif.chords[0].degree) % 7
+        notes = [degree for group in motif.degrees for degree in group]
+        shifts = [shift + octave for octave in (-14, -7, 0) if min(notes) + shift + octave >= self.lowest]
+        shifts = [move for move in shifts if max(notes) + move <= self.highest]
+        fits = all((new.degree - old.degree) % 7 == shift for new, old in zip(chords, motif.chords, strict=True))
+        if not shifts or not fits:
+            return self._new_bar(motif.rhythms, chords)
+        move = min(shifts, key=abs)
+        return _Bar(motif.rhythms, chords, tuple(tuple(degree + move for degree in group) for group in motif.degrees))
+
+    def _cadence(self, chords: tuple[Chord, ...], closed: bool) -> _Bar:
+        """The last bar of a phrase: its last group rests on the root of the chord (closed: on the tonic)."""
+        rhythms = self.rng.choice(self.metre.closing)
+        goal = 0 if closed else chords[-1].degree
+        homes = [degree for degree in range(self.lowest, self.highest + 1) if degree % 7 == goal]
+        return self._new_bar(rhythms, chords, end=min(homes, key=lambda degree: abs(degree - self.last)))
+
+
+def _score(bars: list[_Bar], scale: Scale, metre: Metre) -> tuple[list[MelodyNote], list[ChordSpan]]:
+    """The notes and chords of bars that follow one another."""
+    notes: list[MelodyNote] = []
+    spans: list[ChordSpan] = []
+    for index, bar in enumerate(bars):
+        position = index * metre.quarters_per_bar
+        for group, (rhythm, chord, degrees) in enumerate(zip(bar.rhythms, bar.chords, bar.degrees, strict=True)):
+            if group == 0 or chord != bar.chords[group - 1]:
+                spans.append(ChordSpan(position, metre.groups[group], scale.triad(chord, LOWEST_CHORD_ROOT)))
+            else:
+                spans[-1] = ChordSpan(spans[-1].start_quarters, spans[-1].duration_quarters + metre.groups[group], spans[-1].pitches)
+            start = position
+            for number, (duration, degree) in enumerate(zip(rhythm, degrees, strict=True)):
+                notes.append(MelodyNote(start, duration, scale.pitch(degree, chord.leading), number == 0))
+                start += duration
+            position += metre.groups[group]
+    return notes, spans
+
+
+@beartype
+def compose_tune(dance: str, mode: str, rng: Random) -> Tune:
+    """Compose a tune.
+
+    Args:
+        dance: A kind of tune, a key of `DANCES`.
+        mode: "major" or "minor".
+        rng: Source of every choice; the same state gives the same tune.
+
+    Returns:
+        The tune, 32 bars long: two eight-bar parts in the order of a form of the dance, such as A A B B.
+
+    Raises:
+        ValueError: If the dance or the mode is not known.
+    """
+    if dance not in DANCES:
+        raise ValueError(f"unknown dance {dance!r}; known are {', '.join(sorted(DANCES))}.")
+    if mode not in SCALES:
+        raise ValueError(f"unknown mode {mode!r}; known are {', '.join(sorted(SCALES))}.")
+    kind = DANCES[dance]
+    metre = rng.choices([metre for metre, _ in kind.metres], weights=[weight for _, weight in kind.metres])[0]
+    scale = Scale(_pick(rng, KEYS[mode]), _pick(rng, SCALES[mode]))  # type: ignore[arg-type]
+    composer = _Composer(scale, mode, metre, rng)
+    parts = {"A": composer.part(), "B": composer.part()}
+    bars = [bar for letter in rng.choice(kind.forms) for bar in parts[letter]]
+    notes, chords = _score(bars, scale, metre)
+    return Tune(dance, mode, scale, metre, len(bars), tuple(notes), tuple(chords))

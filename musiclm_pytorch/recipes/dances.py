@@ -1,0 +1,131 @@
+"""The rhythms of the dances: metre, groups inside a bar, and the figures that fill a group.
+
+Durations are in quarter notes. A jig is in 6/8, so its bar lasts three quarters and falls into two groups of three eighths.
+"""
+
+from dataclasses import dataclass
+
+__all__ = ["DANCES", "Dance", "Metre"]
+
+Figure = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Metre:
+    """How the bars of one kind of tune are filled.
+
+    Args:
+        groups: Length in quarters of each group of a bar; a group starts on a strong beat.
+        figures: Rhythms that fill one group, with how often each is taken.
+        closing: Rhythms of the last bar of a phrase, one figure a group.
+        kick: Quarters inside the bar at which a bass drum plays.
+        snare: Quarters inside the bar at which a snare drum plays.
+    """
+
+    groups: tuple[float, ...]
+    figures: dict[Figure, float]
+    closing: tuple[tuple[Figure, ...], ...]
+    kick: tuple[float, ...]
+    snare: tuple[float, ...]
+
+    @property
+    def quarters_per_bar(self) -> float:
+        """Length of a bar, in quarters."""
+        return sum(self.groups)
+
+
+@dataclass(frozen=True)
+class Dance:
+    """A kind of tune: the metres it is written in (with weights) and the orders of its eight-bar parts."""
+
+    metres: tuple[tuple[Metre, float], ...]
+    forms: tuple[str, ...]
+
+
+_THIRD = 1 / 3
+
+_REEL = Metre(
+    groups=(2.0, 2.0),
+    figures={
+        (0.5, 0.5, 0.5, 0.5): 8.0,
+        (1.0, 0.5, 0.5): 4.0,
+        (0.5, 0.5, 1.0): 2.0,
+        (1.0, 1.0): 1.0,
+        (0.5, 0.25, 0.25, 0.5, 0.5): 0.7,
+        (1.5, 0.5): 0.7,
+    },
+    closing=(((0.5, 0.5, 0.5, 0.5), (1.0, 1.0)), ((1.0, 1.0), (2.0,)), ((0.5, 0.5, 0.5, 0.5), (2.0,)), ((1.0, 0.5, 0.5), (1.0, 1.0))),
+    kick=(0.0, 2.0),
+    snare=(1.0, 3.0),
+)
+_HORNPIPE = Metre(
+    groups=(2.0, 2.0),
+    figures={
+        (0.75, 0.25, 0.75, 0.25): 8.0,
+        (1.0, 0.75, 0.25): 3.0,
+        (0.75, 0.25, 1.0): 2.0,
+        (_THIRD, _THIRD, _THIRD, 0.75, 0.25): 2.0,
+        (1.0, 1.0): 1.0,
+    },
+    closing=(((0.75, 0.25, 0.75, 0.25), (1.0, 1.0)), ((1.0, 1.0), (2.0,)), ((1.0, 1.0), (1.0, 0.75, 0.25))),
+    kick=(0.0, 2.0),
+    snare=(1.0, 3.0),
+)
+_JIG = Metre(
+    groups=(1.5, 1.5),
+    figures={(0.5, 0.5, 0.5): 8.0, (1.0, 0.5): 4.0, (1.5,): 0.6, (0.75, 0.25, 0.5): 0.8, (0.5, 1.0): 0.3},
+    closing=(((0.5, 0.5, 0.5), (1.5,)), ((1.0, 0.5), (1.5,)), ((1.0, 0.5), (1.0, 0.5)), ((0.5, 0.5, 0.5), (1.0, 0.5))),
+    kick=(0.0,),
+    snare=(1.5,),
+)
+_SLIP_JIG = Metre(
+    groups=(1.5, 1.5, 1.5),
+    figures={(0.5, 0.5, 0.5): 7.0, (1.0, 0.5): 5.0, (1.5,): 0.8},
+    closing=(((0.5, 0.5, 0.5), (1.0, 0.5), (1.5,)), ((1.0, 0.5), (1.0, 0.5), (1.5,)), ((1.0, 0.5), (0.5, 0.5, 0.5), (1.5,))),
+    kick=(0.0,),
+    snare=(1.5, 3.0),
+)
+_WALTZ = Metre(
+    groups=(3.0,),
+    figures={
+        (1.0, 1.0, 1.0): 5.0,
+        (2.0, 1.0): 4.0,
+        (1.0, 0.5, 0.5, 1.0): 2.5,
+        (1.5, 0.5, 1.0): 2.0,
+        (1.0, 1.0, 0.5, 0.5): 2.0,
+        (0.5, 0.5, 0.5, 0.5, 0.5, 0.5): 1.5,
+    },
+    closing=(((3.0,),), ((2.0, 1.0),)),
+    kick=(0.0,),
+    snare=(1.0, 2.0),
+)
+_SONG = Metre(
+    groups=(2.0, 2.0),
+    figures={(1.0, 1.0): 5.0, (1.0, 0.5, 0.5): 4.0, (1.5, 0.5): 3.0, (0.5, 0.5, 1.0): 2.0, (0.5, 0.5, 0.5, 0.5): 2.5, (2.0,): 0.8},
+    closing=(((1.0, 1.0), (2.0,)), ((1.5, 0.5), (2.0,)), ((1.0, 0.5, 0.5), (2.0,))),
+    kick=(0.0, 2.0),
+    snare=(1.0, 3.0),
+)
+_MARCH = Metre(
+    groups=(2.0, 2.0),
+    figures={(1.0, 1.0): 4.0, (1.0, 0.5, 0.5): 5.0, (0.75, 0.25, 1.0): 3.0, (1.5, 0.5): 1.5, (0.5, 0.5, 0.5, 0.5): 4.0, (0.5, 0.5, 1.0): 2.0},
+    closing=(((1.0, 1.0), (2.0,)), ((0.5, 0.5, 0.5, 0.5), (1.0, 1.0)), ((1.0, 1.0), (1.0, 1.0))),
+    kick=(0.0, 2.0),
+    snare=(1.0, 3.0),
+)
+
+_DANCE_FORMS = ("AABB",)
+_SONG_FORMS = ("AABA", "ABAB", "AABB")
+
+# Every value of the label `dance`.
+DANCES: dict[str, Dance] = {
+    "reel": Dance(((_REEL, 1.0),), _DANCE_FORMS),
+    "jig": Dance(((_JIG, 1.0),), _DANCE_FORMS),
+    "hornpipe": Dance(((_HORNPIPE, 1.0),), _DANCE_FORMS),
+    "waltz": Dance(((_WALTZ, 1.0),), ("AABB", "AABA")),
+    "slip jig": Dance(((_SLIP_JIG, 1.0),), _DANCE_FORMS),
+    "folk tune": Dance(((_SONG, 3.0), (_WALTZ, 1.0), (_JIG, 1.0)), _SONG_FORMS),
+    "morris dance": Dance(((_MARCH, 2.0), (_JIG, 1.0)), _DANCE_FORMS),
+    "country dance": Dance(((_MARCH, 2.0), (_REEL, 1.0), (_JIG, 1.0)), _DANCE_FORMS),
+    "christmas carol": Dance(((_SONG, 3.0), (_WALTZ, 1.0)), _SONG_FORMS),
+}

@@ -1,0 +1,116 @@
+"""Turns performances into sound with FluidSynth and the FluidR3 General MIDI soundfont.
+
+Starting the synthesizer and loading 148 MB of soundfont costs more than a clip, so many performances go through one run: they
+stand one behind another in one MIDI file, with a silence between them in which the room's echo dies away.
+"""
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from beartype import beartype
+
+from musiclm_pytorch.recipes.midi import ControlChange, Note, ProgramChange, write_midi
+
+__all__ = ["SOUNDFONT", "find_synthesizer", "render_performances"]
+
+Event = Note | ProgramChange | ControlChange
+
+SOUNDFONT = Path("/usr/share/sounds/sf2/FluidR3_GM.sf2")
+
+# Silence behind every performance. With it a slot of 5 s is 7 s, a whole number of FluidSynth's blocks of 64 samples at
+# 24 kHz, so that every clip starts on a block exactly as a first one does.
+GAP_SECONDS = 2.0
+# FluidSynth's own master gain; low enough that a chord with drums stays far from clipping.
+GAIN = 0.3
+# The last samples fade to zero, so that cutting a clip is not heard as a click.
+FADE_SECONDS = 0.02
+
+
+@beartype
+def find_synthesizer(soundfont: Path = SOUNDFONT) -> str:
+    """The path of the `fluidsynth` command.
+
+    Args:
+        soundfont: General MIDI soundfont (.sf2) that has to be there too.
+
+    Returns:
+        The command.
+
+    Raises:
+        RuntimeError: If the command or the soundfont is missing; the message names the packages.
+    """
+    command = shutil.which("fluidsynth")
+    if command is None:
+        raise RuntimeError("the command `fluidsynth` is not installed; on Debian or Ubuntu: apt-get install fluidsynth fluid-soundfont-gm.")
+    if not soundfont.is_file():
+        raise RuntimeError(f"the soundfont {soundfont} is missing; on Debian or Ubuntu: apt-get install fluid-soundfont-gm.")
+    return command
+
+
+def _synthesize(events: Sequence[Event], seconds: float, sample_hz: int, soundfont: Path, folder: Path) -> Path:
+    """Render events to a stereo float WAV file of at least `seconds`."""
+    command = find_synthesizer(soundfont)
+    score, sound = folder / "score.mid", folder / "sound.wav"
+    write_midi(score, events, end_seconds=seconds)
+    arguments = [command, "-n", "-i", "-q", "-r", str(sample_hz), "-g", str(GAIN), "-T", "wav", "-O", "float"]
+    arguments += ["-o", "synth.cpu-cores=1", "-F", str(sound), str(soundfont), str(score)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    if done.returncode != 0 or not sound.is_file():
+        raise RuntimeError(f"fluidsynth failed with exit status {done.returncode}: {done.stderr.strip()[-500:]}")
+    return sound
+
+
+def _finish(wave: np.ndarray, peak: float, sample_hz: int) -> np.ndarray:
+    """Mono, faded at the end, scaled to a peak."""
+    mono = wave.mean(axis=1)
+    fade = round(FADE_SECONDS * sample_hz)
+    mono[-fade:] *= np.linspace(1.0, 0.0, fade, dtype=np.float32)
+    return mono * (peak / max(float(np.abs(mono).max()), 1e-6))
+
+
+@beartype
+def render_performances(
+    performances: Sequence[Sequence[Event]],
+    peaks: Sequence[float],
+    seconds: float = 5.0,
+    sample_hz: int = 24_000,
+    soundfont: Path = SOUNDFONT,
+) -> list[np.ndarray]:
+    """Render performances in one run of the synthesizer.
+
+    Args:
+        performances: MIDI events of each clip, from 0 s on.
+        peaks: Greatest absolute sample of each clip, 0..1.
+        seconds: Length of a clip.
+        sample_hz: Sampling rate, Hz.
+        soundfont: General MIDI soundfont (.sf2).
+
+    Returns:
+        One float32 array `[n]`, mono, for each performance.
+
+    Raises:
+        RuntimeError: If FluidSynth or the soundfont is missing, or FluidSynth fails.
+    """
+    import soundfile
+
+    slot_seconds = seconds + GAP_SECONDS
+    num_samples, slot_samples = round(seconds * sample_hz), round(slot_seconds * sample_hz)
+    events = [
+        replace(event, start_seconds=event.start_seconds + slot * slot_seconds)
+        for slot, performance in enumerate(performances)
+        for event in performance
+    ]
+    waves = []
+    with tempfile.TemporaryDirectory(prefix="musiclm-render-") as folder:
+        sound = _synthesize(events, slot_seconds * len(performances), sample_hz, soundfont, Path(folder))
+        with soundfile.SoundFile(sound) as file:
+            for slot, peak in enumerate(peaks):
+                file.seek(slot * slot_samples)
+                stereo = file.read(num_samples, dtype="float32", always_2d=True, fill_value=0.0)
+                waves.append(_finish(stereo, peak, sample_hz))
+    return waves

@@ -1,0 +1,83 @@
+"""Scales, chords and harmonic progressions: what composition needs of music theory.
+
+Melodies are thought in scale degrees (0 is the tonic, 7 the tonic an octave above, -1 the note below the tonic), so that a motif
+can be moved along the scale and stay in the key.
+"""
+
+from dataclasses import dataclass
+
+__all__ = ["CADENCES", "KEYS", "OPENINGS", "SCALES", "Chord", "Scale"]
+
+# Semitones above the tonic. The label `mode` names the family; a tune is written in one scale of it, with these weights.
+SCALES: dict[str, dict[tuple[int, ...], float]] = {
+    "major": {(0, 2, 4, 5, 7, 9, 11): 6.0, (0, 2, 4, 5, 7, 9, 10): 1.0},  # ionian, mixolydian
+    "minor": {(0, 2, 3, 5, 7, 8, 10): 3.0, (0, 2, 3, 5, 7, 9, 10): 2.0},  # aeolian, dorian
+}
+
+# MIDI pitches of the tonic in the octave a melody is written in: the keys that fiddles, flutes and accordions like.
+KEYS: dict[str, dict[int, float]] = {
+    "major": {62: 4.0, 67: 4.0, 69: 2.0, 60: 2.0, 65: 1.0, 70: 0.5, 64: 0.5},  # D G A C F B-flat E
+    "minor": {64: 4.0, 69: 3.0, 62: 2.0, 71: 1.5, 67: 1.0},  # e a d b g
+}
+
+
+@dataclass(frozen=True)
+class Chord:
+    """A triad on a degree of a scale.
+
+    Args:
+        degree: Degree of its root, 0..6.
+        leading: Whether the seventh degree of the scale is raised while it sounds (the major dominant of a minor key).
+    """
+
+    degree: int
+    leading: bool = False
+
+    def has(self, degree: int) -> bool:
+        """Whether the note on `degree` (any octave) belongs to the chord."""
+        return (degree - self.degree) % 7 in (0, 2, 4)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A seven-note scale.
+
+    Args:
+        tonic: MIDI pitch of degree 0.
+        steps: Semitones of the seven degrees above the tonic, ascending from 0.
+    """
+
+    tonic: int
+    steps: tuple[int, ...]
+
+    def pitch(self, degree: int, leading: bool = False) -> int:
+        """MIDI pitch of a degree; `leading` raises a minor seventh degree by a semitone."""
+        octave, step = divmod(degree, 7)
+        raised = int(leading and step == 6 and self.steps[6] == 10)
+        return self.tonic + 12 * octave + self.steps[step] + raised
+
+    def triad(self, chord: Chord, lowest: int) -> tuple[int, int, int]:
+        """MIDI pitches of a chord in root position whose root is the first one at or above `lowest`."""
+        root, third, fifth = (self.pitch(chord.degree + offset, chord.leading) for offset in (0, 2, 4))
+        shift = lowest + (root - lowest) % 12 - root
+        return root + shift, third + shift, fifth + shift
+
+
+def _bars(*bars: str) -> tuple[tuple[Chord, ...], ...]:
+    """Bars of chords from their degrees counted from 1: "1 5" is two chords in a bar; "5+" has the leading note."""
+    return tuple(tuple(Chord(int(name[0]) - 1, name.endswith("+")) for name in bar.split()) for bar in bars)
+
+
+# The first two bars of a phrase, by family of modes.
+OPENINGS = {
+    "major": [_bars(*pair) for pair in (("1", "1"), ("1", "4"), ("1", "5"), ("1", "6"), ("1", "2"), ("1 4", "1"), ("4", "1"))],
+    "minor": [_bars(*pair) for pair in (("1", "1"), ("1", "7"), ("1", "4"), ("1", "3"), ("1 7", "1"), ("1", "5"))],
+}
+
+# The last two bars of a phrase: open (it asks) or closed (it ends on the tonic).
+CADENCES = {
+    ("major", "open"): [_bars(*pair) for pair in (("1", "5"), ("4", "5"), ("2", "5"), ("1 4", "5"), ("6", "5"))],
+    ("major", "closed"): [_bars(*pair) for pair in (("5", "1"), ("4 5", "1"), ("1 5", "1"), ("2 5", "1"), ("1", "5 1"))],
+    ("minor", "open"): [_bars(*pair) for pair in (("1", "7"), ("4", "5+"), ("3", "7"), ("1 4", "5+"))],
+    ("minor", "closed"): [_bars(*pair) for pair in (("7", "1"), ("5+", "1"), ("4 5+", "1"), ("3 7", "1"), ("1", "7 1"))],
+}

@@ -1,0 +1,58 @@
+"""Fixtures that every test may use: seeded randomness and small synthetic sounds."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+WriteTone = Callable[..., Path]
+WriteFolder = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Start every test from the same random state, on one thread."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A random generator that is the same in every run."""
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def write_tone(tmp_path: Path) -> WriteTone:
+    """A function that writes a tone in a little noise under the test's folder and returns its path."""
+
+    def write(
+        name: str = "tone.wav", seconds: float = 1.0, sample_hz: int = 24000, tone_hz: float = 440.0, channels: int = 1
+    ) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        num_samples = round(seconds * sample_hz)
+        noise = np.random.default_rng(len(name)).standard_normal((num_samples, channels)) * 0.05
+        tone = 0.3 * np.sin(2 * np.pi * tone_hz * np.arange(num_samples) / sample_hz)
+        soundfile.write(path, tone[:, None] + noise, sample_hz)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def write_folder(tmp_path: Path, write_tone: WriteTone) -> WriteFolder:
+    """A function that writes a folder of tones of different pitch and returns its path."""
+
+    def write(name: str = "corpus", num_files: int = 3, seconds: float = 1.0, sample_hz: int = 24000) -> Path:
+        for number in range(num_files):
+            write_tone(f"{name}/{number:03d}.wav", seconds, sample_hz, tone_hz=220.0 + 55.0 * number)
+        return tmp_path / name
+
+    return write
