@@ -86,21 +86,35 @@ def decoded_info(path: str | Path) -> AudioInfo:
         path: An audio file.
 
     Returns:
-        As `audio_info`, with the number of samples that could be decoded.
+        As `audio_info`, with the number of samples that can be decoded.
 
     Raises:
-        ValueError: If the file cannot be decoded, holds no samples, or holds NaN or infinite samples.
+        ValueError: If the file cannot be decoded, is damaged, holds no samples, or holds NaN or infinite samples.
     """
     path = Path(path)
     num_samples = 0
     with _open(path) as file:
-        for block in file.blocks(blocksize=BLOCK_FRAMES, dtype="float32", always_2d=True):
+        for block in _blocks(file, file.frames):
             _refuse_non_finite(block, path)
             num_samples += len(block)
         info = AudioInfo(sample_hz=file.samplerate, num_samples=num_samples, channels=file.channels)
-    if num_samples == 0:
-        raise ValueError(f"{path}: the file holds no samples")
+        if num_samples == 0:
+            raise ValueError(f"{path}: the file holds no samples")
+        # An MP3 without an index (Xing header) only guesses its length; every other format knows it.
+        if num_samples < file.frames and file.format != "MP3":
+            raise ValueError(f"{path}: the file is damaged, {num_samples} of {file.frames} samples can be decoded")
     return info
+
+
+def _blocks(file: soundfile.SoundFile, num_frames: int) -> Iterator[np.ndarray]:
+    """Read up to `num_frames` from where the file stands, in blocks `[n, c]` float32.
+
+    One long read stops at the first hole of a damaged file, and soundfile's own `blocks` repeats old samples where a
+    file ends before its header says: this does neither.
+    """
+    while num_frames > 0 and len(block := file.read(min(num_frames, BLOCK_FRAMES), dtype="float32", always_2d=True)):
+        num_frames -= len(block)
+        yield block
 
 
 def _refuse_non_finite(samples: np.ndarray, path: Path) -> None:
@@ -149,7 +163,10 @@ def read_audio(
         count = total - start if duration_seconds is None else min(round(duration_seconds * to_hz), total - start)
         first, last, skip = resample_source_span(start, count, from_hz, to_hz)
         file.seek(first)
-        samples = file.read(min(last, file.frames) - first, dtype="float32", always_2d=True)
+        blocks = list(_blocks(file, min(last, file.frames) - first))
+    if not blocks:
+        raise ValueError(f"{path}: holds nothing at {start_seconds} s, though its header says so; the file is damaged")
+    samples = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
     _refuse_non_finite(samples, path)
     wave = _with_channels(np.ascontiguousarray(samples.T), channels, path)
     return resample(torch.from_numpy(wave), from_hz, to_hz)[:, skip : skip + count], to_hz

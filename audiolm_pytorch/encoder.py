@@ -6,22 +6,21 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
+from audiolm_pytorch.attention import PLAIN_PRODUCT_MAX_ROWS
+from audiolm_pytorch.layers import GatedFeedForward, RMSNorm, RotaryPositions, rotate
+
 __all__ = ["TransformerEncoder"]
 
 
-def _rotary_angles(positions: Tensor, dim_head: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `[b or 1, 1, t, dim_head]` of the rotation of every position (arXiv:2104.09864, eq. 34)."""
-    frequencies = theta ** (-torch.arange(0, dim_head, 2, device=positions.device, dtype=torch.float32) / dim_head)
-    angles = positions.to(torch.float32).unsqueeze(-1) * frequencies
-    angles = rearrange(torch.cat((angles, angles), dim=-1), "b t d -> b 1 t d")
-    return angles.cos(), angles.sin()
-
-
-def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the halves of the last axis of `x [b, h, t, d]`; in float32, for bfloat16 cannot hold long positions."""
-    cosines, sines = rotation
-    first, second = x.float().chunk(2, dim=-1)
-    return (torch.cat((first, second), dim=-1) * cosines + torch.cat((-second, first), dim=-1) * sines).type_as(x)
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Attention of `[b, h, t, d]` over keys that `key_mask [b, 1, 1, t]` allows, by the fastest way the device has."""
+    if queries.device.type != "cpu" or queries.dtype != torch.bfloat16 or queries.shape[2] > PLAIN_PRODUCT_MAX_ROWS:
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=key_mask)
+    # four times as fast as torch 2.13's fused kernel at 128 tokens (batch 64, 3 heads: 14 ms, not 57 ms, on one core)
+    scores = (queries * queries.shape[-1] ** -0.5) @ keys.mT
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask, -1e30)
+    return scores.softmax(dim=-1) @ values
 
 
 class _Attention(nn.Module):
@@ -33,26 +32,11 @@ class _Attention(nn.Module):
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(self, x: Tensor, key_mask: Tensor | None, angles: tuple[Tensor, Tensor] | None) -> Tensor:
         q, k, v = rearrange(self.to_qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
-        if rotation is not None:
-            q, k = _rotate(q, rotation), _rotate(k, rotation)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask)
-        return self.to_out(rearrange(out, "b h t d -> b t (h d)"))
-
-
-class _FeedForward(nn.Module):
-    """Gated feed-forward (GEGLU, arXiv:2002.05202), narrowed by 2/3 so that it costs what an ungated one does."""
-
-    def __init__(self, dim: int, mult: int) -> None:
-        super().__init__()
-        inner = max(8, 8 * round(dim * mult * 2 / 3 / 8))
-        self.to_gate_and_value = nn.Linear(dim, 2 * inner, bias=False)
-        self.to_out = nn.Linear(inner, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.to_gate_and_value(x).chunk(2, dim=-1)
-        return self.to_out(F.gelu(gate) * value)
+        if angles is not None:
+            q, k = rotate(q, *angles), rotate(k, *angles)
+        return self.to_out(rearrange(_attend(q, k, v, key_mask), "b h t d -> b t (h d)"))
 
 
 class _Block(nn.Module):
@@ -60,14 +44,16 @@ class _Block(nn.Module):
 
     def __init__(self, dim: int, heads: int, dim_head: int, ff_mult: int, dropout: float) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(dim, eps=1e-6)
+        # 2/3: a gated feed-forward then costs what one without a gate does
+        hidden_dim = max(8, 8 * round(dim * ff_mult * 2 / 3 / 8))
+        self.attention_norm = RMSNorm(dim)
         self.attention = _Attention(dim, heads, dim_head)
-        self.feed_forward_norm = nn.RMSNorm(dim, eps=1e-6)
-        self.feed_forward = _FeedForward(dim, ff_mult)
+        self.feed_forward_norm = RMSNorm(dim)
+        self.feed_forward = GatedFeedForward(dim, hidden_dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), key_mask, rotation))
+    def forward(self, x: Tensor, key_mask: Tensor | None, angles: tuple[Tensor, Tensor] | None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), key_mask, angles))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
@@ -103,21 +89,18 @@ class TransformerEncoder(nn.Module):
         sizes = {"dim": dim, "depth": depth, "heads": heads, "dim_head": dim_head, "ff_mult": ff_mult}
         if min(sizes.values()) < 1:
             raise ValueError(f"all sizes of the encoder must be >= 1, got {sizes}")
-        if rotary_theta is not None and dim_head % 2:
-            raise ValueError(f"rotary positions turn pairs of channels: dim_head must be even, got {dim_head}")
         self.dim = dim
         self.depth = depth
-        self.dim_head = dim_head
-        self.rotary_theta = rotary_theta
+        self.rotary = None if rotary_theta is None else RotaryPositions(dim_head, rotary_theta)
         self.blocks = nn.ModuleList(_Block(dim, heads, dim_head, ff_mult, dropout) for _ in range(depth))
-        self.norm = nn.RMSNorm(dim, eps=1e-6)
+        self.norm = RMSNorm(dim)
         self._init_weights()
 
     def _init_weights(self) -> None:
         """Draw normal weights; those that write to the residual stream shrink with depth, so that it starts near 1."""
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
-                scale = (2 * self.depth) ** -0.5 if name.endswith("to_out.weight") else 1.0
+                scale = (2 * self.depth) ** -0.5 if name.endswith(("to_out.weight", "down.weight")) else 1.0
                 nn.init.normal_(parameter, std=scale * parameter.shape[1] ** -0.5)
 
     def forward(
@@ -149,12 +132,13 @@ class TransformerEncoder(nn.Module):
             raise ValueError(f"mask must be bool {tuple(x.shape[:2])}, got {mask.dtype} {tuple(mask.shape)}")
         if return_layer is not None and not 0 <= return_layer <= self.depth:
             raise ValueError(f"return_layer must be in 0..{self.depth}, got {return_layer}")
-        rotation = None
-        if self.rotary_theta is not None:
+        angles = None
+        if self.rotary is not None:
             at = torch.arange(x.shape[1], device=x.device) if positions is None else positions
-            rotation = _rotary_angles(at if at.ndim == 2 else at.unsqueeze(0), self.dim_head, self.rotary_theta)
+            cos, sin = self.rotary(at if at.ndim == 2 else at.unsqueeze(0))
+            angles = cos.unsqueeze(1), sin.unsqueeze(1)
         key_mask = None if mask is None else rearrange(mask, "b t -> b 1 1 t")
         depth = self.depth if return_layer is None else return_layer
         for block in list(self.blocks)[:depth]:
-            x = block(x, key_mask, rotation)
+            x = block(x, key_mask, angles)
         return self.norm(x) if return_layer is None else x

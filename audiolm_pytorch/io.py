@@ -1,29 +1,24 @@
 """Saved modules: safetensors for the weights, JSON for everything else, and no pickle anywhere.
 
-A module class that can be saved carries `config` (JSON-able constructor numbers; composed parts as nested specs) and a classmethod
-`from_config(config)`, and is known by its class name once decorated with `register`. Two files make a saved module:
-`model.safetensors` and `config.json`.
+A module class that can be saved carries `config` (JSON-able constructor numbers; composed parts as nested specs) and a
+classmethod `from_config(config)`, and is known by its class name once decorated with `register`. Two files make a saved
+module: `model.safetensors` and `config.json`.
 """
 
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from beartype import beartype
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from audiolm_pytorch.files import read_json, read_weights, staged_files, write_json
+
 __all__ = [
-    "CONFIG_FILE",
-    "FORMAT_VERSION",
-    "WEIGHTS_FILE",
     "build_module",
     "fingerprint_of",
     "load_module",
@@ -31,26 +26,20 @@ __all__ = [
     "module_spec",
     "read_config",
     "read_json",
-    "read_weights",
     "register",
     "save_module",
-    "sync_to_disk",
     "weights_of",
     "write_json",
-    "write_weights",
 ]
 
-FORMAT_VERSION = 1
-WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
+_FORMAT_VERSION = 1
+_WEIGHTS_FILE = "model.safetensors"
+_CONFIG_FILE = "config.json"
 
 ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
 
 _RESERVED_KEYS = ("format_version", "class", "config", "save_id")
 _registry: dict[str, type[nn.Module]] = {}
-
-
-# ---------------------------------------------------------------------------------------------------------------- registry
 
 
 def register(cls: ModuleClass) -> ModuleClass:
@@ -69,7 +58,7 @@ def register(cls: ModuleClass) -> ModuleClass:
     if not callable(getattr(cls, "from_config", None)):
         raise TypeError(f"{cls.__qualname__} cannot be registered: it needs a classmethod from_config(config)")
     known = _registry.get(cls.__name__)
-    # A class defined again (a reloaded module, a notebook cell) replaces itself; two different classes would shadow each other.
+    # A class defined again (a reloaded module, a notebook cell) replaces itself; another one would be shadowed.
     if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
         raise ValueError(
             f"the name {cls.__name__} is taken by {known.__module__}.{known.__qualname__}; "
@@ -94,7 +83,9 @@ def module_spec(module: nn.Module) -> dict[str, Any]:
     """
     cls = type(module)
     if _registry.get(cls.__name__) is not cls:
-        raise TypeError(f"{cls.__name__} is not a registered module class; decorate it with audiolm_pytorch.io.register")
+        raise TypeError(
+            f"{cls.__name__} is not a registered module class; decorate it with audiolm_pytorch.io.register"
+        )
     config = getattr(module, "config", None)
     if not isinstance(config, Mapping):
         raise TypeError(f"{cls.__name__} needs an attribute or property `config` (a dict), got {type(config).__name__}")
@@ -123,54 +114,7 @@ def build_module(spec: Mapping[str, Any]) -> nn.Module:
             f"unknown module class {spec['class']!r}; known are {sorted(_registry)}. "
             "Import the package that defines it before loading"
         )
-    return cls.from_config(spec["config"])  # type: ignore[attr-defined, no-any-return]
-
-
-# -------------------------------------------------------------------------------------------------------------------- JSON
-
-
-@beartype
-def write_json(path: str | Path, obj: Any) -> None:
-    """Write an object as JSON so that a reader sees the old file or the new one, never a part.
-
-    Args:
-        path: The file; its folder is created where missing.
-        obj: Anything JSON can hold; NaN and infinities are refused, since no other reader accepts them.
-
-    Raises:
-        ValueError: The object is not JSON-able.
-    """
-    path = Path(path)
-    try:
-        text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"cannot write {path}: not JSON-able ({error})") from error
-    with _staged(path.parent) as stage:
-        (stage / path.name).write_text(text + "\n", encoding="utf-8")
-
-
-@beartype
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        What it holds.
-
-    Raises:
-        ValueError: The file is missing or is not JSON; the message names it.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no file {path}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a JSON file: {error}") from error
-
-
-# ----------------------------------------------------------------------------------------------------------------- weights
+    return cls.from_config(spec["config"])  # type: ignore[attr-defined]
 
 
 @beartype
@@ -193,7 +137,9 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
     seen_storages: set[int] = set()
     for name, value in module.state_dict().items():
         if not isinstance(value, Tensor):
-            raise ValueError(f"{name} of {type(module).__name__} is a {type(value).__name__}; only tensors can be saved")
+            raise ValueError(
+                f"{name} of {type(module).__name__} is a {type(value).__name__}; only tensors can be saved"
+            )
         view = _view_of(value)
         if view in seen_views:
             continue
@@ -239,47 +185,6 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], where: str = 
 
 
 @beartype
-def write_weights(path: str | Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write named tensors as a safetensors file so that a reader sees the old file or the new one.
-
-    Args:
-        path: The file; its folder is created where missing.
-        weights: Name to tensor, no two sharing memory (`weights_of` gives such).
-        metadata: Strings for the file's header.
-    """
-    path = Path(path)
-    with _staged(path.parent) as stage:
-        save_file(dict(weights), stage / path.name, metadata=dict(metadata or {}))
-
-
-@beartype
-def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its tensors (on the CPU) and the strings of its header.
-
-    Raises:
-        ValueError: The file is missing or damaged; the message names it.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
-    try:
-        with safe_open(path, framework="pt") as opened:
-            metadata = dict(opened.metadata() or {})
-        return load_file(path), metadata
-    except Exception as error:  # safetensors raises its own class, which derives from Exception alone
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-
-
-# ----------------------------------------------------------------------------------------------------------- saved modules
-
-
-@beartype
 def save_module(
     module: nn.Module, folder: str | Path, extra: dict[str, Any] | None = None, dtype: torch.dtype | None = None
 ) -> None:
@@ -289,7 +194,7 @@ def save_module(
         module: A module of a registered class.
         folder: Where; created where missing. Other files in it are left alone.
         extra: More JSON-able entries for `config.json` (`read_config` gives them back).
-        dtype: Floating type of the stored weights, e.g. `torch.float16` to halve the file; None keeps each tensor's own.
+        dtype: Floating type of the stored weights, e.g. `torch.float16` for half the size; None keeps each tensor's.
 
     Raises:
         TypeError: The module's class is not registered.
@@ -303,11 +208,11 @@ def save_module(
     if dtype is not None:
         weights = {name: _converted(name, tensor, dtype) for name, tensor in weights.items()}
     spec = module_spec(module)
-    # Two files cannot be replaced in one stroke: the same id in both betrays a save that was cut between the two renames.
+    # Two files cannot be replaced in one stroke: the id in both betrays a save that was cut between the two renames.
     save_id = _digest(spec, weights)
-    with _staged(folder) as stage:
-        save_file(weights, stage / WEIGHTS_FILE, metadata={"save_id": save_id})
-        write_json(stage / CONFIG_FILE, {"format_version": FORMAT_VERSION, **spec, "save_id": save_id, **extra})
+    with staged_files(folder) as stage:
+        save_file(weights, stage / _WEIGHTS_FILE, metadata={"save_id": save_id})
+        write_json(stage / _CONFIG_FILE, {"format_version": _FORMAT_VERSION, **spec, "save_id": save_id, **extra})
 
 
 @beartype
@@ -330,10 +235,10 @@ def load_module(folder: str | Path, expect: type | None = None, device: str | to
     module = build_module(config)
     if expect is not None and not isinstance(module, expect):
         raise ValueError(f"{folder} holds a {config['class']}, but a {expect.__name__} is needed")
-    weights, metadata = read_weights(folder / WEIGHTS_FILE)
+    weights, metadata = read_weights(folder / _WEIGHTS_FILE)
     if metadata.get("save_id") != config.get("save_id"):
         raise ValueError(
-            f"{folder / WEIGHTS_FILE} and {CONFIG_FILE} are not of the same save (one was interrupted or a file was "
+            f"{folder / _WEIGHTS_FILE} and {_CONFIG_FILE} are not of the same save (one was interrupted or a file was "
             "exchanged); save the module again"
         )
     load_weights(module, weights, where=f"the weights in {folder}")
@@ -353,14 +258,14 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: The folder or file is missing, damaged, or of a format that this version does not know.
     """
-    path = Path(folder) / CONFIG_FILE
+    path = Path(folder) / _CONFIG_FILE
     if not path.is_file():
-        raise ValueError(f"{folder} holds no saved module: there is no {CONFIG_FILE} in it")
+        raise ValueError(f"{folder} holds no saved module: there is no {_CONFIG_FILE} in it")
     config = read_json(path)
     version = config.get("format_version") if isinstance(config, dict) else None
-    if version != FORMAT_VERSION:
+    if version != _FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format_version {version!r}, this program reads {FORMAT_VERSION}; "
+            f"{path} has format_version {version!r}, this program reads {_FORMAT_VERSION}; "
             "install the release that wrote it, or save the module again"
         )
     missing = [key for key in ("class", "config") if key not in config]
@@ -382,9 +287,6 @@ def fingerprint_of(module: nn.Module) -> str:
     return _digest({"class": type(module).__name__, "config": getattr(module, "config", {})}, weights_of(module))
 
 
-# ----------------------------------------------------------------------------------------------------------------- private
-
-
 def _digest(spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
     """Hash a spec and named tensors (name, type, shape, bytes) into 16 hexadecimal digits."""
     digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode())
@@ -396,7 +298,7 @@ def _digest(spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
 
 
 def _view_of(tensor: Tensor) -> tuple[Any, ...]:
-    """Tell which memory a tensor shows and how: equal for tied tensors only; an empty tensor equals nothing but itself."""
+    """Tell which memory a tensor shows and how: equal for tied tensors only; an empty tensor equals itself alone."""
     if tensor.numel() == 0:
         return (id(tensor),)
     return (tensor.device, tensor.dtype, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
@@ -408,7 +310,9 @@ def _converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         return tensor
     converted = tensor.to(dtype)
     if not torch.equal(torch.isfinite(converted), torch.isfinite(tensor)):
-        raise ValueError(f"{name} has values up to {tensor.abs().max():.3g}, too large for {dtype}; store it as float32")
+        raise ValueError(
+            f"{name} has values up to {tensor.abs().max():.3g}, too large for {dtype}; store it as float32"
+        )
     return converted
 
 
@@ -430,32 +334,3 @@ def _shorten(names: list[str], limit: int = 8) -> str:
     """List the first names and count the rest."""
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
-
-
-@contextmanager
-def _staged(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder whose files are synced and renamed into `folder` when the block ends without an error."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as name:
-        stage = Path(name)
-        yield stage
-        files = sorted(stage.iterdir())
-        for file in files:
-            sync_to_disk(file)
-        for file in files:
-            os.replace(file, folder / file.name)
-        sync_to_disk(folder)
-
-
-@beartype
-def sync_to_disk(path: str | Path) -> None:
-    """Wait until the content of a file, or the list of names of a folder, is on the disk.
-
-    Args:
-        path: The file or folder.
-    """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

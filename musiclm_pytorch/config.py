@@ -154,23 +154,47 @@ _TINY = Preset(
         codebook_size=1024,
         num_quantizers=4,
         code_dim=16,
-        run=RunConfig(5000, 16, 1.0, 1e-3),
+        run=RunConfig(6000, 16, 1.0, 1e-3),
     ),
     semantic_tokenizer=SemanticConfig(
-        dim=192, depth=4, heads=3, layer=3, num_clusters=512, run=RunConfig(1500, 16, 5.0, 1e-3)
+        dim=192, depth=4, heads=3, layer=3, num_clusters=512, run=RunConfig(1200, 16, 5.0, 1e-3)
     ),
     mulan=MuLaNConfig(
-        dim=192, depth=4, heads=3, num_mels=64, text_vocab_size=1024, text_max_tokens=64, run=RunConfig(1500, 64, 5.0, 7e-4)
+        dim=192,
+        depth=4,
+        heads=3,
+        num_mels=64,
+        text_vocab_size=1024,
+        text_max_tokens=64,
+        run=RunConfig(600, 64, 5.0, 7e-4),
     ),
     quantizer=QuantizerConfig(num_quantizers=4, codebook_size=64),
     semantic=StageConfig(
-        dim=192, depth=6, heads=3, dropout=0.1, cond_drop_prob=0.1, level_drop_prob=0.2, run=RunConfig(3000, 32, 5.0, 1e-3)
+        dim=192,
+        depth=6,
+        heads=3,
+        dropout=0.1,
+        cond_drop_prob=0.1,
+        level_drop_prob=0.2,
+        run=RunConfig(3000, 32, 5.0, 1e-3),
     ),
     coarse=StageConfig(
-        dim=192, depth=6, heads=3, dropout=0.1, cond_drop_prob=0.1, level_drop_prob=0.2, run=RunConfig(3000, 16, 5.0, 1e-3)
+        dim=192,
+        depth=6,
+        heads=3,
+        dropout=0.1,
+        cond_drop_prob=0.1,
+        level_drop_prob=0.2,
+        run=RunConfig(3000, 16, 5.0, 1e-3),
     ),
     fine=StageConfig(
-        dim=128, depth=4, heads=2, dropout=0.1, cond_drop_prob=0.1, level_drop_prob=0.2, run=RunConfig(2000, 32, 2.0, 1e-3)
+        dim=128,
+        depth=4,
+        heads=2,
+        dropout=0.1,
+        cond_drop_prob=0.1,
+        level_drop_prob=0.2,
+        run=RunConfig(2000, 32, 2.0, 1e-3),
     ),
     num_coarse_quantizers=2,
 )

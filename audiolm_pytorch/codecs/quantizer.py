@@ -59,7 +59,8 @@ class ResidualQuantizer(nn.Module):
         codebook_dim: Width of the codes; frames are projected down to it and back.
         decay: Of the exponential averages.
         dead_below_share: A code used less often than this share of a uniform use is replaced by a random frame.
-        level_dropout: Whether training leaves out trailing levels at random, so that any number of levels decodes.
+        level_dropout: Share of the training batches in which trailing levels are left out at random, so that any number
+            of levels decodes (0.5 as in arXiv 2306.06546, section 3.4: always would cost quality with all levels).
         expected_frames: Frames in a training batch; only scales `dead_below_share`.
     """
 
@@ -73,7 +74,7 @@ class ResidualQuantizer(nn.Module):
         codebook_dim: int | None = None,
         decay: float = 0.95,
         dead_below_share: float = 0.1,
-        level_dropout: bool = True,
+        level_dropout: float = 0.5,
         expected_frames: int = 1600,
     ) -> None:
         super().__init__()
@@ -89,12 +90,13 @@ class ResidualQuantizer(nn.Module):
             expected_frames=expected_frames,
         )
         self.dim, self.codebook_size, self.num_quantizers = dim, codebook_size, num_quantizers
+        self.level_dropout = level_dropout
         self.rvq = ResidualVQ(
             dim=dim,
             codebook_dim=codebook_dim,
             codebook_size=codebook_size,
             num_quantizers=num_quantizers,
-            quantize_dropout=level_dropout,
+            quantize_dropout=level_dropout > 0,
             decay=decay,
             threshold_ema_dead_code=dead_below_share * expected_frames / codebook_size,
             rotation_trick=True,
@@ -108,6 +110,7 @@ class ResidualQuantizer(nn.Module):
 
     def forward(self, frames: Tensor) -> Quantized:
         """Frames `[b, f, d]` to their quantized form; updates the codebooks in training mode."""
+        self.rvq.quantize_dropout = self.training and bool(torch.rand(()) < self.level_dropout)
         with torch.autocast(frames.device.type, enabled=False):
             quantized, codes, losses = self.rvq(frames.float())
         return Quantized(quantized, codes, losses.sum())
@@ -120,17 +123,19 @@ class ResidualQuantizer(nn.Module):
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
         """Nearest codes of frames `[b, f, d]`, level by level: `[b, f, q]` int64."""
-        residual = self.rvq.project_in(frames.float())
+        residual = self._projected(frames)
         codes = []
         for codebook in self.codebooks:
-            # argmin |r - e|^2 = argmin |e|^2 - 2 r e: one matrix product, no cdist
-            distance = torch.addmm(
-                codebook.square().sum(dim=-1), rearrange(residual, "b f d -> (b f) d"), codebook.T, alpha=-2.0
-            )
-            index = rearrange(distance.argmin(dim=-1), "(b f) -> b f", b=residual.shape[0])
+            index = _nearest(rearrange(residual, "b f d -> (b f) d"), codebook)
+            index = rearrange(index, "(b f) -> b f", b=residual.shape[0])
             residual = residual - F.embedding(index, codebook)
             codes.append(index)
         return torch.stack(codes, dim=-1)
+
+    def _projected(self, frames: Tensor) -> Tensor:
+        """Frames in the codes' space, float32 whatever autocast says: distances in bf16 pick other codes."""
+        with torch.autocast(frames.device.type, enabled=False):
+            return self.rvq.project_in(frames.float())
 
     def decode(self, codes: Tensor) -> Tensor:
         """Sum of the code vectors of `codes [b, f, q']` (any q' up to all levels), projected to frames `[b, f, d]`."""
@@ -140,7 +145,7 @@ class ResidualQuantizer(nn.Module):
     @torch.no_grad()
     def initialise(self, frames: Tensor, iterations: int = 10) -> None:
         """Start every level from k-means over the residuals of `frames [n, d]`, which should come from many batches."""
-        residual = self.rvq.project_in(frames.float())
+        residual = self._projected(frames)
         for layer in self.rvq.layers:
             codebook, counts = _kmeans(residual, self.codebook_size, iterations)
             state = layer._codebook
@@ -153,7 +158,10 @@ class ResidualQuantizer(nn.Module):
 
 
 def _nearest(points: Tensor, centroids: Tensor) -> Tensor:
-    return torch.addmm(centroids.square().sum(dim=-1), points, centroids.T, alpha=-2.0).argmin(dim=-1)
+    """Index of the nearest of `centroids [v, d]` to each of `points [n, d]`, in float32 whatever autocast says."""
+    with torch.autocast(points.device.type, enabled=False):
+        # argmin |p - c|^2 = argmin |c|^2 - 2 p c: one matrix product, no cdist
+        return torch.addmm(centroids.square().sum(dim=-1), points, centroids.T, alpha=-2.0).argmin(dim=-1)
 
 
 def _kmeans(points: Tensor, num_clusters: int, iterations: int) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Training a codec: reconstruction with a multi-scale mel loss, on the one training loop."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from audiolm_pytorch.codecs.quantizer import code_usage
 from audiolm_pytorch.codecs.soundstream import SoundStream
 from audiolm_pytorch.data.batches import collate_crops
 from audiolm_pytorch.data.crops import CropDataset
-from audiolm_pytorch.data.manifest import load_split
-from audiolm_pytorch.training import LoopSettings, LossOutput, Phase, TrainLoop
+from audiolm_pytorch.data.manifest import AudioItem, training_items
+from audiolm_pytorch.io import save_module
+from audiolm_pytorch.training import LoopSettings, LossOutput, Phase, TrainLoop, TrainResult
 
 __all__ = ["CodecTask", "SoundStreamTrainer"]
 
@@ -111,22 +113,23 @@ class CodecTask:
 
 
 class SoundStreamTrainer:
-    """Trains a SoundStream on a folder of audio.
+    """Trains a SoundStream on a folder of audio, resumably.
 
     Args:
-        soundstream: The codec, `SoundStream` or `SpectralSoundStream`.
-        folder: Folder of audio files or JSONL manifest.
-        batch_size: Crops a step.
-        num_train_steps: Steps.
+        soundstream: The codec, `SoundStream` or `SpectralSoundStream`; trained in place.
+        folder: Folder of audio files or JSONL manifest; None when `items` is given.
+        items: Items to learn from and held-out items, instead of `folder`.
+        batch_size: Crops a step and process.
+        num_train_steps: Optimizer steps of the whole run.
         data_max_length: Samples of a crop at the codec's rate; exclusive with `data_max_length_seconds`.
-        data_max_length_seconds: Seconds of a crop.
-        results_folder: Where checkpoints and metrics go.
+        data_max_length_seconds: Seconds of a crop; 1 if neither is given.
+        results_folder: Where checkpoints and metrics go, and at the end the codec (`results_folder/codec`).
         unquantized_steps: Steps before the codebooks are initialised; a tenth of the run if not given.
-        accelerator: Shared with other trainers of the run, if any.
-        loop: Further fields of `LoopSettings`, e.g. `learning_rate`.
+        accelerator: Shared by all trainings of a program; None makes one.
+        **settings: Further fields of `LoopSettings`, e.g. `learning_rate`.
 
     Raises:
-        ValueError: If the folder holds no readable audio or the crop length is given twice.
+        ValueError: If there is not exactly one of `folder` and `items`, no readable audio, or two crop lengths.
     """
 
     @beartype
@@ -134,33 +137,47 @@ class SoundStreamTrainer:
         self,
         soundstream: SoundStream,
         *,
-        folder: str | Path,
+        folder: str | Path | None = None,
+        items: tuple[Sequence[AudioItem], Sequence[AudioItem]] | None = None,
         batch_size: int,
         num_train_steps: int,
         data_max_length: int | None = None,
-        data_max_length_seconds: float | None = None,
+        data_max_length_seconds: float | int | None = None,
         results_folder: str | Path = "./results/codec",
         unquantized_steps: int | None = None,
         accelerator: Accelerator | None = None,
-        **loop: Any,
+        **settings: Any,
     ) -> None:
         if data_max_length is not None and data_max_length_seconds is not None:
             raise ValueError("give data_max_length (samples) or data_max_length_seconds, not both")
         rate_hz = soundstream.target_sample_hz
-        seconds = data_max_length / rate_hz if data_max_length is not None else (data_max_length_seconds or 1.0)
-        settings = LoopSettings(**{"learning_rate": 1e-3, "betas": (0.8, 0.99), "max_grad_norm": 5.0, **loop, "num_train_steps": num_train_steps, "batch_size": batch_size})
-        train, valid = load_split(folder, min_seconds=soundstream.downsample_factor / rate_hz)
+        seconds = data_max_length / rate_hz if data_max_length is not None else float(data_max_length_seconds or 1.0)
+        defaults = {"learning_rate": 1e-3, "betas": (0.8, 0.99), "max_grad_norm": 5.0}
+        loop_settings = LoopSettings(
+            **{**defaults, **settings}, num_train_steps=num_train_steps, batch_size=batch_size
+        )
+        train, valid = training_items(folder, items, min_seconds=soundstream.downsample_factor / rate_hz)
         self.task = CodecTask(
             soundstream,
-            CropDataset(train, seconds, [rate_hz], seed=settings.seed),
-            CropDataset(valid, min(seconds * 3, 5.0), [rate_hz], seed=settings.seed),
+            CropDataset(train, seconds, [rate_hz], seed=loop_settings.seed),
+            CropDataset(valid, max(seconds, 3.0), [rate_hz], seed=loop_settings.seed),
             unquantized_steps=num_train_steps // 10 if unquantized_steps is None else unquantized_steps,
         )
-        self.loop = TrainLoop(self.task, settings, Path(results_folder), accelerator)
+        self.results_folder = Path(results_folder)
+        self.loop = TrainLoop(self.task, loop_settings, self.results_folder, accelerator)
 
-    def train(self) -> SoundStream:
-        """Run, or continue, to the last step and return the trained codec in eval mode."""
-        self.loop.train()
-        module = self.loop.final_module()
-        module.eval()
-        return self.task.codec
+    @beartype
+    def train(self, stop_after_steps: int | None = None) -> TrainResult:
+        """Train to the end, or for some steps, from wherever the folder's checkpoint stands.
+
+        Args:
+            stop_after_steps: Steps to do in this call at most; None runs to the end.
+
+        Returns:
+            Where the run stands now. At its end the codec holds the final weights, in eval mode.
+        """
+        result = self.loop.train(stop_after_steps)
+        if self.loop.is_finished:
+            self.loop.final_module()
+            save_module(self.task.codec, self.results_folder / "codec")
+        return result

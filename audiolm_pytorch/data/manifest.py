@@ -14,7 +14,7 @@ from beartype import beartype
 
 from audiolm_pytorch.audio import decoded_info
 
-__all__ = ["AudioItem", "ItemReport", "Rejected", "load_items", "load_split", "split_items"]
+__all__ = ["AudioItem", "ItemReport", "Rejected", "load_items", "load_split", "split_items", "training_items"]
 
 logger = logging.getLogger(__name__)
 
@@ -238,3 +238,30 @@ def load_split(
         train, valid = (load_items(manifest, min_seconds).items for manifest in manifests)
         return train, valid
     return split_items(load_items(source, min_seconds).items, valid_fraction, seed)
+
+
+@beartype
+def training_items(
+    folder: str | Path | None,
+    items: tuple[Sequence[AudioItem], Sequence[AudioItem]] | None,
+    min_seconds: float | int = 0.0,
+) -> tuple[list[AudioItem], list[AudioItem]]:
+    """What a trainer learns from and validates on, from whichever source its caller has.
+
+    Args:
+        folder: As for `load_split`.
+        items: Training and validation items that are at hand already.
+        min_seconds: Shorter files of a folder are rejected.
+
+    Returns:
+        Training and validation items; where there is nothing to validate on, the training items serve for that too.
+
+    Raises:
+        ValueError: If both or neither are given, or there is nothing to learn from.
+    """
+    if (folder is None) == (items is None):
+        raise ValueError("give either a folder (or manifest) of audio or (train, valid) items")
+    train, valid = items if items is not None else load_split(folder or "", min_seconds=min_seconds)
+    if not train:
+        raise ValueError("there is no audio to learn from: the training items are empty")
+    return list(train), list(valid) or list(train)

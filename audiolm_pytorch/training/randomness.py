@@ -11,16 +11,21 @@ import torch
 __all__ = ["preserved_generators", "seed_generators"]
 
 
-def seed_generators(seed: int, *position: int | str) -> None:
+def seed_generators(seed: int, *position: int | str, device: torch.device) -> None:
     """Seed the global generators of torch, numpy and `random` from a seed and a position in the run.
 
     Args:
         seed: Seed of the run.
         position: Anything that tells the moment, e.g. step and rank; hashed, so that neighbours are unrelated.
+        device: Where the run computes; its generator is seeded besides that of the CPU.
     """
     name = "/".join(str(part) for part in (seed, *position))
     digest = hashlib.sha256(name.encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:7], "little"))
+    torch_seed = int.from_bytes(digest[:7], "little")
+    # torch.manual_seed notes the stack that asked for every kind of device that is not there: 1.5 ms (torch 2.13, CPU).
+    torch.default_generator.manual_seed(torch_seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(torch_seed)
     np.random.seed(int.from_bytes(digest[8:12], "little"))
     random.seed(int.from_bytes(digest[16:24], "little"))
 

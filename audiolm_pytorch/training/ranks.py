@@ -73,13 +73,14 @@ def average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Paramete
     agreed = accelerator.reduce(torch.cat([present, loss.detach().float().reshape(1)]), reduction="mean")
     used = [parameter for parameter, share in zip(parameters, agreed[:-1].tolist(), strict=True) if share > 0]
     for bucket in _buckets(used):
-        gradients = [
-            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in bucket
-        ]
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        parts = accelerator.reduce(flat, reduction="mean").split([gradient.numel() for gradient in gradients])
-        for parameter, part in zip(bucket, parts, strict=True):
-            parameter.grad = part.view_as(parameter)
+        for parameter in bucket:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
+        flat = accelerator.reduce(torch.cat([gradient.reshape(-1) for gradient in gradients]), reduction="mean")
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
     return agreed[-1]
 
 

@@ -22,7 +22,7 @@ class LoopSettings:
 
     Args:
         num_train_steps: Optimizer steps of the whole run.
-        batch_size: Items in one forward pass of one process; a step sees `batch_size * grad_accum_every * processes` items.
+        batch_size: Items in one forward of one process; a step sees `batch_size * grad_accum_every * processes` items.
         learning_rate: Peak of the schedule (see `learning_rate_at`).
         warmup_steps: Steps of linear warm-up.
         final_lr_fraction: Learning rate of the last step as a fraction of the peak.
@@ -65,7 +65,7 @@ class LoopSettings:
               self.checkpoint_every_steps, "1 or more, or None")  # fmt: skip
         for name in ("learning_rate", "max_grad_norm", "checkpoint_every_seconds"):
             _need(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        for name in ("warmup_steps", "weight_decay"):
+        for name in ("warmup_steps", "weight_decay", "seed"):
             _need(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _need(0 <= self.final_lr_fraction <= 1, "final_lr_fraction", self.final_lr_fraction, "from 0 to 1")
         _need(all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "two numbers from 0 to below 1")
@@ -121,11 +121,15 @@ class Task(Protocol):
 
     @property
     def module(self) -> nn.Module:
-        """One container of everything that is trained and checkpointed; the loop moves it to its device."""
+        """One container of everything that is trained and checkpointed.
+
+        The loop moves it to its device and calls `train()` and `eval()` on it as a whole; a frozen part inside stays in
+        eval mode by its own `train`.
+        """
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """Run one after another in each step, on the same batches: one for a language model, two for a codec with critics."""
+        """Run one after another in each step, on the same batches: one for a language model, two for a GAN codec."""
 
     @property
     def num_items(self) -> int:
@@ -133,7 +137,7 @@ class Task(Protocol):
 
     @property
     def chance(self) -> dict[str, float]:
-        """Metric name to the value that guessing would reach, e.g. `{"loss": math.log(512)}`; reported beside the metric."""
+        """Metric name to what guessing reaches, e.g. `{"loss": math.log(512)}`; reported beside the metric."""
 
     def batch(self, indices: list[tuple[int, int]]) -> Any:
         """Make a batch from (epoch, index) pairs; a pure function of them and of the seeded global generators.
@@ -157,4 +161,4 @@ class Task(Protocol):
         """
 
     def before_training(self) -> None:
-        """Do what needs data before step 0 (k-means codebooks, …); its effect must live in `module`. Not called on resume."""
+        """Do what needs data before step 0 (k-means codebooks, …); its effect lives in `module`. Skipped on resume."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-__all__ = ["MetricsFile", "MetricWindow", "progress_bar", "with_chance"]
+__all__ = ["MetricsFile", "MetricWindow", "finite_or_none", "progress_bar", "with_chance"]
 
 
 class MetricsFile:
@@ -31,7 +31,7 @@ class MetricsFile:
         Args:
             row: Name to number, string or None.
         """
-        values = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
+        values = {name: finite_or_none(value) for name, value in row.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
@@ -83,13 +83,31 @@ class MetricWindow:
         """Give all values as numbers; this waits for the device."""
         return {name: _numbers(values) for name, values in self._values.items()}
 
-    def load(self, values: Mapping[str, list[float]]) -> None:
-        """Take over what `read` gave, in place of what is here.
+    def state(self) -> dict[str, list[float | None]]:
+        """Give all values as JSON can hold them."""
+        return {name: [finite_or_none(value) for value in values] for name, values in self.read().items()}
+
+    def load_state(self, state: Mapping[str, list[float | None]]) -> None:
+        """Take over what `state` gave, in place of what is here.
 
         Args:
-            values: Name to numbers.
+            state: Name to numbers; None stands for one that was not finite.
         """
-        self._values = {name: list(numbers) for name, numbers in values.items()}
+        self._values = {
+            name: [math.nan if value is None else value for value in values] for name, values in state.items()
+        }
+
+
+def finite_or_none(value: Any) -> Any:
+    """Replace a number that JSON cannot hold (NaN, infinities) by None.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        The value, or None.
+    """
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def with_chance(values: Mapping[str, float], chance: Mapping[str, float]) -> dict[str, float]:
@@ -123,6 +141,8 @@ def progress_bar(name: str, done: int, total: int, shown: bool) -> tqdm:
 
 def _numbers(values: list[Tensor | float]) -> list[float]:
     """Read scalars, those on a device in one transfer."""
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    read = iter(torch.stack([tensor.double().reshape(()) for tensor in tensors]).tolist() if tensors else [])
-    return [next(read) if isinstance(value, Tensor) else value for value in values]
+    elsewhere = [value.detach() for value in values if isinstance(value, Tensor) and value.device.type != "cpu"]
+    read = iter(torch.stack([tensor.float() for tensor in elsewhere]).tolist() if elsewhere else [])
+    return [
+        next(read) if isinstance(value, Tensor) and value.device.type != "cpu" else float(value) for value in values
+    ]

@@ -17,9 +17,9 @@ __all__ = ["SigmoidContrastiveLearning", "SoftmaxContrastiveLearning", "gather_b
 class _ContrastiveLoss(nn.Module):
     """A learned temperature, and the similarities of all pairs of the global batch.
 
-    Under data parallelism every process computes the loss of the joined batch. Gradients that arrive at gathered latents
-    are summed over processes, and data parallelism averages the gradients of parameters: both together give exactly what
-    one process gets from the joined batch. Every process must therefore compute the loss, or none.
+    Under data parallelism every process computes the loss of the joined batch. Gradients that arrive at gathered
+    latents are summed over processes, and data parallelism averages the gradients of parameters: both together give
+    exactly what one process gets from the joined batch. Every process must therefore compute the loss, or none.
 
     Args:
         init_temperature: Temperature at the start; learned from there.

@@ -15,8 +15,15 @@ __all__ = ["FULL_FRACTION", "caption_variants"]
 # The share of captions that mention most of what is labelled; the others mention an instrument and a thing or two.
 FULL_FRACTION = 0.62
 
-# The label that has to be there for a slot to be filled; accompaniment and register are left out when they are not labelled.
-_LABEL_OF_SLOT = {"instrument": "instrument", "tempo": "tempo", "pace": "tempo", "dance": "dance", "mode": "mode", "key": "mode"}
+# The label that has to be there for a slot to be filled; accompaniment and register are left out when not labelled.
+_LABEL_OF_SLOT = {
+    "instrument": "instrument",
+    "tempo": "tempo",
+    "pace": "tempo",
+    "dance": "dance",
+    "mode": "mode",
+    "key": "mode",
+}
 
 _JOINERS = (" with ", " with ", " with ", " accompanied by ", " over ", " backed by ")
 
@@ -46,7 +53,9 @@ def _backing(labels: Mapping[str, Any], words: Wordings, rng: Random) -> str:
     if labels.get("drums"):
         players.append(rng.choice(words.drums))
     if players:
-        return rng.choice(_JOINERS) + " and ".join(players)
+        # Not "accompanied by guitar accompaniment".
+        joiners = _JOINERS if "accompaniment" not in players[0] else (" with ",)
+        return rng.choice(joiners) + " and ".join(players)
     return rng.choice(words.solo) if _is_solo(labels) else ""
 
 
@@ -70,11 +79,15 @@ def _fill(template: str, labels: Mapping[str, Any], words: Wordings, rng: Random
 
 def _check(labels: Mapping[str, Any]) -> None:
     """Refuse values there is no word for, by name."""
-    for label, known in (("instrument", TRAINING.instrument), ("tempo", TRAINING.tempo), ("dance", TRAINING.dance)) + (
-        ("mode", TRAINING.mode),
-        ("chords", TRAINING.chords),
-        ("register", TRAINING.register),
-    ):
+    known_values = {
+        "instrument": TRAINING.instrument,
+        "tempo": TRAINING.tempo,
+        "dance": TRAINING.dance,
+        "mode": TRAINING.mode,
+        "chords": TRAINING.chords,
+        "register": TRAINING.register,
+    }
+    for label, known in known_values.items():
         value = labels.get(label)
         if value is not None and value not in known:
             raise ValueError(f"no wording for {label} {value!r}; known are {', '.join(sorted(known))}.")
@@ -85,15 +98,15 @@ def caption_variants(labels: Mapping[str, Any], rng: Random, count: int, held_ou
     """Different captions of one clip.
 
     Args:
-        labels: Any of `instrument, tempo, dance, mode, chords, drums, register` with the values of a manifest; what is absent (or
-            None; for `chords`, None says that there are none) is not mentioned.
+        labels: Any of `instrument, tempo, dance, mode, chords, drums, register` with the values of a manifest; what is
+            absent (or None; for `chords`, None says that there are none) is not mentioned.
         rng: Source of the choices.
         count: How many captions, >= 1.
         held_out: Use the wordings that no training caption uses.
 
     Returns:
-        `count` captions that differ from one another, in lower case without a full stop. Fewer when the labels give too little to
-        say.
+        `count` captions that differ from one another, in lower case without a full stop. Fewer when the labels give too
+        little to say.
 
     Raises:
         ValueError: If a value has no wording, `count` is below 1, or the labels fit no template.
@@ -105,7 +118,9 @@ def caption_variants(labels: Mapping[str, Any], rng: Random, count: int, held_ou
     full = [template for template in words.full if _suits(template, labels)]
     partial = [template for template in words.partial if _suits(template, labels)]
     if not full and not partial:
-        raise ValueError(f"no caption can be made of the labels {sorted(labels)}; give at least an instrument or a tempo, mode and dance.")
+        raise ValueError(
+            f"no caption can be made of the labels {sorted(labels)}; give an instrument, or a tempo, mode and dance."
+        )
     captions: list[str] = []
     # Twenty tries a caption: the few templates of sparse labels repeat themselves.
     for _ in range(20 * count):

@@ -1,13 +1,14 @@
 """Composes tunes: eight-bar parts of two four-bar phrases, built from motifs over a harmonic progression.
 
-The first phrase of a part ends open, the second takes up its first two bars and ends closed on the tonic. Strong beats carry
-chord tones, the notes between them walk along the scale or break the chord, and a motif that returns is moved along the scale
-so that it fits the chord it returns over.
+The first phrase of a part ends open, the second takes up its first two bars and ends closed on the tonic. Strong beats
+carry chord tones, the notes between them walk along the scale or break the chord, and a motif that returns is moved
+along the scale so that it fits the chord it returns over.
 """
 
 import math
 from dataclasses import dataclass
 from random import Random
+from typing import TypeVar
 
 from beartype import beartype
 
@@ -23,13 +24,16 @@ LOWEST_PITCH, CENTRE_PITCH, HIGHEST_PITCH = 61, 72, 83
 # Roots of accompanying chords lie in the octave from here (C2, 65.4 Hz) upwards, whatever the register of the melody.
 LOWEST_CHORD_ROOT = 36
 
+# The share of tunes whose accompanist strikes the chord again inside a bar.
+BUSY_FRACTION = 0.4
+
 # Which motif each bar of a phrase takes; the cadence is a motif of its own.
 _PHRASE_PLANS = ("abaz", "aabz", "abcz", "abbz")
 
 
 @dataclass(frozen=True)
 class MelodyNote:
-    """A note of the melody: start and duration in quarters from the start of the tune, MIDI pitch, whether it is on a strong beat."""
+    """A note of the melody: start and duration in quarters, MIDI pitch, whether it is on a strong beat."""
 
     start_quarters: float
     duration_quarters: float
@@ -39,7 +43,7 @@ class MelodyNote:
 
 @dataclass(frozen=True)
 class ChordSpan:
-    """An accompanying chord: start and duration in quarters from the start of the tune, MIDI pitches from the root upwards."""
+    """An accompanying chord: start and duration in quarters (from the start of the tune), MIDI pitches, root first."""
 
     start_quarters: float
     duration_quarters: float
@@ -83,7 +87,11 @@ class _Bar:
     degrees: tuple[tuple[int, ...], ...]
 
 
-def _pick(rng: Random, weighted: dict) -> object:
+_Choice = TypeVar("_Choice")
+
+
+def _pick(rng: Random, weighted: dict[_Choice, float]) -> _Choice:
+    """One of the keys, as often as its weight says."""
     return rng.choices(list(weighted), weights=list(weighted.values()))[0]
 
 
@@ -104,7 +112,8 @@ class _Composer:
         plan = rng.choice(_PHRASE_PLANS)
         question = self._phrase([*opening, *rng.choice(CADENCES[self.mode, "open"])], plan, {}, closed=False)
         answer_plan = plan[:2] + rng.choice(("a", "b", "d")) + "y"
-        motifs = dict(zip(plan, question, strict=True))
+        # A motif is remembered as it was first heard, not as it returned.
+        motifs = dict(zip(reversed(plan), reversed(question), strict=True))
         answer = self._phrase([*opening, *rng.choice(CADENCES[self.mode, "closed"])], answer_plan, motifs, closed=True)
         return question + answer
 
@@ -115,7 +124,11 @@ class _Composer:
             if position == len(plan) - 1:
                 bar = self._cadence(chords, closed)
             else:
-                bar = self._returning(motifs[motif], chords) if motif in motifs else self._new_bar(self._rhythms(motifs), chords)
+                bar = (
+                    self._returning(motifs[motif], chords)
+                    if motif in motifs
+                    else self._new_bar(self._rhythms(motifs), chords)
+                )
                 motifs.setdefault(motif, bar)
             self.last = bar.degrees[-1][-1]
             bars.append(bar)
@@ -132,9 +145,11 @@ class _Composer:
         """A bar's rhythm: often one that was heard before, so that the tune hangs together."""
         if motifs and self.rng.random() < 0.4:
             return self.rng.choice(list(motifs.values())).rhythms
-        return tuple(tuple(_pick(self.rng, self.metre.figures)) for _ in self.metre.groups)  # type: ignore[arg-type]
+        return tuple(_pick(self.rng, self.metre.figures) for _ in self.metre.groups)
 
-    def _new_bar(self, rhythms: tuple[tuple[float, ...], ...], chords: tuple[Chord, ...], end: int | None = None) -> _Bar:
+    def _new_bar(
+        self, rhythms: tuple[tuple[float, ...], ...], chords: tuple[Chord, ...], end: int | None = None
+    ) -> _Bar:
         """A bar whose groups start on chord tones; with `end`, its last group starts on that degree."""
         anchors: list[int] = []
         for chord in chords:
@@ -150,7 +165,10 @@ class _Composer:
     def _anchor(self, chord: Chord, near: int) -> int:
         """A chord tone close to `near`, drawn towards the middle of the range."""
         tones = [degree for degree in range(self.lowest, self.highest + 1) if chord.has(degree)]
-        weights = [math.exp(-abs(tone - near) / 1.6 - abs(tone - self.centre) / 5.0) * (0.4 if tone == near else 1.0) for tone in tones]
+        weights = [
+            math.exp(-abs(tone - near) / 1.6 - abs(tone - self.centre) / 5.0) * (0.4 if tone == near else 1.0)
+            for tone in tones
+        ]
         return self.rng.choices(tones, weights=weights)[0]
 
     def _walk(self, start: int, target: int | None, length: int, chord: Chord) -> tuple[int, ...]:
@@ -159,7 +177,13 @@ class _Composer:
         for left in range(length - 1, 0, -1):
             here = degrees[-1]
             moves, weights = [], []
-            for move, step_weight, chord_weight in ((1, 5.0, 5.0), (2, 0.6, 3.0), (3, 0.0, 1.2), (4, 0.0, 0.6), (0, 0.2, 0.6)):
+            for move, step_weight, chord_weight in (
+                (1, 5.0, 5.0),
+                (2, 0.6, 3.0),
+                (3, 0.0, 1.2),
+                (4, 0.0, 0.6),
+                (0, 0.2, 0.6),
+            ):
                 for degree in {here + move, here - move}:
                     if self.lowest <= degree <= self.highest:
                         weight = chord_weight if chord.has(degree) else step_weight
@@ -171,7 +195,7 @@ class _Composer:
         return tuple(degrees)
 
     def _returning(self, motif: _Bar, chords: tuple[Chord, ...]) -> _Bar:
-        """The motif moved along the scale onto the chords of this bar, or a new melody on its rhythm where it cannot fit."""
+        """The motif moved along the scale onto this bar's chords, or a new melody on its rhythm if it cannot fit."""
         shift = (chords[0].degree - motif.chords[0].degree) % 7
         notes = [degree for group in motif.degrees for degree in group]
         shifts = [shift + octave for octave in (-14, -7, 0) if min(notes) + shift + octave >= self.lowest]
@@ -190,17 +214,19 @@ class _Composer:
         return self._new_bar(rhythms, chords, end=min(homes, key=lambda degree: abs(degree - self.last)))
 
 
-def _score(bars: list[_Bar], scale: Scale, metre: Metre) -> tuple[list[MelodyNote], list[ChordSpan]]:
-    """The notes and chords of bars that follow one another."""
+def _score(bars: list[_Bar], scale: Scale, metre: Metre, busy: bool) -> tuple[list[MelodyNote], list[ChordSpan]]:
+    """The notes and chords of a row of bars; a busy accompanist strikes on every group, another one once a chord."""
     notes: list[MelodyNote] = []
     spans: list[ChordSpan] = []
     for index, bar in enumerate(bars):
         position = index * metre.quarters_per_bar
         for group, (rhythm, chord, degrees) in enumerate(zip(bar.rhythms, bar.chords, bar.degrees, strict=True)):
-            if group == 0 or chord != bar.chords[group - 1]:
+            if busy or group == 0 or chord != bar.chords[group - 1]:
                 spans.append(ChordSpan(position, metre.groups[group], scale.triad(chord, LOWEST_CHORD_ROOT)))
             else:
-                spans[-1] = ChordSpan(spans[-1].start_quarters, spans[-1].duration_quarters + metre.groups[group], spans[-1].pitches)
+                spans[-1] = ChordSpan(
+                    spans[-1].start_quarters, spans[-1].duration_quarters + metre.groups[group], spans[-1].pitches
+                )
             start = position
             for number, (duration, degree) in enumerate(zip(rhythm, degrees, strict=True)):
                 notes.append(MelodyNote(start, duration, scale.pitch(degree, chord.leading), number == 0))
@@ -230,9 +256,9 @@ def compose_tune(dance: str, mode: str, rng: Random) -> Tune:
         raise ValueError(f"unknown mode {mode!r}; known are {', '.join(sorted(SCALES))}.")
     kind = DANCES[dance]
     metre = rng.choices([metre for metre, _ in kind.metres], weights=[weight for _, weight in kind.metres])[0]
-    scale = Scale(_pick(rng, KEYS[mode]), _pick(rng, SCALES[mode]))  # type: ignore[arg-type]
+    scale = Scale(_pick(rng, KEYS[mode]), _pick(rng, SCALES[mode]))
     composer = _Composer(scale, mode, metre, rng)
     parts = {"A": composer.part(), "B": composer.part()}
     bars = [bar for letter in rng.choice(kind.forms) for bar in parts[letter]]
-    notes, chords = _score(bars, scale, metre)
+    notes, chords = _score(bars, scale, metre, busy=rng.random() < BUSY_FRACTION)
     return Tune(dance, mode, scale, metre, len(bars), tuple(notes), tuple(chords))

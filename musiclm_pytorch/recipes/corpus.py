@@ -2,8 +2,8 @@
 
     python -m musiclm_pytorch.recipes.corpus --out corpus --num-train 4000 --num-valid 200 --seed 0
 
-Everything is decided by (seed, split, number of the clip) before anything is rendered, so a run that was interrupted goes on where
-it stopped, and the labels of a seed are always the same.
+Everything is decided by (seed, split, number of the clip) before anything is rendered, so an interrupted run goes on
+where it stopped, and the labels of a seed are always the same.
 """
 
 import argparse
@@ -33,8 +33,8 @@ CLIPS_PER_RUN = 100
 CAPTIONS_PER_CLIP = 6
 NUM_WORKERS = 2
 
-# Pairs of label values that no training clip has together; each value occurs with all others. One valid clip in five has one of
-# these pairs (field `held_out_pair`), so that it can be measured whether a model puts known attributes together anew.
+# Pairs of label values that no training clip has together; each value occurs with all others. One valid clip in five
+# has one of these pairs (field `held_out_pair`): they measure whether a model puts known attributes together anew.
 HELD_OUT_PAIRS: tuple[tuple[tuple[str, str], tuple[str, str]], ...] = (
     (("instrument", "harpsichord"), ("tempo", "slow")),
     (("instrument", "accordion"), ("register", "low")),
@@ -84,11 +84,13 @@ def _holds(labels: dict[str, Any], pair: tuple[tuple[str, str], tuple[str, str]]
 
 
 def _draw_labels(rng: Random, dance: str, split: str) -> dict[str, Any]:
-    """Labels of a clip of a given dance: training clips avoid the held-out pairs, valid clips have one of them on purpose or none."""
+    """Labels of a clip of a given dance; only valid clips have a held-out pair, and they have it on purpose."""
     wanted = [pair for pair in HELD_OUT_PAIRS if ("dance", dance) in pair or all(name != "dance" for name, _ in pair)]
     pair = rng.choice(wanted) if split == "valid" and rng.random() < _HELD_OUT_VALID_FRACTION else None
     while True:
-        labels = {name: rng.choices(list(values), weights=list(values.values()))[0] for name, values in _LABEL_WEIGHTS.items()}
+        labels = {
+            name: rng.choices(list(values), weights=list(values.values()))[0] for name, values in _LABEL_WEIGHTS.items()
+        }
         labels |= dict(pair or ()) | {"dance": dance}
         if pair is not None or not any(_holds(labels, other) for other in HELD_OUT_PAIRS):
             return labels | {"held_out_pair": pair is not None}
@@ -132,16 +134,26 @@ def plan_clip(split: str, index: int, seed: int) -> ClipPlan:
     described = drawn | {"mode": tune.mode}
     described = {label: described[label] for label in order}
     row = {"audio": f"clips/{split}-{index:05d}.ogg"} | _captions(described, split, rng) | described
-    row |= {"bpm": bpm, "tune": name, "held_out_pair": drawn["held_out_pair"], "duration": CLIP_SECONDS, "sample_rate": SAMPLE_HZ}
+    row |= {
+        "bpm": bpm,
+        "tune": name,
+        "held_out_pair": drawn["held_out_pair"],
+        "duration": CLIP_SECONDS,
+        "sample_rate": SAMPLE_HZ,
+    }
     labels = ClipLabels(drawn["instrument"], drawn["tempo"], drawn["chords"], drawn["drums"], drawn["register"], bpm)
-    return ClipPlan(row, tune, labels, rng.randrange(tune.num_bars), rng.uniform(*_PEAKS), f"touch {seed} {split} {index}")
+    return ClipPlan(
+        row, tune, labels, rng.randrange(tune.num_bars), rng.uniform(*_PEAKS), f"touch {seed} {split} {index}"
+    )
 
 
 def _render(plans: Sequence[ClipPlan], out: Path) -> None:
     """Render clips in one run and write them, each file complete or not there."""
     import soundfile
 
-    performances = [perform(plan.tune, plan.labels, plan.start_bar, CLIP_SECONDS, Random(plan.touch_seed)) for plan in plans]
+    performances = [
+        perform(plan.tune, plan.labels, plan.start_bar, CLIP_SECONDS, Random(plan.touch_seed)) for plan in plans
+    ]
     waves = render_performances(performances, [plan.peak for plan in plans], CLIP_SECONDS, SAMPLE_HZ)
     for plan, wave in zip(plans, waves, strict=True):
         path = out / plan.row["audio"]
@@ -151,8 +163,9 @@ def _render(plans: Sequence[ClipPlan], out: Path) -> None:
 
 
 def _missing_runs(plans: Sequence[ClipPlan], out: Path) -> Iterator[Sequence[ClipPlan]]:
-    """The runs of `CLIPS_PER_RUN` clips that are not complete. A run is rendered as a whole, so that its sound does not depend on
-    where an earlier attempt stopped.
+    """The runs of `CLIPS_PER_RUN` clips that are not complete.
+
+    A run is rendered as a whole, so that its sound does not depend on where an earlier attempt stopped.
     """
     for first in range(0, len(plans), CLIPS_PER_RUN):
         run = plans[first : first + CLIPS_PER_RUN]
@@ -173,7 +186,9 @@ def _claim(out: Path, recipe: dict[str, Any]) -> None:
     if note.is_file():
         found = json.loads(note.read_text(encoding="utf-8"))
         if found != recipe:
-            raise ValueError(f"{out} holds a corpus made with {found}, not with {recipe}; give another folder, or remove this one.")
+            raise ValueError(
+                f"{out} holds a corpus made with {found}, not with {recipe}; give another folder, or remove this one."
+            )
     elif any(out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no corpus of this recipe; give a new folder.")
     else:
@@ -185,10 +200,11 @@ def make_corpus(out: str | Path, num_train: int, num_valid: int, seed: int = 0) 
     """Compose, render and write the corpus.
 
     Args:
-        out: Folder to write: `clips/*.ogg` (Vorbis, 24 kHz, mono, 5 s), `train.jsonl`, `valid.jsonl`, `recipe.json`. A folder in which
-            an equal call was interrupted is completed.
+        out: Folder to write: `clips/*.ogg` (Vorbis, 24 kHz, mono, 5 s), `train.jsonl`, `valid.jsonl`, `recipe.json`. A
+            folder in which an equal call was interrupted is completed.
         num_train: Number of training clips, >= 1.
-        num_valid: Number of valid clips, >= 1. Their `caption` is in held-out wording, their `caption_seen` in training wording.
+        num_valid: Number of valid clips, >= 1. Their `caption` is in held-out wording, their `caption_seen` in training
+            wording.
         seed: Seed of every choice.
 
     Returns:
@@ -219,7 +235,9 @@ def make_corpus(out: str | Path, num_train: int, num_valid: int, seed: int = 0) 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line of this module."""
-    parser = argparse.ArgumentParser(prog="python -m musiclm_pytorch.recipes.corpus", description="Compose and render the corpus.")
+    parser = argparse.ArgumentParser(
+        prog="python -m musiclm_pytorch.recipes.corpus", description="Compose and render the corpus."
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--num-train", type=int, default=4000, help="number of training clips")
     parser.add_argument("--num-valid", type=int, default=200, help="number of valid clips")

@@ -1,7 +1,7 @@
 """A minimal writer of Standard MIDI Files, enough to send a score to a synthesizer.
 
-Times are seconds from the start of the file, on a fixed grid of `TICKS_PER_SECOND`, so that excerpts of different tempi can stand
-one behind another in one file without tempo changes.
+Times are seconds from the start of the file, on a fixed grid of `TICKS_PER_SECOND`, so that excerpts of different tempi
+can stand one behind another in one file without tempo changes.
 """
 
 import struct
@@ -76,7 +76,9 @@ def _messages(event: Note | ProgramChange | ControlChange) -> list[tuple[int, in
     if event.start_seconds < 0:
         raise ValueError(f"an event must not start before 0 s: {event}.")
     start = _tick(event.start_seconds)
-    values = [value for name, value in vars(event).items() if name in ("pitch", "velocity", "program", "controller", "value")]
+    values = [
+        value for name, value in vars(event).items() if name in ("pitch", "velocity", "program", "controller", "value")
+    ]
     if any(not 0 <= value <= 127 for value in values):
         raise ValueError(f"MIDI numbers are 0..127, got {event}.")
     if isinstance(event, ProgramChange):

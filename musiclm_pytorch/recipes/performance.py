@@ -28,7 +28,7 @@ INSTRUMENTS: dict[str, int] = {
     "violin": 40,
 }
 # Programs and key velocities of the accompaniments; the velocities leave the melody in front.
-CHORDS: dict[str, tuple[int, int]] = {"guitar chords": (24, 64), "piano chords": (0, 64), "string chords": (48, 64)}
+CHORDS: dict[str, tuple[int, int]] = {"guitar chords": (24, 56), "piano chords": (0, 56), "string chords": (48, 56)}
 # Semitones by which a register moves the melody.
 REGISTERS: dict[str, int] = {"low": -12, "mid": 0, "high": 12}
 # Quarters a minute; a clip's own tempo lies within `TEMPO_JITTER` of it.
@@ -38,7 +38,7 @@ TEMPO_JITTER = 0.06
 _MELODY_CHANNEL, _CHORD_CHANNEL = 0, 1
 _ALL_SOUND_OFF = 120
 _KICK, _SNARE, _CLOSED_HAT = 36, 38, 42
-_KICK_VELOCITY, _SNARE_VELOCITY, _HAT_VELOCITY = 90, 80, 60
+_KICK_VELOCITY, _SNARE_VELOCITY, _HAT_VELOCITY = 92, 79, 68
 # A struck key is let go a little before the next one, as a player's finger is.
 _HELD_FRACTION = 0.97
 
@@ -78,7 +78,11 @@ def _drum_notes(tune: Tune, bpm: float, seconds: float) -> list[Note]:
     metre = tune.metre
     num_bars = int(seconds * bpm / 60.0 / metre.quarters_per_bar) + 1
     eighths = [eighth / 2 for eighth in range(round(metre.quarters_per_bar * 2))]
-    voices = ((_KICK, _KICK_VELOCITY, metre.kick), (_SNARE, _SNARE_VELOCITY, metre.snare), (_CLOSED_HAT, _HAT_VELOCITY, eighths))
+    voices = (
+        (_KICK, _KICK_VELOCITY, metre.kick),
+        (_SNARE, _SNARE_VELOCITY, metre.snare),
+        (_CLOSED_HAT, _HAT_VELOCITY, eighths),
+    )
     notes = []
     for bar in range(num_bars):
         for pitch, velocity, places in voices:
@@ -90,7 +94,9 @@ def _drum_notes(tune: Tune, bpm: float, seconds: float) -> list[Note]:
 
 
 @beartype
-def perform(tune: Tune, labels: ClipLabels, start_bar: int, seconds: float, rng: Random) -> list[Note | ProgramChange | ControlChange]:
+def perform(
+    tune: Tune, labels: ClipLabels, start_bar: int, seconds: float, rng: Random
+) -> list[Note | ProgramChange | ControlChange]:
     """Play an excerpt of a tune.
 
     Args:
@@ -108,12 +114,16 @@ def perform(tune: Tune, labels: ClipLabels, start_bar: int, seconds: float, rng:
     """
     if not 0 <= start_bar < tune.num_bars:
         raise ValueError(f"start_bar is {start_bar}, but the tune has bars 0..{tune.num_bars - 1}.")
-    events: list[Note | ProgramChange | ControlChange] = [ProgramChange(0.0, INSTRUMENTS[labels.instrument], _MELODY_CHANNEL)]
+    events: list[Note | ProgramChange | ControlChange] = [
+        ProgramChange(0.0, INSTRUMENTS[labels.instrument], _MELODY_CHANNEL)
+    ]
     first = start_bar * tune.metre.quarters_per_bar
     shift = REGISTERS[labels.register]
     for lap in (0.0, tune.quarters):
         for note in tune.notes:
-            span = _excerpt(note.start_quarters + lap - first, note.duration_quarters * _HELD_FRACTION, labels.bpm, seconds)
+            span = _excerpt(
+                note.start_quarters + lap - first, note.duration_quarters * _HELD_FRACTION, labels.bpm, seconds
+            )
             if span is not None:
                 velocity = rng.randint(96, 104) if note.strong else rng.randint(88, 98)
                 events.append(Note(*span, note.pitch + shift, velocity, _MELODY_CHANNEL))
@@ -122,11 +132,16 @@ def perform(tune: Tune, labels: ClipLabels, start_bar: int, seconds: float, rng:
         program, velocity = CHORDS[labels.chords]
         events.append(ProgramChange(0.0, program, _CHORD_CHANNEL))
         for chord in tune.chords:
-            span = _excerpt(chord.start_quarters + lap - first, chord.duration_quarters * _HELD_FRACTION, labels.bpm, seconds)
+            span = _excerpt(
+                chord.start_quarters + lap - first, chord.duration_quarters * _HELD_FRACTION, labels.bpm, seconds
+            )
             if span is not None:
                 events.extend(Note(*span, pitch, velocity, _CHORD_CHANNEL) for pitch in chord.pitches)
     if labels.drums:
         events.extend(_drum_notes(tune, labels.bpm, seconds))
     silence = seconds + 0.05
-    events.extend(ControlChange(silence, _ALL_SOUND_OFF, 0, channel) for channel in (_MELODY_CHANNEL, _CHORD_CHANNEL, DRUM_CHANNEL))
+    events.extend(
+        ControlChange(silence, _ALL_SOUND_OFF, 0, channel)
+        for channel in (_MELODY_CHANNEL, _CHORD_CHANNEL, DRUM_CHANNEL)
+    )
     return events

@@ -1,7 +1,7 @@
 """Turns performances into sound with FluidSynth and the FluidR3 General MIDI soundfont.
 
-Starting the synthesizer and loading 148 MB of soundfont costs more than a clip, so many performances go through one run: they
-stand one behind another in one MIDI file, with a silence between them in which the room's echo dies away.
+Starting the synthesizer and loading 148 MB of soundfont costs more than a clip, so many performances go through one
+run: they stand one behind another in one MIDI file, with a silence between them in which the room's echo dies away.
 """
 
 import shutil
@@ -46,9 +46,13 @@ def find_synthesizer(soundfont: Path = SOUNDFONT) -> str:
     """
     command = shutil.which("fluidsynth")
     if command is None:
-        raise RuntimeError("the command `fluidsynth` is not installed; on Debian or Ubuntu: apt-get install fluidsynth fluid-soundfont-gm.")
+        raise RuntimeError(
+            "the command `fluidsynth` is missing; on Debian or Ubuntu: apt-get install fluidsynth fluid-soundfont-gm."
+        )
     if not soundfont.is_file():
-        raise RuntimeError(f"the soundfont {soundfont} is missing; on Debian or Ubuntu: apt-get install fluid-soundfont-gm.")
+        raise RuntimeError(
+            f"the soundfont {soundfont} is missing; on Debian or Ubuntu: apt-get install fluid-soundfont-gm."
+        )
     return command
 
 

@@ -1,14 +1,14 @@
 """Scales, chords and harmonic progressions: what composition needs of music theory.
 
-Melodies are thought in scale degrees (0 is the tonic, 7 the tonic an octave above, -1 the note below the tonic), so that a motif
-can be moved along the scale and stay in the key.
+Melodies are thought in scale degrees (0 is the tonic, 7 the tonic an octave above, -1 the note below the tonic), so
+that a motif can be moved along the scale and stay in the key.
 """
 
 from dataclasses import dataclass
 
 __all__ = ["CADENCES", "KEYS", "OPENINGS", "SCALES", "Chord", "Scale"]
 
-# Semitones above the tonic. The label `mode` names the family; a tune is written in one scale of it, with these weights.
+# Semitones above the tonic. The label `mode` names a family; a tune is written in one scale of it, by these weights.
 SCALES: dict[str, dict[tuple[int, ...], float]] = {
     "major": {(0, 2, 4, 5, 7, 9, 11): 6.0, (0, 2, 4, 5, 7, 9, 10): 1.0},  # ionian, mixolydian
     "minor": {(0, 2, 3, 5, 7, 8, 10): 3.0, (0, 2, 3, 5, 7, 9, 10): 2.0},  # aeolian, dorian
@@ -70,14 +70,34 @@ def _bars(*bars: str) -> tuple[tuple[Chord, ...], ...]:
 
 # The first two bars of a phrase, by family of modes.
 OPENINGS = {
-    "major": [_bars(*pair) for pair in (("1", "1"), ("1", "4"), ("1", "5"), ("1", "6"), ("1", "2"), ("1 4", "1"), ("4", "1"))],
-    "minor": [_bars(*pair) for pair in (("1", "1"), ("1", "7"), ("1", "4"), ("1", "3"), ("1 7", "1"), ("1", "5"))],
+    "major": [
+        _bars(*pair)
+        for pair in (
+            ("1", "1"),
+            ("1", "4"),
+            ("1", "5"),
+            ("1", "6"),
+            ("1", "2"),
+            ("1 4", "1"),
+            ("1 5", "1"),
+            ("1", "4 5"),
+            ("4", "1"),
+        )
+    ],
+    "minor": [
+        _bars(*pair)
+        for pair in (("1", "1"), ("1", "7"), ("1", "4"), ("1", "3"), ("1 7", "1"), ("1", "1 7"), ("1", "5"))
+    ],
 }
 
 # The last two bars of a phrase: open (it asks) or closed (it ends on the tonic).
 CADENCES = {
     ("major", "open"): [_bars(*pair) for pair in (("1", "5"), ("4", "5"), ("2", "5"), ("1 4", "5"), ("6", "5"))],
-    ("major", "closed"): [_bars(*pair) for pair in (("5", "1"), ("4 5", "1"), ("1 5", "1"), ("2 5", "1"), ("1", "5 1"))],
+    ("major", "closed"): [
+        _bars(*pair) for pair in (("5", "1"), ("4 5", "1"), ("1 5", "1"), ("2 5", "1"), ("1", "5 1"))
+    ],
     ("minor", "open"): [_bars(*pair) for pair in (("1", "7"), ("4", "5+"), ("3", "7"), ("1 4", "5+"))],
-    ("minor", "closed"): [_bars(*pair) for pair in (("7", "1"), ("5+", "1"), ("4 5+", "1"), ("3 7", "1"), ("1", "7 1"))],
+    ("minor", "closed"): [
+        _bars(*pair) for pair in (("7", "1"), ("5+", "1"), ("4 5+", "1"), ("3 7", "1"), ("1", "7 1"))
+    ],
 }

@@ -1,11 +1,12 @@
 """The words captions are made of, split into those for training and those held out.
 
 A held-out wording recombines words that training wordings use ("at a quick pace" when "quick" and "at a brisk pace" are
-known): it tests whether the text tower understands a phrase it has not read, not whether it guesses unknown words. Instruments
-keep their plain names on both sides.
+known): it tests whether the text tower understands a phrase it has not read, not whether it guesses unknown words.
+Instruments and dances keep their plain names on both sides.
 
-Templates are sentences with slots. `{instrument} {tempo} {pace} {dance} {mode} {key}` take a word for a label, `{backing}` says who
-accompanies, `{register}` where the melody lies (nothing for the middle register); `a(n)` becomes the article that fits.
+Templates are sentences with slots. `{instrument} {tempo} {pace} {dance} {mode} {key}` take a word for a label,
+`{backing}` says who accompanies, `{register}` where the melody lies (mostly nothing for the middle register); `a(n)`
+becomes the article that fits.
 """
 
 from typing import NamedTuple
@@ -33,7 +34,7 @@ class Wordings(NamedTuple):
     partial: tuple[str, ...]
 
 
-_PLAIN_INSTRUMENTS = {
+_PLAIN_INSTRUMENTS: dict[str, tuple[str, ...]] = {
     name: (name,)
     for name in (
         "accordion",
@@ -52,7 +53,7 @@ _PLAIN_INSTRUMENTS = {
         "violin",
     )
 }
-_PLAIN_DANCES = {
+_PLAIN_DANCES: dict[str, tuple[str, ...]] = {
     name: (name,)
     for name in (
         "christmas carol",
@@ -78,7 +79,7 @@ TRAINING = Wordings(
         "flute": ("flute",) * 7 + ("concert flute",),
         "marimba": ("marimba",) * 7 + ("wooden marimba",),
         "piano": ("piano",) * 6 + ("grand piano", "acoustic piano"),
-        "violin": ("violin",) * 5 + ("fiddle", "solo violin"),
+        "violin": ("violin",) * 5 + ("fiddle", "folk violin"),
     },
     tempo={
         "slow": ("slow",) * 5 + ("calm", "gentle", "leisurely", "slow-paced", "slow tempo", "relaxed"),
@@ -87,8 +88,22 @@ TRAINING = Wordings(
     },
     pace={
         "slow": ("slow", "slowly", "at a slow tempo", "at a slow pace", "at a leisurely pace", "taken slowly"),
-        "medium tempo": ("medium tempo", "at a medium tempo", "at a moderate tempo", "at a moderate pace", "neither fast nor slow"),
-        "fast": ("fast", "at a fast tempo", "at a brisk pace", "at a fast pace", "at a lively tempo", "up-tempo", "played quickly"),
+        "medium tempo": (
+            "medium tempo",
+            "at a medium tempo",
+            "at a moderate tempo",
+            "at a moderate pace",
+            "neither fast nor slow",
+        ),
+        "fast": (
+            "fast",
+            "at a fast tempo",
+            "at a brisk pace",
+            "at a fast pace",
+            "at a lively tempo",
+            "up-tempo",
+            "played quickly",
+        ),
     },
     dance=_PLAIN_DANCES
     | {
@@ -102,7 +117,10 @@ TRAINING = Wordings(
         "slip jig": ("slip jig",) * 3 + ("slip jig in 9/8",),
         "waltz": ("waltz",) * 5 + ("waltz in 3/4", "waltz in three-four time"),
     },
-    mode={"major": ("major",) * 3 + ("cheerful major", "bright major"), "minor": ("minor",) * 3 + ("sad minor", "melancholic minor")},
+    mode={
+        "major": ("major",) * 3 + ("cheerful major", "bright major"),
+        "minor": ("minor",) * 3 + ("sad minor", "melancholic minor"),
+    },
     key={
         "major": ("major", "major", "a major key", "a bright major key"),
         "minor": ("minor", "minor", "a minor key", "a dark minor key"),

@@ -1,0 +1,115 @@
+"""Conditions of a language model: embeddings that stand before its sequence, where they come from, how they guide."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Conditioner", "Conditioning", "guide"]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Embeddings that describe what is wanted.
+
+    Attributes:
+        embeddings: `[b, m, d]`, coarse levels first.
+        mask: `[b, m]` bool, True where an embedding stands. A model puts its learned null embedding everywhere else, so
+            an item whose mask is all False is unconditional.
+    """
+
+    embeddings: Tensor
+    mask: Tensor
+
+    def __post_init__(self) -> None:
+        """Refuse shapes that do not belong together."""
+        if self.embeddings.ndim != 3 or self.mask.shape != self.embeddings.shape[:2]:
+            raise ValueError(
+                "a conditioning needs embeddings [b, m, d] and a mask [b, m], "
+                f"got {tuple(self.embeddings.shape)} and {tuple(self.mask.shape)}"
+            )
+
+    def __len__(self) -> int:
+        """Number of items."""
+        return len(self.embeddings)
+
+    def without_items(self, drop: Tensor) -> "Conditioning":
+        """Make the items marked in `drop [b]` (bool) unconditional."""
+        return Conditioning(self.embeddings, self.mask & ~drop.to(self.mask.device).unsqueeze(1))
+
+    def without_trailing(self, keep: Tensor) -> "Conditioning":
+        """Keep the first `keep [b]` (int64) embeddings of every item."""
+        levels = torch.arange(self.mask.shape[1], device=self.mask.device)
+        return Conditioning(self.embeddings, self.mask & (levels < keep.to(self.mask.device).unsqueeze(1)))
+
+    def chosen(self, items: Tensor) -> "Conditioning":
+        """Keep the items numbered in `items [k]` (int64)."""
+        return Conditioning(
+            self.embeddings[items.to(self.embeddings.device)],
+            self.mask[items.to(self.mask.device)],
+        )
+
+    def repeated_to(self, batch: int) -> "Conditioning":
+        """Give the only item to a whole batch; a conditioning of the right size is returned as it is.
+
+        Raises:
+            ValueError: If there are several items, but not `batch` of them.
+        """
+        if len(self) == batch:
+            return self
+        if len(self) != 1:
+            raise ValueError(f"a conditioning of {len(self)} items does not fit a batch of {batch}: give 1 or {batch}")
+        return Conditioning(self.embeddings.expand(batch, -1, -1), self.mask.expand(batch, -1))
+
+
+@runtime_checkable
+class Conditioner(Protocol):
+    """Turns texts, waves or codes into conditionings; every stage asks in its own namespace."""
+
+    @property
+    def sample_hz(self) -> int:
+        """Rate of the waves it reads (Hz)."""
+        ...
+
+    def conditioning(
+        self,
+        *,
+        texts: str | Sequence[str] | None = None,
+        wavs: Tensor | None = None,
+        codes: Tensor | None = None,
+        lengths: Tensor | None = None,
+        namespace: str,
+    ) -> Conditioning:
+        """Embed exactly one of texts, waves `[b, n]` (with true lengths `[b]`) and codes `[b, q]`.
+
+        Gradients flow into the table of the namespace and nowhere else.
+        """
+        ...
+
+    def codes_from_latents(self, latents: Tensor) -> Tensor:
+        """Codes `[b, q]` of audio latents `[b, d]` that were computed before."""
+        ...
+
+    def table(self, namespace: str) -> nn.Module:
+        """Give the trainable part of a namespace, which is trained and checkpointed with its stage."""
+        ...
+
+    def dim(self, namespace: str) -> int:
+        """Width of the embeddings of a namespace."""
+        ...
+
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """Move logits away from the unconditional ones (classifier-free guidance, arXiv:2207.12598, eq. 6, w = scale - 1).
+
+    Args:
+        conditional: Logits with the condition, any shape.
+        unconditional: Logits without it, same shape.
+        scale: 0 = unconditional, 1 = conditional, more = further that way.
+
+    Returns:
+        `unconditional + scale * (conditional - unconditional)`.
+    """
+    return unconditional + scale * (conditional - unconditional)

@@ -1,0 +1,135 @@
+"""Files that are never seen half written: JSON and safetensors, each synced to the disk and renamed into place."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from beartype import beartype
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+__all__ = ["read_json", "read_weights", "staged_files", "sync_to_disk", "write_json", "write_weights"]
+
+
+@beartype
+def write_json(path: str | Path, obj: Any) -> None:
+    """Write an object as JSON so that a reader sees the old file or the new one, never a part.
+
+    Args:
+        path: The file; its folder is created where missing.
+        obj: Anything JSON can hold; NaN and infinities are refused, since no other reader accepts them.
+
+    Raises:
+        ValueError: The object is not JSON-able.
+    """
+    path = Path(path)
+    try:
+        text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"cannot write {path}: not JSON-able ({error})") from error
+    with staged_files(path.parent) as stage:
+        (stage / path.name).write_text(text + "\n", encoding="utf-8")
+
+
+@beartype
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        ValueError: The file is missing or is not JSON; the message names it.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no file {path}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
+
+
+@beartype
+def write_weights(path: str | Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write named tensors as a safetensors file so that a reader sees the old file or the new one.
+
+    Args:
+        path: The file; its folder is created where missing.
+        weights: Name to tensor on any device, no two sharing memory (`weights_of` gives such).
+        metadata: Strings for the file's header.
+    """
+    path = Path(path)
+    with staged_files(path.parent) as stage:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in weights.items()},
+            stage / path.name,
+            metadata=dict(metadata or {}),
+        )
+
+
+@beartype
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its tensors (on the CPU) and the strings of its header.
+
+    Raises:
+        ValueError: The file is missing or damaged; the message names it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    try:
+        with safe_open(path, framework="pt") as opened:
+            metadata = dict(opened.metadata() or {})
+        return load_file(path), metadata
+    except Exception as error:  # safetensors raises its own class, which derives from Exception alone
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+@contextmanager
+def staged_files(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder whose files are synced and renamed into a folder when the block ends without an error.
+
+    Args:
+        folder: Where the files go; created where missing.
+
+    Yields:
+        The temporary folder, inside `folder`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as name:
+        stage = Path(name)
+        yield stage
+        files = sorted(stage.iterdir())
+        for file in files:
+            sync_to_disk(file)
+        for file in files:
+            os.replace(file, folder / file.name)
+        sync_to_disk(folder)
+
+
+@beartype
+def sync_to_disk(path: str | Path) -> None:
+    """Wait until the content of a file, or the list of names of a folder, is on the disk.
+
+    Args:
+        path: The file or folder.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

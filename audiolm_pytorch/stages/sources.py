@@ -1,0 +1,203 @@
+"""Where stages get training data from: audio files, tokenized on the way, or shards of tokens computed before."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from beartype import beartype
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from audiolm_pytorch.codecs.protocol import Codec
+from audiolm_pytorch.conditioning import Conditioner
+from audiolm_pytorch.data.batches import CropBatch, collate_crops
+from audiolm_pytorch.data.crops import CropDataset
+from audiolm_pytorch.data.manifest import AudioItem
+from audiolm_pytorch.data.shards import TokenShards
+from audiolm_pytorch.semantic.protocol import SemanticTokenizer
+from audiolm_pytorch.stages.stages import AudioTokens, StageTransformer
+from audiolm_pytorch.stages.tokenizing import sample_rates, tokenize
+
+__all__ = ["ShardSource", "StageInput", "StageSource", "WaveSource"]
+
+
+@dataclass(frozen=True)
+class StageInput:
+    """One batch of a stage.
+
+    Attributes:
+        tokens: Tokens of the crops.
+        ends: `[b]` bool, whether the file really ends with the crop.
+        condition: What the conditioner embeds: `wavs` and `lengths`, or `codes`; empty without a conditioner.
+    """
+
+    tokens: AudioTokens
+    ends: Tensor
+    condition: dict[str, Tensor]
+
+
+class StageSource(Protocol):
+    """Training data of a stage."""
+
+    def __len__(self) -> int:
+        """Number of recordings."""
+
+    def batch(self, indices: Sequence[tuple[int, int]]) -> Any:
+        """Crops of (epoch, index) pairs, as tensors on the CPU; a pure function of them."""
+
+    def read(self, batch: Any) -> StageInput:
+        """Tokens and conditions of a batch, on the device it is on."""
+
+
+class WaveSource:
+    """Crops of audio files, tokenized when they are needed.
+
+    Args:
+        items: The files.
+        transformer: The stage.
+        seconds: Length of a crop; None = whole files.
+        wav2vec: Semantic tokenizer, if the stage needs one.
+        codec: Codec, if the stage needs one.
+        audio_conditioner: Conditioner; it hears the crop that is modelled.
+        seed: Seed of the crops.
+
+    Raises:
+        ValueError: If a tokenizer is missing.
+    """
+
+    @beartype
+    def __init__(
+        self,
+        items: Sequence[AudioItem],
+        transformer: StageTransformer,
+        *,
+        seconds: float | int | None,
+        wav2vec: SemanticTokenizer | None,
+        codec: Codec | None,
+        audio_conditioner: Conditioner | None,
+        seed: int = 0,
+    ) -> None:
+        self.wav2vec, self.codec, self.conditioner = wav2vec, codec, audio_conditioner
+        self.rates_hz = sample_rates(transformer.kinds, wav2vec, codec)
+        wanted_hz = [*self.rates_hz.values(), *([] if audio_conditioner is None else [audio_conditioner.sample_hz])]
+        self.crops = CropDataset(items, seconds, wanted_hz, seed)
+
+    def __len__(self) -> int:
+        """Number of files."""
+        return len(self.crops)
+
+    def batch(self, indices: Sequence[tuple[int, int]]) -> CropBatch:
+        """Waves of (epoch, index) pairs at every rate that is needed."""
+        return collate_crops([self.crops.get(epoch, index) for epoch, index in indices])
+
+    def read(self, batch: CropBatch) -> StageInput:
+        """Tokenize a batch; its waves condition themselves."""
+        waves = {kind: batch.waves[rate_hz] for kind, rate_hz in self.rates_hz.items()}
+        lengths = {kind: batch.lengths[rate_hz] for kind, rate_hz in self.rates_hz.items()}
+        tokens = tokenize(waves, lengths, self.wav2vec, self.codec)
+        if self.conditioner is None:
+            return StageInput(tokens, batch.ends_file, {})
+        rate_hz = self.conditioner.sample_hz
+        if isinstance(self.conditioner, nn.Module):
+            self.conditioner.to(batch.waves[rate_hz].device)
+        condition = {"wavs": batch.waves[rate_hz], "lengths": batch.lengths[rate_hz]}
+        return StageInput(tokens, batch.ends_file, condition)
+
+
+@dataclass(frozen=True)
+class _TokenBatch:
+    """Crops of token records, padded on the right."""
+
+    tokens: dict[str, Tensor]
+    lengths: dict[str, Tensor]
+    ends: Tensor
+    latents: Tensor | None
+
+
+class ShardSource:
+    """Random aligned crops of token records: every kind of token over the same stretch of time.
+
+    Args:
+        shards: Records with `semantic [t]` and `acoustic [f, q]` (as far as the stage needs them); with a conditioner
+            also `latents [w, d]` of windows evenly spread over the recording, and `duration_seconds`.
+        transformer: The stage; its streams say how many tokens a second each kind has.
+        seconds: Length of a crop; None = whole records.
+        audio_conditioner: Makes codes of the latents.
+        seed: Seed of the crops.
+
+    Raises:
+        ValueError: If the records lack a field, or a crop would hold no frame.
+    """
+
+    @beartype
+    def __init__(
+        self,
+        shards: TokenShards,
+        transformer: StageTransformer,
+        *,
+        seconds: float | int | None,
+        audio_conditioner: Conditioner | None,
+        seed: int = 0,
+    ) -> None:
+        needed = {*transformer.kinds, *(() if audio_conditioner is None else ("latents", "duration_seconds"))}
+        if not needed <= set(shards.fields):
+            raise ValueError(f"{shards.folder} holds {sorted(shards.fields)}, the stage needs {sorted(needed)}")
+        layout = transformer.layout
+        rate_hz = Fraction(layout.predicted[0].rate_hz)
+        self.shards, self.conditioner, self.seed = shards, audio_conditioner, seed
+        self.frame_seconds, self.alignment = float(1 / rate_hz), layout.frame_alignment
+        # Frames of each kind of token per predicted frame.
+        self.ratios = {transformer.sources[s.name].kind: Fraction(s.rate_hz) / rate_hz for s in layout.streams}
+        self.crop_frames: int | None = None
+        if seconds is not None:
+            self.crop_frames = int(seconds * rate_hz + Fraction(1, 10**6)) // self.alignment * self.alignment
+            if self.crop_frames < 1:
+                raise ValueError(f"{seconds} s are less than {self.alignment} frames at {float(rate_hz)} Hz")
+
+    def __len__(self) -> int:
+        """Number of records."""
+        return len(self.shards)
+
+    def batch(self, indices: Sequence[tuple[int, int]]) -> _TokenBatch:
+        """Crops of (epoch, index) pairs."""
+        crops = [self._crop(epoch, index) for epoch, index in indices]
+        kinds = list(self.ratios)
+        return _TokenBatch(
+            tokens={kind: pad_sequence([crop[kind] for crop, _ in crops], batch_first=True) for kind in kinds},
+            lengths={kind: torch.tensor([len(crop[kind]) for crop, _ in crops]) for kind in kinds},
+            ends=torch.tensor([ends for _, ends in crops]),
+            latents=None if self.conditioner is None else torch.stack([crop["latents"] for crop, _ in crops]),
+        )
+
+    def read(self, batch: _TokenBatch) -> StageInput:
+        """Tokens as they are; codes from latents."""
+        condition: dict[str, Tensor] = {}
+        if self.conditioner is not None and batch.latents is not None:
+            if isinstance(self.conditioner, nn.Module):
+                self.conditioner.to(batch.latents.device)
+            condition = {"codes": self.conditioner.codes_from_latents(batch.latents)}
+        return StageInput(AudioTokens(batch.tokens, batch.lengths), batch.ends, condition)
+
+    def _crop(self, epoch: int, index: int) -> tuple[dict[str, Tensor], bool]:
+        """Cut one record; a pure function of the seed, the epoch and the index."""
+        record = self.shards[index]
+        # A tokenizer that loses frames at the ends (HuBERT: 49 of 50 a second) shortens what all kinds cover.
+        num_frames = min(int(len(record[kind]) / ratio) for kind, ratio in self.ratios.items())
+        if num_frames < 1:
+            raise ValueError(f"record {index} of {self.shards.folder} holds less than one frame")
+        count = num_frames if self.crop_frames is None else min(self.crop_frames, num_frames)
+        steps = (num_frames - count) // self.alignment
+        start = int(np.random.default_rng([self.seed, epoch, index]).integers(steps + 1)) * self.alignment
+        crop: dict[str, Tensor] = {}
+        for kind, ratio in self.ratios.items():
+            cut = record[kind][int(start * ratio) : ceil((start + count) * ratio)]
+            crop[kind] = torch.from_numpy(cut.astype(np.int64))
+        if self.conditioner is not None:
+            latents = torch.from_numpy(record["latents"].astype(np.float32))
+            centre = (start + count / 2) * self.frame_seconds / float(record["duration_seconds"])
+            crop["latents"] = latents[min(len(latents) - 1, int(centre * len(latents)))]
+        return crop, start + count == num_frames

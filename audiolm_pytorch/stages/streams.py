@@ -1,0 +1,150 @@
+"""What layouts are made of: streams of tokens, the ids they get, and the tensors they are packed into."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+__all__ = ["Canvas", "Head", "IdBlock", "PackedTokens", "Stream", "number_ids"]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One kind of token: its vocabulary, its levels and its rate in time.
+
+    Args:
+        name: Name under which the tokens of the stream are handed in and out.
+        vocab_size: Number of different tokens of every level.
+        num_levels: Tokens per frame (residual levels of a codec; 1 for semantic tokens).
+        rate_hz: Frames per second.
+        given: The stream is read but never predicted.
+        eos: The stream may end early: it has one end-of-sequence id of its own.
+
+    Raises:
+        ValueError: If a number is not positive, or a given stream is said to end.
+    """
+
+    name: str
+    vocab_size: int
+    num_levels: int = 1
+    rate_hz: int | Fraction = 1
+    given: bool = False
+    eos: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse impossible numbers."""
+        if self.vocab_size < 1 or self.num_levels < 1 or self.rate_hz <= 0:
+            raise ValueError(f"stream '{self.name}' needs positive vocab_size, num_levels and rate_hz, got {self}")
+        if self.given and self.eos:
+            raise ValueError(f"stream '{self.name}' is given, so it cannot end by itself: set eos=False")
+
+
+@dataclass(frozen=True)
+class Head:
+    """One output of the model: the token of one level of one predicted stream.
+
+    Attributes:
+        stream: Name of the predicted stream.
+        level: Level inside the frame, from 0.
+        first_id: Id of token 0 in the layout's id space.
+        vocab_size: Number of tokens; local numbers are `id - first_id`.
+        has_eos: Whether local number `vocab_size` means the end of the stream.
+    """
+
+    stream: str
+    level: int
+    first_id: int
+    vocab_size: int
+    has_eos: bool
+
+    @property
+    def num_logits(self) -> int:
+        """Number of outputs of the head, the end id included."""
+        return self.vocab_size + int(self.has_eos)
+
+    def ids(self, allow_eos: bool) -> range:
+        """Ids that the head may produce."""
+        return range(self.first_id, self.first_id + (self.num_logits if allow_eos else self.vocab_size))
+
+
+@dataclass(frozen=True)
+class IdBlock:
+    """A range of ids of one meaning: a level of a stream, the end of a stream, or the start.
+
+    Attributes:
+        stream: Position of the stream; -1 for the start id.
+        level: Level inside the frame.
+        first_id: First id of the range.
+        is_token: True for the tokens of a level; False for the single id of an end or of the start.
+        head: Number of the head that predicts these ids; -1 if nothing does.
+    """
+
+    stream: int
+    level: int
+    first_id: int
+    is_token: bool
+    head: int
+
+
+def number_ids(streams: Sequence[Stream]) -> tuple[tuple[IdBlock, ...], tuple[Head, ...], int]:
+    """Give the start, every level of every stream and every end an id range of its own.
+
+    Args:
+        streams: The streams of a layout, in order.
+
+    Returns:
+        The blocks (the start is block 0), the heads, and the size of the whole id space.
+    """
+    blocks = [IdBlock(stream=-1, level=0, first_id=0, is_token=False, head=-1)]
+    heads: list[Head] = []
+    next_id = 1
+    for index, stream in enumerate(streams):
+        for level in range(stream.num_levels):
+            has_eos = stream.eos and level == 0
+            head = -1 if stream.given else len(heads)
+            if not stream.given:
+                heads.append(Head(stream.name, level, next_id, stream.vocab_size, has_eos))
+            blocks.append(IdBlock(index, level, next_id, True, head))
+            next_id += stream.vocab_size
+            if has_eos:  # right behind its level, so that the range of one head covers both
+                blocks.append(IdBlock(index, level, next_id, False, head))
+                next_id += 1
+    return tuple(blocks), tuple(heads), next_id
+
+
+@dataclass(frozen=True)
+class PackedTokens:
+    """Streams packed into the grid of a layout.
+
+    Attributes:
+        ids: `[b, rows, columns]` int64 in the layout's id space; meaningless where `input_mask` is False.
+        input_mask: `[b, rows, columns]` bool, True where a token stands.
+        loss_mask: `[b, rows, columns]` bool, True where the model has to produce the token.
+    """
+
+    ids: Tensor
+    input_mask: Tensor
+    loss_mask: Tensor
+
+    def to(self, device: torch.device | str) -> "PackedTokens":
+        """Copy to a device."""
+        return PackedTokens(self.ids.to(device), self.input_mask.to(device), self.loss_mask.to(device))
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """A grid that decoding completes: what is known stands in it, `packed.loss_mask` marks what is missing.
+
+    Attributes:
+        packed: The known ids.
+        head: `[b, rows, columns]` int64 on the CPU, head that predicts the cell; -1 elsewhere.
+        frame: `[b, rows, columns]` int64 on the CPU, frame that the cell belongs to.
+        num_frames: Frames `[b]` int64 of every stream, on the CPU.
+    """
+
+    packed: PackedTokens
+    head: Tensor
+    frame: Tensor
+    num_frames: dict[str, Tensor]

@@ -1,0 +1,287 @@
+"""A stage with what surrounds it: tokenizers on one side, a conditioner on the other."""
+
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+
+import torch
+from beartype import beartype
+from torch import Tensor, nn
+
+from audiolm_pytorch.audio import resample
+from audiolm_pytorch.codecs.protocol import Codec
+from audiolm_pytorch.conditioning import Conditioner, Conditioning
+from audiolm_pytorch.sampling import Decoded, SamplingSettings
+from audiolm_pytorch.semantic.protocol import SemanticTokenizer
+from audiolm_pytorch.stages.stages import (
+    AudioTokens,
+    CoarseTransformer,
+    FineTransformer,
+    SemanticTransformer,
+    StageTransformer,
+)
+from audiolm_pytorch.stages.token_model import TokenLoss
+from audiolm_pytorch.stages.tokenizing import sample_rates, tokenize
+from audiolm_pytorch.stages.windows import decode_in_windows
+
+__all__ = [
+    "CoarseTransformerWrapper",
+    "FineTransformerWrapper",
+    "SemanticTransformerWrapper",
+    "StageWrapper",
+    "check_fit",
+]
+
+
+@beartype
+def check_fit(transformer: StageTransformer, wav2vec: SemanticTokenizer | None, codec: Codec | None) -> None:
+    """Refuse tokenizers whose tokens are not those that a stage's streams are declared for.
+
+    Args:
+        transformer: The stage.
+        wav2vec: Semantic tokenizer; None = not checked.
+        codec: Codec; None = not checked.
+
+    Raises:
+        ValueError: If vocabulary, number of levels or ratio of rates differ.
+    """
+    tokenizers = {"semantic": wav2vec, "acoustic": codec}
+    rates_hz: dict[str, Fraction] = {}
+    for stream in transformer.layout.streams:
+        source = transformer.sources[stream.name]
+        tokenizer = tokenizers[source.kind]
+        if tokenizer is None:
+            continue
+        where = f"stream '{stream.name}' of the {transformer.namespace} transformer"
+        if tokenizer.codebook_size != stream.vocab_size:
+            raise ValueError(f"{where} has {stream.vocab_size} tokens, its tokenizer {tokenizer.codebook_size}")
+        last_level = source.first_level + source.num_levels
+        if source.kind == "acoustic" and codec is not None and last_level > codec.num_quantizers:
+            raise ValueError(f"{where} reaches level {last_level}, the codec has {codec.num_quantizers}")
+        rates_hz[stream.name] = Fraction(tokenizer.target_sample_hz, tokenizer.downsample_factor)
+    if transformer.layout.pattern == "delayed":
+        factors = {rates_hz[s.name] / Fraction(s.rate_hz) for s in transformer.layout.streams if s.name in rates_hz}
+        if len(factors) > 1:
+            declared = {stream.name: float(stream.rate_hz) for stream in transformer.layout.streams}
+            raise ValueError(
+                f"the {transformer.namespace} transformer aligns streams of {declared} frames a second, the tokenizers "
+                f"give { {name: float(rate) for name, rate in rates_hz.items()} }: build it with their rates"
+            )
+
+
+class StageWrapper(nn.Module):
+    """Trains and samples one stage from waves or tokens, conditioned through the namespace of the stage.
+
+    Args:
+        transformer: The stage.
+        wav2vec: Semantic tokenizer; needed where the stage's semantic tokens come from waves.
+        codec: Codec; needed where the stage's acoustic tokens come from waves.
+        audio_conditioner: Makes conditions of texts, waves or codes.
+
+    Raises:
+        ValueError: If a tokenizer or the conditioner does not fit the stage.
+    """
+
+    @beartype
+    def __init__(
+        self,
+        transformer: StageTransformer,
+        wav2vec: SemanticTokenizer | None = None,
+        codec: Codec | None = None,
+        audio_conditioner: Conditioner | None = None,
+    ) -> None:
+        super().__init__()
+        check_fit(transformer, wav2vec, codec)
+        self.namespace = transformer.namespace
+        if audio_conditioner is not None and transformer.cond_dim is not None:
+            width = audio_conditioner.dim(self.namespace)
+            if width != transformer.cond_dim:
+                raise ValueError(
+                    f"the conditioner gives the {self.namespace} stage embeddings of width {width}, "
+                    f"the transformer takes {transformer.cond_dim}: set cond_dim={width}"
+                )
+        self.transformer = transformer
+        self.wav2vec = wav2vec
+        self.codec = codec
+        self.audio_conditioner = audio_conditioner
+
+    @beartype
+    def condition(
+        self,
+        *,
+        text: str | Sequence[str] | None = None,
+        wavs: Tensor | None = None,
+        codes: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Conditioning | None:
+        """Make the stage's condition, in the namespace it was trained with.
+
+        Args:
+            text: Texts, one per item or one for all.
+            wavs: Waves `[b, n]` at the conditioner's rate.
+            codes: Conditioner codes `[b, q]`.
+            lengths: Samples `[b]` of `wavs` that are no padding.
+
+        Returns:
+            The condition; None if nothing was handed in.
+
+        Raises:
+            ValueError: If there is no conditioner, or the transformer takes no condition.
+        """
+        if text is None and wavs is None and codes is None:
+            return None
+        if self.audio_conditioner is None or self.transformer.cond_dim is None:
+            raise ValueError("a condition needs an audio_conditioner and a transformer with audio_text_condition=True")
+        texts = [text] if isinstance(text, str) else text
+        if lengths is not None:
+            return self.audio_conditioner.conditioning(wavs=wavs, lengths=lengths, namespace=self.namespace)
+        return self.audio_conditioner.conditioning(texts=texts, wavs=wavs, codes=codes, namespace=self.namespace)
+
+    @beartype
+    def forward(
+        self,
+        wave: Tensor | None = None,
+        *,
+        input_sample_hz: int | None = None,
+        tokens: AudioTokens | None = None,
+        conditioning: Conditioning | None = None,
+        ends: Tensor | None = None,
+    ) -> TokenLoss:
+        """Loss of waves or tokens.
+
+        Args:
+            wave: `[b, n]`. With a conditioner and no `conditioning`, the wave conditions itself.
+            input_sample_hz: Rate of `wave`; None = the rate of the stage's own tokenizers.
+            tokens: Tokens instead of a wave.
+            conditioning: The condition.
+            ends: `[b]` bool, whether the file really ends here.
+
+        Returns:
+            The loss.
+
+        Raises:
+            ValueError: If there is not exactly one of wave and tokens, or something needed is missing.
+        """
+        if wave is not None and tokens is None:
+            rates_hz = sample_rates(self.transformer.kinds, self.wav2vec, self.codec)
+            given_hz = input_sample_hz or rates_hz[self.transformer.kinds[-1]]
+            waves = {kind: resample(wave, given_hz, rate_hz) for kind, rate_hz in rates_hz.items()}
+            lengths = {kind: torch.full((len(one),), one.shape[-1]) for kind, one in waves.items()}
+            tokens = tokenize(waves, lengths, self.wav2vec, self.codec)
+            if conditioning is None and self.audio_conditioner is not None and self.transformer.cond_dim is not None:
+                conditioning = self.condition(wavs=resample(wave, given_hz, self.audio_conditioner.sample_hz))
+        elif wave is not None or tokens is None:
+            raise ValueError("give either a wave or tokens")
+        return self.transformer(self.transformer.packed(tokens, ends), conditioning)
+
+    @beartype
+    def generate(
+        self,
+        num_frames: int | Tensor,
+        *,
+        streams: Mapping[str, Tensor] | None = None,
+        lengths: Mapping[str, int | Tensor] | None = None,
+        batch_size: int = 1,
+        conditioning: Conditioning | None = None,
+        settings: SamplingSettings | None = None,
+        seeds: Sequence[int | torch.Generator] | None = None,
+        callback: Callable[[int, int], None] | None = None,
+        allow_eos: bool = False,
+    ) -> Decoded:
+        """Sample the stage's tokens; longer stretches than it was trained on in windows.
+
+        Args:
+            num_frames: Frames wanted, prompt included, `[b]` or one int.
+            streams: Given streams, and a prompt of the predicted stream, `[b, f, levels]` by name.
+            lengths: True frames of these, `[b]` or one int; streams not named are whole.
+            batch_size: Number of items, where `streams` does not tell.
+            conditioning: The condition, of 1 or b items.
+            settings: How tokens are drawn.
+            seeds: Seed or generator of every item.
+            callback: Called with frames known and frames wanted.
+            allow_eos: Whether an item may end early.
+
+        Returns:
+            The predicted stream.
+
+        Raises:
+            ValueError: If inputs do not fit the stage.
+        """
+        return decode_in_windows(
+            self.transformer,
+            streams or {},
+            num_frames,
+            window_frames=self.window_frames,
+            batch_size=batch_size,
+            lengths=lengths,
+            conditioning=conditioning,
+            settings=settings,
+            seeds=seeds,
+            callback=callback,
+            allow_eos=allow_eos,
+        )
+
+    @property
+    def window_frames(self) -> int | None:
+        """Longest stretch that the stage was trained on, in predicted frames; None = no limit."""
+        if self.transformer.max_seconds is None:
+            return None
+        return int(self.transformer.max_seconds * self.transformer.layout.predicted[0].rate_hz + 1e-6)
+
+
+class SemanticTransformerWrapper(StageWrapper):
+    """The semantic stage. See `StageWrapper`.
+
+    Args:
+        transformer: The stage.
+        wav2vec: Semantic tokenizer.
+        audio_conditioner: Makes conditions.
+    """
+
+    @beartype
+    def __init__(
+        self,
+        transformer: SemanticTransformer,
+        wav2vec: SemanticTokenizer | None = None,
+        audio_conditioner: Conditioner | None = None,
+    ) -> None:
+        super().__init__(transformer, wav2vec, None, audio_conditioner)
+
+
+class CoarseTransformerWrapper(StageWrapper):
+    """The coarse stage. See `StageWrapper`.
+
+    Args:
+        transformer: The stage.
+        codec: Codec.
+        wav2vec: Semantic tokenizer.
+        audio_conditioner: Makes conditions.
+    """
+
+    @beartype
+    def __init__(
+        self,
+        transformer: CoarseTransformer,
+        codec: Codec | None = None,
+        wav2vec: SemanticTokenizer | None = None,
+        audio_conditioner: Conditioner | None = None,
+    ) -> None:
+        super().__init__(transformer, wav2vec, codec, audio_conditioner)
+
+
+class FineTransformerWrapper(StageWrapper):
+    """The fine stage. See `StageWrapper`.
+
+    Args:
+        transformer: The stage.
+        codec: Codec.
+        audio_conditioner: Makes conditions.
+    """
+
+    @beartype
+    def __init__(
+        self,
+        transformer: FineTransformer,
+        codec: Codec | None = None,
+        audio_conditioner: Conditioner | None = None,
+    ) -> None:
+        super().__init__(transformer, None, codec, audio_conditioner)

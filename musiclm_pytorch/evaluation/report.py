@@ -1,0 +1,196 @@
+"""Figures that can be believed: each with its chance level, its number of items and a bootstrap interval."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from beartype import beartype
+
+from audiolm_pytorch.files import staged_files, write_json
+
+__all__ = ["Figure", "accuracy_figure", "balanced_accuracy", "bootstrap_interval", "markdown_table", "write_report"]
+
+FORMAT_VERSION = 1
+BOOTSTRAP_ROUNDS = 1000
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured number.
+
+    Attributes:
+        name: What was measured, as `group / condition / measure`.
+        value: The number; shares lie in 0..1.
+        low: Lower end of the 95% bootstrap interval.
+        high: Its upper end.
+        chance: What guessing gives; None where there is no such thing.
+        count: Items measured.
+        note: What else the reader must know.
+    """
+
+    name: str
+    value: float
+    low: float
+    high: float
+    chance: float | None
+    count: int
+    note: str = ""
+
+    @classmethod
+    @beartype
+    def measured(
+        cls,
+        name: str,
+        statistic: Callable[[np.ndarray], float],
+        count: int,
+        chance: float | None = None,
+        note: str = "",
+    ) -> "Figure":
+        """Evaluate a statistic on all items, and on resamples for its interval.
+
+        Args:
+            name: What is measured.
+            statistic: From indices of items (with repetitions) to the number.
+            count: Items there are.
+            chance: What guessing gives.
+            note: What else the reader must know.
+
+        Returns:
+            The figure.
+        """
+        low, high = bootstrap_interval(statistic, count)
+        return cls(name, float(statistic(np.arange(count))), low, high, chance, count, note)
+
+
+@beartype
+def bootstrap_interval(
+    statistic: Callable[[np.ndarray], float], count: int, rounds: int = BOOTSTRAP_ROUNDS, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap over items (Efron & Tibshirani, An Introduction to the Bootstrap, sec. 13.3).
+
+    Args:
+        statistic: From indices of items (with repetitions) to the number.
+        count: Items there are.
+        rounds: Resamples.
+        seed: The same seed gives the same interval.
+
+    Returns:
+        The 2.5% and 97.5% points of the resampled statistic.
+
+    Raises:
+        ValueError: If there are no items.
+    """
+    if count < 1:
+        raise ValueError("an interval needs at least one item, got none")
+    generator = np.random.default_rng(seed)
+    values = [statistic(generator.integers(count, size=count)) for _ in range(rounds)]
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+@beartype
+def balanced_accuracy(truth: Sequence[str], answers: Sequence[str]) -> float:
+    """Average the share of right answers over the true classes: a frequent class counts no more than a rare one.
+
+    Args:
+        truth: What is right.
+        answers: What was said.
+
+    Returns:
+        In 0..1; one over the number of true classes for any constant answer among them.
+
+    Raises:
+        ValueError: If the lengths differ or are zero.
+    """
+    _require_pairs(truth, answers)
+    _, class_of = np.unique(np.asarray(truth), return_inverse=True)
+    return _mean_of_classes(class_of, np.asarray(truth) == np.asarray(answers))
+
+
+def _mean_of_classes(class_of: np.ndarray, is_right: np.ndarray) -> float:
+    """Average the shares of right answers over the classes that occur."""
+    totals = np.bincount(class_of)
+    right = np.bincount(class_of, weights=is_right)
+    return float((right[totals > 0] / totals[totals > 0]).mean())
+
+
+def _require_pairs(truth: Sequence[str], answers: Sequence[str]) -> None:
+    """Raise unless there is one answer for each of at least one truth."""
+    if len(truth) != len(answers) or not truth:
+        raise ValueError(f"need as many answers as truths and at least one, got {len(answers)} and {len(truth)}")
+
+
+@beartype
+def accuracy_figure(
+    name: str, truth: Sequence[str], answers: Sequence[str], balanced: bool = False, note: str = ""
+) -> Figure:
+    """Measure how often answers are right.
+
+    Args:
+        name: What is measured.
+        truth: What is right.
+        answers: What was said.
+        balanced: Weigh the true classes alike.
+        note: What else the reader must know.
+
+    Returns:
+        The figure; chance is that of a uniform guess among the classes that occur in `truth`.
+
+    Raises:
+        ValueError: If the lengths differ or are zero.
+    """
+    _require_pairs(truth, answers)
+    classes, class_of = np.unique(np.asarray(truth), return_inverse=True)
+    is_right = np.asarray(truth) == np.asarray(answers)
+
+    def statistic(chosen: np.ndarray) -> float:
+        return _mean_of_classes(class_of[chosen], is_right[chosen]) if balanced else float(is_right[chosen].mean())
+
+    return Figure.measured(name, statistic, len(truth), chance=1 / len(classes), note=note)
+
+
+def _shown(value: float | None) -> str:
+    """Three decimals, or nothing."""
+    return "" if value is None or math.isnan(value) else f"{value:.3f}"
+
+
+@beartype
+def markdown_table(figures: Sequence[Figure]) -> str:
+    """Set figures as a table.
+
+    Args:
+        figures: In the order wanted.
+
+    Returns:
+        Markdown, ending in a line break.
+    """
+    lines = ["| figure | value | 95% interval | chance | n | note |", "|---|---|---|---|---|---|"]
+    for figure in figures:
+        interval = f"{_shown(figure.low)} to {_shown(figure.high)}"
+        cells = [figure.name, _shown(figure.value), interval, _shown(figure.chance), str(figure.count), figure.note]
+        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+@beartype
+def write_report(path: str | Path, figures: Sequence[Figure], settings: dict[str, Any]) -> None:
+    """Write figures as JSON and, beside it, as a markdown table.
+
+    Args:
+        path: The JSON file; the table gets the same name with the suffix `.md`.
+        figures: In the order wanted.
+        settings: How they came about; JSON-able.
+
+    Raises:
+        ValueError: If the path does not end in `.json`, or a value is not finite.
+    """
+    path = Path(path)
+    if path.suffix != ".json":
+        raise ValueError(f"{path}: the report is JSON; use a name that ends in .json")
+    rows = [asdict(figure) for figure in figures]
+    write_json(path, {"format_version": FORMAT_VERSION, "settings": settings, "figures": rows})
+    with staged_files(path.parent) as stage:
+        (stage / path.with_suffix(".md").name).write_text(markdown_table(figures), encoding="utf-8")

@@ -1,0 +1,51 @@
+"""A picture of a sound: wave and mel spectrogram (matplotlib, extra [plot])."""
+
+from pathlib import Path
+
+import torch
+from beartype import beartype
+from torch import Tensor
+
+from audiolm_pytorch.mel import MelSpectrogram
+
+__all__ = ["plot_wave"]
+
+
+@beartype
+def plot_wave(wave: Tensor, sample_hz: int, path: str | Path, title: str = "") -> None:
+    """Draw wave and log-mel spectrogram into a picture file.
+
+    Args:
+        wave: Samples `[n]` in [-1, 1].
+        sample_hz: Their rate (Hz).
+        path: Picture to write; the suffix chooses the format.
+        title: Line above the picture.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('pictures need matplotlib: pip install "musiclm-pytorch[plot]"') from error
+    seconds = wave.shape[-1] / sample_hz
+    mel = MelSpectrogram(sample_hz=sample_hz, n_fft=1024, hop_length=256, num_mels=80)(wave)
+    decibel = 20 * mel.clamp(min=1e-5).log10()
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2))
+    top.plot(torch.linspace(0, seconds, wave.shape[-1]), wave, linewidth=0.4)
+    top.set(ylabel="amplitude", ylim=(-1, 1), title=title[:90])
+    bottom.imshow(
+        decibel,
+        origin="lower",
+        aspect="auto",
+        extent=(0, seconds, 0, len(decibel)),
+        vmin=float(decibel.max()) - 80,
+        cmap="magma",
+    )
+    bottom.set(xlabel="seconds", ylabel="mel band")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)

@@ -1,0 +1,157 @@
+"""Checkpoints: an interruption at any instant leaves one whole generation."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from audiolm_pytorch.training.checkpoint import Checkpoint, CheckpointFolder, differences
+
+
+def generation(step: int) -> Checkpoint:
+    """A checkpoint whose every part tells its step."""
+    tensors = {"model": {"weight": torch.full((3,), float(step))}, "optimizer": {"weight/step": torch.tensor(step)}}
+    return Checkpoint(step, tensors, {"progress": {"step": step}})
+
+
+def assert_whole(checkpoint: Checkpoint, step: int) -> None:
+    """All parts are of the same step."""
+    assert checkpoint.step == step
+    assert checkpoint.state == {"progress": {"step": step}}
+    assert torch.equal(checkpoint.tensors["model"]["weight"], torch.full((3,), float(step)))
+    assert checkpoint.tensors["optimizer"]["weight/step"] == step
+
+
+def in_child(action: Callable[[], None]) -> int:
+    """Run in a forked process that ends without any cleaning up, as a killed one does; give its exit status."""
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def die_at(call: int) -> None:
+    """Let the process die right before the given call that changes the disk."""
+    seen = 0
+
+    def dying(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            nonlocal seen
+            seen += 1
+            if seen == call:
+                os._exit(9)
+            return original(*args, **kwargs)
+
+        return wrapper
+
+    for module, name in [
+        (os, "replace"),
+        (os, "fsync"),
+        (os, "unlink"),
+        (os, "rmdir"),
+        (shutil, "rmtree"),
+        (os, "mkdir"),
+    ]:
+        setattr(module, name, dying(getattr(module, name)))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_death_between_any_two_changes_of_the_disk_leaves_a_whole_generation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two-generation swap: there is no instant without a whole checkpoint, and the next write still works."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # a killed process loses nothing that it wrote; time
+    call, outcomes, interrupted = 0, set(), True
+    while interrupted:
+        call += 1
+        folder = tmp_path / str(call)
+        CheckpointFolder(folder).write(generation(1))
+
+        def action(folder: Path = folder, call: int = call) -> None:
+            die_at(call)
+            CheckpointFolder(folder).write(generation(2))
+
+        interrupted = in_child(action) == 9
+        survivor = CheckpointFolder(folder)
+        assert survivor.recover()
+        step = survivor.read().step
+        assert_whole(survivor.read(), step)
+        outcomes.add(step)
+        assert step == 2 or interrupted
+        survivor.write(generation(3))
+        assert_whole(survivor.read(), 3)
+        assert [path.name for path in folder.iterdir()] == ["checkpoint"]
+    assert outcomes == {1, 2}
+    assert call > 12
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_death_while_recovering_is_recovered_from(tmp_path: Path) -> None:
+    """A second kill during the clean-up after the first one loses nothing either."""
+    for call in range(1, 8):
+        folder = tmp_path / str(call)
+        checkpoints = CheckpointFolder(folder)
+        checkpoints.write(generation(1))
+        shutil.copytree(checkpoints.path, folder / "spare")
+        checkpoints.write(generation(2))
+        # As a kill between the two renames leaves it: the new generation is whole, the old one is set aside.
+        (folder / "checkpoint").rename(folder / "checkpoint.new")
+        (folder / "spare").rename(folder / "checkpoint.old")
+
+        def action(folder: Path = folder, call: int = call) -> None:
+            die_at(call)
+            CheckpointFolder(folder).recover()
+
+        in_child(action)
+        assert CheckpointFolder(folder).recover()
+        assert_whole(CheckpointFolder(folder).read(), 2)
+
+
+def test_half_a_first_checkpoint_counts_as_none(tmp_path: Path) -> None:
+    """A kill during the very first write must not leave something that is read."""
+    checkpoints = CheckpointFolder(tmp_path)
+    checkpoints.write(generation(1))
+    (tmp_path / "checkpoint").rename(tmp_path / "checkpoint.new")
+    (tmp_path / "checkpoint.new" / "state.json").unlink()
+    assert not checkpoints.recover()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mixed_and_damaged_generations_are_refused(tmp_path: Path) -> None:
+    """Files of two steps, a cut file and an unknown format are named, not loaded."""
+    checkpoints = CheckpointFolder(tmp_path)
+    checkpoints.write(generation(1))
+    old = (tmp_path / "checkpoint" / "model.safetensors").read_bytes()
+    checkpoints.write(generation(2))
+    (tmp_path / "checkpoint" / "model.safetensors").write_bytes(old)
+    with pytest.raises(ValueError, match="of step 1, but state.json of step 2"):
+        checkpoints.read()
+    (tmp_path / "checkpoint" / "model.safetensors").write_bytes(old[:-3])
+    with pytest.raises(ValueError, match="model.safetensors is not a readable safetensors file"):
+        checkpoints.read()
+    (tmp_path / "checkpoint" / "state.json").write_text('{"format_version": 99}')
+    with pytest.raises(ValueError, match="format_version 99"):
+        checkpoints.read()
+
+
+def test_differences_name_the_path_of_each() -> None:
+    """The refusal to resume is readable: nested names, both values, and what one side lacks."""
+    there = {"settings": {"seed": 0, "batch_size": 4}, "task": "a"}
+    here = {"settings": {"seed": 1, "batch_size": 4}, "task": "a", "extra": 3}
+    assert differences(there, here) == ["extra: nothing there, 3 here", "settings.seed: 0 there, 1 here"]
+    assert differences(there, there) == []
+
+
+def test_constructing_touches_nothing(tmp_path: Path) -> None:
+    """No folder is made or cleaned before somebody asks."""
+    (tmp_path / "checkpoint.new").mkdir()
+    CheckpointFolder(tmp_path)
+    CheckpointFolder(tmp_path / "nowhere")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.new"]

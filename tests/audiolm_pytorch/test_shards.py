@@ -1,0 +1,170 @@
+"""Token shards: what is written is what is read, nothing is computed twice, and nothing is mixed up."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from audiolm_pytorch.data.shards import TokenShards, write_shards
+
+FINGERPRINT = {"codec": "ab12", "semantic": {"name": "w2v", "layer": 7}, "rates_hz": (16000, 24000)}
+
+
+def make_record(number: int) -> dict[str, np.ndarray]:
+    """A record of a length of its own; record 5 has no frames."""
+    rng = np.random.default_rng(number)
+    frames = 0 if number == 5 else 3 + number % 4
+    return {
+        "semantic": rng.integers(0, 512, frames),
+        "acoustic": rng.integers(0, 1024, (2 * frames, 4)),
+        "latents": rng.standard_normal((frames, 8)).astype(np.float16),
+        "duration_seconds": np.array(0.1 + number),
+    }
+
+
+class Counting:
+    """`make_record` that remembers what it was asked for, and may fail once at a record."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.asked: list[int] = []
+        self.fail_at = fail_at
+
+    def __call__(self, number: int) -> dict[str, np.ndarray]:
+        self.asked.append(number)
+        if number == self.fail_at:
+            raise KeyboardInterrupt
+        return make_record(number)
+
+
+def same(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> bool:
+    """Whether two records hold the same values."""
+    return left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
+
+
+def test_records_come_back_as_they_were(tmp_path: Path) -> None:
+    """Guards values, shapes, small types, numbers, empty records and the fingerprint."""
+    assert write_shards(tmp_path / "s", make_record, 11, FINGERPRINT, records_per_chunk=4) == 3
+    shards = TokenShards(tmp_path / "s", FINGERPRINT)
+    assert len(shards) == 11 and shards.fields == ("semantic", "acoustic", "latents", "duration_seconds")
+    assert all(same(shards[number], make_record(number)) for number in [10, 0, 5, 3, 4, *range(11)])
+    record = shards[0]
+    kinds = {name: array.dtype.name for name, array in record.items()}
+    assert kinds == {"semantic": "int16", "acoustic": "int16", "latents": "float16", "duration_seconds": "float64"}
+    assert record["duration_seconds"].shape == () and shards[5]["acoustic"].shape == (0, 4)
+    assert shards.fingerprint["semantic"]["layer"] == 7
+    with pytest.raises(IndexError, match="no record 11 among 11"):
+        shards[11]
+
+
+def test_a_field_has_one_type_whatever_the_chunk(tmp_path: Path) -> None:
+    """Guards readers from codes that are int16 in one chunk and int32 in the next; big floats become float32."""
+
+    def record(number: int) -> dict[str, np.ndarray]:
+        return {"codes": np.array([number * 20000]), "x": np.ones((1, 2)), "flag": np.array([True])}
+
+    write_shards(tmp_path / "s", record, 4, {}, records_per_chunk=1)
+    shards = TokenShards(tmp_path / "s")
+    assert [shards[number]["codes"].tolist() for number in range(4)] == [[0], [20000], [40000], [60000]]
+    assert {shards[number]["codes"].dtype for number in range(4)} == {np.dtype(np.int32)}
+    assert shards[0]["x"].dtype == np.float32 and shards[0]["flag"].tolist() == [1]
+
+
+def test_a_killed_writer_goes_on_where_it_stood(tmp_path: Path) -> None:
+    """Guards hours of encoding: complete chunks are kept, the broken one is done again, a finished folder is left."""
+    folder, killed, resumed, idle = tmp_path / "s", Counting(fail_at=6), Counting(), Counting()
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(folder, killed, 10, FINGERPRINT, records_per_chunk=4)
+    with pytest.raises(ValueError, match=r"no index.json \(unfinished: run write_shards again\)"):
+        TokenShards(folder)
+    assert write_shards(folder, resumed, 10, FINGERPRINT, records_per_chunk=4) == 2
+    assert resumed.asked == [4, 5, 6, 7, 8, 9]
+    assert write_shards(folder, idle, 10, FINGERPRINT, records_per_chunk=4) == 0 and idle.asked == []
+    shards = TokenShards(folder, FINGERPRINT)
+    assert all(same(shards[number], make_record(number)) for number in range(10))
+
+
+def test_what_a_kill_during_writing_leaves_is_not_taken_for_a_chunk(tmp_path: Path) -> None:
+    """Guards against a chunk of half a file: only a renamed folder counts."""
+    folder = tmp_path / "s"
+    half = folder / ".chunk-00000.999999.partial"
+    half.mkdir(parents=True)
+    (half / "semantic.npy").write_bytes(b"\x93NUMPY half")
+    write_shards(folder, make_record, 4, FINGERPRINT, records_per_chunk=2)
+    assert same(TokenShards(folder)[0], make_record(0))
+
+
+def test_two_processes_share_the_work(tmp_path: Path) -> None:
+    """Guards parallel encoding: each chunk once, and the index only when all are there."""
+    folder, workers = tmp_path / "s", [Counting(), Counting()]
+    write_shards(folder, workers[0], 10, FINGERPRINT, records_per_chunk=2, rank=0, world_size=2)
+    assert not (folder / "index.json").exists()
+    write_shards(folder, workers[1], 10, FINGERPRINT, records_per_chunk=2, rank=1, world_size=2)
+    assert sorted(workers[0].asked + workers[1].asked) == list(range(10))
+    assert all(same(TokenShards(folder)[number], make_record(number)) for number in range(10))
+
+
+def test_tokens_of_another_encoder_are_refused_with_the_difference(tmp_path: Path) -> None:
+    """Guards against training on, or adding to, tokens of another model; says exactly what differs."""
+    write_shards(tmp_path / "s", make_record, 4, FINGERPRINT, records_per_chunk=2)
+    other = {**FINGERPRINT, "semantic": {"name": "w2v", "layer": 9}, "crop": 1.0}
+    difference = r"crop is only in the expected one; semantic\.layer: found 7, expected 9"
+    with pytest.raises(ValueError, match=f"tokens of another origin; write them again: {difference}$"):
+        TokenShards(tmp_path / "s", other)
+    difference = r"fingerprint\.crop is only in the expected one; fingerprint\.semantic\.layer: found 7, expected 9"
+    with pytest.raises(ValueError, match=f"begun with another plan; use another folder: {difference}$"):
+        write_shards(tmp_path / "s", make_record, 4, other, records_per_chunk=2)
+    with pytest.raises(ValueError, match="num_records: found 4, expected 5"):
+        write_shards(tmp_path / "s", make_record, 5, FINGERPRINT, records_per_chunk=2)
+    TokenShards(tmp_path / "s", FINGERPRINT)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ({"a": np.array([np.nan])}, "record 1, field 'a': holds NaN"),
+        ({"a": np.array([2**40])}, "record 1, field 'a': .* does not fit into 32 bits"),
+        ({"a": np.array(["x"])}, "record 1, field 'a': cannot store <U1"),
+        ({"a": np.zeros((2, 3))}, r"record 1, field 'a': shape \(2, 3\) does not go with \(2,\) of record 0"),
+        ({"b": np.zeros(2)}, r"record 1 has fields \['b'\], record 0 has \['a'\]"),
+    ],
+)
+def test_records_that_cannot_be_stored_are_named(tmp_path: Path, broken: dict[str, np.ndarray], message: str) -> None:
+    """Guards the message when an encoder gives nonsense, and that nothing half is left."""
+    records = [{"a": np.zeros(2)}, broken]
+    with pytest.raises(ValueError, match=message):
+        write_shards(tmp_path / "s", lambda number: records[number], 2, {})
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["plan.json"]
+
+
+def test_chunks_that_disagree_are_found_before_they_are_read(tmp_path: Path) -> None:
+    """Guards against records whose fields change from chunk to chunk."""
+    with pytest.raises(ValueError, match="chunk-00001 has other fields than .*: b is only in the found one"):
+        write_shards(
+            tmp_path / "s",
+            lambda number: {"a": np.zeros(1)} if number == 0 else {"a": np.zeros(1), "b": np.zeros(1)},
+            2,
+            {},
+            records_per_chunk=1,
+        )
+
+
+def test_folders_that_are_no_shards_are_refused(tmp_path: Path) -> None:
+    """Guards the wrong path, a future format and impossible numbers."""
+    with pytest.raises(ValueError, match=r"no index.json \(not a shard folder\)"):
+        TokenShards(tmp_path)
+    write_shards(tmp_path / "s", make_record, 2, {})
+    index = tmp_path / "s" / "index.json"
+    index.write_text(index.read_text().replace('"format_version": 1', '"format_version": 9'))
+    with pytest.raises(ValueError, match="format version 9, this code reads 1"):
+        TokenShards(tmp_path / "s")
+    with pytest.raises(ValueError, match="num_records >= 1"):
+        write_shards(tmp_path / "t", make_record, 0, {})
+
+
+def test_many_chunks_do_not_keep_many_files_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the limit of open files on a large corpus."""
+    monkeypatch.setattr("audiolm_pytorch.data.shards.MAX_OPEN_CHUNKS", 3)
+    write_shards(tmp_path / "s", lambda number: {"a": np.array([number])}, 8, {}, records_per_chunk=1)
+    shards = TokenShards(tmp_path / "s")
+    assert [shards[number]["a"].item() for number in [*range(8), 0]] == [*range(8), 0]
+    assert sorted(shards._open) == [0, 6, 7]

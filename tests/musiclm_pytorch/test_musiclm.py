@@ -1,0 +1,311 @@
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from audiolm_pytorch.audio import resample
+from audiolm_pytorch.audiolm import AudioLM
+from audiolm_pytorch.conditioning import Conditioning
+from audiolm_pytorch.stages import CoarseTransformer, FineTransformer, SemanticTransformer
+from musiclm_pytorch.embed_quantizer import MuLaNEmbedQuantizer
+from musiclm_pytorch.mulan import MuLaN
+from musiclm_pytorch.musiclm import MusicLM
+
+sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package
+from tiny_mulan import tiny_mulan, tones
+
+PITCHES_HZ = (110, 330, 990, 2970)
+TEXTS = ["low tone", "middle tone", "high tone", "very high tone"]
+STAGES = ("semantic", "coarse", "fine")
+
+
+class FakeAudioLM(AudioLM):
+    """Plays, for each seed, a tone of one of four pitches, too loud, with a trace of the condition; notes its calls."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.codec = SimpleNamespace(target_sample_hz=12000)
+        self.dropout = nn.Dropout(0.5)
+        self.calls: list[dict[str, Any]] = []
+
+    @property
+    def stages(self) -> dict[str, Any]:
+        return {name: SimpleNamespace(transformer=SimpleNamespace(cond_dim=6)) for name in STAGES}
+
+    def forward(
+        self, batch_size: int, seconds: float, conditioning: dict[str, Conditioning], seeds: list[int], **settings: Any
+    ) -> Tensor:
+        self.calls.append({"size": batch_size, "conditioning": conditioning, "seeds": seeds, **settings})
+        assert batch_size == len(seeds) and all(len(conditioning[stage]) == batch_size for stage in STAGES)
+        waves = 4 * tones(*(PITCHES_HZ[seed % 4] for seed in seeds), seconds=seconds, sample_hz=12000)
+        trace = torch.stack([conditioning[stage].embeddings.flatten(1).mean(dim=1) for stage in STAGES]).sum(dim=0)
+        return self.dropout(waves + 0.01 * trace.unsqueeze(1))
+
+
+@pytest.fixture(scope="module")
+def trained() -> MuLaN:
+    """A MuLaN that knows which text belongs to which pitch."""
+    torch.set_num_threads(1)
+    mulan = tiny_mulan()
+    optimizer = torch.optim.Adam(mulan.parameters(), lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        mulan(tones(*PITCHES_HZ), TEXTS).backward()
+        optimizer.step()
+    return mulan.requires_grad_(False)
+
+
+@pytest.fixture
+def musiclm(trained: MuLaN) -> MusicLM:
+    """MusicLM over the fake, with conditions of the same width for every stage."""
+    quantizer = MuLaNEmbedQuantizer(
+        mulan=trained, conditioning_dims=(6, 6, 6), namespaces=STAGES, rq_num_quantizers=2, codebook_size=8
+    )
+    quantizer.fit(torch.randn(64, 16), seed=0)
+    return MusicLM(audio_lm=FakeAudioLM(), mulan_embed_quantizer=quantizer)
+
+
+def _pitches(waves: Tensor) -> list[int]:
+    """The strongest frequency of each wave, in Hz, as one of the four."""
+    peaks = torch.fft.rfft(waves - waves.mean(dim=-1, keepdim=True)).abs().argmax(dim=-1)
+    return [min(PITCHES_HZ, key=lambda hz: abs(hz - float(peak) * 12000 / waves.shape[-1])) for peak in peaks]
+
+
+def test_the_best_candidate_of_a_text_is_returned(musiclm: MusicLM) -> None:
+    """Best of four by MuLaN, as (1, samples), never louder than full scale, of the length asked for."""
+    for index, text in enumerate(TEXTS):
+        music = musiclm(text, num_samples=4, seconds=0.4, seed=0)
+        assert music.shape == (1, 4800) and music.abs().max() <= 1
+        assert _pitches(music) == [PITCHES_HZ[index]]
+
+
+def test_scores_equal_a_naive_loop(musiclm: MusicLM, trained: MuLaN) -> None:
+    """Oracle: each candidate alone, resampled from the codec's rate to MuLaN's; the order is by score."""
+    result = musiclm(TEXTS[:2], num_samples=3, seconds=0.4, seed=5, return_all=True)
+    assert result.waves.shape == (2, 3, 4800) and result.seeds == (5, 6, 7) and result.sample_hz == 12000
+    for prompt in range(2):
+        for candidate in range(3):
+            wave = resample(result.waves[prompt, candidate], 12000, 8000)
+            score = trained.get_audio_latents(wave[None]) @ trained.get_text_latents(TEXTS[prompt]).T
+            torch.testing.assert_close(result.scores[prompt, candidate], score.squeeze(), atol=1e-5, rtol=0)
+        ranked = result.scores[prompt][result.order[prompt]]
+        assert torch.equal(ranked, ranked.sort(descending=True).values)
+    assert torch.equal(result.best[0], result.waves[0, result.order[0, 0]])
+
+
+def _every_stage_gets_its_own_condition(musiclm: MusicLM) -> bool:
+    """Whether each stage was given what its own table says of the prompt's codes."""
+    fake, quantizer = musiclm.audio_lm, musiclm.mulan_embed_quantizer
+    musiclm("low tone", num_samples=1, seconds=0.4, seed=0)
+    codes = quantizer.codes(texts="low tone") + quantizer.codebook_size * torch.arange(2)
+    given = fake.calls[-1]["conditioning"]
+    return all(torch.equal(given[stage].embeddings, quantizer.table(stage)(codes)) for stage in STAGES)
+
+
+def test_every_stage_has_its_own_namespace(musiclm: MusicLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 1: all stages conditioned from the semantic table; the check fails when that is put back."""
+    assert _every_stage_gets_its_own_condition(musiclm)
+    own = MuLaNEmbedQuantizer.conditioning
+    monkeypatch.setattr(
+        MuLaNEmbedQuantizer, "conditioning", lambda self, **given: own(self, **{**given, "namespace": "semantic"})
+    )
+    assert not _every_stage_gets_its_own_condition(musiclm)
+
+
+def _is_one_batch(musiclm: MusicLM) -> bool:
+    """Whether all candidates of all prompts were generated by one call."""
+    musiclm.audio_lm.calls.clear()
+    musiclm(TEXTS[:3], num_samples=2, seconds=0.4, seed=0)
+    return [call["size"] for call in musiclm.audio_lm.calls] == [6]
+
+
+def test_all_candidates_are_one_batch(musiclm: MusicLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 6: candidates sampled one after another; the check fails when that is put back."""
+    assert _is_one_batch(musiclm)
+    own = MusicLM._generate
+
+    def one_by_one(self: MusicLM, conditions: Any, seeds: list[int], max_batch: int, **others: Any) -> Tensor:
+        return own(self, conditions, seeds, 1, **others)
+
+    monkeypatch.setattr(MusicLM, "_generate", one_by_one)
+    assert not _is_one_batch(musiclm)
+
+
+def _every_prompt_gets_its_own(musiclm: MusicLM) -> bool:
+    """Whether each of several prompts in one call gets the pitch that it names."""
+    music = musiclm([TEXTS[2], TEXTS[0], TEXTS[3]], num_samples=4, seconds=0.4, seed=0)
+    return _pitches(music) == [PITCHES_HZ[2], PITCHES_HZ[0], PITCHES_HZ[3]]
+
+
+def test_prompts_are_ranked_among_their_own_candidates(musiclm: MusicLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scoring candidates of one prompt by the text of another; the check fails when that is put in."""
+    assert _every_prompt_gets_its_own(musiclm)
+
+    def crossed(self: MusicLM, prompts: list[str], waves: Tensor, *, max_batch: int) -> Tensor:
+        mulan = self.mulan_embed_quantizer.mulan
+        rows = resample(rearrange(waves, "p k n -> (p k) n"), 12000, 8000)
+        own = repeat(mulan.get_text_latents(prompts), "p d -> (k p) d", k=waves.shape[1])
+        return rearrange((mulan.get_audio_latents(rows) * own).sum(dim=1), "(p k) -> p k", p=len(prompts))
+
+    monkeypatch.setattr(MusicLM, "scores", crossed)
+    assert not _every_prompt_gets_its_own(musiclm)
+
+
+def test_a_candidate_depends_on_its_prompt_and_seed_alone(musiclm: MusicLM) -> None:
+    """The same alone, among others, in any micro-batch, and when asked for again by its seed."""
+    whole = musiclm(TEXTS, num_samples=4, seconds=0.4, seed=7, return_all=True)
+    parts = musiclm(TEXTS, num_samples=4, seconds=0.4, seed=7, return_all=True, max_batch=3)
+    assert [call["size"] for call in musiclm.audio_lm.calls] == [16] + [3] * 5 + [1]
+    torch.testing.assert_close(whole.waves, parts.waves)
+    torch.testing.assert_close(whole.scores, parts.scores, atol=1e-5, rtol=0)
+    winner = whole.seeds[int(whole.order[2, 0])]
+    again = musiclm(TEXTS[2], num_samples=1, seconds=0.4, seeds=[winner])
+    torch.testing.assert_close(again[0], whole.best[2])
+
+
+def test_without_a_seed_torch_decides(musiclm: MusicLM) -> None:
+    """Every call is new, and torch.manual_seed brings it back."""
+    torch.manual_seed(3)
+    first = musiclm("low tone", seconds=0.4, return_all=True).seeds
+    second = musiclm("low tone", seconds=0.4, return_all=True).seeds
+    torch.manual_seed(3)
+    assert musiclm("low tone", seconds=0.4, return_all=True).seeds == first != second
+
+
+def test_generation_is_in_eval_mode_and_gives_the_mode_back(musiclm: MusicLM) -> None:
+    """The fake's dropout would zero half the samples; the user's mode is as it was before."""
+    musiclm.train()
+    music = musiclm("low tone", num_samples=1, seconds=0.4, seed=0)
+    assert (music == 0).float().mean() < 0.1
+    assert musiclm.audio_lm.training and not musiclm.mulan_embed_quantizer.mulan.training
+
+
+def test_a_broken_candidate_never_wins(musiclm: MusicLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wave with NaN is ranked last, and the others are still scored."""
+    own = FakeAudioLM.forward
+
+    def broken(self: FakeAudioLM, **given: Any) -> Tensor:
+        waves = own(self, **given)
+        waves[0, 5] = torch.nan
+        return waves
+
+    monkeypatch.setattr(FakeAudioLM, "forward", broken)
+    result = musiclm("low tone", num_samples=4, seconds=0.4, seed=0, return_all=True)
+    assert result.order[0, -1] == 0 and result.best.isfinite().all() and result.scores[0, 1:].isfinite().all()
+
+
+def test_settings_reach_the_audio_lm(musiclm: MusicLM) -> None:
+    """Further keywords are the AudioLM's."""
+    musiclm("low tone", num_samples=1, seconds=0.4, sampling={"fine": {"temperature": 0.1}})
+    assert musiclm.audio_lm.calls[-1]["sampling"] == {"fine": {"temperature": 0.1}}
+
+
+def test_fewer_levels_hide_the_rest(musiclm: MusicLM) -> None:
+    """Trailing codes are masked, as they were in training, not replaced."""
+    for num_levels, expected in ((None, [True, True]), (1, [True, False])):
+        musiclm("low tone", num_samples=1, seconds=0.4, num_levels=num_levels)
+        given = musiclm.audio_lm.calls[-1]["conditioning"]
+        assert all(given[stage].mask.tolist() == [expected] for stage in STAGES)
+    with pytest.raises(ValueError, match="num_levels"):
+        musiclm("low tone", num_levels=3)
+
+
+def test_musiclm_rejects_what_it_cannot_use(musiclm: MusicLM, trained: MuLaN) -> None:
+    """Errors name what was given and what is needed."""
+    with pytest.raises(ValueError, match="empty"):
+        musiclm("  ")
+    with pytest.raises(ValueError, match="empty"):
+        musiclm([])
+    with pytest.raises(ValueError, match="num_samples"):
+        musiclm("low tone", num_samples=0)
+    with pytest.raises(ValueError, match="seconds"):
+        musiclm("low tone", seconds=0)
+    with pytest.raises(ValueError, match="seeds"):
+        musiclm("low tone", seeds=[1, 2])
+    two = MuLaNEmbedQuantizer(mulan=trained, conditioning_dims=(6, 6), namespaces=("semantic", "coarse"))
+    with pytest.raises(ValueError, match="fine"):
+        MusicLM(audio_lm=FakeAudioLM(), mulan_embed_quantizer=two)
+
+
+class ToyTokenizer(nn.Module):
+    """Semantic tokens, 25 a second of 8 kHz; only counted here, never made."""
+
+    target_sample_hz, downsample_factor, codebook_size, fingerprint = 8000, 320, 7, "toy"
+
+    def num_frames(self, num_samples: int) -> int:
+        return num_samples // 320
+
+    def forward(self, wave: Tensor, input_sample_hz: int | None = None, lengths: Tensor | None = None) -> Tensor:
+        return torch.zeros(len(wave), wave.shape[1] // 320, dtype=torch.long)
+
+
+class ToyCodec(nn.Module):
+    """A codec whose frames are held levels: every code is heard."""
+
+    target_sample_hz, downsample_factor, channels, num_quantizers, codebook_size, fingerprint = (
+        12000,
+        240,
+        1,
+        3,
+        5,
+        "toy",
+    )
+
+    def num_frames(self, num_samples: int) -> int:
+        return -(-num_samples // 240)
+
+    def tokenize(self, wave: Tensor, lengths: Tensor | None = None) -> Tensor:
+        return torch.zeros(len(wave), self.num_frames(wave.shape[-1]), 3, dtype=torch.long)
+
+    def decode_from_codebook_indices(self, codes: Tensor, num_samples: int | None = None) -> Tensor:
+        held = (codes.float() @ torch.tensor([0.2, 0.04, 0.008])).repeat_interleave(240, dim=1)
+        return held.unsqueeze(1)[..., :num_samples]
+
+
+def _real_musiclm(trained: MuLaN) -> MusicLM:
+    """Real stages of random weights, each with a condition of another width; the fine one takes none."""
+    torch.manual_seed(0)
+    stack = {"dim": 16, "depth": 1, "heads": 2, "dim_head": 8}
+    semantic = SemanticTransformer(num_semantic_tokens=7, audio_text_condition=True, cond_dim=6, **stack)
+    levels = {"codebook_size": 5, "num_coarse_quantizers": 2, **stack}
+    coarse = CoarseTransformer(num_semantic_tokens=7, audio_text_condition=True, cond_dim=10, **levels)
+    fine = FineTransformer(num_fine_quantizers=1, **levels)
+    quantizer = MuLaNEmbedQuantizer(
+        mulan=trained,
+        conditioning_dims=(6, 10),
+        namespaces=("semantic", "coarse"),
+        rq_num_quantizers=2,
+        codebook_size=8,
+    )
+    audio_lm = AudioLM(
+        wav2vec=ToyTokenizer(),
+        codec=ToyCodec(),
+        semantic_transformer=semantic,
+        coarse_transformer=coarse,
+        fine_transformer=fine,
+        audio_conditioner=quantizer,
+    )
+    return MusicLM(audio_lm=audio_lm, mulan_embed_quantizer=quantizer)
+
+
+def test_real_stages_play_the_same_alone_and_among_others(trained: MuLaN) -> None:
+    """The whole chain with a real AudioLM: length, levels, and a candidate that is its prompt and its seed."""
+    musiclm = _real_musiclm(trained)
+    whole = musiclm(TEXTS[:2], num_samples=3, seconds=0.4, seed=11, return_all=True)
+    assert whole.waves.shape == (2, 3, 4800) and whole.waves.abs().max() <= 1 and whole.scores.isfinite().all()
+    assert all(len({tuple(wave.tolist()) for wave in candidates}) == 3 for candidates in whole.waves)
+    alone = musiclm(TEXTS[1], num_samples=1, seconds=0.4, seeds=[12])
+    assert torch.equal(alone[0], whole.waves[1, 1])
+
+
+def test_musiclm_refuses_stages_that_do_not_fit(trained: MuLaN) -> None:
+    """Widths of the quantizer's namespaces are those of the stages."""
+    musiclm = _real_musiclm(trained)
+    swapped = MuLaNEmbedQuantizer(mulan=trained, conditioning_dims=(10, 6), namespaces=("semantic", "coarse"))
+    with pytest.raises(ValueError, match="widths"):
+        MusicLM(audio_lm=musiclm.audio_lm, mulan_embed_quantizer=swapped)

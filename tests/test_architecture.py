@@ -1,0 +1,62 @@
+"""The shape of the house: what may import what, and what library code never does."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted([*(ROOT / "audiolm_pytorch").rglob("*.py"), *(ROOT / "musiclm_pytorch").rglob("*.py")])
+COMMANDS = {"cli.py", "__main__.py", "figures.py", "codec_check.py", "corpus.py"}
+every_file = pytest.mark.parametrize("file", FILES, ids=[str(file.relative_to(ROOT)) for file in FILES])
+
+
+def imported_modules(tree: ast.AST) -> set[str]:
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    return names
+
+
+@every_file
+def test_file_keeps_the_house_rules(file):
+    """No assert, prompt, pickle or torch.load in library code; print only in commands; files and functions stay short."""
+    text = file.read_text()
+    tree = ast.parse(text)
+    assert text.count("\n") <= 500
+    for node in ast.walk(tree):
+        assert not isinstance(node, ast.Assert), f"assert in line {node.lineno}"
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno < 80, f"{node.name} has more than 80 lines"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "input", "a prompt in library code"
+            assert node.func.id != "print" or file.name in COMMANDS, f"print in line {node.lineno}"
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            assert (node.value.id, node.attr) != ("torch", "load"), "torch.load unpickles"
+    assert not {"pickle", "joblib", "torchaudio", "fairseq"} & imported_modules(tree)
+
+
+@every_file
+def test_audiolm_never_names_musiclm(file):
+    """The lower package must be usable without the upper one."""
+    if file.relative_to(ROOT).parts[0] == "audiolm_pytorch" and file.name != "__init__.py":
+        assert not any(name.startswith("musiclm_pytorch") for name in imported_modules(ast.parse(file.read_text())))
+
+
+@pytest.mark.parametrize("package", ["audiolm_pytorch", "musiclm_pytorch"])
+def test_import_needs_no_optional_package(package):
+    """transformers, torchaudio, fairseq, matplotlib and a network are not needed to import."""
+    program = f"""
+import socket, sys
+for name in ("transformers", "torchaudio", "fairseq", "matplotlib", "sklearn"):
+    sys.modules[name] = None
+def refuse(*args, **kwargs): raise OSError("network")
+socket.socket.connect = refuse
+import {package}
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
