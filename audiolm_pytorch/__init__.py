@@ -3,7 +3,43 @@
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 
-__all__: list[str] = []
+from audiolm_pytorch.audiolm import AudioLM
+from audiolm_pytorch.codecs import AudioLMSoundStream, MusicLMSoundStream, SoundStream, SpectralSoundStream
+from audiolm_pytorch.codecs.training import SoundStreamTrainer
+from audiolm_pytorch.semantic import BestRQEncoder, KMeansTokenizer
+from audiolm_pytorch.semantic.training import SemanticTokenizerTrainer
+from audiolm_pytorch.stages import CoarseTransformer, FineTransformer, SemanticTransformer
+from audiolm_pytorch.stages.trainers import (
+    CoarseTransformerTrainer,
+    FineTransformerTrainer,
+    SemanticTransformerTrainer,
+)
+from audiolm_pytorch.stages.wrappers import (
+    CoarseTransformerWrapper,
+    FineTransformerWrapper,
+    SemanticTransformerWrapper,
+)
+
+__all__ = [
+    "AudioLM",
+    "AudioLMSoundStream",
+    "BestRQEncoder",
+    "CoarseTransformer",
+    "CoarseTransformerTrainer",
+    "CoarseTransformerWrapper",
+    "FineTransformer",
+    "FineTransformerTrainer",
+    "FineTransformerWrapper",
+    "KMeansTokenizer",
+    "MusicLMSoundStream",
+    "SemanticTokenizerTrainer",
+    "SemanticTransformer",
+    "SemanticTransformerTrainer",
+    "SemanticTransformerWrapper",
+    "SoundStream",
+    "SoundStreamTrainer",
+    "SpectralSoundStream",
+]
 
 
 def _warn_of_namesake() -> None:

@@ -1,4 +1,4 @@
-"""AudioLM (arXiv:2209.03143, sec. III): semantic, coarse and fine tokens one after another, then the codec's decoder."""
+"""AudioLM (arXiv:2209.03143, sec. III): semantic, coarse and fine tokens, one after another, to the codec's decoder."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence

@@ -15,7 +15,7 @@ class _RootMeanSquareNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
         inverse = torch.rsqrt(norm.square() / x.shape[-1] + eps).to(x.dtype)
         ctx.save_for_backward(x, weight, inverse)
         return (x * inverse).mul_(weight.to(x.dtype))

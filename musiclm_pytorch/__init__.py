@@ -1,3 +1,22 @@
 """MusicLM (arXiv 2301.11325) in small modules: a sentence becomes music."""
 
-__all__: list[str] = []
+from musiclm_pytorch.bundle import load_musiclm
+from musiclm_pytorch.embed_quantizer import MuLaNEmbedQuantizer
+from musiclm_pytorch.mulan import AudioSpectrogramTransformer, MuLaN, TextTransformer
+from musiclm_pytorch.mulan.losses import SigmoidContrastiveLearning, SoftmaxContrastiveLearning
+from musiclm_pytorch.mulan.tokenizer import TextTokenizer
+from musiclm_pytorch.musiclm import MusicLM
+from musiclm_pytorch.training import MuLaNTrainer
+
+__all__ = [
+    "AudioSpectrogramTransformer",
+    "MuLaN",
+    "MuLaNEmbedQuantizer",
+    "MuLaNTrainer",
+    "MusicLM",
+    "SigmoidContrastiveLearning",
+    "SoftmaxContrastiveLearning",
+    "TextTokenizer",
+    "TextTransformer",
+    "load_musiclm",
+]

@@ -103,7 +103,7 @@ def load_musiclm(name_or_folder: str | Path = "tiny", device: str | torch.device
         coarse_transformer=parts["coarse"],
         fine_transformer=parts["fine"],
         audio_conditioner=parts["quantizer"],
-        **about.get("sampling", {}),
+        sampling=about.get("sampling"),
     )
     musiclm = MusicLM(audio_lm=audio_lm, mulan_embed_quantizer=parts["quantizer"])
     return musiclm.to(device).eval()

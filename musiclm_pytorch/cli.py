@@ -122,24 +122,19 @@ def _generate(command: Generate) -> None:
         raise ValueError(f"--seed must not be negative, got {command.seed}")
     _require_audio_suffix(command.out)
     musiclm = load_musiclm(command.model)
-    result = musiclm(
-        command.text,
-        num_samples=command.num_samples,
-        seconds=command.seconds,
-        seeds=[command.seed + i for i in range(command.num_samples)],
-        return_all=True,
+    candidates = musiclm(
+        command.text, num_samples=command.num_samples, seconds=command.seconds, seed=command.seed, return_all=True
     )
-    scores, seeds = result.scores[0].tolist(), list(result.seeds[0])
-    best = max(range(len(scores)), key=scores.__getitem__)
-    rate_hz = musiclm.sample_hz
-    write_audio(command.out, result.waves[0, best], rate_hz)
-    for i, (score, seed) in enumerate(zip(scores, seeds)):
-        print(f"candidate {i + 1}  seed {seed}  similarity {score:.3f}{'  <- kept' if i == best else ''}")
+    best = int(candidates.order[0, 0])
+    wave = candidates.waves[0, best]
+    write_audio(command.out, wave, candidates.sample_hz)
+    for number, (score, seed) in enumerate(zip(candidates.scores[0].tolist(), candidates.seeds)):
+        print(f"candidate {number + 1}  seed {seed}  similarity {score:.3f}{'  <- kept' if number == best else ''}")
     print(f"wrote {command.out}")
     if command.plot is not None:
         from musiclm_pytorch.plot import plot_wave
 
-        plot_wave(result.waves[0, best], rate_hz, command.plot, title=command.text)
+        plot_wave(wave, candidates.sample_hz, command.plot, title=command.text)
         print(f"drew {command.plot}")
 
 

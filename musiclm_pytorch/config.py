@@ -176,7 +176,7 @@ _TINY = Preset(
         dropout=0.1,
         cond_drop_prob=0.1,
         level_drop_prob=0.2,
-        run=RunConfig(3000, 32, 5.0, 1e-3),
+        run=RunConfig(1800, 32, 5.0, 1e-3),
     ),
     coarse=StageConfig(
         dim=192,
@@ -185,7 +185,7 @@ _TINY = Preset(
         dropout=0.1,
         cond_drop_prob=0.1,
         level_drop_prob=0.2,
-        run=RunConfig(3000, 16, 5.0, 1e-3),
+        run=RunConfig(2000, 16, 5.0, 1e-3),
     ),
     fine=StageConfig(
         dim=128,

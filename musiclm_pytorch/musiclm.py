@@ -26,14 +26,14 @@ class Candidates:
         waves: `[prompts, candidates, n]` (`[prompts, candidates, c, n]` for a codec of several channels) float32 in
             -1..1, in the order of `seeds`.
         scores: `[prompts, candidates]` cosine of MuLaN's embeddings of the prompt and of the candidate, -1..1.
-        seeds: One a candidate, the same for each prompt: `seeds=[seed]` gives that candidate again, alone.
+        seeds: One a candidate, for each prompt: `seeds=[seed]` gives that candidate again, alone.
         order: `[prompts, candidates]` int64, indices of candidates, best first.
         sample_hz: Sample rate of the waves in Hz.
     """
 
     waves: Tensor
     scores: Tensor
-    seeds: tuple[int, ...]
+    seeds: tuple[tuple[int, ...], ...]
     order: Tensor
     sample_hz: int
 
@@ -131,7 +131,7 @@ class MusicLM(nn.Module):
             scores = self.scores(prompts, waves, max_batch=max_batch)
         # a candidate that is not even finite must not win
         order = scores.nan_to_num(nan=-2.0).argsort(dim=1, descending=True, stable=True)
-        candidates = Candidates(waves, scores, tuple(chosen), order, self.sample_hz)
+        candidates = Candidates(waves, scores, (tuple(chosen),) * len(prompts), order, self.sample_hz)
         return candidates if return_all else candidates.best
 
     @torch.no_grad()

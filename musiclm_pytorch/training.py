@@ -18,58 +18,14 @@ from audiolm_pytorch.data.manifest import AudioItem, load_split
 from audiolm_pytorch.io import save_module
 from audiolm_pytorch.training import LoopSettings, LossOutput, Phase, TrainLoop, TrainResult
 from musiclm_pytorch.embed_quantizer import MuLaNEmbedQuantizer
+from musiclm_pytorch.evaluation.retrieval import relevance_of, retrieval
 from musiclm_pytorch.mulan.mulan import MuLaN
 
-__all__ = ["MuLaNTask", "MuLaNTrainer", "captions_of", "fit_quantizer", "retrieval_scores"]
+__all__ = ["MuLaNTask", "MuLaNTrainer", "captions_of", "fit_quantizer"]
 
 logger = logging.getLogger(__name__)
 
 _RECALL_AT = (1, 5, 10)
-
-
-@beartype
-def retrieval_scores(audio_latents: Tensor, text_latents: Tensor, captions: Sequence[str]) -> dict[str, float]:
-    """Find clips by their captions, among all clips.
-
-    Each distinct caption is one query; any of the clips that it describes is a right answer. A clip that scores the
-    same as the best right answer counts as ranked before it, so that collapsed latents score nothing.
-
-    Args:
-        audio_latents: `[b, d]` unit norm, one a clip.
-        text_latents: `[b, d]` unit norm, of the caption of each clip.
-        captions: `b` captions.
-
-    Returns:
-        "recall_at_1", "_5" and "_10": fractions of the queries with a right answer among the first k.
-
-    Raises:
-        ValueError: If there is no clip, or numbers differ.
-    """
-    if not len(audio_latents) == len(text_latents) == len(captions) > 0:
-        raise ValueError(
-            "need as many audio latents as text latents and captions, and at least one, got "
-            f"{len(audio_latents)}, {len(text_latents)}, {len(captions)}"
-        )
-    rights = _answers(captions, audio_latents.device)
-    queries = rights.float().argmax(dim=1)
-    scores = text_latents[queries].float() @ audio_latents.float().T
-    best = scores.masked_fill(~rights, -math.inf).amax(dim=1, keepdim=True)
-    rank = ((scores >= best) & ~rights).sum(dim=1)
-    return {f"recall_at_{k}": float((rank < k).float().mean()) for k in _RECALL_AT}
-
-
-def _answers(captions: Sequence[str], device: torch.device) -> Tensor:
-    """Which clips each distinct caption describes, `[distinct, b]` bool, in the order of first appearance."""
-    numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
-    clips = torch.tensor([numbers[caption] for caption in captions], device=device)
-    return clips.unsqueeze(0) == torch.arange(len(numbers), device=device).unsqueeze(1)
-
-
-def _chance_recall(captions: Sequence[str], k: int) -> float:
-    """Recall that a random order would have: 1 - C(b - r, k) / C(b, k), averaged over queries with r right answers."""
-    total, k = len(captions), min(k, len(captions))
-    counts = _answers(captions, torch.device("cpu")).sum(dim=1).tolist()
-    return sum(1 - math.comb(total - count, k) / math.comb(total, k) for count in counts) / len(counts)
 
 
 def captions_of(item: AudioItem) -> list[str]:
@@ -81,6 +37,8 @@ def captions_of(item: AudioItem) -> list[str]:
 
 class MuLaNTask:
     """What `TrainLoop` needs to train a MuLaN: random crops of captioned files, and retrieval on held-out ones.
+
+    A file with several captions shows another one in every epoch; held-out files are searched by their first.
 
     Args:
         mulan: The model.
@@ -133,7 +91,9 @@ class MuLaNTask:
         processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         chance = {"loss": math.log(self.batch_size * processes)}
         if self._valid is not None:
-            chance |= {f"recall_at_{k}": _chance_recall(self._valid_captions, k) for k in _RECALL_AT}
+            relevant = relevance_of(self._valid_captions)
+            random = retrieval(torch.zeros(relevant.shape), relevant)
+            chance |= {f"recall_at_{k}": random.chance_recall(k) for k in _RECALL_AT}
         return chance
 
     def batch(self, indices: list[tuple[int, int]]) -> dict[str, Tensor]:
@@ -147,7 +107,7 @@ class MuLaNTask:
         return LossOutput(loss, {} if temperature is None else {"temperature": temperature})
 
     def validate(self) -> dict[str, float]:
-        """Text-to-audio retrieval among all held-out clips (see `retrieval_scores`)."""
+        """Text-to-audio retrieval among all held-out clips; every clip of the same caption is a right answer."""
         if self._valid is None:
             return {}
         device = next(self.mulan.parameters()).device
@@ -157,7 +117,8 @@ class MuLaNTask:
             batch = {name: tensor.to(device) for name, tensor in self._batch(self._valid, indices).items()}
             audio.append(self.mulan.get_audio_latents(batch["wavs"], batch["lengths"]))
             text.append(self.mulan.get_text_latents(batch["ids"]))
-        return retrieval_scores(torch.cat(audio), torch.cat(text), self._valid_captions)
+        found = retrieval(torch.cat(text) @ torch.cat(audio).T, relevance_of(self._valid_captions).to(device))
+        return {f"recall_at_{k}": float((found.ranks <= k).mean()) for k in _RECALL_AT}
 
     def samples(self, folder: Path, step: int) -> None:
         """Write nothing: latents are nothing to listen to."""
@@ -180,8 +141,8 @@ class MuLaNTrainer:
 
     Args:
         mulan: The model; its tokenizer should have been trained on the captions (`TextTokenizer.train`).
-        folder: Folder with `train.jsonl` (`audio`, `caption`), and `valid.jsonl` if there is one; or a `.jsonl` file.
-            None when `items` is given.
+        folder: Folder with `train.jsonl` (`audio`, `caption`, perhaps a list `captions` of further ones), and
+            `valid.jsonl` if there is one; or a `.jsonl` file. None when `items` is given.
         items: Items to learn from and held-out items, instead of `folder`.
         batch_size: Clips a step and process.
         num_train_steps: Optimizer steps of the whole run.
@@ -259,7 +220,8 @@ def fit_quantizer(
 
     Args:
         quantizer: Not fitted yet; its MuLaN is trained.
-        items: Files; captions, where all files have one, bring texts to where audio is (see `MuLaNEmbedQuantizer.fit`).
+        items: Files; captions, where all files have some, bring texts to where audio is (see
+            `MuLaNEmbedQuantizer.fit`).
         ridge: Strength of the learned map from text to audio, see there. None = centre and scale only.
         seed: Seed of the k-means, and of the choice of windows.
         max_windows: More windows than this are thinned at random.
@@ -273,14 +235,14 @@ def fit_quantizer(
     mulan = quantizer.mulan
     device = next(mulan.parameters()).device
     dataset = CropDataset(items, None, (mulan.sample_hz,), seed, cache_bytes=0)
-    captions = [item.caption or "" for item in items]
-    paired = all(caption.strip() for caption in captions)
+    captions = [captions_of(item) for item in items]
+    paired = all(captions)
     audio, text = [], []
     with torch.no_grad():
-        for index, caption in enumerate(captions):
+        for index, own in enumerate(captions):
             audio.append(mulan.window_latents(dataset.get(0, index).waves[mulan.sample_hz].to(device)))
             if paired:
-                text.append(mulan.get_text_latents(caption).expand(len(audio[-1]), -1))
+                text.append(mulan.get_text_latents(own[index % len(own)]).expand(len(audio[-1]), -1))
     audio_latents = torch.cat(audio)
     text_latents = torch.cat(text) if paired else None
     if len(audio_latents) > max_windows:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -32,14 +32,16 @@ class StageInput:
     Attributes:
         tokens: Tokens of the crops.
         ends: `[b]` bool, whether the file really ends with the crop.
-        condition: What the conditioner embeds: `wavs` and `lengths`, or `codes`; empty without a conditioner.
+        condition: Arguments for the conditioner: `wavs` and `lengths`, or `codes`; empty without a conditioner.
     """
 
     tokens: AudioTokens
     ends: Tensor
-    condition: dict[str, Tensor]
+    condition: dict[str, Any]
 
 
+@runtime_checkable
+@runtime_checkable
 class StageSource(Protocol):
     """Training data of a stage."""
 
@@ -175,7 +177,7 @@ class ShardSource:
 
     def read(self, batch: _TokenBatch) -> StageInput:
         """Tokens as they are; codes from latents."""
-        condition: dict[str, Tensor] = {}
+        condition: dict[str, Any] = {}
         if self.conditioner is not None and batch.latents is not None:
             if isinstance(self.conditioner, nn.Module):
                 self.conditioner.to(batch.latents.device)

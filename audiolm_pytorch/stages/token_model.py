@@ -29,12 +29,12 @@ class TokenLoss:
         loss: `[]`, mean cross-entropy of all predicted tokens, in nats.
         per_stream: The same for each predicted stream by name, and, where a stream has several levels, for each level
             as `name.level`. Chance is the logarithm of the vocabulary size.
-        accuracy: Share of tokens whose likeliest prediction was right, under the same names.
+        accuracy: `[]`, share of tokens that were thought likeliest.
     """
 
     loss: Tensor
     per_stream: dict[str, Tensor]
-    accuracy: dict[str, Tensor]
+    accuracy: Tensor
 
 
 @register
@@ -166,12 +166,11 @@ class TokenTransformer(nn.Module):
             score = torch.stack((nats, hits.to(nats.dtype), nats.new_tensor(float(len(local)))))
             for name in self._names(head):
                 sums[name] = sums[name] + score if name in sums else score
-        total = torch.stack([sums[stream.name] for stream in self.layout.predicted]).sum(dim=0)
-        means = {name: score / score[2].clamp(min=1) for name, score in sums.items()}
+        nats, hits, count = torch.stack([sums[stream.name] for stream in self.layout.predicted]).sum(dim=0)
         return TokenLoss(
-            loss=total[0] / total[2].clamp(min=1),
-            per_stream={name: mean[0] for name, mean in means.items()},
-            accuracy={name: mean[1].detach() for name, mean in means.items()},
+            loss=nats / count.clamp(min=1),
+            per_stream={name: score[0] / score[2].clamp(min=1) for name, score in sums.items()},
+            accuracy=hits.detach() / count.clamp(min=1),
         )
 
     def _names(self, head: Head) -> tuple[str, ...]:

@@ -14,7 +14,8 @@ from audiolm_pytorch.codecs.protocol import Codec
 from audiolm_pytorch.conditioning import Conditioner, Conditioning
 from audiolm_pytorch.data.manifest import AudioItem, training_items
 from audiolm_pytorch.data.shards import TokenShards
-from audiolm_pytorch.io import save_module, weights_of, write_weights
+from audiolm_pytorch.files import write_weights
+from audiolm_pytorch.io import save_module, weights_of
 from audiolm_pytorch.semantic.protocol import SemanticTokenizer
 from audiolm_pytorch.stages.sources import ShardSource, StageSource, WaveSource
 from audiolm_pytorch.stages.stages import (
@@ -26,6 +27,7 @@ from audiolm_pytorch.stages.stages import (
 from audiolm_pytorch.stages.token_model import TokenLoss
 from audiolm_pytorch.stages.wrappers import check_fit
 from audiolm_pytorch.training import LoopSettings, LossOutput, Phase, TrainLoop, TrainResult
+from audiolm_pytorch.training.ranks import to_device
 
 __all__ = [
     "CoarseTransformerTrainer",
@@ -90,17 +92,17 @@ class StageTask:
     def loss(self, batch: Any, step: int) -> LossOutput:
         """Cross-entropy of a batch, in nats a token."""
         found = self._predict(self.train, batch)
-        metrics = {"accuracy": sum_of_streams(found, self.transformer)}
-        return LossOutput(found.loss, {**metrics, **_by_stream(found)})
+        return LossOutput(found.loss, {"accuracy": found.accuracy, **_by_stream(found)})
 
+    @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Loss and accuracy on held-out items, each once, nothing dropped."""
         totals: dict[str, float] = {}
         for first in range(0, self.num_valid_items, self.valid_batch_size):
             indices = [(0, index) for index in range(first, min(first + self.valid_batch_size, self.num_valid_items))]
-            found = self._predict(self.valid, self.valid.batch(indices))
-            values = {"loss": found.loss, "accuracy": sum_of_streams(found, self.transformer), **_by_stream(found)}
-            for name, value in values.items():
+            batch = to_device(self.valid.batch(indices), self.transformer.device)
+            found = self._predict(self.valid, batch)
+            for name, value in {"loss": found.loss, "accuracy": found.accuracy, **_by_stream(found)}.items():
                 totals[name] = totals.get(name, 0.0) + float(value) * len(indices) / self.num_valid_items
         return totals
 
@@ -109,3 +111,220 @@ class StageTask:
 
     def before_training(self) -> None:
         """Nothing depends on data."""
+
+    def _predict(self, source: StageSource, batch: Any) -> TokenLoss:
+        """Tokens, condition and loss of a batch."""
+        given = source.read(batch)
+        conditioning = None
+        if self.conditioner is not None:
+            # The conditioner hears audio in full precision, so that its codes are those of inference.
+            with torch.autocast(self.transformer.device.type, enabled=False):
+                conditioning = self.conditioner.conditioning(namespace=self.transformer.namespace, **given.condition)
+            if self.transformer.training and self.level_drop_prob > 0:
+                conditioning = _drop_levels(conditioning, self.level_drop_prob)
+        loss: TokenLoss = self.transformer(self.transformer.packed(given.tokens, given.ends), conditioning)
+        return loss
+
+
+def _drop_levels(conditioning: Conditioning, probability: float) -> Conditioning:
+    """Drop trailing levels of some items, keeping at least the first."""
+    num_levels = conditioning.mask.shape[1]
+    kept = torch.randint(1, num_levels, (len(conditioning),)) if num_levels > 1 else torch.ones(len(conditioning))
+    chosen = torch.rand(len(conditioning)) < probability
+    return conditioning.without_trailing(torch.where(chosen, kept, num_levels))
+
+
+def _by_stream(found: TokenLoss) -> dict[str, Tensor | float]:
+    return {f"loss_{name}": loss.detach() for name, loss in found.per_stream.items()}
+
+
+def _chance(transformer: StageTransformer) -> dict[str, float]:
+    """What guessing reaches: the logarithm of each vocabulary, weighted by how often its tokens come."""
+    streams = transformer.layout.predicted
+    weights = [float(stream.rate_hz) * stream.num_levels for stream in streams]
+    chances = [math.log(stream.vocab_size) for stream in streams]
+    by_head = {
+        name: math.log(head.vocab_size)
+        for head in transformer.layout.heads
+        for name in (f"loss_{head.stream}", f"loss_{head.stream}.{head.level}")
+    }
+    mean = sum(weight * chance for weight, chance in zip(weights, chances)) / sum(weights)
+    return {"loss": mean, **by_head}
+
+
+class StageTrainer:
+    """Trains a stage on audio files or on shards of tokens, resumably.
+
+    At the end `results_folder` holds the stage (`<namespace>/`, a saved module) and, with a conditioner, the trained
+    table of its namespace (`conditioning_table.safetensors`).
+
+    Args:
+        transformer: The stage; trained in place.
+        wav2vec: Semantic tokenizer, where tokens are made on the way.
+        codec: Codec, likewise.
+        audio_conditioner: Conditioner, for a transformer that takes a condition.
+        folder: Folder of audio files or JSONL manifest.
+        items: Items to learn from and held-out items, instead of `folder`.
+        shards: Token records to learn from, instead of both.
+        valid_shards: Held-out token records; None = validate on `shards`.
+        data_max_length: Samples of a crop, at the codec's rate, or the semantic tokenizer's for the semantic stage.
+        data_max_length_seconds: Seconds of a crop, instead. None for both = whole recordings.
+        batch_size: Crops a step and process.
+        num_train_steps: Optimizer steps of the whole run.
+        results_folder: Where checkpoints, metrics and the result go.
+        accelerator: Shared by all trainings of a program; None makes one.
+        level_drop_prob: See `StageTask`.
+        **settings: Further fields of `LoopSettings`, e.g. `learning_rate`.
+
+    Raises:
+        ValueError: If there is not exactly one source of data, or parts do not fit one another.
+    """
+
+    @beartype
+    def __init__(
+        self,
+        transformer: StageTransformer,
+        *,
+        wav2vec: SemanticTokenizer | None = None,
+        codec: Codec | None = None,
+        audio_conditioner: Conditioner | None = None,
+        folder: str | Path | None = None,
+        items: tuple[Sequence[AudioItem], Sequence[AudioItem]] | None = None,
+        shards: TokenShards | None = None,
+        valid_shards: TokenShards | None = None,
+        data_max_length: int | None = None,
+        data_max_length_seconds: float | int | None = None,
+        batch_size: int,
+        num_train_steps: int,
+        results_folder: str | Path = "./results",
+        accelerator: Accelerator | None = None,
+        level_drop_prob: float | int = 0.0,
+        **settings: Any,
+    ) -> None:
+        check_fit(transformer, wav2vec, codec)
+        loop_settings = LoopSettings(num_train_steps=num_train_steps, batch_size=batch_size, **settings)
+        seconds = _crop_seconds(data_max_length, data_max_length_seconds, wav2vec if codec is None else codec)
+        sources: list[StageSource]
+        if shards is not None:
+            if folder is not None or items is not None:
+                raise ValueError("give one source of data: a folder, items or shards")
+            sources = [
+                ShardSource(
+                    part, transformer, seconds=seconds, audio_conditioner=audio_conditioner, seed=loop_settings.seed
+                )
+                for part in (shards, valid_shards or shards)
+            ]
+        else:
+            sources = [
+                WaveSource(
+                    part,
+                    transformer,
+                    seconds=seconds,
+                    wav2vec=wav2vec,
+                    codec=codec,
+                    audio_conditioner=audio_conditioner,
+                    seed=loop_settings.seed,
+                )
+                for part in training_items(folder, items)
+            ]
+        self.transformer, self.conditioner = transformer, audio_conditioner
+        self.task = StageTask(
+            transformer,
+            *sources,
+            audio_conditioner=audio_conditioner,
+            level_drop_prob=level_drop_prob,
+            valid_batch_size=batch_size,
+        )
+        if transformer.max_seconds is None:
+            transformer.max_seconds = seconds
+        self.results_folder = Path(results_folder)
+        self.loop = TrainLoop(self.task, loop_settings, self.results_folder, accelerator)
+
+    @beartype
+    def train(self, stop_after_steps: int | None = None) -> TrainResult:
+        """Train to the end, or for some steps, from wherever the folder's checkpoint stands.
+
+        Args:
+            stop_after_steps: Steps to do in this call at most; None runs to the end.
+
+        Returns:
+            Where the run stands now. At its end the transformer (and the conditioner's table) hold the final weights.
+        """
+        result = self.loop.train(stop_after_steps)
+        if self.loop.is_finished:
+            self.loop.final_module()
+            if PartialState().is_main_process:
+                self._save()
+        return result
+
+    def _save(self) -> None:
+        """Write the result: the table first, since the saved module says that all is there."""
+        namespace = self.transformer.namespace
+        if self.conditioner is not None:
+            write_weights(self.results_folder / TABLE_FILE, weights_of(self.conditioner.table(namespace)))
+        save_module(self.transformer, self.results_folder / namespace)
+
+
+def _crop_seconds(
+    samples: int | None, seconds: float | None, tokenizer: SemanticTokenizer | Codec | None
+) -> float | None:
+    """Length of a crop in seconds, from whichever was given."""
+    if samples is None:
+        return seconds
+    if seconds is not None:
+        raise ValueError("give data_max_length (samples) or data_max_length_seconds, not both")
+    if tokenizer is None:
+        raise ValueError("data_max_length counts samples of a tokenizer; with shards give data_max_length_seconds")
+    return samples / tokenizer.target_sample_hz
+
+
+class SemanticTransformerTrainer(StageTrainer):
+    """Trains the semantic stage. See `StageTrainer` for the arguments not listed.
+
+    Args:
+        transformer: The stage.
+        wav2vec: Semantic tokenizer; not needed with shards.
+        **arguments: Of `StageTrainer`.
+    """
+
+    @beartype
+    def __init__(
+        self, *, transformer: SemanticTransformer, wav2vec: SemanticTokenizer | None = None, **arguments: Any
+    ) -> None:
+        super().__init__(transformer, wav2vec=wav2vec, **arguments)
+
+
+class CoarseTransformerTrainer(StageTrainer):
+    """Trains the coarse stage. See `StageTrainer` for the arguments not listed.
+
+    Args:
+        transformer: The stage.
+        codec: Codec; not needed with shards.
+        wav2vec: Semantic tokenizer; not needed with shards.
+        **arguments: Of `StageTrainer`.
+    """
+
+    @beartype
+    def __init__(
+        self,
+        *,
+        transformer: CoarseTransformer,
+        codec: Codec | None = None,
+        wav2vec: SemanticTokenizer | None = None,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(transformer, codec=codec, wav2vec=wav2vec, **arguments)
+
+
+class FineTransformerTrainer(StageTrainer):
+    """Trains the fine stage. See `StageTrainer` for the arguments not listed.
+
+    Args:
+        transformer: The stage.
+        codec: Codec; not needed with shards.
+        **arguments: Of `StageTrainer`.
+    """
+
+    @beartype
+    def __init__(self, *, transformer: FineTransformer, codec: Codec | None = None, **arguments: Any) -> None:
+        super().__init__(transformer, codec=codec, **arguments)

@@ -195,7 +195,8 @@ class LiveRun:
         with nullcontext() if self.average is None else self.average.in_place(), torch.no_grad():
             with precision:
                 values = {name: float(value) for name, value in self.task.validate().items()}
-            self._report("valid", values, {})
+            if values:
+                self._report("valid", values, {})
             if self.accelerator.is_main_process:
                 samples = self.folder / "samples"
                 samples.mkdir(parents=True, exist_ok=True)

@@ -110,7 +110,7 @@ def test_two_processes_equal_one_with_the_joined_batch(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_agree_on_bad_steps_buffers_and_metrics(tmp_path: Path) -> None:
-    """A bad loss on one process skips the step on both; buffers are the first one's; each metric is averaged where it is."""
+    """A bad loss on one process skips the step on both; buffers are the first one's; each metric is averaged."""
     run_two(tmp_path, poisoned=True)
     files = [(tmp_path / f"straight-{rank}.safetensors").read_bytes() for rank in (0, 1)]
     assert files[0] == files[1]

@@ -33,7 +33,7 @@ def _naive(loss: nn.Module, audio: Tensor, text: Tensor, captions: list[int]) ->
     for i in range(size):
         if isinstance(loss, SigmoidContrastiveLearning):
             for j in range(size):
-                z = (1 if i == j else -1) * (similarity[i][j] + float(loss.bias))
+                z = (1 if i == j else -1) * (similarity[i][j] + loss.bias.item())
                 total += math.log1p(math.exp(-z)) if usable[i][j] else 0.0
             continue
         contrasts = [j for j in range(size) if usable[i][j] and not (loss.decoupled and i == j)]

@@ -1,18 +1,18 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from audiolm_pytorch.audio import write_audio
 from audiolm_pytorch.data.manifest import AudioItem, load_split
 from audiolm_pytorch.io import load_module
 from musiclm_pytorch.embed_quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.mulan import MuLaN
-from musiclm_pytorch.training import MuLaNTrainer, fit_quantizer, retrieval_scores
+from musiclm_pytorch.training import MuLaNTrainer, captions_of, fit_quantizer
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package
 from tiny_mulan import tiny_mulan, tones
@@ -78,33 +78,41 @@ def test_training_resumes_exactly(corpus: Path, tmp_path: Path) -> None:
     assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.task.mulan.state_dict().items())
 
 
-def test_retrieval_equals_a_naive_loop() -> None:
-    """Oracle: sort all clips for each distinct caption; any clip of that caption is right."""
-    torch.manual_seed(0)
-    captions = [f"caption {index % 13}" for index in range(30)]
-    text = F.normalize(torch.randn(13, 8), dim=-1)[torch.arange(30) % 13]
-    audio = F.normalize(text + 0.8 * torch.randn(30, 8), dim=-1)
-    scores = retrieval_scores(audio, text, captions)
-    for k in (1, 5, 10):
-        hits = 0
-        for query in range(13):
-            ranked = sorted(range(30), key=lambda clip: -float(text[query] @ audio[clip]))
-            hits += any(captions[clip] == captions[query] for clip in ranked[:k])
-        assert scores[f"recall_at_{k}"] == pytest.approx(hits / 13)
+def test_validation_counts_every_clip_of_a_caption(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two clips of one caption: a query that finds the other one has found it, ties count against, chance knows."""
+    items, valid = load_split(corpus)
+    held_out = [
+        replace(valid[0], caption="same"),
+        replace(valid[0], caption="same"),
+        replace(valid[3], caption="other"),
+    ]
+    mulan = tiny_mulan()
+    trainer = MuLaNTrainer(
+        mulan=mulan, items=(items, held_out), batch_size=3, num_train_steps=1, results_folder=tmp_path
+    )
+    assert trainer.task.chance["recall_at_1"] == pytest.approx((2 / 3 + 2 / 3 + 1 / 3) / 3)
+    clips = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 1.0, 0.1]])
+    monkeypatch.setattr(mulan, "get_audio_latents", lambda wavs, lengths: clips)
+    monkeypatch.setattr(mulan, "get_text_latents", lambda ids: torch.tensor([[0.1, 0.9, -9.0]] * 2 + [[0.0, 0.0, 1.0]]))
+    assert trainer.task.validate() == {"recall_at_1": 1.0, "recall_at_5": 1.0, "recall_at_10": 1.0}
+    monkeypatch.setattr(mulan, "get_text_latents", lambda ids: torch.tensor([[0.0, 1.0, 0.0]] * 3))
+    assert trainer.task.validate()["recall_at_1"] == 0.0
 
 
-def test_collapsed_latents_retrieve_nothing() -> None:
-    """Ties do not count as found, so a model that says the same of everything scores 0 among enough clips."""
-    latents = F.normalize(torch.ones(20, 4), dim=-1)
-    scores = retrieval_scores(latents, latents, [str(index) for index in range(20)])
-    assert scores == {"recall_at_1": 0.0, "recall_at_5": 0.0, "recall_at_10": 0.0}
-
-
-def test_several_clips_of_a_caption_are_all_right() -> None:
-    """A caption of two clips is found by either of them, where counting one clip as the answer would fail."""
-    audio = F.normalize(torch.tensor([[1.0, 0.2], [1.0, 0.0], [0.0, 1.0]]), dim=-1)
-    text = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), dim=-1)
-    assert retrieval_scores(audio, text, ["same", "same", "other"])["recall_at_1"] == 1.0
+def test_several_captions_of_a_file_take_turns(corpus: Path, tmp_path: Path) -> None:
+    """Every caption has its epoch, the choice is a pure function of epoch and index, blanks are left out."""
+    items, _ = load_split(corpus)
+    item = replace(items[0], labels={"captions": [items[0].caption, "second", " ", "third", 7]})
+    assert captions_of(item) == [items[0].caption, "second", "third"]
+    assert captions_of(replace(item, caption=None, labels={"captions": "text"})) == []
+    trainer = MuLaNTrainer(
+        mulan=tiny_mulan(), items=([item], []), batch_size=1, num_train_steps=1, results_folder=tmp_path, seconds=0.4
+    )
+    decode = trainer.task.mulan.text.tokenizer.decode
+    seen = [decode(trainer.task.batch([(epoch, 0)])["ids"])[0] for epoch in (0, 1, 2, 3, 1)]
+    assert seen == [item.caption, "second", "third", item.caption, "second"]
 
 
 def test_quantizer_is_fitted_to_files(corpus: Path) -> None:
@@ -129,5 +137,3 @@ def test_trainer_rejects_what_it_cannot_use(corpus: Path, tmp_path: Path) -> Non
     silent = AudioItem(corpus / "silent.wav", None, {}, 8000, 3200)
     with pytest.raises(ValueError, match="caption"):
         MuLaNTrainer(mulan=tiny_mulan(), items=([silent], []), batch_size=2, num_train_steps=1)
-    with pytest.raises(ValueError, match="at least one"):
-        retrieval_scores(torch.zeros(0, 2), torch.zeros(0, 2), [])

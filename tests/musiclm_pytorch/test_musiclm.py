@@ -87,7 +87,7 @@ def test_the_best_candidate_of_a_text_is_returned(musiclm: MusicLM) -> None:
 def test_scores_equal_a_naive_loop(musiclm: MusicLM, trained: MuLaN) -> None:
     """Oracle: each candidate alone, resampled from the codec's rate to MuLaN's; the order is by score."""
     result = musiclm(TEXTS[:2], num_samples=3, seconds=0.4, seed=5, return_all=True)
-    assert result.waves.shape == (2, 3, 4800) and result.seeds == (5, 6, 7) and result.sample_hz == 12000
+    assert result.waves.shape == (2, 3, 4800) and result.seeds == ((5, 6, 7), (5, 6, 7)) and result.sample_hz == 12000
     for prompt in range(2):
         for candidate in range(3):
             wave = resample(result.waves[prompt, candidate], 12000, 8000)
@@ -163,7 +163,7 @@ def test_a_candidate_depends_on_its_prompt_and_seed_alone(musiclm: MusicLM) -> N
     assert [call["size"] for call in musiclm.audio_lm.calls] == [16] + [3] * 5 + [1]
     torch.testing.assert_close(whole.waves, parts.waves)
     torch.testing.assert_close(whole.scores, parts.scores, atol=1e-5, rtol=0)
-    winner = whole.seeds[int(whole.order[2, 0])]
+    winner = whole.seeds[2][int(whole.order[2, 0])]
     again = musiclm(TEXTS[2], num_samples=1, seconds=0.4, seeds=[winner])
     torch.testing.assert_close(again[0], whole.best[2])
 

@@ -1,0 +1,246 @@
+"""Filters, drawing, and the decode loop: seeds, prompts, guidance, ends, cost."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from audiolm_pytorch import sampling
+from audiolm_pytorch.attention import KVCache
+from audiolm_pytorch.conditioning import guide
+from audiolm_pytorch.sampling import SamplingSettings, decode, filter_logits, sample_tokens
+from audiolm_pytorch.stages import Stream, TokenLayout, TokenTransformer
+from audiolm_pytorch.stages.windows import decode_in_windows, plan_windows
+
+sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package
+from fakes import SIZES, random_conditioning
+
+GREEDY = SamplingSettings(temperature=0)
+GIVEN = torch.randint(0, 10, (3, 5, 1), generator=torch.Generator().manual_seed(1))
+
+
+def model_of(pattern="delayed", eos=True, **changes):
+    layout = TokenLayout([Stream("s", 10, 1, 25, given=True), Stream("a", 20, 2, 50, eos=eos)], pattern)
+    model = TokenTransformer(layout=layout, **{**SIZES, "cond_dim": 8, **changes}).eval()
+    for weight in model.heads.parameters():
+        weight.data.mul_(40)  # an untrained model is undecided; this one has opinions
+    return model
+
+
+def test_filters_match_naive_loops():
+    """Top-k keeps k tokens; top-p keeps the fewest that hold p, the likeliest always."""
+    logits = torch.randn(5, 9)
+    kept = filter_logits(logits, SamplingSettings(top_k=3)).isfinite()
+    assert kept.sum(-1).tolist() == [3] * 5 and (logits[kept].view(5, 3).min(1).values >= logits.sort().values[:, -3]).all()
+    for row, keep in zip(logits, filter_logits(logits, SamplingSettings(top_p=0.7)).isfinite()):
+        order, held, wanted = row.argsort(descending=True).tolist(), 0.0, set()
+        for token in order:
+            if held < 0.7:
+                wanted.add(token)
+            held += row.softmax(-1)[token].item()
+        assert set(keep.nonzero().flatten().tolist()) == wanted
+    assert filter_logits(logits, SamplingSettings(top_p=1e-6)).isfinite().sum(-1).tolist() == [1] * 5
+
+
+def test_drawn_tokens_follow_the_distribution():
+    """Frequencies of 20,000 draws: within 4.5 standard deviations (fails by chance less than once in 10^4)."""
+    logits = torch.tensor([0.0, 1.0, float("-inf"), 2.0])
+    drawn = sample_tokens(logits.expand(20000, -1), torch.rand(20000), SamplingSettings(temperature=0.7))
+    wanted = (logits / 0.7).softmax(-1)
+    found = torch.bincount(drawn, minlength=4) / 20000
+    assert ((found - wanted).abs() <= 4.5 * (wanted * (1 - wanted) / 20000).sqrt()).all()
+    extremes = sample_tokens(logits.expand(2, -1), torch.tensor([0.0, 1.0]), SamplingSettings())
+    assert extremes.tolist() == [0, 3]
+
+
+@pytest.mark.parametrize("pattern", ["flat", "delayed"])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_greedy_decoding_equals_a_loop_without_cache(pattern, scale):
+    """Reading everything anew for every row, and guiding by hand, gives the same tokens."""
+    model, conditioning = model_of(pattern), random_conditioning(2)
+    given = {"s": GIVEN[:2, :3]}
+    settings = SamplingSettings(temperature=0, guidance_scale=scale)
+    found = decode(model, given, {"a": 6}, conditioning=conditioning, settings=settings).streams["a"]
+    canvas = model.layout.canvas(given, {"a": 6}, 2)
+    ids, mask = canvas.packed.ids, canvas.packed.input_mask
+    prefixes = [model.prefix(conditioning, 2), model.null_embedding.expand(2, 3, -1)]
+    for row in range(1, ids.shape[1]):
+        for item, column in canvas.packed.loss_mask[:, row].nonzero().tolist():
+            head = int(canvas.head[item, row, column])
+            logits = [
+                model.logits(model.hidden(ids[:, :row], mask[:, :row], prefix)[item, -1], head) for prefix in prefixes
+            ]
+            token = guide(logits[0], logits[1], scale)[:20].argmax()
+            ids[item, row, column] = model.layout.heads[head].first_id + token
+    assert torch.equal(found, model.layout.unpack(ids, {"s": 3, "a": 6})["a"])
+
+
+def test_guidance_is_the_formula_and_one_is_off():
+    """null + s * (cond - null); at scale 1 the batch is not doubled."""
+    conditional, null = torch.randn(2, 4, 7)
+    torch.testing.assert_close(guide(conditional, null, 3.0), null + 3.0 * (conditional - null))
+    torch.testing.assert_close(guide(conditional, null, 0.0), null)
+    model = model_of()
+    batches = []
+    original = model.new_cache
+    model.new_cache = lambda batch, slots: batches.append(batch) or original(batch, slots)
+    for scale in (1.0, 2.0):
+        settings = SamplingSettings(guidance_scale=scale)
+        decode(model, {"s": GIVEN}, {"a": 4}, conditioning=random_conditioning(1), settings=settings)
+    assert batches == [3, 6]
+    with pytest.raises(ValueError, match="needs a conditioning"):
+        decode(model, {"s": GIVEN}, {"a": 4}, settings=SamplingSettings(guidance_scale=2.0))
+
+
+@pytest.mark.parametrize("pattern", ["flat", "delayed"])
+def test_an_item_depends_on_nothing_but_its_seed_and_inputs(pattern):
+    """Item i is the same alone, in another order, and beside items of other lengths and prompts."""
+    model, conditioning = model_of(pattern), random_conditioning(3)
+    prompt = torch.randint(0, 20, (3, 4, 2))
+    known, wanted = torch.tensor([0, 4, 2]), torch.tensor([9, 7, 8])
+    settings = SamplingSettings(temperature=0.9, top_k=15, guidance_scale=1.5)
+
+    def run(items):
+        return decode(
+            model,
+            {"s": GIVEN[items], "a": prompt[items]},
+            {"a": wanted[items]},
+            lengths={"a": known[items]},
+            conditioning=conditioning.chosen(torch.tensor(items)),
+            settings=settings,
+            seeds=[100 + i for i in items],
+        )
+
+    together, turned = run([0, 1, 2]), run([2, 0, 1])
+    assert together.lengths["a"].tolist() == [9, 7, 8]
+    for place, item in enumerate([2, 0, 1]):
+        alone = run([item]).streams["a"][0]
+        count = int(wanted[item])
+        assert torch.equal(together.streams["a"][item, :count], alone)
+        assert torch.equal(turned.streams["a"][place, :count], alone)
+        assert torch.equal(alone[: known[item]], prompt[item, : known[item]])
+        assert (together.streams["a"][item, count:] == -1).all()
+
+
+def test_seeds_matter_and_repeat():
+    """Same seeds, same tokens; other seeds, other tokens; a wrong number of seeds is refused."""
+    model = model_of()
+    runs = [decode(model, {"s": GIVEN}, {"a": 12}, seeds=seeds).streams["a"] for seeds in ([1, 2, 3], [1, 2, 3], [4, 2, 5])]
+    assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0][1], runs[2][1])
+    assert not torch.equal(runs[0][0], runs[2][0]) and not torch.equal(runs[0][0], runs[0][2])
+    with pytest.raises(ValueError, match="one seed per item"):
+        decode(model, {"s": GIVEN}, {"a": 12}, seeds=[1])
+
+
+def test_ends_are_drawn_only_when_allowed_and_stop_the_item():
+    """Without leave no end id comes; with it an item ends by itself, its length says where, and others go on."""
+    model = model_of()
+    model.heads[0].weight.data[20] = 3 * model.heads[0].weight.data[:20].mean(0)  # ends are common
+    seeds = [1, 2, 3]
+    closed = decode(model, {"s": GIVEN}, {"a": 12}, seeds=seeds)
+    assert closed.lengths["a"].tolist() == [12] * 3 and (closed.streams["a"] < 20).all()
+    opened = decode(model, {"s": GIVEN}, {"a": 12}, seeds=seeds, allow_eos=True)
+    lengths = opened.lengths["a"].tolist()
+    assert min(lengths) < 12
+    for tokens, length in zip(opened.streams["a"], lengths):
+        assert ((tokens[:length] >= 0) & (tokens[:length] < 20)).all() and (tokens[length:] == -1).all()
+
+
+def check_cost(model):
+    """One row a step, and the memory of the cache stays where it is."""
+    rows, addresses = [], set()
+    hidden = type(model).hidden
+    cache_write = KVCache.write
+
+    def counted(self, ids, mask, prefix=None, cache=None, slots=None):
+        rows.append(ids.shape[1])
+        out = hidden(self, ids, mask, prefix, cache, slots)
+        addresses.add(cache.keys.data_ptr())
+        return out
+
+    type(model).hidden = counted
+    try:
+        decode(model, {"s": GIVEN}, {"a": 10})
+    finally:
+        type(model).hidden = hidden
+    assert KVCache.write is cache_write
+    assert rows == [1] * 11 or rows == [1] * 12
+    assert len(addresses) == 1
+
+
+def test_cost_of_a_row_does_not_grow(monkeypatch):
+    """Fault 5: caches are not re-concatenated, nothing is recomputed."""
+    model = model_of()
+    check_cost(model)
+
+    def concatenating(self, layer, keys, values, slots):
+        held = [*getattr(self, "held", [(None, None)] * len(self.keys))]
+        old = held[layer]
+        held[layer] = (keys, values) if old[0] is None else (torch.cat((old[0], keys), 2), torch.cat((old[1], values), 2))
+        self.held, self.keys = held, torch.empty(len(held), slots.extent)
+        return held[layer]
+
+    monkeypatch.setattr(KVCache, "write", concatenating)
+    with pytest.raises(AssertionError):
+        check_cost(model)
+
+
+def test_dropout_is_off_while_decoding_and_the_mode_comes_back():
+    """Sampling during training must not be noisy, nor leave the model in another mode."""
+    model = model_of(dropout=0.5).train()
+    runs = [decode(model, {"s": GIVEN}, {"a": 8}, settings=GREEDY).streams["a"] for _ in range(2)]
+    assert torch.equal(*runs) and model.training
+
+
+def test_progress_is_reported_for_every_row():
+    """The callback sees rows one after another up to the last."""
+    seen = []
+    decode(model_of(), {"s": GIVEN}, {"a": 5}, callback=lambda done, total: seen.append((done, total)))
+    assert seen == [(row, 7) for row in range(2, 8)]
+
+
+def test_unconditional_decoding_needs_no_input_at_all():
+    """A model without given streams starts from the start row."""
+    model = TokenTransformer(layout=TokenLayout([Stream("a", 7)]), **SIZES)
+    assert decode(model, {}, {"a": 5}, batch_size=4).streams["a"].shape == (4, 5, 1)
+
+
+def test_windows_cover_everything_and_carry_half():
+    """Every frame is decoded in some window; a window starts in the middle of the one before; starts are fixed."""
+    for frames in range(1, 60):
+        windows = plan_windows(frames, 10, 2)
+        assert windows[0].start == 0 and windows[-1].stop == frames
+        assert all(b.start - a.start == 4 and a.stop - a.start == 10 for a, b in zip(windows, windows[1:]))
+        assert all(1 <= w.stop - w.start <= 10 for w in windows)
+    assert plan_windows(50, None) == [type(windows[0])(0, 50)]
+    with pytest.raises(ValueError, match="advance by half"):
+        plan_windows(50, 3, 2)
+
+
+def test_windowed_decoding_is_decoding_with_the_carried_half_as_prompt():
+    """Written out for two windows; items of unequal length and prompt keep their own tokens."""
+    model = model_of(eos=False)
+    given = torch.randint(0, 10, (2, 8, 1))
+    prompt = torch.randint(0, 20, (2, 10, 2))
+    found = decode_in_windows(
+        model,
+        {"s": given, "a": prompt},
+        torch.tensor([14, 11]),
+        lengths={"a": torch.tensor([2, 10])},
+        window_frames=8,
+        settings=GREEDY,
+    )
+    first = decode(model, {"s": given[:1, :4], "a": prompt[:1, :2]}, {"a": 8}, settings=GREEDY).streams["a"]
+    second = decode(model, {"s": given[:1, 2:6], "a": first[:, 4:]}, {"a": 8}, settings=GREEDY).streams["a"]
+    third = decode(model, {"s": given[:1, 4:8], "a": second[:, 4:]}, {"a": 6}, settings=GREEDY).streams["a"]
+    assert torch.equal(found.streams["a"][0], torch.cat((first, second[:, 4:], third[:, 4:]), dim=1)[0])
+    assert found.lengths["a"].tolist() == [14, 11]
+    assert torch.equal(found.streams["a"][1, :10], prompt[1]) and (found.streams["a"][1, 11:] == -1).all()
+
+
+def test_settings_refuse_impossible_numbers():
+    """Each number out of range is named."""
+    for name, value in {"temperature": -1.0, "top_k": 0, "top_p": 0.0, "guidance_scale": -0.5}.items():
+        with pytest.raises(ValueError, match=name):
+            sampling.SamplingSettings(**{name: value})
