@@ -14,7 +14,8 @@ from audiolm_pytorch.codecs.protocol import Codec
 from audiolm_pytorch.conditioning import Conditioner, Conditioning
 from audiolm_pytorch.sampling import SamplingSettings
 from audiolm_pytorch.semantic.protocol import SemanticTokenizer
-from audiolm_pytorch.stages.stages import AudioTokens, CoarseTransformer, FineTransformer, SemanticTransformer
+from audiolm_pytorch.stages.stage_transformer import AudioTokens
+from audiolm_pytorch.stages.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.stages.tokenizing import tokenize
 from audiolm_pytorch.stages.wrappers import (
     CoarseTransformerWrapper,

@@ -1,6 +1,7 @@
 """Model folders: all parts of a MusicLM side by side, bundled with the package or anywhere on disk.
 
-MODEL/musiclm.json            format version, sampling settings, where it comes from
+MODEL/musiclm.json            format version, where it comes from, and defaults for generating (optional):
+                              "sampling" {stage: {temperature, top_k, top_p, guidance_scale}} and "num_levels"
 MODEL/<part>/config.json      one saved module for each of `PARTS`
 MODEL/<part>/model.safetensors
 """
@@ -12,16 +13,28 @@ from typing import Any
 
 import torch
 from beartype import beartype
+from beartype.roar import BeartypeCallHintViolation
 from torch import nn
 
 from audiolm_pytorch.audiolm import AudioLM
+from audiolm_pytorch.codecs import SoundStream
 from audiolm_pytorch.io import load_module, read_json, save_module, write_json
+from audiolm_pytorch.semantic import KMeansTokenizer
+from audiolm_pytorch.stages import CoarseTransformer, FineTransformer, SemanticTransformer
+from musiclm_pytorch.embed_quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.musiclm import MusicLM
 
 __all__ = ["FORMAT_VERSION", "PARTS", "export_musiclm", "load_musiclm", "model_folder", "save_parts"]
 
 FORMAT_VERSION = 1
-PARTS = ("codec", "semantic_tokenizer", "quantizer", "semantic", "coarse", "fine")
+PARTS: dict[str, type[nn.Module]] = {
+    "codec": SoundStream,
+    "semantic_tokenizer": KMeansTokenizer,
+    "quantizer": MuLaNEmbedQuantizer,
+    "semantic": SemanticTransformer,
+    "coarse": CoarseTransformer,
+    "fine": FineTransformer,
+}
 _CARD = "musiclm.json"
 
 
@@ -48,20 +61,21 @@ def save_parts(
 
 @beartype
 def model_folder(name_or_folder: str | Path) -> Path:
-    """The folder of a model: a folder on disk, or the name of a bundled model.
+    """The folder of a model: a folder on disk (of a model, or of a finished run), or the name of a bundled model.
 
     Raises:
         ValueError: If it is neither, naming the bundled models.
     """
-    folder = Path(name_or_folder)
-    if (folder / _CARD).is_file():
-        return folder
-    if folder.is_dir():
-        raise ValueError(f"{folder} holds no model: there is no {_CARD} in it; finish it with musiclm train all")
+    given = Path(name_or_folder)
+    for folder in (given, given / "model"):
+        if (folder / _CARD).is_file():
+            return folder
     bundled = Path(str(files("musiclm_pytorch") / "bundled"))
     names = sorted(path.parent.name for path in bundled.glob(f"*/{_CARD}"))
     if str(name_or_folder) in names:
         return bundled / str(name_or_folder)
+    if given.is_dir():
+        raise ValueError(f"{given} holds no whole model: there is no {_CARD} in it; finish it with musiclm train all")
     raise ValueError(
         f"there is no model {str(name_or_folder)!r}: give the folder of a trained one"
         + (f" or a bundled name: {', '.join(names)}" if names else "; this installation bundles none")
@@ -69,15 +83,48 @@ def model_folder(name_or_folder: str | Path) -> Path:
 
 
 def _load_parts(folder: Path) -> dict[str, nn.Module]:
-    missing = [name for name in PARTS if not (folder / name / "config.json").is_file()]
-    if missing:
-        raise ValueError(f"the model in {folder} lacks {', '.join(missing)}; copy the whole folder again")
-    return {name: load_module(folder / name) for name in PARTS}
+    lacking = [
+        f"{name}/{file}"
+        for name in PARTS
+        for file in ("config.json", "model.safetensors")
+        if not (folder / name / file).is_file()
+    ]
+    if lacking:
+        raise ValueError(f"the model in {folder} lacks {', '.join(lacking)}; copy the whole folder again")
+    return {name: load_module(folder / name, expect=kind) for name, kind in PARTS.items()}
+
+
+def _read_card(folder: Path) -> dict[str, Any]:
+    card = read_json(folder / _CARD)
+    version = card.get("format_version") if isinstance(card, dict) else None
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder / _CARD} has format version {version}, this library reads {FORMAT_VERSION}; install the release "
+            "that wrote it"
+        )
+    return dict(card)
+
+
+def _compose(parts: Mapping[str, Any], card: Mapping[str, Any], where: Path) -> MusicLM:
+    """A model of its parts, with the card's defaults for generating."""
+    try:
+        audio_lm = AudioLM(
+            wav2vec=parts["semantic_tokenizer"],
+            codec=parts["codec"],
+            semantic_transformer=parts["semantic"],
+            coarse_transformer=parts["coarse"],
+            fine_transformer=parts["fine"],
+            audio_conditioner=parts["quantizer"],
+            sampling=card.get("sampling"),
+        )
+        return MusicLM(audio_lm=audio_lm, mulan_embed_quantizer=parts["quantizer"], num_levels=card.get("num_levels"))
+    except (TypeError, ValueError, BeartypeCallHintViolation) as error:
+        raise ValueError(f"{where} does not make a model: {error}") from error
 
 
 @beartype
 def load_musiclm(name_or_folder: str | Path = "tiny", device: str | torch.device = "cpu") -> MusicLM:
-    """Load a model, without network.
+    """Load a model, without network; sampling settings of its `musiclm.json` are its defaults.
 
     Args:
         name_or_folder: Name of a bundled model, or a folder that `musiclm train all` or `musiclm export` wrote.
@@ -87,44 +134,35 @@ def load_musiclm(name_or_folder: str | Path = "tiny", device: str | torch.device
         The model in eval mode.
 
     Raises:
-        ValueError: If there is no such model, or a file of it is missing or of another format.
+        ValueError: If there is no such model, a file of it is missing or of another format, or parts do not fit.
     """
     folder = model_folder(name_or_folder)
-    about = read_json(folder / _CARD)
-    if about.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{folder / _CARD} has format version {about.get('format_version')}, this library reads {FORMAT_VERSION}"
-        )
-    parts = _load_parts(folder)
-    audio_lm = AudioLM(
-        wav2vec=parts["semantic_tokenizer"],
-        codec=parts["codec"],
-        semantic_transformer=parts["semantic"],
-        coarse_transformer=parts["coarse"],
-        fine_transformer=parts["fine"],
-        audio_conditioner=parts["quantizer"],
-        sampling=about.get("sampling"),
-    )
-    musiclm = MusicLM(audio_lm=audio_lm, mulan_embed_quantizer=parts["quantizer"])
-    return musiclm.to(device).eval()
+    card = _read_card(folder)
+    return _compose(_load_parts(folder), card, folder).to(device).eval()
 
 
 @beartype
-def export_musiclm(run: str | Path, out: str | Path) -> int:
+def export_musiclm(run: str | Path, out: str | Path, settings: Mapping[str, Any] | None = None) -> int:
     """Write the model of a finished run with fp16 weights.
 
     Args:
         run: Folder of `musiclm train all`, or a model folder.
-        out: Folder to write.
+        out: Folder to write: new, empty, or one that holds a model, which is replaced.
+        settings: Fields of `musiclm.json` to set, e.g. `{"num_levels": 2}` or
+            `{"sampling": {"coarse": {"temperature": 0.8}}}`.
 
     Returns:
-        Bytes of all files written.
+        Bytes of all files of the model.
 
     Raises:
-        ValueError: If the run is not finished.
+        ValueError: If the run is not finished, the settings do not fit the model, or `out` is no place for a model.
     """
-    run, out = Path(run), Path(out)
-    folder = model_folder(run / "model" if (run / "run.json").is_file() else run)
-    about = {key: value for key, value in read_json(folder / _CARD).items() if key != "format_version"}
-    save_parts(out, _load_parts(folder), {**about, "weights": "float16"}, dtype=torch.float16)
-    return sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    folder, out = model_folder(run), Path(out)
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / _CARD).is_file())):
+        raise ValueError(f"{out} holds something else than a model; name a new folder to write to")
+    card = {**_read_card(folder), **(settings or {}), "weights": "float16"}
+    parts = _load_parts(folder)
+    _compose(parts, card, folder)
+    save_parts(out, parts, {key: value for key, value in card.items() if key != "format_version"}, dtype=torch.float16)
+    written = [out / _CARD, *(out / name / file for name in PARTS for file in ("config.json", "model.safetensors"))]
+    return sum(file.stat().st_size for file in written)

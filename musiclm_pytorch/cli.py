@@ -1,6 +1,9 @@
 """The `musiclm` command: make music, train models, render the corpus."""
 
+import contextlib
+import io
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +19,7 @@ __all__ = ["main"]
 class Generate:
     """Turn a sentence into music: sample several candidates and keep the one that MuLaN ranks best."""
 
-    text: tyro.conf.Positional[str]
+    text: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TEXT")]
     """What it should sound like, e.g. "a fast jig played on the flute"."""
     model: str = "tiny"
     """Name of a bundled model, or the folder of a trained one."""
@@ -36,8 +39,8 @@ class Generate:
 class Train:
     """Train one stage, or all of them in order; what is unfinished is continued, what is finished is kept."""
 
-    stage: tyro.conf.Positional[str]
-    """all, or one of: codec, semantic-tokenizer, mulan, quantizer, semantic, coarse, fine."""
+    stage: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STAGE")]
+    """all, or one of: codec, semantic-tokenizer, mulan, quantizer, tokens, semantic, coarse, fine."""
     data: Path
     """Folder of audio files, or a folder or file with a JSONL manifest (audio, caption, labels)."""
     out: Path
@@ -49,7 +52,7 @@ class Train:
     seed: int = 0
     """Of initial weights, data order and noise."""
     dry_run: bool = False
-    """Only print parameters, tokens, disk and estimated time."""
+    """Only print parameters, tokens, disk and estimated time; writes nothing."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,9 @@ Command = (
     | Annotated[Export, tyro.conf.subcommand("export")]
 )
 
+_AUDIO_SUFFIXES = (".wav", ".flac", ".ogg")
+_MOST_SECONDS = 3600
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
@@ -94,41 +100,81 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0, or 2 with one line on standard error that names what was wrong and the mend.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    command = tyro.cli(Command, prog="musiclm", description=__doc__, args=arguments)  # type: ignore[call-overload]
-    runners = {Generate: _generate, Train: _train, Corpus: _corpus, Export: _export}
     try:
-        runners[type(command)](command)
+        match _parse(arguments):
+            case Generate() as command:
+                _generate(command)
+            case Train() as command:
+                _train(command)
+            case Corpus() as command:
+                _corpus(command)
+            case Export() as command:
+                _export(command)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
         sys.stderr.write(f"musiclm: {message}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("musiclm: stopped; the same command continues\n")
+        sys.stderr.write("musiclm: stopped; the same command starts again, and training continues where it was\n")
         return 130
     return 0
 
 
-def _generate(command: Generate) -> None:
-    from audiolm_pytorch.audio import write_audio
-    from musiclm_pytorch.bundle import load_musiclm
+def _parse(arguments: Sequence[str] | None) -> Generate | Train | Corpus | Export | None:
+    """The command, None after a help text, or a ValueError that says in one line what tyro says in a box."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(Command, prog="musiclm", description=__doc__, args=arguments)
+    except SystemExit as stop:
+        if not stop.code:
+            return None
+        raise ValueError(_in_one_line(said.getvalue())) from None
 
+
+def _in_one_line(box: str) -> str:
+    """Shorten tyro's boxed explanation to what is wrong and what may have been meant."""
+    lines = [re.sub("^[│|] ?| *[│|]$", "", line) for line in box.splitlines() if not line.startswith(("╭", "╰", "+"))]
+    rules = [place for place, line in enumerate(lines) if line.strip("─- ") == ""] or [len(lines)]
+    wrong, further = lines[: rules[0]], lines[rules[0] :]
+    message = " ".join(line.strip() for line in wrong if not line.startswith(" ")).rstrip(".")
+    # arguments stand at a depth of four, their help deeper
+    names = [line.strip() for line in wrong if re.match(" {4}[^ ]", line)]
+    meant = [line.strip() for line in further if re.match(" {4}--", line)]
+    maybe = f"; perhaps {meant[0]}" if meant and any("Perhaps" in line for line in further) else ""
+    choice = next((f"; {line.strip()}" for line in further if line.startswith("Available")), "")
+    return f"{message} {', '.join(names)}".rstrip() + f"{maybe}{choice}; see musiclm --help"
+
+
+def _generate(command: Generate) -> None:
     if not command.text.strip():
         raise ValueError('the text is empty; say what to play, e.g. "a slow waltz on the cello"')
     if command.num_samples < 1:
         raise ValueError(f"--num-samples must be at least 1, got {command.num_samples}")
-    if not command.seconds > 0:
-        raise ValueError(f"--seconds must be positive, got {command.seconds:g}")
+    if not 0 < command.seconds <= _MOST_SECONDS:
+        raise ValueError(f"--seconds must be above 0 and at most {_MOST_SECONDS}, got {command.seconds:g}")
     if command.seed < 0:
         raise ValueError(f"--seed must not be negative, got {command.seed}")
-    _require_audio_suffix(command.out)
+    _check_file(command.out, _AUDIO_SUFFIXES)
+    if command.plot is not None:
+        from musiclm_pytorch.plot import PICTURE_SUFFIXES, require_matplotlib
+
+        _check_file(command.plot, PICTURE_SUFFIXES)
+        require_matplotlib()
+
+    from audiolm_pytorch.audio import write_audio
+    from musiclm_pytorch.bundle import load_musiclm
+
     musiclm = load_musiclm(command.model)
     candidates = musiclm(
         command.text, num_samples=command.num_samples, seconds=command.seconds, seed=command.seed, return_all=True
     )
     best = int(candidates.order[0, 0])
     wave = candidates.waves[0, best]
+    if not wave.isfinite().all():
+        raise RuntimeError(f"the model {command.model} made no sound but NaN; train it longer or take another")
     write_audio(command.out, wave, candidates.sample_hz)
-    for number, (score, seed) in enumerate(zip(candidates.scores[0].tolist(), candidates.seeds)):
+    for number, (score, seed) in enumerate(zip(candidates.scores[0].tolist(), candidates.seeds[0])):
         print(f"candidate {number + 1}  seed {seed}  similarity {score:.3f}{'  <- kept' if number == best else ''}")
     print(f"wrote {command.out}")
     if command.plot is not None:
@@ -138,27 +184,46 @@ def _generate(command: Generate) -> None:
         print(f"drew {command.plot}")
 
 
-def _require_audio_suffix(path: Path) -> None:
-    if path.suffix.lower() not in (".wav", ".flac", ".ogg"):
-        raise ValueError(f"cannot write {path}: name a .wav, .flac or .ogg file")
+def _check_file(path: Path, suffixes: Sequence[str]) -> None:
+    """Refuse a name that could not be written, before the work is done."""
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"cannot write {path}: name a file that ends in {', '.join(suffixes)}")
+    if path.is_dir():
+        raise ValueError(f"cannot write {path}: it is a folder; name a file in it")
+    blocked = next((parent for parent in path.parents if parent.exists()), None)
+    if blocked is not None and not blocked.is_dir():
+        raise ValueError(f"cannot write {path}: {blocked} is a file; name another folder")
 
 
 def _train(command: Train) -> None:
     from musiclm_pytorch.config import preset_named
-    from musiclm_pytorch.pipeline import Pipeline
+    from musiclm_pytorch.pipeline import Pipeline, check_stage
 
-    pipeline = Pipeline(
-        preset_named(command.preset).scaled(command.scale), data=command.data, out=command.out, seed=command.seed
-    )
+    check_stage(command.stage)
+    preset = preset_named(command.preset).scaled(command.scale)
+    pipeline = Pipeline(preset, data=command.data, out=command.out, seed=command.seed)
     if command.dry_run:
         from musiclm_pytorch.estimate import estimate
 
-        print(estimate(pipeline))
+        print(estimate(pipeline, command.stage))
         return
-    for report in pipeline.run(command.stage):
-        print(f"{report.stage:20} {report.seconds / 60:7.1f} min  {report.summary}")
+    total = 0.0
+    for report in pipeline.run(command.stage, announce=_announce):
+        total += report.seconds
+        print(f"{report.stage:20} {_duration(report.seconds)}  {report.summary}".rstrip(), flush=True)
+    print(f"{'total':20} {_duration(total)}")
     if pipeline.is_complete:
         print(f'model in {pipeline.model_folder}; try: musiclm generate "a slow waltz" --model {pipeline.model_folder}')
+
+
+def _announce(stage: str) -> None:
+    """Say what is going on, to somebody who watches."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"{stage} ...\n")
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:7.1f} min" if seconds >= 60 else f"{seconds:7.1f} s  "
 
 
 def _corpus(command: Corpus) -> None:

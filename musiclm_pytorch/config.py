@@ -4,6 +4,7 @@ A preset says what is built and how long each stage trains. Constructors of modu
 `musiclm_pytorch.pipeline` turns one into the other.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 from beartype import beartype
@@ -32,6 +33,7 @@ class RunConfig:
         learning_rate: Peak of the schedule.
         warmup_steps: Steps of linear warm-up.
         precision: "fp32" or "bf16" (autocast; the products run several times as fast on a CPU with bf16 units).
+        checkpoint_every_steps: Steps between checkpoints, besides one every two minutes.
     """
 
     num_train_steps: int
@@ -40,6 +42,7 @@ class RunConfig:
     learning_rate: float
     warmup_steps: int = 100
     precision: str = "bf16"
+    checkpoint_every_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class CodecConfig:
 
 @dataclass(frozen=True)
 class SemanticConfig:
-    """The BEST-RQ encoder and its k-means tokens (25 a second): width, blocks, the layer that is clustered, clusters."""
+    """The BEST-RQ encoder and its k-means tokens (25 a second): width, blocks, the clustered layer, clusters."""
 
     dim: int
     depth: int
@@ -84,7 +87,7 @@ class MuLaNConfig:
 
 @dataclass(frozen=True)
 class QuantizerConfig:
-    """MuLaN conditioning codes: levels and codes a level. Few and small, as a few thousand clips cannot fill 12 x 1024."""
+    """MuLaN conditioning codes: levels and codes a level; a few thousand clips cannot fill MusicLM's 12 x 1024."""
 
     num_quantizers: int
     codebook_size: int
@@ -123,13 +126,13 @@ class Preset:
     num_coarse_quantizers: int
 
     @beartype
-    def scaled(self, scale: float) -> "Preset":
+    def scaled(self, scale: float | int) -> "Preset":
         """The same model with every step count multiplied by `scale` (at least ten steps each).
 
         Raises:
-            ValueError: If `scale` is not positive.
+            ValueError: If `scale` is not a positive number.
         """
-        if not scale > 0:
+        if not 0 < scale < math.inf:
             raise ValueError(f"scale must be positive, got {scale}; 1 is the full run")
         if scale == 1:
             return self
@@ -214,7 +217,8 @@ _SMALL = Preset(
         run=RunConfig(200_000, 64, 2.0, 5e-4, warmup_steps=1000),
     ),
     semantic_tokenizer=SemanticConfig(
-        dim=512, depth=12, heads=8, layer=8, num_clusters=1024, run=RunConfig(100_000, 64, 10.0, 5e-4, warmup_steps=2000)
+        dim=512, depth=12, heads=8, layer=8, num_clusters=1024,
+        run=RunConfig(100_000, 64, 10.0, 5e-4, warmup_steps=2000),
     ),
     mulan=MuLaNConfig(
         dim=512,

@@ -49,13 +49,17 @@ class MusicLM(nn.Module):
     Args:
         audio_lm: Generates; trained on codes of audio from the same quantizer.
         mulan_embed_quantizer: Turns texts into codes; has a namespace for each stage that takes a condition.
+        num_levels: Levels of codes to condition on where a call does not say; None = all.
 
     Raises:
-        ValueError: If no stage takes a condition, or a stage has no namespace of its own, or one of another width.
+        ValueError: If no stage takes a condition, a stage has no namespace of its own, or one of another width, or
+            there are not so many levels.
     """
 
     @beartype
-    def __init__(self, *, audio_lm: AudioLM, mulan_embed_quantizer: MuLaNEmbedQuantizer) -> None:
+    def __init__(
+        self, *, audio_lm: AudioLM, mulan_embed_quantizer: MuLaNEmbedQuantizer, num_levels: int | None = None
+    ) -> None:
         super().__init__()
         widths = {name: stage.transformer.cond_dim for name, stage in audio_lm.stages.items()}
         self.conditioned = tuple(name for name, width in widths.items() if width is not None)
@@ -70,6 +74,7 @@ class MusicLM(nn.Module):
             )
         self.audio_lm = audio_lm
         self.mulan_embed_quantizer = mulan_embed_quantizer
+        self.num_levels = self._checked_levels(num_levels)
 
     @property
     def sample_hz(self) -> int:
@@ -102,7 +107,8 @@ class MusicLM(nn.Module):
             seed: Candidates get the seeds `seed`, `seed + 1`, …; None = drawn from torch's global generator.
             seeds: One seed a candidate, instead of `seed`.
             num_levels: Condition on the first so many levels of codes only. Text and audio agree on the first levels
-                far more often than on the last, and models trained with dropped levels can do without. None = all.
+                far more often than on the last, and models trained with dropped levels can do without. None = as many
+                as the model was built with.
             max_batch: Candidates, of all prompts together, generated at a time; more means faster and more memory.
             return_all: Give all candidates with their scores.
             **generation: Passed on to `AudioLM.generate` (`sampling`, `callback`).
@@ -119,9 +125,7 @@ class MusicLM(nn.Module):
         chosen = _chosen_seeds(num_samples, seed, seeds)
         if not seconds > 0 or max_batch < 1:
             raise ValueError(f"seconds and max_batch must be positive, got {seconds} and {max_batch}")
-        levels = self.mulan_embed_quantizer.num_quantizers if num_levels is None else num_levels
-        if not 1 <= levels <= self.mulan_embed_quantizer.num_quantizers:
-            raise ValueError(f"num_levels must be in 1..{self.mulan_embed_quantizer.num_quantizers}, got {levels}")
+        levels = self.num_levels if num_levels is None else self._checked_levels(num_levels)
         with _evaluating(self):
             conditions = self._conditions(prompts, len(chosen), levels)
             waves = self._generate(conditions, chosen * len(prompts), max_batch, seconds=seconds, **generation)
@@ -155,6 +159,14 @@ class MusicLM(nn.Module):
         own = repeat(text_latents, "p d -> (p k) d", k=waves.shape[1])
         scores = (latents * own).sum(dim=1).masked_fill(~finite.to(latents.device), torch.nan)
         return rearrange(scores, "(p k) -> p k", p=len(prompts))
+
+    def _checked_levels(self, num_levels: int | None) -> int:
+        """As many levels as wanted, or all; ValueError if there are fewer."""
+        most = self.mulan_embed_quantizer.num_quantizers
+        levels = most if num_levels is None else num_levels
+        if not 1 <= levels <= most:
+            raise ValueError(f"num_levels must be in 1..{most}, got {levels}")
+        return levels
 
     def _conditions(self, prompts: list[str], num_samples: int, num_levels: int) -> dict[str, Conditioning]:
         """Condition of every stage, `num_samples` times for each prompt."""

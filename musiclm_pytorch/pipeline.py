@@ -1,54 +1,52 @@
 """`musiclm train`: every stage of a preset in order, each continued where it stopped."""
 
-import json
-import logging
+import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from beartype import beartype
 from torch import nn
 
-from audiolm_pytorch.codecs import SoundStream, SpectralSoundStream
+from audiolm_pytorch.codecs import SoundStream
 from audiolm_pytorch.codecs.training import SoundStreamTrainer
-from audiolm_pytorch.data.crops import CropDataset
 from audiolm_pytorch.data.manifest import load_split
-from audiolm_pytorch.data.shards import TokenShards, write_shards
-from audiolm_pytorch.io import (
-    fingerprint_of,
-    load_module,
-    read_json,
-    read_weights,
-    save_module,
-    write_json,
-    write_weights,
-)
-from audiolm_pytorch.semantic import BestRQEncoder, KMeansTokenizer
+from audiolm_pytorch.data.shards import TokenShards
+from audiolm_pytorch.files import read_weights
+from audiolm_pytorch.io import load_module, load_weights, read_json, save_module, write_json
+from audiolm_pytorch.semantic import KMeansTokenizer
 from audiolm_pytorch.semantic.training import SemanticTokenizerTrainer
-from audiolm_pytorch.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.stages.trainers import (
+    TABLE_FILE,
     CoarseTransformerTrainer,
     FineTransformerTrainer,
     SemanticTransformerTrainer,
 )
 from audiolm_pytorch.training.randomness import preserved_generators, seed_generators
-from musiclm_pytorch.bundle import save_parts
+from musiclm_pytorch.builders import (
+    LANGUAGE_MODELS,
+    build_codec,
+    build_language_model,
+    build_mulan,
+    build_quantizer,
+    build_semantic_encoder,
+)
+from musiclm_pytorch.bundle import PARTS, save_parts
 from musiclm_pytorch.config import Preset, RunConfig
 from musiclm_pytorch.embed_quantizer import MuLaNEmbedQuantizer
-from musiclm_pytorch.mulan import AudioSpectrogramTransformer, MuLaN, TextTransformer
-from musiclm_pytorch.mulan.tokenizer import TextTokenizer
+from musiclm_pytorch.mulan import MuLaN
+from musiclm_pytorch.run_folder import alone_in, claim_folder, sweep
+from musiclm_pytorch.tokens import compute_tokens
 from musiclm_pytorch.training import MuLaNTrainer, captions_of, fit_quantizer
 
-__all__ = ["STAGES", "Pipeline", "StageReport"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["STAGES", "Pipeline", "StageReport", "check_stage"]
 
 # Each with the stages whose result it needs.
 STAGES: dict[str, tuple[str, ...]] = {
@@ -56,11 +54,11 @@ STAGES: dict[str, tuple[str, ...]] = {
     "semantic-tokenizer": (),
     "mulan": (),
     "quantizer": ("mulan",),
-    "semantic": ("semantic-tokenizer", "codec", "quantizer"),
-    "coarse": ("semantic-tokenizer", "codec", "quantizer"),
-    "fine": ("semantic-tokenizer", "codec", "quantizer"),
+    "tokens": ("semantic-tokenizer", "codec", "mulan"),
+    "semantic": ("tokens", "quantizer"),
+    "coarse": ("tokens", "quantizer"),
+    "fine": ("tokens", "quantizer"),
 }
-_LANGUAGE_MODELS = ("semantic", "coarse", "fine")
 
 
 @dataclass(frozen=True)
@@ -72,11 +70,18 @@ class StageReport:
     summary: str
 
 
+@beartype
+def check_stage(stage: str) -> None:
+    """Refuse a word that is neither "all" nor a stage, naming those there are, by a ValueError."""
+    if stage != "all" and stage not in STAGES:
+        raise ValueError(f"there is no stage {stage!r}; choose all or one of: {', '.join(STAGES)}")
+
+
 class Pipeline:
     """All stages of a run over one folder of audio, in one output folder.
 
     A finished stage leaves `OUT/<stage>/model`; tokens are computed once into `OUT/tokens`; the assembled model is
-    `OUT/model`.
+    `OUT/model`. Nothing is written before `run`.
 
     Args:
         preset: Sizes and steps.
@@ -86,7 +91,7 @@ class Pipeline:
         accelerator: Shared by all stages; one is made if not given.
 
     Raises:
-        ValueError: If the data cannot be read or the folder holds another run.
+        ValueError: If the data cannot be read, or `out` is a file.
     """
 
     @beartype
@@ -100,9 +105,13 @@ class Pipeline:
         accelerator: Accelerator | None = None,
     ) -> None:
         self.preset, self.data, self.out, self.seed = preset, Path(data), Path(out), seed
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}")
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"{self.out} is a file; name a folder with --out")
-        self.train_items, self.valid_items = load_split(self.data, min_seconds=1.0)
+        train_items, valid_items = load_split(self.data, min_seconds=1.0)
+        # of a single file nothing can be held out
+        self.train_items, self.valid_items = train_items, valid_items or train_items
         self._accelerator = accelerator
 
     # what there is
@@ -122,9 +131,17 @@ class Pipeline:
         """Whether every stage is done and the model assembled."""
         return (self.model_folder / "musiclm.json").is_file()
 
+    @property
+    def captions(self) -> list[str]:
+        """Every caption of the training files."""
+        return [caption for item in self.train_items for caption in captions_of(item)]
+
+    @beartype
     def is_done(self, stage: str) -> bool:
         """Whether a stage has left its result."""
-        return (self._result(stage) / "config.json").is_file()
+        if stage == "tokens":
+            return all((self.out / stage / part / "index.json").is_file() for part in ("train", "valid"))
+        return all((self._result(stage) / file).is_file() for file in ("config.json", "model.safetensors"))
 
     def _result(self, stage: str) -> Path:
         return self.out / stage / "model"
@@ -132,38 +149,71 @@ class Pipeline:
     # running
 
     @beartype
-    def run(self, stage: str = "all") -> Iterator[StageReport]:
+    def run(self, stage: str = "all", announce: Callable[[str], None] | None = None) -> Iterator[StageReport]:
         """Run one stage, or all that are not done, and report each as it ends.
 
+        Args:
+            stage: Name of a stage, or "all". Tokens are computed whenever a language model needs them.
+            announce: Called with the name of each stage that starts.
+
+        Yields:
+            A report for each stage, also for those that were done before.
+
         Raises:
-            ValueError: If there is no such stage, or what it needs is missing.
+            ValueError: If there is no such stage, what it needs is missing, or the folder holds another run.
         """
-        if stage != "all" and stage not in STAGES:
-            raise ValueError(f"there is no stage {stage!r}; choose all or one of: {', '.join(STAGES)}")
-        self._claim_folder()
-        for name in STAGES if stage == "all" else (stage,):
-            missing = [needed for needed in STAGES[name] if not self.is_done(needed)]
+        check_stage(stage)
+        names = list(STAGES) if stage == "all" else ["tokens", stage] if "tokens" in STAGES[stage] else [stage]
+        self._check_needs(names)
+        with alone_in(self.out) if self.accelerator.is_main_process else nullcontext():
+            self._claim_folder()
+            for name in names:
+                if self.is_done(name):
+                    yield StageReport(name, self._seconds(name), "done before")
+                    continue
+                if announce is not None:
+                    announce(name)
+                yield self._timed(name)
+            if all(self.is_done(name) for name in STAGES) and not self.is_complete:
+                self.assemble()
+
+    def _check_needs(self, names: list[str]) -> None:
+        """Refuse what cannot be run, before anything is written or hours are spent on the stages before it."""
+        for name in names:
+            missing = [need for need in STAGES[name] if need not in names and not self.is_done(need)]
             if missing:
                 raise ValueError(
                     f"{name} needs {' and '.join(missing)} first: musiclm train {missing[0]} with this --out"
                 )
-            if self.is_done(name):
-                yield StageReport(name, self._seconds(name), "done before")
-                continue
-            yield self._timed(name)
-        if all(self.is_done(name) for name in STAGES) and not self.is_complete:
-            self.assemble()
+        if "mulan" in names and not self.is_done("mulan"):
+            self.require_captions()
+
+    def require_captions(self) -> None:
+        """Raise a ValueError if there is no caption that MuLaN could learn from."""
+        if not self.captions:
+            raise ValueError(
+                f"{self.data} has no captions, and mulan learns from them; give a train.jsonl with 'audio' and "
+                "'caption' in every line"
+            )
 
     def _timed(self, stage: str) -> StageReport:
         started = time.monotonic()
         runner: Callable[[], dict[str, Any]] = getattr(self, f"_run_{stage.replace('-', '_')}")
+        if self.accelerator.is_main_process:
+            sweep(self.out / stage)
         with preserved_generators():
             # initial weights are a pure function of seed and stage, whichever stages ran before in this process
             seed_generators(self.seed, stage, device=self.accelerator.device)
             metrics = runner()
-        seconds = time.monotonic() - started + self._seconds(stage)
-        write_json(self.out / stage / "report.json", {"seconds": seconds, "metrics": metrics})
-        figures = [f"{key} {value:.4g}" for key, value in metrics.items() if key.startswith("valid.")]
+        # steps of earlier sessions are in the loop's own count
+        seconds = time.monotonic() - started + metrics.pop("earlier_seconds", 0.0)
+        if self.accelerator.is_main_process:
+            write_json(self.out / stage / "report.json", {"seconds": seconds, "metrics": metrics})
+        figures = [
+            f"{key.removeprefix('valid.')} {value:.4g}"
+            for key, value in metrics.items()
+            if key.startswith("valid.") and value is not None
+        ]
         return StageReport(stage, seconds, "  ".join(figures[:4]))
 
     def _seconds(self, stage: str) -> float:
@@ -172,25 +222,16 @@ class Pipeline:
 
     def _claim_folder(self) -> None:
         """Write down what this folder is a run of, or refuse a folder of another run."""
-        paths = sorted(str(item.path) for item in [*self.train_items, *self.valid_items])
-        mine = {
-            "format_version": 1,
+        # relative, so that a corpus may move and may be named in any way
+        root = (self.data.parent if self.data.is_file() else self.data).resolve()
+        paths = sorted(os.path.relpath(item.path.resolve(), root) for item in [*self.train_items, *self.valid_items])
+        facts = {
             "preset": asdict(self.preset),
             "seed": self.seed,
             "num_files": len(paths),
             "files": sha256("\n".join(paths).encode()).hexdigest()[:16],
         }
-        file = self.out / "run.json"
-        if not file.is_file():
-            self.out.mkdir(parents=True, exist_ok=True)
-            write_json(file, mine)
-            return
-        theirs = read_json(file)
-        mine = json.loads(json.dumps(mine))
-        different = [key for key in mine if mine[key] != theirs.get(key)]
-        if different:
-            shown = "; ".join(f"{key}: {_short(theirs.get(key))} there, {_short(mine[key])} now" for key in different)
-            raise ValueError(f"{self.out} holds another run ({shown}); use the same settings or another --out")
+        claim_folder(self.out, facts, write=self.accelerator.is_main_process)
 
     def _loop(self, stage: str, run: RunConfig) -> dict[str, Any]:
         """Arguments that every trainer takes."""
@@ -204,91 +245,59 @@ class Pipeline:
             precision=run.precision,
             seed=self.seed,
             validate_every=max(1, run.num_train_steps // 8),
+            checkpoint_every_steps=run.checkpoint_every_steps,
         )
+
+    def _train(self, trainer: Any) -> dict[str, Any]:
+        """Train to the end; the newest metrics, and the seconds that earlier sessions spent."""
+        started = time.monotonic()
+        result = trainer.train()
+        total = float(read_json(trainer.results_folder / "finished.json")["seconds"])
+        return {**result.metrics, "earlier_seconds": max(0.0, total - (time.monotonic() - started))}
 
     # tokenizers
-
-    def build_codec(self) -> SoundStream:
-        """An untrained codec of the preset."""
-        c = self.preset.codec
-        return SpectralSoundStream(
-            dim=c.dim,
-            encoder_depth=c.encoder_depth,
-            decoder_depth=c.decoder_depth,
-            target_sample_hz=c.sample_hz,
-            hop_samples=c.hop_samples,
-            codebook_size=c.codebook_size,
-            rq_num_quantizers=c.num_quantizers,
-            code_dim=c.code_dim,
-        )
 
     def _run_codec(self) -> dict[str, Any]:
         run = self.preset.codec.run
         trainer = SoundStreamTrainer(
-            self.build_codec(),
+            build_codec(self.preset),
             items=(self.train_items, self.valid_items),
             data_max_length_seconds=run.seconds,
             **self._loop("codec", run),
         )
-        result = trainer.train()
+        metrics = self._train(trainer)
         self._keep("codec", trainer.task.codec)
-        return result.metrics
-
-    def build_semantic_encoder(self) -> BestRQEncoder:
-        """An untrained semantic encoder of the preset."""
-        s = self.preset.semantic_tokenizer
-        return BestRQEncoder(dim=s.dim, depth=s.depth, heads=s.heads)
+        return metrics
 
     def _run_semantic_tokenizer(self) -> dict[str, Any]:
         s = self.preset.semantic_tokenizer
         trainer = SemanticTokenizerTrainer(
-            encoder=self.build_semantic_encoder(),
+            encoder=build_semantic_encoder(self.preset),
             items=(self.train_items, self.valid_items),
             seconds=s.run.seconds,
             **self._loop("semantic-tokenizer", s.run),
         )
-        result = trainer.train()
+        metrics = self._train(trainer)
         num_clusters = min(s.num_clusters, max(2, 10 * len(self.train_items)))
         fit = trainer.fit_tokenizer(layer=s.layer, num_clusters=num_clusters)
         self._keep("semantic-tokenizer", fit.tokenizer)
-        return {**result.metrics, "valid.kmeans_explained": fit.usage.explained}
-
-    def build_mulan(self) -> MuLaN:
-        """An untrained MuLaN of the preset, its text tokenizer trained on the captions."""
-        m = self.preset.mulan
-        captions = [caption for item in self.train_items for caption in captions_of(item)]
-        if not captions:
-            raise ValueError(f"{self.data} has no captions; MuLaN needs a manifest with 'audio' and 'caption'")
-        tokenizer = TextTokenizer.train(captions, vocab_size=m.text_vocab_size)
-        sizes = dict(dim=m.dim, depth=m.depth, heads=m.heads)
-        audio = AudioSpectrogramTransformer(**sizes, num_mels=m.num_mels, spec_n_fft=400, spec_hop_length=160)
-        text = TextTransformer(
-            **sizes, num_tokens=tokenizer.vocab_size, max_seq_len=m.text_max_tokens, tokenizer=tokenizer
-        )
-        return MuLaN(audio_transformer=audio, text_transformer=text)
+        return {**metrics, "valid.kmeans_explained": fit.usage.explained}
 
     def _run_mulan(self) -> dict[str, Any]:
         run = self.preset.mulan.run
         trainer = MuLaNTrainer(
-            mulan=self.build_mulan(),
+            mulan=build_mulan(self.preset, self.captions),
             items=(self.train_items, self.valid_items),
             seconds=run.seconds,
             **self._loop("mulan", run),
         )
-        result = trainer.train()
+        metrics = self._train(trainer)
         self._keep("mulan", trainer.task.mulan)
-        return result.metrics
+        return metrics
 
     def _run_quantizer(self) -> dict[str, Any]:
-        p = self.preset
-        quantizer = MuLaNEmbedQuantizer(
-            mulan=self._load("mulan", MuLaN),
-            conditioning_dims=[getattr(p, name).dim for name in _LANGUAGE_MODELS],
-            namespaces=_LANGUAGE_MODELS,
-            rq_num_quantizers=p.quantizer.num_quantizers,
-            codebook_size=min(p.quantizer.codebook_size, len(self.train_items)),
-        )
-        agreement = fit_quantizer(quantizer, self.train_items, seed=self.seed)
+        quantizer = build_quantizer(self.preset, self._load("mulan", MuLaN), len(self.train_items))
+        agreement = fit_quantizer(quantizer.to(self.accelerator.device), self.train_items, seed=self.seed)
         self._keep("quantizer", quantizer)
         return {f"valid.agreement_level_{level}": value for level, value in enumerate(agreement, start=1)}
 
@@ -299,46 +308,27 @@ class Pipeline:
         self.accelerator.wait_for_everyone()
 
     def _load(self, stage: str, kind: type[nn.Module]) -> Any:
-        return load_module(self._result(stage), expect=kind)
+        return load_module(self._result(stage), expect=kind, device=self.accelerator.device)
 
     # tokens
 
+    @beartype
     def tokens(self, part: str = "train") -> TokenShards:
         """Semantic tokens, codes and MuLaN latents of every file of a part ("train" or "valid"), computed once."""
-        items = self.train_items if part == "train" else self.valid_items
-        codec: SoundStream = self._load("codec", SoundStream)
-        tokenizer: KMeansTokenizer = self._load("semantic-tokenizer", KMeansTokenizer)
-        mulan: MuLaN = self._load("mulan", MuLaN)
-        rates_hz = (tokenizer.target_sample_hz, codec.target_sample_hz, mulan.sample_hz)
-        fingerprint = {
-            "codec": codec.fingerprint,
-            "semantic_tokenizer": tokenizer.fingerprint,
-            "mulan": fingerprint_of(mulan),
-            "part": part,
-        }
-        dataset = CropDataset(items, None, rates_hz, seed=self.seed, cache_bytes=0)
-
-        @torch.no_grad()
-        def make_record(index: int) -> dict[str, np.ndarray]:
-            waves = dataset.get(0, index).waves
-            return {
-                "semantic": tokenizer(waves[tokenizer.target_sample_hz][None])[0].numpy(),
-                "acoustic": codec.tokenize(waves[codec.target_sample_hz][None])[0].numpy(),
-                "latents": mulan.window_latents(waves[mulan.sample_hz]).half().numpy(),
-                "duration_seconds": np.float32(items[index].num_samples / items[index].sample_hz),
-            }
-
-        folder = self.out / "tokens" / part
-        write_shards(
-            folder,
-            make_record,
-            len(items),
-            fingerprint,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
+        return compute_tokens(
+            self.out / "tokens" / part,
+            self.train_items if part == "train" else self.valid_items,
+            codec=self._load("codec", SoundStream),
+            semantic_tokenizer=self._load("semantic-tokenizer", KMeansTokenizer),
+            mulan=self._load("mulan", MuLaN),
+            origin={"part": part},
+            accelerator=self.accelerator,
         )
-        self.accelerator.wait_for_everyone()
-        return TokenShards(folder, fingerprint)
+
+    def _run_tokens(self) -> dict[str, Any]:
+        for part in ("train", "valid"):
+            self.tokens(part)
+        return {}
 
     # language models
 
@@ -351,85 +341,38 @@ class Pipeline:
     def _run_fine(self) -> dict[str, Any]:
         return self._train_language_model("fine", FineTransformerTrainer)
 
-    def build_language_model(self, stage: str, num_semantic_tokens: int) -> nn.Module:
-        """An untrained language model of the preset."""
-        p, config = self.preset, getattr(self.preset, stage)
-        frame_hz = p.codec.sample_hz // p.codec.hop_samples
-        num_coarse = p.num_coarse_quantizers
-        sizes = dict(
-            dim=config.dim,
-            depth=config.depth,
-            heads=config.heads,
-            dropout=config.dropout,
-            cond_drop_prob=config.cond_drop_prob,
-            audio_text_condition=True,
-        )
-        if stage == "semantic":
-            return SemanticTransformer(num_semantic_tokens=num_semantic_tokens, **sizes)
-        if stage == "coarse":
-            return CoarseTransformer(
-                num_semantic_tokens=num_semantic_tokens,
-                codebook_size=p.codec.codebook_size,
-                num_coarse_quantizers=num_coarse,
-                rate_hz=frame_hz,
-                **sizes,
-            )
-        return FineTransformer(
-            codebook_size=p.codec.codebook_size,
-            num_coarse_quantizers=num_coarse,
-            num_fine_quantizers=p.codec.num_quantizers - num_coarse,
-            rate_hz=frame_hz,
-            **sizes,
-        )
-
-    def _table_file(self, stage: str) -> Path:
-        return self.out / stage / "conditioning_table.safetensors"
-
     def _train_language_model(self, stage: str, trainer_class: Callable[..., Any]) -> dict[str, Any]:
         run, config = getattr(self.preset, stage).run, getattr(self.preset, stage)
         tokenizer: KMeansTokenizer = self._load("semantic-tokenizer", KMeansTokenizer)
-        transformer = self.build_language_model(stage, tokenizer.codebook_size)
-        quantizer: MuLaNEmbedQuantizer = self._load("quantizer", MuLaNEmbedQuantizer)
+        transformer = build_language_model(self.preset, stage, tokenizer.codebook_size)
         trainer = trainer_class(
             transformer=transformer,
-            audio_conditioner=quantizer,
+            audio_conditioner=self._load("quantizer", MuLaNEmbedQuantizer),
             shards=self.tokens("train"),
             valid_shards=self.tokens("valid"),
             data_max_length_seconds=run.seconds,
             level_drop_prob=config.level_drop_prob,
             **self._loop(stage, run),
         )
-        result = trainer.train()
-        # before the model folder, whose presence says that the stage is done
-        write_weights(self._table_file(stage), {"weight": quantizer.table(stage).weight.detach()})
+        metrics = self._train(trainer)
         self._keep(stage, transformer)
-        return result.metrics
+        return metrics
 
     # the whole
 
     def assemble(self) -> Path:
-        """Write the model: every part, with the trained conditioning tables in the quantizer.
+        """Write the model, as fp16: every part, with the trained conditioning tables in the quantizer.
 
         Returns:
             The model's folder.
         """
-        quantizer: MuLaNEmbedQuantizer = self._load("quantizer", MuLaNEmbedQuantizer)
-        for stage in _LANGUAGE_MODELS:
-            weights, _ = read_weights(self._table_file(stage))
-            with torch.no_grad():
-                quantizer.table(stage).weight.copy_(weights["weight"])
-        parts = {
-            "codec": self._load("codec", SoundStream),
-            "semantic_tokenizer": self._load("semantic-tokenizer", KMeansTokenizer),
-            "quantizer": quantizer,
-            "semantic": self._load("semantic", SemanticTransformer),
-            "coarse": self._load("coarse", CoarseTransformer),
-            "fine": self._load("fine", FineTransformer),
-        }
-        save_parts(self.model_folder, parts, {"preset": self.preset.name, "seed": self.seed})
+        sweep(self.model_folder)
+        parts = {name: self._load(name.replace("_", "-"), kind) for name, kind in PARTS.items()}
+        for stage in LANGUAGE_MODELS:
+            file = self.out / stage / TABLE_FILE
+            load_weights(parts["quantizer"].table(stage), read_weights(file)[0], where=str(file))
+        about = {"preset": self.preset.name, "seed": self.seed}
+        if self.accelerator.is_main_process:
+            save_parts(self.model_folder, parts, about, dtype=torch.float16)
+        self.accelerator.wait_for_everyone()
         return self.model_folder
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -6,9 +6,20 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
+from audiolm_pytorch.files import staged_files
 from audiolm_pytorch.mel import MelSpectrogram
 
-__all__ = ["plot_wave"]
+__all__ = ["PICTURE_SUFFIXES", "plot_wave", "require_matplotlib"]
+
+PICTURE_SUFFIXES = (".png", ".svg", ".pdf", ".jpg")
+
+
+def require_matplotlib() -> None:
+    """Raise an ImportError that says what to install, if matplotlib is missing."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ImportError('pictures need matplotlib: pip install "musiclm-pytorch[plot]"') from error
 
 
 @beartype
@@ -24,11 +35,10 @@ def plot_wave(wave: Tensor, sample_hz: int, path: str | Path, title: str = "") -
     Raises:
         ImportError: If matplotlib is missing.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('pictures need matplotlib: pip install "musiclm-pytorch[plot]"') from error
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     seconds = wave.shape[-1] / sample_hz
     mel = MelSpectrogram(sample_hz=sample_hz, n_fft=1024, hop_length=256, num_mels=80)(wave)
     decibel = 20 * mel.clamp(min=1e-5).log10()
@@ -47,5 +57,5 @@ def plot_wave(wave: Tensor, sample_hz: int, path: str | Path, title: str = "") -
     )
     bottom.set(xlabel="seconds", ylabel="mel band")
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    with staged_files(path.parent) as stage:
+        figure.savefig(stage / path.name, dpi=100)

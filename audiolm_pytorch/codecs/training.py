@@ -1,5 +1,6 @@
 """Training a codec: reconstruction with a multi-scale mel loss, on the one training loop."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ class CodecTask:
         train: Crops to learn from, at the codec's rate.
         valid: Crops to validate on.
         unquantized_steps: Steps before the codebooks are initialised and used.
-        initialising_crops: Crops whose frames initialise the codebooks.
+        frames_per_code: Frames that initialise the codebooks, for each of their codes.
         validation_crops: At most this many crops of `valid` are used.
     """
 
@@ -47,12 +48,12 @@ class CodecTask:
         valid: CropDataset,
         *,
         unquantized_steps: int = 300,
-        initialising_crops: int = 512,
+        frames_per_code: int = 25,
         validation_crops: int = 64,
     ) -> None:
         self.module: nn.Module = codec
         self.codec, self.train, self.valid = codec, train, valid
-        self.unquantized_steps, self.initialising_crops = unquantized_steps, initialising_crops
+        self.unquantized_steps, self.frames_per_code = unquantized_steps, frames_per_code
         self.validation_crops = min(validation_crops, len(valid))
         self.mel_loss = MultiScaleMelLoss(codec.target_sample_hz)
         self.phases = (Phase("reconstruction", (codec,), self._loss),)
@@ -101,11 +102,14 @@ class CodecTask:
     @torch.no_grad()
     def _initialise_codebooks(self) -> None:
         """K-means over the frames of a fixed set of crops, so that a resumed run finds the same codebooks."""
-        frames = []
-        for index in range(self.initialising_crops):
-            crop = self.train.get(index // self.num_items, index % self.num_items)
+        wanted, frames = self.frames_per_code * self.codec.codebook_size, []
+        for number in itertools.count():
+            crop = self.train.get(number // self.num_items, number % self.num_items)
             wave = self._on_device(crop.waves[self.codec.target_sample_hz][None])
             frames.append(self.codec(wave, quantize=False).frames[0].float())
+            wanted -= len(frames[-1])
+            if wanted <= 0:
+                break
         self.codec.quantizer.initialise(torch.cat(frames))
 
     def _on_device(self, wave: Tensor) -> Tensor:

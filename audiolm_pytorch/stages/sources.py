@@ -19,7 +19,7 @@ from audiolm_pytorch.data.crops import CropDataset
 from audiolm_pytorch.data.manifest import AudioItem
 from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.semantic.protocol import SemanticTokenizer
-from audiolm_pytorch.stages.stages import AudioTokens, StageTransformer
+from audiolm_pytorch.stages.stage_transformer import AudioTokens, StageTransformer
 from audiolm_pytorch.stages.tokenizing import sample_rates, tokenize
 
 __all__ = ["ShardSource", "StageInput", "StageSource", "WaveSource"]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.codecs.protocol import Codec
 from audiolm_pytorch.semantic.protocol import SemanticTokenizer
-from audiolm_pytorch.stages.stages import AudioTokens
+from audiolm_pytorch.stages.stage_transformer import AudioTokens
 
 __all__ = ["sample_rates", "tokenize"]
 

@@ -10,7 +10,8 @@ from beartype import beartype
 from torch import Tensor
 
 from audiolm_pytorch.conditioning import Conditioning
-from audiolm_pytorch.sampling import Decoded, SamplingSettings, TokenModel, decode, item_generators
+from audiolm_pytorch.sampling import SamplingSettings, item_generators
+from audiolm_pytorch.stages.decoding import Decoded, TokenModel, decode
 from audiolm_pytorch.stages.layout import TokenLayout
 
 __all__ = ["Window", "decode_in_windows", "plan_windows"]
@@ -87,7 +88,7 @@ def decode_in_windows(
         The completed stream.
 
     Raises:
-        ValueError: If the model predicts several streams, or `decode` refuses.
+        ValueError: If the model predicts several streams, a prompt is longer than what is wanted, or `decode` refuses.
     """
     if len(model.layout.predicted) != 1:
         raise ValueError(f"windows need one predicted stream, got {[s.name for s in model.layout.predicted]}")
@@ -97,6 +98,11 @@ def decode_in_windows(
     wanted = _item_counts({name: num_frames}, batch)[name]
     total = int(wanted.max())
     done = known.pop(name, torch.zeros_like(wanted))
+    if (done > wanted).any():
+        raise ValueError(
+            f"the prompt of '{name}' has {done.tolist()} frames, longer than what is wanted, {wanted.tolist()}: "
+            "shorten it or ask for more"
+        )
     given = {key: ids for key, ids in streams.items() if key != name}
     generators = item_generators(seeds, batch)
     conditioning = None if conditioning is None else conditioning.repeated_to(batch)

@@ -10,15 +10,11 @@ from torch import Tensor, nn
 from audiolm_pytorch.audio import resample
 from audiolm_pytorch.codecs.protocol import Codec
 from audiolm_pytorch.conditioning import Conditioner, Conditioning
-from audiolm_pytorch.sampling import Decoded, SamplingSettings
+from audiolm_pytorch.sampling import SamplingSettings
 from audiolm_pytorch.semantic.protocol import SemanticTokenizer
-from audiolm_pytorch.stages.stages import (
-    AudioTokens,
-    CoarseTransformer,
-    FineTransformer,
-    SemanticTransformer,
-    StageTransformer,
-)
+from audiolm_pytorch.stages.decoding import Decoded
+from audiolm_pytorch.stages.stage_transformer import AudioTokens, StageTransformer
+from audiolm_pytorch.stages.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.stages.token_model import TokenLoss
 from audiolm_pytorch.stages.tokenizing import sample_rates, tokenize
 from audiolm_pytorch.stages.windows import decode_in_windows
@@ -132,9 +128,9 @@ class StageWrapper(nn.Module):
         if self.audio_conditioner is None or self.transformer.cond_dim is None:
             raise ValueError("a condition needs an audio_conditioner and a transformer with audio_text_condition=True")
         texts = [text] if isinstance(text, str) else text
-        if lengths is not None:
-            return self.audio_conditioner.conditioning(wavs=wavs, lengths=lengths, namespace=self.namespace)
-        return self.audio_conditioner.conditioning(texts=texts, wavs=wavs, codes=codes, namespace=self.namespace)
+        return self.audio_conditioner.conditioning(
+            texts=texts, wavs=wavs, codes=codes, lengths=lengths, namespace=self.namespace
+        )
 
     @beartype
     def forward(

@@ -1,4 +1,4 @@
-"""Small stand-ins for the parts around the stages: a codec, a semantic tokenizer, a conditioner, and a training helper."""
+"""Stand-ins for what surrounds the stages: a codec, a semantic tokenizer, a conditioner; and a training helper."""
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class FakeCodec(nn.Module):
 
 
 class FakeSemanticTokenizer(nn.Module):
-    """25 tokens a second: the loudness of 32 samples in 12 steps; like HuBERT it gives no token for the last stretch."""
+    """25 tokens a second: the loudness of 32 samples in 12 steps; it may lose frames at the end, as HuBERT does."""
 
     target_sample_hz, downsample_factor, codebook_size, fingerprint = SAMPLE_HZ, 32, 12, "semantic"
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from audiolm_pytorch import sampling
 from audiolm_pytorch.attention import KVCache
 from audiolm_pytorch.conditioning import guide
-from audiolm_pytorch.sampling import SamplingSettings, decode, filter_logits, sample_tokens
+from audiolm_pytorch.sampling import SamplingSettings, filter_logits, sample_tokens
 from audiolm_pytorch.stages import Stream, TokenLayout, TokenTransformer
+from audiolm_pytorch.stages.decoding import decode
 from audiolm_pytorch.stages.windows import decode_in_windows, plan_windows
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package
@@ -32,7 +32,10 @@ def test_filters_match_naive_loops():
     """Top-k keeps k tokens; top-p keeps the fewest that hold p, the likeliest always."""
     logits = torch.randn(5, 9)
     kept = filter_logits(logits, SamplingSettings(top_k=3)).isfinite()
-    assert kept.sum(-1).tolist() == [3] * 5 and (logits[kept].view(5, 3).min(1).values >= logits.sort().values[:, -3]).all()
+    assert (
+        kept.sum(-1).tolist() == [3] * 5
+        and (logits[kept].view(5, 3).min(1).values >= logits.sort().values[:, -3]).all()
+    )
     for row, keep in zip(logits, filter_logits(logits, SamplingSettings(top_p=0.7)).isfinite()):
         order, held, wanted = row.argsort(descending=True).tolist(), 0.0, set()
         for token in order:
@@ -126,7 +129,9 @@ def test_an_item_depends_on_nothing_but_its_seed_and_inputs(pattern):
 def test_seeds_matter_and_repeat():
     """Same seeds, same tokens; other seeds, other tokens; a wrong number of seeds is refused."""
     model = model_of()
-    runs = [decode(model, {"s": GIVEN}, {"a": 12}, seeds=seeds).streams["a"] for seeds in ([1, 2, 3], [1, 2, 3], [4, 2, 5])]
+    runs = [
+        decode(model, {"s": GIVEN}, {"a": 12}, seeds=seeds).streams["a"] for seeds in ([1, 2, 3], [1, 2, 3], [4, 2, 5])
+    ]
     assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0][1], runs[2][1])
     assert not torch.equal(runs[0][0], runs[2][0]) and not torch.equal(runs[0][0], runs[0][2])
     with pytest.raises(ValueError, match="one seed per item"):
@@ -136,13 +141,13 @@ def test_seeds_matter_and_repeat():
 def test_ends_are_drawn_only_when_allowed_and_stop_the_item():
     """Without leave no end id comes; with it an item ends by itself, its length says where, and others go on."""
     model = model_of()
-    model.heads[0].weight.data[20] = 3 * model.heads[0].weight.data[:20].mean(0)  # ends are common
+    model.heads[0].weight.data.zero_()  # one frame in 21 is the last
     seeds = [1, 2, 3]
-    closed = decode(model, {"s": GIVEN}, {"a": 12}, seeds=seeds)
-    assert closed.lengths["a"].tolist() == [12] * 3 and (closed.streams["a"] < 20).all()
-    opened = decode(model, {"s": GIVEN}, {"a": 12}, seeds=seeds, allow_eos=True)
+    closed = decode(model, {"s": GIVEN}, {"a": 40}, seeds=seeds)
+    assert closed.lengths["a"].tolist() == [40] * 3 and (closed.streams["a"] < 20).all()
+    opened = decode(model, {"s": GIVEN}, {"a": 40}, seeds=seeds, allow_eos=True)
     lengths = opened.lengths["a"].tolist()
-    assert min(lengths) < 12
+    assert len(set(lengths)) == 3 and min(lengths) < 40
     for tokens, length in zip(opened.streams["a"], lengths):
         assert ((tokens[:length] >= 0) & (tokens[:length] < 20)).all() and (tokens[length:] == -1).all()
 
@@ -165,7 +170,7 @@ def check_cost(model):
     finally:
         type(model).hidden = hidden
     assert KVCache.write is cache_write
-    assert rows == [1] * 11 or rows == [1] * 12
+    assert rows == [1] * 11
     assert len(addresses) == 1
 
 
@@ -177,7 +182,9 @@ def test_cost_of_a_row_does_not_grow(monkeypatch):
     def concatenating(self, layer, keys, values, slots):
         held = [*getattr(self, "held", [(None, None)] * len(self.keys))]
         old = held[layer]
-        held[layer] = (keys, values) if old[0] is None else (torch.cat((old[0], keys), 2), torch.cat((old[1], values), 2))
+        held[layer] = (
+            (keys, values) if old[0] is None else (torch.cat((old[0], keys), 2), torch.cat((old[1], values), 2))
+        )
         self.held, self.keys = held, torch.empty(len(held), slots.extent)
         return held[layer]
 
@@ -243,4 +250,4 @@ def test_settings_refuse_impossible_numbers():
     """Each number out of range is named."""
     for name, value in {"temperature": -1.0, "top_k": 0, "top_p": 0.0, "guidance_scale": -0.5}.items():
         with pytest.raises(ValueError, match=name):
-            sampling.SamplingSettings(**{name: value})
+            SamplingSettings(**{name: value})

@@ -51,9 +51,7 @@ def test_cached_logits_equal_uncached_ones(pattern, conditioned):
     cache = model.new_cache(2, offset + rows)
     # Item 1 starts two rows later than item 0: what prefill wrote too much is overwritten before it is read.
     starts = [2, 4]
-    first = model.hidden(
-        packed.ids[:, :4], packed.input_mask[:, :4], prefix, cache, Slots.after([0, 0], offset + 4)
-    )
+    first = model.hidden(packed.ids[:, :4], packed.input_mask[:, :4], prefix, cache, Slots.after([0, 0], offset + 4))
     torch.testing.assert_close(first, whole[:, :4], atol=1e-5, rtol=1e-5)
     items = torch.arange(2)
     while min(starts) < rows:

@@ -1,0 +1,144 @@
+"""What the stages have in common: a token model that knows which tokens of a sound its streams are."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from beartype import beartype
+from torch import Tensor
+
+from audiolm_pytorch.stages.layout import TokenLayout
+from audiolm_pytorch.stages.streams import PackedTokens
+from audiolm_pytorch.stages.token_model import TokenTransformer
+
+__all__ = ["AudioTokens", "StageTransformer", "TokenSource"]
+
+
+@dataclass(frozen=True)
+class TokenSource:
+    """Where a stream's tokens come from: some levels of the semantic or the acoustic tokens of a sound.
+
+    Attributes:
+        kind: `semantic` or `acoustic`.
+        first_level: First level taken.
+        num_levels: Number of levels taken.
+    """
+
+    kind: str
+    first_level: int
+    num_levels: int
+
+
+@dataclass(frozen=True)
+class AudioTokens:
+    """Tokens of the same sounds, as far as they are known.
+
+    Attributes:
+        tokens: By kind: `semantic [b, t]`, `acoustic [b, f, q]`, int64; -1 past an item's length.
+        lengths: By kind: true frames `[b]` int64; a kind that is absent here is whole.
+    """
+
+    tokens: Mapping[str, Tensor]
+    lengths: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        """Refuse kinds that no stage knows."""
+        unknown = {*self.tokens, *self.lengths} - {"semantic", "acoustic"}
+        if unknown:
+            raise ValueError(f"unknown kinds of tokens {sorted(unknown)}, known are semantic and acoustic")
+
+
+class StageTransformer(TokenTransformer):
+    """A token model that knows which tokens of a sound its streams are.
+
+    Args:
+        sources: Source of every stream, by stream name.
+        config: What `config` gives back, apart from the arguments of the stack.
+        layout: What is read and written.
+        audio_text_condition: Whether the model takes a condition.
+        cond_dim: Width of the condition; None = `dim`.
+        dim: Width d.
+        depth: Number of blocks.
+        **stack: Further arguments of `TokenTransformer`.
+    """
+
+    namespace: ClassVar[str]
+
+    @beartype
+    def __init__(
+        self,
+        *,
+        sources: Mapping[str, TokenSource],
+        config: Mapping[str, Any],
+        layout: TokenLayout,
+        audio_text_condition: bool,
+        cond_dim: int | None,
+        dim: int,
+        depth: int,
+        **stack: Any,
+    ) -> None:
+        width = (dim if cond_dim is None else cond_dim) if audio_text_condition else None
+        super().__init__(layout=layout, dim=dim, depth=depth, cond_dim=width, **stack)
+        self.sources = dict(sources)
+        self._config = {**config, **self._config, "cond_dim": cond_dim, "audio_text_condition": audio_text_condition}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments as JSON-able data."""
+        return {**self._config, "max_seconds": self.max_seconds}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "StageTransformer":
+        """Build the model that `config` describes, with fresh weights."""
+        return cls(**config)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of tokens that the stage needs."""
+        return tuple(dict.fromkeys(source.kind for source in self.sources.values()))
+
+    def packed(self, tokens: AudioTokens, ends: Tensor | None = None) -> PackedTokens:
+        """Pack the stage's streams of some sounds.
+
+        Args:
+            tokens: Tokens of the sounds.
+            ends: `[b]` bool, whether the file really ends where the tokens do.
+
+        Returns:
+            The packed streams.
+        """
+        streams, lengths = self.streams_of(tokens)
+        return self.layout.pack(streams, lengths, ends)
+
+    @beartype
+    def streams_of(
+        self, tokens: AudioTokens, names: tuple[str, ...] | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, int | Tensor]]:
+        """Take the stage's streams out of the tokens of sounds.
+
+        Args:
+            tokens: Tokens of the sounds.
+            names: Streams to take; None = all.
+
+        Returns:
+            Tokens `[b, f, levels]` and true frames of the streams, by name, ready for `layout.pack`.
+
+        Raises:
+            ValueError: If a kind of token is missing or has too few levels.
+        """
+        streams: dict[str, Tensor] = {}
+        lengths: dict[str, int | Tensor] = {}
+        for name, source in self.sources.items():
+            if names is not None and name not in names:
+                continue
+            if source.kind not in tokens.tokens:
+                raise ValueError(f"the {self.namespace} stage needs {source.kind} tokens, got {sorted(tokens.tokens)}")
+            found = tokens.tokens[source.kind]
+            found = found.unsqueeze(-1) if found.ndim == 2 else found
+            last_level = source.first_level + source.num_levels
+            if found.shape[-1] < last_level:
+                raise ValueError(f"stream '{name}' needs {last_level} {source.kind} levels, got {found.shape[-1]}")
+            streams[name] = found[..., source.first_level : last_level]
+            lengths[name] = tokens.lengths.get(source.kind, torch.tensor(found.shape[1]))
+        return streams, lengths

@@ -1,0 +1,105 @@
+"""Untrained parts of a preset: the one place where numbers of a preset become arguments of constructors."""
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+from beartype import beartype
+
+from audiolm_pytorch.codecs import SoundStream, SpectralSoundStream
+from audiolm_pytorch.semantic import BestRQEncoder
+from audiolm_pytorch.stages import CoarseTransformer, FineTransformer, SemanticTransformer, StageTransformer
+from musiclm_pytorch.config import Preset
+from musiclm_pytorch.embed_quantizer import MuLaNEmbedQuantizer
+from musiclm_pytorch.mulan import AudioSpectrogramTransformer, MuLaN, TextTransformer
+from musiclm_pytorch.mulan.tokenizer import TextTokenizer
+
+__all__ = [
+    "LANGUAGE_MODELS",
+    "build_codec",
+    "build_language_model",
+    "build_mulan",
+    "build_quantizer",
+    "build_semantic_encoder",
+]
+
+LANGUAGE_MODELS = ("semantic", "coarse", "fine")
+
+
+@beartype
+def build_codec(preset: Preset) -> SoundStream:
+    """An untrained codec."""
+    c = preset.codec
+    return SpectralSoundStream(
+        dim=c.dim,
+        encoder_depth=c.encoder_depth,
+        decoder_depth=c.decoder_depth,
+        target_sample_hz=c.sample_hz,
+        hop_samples=c.hop_samples,
+        codebook_size=c.codebook_size,
+        rq_num_quantizers=c.num_quantizers,
+        code_dim=c.code_dim,
+    )
+
+
+@beartype
+def build_semantic_encoder(preset: Preset) -> BestRQEncoder:
+    """An untrained semantic encoder."""
+    s = preset.semantic_tokenizer
+    return BestRQEncoder(dim=s.dim, depth=s.depth, heads=s.heads, dim_head=s.dim // s.heads)
+
+
+@beartype
+def build_mulan(preset: Preset, captions: Sequence[str]) -> MuLaN:
+    """An untrained MuLaN, its text tokenizer trained on the captions."""
+    m = preset.mulan
+    tokenizer = TextTokenizer.train(captions, vocab_size=m.text_vocab_size)
+    sizes = dict(dim=m.dim, depth=m.depth, heads=m.heads, dim_head=m.dim // m.heads)
+    audio = AudioSpectrogramTransformer(**sizes, num_mels=m.num_mels, spec_n_fft=400, spec_hop_length=160)
+    text = TextTransformer(**sizes, num_tokens=tokenizer.vocab_size, max_seq_len=m.text_max_tokens, tokenizer=tokenizer)
+    return MuLaN(audio_transformer=audio, text_transformer=text)
+
+
+@beartype
+def build_quantizer(preset: Preset, mulan: MuLaN, num_clips: int) -> MuLaNEmbedQuantizer:
+    """A quantizer that is not fitted, with no more codes a level than there are clips to fit them to."""
+    return MuLaNEmbedQuantizer(
+        mulan=mulan,
+        conditioning_dims=[getattr(preset, name).dim for name in LANGUAGE_MODELS],
+        namespaces=LANGUAGE_MODELS,
+        rq_num_quantizers=preset.quantizer.num_quantizers,
+        codebook_size=min(preset.quantizer.codebook_size, num_clips),
+    )
+
+
+@beartype
+def build_language_model(preset: Preset, stage: str, num_semantic_tokens: int) -> StageTransformer:
+    """An untrained language model: "semantic", "coarse" or "fine"."""
+    c, config = preset.codec, getattr(preset, stage)
+    num_coarse = preset.num_coarse_quantizers
+    frame_hz = Fraction(c.sample_hz, c.hop_samples)
+    sizes = dict(
+        dim=config.dim,
+        depth=config.depth,
+        heads=config.heads,
+        dim_head=config.dim // config.heads,
+        dropout=config.dropout,
+        cond_drop_prob=config.cond_drop_prob,
+        audio_text_condition=True,
+    )
+    if stage == "semantic":
+        return SemanticTransformer(num_semantic_tokens=num_semantic_tokens, **sizes)
+    if stage == "coarse":
+        return CoarseTransformer(
+            num_semantic_tokens=num_semantic_tokens,
+            codebook_size=c.codebook_size,
+            num_coarse_quantizers=num_coarse,
+            rate_hz=frame_hz,
+            **sizes,
+        )
+    return FineTransformer(
+        codebook_size=c.codebook_size,
+        num_coarse_quantizers=num_coarse,
+        num_fine_quantizers=c.num_quantizers - num_coarse,
+        rate_hz=frame_hz,
+        **sizes,
+    )

@@ -1,0 +1,81 @@
+"""The folder of a run: one run, one program at a time, nothing half written."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from beartype import beartype
+
+from audiolm_pytorch.io import read_json, write_json
+from audiolm_pytorch.training.checkpoint import differences
+
+__all__ = ["alone_in", "claim_folder", "sweep"]
+
+FORMAT_VERSION = 1
+_RUN_FILE = "run.json"
+_MAX_SHOWN = 3
+
+
+@beartype
+def claim_folder(folder: Path, facts: Mapping[str, Any], write: bool = True) -> None:
+    """Write down what a folder is a run of, or refuse a folder of another run.
+
+    Args:
+        folder: Of the run.
+        facts: What must be the same in every session, JSON-able.
+        write: Whether this process is the one that writes.
+
+    Raises:
+        ValueError: If the folder holds another run; the message shows the difference.
+    """
+    mine = json.loads(json.dumps({"format_version": FORMAT_VERSION, **facts}))
+    if not (folder / _RUN_FILE).is_file():
+        if write:
+            write_json(folder / _RUN_FILE, mine)
+        return
+    lines = differences(read_json(folder / _RUN_FILE), mine)
+    if lines:
+        more = f"; and {len(lines) - _MAX_SHOWN} more" if len(lines) > _MAX_SHOWN else ""
+        raise ValueError(
+            f"{folder} holds another run ({'; '.join(lines[:_MAX_SHOWN])}{more}); use the same settings or another --out"
+        )
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep a second program out of a run's folder; the lock ends with the process, however that ends.
+
+    Args:
+        folder: Of the run; made if missing.
+
+    Yields:
+        Nothing, while the folder is ours.
+
+    Raises:
+        ValueError: If another program is at work in it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{folder} is in use by another musiclm train; wait for it or use another --out"
+            ) from error
+        yield
+
+
+@beartype
+def sweep(folder: Path) -> None:
+    """Remove what a killed session left half written below a folder that nobody else writes to."""
+    for pattern in (".writing-*", ".chunk-*.partial"):
+        for leftover in list(folder.rglob(pattern)):
+            shutil.rmtree(leftover, ignore_errors=True)

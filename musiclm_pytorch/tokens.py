@@ -1,0 +1,78 @@
+"""Tokens of a corpus: what codec, semantic tokenizer and MuLaN say about every file, computed once into shards."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from beartype import beartype
+
+from audiolm_pytorch.codecs import SoundStream
+from audiolm_pytorch.data.crops import CropDataset
+from audiolm_pytorch.data.manifest import AudioItem
+from audiolm_pytorch.data.shards import TokenShards, write_shards
+from audiolm_pytorch.io import fingerprint_of
+from audiolm_pytorch.semantic import KMeansTokenizer
+from musiclm_pytorch.mulan import MuLaN
+
+__all__ = ["compute_tokens"]
+
+
+@beartype
+def compute_tokens(
+    folder: Path,
+    items: Sequence[AudioItem],
+    *,
+    codec: SoundStream,
+    semantic_tokenizer: KMeansTokenizer,
+    mulan: MuLaN,
+    origin: Mapping[str, str],
+    accelerator: Accelerator,
+) -> TokenShards:
+    """Write records that stage trainers learn from, or open those that are there.
+
+    Args:
+        folder: Of the shards; chunks that are complete are not computed again.
+        items: The files, a record each: `semantic [t]`, `acoustic [f, q]`, `latents [w, 128]` and `duration_seconds`.
+        codec: Makes `acoustic`.
+        semantic_tokenizer: Makes `semantic`.
+        mulan: Makes `latents`, one for each window.
+        origin: What else tells one set of records from another.
+        accelerator: Its processes share the work.
+
+    Returns:
+        The records.
+
+    Raises:
+        ValueError: If the folder holds tokens of other models or files.
+    """
+    fingerprint = {
+        "codec": codec.fingerprint,
+        "semantic_tokenizer": semantic_tokenizer.fingerprint,
+        "mulan": fingerprint_of(mulan),
+        **origin,
+    }
+    codec_hz, semantic_hz, mulan_hz = codec.target_sample_hz, semantic_tokenizer.target_sample_hz, mulan.sample_hz
+    files = CropDataset(items, None, (semantic_hz, codec_hz, mulan_hz), cache_bytes=0)
+
+    @torch.no_grad()
+    def make_record(index: int) -> dict[str, np.ndarray]:
+        waves = {hz: wave.to(accelerator.device) for hz, wave in files.get(0, index).waves.items()}
+        return {
+            "semantic": semantic_tokenizer(waves[semantic_hz][None])[0].cpu().numpy(),
+            "acoustic": codec.tokenize(waves[codec_hz][None])[0].cpu().numpy(),
+            "latents": mulan.window_latents(waves[mulan_hz]).half().cpu().numpy(),
+            "duration_seconds": np.asarray(items[index].num_samples / items[index].sample_hz, dtype=np.float32),
+        }
+
+    write_shards(
+        folder,
+        make_record,
+        len(items),
+        fingerprint,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    accelerator.wait_for_everyone()
+    return TokenShards(folder, fingerprint)

@@ -1,0 +1,230 @@
+"""Stage training: aligned crops, tokens on the way, the conditioning table, resuming, results."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from audiolm_pytorch.data import TokenShards, write_shards
+from audiolm_pytorch.files import read_weights
+from audiolm_pytorch.io import load_module
+from audiolm_pytorch.stages.sources import ShardSource
+from audiolm_pytorch.stages.task import StageTask, _drop_levels
+from audiolm_pytorch.stages.trainers import (
+    CoarseTransformerTrainer,
+    FineTransformerTrainer,
+    SemanticTransformerTrainer,
+)
+
+sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package
+from fakes import (
+    CONDITION,
+    SAMPLE_HZ,
+    FakeCodec,
+    FakeConditioner,
+    FakeSemanticTokenizer,
+    random_conditioning,
+    tiny_stages,
+)
+
+TRAINERS = {
+    "semantic": SemanticTransformerTrainer,
+    "coarse": CoarseTransformerTrainer,
+    "fine": FineTransformerTrainer,
+}
+QUICK = {
+    "num_train_steps": 4,
+    "batch_size": 2,
+    "warmup_steps": 0,
+    "data_max_length_seconds": 0.4,
+    "learning_rate": 1e-2,
+}
+
+
+def make_shards(folder, num_records=4, seconds=2.0):
+    """Records whose tokens tell the time: semantic token t is t mod 12, acoustic frame f holds f mod 16."""
+
+    def make_record(index):
+        frames = int(seconds * 50) + 10 * index
+        return {
+            "semantic": np.arange(frames // 2) % 12,
+            "acoustic": np.repeat(np.arange(frames)[:, None] % 16, 4, axis=1),
+            "latents": np.full((3, 8), [[0.1], [0.2], [0.3]], dtype=np.float32),
+            "duration_seconds": np.float32(frames / 50),
+        }
+
+    write_shards(folder, make_record, num_records, {"made": "here"})
+    return TokenShards(folder)
+
+
+def tokenizers_of(name):
+    """What a stage needs to make its tokens of waves."""
+    parts = {"wav2vec": FakeSemanticTokenizer(), "codec": FakeCodec()}
+    needed = {"semantic": ["wav2vec"], "coarse": ["wav2vec", "codec"], "fine": ["codec"]}[name]
+    return {part: parts[part] for part in needed}
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_trains_from_a_folder_of_audio(name, tmp_path, write_folder):
+    """Waves in, a saved stage out; one task serves all stages (fault 8); only the namespace's table is trained."""
+    conditioner = FakeConditioner()
+    before = {key: table.weight.clone() for key, table in conditioner.tables.items()}
+    stage = tiny_stages(**CONDITION)[name]
+    trainer = TRAINERS[name](
+        transformer=stage,
+        **tokenizers_of(name),
+        audio_conditioner=conditioner,
+        folder=write_folder(num_files=4, sample_hz=SAMPLE_HZ),
+        results_folder=tmp_path / "run",
+        **{**QUICK, "data_max_length_seconds": None, "data_max_length": 320},
+    )
+    assert type(trainer.task) is StageTask
+    result = trainer.train()
+    assert result.step == 4 and math.isfinite(result.metrics["valid.loss"])
+    loaded = load_module(tmp_path / "run" / name, expect=type(stage))
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), stage.state_dict().values()))
+    assert loaded.max_seconds == pytest.approx(0.4)
+    assert set(conditioner.asked) == {name}
+    changed = {key for key, table in conditioner.tables.items() if not torch.equal(table.weight, before[key])}
+    assert changed == {name}
+    saved = read_weights(tmp_path / "run" / "conditioning_table.safetensors")[0]
+    assert torch.equal(saved["weight"], conditioner.tables[name].weight)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_learns_from_shards_and_reports_chance(name, tmp_path):
+    """Tokens that follow from one another are learnt: held-out loss far below chance, which stands beside it."""
+    shards = make_shards(tmp_path / "shards")
+    trainer = TRAINERS[name](
+        transformer=tiny_stages(**CONDITION)[name],
+        audio_conditioner=FakeConditioner(),
+        shards=shards,
+        valid_shards=shards,
+        results_folder=tmp_path / "run",
+        level_drop_prob=0.5,
+        **{**QUICK, "num_train_steps": 60, "batch_size": 4},
+    )
+    metrics = trainer.train().metrics
+    chance = trainer.task.chance["loss"]
+    assert chance == pytest.approx(math.log(12 if name == "semantic" else 16))
+    assert metrics["valid.loss"] < 0.4 * chance and metrics["valid.accuracy"] > 0.6
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["loss"] == pytest.approx(chance, rel=0.1) and rows[0][f"loss_{name}"] > 0
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_shard_crops_cover_the_same_time_in_every_stream(name, tmp_path):
+    """Crops are aligned, of the length asked for, and a pure function of epoch and index that varies with both."""
+    stage = tiny_stages(**CONDITION)[name]
+    shards = make_shards(tmp_path)
+    source = ShardSource(shards, stage, seconds=0.5, audio_conditioner=FakeConditioner(), seed=3)
+    batch = source.batch([(epoch, 1) for epoch in range(40)])
+    ends = []
+    for item in range(40):
+        frames = {kind: int(count[item]) for kind, count in batch.lengths.items()}
+        if name == "coarse":
+            assert frames == {"semantic": 12, "acoustic": 24}
+            semantic, acoustic = batch.tokens["semantic"][item], batch.tokens["acoustic"][item, :, 0]
+            start = next(
+                s for s in range(0, 110) if s % 16 == acoustic[0] and s // 2 % 12 == semantic[0] and s % 2 == 0
+            )
+            assert torch.equal(acoustic, torch.arange(start, start + 24) % 16)
+            assert torch.equal(semantic, torch.arange(start // 2, start // 2 + 12) % 12)
+        else:
+            assert frames == ({"semantic": 12} if name == "semantic" else {"acoustic": 25})
+        ends.append(bool(batch.ends[item]))
+    kind = stage.kinds[0]
+    assert len({tuple(tokens.flatten().tolist()) for tokens in batch.tokens[kind]}) > 5
+    again = source.batch([(7, 1)])
+    assert torch.equal(again.tokens[kind][0], batch.tokens[kind][7])
+    assert any(ends) and not all(ends)
+    assert {round(float(latent[0]), 1) for latent in batch.latents} == {0.1, 0.2, 0.3}
+
+
+def test_short_records_are_whole_and_padded(tmp_path):
+    """A record shorter than the crop is taken whole, ends there, and its padding is not learnt."""
+    stage = tiny_stages()["coarse"]
+    source = ShardSource(make_shards(tmp_path), stage, seconds=2.4, audio_conditioner=None)
+    batch = source.batch([(0, 0), (0, 3)])
+    assert batch.lengths["acoustic"].tolist() == [100, 120] and batch.lengths["semantic"].tolist() == [50, 60]
+    assert batch.ends[0]
+    packed = stage.packed(source.read(batch).tokens)
+    assert packed.loss_mask[0].sum() == 200 and packed.loss_mask[1].sum() == 240
+
+
+def test_tokens_on_the_way_are_those_of_shards(tmp_path, write_folder):
+    """The same recordings give the same loss from waves as from tokens computed before."""
+    folder = write_folder(num_files=3, sample_hz=SAMPLE_HZ)
+    codec, wav2vec, stage = FakeCodec(), FakeSemanticTokenizer(), tiny_stages()["coarse"].eval()
+    common = {"transformer": stage, "results_folder": tmp_path / "run", "num_train_steps": 1, "batch_size": 3}
+    from_waves = CoarseTransformerTrainer(codec=codec, wav2vec=wav2vec, folder=folder, **common).task
+    crops = from_waves.train.crops
+
+    def make_record(index):
+        wave = crops.get(0, index).waves[SAMPLE_HZ][None]
+        return {"semantic": wav2vec(wave)[0].numpy(), "acoustic": codec.tokenize(wave)[0].numpy()}
+
+    write_shards(tmp_path / "shards", make_record, len(crops), {})
+    from_shards = CoarseTransformerTrainer(shards=TokenShards(tmp_path / "shards"), **common).task
+    indices = [(0, index) for index in range(len(crops))]
+    losses = [task.loss(task.batch(indices), 0).loss.item() for task in (from_waves, from_shards)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_resumed_run_equals_an_unbroken_one(tmp_path):
+    """Data, drops and weights are functions of seed and step: stopping changes no bit."""
+    results = []
+    for stops in ([None], [2, None]):
+        for stop in stops:
+            torch.manual_seed(5)
+            conditioner = FakeConditioner()
+            trainer = SemanticTransformerTrainer(
+                transformer=tiny_stages(**CONDITION, cond_drop_prob=0.3)["semantic"],
+                audio_conditioner=conditioner,
+                shards=make_shards(tmp_path / "shards"),
+                results_folder=tmp_path / f"run{len(stops)}",
+                level_drop_prob=0.5,
+                **QUICK,
+            )
+            trainer.train(stop_after_steps=stop)
+        results.append(trainer.task.module.state_dict())
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_dropped_levels_are_trailing_ones():
+    """The first level always stays; what is dropped is a tail; probability 0 drops nothing."""
+    conditioning = random_conditioning(200, levels=4)
+    masks = _drop_levels(conditioning, 1.0).mask.int()
+    assert set(masks.sum(1).tolist()) == {1, 2, 3}
+    assert (masks.diff(dim=1) <= 0).all() and masks[:, 0].all()
+    assert _drop_levels(conditioning, 0.0).mask.all()
+    assert _drop_levels(random_conditioning(5, levels=1), 1.0).mask.all()
+
+
+def test_refuses_what_does_not_fit_together(tmp_path):
+    """Wrong vocabularies, rates, missing parts and several sources of data are named before anything is trained."""
+    stages, shards = tiny_stages(), make_shards(tmp_path / "shards")
+    common = {"num_train_steps": 1, "batch_size": 1, "results_folder": tmp_path / "run"}
+    with pytest.raises(ValueError, match="give both or neither"):
+        SemanticTransformerTrainer(transformer=tiny_stages(**CONDITION)["semantic"], shards=shards, **common)
+    with pytest.raises(ValueError, match="one source of data"):
+        SemanticTransformerTrainer(transformer=stages["semantic"], shards=shards, folder=tmp_path, **common)
+    with pytest.raises(ValueError, match="data_max_length_seconds, not both"):
+        SemanticTransformerTrainer(
+            transformer=stages["semantic"], shards=shards, data_max_length=9, data_max_length_seconds=1.0, **common
+        )
+    other = FakeSemanticTokenizer()
+    other.codebook_size = 13
+    with pytest.raises(ValueError, match="12 tokens, its tokenizer 13"):
+        SemanticTransformerTrainer(transformer=stages["semantic"], wav2vec=other, shards=shards, **common)
+    other = FakeSemanticTokenizer()
+    other.downsample_factor = 16
+    with pytest.raises(ValueError, match="frames a second"):
+        CoarseTransformerTrainer(
+            transformer=stages["coarse"], wav2vec=other, codec=FakeCodec(), shards=shards, **common
+        )
+    assert not (tmp_path / "run").exists()
