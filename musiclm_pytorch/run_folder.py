@@ -40,7 +40,8 @@ def claim_folder(folder: Path, facts: Mapping[str, Any], write: bool = True) -> 
     if lines:
         more = f"; and {len(lines) - _MAX_SHOWN} more" if len(lines) > _MAX_SHOWN else ""
         raise ValueError(
-            f"{folder} holds another run ({'; '.join(lines[:_MAX_SHOWN])}{more}); use the same settings or another --out"
+            f"{folder} holds another run ({'; '.join(lines[:_MAX_SHOWN])}{more}); "
+            "use the same settings or another --out"
         )
 
 

@@ -25,7 +25,7 @@ def imported_modules(tree: ast.AST) -> set[str]:
 
 @every_file
 def test_file_keeps_the_house_rules(file):
-    """No assert, prompt, pickle or torch.load in library code; print only in commands; files and functions stay short."""
+    """No assert, prompt, pickle or torch.load in libraries; print only in commands; files and functions stay short."""
     text = file.read_text()
     tree = ast.parse(text)
     assert text.count("\n") <= 500

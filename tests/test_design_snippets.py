@@ -66,7 +66,9 @@ def quantizer(mulan):
 def wav2vec():
     """Any SemanticTokenizer will do; this one is ours."""
     torch.manual_seed(0)
-    return KMeansTokenizer(encoder=BestRQEncoder(dim=16, depth=1, heads=1), layer=1, centroids=torch.randn(20, 16)).eval()
+    return KMeansTokenizer(
+        encoder=BestRQEncoder(dim=16, depth=1, heads=1), layer=1, centroids=torch.randn(20, 16)
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +112,12 @@ def test_soundstream_trainer_snippet(audio_folder, tmp_path):
     """A codec trains from a folder, with the paper's convolutions."""
     soundstream = SoundStream(codebook_size=16, rq_num_quantizers=2, channels=2, codebook_dim=8)
     trainer = SoundStreamTrainer(
-        soundstream, folder=audio_folder, batch_size=2, data_max_length=SAMPLES, num_train_steps=2, results_folder=tmp_path
+        soundstream,
+        folder=audio_folder,
+        batch_size=2,
+        data_max_length=SAMPLES,
+        num_train_steps=2,
+        results_folder=tmp_path,
     )
     assert trainer.train().step == 2
 

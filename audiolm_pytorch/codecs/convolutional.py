@@ -64,7 +64,9 @@ class ResidualUnit(nn.Module):
 
     def __init__(self, dim: int, dilation: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.ELU(), CausalConv1d(dim, dim, 7, dilation=dilation), nn.ELU(), CausalConv1d(dim, dim, 1))
+        self.layers = nn.Sequential(
+            nn.ELU(), CausalConv1d(dim, dim, 7, dilation=dilation), nn.ELU(), CausalConv1d(dim, dim, 1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """`[b, d, n]` to `[b, d, n]`."""
@@ -86,7 +88,9 @@ class ConvEncoder(nn.Module):
     """
 
     @beartype
-    def __init__(self, *, channels: int = 1, base_dim: int = 32, strides: Sequence[int] = (2, 4, 5, 8), dim: int = 512) -> None:
+    def __init__(
+        self, *, channels: int = 1, base_dim: int = 32, strides: Sequence[int] = (2, 4, 5, 8), dim: int = 512
+    ) -> None:
         super().__init__()
         self.config: dict[str, Any] = dict(channels=channels, base_dim=base_dim, strides=list(strides), dim=dim)
         self.dim, self.downsample_factor = dim, math.prod(strides)
@@ -106,7 +110,7 @@ class ConvEncoder(nn.Module):
     def forward(self, wave: Tensor, mask: Tensor | None = None) -> Tensor:
         """Waves `[b, c, n]` with n a multiple of the strides' product to frames `[b, f, d]`.
 
-        `mask [b, f]` is accepted for the sake of encoders that look ahead; a causal one cannot see padding on the right.
+        `mask [b, f]` is there for encoders that look ahead; a causal one cannot see padding on the right.
         """
         return rearrange(self.layers(wave), "b d f -> b f d")
 
@@ -123,7 +127,9 @@ class ConvDecoder(nn.Module):
     """
 
     @beartype
-    def __init__(self, *, channels: int = 1, base_dim: int = 32, strides: Sequence[int] = (2, 4, 5, 8), dim: int = 512) -> None:
+    def __init__(
+        self, *, channels: int = 1, base_dim: int = 32, strides: Sequence[int] = (2, 4, 5, 8), dim: int = 512
+    ) -> None:
         super().__init__()
         self.config: dict[str, Any] = dict(channels=channels, base_dim=base_dim, strides=list(strides), dim=dim)
         self.input_dim, self.upsample_factor = dim, math.prod(strides)

@@ -10,15 +10,15 @@ from audiolm_pytorch.audio import MelSpectrogram
 
 __all__ = ["MultiScaleMelLoss"]
 
-# a mel band narrower than the window's frequency resolution would be empty: about window / 13 bands fit at 16 and 24 kHz
+# a band narrower than the window's frequency resolution would be empty: window / 13 bands fit at 16 and 24 kHz
 _WINDOWS_AND_MELS = ((64, 5), (128, 10), (256, 20), (512, 40), (1024, 80), (2048, 160))
 
 
 class MultiScaleMelLoss(nn.Module):
     """L1 between log-mel spectrograms of several windows (SoundStream, eq. 6; one mel count a window as in 2306.06546).
 
-    SoundStream takes 64 mels for every window, which leaves empty bands in the short ones; here the count grows with the
-    window. Hops are a quarter of the window.
+    SoundStream takes 64 mels for every window, which leaves empty bands in the short ones; here the count grows with
+    the window. Hops are a quarter of the window.
 
     Args:
         sample_hz: Rate of the waves (Hz).

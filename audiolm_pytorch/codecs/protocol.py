@@ -9,29 +9,37 @@ __all__ = ["Codec"]
 
 @runtime_checkable
 class Codec(Protocol):
-    """A neural codec: waves to frames of discrete codes and back.
-
-    Attributes:
-        target_sample_hz: Rate of the waves it reads and writes (Hz).
-        downsample_factor: Samples per frame.
-        channels: Audio channels (1 mono, 2 stereo).
-        num_quantizers: Code levels per frame, coarse to fine.
-        codebook_size: Codes per level.
-        fingerprint: Changes whenever the codes could change; stored with everything trained on them.
-    """
+    """A neural codec: waves to frames of discrete codes and back."""
 
     @property
-    def target_sample_hz(self) -> int: ...
+    def target_sample_hz(self) -> int:
+        """Rate of the waves (Hz)."""
+        ...
+
     @property
-    def downsample_factor(self) -> int: ...
+    def downsample_factor(self) -> int:
+        """Samples per frame."""
+        ...
+
     @property
-    def channels(self) -> int: ...
+    def channels(self) -> int:
+        """Audio channels."""
+        ...
+
     @property
-    def num_quantizers(self) -> int: ...
+    def num_quantizers(self) -> int:
+        """Code levels per frame."""
+        ...
+
     @property
-    def codebook_size(self) -> int: ...
+    def codebook_size(self) -> int:
+        """Codes per level."""
+        ...
+
     @property
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """Hash of what the codes depend on."""
+        ...
 
     def num_frames(self, num_samples: int) -> int:
         """Frames that cover `num_samples` samples."""

@@ -52,11 +52,14 @@ class SoundStream(nn.Module):
         target_sample_hz: Rate of the waves (Hz).
         encoder: Module `(wave [b, c, n], mask [b, f] | None) -> frames [b, f, d]` with `dim` and `downsample_factor`.
         decoder: Module `frames [b, f, d] -> wave [b, c, n]` with `input_dim` and `upsample_factor`.
-        quantizer: Module with the interface of `ResidualQuantizer`.
+        quantizer: Makes codes of the frames.
 
     Raises:
         ValueError: If the parts do not fit each other.
     """
+
+    encoder: Any
+    decoder: Any
 
     @beartype
     def __init__(
@@ -71,17 +74,17 @@ class SoundStream(nn.Module):
         target_sample_hz: int = 16000,
         encoder: nn.Module | None = None,
         decoder: nn.Module | None = None,
-        quantizer: nn.Module | None = None,
+        quantizer: ResidualQuantizer | None = None,
     ) -> None:
         super().__init__()
-        conv = dict(channels=audio_channels, base_dim=channels, strides=strides, dim=codebook_dim)
+        conv: dict[str, Any] = dict(channels=audio_channels, base_dim=channels, strides=strides, dim=codebook_dim)
         self.encoder = encoder or ConvEncoder(**conv)
         self.decoder = decoder or ConvDecoder(**conv)
         self.quantizer = quantizer or ResidualQuantizer(
             dim=codebook_dim, codebook_size=codebook_size, num_quantizers=rq_num_quantizers
         )
         self.target_sample_hz, self.channels = target_sample_hz, audio_channels
-        self.downsample_factor = int(self.encoder.downsample_factor)
+        self.downsample_factor: int = self.encoder.downsample_factor
         self.num_quantizers, self.codebook_size = self.quantizer.num_quantizers, self.quantizer.codebook_size
         if self.encoder.downsample_factor != self.decoder.upsample_factor:
             raise ValueError(
@@ -108,7 +111,7 @@ class SoundStream(nn.Module):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "SoundStream":
         """Build from the dictionary that `config` holds."""
-        parts = {name: build_module(config[name]) for name in ("encoder", "decoder", "quantizer")}
+        parts: dict[str, Any] = {name: build_module(config[name]) for name in ("encoder", "decoder", "quantizer")}
         return cls(**parts, audio_channels=config["audio_channels"], target_sample_hz=config["target_sample_hz"])
 
     @classmethod
@@ -189,7 +192,8 @@ class SoundStream(nn.Module):
             raise ValueError(f"codes must be [b, f, 1..{self.num_quantizers}], got {list(codes.shape)}")
         if codes.numel() and (codes.min() < 0 or codes.max() >= self.codebook_size):
             raise ValueError(
-                f"codes must lie in 0..{self.codebook_size - 1}, got {int(codes.min())}..{int(codes.max())}; cut padding off"
+                f"codes must lie in 0..{self.codebook_size - 1}, got {int(codes.min())}..{int(codes.max())}; "
+                "cut padding off"
             )
         covered = codes.shape[1] * self.downsample_factor
         if num_samples is not None and num_samples > covered:
@@ -208,7 +212,9 @@ class SoundStream(nn.Module):
                 f"got {list(wave.shape)}"
             )
         if not wave.is_floating_point():
-            raise ValueError(f"audio must be floating point in [-1, 1], got {wave.dtype}; divide integers by their full scale")
+            raise ValueError(
+                f"audio must be floating point in [-1, 1], got {wave.dtype}; divide integers by their full scale"
+            )
         if not torch.isfinite(wave).all():
             raise ValueError("audio holds NaN or infinite samples; clean it first, e.g. with torch.nan_to_num")
         return wave

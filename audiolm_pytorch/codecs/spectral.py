@@ -62,6 +62,8 @@ class SpectralEncoder(nn.Module):
         window_samples: STFT window; `hop_samples * 4` if not given.
     """
 
+    window: Tensor
+
     @beartype
     def __init__(self, *, dim: int, depth: int, hop_samples: int, window_samples: int | None = None) -> None:
         super().__init__()
@@ -70,9 +72,7 @@ class SpectralEncoder(nn.Module):
             raise ValueError(
                 f"window_samples must exceed hop_samples by an even number, got {window_samples} and {hop_samples}"
             )
-        self.config: dict[str, Any] = dict(
-            dim=dim, depth=depth, hop_samples=hop_samples, window_samples=window_samples
-        )
+        self.config: dict[str, Any] = dict(dim=dim, depth=depth, hop_samples=hop_samples, window_samples=window_samples)
         self.dim, self.downsample_factor, self.window_samples = dim, hop_samples, window_samples
         self.register_buffer("window", torch.hann_window(window_samples), persistent=False)
         self.embed = nn.Linear(window_samples // 2 + 1, dim)
@@ -122,6 +122,8 @@ class SpectralDecoder(nn.Module):
         window_samples: STFT window; `hop_samples * 4` if not given.
         input_dim: Width of the quantized frames, `dim` if not given.
     """
+
+    window: Tensor
 
     @beartype
     def __init__(

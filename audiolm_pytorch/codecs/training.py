@@ -26,8 +26,8 @@ __all__ = ["CodecTask", "SoundStreamTrainer"]
 class CodecTask:
     """What the loop needs to train a codec.
 
-    The quantizer stays out of the way for the first steps: frames that already carry the sound make a far better k-means
-    start for the codebooks than those of an untrained encoder, and no code dies while the encoder still moves fast.
+    The quantizer stays out of the way for the first steps: frames that already carry the sound make a far better
+    k-means start for the codebooks than those of an untrained encoder, and no code dies while the encoder still moves fast.
 
     Args:
         codec: The codec.
@@ -97,7 +97,9 @@ class CodecTask:
             self._initialise_codebooks()
         output = self.codec(wave, quantize=step >= self.unquantized_steps)
         mel = self.mel_loss(output.wave, rearrange(wave, "b n -> b 1 n"))
-        return LossOutput(mel + output.commitment_loss, {"mel": mel.detach(), "commitment": output.commitment_loss.detach()})
+        return LossOutput(
+            mel + output.commitment_loss, {"mel": mel.detach(), "commitment": output.commitment_loss.detach()}
+        )
 
     @torch.no_grad()
     def _initialise_codebooks(self) -> None:
@@ -157,9 +159,7 @@ class SoundStreamTrainer:
         rate_hz = soundstream.target_sample_hz
         seconds = data_max_length / rate_hz if data_max_length is not None else float(data_max_length_seconds or 1.0)
         defaults = {"learning_rate": 1e-3, "betas": (0.8, 0.99), "max_grad_norm": 5.0}
-        loop_settings = LoopSettings(
-            **{**defaults, **settings}, num_train_steps=num_train_steps, batch_size=batch_size
-        )
+        loop_settings = LoopSettings(**{**defaults, **settings}, num_train_steps=num_train_steps, batch_size=batch_size)
         train, valid = training_items(folder, items, min_seconds=soundstream.downsample_factor / rate_hz)
         self.task = CodecTask(
             soundstream,

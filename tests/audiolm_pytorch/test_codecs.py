@@ -226,4 +226,6 @@ def test_bad_codes_are_refused():
 def test_parts_that_do_not_fit_are_refused():
     """A decoder with other strides would play at another speed."""
     with pytest.raises(ValueError, match="same strides"):
-        SoundStream(encoder=ConvEncoder(strides=(2, 4), dim=8), decoder=ConvDecoder(strides=(2, 2), dim=8), codebook_dim=8)
+        SoundStream(
+            encoder=ConvEncoder(strides=(2, 4), dim=8), decoder=ConvDecoder(strides=(2, 2), dim=8), codebook_dim=8
+        )

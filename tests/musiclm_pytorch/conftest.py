@@ -1,0 +1,36 @@
+"""A run of every stage at micro size, trained once a session, and the command line with the micro preset."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package
+from micro import MICRO, write_clips
+
+from musiclm_pytorch import cli, config
+from musiclm_pytorch.pipeline import Pipeline
+
+
+@pytest.fixture(scope="session")
+def micro_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of captioned tones; read only."""
+    return write_clips(tmp_path_factory.mktemp("micro") / "data")
+
+
+@pytest.fixture(scope="session")
+def micro_run(micro_data: Path) -> Path:
+    """The folder of a finished run over `micro_data`; read only."""
+    torch.set_num_threads(1)
+    out = micro_data.parent / "run"
+    list(Pipeline(MICRO, data=micro_data, out=out).run())
+    return out
+
+
+@pytest.fixture
+def musiclm_command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """The `musiclm` command as a function of words that returns the exit status; it also knows the preset micro."""
+    monkeypatch.setitem(config.PRESETS, "micro", MICRO)
+    return lambda *words: cli.main([str(word) for word in words])

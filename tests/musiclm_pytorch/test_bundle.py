@@ -1,0 +1,127 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from audiolm_pytorch.files import read_json, write_json
+from musiclm_pytorch.bundle import PARTS, export_musiclm, load_musiclm, model_folder
+
+SETTINGS = {"sampling": {"semantic": {"temperature": 0.7, "top_k": 5}, "coarse": {"guidance_scale": 2.0}}, "num_levels": 1}
+REQUEST = {"num_samples": 2, "seconds": 0.5, "seed": 3, "return_all": True}
+
+
+@pytest.fixture
+def model(micro_run, tmp_path):
+    """A copy of the micro model that a test may spoil."""
+    return shutil.copytree(micro_run / "model", tmp_path / "model")
+
+
+def change_card(model, **fields):
+    write_json(model / "musiclm.json", {**read_json(model / "musiclm.json"), **fields})
+
+
+def test_exported_model_sounds_as_the_run_does(micro_run, tmp_path):
+    """What is evaluated after training is, bit for bit, what is shipped, in half precision."""
+    num_bytes = export_musiclm(micro_run, tmp_path / "shipped")
+    files = [file for file in (tmp_path / "shipped").rglob("*") if file.is_file()]
+    assert num_bytes == sum(file.stat().st_size for file in files) < 1_000_000
+    for name in PARTS:
+        weights = load_file(tmp_path / "shipped" / name / "model.safetensors")
+        assert {tensor.dtype for tensor in weights.values()} <= {torch.float16, torch.int64, torch.bool}
+    ours = load_musiclm(micro_run / "model")("a low tone", **REQUEST)
+    shipped = load_musiclm(tmp_path / "shipped")("a low tone", **REQUEST)
+    assert torch.equal(ours.waves, shipped.waves) and torch.equal(ours.scores, shipped.scores)
+
+
+def test_trained_conditioning_tables_are_in_the_model(micro_run):
+    """The tables that the stages were trained with take the place of the quantizer's random ones."""
+    assembled = load_musiclm(micro_run / "model").mulan_embed_quantizer
+    for stage in ("semantic", "coarse", "fine"):
+        trained = load_file(micro_run / stage / "conditioning_table.safetensors")["weight"]
+        assert torch.equal(assembled.table(stage).weight, trained.half().float())
+
+
+def test_settings_of_the_card_are_the_defaults(micro_run, tmp_path):
+    """Sampling and number of levels that were chosen for a model travel with it."""
+    export_musiclm(micro_run, tmp_path / "chosen", SETTINGS)
+    musiclm = load_musiclm(tmp_path / "chosen")
+    sampling = musiclm.audio_lm.sampling
+    assert (sampling["semantic"].temperature, sampling["semantic"].top_k) == (0.7, 5)
+    assert sampling["coarse"].guidance_scale == 2.0 and sampling["fine"].temperature == 0.4
+    assert musiclm.num_levels == 1
+    plain = load_musiclm(micro_run)
+    said = plain("a low tone", **REQUEST, sampling=SETTINGS["sampling"], num_levels=1)
+    assert torch.equal(musiclm("a low tone", **REQUEST).waves, said.waves)
+    assert not torch.equal(plain("a low tone", **REQUEST).waves, said.waves)
+    export_musiclm(tmp_path / "chosen", tmp_path / "again")
+    assert read_json(tmp_path / "again" / "musiclm.json")["sampling"] == SETTINGS["sampling"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_levels": 99},
+        {"num_levels": "two"},
+        {"sampling": {"corse": {"temperature": 1.0}}},
+        {"sampling": {"coarse": {"temprature": 1.0}}},
+        {"sampling": {"coarse": {"temperature": -1.0}}},
+        {"sampling": {"coarse": {"temperature": "hot"}}},
+    ],
+    ids=json.dumps,
+)
+def test_settings_that_do_not_fit_are_refused(micro_run, model, tmp_path, settings):
+    """A mistake in a card is found when it is written, and when a model with it is loaded."""
+    with pytest.raises(ValueError, match="does not make a model"):
+        export_musiclm(micro_run, tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists()
+    change_card(model, **settings)
+    with pytest.raises(ValueError, match="does not make a model"):
+        load_musiclm(model)
+
+
+@pytest.mark.parametrize("file", ["codec/config.json", "fine/model.safetensors", "quantizer"])
+def test_missing_file_is_named(model, file):
+    """A model that was copied in part says what it lacks."""
+    shutil.rmtree(model / file) if (model / file).is_dir() else (model / file).unlink()
+    with pytest.raises(ValueError, match=f"lacks .*{file}.*copy"):
+        load_musiclm(model)
+
+
+def test_damaged_or_exchanged_files_are_named(model):
+    """Cut weights, parts of another kind and cards of another format are no models."""
+    weights = model / "fine" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="fine/model.safetensors is not a readable"):
+        load_musiclm(model)
+    shutil.rmtree(model / "fine")
+    shutil.copytree(model / "coarse", model / "fine")
+    with pytest.raises(ValueError, match="fine holds a CoarseTransformer, but a FineTransformer is needed"):
+        load_musiclm(model)
+    change_card(model, format_version=2)
+    with pytest.raises(ValueError, match=r"musiclm.json has format version 2, this library reads 1"):
+        load_musiclm(model)
+    (model / "musiclm.json").write_text("[]")
+    with pytest.raises(ValueError, match="format version None"):
+        load_musiclm(model)
+
+
+def test_names_and_folders_of_models(micro_run, tmp_path):
+    """A model is found by its folder or its run's; anything else is told what would do."""
+    assert model_folder(micro_run) == model_folder(micro_run / "model") == micro_run / "model"
+    with pytest.raises(ValueError, match="there is no model 'nobody'"):
+        model_folder("nobody")
+    with pytest.raises(ValueError, match=r"no musiclm.json in it; finish it with musiclm train all"):
+        model_folder(tmp_path)
+
+
+def test_export_destroys_nothing(micro_run, tmp_path):
+    """A folder of other things is not written into; an older model is replaced."""
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "me.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match="photos holds something else than a model"):
+        export_musiclm(micro_run, tmp_path / "photos")
+    assert [file.name for file in (tmp_path / "photos").iterdir()] == ["me.jpg"]
+    assert export_musiclm(micro_run, tmp_path / "new") == export_musiclm(micro_run, tmp_path / "new")

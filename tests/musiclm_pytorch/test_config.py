@@ -1,0 +1,61 @@
+import math
+from dataclasses import FrozenInstanceError
+
+import pytest
+
+from musiclm_pytorch.config import PRESETS, preset_named
+
+LANGUAGE_MODELS = ("semantic", "coarse", "fine")
+TRAINED = ("codec", "semantic_tokenizer", "mulan", *LANGUAGE_MODELS)
+every_preset = pytest.mark.parametrize("name", list(PRESETS))
+
+
+@every_preset
+def test_preset_fits_together(name):
+    """Sizes that constructors would refuse, or levels that nobody predicts, are found without training."""
+    preset = preset_named(name)
+    assert preset.name == name
+    assert preset.codec.sample_hz % preset.codec.hop_samples == 0
+    assert 0 < preset.num_coarse_quantizers < preset.codec.num_quantizers
+    assert 1 <= preset.semantic_tokenizer.layer <= preset.semantic_tokenizer.depth
+    assert preset.mulan.text_vocab_size >= 256
+    for part in TRAINED[1:]:
+        config = getattr(preset, part)
+        assert config.dim % config.heads == 0
+        assert config.run.precision in ("fp32", "bf16")
+        assert config.run.warmup_steps < config.run.num_train_steps
+
+
+@every_preset
+def test_scale_multiplies_step_counts_alone(name):
+    """--scale makes a shorter run of the same model; a tiny scale still makes steps, after a warm-up that is shorter."""
+    preset = preset_named(name)
+    half, hundredth, none = preset.scaled(0.5), preset.scaled(0.01), preset.scaled(1e-9)
+    for part in TRAINED:
+        full = getattr(preset, part).run
+        assert getattr(half, part).run.num_train_steps == round(full.num_train_steps / 2)
+        assert getattr(none, part).run.num_train_steps == 10
+        shorter = getattr(hundredth, part).run
+        assert 1 <= shorter.warmup_steps <= max(1, shorter.num_train_steps // 10)
+        assert shorter.learning_rate == full.learning_rate
+    assert half.codec.dim == preset.codec.dim and half.quantizer == preset.quantizer
+    assert preset.scaled(1.0) is preset
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, math.inf])
+def test_senseless_scale_is_refused(scale):
+    """A scale that is no positive number would make no run."""
+    with pytest.raises(ValueError, match="scale must be positive"):
+        preset_named("tiny").scaled(scale)
+
+
+def test_unknown_preset_names_those_there_are():
+    """A typing error is answered with the choice."""
+    with pytest.raises(ValueError, match="'tinny'.*tiny, small"):
+        preset_named("tinny")
+
+
+def test_presets_cannot_be_changed_in_place():
+    """A run's preset stays what its folder says."""
+    with pytest.raises(FrozenInstanceError):
+        preset_named("tiny").codec.dim = 1  # type: ignore[misc]

@@ -1,0 +1,209 @@
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from micro import MICRO, write_clips
+
+from audiolm_pytorch.data.shards import TokenShards
+from audiolm_pytorch.files import read_json
+from audiolm_pytorch.io import read_config
+from musiclm_pytorch.bundle import PARTS, load_musiclm
+from musiclm_pytorch.pipeline import STAGES, Pipeline
+
+MODEL_FILES = [f"{part}/{file}" for part in PARTS for file in ("config.json", "model.safetensors")]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """The files of an assembled model."""
+    return {name: (folder / "model" / name).read_bytes() for name in MODEL_FILES}
+
+
+def listing(folder: Path) -> set[str]:
+    """Everything below a folder."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_every_stage_ends_in_a_model_that_generates(micro_run):
+    """One chain from files to music: each stage leaves its result, and the whole makes sound of the length asked for."""
+    for stage in STAGES:
+        assert read_json(micro_run / stage / "report.json")["seconds"] > 0
+    musiclm = load_musiclm(micro_run / "model")
+    assert not musiclm.training
+    found = musiclm(["a low tone", "a very high tone"], num_samples=2, seconds=0.7, seed=5, return_all=True)
+    assert found.sample_hz == 16000 and found.waves.shape == (2, 2, 0.7 * 16000)
+    assert found.waves.isfinite().all() and (found.waves.abs().amax(dim=-1) > 1e-3).all()
+    assert found.waves.abs().max() < 1
+    again = musiclm("a low tone", num_samples=1, seconds=0.7, seed=6)
+    assert torch.equal(again[0], found.waves[0, 1])
+    assert not torch.equal(found.waves[0, 0], found.waves[0, 1])
+
+
+def test_tokens_are_of_the_result_of_the_stages(micro_run):
+    """Stages train on tokens of the very codec, tokenizer and MuLaN that are shipped, at the same instants."""
+    shards = TokenShards(micro_run / "tokens" / "train")
+    assert len(shards) == 9
+    record = shards[0]
+    assert record["semantic"].shape == (25,) and record["acoustic"].shape == (50, 3)
+    assert record["latents"].shape == (1, 128) and record["duration_seconds"] == 1.0
+    model = load_musiclm(micro_run / "model")
+    assert shards.fingerprint["codec"] == model.audio_lm.codec.fingerprint
+    assert shards.fingerprint["semantic_tokenizer"] == model.audio_lm.wav2vec.fingerprint
+
+
+def test_stages_one_by_one_and_in_another_order_give_the_same_model(micro_data, micro_run, tmp_path):
+    """What a stage learns depends on seed and data alone, not on what this process did before."""
+    torch.rand(7)
+    order = ["mulan", "quantizer", "semantic-tokenizer", "codec", "fine", "coarse", "semantic"]
+    for stage in order:
+        pipeline = Pipeline(MICRO, data=micro_data, out=tmp_path)
+        assert not pipeline.is_complete
+        reports = list(pipeline.run(stage))
+        assert reports[-1].stage == stage and pipeline.is_done(stage)
+    assert pipeline.is_complete and content(tmp_path) == content(micro_run)
+
+
+def test_another_seed_gives_another_codec(micro_data, micro_run, tmp_path):
+    """The seed reaches the stages."""
+    list(Pipeline(MICRO, data=micro_data, out=tmp_path, seed=1).run("codec"))
+    result = "codec/model/model.safetensors"
+    assert (tmp_path / result).read_bytes() != (micro_run / result).read_bytes()
+
+
+def test_finished_run_is_left_alone_and_lost_results_are_made_again(micro_data, micro_run, tmp_path):
+    """Killed between the last step and the result (or before the assembly), a stage gives the same result afterwards."""
+    run = shutil.copytree(micro_run, tmp_path / "run")
+    assert {report.summary for report in Pipeline(MICRO, data=micro_data, out=run).run()} == {"done before"}
+    for stage in ("codec", "semantic-tokenizer", "coarse"):
+        (run / stage / "model" / "model.safetensors").unlink()
+    (run / "model" / "musiclm.json").unlink()
+    (run / "coarse" / ".writing-123").mkdir()
+    announced = []
+    reports = list(Pipeline(MICRO, data=micro_data, out=run).run(announce=announced.append))
+    assert announced == ["codec", "semantic-tokenizer", "coarse"]
+    assert [report.stage for report in reports] == list(STAGES)
+    assert content(run) == content(micro_run)
+    assert not (run / "coarse" / ".writing-123").exists()
+
+
+def test_wall_time_counts_all_sessions(micro_data, micro_run, tmp_path):
+    """The time of a stage that was continued holds the steps of earlier sessions."""
+    run = shutil.copytree(micro_run, tmp_path / "run")
+    shutil.rmtree(run / "codec" / "model")
+    finished = json.loads((run / "codec" / "finished.json").read_text())
+    (run / "codec" / "finished.json").write_text(json.dumps({**finished, "seconds": 3600.0}))
+    report = next(Pipeline(MICRO, data=micro_data, out=run).run("codec"))
+    assert 3600 <= report.seconds < 3700
+
+
+def test_folder_of_another_run_is_refused(micro_data, micro_run, tmp_path):
+    """Other sizes, seed or files must not be mixed into a run; the difference is named."""
+    run = shutil.copytree(micro_run, tmp_path / "run")
+    before = listing(run)
+    others = {
+        "seed: 0 there, 2 here": Pipeline(MICRO, data=micro_data, out=run, seed=2),
+        "preset.fine.depth: 1 there, 2 here": Pipeline(
+            replace(MICRO, fine=replace(MICRO.fine, depth=2)), data=micro_data, out=run
+        ),
+        "num_files: 10 there, 8 here": Pipeline(MICRO, data=write_clips(tmp_path / "other", 8), out=run),
+    }
+    for difference, pipeline in others.items():
+        with pytest.raises(ValueError, match=f"holds another run .*{difference}.*another --out"):
+            list(pipeline.run())
+    assert listing(run) == before
+
+
+def test_corpus_may_move(micro_data, micro_run, tmp_path, monkeypatch):
+    """The same files in another place, named relatively, are the same run."""
+    run = shutil.copytree(micro_run, tmp_path / "run")
+    shutil.copytree(micro_data, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    assert {report.summary for report in Pipeline(MICRO, data="moved", out="run").run()} == {"done before"}
+
+
+def test_two_programs_do_not_share_a_folder(micro_data, tmp_path):
+    """Two trainings in one folder would overwrite each other's checkpoints."""
+    first = Pipeline(MICRO, data=micro_data, out=tmp_path).run()
+    next(first)
+    with pytest.raises(ValueError, match="in use by another musiclm train"):
+        list(Pipeline(MICRO, data=micro_data, out=tmp_path).run())
+    first.close()
+    assert next(Pipeline(MICRO, data=micro_data, out=tmp_path).run()).summary == "done before"
+
+
+def test_what_cannot_work_is_refused_before_anything_is_written(micro_data, tmp_path):
+    """No hours of codec training before it turns out that there are no captions."""
+    bare = write_clips(tmp_path / "bare", 4, captions=False)
+    cases = {
+        "all": "has no captions, and mulan learns from them; give a train.jsonl",
+        "mulan": "has no captions",
+        "quantizer": "quantizer needs mulan first: musiclm train mulan",
+        "fine": "first: musiclm train semantic-tokenizer",
+        "tokens": "first",
+        "fien": "there is no stage 'fien'; choose all or one of: codec, .*, fine",
+    }
+    for stage, message in cases.items():
+        with pytest.raises(ValueError, match=message):
+            list(Pipeline(MICRO, data=bare, out=tmp_path / "out").run(stage))
+    with pytest.raises(ValueError, match="seed must not be negative"):
+        Pipeline(MICRO, data=micro_data, out=tmp_path / "out", seed=-1)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file is a file; name a folder with --out"):
+        Pipeline(MICRO, data=micro_data, out=tmp_path / "file")
+    assert not (tmp_path / "out").exists()
+
+
+def test_mixed_and_damaged_files(tmp_path, caplog):
+    """A 44.1 kHz stereo mp3 trains beside 24 kHz files; damaged, empty and short ones are listed and left out."""
+    data = write_clips(tmp_path / "data", 4, captions=False)
+    tone = np.sin(2 * np.pi * 330 * np.arange(2 * 44100) / 44100)
+    soundfile.write(data / "stereo.mp3", np.stack([tone, -0.5 * tone], axis=1) * 0.3, 44100)
+    (data / "corrupt.wav").write_bytes(b"RIFF, but not really")
+    (data / "empty.flac").write_bytes(b"")
+    soundfile.write(data / "short.wav", tone[:100], 44100)
+    with caplog.at_level(logging.WARNING):
+        pipeline = Pipeline(MICRO, data=data, out=tmp_path / "run")
+        for stage in ("codec", "semantic-tokenizer"):
+            list(pipeline.run(stage))
+    assert pipeline.is_done("codec") and pipeline.is_done("semantic-tokenizer")
+    items = [*pipeline.train_items, *pipeline.valid_items]
+    assert {item.path.name for item in items} == {"00.wav", "01.wav", "02.wav", "03.wav", "stereo.mp3"}
+    assert all(name in caplog.text for name in ("corrupt.wav", "empty.flac", "short.wav"))
+    assert read_config(tmp_path / "run" / "codec" / "model")["class"] == "SpectralSoundStream"
+
+
+def test_a_single_file_is_enough(tmp_path):
+    """The smallest corpus there is still makes a model."""
+    pipeline = Pipeline(MICRO, data=write_clips(tmp_path / "data", 1), out=tmp_path / "run")
+    list(pipeline.run())
+    assert load_musiclm(tmp_path / "run")("a low tone", seconds=0.5, num_samples=1, seed=0).isfinite().all()
+
+
+@pytest.mark.slow
+def test_kill_9_in_each_stage_and_the_same_command_again_give_the_same_weights(micro_data, micro_run, tmp_path):
+    """Whatever is killed, however often: the weights come out byte for byte as in a run that nobody touched."""
+    words = ["train", "all", "--preset", "micro", "--data", str(micro_data), "--out", str(tmp_path / "run")]
+    command = [sys.executable, str(Path(__file__).parent / "micro.py"), *words]
+    # the kernels of another number of threads sum in another order
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    for stage in STAGES:
+        killed = subprocess.run(command, env={**environment, "MICRO_KILL": stage}, capture_output=True, timeout=120)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+        here = Pipeline(MICRO, data=micro_data, out=tmp_path / "run")
+        assert not here.is_done(stage)
+        if (tmp_path / "run" / stage / "checkpoint").exists():
+            assert read_json(tmp_path / "run" / stage / "checkpoint" / "state.json")["step"] == 6
+    finished = subprocess.run(command, env=environment, capture_output=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr.decode()
+    assert content(tmp_path / "run") == content(micro_run)
+    leftovers = [name for name in listing(tmp_path / "run") if ".writing-" in name or name.endswith(".partial")]
+    assert leftovers == []
