@@ -54,7 +54,7 @@ def build_mulan(preset: Preset, captions: Sequence[str]) -> MuLaN:
     m = preset.mulan
     tokenizer = TextTokenizer.train(captions, vocab_size=m.text_vocab_size)
     sizes = dict(dim=m.dim, depth=m.depth, heads=m.heads, dim_head=m.dim // m.heads)
-    audio = AudioSpectrogramTransformer(**sizes, num_mels=m.num_mels, spec_n_fft=400, spec_hop_length=160)
+    audio = AudioSpectrogramTransformer(**sizes, num_mels=m.num_mels, spec_n_fft=m.n_fft, spec_hop_length=160)
     text = TextTransformer(**sizes, num_tokens=tokenizer.vocab_size, max_seq_len=m.text_max_tokens, tokenizer=tokenizer)
     return MuLaN(audio_transformer=audio, text_transformer=text)
 

@@ -61,7 +61,7 @@ class Corpus:
 
     out: Path
     """Folder for clips and manifests."""
-    num_train: int = 2400
+    num_train: int = 4000
     """Training clips of 5 seconds."""
     num_valid: int = 200
     """Held-out clips."""

@@ -74,12 +74,13 @@ class SemanticConfig:
 
 @dataclass(frozen=True)
 class MuLaNConfig:
-    """Both towers: width, blocks, mel bands of the audio side, vocabulary and length of the text side (tokens)."""
+    """Both towers: width, blocks; mel bands and FFT length (samples) of audio; vocabulary and length of texts."""
 
     dim: int
     depth: int
     heads: int
     num_mels: int
+    n_fft: int
     text_vocab_size: int
     text_max_tokens: int
     run: RunConfig
@@ -167,6 +168,7 @@ _TINY = Preset(
         depth=4,
         heads=3,
         num_mels=64,
+        n_fft=400,
         text_vocab_size=1024,
         text_max_tokens=64,
         run=RunConfig(600, 64, 5.0, 7e-4),
@@ -225,6 +227,7 @@ _SMALL = Preset(
         depth=8,
         heads=8,
         num_mels=128,
+        n_fft=1024,
         text_vocab_size=8192,
         text_max_tokens=128,
         run=RunConfig(50_000, 512, 10.0, 5e-4, warmup_steps=1000),

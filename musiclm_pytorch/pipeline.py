@@ -107,8 +107,9 @@ class Pipeline:
         self.preset, self.data, self.out, self.seed = preset, Path(data), Path(out), seed
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
-        if self.out.exists() and not self.out.is_dir():
-            raise ValueError(f"{self.out} is a file; name a folder with --out")
+        blocked = next(place for place in (self.out.absolute(), *self.out.absolute().parents) if place.exists())
+        if not blocked.is_dir():
+            raise ValueError(f"{blocked} is a file; name a folder with --out")
         train_items, valid_items = load_split(self.data, min_seconds=1.0)
         # of a single file nothing can be held out
         self.train_items, self.valid_items = train_items, valid_items or train_items

@@ -27,7 +27,8 @@ class CodecTask:
     """What the loop needs to train a codec.
 
     The quantizer stays out of the way for the first steps: frames that already carry the sound make a far better
-    k-means start for the codebooks than those of an untrained encoder, and no code dies while the encoder still moves fast.
+    k-means start for the codebooks than those of an untrained encoder, and no code dies while the encoder still moves
+    fast.
 
     Args:
         codec: The codec.

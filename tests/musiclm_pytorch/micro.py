@@ -53,7 +53,9 @@ MICRO = Preset(
         run=_run(0.5),
     ),
     semantic_tokenizer=SemanticConfig(dim=32, depth=2, heads=2, layer=1, num_clusters=12, run=_run()),
-    mulan=MuLaNConfig(dim=32, depth=1, heads=2, num_mels=32, text_vocab_size=300, text_max_tokens=24, run=_run()),
+    mulan=MuLaNConfig(
+        dim=32, depth=1, heads=2, num_mels=32, n_fft=400, text_vocab_size=300, text_max_tokens=24, run=_run()
+    ),
     quantizer=QuantizerConfig(num_quantizers=2, codebook_size=4),
     semantic=_STAGE,
     coarse=_STAGE,

@@ -8,7 +8,10 @@ from safetensors.torch import load_file
 from audiolm_pytorch.files import read_json, write_json
 from musiclm_pytorch.bundle import PARTS, export_musiclm, load_musiclm, model_folder
 
-SETTINGS = {"sampling": {"semantic": {"temperature": 0.7, "top_k": 5}, "coarse": {"guidance_scale": 2.0}}, "num_levels": 1}
+SETTINGS = {
+    "sampling": {"semantic": {"temperature": 0.7, "top_k": 5}, "coarse": {"guidance_scale": 2.0}},
+    "num_levels": 1,
+}
 REQUEST = {"num_samples": 2, "seconds": 0.5, "seed": 3, "return_all": True}
 
 

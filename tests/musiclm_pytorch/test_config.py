@@ -1,8 +1,10 @@
 import math
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
+from audiolm_pytorch.stages.wrappers import check_fit
+from musiclm_pytorch import builders
 from musiclm_pytorch.config import PRESETS, preset_named
 
 LANGUAGE_MODELS = ("semantic", "coarse", "fine")
@@ -27,8 +29,25 @@ def test_preset_fits_together(name):
 
 
 @every_preset
+def test_preset_can_be_built(name):
+    """Every constructor takes the numbers of a preset, with one block instead of many, and the parts fit together."""
+    preset = preset_named(name)
+    shallow = {part: replace(getattr(preset, part), depth=1) for part in ("mulan", *LANGUAGE_MODELS)}
+    preset = replace(preset, codec=replace(preset.codec, encoder_depth=1, decoder_depth=1), **shallow)
+    preset = replace(preset, semantic_tokenizer=replace(preset.semantic_tokenizer, depth=1, layer=1))
+    codec, encoder = builders.build_codec(preset), builders.build_semantic_encoder(preset)
+    quantizer = builders.build_quantizer(preset, builders.build_mulan(preset, ["a tune", "a song"]), 10_000)
+    for stage in LANGUAGE_MODELS:
+        model = builders.build_language_model(preset, stage, preset.semantic_tokenizer.num_clusters)
+        assert model.cond_dim == quantizer.dim(stage) and model.namespace == stage
+        check_fit(model, None, codec)
+    assert encoder.sample_hz == 25 * encoder.downsample_factor
+    assert quantizer.codebook_size == preset.quantizer.codebook_size
+
+
+@every_preset
 def test_scale_multiplies_step_counts_alone(name):
-    """--scale makes a shorter run of the same model; a tiny scale still makes steps, after a warm-up that is shorter."""
+    """--scale makes a shorter run of the same model; the least has ten steps, and a warm-up of no more than a tenth."""
     preset = preset_named(name)
     half, hundredth, none = preset.scaled(0.5), preset.scaled(0.01), preset.scaled(1e-9)
     for part in TRAINED:

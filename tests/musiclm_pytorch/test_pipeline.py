@@ -15,8 +15,7 @@ import torch
 from micro import MICRO, write_clips
 
 from audiolm_pytorch.data.shards import TokenShards
-from audiolm_pytorch.files import read_json
-from audiolm_pytorch.io import read_config
+from audiolm_pytorch.files import read_json, write_json
 from musiclm_pytorch.bundle import PARTS, load_musiclm
 from musiclm_pytorch.pipeline import STAGES, Pipeline
 
@@ -34,7 +33,7 @@ def listing(folder: Path) -> set[str]:
 
 
 def test_every_stage_ends_in_a_model_that_generates(micro_run):
-    """One chain from files to music: each stage leaves its result, and the whole makes sound of the length asked for."""
+    """One chain from files to music: each stage leaves its result, and the whole makes sound of the wanted length."""
     for stage in STAGES:
         assert read_json(micro_run / stage / "report.json")["seconds"] > 0
     musiclm = load_musiclm(micro_run / "model")
@@ -44,7 +43,8 @@ def test_every_stage_ends_in_a_model_that_generates(micro_run):
     assert found.waves.isfinite().all() and (found.waves.abs().amax(dim=-1) > 1e-3).all()
     assert found.waves.abs().max() < 1
     again = musiclm("a low tone", num_samples=1, seconds=0.7, seed=6)
-    assert torch.equal(again[0], found.waves[0, 1])
+    # rows of a matrix product may be rounded otherwise in another batch
+    torch.testing.assert_close(again[0], found.waves[0, 1], atol=1e-4, rtol=0.0)
     assert not torch.equal(found.waves[0, 0], found.waves[0, 1])
 
 
@@ -80,7 +80,7 @@ def test_another_seed_gives_another_codec(micro_data, micro_run, tmp_path):
 
 
 def test_finished_run_is_left_alone_and_lost_results_are_made_again(micro_data, micro_run, tmp_path):
-    """Killed between the last step and the result (or before the assembly), a stage gives the same result afterwards."""
+    """Killed between the last step and the result, or before the assembly, a stage gives the same result afterwards."""
     run = shutil.copytree(micro_run, tmp_path / "run")
     assert {report.summary for report in Pipeline(MICRO, data=micro_data, out=run).run()} == {"done before"}
     for stage in ("codec", "semantic-tokenizer", "coarse"):
@@ -122,9 +122,18 @@ def test_folder_of_another_run_is_refused(micro_data, micro_run, tmp_path):
     assert listing(run) == before
 
 
+def test_run_of_an_older_release_is_continued(micro_data, micro_run, tmp_path):
+    """A number that presets did not have when a run was begun does not end it."""
+    run = shutil.copytree(micro_run, tmp_path / "run")
+    claim = read_json(run / "run.json")
+    del claim["preset"]["mulan"]["n_fft"]
+    write_json(run / "run.json", claim)
+    assert {report.summary for report in Pipeline(MICRO, data=micro_data, out=run).run()} == {"done before"}
+
+
 def test_corpus_may_move(micro_data, micro_run, tmp_path, monkeypatch):
     """The same files in another place, named relatively, are the same run."""
-    run = shutil.copytree(micro_run, tmp_path / "run")
+    shutil.copytree(micro_run, tmp_path / "run")
     shutil.copytree(micro_data, tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
     assert {report.summary for report in Pipeline(MICRO, data="moved", out="run").run()} == {"done before"}
@@ -178,7 +187,6 @@ def test_mixed_and_damaged_files(tmp_path, caplog):
     items = [*pipeline.train_items, *pipeline.valid_items]
     assert {item.path.name for item in items} == {"00.wav", "01.wav", "02.wav", "03.wav", "stereo.mp3"}
     assert all(name in caplog.text for name in ("corrupt.wav", "empty.flac", "short.wav"))
-    assert read_config(tmp_path / "run" / "codec" / "model")["class"] == "SpectralSoundStream"
 
 
 def test_a_single_file_is_enough(tmp_path):
