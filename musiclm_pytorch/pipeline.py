@@ -211,9 +211,9 @@ class Pipeline:
         if self.accelerator.is_main_process:
             write_json(self.out / stage / "report.json", {"seconds": seconds, "metrics": metrics})
         figures = [
-            f"{key.removeprefix('valid.')} {value:.4g}"
+            f"{key.partition('.')[2]} {value:.4g}"
             for key, value in metrics.items()
-            if key.startswith("valid.") and value is not None
+            if key.startswith(("valid.", "fitted.")) and value is not None
         ]
         return StageReport(stage, seconds, "  ".join(figures[:4]))
 
@@ -282,7 +282,7 @@ class Pipeline:
         num_clusters = min(s.num_clusters, max(2, 10 * len(self.train_items)))
         fit = trainer.fit_tokenizer(layer=s.layer, num_clusters=num_clusters)
         self._keep("semantic-tokenizer", fit.tokenizer)
-        return {**metrics, "valid.kmeans_explained": fit.usage.explained}
+        return {**metrics, "fitted.kmeans_explained": fit.usage.explained}
 
     def _run_mulan(self) -> dict[str, Any]:
         run = self.preset.mulan.run
@@ -300,7 +300,7 @@ class Pipeline:
         quantizer = build_quantizer(self.preset, self._load("mulan", MuLaN), len(self.train_items))
         agreement = fit_quantizer(quantizer.to(self.accelerator.device), self.train_items, seed=self.seed)
         self._keep("quantizer", quantizer)
-        return {f"valid.agreement_level_{level}": value for level, value in enumerate(agreement, start=1)}
+        return {f"fitted.agreement_level_{level}": value for level, value in enumerate(agreement, start=1)}
 
     def _keep(self, stage: str, module: nn.Module) -> None:
         """Save a stage's result as fp16, so that whatever is computed with it holds for the exported model too."""

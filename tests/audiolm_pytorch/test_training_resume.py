@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from vector_quantize_pytorch import ResidualVQ
 
+from audiolm_pytorch.data.batches import BatchPlan
 from audiolm_pytorch.files import read_weights
-from audiolm_pytorch.training import LossOutput, TrainLoop
+from audiolm_pytorch.training import LossOutput, TrainLoop, run
+from audiolm_pytorch.training.optimizer import PhaseOptimizer
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package; child processes import the toy as well
 from toy_training import SETTINGS, Tiny, ToyTask, assert_same_run, rows_of, tensors_in
@@ -243,3 +246,29 @@ def test_metrics_file_survives_a_cut_line(tmp_path: Path) -> None:
         file.write('{"step": 8, "phase": "main", "loss": 1.0}\n{"step": 9, "pha')
     TrainLoop(ToyTask(), SETTINGS, tmp_path / "cut").train()
     assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("fault", ["noise", "data", "schedule", "optimizer"])
+def test_state_left_out_of_the_checkpoint_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """Fault 8: noise, data position, schedule or moments that begin anew at a resume; each is noticed when put back."""
+    TrainLoop(ToyTask(), SETTINGS, tmp_path / "straight").train()
+
+    def check(folder: Path, between: Callable[[], None] = lambda: None) -> None:
+        TrainLoop(ToyTask(), SETTINGS, folder).train(stop_after_steps=5)
+        between()
+        TrainLoop(ToyTask(), SETTINGS, folder).train()
+        assert_same_run(tmp_path / "straight", folder)
+
+    check(tmp_path / "right")
+    originals = {"noise": run.seed_generators, "schedule": run.learning_rate_at, "data": BatchPlan.indices}
+    forgetful = {
+        "noise": (run, "seed_generators", lambda *position, device: torch.manual_seed(0)),
+        "data": (BatchPlan, "indices", lambda plan, step: originals["data"](plan, max(0, step - 5))),
+        "schedule": (run, "learning_rate_at", lambda step, **rest: originals["schedule"](max(0, step - 5), **rest)),
+        "optimizer": (PhaseOptimizer, "load_state", lambda phase, tensors: None),
+    }
+
+    with pytest.raises(AssertionError):
+        check(tmp_path / "faulty", between=lambda: monkeypatch.setattr(*forgetful[fault]))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from audiolm_pytorch.conditioning import Conditioner
 from audiolm_pytorch.io import load_module, save_module
-from musiclm_pytorch.embed_quantizer import MuLaNEmbedQuantizer
+from musiclm_pytorch.embed_quantizer import Modality, MuLaNEmbedQuantizer
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package
 from tiny_mulan import tiny_mulan, tones
@@ -64,8 +64,7 @@ def test_codes_equal_a_naive_loop_over_k_means() -> None:
     assert quantizer.codes_from_latents(latents.view(4, 30, 16)).shape == (4, 30, 3)
 
 
-def test_use_in_training_mode_changes_nothing() -> None:
-    """Fault 3: neither the first batch nor any later one initialises or moves a codebook, and order does not matter."""
+def _check_that_use_changes_nothing() -> None:
     quantizer, latents = _quantizer(), _latents()
     quantizer.fit(latents)
     before = {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
@@ -77,6 +76,22 @@ def test_use_in_training_mode_changes_nothing() -> None:
         quantizer(codes=codes[part], namespace="semantic").sum().backward()
     assert not quantizer.mulan.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in quantizer.state_dict().items())
+
+
+def test_use_in_training_mode_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 3: no batch initialises or moves a codebook; one that drifts towards what it sees is noticed."""
+    _check_that_use_changes_nothing()
+    original = MuLaNEmbedQuantizer.codes_from_latents
+
+    def drifting(self: MuLaNEmbedQuantizer, latents: Tensor, modality: Modality = "audio") -> Tensor:
+        codes = original(self, latents, modality)
+        if self.training:
+            self.codebooks[0, codes[:, 0]] = self.codebooks[0, codes[:, 0]].lerp(latents - self.audio_mean, 0.2)
+        return codes
+
+    monkeypatch.setattr(MuLaNEmbedQuantizer, "codes_from_latents", drifting)
+    with pytest.raises(AssertionError):
+        _check_that_use_changes_nothing()
 
 
 def test_each_modality_is_centred_by_its_own_mean() -> None:
