@@ -96,7 +96,11 @@ class QuantizerConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One token language model: width, blocks, heads, dropout, and how often conditioning is dropped in training."""
+    """One token language model.
+
+    Width, blocks, heads, dropout, how often training drops the condition or its trailing levels, and how it is sampled:
+    temperature and guidance scale (1 = none).
+    """
 
     dim: int
     depth: int
@@ -105,6 +109,8 @@ class StageConfig:
     cond_drop_prob: float
     level_drop_prob: float
     run: RunConfig
+    temperature: float = 1.0
+    guidance_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -183,6 +189,8 @@ _TINY = Preset(
         cond_drop_prob=0.1,
         level_drop_prob=0.2,
         run=RunConfig(1800, 32, 5.0, 1e-3),
+        temperature=1.0,
+        guidance_scale=3.0,
     ),
     coarse=StageConfig(
         dim=192,
@@ -192,6 +200,8 @@ _TINY = Preset(
         cond_drop_prob=0.1,
         level_drop_prob=0.2,
         run=RunConfig(2000, 16, 5.0, 1e-3),
+        temperature=0.95,
+        guidance_scale=3.0,
     ),
     fine=StageConfig(
         dim=96,
@@ -201,6 +211,8 @@ _TINY = Preset(
         cond_drop_prob=0.1,
         level_drop_prob=0.2,
         run=RunConfig(2000, 32, 2.0, 1e-3),
+        temperature=0.4,
+        guidance_scale=1.0,
     ),
     num_coarse_quantizers=2,
 )
@@ -237,14 +249,20 @@ _SMALL = Preset(
     semantic=StageConfig(
         dim=768, depth=12, heads=12, dropout=0.1, cond_drop_prob=0.1, level_drop_prob=0.1,
         run=RunConfig(200_000, 64, 30.0, 3e-4, warmup_steps=2000),
+        temperature=1.0,
+        guidance_scale=3.0,
     ),
     coarse=StageConfig(
         dim=768, depth=12, heads=12, dropout=0.1, cond_drop_prob=0.1, level_drop_prob=0.1,
         run=RunConfig(200_000, 64, 10.0, 3e-4, warmup_steps=2000),
+        temperature=0.95,
+        guidance_scale=3.0,
     ),
     fine=StageConfig(
         dim=768, depth=12, heads=12, dropout=0.1, cond_drop_prob=0.1, level_drop_prob=0.1,
         run=RunConfig(200_000, 64, 3.0, 3e-4, warmup_steps=2000),
+        temperature=0.4,
+        guidance_scale=1.0,
     ),
     num_coarse_quantizers=4,
 )  # fmt: skip

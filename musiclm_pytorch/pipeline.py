@@ -372,7 +372,12 @@ class Pipeline:
         for stage in LANGUAGE_MODELS:
             file = self.out / stage / TABLE_FILE
             load_weights(parts["quantizer"].table(stage), read_weights(file)[0], where=str(file))
-        about = {"preset": self.preset.name, "seed": self.seed}
+        settings = {name: getattr(self.preset, name) for name in LANGUAGE_MODELS}
+        sampling = {
+            name: {"temperature": config.temperature, "guidance_scale": config.guidance_scale}
+            for name, config in settings.items()
+        }
+        about = {"preset": self.preset.name, "seed": self.seed, "sampling": sampling}
         if self.accelerator.is_main_process:
             save_parts(self.model_folder, parts, about, dtype=torch.float16)
         self.accelerator.wait_for_everyone()
