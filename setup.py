@@ -11,7 +11,7 @@ extras = {
     "web": ["gradio>=5.0"],
     "data": ["webdataset>=0.2", "datasets>=3.0"],
     "plot": ["matplotlib>=3.8"],
-    "test": ["pytest>=8.0", "matplotlib>=3.8", "scipy>=1.11"],
+    "test": ["pytest>=8.0", "matplotlib>=3.8"],
 }
 extras["all"] = sorted({requirement for name in extras if name != "torchaudio" for requirement in extras[name]})
 

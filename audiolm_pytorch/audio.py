@@ -163,12 +163,15 @@ def read_audio(
         count = total - start if duration_seconds is None else min(round(duration_seconds * to_hz), total - start)
         first, last, skip = resample_source_span(start, count, from_hz, to_hz)
         file.seek(first)
-        blocks = list(_blocks(file, min(last, file.frames) - first))
+        # Mixed block by block: all channels of an hour at once would take several times the memory of the result.
+        blocks = [
+            _with_channels(np.ascontiguousarray(block.T), channels, path)
+            for block in _blocks(file, min(last, file.frames) - first)
+        ]
     if not blocks:
         raise ValueError(f"{path}: holds nothing at {start_seconds} s, though its header says so; the file is damaged")
-    samples = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
-    _refuse_non_finite(samples, path)
-    wave = _with_channels(np.ascontiguousarray(samples.T), channels, path)
+    wave = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
+    _refuse_non_finite(wave, path)
     return resample(torch.from_numpy(wave), from_hz, to_hz)[:, skip : skip + count], to_hz
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ class AudioLM(nn.Module):
         coarse_transformer: Second stage.
         fine_transformer: Third stage; None = the coarse stage predicts all levels that are decoded.
         audio_conditioner: Makes conditions of texts, waves or codes, in a namespace per stage.
-        sampling: Sampling of stages by name, as settings or their fields; the others use MusicLM's temperatures.
+        sampling: Sampling of stages by name, as settings or as the fields that differ from MusicLM's temperatures.
 
     Raises:
         ValueError: If stages, tokenizers and conditioner do not fit one another.
@@ -97,7 +97,7 @@ class AudioLM(nn.Module):
                 raise ValueError(
                     f"the coarse stage predicts {predicted.num_levels} levels, the fine one reads {given.num_levels}"
                 )
-        self.sampling = {**DEFAULT_SAMPLING, **_as_settings(sampling or {})}
+        self.sampling = _changed(DEFAULT_SAMPLING, sampling or {})
 
     @property
     def stages(self) -> dict[str, StageWrapper]:
@@ -148,13 +148,15 @@ class AudioLM(nn.Module):
             text: Texts that condition, through the conditioner.
             wavs: Waves `[b, n]` that condition, at the conditioner's rate.
             codes: Conditioner codes `[b, q]` that condition.
-            conditioning: Finished conditions by stage name, each made in the namespace of its stage.
+            conditioning: Finished conditions by stage name, each made in the namespace of its stage; stages not named
+                are unconditional, or follow text, wavs or codes.
             prime_wave: Wave `[n]` or `[b, n]` to continue; its semantic and its acoustic tokens are the prompts.
             prime_wave_input_sample_hz: Its rate (Hz); None = the codec's.
             prime_lengths: Samples `[b]` of each prime that are no padding.
             seeds: Seed of every item (an int n means n, n + 1, ...): an item depends on nothing but its own seed and
                 inputs. None draws them from torch's global generator.
-            sampling: Sampling of stages by name, in place of the constructor's.
+            sampling: Sampling of stages by name, as settings or as the fields that differ from the constructor's. The
+                constructor's guidance rests where a stage has no condition to be guided by.
             callback: Called as `callback(stage, frames_known, frames_wanted)`.
 
         Returns:
@@ -163,15 +165,13 @@ class AudioLM(nn.Module):
         Raises:
             ValueError: If inputs do not fit one another, or the prime is not shorter than what is wanted.
         """
-        conditions = {
-            name: (conditioning or {}).get(name, stage.condition(text=text, wavs=wavs, codes=codes))
-            for name, stage in self.stages.items()
-        }
+        conditions = self._conditions(conditioning or {}, text=text, wavs=wavs, codes=codes)
         prime_wave = prime_wave.unsqueeze(0) if prime_wave is not None and prime_wave.ndim == 1 else prime_wave
         batch = _batch_size(batch_size, prime_wave, None if isinstance(seeds, int) else seeds, *conditions.values())
         prime, prime_seconds = self._prime(prime_wave, prime_wave_input_sample_hz, prime_lengths, batch)
         wanted_seconds = prime_seconds + DEFAULT_SECONDS if seconds is None else seconds
-        settings = {**self.sampling, **_as_settings(sampling or {})}
+        unguided = [name for name, condition in conditions.items() if condition is None]
+        settings = _changed(_changed(self.sampling, dict.fromkeys(unguided, {"guidance_scale": 1.0})), sampling or {})
         first_seed = torch.randint(2**62, (batch,)).tolist() if seeds is None else seeds
         item_seeds = [first_seed + i for i in range(batch)] if isinstance(first_seed, int) else list(first_seed)
 
@@ -201,6 +201,18 @@ class AudioLM(nn.Module):
         wave = self.codec.decode_from_codebook_indices(acoustic, num_samples=num_samples)
         wave = wave[:, 0] if wave.shape[1] == 1 else wave
         return GeneratedAudio(wave, self.codec.target_sample_hz, semantic[..., 0], acoustic)
+
+    def _conditions(self, finished: Mapping[str, Conditioning], **described: Any) -> dict[str, Conditioning | None]:
+        """Condition of every stage: a finished one, or one made in its own namespace; None = unconditional."""
+        unknown = set(finished) - set(self.stages)
+        if unknown:
+            raise ValueError(f"conditioning is by stage, of {list(self.stages)}; got {sorted(unknown)}")
+        takers = [name for name, stage in self.stages.items() if stage.transformer.cond_dim is not None]
+        conditions: dict[str, Conditioning | None] = dict.fromkeys(self.stages)
+        # Where no stage takes a condition, each may say so itself.
+        for name in takers or self.stages:
+            conditions[name] = finished[name] if name in finished else self.stages[name].condition(**described)
+        return {**conditions, **finished}
 
     def _semantic_frames(self, num_samples: int) -> int:
         """Semantic tokens of as long a stretch as `num_samples` at the codec's rate."""
@@ -236,14 +248,16 @@ def _batch_size(batch_size: int, *several: Tensor | Conditioning | Sequence[int]
     return sizes.pop() if sizes else 1
 
 
-def _as_settings(sampling: Sampling) -> dict[str, SamplingSettings]:
-    """Settings by stage name, from settings or their fields."""
-    unknown = set(sampling) - set(DEFAULT_SAMPLING)
+def _changed(settings: Mapping[str, SamplingSettings], changes: Sampling) -> dict[str, SamplingSettings]:
+    """Settings by stage name with some of them exchanged, whole or field by field."""
+    unknown = set(changes) - set(DEFAULT_SAMPLING)
     if unknown:
         raise ValueError(f"sampling is by stage, of {sorted(DEFAULT_SAMPLING)}; got {sorted(unknown)}")
-    return {
-        name: one if isinstance(one, SamplingSettings) else SamplingSettings(**one) for name, one in sampling.items()
+    changed = {
+        name: one if isinstance(one, SamplingSettings) else replace(settings[name], **one)
+        for name, one in changes.items()
     }
+    return {**settings, **changed}
 
 
 def _stage_generator(seed: int, stage: str) -> torch.Generator:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -114,11 +115,22 @@ def staged_files(folder: Path) -> Iterator[Path]:
         stage = Path(name)
         yield stage
         files = sorted(stage.iterdir())
+        mode = _usual_mode(stage)
         for file in files:
+            file.chmod(mode)
             sync_to_disk(file)
         for file in files:
             os.replace(file, folder / file.name)
         sync_to_disk(folder)
+
+
+def _usual_mode(folder: Path) -> int:
+    """Permissions of a new file here; safetensors writes files that nobody but their owner can read."""
+    sample = folder / ".mode"
+    sample.touch()
+    mode = stat.S_IMODE(sample.stat().st_mode)
+    sample.unlink()
+    return mode
 
 
 @beartype

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from beartype import beartype
+from beartype.roar import BeartypeCallHintViolation
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -103,7 +104,7 @@ def build_module(spec: Mapping[str, Any]) -> nn.Module:
         The module.
 
     Raises:
-        ValueError: A key is missing, or no class of that name is registered.
+        ValueError: A key is missing, no class of that name is registered, or the config is not one of that class.
     """
     missing = [key for key in ("class", "config") if key not in spec]
     if missing:
@@ -114,7 +115,13 @@ def build_module(spec: Mapping[str, Any]) -> nn.Module:
             f"unknown module class {spec['class']!r}; known are {sorted(_registry)}. "
             "Import the package that defines it before loading"
         )
-    return cls.from_config(spec["config"])  # type: ignore[attr-defined]
+    try:
+        return cls.from_config(spec["config"])  # type: ignore[attr-defined]
+    except (TypeError, KeyError, AttributeError, BeartypeCallHintViolation) as error:
+        raise ValueError(
+            f"the config of {spec['class']} does not fit this release ({type(error).__name__}: {error}); it was "
+            "altered, or written by another release: install that one, or save the module again"
+        ) from error
 
 
 @beartype
@@ -232,7 +239,10 @@ def load_module(folder: str | Path, expect: type | None = None, device: str | to
     """
     folder = Path(folder)
     config = read_config(folder)
-    module = build_module(config)
+    try:
+        module = build_module(config)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
     if expect is not None and not isinstance(module, expect):
         raise ValueError(f"{folder} holds a {config['class']}, but a {expect.__name__} is needed")
     weights, metadata = read_weights(folder / _WEIGHTS_FILE)

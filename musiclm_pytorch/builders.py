@@ -85,6 +85,8 @@ def build_language_model(preset: Preset, stage: str, num_semantic_tokens: int) -
         dropout=config.dropout,
         cond_drop_prob=config.cond_drop_prob,
         audio_text_condition=True,
+        # As many as a condition has: unconditional generation then reads what a dropped condition was in training.
+        null_tokens=preset.quantizer.num_quantizers,
     )
     if stage == "semantic":
         return SemanticTransformer(num_semantic_tokens=num_semantic_tokens, **sizes)

@@ -54,6 +54,8 @@ def save_parts(
         dtype: Of the stored weights, e.g. `torch.float16`; as they are if not given.
     """
     folder = Path(folder)
+    # While parts are exchanged one by one, what is there is no whole model.
+    (folder / _CARD).unlink(missing_ok=True)
     for name in PARTS:
         save_module(parts[name], folder / name, dtype=dtype)
     write_json(folder / _CARD, {"format_version": FORMAT_VERSION, **about})
@@ -79,6 +81,15 @@ def model_folder(name_or_folder: str | Path) -> Path:
     raise ValueError(
         f"there is no model {str(name_or_folder)!r}: give the folder of a trained one"
         + (f" or a bundled name: {', '.join(names)}" if names else "; this installation bundles none")
+    )
+
+
+def _may_become_a_model(place: Path) -> bool:
+    """Whether a folder is empty, or holds a model, or what an interrupted export left of one."""
+    if not place.is_dir():
+        return False
+    return (place / _CARD).is_file() or all(
+        entry.name in (*PARTS, "README.md") or entry.name.startswith(".writing-") for entry in place.iterdir()
     )
 
 
@@ -158,7 +169,7 @@ def export_musiclm(run: str | Path, out: str | Path, settings: Mapping[str, Any]
         ValueError: If the run is not finished, the settings do not fit the model, or `out` is no place for a model.
     """
     folder, out = model_folder(run), Path(out)
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / _CARD).is_file())):
+    if out.exists() and not _may_become_a_model(out):
         raise ValueError(f"{out} holds something else than a model; name a new folder to write to")
     card = {**_read_card(folder), **(settings or {}), "weights": "float16"}
     parts = _load_parts(folder)

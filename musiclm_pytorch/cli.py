@@ -210,7 +210,10 @@ def _train(command: Train) -> None:
     total = 0.0
     for report in pipeline.run(command.stage, announce=_announce):
         total += report.seconds
-        print(f"{report.stage:20} {_duration(report.seconds)}  {report.summary}".rstrip(), flush=True)
+        if pipeline.accelerator.is_main_process:
+            print(f"{report.stage:20} {_duration(report.seconds)}  {report.summary}".rstrip(), flush=True)
+    if not pipeline.accelerator.is_main_process:
+        return
     print(f"{'total':20} {_duration(total)}")
     if pipeline.is_complete:
         print(f'model in {pipeline.model_folder}; try: musiclm generate "a slow waltz" --model {pipeline.model_folder}')

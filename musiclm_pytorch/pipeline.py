@@ -30,6 +30,7 @@ from audiolm_pytorch.stages.trainers import (
     SemanticTransformerTrainer,
 )
 from audiolm_pytorch.training.randomness import preserved_generators, seed_generators
+from audiolm_pytorch.training.ranks import own_accelerator
 from musiclm_pytorch.builders import (
     LANGUAGE_MODELS,
     build_codec,
@@ -120,7 +121,7 @@ class Pipeline:
     @cached_property
     def accelerator(self) -> Accelerator:
         """The Accelerator that every stage shares."""
-        return self._accelerator or Accelerator()
+        return self._accelerator or own_accelerator()
 
     @property
     def model_folder(self) -> Path:
@@ -202,6 +203,8 @@ class Pipeline:
         runner: Callable[[], dict[str, Any]] = getattr(self, f"_run_{stage.replace('-', '_')}")
         if self.accelerator.is_main_process:
             sweep(self.out / stage)
+        # Nobody may have begun to write what would be swept away.
+        self.accelerator.wait_for_everyone()
         with preserved_generators():
             # initial weights are a pure function of seed and stage, whichever stages ran before in this process
             seed_generators(self.seed, stage, device=self.accelerator.device)
@@ -367,18 +370,20 @@ class Pipeline:
         Returns:
             The model's folder.
         """
-        sweep(self.model_folder)
-        parts = {name: self._load(name.replace("_", "-"), kind) for name, kind in PARTS.items()}
-        for stage in LANGUAGE_MODELS:
-            file = self.out / stage / TABLE_FILE
-            load_weights(parts["quantizer"].table(stage), read_weights(file)[0], where=str(file))
-        settings = {name: getattr(self.preset, name) for name in LANGUAGE_MODELS}
-        sampling = {
-            name: {"temperature": config.temperature, "guidance_scale": config.guidance_scale}
-            for name, config in settings.items()
-        }
-        about = {"preset": self.preset.name, "seed": self.seed, "sampling": sampling}
+        # Every process must have seen that there is no model before the first one writes it.
+        self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
+            sweep(self.model_folder)
+            parts = {name: self._load(name.replace("_", "-"), kind) for name, kind in PARTS.items()}
+            for stage in LANGUAGE_MODELS:
+                file = self.out / stage / TABLE_FILE
+                load_weights(parts["quantizer"].table(stage), read_weights(file)[0], where=str(file))
+            settings = {name: getattr(self.preset, name) for name in LANGUAGE_MODELS}
+            sampling = {
+                name: {"temperature": config.temperature, "guidance_scale": config.guidance_scale}
+                for name, config in settings.items()
+            }
+            about = {"preset": self.preset.name, "seed": self.seed, "sampling": sampling}
             save_parts(self.model_folder, parts, about, dtype=torch.float16)
         self.accelerator.wait_for_everyone()
         return self.model_folder

@@ -46,7 +46,10 @@ def plot_wave(wave: Tensor, sample_hz: int, path: str | Path, title: str = "") -
     FigureCanvasAgg(figure)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2))
     top.plot(torch.linspace(0, seconds, wave.shape[-1]), wave, linewidth=0.4)
-    top.set(ylabel="amplitude", ylim=(-1, 1), title=title[:90])
+    top.set(ylabel="amplitude", ylim=(-1, 1))
+    # Plain text, whatever it holds: "$" would begin a formula, and lone surrogates (broken shell input) have no glyph.
+    plain = " ".join(title.encode("utf-8", errors="replace").decode("utf-8").split())
+    top.set_title(plain[:90], parse_math=False)
     bottom.imshow(
         decibel,
         origin="lower",

@@ -45,7 +45,7 @@ def compute_tokens(
         The records.
 
     Raises:
-        ValueError: If the folder holds tokens of other models or files.
+        ValueError: If the folder holds tokens of other models, or of another number of files.
     """
     fingerprint = {
         "codec": codec.fingerprint,

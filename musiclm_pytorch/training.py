@@ -202,8 +202,7 @@ class MuLaNTrainer:
         result = self.loop.train(stop_after_steps)
         if self.loop.is_finished:
             self.loop.final_module()
-            if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
-                save_module(self.task.mulan, self.results_folder / "mulan")
+            self.loop.on_main_process(lambda: save_module(self.task.mulan, self.results_folder / "mulan"))
         return result
 
 

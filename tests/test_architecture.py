@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted([*(ROOT / "audiolm_pytorch").rglob("*.py"), *(ROOT / "musiclm_pytorch").rglob("*.py")])
-COMMANDS = {"cli.py", "__main__.py", "figures.py", "codec_check.py", "corpus.py"}
+COMMANDS = {"cli.py"}
 every_file = pytest.mark.parametrize("file", FILES, ids=[str(file.relative_to(ROOT)) for file in FILES])
 
 
@@ -41,11 +41,11 @@ def test_file_keeps_the_house_rules(file):
     assert not {"pickle", "joblib", "torchaudio", "fairseq"} & imported_modules(tree)
 
 
-@every_file
-def test_audiolm_never_names_musiclm(file):
+def test_audiolm_never_names_musiclm():
     """The lower package must be usable without the upper one."""
-    if file.relative_to(ROOT).parts[0] == "audiolm_pytorch" and file.name != "__init__.py":
-        assert not any(name.startswith("musiclm_pytorch") for name in imported_modules(ast.parse(file.read_text())))
+    lower = [file for file in FILES if file.relative_to(ROOT).parts[0] == "audiolm_pytorch"]
+    assert len(lower) > 20
+    assert [file for file in lower if "musiclm_pytorch" in file.read_text()] == []
 
 
 @pytest.mark.parametrize("package", ["audiolm_pytorch", "musiclm_pytorch"])

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from beartype import beartype
 from einops import rearrange
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from vector_quantize_pytorch import ResidualVQ
 
 from audiolm_pytorch.io import register
+from audiolm_pytorch.nearest import nearest_index
 
 __all__ = ["Quantized", "ResidualQuantizer", "code_usage"]
 
@@ -110,10 +112,14 @@ class ResidualQuantizer(nn.Module):
 
     def forward(self, frames: Tensor) -> Quantized:
         """Frames `[b, f, d]` to their quantized form; updates the codebooks in training mode."""
-        self.rvq.quantize_dropout = self.training and bool(torch.rand(()) < self.level_dropout)
+        self.rvq.quantize_dropout = self.training and self._draws_dropout(frames.device)
         with torch.autocast(frames.device.type, enabled=False):
             quantized, codes, losses = self.rvq(frames.float())
         return Quantized(quantized, codes, losses.sum())
+
+    def _draws_dropout(self, device: torch.device) -> bool:
+        """Whether this batch leaves levels out: the same on every process, since each level averages over them all."""
+        return bool(_from_first_process(torch.rand((), device=device)) < self.level_dropout)
 
     @property
     def codebooks(self) -> Tensor:
@@ -126,7 +132,7 @@ class ResidualQuantizer(nn.Module):
         residual = self._projected(frames)
         codes = []
         for codebook in self.codebooks:
-            index = _nearest(rearrange(residual, "b f d -> (b f) d"), codebook)
+            index = nearest_index(rearrange(residual, "b f d -> (b f) d"), codebook)
             index = rearrange(index, "(b f) -> b f", b=residual.shape[0])
             residual = residual - F.embedding(index, codebook)
             codes.append(index)
@@ -154,14 +160,18 @@ class ResidualQuantizer(nn.Module):
             counts = counts * (self.config["expected_frames"] / counts.sum())
             state.cluster_size.copy_(counts[None])
             state.embed_avg.copy_((codebook * counts[:, None])[None])
-            residual = residual - F.embedding(_nearest(residual, codebook), codebook)
+            # the averages that follow are taken over all processes, which must start from the same codes
+            for start in (state.embed, state.cluster_size, state.embed_avg):
+                _from_first_process(start)
+            codebook = state.embed[0]
+            residual = residual - F.embedding(nearest_index(residual, codebook), codebook)
 
 
-def _nearest(points: Tensor, centroids: Tensor) -> Tensor:
-    """Index of the nearest of `centroids [v, d]` to each of `points [n, d]`, in float32 whatever autocast says."""
-    with torch.autocast(points.device.type, enabled=False):
-        # argmin |p - c|^2 = argmin |c|^2 - 2 p c: one matrix product, no cdist
-        return torch.addmm(centroids.square().sum(dim=-1), points, centroids.T, alpha=-2.0).argmin(dim=-1)
+def _from_first_process(tensor: Tensor) -> Tensor:
+    """The tensor, holding on every process what it holds on the first."""
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast(tensor, src=0)
+    return tensor
 
 
 def _kmeans(points: Tensor, num_clusters: int, iterations: int) -> tuple[Tensor, Tensor]:
@@ -169,9 +179,9 @@ def _kmeans(points: Tensor, num_clusters: int, iterations: int) -> tuple[Tensor,
     order = torch.randperm(len(points))
     centroids = points[order.repeat(-(-num_clusters // len(points)))[:num_clusters]].clone()
     for _ in range(iterations):
-        index = _nearest(points, centroids)
+        index = nearest_index(points, centroids)
         counts = torch.bincount(index, minlength=num_clusters).float()
         centroids = torch.zeros_like(centroids).index_add_(0, index, points) / counts.clamp(min=1.0)[:, None]
         empty = counts == 0
         centroids[empty] = points[torch.randint(len(points), (int(empty.sum()),))]
-    return centroids, torch.bincount(_nearest(points, centroids), minlength=num_clusters).float()
+    return centroids, torch.bincount(nearest_index(points, centroids), minlength=num_clusters).float()

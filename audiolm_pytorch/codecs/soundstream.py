@@ -166,6 +166,7 @@ class SoundStream(nn.Module):
         wave = self._checked(wave)
         if lengths is None:
             return self.quantizer.encode(self.encoder(self._whole_frames(wave)))
+        lengths = lengths.to(wave.device)
         positions = torch.arange(wave.shape[-1], device=wave.device)
         wave = wave * (positions < rearrange(lengths, "b -> b 1 1"))
         num_frames = -(-lengths // self.downsample_factor)

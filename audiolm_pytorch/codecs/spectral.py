@@ -5,6 +5,7 @@ convolutional codec of the same width: two CPU cores train it in minutes. After 
 ConvNeXt blocks and a head that predicts magnitude and phase of every STFT frame.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,6 +25,27 @@ _LOG_CENTRE, _LOG_SCALE = -5.0, 4.0
 _MAX_MAGNITUDE = 1e2
 
 
+# Outside of training, longer sequences go through in pieces: 3000 frames take about 90 MB an item on the way.
+_PIECE_FRAMES = 3000
+_KERNEL_FRAMES = 7
+
+
+def _pieces(num_frames: int, reach_frames: int) -> Iterator[tuple[int, int, slice]]:
+    """Cut frames into pieces with all the context that a network reaches for.
+
+    Args:
+        num_frames: Frames of the whole.
+        reach_frames: Neighbours on either side that a frame depends on.
+
+    Yields:
+        First frame, frame after the last, and which frames in between are the piece without its context.
+    """
+    for start in range(0, num_frames, _PIECE_FRAMES):
+        stop = min(start + _PIECE_FRAMES, num_frames)
+        first, last = max(0, start - reach_frames), min(num_frames, stop + reach_frames)
+        yield first, last, slice(start - first, stop - first)
+
+
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x * rearrange(mask, "b f -> b f 1").to(x.dtype)
 
@@ -38,7 +60,9 @@ class ConvNeXtBlock(nn.Module):
         layer_scale: Initial residual weight.
     """
 
-    def __init__(self, dim: int, kernel_size: int = 7, expansion: int = 3, layer_scale: float = 0.2) -> None:
+    def __init__(
+        self, dim: int, kernel_size: int = _KERNEL_FRAMES, expansion: int = 3, layer_scale: float = 0.2
+    ) -> None:
         super().__init__()
         self.depthwise = nn.Conv1d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
         self.norm = nn.LayerNorm(dim)
@@ -86,6 +110,22 @@ class SpectralEncoder(nn.Module):
 
     def forward(self, wave: Tensor, mask: Tensor | None = None) -> Tensor:
         """Waves `[b, 1, n]` with n a multiple of the hop to frames `[b, f, d]`; `mask [b, f]` marks real frames."""
+        hop, num_frames = self.downsample_factor, wave.shape[-1] // self.downsample_factor
+        if torch.is_grad_enabled() or num_frames <= _PIECE_FRAMES:
+            return self._encode(wave, mask)
+        reach = len(self.blocks) * (_KERNEL_FRAMES // 2) + -(-self.window_samples // hop)
+        return torch.cat(
+            [
+                self._encode(
+                    wave[..., first * hop : last * hop],
+                    None if mask is None else mask[:, first:last],
+                )[:, own]
+                for first, last, own in _pieces(num_frames, reach)
+            ],
+            dim=1,
+        )
+
+    def _encode(self, wave: Tensor, mask: Tensor | None) -> Tensor:
         x = _masked(self.embed(self.features(wave)), mask)
         for block in self.blocks:
             x = block(x, mask)
@@ -147,7 +187,7 @@ class SpectralDecoder(nn.Module):
         )
         self.upsample_factor, self.window_samples, self.input_dim = hop_samples, window_samples, input_dim
         self.register_buffer("window", torch.hann_window(window_samples), persistent=False)
-        self.embed = nn.Conv1d(input_dim, dim, 7, padding=3)
+        self.embed = nn.Conv1d(input_dim, dim, _KERNEL_FRAMES, padding=_KERNEL_FRAMES // 2)
         self.blocks = nn.ModuleList([ConvNeXtBlock(dim) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, window_samples + 2)
@@ -159,6 +199,19 @@ class SpectralDecoder(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """Quantized frames `[b, f, d]` to waves `[b, 1, f * hop]`."""
+        hop, num_frames = self.upsample_factor, frames.shape[1]
+        if torch.is_grad_enabled() or num_frames <= _PIECE_FRAMES:
+            return self._decode(frames)
+        reach = (1 + len(self.blocks)) * (_KERNEL_FRAMES // 2) + -(-self.window_samples // hop)
+        return torch.cat(
+            [
+                self._decode(frames[:, first:last])[..., own.start * hop : own.stop * hop]
+                for first, last, own in _pieces(num_frames, reach)
+            ],
+            dim=-1,
+        )
+
+    def _decode(self, frames: Tensor) -> Tensor:
         x = rearrange(self.embed(rearrange(frames, "b f d -> b d f")), "b d f -> b f d")
         for block in self.blocks:
             x = block(x)

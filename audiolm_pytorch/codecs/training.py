@@ -184,5 +184,5 @@ class SoundStreamTrainer:
         result = self.loop.train(stop_after_steps)
         if self.loop.is_finished:
             self.loop.final_module()
-            save_module(self.task.codec, self.results_folder / "codec")
+            self.loop.on_main_process(lambda: save_module(self.task.codec, self.results_folder / "codec"))
         return result

@@ -251,17 +251,20 @@ def training_items(
     Args:
         folder: As for `load_split`.
         items: Training and validation items that are at hand already.
-        min_seconds: Shorter files of a folder are rejected.
+        min_seconds: Length of one token. Shorter files of a folder are left out, shorter items are refused.
 
     Returns:
         Training and validation items; where there is nothing to validate on, the training items serve for that too.
 
     Raises:
-        ValueError: If both or neither are given, or there is nothing to learn from.
+        ValueError: If both or neither are given, there is nothing to learn from, or an item is too short.
     """
     if (folder is None) == (items is None):
         raise ValueError("give either a folder (or manifest) of audio or (train, valid) items")
     train, valid = items if items is not None else load_split(folder or "", min_seconds=min_seconds)
     if not train:
         raise ValueError("there is no audio to learn from: the training items are empty")
+    short = [str(item.path) for item in (*train, *valid) if item.num_samples < min_seconds * item.sample_hz]
+    if short:
+        raise ValueError(f"{len(short)} files are shorter than one token ({min_seconds} s); drop them: {short[:5]}")
     return list(train), list(valid) or list(train)

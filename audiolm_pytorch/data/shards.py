@@ -88,7 +88,11 @@ def write_shards(
     )
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / PLAN_NAME).is_file():
-        _require_equal(read_json(folder / PLAN_NAME), plan, f"{folder} was begun with another plan; use another folder")
+        _require_equal(
+            read_json(folder / PLAN_NAME),
+            plan,
+            f"{folder} was begun with another plan; use another folder, or remove it",
+        )
     else:
         write_json(folder / PLAN_NAME, plan)
     chunks = [folder / f"chunk-{number:05d}" for number in range(-(-num_records // records_per_chunk))]
@@ -252,6 +256,19 @@ class TokenShards:
     def __len__(self) -> int:
         """Count the records."""
         return self._num_records
+
+    def longest(self, field: str) -> int:
+        """Count the rows of a field in the record that has most of them; reads no values.
+
+        Args:
+            field: Name of a field.
+
+        Returns:
+            Rows along its first dimension.
+        """
+        numbers = range(-(-self._num_records // self._records_per_chunk))
+        files = (self.folder / f"chunk-{number:05d}" / f"{field}.offsets.npy" for number in numbers)
+        return max(int(np.diff(np.load(file, allow_pickle=False)).max()) for file in files)
 
     def __getitem__(self, index: int) -> Record:
         """Read one record.

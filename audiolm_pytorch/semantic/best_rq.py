@@ -15,6 +15,9 @@ from audiolm_pytorch.semantic.targets import RandomProjectionQuantizer, sample_s
 
 __all__ = ["BestRQ", "BestRQEncoder", "MaskedPrediction"]
 
+# Windows of long recordings that are encoded at once: six minutes by default, in a few hundred MB.
+_MOST_WINDOWS = 64
+
 
 @register
 class BestRQEncoder(nn.Module):
@@ -157,7 +160,8 @@ class BestRQEncoder(nn.Module):
         windows = rearrange(windows, "b w d s -> (b w) s d")
         # Windows past an item's end hold nothing to attend to.
         needed = masks[:, context : context + keep].any(dim=1)
-        encoded = self.encode(windows[needed], masks[needed], layer)[:, context : context + keep]
+        batches = zip(windows[needed].split(_MOST_WINDOWS), masks[needed].split(_MOST_WINDOWS))
+        encoded = torch.cat([self.encode(part, real, layer)[:, context : context + keep] for part, real in batches])
         features = encoded.new_zeros(len(masks), keep, encoded.shape[-1])
         features[needed] = encoded
         return rearrange(features, "(b w) s d -> b (w s) d", b=num_items)[:, :num_tokens]

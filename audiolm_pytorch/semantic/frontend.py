@@ -12,6 +12,9 @@ from audiolm_pytorch.units import frames_covering
 
 __all__ = ["StackedLogMel", "length_mask"]
 
+# Spectra of an hour at once would take gigabytes: 30,000 mel frames (five minutes by default) take 200 MB.
+_FRAMES_AT_ONCE = 30_000
+
 
 def length_mask(lengths: Tensor, num_positions: int) -> Tensor:
     """True where a position lies within its item: lengths `[b]` int64 -> `[b, num_positions]` bool."""
@@ -124,8 +127,13 @@ class StackedLogMel(nn.Module):
         left = (self.n_fft - self.hop_length) // 2
         right = (num_mel_frames - 1) * self.hop_length + self.n_fft - left - wave.shape[-1]
         with torch.autocast(wave.device.type, enabled=False):
-            mel = self.mel(nn.functional.pad(wave, (left, max(0, right))))
-            return rearrange(mel[..., :num_mel_frames].clamp(min=self.floor).log(), "b m f -> b f m")
+            padded = nn.functional.pad(wave, (left, max(0, right)))
+            parts = []
+            for start in range(0, num_mel_frames, _FRAMES_AT_ONCE):
+                last = min(start + _FRAMES_AT_ONCE, num_mel_frames) - 1
+                mel = self.mel(padded[:, start * self.hop_length : last * self.hop_length + self.n_fft])
+                parts.append(mel.clamp(min=self.floor).log())
+            return rearrange(torch.cat(parts, dim=-1), "b m f -> b f m")
 
     def forward(self, wave: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Turn waves into token vectors.

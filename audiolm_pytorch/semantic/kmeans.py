@@ -9,8 +9,9 @@ import torch
 from beartype import beartype
 from torch import Tensor, nn
 
+from audiolm_pytorch.nearest import nearest_index
 from audiolm_pytorch.semantic.protocol import FrameEncoder
-from audiolm_pytorch.semantic.tokenizer import KMeansTokenizer, nearest_centroids
+from audiolm_pytorch.semantic.tokenizer import KMeansTokenizer
 
 __all__ = ["ClusterUsage", "KMeansFit", "fit_kmeans"]
 
@@ -148,7 +149,7 @@ def _cluster(vectors: Tensor, num_clusters: int, seed: int, max_epochs: int) -> 
 
 def _usage(vectors: Tensor, centroids: Tensor) -> ClusterUsage:
     """How vectors `[m, d]` spread over centroids `[k, d]`."""
-    ids = nearest_centroids(vectors, centroids)
+    ids = nearest_index(vectors, centroids)
     counts = ids.bincount(minlength=len(centroids)).double()
     shares = counts[counts > 0] / counts.sum()
     perplexity = math.exp(float(-(shares * shares.log()).sum()))

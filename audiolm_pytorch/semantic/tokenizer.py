@@ -10,24 +10,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from audiolm_pytorch.audio import resample
 from audiolm_pytorch.io import build_module, fingerprint_of, module_spec, register
+from audiolm_pytorch.nearest import nearest_index
 from audiolm_pytorch.semantic.protocol import FrameEncoder
 
-__all__ = ["KMeansTokenizer", "nearest_centroids"]
-
-# Rows of the distance matrix computed at once: 4096 x 1024 float32 is 16 MiB.
-_CHUNK_TOKENS = 4096
-
-
-def nearest_centroids(vectors: Tensor, centroids: Tensor) -> Tensor:
-    """Index of the nearest centroid in Euclidean distance: vectors `[m, d]`, centroids `[k, d]` -> `[m]` int64.
-
-    `|x - c|^2` less the term that all centroids share is `|c|^2 - 2 x.c`: one matrix product, in chunks, in float32.
-    """
-    with torch.autocast(vectors.device.type, enabled=False):
-        centroids = centroids.float()
-        offsets, directions = centroids.square().sum(dim=-1), centroids.t()
-        chunks = vectors.float().split(_CHUNK_TOKENS)
-        return torch.cat([torch.addmm(offsets, chunk, directions, alpha=-2).argmin(dim=-1) for chunk in chunks])
+__all__ = ["KMeansTokenizer"]
 
 
 @register
@@ -160,7 +146,7 @@ class KMeansTokenizer(nn.Module):
         if input_sample_hz is not None and input_sample_hz != self.target_sample_hz:
             wave, lengths = self._resampled(wave, input_sample_hz, lengths)
         features, mask = self.normalised_features(wave, lengths)
-        ids = nearest_centroids(rearrange(features, "b t d -> (b t) d"), self.centroids)
+        ids = nearest_index(rearrange(features, "b t d -> (b t) d"), self.centroids)
         return rearrange(ids, "(b t) -> b t", b=len(wave)).masked_fill(~mask, -1)
 
     def _resampled(self, wave: Tensor, from_hz: int, lengths: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Training of the semantic tokenizer: BEST-RQ on the one loop, then k-means over a layer of what came out."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from beartype import beartype
 from torch import Tensor
 
-from audiolm_pytorch.data import AudioItem, BatchPlan, CropBatch, CropDataset, collate_crops, load_split
+from audiolm_pytorch.data import AudioItem, BatchPlan, CropBatch, CropDataset, collate_crops
+from audiolm_pytorch.data.manifest import training_items
 from audiolm_pytorch.io import save_module
 from audiolm_pytorch.semantic.best_rq import BestRQ, BestRQEncoder, MaskedPrediction
 from audiolm_pytorch.semantic.kmeans import KMeansFit, fit_kmeans
@@ -112,7 +113,7 @@ class SemanticTokenizerTrainer:
         *,
         encoder: BestRQEncoder,
         folder: str | Path | None = None,
-        items: tuple[list[AudioItem], list[AudioItem]] | None = None,
+        items: tuple[Sequence[AudioItem], Sequence[AudioItem]] | None = None,
         batch_size: int,
         num_train_steps: int,
         seconds: float | int = 5.0,
@@ -124,7 +125,7 @@ class SemanticTokenizerTrainer:
         objective = BestRQ(encoder) if objective is None else objective
         if objective.encoder is not encoder:
             raise ValueError("objective must wrap the encoder that is trained: BestRQ(encoder, ...)")
-        train, valid = _items_of(folder, items, encoder.downsample_factor / encoder.sample_hz)
+        train, valid = training_items(folder, items, min_seconds=encoder.downsample_factor / encoder.sample_hz)
         settings = LoopSettings(num_train_steps=num_train_steps, batch_size=batch_size, **loop_settings)
         rates_hz = (encoder.sample_hz,)
         self.results_folder = Path(results_folder)
@@ -176,7 +177,8 @@ class SemanticTokenizerTrainer:
             seed=self._seed,
             max_tokens=max_tokens,
         )
-        save_module(fit.tokenizer, self.results_folder / "tokenizer", extra={"usage": asdict(fit.usage)})
+        folder, usage = self.results_folder / "tokenizer", asdict(fit.usage)
+        self.loop.on_main_process(lambda: save_module(fit.tokenizer, folder, extra={"usage": usage}))
         return fit
 
     def _shuffled_waves(self) -> Iterator[Tensor]:
@@ -185,22 +187,3 @@ class SemanticTokenizerTrainer:
         for step in range(len(self._train)):
             for epoch, index in plan.indices(step):
                 yield self._train.get(epoch, index).waves[self.task.module.encoder.sample_hz]
-
-
-def _items_of(
-    folder: str | Path | None, items: tuple[list[AudioItem], list[AudioItem]] | None, min_seconds: float
-) -> tuple[list[AudioItem], list[AudioItem]]:
-    """Training and held-out items, at least one token long, from whichever source was given."""
-    if folder is not None and items is None:
-        items = load_split(folder, min_seconds=min_seconds)
-    elif folder is not None or items is None:
-        raise ValueError("give either a folder (or manifest) of audio, or (train, valid) items")
-    train, valid = items
-    if not train or not valid:
-        raise ValueError(
-            f"training needs at least one training and one held-out file, got {len(train)} and {len(valid)}"
-        )
-    short = [str(item.path) for item in (*train, *valid) if item.num_samples < min_seconds * item.sample_hz]
-    if short:
-        raise ValueError(f"{len(short)} files are shorter than one token ({min_seconds} s); drop them: {short[:5]}")
-    return train, valid

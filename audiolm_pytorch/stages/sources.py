@@ -41,12 +41,15 @@ class StageInput:
 
 
 @runtime_checkable
-@runtime_checkable
 class StageSource(Protocol):
     """Training data of a stage."""
 
     def __len__(self) -> int:
         """Number of recordings."""
+
+    @property
+    def crop_seconds(self) -> float:
+        """Longest stretch that a batch shows: a crop, or the longest recording where that is shorter."""
 
     def batch(self, indices: Sequence[tuple[int, int]]) -> Any:
         """Crops of (epoch, index) pairs, as tensors on the CPU; a pure function of them."""
@@ -92,6 +95,12 @@ class WaveSource:
         """Number of files."""
         return len(self.crops)
 
+    @property
+    def crop_seconds(self) -> float:
+        """Longest stretch that a batch shows."""
+        longest = max(item.num_samples / item.sample_hz for item in self.crops.items)
+        return longest if self.crops.seconds is None else min(float(self.crops.seconds), longest)
+
     def batch(self, indices: Sequence[tuple[int, int]]) -> CropBatch:
         """Waves of (epoch, index) pairs at every rate that is needed."""
         return collate_crops([self.crops.get(epoch, index) for epoch, index in indices])
@@ -125,7 +134,7 @@ class ShardSource:
 
     Args:
         shards: Records with `semantic [t]` and `acoustic [f, q]` (as far as the stage needs them); with a conditioner
-            also `latents [w, d]` of windows evenly spread over the recording, and `duration_seconds`.
+            also `latents [w, d]` of windows evenly spread over the recording.
         transformer: The stage; its streams say how many tokens a second each kind has.
         seconds: Length of a crop; None = whole records.
         audio_conditioner: Makes codes of the latents.
@@ -145,15 +154,16 @@ class ShardSource:
         audio_conditioner: Conditioner | None,
         seed: int = 0,
     ) -> None:
-        needed = {*transformer.kinds, *(() if audio_conditioner is None else ("latents", "duration_seconds"))}
+        needed = {*transformer.kinds, *(() if audio_conditioner is None else ("latents",))}
         if not needed <= set(shards.fields):
             raise ValueError(f"{shards.folder} holds {sorted(shards.fields)}, the stage needs {sorted(needed)}")
         layout = transformer.layout
         rate_hz = Fraction(layout.predicted[0].rate_hz)
         self.shards, self.conditioner, self.seed = shards, audio_conditioner, seed
-        self.frame_seconds, self.alignment = float(1 / rate_hz), layout.frame_alignment
+        self.rate_hz, self.alignment = rate_hz, layout.frame_alignment
         # Frames of each kind of token per predicted frame.
         self.ratios = {transformer.sources[s.name].kind: Fraction(s.rate_hz) / rate_hz for s in layout.streams}
+        self.seconds = seconds
         self.crop_frames: int | None = None
         if seconds is not None:
             self.crop_frames = int(seconds * rate_hz + Fraction(1, 10**6)) // self.alignment * self.alignment
@@ -163,6 +173,13 @@ class ShardSource:
     def __len__(self) -> int:
         """Number of records."""
         return len(self.shards)
+
+    @property
+    def crop_seconds(self) -> float:
+        """Longest stretch that a batch shows."""
+        kind, ratio = next(iter(self.ratios.items()))
+        longest = float(self.shards.longest(kind) / (ratio * self.rate_hz))
+        return longest if self.seconds is None else min(float(self.seconds), longest)
 
     def batch(self, indices: Sequence[tuple[int, int]]) -> _TokenBatch:
         """Crops of (epoch, index) pairs."""
@@ -200,6 +217,8 @@ class ShardSource:
             crop[kind] = torch.from_numpy(cut.astype(np.int64))
         if self.conditioner is not None:
             latents = torch.from_numpy(record["latents"].astype(np.float32))
-            centre = (start + count / 2) * self.frame_seconds / float(record["duration_seconds"])
-            crop["latents"] = latents[min(len(latents) - 1, int(centre * len(latents)))]
+            # The window that lies in the recording as the crop does (both at the beginning, both at the end, ...): so
+            # the shorter of the two is always inside the other, however long windows are.
+            place = start / (num_frames - count) if num_frames > count else 0.5
+            crop["latents"] = latents[round(place * (len(latents) - 1))]
         return crop, start + count == num_frames

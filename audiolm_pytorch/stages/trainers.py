@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from beartype import beartype
 
 from audiolm_pytorch.codecs.protocol import Codec
@@ -99,7 +99,7 @@ class StageTrainer:
                     audio_conditioner=audio_conditioner,
                     seed=loop_settings.seed,
                 )
-                for part in training_items(folder, items)
+                for part in training_items(folder, items, min_seconds=_one_token_seconds(wav2vec, codec))
             ]
         self.transformer, self.conditioner = transformer, audio_conditioner
         self.task = StageTask(
@@ -110,7 +110,8 @@ class StageTrainer:
             valid_batch_size=batch_size,
         )
         if transformer.max_seconds is None:
-            transformer.max_seconds = seconds
+            # What it will have seen: recordings may all be shorter than the crop that was asked for.
+            transformer.max_seconds = sources[0].crop_seconds
         self.results_folder = Path(results_folder)
         self.loop = TrainLoop(self.task, loop_settings, self.results_folder, accelerator)
 
@@ -127,8 +128,7 @@ class StageTrainer:
         result = self.loop.train(stop_after_steps)
         if self.loop.is_finished:
             self.loop.final_module()
-            if PartialState().is_main_process:
-                self._save()
+            self.loop.on_main_process(self._save)
         return result
 
     def _save(self) -> None:
@@ -137,6 +137,11 @@ class StageTrainer:
         if self.conditioner is not None:
             write_weights(self.results_folder / TABLE_FILE, weights_of(self.conditioner.table(namespace)))
         save_module(self.transformer, self.results_folder / namespace)
+
+
+def _one_token_seconds(*tokenizers: SemanticTokenizer | Codec | None) -> float:
+    """Length of the longest token: a file must hold one of every kind."""
+    return max((one.downsample_factor / one.target_sample_hz for one in tokenizers if one is not None), default=0.0)
 
 
 def _crop_seconds(

@@ -1,5 +1,6 @@
 """The one training loop: steps, accumulation, schedule, averaging, checkpoints and metrics for any task."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -66,17 +67,16 @@ class TrainLoop:
         """
         if stop_after_steps is not None and stop_after_steps < 1:
             raise ValueError(f"stop_after_steps is {stop_after_steps}; it must be 1 or more, or None")
-        if self._accelerator is None:
-            self._accelerator = own_accelerator()
+        accelerator = self._running_accelerator()
         if self.is_finished:
             finished = read_json(self.folder / "finished.json")
-            identity = identity_of(self.task, self.settings, self._accelerator)
+            identity = identity_of(self.task, self.settings, accelerator)
             refuse_other_run(self.folder, finished["step"], finished["run"], identity)
             return TrainResult(finished["step"], finished["metrics"])
         with preserved_generators():
             try:
                 if self._live is None:
-                    self._live = LiveRun(self.task, self.settings, self.folder, self._accelerator)
+                    self._live = LiveRun(self.task, self.settings, self.folder, accelerator)
                 result = self._live.advance(stop_after_steps)
             except BaseException:
                 # What is in memory may be half a step; the checkpoint is whole.
@@ -100,6 +100,23 @@ class TrainLoop:
         path = self.folder / "model.safetensors"
         load_weights(self.task.module, read_weights(path)[0], where=str(path))
         return self.task.module.eval()
+
+    def on_main_process(self, job: Callable[[], object]) -> None:
+        """Do something on the first process only, such as saving; the others wait until it is done.
+
+        Args:
+            job: Called without arguments; every process must come here.
+        """
+        accelerator = self._running_accelerator()
+        if accelerator.is_main_process:
+            job()
+        accelerator.wait_for_everyone()
+
+    def _running_accelerator(self) -> Accelerator:
+        """Give the Accelerator that was handed in, or the loop's own."""
+        if self._accelerator is None:
+            self._accelerator = own_accelerator()
+        return self._accelerator
 
 
 def _check_phases(phases: tuple[Phase, ...]) -> None:

@@ -1,6 +1,7 @@
 """What several processes have to agree on: gradients, buffers and metrics."""
 
 import atexit
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -18,9 +19,11 @@ _BUCKET_NUMEL = 2**25  # 128 MiB of float32: few collectives, and little memory 
 def own_accelerator() -> Accelerator:
     """Make an Accelerator for a loop that was handed none; its process group ends with the process.
 
-    Ending it with the training would leave a second training of the same process without one.
+    Ending it with the training would leave a second training of the same process without one. Several processes on a
+    machine without a GPU form a group too; accelerate alone would leave each of them to itself.
     """
-    accelerator = Accelerator()
+    on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
+    accelerator = Accelerator(cpu=on_cpu)
     if accelerator.num_processes > 1:
         atexit.register(accelerator.end_training)
     return accelerator

@@ -34,7 +34,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-NAMESPACES = ("semantic", "coarse", "fine")
 # The instruments are about equally frequent, so that their plain accuracy is fair; the other attributes are not.
 PLAIN_ACCURACY = ("instrument",)
 
@@ -135,7 +134,7 @@ def from_audio(
     made: list[Tensor] = []
     for first in range(0, len(codes), batch_size):
         part = codes[first : first + batch_size]
-        conditioning = {name: quantizer.conditioning(codes=part, namespace=name) for name in NAMESPACES}
+        conditioning = {name: quantizer.conditioning(codes=part, namespace=name) for name in model.conditioned}
         seeds = [seed + first + index for index in range(len(part))]
         wave = model.audio_lm(batch_size=len(part), seconds=seconds, conditioning=conditioning, seeds=seeds)
         made.extend(row.float().cpu() for row in wave)

@@ -15,9 +15,7 @@ from beartype import beartype
 from musiclm_pytorch.recipes.dances import DANCES, Metre
 from musiclm_pytorch.recipes.theory import CADENCES, KEYS, OPENINGS, SCALES, Chord, Scale
 
-__all__ = ["BARS_PER_PART", "ChordSpan", "MelodyNote", "Tune", "compose_tune"]
-
-BARS_PER_PART = 8
+__all__ = ["ChordSpan", "MelodyNote", "Tune", "compose_tune"]
 
 # MIDI pitches between which melodies of the middle register move, and the pitch they are drawn to.
 LOWEST_PITCH, CENTRE_PITCH, HIGHEST_PITCH = 61, 72, 83

@@ -1,6 +1,7 @@
 """From nothing, a text or a wave to a wave: lengths, namespaces, primes, seeds, batches."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,16 @@ from audiolm_pytorch.stages import AudioTokens, SemanticTransformer
 from audiolm_pytorch.stages.wrappers import StageWrapper
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package
-from fakes import CONDITION, SAMPLE_HZ, SIZES, FakeCodec, FakeConditioner, FakeSemanticTokenizer, tiny_stages
+from fakes import (
+    CONDITION,
+    SAMPLE_HZ,
+    SIZES,
+    FakeCodec,
+    FakeConditioner,
+    FakeSemanticTokenizer,
+    random_conditioning,
+    tiny_stages,
+)
 
 
 def audiolm_of(conditioned=False, lost_frames=0, **changes):
@@ -250,3 +260,41 @@ def test_wrapper_learns_from_waves_and_from_tokens(name):
     assert audio_lm.audio_conditioner.table(name).weight.grad.abs().sum() > 0
     with pytest.raises(ValueError, match="either a wave or tokens"):
         stage()
+
+
+def test_a_call_changes_single_fields_of_sampling():
+    """Another temperature does not silently turn the guidance off that a model is shipped with."""
+    audio_lm = audiolm_of(conditioned=True)
+    audio_lm.sampling = {name: SamplingSettings(temperature=0.9, guidance_scale=2.0) for name in audio_lm.stages}
+    whole = {name: SamplingSettings(temperature=0.5, guidance_scale=2.0) for name in audio_lm.stages}
+    fields = {name: {"temperature": 0.5} for name in audio_lm.stages}
+    request = {"text": ["four", "seventy"], "seconds": 0.3, "seeds": 1}
+    assert torch.equal(audio_lm(**request, sampling=fields), audio_lm(**request, sampling=whole))
+
+
+def test_guidance_of_the_model_rests_without_a_condition():
+    """A model that is guided by default still continues a wave and plays without a text."""
+    audio_lm = audiolm_of(conditioned=True)
+    plain = audio_lm(seconds=0.3, seeds=1)
+    audio_lm.sampling = {name: replace(settings, guidance_scale=3.0) for name, settings in audio_lm.sampling.items()}
+    assert torch.equal(audio_lm(seconds=0.3, seeds=1), plain)
+    assert audio_lm(prime_wave=torch.rand(160), seconds=0.3, seeds=1).shape == plain.shape
+    with pytest.raises(ValueError, match="needs a conditioning"):
+        audio_lm(seconds=0.3, sampling={"coarse": {"guidance_scale": 3.0}})
+
+
+def test_stages_without_a_condition_leave_it_to_the_others():
+    """A text reaches the stages that take one; a condition for a stage that does not exist is refused."""
+    conditioned, plain = tiny_stages(**CONDITION), tiny_stages()
+    audio_lm = AudioLM(
+        wav2vec=FakeSemanticTokenizer(),
+        codec=FakeCodec(),
+        semantic_transformer=conditioned["semantic"],
+        coarse_transformer=plain["coarse"],
+        fine_transformer=plain["fine"],
+        audio_conditioner=FakeConditioner(),
+    )
+    assert audio_lm(text=["one", "three"], seconds=0.2).shape == (2, 160)
+    assert audio_lm.audio_conditioner.asked == ["semantic"]
+    with pytest.raises(ValueError, match=r"conditioning is by stage, of \['semantic', 'coarse', 'fine'\]; got"):
+        audio_lm(conditioning={"semantics": random_conditioning(1)}, seconds=0.2)

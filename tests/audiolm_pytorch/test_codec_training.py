@@ -3,10 +3,11 @@ import pytest
 import soundfile
 import torch
 
-from audiolm_pytorch.codecs import SpectralSoundStream
+from audiolm_pytorch.codecs import SoundStream, SpectralSoundStream
 from audiolm_pytorch.codecs.losses import MultiScaleMelLoss
 from audiolm_pytorch.codecs.quantizer import code_usage
 from audiolm_pytorch.codecs.training import SoundStreamTrainer
+from audiolm_pytorch.training import TrainLoop
 
 RATE_HZ = 16000
 
@@ -82,3 +83,13 @@ def test_crop_length_is_given_once(folder, tmp_path):
     """Samples and seconds together would contradict each other silently."""
     with pytest.raises(ValueError, match="not both"):
         trainer_of(folder, tmp_path, steps=1, data_max_length=3200, data_max_length_seconds=1.0)
+
+
+def test_only_the_first_process_saves_the_codec(folder, tmp_path, monkeypatch):
+    """Every process of a run ends in `train`; two of them writing one file would tear it."""
+    monkeypatch.setattr(TrainLoop, "on_main_process", lambda loop, job: None)
+    trainer_of(folder, tmp_path, steps=2).train()
+    assert not (tmp_path / "codec").exists()
+    monkeypatch.undo()
+    trainer_of(folder, tmp_path, steps=2).train()
+    assert SoundStream.init_and_load_from(tmp_path / "codec").codebook_size == 32

@@ -4,7 +4,14 @@ import pytest
 import torch
 from einops import rearrange
 
-from audiolm_pytorch.codecs import AudioLMSoundStream, Codec, MusicLMSoundStream, SoundStream, SpectralSoundStream
+from audiolm_pytorch.codecs import (
+    AudioLMSoundStream,
+    Codec,
+    MusicLMSoundStream,
+    SoundStream,
+    SpectralSoundStream,
+    spectral,
+)
 from audiolm_pytorch.codecs.convolutional import ConvDecoder, ConvEncoder
 from audiolm_pytorch.codecs.losses import MultiScaleMelLoss
 from audiolm_pytorch.codecs.quantizer import ResidualQuantizer, code_usage
@@ -229,3 +236,30 @@ def test_parts_that_do_not_fit_are_refused():
         SoundStream(
             encoder=ConvEncoder(strides=(2, 4), dim=8), decoder=ConvDecoder(strides=(2, 2), dim=8), codebook_dim=8
         )
+
+
+def test_long_waves_pass_the_spectral_pair_in_pieces(monkeypatch):
+    """An hour at once would take gigabytes; in pieces with their context it gives the same codes and samples."""
+    torch.manual_seed(0)
+    codec = tiny_spectral()
+    wave, lengths = torch.randn(2, 1, 64 * 101), torch.tensor([64 * 101, 64 * 70 - 5])
+    codes = codec.tokenize(wave, lengths)
+    sound = codec.decode_from_codebook_indices(codes[:1])
+    sizes = []
+    decode = SpectralDecoder._decode
+    monkeypatch.setattr(spectral, "_PIECE_FRAMES", 20)
+    monkeypatch.setattr(
+        SpectralDecoder, "_decode", lambda self, frames: sizes.append(frames.shape[1]) or decode(self, frames)
+    )
+    assert torch.equal(codec.tokenize(wave, lengths), codes)
+    torch.testing.assert_close(codec.decode_from_codebook_indices(codes[:1]), sound, atol=1e-6, rtol=1e-4)
+    assert len(sizes) == 6 and max(sizes) < 50
+
+
+@pytest.mark.gpu
+@both_codecs
+def test_lengths_may_lie_on_the_cpu(make_codec):
+    """A prime on the GPU comes with lengths that were counted on the CPU."""
+    codec = make_codec().cuda()
+    wave = torch.randn(2, 640, device="cuda")
+    assert (codec.tokenize(wave, torch.tensor([640, 64]))[1, -1] == -1).all()

@@ -330,3 +330,20 @@ def test_files_of_other_programs_load_when_ids_agree(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     write_json(tmp_path / "config.json", {"format_version": 1, "class": "Leaf", "config": {"width": 3}})
     assert_same_state(load_module(tmp_path, device=torch.device("cpu")), leaf)
+
+
+@pytest.mark.parametrize("config", [{"breadth": 3}, {"width": "wide"}, [], {"width": None}], ids=str)
+def test_config_of_another_release_is_named(tmp_path: Path, config: Any) -> None:
+    """Arguments that a constructor does not know are an error of one line with the folder, not a TypeError."""
+    save_module(Leaf(), tmp_path)
+    write_json(tmp_path / "config.json", read_config(tmp_path) | {"config": config})
+    with pytest.raises(ValueError, match=f"{tmp_path}: the config of Leaf does not fit this release"):
+        load_module(tmp_path)
+
+
+def test_saved_files_have_the_usual_permissions(tmp_path: Path) -> None:
+    """safetensors writes files for their owner alone; a model that others are given must be readable."""
+    (tmp_path / "plain").touch()
+    save_module(Leaf(), tmp_path / "module")
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "module").iterdir()}
+    assert modes == {(tmp_path / "plain").stat().st_mode & 0o777}

@@ -1,11 +1,12 @@
 import pytest
 import torch
 
+from audiolm_pytorch import nearest
 from audiolm_pytorch.audio import resample
 from audiolm_pytorch.io import load_module, save_module
+from audiolm_pytorch.nearest import nearest_index
 from audiolm_pytorch.semantic import BestRQEncoder, FrameEncoder, KMeansTokenizer, SemanticTokenizer, fit_kmeans
 from audiolm_pytorch.semantic.frontend import length_mask
-from audiolm_pytorch.semantic.tokenizer import nearest_centroids
 
 RATE_HZ = 4000
 TOKEN_SAMPLES = 160
@@ -65,11 +66,12 @@ def test_other_rates_are_resampled_item_by_item(tokenizer):
     assert torch.equal(tokenizer(wave, input_sample_hz=RATE_HZ), tokenizer(wave))
 
 
-def test_ids_are_the_nearest_centroids(tokenizer):
+def test_ids_are_the_nearest_centroids(tokenizer, monkeypatch):
     """Guards the assignment against the definition, over more vectors than one chunk holds."""
+    monkeypatch.setattr(nearest, "_ROWS_AT_ONCE", 1024)
     vectors = torch.randn(5000, 32, generator=torch.Generator().manual_seed(0))
     centroids = torch.randn(16, 32, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(nearest_centroids(vectors, centroids), torch.cdist(vectors, centroids).argmin(dim=-1))
+    assert torch.equal(nearest_index(vectors, centroids), torch.cdist(vectors, centroids).argmin(dim=-1))
     wave = torch.stack(noises(1, 5))
     features, _ = tokenizer.encoder.features(wave, None, 2)
     normalised = (features[0] - tokenizer.mean) / tokenizer.std
@@ -142,8 +144,8 @@ def test_stays_in_eval_mode_and_float32(tokenizer):
     assert container.training and not any(module.training for module in tokenizer.modules())
     vectors = torch.randn(300, 32, generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        under_autocast = nearest_centroids(vectors, tokenizer.centroids)
-    assert torch.equal(under_autocast, nearest_centroids(vectors, tokenizer.centroids))
+        under_autocast = nearest_index(vectors, tokenizer.centroids)
+    assert torch.equal(under_autocast, nearest_index(vectors, tokenizer.centroids))
 
 
 def test_bad_input_is_refused(tokenizer):

@@ -111,7 +111,7 @@ def test_tokens_of_another_encoder_are_refused_with_the_difference(tmp_path: Pat
     with pytest.raises(ValueError, match=f"tokens of another origin; write them again: {difference}$"):
         TokenShards(tmp_path / "s", other)
     difference = r"fingerprint\.crop is only in the expected one; fingerprint\.semantic\.layer: found 7, expected 9"
-    with pytest.raises(ValueError, match=f"begun with another plan; use another folder: {difference}$"):
+    with pytest.raises(ValueError, match=f"begun with another plan; use another folder, or remove it: {difference}$"):
         write_shards(tmp_path / "s", make_record, 4, other, records_per_chunk=2)
     with pytest.raises(ValueError, match="num_records: found 4, expected 5"):
         write_shards(tmp_path / "s", make_record, 5, FINGERPRINT, records_per_chunk=2)

@@ -228,3 +228,58 @@ def test_refuses_what_does_not_fit_together(tmp_path):
             transformer=stages["coarse"], wav2vec=other, codec=FakeCodec(), shards=shards, **common
         )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_files_too_short_for_a_token_are_left_out(name, tmp_path, write_folder, write_tone, caplog):
+    """One sliver among the files is named and does not end the training."""
+    folder = write_folder(num_files=3, sample_hz=SAMPLE_HZ)
+    write_tone("corpus/sliver.wav", seconds=0.01, sample_hz=SAMPLE_HZ)
+    trainer = TRAINERS[name](
+        transformer=tiny_stages()[name], **tokenizers_of(name), folder=folder, results_folder=tmp_path / "run", **QUICK
+    )
+    assert "sliver.wav (too short" in caplog.text
+    assert trainer.train().step == 4
+
+
+@pytest.mark.parametrize("seconds", [0.4, 30.0, None])
+def test_windows_of_generation_are_no_longer_than_what_was_seen(seconds, tmp_path, write_folder):
+    """Recordings may all be shorter than the crop asked for: positions beyond them were never trained."""
+    common = {**QUICK, "data_max_length_seconds": seconds, "results_folder": tmp_path / "run"}
+    shards = make_shards(tmp_path / "shards")  # the longest of four lasts 2.6 s
+    for name in TRAINERS:
+        stage = tiny_stages()[name]
+        TRAINERS[name](transformer=stage, shards=shards, **common)
+        assert stage.max_seconds == pytest.approx(min(seconds or 99, 2.6))
+    stage = tiny_stages()["fine"]
+    FineTransformerTrainer(transformer=stage, codec=FakeCodec(), folder=write_folder(sample_hz=SAMPLE_HZ), **common)
+    assert stage.max_seconds == pytest.approx(min(seconds or 99, 1.0))
+
+
+@pytest.mark.parametrize("crop_seconds", [3.0, 20.0])
+def test_latents_are_of_the_window_that_the_crop_lies_in(tmp_path, crop_seconds):
+    """Of windows of 10 s every second, a shorter crop gets one that covers it, a longer crop one inside it."""
+
+    def make_record(index):
+        return {
+            "semantic": np.arange(60 * 25) % 12,
+            "acoustic": np.repeat(np.arange(60 * 50)[:, None] % 16, 4, axis=1),
+            "latents": np.arange(51, dtype=np.float32)[:, None],
+            "duration_seconds": np.float32(60),
+        }
+
+    write_shards(tmp_path, make_record, 1, {})
+    source = ShardSource(
+        TokenShards(tmp_path), tiny_stages()["semantic"], seconds=crop_seconds, audio_conditioner=FakeConditioner()
+    )
+    spans = []
+    for epoch in range(200):
+        draws = np.random.default_rng([0, epoch, 0])
+        start = int(draws.integers(int((60 - crop_seconds) * 25) + 1)) / 25
+        window = float(source.batch([(epoch, 0)]).latents[0, 0])
+        inner, outer = sorted(
+            [(start, start + crop_seconds), (window, window + 10)], key=lambda span: span[1] - span[0]
+        )
+        assert outer[0] - 0.5 <= inner[0] and inner[1] <= outer[1] + 0.5, (start, window)
+        spans.append(start)
+    assert min(spans) < 3 and max(spans) > 57 - crop_seconds

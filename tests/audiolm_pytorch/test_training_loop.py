@@ -7,6 +7,7 @@ import random
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -349,3 +350,13 @@ def test_metric_must_be_one_number(tmp_path: Path) -> None:
     task = Tiny(module, lambda batch, step: LossOutput(module(batch).mean(), {"wide": torch.zeros(3)}))
     with pytest.raises(ValueError, match="'wide' has shape"):
         TrainLoop(task, SETTINGS, tmp_path).train()
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_results_are_saved_by_the_first_process_while_the_others_wait(tmp_path: Path, is_main: bool) -> None:
+    """Several processes that write one file would tear it."""
+    done: list[str] = []
+    loop = TrainLoop(ToyTask(), SETTINGS, tmp_path)
+    loop._accelerator = SimpleNamespace(is_main_process=is_main, wait_for_everyone=lambda: done.append("waited"))
+    loop.on_main_process(lambda: done.append("saved"))
+    assert done == (["saved", "waited"] if is_main else ["waited"])

@@ -6,6 +6,8 @@ import torch
 from safetensors.torch import load_file
 
 from audiolm_pytorch.files import read_json, write_json
+from audiolm_pytorch.io import save_module
+from musiclm_pytorch import bundle
 from musiclm_pytorch.bundle import PARTS, export_musiclm, load_musiclm, model_folder
 
 SETTINGS = {
@@ -55,7 +57,9 @@ def test_settings_of_the_card_are_the_defaults(micro_run, tmp_path):
     assert sampling["coarse"].guidance_scale == 2.0 and sampling["fine"].temperature == 0.4
     assert musiclm.num_levels == 1
     plain = load_musiclm(micro_run)
-    said = plain("a low tone", **REQUEST, sampling=SETTINGS["sampling"], num_levels=1)
+    # The card of the run says how every stage is sampled; settings that are exported take its place as a whole.
+    sampling = {name: vars(settings) for name, settings in sampling.items()}
+    said = plain("a low tone", **REQUEST, sampling=sampling, num_levels=1)
     assert torch.equal(musiclm("a low tone", **REQUEST).waves, said.waves)
     assert not torch.equal(plain("a low tone", **REQUEST).waves, said.waves)
     export_musiclm(tmp_path / "chosen", tmp_path / "again")
@@ -128,3 +132,24 @@ def test_export_destroys_nothing(micro_run, tmp_path):
         export_musiclm(micro_run, tmp_path / "photos")
     assert [file.name for file in (tmp_path / "photos").iterdir()] == ["me.jpg"]
     assert export_musiclm(micro_run, tmp_path / "new") == export_musiclm(micro_run, tmp_path / "new")
+
+
+def test_an_interrupted_export_is_no_model_and_can_be_repeated(micro_run, model, monkeypatch):
+    """While parts are exchanged one by one, new ones must not be taken for a model together with old ones."""
+    (model / "README.md").write_text("about it")
+    saved = []
+
+    def die_in_the_third(*arguments, **named):
+        saved.append(arguments)
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+        save_module(*arguments, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bundle, "save_module", die_in_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            export_musiclm(micro_run, model)
+    with pytest.raises(ValueError, match="no whole model"):
+        load_musiclm(model)
+    export_musiclm(micro_run, model)
+    assert load_musiclm(model).num_levels == 2 and (model / "README.md").read_text() == "about it"

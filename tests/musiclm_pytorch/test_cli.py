@@ -11,6 +11,7 @@ import torch
 from micro import write_clips
 
 from musiclm_pytorch import cli
+from musiclm_pytorch.plot import plot_wave
 
 SHORT = ("--seconds", "0.5", "--num-samples", "2")
 
@@ -70,6 +71,13 @@ def test_long_and_foreign_texts_are_played(musiclm_command, model, tmp_path, cap
     assert musiclm_command("generate", "a tone, " * 1250, "--model", model, *SHORT, "--out", out) == 0
     assert "truncated" in caplog.text and out.is_file()
     assert musiclm_command("generate", "une gigue à la flûte 笛子 🎶\n\0", "--model", model, *SHORT, "--out", out) == 0
+
+
+def test_any_text_is_a_title(tmp_path):
+    """Formula signs, line breaks and broken shell input over a picture are plain text."""
+    for number, text in enumerate(("costs $\\q$ and $x", "two\nlines", "\ud800 broken", "long " * 500)):
+        plot_wave(torch.randn(1600) * 0.1, 16000, tmp_path / f"{number}.png", title=text)
+        assert (tmp_path / f"{number}.png").stat().st_size > 1000
 
 
 def test_train_reports_every_stage_and_continues(musiclm_command, micro_data, micro_run, tmp_path, capsys):

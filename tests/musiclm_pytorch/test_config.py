@@ -40,6 +40,8 @@ def test_preset_can_be_built(name):
     for stage in LANGUAGE_MODELS:
         model = builders.build_language_model(preset, stage, preset.semantic_tokenizer.num_clusters)
         assert model.cond_dim == quantizer.dim(stage) and model.namespace == stage
+        # without any condition the model reads as many null embeddings as a dropped condition leaves
+        assert model.null_tokens == quantizer.num_quantizers
         check_fit(model, None, codec)
     assert encoder.sample_hz == 25 * encoder.downsample_factor
     assert quantizer.codebook_size == preset.quantizer.codebook_size

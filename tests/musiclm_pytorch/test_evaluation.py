@@ -301,6 +301,7 @@ class FakeMusicLM:
     """Plays what the caption says, or what its codes say: the codes are instrument and tempo."""
 
     sample_hz = SAMPLE_HZ
+    conditioned = ("semantic", "coarse", "fine")
 
     def __init__(self) -> None:
         self.mulan_embed_quantizer = self

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -215,3 +216,34 @@ def test_kill_9_in_each_stage_and_the_same_command_again_give_the_same_weights(m
     assert content(tmp_path / "run") == content(micro_run)
     leftovers = [name for name in listing(tmp_path / "run") if ".writing-" in name or name.endswith(".partial")]
     assert leftovers == []
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_whole_chain(micro_data, tmp_path):
+    """torchrun on a machine without a GPU: one group, one writer, codebooks that agree; accelerate alone makes loners."""
+    words = ["train", "all", "--preset", "micro", "--data", str(micro_data), "--out", str(tmp_path / "run")]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
+    done = subprocess.run(
+        [*launcher, str(Path(__file__).parent / "micro.py"), *words],
+        env={**environment, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        timeout=300,
+    )
+    # gloo sometimes aborts at exit, after all work is done: what counts is the files
+    assert (tmp_path / "run" / "model" / "musiclm.json").is_file(), done.stderr.decode()[-3000:]
+    wave = load_musiclm(tmp_path / "run" / "model")("a low tone", num_samples=1, seconds=0.5, seed=0)
+    assert torch.isfinite(wave).all()
+
+
+def test_only_the_first_process_assembles(micro_data, micro_run, tmp_path, monkeypatch):
+    """Another process neither writes the model nor sweeps away what the first one is writing."""
+    run = shutil.copytree(micro_run, tmp_path / "run")
+    (run / "model" / "musiclm.json").unlink()
+    (run / "model" / "codec" / ".writing-abc").mkdir()
+    before = listing(run)
+    waits = []
+    second = SimpleNamespace(is_main_process=False, wait_for_everyone=lambda: waits.append(listing(run)))
+    monkeypatch.setattr(Pipeline, "accelerator", second)
+    Pipeline(MICRO, data=micro_data, out=run).assemble()
+    assert waits == [before, before] and listing(run) == before
