@@ -40,6 +40,7 @@ setup(
         "soundfile>=0.12",
         "soxr>=0.5",
         "numpy>=1.26",
+        "threadpoolctl>=3.1",
         "tqdm>=4.66",
         "tyro>=0.9",
     ],

@@ -89,7 +89,8 @@ def _may_become_a_model(place: Path) -> bool:
     if not place.is_dir():
         return False
     return (place / _CARD).is_file() or all(
-        entry.name in (*PARTS, "README.md") or entry.name.startswith(".writing-") for entry in place.iterdir()
+        entry.name in PARTS or entry.suffix in (".md", ".json") or entry.name.startswith(".writing-")
+        for entry in place.iterdir()
     )
 
 

@@ -220,7 +220,7 @@ def test_kill_9_in_each_stage_and_the_same_command_again_give_the_same_weights(m
 
 @pytest.mark.slow
 def test_two_processes_train_the_whole_chain(micro_data, tmp_path):
-    """torchrun on a machine without a GPU: one group, one writer, codebooks that agree; accelerate alone makes loners."""
+    """torchrun on a machine without a GPU: one group, one writer, equal codebooks; accelerate alone makes loners."""
     words = ["train", "all", "--preset", "micro", "--data", str(micro_data), "--out", str(tmp_path / "run")]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
