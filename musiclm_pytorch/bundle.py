@@ -24,7 +24,7 @@ from audiolm_pytorch.stages import CoarseTransformer, FineTransformer, SemanticT
 from musiclm_pytorch.embed_quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.musiclm import MusicLM
 
-__all__ = ["FORMAT_VERSION", "PARTS", "export_musiclm", "load_musiclm", "model_folder", "save_parts"]
+__all__ = ["CARD", "FORMAT_VERSION", "PARTS", "export_musiclm", "load_musiclm", "model_folder", "save_parts"]
 
 FORMAT_VERSION = 1
 PARTS: dict[str, type[nn.Module]] = {
@@ -35,7 +35,7 @@ PARTS: dict[str, type[nn.Module]] = {
     "coarse": CoarseTransformer,
     "fine": FineTransformer,
 }
-_CARD = "musiclm.json"
+CARD = "musiclm.json"
 
 
 @beartype
@@ -55,10 +55,10 @@ def save_parts(
     """
     folder = Path(folder)
     # While parts are exchanged one by one, what is there is no whole model.
-    (folder / _CARD).unlink(missing_ok=True)
+    (folder / CARD).unlink(missing_ok=True)
     for name in PARTS:
         save_module(parts[name], folder / name, dtype=dtype)
-    write_json(folder / _CARD, {"format_version": FORMAT_VERSION, **about})
+    write_json(folder / CARD, {"format_version": FORMAT_VERSION, **about})
 
 
 @beartype
@@ -70,14 +70,14 @@ def model_folder(name_or_folder: str | Path) -> Path:
     """
     given = Path(name_or_folder)
     for folder in (given, given / "model"):
-        if (folder / _CARD).is_file():
+        if (folder / CARD).is_file():
             return folder
     bundled = Path(str(files("musiclm_pytorch") / "bundled"))
-    names = sorted(path.parent.name for path in bundled.glob(f"*/{_CARD}"))
+    names = sorted(path.parent.name for path in bundled.glob(f"*/{CARD}"))
     if str(name_or_folder) in names:
         return bundled / str(name_or_folder)
     if given.is_dir():
-        raise ValueError(f"{given} holds no whole model: there is no {_CARD} in it; finish it with musiclm train all")
+        raise ValueError(f"{given} holds no whole model: there is no {CARD} in it; finish it with musiclm train all")
     raise ValueError(
         f"there is no model {str(name_or_folder)!r}: give the folder of a trained one"
         + (f" or a bundled name: {', '.join(names)}" if names else "; this installation bundles none")
@@ -88,7 +88,7 @@ def _may_become_a_model(place: Path) -> bool:
     """Whether a folder is empty, or holds a model, or what an interrupted export left of one."""
     if not place.is_dir():
         return False
-    return (place / _CARD).is_file() or all(
+    return (place / CARD).is_file() or all(
         entry.name in PARTS or entry.suffix in (".md", ".json") or entry.name.startswith(".writing-")
         for entry in place.iterdir()
     )
@@ -107,11 +107,11 @@ def _load_parts(folder: Path) -> dict[str, nn.Module]:
 
 
 def _read_card(folder: Path) -> dict[str, Any]:
-    card = read_json(folder / _CARD)
+    card = read_json(folder / CARD)
     version = card.get("format_version") if isinstance(card, dict) else None
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"{folder / _CARD} has format version {version}, this library reads {FORMAT_VERSION}; install the release "
+            f"{folder / CARD} has format version {version}, this library reads {FORMAT_VERSION}; install the release "
             "that wrote it"
         )
     return dict(card)
@@ -176,5 +176,5 @@ def export_musiclm(run: str | Path, out: str | Path, settings: Mapping[str, Any]
     parts = _load_parts(folder)
     _compose(parts, card, folder)
     save_parts(out, parts, {key: value for key, value in card.items() if key != "format_version"}, dtype=torch.float16)
-    written = [out / _CARD, *(out / name / file for name in PARTS for file in ("config.json", "model.safetensors"))]
+    written = [out / CARD, *(out / name / file for name in PARTS for file in ("config.json", "model.safetensors"))]
     return sum(file.stat().st_size for file in written)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 
 __all__ = ["main"]
@@ -29,6 +30,8 @@ class Generate:
     """Candidates to choose from."""
     seed: int = 0
     """Candidate i is sampled with seed + i: the same command gives the same music."""
+    device: str = "auto"
+    """Where to compute: cpu, cuda, mps, ... or auto, which takes a GPU if there is one."""
     out: Path = Path("music.wav")
     """File to write (.wav, .flac or .ogg); its folder is made if missing."""
     plot: Path | None = None
@@ -165,7 +168,7 @@ def _generate(command: Generate) -> None:
     from audiolm_pytorch.audio import write_audio
     from musiclm_pytorch.bundle import load_musiclm
 
-    musiclm = load_musiclm(command.model)
+    musiclm = load_musiclm(command.model, device=_device(command.device))
     candidates = musiclm(
         command.text, num_samples=command.num_samples, seconds=command.seconds, seed=command.seed, return_all=True
     )
@@ -182,6 +185,17 @@ def _generate(command: Generate) -> None:
 
         plot_wave(wave, candidates.sample_hz, command.plot, title=command.text)
         print(f"drew {command.plot}")
+
+
+def _device(name: str) -> torch.device:
+    """The device of that name, or for "auto" the GPU if there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here; leave it out, or take cpu") from error
 
 
 def _check_file(path: Path, suffixes: Sequence[str]) -> None:

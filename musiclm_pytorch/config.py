@@ -1,7 +1,7 @@
 """Presets: every number of a run, in frozen dataclasses.
 
 A preset says what is built and how long each stage trains. Constructors of modules take numbers, never a preset:
-`musiclm_pytorch.pipeline` turns one into the other.
+`musiclm_pytorch.builders` turns one into the other.
 """
 
 import math

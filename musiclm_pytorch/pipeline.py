@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -39,11 +39,11 @@ from musiclm_pytorch.builders import (
     build_quantizer,
     build_semantic_encoder,
 )
-from musiclm_pytorch.bundle import PARTS, save_parts
+from musiclm_pytorch.bundle import CARD, PARTS, save_parts
 from musiclm_pytorch.config import Preset, RunConfig
 from musiclm_pytorch.embed_quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.mulan import MuLaN
-from musiclm_pytorch.run_folder import alone_in, claim_folder, sweep
+from musiclm_pytorch.run_folder import alone_in, claim_folder, digest_of, sweep
 from musiclm_pytorch.tokens import compute_tokens
 from musiclm_pytorch.training import MuLaNTrainer, captions_of, fit_quantizer
 
@@ -131,7 +131,7 @@ class Pipeline:
     @property
     def is_complete(self) -> bool:
         """Whether every stage is done and the model assembled."""
-        return (self.model_folder / "musiclm.json").is_file()
+        return (self.model_folder / CARD).is_file()
 
     @property
     def captions(self) -> list[str]:
@@ -171,12 +171,13 @@ class Pipeline:
             self._claim_folder()
             for name in names:
                 if self.is_done(name):
+                    self._check_fresh(name)
                     yield StageReport(name, self._seconds(name), "done before")
                     continue
                 if announce is not None:
                     announce(name)
                 yield self._timed(name)
-            if all(self.is_done(name) for name in STAGES) and not self.is_complete:
+            if all(self.is_done(name) for name in STAGES) and not self._is_assembled():
                 self.assemble()
 
     def _check_needs(self, names: list[str]) -> None:
@@ -212,13 +213,40 @@ class Pipeline:
         # steps of earlier sessions are in the loop's own count
         seconds = time.monotonic() - started + metrics.pop("earlier_seconds", 0.0)
         if self.accelerator.is_main_process:
-            write_json(self.out / stage / "report.json", {"seconds": seconds, "metrics": metrics})
+            report = {"seconds": seconds, "metrics": metrics, "made_from": self._digests(STAGES[stage])}
+            write_json(self.out / stage / "report.json", report)
         figures = [
             f"{key.partition('.')[2]} {value:.4g}"
             for key, value in metrics.items()
             if key.startswith(("valid.", "fitted.")) and value is not None
         ]
         return StageReport(stage, seconds, "  ".join(figures[:4]))
+
+    def _digests(self, stages: Iterable[str]) -> dict[str, str]:
+        """Hash of what each of some finished stages left."""
+        files = {
+            name: self.out / name / "train" / "index.json"
+            if name == "tokens"
+            else self._result(name) / "model.safetensors"
+            for name in stages
+        }
+        return {name: digest_of(file) for name, file in files.items()}
+
+    def _check_fresh(self, stage: str) -> None:
+        """Refuse a result that was made from something that has been made anew since."""
+        report = self.out / stage / "report.json"
+        made_from = read_json(report).get("made_from", {}) if report.is_file() else {}
+        now = self._digests(name for name in made_from if self.is_done(name))
+        changed = [name for name, digest in now.items() if digest != made_from[name]]
+        if changed:
+            raise ValueError(
+                f"{self.out / stage} was made from another {' and '.join(changed)} than there is now; "
+                "remove that folder to make it again, or use another --out"
+            )
+
+    def _is_assembled(self) -> bool:
+        """Whether the model is there and of the present stages."""
+        return self.is_complete and read_json(self.model_folder / CARD).get("made_from") == self._digests(STAGES)
 
     def _seconds(self, stage: str) -> float:
         report = self.out / stage / "report.json"
@@ -383,7 +411,12 @@ class Pipeline:
                 name: {"temperature": config.temperature, "guidance_scale": config.guidance_scale}
                 for name, config in settings.items()
             }
-            about = {"preset": self.preset.name, "seed": self.seed, "sampling": sampling}
+            about = {
+                "preset": self.preset.name,
+                "seed": self.seed,
+                "sampling": sampling,
+                "made_from": self._digests(STAGES),
+            }
             save_parts(self.model_folder, parts, about, dtype=torch.float16)
         self.accelerator.wait_for_everyone()
         return self.model_folder

@@ -1,5 +1,6 @@
 """The folder of a run: one run, one program at a time, nothing half written."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ from beartype import beartype
 from audiolm_pytorch.io import read_json, write_json
 from audiolm_pytorch.training.checkpoint import differences
 
-__all__ = ["alone_in", "claim_folder", "sweep"]
+__all__ = ["alone_in", "claim_folder", "digest_of", "sweep"]
 
 FORMAT_VERSION = 1
 _RUN_FILE = "run.json"
@@ -51,6 +52,12 @@ def _known_to(theirs: Any, mine: Any) -> Any:
     if not isinstance(theirs, dict) or not isinstance(mine, dict):
         return mine
     return {key: _known_to(theirs[key], value) for key, value in mine.items() if key in theirs}
+
+
+@beartype
+def digest_of(file: Path) -> str:
+    """Hash of a file's content, 16 hexadecimal digits."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 @contextmanager

@@ -55,6 +55,8 @@ class CodecTask:
         self.module: nn.Module = codec
         self.codec, self.train, self.valid = codec, train, valid
         self.unquantized_steps, self.frames_per_code = unquantized_steps, frames_per_code
+        # within one step only, for its accumulated batches: a resumed run stands before or after that step
+        self._has_codebooks = False
         self.validation_crops = min(validation_crops, len(valid))
         self.mel_loss = MultiScaleMelLoss(codec.target_sample_hz)
         self.phases = (Phase("reconstruction", (codec,), self._loss),)
@@ -94,7 +96,7 @@ class CodecTask:
 
     def _loss(self, wave: Tensor, step: int) -> LossOutput:
         self.mel_loss.to(wave.device)
-        if step == self.unquantized_steps:
+        if step == self.unquantized_steps and not self._has_codebooks:
             self._initialise_codebooks()
         output = self.codec(wave, quantize=step >= self.unquantized_steps)
         mel = self.mel_loss(output.wave, rearrange(wave, "b n -> b 1 n"))
@@ -114,6 +116,7 @@ class CodecTask:
             if wanted <= 0:
                 break
         self.codec.quantizer.initialise(torch.cat(frames))
+        self._has_codebooks = True
 
     def _on_device(self, wave: Tensor) -> Tensor:
         return wave.to(next(self.codec.parameters()).device)

@@ -247,3 +247,16 @@ def test_only_the_first_process_assembles(micro_data, micro_run, tmp_path, monke
     monkeypatch.setattr(Pipeline, "accelerator", second)
     Pipeline(MICRO, data=micro_data, out=run).assemble()
     assert waits == [before, before] and listing(run) == before
+
+
+def test_result_of_another_tokenizer_is_refused(micro_data, micro_run, tmp_path):
+    """A stage made anew leaves the later ones stale; they must not be combined silently, and the model follows."""
+    run = shutil.copytree(micro_run, tmp_path / "run")
+    shutil.rmtree(run / "fine")
+    pipeline = Pipeline(MICRO, data=micro_data, out=run)
+    list(pipeline.run())
+    assert content(run) == content(micro_run)
+    weights = run / "codec" / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\x00\x00\x80\x3f")
+    with pytest.raises(ValueError, match="tokens was made from another codec"):
+        list(pipeline.run("fine"))
