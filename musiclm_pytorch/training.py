@@ -199,11 +199,9 @@ class MuLaNTrainer:
         Returns:
             Where the run stands now. At its end `mulan` holds the final weights, in eval mode.
         """
-        result = self.loop.train(stop_after_steps)
-        if self.loop.is_finished:
-            self.loop.final_module()
-            self.loop.on_main_process(lambda: save_module(self.task.mulan, self.results_folder / "mulan"))
-        return result
+        return self.loop.train_and_save(
+            lambda: save_module(self.task.mulan, self.results_folder / "mulan"), stop_after_steps
+        )
 
 
 @beartype

@@ -184,8 +184,6 @@ class SoundStreamTrainer:
         Returns:
             Where the run stands now. At its end the codec holds the final weights, in eval mode.
         """
-        result = self.loop.train(stop_after_steps)
-        if self.loop.is_finished:
-            self.loop.final_module()
-            self.loop.on_main_process(lambda: save_module(self.task.codec, self.results_folder / "codec"))
-        return result
+        return self.loop.train_and_save(
+            lambda: save_module(self.task.codec, self.results_folder / "codec"), stop_after_steps
+        )

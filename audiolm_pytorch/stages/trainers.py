@@ -125,11 +125,7 @@ class StageTrainer:
         Returns:
             Where the run stands now. At its end the transformer (and the conditioner's table) hold the final weights.
         """
-        result = self.loop.train(stop_after_steps)
-        if self.loop.is_finished:
-            self.loop.final_module()
-            self.loop.on_main_process(self._save)
-        return result
+        return self.loop.train_and_save(self._save, stop_after_steps)
 
     def _save(self) -> None:
         """Write the result: the table first, since the saved module says that all is there."""

@@ -86,6 +86,22 @@ class TrainLoop:
             self._live = None
         return result
 
+    def train_and_save(self, save: Callable[[], object], stop_after_steps: int | None = None) -> TrainResult:
+        """Train as `train` does; once the run is finished, load its weights into the task's module and save them.
+
+        Args:
+            save: Writes what the run was for; called on the first process only.
+            stop_after_steps: As for `train`.
+
+        Returns:
+            Where the run stands now.
+        """
+        result = self.train(stop_after_steps)
+        if self.is_finished:
+            self.final_module()
+            self.on_main_process(save)
+        return result
+
     def final_module(self) -> nn.Module:
         """Load the weights of the finished run (the averaged ones, if there are) into the task's module.
 
