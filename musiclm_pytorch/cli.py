@@ -5,10 +5,10 @@ import io
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -169,9 +169,15 @@ def _generate(command: Generate) -> None:
     from musiclm_pytorch.bundle import load_musiclm
 
     musiclm = load_musiclm(command.model, device=_device(command.device))
-    candidates = musiclm(
-        command.text, num_samples=command.num_samples, seconds=command.seconds, seed=command.seed, return_all=True
-    )
+    with _progress() as callback:
+        candidates = musiclm(
+            command.text,
+            num_samples=command.num_samples,
+            seconds=command.seconds,
+            seed=command.seed,
+            return_all=True,
+            callback=callback,
+        )
     best = int(candidates.order[0, 0])
     wave = candidates.waves[0, best]
     if not wave.isfinite().all():
@@ -185,6 +191,30 @@ def _generate(command: Generate) -> None:
 
         plot_wave(wave, candidates.sample_hz, command.plot, title=command.text)
         print(f"drew {command.plot}")
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """What to call with a stage, the frames known and the frames wanted: it draws one bar after another."""
+    from audiolm_pytorch.training.tracking import progress_bar
+
+    bars: dict[str, Any] = {}
+
+    def advance(stage: str, known: int, wanted: int) -> None:
+        if stage not in bars or known < bars[stage].n:
+            close(bars.pop(stage, None))
+            bars[stage] = progress_bar(stage, 0, wanted, shown=True)
+        bars[stage].update(known - bars[stage].n)
+
+    def close(bar: Any) -> None:
+        if bar is not None:
+            bar.close()
+
+    try:
+        yield advance
+    finally:
+        for bar in bars.values():
+            close(bar)
 
 
 def _device(name: str) -> torch.device:

@@ -262,6 +262,7 @@ class Pipeline:
             "seed": self.seed,
             "num_files": len(paths),
             "files": sha256("\n".join(paths).encode()).hexdigest()[:16],
+            "captions": sha256("\n".join(self.captions).encode()).hexdigest()[:16],
         }
         claim_folder(self.out, facts, write=self.accelerator.is_main_process)
 
