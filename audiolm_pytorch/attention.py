@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.layers import rotate
 
-__all__ = ["CausalSelfAttention", "KVCache", "Slots", "attend_causally"]
+__all__ = ["CausalSelfAttention", "KVCache", "Slots", "attend_causally", "prefers_plain_product"]
 
 # At training lengths the plain product of bfloat16 matrices beats torch 2.13's fused CPU kernel three times (258 rows,
 # batch 16, forward and backward: 12 ms against 36 ms on one core); beyond, its square matrix costs too much memory.
-PLAIN_PRODUCT_MAX_ROWS = 1024
+_PLAIN_PRODUCT_MAX_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,16 @@ class KVCache:
         return self.keys[layer][:, :, : slots.extent], self.values[layer][:, :, : slots.extent]
 
 
+def prefers_plain_product(queries: Tensor) -> bool:
+    """Whether for queries `[b, h, n, d]` plain matrix products are faster than torch's fused attention."""
+    is_cpu_bf16 = queries.device.type == "cpu" and queries.dtype == torch.bfloat16
+    return is_cpu_bf16 and queries.shape[2] <= _PLAIN_PRODUCT_MAX_ROWS
+
+
 def attend_causally(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Causal attention over whole sequences `[b, h, n, d]`, by the fastest way the device has."""
     num_rows = queries.shape[2]
-    if queries.device.type != "cpu" or queries.dtype != torch.bfloat16 or num_rows > PLAIN_PRODUCT_MAX_ROWS:
+    if not prefers_plain_product(queries):
         return F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
     future = torch.full((num_rows, num_rows), float("-inf"), dtype=queries.dtype).triu(1)
     flat = [rearrange(part, "b h n d -> (b h) n d") for part in (queries, keys, values)]

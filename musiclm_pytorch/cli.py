@@ -202,19 +202,18 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
     def advance(stage: str, known: int, wanted: int) -> None:
         if stage not in bars or known < bars[stage].n:
-            close(bars.pop(stage, None))
+            close()
             bars[stage] = progress_bar(stage, 0, wanted, shown=True)
         bars[stage].update(known - bars[stage].n)
 
-    def close(bar: Any) -> None:
-        if bar is not None:
-            bar.close()
+    def close() -> None:
+        while bars:
+            bars.popitem()[1].close()
 
     try:
         yield advance
     finally:
-        for bar in bars.values():
-            close(bar)
+        close()
 
 
 def _device(name: str) -> torch.device:

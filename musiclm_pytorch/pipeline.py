@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import nn
 
 from audiolm_pytorch.codecs import SoundStream
 from audiolm_pytorch.codecs.training import SoundStreamTrainer
-from audiolm_pytorch.data.manifest import load_split
+from audiolm_pytorch.data.manifest import training_items
 from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.files import read_weights
 from audiolm_pytorch.io import load_module, load_weights, read_json, save_module, write_json
@@ -111,9 +110,7 @@ class Pipeline:
         blocked = next(place for place in (self.out.absolute(), *self.out.absolute().parents) if place.exists())
         if not blocked.is_dir():
             raise ValueError(f"{blocked} is a file; name a folder with --out")
-        train_items, valid_items = load_split(self.data, min_seconds=1.0)
-        # of a single file nothing can be held out
-        self.train_items, self.valid_items = train_items, valid_items or train_items
+        self.train_items, self.valid_items = training_items(self.data, None, min_seconds=1.0)
         self._accelerator = accelerator
 
     # what there is
@@ -141,9 +138,13 @@ class Pipeline:
     @beartype
     def is_done(self, stage: str) -> bool:
         """Whether a stage has left its result."""
+        return all(file.is_file() for file in self._files(stage))
+
+    def _files(self, stage: str) -> list[Path]:
+        """The files that a finished stage leaves, by which later stages know it."""
         if stage == "tokens":
-            return all((self.out / stage / part / "index.json").is_file() for part in ("train", "valid"))
-        return all((self._result(stage) / file).is_file() for file in ("config.json", "model.safetensors"))
+            return [self.out / stage / part / "index.json" for part in ("train", "valid")]
+        return [self._result(stage) / file for file in ("config.json", "model.safetensors")]
 
     def _result(self, stage: str) -> Path:
         return self.out / stage / "model"
@@ -224,13 +225,7 @@ class Pipeline:
 
     def _digests(self, stages: Iterable[str]) -> dict[str, str]:
         """Hash of what each of some finished stages left."""
-        files = {
-            name: self.out / name / "train" / "index.json"
-            if name == "tokens"
-            else self._result(name) / "model.safetensors"
-            for name in stages
-        }
-        return {name: digest_of(file) for name, file in files.items()}
+        return {name: digest_of(b"".join(file.read_bytes() for file in self._files(name))) for name in stages}
 
     def _check_fresh(self, stage: str) -> None:
         """Refuse a result that was made from something that has been made anew since."""
@@ -261,8 +256,8 @@ class Pipeline:
             "preset": asdict(self.preset),
             "seed": self.seed,
             "num_files": len(paths),
-            "files": sha256("\n".join(paths).encode()).hexdigest()[:16],
-            "captions": sha256("\n".join(self.captions).encode()).hexdigest()[:16],
+            "files": digest_of("\n".join(paths).encode()),
+            "captions": digest_of("\n".join(self.captions).encode()),
         }
         claim_folder(self.out, facts, write=self.accelerator.is_main_process)
 
@@ -346,21 +341,22 @@ class Pipeline:
     # tokens
 
     @beartype
-    def tokens(self, part: str = "train") -> TokenShards:
-        """Semantic tokens, codes and MuLaN latents of every file of a part ("train" or "valid"), computed once."""
-        return compute_tokens(
-            self.out / "tokens" / part,
-            self.train_items if part == "train" else self.valid_items,
-            codec=self._load("codec", SoundStream),
-            semantic_tokenizer=self._load("semantic-tokenizer", KMeansTokenizer),
-            mulan=self._load("mulan", MuLaN),
-            origin={"part": part},
-            accelerator=self.accelerator,
-        )
+    def tokens(self) -> list[TokenShards]:
+        """Semantic tokens, codes and MuLaN latents of every training and every held-out file, computed once."""
+        makers = {
+            "codec": self._load("codec", SoundStream),
+            "semantic_tokenizer": self._load("semantic-tokenizer", KMeansTokenizer),
+            "mulan": self._load("mulan", MuLaN),
+        }
+        return [
+            compute_tokens(
+                self.out / "tokens" / part, items, **makers, origin={"part": part}, accelerator=self.accelerator
+            )
+            for part, items in (("train", self.train_items), ("valid", self.valid_items))
+        ]
 
     def _run_tokens(self) -> dict[str, Any]:
-        for part in ("train", "valid"):
-            self.tokens(part)
+        self.tokens()
         return {}
 
     # language models
@@ -378,11 +374,12 @@ class Pipeline:
         run, config = getattr(self.preset, stage).run, getattr(self.preset, stage)
         tokenizer: KMeansTokenizer = self._load("semantic-tokenizer", KMeansTokenizer)
         transformer = build_language_model(self.preset, stage, tokenizer.codebook_size)
+        shards, valid_shards = self.tokens()
         trainer = trainer_class(
             transformer=transformer,
             audio_conditioner=self._load("quantizer", MuLaNEmbedQuantizer),
-            shards=self.tokens("train"),
-            valid_shards=self.tokens("valid"),
+            shards=shards,
+            valid_shards=valid_shards,
             data_max_length_seconds=run.seconds,
             level_drop_prob=config.level_drop_prob,
             **self._loop(stage, run),

@@ -55,9 +55,9 @@ def _known_to(theirs: Any, mine: Any) -> Any:
 
 
 @beartype
-def digest_of(file: Path) -> str:
-    """Hash of a file's content, 16 hexadecimal digits."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+def digest_of(content: bytes) -> str:
+    """Hash of some content, 16 hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 @contextmanager

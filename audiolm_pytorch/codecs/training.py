@@ -15,7 +15,7 @@ from audiolm_pytorch.codecs.losses import MultiScaleMelLoss
 from audiolm_pytorch.codecs.quantizer import code_usage
 from audiolm_pytorch.codecs.soundstream import SoundStream
 from audiolm_pytorch.data.batches import collate_crops
-from audiolm_pytorch.data.crops import CropDataset
+from audiolm_pytorch.data.crops import CropDataset, crop_seconds
 from audiolm_pytorch.data.manifest import AudioItem, training_items
 from audiolm_pytorch.io import save_module
 from audiolm_pytorch.training import LoopSettings, LossOutput, Phase, TrainLoop, TrainResult
@@ -158,10 +158,9 @@ class SoundStreamTrainer:
         accelerator: Accelerator | None = None,
         **settings: Any,
     ) -> None:
-        if data_max_length is not None and data_max_length_seconds is not None:
-            raise ValueError("give data_max_length (samples) or data_max_length_seconds, not both")
         rate_hz = soundstream.target_sample_hz
-        seconds = data_max_length / rate_hz if data_max_length is not None else float(data_max_length_seconds or 1.0)
+        given_seconds = crop_seconds(data_max_length, data_max_length_seconds, rate_hz)
+        seconds = 1.0 if given_seconds is None else float(given_seconds)
         defaults = {"learning_rate": 1e-3, "betas": (0.8, 0.99), "max_grad_norm": 5.0}
         loop_settings = LoopSettings(**{**defaults, **settings}, num_train_steps=num_train_steps, batch_size=batch_size)
         train, valid = training_items(folder, items, min_seconds=soundstream.downsample_factor / rate_hz)

@@ -12,7 +12,7 @@ from torch import Tensor
 from audiolm_pytorch.audio import read_audio, resample, resample_source_span
 from audiolm_pytorch.data.manifest import AudioItem
 
-__all__ = ["Crop", "CropDataset"]
+__all__ = ["Crop", "CropDataset", "crop_seconds"]
 
 # Crops begin on multiples of 40 ms: whole frames of every tokenizer at 25, 50 or 75 frames a second.
 STARTS_PER_SECOND = 25
@@ -153,3 +153,29 @@ def _to_int16(wave: np.ndarray) -> tuple[np.ndarray, float]:
     peak = float(np.abs(wave).max(initial=0.0))
     scale = max(peak / (FULL_SCALE - 1), 1 / FULL_SCALE) if peak > (FULL_SCALE - 1) / FULL_SCALE else 1 / FULL_SCALE
     return np.round(wave / scale).astype(np.int16), scale
+
+
+@beartype
+def crop_seconds(
+    data_max_length: int | None, data_max_length_seconds: float | int | None, sample_hz: int | None
+) -> float | int | None:
+    """Length of a trainer's crops, from whichever way its caller gave it.
+
+    Args:
+        data_max_length: Samples at `sample_hz`.
+        data_max_length_seconds: Seconds.
+        sample_hz: Rate of the tokenizer that samples are counted at; None if there is none.
+
+    Returns:
+        Seconds; None if neither was given.
+
+    Raises:
+        ValueError: If both are given, or samples without a rate.
+    """
+    if data_max_length is None:
+        return data_max_length_seconds
+    if data_max_length_seconds is not None:
+        raise ValueError("give data_max_length (samples) or data_max_length_seconds, not both")
+    if sample_hz is None:
+        raise ValueError("data_max_length counts samples of a tokenizer; with shards give data_max_length_seconds")
+    return data_max_length / sample_hz

@@ -9,6 +9,7 @@ from beartype import beartype
 
 from audiolm_pytorch.codecs.protocol import Codec
 from audiolm_pytorch.conditioning import Conditioner
+from audiolm_pytorch.data.crops import crop_seconds
 from audiolm_pytorch.data.manifest import AudioItem, training_items
 from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.files import write_weights
@@ -77,7 +78,9 @@ class StageTrainer:
     ) -> None:
         check_fit(transformer, wav2vec, codec)
         loop_settings = LoopSettings(num_train_steps=num_train_steps, batch_size=batch_size, **settings)
-        seconds = _crop_seconds(data_max_length, data_max_length_seconds, wav2vec if codec is None else codec)
+        tokenizer = wav2vec if codec is None else codec
+        sample_hz = None if tokenizer is None else tokenizer.target_sample_hz
+        seconds = crop_seconds(data_max_length, data_max_length_seconds, sample_hz)
         sources: list[StageSource]
         if shards is not None:
             if folder is not None or items is not None:
@@ -138,19 +141,6 @@ class StageTrainer:
 def _one_token_seconds(*tokenizers: SemanticTokenizer | Codec | None) -> float:
     """Length of the longest token: a file must hold one of every kind."""
     return max((one.downsample_factor / one.target_sample_hz for one in tokenizers if one is not None), default=0.0)
-
-
-def _crop_seconds(
-    samples: int | None, seconds: float | None, tokenizer: SemanticTokenizer | Codec | None
-) -> float | None:
-    """Length of a crop in seconds, from whichever was given."""
-    if samples is None:
-        return seconds
-    if seconds is not None:
-        raise ValueError("give data_max_length (samples) or data_max_length_seconds, not both")
-    if tokenizer is None:
-        raise ValueError("data_max_length counts samples of a tokenizer; with shards give data_max_length_seconds")
-    return samples / tokenizer.target_sample_hz
 
 
 class SemanticTransformerTrainer(StageTrainer):
