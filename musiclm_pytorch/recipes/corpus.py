@@ -1,14 +1,12 @@
 """The corpus: thousands of short clips of our own tunes, with labels and captions.
 
-    python -m musiclm_pytorch.recipes.corpus --out corpus --num-train 4000 --num-valid 200 --seed 0
+    musiclm corpus --out corpus --num-train 4000 --num-valid 200 --seed 0
 
 Everything is decided by (seed, split, number of the clip) before anything is rendered, so an interrupted run goes on
 where it stopped, and the labels of a seed are always the same.
 """
 
-import argparse
 import json
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,8 +14,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import torch
 from beartype import beartype
 
+from audiolm_pytorch.audio import write_audio
+from audiolm_pytorch.files import read_json, staged_files, write_json
 from musiclm_pytorch.recipes.captions import caption_variants
 from musiclm_pytorch.recipes.composition import Tune, compose_tune
 from musiclm_pytorch.recipes.performance import INSTRUMENTS, TEMPI_BPM, TEMPO_JITTER, ClipLabels, perform
@@ -149,17 +150,12 @@ def plan_clip(split: str, index: int, seed: int) -> ClipPlan:
 
 def _render(plans: Sequence[ClipPlan], out: Path) -> None:
     """Render clips in one run and write them, each file complete or not there."""
-    import soundfile
-
     performances = [
         perform(plan.tune, plan.labels, plan.start_bar, CLIP_SECONDS, Random(plan.touch_seed)) for plan in plans
     ]
     waves = render_performances(performances, [plan.peak for plan in plans], CLIP_SECONDS, SAMPLE_HZ)
     for plan, wave in zip(plans, waves, strict=True):
-        path = out / plan.row["audio"]
-        unfinished = path.with_name(f".{path.name}.part")
-        soundfile.write(unfinished, wave, SAMPLE_HZ, format="OGG", subtype="VORBIS")
-        os.replace(unfinished, path)
+        write_audio(out / plan.row["audio"], torch.from_numpy(wave), SAMPLE_HZ)
 
 
 def _missing_runs(plans: Sequence[ClipPlan], out: Path) -> Iterator[Sequence[ClipPlan]]:
@@ -173,18 +169,11 @@ def _missing_runs(plans: Sequence[ClipPlan], out: Path) -> Iterator[Sequence[Cli
             yield run
 
 
-def _write_text(path: Path, text: str) -> None:
-    """Write a text file, complete or not at all."""
-    unfinished = path.with_name(f".{path.name}.part")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
-
-
 def _claim(out: Path, recipe: dict[str, Any]) -> None:
     """Note in the folder which corpus it holds, or refuse a folder that holds another."""
     note = out / "recipe.json"
     if note.is_file():
-        found = json.loads(note.read_text(encoding="utf-8"))
+        found = read_json(note)
         if found != recipe:
             raise ValueError(
                 f"{out} holds a corpus made with {found}, not with {recipe}; give another folder, or remove this one."
@@ -192,7 +181,7 @@ def _claim(out: Path, recipe: dict[str, Any]) -> None:
     elif any(out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no corpus of this recipe; give a new folder.")
     else:
-        _write_text(note, json.dumps(recipe, indent=2) + "\n")
+        write_json(note, recipe)
 
 
 @beartype
@@ -229,22 +218,7 @@ def make_corpus(out: str | Path, num_train: int, num_valid: int, seed: int = 0) 
         for _ in pool.map(lambda run: _render(run, folder), runs):
             pass
     for split in ("valid", "train"):
-        _write_text(folder / f"{split}.jsonl", "".join(json.dumps(plan.row) + "\n" for plan in plans[split]))
+        rows = "".join(json.dumps(plan.row) + "\n" for plan in plans[split])
+        with staged_files(folder) as stage:
+            (stage / f"{split}.jsonl").write_text(rows, encoding="utf-8")
     return folder
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line of this module."""
-    parser = argparse.ArgumentParser(
-        prog="python -m musiclm_pytorch.recipes.corpus", description="Compose and render the corpus."
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--num-train", type=int, default=4000, help="number of training clips")
-    parser.add_argument("--num-valid", type=int, default=200, help="number of valid clips")
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args(arguments)
-    make_corpus(given.out, given.num_train, given.num_valid, given.seed)
-
-
-if __name__ == "__main__":
-    main()
