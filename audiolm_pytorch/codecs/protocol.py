@@ -4,7 +4,9 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-__all__ = ["Codec"]
+from audiolm_pytorch.codecs.streaming import DecoderStream, EncoderStream
+
+__all__ = ["Codec", "StreamingCodec"]
 
 
 @runtime_checkable
@@ -28,7 +30,7 @@ class Codec(Protocol):
 
     @property
     def num_quantizers(self) -> int:
-        """Code levels per frame."""
+        """Codes per frame, coarse to fine; with groups, levels times groups."""
         ...
 
     @property
@@ -46,9 +48,32 @@ class Codec(Protocol):
         ...
 
     def tokenize(self, wave: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Waves `[b, n]` or `[b, c, n]` to codes `[b, f, q]` int64, coarse level first."""
+        """Waves `[b, n]` or `[b, c, n]` to codes `[b, f, q]` int64, coarse level first; `lengths [b]` in samples."""
         ...
 
     def decode_from_codebook_indices(self, codes: Tensor, num_samples: int | None = None) -> Tensor:
         """Codes `[b, f, q]` (any prefix of the levels) to waves `[b, c, n]`."""
+        ...
+
+
+@runtime_checkable
+class StreamingCodec(Codec, Protocol):
+    """A codec that also works while the sound or the codes are still coming in."""
+
+    @property
+    def encoder_latency_seconds(self) -> float:
+        """How long after a sample came in the code of its frame can be known, at the most."""
+        ...
+
+    @property
+    def decoder_latency_seconds(self) -> float:
+        """How much sound after a frame must be known as codes before the frame can be played."""
+        ...
+
+    def encoder_stream(self) -> EncoderStream:
+        """A stream from waves to codes, with a state of its own."""
+        ...
+
+    def decoder_stream(self) -> DecoderStream:
+        """A stream from codes to waves, with a state of its own."""
         ...

@@ -5,7 +5,6 @@ convolutional codec of the same width: two CPU cores train it in minutes. After 
 ConvNeXt blocks and a head that predicts magnitude and phase of every STFT frame.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
+from audiolm_pytorch.codecs.streaming import FrameStream
 from audiolm_pytorch.io import register
 
 __all__ = ["ConvNeXtBlock", "SpectralDecoder", "SpectralEncoder"]
@@ -25,29 +25,24 @@ _LOG_CENTRE, _LOG_SCALE = -5.0, 4.0
 _MAX_MAGNITUDE = 1e2
 
 
-# Outside of training, longer sequences go through in pieces: 3000 frames take about 90 MB an item on the way.
+# Outside of training, longer sequences go through in pieces: 3000 frames take about 90 MB on the way.
 _PIECE_FRAMES = 3000
 _KERNEL_FRAMES = 7
 
 
-def _pieces(num_frames: int, reach_frames: int) -> Iterator[tuple[int, int, slice]]:
-    """Cut frames into pieces with all the context that a network reaches for.
-
-    Args:
-        num_frames: Frames of the whole.
-        reach_frames: Neighbours on either side that a frame depends on.
-
-    Yields:
-        First frame, frame after the last, and which frames in between are the piece without its context.
-    """
-    for start in range(0, num_frames, _PIECE_FRAMES):
-        stop = min(start + _PIECE_FRAMES, num_frames)
-        first, last = max(0, start - reach_frames), min(num_frames, stop + reach_frames)
-        yield first, last, slice(start - first, stop - first)
-
-
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x * rearrange(mask, "b f -> b f 1").to(x.dtype)
+
+
+def _lookahead_frames(num_convolutions: int, hop_samples: int, window_samples: int) -> int:
+    """Frames on either side that a frame depends on: the convolutions' kernels and half of the overlapping windows."""
+    overlap_samples = (window_samples - hop_samples) // 2
+    return num_convolutions * (_KERNEL_FRAMES // 2) + -(-overlap_samples // hop_samples)
+
+
+def _config(channels: int, **config: Any) -> dict[str, Any]:
+    """The constructor's numbers; mono is left out, so that models saved before there was stereo keep their hash."""
+    return config if channels == 1 else {**config, "channels": channels}
 
 
 class ConvNeXtBlock(nn.Module):
@@ -84,22 +79,31 @@ class SpectralEncoder(nn.Module):
         depth: Number of blocks.
         hop_samples: Samples per frame.
         window_samples: STFT window; `hop_samples * 4` if not given.
+        channels: Audio channels in; they share the window and lie side by side in the first layer.
     """
 
     window: Tensor
 
     @beartype
-    def __init__(self, *, dim: int, depth: int, hop_samples: int, window_samples: int | None = None) -> None:
+    def __init__(
+        self, *, dim: int, depth: int, hop_samples: int, window_samples: int | None = None, channels: int = 1
+    ) -> None:
         super().__init__()
         window_samples = window_samples or hop_samples * 4
         if window_samples < hop_samples or (window_samples - hop_samples) % 2:
             raise ValueError(
                 f"window_samples must exceed hop_samples by an even number, got {window_samples} and {hop_samples}"
             )
-        self.config: dict[str, Any] = dict(dim=dim, depth=depth, hop_samples=hop_samples, window_samples=window_samples)
-        self.dim, self.downsample_factor, self.window_samples = dim, hop_samples, window_samples
+        self.config = _config(channels, dim=dim, depth=depth, hop_samples=hop_samples, window_samples=window_samples)
+        self.channels, self.dim, self.downsample_factor, self.window_samples = (
+            channels,
+            dim,
+            hop_samples,
+            window_samples,
+        )
+        self.lookahead_frames = _lookahead_frames(depth, hop_samples, window_samples)
         self.register_buffer("window", torch.hann_window(window_samples), persistent=False)
-        self.embed = nn.Linear(window_samples // 2 + 1, dim)
+        self.embed = nn.Linear(channels * (window_samples // 2 + 1), dim)
         self.blocks = nn.ModuleList([ConvNeXtBlock(dim) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim)
 
@@ -109,20 +113,25 @@ class SpectralEncoder(nn.Module):
         return cls(**config)
 
     def forward(self, wave: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Waves `[b, 1, n]` with n a multiple of the hop to frames `[b, f, d]`; `mask [b, f]` marks real frames."""
-        hop, num_frames = self.downsample_factor, wave.shape[-1] // self.downsample_factor
-        if torch.is_grad_enabled() or num_frames <= _PIECE_FRAMES:
-            return self._encode(wave, mask)
-        reach = len(self.blocks) * (_KERNEL_FRAMES // 2) + -(-self.window_samples // hop)
-        return torch.cat(
-            [
-                self._encode(
-                    wave[..., first * hop : last * hop],
-                    None if mask is None else mask[:, first:last],
-                )[:, own]
-                for first, last, own in _pieces(num_frames, reach)
-            ],
-            dim=1,
+        """Waves `[b, c, n]` with n a multiple of the hop to frames `[b, f, d]`; `mask [b, f]` marks real frames."""
+        return self._encode(wave, mask) if torch.is_grad_enabled() else self.stream(mask).whole(wave)
+
+    def stream(self, mask: Tensor | None = None) -> FrameStream:
+        """A stream of waves `[b, c, n]` (any n) to frames `[b, f, d]`; `mask [b, f]` marks real frames, if given."""
+
+        def run(wave: Tensor, first_frame: int) -> Tensor:
+            num_frames = wave.shape[-1] // self.downsample_factor
+            return self._encode(wave, None if mask is None else mask[:, first_frame : first_frame + num_frames])
+
+        return FrameStream(
+            run,
+            in_axis=-1,
+            in_steps=self.downsample_factor,
+            out_axis=1,
+            out_steps=1,
+            out_width=self.dim,
+            reach_frames=self.lookahead_frames,
+            budget_frames=_PIECE_FRAMES,
         )
 
     def _encode(self, wave: Tensor, mask: Tensor | None) -> Tensor:
@@ -132,11 +141,11 @@ class SpectralEncoder(nn.Module):
         return _masked(self.norm(x), mask)
 
     def features(self, wave: Tensor) -> Tensor:
-        """Normalised log-magnitudes `[b, f, bins]` of waves `[b, 1, n]`, float32 whatever autocast says."""
+        """Normalised log-magnitudes `[b, f, c * bins]` of waves `[b, c, n]`, float32 whatever autocast says."""
         with torch.autocast(wave.device.type, enabled=False):
             # same-padding: frame k is centred on samples [k * hop, (k + 1) * hop)
             pad = (self.window_samples - self.downsample_factor) // 2
-            padded = F.pad(rearrange(wave.float(), "b 1 n -> b n"), (pad, pad))
+            padded = F.pad(rearrange(wave.float(), "b c n -> (b c) n"), (pad, pad))
             spectrum = torch.stft(
                 padded,
                 self.window_samples,
@@ -148,7 +157,7 @@ class SpectralEncoder(nn.Module):
             # |S| of a full-scale sine is half the window's sum: dividing puts it near 1 for any window
             magnitude = spectrum.abs() * (2.0 / self.window.sum())
             log_magnitude = magnitude.clamp(min=_LOG_FLOOR).log()
-        return rearrange((log_magnitude - _LOG_CENTRE) / _LOG_SCALE, "b bins f -> b f bins")
+        return rearrange((log_magnitude - _LOG_CENTRE) / _LOG_SCALE, "(b c) bins f -> b f (c bins)", c=self.channels)
 
 
 @register
@@ -161,6 +170,7 @@ class SpectralDecoder(nn.Module):
         hop_samples: Samples per frame.
         window_samples: STFT window; `hop_samples * 4` if not given.
         input_dim: Width of the quantized frames, `dim` if not given.
+        channels: Audio channels out.
     """
 
     window: Tensor
@@ -174,6 +184,7 @@ class SpectralDecoder(nn.Module):
         hop_samples: int,
         window_samples: int | None = None,
         input_dim: int | None = None,
+        channels: int = 1,
     ) -> None:
         super().__init__()
         window_samples = window_samples or hop_samples * 4
@@ -182,15 +193,17 @@ class SpectralDecoder(nn.Module):
             raise ValueError(
                 f"window_samples must exceed hop_samples by an even number, got {window_samples} and {hop_samples}"
             )
-        self.config: dict[str, Any] = dict(
-            dim=dim, depth=depth, hop_samples=hop_samples, window_samples=window_samples, input_dim=input_dim
+        self.config = _config(
+            channels, dim=dim, depth=depth, hop_samples=hop_samples, window_samples=window_samples, input_dim=input_dim
         )
-        self.upsample_factor, self.window_samples, self.input_dim = hop_samples, window_samples, input_dim
+        self.channels, self.upsample_factor, self.window_samples = channels, hop_samples, window_samples
+        self.input_dim = input_dim
+        self.lookahead_frames = _lookahead_frames(1 + depth, hop_samples, window_samples)
         self.register_buffer("window", torch.hann_window(window_samples), persistent=False)
         self.embed = nn.Conv1d(input_dim, dim, _KERNEL_FRAMES, padding=_KERNEL_FRAMES // 2)
         self.blocks = nn.ModuleList([ConvNeXtBlock(dim) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, window_samples + 2)
+        self.head = nn.Linear(dim, channels * (window_samples + 2))
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "SpectralDecoder":
@@ -198,17 +211,20 @@ class SpectralDecoder(nn.Module):
         return cls(**config)
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Quantized frames `[b, f, d]` to waves `[b, 1, f * hop]`."""
-        hop, num_frames = self.upsample_factor, frames.shape[1]
-        if torch.is_grad_enabled() or num_frames <= _PIECE_FRAMES:
-            return self._decode(frames)
-        reach = (1 + len(self.blocks)) * (_KERNEL_FRAMES // 2) + -(-self.window_samples // hop)
-        return torch.cat(
-            [
-                self._decode(frames[:, first:last])[..., own.start * hop : own.stop * hop]
-                for first, last, own in _pieces(num_frames, reach)
-            ],
-            dim=-1,
+        """Quantized frames `[b, f, d]` to waves `[b, c, f * hop]`."""
+        return self._decode(frames) if torch.is_grad_enabled() else self.stream().whole(frames)
+
+    def stream(self) -> FrameStream:
+        """A stream of quantized frames `[b, f, d]` to waves `[b, c, n]`."""
+        return FrameStream(
+            lambda frames, first_frame: self._decode(frames),
+            in_axis=1,
+            in_steps=1,
+            out_axis=-1,
+            out_steps=self.upsample_factor,
+            out_width=self.channels,
+            reach_frames=self.lookahead_frames,
+            budget_frames=_PIECE_FRAMES,
         )
 
     def _decode(self, frames: Tensor) -> Tensor:
@@ -217,9 +233,11 @@ class SpectralDecoder(nn.Module):
             x = block(x)
         head = self.head(self.norm(x))
         with torch.autocast(frames.device.type, enabled=False):
-            log_magnitude, phase = rearrange(head.float(), "b f (two bins) -> two b bins f", two=2)
+            log_magnitude, phase = rearrange(
+                head.float(), "b f (c two bins) -> two (b c) bins f", two=2, c=self.channels
+            )
             spectrum = torch.polar(log_magnitude.exp().clamp(max=_MAX_MAGNITUDE), phase)
-            return rearrange(self._overlap_add(spectrum), "b n -> b 1 n")
+            return rearrange(self._overlap_add(spectrum), "(b c) n -> b c n", c=self.channels)
 
     def _overlap_add(self, spectrum: Tensor) -> Tensor:
         """Inverse STFT with same-padding: `[b, bins, f]` to `[b, f * hop]`, divided by the window's envelope."""

@@ -22,6 +22,7 @@ class FakeCodec(nn.Module):
         return -(-num_samples // self.downsample_factor)
 
     def tokenize(self, wave: Tensor, lengths: Tensor | None = None) -> Tensor:
+        wave = wave[:, 0] if wave.ndim == 3 else wave
         frames = nn.functional.pad(wave, (0, -wave.shape[-1] % self.downsample_factor)).unfold(-1, 16, 16)
         loudness = (frames.abs().mean(-1).clamp(max=0.999) * 16**4).long()
         return torch.stack([loudness // 16 ** (3 - level) % 16 for level in range(4)], dim=-1)
