@@ -1,33 +1,27 @@
-"""Residual vector quantization for codecs: vector-quantize-pytorch trains the codebooks, a short loop uses them."""
+"""Quantizers for codecs: residual codebooks (the default), and one function that makes any of the kinds there are."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 from vector_quantize_pytorch import ResidualVQ
 
+from audiolm_pytorch.codecs.finite_scalar import ResidualFiniteScalarQuantizer
+from audiolm_pytorch.codecs.grouped import GroupedQuantizer
+from audiolm_pytorch.codecs.joined import from_first_process, joined_sample, sum_over_processes
+from audiolm_pytorch.codecs.lookup_free import ResidualLookupFreeQuantizer
+from audiolm_pytorch.codecs.residual import FrameQuantizer, Quantized, ResidualLevels
 from audiolm_pytorch.io import register
 from audiolm_pytorch.nearest import nearest_index
 
-__all__ = ["Quantized", "ResidualQuantizer", "code_usage"]
+__all__ = ["FrameQuantizer", "Quantized", "ResidualQuantizer", "code_usage", "make_quantizer"]
 
-
-class Quantized(NamedTuple):
-    """What a quantizer makes of frames.
-
-    Attributes:
-        frames: Quantized frames `[b, f, d]`; gradients pass straight through.
-        codes: `[b, f, q]` int64; -1 where quantizer dropout left a level out.
-        loss: Commitment loss, a scalar.
-    """
-
-    frames: Tensor
-    codes: Tensor
-    loss: Tensor
+# A code this many times as long as the residual it stands for has its gradient passed straight through: the rotation
+# trick scales the gradient by that ratio, which a silent stretch drives into the thousands.
+_LONGEST_ROTATED = 4.0
 
 
 def code_usage(codes: Tensor, codebook_size: int) -> dict[str, Tensor]:
@@ -48,11 +42,12 @@ def code_usage(codes: Tensor, codebook_size: int) -> dict[str, Tensor]:
 
 
 @register
-class ResidualQuantizer(nn.Module):
+class ResidualQuantizer(ResidualLevels):
     """Residual VQ in a narrow space (SoundStream, Algorithm 1; narrow codes as in arXiv 2306.06546, section 3.2).
 
     Codebooks are exponential averages of the frames they attract. They start from k-means over many batches
     (`initialise`), because one batch holds fewer frames than a codebook has codes and would leave most of them dead.
+    Start, averages and revival of dead codes are those of one process that holds the frames of all.
 
     Args:
         dim: Width of the frames.
@@ -60,10 +55,11 @@ class ResidualQuantizer(nn.Module):
         num_quantizers: Levels.
         codebook_dim: Width of the codes; frames are projected down to it and back.
         decay: Of the exponential averages.
-        dead_below_share: A code used less often than this share of a uniform use is replaced by a random frame.
+        dead_below_share: A code used less often than this share of a uniform use is replaced by a random frame, and
+            its averages start again as if it had been used as often as the mean code.
         level_dropout: Share of the training batches in which trailing levels are left out at random, so that any number
             of levels decodes (0.5 as in arXiv 2306.06546, section 3.4: always would cost quality with all levels).
-        expected_frames: Frames in a training batch; only scales `dead_below_share`.
+        expected_frames: Frames in a training batch; only scales the averages that `initialise` starts from.
     """
 
     @beartype
@@ -79,9 +75,8 @@ class ResidualQuantizer(nn.Module):
         level_dropout: float = 0.5,
         expected_frames: int = 1600,
     ) -> None:
-        super().__init__()
         codebook_dim = codebook_dim or dim
-        self.config: dict[str, Any] = dict(
+        config: dict[str, Any] = dict(
             dim=dim,
             codebook_size=codebook_size,
             num_quantizers=num_quantizers,
@@ -91,97 +86,135 @@ class ResidualQuantizer(nn.Module):
             level_dropout=level_dropout,
             expected_frames=expected_frames,
         )
-        self.dim, self.codebook_size, self.num_quantizers = dim, codebook_size, num_quantizers
-        self.level_dropout = level_dropout
-        self.rvq = ResidualVQ(
+        rvq = ResidualVQ(
             dim=dim,
             codebook_dim=codebook_dim,
             codebook_size=codebook_size,
             num_quantizers=num_quantizers,
-            quantize_dropout=level_dropout > 0,
             decay=decay,
-            threshold_ema_dead_code=dead_below_share * expected_frames / codebook_size,
+            threshold_ema_dead_code=0,
             rotation_trick=True,
             commitment_weight=0.25,
+            sync_codebook=False,
         )
+        super().__init__(rvq, codebook_size, config)
 
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "ResidualQuantizer":
-        """Build from the dictionary that `config` holds."""
-        return cls(**config)
-
-    def forward(self, frames: Tensor) -> Quantized:
-        """Frames `[b, f, d]` to their quantized form; updates the codebooks in training mode."""
-        self.rvq.quantize_dropout = self.training and self._draws_dropout(frames.device)
-        with torch.autocast(frames.device.type, enabled=False):
-            quantized, codes, losses = self.rvq(frames.float())
-        return Quantized(quantized, codes, losses.sum())
-
-    def _draws_dropout(self, device: torch.device) -> bool:
-        """Whether this batch leaves levels out: the same on every process, since each level averages over them all."""
-        return bool(_from_first_process(torch.rand((), device=device)) < self.level_dropout)
-
-    @property
-    def codebooks(self) -> Tensor:
-        """All codebooks, `[q, v, codebook_dim]`."""
-        return self.rvq.codebooks
-
-    @torch.no_grad()
-    def encode(self, frames: Tensor) -> Tensor:
-        """Nearest codes of frames `[b, f, d]`, level by level: `[b, f, q]` int64."""
-        residual = self._projected(frames)
-        codes = []
-        for codebook in self.codebooks:
-            index = nearest_index(rearrange(residual, "b f d -> (b f) d"), codebook)
-            index = rearrange(index, "(b f) -> b f", b=residual.shape[0])
-            residual = residual - F.embedding(index, codebook)
-            codes.append(index)
-        return torch.stack(codes, dim=-1)
-
-    def _projected(self, frames: Tensor) -> Tensor:
-        """Frames in the codes' space, float32 whatever autocast says: distances in bf16 pick other codes."""
-        with torch.autocast(frames.device.type, enabled=False):
-            return self.rvq.project_in(frames.float())
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """Sum of the code vectors of `codes [b, f, q']` (any q' up to all levels), projected to frames `[b, f, d]`."""
-        total = sum(F.embedding(level, book) for level, book in zip(codes.unbind(dim=-1), self.codebooks))
-        return self.rvq.project_out(total)
+    def codebook(self, level: int) -> Tensor:
+        """Code vectors of a level, `[v, codebook_dim]`."""
+        return self.rvq.layers[level]._codebook.embed[0]
 
     @torch.no_grad()
     def initialise(self, frames: Tensor, iterations: int = 10) -> None:
-        """Start every level from k-means over the residuals of `frames [n, d]`, which should come from many batches."""
+        """Start every level from k-means over the residuals of `frames [n, d]`, which should come from many batches.
+
+        Where there are several processes, each brings its own share of the frames; they end with equal codebooks.
+        """
         residual = self._projected(frames)
-        for layer in self.rvq.layers:
+        for level, layer in enumerate(self.rvq.layers):
             codebook, counts = _kmeans(residual, self.codebook_size, iterations)
-            state = layer._codebook
-            state.embed.copy_(codebook[None])
             # the running averages start as if a typical batch had just been seen
             counts = counts * (self.config["expected_frames"] / counts.sum())
-            state.cluster_size.copy_(counts[None])
-            state.embed_avg.copy_((codebook * counts[:, None])[None])
-            # the averages that follow are taken over all processes, which must start from the same codes
-            for start in (state.embed, state.cluster_size, state.embed_avg):
-                _from_first_process(start)
-            codebook = state.embed[0]
-            residual = residual - F.embedding(nearest_index(residual, codebook), codebook)
+            state = layer._codebook
+            for start, value in (
+                (state.embed, codebook),
+                (state.cluster_size, counts),
+                (state.embed_avg, codebook * counts[:, None]),
+            ):
+                from_first_process(start.copy_(value[None]))
+            residual = residual - F.embedding(nearest_index(residual, self.codebook(level)), self.codebook(level))
+
+    def _mean_code(self) -> Tensor:
+        state = self.rvq.layers[0]._codebook
+        return state.embed_avg[0].sum(dim=0) / state.cluster_size[0].sum().clamp(min=1e-6)
+
+    def _nearest(self, residual: Tensor, level: int) -> Tensor:
+        index = nearest_index(rearrange(residual, "b f d -> (b f) d"), self.codebook(level))
+        return rearrange(index, "(b f) -> b f", b=residual.shape[0])
+
+    def _quantize_in_training(self, inner: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
+        residual, total, loss, codes = inner, torch.zeros_like(inner), inner.new_zeros(()), []
+        for layer in self.rvq.layers[:levels]:
+            # a group of processes may have formed since the layer was made, which is when it looked for one
+            layer._codebook.all_reduce_fn = sum_over_processes
+            # the layer moves its codes as soon as it has chosen
+            codebook = layer._codebook.embed[0].clone()
+            rotated, index, commitment = layer(residual)
+            code = F.embedding(index, codebook)
+            is_steep = code.norm(dim=-1, keepdim=True) > _LONGEST_ROTATED * residual.norm(dim=-1, keepdim=True)
+            through = torch.where(is_steep, residual, rotated)
+            total = total + through + (code - through).detach()
+            self._revive(layer._codebook, residual.detach())
+            residual = residual - code
+            loss = loss + commitment
+            codes.append(index)
+        return total, torch.stack(codes, dim=-1), loss
+
+    @torch.no_grad()
+    def _revive(self, state: Any, frames: Tensor) -> None:
+        """Put dead codes where frames are, with averages that let them live until they have had their chance."""
+        uses = state.cluster_size[0]
+        uniform_use = uses.mean()
+        dead = (uses < self.config["dead_below_share"] * uniform_use).nonzero().flatten()
+        if len(dead) == 0:
+            return
+        fresh = joined_sample(rearrange(frames, "b f d -> (b f) d"), len(dead))
+        dead = dead[: len(fresh)]
+        state.embed[0, dead] = fresh
+        state.embed_avg[0, dead] = fresh * uniform_use
+        uses[dead] = uniform_use
 
 
-def _from_first_process(tensor: Tensor) -> Tensor:
-    """The tensor, holding on every process what it holds on the first."""
-    if dist.is_available() and dist.is_initialized():
-        dist.broadcast(tensor, src=0)
-    return tensor
+@beartype
+def make_quantizer(
+    *,
+    dim: int,
+    codebook_size: int,
+    num_quantizers: int,
+    groups: int = 1,
+    lookup_free: bool = False,
+    finite_scalar: bool = False,
+) -> nn.Module:
+    """Make a frame quantizer (see `FrameQuantizer`) of the kind asked for.
+
+    Args:
+        dim: Width of the frames.
+        codebook_size: Codes per level and group.
+        num_quantizers: Levels; with groups, a frame has `num_quantizers * groups` codes.
+        groups: Parts into which a frame is cut, each with a quantizer of its own.
+        lookup_free: Whether codes are signs (LFQ) instead of learnt vectors.
+        finite_scalar: Whether codes are rounded numbers (FSQ) instead of learnt vectors.
+
+    Raises:
+        ValueError: If both kinds are asked for, or the sizes do not go with the kind or the groups.
+    """
+    if lookup_free and finite_scalar:
+        raise ValueError("a quantizer is either lookup-free or finite-scalar: switch one of the two off")
+    if groups < 1 or dim % groups:
+        raise ValueError(f"frames of width {dim} cannot be cut into {groups} equal groups; choose a divisor of {dim}")
+    sizes: dict[str, Any] = dict(dim=dim // groups, codebook_size=codebook_size, num_quantizers=num_quantizers)
+    kind: type[ResidualLevels] = ResidualQuantizer
+    if lookup_free:
+        kind = ResidualLookupFreeQuantizer
+    elif finite_scalar:
+        kind = ResidualFiniteScalarQuantizer
+    parts = [kind.from_config(sizes) for _ in range(groups)]
+    return parts[0] if groups == 1 else GroupedQuantizer(quantizers=parts)
 
 
 def _kmeans(points: Tensor, num_clusters: int, iterations: int) -> tuple[Tensor, Tensor]:
     """Lloyd's algorithm from random points; an empty cluster restarts at a random point."""
-    order = torch.randperm(len(points))
-    centroids = points[order.repeat(-(-num_clusters // len(points)))[:num_clusters]].clone()
+    start = joined_sample(points, num_clusters)
+    centroids = start.repeat(-(-num_clusters // len(start)), 1)[:num_clusters]
     for _ in range(iterations):
         index = nearest_index(points, centroids)
-        counts = torch.bincount(index, minlength=num_clusters).float()
-        centroids = torch.zeros_like(centroids).index_add_(0, index, points) / counts.clamp(min=1.0)[:, None]
-        empty = counts == 0
-        centroids[empty] = points[torch.randint(len(points), (int(empty.sum()),))]
-    return centroids, torch.bincount(nearest_index(points, centroids), minlength=num_clusters).float()
+        counts = _joined_counts(index, num_clusters)
+        sums = sum_over_processes(torch.zeros_like(centroids).index_add_(0, index, points))
+        centroids = sums / counts.clamp(min=1.0)[:, None]
+        empty = (counts == 0).nonzero().flatten()
+        fresh = joined_sample(points, len(empty))
+        centroids[empty[: len(fresh)]] = fresh
+    return centroids, _joined_counts(nearest_index(points, centroids), num_clusters)
+
+
+def _joined_counts(index: Tensor, num_clusters: int) -> Tensor:
+    return sum_over_processes(torch.bincount(index, minlength=num_clusters).float())
