@@ -1,0 +1,94 @@
+"""The discriminator of waves at several resolutions."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from beartype import beartype
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from audiolm_pytorch.codecs.discriminators.scales import ScaleOutput, checked, judge
+from audiolm_pytorch.io import register
+
+__all__ = ["MultiScaleWaveDiscriminator"]
+
+_STRIDE = 4  # of each grouped convolution: SoundStream, section III-D
+_GROUPED_LAYERS = 4
+_GROUP_SIZE = 4
+
+
+@register
+class MultiScaleWaveDiscriminator(nn.Module):
+    """The same network on the wave and on average-pooled versions of it (SoundStream, section III-D).
+
+    From SoundStream: three resolutions (x1, x1/2, x1/4); at each a plain convolution, four grouped ones (groups of 4
+    channels, stride 4, 4 times the channels up to 1024) and two plain ones. Kernels (15, 41, 5, 3), 16 first channels,
+    the pooling and weight norm are MelGAN's (arXiv 1910.06711, appendix A); the ends are padded with zeros.
+
+    Args:
+        channels: Audio channels; they are seen together.
+        width: Channels after the first convolution; all others scale with it (at most 64 times as many).
+        scales: Resolutions, each half of the one before.
+
+    Raises:
+        ValueError: If the width does not divide into groups, or there is no scale.
+    """
+
+    @beartype
+    def __init__(self, *, channels: int = 1, width: int = 16, scales: int = 3) -> None:
+        super().__init__()
+        if channels < 1 or scales < 1 or width < 1 or width % _GROUP_SIZE:
+            raise ValueError(
+                f"need channels >= 1, scales >= 1 and a width that is a multiple of {_GROUP_SIZE} (the channels of a "
+                f"group), got {channels}, {scales} and {width}"
+            )
+        self.config: dict[str, Any] = dict(channels=channels, width=width, scales=scales)
+        self.channels = channels
+        self.scales = nn.ModuleList([_OneScale(channels, width) for _ in range(scales)])
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "MultiScaleWaveDiscriminator":
+        """Build from the dictionary that `config` holds."""
+        return cls(**config)
+
+    def forward(self, wave: Tensor) -> list[ScaleOutput]:
+        """Judge waves.
+
+        Args:
+            wave: `[b, c, n]`, any n > 0.
+
+        Returns:
+            For each resolution, the full one first: logits `[b, 1, t]` with t = n / 256 of that resolution, rounded up.
+
+        Raises:
+            ValueError: If the wave is empty or has other channels.
+        """
+        wave = checked(wave, self.channels)
+        # what is shorter would be pooled away
+        wave = F.pad(wave, (0, max(0, 2 ** (len(self.scales) - 1) - wave.shape[-1])))
+        outputs = []
+        for number, scale in enumerate(self.scales):
+            if number > 0:
+                wave = F.avg_pool1d(wave, kernel_size=4, stride=2, padding=1, count_include_pad=False)
+            outputs.append(scale(wave))
+        return outputs
+
+
+class _OneScale(nn.Module):
+    """The network of one resolution."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        dim, largest = width, 64 * width
+        layers = [weight_norm(nn.Conv1d(channels, dim, 15, padding=7))]
+        for _ in range(_GROUPED_LAYERS):
+            wider = min(4 * dim, largest)
+            conv = nn.Conv1d(dim, wider, 10 * _STRIDE + 1, _STRIDE, padding=5 * _STRIDE, groups=dim // _GROUP_SIZE)
+            layers.append(weight_norm(conv))
+            dim = wider
+        layers.append(weight_norm(nn.Conv1d(dim, dim, 5, padding=2)))
+        self.layers = nn.ModuleList(layers)
+        self.last = weight_norm(nn.Conv1d(dim, 1, 3, padding=1))
+
+    def forward(self, wave: Tensor) -> ScaleOutput:
+        return judge(self.layers, self.last, wave)
