@@ -1,129 +1,34 @@
-"""Training a codec: reconstruction with a multi-scale mel loss, on the one training loop."""
+"""Training a codec on a folder of audio: `SoundStreamTrainer`."""
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from beartype import beartype
-from einops import rearrange
-from torch import Tensor, nn
+from torch import nn
 
-from audiolm_pytorch.codecs.losses import MultiScaleMelLoss
-from audiolm_pytorch.codecs.quantizer import code_usage
+from audiolm_pytorch.codecs.denoising import NoiseMixer
 from audiolm_pytorch.codecs.soundstream import SoundStream
-from audiolm_pytorch.data.batches import collate_crops
+from audiolm_pytorch.codecs.task import RECONSTRUCTION_ONLY, CodecLossWeights, CodecTask, codebooks_are_untrained
+from audiolm_pytorch.codecs.watch import CurveWatch
 from audiolm_pytorch.data.crops import CropDataset, crop_seconds
 from audiolm_pytorch.data.manifest import AudioItem, training_items
-from audiolm_pytorch.io import save_module
-from audiolm_pytorch.training import LoopSettings, LossOutput, Phase, TrainLoop, TrainResult
+from audiolm_pytorch.io import module_spec, save_module
+from audiolm_pytorch.training import LoopSettings, TrainLoop, TrainResult
 
-__all__ = ["CodecTask", "SoundStreamTrainer"]
+__all__ = ["RECONSTRUCTION_ONLY", "CodecLossWeights", "CodecTask", "SoundStreamTrainer"]
 
-
-class CodecTask:
-    """What the loop needs to train a codec.
-
-    The quantizer stays out of the way for the first steps: frames that already carry the sound make a far better
-    k-means start for the codebooks than those of an untrained encoder, and no code dies while the encoder still moves
-    fast.
-
-    Args:
-        codec: The codec.
-        train: Crops to learn from, at the codec's rate.
-        valid: Crops to validate on.
-        unquantized_steps: Steps before the codebooks are initialised and used.
-        frames_per_code: Frames that initialise the codebooks, for each of their codes.
-        validation_crops: At most this many crops of `valid` are used.
-    """
-
-    name = "codec"
-
-    @beartype
-    def __init__(
-        self,
-        codec: SoundStream,
-        train: CropDataset,
-        valid: CropDataset,
-        *,
-        unquantized_steps: int = 300,
-        frames_per_code: int = 25,
-        validation_crops: int = 64,
-    ) -> None:
-        self.module: nn.Module = codec
-        self.codec, self.train, self.valid = codec, train, valid
-        self.unquantized_steps, self.frames_per_code = unquantized_steps, frames_per_code
-        # within one step only, for its accumulated batches: a resumed run stands before or after that step
-        self._has_codebooks = False
-        self.validation_crops = min(validation_crops, len(valid))
-        self.mel_loss = MultiScaleMelLoss(codec.target_sample_hz)
-        self.phases = (Phase("reconstruction", (codec,), self._loss),)
-        self.num_items = len(train)
-        self.chance: dict[str, float] = {}
-
-    def batch(self, indices: list[tuple[int, int]]) -> Tensor:
-        """Waves `[b, n]` of (epoch, index) pairs."""
-        crops = collate_crops([self.train.get(epoch, index) for epoch, index in indices])
-        return crops.waves[self.codec.target_sample_hz]
-
-    def before_training(self) -> None:
-        """Nothing: the codebooks are initialised at step `unquantized_steps`, from a trained encoder."""
-
-    def samples(self, folder: Path, step: int) -> None:
-        """Nothing yet to look at."""
-
-    @torch.no_grad()
-    def validate(self) -> dict[str, float]:
-        """Mel distance through the codes, and code usage of every level, on the first crops of the validation set."""
-        self.mel_loss.to(next(self.codec.parameters()).device)
-        distances, codes = [], []
-        for index in range(self.validation_crops):
-            wave = self._on_device(self.valid.get(0, index).waves[self.codec.target_sample_hz][None])
-            codes.append(self.codec.tokenize(wave))
-            decoded = self.codec.decode_from_codebook_indices(codes[-1], num_samples=wave.shape[-1])
-            distances.append(self.mel_loss(decoded, rearrange(wave, "b n -> b 1 n")).item())
-        usage = code_usage(torch.cat([rearrange(c, "b f q -> (b f) q") for c in codes]), self.codec.codebook_size)
-        return {
-            "mel_distance": sum(distances) / len(distances),
-            **{
-                f"{name}_level_{level}": value
-                for name, values in usage.items()
-                for level, value in enumerate(values.tolist(), start=1)
-            },
-        }
-
-    def _loss(self, wave: Tensor, step: int) -> LossOutput:
-        self.mel_loss.to(wave.device)
-        if step == self.unquantized_steps and not self._has_codebooks:
-            self._initialise_codebooks()
-        output = self.codec(wave, quantize=step >= self.unquantized_steps)
-        mel = self.mel_loss(output.wave, rearrange(wave, "b n -> b 1 n"))
-        return LossOutput(
-            mel + output.commitment_loss, {"mel": mel.detach(), "commitment": output.commitment_loss.detach()}
-        )
-
-    @torch.no_grad()
-    def _initialise_codebooks(self) -> None:
-        """K-means over the frames of a fixed set of crops, so that a resumed run finds the same codebooks."""
-        wanted, frames = self.frames_per_code * self.codec.codebook_size, []
-        for number in itertools.count():
-            crop = self.train.get(number // self.num_items, number % self.num_items)
-            wave = self._on_device(crop.waves[self.codec.target_sample_hz][None])
-            frames.append(self.codec(wave, quantize=False).frames[0].float())
-            wanted -= len(frames[-1])
-            if wanted <= 0:
-                break
-        self.codec.quantizer.initialise(torch.cat(frames))
-        self._has_codebooks = True
-
-    def _on_device(self, wave: Tensor) -> Tensor:
-        return wave.to(next(self.codec.parameters()).device)
+_MIN_VALIDATION_SECONDS = 3.0
+_MOST_LEAD_STEPS = 200
 
 
 class SoundStreamTrainer:
     """Trains a SoundStream on a folder of audio, resumably.
+
+    A run that leaves the range of a healthy one is told of in the log, see `CurveWatch`. To fine-tune, hand in a codec
+    and discriminators that were loaded from the `results_folder` of an earlier run
+    (`SoundStream.init_and_load_from(folder / "codec")`, `load_module(folder / "discriminators")`).
 
     Args:
         soundstream: The codec, `SoundStream` or `SpectralSoundStream`; trained in place.
@@ -133,13 +38,27 @@ class SoundStreamTrainer:
         num_train_steps: Optimizer steps of the whole run.
         data_max_length: Samples of a crop at the codec's rate; exclusive with `data_max_length_seconds`.
         data_max_length_seconds: Seconds of a crop; 1 if neither is given.
-        results_folder: Where checkpoints and metrics go, and at the end the codec (`results_folder/codec`).
-        unquantized_steps: Steps before the codebooks are initialised; a tenth of the run if not given.
+        results_folder: Where checkpoints, metrics and samples go, and at the end the codec (`results_folder/codec`) and
+            the discriminators (`results_folder/discriminators`).
+        loss_weights: Of the losses; `RECONSTRUCTION_ONLY` trains by the mel distance alone.
+        discriminators: Judges of the codec, trained in place, e.g. `soundstream_discriminators()`, which on a CPU take
+            longer than a small codec (with `width=8` a fifth of that); None trains by reconstruction alone. Their class
+            must be registered (`audiolm_pytorch.io.register`), since they are saved.
+        adversarial_from_step: Steps before they begin to learn; a quarter of the run if not given.
+        discriminator_lead_steps: Steps that they learn before the codec heeds them; a tenth of theirs, at most 200, if
+            not given.
+        unquantized_steps: Steps before the codes are used; if not given a tenth of the run for a codec whose codebooks
+            are untrained, and otherwise 0. Trained codebooks are never initialised anew.
+        noise_folder: For a codec with a denoising condition: folder or manifest of noise recordings.
+        noise_items: Noise to learn from and held-out noise, instead of `noise_folder`.
+        noise_snr_db: Lowest and highest ratio of clean audio to noise (dB).
         accelerator: Shared by all trainings of a program; None makes one.
         **settings: Further fields of `LoopSettings`, e.g. `learning_rate`.
 
     Raises:
-        ValueError: If there is not exactly one of `folder` and `items`, no readable audio, or two crop lengths.
+        ValueError: If there is not exactly one of `folder` and `items`, no readable audio, two crop lengths, or parts
+            that do not fit each other.
+        TypeError: If the class of `discriminators` is not registered.
     """
 
     @beartype
@@ -154,24 +73,54 @@ class SoundStreamTrainer:
         data_max_length: int | None = None,
         data_max_length_seconds: float | int | None = None,
         results_folder: str | Path = "./results/codec",
+        loss_weights: CodecLossWeights = CodecLossWeights(),  # noqa: B008 - frozen
+        discriminators: nn.Module | None = None,
+        adversarial_from_step: int | None = None,
+        discriminator_lead_steps: int | None = None,
         unquantized_steps: int | None = None,
+        noise_folder: str | Path | None = None,
+        noise_items: tuple[Sequence[AudioItem], Sequence[AudioItem]] | None = None,
+        noise_snr_db: tuple[float | int, float | int] = (0.0, 15.0),
         accelerator: Accelerator | None = None,
         **settings: Any,
     ) -> None:
         rate_hz = soundstream.target_sample_hz
         given_seconds = crop_seconds(data_max_length, data_max_length_seconds, rate_hz)
         seconds = 1.0 if given_seconds is None else float(given_seconds)
-        defaults = {"learning_rate": 1e-3, "betas": (0.8, 0.99), "max_grad_norm": 5.0}
+        defaults = {"learning_rate": 3e-4, "betas": (0.8, 0.99), "max_grad_norm": 5.0}
         loop_settings = LoopSettings(**{**defaults, **settings}, num_train_steps=num_train_steps, batch_size=batch_size)
-        train, valid = training_items(folder, items, min_seconds=soundstream.downsample_factor / rate_hz)
+        data = training_items(folder, items, min_seconds=soundstream.downsample_factor / rate_hz)
+        crop_settings: dict[str, Any] = dict(rates_hz=[rate_hz], seed=loop_settings.seed, channels=soundstream.channels)
+        train, valid = _crops(data, seconds, crop_settings)
+        noise = None
+        if noise_folder is not None or noise_items is not None:
+            noise_data = training_items(noise_folder, noise_items)
+            noise = _mixers((train, valid), _crops(noise_data, seconds, crop_settings), noise_snr_db)
+        if discriminators is None:
+            loss_weights = loss_weights.unjudged
+        else:
+            module_spec(discriminators)  # what cannot be saved at the end is refused at the start
+        if unquantized_steps is None:
+            unquantized_steps = num_train_steps // 10 if codebooks_are_untrained(soundstream) else 0
+        weighs_waves = loss_weights.mel > 0 or loss_weights.waveform > 0
+        if adversarial_from_step is None:
+            adversarial_from_step = num_train_steps // 4 if weighs_waves else 0
+        if discriminator_lead_steps is None:
+            discriminator_lead_steps = min(_MOST_LEAD_STEPS, (num_train_steps - adversarial_from_step) // 10)
         self.task = CodecTask(
             soundstream,
-            CropDataset(train, seconds, [rate_hz], seed=loop_settings.seed),
-            CropDataset(valid, max(seconds, 3.0), [rate_hz], seed=loop_settings.seed),
-            unquantized_steps=num_train_steps // 10 if unquantized_steps is None else unquantized_steps,
+            train,
+            valid,
+            weights=loss_weights,
+            discriminators=discriminators,
+            adversarial_from_step=adversarial_from_step,
+            discriminator_lead_steps=discriminator_lead_steps if weighs_waves else 0,
+            unquantized_steps=unquantized_steps,
+            noise=noise,
         )
         self.results_folder = Path(results_folder)
-        self.loop = TrainLoop(self.task, loop_settings, self.results_folder, accelerator)
+        watch = CurveWatch(num_train_steps)
+        self.loop = TrainLoop(self.task, loop_settings, self.results_folder, accelerator, watch)
 
     @beartype
     def train(self, stop_after_steps: int | None = None) -> TrainResult:
@@ -183,6 +132,28 @@ class SoundStreamTrainer:
         Returns:
             Where the run stands now. At its end the codec holds the final weights, in eval mode.
         """
-        return self.loop.train_and_save(
-            lambda: save_module(self.task.codec, self.results_folder / "codec"), stop_after_steps
-        )
+        return self.loop.train_and_save(self._save, stop_after_steps)
+
+    def _save(self) -> None:
+        save_module(self.task.codec, self.results_folder / "codec")
+        if self.task.discriminators is not None:
+            save_module(self.task.discriminators, self.results_folder / "discriminators")
+
+
+def _crops(
+    data: tuple[Sequence[AudioItem], Sequence[AudioItem]], seconds: float, settings: dict[str, Any]
+) -> tuple[CropDataset, CropDataset]:
+    """Crops to learn from, and longer ones to validate on."""
+    train, valid = data
+    longer = max(seconds, _MIN_VALIDATION_SECONDS)
+    return CropDataset(train, seconds, **settings), CropDataset(valid, longer, **settings)
+
+
+def _mixers(
+    clean: tuple[CropDataset, CropDataset],
+    noise: tuple[CropDataset, CropDataset],
+    snr_db: tuple[float | int, float | int],
+) -> tuple[NoiseMixer, NoiseMixer]:
+    """Mixtures to learn from, and to validate on: there every item has noise."""
+    settings: dict[str, Any] = dict(sample_hz=clean[0].rates_hz[0], snr_db=snr_db, seed=clean[0].seed)
+    return NoiseMixer(clean[0], noise[0], **settings), NoiseMixer(clean[1], noise[1], clean_share=0.0, **settings)

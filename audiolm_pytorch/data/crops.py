@@ -24,7 +24,8 @@ class Crop:
     """A stretch of one file.
 
     Attributes:
-        waves: By sample rate in Hz: `[n]` float32 mono, the same instants each, never padded.
+        waves: By sample rate in Hz: `[n]` float32 mono, or `[c, n]` of a data set of several channels; the same
+            instants each, never padded.
         caption: Caption of the file, if it has one.
         labels: What else the manifest says about the file.
         index: Index of the file in the data set.
@@ -53,6 +54,7 @@ class CropDataset:
         rates_hz: Sequence[int],
         seed: int = 0,
         cache_bytes: int = 2**30,
+        channels: int = 1,
     ) -> None:
         """Set what is cropped and how.
 
@@ -61,9 +63,10 @@ class CropDataset:
             seconds: Length of a crop; a shorter file gives all it has. None takes whole files.
             rates_hz: Sample rates wanted, multiples of 25 Hz.
             seed: Seed of the positions, not negative.
-            cache_bytes: Memory for decoded audio (16-bit mono at the highest rate wanted). The first files that fit are
+            cache_bytes: Memory for decoded audio (16-bit at the highest rate wanted). The first files that fit are
                 kept and the others are read from disk at every crop: which ones does not depend on the order of use, so
                 that a resumed run sees the same bits.
+            channels: 1 averages the channels of a file. More must be those of the file; of mono they are copies.
 
         Raises:
             ValueError: If a list is empty or a number is out of range.
@@ -72,15 +75,18 @@ class CropDataset:
             raise ValueError(f"need at least one item and one sample rate, got {len(items)} and {len(rates_hz)}")
         if any(hz < STARTS_PER_SECOND or hz % STARTS_PER_SECOND for hz in rates_hz):
             raise ValueError(f"sample rates must be multiples of {STARTS_PER_SECOND} Hz, got {list(rates_hz)}")
-        if seed < 0 or cache_bytes < 0 or (seconds is not None and round(seconds * min(rates_hz)) < 1):
-            raise ValueError(f"need seed >= 0, cache_bytes >= 0, seconds > 0, got {seed}, {cache_bytes}, {seconds}")
+        if seed < 0 or cache_bytes < 0 or channels < 1 or (seconds is not None and round(seconds * min(rates_hz)) < 1):
+            raise ValueError(
+                "need seed >= 0, cache_bytes >= 0, channels >= 1, seconds > 0, got "
+                f"{seed}, {cache_bytes}, {channels}, {seconds}"
+            )
         self.items = list(items)
         self.seconds = seconds
         self.rates_hz = tuple(dict.fromkeys(rates_hz))
-        self.seed = seed
+        self.seed, self.channels = seed, channels
         self._decode_hz = max(rates_hz)
         self._lengths = [-(-item.num_samples * self._decode_hz // item.sample_hz) for item in items]
-        bytes_up_to = np.cumsum(self._lengths) * np.dtype(np.int16).itemsize
+        bytes_up_to = np.cumsum(self._lengths) * channels * np.dtype(np.int16).itemsize
         self._num_cached = int(np.searchsorted(bytes_up_to, cache_bytes, side="right"))
         self._cache: dict[int, tuple[np.ndarray, float]] = {}
 
@@ -132,20 +138,24 @@ class CropDataset:
         first = min(begin for _, begin, _, _ in spans.values())
         decoded = self._decoded(index, first, max(end for _, _, end, _ in spans.values()))
         return {
-            hz: resample(decoded[begin - first : end - first], self._decode_hz, hz)[skip : skip + num_samples]
+            hz: resample(decoded[..., begin - first : end - first], self._decode_hz, hz)[..., skip : skip + num_samples]
             for hz, (num_samples, begin, end, skip) in spans.items()
         }
 
     def _decoded(self, index: int, start: int, stop: int) -> Tensor:
-        """Samples `start <= i < stop` of a file at the decoded rate `[n]`, fewer where the file ends."""
+        """Samples `start <= i < stop` of a file at the decoded rate `[n]` or `[c, n]`, fewer where the file ends."""
         item, hz = self.items[index], self._decode_hz
         stop = min(stop, self._lengths[index])
         if index >= self._num_cached:
-            return read_audio(item.path, hz, start_seconds=start / hz, duration_seconds=(stop - start) / hz)[0][0]
+            span = dict(start_seconds=start / hz, duration_seconds=(stop - start) / hz)
+            return self._shaped(read_audio(item.path, hz, self.channels, **span)[0])
         if index not in self._cache:
-            self._cache[index] = _to_int16(read_audio(item.path, hz)[0][0].numpy())
+            self._cache[index] = _to_int16(self._shaped(read_audio(item.path, hz, self.channels)[0]).numpy())
         samples, scale = self._cache[index]
-        return torch.from_numpy(samples[start:stop] * np.float32(scale))
+        return torch.from_numpy(samples[..., start:stop] * np.float32(scale))
+
+    def _shaped(self, wave: Tensor) -> Tensor:
+        return wave[0] if self.channels == 1 else wave
 
 
 def _to_int16(wave: np.ndarray) -> tuple[np.ndarray, float]:

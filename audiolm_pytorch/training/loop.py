@@ -11,7 +11,7 @@ from audiolm_pytorch.files import read_json, read_weights
 from audiolm_pytorch.io import load_weights
 from audiolm_pytorch.training.randomness import preserved_generators
 from audiolm_pytorch.training.ranks import own_accelerator
-from audiolm_pytorch.training.run import LiveRun, TrainResult, identity_of, refuse_other_run
+from audiolm_pytorch.training.run import LiveRun, RowWatch, TrainResult, identity_of, refuse_other_run
 from audiolm_pytorch.training.task import LoopSettings, Phase, Task
 
 __all__ = ["TrainLoop", "TrainResult"]
@@ -30,6 +30,8 @@ class TrainLoop:
         folder: Of the run: `metrics.jsonl`, `checkpoint/`, `samples/`, and at the end `model.safetensors` and
             `finished.json`. Nothing is written before `train`.
         accelerator: Shared by all trainings of a program, which then calls `end_training`; None makes one in `train`.
+        watch: Called with every row of metrics on the first process, e.g. to warn; after a resume first with the rows
+            that are there already.
 
     Raises:
         ValueError: The phases do not fit, or the Accelerator does what the settings say already.
@@ -37,9 +39,14 @@ class TrainLoop:
 
     @beartype
     def __init__(
-        self, task: Task, settings: LoopSettings, folder: str | Path, accelerator: Accelerator | None = None
+        self,
+        task: Task,
+        settings: LoopSettings,
+        folder: str | Path,
+        accelerator: Accelerator | None = None,
+        watch: RowWatch | None = None,
     ) -> None:
-        self.task, self.settings, self.folder = task, settings, Path(folder)
+        self.task, self.settings, self.folder, self._watch = task, settings, Path(folder), watch
         _check_phases(task.phases)
         if accelerator is not None:
             _check_accelerator(accelerator)
@@ -76,7 +83,7 @@ class TrainLoop:
         with preserved_generators():
             try:
                 if self._live is None:
-                    self._live = LiveRun(self.task, self.settings, self.folder, accelerator)
+                    self._live = LiveRun(self.task, self.settings, self.folder, accelerator, self._watch)
                 result = self._live.advance(stop_after_steps)
             except BaseException:
                 # What is in memory may be half a step; the checkpoint is whole.

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +20,12 @@ from audiolm_pytorch.training.optimizer import PhaseOptimizer
 from audiolm_pytorch.training.randomness import seed_generators
 from audiolm_pytorch.training.ranks import PersistentBuffers, broadcast_tensors, merge_means, to_device
 from audiolm_pytorch.training.schedule import learning_rate_at
-from audiolm_pytorch.training.task import LoopSettings, Task
+from audiolm_pytorch.training.task import LoopSettings, Phase, Task
 from audiolm_pytorch.training.tracking import MetricsFile, MetricWindow, finite_or_none, progress_bar, with_chance
 
-__all__ = ["LiveRun", "TrainResult", "identity_of", "refuse_other_run"]
+__all__ = ["LiveRun", "RowWatch", "TrainResult", "identity_of", "refuse_other_run"]
+
+RowWatch = Callable[[Mapping[str, Any]], None]
 
 _FORMAT_VERSION = 1
 _SKIPS_ALLOWED = 10
@@ -57,8 +60,16 @@ class _Progress:
 class LiveRun:
     """A run with everything in memory: made by the first `train` of a `TrainLoop`."""
 
-    def __init__(self, task: Task, settings: LoopSettings, folder: Path, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        task: Task,
+        settings: LoopSettings,
+        folder: Path,
+        accelerator: Accelerator,
+        watch: RowWatch | None = None,
+    ) -> None:
         self.task, self.settings, self.folder, self.accelerator = task, settings, folder, accelerator
+        self.watch = watch
         self.progress, self.window = _Progress(), MetricWindow()
         self.identity = identity_of(task, settings, accelerator)
         self.metrics_file = MetricsFile(folder / "metrics.jsonl")
@@ -134,7 +145,7 @@ class LiveRun:
         indices = [self.plan.indices(micro_step) for micro_step in micro_steps]
         batches = [to_device(self.task.batch(one), self.accelerator.device) for one in indices]
         rate = self._learning_rate()
-        for phase in self.phases:
+        for phase in self._started(step):
             metrics = phase.step(batches, step, rate)
             for one in metrics or []:
                 self.window.add(phase.phase.name, one)
@@ -142,6 +153,10 @@ class LiveRun:
         self.progress.step = step + 1
         if self.average is not None:
             self.average.update(step + 1)
+
+    def _started(self, step: int) -> list[PhaseOptimizer]:
+        """Give the phases that take part in a step."""
+        return [phase for phase in self.phases if step >= phase.phase.first_step]
 
     def _learning_rate(self) -> float:
         """Look the learning rate of the present step up."""
@@ -176,10 +191,10 @@ class LiveRun:
         return self.progress.step % every == 0 or self.progress.step == self.settings.num_train_steps
 
     def _log(self) -> None:
-        """Write a row for each phase: means since the last row, over all processes."""
+        """Write a row for each phase that has begun: means since the last row, over all processes."""
         means = merge_means(self.accelerator, self.window.read())
         self.window = MetricWindow()
-        for phase in self.phases:
+        for phase in self._started(self.progress.step - 1):
             prefix = f"{phase.phase.name}/"
             values = {name.removeprefix(prefix): value for name, value in means.items() if name.startswith(prefix)}
             extra = {"learning_rate": phase.optimizer.param_groups[0]["lr"], "skipped": self.progress.skipped}
@@ -211,6 +226,8 @@ class LiveRun:
             return
         row = {"step": self.progress.step, "phase": phase, **with_chance(values, self.task.chance), **extra}
         self.metrics_file.write({**row, "seconds": round(self.progress.seconds, 3)})
+        if self.watch is not None:
+            self.watch(row)
         if self.accelerator.trackers:
             self.accelerator.log({f"{phase}/{name}": value for name, value in values.items()}, step=self.progress.step)
 
@@ -236,6 +253,9 @@ class LiveRun:
         if self.accelerator.is_main_process:
             self.window.load_state(checkpoint.state["window"])
             self.metrics_file.forget_after(checkpoint.step)
+            if self.watch is not None:
+                for row in self.metrics_file.rows():
+                    self.watch(row)
 
     def _finish(self) -> None:
         """Write the weights that the run is for, and that it is over."""
@@ -252,11 +272,16 @@ def identity_of(task: Task, settings: LoopSettings, accelerator: Accelerator) ->
     """Give what must be the same when a run is resumed, as JSON holds it."""
     return {
         "task": task.name,
-        "phases": [phase.name for phase in task.phases],
+        "phases": [_phase_identity(phase) for phase in task.phases],
         "num_items": task.num_items,
         "num_processes": accelerator.num_processes,
         "settings": settings.decisive(),
     }
+
+
+def _phase_identity(phase: Phase) -> str:
+    """Name a phase, and when it begins unless that is at once."""
+    return phase.name if phase.first_step == 0 else f"{phase.name} from step {phase.first_step}"
 
 
 def refuse_other_run(folder: Path, step: int, there: dict[str, Any], here: dict[str, Any]) -> None:

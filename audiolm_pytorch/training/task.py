@@ -104,11 +104,17 @@ class Phase:
         name: Of the phase in metrics and messages.
         modules: Parts of the task's module; their trainable parameters belong to this phase alone.
         loss: Called as `loss(batch, step)`; any closure over the raw modules.
+        first_step: Number of steps that pass before the phase does anything; its optimizer has no state until then.
     """
 
     name: str
     modules: tuple[nn.Module, ...]
     loss: Callable[[Any, int], LossOutput]
+    first_step: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse a step that no run has."""
+        _need(self.first_step >= 0, f"first_step of phase {self.name!r}", self.first_step, "0 or more")
 
 
 @runtime_checkable
@@ -129,7 +135,10 @@ class Task(Protocol):
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """Run one after another in each step, on the same batches: one for a language model, two for a GAN codec."""
+        """Run one after another in each step, on the same batch objects: one for a language model, two for a GAN codec.
+
+        A later phase may thus use what an earlier one made of a batch.
+        """
 
     @property
     def num_items(self) -> int:

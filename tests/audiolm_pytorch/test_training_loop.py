@@ -170,6 +170,43 @@ def test_phases_do_not_touch_each_other(tmp_path: Path) -> None:
     assert all(parameter.grad is None for parameter in task.module.parameters())
 
 
+def test_a_phase_does_nothing_before_its_first_step(tmp_path: Path) -> None:
+    """Neither weights, optimizer state nor rows of metrics before; all of them from that very step on."""
+    task = ToyTask(critic=True, critic_from=4)
+    asked: list[int] = []
+    inner = task.critic_loss
+
+    def critic_loss(batch: Tensor, step: int) -> LossOutput:
+        asked.append(step)
+        return inner(batch, step)
+
+    task.phases = (task.phases[0], replace(task.phases[1], loss=critic_loss))
+    before = task.module["critic"].weight.detach().clone()
+    settings = replace(SETTINGS, log_every=1)
+    TrainLoop(task, settings, tmp_path).train(stop_after_steps=4)
+    assert asked == [] and torch.equal(task.module["critic"].weight, before)
+    optimizer, _ = read_weights(tmp_path / "checkpoint" / "optimizer.safetensors")
+    assert optimizer and not any(name.startswith("critic") for name in optimizer)
+    TrainLoop(task, settings, tmp_path).train(stop_after_steps=1)
+    assert asked == [4] and not torch.equal(task.module["critic"].weight, before)
+    assert [row["step"] for row in rows_of(tmp_path) if row["phase"] == "critic"] == [5]
+    with pytest.raises(ValueError, match="critic from step 4' there|'critic from step 4'.* there"):
+        TrainLoop(ToyTask(critic=True, critic_from=5), settings, tmp_path).train()
+    with pytest.raises(ValueError, match="first_step of phase 'late' is -1"):
+        Phase("late", (nn.Linear(1, 1),), inner, first_step=-1)
+
+
+def test_watch_sees_every_row_and_after_a_resume_the_earlier_ones(tmp_path: Path) -> None:
+    """What judges the curves of a run must know them from their beginning, in a new process too."""
+    seen: list[Any] = []
+    TrainLoop(ToyTask(), SETTINGS, tmp_path, watch=seen.append).train(stop_after_steps=6)
+    assert [(row["step"], row["phase"]) for row in seen] == [(1, "main"), (4, "main"), (5, "valid")]
+    resumed: list[Any] = []
+    TrainLoop(ToyTask(), SETTINGS, tmp_path, watch=resumed.append).train()
+    assert [row["step"] for row in resumed] == [row["step"] for row in rows_of(tmp_path)]
+    assert [row["loss"] for row in resumed] == [row["loss"] for row in rows_of(tmp_path)]
+
+
 def test_bad_steps_are_skipped_and_leave_no_trace(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A NaN loss moves neither weights nor the buffers it poisoned, and is counted."""
     task = ToyTask()

@@ -33,14 +33,15 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
 
-@pytest.mark.parametrize("critic", [False, True])
-def test_resumed_run_is_bit_for_bit_the_straight_one(tmp_path: Path, critic: bool) -> None:
+@pytest.mark.parametrize(("critic", "critic_from"), [(False, 0), (True, 0), (True, 7)])
+def test_resumed_run_is_bit_for_bit_the_straight_one(tmp_path: Path, critic: bool, critic_from: int) -> None:
     """N steps == k + resume + ..., from other initial weights, other global noise and a checkpoint at any step."""
-    TrainLoop(ToyTask(critic=critic), SETTINGS, tmp_path / "straight").train()
+    about: dict[str, Any] = dict(critic=critic, critic_from=critic_from)
+    TrainLoop(ToyTask(**about), SETTINGS, tmp_path / "straight").train()
     for start in range(4):
         random.seed(start)
         np.random.seed(start)
-        loop = TrainLoop(ToyTask(seed=0 if start == 0 else 100 + start, critic=critic), SETTINGS, tmp_path / "resumed")
+        loop = TrainLoop(ToyTask(seed=0 if start == 0 else 100 + start, **about), SETTINGS, tmp_path / "resumed")
         result = loop.train(stop_after_steps=5 if start < 2 else 1) if start < 3 else loop.train()
     assert result.step == 12
     assert_same_run(tmp_path / "straight", tmp_path / "resumed")

@@ -49,13 +49,19 @@ class ToyTask:
     num_items = 11
     chance = {"loss": 1.5}
 
-    def __init__(self, seed: int = 0, critic: bool = False, on_batch: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self,
+        seed: int = 0,
+        critic: bool = False,
+        critic_from: int = 0,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> None:
         torch.manual_seed(seed)
         self.module = nn.ModuleDict({"model": ToyModel()})
         self.phases: tuple[Phase, ...] = (Phase("main", (self.module["model"],), self.main_loss),)
         if critic:
             self.module["critic"] = nn.Linear(WIDTH, 1)
-            self.phases += (Phase("critic", (self.module["critic"],), self.critic_loss),)
+            self.phases += (Phase("critic", (self.module["critic"],), self.critic_loss, critic_from),)
         self.data = torch.randn(self.num_items, WIDTH, generator=torch.Generator().manual_seed(1))
         self.batches_made = 0
         self.on_batch = on_batch
