@@ -11,7 +11,7 @@ extras = {
     "web": ["gradio>=5.0"],
     "data": ["webdataset>=0.2", "datasets>=3.0"],
     "plot": ["matplotlib>=3.8"],
-    "test": ["pytest>=8.0", "matplotlib>=3.8"],
+    "test": ["pytest>=8.0", "matplotlib>=3.8", "transformers>=4.48"],
 }
 extras["all"] = sorted({requirement for name in extras if name != "torchaudio" for requirement in extras[name]})
 
@@ -24,7 +24,7 @@ setup(
     license="MIT",
     packages=find_packages(include=["audiolm_pytorch*", "musiclm_pytorch*"]),
     package_data={
-        "audiolm_pytorch": ["py.typed"],
+        "audiolm_pytorch": ["py.typed", "codecs/*.json", "codecs/*.png"],
         "musiclm_pytorch": ["py.typed", "bundled/**/*.json", "bundled/**/*.safetensors", "bundled/**/*.md"],
     },
     python_requires=">=3.10",

@@ -4,7 +4,16 @@ import warnings
 from importlib.metadata import PackageNotFoundError, version
 
 from audiolm_pytorch.audiolm import AudioLM
-from audiolm_pytorch.codecs import AudioLMSoundStream, MusicLMSoundStream, SoundStream, SpectralSoundStream
+from audiolm_pytorch.codecs import (
+    AudioLMSoundStream,
+    DacWrapper,
+    EncodecWrapper,
+    MimiWrapper,
+    MusicLMSoundStream,
+    SoundStream,
+    SpectralSoundStream,
+    open_codec,
+)
 from audiolm_pytorch.codecs.training import SoundStreamTrainer
 from audiolm_pytorch.semantic import BestRQEncoder, KMeansTokenizer
 from audiolm_pytorch.semantic.training import SemanticTokenizerTrainer
@@ -27,10 +36,13 @@ __all__ = [
     "CoarseTransformer",
     "CoarseTransformerTrainer",
     "CoarseTransformerWrapper",
+    "DacWrapper",
+    "EncodecWrapper",
     "FineTransformer",
     "FineTransformerTrainer",
     "FineTransformerWrapper",
     "KMeansTokenizer",
+    "MimiWrapper",
     "MusicLMSoundStream",
     "SemanticTokenizerTrainer",
     "SemanticTransformer",
@@ -39,6 +51,7 @@ __all__ = [
     "SoundStream",
     "SoundStreamTrainer",
     "SpectralSoundStream",
+    "open_codec",
 ]
 
 
