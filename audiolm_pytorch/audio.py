@@ -1,21 +1,30 @@
-"""Audio files in and out, and resampling that keeps time exactly; the mel spectrogram (`mel.py`) is found here too."""
+"""Audio files in and out, and resampling that keeps time exactly; the mel spectrogram (`mel.py`) is found here too.
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+What is too long to hold goes through `audio_stream.py`.
+"""
+
 from math import gcd
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import soxr
 import torch
 from beartype import beartype
-from einops import pack, rearrange, reduce, unpack
+from einops import pack, rearrange, unpack
 from torch import Tensor
 from torch.nn import functional as F
 
+from audiolm_pytorch.audio_stream import (
+    RESAMPLER_QUALITY,
+    AudioInfo,
+    AudioSource,
+    AudioWriter,
+    open_sound,
+    refuse_non_finite,
+    resampled_length,
+    sound_blocks,
+    with_channels,
+)
 from audiolm_pytorch.mel import MelSpectrogram, mel_filterbank
 
 __all__ = [
@@ -34,31 +43,6 @@ __all__ = [
 # Reach of the soxr HQ filter, in samples of the lower of the two rates: beyond 160 nothing changes in float32 (measured
 # over eleven pairs of rates between 8 and 96 kHz); the rest is margin.
 RESAMPLE_REACH_SAMPLES = 256
-BLOCK_FRAMES = 2**16
-SUBTYPES = {".wav": "PCM_16", ".flac": "PCM_16", ".ogg": "VORBIS"}
-
-
-@dataclass(frozen=True)
-class AudioInfo:
-    """What an audio file holds: its rate, its length in samples per channel, and its channels."""
-
-    sample_hz: int
-    num_samples: int
-    channels: int
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[soundfile.SoundFile]:
-    """Open a sound file; whatever libsndfile says, inside the block too, becomes a ValueError that names the path."""
-    if not path.is_file():
-        raise ValueError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path}: the file is empty (0 bytes)")
-    try:
-        with soundfile.SoundFile(path) as file:
-            yield file
-    except soundfile.LibsndfileError as error:
-        raise ValueError(f"{path}: cannot be read as audio ({error.error_string})") from error
 
 
 @beartype
@@ -74,8 +58,7 @@ def audio_info(path: str | Path) -> AudioInfo:
     Raises:
         ValueError: If the file is missing, empty or not audio; the message names the path and the reason.
     """
-    with _open(Path(path)) as file:
-        return AudioInfo(sample_hz=file.samplerate, num_samples=file.frames, channels=file.channels)
+    return AudioSource(path).info
 
 
 @beartype
@@ -91,36 +74,10 @@ def decoded_info(path: str | Path) -> AudioInfo:
     Raises:
         ValueError: If the file cannot be decoded, is damaged, holds no samples, or holds NaN or infinite samples.
     """
-    path = Path(path)
-    num_samples = 0
-    with _open(path) as file:
-        for block in _blocks(file, file.frames):
-            _refuse_non_finite(block, path)
-            num_samples += len(block)
-        info = AudioInfo(sample_hz=file.samplerate, num_samples=num_samples, channels=file.channels)
-        if num_samples == 0:
-            raise ValueError(f"{path}: the file holds no samples")
-        # An MP3 without an index (Xing header) only guesses its length; every other format knows it.
-        if num_samples < file.frames and file.format != "MP3":
-            raise ValueError(f"{path}: the file is damaged, {num_samples} of {file.frames} samples can be decoded")
-    return info
-
-
-def _blocks(file: soundfile.SoundFile, num_frames: int) -> Iterator[np.ndarray]:
-    """Read up to `num_frames` from where the file stands, in blocks `[n, c]` float32.
-
-    One long read stops at the first hole of a damaged file, and soundfile's own `blocks` repeats old samples where a
-    file ends before its header says: this does neither.
-    """
-    while num_frames > 0 and len(block := file.read(min(num_frames, BLOCK_FRAMES), dtype="float32", always_2d=True)):
-        num_frames -= len(block)
-        yield block
-
-
-def _refuse_non_finite(samples: np.ndarray, path: Path) -> None:
-    """Raise a ValueError that names the file if a sample is NaN or infinite."""
-    if not np.isfinite(samples).all():
-        raise ValueError(f"{path}: holds NaN or infinite samples")
+    source = AudioSource(path, channels=None)
+    for _ in source:
+        pass
+    return source.info
 
 
 @beartype
@@ -154,9 +111,9 @@ def read_audio(
         raise ValueError(
             f"{path}: start_seconds must be >= 0 and duration_seconds > 0, got {start_seconds}, {duration_seconds}"
         )
-    with _open(path) as file:
+    with open_sound(path) as file:
         from_hz, to_hz = file.samplerate, sample_hz or file.samplerate
-        total = _resampled_length(file.frames, from_hz, to_hz)
+        total = resampled_length(file.frames, from_hz, to_hz)
         start = round(start_seconds * to_hz)
         if start >= total:
             raise ValueError(f"{path}: {start_seconds} s is at or after its end ({file.frames / from_hz:.3f} s)")
@@ -165,27 +122,14 @@ def read_audio(
         file.seek(first)
         # Mixed block by block: all channels of an hour at once would take several times the memory of the result.
         blocks = [
-            _with_channels(np.ascontiguousarray(block.T), channels, path)
-            for block in _blocks(file, min(last, file.frames) - first)
+            with_channels(np.ascontiguousarray(block.T), channels, path)
+            for block in sound_blocks(file, min(last, file.frames) - first)
         ]
     if not blocks:
         raise ValueError(f"{path}: holds nothing at {start_seconds} s, though its header says so; the file is damaged")
     wave = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
-    _refuse_non_finite(wave, path)
+    refuse_non_finite(wave, path)
     return resample(torch.from_numpy(wave), from_hz, to_hz)[:, skip : skip + count], to_hz
-
-
-def _with_channels(wave: np.ndarray, channels: int | None, path: Path) -> np.ndarray:
-    """Average, keep or repeat the channels of `wave [c, n]`."""
-    if channels is None or channels == len(wave):
-        return wave
-    if channels == 1:
-        return reduce(wave, "c n -> 1 n", "mean")
-    if len(wave) == 1:
-        return np.repeat(wave, channels, axis=0)
-    raise ValueError(
-        f"{path}: has {len(wave)} channels, {channels} were asked for; use channels=1 (average) or None (keep)"
-    )
 
 
 @beartype
@@ -200,30 +144,11 @@ def write_audio(path: str | Path, wave: Tensor, sample_hz: int) -> None:
     Raises:
         ValueError: If the suffix or the shape is none of these, a sample is not finite, or the format refuses the rate.
     """
-    path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in SUBTYPES:
-        raise ValueError(f"{path}: cannot write {suffix or 'a name without suffix'}; use one of {', '.join(SUBTYPES)}")
     if wave.ndim not in (1, 2) or wave.numel() == 0:
         raise ValueError(f"{path}: wave must be [n] or [c, n] with at least one sample, got shape {tuple(wave.shape)}")
-    samples = wave.detach().to("cpu", torch.float32).numpy()
-    _refuse_non_finite(samples, path)
-    columns = samples[:, None] if samples.ndim == 1 else rearrange(samples, "c n -> n c")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{suffix}")
-    try:
-        with soundfile.SoundFile(
-            partial, "w", samplerate=sample_hz, channels=columns.shape[1], subtype=SUBTYPES[suffix]
-        ) as file:
-            # In blocks: libsndfile's Vorbis encoder puts what one call brings on the stack, and long files overflow it.
-            for begin in range(0, len(columns), BLOCK_FRAMES):
-                file.write(columns[begin : begin + BLOCK_FRAMES])
-        os.replace(partial, path)
-    except soundfile.LibsndfileError as error:
-        shape = f"{columns.shape[1]} channels at {sample_hz} Hz"
-        raise ValueError(f"{path}: cannot be written ({shape}: {error.error_string})") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    rows = rearrange(wave, "n -> 1 n") if wave.ndim == 1 else wave
+    with AudioWriter(path, sample_hz, channels=len(rows)) as writer:
+        writer.write(rows)
 
 
 @beartype
@@ -239,11 +164,6 @@ def peak_safe(wave: Tensor, ceiling: float = 0.99) -> Tensor:
     """
     peak = wave.detach().abs().amax() if wave.numel() else wave.new_zeros(())
     return wave * (ceiling / peak) if peak > ceiling else wave
-
-
-def _resampled_length(num_samples: int, from_hz: int, to_hz: int) -> int:
-    """Length after resampling: the last instant that any input sample stands for is still covered."""
-    return -(-num_samples * to_hz // from_hz)
 
 
 @beartype
@@ -265,11 +185,11 @@ def resample(wave: Tensor, from_hz: int, to_hz: int) -> Tensor:
         raise ValueError(f"sample rates must be at least 1 Hz, got {from_hz} and {to_hz}")
     if from_hz == to_hz:
         return wave
-    num_out = _resampled_length(wave.shape[-1], from_hz, to_hz)
+    num_out = resampled_length(wave.shape[-1], from_hz, to_hz)
     # soxr rounds the length; zeros behind the end (which it assumes there anyway) let us cut to the ceiling instead.
     padded = F.pad(wave.detach().to("cpu", torch.float32), (0, from_hz // to_hz + 2))
     flat, leading = pack([padded], "* n")
-    rows = [soxr.resample(row, from_hz, to_hz, quality="HQ")[:num_out] for row in flat.numpy()]
+    rows = [soxr.resample(row, from_hz, to_hz, quality=RESAMPLER_QUALITY)[:num_out] for row in flat.numpy()]
     out = torch.from_numpy(np.stack(rows)) if rows else padded.new_zeros(0, num_out)
     return unpack(out, leading, "* n")[0].to(wave.device)
 

@@ -1,4 +1,4 @@
-"""The `musiclm` command: make music, train models, render the corpus."""
+"""The `musiclm` command: make music, train models, render the corpus, use a codec."""
 
 import contextlib
 import io
@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import tyro
+
+from musiclm_pytorch.codec_cli import CodecCommand, run_codec
+from musiclm_pytorch.command_checks import check_file, device_named
 
 __all__ = ["main"]
 
@@ -82,11 +84,19 @@ class Export:
     """Folder to write."""
 
 
+@dataclass(frozen=True)
+class Codec:
+    """Use a codec on its own: sounds to codes and back, and how good it is."""
+
+    action: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[CodecCommand]]
+
+
 Command = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Corpus, tyro.conf.subcommand("corpus")]
     | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Codec, tyro.conf.subcommand("codec")]
 )
 
 _AUDIO_SUFFIXES = (".wav", ".flac", ".ogg")
@@ -113,6 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _corpus(command)
             case Export() as command:
                 _export(command)
+            case Codec(action):
+                return run_codec(action)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
         sys.stderr.write(f"musiclm: {message}\n")
@@ -123,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(arguments: Sequence[str] | None) -> Generate | Train | Corpus | Export | None:
+def _parse(arguments: Sequence[str] | None) -> Generate | Train | Corpus | Export | Codec | None:
     """The command, None after a help text, or a ValueError that says in one line what tyro says in a box."""
     said = io.StringIO()
     try:
@@ -158,17 +170,17 @@ def _generate(command: Generate) -> None:
         raise ValueError(f"--seconds must be above 0 and at most {_MOST_SECONDS}, got {command.seconds:g}")
     if command.seed < 0:
         raise ValueError(f"--seed must not be negative, got {command.seed}")
-    _check_file(command.out, _AUDIO_SUFFIXES)
+    check_file(command.out, _AUDIO_SUFFIXES)
     if command.plot is not None:
         from musiclm_pytorch.plot import PICTURE_SUFFIXES, require_matplotlib
 
-        _check_file(command.plot, PICTURE_SUFFIXES)
+        check_file(command.plot, PICTURE_SUFFIXES)
         require_matplotlib()
 
     from audiolm_pytorch.audio import write_audio
     from musiclm_pytorch.bundle import load_musiclm
 
-    musiclm = load_musiclm(command.model, device=_device(command.device))
+    musiclm = load_musiclm(command.model, device=device_named(command.device))
     with _progress() as callback:
         candidates = musiclm(
             command.text,
@@ -214,28 +226,6 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         yield advance
     finally:
         close()
-
-
-def _device(name: str) -> torch.device:
-    """The device of that name, or for "auto" the GPU if there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used here; leave it out, or take cpu") from error
-
-
-def _check_file(path: Path, suffixes: Sequence[str]) -> None:
-    """Refuse a name that could not be written, before the work is done."""
-    if path.suffix.lower() not in suffixes:
-        raise ValueError(f"cannot write {path}: name a file that ends in {', '.join(suffixes)}")
-    if path.is_dir():
-        raise ValueError(f"cannot write {path}: it is a folder; name a file in it")
-    blocked = next((parent for parent in path.parents if parent.exists()), None)
-    if blocked is not None and not blocked.is_dir():
-        raise ValueError(f"cannot write {path}: {blocked} is a file; name another folder")
 
 
 def _train(command: Train) -> None:

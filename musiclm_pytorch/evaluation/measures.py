@@ -12,6 +12,7 @@ from einops import repeat
 from torch import Tensor
 
 from audiolm_pytorch.audio import resample
+from audiolm_pytorch.codecs.loudness import codes_and_scales, wave_of
 from audiolm_pytorch.codecs.protocol import Codec
 from musiclm_pytorch.evaluation.attributes import AttributeClassifier
 from musiclm_pytorch.evaluation.report import Figure, accuracy_figure
@@ -53,7 +54,9 @@ def _device_of(module: object) -> torch.device:
 
 
 @torch.no_grad()
-def reconstruct(codec: Codec, waves: Tensor, batch_size: int = 10, num_levels: int | None = None) -> Tensor:
+def reconstruct(
+    codec: Codec, waves: Tensor, batch_size: int = 10, num_levels: int | None = None, codes_alone: bool = True
+) -> Tensor:
     """Pass waves through a codec.
 
     Args:
@@ -61,6 +64,8 @@ def reconstruct(codec: Codec, waves: Tensor, batch_size: int = 10, num_levels: i
         waves: `[b, n]` at the codec's rate.
         batch_size: Clips at once.
         num_levels: Code levels to keep; None keeps all.
+        codes_alone: Whether only the codes are kept, which is all that a language model has; otherwise also what the
+            codec keeps beside them (the loudness of segments in EnCodec at 48 kHz).
 
     Returns:
         `[b, n]` on the CPU; of several channels, the average.
@@ -68,8 +73,9 @@ def reconstruct(codec: Codec, waves: Tensor, batch_size: int = 10, num_levels: i
     device = _device_of(codec)
     parts = []
     for part in waves.split(batch_size):
-        codes = codec.tokenize(_with_channels(part, codec.channels).to(device))[..., :num_levels]
-        parts.append(codec.decode_from_codebook_indices(codes, num_samples=part.shape[-1]).mean(dim=1).float().cpu())
+        codes, scales = codes_and_scales(codec, _with_channels(part, codec.channels).to(device))
+        made = wave_of(codec, codes[..., :num_levels], None if codes_alone else scales, part.shape[-1])
+        parts.append(made.mean(dim=1).float().cpu())
     return torch.cat(parts)
 
 

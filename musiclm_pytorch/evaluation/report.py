@@ -9,12 +9,20 @@ from typing import Any
 import numpy as np
 from beartype import beartype
 
+from audiolm_pytorch.bootstrap import bootstrap_interval
 from audiolm_pytorch.files import staged_files, write_json
 
-__all__ = ["Figure", "accuracy_figure", "balanced_accuracy", "bootstrap_interval", "markdown_table", "write_report"]
+__all__ = [
+    "Figure",
+    "accuracy_figure",
+    "accuracy_statistic",
+    "balanced_accuracy",
+    "bootstrap_interval",
+    "markdown_table",
+    "write_report",
+]
 
 FORMAT_VERSION = 1
-BOOTSTRAP_ROUNDS = 1000
 
 
 @dataclass(frozen=True)
@@ -66,32 +74,6 @@ class Figure:
 
 
 @beartype
-def bootstrap_interval(
-    statistic: Callable[[np.ndarray], float], count: int, rounds: int = BOOTSTRAP_ROUNDS, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap over items (Efron & Tibshirani, An Introduction to the Bootstrap, sec. 13.3).
-
-    Args:
-        statistic: From indices of items (with repetitions) to the number.
-        count: Items there are.
-        rounds: Resamples.
-        seed: The same seed gives the same interval.
-
-    Returns:
-        The 2.5% and 97.5% points of the resampled statistic.
-
-    Raises:
-        ValueError: If there are no items.
-    """
-    if count < 1:
-        raise ValueError("an interval needs at least one item, got none")
-    generator = np.random.default_rng(seed)
-    values = [statistic(generator.integers(count, size=count)) for _ in range(rounds)]
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
-
-
-@beartype
 def balanced_accuracy(truth: Sequence[str], answers: Sequence[str]) -> float:
     """Average the share of right answers over the true classes: a frequent class counts no more than a rare one.
 
@@ -105,9 +87,7 @@ def balanced_accuracy(truth: Sequence[str], answers: Sequence[str]) -> float:
     Raises:
         ValueError: If the lengths differ or are zero.
     """
-    _require_pairs(truth, answers)
-    _, class_of = np.unique(np.asarray(truth), return_inverse=True)
-    return _mean_of_classes(class_of, np.asarray(truth) == np.asarray(answers))
+    return accuracy_statistic(truth, answers, balanced=True)(np.arange(len(truth)))
 
 
 def _mean_of_classes(class_of: np.ndarray, is_right: np.ndarray) -> float:
@@ -142,14 +122,35 @@ def accuracy_figure(
     Raises:
         ValueError: If the lengths differ or are zero.
     """
+    statistic = accuracy_statistic(truth, answers, balanced)
+    return Figure.measured(name, statistic, len(truth), chance=1 / len(set(truth)), note=note)
+
+
+@beartype
+def accuracy_statistic(
+    truth: Sequence[str], answers: Sequence[str], balanced: bool = False
+) -> Callable[[np.ndarray], float]:
+    """Make the accuracy of answers a function of the items looked at, as resampling needs it.
+
+    Args:
+        truth: What is right.
+        answers: What was said.
+        balanced: Weigh the true classes alike.
+
+    Returns:
+        From indices of items to the share of right answers among them.
+
+    Raises:
+        ValueError: If the lengths differ or are zero.
+    """
     _require_pairs(truth, answers)
-    classes, class_of = np.unique(np.asarray(truth), return_inverse=True)
+    _, class_of = np.unique(np.asarray(truth), return_inverse=True)
     is_right = np.asarray(truth) == np.asarray(answers)
 
     def statistic(chosen: np.ndarray) -> float:
         return _mean_of_classes(class_of[chosen], is_right[chosen]) if balanced else float(is_right[chosen].mean())
 
-    return Figure.measured(name, statistic, len(truth), chance=1 / len(classes), note=note)
+    return statistic
 
 
 def _shown(value: float | None) -> str:
@@ -176,13 +177,16 @@ def markdown_table(figures: Sequence[Figure]) -> str:
 
 
 @beartype
-def write_report(path: str | Path, figures: Sequence[Figure], settings: dict[str, Any]) -> None:
+def write_report(
+    path: str | Path, figures: Sequence[Figure], settings: dict[str, Any], table: str | None = None
+) -> None:
     """Write figures as JSON and, beside it, as a markdown table.
 
     Args:
         path: The JSON file; the table gets the same name with the suffix `.md`.
         figures: In the order wanted.
         settings: How they came about; JSON-able.
+        table: Another table to write beside them (markdown); by default one line a figure.
 
     Raises:
         ValueError: If the path does not end in `.json`, or a value is not finite.
@@ -193,4 +197,4 @@ def write_report(path: str | Path, figures: Sequence[Figure], settings: dict[str
     rows = [asdict(figure) for figure in figures]
     write_json(path, {"format_version": FORMAT_VERSION, "settings": settings, "figures": rows})
     with staged_files(path.parent) as stage:
-        (stage / path.with_suffix(".md").name).write_text(markdown_table(figures), encoding="utf-8")
+        (stage / path.with_suffix(".md").name).write_text(table or markdown_table(figures), encoding="utf-8")
