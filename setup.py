@@ -24,7 +24,7 @@ setup(
     license="MIT",
     packages=find_packages(include=["audiolm_pytorch*", "musiclm_pytorch*"]),
     package_data={
-        "audiolm_pytorch": ["py.typed", "codecs/*.json", "codecs/*.png"],
+        "audiolm_pytorch": ["py.typed", "codecs/training/*.json", "codecs/training/*.png"],
         "musiclm_pytorch": ["py.typed", "bundled/**/*.json", "bundled/**/*.safetensors", "bundled/**/*.md"],
     },
     python_requires=">=3.10",

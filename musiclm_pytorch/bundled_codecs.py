@@ -31,7 +31,7 @@ def codec_named(name: str, device: str | torch.device = "cpu", offline: bool = F
     Raises:
         ValueError: If there is no such codec, naming the bundled ones.
     """
-    from audiolm_pytorch.codecs.pretrained import open_codec
+    from audiolm_pytorch.codecs.pretrained.adapter import open_codec
 
     folder = BUNDLED_CODECS.get(name)
     try:

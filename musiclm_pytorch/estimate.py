@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from audiolm_pytorch.audio import read_audio
-from audiolm_pytorch.codecs.losses import MultiScaleMelLoss
+from audiolm_pytorch.codecs.training.losses import MultiScaleMelLoss
 from audiolm_pytorch.conditioning import Conditioning
 from audiolm_pytorch.semantic import BestRQ, BestRQEncoder
 from audiolm_pytorch.stages import AudioTokens

@@ -1,10 +1,10 @@
 """Neural audio codecs: waves to discrete frames and back."""
 
-from audiolm_pytorch.codecs.dac import DacWrapper
-from audiolm_pytorch.codecs.encodec import EncodecWrapper
 from audiolm_pytorch.codecs.film import FiLM
-from audiolm_pytorch.codecs.mimi import MimiWrapper
-from audiolm_pytorch.codecs.pretrained import open_codec
+from audiolm_pytorch.codecs.pretrained.adapter import open_codec
+from audiolm_pytorch.codecs.pretrained.dac import DacWrapper
+from audiolm_pytorch.codecs.pretrained.encodec import EncodecWrapper
+from audiolm_pytorch.codecs.pretrained.mimi import MimiWrapper
 from audiolm_pytorch.codecs.protocol import Codec, StreamingCodec
 from audiolm_pytorch.codecs.soundstream import AudioLMSoundStream, MusicLMSoundStream, SoundStream, SpectralSoundStream
 

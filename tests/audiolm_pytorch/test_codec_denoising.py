@@ -7,16 +7,15 @@ import pytest
 import soundfile
 import torch
 
-from audiolm_pytorch.codecs import monitoring
-from audiolm_pytorch.codecs.denoising import NoiseMixer
 from audiolm_pytorch.codecs.film import FiLM
-from audiolm_pytorch.codecs.losses import MultiScaleMelLoss
 from audiolm_pytorch.codecs.measures import si_sdr_db
-from audiolm_pytorch.codecs.monitoring import denoising_metrics
-from audiolm_pytorch.codecs.quantizer import ResidualQuantizer
+from audiolm_pytorch.codecs.quantizers import ResidualQuantizer
 from audiolm_pytorch.codecs.soundstream import SoundStream
 from audiolm_pytorch.codecs.spectral import SpectralDecoder, SpectralEncoder
-from audiolm_pytorch.codecs.training import RECONSTRUCTION_ONLY, SoundStreamTrainer
+from audiolm_pytorch.codecs.training import RECONSTRUCTION_ONLY, SoundStreamTrainer, monitoring
+from audiolm_pytorch.codecs.training.denoising import NoiseMixer
+from audiolm_pytorch.codecs.training.losses import MultiScaleMelLoss
+from audiolm_pytorch.codecs.training.monitoring import denoising_metrics
 from audiolm_pytorch.data.crops import CropDataset
 from audiolm_pytorch.data.manifest import load_items
 

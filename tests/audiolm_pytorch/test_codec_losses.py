@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from audiolm_pytorch.codecs.balancer import LossBalancer
 from audiolm_pytorch.codecs.discriminators import (
     MultiScaleSTFTDiscriminator,
     MultiScaleWaveDiscriminator,
     ScaleOutput,
 )
-from audiolm_pytorch.codecs.losses import discriminator_hinge, feature_matching, generator_hinge
+from audiolm_pytorch.codecs.training.balancer import LossBalancer
+from audiolm_pytorch.codecs.training.losses import discriminator_hinge, feature_matching, generator_hinge
 from audiolm_pytorch.training import LossOutput, TrainLoop
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package

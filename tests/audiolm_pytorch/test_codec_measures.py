@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from audiolm_pytorch.codecs import SoundStream
-from audiolm_pytorch.codecs.losses import MultiScaleMelLoss
 from audiolm_pytorch.codecs.measures import MultiResolutionSTFTDistance, WaveDistances, bitrate_kbps, si_sdr_db
 from audiolm_pytorch.codecs.report import CodecRow, Estimate, aligned_table, codec_report, distance_row, rows_table
+from audiolm_pytorch.codecs.training.losses import MultiScaleMelLoss
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package
 from fakes import FakeCodec

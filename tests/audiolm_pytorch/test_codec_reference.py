@@ -5,9 +5,15 @@ import logging
 
 import pytest
 
-from audiolm_pytorch.codecs import reference as reference_module
-from audiolm_pytorch.codecs.reference import Curves, draw_curves, packaged_reference, read_curves, write_reference
-from audiolm_pytorch.codecs.watch import CurveWatch
+from audiolm_pytorch.codecs.training import reference as reference_module
+from audiolm_pytorch.codecs.training.reference import (
+    Curves,
+    draw_curves,
+    packaged_reference,
+    read_curves,
+    write_reference,
+)
+from audiolm_pytorch.codecs.training.watch import CurveWatch
 
 # Validations (mel distances, usages of the least used level) of real runs of 400 steps of a small spectral codec (4
 # levels of 256, batches of 8 x 1 s), with the codes in use from step 50 on; then the distance of the average spectrum

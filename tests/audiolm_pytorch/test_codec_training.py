@@ -13,7 +13,6 @@ from accelerate import Accelerator
 
 from audiolm_pytorch.audio import read_audio
 from audiolm_pytorch.codecs import SoundStream, SpectralSoundStream
-from audiolm_pytorch.codecs import monitoring as monitoring_module
 from audiolm_pytorch.codecs.discriminators import (
     ComplexSTFTDiscriminator,
     Discriminators,
@@ -21,11 +20,12 @@ from audiolm_pytorch.codecs.discriminators import (
     MultiScaleWaveDiscriminator,
     soundstream_discriminators,
 )
-from audiolm_pytorch.codecs.losses import MultiScaleMelLoss
-from audiolm_pytorch.codecs.monitoring import CodeUsage, distance_of_average
-from audiolm_pytorch.codecs.quantizer import code_usage
-from audiolm_pytorch.codecs.task import CodecBatch, codebooks_are_untrained
+from audiolm_pytorch.codecs.quantizers import code_usage
 from audiolm_pytorch.codecs.training import RECONSTRUCTION_ONLY, CodecLossWeights, SoundStreamTrainer
+from audiolm_pytorch.codecs.training import monitoring as monitoring_module
+from audiolm_pytorch.codecs.training.losses import MultiScaleMelLoss
+from audiolm_pytorch.codecs.training.monitoring import CodeUsage, distance_of_average
+from audiolm_pytorch.codecs.training.task import CodecBatch, codebooks_are_untrained
 from audiolm_pytorch.data.crops import CropDataset
 from audiolm_pytorch.io import load_module
 from audiolm_pytorch.training import TrainLoop

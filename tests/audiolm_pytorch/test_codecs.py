@@ -14,9 +14,9 @@ from audiolm_pytorch.codecs import (
 )
 from audiolm_pytorch.codecs.convolutional import ConvDecoder, ConvEncoder
 from audiolm_pytorch.codecs.film import FiLM
-from audiolm_pytorch.codecs.losses import MultiScaleMelLoss
-from audiolm_pytorch.codecs.quantizer import ResidualQuantizer, code_usage
+from audiolm_pytorch.codecs.quantizers import ResidualQuantizer, code_usage
 from audiolm_pytorch.codecs.spectral import SpectralDecoder, SpectralEncoder
+from audiolm_pytorch.codecs.training.losses import MultiScaleMelLoss
 from audiolm_pytorch.io import save_module
 
 RATE_HZ = 16000

@@ -13,7 +13,7 @@ from audiolm_pytorch.codecs.discriminators import (
     encodec_discriminators,
     soundstream_discriminators,
 )
-from audiolm_pytorch.codecs.losses import discriminator_hinge
+from audiolm_pytorch.codecs.training.losses import discriminator_hinge
 from audiolm_pytorch.io import load_module, save_module
 
 KINDS: dict[str, Callable[..., nn.Module]] = {

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from audiolm_pytorch import AudioLM, CoarseTransformer, FineTransformer, SemanticTransformer
-from audiolm_pytorch.codecs import Codec, DacWrapper, EncodecWrapper, MimiWrapper, SoundStream, open_codec, pieces
-from audiolm_pytorch.codecs.hub import LoadedModel
-from audiolm_pytorch.codecs.pieces import Span, in_pieces, span_of
+from audiolm_pytorch.codecs import Codec, DacWrapper, EncodecWrapper, MimiWrapper, SoundStream, open_codec
+from audiolm_pytorch.codecs.pretrained import pieces
+from audiolm_pytorch.codecs.pretrained.hub import LoadedModel
+from audiolm_pytorch.codecs.pretrained.pieces import Span, in_pieces, span_of
 from audiolm_pytorch.io import fingerprint_of, save_module
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package

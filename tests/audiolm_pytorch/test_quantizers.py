@@ -8,10 +8,16 @@ from einops import rearrange
 from torch import Tensor, nn
 from vector_quantize_pytorch import ResidualLFQ
 
-from audiolm_pytorch.codecs.finite_scalar import ResidualFiniteScalarQuantizer, steps_of
-from audiolm_pytorch.codecs.grouped import GroupedQuantizer
-from audiolm_pytorch.codecs.lookup_free import ResidualLookupFreeQuantizer
-from audiolm_pytorch.codecs.quantizer import FrameQuantizer, ResidualQuantizer, code_usage, make_quantizer
+from audiolm_pytorch.codecs.quantizers import (
+    FrameQuantizer,
+    GroupedQuantizer,
+    ResidualFiniteScalarQuantizer,
+    ResidualLookupFreeQuantizer,
+    ResidualQuantizer,
+    code_usage,
+    make_quantizer,
+)
+from audiolm_pytorch.codecs.quantizers.finite_scalar import steps_of
 from audiolm_pytorch.io import build_module, module_spec
 
 KINDS = {

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from audiolm_pytorch.codecs.quantizer import make_quantizer
+from audiolm_pytorch.codecs.quantizers import make_quantizer
 from audiolm_pytorch.files import read_weights, write_weights
 
 KINDS = {"residual": {}, "groups": {"groups": 2}, "lookup_free": {"lookup_free": True}}

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from audiolm_pytorch.codecs import MusicLMSoundStream  # noqa: E402
-from audiolm_pytorch.codecs.quantizer import ResidualQuantizer  # noqa: E402
+from audiolm_pytorch.codecs.quantizers import ResidualQuantizer  # noqa: E402
 
 RATE_HZ = 24_000
 KBPS = 6.0

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from audiolm_pytorch.codecs.residual import ResidualLevels
+from audiolm_pytorch.codecs.quantizers.levels import ResidualLevels
 
 __all__ = ["ScalarLevels"]
 

@@ -8,10 +8,15 @@ from accelerate import Accelerator
 from beartype import beartype
 from torch import nn
 
-from audiolm_pytorch.codecs.denoising import NoiseMixer
 from audiolm_pytorch.codecs.soundstream import SoundStream
-from audiolm_pytorch.codecs.task import RECONSTRUCTION_ONLY, CodecLossWeights, CodecTask, codebooks_are_untrained
-from audiolm_pytorch.codecs.watch import CurveWatch
+from audiolm_pytorch.codecs.training.denoising import NoiseMixer
+from audiolm_pytorch.codecs.training.task import (
+    RECONSTRUCTION_ONLY,
+    CodecLossWeights,
+    CodecTask,
+    codebooks_are_untrained,
+)
+from audiolm_pytorch.codecs.training.watch import CurveWatch
 from audiolm_pytorch.data.crops import CropDataset, crop_seconds
 from audiolm_pytorch.data.manifest import AudioItem, training_items
 from audiolm_pytorch.io import module_spec, save_module

@@ -9,9 +9,9 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor
 
-from audiolm_pytorch.codecs.hub import LoadedModel
-from audiolm_pytorch.codecs.pieces import forward_in_pieces
-from audiolm_pytorch.codecs.pretrained import PretrainedCodec, chosen_levels
+from audiolm_pytorch.codecs.pretrained.adapter import PretrainedCodec, chosen_levels
+from audiolm_pytorch.codecs.pretrained.hub import LoadedModel
+from audiolm_pytorch.codecs.pretrained.pieces import forward_in_pieces
 from audiolm_pytorch.io import register
 from audiolm_pytorch.units import exact_div
 

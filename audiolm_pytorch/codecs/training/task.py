@@ -11,10 +11,16 @@ from beartype import beartype
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from audiolm_pytorch.codecs.balancer import LossBalancer
-from audiolm_pytorch.codecs.denoising import NoiseMixer
-from audiolm_pytorch.codecs.losses import MultiScaleMelLoss, discriminator_hinge, feature_matching, generator_hinge
-from audiolm_pytorch.codecs.monitoring import (
+from audiolm_pytorch.codecs.soundstream import CodecOutput, SoundStream
+from audiolm_pytorch.codecs.training.balancer import LossBalancer
+from audiolm_pytorch.codecs.training.denoising import NoiseMixer
+from audiolm_pytorch.codecs.training.losses import (
+    MultiScaleMelLoss,
+    discriminator_hinge,
+    feature_matching,
+    generator_hinge,
+)
+from audiolm_pytorch.codecs.training.monitoring import (
     CodeUsage,
     denoising_metrics,
     distance_of_average,
@@ -22,7 +28,6 @@ from audiolm_pytorch.codecs.monitoring import (
     reconstruction_metrics,
     write_pairs,
 )
-from audiolm_pytorch.codecs.soundstream import CodecOutput, SoundStream
 from audiolm_pytorch.data.crops import CropDataset
 from audiolm_pytorch.training import LossOutput, Phase
 from audiolm_pytorch.training.ranks import to_device

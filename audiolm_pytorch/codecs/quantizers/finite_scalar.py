@@ -7,7 +7,7 @@ from beartype import beartype
 from torch import Tensor
 from vector_quantize_pytorch import ResidualFSQ
 
-from audiolm_pytorch.codecs.scalar import ScalarLevels
+from audiolm_pytorch.codecs.quantizers.scalar import ScalarLevels
 from audiolm_pytorch.io import register
 
 __all__ = ["ResidualFiniteScalarQuantizer", "steps_of"]

@@ -12,9 +12,9 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor
 
-from audiolm_pytorch.codecs.hub import LoadedModel
-from audiolm_pytorch.codecs.pieces import FRAMEWISE, in_pieces, run_layers
-from audiolm_pytorch.codecs.pretrained import PretrainedCodec, items_by_length
+from audiolm_pytorch.codecs.pretrained.adapter import PretrainedCodec, items_by_length
+from audiolm_pytorch.codecs.pretrained.hub import LoadedModel
+from audiolm_pytorch.codecs.pretrained.pieces import FRAMEWISE, in_pieces, run_layers
 from audiolm_pytorch.io import register
 from audiolm_pytorch.units import frames_covering
 

@@ -16,7 +16,13 @@ from beartype import beartype
 from torch import Tensor, nn
 
 from audiolm_pytorch.codecs.checks import checked_audio, checked_codes, checked_lengths
-from audiolm_pytorch.codecs.hub import LoadedModel, find_folder, load_model, model_type_of, require_transformers
+from audiolm_pytorch.codecs.pretrained.hub import (
+    LoadedModel,
+    find_folder,
+    load_model,
+    model_type_of,
+    require_transformers,
+)
 from audiolm_pytorch.files import read_json
 from audiolm_pytorch.io import load_module, weights_of
 from audiolm_pytorch.units import frames_covering
@@ -294,9 +300,9 @@ def open_codec(
         ImportError: If a published codec is wanted and transformers is not installed.
         ValueError: If there is no codec, or one that nothing here reads.
     """
-    from audiolm_pytorch.codecs.dac import DacWrapper
-    from audiolm_pytorch.codecs.encodec import EncodecWrapper
-    from audiolm_pytorch.codecs.mimi import MimiWrapper
+    from audiolm_pytorch.codecs.pretrained.dac import DacWrapper
+    from audiolm_pytorch.codecs.pretrained.encodec import EncodecWrapper
+    from audiolm_pytorch.codecs.pretrained.mimi import MimiWrapper
     from audiolm_pytorch.codecs.protocol import Codec
 
     folder, _ = find_folder(source, offline=offline, revision=revision, cache_dir=cache_dir)

@@ -1,4 +1,4 @@
-"""Quantizers for codecs: residual codebooks (the default), and one function that makes any of the kinds there are."""
+"""Residual vector quantization with learnt codebooks, the default of codecs."""
 
 from typing import Any
 
@@ -6,39 +6,19 @@ import torch
 import torch.nn.functional as F
 from beartype import beartype
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 from vector_quantize_pytorch import ResidualVQ
 
-from audiolm_pytorch.codecs.finite_scalar import ResidualFiniteScalarQuantizer
-from audiolm_pytorch.codecs.grouped import GroupedQuantizer
-from audiolm_pytorch.codecs.joined import from_first_process, joined_sample, sum_over_processes
-from audiolm_pytorch.codecs.lookup_free import ResidualLookupFreeQuantizer
-from audiolm_pytorch.codecs.residual import FrameQuantizer, Quantized, ResidualLevels
+from audiolm_pytorch.codecs.quantizers.joined import from_first_process, joined_sample, sum_over_processes
+from audiolm_pytorch.codecs.quantizers.levels import ResidualLevels
 from audiolm_pytorch.io import register
 from audiolm_pytorch.nearest import nearest_index
 
-__all__ = ["FrameQuantizer", "Quantized", "ResidualQuantizer", "code_usage", "make_quantizer"]
+__all__ = ["ResidualQuantizer"]
 
 # A code this many times as long as the residual it stands for has its gradient passed straight through: the rotation
 # trick scales the gradient by that ratio, which a silent stretch drives into the thousands.
 _LONGEST_ROTATED = 4.0
-
-
-def code_usage(codes: Tensor, codebook_size: int) -> dict[str, Tensor]:
-    """Share of the codes in use and perplexity (as a share of the codebook) of every level.
-
-    Args:
-        codes: `[..., q]` int64; negative entries are left out.
-        codebook_size: Codes per level.
-
-    Returns:
-        `usage [q]` and `perplexity [q]`, each in 0..1.
-    """
-    levels = rearrange(codes, "... q -> q (...)")
-    counts = torch.stack([torch.bincount(level[level >= 0], minlength=codebook_size) for level in levels]).float()
-    share = counts / counts.sum(dim=-1, keepdim=True).clamp(min=1.0)
-    entropy = -(share * share.clamp(min=1e-12).log()).sum(dim=-1)
-    return {"usage": (counts > 0).float().mean(dim=-1), "perplexity": entropy.exp() / codebook_size}
 
 
 @register
@@ -162,43 +142,6 @@ class ResidualQuantizer(ResidualLevels):
         state.embed[0, dead] = fresh
         state.embed_avg[0, dead] = fresh * uniform_use
         uses[dead] = uniform_use
-
-
-@beartype
-def make_quantizer(
-    *,
-    dim: int,
-    codebook_size: int,
-    num_quantizers: int,
-    groups: int = 1,
-    lookup_free: bool = False,
-    finite_scalar: bool = False,
-) -> nn.Module:
-    """Make a frame quantizer (see `FrameQuantizer`) of the kind asked for.
-
-    Args:
-        dim: Width of the frames.
-        codebook_size: Codes per level and group.
-        num_quantizers: Levels; with groups, a frame has `num_quantizers * groups` codes.
-        groups: Parts into which a frame is cut, each with a quantizer of its own.
-        lookup_free: Whether codes are signs (LFQ) instead of learnt vectors.
-        finite_scalar: Whether codes are rounded numbers (FSQ) instead of learnt vectors.
-
-    Raises:
-        ValueError: If both kinds are asked for, or the sizes do not go with the kind or the groups.
-    """
-    if lookup_free and finite_scalar:
-        raise ValueError("a quantizer is either lookup-free or finite-scalar: switch one of the two off")
-    if groups < 1 or dim % groups:
-        raise ValueError(f"frames of width {dim} cannot be cut into {groups} equal groups; choose a divisor of {dim}")
-    sizes: dict[str, Any] = dict(dim=dim // groups, codebook_size=codebook_size, num_quantizers=num_quantizers)
-    kind: type[ResidualLevels] = ResidualQuantizer
-    if lookup_free:
-        kind = ResidualLookupFreeQuantizer
-    elif finite_scalar:
-        kind = ResidualFiniteScalarQuantizer
-    parts = [kind.from_config(sizes) for _ in range(groups)]
-    return parts[0] if groups == 1 else GroupedQuantizer(quantizers=parts)
 
 
 def _kmeans(points: Tensor, num_clusters: int, iterations: int) -> tuple[Tensor, Tensor]:

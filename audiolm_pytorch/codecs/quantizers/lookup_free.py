@@ -10,8 +10,8 @@ from einops import rearrange
 from torch import Tensor
 from vector_quantize_pytorch import ResidualLFQ
 
-from audiolm_pytorch.codecs.joined import joined_mean
-from audiolm_pytorch.codecs.scalar import ScalarLevels
+from audiolm_pytorch.codecs.quantizers.joined import joined_mean
+from audiolm_pytorch.codecs.quantizers.scalar import ScalarLevels
 from audiolm_pytorch.io import register
 
 __all__ = ["ResidualLookupFreeQuantizer"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from beartype import beartype
 
-from audiolm_pytorch.codecs.reference import (
+from audiolm_pytorch.codecs.training.reference import (
     COLLAPSED,
     COMMITMENT_FACTOR,
     MEL_FACTOR,

@@ -8,7 +8,7 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
-from audiolm_pytorch.codecs.residual import Quantized, ResidualLevels
+from audiolm_pytorch.codecs.quantizers.levels import Quantized, ResidualLevels
 from audiolm_pytorch.io import build_module, module_spec, register
 
 __all__ = ["GroupedQuantizer"]
