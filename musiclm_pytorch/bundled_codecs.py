@@ -12,8 +12,8 @@ from audiolm_pytorch.codecs.protocol import Codec
 __all__ = ["BUNDLED_CODECS", "DEFAULT_CODEC", "codec_named"]
 
 # name -> folder below musiclm_pytorch/bundled
-BUNDLED_CODECS = {"tiny": "tiny/codec"}
-DEFAULT_CODEC = "tiny"
+BUNDLED_CODECS = {"16khz": "codec_16khz", "tiny": "tiny/codec"}
+DEFAULT_CODEC = "16khz"
 
 
 @beartype
