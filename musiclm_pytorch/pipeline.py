@@ -15,7 +15,7 @@ from beartype import beartype
 from torch import nn
 
 from audiolm_pytorch.codecs import SoundStream
-from audiolm_pytorch.codecs.training import RECONSTRUCTION_ONLY, SoundStreamTrainer
+from audiolm_pytorch.codecs.training import MEL_ONLY, SoundStreamTrainer
 from audiolm_pytorch.data.manifest import training_items
 from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.files import read_weights
@@ -291,7 +291,7 @@ class Pipeline:
             build_codec(self.preset),
             items=(self.train_items, self.valid_items),
             data_max_length_seconds=run.seconds,
-            loss_weights=RECONSTRUCTION_ONLY,
+            loss_weights=MEL_ONLY,
             **self._loop("codec", run),
         )
         metrics = self._train(trainer)

@@ -203,7 +203,7 @@ class SoundStream(nn.Module):
 
         Args:
             audio: `[b, n]` or `[b, c, n]` in [-1, 1] at `target_sample_hz`; any number of samples.
-            return_recons_only: Whether to return only the wave `[b, c, n]`.
+            return_recons_only: Whether to return only the wave `[b, c, n]`, the one that decoding the codes gives.
             quantize: False leaves only the codes out (the first steps of training).
             denoise: Whether to remove noise, one for all or bool `[b]`; needs a codec with `denoising`.
 
@@ -214,6 +214,9 @@ class SoundStream(nn.Module):
         self._check_denoise(denoise)
         whole_frames = F.pad(wave, (0, -wave.shape[-1] % self.downsample_factor))
         frames = self._conditioned(self.encoder(whole_frames), denoise)
+        if quantize and return_recons_only:
+            # as listeners hear it, also in training mode: no level is left out and no codebook moves
+            return self.decoder(self.quantizer.decode(self.quantizer.encode(frames)))[..., : wave.shape[-1]]
         if quantize:
             quantized, codes, loss = self.quantizer(frames)
         else:

@@ -276,6 +276,7 @@ def identity_of(task: Task, settings: LoopSettings, accelerator: Accelerator) ->
         "num_items": task.num_items,
         "num_processes": accelerator.num_processes,
         "settings": settings.decisive(),
+        **getattr(task, "identity", {}),
     }
 
 

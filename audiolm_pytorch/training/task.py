@@ -119,7 +119,10 @@ class Phase:
 
 @runtime_checkable
 class Task(Protocol):
-    """Everything that `TrainLoop` has to know about what it trains."""
+    """Everything that `TrainLoop` has to know about what it trains.
+
+    A task may have an attribute `identity`, JSON-able numbers of its own that must be the same when a run is resumed.
+    """
 
     @property
     def name(self) -> str:

@@ -13,7 +13,7 @@ import tyro
 from beartype import beartype
 
 from audiolm_pytorch import SoundStream, SoundStreamTrainer, SpectralSoundStream
-from audiolm_pytorch.codecs.training import RECONSTRUCTION_ONLY
+from audiolm_pytorch.codecs.training import MEL_ONLY
 from audiolm_pytorch.io import save_module
 
 __all__ = ["build_codec", "main"]
@@ -62,7 +62,7 @@ def main(data: Path, out: Path, seed: int = 0, scale: float = 1.0) -> None:
             batch_size=16,
             num_train_steps=num_steps,
             results_folder=out / one.name,
-            loss_weights=RECONSTRUCTION_ONLY,
+            loss_weights=MEL_ONLY,
             unquantized_steps=num_steps * one.unquantized_steps // one.num_steps,
             learning_rate=one.learning_rate,
             warmup_steps=min(100, num_steps // 10),

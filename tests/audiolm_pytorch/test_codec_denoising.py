@@ -12,7 +12,7 @@ from audiolm_pytorch.codecs.measures import si_sdr_db
 from audiolm_pytorch.codecs.quantizers import ResidualQuantizer
 from audiolm_pytorch.codecs.soundstream import SoundStream
 from audiolm_pytorch.codecs.spectral import SpectralDecoder, SpectralEncoder
-from audiolm_pytorch.codecs.training import RECONSTRUCTION_ONLY, SoundStreamTrainer, monitoring
+from audiolm_pytorch.codecs.training import MEL_ONLY, SoundStreamTrainer, monitoring
 from audiolm_pytorch.codecs.training.denoising import NoiseMixer
 from audiolm_pytorch.codecs.training.losses import MultiScaleMelLoss
 from audiolm_pytorch.codecs.training.monitoring import denoising_metrics
@@ -136,7 +136,7 @@ def trainer_of(data, results, steps, codec, **settings):
         noise_items=(load_items(data / "noise").items[:5], load_items(data / "noise").items[5:]),
         num_train_steps=steps,
         results_folder=results,
-        loss_weights=RECONSTRUCTION_ONLY,
+        loss_weights=MEL_ONLY,
         **{"batch_size": 2, "warmup_steps": 2, "data_max_length_seconds": 0.4, **settings},
     )
 

@@ -21,7 +21,7 @@ from audiolm_pytorch.codecs.discriminators import (
     soundstream_discriminators,
 )
 from audiolm_pytorch.codecs.quantizers import code_usage
-from audiolm_pytorch.codecs.training import RECONSTRUCTION_ONLY, CodecLossWeights, SoundStreamTrainer
+from audiolm_pytorch.codecs.training import MEL_ONLY, CodecLossWeights, SoundStreamTrainer
 from audiolm_pytorch.codecs.training import monitoring as monitoring_module
 from audiolm_pytorch.codecs.training.losses import MultiScaleMelLoss
 from audiolm_pytorch.codecs.training.monitoring import CodeUsage, distance_of_average
@@ -68,7 +68,7 @@ def tiny_discriminators(seed=1):
     return Discriminators([MultiScaleWaveDiscriminator(width=4, scales=1), stft])
 
 
-def trainer_of(folder, results, steps, codec=None, loss_weights=RECONSTRUCTION_ONLY, discriminators=None, **settings):
+def trainer_of(folder, results, steps, codec=None, loss_weights=MEL_ONLY, discriminators=None, **settings):
     codec = codec or tiny_codec()
     if loss_weights.adversarial and discriminators is None:
         discriminators = tiny_discriminators()
@@ -118,7 +118,7 @@ def test_codebooks_are_initialised_in_either_precision(folder, tmp_path, precisi
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("weights", "steps", "gain"), [(RECONSTRUCTION_ONLY, 250, 3), (ALL_LOSSES, 120, 2)], ids=["mel", "adversarial"]
+    ("weights", "steps", "gain"), [(MEL_ONLY, 250, 3), (ALL_LOSSES, 120, 2)], ids=["mel", "adversarial"]
 )
 def test_codec_learns_a_few_clips(folder, tmp_path, weights, steps, gain, caplog):
     """The worst experience of the replicas is noise for days: a few clips must be reproduced within a minute."""
@@ -141,7 +141,7 @@ def test_codec_learns_a_few_clips(folder, tmp_path, weights, steps, gain, caplog
     clips = [trainer.task.train.get(0, index).waves[RATE_HZ][None] for index in range(len(trainer.task.train))]
     usage = code_usage(torch.cat([codec.tokenize(clip) for clip in clips]), 32)["usage"]
     assert usage.min() > 0.1, usage
-    if weights is RECONSTRUCTION_ONLY:
+    if weights is MEL_ONLY:
         assert not [record for record in caplog.records if "codec training" in record.message]
 
 
@@ -343,7 +343,8 @@ def test_discriminators_begin_at_their_step(folder, tmp_path, precision):
     generator, discriminator = rows_of(tmp_path, "generator"), rows_of(tmp_path, "discriminator")
     assert [row["step"] for row in discriminator] == [3, 4]
     assert ["adversarial" in row and "feature_matching" in row for row in generator] == [False, False, True, True]
-    assert all({"mel", "waveform", "commitment"} <= set(row) for row in generator)
+    assert all({"mel", "waveform"} <= set(row) for row in generator)
+    assert ["commitment" in row for row in generator] == [False, True, True, True]
     assert all(0 < row["loss"] < 4 for row in discriminator)
     assert not same_state(before, trainer.task.discriminators.state_dict())
 
@@ -531,9 +532,28 @@ def test_without_discriminators_reconstruction_alone_counts(folder, tmp_path):
     )  # fmt: skip
     assert [phase.name for phase in trainer.task.phases] == ["generator"]
     assert set(trainer.task.weights.on_wave) == {"mel", "waveform"}
-    with pytest.raises(ValueError, match="above 0"):
-        only_judged = CodecLossWeights(mel=0.0, waveform=0.0)
-        SoundStreamTrainer(tiny_codec(), folder=folder, batch_size=1, num_train_steps=1, loss_weights=only_judged)
+    with pytest.raises(ValueError, match="no discriminators and an adversarial weight of 0.1; give both"):
+        SoundStreamTrainer(
+            tiny_codec(), folder=folder, batch_size=1, num_train_steps=1, loss_weights=CodecLossWeights()
+        )  # fmt: skip
+
+
+def test_a_run_is_not_resumed_with_other_losses(folder, tmp_path):
+    """Bit-exact resume means nothing if the loss may change in between."""
+    trainer_of(folder, tmp_path, 4, unquantized_steps=1).train(stop_after_steps=2)
+    with pytest.raises(ValueError, match="loss_weights"):
+        trainer_of(folder, tmp_path, 4, loss_weights=CodecLossWeights().unjudged, unquantized_steps=1).train()
+    with pytest.raises(ValueError, match="unquantized_steps"):
+        trainer_of(folder, tmp_path, 4, unquantized_steps=0).train()
+
+
+def test_discriminators_that_do_not_fit_are_refused_at_the_start(folder, tmp_path):
+    """Mono judges of a stereo codec, or judges that are never heeded, would show after a quarter of the run."""
+    stereo = tiny_codec(audio_channels=2)
+    with pytest.raises(ValueError, match=r"\[b, 1, n\]"):
+        trainer_of(folder, tmp_path, 8, stereo, ALL_LOSSES)
+    with pytest.raises(ValueError, match="never be heeded in 8 steps"):
+        trainer_of(folder, tmp_path, 8, loss_weights=ALL_LOSSES, adversarial_from_step=8)
 
 
 def test_discriminators_lead_before_they_are_heeded(folder, tmp_path):

@@ -1,8 +1,8 @@
 """Can SoundStream learn one clip by heart? Default arguments, 24 kHz, five seconds of a real recording.
 
 `python tests/benchmarks/codec_overfit.py ../shared/data/recordings/solo_trumpet.ogg --out run`: half an hour on one
-core. Prints the mel distance (nepers) after 100 steps, which are without codes, and at the end through the codes; SI-SDR;
-and how alike MuLaN finds the clip and its reconstruction, beside the same for other recordings.
+core. Prints the mel distance (nepers) after 100 steps, which are without codes, and at the end, through the codes. Then
+SI-SDR, and how alike MuLaN finds the clip and its reconstruction, beside the same for other recordings.
 """
 
 import argparse

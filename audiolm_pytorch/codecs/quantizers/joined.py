@@ -4,7 +4,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["from_first_process", "joined_mean", "joined_sample", "sum_over_processes"]
+__all__ = ["from_first_process", "joined_mean", "joined_sample", "own_share", "sum_over_processes"]
+
+
+def own_share() -> tuple[int, int]:
+    """Number of this process among those that share the work, and how many they are."""
+    return (dist.get_rank(), dist.get_world_size()) if _is_joined() else (0, 1)
 
 
 def from_first_process(tensor: Tensor) -> Tensor:

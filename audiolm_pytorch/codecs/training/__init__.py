@@ -1,7 +1,7 @@
 """Training codecs: losses, the task for the one loop, its trainer, and a watch over its curves."""
 
 from audiolm_pytorch.codecs.training.losses import MultiScaleMelLoss
-from audiolm_pytorch.codecs.training.task import RECONSTRUCTION_ONLY, CodecLossWeights, CodecTask
+from audiolm_pytorch.codecs.training.task import MEL_ONLY, CodecLossWeights, CodecTask
 from audiolm_pytorch.codecs.training.trainer import SoundStreamTrainer
 
-__all__ = ["RECONSTRUCTION_ONLY", "CodecLossWeights", "CodecTask", "MultiScaleMelLoss", "SoundStreamTrainer"]
+__all__ = ["MEL_ONLY", "CodecLossWeights", "CodecTask", "MultiScaleMelLoss", "SoundStreamTrainer"]

@@ -16,8 +16,9 @@ class LossBalancer(nn.Module):
     mean of these. A loss that is not a function of the wave (such as a commitment loss) is added outside.
 
     The norm is that of the gradient of an item's own loss, root mean square over the batch (for losses that are means
-    over the batch), so the mix acts as the gradient of a mean over the batch as well: batches that are accumulated or
-    spread over processes count as one large batch. This is eq. 4 with R = 1 / sqrt(b).
+    over the batch), so the mix acts as the gradient of a mean over the batch as well: accumulated batches count as one
+    large batch. This is eq. 4 with R = 1 / sqrt(b). Of several processes each divides by the norms that it sees, and
+    those of the first are kept.
 
     The means are buffers, hence in the checkpoint of the module that holds the balancer. They are corrected for their
     start, like Adam's, and pass over steps without a gradient or with one that is not finite: neither says anything

@@ -11,6 +11,7 @@ from beartype import beartype
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from audiolm_pytorch.codecs.quantizers.joined import own_share
 from audiolm_pytorch.codecs.soundstream import CodecOutput, SoundStream
 from audiolm_pytorch.codecs.training.balancer import LossBalancer
 from audiolm_pytorch.codecs.training.denoising import NoiseMixer
@@ -32,7 +33,7 @@ from audiolm_pytorch.data.crops import CropDataset
 from audiolm_pytorch.training import LossOutput, Phase
 from audiolm_pytorch.training.ranks import to_device
 
-__all__ = ["RECONSTRUCTION_ONLY", "CodecBatch", "CodecLossWeights", "CodecTask", "codebooks_are_untrained"]
+__all__ = ["MEL_ONLY", "CodecBatch", "CodecLossWeights", "CodecTask", "codebooks_are_untrained"]
 
 _PAIRS = 3
 
@@ -82,7 +83,7 @@ class CodecLossWeights:
         return {name: float(value) for name, value in asdict(self).items() if value > 0 and name != "commitment"}
 
 
-RECONSTRUCTION_ONLY = CodecLossWeights(waveform=0.0, adversarial=0.0, feature_matching=0.0)
+MEL_ONLY = CodecLossWeights(waveform=0.0, adversarial=0.0, feature_matching=0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +140,7 @@ class CodecTask:
         train: CropDataset,
         valid: CropDataset,
         *,
-        weights: CodecLossWeights = RECONSTRUCTION_ONLY,
+        weights: CodecLossWeights = MEL_ONLY,
         discriminators: nn.Module | None = None,
         adversarial_from_step: int = 0,
         discriminator_lead_steps: int = 0,
@@ -148,7 +149,7 @@ class CodecTask:
         validation_crops: int = 64,
         noise: tuple[NoiseMixer, NoiseMixer] | None = None,
     ) -> None:
-        _check(codec, weights, discriminators, adversarial_from_step + discriminator_lead_steps, noise)
+        _check(codec, weights, discriminators, adversarial_from_step, discriminator_lead_steps, noise)
         self.codec, self.train, self.valid, self.noise = codec, train, valid, noise
         self.weights, self.discriminators = weights, discriminators
         self.unquantized_steps, self.frames_per_code = unquantized_steps, frames_per_code
@@ -177,6 +178,13 @@ class CodecTask:
         self._average: float | None = None
         self.num_items = len(train)
         self.chance: dict[str, float] = {}
+        self.identity = {
+            "loss_weights": asdict(weights),
+            "unquantized_steps": unquantized_steps,
+            "discriminator_lead_steps": discriminator_lead_steps,
+            "crop_seconds": train.seconds,
+            "noise_snr_db": None if noise is None else list(noise[0].snr_db),
+        }
 
     def batch(self, indices: list[tuple[int, int]]) -> CodecBatch:
         """Waves of (epoch, index) pairs, the shorter ones padded with zeros."""
@@ -236,8 +244,8 @@ class CodecTask:
             if step >= self.heeded_from_step:
                 losses.update(self._judgement(self.discriminators, wave, batch.wanted))
         metrics: dict[str, Tensor | float] = {name: loss.detach() for name, loss in losses.items()}
-        metrics["commitment"] = output.commitment_loss.detach()
         if self._quantizes:
+            metrics["commitment"] = output.commitment_loss.detach()
             metrics.update(self.code_usage(output.codes))
         return LossOutput(self._mixed(losses, wave) + self.weights.commitment * output.commitment_loss, metrics)
 
@@ -284,9 +292,13 @@ class CodecTask:
 
     @torch.no_grad()
     def _initialise_codebooks(self) -> None:
-        """K-means over the frames of a fixed set of crops, so that a resumed run finds the same codebooks."""
-        wanted, frames = self.frames_per_code * self.codec.codebook_size, []
-        for number in itertools.count():
+        """K-means over the frames of a fixed set of crops, so that a resumed run finds the same codebooks.
+
+        Every process brings its share of them.
+        """
+        rank, num_processes = own_share()
+        wanted, frames = self.frames_per_code * self.codec.codebook_size / num_processes, []
+        for number in itertools.count(rank, num_processes):
             batch = to_device(self.batch([divmod(number, self.num_items)]), self._device)
             output: CodecOutput = self.codec(batch.wave, quantize=False, denoise=batch.denoise)
             frames.append(output.frames[0].float())
@@ -321,17 +333,27 @@ def _check(
     weights: CodecLossWeights,
     discriminators: nn.Module | None,
     adversarial_from_step: int,
+    discriminator_lead_steps: int,
     noise: tuple[NoiseMixer, NoiseMixer] | None,
 ) -> None:
     """Refuse parts that do not fit each other."""
     if (discriminators is not None) != (weights.adversarial > 0):
         given = "no discriminators" if discriminators is None else "discriminators"
         raise ValueError(f"got {given} and an adversarial weight of {weights.adversarial}; give both or neither")
-    if adversarial_from_step > 0 and not (weights.mel or weights.waveform):
+    if min(adversarial_from_step, discriminator_lead_steps) < 0:
         raise ValueError(
-            f"nothing is learnt in the {adversarial_from_step} steps before the discriminators begin: give mel or "
-            "waveform a weight, or adversarial_from_step=0"
+            "adversarial_from_step and discriminator_lead_steps must be 0 or more, got "
+            f"{adversarial_from_step} and {discriminator_lead_steps}"
         )
+    unheeded = adversarial_from_step + discriminator_lead_steps
+    if unheeded and not (weights.mel or weights.waveform):
+        raise ValueError(
+            f"nothing is learnt in the {unheeded} steps before the discriminators are heeded: give mel or waveform a "
+            "weight, or adversarial_from_step=0 and discriminator_lead_steps=0"
+        )
+    if discriminators is not None:
+        with torch.no_grad():
+            discriminators(next(discriminators.parameters()).new_zeros(1, codec.channels, codec.target_sample_hz // 4))
     if noise is not None and getattr(codec, "denoising", None) is None:
         raise ValueError("noise is given, but the codec has no denoising condition; build it with denoising=FiLM(...)")
 

@@ -11,7 +11,7 @@ from torch import nn
 from audiolm_pytorch.codecs.soundstream import SoundStream
 from audiolm_pytorch.codecs.training.denoising import NoiseMixer
 from audiolm_pytorch.codecs.training.task import (
-    RECONSTRUCTION_ONLY,
+    MEL_ONLY,
     CodecLossWeights,
     CodecTask,
     codebooks_are_untrained,
@@ -22,7 +22,7 @@ from audiolm_pytorch.data.manifest import AudioItem, training_items
 from audiolm_pytorch.io import module_spec, save_module
 from audiolm_pytorch.training import LoopSettings, TrainLoop, TrainResult
 
-__all__ = ["RECONSTRUCTION_ONLY", "CodecLossWeights", "CodecTask", "SoundStreamTrainer"]
+__all__ = ["MEL_ONLY", "CodecLossWeights", "CodecTask", "SoundStreamTrainer"]
 
 _MIN_VALIDATION_SECONDS = 3.0
 _MOST_LEAD_STEPS = 200
@@ -33,7 +33,8 @@ class SoundStreamTrainer:
 
     A run that leaves the range of a healthy one is told of in the log, see `CurveWatch`. To fine-tune, hand in a codec
     and discriminators that were loaded from the `results_folder` of an earlier run
-    (`SoundStream.init_and_load_from(folder / "codec")`, `load_module(folder / "discriminators")`).
+    (`SoundStream.init_and_load_from(folder / "codec")`, `load_module(folder / "discriminators")`), with
+    `adversarial_from_step=0` and `discriminator_lead_steps=0`; the optimizers begin anew.
 
     Args:
         soundstream: The codec, `SoundStream` or `SpectralSoundStream`; trained in place.
@@ -45,10 +46,11 @@ class SoundStreamTrainer:
         data_max_length_seconds: Seconds of a crop; 1 if neither is given.
         results_folder: Where checkpoints, metrics and samples go, and at the end the codec (`results_folder/codec`) and
             the discriminators (`results_folder/discriminators`).
-        loss_weights: Of the losses; `RECONSTRUCTION_ONLY` trains by the mel distance alone.
-        discriminators: Judges of the codec, trained in place, e.g. `soundstream_discriminators()`, which on a CPU take
-            longer than a small codec (with `width=8` a fifth of that); None trains by reconstruction alone. Their class
-            must be registered (`audiolm_pytorch.io.register`), since they are saved.
+        loss_weights: Of the losses; `CodecLossWeights()` if not given, without discriminators its `unjudged`.
+            `MEL_ONLY` trains by the mel distance alone.
+        discriminators: Judges of the codec, trained in place, e.g. `soundstream_discriminators(channels=1)`, which on a
+            CPU take longer than a small codec (with `width=8` a fifth of that); None trains by reconstruction alone.
+            Their class must be registered (`audiolm_pytorch.io.register`), since they are saved.
         adversarial_from_step: Steps before they begin to learn; a quarter of the run if not given.
         discriminator_lead_steps: Steps that they learn before the codec heeds them; a tenth of theirs, at most 200, if
             not given.
@@ -78,7 +80,7 @@ class SoundStreamTrainer:
         data_max_length: int | None = None,
         data_max_length_seconds: float | int | None = None,
         results_folder: str | Path = "./results/codec",
-        loss_weights: CodecLossWeights = CodecLossWeights(),  # noqa: B008 - frozen
+        loss_weights: CodecLossWeights | None = None,
         discriminators: nn.Module | None = None,
         adversarial_from_step: int | None = None,
         discriminator_lead_steps: int | None = None,
@@ -101,9 +103,9 @@ class SoundStreamTrainer:
         if noise_folder is not None or noise_items is not None:
             noise_data = training_items(noise_folder, noise_items)
             noise = _mixers((train, valid), _crops(noise_data, seconds, crop_settings), noise_snr_db)
-        if discriminators is None:
-            loss_weights = loss_weights.unjudged
-        else:
+        if loss_weights is None:
+            loss_weights = CodecLossWeights() if discriminators is not None else CodecLossWeights().unjudged
+        if discriminators is not None:
             module_spec(discriminators)  # what cannot be saved at the end is refused at the start
         if unquantized_steps is None:
             unquantized_steps = num_train_steps // 10 if codebooks_are_untrained(soundstream) else 0
@@ -111,7 +113,13 @@ class SoundStreamTrainer:
         if adversarial_from_step is None:
             adversarial_from_step = num_train_steps // 4 if weighs_waves else 0
         if discriminator_lead_steps is None:
-            discriminator_lead_steps = min(_MOST_LEAD_STEPS, (num_train_steps - adversarial_from_step) // 10)
+            remaining = max(0, num_train_steps - adversarial_from_step)
+            discriminator_lead_steps = min(_MOST_LEAD_STEPS, remaining // 10) if weighs_waves else 0
+        if discriminators is not None and adversarial_from_step + discriminator_lead_steps >= num_train_steps:
+            raise ValueError(
+                f"the discriminators would never be heeded in {num_train_steps} steps: adversarial_from_step is "
+                f"{adversarial_from_step} and discriminator_lead_steps {discriminator_lead_steps}; lower them"
+            )
         self.task = CodecTask(
             soundstream,
             train,
@@ -119,7 +127,7 @@ class SoundStreamTrainer:
             weights=loss_weights,
             discriminators=discriminators,
             adversarial_from_step=adversarial_from_step,
-            discriminator_lead_steps=discriminator_lead_steps if weighs_waves else 0,
+            discriminator_lead_steps=discriminator_lead_steps,
             unquantized_steps=unquantized_steps,
             noise=noise,
         )

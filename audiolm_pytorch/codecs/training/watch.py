@@ -34,6 +34,7 @@ class CurveWatch:
 
     Called with each row of metrics as it is written (`TrainLoop(watch=...)`), or with those of a file. A warning tells
     what was seen, what the reference showed at that point, and what to try. Two rows in a row must be out of range.
+    The packaged reference was trained without discriminators; theirs are judged by fixed limits.
 
     Args:
         num_train_steps: Length of the run.
