@@ -4,7 +4,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-__all__ = ["checked_audio", "checked_codes", "checked_lengths"]
+__all__ = ["check_covered", "checked_audio", "checked_codes", "checked_lengths"]
 
 
 def checked_audio(wave: Tensor, channels: int, sample_hz: int, may_be_empty: bool = False) -> Tensor:
@@ -85,6 +85,21 @@ def checked_codes(codes: Tensor, num_quantizers: int, codebook_size: int) -> Ten
             f"codes must lie in 0..{codebook_size - 1}, got {int(codes.min())}..{int(codes.max())}; cut padding off"
         )
     return codes
+
+
+def check_covered(num_samples: int | None, covered: int, num_frames: int) -> None:
+    """Refuse to decode more samples than the codes hold.
+
+    Args:
+        num_samples: Samples wanted; None for all.
+        covered: Samples that the frames decode to.
+        num_frames: Frames there are.
+
+    Raises:
+        ValueError: If there are fewer, or a negative number is wanted.
+    """
+    if num_samples is not None and not 0 <= num_samples <= covered:
+        raise ValueError(f"{num_frames} frames cover {covered} samples, {num_samples} were asked for")
 
 
 def _mend(shape: list[int], channels: int) -> str:

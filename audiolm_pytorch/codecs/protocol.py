@@ -2,11 +2,12 @@
 
 from typing import Protocol, runtime_checkable
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from audiolm_pytorch.codecs.streaming import DecoderStream, EncoderStream
 
-__all__ = ["Codec", "StreamingCodec"]
+__all__ = ["Codec", "StreamingCodec", "device_of"]
 
 
 @runtime_checkable
@@ -77,3 +78,9 @@ class StreamingCodec(Codec, Protocol):
     def decoder_stream(self) -> DecoderStream:
         """A stream from codes to waves, with a state of its own."""
         ...
+
+
+def device_of(codec: object) -> torch.device:
+    """Where the weights of a codec (or any module) are; the CPU for one without."""
+    parameters = codec.parameters() if isinstance(codec, nn.Module) else iter(())
+    return next((parameter.device for parameter in parameters), torch.device("cpu"))

@@ -13,7 +13,7 @@ from torch import Tensor
 from audiolm_pytorch.bootstrap import bootstrap_interval
 from audiolm_pytorch.codecs.loudness import codes_and_scales, wave_of
 from audiolm_pytorch.codecs.measures import WaveDistances, bitrate_kbps
-from audiolm_pytorch.codecs.protocol import Codec
+from audiolm_pytorch.codecs.protocol import Codec, device_of
 from audiolm_pytorch.codecs.quantizers import code_usage
 
 __all__ = ["CodecRow", "Estimate", "aligned_table", "codec_report", "distance_row", "rows_table"]
@@ -149,8 +149,7 @@ def codec_report(
         ValueError: If there are no clips or the codec does not have so many levels.
     """
     kbps = [bitrate_kbps(codec, num_levels) for num_levels in levels]
-    device = next((p.device for p in codec.parameters()), None) if isinstance(codec, torch.nn.Module) else None
-    device = device or torch.device("cpu")
+    device = device_of(codec)
     distances = WaveDistances(codec.target_sample_hz)
     tallies = [_Tally(distances) for _ in levels]
     all_codes: list[Tensor] = []

@@ -11,7 +11,7 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
-from audiolm_pytorch.codecs.checks import checked_audio, checked_codes, checked_lengths
+from audiolm_pytorch.codecs.checks import check_covered, checked_audio, checked_codes, checked_lengths
 from audiolm_pytorch.codecs.convolutional import ConvDecoder, ConvEncoder
 from audiolm_pytorch.codecs.film import FiLM
 from audiolm_pytorch.codecs.quantizers import ResidualQuantizer, make_quantizer
@@ -262,9 +262,7 @@ class SoundStream(nn.Module):
             ValueError: If the codes do not fit this codec or are fewer than `num_samples` needs.
         """
         codes = self._checked_codes(codes)
-        covered = codes.shape[1] * self.downsample_factor
-        if num_samples is not None and not 0 <= num_samples <= covered:
-            raise ValueError(f"{codes.shape[1]} frames cover {covered} samples, {num_samples} were asked for")
+        check_covered(num_samples, codes.shape[1] * self.downsample_factor, codes.shape[1])
         return self.decoder_stream().whole(codes)[..., :num_samples]
 
     def encoder_stream(self, denoise: bool | Tensor = False) -> EncoderStream:

@@ -1,19 +1,19 @@
 """Sound files to stored codes and back, of any rate, channels and length, in little memory."""
 
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from beartype import beartype
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from audiolm_pytorch.audio_stream import AudioSource, AudioWriter, StreamingResampler
 from audiolm_pytorch.codecs.code_file import CodesInfo, StoredCodes
 from audiolm_pytorch.codecs.loudness import codes_and_scales, wave_of
-from audiolm_pytorch.codecs.protocol import Codec
+from audiolm_pytorch.codecs.protocol import Codec, device_of
+from audiolm_pytorch.codecs.streaming import DecoderStream
 
 __all__ = ["FileCodec"]
 
@@ -34,8 +34,7 @@ class FileCodec:
     def __init__(self, codec: Codec) -> None:
         self.codec = codec
         self.fingerprint = codec.fingerprint
-        parameters = codec.parameters() if isinstance(codec, nn.Module) else iter(())
-        self.device = next((parameter.device for parameter in parameters), torch.device("cpu"))
+        self.device = device_of(codec)
 
     @beartype
     @torch.no_grad()
@@ -121,12 +120,17 @@ class FileCodec:
             scales = None if stored.scales is None else rearrange(stored.scales, "s -> 1 s").to(self.device)
             yield wave_of(codec, codes, scales, num_samples)[0].float().cpu()
             return
-        stream = codec.decoder_stream()
-        parts = (stream.push(part) for part in codes.split(_FRAMES_AT_ONCE, dim=1))
-        for part in chain(parts, (stream.finish() for _ in range(1))):
+        for part in _pushed(codec.decoder_stream(), codes):
             wave = part[0, :, :num_samples].float().cpu()
             num_samples -= wave.shape[-1]
             yield wave
+
+
+def _pushed(stream: DecoderStream, codes: Tensor) -> Iterator[Tensor]:
+    """Waves that a stream gives for codes `[1, f, q]`, part by part, to the end."""
+    for part in codes.split(_FRAMES_AT_ONCE, dim=1):
+        yield stream.push(part)
+    yield stream.finish()
 
 
 def _write(writer: AudioWriter, wave: Tensor, most: int) -> int:

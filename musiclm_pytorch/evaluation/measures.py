@@ -13,7 +13,7 @@ from torch import Tensor
 
 from audiolm_pytorch.audio import resample
 from audiolm_pytorch.codecs.loudness import codes_and_scales, wave_of
-from audiolm_pytorch.codecs.protocol import Codec
+from audiolm_pytorch.codecs.protocol import Codec, device_of
 from musiclm_pytorch.evaluation.attributes import AttributeClassifier
 from musiclm_pytorch.evaluation.report import Figure, accuracy_figure
 
@@ -47,12 +47,6 @@ class Generations:
     first: Tensor
 
 
-def _device_of(module: object) -> torch.device:
-    """Where a module's weights are."""
-    tensors = iter(module.parameters()) if isinstance(module, torch.nn.Module) else iter(())
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))
-
-
 @torch.no_grad()
 def reconstruct(
     codec: Codec, waves: Tensor, batch_size: int = 10, num_levels: int | None = None, codes_alone: bool = True
@@ -70,7 +64,7 @@ def reconstruct(
     Returns:
         `[b, n]` on the CPU; of several channels, the average.
     """
-    device = _device_of(codec)
+    device = device_of(codec)
     parts = []
     for part in waves.split(batch_size):
         codes, scales = codes_and_scales(codec, _with_channels(part, codec.channels).to(device))
@@ -97,7 +91,7 @@ def audio_latents(quantizer: "MuLaNEmbedQuantizer", waves: Tensor, sample_hz: in
     Returns:
         `[b, d]`, unit norm, on the CPU.
     """
-    mulan, device = quantizer.mulan, _device_of(quantizer)
+    mulan, device = quantizer.mulan, device_of(quantizer)
     parts = [resample(part, sample_hz, mulan.sample_hz).to(device) for part in waves.split(batch_size)]
     return torch.cat([mulan.get_long_audio_latents(part).float().cpu() for part in parts])
 

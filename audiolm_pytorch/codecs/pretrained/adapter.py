@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from beartype import beartype
 from torch import Tensor, nn
 
-from audiolm_pytorch.codecs.checks import checked_audio, checked_codes, checked_lengths
+from audiolm_pytorch.codecs.checks import check_covered, checked_audio, checked_codes, checked_lengths
 from audiolm_pytorch.codecs.pretrained.hub import (
     LoadedModel,
     find_folder,
@@ -232,8 +232,7 @@ class PretrainedCodec(nn.Module, ABC):
         """Check codes, decode them and make the waves exactly as long as wanted."""
         codes = checked_codes(codes, self.num_quantizers, self.codebook_size)
         covered = self.covered_samples(codes.shape[1])
-        if num_samples is not None and not 0 <= num_samples <= covered:
-            raise ValueError(f"{codes.shape[1]} frames cover {covered} samples, {num_samples} were asked for")
+        check_covered(num_samples, covered, codes.shape[1])
         if codes.shape[1] == 0:
             return torch.zeros(len(codes), self.channels, 0, device=codes.device)
         with torch.autocast(codes.device.type, enabled=False):

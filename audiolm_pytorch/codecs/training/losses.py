@@ -49,14 +49,15 @@ class MultiScaleMelLoss(nn.Module):
     def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
         """Mean over the scales of the L1 distance in nepers of waves `[b, c, n]`; a scalar."""
         total = reconstruction.new_zeros((), dtype=torch.float32)
-        for scale, gain in zip(self.scales, self.gains):
+        for scale in range(len(self.scales)):
             with torch.no_grad():
-                wanted = self._log_mel(scale, gain, target)
-            total = total + (self._log_mel(scale, gain, reconstruction) - wanted).abs().mean()
+                wanted = self.log_mel(target, scale)
+            total = total + (self.log_mel(reconstruction, scale) - wanted).abs().mean()
         return total / len(self.scales)
 
-    def _log_mel(self, scale: nn.Module, gain: float, wave: Tensor) -> Tensor:
-        return (scale(wave.float()) * gain).clamp(min=self.floor).log()
+    def log_mel(self, wave: Tensor, scale: int) -> Tensor:
+        """Log-mel spectrogram `[b, c, mels, f]` of waves `[b, c, n]` with the window of that index."""
+        return (self.scales[scale](wave.float()) * self.gains[scale]).clamp(min=self.floor).log()
 
 
 def discriminator_hinge(real: Sequence[ScaleOutput], fake: Sequence[ScaleOutput]) -> Tensor:

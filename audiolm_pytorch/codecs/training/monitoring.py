@@ -142,8 +142,8 @@ def distance_of_average(waves: Sequence[Tensor], mel_loss: MultiScaleMelLoss) ->
         Mean over the scales of the absolute deviation of log-mel values from the median of their band, in nepers.
     """
     deviations = []
-    for scale, gain in zip(mel_loss.scales, mel_loss.gains):
-        log_mels = torch.cat([(scale(wave) * gain).clamp(min=mel_loss.floor).log() for wave in waves], dim=-1)
+    for scale in range(len(mel_loss.scales)):
+        log_mels = torch.cat([mel_loss.log_mel(wave, scale) for wave in waves], dim=-1)
         deviations.append((log_mels - log_mels.median(dim=-1, keepdim=True).values).abs().mean())
     return float(torch.stack(deviations).mean())
 
