@@ -15,7 +15,13 @@ from audiolm_pytorch.codecs import (
     open_codec,
 )
 from audiolm_pytorch.codecs.training import SoundStreamTrainer
-from audiolm_pytorch.semantic import BestRQEncoder, KMeansTokenizer
+from audiolm_pytorch.semantic import (
+    BestRQEncoder,
+    FairseqVQWav2Vec,
+    HubertWithKmeans,
+    KMeansTokenizer,
+    open_encoder,
+)
 from audiolm_pytorch.semantic.training import SemanticTokenizerTrainer
 from audiolm_pytorch.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.stages.trainers import (
@@ -38,9 +44,11 @@ __all__ = [
     "CoarseTransformerWrapper",
     "DacWrapper",
     "EncodecWrapper",
+    "FairseqVQWav2Vec",
     "FineTransformer",
     "FineTransformerTrainer",
     "FineTransformerWrapper",
+    "HubertWithKmeans",
     "KMeansTokenizer",
     "MimiWrapper",
     "MusicLMSoundStream",
@@ -52,6 +60,7 @@ __all__ = [
     "SoundStreamTrainer",
     "SpectralSoundStream",
     "open_codec",
+    "open_encoder",
 ]
 
 

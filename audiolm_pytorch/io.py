@@ -18,9 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from audiolm_pytorch.files import read_json, read_weights, staged_files, write_json
+from audiolm_pytorch.unchanged import once_per_state
 
 __all__ = [
     "build_module",
+    "digest_of",
     "fingerprint_of",
     "load_module",
     "load_weights",
@@ -216,7 +218,7 @@ def save_module(
         weights = {name: _converted(name, tensor, dtype) for name, tensor in weights.items()}
     spec = module_spec(module)
     # Two files cannot be replaced in one stroke: the id in both betrays a save that was cut between the two renames.
-    save_id = _digest(spec, weights)
+    save_id = digest_of(spec, weights)
     with staged_files(folder) as stage:
         save_file(weights, stage / _WEIGHTS_FILE, metadata={"save_id": save_id})
         write_json(stage / _CONFIG_FILE, {"format_version": _FORMAT_VERSION, **spec, "save_id": save_id, **extra})
@@ -294,11 +296,12 @@ def fingerprint_of(module: nn.Module) -> str:
     Returns:
         16 hexadecimal digits of a SHA-256; independent of device and of train or eval mode.
     """
-    return _digest({"class": type(module).__name__, "config": getattr(module, "config", {})}, weights_of(module))
+    spec = {"class": type(module).__name__, "config": getattr(module, "config", {})}
+    return once_per_state(module, json.dumps(spec, sort_keys=True), lambda: digest_of(spec, weights_of(module)))
 
 
-def _digest(spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
-    """Hash a spec and named tensors (name, type, shape, bytes) into 16 hexadecimal digits."""
+def digest_of(spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
+    """Hash a JSON-able spec and named tensors (name, type, shape, bytes) into 16 hexadecimal digits."""
     digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode())
     for name in sorted(weights):
         tensor = weights[name].cpu().contiguous()

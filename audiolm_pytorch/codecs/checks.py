@@ -1,10 +1,10 @@
-"""What every codec asks of the audio, the lengths and the codes that it is given."""
+"""What every codec asks of the audio and the codes that it is given."""
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-__all__ = ["check_covered", "checked_audio", "checked_codes", "checked_lengths"]
+__all__ = ["check_covered", "checked_audio", "checked_codes"]
 
 
 def checked_audio(wave: Tensor, channels: int, sample_hz: int, may_be_empty: bool = False) -> Tensor:
@@ -38,28 +38,6 @@ def checked_audio(wave: Tensor, channels: int, sample_hz: int, may_be_empty: boo
     if wave.numel() and not all(extreme.isfinite() for extreme in torch.aminmax(wave.detach())):
         raise ValueError("audio holds NaN or infinite samples; clean it first, e.g. with torch.nan_to_num")
     return wave
-
-
-def checked_lengths(lengths: Tensor, wave: Tensor) -> Tensor:
-    """Refuse lengths that do not fit a batch.
-
-    Args:
-        lengths: Samples of each item `[b]`.
-        wave: The batch `[b, c, n]`.
-
-    Returns:
-        The lengths as int64 on the device of the wave.
-
-    Raises:
-        ValueError: If there are not b whole numbers in 1..n.
-    """
-    if lengths.shape != wave.shape[:1] or lengths.is_floating_point() or lengths.is_complex():
-        raise ValueError(
-            f"lengths must be {wave.shape[0]} whole numbers, one an item, got {lengths.dtype} {list(lengths.shape)}"
-        )
-    if lengths.numel() and not 1 <= int(lengths.min()) <= int(lengths.max()) <= wave.shape[-1]:
-        raise ValueError(f"lengths must lie in 1..{wave.shape[-1]}, got {lengths.tolist()}")
-    return lengths.to(wave.device, torch.long)
 
 
 def checked_codes(codes: Tensor, num_quantizers: int, codebook_size: int) -> Tensor:

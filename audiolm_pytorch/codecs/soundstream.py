@@ -11,13 +11,14 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
-from audiolm_pytorch.codecs.checks import check_covered, checked_audio, checked_codes, checked_lengths
+from audiolm_pytorch.codecs.checks import check_covered, checked_audio, checked_codes
 from audiolm_pytorch.codecs.convolutional import ConvDecoder, ConvEncoder
 from audiolm_pytorch.codecs.film import FiLM
 from audiolm_pytorch.codecs.quantizers import ResidualQuantizer, make_quantizer
 from audiolm_pytorch.codecs.spectral import SpectralDecoder, SpectralEncoder
 from audiolm_pytorch.codecs.streaming import DecoderStream, EncoderStream
 from audiolm_pytorch.io import build_module, fingerprint_of, load_module, module_spec, register
+from audiolm_pytorch.ragged import checked_lengths
 from audiolm_pytorch.units import frames_covering
 
 __all__ = ["AudioLMSoundStream", "CodecOutput", "MusicLMSoundStream", "SoundStream", "SpectralSoundStream"]

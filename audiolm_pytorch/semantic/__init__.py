@@ -1,8 +1,15 @@
-"""Semantic tokens: the protocol, and a tokenizer that learns from audio alone (BEST-RQ and k-means)."""
+"""Semantic tokens: the protocol, published encoders, and one that learns from audio alone (BEST-RQ and k-means)."""
 
 from audiolm_pytorch.semantic.best_rq import BestRQ, BestRQEncoder
-from audiolm_pytorch.semantic.kmeans import ClusterUsage, KMeansFit, fit_kmeans
+from audiolm_pytorch.semantic.kmeans import ClusterUsage, KMeansFit, KMeansTrainer
+from audiolm_pytorch.semantic.pretrained import (
+    FairseqVQWav2Vec,
+    HubertWithKmeans,
+    TransformersEncoder,
+    open_encoder,
+)
 from audiolm_pytorch.semantic.protocol import FrameEncoder, SemanticTokenizer
+from audiolm_pytorch.semantic.runs import Runs, deduplicate, expand
 from audiolm_pytorch.semantic.tokenizer import KMeansTokenizer
 from audiolm_pytorch.semantic.training import BestRQTask, SemanticTokenizerTrainer
 
@@ -11,10 +18,17 @@ __all__ = [
     "BestRQEncoder",
     "BestRQTask",
     "ClusterUsage",
+    "FairseqVQWav2Vec",
     "FrameEncoder",
+    "HubertWithKmeans",
     "KMeansFit",
     "KMeansTokenizer",
+    "KMeansTrainer",
+    "Runs",
     "SemanticTokenizer",
     "SemanticTokenizerTrainer",
-    "fit_kmeans",
+    "TransformersEncoder",
+    "deduplicate",
+    "expand",
+    "open_encoder",
 ]

@@ -6,14 +6,16 @@ import torch
 from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
-from audiolm_pytorch.audio import resample
-from audiolm_pytorch.io import build_module, fingerprint_of, module_spec, register
+from audiolm_pytorch.io import build_module, digest_of, fingerprint_of, module_spec, register
 from audiolm_pytorch.nearest import nearest_index
+from audiolm_pytorch.ragged import checked_lengths, resampled_items
 from audiolm_pytorch.semantic.protocol import FrameEncoder
 
-__all__ = ["KMeansTokenizer"]
+__all__ = ["KMeansTokenizer", "encoder_fingerprint"]
+
+# Frames that are normalised at once: an hour of wide features would be copied twice over otherwise.
+_FRAMES_AT_ONCE = 32_768
 
 
 @register
@@ -30,6 +32,7 @@ class KMeansTokenizer(nn.Module):
         centroids: `[k, d]` in normalised space; None = to be loaded, until then the tokenizer refuses to work.
         mean: `[d]` mean of the hidden states; None = 0.
         std: `[d]` standard deviation of the hidden states, positive; None = 1.
+        seq_len_multiple_of: Samples at `target_sample_hz` that lengths are cut down to a multiple of; None = no cut.
 
     Raises:
         TypeError: If the encoder is no `FrameEncoder`.
@@ -46,12 +49,15 @@ class KMeansTokenizer(nn.Module):
         centroids: Tensor | None = None,
         mean: Tensor | None = None,
         std: Tensor | None = None,
+        seq_len_multiple_of: int | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(encoder, FrameEncoder):
             raise TypeError(f"{type(encoder).__name__} is no FrameEncoder: see audiolm_pytorch.semantic.protocol")
         if not 0 <= layer <= encoder.depth:
             raise ValueError(f"layer must be in 0..{encoder.depth}, got {layer}")
+        if seq_len_multiple_of is not None and seq_len_multiple_of < 1:
+            raise ValueError(f"seq_len_multiple_of must be at least 1 sample, got {seq_len_multiple_of}")
         num_clusters = _agreed_clusters(num_clusters, centroids)
         shapes = {"centroids": (num_clusters, encoder.dim), "mean": (encoder.dim,), "std": (encoder.dim,)}
         for name, given in (("centroids", centroids), ("mean", mean), ("std", std)):
@@ -60,6 +66,7 @@ class KMeansTokenizer(nn.Module):
         if std is not None and not (std > 0).all():
             raise ValueError("std must be positive in every dimension")
         self.layer = layer
+        self.seq_len_multiple_of = seq_len_multiple_of
         self.encoder = encoder.eval().requires_grad_(False)
         self.centroids: Tensor
         self.mean: Tensor
@@ -73,12 +80,14 @@ class KMeansTokenizer(nn.Module):
     @property
     def config(self) -> dict[str, Any]:
         """What `from_config` needs to build this tokenizer, weights and centroids apart."""
-        return {"encoder": module_spec(self.encoder), "layer": self.layer, "num_clusters": self.codebook_size}
+        config = {"encoder": module_spec(self.encoder), "layer": self.layer, "num_clusters": self.codebook_size}
+        # absent where it says nothing, as in the files of before there was such a thing
+        return config | ({"seq_len_multiple_of": self.seq_len_multiple_of} if self.seq_len_multiple_of else {})
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "KMeansTokenizer":
         """Build a tokenizer whose weights and centroids are to be loaded."""
-        return cls(encoder=build_module(config["encoder"]), layer=config["layer"], num_clusters=config["num_clusters"])
+        return cls(**{**config, "encoder": build_module(config["encoder"])})
 
     @property
     def _frames(self) -> FrameEncoder:
@@ -104,12 +113,22 @@ class KMeansTokenizer(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of everything that the tokens depend on: encoder, layer, normalisation and centroids."""
-        return fingerprint_of(self)
+        """Hash of everything that the tokens depend on: encoder, layer, normalisation, centroids, cut of lengths."""
+        facts = {
+            "encoder": encoder_fingerprint(self.encoder),
+            "layer": self.layer,
+            "seq_len_multiple_of": self.seq_len_multiple_of,
+        }
+        return digest_of(facts, {"centroids": self.centroids, "mean": self.mean, "std": self.std})
 
     def num_frames(self, num_samples: int) -> int:
         """Tokens that a wave of `num_samples` samples at `target_sample_hz` gives; ValueError when shorter than one."""
-        return self._frames.num_frames(num_samples)
+        return self._frames.num_frames(num_samples // self._multiple * self._multiple)
+
+    @property
+    def _multiple(self) -> int:
+        """Samples that lengths are cut down to a multiple of."""
+        return self.seq_len_multiple_of or 1
 
     def train(self, mode: bool = True) -> "KMeansTokenizer":
         """Stay in eval mode, whatever contains this tokenizer does."""
@@ -117,8 +136,22 @@ class KMeansTokenizer(nn.Module):
 
     def normalised_features(self, wave: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The vectors `[b, t, d]` float32 that are compared with centroids, and the mask `[b, t]` of real tokens."""
-        features, mask = self._frames.features(wave, lengths, self.layer)
-        return (features.float() - self.mean) / self.std, mask
+        features, mask = self._features(wave, lengths)
+        return self._normalised(features), mask
+
+    def _features(self, wave: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Hidden states of waves that are cut to whole multiples."""
+        if self.seq_len_multiple_of:
+            if lengths is not None:
+                lengths = checked_lengths(lengths, wave)
+                self.num_frames(int(lengths.min()))
+                lengths = lengths // self._multiple * self._multiple
+            self.num_frames(wave.shape[1])
+            wave = wave[:, : wave.shape[1] // self._multiple * self._multiple]
+        return self._frames.features(wave, lengths, self.layer)
+
+    def _normalised(self, features: Tensor) -> Tensor:
+        return (features.float() - self.mean) / self.std
 
     @torch.no_grad()
     def forward(self, wave: Tensor, input_sample_hz: int | None = None, lengths: Tensor | None = None) -> Tensor:
@@ -139,28 +172,21 @@ class KMeansTokenizer(nn.Module):
         """
         if self.centroids[:1, :1].isnan().any():
             raise RuntimeError(
-                "this tokenizer has no centroids yet: make one with fit_kmeans, or load_module a saved one"
+                "this tokenizer has no centroids yet: make one with KMeansTrainer, or load_module a saved one"
             )
         if wave.ndim != 2:
             raise ValueError(f"wave must be [b, n], got {tuple(wave.shape)}; mix channels down and add a batch axis")
         if input_sample_hz is not None and input_sample_hz != self.target_sample_hz:
-            wave, lengths = self._resampled(wave, input_sample_hz, lengths)
-        features, mask = self.normalised_features(wave, lengths)
-        ids = nearest_index(rearrange(features, "b t d -> (b t) d"), self.centroids)
+            wave, lengths = resampled_items(wave, input_sample_hz, self.target_sample_hz, lengths)
+        features, mask = self._features(wave, lengths)
+        parts = rearrange(features, "b t d -> (b t) d").split(_FRAMES_AT_ONCE)
+        ids = torch.cat([nearest_index(self._normalised(part), self.centroids) for part in parts])
         return rearrange(ids, "(b t) -> b t", b=len(wave)).masked_fill(~mask, -1)
 
-    def _resampled(self, wave: Tensor, from_hz: int, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Bring every item to the target rate on its own, so that the filter never sees another item's padding."""
-        if from_hz < 1:
-            raise ValueError(f"input_sample_hz must be positive, got {from_hz}")
-        own = [wave.shape[1]] * len(wave) if lengths is None else [int(length) for length in lengths]
-        if len(own) != len(wave) or any(not 0 < length <= wave.shape[1] for length in own):
-            raise ValueError(f"lengths must be [{len(wave)}] within 1..{wave.shape[1]}, got {own}")
-        items = [
-            resample(item[:length], from_hz, self.target_sample_hz) for item, length in zip(wave, own, strict=True)
-        ]
-        new_lengths = torch.tensor([item.shape[-1] for item in items], device=wave.device)
-        return pad_sequence(items, batch_first=True), new_lengths
+
+def encoder_fingerprint(encoder: nn.Module) -> str:
+    """Identify an encoder: by its own `fingerprint` where it has one, else by class, config and weights."""
+    return getattr(encoder, "fingerprint", None) or fingerprint_of(encoder)
 
 
 def _agreed_clusters(num_clusters: int | None, centroids: Tensor | None) -> int:

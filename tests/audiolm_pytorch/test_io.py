@@ -347,3 +347,21 @@ def test_saved_files_have_the_usual_permissions(tmp_path: Path) -> None:
     save_module(Leaf(), tmp_path / "module")
     modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "module").iterdir()}
     assert modes == {(tmp_path / "plain").stat().st_mode & 0o777}
+
+
+def test_fingerprint_is_computed_once_for_the_same_weights(monkeypatch):
+    """Guards speed and truth: asked again it costs no hashing; a written weight, another weight, another fact does."""
+    hashed = []
+    monkeypatch.setattr("audiolm_pytorch.io.digest_of", lambda spec, weights: hashed.append(spec) or str(len(hashed)))
+    module = torch.nn.Linear(2, 2)
+    assert [fingerprint_of(module), fingerprint_of(module)] == ["1", "1"]
+    with torch.no_grad():
+        module.weight.add_(1.0)
+    assert fingerprint_of(module) == "2"
+    module.load_state_dict(torch.nn.Linear(2, 2).state_dict())
+    assert fingerprint_of(module) == "3"
+    module.bias = torch.nn.Parameter(module.bias.detach())
+    assert fingerprint_of(module) == "4"
+    module.config = {"layer": 3}
+    assert [fingerprint_of(module), fingerprint_of(module)] == ["5", "5"]
+    assert fingerprint_of(torch.nn.Linear(2, 2)) == "6"

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from audiolm_pytorch import AudioLM, CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.codecs import Codec, DacWrapper, EncodecWrapper, MimiWrapper, SoundStream, open_codec
 from audiolm_pytorch.codecs.pretrained import pieces
-from audiolm_pytorch.codecs.pretrained.hub import LoadedModel
 from audiolm_pytorch.codecs.pretrained.pieces import Span, in_pieces, span_of
+from audiolm_pytorch.hub import LoadedModel
 from audiolm_pytorch.io import fingerprint_of, save_module
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package
@@ -334,7 +334,7 @@ def test_without_transformers_the_extra_is_named(models, monkeypatch):
 def test_what_cannot_be_read_is_refused(models, folder, tmp_path):
     """Random weights where some are missing, or code run from a pickle, would be found out much later."""
     config = json.loads((folder / "config.json").read_text())
-    with pytest.raises(ValueError, match="'encodec', this codec reads 'dac'"):
+    with pytest.raises(ValueError, match="'encodec', 'dac' is needed here"):
         DacWrapper(folder)
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
     with pytest.raises(ValueError, match="'bert'.*'dac', 'encodec', 'mimi'"):

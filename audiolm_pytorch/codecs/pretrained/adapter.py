@@ -1,10 +1,8 @@
 """Published codecs behind the codec contract: what EnCodec, DAC and Mimi share, and one way to open any codec."""
 
-import hashlib
-import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import log2
 from pathlib import Path
@@ -15,23 +13,25 @@ import torch.nn.functional as F
 from beartype import beartype
 from torch import Tensor, nn
 
-from audiolm_pytorch.codecs.checks import check_covered, checked_audio, checked_codes, checked_lengths
-from audiolm_pytorch.codecs.pretrained.hub import (
+from audiolm_pytorch.codecs.checks import check_covered, checked_audio, checked_codes
+from audiolm_pytorch.files import read_json
+from audiolm_pytorch.hub import (
     LoadedModel,
     find_folder,
     load_model,
+    model_settings,
     model_type_of,
+    nameless_fingerprint,
+    portable_origin,
     require_transformers,
 )
-from audiolm_pytorch.files import read_json
-from audiolm_pytorch.io import load_module, weights_of
+from audiolm_pytorch.io import load_module
+from audiolm_pytorch.ragged import items_by_length
 from audiolm_pytorch.units import frames_covering
 
 __all__ = ["CodecCard", "PretrainedCodec", "open_codec"]
 
 logger = logging.getLogger(__name__)
-
-_VOLATILE = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype")
 
 Wrapper = TypeVar("Wrapper", bound="PretrainedCodec")
 
@@ -113,10 +113,9 @@ class PretrainedCodec(nn.Module, ABC):
         super().__init__()
         loaded = source
         if not isinstance(loaded, LoadedModel):
-            loaded = load_model(
-                loaded, self.model_class, self.model_type, offline=offline, revision=revision, cache_dir=cache_dir
-            )
-        self._origin = dict(source=loaded.source, revision=loaded.revision, licence=loaded.licence)
+            classes = {self.model_type: self.model_class}
+            loaded = load_model(loaded, classes, offline=offline, revision=revision, cache_dir=cache_dir)
+        self._origin = loaded.origin
         self.model = loaded.model.requires_grad_(False)
 
     def _describe(
@@ -126,7 +125,7 @@ class PretrainedCodec(nn.Module, ABC):
         self.target_sample_hz, self.downsample_factor, self.channels = sample_hz, downsample_factor, channels
         self.num_quantizers, self.codebook_size = num_quantizers, codebook_size
         self.card = CodecCard(
-            **self._origin,  # type: ignore[arg-type]
+            **self._origin,
             model_type=self.model_type,
             sample_hz=sample_hz,
             channels=channels,
@@ -153,10 +152,8 @@ class PretrainedCodec(nn.Module, ABC):
     @property
     def config(self) -> dict[str, Any]:
         """The JSON-able description from which `from_config` rebuilds this codec."""
-        model = {name: value for name, value in self.model.config.to_dict().items() if name not in _VOLATILE}
-        # the name of a local folder says enough: a path would tie what is saved to one machine
-        source = self.card.source if self.card.revision else Path(self.card.source).name
-        return dict(model=model, options=self.options, origin={**self._origin, "source": source})
+        origin = portable_origin(self._origin)
+        return dict(model=model_settings(self.model), options=self.options, origin=origin)
 
     @classmethod
     def from_config(cls: type[Wrapper], config: dict[str, Any]) -> Wrapper:
@@ -169,14 +166,9 @@ class PretrainedCodec(nn.Module, ABC):
     @property
     def fingerprint(self) -> str:
         """Hash of weights, settings and levels: the same on any device, from any folder, under any transformers."""
-        # Releases of transformers rename weights (weight norm, Mimi's halves): their names are left out.
-        parts = []
-        for tensor in weights_of(self.model).values():
-            data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""
-            parts.append(f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(data).hexdigest()}")
         settings = {name: getattr(self.model.config, name, None) for name in self.code_settings}
         facts = [self.model_type, self.target_sample_hz, self.downsample_factor, self.num_quantizers, settings]
-        return hashlib.sha256(json.dumps([facts, sorted(parts)], sort_keys=True).encode()).hexdigest()[:16]
+        return nameless_fingerprint(self.model, facts)
 
     def train(self: Wrapper, mode: bool = True) -> Wrapper:
         """Stay in eval mode: the codec is frozen, and dropout of levels would change codes."""
@@ -246,25 +238,6 @@ class PretrainedCodec(nn.Module, ABC):
     def _blank_codes(self, wave: Tensor) -> Tensor:
         shape = (len(wave), self.num_frames(wave.shape[-1]), self.num_quantizers)
         return torch.full(shape, -1, dtype=torch.long, device=wave.device)
-
-
-def items_by_length(wave: Tensor, lengths: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Split a padded batch into batches without padding.
-
-    Args:
-        wave: `[b, c, n]`.
-        lengths: Samples of each item `[b]`; all n if not given.
-
-    Yields:
-        Rows `[r]` of one length, and their waves `[r, c, length]`.
-    """
-    if lengths is None:
-        yield torch.arange(len(wave), device=wave.device), wave
-        return
-    lengths = checked_lengths(lengths, wave)
-    for length in sorted(set(lengths.tolist())):
-        rows = (lengths == length).nonzero()[:, 0]
-        yield rows, wave[rows, :, :length]
 
 
 def chosen_levels(wanted: int | None, default: int, available: int) -> int:

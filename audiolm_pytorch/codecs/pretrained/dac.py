@@ -10,8 +10,8 @@ from einops import rearrange
 from torch import Tensor
 
 from audiolm_pytorch.codecs.pretrained.adapter import PretrainedCodec, chosen_levels
-from audiolm_pytorch.codecs.pretrained.hub import LoadedModel
 from audiolm_pytorch.codecs.pretrained.pieces import in_pieces, span_of
+from audiolm_pytorch.hub import LoadedModel
 from audiolm_pytorch.io import register
 
 __all__ = ["DacWrapper"]

@@ -1,8 +1,11 @@
 """Models of others: a local folder or a hub id to a loaded transformers model, safetensors only, with its licence."""
 
+import hashlib
+import json
 import logging
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,13 +14,27 @@ import torch
 from torch import nn
 
 from audiolm_pytorch.files import read_json
+from audiolm_pytorch.io import weights_of
+from audiolm_pytorch.unchanged import once_per_state
 
-__all__ = ["LoadedModel", "find_folder", "load_model", "model_type_of", "require_transformers"]
+__all__ = [
+    "LoadedModel",
+    "find_folder",
+    "load_model",
+    "model_settings",
+    "model_type_of",
+    "nameless_fingerprint",
+    "portable_origin",
+    "require_transformers",
+]
 
 logger = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "README.md"]
+_PREPROCESSOR = "preprocessor_config.json"
+_FILES = ["config.json", _PREPROCESSOR, "*.safetensors", "*.safetensors.index.json", "README.md"]
+# What transformers writes beside the numbers of a model, and changes from release to release.
+_VOLATILE = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype")
 # What their publishers say where the model card's header says nothing (it did not for the 24 kHz EnCodec when this was
 # written; the licence of its weights is an open question in facebookresearch/encodec, issue 69).
 _LICENCES = {
@@ -40,12 +57,19 @@ class LoadedModel:
         source: Folder or hub id.
         revision: Commit of the hub, where it came from there.
         licence: Licence of the weights, as far as it is known.
+        preprocessor: What its `preprocessor_config.json` says; empty where there is none.
     """
 
     model: nn.Module
     source: str = "a model in memory"
     revision: str | None = None
     licence: str = "unknown: see the model card"
+    preprocessor: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Where it came from, JSON-able: what a `LoadedModel` is built with besides the model."""
+        return {"source": self.source, "revision": self.revision, "licence": self.licence}
 
 
 def require_transformers() -> Any:
@@ -57,7 +81,7 @@ def require_transformers() -> Any:
     try:
         return import_module("transformers")
     except ImportError as error:
-        raise ImportError('pretrained codecs need transformers: pip install "musiclm-pytorch[pretrained]"') from error
+        raise ImportError('models of others need transformers: pip install "musiclm-pytorch[pretrained]"') from error
 
 
 def find_folder(
@@ -82,7 +106,7 @@ def find_folder(
     if folder.is_dir():
         return folder, None
     if isinstance(source, Path) or not _HUB_ID.fullmatch(source):
-        raise ValueError(f"there is no folder {source}; give a folder of a codec, or a hub id like owner/name")
+        raise ValueError(f"there is no folder {source}; give a folder, or a hub id like owner/name")
     require_transformers()
     try:
         snapshot = import_module("huggingface_hub").snapshot_download(
@@ -106,7 +130,7 @@ def model_type_of(folder: Path) -> str:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"{folder} holds no codec: there is no config.json in it")
+        raise ValueError(f"{folder} holds no model: there is no config.json in it")
     config = read_json(path)
     model_type = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(model_type, str):
@@ -116,8 +140,7 @@ def model_type_of(folder: Path) -> str:
 
 def load_model(
     source: str | Path,
-    model_class: str,
-    model_type: str,
+    model_classes: Mapping[str, str],
     *,
     offline: bool = False,
     revision: str | None = None,
@@ -127,8 +150,7 @@ def load_model(
 
     Args:
         source: A folder, or a hub id.
-        model_class: Name of the class in transformers.
-        model_type: What `config.json` must say.
+        model_classes: Classes of transformers that will do, by the `model_type` that `config.json` must name.
         offline: Whether to keep off the network.
         revision: Branch, tag or commit of the hub.
         cache_dir: Where downloads are kept.
@@ -143,8 +165,11 @@ def load_model(
     transformers = require_transformers()
     folder, commit = find_folder(source, offline=offline, revision=revision, cache_dir=cache_dir)
     found = model_type_of(folder)
-    if found != model_type:
-        raise ValueError(f"{source} holds a model of type {found!r}, this codec reads {model_type!r}; see open_codec")
+    if found not in model_classes:
+        raise ValueError(
+            f"{source} holds a model of type {found!r}, {' or '.join(map(repr, model_classes))} is needed here"
+        )
+    model_class = model_classes[found]
     if not any(folder.glob("*.safetensors")):
         pickles = ", ".join(sorted(file.name for file in folder.glob("*.bin")))
         raise ValueError(
@@ -159,12 +184,47 @@ def load_model(
         raise ValueError(f"{folder} cannot be loaded as {model_class}: {type(error).__name__}: {error}") from error
     absent = [*sorted(report["missing_keys"]), *map(str, report["mismatched_keys"])]
     if absent:
-        # transformers only warns, and leaves them random: a codec that sounds broken
+        # transformers only warns, and leaves them random
         raise ValueError(f"the weights in {folder} do not fit {model_class}: missing or of another shape: {absent[:8]}")
     if report["unexpected_keys"]:
         logger.warning("%s: %d weights are not used", folder, len(report["unexpected_keys"]))
     licence = _licence_in(folder) or _LICENCES.get(str(source), LoadedModel.licence)
-    return LoadedModel(model.to(torch.float32), str(source), commit, licence)
+    preprocessor = read_json(folder / _PREPROCESSOR) if (folder / _PREPROCESSOR).is_file() else {}
+    return LoadedModel(model.to(torch.float32), str(source), commit, licence, preprocessor)
+
+
+def model_settings(model: nn.Module) -> dict[str, Any]:
+    """The numbers of a model of transformers, JSON-able, from which its config class builds it again."""
+    config: Any = model.config
+    return {name: value for name, value in config.to_dict().items() if name not in _VOLATILE}
+
+
+def portable_origin(origin: Mapping[str, Any]) -> dict[str, Any]:
+    """An origin without the paths of this machine, to be saved: the name of a local folder says enough."""
+    return {**origin, "source": origin["source"] if origin["revision"] else Path(origin["source"]).name}
+
+
+def nameless_fingerprint(model: nn.Module, facts: list[Any]) -> str:
+    """Identify a model by its weights and some facts, whatever the weights are called.
+
+    Releases of transformers rename weights (weight norm, Mimi's halves): their names are left out.
+
+    Args:
+        model: The model.
+        facts: Whatever changes its results without showing in a weight, JSON-able.
+
+    Returns:
+        16 hexadecimal digits of a SHA-256: the same on any device, from any folder, under any transformers.
+    """
+
+    def digest() -> str:
+        parts = []
+        for tensor in weights_of(model).values():
+            data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""
+            parts.append(f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(data).hexdigest()}")
+        return hashlib.sha256(json.dumps([facts, sorted(parts)], sort_keys=True).encode()).hexdigest()[:16]
+
+    return once_per_state(model, json.dumps(facts, sort_keys=True), digest)
 
 
 def _licence_in(folder: Path) -> str | None:

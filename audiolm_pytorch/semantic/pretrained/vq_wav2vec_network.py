@@ -1,0 +1,267 @@
+"""The network of vq-wav2vec (arXiv:1910.05453) as far as it makes codes: convolutions and a quantizer."""
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from math import prod, sqrt
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from beartype import beartype
+from einops import rearrange
+from torch import Tensor, nn
+
+from audiolm_pytorch.nearest import nearest_index
+from audiolm_pytorch.semantic.windows import FrameArithmetic
+
+__all__ = ["ACTIVATIONS", "ConvFeatures", "GumbelQuantizer", "KMeansQuantizer", "VQWav2Vec"]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
+# Waves up to this are convolved whole, longer ones this much at a time: 30 s at 16 kHz hold 200 MB in the first layer.
+_SAMPLES_AT_ONCE = 480_000
+
+
+class _Moments(NamedTuple):
+    """Mean and variance `[b, 1, 1]` of an item over all channels and all time."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+class _ConvLayer(nn.Module):
+    """A convolution without padding or bias, normalised over all channels and all time, and an activation."""
+
+    def __init__(
+        self, dim_in: int, layer: list[int], *, activation: str, skip_scale: float | None, affine: bool
+    ) -> None:
+        super().__init__()
+        dim, kernel, stride = layer
+        self.conv = nn.Conv1d(dim_in, dim, kernel, stride, bias=False)
+        self.norm = nn.GroupNorm(1, dim, affine=affine)
+        self.activation = ACTIVATIONS[activation]
+        self.skip_scale = skip_scale if dim_in == dim else None
+        self.kernel, self.stride = kernel, stride
+
+    def forward(self, x: Tensor, moments: _Moments | None = None) -> Tensor:
+        """`[b, c, n]` to `[b, d, t]`; a part of a wave is normalised by the moments of the whole."""
+        y = self.conv(x)
+        if moments is None:
+            y = self.norm(y)
+        else:
+            y = (y - moments.mean) * (moments.variance + self.norm.eps).rsqrt()
+            if self.norm.affine:
+                y = y * rearrange(self.norm.weight, "d -> d 1") + rearrange(self.norm.bias, "d -> d 1")
+        y = self.activation(y)
+        if self.skip_scale is None:
+            return y
+        # The published rule; it is the stride except in inputs of a few frames.
+        step = x.shape[-1] // y.shape[-1] if moments is None else self.stride
+        return (y + x[..., ::step][..., : y.shape[-1]]) * sqrt(self.skip_scale)
+
+
+class ConvFeatures(nn.Module):
+    """Convolutions over the wave (wav2vec, arXiv:1904.05862, sec. 2.1).
+
+    Every layer is normalised over the whole wave. Long waves are therefore worked through part by part, once for the
+    moments of each layer: features are those of the whole wave, without seams, for three to six times the work.
+
+    Args:
+        layers: Width, kernel and stride of every convolution.
+        activation: "relu" or "gelu".
+        log_compression: Whether features are compressed at the end, `log(1 + |x|)`.
+        skip_scale: Square of the factor on the sum of a layer's input and output; None = there are no such sums.
+        affine_norm: Whether the norms have weights and biases.
+    """
+
+    @beartype
+    def __init__(
+        self,
+        *,
+        layers: list[list[int]],
+        activation: str,
+        log_compression: bool,
+        skip_scale: float | None = None,
+        affine_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        self.config = dict(
+            layers=layers,
+            activation=activation,
+            log_compression=log_compression,
+            skip_scale=skip_scale,
+            affine_norm=affine_norm,
+        )
+        widths, kernels, strides = zip(*layers)
+        self.dim: int = widths[-1]
+        self.frames = FrameArithmetic.of_convolutions(kernels, strides)
+        self.log_compression = log_compression
+        self.layers = nn.ModuleList(
+            _ConvLayer(dim_in, layer, activation=activation, skip_scale=skip_scale, affine=affine_norm)
+            for dim_in, layer in zip((1, *widths), layers)
+        )
+
+    def forward(self, wave: Tensor) -> Tensor:
+        """Waves `[b, n]` without padding to features `[b, d, t]`."""
+        x = rearrange(wave, "b n -> b 1 n")
+        if wave.shape[1] > _SAMPLES_AT_ONCE:
+            x = self._part_by_part(x)
+        else:
+            for layer in self.layers:
+                x = layer(x)
+        return x.abs().log1p() if self.log_compression else x
+
+    def _part_by_part(self, x: Tensor) -> Tensor:
+        """All layers over a long wave `[b, 1, n]`.
+
+        A layer's output is held where it is no larger than that of the first layer in one part, or no further layer
+        would make it smaller; until then, every part is worked through again from what was held last.
+        """
+        layers = cast(list[_ConvLayer], list(self.layers))
+        known: list[tuple[_ConvLayer, _Moments]] = []
+        num_samples, stride = x.shape[-1], 1
+        for layer in layers:
+            at_once = max(1, _SAMPLES_AT_ONCE // stride)
+            moments = _moments(layer.conv(part) for part in _parts(x, known, layer, at_once))
+            passed = stride * prod(before.stride for before, _ in known) * layer.stride
+            if passed == self.frames.stride or num_samples // passed <= _SAMPLES_AT_ONCE // layers[0].stride:
+                x = torch.cat([layer(part, moments) for part in _parts(x, known, layer, at_once)], dim=-1)
+                known, stride = [], passed
+            else:
+                known.append((layer, moments))
+        return x
+
+
+def _parts(x: Tensor, known: list[tuple[_ConvLayer, _Moments]], layer: _ConvLayer, at_once: int) -> Iterator[Tensor]:
+    """What goes into a layer behind those that are known, part by part; the layer's outputs follow without a gap."""
+    layers = [*(before for before, _ in known), layer]
+    frames = FrameArithmetic.of_convolutions([one.kernel for one in layers], [one.stride for one in layers])
+    total, step = frames.num_frames(x.shape[-1]), max(1, frames.num_frames(at_once))
+    for start in range(0, total, step):
+        part = x[..., frames.span(start, min(start + step, total))]
+        for before, moments in known:
+            part = before(part, moments)
+        yield part
+
+
+def _moments(parts: Iterator[Tensor]) -> _Moments:
+    """Moments of `[b, d, t]` over channels and time, put together from parts along time."""
+    count: int = 0
+    total: Tensor | float = 0.0
+    squares: Tensor | float = 0.0
+    for part in parts:
+        numbers = rearrange(part, "b d t -> b (d t)")
+        variance, mean = (found.double() for found in torch.var_mean(numbers.float(), dim=-1, correction=0))
+        count += numbers.shape[1]
+        total = total + numbers.shape[1] * mean
+        squares = squares + numbers.shape[1] * (variance + mean.square())
+    mean = torch.as_tensor(total) / count
+    variance = (torch.as_tensor(squares) / count - mean.square()).clamp(min=0.0)
+    return _Moments(*(rearrange(found.float(), "b -> b 1 1") for found in (mean, variance)))
+
+
+class GumbelQuantizer(nn.Module):
+    """Codes as the largest logits (sec. 3.1): without the noise of training a Gumbel softmax is an argmax.
+
+    Args:
+        dim: Width of the features.
+        groups: Codes a frame.
+        codes: Different codes of a group.
+        depth: Linear layers; those before the last are twice as wide as the features.
+        activation: Between them, "relu" or "gelu".
+    """
+
+    @beartype
+    def __init__(self, *, dim: int, groups: int, codes: int, depth: int, activation: str) -> None:
+        super().__init__()
+        self.config = dict(dim=dim, groups=groups, codes=codes, depth=depth, activation=activation)
+        self.groups, self.codes = groups, codes
+        self.activation = ACTIVATIONS[activation]
+        widths = [dim, *(depth - 1) * [2 * dim], groups * codes]
+        self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
+
+    def vectors(self, features: Tensor) -> Tensor:
+        """What the codes of frames are decided from: features `[b, d, t]` -> `[b, t, d]`."""
+        return rearrange(features, "b d t -> b t d")
+
+    def assign(self, vectors: Tensor) -> Tensor:
+        """Codes of frames: `[b, t, d]` -> `[b, t, g]` int64."""
+        *inner, last = self.layers
+        for layer in inner:
+            vectors = self.activation(layer(vectors))
+        return rearrange(last(vectors), "b t (g v) -> b t g v", g=self.groups).argmax(dim=-1)
+
+
+class KMeansQuantizer(nn.Module):
+    """Codes as the nearest entries of a codebook (sec. 3.2), group by group of the projected, normalised features.
+
+    Args:
+        dim: Width of the features.
+        groups: Codes a frame.
+        codes: Different codes of a group.
+        shared: Whether the groups have one codebook in common.
+    """
+
+    @beartype
+    def __init__(self, *, dim: int, groups: int, codes: int, shared: bool) -> None:
+        super().__init__()
+        self.config = dict(dim=dim, groups=groups, codes=codes, shared=shared)
+        self.groups, self.codes = groups, codes
+        self.projection = nn.Conv1d(dim, dim, 1, groups=groups, bias=False)
+        self.norm = nn.GroupNorm(groups, dim)
+        self.codebook = nn.Parameter(torch.zeros(codes, 1 if shared else groups, dim // groups))
+
+    def vectors(self, features: Tensor) -> Tensor:
+        """What the codes of frames are decided from: features `[b, d, t]` -> `[b, t, d]`, normalised over time."""
+        return rearrange(self.norm(self.projection(features)), "b d t -> b t d")
+
+    def assign(self, vectors: Tensor) -> Tensor:
+        """Codes of frames: `[b, t, d]` -> `[b, t, g]` int64."""
+        points = rearrange(vectors, "b t (g d) -> g (b t) d", g=self.groups)
+        books = rearrange(self.codebook.expand(-1, self.groups, -1), "v g d -> g v d")
+        codes = torch.stack([nearest_index(part, book) for part, book in zip(points, books)])
+        return rearrange(codes, "g (b t) -> b t g", b=len(vectors))
+
+
+_QUANTIZERS: dict[str, type[GumbelQuantizer] | type[KMeansQuantizer]] = {
+    "gumbel": GumbelQuantizer,
+    "kmeans": KMeansQuantizer,
+}
+
+
+class VQWav2Vec(nn.Module):
+    """The part of vq-wav2vec that makes codes.
+
+    Args:
+        features: Waves to features.
+        quantizer: Features to codes.
+    """
+
+    @beartype
+    def __init__(self, features: ConvFeatures, quantizer: GumbelQuantizer | KMeansQuantizer) -> None:
+        super().__init__()
+        self.features = features
+        self.quantizer = quantizer
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What `from_config` needs, weights apart."""
+        kind = next(name for name, cls in _QUANTIZERS.items() if isinstance(self.quantizer, cls))
+        return {"features": self.features.config, "kind": kind, "quantizer": self.quantizer.config}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "VQWav2Vec":
+        """Build a network whose weights are to be loaded."""
+        return cls(ConvFeatures(**config["features"]), _QUANTIZERS[config["kind"]](**config["quantizer"]))
+
+    @property
+    def frames(self) -> FrameArithmetic:
+        """Which samples each frame is made of."""
+        return self.features.frames
+
+    def vectors(self, wave: Tensor) -> Tensor:
+        """What the codes of waves `[b, n]` without padding are decided from, `[b, t, d]`."""
+        return self.quantizer.vectors(self.features(wave))
+
+    def forward(self, wave: Tensor) -> Tensor:
+        """Waves `[b, n]` without padding to codes `[b, t, g]` int64 in [0, codes)."""
+        return self.quantizer.assign(self.vectors(wave))
