@@ -5,8 +5,9 @@ from torch import Tensor
 
 __all__ = ["nearest_index"]
 
-# Rows of the distance matrix computed at once: 32768 x 1024 float32 is 128 MiB.
+# Rows of the distance matrix computed at once, fewer where there are many centroids: 32768 x 1024 float32 is 128 MiB.
 _ROWS_AT_ONCE = 32768
+_NUMBERS_AT_ONCE = 2**25
 
 
 def nearest_index(points: Tensor, centroids: Tensor) -> Tensor:
@@ -24,5 +25,5 @@ def nearest_index(points: Tensor, centroids: Tensor) -> Tensor:
     with torch.autocast(points.device.type, enabled=False):
         centroids = centroids.float()
         offsets, directions = centroids.square().sum(dim=-1), centroids.t()
-        parts = points.float().split(_ROWS_AT_ONCE)
+        parts = points.float().split(min(_ROWS_AT_ONCE, max(1, _NUMBERS_AT_ONCE // len(centroids))))
         return torch.cat([torch.addmm(offsets, part, directions, alpha=-2.0).argmin(dim=-1) for part in parts])

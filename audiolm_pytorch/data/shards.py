@@ -215,12 +215,19 @@ class TokenShards:
     """Records written by `write_shards`, read one by one from memory maps."""
 
     @beartype
-    def __init__(self, folder: str | Path, expect_fingerprint: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        expect_fingerprint: dict[str, Any] | None = None,
+        max_open_chunks: int | None = None,
+    ) -> None:
         """Open a complete folder.
 
         Args:
             folder: A folder that `write_shards` has finished.
             expect_fingerprint: What the records should depend on; None accepts any.
+            max_open_chunks: Chunks that stay mapped (what was read of them counts as memory of this process); None = as
+                many as is safe.
 
         Raises:
             ValueError: If the folder is missing, unfinished or of another format, or the fingerprint differs (the
@@ -246,6 +253,7 @@ class TokenShards:
         self._num_records: int = index["num_records"]
         self._records_per_chunk: int = index["records_per_chunk"]
         self._fields: dict[str, dict[str, Any]] = index["fields"]
+        self._max_open_chunks = MAX_OPEN_CHUNKS if max_open_chunks is None else max_open_chunks
         self._open: OrderedDict[int, _OpenChunk] = OrderedDict()
 
     @property
@@ -301,7 +309,7 @@ class TokenShards:
                 values={name: _load(folder / f"{name}.npy") for name in self._fields},
                 offsets={name: np.load(folder / f"{name}.offsets.npy", allow_pickle=False) for name in self._fields},
             )
-            if len(self._open) > MAX_OPEN_CHUNKS:
+            if len(self._open) > self._max_open_chunks:
                 self._open.popitem(last=False)
         self._open.move_to_end(number)
         return self._open[number]

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,10 @@ from accelerate import Accelerator
 from beartype import beartype
 from torch import Tensor
 
-from audiolm_pytorch.data import AudioItem, BatchPlan, CropBatch, CropDataset, collate_crops
+from audiolm_pytorch.data import AudioItem, CropBatch, CropDataset, collate_crops
 from audiolm_pytorch.data.manifest import training_items
-from audiolm_pytorch.io import save_module
 from audiolm_pytorch.semantic.best_rq import BestRQ, BestRQEncoder, MaskedPrediction
-from audiolm_pytorch.semantic.kmeans import KMeansFit, fit_kmeans
+from audiolm_pytorch.semantic.kmeans import KMeansFit, KMeansTrainer
 from audiolm_pytorch.training import LoopSettings, LossOutput, Phase, TrainLoop, TrainResult
 
 __all__ = ["BestRQTask", "SemanticTokenizerTrainer"]
@@ -42,7 +40,9 @@ class BestRQTask:
         self.module = model
         self.phases = (Phase(self.name, (model,), self._loss),)
         self.num_items = len(train)
-        self.chance = {"loss": math.log(model.codebook_size), "accuracy": 1 / model.codebook_size}
+        # Guessing costs as much at tokens that were seen.
+        chance_loss = (1 + model.seen_weight) * math.log(model.codebook_size)
+        self.chance = {"loss": chance_loss, "accuracy": 1 / model.codebook_size}
         self._model = model
         self._train = train
         self._valid = valid
@@ -71,11 +71,18 @@ class BestRQTask:
         """Nothing to show: hidden targets are no sound."""
 
     def before_training(self) -> None:
-        """Estimate the statistics of the front end, evenly over the training files; they are fixed from then on."""
+        """Estimate the statistics of front end and targets, evenly over the training files; fixed from then on."""
+        front_end = self._model.encoder.front_end
+        front_end.fit(self._statistics_waves())
+        with torch.no_grad():
+            self._model.targets.fit(front_end(wave) for wave in self._statistics_waves())
+
+    def _statistics_waves(self) -> Iterator[Tensor]:
+        """Waves `[1, n]` on the model's device."""
         count = min(_STATISTICS_CROPS, self.num_items)
-        crops = (self._train.get(0, place * self.num_items // count) for place in range(count))
-        rate_hz = self._model.encoder.sample_hz
-        self._model.encoder.front_end.fit(crop.waves[rate_hz] for crop in crops)
+        for place in range(count):
+            crop = self._train.get(0, place * self.num_items // count)
+            yield crop.waves[self._model.encoder.sample_hz].unsqueeze(0).to(self._model.to_logits.weight.device)
 
     def _predict(self, batch: CropBatch, generator: torch.Generator | None = None) -> MaskedPrediction:
         rate_hz = self._model.encoder.sample_hz
@@ -129,7 +136,7 @@ class SemanticTokenizerTrainer:
         settings = LoopSettings(num_train_steps=num_train_steps, batch_size=batch_size, **loop_settings)
         rates_hz = (encoder.sample_hz,)
         self.results_folder = Path(results_folder)
-        self._seed = settings.seed
+        self._seconds, self._seed, self._accelerator = seconds, settings.seed, accelerator
         self._train = CropDataset(train, seconds, rates_hz, seed=settings.seed)
         self.task = BestRQTask(
             model=objective,
@@ -145,45 +152,45 @@ class SemanticTokenizerTrainer:
 
     @beartype
     def fit_tokenizer(
-        self, *, layer: int | None = None, num_clusters: int = 512, max_tokens: int = 200_000
+        self,
+        *,
+        layer: int | None = None,
+        num_clusters: int = 512,
+        max_tokens: int = 200_000,
+        results_folder: str | Path | None = None,
     ) -> KMeansFit:
         """Fit k-means to a layer of the trained encoder and save the tokenizer in `results_folder / "tokenizer"`.
+
+        A job of its own, which continues what was interrupted; see `KMeansTrainer`.
 
         Args:
             layer: Layer to cut; None = three quarters of the depth. After 700 steps on folk tunes, clusters of layers
                 1 to 4 of 4 named the pitch class of 66, 63, 62 and 61% of unseen tokens and the instrument of 46, 48,
                 49 and 50% (log-mel frames: 65 and 43%).
             num_clusters: Size of the token vocabulary.
-            max_tokens: Tokens of training audio to fit on, fewer when one pass over the files gives no more.
+            max_tokens: Tokens of training audio to fit on, fewer when the files give no more.
+            results_folder: Of the job, which belongs to these settings; None = that of the training.
 
         Returns:
             The fit; its tokenizer is on the CPU.
 
         Raises:
             RuntimeError: If training is not finished.
-            ValueError: If the files hold fewer tokens than clusters.
+            ValueError: If the files hold fewer tokens than clusters, or the folder a fit of other settings.
         """
         if not self.loop.is_finished:
             raise RuntimeError("train the encoder to its end before fitting the tokenizer: call train()")
         self.loop.final_module()
         encoder = self.task.module.encoder
-        if layer is None:
-            layer = max(1, round(0.75 * encoder.depth))
-        fit = fit_kmeans(
-            encoder,
-            self._shuffled_waves(),
-            layer=layer,
+        job = KMeansTrainer(
+            encoder=encoder,
+            layer=max(1, round(0.75 * encoder.depth)) if layer is None else layer,
             num_clusters=num_clusters,
-            seed=self._seed,
+            items=self._train.items,
+            results_folder=self.results_folder if results_folder is None else results_folder,
+            seconds=self._seconds,
             max_tokens=max_tokens,
+            seed=self._seed,
+            accelerator=self._accelerator,
         )
-        folder, usage = self.results_folder / "tokenizer", asdict(fit.usage)
-        self.loop.on_main_process(lambda: save_module(fit.tokenizer, folder, extra={"usage": usage}))
-        return fit
-
-    def _shuffled_waves(self) -> Iterator[Tensor]:
-        """One crop of every training file, in the order of an epoch of its own."""
-        plan = BatchPlan(len(self._train), 1, self._seed)
-        for step in range(len(self._train)):
-            for epoch, index in plan.indices(step):
-                yield self._train.get(epoch, index).waves[self.task.module.encoder.sample_hz]
+        return job.train()

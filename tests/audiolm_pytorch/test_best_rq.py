@@ -8,7 +8,7 @@ from audiolm_pytorch.audio import write_audio
 from audiolm_pytorch.semantic import best_rq, frontend
 from audiolm_pytorch.semantic.best_rq import BestRQ, BestRQEncoder
 from audiolm_pytorch.semantic.frontend import StackedLogMel, length_mask
-from audiolm_pytorch.semantic.targets import RandomProjectionQuantizer, sample_span_mask
+from audiolm_pytorch.semantic.targets import Decorrelation, RandomProjectionQuantizer, TokenTargets, sample_span_mask
 
 RATE_HZ = 4000
 TOKEN_SAMPLES = 160
@@ -163,27 +163,73 @@ def test_span_mask_hides_spans_of_real_tokens():
     assert sample_span_mask(valid, 0.0, 1).sum(dim=1).tolist() == [1, 1, 1, 1]
 
 
-def test_only_hidden_tokens_count_and_none_is_seen():
-    """Guards the objective: only hidden tokens are predicted, and the encoder is shown noise in their place."""
-    model = BestRQ(tiny_encoder(), codebook_size=16)
-    shown, asked = [], []
+def test_decorrelation_whitens_the_strongest_directions():
+    """Guards the directions: zero mean, unit variance, no correlation, strongest first, whatever the batches are."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(4000, 3, generator=generator) * torch.tensor([5.0, 2.0, 0.5])
+    mixing, _ = torch.linalg.qr(torch.randn(6, 6, generator=generator))
+    vectors = vectors @ mixing[:3] + 1.0
+    decorrelation = Decorrelation(6, 2)
+    decorrelation.fit(vectors.split(700))
+    found = decorrelation(vectors)
+    torch.testing.assert_close(found.mean(dim=0), torch.zeros(2), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.T.cov(), torch.eye(2), atol=2e-3, rtol=0)
+    directions = torch.nn.functional.normalize(decorrelation.basis, dim=0)
+    assert ((directions * mixing[:2].T).sum(dim=0).abs() > 0.99).all()
+    with pytest.raises(ValueError, match="at least one vector"):
+        decorrelation.fit([])
+    with pytest.raises(ValueError, match=r"1\.\.6"):
+        Decorrelation(6, 7)
+
+
+def test_targets_describe_the_surroundings():
+    """Guards the reach: a target changes with a token within it, with none beyond, and padding counts as silence."""
+    frames = torch.randn(1, 12, 10, generator=torch.Generator().manual_seed(0))
+    targets = TokenTargets(10, 64, num_targets=8, reach_tokens=2, num_directions=20)
+    everywhere = torch.ones(1, 12, dtype=torch.bool)
+    targets.fit([(frames, everywhere)])
+    changed = frames.clone()
+    changed[0, 5] += 3.0
+    differs = (targets(frames, everywhere) != targets(changed, everywhere)).any(dim=1)
+    assert differs.nonzero().flatten().tolist() == [3, 4, 5, 6, 7]
+    padded = torch.nn.functional.pad(frames, (0, 0, 0, 4))
+    real = torch.nn.functional.pad(everywhere, (0, 4))
+    assert torch.equal(targets(padded, real), targets(frames, everywhere))
+    vectors = targets.surroundings(frames, everywhere)
+    assert torch.equal(vectors[5], frames[0, 3:8].flatten())
+
+
+@pytest.mark.parametrize("seen_weight", [0.0, 0.5])
+def test_hidden_tokens_are_not_seen_and_others_weigh_as_asked(seen_weight):
+    """Guards the objective: noise stands in for hidden tokens; loss = hidden + weight * seen; padding never counts."""
+    model = BestRQ(tiny_encoder(), codebook_size=16, num_targets=3, num_directions=8, seen_weight=seen_weight)
+    shown = []
     model.encoder.to_tokens.register_forward_hook(lambda module, inputs, output: shown.append(inputs[0]))
-    model.to_logits.register_forward_hook(lambda module, inputs, output: asked.append(inputs[0]))
     waves = torch.stack([melody(20, 0), melody(20, 1)])
     lengths = torch.tensor([20 * TOKEN_SAMPLES, 9 * TOKEN_SAMPLES])
     out = model(waves, lengths, torch.Generator().manual_seed(0))
     frames, valid = model.encoder.front_end(waves, lengths)
-    assert asked[0].shape[0] == int(out.hidden.sum()) and not (out.hidden & ~valid).any()
+    assert not (out.hidden & ~valid).any()
     assert torch.equal(shown[0][~out.hidden], frames[~out.hidden])
     assert shown[0][out.hidden].std() < 0.2 < frames[out.hidden].std()
+
+    log_probs = model.to_logits(model.encoder.encode(shown[0], valid)).unflatten(-1, (3, 16)).log_softmax(dim=-1)
+    targets = model.targets(frames, torch.ones_like(valid)).unflatten(0, valid.shape)
+    costs = -log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1).mean(dim=-1)
+    seen = valid & ~out.hidden
+    torch.testing.assert_close(out.loss, costs[out.hidden].mean() + seen_weight * costs[seen].mean())
+    hits = (log_probs.argmax(dim=-1) == targets).float().mean(dim=-1)
+    torch.testing.assert_close(out.accuracy, hits[out.hidden].mean())
 
 
 def test_learns_far_below_chance():
     """Guards learning: on two melodies the loss falls far below chance, and accuracy beats the majority class."""
     torch.manual_seed(0)
     waves = torch.stack([melody(24, seed) for seed in range(2)]).repeat(4, 1)
-    model = BestRQ(tiny_encoder(), codebook_size=32, start_prob=0.05, span_tokens=4)
+    as_published = {"num_targets": 4, "reach_tokens": 0, "num_directions": None, "seen_weight": 0}
+    model = BestRQ(tiny_encoder(), codebook_size=32, start_prob=0.05, **as_published)
     model.encoder.front_end.fit(waves)
+    model.targets.fit([model.encoder.front_end(waves)])
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     outputs = []
@@ -246,7 +292,7 @@ def test_trainer_trains_resumes_and_fits_a_tokenizer(tmp_path: Path):
             seconds=0.8,
             num_train_steps=4,
             results_folder=tmp_path / "run",
-            objective=BestRQ(encoder, codebook_size=32),
+            objective=BestRQ(encoder, codebook_size=32, num_directions=16),
             warmup_steps=1,
         )
 
@@ -257,7 +303,8 @@ def test_trainer_trains_resumes_and_fits_a_tokenizer(tmp_path: Path):
     second = trainer()
     result = second.train()
     assert result.step == 4 and second.loop.is_finished
-    assert second.task.chance == {"loss": math.log(32), "accuracy": 1 / 32}
+    assert second.task.chance == {"loss": 2 * math.log(32), "accuracy": 1 / 32}
+    assert second.task.module.targets.decorrelation.mean.abs().sum() > 0
     metrics = second.task.validate()
     assert set(metrics) == {"loss", "accuracy", "majority"} and metrics == second.task.validate()
     fit = second.fit_tokenizer(num_clusters=4)

@@ -1,12 +1,17 @@
+from pathlib import Path
+
 import pytest
+import soundfile
 import torch
 
 from audiolm_pytorch import nearest
 from audiolm_pytorch.audio import resample
 from audiolm_pytorch.io import load_module, save_module
 from audiolm_pytorch.nearest import nearest_index
-from audiolm_pytorch.semantic import BestRQEncoder, FrameEncoder, KMeansTokenizer, SemanticTokenizer, fit_kmeans
+from audiolm_pytorch.semantic import BestRQEncoder, FrameEncoder, KMeansTokenizer, KMeansTrainer, SemanticTokenizer
+from audiolm_pytorch.semantic import tokenizer as module
 from audiolm_pytorch.semantic.frontend import length_mask
+from audiolm_pytorch.semantic.tokenizer import encoder_fingerprint
 
 RATE_HZ = 4000
 TOKEN_SAMPLES = 160
@@ -26,9 +31,19 @@ def noises(num_waves: int, seed: int) -> list[torch.Tensor]:
     return [gain * torch.randn(len(gain), generator=generator) for gain in loudness]
 
 
+def fit_tokenizer(folder: Path, num_waves: int, **settings) -> KMeansTokenizer:
+    """A tokenizer of the tiny encoder, fitted to noises."""
+    (folder / "audio").mkdir(parents=True)
+    for number, wave in enumerate(noises(num_waves, 0)):
+        soundfile.write(folder / "audio" / f"{number}.wav", 0.1 * wave.numpy(), RATE_HZ, subtype="FLOAT")
+    job = KMeansTrainer(encoder=tiny_encoder(), folder=folder / "audio", results_folder=folder / "run", **settings)
+    return job.train().tokenizer
+
+
 @pytest.fixture(scope="module")
-def tokenizer() -> KMeansTokenizer:
-    return fit_kmeans(tiny_encoder(), noises(8, 0), layer=2, num_clusters=16, seed=3).tokenizer
+def tokenizer(tmp_path_factory) -> KMeansTokenizer:
+    torch.set_num_threads(1)
+    return fit_tokenizer(tmp_path_factory.mktemp("tokenizer"), 8, layer=2, num_clusters=16, seed=3)
 
 
 def test_fulfils_the_protocols(tokenizer):
@@ -78,39 +93,35 @@ def test_ids_are_the_nearest_centroids(tokenizer, monkeypatch):
     assert torch.equal(tokenizer(wave)[0], torch.cdist(normalised, tokenizer.centroids).argmin(dim=-1))
 
 
-def test_fit_is_deterministic_and_reports_usage():
-    """Guards the job: a seed fixes the centroids, whatever the global generator does; usage adds up."""
-    torch.manual_seed(1)
-    first = fit_kmeans(tiny_encoder(), noises(6, 0), layer=1, num_clusters=12, seed=0)
-    torch.manual_seed(2)
-    second = fit_kmeans(tiny_encoder(), noises(6, 0), layer=1, num_clusters=12, seed=0)
-    other = fit_kmeans(tiny_encoder(), noises(6, 0), layer=1, num_clusters=12, seed=1)
-    assert torch.equal(first.tokenizer.centroids, second.tokenizer.centroids) and first.usage == second.usage
-    assert not torch.equal(first.tokenizer.centroids, other.tokenizer.centroids)
-    usage = first.usage
-    assert (usage.num_tokens, usage.num_clusters) == (180, 12)
-    assert 1 <= usage.perplexity <= usage.used + 1e-6 <= 12 + 1e-6 and 0.2 < usage.explained < 1
+def test_long_waves_are_assigned_in_parts(tokenizer, monkeypatch):
+    """Guards memory: normalising and comparing an hour at once would take several times its features."""
+    wave = torch.stack(noises(2, 7))
+    expected = tokenizer(wave)
+    monkeypatch.setattr(module, "_FRAMES_AT_ONCE", 7)
+    assert torch.equal(tokenizer(wave), expected)
 
 
-def test_fit_normalises_each_dimension(tokenizer):
-    """Guards the normalisation of AudioLM: over the fitted tokens every dimension has mean 0 and variance 1."""
-    vectors = torch.cat([tokenizer.normalised_features(wave[None])[0][0] for wave in noises(8, 0)])
-    torch.testing.assert_close(vectors.mean(dim=0), torch.zeros(32), atol=1e-3, rtol=0)
-    torch.testing.assert_close(vectors.std(dim=0, correction=0), torch.ones(32), atol=1e-3, rtol=0)
-
-
-def test_fit_stops_at_max_tokens_and_leaves_the_encoder_alone():
-    """Guards memory and side effects: an endless stream is read only as far as needed; the encoder keeps its mode."""
-    encoder = tiny_encoder().train()
-
-    def endless():
-        while True:
-            yield from noises(4, 0)
-
-    fit = fit_kmeans(encoder, endless(), layer=1, num_clusters=4, max_tokens=100)
-    assert fit.usage.num_tokens == 100
-    assert encoder.training and all(parameter.requires_grad for parameter in encoder.parameters())
-    assert fit.tokenizer.encoder.depth == 1 and not any(p.requires_grad for p in fit.tokenizer.parameters())
+@pytest.mark.parametrize("multiple", [160, 1000])
+def test_lengths_are_cut_to_whole_multiples(tokenizer, multiple, tmp_path):
+    """Guards `seq_len_multiple_of`: what is left over is never heard, alone or in a batch, nor counted."""
+    parts = dict(centroids=tokenizer.centroids, mean=tokenizer.mean, std=tokenizer.std)
+    made = KMeansTokenizer(encoder=tokenizer.encoder, layer=2, seq_len_multiple_of=multiple, **parts)
+    save_module(made, tmp_path / "tokenizer")
+    cutting = load_module(tmp_path / "tokenizer", KMeansTokenizer)
+    assert cutting.fingerprint == made.fingerprint != tokenizer.fingerprint
+    lengths = torch.tensor([4800, 4799, 2411, 1000])
+    wave = torch.stack(noises(4, 8))
+    wave[~length_mask(lengths, 4800)] = 7.0
+    ids = cutting(wave, lengths=lengths)
+    for row, length in enumerate(lengths.tolist()):
+        left = length // multiple * multiple
+        count = cutting.num_frames(length)
+        assert count == tokenizer.num_frames(left)
+        assert (
+            torch.equal(ids[row, :count], tokenizer(wave[row : row + 1, :left])[0]) and (ids[row, count:] == -1).all()
+        )
+    resampled = resample(wave[1, :2000], 6000, RATE_HZ)
+    assert torch.equal(cutting(wave[1:2, :2000], input_sample_hz=6000), cutting(resampled[None]))
 
 
 def test_save_and_load_give_equal_ids(tokenizer, tmp_path):
@@ -121,10 +132,9 @@ def test_save_and_load_give_equal_ids(tokenizer, tmp_path):
     assert torch.equal(loaded(wave), tokenizer(wave)) and loaded.fingerprint == tokenizer.fingerprint
 
 
-def test_fingerprint_follows_everything_that_makes_the_ids():
+def test_fingerprint_follows_everything_that_makes_the_ids(tmp_path):
     """Guards stale token shards: other centroids, encoder weights or normalisation give another fingerprint."""
-    fit = fit_kmeans(tiny_encoder(), noises(4, 0), layer=1, num_clusters=4)
-    tokenizer = fit.tokenizer
+    tokenizer = fit_tokenizer(tmp_path, 4, layer=1, num_clusters=4)
     seen = [tokenizer.fingerprint]
     for part in (
         tokenizer.centroids,
@@ -136,6 +146,22 @@ def test_fingerprint_follows_everything_that_makes_the_ids():
             part[..., 0] += 0.5
         seen.append(tokenizer.fingerprint)
     assert len(set(seen)) == 5 and tokenizer.fingerprint == seen[-1]
+
+
+def test_an_encoder_may_say_who_it_is():
+    """Encoders of others know better what identifies them: names of their weights change from release to release."""
+
+    class Named(BestRQEncoder):
+        fingerprint = "the published one"
+
+    named = Named(**tiny_encoder().config)
+    parts = dict(layer=1, centroids=torch.zeros(4, 32))
+    assert encoder_fingerprint(named) == "the published one"
+    first = KMeansTokenizer(encoder=named, **parts).fingerprint
+    assert first != KMeansTokenizer(encoder=tiny_encoder(), **parts).fingerprint
+    with torch.no_grad():
+        named.to_tokens.weight.add_(1.0)
+    assert KMeansTokenizer(encoder=named, **parts).fingerprint == first
 
 
 def test_stays_in_eval_mode_and_float32(tokenizer):
@@ -162,7 +188,7 @@ def test_bad_input_is_refused(tokenizer):
 
 
 def test_bad_parts_are_refused():
-    """Guards the constructor and the job: wrong encoders, layers, shapes, too few tokens, missing centroids."""
+    """Guards the constructor: wrong encoders, layers, shapes, missing centroids."""
     encoder = tiny_encoder()
     with pytest.raises(TypeError, match="FrameEncoder"):
         KMeansTokenizer(encoder=torch.nn.Linear(2, 2), layer=1, num_clusters=4)
@@ -173,14 +199,9 @@ def test_bad_parts_are_refused():
         ({"layer": 1, "centroids": torch.zeros(4, 31)}, "centroids"),
         ({"layer": 1, "centroids": torch.full((4, 32), torch.nan)}, "finite"),
         ({"layer": 1, "num_clusters": 4, "std": torch.zeros(32)}, "positive"),
+        ({"layer": 1, "num_clusters": 4, "seq_len_multiple_of": 0}, "at least 1 sample"),
     ]:
         with pytest.raises(ValueError, match=message):
             KMeansTokenizer(encoder=encoder, **arguments)
-    with pytest.raises(RuntimeError, match="fit_kmeans"):
+    with pytest.raises(RuntimeError, match="KMeansTrainer"):
         KMeansTokenizer(encoder=encoder, layer=1, num_clusters=4)(torch.zeros(1, 800))
-    with pytest.raises(ValueError, match="cannot fill 500"):
-        fit_kmeans(encoder, noises(2, 0), layer=1, num_clusters=500)
-    with pytest.raises(ValueError, match="at least one wave"):
-        fit_kmeans(encoder, [], layer=1, num_clusters=2)
-    with pytest.raises(ValueError, match="NaN"):
-        fit_kmeans(encoder, [torch.full((800,), torch.nan)], layer=1, num_clusters=2)

@@ -1,0 +1,95 @@
+"""De-duplication of semantic tokens that keeps run lengths, and its exact inverse."""
+
+from dataclasses import dataclass
+
+import torch
+from beartype import beartype
+from torch import Tensor
+
+__all__ = ["Runs", "deduplicate", "expand"]
+
+PADDING = -1
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Tokens without immediate repetitions (AudioLM, arXiv:2209.03143, sec. III-B), and how often each stood there.
+
+    Attributes:
+        ids: `[b, r]` int64, -1 past an item's own runs.
+        run_lengths: `[b, r]` int64, tokens in each run, 0 past an item's own runs.
+        num_tokens: Columns of the padded batch that the runs came from; None = as many as the longest item needs.
+    """
+
+    ids: Tensor
+    run_lengths: Tensor
+    num_tokens: int | None = None
+
+
+@beartype
+def deduplicate(ids: Tensor) -> Runs:
+    """Merge equal neighbours into runs. Time is in the run lengths: without them the tokens have no rate any more.
+
+    Args:
+        ids: `[b, t]` int, -1 past an item's own tokens (as a `SemanticTokenizer` gives them).
+
+    Returns:
+        The runs; `expand` gives `ids` back.
+
+    Raises:
+        ValueError: If the shape is another, a number lies below -1, or an id follows padding.
+    """
+    _check_integers("ids", ids)
+    real = ids >= 0
+    if bool((ids < PADDING).any()) or bool((real[:, 1:] & ~real[:, :-1]).any()):
+        raise ValueError("ids must be 0 or more, and -1 past the end of an item: one follows padding, or lies below -1")
+    is_start = real.clone()
+    is_start[:, 1:] &= ids[:, 1:] != ids[:, :-1]
+    num_runs = int(is_start.sum(dim=1).max()) if is_start.numel() else 0
+    # Tokens of a run share its place; those of the padding fall on the last run and weigh nothing.
+    place = (is_start.cumsum(dim=1) - 1).clamp(min=0)
+    run_lengths = ids.new_zeros(len(ids), num_runs, dtype=torch.int64)
+    run_ids = torch.full_like(run_lengths, PADDING)
+    if num_runs:
+        run_lengths.scatter_add_(1, place, real.long())
+        rows = torch.arange(len(ids), device=ids.device).unsqueeze(1).expand_as(ids)
+        run_ids[rows[is_start], place[is_start]] = ids[is_start].long()
+    return Runs(run_ids, run_lengths, ids.shape[1])
+
+
+@beartype
+def expand(runs: Runs) -> Tensor:
+    """Repeat every token as often as its run is long.
+
+    Args:
+        runs: Runs of `deduplicate`, or of a model; neighbours may be equal.
+
+    Returns:
+        Ids `[b, t]` int64, -1 past an item's own tokens.
+
+    Raises:
+        ValueError: If shapes differ, an id has no positive length, padding has a length, or there are more tokens than
+            `num_tokens`.
+    """
+    ids, run_lengths = runs.ids, runs.run_lengths
+    _check_integers("ids", ids)
+    _check_integers("run_lengths", run_lengths)
+    if ids.shape != run_lengths.shape:
+        raise ValueError(f"ids {tuple(ids.shape)} and run_lengths {tuple(run_lengths.shape)} must be of one shape")
+    if not torch.equal(ids >= 0, run_lengths > 0) or bool((run_lengths < 0).any()) or bool((ids < PADDING).any()):
+        raise ValueError("every id (0 or more) needs a run length of 1 or more, and padding (-1) one of 0")
+    totals = run_lengths.sum(dim=1)
+    longest = int(totals.max()) if totals.numel() else 0
+    num_tokens = longest if runs.num_tokens is None else runs.num_tokens
+    if longest > num_tokens:
+        raise ValueError(f"the runs hold {longest} tokens, more than num_tokens = {num_tokens}")
+    expanded = torch.full((len(ids), num_tokens), PADDING, dtype=torch.int64, device=ids.device)
+    real = torch.arange(num_tokens, device=ids.device) < totals.unsqueeze(1)
+    expanded[real] = ids.reshape(-1).long().repeat_interleave(run_lengths.reshape(-1))
+    return expanded
+
+
+def _check_integers(name: str, given: Tensor) -> None:
+    """Refuse what is no `[b, t]` tensor of whole numbers."""
+    if given.ndim != 2 or given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+        raise ValueError(f"{name} must be int [b, t], got {given.dtype} {tuple(given.shape)}")
