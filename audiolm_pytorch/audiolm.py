@@ -68,7 +68,8 @@ class AudioLM(nn.Module):
         sampling: Sampling of stages by name, as settings or as the fields that differ from MusicLM's temperatures.
 
     Raises:
-        ValueError: If stages, tokenizers and conditioner do not fit one another.
+        ValueError: If stages, tokenizers and conditioner do not fit one another, or a stage was trained on tokens of
+            other tokenizers.
     """
 
     @beartype

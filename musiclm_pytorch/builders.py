@@ -6,8 +6,9 @@ from fractions import Fraction
 from beartype import beartype
 
 from audiolm_pytorch.codecs import SoundStream, SpectralSoundStream
-from audiolm_pytorch.semantic import BestRQEncoder
+from audiolm_pytorch.semantic import BestRQ, BestRQEncoder
 from audiolm_pytorch.stages import CoarseTransformer, FineTransformer, SemanticTransformer, StageTransformer
+from audiolm_pytorch.units import exact_div, samples_in
 from musiclm_pytorch.config import Preset
 from musiclm_pytorch.embed_quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.mulan import AudioSpectrogramTransformer, MuLaN, TextTransformer
@@ -20,9 +21,19 @@ __all__ = [
     "build_mulan",
     "build_quantizer",
     "build_semantic_encoder",
+    "build_semantic_objective",
 ]
 
 LANGUAGE_MODELS = ("semantic", "coarse", "fine")
+
+# BEST-RQ in seconds, the same at every rate of waves and tokens: mel frames and the window of each, the windows in
+# which long recordings are encoded and what these see on each side, hidden spans and how many of them start, and how
+# far on each side a token's targets reach.
+_MEL_HZ = 100
+_SPECTRUM_SECONDS = 0.064
+_WINDOW_SECONDS, _CONTEXT_SECONDS = 6, 1
+_SPAN_SECONDS, _SPANS_PER_SECOND = 0.16, 3.75
+_TARGET_REACH_SECONDS = 0.16
 
 
 @beartype
@@ -43,9 +54,33 @@ def build_codec(preset: Preset) -> SoundStream:
 
 @beartype
 def build_semantic_encoder(preset: Preset) -> BestRQEncoder:
-    """An untrained semantic encoder."""
+    """An untrained semantic encoder.
+
+    Raises:
+        ValueError: If mel frames of 10 ms do not fit the rates of waves and tokens exactly.
+    """
     s = preset.semantic_tokenizer
-    return BestRQEncoder(dim=s.dim, depth=s.depth, heads=s.heads, dim_head=s.dim // s.heads)
+    return BestRQEncoder(
+        dim=s.dim,
+        depth=s.depth,
+        heads=s.heads,
+        dim_head=s.dim // s.heads,
+        sample_hz=s.sample_hz,
+        n_fft=samples_in(_SPECTRUM_SECONDS, s.sample_hz),
+        hop_length=exact_div(s.sample_hz, _MEL_HZ, "samples a second in mel frames of 10 ms"),
+        frames_per_token=exact_div(_MEL_HZ, s.token_hz, "mel frames a second in semantic tokens"),
+        window_tokens=_WINDOW_SECONDS * s.token_hz,
+        context_tokens=_CONTEXT_SECONDS * s.token_hz,
+    )
+
+
+@beartype
+def build_semantic_objective(preset: Preset, encoder: BestRQEncoder) -> BestRQ:
+    """Masked prediction around a semantic encoder, its spans and reach of the same length at every token rate."""
+    token_hz = preset.semantic_tokenizer.token_hz
+    span_tokens = max(1, round(_SPAN_SECONDS * token_hz))
+    reach_tokens = round(_TARGET_REACH_SECONDS * token_hz)
+    return BestRQ(encoder, start_prob=_SPANS_PER_SECOND / token_hz, span_tokens=span_tokens, reach_tokens=reach_tokens)
 
 
 @beartype
@@ -89,12 +124,15 @@ def build_language_model(preset: Preset, stage: str, num_semantic_tokens: int) -
         null_tokens=preset.quantizer.num_quantizers,
     )
     if stage == "semantic":
-        return SemanticTransformer(num_semantic_tokens=num_semantic_tokens, **sizes)
+        return SemanticTransformer(
+            num_semantic_tokens=num_semantic_tokens, rate_hz=preset.semantic_tokenizer.token_hz, **sizes
+        )
     if stage == "coarse":
         return CoarseTransformer(
             num_semantic_tokens=num_semantic_tokens,
             codebook_size=c.codebook_size,
             num_coarse_quantizers=num_coarse,
+            semantic_rate_hz=preset.semantic_tokenizer.token_hz,
             rate_hz=frame_hz,
             **sizes,
         )

@@ -18,7 +18,7 @@ from torch import nn
 
 from audiolm_pytorch.audiolm import AudioLM
 from audiolm_pytorch.codecs import SoundStream
-from audiolm_pytorch.io import load_module, read_json, save_module, write_json
+from audiolm_pytorch.io import load_module, read_json, save_module, weights_of, write_json
 from audiolm_pytorch.semantic import KMeansTokenizer
 from audiolm_pytorch.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from musiclm_pytorch.embed_quantizer import MuLaNEmbedQuantizer
@@ -35,6 +35,7 @@ PARTS: dict[str, type[nn.Module]] = {
     "coarse": CoarseTransformer,
     "fine": FineTransformer,
 }
+TOKENIZERS = ("codec", "semantic_tokenizer")
 CARD = "musiclm.json"
 
 
@@ -51,14 +52,22 @@ def save_parts(
         folder: Where to.
         parts: A module for each of `PARTS`.
         about: Further JSON-able fields of `musiclm.json`.
-        dtype: Of the stored weights, e.g. `torch.float16`; as they are if not given.
+        dtype: Of the stored weights, e.g. `torch.float16`; as they are if not given. Tokenizers that are not of such
+            numbers already stay as they are: rounded they would be others than those that the stages were trained with.
     """
     folder = Path(folder)
     # While parts are exchanged one by one, what is there is no whole model.
     (folder / CARD).unlink(missing_ok=True)
     for name in PARTS:
-        save_module(parts[name], folder / name, dtype=dtype)
+        exact = name in TOKENIZERS and dtype is not None and not _holds(parts[name], dtype)
+        save_module(parts[name], folder / name, dtype=None if exact else dtype)
     write_json(folder / CARD, {"format_version": FORMAT_VERSION, **about})
+
+
+def _holds(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether a module's weights can be stored in a type without changing."""
+    weights = [weight for weight in weights_of(module).values() if weight.is_floating_point()]
+    return all(torch.equal(weight.to(dtype).to(weight.dtype), weight) for weight in weights)
 
 
 @beartype
@@ -146,7 +155,8 @@ def load_musiclm(name_or_folder: str | Path = "tiny", device: str | torch.device
         The model in eval mode.
 
     Raises:
-        ValueError: If there is no such model, a file of it is missing or of another format, or parts do not fit.
+        ValueError: If there is no such model, a file of it is missing or of another format, or parts do not fit: of
+            other sizes, or stages that were trained with another codec or semantic tokenizer than the one beside them.
     """
     folder = model_folder(name_or_folder)
     card = _read_card(folder)
@@ -155,7 +165,7 @@ def load_musiclm(name_or_folder: str | Path = "tiny", device: str | torch.device
 
 @beartype
 def export_musiclm(run: str | Path, out: str | Path, settings: Mapping[str, Any] | None = None) -> int:
-    """Write the model of a finished run with fp16 weights.
+    """Write the model of a finished run with fp16 weights (see `save_parts`).
 
     Args:
         run: Folder of `musiclm train all`, or a model folder.

@@ -62,7 +62,10 @@ class CodecConfig:
 
 @dataclass(frozen=True)
 class SemanticConfig:
-    """The BEST-RQ encoder and its k-means tokens (25 a second): width, blocks, the clustered layer, clusters."""
+    """The BEST-RQ encoder and its k-means tokens: width, blocks, the clustered layer, clusters.
+
+    Waves are read at `sample_hz` (16000 or 24000) and become `token_hz` (25 or 50) tokens a second.
+    """
 
     dim: int
     depth: int
@@ -70,6 +73,8 @@ class SemanticConfig:
     layer: int
     num_clusters: int
     run: RunConfig
+    sample_hz: int = 16000
+    token_hz: int = 25
 
 
 @dataclass(frozen=True)

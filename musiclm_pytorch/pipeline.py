@@ -37,6 +37,7 @@ from musiclm_pytorch.builders import (
     build_mulan,
     build_quantizer,
     build_semantic_encoder,
+    build_semantic_objective,
 )
 from musiclm_pytorch.bundle import CARD, PARTS, save_parts
 from musiclm_pytorch.config import Preset, RunConfig
@@ -300,8 +301,10 @@ class Pipeline:
 
     def _run_semantic_tokenizer(self) -> dict[str, Any]:
         s = self.preset.semantic_tokenizer
+        encoder = build_semantic_encoder(self.preset)
         trainer = SemanticTokenizerTrainer(
-            encoder=build_semantic_encoder(self.preset),
+            encoder=encoder,
+            objective=build_semantic_objective(self.preset, encoder),
             items=(self.train_items, self.valid_items),
             seconds=s.run.seconds,
             **self._loop("semantic-tokenizer", s.run),

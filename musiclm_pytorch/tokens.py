@@ -14,6 +14,7 @@ from audiolm_pytorch.data.manifest import AudioItem
 from audiolm_pytorch.data.shards import TokenShards, write_shards
 from audiolm_pytorch.io import fingerprint_of
 from audiolm_pytorch.semantic import KMeansTokenizer
+from audiolm_pytorch.stages.fingerprints import shard_fingerprint
 from musiclm_pytorch.mulan import MuLaN
 
 __all__ = ["compute_tokens"]
@@ -48,8 +49,7 @@ def compute_tokens(
         ValueError: If the folder holds tokens of other models, or of another number of files.
     """
     fingerprint = {
-        "codec": codec.fingerprint,
-        "semantic_tokenizer": semantic_tokenizer.fingerprint,
+        **shard_fingerprint(semantic_tokenizer, codec),
         "mulan": fingerprint_of(mulan),
         **origin,
     }

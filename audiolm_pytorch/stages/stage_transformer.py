@@ -60,7 +60,12 @@ class StageTransformer(TokenTransformer):
         cond_dim: Width of the condition; None = `dim`.
         dim: Width d.
         depth: Number of blocks.
+        token_fingerprints: Fingerprints of the tokenizers that made the tokens it was trained on, by kind (`semantic`,
+            `acoustic`); trainers fill the attribute of that name. A kind that is absent is unknown, and not checked.
         **stack: Further arguments of `TokenTransformer`.
+
+    Raises:
+        ValueError: If there is a fingerprint for a kind of token that the stage does not use.
     """
 
     namespace: ClassVar[str]
@@ -76,17 +81,23 @@ class StageTransformer(TokenTransformer):
         cond_dim: int | None,
         dim: int,
         depth: int,
+        token_fingerprints: Mapping[str, str] | None = None,
         **stack: Any,
     ) -> None:
         width = (dim if cond_dim is None else cond_dim) if audio_text_condition else None
         super().__init__(layout=layout, dim=dim, depth=depth, cond_dim=width, **stack)
         self.sources = dict(sources)
+        self.token_fingerprints: dict[str, str] = dict(token_fingerprints or {})
+        unused = set(self.token_fingerprints) - set(self.kinds)
+        if unused:
+            raise ValueError(f"the {self.namespace} stage has tokens of {self.kinds}, no fingerprint for {unused}")
         self._config = {**config, **self._config, "cond_dim": cond_dim, "audio_text_condition": audio_text_condition}
 
     @property
     def config(self) -> dict[str, Any]:
         """Constructor arguments as JSON-able data."""
-        return {**self._config, "max_seconds": self.max_seconds}
+        known = {"token_fingerprints": dict(self.token_fingerprints)} if self.token_fingerprints else {}
+        return {**self._config, "max_seconds": self.max_seconds, **known}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "StageTransformer":

@@ -1,6 +1,7 @@
 """What the training loop needs to train a stage: one task for all of them."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ class StageTask:
             that the stage also follows codes whose last levels are wrong.
         valid_batch_size: Items of a validation batch.
         max_valid_items: At most this many items are validated on.
+        token_fingerprints: What is known of the tokenizers that make the data; a run is resumed with these alone.
 
     Raises:
         ValueError: If a conditioner is missing or not wanted.
@@ -46,6 +48,7 @@ class StageTask:
         level_drop_prob: float | int = 0.0,
         valid_batch_size: int = 16,
         max_valid_items: int = 128,
+        token_fingerprints: Mapping[str, str] | None = None,
     ) -> None:
         if (transformer.cond_dim is None) != (audio_conditioner is None):
             raise ValueError(
@@ -62,6 +65,9 @@ class StageTask:
         self.phases = (Phase(transformer.namespace, (self.module,), self.loss),)
         self.num_items = len(train)
         self.chance = _chance(transformer)
+        self.token_fingerprints = dict(token_fingerprints or {})
+        # Part of the run's identity in the loop's checkpoints. Nothing known, nothing said: as in older checkpoints.
+        self.identity = {"token_fingerprints": self.token_fingerprints} if self.token_fingerprints else {}
 
     def batch(self, indices: list[tuple[int, int]]) -> Any:
         """Crops of (epoch, index) pairs."""

@@ -15,6 +15,7 @@ from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.files import write_weights
 from audiolm_pytorch.io import save_module, weights_of
 from audiolm_pytorch.semantic.protocol import SemanticTokenizer
+from audiolm_pytorch.stages.fingerprints import agreed_fingerprints
 from audiolm_pytorch.stages.sources import ShardSource, StageSource, WaveSource
 from audiolm_pytorch.stages.stage_transformer import StageTransformer
 from audiolm_pytorch.stages.stages import CoarseTransformer, FineTransformer, SemanticTransformer
@@ -31,11 +32,12 @@ class StageTrainer:
     """Trains a stage on audio files or on shards of tokens, resumably.
 
     At the end `results_folder` holds the stage (`<namespace>/`, a saved module) and, with a conditioner, the trained
-    table of its namespace (`conditioning_table.safetensors`).
+    table of its namespace (`conditioning_table.safetensors`). Stage and checkpoints hold the fingerprints of the
+    tokenizers whose tokens they learnt (`token_fingerprints`): those handed in, or those that the shards name.
 
     Args:
         transformer: The stage; trained in place.
-        wav2vec: Semantic tokenizer, where tokens are made on the way.
+        wav2vec: Semantic tokenizer, where tokens are made on the way; with shards it is only compared with theirs.
         codec: Codec, likewise.
         audio_conditioner: Conditioner, for a transformer that takes a condition.
         folder: Folder of audio files or JSONL manifest.
@@ -52,7 +54,8 @@ class StageTrainer:
         **settings: Further fields of `LoopSettings`, e.g. `learning_rate`.
 
     Raises:
-        ValueError: If there is not exactly one source of data, or parts do not fit one another.
+        ValueError: If there is not exactly one source of data, or parts do not fit one another; e.g. if tokens are of
+            another tokenizer than the one handed in, or than the one whose tokens the transformer knows.
     """
 
     @beartype
@@ -111,6 +114,9 @@ class StageTrainer:
             audio_conditioner=audio_conditioner,
             level_drop_prob=level_drop_prob,
             valid_batch_size=batch_size,
+            token_fingerprints=agreed_fingerprints(
+                transformer, wav2vec, codec, [one for one in (shards, valid_shards) if one is not None]
+            ),
         )
         if transformer.max_seconds is None:
             # What it will have seen: recordings may all be shorter than the crop that was asked for.
@@ -128,10 +134,17 @@ class StageTrainer:
         Returns:
             Where the run stands now. At its end the transformer (and the conditioner's table) hold the final weights.
         """
-        return self.loop.train_and_save(self._save, stop_after_steps)
+        result = self.loop.train_and_save(self._save, stop_after_steps)
+        self._remember_tokenizers()
+        return result
+
+    def _remember_tokenizers(self) -> None:
+        """Tell the stage what its tokens were made by: not before it was trained, since the loop may refuse the run."""
+        self.transformer.token_fingerprints = dict(self.task.token_fingerprints)
 
     def _save(self) -> None:
         """Write the result: the table first, since the saved module says that all is there."""
+        self._remember_tokenizers()
         namespace = self.transformer.namespace
         if self.conditioner is not None:
             write_weights(self.results_folder / TABLE_FILE, weights_of(self.conditioner.table(namespace)))

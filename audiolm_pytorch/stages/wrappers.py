@@ -13,6 +13,7 @@ from audiolm_pytorch.conditioning import Conditioner, Conditioning
 from audiolm_pytorch.sampling import SamplingSettings
 from audiolm_pytorch.semantic.protocol import SemanticTokenizer
 from audiolm_pytorch.stages.decoding import Decoded
+from audiolm_pytorch.stages.fingerprints import agreed_fingerprints
 from audiolm_pytorch.stages.stage_transformer import AudioTokens, StageTransformer
 from audiolm_pytorch.stages.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.stages.token_model import TokenLoss
@@ -38,7 +39,8 @@ def check_fit(transformer: StageTransformer, wav2vec: SemanticTokenizer | None, 
         codec: Codec; None = not checked.
 
     Raises:
-        ValueError: If vocabulary, number of levels or ratio of rates differ.
+        ValueError: If vocabulary, number of levels or ratio of rates differ, or the stage was trained on tokens of
+            other tokenizers.
     """
     tokenizers = {"semantic": wav2vec, "acoustic": codec}
     rates_hz: dict[str, Fraction] = {}
@@ -62,6 +64,8 @@ def check_fit(transformer: StageTransformer, wav2vec: SemanticTokenizer | None, 
                 f"the {transformer.namespace} transformer aligns streams of {declared} frames a second, the tokenizers "
                 f"give { {name: float(rate) for name, rate in rates_hz.items()} }: build it with their rates"
             )
+    # Last, since it takes longest; where the stage remembers nothing there is nothing to compare.
+    agreed_fingerprints(transformer, wav2vec, codec, kinds=transformer.token_fingerprints)
 
 
 class StageWrapper(nn.Module):

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from audiolm_pytorch.files import read_json, write_json
-from audiolm_pytorch.io import save_module
+from audiolm_pytorch.io import load_module, save_module
 from musiclm_pytorch import bundle
 from musiclm_pytorch.bundle import PARTS, export_musiclm, load_musiclm, model_folder
 
@@ -113,6 +113,70 @@ def test_damaged_or_exchanged_files_are_named(model):
     (model / "musiclm.json").write_text("[]")
     with pytest.raises(ValueError, match="format version None"):
         load_musiclm(model)
+
+
+def exchange(model, part):
+    """Put another part of the same sizes in a model's folder."""
+    module = load_module(model / part)
+    with torch.no_grad():
+        for weight in module.state_dict().values():
+            if weight.is_floating_point():
+                weight.mul_(1.5)
+    save_module(module, model / part)
+    return module.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("part", "kind", "stage"), [("codec", "acoustic", "coarse"), ("semantic_tokenizer", "semantic", "semantic")]
+)
+def test_parts_of_different_models_are_refused(model, tmp_path, part, kind, stage):
+    """Stages beside a tokenizer of the same size that they were not trained with would make noise without an error."""
+    known = read_json(model / stage / "config.json")["config"]["token_fingerprints"][kind]
+    assert load_module(model / part).fingerprint == known
+    other = exchange(model, part)
+    message = (
+        f"does not make a model: the {kind} tokens .* {stage} transformer was trained on {known}, .* here is {other}"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_musiclm(model)
+    with pytest.raises(ValueError, match=message):
+        export_musiclm(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_model_of_an_older_release_is_loaded(model, tmp_path):
+    """Stages that do not say what they were trained with are not compared with anything, and stay so when exported."""
+    for stage in ("semantic", "coarse", "fine"):
+        config = read_json(model / stage / "config.json")
+        del config["config"]["token_fingerprints"]
+        write_json(model / stage / "config.json", config)
+    exchange(model, "codec")
+    assert load_musiclm(model)("a low tone", **REQUEST).waves.isfinite().all()
+    export_musiclm(model, tmp_path / "out")
+    assert "token_fingerprints" not in read_json(tmp_path / "out" / "coarse" / "config.json")["config"]
+
+
+@pytest.mark.parametrize("part", ["codec", "semantic_tokenizer"])
+def test_tokenizers_that_half_precision_would_change_are_exported_as_they_are(model, tmp_path, part):
+    """Rounded, a tokenizer is another one than the stages know: the exported model must be one that loads."""
+    module = load_module(model / part)
+    with torch.no_grad():
+        for weight in module.state_dict().values():
+            if weight.is_floating_point():
+                weight.mul_(1 + 1e-5)
+    save_module(module, model / part)
+    for stage in ("semantic", "coarse", "fine"):
+        config = read_json(model / stage / "config.json")
+        kind = "acoustic" if part == "codec" else "semantic"
+        if kind in config["config"]["token_fingerprints"]:
+            config["config"]["token_fingerprints"][kind] = module.fingerprint
+        write_json(model / stage / "config.json", config)
+    export_musiclm(model, tmp_path / "out")
+    assert load_module(tmp_path / "out" / part).fingerprint == module.fingerprint
+    ours, shipped = (load_musiclm(folder)("a low tone", **REQUEST).waves for folder in (model, tmp_path / "out"))
+    assert torch.equal(ours, shipped)
+    stored = {name: load_file(tmp_path / "out" / name / "model.safetensors").values() for name in PARTS}
+    assert [name for name, tensors in stored.items() if any(t.dtype == torch.float32 for t in tensors)] == [part]
 
 
 def test_names_and_folders_of_models(micro_run, tmp_path):

@@ -2,10 +2,14 @@ import math
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
+import torch
+from micro import MICRO
 
+from audiolm_pytorch.semantic import BestRQ, BestRQEncoder, KMeansTokenizer, SemanticTokenizerTrainer
+from audiolm_pytorch.stages.tokenizing import tokenize
 from audiolm_pytorch.stages.wrappers import check_fit
 from musiclm_pytorch import builders
-from musiclm_pytorch.config import PRESETS, preset_named
+from musiclm_pytorch.config import PRESETS, Preset, preset_named
 
 LANGUAGE_MODELS = ("semantic", "coarse", "fine")
 TRAINED = ("codec", "semantic_tokenizer", "mulan", *LANGUAGE_MODELS)
@@ -43,8 +47,114 @@ def test_preset_can_be_built(name):
         # without any condition the model reads as many null embeddings as a dropped condition leaves
         assert model.null_tokens == quantizer.num_quantizers
         check_fit(model, None, codec)
-    assert encoder.sample_hz == 25 * encoder.downsample_factor
+    s = preset.semantic_tokenizer
+    assert encoder.sample_hz == s.sample_hz == s.token_hz * encoder.downsample_factor
     assert quantizer.codebook_size == preset.quantizer.codebook_size
+
+
+@every_preset
+def test_presets_keep_the_encoder_that_was_measured(name):
+    """The numbers of a preset that says nothing of rates are those of BEST-RQ's defaults, on which trials were made."""
+    preset = preset_named(name)
+    shallow = {part: replace(getattr(preset, part), depth=1) for part in ("semantic", "coarse")}
+    s = replace(preset.semantic_tokenizer, depth=1, layer=1)
+    preset = replace(preset, semantic_tokenizer=s, **shallow)
+    encoder = builders.build_semantic_encoder(preset)
+    default = BestRQEncoder(dim=s.dim, depth=s.depth, heads=s.heads, dim_head=s.dim // s.heads)
+    assert encoder.config == default.config
+    objective, plain = builders.build_semantic_objective(preset, encoder), BestRQ(default)
+    assert (objective.start_prob, objective.span_tokens) == (plain.start_prob, plain.span_tokens)
+    stages = {stage: builders.build_language_model(preset, stage, 7).config for stage in ("semantic", "coarse")}
+    assert stages["semantic"]["rate_hz"] == stages["coarse"]["semantic_rate_hz"] == "25"
+
+
+def semantic_preset(sample_hz: int, token_hz: int) -> Preset:
+    """The micro preset with other semantic tokens."""
+    return replace(MICRO, semantic_tokenizer=replace(MICRO.semantic_tokenizer, sample_hz=sample_hz, token_hz=token_hz))
+
+
+def random_tokenizer(preset: Preset) -> KMeansTokenizer:
+    """An untrained encoder with random centroids."""
+    s = preset.semantic_tokenizer
+    encoder = builders.build_semantic_encoder(preset)
+    return KMeansTokenizer(encoder=encoder, layer=s.layer, centroids=torch.randn(s.num_clusters, s.dim))
+
+
+every_rate = pytest.mark.parametrize(("sample_hz", "token_hz"), [(16000, 25), (16000, 50), (24000, 25), (24000, 50)])
+
+
+@every_rate
+def test_semantic_tokens_come_at_the_rate_asked_for(sample_hz, token_hz):
+    """200 random lengths give exactly the tokens that are announced, alone and in a batch; seconds stay."""
+    tokenizer = random_tokenizer(semantic_preset(sample_hz, token_hz))
+    encoder = tokenizer.encoder
+    assert (tokenizer.target_sample_hz, tokenizer.downsample_factor * token_hz) == (sample_hz, sample_hz)
+    assert tokenizer.num_frames(10 * sample_hz) == 10 * token_hz
+    assert encoder.front_end.hop_length * 100 == sample_hz and encoder.front_end.n_fft / sample_hz == 0.064
+    assert (encoder.window_tokens, encoder.context_tokens) == (6 * token_hz, token_hz)
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(tokenizer.downsample_factor, sample_hz // 4, (200,), generator=generator)
+    waves = torch.randn(200, sample_hz // 4, generator=generator)
+    together = tokenizer(waves, lengths=lengths)
+    for wave, length, in_batch in zip(waves, lengths.tolist(), together):
+        alone = tokenizer(wave[None, :length])[0]
+        assert len(alone) == tokenizer.num_frames(length) == math.ceil(length * token_hz / sample_hz)
+        assert torch.equal(in_batch[: len(alone)], alone) and (in_batch[len(alone) :] == -1).all()
+
+
+@every_rate
+def test_semantic_encoder_of_every_rate_trains(sample_hz, token_hz, micro_data, tmp_path):
+    """Two steps of the pipeline's own stage, hiding spans of 160 ms and as much of the sound at every rate."""
+    preset = semantic_preset(sample_hz, token_hz)
+    encoder = builders.build_semantic_encoder(preset)
+    objective = builders.build_semantic_objective(preset, encoder)
+    assert objective.span_tokens / token_hz == 0.16
+    trainer = SemanticTokenizerTrainer(
+        encoder=encoder,
+        objective=objective,
+        folder=micro_data,
+        batch_size=4,
+        num_train_steps=2,
+        warmup_steps=1,
+        seconds=1.0,
+        results_folder=tmp_path,
+    )
+    before = encoder.to_tokens.weight.detach().clone()
+    result = trainer.train()
+    assert result.step == 2 and math.isfinite(result.metrics["valid.loss"])
+    assert not torch.equal(encoder.to_tokens.weight, before)
+    hidden = objective(torch.randn(16, 5 * sample_hz), generator=torch.Generator().manual_seed(0)).hidden
+    # the share of sound under spans that start 3.75 times a second and last 160 ms: 1 - (1 - 0.15)^4 at 25 Hz
+    assert float(hidden.float().mean()) == pytest.approx(0.47, abs=0.05)
+
+
+@every_rate
+def test_language_models_of_every_rate_fit_the_tokens(sample_hz, token_hz):
+    """Semantic and coarse stage are declared for the tokens of their preset, and run on a second of them."""
+    preset = semantic_preset(sample_hz, token_hz)
+    tokenizer, codec = random_tokenizer(preset), builders.build_codec(preset)
+    num_samples = {"semantic": sample_hz, "acoustic": preset.codec.sample_hz}
+    waves = {kind: torch.randn(2, count) for kind, count in num_samples.items()}
+    lengths = {kind: torch.full((2,), count) for kind, count in num_samples.items()}
+    tokens = tokenize(waves, lengths, tokenizer, codec)
+    stages = {stage: builders.build_language_model(preset, stage, tokenizer.codebook_size) for stage in LANGUAGE_MODELS}
+    for stage, model in stages.items():
+        check_fit(model, tokenizer, codec)
+        rates_hz = {stream.name: stream.rate_hz for stream in model.layout.streams}
+        assert rates_hz.get("semantic", token_hz) == token_hz
+        packed = model.packed(tokens)
+        assert packed.loss_mask.sum() == {"semantic": 2 * token_hz, "coarse": 2 * 50, "fine": 2 * 50 * 2}[stage]
+        assert model(packed).loss.isfinite()
+    other = random_tokenizer(semantic_preset(sample_hz, 75 - token_hz))
+    with pytest.raises(ValueError, match="build it with their rates"):
+        check_fit(stages["coarse"], other, codec)
+
+
+@pytest.mark.parametrize(("sample_hz", "token_hz"), [(22050, 25), (16000, 30), (16000, 0)])
+def test_rates_that_do_not_fit_exactly_are_refused(sample_hz, token_hz):
+    """No rate is rounded: tokens would drift against the codec's frames."""
+    with pytest.raises(ValueError, match="not a whole number|not a multiple|at least 1"):
+        builders.build_semantic_encoder(semantic_preset(sample_hz, token_hz))
 
 
 @every_preset

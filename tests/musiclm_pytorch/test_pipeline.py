@@ -1,5 +1,6 @@
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -59,6 +60,29 @@ def test_tokens_are_of_the_result_of_the_stages(micro_run):
     model = load_musiclm(micro_run / "model")
     assert shards.fingerprint["codec"] == model.audio_lm.codec.fingerprint
     assert shards.fingerprint["semantic_tokenizer"] == model.audio_lm.wav2vec.fingerprint
+
+
+def test_stages_say_which_tokenizers_they_were_trained_with(micro_run):
+    """Checkpoints, results and the assembled model carry the fingerprints of the tokens that the stages learnt."""
+    shards = TokenShards(micro_run / "tokens" / "train").fingerprint
+    makers = {"semantic": shards["semantic_tokenizer"], "acoustic": shards["codec"]}
+    for stage, kinds in {"semantic": ["semantic"], "coarse": ["semantic", "acoustic"], "fine": ["acoustic"]}.items():
+        known = {kind: makers[kind] for kind in kinds}
+        state = read_json(micro_run / stage / "checkpoint" / "state.json")["state"]
+        assert state["run"]["token_fingerprints"] == known
+        for folder in (micro_run / stage / "model", micro_run / stage / stage, micro_run / "model" / stage):
+            assert read_json(folder / "config.json")["config"]["token_fingerprints"] == known
+
+
+def test_masked_prediction_is_logged_beside_chance(micro_run):
+    """Accuracy of the encoder's training says nothing alone: guessing, and the commonest answer, stand in its row."""
+    lines = (micro_run / "semantic-tokenizer" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert {row["phase"] for row in rows} == {"best_rq", "valid"}
+    for row in rows:
+        assert row["accuracy_chance"] == 1 / 64 and row["chance"] == pytest.approx(2 * math.log(64))
+        assert 0 <= row["accuracy"] <= 1 and 1 / 64 < row["majority"] <= 1
+    assert rows[-1]["step"] == 12
 
 
 def test_stages_one_by_one_and_in_another_order_give_the_same_model(micro_data, micro_run, tmp_path):

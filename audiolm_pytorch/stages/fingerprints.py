@@ -1,0 +1,77 @@
+"""By which tokenizers a stage's tokens are made: found out where it is trained, compared wherever it meets tokenizers.
+
+Token 17 of one tokenizer is not token 17 of another, though both may have as many: a stage that reads another's tokens
+runs without an error and makes noise. So the fingerprints of tokenizers travel with shards and stages.
+"""
+
+from collections.abc import Collection, Sequence
+
+from audiolm_pytorch.codecs.protocol import Codec
+from audiolm_pytorch.data.shards import TokenShards
+from audiolm_pytorch.semantic.protocol import SemanticTokenizer
+from audiolm_pytorch.stages.stage_transformer import StageTransformer
+
+__all__ = ["agreed_fingerprints", "shard_fingerprint"]
+
+# What makes each kind of token: its key in the fingerprint of shards, and how people are told of it.
+_IN_SHARDS = {"semantic": "semantic_tokenizer", "acoustic": "codec"}
+_IN_WORDS = {"semantic": "semantic tokenizer (wav2vec)", "acoustic": "codec"}
+
+
+def shard_fingerprint(wav2vec: SemanticTokenizer, codec: Codec) -> dict[str, str]:
+    """Say in the fingerprint of shards what made their tokens, so that stages trained on them remember it.
+
+    Args:
+        wav2vec: What makes `semantic`.
+        codec: What makes `acoustic`.
+
+    Returns:
+        Entries for the `fingerprint` of `write_shards`.
+    """
+    return {_IN_SHARDS["semantic"]: wav2vec.fingerprint, _IN_SHARDS["acoustic"]: codec.fingerprint}
+
+
+def agreed_fingerprints(
+    transformer: StageTransformer,
+    wav2vec: SemanticTokenizer | None,
+    codec: Codec | None,
+    shards: Sequence[TokenShards] = (),
+    kinds: Collection[str] | None = None,
+) -> dict[str, str]:
+    """Find out what makes the tokens of a stage, from all who know: the stage, shards, the tokenizers themselves.
+
+    Tokenizers hash all their weights to say so: ask once a run.
+
+    Args:
+        transformer: The stage, with what it remembers of earlier training.
+        wav2vec: Semantic tokenizer; None = says nothing.
+        codec: Codec; None = says nothing.
+        shards: Records that the stage learns from; those that name no tokenizer say nothing.
+        kinds: Kinds of tokens to find out about; None = all that the stage uses.
+
+    Returns:
+        Fingerprints by kind (`semantic`, `acoustic`), as far as anybody knows.
+
+    Raises:
+        ValueError: If two of them name different tokenizers.
+    """
+    tokenizers = {"semantic": wav2vec, "acoustic": codec}
+    agreed: dict[str, str] = {}
+    for kind in transformer.kinds if kinds is None else kinds:
+        said = {f"the {transformer.namespace} transformer was trained on": transformer.token_fingerprints.get(kind)}
+        said.update({f"{one.folder} holds those of": one.fingerprint.get(_IN_SHARDS[kind]) for one in shards})
+        tokenizer = tokenizers[kind]
+        if tokenizer is not None:
+            said[f"the {type(tokenizer).__name__} here is"] = tokenizer.fingerprint
+        # Shards may be described in any way: what is no text is no fingerprint.
+        known = {who: one for who, one in said.items() if isinstance(one, str)}
+        if len(set(known.values())) > 1:
+            claims = ", ".join(f"{who} {one}" for who, one in known.items())
+            raise ValueError(
+                f"the {kind} tokens are of different tokenizers: {claims}; take the {_IN_WORDS[kind]} that the tokens "
+                f"were made with, or make tokens and stage anew with this one (where both surely give the same tokens: "
+                f"remove {kind!r} from the transformer's token_fingerprints)"
+            )
+        if known:
+            agreed[kind] = next(iter(known.values()))
+    return agreed
