@@ -1,4 +1,4 @@
-"""The `musiclm` command: make music, train models, render the corpus, use a codec."""
+"""The `musiclm` command: make music, train models, render the corpus, use a codec, convert and measure encoders."""
 
 import contextlib
 import io
@@ -14,6 +14,9 @@ import tyro
 
 from musiclm_pytorch.codec_cli import CodecCommand, run_codec
 from musiclm_pytorch.command_checks import check_file, device_named
+from musiclm_pytorch.convert_cli import ConvertCommand, run_convert
+from musiclm_pytorch.evaluate_cli import EvaluateCommand, run_evaluate
+from musiclm_pytorch.semantic_cli import TrainKmeans, run_train_kmeans
 
 __all__ = ["main"]
 
@@ -42,7 +45,7 @@ class Generate:
 
 @dataclass(frozen=True)
 class Train:
-    """Train one stage, or all of them in order; what is unfinished is continued, what is finished is kept."""
+    """Train one stage, or all in order; unfinished ones are continued. Any encoder to tokens: `train kmeans --help`."""
 
     stage: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STAGE")]
     """all, or one of: codec, semantic-tokenizer, mulan, quantizer, tokens, semantic, coarse, fine."""
@@ -91,13 +94,25 @@ class Codec:
     action: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[CodecCommand]]
 
 
+@dataclass(frozen=True)
+class Convert:
+    """Write published checkpoints, which are pickles, as safetensors that open without one."""
+
+    action: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[ConvertCommand]]
+
+
 Command = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Corpus, tyro.conf.subcommand("corpus")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Codec, tyro.conf.subcommand("codec")]
+    | Annotated[Convert, tyro.conf.subcommand("convert")]
+    | Annotated[EvaluateCommand, tyro.conf.subcommand("evaluate")]
 )
+# Commands of two words whose first word is a command of its own: the stage of `musiclm train STAGE` is an argument, and
+# kmeans shares none of its options.
+_LONGER_COMMANDS: dict[tuple[str, ...], type] = {("train", "kmeans"): TrainKmeans}
 
 _AUDIO_SUFFIXES = (".wav", ".flac", ".ogg")
 _MOST_SECONDS = 3600
@@ -125,6 +140,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _export(command)
             case Codec(action):
                 return run_codec(action)
+            case Convert(action):
+                return run_convert(action)
+            case EvaluateCommand() as command:
+                return run_evaluate(command)
+            case TrainKmeans() as command:
+                return run_train_kmeans(command)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
         sys.stderr.write(f"musiclm: {message}\n")
@@ -135,30 +156,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(arguments: Sequence[str] | None) -> Generate | Train | Corpus | Export | Codec | None:
+def _parse(arguments: Sequence[str] | None) -> Any:
     """The command, None after a help text, or a ValueError that says in one line what tyro says in a box."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    kind: Any = _LONGER_COMMANDS.get(tuple(words[:2]), Command)
+    name, words = ("musiclm", words) if kind is Command else (f"musiclm {' '.join(words[:2])}", words[2:])
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(Command, prog="musiclm", description=__doc__, args=arguments)
+            return tyro.cli(kind, prog=name, description=__doc__ if kind is Command else None, args=words)
     except SystemExit as stop:
         if not stop.code:
             return None
-        raise ValueError(_in_one_line(said.getvalue())) from None
+        raise ValueError(_in_one_line(said.getvalue(), name)) from None
 
 
-def _in_one_line(box: str) -> str:
+def _in_one_line(box: str, name: str) -> str:
     """Shorten tyro's boxed explanation to what is wrong and what may have been meant."""
-    lines = [re.sub("^[│|] ?| *[│|]$", "", line) for line in box.splitlines() if not line.startswith(("╭", "╰", "+"))]
-    rules = [place for place, line in enumerate(lines) if line.strip("─- ") == ""] or [len(lines)]
-    wrong, further = lines[: rules[0]], lines[rules[0] :]
+    lines = box.splitlines()
+    if box.startswith(("╭", "+")):
+        lines = [re.sub("^[│|] ?| *[│|]$", "", line) for line in lines if not line.startswith(("╭", "╰", "+"))]
+    else:  # an encoding without box characters: title, rule, and everything else indented by two
+        lines = [line[2:].rstrip() for line in lines[2:]]
+    sections: list[list[str]] = [[]]
+    for line in lines:
+        if line.strip("─- "):
+            sections[-1].append(line)
+        else:
+            sections.append([])
+    wrong, *further = sections
     message = " ".join(line.strip() for line in wrong if not line.startswith(" ")).rstrip(".")
     # arguments stand at a depth of four, their help deeper
     names = [line.strip() for line in wrong if re.match(" {4}[^ ]", line)]
-    meant = [line.strip() for line in further if re.match(" {4}--", line)]
-    maybe = f"; perhaps {meant[0]}" if meant and any("Perhaps" in line for line in further) else ""
-    choice = next((f"; {line.strip()}" for line in further if line.startswith("Available")), "")
-    return f"{message} {', '.join(names)}".rstrip() + f"{maybe}{choice}; see musiclm --help"
+    by_start = {section[0].split()[0]: section for section in further if section}
+    meant = [line.strip() for line in by_start.get("Perhaps", []) if re.match(" {4}--", line)]
+    maybe = f"; perhaps {meant[0]}" if meant else ""
+    choice = f"; {' '.join(by_start['Available'])}" if "Available" in by_start else ""
+    return f"{message} {', '.join(names)}".rstrip() + f"{maybe}{choice}; see {name} --help"
 
 
 def _generate(command: Generate) -> None:
@@ -232,6 +266,8 @@ def _train(command: Train) -> None:
     from musiclm_pytorch.config import preset_named
     from musiclm_pytorch.pipeline import Pipeline, check_stage
 
+    if (command.stage,) in {longer[1:] for longer in _LONGER_COMMANDS}:
+        raise ValueError(f"write {command.stage} right behind train: musiclm train {command.stage} --help")
     check_stage(command.stage)
     preset = preset_named(command.preset).scaled(command.scale)
     pipeline = Pipeline(preset, data=command.data, out=command.out, seed=command.seed)
