@@ -20,6 +20,9 @@ from audiolm_pytorch.semantic import (
     FairseqVQWav2Vec,
     HubertWithKmeans,
     KMeansTokenizer,
+    KMeansTrainer,
+    deduplicate,
+    expand,
     open_encoder,
 )
 from audiolm_pytorch.semantic.training import SemanticTokenizerTrainer
@@ -50,6 +53,7 @@ __all__ = [
     "FineTransformerWrapper",
     "HubertWithKmeans",
     "KMeansTokenizer",
+    "KMeansTrainer",
     "MimiWrapper",
     "MusicLMSoundStream",
     "SemanticTokenizerTrainer",
@@ -59,6 +63,8 @@ __all__ = [
     "SoundStream",
     "SoundStreamTrainer",
     "SpectralSoundStream",
+    "deduplicate",
+    "expand",
     "open_codec",
     "open_encoder",
 ]

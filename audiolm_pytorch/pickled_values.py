@@ -13,6 +13,7 @@ __all__ = ["PLAIN_CLASSES", "ArrayType", "NumericArray"]
 
 _NUMBER_TYPE = re.compile(r"[|<>=]?(b1|\?|[iu][1248]|f[248]|c8|c16)")
 _MOST_AXES = 32
+_MOST_NUMBERS = 2**63
 
 
 class ArrayType(Fillable):
@@ -44,7 +45,7 @@ class ArrayType(Fillable):
 
 
 class NumericArray(Fillable):
-    """An array of numbers; `array` is in the byte order of this machine, and None until its bytes were read."""
+    """An array of numbers; `array` is in this machine's byte order, perhaps read-only, and None until it was read."""
 
     def __init__(self) -> None:
         self.array: np.ndarray | None = None
@@ -66,12 +67,12 @@ class NumericArray(Fillable):
         Raises:
             RefusedPickleError: If these do not fit together.
         """
-        num_bytes = bytes_needed(kind, shape)
-        if not isinstance(data, bytes | bytearray) or len(data) != num_bytes or order not in ("C", "F"):
-            raise RefusedPickleError(f"is damaged: it declares an array of {num_bytes} bytes and does not hold them")
+        is_whole = isinstance(data, bytes | bytearray) and len(data) == bytes_needed(kind, shape)
+        if not is_whole or order not in ("C", "F"):
+            raise RefusedPickleError("is damaged: it declares an array and does not hold its bytes")
         numbers = np.frombuffer(data, dtype=kind.dtype)
         numbers = numbers.reshape(shape[::-1]).transpose() if order == "F" else numbers.reshape(shape)
-        self.array = numbers.astype(kind.dtype.newbyteorder("="))
+        self.array = numbers.astype(kind.dtype.newbyteorder("="), copy=False)
 
 
 def bytes_needed(kind: Any, shape: Any) -> int:
@@ -80,8 +81,12 @@ def bytes_needed(kind: Any, shape: Any) -> int:
     Raises:
         RefusedPickleError: If the type is no `ArrayType`, or the shape none that an array can have.
     """
-    is_shape = isinstance(shape, tuple) and len(shape) <= _MOST_AXES
-    if not isinstance(kind, ArrayType) or not is_shape or not all(type(size) is int and size >= 0 for size in shape):
+    is_shape = (
+        isinstance(shape, tuple)
+        and len(shape) <= _MOST_AXES
+        and all(type(size) is int and 0 <= size < _MOST_NUMBERS for size in shape)
+    )
+    if not isinstance(kind, ArrayType) or not is_shape:
         raise RefusedPickleError("is damaged: it holds an array without a proper type and shape")
     return prod(shape) * int(kind.dtype.itemsize)
 

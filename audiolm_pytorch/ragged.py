@@ -11,20 +11,27 @@ from audiolm_pytorch.audio import resample
 __all__ = ["check_waves", "checked_lengths", "items_by_length", "resampled_items"]
 
 
-def check_waves(wave: Tensor) -> None:
+def check_waves(wave: Tensor, lengths: Tensor | None = None, device: torch.device | None = None) -> None:
     """Refuse what is no batch of mono waves, and samples that would make everything NaN.
 
     Args:
         wave: `[b, n]`, float.
+        lengths: Samples `[b]` that belong to each item: what lies beyond may be anything. None = all.
+        device: Where the wave has to be; None = anywhere.
 
     Raises:
-        ValueError: If it is anything else, empty, or not finite.
+        ValueError: If it is anything else, empty, on another device, or not finite.
     """
     if wave.ndim != 2 or not wave.is_floating_point() or not wave.numel():
         raise ValueError(
             f"wave must be float [b, n] and not empty, got {wave.dtype} {tuple(wave.shape)}; mix channels down and add "
             "a batch axis"
         )
+    if device is not None and wave.device != device:
+        raise ValueError(f"wave is on {wave.device}, the model on {device}: move one of them with .to(...)")
+    if lengths is not None:
+        places = torch.arange(wave.shape[1], device=wave.device)
+        wave = wave.masked_fill(places >= checked_lengths(lengths, wave).unsqueeze(1), 0.0)
     if not all(extreme.isfinite() for extreme in torch.aminmax(wave)):
         raise ValueError("wave holds NaN or infinite samples; clean it first, e.g. with torch.nan_to_num")
 

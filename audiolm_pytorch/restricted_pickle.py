@@ -36,6 +36,11 @@ _LITERALS = frozenset(
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
 _MAGIC_NAME = re.compile(r"__\w*__")
+_LONGEST_NAME = 256
+_MOST_IN_KEY, _MOST_BITS = 8, 64
+# A published HuBERT takes 11,000 steps. A step makes 200 bytes at most, and copies come dearer.
+_MOST_STEPS = 2**21
+_BYTES_A_STEP = 64
 
 
 class RefusedPickleError(ValueError):
@@ -122,6 +127,7 @@ class RestrictedUnpickler:
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
+        self._steps_left = _MOST_STEPS
 
     def load(self) -> Any:
         """Read the pickle.
@@ -134,6 +140,7 @@ class RestrictedUnpickler:
         """
         with one_line_errors(self._source):
             for opcode, argument, _ in pickletools.genops(self._file):
+                self._spend(1)
                 if opcode.name == "STOP":
                     return self._stack.pop()
                 if opcode.name in _LITERALS:
@@ -155,9 +162,11 @@ class RestrictedUnpickler:
         Raises:
             RefusedPickleError: If it is neither in the table nor a class under one of the roots.
         """
+        if max(len(module), len(name)) > _LONGEST_NAME:  # the file may have a long one once, and join it often
+            raise RefusedPickleError(f"is refused: it names {name[:40]!r} of {module[:40]!r}, which is no class's name")
         if (module, name) in self._allowed:
             return self._allowed[module, name]
-        parts = name.split(".")
+        parts = f"{module}.{name}".split(".")
         # nested classes have dots too, but a path through `__globals__` is no class
         is_class = all(part.isidentifier() for part in parts) and not any(map(_MAGIC_NAME.fullmatch, parts))
         if is_class and any(f"{module}.".startswith(f"{root}.") for root in self._roots):
@@ -236,18 +245,28 @@ class RestrictedUnpickler:
                 stack.append(self.find_class(module, wanted))
             case "REDUCE" | "NEWOBJ":
                 callee, arguments = self._pop(2)
+                self._spend(_steps_to_copy(arguments))
                 stack.append(_made(callee, arguments))
             case "NEWOBJ_EX":
                 callee, arguments, keywords = self._pop(3)
                 stack.append(_made(callee, arguments, keywords))
             case "BUILD":
                 (state,) = self._pop(1)
+                self._spend(_steps_to_copy(state))
                 _fill(stack[-1], state)
             case "BINPERSID" if self._persistent_load is not None:
                 (wanted,) = self._pop(1)
                 stack.append(self._persistent_load(wanted))
             case _:
                 raise RefusedPickleError(f"is refused: it uses the pickle instruction {name}, which no such file needs")
+
+    def _spend(self, steps: int) -> None:
+        """Count steps, and end a file that takes more than there is memory for."""
+        self._steps_left -= steps
+        if self._steps_left < 0:
+            raise RefusedPickleError(
+                f"is refused: it takes more than {_MOST_STEPS} steps to read; take the file as its publisher gives it"
+            )
 
     def _pop(self, count: int) -> list[Any]:
         """The last values of the stack, taken away."""
@@ -266,13 +285,24 @@ class RestrictedUnpickler:
 
 
 def checked_key(key: Any) -> Any:
-    """A key of a dictionary or member of a set; nested ones are refused, whose hashes may take for ever."""
+    """A key of a dictionary or member of a set; nested and large ones are refused, whose hashes may take for ever."""
     members = key if isinstance(key, tuple) else (key,)
-    if not all(
-        part is None or isinstance(part, str | bytes | int | float | StandIn | StandInClass) for part in members
-    ):
+    if len(members) > _MOST_IN_KEY or not all(map(_is_quick_to_hash, members)):
         raise RefusedPickleError(f"is refused: it has a {type(key).__name__} as a key, where text or numbers belong")
     return key
+
+
+def _is_quick_to_hash(part: Any) -> bool:
+    if isinstance(part, int):
+        return part.bit_length() <= _MOST_BITS
+    return part is None or isinstance(part, str | bytes | float | StandIn | StandInClass)
+
+
+def _steps_to_copy(given: Any) -> int:
+    """What is counted for values that a function takes over: a file may give the same large one to it many times."""
+    parts = (given, *given) if isinstance(given, tuple) else (given,)
+    members = sum(len(part) for part in parts if isinstance(part, tuple | list | set | frozenset))
+    return members + sum(len(part) for part in parts if isinstance(part, str | bytes | bytearray)) // _BYTES_A_STEP
 
 
 def set_entries(target: Any, parts: Iterable[Any]) -> None:
@@ -300,7 +330,7 @@ def _made(callee: Any, arguments: Any, keywords: Any = None) -> Any:
     if not isinstance(arguments, tuple):
         raise RefusedPickleError("is refused: it makes an object from something that is no list of arguments")
     if isinstance(callee, StandInClass):
-        return StandIn(callee.name, (*arguments, keywords) if keywords else arguments)
+        return StandIn(callee.name, (arguments, keywords) if keywords else arguments)
     if isinstance(callee, FunctionType) and not keywords:
         return callee(*arguments)
     raise RefusedPickleError(f"is refused: it calls a {type(callee).__name__}")
@@ -335,10 +365,15 @@ def one_line_errors(source: str | Path) -> Iterator[None]:
     except UnreadableFileError:
         raise
     except RefusedPickleError as error:
-        raise UnreadableFileError(f"{source} {error}") from error
+        raise UnreadableFileError(f"{source} {_one_line(str(error))}") from error
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        reason = _one_line(f"{type(error).__name__}: {error}")[:120]
         raise UnreadableFileError(f"{source} is damaged or cut short ({reason}); download or copy it again") from error
+
+
+def _one_line(message: str) -> str:
+    """A message without line breaks or control characters, which a terminal would obey."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in message[:2000]).split())
 
 
 @beartype
@@ -356,11 +391,11 @@ def checked_file(path: str | Path, mend: str) -> Path:
         ValueError: If it is missing, a folder, empty, or may not be read.
     """
     path = Path(path).expanduser()
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder, a file is needed: {mend}")
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}: {mend}")
     try:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, a file is needed: {mend}")
+        if not path.is_file():
+            raise ValueError(f"there is no file {path}: {mend}")
         with path.open("rb") as file:
             first = file.read(1)
     except OSError as error:

@@ -37,6 +37,7 @@ _TAR_MARK, _TAR_PLACE = b"ustar", 257
 # How files before torch 1.6 start: this number, a version, and facts about the machine that wrote them.
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
+_MOST_AXES, _MOST_NUMBERS = 64, 2**63
 _STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -128,7 +129,9 @@ class _Storages:
                 raise RefusedPickleError(f"is damaged: it declares tensors of more bytes than it has; {_DOWNLOAD}")
             self.kinds[key], self.data[key] = kind.dtype, self._read(key, num_bytes)
         if len(self.data[key]) != num_bytes:
-            raise RefusedPickleError(f"is damaged: storage {key[:40]} is not of the size that it declares; {_DOWNLOAD}")
+            raise RefusedPickleError(
+                f"is damaged: storage {key[:40]!r} is not of the size that it declares; {_DOWNLOAD}"
+            )
         return _Storage(self.data[key], kind.dtype)
 
 
@@ -148,12 +151,12 @@ def _read_archive(archive: zipfile.ZipFile, path: Path) -> Any:
         info = records.get(name)
         if info is None or info.compress_type != zipfile.ZIP_STORED or info.file_size > path.stat().st_size:
             raise RefusedPickleError(
-                f"is damaged: record {name[:80]} is missing or not as torch writes it; {_DOWNLOAD}"
+                f"is damaged: record {name[:80]!r} is missing or not as torch writes it; {_DOWNLOAD}"
             )
         made, record = bytearray(info.file_size), cast(io.BufferedIOBase, archive.open(info))
         with record:
             if record.readinto(made) != len(made) or record.read(1):  # the last read checks the record's sum
-                raise EOFError(f"record {name[:80]} ends early")
+                raise EOFError(f"record {name[:80]!r} ends early")
         return made
 
     if f"{prefix}byteorder" in records and contents(f"{prefix}byteorder") != b"little":
@@ -176,14 +179,15 @@ def _read_legacy(mapped: mmap.mmap, path: Path) -> Any:
         raise RefusedPickleError("is of another version or a big-endian machine; write it again with a newer torch")
     found = _unpickled(mapped, path, storages)
     keys = RestrictedUnpickler(mapped, {}, (), source=path).load()
-    if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages.data):
+    are_names = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+    if not are_names or sorted(keys) != sorted(storages.data):
         raise RefusedPickleError(f"is damaged: the storages that follow are not those that it refers to; {_DOWNLOAD}")
     for key in keys:
         target = storages.data[key]
         count = int.from_bytes(mapped.read(8), "little", signed=True)
         data = mapped.read(len(target))
         if count * storages.kinds[key].itemsize != len(target) or len(data) != len(target):
-            raise RefusedPickleError(f"is damaged or cut short in storage {key[:40]}; {_DOWNLOAD}")
+            raise RefusedPickleError(f"is damaged or cut short in storage {key[:40]!r}; {_DOWNLOAD}")
         target.copy_(_bytes(bytearray(data)))
     return found
 
@@ -196,14 +200,14 @@ def _bytes(data: bytearray) -> Tensor:
     return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
 
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *flags: Any) -> Tensor:
+def _tensor(
+    storage: Any, offset: Any, size: Any, stride: Any, wants_grad: Any = None, hooks: Any = None, metadata: Any = None
+) -> Tensor:
     """A tensor within its storage; whether it wants gradients, and its hooks, are not data."""
-    numbers = [offset, *size, *stride]
-    if (
-        not isinstance(storage, _Storage)
-        or len(size) != len(stride)
-        or not all(type(n) is int and n >= 0 for n in numbers)
-    ):
+    if metadata:
+        raise RefusedPickleError("holds a conjugated or negated view; write it again with `tensor.resolve_conj()`")
+    is_proper = isinstance(storage, _Storage) and len(size) == len(stride) and len(size) <= _MOST_AXES
+    if not is_proper or not all(type(n) is int and 0 <= n < _MOST_NUMBERS for n in (offset, *size, *stride)):
         raise RefusedPickleError("is damaged: it holds a tensor without a proper size")
     values = storage.data.view(storage.dtype)
     if 0 in size:
@@ -215,12 +219,12 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *flags: Any) -> T
 
 
 def _tensor_of_type(
-    storage: Any, offset: Any, size: Any, stride: Any, wants_grad: Any, hooks: Any, dtype: Any, *flags: Any
+    storage: Any, offset: Any, size: Any, stride: Any, wants_grad: Any, hooks: Any, dtype: Any, metadata: Any = None
 ) -> Tensor:
     """A tensor of a type that has no storage of its own, as newer releases of torch write it."""
     if not isinstance(storage, _Storage) or not isinstance(dtype, torch.dtype) or len(storage.data) % dtype.itemsize:
         raise RefusedPickleError("is damaged: it holds a tensor without a proper type")
-    return _tensor(_Storage(storage.data, dtype), offset, size, stride)
+    return _tensor(_Storage(storage.data, dtype), offset, size, stride, metadata=metadata)
 
 
 def _parameter(data: Any, *flags: Any) -> Tensor:
@@ -230,6 +234,8 @@ def _parameter(data: Any, *flags: Any) -> Tensor:
 
 
 def _size(lengths: Any = ()) -> tuple[Any, ...]:
+    if not isinstance(lengths, tuple | list) or len(lengths) > _MOST_AXES:
+        raise RefusedPickleError("is damaged: it holds a size that no tensor has")
     return tuple(lengths)
 
 

@@ -7,15 +7,16 @@ from torch import Tensor, nn
 
 __all__ = ["once_per_state"]
 
-# module -> (facts, its tensors and how often each had been written to, the result)
-_known: WeakKeyDictionary[nn.Module, tuple[str, list[tuple[ref[Tensor], int]], str]] = WeakKeyDictionary()
+# module -> (facts, its tensors with how often each had been written to and the memory it showed, the result)
+_known: WeakKeyDictionary[nn.Module, tuple[str, list[tuple[ref[Tensor], tuple[int, int]]], str]] = WeakKeyDictionary()
 
 
 def once_per_state(module: nn.Module, facts: str, compute: Callable[[], str]) -> str:
     """Compute something from a module's weights, or give what was computed from these very weights before.
 
     Hashing 95 million weights takes half a second, and up to Python 3.11 every `isinstance` check against a protocol
-    with a `fingerprint` asks for it. Writing through `tensor.data` goes unnoticed, as it does for autograd.
+    with a `fingerprint` asks for it. Memory that is exchanged (`module.half()`, averaged weights in place of the raw
+    ones) is noticed; numbers written through `tensor.data` are not, as they are not by autograd.
 
     Args:
         module: Whose parameters and persistent buffers are looked at.
@@ -31,10 +32,15 @@ def once_per_state(module: nn.Module, facts: str, compute: Callable[[], str]) ->
     if module in _known:
         known_facts, states, result = _known[module]
         same = len(states) == len(tensors) and all(
-            known() is tensor and version == tensor._version for (known, version), tensor in zip(states, tensors)
+            known() is tensor and state == _state_of(tensor) for (known, state), tensor in zip(states, tensors)
         )
         if same and known_facts == facts:
             return result
     result = compute()
-    _known[module] = facts, [(ref(tensor), tensor._version) for tensor in tensors], result
+    _known[module] = facts, [(ref(tensor), _state_of(tensor)) for tensor in tensors], result
     return result
+
+
+def _state_of(tensor: Tensor) -> tuple[int, int]:
+    """How often a tensor was written to, and the memory it shows (two live tensors never share an address and type)."""
+    return tensor._version, hash((tensor.data_ptr(), tensor.dtype))

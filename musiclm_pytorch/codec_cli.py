@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from musiclm_pytorch.bundled_codecs import DEFAULT_CODEC, codec_named
+from musiclm_pytorch.bundled_parts import DEFAULT_CODEC, codec_named
 from musiclm_pytorch.command_checks import check_file, check_folder, device_named
 
 if TYPE_CHECKING:

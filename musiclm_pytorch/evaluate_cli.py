@@ -1,4 +1,4 @@
-"""`musiclm evaluate semantic`: how good an encoder's layers are, and the tokens cut from them."""
+"""`musiclm evaluate semantic`: how good an encoder's layers are, the tokens cut from them, and a tokenizer's own."""
 
 import shlex
 import sys
@@ -11,23 +11,26 @@ import tyro
 from musiclm_pytorch.command_checks import check_folder, device_named
 
 if TYPE_CHECKING:
-    from audiolm_pytorch.semantic import FrameEncoder
     from musiclm_pytorch.evaluation.semantic_check import SemanticCheck
 
 __all__ = ["EvaluateCommand", "EvaluateSemantic", "run_evaluate"]
 
 _REPORT_FILE = "figures.json"
+_TOKENIZER_CLASSES = ("KMeansTokenizer", "HubertWithKmeans", "FairseqVQWav2Vec")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSemantic:
-    """Measure what an encoder's layers and their k-means tokens hold of melody and speech, beside log-mel frames."""
+    """Measure what an encoder's layers and their k-means tokens hold of melody and speech, beside log-mel frames.
+
+    Of a semantic tokenizer its own tokens are measured too; of one without layers, such as vq-wav2vec, only these.
+    """
 
     what: Annotated[Literal["semantic"], tyro.conf.Positional]
     """What is measured."""
     encoder: str
-    """Folder of a saved encoder or semantic tokenizer, a fairseq checkpoint (.pt), or a folder or id of a published
-    model."""
+    """Bundled one (16khz, tiny), folder of a saved encoder or semantic tokenizer, a HuBERT checkpoint of fairseq (.pt),
+    or a folder or hub id in transformers' format, e.g. facebook/hubert-base-ls960."""
     music: Path
     """Folder that `musiclm corpus` wrote."""
     speech: Path
@@ -82,24 +85,60 @@ def run_evaluate(command: EvaluateSemantic) -> int:
         raise ValueError(f"--clusters must be at least 2 each, got {min(clusters)}")
     check_folder(command.out)
 
-    from audiolm_pytorch.semantic import FrameEncoder
-    from audiolm_pytorch.semantic.pretrained import open_encoder
-    from musiclm_pytorch.evaluation.semantic_check import check_semantic
-    from musiclm_pytorch.evaluation.semantic_data import load_music, load_speech
-
-    device = device_named(command.device)
-    encoder = open_encoder(command.encoder, offline=command.offline).to(device)
-    if not isinstance(encoder, FrameEncoder):
-        raise ValueError(f"{command.encoder} holds a {type(encoder).__name__}, but an encoder with layers is needed")
-    layers = list(range(encoder.depth + 1)) if layers is None else layers
-    beyond = [layer for layer in layers if layer > encoder.depth]
-    if beyond:
-        raise ValueError(f"--layers: there is no layer {beyond[0]}, {command.encoder} has layers 0..{encoder.depth}")
-    music = load_music(command.music, encoder.sample_hz, command.probe_clips, command.seed)
-    speech = load_speech(command.speech, encoder.sample_hz, command.probe_clips, command.seed)
-    check = check_semantic(encoder, music, speech, layers, clusters, command.seed, _announce)
-    _report(command, encoder, check)
+    encoder, tokenizer = _opened(command)
+    if encoder is None and layers is not None:
+        raise ValueError(f"--layers: {command.encoder} has no layers, only tokens; leave --layers out")
+    checks = _checks(command, encoder, tokenizer, layers, clusters)
+    _report(command, encoder, tokenizer, *checks)
     return 0
+
+
+def _opened(command: EvaluateSemantic) -> tuple[Any, Any]:
+    """The encoder (None where there are no layers), and the tokenizer that it belongs to (None where there is none)."""
+    from audiolm_pytorch.io import read_config
+    from audiolm_pytorch.semantic.protocol import FrameEncoder
+    from musiclm_pytorch.bundled_parts import BUNDLED_TOKENIZERS, encoder_named, tokenizer_named
+
+    device, source = device_named(command.device), command.encoder
+    if source not in BUNDLED_TOKENIZERS:
+        folder = Path(source).expanduser()
+        try:
+            saved_class = read_config(folder)["class"]
+        except ValueError:  # a checkpoint, a folder in transformers' format, a hub id, or nothing: encoder_named says
+            saved_class = None
+        if saved_class not in _TOKENIZER_CLASSES:
+            return encoder_named(source, offline=command.offline).to(device), None
+        source = str(folder)
+    tokenizer = tokenizer_named(source, device)
+    encoder = getattr(tokenizer, "encoder", None)
+    return encoder if isinstance(encoder, FrameEncoder) else None, tokenizer
+
+
+def _checks(
+    command: EvaluateSemantic, encoder: Any, tokenizer: Any, layers: list[int] | None, clusters: list[int]
+) -> "tuple[SemanticCheck | None, SemanticCheck | None]":
+    """What layers hold, and what own tokens hold, each where there are any, on the same clips."""
+    from musiclm_pytorch.evaluation.semantic_check import check_semantic, check_tokens
+    from musiclm_pytorch.evaluation.semantic_data import ProbeSet, load_music, load_speech
+
+    if encoder is not None:
+        layers = list(range(encoder.depth + 1)) if layers is None else layers
+        beyond = [layer for layer in layers if layer > encoder.depth]
+        if beyond:
+            there = f"{command.encoder} has layers 0..{encoder.depth}"
+            raise ValueError(f"--layers: there is no layer {beyond[0]}, {there}")
+    sample_hz = tokenizer.target_sample_hz if encoder is None else encoder.sample_hz
+    music = load_music(command.music, sample_hz, command.probe_clips, command.seed)
+    speech = load_speech(command.speech, sample_hz, command.probe_clips, command.seed)
+    check = own = None
+    if encoder is not None:
+        check = check_semantic(encoder, music, speech, layers or [], clusters, command.seed, _announce)
+        # wide layers may have had no room for all training clips: own tokens learn from no more than these
+        music = ProbeSet(music.train[: check.num_clips["music, train"]], music.test)
+        speech = ProbeSet(speech.train[: check.num_clips["speech, train"]], speech.test)
+    if tokenizer is not None:
+        own = check_tokens(tokenizer, music, speech)
+    return check, own
 
 
 def _numbers(option: str, words: str) -> list[int]:
@@ -119,64 +158,72 @@ def _announce(words: str) -> None:
         sys.stderr.write(f"{words}\n")
 
 
-def _report(command: EvaluateSemantic, encoder: "FrameEncoder", check: "SemanticCheck") -> None:
+def _report(
+    command: EvaluateSemantic,
+    encoder: Any,
+    tokenizer: Any,
+    check: "SemanticCheck | None",
+    own: "SemanticCheck | None",
+) -> None:
     """Print what was found, and write it down."""
     from musiclm_pytorch.evaluation.report import write_report
     from musiclm_pytorch.evaluation.semantic_report import judge, score_tables, verdict_tables
 
-    figures = [(score, score.figure()) for score in check.scores]
-    verdict = judge(check.scores)
-    settings: dict[str, Any] = {
-        "command": command.words,
-        "encoder": command.encoder,
-        "encoder_class": type(encoder).__name__,
-        "encoder_fingerprint": _fingerprint(encoder),
-        "sample_hz": encoder.sample_hz,
-        "downsample_factor": encoder.downsample_factor,
-        "depth": encoder.depth,
-        "num_clips": check.num_clips,
-        "num_frames": check.num_frames,
-        "num_kmeans_frames": check.num_kmeans_frames,
-        "seed": command.seed,
-        "verdict": asdict(verdict),
-    }
-    text = _head(settings) + score_tables(figures) + "\n" + verdict_tables(verdict)
+    scores = [score for one in (check, own) if one is not None for score in one.scores]
+    figures = [(score, score.figure()) for score in scores]
+    settings = _settings(command, encoder, tokenizer, check or own)
+    text, gains = _head(settings) + score_tables(figures), []
+    if check is not None:
+        verdict = judge(check.scores)
+        settings["verdict"] = asdict(verdict)
+        text += "\n" + verdict_tables(verdict)
+        gains = [*verdict.gains, *(gain for one in verdict.tokens for gain in one.gains)]
     sys.stdout.write(text)
-    gains = [*verdict.gains, *(gain for one in verdict.tokens for gain in one.gains)]
     path = command.out / _REPORT_FILE
     write_report(path, [*(figure for _, figure in figures), *gains], settings, text)
     sys.stdout.write(f"\nwrote {path} and {path.with_suffix('.md')}\n")
 
 
-def _fingerprint(encoder: "FrameEncoder") -> str:
-    """What identifies the encoder: its own fingerprint, or one over its numbers and weights."""
-    from torch import nn
+def _settings(command: EvaluateSemantic, encoder: Any, tokenizer: Any, check: Any) -> dict[str, Any]:
+    """What was measured, on what."""
+    from audiolm_pytorch.semantic.tokenizer import encoder_fingerprint
 
-    from audiolm_pytorch.io import fingerprint_of
-
-    own = getattr(encoder, "fingerprint", None)
-    if isinstance(own, str) or not isinstance(encoder, nn.Module):
-        return str(own)
-    return fingerprint_of(encoder)
+    settings: dict[str, Any] = {"command": command.words, "encoder": command.encoder}
+    if encoder is not None:
+        settings |= {
+            "encoder_class": type(encoder).__name__,
+            "encoder_fingerprint": encoder_fingerprint(encoder),
+            "depth": encoder.depth,
+        }
+    if tokenizer is not None:
+        settings |= {
+            "tokenizer_class": type(tokenizer).__name__,
+            "tokenizer_fingerprint": tokenizer.fingerprint,
+            "codebook_size": tokenizer.codebook_size,
+        }
+    return settings | {
+        "sample_hz": tokenizer.target_sample_hz if encoder is None else encoder.sample_hz,
+        "downsample_factor": (tokenizer if encoder is None else encoder).downsample_factor,
+        "num_clips": check.num_clips,
+        "num_frames": check.num_frames,
+        "num_kmeans_frames": check.num_kmeans_frames,
+        "seed": command.seed,
+    }
 
 
 def _head(settings: dict[str, Any]) -> str:
     """What was measured on what."""
-    rate = settings["sample_hz"] / settings["downsample_factor"]
-    counts = [
-        f"- {name}: {count} clips, {settings['num_frames'][name]} frames"
-        for name, count in settings["num_clips"].items()
-    ]
-    lines = [
-        f"# Semantic check of {settings['encoder']}",
-        "",
-        f"    {settings['command']}",
-        "",
-        f"- {settings['encoder_class']} {settings['encoder_fingerprint']}: {settings['sample_hz']} Hz, {rate:g} frames "
-        f"a second, layers 0..{settings['depth']}",
-        *counts,
-        f"- k-means on {settings['num_kmeans_frames']} training frames, three of music to one of speech, seed "
-        f"{settings['seed']}",
-        "",
-    ]
-    return "\n".join(lines) + "\n"
+    rate = f"{settings['sample_hz']} Hz, {settings['sample_hz'] / settings['downsample_factor']:g}"
+    lines = [f"# Semantic check of {settings['encoder']}", "", f"    {settings['command']}", ""]
+    if "encoder_class" in settings:
+        name = f"{settings['encoder_class']} {settings['encoder_fingerprint']}"
+        lines.append(f"- {name}: {rate} frames a second, layers 0..{settings['depth']}")
+    if "tokenizer_class" in settings:
+        name = f"{settings['tokenizer_class']} {settings['tokenizer_fingerprint']}"
+        lines.append(f"- {name}: {rate} tokens a second, {settings['codebook_size']} different")
+    for name, count in settings["num_clips"].items():
+        lines.append(f"- {name}: {count} clips, {settings['num_frames'][name]} frames")
+    if settings["num_kmeans_frames"]:
+        learned = f"{settings['num_kmeans_frames']} training frames, three of music to one of speech"
+        lines.append(f"- k-means on {learned}, seed {settings['seed']}")
+    return "\n".join([*lines, "", ""])

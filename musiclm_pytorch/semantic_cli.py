@@ -19,8 +19,8 @@ class TrainKmeans:
     """Cut a layer of any encoder into semantic tokens by k-means; the same command continues what was interrupted."""
 
     encoder: str
-    """Folder of a saved encoder or semantic tokenizer, a HuBERT checkpoint of fairseq (.pt), or a folder or hub id in
-    transformers' format, e.g. facebook/hubert-base-ls960."""
+    """Bundled one (16khz, tiny), folder of a saved encoder or semantic tokenizer, a HuBERT checkpoint of fairseq (.pt),
+    or a folder or hub id in transformers' format, e.g. facebook/hubert-base-ls960."""
     layer: int
     """Layer whose hidden states are clustered; 9 means after the ninth block."""
     data: Path
@@ -59,12 +59,12 @@ def run_train_kmeans(command: TrainKmeans) -> int:
     check_folder(command.out)
 
     from audiolm_pytorch.semantic import KMeansTrainer
-    from audiolm_pytorch.semantic.pretrained import open_encoder
     from audiolm_pytorch.training.ranks import own_accelerator
+    from musiclm_pytorch.bundled_parts import encoder_named
     from musiclm_pytorch.run_folder import alone_in, sweep
 
     accelerator = own_accelerator()
-    encoder = open_encoder(command.encoder, offline=command.offline)
+    encoder = encoder_named(command.encoder, offline=command.offline)
     job = KMeansTrainer(
         encoder=encoder.to(accelerator.device if command.device == "auto" else device_named(command.device)),
         layer=command.layer,

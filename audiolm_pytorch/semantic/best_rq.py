@@ -129,7 +129,9 @@ class BestRQEncoder(nn.Module):
         Returns:
             Features `[b, t, d]`.
         """
-        return self.transformer(self.to_tokens(frames), mask, return_layer=layer)
+        # the front end computes in float32 also where the weights are of half precision
+        tokens = self.to_tokens(frames.to(self.to_tokens.weight.dtype))
+        return self.transformer(tokens, mask, return_layer=layer)
 
     def features(self, wave: Tensor, lengths: Tensor | None = None, layer: int | None = None) -> tuple[Tensor, Tensor]:
         """Hidden states of a layer.
@@ -174,14 +176,14 @@ class BestRQEncoder(nn.Module):
         """An independent copy of the first `layer` blocks, whose hidden states are those of this encoder.
 
         Args:
-            layer: Blocks to keep, 1..depth.
+            layer: Blocks to keep, 0..depth; one is kept, and not used, for layer 0.
 
         Raises:
             ValueError: If there is no such layer.
         """
-        if not 1 <= layer <= self.depth:
-            raise ValueError(f"layer must be in 1..{self.depth}, got {layer}")
-        short = type(self)(**{**self.config, "depth": layer})
+        if not 0 <= layer <= self.depth:
+            raise ValueError(f"layer must be in 0..{self.depth}, got {layer}")
+        short = type(self)(**{**self.config, "depth": max(1, layer)})
         wanted = short.state_dict().keys()
         short.load_state_dict({key: value for key, value in self.state_dict().items() if key in wanted})
         return short.to(self.to_tokens.weight.device).train(self.training)

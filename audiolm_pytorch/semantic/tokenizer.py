@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.io import build_module, digest_of, fingerprint_of, module_spec, register
 from audiolm_pytorch.nearest import nearest_index
-from audiolm_pytorch.ragged import checked_lengths, resampled_items
+from audiolm_pytorch.ragged import check_waves, checked_lengths, resampled_items
 from audiolm_pytorch.semantic.protocol import FrameEncoder
 
 __all__ = ["KMeansTokenizer", "encoder_fingerprint"]
@@ -123,7 +123,14 @@ class KMeansTokenizer(nn.Module):
 
     def num_frames(self, num_samples: int) -> int:
         """Tokens that a wave of `num_samples` samples at `target_sample_hz` gives; ValueError when shorter than one."""
-        return self._frames.num_frames(num_samples // self._multiple * self._multiple)
+        cut_samples = num_samples // self._multiple * self._multiple
+        try:
+            return self._frames.num_frames(cut_samples)
+        except ValueError as error:
+            if cut_samples == num_samples:
+                raise
+            cut = f"{num_samples} samples, cut to a multiple of {self._multiple}"
+            raise ValueError(f"{cut}, leave {cut_samples}: {error}") from error
 
     @property
     def _multiple(self) -> int:
@@ -153,6 +160,7 @@ class KMeansTokenizer(nn.Module):
     def _normalised(self, features: Tensor) -> Tensor:
         return (features.float() - self.mean) / self.std
 
+    @beartype
     @torch.no_grad()
     def forward(self, wave: Tensor, input_sample_hz: int | None = None, lengths: Tensor | None = None) -> Tensor:
         """Tokenize waves.
@@ -167,15 +175,14 @@ class KMeansTokenizer(nn.Module):
             alone and in a batch.
 
         Raises:
-            ValueError: If shapes do not fit or an item is shorter than one token.
+            ValueError: If shapes or devices do not fit, samples are not finite, or an item is shorter than one token.
             RuntimeError: If no centroids were given or loaded.
         """
         if self.centroids[:1, :1].isnan().any():
             raise RuntimeError(
                 "this tokenizer has no centroids yet: make one with KMeansTrainer, or load_module a saved one"
             )
-        if wave.ndim != 2:
-            raise ValueError(f"wave must be [b, n], got {tuple(wave.shape)}; mix channels down and add a batch axis")
+        check_waves(wave, lengths, self.centroids.device)
         if input_sample_hz is not None and input_sample_hz != self.target_sample_hz:
             wave, lengths = resampled_items(wave, input_sample_hz, self.target_sample_hz, lengths)
         features, mask = self._features(wave, lengths)

@@ -22,7 +22,7 @@ from audiolm_pytorch.codecs.protocol import Codec
 from audiolm_pytorch.codecs.report import CodecRow, Estimate, aligned_table, distance_row
 from audiolm_pytorch.data.manifest import load_items
 from audiolm_pytorch.io import fingerprint_of
-from musiclm_pytorch.bundled_codecs import DEFAULT_CODEC, codec_named
+from musiclm_pytorch.bundled_parts import DEFAULT_CODEC, codec_named
 from musiclm_pytorch.command_checks import check_file, device_named
 from musiclm_pytorch.evaluation.attributes import AttributeClassifier, fitted_classifier
 from musiclm_pytorch.evaluation.clips import labels_of, load_clips

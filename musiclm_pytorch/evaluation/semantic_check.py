@@ -3,7 +3,7 @@
 Three readings of the same frames. Linear probes on every layer: the pitch class that sounds at the frame's centre and
 whether a note starts in it (rendered clips), and the digit and speaker of the clip (spoken digits). One k-means token
 a frame: the class that each token meets most often. Histograms of tokens: what a clip holds, read from how often each
-token occurs in it.
+token occurs in it. The tokens that a tokenizer gives itself are read in the same way.
 """
 
 import time
@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from audiolm_pytorch.nearest import nearest_index
 from audiolm_pytorch.semantic.clustering import cluster_epoch, first_centroids, survey
 from audiolm_pytorch.semantic.probes import fit_linear_probe, histogram, token_probe
-from audiolm_pytorch.semantic.protocol import FrameEncoder
+from audiolm_pytorch.semantic.protocol import FrameEncoder, SemanticTokenizer
 from musiclm_pytorch.evaluation.semantic_data import (
     FrameGrid,
     ProbeClip,
@@ -29,11 +29,21 @@ from musiclm_pytorch.evaluation.semantic_data import (
     pitch_class_labels,
 )
 from musiclm_pytorch.evaluation.semantic_scores import Reading, Score
-from musiclm_pytorch.evaluation.semantic_views import View, views_of
+from musiclm_pytorch.evaluation.semantic_views import (
+    Sound,
+    View,
+    grid_of_tokens,
+    uncut,
+    vectors_of,
+    view_of_tokens,
+    views_of,
+)
 
-__all__ = ["SemanticCheck", "Sound", "check_semantic"]
+__all__ = ["SemanticCheck", "check_semantic", "check_tokens"]
 
-_CLIPS_AT_ONCE = 16
+# Frames of a wave of so many samples.
+FrameCounts = Callable[[int], int]
+
 # Frames of one view that are held at a time: 2**27 float32 are 512 MiB. Probes work on a copy or two of a part of them.
 _MOST_VALUES = 2**27
 # K-means learns from three parts of music and one of speech, about as the encoder did, and from no more than it needs.
@@ -44,28 +54,6 @@ _HISTOGRAM_L2 = 1e-3
 
 
 @dataclass(frozen=True)
-class Sound:
-    """One side (train or test) of one kind of sound, with a label for every frame and every clip.
-
-    Attributes:
-        waves: `[n]` each, long enough for a frame.
-        num_frames: Frames of each clip.
-        frame_labels: For each probe the label `[m]` int64 of every frame; -1 where the probe is not asked.
-        clip_labels: For each probe the label `[clips]` int64 of every clip.
-    """
-
-    waves: list[Tensor]
-    num_frames: list[int]
-    frame_labels: dict[str, Tensor]
-    clip_labels: dict[str, Tensor]
-
-    @property
-    def owners(self) -> Tensor:
-        """The clip `[m]` that each frame belongs to."""
-        return torch.arange(len(self.num_frames)).repeat_interleave(torch.tensor(self.num_frames))
-
-
-@dataclass(frozen=True)
 class SemanticCheck:
     """What was measured.
 
@@ -73,7 +61,7 @@ class SemanticCheck:
         scores: Of every view: linear probes, then tokens and histograms for every number of clusters.
         num_clips: Clips by sound and side, e.g. "music, train".
         num_frames: Frames by sound and side.
-        num_kmeans_frames: Frames that k-means learned from.
+        num_kmeans_frames: Frames that k-means learned from; 0 where there is none, as with a tokenizer's own tokens.
     """
 
     scores: list[Score]
@@ -117,7 +105,7 @@ def check_semantic(
         raise ValueError(f"there is no layer {wrong or ''}: this encoder has layers 0..{encoder.depth}")
     grid = FrameGrid.of(encoder)
     views = views_of(encoder, grid, layers)
-    sounds = _sounds(music, speech, encoder, grid, max(view.width for view in views))
+    sounds = _sounds(music, speech, encoder.num_frames, grid, max(view.width for view in views))
     chosen = _kmeans_frames(len(sounds["music, train"].owners), len(sounds["speech, train"].owners), seed)
     num_kmeans_frames = sum(map(len, chosen))
     if clusters and not 2 <= min(clusters) <= max(clusters) <= num_kmeans_frames:
@@ -137,13 +125,52 @@ def check_semantic(
                 announce(f"{view.name}: {time.perf_counter() - start:.0f} s")
     finally:
         encoder.train(was_training)
+    return _check_of(scores, sounds, num_kmeans_frames)
+
+
+@beartype
+def check_tokens(tokenizer: nn.Module, music: ProbeSet, speech: ProbeSet) -> SemanticCheck:
+    """Read the tokens that a tokenizer gives itself, without its cut of lengths, in the ways of k-means tokens.
+
+    Args:
+        tokenizer: A `SemanticTokenizer` module; used in eval mode, where it is.
+        music: Clips with a melody, at the tokenizer's rate.
+        speech: Clips with digit and speaker, at the tokenizer's rate.
+
+    Returns:
+        Scores of tokens and histograms under the name `own tokens`, with `codebook_size` clusters.
+
+    Raises:
+        TypeError: If it is no `SemanticTokenizer`.
+        ValueError: If it gives no tokens, or ids outside its codebook.
+    """
+    if not isinstance(tokenizer, SemanticTokenizer):
+        raise TypeError(f"{type(tokenizer).__name__} is no SemanticTokenizer: see audiolm_pytorch.semantic.protocol")
+    device = next((tensor.device for tensor in (*tokenizer.parameters(), *tokenizer.buffers())), torch.device("cpu"))
+    was_training, codebook_size = tokenizer.training, tokenizer.codebook_size
+    tokenizer.eval()
+    try:
+        whole = uncut(tokenizer)
+        view = view_of_tokens(whole)
+        sounds = _sounds(music, speech, whole.num_frames, grid_of_tokens(whole), view.width)
+        ids = {name: vectors_of(view, sound, device)[:, 0].long() for name, sound in sounds.items()}
+    finally:
+        tokenizer.train(was_training)
+    if any(int(part.min()) < 0 or int(part.max()) >= codebook_size for part in ids.values()):
+        raise ValueError(f"{type(tokenizer).__name__} gives ids outside 0..{codebook_size - 1}: it is broken")
+    return _check_of(list(_token_scores(view.name, codebook_size, sounds, ids)), sounds, 0)
+
+
+def _check_of(scores: list[Score], sounds: dict[str, Sound], num_kmeans_frames: int) -> SemanticCheck:
+    """Scores, and what they were measured on."""
     num_clips = {name: len(sound.waves) for name, sound in sounds.items()}
-    return SemanticCheck(
-        scores, num_clips, {name: sum(sound.num_frames) for name, sound in sounds.items()}, num_kmeans_frames
-    )
+    num_frames = {name: sum(sound.num_frames) for name, sound in sounds.items()}
+    return SemanticCheck(scores, num_clips, num_frames, num_kmeans_frames)
 
 
-def _sounds(music: ProbeSet, speech: ProbeSet, encoder: FrameEncoder, grid: FrameGrid, width: int) -> dict[str, Sound]:
+def _sounds(
+    music: ProbeSet, speech: ProbeSet, num_frames: FrameCounts, grid: FrameGrid, width: int
+) -> dict[str, Sound]:
     """Frames and labels of both sides of both kinds, with as many training clips as memory admits."""
     sides = {"music, train": music.train, "music, test": music.test}
     sides |= {"speech, train": speech.train, "speech, test": speech.test}
@@ -151,7 +178,7 @@ def _sounds(music: ProbeSet, speech: ProbeSet, encoder: FrameEncoder, grid: Fram
         name: sorted({clip.labels[name] for clip in (*where.train, *where.test)})
         for name, where in (("instrument", music), ("digit", speech), ("speaker", speech))
     }
-    sounds = {name: _sound(clips, encoder, grid, classes) for name, clips in sides.items()}
+    sounds = {name: _sound(clips, num_frames, grid, classes) for name, clips in sides.items()}
     needed = {name: width * sum(sound.num_frames) for name, sound in sounds.items()}
     room = _MOST_VALUES - needed["music, test"] - needed["speech, test"]
     share = room / (needed["music, train"] + needed["speech, train"])
@@ -160,13 +187,15 @@ def _sounds(music: ProbeSet, speech: ProbeSet, encoder: FrameEncoder, grid: Fram
     kept = {name: int(share * len(sides[name])) for name in ("music, train", "speech, train")}
     if min(kept.values()) < 1:
         raise ValueError(f"the frames of {len(music.test)} test clips of width {width} do not fit; ask for fewer clips")
-    return sounds | {name: _sound(sides[name][:count], encoder, grid, classes) for name, count in kept.items()}
+    return sounds | {name: _sound(sides[name][:count], num_frames, grid, classes) for name, count in kept.items()}
 
 
-def _sound(clips: Sequence[ProbeClip], encoder: FrameEncoder, grid: FrameGrid, classes: dict[str, list[str]]) -> Sound:
+def _sound(
+    clips: Sequence[ProbeClip], num_frames: FrameCounts, grid: FrameGrid, classes: dict[str, list[str]]
+) -> Sound:
     """Waves, frame counts and labels of some clips; what is shorter than a frame is completed with silence."""
     waves = [F.pad(clip.wave, (0, max(0, grid.shortest_samples - len(clip.wave)))) for clip in clips]
-    counts = [encoder.num_frames(len(wave)) for wave in waves]
+    counts = [num_frames(len(wave)) for wave in waves]
     names = clips[0].labels.keys()
     clip_labels = {name: torch.tensor([classes[name].index(clip.labels[name]) for clip in clips]) for name in names}
     per_frame = torch.tensor(counts)
@@ -198,7 +227,7 @@ def _scores_of(
     device: torch.device,
 ) -> list[Score]:
     """All readings of one view, whose frames are held no longer than that."""
-    vectors = {name: _vectors(view, sound, device) for name, sound in sounds.items()}
+    vectors = {name: vectors_of(view, sound, device) for name, sound in sounds.items()}
     scores = [
         _linear_score(view.name, probe, kind, sounds, vectors)
         for kind, probe in (("music", "pitch class"), ("music", "onset"), ("speech", "digit"), ("speech", "speaker"))
@@ -215,25 +244,6 @@ def _scores_of(
         ids = {name: nearest_index(part, centroids) for name, part in vectors.items()}
         scores += _token_scores(view.name, num_clusters, sounds, ids)
     return scores
-
-
-@torch.no_grad()
-def _vectors(view: View, sound: Sound, device: torch.device) -> Tensor:
-    """Vectors `[m, d]` float32 of all frames, clip by clip, on the CPU."""
-    starts = [0, *torch.tensor(sound.num_frames).cumsum(0).tolist()]
-    vectors = torch.empty(starts[-1], view.width)
-    # Clips of like length go together, so that little is computed for padding.
-    order = sorted(range(len(sound.waves)), key=lambda index: len(sound.waves[index]))
-    for first in range(0, len(order), _CLIPS_AT_ONCE):
-        rows = order[first : first + _CLIPS_AT_ONCE]
-        waves = [sound.waves[row] for row in rows]
-        lengths = torch.tensor([len(wave) for wave in waves], device=device)
-        padded = pad_sequence(waves, batch_first=True).to(device)
-        for row, own in zip(rows, view.vectors(padded, lengths).float().cpu()):
-            vectors[starts[row] : starts[row + 1]] = own[: sound.num_frames[row]]
-    if not vectors.isfinite().all():
-        raise ValueError(f"{view.name} gives NaN or infinity: the encoder is broken; train it again")
-    return vectors
 
 
 def _linear_score(view: str, probe: str, kind: str, sounds: dict[str, Sound], vectors: dict[str, Tensor]) -> Score:

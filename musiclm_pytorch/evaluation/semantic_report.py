@@ -7,7 +7,7 @@ from beartype import beartype
 
 from audiolm_pytorch.codecs.report import aligned_table
 from musiclm_pytorch.evaluation.report import Figure
-from musiclm_pytorch.evaluation.semantic_scores import FRONT_END, LOG_MEL, Reading, Score
+from musiclm_pytorch.evaluation.semantic_scores import FRONT_END, LOG_MEL, OWN_TOKENS, Reading, Score
 
 __all__ = ["SemanticVerdict", "TokenVerdict", "judge", "score_tables", "verdict_tables"]
 
@@ -121,7 +121,7 @@ def _measure(score: Score) -> str:
 
 @beartype
 def score_tables(figures: Sequence[tuple[Score, Figure]]) -> str:
-    """Set scores as tables: one of the linear probes, and one of tokens and histograms for every k.
+    """Set scores as tables: one of the linear probes, one of k-means tokens for every k, one of a tokenizer's own.
 
     Args:
         figures: Scores with their figures.
@@ -129,14 +129,27 @@ def score_tables(figures: Sequence[tuple[Score, Figure]]) -> str:
     Returns:
         Markdown.
     """
-    text = "## Linear probes on frames\n\n"
-    text += "Share of right answers on held-out clips in %, with 95% intervals over clips.\n\n"
-    text += _table([(score, figure) for score, figure in figures if score.clusters is None])
-    for k in dict.fromkeys(score.clusters for score, _ in figures if score.clusters is not None):
-        text += f"\n## Tokens, k = {k}\n\n"
-        text += "From one token: pitch class, digit, speaker of the frame. From the tokens' histogram: of the clip.\n\n"
-        text += _table([(score, figure) for score, figure in figures if score.clusters == k])
-    return text
+    # k-means of the layers may have as many clusters as the tokenizer: each has a table of its own
+    parts: dict[tuple[bool, int | None], list[tuple[Score, Figure]]] = {}
+    for score, figure in figures:
+        parts.setdefault((score.view == OWN_TOKENS, score.clusters), []).append((score, figure))
+    return "Share of right answers on held-out clips in %, with 95% intervals over clips.\n\n" + "\n".join(
+        _heading(own, k) + _table(part) for (own, k), part in parts.items()
+    )
+
+
+def _heading(own: bool, clusters: int | None) -> str:
+    """What stands above a table."""
+    if clusters is None:
+        return "## Linear probes on frames\n\n"
+    text = (
+        f"## Own tokens, k = {clusters}\n\nThose that the tokenizer gives.\n"
+        if own
+        else f"## Tokens, k = {clusters}\n\n"
+    )
+    return (
+        f"{text}From one token: pitch class, digit, speaker of the frame. From the tokens' histogram: of the clip.\n\n"
+    )
 
 
 def _table(figures: Sequence[tuple[Score, Figure]]) -> str:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from musiclm_pytorch.evaluation.report import Figure
 
-__all__ = ["FRONT_END", "LOG_MEL", "Reading", "Score", "layer_name"]
+__all__ = ["FRONT_END", "LOG_MEL", "OWN_TOKENS", "Reading", "Score", "layer_name"]
 
-LOG_MEL, FRONT_END = "log-mel", "front end"
+LOG_MEL, FRONT_END, OWN_TOKENS = "log-mel", "front end", "own tokens"
 
 
 def layer_name(layer: int) -> str:
@@ -32,7 +32,7 @@ class Score:
     """How often one probe is right.
 
     Attributes:
-        view: What it reads: `log-mel`, `front end` or `layer N`.
+        view: What it reads: `log-mel`, `front end`, `layer N` or `own tokens`.
         reading: How.
         probe: What it names: pitch class, onset, digit, speaker, instrument.
         clusters: Of the tokens that it reads; None for a linear probe.

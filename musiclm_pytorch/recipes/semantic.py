@@ -7,6 +7,7 @@
 """
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 
@@ -31,7 +32,7 @@ NUM_SPOKEN_CLIPS, NUM_SPOKEN_VALID, NUM_MUSIC_VALID = 1500, 40, 60
 _LEAST_PAUSE_SECONDS, _MOST_PAUSE_SECONDS = 0.02, 0.4
 
 NUM_STEPS = 6000
-LAYER, NUM_CLUSTERS = 2, 1024
+LAYER, NUM_CLUSTERS = 3, 1024
 
 
 @beartype
@@ -114,7 +115,7 @@ def main(music: Path, speech: Path, out: Path, seed: int = 0, scale: float = 1.0
     trainer.loop.final_module()
     save_module(encoder, out / "encoder" / "whole")
     fit = trainer.fit_tokenizer(layer=LAYER, num_clusters=NUM_CLUSTERS, results_folder=out / "kmeans")
-    save_module(fit.tokenizer, out / "semantic_16khz", dtype=torch.float16)
+    save_module(fit.tokenizer, out / "semantic_16khz", extra={"usage": asdict(fit.usage)}, dtype=torch.float16)
     sys.stdout.write(f"wrote {out / 'semantic_16khz'}: {fit.usage}\n")
 
 

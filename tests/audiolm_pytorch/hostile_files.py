@@ -1,16 +1,21 @@
 """Pickles that would run something or lead somewhere, and every file format that they can lie in."""
 
 import bz2
+import collections
 import gzip
+import io
 import lzma
 import os
 import pickle
 import struct
 import subprocess
+import tracemalloc
 import zipfile
 import zlib
 
+import numpy as np
 import pytest
+import torch
 
 from audiolm_pytorch.semantic.pretrained.sklearn_file import read_kmeans_file
 from audiolm_pytorch.torch_checkpoint import read_torch_checkpoint
@@ -50,6 +55,21 @@ def named(module, name):
 
 def protocol4(body):
     return pickle.PROTO + b"\x04" + body + pickle.STOP
+
+
+def doubled(times):
+    """A tuple of 2^times leaves in two bytes each time."""
+    return b")" + (pickle.DUP + pickle.TUPLE2) * times
+
+
+def peak_bytes(call):
+    """The most memory that a call takes for Python's objects."""
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def touch(marker):
@@ -97,6 +117,8 @@ TRICKS = {
     "path_through_the_table": protocol4(named("collections", "OrderedDict.__init__.__globals__")),
     "path_through_torch": protocol4(named("torch._utils", "_rebuild_tensor_v2.__globals__")),
     "root_as_a_prefix": protocol4(named("fairseqx", "Dictionary")),
+    "control_characters": protocol4(named("fairseq.\x1b[2J\n", "X")),
+    "long_name": protocol4(named("fairseq", 200 * "a") + long_text("fairseq." + 300 * "a") + text("X") + b"\x93"),
     "no_identifier": protocol4(named("fairseq", "a b")),
     "names_that_are_no_text": protocol4(b"K\x01K\x02" + pickle.STACK_GLOBAL),
     "state_of_a_function": protocol4(
@@ -133,6 +155,44 @@ TRICKS = {
 }
 
 
+class TypeWithState:
+    """Pickles as numpy's type of floats, with a state that makes it another one."""
+
+    def __init__(self, *state):
+        self.state = state
+
+    def __reduce__(self):
+        return np.dtype, ("f8", False, True), self.state
+
+
+class Reference:
+    """A reference to a storage in a checkpoint."""
+
+    def __init__(self, count, key="0", kind=torch.FloatStorage, *more):
+        self.parts = ("storage", kind, key, "cpu", count, *more)
+
+
+class TensorOf:
+    """A tensor in a checkpoint, as torch pickles it."""
+
+    def __init__(self, storage, offset, size, stride):
+        self.parts = (storage, offset, size, stride, False, collections.OrderedDict())
+
+    def __reduce__(self):
+        return torch._utils._rebuild_tensor_v2, self.parts
+
+
+class Pickler(pickle.Pickler):
+    def persistent_id(self, value):
+        return value.parts if isinstance(value, Reference) else None
+
+
+def pickled(value):
+    file = io.BytesIO()
+    Pickler(file, 2).dump(value)
+    return file.getvalue()
+
+
 def zip_checkpoint(path, pickled, storages=(), extra=()):
     """An archive as torch.save writes it, around a pickle."""
     with zipfile.ZipFile(path, "w") as archive:
@@ -145,11 +205,11 @@ def zip_checkpoint(path, pickled, storages=(), extra=()):
     return path
 
 
-def legacy_checkpoint(path, pickled):
+def legacy_checkpoint(path, pickled, keys=b"]."):
     """A file as torch before 1.6 wrote it, around a pickle."""
     machine = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
     parts = [pickle.dumps(part, 2) for part in (LEGACY_MAGIC, 1001, machine)]
-    path.write_bytes(b"".join(parts) + pickled + pickle.dumps([], 2))
+    path.write_bytes(b"".join(parts) + pickled + keys)
     return path
 
 
@@ -171,5 +231,5 @@ def refusal(reader, path):
     with pytest.raises(ValueError) as caught:
         reader(path)
     message = str(caught.value)
-    assert str(path) in message and "\n" not in message and len(message) < 600
+    assert str(path) in message and message.isprintable() and len(message) < 600
     return message

@@ -121,8 +121,20 @@ def test_truncated_keeps_the_hidden_states():
     with torch.no_grad():
         encoder.to_tokens.weight.zero_()
     assert short.to_tokens.weight.abs().sum() > 0
-    with pytest.raises(ValueError, match=r"1\.\.3"):
+    torch.testing.assert_close(short.truncated(0).features(wave, None, 0)[0], short.features(wave, None, 0)[0])
+    with pytest.raises(ValueError, match=r"0\.\.3"):
         encoder.truncated(4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_give_nearly_the_same_features(dtype):
+    """Guards `.half()`: the front end hands on float32, the blocks take what their weights are."""
+    encoder = tiny_encoder()
+    waves = torch.stack([melody(30, 0), melody(30, 1)])
+    expected, mask = encoder.features(waves)
+    features, same_mask = encoder.to(dtype).features(waves)
+    assert features.dtype == dtype and torch.equal(mask, same_mask)
+    assert torch.nn.functional.cosine_similarity(features.float(), expected, dim=-1).min() > 0.98
 
 
 def test_targets_are_frozen_and_depend_on_the_seed_alone():

@@ -1,5 +1,6 @@
 """Saved modules and files: what is written comes back, what does not fit is named, nothing is seen half written."""
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -25,6 +26,7 @@ from audiolm_pytorch.io import (
     weights_of,
     write_json,
 )
+from audiolm_pytorch.training.average import WeightAverage
 
 
 @register
@@ -365,3 +367,22 @@ def test_fingerprint_is_computed_once_for_the_same_weights(monkeypatch):
     module.config = {"layer": 3}
     assert [fingerprint_of(module), fingerprint_of(module)] == ["5", "5"]
     assert fingerprint_of(torch.nn.Linear(2, 2)) == "6"
+
+
+def test_fingerprint_follows_exchanged_memory():
+    """Guards what no version counts: rounding to half and back, and averages computed with in place of the weights."""
+    module = torch.nn.Linear(3, 3)
+    first = fingerprint_of(module)
+    seen = {first}
+    for change in (module.half, module.float):
+        change()
+        seen.add(fingerprint_of(module))
+        assert fingerprint_of(module) == fingerprint_of(copy.deepcopy(module))
+    assert len(seen) == 3
+    average = WeightAverage(dict(module.named_parameters()), decay=0.5)
+    with torch.no_grad():
+        module.weight.add_(1.0)
+    raw = fingerprint_of(module)
+    with average.in_place():
+        assert fingerprint_of(module) == fingerprint_of(copy.deepcopy(module)) != raw
+    assert fingerprint_of(module) == raw

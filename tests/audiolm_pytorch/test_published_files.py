@@ -1,3 +1,4 @@
+import argparse
 import random
 import re
 import subprocess
@@ -21,6 +22,7 @@ from audiolm_pytorch.semantic.pretrained.fairseq import (
 from audiolm_pytorch.semantic.pretrained.sklearn_file import read_centroids, read_kmeans_file, write_centroids
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package
+from hostile_files import peak_bytes
 from published_files import hubert_settings, hubert_state, tiny_hubert, write_hubert_checkpoint, write_kmeans
 
 pytest.importorskip("transformers")
@@ -166,12 +168,17 @@ def test_wrong_weights(tmp_path, change, words):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"_name": "wav2vec2"}, "holds a wav2vec2"),
+        ({"_name": "wav2vec2"}, "holds a 'wav2vec2'"),
         ({"activation_fn": "swish"}, "swish"),
         ({"extractor_mode": "conformer"}, "conformer"),
         ({"encoder_attention_heads": 3}, "no HuBERT has"),
         ({"encoder_attention_heads": 0}, "encoder_attention_heads"),
         ({"encoder_layers": 10**9}, "encoder_layers"),
+        ({"encoder_layers": 2}, "encoder_layers is 2, the weights are of 1 "),
+        ({"encoder_ffn_embed_dim": 2**19}, "settings ask for a model of"),
+        ({"_name": "\x1b[2J\n"}, r"holds a '\\x1b\[2J\\n'"),
+        ({"conv_feature_layers": {"a": 1}}, "conv_feature_layers a dict"),
+        ({"conv_feature_layers": [(1, 1, 1)] * 2 + [1]}, "conv_feature_layers a list"),
         ({"encoder_layers": "12"}, "encoder_layers"),
         ({"layer_norm_first": "yes"}, "layer_norm_first"),
         ({"conv_feature_layers": "__import__('os').system('x')"}, "conv_feature_layers"),
@@ -182,7 +189,51 @@ def test_wrong_settings(changes, words):
     """Settings that no HuBERT has are named in one line."""
     with pytest.raises(ValueError, match=words) as caught:
         hubert_from_fairseq(in_memory(tiny_hubert(num_layers=1), **changes))
-    assert "a.pt" in str(caught.value) and "\n" not in str(caught.value)
+    assert "a.pt" in str(caught.value) and str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["encoder_layers", "activation_fn", "conv_feature_layers", "layer_norm_first"])
+def test_settings_are_not_written_out(name):
+    """A setting that is nested, and long as a text, is named by its type; so is a large number."""
+    nested = []
+    for _ in range(18):
+        nested = [nested, nested]
+    for value in (nested, {"a": nested}, 10**5000):
+        checkpoint = in_memory(tiny_hubert(num_layers=1), **{name: value})
+
+        def refused(checkpoint=checkpoint):
+            with pytest.raises(ValueError, match=f"{name}.* an? (list|dict|int)") as caught:
+                hubert_from_fairseq(checkpoint)
+            assert len(str(caught.value)) < 300
+
+        assert peak_bytes(refused) < 2**19
+
+
+def test_each_namespace_keeps_its_own_settings(tmp_path):
+    """Settings of the task and of the model in two Namespaces are not taken for each other."""
+    path, settings = tmp_path / "a.pt", {"task": {"sample_rate": 8000}, "model": {"encoder_layers": 3}}
+    cfg = {name: argparse.Namespace(**said) for name, said in settings.items()}
+    torch.save({"model": {"a": torch.ones(1)}, "cfg": cfg}, path)
+    checkpoint = read_fairseq(path)
+    assert {"task": checkpoint.task, "model": checkpoint.model} == settings
+
+
+def test_strange_weights_are_refused(tmp_path):
+    """Names that a terminal obeys or that are no text, and many weights in one place, are refused by name of file."""
+    path, tensor = tmp_path / "a.pt", torch.ones(2)
+    for weights, words in (
+        ({"\x1b[2J\n": tensor}, "no names of tensors"),
+        ({"x" * 1000: tensor}, "no names of tensors"),
+        ({(1, 2): tensor}, "a tuple in its 'model'"),
+        ({1: tensor}, "'1' in its 'model'"),
+        ({f"encoder.layers.{number}.x": tensor for number in range(5)}, "share the same bytes"),
+    ):
+        torch.save({"model": weights}, path)
+        with pytest.raises(ValueError, match=words) as caught:
+            read_fairseq(path)
+        assert str(path) in str(caught.value) and str(caught.value).isprintable() and len(str(caught.value)) < 400
+    torch.save({"model": {"one": tensor, "other": tensor}}, path)
+    assert read_fairseq(path).weights.keys() == {"one", "other"}
 
 
 def test_checkpoints_without_settings_or_weights(tmp_path):

@@ -1,8 +1,10 @@
+import copy
 from pathlib import Path
 
 import pytest
 import soundfile
 import torch
+from beartype.roar import BeartypeCallHintViolation
 
 from audiolm_pytorch import nearest
 from audiolm_pytorch.audio import resample
@@ -182,9 +184,39 @@ def test_bad_input_is_refused(tokenizer):
         (torch.zeros(1, 800), {"input_sample_hz": 0}, "input_sample_hz"),
         (torch.zeros(1, 800), {"input_sample_hz": 8000, "lengths": torch.tensor([801])}, "801"),
         (torch.zeros(1, 800), {"lengths": torch.tensor([100])}, "at least 160 samples"),
+        (torch.zeros(0, 800), {}, "not empty"),
+        (torch.zeros(1, 800, dtype=torch.int16), {"input_sample_hz": 8000}, "must be float"),
+        (torch.full((1, 800), torch.nan), {}, "NaN"),
+        (torch.full((1, 800), torch.inf), {"input_sample_hz": 8000}, "NaN or infinite"),
+        (torch.zeros(1, 800, device="meta"), {}, "wave is on meta, the model on cpu"),
     ]:
         with pytest.raises(ValueError, match=message):
             tokenizer(wave, **arguments)
+    with pytest.raises(BeartypeCallHintViolation, match="lengths"):
+        tokenizer(torch.zeros(1, 800), lengths=[800])
+    cutting = KMeansTokenizer(
+        encoder=tokenizer.encoder, layer=2, centroids=tokenizer.centroids, seq_len_multiple_of=1000
+    )
+    with pytest.raises(ValueError, match="^300 samples, cut to a multiple of 1000, leave 0: .*at least 160 samples"):
+        cutting(torch.zeros(1, 300))
+
+
+def test_padding_may_hold_anything(tokenizer):
+    """Guards batches whose padding was never written: NaN past an item's end is not heard."""
+    waves = torch.stack(noises(2, 5))
+    lengths = torch.tensor([waves.shape[1], 1000])
+    expected = tokenizer(waves, lengths=lengths)
+    waves[1, 1000:] = torch.nan
+    assert torch.equal(tokenizer(waves, lengths=lengths), expected)
+
+
+@pytest.mark.gpu
+def test_ids_on_a_gpu_are_those_of_the_cpu(tokenizer):
+    """Guards the assignment on another device, with lengths left on the CPU; ties may fall either way."""
+    waves, lengths = torch.stack(noises(4, 6)), torch.tensor([4800, 4000, 4800, 161])
+    expected = tokenizer(waves, lengths=lengths)
+    found = copy.deepcopy(tokenizer).cuda()(waves.cuda(), lengths=lengths).cpu()
+    assert (found == expected).float().mean() > 0.98
 
 
 def test_bad_parts_are_refused():

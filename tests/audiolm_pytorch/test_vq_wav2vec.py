@@ -220,6 +220,16 @@ def faulty(files, tmp_path, case):
             state["feature_extractor.mystery"] = torch.zeros(3)
         case "other layers":
             settings["conv_feature_layers"] = "[(999999, 999999, 5)] + [(16, 8, 4)] * 7"
+        case "other input":  # all convolutions are of one width and read another one
+            settings["conv_feature_layers"] = "[(2000, 1, 1)] * 2"
+            for place in range(2):
+                state[f"feature_extractor.conv_layers.{place}.0.weight"] = torch.ones(2000, 1, 1)
+        case "large quantizer" | "deep quantizer":
+            settings["conv_feature_layers"] = "[(2000, 1, 1)]"
+            state = {name: tensor for name, tensor in state.items() if name.startswith("vector")}
+            state["feature_extractor.conv_layers.0.0.weight"] = torch.ones(2000, 1, 1)
+            if case == "deep quantizer":
+                state |= {f"vector_quantizer.weight_proj.{n}.0.bias": torch.ones(8) for n in range(100)}
         case "program":
             settings["conv_feature_layers"] = "__import__('os').system('true')"
         case "no log":
@@ -247,6 +257,9 @@ CASES = {
     "lacking": "missing: features.layers.2.norm.bias",
     "unknown": "not known to the module: feature_extractor.mystery",
     "other layers": "convolution 0 is 999999 wide.*in its weights",
+    "other input": "convolution 1 is 2000 wide behind 2000.*in its weights",
+    "large quantizer": "settings ask for a model of",
+    "deep quantizer": "layers of a quantizer",
     "program": "conv_feature_layers.*not understood",
     "no log": "log_compression, which is 'None'",
     "odd activation": "activation, which is 'swish'",

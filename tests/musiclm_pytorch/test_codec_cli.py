@@ -14,7 +14,7 @@ from audiolm_pytorch.codecs import SoundStream
 from audiolm_pytorch.codecs.code_file import read_codes
 from audiolm_pytorch.codecs.transcode import FileCodec
 from audiolm_pytorch.io import load_module, save_module
-from musiclm_pytorch import bundled_codecs, codec_cli
+from musiclm_pytorch import bundled_parts, codec_cli
 
 needs_opus = pytest.mark.skipif(shutil.which("opusenc") is None, reason="opus-tools is not installed")
 
@@ -124,14 +124,14 @@ def test_evaluate_prints_a_table_and_writes_json(musiclm_command, codec, sounds,
 
 def test_the_bundled_codec_is_the_default(musiclm_command, write_tone, tmp_path, monkeypatch, codec):
     """Without --codec the one of the package is taken, and every bundled name leads to a codec."""
-    monkeypatch.setattr(bundled_codecs, "bundled_folder", lambda name: codec)
+    monkeypatch.setattr(bundled_parts, "bundled_folder", lambda name: codec)
     source = write_tone("tone.wav", 0.1, 8000)
     assert musiclm_command("codec", "encode", source, "--out", tmp_path / "a.safetensors") == 0
     assert read_codes(tmp_path / "a.safetensors").info.codec_fingerprint == load_module(codec).fingerprint
     monkeypatch.undo()
-    assert bundled_codecs.DEFAULT_CODEC in bundled_codecs.BUNDLED_CODECS
-    for folder in bundled_codecs.BUNDLED_CODECS.values():
-        assert (bundled_codecs.bundled_folder(folder) / "config.json").is_file()
+    assert bundled_parts.DEFAULT_CODEC in bundled_parts.BUNDLED_CODECS
+    for folder in bundled_parts.BUNDLED_CODECS.values():
+        assert (bundled_parts.bundled_folder(folder) / "config.json").is_file()
 
 
 # Each with words of the message. TONE, CODES and JUNK are files, FOLDER and EMPTY folders, CODEC and OTHER codecs.

@@ -12,6 +12,7 @@ from semantic_sounds import RATE_HZ, written_corpus, written_digits
 
 from audiolm_pytorch.io import fingerprint_of, load_module, save_module
 from audiolm_pytorch.semantic import BestRQEncoder, KMeansTokenizer
+from audiolm_pytorch.semantic.pretrained import FairseqVQWav2Vec
 from musiclm_pytorch.recipes.corpus import make_corpus
 
 
@@ -88,15 +89,47 @@ def test_the_command_that_is_written_down_gives_the_same(musiclm_command, places
 
 
 def test_a_tokenizer_stands_for_its_encoder(musiclm_command, places, tmp_path, capsys):
-    """The folder of a k-means tokenizer is judged by its encoder; without clusters only linear probes are fitted."""
+    """The folder of a k-means tokenizer is judged by its encoder and its own tokens; no clusters, no k-means."""
     encoder = load_module(places["--encoder"])
     tokenizer = KMeansTokenizer(encoder=encoder.truncated(1), layer=1, centroids=torch.randn(4, 16))
     save_module(tokenizer, tmp_path / "tokenizer")
     options = words({**places, "--encoder": tmp_path / "tokenizer"}, tmp_path / "out", clusters="none", probe_clips=3)
     assert musiclm_command(*options) == 0
     said = capsys.readouterr().out
-    assert "layer 1" in said and "layer 2" not in said and "Tokens" not in said
+    assert "layer 1" in said and "layer 2" not in said and "## Tokens" not in said
+    assert "## Own tokens, k = 4\n" in said and f"- KMeansTokenizer {tokenizer.fingerprint}: " in said
     assert "- speech, train: 3 clips" in said and "- music, test: 3 clips" in said
+
+
+def test_a_bundled_tokenizer_and_its_own_tokens(musiclm_command, places, tmp_path):
+    """Tiny, by name: its own tokens have six figures beside those of a layer, and the verdict is on layers alone."""
+    options = words({**places, "--encoder": "tiny"}, tmp_path / "out", layers="1", clusters="4", probe_clips=4)
+    assert musiclm_command(*options) == 0
+    written = json.loads((tmp_path / "out" / "figures.json").read_text())
+    size = written["settings"]["codebook_size"]
+    own = [figure["name"] for figure in written["figures"] if figure["name"].startswith("own tokens")]
+    token = [f"own tokens / token, k {size} / {probe}" for probe in ("pitch class", "digit", "speaker")]
+    assert own == token + [
+        f"own tokens / histogram, k {size} / {probe}" for probe in ("digit", "speaker", "instrument")
+    ]
+    assert {one["layer"] for one in written["settings"]["verdict"]["tokens"]} == {"layer 1"}
+    assert f"## Own tokens, k = {size}\n" in (tmp_path / "out" / "figures.md").read_text()
+
+
+def test_a_tokenizer_without_layers(musiclm_command, places, tmp_path, capsys):
+    """vq-wav2vec has tokens alone: one table, no verdict; layers cannot be asked for."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "audiolm_pytorch"))
+    from published_vq_wav2vec import vq_settings, write_vq_wav2vec
+
+    tokenizer = FairseqVQWav2Vec(write_vq_wav2vec(tmp_path / "vq.pt", vq_settings()))
+    save_module(tokenizer, tmp_path / "vq")
+    changed = {**places, "--encoder": tmp_path / "vq"}
+    assert musiclm_command(*words(changed, tmp_path / "out", probe_clips=4)) == 0
+    said = capsys.readouterr().out
+    assert "16000 Hz, 200 tokens a second, 24 different" in said and "## Own tokens, k = 24\n" in said
+    assert said.count("\n## ") == 1 and "- k-means" not in said and "| layer" not in said and "layers 0" not in said
+    assert musiclm_command(*words(changed, tmp_path / "other", layers="1")) == 2
+    assert "vq has no layers, only tokens; leave --layers out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

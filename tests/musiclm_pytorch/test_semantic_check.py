@@ -15,9 +15,10 @@ from semantic_sounds import RATE_HZ, written_corpus, written_digits
 
 from audiolm_pytorch.audio import read_audio
 from audiolm_pytorch.data.manifest import AudioItem
-from audiolm_pytorch.semantic import BestRQEncoder, FrameEncoder
-from musiclm_pytorch.evaluation import semantic_check
-from musiclm_pytorch.evaluation.semantic_check import check_semantic
+from audiolm_pytorch.semantic import BestRQEncoder, FrameEncoder, KMeansTokenizer
+from audiolm_pytorch.semantic.protocol import SemanticTokenizer
+from musiclm_pytorch.evaluation import semantic_check, semantic_views
+from musiclm_pytorch.evaluation.semantic_check import check_semantic, check_tokens
 from musiclm_pytorch.evaluation.semantic_data import (
     FrameGrid,
     ProbeClip,
@@ -180,6 +181,60 @@ def test_the_layer_that_carries_the_label_wins(coded_sets):
     assert re.search(r"\| 32 +\| layer 1\* +\| log-mel +\|.*\| yes", text)
 
 
+class CodedTokenizer(nn.Module):
+    """Its token is the label in the first sample of every frame; -1 behind an item's end, with `shift` added."""
+
+    target_sample_hz, downsample_factor, codebook_size, fingerprint = RATE_HZ, HOP, 32, "fake"
+
+    def __init__(self, shift=0):
+        super().__init__()
+        self.shift = shift
+
+    def num_frames(self, num_samples):
+        return CodedEncoder().num_frames(num_samples)
+
+    def forward(self, wave, input_sample_hz=None, lengths=None):
+        codes, real = CodedEncoder().features(wave, lengths, 1)
+        return (codes.argmax(-1) + self.shift).masked_fill(~real, -1)
+
+
+def test_own_tokens_are_read(coded_sets):
+    """A token that is the label tells all of it; what it does not hold stays at chance; all clips were heard."""
+    check = check_tokens(CodedTokenizer(), *coded_sets)
+    assert isinstance(CodedTokenizer(), SemanticTokenizer)
+    got = values(check)
+    assert {key[0] for key in got} == {"own tokens"} and {key[3] for key in got} == {32}
+    assert got["own tokens", Reading.TOKEN, "pitch class", 32] == got["own tokens", Reading.TOKEN, "digit", 32] == 1.0
+    assert got["own tokens", Reading.HISTOGRAM, "digit", 32] == 1.0
+    assert got["own tokens", Reading.TOKEN, "speaker", 32] < 0.75
+    assert ("own tokens", Reading.HISTOGRAM, "instrument", 32) in got and len(got) == 6
+    layers = check_semantic(CodedEncoder(), *coded_sets, layers=[1], clusters=[32])
+    assert (check.num_clips, check.num_frames) == (layers.num_clips, layers.num_frames)
+    # a table of its own, beside k-means of as many clusters
+    text = score_tables([(score, score.figure()) for score in (*layers.scores, *check.scores)])
+    first, own = text.split("## Own tokens, k = 32\n")
+    assert "own tokens" not in first and "## Tokens, k = 32" in first and "layer" not in own
+    assert re.search(r"\| own tokens +\| 100\.0 \[100\.0, 100\.0\] ", own) and own.count("| guessing ") == 1
+
+
+def test_a_cut_of_lengths_moves_no_token(coded_sets):
+    """A tokenizer that cuts lengths to whole seconds is measured on the same frames, and keeps its cut."""
+    sizes = dict(layer=1, centroids=torch.eye(32))
+    plain = KMeansTokenizer(encoder=CodedEncoder(), **sizes)
+    cut = KMeansTokenizer(encoder=CodedEncoder(), **sizes, seq_len_multiple_of=RATE_HZ)
+    got = values(check_tokens(cut, *coded_sets))
+    assert got == values(check_tokens(plain, *coded_sets))
+    assert got["own tokens", Reading.TOKEN, "pitch class", 32] == 1.0 and cut.seq_len_multiple_of == RATE_HZ
+
+
+def test_what_gives_no_tokens_is_refused(coded_sets):
+    """Another module, and ids outside the codebook."""
+    with pytest.raises(TypeError, match="Linear is no SemanticTokenizer"):
+        check_tokens(nn.Linear(2, 2), *coded_sets)
+    with pytest.raises(ValueError, match=r"CodedTokenizer gives ids outside 0\.\.31"):
+        check_tokens(CodedTokenizer(shift=20), *coded_sets)
+
+
 def test_shuffled_labels_are_not_found(coded_sets):
     """If digits are dealt out anew, even the layer that carried them is at chance: nothing else leaks to the probe."""
     music, speech = coded_sets
@@ -202,11 +257,11 @@ def test_clips_keep_their_own_frames_in_batches(coded_sets, monkeypatch):
     """Clips of unequal length that are encoded together get the vectors, in their order, that they get alone."""
     encoder, grid = tiny_encoder().eval(), FrameGrid(RATE_HZ, HOP, HOP)
     music, speech = (ProbeSet(one.train[:12], one.test[:8]) for one in coded_sets)
-    sound = semantic_check._sounds(music, speech, encoder, grid, width=80)["speech, train"]
+    sound = semantic_check._sounds(music, speech, encoder.num_frames, grid, width=80)["speech, train"]
     for view in views_of(encoder, grid, [0, 2]):
-        together = semantic_check._vectors(view, sound, torch.device("cpu"))
-        monkeypatch.setattr(semantic_check, "_CLIPS_AT_ONCE", 1)
-        alone = semantic_check._vectors(view, sound, torch.device("cpu"))
+        together = semantic_views.vectors_of(view, sound, torch.device("cpu"))
+        monkeypatch.setattr(semantic_views, "_CLIPS_AT_ONCE", 1)
+        alone = semantic_views.vectors_of(view, sound, torch.device("cpu"))
         monkeypatch.undo()
         assert together.shape == (sum(sound.num_frames), view.width)
         assert torch.allclose(together, alone, atol=1e-4)

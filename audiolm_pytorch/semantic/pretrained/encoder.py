@@ -231,7 +231,7 @@ class TransformersEncoder(nn.Module):
         layer = self.depth if layer is None else layer
         if not 0 <= layer <= self.depth:
             raise ValueError(f"layer must be in 0..{self.depth}, got {layer}")
-        check_waves(wave)
+        check_waves(wave, lengths, next(self.model.parameters()).device)
         if lengths is not None:
             lengths = checked_lengths(lengths, wave)
             self.num_frames(int(lengths.min()))

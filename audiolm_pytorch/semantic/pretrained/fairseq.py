@@ -1,6 +1,7 @@
 """Checkpoints of fairseq, read without fairseq: weights and settings, and the HuBERT that they are of."""
 
 import re
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,14 @@ from audiolm_pytorch.io import load_weights
 from audiolm_pytorch.restricted_pickle import StandIn
 from audiolm_pytorch.torch_checkpoint import read_torch_checkpoint
 
-__all__ = ["FairseqCheckpoint", "conv_layers_of", "hubert_from_fairseq", "read_fairseq"]
+__all__ = ["FairseqCheckpoint", "built_for", "conv_layers_of", "hubert_from_fairseq", "read_fairseq", "shown"]
 
 _MOST_NESTED = 32
 _MOST_LAYERS = 64
+_MOST_LETTERS = 1000
+_MOST_SIZE = 2**20
+_LONGEST_NAME = 256
+_HIGHEST_HZ = 2**20
 _CONV_TERM = r"\[((?:\(\d{1,6},\d{1,6},\d{1,6}\),?)+)\](?:\*(\d{1,2}))?"
 # What fairseq takes where a checkpoint's settings are silent and no shape shows it.
 _HUBERT_DEFAULTS: dict[str, Any] = {
@@ -77,7 +82,7 @@ class FairseqCheckpoint:
     def sample_hz(self) -> int:
         """Rate of the waves that the model was trained on (Hz)."""
         rate_hz = self.task.get("sample_rate")
-        return rate_hz if isinstance(rate_hz, int) and rate_hz > 0 else 16_000
+        return rate_hz if isinstance(rate_hz, int) and 0 < rate_hz <= _HIGHEST_HZ else 16_000
 
 
 @beartype
@@ -96,33 +101,86 @@ def read_fairseq(path: str | Path) -> FairseqCheckpoint:
     found = read_torch_checkpoint(path)
     weights = found.get("model") if isinstance(found, dict) else None
     if not isinstance(weights, dict) or not weights:
-        keys = f"it has {sorted(map(str, found))[:8]}" if isinstance(found, dict) else f"it is a {type(found).__name__}"
+        keys = f"it is a {type(found).__name__}"
+        if isinstance(found, dict):
+            keys = f"it has {[key[:40] for key in sorted(key for key in found if isinstance(key, str))[:8]]}"
         raise ValueError(
             f"{path} is no checkpoint of fairseq: there is no 'model' with weights in it ({keys:.200}); give a file as "
             "published, e.g. hubert_base_ls960.pt"
         )
-    strange = [str(name)[:60] for name, value in weights.items() if not isinstance(value, Tensor)]
+    strange = [name for name, value in weights.items() if not (_is_name(name) and isinstance(value, Tensor))]
     if strange:
-        raise ValueError(f"{path} is no checkpoint of fairseq: {strange[:4]} in its 'model' are no tensors")
+        names = ", ".join(map(shown, strange[:4]))
+        raise ValueError(f"{path} is no checkpoint of fairseq: {names} in its 'model' are no names of tensors")
+    _check_overlaps(weights.values(), path)
     said = _plain(found.get("cfg")) or _plain(found.get("args"))
     settings: dict[str, Any] = said if isinstance(said, dict) else {}
     model, task = settings.get("model"), settings.get("task")
     if not isinstance(model, dict):  # an `args` is flat; where it has a `task`, that is a name
         model = task = settings
-    return FairseqCheckpoint(
-        {str(name): tensor for name, tensor in weights.items()},
-        model,
-        task if isinstance(task, dict) else {},
-        str(path),
-    )
+    return FairseqCheckpoint(weights, model, task if isinstance(task, dict) else {}, str(path))
+
+
+def _is_name(name: Any) -> bool:
+    """Whether a weight may be called so: such names are printed."""
+    return isinstance(name, str) and len(name) <= _LONGEST_NAME and name.isprintable()
+
+
+def _check_overlaps(tensors: Collection[Tensor], path: str | Path) -> None:
+    """Refuse weights that lie upon each other: a model that was filled from them could be larger than the memory."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
+    there = sum(tensor.untyped_storage().nbytes() // tensor.itemsize for tensor in storages.values())
+    if sum(tensor.numel() for tensor in tensors) > 2 * there:  # a weight may have two names
+        raise ValueError(f"{path} is refused: many of its weights share the same bytes; give the file as published")
 
 
 @beartype
-def conv_layers_of(setting: str | list | tuple) -> list[list[int]]:
+def shown(value: Any) -> str:
+    """A value out of a checkpoint as messages print it.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        Text and numbers, shortened and in quotes; the type of anything else, which may be larger than the memory when
+        it is written out.
+    """
+    if isinstance(value, str):
+        return repr(value[:60])
+    is_short = value is None or isinstance(value, float) or (isinstance(value, int) and value.bit_length() <= 64)
+    return repr(str(value)) if is_short else f"a {type(value).__name__}"
+
+
+@beartype
+def built_for(weights: dict[str, Tensor], build: Callable[[], nn.Module]) -> Any:
+    """Build a module that weights are to be loaded into, unless it needs far more memory than these.
+
+    Args:
+        weights: Name to tensor.
+        build: Builds it. Its random weights are to be replaced: the caller's random numbers go on as if nothing had
+            happened.
+
+    Returns:
+        The module.
+
+    Raises:
+        ValueError: If it has more than twice the numbers; what else differs shows when the weights are loaded.
+    """
+    with torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):
+            wanted = sum(parameter.numel() for parameter in build().parameters())
+        there = sum(tensor.numel() for tensor in weights.values())
+        if wanted > 2 * there:
+            raise ValueError(f"the settings ask for a model of {wanted} numbers, the weights have {there}")
+        return build()
+
+
+@beartype
+def conv_layers_of(setting: Any) -> list[list[int]]:
     """Read fairseq's description of convolutions, which is a Python expression there.
 
     Args:
-        setting: Like "[(512,10,5)] + [(512,3,2)] * 4": width, kernel and stride; or the list itself.
+        setting: Like "[(512,10,5)] + [(512,3,2)] * 4": width, kernel and stride; or the list or tuple itself.
 
     Returns:
         `[width, kernel, stride]` of every convolution.
@@ -131,21 +189,20 @@ def conv_layers_of(setting: str | list | tuple) -> list[list[int]]:
         ValueError: If it is anything else.
     """
     layers: list[Any] = []
-    if isinstance(setting, str):
-        text = "".join(setting.split())[:1000]
+    if isinstance(setting, str) and len(setting) <= _MOST_LETTERS:
+        text = "".join(setting.split())
         if re.fullmatch(rf"{_CONV_TERM}(?:\+{_CONV_TERM})*", text):
             for term, times in re.findall(_CONV_TERM, text):
                 layers += [list(map(int, layer.split(","))) for layer in re.findall(r"\(([\d,]+)\)", term)] * int(
                     times or 1
                 )
-    else:
-        layers = [list(layer) if isinstance(layer, list | tuple) else layer for layer in setting]
-    fits = (
-        isinstance(layer, list) and len(layer) == 3 and all(type(n) is int and n > 0 for n in layer) for layer in layers
-    )
+    elif isinstance(setting, list | tuple) and len(setting) <= _MOST_LAYERS:
+        layers = [list(layer) for layer in setting if isinstance(layer, list | tuple) and len(layer) == 3]
+        layers = layers if len(layers) == len(setting) else []
+    fits = (all(type(n) is int and 0 < n < _MOST_SIZE for n in layer) for layer in layers)
     if not 1 <= len(layers) <= _MOST_LAYERS or not all(fits):
         raise ValueError(
-            f"conv_feature_layers {str(setting)[:80]!r} is not understood; it must be like "
+            f"conv_feature_layers {shown(setting)} is not understood; it must be like "
             "'[(512,10,5)] + [(512,3,2)] * 4': width, kernel and stride of each convolution"
         )
     return layers
@@ -177,9 +234,7 @@ def hubert_from_fairseq(checkpoint: FairseqCheckpoint) -> Any:
     }
     try:
         config = transformers.HubertConfig(**_hubert_config(checkpoint))
-        # its random weights are replaced: the caller's random numbers go on as if nothing had happened
-        with torch.random.fork_rng(devices=[]):
-            model: nn.Module = transformers.HubertModel(config)
+        model: nn.Module = built_for(checkpoint.weights, lambda: transformers.HubertModel(config))
     except (TypeError, ValueError, RuntimeError, ZeroDivisionError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{checkpoint.source} has settings or shapes that no HuBERT has: {reason}") from error
@@ -202,7 +257,7 @@ def _check_hubert(checkpoint: FairseqCheckpoint) -> None:
     if not any(weight.startswith("encoder.layers.") for weight in checkpoint.weights):
         raise ValueError(f"{checkpoint.source} holds no HuBERT: it has no weights encoder.layers.*; {mend}")
     if isinstance(name, str) and not name.startswith("hubert"):
-        raise ValueError(f"{checkpoint.source} holds a {name[:40]}, not a HuBERT; {mend}")
+        raise ValueError(f"{checkpoint.source} holds a {shown(name)}, not a HuBERT; {mend}")
     if not checkpoint.model:
         raise ValueError(f"{checkpoint.source} has neither cfg nor args, so its settings are not known; {mend}")
 
@@ -222,16 +277,19 @@ def _hubert_config(checkpoint: FairseqCheckpoint) -> dict[str, Any]:
 
     def setting(name: str, kind: type, otherwise: Any) -> Any:
         value: Any = said.get(name, otherwise)
-        is_out_of_range = kind is int and isinstance(value, int) and not 1 <= value < 2**20
+        is_out_of_range = kind is int and isinstance(value, int) and not 1 <= value < _MOST_SIZE
         if type(value) is not kind or is_out_of_range:
-            raise ValueError(f"{name} is {str(value)[:40]!r}")
+            raise ValueError(f"{name} is {shown(value)}")
         return value
 
     def size(name: str, axis: int) -> int | None:
         tensor = weights.get(name)
         return tensor.shape[axis] if tensor is not None and tensor.ndim > axis else None
 
-    numbers = {int(number) for number in re.findall(r"encoder\.layers\.(\d+)\.", "\n".join(weights))}
+    num_layers = len({*re.findall(r"^encoder\.layers\.(\d+)\.", "\n".join(weights), re.MULTILINE)})
+    said_layers = setting("encoder_layers", int, num_layers)
+    if said_layers != num_layers or num_layers > _MOST_LAYERS:
+        raise ValueError(f"encoder_layers is {said_layers}, the weights are of {num_layers} (at most {_MOST_LAYERS})")
     convolutions = conv_layers_of(said.get("conv_feature_layers", _HUBERT_DEFAULTS["conv_feature_layers"]))
     is_layered = "feature_extractor.conv_layers.0.2.1.weight" in weights
     mode = setting("extractor_mode", str, "layer_norm" if is_layered else "default")
@@ -245,7 +303,7 @@ def _hubert_config(checkpoint: FairseqCheckpoint) -> dict[str, Any]:
     mask = dict(apply_spec_augment=False, mask_time_prob=0.05 if "mask_emb" in weights else 0.0, mask_feature_prob=0.0)
     return dict(
         hidden_size=setting("encoder_embed_dim", int, width),
-        num_hidden_layers=setting("encoder_layers", int, len(numbers)),
+        num_hidden_layers=num_layers,
         num_attention_heads=setting("encoder_attention_heads", int, _HUBERT_DEFAULTS["encoder_attention_heads"]),
         intermediate_size=setting("encoder_ffn_embed_dim", int, size("encoder.layers.0.fc1.weight", 0)),
         hidden_act=_ACTIVATIONS[activation],
@@ -276,7 +334,8 @@ def _plain(value: Any, seen: dict[int, Any] | None = None, depth: int = 0) -> An
         return seen[id(value)]
     seen[id(value)] = None
     if isinstance(value, StandIn):
-        fields = value.fields
+        # not `fields`, which is made anew each time: what is known by its id must stay where it is
+        fields = value.state if isinstance(value.state, dict) else {}
         if value.name.startswith("omegaconf."):
             made = _plain(fields.get("_content", fields.get("_val")), seen, depth + 1)
         elif value.name == "argparse.Namespace":
@@ -284,7 +343,7 @@ def _plain(value: Any, seen: dict[int, Any] | None = None, depth: int = 0) -> An
         else:
             made = _plain(value.arguments[0], seen, depth + 1) if len(value.arguments) == 1 else None
     elif isinstance(value, dict):
-        made = {str(name): _plain(item, seen, depth + 1) for name, item in value.items()}
+        made = {name: _plain(item, seen, depth + 1) for name, item in value.items() if isinstance(name, str)}
     elif isinstance(value, list | tuple):
         made = [_plain(item, seen, depth + 1) for item in value]
     else:

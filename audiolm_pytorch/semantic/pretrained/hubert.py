@@ -30,6 +30,10 @@ class HubertWithKmeans(KMeansTokenizer):
     is a model of speech, and how much of music its tokens keep has to be measured (`musiclm evaluate semantic`).
     Licence: MIT, as fairseq says of its code and models.
 
+    Waves of up to 30 s are heard whole. Longer ones are encoded in windows of 30 s at fixed places with 2 s more on
+    each side, so that memory stays bounded. The convolutions see no seam, but attention ends at the window: with random
+    weights two thirds to three quarters of the tokens are those of the whole file, wherever they stand.
+
     Args:
         checkpoint_path: fairseq's checkpoint, a folder in transformers' format (any model that `TransformersEncoder`
             reads), or a hub id.

@@ -28,9 +28,10 @@ __all__ = ["CentroidFile", "read_centroids", "read_kmeans_file", "write_centroid
 _ROOTS = ("sklearn", "numpy.random")
 _DOWNLOAD = "download or copy it again"
 _PUBLISHED = "give a k-means as published, e.g. hubert_base_ls960_L9_km500.bin, or centroids in a .safetensors file"
+_TORCH_ARCHIVE = b"PK\x03\x04"  # what torch.save writes is a zip archive
 _DUMP_AGAIN = "write it again where scikit-learn is: joblib.dump(kmeans, path)"
 # A file is unpacked before it is read; the published one is 3 MB, and a bomb of a few kB must not fill the memory.
-_MOST_BYTES = 2**32
+_MOST_BYTES = 2**28
 _CHUNK_BYTES = 2**20
 # joblib's own settings of lzma need 64 MiB to be unpacked; a file may ask for gigabytes.
 _MOST_LZMA_BYTES = 2**28
@@ -69,6 +70,9 @@ def read_kmeans_file(path: str | Path) -> Tensor:
     """
     path = checked_file(path, _PUBLISHED)
     with one_line_errors(path), path.open("rb") as file:
+        if file.read(len(_TORCH_ARCHIVE)) == _TORCH_ARCHIVE:
+            raise RefusedPickleError(f"is a checkpoint of torch: are checkpoint and k-means exchanged? {_PUBLISHED}")
+        file.seek(0)
         stream = BytesIO(_unpacked(file))
         found = RestrictedUnpickler(stream, _classes(stream), _ROOTS, source=path).load()
     centroids = found.fields.get("cluster_centers_") if isinstance(found, StandIn) else None
@@ -78,7 +82,7 @@ def read_kmeans_file(path: str | Path) -> Tensor:
     array = centroids.array
     if array.dtype.kind != "f":
         raise ValueError(f"{path} has centroids of type {array.dtype}, floats are needed; {_PUBLISHED}")
-    return _checked_centroids(torch.from_numpy(array).to(torch.float32).contiguous(), path)
+    return _checked_centroids(torch.from_numpy(array.astype("float32", order="C")), path)
 
 
 @beartype

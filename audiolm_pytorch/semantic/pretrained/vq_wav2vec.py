@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.io import fingerprint_of, load_weights, register
 from audiolm_pytorch.ragged import check_waves, items_by_length, resampled_items
-from audiolm_pytorch.semantic.pretrained.fairseq import FairseqCheckpoint, conv_layers_of, read_fairseq
+from audiolm_pytorch.semantic.pretrained.fairseq import (
+    FairseqCheckpoint,
+    built_for,
+    conv_layers_of,
+    read_fairseq,
+    shown,
+)
 from audiolm_pytorch.semantic.pretrained.vq_wav2vec_network import (
     ACTIVATIONS,
     ConvFeatures,
@@ -26,6 +32,7 @@ __all__ = ["FairseqVQWav2Vec", "vq_wav2vec_from_fairseq"]
 # Parts that make no codes: the context network, what it projects to, the contrastive heads, and the vectors of the
 # Gumbel codebook, which only the context network reads.
 _UNUSED = ("feature_aggregator.", "project_features.", "wav2vec_predictions.", "vector_quantizer.vars")
+_MOST_LINEAR = 64
 # What every release of fairseq takes where a checkpoint is silent. It changed its mind about `log_compression`, and no
 # shape shows the strides: these two must be said.
 _DEFAULTS = {"activation": "relu", "residual_scale": 0.5, "skip_connections_feat": False, "vq_groups": 2}
@@ -171,7 +178,7 @@ class FairseqVQWav2Vec(nn.Module):
         Raises:
             ValueError: If shapes do not fit, samples are not finite or an item is shorter than one frame.
         """
-        check_waves(wave)
+        check_waves(wave, lengths, next(self.network.parameters()).device)
         if input_sample_hz is not None and input_sample_hz != self.target_sample_hz:
             wave, lengths = resampled_items(wave, input_sample_hz, self.target_sample_hz, lengths)
         wave = wave.to(next(self.network.parameters()).dtype)
@@ -212,12 +219,10 @@ def vq_wav2vec_from_fairseq(checkpoint: FairseqCheckpoint) -> VQWav2Vec:
         )
     said = _DEFAULTS | {name: value for name, value in checkpoint.model.items() if value is not None}
     try:
-        # random weights are replaced: the caller's random numbers go on as if nothing had happened
-        with torch.random.fork_rng(devices=[]):
-            features = _features_for(weights, said)
-            network = VQWav2Vec(features, _quantizer_for(weights, said, features.dim))
-    except ValueError as error:
-        raise ValueError(f"{checkpoint.source}: {error}; give the file as published") from error
+        network = built_for(weights, lambda: _network_for(weights, said))
+    except (ValueError, RuntimeError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{checkpoint.source}: {reason}; give the file as published") from error
     load_weights(network, weights, checkpoint.source)
     return network.eval()
 
@@ -234,21 +239,28 @@ def _setting(said: dict[str, Any], name: str, kind: type, allowed: Any = None) -
     """A setting that shows in no weight; ValueError where it is missing or makes no sense."""
     value = said.get(name)
     if type(value) is not kind or (allowed is not None and value not in allowed):
-        raise ValueError(f"codes depend on the setting {name}, which is {str(value)[:60]!r} in its args or cfg")
+        raise ValueError(f"codes depend on the setting {name}, which is {shown(value)} in its args or cfg")
     return value
+
+
+def _network_for(weights: dict[str, Tensor], said: dict[str, Any]) -> VQWav2Vec:
+    features = _features_for(weights, said)
+    return VQWav2Vec(features, _quantizer_for(weights, said, features.dim))
 
 
 def _features_for(weights: dict[str, Tensor], said: dict[str, Any]) -> ConvFeatures:
     """Convolutions as the settings have them, once these agree with the weights."""
     layers = conv_layers_of(said.get("conv_feature_layers") or "nothing")
     # before anything is built: settings alone could ask for any amount of memory
+    before = 1
     for place, (width, kernel, _) in enumerate(layers):
         tensor = weights.get(f"features.layers.{place}.conv.weight", torch.empty(0))
-        if tensor.ndim != 3 or (tensor.shape[0], tensor.shape[2]) != (width, kernel):
+        if tensor.shape != (width, before, kernel):
             raise ValueError(
-                f"convolution {place} is {width} wide with a kernel of {kernel} in its settings, and "
+                f"convolution {place} is {width} wide behind {before}, with a kernel of {kernel}, in its settings, and "
                 f"{tuple(tensor.shape)} in its weights"
             )
+        before = width
     return ConvFeatures(
         layers=layers,
         activation=_setting(said, "activation", str, ACTIVATIONS),
@@ -269,8 +281,10 @@ def _quantizer_for(weights: dict[str, Tensor], said: dict[str, Any], dim: int) -
             )
         return KMeansQuantizer(dim=dim, groups=groups, codes=len(codebook), shared=codebook.shape[1] == 1)
     biases = [tensor for name, tensor in weights.items() if re.fullmatch(r"quantizer\.layers\.\d+\.bias", name)]
+    if len(biases) > _MOST_LINEAR:
+        raise ValueError(f"{len(biases)} layers of a quantizer are more than {_MOST_LINEAR}")
     last = weights.get(f"quantizer.layers.{len(biases) - 1}.bias", torch.empty(0))
-    if not last.numel() or len(last) % groups:
+    if last.ndim != 1 or not last.numel() or len(last) % groups:
         raise ValueError(f"{last.numel()} logits cannot be divided among {groups} groups of codes")
     activation = _setting(said, "activation", str, ACTIVATIONS)
     return GumbelQuantizer(dim=dim, groups=groups, codes=len(last) // groups, depth=len(biases), activation=activation)

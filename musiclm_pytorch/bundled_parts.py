@@ -1,0 +1,113 @@
+"""The codecs and semantic tokenizers that come with the package, and how any other is named."""
+
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from beartype import beartype
+from torch import nn
+
+from audiolm_pytorch.codecs.protocol import Codec
+from audiolm_pytorch.io import load_module
+from audiolm_pytorch.semantic.protocol import FrameEncoder, SemanticTokenizer
+
+__all__ = [
+    "BUNDLED_CODECS",
+    "BUNDLED_TOKENIZERS",
+    "DEFAULT_CODEC",
+    "DEFAULT_TOKENIZER",
+    "codec_named",
+    "encoder_named",
+    "tokenizer_named",
+]
+
+# name -> folder below musiclm_pytorch/bundled
+BUNDLED_CODECS = {"16khz": "codec_16khz", "tiny": "tiny/codec"}
+DEFAULT_CODEC = "16khz"
+BUNDLED_TOKENIZERS = {"16khz": "semantic_16khz", "tiny": "tiny/semantic_tokenizer"}
+DEFAULT_TOKENIZER = "16khz"
+
+
+@beartype
+def codec_named(name: str, device: str | torch.device = "cpu", offline: bool = False) -> Codec:
+    """Open a codec for use.
+
+    Args:
+        name: Of a bundled codec, or a folder, or the id of a model on a hub (see `open_codec`).
+        device: Where it shall compute.
+        offline: Whether to refuse the hub.
+
+    Returns:
+        The codec in eval mode.
+
+    Raises:
+        ValueError: If there is no such codec, naming the bundled ones.
+    """
+    from audiolm_pytorch.codecs.pretrained.adapter import open_codec
+
+    folder = BUNDLED_CODECS.get(name)
+    try:
+        codec = open_codec(bundled_folder(folder) if folder else name, offline=offline)
+    except ValueError as error:
+        raise ValueError(f"{error}; bundled codecs: {', '.join(BUNDLED_CODECS)}") from error
+    if not isinstance(codec, Codec):
+        raise ValueError(f"{name} holds a {type(codec).__name__}, which is no codec")
+    if isinstance(codec, nn.Module):
+        codec.to(device).eval()
+    return codec
+
+
+@beartype
+def tokenizer_named(name: str = DEFAULT_TOKENIZER, device: str | torch.device = "cpu") -> SemanticTokenizer:
+    """Open a semantic tokenizer for use.
+
+    Args:
+        name: Of a bundled tokenizer, or the folder of one that was trained or converted here.
+        device: Where it shall compute.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: If there is no such tokenizer, naming the bundled ones.
+    """
+    folder = BUNDLED_TOKENIZERS.get(name)
+    try:
+        tokenizer = load_module(bundled_folder(folder) if folder else name, device=device)
+    except ValueError as error:
+        raise ValueError(f"{error}; bundled tokenizers: {', '.join(BUNDLED_TOKENIZERS)}") from error
+    if not isinstance(tokenizer, SemanticTokenizer):
+        raise ValueError(f"{name} holds a {type(tokenizer).__name__}, which is no semantic tokenizer")
+    return tokenizer
+
+
+@beartype
+def encoder_named(name: str, offline: bool = False) -> nn.Module:
+    """Open an encoder whose layers can be cut into semantic tokens.
+
+    Args:
+        name: Of a bundled tokenizer, or anything that `audiolm_pytorch.open_encoder` takes.
+        offline: Whether to refuse the hub.
+
+    Returns:
+        A `FrameEncoder` in eval mode, on the CPU.
+
+    Raises:
+        ImportError: If it needs a package that is not installed.
+        ValueError: If there is no such encoder, naming the bundled ones.
+    """
+    from audiolm_pytorch.semantic.pretrained import open_encoder
+
+    folder = BUNDLED_TOKENIZERS.get(name)
+    try:
+        encoder = open_encoder(bundled_folder(folder) if folder else name, offline=offline)
+    except ValueError as error:
+        raise ValueError(f"{error}; bundled encoders: {', '.join(BUNDLED_TOKENIZERS)}") from error
+    if not isinstance(encoder, FrameEncoder):
+        raise ValueError(f"{name} holds a {type(encoder).__name__}, but an encoder with layers is needed")
+    return encoder
+
+
+def bundled_folder(name: str) -> Path:
+    """A folder below musiclm_pytorch/bundled."""
+    return Path(str(files("musiclm_pytorch") / "bundled" / name))
