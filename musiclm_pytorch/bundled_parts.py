@@ -1,7 +1,9 @@
 """The codecs and semantic tokenizers that come with the package, and how any other is named."""
 
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from beartype import beartype
@@ -45,11 +47,7 @@ def codec_named(name: str, device: str | torch.device = "cpu", offline: bool = F
     """
     from audiolm_pytorch.codecs.pretrained.adapter import open_codec
 
-    folder = BUNDLED_CODECS.get(name)
-    try:
-        codec = open_codec(bundled_folder(folder) if folder else name, offline=offline)
-    except ValueError as error:
-        raise ValueError(f"{error}; bundled codecs: {', '.join(BUNDLED_CODECS)}") from error
+    codec = _opened(name, BUNDLED_CODECS, "codecs", lambda source: open_codec(source, offline=offline))
     if not isinstance(codec, Codec):
         raise ValueError(f"{name} holds a {type(codec).__name__}, which is no codec")
     if isinstance(codec, nn.Module):
@@ -71,11 +69,7 @@ def tokenizer_named(name: str = DEFAULT_TOKENIZER, device: str | torch.device = 
     Raises:
         ValueError: If there is no such tokenizer, naming the bundled ones.
     """
-    folder = BUNDLED_TOKENIZERS.get(name)
-    try:
-        tokenizer = load_module(bundled_folder(folder) if folder else name, device=device)
-    except ValueError as error:
-        raise ValueError(f"{error}; bundled tokenizers: {', '.join(BUNDLED_TOKENIZERS)}") from error
+    tokenizer = _opened(name, BUNDLED_TOKENIZERS, "tokenizers", lambda source: load_module(source, device=device))
     if not isinstance(tokenizer, SemanticTokenizer):
         raise ValueError(f"{name} holds a {type(tokenizer).__name__}, which is no semantic tokenizer")
     return tokenizer
@@ -98,14 +92,18 @@ def encoder_named(name: str, offline: bool = False) -> nn.Module:
     """
     from audiolm_pytorch.semantic.pretrained import open_encoder
 
-    folder = BUNDLED_TOKENIZERS.get(name)
+    opened = _opened(name, BUNDLED_TOKENIZERS, "encoders", lambda source: open_encoder(source, offline=offline))
+    if not isinstance(opened, FrameEncoder) or not isinstance(opened, nn.Module):
+        raise ValueError(f"{name} holds a {type(opened).__name__}, but an encoder with layers is needed")
+    return opened
+
+
+def _opened(name: str, bundled: Mapping[str, str], what: str, open_source: Callable[[str | Path], Any]) -> Any:
+    """Open what is bundled under a name, or else what the name itself points to; an error says what is bundled."""
     try:
-        encoder = open_encoder(bundled_folder(folder) if folder else name, offline=offline)
+        return open_source(bundled_folder(bundled[name]) if name in bundled else name)
     except ValueError as error:
-        raise ValueError(f"{error}; bundled encoders: {', '.join(BUNDLED_TOKENIZERS)}") from error
-    if not isinstance(encoder, FrameEncoder):
-        raise ValueError(f"{name} holds a {type(encoder).__name__}, but an encoder with layers is needed")
-    return encoder
+        raise ValueError(f"{error}; bundled {what}: {', '.join(bundled)}") from error
 
 
 def bundled_folder(name: str) -> Path:
