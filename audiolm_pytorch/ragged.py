@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from audiolm_pytorch.audio import resample
 
-__all__ = ["check_waves", "checked_lengths", "items_by_length", "resampled_items"]
+__all__ = ["check_waves", "checked_lengths", "items_by_length", "length_mask", "resampled_items"]
 
 
 def check_waves(wave: Tensor, lengths: Tensor | None = None, device: torch.device | None = None) -> None:
@@ -30,8 +31,7 @@ def check_waves(wave: Tensor, lengths: Tensor | None = None, device: torch.devic
     if device is not None and wave.device != device:
         raise ValueError(f"wave is on {wave.device}, the model on {device}: move one of them with .to(...)")
     if lengths is not None:
-        places = torch.arange(wave.shape[1], device=wave.device)
-        wave = wave.masked_fill(places >= checked_lengths(lengths, wave).unsqueeze(1), 0.0)
+        wave = wave.masked_fill(~length_mask(checked_lengths(lengths, wave), wave.shape[1]), 0.0)
     if not all(extreme.isfinite() for extreme in torch.aminmax(wave)):
         raise ValueError("wave holds NaN or infinite samples; clean it first, e.g. with torch.nan_to_num")
 
@@ -56,6 +56,11 @@ def checked_lengths(lengths: Tensor, wave: Tensor) -> Tensor:
     if lengths.numel() and not 1 <= int(lengths.min()) <= int(lengths.max()) <= wave.shape[-1]:
         raise ValueError(f"lengths must lie in 1..{wave.shape[-1]}, got {lengths.tolist()}")
     return lengths.to(wave.device, torch.long)
+
+
+def length_mask(lengths: Tensor, num_positions: int) -> Tensor:
+    """True where a position lies within its item: lengths `[b]` int64 -> `[b, num_positions]` bool."""
+    return torch.arange(num_positions, device=lengths.device) < rearrange(lengths, "b -> b 1")
 
 
 def items_by_length(wave: Tensor, lengths: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:

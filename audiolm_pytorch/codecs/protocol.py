@@ -2,12 +2,11 @@
 
 from typing import Protocol, runtime_checkable
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from audiolm_pytorch.codecs.streaming import DecoderStream, EncoderStream
 
-__all__ = ["Codec", "StreamingCodec", "device_of"]
+__all__ = ["Codec", "StreamingCodec"]
 
 
 @runtime_checkable
@@ -78,9 +77,3 @@ class StreamingCodec(Codec, Protocol):
     def decoder_stream(self) -> DecoderStream:
         """A stream from codes to waves, with a state of its own."""
         ...
-
-
-def device_of(codec: object) -> torch.device:
-    """Where the weights of a codec (or any module) are; the CPU for one without."""
-    parameters = codec.parameters() if isinstance(codec, nn.Module) else iter(())
-    return next((parameter.device for parameter in parameters), torch.device("cpu"))

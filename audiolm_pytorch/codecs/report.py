@@ -13,8 +13,9 @@ from torch import Tensor
 from audiolm_pytorch.bootstrap import bootstrap_interval
 from audiolm_pytorch.codecs.loudness import codes_and_scales, wave_of
 from audiolm_pytorch.codecs.measures import WaveDistances, bitrate_kbps
-from audiolm_pytorch.codecs.protocol import Codec, device_of
+from audiolm_pytorch.codecs.protocol import Codec
 from audiolm_pytorch.codecs.quantizers import code_usage
+from audiolm_pytorch.devices import device_of
 
 __all__ = ["CodecRow", "Estimate", "aligned_table", "codec_report", "distance_row", "rows_table"]
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.data import AudioItem, BatchPlan, CropDataset, collate_crops
 from audiolm_pytorch.data.shards import TokenShards, write_shards
+from audiolm_pytorch.devices import device_of
 from audiolm_pytorch.semantic.protocol import FrameEncoder
 
 __all__ = ["CropPlan", "FeatureShards", "plan_crops", "write_features"]
@@ -164,7 +165,7 @@ class _FeatureMaker:
         """Frames of the crops `first <= i < last`, in float32 whatever autocast says."""
         rate_hz = self._encoder.sample_hz
         batch = collate_crops([self._dataset.get(*crop) for crop in self._plan.crops[first:last]])
-        device = _device_of(self._encoder)
+        device = device_of(self._encoder)
         wave, lengths = batch.waves[rate_hz].to(device), batch.lengths[rate_hz]
         with torch.autocast(device.type, enabled=False):
             features, mask = self._encoder.features(wave, lengths.to(device), self._layer)
@@ -184,12 +185,6 @@ class _FeatureMaker:
                 f"{path}: layer {self._layer} of {type(self._encoder).__name__} gives features {tuple(row.shape)}, not "
                 f"{wanted} as its num_frames and dim promise; mend the encoder"
             )
-
-
-def _device_of(encoder: FrameEncoder) -> torch.device:
-    """Where the encoder computes."""
-    tensors = [*encoder.parameters(), *encoder.buffers()] if isinstance(encoder, nn.Module) else []
-    return tensors[0].device if tensors else torch.device("cpu")
 
 
 class FeatureShards:

@@ -8,17 +8,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from audiolm_pytorch.audio import MelSpectrogram
+from audiolm_pytorch.ragged import length_mask
 from audiolm_pytorch.units import frames_covering
 
-__all__ = ["StackedLogMel", "length_mask"]
+__all__ = ["StackedLogMel"]
 
 # Spectra of an hour at once would take gigabytes: 30,000 mel frames (five minutes by default) take 200 MB.
 _FRAMES_AT_ONCE = 30_000
-
-
-def length_mask(lengths: Tensor, num_positions: int) -> Tensor:
-    """True where a position lies within its item: lengths `[b]` int64 -> `[b, num_positions]` bool."""
-    return torch.arange(num_positions, device=lengths.device) < rearrange(lengths, "b -> b 1")
 
 
 class StackedLogMel(nn.Module):

@@ -6,6 +6,8 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
+from audiolm_pytorch.ragged import length_mask
+
 __all__ = ["Runs", "deduplicate", "expand"]
 
 PADDING = -1
@@ -84,8 +86,7 @@ def expand(runs: Runs) -> Tensor:
     if longest > num_tokens:
         raise ValueError(f"the runs hold {longest} tokens, more than num_tokens = {num_tokens}")
     expanded = torch.full((len(ids), num_tokens), PADDING, dtype=torch.int64, device=ids.device)
-    real = torch.arange(num_tokens, device=ids.device) < totals.unsqueeze(1)
-    expanded[real] = ids.reshape(-1).long().repeat_interleave(run_lengths.reshape(-1))
+    expanded[length_mask(totals, num_tokens)] = ids.reshape(-1).long().repeat_interleave(run_lengths.reshape(-1))
     return expanded
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from audiolm_pytorch.audio import resample
 from audiolm_pytorch.codecs.loudness import codes_and_scales, wave_of
-from audiolm_pytorch.codecs.protocol import Codec, device_of
+from audiolm_pytorch.codecs.protocol import Codec
+from audiolm_pytorch.devices import device_of
 from musiclm_pytorch.evaluation.attributes import AttributeClassifier
 from musiclm_pytorch.evaluation.report import Figure, accuracy_figure
 

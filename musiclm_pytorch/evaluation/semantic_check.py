@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from audiolm_pytorch.devices import device_of
 from audiolm_pytorch.nearest import nearest_index
 from audiolm_pytorch.semantic.clustering import cluster_epoch, first_centroids, survey
 from audiolm_pytorch.semantic.probes import fit_linear_probe, histogram, token_probe
@@ -114,7 +115,7 @@ def check_semantic(
             "ask for fewer clusters, or for more clips"
         )
     was_training = encoder.training
-    device = next((parameter.device for parameter in encoder.parameters()), torch.device("cpu"))
+    device = device_of(encoder)
     encoder.eval()
     scores: list[Score] = []
     try:
@@ -146,7 +147,7 @@ def check_tokens(tokenizer: nn.Module, music: ProbeSet, speech: ProbeSet) -> Sem
     """
     if not isinstance(tokenizer, SemanticTokenizer):
         raise TypeError(f"{type(tokenizer).__name__} is no SemanticTokenizer: see audiolm_pytorch.semantic.protocol")
-    device = next((tensor.device for tensor in (*tokenizer.parameters(), *tokenizer.buffers())), torch.device("cpu"))
+    device = device_of(tokenizer)
     was_training, codebook_size = tokenizer.training, tokenizer.codebook_size
     tokenizer.eval()
     try:

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from audiolm_pytorch.audio import write_audio
+from audiolm_pytorch.ragged import length_mask
 from audiolm_pytorch.semantic import best_rq, frontend
 from audiolm_pytorch.semantic.best_rq import BestRQ, BestRQEncoder
-from audiolm_pytorch.semantic.frontend import StackedLogMel, length_mask
+from audiolm_pytorch.semantic.frontend import StackedLogMel
 from audiolm_pytorch.semantic.targets import Decorrelation, RandomProjectionQuantizer, TokenTargets, sample_span_mask
 
 RATE_HZ = 4000

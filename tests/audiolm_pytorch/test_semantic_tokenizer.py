@@ -10,9 +10,9 @@ from audiolm_pytorch import nearest
 from audiolm_pytorch.audio import resample
 from audiolm_pytorch.io import load_module, save_module
 from audiolm_pytorch.nearest import nearest_index
+from audiolm_pytorch.ragged import length_mask
 from audiolm_pytorch.semantic import BestRQEncoder, FrameEncoder, KMeansTokenizer, KMeansTrainer, SemanticTokenizer
 from audiolm_pytorch.semantic import tokenizer as module
-from audiolm_pytorch.semantic.frontend import length_mask
 from audiolm_pytorch.semantic.tokenizer import encoder_fingerprint
 
 RATE_HZ = 4000

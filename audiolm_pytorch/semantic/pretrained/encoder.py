@@ -9,6 +9,7 @@ from beartype import beartype
 from einops import reduce
 from torch import Tensor, nn
 
+from audiolm_pytorch.devices import device_of
 from audiolm_pytorch.hub import (
     LoadedModel,
     load_model,
@@ -18,8 +19,7 @@ from audiolm_pytorch.hub import (
     require_transformers,
 )
 from audiolm_pytorch.io import register
-from audiolm_pytorch.ragged import check_waves, checked_lengths, items_by_length
-from audiolm_pytorch.semantic.frontend import length_mask
+from audiolm_pytorch.ragged import check_waves, checked_lengths, items_by_length, length_mask
 from audiolm_pytorch.semantic.pretrained.convolutions import convolved, group_statistics
 from audiolm_pytorch.semantic.pretrained.filterbank import Filterbank
 from audiolm_pytorch.semantic.windows import FrameArithmetic, Windows, features_in_windows
@@ -231,7 +231,7 @@ class TransformersEncoder(nn.Module):
         layer = self.depth if layer is None else layer
         if not 0 <= layer <= self.depth:
             raise ValueError(f"layer must be in 0..{self.depth}, got {layer}")
-        check_waves(wave, lengths, next(self.model.parameters()).device)
+        check_waves(wave, lengths, device_of(self.model))
         if lengths is not None:
             lengths = checked_lengths(lengths, wave)
             self.num_frames(int(lengths.min()))

@@ -9,6 +9,7 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
+from audiolm_pytorch.devices import device_of
 from audiolm_pytorch.io import fingerprint_of, load_weights, register
 from audiolm_pytorch.ragged import check_waves, items_by_length, resampled_items
 from audiolm_pytorch.semantic.pretrained.fairseq import (
@@ -178,7 +179,7 @@ class FairseqVQWav2Vec(nn.Module):
         Raises:
             ValueError: If shapes do not fit, samples are not finite or an item is shorter than one frame.
         """
-        check_waves(wave, lengths, next(self.network.parameters()).device)
+        check_waves(wave, lengths, device_of(self.network))
         if input_sample_hz is not None and input_sample_hz != self.target_sample_hz:
             wave, lengths = resampled_items(wave, input_sample_hz, self.target_sample_hz, lengths)
         wave = wave.to(next(self.network.parameters()).dtype)
