@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -88,8 +88,14 @@ class Conditioner(Protocol):
         """
         ...
 
-    def codes_from_latents(self, latents: Tensor) -> Tensor:
-        """Codes `[b, q]` of audio latents `[b, d]` that were computed before."""
+    def codes(
+        self, *, texts: str | Sequence[str] | None = None, wavs: Tensor | None = None, lengths: Tensor | None = None
+    ) -> Tensor:
+        """Codes `[b, q]` of exactly one of texts and waves `[b, n]` (with true lengths `[b]`)."""
+        ...
+
+    def codes_from_latents(self, latents: Tensor, modality: Literal["audio", "text"] = "audio") -> Tensor:
+        """Codes `[b, q]` of latents `[b, d]`, of audio or of texts, that were computed before."""
         ...
 
     def table(self, namespace: str) -> nn.Module:

@@ -4,13 +4,14 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import nn
 
 from audiolm_pytorch.files import read_json
@@ -21,6 +22,7 @@ __all__ = [
     "LoadedModel",
     "find_folder",
     "load_model",
+    "load_tokenizer",
     "model_settings",
     "model_type_of",
     "nameless_fingerprint",
@@ -32,7 +34,11 @@ logger = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _PREPROCESSOR = "preprocessor_config.json"
-_FILES = ["config.json", _PREPROCESSOR, "*.safetensors", "*.safetensors.index.json", "README.md"]
+_PROCESSOR = "processor_config.json"
+# Where a tokenizer keeps its vocabulary; merges.txt and some JSON belong to it.
+_VOCABULARIES = ["tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "spm.model"]
+_TOKENIZER_FILES = [*_VOCABULARIES, "merges.txt", "tokenizer_config.json", "*_tokens_map.json", "added_tokens.json"]
+_MODEL_FILES = ["config.json", _PREPROCESSOR, _PROCESSOR, "*.safetensors", "*.safetensors.index.json", "README.md"]
 # What transformers writes beside the numbers of a model, and changes from release to release.
 _VOLATILE = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype")
 # What their publishers say where the model card's header says nothing (it did not for the 24 kHz EnCodec when this was
@@ -57,7 +63,8 @@ class LoadedModel:
         source: Folder or hub id.
         revision: Commit of the hub, where it came from there.
         licence: Licence of the weights, as far as it is known.
-        preprocessor: What its `preprocessor_config.json` says; empty where there is none.
+        preprocessor: What its `preprocessor_config.json` says, or the feature extractor of its `processor_config.json`;
+            empty where there is neither.
     """
 
     model: nn.Module
@@ -110,7 +117,11 @@ def find_folder(
     require_transformers()
     try:
         snapshot = import_module("huggingface_hub").snapshot_download(
-            source, revision=revision, cache_dir=cache_dir, allow_patterns=_FILES, local_files_only=offline
+            source,
+            revision=revision,
+            cache_dir=cache_dir,
+            allow_patterns=[*_MODEL_FILES, *_TOKENIZER_FILES],
+            local_files_only=offline,
         )
     except (OSError, ValueError) as error:
         where = "the local cache (offline: nothing is downloaded)" if offline else "the Hugging Face hub"
@@ -145,6 +156,7 @@ def load_model(
     offline: bool = False,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
+    unneeded: Sequence[str] = (),
 ) -> LoadedModel:
     """Load a model of transformers in float32: every weight from the file, and from safetensors alone.
 
@@ -154,6 +166,7 @@ def load_model(
         offline: Whether to keep off the network.
         revision: Branch, tag or commit of the hub.
         cache_dir: Where downloads are kept.
+        unneeded: How the names of weights begin that may be missing, since the caller throws that part away.
 
     Returns:
         The model and its origin.
@@ -182,15 +195,53 @@ def load_model(
         )
     except Exception as error:
         raise ValueError(f"{folder} cannot be loaded as {model_class}: {type(error).__name__}: {error}") from error
-    absent = [*sorted(report["missing_keys"]), *map(str, report["mismatched_keys"])]
+    missing = (name for name in report["missing_keys"] if not name.startswith(tuple(unneeded)))
+    absent = [*sorted(missing), *map(str, report["mismatched_keys"])]
     if absent:
         # transformers only warns, and leaves them random
         raise ValueError(f"the weights in {folder} do not fit {model_class}: missing or of another shape: {absent[:8]}")
     if report["unexpected_keys"]:
         logger.warning("%s: %d weights are not used", folder, len(report["unexpected_keys"]))
     licence = _licence_in(folder) or _LICENCES.get(str(source), LoadedModel.licence)
-    preprocessor = read_json(folder / _PREPROCESSOR) if (folder / _PREPROCESSOR).is_file() else {}
-    return LoadedModel(model.to(torch.float32), str(source), commit, licence, preprocessor)
+    return LoadedModel(model.to(torch.float32), str(source), commit, licence, _preprocessor_in(folder))
+
+
+def load_tokenizer(
+    source: str | Path, *, offline: bool = False, revision: str | None = None, cache_dir: str | Path | None = None
+) -> Tokenizer:
+    """Load the tokenizer of a model of transformers as one of the `tokenizers` library, which is one JSON string.
+
+    Truncation and padding that the files may ask for are switched off: a batch changes nothing in it.
+
+    Args:
+        source: A folder, or a hub id.
+        offline: Whether to keep off the network.
+        revision: Branch, tag or commit of the hub.
+        cache_dir: Where downloads are kept.
+
+    Returns:
+        The tokenizer; its post-processor puts the special tokens of the model around a text.
+
+    Raises:
+        ImportError: If transformers is not installed.
+        ValueError: If the folder has no tokenizer, or one that is written in Python alone.
+    """
+    transformers = require_transformers()
+    folder, _ = find_folder(source, offline=offline, revision=revision, cache_dir=cache_dir)
+    # without a vocabulary transformers makes an empty tokenizer, and says nothing
+    if not any((folder / name).is_file() for name in _VOCABULARIES):
+        raise ValueError(f"{folder} has no tokenizer: one of {_VOCABULARIES} belongs beside the weights")
+    try:
+        found = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        tokenizer = Tokenizer.from_str(found.backend_tokenizer.to_str())
+    except Exception as error:
+        raise ValueError(
+            f"the tokenizer in {folder} cannot be read ({type(error).__name__}: {error}); a tokenizer.json always can, "
+            "as save_pretrained of a fast tokenizer writes it"
+        ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def model_settings(model: nn.Module) -> dict[str, Any]:
@@ -225,6 +276,15 @@ def nameless_fingerprint(model: nn.Module, facts: list[Any]) -> str:
         return hashlib.sha256(json.dumps([facts, sorted(parts)], sort_keys=True).encode()).hexdigest()[:16]
 
     return once_per_state(model, json.dumps(facts, sort_keys=True), digest)
+
+
+def _preprocessor_in(folder: Path) -> dict[str, Any]:
+    """Read how waves come in, from wherever this or that release of transformers wrote it."""
+    if (folder / _PREPROCESSOR).is_file():
+        return dict(read_json(folder / _PREPROCESSOR))
+    if (folder / _PROCESSOR).is_file():
+        return dict(read_json(folder / _PROCESSOR).get("feature_extractor", {}))
+    return {}
 
 
 def _licence_in(folder: Path) -> str | None:

@@ -51,6 +51,26 @@ class RMSNorm(nn.Module):
         return _RootMeanSquareNorm.apply(x, self.weight, self.eps)
 
 
+class _GatedProduct(torch.autograd.Function):
+    """`value * silu(gate)` of the two halves, keeping only them for backward: a quarter less than autograd keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, halves: Tensor) -> Tensor:
+        ctx.save_for_backward(halves)
+        value, gate = halves.chunk(2, dim=-1)
+        return F.silu(gate).mul_(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (halves,) = ctx.saved_tensors
+        value, gate = halves.chunk(2, dim=-1)
+        grad_halves = torch.empty_like(halves)
+        grad_value, grad_gate = grad_halves.chunk(2, dim=-1)
+        torch.mul(grads[0], F.silu(gate), out=grad_value)
+        torch.ops.aten.silu_backward.grad_input(grads[0] * value, gate, grad_input=grad_gate)
+        return grad_halves
+
+
 class GatedFeedForward(nn.Module):
     """Feed-forward layer with a SiLU gate (SwiGLU, arXiv:2002.05202, eq. 6).
 
@@ -69,8 +89,7 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., d]` to `[..., d]`."""
-        value, gate = self.up(x).chunk(2, dim=-1)
-        return self.down(self.dropout(F.silu(gate) * value))
+        return self.down(self.dropout(_GatedProduct.apply(self.up(x))))
 
 
 class RotaryPositions(nn.Module):

@@ -1,5 +1,7 @@
 """The mel spectrogram front end."""
 
+from typing import Any, Literal
+
 import numpy as np
 import torch
 from beartype import beartype
@@ -7,7 +9,7 @@ from einops import pack, rearrange, unpack
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["MelSpectrogram", "mel_filterbank"]
+__all__ = ["MelSpectrogram", "mel_edges", "mel_filterbank", "triangular_filters"]
 
 
 @beartype
@@ -36,12 +38,7 @@ def mel_filterbank(
         raise ValueError(
             f"need num_mels >= 1 and 0 <= f_min_hz < f_max_hz <= {sample_hz / 2}, got {num_mels}, {f_min_hz}, {top_hz}"
         )
-    first_mel, last_mel = 2595.0 * np.log10(1.0 + np.array([f_min_hz, top_hz]) / 700.0)
-    edges_mel = np.linspace(first_mel, last_mel, num_mels + 2)
-    edges_hz = 700.0 * (10.0 ** (edges_mel / 2595.0) - 1.0)
-    lower, centre, upper = (rearrange(edges_hz[i : i + num_mels], "m -> m 1") for i in range(3))
-    bins_hz = np.arange(n_fft // 2 + 1) * sample_hz / n_fft
-    filters = np.minimum((bins_hz - lower) / (centre - lower), (upper - bins_hz) / (upper - centre)).clip(min=0.0)
+    filters = triangular_filters(mel_edges(f_min_hz, top_hz, num_mels), sample_hz, n_fft)
     empty = np.flatnonzero(filters.max(axis=1) <= 0.0)
     if len(empty):
         raise ValueError(
@@ -49,6 +46,51 @@ def mel_filterbank(
             f"n_fft={n_fft} at {sample_hz} Hz; use fewer mels, a larger n_fft or a higher f_min_hz"
         )
     return torch.from_numpy(filters).float()
+
+
+def mel_edges(
+    f_min_hz: float, f_max_hz: float, num_mels: int, scale: Literal["htk", "slaney"] = "htk"
+) -> "np.ndarray[Any, Any]":
+    """Place the edges of overlapping bands at equal distances on a mel scale.
+
+    Args:
+        f_min_hz: Lower edge of the first band.
+        f_max_hz: Upper edge of the last.
+        num_mels: Number of bands.
+        scale: "htk", see `mel_filterbank`; "slaney", that of the Auditory Toolbox (Slaney, 1998) and of librosa: 200/3
+            Hz a mel up to 1 kHz, from there on a factor of 6.4 every 27 mels.
+
+    Returns:
+        `[num_mels + 2]` Hz, float64: band i lies between i and i + 2, and is centred on i + 1.
+    """
+    span_hz = np.array([f_min_hz, f_max_hz], dtype=np.float64)
+    if scale == "htk":
+        low_mel, high_mel = 2595.0 * np.log10(1.0 + span_hz / 700.0)
+        edges_mel = np.linspace(low_mel, high_mel, num_mels + 2)
+        return 700.0 * (10.0 ** (edges_mel / 2595.0) - 1.0)
+    linear_hz, knee_hz, growth = 200.0 / 3.0, 1000.0, np.log(6.4) / 27.0
+    knee_mel = knee_hz / linear_hz
+    above = knee_mel + np.log(np.maximum(span_hz, knee_hz) / knee_hz) / growth
+    low_mel, high_mel = np.where(span_hz < knee_hz, span_hz / linear_hz, above)
+    edges_mel = np.linspace(low_mel, high_mel, num_mels + 2)
+    bent_hz = knee_hz * np.exp(growth * (np.maximum(edges_mel, knee_mel) - knee_mel))
+    return np.where(edges_mel < knee_mel, edges_mel * linear_hz, bent_hz)
+
+
+def triangular_filters(edges_hz: "np.ndarray[Any, Any]", sample_hz: int, n_fft: int) -> "np.ndarray[Any, Any]":
+    """Build triangles over the bins of a Fourier transform: filter i rises from edge i to i + 1 and falls to i + 2.
+
+    Args:
+        edges_hz: `[m + 2]` in ascending order.
+        sample_hz: Sample rate in Hz.
+        n_fft: Size of the Fourier transform in samples.
+
+    Returns:
+        `[m, n_fft // 2 + 1]` float64, each with a peak of 1 (between two bins, or on one).
+    """
+    lower, centre, upper = (rearrange(edges_hz[i : len(edges_hz) - 2 + i], "m -> m 1") for i in range(3))
+    bins_hz = np.arange(n_fft // 2 + 1) * sample_hz / n_fft
+    return np.minimum((bins_hz - lower) / (centre - lower), (upper - bins_hz) / (upper - centre)).clip(min=0.0)
 
 
 class MelSpectrogram(nn.Module):

@@ -2,16 +2,18 @@
 
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
+import torch
 from beartype import beartype
 
-from audiolm_pytorch.codecs import SoundStream, SpectralSoundStream
-from audiolm_pytorch.semantic import BestRQ, BestRQEncoder
+from audiolm_pytorch.codecs import Codec, SoundStream, SpectralSoundStream
+from audiolm_pytorch.semantic import BestRQ, BestRQEncoder, KMeansTokenizer, SemanticTokenizer
 from audiolm_pytorch.stages import CoarseTransformer, FineTransformer, SemanticTransformer, StageTransformer
 from audiolm_pytorch.units import exact_div, samples_in
 from musiclm_pytorch.config import Preset
 from musiclm_pytorch.embed_quantizer import MuLaNEmbedQuantizer
-from musiclm_pytorch.mulan import AudioSpectrogramTransformer, MuLaN, TextTransformer
+from musiclm_pytorch.mulan import AudioSpectrogramTransformer, JointEmbedding, MuLaN, TextTransformer
 from musiclm_pytorch.mulan.tokenizer import TextTokenizer
 
 __all__ = [
@@ -22,10 +24,13 @@ __all__ = [
     "build_quantizer",
     "build_semantic_encoder",
     "build_semantic_objective",
+    "build_semantic_tokenizer",
 ]
 
 LANGUAGE_MODELS = ("semantic", "coarse", "fine")
 
+# 25 ms every 10 ms at the 16 kHz of MuLaN
+_MULAN_WINDOW_SAMPLES, _MULAN_HOP_SAMPLES = 400, 160
 # BEST-RQ in seconds, the same at every rate of waves and tokens: mel frames and the window of each, the windows in
 # which long recordings are encoded and what these see on each side, hidden spans and how many of them start, and how
 # far on each side a token's targets reach.
@@ -84,18 +89,33 @@ def build_semantic_objective(preset: Preset, encoder: BestRQEncoder) -> BestRQ:
 
 
 @beartype
+def build_semantic_tokenizer(preset: Preset) -> KMeansTokenizer:
+    """A semantic tokenizer of the preset's sizes, with random weights and centroids."""
+    s = preset.semantic_tokenizer
+    encoder = build_semantic_encoder(preset).truncated(s.layer)
+    return KMeansTokenizer(encoder=encoder, layer=s.layer, centroids=torch.randn(s.num_clusters, s.dim))
+
+
+@beartype
 def build_mulan(preset: Preset, captions: Sequence[str]) -> MuLaN:
     """An untrained MuLaN, its text tokenizer trained on the captions."""
     m = preset.mulan
     tokenizer = TextTokenizer.train(captions, vocab_size=m.text_vocab_size)
-    sizes = dict(dim=m.dim, depth=m.depth, heads=m.heads, dim_head=m.dim // m.heads)
-    audio = AudioSpectrogramTransformer(**sizes, num_mels=m.num_mels, spec_n_fft=m.n_fft, spec_hop_length=160)
+    sizes: dict[str, Any] = dict(dim=m.dim, depth=m.depth, heads=m.heads, dim_head=m.dim // m.heads)
+    audio = AudioSpectrogramTransformer(
+        **sizes,
+        num_mels=m.num_mels,
+        spec_n_fft=m.n_fft,
+        spec_win_length=min(_MULAN_WINDOW_SAMPLES, m.n_fft),
+        spec_hop_length=_MULAN_HOP_SAMPLES,
+        patch_dropout=m.patch_dropout,
+    )
     text = TextTransformer(**sizes, num_tokens=tokenizer.vocab_size, max_seq_len=m.text_max_tokens, tokenizer=tokenizer)
     return MuLaN(audio_transformer=audio, text_transformer=text)
 
 
 @beartype
-def build_quantizer(preset: Preset, mulan: MuLaN, num_clips: int) -> MuLaNEmbedQuantizer:
+def build_quantizer(preset: Preset, mulan: JointEmbedding, num_clips: int) -> MuLaNEmbedQuantizer:
     """A quantizer that is not fitted, with no more codes a level than there are clips to fit them to."""
     return MuLaNEmbedQuantizer(
         mulan=mulan,
@@ -107,11 +127,33 @@ def build_quantizer(preset: Preset, mulan: MuLaN, num_clips: int) -> MuLaNEmbedQ
 
 
 @beartype
-def build_language_model(preset: Preset, stage: str, num_semantic_tokens: int) -> StageTransformer:
-    """An untrained language model: "semantic", "coarse" or "fine"."""
-    c, config = preset.codec, getattr(preset, stage)
+def build_language_model(preset: Preset, stage: str, *, codec: Codec, tokenizer: SemanticTokenizer) -> StageTransformer:
+    """An untrained language model over the tokens of a codec and of a semantic tokenizer.
+
+    Vocabularies and rates are those of the two, which may be others than the preset's own; how many levels are modelled
+    is up to the preset, and a codec of more decodes the first ones.
+
+    Args:
+        preset: Sizes, and levels of codes.
+        stage: "semantic", "coarse" or "fine".
+        codec: What the acoustic tokens come from.
+        tokenizer: What the semantic tokens come from.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If the codec has fewer levels than the preset models.
+    """
+    levels, config = preset.codec.num_quantizers, getattr(preset, stage)
+    if levels > codec.num_quantizers:
+        raise ValueError(
+            f"the preset {preset.name} models {levels} levels of codes, and the codec has {codec.num_quantizers}; "
+            "give a codec with more levels, or a preset with a smaller codec.num_quantizers"
+        )
     num_coarse = preset.num_coarse_quantizers
-    frame_hz = Fraction(c.sample_hz, c.hop_samples)
+    frame_hz = Fraction(codec.target_sample_hz, codec.downsample_factor)
+    semantic_hz = Fraction(tokenizer.target_sample_hz, tokenizer.downsample_factor)
     sizes = dict(
         dim=config.dim,
         depth=config.depth,
@@ -124,22 +166,20 @@ def build_language_model(preset: Preset, stage: str, num_semantic_tokens: int) -
         null_tokens=preset.quantizer.num_quantizers,
     )
     if stage == "semantic":
-        return SemanticTransformer(
-            num_semantic_tokens=num_semantic_tokens, rate_hz=preset.semantic_tokenizer.token_hz, **sizes
-        )
+        return SemanticTransformer(num_semantic_tokens=tokenizer.codebook_size, rate_hz=semantic_hz, **sizes)
     if stage == "coarse":
         return CoarseTransformer(
-            num_semantic_tokens=num_semantic_tokens,
-            codebook_size=c.codebook_size,
+            num_semantic_tokens=tokenizer.codebook_size,
+            codebook_size=codec.codebook_size,
             num_coarse_quantizers=num_coarse,
-            semantic_rate_hz=preset.semantic_tokenizer.token_hz,
+            semantic_rate_hz=semantic_hz,
             rate_hz=frame_hz,
             **sizes,
         )
     return FineTransformer(
-        codebook_size=c.codebook_size,
+        codebook_size=codec.codebook_size,
         num_coarse_quantizers=num_coarse,
-        num_fine_quantizers=c.num_quantizers - num_coarse,
+        num_fine_quantizers=levels - num_coarse,
         rate_hz=frame_hz,
         **sizes,
     )

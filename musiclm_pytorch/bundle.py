@@ -1,13 +1,14 @@
 """Model folders: all parts of a MusicLM side by side, bundled with the package or anywhere on disk.
 
-MODEL/musiclm.json            format version, where it comes from, and defaults for generating (optional):
-                              "sampling" {stage: {temperature, top_k, top_p, guidance_scale}} and "num_levels"
-MODEL/<part>/config.json      one saved module for each of `PARTS`
+MODEL/musiclm.json            format version, where it comes from, defaults for generating (optional):
+                              "sampling" {stage: {temperature, top_k, top_p, guidance_scale}} and "num_levels",
+                              and "bundled_parts" {part: name} (optional): parts that are not in the folder but come
+                              with the package, in its folder of that name, e.g. {"codec": "codec_16khz"}
+MODEL/<part>/config.json      one saved module for each of `PARTS` besides those
 MODEL/<part>/model.safetensors
 """
 
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +18,29 @@ from beartype.roar import BeartypeCallHintViolation
 from torch import nn
 
 from audiolm_pytorch.audiolm import AudioLM
-from audiolm_pytorch.codecs import SoundStream
-from audiolm_pytorch.io import load_module, read_json, save_module, weights_of, write_json
-from audiolm_pytorch.semantic import KMeansTokenizer
+from audiolm_pytorch.codecs import Codec
+from audiolm_pytorch.io import fingerprint_of, load_module, read_config, read_json, save_module, write_json
+from audiolm_pytorch.semantic import SemanticTokenizer
 from audiolm_pytorch.stages import CoarseTransformer, FineTransformer, SemanticTransformer
+from musiclm_pytorch.bundled_parts import bundled_folder
 from musiclm_pytorch.embed_quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.musiclm import MusicLM
+from musiclm_pytorch.parts import exact_dtype, load_part
 
 __all__ = ["CARD", "FORMAT_VERSION", "PARTS", "export_musiclm", "load_musiclm", "model_folder", "save_parts"]
 
 FORMAT_VERSION = 1
-PARTS: dict[str, type[nn.Module]] = {
-    "codec": SoundStream,
-    "semantic_tokenizer": KMeansTokenizer,
+PARTS: dict[str, Any] = {
+    "codec": Codec,
+    "semantic_tokenizer": SemanticTokenizer,
     "quantizer": MuLaNEmbedQuantizer,
     "semantic": SemanticTransformer,
     "coarse": CoarseTransformer,
     "fine": FineTransformer,
 }
-TOKENIZERS = ("codec", "semantic_tokenizer")
 CARD = "musiclm.json"
+_TOKENIZERS = ("codec", "semantic_tokenizer")
+_PART_FILES = ("config.json", "model.safetensors")
 
 
 @beartype
@@ -45,29 +49,52 @@ def save_parts(
     parts: Mapping[str, nn.Module],
     about: Mapping[str, Any],
     dtype: torch.dtype | None = None,
-) -> None:
+    bundled: Mapping[str, str] | None = None,
+) -> list[Path]:
     """Write a model folder; `musiclm.json` comes last, so a folder that has it is whole.
 
     Args:
         folder: Where to.
         parts: A module for each of `PARTS`.
         about: Further JSON-able fields of `musiclm.json`.
-        dtype: Of the stored weights, e.g. `torch.float16`; as they are if not given. Tokenizers that are not of such
-            numbers already stay as they are: rounded they would be others than those that the stages were trained with.
+        dtype: Of the stored weights, e.g. `torch.float16`; as they are if not given. Tokenizers, and a quantizer whose
+            MuLaN, are not of such numbers already stay as they are: rounded they would be others than those that the
+            stages were trained with.
+        bundled: Parts that are not written, each with the name of the same one that comes with the package.
+
+    Returns:
+        The files of the model.
     """
-    folder = Path(folder)
+    folder, bundled = Path(folder), dict(bundled or {})
     # While parts are exchanged one by one, what is there is no whole model.
     (folder / CARD).unlink(missing_ok=True)
+    written = []
     for name in PARTS:
-        exact = name in TOKENIZERS and dtype is not None and not _holds(parts[name], dtype)
-        save_module(parts[name], folder / name, dtype=None if exact else dtype)
-    write_json(folder / CARD, {"format_version": FORMAT_VERSION, **about})
+        if name in bundled:
+            _remove_part(folder / name)
+            continue
+        frozen = _frozen(name, parts[name])
+        stored = dtype if dtype is None or frozen is None else exact_dtype(frozen, dtype)
+        save_module(parts[name], folder / name, dtype=stored)
+        written += [folder / name / file for file in _PART_FILES]
+    named = {"bundled_parts": bundled} if bundled else {}
+    write_json(folder / CARD, {"format_version": FORMAT_VERSION, **about, **named})
+    return [*written, folder / CARD]
 
 
-def _holds(module: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether a module's weights can be stored in a type without changing."""
-    weights = [weight for weight in weights_of(module).values() if weight.is_floating_point()]
-    return all(torch.equal(weight.to(dtype).to(weight.dtype), weight) for weight in weights)
+def _frozen(name: str, part: nn.Module) -> nn.Module | None:
+    """What of a part the stages were trained with as it was, if anything."""
+    if isinstance(part, MuLaNEmbedQuantizer):
+        return part.mulan
+    return part if name in _TOKENIZERS else None
+
+
+def _remove_part(place: Path) -> None:
+    """Remove a part of a model that is being replaced by one without it."""
+    for file in _PART_FILES:
+        (place / file).unlink(missing_ok=True)
+    if place.is_dir() and not any(place.iterdir()):
+        place.rmdir()
 
 
 @beartype
@@ -81,7 +108,7 @@ def model_folder(name_or_folder: str | Path) -> Path:
     for folder in (given, given / "model"):
         if (folder / CARD).is_file():
             return folder
-    bundled = Path(str(files("musiclm_pytorch") / "bundled"))
+    bundled = bundled_folder("")
     names = sorted(path.parent.name for path in bundled.glob(f"*/{CARD}"))
     if str(name_or_folder) in names:
         return bundled / str(name_or_folder)
@@ -103,16 +130,49 @@ def _may_become_a_model(place: Path) -> bool:
     )
 
 
-def _load_parts(folder: Path) -> dict[str, nn.Module]:
+def _load_parts(folder: Path, card: Mapping[str, Any]) -> dict[str, nn.Module]:
+    """Every part, from the model's own folder or from the one that comes with the package."""
+    places = {**{name: folder / name for name in PARTS}, **_bundled_places(card, folder / CARD)}
     lacking = [
-        f"{name}/{file}"
-        for name in PARTS
-        for file in ("config.json", "model.safetensors")
-        if not (folder / name / file).is_file()
+        f"{name}/{file}" for name, place in places.items() for file in _PART_FILES if not (place / file).is_file()
     ]
     if lacking:
         raise ValueError(f"the model in {folder} lacks {', '.join(lacking)}; copy the whole folder again")
-    return {name: load_module(folder / name, expect=kind) for name, kind in PARTS.items()}
+    return {name: load_part(places[name], kind) for name, kind in PARTS.items()}
+
+
+def _bundled_places(card: Mapping[str, Any], where: Path) -> dict[str, Path]:
+    """Folders of the parts that a model's card only names; ValueError if it names one that is not there."""
+    named = card.get("bundled_parts", {})
+    if not isinstance(named, dict) or not set(named) <= set(PARTS):
+        raise ValueError(f"bundled_parts in {where} must name parts of {', '.join(PARTS)}, got {named!r}")
+    there = _bundled_parts()
+    for name in named.values():
+        if name not in list(there):
+            raise ValueError(
+                f"{where} takes the part {name!r} from the package, and this installation has "
+                f"{', '.join(there) or 'none'}; install the release that wrote the model, or export it again with "
+                "its parts"
+            )
+    return {part: there[name] for part, name in named.items()}
+
+
+def _bundled_parts() -> dict[str, Path]:
+    """Parts that come with the package and belong to no model: their folders by name."""
+    folders = sorted(bundled_folder("").glob("*"))
+    return {folder.name: folder for folder in folders if all((folder / file).is_file() for file in _PART_FILES)}
+
+
+def _bundled_twins(parts: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Which parts come with the package, number for number, and under which names."""
+    twins = {}
+    for bundled, folder in _bundled_parts().items():
+        kind = read_config(folder)["class"]
+        for name in [name for name, part in parts.items() if type(part).__name__ == kind]:
+            # a part's own fingerprint may leave out what its tokens do not depend on; here everything counts
+            if fingerprint_of(load_module(folder)) == fingerprint_of(parts[name]):
+                twins[name] = bundled
+    return twins
 
 
 def _read_card(folder: Path) -> dict[str, Any]:
@@ -160,11 +220,13 @@ def load_musiclm(name_or_folder: str | Path = "tiny", device: str | torch.device
     """
     folder = model_folder(name_or_folder)
     card = _read_card(folder)
-    return _compose(_load_parts(folder), card, folder).to(device).eval()
+    return _compose(_load_parts(folder, card), card, folder).to(device).eval()
 
 
 @beartype
-def export_musiclm(run: str | Path, out: str | Path, settings: Mapping[str, Any] | None = None) -> int:
+def export_musiclm(
+    run: str | Path, out: str | Path, settings: Mapping[str, Any] | None = None, *, share_bundled: bool = False
+) -> int:
     """Write the model of a finished run with fp16 weights (see `save_parts`).
 
     Args:
@@ -172,6 +234,8 @@ def export_musiclm(run: str | Path, out: str | Path, settings: Mapping[str, Any]
         out: Folder to write: new, empty, or one that holds a model, which is replaced.
         settings: Fields of `musiclm.json` to set, e.g. `{"num_levels": 2}` or
             `{"sampling": {"coarse": {"temperature": 0.8}}}`.
+        share_bundled: Whether parts that come with the package are named instead of copied: the model then is smaller
+            and needs an installation that has them.
 
     Returns:
         Bytes of all files of the model.
@@ -182,9 +246,10 @@ def export_musiclm(run: str | Path, out: str | Path, settings: Mapping[str, Any]
     folder, out = model_folder(run), Path(out)
     if out.exists() and not _may_become_a_model(out):
         raise ValueError(f"{out} holds something else than a model; name a new folder to write to")
-    card = {**_read_card(folder), **(settings or {}), "weights": "float16"}
-    parts = _load_parts(folder)
+    card = _read_card(folder)
+    parts = _load_parts(folder, card)
+    card.update({**(settings or {}), "weights": "float16"})
     _compose(parts, card, folder)
-    save_parts(out, parts, {key: value for key, value in card.items() if key != "format_version"}, dtype=torch.float16)
-    written = [out / CARD, *(out / name / file for name in PARTS for file in ("config.json", "model.safetensors"))]
-    return sum(file.stat().st_size for file in written)
+    about = {key: value for key, value in card.items() if key not in ("format_version", "bundled_parts")}
+    bundled = _bundled_twins(parts) if share_bundled else {}
+    return sum(file.stat().st_size for file in save_parts(out, parts, about, torch.float16, bundled))

@@ -59,6 +59,14 @@ class Train:
     """Multiplies all step counts."""
     seed: int = 0
     """Of initial weights, data order and noise."""
+    codec: str | None = None
+    """Finished codec instead of training one: 16khz or tiny (bundled), a folder, or a hub id."""
+    semantic_tokenizer: str | None = None
+    """Finished semantic tokenizer instead of training one: 16khz or tiny (bundled), or a folder."""
+    mulan: str | None = None
+    """Finished MuLaN or CLAP instead of training one: tiny (bundled), a folder, or a hub id of CLAP."""
+    offline: bool = False
+    """Keep off the network: a hub id is then served from the local cache or refused."""
     dry_run: bool = False
     """Only print parameters, tokens, disk and estimated time; writes nothing."""
 
@@ -85,6 +93,8 @@ class Export:
     """Folder that `musiclm train all --out` wrote."""
     out: Path
     """Folder to write."""
+    share_bundled: bool = False
+    """Name the parts that come with the package instead of copying them; the model needs an installation with them."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +106,16 @@ class Codec:
 
 @dataclass(frozen=True)
 class Convert:
-    """Write published checkpoints, which are pickles, as safetensors that open without one."""
+    """Write what others published in formats of here: pickled checkpoints as safetensors, MusicCaps as a manifest."""
 
     action: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[ConvertCommand]]
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure an encoder and its semantic tokens, or a joint embedding of audio and text."""
+
+    action: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[EvaluateCommand]]
 
 
 Command = (
@@ -108,7 +125,7 @@ Command = (
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Codec, tyro.conf.subcommand("codec")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
-    | Annotated[EvaluateCommand, tyro.conf.subcommand("evaluate")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
 )
 # Commands of two words whose first word is a command of its own: the stage of `musiclm train STAGE` is an argument, and
 # kmeans shares none of its options.
@@ -142,8 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return run_codec(action)
             case Convert(action):
                 return run_convert(action)
-            case EvaluateCommand() as command:
-                return run_evaluate(command)
+            case Evaluate(action):
+                return run_evaluate(action)
             case TrainKmeans() as command:
                 return run_train_kmeans(command)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
@@ -270,7 +287,7 @@ def _train(command: Train) -> None:
         raise ValueError(f"write {command.stage} right behind train: musiclm train {command.stage} --help")
     check_stage(command.stage)
     preset = preset_named(command.preset).scaled(command.scale)
-    pipeline = Pipeline(preset, data=command.data, out=command.out, seed=command.seed)
+    pipeline = Pipeline(preset, data=command.data, out=command.out, seed=command.seed, given=_given_parts(command))
     if command.dry_run:
         from musiclm_pytorch.estimate import estimate
 
@@ -286,6 +303,20 @@ def _train(command: Train) -> None:
     print(f"{'total':20} {_duration(total)}")
     if pipeline.is_complete:
         print(f'model in {pipeline.model_folder}; try: musiclm generate "a slow waltz" --model {pipeline.model_folder}')
+
+
+def _given_parts(command: Train) -> dict[str, Any]:
+    """The finished parts that a training is told to use, opened."""
+    from musiclm_pytorch.bundled_parts import codec_named, mulan_named, tokenizer_named
+
+    given: dict[str, Any] = {}
+    if command.codec is not None:
+        given["codec"] = codec_named(command.codec, offline=command.offline)
+    if command.semantic_tokenizer is not None:
+        given["semantic-tokenizer"] = tokenizer_named(command.semantic_tokenizer)
+    if command.mulan is not None:
+        given["mulan"] = mulan_named(command.mulan, offline=command.offline)
+    return given
 
 
 def _announce(stage: str) -> None:
@@ -308,7 +339,7 @@ def _corpus(command: Corpus) -> None:
 def _export(command: Export) -> None:
     from musiclm_pytorch.bundle import export_musiclm
 
-    num_bytes = export_musiclm(command.run, command.out)
+    num_bytes = export_musiclm(command.run, command.out, share_bundled=command.share_bundled)
     print(f"wrote {command.out}, {num_bytes / 1e6:.1f} MB")
 
 

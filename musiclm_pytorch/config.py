@@ -79,7 +79,12 @@ class SemanticConfig:
 
 @dataclass(frozen=True)
 class MuLaNConfig:
-    """Both towers: width, blocks; mel bands and FFT length (samples) of audio; vocabulary and length of texts."""
+    """Both towers, and how they are trained.
+
+    Width and blocks; mel bands and FFT length (samples) of audio; vocabulary and length of texts. In training, the
+    share of audio patches left out, the probability that a part of a caption is, and how many clips are embedded at a
+    time (None = the batch).
+    """
 
     dim: int
     depth: int
@@ -89,6 +94,9 @@ class MuLaNConfig:
     text_vocab_size: int
     text_max_tokens: int
     run: RunConfig
+    patch_dropout: float = 0.0
+    caption_dropout: float = 0.0
+    chunk_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -103,8 +111,9 @@ class QuantizerConfig:
 class StageConfig:
     """One token language model.
 
-    Width, blocks, heads, dropout, how often training drops the condition or its trailing levels, and how it is sampled:
-    temperature and guidance scale (1 = none).
+    Width, blocks, heads, dropout, how often training drops the condition or its trailing levels, how often it
+    conditions on a caption's codes instead of the recording's own, and how it is sampled: temperature and guidance
+    scale (1 = none).
     """
 
     dim: int
@@ -116,6 +125,7 @@ class StageConfig:
     run: RunConfig
     temperature: float = 1.0
     guidance_scale: float = 1.0
+    text_prob: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -180,10 +190,11 @@ _TINY = Preset(
         depth=4,
         heads=3,
         num_mels=64,
-        n_fft=400,
+        n_fft=1024,
         text_vocab_size=1024,
         text_max_tokens=64,
-        run=RunConfig(600, 64, 5.0, 7e-4),
+        run=RunConfig(800, 64, 5.0, 7e-4),
+        patch_dropout=0.25,
     ),
     quantizer=QuantizerConfig(num_quantizers=4, codebook_size=64),
     semantic=StageConfig(
@@ -193,7 +204,7 @@ _TINY = Preset(
         dropout=0.1,
         cond_drop_prob=0.1,
         level_drop_prob=0.2,
-        run=RunConfig(1800, 32, 5.0, 1e-3),
+        run=RunConfig(1200, 32, 5.0, 1e-3),
         temperature=1.0,
         guidance_scale=3.0,
     ),
@@ -248,7 +259,10 @@ _SMALL = Preset(
         n_fft=1024,
         text_vocab_size=8192,
         text_max_tokens=128,
-        run=RunConfig(50_000, 512, 10.0, 5e-4, warmup_steps=1000),
+        run=RunConfig(50_000, 1024, 10.0, 5e-4, warmup_steps=1000),
+        patch_dropout=0.25,
+        caption_dropout=0.2,
+        chunk_size=128,
     ),
     quantizer=QuantizerConfig(num_quantizers=8, codebook_size=256),
     semantic=StageConfig(

@@ -1,18 +1,22 @@
-"""`musiclm convert hubert | vq-wav2vec`: published checkpoints, read once and safely, written as safetensors."""
+"""`musiclm convert hubert | vq-wav2vec | musiccaps`: what others published, read safely, written as is used here."""
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from musiclm_pytorch.command_checks import check_folder
+from musiclm_pytorch.command_checks import check_file, check_folder
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["ConvertCommand", "Hubert", "VqWav2vec", "run_convert"]
+    from audiolm_pytorch.data.manifest import AudioItem
+
+__all__ = ["ConvertCommand", "Hubert", "MusicCaps", "VqWav2vec", "run_convert"]
+
+_SPLIT_COLUMNS = {"eval": "is_audioset_eval", "balanced": "is_balanced_subset"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +43,31 @@ class VqWav2vec:
     """Folder to write; new, or empty."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class MusicCaps:
+    """Join the table of MusicCaps and a folder of its clips into a manifest that every trainer reads."""
+
+    csv: Path
+    """The published table, musiccaps-public.csv, or another one with its columns."""
+    clips: Path
+    """Folder of the clips that you have, named {ytid}, {ytid}-{start} or [{ytid}]-[{start}-{end}]."""
+    out: Path
+    """Manifest to write, e.g. train.jsonl; paths below its folder are relative to it."""
+    split: Literal["none", "eval", "balanced"] = "none"
+    """Which clips go into valid.jsonl beside train.jsonl: AudioSet's evaluation part, or the genre-balanced 1,000."""
+    missing: Path | None = None
+    """Also write the ids of clips that are described and not in the folder, one a line."""
+
+
 ConvertCommand = (
-    Annotated[Hubert, tyro.conf.subcommand("hubert")] | Annotated[VqWav2vec, tyro.conf.subcommand("vq-wav2vec")]
+    Annotated[Hubert, tyro.conf.subcommand("hubert")]
+    | Annotated[VqWav2vec, tyro.conf.subcommand("vq-wav2vec")]
+    | Annotated[MusicCaps, tyro.conf.subcommand("musiccaps")]
 )
 
 
-def run_convert(command: Hubert | VqWav2vec) -> int:
-    """Carry a conversion out; the same one again finds its own folder and leaves it as it is.
+def run_convert(command: Hubert | VqWav2vec | MusicCaps) -> int:
+    """Carry a conversion out; the same one again finds what it wrote and leaves it as it is.
 
     Args:
         command: What to convert.
@@ -55,8 +77,13 @@ def run_convert(command: Hubert | VqWav2vec) -> int:
 
     Raises:
         ImportError: If transformers is needed and not installed.
-        ValueError: If a file is missing or not what it should be, or the folder holds anything else.
+        ValueError: If a file is missing or not what it should be, or there is something else where it would be written.
     """
+    return _convert_musiccaps(command) if isinstance(command, MusicCaps) else _convert_checkpoint(command)
+
+
+def _convert_checkpoint(command: Hubert | VqWav2vec) -> int:
+    """Write a published checkpoint as safetensors."""
     sources = [command.checkpoint, command.kmeans] if isinstance(command, Hubert) else [command.checkpoint]
     for source in sources:
         if not source.exists():
@@ -109,3 +136,44 @@ def _check_same(tokenizer: "nn.Module", folder: Path) -> None:
             f"{folder} holds another model (fingerprint {found}, that of the files is {tokenizer.fingerprint}); "
             "give a new folder as --out"
         )
+
+
+def _convert_musiccaps(command: MusicCaps) -> int:
+    """Write the clips of MusicCaps that are there as a manifest, or as two."""
+    check_file(command.out, (".jsonl",))
+    if command.split != "none" and command.out.name != "train.jsonl":
+        raise ValueError(
+            f"--split writes train.jsonl and valid.jsonl; name --out {command.out.with_name('train.jsonl')}"
+        )
+    if command.missing is not None:
+        check_file(command.missing, (".txt", ".csv"))
+    from audiolm_pytorch.data.manifest import manifest_text
+    from audiolm_pytorch.files import staged_files
+    from musiclm_pytorch.musiccaps import musiccaps_items
+
+    found = musiccaps_items(command.csv, command.clips)
+    sides: dict[Path, list[AudioItem]] = {command.out: found.items}
+    if command.split != "none":
+        train, valid = found.split(_SPLIT_COLUMNS[command.split])
+        if not (train and valid):
+            raise ValueError(f"--split {command.split} gives {len(train)} and {len(valid)} clips; leave it out")
+        sides = {command.out: train, command.out.with_name("valid.jsonl"): valid}
+    texts = {path: manifest_text(items, path.parent) for path, items in sides.items()}
+    if command.missing is not None:
+        texts[command.missing] = "".join(f"{ytid}\n" for ytid in dict.fromkeys(clip.ytid for clip in found.missing))
+    known = {path: path.read_bytes() if path.exists() else None for path in texts}
+    for path, text in texts.items():
+        if known[path] not in (None, text.encode()):
+            raise ValueError(f"{path} exists and holds something else; move it away or name another file")
+    for path, text in texts.items():
+        if known[path] != text.encode():
+            with staged_files(path.parent) as stage:
+                (stage / path.name).write_text(text, encoding="utf-8", newline="\n")
+        about = f"{len(sides[path])} clips" if path in sides else f"{len(found.missing)} ids of missing clips"
+        sys.stdout.write(f"{'unchanged:' if known[path] == text.encode() else 'wrote'} {path}  {about}\n")
+    num_described = len(found.items) + len(found.rejected) + len(found.missing)
+    sys.stdout.write(
+        f"of {num_described} described clips {len(found.items)} can be used, "
+        f"{len(found.rejected)} cannot, {len(found.missing)} are missing\n"
+    )
+    return 0

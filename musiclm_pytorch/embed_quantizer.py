@@ -1,28 +1,25 @@
 """Conditioning codes: MuLaN latents, quantized by frozen residual codebooks, and a trainable table per namespace."""
 
 import logging
-import math
-import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from beartype import beartype
 from torch import Tensor, nn
 
 from audiolm_pytorch.conditioning import Conditioning
 from audiolm_pytorch.io import build_module, module_spec, register
-from musiclm_pytorch.mulan.mulan import MuLaN
+from audiolm_pytorch.nearest import nearest_index
+from musiclm_pytorch.modality_gap import DEFAULT_RIDGE_CLIPS, align_texts
+from musiclm_pytorch.mulan.joint import JointEmbedding
+from musiclm_pytorch.residual_kmeans import residual_kmeans
 
-__all__ = ["MuLaNEmbedQuantizer"]
+__all__ = ["MuLaNEmbedQuantizer", "Modality"]
 
 logger = logging.getLogger(__name__)
 
 Modality = Literal["audio", "text"]
-
-# Beyond this many latents k-means sees them in random batches: all at once would take minutes a level and gain nothing.
-_MOST_FOR_FULL_KMEANS = 32_768
 
 
 @register
@@ -34,7 +31,8 @@ class MuLaNEmbedQuantizer(nn.Module):
     but fixed. What is trained, by the trainer of each language model, is the table of its namespace alone.
 
     Args:
-        mulan: Embeds audio and text. It is put and kept in eval mode, and no gradient flows into it.
+        mulan: Embeds audio and text: a `MuLaN`, or a pretrained model in its place. It is put and kept in eval mode,
+            and no gradient flows into it.
         conditioning_dims: Width of the embeddings of each namespace.
         namespaces: Names, one for each language model.
         rq_num_quantizers: Levels, that is codes per recording.
@@ -54,7 +52,7 @@ class MuLaNEmbedQuantizer(nn.Module):
     def __init__(
         self,
         *,
-        mulan: MuLaN,
+        mulan: JointEmbedding,
         conditioning_dims: Sequence[int],
         namespaces: Sequence[str],
         rq_num_quantizers: int = 8,
@@ -134,6 +132,18 @@ class MuLaNEmbedQuantizer(nn.Module):
         self.table(namespace)
         return self.conditioning_dims[self.namespaces.index(namespace)]
 
+    def check_can_fit(self, num_latents: int) -> None:
+        """Raise a ValueError if codebooks cannot be made, or made anew, from that many latents of audio."""
+        if bool(self.fitted):
+            raise ValueError(
+                "this quantizer is fitted already and models may depend on its codes; make a new one to fit"
+            )
+        if num_latents < self.codebook_size:
+            raise ValueError(
+                f"{num_latents} latents cannot fill {self.codebook_size} codes a level; give more audio "
+                "or make codebook_size smaller"
+            )
+
     @beartype
     @torch.no_grad()
     def fit(
@@ -141,49 +151,44 @@ class MuLaNEmbedQuantizer(nn.Module):
         audio_latents: Tensor,
         text_latents: Tensor | None = None,
         *,
-        ridge: float | None = None,
+        owners: Tensor | None = None,
+        centre: bool = True,
+        ridge: float | int | None = DEFAULT_RIDGE_CLIPS,
         seed: int = 0,
     ) -> None:
         """Make the codebooks by k-means, level by level on what the levels before left over; once.
 
-        Audio and text latents stand apart in the joint space, often by more than one recording from another (the
-        modality gap, arXiv:2203.02053): each is centred by its own mean, and texts are scaled to the spread of audio.
-
         Args:
             audio_latents: `[n, d]`, with n at least `codebook_size`.
-            text_latents: `[n, d]`: row i is the text of audio i. None = texts are treated as if they were audio.
-            ridge: Learn a linear map from texts to audio by ridge regression of this strength, relative to the mean
-                variance of texts (0.1 shrinks an average direction by a tenth). None = no map.
+            text_latents: `[k, d]` of texts that describe some of the audio. None = texts are treated as if they were
+                audio.
+            owners: `[k]` int, which row of the audio each text describes. None = k is n, and row i is of audio i.
+            centre: Give texts a mean and a scale of their own; see `align_texts`.
+            ridge: Learn a linear map from texts to audio; against how many clips' evidence, see `align_texts`.
+                None = no map.
             seed: Seed of the k-means.
 
         Raises:
             ValueError: If it is fitted already, latents are too few or not finite, or shapes do not fit.
         """
-        if bool(self.fitted):
-            raise ValueError(
-                "this quantizer is fitted already and models may depend on its codes; make a new one to fit"
-            )
         self._check_latents(audio_latents)
-        if len(audio_latents) < self.codebook_size:
-            raise ValueError(
-                f"{len(audio_latents)} latents cannot fill {self.codebook_size} codes a level; give more audio "
-                "or make codebook_size smaller"
-            )
-        if text_latents is not None and text_latents.shape != audio_latents.shape:
-            raise ValueError(
-                f"text latents must pair with audio latents {tuple(audio_latents.shape)}, "
-                f"got {tuple(text_latents.shape)}"
-            )
-        if text_latents is None and ridge is not None:
-            raise ValueError("a map from text to audio needs pairs: give text_latents, or leave ridge out")
-        audio = audio_latents.double().cpu()
-        audio_mean = audio.mean(dim=0)
-        text_mean, text_map = audio_mean, torch.eye(audio.shape[1], dtype=torch.float64)
+        self.check_can_fit(len(audio_latents))
+        audio = audio_latents.float().cpu()
+        audio_mean = audio.mean(dim=0, dtype=torch.float64)
+        text_mean, text_map = audio_mean, torch.eye(audio.shape[1])
         if text_latents is not None:
             self._check_latents(text_latents)
-            text_mean = text_latents.double().cpu().mean(dim=0)
-            text_map = _text_to_audio(text_latents.double().cpu() - text_mean, audio - audio_mean, ridge)
-        codebooks = _residual_kmeans((audio - audio_mean).float(), self.num_quantizers, self.codebook_size, seed)
+            owners = torch.arange(len(audio)) if owners is None else owners.cpu().long()
+            if audio.ndim != 2 or owners.shape != text_latents.shape[:-1]:
+                raise ValueError(
+                    f"texts must pair with audio latents {tuple(audio_latents.shape)}, or have owners of their number; "
+                    f"got {tuple(text_latents.shape)} and owners {tuple(owners.shape)}"
+                )
+            text = text_latents.float().cpu()
+            audio_mean, text_mean, text_map = align_texts(audio, text, owners, centre=centre, ridge=ridge)
+        elif owners is not None:
+            raise ValueError("owners say which audio a text describes: give text_latents too")
+        codebooks = residual_kmeans((audio - audio_mean).float(), self.num_quantizers, self.codebook_size, seed)
         self.codebooks.copy_(codebooks)
         self.audio_mean.copy_(audio_mean)
         self.text_mean.copy_(text_mean)
@@ -211,13 +216,12 @@ class MuLaNEmbedQuantizer(nn.Module):
             logger.warning("the quantizer is not fitted, its codebooks are random: call fit() before training with it")
         device = self.codebooks.device
         with torch.autocast(device_type=device.type, enabled=False):
-            residual = self._centred(latents.to(device).float(), modality)
+            residual = self.centred(latents.to(device), modality).reshape(-1, latents.shape[-1])
             codes = []
             for codebook in self.codebooks.float():
-                distances = codebook.square().sum(dim=-1) - 2 * residual @ codebook.T
-                codes.append(distances.argmin(dim=-1))
+                codes.append(nearest_index(residual, codebook))
                 residual = residual - codebook[codes[-1]]
-        return torch.stack(codes, dim=-1).to(latents.device)
+        return torch.stack(codes, dim=-1).view(*latents.shape[:-1], self.num_quantizers).to(latents.device)
 
     @beartype
     @torch.no_grad()
@@ -314,25 +318,11 @@ class MuLaNEmbedQuantizer(nn.Module):
         embeddings = self(wavs=wavs, texts=texts, codes=codes, lengths=lengths, namespace=namespace)
         return Conditioning(embeddings, torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device))
 
-    @torch.no_grad()
-    def code_agreement(self, audio_latents: Tensor, text_latents: Tensor) -> list[float]:
-        """How often audio and its text have the same code, for each level.
-
-        Args:
-            audio_latents: `[n, d]`.
-            text_latents: `[n, d]`, row i of the text of audio i.
-
-        Returns:
-            One fraction a level. Two random recordings agree as often as the sum of the squared shares of the codes.
-        """
-        audio, text = self.codes_from_latents(audio_latents), self.codes_from_latents(text_latents, "text")
-        return (audio == text).double().mean(dim=0).tolist()
-
-    def _centred(self, latents: Tensor, modality: Modality) -> Tensor:
-        """Bring latents `[..., d]` to where the codebooks are."""
+    def centred(self, latents: Tensor, modality: Modality = "audio") -> Tensor:
+        """Bring latents `[..., d]` on the quantizer's device to where the codebooks are, in float32."""
         if modality == "audio":
-            return latents - self.audio_mean.float()
-        return (latents - self.text_mean.float()) @ self.text_map.float()
+            return latents.float() - self.audio_mean.float()
+        return (latents.float() - self.text_mean.float()) @ self.text_map.float()
 
     def _check_latents(self, latents: Tensor) -> None:
         width = self.mulan.dim_latent
@@ -340,38 +330,3 @@ class MuLaNEmbedQuantizer(nn.Module):
             raise ValueError(f"latents must be float [..., {width}], got {latents.dtype} {tuple(latents.shape)}")
         if not torch.isfinite(latents).all():
             raise ValueError("latents hold NaN or infinite numbers")
-
-
-def _text_to_audio(text: Tensor, audio: Tensor, ridge: float | None) -> Tensor:
-    """Matrix `[d, d]` that brings centred texts to centred audio: a mere scale, or a ridge regression rescaled."""
-    width = text.shape[1]
-    mapping = torch.eye(width, dtype=text.dtype)
-    if ridge is not None:
-        if not (ridge > 0 and math.isfinite(ridge)):
-            raise ValueError(f"ridge must be positive, got {ridge}")
-        covariance = text.T @ text
-        strength = ridge * covariance.diagonal().mean()
-        mapping = torch.linalg.solve(covariance + (strength + 1e-12) * mapping, text.T @ audio)
-    # Regression shrinks; nearest codes of shrunk latents would crowd at the centre of the codebooks.
-    spread = (text @ mapping).square().mean().sqrt()
-    return mapping * (audio.square().mean().sqrt() / spread if spread > 0 else 1.0)
-
-
-def _residual_kmeans(points: Tensor, num_levels: int, codebook_size: int, seed: int) -> Tensor:
-    """Codebooks `[levels, size, d]` of points `[n, d]`: k-means on the points, then on what each level leaves over."""
-    from sklearn.cluster import KMeans, MiniBatchKMeans
-    from sklearn.exceptions import ConvergenceWarning
-
-    kind = KMeans if len(points) <= _MOST_FOR_FULL_KMEANS else MiniBatchKMeans
-    residual = points.numpy()
-    codebooks = []
-    for level in range(num_levels):
-        kmeans = kind(n_clusters=codebook_size, n_init=1, random_state=seed + level)
-        with warnings.catch_warnings():
-            # fewer distinct points than codes: some codes repeat, which a nearest-code search survives
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            nearest = kmeans.fit_predict(residual)
-        centres = kmeans.cluster_centers_.astype(np.float32)
-        codebooks.append(torch.from_numpy(centres))
-        residual = residual - centres[nearest]
-    return torch.stack(codebooks)

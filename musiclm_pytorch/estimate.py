@@ -3,6 +3,8 @@
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from beartype import beartype
@@ -10,9 +12,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from audiolm_pytorch.audio import read_audio
+from audiolm_pytorch.codecs import Codec
 from audiolm_pytorch.codecs.training.losses import MultiScaleMelLoss
 from audiolm_pytorch.conditioning import Conditioning
-from audiolm_pytorch.semantic import BestRQ, BestRQEncoder
+from audiolm_pytorch.io import weights_of
+from audiolm_pytorch.semantic import BestRQ, SemanticTokenizer
 from audiolm_pytorch.stages import AudioTokens
 from audiolm_pytorch.training.randomness import preserved_generators
 from musiclm_pytorch.builders import (
@@ -22,9 +26,11 @@ from musiclm_pytorch.builders import (
     build_mulan,
     build_quantizer,
     build_semantic_encoder,
+    build_semantic_tokenizer,
 )
 from musiclm_pytorch.config import RunConfig
 from musiclm_pytorch.mulan import MuLaN
+from musiclm_pytorch.parts import exact_dtype
 from musiclm_pytorch.pipeline import STAGES, Pipeline, check_stage
 
 __all__ = ["StageEstimate", "estimate", "estimate_stages"]
@@ -49,7 +55,7 @@ class StageEstimate:
         num_parameters: Parameters that it trains.
         num_tokens: Positions that it is trained on, or that it computes, over the whole run.
         disk_bytes: What it leaves in its folder.
-        seconds: Wall time here; 0 where the stage is done.
+        seconds: Wall time here; 0 where the stage is done, or its part is given.
         shipped_bytes: Its part of the model folder.
     """
 
@@ -78,7 +84,8 @@ def estimate(pipeline: Pipeline, stage: str = "all") -> str:
     stages = estimate_stages(pipeline, stage)
     lines = [f"{'stage':20}{'parameters':>12}{'tokens':>15}{'disk':>12}{'time':>12}"]
     for one in stages:
-        duration = "done" if pipeline.is_done(one.stage) else _duration(one.seconds)
+        is_given = one.stage in pipeline.given
+        duration = "done" if pipeline.is_done(one.stage) else "given" if is_given else _duration(one.seconds)
         lines.append(
             f"{one.stage:20}{one.num_parameters:12,}{one.num_tokens:15,}{_size(one.disk_bytes):>12}{duration:>12}"
         )
@@ -112,12 +119,13 @@ def estimate_stages(pipeline: Pipeline, stage: str = "all") -> list[StageEstimat
         ValueError: If there is no such stage, or MuLaN has no captions to learn from.
     """
     check_stage(stage)
+    probe = _Probe(pipeline)
     with preserved_generators():
-        return [_Probe(pipeline).estimate(name) for name in (STAGES if stage == "all" else [stage])]
+        return [probe.estimate(name) for name in (STAGES if stage == "all" else [stage])]
 
 
 class _Probe:
-    """Measures the stages of a pipeline."""
+    """Measures the stages of a pipeline, with the parts that are given and untrained ones for the others."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self.pipeline, self.preset = pipeline, pipeline.preset
@@ -125,10 +133,36 @@ class _Probe:
         items = [*pipeline.train_items, *pipeline.valid_items]
         self.clip_seconds = sum(item.num_samples / item.sample_hz for item in items) / len(items)
         self.num_clips = len(items)
-        self.frame_hz = self.preset.codec.sample_hz / self.preset.codec.hop_samples
+
+    @cached_property
+    def codec(self) -> Any:
+        """What the acoustic tokens come from."""
+        return self._placed("codec", lambda: build_codec(self.preset))
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """What the semantic tokens come from."""
+        return self._placed("semantic-tokenizer", lambda: build_semantic_tokenizer(self.preset))
+
+    @cached_property
+    def mulan(self) -> Any:
+        """The joint embedding."""
+        return self._placed("mulan", self._build_mulan)
+
+    def _placed(self, stage: str, build: Callable[[], nn.Module]) -> nn.Module:
+        given = self.pipeline.given.get(stage)
+        return (build() if given is None else given).to(self.device).eval()
+
+    def _build_mulan(self) -> MuLaN:
+        self.pipeline.require_captions()
+        return build_mulan(self.preset, self.pipeline.captions)
 
     def estimate(self, stage: str) -> StageEstimate:
         """Measure one stage."""
+        if stage in self.pipeline.given:
+            part = self.pipeline.given[stage]
+            stored = _stored_bytes(part, exact_dtype(part, torch.float16))
+            return StageEstimate(stage, 0, 0, stored, 0.0, stored)
         if stage in LANGUAGE_MODELS:
             return self._language_model(stage)
         measured: StageEstimate = getattr(self, f"_{stage.replace('-', '_')}")()
@@ -160,8 +194,8 @@ class _Probe:
         return torch.randn(batch, round(seconds * sample_hz), device=self.device) * 0.1
 
     def _codec(self) -> StageEstimate:
-        codec = build_codec(self.preset).to(self.device)
-        run, sample_hz = self.preset.codec.run, codec.target_sample_hz
+        codec, run = build_codec(self.preset).to(self.device), self.preset.codec.run
+        sample_hz = codec.target_sample_hz
         mel_loss = MultiScaleMelLoss(sample_hz).to(self.device)
 
         def loss(batch: int) -> Tensor:
@@ -169,7 +203,7 @@ class _Probe:
             output = codec(wave)
             return mel_loss(output.wave, rearrange(wave, "b n -> b 1 n")) + output.commitment_loss
 
-        tokens = run.seconds * self.frame_hz * self.preset.codec.num_quantizers
+        tokens = run.seconds * _token_hz(codec) * codec.num_quantizers
         return self._trained("codec", run, codec.parameters(), tokens, loss)
 
     def _semantic_tokenizer(self) -> StageEstimate:
@@ -179,17 +213,13 @@ class _Probe:
             "semantic-tokenizer",
             run,
             [parameter for parameter in model.parameters() if parameter.requires_grad],
-            run.seconds * _token_hz(encoder),
+            run.seconds * encoder.sample_hz / encoder.downsample_factor,
             lambda batch: model(self._wave(batch, run.seconds, encoder.sample_hz)).loss,
             shipped=_count(encoder.truncated(self.preset.semantic_tokenizer.layer)),
         )
 
-    def _build_mulan(self) -> MuLaN:
-        self.pipeline.require_captions()
-        return build_mulan(self.preset, self.pipeline.captions).to(self.device)
-
     def _mulan(self) -> StageEstimate:
-        mulan, config, run = self._build_mulan(), self.preset.mulan, self.preset.mulan.run
+        mulan, config, run = self._build_mulan().to(self.device), self.preset.mulan, self.preset.mulan.run
         captions = self.pipeline.captions
 
         def loss(batch: int) -> Tensor:
@@ -214,50 +244,45 @@ class _Probe:
         return elapsed
 
     def _quantizer(self) -> StageEstimate:
-        mulan, num_clips = self._build_mulan().eval(), len(self.pipeline.train_items)
+        mulan, num_clips = self.mulan, len(self.pipeline.train_items)
         quantizer = build_quantizer(self.preset, mulan, num_clips)
         each = 0.0
         if not self.pipeline.is_done("quantizer"):
             each = self._clip_seconds_of((mulan.sample_hz, lambda wave: mulan.window_latents(wave[0])))
-        stored = _BYTES_SHIPPED * sum(tensor.numel() for tensor in quantizer.state_dict().values())
-        own = stored - _BYTES_SHIPPED * _count(mulan)
-        levels = self.preset.quantizer.num_quantizers
+        dtype = exact_dtype(mulan, torch.float16) if "mulan" in self.pipeline.given else torch.float16
+        stored, levels = _stored_bytes(quantizer, dtype), self.preset.quantizer.num_quantizers
+        own = stored - _stored_bytes(mulan, dtype)
         return StageEstimate("quantizer", 0, num_clips * levels, stored, each * num_clips, own)
 
     def _tokens(self) -> StageEstimate:
-        preset = self.preset
-        codec, encoder = (
-            build_codec(preset).to(self.device).eval(),
-            build_semantic_encoder(preset).to(self.device).eval(),
-        )
-        mulan = self._build_mulan().eval()
+        codec, tokenizer, mulan = self.codec, self.tokenizer, self.mulan
         each = 0.0
         if not self.pipeline.is_done("tokens"):
             each = self._clip_seconds_of(
-                (codec.target_sample_hz, codec.tokenize),
-                (encoder.sample_hz, lambda wave: encoder.features(wave, layer=preset.semantic_tokenizer.layer)),
+                (codec.target_sample_hz, lambda wave: codec.tokenize(wave[:, None].expand(-1, codec.channels, -1))),
+                (tokenizer.target_sample_hz, tokenizer),
                 (mulan.sample_hz, lambda wave: mulan.window_latents(wave[0])),
             )
-        per_second = self.frame_hz * preset.codec.num_quantizers + _token_hz(encoder)
+        per_second = _token_hz(codec) * codec.num_quantizers + _token_hz(tokenizer)
         num_tokens = round(self.num_clips * self.clip_seconds * per_second)
         windows = 1 + max(0, int((self.clip_seconds - mulan.window_seconds) / mulan.window_stride_seconds))
         disk = _SHARD_BYTES * (num_tokens + self.num_clips * windows * mulan.dim_latent)
         return StageEstimate("tokens", 0, num_tokens, disk, each * self.num_clips, 0)
 
     def _language_model(self, stage: str) -> StageEstimate:
-        preset, config = self.preset, getattr(self.preset, stage)
-        num_semantic, run = preset.semantic_tokenizer.num_clusters, config.run
-        transformer = build_language_model(preset, stage, num_semantic).to(self.device)
+        preset, config, codec, tokenizer = self.preset, getattr(self.preset, stage), self.codec, self.tokenizer
+        run = config.run
+        transformer = build_language_model(preset, stage, codec=codec, tokenizer=tokenizer).to(self.device)
         levels = preset.quantizer.num_quantizers
         table = nn.Embedding(levels * preset.quantizer.codebook_size, config.dim, device=self.device)
-        frames = max(1, int(run.seconds * self.frame_hz))
-        semantic_frames = max(1, int(run.seconds * _token_hz(build_semantic_encoder(preset))))
+        frames = max(1, int(run.seconds * _token_hz(codec)))
+        semantic_frames = max(1, int(run.seconds * _token_hz(tokenizer)))
 
         def loss(batch: int) -> Tensor:
-            shape = (batch, frames, preset.codec.num_quantizers)
+            shape = (batch, frames, codec.num_quantizers)
             tokens = {
-                "semantic": torch.randint(num_semantic, (batch, semantic_frames), device=self.device),
-                "acoustic": torch.randint(preset.codec.codebook_size, shape, device=self.device),
+                "semantic": torch.randint(tokenizer.codebook_size, (batch, semantic_frames), device=self.device),
+                "acoustic": torch.randint(codec.codebook_size, shape, device=self.device),
             }
             codes = torch.randint(table.num_embeddings, (batch, levels), device=self.device)
             condition = Conditioning(table(codes), torch.ones(batch, levels, dtype=torch.bool, device=self.device))
@@ -294,8 +319,15 @@ def _step_seconds(
     return min(step(run.batch_size), step(run.batch_size))
 
 
-def _token_hz(encoder: BestRQEncoder) -> float:
-    return encoder.sample_hz / encoder.downsample_factor
+def _token_hz(tokenizer: Codec | SemanticTokenizer) -> float:
+    return tokenizer.target_sample_hz / tokenizer.downsample_factor
+
+
+def _stored_bytes(module: nn.Module, dtype: torch.dtype | None) -> int:
+    """Size of a module that is saved with its numbers in a type; None = in their own."""
+    weights = weights_of(module).values()
+    changed = [weight if dtype is None or not weight.is_floating_point() else weight.to(dtype) for weight in weights]
+    return sum(weight.numel() * weight.element_size() for weight in changed)
 
 
 def _count(module: nn.Module) -> int:

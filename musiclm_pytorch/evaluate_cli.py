@@ -1,21 +1,26 @@
-"""`musiclm evaluate semantic`: how good an encoder's layers are, the tokens cut from them, and a tokenizer's own."""
+"""`musiclm evaluate semantic | mulan`: what semantic tokens hold, and what a joint embedding of audio and text knows.
+
+Of semantic tokens: how good an encoder's layers are, the tokens cut from them, and a tokenizer's own.
+"""
 
 import shlex
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from musiclm_pytorch.command_checks import check_folder, device_named
 
 if TYPE_CHECKING:
+    from musiclm_pytorch.evaluation.mulan_check import MuLaNCheck
     from musiclm_pytorch.evaluation.semantic_check import SemanticCheck
 
-__all__ = ["EvaluateCommand", "EvaluateSemantic", "run_evaluate"]
+__all__ = ["EvaluateCommand", "EvaluateMuLaN", "EvaluateSemantic", "run_evaluate"]
 
 _REPORT_FILE = "figures.json"
+_MATRIX_FILE, _MAP_FILE = "similarities.png", "latents.png"
 _TOKENIZER_CLASSES = ("KMeansTokenizer", "HubertWithKmeans", "FairseqVQWav2Vec")
 
 
@@ -26,8 +31,6 @@ class EvaluateSemantic:
     Of a semantic tokenizer its own tokens are measured too; of one without layers, such as vq-wav2vec, only these.
     """
 
-    what: Annotated[Literal["semantic"], tyro.conf.Positional]
-    """What is measured."""
     encoder: str
     """Bundled one (16khz, tiny), folder of a saved encoder or semantic tokenizer, a HuBERT checkpoint of fairseq (.pt),
     or a folder or hub id in transformers' format, e.g. facebook/hubert-base-ls960."""
@@ -53,17 +56,56 @@ class EvaluateSemantic:
     @property
     def words(self) -> str:
         """The command line that says the same."""
-        settings = {name.replace("_", "-"): value for name, value in asdict(self).items() if name != "what"}
-        offline = settings.pop("offline")
-        parts = [f"--{name} {shlex.quote(str(value))}" for name, value in settings.items()]
-        return " ".join(["musiclm evaluate", self.what, *parts, *(["--offline"] if offline else [])])
+        return _words_of("semantic", asdict(self))
 
 
-# A union of such classes, once there is more to evaluate.
-EvaluateCommand = EvaluateSemantic
+@dataclass(frozen=True, kw_only=True)
+class EvaluateMuLaN:
+    """Measure a joint embedding of audio and text on held-out clips, and draw what it makes of them.
+
+    Retrieval in both directions, zero-shot tagging by the labels of the manifest, attributes of the top clips, all
+    beside chance; the matrix of similarities and a map of the latents as pictures (needs the extra [plot]).
+    """
+
+    model: str
+    """Bundled one (tiny); folder of a MuLaN, of a model, or of a run; or CLAP: a folder or hub id, e.g.
+    laion/larger_clap_music."""
+    data: Path
+    """Folder with a valid.jsonl; or any folder or manifest of clips that have captions or labels."""
+    out: Path
+    """Folder to write figures.json, figures.md, similarities.png and latents.png into."""
+    label: str | None = None
+    """Label that orders and colours the pictures; the first of the manifest if not given."""
+    limit: int | None = None
+    """Use only so many clips, chosen at random."""
+    seed: int = 0
+    """Of that choice."""
+    offline: bool = False
+    """Never ask a model hub."""
+    device: str = "auto"
+    """Where the model runs: cpu, cuda, mps, ... or auto, which takes a GPU if there is one."""
+
+    @property
+    def words(self) -> str:
+        """The command line that says the same."""
+        return _words_of("mulan", asdict(self))
 
 
-def run_evaluate(command: EvaluateSemantic) -> int:
+EvaluateCommand = (
+    Annotated[EvaluateSemantic, tyro.conf.subcommand("semantic")]
+    | Annotated[EvaluateMuLaN, tyro.conf.subcommand("mulan")]
+)
+
+
+def _words_of(what: str, fields: dict[str, Any]) -> str:
+    """The command line of some settings; those that are not given stay away."""
+    settings = {name.replace("_", "-"): value for name, value in fields.items() if value is not None}
+    offline = settings.pop("offline")
+    parts = [f"--{name} {shlex.quote(str(value))}" for name, value in settings.items()]
+    return " ".join(["musiclm evaluate", what, *parts, *(["--offline"] if offline else [])])
+
+
+def run_evaluate(command: EvaluateSemantic | EvaluateMuLaN) -> int:
     """Carry a command out.
 
     Args:
@@ -73,8 +115,18 @@ def run_evaluate(command: EvaluateSemantic) -> int:
         Exit status 0.
 
     Raises:
+        ImportError: If pictures cannot be drawn, or a model needs a package that is not installed.
         ValueError: If nothing could be done; says what was wrong and the mend.
     """
+    if isinstance(command, EvaluateMuLaN):
+        _evaluate_mulan(command)
+    else:
+        _evaluate_semantic(command)
+    return 0
+
+
+def _evaluate_semantic(command: EvaluateSemantic) -> None:
+    """What layers and tokens hold."""
     clusters = [] if command.clusters == "none" else _numbers("--clusters", command.clusters)
     layers = None if command.layers == "all" else _numbers("--layers", command.layers)
     if command.probe_clips < 1 or command.seed < 0:
@@ -90,7 +142,6 @@ def run_evaluate(command: EvaluateSemantic) -> int:
         raise ValueError(f"--layers: {command.encoder} has no layers, only tokens; leave --layers out")
     checks = _checks(command, encoder, tokenizer, layers, clusters)
     _report(command, encoder, tokenizer, *checks)
-    return 0
 
 
 def _opened(command: EvaluateSemantic) -> tuple[Any, Any]:
@@ -227,3 +278,52 @@ def _head(settings: dict[str, Any]) -> str:
         learned = f"{settings['num_kmeans_frames']} training frames, three of music to one of speech"
         lines.append(f"- k-means on {learned}, seed {settings['seed']}")
     return "\n".join([*lines, "", ""])
+
+
+def _evaluate_mulan(command: EvaluateMuLaN) -> None:
+    """What a joint embedding knows: figures and pictures."""
+    from musiclm_pytorch.bundled_parts import mulan_named
+    from musiclm_pytorch.evaluation.mulan_check import check_figures, check_mulan, held_out_items
+    from musiclm_pytorch.evaluation.mulan_report import mulan_head, mulan_tables
+    from musiclm_pytorch.evaluation.mulan_views import draw_latents, draw_similarities, label_named
+    from musiclm_pytorch.evaluation.report import write_report
+    from musiclm_pytorch.evaluation.tagging import tag_tests
+    from musiclm_pytorch.plot import require_matplotlib
+
+    require_matplotlib()
+    check_folder(command.out)
+    if command.seed < 0:
+        raise ValueError(f"--seed must be at least 0, got {command.seed}")
+    mulan = mulan_named(command.model, device_named(command.device), command.offline)
+    items = held_out_items(command.data, command.limit, command.seed)
+    label_named(tag_tests(items), command.label)  # a wrong name shall not cost the measuring
+    check = check_mulan(mulan, items, _announce)
+    _announce("measuring")
+    figures, settings = check_figures(check), _mulan_settings(command, mulan, check)
+    text = mulan_head(settings) + mulan_tables(figures)
+    sys.stdout.write(text)
+    path, title = command.out / _REPORT_FILE, f"{command.model} on {command.data}"
+    write_report(path, figures, settings, text)
+    draw_similarities(check, command.out / _MATRIX_FILE, title, command.label)
+    draw_latents(check, command.out / _MAP_FILE, title, command.label)
+    pictures = f"{command.out / _MATRIX_FILE} and {command.out / _MAP_FILE}"
+    sys.stdout.write(f"\nwrote {path}, {path.with_suffix('.md')}, {pictures}\n")
+
+
+def _mulan_settings(command: EvaluateMuLaN, mulan: Any, check: "MuLaNCheck") -> dict[str, Any]:
+    """What was measured, on what."""
+    from audiolm_pytorch.io import fingerprint_of
+
+    return {
+        "command": command.words,
+        "model": command.model,
+        "model_class": type(mulan).__name__,
+        "model_fingerprint": fingerprint_of(mulan),
+        "sample_hz": mulan.sample_hz,
+        "dim_latent": mulan.dim_latent,
+        "num_clips": len(check.audio),
+        "num_texts": len(check.texts),
+        "texts": "captions" if check.are_captions else f"prompts of {check.tests[0].label}",
+        "prompts": {test.label: dict(zip(test.values, test.prompts)) for test in check.tests},
+        "seed": command.seed,
+    }

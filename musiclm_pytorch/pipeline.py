@@ -2,10 +2,10 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,13 @@ from accelerate import Accelerator
 from beartype import beartype
 from torch import nn
 
-from audiolm_pytorch.codecs import SoundStream
+from audiolm_pytorch.codecs import Codec
 from audiolm_pytorch.codecs.training import MEL_ONLY, SoundStreamTrainer
 from audiolm_pytorch.data.manifest import training_items
 from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.files import read_weights
-from audiolm_pytorch.io import load_module, load_weights, read_json, save_module, write_json
-from audiolm_pytorch.semantic import KMeansTokenizer
+from audiolm_pytorch.io import load_weights, read_json, save_module, write_json
+from audiolm_pytorch.semantic import SemanticTokenizer
 from audiolm_pytorch.semantic.training import SemanticTokenizerTrainer
 from audiolm_pytorch.stages.trainers import (
     TABLE_FILE,
@@ -40,12 +40,15 @@ from musiclm_pytorch.builders import (
     build_semantic_objective,
 )
 from musiclm_pytorch.bundle import CARD, PARTS, save_parts
+from musiclm_pytorch.captions import CaptionSampler, captions_of
 from musiclm_pytorch.config import Preset, RunConfig
 from musiclm_pytorch.embed_quantizer import MuLaNEmbedQuantizer
-from musiclm_pytorch.mulan import MuLaN
+from musiclm_pytorch.mulan import JointEmbedding
+from musiclm_pytorch.parts import GIVEN_KINDS, check_given, exact_dtype, load_part, part_fingerprint
+from musiclm_pytorch.quantizer_fit import fit_quantizer
 from musiclm_pytorch.run_folder import alone_in, claim_folder, digest_of, sweep
 from musiclm_pytorch.tokens import compute_tokens
-from musiclm_pytorch.training import MuLaNTrainer, captions_of, fit_quantizer
+from musiclm_pytorch.training import MuLaNTrainer
 
 __all__ = ["STAGES", "Pipeline", "StageReport", "check_stage"]
 
@@ -84,15 +87,20 @@ class Pipeline:
     A finished stage leaves `OUT/<stage>/model`; tokens are computed once into `OUT/tokens`; the assembled model is
     `OUT/model`. Nothing is written before `run`.
 
+    A chain may also be trained around finished parts: any codec, semantic tokenizer or joint embedding that can be
+    saved. The stage of such a part trains nothing and keeps the part as its result, without rounding it.
+
     Args:
         preset: Sizes and steps.
         data: Folder of audio or JSONL manifest.
-        out: Folder of the run; made if missing. A folder belongs to one preset, seed and list of files.
+        out: Folder of the run; made if missing. A folder belongs to one preset, seed, list of files and given parts.
         seed: Of weights, data order and noise.
         accelerator: Shared by all stages; one is made if not given.
+        given: Finished modules for the stages "codec", "semantic-tokenizer" and "mulan", as far as there are any.
 
     Raises:
-        ValueError: If the data cannot be read, or `out` is a file.
+        ValueError: If the data cannot be read, `out` is a file, or a given part is of another kind or does not fit the
+            preset.
     """
 
     @beartype
@@ -104,6 +112,7 @@ class Pipeline:
         out: str | Path,
         seed: int = 0,
         accelerator: Accelerator | None = None,
+        given: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self.preset, self.data, self.out, self.seed = preset, Path(data), Path(out), seed
         if seed < 0:
@@ -112,6 +121,8 @@ class Pipeline:
         if not blocked.is_dir():
             raise ValueError(f"{blocked} is a file; name a folder with --out")
         self.train_items, self.valid_items = training_items(self.data, None, min_seconds=1.0)
+        self.given = dict(given or {})
+        check_given(preset, self.given)
         self._accelerator = accelerator
 
     # what there is
@@ -157,7 +168,7 @@ class Pipeline:
         """Run one stage, or all that are not done, and report each as it ends.
 
         Args:
-            stage: Name of a stage, or "all". Tokens are computed whenever a language model needs them.
+            stage: Name of a stage, or "all". Tokens are computed, and given parts kept, whenever a stage needs them.
             announce: Called with the name of each stage that starts.
 
         Yields:
@@ -167,7 +178,7 @@ class Pipeline:
             ValueError: If there is no such stage, what it needs is missing, or the folder holds another run.
         """
         check_stage(stage)
-        names = list(STAGES) if stage == "all" else ["tokens", stage] if "tokens" in STAGES[stage] else [stage]
+        names = self._names(stage)
         self._check_needs(names)
         with alone_in(self.out) if self.accelerator.is_main_process else nullcontext():
             self._claim_folder()
@@ -182,6 +193,14 @@ class Pipeline:
             if all(self.is_done(name) for name in STAGES) and not self._is_assembled():
                 self.assemble()
 
+    def _names(self, stage: str) -> list[str]:
+        """The stages that a request stands for, in order."""
+        if stage == "all":
+            return list(STAGES)
+        names = ["tokens", stage] if "tokens" in STAGES[stage] else [stage]
+        needs = [need for name in names for need in STAGES[name] if need in self.given and not self.is_done(need)]
+        return [*dict.fromkeys(needs), *names]
+
     def _check_needs(self, names: list[str]) -> None:
         """Refuse what cannot be run, before anything is written or hours are spent on the stages before it."""
         for name in names:
@@ -190,7 +209,7 @@ class Pipeline:
                 raise ValueError(
                     f"{name} needs {' and '.join(missing)} first: musiclm train {missing[0]} with this --out"
                 )
-        if "mulan" in names and not self.is_done("mulan"):
+        if "mulan" in names and not self.is_done("mulan") and "mulan" not in self.given:
             self.require_captions()
 
     def require_captions(self) -> None:
@@ -204,6 +223,8 @@ class Pipeline:
     def _timed(self, stage: str) -> StageReport:
         started = time.monotonic()
         runner: Callable[[], dict[str, Any]] = getattr(self, f"_run_{stage.replace('-', '_')}")
+        if stage in self.given:
+            runner = partial(self._run_given, stage)
         if self.accelerator.is_main_process:
             sweep(self.out / stage)
         # Nobody may have begun to write what would be swept away.
@@ -222,7 +243,8 @@ class Pipeline:
             for key, value in metrics.items()
             if key.startswith(("valid.", "fitted.")) and value is not None
         ]
-        return StageReport(stage, seconds, "  ".join(figures[:4]))
+        summary = f"given: {type(self.given[stage]).__name__}" if stage in self.given else "  ".join(figures[:4])
+        return StageReport(stage, seconds, summary)
 
     def _digests(self, stages: Iterable[str]) -> dict[str, str]:
         """Hash of what each of some finished stages left."""
@@ -260,7 +282,12 @@ class Pipeline:
             "files": digest_of("\n".join(paths).encode()),
             "captions": digest_of("\n".join(self.captions).encode()),
         }
-        claim_folder(self.out, facts, write=self.accelerator.is_main_process)
+        # a run that says nothing of given parts has trained all of them itself
+        trained = {"given": dict.fromkeys(GIVEN_KINDS, "none")}
+        if self.given:
+            known = {stage: part_fingerprint(part) for stage, part in self.given.items()}
+            facts["given"] = {**trained["given"], **known}
+        claim_folder(self.out, facts, write=self.accelerator.is_main_process, unsaid=trained)
 
     def _loop(self, stage: str, run: RunConfig) -> dict[str, Any]:
         """Arguments that every trainer takes."""
@@ -284,7 +311,11 @@ class Pipeline:
         total = float(read_json(trainer.results_folder / "finished.json")["seconds"])
         return {**result.metrics, "earlier_seconds": max(0.0, total - (time.monotonic() - started))}
 
-    # tokenizers
+    # tokenizers and MuLaN
+
+    def _run_given(self, stage: str) -> dict[str, Any]:
+        self._keep(stage, self.given[stage], frozen=self.given[stage])
+        return {}
 
     def _run_codec(self) -> dict[str, Any]:
         run = self.preset.codec.run
@@ -321,6 +352,8 @@ class Pipeline:
             mulan=build_mulan(self.preset, self.captions),
             items=(self.train_items, self.valid_items),
             seconds=run.seconds,
+            captions=CaptionSampler(caption_dropout=self.preset.mulan.caption_dropout, seed=self.seed),
+            chunk_size=self.preset.mulan.chunk_size,
             **self._loop("mulan", run),
         )
         metrics = self._train(trainer)
@@ -328,19 +361,25 @@ class Pipeline:
         return metrics
 
     def _run_quantizer(self) -> dict[str, Any]:
-        quantizer = build_quantizer(self.preset, self._load("mulan", MuLaN), len(self.train_items))
-        agreement = fit_quantizer(quantizer.to(self.accelerator.device), self.train_items, seed=self.seed)
-        self._keep("quantizer", quantizer)
-        return {f"fitted.agreement_level_{level}": value for level, value in enumerate(agreement, start=1)}
+        quantizer = build_quantizer(self.preset, self._load("mulan", JointEmbedding), len(self.train_items))
+        quantizer.to(self.accelerator.device)
+        report = fit_quantizer(quantizer, self.train_items, held_out=self.valid_items, seed=self.seed)
+        self._keep("quantizer", quantizer, frozen=quantizer.mulan)
+        return {f"fitted.{name}": value for name, value in report.figures.items()}
 
-    def _keep(self, stage: str, module: nn.Module) -> None:
-        """Save a stage's result as fp16, so that whatever is computed with it holds for the exported model too."""
+    def _keep(self, stage: str, module: nn.Module, frozen: nn.Module | None = None) -> None:
+        """Save a stage's result as fp16, so that whatever is computed with it holds for the exported model too.
+
+        A result in which something is `frozen` that fp16 would change is saved as it is.
+        """
         if self.accelerator.is_main_process:
-            save_module(module.eval(), self._result(stage), dtype=torch.float16)
+            dtype = torch.float16 if frozen is None else exact_dtype(frozen, torch.float16)
+            save_module(module.eval(), self._result(stage), dtype=dtype)
         self.accelerator.wait_for_everyone()
 
-    def _load(self, stage: str, kind: type[nn.Module]) -> Any:
-        return load_module(self._result(stage), expect=kind, device=self.accelerator.device)
+    def _load(self, stage: str, kind: Any) -> Any:
+        with preserved_generators():  # whatever a part is built with, it moves no initial weights
+            return load_part(self._result(stage), kind, device=self.accelerator.device)
 
     # tokens
 
@@ -348,9 +387,9 @@ class Pipeline:
     def tokens(self) -> list[TokenShards]:
         """Semantic tokens, codes and MuLaN latents of every training and every held-out file, computed once."""
         makers = {
-            "codec": self._load("codec", SoundStream),
-            "semantic_tokenizer": self._load("semantic-tokenizer", KMeansTokenizer),
-            "mulan": self._load("mulan", MuLaN),
+            "codec": self._load("codec", Codec),
+            "semantic_tokenizer": self._load("semantic-tokenizer", SemanticTokenizer),
+            "mulan": self._load("mulan", JointEmbedding),
         }
         return [
             compute_tokens(
@@ -376,8 +415,8 @@ class Pipeline:
 
     def _train_language_model(self, stage: str, trainer_class: Callable[..., Any]) -> dict[str, Any]:
         run, config = getattr(self.preset, stage).run, getattr(self.preset, stage)
-        tokenizer: KMeansTokenizer = self._load("semantic-tokenizer", KMeansTokenizer)
-        transformer = build_language_model(self.preset, stage, tokenizer.codebook_size)
+        tokenizer, codec = self._load("semantic-tokenizer", SemanticTokenizer), self._load("codec", Codec)
+        transformer = build_language_model(self.preset, stage, codec=codec, tokenizer=tokenizer)
         shards, valid_shards = self.tokens()
         trainer = trainer_class(
             transformer=transformer,
@@ -386,6 +425,7 @@ class Pipeline:
             valid_shards=valid_shards,
             data_max_length_seconds=run.seconds,
             level_drop_prob=config.level_drop_prob,
+            text_prob=config.text_prob,
             **self._loop(stage, run),
         )
         metrics = self._train(trainer)

@@ -21,13 +21,16 @@ _MAX_SHOWN = 3
 
 
 @beartype
-def claim_folder(folder: Path, facts: Mapping[str, Any], write: bool = True) -> None:
+def claim_folder(
+    folder: Path, facts: Mapping[str, Any], write: bool = True, unsaid: Mapping[str, Any] | None = None
+) -> None:
     """Write down what a folder is a run of, or refuse a folder of another run.
 
     Args:
         folder: Of the run.
         facts: What must be the same in every session, JSON-able.
         write: Whether this process is the one that writes.
+        unsaid: Facts that hold for a run which does not name them; others that a run does not name are not compared.
 
     Raises:
         ValueError: If the folder holds another run; the message shows the difference.
@@ -37,7 +40,8 @@ def claim_folder(folder: Path, facts: Mapping[str, Any], write: bool = True) -> 
         if write:
             write_json(folder / _RUN_FILE, mine)
         return
-    theirs = read_json(folder / _RUN_FILE)
+    unsaid = dict(unsaid or {})
+    theirs, mine = {**unsaid, **read_json(folder / _RUN_FILE)}, {**unsaid, **mine}
     lines = differences(theirs, _known_to(theirs, mine))
     if lines:
         more = f"; and {len(lines) - _MAX_SHOWN} more" if len(lines) > _MAX_SHOWN else ""

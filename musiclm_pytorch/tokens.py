@@ -8,14 +8,15 @@ import torch
 from accelerate import Accelerator
 from beartype import beartype
 
-from audiolm_pytorch.codecs import SoundStream
+from audiolm_pytorch.codecs import Codec
 from audiolm_pytorch.data.crops import CropDataset
 from audiolm_pytorch.data.manifest import AudioItem
 from audiolm_pytorch.data.shards import TokenShards, write_shards
-from audiolm_pytorch.io import fingerprint_of
-from audiolm_pytorch.semantic import KMeansTokenizer
+from audiolm_pytorch.semantic import SemanticTokenizer
 from audiolm_pytorch.stages.fingerprints import shard_fingerprint
-from musiclm_pytorch.mulan import MuLaN
+from musiclm_pytorch.captions import captions_of
+from musiclm_pytorch.mulan import JointEmbedding
+from musiclm_pytorch.parts import part_fingerprint
 
 __all__ = ["compute_tokens"]
 
@@ -25,9 +26,9 @@ def compute_tokens(
     folder: Path,
     items: Sequence[AudioItem],
     *,
-    codec: SoundStream,
-    semantic_tokenizer: KMeansTokenizer,
-    mulan: MuLaN,
+    codec: Codec,
+    semantic_tokenizer: SemanticTokenizer,
+    mulan: JointEmbedding,
     origin: Mapping[str, str],
     accelerator: Accelerator,
 ) -> TokenShards:
@@ -35,10 +36,11 @@ def compute_tokens(
 
     Args:
         folder: Of the shards; chunks that are complete are not computed again.
-        items: The files, a record each: `semantic [t]`, `acoustic [f, q]`, `latents [w, 128]` and `duration_seconds`.
-        codec: Makes `acoustic`.
+        items: The files, a record each: `semantic [t]`, `acoustic [f, q]`, `latents [w, d]` of windows,
+            `text_latents [k, d]` of captions and `duration_seconds`.
+        codec: Makes `acoustic`, of all its channels; the others hear their average.
         semantic_tokenizer: Makes `semantic`.
-        mulan: Makes `latents`, one for each window.
+        mulan: Makes `latents`, one for each window, and `text_latents`, one for each caption.
         origin: What else tells one set of records from another.
         accelerator: Its processes share the work.
 
@@ -50,19 +52,21 @@ def compute_tokens(
     """
     fingerprint = {
         **shard_fingerprint(semantic_tokenizer, codec),
-        "mulan": fingerprint_of(mulan),
+        "mulan": part_fingerprint(mulan),
         **origin,
     }
     codec_hz, semantic_hz, mulan_hz = codec.target_sample_hz, semantic_tokenizer.target_sample_hz, mulan.sample_hz
-    files = CropDataset(items, None, (semantic_hz, codec_hz, mulan_hz), cache_bytes=0)
+    files = CropDataset(items, None, (semantic_hz, codec_hz, mulan_hz), cache_bytes=0, channels=codec.channels)
 
     @torch.no_grad()
     def make_record(index: int) -> dict[str, np.ndarray]:
         waves = {hz: wave.to(accelerator.device) for hz, wave in files.get(0, index).waves.items()}
+        mono = {hz: wave if wave.ndim == 1 else wave.mean(dim=0) for hz, wave in waves.items()}
         return {
-            "semantic": semantic_tokenizer(waves[semantic_hz][None])[0].cpu().numpy(),
+            "semantic": semantic_tokenizer.forward(mono[semantic_hz][None])[0].cpu().numpy(),
             "acoustic": codec.tokenize(waves[codec_hz][None])[0].cpu().numpy(),
-            "latents": mulan.window_latents(waves[mulan_hz]).half().cpu().numpy(),
+            "latents": mulan.window_latents(mono[mulan_hz]).half().cpu().numpy(),
+            "text_latents": _of_captions(mulan, items[index]),
             "duration_seconds": np.asarray(items[index].num_samples / items[index].sample_hz, dtype=np.float32),
         }
 
@@ -76,3 +80,10 @@ def compute_tokens(
     )
     accelerator.wait_for_everyone()
     return TokenShards(folder, fingerprint)
+
+
+def _of_captions(mulan: JointEmbedding, item: AudioItem) -> np.ndarray:
+    """Latents `[k, d]` float16 of the captions of a file, which may have none."""
+    captions = captions_of(item)
+    latents = mulan.get_text_latents(captions) if captions else torch.empty(0, mulan.dim_latent)
+    return latents.half().cpu().numpy()

@@ -1,8 +1,9 @@
-"""Training of MuLaN, and the job that fits the conditioning quantizer to a trained MuLaN."""
+"""Training of MuLaN, or of any joint embedding that gives a contrastive loss."""
 
+import inspect
 import logging
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,40 +18,44 @@ from audiolm_pytorch.data.crops import CropDataset
 from audiolm_pytorch.data.manifest import AudioItem, load_split
 from audiolm_pytorch.io import save_module
 from audiolm_pytorch.training import LoopSettings, LossOutput, Phase, TrainLoop, TrainResult
-from musiclm_pytorch.embed_quantizer import MuLaNEmbedQuantizer
-from musiclm_pytorch.evaluation.retrieval import relevance_of, retrieval
+from musiclm_pytorch.captions import CaptionSampler, aspects_of, captions_of, texts_of
+from musiclm_pytorch.chance_watch import ChanceWatch, TextUse, chance_loss
+from musiclm_pytorch.held_out import HeldOutClips
+from musiclm_pytorch.mulan.joint import JointEmbedding
 from musiclm_pytorch.mulan.mulan import MuLaN
+from musiclm_pytorch.mulan.text_tower import TextTransformer
+from musiclm_pytorch.mulan.tokenizer import words_of
 
-__all__ = ["MuLaNTask", "MuLaNTrainer", "captions_of", "fit_quantizer"]
+__all__ = ["MuLaNTask", "MuLaNTrainer"]
 
 logger = logging.getLogger(__name__)
 
-_RECALL_AT = (1, 5, 10)
-
-
-def captions_of(item: AudioItem) -> list[str]:
-    """Every caption of an item: its `caption`, and those of the label `captions` if it is a list of texts."""
-    further = item.labels.get("captions")
-    texts = [item.caption, *(further if isinstance(further, list) else ())]
-    return list(dict.fromkeys(text for text in texts if isinstance(text, str) and text.strip()))
+# Enough to tell how often a text describes several clips.
+_CLIPS_COUNTED = 10_000
 
 
 class MuLaNTask:
-    """What `TrainLoop` needs to train a MuLaN: random crops of captioned files, and retrieval on held-out ones.
+    """What `TrainLoop` needs to train a MuLaN: random crops of captioned files, and measures on held-out ones.
 
-    A file with several captions shows another one in every epoch; held-out files are searched by their first.
+    Each clip of a batch has one text or several, drawn anew in every epoch. Held-out files are searched by their first
+    caption, and by the words for their labels.
 
     Args:
-        mulan: The model.
+        mulan: The model: gives its loss when called like `MuLaN`, and has a text tower `text` with `tokenize`.
         train_items: Files to learn from; those without a caption are left out.
-        valid_items: Files to measure retrieval on; may be empty.
+        valid_items: Files to measure on; may be empty.
         seconds: Length of a crop.
         batch_size: Clips a step and process; what a clip is contrasted with.
-        seed: Seed of the crops.
+        captions: Draws the texts of a clip; None = one caption of the clip, another one in every epoch.
+        chunk_size: Clips and texts embedded at a time, so that memory does not grow with `batch_size` (gradient
+            caching, arXiv:2101.06983); None = all at once.
+        labels: Labels of the held-out files to test zero-shot tagging by; None = those that look like tags.
+        seed: Seed of the crops, and of the texts where `captions` is None.
         cache_bytes: Memory for decoded audio.
 
     Raises:
-        ValueError: If no file to learn from has a caption.
+        ValueError: If no file to learn from has a caption, `chunk_size` is not positive, the model cannot be trained
+            by contrast, or a label is none of the held-out files'.
     """
 
     name = "mulan"
@@ -59,66 +64,89 @@ class MuLaNTask:
     def __init__(
         self,
         *,
-        mulan: MuLaN,
+        mulan: JointEmbedding,
         train_items: Sequence[AudioItem],
         valid_items: Sequence[AudioItem],
         seconds: float | int,
         batch_size: int,
+        captions: CaptionSampler | None = None,
+        chunk_size: int | None = None,
+        labels: Sequence[str] | None = None,
         seed: int = 0,
         cache_bytes: int = 2**30,
     ) -> None:
-        captioned = [item for item in train_items if captions_of(item)]
+        self._tokenize = _tokenizer_of(mulan)
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size is {chunk_size}; it must be 1 or more, or None for all clips at once")
+        captioned = [item for item in train_items if texts_of(item)]
         if not captioned:
             raise ValueError(
-                f"none of {len(train_items)} files has a caption; give a train.jsonl with 'audio' and 'caption'"
+                f"none of {len(train_items)} files has a caption or aspects; give a train.jsonl with 'audio' and "
+                "'caption', or put a .txt beside each file"
             )
         num_left_out = len(train_items) - len(captioned)
         if num_left_out:
-            logger.warning("%d of %d files have no caption and are left out", num_left_out, len(train_items))
+            logger.warning("%d of %d files have no words to them and are left out", num_left_out, len(train_items))
         self.module: nn.Module = mulan
         self.mulan = mulan
-        self.batch_size = batch_size
+        self.batch_size, self.chunk_size = batch_size, chunk_size
+        self.captions = CaptionSampler(seed=seed) if captions is None else captions
         self.dataset = CropDataset(captioned, seconds, (mulan.sample_hz,), seed, cache_bytes)
         self.num_items = len(captioned)
         self.phases = (Phase("mulan", (mulan,), self.loss),)
-        held_out = [item for item in valid_items if captions_of(item)]
-        self._valid = CropDataset(held_out, seconds, (mulan.sample_hz,), seed, cache_bytes // 4) if held_out else None
-        self._valid_captions = [captions_of(item)[0] for item in held_out]
+        # Part of the run's identity in the loop's checkpoints. What is as it always was goes unsaid, as in older ones.
+        self.identity: dict[str, Any] = {} if chunk_size is None else {"chunk_size": chunk_size}
+        if self.captions != CaptionSampler(seed=seed):
+            self.identity["captions"] = asdict(self.captions)
+        counted = range(0, self.num_items, -(-self.num_items // _CLIPS_COUNTED))
+        self._text_use = TextUse.of([self.captions.sample(captioned[index], 0, index) for index in counted])
+        held_out = [item for item in valid_items if texts_of(item)]
+        self.held_out: HeldOutClips | None = None
+        if held_out:
+            crops = CropDataset(held_out, seconds, (mulan.sample_hz,), seed, cache_bytes // 4)
+            self.held_out = HeldOutClips(crops, labels=labels, max_batch=min(batch_size, chunk_size or batch_size))
 
     @property
     def chance(self) -> dict[str, float]:
-        """Loss and recalls of a model that guesses."""
+        """Loss, and figures of held-out clips, of a model that guesses."""
         processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        chance = {"loss": math.log(self.batch_size * processes)}
-        if self._valid is not None:
-            relevant = relevance_of(self._valid_captions)
-            random = retrieval(torch.zeros(relevant.shape), relevant)
-            chance |= {f"recall_at_{k}": random.chance_recall(k) for k in _RECALL_AT}
-        return chance
+        loss = chance_loss(getattr(self.mulan, "loss", None), self.batch_size * processes, self._text_use)
+        if isinstance(self.mulan, MuLaN) and self.mulan.layer_contrast is not None:
+            loss *= 1 + self.mulan.layer_contrast.weight * len(self.mulan.layer_contrast.layers)
+        return {"loss": loss, **({} if self.held_out is None else self.held_out.chance)}
 
     def batch(self, indices: list[tuple[int, int]]) -> dict[str, Tensor]:
-        """Cut the clips of (epoch, index) pairs: `wavs [b, n]`, `lengths [b]` in samples and caption `ids [b, t]`."""
-        return self._batch(self.dataset, indices)
+        """Cut the clips of (epoch, index) pairs and draw their texts.
+
+        Args:
+            indices: Which clips.
+
+        Returns:
+            `wavs [b, n]`, their `lengths [b]` in samples, `ids [k, t]` of all texts and `owners [k]`: the clip that a
+            text describes.
+        """
+        crops = collate_crops([self.dataset.get(epoch, index) for epoch, index in indices])
+        texts = [self.captions.sample(self.dataset.items[index], epoch, index) for epoch, index in indices]
+        owners = [row for row, own in enumerate(texts) for _ in own]
+        hz = self.mulan.sample_hz
+        return {
+            "wavs": crops.waves[hz],
+            "lengths": crops.lengths[hz],
+            "ids": self._tokenize([text for own in texts for text in own]),
+            "owners": torch.tensor(owners),
+        }
 
     def loss(self, batch: dict[str, Tensor], step: int) -> LossOutput:
         """Contrastive loss of a batch, with the temperature it stands at."""
-        loss = self.mulan(batch["wavs"], batch["ids"], batch["lengths"])
-        temperature = getattr(self.mulan.loss, "temperature", None)
+        loss = self.mulan(
+            batch["wavs"], batch["ids"], batch["lengths"], owners=batch["owners"], chunk_size=self.chunk_size
+        )
+        temperature = getattr(getattr(self.mulan, "loss", None), "temperature", None)
         return LossOutput(loss, {} if temperature is None else {"temperature": temperature})
 
     def validate(self) -> dict[str, float]:
-        """Text-to-audio retrieval among all held-out clips; every clip of the same caption is a right answer."""
-        if self._valid is None:
-            return {}
-        device = next(self.mulan.parameters()).device
-        audio, text = [], []
-        for start in range(0, len(self._valid), self.batch_size):
-            indices = [(0, index) for index in range(start, min(start + self.batch_size, len(self._valid)))]
-            batch = {name: tensor.to(device) for name, tensor in self._batch(self._valid, indices).items()}
-            audio.append(self.mulan.get_audio_latents(batch["wavs"], batch["lengths"]))
-            text.append(self.mulan.get_text_latents(batch["ids"]))
-        found = retrieval(torch.cat(text) @ torch.cat(audio).T, relevance_of(self._valid_captions).to(device))
-        return {f"recall_at_{k}": float((found.ranks <= k).mean()) for k in _RECALL_AT}
+        """Retrieval in both directions among all held-out clips, and zero-shot tagging by their labels."""
+        return {} if self.held_out is None else self.held_out.measure(self.mulan)
 
     def samples(self, folder: Path, step: int) -> None:
         """Write nothing: latents are nothing to listen to."""
@@ -126,27 +154,27 @@ class MuLaNTask:
     def before_training(self) -> None:
         """Do nothing: no part of MuLaN is made from data before training."""
 
-    def _batch(self, dataset: CropDataset, indices: list[tuple[int, int]]) -> dict[str, Tensor]:
-        """Cut and collate clips of a data set."""
-        crops = collate_crops([dataset.get(epoch, index) for epoch, index in indices])
-        hz = self.mulan.sample_hz
-        # a clip with several captions shows another one in every epoch, beginning with the first
-        wordings = [captions_of(dataset.items[index]) for _, index in indices]
-        ids = self.mulan.text.tokenize([own[epoch % len(own)] for own, (epoch, _) in zip(wordings, indices)])
-        return {"wavs": crops.waves[hz], "lengths": crops.lengths[hz], "ids": ids}
-
 
 class MuLaNTrainer:
     """Trains a MuLaN on captioned audio files, resumably.
 
+    Warns in the log when the loss does not get below that of guessing (see `ChanceWatch`).
+
     Args:
-        mulan: The model; its tokenizer should have been trained on the captions (`TextTokenizer.train`).
+        mulan: The model; its tokenizer should have been trained on the captions (`TextTokenizer.train`). Any joint
+            embedding that gives its loss when called like `MuLaN` can be trained.
         folder: Folder with `train.jsonl` (`audio`, `caption`, perhaps a list `captions` of further ones), and
-            `valid.jsonl` if there is one; or a `.jsonl` file. None when `items` is given.
+            `valid.jsonl` if there is one; or a `.jsonl` file; or a folder of audio files with a text file beside each.
+            None when `items` is given.
         items: Items to learn from and held-out items, instead of `folder`.
         batch_size: Clips a step and process.
         num_train_steps: Optimizer steps of the whole run.
         seconds: Length of the crops; shorter files are used whole.
+        captions: Draws the texts of a clip (several at a time, aspects, shortened captions); None = one caption of the
+            clip, another one in every epoch.
+        chunk_size: Clips and texts embedded at a time, so that memory does not grow with `batch_size` (gradient
+            caching, arXiv:2101.06983); None = all at once.
+        labels: Labels of the held-out files to test zero-shot tagging by; None = those that look like tags.
         valid_fraction: Share of held-out files where the folder does not say.
         results_folder: Where checkpoints and metrics go, and at the end the model (`results_folder/mulan`).
         accelerator: Shared by all trainings of a program; None makes one.
@@ -154,19 +182,23 @@ class MuLaNTrainer:
         **settings: Further fields of `LoopSettings`.
 
     Raises:
-        ValueError: If there is not exactly one of `folder` and `items`, or no file has a caption.
+        ValueError: If there is not exactly one of `folder` and `items`, no file has a caption, or a number or label is
+            none that can be used.
     """
 
     @beartype
     def __init__(
         self,
         *,
-        mulan: MuLaN,
+        mulan: JointEmbedding,
         folder: str | Path | None = None,
         items: tuple[Sequence[AudioItem], Sequence[AudioItem]] | None = None,
         batch_size: int,
         num_train_steps: int,
         seconds: float | int = 10.0,
+        captions: CaptionSampler | None = None,
+        chunk_size: int | None = None,
+        labels: Sequence[str] | None = None,
         valid_fraction: float = 0.05,
         results_folder: str | Path = "./results/mulan",
         accelerator: Accelerator | None = None,
@@ -183,11 +215,16 @@ class MuLaNTrainer:
             valid_items=valid_items,
             seconds=seconds,
             batch_size=batch_size,
+            captions=captions,
+            chunk_size=chunk_size,
+            labels=labels,
             seed=loop_settings.seed,
             cache_bytes=cache_bytes,
         )
         self.results_folder = Path(results_folder)
-        self.loop = TrainLoop(self.task, loop_settings, self.results_folder, accelerator)
+        self.watch = ChanceWatch(loop_settings.warmup_steps, phase=self.task.phases[0].name)
+        self.loop = TrainLoop(self.task, loop_settings, self.results_folder, accelerator, self.watch)
+        _note_words(mulan, train_items)
 
     @beartype
     def train(self, stop_after_steps: int | None = None) -> TrainResult:
@@ -204,51 +241,23 @@ class MuLaNTrainer:
         )
 
 
-@beartype
-def fit_quantizer(
-    quantizer: MuLaNEmbedQuantizer,
-    items: Sequence[AudioItem],
-    *,
-    ridge: float | None = None,
-    seed: int = 0,
-    max_windows: int = 200_000,
-) -> list[float]:
-    """Fit a quantizer's codebooks once to every window of some files.
+def _tokenizer_of(mulan: JointEmbedding) -> Callable[[list[str]], Tensor]:
+    """What turns texts into ids for a model, or ValueError if it cannot be trained here."""
+    tokenize = getattr(getattr(mulan, "text", None), "tokenize", None)
+    known = inspect.signature(mulan.forward).parameters
+    if tokenize is None or not {"owners", "chunk_size"} <= set(known):
+        raise ValueError(
+            f"{type(mulan).__name__} cannot be trained by contrast: that takes `text.tokenize(texts)` and a loss from "
+            "`forward(wavs, ids, lengths, owners=..., chunk_size=...)`, as MuLaN has them"
+        )
+    if not any(parameter.requires_grad for parameter in mulan.parameters()):
+        raise ValueError(f"all of {type(mulan).__name__} is frozen; set requires_grad_() on what is to be trained")
+    return tokenize
 
-    Args:
-        quantizer: Not fitted yet; its MuLaN is trained.
-        items: Files; captions, where all files have some, bring texts to where audio is (see
-            `MuLaNEmbedQuantizer.fit`).
-        ridge: Strength of the learned map from text to audio, see there. None = centre and scale only.
-        seed: Seed of the k-means, and of the choice of windows.
-        max_windows: More windows than this are thinned at random.
 
-    Returns:
-        Per level, the fraction of windows whose audio and caption get the same code; empty without captions.
-
-    Raises:
-        ValueError: If there are fewer windows than codes a level, or the quantizer is fitted already.
-    """
-    mulan = quantizer.mulan
-    device = next(mulan.parameters()).device
-    dataset = CropDataset(items, None, (mulan.sample_hz,), seed, cache_bytes=0)
-    captions = [captions_of(item) for item in items]
-    paired = all(captions)
-    audio, text = [], []
-    with torch.no_grad():
-        for index, own in enumerate(captions):
-            audio.append(mulan.window_latents(dataset.get(0, index).waves[mulan.sample_hz].to(device)))
-            if paired:
-                text.append(mulan.get_text_latents(own[index % len(own)]).expand(len(audio[-1]), -1))
-    audio_latents = torch.cat(audio)
-    text_latents = torch.cat(text) if paired else None
-    if len(audio_latents) > max_windows:
-        order = torch.randperm(len(audio_latents), generator=torch.Generator().manual_seed(seed))[:max_windows]
-        audio_latents = audio_latents[order.to(device)]
-        text_latents = None if text_latents is None else text_latents[order.to(device)]
-    quantizer.fit(audio_latents, text_latents, ridge=ridge, seed=seed)
-    if text_latents is None:
-        return []
-    agreement = quantizer.code_agreement(audio_latents, text_latents)
-    logger.info("audio and caption agree on %s of the codes, level by level", [f"{value:.1%}" for value in agreement])
-    return agreement
+def _note_words(mulan: JointEmbedding, items: Sequence[AudioItem]) -> None:
+    """Tell a text tower that knows no other words than those it is trained on which these are."""
+    text = getattr(mulan, "text", None)
+    if isinstance(text, TextTransformer):
+        new = words_of(text for item in items for text in (*captions_of(item), *aspects_of(item)))
+        text.known_words = sorted({*new, *(text.known_words or ())})

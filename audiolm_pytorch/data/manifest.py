@@ -13,8 +13,21 @@ from typing import Any
 from beartype import beartype
 
 from audiolm_pytorch.audio import decoded_info
+from audiolm_pytorch.data.descriptions import SIDECAR_SUFFIXES, json_lines, sidecar_description, split_description
 
-__all__ = ["AudioItem", "ItemReport", "Rejected", "load_items", "load_split", "split_items", "training_items"]
+__all__ = [
+    "AudioItem",
+    "ItemEntry",
+    "ItemReport",
+    "Rejected",
+    "audio_files",
+    "check_entries",
+    "load_items",
+    "load_split",
+    "manifest_text",
+    "split_items",
+    "training_items",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +65,8 @@ class ItemReport:
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """A file that is still to be checked."""
+class ItemEntry:
+    """A file that is still to be checked, with what is said about it."""
 
     path: Path
     caption: str | None = None
@@ -66,12 +79,16 @@ def load_items(source: str | Path, min_seconds: float | int = 0.0) -> ItemReport
 
     Args:
         source: A folder (all .wav, .flac, .mp3 and .ogg files below it, in order of their names; hidden files are
-            skipped), a folder that holds a `train.jsonl` (then that file decides), or a `.jsonl` file. A manifest line
-            is an object with `audio` (path, relative to the manifest) and perhaps `caption`; all else becomes labels.
+            skipped), a folder that holds a `train.jsonl` (then that file decides), or a `.jsonl` file. In a folder,
+            `x.txt` beside `x.wav` holds its captions, one a line, and `x.json` what a line of a manifest would. A
+            manifest line is an object with `audio` (path, relative to the manifest) and perhaps `caption` and
+            `captions` (each a text, a list of texts, or texts by name; several captions: the first is the item's
+            caption, the others its label `captions`); all else becomes labels.
         min_seconds: Shorter files are rejected.
 
     Returns:
-        Usable items in the order of the source, and the rejected ones with reasons (also logged in one warning).
+        Usable items in the order of the source, and the rejected ones with reasons (also logged in one warning). A
+        caption file that cannot be read is rejected too, with a warning of its own, and its clip has no caption.
 
     Raises:
         ValueError: If the source does not exist, a manifest line is malformed (its number is named), or nothing can be
@@ -79,7 +96,28 @@ def load_items(source: str | Path, min_seconds: float | int = 0.0) -> ItemReport
     """
     source = Path(source)
     manifest = _manifest_of(source)
-    entries = _folder_entries(source) if manifest is None else _manifest_entries(manifest)
+    entries, unread = _folder_entries(source) if manifest is None else (_manifest_entries(manifest), [])
+    report = check_entries(entries, source, min_seconds)
+    if unread:
+        logger.warning("%s: %d caption files cannot be used: %s", source, len(unread), _summary(unread))
+    return ItemReport(report.items, [*report.rejected, *unread])
+
+
+@beartype
+def check_entries(entries: Sequence[ItemEntry], source: Path, min_seconds: float | int = 0.0) -> ItemReport:
+    """Decode files once to see that they can be used.
+
+    Args:
+        entries: The files.
+        source: Where they were named; messages begin with it.
+        min_seconds: Shorter files are rejected.
+
+    Returns:
+        Usable items in order, and the rejected ones with reasons (also logged in one warning).
+
+    Raises:
+        ValueError: If no file can be used.
+    """
     with ThreadPoolExecutor(min(MAX_READERS, os.cpu_count() or 1)) as readers:
         checked = list(readers.map(lambda entry: _checked(entry, min_seconds), entries))
     report = ItemReport(
@@ -102,49 +140,106 @@ def _manifest_of(source: Path) -> Path | None:
     return manifest if manifest.is_file() else None
 
 
-def _folder_entries(folder: Path) -> list[_Entry]:
-    """Every audio file below a folder, in an order that does not depend on the file system."""
+@beartype
+def audio_files(folder: Path) -> dict[Path, list[Path]]:
+    """Find the audio files below a folder and the caption files beside them.
+
+    Args:
+        folder: Where to look; hidden files are other programs' leftovers, not music.
+
+    Returns:
+        Audio files in an order that does not depend on the file system, each with its `.json` and `.txt` files.
+
+    Raises:
+        ValueError: If there is no such folder.
+    """
     if not folder.is_dir():
         what = "is a file; give its folder, or a .jsonl manifest" if folder.is_file() else "no such folder or manifest"
         raise ValueError(f"{folder}: {what}")
-    relative_paths = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    # Hidden files are other programs' leftovers (macOS "._song.wav", our own unfinished writes), not music.
-    visible = (path for path in relative_paths if not any(part.startswith(".") for part in path.parts))
-    entries = [_Entry(folder / path) for path in sorted(visible) if (folder / path).is_file()]
-    if not entries:
+    sidecars: dict[Path, list[Path]] = {}
+    found: list[Path] = []
+    for path in sorted(path.relative_to(folder) for path in folder.rglob("*")):
+        suffix = path.suffix.lower()
+        # macOS "._song.wav", our own unfinished writes
+        if suffix not in (*SUFFIXES, *SIDECAR_SUFFIXES) or any(part.startswith(".") for part in path.parts):
+            continue
+        if (folder / path).is_file():
+            beside = found if suffix in SUFFIXES else sidecars.setdefault(path.with_suffix(""), [])
+            beside.append(path)
+    return {folder / path: [folder / own for own in sidecars.get(path.with_suffix(""), ())] for path in found}
+
+
+def _folder_entries(folder: Path) -> tuple[list[ItemEntry], list[Rejected]]:
+    """Every audio file below a folder with what lies beside it, and the caption files that cannot be read."""
+    files = audio_files(folder)
+    if not files:
         raise ValueError(f"{folder}: holds no {', '.join(SUFFIXES)} files and no {TRAIN_MANIFEST}")
-    return entries
+    entries, unread = [], []
+    for path, sidecars in files.items():
+        captions: list[str | None] = []
+        labels: dict[str, Any] = {}
+        for sidecar in sidecars:
+            try:
+                caption, own = sidecar_description(sidecar)
+            except (ValueError, OSError) as error:
+                unread.append(Rejected(sidecar, f"{error}; mend or delete it, {path.name} is used without it"))
+                continue
+            captions += [caption, *own.pop("captions", ())]
+            labels |= own
+        entries.append(ItemEntry(path, *split_description(labels | {"captions": captions})))
+    return entries, unread
 
 
-def _manifest_entries(manifest: Path) -> list[_Entry]:
+def _manifest_entries(manifest: Path) -> list[ItemEntry]:
     """Every line of a manifest."""
     if not manifest.is_file():
         raise ValueError(f"{manifest}: no such manifest")
-    with manifest.open(encoding="utf-8-sig") as lines:
-        entries = [_manifest_entry(line, manifest, number) for number, line in enumerate(lines, 1) if line.strip()]
+    entries = [_manifest_entry(fields, manifest, number) for number, fields in json_lines(manifest)]
     if not entries:
         raise ValueError(f"{manifest}: holds no lines")
     return entries
 
 
-def _manifest_entry(line: str, manifest: Path, number: int) -> _Entry:
+def _manifest_entry(fields: dict[str, Any], manifest: Path, number: int) -> ItemEntry:
     """One line of a manifest, or a ValueError that names it."""
-    where = f"{manifest}, line {number}"
+    audio = fields.pop("audio", None)
     try:
-        fields = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error}); every line must be one object") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{where}: must be an object with an 'audio' field, got {type(fields).__name__}")
-    audio, caption = fields.pop("audio", None), fields.pop("caption", None)
-    if not isinstance(audio, str) or not audio:
-        raise ValueError(f"{where}: 'audio' must be a path, got {audio!r}")
-    if caption is not None and not isinstance(caption, str):
-        raise ValueError(f"{where}: 'caption' must be a string or null, got {caption!r}")
-    return _Entry(manifest.parent / audio, caption, fields)
+        if not isinstance(audio, str) or not audio:
+            raise ValueError(f"'audio' must be a path, got {audio!r}")
+        return ItemEntry(manifest.parent / audio, *split_description(fields))
+    except ValueError as error:
+        raise ValueError(f"{manifest}, line {number}: {error}") from error
 
 
-def _checked(entry: _Entry, min_seconds: float) -> AudioItem | Rejected:
+@beartype
+def manifest_text(items: Sequence[AudioItem | ItemEntry], folder: str | Path) -> str:
+    """Write items as the manifest of a folder, as `load_items` and every trainer read it.
+
+    Args:
+        items: What to write.
+        folder: Where the manifest will be. Files below it are named relative to it, so that all can move together.
+
+    Returns:
+        One JSON object a line.
+
+    Raises:
+        ValueError: If a label cannot be JSON.
+    """
+    return "".join(f"{_line(item, Path(folder).absolute())}\n" for item in items)
+
+
+def _line(item: AudioItem | ItemEntry, folder: Path) -> str:
+    """An item as a line of a manifest in a folder."""
+    audio = item.path.absolute()
+    named = audio.relative_to(folder) if audio.is_relative_to(folder) else audio
+    try:
+        own = {"audio": named.as_posix(), "caption": item.caption}
+        return json.dumps(own | item.labels | own, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{item.path}: its labels cannot be JSON ({error})") from error
+
+
+def _checked(entry: ItemEntry, min_seconds: float) -> AudioItem | Rejected:
     """Decode a file and say whether it can be used."""
     try:
         info = decoded_info(entry.path)

@@ -131,7 +131,7 @@ class BestRQEncoder(nn.Module):
         """
         # the front end computes in float32 also where the weights are of half precision
         tokens = self.to_tokens(frames.to(self.to_tokens.weight.dtype))
-        return self.transformer(tokens, mask, return_layer=layer)
+        return self.transformer.hidden_states(tokens, mask, layers=(layer,))[0]
 
     def features(self, wave: Tensor, lengths: Tensor | None = None, layer: int | None = None) -> tuple[Tensor, Tensor]:
         """Hidden states of a layer.

@@ -24,6 +24,9 @@ from audiolm_pytorch.stages.tokenizing import sample_rates, tokenize
 
 __all__ = ["ShardSource", "StageInput", "StageSource", "WaveSource"]
 
+# Tells the draw of texts from that of crops, which has the same seed, epoch and index.
+_TEXT_DRAW = 1
+
 
 @dataclass(frozen=True)
 class StageInput:
@@ -58,6 +61,15 @@ class StageSource(Protocol):
         """Tokens and conditions of a batch, on the device it is on."""
 
 
+@dataclass(frozen=True)
+class _WaveBatch:
+    """Crops of files, and which of them are conditioned on their caption: numbers `[k]` and captions."""
+
+    crops: CropBatch
+    chosen: Tensor
+    texts: list[str]
+
+
 class WaveSource:
     """Crops of audio files, tokenized when they are needed.
 
@@ -68,10 +80,11 @@ class WaveSource:
         wav2vec: Semantic tokenizer, if the stage needs one.
         codec: Codec, if the stage needs one.
         audio_conditioner: Conditioner; it hears the crop that is modelled.
+        text_prob: Probability that a captioned file is conditioned on the codes of its caption instead.
         seed: Seed of the crops.
 
     Raises:
-        ValueError: If a tokenizer is missing.
+        ValueError: If a tokenizer is missing, or `text_prob` is no probability.
     """
 
     @beartype
@@ -84,9 +97,12 @@ class WaveSource:
         wav2vec: SemanticTokenizer | None,
         codec: Codec | None,
         audio_conditioner: Conditioner | None,
+        text_prob: float | int = 0.0,
         seed: int = 0,
     ) -> None:
+        _check_probability(text_prob)
         self.wav2vec, self.codec, self.conditioner = wav2vec, codec, audio_conditioner
+        self.text_prob, self.seed = text_prob, seed
         self.rates_hz = sample_rates(transformer.kinds, wav2vec, codec)
         wanted_hz = [*self.rates_hz.values(), *([] if audio_conditioner is None else [audio_conditioner.sample_hz])]
         self.crops = CropDataset(items, seconds, wanted_hz, seed)
@@ -101,22 +117,30 @@ class WaveSource:
         longest = max(item.num_samples / item.sample_hz for item in self.crops.items)
         return longest if self.crops.seconds is None else min(float(self.crops.seconds), longest)
 
-    def batch(self, indices: Sequence[tuple[int, int]]) -> CropBatch:
+    def batch(self, indices: Sequence[tuple[int, int]]) -> _WaveBatch:
         """Waves of (epoch, index) pairs at every rate that is needed."""
-        return collate_crops([self.crops.get(epoch, index) for epoch, index in indices])
+        crops = collate_crops([self.crops.get(epoch, index) for epoch, index in indices])
+        wanted = [_draws_text(self.seed, epoch, index, self.text_prob) for epoch, index in indices]
+        chosen = [number for number, (caption, want) in enumerate(zip(crops.captions, wanted)) if want and caption]
+        return _WaveBatch(crops, torch.tensor(chosen, dtype=torch.long), [crops.captions[i] or "" for i in chosen])
 
-    def read(self, batch: CropBatch) -> StageInput:
-        """Tokenize a batch; its waves condition themselves."""
-        waves = {kind: batch.waves[rate_hz] for kind, rate_hz in self.rates_hz.items()}
-        lengths = {kind: batch.lengths[rate_hz] for kind, rate_hz in self.rates_hz.items()}
+    def read(self, batch: _WaveBatch) -> StageInput:
+        """Tokenize a batch; its waves condition themselves, apart from those whose caption was drawn."""
+        crops = batch.crops
+        waves = {kind: crops.waves[rate_hz] for kind, rate_hz in self.rates_hz.items()}
+        lengths = {kind: crops.lengths[rate_hz] for kind, rate_hz in self.rates_hz.items()}
         tokens = tokenize(waves, lengths, self.wav2vec, self.codec)
         if self.conditioner is None:
-            return StageInput(tokens, batch.ends_file, {})
-        rate_hz = self.conditioner.sample_hz
+            return StageInput(tokens, crops.ends_file, {})
+        wavs, own_lengths = crops.waves[self.conditioner.sample_hz], crops.lengths[self.conditioner.sample_hz]
         if isinstance(self.conditioner, nn.Module):
-            self.conditioner.to(batch.waves[rate_hz].device)
-        condition = {"wavs": batch.waves[rate_hz], "lengths": batch.lengths[rate_hz]}
-        return StageInput(tokens, batch.ends_file, condition)
+            self.conditioner.to(wavs.device)
+        if not batch.texts:
+            return StageInput(tokens, crops.ends_file, {"wavs": wavs, "lengths": own_lengths})
+        with torch.autocast(wavs.device.type, enabled=False):
+            codes = self.conditioner.codes(wavs=wavs, lengths=own_lengths)
+            codes[batch.chosen] = self.conditioner.codes(texts=batch.texts).to(codes.device)
+        return StageInput(tokens, crops.ends_file, {"codes": codes})
 
 
 @dataclass(frozen=True)
@@ -127,6 +151,17 @@ class _TokenBatch:
     lengths: dict[str, Tensor]
     ends: Tensor
     latents: Tensor | None
+    is_text: Tensor
+
+
+@dataclass(frozen=True)
+class _TokenCrop:
+    """One crop of a record: tokens by kind, the latent `[d]` it is conditioned on, and whether the record ends here."""
+
+    tokens: dict[str, Tensor]
+    latent: Tensor
+    is_text: bool
+    ends: bool
 
 
 class ShardSource:
@@ -134,14 +169,16 @@ class ShardSource:
 
     Args:
         shards: Records with `semantic [t]` and `acoustic [f, q]` (as far as the stage needs them); with a conditioner
-            also `latents [w, d]` of windows evenly spread over the recording.
+            also `latents [w, d]` of windows evenly spread over the recording, and for `text_prob` `text_latents [k, d]`
+            of its captions (k = 0 where it has none).
         transformer: The stage; its streams say how many tokens a second each kind has.
         seconds: Length of a crop; None = whole records.
         audio_conditioner: Makes codes of the latents.
+        text_prob: Probability that a captioned record is conditioned on the codes of one of its captions instead.
         seed: Seed of the crops.
 
     Raises:
-        ValueError: If the records lack a field, or a crop would hold no frame.
+        ValueError: If the records lack a field, a crop would hold no frame, or `text_prob` is no probability.
     """
 
     @beartype
@@ -152,14 +189,18 @@ class ShardSource:
         *,
         seconds: float | int | None,
         audio_conditioner: Conditioner | None,
+        text_prob: float | int = 0.0,
         seed: int = 0,
     ) -> None:
+        _check_probability(text_prob)
         needed = {*transformer.kinds, *(() if audio_conditioner is None else ("latents",))}
+        if audio_conditioner is not None and text_prob > 0:
+            needed.add("text_latents")
         if not needed <= set(shards.fields):
             raise ValueError(f"{shards.folder} holds {sorted(shards.fields)}, the stage needs {sorted(needed)}")
         layout = transformer.layout
         rate_hz = Fraction(layout.predicted[0].rate_hz)
-        self.shards, self.conditioner, self.seed = shards, audio_conditioner, seed
+        self.shards, self.conditioner, self.seed, self.text_prob = shards, audio_conditioner, seed, text_prob
         self.rate_hz, self.alignment = rate_hz, layout.frame_alignment
         # Frames of each kind of token per predicted frame.
         self.ratios = {transformer.sources[s.name].kind: Fraction(s.rate_hz) / rate_hz for s in layout.streams}
@@ -186,10 +227,11 @@ class ShardSource:
         crops = [self._crop(epoch, index) for epoch, index in indices]
         kinds = list(self.ratios)
         return _TokenBatch(
-            tokens={kind: pad_sequence([crop[kind] for crop, _ in crops], batch_first=True) for kind in kinds},
-            lengths={kind: torch.tensor([len(crop[kind]) for crop, _ in crops]) for kind in kinds},
-            ends=torch.tensor([ends for _, ends in crops]),
-            latents=None if self.conditioner is None else torch.stack([crop["latents"] for crop, _ in crops]),
+            tokens={kind: pad_sequence([crop.tokens[kind] for crop in crops], batch_first=True) for kind in kinds},
+            lengths={kind: torch.tensor([len(crop.tokens[kind]) for crop in crops]) for kind in kinds},
+            ends=torch.tensor([crop.ends for crop in crops]),
+            latents=None if self.conditioner is None else torch.stack([crop.latent for crop in crops]),
+            is_text=torch.tensor([crop.is_text for crop in crops]),
         )
 
     def read(self, batch: _TokenBatch) -> StageInput:
@@ -198,10 +240,13 @@ class ShardSource:
         if self.conditioner is not None and batch.latents is not None:
             if isinstance(self.conditioner, nn.Module):
                 self.conditioner.to(batch.latents.device)
-            condition = {"codes": self.conditioner.codes_from_latents(batch.latents)}
+            codes = self.conditioner.codes_from_latents(batch.latents)
+            if batch.is_text.any():
+                codes[batch.is_text] = self.conditioner.codes_from_latents(batch.latents[batch.is_text], "text")
+            condition = {"codes": codes}
         return StageInput(AudioTokens(batch.tokens, batch.lengths), batch.ends, condition)
 
-    def _crop(self, epoch: int, index: int) -> tuple[dict[str, Tensor], bool]:
+    def _crop(self, epoch: int, index: int) -> _TokenCrop:
         """Cut one record; a pure function of the seed, the epoch and the index."""
         record = self.shards[index]
         # A tokenizer that loses frames at the ends (HuBERT: 49 of 50 a second) shortens what all kinds cover.
@@ -211,14 +256,30 @@ class ShardSource:
         count = num_frames if self.crop_frames is None else min(self.crop_frames, num_frames)
         steps = (num_frames - count) // self.alignment
         start = int(np.random.default_rng([self.seed, epoch, index]).integers(steps + 1)) * self.alignment
-        crop: dict[str, Tensor] = {}
-        for kind, ratio in self.ratios.items():
-            cut = record[kind][int(start * ratio) : ceil((start + count) * ratio)]
-            crop[kind] = torch.from_numpy(cut.astype(np.int64))
+        tokens = {
+            kind: torch.from_numpy(record[kind][int(start * ratio) : ceil((start + count) * ratio)].astype(np.int64))
+            for kind, ratio in self.ratios.items()
+        }
+        latent, is_text = torch.empty(0), False
         if self.conditioner is not None:
-            latents = torch.from_numpy(record["latents"].astype(np.float32))
             # The window that lies in the recording as the crop does (both at the beginning, both at the end, ...): so
             # the shorter of the two is always inside the other, however long windows are.
             place = start / (num_frames - count) if num_frames > count else 0.5
-            crop["latents"] = latents[round(place * (len(latents) - 1))]
-        return crop, start + count == num_frames
+            latents = record["latents"]
+            chosen = round(place * (len(latents) - 1))
+            if _draws_text(self.seed, epoch, index, self.text_prob) and len(record["text_latents"]):
+                # captions take turns, as recordings are seen once an epoch
+                latents, is_text = record["text_latents"], True
+                chosen = epoch % len(latents)
+            latent = torch.from_numpy(latents[chosen].astype(np.float32))
+        return _TokenCrop(tokens, latent, is_text, start + count == num_frames)
+
+
+def _check_probability(text_prob: float | int) -> None:
+    if not 0 <= text_prob <= 1:
+        raise ValueError(f"text_prob is a probability, between 0 and 1; got {text_prob}")
+
+
+def _draws_text(seed: int, epoch: int, index: int, probability: float) -> bool:
+    """Whether a file is conditioned on its caption in an epoch; a pure function of the numbers."""
+    return bool(np.random.default_rng([seed, epoch, index, _TEXT_DRAW]).random() < probability)

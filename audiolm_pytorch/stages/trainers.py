@@ -51,6 +51,8 @@ class StageTrainer:
         results_folder: Where checkpoints, metrics and the result go.
         accelerator: Shared by all trainings of a program; None makes one.
         level_drop_prob: See `StageTask`.
+        text_prob: Probability that a captioned recording is conditioned on its caption's codes, not on its own, so that
+            the stage also meets what it gets at inference; validation hears audio.
         **settings: Further fields of `LoopSettings`, e.g. `learning_rate`.
 
     Raises:
@@ -77,6 +79,7 @@ class StageTrainer:
         results_folder: str | Path = "./results",
         accelerator: Accelerator | None = None,
         level_drop_prob: float | int = 0.0,
+        text_prob: float | int = 0.0,
         **settings: Any,
     ) -> None:
         check_fit(transformer, wav2vec, codec)
@@ -90,9 +93,14 @@ class StageTrainer:
                 raise ValueError("give one source of data: a folder, items or shards")
             sources = [
                 ShardSource(
-                    part, transformer, seconds=seconds, audio_conditioner=audio_conditioner, seed=loop_settings.seed
+                    part,
+                    transformer,
+                    seconds=seconds,
+                    audio_conditioner=audio_conditioner,
+                    text_prob=prob,
+                    seed=loop_settings.seed,
                 )
-                for part in (shards, valid_shards or shards)
+                for part, prob in ((shards, text_prob), (valid_shards or shards, 0.0))
             ]
         else:
             sources = [
@@ -103,9 +111,12 @@ class StageTrainer:
                     wav2vec=wav2vec,
                     codec=codec,
                     audio_conditioner=audio_conditioner,
+                    text_prob=prob,
                     seed=loop_settings.seed,
                 )
-                for part in training_items(folder, items, min_seconds=_one_token_seconds(wav2vec, codec))
+                for part, prob in zip(
+                    training_items(folder, items, min_seconds=_one_token_seconds(wav2vec, codec)), (text_prob, 0.0)
+                )
             ]
         self.transformer, self.conditioner = transformer, audio_conditioner
         self.task = StageTask(

@@ -1,4 +1,4 @@
-"""Text-to-audio retrieval: does a caption find its clip among the others?"""
+"""Retrieval in both directions: does a caption find its clip among the others, and a clip its caption?"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from musiclm_pytorch.evaluation.report import Figure
 
-__all__ = ["Retrieval", "relevance_of", "retrieval"]
+__all__ = ["Retrieval", "different_captions", "relevance_of", "retrieval", "retrieval_both"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,58 @@ def relevance_of(captions: Sequence[str]) -> Tensor:
     numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
     ids = torch.tensor([numbers[caption] for caption in captions])
     return ids[:, None] == ids[None, :]
+
+
+@beartype
+def different_captions(captions: Sequence[Sequence[str]]) -> tuple[list[str], Tensor]:
+    """List every caption once, and say which clips it describes.
+
+    A caption of several clips is one question with several right answers, and one answer, not several that take the
+    first places together.
+
+    Args:
+        captions: All captions of each clip; a clip without any is only something to be found.
+
+    Returns:
+        The t different captions in the order of their first clips, and `[t, clips]` bool: caption by clip.
+    """
+    numbers: dict[str, int] = {}
+    for own in captions:
+        for caption in own:
+            numbers.setdefault(caption, len(numbers))
+    relevant = torch.zeros(len(numbers), len(captions), dtype=torch.bool)
+    for clip, own in enumerate(captions):
+        relevant[[numbers[caption] for caption in own], clip] = True
+    return list(numbers), relevant
+
+
+@beartype
+def retrieval_both(audio_latents: Tensor, text_latents: Tensor, relevant: Tensor) -> dict[str, Retrieval]:
+    """Search clips by texts, and texts by clips.
+
+    Args:
+        audio_latents: `[c, d]` of clips, unit norm.
+        text_latents: `[t, d]` of texts, unit norm, each text once (see `different_captions`).
+        relevant: `[t, c]` bool: which clips a text describes. A clip that no text describes is searched for, but does
+            not search.
+
+    Returns:
+        "text to audio" and "audio to text".
+
+    Raises:
+        ValueError: If shapes do not fit, a text describes no clip, or a latent is NaN.
+    """
+    if audio_latents.ndim != 2 or text_latents.ndim != 2 or audio_latents.shape[1] != text_latents.shape[1]:
+        raise ValueError(
+            "audio and text latents must be [c, d] and [t, d], got "
+            f"{tuple(audio_latents.shape)} and {tuple(text_latents.shape)}"
+        )
+    similarities = text_latents.float() @ audio_latents.float().to(text_latents.device).T
+    relevant = relevant.to(similarities.device)
+    found = {"text to audio": retrieval(similarities, relevant)}
+    described = relevant.any(dim=0)
+    found["audio to text"] = retrieval(similarities.T[described], relevant.T[described])
+    return found
 
 
 @beartype

@@ -1,20 +1,40 @@
 """Contrastive losses between audio and text latents: softmax, decoupled softmax and sigmoid, exact over processes."""
 
 import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from beartype import beartype
 from torch import Tensor, nn
 
 from audiolm_pytorch.io import register
+from musiclm_pytorch.mulan.gathering import gather_batch, gather_counts, own_rank
 
-__all__ = ["SigmoidContrastiveLearning", "SoftmaxContrastiveLearning", "gather_batch"]
+__all__ = ["SigmoidContrastiveLearning", "SoftmaxContrastiveLearning"]
+
+# Similarity of a pair that must not count. Not -inf: the gradient of a row without any finite entry would be NaN.
+_NEVER = -1e30
 
 
-class _ContrastiveLoss(nn.Module):
+@dataclass(frozen=True, eq=False)
+class _Pairs:
+    """All pairs of the `b` clips and `k` texts of all processes.
+
+    Attributes:
+        similarities: `[b, k]` over the temperature.
+        owners: `[k]` int64, the row of the clip that a text describes.
+        contrast: `[b, k]` bool, True where the text says something else than every text of the clip.
+    """
+
+    similarities: Tensor
+    owners: Tensor
+    contrast: Tensor
+
+
+class _ContrastiveLoss(nn.Module, ABC):
     """A learned temperature, and the similarities of all pairs of the global batch.
 
     Under data parallelism every process computes the loss of the joined batch. Gradients that arrive at gathered
@@ -24,6 +44,9 @@ class _ContrastiveLoss(nn.Module):
     Args:
         init_temperature: Temperature at the start; learned from there.
         min_temperature: The temperature is never used below this, so that similarities stay below its inverse.
+
+    Raises:
+        ValueError: If not 0 < `min_temperature` <= `init_temperature` < infinity.
     """
 
     @beartype
@@ -45,32 +68,75 @@ class _ContrastiveLoss(nn.Module):
         # the gradient passes a bound that was reached; otherwise the temperature could never come back from it
         return (self.log_temperature + (bounded - self.log_temperature).detach()).exp()
 
-    def _similarities(self, audio: Tensor, text: Tensor, captions: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Similarities `[b, b]` over the temperature (rows audio), and which pairs are neither match nor contrast."""
-        if audio.ndim != 2 or audio.shape != text.shape or len(audio) == 0:
-            raise ValueError(
-                f"audio and text latents must both be [b, d], got {tuple(audio.shape)} and {tuple(text.shape)}"
-            )
-        if captions is not None and captions.shape != audio.shape[:1]:
-            raise ValueError(f"captions must be [{len(audio)}] numbers, got {tuple(captions.shape)}")
-        audio, text = (gather_batch(_at_least_float32(latents)) for latents in (audio, text))
+    @beartype
+    def forward(
+        self,
+        audio_latents: Tensor,
+        text_latents: Tensor,
+        captions: Tensor | None = None,
+        owners: Tensor | None = None,
+    ) -> Tensor:
+        """Loss of clips and of the texts that describe them, in the batch of all processes.
+
+        All texts of a clip are its matches. A text that says the same as one of them, but belongs to another clip, is
+        neither match nor contrast.
+
+        Args:
+            audio_latents: `[b, d]` unit norm.
+            text_latents: `[k, d]` unit norm.
+            captions: `[k]` integers, equal where two texts are the same. None = all differ.
+            owners: `[k]` integers, the row in `audio_latents` that a text describes; every row needs at least one.
+                None = one text a clip, in the same order.
+
+        Returns:
+            Scalar in nats, the same on every process.
+
+        Raises:
+            ValueError: If shapes do not fit, or there is a clip without a text or a text without a clip.
+        """
+        owners = _checked_owners(audio_latents, text_latents, captions, owners)
+        with torch.autocast(device_type=audio_latents.device.type, enabled=False):
+            return self._loss(self._pairs(audio_latents, text_latents, captions, owners))
+
+    @abstractmethod
+    def _loss(self, pairs: _Pairs) -> Tensor:
+        """The loss itself, of similarities in at least float32."""
+
+    def _pairs(self, audio: Tensor, text: Tensor, captions: Tensor | None, owners: Tensor) -> _Pairs:
+        """Gather the batch of all processes, and find out which texts are held against which clips."""
+        clips, texts = gather_counts(audio, text)
+        if sum(clips) == 0:
+            raise ValueError("a batch without clips has no loss")
+        audio, text = gather_batch(_at_least_float32(audio), clips), gather_batch(_at_least_float32(text), texts)
         similarities = audio @ text.T / self.temperature.to(audio.dtype)
+        # rows are numbered from the first clip of the first process
+        owners = gather_batch(owners + sum(clips[: own_rank()]), texts)
         if captions is None:
-            return similarities, torch.zeros_like(similarities, dtype=torch.bool)
-        captions = gather_batch(captions.to(audio.device))
-        same = captions.unsqueeze(0) == captions.unsqueeze(1)
-        return similarities, same.fill_diagonal_(False)
+            numbers = torch.arange(len(text), device=text.device)
+        else:
+            numbers = gather_batch(captions.to(text.device), texts).unique(return_inverse=True)[1]
+        said_of = torch.zeros(similarities.shape, dtype=torch.bool, device=text.device)
+        said_of[owners, numbers] = True
+        return _Pairs(similarities, owners, ~said_of[:, numbers])
 
 
 @register
 class SoftmaxContrastiveLearning(_ContrastiveLoss):
     """Cross entropy over the batch in both directions (MuLan, arXiv:2208.12415, sec. 3.4; CLIP, arXiv:2103.00020).
 
+    Audio to text asks of each text of a clip whether it is told from the texts of other clips, and averages over the
+    texts of a clip, then over clips; the other texts of the clip are no contrasts. Text to audio asks of each text
+    whether its clip is told from the others, and averages over texts. The loss is the mean of both. At chance it is
+    `ln b` with one text a clip, and `(ln(1 + c (b - 1)) + ln b) / 2` with `c`.
+
     Args:
         init_temperature: Temperature at the start (MuLan: 0.1); learned from there.
         min_temperature: The temperature is never used below this.
         decoupled: Leave the match itself out of the denominator (arXiv:2110.06848, eq. 5), which helps small batches.
             Items without anything to contrast with then count 0.
+
+    Raises:
+        ValueError: If not 0 < `min_temperature` <= `init_temperature` < infinity.
     """
 
     @beartype
@@ -86,41 +152,35 @@ class SoftmaxContrastiveLearning(_ContrastiveLoss):
         """Build from `config`; the temperature starts anew."""
         return cls(**config)
 
-    def forward(self, audio_latents: Tensor, text_latents: Tensor, captions: Tensor | None = None) -> Tensor:
-        """Average the losses of audio to text and text to audio.
+    def _loss(self, pairs: _Pairs) -> Tensor:
+        owners, num_clips = pairs.owners, len(pairs.similarities)
+        matches = pairs.similarities.gather(0, owners.unsqueeze(0)).squeeze(0)
+        contrasts = pairs.similarities.masked_fill(~pairs.contrast, _NEVER)
+        to_text = self._surprise(contrasts.logsumexp(dim=1)[owners] - matches, pairs.contrast.any(dim=1)[owners])
+        to_audio = self._surprise(contrasts.logsumexp(dim=0) - matches, pairs.contrast.any(dim=0))
+        texts_of_clip = owners.bincount(minlength=num_clips)[owners]
+        return ((to_text / texts_of_clip).sum() / num_clips + to_audio.mean()) / 2
 
-        Args:
-            audio_latents: `[b, d]` unit norm.
-            text_latents: `[b, d]` unit norm; row i matches audio i.
-            captions: `[b]` integers, equal where captions are the same text: such pairs are no contrasts. None = all
-                differ.
-
-        Returns:
-            Scalar in nats; at chance it is ln of the global batch size.
-
-        Raises:
-            ValueError: If shapes do not fit.
-        """
-        with torch.autocast(device_type=audio_latents.device.type, enabled=False):
-            similarities, ignored = self._similarities(audio_latents, text_latents, captions)
-            matches = similarities.diagonal()
-            if self.decoupled:
-                ignored = ignored | torch.eye(len(ignored), dtype=torch.bool, device=ignored.device)
-            # not -inf: the gradient of a row without any finite entry would be NaN
-            contrasts = similarities.masked_fill(ignored, -1e30)
-            has_contrast = ~ignored.all(dim=1)
-            losses = contrasts.logsumexp(dim=1) + contrasts.logsumexp(dim=0) - 2 * matches
-            return torch.where(has_contrast, losses, torch.zeros_like(losses)).mean() / 2
+    def _surprise(self, excess: Tensor, has_contrast: Tensor) -> Tensor:
+        """Negative log-probability of matches, of the excess `[k]` of the log-sum of their contrasts over them."""
+        if self.decoupled:
+            return excess.where(has_contrast, 0.0)
+        return -F.logsigmoid(-excess)
 
 
 @register
 class SigmoidContrastiveLearning(_ContrastiveLoss):
     """Every pair on its own a yes-or-no question (SigLIP, arXiv:2303.15343, algorithm 1).
 
+    The losses of all pairs of a clip and a text are summed, and divided by the number of clips.
+
     Args:
         init_temperature: Temperature at the start (SigLIP: 0.1); learned from there.
         min_temperature: The temperature is never used below this.
         init_bias: Learned bias at the start (SigLIP: -10, since almost all pairs do not match).
+
+    Raises:
+        ValueError: If not 0 < `min_temperature` <= `init_temperature` < infinity.
     """
 
     @beartype
@@ -136,62 +196,36 @@ class SigmoidContrastiveLearning(_ContrastiveLoss):
         """Build from `config`; temperature and bias start anew."""
         return cls(**config)
 
-    def forward(self, audio_latents: Tensor, text_latents: Tensor, captions: Tensor | None = None) -> Tensor:
-        """Sum the losses of all pairs of an item, and average over items.
-
-        Args:
-            audio_latents: `[b, d]` unit norm.
-            text_latents: `[b, d]` unit norm; row i matches audio i.
-            captions: `[b]` integers, equal where captions are the same text: such pairs are no contrasts. None = all
-                differ.
-
-        Returns:
-            Scalar in nats.
-
-        Raises:
-            ValueError: If shapes do not fit.
-        """
-        with torch.autocast(device_type=audio_latents.device.type, enabled=False):
-            similarities, ignored = self._similarities(audio_latents, text_latents, captions)
-            signs = 2 * torch.eye(len(similarities), device=similarities.device, dtype=similarities.dtype) - 1
-            losses = -F.logsigmoid(signs * (similarities + self.bias.to(similarities.dtype)))
-            return losses.masked_fill(ignored, 0.0).sum(dim=1).mean()
+    def _loss(self, pairs: _Pairs) -> Tensor:
+        logits = pairs.similarities + self.bias.to(pairs.similarities.dtype)
+        clips = torch.arange(len(logits), device=logits.device)
+        match = pairs.owners == clips.unsqueeze(1)
+        losses = -F.logsigmoid(torch.where(match, logits, -logits))
+        return losses.masked_fill(~(match | pairs.contrast), 0.0).sum() / len(logits)
 
 
-class _GatherRows(torch.autograd.Function):
-    """Concatenate the rows of all processes; backward gives each process the summed gradient of its own rows."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, counts: list[int]) -> Tensor:
-        ctx.counts = counts
-        longest = max(counts)
-        padded = F.pad(rows, (0, 0) * (rows.ndim - 1) + (0, longest - len(rows))).contiguous()
-        gathered = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(gathered, padded)
-        return torch.cat([part[:count] for part, count in zip(gathered, counts)])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        gradient = gradients[0].contiguous().clone()
-        dist.all_reduce(gradient)
-        return gradient.split(ctx.counts)[dist.get_rank()], None
-
-
-def gather_batch(rows: Tensor) -> Tensor:
-    """Join the rows of all processes, in the order of their ranks; differentiable.
-
-    Args:
-        rows: `[b, ...]`; `b` may differ between processes.
-
-    Returns:
-        `[sum of b, ...]`, the same on every process; `rows` itself where there is one process.
-    """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return rows
-    own = torch.tensor([len(rows)], device=rows.device)
-    counts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, own)
-    return _GatherRows.apply(rows, [int(count) for count in counts])
+def _checked_owners(audio: Tensor, text: Tensor, captions: Tensor | None, owners: Tensor | None) -> Tensor:
+    """Owners `[k]` int64 on the device of the latents, or ValueError that says what does not fit."""
+    if audio.ndim != 2 or text.ndim != 2 or audio.shape[1] != text.shape[1]:
+        raise ValueError(
+            f"audio and text latents must be [b, d] and [k, d], got {tuple(audio.shape)} and {tuple(text.shape)}"
+        )
+    if captions is not None and captions.shape != text.shape[:1]:
+        raise ValueError(f"captions must be [{len(text)}] numbers, one a text, got {tuple(captions.shape)}")
+    if owners is None:
+        if len(audio) != len(text):
+            raise ValueError(
+                f"got {len(audio)} clips and {len(text)} texts, need one text a clip; "
+                "with several, give `owners`, the row of the clip that each text describes"
+            )
+        return torch.arange(len(text), device=audio.device)
+    if owners.shape != text.shape[:1] or owners.is_floating_point():
+        raise ValueError(f"owners must be [{len(text)}] integers, got {owners.dtype} {tuple(owners.shape)}")
+    if sorted(set(owners.tolist())) != list(range(len(audio))):
+        raise ValueError(
+            f"owners must name rows 0..{len(audio) - 1} and leave none out (a clip needs a text), got {owners.tolist()}"
+        )
+    return owners.to(audio.device, torch.int64)
 
 
 def _at_least_float32(latents: Tensor) -> Tensor:

@@ -1,37 +1,42 @@
 """MuLaN: audio and text in one joint embedding, learned by contrast."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from beartype import beartype
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from audiolm_pytorch.io import build_module, module_spec, register
-from audiolm_pytorch.units import samples_in
 from musiclm_pytorch.mulan.audio_tower import AudioSpectrogramTransformer
+from musiclm_pytorch.mulan.joint import JointEmbedding
+from musiclm_pytorch.mulan.layer_contrast import LayerContrast, LayerHeads
 from musiclm_pytorch.mulan.losses import SoftmaxContrastiveLearning
-from musiclm_pytorch.mulan.text_tower import TextTransformer
+from musiclm_pytorch.mulan.text_tower import TextTower
 
-__all__ = ["MuLaN", "average_latents"]
+__all__ = ["MuLaN"]
 
 
 @register
-class MuLaN(nn.Module):
+class MuLaN(JointEmbedding):
     """Two towers with a common space of unit vectors (MuLan, arXiv:2208.12415).
 
     Args:
         audio_transformer: Embeds waves.
-        text_transformer: Embeds texts.
+        text_transformer: Embeds texts: a `TextTransformer`, or any other module that is a `TextTower`.
         dim_latent: Width of the common space (MuLan: 128).
-        loss: A module called as `loss(audio_latents, text_latents, captions)`; None = `SoftmaxContrastiveLearning()`.
-        window_seconds: Longer audio is embedded window by window (MusicLM, arXiv:2301.11325, sec. 4.1: 10 s).
+        loss: A module called as `loss(audio_latents, text_latents, captions, owners)`, see
+            `SoftmaxContrastiveLearning`, which None stands for.
+        window_seconds: Longer audio is embedded window by window (MusicLM, arXiv:2301.11325, sec. 3.2: 10 s).
         window_stride_seconds: From the start of one window to that of the next (MusicLM: 1 s).
+        layer_contrast: Layers inside the towers that are contrasted too, in training only; None = none.
 
     Raises:
-        ValueError: If a number is out of range, or a window is no whole number of samples.
+        TypeError: If the text tower is no module.
+        ValueError: If a number is out of range, a window is no whole number of samples, or a tower has too few layers.
     """
 
     @beartype
@@ -39,139 +44,137 @@ class MuLaN(nn.Module):
         self,
         *,
         audio_transformer: AudioSpectrogramTransformer,
-        text_transformer: TextTransformer,
+        text_transformer: TextTower,
         dim_latent: int = 128,
         loss: nn.Module | None = None,
         window_seconds: float | int = 10.0,
         window_stride_seconds: float | int = 1.0,
+        layer_contrast: LayerContrast | None = None,
     ) -> None:
-        super().__init__()
-        if dim_latent < 1 or window_seconds <= 0 or window_stride_seconds <= 0:
-            raise ValueError(
-                "dim_latent, window_seconds and window_stride_seconds must be positive, got "
-                f"{dim_latent}, {window_seconds}, {window_stride_seconds}"
+        super().__init__(
+            dim_latent=dim_latent,
+            sample_hz=audio_transformer.sample_hz,
+            window_seconds=window_seconds,
+            window_stride_seconds=window_stride_seconds,
+        )
+        if not isinstance(text_transformer, nn.Module):
+            raise TypeError(
+                f"text_transformer must be an nn.Module, or it is not trained; got {type(text_transformer)}"
             )
-        self.dim_latent = dim_latent
-        self.sample_hz = audio_transformer.sample_hz
-        self.window_seconds = float(window_seconds)
-        self.window_stride_seconds = float(window_stride_seconds)
-        self._window_samples = samples_in(self.window_seconds, self.sample_hz)
-        self._stride_samples = samples_in(self.window_stride_seconds, self.sample_hz)
         self.audio = audio_transformer
         self.text = text_transformer
         self.audio_to_latent = nn.Linear(audio_transformer.dim, dim_latent)
         self.text_to_latent = nn.Linear(text_transformer.dim, dim_latent)
         self.loss = SoftmaxContrastiveLearning() if loss is None else loss
+        self.layer_contrast = layer_contrast
+        layers = () if layer_contrast is None else layer_contrast.layers
+        if any(pair[0] > audio_transformer.depth or pair[1] > text_transformer.depth for pair in layers):
+            depths = f"{audio_transformer.depth} and {text_transformer.depth}"
+            raise ValueError(f"layer_contrast names layers {layers}, the towers for audio and text have {depths}")
+        dims = (audio_transformer.dim, text_transformer.dim)
+        self.layer_heads = LayerHeads(layers, dims, dim_latent, self.loss)
 
     @property
     def config(self) -> dict[str, Any]:
         """Constructor arguments, JSON-able, with a spec for every part."""
-        return {
+        config = {
             "audio_transformer": module_spec(self.audio),
-            "text_transformer": module_spec(self.text),
+            "text_transformer": module_spec(self.get_submodule("text")),
             "dim_latent": self.dim_latent,
             "loss": module_spec(self.loss),
             "window_seconds": self.window_seconds,
             "window_stride_seconds": self.window_stride_seconds,
         }
+        return config if self.layer_contrast is None else config | {"layer_contrast": self.layer_contrast.config}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "MuLaN":
         """Build from `config`; the weights are new."""
-        parts = {name: build_module(config[name]) for name in ("audio_transformer", "text_transformer", "loss")}
+        parts: dict[str, Any] = {
+            name: build_module(config[name]) for name in ("audio_transformer", "text_transformer", "loss")
+        }
+        if "layer_contrast" in config:
+            parts["layer_contrast"] = LayerContrast.from_config(config["layer_contrast"])
         return cls(**{**config, **parts})
 
-    def forward(self, wavs: Tensor, texts: str | Sequence[str] | Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Contrastive loss of matching clips and texts.
+    @beartype
+    def forward(
+        self,
+        wavs: Tensor,
+        texts: str | Sequence[str] | Tensor,
+        lengths: Tensor | None = None,
+        *,
+        owners: Tensor | None = None,
+        chunk_size: int | None = None,
+    ) -> Tensor:
+        """Contrastive loss of clips and the texts that describe them.
 
-        Two items with the same text are not held against each other.
+        Clips with the same text are not held against each other, and a clip not against any of its texts.
 
         Args:
             wavs: `[b, n]` float at `sample_hz`.
-            texts: `b` texts, or ids `[b, t]` with -1 past the end of a text.
+            texts: `k` texts, or ids `[k, t]` with -1 past the end of a text.
             lengths: `[b]` samples of each clip, 1..n. None = all `n`.
+            owners: `[k]` integers, the row in `wavs` of the clip that a text describes; every clip needs one.
+                None = one text a clip, in the same order.
+            chunk_size: Embed so many clips, and texts, at a time, and embed them again in backward (gradient caching,
+                arXiv:2101.06983): the loss of the whole batch with the memory of a chunk. None = all at once.
 
         Returns:
             Scalar loss in nats.
 
         Raises:
-            ValueError: If shapes do not fit, or there are not as many texts as clips.
+            ValueError: If shapes do not fit, or there is a clip without a text or a text without a clip.
         """
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
         ids = self.text.tokenize(texts)
-        if len(ids) != len(wavs):
-            raise ValueError(f"got {len(wavs)} clips and {len(ids)} texts, need one text a clip")
-        audio_latents = self.get_audio_latents(wavs, lengths)
-        return self.loss(audio_latents, self.get_text_latents(ids), _caption_numbers(ids))
+        captions = _caption_numbers(ids)
+        clips = (wavs,) if lengths is None else (wavs, lengths)
+        audio = _in_chunks(self._audio_levels, chunk_size, *clips)
+        text = _in_chunks(self._text_levels, chunk_size, ids)
+        losses = (self.loss, *self.layer_heads.losses)
+        outputs, *layers = (loss(a, t, captions, owners) for loss, a, t in zip(losses, audio.unbind(1), text.unbind(1)))
+        return outputs if self.layer_contrast is None else outputs + self.layer_contrast.weight * sum(layers)
+
+    def _audio_levels(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Unit vectors `[b, 1 + pairs, dim_latent]`, of the audio tower's output and of its contrasted layers."""
+        states = self.audio.embed_layers(wavs, lengths, layers=[self.audio.depth, *self.layer_heads.audio_layers])
+        return _unit_rows(states, [self.audio_to_latent, *self.layer_heads.audio_to_latent])
+
+    def _text_levels(self, ids: Tensor) -> Tensor:
+        """Unit vectors `[k, 1 + pairs, dim_latent]`, of the text tower's output and of its contrasted layers."""
+        states = self.text.embed_layers(ids, layers=[self.text.depth, *self.layer_heads.text_layers])
+        return _unit_rows(states, [self.text_to_latent, *self.layer_heads.text_to_latent])
 
     def get_audio_latents(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Embed clips, each as one piece.
-
-        Args:
-            wavs: `[b, n]` float at `sample_hz`.
-            lengths: `[b]` samples of each clip, 1..n. None = all `n`.
-
-        Returns:
-            `[b, dim_latent]` float32, unit norm.
-        """
+        """Embed clips, each as one piece; see `JointEmbedding`."""
         return F.normalize(self.audio_to_latent(self.audio(wavs, lengths)).float(), dim=-1)
 
     def get_text_latents(self, texts: str | Sequence[str] | Tensor) -> Tensor:
-        """Embed texts.
-
-        Args:
-            texts: One text, several, or ids `[b, t]` with -1 past the end of a text.
-
-        Returns:
-            `[b, dim_latent]` float32, unit norm.
-
-        Raises:
-            ValueError: If a text is empty.
-        """
-        return F.normalize(self.text_to_latent(self.text(texts)).float(), dim=-1)
-
-    @beartype
-    def window_latents(self, wav: Tensor, *, max_batch: int = 32) -> Tensor:
-        """Embed every window of one recording.
-
-        Args:
-            wav: `[n]` float at `sample_hz`.
-            max_batch: Windows embedded at a time, which bounds the memory.
-
-        Returns:
-            `[w, dim_latent]` float32, unit norm. Windows are `window_seconds` long and begin every
-            `window_stride_seconds`; a shorter recording is one window, a last stride that is not full is left out.
-        """
-        if wav.ndim != 1:
-            raise ValueError(f"wav must be one recording [n], got {tuple(wav.shape)}")
-        if len(wav) <= self._window_samples:
-            return self.get_audio_latents(wav.unsqueeze(0))
-        windows = wav.unfold(0, self._window_samples, self._stride_samples)
-        return torch.cat([self.get_audio_latents(part) for part in windows.split(max_batch)])
-
-    @beartype
-    def get_long_audio_latents(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Embed recordings of any length by the average over their windows (MusicLM, sec. 4.1).
-
-        Args:
-            wavs: `[b, n]` float at `sample_hz`.
-            lengths: `[b]` samples of each recording, 1..n. None = all `n`.
-
-        Returns:
-            `[b, dim_latent]` float32, unit norm; `get_audio_latents` where no recording is longer than a window.
-        """
-        if wavs.ndim == 2 and wavs.shape[1] <= self._window_samples:
-            return self.get_audio_latents(wavs, lengths)
-        sizes = [wavs.shape[-1]] * len(wavs) if lengths is None else lengths.tolist()
-        return torch.stack([average_latents(self.window_latents(wav[:size])) for wav, size in zip(wavs, sizes)])
+        """Embed texts; see `JointEmbedding`."""
+        embeddings = self.text.embed_layers(texts, layers=(self.text.depth,))[0]
+        return F.normalize(self.text_to_latent(embeddings).float(), dim=-1)
 
 
-def average_latents(latents: Tensor) -> Tensor:
-    """Average unit vectors `[..., w, d]` over windows and bring the result `[..., d]` back to unit norm."""
-    return F.normalize(latents.mean(dim=-2), dim=-1)
+def _unit_rows(states: Tensor, heads: Sequence[nn.Module]) -> Tensor:
+    """Project each of `states [l, b, dim]` by its own head, to unit vectors `[b, l, dim_latent]`."""
+    return torch.stack([F.normalize(head(state).float(), dim=-1) for head, state in zip(heads, states)], dim=1)
+
+
+def _in_chunks(embed: Callable[..., Tensor], chunk_size: int | None, *rows: Tensor) -> Tensor:
+    """Embed `chunk_size` rows at a time; what backward needs of a chunk is computed again there, one after another.
+
+    The random state is brought back for that, so dropout and masks fall as they did the first time.
+    """
+    if chunk_size is None or chunk_size >= len(rows[0]):
+        return embed(*rows)
+    chunks = zip(*(part.split(chunk_size) for part in rows), strict=True)
+    return torch.cat([checkpoint(embed, *chunk, use_reentrant=False) for chunk in chunks])
 
 
 def _caption_numbers(ids: Tensor) -> Tensor:
-    """One number `[b]` int64 a text, equal for equal texts on every process; chance of a false match 2^-63 a pair."""
+    """One number `[k]` int64 a text, equal for equal texts on every process; chance of a false match 2^-63 a pair."""
     rows = (row[row >= 0] for row in ids.cpu())
     digests = (hashlib.blake2b(row.numpy().astype("<i8").tobytes(), digest_size=8).digest() for row in rows)
     return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests], device=ids.device)

@@ -1,7 +1,7 @@
-"""MuLan's text tower: a small bidirectional transformer over byte-pair tokens."""
+"""MuLan's text tower: what any has to offer, and ours, a small bidirectional transformer over byte-pair tokens."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from beartype import beartype
@@ -10,9 +10,43 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.encoder import TransformerEncoder
 from audiolm_pytorch.io import register
-from musiclm_pytorch.mulan.tokenizer import TextTokenizer
+from musiclm_pytorch.mulan.tokenizer import SeenWords, TextTokenizer, ids_of
 
-__all__ = ["TextTransformer"]
+__all__ = ["TextTower", "TextTransformer", "token_means"]
+
+
+@runtime_checkable
+class TextTower(Protocol):
+    """A module that embeds texts: `TextTransformer`, `TransformersTextEncoder`, or one of your own."""
+
+    @property
+    def dim(self) -> int:
+        """Width of the embeddings."""
+        ...
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks: the last layer that `embed_layers` knows."""
+        ...
+
+    def tokenize(self, texts: str | Sequence[str] | Tensor) -> Tensor:
+        """Give the ids `[b, t]` int64 of texts, -1 past the end of each; ids given are checked and passed on."""
+        ...
+
+    def embed_layers(self, texts: str | Sequence[str] | Tensor, *, layers: Sequence[int]) -> Tensor:
+        """Embed texts `[l, b, dim]` float32 by what stands after some of the blocks, 0..depth."""
+        ...
+
+    def forward(self, texts: str | Sequence[str] | Tensor) -> Tensor:
+        """Embed texts `[b, dim]` float32, not normalised: the last layer's row of `embed_layers`."""
+        ...
+
+
+def token_means(states: Sequence[Tensor], mask: Tensor) -> Tensor:
+    """Average over the real tokens: `l` states `[b, t, d]` and mask `[b, t]` bool -> `[l, b, d]` float32."""
+    count = mask.sum(dim=1, keepdim=True)
+    real = mask.unsqueeze(-1)
+    return torch.stack([reduce(state.float() * real, "b t d -> b d", "sum") / count for state in states])
 
 
 @register
@@ -31,6 +65,8 @@ class TextTransformer(nn.Module):
         tokenizer: Turns strings into ids; None = plain bytes (256 tokens, nothing to train).
         ff_mult: Width of the feed-forward over `dim`.
         dropout: Probability of dropping in training.
+        known_words: Words of the training captions (see `words_of`): in eval mode, a text that is mostly made of others
+            is reported in the log. None = not known, and nothing is reported.
 
     Raises:
         ValueError: If the tokenizer has more tokens than `num_tokens`.
@@ -49,6 +85,7 @@ class TextTransformer(nn.Module):
         tokenizer: TextTokenizer | None = None,
         ff_mult: int = 4,
         dropout: float = 0.0,
+        known_words: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer = TextTokenizer() if tokenizer is None else tokenizer
@@ -56,7 +93,7 @@ class TextTransformer(nn.Module):
             raise ValueError(f"the tokenizer has {self.tokenizer.vocab_size} tokens, num_tokens is only {num_tokens}")
         if max_seq_len < 1:
             raise ValueError(f"max_seq_len must be at least 1 token, got {max_seq_len}")
-        self.dim = dim
+        self.dim, self.depth = dim, depth
         self.num_tokens = num_tokens
         self.max_seq_len = max_seq_len
         self._sizes = {
@@ -71,11 +108,22 @@ class TextTransformer(nn.Module):
         }
         self.embedding = nn.Embedding(num_tokens, dim)
         self.encoder = TransformerEncoder(dim, depth, heads, dim_head, ff_mult, dropout)
+        self.known_words = known_words
+
+    @property
+    def known_words(self) -> list[str] | None:
+        """Words of the training captions, or None; may be set."""
+        return None if self._seen is None else self._seen.words
+
+    @known_words.setter
+    def known_words(self, words: Sequence[str] | None) -> None:
+        self._seen = None if words is None else SeenWords(words)
 
     @property
     def config(self) -> dict[str, Any]:
         """Constructor arguments, JSON-able; the tokenizer as its JSON string."""
-        return {**self._sizes, "tokenizer": self.tokenizer.to_json()}
+        words = {} if self._seen is None else {"known_words": self._seen.words}
+        return {**self._sizes, "tokenizer": self.tokenizer.to_json(), **words}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "TextTransformer":
@@ -92,18 +140,10 @@ class TextTransformer(nn.Module):
         Raises:
             ValueError: If a text is empty, or ids are out of range, longer than `max_seq_len` or all padding.
         """
-        if not isinstance(texts, Tensor):
-            return self.tokenizer.encode([texts] if isinstance(texts, str) else texts, self.max_seq_len)
-        if texts.ndim != 2 or texts.is_floating_point() or texts.shape[1] > self.max_seq_len:
-            raise ValueError(
-                f"ids must be integers [b, t <= {self.max_seq_len}], got {texts.dtype} {tuple(texts.shape)}"
-            )
-        if texts.numel() == 0 or not (texts >= 0).any(dim=1).all():
-            raise ValueError("a text without a single token cannot be embedded")
-        if int(texts.max()) >= self.num_tokens or int(texts.min()) < -1:
-            span = f"{int(texts.min())}..{int(texts.max())}"
-            raise ValueError(f"ids must be in 0..{self.num_tokens - 1}, or -1 past the end; got {span}")
-        return texts.long()
+        ids = ids_of(texts, self.tokenizer, self.num_tokens, self.max_seq_len)
+        if self._seen is not None and not self.training and not isinstance(texts, Tensor):
+            self._seen.warn_of([texts] if isinstance(texts, str) else texts)
+        return ids
 
     def forward(self, texts: str | Sequence[str] | Tensor) -> Tensor:
         """Embed texts.
@@ -114,9 +154,27 @@ class TextTransformer(nn.Module):
         Returns:
             Tensor `[b, dim]` float, not normalised; each row is the same whatever else is in the batch.
         """
+        return self.embed_layers(texts, layers=(self.depth,))[0]
+
+    @beartype
+    def embed_layers(self, texts: str | Sequence[str] | Tensor, *, layers: Sequence[int]) -> Tensor:
+        """Embed texts by what stands after some of the blocks.
+
+        Args:
+            texts: As for `forward`.
+            layers: Numbers of blocks, 0..depth; `depth` stands for the normalised output.
+
+        Returns:
+            Tensor `[l, b, dim]` float32: means over the tokens, not normalised.
+
+        Raises:
+            ValueError: As `tokenize`, or if a layer is not there.
+        """
         ids = self.tokenize(texts).to(self.embedding.weight.device)
         mask = ids >= 0
-        tokens = self.embedding(ids.clamp(min=0))
-        encoded = self.encoder(tokens, None if bool(mask.all()) else mask)
-        encoded = encoded.float() * mask.unsqueeze(-1)
-        return reduce(encoded, "b t d -> b d", "sum") / torch.sum(mask, dim=1, keepdim=True)
+        states = self.encoder.hidden_states(
+            self.embedding(ids.clamp(min=0)),
+            None if bool(mask.all()) else mask,
+            layers=[None if layer == self.depth else layer for layer in layers],
+        )
+        return token_means(states, mask)

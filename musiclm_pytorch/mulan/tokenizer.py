@@ -1,6 +1,9 @@
-"""Byte-level BPE for captions: every text has an encoding, the whole tokenizer is one JSON string."""
+"""Texts to ids: a byte-level BPE for captions in which nothing is unknown, tokenizers of others, and seen words."""
 
 import logging
+import re
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -9,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-__all__ = ["PADDING", "TextTokenizer"]
+__all__ = ["PADDING", "SeenWords", "TextTokenizer", "checked_ids", "ids_of", "words_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -17,20 +20,28 @@ PADDING = -1
 """What stands past the end of a text in a batch of ids; no id, so that no token of the vocabulary is lost to it."""
 
 _NUM_BYTES = 256
+# Letters alone: digits and signs are no words, and a single letter says nothing.
+_WORD = re.compile(r"[^\W\d_]{2,}")
+_WORDS_NAMED = 8
 
 
 class TextTokenizer:
-    """A byte-level byte-pair encoder (arXiv:1508.07909, on bytes) over lower-cased, NFC-normalised text.
+    """A tokenizer of captions: ours, or that of a published text encoder.
 
-    All 256 bytes are in every vocabulary, so nothing is ever unknown, in any script.
+    Ours is a byte-level byte-pair encoder (arXiv:1508.07909, on bytes) over lower-cased, NFC-normalised text. All 256
+    bytes are in every vocabulary, so nothing is ever unknown, in any script. Either way, white space is collapsed
+    first: how a caption is broken into lines changes nothing.
 
     Args:
         tokenizer: A tokenizer of the `tokenizers` library; None = the bare byte alphabet without a single merge.
+        special_tokens: Whether each text gets the tokens around it that the tokenizer's post-processor knows ([CLS] and
+            [SEP] of BERT, </s> of T5): published encoders were trained with them.
     """
 
     @beartype
-    def __init__(self, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer | None = None, *, special_tokens: bool = False) -> None:
         self._tokenizer = _untrained() if tokenizer is None else tokenizer
+        self.special_tokens = special_tokens
 
     @classmethod
     @beartype
@@ -65,10 +76,10 @@ class TextTokenizer:
 
     @classmethod
     @beartype
-    def from_json(cls, text: str) -> "TextTokenizer":
+    def from_json(cls, text: str, *, special_tokens: bool = False) -> "TextTokenizer":
         """Read what `to_json` wrote; ValueError when it is not a tokenizer."""
         try:
-            return cls(Tokenizer.from_str(text))
+            return cls(Tokenizer.from_str(text), special_tokens=special_tokens)
         except Exception as error:  # `tokenizers` raises bare Exception
             raise ValueError(f"not the JSON of a tokenizer: {error}") from error
 
@@ -81,13 +92,18 @@ class TextTokenizer:
         """Number of tokens; ids are in [0, vocab_size)."""
         return self._tokenizer.get_vocab_size()
 
+    @property
+    def num_special_tokens(self) -> int:
+        """How many tokens are put around a text."""
+        return self._tokenizer.num_special_tokens_to_add(False) if self.special_tokens else 0
+
     @beartype
     def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> Tensor:
         """Turn texts into a batch of ids.
 
         Args:
             texts: Texts, none of them empty or blank.
-            max_tokens: Longer texts lose their end, with a warning in the log. None = no limit.
+            max_tokens: Longer texts lose their end (special tokens stay), with a warning in the log. None = no limit.
 
         Returns:
             Tensor `[b, t]` int64, t = the longest text in tokens, shorter ones end in -1 (`PADDING`).
@@ -103,18 +119,111 @@ class TextTokenizer:
         empty = [index for index, text in enumerate(cleaned) if not text]
         if empty:
             raise ValueError(f"text at index {empty[0]} of {len(cleaned)} is empty: say at least one word")
-        rows = [encoding.ids for encoding in self._tokenizer.encode_batch(cleaned, add_special_tokens=False)]
-        if max_tokens is not None and max(map(len, rows)) > max_tokens:
-            longest = max(map(len, rows))
+        encodings = self._tokenizer.encode_batch(cleaned, add_special_tokens=False)
+        num_special = self.num_special_tokens
+        longest = num_special + max(map(len, encodings))
+        if max_tokens is not None and longest > max_tokens:
             logger.warning("text of %d tokens truncated to the %d that the text tower reads", longest, max_tokens)
-            rows = [row[:max_tokens] for row in rows]
-        tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+            for encoding in encodings:
+                encoding.truncate(max_tokens - num_special)
+        if self.special_tokens:
+            encodings = [self._tokenizer.post_process(encoding) for encoding in encodings]
+        tensors = [torch.tensor(encoding.ids, dtype=torch.long) for encoding in encodings]
         return pad_sequence(tensors, batch_first=True, padding_value=PADDING)
 
     @beartype
     def decode(self, ids: Tensor) -> list[str]:
         """Texts of ids `[b, t]`, as normalised; padding is skipped and bytes that are no UTF-8 become U+FFFD."""
         return [self._tokenizer.decode(row[row >= 0].tolist()).strip() for row in ids]
+
+
+def ids_of(texts: str | Sequence[str] | Tensor, tokenizer: TextTokenizer, num_tokens: int, max_tokens: int) -> Tensor:
+    """Give the ids `[b, t]` of what a text tower was given: one text, several, or ids, which are checked.
+
+    Args:
+        texts: One text, several, or ids `[b, t]`.
+        tokenizer: Turns texts into ids.
+        num_tokens: Size of the embedding table.
+        max_tokens: Most tokens that the tower reads.
+
+    Raises:
+        ValueError: If a text is empty, or ids are none that the tower can read.
+    """
+    if isinstance(texts, Tensor):
+        return checked_ids(texts, num_tokens, max_tokens)
+    return tokenizer.encode([texts] if isinstance(texts, str) else texts, max_tokens)
+
+
+def checked_ids(ids: Tensor, num_tokens: int, max_tokens: int) -> Tensor:
+    """Refuse what is no batch of ids `[b, t]` in [0, num_tokens) with -1 past the end of a text; int64.
+
+    Raises:
+        ValueError: If ids are no integers, out of range, more than `max_tokens` a text, or a text has none.
+    """
+    if ids.ndim != 2 or ids.is_floating_point() or ids.shape[1] > max_tokens:
+        raise ValueError(f"ids must be integers [b, t <= {max_tokens}], got {ids.dtype} {tuple(ids.shape)}")
+    if ids.numel() == 0 or not (ids >= 0).any(dim=1).all():
+        raise ValueError("a text without a single token cannot be embedded")
+    if int(ids.max()) >= num_tokens or int(ids.min()) < PADDING:
+        span = f"{int(ids.min())}..{int(ids.max())}"
+        raise ValueError(f"ids must be in 0..{num_tokens - 1}, or -1 past the end; got {span}")
+    return ids.long()
+
+
+@beartype
+def words_of(captions: Iterable[str], most: int = 50_000) -> list[str]:
+    """Collect the words of captions, as `SeenWords` needs them.
+
+    Args:
+        captions: Texts.
+        most: How many words to keep, the most frequent ones.
+
+    Returns:
+        Case-folded words of at least two letters, in alphabetical order.
+
+    Raises:
+        ValueError: If `most` is below 1.
+    """
+    if most < 1:
+        raise ValueError(f"most must be at least 1 word, got {most}")
+    counts = Counter(word for caption in captions for word in _words(caption))
+    return sorted(sorted(counts, key=lambda word: (-counts[word], word))[:most])
+
+
+class SeenWords:
+    """The words that a text tower was trained on; tells, once a text, when most of its words are others.
+
+    Such a text has an embedding like any other, and music comes out of it: nobody would see that it was not understood.
+
+    Args:
+        words: Case-folded words (see `words_of`).
+    """
+
+    @beartype
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words = list(words)
+        self._known = frozenset(self.words)
+        self._warned: set[str] = set()
+
+    @beartype
+    def warn_of(self, texts: Sequence[str]) -> None:
+        """Log a warning for each text, not warned of before, of whose words more than half were never seen."""
+        for text in texts:
+            words = list(dict.fromkeys(_words(text)))
+            unseen = [word for word in words if word not in self._known]
+            if 2 * len(unseen) <= len(words) or text in self._warned:
+                continue
+            self._warned.add(text)
+            named = ", ".join(unseen[:_WORDS_NAMED]) + (", ..." if len(unseen) > _WORDS_NAMED else "")
+            logger.warning(
+                "%d of the %d words of %r were never seen in training, so the music may have little to do with it: %s",
+                *(len(unseen), len(words), text, named),
+            )
+
+
+def _words(text: str) -> list[str]:
+    """Words of a text, case-folded."""
+    return _WORD.findall(unicodedata.normalize("NFC", text).casefold())
 
 
 def _clean(text: str) -> str:

@@ -71,15 +71,18 @@ class FakeConditioner(nn.Module):
     def dim(self, namespace: str) -> int:
         return self.tables[namespace].embedding_dim
 
-    def codes_from_latents(self, latents: Tensor) -> Tensor:
+    def codes(self, *, texts=None, wavs=None, lengths=None) -> Tensor:
+        if texts is not None:
+            return self.codes_from_latents(torch.tensor([[len(text) / 1000] for text in texts]), "text")
+        return self.codes_from_latents(wavs.abs().mean(-1, keepdim=True))
+
+    def codes_from_latents(self, latents: Tensor, modality: str = "audio") -> Tensor:
         return (latents[:, :1].abs() * 1000).long() // torch.tensor([1, 10, 100]) % 10
 
     def conditioning(self, *, texts=None, wavs=None, codes=None, lengths=None, namespace: str) -> Conditioning:
         self.asked.append(namespace)
-        if texts is not None:
-            codes = self.codes_from_latents(torch.tensor([[len(text) / 1000] for text in texts]))
-        elif wavs is not None:
-            codes = self.codes_from_latents(wavs.abs().mean(-1, keepdim=True))
+        if codes is None:
+            codes = self.codes(texts=texts, wavs=wavs, lengths=lengths)
         embeddings = self.tables[namespace](codes + torch.tensor([0, 10, 20]))
         return Conditioning(embeddings, torch.ones(codes.shape, dtype=torch.bool))
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from audiolm_pytorch.attention import CausalSelfAttention, KVCache, Slots, attend_causally
-from audiolm_pytorch.layers import RMSNorm, RotaryPositions, rotate
+from audiolm_pytorch.layers import GatedFeedForward, RMSNorm, RotaryPositions, rotate
 
 
 def test_rms_norm_has_the_gradient_of_its_formula():
@@ -22,6 +22,23 @@ def test_rms_norm_has_the_gradient_of_its_formula():
         results.append((norm(x).detach(), y.grad, norm.weight.grad))
     for mine, theirs in zip(*results):
         torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_gated_feed_forward_equals_its_formula(dtype: torch.dtype) -> None:
+    """Oracle: SiLU gate and product as autograd would do them, output and gradients; these also by differences."""
+    torch.manual_seed(0)
+    layer = GatedFeedForward(6, 10).to(dtype)
+    x = torch.randn(3, 5, 6, dtype=dtype, requires_grad=True)
+    value, gate = layer.up(x).chunk(2, dim=-1)
+    expected = layer.down(nn.functional.silu(gate) * value)
+    wanted = torch.autograd.grad(expected.square().sum(), [x, *layer.parameters()])
+    found = torch.autograd.grad(layer(x).square().sum(), [x, *layer.parameters()])
+    torch.testing.assert_close(layer(x), expected)
+    for one, other in zip(found, wanted):
+        torch.testing.assert_close(one, other)
+    if dtype == torch.float64:
+        torch.autograd.gradcheck(layer, (x,))
 
 
 def test_rotary_scores_depend_on_distance_only():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from audiolm_pytorch.encoder import TransformerEncoder
+from audiolm_pytorch.encoder import TransformerEncoder, WavePositionBias
 
 
 @pytest.fixture
@@ -54,12 +54,68 @@ def test_encoder_follows_given_positions(encoder: TransformerEncoder) -> None:
 
 
 def test_encoder_returns_hidden_states(encoder: TransformerEncoder) -> None:
-    """return_layer counts blocks done: 0 is the input, the last one lacks only the final norm."""
+    """Layers count blocks done: 0 is the input, the last lacks only the final norm, None is what forward gives."""
     x = torch.randn(2, 4, 24)
-    assert torch.equal(encoder(x, return_layer=0), x)
-    torch.testing.assert_close(encoder.norm(encoder(x, return_layer=2)), encoder(x))
-    with pytest.raises(ValueError, match="return_layer"):
-        encoder(x, return_layer=3)
+    last, first, whole = encoder.hidden_states(x, layers=(2, 0, None))
+    assert torch.equal(first, x) and torch.equal(whole, encoder(x))
+    torch.testing.assert_close(encoder.norm(last), encoder(x))
+    with pytest.raises(ValueError, match="layers"):
+        encoder.hidden_states(x, layers=(3,))
+
+
+def test_encoder_computes_no_block_beyond_the_last_layer_asked_for(
+    encoder: TransformerEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first layer of a deep encoder must not cost all of it."""
+    monkeypatch.setattr(encoder.blocks[1], "forward", None)
+    encoder.hidden_states(torch.randn(1, 3, 24), layers=(1, 0))
+
+
+def _biased_encoder() -> TransformerEncoder:
+    torch.manual_seed(2)
+    bias = WavePositionBias(heads=2, num_axes=2, num_waves=3)
+    torch.nn.init.normal_(bias.amplitudes)
+    torch.nn.init.normal_(bias.phases)
+    return TransformerEncoder(24, 1, 2, 8, rotary_theta=None, position_bias=bias).eval()
+
+
+def test_position_bias_is_a_sum_of_waves_over_offsets() -> None:
+    """Oracle: the bias of every pair written out by its formula, in float64, and added to plain attention."""
+    encoder = _biased_encoder()
+    bias, block = encoder.position_bias, encoder.blocks[0]
+    x, places = torch.randn(1, 6, 24), torch.cartesian_prod(torch.arange(3), torch.arange(2)).unsqueeze(0)
+    offsets = (places[0].unsqueeze(1) - places[0].unsqueeze(0)).double()
+    qkv = block.attention.to_qkv(block.attention_norm(x))[0]
+    heads = []
+    for head in range(2):
+        waves = zip(bias.amplitudes[head].double(), bias.frequencies[head].double(), bias.phases[head].double())
+        added = sum(amplitude * torch.cos(offsets @ frequency + phase) for amplitude, frequency, phase in waves)
+        q, k, v = (qkv[:, 16 * part + 8 * head : 16 * part + 8 * head + 8] for part in range(3))
+        heads.append((q @ k.T / 8**0.5 + added.float()).softmax(dim=-1) @ v)
+    y = x + block.attention.to_out(torch.cat(heads, dim=-1))
+    y = encoder.norm(y + block.feed_forward(block.feed_forward_norm(y)))
+    torch.testing.assert_close(encoder(x, positions=places), y, atol=1e-5, rtol=1e-5)
+    # and it tells where tokens are: the same tokens elsewhere give something else, all of them moved do not
+    torch.testing.assert_close(encoder(x, positions=places + 5), y, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(encoder(x, positions=places.flip(1) * 3), y, atol=1e-2)
+
+
+def test_position_bias_learns_from_nothing() -> None:
+    """A new bias is none, and its amplitudes get a gradient all the same; under bfloat16 it is nearly the same."""
+    x, places = torch.randn(2, 5, 24), torch.cartesian_prod(torch.arange(5), torch.arange(1)).unsqueeze(0)
+    torch.manual_seed(0)
+    bias = WavePositionBias(heads=2, num_axes=2)
+    encoder = TransformerEncoder(24, 1, 2, 8, position_bias=bias).eval()
+    with_bias = encoder(x, positions=places)
+    encoder.position_bias = None
+    torch.testing.assert_close(with_bias, encoder(x, positions=places), atol=1e-6, rtol=0)
+    with_bias.square().mean(dim=(1, 2))[0].backward()
+    with_bias = _biased_encoder()(x, positions=places)
+    assert bias.amplitudes.grad is not None and bias.amplitudes.grad.abs().max() > 0
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (_biased_encoder()(x, positions=places) - with_bias).abs().max() < 0.1
+    with pytest.raises(ValueError, match="num_waves"):
+        WavePositionBias(heads=2, num_waves=0)
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import re
+import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import soundfile
 
 from audiolm_pytorch.audio import audio_info, read_audio
 from audiolm_pytorch.data.crops import CropDataset
-from audiolm_pytorch.data.manifest import AudioItem, load_items, load_split, split_items
+from audiolm_pytorch.data.manifest import AudioItem, ItemEntry, load_items, load_split, manifest_text, split_items
 
 
 def write_manifest(path: Path, lines: Sequence[dict[str, Any] | str]) -> Path:
@@ -138,6 +140,113 @@ def test_a_manifest_gives_captions_and_labels(tmp_path: Path, write_tone: Callab
     assert items[0].path == inside and items[1].path.samefile(outside) and items[2].path == outside
 
 
+@pytest.mark.parametrize(
+    ("said", "caption", "further"),
+    [
+        ({"caption": "a"}, "a", None),
+        ({"caption": ["a", "b", "a"]}, "a", ["b"]),
+        ({"caption": {"main": "a", "short": ["b", "c"], "none": None}}, "a", ["b", "c"]),
+        ({"caption": "a", "captions": "b"}, "a", ["b"]),
+        ({"caption": "a", "captions": ["a", "b"]}, "a", ["a", "b"]),
+        ({"captions": ["", None, "b", "c"]}, "b", ["c"]),
+        ({"caption": " ", "captions": {"x": "b"}}, "b", None),
+        ({"caption": None, "captions": []}, None, None),
+    ],
+)
+def test_captions_come_in_every_form(
+    tmp_path: Path,
+    write_tone: Callable[..., Path],
+    said: dict[str, Any],
+    caption: str | None,
+    further: list[str] | None,
+) -> None:
+    """Guards texts, lists and texts by name: the first is the caption of the item, the others are its label."""
+    write_tone("a.wav", seconds=0.1)
+    (item,) = load_items(write_manifest(tmp_path / "m.jsonl", [{"audio": "a.wav", "mood": "calm", **said}])).items
+    assert item.caption == caption
+    assert item.labels == {"mood": "calm"} | ({"captions": further} if further else {})
+
+
+def test_a_folder_reads_the_files_beside_its_clips(
+    tmp_path: Path, write_tone: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Guards captions beside clips: lines of text, JSON with labels, both, neither, and names with dots in them."""
+    for name in ["bare", "both", "json", "lines", "one.two", "sub/upper"]:
+        write_tone(f"{name}.wav", seconds=0.1)
+    (tmp_path / "lines.txt").write_bytes("\ufeffa flute\r\n\r\n  a fast flute \r\n".encode())
+    (tmp_path / "one.two.txt").write_text("a harp", encoding="utf-8")
+    (tmp_path / "one.txt").write_text("of no clip", encoding="utf-8")
+    (tmp_path / "sub" / "upper.TXT").write_text("a horn", encoding="utf-8")
+    (tmp_path / "json.json").write_text(json.dumps({"caption": "a", "captions": ["b"], "mood": "calm"}))
+    (tmp_path / "both.json").write_text(json.dumps({"caption": "a", "mood": "calm", "audio": "/etc/passwd"}))
+    (tmp_path / "both.txt").write_text("b\na")
+    report = load_items(tmp_path)
+    said = {item.path.stem: (item.caption, item.labels) for item in report.items}
+    assert said == {
+        "bare": (None, {}),
+        "both": ("a", {"mood": "calm", "captions": ["b"]}),
+        "json": ("a", {"mood": "calm", "captions": ["b"]}),
+        "lines": ("a flute", {"captions": ["a fast flute"]}),
+        "one.two": ("a harp", {}),
+        "upper": ("a horn", {}),
+    }
+    assert report.rejected == [] and not caplog.records
+    assert all(item.path.parent in (tmp_path, tmp_path / "sub") for item in report.items)
+
+
+BAD_SIDECARS = {
+    "json": ("a.json", b'{"caption":\n "a" "b"}', "not JSON (Expecting ',' delimiter: line 2 column 6"),
+    "list": ("a.json", b'["a"]', "must be an object, {...}, got list"),
+    "number": ("a.json", b'{"caption": [1]}', "'caption' must be a text"),
+    "deep": ("a.json", b"[" * 100_000, "not JSON"),
+    "long number": ("a.json", b'{"bpm": ' + b"1" * 10_000 + b"}", "not JSON"),
+    "surrogate": ("a.json", b'{"caption": "\\ud83d"}', "'caption' must be a text"),
+    "latin": ("a.txt", "flöte".encode("latin-1"), "not UTF-8"),
+    "large": ("a.txt", b"la " * 2**19, "at most 1048576 are read"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SIDECARS)
+def test_a_bad_file_beside_a_clip_is_named_and_the_clip_kept(
+    tmp_path: Path, write_tone: Callable[..., Path], case: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Guards foreign and hostile files of a folder: the clip is still heard, and what cannot be read is said."""
+    name, data, message = BAD_SIDECARS[case]
+    clip = write_tone("a.wav", seconds=0.1)
+    (tmp_path / name).write_bytes(data)
+    other = {"a.json": "a.txt", "a.txt": "a.json"}[name]
+    (tmp_path / other).write_text('{"captions": ["kept"]}' if other == "a.json" else "kept")
+    report = load_items(tmp_path)
+    assert [(item.path, item.caption, item.labels) for item in report.items] == [(clip, "kept", {})]
+    (rejected,) = report.rejected
+    assert rejected.path == tmp_path / name and message in rejected.reason
+    assert "mend or delete it, a.wav is used without it" in rejected.reason
+    assert len(caplog.records) == 1 and name in caplog.text
+
+
+def test_a_manifest_can_be_written_and_moved(tmp_path: Path, write_tone: Callable[..., Path]) -> None:
+    """Guards the way back: what is written reads as it was, relative below its folder, elsewhere by its whole path."""
+    inside, outside = write_tone("data/clips/a.wav"), write_tone("elsewhere/b.wav")
+    lines: list[dict[str, Any] | str] = [
+        {"audio": "clips/a.wav", "caption": ["Flöte\nund 笛", '"x"'], "aspects": ["a, b"], "tempo": None},
+        {"audio": str(outside)},
+    ]
+    items = load_items(write_manifest(tmp_path / "data" / "train.jsonl", lines)).items
+    text = manifest_text(items, tmp_path / "data")
+    assert [json.loads(line)["audio"] for line in text.splitlines()] == ["clips/a.wav", str(outside)]
+    (tmp_path / "data" / "train.jsonl").write_text(text)
+    assert load_items(tmp_path / "data").items == items
+    (tmp_path / "data").rename(tmp_path / "moved")
+    moved = load_items(tmp_path / "moved").items
+    assert moved[0].path == tmp_path / "moved" / "clips" / inside.name and moved[0].labels == items[0].labels
+    assert (
+        json.loads(manifest_text([ItemEntry(inside, "a", {"audio": "/etc/passwd"})], tmp_path))["audio"]
+        != "/etc/passwd"
+    )
+    with pytest.raises(ValueError, match="a.wav: its labels cannot be JSON"):
+        manifest_text([ItemEntry(inside, None, {"bpm": float("nan")})], tmp_path)
+
+
 def test_train_manifest_decides_for_its_folder(tmp_path: Path, write_tone: Callable[..., Path]) -> None:
     """Guards against files of a folder that its manifest does not name."""
     write_tone("a.wav")
@@ -158,17 +267,47 @@ def test_a_missing_file_of_a_manifest_is_rejected(tmp_path: Path, write_tone: Ca
     ("line", "message"),
     [
         ('{"audio": "a.wav"', "line 2: not JSON"),
-        ('["a.wav"]', "line 2: must be an object with an 'audio' field, got list"),
+        ('["a.wav"]', "line 2: must be an object, {...}, got list"),
         ('{"file": "a.wav"}', "line 2: 'audio' must be a path, got None"),
-        ('{"audio": "a.wav", "caption": 3}', "line 2: 'caption' must be a string or null, got 3"),
+        (
+            '{"audio": "a.wav", "caption": 3}',
+            "line 2: 'caption' must be a text, a list of texts, or texts by name, got 3",
+        ),
+        ('{"audio": "a.wav", "captions": [["a", ["b"]]]}', "line 2: 'captions' must be a text, a list"),
+        ('{"audio": ' + "[" * 100_000, "line 2: not JSON"),
+        ('{"audio": "a.wav", "bpm": ' + "1" * 10_000 + "}", "line 2: not JSON"),
+        ('{"audio": "' + "a" * 2**24 + '"}', "line 2: longer than 16777216 bytes"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path: Path, write_tone: Callable[..., Path], line: str, message: str) -> None:
     """Guards the message of a broken manifest: file, line and what is wrong."""
     write_tone("a.wav")
     manifest = write_manifest(tmp_path / "m.jsonl", [{"audio": "a.wav"}, line])
-    with pytest.raises(ValueError, match=f"m.jsonl, {message}"):
+    with pytest.raises(ValueError, match=re.escape(f"m.jsonl, {message}")):
         load_items(manifest)
+
+
+def test_a_manifest_in_another_encoding_is_named(tmp_path: Path, write_tone: Callable[..., Path]) -> None:
+    """Guards tables saved by other programs: the line is named, and a path no file can have is one more lost file."""
+    write_tone("a.wav")
+    (tmp_path / "m.jsonl").write_bytes('{"audio": "a.wav"}\n{"audio": "flöte.wav"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match="m.jsonl, line 2: not UTF-8"):
+        load_items(tmp_path / "m.jsonl")
+    report = load_items(write_manifest(tmp_path / "n.jsonl", [{"audio": "a.wav"}, {"audio": "a\0b.wav"}]))
+    assert len(report.items) == len(report.rejected) == 1
+
+
+def test_a_manifest_without_line_ends_does_not_fill_the_memory(tmp_path: Path) -> None:
+    """Guards against a file of zeros, or any other that is no manifest: a sparse 256 MiB, of which 16 are read."""
+    with (tmp_path / "m.jsonl").open("wb") as file:
+        file.truncate(2**28)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="m.jsonl, line 1: longer than 16777216 bytes; write one object a line"):
+            load_items(tmp_path / "m.jsonl")
+        assert tracemalloc.get_traced_memory()[1] < 2**26
+    finally:
+        tracemalloc.stop()
 
 
 def test_manifests_that_are_missing_or_empty_are_errors(tmp_path: Path) -> None:

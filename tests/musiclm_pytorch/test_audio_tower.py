@@ -2,19 +2,23 @@ import pytest
 import torch
 
 from audiolm_pytorch.io import build_module, module_spec
-from musiclm_pytorch.mulan.audio_tower import AudioSpectrogramTransformer, SpecAugment
+from musiclm_pytorch.mulan.audio_tower import AudioSpectrogramTransformer
+from musiclm_pytorch.mulan.spectrogram import SpecAugment
 
 
 def _tower(**changes: object) -> AudioSpectrogramTransformer:
     torch.manual_seed(0)
     sizes = {"dim": 32, "depth": 2, "heads": 2, "dim_head": 16, "patch_size": 8, "sample_hz": 8000, "num_mels": 24}
-    return AudioSpectrogramTransformer(**{**sizes, "spec_n_fft": 256, **changes}).eval()
+    tower = AudioSpectrogramTransformer(**{**sizes, "spec_n_fft": 256, **changes}).eval()
+    if tower.encoder.position_bias is not None:
+        torch.nn.init.normal_(tower.encoder.position_bias.amplitudes)  # as after training
+    return tower
 
 
-@pytest.mark.parametrize("num_mels", [24, None])
-def test_tower_gives_the_same_alone_in_a_batch_and_padded(num_mels: int | None) -> None:
+@pytest.mark.parametrize("changes", [{}, {"num_mels": None}, {"patch_stride": 5}, {"position_waves": 0}])
+def test_tower_gives_the_same_alone_in_a_batch_and_padded(changes: dict[str, object]) -> None:
     """Padding, what stands in it, and neighbours must change nothing (1e-5)."""
-    tower = _tower(num_mels=num_mels)
+    tower = _tower(**changes)
     lengths = torch.tensor([6000, 2345, 1, 900])
     wavs = torch.randn(4, 6000)
     batch = tower(wavs, lengths)
@@ -62,9 +66,54 @@ def test_patch_dropout_keeps_a_share_of_every_clip() -> None:
     """Half the patches of each clip stay, and only real ones."""
     tower = _tower(patch_dropout=0.5).train()
     image, num_frames = torch.randn(2, 24, 64), torch.tensor([64, 16])
-    tokens, columns, mask = tower._patches(image, num_frames)
+    tokens, places, mask = tower._patches(image, num_frames)
     assert tokens.shape[1] == 12 and mask.sum(dim=1).tolist() == [12, 3]
-    assert columns[1][mask[1]].max() < 2
+    assert places[1, mask[1], 0].max() < 2 and places[..., 1].max() == 2
+
+
+def test_overlapping_patches_cover_every_frame() -> None:
+    """Oracle: each patch is the piece of the image that its place says; the last one reaches the end."""
+    tower = _tower(patch_stride=5)
+    torch.nn.init.eye_(tower.to_tokens.weight.data[:, : 8 * 8])
+    torch.nn.init.zeros_(tower.to_tokens.bias)
+    torch.nn.init.zeros_(tower.band_embedding)
+    image = torch.randn(1, 24, 21)
+    tokens, places, mask = tower._patches(image, torch.tensor([21]))
+    assert tower.num_bands == 5 and mask.all() and tokens.shape[1] == 4 * 5  # frames 0..7, 5..12, 10..17, 15..22
+    whole = torch.nn.functional.pad(image, (0, 2, 0, 4))[0]
+    for token, (column, band) in zip(tokens[0], places[0].tolist()):
+        patch = whole[5 * band : 5 * band + 8, 5 * column : 5 * column + 8]
+        torch.testing.assert_close(token, patch.flatten()[:32])
+    assert _tower(patch_stride=5)(torch.randn(1, 4000)).isfinite().all()
+
+
+def test_front_end_is_that_of_mulan_unless_told_otherwise() -> None:
+    """Defaults: 128 mels, 25 ms every 10 ms at any rate; a Fourier size alone means its linear bins (the snippet)."""
+    sizes = {"dim": 16, "depth": 1, "heads": 2, "dim_head": 8}
+    for sample_hz in (16_000, 48_000):
+        front_end = AudioSpectrogramTransformer(**sizes, sample_hz=sample_hz).spectrogram
+        assert front_end.num_bins == 128 and front_end.hop_length == sample_hz // 100
+        assert front_end.win_length == sample_hz // 40
+    front_end = AudioSpectrogramTransformer(**sizes, spec_n_fft=128, spec_win_length=24).spectrogram
+    assert front_end.mel is None and front_end.num_bins == 65
+    assert (front_end.win_length, front_end.hop_length) == (24, 9)
+
+
+def test_tower_embeds_layers() -> None:
+    """The last layer is what forward gives; layer 0 is the mean of the patches, before any block."""
+    tower, wavs, lengths = _tower(), torch.randn(2, 4000), torch.tensor([4000, 1500])
+    embedded = tower.embed_layers(wavs, lengths, layers=(0, 1, 2))
+    assert embedded.shape == (3, 2, 32) and torch.equal(embedded[2], tower(wavs, lengths))
+    image, num_frames = tower.spectrogram(wavs, lengths)
+    tokens, _, mask = tower._patches(tower.spectrogram.standardise(image, num_frames), num_frames)
+    expected = torch.stack([row[own].mean(dim=0) for row, own in zip(tokens, mask)])
+    torch.testing.assert_close(embedded[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_config_of_the_first_models_has_no_bias() -> None:
+    """Models saved before there was a bias by distance must load, and compute what they did."""
+    config = {name: value for name, value in _tower().config.items() if name not in ("position_waves", "patch_stride")}
+    assert AudioSpectrogramTransformer.from_config(config).encoder.position_bias is None
 
 
 def test_stretch_plays_faster_and_slower() -> None:
@@ -120,6 +169,8 @@ def test_tower_rejects_what_it_cannot_use() -> None:
         _tower(num_mels=200)
     with pytest.raises(ValueError, match="spec_win_length"):
         _tower(spec_win_length=300)
+    with pytest.raises(ValueError, match="patch_stride"):
+        _tower(patch_stride=9)
     with pytest.raises(ValueError, match="patch_dropout"):
         _tower(patch_dropout=1.0)
     with pytest.raises(ValueError, match="stretch"):

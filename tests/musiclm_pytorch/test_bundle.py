@@ -180,6 +180,79 @@ def test_tokenizers_that_half_precision_would_change_are_exported_as_they_are(mo
     assert [name for name, tensors in stored.items() if any(t.dtype == torch.float32 for t in tensors)] == [part]
 
 
+@pytest.fixture
+def packaged(model, tmp_path, monkeypatch):
+    """A package that bundles the model's own codec and semantic tokenizer, a model, and what belongs to none."""
+    folder = tmp_path / "packaged"
+    shutil.copytree(model / "codec", folder / "codec_micro")
+    shutil.copytree(model / "semantic_tokenizer", folder / "semantic_micro")
+    exchange_copy = shutil.copytree(model / "codec", folder / "codec_another")
+    exchange(exchange_copy.parent, exchange_copy.name)
+    shutil.copytree(model, folder / "whole")
+    monkeypatch.setattr(bundle, "bundled_folder", lambda name: folder / name)
+    return folder
+
+
+SHARED = {"codec": "codec_micro", "semantic_tokenizer": "semantic_micro"}
+
+
+def test_parts_of_the_package_are_named_instead_of_copied(model, packaged, tmp_path):
+    """A model that ships beside the parts it was made around holds them once, and sounds the same in both forms."""
+    export_musiclm(model, tmp_path / "copied")
+    # over a model that has them: they are not left behind
+    out = shutil.copytree(tmp_path / "copied", tmp_path / "shared")
+    num_bytes = export_musiclm(model, out, share_bundled=True)
+    assert num_bytes == sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    assert read_json(out / "musiclm.json")["bundled_parts"] == SHARED
+    assert {path.name for path in out.iterdir()} == {"musiclm.json", *PARTS} - set(SHARED)
+    waves = [load_musiclm(folder)("a low tone", **REQUEST).waves for folder in (tmp_path / "copied", out)]
+    assert torch.equal(*waves)
+    # and back again
+    assert export_musiclm(out, tmp_path / "again") == export_musiclm(model, tmp_path / "copied") > num_bytes
+    assert "bundled_parts" not in read_json(tmp_path / "again" / "musiclm.json")
+    assert torch.equal(load_musiclm(tmp_path / "again")("a low tone", **REQUEST).waves, waves[0])
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ({"codec": "codec_24khz"}, "'codec_24khz' from the package.* has codec_another, codec_micro, semantic_micro;"),
+        ({"codec": "../packaged/codec_micro"}, "'../packaged/codec_micro' from the package"),
+        ({"codec": "whole/codec"}, "'whole/codec' from the package"),
+        ({"codec": "whole"}, "'whole' from the package"),
+        ({"codec": ["codec_micro"]}, "install the release that wrote the model, or export it again with its parts"),
+        ({"codek": "codec_micro"}, "must name parts of codec, semantic_tokenizer, quantizer"),
+        (["codec_micro"], "must name parts of codec"),
+        ({"codec": "semantic_micro"}, "semantic_micro holds a KMeansTokenizer, but a Codec is needed"),
+        ({"codec": "codec_another"}, "acoustic tokens are of different tokenizers"),
+    ],
+    ids=str,
+)
+def test_parts_that_the_package_lacks_are_named(model, packaged, named, message):
+    """A card may name bundled parts by their plain names alone, and is told what this installation has."""
+    change_card(model, bundled_parts=named)
+    with pytest.raises(ValueError, match=message):
+        load_musiclm(model)
+
+
+def test_only_what_is_the_same_is_shared(model, packaged, tmp_path):
+    """A part that differs in one number from the package's is copied."""
+    shutil.rmtree(packaged / "semantic_micro")
+    weights = packaged / "codec_micro" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-2] + b"\x00\x3c")
+    export_musiclm(model, tmp_path / "out", share_bundled=True)
+    assert "bundled_parts" not in read_json(tmp_path / "out" / "musiclm.json")
+    assert (tmp_path / "out" / "codec" / "model.safetensors").is_file()
+
+
+def test_parts_that_ship_may_be_shared():
+    """The codec and the semantic tokenizer of the package are found by the names that a card would give them."""
+    there = bundle._bundled_parts()
+    assert {"codec_16khz", "semantic_16khz"} <= set(there) and "tiny" not in there
+    for name, kind in (("codec_16khz", "codec"), ("semantic_16khz", "semantic_tokenizer")):
+        assert bundle._bundled_twins({kind: load_module(there[name])}) == {kind: name}
+
+
 def test_names_and_folders_of_models(micro_run, tmp_path):
     """A model is found by its folder or its run's; anything else is told what would do."""
     assert model_folder(micro_run) == model_folder(micro_run / "model") == micro_run / "model"

@@ -114,6 +114,26 @@ def test_stages_are_announced_on_a_terminal_only(monkeypatch, capsys):
     assert capsys.readouterr().err == "codec ...\n"
 
 
+def test_train_around_bundled_parts(musiclm_command, micro_data, tmp_path, capsys, offline):
+    """Finished parts by their bundled names: nothing of them is trained, and the same words are needed again."""
+    words = ("train", "tokens", "--preset", "micro", "--data", micro_data, "--out", tmp_path / "run")
+    given = ("--codec", "tiny", "--semantic-tokenizer", "tiny", "--mulan", "tiny", "--offline")
+    assert musiclm_command(*words, *given, "--dry-run") == 0
+    assert "tokens" in capsys.readouterr().out and listing(tmp_path) == set()
+    assert musiclm_command(*words, *given) == 0
+    said = capsys.readouterr().out
+    for stage, kind in (("semantic-tokenizer", "KMeansTokenizer"), ("codec", "SoundStream"), ("mulan", "MuLaN")):
+        assert re.search(rf"^{stage} .*given: {kind}$", said, flags=re.MULTILINE)
+    from audiolm_pytorch.data.shards import TokenShards
+    from musiclm_pytorch.bundled_parts import codec_named
+
+    assert TokenShards(tmp_path / "run" / "tokens" / "train").fingerprint["codec"] == codec_named("tiny").fingerprint
+    assert musiclm_command(*words) == 2
+    assert re.fullmatch(
+        r"musiclm: .*holds another run \(given.codec: \w+ there, none here.*\n", capsys.readouterr().err
+    )
+
+
 def test_dry_run_measures_and_writes_nothing(musiclm_command, micro_data, tmp_path, capsys):
     """Parameters, tokens, disk and time of every stage, before an hour is spent."""
     before = listing(micro_data)
@@ -164,7 +184,8 @@ def test_estimated_parameters_are_those_of_the_stages(micro_data, micro_run, tmp
 
 def test_export(musiclm_command, micro_run, tmp_path, capsys):
     """The model of a run, alone in a folder."""
-    assert musiclm_command("export", "--run", micro_run, "--out", tmp_path / "shipped") == 0
+    # nothing of it comes with the package, so nothing can be shared
+    assert musiclm_command("export", "--run", micro_run, "--out", tmp_path / "shipped", "--share-bundled") == 0
     assert re.search(r"wrote .*shipped, 0\.\d MB", capsys.readouterr().out)
     assert musiclm_command("generate", "x", "--model", tmp_path / "shipped", *SHORT, "--out", tmp_path / "x.wav") == 0
 
@@ -197,6 +218,22 @@ BAD_INPUT = {
     "unknown stage": ("train codek --data DATA --out TMP/out", "'codek'; choose all or one of: codec"),
     "scale": ("train all --scale nan --data DATA --out TMP/out", "scale must be positive, got nan"),
     "negative seed": ("train all --seed -1 --data DATA --out TMP/out", "seed must not be negative, got -1"),
+    "no codec": ("train all --data DATA --out TMP/out --codec tinny", "tinny.*bundled codecs: 16khz, tiny"),
+    "codec elsewhere": ("train all --data DATA --out TMP/out --codec a/b --offline", "a/b.*; bundled codecs: 16khz"),
+    "no tokenizer": (
+        "train all --data DATA --out TMP/out --semantic-tokenizer EMPTY",
+        "EMPTY.*bundled tokenizers: 16k",
+    ),
+    "codec as tokens": (
+        "train all --data DATA --out TMP/out --semantic-tokenizer MODEL/codec",
+        "a SemanticTokenizer is needed for semantic-tokenizer, got a SoundStream",
+    ),
+    "no mulan": ("train all --data DATA --out TMP/out --mulan EMPTY", "EMPTY holds no MuLaN.*bundled models: tiny"),
+    "few levels": (
+        "train all --preset small --data DATA --out TMP/out --codec tiny --semantic-tokenizer tiny",
+        "the preset small models 8 levels of codes, and the codec has 4; give a codec with more",
+    ),
+    "given, another run": ("train all --preset micro --data DATA --out RUN --codec MODEL/codec", "given.codec: none"),
     "missing stage": ("train fine --data DATA --out TMP/out", "first: musiclm train semantic-tokenizer"),
     "out is a file": ("train codec --data DATA --out DATA/00.wav", "00.wav is a file"),
     "out in a file": ("train codec --preset micro --data DATA --out DATA/00.wav/run", "00.wav is a file"),
@@ -273,7 +310,9 @@ def test_help_and_interruption(musiclm_command, monkeypatch, capsys):
     assert musiclm_command("--help") == 0
     assert "generate" in capsys.readouterr().out
     assert musiclm_command("train", "--help") == 0
-    assert "--dry-run" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    for option in ("--dry-run", "--codec", "--semantic-tokenizer", "--mulan", "--offline"):
+        assert option in said
 
     def interrupted(command):
         raise KeyboardInterrupt

@@ -5,7 +5,7 @@ import pytest
 import torch
 from micro import MICRO
 
-from audiolm_pytorch.semantic import BestRQ, BestRQEncoder, KMeansTokenizer, SemanticTokenizerTrainer
+from audiolm_pytorch.semantic import BestRQ, BestRQEncoder, SemanticTokenizerTrainer
 from audiolm_pytorch.stages.tokenizing import tokenize
 from audiolm_pytorch.stages.wrappers import check_fit
 from musiclm_pytorch import builders
@@ -39,14 +39,15 @@ def test_preset_can_be_built(name):
     shallow = {part: replace(getattr(preset, part), depth=1) for part in ("mulan", *LANGUAGE_MODELS)}
     preset = replace(preset, codec=replace(preset.codec, encoder_depth=1, decoder_depth=1), **shallow)
     preset = replace(preset, semantic_tokenizer=replace(preset.semantic_tokenizer, depth=1, layer=1))
-    codec, encoder = builders.build_codec(preset), builders.build_semantic_encoder(preset)
+    codec, tokenizer = builders.build_codec(preset), builders.build_semantic_tokenizer(preset)
+    encoder = tokenizer.encoder
     quantizer = builders.build_quantizer(preset, builders.build_mulan(preset, ["a tune", "a song"]), 10_000)
     for stage in LANGUAGE_MODELS:
-        model = builders.build_language_model(preset, stage, preset.semantic_tokenizer.num_clusters)
+        model = builders.build_language_model(preset, stage, codec=codec, tokenizer=tokenizer)
         assert model.cond_dim == quantizer.dim(stage) and model.namespace == stage
         # without any condition the model reads as many null embeddings as a dropped condition leaves
         assert model.null_tokens == quantizer.num_quantizers
-        check_fit(model, None, codec)
+        check_fit(model, tokenizer, codec)
     s = preset.semantic_tokenizer
     assert encoder.sample_hz == s.sample_hz == s.token_hz * encoder.downsample_factor
     assert quantizer.codebook_size == preset.quantizer.codebook_size
@@ -59,12 +60,14 @@ def test_presets_keep_the_encoder_that_was_measured(name):
     shallow = {part: replace(getattr(preset, part), depth=1) for part in ("semantic", "coarse")}
     s = replace(preset.semantic_tokenizer, depth=1, layer=1)
     preset = replace(preset, semantic_tokenizer=s, **shallow)
+    codec, tokenizer = builders.build_codec(preset), builders.build_semantic_tokenizer(preset)
     encoder = builders.build_semantic_encoder(preset)
     default = BestRQEncoder(dim=s.dim, depth=s.depth, heads=s.heads, dim_head=s.dim // s.heads)
     assert encoder.config == default.config
     objective, plain = builders.build_semantic_objective(preset, encoder), BestRQ(default)
     assert (objective.start_prob, objective.span_tokens) == (plain.start_prob, plain.span_tokens)
-    stages = {stage: builders.build_language_model(preset, stage, 7).config for stage in ("semantic", "coarse")}
+    parts = {"codec": codec, "tokenizer": tokenizer}
+    stages = {stage: builders.build_language_model(preset, stage, **parts).config for stage in ("semantic", "coarse")}
     assert stages["semantic"]["rate_hz"] == stages["coarse"]["semantic_rate_hz"] == "25"
 
 
@@ -73,20 +76,13 @@ def semantic_preset(sample_hz: int, token_hz: int) -> Preset:
     return replace(MICRO, semantic_tokenizer=replace(MICRO.semantic_tokenizer, sample_hz=sample_hz, token_hz=token_hz))
 
 
-def random_tokenizer(preset: Preset) -> KMeansTokenizer:
-    """An untrained encoder with random centroids."""
-    s = preset.semantic_tokenizer
-    encoder = builders.build_semantic_encoder(preset)
-    return KMeansTokenizer(encoder=encoder, layer=s.layer, centroids=torch.randn(s.num_clusters, s.dim))
-
-
 every_rate = pytest.mark.parametrize(("sample_hz", "token_hz"), [(16000, 25), (16000, 50), (24000, 25), (24000, 50)])
 
 
 @every_rate
 def test_semantic_tokens_come_at_the_rate_asked_for(sample_hz, token_hz):
     """200 random lengths give exactly the tokens that are announced, alone and in a batch; seconds stay."""
-    tokenizer = random_tokenizer(semantic_preset(sample_hz, token_hz))
+    tokenizer = builders.build_semantic_tokenizer(semantic_preset(sample_hz, token_hz))
     encoder = tokenizer.encoder
     assert (tokenizer.target_sample_hz, tokenizer.downsample_factor * token_hz) == (sample_hz, sample_hz)
     assert tokenizer.num_frames(10 * sample_hz) == 10 * token_hz
@@ -132,12 +128,13 @@ def test_semantic_encoder_of_every_rate_trains(sample_hz, token_hz, micro_data, 
 def test_language_models_of_every_rate_fit_the_tokens(sample_hz, token_hz):
     """Semantic and coarse stage are declared for the tokens of their preset, and run on a second of them."""
     preset = semantic_preset(sample_hz, token_hz)
-    tokenizer, codec = random_tokenizer(preset), builders.build_codec(preset)
+    tokenizer, codec = builders.build_semantic_tokenizer(preset), builders.build_codec(preset)
     num_samples = {"semantic": sample_hz, "acoustic": preset.codec.sample_hz}
     waves = {kind: torch.randn(2, count) for kind, count in num_samples.items()}
     lengths = {kind: torch.full((2,), count) for kind, count in num_samples.items()}
     tokens = tokenize(waves, lengths, tokenizer, codec)
-    stages = {stage: builders.build_language_model(preset, stage, tokenizer.codebook_size) for stage in LANGUAGE_MODELS}
+    parts = {"codec": codec, "tokenizer": tokenizer}
+    stages = {stage: builders.build_language_model(preset, stage, **parts) for stage in LANGUAGE_MODELS}
     for stage, model in stages.items():
         check_fit(model, tokenizer, codec)
         rates_hz = {stream.name: stream.rate_hz for stream in model.layout.streams}
@@ -145,9 +142,27 @@ def test_language_models_of_every_rate_fit_the_tokens(sample_hz, token_hz):
         packed = model.packed(tokens)
         assert packed.loss_mask.sum() == {"semantic": 2 * token_hz, "coarse": 2 * 50, "fine": 2 * 50 * 2}[stage]
         assert model(packed).loss.isfinite()
-    other = random_tokenizer(semantic_preset(sample_hz, 75 - token_hz))
+    other = builders.build_semantic_tokenizer(semantic_preset(sample_hz, 75 - token_hz))
     with pytest.raises(ValueError, match="build it with their rates"):
         check_fit(stages["coarse"], other, codec)
+
+
+def test_language_models_are_of_the_parts_and_not_of_the_preset():
+    """Vocabularies and rates come from the codec and tokenizer that are there, the number of levels from the preset."""
+    others = replace(
+        semantic_preset(24000, 50), codec=replace(MICRO.codec, hop_samples=400, codebook_size=20, num_quantizers=5)
+    )
+    codec, tokenizer = builders.build_codec(others), builders.build_semantic_tokenizer(others)
+    stages = {
+        stage: builders.build_language_model(MICRO, stage, codec=codec, tokenizer=tokenizer).config
+        for stage in LANGUAGE_MODELS
+    }
+    assert stages["semantic"]["rate_hz"] == stages["coarse"]["semantic_rate_hz"] == "50"
+    assert stages["coarse"]["rate_hz"] == stages["fine"]["rate_hz"] == "40"
+    assert stages["coarse"]["codebook_size"] == stages["fine"]["codebook_size"] == 20
+    assert (stages["coarse"]["num_coarse_quantizers"], stages["fine"]["num_fine_quantizers"]) == (1, 2)
+    with pytest.raises(ValueError, match="models 5 levels of codes, and the codec has 3; give a codec with more"):
+        builders.build_language_model(others, "fine", codec=builders.build_codec(MICRO), tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize(("sample_hz", "token_hz"), [(22050, 25), (16000, 30), (16000, 0)])

@@ -153,11 +153,14 @@ def test_refusals_are_one_line_and_write_nothing(musiclm_command, published, tmp
     assert (content(out) if out.exists() else None) == before
 
 
-def test_help_names_both_conversions(musiclm_command, capsys):
+def test_help_names_all_conversions(musiclm_command, capsys):
     """The command is listed, with what each conversion needs."""
     assert musiclm_command("convert", "--help") == 0
     said = capsys.readouterr().out
-    assert "hubert" in said and "vq-wav2vec" in said
+    assert "hubert" in said and "vq-wav2vec" in said and "musiccaps" in said
     assert musiclm_command("convert", "hubert", "--help") == 0
     said = capsys.readouterr().out
     assert all(option in said for option in ("--checkpoint", "--kmeans", "--out", "--output-layer"))
+    assert musiclm_command("convert", "musiccaps", "--help") == 0
+    said = capsys.readouterr().out
+    assert all(option in said for option in ("--csv", "--clips", "--out", "{none,eval,balanced}", "--missing"))

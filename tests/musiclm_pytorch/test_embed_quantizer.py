@@ -1,5 +1,6 @@
 import logging
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from torch import Tensor
 from audiolm_pytorch.conditioning import Conditioner
 from audiolm_pytorch.io import load_module, save_module
 from musiclm_pytorch.embed_quantizer import Modality, MuLaNEmbedQuantizer
+from musiclm_pytorch.mulan.joint import JointEmbedding
+from musiclm_pytorch.quantizer_fit import measure_quantizer
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package
 from tiny_mulan import tiny_mulan, tones
@@ -64,44 +67,104 @@ def test_codes_equal_a_naive_loop_over_k_means() -> None:
     assert quantizer.codes_from_latents(latents.view(4, 30, 16)).shape == (4, 30, 3)
 
 
-def _check_that_use_changes_nothing() -> None:
-    quantizer, latents = _quantizer(), _latents()
+@pytest.mark.parametrize(("levels", "size"), [(1, 2), (12, 16), (3, 64), (2, 120)])
+def test_every_size_is_the_nearest_code_level_by_level(levels: int, size: int) -> None:
+    """Oracle: loops in float64 over the codebooks; every level brings the sum of its vectors closer to the latent."""
+    quantizer, latents = _quantizer(rq_num_quantizers=levels, codebook_size=size), _latents()
     quantizer.fit(latents)
+    fresh = _latents(40).flip(1)
+    expected = torch.zeros(40, levels, dtype=torch.long)
+    for row, latent in enumerate((fresh - latents.mean(dim=0)).double()):
+        left = latent
+        for level, codebook in enumerate(quantizer.codebooks.double()):
+            expected[row, level] = min(range(size), key=lambda code: float((left - codebook[code]).square().sum()))
+            left = left - codebook[expected[row, level]]
+    assert torch.equal(quantizer.codes(latents=fresh), expected)
+    explained = measure_quantizer(quantizer, latents).explained
+    assert all(now >= before - 1e-9 for before, now in zip((0.0, *explained), explained))
+
+
+def test_size_of_the_paper_codes_many_latents_in_little_memory() -> None:
+    """12 x 1024: codes do not depend on how many latents are coded at once, nor on autocast, nor on the shape."""
+    quantizer = _quantizer(rq_num_quantizers=12, codebook_size=1024)
+    latents = F.normalize(torch.randn(4096, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
+    codes = quantizer.codes_from_latents(latents)
+    assert codes.shape == (4096, 12) and 1000 < int(codes.max()) < 1024
+    quantizer.text_map.copy_(torch.linalg.qr(latents[:16]).Q)
+    of_texts = quantizer.codes_from_latents(latents, "text")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(quantizer.codes_from_latents(latents), codes)
+        assert torch.equal(quantizer.codes_from_latents(latents, "text"), of_texts)
+    assert torch.equal(quantizer.codes_from_latents(latents[5]), codes[5])
+    assert quantizer.codes_from_latents(latents[:0].view(2, 0, 16)).shape == (2, 0, 12)
+
+
+def _check_that_use_changes_nothing(is_fitted: bool) -> None:
+    """Use a quantizer as a language model's training does, batch by batch, in training mode."""
+    quantizer, latents, wavs = _quantizer(), _latents(), tones(150, 400, 3000)
+    if is_fitted:
+        quantizer.fit(latents)
     before = {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
-    codes = quantizer.eval().codes(latents=latents)
+    codes, of_wavs = quantizer.eval().codes(latents=latents), quantizer.codes(wavs=wavs)
     quantizer.train()
-    order = torch.randperm(120)
+    order = torch.randperm(120, generator=torch.Generator().manual_seed(0))
     for part in order.split(17):
         assert torch.equal(quantizer.codes(latents=latents[part]), codes[part])
         quantizer(codes=codes[part], namespace="semantic").sum().backward()
-    assert not quantizer.mulan.training
+    assert torch.equal(quantizer.codes(wavs=wavs), of_wavs)
+    assert not quantizer.mulan.training and quantizer.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in quantizer.state_dict().items())
+    trained = {name for name, parameter in quantizer.named_parameters() if parameter.grad is not None}
+    assert trained == {"tables.semantic.weight"}
 
 
-def test_use_in_training_mode_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fault 3: no batch initialises or moves a codebook; one that drifts towards what it sees is noticed."""
-    _check_that_use_changes_nothing()
+@pytest.mark.parametrize("is_fitted", [True, False])
+def test_use_in_training_mode_changes_nothing(is_fitted: bool) -> None:
+    """Fault 3: one explicit fit makes the codebooks; no batch initialises them or moves them, fitted or not."""
+    _check_that_use_changes_nothing(is_fitted)
+
+
+def _initialised_by_the_first_batch(quantizer: MuLaNEmbedQuantizer, latents: Tensor, codes: Tensor) -> None:
+    if not hasattr(quantizer, "has_seen"):
+        quantizer.has_seen = True
+        quantizer.codebooks[0] = latents[torch.arange(quantizer.codebook_size) % len(latents)] - quantizer.audio_mean
+
+
+def _moving_average(quantizer: MuLaNEmbedQuantizer, latents: Tensor, codes: Tensor) -> None:
+    chosen = quantizer.codebooks[0, codes[:, 0]]
+    quantizer.codebooks[0, codes[:, 0]] = chosen.lerp(latents - quantizer.audio_mean, 0.2)
+
+
+@pytest.mark.parametrize("is_fitted", [True, False])
+@pytest.mark.parametrize("update", [_initialised_by_the_first_batch, _moving_average])
+def test_a_quantizer_that_learns_while_it_conditions_is_noticed(
+    update: Callable[[MuLaNEmbedQuantizer, Tensor, Tensor], None], is_fitted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 3 put in: codebooks of the first batch in training mode, or codes that drift towards what they code."""
     original = MuLaNEmbedQuantizer.codes_from_latents
 
-    def drifting(self: MuLaNEmbedQuantizer, latents: Tensor, modality: Modality = "audio") -> Tensor:
-        codes = original(self, latents, modality)
+    def learning(self: MuLaNEmbedQuantizer, latents: Tensor, modality: Modality = "audio") -> Tensor:
         if self.training:
-            self.codebooks[0, codes[:, 0]] = self.codebooks[0, codes[:, 0]].lerp(latents - self.audio_mean, 0.2)
-        return codes
+            update(self, latents, original(self, latents, modality))
+        return original(self, latents, modality)
 
-    monkeypatch.setattr(MuLaNEmbedQuantizer, "codes_from_latents", drifting)
+    monkeypatch.setattr(MuLaNEmbedQuantizer, "codes_from_latents", learning)
     with pytest.raises(AssertionError):
-        _check_that_use_changes_nothing()
+        _check_that_use_changes_nothing(is_fitted)
 
 
 def test_each_modality_is_centred_by_its_own_mean() -> None:
-    """Texts that stand apart from audio by a constant, and spread less, get the codes of their audio."""
-    quantizer, audio = _quantizer(), _latents()
+    """Texts that stand apart from audio by a constant, and spread less, get its codes; or not, if off."""
+    audio = _latents()
     text = 0.5 * audio + torch.linspace(-1, 1, 16)
-    quantizer.fit(audio, text)
-    assert quantizer.code_agreement(audio, text) == [1.0, 1.0, 1.0]
-    naive = (quantizer.codes_from_latents(text, "audio") == quantizer.codes_from_latents(audio)).float().mean()
-    assert naive < 0.5
+    for ridge in (None, 400):
+        quantizer = _quantizer()
+        quantizer.fit(audio, text, ridge=ridge)
+        assert measure_quantizer(quantizer, audio, text).agreement == (1.0, 1.0, 1.0)
+    quantizer = _quantizer()
+    quantizer.fit(audio, text, centre=False, ridge=None)
+    assert measure_quantizer(quantizer, audio, text).agreement[0] < 0.5
+    assert torch.equal(quantizer.codes_from_latents(text, "text"), quantizer.codes_from_latents(text, "audio"))
 
 
 def test_ridge_learns_where_texts_are() -> None:
@@ -109,23 +172,69 @@ def test_ridge_learns_where_texts_are() -> None:
     audio = _latents()
     rotation = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(0))).Q
     agreements = []
-    for ridge in (None, 1e-3):
+    for ridge in (None, 0.1):
         quantizer = _quantizer()
         quantizer.fit(audio, audio @ rotation, ridge=ridge)
-        agreements.append(quantizer.code_agreement(audio, audio @ rotation)[0])
+        agreements.append(measure_quantizer(quantizer, audio, audio @ rotation).agreement[0])
     assert agreements[0] < 0.5 and agreements[1] > 0.95
 
 
-def test_more_levels_are_closer() -> None:
-    """Every level of codes brings the sum of its vectors closer to the latent."""
-    quantizer, latents = _quantizer(), _latents()
-    quantizer.fit(latents)
-    codes = quantizer.codes(latents=latents)
-    left, errors = latents - latents.mean(dim=0), []
-    for level in range(3):
-        left = left - quantizer.codebooks[level][codes[:, level]]
-        errors.append(left.square().sum(dim=1).mean().item())
-    assert errors[0] > errors[1] > errors[2]
+def test_texts_are_of_the_audio_that_owns_them() -> None:
+    """Two texts of each clip in any order teach the map; with the wrong owners nothing is learned."""
+    audio, generator = _latents(), torch.Generator().manual_seed(0)
+    rotation = torch.linalg.qr(torch.randn(16, 16, generator=generator)).Q
+    owners = torch.randperm(240, generator=generator) % 120
+    text = audio[owners] @ rotation + 0.02 * torch.randn(240, 16, generator=generator)
+    agreements = []
+    for given in (owners, owners.roll(1)):
+        quantizer = _quantizer()
+        quantizer.fit(audio, text, owners=given, ridge=1)
+        agreements.append(measure_quantizer(quantizer, audio, text, owners=owners).agreement[0])
+    assert agreements[0] > 0.9 and agreements[1] < 0.5
+
+
+def test_audio_longer_than_a_window_is_averaged_before_it_is_quantized() -> None:
+    """Oracle (MusicLM, sec. 3.2): a mean over windows cut by hand; padding, company and lengths change nothing."""
+    quantizer = _quantizer(codebook_size=64)
+    parts = [tones(low, seconds=0.7)[0] for low in (120, 700)] + [tones(3000, seconds=0.9)[0]]
+    wav = torch.cat(parts)  # 2.3 s in windows of 0.5 s every 0.25 s
+    windows = [wav[start : start + 4000] for start in range(0, 18400 - 4000 + 1, 2000)]
+    with torch.no_grad():
+        latents = torch.cat([quantizer.mulan.get_audio_latents(window[None]) for window in windows])
+    expected = quantizer.codes_from_latents(F.normalize(latents.mean(dim=0), dim=0))
+    assert torch.equal(quantizer.codes(wavs=wav[None])[0], expected)
+    assert not torch.equal(quantizer.codes_from_latents(latents[0]), expected)
+    noise = torch.randn(2, 60000, generator=torch.Generator().manual_seed(0))
+    padded, lengths = torch.cat([F.pad(wav, (0, 41600), value=0.3)[None], noise]), torch.tensor([18400, 60000, 3000])
+    assert torch.equal(quantizer.codes(wavs=padded, lengths=lengths)[0], expected)
+    assert not torch.equal(quantizer.codes(wavs=padded)[0], expected)
+
+
+class _Planted(JointEmbedding):
+    """A joint embedding that is no MuLaN: loudness and the length of texts."""
+
+    def __init__(self) -> None:
+        super().__init__(dim_latent=2, sample_hz=8000, window_seconds=0.5, window_stride_seconds=0.25)
+
+    def get_audio_latents(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
+        angles = wavs.abs().mean(dim=1)
+        return torch.stack([angles.cos(), angles.sin()], dim=1)
+
+    def get_text_latents(self, texts: str | Sequence[str] | Tensor) -> Tensor:
+        angles = torch.tensor([len(text) / 10 for text in texts])
+        return torch.stack([angles.cos(), angles.sin()], dim=1)
+
+
+def test_any_joint_embedding_is_quantized() -> None:
+    """A pretrained model in the place of MuLaN gives codes of audio, of long audio and of texts."""
+    quantizer = _quantizer(mulan=_Planted(), codebook_size=4)
+    wavs = torch.linspace(0, 1.5, 12)[:, None] * torch.ones(12, 4000)
+    texts = ["x" * (1 + length) for length in range(12)]
+    quantizer.fit(quantizer.mulan.get_audio_latents(wavs), quantizer.mulan.get_text_latents(texts))
+    codes = quantizer.codes(wavs=wavs)
+    assert len(codes[:, 0].unique()) == 4
+    assert torch.equal(quantizer.codes(wavs=wavs.repeat(1, 3)), codes)
+    assert (quantizer.codes(texts=texts)[:, 0] == codes[:, 0]).double().mean() > 0.8
 
 
 def test_audio_text_and_codes_take_the_same_way() -> None:
@@ -175,7 +284,13 @@ def test_quantizer_rejects_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="pair"):
         quantizer.fit(latents, latents[:50])
     with pytest.raises(ValueError, match="text_latents"):
-        quantizer.fit(latents, ridge=0.1)
+        quantizer.fit(latents, owners=torch.arange(120))
+    with pytest.raises(ValueError, match="owners"):
+        quantizer.fit(latents, latents[:50], owners=torch.arange(49))
+    with pytest.raises(ValueError, match="of one of 120"):
+        quantizer.fit(latents, latents[:50], owners=torch.arange(50) + 71)
+    with pytest.raises(ValueError, match="positive"):
+        quantizer.fit(latents, latents, ridge=0)
     with pytest.raises(ValueError, match="NaN"):
         quantizer.fit(latents.masked_fill(latents > 0.5, torch.nan))
     quantizer.fit(latents)

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package
+from planted_mulan import PlantedMuLaN, planted_items
 from semantic_sounds import RATE_HZ, written_corpus, written_digits
 
 from audiolm_pytorch.io import fingerprint_of, load_module, save_module
 from audiolm_pytorch.semantic import BestRQEncoder, KMeansTokenizer
 from audiolm_pytorch.semantic.pretrained import FairseqVQWav2Vec
+from musiclm_pytorch.bundled_parts import mulan_named
 from musiclm_pytorch.recipes.corpus import make_corpus
 
 
@@ -164,9 +166,9 @@ def test_a_file_is_no_folder_to_write(musiclm_command, places, tmp_path, capsys)
 
 def test_another_thing_to_evaluate_is_refused(musiclm_command, places, tmp_path, capsys):
     """The word after `evaluate` is a choice."""
-    assert musiclm_command("evaluate", "mulan", *words(places, tmp_path / "out")[2:]) == 2
+    assert musiclm_command("evaluate", "codec", *words(places, tmp_path / "out")[2:]) == 2
     said = capsys.readouterr().err
-    assert "semantic" in said and said.count("\n") == 1
+    assert "semantic" in said and "mulan" in said and said.count("\n") == 1
 
 
 def test_an_encoder_in_transformers_format(musiclm_command, places, tmp_path, capsys):
@@ -184,6 +186,101 @@ def test_an_encoder_in_transformers_format(musiclm_command, places, tmp_path, ca
     figures = {one["name"]: one for one in json.loads((tmp_path / "out" / "figures.json").read_text())["figures"]}
     assert figures["log-mel / linear probe / pitch class"]["value"] > 0.4
     assert "layer 2 / linear probe / speaker" in figures
+
+
+@pytest.fixture
+def planted(tmp_path):
+    """A saved joint embedding that understands every word, and a folder of clips with captions and labels."""
+    save_module(PlantedMuLaN(), tmp_path / "mulan")
+    items = planted_items(tmp_path)
+    lines = [json.dumps({"audio": item.path.name, "caption": item.caption, **item.labels}) for item in items]
+    (tmp_path / "valid.jsonl").write_text("\n".join(lines))
+    return ["evaluate", "mulan", "--model", tmp_path / "mulan", "--data", tmp_path, "--out", tmp_path / "out"]
+
+
+def test_a_joint_embedding_is_measured_and_drawn(musiclm_command, planted, tmp_path, capsys):
+    """Tables on stdout and in figures.md, figures in figures.json, two pictures; the command written down is whole."""
+    pytest.importorskip("matplotlib")
+    assert musiclm_command(*planted) == 0
+    said, text = capsys.readouterr().out, (tmp_path / "out" / "figures.md").read_text()
+    assert text in said and f"wrote {tmp_path / 'out' / 'figures.json'}" in said
+    assert "| text to audio | 12 | 100.0 [100.0, 100.0]" in text and "'music with drums'" in text
+    assert "- 12 clips and 12 different texts (captions)" in text
+    written = json.loads((tmp_path / "out" / "figures.json").read_text())
+    assert written["settings"]["model_fingerprint"] == fingerprint_of(PlantedMuLaN())
+    for name in ("similarities.png", "latents.png"):
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+    for figure in written["figures"]:
+        assert figure["low"] <= figure["value"] + 1e-9 and figure["value"] <= figure["high"] + 1e-9
+    program, *again = written["settings"]["command"].split(" ")
+    assert program == "musiclm" and "--label" not in again
+    again[again.index("--out") + 1] = str(tmp_path / "again")
+    assert musiclm_command(*again, "--limit", 8, "--seed", 1, "--label", "tempo", "--offline") == 0
+    assert json.loads((tmp_path / "again" / "figures.json").read_text())["settings"]["num_clips"] == 8
+    assert "--limit 8 --seed 1 --device auto --offline" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--model", "nowhere", "no model .*nowhere.* bundled models: tiny"),
+        ("--model", "BARE", "bare holds no MuLaN"),
+        ("--model", "16khz", "no model '16khz'.* bundled models: tiny"),
+        ("--data", "nowhere", "nowhere: no such folder"),
+        ("--label", "mood", "no label 'mood'.* instrument, tempo, drums"),
+        ("--limit", 1, "at least 2 clips"),
+        ("--seed", -1, "--seed must be at least 0"),
+        ("--device", "abacus", "--device abacus cannot be used"),
+    ],
+)
+def test_mistakes_of_measuring_a_joint_embedding(musiclm_command, planted, tmp_path, capsys, option, value, message):
+    """What is wrong and the mend, in one line, and nothing is written."""
+    pytest.importorskip("matplotlib")
+    (tmp_path / "bare").mkdir()
+    if option in planted:
+        planted[planted.index(option) + 1] = tmp_path / "bare" if value == "BARE" else value
+    else:
+        planted += [option, value]
+    assert musiclm_command(*planted) == 2
+    said = capsys.readouterr().err
+    assert re.search(message, said) and said.count("\n") == 1 and said.startswith("musiclm: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_pictures_need_matplotlib(musiclm_command, planted, tmp_path, capsys, monkeypatch):
+    """Said before anything is computed, with what to install."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert musiclm_command(*planted) == 2
+    assert 'pip install "musiclm-pytorch[plot]"' in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_joint_embedding_is_found_wherever_runs_and_models_have_it(tmp_path):
+    """The same one by the folder of its run, of the model, of the quantizer in it, or its own; tiny by name."""
+    mulan = PlantedMuLaN(gap=0.5)
+    for below in ("own", "model/quantizer", "begun/mulan/model", "trainer/mulan"):
+        save_module(mulan, tmp_path / below)
+    for name in ("own", "", "model", "begun", "begun/mulan", "trainer"):
+        found = mulan_named(str(tmp_path / name))
+        assert isinstance(found, PlantedMuLaN) and found.gap == 0.5 and not found.training
+    tiny = mulan_named("tiny")
+    assert tiny.get_text_latents("a flute").shape == (1, tiny.dim_latent)
+    with pytest.raises(ValueError, match="no joint embedding"):
+        mulan_named(str(saved_encoder(tmp_path / "encoder")))
+
+
+def test_a_hub_is_asked_only_for_its_ids(monkeypatch):
+    """An owner and a name are CLAP on a hub; offline is passed on."""
+    clap = pytest.importorskip("musiclm_pytorch.mulan.clap")
+    asked = []
+
+    def from_pretrained(source, *, offline=False):
+        asked.append((source, offline))
+        return PlantedMuLaN()
+
+    monkeypatch.setattr(clap.ClapMuLaN, "from_pretrained", from_pretrained)
+    assert isinstance(mulan_named("laion/clap", offline=True), PlantedMuLaN)
+    assert asked == [("laion/clap", True)]
 
 
 @pytest.mark.slow

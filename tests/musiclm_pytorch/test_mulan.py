@@ -1,6 +1,8 @@
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,8 +10,10 @@ import torch
 from audiolm_pytorch.io import load_module, save_module
 from musiclm_pytorch.mulan import (
     AudioSpectrogramTransformer,
+    LayerContrast,
     MuLaN,
     SigmoidContrastiveLearning,
+    SoftmaxContrastiveLearning,
     TextTransformer,
     average_latents,
 )
@@ -60,6 +64,110 @@ def test_equal_texts_are_not_held_against_each_other() -> None:
     assert mulan(wavs, torch.nn.functional.pad(ids, (0, 3), value=-1)).item() == pytest.approx(0, abs=1e-6)
 
 
+def test_several_texts_a_clip_are_all_matches() -> None:
+    """Oracle: the loss of the latents with the owners given; one text each in order needs no owners."""
+    mulan, wavs = tiny_mulan(), tones(110, 330, 990)
+    texts, owners = ["low", "deep", "high", "middle"], torch.tensor([0, 0, 2, 1])
+    expected = mulan.loss(mulan.get_audio_latents(wavs), mulan.get_text_latents(texts), None, owners)
+    torch.testing.assert_close(mulan(wavs, texts, owners=owners), expected)
+    assert torch.equal(mulan(wavs, TEXTS[:3]), mulan(wavs, TEXTS[:3], owners=torch.arange(3)))
+    same = ["low", "low", "high", "low"]
+    assert mulan(wavs, same, owners=owners) < mulan(wavs, texts, owners=owners) - 0.1
+
+
+def test_mulan_learns_from_several_texts_a_clip() -> None:
+    """Memorisation: every one of two texts finds its tone."""
+    mulan, wavs = tiny_mulan(), tones(110, 990, 2970)
+    texts, owners = ["low", "deep", "middle", "so so", "high", "shrill"], torch.tensor([0, 0, 1, 1, 2, 2])
+    optimizer = torch.optim.Adam(mulan.parameters(), lr=3e-3)
+    for _ in range(30):
+        optimizer.zero_grad()
+        mulan(wavs, texts, owners=owners).backward()
+        optimizer.step()
+    nearest = (mulan.get_text_latents(texts) @ mulan.get_audio_latents(wavs).T).argmax(dim=1)
+    assert nearest.tolist() == owners.tolist()
+
+
+def test_two_calls_are_bit_identical() -> None:
+    """In eval mode nothing is drawn: latents of clips, of texts and of long audio, and the loss, with all noise on."""
+    sizes = {"dim": 32, "depth": 1, "heads": 2, "dim_head": 16, "dropout": 0.5}
+    noise = {"spec_aug_stretch_factor": 0.8, "spec_aug_freq_mask": 0.5, "spec_aug_time_mask": 0.5, "patch_dropout": 0.5}
+    audio = AudioSpectrogramTransformer(**sizes, **noise, patch_size=8, sample_hz=8000, num_mels=24, spec_n_fft=256)
+    mulan = tiny_mulan(audio_transformer=audio, text_transformer=TextTransformer(**sizes, num_tokens=256))
+    wavs, lengths = torch.randn(4, 9000), torch.tensor([9000, 100, 4000, 7000])
+    calls = {
+        "audio": lambda: mulan.get_audio_latents(wavs, lengths),
+        "text": lambda: mulan.get_text_latents(TEXTS),
+        "long audio": lambda: mulan.get_long_audio_latents(wavs, lengths),
+        "loss": lambda: mulan(wavs, TEXTS, lengths),
+    }
+    for call in calls.values():
+        assert torch.equal(call(), call())
+    mulan.train()
+    for name in ("audio", "text", "loss"):
+        assert not torch.equal(calls[name](), calls[name]()), f"{name} has no noise to be afraid of"
+
+
+def test_strings_lists_and_ids_agree() -> None:
+    """A text is the same as a string, in a list, as ids, and as ids with padding."""
+    mulan = tiny_mulan()
+    expected = mulan.get_text_latents(TEXTS[0])
+    ids = mulan.text.tokenize(TEXTS[0])
+    assert torch.equal(mulan.get_text_latents(TEXTS[:1]), expected)
+    assert torch.equal(mulan.get_text_latents(tuple(TEXTS[:1])), expected)
+    assert torch.equal(mulan.get_text_latents(ids), expected)
+    padded = mulan.get_text_latents(torch.nn.functional.pad(ids, (0, 9), value=-1))
+    torch.testing.assert_close(padded, expected, atol=1e-5, rtol=0)
+    wavs = tones(440)
+    torch.testing.assert_close(mulan(wavs, ids), mulan(wavs, TEXTS[0]))
+
+
+def _layered(weight: float = 0.5, loss: torch.nn.Module | None = None) -> MuLaN:
+    """A MuLaN with two blocks a tower, of which two pairs of layers are contrasted too."""
+    torch.manual_seed(0)
+    sizes = {"depth": 2, "heads": 2, "dim_head": 16}
+    audio = AudioSpectrogramTransformer(
+        dim=32, **sizes, patch_size=8, sample_hz=8000, num_mels=24, spec_n_fft=256, position_waves=0
+    )
+    text = TextTransformer(dim=24, **sizes, num_tokens=256)
+    return tiny_mulan(
+        audio_transformer=audio,
+        text_transformer=text,
+        loss=loss,
+        layer_contrast=LayerContrast(((0, 1), (1, 2)), weight=weight),
+    )
+
+
+@pytest.mark.parametrize("loss", [SoftmaxContrastiveLearning(decoupled=True), SigmoidContrastiveLearning()])
+def test_layers_are_contrasted_too(loss: torch.nn.Module) -> None:
+    """Oracle: the loss of the outputs, and half of those of both pairs, each with projections and loss of its own."""
+    mulan, wavs = _layered(0.5, loss), tones(110, 330, 990, 2970)
+    expected = mulan.loss(mulan.get_audio_latents(wavs), mulan.get_text_latents(TEXTS))
+    heads = mulan.layer_heads
+    with torch.no_grad():
+        heads.losses[1].log_temperature.fill_(math.log(0.5))
+    for pair, (audio_layer, text_layer) in enumerate([(0, 1), (1, 2)]):
+        audio = heads.audio_to_latent[pair](mulan.audio.embed_layers(wavs, layers=(audio_layer,))[0])
+        text = heads.text_to_latent[pair](mulan.text.embed_layers(TEXTS, layers=(text_layer,))[0])
+        latents = (torch.nn.functional.normalize(part, dim=-1) for part in (audio, text))
+        expected = expected + 0.5 * heads.losses[pair](*latents)
+    value = mulan(wavs, TEXTS)
+    torch.testing.assert_close(value, expected)
+    value.backward()
+    assert all(parameter.grad is not None for parameter in mulan.parameters())
+
+
+def test_layer_contrast_survives_saving(tmp_path: Path) -> None:
+    """Heads and temperatures of layers are saved; a MuLaN without them has neither weights nor a key for them."""
+    mulan, wavs = _layered(0.25), tones(110, 330, 990, 2970)
+    save_module(mulan, tmp_path)
+    again = load_module(tmp_path, MuLaN)
+    assert torch.equal(again(wavs, TEXTS), mulan(wavs, TEXTS)) and again.layer_contrast == mulan.layer_contrast
+    plain = tiny_mulan()
+    assert "layer_contrast" not in plain.config
+    assert not [name for name in plain.state_dict() if name.startswith("layer")]
+
+
 def test_latents_do_not_depend_on_the_batch() -> None:
     """Alone, in a batch and padded: the same to 1e-5, for audio and for text."""
     mulan, wavs = tiny_mulan(), torch.randn(3, 4000)
@@ -105,14 +213,30 @@ def test_mulan_trains_in_bfloat16() -> None:
     torch.testing.assert_close(latents.norm(dim=-1), torch.ones(4))
 
 
-def test_mulan_rejects_what_does_not_fit() -> None:
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: tiny_mulan()(torch.randn(3, 1000), TEXTS), "one text a clip"),
+        (lambda: tiny_mulan()(torch.randn(3, 1000), TEXTS, owners=torch.tensor([0, 1, 1, 0])), "leave none out"),
+        (lambda: tiny_mulan()(torch.randn(1, 1000), ""), "empty"),
+        (lambda: tiny_mulan()(torch.randn(1, 1000), "a", chunk_size=0), "chunk_size"),
+        (lambda: tiny_mulan(window_seconds=0), "window"),
+        (lambda: tiny_mulan().window_latents(torch.randn(2, 100)), r"\[n\]"),
+        (lambda: tiny_mulan(layer_contrast=LayerContrast(((1, 1), (2, 1)))), "layer_contrast names layers"),
+        (lambda: LayerContrast(()), "pairs of layers"),
+        (lambda: LayerContrast(((-1, 0),)), "pairs of layers"),
+        (lambda: LayerContrast(weight=0.0), "positive weight"),
+    ],
+)
+def test_mulan_rejects_what_does_not_fit(call: Callable[[], object], words: str) -> None:
     """Errors name what was given and what is needed."""
-    mulan = tiny_mulan()
-    with pytest.raises(ValueError, match="one text a clip"):
-        mulan(torch.randn(3, 1000), TEXTS)
-    with pytest.raises(ValueError, match="empty"):
-        mulan(torch.randn(1, 1000), "")
-    with pytest.raises(ValueError, match="window"):
-        tiny_mulan(window_seconds=0)
-    with pytest.raises(ValueError, match=r"\[n\]"):
-        mulan.window_latents(torch.randn(2, 100))
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def test_a_text_tower_must_be_a_module() -> None:
+    """Anything else would look right and never be trained, moved or saved."""
+    text = tiny_mulan().text
+    names = ("dim", "depth", "tokenize", "embed_layers", "forward")
+    with pytest.raises(TypeError, match="nn.Module"):
+        tiny_mulan(text_transformer=SimpleNamespace(**{name: getattr(text, name) for name in names}))

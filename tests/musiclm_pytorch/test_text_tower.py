@@ -6,7 +6,7 @@ import torch
 
 from audiolm_pytorch.io import load_module, save_module
 from musiclm_pytorch.mulan.text_tower import TextTransformer
-from musiclm_pytorch.mulan.tokenizer import TextTokenizer
+from musiclm_pytorch.mulan.tokenizer import TextTokenizer, words_of
 
 CAPTIONS = ["slow piano ballad", "fast violin jig with drums", "slow harp melody", "a fast jig, fast drums"] * 3
 
@@ -105,3 +105,82 @@ def test_tower_survives_saving_with_its_tokenizer(tokenizer: TextTokenizer, tmp_
     save_module(tower, tmp_path / "tower")
     again = load_module(tmp_path / "tower", TextTransformer)
     assert torch.equal(again(CAPTIONS), tower(CAPTIONS))
+
+
+def test_layers_are_the_means_of_the_encoders_states(tokenizer: TextTokenizer) -> None:
+    """Guards every row of embed_layers, in any order, and that the last layer is what forward gives."""
+    tower = _tower(tokenizer)
+    assert tower.depth == 2
+    texts = ["slow harp", "fast violin jig with drums"]
+    found = tower.embed_layers(texts, layers=(2, 0, 1, 2))
+    assert found.shape == (4, 2, 24) and torch.equal(found[0], tower(texts)) and torch.equal(found[0], found[3])
+    for row, text in enumerate(texts):
+        state = tower.embedding(tokenizer.encode([text]))
+        torch.testing.assert_close(found[1, row], state.mean(dim=1)[0], atol=1e-5, rtol=0)
+        for layer, block_states in ((2, tower.encoder.hidden_states(state, layers=(1,))[0]), (0, tower.encoder(state))):
+            torch.testing.assert_close(found[layer, row], block_states.mean(dim=1)[0], atol=1e-5, rtol=0)
+    for layer in (-1, 3):
+        with pytest.raises(ValueError, match=r"0\.\.2"):
+            tower.embed_layers(texts, layers=(layer,))
+
+
+def test_words_of_captions_are_the_most_frequent_ones() -> None:
+    """Case, composition, digits and single letters make no words of their own; ties and order are fixed."""
+    captions = ["A slow Caf\u00e9 waltz, 120 bpm", "slow cafe\u0301 drums!", "Slow DRUMS_x", "STRASSE straße"]
+    assert words_of(captions) == ["bpm", "café", "drums", "slow", "strasse", "waltz"]
+    assert words_of(captions, most=2) == ["café", "slow"] and words_of([]) == []
+    with pytest.raises(ValueError, match="at least 1"):
+        words_of(captions, most=0)
+
+
+def test_text_of_unseen_words_is_reported_once(tokenizer: TextTokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    """A prompt that means nothing to the model sounds like any other: the log has to tell, once, with the words."""
+    tower = _tower(tokenizer)
+    tower.known_words = words_of(CAPTIONS)
+
+    def told(texts: str | list[str] | torch.Tensor) -> list[str]:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="musiclm_pytorch"):
+            tower(texts)
+        return [record.getMessage() for record in caplog.records]
+
+    messages = told(["slow piano", "Shoegaze wall of guitars, slow"])
+    assert len(messages) == 1 and all(word in messages[0] for word in ("4 of the 5", "shoegaze", "guitars"))
+    assert told("Shoegaze wall of guitars, slow") == [], "once a text"
+    assert told("slow fast gabber techno") == [], "half of them are known"
+    assert told(tokenizer.encode(["gabber techno"])) == [] and told("120 4/4 !") == []
+    assert len(told("gabber techno drums")) == 1 and len(told("日本の音楽")) == 1
+    tower.train()
+    assert told("vaporwave") == [], "training captions are what words are known from"
+    tower.eval().known_words = None
+    assert told("vaporwave") == [], "not known is not unseen"
+    assert len(told("x" * 200)) == 1, "the log is heard: this one is cut off"
+
+
+def test_known_words_are_saved_and_old_files_have_none(tokenizer: TextTokenizer, tmp_path) -> None:
+    """Words travel in the config; a config without them loads, and stays as it was."""
+    tower = _tower(tokenizer)
+    assert "known_words" not in tower.config
+    save_module(tower, tmp_path / "old")
+    assert load_module(tmp_path / "old", TextTransformer).known_words is None
+    tower.known_words = ["slow", "harp"]
+    save_module(tower, tmp_path / "new")
+    again = load_module(tmp_path / "new", TextTransformer)
+    assert again.known_words == ["slow", "harp"] and again.config == tower.config
+    assert TextTransformer.from_config(tower.config).known_words == ["slow", "harp"]
+
+
+def test_special_tokens_stay_around_a_text_that_is_cut() -> None:
+    """Published encoders read them at both ends of every text: only what is between may be lost."""
+    from tokenizers import Tokenizer, processors
+
+    backend = Tokenizer.from_str(TextTokenizer().to_json())
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 256), ("</s>", 257)])
+    plain, framed = TextTokenizer(backend), TextTokenizer(backend, special_tokens=True)
+    assert (plain.num_special_tokens, framed.num_special_tokens) == (0, 2)
+    letters = plain.encode(["abcdef"])[0].tolist()
+    assert framed.encode(["abcdef"])[0].tolist() == [256, *letters, 257]
+    assert framed.encode(["abcdef", "a"], 5).tolist() == [[256, *letters[:3], 257], [256, *letters[:2], 257, -1]]
+    again = TextTokenizer.from_json(framed.to_json(), special_tokens=True)
+    assert torch.equal(again.encode(["abc"]), framed.encode(["abc"]))

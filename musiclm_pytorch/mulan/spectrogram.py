@@ -1,0 +1,182 @@
+"""What the audio tower sees: standardised log spectrograms, and their augmentation in training."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import repeat
+from torch import Tensor, nn
+
+from audiolm_pytorch.audio import MelSpectrogram
+
+__all__ = ["LogSpectrogram", "SpecAugment", "first_places", "log_spectrogram"]
+
+# MuLan's audio: 25 ms windows every 10 ms, 128 mel bands (arXiv:2208.12415, sec. 3.1; arXiv:2104.01778, sec. 2.1). The
+# transform is longer than the window, as otherwise the lowest of so many bands would fall between two of its bins.
+_WINDOW_SECONDS, _TRANSFORM_SECONDS, _NUM_MELS = 0.025, 0.064, 128
+# Magnitudes below this are silence: about -80 dB under a full-scale tone with the default window of 400 samples.
+_LOG_FLOOR = 1e-2
+# Least spread of a log spectrogram, in nepers: below it a clip is near-uniform noise or silence, not to be blown up.
+_LEAST_SPREAD = 0.5
+
+
+class LogSpectrogram(nn.Module):
+    """Standardised log (mel) spectrogram of clips of unequal length, in which padding changes nothing.
+
+    Each clip is brought to mean 0 and spread 1 over its own frames: a caption does not tell the recording level.
+
+    Args:
+        sample_hz: Sample rate of the waves in Hz.
+        num_mels: Mel bands; None = the linear bins of the Fourier transform.
+        n_fft: Size of the Fourier transform in samples.
+        win_length: Samples of the window.
+        hop_length: Samples a frame.
+    """
+
+    window: Tensor
+
+    def __init__(self, sample_hz: int, num_mels: int | None, n_fft: int, win_length: int, hop_length: int) -> None:
+        super().__init__()
+        self.n_fft, self.win_length, self.hop_length = n_fft, win_length, hop_length
+        self.num_bins = n_fft // 2 + 1 if num_mels is None else num_mels
+        self.register_buffer("window", torch.hann_window(win_length), persistent=False)
+        self.mel = None
+        if num_mels is not None:
+            self.mel = MelSpectrogram(
+                sample_hz=sample_hz,
+                n_fft=n_fft,
+                win_length=win_length,
+                hop_length=hop_length,
+                num_mels=num_mels,
+                center=False,
+            )
+
+    def num_frames(self, num_samples: Tensor) -> Tensor:
+        """Count the frames of clips of `num_samples [b]`: every hop that is begun."""
+        return (num_samples + self.hop_length - 1) // self.hop_length
+
+    def forward(self, wavs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Log spectrogram, before it is standardised.
+
+        Args:
+            wavs: `[b, n]` float in about -1..1.
+            lengths: `[b]` samples of each clip; the rest is ignored.
+
+        Returns:
+            Natural logs `[b, bins, f]` float32 and the frames of each clip `[b]`.
+        """
+        num_frames = self.num_frames(lengths)
+        with torch.autocast(device_type=wavs.device.type, enabled=False):
+            real = torch.arange(wavs.shape[-1], device=wavs.device) < lengths.unsqueeze(-1)
+            # Zeros, not a reflection: the edge of a clip then does not depend on where the batch was padded to.
+            left = self.n_fft // 2
+            whole = int(num_frames.max()) * self.hop_length
+            padded = F.pad(wavs.float() * real, (left, whole - wavs.shape[-1] + self.n_fft - left - 1))
+            if self.mel is not None:
+                magnitudes = self.mel(padded)
+            else:
+                spectrum = torch.stft(
+                    padded,
+                    self.n_fft,
+                    self.hop_length,
+                    self.win_length,
+                    self.window.float(),
+                    center=False,
+                    return_complex=True,
+                )
+                magnitudes = spectrum.abs()
+            return torch.log(magnitudes[..., : int(num_frames.max())] + _LOG_FLOOR), num_frames
+
+    def standardise(self, logs: Tensor, num_frames: Tensor) -> Tensor:
+        """Bring every clip of `[b, bins, f]` to mean 0 and spread 1 over its own frames; zeros elsewhere."""
+        real = first_places(num_frames, logs.shape[-1]).unsqueeze(1)
+        count = (num_frames * self.num_bins).clamp(min=1).view(-1, 1, 1)
+        mean = (logs * real).sum(dim=(1, 2), keepdim=True) / count
+        centred = (logs - mean) * real
+        spread = (centred.square().sum(dim=(1, 2), keepdim=True) / count).sqrt()
+        return centred / spread.clamp(min=_LEAST_SPREAD)
+
+
+class SpecAugment(nn.Module):
+    """Time stretch and masked bands of log spectrograms, in training only (SpecAugment, arXiv:1904.08779).
+
+    The stretch is a linear interpolation of the log magnitudes, since no phase is kept.
+
+    Args:
+        stretch_factor: Each clip plays at a speed drawn between `stretch_factor` and its inverse; 1 = off.
+        freq_mask_fraction: Widest masked band over all bins; 0 = off.
+        time_mask_fraction: Longest masked stretch over the frames of a clip; 0 = off.
+    """
+
+    def __init__(self, stretch_factor: float, freq_mask_fraction: float, time_mask_fraction: float) -> None:
+        super().__init__()
+        if not 0.25 <= stretch_factor <= 4:
+            raise ValueError(f"spec_aug_stretch_factor must be between 0.25 and 4 (1 = off), got {stretch_factor}")
+        if not (0 <= freq_mask_fraction < 1 and 0 <= time_mask_fraction < 1):
+            raise ValueError(f"mask fractions must be in [0, 1), got {freq_mask_fraction} and {time_mask_fraction}")
+        self.stretch_factor = stretch_factor
+        self.freq_mask_fraction = freq_mask_fraction
+        self.time_mask_fraction = time_mask_fraction
+
+    def stretch(self, logs: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Play each clip of `[b, bins, f]` at a random speed; one that grows beyond `f` frames loses its end."""
+        if not self.training or self.stretch_factor == 1:
+            return logs, num_frames
+        exponent = torch.empty(len(logs), 1, device=logs.device).uniform_(-1, 1)
+        speed = self.stretch_factor**exponent
+        stretched = (num_frames / speed.squeeze(1)).long().clamp(min=1, max=logs.shape[-1])
+        last = (num_frames - 1).unsqueeze(1)
+        at = torch.minimum(torch.arange(int(stretched.max()), device=logs.device) * speed, last)
+        lower = at.long()
+        upper = torch.minimum(lower + 1, last)
+        bins = logs.shape[1]
+        below, above = (logs.gather(2, repeat(i, "b f -> b bins f", bins=bins)) for i in (lower, upper))
+        return torch.lerp(below, above, (at - lower).unsqueeze(1)), stretched
+
+    def mask(self, image: Tensor, num_frames: Tensor) -> Tensor:
+        """Set one band of bins and one stretch of frames of each standardised clip `[b, bins, f]` to 0, its mean."""
+        if not self.training:
+            return image
+        bins = torch.full_like(num_frames, image.shape[1])
+        in_band = _random_span(bins, self.freq_mask_fraction, image.shape[1])
+        in_stretch = _random_span(num_frames, self.time_mask_fraction, image.shape[2])
+        return image.masked_fill(in_band.unsqueeze(2) | in_stretch.unsqueeze(1), 0.0)
+
+
+def log_spectrogram(
+    sample_hz: int,
+    num_mels: int | Literal["auto"] | None,
+    n_fft: int | None,
+    win_length: int | None,
+    hop_length: int | None,
+) -> LogSpectrogram:
+    """Make the front end, with what is not said filled in; see `AudioSpectrogramTransformer` for the arguments.
+
+    Raises:
+        ValueError: If a number is out of range, or there are more mel bands than the Fourier transform resolves.
+    """
+    if num_mels == "auto":
+        num_mels = _NUM_MELS if n_fft is None else None
+    if win_length is None:
+        win_length = round(_WINDOW_SECONDS * sample_hz) if n_fft is None else n_fft
+    n_fft = max(win_length, round(_TRANSFORM_SECONDS * sample_hz)) if n_fft is None else n_fft
+    hop_length = max(1, 2 * win_length // 5) if hop_length is None else hop_length
+    if not (1 <= win_length <= n_fft and hop_length >= 1):
+        raise ValueError(
+            f"need 1 <= spec_win_length <= spec_n_fft and a hop >= 1, got {win_length}, {n_fft}, {hop_length}"
+        )
+    return LogSpectrogram(sample_hz, num_mels, n_fft, win_length, hop_length)
+
+
+def first_places(counts: Tensor, size: int) -> Tensor:
+    """Mask `[b, size]` that is True at the first `counts [b]` places."""
+    return torch.arange(size, device=counts.device) < counts.unsqueeze(1)
+
+
+def _random_span(sizes: Tensor, fraction: float, size: int) -> Tensor:
+    """Mask `[b, size]` of one random span inside the first `sizes [b]` places, up to `fraction` of them long."""
+    width, start = torch.rand(2, len(sizes), device=sizes.device)
+    widths = (width * (sizes * fraction + 1)).long().clamp(max=(sizes * fraction).long())
+    starts = (start * (sizes - widths + 1)).long()
+    places = torch.arange(size, device=sizes.device)
+    return (places >= starts.unsqueeze(1)) & (places < (starts + widths).unsqueeze(1))
