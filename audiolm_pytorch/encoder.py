@@ -39,6 +39,7 @@ class WavePositionBias(nn.Module):
         super().__init__()
         if min(heads, num_axes, num_waves) < 1:
             raise ValueError(f"heads, num_axes and num_waves must be >= 1, got {heads}, {num_axes}, {num_waves}")
+        self.num_axes = num_axes
         # Wavelengths from 2 to 128 positions in all directions; amplitude 0, as if there were no bias.
         directions = F.normalize(torch.randn(heads, num_waves, num_axes), dim=-1)
         wavelengths = 2.0 ** torch.linspace(1, 7, num_waves)
@@ -222,11 +223,14 @@ class TransformerEncoder(nn.Module):
         """
         self._check(x, mask, layers)
         around = self._surroundings(x, mask, positions)
-        wanted = [self.depth if layer is None else layer for layer in layers]
-        states = [x]
-        for block in list(self.blocks)[: max(wanted, default=0)]:
-            states.append(block(states[-1], around))
-        return [self.norm(states[-1]) if layer is None else states[layer] for layer in layers]
+        wanted = {self.depth if layer is None else layer for layer in layers}
+        # only what is asked for is kept: without gradients, the states between would be memory for nothing
+        states = {0: x}
+        for layer, block in enumerate(list(self.blocks)[: max(wanted, default=0)], start=1):
+            x = block(x, around)
+            if layer in wanted:
+                states[layer] = x
+        return [self.norm(states[self.depth]) if layer is None else states[layer] for layer in layers]
 
     def _check(self, x: Tensor, mask: Tensor | None, layers: Sequence[int | None]) -> None:
         """Refuse shapes that do not fit, and layers that are not there."""
@@ -245,6 +249,10 @@ class TransformerEncoder(nn.Module):
             positions = positions.unsqueeze(0)
         if positions.ndim == 2:
             positions = positions.unsqueeze(2)
+        axes = positions.shape[-1] if self.position_bias is None else self.position_bias.num_axes
+        if positions.shape not in ((1, x.shape[1], axes), (len(x), x.shape[1], axes)):
+            found = tuple(positions.shape)
+            raise ValueError(f"positions of tokens {tuple(x.shape)} must be [b or 1, t, {axes}], got {found}")
         angles = None
         if self.rotary is not None:
             cos, sin = self.rotary(positions[..., 0])

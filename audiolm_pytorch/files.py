@@ -54,7 +54,7 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"there is no file {path}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:  # the last: thousands of brackets
         raise ValueError(f"{path} is not a JSON file: {error}") from error
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from beartype import beartype
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 __all__ = ["GatedFeedForward", "RMSNorm", "RotaryPositions", "rotate"]
 
@@ -21,6 +22,7 @@ class _RootMeanSquareNorm(torch.autograd.Function):
         return (x * inverse).mul_(weight.to(x.dtype))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
         unit = x * inverse
@@ -51,24 +53,32 @@ class RMSNorm(nn.Module):
         return _RootMeanSquareNorm.apply(x, self.weight, self.eps)
 
 
-class _GatedProduct(torch.autograd.Function):
-    """`value * silu(gate)` of the two halves, keeping only them for backward: a quarter less than autograd keeps."""
+def _gated(halves: Tensor) -> Tensor:
+    """`value * silu(gate)` of the two halves of `[..., 2 h]`."""
+    value, gate = halves.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+class _GatedProjection(torch.autograd.Function):
+    """Projects `value * silu(gate)`, keeping only the two halves for backward: half of what autograd keeps."""
 
     @staticmethod
-    def forward(ctx: Any, halves: Tensor) -> Tensor:
-        ctx.save_for_backward(halves)
-        value, gate = halves.chunk(2, dim=-1)
-        return F.silu(gate).mul_(value)
+    def forward(ctx: Any, halves: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(halves, weight)
+        return F.linear(_gated(halves), weight.to(halves.dtype))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (halves,) = ctx.saved_tensors
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        halves, weight = ctx.saved_tensors
         value, gate = halves.chunk(2, dim=-1)
+        grad = grads[0] @ weight.to(halves.dtype)
+        grad_weight = grads[0].reshape(-1, len(weight)).T @ _gated(halves).reshape(-1, weight.shape[1])
         grad_halves = torch.empty_like(halves)
         grad_value, grad_gate = grad_halves.chunk(2, dim=-1)
-        torch.mul(grads[0], F.silu(gate), out=grad_value)
-        torch.ops.aten.silu_backward.grad_input(grads[0] * value, gate, grad_input=grad_gate)
-        return grad_halves
+        torch.mul(grad, F.silu(gate), out=grad_value)
+        torch.ops.aten.silu_backward.grad_input(grad.mul_(value), gate, grad_input=grad_gate)
+        return grad_halves, grad_weight.to(weight.dtype)
 
 
 class GatedFeedForward(nn.Module):
@@ -89,7 +99,10 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., d]` to `[..., d]`."""
-        return self.down(self.dropout(_GatedProduct.apply(self.up(x))))
+        halves = self.up(x)
+        if self.dropout.p > 0 and self.training:  # what was dropped cannot be worked out again
+            return self.down(self.dropout(_gated(halves)))
+        return _GatedProjection.apply(halves, self.down.weight)
 
 
 class RotaryPositions(nn.Module):

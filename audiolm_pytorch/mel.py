@@ -96,7 +96,6 @@ def triangular_filters(edges_hz: "np.ndarray[Any, Any]", sample_hz: int, n_fft: 
 class MelSpectrogram(nn.Module):
     """Mel spectrogram with a Hann window; computed in float32 under autocast too."""
 
-    window: Tensor
     filters: Tensor
 
     @beartype
@@ -139,7 +138,6 @@ class MelSpectrogram(nn.Module):
         self.n_fft, self.hop_length, self.win_length = n_fft, hop_length, win_length or n_fft
         self.power, self.center = float(power), center
         filters = mel_filterbank(sample_hz, n_fft, num_mels, f_min_hz, f_max_hz)
-        self.register_buffer("window", torch.hann_window(self.win_length), persistent=False)
         self.register_buffer("filters", filters, persistent=False)
 
     def num_frames(self, num_samples: int) -> int:
@@ -166,7 +164,8 @@ class MelSpectrogram(nn.Module):
             if self.center:
                 half = self.n_fft // 2
                 flat = F.pad(flat, (half, half), mode="reflect" if num_samples > half else "constant")
-            window = self.window.float()
+            # no buffer: rounded with a model of half precision it would leak tones into all bands
+            window = torch.hann_window(self.win_length, dtype=torch.float32, device=wave.device)
             spectrum = torch.stft(
                 flat, self.n_fft, self.hop_length, self.win_length, window, center=False, return_complex=True
             )

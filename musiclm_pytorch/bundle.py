@@ -180,7 +180,7 @@ def _read_card(folder: Path) -> dict[str, Any]:
     version = card.get("format_version") if isinstance(card, dict) else None
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"{folder / CARD} has format version {version}, this library reads {FORMAT_VERSION}; install the release "
+            f"{folder / CARD} has format version {version!r}, this library reads {FORMAT_VERSION}; install the release "
             "that wrote it"
         )
     return dict(card)

@@ -27,9 +27,9 @@ __all__ = [
 ]
 
 # name -> folder below musiclm_pytorch/bundled
-BUNDLED_CODECS = {"16khz": "codec_16khz", "tiny": "tiny/codec"}
+BUNDLED_CODECS = {"16khz": "codec_16khz"}
 DEFAULT_CODEC = "16khz"
-BUNDLED_TOKENIZERS = {"16khz": "semantic_16khz", "tiny": "tiny/semantic_tokenizer"}
+BUNDLED_TOKENIZERS = {"16khz": "semantic_16khz"}
 DEFAULT_TOKENIZER = "16khz"
 BUNDLED_MULANS = {"tiny": "tiny/quantizer"}
 # Where a joint embedding lies below the folder of a model, a finished run, or a run that has come as far as MuLaN.

@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -60,9 +61,9 @@ class Train:
     seed: int = 0
     """Of initial weights, data order and noise."""
     codec: str | None = None
-    """Finished codec instead of training one: 16khz or tiny (bundled), a folder, or a hub id."""
+    """Finished codec instead of training one: 16khz (bundled), a folder, or a hub id."""
     semantic_tokenizer: str | None = None
-    """Finished semantic tokenizer instead of training one: 16khz or tiny (bundled), or a folder."""
+    """Finished semantic tokenizer instead of training one: 16khz (bundled), or a folder."""
     mulan: str | None = None
     """Finished MuLaN or CLAP instead of training one: tiny (bundled), a folder, or a hub id of CLAP."""
     offline: bool = False
@@ -302,7 +303,8 @@ def _train(command: Train) -> None:
         return
     print(f"{'total':20} {_duration(total)}")
     if pipeline.is_complete:
-        print(f'model in {pipeline.model_folder}; try: musiclm generate "a slow waltz" --model {pipeline.model_folder}')
+        named = shlex.quote(str(pipeline.model_folder))
+        print(f'model in {pipeline.model_folder}; try: musiclm generate "a slow waltz" --model {named}')
 
 
 def _given_parts(command: Train) -> dict[str, Any]:

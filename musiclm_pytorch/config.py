@@ -196,7 +196,7 @@ _TINY = Preset(
         run=RunConfig(800, 64, 5.0, 7e-4),
         patch_dropout=0.25,
     ),
-    quantizer=QuantizerConfig(num_quantizers=4, codebook_size=64),
+    quantizer=QuantizerConfig(num_quantizers=12, codebook_size=8),
     semantic=StageConfig(
         dim=192,
         depth=6,

@@ -32,7 +32,7 @@ class EvaluateSemantic:
     """
 
     encoder: str
-    """Bundled one (16khz, tiny), folder of a saved encoder or semantic tokenizer, a HuBERT checkpoint of fairseq (.pt),
+    """Bundled one (16khz), folder of a saved encoder or semantic tokenizer, a HuBERT checkpoint of fairseq (.pt),
     or a folder or hub id in transformers' format, e.g. facebook/hubert-base-ls960."""
     music: Path
     """Folder that `musiclm corpus` wrote."""

@@ -13,6 +13,8 @@ __all__ = ["DEFAULT_RIDGE_CLIPS", "Alignment", "align_texts"]
 # of clips, and with 50 no worse than centring alone at naming the instrument.
 DEFAULT_RIDGE_CLIPS = 400.0
 _ROWS_AT_ONCE = 8192
+# The same text in batches of other sizes differs by rounding, some 1e-13 of the variance of audio: that says nothing.
+_LEAST_VARIANCE = 1e-9
 
 
 class Alignment(NamedTuple):
@@ -67,7 +69,7 @@ def align_texts(
     within, across = _second_moments(audio, audio_mean, text, text_mean, owners)
     identity = torch.eye(audio.shape[1], dtype=torch.float64)
     variance = float(within.diagonal().mean())
-    if variance == 0:  # one text only: there is nothing to scale or to learn
+    if variance <= _LEAST_VARIANCE * audio_variance:  # one text only: there is nothing to scale or to learn
         return Alignment(audio_mean, text_mean, identity)
     text_map = identity * (math.sqrt(audio_variance / variance) if centre else 1.0)
     if ridge is not None:

@@ -40,13 +40,13 @@ from musiclm_pytorch.builders import (
     build_semantic_objective,
 )
 from musiclm_pytorch.bundle import CARD, PARTS, save_parts
-from musiclm_pytorch.captions import CaptionSampler, captions_of
+from musiclm_pytorch.captions import CaptionSampler, aspects_of, captions_of
 from musiclm_pytorch.config import Preset, RunConfig
 from musiclm_pytorch.embed_quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.mulan import JointEmbedding
 from musiclm_pytorch.parts import GIVEN_KINDS, check_given, exact_dtype, load_part, part_fingerprint
 from musiclm_pytorch.quantizer_fit import fit_quantizer
-from musiclm_pytorch.run_folder import alone_in, claim_folder, digest_of, sweep
+from musiclm_pytorch.run_folder import alone_in, claim_folder, digest_of, read_record, sweep
 from musiclm_pytorch.tokens import compute_tokens
 from musiclm_pytorch.training import MuLaNTrainer
 
@@ -144,8 +144,8 @@ class Pipeline:
 
     @property
     def captions(self) -> list[str]:
-        """Every caption of the training files."""
-        return [caption for item in self.train_items for caption in captions_of(item)]
+        """Every caption and aspect of the training files."""
+        return [text for item in self.train_items for text in (*captions_of(item), *aspects_of(item))]
 
     @beartype
     def is_done(self, stage: str) -> bool:
@@ -253,7 +253,7 @@ class Pipeline:
     def _check_fresh(self, stage: str) -> None:
         """Refuse a result that was made from something that has been made anew since."""
         report = self.out / stage / "report.json"
-        made_from = read_json(report).get("made_from", {}) if report.is_file() else {}
+        made_from = read_record(report).get("made_from", {}) if report.is_file() else {}
         now = self._digests(name for name in made_from if self.is_done(name))
         changed = [name for name, digest in now.items() if digest != made_from[name]]
         if changed:
@@ -264,11 +264,11 @@ class Pipeline:
 
     def _is_assembled(self) -> bool:
         """Whether the model is there and of the present stages."""
-        return self.is_complete and read_json(self.model_folder / CARD).get("made_from") == self._digests(STAGES)
+        return self.is_complete and read_record(self.model_folder / CARD).get("made_from") == self._digests(STAGES)
 
     def _seconds(self, stage: str) -> float:
         report = self.out / stage / "report.json"
-        return float(read_json(report)["seconds"]) if report.is_file() else 0.0
+        return float(read_record(report).get("seconds", 0.0)) if report.is_file() else 0.0
 
     def _claim_folder(self) -> None:
         """Write down what this folder is a run of, or refuse a folder of another run."""

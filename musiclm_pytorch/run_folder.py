@@ -13,7 +13,7 @@ from beartype import beartype
 from audiolm_pytorch.io import read_json, write_json
 from audiolm_pytorch.training.checkpoint import differences
 
-__all__ = ["alone_in", "claim_folder", "digest_of", "sweep"]
+__all__ = ["alone_in", "claim_folder", "digest_of", "read_record", "sweep"]
 
 FORMAT_VERSION = 1
 _RUN_FILE = "run.json"
@@ -41,7 +41,7 @@ def claim_folder(
             write_json(folder / _RUN_FILE, mine)
         return
     unsaid = dict(unsaid or {})
-    theirs, mine = {**unsaid, **read_json(folder / _RUN_FILE)}, {**unsaid, **mine}
+    theirs, mine = {**unsaid, **read_record(folder / _RUN_FILE)}, {**unsaid, **mine}
     lines = differences(theirs, _known_to(theirs, mine))
     if lines:
         more = f"; and {len(lines) - _MAX_SHOWN} more" if len(lines) > _MAX_SHOWN else ""
@@ -56,6 +56,15 @@ def _known_to(theirs: Any, mine: Any) -> Any:
     if not isinstance(theirs, dict) or not isinstance(mine, dict):
         return mine
     return {key: _known_to(theirs[key], value) for key, value in mine.items() if key in theirs}
+
+
+@beartype
+def read_record(file: Path) -> dict[str, Any]:
+    """Read what a run wrote down about itself: a JSON object, or a ValueError that names the file."""
+    record = read_json(file)
+    if not isinstance(record, dict):
+        raise ValueError(f"{file} must hold a JSON object, got {type(record).__name__}; mend it or use another --out")
+    return record
 
 
 @beartype

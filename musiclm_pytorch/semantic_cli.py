@@ -19,7 +19,7 @@ class TrainKmeans:
     """Cut a layer of any encoder into semantic tokens by k-means; the same command continues what was interrupted."""
 
     encoder: str
-    """Bundled one (16khz, tiny), folder of a saved encoder or semantic tokenizer, a HuBERT checkpoint of fairseq (.pt),
+    """Bundled one (16khz), folder of a saved encoder or semantic tokenizer, a HuBERT checkpoint of fairseq (.pt),
     or a folder or hub id in transformers' format, e.g. facebook/hubert-base-ls960."""
     layer: int
     """Layer whose hidden states are clustered; 9 means after the ninth block."""

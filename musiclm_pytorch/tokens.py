@@ -14,7 +14,7 @@ from audiolm_pytorch.data.manifest import AudioItem
 from audiolm_pytorch.data.shards import TokenShards, write_shards
 from audiolm_pytorch.semantic import SemanticTokenizer
 from audiolm_pytorch.stages.fingerprints import shard_fingerprint
-from musiclm_pytorch.captions import captions_of
+from musiclm_pytorch.captions import texts_of
 from musiclm_pytorch.mulan import JointEmbedding
 from musiclm_pytorch.parts import part_fingerprint
 
@@ -83,7 +83,7 @@ def compute_tokens(
 
 
 def _of_captions(mulan: JointEmbedding, item: AudioItem) -> np.ndarray:
-    """Latents `[k, d]` float16 of the captions of a file, which may have none."""
-    captions = captions_of(item)
-    latents = mulan.get_text_latents(captions) if captions else torch.empty(0, mulan.dim_latent)
+    """Latents `[k, d]` float16 of the texts that describe a file, of which there may be none."""
+    texts = texts_of(item)
+    latents = mulan.get_text_latents(texts) if texts else torch.empty(0, mulan.dim_latent)
     return latents.half().cpu().numpy()

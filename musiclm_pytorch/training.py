@@ -102,6 +102,8 @@ class MuLaNTask:
         self._text_use = TextUse.of([self.captions.sample(captioned[index], 0, index) for index in counted])
         held_out = [item for item in valid_items if texts_of(item)]
         self.held_out: HeldOutClips | None = None
+        if labels and not held_out:
+            raise ValueError(f"labels {list(labels)} are to be tested, but no held-out file has a caption or aspects")
         if held_out:
             crops = CropDataset(held_out, seconds, (mulan.sample_hz,), seed, cache_bytes // 4)
             self.held_out = HeldOutClips(crops, labels=labels, max_batch=min(batch_size, chunk_size or batch_size))

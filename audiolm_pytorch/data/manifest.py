@@ -134,7 +134,7 @@ def check_entries(entries: Sequence[ItemEntry], source: Path, min_seconds: float
 
 def _manifest_of(source: Path) -> Path | None:
     """The manifest that a source names, if it names one."""
-    if source.suffix.lower() == ".jsonl":
+    if source.suffix.lower() == ".jsonl" and not source.is_dir():
         return source
     manifest = source / TRAIN_MANIFEST
     return manifest if manifest.is_file() else None

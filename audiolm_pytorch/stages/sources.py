@@ -84,7 +84,7 @@ class WaveSource:
         seed: Seed of the crops.
 
     Raises:
-        ValueError: If a tokenizer is missing, or `text_prob` is no probability.
+        ValueError: If a tokenizer is missing, or `text_prob` is no probability or has no conditioner.
     """
 
     @beartype
@@ -100,7 +100,7 @@ class WaveSource:
         text_prob: float | int = 0.0,
         seed: int = 0,
     ) -> None:
-        _check_probability(text_prob)
+        _check_text_prob(text_prob, audio_conditioner)
         self.wav2vec, self.codec, self.conditioner = wav2vec, codec, audio_conditioner
         self.text_prob, self.seed = text_prob, seed
         self.rates_hz = sample_rates(transformer.kinds, wav2vec, codec)
@@ -178,7 +178,8 @@ class ShardSource:
         seed: Seed of the crops.
 
     Raises:
-        ValueError: If the records lack a field, a crop would hold no frame, or `text_prob` is no probability.
+        ValueError: If the records lack a field, a crop would hold no frame, or `text_prob` is no probability or has no
+            conditioner.
     """
 
     @beartype
@@ -192,7 +193,7 @@ class ShardSource:
         text_prob: float | int = 0.0,
         seed: int = 0,
     ) -> None:
-        _check_probability(text_prob)
+        _check_text_prob(text_prob, audio_conditioner)
         needed = {*transformer.kinds, *(() if audio_conditioner is None else ("latents",))}
         if audio_conditioner is not None and text_prob > 0:
             needed.add("text_latents")
@@ -275,9 +276,12 @@ class ShardSource:
         return _TokenCrop(tokens, latent, is_text, start + count == num_frames)
 
 
-def _check_probability(text_prob: float | int) -> None:
+def _check_text_prob(text_prob: float | int, conditioner: Conditioner | None) -> None:
+    """Refuse what is no probability, and captions that nothing would read."""
     if not 0 <= text_prob <= 1:
         raise ValueError(f"text_prob is a probability, between 0 and 1; got {text_prob}")
+    if text_prob > 0 and conditioner is None:
+        raise ValueError(f"text_prob is {text_prob}, but without an audio_conditioner captions are not read")
 
 
 def _draws_text(seed: int, epoch: int, index: int, probability: float) -> bool:

@@ -67,7 +67,9 @@ class StageTask:
         self.chance = _chance(transformer)
         self.token_fingerprints = dict(token_fingerprints or {})
         # Part of the run's identity in the loop's checkpoints. Nothing known, nothing said: as in older checkpoints.
-        self.identity = {"token_fingerprints": self.token_fingerprints} if self.token_fingerprints else {}
+        self.identity: dict[str, Any] = (
+            {"token_fingerprints": self.token_fingerprints} if self.token_fingerprints else {}
+        )
 
     def batch(self, indices: list[tuple[int, int]]) -> Any:
         """Crops of (epoch, index) pairs."""

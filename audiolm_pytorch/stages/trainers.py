@@ -57,7 +57,8 @@ class StageTrainer:
 
     Raises:
         ValueError: If there is not exactly one source of data, or parts do not fit one another; e.g. if tokens are of
-            another tokenizer than the one handed in, or than the one whose tokens the transformer knows.
+            another tokenizer than the one handed in, or than the one whose tokens the transformer knows. If `text_prob`
+            is no probability, or there is no conditioner to read captions.
     """
 
     @beartype
@@ -129,6 +130,8 @@ class StageTrainer:
                 transformer, wav2vec, codec, [one for one in (shards, valid_shards) if one is not None]
             ),
         )
+        if text_prob:
+            self.task.identity["text_prob"] = text_prob  # as what decides the weights; older checkpoints know none
         if transformer.max_seconds is None:
             # What it will have seen: recordings may all be shorter than the crop that was asked for.
             transformer.max_seconds = sources[0].crop_seconds

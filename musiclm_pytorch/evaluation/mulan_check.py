@@ -278,10 +278,13 @@ def _latent_figures(check: MuLaNCheck) -> list[Figure]:
         rows = rows[chosen.any(dim=1)]
         if len(rows):
             figures.append(Figure.measured(f"latents / cosine of {name}", partial(_mean_of, rows.numpy()), len(rows)))
-    first = check.audio[relevant.long().argmax(dim=1)]
+    # each clip goes with its texts in equal parts, one without any with all: of all texts together these are all clips
+    parts = torch.where(relevant.any(dim=0), relevant / relevant.sum(dim=0).clamp(min=1), 1 / count).double()
+    clips, weights = parts @ check.audio.double(), parts.sum(dim=1)
 
     def gap(chosen: np.ndarray) -> float:
-        return modality_gap(first[chosen], check.text[chosen])
+        mean = clips[chosen].sum(dim=0, keepdim=True) / weights[chosen].sum()
+        return modality_gap(mean, check.text[chosen].double())
 
     note = "distance of the means of clips and texts; unit vectors"
     return [*figures, Figure.measured("latents / modality gap", gap, count, note=note)]

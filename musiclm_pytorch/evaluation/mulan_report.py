@@ -93,5 +93,5 @@ def _shown(measure: str, figure: Figure) -> str:
 def _number(measure: str, value: float) -> str:
     """Shares in percent, ranks as they are, cosines and distances with three decimals."""
     if measure == "median rank":
-        return f"{value:g}"
+        return f"{round(value, 1):g}"
     return f"{value:.3f}" if measure.startswith(("cosine", "modality")) else f"{100 * value:.1f}"

@@ -14,6 +14,7 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
+from audiolm_pytorch.data.descriptions import is_encodable
 from audiolm_pytorch.data.manifest import AudioItem
 from musiclm_pytorch.mulan.joint import JointEmbedding
 
@@ -83,7 +84,8 @@ class TagTest:
 def tag_labels(items: Sequence[AudioItem]) -> dict[str, list[str | None]]:
     """Find the labels that say what a clip is: texts or truth values of which a few occur again and again.
 
-    Numbers (a tempo in beats a minute) are no tags, nor are lists, nor texts that nearly every clip has its own of.
+    Numbers (a tempo in beats a minute) are no tags, nor are lists, nor texts that nearly every clip has its own of, nor
+    broken ones that cannot be written.
 
     Args:
         items: Files of a manifest.
@@ -93,7 +95,7 @@ def tag_labels(items: Sequence[AudioItem]) -> dict[str, list[str | None]]:
         "no", and null as "none" where the label is text otherwise ("chords": null are no chords). None where the
         manifest does not say.
     """
-    names = dict.fromkeys(name for item in items for name in item.labels)
+    names = dict.fromkeys(name for item in items for name in item.labels if is_encodable(name))
     found = {name: _values_of(items, name) for name in names}
     return {name: values for name, values in found.items() if values is not None}
 
@@ -102,7 +104,8 @@ def _values_of(items: Sequence[AudioItem], name: str) -> list[str | None] | None
     """The values of a label as texts, or None if it is no tag."""
     given = [item.labels[name] for item in items if name in item.labels and item.labels[name] is not None]
     truth_values = all(isinstance(value, bool) for value in given)
-    if not truth_values and not all(isinstance(value, str) and value.strip() for value in given):
+    texts = [value for value in given if isinstance(value, str) and value.strip() and is_encodable(value)]
+    if not truth_values and len(texts) < len(given):
         return None
     values = [_as_text(item.labels[name], truth_values) if name in item.labels else None for item in items]
     known = [value for value in values if value is not None]

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.encoder import TransformerEncoder, WavePositionBias
 from audiolm_pytorch.io import register
-from musiclm_pytorch.mulan.spectrogram import SpecAugment, first_places, log_spectrogram
+from audiolm_pytorch.ragged import length_mask
+from musiclm_pytorch.mulan.spectrogram import SpecAugment, log_spectrogram
 
 __all__ = ["AudioSpectrogramTransformer"]
 
@@ -158,7 +159,9 @@ class AudioSpectrogramTransformer(nn.Module):
         covered = [(count - 1) * stride + size for count in (num_columns, self.num_bands)]
         image = F.pad(image, (0, covered[0] - image.shape[2], 0, covered[1] - image.shape[1]))
         patches = rearrange(image.unfold(1, size, stride).unfold(2, size, stride), "b h w p q -> b w h (p q)")
-        tokens = rearrange(self.to_tokens(patches) + self.band_embedding, "b w h d -> b (w h) d")
+        # the front end computes in float32 whatever the precision of the weights is
+        tokens = self.to_tokens(patches.to(self.to_tokens.weight.dtype)) + self.band_embedding
+        tokens = rearrange(tokens, "b w h d -> b (w h) d")
         column, band = torch.arange(num_columns), torch.arange(self.num_bands)
         places = torch.cartesian_prod(column, band).to(image.device).expand(len(image), -1, -1)
         own_columns = 1 + ((num_frames - size + stride - 1) // stride).clamp(min=0)
@@ -169,7 +172,7 @@ class AudioSpectrogramTransformer(nn.Module):
         order = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, -1).argsort(dim=1, descending=True)
         order = order[:, : int(kept.max())]
         tokens = tokens.gather(1, repeat(order, "b t -> b t d", d=self.dim))
-        return tokens, places.gather(1, repeat(order, "b t -> b t axes", axes=2)), first_places(kept, order.shape[1])
+        return tokens, places.gather(1, repeat(order, "b t -> b t axes", axes=2)), length_mask(kept, order.shape[1])
 
 
 def _checked_lengths(wavs: Tensor, lengths: Tensor | None) -> Tensor:

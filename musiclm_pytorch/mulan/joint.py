@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from beartype import beartype
 from torch import Tensor, nn
 
+from audiolm_pytorch.ragged import checked_lengths
 from audiolm_pytorch.units import samples_in
 
 __all__ = ["JointEmbedding", "average_latents"]
@@ -101,10 +102,15 @@ class JointEmbedding(nn.Module, ABC):
 
         Returns:
             `[b, dim_latent]` float32, unit norm; `get_audio_latents` where no recording is longer than a window.
+
+        Raises:
+            ValueError: If shapes or lengths do not fit.
         """
-        if wavs.ndim == 2 and wavs.shape[1] <= self._window_samples:
+        if wavs.ndim != 2:
+            raise ValueError(f"wavs must be recordings [b, n], got {tuple(wavs.shape)}")
+        if wavs.shape[1] <= self._window_samples:
             return self.get_audio_latents(wavs, lengths)
-        sizes = [wavs.shape[-1]] * len(wavs) if lengths is None else lengths.tolist()
+        sizes = [wavs.shape[1]] * len(wavs) if lengths is None else checked_lengths(lengths, wavs).tolist()
         return torch.stack([average_latents(self.window_latents(wav[:size])) for wav, size in zip(wavs, sizes)])
 
 

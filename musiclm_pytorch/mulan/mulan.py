@@ -149,17 +149,17 @@ class MuLaN(JointEmbedding):
 
     def get_audio_latents(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Embed clips, each as one piece; see `JointEmbedding`."""
-        return F.normalize(self.audio_to_latent(self.audio(wavs, lengths)).float(), dim=-1)
+        return _unit_rows(self.audio(wavs, lengths).unsqueeze(0), [self.audio_to_latent])[:, 0]
 
     def get_text_latents(self, texts: str | Sequence[str] | Tensor) -> Tensor:
         """Embed texts; see `JointEmbedding`."""
-        embeddings = self.text.embed_layers(texts, layers=(self.text.depth,))[0]
-        return F.normalize(self.text_to_latent(embeddings).float(), dim=-1)
+        return _unit_rows(self.text.embed_layers(texts, layers=(self.text.depth,)), [self.text_to_latent])[:, 0]
 
 
-def _unit_rows(states: Tensor, heads: Sequence[nn.Module]) -> Tensor:
-    """Project each of `states [l, b, dim]` by its own head, to unit vectors `[b, l, dim_latent]`."""
-    return torch.stack([F.normalize(head(state).float(), dim=-1) for head, state in zip(heads, states)], dim=1)
+def _unit_rows(states: Tensor, heads: Sequence[Any]) -> Tensor:
+    """Project each of `states [l, b, dim]` by its own linear head, to unit vectors `[b, l, dim_latent]` float32."""
+    projected = [head(state.to(head.weight.dtype)).float() for head, state in zip(heads, states)]
+    return F.normalize(torch.stack(projected, dim=1), dim=-1)
 
 
 def _in_chunks(embed: Callable[..., Tensor], chunk_size: int | None, *rows: Tensor) -> Tensor:

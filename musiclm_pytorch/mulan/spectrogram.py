@@ -8,8 +8,9 @@ from einops import repeat
 from torch import Tensor, nn
 
 from audiolm_pytorch.audio import MelSpectrogram
+from audiolm_pytorch.ragged import length_mask
 
-__all__ = ["LogSpectrogram", "SpecAugment", "first_places", "log_spectrogram"]
+__all__ = ["LogSpectrogram", "SpecAugment", "log_spectrogram"]
 
 # MuLan's audio: 25 ms windows every 10 ms, 128 mel bands (arXiv:2208.12415, sec. 3.1; arXiv:2104.01778, sec. 2.1). The
 # transform is longer than the window, as otherwise the lowest of so many bands would fall between two of its bins.
@@ -33,13 +34,10 @@ class LogSpectrogram(nn.Module):
         hop_length: Samples a frame.
     """
 
-    window: Tensor
-
     def __init__(self, sample_hz: int, num_mels: int | None, n_fft: int, win_length: int, hop_length: int) -> None:
         super().__init__()
         self.n_fft, self.win_length, self.hop_length = n_fft, win_length, hop_length
         self.num_bins = n_fft // 2 + 1 if num_mels is None else num_mels
-        self.register_buffer("window", torch.hann_window(win_length), persistent=False)
         self.mel = None
         if num_mels is not None:
             self.mel = MelSpectrogram(
@@ -80,7 +78,7 @@ class LogSpectrogram(nn.Module):
                     self.n_fft,
                     self.hop_length,
                     self.win_length,
-                    self.window.float(),
+                    torch.hann_window(self.win_length, dtype=torch.float32, device=wavs.device),
                     center=False,
                     return_complex=True,
                 )
@@ -89,7 +87,7 @@ class LogSpectrogram(nn.Module):
 
     def standardise(self, logs: Tensor, num_frames: Tensor) -> Tensor:
         """Bring every clip of `[b, bins, f]` to mean 0 and spread 1 over its own frames; zeros elsewhere."""
-        real = first_places(num_frames, logs.shape[-1]).unsqueeze(1)
+        real = length_mask(num_frames, logs.shape[-1]).unsqueeze(1)
         count = (num_frames * self.num_bins).clamp(min=1).view(-1, 1, 1)
         mean = (logs * real).sum(dim=(1, 2), keepdim=True) / count
         centred = (logs - mean) * real
@@ -166,11 +164,6 @@ def log_spectrogram(
             f"need 1 <= spec_win_length <= spec_n_fft and a hop >= 1, got {win_length}, {n_fft}, {hop_length}"
         )
     return LogSpectrogram(sample_hz, num_mels, n_fft, win_length, hop_length)
-
-
-def first_places(counts: Tensor, size: int) -> Tensor:
-    """Mask `[b, size]` that is True at the first `counts [b]` places."""
-    return torch.arange(size, device=counts.device) < counts.unsqueeze(1)
 
 
 def _random_span(sizes: Tensor, fraction: float, size: int) -> Tensor:

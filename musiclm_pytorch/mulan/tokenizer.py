@@ -158,7 +158,8 @@ def checked_ids(ids: Tensor, num_tokens: int, max_tokens: int) -> Tensor:
     """Refuse what is no batch of ids `[b, t]` in [0, num_tokens) with -1 past the end of a text; int64.
 
     Raises:
-        ValueError: If ids are no integers, out of range, more than `max_tokens` a text, or a text has none.
+        ValueError: If ids are no integers, out of range, more than `max_tokens` a text or behind its end, or a text has
+            none.
     """
     if ids.ndim != 2 or ids.is_floating_point() or ids.shape[1] > max_tokens:
         raise ValueError(f"ids must be integers [b, t <= {max_tokens}], got {ids.dtype} {tuple(ids.shape)}")
@@ -167,6 +168,8 @@ def checked_ids(ids: Tensor, num_tokens: int, max_tokens: int) -> Tensor:
     if int(ids.max()) >= num_tokens or int(ids.min()) < PADDING:
         span = f"{int(ids.min())}..{int(ids.max())}"
         raise ValueError(f"ids must be in 0..{num_tokens - 1}, or -1 past the end; got {span}")
+    if bool(((ids[:, :-1] < 0) & (ids[:, 1:] >= 0)).any()):
+        raise ValueError("ids follow after a -1, which marks the end of a text: pad texts on the right")
     return ids.long()
 
 

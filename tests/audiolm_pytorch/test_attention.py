@@ -41,6 +41,15 @@ def test_gated_feed_forward_equals_its_formula(dtype: torch.dtype) -> None:
         torch.autograd.gradcheck(layer, (x,))
 
 
+@pytest.mark.parametrize("layer", [RMSNorm(6), GatedFeedForward(6, 10)], ids=["norm", "feed-forward"])
+def test_second_derivatives_are_refused(layer: nn.Module) -> None:
+    """A backward written by hand knows none: a gradient penalty must end in an error, not in wrong numbers."""
+    x = torch.randn(2, 6, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
 def test_rotary_scores_depend_on_distance_only():
     """Shifting all positions changes no score."""
     rotary = RotaryPositions(16)

@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 
@@ -71,6 +73,24 @@ def test_encoder_computes_no_block_beyond_the_last_layer_asked_for(
     encoder.hidden_states(torch.randn(1, 3, 24), layers=(1, 0))
 
 
+def test_encoder_keeps_no_state_that_nobody_asked_for() -> None:
+    """At inference a deep encoder holds the states asked for, and not those of all its blocks."""
+    encoder = TransformerEncoder(dim=8, depth=6, heads=1, dim_head=8).eval()
+    given: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def note(_: object, arguments: object, output: torch.Tensor) -> None:
+        given.append(weakref.ref(output))
+        alive.append(sum(state() is not None for state in given))
+
+    for block in encoder.blocks:
+        block.register_forward_hook(note)
+    with torch.no_grad():
+        second, _ = encoder.hidden_states(torch.randn(1, 3, 8), layers=(2, None))
+    # the output of a block, what went into it, and the second from when it was there
+    assert max(alive) <= 3 and given[1]() is second
+
+
 def _biased_encoder() -> TransformerEncoder:
     torch.manual_seed(2)
     bias = WavePositionBias(heads=2, num_axes=2, num_waves=3)
@@ -135,6 +155,11 @@ def test_encoder_rejects_what_does_not_fit(encoder: TransformerEncoder) -> None:
         encoder(torch.randn(2, 4, 23))
     with pytest.raises(ValueError, match="bool"):
         encoder(torch.randn(2, 4, 24), torch.ones(2, 4))
+    for places in (torch.arange(3), torch.zeros(3, 4), torch.zeros(2, 4, 2, 1)):
+        with pytest.raises(ValueError, match="positions"):
+            encoder(torch.randn(2, 4, 24), positions=places)
+    with pytest.raises(ValueError, match=r"\[b or 1, t, 2\]"):
+        _biased_encoder()(torch.randn(2, 4, 24), positions=torch.arange(4))
     with pytest.raises(ValueError, match="even"):
         TransformerEncoder(dim=8, depth=1, heads=1, dim_head=7)
     with pytest.raises(ValueError, match="depth"):

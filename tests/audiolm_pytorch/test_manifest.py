@@ -255,6 +255,12 @@ def test_train_manifest_decides_for_its_folder(tmp_path: Path, write_tone: Calla
     assert [item.path.name for item in load_items(tmp_path).items] == ["a.wav"]
 
 
+def test_a_folder_may_be_called_like_a_manifest(tmp_path: Path, write_tone: Callable[..., Path]) -> None:
+    """A folder with the suffix .jsonl is searched for audio, not read as text."""
+    write_tone("takes.jsonl/a.wav")
+    assert [item.path.name for item in load_items(tmp_path / "takes.jsonl").items] == ["a.wav"]
+
+
 def test_a_missing_file_of_a_manifest_is_rejected(tmp_path: Path, write_tone: Callable[..., Path]) -> None:
     """Guards a long manifest from failing for one lost file."""
     write_tone("a.wav")

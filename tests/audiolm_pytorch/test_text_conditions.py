@@ -102,9 +102,17 @@ def test_validation_hears_audio(shards: TokenShards, tmp_path: Path) -> None:
         transformer=stage, audio_conditioner=TellingConditioner(), shards=shards, text_prob=1.0, **run
     )
     assert trainer.task.train.text_prob == 1.0 and trainer.task.valid.text_prob == 0.0
+    assert trainer.train(stop_after_steps=1).step == 1
+    others = SemanticTransformerTrainer(
+        transformer=stage, audio_conditioner=TellingConditioner(), shards=shards, text_prob=0.5, **run
+    )
+    with pytest.raises(ValueError, match="text_prob"):
+        others.train()
     assert trainer.train().step == 2
     with pytest.raises(ValueError, match="probability"):
         _source(shards, text_prob=1.5)
+    with pytest.raises(ValueError, match="audio_conditioner"):
+        ShardSource(shards, tiny_stages()["semantic"], seconds=1.0, audio_conditioner=None, text_prob=0.5)
     write_shards(tmp_path / "bare", lambda _: {"semantic": np.arange(50) % 12, "latents": np.ones((1, 2))}, 2, {})
     with pytest.raises(ValueError, match="text_latents"):
         _source(TokenShards(tmp_path / "bare"), text_prob=0.5)

@@ -4,8 +4,9 @@
 DESIGN.md (width 512, 6 blocks, 8 heads of 64, spectra of 128 samples, 20,000 tokens of text). The plain form has the
 same weights and gives the same loss and gradients, which is checked; its attention is written with einsum over a matrix
 of all pairs of tokens, its position bias is worked out for every pair, norm and gate are left to autograd. Repetitions
-alternate between both, and ratios of times are taken pair by pair. Memory is the highest resident size of a fresh
-process that does one step, less what it held before that step with weights and gradients in place.
+alternate between both, and ratios of times are taken pair by pair. Memory is what one step needs at its worst beside
+weights, gradients and the batch: the bytes of all tensors alive, and how far the resident size of a fresh process rises
+(the C library is told to give freed memory back; kernels' own scratch memory is in this one only).
 """
 
 import argparse
@@ -22,6 +23,9 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -160,21 +164,51 @@ def times(sizes: tuple[int, int, int], repetitions: int) -> dict[str, float]:
     }
 
 
-def memory_here(form: str, sizes: tuple[int, int, int], chunk_size: int | None) -> float:
-    """MB that the highest resident size rises in one step above what weights, gradients and the batch take."""
+class AliveTensors(TorchDispatchMode):
+    """Follows the bytes of all tensors made inside, as long as anything keeps them.
+
+    Args:
+        known: Tensors that were there before; they and their views do not count.
+    """
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self._known = {StorageWeakRef(tensor.untyped_storage()) for tensor in known}
+        self._bytes: dict[StorageWeakRef, int] = {}
+        self.peak_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = StorageWeakRef(tensor.untyped_storage())
+                if storage not in self._known:
+                    self._bytes[storage] = tensor.untyped_storage().nbytes()
+        self._bytes = {storage: size for storage, size in self._bytes.items() if not storage.expired()}
+        self.peak_bytes = max(self.peak_bytes, sum(self._bytes.values()))
+        return result
+
+
+def memory_here(form: str, sizes: tuple[int, int, int], chunk_size: int | None) -> list[float]:
+    """MB of tensors, and of resident size, that one step needs beside weights, gradients and the batch."""
     mulan = snippet() if form == "ours" else written_plainly(snippet())
     step(mulan, *batch(2, 1024, 8), chunk_size)  # gradients exist, libraries are loaded
     data = batch(*sizes)
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     step(mulan, *data, chunk_size)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 1e6
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    with AliveTensors([*data, *(tensor for one in mulan.parameters() for tensor in (one, one.grad))]) as alive:
+        step(mulan, *data, chunk_size)
+    return [alive.peak_bytes / 1e6, resident / 1e6]
 
 
-def memory(form: str, sizes: tuple[int, int, int], threads: int, chunk_size: int | None = None) -> float:
+def memory(form: str, sizes: tuple[int, int, int], threads: int, chunk_size: int | None = None) -> list[float]:
     """`memory_here` in a process of its own."""
     what = json.dumps([form, sizes, chunk_size])
     command = [sys.executable, __file__, "--threads", str(threads), "--only-memory", what]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    # otherwise the heap's holes count, which are others in each run
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
 
 
 def main() -> None:
@@ -188,7 +222,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.only_memory:
         form, sizes, chunk_size = json.loads(options.only_memory)
-        print(memory_here(form, sizes, chunk_size))
+        print(json.dumps(memory_here(form, sizes, chunk_size)))
         return
     machine = {"threads": options.threads, "torch": torch.__version__, "load_average": os.getloadavg()[0]}
     print(f"{machine}\ngradients of both forms differ by at most {check_equal():.1e} of the largest\n")

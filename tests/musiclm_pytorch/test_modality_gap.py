@@ -51,6 +51,15 @@ def test_few_pairs_leave_texts_where_they_are() -> None:
     assert torch.equal(one.text_map, torch.eye(5, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("noise", [0.0, 1e-7, 1e-6])
+def test_one_text_for_all_clips_is_not_stretched_by_rounding(noise: float) -> None:
+    """All clips have the same caption, whose latent differs by rounding from batch to batch: nothing is learned."""
+    generator = torch.Generator().manual_seed(0)
+    audio = torch.nn.functional.normalize(torch.randn(40, 8, generator=generator), dim=-1)
+    text = audio[:1].expand(40, -1) + noise * torch.randn(40, 8, generator=generator)
+    assert torch.equal(align_texts(audio, text, torch.arange(40)).text_map, torch.eye(8, dtype=torch.float64))
+
+
 def test_spread_of_texts_becomes_that_of_audio() -> None:
     """Neither remedy leaves texts in the middle of the codebooks; without centring, texts are not touched at all."""
     audio, text, owners = _pairs()

@@ -203,6 +203,18 @@ def test_mulan_survives_saving(tmp_path: Path) -> None:
     assert torch.equal(again(wavs, TEXTS), mulan(wavs, TEXTS)) and again.config == mulan.config
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_mulan_runs_with_weights_of_another_precision(dtype: torch.dtype) -> None:
+    """Moved as a whole, it gives nearly the same latents and loss, in float32."""
+    mulan, wavs = _layered(), tones(110, 330, 990, 2970)
+    expected = mulan.get_audio_latents(wavs), mulan.get_text_latents(TEXTS), mulan(wavs, TEXTS)
+    mulan.to(dtype)
+    found = mulan.get_audio_latents(wavs), mulan.get_text_latents(TEXTS), mulan(wavs, TEXTS)
+    for own, exact in zip(found, expected):
+        assert own.dtype == torch.float32
+        torch.testing.assert_close(own, exact, atol=0.05 if dtype == torch.bfloat16 else 1e-5, rtol=0)
+
+
 def test_mulan_trains_in_bfloat16() -> None:
     """Autocast gives nearly the loss of float32, and unit latents in float32."""
     mulan, wavs = tiny_mulan(), tones(110, 330, 990, 2970)
@@ -222,6 +234,10 @@ def test_mulan_trains_in_bfloat16() -> None:
         (lambda: tiny_mulan()(torch.randn(1, 1000), "a", chunk_size=0), "chunk_size"),
         (lambda: tiny_mulan(window_seconds=0), "window"),
         (lambda: tiny_mulan().window_latents(torch.randn(2, 100)), r"\[n\]"),
+        (lambda: tiny_mulan().get_long_audio_latents(torch.randn(9000)), r"\[b, n\]"),
+        (lambda: tiny_mulan().get_long_audio_latents(torch.randn(1, 9000), torch.tensor([-5000])), "1..9000"),
+        (lambda: tiny_mulan().get_long_audio_latents(torch.randn(1, 9000), torch.tensor([9001])), "1..9000"),
+        (lambda: tiny_mulan().get_long_audio_latents(torch.randn(2, 9000), torch.tensor([9000])), "lengths"),
         (lambda: tiny_mulan(layer_contrast=LayerContrast(((1, 1), (2, 1)))), "layer_contrast names layers"),
         (lambda: LayerContrast(()), "pairs of layers"),
         (lambda: LayerContrast(((-1, 0),)), "pairs of layers"),

@@ -128,6 +128,16 @@ def test_the_gap_is_the_distance_of_the_means(tmp_path):
     assert float(along[12:].mean() + along[:12].mean()) == pytest.approx(0, abs=1e-6)
 
 
+def test_the_gap_in_the_table_is_that_in_the_picture(tmp_path):
+    """All clips and all texts count, also where clips share texts, have none, or are described by prompts alone."""
+    items = planted_items(tmp_path, copies=2)
+    few = [replace(item, caption=("slow flute", "fast cello", None)[index % 3]) for index, item in enumerate(items)]
+    for chosen in (few, [replace(item, caption=None) for item in items]):
+        check = check_mulan(PlantedMuLaN(gap=1.0), chosen)
+        figure = next(figure for figure in check_figures(check) if figure.name == "latents / modality gap")
+        assert figure.value == pytest.approx(modality_gap(check.audio, check.text), abs=1e-6)
+
+
 def test_texts_say_what_all_their_clips_are():
     """A text of clips that differ, of unknown ones or of none says nothing."""
     truth = torch.tensor([0, 0, 1, -1])

@@ -293,6 +293,8 @@ def test_tagging_names_the_labels_of_held_out_clips(
     assert "register_auc" not in _trainer(corpus, tmp_path, labels=()).task.chance
     with pytest.raises(ValueError, match=r"mood.*register"):
         _trainer(corpus, tmp_path, labels=["mood"])
+    with pytest.raises(ValueError, match=r"register.*no held-out file"):
+        _trainer(corpus, tmp_path, folder=None, items=(load_split(corpus)[0], []), labels=["register"])
 
 
 def _silence(corpus: Path) -> None:

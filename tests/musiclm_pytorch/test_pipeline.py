@@ -147,6 +147,16 @@ def test_folder_of_another_run_is_refused(micro_data, micro_run, tmp_path):
     assert listing(run) == before
 
 
+@pytest.mark.parametrize("content", ["[]", "null", "[" * 100_000])
+@pytest.mark.parametrize("file", ["run.json", "codec/report.json"])
+def test_a_damaged_record_of_a_run_is_named(micro_data, micro_run, tmp_path, file, content):
+    """What is no JSON object is a ValueError, which the command shows in a line, not an error of Python's."""
+    shutil.copytree(micro_run, tmp_path / "run")
+    (tmp_path / "run" / file).write_text(content)
+    with pytest.raises(ValueError, match=f"{file} (must hold a JSON object|is not a JSON file)"):
+        list(Pipeline(MICRO, data=micro_data, out=tmp_path / "run").run("codec"))
+
+
 def test_run_of_an_older_release_is_continued(micro_data, micro_run, tmp_path):
     """A number that presets did not have when a run was begun does not end it."""
     run = shutil.copytree(micro_run, tmp_path / "run")

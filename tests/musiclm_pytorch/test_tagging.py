@@ -102,6 +102,13 @@ def test_labels_that_describe_are_tags_and_others_are_not():
     assert list(tag_labels(items_of(*many))) == ["some"]
 
 
+def test_labels_that_cannot_be_written_are_no_tags():
+    """JSON may hold half of a surrogate pair, which neither tokenizers nor reports take."""
+    half = chr(0xD800)
+    kinds = [{"mood": half, half: "calm", "key": "C"}, {"mood": "calm", half: "wild", "key": "D"}]
+    assert list(tag_labels(items_of(*kinds, *kinds))) == ["key"]
+
+
 def test_prompts_are_words_for_values():
     """Truth values and "none" become with and without; templates hold values that need a sentence."""
     assert tag_prompts("drums", ["no", "yes"]) == ["music without drums", "music with drums"]

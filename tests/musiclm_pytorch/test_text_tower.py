@@ -93,6 +93,9 @@ def test_tower_rejects_what_it_cannot_use() -> None:
         tower(torch.tensor([[320]]))
     with pytest.raises(ValueError, match="token"):
         tower(torch.tensor([[5], [-1]]))
+    for gap in ([[5, -1, 7]], [[-1, 5, 7]]):
+        with pytest.raises(ValueError, match="on the right"):
+            tower(torch.tensor(gap))
     with pytest.raises(ValueError, match="40"):
         tower(torch.zeros(1, 41, dtype=torch.long))
     with pytest.raises(ValueError, match="num_tokens"):
