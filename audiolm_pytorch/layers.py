@@ -72,11 +72,13 @@ class _GatedProjection(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         halves, weight = ctx.saved_tensors
         value, gate = halves.chunk(2, dim=-1)
+        activated = F.silu(gate)
         grad = grads[0] @ weight.to(halves.dtype)
-        grad_weight = grads[0].reshape(-1, len(weight)).T @ _gated(halves).reshape(-1, weight.shape[1])
         grad_halves = torch.empty_like(halves)
         grad_value, grad_gate = grad_halves.chunk(2, dim=-1)
-        torch.mul(grad, F.silu(gate), out=grad_value)
+        torch.mul(grad, activated, out=grad_value)
+        product = activated.mul_(value)
+        grad_weight = grads[0].reshape(-1, len(weight)).T @ product.reshape(-1, weight.shape[1])
         torch.ops.aten.silu_backward.grad_input(grad.mul_(value), gate, grad_input=grad_gate)
         return grad_halves, grad_weight.to(weight.dtype)
 

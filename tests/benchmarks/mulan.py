@@ -5,14 +5,12 @@ DESIGN.md (width 512, 6 blocks, 8 heads of 64, spectra of 128 samples, 20,000 to
 same weights and gives the same loss and gradients, which is checked; its attention is written with einsum over a matrix
 of all pairs of tokens, its position bias is worked out for every pair, norm and gate are left to autograd. Repetitions
 alternate between both, and ratios of times are taken pair by pair. Memory is what one step needs at its worst beside
-weights, gradients and the batch: the bytes of all tensors alive, and how far the resident size of a fresh process rises
-(the C library is told to give freed memory back; kernels' own scratch memory is in this one only).
+weights, gradients and the batch: the bytes of all tensors alive, counted in a fresh process.
 """
 
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -189,26 +187,21 @@ class AliveTensors(TorchDispatchMode):
         return result
 
 
-def memory_here(form: str, sizes: tuple[int, int, int], chunk_size: int | None) -> list[float]:
-    """MB of tensors, and of resident size, that one step needs beside weights, gradients and the batch."""
+def memory_here(form: str, sizes: tuple[int, int, int], chunk_size: int | None) -> float:
+    """MB of tensors that one step needs beside weights, gradients and the batch."""
     mulan = snippet() if form == "ours" else written_plainly(snippet())
-    step(mulan, *batch(2, 1024, 8), chunk_size)  # gradients exist, libraries are loaded
+    step(mulan, *batch(2, 1024, 8), chunk_size)  # gradients exist
     data = batch(*sizes)
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    step(mulan, *data, chunk_size)
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     with AliveTensors([*data, *(tensor for one in mulan.parameters() for tensor in (one, one.grad))]) as alive:
         step(mulan, *data, chunk_size)
-    return [alive.peak_bytes / 1e6, resident / 1e6]
+    return alive.peak_bytes / 1e6
 
 
-def memory(form: str, sizes: tuple[int, int, int], threads: int, chunk_size: int | None = None) -> list[float]:
+def memory(form: str, sizes: tuple[int, int, int], threads: int, chunk_size: int | None = None) -> float:
     """`memory_here` in a process of its own."""
     what = json.dumps([form, sizes, chunk_size])
     command = [sys.executable, __file__, "--threads", str(threads), "--only-memory", what]
-    # otherwise the heap's holes count, which are others in each run
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def main() -> None:
@@ -222,7 +215,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.only_memory:
         form, sizes, chunk_size = json.loads(options.only_memory)
-        print(json.dumps(memory_here(form, sizes, chunk_size)))
+        print(memory_here(form, sizes, chunk_size))
         return
     machine = {"threads": options.threads, "torch": torch.__version__, "load_average": os.getloadavg()[0]}
     print(f"{machine}\ngradients of both forms differ by at most {check_equal():.1e} of the largest\n")
@@ -243,9 +236,9 @@ def main() -> None:
     cached = []
     for size in BATCHES:
         sizes = (size, CACHED_SAMPLES, CACHED_TOKENS)
-        found = [memory("ours", sizes, options.threads, chunk) for chunk in (None, CHUNK)]
-        cached.append({"batch": size, "whole_mb": found[0], "cached_mb": found[1]})
-        print(f"| {size} | {found[0]:.0f} | {found[1]:.0f} |", flush=True)
+        whole, chunked = (memory("ours", sizes, options.threads, chunk) for chunk in (None, CHUNK))
+        cached.append({"batch": size, "whole_mb": whole, "cached_mb": chunked})
+        print(f"| {size} | {whole:.0f} | {chunked:.0f} |", flush=True)
     if options.json:
         options.json.write_text(json.dumps({"machine": machine, "steps": steps, "cached": cached}, indent=2) + "\n")
 
