@@ -10,6 +10,7 @@ from torch import Tensor
 
 from audiolm_pytorch.data.batches import collate_crops
 from audiolm_pytorch.data.crops import CropDataset
+from audiolm_pytorch.devices import device_of
 from musiclm_pytorch.captions import texts_of
 from musiclm_pytorch.evaluation.retrieval import Retrieval, different_captions, retrieval
 from musiclm_pytorch.evaluation.tagging import TagTest, tag_figures, tag_tests, zero_shot_similarities
@@ -79,7 +80,7 @@ class HeldOutClips:
 
     def _audio_latents(self, mulan: JointEmbedding) -> Tensor:
         """Latents `[n, d]` of the first crop of every clip."""
-        device, hz = next(mulan.parameters()).device, mulan.sample_hz
+        device, hz = device_of(mulan), mulan.sample_hz
         latents = []
         for indices in _parts(range(len(self.dataset)), self.max_batch):
             crops = collate_crops([self.dataset.get(0, index) for index in indices])

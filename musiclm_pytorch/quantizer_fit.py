@@ -15,7 +15,6 @@ from torch.nn.utils.rnn import pad_sequence
 from audiolm_pytorch.data.crops import CropDataset
 from audiolm_pytorch.data.manifest import AudioItem
 from audiolm_pytorch.devices import device_of
-from audiolm_pytorch.units import samples_in
 from musiclm_pytorch.captions import texts_of
 from musiclm_pytorch.embed_quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.modality_gap import DEFAULT_RIDGE_CLIPS
@@ -191,7 +190,7 @@ class _Latents:
 
 def _draw_windows(mulan: JointEmbedding, items: Sequence[AudioItem], most: int, seed: int) -> list[np.ndarray]:
     """Numbers of the windows of every file that are embedded, in order; all of them if they are no more than `most`."""
-    window, stride = _window_samples(mulan)
+    window, stride = mulan.window_samples, mulan.window_stride_samples
     lengths = [-(-item.num_samples * mulan.sample_hz // item.sample_hz) for item in items]
     counts = np.array([1 + max(0, length - window) // stride for length in lengths])
     ends = counts.cumsum()
@@ -220,7 +219,7 @@ def _embed(mulan: JointEmbedding, items: Sequence[AudioItem], drawn: Sequence[np
 
 def _window_waves(mulan: JointEmbedding, items: Sequence[AudioItem], drawn: Sequence[np.ndarray]) -> Iterator[Tensor]:
     """Waves `[n]` of the windows drawn, file by file; a file of which none is drawn is not read."""
-    window, stride = _window_samples(mulan)
+    window, stride = mulan.window_samples, mulan.window_stride_samples
     dataset = CropDataset(items, None, (mulan.sample_hz,), cache_bytes=0)
     for index, numbers in enumerate(drawn):
         if len(numbers):
@@ -244,12 +243,6 @@ def _captions(items: Sequence[AudioItem], num_windows: Sequence[int], most: int)
         owners += [first + number % count for number in range(len(own[:most_each]))]
         first += count
     return texts, owners
-
-
-def _window_samples(mulan: JointEmbedding) -> tuple[int, int]:
-    """Length and stride of a model's windows, in samples."""
-    hz = mulan.sample_hz
-    return samples_in(mulan.window_seconds, hz), samples_in(mulan.window_stride_seconds, hz)
 
 
 def _batches(values: Iterator[_T]) -> Iterator[list[_T]]:

@@ -9,10 +9,9 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
-from audiolm_pytorch.files import staged_files
 from musiclm_pytorch.evaluation.mulan_check import MuLaNCheck, modality_gap, values_of_texts
 from musiclm_pytorch.evaluation.tagging import TagTest
-from musiclm_pytorch.plot import require_matplotlib
+from musiclm_pytorch.plot import new_figure, one_line, write_figure
 
 __all__ = ["draw_latents", "draw_similarities", "gap_plane", "label_named", "principal_plane", "sorted_clips"]
 
@@ -113,7 +112,8 @@ def draw_similarities(check: MuLaNCheck, path: str | Path, title: str, label: st
         ImportError: If matplotlib is missing.
         ValueError: If there is no such label.
     """
-    figure, axes = _new_figure((10.5, 9), 1)
+    figure = new_figure((10.5, 9))
+    axes = figure.subplots()
     first = label_named(check.tests, label)
     clips = sorted_clips(check.tests, first, len(check.audio))
     places = torch.empty(len(clips), dtype=torch.long)
@@ -123,17 +123,17 @@ def draw_similarities(check: MuLaNCheck, path: str | Path, title: str, label: st
     texts = earliest.argsort(stable=True)
     cosines = check.similarities[texts][:, clips]
     low, high = torch.quantile(cosines.flatten()[:: max(1, cosines.numel() // 10**6)], torch.tensor([0.01, 0.999]))
-    image = axes[0].imshow(cosines, cmap="magma", vmin=float(low), vmax=float(high), aspect="auto")
-    figure.colorbar(image, ax=axes[0], label="cosine", fraction=0.04, pad=0.02)
+    image = axes.imshow(cosines, cmap="magma", vmin=float(low), vmax=float(high), aspect="auto")
+    figure.colorbar(image, ax=axes, label="cosine", fraction=0.04, pad=0.02)
     what = "captions" if check.are_captions else "prompts"
-    axes[0].set_xlabel(f"{len(clips)} clips" + (f", by {_plain(first.label)}" if first else ""), parse_math=False)
-    axes[0].set_ylabel(f"{len(texts)} {what}, each where its first clip stands")
+    axes.set_xlabel(f"{len(clips)} clips" + (f", by {_plain(first.label)}" if first else ""), parse_math=False)
+    axes.set_ylabel(f"{len(texts)} {what}, each where its first clip stands")
     if first is not None:
         groups = _grouping(check, first)
-        _mark_groups(axes[0], groups, groups.of_clips[clips], "x")
-        _mark_groups(axes[0], groups, groups.of_texts[texts], "y")
-    axes[0].set_title(_plain(title, 110), parse_math=False)
-    _write(figure, path)
+        _mark_groups(axes, groups, groups.of_clips[clips], "x")
+        _mark_groups(axes, groups, groups.of_texts[texts], "y")
+    axes.set_title(_plain(title, 110), parse_math=False)
+    write_figure(figure, path, _DPI)
 
 
 def _mark_groups(axes: Any, groups: _Grouping, classes: Tensor, axis: str) -> None:
@@ -169,7 +169,8 @@ def draw_latents(check: MuLaNCheck, path: str | Path, title: str, label: str | N
         ImportError: If matplotlib is missing.
         ValueError: If there is no such label.
     """
-    figure, (plane, line) = _new_figure((15, 6.8), 2)
+    figure = new_figure((15, 6.8))
+    plane, line = figure.subplots(1, 2)
     first = label_named(check.tests, label)
     groups = None if first is None else _grouping(check, first)
     audio, text = check.audio.double(), check.text.double()
@@ -186,7 +187,7 @@ def draw_latents(check: MuLaNCheck, path: str | Path, title: str, label: str | N
         place.set_aspect("equal", adjustable="datalim")
     _legend(figure, groups, first, "captions" if check.are_captions else "prompts")
     figure.suptitle(_plain(title, 130), parse_math=False)
-    _write(figure, path)
+    write_figure(figure, path, _DPI)
 
 
 @beartype
@@ -272,23 +273,6 @@ def _colours(count: int) -> list[Any]:
 
 
 def _plain(text: str, most: int = _MOST_LETTERS) -> str:
-    """One line that is not too long; lone surrogates (broken shell input) have no glyph."""
-    line = " ".join(text.encode("utf-8", errors="replace").decode("utf-8").split())
+    """One line that is not too long."""
+    line = one_line(text)
     return line if len(line) <= most else line[: most - 1] + "…"
-
-
-def _new_figure(inches: tuple[float, float], columns: int) -> tuple[Any, list[Any]]:
-    """A figure of our own, which no display and no global state of matplotlib knows of, and its places for pictures."""
-    require_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=inches, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
-
-
-def _write(figure: Any, path: str | Path) -> None:
-    path = Path(path)
-    with staged_files(path.parent) as stage:
-        figure.savefig(stage / path.name, dpi=_DPI)

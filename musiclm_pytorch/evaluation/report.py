@@ -19,6 +19,7 @@ __all__ = [
     "balanced_accuracy",
     "bootstrap_interval",
     "markdown_table",
+    "mean_of_classes",
     "write_report",
 ]
 
@@ -90,7 +91,7 @@ def balanced_accuracy(truth: Sequence[str], answers: Sequence[str]) -> float:
     return accuracy_statistic(truth, answers, balanced=True)(np.arange(len(truth)))
 
 
-def _mean_of_classes(class_of: np.ndarray, is_right: np.ndarray) -> float:
+def mean_of_classes(class_of: np.ndarray, is_right: np.ndarray) -> float:
     """Average the shares of right answers over the classes that occur."""
     totals = np.bincount(class_of)
     right = np.bincount(class_of, weights=is_right)
@@ -148,7 +149,7 @@ def accuracy_statistic(
     is_right = np.asarray(truth) == np.asarray(answers)
 
     def statistic(chosen: np.ndarray) -> float:
-        return _mean_of_classes(class_of[chosen], is_right[chosen]) if balanced else float(is_right[chosen].mean())
+        return mean_of_classes(class_of[chosen], is_right[chosen]) if balanced else float(is_right[chosen].mean())
 
     return statistic
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from audiolm_pytorch.data.descriptions import is_encodable
 from audiolm_pytorch.data.manifest import AudioItem
+from musiclm_pytorch.evaluation.report import mean_of_classes
 from musiclm_pytorch.mulan.joint import JointEmbedding
 
 __all__ = [
@@ -257,9 +258,7 @@ def recall_statistic(similarities: Tensor, truth: Tensor) -> Callable[[np.ndarra
     is_right = nearest[np.arange(len(scores)), classes] / nearest.sum(axis=1)
 
     def statistic(chosen: np.ndarray) -> float:
-        totals = np.bincount(classes[chosen])
-        right = np.bincount(classes[chosen], weights=is_right[chosen])
-        return float((right[totals > 0] / totals[totals > 0]).mean())
+        return mean_of_classes(classes[chosen], is_right[chosen])
 
     return statistic
 

@@ -7,12 +7,13 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from beartype import beartype
-from einops import rearrange, reduce, repeat
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from audiolm_pytorch.encoder import TransformerEncoder, WavePositionBias
 from audiolm_pytorch.io import register
 from audiolm_pytorch.ragged import length_mask
+from musiclm_pytorch.mulan.pooling import pooled_layers
 from musiclm_pytorch.mulan.spectrogram import SpecAugment, log_spectrogram
 
 __all__ = ["AudioSpectrogramTransformer"]
@@ -138,15 +139,7 @@ class AudioSpectrogramTransformer(nn.Module):
         logs, num_frames = self.augment.stretch(logs, num_frames)
         image = self.augment.mask(self.spectrogram.standardise(logs, num_frames), num_frames)
         tokens, places, mask = self._patches(image, num_frames)
-        states = self.encoder.hidden_states(
-            tokens,
-            None if bool(mask.all()) else mask,
-            positions=places,
-            layers=[None if layer == self.depth else layer for layer in layers],
-        )
-        count = mask.sum(dim=1, keepdim=True)
-        real = rearrange(mask, "b t -> b t 1")
-        return torch.stack([reduce(state.float() * real, "b t d -> b d", "sum") / count for state in states])
+        return pooled_layers(self.encoder, tokens, mask, layers, places)
 
     def _num_patches(self, size: int) -> int:
         """Count the patches, along one axis, that cover so many bins or frames; at least one."""

@@ -254,7 +254,7 @@ class ClapMuLaN(JointEmbedding):
         images, places = [], []
         with torch.autocast(wavs.device.type, enabled=False):
             for rows, part in items_by_length(wavs, lengths):
-                if part.shape[1] <= self._window_samples:
+                if part.shape[1] <= self.window_samples:
                     images.append(self._spectrogram(part))
                     places.append(rows)
                 else:

@@ -44,8 +44,8 @@ class JointEmbedding(nn.Module, ABC):
             )
         self.dim_latent, self.sample_hz = dim_latent, sample_hz
         self.window_seconds, self.window_stride_seconds = float(window_seconds), float(window_stride_seconds)
-        self._window_samples = samples_in(self.window_seconds, sample_hz)
-        self._stride_samples = samples_in(self.window_stride_seconds, sample_hz)
+        self.window_samples = samples_in(self.window_seconds, sample_hz)
+        self.window_stride_samples = samples_in(self.window_stride_seconds, sample_hz)
 
     @abstractmethod
     def get_audio_latents(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -87,9 +87,9 @@ class JointEmbedding(nn.Module, ABC):
         """
         if wav.ndim != 1:
             raise ValueError(f"wav must be one recording [n], got {tuple(wav.shape)}")
-        if len(wav) <= self._window_samples:
+        if len(wav) <= self.window_samples:
             return self.get_audio_latents(wav.unsqueeze(0))
-        windows = wav.unfold(0, self._window_samples, self._stride_samples)
+        windows = wav.unfold(0, self.window_samples, self.window_stride_samples)
         return torch.cat([self.get_audio_latents(part) for part in windows.split(max_batch)])
 
     @beartype
@@ -108,7 +108,7 @@ class JointEmbedding(nn.Module, ABC):
         """
         if wavs.ndim != 2:
             raise ValueError(f"wavs must be recordings [b, n], got {tuple(wavs.shape)}")
-        if wavs.shape[1] <= self._window_samples:
+        if wavs.shape[1] <= self.window_samples:
             return self.get_audio_latents(wavs, lengths)
         sizes = [wavs.shape[1]] * len(wavs) if lengths is None else checked_lengths(lengths, wavs).tolist()
         return torch.stack([average_latents(self.window_latents(wav[:size])) for wav, size in zip(wavs, sizes)])

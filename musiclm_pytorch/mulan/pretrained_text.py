@@ -19,7 +19,7 @@ from audiolm_pytorch.hub import (
     require_transformers,
 )
 from audiolm_pytorch.io import register
-from musiclm_pytorch.mulan.text_tower import token_means
+from musiclm_pytorch.mulan.pooling import token_means
 from musiclm_pytorch.mulan.tokenizer import TextTokenizer, ids_of
 
 __all__ = ["PublishedText", "TransformersTextEncoder"]

@@ -3,16 +3,15 @@
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from beartype import beartype
-from einops import reduce
 from torch import Tensor, nn
 
 from audiolm_pytorch.encoder import TransformerEncoder
 from audiolm_pytorch.io import register
+from musiclm_pytorch.mulan.pooling import pooled_layers
 from musiclm_pytorch.mulan.tokenizer import SeenWords, TextTokenizer, ids_of
 
-__all__ = ["TextTower", "TextTransformer", "token_means"]
+__all__ = ["TextTower", "TextTransformer"]
 
 
 @runtime_checkable
@@ -40,13 +39,6 @@ class TextTower(Protocol):
     def forward(self, texts: str | Sequence[str] | Tensor) -> Tensor:
         """Embed texts `[b, dim]` float32, not normalised: the last layer's row of `embed_layers`."""
         ...
-
-
-def token_means(states: Sequence[Tensor], mask: Tensor) -> Tensor:
-    """Average over the real tokens: `l` states `[b, t, d]` and mask `[b, t]` bool -> `[l, b, d]` float32."""
-    count = mask.sum(dim=1, keepdim=True)
-    real = mask.unsqueeze(-1)
-    return torch.stack([reduce(state.float() * real, "b t d -> b d", "sum") / count for state in states])
 
 
 @register
@@ -172,9 +164,4 @@ class TextTransformer(nn.Module):
         """
         ids = self.tokenize(texts).to(self.embedding.weight.device)
         mask = ids >= 0
-        states = self.encoder.hidden_states(
-            self.embedding(ids.clamp(min=0)),
-            None if bool(mask.all()) else mask,
-            layers=[None if layer == self.depth else layer for layer in layers],
-        )
-        return token_means(states, mask)
+        return pooled_layers(self.encoder, self.embedding(ids.clamp(min=0)), mask, layers)

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests" / "musiclm_pytorch"))
+
+from alive_tensors import AliveTensors  # noqa: E402
 
 from audiolm_pytorch.encoder import TransformerEncoder, WavePositionBias  # noqa: E402
 from audiolm_pytorch.layers import rotate  # noqa: E402
@@ -160,31 +160,6 @@ def times(sizes: tuple[int, int, int], repetitions: int) -> dict[str, float]:
         "plain_ms": 1e3 * statistics.median(pair[1] for pair in pairs),
         "time_ratio": statistics.median(pair[0] / pair[1] for pair in pairs),
     }
-
-
-class AliveTensors(TorchDispatchMode):
-    """Follows the bytes of all tensors made inside, as long as anything keeps them.
-
-    Args:
-        known: Tensors that were there before; they and their views do not count.
-    """
-
-    def __init__(self, known: list[Tensor]) -> None:
-        super().__init__()
-        self._known = {StorageWeakRef(tensor.untyped_storage()) for tensor in known}
-        self._bytes: dict[StorageWeakRef, int] = {}
-        self.peak_bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = StorageWeakRef(tensor.untyped_storage())
-                if storage not in self._known:
-                    self._bytes[storage] = tensor.untyped_storage().nbytes()
-        self._bytes = {storage: size for storage, size in self._bytes.items() if not storage.expired()}
-        self.peak_bytes = max(self.peak_bytes, sum(self._bytes.values()))
-        return result
 
 
 def memory_here(form: str, sizes: tuple[int, int, int], chunk_size: int | None) -> float:

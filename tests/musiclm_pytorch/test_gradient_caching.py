@@ -1,19 +1,17 @@
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from musiclm_pytorch.mulan import AudioSpectrogramTransformer, MuLaN, TextTransformer, mulan
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package
+from alive_tensors import AliveTensors
 from tiny_mulan import tiny_mulan, tones
 
 TEXTS = ["low tone", "a deep one", "middle tone", "high tone", "very high tone", "like a bat"]
@@ -98,30 +96,11 @@ def test_chunks_keep_autocast() -> None:
     assert torch.cosine_similarity(*gradients, dim=0) > 0.999
 
 
-class _Alive(TorchDispatchMode):
-    """Follows the bytes of all tensors made inside, as long as anything keeps them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._bytes: dict[StorageWeakRef, int] = {}
-        self.peak_bytes = 0
-
-    def __torch_dispatch__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                self._bytes[StorageWeakRef(storage)] = storage.nbytes()
-        self._bytes = {storage: size for storage, size in self._bytes.items() if not storage.expired()}
-        self.peak_bytes = max(self.peak_bytes, sum(self._bytes.values()))
-        return result
-
-
 def _peak_bytes(model: MuLaN, num_clips: int, chunk_size: int | None) -> int:
     """Most bytes alive at a time in forward and backward, beside the batch itself."""
     model.zero_grad()
     wavs, ids = torch.randn(num_clips, 2000), torch.arange(num_clips * 20).reshape(num_clips, 20) % 256
-    with _Alive() as alive:
+    with AliveTensors() as alive:
         model(wavs, ids, chunk_size=chunk_size).backward()
     return alive.peak_bytes - wavs.nbytes - ids.nbytes
 
