@@ -37,6 +37,7 @@ from audiolm_pytorch.stages.wrappers import (
     FineTransformerWrapper,
     SemanticTransformerWrapper,
 )
+from audiolm_pytorch.text_conditioner import TextConditioner
 
 __all__ = [
     "AudioLM",
@@ -63,6 +64,7 @@ __all__ = [
     "SoundStream",
     "SoundStreamTrainer",
     "SpectralSoundStream",
+    "TextConditioner",
     "deduplicate",
     "expand",
     "open_codec",

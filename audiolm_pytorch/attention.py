@@ -1,4 +1,4 @@
-"""Causal self-attention and the key/value cache that decoding writes in place."""
+"""Causal self-attention, cross-attention, and the cache of keys and values that decoding writes in place."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
-from audiolm_pytorch.layers import rotate
+from audiolm_pytorch.layers import Projection, rotate
 
-__all__ = ["CausalSelfAttention", "KVCache", "Slots", "attend_causally", "prefers_plain_product"]
+__all__ = ["CausalSelfAttention", "CrossAttention", "KVCache", "Slots", "Surroundings", "attend", "visible_slots"]
 
 # At training lengths the plain product of bfloat16 matrices beats torch 2.13's fused CPU kernel three times (258 rows,
 # batch 16, forward and backward: 12 ms against 36 ms on one core); beyond, its square matrix costs too much memory.
@@ -25,14 +25,12 @@ class Slots:
     Attributes:
         positions: `[b, n]` int64, position of each row in its item's sequence.
         extent: Number of slots in use after the call, the largest position + 1.
-        mask: `[b, 1, n, extent]` bool, which slots a row may read; None = all of them, or see `is_causal`.
-        is_causal: The call fills the cache from its beginning for all items: a row reads itself and what is before.
+        start: Position of the first row, where it is the same for all items; None = it differs.
     """
 
     positions: Tensor
     extent: int
-    mask: Tensor | None
-    is_causal: bool
+    start: int | None
 
     @classmethod
     @beartype
@@ -47,14 +45,27 @@ class Slots:
         Returns:
             The slots.
         """
-        extent = max(starts) + count
         positions = torch.tensor(starts).unsqueeze(1) + torch.arange(count)
-        aligned = min(starts) == max(starts)
-        mask = None
-        if not aligned or (count > 1 and max(starts) > 0):
-            mask = rearrange(positions, "b n -> b 1 n 1") >= torch.arange(extent)
-        is_causal = aligned and max(starts) == 0 and count > 1
-        return cls(positions.to(device), extent, mask if mask is None else mask.to(device), is_causal)
+        start = starts[0] if min(starts) == max(starts) else None
+        return cls(positions.to(device), max(starts) + count, start)
+
+
+def visible_slots(positions: Tensor, num_slots: int, skip: Tensor | None = None) -> Tensor:
+    """Which slots rows may read: those up to their own, without the padding that stands in front.
+
+    Args:
+        positions: `[b or 1, n]` int64, slot of each row.
+        num_slots: Number of slots.
+        skip: `[b]` int64, slots of padding in front of each item; a row of padding reads itself alone.
+
+    Returns:
+        `[b or 1, 1, n, num_slots]` bool.
+    """
+    slots = torch.arange(num_slots, device=positions.device)
+    own = rearrange(positions, "b n -> b 1 n 1")
+    if skip is None:
+        return own >= slots
+    return ((own >= slots) & (slots >= rearrange(skip, "b -> b 1 1 1"))) | (own == slots)
 
 
 class KVCache:
@@ -63,7 +74,7 @@ class KVCache:
     Args:
         depth: Number of layers.
         batch: Number of items b.
-        heads: Number of attention heads h.
+        heads: Number of heads of keys and values g.
         num_slots: Longest sequence.
         dim_head: Width of a head.
         device: Where the model runs.
@@ -84,13 +95,48 @@ class KVCache:
     ) -> None:
         self.keys = torch.zeros(depth, batch, heads, num_slots, dim_head, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
+        # What the first call brings and later ones find here: padding in front, keys and values of other states.
+        self.skip: Tensor | None = None
+        self.crossed: list[tuple[Tensor, Tensor]] = []
+        self.cross_mask: Tensor | None = None
+
+    @property
+    def num_slots(self) -> int:
+        """Longest sequence that fits."""
+        return self.keys.shape[3]
 
     def write(self, layer: int, keys: Tensor, values: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
-        """Write keys and values `[b, h, n, d]` of a layer into their slots; give views of all that is in use."""
-        index = rearrange(slots.positions, "b n -> b 1 n 1").expand(keys.shape)
-        self.keys[layer].scatter_(2, index, keys.to(self.keys.dtype))
-        self.values[layer].scatter_(2, index, values.to(self.values.dtype))
+        """Write keys and values `[b, g, n, d]` of a layer into their slots; give views of all that is in use."""
+        for kept, new in ((self.keys[layer], keys), (self.values[layer], values)):
+            if slots.start is not None:
+                kept[:, :, slots.start : slots.extent] = new
+            else:
+                index = rearrange(slots.positions, "b n -> b 1 n 1").expand(new.shape)
+                kept.scatter_(2, index, new.to(kept.dtype))
         return self.keys[layer][:, :, : slots.extent], self.values[layer][:, :, : slots.extent]
+
+
+@dataclass(frozen=True, eq=False)
+class Surroundings:
+    """What attention needs to know beside the rows, the same in every block.
+
+    Attributes:
+        angles: Factors of rotary positions, `[b or 1, n, dim_head]` each; None = positions enter by `bias`.
+        bias: Added to the scores, `[b or 1, h or 1, n, k]` float, or bool: what may be read; None = see `is_causal`.
+        is_causal: Whether row i reads the keys up to i; otherwise it reads all that `bias` allows.
+        cache: Cache of the rows before; None = the rows are whole sequences.
+        slots: Where the rows belong in it.
+        states: `[b, s, d]` of cross-attention, in the first call.
+        cross_mask: `[b, 1, 1, s]` bool, which of them are real.
+    """
+
+    angles: tuple[Tensor, Tensor] | None
+    bias: Tensor | None
+    is_causal: bool
+    cache: KVCache | None = None
+    slots: Slots | None = None
+    states: Tensor | None = None
+    cross_mask: Tensor | None = None
 
 
 def prefers_plain_product(queries: Tensor) -> bool:
@@ -99,23 +145,97 @@ def prefers_plain_product(queries: Tensor) -> bool:
     return is_cpu_bf16 and queries.shape[2] <= _PLAIN_PRODUCT_MAX_ROWS
 
 
-def attend_causally(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Causal attention over whole sequences `[b, h, n, d]`, by the fastest way the device has."""
-    num_rows = queries.shape[2]
+def attend(
+    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    """Attention by the fastest way the device has.
+
+    Args:
+        queries: `[b, h, n, d]`.
+        keys: `[b, g, k, d]`; g divides h, and consecutive heads of queries share a head of keys and values.
+        values: `[b, g, k, d]`.
+        bias: Added to the scores, or bool: what may be read; broadcastable to `[b, h, n, k]`.
+        is_causal: Instead of a bias: row i reads the keys up to i.
+
+    Returns:
+        `[b, h, n, d]`.
+    """
     if not prefers_plain_product(queries):
-        return F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
-    future = torch.full((num_rows, num_rows), float("-inf"), dtype=queries.dtype).triu(1)
-    flat = [rearrange(part, "b h n d -> (b h) n d") for part in (queries, keys, values)]
-    scores = torch.baddbmm(future, flat[0], flat[1].mT, alpha=queries.shape[-1] ** -0.5)
-    return rearrange(scores.softmax(dim=-1) @ flat[2], "(b h) n d -> b h n d", b=len(queries))
+        shared = queries.shape[1] != keys.shape[1]
+        return F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=bias, is_causal=is_causal, enable_gqa=shared
+        )
+    if queries.shape[1] != keys.shape[1]:
+        keys, values = (part.repeat_interleave(queries.shape[1] // part.shape[1], dim=1) for part in (keys, values))
+    num_rows = queries.shape[2]
+    if is_causal:
+        bias = torch.full((num_rows, num_rows), float("-inf"), dtype=queries.dtype, device=queries.device).triu(1)
+    elif bias is not None and bias.dtype == torch.bool:
+        bias = torch.zeros((), dtype=queries.dtype, device=queries.device).masked_fill(~bias, float("-inf"))
+    if bias is not None and bias.ndim == 2:
+        flat = [rearrange(part, "b h n d -> (b h) n d") for part in (queries, keys, values)]
+        scores = torch.baddbmm(bias, flat[0], flat[1].mT, alpha=queries.shape[-1] ** -0.5)
+        return rearrange(scores.softmax(dim=-1) @ flat[2], "(b h) n d -> b h n d", b=len(queries))
+    scores = (queries * queries.shape[-1] ** -0.5) @ keys.mT
+    scores = scores if bias is None else scores + bias.to(scores.dtype)
+    return scores.softmax(dim=-1) @ values
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head self-attention over the past, with rotary positions and without biases.
+    """Self-attention over the past; multi-head, grouped-query (arXiv:2305.13245) or multi-query (arXiv:1911.02150).
 
     Args:
         dim: Width in and out.
-        heads: Number of heads h.
+        heads: Number of attention heads h.
+        dim_head: Width of a head.
+        kv_heads: Number of heads of keys and values, a divisor of `heads`; 1 = multi-query, None = `heads`.
+
+    Raises:
+        ValueError: If `kv_heads` does not divide `heads`.
+    """
+
+    @beartype
+    def __init__(self, dim: int, heads: int, dim_head: int, kv_heads: int | None = None) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = heads, heads if kv_heads is None else kv_heads
+        if self.kv_heads < 1 or heads % self.kv_heads:
+            raise ValueError(f"kv_heads must divide heads, got {kv_heads} and {heads}")
+        self.to_qkv = Projection(dim, (heads + 2 * self.kv_heads) * dim_head)
+        self.to_out = Projection(heads * dim_head, dim)
+
+    def forward(self, x: Tensor, around: Surroundings, layer: int = 0) -> Tensor:
+        """Attend from every row to itself and the rows before it.
+
+        Args:
+            x: Rows `[b, n, d]`.
+            around: Positions, mask and cache.
+            layer: Number of this layer in the cache.
+
+        Returns:
+            `[b, n, d]`.
+        """
+        both = self.heads + self.kv_heads
+        qkv = rearrange(self.to_qkv(x), "b n (p d) -> b n p d", p=both + self.kv_heads)
+        turned = qkv[:, :, :both]
+        if around.angles is not None:
+            cos, sin = around.angles
+            turned = rotate(turned, cos.unsqueeze(2), sin.unsqueeze(2))
+        queries, keys, values = (
+            part.transpose(1, 2) for part in (turned[:, :, : self.heads], turned[:, :, self.heads :], qkv[:, :, both:])
+        )
+        if around.cache is not None and around.slots is not None:
+            keys, values = around.cache.write(layer, keys, values, around.slots)
+            queries = queries.to(keys.dtype)
+        out = attend(queries, keys, values, around.bias, around.is_causal)
+        return self.to_out(rearrange(out, "b h n d -> b n (h d)").to(x.dtype))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from every row to the states of a text encoder.
+
+    Args:
+        dim: Width in and out, and of the states.
+        heads: Number of attention heads h.
         dim_head: Width of a head.
     """
 
@@ -123,38 +243,28 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, dim: int, heads: int, dim_head: int) -> None:
         super().__init__()
         self.heads = heads
-        self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
-        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+        self.to_q = Projection(dim, heads * dim_head)
+        self.to_kv = Projection(dim, 2 * heads * dim_head)
+        self.to_out = Projection(heads * dim_head, dim)
 
-    def forward(
-        self,
-        x: Tensor,
-        angles: tuple[Tensor, Tensor],
-        cache: KVCache | None = None,
-        layer: int = 0,
-        slots: Slots | None = None,
-    ) -> Tensor:
-        """Attend from every row to itself and the rows before it.
+    def forward(self, x: Tensor, around: Surroundings, layer: int = 0) -> Tensor:
+        """Attend from rows `[b, n, d]` to the states; with a cache, to those that its first call brought.
 
         Args:
             x: Rows `[b, n, d]`.
-            angles: Cosine and sine of their positions, `[1 or b, n, dim_head / 2]` each.
-            cache: Cache that holds the rows before; None = `x` is the whole sequence.
+            around: States and their mask, or the cache that holds them.
             layer: Number of this layer in the cache.
-            slots: Where the rows belong in the cache; needed with `cache`.
 
         Returns:
             `[b, n, d]`.
         """
-        qkv = rearrange(self.to_qkv(x), "b n (three h d) -> b n three h d", three=3, h=self.heads)
-        cos, sin = (rearrange(angle, "b n d -> b n 1 1 d") for angle in angles)
-        queries, keys = rearrange(rotate(qkv[:, :, :2], cos, sin), "b n two h d -> two b h n d", two=2)
-        values = rearrange(qkv[:, :, 2], "b n h d -> b h n d")
-        if cache is None or slots is None:
-            out = attend_causally(queries, keys, values)
-        else:
-            keys, values = cache.write(layer, keys, values, slots)
-            out = F.scaled_dot_product_attention(
-                queries.to(keys.dtype), keys, values, attn_mask=slots.mask, is_causal=slots.is_causal
-            )
+        if around.states is not None:
+            kv = rearrange(self.to_kv(around.states), "b s (two h d) -> two b h s d", two=2, h=self.heads)
+            keys, values = kv[0].contiguous(), kv[1].contiguous()
+            if around.cache is not None:
+                around.cache.crossed.append((keys, values))
+        elif around.cache is not None:
+            keys, values = around.cache.crossed[layer]
+        queries = rearrange(self.to_q(x), "b n (h d) -> b h n d", h=self.heads)
+        out = attend(queries, keys, values, around.cross_mask)
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))

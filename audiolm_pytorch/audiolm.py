@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.audio import resample
 from audiolm_pytorch.codecs.protocol import Codec
-from audiolm_pytorch.conditioning import Conditioner, Conditioning
+from audiolm_pytorch.conditioning import Conditioner, Conditions
 from audiolm_pytorch.sampling import SamplingSettings
 from audiolm_pytorch.semantic.protocol import SemanticTokenizer
 from audiolm_pytorch.stages.stage_transformer import AudioTokens
@@ -132,7 +132,7 @@ class AudioLM(nn.Module):
         text: str | Sequence[str] | None = None,
         wavs: Tensor | None = None,
         codes: Tensor | None = None,
-        conditioning: Mapping[str, Conditioning] | None = None,
+        conditioning: Mapping[str, Conditions] | None = None,
         prime_wave: Tensor | None = None,
         prime_wave_input_sample_hz: int | None = None,
         prime_lengths: Tensor | None = None,
@@ -203,13 +203,13 @@ class AudioLM(nn.Module):
         wave = wave[:, 0] if wave.shape[1] == 1 else wave
         return GeneratedAudio(wave, self.codec.target_sample_hz, semantic[..., 0], acoustic)
 
-    def _conditions(self, finished: Mapping[str, Conditioning], **described: Any) -> dict[str, Conditioning | None]:
+    def _conditions(self, finished: Mapping[str, Conditions], **described: Any) -> dict[str, Conditions | None]:
         """Condition of every stage: a finished one, or one made in its own namespace; None = unconditional."""
         unknown = set(finished) - set(self.stages)
         if unknown:
             raise ValueError(f"conditioning is by stage, of {list(self.stages)}; got {sorted(unknown)}")
         takers = [name for name, stage in self.stages.items() if stage.transformer.cond_dim is not None]
-        conditions: dict[str, Conditioning | None] = dict.fromkeys(self.stages)
+        conditions: dict[str, Conditions | None] = dict.fromkeys(self.stages)
         # Where no stage takes a condition, each may say so itself.
         for name in takers or self.stages:
             conditions[name] = finished[name] if name in finished else self.stages[name].condition(**described)
@@ -239,7 +239,7 @@ class AudioLM(nn.Module):
         return AudioTokens(tokens.tokens, frames), float(counts.max()) / given_hz
 
 
-def _batch_size(batch_size: int, *several: Tensor | Conditioning | Sequence[int] | None) -> int:
+def _batch_size(batch_size: int, *several: Tensor | Conditions | Sequence[int] | None) -> int:
     """Number of items that all inputs agree on; inputs of one item are given to all."""
     sizes = {len(one) for one in several if one is not None and len(one) != 1} | ({batch_size} - {1})
     if len(sizes) > 1:

@@ -1,4 +1,4 @@
-"""Conditions of a language model: embeddings that stand before its sequence, where they come from, how they guide."""
+"""Conditions of a language model: embeddings of what is wanted, where they come from, how they guide."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Conditioner", "Conditioning", "guide"]
+__all__ = ["Conditioner", "Conditioning", "Conditions", "guide"]
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,8 @@ class Conditioning:
 
     Attributes:
         embeddings: `[b, m, d]`, coarse levels first.
-        mask: `[b, m]` bool, True where an embedding stands. A model puts its learned null embedding everywhere else, so
-            an item whose mask is all False is unconditional.
+        mask: `[b, m]` bool, True where an embedding stands. An item whose mask is all False is unconditional: a model
+            hears its learned null embedding instead.
     """
 
     embeddings: Tensor
@@ -62,6 +62,53 @@ class Conditioning:
         if len(self) != 1:
             raise ValueError(f"a conditioning of {len(self)} items does not fit a batch of {batch}: give 1 or {batch}")
         return Conditioning(self.embeddings.expand(batch, -1, -1), self.mask.expand(batch, -1))
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Everything that a model is conditioned on, of the same items.
+
+    Attributes:
+        codes: Embeddings of codes (MuLaN's, of text or audio), in the namespace of the model.
+        text: States of a text encoder.
+    """
+
+    codes: Conditioning | None = None
+    text: Conditioning | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse parts that speak of different items."""
+        sizes = {name: len(part) for name, part in self.parts.items()}
+        if not sizes or len({size for size in sizes.values() if size != 1}) > 1:
+            raise ValueError(f"conditions need parts, each of 1 item or of as many items as the others, got {sizes}")
+
+    @property
+    def parts(self) -> dict[str, Conditioning]:
+        """The parts that are there, by name."""
+        named = {"codes": self.codes, "text": self.text}
+        return {name: part for name, part in named.items() if part is not None}
+
+    def __len__(self) -> int:
+        """Number of items."""
+        return max(len(part) for part in self.parts.values())
+
+    def without_items(self, drop: Tensor) -> "Conditions":
+        """Make the items marked in `drop [b]` (bool) unconditional, in all parts."""
+        whole = self.repeated_to(len(drop))
+        return Conditions(**{name: part.without_items(drop) for name, part in whole.parts.items()})
+
+    def chosen(self, items: Tensor) -> "Conditions":
+        """Keep the items numbered in `items [k]` (int64)."""
+        whole = self.repeated_to(len(self))
+        return Conditions(**{name: part.chosen(items) for name, part in whole.parts.items()})
+
+    def repeated_to(self, batch: int) -> "Conditions":
+        """Give the only item to a whole batch; parts of the right size stay as they are.
+
+        Raises:
+            ValueError: If a part has several items, but not `batch` of them.
+        """
+        return Conditions(**{name: part.repeated_to(batch) for name, part in self.parts.items()})
 
 
 @runtime_checkable

@@ -191,12 +191,16 @@ def load_model(
         )
     try:
         model, report = getattr(transformers, model_class).from_pretrained(
-            str(folder), use_safetensors=True, local_files_only=True, output_loading_info=True
+            str(folder),
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name; transformers points to its own log
         )
     except Exception as error:
-        raise ValueError(f"{folder} cannot be loaded as {model_class}: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{folder} cannot be loaded as {model_class}: {_in_a_line(error)}") from error
     missing = (name for name in report["missing_keys"] if not name.startswith(tuple(unneeded)))
-    absent = [*sorted(missing), *map(str, report["mismatched_keys"])]
+    absent = [*sorted(missing), *sorted(map(str, report["mismatched_keys"]))]
     if absent:
         # transformers only warns, and leaves them random
         raise ValueError(f"the weights in {folder} do not fit {model_class}: missing or of another shape: {absent[:8]}")
@@ -236,8 +240,8 @@ def load_tokenizer(
         tokenizer = Tokenizer.from_str(found.backend_tokenizer.to_str())
     except Exception as error:
         raise ValueError(
-            f"the tokenizer in {folder} cannot be read ({type(error).__name__}: {error}); a tokenizer.json always can, "
-            "as save_pretrained of a fast tokenizer writes it"
+            f"the tokenizer in {folder} cannot be read ({_in_a_line(error)}); a tokenizer.json always can, as "
+            "save_pretrained of a fast tokenizer writes it"
         ) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -276,6 +280,11 @@ def nameless_fingerprint(model: nn.Module, facts: list[Any]) -> str:
         return hashlib.sha256(json.dumps([facts, sorted(parts)], sort_keys=True).encode()).hexdigest()[:16]
 
     return once_per_state(model, json.dumps(facts, sort_keys=True), digest)
+
+
+def _in_a_line(error: Exception) -> str:
+    """What kind of error it is and what it says, without line breaks."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _preprocessor_in(folder: Path) -> dict[str, Any]:

@@ -1,14 +1,44 @@
-"""Parts of the block stack: normalisation, gated feed-forward, rotary positions. No part has a bias."""
+"""Parts of the block stack: projection, normalisation, gated feed-forward, positions. No part has a bias."""
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from beartype import beartype
+from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["GatedFeedForward", "RMSNorm", "RotaryPositions", "rotate"]
+__all__ = ["GatedFeedForward", "Projection", "RMSNorm", "RelativePositions", "RotaryPositions", "rotate"]
+
+# A product with so few rows is bound by reading the weights, and torch 2.13's fp32 kernel for it reads them on one core
+# (one row, 512 x 2730, two cores: 240 us; in parts: 95 us).
+_FEW_ROWS = 16
+_MOST_PARTS = 32
+
+
+class Projection(nn.Linear):
+    """A linear map without bias, which a CPU computes on all its cores for a single row too.
+
+    Args:
+        dim_in: Width in.
+        dim_out: Width out.
+    """
+
+    @beartype
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        super().__init__(dim_in, dim_out, bias=False)
+        self._num_parts = max(parts for parts in range(1, _MOST_PARTS + 1) if dim_out % parts == 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[..., dim_in]` to `[..., dim_out]`."""
+        num_rows = x.numel() // self.in_features
+        if num_rows > _FEW_ROWS or torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
+            return F.linear(x, self.weight)
+        parts = self.weight.view(self._num_parts, -1, self.in_features)
+        out = torch.bmm(x.reshape(1, num_rows, self.in_features).expand(self._num_parts, -1, -1), parts.mT)
+        return out.transpose(0, 1).reshape(*x.shape[:-1], self.out_features)
 
 
 class _RootMeanSquareNorm(torch.autograd.Function):
@@ -50,6 +80,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `[..., d]` over its last axis."""
+        if not torch.is_grad_enabled():
+            return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
         return _RootMeanSquareNorm.apply(x, self.weight, self.eps)
 
 
@@ -95,14 +127,15 @@ class GatedFeedForward(nn.Module):
     @beartype
     def __init__(self, dim: int, hidden_dim: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.up = nn.Linear(dim, 2 * hidden_dim, bias=False)
-        self.down = nn.Linear(hidden_dim, dim, bias=False)
+        self.up = Projection(dim, 2 * hidden_dim)
+        self.down = Projection(hidden_dim, dim)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., d]` to `[..., d]`."""
         halves = self.up(x)
-        if self.dropout.p > 0 and self.training:  # what was dropped cannot be worked out again
+        # what was dropped cannot be worked out again; what needs no gradient need not be
+        if (self.dropout.p > 0 and self.training) or not torch.is_grad_enabled():
             return self.down(self.dropout(_gated(halves)))
         return _GatedProjection.apply(halves, self.down.weight)
 
@@ -127,10 +160,11 @@ class RotaryPositions(nn.Module):
         self.base = base
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine `[..., n, dim_head / 2]` float32 of integer positions `[..., n]`."""
+        """Factors `[..., n, dim_head]` float32 for `rotate`, of integer positions `[..., n]`."""
         exponents = torch.arange(0, self.dim_head, 2, device=positions.device, dtype=torch.float32) / self.dim_head
         angles = positions.unsqueeze(-1).float() * self.base**-exponents
-        return angles.cos(), angles.sin()
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -138,12 +172,50 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: Queries or keys.
-        cos: Cosines, broadcastable to `[..., d / 2]`.
-        sin: Sines, likewise.
+        cos: Cosine of each value's angle, broadcastable to `[..., d]`.
+        sin: Sine of each value's angle, of the first halves negative.
 
     Returns:
         The turned values in the precision of `x`.
     """
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, dims=-1), sin.to(x.dtype))
+
+
+class RelativePositions(nn.Module):
+    """Learned bias of attention by how far back a key lies (T5, arXiv:1910.10683, sec. 2.1), for causal attention.
+
+    Distances share a bias in buckets: half of them for one distance each, the others for ever longer stretches.
+
+    Args:
+        heads: Attention heads h.
+        num_buckets: Buckets; T5 has 32.
+        max_distance: From here on all distances share the last bucket; T5 has 128.
+
+    Raises:
+        ValueError: If there are fewer than two buckets, or no distance is left for the longer ones.
+    """
+
+    @beartype
+    def __init__(self, heads: int, num_buckets: int = 32, max_distance: int = 128) -> None:
+        super().__init__()
+        if num_buckets < 2 or max_distance <= num_buckets // 2:
+            raise ValueError(
+                f"need num_buckets >= 2 and max_distance > num_buckets / 2, got {num_buckets} and {max_distance}"
+            )
+        self.num_buckets, self.max_distance = num_buckets, max_distance
+        self.bias = nn.Embedding(num_buckets, heads)
+
+    def buckets(self, distances: Tensor) -> Tensor:
+        """Bucket of each distance, int64; what lies ahead counts as distance 0."""
+        exact = self.num_buckets // 2
+        distances = distances.clamp(min=0)
+        scale = (self.num_buckets - exact) / math.log(self.max_distance / exact)
+        far = exact + (torch.log(distances.clamp(min=1).float() / exact) * scale).long()
+        return torch.where(distances < exact, distances, far.clamp(max=self.num_buckets - 1))
+
+    def forward(self, positions: Tensor, num_keys: int) -> Tensor:
+        """Bias `[b or 1, h, n, num_keys]` of queries at `positions [b or 1, n]` for keys at 0..num_keys - 1."""
+        by_distance = self.bias(self.buckets(torch.arange(num_keys, device=positions.device)))
+        distances = positions.unsqueeze(-1) - torch.arange(num_keys, device=positions.device)
+        # every distance that occurs is below the number of keys; keys that lie ahead are masked by the caller
+        return rearrange(by_distance[distances.clamp(min=0)], "b n k h -> b h n k")

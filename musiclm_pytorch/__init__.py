@@ -1,5 +1,6 @@
 """MusicLM (arXiv 2301.11325) in small modules: a sentence becomes music."""
 
+from audiolm_pytorch.text_tokenizer import TextTokenizer
 from musiclm_pytorch.bundle import load_musiclm
 from musiclm_pytorch.bundled_parts import codec_named, encoder_named, mulan_named, tokenizer_named
 from musiclm_pytorch.captions import CaptionSampler
@@ -11,7 +12,6 @@ from musiclm_pytorch.mulan import (
     MuLaN,
     SigmoidContrastiveLearning,
     SoftmaxContrastiveLearning,
-    TextTokenizer,
     TextTransformer,
     TransformersTextEncoder,
 )

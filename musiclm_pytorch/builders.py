@@ -10,11 +10,11 @@ from beartype import beartype
 from audiolm_pytorch.codecs import Codec, SoundStream, SpectralSoundStream
 from audiolm_pytorch.semantic import BestRQ, BestRQEncoder, KMeansTokenizer, SemanticTokenizer
 from audiolm_pytorch.stages import CoarseTransformer, FineTransformer, SemanticTransformer, StageTransformer
+from audiolm_pytorch.text_tokenizer import TextTokenizer
 from audiolm_pytorch.units import exact_div, samples_in
 from musiclm_pytorch.config import Preset
 from musiclm_pytorch.embed_quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.mulan import AudioSpectrogramTransformer, JointEmbedding, MuLaN, TextTransformer
-from musiclm_pytorch.mulan.tokenizer import TextTokenizer
 
 __all__ = [
     "LANGUAGE_MODELS",

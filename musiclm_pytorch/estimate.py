@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from audiolm_pytorch.audio import read_audio
 from audiolm_pytorch.codecs import Codec
 from audiolm_pytorch.codecs.training.losses import MultiScaleMelLoss
-from audiolm_pytorch.conditioning import Conditioning
+from audiolm_pytorch.conditioning import Conditioning, Conditions
 from audiolm_pytorch.io import weights_of
 from audiolm_pytorch.semantic import BestRQ, SemanticTokenizer
 from audiolm_pytorch.stages import AudioTokens
@@ -285,7 +285,8 @@ class _Probe:
                 "acoustic": torch.randint(codec.codebook_size, shape, device=self.device),
             }
             codes = torch.randint(table.num_embeddings, (batch, levels), device=self.device)
-            condition = Conditioning(table(codes), torch.ones(batch, levels, dtype=torch.bool, device=self.device))
+            mask = torch.ones(batch, levels, dtype=torch.bool, device=self.device)
+            condition = Conditions(codes=Conditioning(table(codes), mask))
             found: Tensor = transformer(transformer.packed(AudioTokens(tokens, {})), condition).loss
             return found
 

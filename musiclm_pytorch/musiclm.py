@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.audio import peak_safe, resample
 from audiolm_pytorch.audiolm import AudioLM
-from audiolm_pytorch.conditioning import Conditioning
+from audiolm_pytorch.conditioning import Conditions
 from musiclm_pytorch.embed_quantizer import MuLaNEmbedQuantizer
 
 __all__ = ["Candidates", "MusicLM"]
@@ -168,27 +168,28 @@ class MusicLM(nn.Module):
             raise ValueError(f"num_levels must be in 1..{most}, got {levels}")
         return levels
 
-    def _conditions(self, prompts: list[str], num_samples: int, num_levels: int) -> dict[str, Conditioning]:
+    def _conditions(self, prompts: list[str], num_samples: int, num_levels: int) -> dict[str, Conditions]:
         """Condition of every stage, `num_samples` times for each prompt."""
         codes = self.mulan_embed_quantizer.codes(texts=prompts)
         rows = repeat(codes, "p q -> (p k) q", k=num_samples)
         keep = torch.full((len(rows),), num_levels)
         # every stage was trained with a table of its own; one stage's embeddings mean nothing to another
         return {
-            stage: self.mulan_embed_quantizer.conditioning(codes=rows, namespace=stage).without_trailing(keep)
+            stage: Conditions(
+                codes=self.mulan_embed_quantizer.conditioning(codes=rows, namespace=stage).without_trailing(keep)
+            )
             for stage in self.conditioned
         }
 
     def _generate(
-        self, conditions: dict[str, Conditioning], seeds: list[int], max_batch: int, **generation: Any
+        self, conditions: dict[str, Conditions], seeds: list[int], max_batch: int, **generation: Any
     ) -> Tensor:
         """Peak-safe waves `[b, ...]` of all conditions and seeds, in as few batches as `max_batch` allows."""
         waves: list[Tensor] = []
         for start in range(0, len(seeds), max_batch):
             part = slice(start, start + max_batch)
-            conditioning = {
-                stage: Conditioning(one.embeddings[part], one.mask[part]) for stage, one in conditions.items()
-            }
+            items = torch.arange(start, min(start + max_batch, len(seeds)))
+            conditioning = {stage: one.chosen(items) for stage, one in conditions.items()}
             batch = self.audio_lm(
                 batch_size=len(seeds[part]), conditioning=conditioning, seeds=seeds[part], **generation
             )

@@ -23,8 +23,8 @@ from musiclm_pytorch.chance_watch import ChanceWatch, TextUse, chance_loss
 from musiclm_pytorch.held_out import HeldOutClips
 from musiclm_pytorch.mulan.joint import JointEmbedding
 from musiclm_pytorch.mulan.mulan import MuLaN
+from musiclm_pytorch.mulan.seen_words import words_of
 from musiclm_pytorch.mulan.text_tower import TextTransformer
-from musiclm_pytorch.mulan.tokenizer import words_of
 
 __all__ = ["MuLaNTask", "MuLaNTrainer"]
 

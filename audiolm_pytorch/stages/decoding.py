@@ -3,19 +3,23 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from beartype import beartype
 from torch import Tensor
 
 from audiolm_pytorch.attention import KVCache, Slots
-from audiolm_pytorch.conditioning import Conditioning, guide
+from audiolm_pytorch.conditioning import Conditions, guide
 from audiolm_pytorch.sampling import SamplingSettings, item_generators, sample_tokens
 from audiolm_pytorch.stages.layout import TokenLayout
-from audiolm_pytorch.stages.streams import Canvas
+from audiolm_pytorch.stages.streams import PackedTokens
+from audiolm_pytorch.transformer import Context
 
-__all__ = ["Decoded", "TokenModel", "decode"]
+__all__ = ["Decoded", "Decoding", "TokenModel", "decode"]
+
+# Where looking at the logits means waiting for the device, it is done once in so many rows.
+_ROWS_BETWEEN_CHECKS = 64
 
 
 @dataclass(frozen=True)
@@ -48,14 +52,14 @@ class TokenModel(Protocol):
     def new_cache(self, batch: int, num_slots: int) -> KVCache:
         """Allocate a cache."""
 
-    def prefix(self, conditioning: Conditioning | None, batch: int) -> Tensor | None:
-        """Embeddings `[b, m, d]` that stand before the sequence."""
+    def context(self, conditioning: Conditions | None, batch: int) -> Context:
+        """What stands before the sequence and beside it."""
 
     def hidden(
         self,
         ids: Tensor,
         mask: Tensor,
-        prefix: Tensor | None = None,
+        context: Context | None = None,
         cache: KVCache | None = None,
         slots: Slots | None = None,
     ) -> Tensor:
@@ -70,23 +74,31 @@ class TokenModel(Protocol):
 
 @beartype
 def decode(
-    model: TokenModel,
-    streams: Mapping[str, Tensor],
-    num_frames: Mapping[str, int | Tensor],
-    *,
-    batch_size: int = 1,
-    lengths: Mapping[str, int | Tensor] | None = None,
-    conditioning: Conditioning | None = None,
-    settings: SamplingSettings | None = None,
-    seeds: Sequence[int | torch.Generator] | None = None,
-    callback: Callable[[int, int], None] | None = None,
-    allow_eos: bool = False,
+    model: TokenModel, streams: Mapping[str, Tensor], num_frames: Mapping[str, int | Tensor], **options: Any
 ) -> Decoded:
-    """Complete the predicted streams, row by row.
+    """Complete the predicted streams at one go; see `Decoding` for the arguments and errors.
+
+    Args:
+        model: The model.
+        streams: Given streams, and prompts of predicted streams, `[b, f, levels]`.
+        num_frames: Frames wanted of every predicted stream, prompts included, `[b]` or one int.
+        **options: Further arguments of `Decoding`.
+
+    Returns:
+        The completed streams.
+    """
+    decoding = Decoding(model, streams, num_frames, **options)
+    decoding.advance()
+    return decoding.decoded()
+
+
+class Decoding:
+    """The completion of predicted streams, row by row, which can pause between frames.
 
     Every item has a position of its own, so prompts (and given streams) may differ in length. A row costs one call of
     the model on that row; the cache is written in place. Under guidance the batch is doubled and both halves read the
-    same sampled tokens.
+    same sampled tokens. All noise is drawn ahead, by each item for its own rows: neither the batch, nor the device, nor
+    a pause changes an item's tokens.
 
     Args:
         model: The model.
@@ -94,40 +106,259 @@ def decode(
         num_frames: Frames wanted of every predicted stream, prompts included, `[b]` or one int.
         batch_size: Number of items b, where `streams` does not tell.
         lengths: True frames of the streams handed in, `[b]` or one int; streams not named are whole.
-        conditioning: The condition, of 1 or b items; None = unconditional.
+        conditioning: The conditions, of 1 or b items; None = unconditional.
         settings: How tokens are drawn; None = temperature 1.
         seeds: Seed or generator of every item; None draws seeds from torch's global generator.
         callback: Called after every row with the rows done and the rows to do at most.
-        allow_eos: Whether an item may end early. Otherwise the end id is never drawn.
-
-    Returns:
-        The completed streams.
+        allow_eos: Whether an item may end early, after one frame at least. Otherwise the end id is never drawn.
 
     Raises:
         ValueError: If inputs do not fit the layout, seeds do not fit the batch, guidance has no condition to follow, or
             early ends are allowed where several streams stand one after another.
     """
-    settings = settings if settings is not None else SamplingSettings()
-    batch = len(next(iter(streams.values()))) if streams else batch_size
-    if settings.guidance_scale != 1 and conditioning is None:
-        raise ValueError(f"guidance_scale {settings.guidance_scale} needs a conditioning; without one leave it at 1")
-    if allow_eos and model.layout.pattern == "flat" and len(model.layout.predicted) > 1:
-        raise ValueError("with several predicted streams in one column an early end of one would move the others")
-    canvas = model.layout.canvas(streams, num_frames, batch, lengths)
-    run = _Run(model, canvas, settings, item_generators(seeds, batch), allow_eos)
-    num_rows = canvas.frame.shape[1]
-    with _evaluating(model), torch.inference_mode():
-        if run.is_missing:
-            run.prefill(conditioning)
-        while run.is_missing:
-            run.fill_row()
-            if callback is not None:
-                callback(int(run.row.max()) + 1, num_rows)
-            if run.is_missing:
-                run.read_row()
-    return Decoded(
-        model.layout.unpack(run.ids, run.num_frames), {s.name: run.num_frames[s.name] for s in model.layout.predicted}
-    )
+
+    @beartype
+    def __init__(
+        self,
+        model: TokenModel,
+        streams: Mapping[str, Tensor],
+        num_frames: Mapping[str, int | Tensor],
+        *,
+        batch_size: int = 1,
+        lengths: Mapping[str, int | Tensor] | None = None,
+        conditioning: Conditions | None = None,
+        settings: SamplingSettings | None = None,
+        seeds: Sequence[int | torch.Generator] | None = None,
+        callback: Callable[[int, int], None] | None = None,
+        allow_eos: bool = False,
+    ) -> None:
+        self.settings = settings if settings is not None else SamplingSettings()
+        batch = len(next(iter(streams.values()))) if streams else batch_size
+        if batch < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch}")
+        layout = model.layout
+        if self.settings.guidance_scale != 1 and conditioning is None and layout.null_id is None:
+            scale = self.settings.guidance_scale
+            raise ValueError(f"guidance_scale {scale} needs a conditioning; without one leave it at 1")
+        if allow_eos and layout.pattern == "flat" and len(layout.predicted) > 1:
+            raise ValueError("with several predicted streams in one column an early end of one would move the others")
+        canvas = layout.canvas(streams, num_frames, batch, lengths)
+        self.model, self.conditioning, self.callback, self.allow_eos = model, conditioning, callback, allow_eos
+        self.copies = 2 if self.settings.guidance_scale != 1 else 1
+        packed = canvas.packed.to(model.device)
+        self.ids, self.mask = packed.ids.clone(), packed.input_mask.clone()
+        # What steers the loop lives on the CPU, so that no step waits for the device to tell.
+        self.missing, self.head, self.frame = canvas.packed.loss_mask.cpu().clone(), canvas.head, canvas.frame
+        self.num_frames = {name: count.clone() for name, count in canvas.num_frames.items()}
+        num_rows = [int(rows.nonzero().max()) + 1 for rows in canvas.packed.input_mask.any(dim=-1).cpu()]
+        generators = item_generators(seeds, batch)
+        noise = [torch.rand(rows, self.ids.shape[2], generator=g) for rows, g in zip(num_rows, generators)]
+        self.noise = torch.nn.utils.rnn.pad_sequence(noise, batch_first=True).to(model.device)
+        self.plans = [_plan(self.missing[item], self.head[item]) for item in range(batch)]
+        # An item without missing rows is carried along from row 1.
+        self.rows = [min(plan, default=1) for plan in self.plans]
+        self.whole = [self._whole_frames(item) for item in range(batch)]
+        self.known = [self.whole[item][row - 1] for item, row in enumerate(self.rows)]
+        self.cache: KVCache | None = None
+        self.is_read = False  # whether the model has read all that stands before the present rows
+        self.bad_row = torch.full((), -1, device=model.device)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to be drawn."""
+        return not any(self.plans)
+
+    @property
+    def known_frames(self) -> Tensor:
+        """Whole frames `[b]` int64 that are known of every item, prompts included."""
+        return torch.tensor(self.known)
+
+    def advance(self, until_frames: int | None = None) -> None:
+        """Draw rows until every item has so many whole frames, has ended, or has all that it wants.
+
+        Args:
+            until_frames: Frames, prompts included; None = all.
+
+        Raises:
+            ValueError: If logits are not finite; the message names the step.
+        """
+        with _evaluating(self.model), torch.inference_mode():
+            while any(
+                plan and (until_frames is None or known < until_frames) for plan, known in zip(self.plans, self.known)
+            ):
+                if self.cache is None:
+                    self._prefill()
+                elif not self.is_read:
+                    self._read_row()
+                self._fill_row()
+                if self.callback is not None:
+                    self.callback(max(self.rows) + 1, self.ids.shape[1])
+                if max(self.rows) % _ROWS_BETWEEN_CHECKS == 0:
+                    self._check_bad_row()
+        self._check_bad_row()
+
+    def decoded(self) -> Decoded:
+        """The whole frames that are known so far."""
+        layout = self.model.layout
+        known = torch.tensor(self.known)
+        lengths = {
+            stream.name: self.num_frames[stream.name] if self.is_done else known.clamp(max=self.num_frames[stream.name])
+            for stream in layout.predicted
+        }
+        streams = layout.unpack(self.ids, self.num_frames)
+        for name, tokens in streams.items():
+            count = int(lengths[name].max())
+            inside = torch.arange(count) < lengths[name].unsqueeze(1)
+            streams[name] = tokens[:, :count].masked_fill(~inside.to(tokens.device).unsqueeze(-1), -1)
+        return Decoded(streams, lengths)
+
+    # one step
+
+    def _prefill(self) -> None:
+        """Read the conditions and everything before the first missing row of each item."""
+        batch, count = len(self.ids), max(self.rows)
+        context = self.model.context(self._conditions(), self.copies * batch)
+        self.offset = context.num_rows
+        self.cache = self.model.new_cache(self.copies * batch, self.offset + self.ids.shape[1])
+        slots = Slots.after([0] * (self.copies * batch), self.offset + count, self.model.device)
+        ids, mask = self.ids[:, :count], self.mask[:, :count]
+        if self.copies == 2:
+            nothing = self.model.layout.without_conditions(PackedTokens(ids, mask, mask), torch.ones(batch).bool())
+            ids, mask = torch.cat((ids, nothing.ids)), mask.repeat(2, 1, 1)
+        hidden = self.model.hidden(ids, mask, context, self.cache, slots)
+        last = torch.tensor(self.rows, device=hidden.device).repeat(self.copies) - 1
+        self.hidden = hidden[torch.arange(len(hidden), device=hidden.device), last]
+        self.is_read = True
+
+    def _conditions(self) -> Conditions | None:
+        """Conditions of the batch; under guidance of the batch and of its unconditional copy."""
+        if self.conditioning is None or self.copies == 1:
+            return self.conditioning
+        batch = len(self.ids)
+        doubled = self.conditioning.repeated_to(batch).chosen(torch.arange(batch).repeat(2))
+        return doubled.without_items(torch.arange(2 * batch) >= batch)
+
+    def _read_row(self) -> None:
+        """Let the model read the row just filled, of each item that has rows left; the others read theirs again."""
+        read = self.rows
+        self.rows = [row + 1 if max(plan, default=0) > row else row for row, plan in zip(read, self.plans)]
+        read = [row - 1 for row in self.rows]
+        slots = Slots.after([row + self.offset for row in read] * self.copies, 1, self.model.device)
+        if slots.start is not None:
+            ids, mask = (part[:, read[0]].unsqueeze(1) for part in (self.ids, self.mask))
+        else:
+            place = torch.arange(len(read), device=self.ids.device), torch.tensor(read, device=self.ids.device)
+            ids, mask = (part[place].unsqueeze(1) for part in (self.ids, self.mask))
+        if self.copies == 2:
+            ids, mask = ids.repeat(2, 1, 1), mask.repeat(2, 1, 1)
+        self.hidden = self.model.hidden(ids, mask, None, self.cache, slots)[:, 0]
+        self.is_read = True
+
+    def _fill_row(self) -> None:
+        """Draw what is missing in the present row of each item."""
+        groups: dict[tuple[int, int, int], list[int]] = {}  # (number of logits, head, column) -> items
+        for item, (plan, row) in enumerate(zip(self.plans, self.rows)):
+            for head, column in plan.pop(row, ()):
+                groups.setdefault((self._num_logits(head), head, column), []).append(item)
+        # Heads of one size for the same items are drawn at once.
+        joint: dict[tuple[int, tuple[int, ...]], list[tuple[int, int]]] = {}
+        for (size, head, column), items in groups.items():
+            joint.setdefault((size, tuple(items)), []).append((head, column))
+        for (_, items_), cells in joint.items():
+            self._draw(list(items_), [head for head, _ in cells], [column for _, column in cells])
+        self.known = [whole[row] for whole, row in zip(self.whole, self.rows)]
+        self.is_read = False
+
+    def _num_logits(self, head: int) -> int:
+        """Number of tokens that a head may give."""
+        return len(self.model.layout.heads[head].ids(self.allow_eos))
+
+    def _draw(self, items: list[int], heads: list[int], columns: list[int]) -> None:
+        """Draw the tokens of some heads, for some columns of the present rows of some items."""
+        layout, device = self.model.layout, self.ids.device
+        rows = [self.rows[item] for item in items]
+        hidden = self.hidden if len(items) == len(self.ids) else self.hidden[[*items, *self._copied(items)]]
+        size = self._num_logits(heads[0])
+        logits = torch.stack([self.model.logits(hidden, head)[:, :size] for head in heads], dim=1)
+        if self.copies == 2:
+            conditional, unconditional = logits.chunk(2)
+            logits = guide(conditional, unconditional, float(self.settings.guidance_scale))
+        self._check(logits, items, rows)
+        item, row = torch.tensor(items, device=device), torch.tensor(rows, device=device)
+        item, row, column = item.unsqueeze(1), row.unsqueeze(1), torch.tensor(columns, device=device).unsqueeze(0)
+        if self.allow_eos:
+            self._forbid_empty(logits, items, rows, heads, columns)
+        noise = self.noise[item, row, column]
+        tokens = sample_tokens(logits.flatten(0, 1), noise.flatten(), self.settings).view_as(noise)
+        first = torch.tensor([layout.heads[head].first_id for head in heads], device=device)
+        self.ids[item, row, column] = tokens + first
+        for place, head in enumerate(heads):
+            if self.allow_eos and layout.heads[head].has_eos:
+                for number in (tokens[:, place] == layout.heads[head].vocab_size).nonzero().flatten().tolist():
+                    self._end(items[number], int(self.frame[items[number], rows[number], columns[place]]))
+
+    def _copied(self, items: list[int]) -> list[int]:
+        """Places of the unconditional copies of items in the doubled batch."""
+        return [item + len(self.ids) for item in items] if self.copies == 2 else []
+
+    def _forbid_empty(
+        self, logits: Tensor, items: list[int], rows: list[int], heads: list[int], columns: list[int]
+    ) -> None:
+        """Make the end impossible where an item has no frame yet."""
+        for place, (head, column) in enumerate(zip(heads, columns)):
+            if self.model.layout.heads[head].has_eos:
+                empty = [n for n in range(len(items)) if int(self.frame[items[n], rows[n], column]) == 0]
+                logits[empty, place, self.model.layout.heads[head].vocab_size] = float("-inf")
+
+    def _check(self, logits: Tensor, items: list[int], rows: list[int]) -> None:
+        """Note, or on a CPU say at once, that logits are not finite."""
+        finite = logits.isfinite().all()
+        if logits.device.type != "cpu":
+            self.bad_row = torch.where(finite | (self.bad_row >= 0), self.bad_row, max(rows))
+        elif not finite:
+            bad = [item for item, one in zip(items, logits) if not one.isfinite().all()]
+            self._raise_not_finite(max(rows), f" of items {bad}")
+
+    def _check_bad_row(self) -> None:
+        """Say that logits were not finite some rows ago."""
+        row = int(self.bad_row)
+        if row >= 0:
+            self._raise_not_finite(row, "")
+
+    def _raise_not_finite(self, row: int, where: str) -> None:
+        raise ValueError(
+            f"logits{where} are not finite (NaN or infinite) at step {row} of {self.ids.shape[1] - 1}: the weights are "
+            "damaged, or overflow in this precision; decode in float32, and look for NaN in the weights"
+        )
+
+    def _end(self, item: int, num_frames: int) -> None:
+        """Shorten an item to the frames before its end: cells that its shorter table does not have are gone."""
+        for stream in self.model.layout.predicted:
+            self.num_frames[stream.name][item] = num_frames
+        table = self.model.layout.table({name: int(count[item]) for name, count in self.num_frames.items()}, ends=True)
+        stands = torch.zeros_like(self.missing[item])
+        stands[: len(table.block)] = (table.block >= 0)[: len(stands)]
+        self.missing[item] &= stands
+        self.mask[item] &= stands.to(self.mask.device)
+        self.plans[item] = {
+            row: cells for row, cells in _plan(self.missing[item], self.head[item]).items() if row > self.rows[item]
+        }
+        self.whole[item] = self._whole_frames(item)
+
+    def _whole_frames(self, item: int) -> list[int]:
+        """For every row: how many whole frames are known once the row is filled."""
+        wanted = max(int(self.num_frames[stream.name][item]) for stream in self.model.layout.predicted)
+        first = torch.where(self.missing[item], self.frame[item], wanted).amin(dim=-1)
+        later = first.flip(0).cummin(0).values.flip(0).clamp(max=wanted)
+        return [*later[1:].tolist(), wanted]
+
+
+def _plan(missing: Tensor, head: Tensor) -> dict[int, list[tuple[int, int]]]:
+    """What is to be drawn of one item: by row, (head, column) of the cells missing `[rows, columns]`."""
+    plan: dict[int, list[tuple[int, int]]] = {}
+    for row, column in missing.nonzero().tolist():
+        plan.setdefault(row, []).append((int(head[row, column]), column))
+    return plan
 
 
 @contextmanager
@@ -139,105 +370,3 @@ def _evaluating(model: TokenModel) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-class _Run:
-    """One decoding under way: the grid, the cache, and the row of every item that is filled next.
-
-    What steers the loop (rows, heads, what is missing) lives on the CPU, so that no step waits for the device to tell.
-    """
-
-    def __init__(
-        self,
-        model: TokenModel,
-        canvas: Canvas,
-        settings: SamplingSettings,
-        generators: Sequence[torch.Generator],
-        allow_eos: bool,
-    ) -> None:
-        self.model, self.settings, self.allow_eos = model, settings, allow_eos
-        packed = canvas.packed.to(model.device)
-        self.ids, self.mask = packed.ids.clone(), packed.input_mask.clone()
-        self.missing = canvas.packed.loss_mask.cpu().clone()
-        self.head, self.frame = canvas.head, canvas.frame
-        self.num_frames = {name: count.clone() for name, count in canvas.num_frames.items()}
-        # Drawn ahead, by each item for its own rows: neither the batch nor the device changes an item's noise.
-        num_rows = [int(rows.nonzero().max()) + 1 for rows in canvas.packed.input_mask.any(dim=-1).cpu()]
-        noise = [torch.rand(rows, self.ids.shape[2], generator=g) for rows, g in zip(num_rows, generators)]
-        self.noise = torch.nn.utils.rnn.pad_sequence(noise, batch_first=True)
-        self.items = torch.arange(len(self.ids))
-        self.copies = 2 if settings.guidance_scale != 1 else 1
-
-    def prefill(self, conditioning: Conditioning | None) -> None:
-        """Read the condition and everything before the first missing row of each item."""
-        batch = len(self.ids)
-        prefix = self.model.prefix(conditioning, batch)
-        if self.copies == 2 and conditioning is not None and prefix is not None:
-            nothing = conditioning.without_items(torch.ones(len(conditioning), dtype=torch.bool))
-            prefix = torch.cat((prefix, self.model.prefix(nothing, batch)))  # type: ignore[arg-type]
-        self.offset = 0 if prefix is None else prefix.shape[1]
-        # An item without missing rows has argmax 0; it is carried along from row 1.
-        self.row = self.missing.any(dim=-1).int().argmax(dim=-1).clamp(min=1)
-        count = int(self.row.max())
-        self.cache = self.model.new_cache(self.copies * batch, self.offset + self.ids.shape[1])
-        slots = Slots.after([0] * (self.copies * batch), self.offset + count, self.model.device)
-        hidden = self._read(self.ids[:, :count], self.mask[:, :count], slots, prefix)
-        last = (self.row - 1).repeat(self.copies).to(hidden.device)
-        self.hidden = hidden[torch.arange(len(hidden), device=hidden.device), last]
-
-    @property
-    def is_missing(self) -> bool:
-        """Whether any cell of any item is to be drawn yet."""
-        return bool(self.missing.any())
-
-    def fill_row(self) -> None:
-        """Draw what is missing in the present row of each item."""
-        cells = self.missing[self.items, self.row]
-        heads = self.head[self.items, self.row]
-        for head in heads[cells].unique().tolist():
-            item, column = (cells & (heads == head)).nonzero(as_tuple=True)
-            row = self.row[item]
-            tokens = self._draw(head, item, self.noise[item, row, column])
-            place = [index.to(self.ids.device) for index in (item, row, column)]
-            self.ids[place[0], place[1], place[2]] = tokens + self.model.layout.heads[head].first_id
-            self.missing[item, row, column] = False
-            if self.allow_eos and self.model.layout.heads[head].has_eos:
-                ended = tokens.cpu() == self.model.layout.heads[head].vocab_size
-                for i, frame in zip(item[ended].tolist(), self.frame[item, row, column][ended].tolist()):
-                    self._end(i, frame)
-
-    def read_row(self) -> None:
-        """Let the model read the row just filled, of each item that has rows left; the others read theirs again."""
-        rows = torch.arange(self.missing.shape[1])
-        later = (self.missing.any(dim=-1) & (rows > self.row.unsqueeze(1))).any(dim=-1)
-        self.row = torch.where(later, self.row + 1, self.row)
-        read = self.row - 1
-        slots = Slots.after((read + self.offset).repeat(self.copies).tolist(), 1, self.model.device)
-        place = (self.items.to(self.ids.device), read.to(self.ids.device))
-        self.hidden = self._read(self.ids[place].unsqueeze(1), self.mask[place].unsqueeze(1), slots)[:, 0]
-
-    def _read(self, ids: Tensor, mask: Tensor, slots: Slots, prefix: Tensor | None = None) -> Tensor:
-        """Run the model on rows; under guidance both halves of the batch read the same tokens."""
-        repeats = (self.copies, 1, 1)
-        return self.model.hidden(ids.repeat(repeats), mask.repeat(repeats), prefix, self.cache, slots)
-
-    def _draw(self, head: int, item: Tensor, noise: Tensor) -> Tensor:
-        """Draw the local token numbers of one head for some items."""
-        index = item.to(self.hidden.device)
-        logits = self.model.logits(self.hidden[index], head)
-        if self.copies == 2:
-            unconditional = self.model.logits(self.hidden[index + len(self.ids)], head)
-            logits = guide(logits, unconditional, float(self.settings.guidance_scale))
-        if not self.allow_eos:
-            logits = logits[:, : self.model.layout.heads[head].vocab_size]
-        return sample_tokens(logits, noise.to(logits.device), self.settings)
-
-    def _end(self, item: int, num_frames: int) -> None:
-        """Shorten an item to the frames before its end: cells that its shorter table does not have are gone."""
-        for stream in self.model.layout.predicted:
-            self.num_frames[stream.name][item] = num_frames
-        table = self.model.layout.table({name: int(count[item]) for name, count in self.num_frames.items()}, ends=True)
-        stands = torch.zeros_like(self.missing[item])
-        stands[: len(table.block)] = (table.block >= 0)[: len(stands)]
-        self.missing[item] &= stands
-        self.mask[item] &= stands.to(self.mask.device)

@@ -1,8 +1,7 @@
 """Which token stands where: the one table that packing, losses, prompts, heads and decoding are read from."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from fractions import Fraction
+from dataclasses import replace
 from math import lcm
 from typing import Any
 
@@ -12,6 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from audiolm_pytorch.stages.patterns import EMPTY, PATTERNS, CellTable, cell_table
+from audiolm_pytorch.stages.stream_inputs import check_tokens, frame_counts, stream_tokens
 from audiolm_pytorch.stages.streams import Canvas, PackedTokens, Stream, number_ids
 
 __all__ = ["TokenLayout"]
@@ -20,19 +20,24 @@ __all__ = ["TokenLayout"]
 class TokenLayout:
     """The arrangement of token streams in rows (steps of a language model) and columns (tokens read at once).
 
-    Row `r` is the input that predicts row `r + 1`; row 0 is the start row. Id ranges of streams, levels and ends are
-    disjoint; padding is a mask, never an id.
+    Row `r` is the input that predicts row `r + 1`. Id ranges of streams, levels and ends are disjoint; padding is a
+    mask, never an id.
+
+    Streams that are not in time (`rate_hz=None`) stand before everything, one token a row, level by level inside each
+    frame; an item that has none of such a stream holds the one null token there. Then comes the start row (row 0 where
+    all streams are in time), and then, as the pattern says:
 
     Patterns:
         `flat`: one column; given streams first, then every predicted stream, level by level inside each frame.
-        `delayed`: one row per predicted frame and a column per level, level `k` standing `k` rows later. Given streams
-        are aligned in time: the token that covers predicted frame `f` stands in the row that predicts frame `f`; a
-        stream of lower rate is repeated, one of higher rate takes several columns, one that is too short repeats its
-        last frame.
+        `delayed`: one row per predicted frame and a column per level, residual level `k` standing `k` rows later, all
+        its groups together. Given streams are aligned in time: the token that covers predicted frame `f` stands in the
+        row that predicts frame `f`; a stream of lower rate is repeated, one of higher rate takes several columns, one
+        that is too short repeats its last frame.
+        `parallel`: as `delayed`, but all levels of a frame stand in one row.
 
     Args:
         streams: The streams; at least one of them predicted.
-        pattern: `flat` or `delayed`.
+        pattern: `flat`, `delayed` or `parallel`.
 
     Raises:
         ValueError: If names repeat, nothing is predicted, or the pattern is unknown or does not fit the streams.
@@ -51,8 +56,12 @@ class TokenLayout:
             raise ValueError(f"a layout needs a predicted stream, got only given ones: {names}")
         if pattern not in PATTERNS:
             raise ValueError(f"unknown pattern '{pattern}', known are {sorted(PATTERNS)}")
-        if pattern == "delayed" and len({stream.rate_hz for stream in self.predicted}) > 1:
-            raise ValueError("the delayed pattern has one row per predicted frame: give predicted streams one rate_hz")
+        rates_hz = {stream.name: str(stream.exact_hz) for stream in self.predicted}
+        if pattern != "flat" and len(set(rates_hz.values())) > 1:
+            raise ValueError(
+                f"the {pattern} pattern has one row per predicted frame: give predicted streams one rate_hz, "
+                f"got {rates_hz}"
+            )
         self._blocks, self.heads, self.num_ids = number_ids(self.streams)
         # One entry more than blocks: an empty cell has block -1 and so reads the last one.
         self._head_of_block = torch.tensor([block.head for block in self._blocks] + [-1])
@@ -66,6 +75,11 @@ class TokenLayout:
         return self._blocks[0].first_id
 
     @property
+    def null_id(self) -> int | None:
+        """Id of the null token, which stands for streams not in time where there are none; None if all are in time."""
+        return None if all(stream.is_in_time for stream in self.streams) else self._blocks[-1].first_id
+
+    @property
     def num_columns(self) -> int:
         """Number of tokens that are read in one row."""
         return self.table({stream.name: 1 for stream in self.streams}).block.shape[1]
@@ -73,19 +87,17 @@ class TokenLayout:
     @property
     def frame_alignment(self) -> int:
         """Predicted frames after which a frame of every given stream starts too; windows start at its multiples."""
-        rate_hz = Fraction(self.predicted[0].rate_hz)
-        return lcm(*((Fraction(stream.rate_hz) / rate_hz).denominator for stream in self.streams))
+        rate_hz = self.predicted[0].exact_hz
+        return lcm(*((stream.exact_hz / rate_hz).denominator for stream in self.streams if stream.is_in_time))
 
     def to_dict(self) -> dict[str, Any]:
         """Describe the layout as JSON-able data."""
-        streams = [{**asdict(stream), "rate_hz": str(Fraction(stream.rate_hz))} for stream in self.streams]
-        return {"streams": streams, "pattern": self.pattern}
+        return {"streams": [stream.to_dict() for stream in self.streams], "pattern": self.pattern}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "TokenLayout":
         """Build the layout that `to_dict` described."""
-        streams = [Stream(**{**stream, "rate_hz": Fraction(stream["rate_hz"])}) for stream in data["streams"]]
-        return cls(streams, data["pattern"])
+        return cls([Stream.from_dict(stream) for stream in data["streams"]], data["pattern"])
 
     # the table
 
@@ -103,7 +115,7 @@ class TokenLayout:
         Raises:
             ValueError: If a stream is missing, or the counts do not fit the pattern.
         """
-        counts = self._counts(num_frames, 1)[0].tolist()
+        counts = frame_counts(self.streams, num_frames, 1)[0].tolist()
         return cell_table(self.streams, self.pattern, tuple(counts), ends)
 
     def rows(self, num_frames: Mapping[str, int], ends: bool = False) -> int:
@@ -114,10 +126,39 @@ class TokenLayout:
         """Number of the head that predicts each cell, `[rows, columns]` int64; -1 where nothing is predicted."""
         return self._head_of_block[self.table(num_frames, ends).block]
 
-    def legal(self, num_frames: Mapping[str, int], row: int, allow_eos: bool = False) -> tuple[range | None, ...]:
-        """Ids that may stand in the predicted cells of a row: a range per column, None where nothing is predicted."""
-        heads = self.head(num_frames)[row].tolist()
-        return tuple(self.heads[head].ids(allow_eos) if head >= 0 else None for head in heads)
+    @beartype
+    def legal(
+        self, num_frames: Mapping[str, int], row: int, allow_eos: bool = False, ends: bool = False
+    ) -> tuple[range | None, ...]:
+        """Say which ids may stand in the predicted cells of a row.
+
+        Args:
+            num_frames: Frames of every stream, by name.
+            row: The row.
+            allow_eos: Whether a stream may end before its last frame; it has at least one.
+            ends: Whether streams with an end id hold it after their last frame.
+
+        Returns:
+            A range of ids per column; None where nothing is predicted.
+
+        Raises:
+            ValueError: If there is no such row, a stream is missing, or the counts do not fit the pattern.
+        """
+        table = self.table(num_frames, ends)
+        if not 0 <= row < len(table.block):
+            raise ValueError(
+                f"there is no row {row}: frames {dict(num_frames)} stand in rows 0 to {len(table.block) - 1}"
+            )
+        legal: list[range | None] = []
+        for number, frame in zip(table.block[row].tolist(), table.frame[row].tolist()):
+            block = self._blocks[number]
+            if number == EMPTY or block.head < 0:
+                legal.append(None)
+            elif block.is_token:
+                legal.append(self.heads[block.head].ids(allow_eos and frame > 0))
+            else:
+                legal.append(range(block.first_id, block.first_id + 1))
+        return tuple(legal)
 
     # tokens in and out
 
@@ -141,12 +182,15 @@ class TokenLayout:
             The packed tokens, on the device of the streams.
 
         Raises:
-            ValueError: If a stream is missing, has the wrong shape, or holds tokens outside its vocabulary.
+            ValueError: If a stream is missing or unknown, has the wrong shape, or holds tokens outside its vocabulary.
         """
-        tokens = {stream.name: self._tokens(stream, streams) for stream in self.streams}
+        tokens = stream_tokens(self.streams, streams, None)
+        batch = len(tokens[self.streams[0].name])
         whole = {name: ids.shape[1] for name, ids in tokens.items()}
-        counts = self._counts({**whole, **(lengths or {})}, len(tokens[self.streams[0].name]))
-        self._check_tokens(tokens, counts)
+        counts = frame_counts(self.streams, {**whole, **(lengths or {})}, batch)
+        check_tokens(self.streams, tokens, counts)
+        if ends is not None and ends.shape != (batch,):
+            raise ValueError(f"ends must be [b] bool, one of each of {batch} items, got {tuple(ends.shape)}")
         block, frame = self._stack_tables(counts, ends)
         return self._fill(tokens, block, frame)
 
@@ -161,7 +205,8 @@ class TokenLayout:
         """Lay known tokens out in a grid that decoding completes.
 
         Args:
-            streams: Given streams and prompts of predicted streams (absent = no prompt), `[b, f, levels]`.
+            streams: Given streams (absent = empty, where they are not in time), and prompts of predicted streams
+                (absent = no prompt), `[b, f, levels]`.
             num_frames: Frames wanted of every predicted stream, its prompt included, `[b]` or one int.
             batch_size: Number of items b.
             lengths: True frames of the streams handed in, `[b]` or one int; streams not named are whole.
@@ -172,17 +217,19 @@ class TokenLayout:
         Raises:
             ValueError: If a given stream or a count is missing, or a prompt is longer than what is wanted.
         """
-        nothing = {s.name: torch.zeros(batch_size, 0, s.num_levels, dtype=torch.long) for s in self.predicted}
-        tokens = {stream.name: self._tokens(stream, {**nothing, **streams}) for stream in self.streams}
-        known = self._counts({**{name: ids.shape[1] for name, ids in tokens.items()}, **(lengths or {})}, batch_size)
-        self._check_tokens(tokens, known)
+        absent = [one for one in self.streams if one.name not in streams and not (one.given and one.is_in_time)]
+        nothing = {one.name: torch.zeros(batch_size, 0, one.num_levels, dtype=torch.long) for one in absent}
+        tokens = stream_tokens(self.streams, {**nothing, **streams}, batch_size)
+        whole = {name: ids.shape[1] for name, ids in tokens.items()}
+        known = frame_counts(self.streams, {**whole, **(lengths or {})}, batch_size)
+        check_tokens(self.streams, tokens, known)
         names = [stream.name for stream in self.streams]
         given = {stream.name: known[:, names.index(stream.name)] for stream in self.given}
-        wanted = self._counts({**num_frames, **given}, batch_size)
-        if (known > wanted).any():
+        wanted = frame_counts(self.streams, {**num_frames, **given}, batch_size)
+        for index in (known > wanted).any(dim=0).nonzero().flatten().tolist():
             raise ValueError(
-                f"prompts are longer than what is wanted: frames of {names} are {known.tolist()}, wanted are "
-                f"{wanted.tolist()}; shorten the prompt or ask for more"
+                f"the prompt of '{names[index]}' has {known[:, index].tolist()} frames, longer than what is wanted, "
+                f"{wanted[:, index].tolist()}: shorten the prompt or ask for more"
             )
         device = next((ids.device for ids in streams.values()), torch.device("cpu"))
         tokens = {
@@ -213,15 +260,27 @@ class TokenLayout:
             names: Streams to read; None = the predicted ones.
 
         Returns:
-            Tokens `[b, f, levels]` int64 by name; -1 past the frames of an item and where no cell holds the frame.
+            Tokens `[b, f, levels]` int64 by name; -1 past the frames of an item, where no cell holds the frame, and
+            where the null token stands.
 
         Raises:
-            ValueError: If a count is missing or does not fit the pattern.
+            ValueError: If a count is missing or fits neither pattern nor grid, or a name is unknown.
         """
         wanted = [stream.name for stream in self.predicted] if names is None else names
-        counts = self._counts(num_frames, len(ids))
+        unknown = set(wanted) - {stream.name for stream in self.streams}
+        if unknown:
+            raise ValueError(f"there is no stream {sorted(unknown)}, only {[stream.name for stream in self.streams]}")
+        counts = frame_counts(self.streams, num_frames, len(ids))
         block, frame = (part.to(ids.device) for part in self._stack_tables(counts, None))
-        local = ids[:, : block.shape[1]] - self._first_id_of_block.to(ids.device)[block]
+        if ids.ndim != 3 or ids.shape[1] < block.shape[1] or ids.shape[2] != block.shape[2]:
+            raise ValueError(
+                f"frames {dict(num_frames)} stand in [b, {block.shape[1]}, {block.shape[2]}] ids, "
+                f"got {tuple(ids.shape)}: hand in the grid that holds them all"
+            )
+        grid = ids[:, : block.shape[1]]
+        local = grid - self._first_id_of_block.to(ids.device)[block]
+        if self.null_id is not None:
+            local = local.masked_fill(grid == self.null_id, -1)
         read: dict[str, Tensor] = {}
         for index, stream in enumerate(self.streams):
             if stream.name in wanted:
@@ -233,41 +292,36 @@ class TokenLayout:
                 out[item, frame[item, row, column], source.level] = local[item, row, column]
         return read
 
-    # helpers
+    @beartype
+    def without_conditions(self, packed: PackedTokens, drop: Tensor) -> PackedTokens:
+        """Put the null token in the place of all tokens that are not in time, of some items.
 
-    def _tokens(self, stream: Stream, streams: Mapping[str, Tensor]) -> Tensor:
-        """Tokens of a stream as `[b, f, levels]` int64."""
-        if stream.name not in streams:
-            raise ValueError(f"stream '{stream.name}' is missing, got {sorted(streams)}")
-        tokens = streams[stream.name]
-        if tokens.ndim == 2 and stream.num_levels == 1:
-            tokens = rearrange(tokens, "b f -> b f 1")
-        if tokens.ndim != 3 or tokens.shape[-1] != stream.num_levels or tokens.is_floating_point():
-            raise ValueError(
-                f"stream '{stream.name}' must be integers [b, f, {stream.num_levels}], "
-                f"got {tokens.dtype} {tuple(tokens.shape)}"
-            )
-        return tokens.long()
+        Every row stays where it is, so that both halves of a guided batch go together.
 
-    def _check_tokens(self, tokens: Mapping[str, Tensor], counts: Tensor) -> None:
-        """Refuse lengths beyond the tokens, and tokens that would silently become tokens of another stream."""
-        for index, stream in enumerate(self.streams):
-            ids = tokens[stream.name]
-            if int(counts[:, index].max()) > ids.shape[1]:
-                raise ValueError(
-                    f"lengths of '{stream.name}' reach {int(counts[:, index].max())}, it has {ids.shape[1]}"
+        Args:
+            packed: Packed streams.
+            drop: `[b]` bool, whose tokens go.
+
+        Returns:
+            The packed streams; the very same where all streams are in time.
+
+        Raises:
+            ValueError: If `drop` is not one bool an item.
+        """
+        if drop.shape != packed.ids.shape[:1] or drop.dtype != torch.bool:
+            raise ValueError(f"drop must be bool [{len(packed.ids)}], got {drop.dtype} {tuple(drop.shape)}")
+        if self.null_id is None:
+            return packed
+        goes = torch.zeros_like(packed.input_mask)
+        for block in self._blocks:
+            if block.is_token and not self.streams[block.stream].is_in_time:
+                goes |= (packed.ids >= block.first_id) & (
+                    packed.ids < block.first_id + self.streams[block.stream].vocab_size
                 )
-            valid = rearrange(torch.arange(ids.shape[1]) < counts[:, index, None], "b f -> b f 1").to(ids.device)
-            if (((ids < 0) | (ids >= stream.vocab_size)) & valid).any():
-                raise ValueError(f"stream '{stream.name}' holds tokens outside [0, {stream.vocab_size})")
+        goes &= packed.input_mask & rearrange(drop.to(goes.device), "b -> b 1 1")
+        return replace(packed, ids=packed.ids.masked_fill(goes, self.null_id))
 
-    def _counts(self, num_frames: Mapping[str, int | Tensor], batch: int) -> Tensor:
-        """Frames of every item and stream, `[b, streams]` int64 on the CPU."""
-        missing = [stream.name for stream in self.streams if stream.name not in num_frames]
-        if missing:
-            raise ValueError(f"the number of frames of {missing} is missing, got {sorted(num_frames)}")
-        columns = [torch.as_tensor(num_frames[stream.name]).cpu().long().expand(batch) for stream in self.streams]
-        return torch.stack(columns, dim=1)
+    # helpers
 
     def _stack_tables(self, counts: Tensor, ends: Tensor | None) -> tuple[Tensor, Tensor]:
         """Block and frame of every cell of every item, padded on the right, `[b, rows, columns]` on the CPU."""

@@ -1,6 +1,6 @@
 """What the stages have in common: a token model that knows which tokens of a sound its streams are."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,7 +9,7 @@ from beartype import beartype
 from torch import Tensor
 
 from audiolm_pytorch.stages.layout import TokenLayout
-from audiolm_pytorch.stages.streams import PackedTokens
+from audiolm_pytorch.stages.streams import PackedTokens, Stream
 from audiolm_pytorch.stages.token_model import TokenTransformer
 
 __all__ = ["AudioTokens", "StageTransformer", "TokenSource"]
@@ -17,10 +17,10 @@ __all__ = ["AudioTokens", "StageTransformer", "TokenSource"]
 
 @dataclass(frozen=True)
 class TokenSource:
-    """Where a stream's tokens come from: some levels of the semantic or the acoustic tokens of a sound.
+    """Where a stream's tokens come from: some levels of one kind of token of a sound.
 
     Attributes:
-        kind: `semantic` or `acoustic`.
+        kind: `semantic`, `acoustic`, or the name of an extra stream.
         first_level: First level taken.
         num_levels: Number of levels taken.
     """
@@ -35,27 +35,34 @@ class AudioTokens:
     """Tokens of the same sounds, as far as they are known.
 
     Attributes:
-        tokens: By kind: `semantic [b, t]`, `acoustic [b, f, q]`, int64; -1 past an item's length.
+        tokens: By kind: `semantic [b, t]`, `acoustic [b, f, q]`, and `[b, f]` or `[b, f, levels]` of extra streams by
+            name, int64; -1 past an item's length.
         lengths: By kind: true frames `[b]` int64; a kind that is absent here is whole.
+
+    Raises:
+        ValueError: If there is a length of tokens that are not there.
     """
 
     tokens: Mapping[str, Tensor]
     lengths: Mapping[str, Tensor]
 
     def __post_init__(self) -> None:
-        """Refuse kinds that no stage knows."""
-        unknown = {*self.tokens, *self.lengths} - {"semantic", "acoustic"}
+        """Refuse lengths that would silently not be used."""
+        unknown = set(self.lengths) - set(self.tokens)
         if unknown:
-            raise ValueError(f"unknown kinds of tokens {sorted(unknown)}, known are semantic and acoustic")
+            raise ValueError(f"there are lengths of {sorted(unknown)}, but tokens of {sorted(self.tokens)} only")
 
 
 class StageTransformer(TokenTransformer):
     """A token model that knows which tokens of a sound its streams are.
 
     Args:
-        sources: Source of every stream, by stream name.
-        config: What `config` gives back, apart from the arguments of the stack.
-        layout: What is read and written.
+        sources: Source of every stream of the stage's own, by stream name.
+        config: What `config` gives back, apart from the arguments named here and those of the stack.
+        streams: The stage's own streams.
+        pattern: Pattern of the layout.
+        extra_streams: Further given streams (as objects, or as `Stream.to_dict` described them), whose tokens are of
+            the kind of their name: ids of a text or MuLaN codes, which are not in time, a melody, which is.
         audio_text_condition: Whether the model takes a condition.
         cond_dim: Width of the condition; None = `dim`.
         dim: Width d.
@@ -65,7 +72,8 @@ class StageTransformer(TokenTransformer):
         **stack: Further arguments of `TokenTransformer`.
 
     Raises:
-        ValueError: If there is a fingerprint for a kind of token that the stage does not use.
+        ValueError: If there is a fingerprint for a kind of token that the stage does not use, or an extra stream is no
+            given one or bears the name of other tokens.
     """
 
     namespace: ClassVar[str]
@@ -76,7 +84,9 @@ class StageTransformer(TokenTransformer):
         *,
         sources: Mapping[str, TokenSource],
         config: Mapping[str, Any],
-        layout: TokenLayout,
+        streams: Sequence[Stream],
+        pattern: str,
+        extra_streams: Sequence[Stream | Mapping[str, Any]] = (),
         audio_text_condition: bool,
         cond_dim: int | None,
         dim: int,
@@ -85,13 +95,19 @@ class StageTransformer(TokenTransformer):
         **stack: Any,
     ) -> None:
         width = (dim if cond_dim is None else cond_dim) if audio_text_condition else None
-        super().__init__(layout=layout, dim=dim, depth=depth, cond_dim=width, **stack)
-        self.sources = dict(sources)
+        extra = [one if isinstance(one, Stream) else Stream.from_dict(one) for one in extra_streams]
+        _check_extra(extra)
+        super().__init__(layout=TokenLayout([*streams, *extra], pattern), dim=dim, depth=depth, cond_dim=width, **stack)
+        self.sources = {**sources, **{one.name: TokenSource(one.name, 0, one.num_levels) for one in extra}}
         self.token_fingerprints: dict[str, str] = dict(token_fingerprints or {})
         unused = set(self.token_fingerprints) - set(self.kinds)
         if unused:
             raise ValueError(f"the {self.namespace} stage has tokens of {self.kinds}, no fingerprint for {unused}")
-        self._config = {**config, **self._config, "cond_dim": cond_dim, "audio_text_condition": audio_text_condition}
+        arranged: dict[str, Any] = {"pattern": pattern}
+        if extra:
+            arranged["extra_streams"] = [one.to_dict() for one in extra]
+        conditioned = {"cond_dim": cond_dim, "audio_text_condition": audio_text_condition}
+        self._config = {**config, **arranged, **self._config, **conditioned}
 
     @property
     def config(self) -> dict[str, Any]:
@@ -153,3 +169,12 @@ class StageTransformer(TokenTransformer):
             streams[name] = found[..., source.first_level : last_level]
             lengths[name] = tokens.lengths.get(source.kind, torch.tensor(found.shape[1]))
         return streams, lengths
+
+
+def _check_extra(streams: Sequence[Stream]) -> None:
+    """Refuse extra streams that are predicted, or would be taken for the tokens of the sound itself."""
+    for stream in streams:
+        if not stream.given:
+            raise ValueError(f"extra stream '{stream.name}' is only read by the stage: set given=True")
+        if stream.name in ("semantic", "acoustic"):
+            raise ValueError(f"extra stream '{stream.name}' would be taken for the {stream.name} tokens: rename it")

@@ -4,13 +4,14 @@ Semantic, coarse acoustic and fine acoustic modelling as in AudioLM (arXiv:2209.
 MusicLM (arXiv:2301.11325, sec. 3.2).
 """
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
 from beartype import beartype
 
 from audiolm_pytorch.io import register
-from audiolm_pytorch.stages.layout import TokenLayout
 from audiolm_pytorch.stages.stage_transformer import StageTransformer, TokenSource
 from audiolm_pytorch.stages.streams import Stream
 
@@ -27,6 +28,8 @@ class SemanticTransformer(StageTransformer):
         depth: Number of blocks.
         rate_hz: Semantic tokens per second.
         eos: Whether the model learns where files end.
+        pattern: `flat`, `delayed` or `parallel`: differ where extra streams in time are to be aligned.
+        extra_streams: Further given streams, see `StageTransformer`.
         audio_text_condition: Whether the model takes a condition.
         cond_dim: Width of the condition; None = `dim`.
         **stack: Further arguments of `TokenTransformer`: heads, dim_head, ff_mult, dropout, cond_drop_prob, ...
@@ -43,6 +46,8 @@ class SemanticTransformer(StageTransformer):
         depth: int,
         rate_hz: int | str | Fraction = 25,
         eos: bool = True,
+        pattern: str = "flat",
+        extra_streams: Sequence[Stream | Mapping[str, Any]] = (),
         audio_text_condition: bool = False,
         cond_dim: int | None = None,
         **stack: Any,
@@ -50,7 +55,9 @@ class SemanticTransformer(StageTransformer):
         super().__init__(
             sources={"semantic": TokenSource("semantic", 0, 1)},
             config={"num_semantic_tokens": num_semantic_tokens, "rate_hz": str(rate_hz), "eos": eos},
-            layout=TokenLayout([Stream("semantic", num_semantic_tokens, rate_hz=Fraction(rate_hz), eos=eos)]),
+            streams=[Stream("semantic", num_semantic_tokens, rate_hz=Fraction(rate_hz), eos=eos)],
+            pattern=pattern,
+            extra_streams=extra_streams,
             audio_text_condition=audio_text_condition,
             cond_dim=cond_dim,
             dim=dim,
@@ -66,12 +73,14 @@ class CoarseTransformer(StageTransformer):
     Args:
         num_semantic_tokens: Vocabulary of the semantic tokenizer.
         codebook_size: Vocabulary of every acoustic level.
-        num_coarse_quantizers: Levels predicted.
+        num_coarse_quantizers: Levels predicted, all groups counted.
         dim: Width d.
         depth: Number of blocks.
-        pattern: `delayed`, or `flat` (the paper's: the whole semantic sequence first).
+        pattern: `delayed`, `parallel` or `flat` (the paper's: the whole semantic sequence first).
         semantic_rate_hz: Semantic tokens per second.
         rate_hz: Acoustic frames per second.
+        num_groups: Codes of one residual level of the codec.
+        extra_streams: Further given streams, see `StageTransformer`.
         audio_text_condition: Whether the model takes a condition.
         cond_dim: Width of the condition; None = `dim`.
         **stack: Further arguments of `TokenTransformer`: heads, dim_head, ff_mult, dropout, cond_drop_prob, ...
@@ -91,12 +100,14 @@ class CoarseTransformer(StageTransformer):
         pattern: str = "delayed",
         semantic_rate_hz: int | str | Fraction = 25,
         rate_hz: int | str | Fraction = 50,
+        num_groups: int = 1,
+        extra_streams: Sequence[Stream | Mapping[str, Any]] = (),
         audio_text_condition: bool = False,
         cond_dim: int | None = None,
         **stack: Any,
     ) -> None:
         given = Stream("semantic", num_semantic_tokens, rate_hz=Fraction(semantic_rate_hz), given=True)
-        predicted = Stream("coarse", codebook_size, num_coarse_quantizers, Fraction(rate_hz))
+        predicted = Stream("coarse", codebook_size, num_coarse_quantizers, Fraction(rate_hz), num_groups=num_groups)
         super().__init__(
             sources={
                 "semantic": TokenSource("semantic", 0, 1),
@@ -106,11 +117,13 @@ class CoarseTransformer(StageTransformer):
                 "num_semantic_tokens": num_semantic_tokens,
                 "codebook_size": codebook_size,
                 "num_coarse_quantizers": num_coarse_quantizers,
-                "pattern": pattern,
                 "semantic_rate_hz": str(semantic_rate_hz),
                 "rate_hz": str(rate_hz),
+                "num_groups": num_groups,
             },
-            layout=TokenLayout([given, predicted], pattern),
+            streams=[given, predicted],
+            pattern=pattern,
+            extra_streams=extra_streams,
             audio_text_condition=audio_text_condition,
             cond_dim=cond_dim,
             dim=dim,
@@ -124,13 +137,15 @@ class FineTransformer(StageTransformer):
     """Third stage: the remaining levels of the acoustic tokens, given the first ones.
 
     Args:
-        num_coarse_quantizers: Levels given.
-        num_fine_quantizers: Levels predicted.
+        num_coarse_quantizers: Levels given, all groups counted.
+        num_fine_quantizers: Levels predicted, all groups counted.
         codebook_size: Vocabulary of every acoustic level.
         dim: Width d.
         depth: Number of blocks.
-        pattern: `delayed`, or `flat` (the paper's: all coarse levels of the stretch first).
+        pattern: `delayed`, `parallel` or `flat` (the paper's: all coarse levels of the stretch first).
         rate_hz: Acoustic frames per second.
+        num_groups: Codes of one residual level of the codec.
+        extra_streams: Further given streams, see `StageTransformer`.
         audio_text_condition: Whether the model takes a condition.
         cond_dim: Width of the condition; None = `dim`.
         **stack: Further arguments of `TokenTransformer`: heads, dim_head, ff_mult, dropout, cond_drop_prob, ...
@@ -149,12 +164,13 @@ class FineTransformer(StageTransformer):
         depth: int,
         pattern: str = "delayed",
         rate_hz: int | str | Fraction = 50,
+        num_groups: int = 1,
+        extra_streams: Sequence[Stream | Mapping[str, Any]] = (),
         audio_text_condition: bool = False,
         cond_dim: int | None = None,
         **stack: Any,
     ) -> None:
-        rate_hz = Fraction(rate_hz)
-        given = Stream("coarse", codebook_size, num_coarse_quantizers, rate_hz, given=True)
+        acoustic = Stream("coarse", codebook_size, num_coarse_quantizers, Fraction(rate_hz), num_groups=num_groups)
         super().__init__(
             sources={
                 "coarse": TokenSource("acoustic", 0, num_coarse_quantizers),
@@ -164,10 +180,15 @@ class FineTransformer(StageTransformer):
                 "num_coarse_quantizers": num_coarse_quantizers,
                 "num_fine_quantizers": num_fine_quantizers,
                 "codebook_size": codebook_size,
-                "pattern": pattern,
                 "rate_hz": str(rate_hz),
+                "num_groups": num_groups,
             },
-            layout=TokenLayout([given, Stream("fine", codebook_size, num_fine_quantizers, rate_hz)], pattern),
+            streams=[
+                replace(acoustic, given=True),
+                replace(acoustic, name="fine", num_levels=num_fine_quantizers),
+            ],
+            pattern=pattern,
+            extra_streams=extra_streams,
             audio_text_condition=audio_text_condition,
             cond_dim=cond_dim,
             dim=dim,

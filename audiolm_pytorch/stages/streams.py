@@ -1,15 +1,18 @@
 """What layouts are made of: streams of tokens, the ids they get, and the tensors they are packed into."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from fractions import Fraction
+from typing import Any
 
 import torch
+from beartype import beartype
 from torch import Tensor
 
 __all__ = ["Canvas", "Head", "IdBlock", "PackedTokens", "Stream", "number_ids"]
 
 
+@beartype
 @dataclass(frozen=True)
 class Stream:
     """One kind of token: its vocabulary, its levels and its rate in time.
@@ -17,28 +20,63 @@ class Stream:
     Args:
         name: Name under which the tokens of the stream are handed in and out.
         vocab_size: Number of different tokens of every level.
-        num_levels: Tokens per frame (residual levels of a codec; 1 for semantic tokens).
-        rate_hz: Frames per second.
+        num_levels: Tokens per frame (residual levels of a codec, all groups of a level side by side; 1 for semantic
+            tokens).
+        rate_hz: Frames per second. None = not in time (ids of a text, codes of a whole recording): such a stream is
+            given, and may be empty.
         given: The stream is read but never predicted.
         eos: The stream may end early: it has one end-of-sequence id of its own.
+        num_groups: Codes of one residual level; they do not wait for one another where levels do.
 
     Raises:
-        ValueError: If a number is not positive, or a given stream is said to end.
+        ValueError: If a number is not positive, groups do not divide the levels, a given stream is said to end, or a
+            stream that is not in time is to be predicted.
     """
 
     name: str
     vocab_size: int
     num_levels: int = 1
-    rate_hz: int | Fraction = 1
+    rate_hz: int | Fraction | None = 1
     given: bool = False
     eos: bool = False
+    num_groups: int = 1
 
     def __post_init__(self) -> None:
         """Refuse impossible numbers."""
-        if self.vocab_size < 1 or self.num_levels < 1 or self.rate_hz <= 0:
-            raise ValueError(f"stream '{self.name}' needs positive vocab_size, num_levels and rate_hz, got {self}")
+        numbers = {name: getattr(self, name) for name in ("vocab_size", "num_levels", "rate_hz", "num_groups")}
+        wrong = {name: number for name, number in numbers.items() if number is not None and number <= 0}
+        if wrong:
+            raise ValueError(f"stream '{self.name}' needs positive {', '.join(wrong)}, got {wrong}")
+        if self.num_levels % self.num_groups:
+            raise ValueError(
+                f"stream '{self.name}' has {self.num_levels} levels, which are no whole number of {self.num_groups} "
+                "groups each: num_levels counts the codes of all groups"
+            )
         if self.given and self.eos:
             raise ValueError(f"stream '{self.name}' is given, so it cannot end by itself: set eos=False")
+        if not self.given and self.rate_hz is None:
+            raise ValueError(f"stream '{self.name}' is to be predicted, so it needs a rate_hz: say how many frames/s")
+
+    @property
+    def is_in_time(self) -> bool:
+        """Whether frames follow one another at a rate."""
+        return self.rate_hz is not None
+
+    @property
+    def exact_hz(self) -> Fraction:
+        """Frames per second; a ValueError where the stream is not in time."""
+        if self.rate_hz is None:
+            raise ValueError(f"stream '{self.name}' is not in time: it has no rate")
+        return Fraction(self.rate_hz)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Describe the stream as JSON-able data."""
+        return {**asdict(self), "rate_hz": str(self.exact_hz) if self.is_in_time else None}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Stream":
+        """Build the stream that `to_dict` described."""
+        return cls(**{**data, "rate_hz": None if data["rate_hz"] is None else Fraction(data["rate_hz"])})
 
 
 @dataclass(frozen=True)
@@ -71,13 +109,13 @@ class Head:
 
 @dataclass(frozen=True)
 class IdBlock:
-    """A range of ids of one meaning: a level of a stream, the end of a stream, or the start.
+    """A range of ids of one meaning: a level of a stream, the end of a stream, the start, or the null token.
 
     Attributes:
-        stream: Position of the stream; -1 for the start id.
+        stream: Position of the stream; -1 for the start and the null id.
         level: Level inside the frame.
         first_id: First id of the range.
-        is_token: True for the tokens of a level; False for the single id of an end or of the start.
+        is_token: True for the tokens of a level; False for the single id of an end, of the start or of the null token.
         head: Number of the head that predicts these ids; -1 if nothing does.
     """
 
@@ -89,13 +127,14 @@ class IdBlock:
 
 
 def number_ids(streams: Sequence[Stream]) -> tuple[tuple[IdBlock, ...], tuple[Head, ...], int]:
-    """Give the start, every level of every stream and every end an id range of its own.
+    """Give the start, every level of every stream, every end and the null token an id range of its own.
 
     Args:
         streams: The streams of a layout, in order.
 
     Returns:
-        The blocks (the start is block 0), the heads, and the size of the whole id space.
+        The blocks (the start is the first; the null token, where a stream is not in time, the last), the heads, and
+        the size of the whole id space.
     """
     blocks = [IdBlock(stream=-1, level=0, first_id=0, is_token=False, head=-1)]
     heads: list[Head] = []
@@ -111,6 +150,9 @@ def number_ids(streams: Sequence[Stream]) -> tuple[tuple[IdBlock, ...], tuple[He
             if has_eos:  # right behind its level, so that the range of one head covers both
                 blocks.append(IdBlock(index, level, next_id, False, head))
                 next_id += 1
+    if not all(stream.is_in_time for stream in streams):
+        blocks.append(IdBlock(stream=-1, level=0, first_id=next_id, is_token=False, head=-1))
+        next_id += 1
     return tuple(blocks), tuple(heads), next_id
 
 

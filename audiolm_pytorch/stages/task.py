@@ -9,7 +9,7 @@ import torch
 from beartype import beartype
 from torch import Tensor, nn
 
-from audiolm_pytorch.conditioning import Conditioner, Conditioning
+from audiolm_pytorch.conditioning import Conditioner, Conditioning, Conditions
 from audiolm_pytorch.stages.sources import StageSource
 from audiolm_pytorch.stages.stage_transformer import StageTransformer
 from audiolm_pytorch.stages.token_model import TokenLoss
@@ -101,14 +101,15 @@ class StageTask:
     def _predict(self, source: StageSource, batch: Any) -> TokenLoss:
         """Tokens, condition and loss of a batch."""
         given = source.read(batch)
-        conditioning = None
+        conditions = None
         if self.conditioner is not None:
             # The conditioner hears audio in full precision, so that its codes are those of inference.
             with torch.autocast(self.transformer.device.type, enabled=False):
                 conditioning = self.conditioner.conditioning(namespace=self.transformer.namespace, **given.condition)
             if self.transformer.training and self.level_drop_prob > 0:
                 conditioning = _drop_levels(conditioning, self.level_drop_prob)
-        loss: TokenLoss = self.transformer(self.transformer.packed(given.tokens, given.ends), conditioning)
+            conditions = Conditions(codes=conditioning)
+        loss: TokenLoss = self.transformer(self.transformer.packed(given.tokens, given.ends), conditions)
         return loss
 
 

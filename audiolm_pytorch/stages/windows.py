@@ -9,7 +9,7 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
-from audiolm_pytorch.conditioning import Conditioning
+from audiolm_pytorch.conditioning import Conditions
 from audiolm_pytorch.sampling import SamplingSettings, item_generators
 from audiolm_pytorch.stages.decoding import Decoded, TokenModel, decode
 from audiolm_pytorch.stages.layout import TokenLayout
@@ -63,7 +63,7 @@ def decode_in_windows(
     window_frames: int | None = None,
     batch_size: int = 1,
     lengths: Mapping[str, int | Tensor] | None = None,
-    conditioning: Conditioning | None = None,
+    conditioning: Conditions | None = None,
     settings: SamplingSettings | None = None,
     seeds: Sequence[int | torch.Generator] | None = None,
     callback: Callable[[int, int], None] | None = None,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.audio import resample
 from audiolm_pytorch.codecs.protocol import Codec
-from audiolm_pytorch.conditioning import Conditioner, Conditioning
+from audiolm_pytorch.conditioning import Conditioner, Conditions
 from audiolm_pytorch.sampling import SamplingSettings
 from audiolm_pytorch.semantic.protocol import SemanticTokenizer
 from audiolm_pytorch.stages.decoding import Decoded
@@ -112,7 +112,7 @@ class StageWrapper(nn.Module):
         wavs: Tensor | None = None,
         codes: Tensor | None = None,
         lengths: Tensor | None = None,
-    ) -> Conditioning | None:
+    ) -> Conditions | None:
         """Make the stage's condition, in the namespace it was trained with.
 
         Args:
@@ -132,9 +132,10 @@ class StageWrapper(nn.Module):
         if self.audio_conditioner is None or self.transformer.cond_dim is None:
             raise ValueError("a condition needs an audio_conditioner and a transformer with audio_text_condition=True")
         texts = [text] if isinstance(text, str) else text
-        return self.audio_conditioner.conditioning(
+        made = self.audio_conditioner.conditioning(
             texts=texts, wavs=wavs, codes=codes, lengths=lengths, namespace=self.namespace
         )
+        return Conditions(codes=made)
 
     @beartype
     def forward(
@@ -143,7 +144,7 @@ class StageWrapper(nn.Module):
         *,
         input_sample_hz: int | None = None,
         tokens: AudioTokens | None = None,
-        conditioning: Conditioning | None = None,
+        conditioning: Conditions | None = None,
         ends: Tensor | None = None,
     ) -> TokenLoss:
         """Loss of waves or tokens.
@@ -181,7 +182,7 @@ class StageWrapper(nn.Module):
         streams: Mapping[str, Tensor] | None = None,
         lengths: Mapping[str, int | Tensor] | None = None,
         batch_size: int = 1,
-        conditioning: Conditioning | None = None,
+        conditioning: Conditions | None = None,
         settings: SamplingSettings | None = None,
         seeds: Sequence[int | torch.Generator] | None = None,
         callback: Callable[[int, int], None] | None = None,

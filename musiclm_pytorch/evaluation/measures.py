@@ -14,6 +14,7 @@ from torch import Tensor
 from audiolm_pytorch.audio import resample
 from audiolm_pytorch.codecs.loudness import codes_and_scales, wave_of
 from audiolm_pytorch.codecs.protocol import Codec
+from audiolm_pytorch.conditioning import Conditions
 from audiolm_pytorch.devices import device_of
 from musiclm_pytorch.evaluation.attributes import AttributeClassifier
 from musiclm_pytorch.evaluation.report import Figure, accuracy_figure
@@ -135,7 +136,9 @@ def from_audio(
     made: list[Tensor] = []
     for first in range(0, len(codes), batch_size):
         part = codes[first : first + batch_size]
-        conditioning = {name: quantizer.conditioning(codes=part, namespace=name) for name in model.conditioned}
+        conditioning = {
+            name: Conditions(codes=quantizer.conditioning(codes=part, namespace=name)) for name in model.conditioned
+        }
         seeds = [seed + first + index for index in range(len(part))]
         wave = model.audio_lm(batch_size=len(part), seconds=seconds, conditioning=conditioning, seeds=seeds)
         made.extend(row.float().cpu() for row in wave)

@@ -7,8 +7,8 @@ from musiclm_pytorch.mulan.layer_contrast import LayerContrast
 from musiclm_pytorch.mulan.losses import SigmoidContrastiveLearning, SoftmaxContrastiveLearning
 from musiclm_pytorch.mulan.mulan import MuLaN
 from musiclm_pytorch.mulan.pretrained_text import TransformersTextEncoder
+from musiclm_pytorch.mulan.seen_words import words_of
 from musiclm_pytorch.mulan.text_tower import TextTower, TextTransformer
-from musiclm_pytorch.mulan.tokenizer import TextTokenizer, words_of
 
 __all__ = [
     "AudioSpectrogramTransformer",
@@ -18,7 +18,6 @@ __all__ = [
     "MuLaN",
     "SigmoidContrastiveLearning",
     "SoftmaxContrastiveLearning",
-    "TextTokenizer",
     "TextTower",
     "TextTransformer",
     "TransformersTextEncoder",

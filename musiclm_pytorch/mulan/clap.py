@@ -24,10 +24,10 @@ from audiolm_pytorch.hub import (
 )
 from audiolm_pytorch.io import load_module, register
 from audiolm_pytorch.mel import mel_edges, triangular_filters
+from audiolm_pytorch.published_text import PublishedText, tokenizer_of
 from audiolm_pytorch.ragged import check_waves, items_by_length
+from audiolm_pytorch.text_tokenizer import TextTokenizer
 from musiclm_pytorch.mulan.joint import JointEmbedding, average_latents
-from musiclm_pytorch.mulan.pretrained_text import PublishedText, tokenizer_of
-from musiclm_pytorch.mulan.tokenizer import TextTokenizer
 
 __all__ = ["ClapMuLaN", "ClapSpectrogram"]
 
@@ -233,7 +233,7 @@ class ClapMuLaN(JointEmbedding):
         """Hash of all that embeddings depend on: the same on any device and from any file of the same model."""
         parts = (self.model.config.text_config, _TEXT_SETTINGS), (self.model.config.audio_config, _AUDIO_SETTINGS)
         settings = [[getattr(part, name, None) for name in names] for part, names in parts]
-        windows = [self.window_seconds, self.window_stride_seconds, self._text.max_seq_len]
+        windows = [self.window_seconds, self.window_stride_seconds, self._text.max_tokens]
         facts = [settings, windows, self._spectrogram.settings, self._text.tokenizer.to_json()]
         return nameless_fingerprint(self.model, facts)
 

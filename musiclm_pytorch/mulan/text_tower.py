@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.encoder import TransformerEncoder
 from audiolm_pytorch.io import register
+from audiolm_pytorch.text_tokenizer import TextTokenizer, ids_of
 from musiclm_pytorch.mulan.pooling import pooled_layers
-from musiclm_pytorch.mulan.tokenizer import SeenWords, TextTokenizer, ids_of
+from musiclm_pytorch.mulan.seen_words import SeenWords
 
 __all__ = ["TextTower", "TextTransformer"]
 

@@ -7,7 +7,8 @@
 """
 
 import sys
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 
@@ -29,7 +30,7 @@ SAMPLE_HZ = 16_000
 CROP_SECONDS = 5.0
 # A quarter of what is heard is speech, though there are but twenty minutes of it.
 NUM_SPOKEN_CLIPS, NUM_SPOKEN_VALID, NUM_MUSIC_VALID = 1500, 40, 60
-_LEAST_PAUSE_SECONDS, _MOST_PAUSE_SECONDS = 0.02, 0.4
+_PAUSE_SECONDS = (0.02, 0.4)
 
 NUM_STEPS = 6000
 LAYER, NUM_CLUSTERS = 3, 1024
@@ -47,38 +48,46 @@ def build_encoder(seed: int = 0) -> BestRQEncoder:
 
 
 @beartype
-def join_words(speech: Path, out: Path, num_clips: int, seed: int = 0) -> list[AudioItem]:
+def join_words(
+    words: Sequence[AudioItem],
+    out: Path,
+    num_clips: int,
+    seed: int = 0,
+    pause_seconds: tuple[float, float] = _PAUSE_SECONDS,
+) -> list[AudioItem]:
     """Join recorded words of one speaker into clips as long as a crop, with short pauses between them.
 
-    Alone, words are much shorter than a crop, and batches would be mostly padding.
+    Alone, words are much shorter than a crop, and batches would be mostly padding. Pauses are digital silence, which
+    tells nothing of who speaks.
 
     Args:
-        speech: Folder of spoken digits with a manifest that names the `speaker`.
+        words: Spoken words with the label `speaker`.
         out: Folder for the clips; those that are there are kept.
         num_clips: Number of clips.
         seed: Of speakers, words and pauses.
+        pause_seconds: Shortest and longest pause before a word.
 
     Returns:
-        The clips.
+        The clips, with the label `speaker`.
     """
     by_speaker: dict[str, list[AudioItem]] = {}
-    for item in load_items(speech).items:
-        if not is_held_out(item):
-            by_speaker.setdefault(str(item.labels["speaker"]), []).append(item)
+    for item in words:
+        by_speaker.setdefault(str(item.labels["speaker"]), []).append(item)
     num_samples = samples_in(CROP_SECONDS, SAMPLE_HZ)
+    speakers: list[str] = []
     for index in range(num_clips):
+        rng = Random(f"{seed} {index}")
+        speakers.append(rng.choice(sorted(by_speaker)))
         path = out / f"spoken-{index:05d}.wav"
         if path.is_file():
             continue
-        rng = Random(f"{seed} {index}")
-        words = by_speaker[rng.choice(sorted(by_speaker))]
         parts: list[torch.Tensor] = []
         while sum(len(part) for part in parts) < num_samples:
-            pause_seconds = rng.uniform(_LEAST_PAUSE_SECONDS, _MOST_PAUSE_SECONDS)
-            parts.append(torch.zeros(round(pause_seconds * SAMPLE_HZ)))
-            parts.append(read_audio(rng.choice(words).path, SAMPLE_HZ)[0][0])
+            parts.append(torch.zeros(round(rng.uniform(*pause_seconds) * SAMPLE_HZ)))
+            parts.append(read_audio(rng.choice(by_speaker[speakers[-1]]).path, SAMPLE_HZ)[0][0])
         write_audio(path, torch.cat(parts)[:num_samples], SAMPLE_HZ)
-    return load_items(out).items[:num_clips]
+    joined = load_items(out).items[:num_clips]
+    return [replace(item, labels={"speaker": speaker}) for item, speaker in zip(joined, speakers, strict=True)]
 
 
 @beartype
@@ -92,7 +101,8 @@ def main(music: Path, speech: Path, out: Path, seed: int = 0, scale: float = 1.0
         seed: Of weights, data order and noise.
         scale: Multiplies the number of steps.
     """
-    spoken = join_words(speech, out / "speech", NUM_SPOKEN_CLIPS, seed)
+    words = [item for item in load_items(speech).items if not is_held_out(item)]
+    spoken = join_words(words, out / "speech", NUM_SPOKEN_CLIPS, seed)
     heard, held_out = load_split(music)
     num_steps = max(10, round(scale * NUM_STEPS))
     encoder = build_encoder(seed)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from audiolm_pytorch.conditioning import Conditioning
+from audiolm_pytorch.conditioning import Conditioning, Conditions
 from audiolm_pytorch.stages import CoarseTransformer, FineTransformer, SemanticTransformer, TokenTransformer
 from audiolm_pytorch.stages.streams import PackedTokens
 
@@ -97,13 +97,13 @@ def tiny_stages(**changes: object) -> dict[str, TokenTransformer]:
     }
 
 
-def random_conditioning(batch: int, levels: int = 3, dim: int = 8) -> Conditioning:
+def random_conditions(batch: int, levels: int = 3, dim: int = 8) -> Conditions:
     """Conditions that are all different."""
-    return Conditioning(torch.randn(batch, levels, dim), torch.ones(batch, levels, dtype=torch.bool))
+    return Conditions(codes=Conditioning(torch.randn(batch, levels, dim), torch.ones(batch, levels, dtype=torch.bool)))
 
 
 def memorise(
-    model: TokenTransformer, packed: PackedTokens, conditioning: Conditioning | None = None, steps: int = 300
+    model: TokenTransformer, packed: PackedTokens, conditioning: Conditions | None = None, steps: int = 300
 ) -> float:
     """Train until every token is certain; gives the last loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)

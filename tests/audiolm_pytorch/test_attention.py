@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from audiolm_pytorch.attention import CausalSelfAttention, KVCache, Slots, attend_causally
+from audiolm_pytorch.attention import CausalSelfAttention, KVCache, Slots, Surroundings, attend, visible_slots
 from audiolm_pytorch.layers import GatedFeedForward, RMSNorm, RotaryPositions, rotate
 
 
@@ -72,31 +72,32 @@ def test_attention_is_the_textbook_formula():
     scores = rotate(q, cos, sin) @ rotate(k, cos, sin).mT / 12**0.5
     weights = scores.masked_fill(torch.ones(7, 7).triu(1).bool(), float("-inf")).softmax(-1)
     wanted = attention.to_out((weights @ v).transpose(1, 2).flatten(2))
-    torch.testing.assert_close(attention(x, (cos, sin)), wanted, atol=1e-5, rtol=1e-4)
+    around = Surroundings(angles=(cos, sin), bias=None, is_causal=True)
+    torch.testing.assert_close(attention(x, around), wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_plain_product_of_bfloat16_agrees_with_the_fused_kernel():
     """The fast way on a CPU is the same attention."""
     q, k, v = torch.randn(3, 2, 2, 40, 16).bfloat16()
     fused = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
-    torch.testing.assert_close(attend_causally(q, k, v).float(), fused, atol=0.03, rtol=0.03)
+    torch.testing.assert_close(attend(q, k, v, is_causal=True).float(), fused, atol=0.03, rtol=0.03)
 
 
 @pytest.mark.parametrize("starts", [[0, 0], [3, 3], [2, 5], [0, 4]])
 @pytest.mark.parametrize("count", [1, 3])
 def test_slots_let_every_row_read_its_own_past(starts, count):
-    """Mask, causality flag and extent say the same as a loop over rows and slots."""
+    """Positions, extent and mask say the same as a loop over rows and slots; padding in front reads itself alone."""
     slots = Slots.after(starts, count)
     assert slots.extent == max(starts) + count
-    for item, start in enumerate(starts):
-        for row in range(count):
-            readable = [slot <= start + row for slot in range(slots.extent)]
-            if slots.mask is not None:
-                assert slots.mask[item, 0, row].tolist() == readable and not slots.is_causal
-            elif slots.is_causal:
-                assert start == 0 and slots.extent == count
-            else:
-                assert all(readable)
+    assert slots.start == (starts[0] if starts[0] == starts[1] else None)
+    padding = torch.tensor([0, 2])
+    for skip in (None, padding):
+        mask = visible_slots(slots.positions, slots.extent, skip)
+        for item, start in enumerate(starts):
+            hidden = 0 if skip is None else int(skip[item])
+            for row in range(count):
+                readable = [hidden <= slot <= start + row or slot == start + row for slot in range(slots.extent)]
+                assert mask[item, 0, row].tolist() == readable
 
 
 def test_cache_is_written_in_place_at_each_items_position():

@@ -9,6 +9,7 @@ import torch
 
 from audiolm_pytorch.audio import resample
 from audiolm_pytorch.audiolm import AudioLM
+from audiolm_pytorch.conditioning import Conditions
 from audiolm_pytorch.sampling import SamplingSettings
 from audiolm_pytorch.stages import AudioTokens, SemanticTransformer
 from audiolm_pytorch.stages.wrappers import StageWrapper
@@ -21,7 +22,7 @@ from fakes import (
     FakeCodec,
     FakeConditioner,
     FakeSemanticTokenizer,
-    random_conditioning,
+    random_conditions,
     tiny_stages,
 )
 
@@ -70,18 +71,18 @@ def check_namespaces(audio_lm):
     """Every stage reads embeddings of its own table, of the codes of its own item."""
     prefixes = {}
     for name, stage in audio_lm.stages.items():
-        original = stage.transformer.prefix
+        original = stage.transformer.context
 
         def spied(conditioning, batch, name=name, original=original):
-            prefixes[name] = conditioning.embeddings
+            prefixes[name] = conditioning.codes.embeddings
             return original(conditioning, batch)
 
-        stage.transformer.prefix = spied
+        stage.transformer.context = spied
     try:
         audio_lm(text=["one", "three"], seconds=0.1)
     finally:
         for stage in audio_lm.stages.values():
-            del stage.transformer.prefix
+            del stage.transformer.context
     for name, table in audio_lm.audio_conditioner.tables.items():
         codes = torch.tensor([[3, 0, 0], [5, 0, 0]]) + torch.tensor([0, 10, 20])
         assert torch.equal(prefixes[name], table(codes)), name
@@ -94,7 +95,7 @@ def test_every_stage_is_conditioned_through_its_own_namespace(monkeypatch):
     assert audio_lm.audio_conditioner.asked == ["semantic", "coarse", "fine"]
 
     def condition(self, text, **nothing):
-        return self.audio_conditioner.conditioning(texts=text, namespace="semantic")
+        return Conditions(codes=self.audio_conditioner.conditioning(texts=text, namespace="semantic"))
 
     monkeypatch.setattr(StageWrapper, "condition", condition)
     with pytest.raises(AssertionError):
@@ -105,7 +106,7 @@ def test_finished_conditions_equal_those_of_the_conditioner():
     """A caller that holds the conditioner itself gets the same audio."""
     audio_lm = audiolm_of(conditioned=True)
     conditions = {
-        name: audio_lm.audio_conditioner.conditioning(texts=["four", "seventy"], namespace=name)
+        name: Conditions(codes=audio_lm.audio_conditioner.conditioning(texts=["four", "seventy"], namespace=name))
         for name in audio_lm.stages
     }
     by_text = audio_lm(text=["four", "seventy"], seconds=0.3, seeds=1)
@@ -297,4 +298,4 @@ def test_stages_without_a_condition_leave_it_to_the_others():
     assert audio_lm(text=["one", "three"], seconds=0.2).shape == (2, 160)
     assert audio_lm.audio_conditioner.asked == ["semantic"]
     with pytest.raises(ValueError, match=r"conditioning is by stage, of \['semantic', 'coarse', 'fine'\]; got"):
-        audio_lm(conditioning={"semantics": random_conditioning(1)}, seconds=0.2)
+        audio_lm(conditioning={"semantics": random_conditions(1)}, seconds=0.2)

@@ -12,9 +12,10 @@ from audiolm_pytorch.sampling import SamplingSettings, filter_logits, sample_tok
 from audiolm_pytorch.stages import Stream, TokenLayout, TokenTransformer
 from audiolm_pytorch.stages.decoding import decode
 from audiolm_pytorch.stages.windows import decode_in_windows, plan_windows
+from audiolm_pytorch.transformer import Context
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package
-from fakes import SIZES, random_conditioning
+from fakes import SIZES, random_conditions
 
 GREEDY = SamplingSettings(temperature=0)
 GIVEN = torch.randint(0, 10, (3, 5, 1), generator=torch.Generator().manual_seed(1))
@@ -61,18 +62,18 @@ def test_drawn_tokens_follow_the_distribution():
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_greedy_decoding_equals_a_loop_without_cache(pattern, scale):
     """Reading everything anew for every row, and guiding by hand, gives the same tokens."""
-    model, conditioning = model_of(pattern), random_conditioning(2)
+    model, conditioning = model_of(pattern), random_conditions(2)
     given = {"s": GIVEN[:2, :3]}
     settings = SamplingSettings(temperature=0, guidance_scale=scale)
     found = decode(model, given, {"a": 6}, conditioning=conditioning, settings=settings).streams["a"]
     canvas = model.layout.canvas(given, {"a": 6}, 2)
     ids, mask = canvas.packed.ids, canvas.packed.input_mask
-    prefixes = [model.prefix(conditioning, 2), model.null_embedding.expand(2, 3, -1)]
+    contexts = [model.context(conditioning, 2), Context(model.null_embedding.expand(2, 3, -1))]
     for row in range(1, ids.shape[1]):
         for item, column in canvas.packed.loss_mask[:, row].nonzero().tolist():
             head = int(canvas.head[item, row, column])
             logits = [
-                model.logits(model.hidden(ids[:, :row], mask[:, :row], prefix)[item, -1], head) for prefix in prefixes
+                model.logits(model.hidden(ids[:, :row], mask[:, :row], context)[item, -1], head) for context in contexts
             ]
             token = guide(logits[0], logits[1], scale)[:20].argmax()
             ids[item, row, column] = model.layout.heads[head].first_id + token
@@ -90,7 +91,7 @@ def test_guidance_is_the_formula_and_one_is_off():
     model.new_cache = lambda batch, slots: batches.append(batch) or original(batch, slots)
     for scale in (1.0, 2.0):
         settings = SamplingSettings(guidance_scale=scale)
-        decode(model, {"s": GIVEN}, {"a": 4}, conditioning=random_conditioning(1), settings=settings)
+        decode(model, {"s": GIVEN}, {"a": 4}, conditioning=random_conditions(1), settings=settings)
     assert batches == [3, 6]
     with pytest.raises(ValueError, match="needs a conditioning"):
         decode(model, {"s": GIVEN}, {"a": 4}, settings=SamplingSettings(guidance_scale=2.0))
@@ -99,7 +100,7 @@ def test_guidance_is_the_formula_and_one_is_off():
 @pytest.mark.parametrize("pattern", ["flat", "delayed"])
 def test_an_item_depends_on_nothing_but_its_seed_and_inputs(pattern):
     """Item i is the same alone, in another order, and beside items of other lengths and prompts."""
-    model, conditioning = model_of(pattern), random_conditioning(3)
+    model, conditioning = model_of(pattern), random_conditions(3)
     prompt = torch.randint(0, 20, (3, 4, 2))
     known, wanted = torch.tensor([0, 4, 2]), torch.tensor([9, 7, 8])
     settings = SamplingSettings(temperature=0.9, top_k=15, guidance_scale=1.5)
@@ -158,9 +159,9 @@ def check_cost(model):
     hidden = type(model).hidden
     cache_write = KVCache.write
 
-    def counted(self, ids, mask, prefix=None, cache=None, slots=None):
+    def counted(self, ids, mask, context=None, cache=None, slots=None):
         rows.append(ids.shape[1])
-        out = hidden(self, ids, mask, prefix, cache, slots)
+        out = hidden(self, ids, mask, context, cache, slots)
         addresses.add(cache.keys.data_ptr())
         return out
 

@@ -13,7 +13,7 @@ from audiolm_pytorch.stages.decoding import Decoded, decode
 from audiolm_pytorch.stages.windows import decode_in_windows
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package
-from fakes import CONDITION, memorise, random_conditioning, tiny_stages
+from fakes import CONDITION, memorise, random_conditions, tiny_stages
 
 FRAMES = 24
 STAGES = ["semantic", "coarse", "fine", "coarse flat", "fine flat"]
@@ -34,7 +34,7 @@ def memorised(name):
         frames = int(FRAMES * stream.rate_hz / target.rate_hz)
         items = 1 if stream.given else 2
         streams[stream.name] = torch.randint(0, stream.vocab_size, (items, frames, stream.num_levels)).expand(2, -1, -1)
-    conditioning = random_conditioning(2)
+    conditioning = random_conditions(2)
     ends = torch.tensor([False, True]) if target.eos else None
     assert memorise(model, model.layout.pack(streams, ends=ends), conditioning) < 0.02
     return model, streams, conditioning

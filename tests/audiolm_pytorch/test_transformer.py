@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from audiolm_pytorch.attention import Slots
-from audiolm_pytorch.conditioning import Conditioning
+from audiolm_pytorch.conditioning import Conditioning, Conditions
 from audiolm_pytorch.io import load_module, save_module
 from audiolm_pytorch.stages import SemanticTransformer, Stream, TokenLayout, TokenTransformer
 from audiolm_pytorch.transformer import Transformer
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package
-from fakes import CONDITION, SIZES, random_conditioning, tiny_stages
+from fakes import CONDITION, SIZES, random_conditions, tiny_stages
 
 GIVEN, TARGET = Stream("s", 10, 1, 25, given=True), Stream("a", 20, 2, 50, eos=True)
 
@@ -45,13 +45,13 @@ def test_cached_logits_equal_uncached_ones(pattern, conditioned):
     """Reading row by row through the cache, items at unequal positions, gives the logits of reading all at once."""
     model = model_of(pattern)
     packed = batch_of(model)
-    prefix = model.prefix(random_conditioning(2) if conditioned else None, 2)
-    whole = model.hidden(packed.ids, packed.input_mask, prefix)
-    rows, offset = packed.ids.shape[1], prefix.shape[1]
+    context = model.context(random_conditions(2) if conditioned else None, 2)
+    whole = model.hidden(packed.ids, packed.input_mask, context)
+    rows, offset = packed.ids.shape[1], context.num_rows
     cache = model.new_cache(2, offset + rows)
     # Item 1 starts two rows later than item 0: what prefill wrote too much is overwritten before it is read.
     starts = [2, 4]
-    first = model.hidden(packed.ids[:, :4], packed.input_mask[:, :4], prefix, cache, Slots.after([0, 0], offset + 4))
+    first = model.hidden(packed.ids[:, :4], packed.input_mask[:, :4], context, cache, Slots.after([0, 0], offset + 4))
     torch.testing.assert_close(first, whole[:, :4], atol=1e-5, rtol=1e-5)
     items = torch.arange(2)
     while min(starts) < rows:
@@ -74,7 +74,7 @@ def test_untrained_loss_is_chance_and_scores_are_means_over_cells():
     packed = model.layout.pack(streams, lengths, torch.tensor([True, False]))
     found = model(packed)
     assert abs(found.loss.item() - math.log(20)) < 0.2
-    hidden = model.hidden(packed.ids, packed.input_mask, model.prefix(None, 2))
+    hidden = model.hidden(packed.ids, packed.input_mask, model.context(None, 2))
     nats = []
     for item, row, column in packed.loss_mask.nonzero().tolist():
         cell = int(packed.ids[item, row, column])
@@ -89,7 +89,7 @@ def test_untrained_loss_is_chance_and_scores_are_means_over_cells():
 def test_every_parameter_gets_a_gradient():
     """Nothing is built that is not trained."""
     model = model_of(cond_drop_prob=0.5).train()
-    conditioning = random_conditioning(8)
+    conditioning = random_conditions(8)
     streams = {"s": torch.arange(10).view(2, 5).repeat(4, 1), "a": torch.randint(0, 20, (8, 10, 2))}
     model(model.layout.pack(streams, ends=torch.ones(8, dtype=torch.bool)), conditioning).loss.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()] == []
@@ -104,7 +104,7 @@ def test_dropping_the_condition_reaches_the_loss(monkeypatch):
             stage.train()
             streams = {s.name: torch.randint(0, 12, (2, 4, s.num_levels)) for s in stage.layout.streams}
             packed = stage.layout.pack(streams)
-            losses = [stage(packed, random_conditioning(2)).loss.item() for _ in range(2)]
+            losses = [stage(packed, random_conditions(2)).loss.item() for _ in range(2)]
             assert losses[0] == losses[1]
 
     check()
@@ -116,11 +116,11 @@ def test_dropping_the_condition_reaches_the_loss(monkeypatch):
 def test_condition_is_dropped_item_by_item_only_in_training():
     """About p of the items lose theirs in training, none in evaluation; the dropped ones equal the masked ones."""
     model = model_of(cond_drop_prob=0.5)
-    conditioning = random_conditioning(1)
+    conditioning = random_conditions(1)
     packed = batch_of(model, batch=1)
     packed = type(packed)(*(part.expand(64, -1, -1) for part in vars(packed).values()))
     seen = []
-    model.prefix, original = lambda c, b: seen.append(c.mask.any(1)) or original(c, b), model.prefix
+    model.context, original = lambda c, b: seen.append(c.codes.mask.any(1)) or original(c, b), model.context
     model.eval()(packed, conditioning)
     model.train()(packed, conditioning)
     assert seen[0].all()
@@ -130,12 +130,12 @@ def test_condition_is_dropped_item_by_item_only_in_training():
 def test_masked_condition_entries_are_the_null_embedding():
     """What the mask hides has no influence; an item with nothing left is unconditional."""
     model = model_of()
-    conditioning = random_conditioning(2)
-    hidden = conditioning.without_trailing(torch.tensor([1, 0]))
+    codes = random_conditions(2).codes
+    hidden = codes.without_trailing(torch.tensor([1, 0]))
     other = Conditioning(torch.where(hidden.mask[..., None], hidden.embeddings, torch.randn(2, 3, 8)), hidden.mask)
-    torch.testing.assert_close(model.prefix(hidden, 2), model.prefix(other, 2))
-    assert torch.equal(model.prefix(hidden, 2)[1], model.null_embedding.expand(3, -1))
-    assert model.prefix(None, 2).shape == (2, model.null_tokens, 32)
+    torch.testing.assert_close(model.context(Conditions(hidden), 2).prefix, model.context(Conditions(other), 2).prefix)
+    assert torch.equal(model.context(Conditions(hidden), 2).prefix[1], model.null_embedding.expand(3, -1))
+    assert model.context(None, 2).prefix.shape == (2, model.null_tokens, 32)
 
 
 def test_right_padding_changes_nothing():
@@ -144,9 +144,11 @@ def test_right_padding_changes_nothing():
     streams = {"s": torch.randint(0, 10, (2, 5, 1)), "a": torch.randint(0, 20, (2, 10, 2))}
     both = model.layout.pack(streams, {"s": torch.tensor([2, 5]), "a": torch.tensor([4, 10])})
     alone = model.layout.pack({"s": streams["s"][:1, :2], "a": streams["a"][:1, :4]})
-    prefix = model.prefix(None, 2)
-    padded = model.hidden(both.ids, both.input_mask, prefix)[0, : alone.ids.shape[1]]
-    torch.testing.assert_close(padded, model.hidden(alone.ids, alone.input_mask, prefix[:1])[0], atol=1e-5, rtol=1e-5)
+    context = model.context(None, 2)
+    padded = model.hidden(both.ids, both.input_mask, context)[0, : alone.ids.shape[1]]
+    torch.testing.assert_close(
+        padded, model.hidden(alone.ids, alone.input_mask, model.context(None, 1))[0], atol=1e-5, rtol=1e-5
+    )
 
 
 def test_bfloat16_autocast_is_close_and_its_loss_is_float32():
@@ -170,7 +172,7 @@ def test_saved_stage_is_the_same_model(name, tmp_path):
     loaded = load_module(tmp_path / name, expect=type(stage))
     assert loaded.config == stage.config and loaded.max_seconds == 2.5
     packed = stage.layout.pack({s.name: torch.randint(0, 12, (1, 4, s.num_levels)) for s in stage.layout.streams})
-    condition = random_conditioning(1)
+    condition = random_conditions(1)
     assert loaded(packed, condition).loss.item() == stage(packed, condition).loss.item()
 
 
@@ -197,8 +199,8 @@ def test_model_refuses_conditions_that_do_not_fit():
     model = model_of()
     packed = batch_of(model)
     with pytest.raises(ValueError, match="width"):
-        model(packed, random_conditioning(2, dim=9))
+        model(packed, random_conditions(2, dim=9))
     with pytest.raises(ValueError, match="batch of 2"):
-        model(packed, random_conditioning(3))
+        model(packed, random_conditions(3))
     with pytest.raises(ValueError, match="takes no condition"):
-        model_of(cond_dim=None)(packed, random_conditioning(2))
+        model_of(cond_dim=None)(packed, random_conditions(2))

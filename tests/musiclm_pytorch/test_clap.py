@@ -20,7 +20,7 @@ from musiclm_pytorch.embed_quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.mulan import ClapMuLaN, JointEmbedding
 from musiclm_pytorch.mulan.clap import ClapSpectrogram
 
-sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package
+sys.path.insert(0, str(Path(__file__).parents[1] / "audiolm_pytorch"))  # the tests are no package
 
 from published_texts import randomised, write_roberta_tokenizer
 

@@ -12,11 +12,11 @@ import torch
 from audiolm_pytorch.audio import write_audio
 from audiolm_pytorch.data.manifest import AudioItem, load_split
 from audiolm_pytorch.io import load_module
+from audiolm_pytorch.text_tokenizer import TextTokenizer
 from musiclm_pytorch.captions import CaptionSampler
 from musiclm_pytorch.mulan import AudioSpectrogramTransformer, MuLaN, TextTransformer
 from musiclm_pytorch.mulan.joint import JointEmbedding
 from musiclm_pytorch.mulan.layer_contrast import LayerContrast
-from musiclm_pytorch.mulan.tokenizer import TextTokenizer
 from musiclm_pytorch.training import MuLaNTrainer
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package

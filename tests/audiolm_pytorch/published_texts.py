@@ -10,6 +10,29 @@ from torch import nn
 
 CAPTIONS = ["slow piano ballad", "Fast violin jig with drums", "a harp, played slowly in an empty hall"] * 4
 
+KINDS = ("t5", "bert", "roberta")
+ORACLES = {"t5": "T5EncoderModel", "bert": "BertModel", "roberta": "RobertaModel"}
+TEXTS = ["Slow  piano", "a fast jig, with drums & a harp\nin an empty hall", "naïve Ünïcode 日本 🎻", "drums"]
+# one spelling of them: white space is collapsed before any tokenizer sees it
+CLEAN = [" ".join(text.split()) for text in TEXTS]
+SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=300)
+T5_SIZES = dict(vocab_size=300, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+FAMILIES = {
+    "AlbertModel": SIZES | {"embedding_size": 8},
+    "BertModel": SIZES,
+    "CamembertModel": SIZES,
+    "DebertaV2Model": SIZES | {"relative_attention": True, "position_buckets": 4, "pos_att_type": ["p2c", "c2p"]},
+    "DistilBertModel": dict(vocab_size=300, dim=16, n_layers=2, n_heads=2, hidden_dim=32),
+    "ElectraModel": SIZES | {"embedding_size": 8},
+    "ModernBertModel": SIZES | {"pad_token_id": 0, "local_attention": 4},
+    "MPNetModel": SIZES,
+    "MT5EncoderModel": T5_SIZES,
+    "RobertaModel": SIZES,
+    "T5EncoderModel": T5_SIZES,
+    "UMT5EncoderModel": T5_SIZES,
+    "XLMRobertaModel": SIZES,
+}
+
 
 def write_roberta_tokenizer(folder: Path) -> int:
     """Byte-level BPE as vocab.json and merges.txt, as beside CLAP and RoBERTa; returns how many tokens there are."""

@@ -1,9 +1,6 @@
-"""Texts to ids: a byte-level BPE for captions in which nothing is unknown, tokenizers of others, and seen words."""
+"""Texts to ids: a byte-level BPE for captions in which nothing is unknown, and tokenizers of others."""
 
 import logging
-import re
-import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -12,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-__all__ = ["PADDING", "SeenWords", "TextTokenizer", "checked_ids", "ids_of", "words_of"]
+__all__ = ["PADDING", "TextTokenizer", "checked_ids", "ids_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -20,9 +17,6 @@ PADDING = -1
 """What stands past the end of a text in a batch of ids; no id, so that no token of the vocabulary is lost to it."""
 
 _NUM_BYTES = 256
-# Letters alone: digits and signs are no words, and a single letter says nothing.
-_WORD = re.compile(r"[^\W\d_]{2,}")
-_WORDS_NAMED = 8
 
 
 class TextTokenizer:
@@ -109,10 +103,14 @@ class TextTokenizer:
             Tensor `[b, t]` int64, t = the longest text in tokens, shorter ones end in -1 (`PADDING`).
 
         Raises:
+            TypeError: If one is no text.
             ValueError: If there is no text, or one is empty.
         """
         if isinstance(texts, str):
             texts = [texts]
+        others = [(index, type(text).__name__) for index, text in enumerate(texts) if not isinstance(text, str)]
+        if others:  # beartype looks at one item of a sequence
+            raise TypeError(f"texts must be str, got {others[0][1]} at index {others[0][0]} of {len(texts)}")
         cleaned = [_clean(text) for text in texts]
         if not cleaned:
             raise ValueError("got an empty list of texts, need at least one")
@@ -123,7 +121,7 @@ class TextTokenizer:
         num_special = self.num_special_tokens
         longest = num_special + max(map(len, encodings))
         if max_tokens is not None and longest > max_tokens:
-            logger.warning("text of %d tokens truncated to the %d that the text tower reads", longest, max_tokens)
+            logger.warning("text of %d tokens truncated to the %d that are read", longest, max_tokens)
             for encoding in encodings:
                 encoding.truncate(max_tokens - num_special)
         if self.special_tokens:
@@ -138,16 +136,16 @@ class TextTokenizer:
 
 
 def ids_of(texts: str | Sequence[str] | Tensor, tokenizer: TextTokenizer, num_tokens: int, max_tokens: int) -> Tensor:
-    """Give the ids `[b, t]` of what a text tower was given: one text, several, or ids, which are checked.
+    """Give the ids `[b, t]` of what a text encoder was given: one text, several, or ids, which are checked.
 
     Args:
         texts: One text, several, or ids `[b, t]`.
         tokenizer: Turns texts into ids.
         num_tokens: Size of the embedding table.
-        max_tokens: Most tokens that the tower reads.
+        max_tokens: Most tokens that the encoder reads.
 
     Raises:
-        ValueError: If a text is empty, or ids are none that the tower can read.
+        ValueError: If a text is empty, or ids are none that the encoder can read.
     """
     if isinstance(texts, Tensor):
         return checked_ids(texts, num_tokens, max_tokens)
@@ -171,62 +169,6 @@ def checked_ids(ids: Tensor, num_tokens: int, max_tokens: int) -> Tensor:
     if bool(((ids[:, :-1] < 0) & (ids[:, 1:] >= 0)).any()):
         raise ValueError("ids follow after a -1, which marks the end of a text: pad texts on the right")
     return ids.long()
-
-
-@beartype
-def words_of(captions: Iterable[str], most: int = 50_000) -> list[str]:
-    """Collect the words of captions, as `SeenWords` needs them.
-
-    Args:
-        captions: Texts.
-        most: How many words to keep, the most frequent ones.
-
-    Returns:
-        Case-folded words of at least two letters, in alphabetical order.
-
-    Raises:
-        ValueError: If `most` is below 1.
-    """
-    if most < 1:
-        raise ValueError(f"most must be at least 1 word, got {most}")
-    counts = Counter(word for caption in captions for word in _words(caption))
-    return sorted(sorted(counts, key=lambda word: (-counts[word], word))[:most])
-
-
-class SeenWords:
-    """The words that a text tower was trained on; tells, once a text, when most of its words are others.
-
-    Such a text has an embedding like any other, and music comes out of it: nobody would see that it was not understood.
-
-    Args:
-        words: Case-folded words (see `words_of`).
-    """
-
-    @beartype
-    def __init__(self, words: Sequence[str]) -> None:
-        self.words = list(words)
-        self._known = frozenset(self.words)
-        self._warned: set[str] = set()
-
-    @beartype
-    def warn_of(self, texts: Sequence[str]) -> None:
-        """Log a warning for each text, not warned of before, of whose words more than half were never seen."""
-        for text in texts:
-            words = list(dict.fromkeys(_words(text)))
-            unseen = [word for word in words if word not in self._known]
-            if 2 * len(unseen) <= len(words) or text in self._warned:
-                continue
-            self._warned.add(text)
-            named = ", ".join(unseen[:_WORDS_NAMED]) + (", ..." if len(unseen) > _WORDS_NAMED else "")
-            logger.warning(
-                "%d of the %d words of %r were never seen in training, so the music may have little to do with it: %s",
-                *(len(unseen), len(words), text, named),
-            )
-
-
-def _words(text: str) -> list[str]:
-    """Words of a text, case-folded."""
-    return _WORD.findall(unicodedata.normalize("NFC", text).casefold())
 
 
 def _clean(text: str) -> str:

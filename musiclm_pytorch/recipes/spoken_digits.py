@@ -1,0 +1,256 @@
+"""An AudioLM on spoken digits, trained and judged in about an hour on one CPU core.
+
+    python -m musiclm_pytorch.recipes.spoken_digits --data speech_digits --out run
+
+`speech_digits` is a folder of recorded digits with a manifest (`digit`, `speaker`): the Free Spoken Digit Dataset, of
+which the files at hand begin with take 5. Takes 5 to 9 of each digit and speaker (`is_held_out`) are heard by nothing
+that is trained here: prompts are cut from them, and the judge is tried on them. Takes 48 and 49 are what validation
+losses are of, and the rest is learned from; the codec and the semantic tokenizer learned from all takes from 10 on.
+
+A word takes half a second, too little to be continued. So words of one speaker are joined, with pauses of 0.15 to 0.4 s
+of digital silence between them, into clips of 5 s; stages learn from 3 s of them at a time. Interrupted, the same
+command goes on where it was. At the end `OUT/figures.json` and `OUT/figures.md` say what the model can do.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from beartype import beartype
+
+from audiolm_pytorch import (
+    AudioLM,
+    CoarseTransformer,
+    CoarseTransformerTrainer,
+    FineTransformer,
+    FineTransformerTrainer,
+    SemanticTransformer,
+    SemanticTransformerTrainer,
+    SoundStream,
+    SoundStreamTrainer,
+)
+from audiolm_pytorch.audio import read_audio
+from audiolm_pytorch.codecs.protocol import Codec
+from audiolm_pytorch.codecs.training import MEL_ONLY
+from audiolm_pytorch.data import AudioItem
+from audiolm_pytorch.data.manifest import load_items
+from audiolm_pytorch.data.shards import TokenShards, write_shards
+from audiolm_pytorch.io import load_module, save_module
+from audiolm_pytorch.semantic.protocol import SemanticTokenizer
+from audiolm_pytorch.stages.fingerprints import shard_fingerprint
+from audiolm_pytorch.stages.stage_transformer import StageTransformer
+from musiclm_pytorch.bundled_parts import codec_named, tokenizer_named
+from musiclm_pytorch.evaluation.semantic_data import is_held_out
+from musiclm_pytorch.recipes.semantic import join_words
+
+__all__ = ["Words", "build_stages", "main", "open_audiolm", "split_words"]
+
+# Long enough for the judge to tell a pause from a stop inside a word.
+PAUSE_SECONDS = (0.15, 0.4)
+FIRST_VALID_TAKE = 48
+NUM_CODEC_CLIPS, NUM_CODEC_VALID = 1200, 16
+NUM_CLIPS, NUM_VALID_CLIPS = 2400, 64
+CODEC_STEPS = 1300
+# Of the eight levels of the codec the judge needs two; the coarse stage predicts two, the fine stage two more.
+NUM_COARSE_LEVELS, NUM_LEVELS = 2, 4
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Training of one stage: its steps, clips a step and their length."""
+
+    num_steps: int
+    batch_size: int
+    seconds: float
+
+
+STAGES = {"semantic": _Stage(1500, 32, 3.0), "coarse": _Stage(1800, 16, 3.0), "fine": _Stage(1200, 16, 2.0)}
+_SIZES: dict[str, Any] = dict(dim=192, depth=6, heads=3, dim_head=64, dropout=0.1)
+
+
+@dataclass(frozen=True)
+class Words:
+    """Recorded words: learned from, watched in training, and kept for the judgement."""
+
+    train: list[AudioItem]
+    valid: list[AudioItem]
+    test: list[AudioItem]
+
+
+@beartype
+def split_words(items: Sequence[AudioItem]) -> Words:
+    """Split recordings by their take.
+
+    Args:
+        items: Files called `digit_speaker_take`.
+
+    Returns:
+        Takes 10 to 47, from 48 on, and below 10.
+
+    Raises:
+        ValueError: If one of the three is empty, or a file is called otherwise.
+    """
+    kept = [item for item in items if not is_held_out(item)]
+    watched = [int(item.path.stem.rpartition("_")[2]) >= FIRST_VALID_TAKE for item in kept]
+    words = Words(
+        [item for item, is_watched in zip(kept, watched) if not is_watched],
+        [item for item, is_watched in zip(kept, watched) if is_watched],
+        [item for item in items if is_held_out(item)],
+    )
+    if not (words.train and words.valid and words.test):
+        raise ValueError(
+            f"need takes 0 to 9, 10 to {FIRST_VALID_TAKE - 1} and from {FIRST_VALID_TAKE} on, got "
+            f"{len(words.test)}, {len(words.train)} and {len(words.valid)} recordings of them"
+        )
+    return words
+
+
+@beartype
+def build_stages(codec: Codec, tokenizer: SemanticTokenizer, seed: int = 0) -> dict[str, StageTransformer]:
+    """The untrained stages, unconditional, 192 wide and 6 blocks deep.
+
+    Args:
+        codec: What the acoustic tokens come from.
+        tokenizer: What the semantic tokens come from.
+        seed: Of the initial weights.
+
+    Returns:
+        The stages by name.
+    """
+    torch.manual_seed(seed)
+    semantic_hz = Fraction(tokenizer.target_sample_hz, tokenizer.downsample_factor)
+    frame_hz = Fraction(codec.target_sample_hz, codec.downsample_factor)
+    acoustic = dict(codebook_size=codec.codebook_size, num_coarse_quantizers=NUM_COARSE_LEVELS, rate_hz=frame_hz)
+    return {
+        "semantic": SemanticTransformer(
+            num_semantic_tokens=tokenizer.codebook_size, rate_hz=semantic_hz, eos=False, **_SIZES
+        ),
+        "coarse": CoarseTransformer(
+            num_semantic_tokens=tokenizer.codebook_size, semantic_rate_hz=semantic_hz, **acoustic, **_SIZES
+        ),
+        "fine": FineTransformer(num_fine_quantizers=NUM_LEVELS - NUM_COARSE_LEVELS, **acoustic, **_SIZES),
+    }
+
+
+def _train_codec(words: Sequence[AudioItem], out: Path, seed: int, scale: float) -> SoundStream:
+    """The bundled codec, which never heard speech, trained further on joined words."""
+    clips = join_words(words, out / "codec_clips", NUM_CODEC_CLIPS, seed)
+    codec = codec_named("16khz")
+    if not isinstance(codec, SoundStream):
+        raise ValueError(f"the bundled codec is a {type(codec).__name__}, but one that can be trained is needed")
+    codec.train().requires_grad_(True)
+    num_steps = max(10, round(scale * CODEC_STEPS))
+    SoundStreamTrainer(
+        codec,
+        items=(clips[:-NUM_CODEC_VALID], clips[-NUM_CODEC_VALID:]),
+        batch_size=16,
+        num_train_steps=num_steps,
+        results_folder=out / "codec",
+        loss_weights=MEL_ONLY,
+        learning_rate=1e-3,
+        warmup_steps=min(100, num_steps // 10),
+        precision="bf16",
+        seed=seed,
+        validate_every=300,
+        log_every=50,
+    ).train()
+    save_module(codec, out / "model" / "codec")
+    return codec.eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def _tokens(clips: Sequence[AudioItem], codec: Codec, tokenizer: SemanticTokenizer, folder: Path) -> TokenShards:
+    """Semantic and acoustic tokens of clips."""
+
+    def make_record(index: int) -> dict[str, np.ndarray]:
+        wave = read_audio(clips[index].path, codec.target_sample_hz)[0]
+        return {
+            "semantic": tokenizer.forward(wave, codec.target_sample_hz)[0].numpy(),
+            "acoustic": codec.tokenize(wave)[0].numpy(),
+        }
+
+    fingerprint = shard_fingerprint(tokenizer, codec)
+    write_shards(folder, make_record, len(clips), fingerprint)
+    return TokenShards(folder, fingerprint)
+
+
+def _train_stages(
+    stages: dict[str, StageTransformer], shards: tuple[TokenShards, TokenShards], out: Path, seed: int, scale: float
+) -> None:
+    """Train the stages one after another and save them."""
+    trainers: dict[str, Any] = {
+        "semantic": SemanticTransformerTrainer,
+        "coarse": CoarseTransformerTrainer,
+        "fine": FineTransformerTrainer,
+    }
+    for name, transformer in stages.items():
+        run = STAGES[name]
+        num_steps = max(10, round(scale * run.num_steps))
+        trainers[name](
+            transformer=transformer,
+            shards=shards[0],
+            valid_shards=shards[1],
+            data_max_length_seconds=run.seconds,
+            batch_size=run.batch_size,
+            num_train_steps=num_steps,
+            results_folder=out / name,
+            learning_rate=1e-3,
+            warmup_steps=min(100, num_steps // 10),
+            precision="bf16",
+            seed=seed,
+            validate_every=300,
+            log_every=50,
+        ).train()
+        save_module(transformer, out / "model" / name)
+
+
+@beartype
+def open_audiolm(folder: str | Path) -> AudioLM:
+    """Open the model that `main` has trained.
+
+    Args:
+        folder: `OUT/model`.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        ValueError: If a part is missing.
+    """
+    parts: dict[str, Any] = {name: load_module(Path(folder) / name) for name in ("codec", *STAGES)}
+    stages = {f"{name}_transformer": parts[name] for name in STAGES}
+    return AudioLM(wav2vec=tokenizer_named("16khz"), codec=parts["codec"], **stages).eval()
+
+
+@beartype
+def main(data: Path, out: Path, seed: int = 0, scale: float = 1.0) -> None:
+    """Train codec and stages, and write what they can do to OUT/figures.json and OUT/figures.md.
+
+    Args:
+        data: Folder of spoken digits.
+        out: Folder of the run.
+        seed: Of weights, data order, noise, and what is generated.
+        scale: Multiplies the numbers of steps.
+    """
+    began = time.monotonic()
+    items = load_items(data).items
+    words = split_words(items)
+    tokenizer = tokenizer_named("16khz")
+    codec = _train_codec([item for item in items if not is_held_out(item)], out, seed, scale)
+    shards = []
+    for name, some, count in (("train", words.train, NUM_CLIPS), ("valid", words.valid, NUM_VALID_CLIPS)):
+        clips = join_words(some, out / f"{name}_clips", count, seed, PAUSE_SECONDS)
+        shards.append(_tokens(clips, codec, tokenizer, out / f"{name}_tokens"))
+    _train_stages(build_stages(codec, tokenizer, seed), (shards[0], shards[1]), out, seed, scale)
+    sys.stdout.write(f"trained in {(time.monotonic() - began) / 60:.1f} minutes\n")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
