@@ -7,7 +7,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Conditioner", "Conditioning", "Conditions", "guide"]
+__all__ = ["Conditioner", "Conditioning", "Conditions", "TextEncoder", "guide"]
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,25 @@ class Conditioner(Protocol):
 
     def dim(self, namespace: str) -> int:
         """Width of the embeddings of a namespace."""
+        ...
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """Turns texts into conditionings, a state for every token of a text (see `TextConditioner`)."""
+
+    @property
+    def dim(self) -> int:
+        """Width of the states."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that the states depend on."""
+        ...
+
+    def forward(self, texts: str | Sequence[str]) -> Conditioning:
+        """States `[b, t, dim]` float32 of one text or several, and the mask `[b, t]` of real ones; no gradients."""
         ...
 
 

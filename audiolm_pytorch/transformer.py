@@ -126,6 +126,8 @@ class Transformer(nn.Module):
     def new_cache(self, batch: int, num_slots: int) -> KVCache:
         """Allocate an empty cache for `batch` sequences of up to `num_slots` positions."""
         weight = self.norm.weight
+        # torch 2.13's CPU kernels attend a single row far slower in bfloat16 than in float32
+        is_cpu_half = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
         return KVCache(
             depth=self.depth,
             batch=batch,
@@ -133,7 +135,7 @@ class Transformer(nn.Module):
             num_slots=num_slots,
             dim_head=self.dim_head,
             device=weight.device,
-            dtype=weight.dtype,
+            dtype=torch.float32 if is_cpu_half else weight.dtype,
         )
 
     def forward(

@@ -11,9 +11,9 @@ import numpy as np
 from beartype import beartype
 
 from audiolm_pytorch.data.descriptions import is_encodable, texts_in
-from audiolm_pytorch.data.manifest import AudioItem
+from audiolm_pytorch.data.manifest import AudioItem, captions_of
 
-__all__ = ["CaptionSampler", "aspects_of", "captions_of", "parse_aspects", "texts_of"]
+__all__ = ["CaptionSampler", "aspects_of", "parse_aspects", "texts_of"]
 
 ASPECT_LABELS = ("aspects", "aspect_list")
 MAX_ASPECT_CHARACTERS = 2**16
@@ -25,19 +25,6 @@ _BETWEEN_PARTS = re.compile(r"(?<=[,;.!?])\s+")
 _SENTENCE_ENDS, _PART_ENDS = ".!?", ",;"
 # The crops of a clip are drawn from [seed, epoch, index]: words must not go with positions.
 _WORDS_STREAM = 0x776F7264
-
-
-@beartype
-def captions_of(item: AudioItem) -> list[str]:
-    """List every caption of an item: its `caption`, and those of the label `captions`.
-
-    Args:
-        item: Its label may be a text, a list of texts, or texts and lists by name; what is no text is left out.
-
-    Returns:
-        The captions in that order, each once.
-    """
-    return texts_in([item.caption, *texts_in(item.labels.get("captions"))])
 
 
 @beartype

@@ -16,7 +16,7 @@ from torch import nn
 
 from audiolm_pytorch.codecs import Codec
 from audiolm_pytorch.codecs.training import MEL_ONLY, SoundStreamTrainer
-from audiolm_pytorch.data.manifest import training_items
+from audiolm_pytorch.data.manifest import captions_of, training_items
 from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.files import read_weights
 from audiolm_pytorch.io import load_weights, read_json, save_module, write_json
@@ -40,7 +40,7 @@ from musiclm_pytorch.builders import (
     build_semantic_objective,
 )
 from musiclm_pytorch.bundle import CARD, PARTS, save_parts
-from musiclm_pytorch.captions import CaptionSampler, aspects_of, captions_of
+from musiclm_pytorch.captions import CaptionSampler, aspects_of
 from musiclm_pytorch.config import Preset, RunConfig
 from musiclm_pytorch.embed_quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.mulan import JointEmbedding

@@ -10,6 +10,7 @@ from beartype import beartype
 
 from audiolm_pytorch.codecs import Codec
 from audiolm_pytorch.data.crops import CropDataset
+from audiolm_pytorch.data.descriptions import encode_texts
 from audiolm_pytorch.data.manifest import AudioItem
 from audiolm_pytorch.data.shards import TokenShards, write_shards
 from audiolm_pytorch.semantic import SemanticTokenizer
@@ -37,7 +38,7 @@ def compute_tokens(
     Args:
         folder: Of the shards; chunks that are complete are not computed again.
         items: The files, a record each: `semantic [t]`, `acoustic [f, q]`, `latents [w, d]` of windows,
-            `text_latents [k, d]` of captions and `duration_seconds`.
+            `captions` (see `encode_texts`), `text_latents [k, d]` of these captions and `duration_seconds`.
         codec: Makes `acoustic`, of all its channels; the others hear their average.
         semantic_tokenizer: Makes `semantic`.
         mulan: Makes `latents`, one for each window, and `text_latents`, one for each caption.
@@ -66,6 +67,7 @@ def compute_tokens(
             "semantic": semantic_tokenizer.forward(mono[semantic_hz][None])[0].cpu().numpy(),
             "acoustic": codec.tokenize(waves[codec_hz][None])[0].cpu().numpy(),
             "latents": mulan.window_latents(mono[mulan_hz]).half().cpu().numpy(),
+            "captions": encode_texts(texts_of(items[index])),
             "text_latents": _of_captions(mulan, items[index]),
             "duration_seconds": np.asarray(items[index].num_samples / items[index].sample_hz, dtype=np.float32),
         }

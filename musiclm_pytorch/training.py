@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.data.batches import collate_crops
 from audiolm_pytorch.data.crops import CropDataset
-from audiolm_pytorch.data.manifest import AudioItem, load_split
+from audiolm_pytorch.data.manifest import AudioItem, captions_of, load_split
 from audiolm_pytorch.io import save_module
 from audiolm_pytorch.training import LoopSettings, LossOutput, Phase, TrainLoop, TrainResult
-from musiclm_pytorch.captions import CaptionSampler, aspects_of, captions_of, texts_of
+from musiclm_pytorch.captions import CaptionSampler, aspects_of, texts_of
 from musiclm_pytorch.chance_watch import ChanceWatch, TextUse, chance_loss
 from musiclm_pytorch.held_out import HeldOutClips
 from musiclm_pytorch.mulan.joint import JointEmbedding

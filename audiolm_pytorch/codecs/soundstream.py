@@ -125,6 +125,7 @@ class SoundStream(nn.Module):
         self.downsample_factor: int = self.encoder.downsample_factor
         self.num_quantizers: int = self.quantizer.num_quantizers
         self.codebook_size: int = self.quantizer.codebook_size
+        self.num_groups: int = getattr(self.quantizer, "num_groups", 1)
         self._check_parts_fit()
 
     def _check_parts_fit(self) -> None:

@@ -1,13 +1,22 @@
 """What users write about a clip: captions in every form they come in, in manifest lines and in files beside clips."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from beartype import beartype
 
-__all__ = ["is_encodable", "json_lines", "sidecar_description", "split_description", "texts_in"]
+__all__ = [
+    "decode_texts",
+    "encode_texts",
+    "is_encodable",
+    "json_lines",
+    "sidecar_description",
+    "split_description",
+    "texts_in",
+]
 
 SIDECAR_SUFFIXES = (".json", ".txt")
 # Far beyond what anybody writes about a clip; a file without line ends must not fill the memory.
@@ -43,6 +52,30 @@ def is_encodable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+@beartype
+def encode_texts(texts: Sequence[str]) -> np.ndarray:
+    """Turn texts into an array, as token shards hold them: the bytes `[n]` of a JSON list in UTF-8."""
+    return np.frombuffer(json.dumps(list(texts)).encode(), dtype=np.uint8)
+
+
+@beartype
+def decode_texts(data: np.ndarray) -> list[str]:
+    """Read the texts that `encode_texts` turned into an array, of whatever integers.
+
+    Raises:
+        ValueError: If the array holds anything else.
+    """
+    try:
+        texts = json.loads(data.astype(np.uint8).tobytes())
+    except (ValueError, RecursionError):
+        texts = None
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(
+            f"the texts of a record must be the bytes of a JSON list of texts, got {data[:20].tolist()}..."
+        )
+    return texts
 
 
 @beartype

@@ -13,7 +13,13 @@ from typing import Any
 from beartype import beartype
 
 from audiolm_pytorch.audio import decoded_info
-from audiolm_pytorch.data.descriptions import SIDECAR_SUFFIXES, json_lines, sidecar_description, split_description
+from audiolm_pytorch.data.descriptions import (
+    SIDECAR_SUFFIXES,
+    json_lines,
+    sidecar_description,
+    split_description,
+    texts_in,
+)
 
 __all__ = [
     "AudioItem",
@@ -21,6 +27,7 @@ __all__ = [
     "ItemReport",
     "Rejected",
     "audio_files",
+    "captions_of",
     "check_entries",
     "load_items",
     "load_split",
@@ -71,6 +78,19 @@ class ItemEntry:
     path: Path
     caption: str | None = None
     labels: dict[str, Any] = field(default_factory=dict)
+
+
+@beartype
+def captions_of(item: AudioItem) -> list[str]:
+    """List every caption of an item: its `caption`, and those of the label `captions`.
+
+    Args:
+        item: Its label may be a text, a list of texts, or texts and lists by name; what is no text is left out.
+
+    Returns:
+        The captions in that order, each once.
+    """
+    return texts_in([item.caption, *texts_in(item.labels.get("captions"))])
 
 
 @beartype

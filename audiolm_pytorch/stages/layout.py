@@ -318,7 +318,7 @@ class TokenLayout:
                 goes |= (packed.ids >= block.first_id) & (
                     packed.ids < block.first_id + self.streams[block.stream].vocab_size
                 )
-        goes &= packed.input_mask & rearrange(drop.to(goes.device), "b -> b 1 1")
+        goes &= rearrange(drop.to(goes.device), "b -> b 1 1")
         return replace(packed, ids=packed.ids.masked_fill(goes, self.null_id))
 
     # helpers

@@ -68,7 +68,8 @@ class StageTransformer(TokenTransformer):
         dim: Width d.
         depth: Number of blocks.
         token_fingerprints: Fingerprints of the tokenizers that made the tokens it was trained on, by kind (`semantic`,
-            `acoustic`); trainers fill the attribute of that name. A kind that is absent is unknown, and not checked.
+            `acoustic`), and of the `text_encoder` whose states it heard; trainers fill the attribute of that name. A
+            kind that is absent is unknown, and not checked.
         **stack: Further arguments of `TokenTransformer`.
 
     Raises:
@@ -100,7 +101,7 @@ class StageTransformer(TokenTransformer):
         super().__init__(layout=TokenLayout([*streams, *extra], pattern), dim=dim, depth=depth, cond_dim=width, **stack)
         self.sources = {**sources, **{one.name: TokenSource(one.name, 0, one.num_levels) for one in extra}}
         self.token_fingerprints: dict[str, str] = dict(token_fingerprints or {})
-        unused = set(self.token_fingerprints) - set(self.kinds)
+        unused = set(self.token_fingerprints) - set(self.fingerprinted)
         if unused:
             raise ValueError(f"the {self.namespace} stage has tokens of {self.kinds}, no fingerprint for {unused}")
         arranged: dict[str, Any] = {"pattern": pattern}
@@ -124,6 +125,11 @@ class StageTransformer(TokenTransformer):
     def kinds(self) -> tuple[str, ...]:
         """Kinds of tokens that the stage needs."""
         return tuple(dict.fromkeys(source.kind for source in self.sources.values()))
+
+    @property
+    def fingerprinted(self) -> tuple[str, ...]:
+        """What `token_fingerprints` may speak of: the kinds of tokens, and what made the texts' states it hears."""
+        return (*self.kinds, *([] if self.text_dim is None else ["text_encoder"]))
 
     def packed(self, tokens: AudioTokens, ends: Tensor | None = None) -> PackedTokens:
         """Pack the stage's streams of some sounds.
@@ -176,5 +182,5 @@ def _check_extra(streams: Sequence[Stream]) -> None:
     for stream in streams:
         if not stream.given:
             raise ValueError(f"extra stream '{stream.name}' is only read by the stage: set given=True")
-        if stream.name in ("semantic", "acoustic"):
+        if stream.name in ("semantic", "acoustic", "text_encoder"):
             raise ValueError(f"extra stream '{stream.name}' would be taken for the {stream.name} tokens: rename it")

@@ -1,7 +1,8 @@
 """What the training loop needs to train a stage: one task for all of them."""
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from beartype import beartype
 from torch import Tensor, nn
 
-from audiolm_pytorch.conditioning import Conditioner, Conditioning, Conditions
+from audiolm_pytorch.conditioning import Conditioner, Conditioning, Conditions, TextEncoder
 from audiolm_pytorch.stages.sources import StageSource
 from audiolm_pytorch.stages.stage_transformer import StageTransformer
 from audiolm_pytorch.stages.token_model import TokenLoss
@@ -17,6 +18,9 @@ from audiolm_pytorch.training import LossOutput, Phase
 from audiolm_pytorch.training.ranks import to_device
 
 __all__ = ["StageTask"]
+
+# Of a stage's config, what decides no weights: it is found out or filled in by training, or saves memory only.
+_NOT_DECISIVE = ("max_seconds", "token_fingerprints", "checkpoint_blocks")
 
 
 class StageTask:
@@ -26,16 +30,23 @@ class StageTask:
         transformer: The stage.
         train: Data to learn from.
         valid: Held-out data.
-        audio_conditioner: Makes conditions; the table of the stage's namespace is trained with the stage.
+        audio_conditioner: Makes conditions of codes; the table of the stage's namespace is trained with the stage.
+        text_conditioner: Makes conditions of captions; frozen. Items without a caption are not conditioned by it.
         level_drop_prob: Probability that an item's trailing conditioning levels are dropped, from a random level on, so
             that the stage also follows codes whose last levels are wrong.
         valid_batch_size: Items of a validation batch.
         max_valid_items: At most this many items are validated on.
         token_fingerprints: What is known of the tokenizers that make the data; a run is resumed with these alone.
 
+    Attributes:
+        identity: What must be the same when a run is resumed; whoever makes the sources adds what decides them.
+
     Raises:
         ValueError: If a conditioner is missing or not wanted.
     """
+
+    # Older checkpoints say nothing of these; `crop_seconds` comes from the trainer.
+    newer_identity = ("level_drop_prob", "crop_seconds", "transformer")
 
     @beartype
     def __init__(
@@ -45,6 +56,7 @@ class StageTask:
         valid: StageSource,
         *,
         audio_conditioner: Conditioner | None = None,
+        text_conditioner: TextEncoder | None = None,
         level_drop_prob: float | int = 0.0,
         valid_batch_size: int = 16,
         max_valid_items: int = 128,
@@ -54,8 +66,13 @@ class StageTask:
             raise ValueError(
                 "a conditioner and a transformer with audio_text_condition=True need each other: give both or neither"
             )
+        if (transformer.text_dim is None) != (text_conditioner is None):
+            raise ValueError(
+                "a text_conditioner and a transformer with a text_dim need each other: give both or neither"
+            )
         self.transformer, self.train, self.valid = transformer, train, valid
         self.conditioner, self.level_drop_prob = audio_conditioner, level_drop_prob
+        self.text_conditioner = text_conditioner
         self.valid_batch_size, self.num_valid_items = valid_batch_size, min(max_valid_items, len(valid))
         self.name = f"{transformer.namespace} transformer"
         parts: dict[str, nn.Module] = {"transformer": transformer}
@@ -66,10 +83,13 @@ class StageTask:
         self.num_items = len(train)
         self.chance = _chance(transformer)
         self.token_fingerprints = dict(token_fingerprints or {})
-        # Part of the run's identity in the loop's checkpoints. Nothing known, nothing said: as in older checkpoints.
-        self.identity: dict[str, Any] = (
-            {"token_fingerprints": self.token_fingerprints} if self.token_fingerprints else {}
-        )
+        config = {name: value for name, value in transformer.config.items() if name not in _NOT_DECISIVE}
+        self.identity: dict[str, Any] = {
+            "level_drop_prob": level_drop_prob,
+            "transformer": json.loads(json.dumps(config)),
+            # Nothing known, nothing said: as in older checkpoints.
+            **({"token_fingerprints": self.token_fingerprints} if self.token_fingerprints else {}),
+        }
 
     def batch(self, indices: list[tuple[int, int]]) -> Any:
         """Crops of (epoch, index) pairs."""
@@ -99,18 +119,37 @@ class StageTask:
         """Nothing depends on data."""
 
     def _predict(self, source: StageSource, batch: Any) -> TokenLoss:
-        """Tokens, condition and loss of a batch."""
+        """Tokens, conditions and loss of a batch."""
         given = source.read(batch)
-        conditions = None
-        if self.conditioner is not None:
-            # The conditioner hears audio in full precision, so that its codes are those of inference.
-            with torch.autocast(self.transformer.device.type, enabled=False):
-                conditioning = self.conditioner.conditioning(namespace=self.transformer.namespace, **given.condition)
-            if self.transformer.training and self.level_drop_prob > 0:
-                conditioning = _drop_levels(conditioning, self.level_drop_prob)
-            conditions = Conditions(codes=conditioning)
+        # Conditions are made in full precision, so that they are those of inference.
+        with torch.autocast(self.transformer.device.type, enabled=False):
+            codes, states = self._codes(given.condition), self._states(given.texts)
+        conditions = None if codes is None and states is None else Conditions(codes=codes, text=states)
         loss: TokenLoss = self.transformer(self.transformer.packed(given.tokens, given.ends), conditions)
         return loss
+
+    def _codes(self, heard: Mapping[str, Any]) -> Conditioning | None:
+        """Embedded codes of waves or codes; in training some lack their last levels."""
+        if self.conditioner is None:
+            return None
+        codes = self.conditioner.conditioning(namespace=self.transformer.namespace, **heard)
+        drops = self.transformer.training and self.level_drop_prob > 0
+        return _drop_levels(codes, self.level_drop_prob) if drops else codes
+
+    def _states(self, texts: Sequence[str | None] | None) -> Conditioning | None:
+        """States of texts, none where an item has no text; None if no item has one."""
+        named = [(item, text) for item, text in enumerate(texts or []) if text is not None]
+        if self.text_conditioner is None or texts is None or not named:
+            return None
+        device = self.transformer.device
+        if isinstance(self.text_conditioner, nn.Module):
+            self.text_conditioner.to(device)
+        read = self.text_conditioner.forward([text for _, text in named])
+        items = torch.tensor([item for item, _ in named], device=device)
+        embeddings = read.embeddings.new_zeros(len(texts), *read.embeddings.shape[1:]).to(device)
+        mask = torch.zeros(embeddings.shape[:2], dtype=torch.bool, device=device)
+        embeddings[items], mask[items] = read.embeddings.to(device), read.mask.to(device)
+        return Conditioning(embeddings, mask)
 
 
 def _drop_levels(conditioning: Conditioning, probability: float) -> Conditioning:
@@ -128,7 +167,7 @@ def _by_stream(found: TokenLoss) -> dict[str, Tensor | float]:
 def _chance(transformer: StageTransformer) -> dict[str, float]:
     """What guessing reaches: the logarithm of each vocabulary, weighted by how often its tokens come."""
     streams = transformer.layout.predicted
-    weights = [float(stream.rate_hz) * stream.num_levels for stream in streams]
+    weights = [float(stream.exact_hz) * stream.num_levels for stream in streams]
     chances = [math.log(stream.vocab_size) for stream in streams]
     by_head = {
         name: math.log(head.vocab_size)

@@ -16,7 +16,7 @@ def sample_rates(kinds: Collection[str], wav2vec: SemanticTokenizer | None, code
     """Rate (Hz) of the waves that each kind of token is made from.
 
     Args:
-        kinds: `semantic`, `acoustic` or both.
+        kinds: `semantic`, `acoustic` or both; nothing here makes others.
         wav2vec: The semantic tokenizer, needed for `semantic`.
         codec: The codec, needed for `acoustic`.
 
@@ -24,10 +24,12 @@ def sample_rates(kinds: Collection[str], wav2vec: SemanticTokenizer | None, code
         Rates by kind.
 
     Raises:
-        ValueError: If a tokenizer is missing.
+        ValueError: If a tokenizer is missing, or a kind is another one.
     """
     rates_hz: dict[str, int] = {}
     for kind in kinds:
+        if kind not in ("semantic", "acoustic"):
+            raise ValueError(f"'{kind}' tokens are not made of waves: hand in the tokens, or shards that hold them")
         tokenizer = {"semantic": wav2vec, "acoustic": codec}[kind]
         if tokenizer is None:
             needed = {"semantic": "wav2vec", "acoustic": "codec"}[kind]

@@ -8,19 +8,20 @@ from accelerate import Accelerator
 from beartype import beartype
 
 from audiolm_pytorch.codecs.protocol import Codec
-from audiolm_pytorch.conditioning import Conditioner
+from audiolm_pytorch.conditioning import Conditioner, TextEncoder
 from audiolm_pytorch.data.crops import crop_seconds
-from audiolm_pytorch.data.manifest import AudioItem, training_items
+from audiolm_pytorch.data.manifest import AudioItem, captions_of, training_items
 from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.files import write_weights
 from audiolm_pytorch.io import save_module, weights_of
 from audiolm_pytorch.semantic.protocol import SemanticTokenizer
 from audiolm_pytorch.stages.fingerprints import agreed_fingerprints
-from audiolm_pytorch.stages.sources import ShardSource, StageSource, WaveSource
+from audiolm_pytorch.stages.fit import check_fit
+from audiolm_pytorch.stages.shard_source import ShardSource
+from audiolm_pytorch.stages.sources import StageSource, WaveSource
 from audiolm_pytorch.stages.stage_transformer import StageTransformer
 from audiolm_pytorch.stages.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.stages.task import StageTask
-from audiolm_pytorch.stages.wrappers import check_fit
 from audiolm_pytorch.training import LoopSettings, TrainLoop, TrainResult
 
 __all__ = ["CoarseTransformerTrainer", "FineTransformerTrainer", "SemanticTransformerTrainer", "StageTrainer"]
@@ -39,7 +40,9 @@ class StageTrainer:
         transformer: The stage; trained in place.
         wav2vec: Semantic tokenizer, where tokens are made on the way; with shards it is only compared with theirs.
         codec: Codec, likewise.
-        audio_conditioner: Conditioner, for a transformer that takes a condition.
+        audio_conditioner: Conditioner, for a transformer that takes codes (`audio_text_condition`).
+        text_conditioner: Text encoder, for a transformer that hears captions (`text_dim`); frozen. The captions of a
+            recording take turns, one an epoch; recordings without captions are heard without.
         folder: Folder of audio files or JSONL manifest.
         items: Items to learn from and held-out items, instead of `folder`.
         shards: Token records to learn from, instead of both.
@@ -58,7 +61,8 @@ class StageTrainer:
     Raises:
         ValueError: If there is not exactly one source of data, or parts do not fit one another; e.g. if tokens are of
             another tokenizer than the one handed in, or than the one whose tokens the transformer knows. If `text_prob`
-            is no probability, or there is no conditioner to read captions.
+            is no probability, or there is no conditioner to read captions. If the transformer hears captions, and no
+            recording has any.
     """
 
     @beartype
@@ -69,6 +73,7 @@ class StageTrainer:
         wav2vec: SemanticTokenizer | None = None,
         codec: Codec | None = None,
         audio_conditioner: Conditioner | None = None,
+        text_conditioner: TextEncoder | None = None,
         folder: str | Path | None = None,
         items: tuple[Sequence[AudioItem], Sequence[AudioItem]] | None = None,
         shards: TokenShards | None = None,
@@ -83,55 +88,53 @@ class StageTrainer:
         text_prob: float | int = 0.0,
         **settings: Any,
     ) -> None:
-        check_fit(transformer, wav2vec, codec)
+        check_fit(transformer, wav2vec, codec, audio_conditioner, text_conditioner)
         loop_settings = LoopSettings(num_train_steps=num_train_steps, batch_size=batch_size, **settings)
         tokenizer = wav2vec if codec is None else codec
         sample_hz = None if tokenizer is None else tokenizer.target_sample_hz
         seconds = crop_seconds(data_max_length, data_max_length_seconds, sample_hz)
+        common: dict[str, Any] = {
+            "seconds": seconds,
+            "audio_conditioner": audio_conditioner,
+            "seed": loop_settings.seed,
+        }
         sources: list[StageSource]
         if shards is not None:
             if folder is not None or items is not None:
                 raise ValueError("give one source of data: a folder, items or shards")
             sources = [
-                ShardSource(
-                    part,
-                    transformer,
-                    seconds=seconds,
-                    audio_conditioner=audio_conditioner,
-                    text_prob=prob,
-                    seed=loop_settings.seed,
-                )
+                ShardSource(part, transformer, text_prob=prob, **common)
                 for part, prob in ((shards, text_prob), (valid_shards or shards, 0.0))
             ]
         else:
+            train, valid = training_items(folder, items, min_seconds=_one_token_seconds(wav2vec, codec))
+            if transformer.text_dim is not None and not any(captions_of(item) for item in train):
+                raise ValueError(
+                    f"the {transformer.namespace} transformer hears captions (text_dim), and no file has one of "
+                    f"{len(train)}: name them in a manifest or beside the files, or build the transformer without a text_dim"
+                )
             sources = [
-                WaveSource(
-                    part,
-                    transformer,
-                    seconds=seconds,
-                    wav2vec=wav2vec,
-                    codec=codec,
-                    audio_conditioner=audio_conditioner,
-                    text_prob=prob,
-                    seed=loop_settings.seed,
-                )
-                for part, prob in zip(
-                    training_items(folder, items, min_seconds=_one_token_seconds(wav2vec, codec)), (text_prob, 0.0)
-                )
+                WaveSource(part, transformer, wav2vec=wav2vec, codec=codec, text_prob=prob, **common)
+                for part, prob in ((train, text_prob), (valid, 0.0))
             ]
         self.transformer, self.conditioner = transformer, audio_conditioner
         self.task = StageTask(
             transformer,
             *sources,
             audio_conditioner=audio_conditioner,
+            text_conditioner=text_conditioner,
             level_drop_prob=level_drop_prob,
             valid_batch_size=batch_size,
             token_fingerprints=agreed_fingerprints(
-                transformer, wav2vec, codec, [one for one in (shards, valid_shards) if one is not None]
+                transformer,
+                wav2vec,
+                codec,
+                text_conditioner,
+                [one for one in (shards, valid_shards) if one is not None],
             ),
         )
-        if text_prob:
-            self.task.identity["text_prob"] = text_prob  # as what decides the weights; older checkpoints know none
+        # What else decides the weights; older checkpoints know no probability but 0, and nothing of crops.
+        self.task.identity |= {"crop_seconds": seconds, **({"text_prob": text_prob} if text_prob else {})}
         if transformer.max_seconds is None:
             # What it will have seen: recordings may all be shorter than the crop that was asked for.
             transformer.max_seconds = sources[0].crop_seconds

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from math import ceil
+from typing import Any
 
 import torch
 from beartype import beartype
@@ -11,10 +11,12 @@ from torch import Tensor
 
 from audiolm_pytorch.conditioning import Conditions
 from audiolm_pytorch.sampling import SamplingSettings, item_generators
-from audiolm_pytorch.stages.decoding import Decoded, TokenModel, decode
-from audiolm_pytorch.stages.layout import TokenLayout
+from audiolm_pytorch.stages.decoding import Decoded, Decoding, TokenModel
+from audiolm_pytorch.stages.item_tokens import ItemTokens, padded
+from audiolm_pytorch.stages.stream_inputs import check_tokens, frame_counts, stream_tokens
+from audiolm_pytorch.stages.streams import Stream
 
-__all__ = ["Window", "decode_in_windows", "plan_windows"]
+__all__ = ["Window", "WindowedDecoding", "decode_in_windows", "plan_windows"]
 
 
 @dataclass(frozen=True)
@@ -60,113 +62,306 @@ def decode_in_windows(
     streams: Mapping[str, Tensor],
     num_frames: int | Tensor,
     *,
-    window_frames: int | None = None,
     batch_size: int = 1,
     lengths: Mapping[str, int | Tensor] | None = None,
-    conditioning: Conditions | None = None,
-    settings: SamplingSettings | None = None,
-    seeds: Sequence[int | torch.Generator] | None = None,
-    callback: Callable[[int, int], None] | None = None,
-    allow_eos: bool = False,
+    **options: Any,
 ) -> Decoded:
-    """Complete the predicted stream of a model window by window; see `decode` for all that is not said here.
+    """Complete the predicted stream of a model window by window, at one go.
 
     Args:
         model: A model with one predicted stream.
-        streams: Given streams and the prompt.
+        streams: Given streams and the prompt, `[b, f, levels]` by name.
         num_frames: Frames wanted, prompt included, `[b]` or one int.
-        window_frames: Longest stretch to decode at once; None = no limit.
-        batch_size: As in `decode`.
-        lengths: As in `decode`.
-        conditioning: As in `decode`; the same in every window.
-        settings: As in `decode`.
-        seeds: As in `decode`.
-        callback: Called after every row of every window with the frames known and the frames wanted.
-        allow_eos: As in `decode`.
+        batch_size: Number of items b, where `streams` does not tell.
+        lengths: True frames of the streams handed in, `[b]` or one int; streams not named are whole.
+        **options: Further arguments of `WindowedDecoding`.
 
     Returns:
         The completed stream.
 
     Raises:
-        ValueError: If the model predicts several streams, a prompt is longer than what is wanted, or `decode` refuses.
+        ValueError: If streams do not fit the layout, or `WindowedDecoding` or `Decoding` refuses.
     """
+    items = items_of_streams(model.layout.streams, streams, lengths or {}, batch_size)
+    batch = len(next(iter(streams.values()))) if streams else batch_size
+    name = _predicted(model).name
+    run = WindowedDecoding(model, num_frames, prompt=items.pop(name, None), batch_size=batch, **options)
+    for given, tokens in items.items():
+        run.feed(given, tokens)
+    for given in set(run.awaited):
+        raise ValueError(f"stream '{given}' is missing, got {sorted(streams)}")
+    run.advance()
+    found = run.take()
+    return Decoded({name: padded(found)}, {name: torch.tensor([len(tokens) for tokens in found])})
+
+
+def items_of_streams(
+    streams: Sequence[Stream], handed: Mapping[str, Tensor], lengths: Mapping[str, int | Tensor], batch_size: int
+) -> dict[str, list[Tensor]]:
+    """Take padded batches of tokens apart.
+
+    Args:
+        streams: Streams of a layout.
+        handed: Tokens of some of them, `[b, f, levels]` or, of one level, `[b, f]`.
+        lengths: True frames of these, `[b]` or one int; streams not named are whole.
+        batch_size: Number of items b, where nothing is handed in.
+
+    Returns:
+        Tokens `[f_i, levels]` of every item, by name.
+
+    Raises:
+        ValueError: If a stream is unknown or has the wrong shape, a length does not fit, or a token is none.
+    """
+    present = [stream for stream in streams if stream.name in handed]
+    if not handed and not lengths:
+        return {}
+    tokens = stream_tokens(streams if set(handed) - {one.name for one in present} else present, handed, None)
+    batch = len(next(iter(tokens.values()))) if tokens else batch_size
+    whole = {name: ids.shape[1] for name, ids in tokens.items()}
+    counts = frame_counts(present, {**whole, **lengths}, batch)
+    check_tokens(present, tokens, counts)
+    return {
+        stream.name: [row[:count] for row, count in zip(tokens[stream.name], counts[:, index].tolist())]
+        for index, stream in enumerate(present)
+    }
+
+
+def _predicted(model: TokenModel) -> Stream:
+    """The one predicted stream of a model."""
     if len(model.layout.predicted) != 1:
         raise ValueError(f"windows need one predicted stream, got {[s.name for s in model.layout.predicted]}")
-    name = model.layout.predicted[0].name
-    batch = len(next(iter(streams.values()))) if streams else batch_size
-    known = _item_counts({**{key: ids.shape[1] for key, ids in streams.items()}, **(lengths or {})}, batch)
-    wanted = _item_counts({name: num_frames}, batch)[name]
-    total = int(wanted.max())
-    done = known.pop(name, torch.zeros_like(wanted))
-    if (done > wanted).any():
-        raise ValueError(
-            f"the prompt of '{name}' has {done.tolist()} frames, longer than what is wanted, {wanted.tolist()}: "
-            "shorten it or ask for more"
+    return model.layout.predicted[0]
+
+
+class WindowedDecoding:
+    """The completion of one predicted stream of any length, which can pause between frames and be fed meanwhile.
+
+    A window sees the second half of the one before as its prompt (MusicLM, arXiv:2301.11325, sec. 5.4), the frames of
+    given streams that cover it, and streams that are not in time whole. It starts as soon as it is covered. Windows
+    stand at the same places for all items and draw from generators of each item's own, so neither the batch, nor a
+    pause, nor what is fed early or late changes an item's tokens. One window's cache is held at a time, and nothing of
+    what no later window sees, once it was taken.
+
+    Args:
+        model: A model with one predicted stream.
+        num_frames: Frames wanted at most, prompt included, `[b]` or one int.
+        prompt: Tokens `[f_i, levels]` that every item begins with; None = no prompts.
+        window_frames: Longest stretch to decode at once; None = no limit.
+        batch_size: Number of items b.
+        conditioning: The conditions, of 1 or b items; the same in every window.
+        settings: As in `Decoding`.
+        seeds: As in `Decoding`.
+        callback: Called after every row with the frames known and the frames wanted, of the item that has most of them.
+        allow_eos: As in `Decoding`.
+
+    Raises:
+        ValueError: If the model predicts several streams, a prompt is longer than what is wanted, or windows are too
+            short to advance.
+    """
+
+    @beartype
+    def __init__(
+        self,
+        model: TokenModel,
+        num_frames: int | Tensor,
+        *,
+        prompt: Sequence[Tensor] | None = None,
+        window_frames: int | None = None,
+        batch_size: int = 1,
+        conditioning: Conditions | None = None,
+        settings: SamplingSettings | None = None,
+        seeds: Sequence[int | torch.Generator] | None = None,
+        callback: Callable[[int, int], None] | None = None,
+        allow_eos: bool = False,
+    ) -> None:
+        stream = _predicted(model)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.name, self._model, self._callback = stream.name, model, callback
+        nothing = torch.zeros(0, stream.num_levels, dtype=torch.long, device=model.device)
+        beginning = [nothing] * batch_size if prompt is None else [tokens.to(nothing) for tokens in prompt]
+        self._wanted: list[int] = frame_counts([stream], {stream.name: num_frames}, batch_size)[:, 0].tolist()
+        known = [len(tokens) for tokens in beginning]
+        if len(known) != batch_size or any(count > wanted for count, wanted in zip(known, self._wanted)):
+            raise ValueError(
+                f"the prompt of '{stream.name}' has {known} frames, longer than what is wanted, {self._wanted}: "
+                "shorten it or ask for more"
+            )
+        self._windows = plan_windows(max(self._wanted), window_frames, model.layout.frame_alignment)
+        self._number = 0  # of the window that is under way or comes next
+        self._context, self._fresh = ItemTokens(beginning), [[tokens] for tokens in beginning]
+        self._given: dict[str, ItemTokens] = {}
+        self._is_whole: dict[str, list[bool]] = {}
+        self._decoding: Decoding | None = None
+        self._items: list[int] = []  # those that the window under way decodes
+        self._options: dict[str, Any] = {"settings": settings, "allow_eos": allow_eos}
+        self._conditioning = None if conditioning is None else conditioning.repeated_to(batch_size)
+        self._generators = item_generators(seeds, batch_size)
+
+    # what is known
+
+    @property
+    def known_frames(self) -> Tensor:
+        """Whole frames `[b]` int64 that are known of every item, prompts included."""
+        return torch.tensor(self._context.counts)
+
+    @property
+    def are_done(self) -> Tensor:
+        """`[b]` bool, which items have ended or have all that they want."""
+        return self.known_frames >= torch.tensor(self._wanted)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to be drawn."""
+        return not self.is_behind(None)
+
+    def is_behind(self, until_frames: int | None) -> bool:
+        """Whether an item that goes on has fewer whole frames than `until_frames` (None = than it wants)."""
+        return any(
+            count < (wanted if until_frames is None else min(wanted, until_frames))
+            for count, wanted in zip(self._context.counts, self._wanted)
         )
-    given = {key: ids for key, ids in streams.items() if key != name}
-    generators = item_generators(seeds, batch)
-    conditioning = None if conditioning is None else conditioning.repeated_to(batch)
-    out = _with_prompt(streams.get(name), (batch, total, model.layout.predicted[0].num_levels), model.device)
-    for window in plan_windows(total, window_frames, model.layout.frame_alignment):
-        stop = wanted.clamp(max=window.stop)
-        items = (done < stop).nonzero().squeeze(1)
-        if not len(items):
-            continue
-        part, counts = _covering(model.layout, given, known, window)
-        part[name], counts[name] = out[:, window.start : window.stop], (done - window.start).clamp(min=0)
-        piece = decode(
-            model,
-            {key: ids[items.to(ids.device)] for key, ids in part.items()},
-            {name: stop[items] - window.start},
+
+    @property
+    def awaited(self) -> dict[str, int]:
+        """Frames of given streams that have to be known before the next window can start; empty = it can."""
+        window, items = self._next_window()
+        if window is None or self._decoding is not None:
+            return {}
+        awaited: dict[str, int] = {}
+        for stream in self._model.layout.given:
+            if stream.is_in_time:
+                known = self._given[stream.name].counts if stream.name in self._given else [0] * len(self._wanted)
+                is_whole = self._is_whole.get(stream.name, [False] * len(known))
+                covers = dict(zip(items, self._covering(stream, items, window)))
+                short = [stop for item, stop in covers.items() if known[item] < stop and not is_whole[item]]
+                awaited |= {stream.name: max(short)} if short else {}
+        return awaited
+
+    # what others do to it
+
+    @beartype
+    def feed(self, name: str, tokens: Sequence[Tensor], are_whole: Tensor | None = None) -> None:
+        """Add frames to the end of a given stream.
+
+        Args:
+            name: The stream.
+            tokens: Next frames `[f_i, levels]` of every item; none is none.
+            are_whole: `[b]` bool, for which items these are the last; None = for all.
+
+        Raises:
+            ValueError: If there is no such given stream, or another number of items.
+        """
+        if name not in [stream.name for stream in self._model.layout.given]:
+            raise ValueError(f"'{name}' is none of the given streams {[s.name for s in self._model.layout.given]}")
+        if len(tokens) != len(self._wanted):
+            raise ValueError(f"'{name}' needs tokens of {len(self._wanted)} items, got {len(tokens)}")
+        if name not in self._given:
+            self._given[name] = ItemTokens([one[:0].to(self._model.device) for one in tokens])
+        for item, one in enumerate(tokens):
+            self._given[name].append(item, one)
+        self._is_whole[name] = [True] * len(tokens) if are_whole is None else are_whole.tolist()
+
+    def limit(self, num_frames: Sequence[int | None]) -> None:
+        """Let items want fewer frames than was said first (None = as before), but none less than it has."""
+        for item, (count, known) in enumerate(zip(num_frames, self._context.counts, strict=True)):
+            if count is not None:
+                self._wanted[item] = min(self._wanted[item], max(count, known))
+
+    def advance(self, until_frames: int | None = None) -> None:
+        """Decode until every item has so many whole frames, has ended, has all it wants, or has to wait for its givens.
+
+        Args:
+            until_frames: Frames, prompts included; None = all.
+        """
+        while self.is_behind(until_frames) and not self.awaited:
+            window, items = self._next_window()
+            if window is None:
+                return
+            if self._decoding is None:
+                self._open(window, items)
+            self._read_on(window, until_frames)
+
+    def take(self) -> list[Tensor]:
+        """Frames `[f_i, levels]` of every item that became known since this was called last, prompts included."""
+        taken = [torch.cat(parts) for parts in self._fresh]
+        self._fresh = [[tokens[:0]] for tokens in taken]
+        return taken
+
+    # one window
+
+    def _next_window(self) -> tuple[Window | None, list[int]]:
+        """The window under way, or the next that has anything to decode, and its items."""
+        while self._decoding is None and self._number < len(self._windows):
+            stop = self._windows[self._number].stop
+            counts = self._context.counts
+            self._items = [i for i, count in enumerate(counts) if count < min(self._wanted[i], stop)]
+            if self._items:
+                break
+            self._number += 1
+        return (self._windows[self._number], self._items) if self._number < len(self._windows) else (None, [])
+
+    def _stops(self, items: Sequence[int], window: Window) -> list[int]:
+        """Where each item stops in a window."""
+        return [min(self._wanted[item], window.stop) for item in items]
+
+    def _covering(self, stream: Stream, items: Sequence[int], window: Window) -> list[int]:
+        """Frames of a given stream that cover a window, from its own beginning on, for each item."""
+        ratio = stream.exact_hz / _predicted(self._model).exact_hz
+        return [ceil(stop * ratio) for stop in self._stops(items, window)]
+
+    def _open(self, window: Window, items: list[int]) -> None:
+        """Start a window; what lies before it is not needed any more."""
+        layout, stops = self._model.layout, self._stops(items, window)
+        streams, lengths = {}, {}
+        for stream in layout.given:
+            if stream.name in self._given:
+                tokens, start, ends = self._given[stream.name], 0, [max(self._given[stream.name].counts)] * len(items)
+                if stream.is_in_time:
+                    start = int(window.start * stream.exact_hz / _predicted(self._model).exact_hz)
+                    ends = self._covering(stream, items, window)
+                    tokens.forget_before(start)
+                streams[stream.name], lengths[stream.name] = tokens.between(items, start, ends)
+        self._context.forget_before(window.start)
+        streams[self.name], lengths[self.name] = self._carried(items, window)
+        self._decoding = Decoding(
+            self._model,
+            streams,
+            {self.name: torch.tensor(stops) - window.start},
             batch_size=len(items),
-            lengths={key: count[items] for key, count in counts.items()},
-            conditioning=None if conditioning is None else conditioning.chosen(items),
-            settings=settings,
-            seeds=[generators[i] for i in items.tolist()],
-            callback=None if callback is None else _of_whole(callback, window, total),
-            allow_eos=allow_eos,
+            lengths=lengths,
+            conditioning=None if self._conditioning is None else self._conditioning.chosen(torch.tensor(items)),
+            seeds=[self._generators[item] for item in items],
+            callback=None if self._callback is None else lambda row, num_rows: self._report(window),
+            **self._options,
         )
-        found = piece.streams[name]
-        out[items.to(out.device), window.start : window.start + found.shape[1]] = found
-        done[items] = window.start + piece.lengths[name]
-        wanted = torch.where(done < stop, done, wanted)  # whoever ended before the window did wants no more
-    return Decoded({name: out[:, : int(wanted.max())]}, {name: wanted})
 
+    def _carried(self, items: Sequence[int], window: Window) -> tuple[Tensor, Tensor]:
+        """What is known of the window already: the second half of the one before, or a prompt."""
+        counts = [self._context.counts[item] for item in items]
+        tokens, _ = self._context.between(items, window.start, [max(count, 1) for count in counts])
+        lengths = torch.tensor(counts) - window.start
+        return tokens[:, : int(lengths.max())], lengths
 
-def _item_counts(counts: Mapping[str, int | Tensor], batch: int) -> dict[str, Tensor]:
-    """Counts of every item, `[b]` int64 on the CPU."""
-    return {name: torch.as_tensor(count).cpu().long().expand(batch).clone() for name, count in counts.items()}
+    def _read_on(self, window: Window, until_frames: int | None) -> None:
+        """Decode on in the window under way, and keep what became known."""
+        if self._decoding is None:
+            return
+        self._decoding.advance(None if until_frames is None else until_frames - window.start)
+        found = self._decoding.decoded()
+        for row, (item, stop) in enumerate(zip(self._items, self._stops(self._items, window))):
+            known = self._context.counts[item] - window.start
+            tokens = found.streams[self.name][row, known : int(found.lengths[self.name][row])]
+            self._context.append(item, tokens)
+            self._fresh[item].append(tokens)
+            wanted = window.start + int(self._decoding.num_frames[self.name][row])
+            if wanted < stop:  # it ended by itself
+                self._wanted[item] = wanted
+        if self._decoding.is_done:
+            self._decoding = None
+            self._number += 1
 
-
-def _with_prompt(prompt: Tensor | None, shape: tuple[int, int, int], device: torch.device) -> Tensor:
-    """Tokens `[b, f, levels]`: the prompt, then -1."""
-    out = torch.full(shape, -1, device=device)
-    if prompt is not None:
-        prompt = prompt.unsqueeze(-1) if prompt.ndim == 2 else prompt
-        out[:, : prompt.shape[1]] = prompt[:, : shape[1]].to(out)
-    return out
-
-
-def _covering(
-    layout: TokenLayout, given: Mapping[str, Tensor], known: Mapping[str, Tensor], window: Window
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The frames of the given streams that cover a window, and how many of them each item has."""
-    part: dict[str, Tensor] = {}
-    counts: dict[str, Tensor] = {}
-    for stream in layout.given:
-        if stream.name in given:
-            ratio = Fraction(stream.rate_hz) / Fraction(layout.predicted[0].rate_hz)
-            tokens = given[stream.name]
-            start = min(int(window.start * ratio), tokens.shape[1] - 1)
-            part[stream.name] = tokens[:, start : max(start + 1, ceil(window.stop * ratio))]
-            counts[stream.name] = (known[stream.name] - start).clamp(min=1, max=part[stream.name].shape[1])
-    return part, counts
-
-
-def _of_whole(callback: Callable[[int, int], None], window: Window, total: int) -> Callable[[int, int], None]:
-    """Report rows of a window as frames of the whole; a flat layout has several rows a frame."""
-
-    def report(row: int, num_rows: int) -> None:
-        callback(window.start + (window.stop - window.start) * row // num_rows, total)
-
-    return report
+    def _report(self, window: Window) -> None:
+        """Tell the callback how far the furthest item is."""
+        if self._callback is not None and self._decoding is not None:
+            self._callback(window.start + int(self._decoding.known_frames.max()), max(self._wanted))

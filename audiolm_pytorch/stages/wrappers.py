@@ -1,7 +1,6 @@
 """A stage with what surrounds it: tokenizers on one side, a conditioner on the other."""
 
 from collections.abc import Callable, Mapping, Sequence
-from fractions import Fraction
 
 import torch
 from beartype import beartype
@@ -9,11 +8,11 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.audio import resample
 from audiolm_pytorch.codecs.protocol import Codec
-from audiolm_pytorch.conditioning import Conditioner, Conditions
+from audiolm_pytorch.conditioning import Conditioner, Conditions, TextEncoder
 from audiolm_pytorch.sampling import SamplingSettings
 from audiolm_pytorch.semantic.protocol import SemanticTokenizer
 from audiolm_pytorch.stages.decoding import Decoded
-from audiolm_pytorch.stages.fingerprints import agreed_fingerprints
+from audiolm_pytorch.stages.fit import check_fit
 from audiolm_pytorch.stages.stage_transformer import AudioTokens, StageTransformer
 from audiolm_pytorch.stages.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.stages.token_model import TokenLoss
@@ -25,47 +24,7 @@ __all__ = [
     "FineTransformerWrapper",
     "SemanticTransformerWrapper",
     "StageWrapper",
-    "check_fit",
 ]
-
-
-@beartype
-def check_fit(transformer: StageTransformer, wav2vec: SemanticTokenizer | None, codec: Codec | None) -> None:
-    """Refuse tokenizers whose tokens are not those that a stage's streams are declared for.
-
-    Args:
-        transformer: The stage.
-        wav2vec: Semantic tokenizer; None = not checked.
-        codec: Codec; None = not checked.
-
-    Raises:
-        ValueError: If vocabulary, number of levels or ratio of rates differ, or the stage was trained on tokens of
-            other tokenizers.
-    """
-    tokenizers = {"semantic": wav2vec, "acoustic": codec}
-    rates_hz: dict[str, Fraction] = {}
-    for stream in transformer.layout.streams:
-        source = transformer.sources[stream.name]
-        tokenizer = tokenizers[source.kind]
-        if tokenizer is None:
-            continue
-        where = f"stream '{stream.name}' of the {transformer.namespace} transformer"
-        if tokenizer.codebook_size != stream.vocab_size:
-            raise ValueError(f"{where} has {stream.vocab_size} tokens, its tokenizer {tokenizer.codebook_size}")
-        last_level = source.first_level + source.num_levels
-        if source.kind == "acoustic" and codec is not None and last_level > codec.num_quantizers:
-            raise ValueError(f"{where} reaches level {last_level}, the codec has {codec.num_quantizers}")
-        rates_hz[stream.name] = Fraction(tokenizer.target_sample_hz, tokenizer.downsample_factor)
-    if transformer.layout.pattern == "delayed":
-        factors = {rates_hz[s.name] / Fraction(s.rate_hz) for s in transformer.layout.streams if s.name in rates_hz}
-        if len(factors) > 1:
-            declared = {stream.name: float(stream.rate_hz) for stream in transformer.layout.streams}
-            raise ValueError(
-                f"the {transformer.namespace} transformer aligns streams of {declared} frames a second, the tokenizers "
-                f"give { {name: float(rate) for name, rate in rates_hz.items()} }: build it with their rates"
-            )
-    # Last, since it takes longest; where the stage remembers nothing there is nothing to compare.
-    agreed_fingerprints(transformer, wav2vec, codec, kinds=transformer.token_fingerprints)
 
 
 class StageWrapper(nn.Module):
@@ -75,10 +34,11 @@ class StageWrapper(nn.Module):
         transformer: The stage.
         wav2vec: Semantic tokenizer; needed where the stage's semantic tokens come from waves.
         codec: Codec; needed where the stage's acoustic tokens come from waves.
-        audio_conditioner: Makes conditions of texts, waves or codes.
+        audio_conditioner: Makes conditions of texts, waves or codes, for a stage that takes codes (`cond_dim`).
+        text_conditioner: Makes conditions of texts, for a stage that takes states of a text encoder (`text_dim`).
 
     Raises:
-        ValueError: If a tokenizer or the conditioner does not fit the stage.
+        ValueError: If a tokenizer or a conditioner does not fit the stage.
     """
 
     @beartype
@@ -88,21 +48,16 @@ class StageWrapper(nn.Module):
         wav2vec: SemanticTokenizer | None = None,
         codec: Codec | None = None,
         audio_conditioner: Conditioner | None = None,
+        text_conditioner: TextEncoder | None = None,
     ) -> None:
         super().__init__()
-        check_fit(transformer, wav2vec, codec)
+        check_fit(transformer, wav2vec, codec, audio_conditioner, text_conditioner)
         self.namespace = transformer.namespace
-        if audio_conditioner is not None and transformer.cond_dim is not None:
-            width = audio_conditioner.dim(self.namespace)
-            if width != transformer.cond_dim:
-                raise ValueError(
-                    f"the conditioner gives the {self.namespace} stage embeddings of width {width}, "
-                    f"the transformer takes {transformer.cond_dim}: set cond_dim={width}"
-                )
         self.transformer = transformer
         self.wav2vec = wav2vec
         self.codec = codec
         self.audio_conditioner = audio_conditioner
+        self.text_conditioner = text_conditioner
 
     @beartype
     def condition(
@@ -113,7 +68,10 @@ class StageWrapper(nn.Module):
         codes: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> Conditions | None:
-        """Make the stage's condition, in the namespace it was trained with.
+        """Make the stage's conditions: codes in the namespace it was trained with, and states of texts.
+
+        A text speaks through all that the stage takes: its codes, unless those of waves or codes are given, and its
+        states.
 
         Args:
             text: Texts, one per item or one for all.
@@ -122,20 +80,35 @@ class StageWrapper(nn.Module):
             lengths: Samples `[b]` of `wavs` that are no padding.
 
         Returns:
-            The condition; None if nothing was handed in.
+            The conditions; None if nothing was handed in.
 
         Raises:
-            ValueError: If there is no conditioner, or the transformer takes no condition.
+            ValueError: If a conditioner is missing, or the transformer takes no such condition.
         """
         if text is None and wavs is None and codes is None:
             return None
-        if self.audio_conditioner is None or self.transformer.cond_dim is None:
-            raise ValueError("a condition needs an audio_conditioner and a transformer with audio_text_condition=True")
+        takes_codes, takes_states = self.transformer.cond_dim is not None, self.transformer.text_dim is not None
+        if not (takes_codes or (takes_states and wavs is None and codes is None)):
+            raise ValueError(
+                f"the {self.namespace} stage takes no such condition: it needs an audio_conditioner and a transformer "
+                "with audio_text_condition=True, or for texts a text_conditioner and a transformer with a text_dim"
+            )
         texts = [text] if isinstance(text, str) else text
-        made = self.audio_conditioner.conditioning(
-            texts=texts, wavs=wavs, codes=codes, lengths=lengths, namespace=self.namespace
-        )
-        return Conditions(codes=made)
+        states = None
+        if takes_states and texts is not None:
+            if self.text_conditioner is None:
+                raise ValueError(f"the {self.namespace} stage hears texts: it needs a text_conditioner")
+            states = self.text_conditioner.forward(texts)
+            if wavs is not None or codes is not None:
+                texts = None
+        made = None
+        if takes_codes:
+            if self.audio_conditioner is None:
+                raise ValueError(f"the {self.namespace} stage takes codes: it needs an audio_conditioner")
+            made = self.audio_conditioner.conditioning(
+                texts=texts, wavs=wavs, codes=codes, lengths=lengths, namespace=self.namespace
+            )
+        return Conditions(codes=made, text=states)
 
     @beartype
     def forward(
@@ -226,7 +199,7 @@ class StageWrapper(nn.Module):
         """Longest stretch that the stage was trained on, in predicted frames; None = no limit."""
         if self.transformer.max_seconds is None:
             return None
-        return int(self.transformer.max_seconds * self.transformer.layout.predicted[0].rate_hz + 1e-6)
+        return int(self.transformer.max_seconds * self.transformer.layout.predicted[0].exact_hz + 1e-6)
 
 
 class SemanticTransformerWrapper(StageWrapper):
@@ -235,7 +208,8 @@ class SemanticTransformerWrapper(StageWrapper):
     Args:
         transformer: The stage.
         wav2vec: Semantic tokenizer.
-        audio_conditioner: Makes conditions.
+        audio_conditioner: Makes conditions of codes.
+        text_conditioner: Makes conditions of texts' states.
     """
 
     @beartype
@@ -244,8 +218,9 @@ class SemanticTransformerWrapper(StageWrapper):
         transformer: SemanticTransformer,
         wav2vec: SemanticTokenizer | None = None,
         audio_conditioner: Conditioner | None = None,
+        text_conditioner: TextEncoder | None = None,
     ) -> None:
-        super().__init__(transformer, wav2vec, None, audio_conditioner)
+        super().__init__(transformer, wav2vec, None, audio_conditioner, text_conditioner)
 
 
 class CoarseTransformerWrapper(StageWrapper):
@@ -255,7 +230,8 @@ class CoarseTransformerWrapper(StageWrapper):
         transformer: The stage.
         codec: Codec.
         wav2vec: Semantic tokenizer.
-        audio_conditioner: Makes conditions.
+        audio_conditioner: Makes conditions of codes.
+        text_conditioner: Makes conditions of texts' states.
     """
 
     @beartype
@@ -265,8 +241,9 @@ class CoarseTransformerWrapper(StageWrapper):
         codec: Codec | None = None,
         wav2vec: SemanticTokenizer | None = None,
         audio_conditioner: Conditioner | None = None,
+        text_conditioner: TextEncoder | None = None,
     ) -> None:
-        super().__init__(transformer, wav2vec, codec, audio_conditioner)
+        super().__init__(transformer, wav2vec, codec, audio_conditioner, text_conditioner)
 
 
 class FineTransformerWrapper(StageWrapper):
@@ -275,7 +252,8 @@ class FineTransformerWrapper(StageWrapper):
     Args:
         transformer: The stage.
         codec: Codec.
-        audio_conditioner: Makes conditions.
+        audio_conditioner: Makes conditions of codes.
+        text_conditioner: Makes conditions of texts' states.
     """
 
     @beartype
@@ -284,5 +262,6 @@ class FineTransformerWrapper(StageWrapper):
         transformer: FineTransformer,
         codec: Codec | None = None,
         audio_conditioner: Conditioner | None = None,
+        text_conditioner: TextEncoder | None = None,
     ) -> None:
-        super().__init__(transformer, None, codec, audio_conditioner)
+        super().__init__(transformer, None, codec, audio_conditioner, text_conditioner)

@@ -78,7 +78,7 @@ class TrainLoop:
         if self.is_finished:
             finished = read_json(self.folder / "finished.json")
             identity = identity_of(self.task, self.settings, accelerator)
-            refuse_other_run(self.folder, finished["step"], finished["run"], identity)
+            refuse_other_run(self.folder, finished["step"], finished["run"], identity, self.task)
             return TrainResult(finished["step"], finished["metrics"])
         with preserved_generators():
             try:

@@ -86,7 +86,7 @@ class LiveRun:
         accelerator.wait_for_everyone()
         checkpoint = self.checkpoints.read() if self.checkpoints.path.exists() else None
         if checkpoint is not None:
-            refuse_other_run(folder, checkpoint.step, checkpoint.state["run"], self.identity)
+            refuse_other_run(folder, checkpoint.step, checkpoint.state["run"], self.identity, task)
         task.module.to(accelerator.device)
         if checkpoint is None:
             # The same on every process: what it does with random numbers must not depend on the rank.
@@ -285,9 +285,10 @@ def _phase_identity(phase: Phase) -> str:
     return phase.name if phase.first_step == 0 else f"{phase.name} from step {phase.first_step}"
 
 
-def refuse_other_run(folder: Path, step: int, there: dict[str, Any], here: dict[str, Any]) -> None:
-    """Raise unless what a folder holds belongs to this run."""
-    lines = differences(there, here)
+def refuse_other_run(folder: Path, step: int, there: dict[str, Any], here: dict[str, Any], task: Task) -> None:
+    """Raise unless what a folder holds belongs to this run; what older releases did not write is not compared."""
+    newer = getattr(task, "newer_identity", ())
+    lines = differences(there, {name: value for name, value in here.items() if name in there or name not in newer})
     if lines:
         raise ValueError(
             f"{folder} holds a run that was started otherwise (step {step}): {'; '.join(lines)}. "

@@ -121,7 +121,8 @@ class Phase:
 class Task(Protocol):
     """Everything that `TrainLoop` has to know about what it trains.
 
-    A task may have an attribute `identity`, JSON-able numbers of its own that must be the same when a run is resumed.
+    A task may have an attribute `identity`, JSON-able numbers of its own that must be the same when a run is resumed,
+    and `newer_identity`, the names in it that checkpoints of older releases lack: there, they are not compared.
     """
 
     @property

@@ -13,6 +13,7 @@ from audiolm_pytorch.data.manifest import AudioItem, load_items
 from audiolm_pytorch.io import load_module, register, save_module
 from musiclm_pytorch.evaluation.clips import labels_of, load_clips
 from musiclm_pytorch.evaluation.features import ClipFeatures
+from musiclm_pytorch.evaluation.words import WordFeatures
 
 __all__ = ["ATTRIBUTES", "AttributeClassifier", "fit_attribute_classifier", "fitted_classifier"]
 
@@ -24,17 +25,24 @@ INVERSE_REGULARISATION = 0.02
 MIN_SCALE = 0.1
 MAX_DEVIATIONS = 4.0
 CLIPS_AT_ONCE = 50
+# What can describe clips, by the name that a config has; one without a name is of ClipFeatures.
+_FEATURES: dict[str, type[ClipFeatures] | type[WordFeatures]] = {
+    "ClipFeatures": ClipFeatures,
+    "WordFeatures": WordFeatures,
+}
 
 
 @register
 class AttributeClassifier(nn.Module):
-    """One linear classifier per attribute over standardised `ClipFeatures`; saved as any module, without pickle."""
+    """One linear classifier per attribute over standardised features; saved as any module, without pickle."""
 
     mean: Tensor
     scale: Tensor
 
     @beartype
-    def __init__(self, *, classes: Mapping[str, Sequence[str]], num_features: int, features: ClipFeatures) -> None:
+    def __init__(
+        self, *, classes: Mapping[str, Sequence[str]], num_features: int, features: ClipFeatures | WordFeatures
+    ) -> None:
         """Make an unfitted classifier; `fit` makes a fitted one.
 
         Args:
@@ -52,7 +60,9 @@ class AttributeClassifier(nn.Module):
     @property
     def config(self) -> dict[str, Any]:
         """Constructor arguments as JSON-able numbers."""
-        return {"classes": self.classes, "num_features": len(self.mean), "features": self.features.config}
+        kind = type(self.features).__name__
+        named = {} if kind == "ClipFeatures" else {"features_class": kind}
+        return {"classes": self.classes, "num_features": len(self.mean), "features": self.features.config, **named}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "AttributeClassifier":
@@ -60,7 +70,7 @@ class AttributeClassifier(nn.Module):
         return cls(
             classes=config["classes"],
             num_features=config["num_features"],
-            features=ClipFeatures(**config["features"]),
+            features=_FEATURES[config.get("features_class", "ClipFeatures")](**config["features"]),
         )
 
     @classmethod
@@ -69,7 +79,7 @@ class AttributeClassifier(nn.Module):
         cls,
         described: Tensor,
         labels: Mapping[str, Sequence[str]],
-        features: ClipFeatures,
+        features: ClipFeatures | WordFeatures,
         inverse_regularisation: float = INVERSE_REGULARISATION,
     ) -> "AttributeClassifier":
         """Fit one multinomial logistic regression per attribute, classes weighted alike.
@@ -117,7 +127,7 @@ class AttributeClassifier(nn.Module):
         """Describe clips by standardised features, as the linear classifiers see them.
 
         Args:
-            waves: `[b, n]`, at least 2.5 s, any level; the middle 5 s count.
+            waves: `[b, n]`, as the features take them: clips of at least 2.5 s, or words; any level.
             sample_hz: Their rate (Hz).
 
         Returns:
@@ -183,7 +193,9 @@ class AttributeClassifier(nn.Module):
 
 @beartype
 def fit_attribute_classifier(
-    items: Sequence[AudioItem], attributes: Sequence[str] = ATTRIBUTES, features: ClipFeatures | None = None
+    items: Sequence[AudioItem],
+    attributes: Sequence[str] = ATTRIBUTES,
+    features: ClipFeatures | WordFeatures | None = None,
 ) -> AttributeClassifier:
     """Read real clips and fit a classifier on them.
 

@@ -13,7 +13,6 @@ command goes on where it was. At the end `OUT/figures.json` and `OUT/figures.md`
 """
 
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -46,11 +45,26 @@ from audiolm_pytorch.io import load_module, save_module
 from audiolm_pytorch.semantic.protocol import SemanticTokenizer
 from audiolm_pytorch.stages.fingerprints import shard_fingerprint
 from audiolm_pytorch.stages.stage_transformer import StageTransformer
+from audiolm_pytorch.units import samples_in
 from musiclm_pytorch.bundled_parts import codec_named, tokenizer_named
+from musiclm_pytorch.evaluation.clips import labels_of, load_clips
+from musiclm_pytorch.evaluation.measures import reconstruct
+from musiclm_pytorch.evaluation.memory import peak_bytes_of
+from musiclm_pytorch.evaluation.report import Figure, markdown_table, write_report
 from musiclm_pytorch.evaluation.semantic_data import is_held_out
+from musiclm_pytorch.evaluation.spoken_check import (
+    confidence_figures,
+    confidence_table,
+    fit_word_judge,
+    generated_waves,
+    heard_words,
+    judge_figures,
+    speaker_figures,
+    speakers_of,
+)
 from musiclm_pytorch.recipes.semantic import join_words
 
-__all__ = ["Words", "build_stages", "main", "open_audiolm", "split_words"]
+__all__ = ["Words", "build_stages", "judge", "main", "memory_figures", "open_audiolm", "split_words"]
 
 # Long enough for the judge to tell a pause from a stop inside a word.
 PAUSE_SECONDS = (0.15, 0.4)
@@ -60,6 +74,12 @@ NUM_CLIPS, NUM_VALID_CLIPS = 2400, 64
 CODEC_STEPS = 1300
 # Of the eight levels of the codec the judge needs two; the coarse stage predicts two, the fine stage two more.
 NUM_COARSE_LEVELS, NUM_LEVELS = 2, 4
+
+# Temperatures of AudioLM for speech (arXiv:2209.03143, sec. IV-B).
+SAMPLING = {"semantic": {"temperature": 0.6}, "coarse": {"temperature": 0.8}, "fine": {"temperature": 0.6}}
+NUM_PROMPTS, NUM_SAMPLES = 240, 240
+PROMPT_SECONDS, JUDGED_SECONDS = 1.0, 3.0
+MEMORY_SECONDS = (10, 60)
 
 
 @dataclass(frozen=True)
@@ -127,7 +147,9 @@ def build_stages(codec: Codec, tokenizer: SemanticTokenizer, seed: int = 0) -> d
     torch.manual_seed(seed)
     semantic_hz = Fraction(tokenizer.target_sample_hz, tokenizer.downsample_factor)
     frame_hz = Fraction(codec.target_sample_hz, codec.downsample_factor)
-    acoustic = dict(codebook_size=codec.codebook_size, num_coarse_quantizers=NUM_COARSE_LEVELS, rate_hz=frame_hz)
+    acoustic: dict[str, Any] = dict(
+        codebook_size=codec.codebook_size, num_coarse_quantizers=NUM_COARSE_LEVELS, rate_hz=frame_hz
+    )
     return {
         "semantic": SemanticTransformer(
             num_semantic_tokens=tokenizer.codebook_size, rate_hz=semantic_hz, eos=False, **_SIZES
@@ -226,7 +248,76 @@ def open_audiolm(folder: str | Path) -> AudioLM:
     """
     parts: dict[str, Any] = {name: load_module(Path(folder) / name) for name in ("codec", *STAGES)}
     stages = {f"{name}_transformer": parts[name] for name in STAGES}
-    return AudioLM(wav2vec=tokenizer_named("16khz"), codec=parts["codec"], **stages).eval()
+    return AudioLM(wav2vec=tokenizer_named("16khz"), codec=parts["codec"], sampling=SAMPLING, **stages).eval()
+
+
+@beartype
+def judge(audiolm: AudioLM, words: Words, out: Path, seed: int = 0) -> tuple[list[Figure], str]:
+    """Have a judge, fitted on recorded words, hear what the model makes of held-out prompts and of nothing.
+
+    Args:
+        audiolm: The model.
+        words: The judge learns from `train`; prompts are joined from `test`.
+        out: Folder for the joined clips.
+        seed: Of the clips.
+
+    Returns:
+        The figures, and the distribution of the judge's confidence as markdown.
+    """
+    hz, codec = audiolm.codec.target_sample_hz, audiolm.codec
+    listener = fit_word_judge(words.train)
+    figures = judge_figures(listener, audiolm, words.test)
+    clips = join_words(words.test, out / "test_clips", NUM_PROMPTS, seed, PAUSE_SECONDS)
+    real = load_clips(clips, hz, JUDGED_SECONDS)
+    copies = reconstruct(codec, real, num_levels=NUM_LEVELS)
+    start = samples_in(PROMPT_SECONDS, hz)
+    continued = generated_waves(audiolm, NUM_PROMPTS, JUDGED_SECONDS, real[:, :start], hz)
+    samples = generated_waves(audiolm, NUM_SAMPLES, JUDGED_SECONDS)
+    heard_speakers = {
+        "continuations": speakers_of(listener, continued[:, start:], hz),
+        "real continuations": speakers_of(listener, real[:, start:], hz),
+        "real continuations after the codec": speakers_of(listener, copies[:, start:], hz),
+        "unconditional samples": speakers_of(listener, samples[:, start:], hz),
+    }
+    figures += speaker_figures(labels_of(clips, "speaker"), heard_speakers)
+    heard = {
+        "real clips": heard_words(listener, real, hz),
+        "real clips after the codec": heard_words(listener, copies, hz),
+        "unconditional samples": heard_words(listener, samples, hz),
+        "real clips backwards": heard_words(listener, real, hz, backwards=True),
+    }
+    figures += confidence_figures(heard, "real clips")
+    return figures, confidence_table(heard)
+
+
+def _generate(folder: Path, seconds: int) -> None:
+    """What a process does whose memory is measured."""
+    open_audiolm(folder).generate(seconds=seconds, seeds=0)
+
+
+@beartype
+def memory_figures(folder: Path, sample_hz: int) -> list[Figure]:
+    """Measure how much memory fresh processes take that generate 10 and 60 s.
+
+    Args:
+        folder: Of the model.
+        sample_hz: Rate of its audio (Hz).
+
+    Returns:
+        Both peaks, what the longer one takes more, and its audio (MiB).
+    """
+    short, long = (peak_bytes_of(_generate, folder, seconds) for seconds in MEMORY_SECONDS)
+    audio_bytes = 4 * MEMORY_SECONDS[1] * sample_hz
+    rows = {
+        f"peak of generating {MEMORY_SECONDS[0]} s": short,
+        f"peak of generating {MEMORY_SECONDS[1]} s": long,
+        "difference": long - short,
+        f"audio of {MEMORY_SECONDS[1]} s": audio_bytes,
+    }
+    return [
+        Figure(f"memory (MiB) / {name}", value / 2**20, value / 2**20, value / 2**20, None, 1)
+        for name, value in rows.items()
+    ]
 
 
 @beartype
@@ -236,10 +327,9 @@ def main(data: Path, out: Path, seed: int = 0, scale: float = 1.0) -> None:
     Args:
         data: Folder of spoken digits.
         out: Folder of the run.
-        seed: Of weights, data order, noise, and what is generated.
+        seed: Of weights, data order, and the clips that words are joined to.
         scale: Multiplies the numbers of steps.
     """
-    began = time.monotonic()
     items = load_items(data).items
     words = split_words(items)
     tokenizer = tokenizer_named("16khz")
@@ -249,7 +339,11 @@ def main(data: Path, out: Path, seed: int = 0, scale: float = 1.0) -> None:
         clips = join_words(some, out / f"{name}_clips", count, seed, PAUSE_SECONDS)
         shards.append(_tokens(clips, codec, tokenizer, out / f"{name}_tokens"))
     _train_stages(build_stages(codec, tokenizer, seed), (shards[0], shards[1]), out, seed, scale)
-    sys.stdout.write(f"trained in {(time.monotonic() - began) / 60:.1f} minutes\n")
+    figures, table = judge(open_audiolm(out / "model"), words, out, seed)
+    figures += memory_figures(out / "model", codec.target_sample_hz)
+    settings = {"seed": seed, "scale": scale, "codec": codec.fingerprint, "sampling": SAMPLING}
+    write_report(out / "figures.json", figures, settings, f"{markdown_table(figures)}\n{table}")
+    sys.stdout.write(f"wrote {out / 'figures.md'}\n")
 
 
 if __name__ == "__main__":

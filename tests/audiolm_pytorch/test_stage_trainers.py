@@ -12,7 +12,7 @@ import torch
 from audiolm_pytorch.data import TokenShards, write_shards
 from audiolm_pytorch.files import read_weights
 from audiolm_pytorch.io import load_module
-from audiolm_pytorch.stages.sources import ShardSource
+from audiolm_pytorch.stages.shard_source import ShardSource
 from audiolm_pytorch.stages.task import StageTask, _drop_levels
 from audiolm_pytorch.stages.trainers import (
     CoarseTransformerTrainer,
@@ -197,12 +197,12 @@ def test_resumed_run_equals_an_unbroken_one(tmp_path):
 
 def test_dropped_levels_are_trailing_ones():
     """The first level always stays; what is dropped is a tail; probability 0 drops nothing."""
-    conditioning = random_conditions(200, levels=4)
+    conditioning = random_conditions(200, levels=4).codes
     masks = _drop_levels(conditioning, 1.0).mask.int()
     assert set(masks.sum(1).tolist()) == {1, 2, 3}
     assert (masks.diff(dim=1) <= 0).all() and masks[:, 0].all()
     assert _drop_levels(conditioning, 0.0).mask.all()
-    assert _drop_levels(random_conditions(5, levels=1), 1.0).mask.all()
+    assert _drop_levels(random_conditions(5, levels=1).codes, 1.0).mask.all()
 
 
 def test_refuses_what_does_not_fit_together(tmp_path):

@@ -76,7 +76,7 @@ def test_every_family_gives_a_text_the_same_states_in_any_batch(name):
     model_class = getattr(transformers, name)
     model = randomised(model_class(model_class.config_class(**FAMILIES[name])))
     tokenizer = TextTokenizer()
-    conditioner = TextConditioner(LoadedModel(copy.deepcopy(model)), tokenizer=tokenizer)
+    conditioner = TextConditioner(LoadedModel(copy.deepcopy(model).train()), tokenizer=tokenizer)
     texts = ["harp in hall", "a jig", "x"]
     together = conditioner(texts)
     lengths = together.mask.sum(dim=1).tolist()
@@ -95,7 +95,8 @@ def test_a_str_is_one_text(folders):
     """A str is no list of its letters."""
     conditioner = TextConditioner(folders["t5"])
     one, listed = conditioner("slow piano"), conditioner(("slow piano",))
-    assert len(one) == 1 and torch.equal(one.embeddings, listed.embeddings) and torch.equal(one.mask, listed.mask)
+    assert len(one) == 1 and torch.equal(one.mask, listed.mask)
+    close(one.embeddings, listed.embeddings, atol=1e-6)
 
 
 def test_stays_frozen_and_in_eval_mode(folders):
@@ -106,7 +107,8 @@ def test_stays_frozen_and_in_eval_mode(folders):
     assert reader.training and not any(part.training for part in conditioner.modules())
     with torch.autocast("cpu", torch.bfloat16):
         states = conditioner(TEXTS).embeddings
-    assert torch.equal(states, before) and states.dtype == torch.float32 and not states.requires_grad
+    close(states, before, atol=1e-6)
+    assert states.dtype == torch.float32 and not states.requires_grad
     reader["head"](states).sum().backward()
     assert all(weight.grad is None for weight in conditioner.parameters()) and reader["head"].weight.grad is not None
     assert not any(weight.requires_grad for weight in TextConditioner(folders["bert"]).parameters())
@@ -123,7 +125,7 @@ def test_saved_conditioner_needs_no_files_of_others(folders, kind, tmp_path):
     save_module(conditioner, tmp_path / "saved")
     shutil.rmtree(copied)
     again = load_module(tmp_path / "saved", TextConditioner)
-    assert torch.equal(again(TEXTS).embeddings, conditioner(TEXTS).embeddings)
+    close(again(TEXTS).embeddings, conditioner(TEXTS).embeddings, atol=1e-6)
     assert torch.equal(again(TEXTS).mask, conditioner(TEXTS).mask)
     assert again.fingerprint == conditioner.fingerprint and again.config == conditioner.config
     assert again.config["origin"]["source"] == "copied", "no path of this machine"
@@ -139,7 +141,7 @@ def test_a_tokenizer_without_special_tokens_stays_one(folders, tmp_path):
     assert framed("drums").mask.sum() == conditioner("drums").mask.sum() + 2
     save_module(conditioner, tmp_path / "bare")
     again = load_module(tmp_path / "bare", TextConditioner)
-    assert torch.equal(again("drums").embeddings, conditioner("drums").embeddings)
+    close(again("drums").embeddings, conditioner("drums").embeddings, atol=1e-6)
     assert again.fingerprint == conditioner.fingerprint != framed.fingerprint
 
 

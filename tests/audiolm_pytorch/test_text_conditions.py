@@ -11,7 +11,8 @@ from torch import Tensor
 
 from audiolm_pytorch.data import TokenShards, write_shards
 from audiolm_pytorch.data.manifest import load_items
-from audiolm_pytorch.stages.sources import ShardSource, WaveSource
+from audiolm_pytorch.stages.shard_source import ShardSource
+from audiolm_pytorch.stages.sources import WaveSource
 from audiolm_pytorch.stages.trainers import SemanticTransformerTrainer
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from audiolm_pytorch.data.manifest import AudioItem
-from musiclm_pytorch.captions import CaptionSampler, aspects_of, captions_of, parse_aspects, texts_of
+from audiolm_pytorch.data.manifest import AudioItem, captions_of
+from musiclm_pytorch.captions import CaptionSampler, aspects_of, parse_aspects, texts_of
 
 LONG = "A slow song, with piano, and drums. It is sad; mellow, like rain... Played at 4.5 or 1,000 beats"
 PARTS = ("A slow song", "with piano", "and drums", "It is sad", "mellow", "like rain", "Played at 4.5 or 1,000 beats")

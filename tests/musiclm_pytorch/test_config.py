@@ -7,7 +7,7 @@ from micro import MICRO
 
 from audiolm_pytorch.semantic import BestRQ, BestRQEncoder, SemanticTokenizerTrainer
 from audiolm_pytorch.stages.tokenizing import tokenize
-from audiolm_pytorch.stages.wrappers import check_fit
+from audiolm_pytorch.stages.fit import check_fit
 from musiclm_pytorch import builders
 from musiclm_pytorch.config import PRESETS, Preset, preset_named
 

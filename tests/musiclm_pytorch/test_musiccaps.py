@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from audiolm_pytorch.data.manifest import AudioItem, load_items, load_split, manifest_text
-from musiclm_pytorch.captions import CaptionSampler, aspects_of, captions_of
+from audiolm_pytorch.data.manifest import AudioItem, captions_of, load_items, load_split, manifest_text
+from musiclm_pytorch.captions import CaptionSampler, aspects_of
 from musiclm_pytorch.musiccaps import musiccaps_items, read_musiccaps
 from musiclm_pytorch.training import MuLaNTrainer
 

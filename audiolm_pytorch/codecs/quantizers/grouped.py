@@ -39,6 +39,7 @@ class GroupedQuantizer(nn.Module):
         self.quantizers = nn.ModuleList(quantizers)
         self.widths = [part.dim for part in quantizers]
         self.dim = sum(self.widths)
+        self.num_groups = len(quantizers)
         self.num_quantizers = len(quantizers) * shapes[0][0]
         self.codebook_size = shapes[0][1]
 

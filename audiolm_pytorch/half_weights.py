@@ -1,0 +1,57 @@
+"""Copies of models for decoding, with weights of half the size."""
+
+import copy
+from typing import TypeVar
+
+import torch
+from beartype import beartype
+from torch import Tensor, nn
+
+from audiolm_pytorch.devices import device_of
+from audiolm_pytorch.layers import Projection
+
+__all__ = ["with_half_weights"]
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+@beartype
+def with_half_weights(model: ModuleT) -> ModuleT:
+    """Copy a model for decoding, with bfloat16 weights: half the memory, and faster where reading weights is the limit.
+
+    On a CPU the weights of projections are also laid out as oneDNN reads them, once instead of in every product (one
+    row, 512 x 2730, two cores: 30 us; as torch keeps them 86 us; float32 95 us).
+
+    Args:
+        model: A model of this package, e.g. a stage; it is left as it is.
+
+    Returns:
+        The copy, in eval mode. It cannot be trained or saved: keep the original for that.
+    """
+    half = copy.deepcopy(model).to(torch.bfloat16).eval().requires_grad_(False)
+    if device_of(half).type == "cpu" and torch.backends.mkldnn.is_available() and _can_pack():
+        for module in list(half.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, Projection):
+                    setattr(module, name, _PackedProjection(child.weight))
+    return half
+
+
+def _can_pack() -> bool:
+    """Whether this torch has the operators by which its own compiler packs weights; they are no public promise."""
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+
+
+class _PackedProjection(nn.Module):
+    """A projection with weights in oneDNN's own layout."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.in_features, self.out_features = weight.shape[1], weight.shape[0]
+        # no buffer: an opaque tensor can neither be moved nor saved
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[..., dim_in]` to `[..., dim_out]`."""
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(torch.bfloat16), self.packed, None, "none", [], "")
+        return out

@@ -1,0 +1,65 @@
+"""Copies with bfloat16 weights: near the original, whichever way weights are laid out, and the original untouched."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from audiolm_pytorch import half_weights
+from audiolm_pytorch.conditioning import Conditioning, Conditions
+from audiolm_pytorch.half_weights import with_half_weights
+from audiolm_pytorch.sampling import SamplingSettings
+from audiolm_pytorch.stages import decode
+
+sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package
+from fakes import CONDITION, tiny_stages
+
+
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("options", [{}, {"positions": "relative", "kv_heads": 1, "text_dim": 6}], ids=str)
+def test_half_weights_give_nearly_the_same_logits(packs: bool, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed and unpacked weights give the same; both are within the precision of bfloat16 of the original."""
+    torch.manual_seed(0)
+    stage = tiny_stages(**CONDITION, **options)["coarse"].eval()
+    before = {name: weight.clone() for name, weight in stage.state_dict().items()}
+    if not packs:
+        monkeypatch.setattr(half_weights, "_can_pack", lambda: False)
+    half = with_half_weights(stage)
+    packed = stage.layout.pack({"semantic": torch.randint(0, 12, (2, 4, 1)), "coarse": torch.randint(0, 16, (2, 8, 2))})
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    text = Conditioning(torch.randn(2, 3, 6), mask) if "text_dim" in options else None
+    conditions = Conditions(Conditioning(torch.randn(2, 3, 8), mask), text)
+    with torch.no_grad():
+        hidden, near = (
+            model.hidden(packed.ids, packed.input_mask, model.context(conditions, 2)) for model in (stage, half)
+        )
+    assert near.dtype == torch.bfloat16 and half.logits(near, 0).dtype == torch.float32
+    torch.testing.assert_close(near.float(), hidden, atol=0.06, rtol=0.06)
+    assert any("Packed" in type(module).__name__ for module in half.modules()) == packs
+    assert all(torch.equal(weight, before[name]) for name, weight in stage.state_dict().items())
+
+
+def test_half_weights_decode_as_the_original_where_it_is_sure() -> None:
+    """Greedy decoding of a model with opinions agrees in nearly all tokens, guided and in batches."""
+    torch.manual_seed(0)
+    stage = tiny_stages(**CONDITION)["semantic"].eval()
+    for weight in stage.heads.parameters():
+        weight.data.mul_(40)
+    conditions = Conditions(Conditioning(torch.randn(4, 3, 8), torch.ones(4, 3, dtype=torch.bool)))
+    settings = SamplingSettings(temperature=0, guidance_scale=1.5)
+    found = [
+        decode(model, {}, {"semantic": 8}, batch_size=4, conditioning=conditions, settings=settings).streams["semantic"]
+        for model in (stage, with_half_weights(stage))
+    ]
+    assert (found[0] == found[1]).float().mean() > 0.7
+
+
+def test_half_weights_take_half_the_memory() -> None:
+    """Parameters and packed weights together."""
+    stage = tiny_stages()["semantic"]
+    half = with_half_weights(stage)
+    packed = sum(m.in_features * m.out_features for m in half.modules() if type(m).__name__ == "_PackedProjection")
+    kept = sum(parameter.numel() for parameter in half.parameters()) + packed
+    assert kept == sum(parameter.numel() for parameter in stage.parameters())
+    assert all(parameter.dtype == torch.bfloat16 for parameter in half.parameters())
