@@ -290,7 +290,7 @@ class _Probe:
             found: Tensor = transformer(transformer.packed(AudioTokens(tokens, {})), condition).loss
             return found
 
-        predicted = sum(stream.num_levels * float(stream.rate_hz) for stream in transformer.layout.predicted)
+        predicted = sum(stream.num_levels * float(stream.exact_hz) for stream in transformer.layout.predicted)
         parameters = [*transformer.parameters(), *table.parameters()]
         return self._trained(stage, run, parameters, run.seconds * predicted, loss, shipped=_count(transformer))
 

@@ -97,9 +97,9 @@ def _check_language_model(preset: Preset, stage: str, codec: Any, tokenizer: Any
     """Build a language model without weights, and see whether a crop holds frames that begin together."""
     with torch.device("meta"):
         layout = build_language_model(preset, stage, codec=codec, tokenizer=tokenizer).layout
-    frame_hz, seconds = Fraction(layout.predicted[0].rate_hz), getattr(preset, stage).run.seconds
+    frame_hz, seconds = layout.predicted[0].exact_hz, getattr(preset, stage).run.seconds
     if int(seconds * frame_hz + Fraction(1, 10**6)) < layout.frame_alignment:
-        rates_hz = {stream.name: float(stream.rate_hz) for stream in layout.streams}
+        rates_hz = {stream.name: float(stream.exact_hz) for stream in layout.streams}
         raise ValueError(
             f"tokens of {rates_hz} frames a second begin together every {float(layout.frame_alignment / frame_hz):g} s "
             f"only, but {stage} learns from {seconds:g} s at a time; give a codec and a semantic tokenizer whose rates "
