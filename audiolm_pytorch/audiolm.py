@@ -1,33 +1,35 @@
 """AudioLM (arXiv:2209.03143, sec. III): semantic, coarse and fine tokens, one after another, to the codec's decoder."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from beartype import beartype
 from torch import Tensor, nn
 
-from audiolm_pytorch.audio import resample
-from audiolm_pytorch.codecs.protocol import Codec
-from audiolm_pytorch.conditioning import Conditioner, Conditions
+from audiolm_pytorch.cascade import StageRun, TokenCascade
+from audiolm_pytorch.codecs.protocol import Codec, StreamingCodec
+from audiolm_pytorch.conditioning import Conditioner, Conditions, TextEncoder
+from audiolm_pytorch.generation import GeneratedAudio, GenerationRequest, StageBars
+from audiolm_pytorch.generation_plan import GenerationPlan, extra_tokens, plan_generation
 from audiolm_pytorch.sampling import SamplingSettings
 from audiolm_pytorch.semantic.protocol import SemanticTokenizer
-from audiolm_pytorch.stages.stage_transformer import AudioTokens
+from audiolm_pytorch.stages.fit import check_stages
 from audiolm_pytorch.stages.stages import CoarseTransformer, FineTransformer, SemanticTransformer
-from audiolm_pytorch.stages.tokenizing import tokenize
+from audiolm_pytorch.stages.windows import WindowedDecoding
 from audiolm_pytorch.stages.wrappers import (
     CoarseTransformerWrapper,
     FineTransformerWrapper,
     SemanticTransformerWrapper,
     StageWrapper,
 )
+from audiolm_pytorch.token_waves import WaveStreams, decode_items
 from audiolm_pytorch.units import frames_covering, samples_covering
 
 __all__ = ["AudioLM", "GeneratedAudio"]
 
-DEFAULT_SECONDS = 5.0
 # MusicLM, sec. 4.2; AudioLM used 0.6, 0.8, 0.6 for speech.
 DEFAULT_SAMPLING = {
     "semantic": SamplingSettings(temperature=1.0),
@@ -36,23 +38,6 @@ DEFAULT_SAMPLING = {
 }
 
 Sampling = Mapping[str, "SamplingSettings | Mapping[str, Any]"]
-
-
-@dataclass(frozen=True)
-class GeneratedAudio:
-    """What one call generated.
-
-    Attributes:
-        wave: `[b, n]` (`[b, c, n]` for a codec of several channels), float.
-        sample_hz: Its rate (Hz).
-        semantic: Semantic tokens `[b, t]` int64.
-        acoustic: Acoustic tokens `[b, f, q]` int64.
-    """
-
-    wave: Tensor
-    sample_hz: int
-    semantic: Tensor
-    acoustic: Tensor
 
 
 class AudioLM(nn.Module):
@@ -64,11 +49,13 @@ class AudioLM(nn.Module):
         semantic_transformer: First stage.
         coarse_transformer: Second stage.
         fine_transformer: Third stage; None = the coarse stage predicts all levels that are decoded.
-        audio_conditioner: Makes conditions of texts, waves or codes, in a namespace per stage.
+        audio_conditioner: Makes conditions of texts, waves or codes, in a namespace per stage, for stages with a
+            `cond_dim`.
+        text_conditioner: Makes conditions of texts, for stages with a `text_dim`.
         sampling: Sampling of stages by name, as settings or as the fields that differ from MusicLM's temperatures.
 
     Raises:
-        ValueError: If stages, tokenizers and conditioner do not fit one another, or a stage was trained on tokens of
+        ValueError: If stages, tokenizers and conditioners do not fit one another, or a stage was trained on tokens of
             other tokenizers.
     """
 
@@ -82,22 +69,19 @@ class AudioLM(nn.Module):
         coarse_transformer: CoarseTransformer,
         fine_transformer: FineTransformer | None = None,
         audio_conditioner: Conditioner | None = None,
+        text_conditioner: TextEncoder | None = None,
         sampling: Mapping[str, SamplingSettings | Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
         self.wav2vec = wav2vec
         self.codec = codec
         self.audio_conditioner = audio_conditioner
-        self.semantic = SemanticTransformerWrapper(semantic_transformer, wav2vec, audio_conditioner)
-        self.coarse = CoarseTransformerWrapper(coarse_transformer, codec, wav2vec, audio_conditioner)
-        self.fine = None
-        if fine_transformer is not None:
-            self.fine = FineTransformerWrapper(fine_transformer, codec, audio_conditioner)
-            predicted, given = coarse_transformer.sources["coarse"], fine_transformer.sources["coarse"]
-            if predicted != given:
-                raise ValueError(
-                    f"the coarse stage predicts {predicted.num_levels} levels, the fine one reads {given.num_levels}"
-                )
+        self.text_conditioner = text_conditioner
+        speakers = audio_conditioner, text_conditioner
+        self.semantic = SemanticTransformerWrapper(semantic_transformer, wav2vec, *speakers)
+        self.coarse = CoarseTransformerWrapper(coarse_transformer, codec, wav2vec, *speakers)
+        self.fine = None if fine_transformer is None else FineTransformerWrapper(fine_transformer, codec, *speakers)
+        check_stages(*(stage.transformer for stage in self.stages.values()))
         self.sampling = _changed(DEFAULT_SAMPLING, sampling or {})
 
     @property
@@ -111,142 +95,184 @@ class AudioLM(nn.Module):
         """Where the stages run."""
         return self.semantic.transformer.device
 
-    def forward(self, **request: Any) -> Tensor:
+    def forward(self, **request: Any) -> Tensor | list[Tensor]:
         """Generate audio.
 
         Args:
-            **request: As for `generate`.
+            **request: See `GenerationRequest`.
 
         Returns:
-            The wave `[b, n]` at the codec's rate.
+            Waves `[b, n]` (`[b, c, n]` for a codec of several channels) at the codec's rate; a list of waves where
+            items differ in length.
         """
-        return self.generate(**request).wave
+        made = self.generate(**request)
+        return made.wave if made.have_one_length else made.waves
 
     @torch.inference_mode()
-    @beartype
-    def generate(
-        self,
-        *,
-        batch_size: int = 1,
-        seconds: float | int | None = None,
-        text: str | Sequence[str] | None = None,
-        wavs: Tensor | None = None,
-        codes: Tensor | None = None,
-        conditioning: Mapping[str, Conditions] | None = None,
-        prime_wave: Tensor | None = None,
-        prime_wave_input_sample_hz: int | None = None,
-        prime_lengths: Tensor | None = None,
-        seeds: int | Sequence[int] | None = None,
-        sampling: Mapping[str, SamplingSettings | Mapping[str, Any]] | None = None,
-        callback: Callable[[str, int, int], None] | None = None,
-    ) -> GeneratedAudio:
-        """Generate audio: unconditional, conditioned, or continuing a wave; all items as one batch.
+    def generate(self, **request: Any) -> GeneratedAudio:
+        """Generate audio: unconditional, conditioned, continuing waves, or of semantic tokens; all items as one batch.
 
         Args:
-            batch_size: Number of items b; where texts, codes, conditions, primes or seeds are several, their number.
-            seconds: Length of the result, a prime included, rounded up to whole codec frames. None = 5, or 5 more than
-                the prime.
-            text: Texts that condition, through the conditioner.
-            wavs: Waves `[b, n]` that condition, at the conditioner's rate.
-            codes: Conditioner codes `[b, q]` that condition.
-            conditioning: Finished conditions by stage name, each made in the namespace of its stage; stages not named
-                are unconditional, or follow text, wavs or codes.
-            prime_wave: Wave `[n]` or `[b, n]` to continue; its semantic and its acoustic tokens are the prompts.
-            prime_wave_input_sample_hz: Its rate (Hz); None = the codec's.
-            prime_lengths: Samples `[b]` of each prime that are no padding.
-            seeds: Seed of every item (an int n means n, n + 1, ...): an item depends on nothing but its own seed and
-                inputs. None draws them from torch's global generator.
-            sampling: Sampling of stages by name, as settings or as the fields that differ from the constructor's. The
-                constructor's guidance rests where a stage has no condition to be guided by.
-            callback: Called as `callback(stage, frames_known, frames_wanted)`.
+            **request: See `GenerationRequest`.
 
         Returns:
             The audio and its tokens.
 
         Raises:
-            ValueError: If inputs do not fit one another, or the prime is not shorter than what is wanted.
+            ValueError: If inputs do not fit one another or the model, or a prime is longer than what is wanted.
         """
-        conditions = self._conditions(conditioning or {}, text=text, wavs=wavs, codes=codes)
-        prime_wave = prime_wave.unsqueeze(0) if prime_wave is not None and prime_wave.ndim == 1 else prime_wave
-        batch = _batch_size(batch_size, prime_wave, None if isinstance(seeds, int) else seeds, *conditions.values())
-        prime, prime_seconds = self._prime(prime_wave, prime_wave_input_sample_hz, prime_lengths, batch)
-        wanted_seconds = prime_seconds + DEFAULT_SECONDS if seconds is None else seconds
-        unguided = [name for name, condition in conditions.items() if condition is None]
-        settings = _changed(_changed(self.sampling, dict.fromkeys(unguided, {"guidance_scale": 1.0})), sampling or {})
-        first_seed = torch.randint(2**62, (batch,)).tolist() if seeds is None else seeds
-        item_seeds = [first_seed + i for i in range(batch)] if isinstance(first_seed, int) else list(first_seed)
+        wish, bars = GenerationRequest(**request), StageBars()
+        plan = self._plan(wish)
+        try:
+            cascade = self._cascade(wish, plan, bars)
+            cascade.finish()
+            semantic, acoustic = cascade.take()
+        finally:
+            bars.close()
+        num_samples = [
+            min(most, len(tokens) * self.codec.downsample_factor) for most, tokens in zip(plan.num_samples, acoustic)
+        ]
+        waves = decode_items(self.codec, acoustic, num_samples)
+        return GeneratedAudio.of_items(waves, self.codec.target_sample_hz, semantic, acoustic)
 
-        def run(stage: StageWrapper, num_frames: int, given: dict[str, Tensor]) -> Tensor:
-            """Complete the predicted stream of one stage, prompted by the prime."""
-            target = stage.transformer.layout.predicted[0].name
-            prompt, lengths = stage.transformer.streams_of(prime, (target,)) if prime else ({}, {})
+    def stream(self, *, chunk_seconds: float | int = 1.0, **request: Any) -> Iterator[GeneratedAudio]:
+        """Generate audio and give it out while it is made; every stage works only as far as the next chunk needs.
+
+        Args:
+            chunk_seconds: New sound to wait for at the least, before it is given out; more where a window ends or the
+                codec holds sound back, less at the end.
+            **request: See `GenerationRequest`.
+
+        Returns:
+            The chunks. Put together (see `GeneratedAudio.joined`) they are what `generate` gives for the same request;
+            semantic tokens come early, since coarse ones wait for all that their window covers.
+
+        Raises:
+            ValueError: If the codec cannot decode while codes are still coming in, or as in `generate`.
+        """
+        codec = self.codec
+        if not isinstance(codec, StreamingCodec):
+            raise ValueError(
+                f"{type(codec).__name__} does not decode streams: use generate, or a codec with a decoder_stream, "
+                "such as SoundStream"
+            )
+        if not 0 < chunk_seconds < float("inf"):
+            raise ValueError(f"chunk_seconds must be positive and finite, got {chunk_seconds}")
+        step = frames_covering(
+            samples_covering(chunk_seconds, codec.downsample_factor, codec.target_sample_hz), codec.downsample_factor
+        )
+        with torch.inference_mode():
+            wish, bars = GenerationRequest(**request), StageBars()
+            plan = self._plan(wish)
+            cascade, waves = self._cascade(wish, plan, bars), WaveStreams(codec, plan.num_samples)
+        return _chunks(cascade, waves, bars, step, codec.target_sample_hz)
+
+    # a request as stages at work
+
+    def _plan(self, request: GenerationRequest) -> GenerationPlan:
+        return plan_generation(request, self.wav2vec, self.codec, self.semantic.transformer, self.device)
+
+    def _cascade(self, request: GenerationRequest, plan: GenerationPlan, bars: StageBars) -> TokenCascade:
+        """Set the stages up."""
+        conditions = self._conditions(request)
+        given = extra_tokens(request.given, [stage.transformer for stage in self.stages.values()], plan.batch)
+        unguided = [name for name, one in conditions.items() if one is None and not given[name]]
+        settings = _changed(self.sampling, dict.fromkeys(unguided, {"guidance_scale": 1.0}))
+        settings = _changed(settings, request.sampling or {})
+        first_seed = torch.randint(2**62, (plan.batch,)).tolist() if request.seeds is None else request.seeds
+        seeds = [first_seed + i for i in range(plan.batch)] if isinstance(first_seed, int) else list(first_seed)
+
+        def decoding(stage: StageWrapper, num_frames: Tensor, prompt: list[Tensor]) -> WindowedDecoding:
             name = stage.namespace
-            decoded = stage.generate(
+            found = WindowedDecoding(
+                stage.transformer,
                 num_frames,
-                streams={**given, **prompt},
-                lengths=lengths,
-                batch_size=batch,
+                prompt=_prompt(stage, prompt),
+                window_frames=stage.window_frames,
+                batch_size=plan.batch,
                 conditioning=conditions[name],
                 settings=settings[name],
-                seeds=[_stage_generator(seed, name) for seed in item_seeds],
-                callback=None if callback is None else lambda known, wanted: callback(name, known, wanted),
+                seeds=[_stage_generator(seed, name) for seed in seeds],
+                callback=_reporter(name, request, bars),
+                allow_eos=name == "semantic" and self._may_end(request),
             )
-            return decoded.streams[target]
+            for stream, tokens in given[name].items():
+                found.feed(stream, tokens)
+            return found
 
-        num_samples = samples_covering(wanted_seconds, self.codec.downsample_factor, self.codec.target_sample_hz)
-        num_frames = self.codec.num_frames(num_samples)
-        semantic = run(self.semantic, self._semantic_frames(num_samples), {})
-        acoustic = run(self.coarse, num_frames, {"semantic": semantic})
-        if self.fine is not None:
-            acoustic = torch.cat((acoustic, run(self.fine, num_frames, {"coarse": acoustic})), dim=-1)
-        wave = self.codec.decode_from_codebook_indices(acoustic, num_samples=num_samples)
-        wave = wave[:, 0] if wave.shape[1] == 1 else wave
-        return GeneratedAudio(wave, self.codec.target_sample_hz, semantic[..., 0], acoustic)
+        semantic = StageRun(decoding(self.semantic, plan.num_semantic, plan.semantic))
+        runs = [StageRun(decoding(self.coarse, plan.num_frames, plan.acoustic), semantic, "semantic", plan.frames_for)]
+        if self.fine is not None and not request.coarse_only:
+            runs.append(StageRun(decoding(self.fine, plan.num_frames, plan.acoustic), runs[0], "coarse", torch.clone))
+        return TokenCascade(semantic, runs)
 
-    def _conditions(self, finished: Mapping[str, Conditions], **described: Any) -> dict[str, Conditions | None]:
+    def _may_end(self, request: GenerationRequest) -> bool:
+        """Whether semantic tokens may end by themselves."""
+        knows_ends = self.semantic.transformer.layout.predicted[0].eos
+        if request.allow_eos and not knows_ends:
+            raise ValueError("allow_eos needs a semantic stage that has learned ends: train one with eos=True")
+        if request.allow_eos is None:
+            return knows_ends and request.seconds is None and request.semantic_tokens is None
+        return request.allow_eos
+
+    def _conditions(self, request: GenerationRequest) -> dict[str, Conditions | None]:
         """Condition of every stage: a finished one, or one made in its own namespace; None = unconditional."""
+        finished = request.conditioning or {}
         unknown = set(finished) - set(self.stages)
         if unknown:
             raise ValueError(f"conditioning is by stage, of {list(self.stages)}; got {sorted(unknown)}")
-        takers = [name for name, stage in self.stages.items() if stage.transformer.cond_dim is not None]
-        conditions: dict[str, Conditions | None] = dict.fromkeys(self.stages)
-        # Where no stage takes a condition, each may say so itself.
-        for name in takers or self.stages:
-            conditions[name] = finished[name] if name in finished else self.stages[name].condition(**described)
-        return {**conditions, **finished}
-
-    def _semantic_frames(self, num_samples: int) -> int:
-        """Semantic tokens of as long a stretch as `num_samples` at the codec's rate."""
-        own_samples = frames_covering(num_samples * self.wav2vec.target_sample_hz, self.codec.target_sample_hz)
-        return max(1, self.wav2vec.num_frames(own_samples))
-
-    def _prime(
-        self, wave: Tensor | None, input_hz: int | None, lengths: Tensor | None, batch: int
-    ) -> tuple[AudioTokens | None, float]:
-        """Tokens of the primes, whole frames only, and the length of the longest prime in seconds."""
-        if wave is None:
-            return None, 0.0
-        given_hz = input_hz or self.codec.target_sample_hz
-        wave = wave.expand(batch, -1).to(self.device)
-        counts = torch.full((batch,), wave.shape[-1]) if lengths is None else lengths.cpu().expand(batch)
-        tokenizers: dict[str, SemanticTokenizer | Codec] = {"semantic": self.wav2vec, "acoustic": self.codec}
-        waves = {kind: resample(wave, given_hz, one.target_sample_hz) for kind, one in tokenizers.items()}
-        samples = {kind: counts * one.target_sample_hz // given_hz for kind, one in tokenizers.items()}
-        tokens = tokenize(waves, samples, self.wav2vec, self.codec)
-        # A frame that the prime ends inside of would tell the model that sound stops there.
-        whole = {kind: samples[kind] // one.downsample_factor for kind, one in tokenizers.items()}
-        frames = {kind: torch.minimum(tokens.lengths[kind], count) for kind, count in whole.items()}
-        return AudioTokens(tokens.tokens, frames), float(counts.max()) / given_hz
+        everything = {"text": request.text, "wavs": request.wavs, "codes": request.codes}
+        heard: dict[str, dict[str, Any]] = {}
+        for name, stage in self.stages.items():
+            if stage.transformer.cond_dim is not None:
+                heard[name] = everything
+            elif stage.transformer.text_dim is not None and request.text is not None:
+                heard[name] = {"text": request.text}
+        # Where no stage hears what is said, each may say so itself.
+        heard = heard or dict.fromkeys(self.stages, everything)
+        made = {name: self.stages[name].condition(**said) for name, said in heard.items() if name not in finished}
+        return {**dict.fromkeys(self.stages), **made, **finished}
 
 
-def _batch_size(batch_size: int, *several: Tensor | Conditions | Sequence[int] | None) -> int:
-    """Number of items that all inputs agree on; inputs of one item are given to all."""
-    sizes = {len(one) for one in several if one is not None and len(one) != 1} | ({batch_size} - {1})
-    if len(sizes) > 1:
-        raise ValueError(
-            f"texts, conditions, primes, seeds and batch_size speak of different numbers of items: {sizes}"
-        )
-    return sizes.pop() if sizes else 1
+def _chunks(
+    cascade: TokenCascade, waves: WaveStreams, bars: StageBars, step_frames: int, sample_hz: int
+) -> Iterator[GeneratedAudio]:
+    """Let the stages work step by step, and give out what sounds."""
+    silent: list[GeneratedAudio] = []
+    is_done = False
+    try:
+        while not is_done:
+            with torch.inference_mode():
+                going_on = cascade.known_frames[~cascade.are_done]
+                cascade.advance(step_frames + int(going_on.min()) if len(going_on) else 0)
+                semantic, acoustic = cascade.take()
+                is_done = bool(cascade.are_done.all())
+                sound = waves.push(acoustic, cascade.are_done.tolist())
+                silent.append(GeneratedAudio.of_items(sound, sample_hz, semantic, acoustic))
+            if is_done or any(wave.numel() for wave in sound):
+                yield GeneratedAudio.joined(silent)
+                silent = []
+    finally:
+        bars.close()
+
+
+def _prompt(stage: StageWrapper, acoustic: list[Tensor]) -> list[Tensor]:
+    """The levels that a stage predicts."""
+    source = stage.transformer.sources[stage.transformer.layout.predicted[0].name]
+    return [tokens[:, source.first_level : source.first_level + source.num_levels] for tokens in acoustic]
+
+
+def _reporter(stage: str, request: GenerationRequest, bars: StageBars) -> Callable[[int, int], None] | None:
+    """What a stage tells its frames known and wanted; None where nobody listens."""
+    listeners: list[Callable[[str, int, int], None]] = [bars] if request.progress else []
+    if request.callback is not None:
+        listeners.append(request.callback)
+
+    def report(known: int, wanted: int) -> None:
+        for listener in listeners:
+            listener(stage, known, wanted)
+
+    return report if listeners else None
 
 
 def _changed(settings: Mapping[str, SamplingSettings], changes: Sampling) -> dict[str, SamplingSettings]:

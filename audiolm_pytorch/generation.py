@@ -1,7 +1,6 @@
 """What is asked of an AudioLM, and what it gives."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from audiolm_pytorch.stages.item_tokens import padded
 from audiolm_pytorch.stages.stage_transformer import AudioTokens
 from audiolm_pytorch.training.tracking import progress_bar
 
-__all__ = ["GeneratedAudio", "GenerationRequest", "Prime", "progress_bars"]
+__all__ = ["GeneratedAudio", "GenerationRequest", "Prime", "StageBars"]
 
 Prime = Tensor | str | Path
 
@@ -24,7 +23,7 @@ Prime = Tensor | str | Path
 @beartype
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GenerationRequest:
-    """What `AudioLM.generate`, `stream` and the AudioLM itself are asked for, by keyword; all kinds of input go together.
+    """What `AudioLM.generate` and `stream` are asked for, by keyword; all kinds of input go together.
 
     Attributes:
         batch_size: Number of items b; where texts, waves, codes, conditions, primes, semantic tokens or seeds are
@@ -38,12 +37,12 @@ class GenerationRequest:
         conditioning: Finished conditions by stage name, each made in the namespace of its stage; stages not named
             are unconditional, or follow text, wavs or codes.
         given: Tokens `[b, f, levels]` of the extra streams of stages, by name, with their lengths.
-        prime_wave: What to continue: waves `[n]`, `[b, n]` or `[b, c, n]`, a file of any rate, or a list of these, `[n]`
-            or `[c, n]` each. The semantic and the acoustic tokens of its whole frames are the prompts. A prime of less
-            than a frame is none.
+        prime_wave: What to continue: waves `[n]`, `[b, n]` or `[b, c, n]`, a file of any rate, or a list of files and
+            waves, `[n]` or `[c, n]`. The semantic and the acoustic tokens of its whole frames are the prompts. A prime
+            of less than a frame is none.
         prime_wave_input_sample_hz: Rate of primes that are no files (Hz); None = the codec's.
         prime_lengths: Samples `[b]` of each prime that are no padding.
-        semantic_tokens: Semantic tokens `[b, t]` of the whole result, to be turned into sound: the semantic stage rests.
+        semantic_tokens: Semantic tokens `[b, t]` of the whole result, which is to sound: the semantic stage rests.
         semantic_lengths: Tokens `[b]` of each item that are no padding.
         coarse_only: Whether to decode the coarse levels alone.
         allow_eos: Whether a piece may end by itself. None = where neither `seconds` nor semantic tokens are given and
@@ -186,26 +185,21 @@ class GeneratedAudio:
         return cls.of_items(waves, chunks[0].sample_hz, along_time("semantic"), along_time("acoustic"))
 
 
-@contextmanager
-def progress_bars(shown: bool) -> Iterator[Callable[[str, int, int], None] | None]:
-    """Bars on the terminal, one for each stage.
+class StageBars:
+    """Bars on the terminal, one for each stage that reports."""
 
-    Args:
-        shown: False = none.
+    def __init__(self) -> None:
+        self._bars: dict[str, Any] = {}
 
-    Yields:
-        What to call with a stage, the frames known and the frames wanted; None where nothing is shown.
-    """
-    bars: dict[str, Any] = {}
+    def __call__(self, stage: str, known: int, wanted: int) -> None:
+        """Draw how far a stage is: frames known and frames wanted."""
+        if stage not in self._bars:
+            self._bars[stage] = progress_bar(stage, 0, wanted, shown=True)
+        bar = self._bars[stage]
+        bar.total = wanted
+        bar.update(known - bar.n)
 
-    def report(stage: str, known: int, wanted: int) -> None:
-        if stage not in bars:
-            bars[stage] = progress_bar(stage, 0, wanted, shown=True)
-        bars[stage].total = wanted
-        bars[stage].update(known - bars[stage].n)
-
-    try:
-        yield report if shown else None
-    finally:
-        for bar in bars.values():
-            bar.close()
+    def close(self) -> None:
+        """Take the bars away."""
+        while self._bars:
+            self._bars.popitem()[1].close()

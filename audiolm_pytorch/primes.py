@@ -1,4 +1,4 @@
-"""Waves and files to be continued: brought to each tokenizer's rate and channels, and tokenized as far as whole frames."""
+"""Waves and files to be continued: brought to each tokenizer's rate and channels, and tokenized."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ def separate_primes(
                 raise ValueError(f"prime_lengths must lie in 0..{primes.shape[-1]}, got {lengths.tolist()}")
             waves = [wave[..., :count] for wave, count in zip(waves, lengths.tolist()) if isinstance(wave, Tensor)]
     elif lengths is not None:
-        raise ValueError("prime_lengths belongs to primes in one padded tensor; in a list every wave has its own length")
+        raise ValueError("prime_lengths belongs to primes in one padded tensor; in a list every wave has a length")
     else:
         waves = [primes] if isinstance(primes, (str, Path)) else list(primes)
     return [_read(number, wave, sample_hz) for number, wave in enumerate(waves)]

@@ -6,7 +6,7 @@ import logging
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,6 +38,8 @@ class Generate:
     """Candidate i is sampled with seed + i: the same command gives the same music."""
     device: str = "auto"
     """Where to compute: cpu, cuda, mps, ... or auto, which takes a GPU if there is one."""
+    continue_from: Path | None = None
+    """Audio file to go on from, of any rate; --seconds counts it in."""
     out: Path = Path("music.wav")
     """File to write (.wav, .flac or .ogg); its folder is made if missing."""
     plot: Path | None = None
@@ -233,15 +235,15 @@ def _generate(command: Generate) -> None:
     from musiclm_pytorch.bundle import load_musiclm
 
     musiclm = load_musiclm(command.model, device=device_named(command.device))
-    with _progress() as callback:
-        candidates = musiclm(
-            command.text,
-            num_samples=command.num_samples,
-            seconds=command.seconds,
-            seed=command.seed,
-            return_all=True,
-            callback=callback,
-        )
+    candidates = musiclm(
+        command.text,
+        num_samples=command.num_samples,
+        seconds=command.seconds,
+        seed=command.seed,
+        return_all=True,
+        progress=True,
+        prime_wave=command.continue_from,
+    )
     best = int(candidates.order[0, 0])
     wave = candidates.waves[0, best]
     if not wave.isfinite().all():
@@ -255,29 +257,6 @@ def _generate(command: Generate) -> None:
 
         plot_wave(wave, candidates.sample_hz, command.plot, title=command.text)
         print(f"drew {command.plot}")
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """What to call with a stage, the frames known and the frames wanted: it draws one bar after another."""
-    from audiolm_pytorch.training.tracking import progress_bar
-
-    bars: dict[str, Any] = {}
-
-    def advance(stage: str, known: int, wanted: int) -> None:
-        if stage not in bars or known < bars[stage].n:
-            close()
-            bars[stage] = progress_bar(stage, 0, wanted, shown=True)
-        bars[stage].update(known - bars[stage].n)
-
-    def close() -> None:
-        while bars:
-            bars.popitem()[1].close()
-
-    try:
-        yield advance
-    finally:
-        close()
 
 
 def _train(command: Train) -> None:

@@ -110,7 +110,7 @@ def _rate_differences(
         yield f"{said}: build it with their rates"
     else:
         logger.warning(
-            "the %s transformer: %s; seconds are counted by its own: build it with their rates, or set them in its config",
+            "the %s transformer: %s; it counts seconds by its own: build it with theirs, or set them in its config",
             transformer.namespace,
             said,
         )

@@ -1,12 +1,15 @@
 """Tokens of one stream, item by item, that grow at the end and are forgotten at the beginning."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-__all__ = ["ItemTokens", "padded"]
+from audiolm_pytorch.stages.stream_inputs import check_tokens, frame_counts, stream_tokens
+from audiolm_pytorch.stages.streams import Stream
+
+__all__ = ["ItemTokens", "items_of_streams", "padded"]
 
 
 class ItemTokens:
@@ -55,6 +58,37 @@ class ItemTokens:
             if dropped > 0:
                 # a copy, since a slice would hold the whole in memory
                 self._items[item], self._first[item] = tokens[dropped:].clone(), first + dropped
+
+
+def items_of_streams(
+    streams: Sequence[Stream], handed: Mapping[str, Tensor], lengths: Mapping[str, int | Tensor], batch_size: int
+) -> dict[str, list[Tensor]]:
+    """Take padded batches of tokens apart.
+
+    Args:
+        streams: Streams of a layout.
+        handed: Tokens of some of them, `[b, f, levels]` or, of one level, `[b, f]`.
+        lengths: True frames of these, `[b]` or one int; streams not named are whole.
+        batch_size: Number of items b, where nothing is handed in.
+
+    Returns:
+        Tokens `[f_i, levels]` of every item, by name.
+
+    Raises:
+        ValueError: If a stream is unknown or has the wrong shape, a length does not fit, or a token is none.
+    """
+    present = [stream for stream in streams if stream.name in handed]
+    if not handed and not lengths:
+        return {}
+    tokens = stream_tokens(streams if set(handed) - {one.name for one in present} else present, handed, None)
+    batch = len(next(iter(tokens.values()))) if tokens else batch_size
+    whole = {name: ids.shape[1] for name, ids in tokens.items()}
+    counts = frame_counts(present, {**whole, **lengths}, batch)
+    check_tokens(present, tokens, counts)
+    return {
+        stream.name: [row[:count] for row, count in zip(tokens[stream.name], counts[:, index].tolist())]
+        for index, stream in enumerate(present)
+    }
 
 
 def padded(items: Sequence[Tensor]) -> Tensor:

@@ -38,7 +38,7 @@ class _TokenBatch:
 
 @dataclass(frozen=True)
 class _TokenCrop:
-    """One crop of a record: tokens by kind, the latent `[d]` and the caption that condition it, whether it ends here."""
+    """One crop of a record: tokens by kind, the latent `[d]` and the caption to condition it, whether it ends here."""
 
     tokens: dict[str, Tensor]
     latent: Tensor

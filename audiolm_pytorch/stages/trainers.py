@@ -110,8 +110,8 @@ class StageTrainer:
             train, valid = training_items(folder, items, min_seconds=_one_token_seconds(wav2vec, codec))
             if transformer.text_dim is not None and not any(captions_of(item) for item in train):
                 raise ValueError(
-                    f"the {transformer.namespace} transformer hears captions (text_dim), and no file has one of "
-                    f"{len(train)}: name them in a manifest or beside the files, or build the transformer without a text_dim"
+                    f"the {transformer.namespace} transformer hears captions (text_dim), and of {len(train)} files "
+                    "none has one: name them in a manifest or beside the files, or build it without a text_dim"
                 )
             sources = [
                 WaveSource(part, transformer, wav2vec=wav2vec, codec=codec, text_prob=prob, **common)

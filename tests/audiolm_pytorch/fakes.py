@@ -1,4 +1,6 @@
-"""Stand-ins for what surrounds the stages: a codec, a semantic tokenizer, a conditioner; and a training helper."""
+"""Stand-ins for what surrounds the stages: a codec, a semantic tokenizer, conditioners; and a training helper."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -81,10 +83,34 @@ class FakeConditioner(nn.Module):
 
     def conditioning(self, *, texts=None, wavs=None, codes=None, lengths=None, namespace: str) -> Conditioning:
         self.asked.append(namespace)
+        if sum(one is not None for one in (texts, wavs, codes)) != 1:
+            raise ValueError("give exactly one of texts, wavs and codes")
         if codes is None:
             codes = self.codes(texts=texts, wavs=wavs, lengths=lengths)
         embeddings = self.tables[namespace](codes + torch.tensor([0, 10, 20]))
         return Conditioning(embeddings, torch.ones(codes.shape, dtype=torch.bool))
+
+
+class FakeTextConditioner(nn.Module):
+    """States of width 6, one a letter: the letter's number in every place, and the length of the text in the last."""
+
+    dim, fingerprint = 6, "text encoder"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[list[str]] = []
+
+    def forward(self, texts: str | Sequence[str]) -> Conditioning:
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts or not all(texts):
+            raise ValueError("an empty text says nothing")
+        self.asked.append(texts)
+        longest = max(len(text) for text in texts)
+        states = torch.zeros(len(texts), longest, self.dim)
+        for state, text in zip(states, texts):
+            state[: len(text)] = torch.tensor([ord(letter) % 10 / 10 for letter in text])[:, None]
+            state[: len(text), -1] = len(text) / 10
+        return Conditioning(states, torch.arange(longest) < torch.tensor([[len(text)] for text in texts]))
 
 
 def tiny_stages(**changes: object) -> dict[str, TokenTransformer]:
@@ -103,9 +129,13 @@ def random_conditions(batch: int, levels: int = 3, dim: int = 8) -> Conditions:
 
 
 def memorise(
-    model: TokenTransformer, packed: PackedTokens, conditioning: Conditions | None = None, steps: int = 300
+    model: TokenTransformer,
+    packed: PackedTokens,
+    conditioning: Conditions | None = None,
+    steps: int = 300,
+    floor: float = 0.0,
 ) -> float:
-    """Train until every token is certain; gives the last loss."""
+    """Train until every token is certain, or as certain as it can be (`floor`, nats a token); gives the last loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     model.train()
     for _ in range(steps):
@@ -113,7 +143,7 @@ def memorise(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if loss.item() < 0.01:
+        if loss.item() < floor + 0.01:
             break
     model.eval()
     return loss.item()

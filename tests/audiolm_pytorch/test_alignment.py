@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from audiolm_pytorch.audiolm import AudioLM
 from audiolm_pytorch.data import TokenShards, load_items, write_shards
 from audiolm_pytorch.sampling import SamplingSettings
-from audiolm_pytorch.stages import CoarseTransformer, FineTransformer, SemanticTransformer
-from audiolm_pytorch.stages.sources import ShardSource, WaveSource
+from audiolm_pytorch.stages import CoarseTransformer, FineTransformer, SemanticTransformer, Stream
+from audiolm_pytorch.stages.shard_source import ShardSource
+from audiolm_pytorch.stages.sources import WaveSource
 from audiolm_pytorch.stages.windows import decode_in_windows
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package
@@ -225,7 +226,12 @@ class Copying:
         return 50.0 * nn.functional.one_hot(tokens, self.layout.heads[head].num_logits).float()
 
     def answers(self, rows: Tensor) -> list[int]:
-        """The token of each head that belongs into the row after `rows [r, columns]`."""
+        """The token of each head that belongs into the row after `rows [r, columns]`; before the start row, any."""
+        is_start = (rows == 0).any(dim=1)
+        if not is_start.any():
+            return [0] * len(self.layout.heads)
+        first = int(is_start.nonzero()[0])
+        self.words, rows = rows[:first, 0].tolist(), rows[first:]
         given, num_levels = self.layout.given[0], self.layout.predicted[0].num_levels
         if self.layout.pattern == "flat":
             is_given = (rows[:, 0] >= 1) & (rows[:, 0] < 1 + given.vocab_size * given.num_levels)
@@ -269,6 +275,16 @@ class CopyingFine(Copying, FineTransformer):
         return [2, (quarter + digit + 2) % 8] if quarter else [0, 0]
 
 
+class ToldCoarse(CopyingCoarse):
+    """Hears three words before it starts, and puts clicks into the eighth of the frame that their sum names."""
+
+    def copied(self, tokens: Tensor, frame: int) -> list[int]:
+        quarter, digit = super().copied(tokens, frame)
+        first_id = self.layout.num_ids - 1 - WORDS.vocab_size  # the null token has the last id
+        return [quarter, digit and sum(word - first_id for word in self.words) % 4]
+
+
+WORDS = Stream("words", 30, 1, None, given=True)
 # Two different clicks in a period of 280 ms; frames of both kinds of token meet them at changing places.
 BEAT, SECOND_BEAT, PERIOD = 0.031, 0.171, 0.28
 
@@ -320,6 +336,27 @@ def test_the_coarse_stage_puts_clicks_where_semantic_tokens_say_across_windows(p
         assert torch.equal(tokens[:known], codes[0, :known, :2])
         assert torch.equal(tokens[known:, 0], codes[0, known:count, 0])
         assert torch.equal(tokens[known:, 1], 2 * (codes[0, known:count, 0] > 0))
+
+
+@every_pattern
+def test_streams_not_in_time_are_heard_whole_in_every_window(pattern):
+    """Words have no stretch of their own: each window reads them all, each item its own, and none is none."""
+    semantic, codes = tokens_of(CLICKS, 2.0)
+    sizes = {"num_semantic_tokens": 9, "codebook_size": 8, "num_coarse_quantizers": 2, **SIZES}
+    stage = ToldCoarse(pattern=pattern, extra_streams=[WORDS], **sizes)
+    words, num_words = torch.tensor([[7, 20, 4], [9, 1, 0], [0, 0, 0]]), torch.tensor([3, 2, 0])
+    found = decode_in_windows(
+        stage,
+        {"semantic": semantic.repeat(3, 1, 1), "words": words[..., None]},
+        100,
+        lengths={"words": num_words},
+        window_frames=10,
+        settings=GREEDY,
+    ).streams["coarse"]
+    null_word = WORDS.vocab_size  # its id follows those of the words
+    for item, told in enumerate([31 % 4, 10 % 4, null_word % 4]):
+        assert torch.equal(found[item, :, 0], codes[0, :, 0])
+        assert torch.equal(found[item, :, 1], told * (codes[0, :, 0] > 0))
 
 
 @every_pattern

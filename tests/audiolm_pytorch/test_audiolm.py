@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from audiolm_pytorch import audiolm
 from audiolm_pytorch.audio import resample
 from audiolm_pytorch.audiolm import AudioLM
 from audiolm_pytorch.conditioning import Conditions
@@ -25,20 +26,7 @@ from fakes import (
     random_conditions,
     tiny_stages,
 )
-
-
-def audiolm_of(conditioned=False, lost_frames=0, **changes):
-    """An AudioLM of fakes with untrained but opinionated stages."""
-    stages = tiny_stages(**(CONDITION if conditioned else {}), **changes)
-    for stage in stages.values():
-        for weight in stage.heads.parameters():
-            weight.data.mul_(40)
-    return AudioLM(
-        wav2vec=FakeSemanticTokenizer(lost_frames),
-        codec=FakeCodec(),
-        **{f"{name}_transformer": stage for name, stage in stages.items()},
-        audio_conditioner=FakeConditioner() if conditioned else None,
-    )
+from toy_audiolm import audiolm_of
 
 
 def check_lengths(audio_lm):
@@ -55,8 +43,8 @@ def test_lengths_follow_the_seconds(monkeypatch):
     """Fault 4: no stage runs a fixed number of steps; putting 512 back is noticed."""
     audio_lm = audiolm_of()
     check_lengths(audio_lm)
-    generate = StageWrapper.generate
-    monkeypatch.setattr(StageWrapper, "generate", lambda self, num_frames, **rest: generate(self, 512, **rest))
+    windowed = audiolm.WindowedDecoding
+    monkeypatch.setattr(audiolm, "WindowedDecoding", lambda model, num_frames, **rest: windowed(model, 512, **rest))
     with pytest.raises(AssertionError):
         check_lengths(audio_lm)
 
@@ -142,8 +130,9 @@ def test_primes_of_unequal_length_are_continued_as_if_alone():
 def test_default_length_is_five_seconds_beyond_the_prime():
     """Whoever asks for nothing gets five seconds, or five more."""
     audio_lm = audiolm_of()
-    assert audio_lm(batch_size=1).shape == (1, 4000)
-    assert audio_lm(prime_wave=torch.rand(800), prime_wave_input_sample_hz=SAMPLE_HZ).shape == (1, 4800)
+    whole = {"allow_eos": False, "sampling": {name: {"temperature": 0} for name in audio_lm.stages}}
+    assert audio_lm(batch_size=1, **whole).shape == (1, 4000)
+    assert audio_lm(prime_wave=torch.rand(800), prime_wave_input_sample_hz=SAMPLE_HZ, **whole).shape == (1, 4800)
     with pytest.raises(ValueError, match="longer than what is wanted"):
         audio_lm(prime_wave=torch.rand(1600), seconds=1.0)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from audiolm_pytorch.data import TokenShards, write_shards
-from audiolm_pytorch.files import read_weights
+from audiolm_pytorch.data.descriptions import encode_texts
+from audiolm_pytorch.files import read_json, read_weights, write_json
 from audiolm_pytorch.io import load_module
 from audiolm_pytorch.stages.shard_source import ShardSource
 from audiolm_pytorch.stages.task import StageTask, _drop_levels
@@ -19,6 +21,7 @@ from audiolm_pytorch.stages.trainers import (
     FineTransformerTrainer,
     SemanticTransformerTrainer,
 )
+from audiolm_pytorch.stages.wrappers import CoarseTransformerWrapper
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package
 from fakes import (
@@ -27,6 +30,7 @@ from fakes import (
     FakeCodec,
     FakeConditioner,
     FakeSemanticTokenizer,
+    FakeTextConditioner,
     random_conditions,
     tiny_stages,
 )
@@ -283,3 +287,160 @@ def test_latents_are_of_the_window_that_the_crop_lies_in(tmp_path, crop_seconds)
         assert outer[0] - 0.5 <= inner[0] and inner[1] <= outer[1] + 0.5, (start, window)
         spans.append(start)
     assert min(spans) < 3 and max(spans) > 57 - crop_seconds
+
+
+def _identity_run(tmp_path, *, stage=None, **changes):
+    """A trainer in one folder, apart from what is changed."""
+    settings = {**QUICK, "level_drop_prob": 0.5, **changes}
+    return SemanticTransformerTrainer(
+        transformer=tiny_stages(**{**CONDITION, **(stage or {})})["semantic"],
+        audio_conditioner=FakeConditioner(),
+        shards=make_shards(tmp_path / "shards"),
+        results_folder=tmp_path / "run",
+        **settings,
+    )
+
+
+OTHER_RUNS = [
+    ({"level_drop_prob": 0.0}, r"level_drop_prob: 0.5 there, 0.0 here"),
+    ({"data_max_length_seconds": 0.8}, r"crop_seconds: 0.4 there, 0.8 here"),
+    ({"data_max_length_seconds": None}, r"crop_seconds: 0.4 there, None here"),
+    ({"stage": {"cond_drop_prob": 0.3}}, r"transformer.cond_drop_prob: 0.1 there, 0.3 here"),
+    ({"stage": {"dropout": 0.2}}, r"transformer.dropout: 0.0 there, 0.2 here"),
+    ({"stage": {"forget_prob": 0.2}}, r"transformer.forget_prob: nothing there, 0.2 here"),
+]
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_run_is_not_continued_with_what_gives_other_weights(finished, tmp_path):
+    """Crops, dropped levels and the stage's own numbers belong to a run, begun or done; what saves memory does not."""
+    _identity_run(tmp_path).train(None if finished else 2)
+    for changes, message in OTHER_RUNS:
+        with pytest.raises(ValueError, match=message):
+            _identity_run(tmp_path, **changes).train()
+    assert _identity_run(tmp_path, stage={"checkpoint_blocks": True}).train().step == 4
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_checkpoints_of_older_releases_are_continued(finished, tmp_path):
+    """They say nothing of crops, dropped levels and numbers of the stage; what they do say is still compared."""
+    _identity_run(tmp_path).train(None if finished else 2)
+    path = tmp_path / "run" / ("finished.json" if finished else "checkpoint/state.json")
+    state = read_json(path)
+    run = state["run"] if finished else state["state"]["run"]
+    for name in ("level_drop_prob", "crop_seconds", "transformer"):
+        del run[name]
+    write_json(path, state)
+    with pytest.raises(ValueError, match="settings.seed: 0 there, 7 here"):
+        _identity_run(tmp_path, seed=7).train()
+    assert _identity_run(tmp_path).train().step == 4
+    if not finished:  # the next checkpoint says it
+        assert read_json(tmp_path / "run" / "finished.json")["run"]["crop_seconds"] == 0.4
+
+
+def test_shards_of_other_rates_than_the_stage_declares_are_refused(tmp_path):
+    """Tokens that would be laid beside those of another time are named with their seconds; some lost frames are not."""
+    for folder, rate_hz, lost in (("double", 50, 0), ("hubert", 25, 2)):
+
+        def make_record(index, rate_hz=rate_hz, lost=lost):
+            frames = {"semantic": np.arange(2 * rate_hz - lost) % 12}
+            return {**frames, "acoustic": np.repeat(np.arange(100)[:, None] % 16, 4, axis=1)}
+
+        write_shards(tmp_path / folder, make_record, 2, {})
+    for pattern in ("flat", "delayed", "parallel"):
+        stage = tiny_stages()["coarse"]
+        stage = type(stage)(**{**stage.config, "pattern": pattern})
+        source = ShardSource(TokenShards(tmp_path / "double"), stage, seconds=0.5, audio_conditioner=None)
+        with pytest.raises(ValueError, match=r"tokens last \{'semantic': 4.0, 'acoustic': 2.0\} s: build the stage"):
+            source.batch([(0, 0)])
+        source = ShardSource(TokenShards(tmp_path / "hubert"), stage, seconds=None, audio_conditioner=None)
+        assert source.batch([(0, 1)]).lengths["acoustic"].tolist() == [96]
+
+
+WEIGHT_FILES = ("model.safetensors", "checkpoint/model.safetensors", "coarse/model.safetensors")
+TEXTS = ["aaa", "cc", "b", "dddd"]
+FRESH_PROCESS = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from test_stage_trainers import loaded_draws
+print(json.dumps([loaded_draws(folder) for folder in sys.argv[2:]]))
+"""
+
+
+def conditioned_trainer(folder, ema_decay):
+    """A coarse stage with both kinds of conditions, on few tokens."""
+
+    def make_record(index):
+        frames = np.arange(20)
+        return {
+            "semantic": (frames[:10] * (index + 1)) % 12,
+            "acoustic": np.stack([(frames * (index + 2) + level) % 16 for level in range(4)], axis=1),
+            "latents": np.full((1, 1), 0.1 * (index + 1), dtype=np.float32),
+            "captions": encode_texts([TEXTS[index]]),
+        }
+
+    write_shards(folder / "shards", make_record, 4, {})
+    torch.manual_seed(1)
+    return CoarseTransformerTrainer(
+        transformer=tiny_stages(**CONDITION, text_dim=6, dropout=0.1)["coarse"],
+        audio_conditioner=FakeConditioner(),
+        text_conditioner=FakeTextConditioner(),
+        shards=TokenShards(folder / "shards"),
+        results_folder=folder,
+        level_drop_prob=0.3,
+        ema_decay=ema_decay,
+        **{**QUICK, "batch_size": 4, "num_train_steps": 30, "data_max_length_seconds": None},
+    )
+
+
+def draws(stage, conditioner):
+    """Tokens drawn with and without conditions, at temperature 1."""
+    wrapper = CoarseTransformerWrapper(stage, None, None, conditioner, FakeTextConditioner())
+    semantic = {"semantic": torch.arange(40).view(4, 10) % 12}
+    conditions = wrapper.condition(text=TEXTS, codes=torch.tensor([[1, 2, 3]]))
+    return [
+        wrapper.generate(20, streams=semantic, batch_size=4, conditioning=one, seeds=[5, 6, 7, 8])
+        .streams["coarse"]
+        .tolist()
+        for one in (conditions, None)
+    ]
+
+
+def loaded_draws(folder):
+    """What the saved stage and its table draw."""
+    conditioner = FakeConditioner()
+    table = read_weights(Path(folder) / "conditioning_table.safetensors")[0]
+    conditioner.table("coarse").load_state_dict(table)
+    return draws(load_module(Path(folder) / "coarse"), conditioner)
+
+
+@pytest.mark.slow
+def test_generation_after_training_is_that_of_a_fresh_process(tmp_path):
+    """Token for token, conditions included, with and without averaged weights: nothing has to be restarted."""
+    folders, found = [], []
+    for ema_decay in (None, 0.9):
+        folders.append(str(tmp_path / f"ema {ema_decay}"))
+        trainer = conditioned_trainer(Path(folders[-1]), ema_decay)
+        trainer.train()
+        found.append(draws(trainer.transformer, trainer.conditioner))
+        weights = {part: read_weights(tmp_path / folders[-1] / part)[0] for part in WEIGHT_FILES}
+        chosen = weights["checkpoint/model.safetensors" if ema_decay is None else "model.safetensors"]
+        own = {f"transformer.{name}": weight for name, weight in weights["coarse/model.safetensors"].items()}
+        assert all(torch.equal(weight, chosen[name]) for name, weight in own.items())
+    assert found[0] != found[1] and found[0][0] != found[0][1]
+    command = [sys.executable, "-c", FRESH_PROCESS, str(Path(__file__).parent), *folders]
+    fresh = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    assert json.loads(fresh) == found
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_generation_between_steps_changes_nothing(ema_decay, tmp_path):
+    """Drawing from a stage whose training goes on leaves no trace in it, and hears no dropout."""
+    straight = conditioned_trainer(tmp_path / "straight", ema_decay)
+    straight.train()
+    paused = conditioned_trainer(tmp_path / "paused", ema_decay)
+    paused.train(stop_after_steps=10)
+    assert draws(paused.transformer, paused.conditioner) == draws(paused.transformer, paused.conditioner)
+    paused.train()
+    expected, found = straight.task.module.state_dict(), paused.task.module.state_dict()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)

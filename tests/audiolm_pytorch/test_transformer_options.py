@@ -295,7 +295,7 @@ def test_a_piece_has_at_least_one_frame() -> None:
 
 
 def test_stack_compiles_without_a_break() -> None:
-    """torch.compile sees a pass as one graph, and decoding as a few however many rows; the numbers stay (no C++ here)."""
+    """torch.compile sees a pass as one graph, and decoding as a few however many rows; the numbers stay."""
     counter = CompileCounter()
     stack = Transformer(**SIZES).eval()
     x = torch.randn(2, 30, 32)
@@ -322,3 +322,29 @@ def test_numbers_out_of_range_are_refused() -> None:
         model_of().context(Conditions(text=Conditioning(torch.randn(1, 2, 6), torch.ones(1, 2).bool())), 1)
     with pytest.raises(ValueError, match="text conditions of width 6, got 5"):
         model_of(text_dim=6).context(Conditions(text=Conditioning(torch.randn(1, 2, 5), torch.ones(1, 2).bool())), 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_gpu_decodes_what_the_cpu_decodes(options: dict) -> None:
+    """Same seeds, same tokens: noise is drawn on the CPU, and what steers the loop stays there."""
+    model = model_of(**options)
+    conditions = conditions_of(model)
+    settings = SamplingSettings(temperature=0.3, guidance_scale=1.0 if conditions is None else 1.5)
+    wanted = decode(
+        model, given(3), {"a": 6}, conditioning=conditions, settings=settings, seeds=[1, 2, 3], allow_eos=True
+    )
+    found = decode(
+        model.cuda(), given(3), {"a": 6}, conditioning=conditions, settings=settings, seeds=[1, 2, 3], allow_eos=True
+    )
+    assert torch.equal(found.streams["a"].cpu(), wanted.streams["a"])
+    assert torch.equal(found.lengths["a"], wanted.lengths["a"])
+
+
+@pytest.mark.gpu
+def test_bad_logits_are_refused_on_a_gpu_too() -> None:
+    """There the loop looks now and then, and remembers the first bad step."""
+    model = model_of().cuda()
+    model.heads[0].weight.data[3] = float("nan")
+    with pytest.raises(ValueError, match="not finite.* at step 1 of 7"):
+        decode(model, given(2), {"a": 6}, seeds=[0, 1])

@@ -55,6 +55,20 @@ def test_generate_writes_music_without_network(musiclm_command, model, tmp_path,
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_generate_goes_on_from_a_file(musiclm_command, model, tmp_path, capsys):
+    """A file of another rate is gone on from: its length is counted in, and it decides what comes."""
+    noise = torch.rand(4000, generator=torch.Generator().manual_seed(0)).numpy() - 0.5
+    waves = {}
+    for name, level in {"loud": 1.0, "soft": 0.01}.items():
+        soundfile.write(tmp_path / f"{name}.wav", level * noise, 8000)
+        words = ("generate", "a tone", "--model", model, "--seconds", "0.8", "--num-samples", 1)
+        goes_on = ("--continue-from", tmp_path / f"{name}.wav", "--out", tmp_path / f"{name}_on.wav")
+        assert musiclm_command(*words, *goes_on) == 0
+        waves[name], sample_hz = soundfile.read(tmp_path / f"{name}_on.wav")
+        assert len(waves[name]) == 0.8 * sample_hz
+    assert abs(waves["loud"] - waves["soft"]).max() > 1e-3
+
+
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg"])
 def test_the_seed_decides_the_music(musiclm_command, model, tmp_path, suffix):
     """The same command gives the same samples, another seed others, in every format."""
@@ -247,6 +261,18 @@ BAD_INPUT = {
     "seconds inf": ("generate x --seconds inf --out TMP/x.wav", "--seconds must be above 0 and at most 3600, got inf"),
     "no samples": ("generate x --num-samples 0 --out TMP/x.wav", "--num-samples must be at least 1, got 0"),
     "seed below 0": ("generate x --seed -3 --out TMP/x.wav", "--seed must not be negative"),
+    "nothing to go on from": (
+        "generate x --model RUN/model --continue-from TMP/none.wav --out TMP/x.wav",
+        "TMP/none.wav",
+    ),
+    "no sound to go on from": (
+        "generate x --model RUN/model --continue-from JUNK/noise.wav --out TMP/x.wav",
+        "noise.wav",
+    ),
+    "longer than wanted": (
+        "generate x --model RUN/model --seconds 0.1 --continue-from DATA/00.wav --out TMP/x.wav",
+        "longer than",
+    ),
     "unknown suffix": ("generate x --out TMP/new/x.xyz", "cannot write TMP/new/x.xyz: name a file that ends in .wav"),
     "no suffix": ("generate x --out TMP/new", "cannot write TMP/new: name a file that ends in .wav"),
     "wave in a file": ("generate x --out DATA/00.wav/x.wav", "00.wav is a file"),

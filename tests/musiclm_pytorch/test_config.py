@@ -6,8 +6,8 @@ import torch
 from micro import MICRO
 
 from audiolm_pytorch.semantic import BestRQ, BestRQEncoder, SemanticTokenizerTrainer
-from audiolm_pytorch.stages.tokenizing import tokenize
 from audiolm_pytorch.stages.fit import check_fit
+from audiolm_pytorch.stages.tokenizing import tokenize
 from musiclm_pytorch import builders
 from musiclm_pytorch.config import PRESETS, Preset, preset_named
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from audiolm_pytorch.audio import read_audio
 from audiolm_pytorch.codecs import Codec, open_codec
+from audiolm_pytorch.data.descriptions import decode_texts
 from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.files import read_json
 from audiolm_pytorch.io import fingerprint_of, load_module
@@ -83,6 +84,7 @@ def test_tokens_are_those_of_the_given_parts(parts, given_run, micro_data):
     assert torch.equal(torch.from_numpy(record["acoustic"]).long(), codec.tokenize(wave)[0])
     assert record["acoustic"].shape == (40, 5) and record["semantic"].shape == (50,)
     assert torch.equal(torch.from_numpy(record["semantic"]).long(), tokenizer(wave)[0])
+    assert decode_texts(record["captions"]) == [items[2].caption]
     texts = mulan.get_text_latents(items[2].caption)
     torch.testing.assert_close(torch.from_numpy(record["text_latents"]).float(), texts, atol=1e-3, rtol=0.0)
 

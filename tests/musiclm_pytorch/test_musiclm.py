@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.audio import resample
 from audiolm_pytorch.audiolm import AudioLM
-from audiolm_pytorch.conditioning import Conditioning
+from audiolm_pytorch.conditioning import Conditions
 from audiolm_pytorch.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from musiclm_pytorch.embed_quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.mulan import MuLaN
@@ -38,12 +38,13 @@ class FakeAudioLM(AudioLM):
         return {name: SimpleNamespace(transformer=SimpleNamespace(cond_dim=6)) for name in STAGES}
 
     def forward(
-        self, batch_size: int, seconds: float, conditioning: dict[str, Conditioning], seeds: list[int], **settings: Any
+        self, batch_size: int, seconds: float, conditioning: dict[str, Conditions], seeds: list[int], **settings: Any
     ) -> Tensor:
         self.calls.append({"size": batch_size, "conditioning": conditioning, "seeds": seeds, **settings})
         assert batch_size == len(seeds) and all(len(conditioning[stage]) == batch_size for stage in STAGES)
         waves = 4 * tones(*(PITCHES_HZ[seed % 4] for seed in seeds), seconds=seconds, sample_hz=12000)
-        trace = torch.stack([conditioning[stage].embeddings.flatten(1).mean(dim=1) for stage in STAGES]).sum(dim=0)
+        embeddings = [conditioning[stage].codes.embeddings for stage in STAGES]
+        trace = torch.stack([one.flatten(1).mean(dim=1) for one in embeddings]).sum(dim=0)
         return self.dropout(waves + 0.01 * trace.unsqueeze(1))
 
 
@@ -104,7 +105,7 @@ def _every_stage_gets_its_own_condition(musiclm: MusicLM) -> bool:
     musiclm("low tone", num_samples=1, seconds=0.4, seed=0)
     codes = quantizer.codes(texts="low tone") + quantizer.codebook_size * torch.arange(2)
     given = fake.calls[-1]["conditioning"]
-    return all(torch.equal(given[stage].embeddings, quantizer.table(stage)(codes)) for stage in STAGES)
+    return all(torch.equal(given[stage].codes.embeddings, quantizer.table(stage)(codes)) for stage in STAGES)
 
 
 def test_every_stage_has_its_own_namespace(musiclm: MusicLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +211,7 @@ def test_fewer_levels_hide_the_rest(musiclm: MusicLM) -> None:
     for num_levels, expected in ((None, [True, True]), (1, [True, False])):
         musiclm("low tone", num_samples=1, seconds=0.4, num_levels=num_levels)
         given = musiclm.audio_lm.calls[-1]["conditioning"]
-        assert all(given[stage].mask.tolist() == [expected] for stage in STAGES)
+        assert all(given[stage].codes.mask.tolist() == [expected] for stage in STAGES)
     with pytest.raises(ValueError, match="num_levels"):
         musiclm("low tone", num_levels=3)
 

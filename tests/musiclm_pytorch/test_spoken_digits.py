@@ -82,8 +82,8 @@ def test_words_are_split_by_take(items: list[AudioItem]) -> None:
         for name in ("train", "valid", "test")
     }
     assert takes == {"train": {10, 11, 47}, "valid": {48, 49}, "test": {8, 9}}
-    with pytest.raises(ValueError, match="8 recordings"):
-        split_words([item for item in items if int(item.path.stem.split("_")[2]) < 10] + words.train[:0])
+    with pytest.raises(ValueError, match="got 8, 0 and 0 recordings"):
+        split_words(words.test)
 
 
 def test_joined_clips_hold_words_of_the_speaker_they_name(items: list[AudioItem], tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_joined_clips_hold_words_of_the_speaker_they_name(items: list[AudioItem]
 
 
 def test_recordings_are_cut_at_pauses_and_not_at_stops() -> None:
-    """Guards the cutting: stops of 60 ms stay inside a word, pauses of 150 ms part words, ends and blends are left out."""
+    """Guards the cutting: stops of 60 ms stay inside a word, pauses of 150 ms part words, ends are left out."""
     stopped = torch.cat([word(0, "ann", 0.2), silence(0.06), word(0, "ann", 0.2)])
     long = word(0, "bob", 1.4)
     wave = torch.cat([word(1, "ann"), silence(0.15), stopped, silence(0.15), long, silence(0.3), word(1, "bob")])
@@ -107,7 +107,7 @@ def test_recordings_are_cut_at_pauses_and_not_at_stops() -> None:
     assert [round(len(piece) / HZ, 1) for piece in cut_words(wave, HZ, whole_only=True)] == [0.5]
     click = torch.cat([silence(0.3), word(0, "ann", 0.05), silence(0.3)])
     assert cut_words(click, HZ) == [] and cut_words(silence(1.0), HZ) == [] and cut_words(silence(0.001), HZ) == []
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(ValueError, match="finite"):
         cut_words(torch.full((HZ,), float("nan")), HZ)
 
 
@@ -122,7 +122,7 @@ def test_descriptions_of_words_know_no_level_and_no_silence_around() -> None:
     assert torch.allclose(alone, shifted, atol=1e-3)
     assert (alone - features(torch.cat([silence(0.2), plain.flip(0), silence(0.5)])[None])).abs().max() > 0.5
     assert torch.isfinite(features(torch.zeros(1, HZ))).all()
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(ValueError, match="finite"):
         features(torch.full((1, HZ), float("nan")))
 
 
@@ -153,7 +153,7 @@ def test_judges_of_clips_are_saved_as_before(tmp_path: Path) -> None:
 
 
 def test_speakers_are_compared_with_the_right_prompts() -> None:
-    """Guards the bookkeeping: who keeps every speaker has 1, a constant answer chance, and so have exchanged prompts."""
+    """Guards the bookkeeping: who keeps every speaker has 1, a constant answer chance, exchanged prompts too."""
     truth = ["ann", "bob", "eve"] * 200
     kept, constant, exchanged = speaker_figures(truth, {"kept": truth, "constant": ["ann"] * 600})
     assert kept.value == 1.0 and kept.chance == pytest.approx(1 / 3) and constant.value == pytest.approx(1 / 3)
