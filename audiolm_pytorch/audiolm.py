@@ -14,6 +14,7 @@ from audiolm_pytorch.codecs.protocol import Codec, StreamingCodec
 from audiolm_pytorch.conditioning import Conditioner, Conditions, TextEncoder
 from audiolm_pytorch.generation import GeneratedAudio, GenerationRequest, StageBars
 from audiolm_pytorch.generation_plan import GenerationPlan, extra_tokens, plan_generation
+from audiolm_pytorch.half_weights import with_half_weights
 from audiolm_pytorch.sampling import SamplingSettings
 from audiolm_pytorch.semantic.protocol import SemanticTokenizer
 from audiolm_pytorch.stages.fit import check_stages
@@ -94,6 +95,19 @@ class AudioLM(nn.Module):
     def device(self) -> torch.device:
         """Where the stages run."""
         return self.semantic.transformer.device
+
+    def with_half_weights(self) -> "AudioLM":
+        """A copy for generating whose stages have bfloat16 weights (see `with_half_weights`); the rest is shared."""
+        return AudioLM(
+            wav2vec=self.wav2vec,
+            codec=self.codec,
+            semantic_transformer=with_half_weights(self.semantic.transformer),
+            coarse_transformer=with_half_weights(self.coarse.transformer),
+            fine_transformer=None if self.fine is None else with_half_weights(self.fine.transformer),
+            audio_conditioner=self.audio_conditioner,
+            text_conditioner=self.text_conditioner,
+            sampling=self.sampling,
+        )
 
     def forward(self, **request: Any) -> Tensor | list[Tensor]:
         """Generate audio.

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from audiolm_pytorch import half_weights
+from audiolm_pytorch.audiolm import AudioLM
 from audiolm_pytorch.conditioning import Conditioning, Conditions
 from audiolm_pytorch.half_weights import with_half_weights
 from audiolm_pytorch.sampling import SamplingSettings
 from audiolm_pytorch.stages import decode
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package
-from fakes import CONDITION, tiny_stages
+from fakes import CONDITION, SAMPLE_HZ, FakeCodec, FakeConditioner, FakeSemanticTokenizer, tiny_stages
 
 
 @pytest.mark.parametrize("packs", [True, False])
@@ -63,3 +64,23 @@ def test_half_weights_take_half_the_memory() -> None:
     kept = sum(parameter.numel() for parameter in half.parameters()) + packed
     assert kept == sum(parameter.numel() for parameter in stage.parameters())
     assert all(parameter.dtype == torch.bfloat16 for parameter in half.parameters())
+
+
+def test_an_audiolm_generates_with_half_weights() -> None:
+    """Stages are copied, everything else is shared, and a request is answered as by the original."""
+    audio_lm = AudioLM(
+        wav2vec=FakeSemanticTokenizer(),
+        codec=FakeCodec(),
+        audio_conditioner=FakeConditioner(),
+        **{f"{name}_transformer": stage for name, stage in tiny_stages(**CONDITION).items()},
+        sampling={"fine": {"temperature": 0.1}},
+    )
+    half = audio_lm.with_half_weights()
+    assert half.codec is audio_lm.codec and half.audio_conditioner is audio_lm.audio_conditioner
+    assert half.sampling == audio_lm.sampling
+    assert half.semantic.transformer.embedding.weight.dtype == torch.bfloat16
+    assert audio_lm.semantic.transformer.embedding.weight.dtype == torch.float32
+    made = half.generate(text=["a", "bb"], seconds=0.4, seeds=0)
+    assert made.wave.shape == (2, 0.4 * SAMPLE_HZ) and made.wave.dtype == torch.float32
+    again = half.generate(text=["a", "bb"], seconds=0.4, seeds=0)
+    assert torch.equal(made.wave, again.wave)

@@ -297,8 +297,8 @@ def test_guidance_by_streams_not_in_time_is_the_formula(pattern, scale):
     torch.manual_seed(3)
     layout = TokenLayout([WORDS, Stream("s", 10, 1, 25, given=True), Stream("a", 20, 2, 50)], pattern)
     model = TokenTransformer(layout=layout, **SIZES).eval()
-    for weight in (*model.heads.parameters(), model.embedding.weight):
-        weight.data.mul_(20)  # an untrained model is undecided and hardly hears; this one has opinions
+    for weight in (*model.heads.parameters(), *(block.attention.to_out.weight for block in model.transformer.blocks)):
+        weight.data.mul_(40)  # an untrained model is undecided and hardly hears; this one has opinions
     given = {"words": torch.randint(0, 30, (2, 3, 1)), "s": torch.randint(0, 10, (2, 3, 1))}
     lengths = {"words": torch.tensor([3, 1])}
     settings = SamplingSettings(temperature=0, guidance_scale=scale)
