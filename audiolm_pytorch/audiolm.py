@@ -98,15 +98,16 @@ class AudioLM(nn.Module):
 
     def with_half_weights(self) -> "AudioLM":
         """A copy for generating whose stages have bfloat16 weights (see `with_half_weights`); the rest is shared."""
+        halves: dict[str, Any] = {
+            f"{name}_transformer": with_half_weights(stage.transformer) for name, stage in self.stages.items()
+        }
         return AudioLM(
             wav2vec=self.wav2vec,
             codec=self.codec,
-            semantic_transformer=with_half_weights(self.semantic.transformer),
-            coarse_transformer=with_half_weights(self.coarse.transformer),
-            fine_transformer=None if self.fine is None else with_half_weights(self.fine.transformer),
             audio_conditioner=self.audio_conditioner,
             text_conditioner=self.text_conditioner,
             sampling=self.sampling,
+            **halves,
         )
 
     def forward(self, **request: Any) -> Tensor | list[Tensor]:

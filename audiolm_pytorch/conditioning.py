@@ -15,20 +15,25 @@ class Conditioning:
     """Embeddings that describe what is wanted.
 
     Attributes:
-        embeddings: `[b, m, d]`, coarse levels first.
+        embeddings: `[b, m, d]`, m >= 1, coarse levels first.
         mask: `[b, m]` bool, True where an embedding stands. An item whose mask is all False is unconditional: a model
             hears its learned null embedding instead.
+
+    Raises:
+        ValueError: If shapes do not belong together, or the mask is not bool.
     """
 
     embeddings: Tensor
     mask: Tensor
 
     def __post_init__(self) -> None:
-        """Refuse shapes that do not belong together."""
-        if self.embeddings.ndim != 3 or self.mask.shape != self.embeddings.shape[:2]:
+        """Refuse what does not belong together, and what leaves no place for a null embedding."""
+        fits = self.embeddings.ndim == 3 and self.mask.shape == self.embeddings.shape[:2]
+        if not fits or self.mask.dtype != torch.bool or self.mask.shape[1] == 0:
             raise ValueError(
-                "a conditioning needs embeddings [b, m, d] and a mask [b, m], "
-                f"got {tuple(self.embeddings.shape)} and {tuple(self.mask.shape)}"
+                "a conditioning needs embeddings [b, m, d] with m >= 1 and a mask [b, m] bool, got "
+                f"{tuple(self.embeddings.shape)} and {tuple(self.mask.shape)} {self.mask.dtype}; an item without any "
+                "has a mask that is all False"
             )
 
     def __len__(self) -> int:
@@ -71,6 +76,9 @@ class Conditions:
     Attributes:
         codes: Embeddings of codes (MuLaN's, of text or audio), in the namespace of the model.
         text: States of a text encoder.
+
+    Raises:
+        ValueError: If there is no part, or parts are of different items.
     """
 
     codes: Conditioning | None = None

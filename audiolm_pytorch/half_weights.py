@@ -1,7 +1,8 @@
 """Copies of models for decoding, with weights of half the size."""
 
 import copy
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from beartype import beartype
@@ -26,7 +27,8 @@ def with_half_weights(model: ModuleT) -> ModuleT:
         model: A model of this package, e.g. a stage; it is left as it is.
 
     Returns:
-        The copy, in eval mode. It cannot be trained or saved: keep the original for that.
+        The copy, in eval mode. It cannot be trained, and where weights were laid out anew neither saved nor moved to
+        another device (a ValueError says so): keep the original for that.
     """
     half = copy.deepcopy(model).to(torch.bfloat16).eval().requires_grad_(False)
     if device_of(half).type == "cpu" and torch.backends.mkldnn.is_available() and _can_pack():
@@ -42,14 +44,40 @@ def _can_pack() -> bool:
     return hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
+def _bound(wish: str) -> ValueError:
+    """The error for what cannot be done with packed weights."""
+    return ValueError(f"half weights laid out for this CPU cannot be {wish}: do it with the original, then copy that")
+
+
 class _PackedProjection(nn.Module):
-    """A projection with weights in oneDNN's own layout."""
+    """A projection with weights in oneDNN's own layout, an opaque tensor that only its own operators can read."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.in_features, self.out_features = weight.shape[1], weight.shape[0]
-        # no buffer: an opaque tensor can neither be moved nor saved
+        # no buffer, as torch would try to move and save it
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_PackedProjection":
+        """Copy all but the weights, which never change."""
+        memo[id(self)] = twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled."""
+        raise _bound("pickled")
+
+    def _save_to_state_dict(self, *args: Any, **options: Any) -> NoReturn:
+        """Refuse to be saved: without this, files would silently lack the weights."""
+        raise _bound("saved")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_PackedProjection":
+        """Refuse to be moved, or to get another precision than the rest."""
+        moved = fn(torch.empty(0, dtype=torch.bfloat16))
+        if moved.device.type != "cpu" or moved.dtype != torch.bfloat16:
+            raise _bound(f"moved to {moved.device}, {moved.dtype}")
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., dim_in]` to `[..., dim_out]`."""

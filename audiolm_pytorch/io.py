@@ -27,6 +27,7 @@ __all__ = [
     "load_module",
     "load_weights",
     "module_spec",
+    "part_fingerprint",
     "read_config",
     "read_json",
     "register",
@@ -298,6 +299,12 @@ def fingerprint_of(module: nn.Module) -> str:
     """
     spec = {"class": type(module).__name__, "config": getattr(module, "config", {})}
     return once_per_state(module, json.dumps(spec, sort_keys=True), lambda: digest_of(spec, weights_of(module)))
+
+
+@beartype
+def part_fingerprint(module: nn.Module) -> str:
+    """Identify a part: by its own `fingerprint`, where it knows what does not matter, else by `fingerprint_of`."""
+    return str(getattr(module, "fingerprint", None) or fingerprint_of(module))
 
 
 def digest_of(spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:

@@ -2,19 +2,26 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 import torch
+from beartype import beartype
 from torch import Tensor
 
 __all__ = ["SamplingSettings", "filter_logits", "item_generators", "sample_tokens"]
 
 
+# Logits of a few thousand, divided by less, leave the range of float32 and would become NaN.
+_LEAST_TEMPERATURE = 1e-6
+
+
+@beartype
 @dataclass(frozen=True)
 class SamplingSettings:
     """How tokens are drawn.
 
     Args:
-        temperature: Divides the logits; 0 takes the likeliest token.
+        temperature: Divides the logits; 0 (or what would overflow them, below 1e-6) takes the likeliest token.
         top_k: Draw from the k likeliest tokens only; None = all.
         top_p: Draw from the fewest likeliest tokens that hold this probability together; None = all.
         guidance_scale: Classifier-free guidance; 1 = off, at half the cost.
@@ -25,19 +32,19 @@ class SamplingSettings:
 
     temperature: float | int = 1.0
     top_k: int | None = None
-    top_p: float | None = None
+    top_p: float | int | None = None
     guidance_scale: float | int = 1.0
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range."""
-        if self.temperature < 0:
-            raise ValueError(f"temperature must not be negative, got {self.temperature}")
+        if not 0 <= self.temperature < inf:
+            raise ValueError(f"temperature must be finite and not negative, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1 (or None for all tokens), got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1] (or be None for all tokens), got {self.top_p}")
-        if self.guidance_scale < 0:
-            raise ValueError(f"guidance_scale must not be negative, got {self.guidance_scale}")
+        if not 0 <= self.guidance_scale < inf:
+            raise ValueError(f"guidance_scale must be finite and not negative, got {self.guidance_scale}")
 
 
 def item_generators(seeds: Sequence[int | torch.Generator] | None, batch: int) -> list[torch.Generator]:
@@ -93,7 +100,7 @@ def sample_tokens(logits: Tensor, noise: Tensor, settings: SamplingSettings) -> 
         `[n]` int64 in [0, v).
     """
     logits = logits.float()
-    if settings.temperature == 0:
+    if settings.temperature < _LEAST_TEMPERATURE:
         return logits.argmax(dim=-1)
     cumulative = filter_logits(logits / settings.temperature, settings).softmax(dim=-1).cumsum(dim=-1)
     # Below the total even after rounding, so that the token found has a probability above zero.

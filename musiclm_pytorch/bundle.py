@@ -39,7 +39,8 @@ PARTS: dict[str, Any] = {
     "fine": FineTransformer,
 }
 CARD = "musiclm.json"
-_TOKENIZERS = ("codec", "semantic_tokenizer")
+# Parts that the stages know by their fingerprints, with what of each may be rounded: the tables are trained with them.
+_KNOWN_BY_STAGES = {"codec": (), "semantic_tokenizer": (), "quantizer": ("tables",)}
 _PART_FILES = ("config.json", "model.safetensors")
 
 
@@ -57,9 +58,9 @@ def save_parts(
         folder: Where to.
         parts: A module for each of `PARTS`.
         about: Further JSON-able fields of `musiclm.json`.
-        dtype: Of the stored weights, e.g. `torch.float16`; as they are if not given. Tokenizers, and a quantizer whose
-            MuLaN, are not of such numbers already stay as they are: rounded they would be others than those that the
-            stages were trained with.
+        dtype: Of the stored weights, e.g. `torch.float16`; as they are if not given. Tokenizers, and a quantizer
+            (but for its tables), that are not of such numbers already stay as they are: rounded they would be others
+            than those that the stages were trained with.
         bundled: Parts that are not written, each with the name of the same one that comes with the package.
 
     Returns:
@@ -73,20 +74,14 @@ def save_parts(
         if name in bundled:
             _remove_part(folder / name)
             continue
-        frozen = _frozen(name, parts[name])
-        stored = dtype if dtype is None or frozen is None else exact_dtype(frozen, dtype)
+        stored = dtype
+        if dtype is not None and name in _KNOWN_BY_STAGES:
+            stored = exact_dtype(parts[name], dtype, but=_KNOWN_BY_STAGES[name])
         save_module(parts[name], folder / name, dtype=stored)
         written += [folder / name / file for file in _PART_FILES]
     named = {"bundled_parts": bundled} if bundled else {}
     write_json(folder / CARD, {"format_version": FORMAT_VERSION, **about, **named})
     return [*written, folder / CARD]
-
-
-def _frozen(name: str, part: nn.Module) -> nn.Module | None:
-    """What of a part the stages were trained with as it was, if anything."""
-    if isinstance(part, MuLaNEmbedQuantizer):
-        return part.mulan
-    return part if name in _TOKENIZERS else None
 
 
 def _remove_part(place: Path) -> None:
@@ -216,7 +211,8 @@ def load_musiclm(name_or_folder: str | Path = "tiny", device: str | torch.device
 
     Raises:
         ValueError: If there is no such model, a file of it is missing or of another format, or parts do not fit: of
-            other sizes, or stages that were trained with another codec or semantic tokenizer than the one beside them.
+            other sizes, or stages that were trained with another codec, semantic tokenizer or quantizer than the one
+            beside them.
     """
     folder = model_folder(name_or_folder)
     card = _read_card(folder)

@@ -9,7 +9,7 @@ from beartype import beartype
 from torch import Tensor, nn
 
 from audiolm_pytorch.conditioning import Conditioning
-from audiolm_pytorch.io import build_module, module_spec, register
+from audiolm_pytorch.io import build_module, digest_of, module_spec, part_fingerprint, register, weights_of
 from audiolm_pytorch.nearest import nearest_index
 from musiclm_pytorch.modality_gap import DEFAULT_RIDGE_CLIPS, align_texts
 from musiclm_pytorch.mulan.joint import JointEmbedding
@@ -110,6 +110,16 @@ class MuLaNEmbedQuantizer(nn.Module):
     def sample_hz(self) -> int:
         """Sample rate in Hz at which waves are given."""
         return self.mulan.sample_hz
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that codes depend on: MuLaN, codebooks, means and map of texts; not of the tables.
+
+        It is the same on any device and from any file of these very numbers. Rounded to half precision, a quantizer
+        gives other codes and is another: where that would happen, models store it in full (see `save_parts`).
+        """
+        own = {name: value for name, value in weights_of(self).items() if "." not in name and name != "fitted"}
+        return digest_of({"mulan": part_fingerprint(self.mulan)}, own)
 
     def train(self, mode: bool = True) -> "MuLaNEmbedQuantizer":
         """Set the mode; the MuLaN stays in eval mode, so that the codes of a recording are always the same."""

@@ -237,13 +237,13 @@ def _report(
 
 def _settings(command: EvaluateSemantic, encoder: Any, tokenizer: Any, check: Any) -> dict[str, Any]:
     """What was measured, on what."""
-    from audiolm_pytorch.semantic.tokenizer import encoder_fingerprint
+    from audiolm_pytorch.io import part_fingerprint
 
     settings: dict[str, Any] = {"command": command.words, "encoder": command.encoder}
     if encoder is not None:
         settings |= {
             "encoder_class": type(encoder).__name__,
-            "encoder_fingerprint": encoder_fingerprint(encoder),
+            "encoder_fingerprint": part_fingerprint(encoder),
             "depth": encoder.depth,
         }
     if tokenizer is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from audiolm_pytorch.audio import peak_safe, resample
 from audiolm_pytorch.audiolm import AudioLM
 from audiolm_pytorch.conditioning import Conditions
+from audiolm_pytorch.stages.fit import check_fit
 from musiclm_pytorch.embed_quantizer import MuLaNEmbedQuantizer
 
 __all__ = ["Candidates", "MusicLM"]
@@ -52,8 +53,8 @@ class MusicLM(nn.Module):
         num_levels: Levels of codes to condition on where a call does not say; None = all.
 
     Raises:
-        ValueError: If no stage takes a condition, a stage has no namespace of its own, or one of another width, or
-            there are not so many levels.
+        ValueError: If no stage takes a condition, a stage has no namespace of its own, or one of another width, or was
+            trained on the codes of another quantizer, or there are not so many levels.
     """
 
     @beartype
@@ -72,6 +73,8 @@ class MusicLM(nn.Module):
                 "every stage needs the namespace that it was trained with: the quantizer has namespaces of widths "
                 f"{given}, the stages take {widths}; look at {wrong}"
             )
+        for name in self.conditioned:
+            check_fit(audio_lm.stages[name].transformer, audio_conditioner=mulan_embed_quantizer)
         self.audio_lm = audio_lm
         self.mulan_embed_quantizer = mulan_embed_quantizer
         self.num_levels = self._checked_levels(num_levels)

@@ -1,6 +1,6 @@
-"""The parts that a model is made around: what each must be, how it is known, and how it is stored without rounding."""
+"""The parts that a model is made around: what each must be, and how it is stored without rounding."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,14 @@ from beartype import beartype
 from torch import nn
 
 from audiolm_pytorch.codecs import Codec
-from audiolm_pytorch.io import fingerprint_of, load_module, module_spec, weights_of
+from audiolm_pytorch.io import load_module, module_spec, weights_of
 from audiolm_pytorch.semantic import SemanticTokenizer
 from audiolm_pytorch.training.randomness import preserved_generators
 from musiclm_pytorch.builders import LANGUAGE_MODELS, build_codec, build_language_model, build_semantic_tokenizer
 from musiclm_pytorch.config import Preset
 from musiclm_pytorch.mulan import JointEmbedding
 
-__all__ = ["GIVEN_KINDS", "check_given", "exact_dtype", "is_a", "load_part", "part_fingerprint"]
+__all__ = ["GIVEN_KINDS", "check_given", "exact_dtype", "is_a", "load_part"]
 
 # Stages whose result may be a finished part from elsewhere, with what that must be.
 GIVEN_KINDS: dict[str, Any] = {"codec": Codec, "semantic-tokenizer": SemanticTokenizer, "mulan": JointEmbedding}
@@ -50,15 +50,16 @@ def load_part(folder: str | Path, kind: Any, device: str | torch.device = "cpu")
 
 
 @beartype
-def part_fingerprint(module: nn.Module) -> str:
-    """Identify a part: by its own word, where it knows what does not matter, or by its class, config and weights."""
-    return str(getattr(module, "fingerprint", None) or fingerprint_of(module))
+def exact_dtype(module: nn.Module, dtype: torch.dtype, *, but: Sequence[str] = ()) -> torch.dtype | None:
+    """The type to store a module in that must not change: `dtype` where it rounds nothing, else None, as it is.
 
-
-@beartype
-def exact_dtype(module: nn.Module, dtype: torch.dtype) -> torch.dtype | None:
-    """The type to store a module in that must not change: `dtype` where it rounds nothing, else None, as it is."""
-    weights = [weight for weight in weights_of(module).values() if weight.is_floating_point()]
+    Args:
+        module: The module.
+        dtype: The type wanted.
+        but: Names of its parts that may be rounded.
+    """
+    named = {name: weight for name, weight in weights_of(module).items() if name.partition(".")[0] not in but}
+    weights = [weight for weight in named.values() if weight.is_floating_point()]
     exact = all(torch.equal(weight.to(dtype).to(weight.dtype), weight) for weight in weights)
     return dtype if exact else None
 

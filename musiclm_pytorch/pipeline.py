@@ -19,7 +19,7 @@ from audiolm_pytorch.codecs.training import MEL_ONLY, SoundStreamTrainer
 from audiolm_pytorch.data.manifest import captions_of, training_items
 from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.files import read_weights
-from audiolm_pytorch.io import load_weights, read_json, save_module, write_json
+from audiolm_pytorch.io import load_weights, part_fingerprint, read_json, save_module, write_json
 from audiolm_pytorch.semantic import SemanticTokenizer
 from audiolm_pytorch.semantic.training import SemanticTokenizerTrainer
 from audiolm_pytorch.stages.trainers import (
@@ -44,7 +44,7 @@ from musiclm_pytorch.captions import CaptionSampler, aspects_of
 from musiclm_pytorch.config import Preset, RunConfig
 from musiclm_pytorch.embed_quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.mulan import JointEmbedding
-from musiclm_pytorch.parts import GIVEN_KINDS, check_given, exact_dtype, load_part, part_fingerprint
+from musiclm_pytorch.parts import GIVEN_KINDS, check_given, exact_dtype, load_part
 from musiclm_pytorch.quantizer_fit import fit_quantizer
 from musiclm_pytorch.run_folder import alone_in, claim_folder, digest_of, read_record, sweep
 from musiclm_pytorch.tokens import compute_tokens

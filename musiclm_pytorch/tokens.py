@@ -13,11 +13,11 @@ from audiolm_pytorch.data.crops import CropDataset
 from audiolm_pytorch.data.descriptions import encode_texts
 from audiolm_pytorch.data.manifest import AudioItem
 from audiolm_pytorch.data.shards import TokenShards, write_shards
+from audiolm_pytorch.io import part_fingerprint
 from audiolm_pytorch.semantic import SemanticTokenizer
 from audiolm_pytorch.stages.fingerprints import shard_fingerprint
 from musiclm_pytorch.captions import texts_of
 from musiclm_pytorch.mulan import JointEmbedding
-from musiclm_pytorch.parts import part_fingerprint
 
 __all__ = ["compute_tokens"]
 

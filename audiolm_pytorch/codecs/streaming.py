@@ -4,6 +4,7 @@ Live streams and long recordings take the same way; only the size of the pieces 
 """
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +59,7 @@ class FrameStream:
         budget_frames: int,
     ) -> None:
         self._run, self._reach, self._budget = run, reach_frames, budget_frames
-        self._in_axis, self._in_steps, self._out_axis, self._out_steps = in_axis, in_steps, out_axis, out_steps
+        self._in_axis, self._in_steps, self._out_axis, self.out_steps = in_axis, in_steps, out_axis, out_steps
         self._out_width = out_width
         self._pending: Tensor | None = None
         # frames at the front of `_pending` that were given out already, and those given out and dropped
@@ -107,7 +108,7 @@ class FrameStream:
         num_ready = max(0, num_whole - self._context - (0 if is_last else self._reach))
         if num_ready:
             output = self._run(pending.narrow(axis, 0, num_whole * self._in_steps), self._dropped)
-            output = output.narrow(self._out_axis, self._context * self._out_steps, num_ready * self._out_steps)
+            output = output.narrow(self._out_axis, self._context * self.out_steps, num_ready * self.out_steps)
         else:
             nothing = (len(part), 0, self._out_width) if self._out_axis == 1 else (len(part), self._out_width, 0)
             output = part.new_zeros(nothing)
@@ -191,15 +192,23 @@ class DecoderStream:
         return self._waves.finish()
 
     def whole(self, codes: Tensor) -> Tensor:
-        """Take codes `[b, f, q']` that were checked already, all at once, in bounded memory."""
-        return self._wave(codes, is_last=True)
+        """Take codes `[b, f, q']` that were checked already, all at once, in bounded memory beside the wave."""
+        pieces = self._pieces(codes, is_last=True)
+        first = next(pieces)
+        # one buffer for all: pieces, their surroundings and their concatenation would be more than twice the wave
+        wave = first.new_empty(*first.shape[:2], self._waves.out_steps * codes.shape[1])
+        known = 0
+        for piece in chain([first], pieces):
+            wave[..., known : known + piece.shape[-1]] = piece
+            known += piece.shape[-1]
+        return wave
+
+    def _wave(self, codes: Tensor, is_last: bool) -> Tensor:
+        return torch.cat(list(self._pieces(codes, is_last)), dim=-1)
 
     @torch.no_grad()
-    def _wave(self, codes: Tensor, is_last: bool) -> Tensor:
+    def _pieces(self, codes: Tensor, is_last: bool) -> Iterator[Tensor]:
+        """Waves as they are complete, a piece at a time."""
         parts = codes.split(self._waves.frames_at_once(len(codes)), dim=1)
-        waves = [
-            wave
-            for number, part in enumerate(parts, start=1)
-            for wave in self._waves.pieces(self._to_frames(part), is_last and number == len(parts))
-        ]
-        return torch.cat(waves, dim=-1)
+        for number, part in enumerate(parts, start=1):
+            yield from self._waves.pieces(self._to_frames(part), is_last and number == len(parts))

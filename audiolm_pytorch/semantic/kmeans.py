@@ -18,7 +18,7 @@ from torch import nn
 
 from audiolm_pytorch.data import AudioItem, load_split
 from audiolm_pytorch.files import read_json, read_weights, write_json, write_weights
-from audiolm_pytorch.io import load_module, module_spec, read_config, save_module
+from audiolm_pytorch.io import load_module, module_spec, part_fingerprint, read_config, save_module
 from audiolm_pytorch.semantic.clustering import (
     ClusterUsage,
     Normalised,
@@ -29,7 +29,7 @@ from audiolm_pytorch.semantic.clustering import (
 )
 from audiolm_pytorch.semantic.features import FeatureShards, plan_crops, write_features
 from audiolm_pytorch.semantic.protocol import FrameEncoder
-from audiolm_pytorch.semantic.tokenizer import KMeansTokenizer, encoder_fingerprint
+from audiolm_pytorch.semantic.tokenizer import KMeansTokenizer
 from audiolm_pytorch.training.checkpoint import differences
 from audiolm_pytorch.training.ranks import own_accelerator
 from audiolm_pytorch.training.tracking import progress_bar
@@ -129,7 +129,7 @@ class KMeansTrainer:
         self.features_folder = self.results_folder / "features" if features_folder is None else Path(features_folder)
         self._accelerator = accelerator
         self._origin = {
-            "encoder": encoder_fingerprint(own_encoder),
+            "encoder": part_fingerprint(own_encoder),
             "layer": layer,
             "data": _digest_of(self._items),
             "seconds": seconds,

@@ -7,12 +7,12 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
-from audiolm_pytorch.io import build_module, digest_of, fingerprint_of, module_spec, register
+from audiolm_pytorch.io import build_module, digest_of, module_spec, part_fingerprint, register
 from audiolm_pytorch.nearest import nearest_index
 from audiolm_pytorch.ragged import check_waves, checked_lengths, resampled_items
 from audiolm_pytorch.semantic.protocol import FrameEncoder
 
-__all__ = ["KMeansTokenizer", "encoder_fingerprint"]
+__all__ = ["KMeansTokenizer"]
 
 # Frames that are normalised at once: an hour of wide features would be copied twice over otherwise.
 _FRAMES_AT_ONCE = 32_768
@@ -115,7 +115,7 @@ class KMeansTokenizer(nn.Module):
     def fingerprint(self) -> str:
         """Hash of everything that the tokens depend on: encoder, layer, normalisation, centroids, cut of lengths."""
         facts = {
-            "encoder": encoder_fingerprint(self.encoder),
+            "encoder": part_fingerprint(self.encoder),
             "layer": self.layer,
             "seq_len_multiple_of": self.seq_len_multiple_of,
         }
@@ -189,11 +189,6 @@ class KMeansTokenizer(nn.Module):
         parts = rearrange(features, "b t d -> (b t) d").split(_FRAMES_AT_ONCE)
         ids = torch.cat([nearest_index(self._normalised(part), self.centroids) for part in parts])
         return rearrange(ids, "(b t) -> b t", b=len(wave)).masked_fill(~mask, -1)
-
-
-def encoder_fingerprint(encoder: nn.Module) -> str:
-    """Identify an encoder: by its own `fingerprint` where it has one, else by class, config and weights."""
-    return getattr(encoder, "fingerprint", None) or fingerprint_of(encoder)
 
 
 def _agreed_clusters(num_clusters: int | None, centroids: Tensor | None) -> int:

@@ -1,6 +1,7 @@
 """Language models over declared token layouts. Trainers are in `audiolm_pytorch.stages.trainers`."""
 
-from audiolm_pytorch.stages.decoding import Decoded, decode
+from audiolm_pytorch.stages.decodable import Decoded
+from audiolm_pytorch.stages.decoding import decode
 from audiolm_pytorch.stages.layout import TokenLayout
 from audiolm_pytorch.stages.stage_transformer import AudioTokens, StageTransformer
 from audiolm_pytorch.stages.stages import CoarseTransformer, FineTransformer, SemanticTransformer

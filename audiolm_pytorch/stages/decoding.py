@@ -1,9 +1,7 @@
 """The one decode loop of every language model: a cache written in place, a position per item, noise per item."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from beartype import beartype
@@ -11,65 +9,15 @@ from torch import Tensor
 
 from audiolm_pytorch.attention import KVCache, Slots
 from audiolm_pytorch.conditioning import Conditions, guide
+from audiolm_pytorch.evaluating import evaluating
 from audiolm_pytorch.sampling import SamplingSettings, item_generators, sample_tokens
-from audiolm_pytorch.stages.layout import TokenLayout
+from audiolm_pytorch.stages.decodable import Decoded, TokenModel
 from audiolm_pytorch.stages.streams import PackedTokens
-from audiolm_pytorch.transformer import Context
 
-__all__ = ["Decoded", "Decoding", "TokenModel", "decode"]
+__all__ = ["Decoding", "decode"]
 
 # Where looking at the logits means waiting for the device, it is done once in so many rows.
 _ROWS_BETWEEN_CHECKS = 64
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """Completed streams.
-
-    Attributes:
-        streams: Tokens `[b, f, levels]` int64 of every predicted stream, prompts included; -1 past an item's length.
-        lengths: Frames `[b]` int64 of each, on the CPU.
-    """
-
-    streams: dict[str, Tensor]
-    lengths: dict[str, Tensor]
-
-
-@runtime_checkable
-class TokenModel(Protocol):
-    """What the decode loop asks of a model."""
-
-    training: bool
-
-    @property
-    def layout(self) -> TokenLayout:
-        """What the model reads and writes."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where it runs."""
-
-    def new_cache(self, batch: int, num_slots: int) -> KVCache:
-        """Allocate a cache."""
-
-    def context(self, conditioning: Conditions | None, batch: int) -> Context:
-        """What stands before the sequence and beside it."""
-
-    def hidden(
-        self,
-        ids: Tensor,
-        mask: Tensor,
-        context: Context | None = None,
-        cache: KVCache | None = None,
-        slots: Slots | None = None,
-    ) -> Tensor:
-        """Final states `[b, n, d]` of rows `[b, n, columns]`."""
-
-    def logits(self, hidden: Tensor, head: int) -> Tensor:
-        """Logits `[..., num_logits]` of one head."""
-
-    def train(self, mode: bool = True) -> object:
-        """Switch dropout."""
 
 
 @beartype
@@ -170,7 +118,10 @@ class Decoding:
 
     @property
     def known_frames(self) -> Tensor:
-        """Whole frames `[b]` int64 that are known of every item, prompts included."""
+        """Whole frames `[b]` int64 that are known of every item, prompts included.
+
+        Of several predicted streams: so many are known of each, or all of a stream that has fewer.
+        """
         return torch.tensor(self.known)
 
     def advance(self, until_frames: int | None = None) -> None:
@@ -182,7 +133,7 @@ class Decoding:
         Raises:
             ValueError: If logits are not finite; the message names the step.
         """
-        with _evaluating(self.model), torch.inference_mode():
+        with evaluating(self.model), torch.inference_mode():
             while any(
                 plan and (until_frames is None or known < until_frames) for plan, known in zip(self.plans, self.known)
             ):
@@ -202,8 +153,8 @@ class Decoding:
         layout = self.model.layout
         known = torch.tensor(self.known)
         lengths = {
-            stream.name: self.num_frames[stream.name] if self.is_done else known.clamp(max=self.num_frames[stream.name])
-            for stream in layout.predicted
+            name: self.num_frames[name].clone() if self.is_done else known.clamp(max=self.num_frames[name])
+            for name in (stream.name for stream in layout.predicted)
         }
         streams = layout.unpack(self.ids, self.num_frames)
         for name, tokens in streams.items():
@@ -264,8 +215,11 @@ class Decoding:
         joint: dict[tuple[int, tuple[int, ...]], list[tuple[int, int]]] = {}
         for (size, head, column), items in groups.items():
             joint.setdefault((size, tuple(items)), []).append((head, column))
+        ends: dict[int, int] = {}  # item -> frames before its end
         for (_, items_), cells in joint.items():
-            self._draw(list(items_), [head for head, _ in cells], [column for _, column in cells])
+            ends |= self._draw(list(items_), [head for head, _ in cells], [column for _, column in cells])
+        for item, num_frames in ends.items():
+            self._end(item, num_frames)
         self.known = [whole[row] for whole, row in zip(self.whole, self.rows)]
         self.is_read = False
 
@@ -273,8 +227,8 @@ class Decoding:
         """Number of tokens that a head may give."""
         return len(self.model.layout.heads[head].ids(self.allow_eos))
 
-    def _draw(self, items: list[int], heads: list[int], columns: list[int]) -> None:
-        """Draw the tokens of some heads, for some columns of the present rows of some items."""
+    def _draw(self, items: list[int], heads: list[int], columns: list[int]) -> dict[int, int]:
+        """Draw tokens of some heads, for some columns of the present rows; frames of the items that end, by item."""
         layout, device = self.model.layout, self.ids.device
         rows = [self.rows[item] for item in items]
         hidden = self.hidden if len(items) == len(self.ids) else self.hidden[[*items, *self._copied(items)]]
@@ -292,10 +246,12 @@ class Decoding:
         tokens = sample_tokens(logits.flatten(0, 1), noise.flatten(), self.settings).view_as(noise)
         first = torch.tensor([layout.heads[head].first_id for head in heads], device=device)
         self.ids[item, row, column] = tokens + first
+        ends: dict[int, int] = {}
         for place, head in enumerate(heads):
             if self.allow_eos and layout.heads[head].has_eos:
                 for number in (tokens[:, place] == layout.heads[head].vocab_size).nonzero().flatten().tolist():
-                    self._end(items[number], int(self.frame[items[number], rows[number], columns[place]]))
+                    ends[items[number]] = int(self.frame[items[number], rows[number], columns[place]])
+        return ends
 
     def _copied(self, items: list[int]) -> list[int]:
         """Places of the unconditional copies of items in the doubled batch."""
@@ -308,7 +264,8 @@ class Decoding:
         for place, (head, column) in enumerate(zip(heads, columns)):
             if self.model.layout.heads[head].has_eos:
                 empty = [n for n in range(len(items)) if int(self.frame[items[n], rows[n], column]) == 0]
-                logits[empty, place, self.model.layout.heads[head].vocab_size] = float("-inf")
+                if empty:
+                    logits[empty, place, self.model.layout.heads[head].vocab_size] = float("-inf")
 
     def _check(self, logits: Tensor, items: list[int], rows: list[int]) -> None:
         """Note, or on a CPU say at once, that logits are not finite."""
@@ -332,12 +289,20 @@ class Decoding:
         )
 
     def _end(self, item: int, num_frames: int) -> None:
-        """Shorten an item to the frames before its end: cells that its shorter table does not have are gone."""
+        """Shorten an item to the frames before its end: cells that its shorter table does not have are gone.
+
+        Streams end together, as training shows them: where the end of one was drawn, the ends of all stand.
+        """
         for stream in self.model.layout.predicted:
             self.num_frames[stream.name][item] = num_frames
         table = self.model.layout.table({name: int(count[item]) for name, count in self.num_frames.items()}, ends=True)
         stands = torch.zeros_like(self.missing[item])
         stands[: len(table.block)] = (table.block >= 0)[: len(stands)]
+        row = self.rows[item]
+        for column in (self.missing[item, row] & (self.frame[item, row] == num_frames)).nonzero().flatten().tolist():
+            head = self.model.layout.heads[int(self.head[item, row, column])]
+            if head.has_eos:
+                self.ids[item, row, column] = head.first_id + head.vocab_size
         self.missing[item] &= stands
         self.mask[item] &= stands.to(self.mask.device)
         self.plans[item] = {
@@ -359,14 +324,3 @@ def _plan(missing: Tensor, head: Tensor) -> dict[int, list[tuple[int, int]]]:
     for row, column in missing.nonzero().tolist():
         plan.setdefault(row, []).append((int(head[row, column]), column))
     return plan
-
-
-@contextmanager
-def _evaluating(model: TokenModel) -> Iterator[None]:
-    """Switch dropout off for a while."""
-    was_training = model.training
-    model.train(False)
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -1,34 +1,36 @@
 """By what a stage's tokens are made: found out where it is trained, compared wherever it meets tokenizers or stages.
 
 Token 17 of one tokenizer is not token 17 of another, though both may have as many: a stage that reads another's tokens
-runs without an error and makes noise. So the fingerprints of tokenizers travel with shards and stages, and so does that
-of the text encoder whose states a stage hears.
+runs without an error and makes noise. So the fingerprints of tokenizers travel with shards and stages, and so do those
+of what makes a stage's conditions: the conditioner whose codes it gets, the text encoder whose states it hears.
 """
 
 from collections.abc import Collection, Sequence
 
 from audiolm_pytorch.codecs.protocol import Codec
-from audiolm_pytorch.conditioning import TextEncoder
+from audiolm_pytorch.conditioning import Conditioner, TextEncoder
 from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.semantic.protocol import SemanticTokenizer
 from audiolm_pytorch.stages.stage_transformer import StageTransformer
 
 __all__ = ["agreed_fingerprints", "made_by", "shard_fingerprint"]
 
+# Conditions are made on the way, of what shards hold: latents, captions.
+_CONDITIONS = {"conditioner": "codes of conditions", "text_encoder": "states of texts"}
 # What makes each kind of token: its key in the fingerprint of shards, and how people are told of it. An extra stream
 # goes by its own name.
 _IN_SHARDS = {"semantic": "semantic_tokenizer", "acoustic": "codec"}
 _IN_WORDS = {
     "semantic": "semantic tokenizer (wav2vec)",
     "acoustic": "codec",
+    "conditioner": "conditioner (audio_conditioner)",
     "text_encoder": "text encoder (text_conditioner)",
 }
 
 
 def made_by(kind: str) -> tuple[str, str]:
     """Say what a stage reads of a kind, and what makes it, in words for messages."""
-    made = "states of texts" if kind == "text_encoder" else f"{kind} tokens"
-    return made, _IN_WORDS.get(kind, f"tokenizer of {kind!r}")
+    return _CONDITIONS.get(kind, f"{kind} tokens"), _IN_WORDS.get(kind, f"tokenizer of {kind!r}")
 
 
 def shard_fingerprint(wav2vec: SemanticTokenizer, codec: Codec) -> dict[str, str]:
@@ -48,6 +50,7 @@ def agreed_fingerprints(
     transformer: StageTransformer,
     wav2vec: SemanticTokenizer | None,
     codec: Codec | None,
+    audio_conditioner: Conditioner | None,
     text_conditioner: TextEncoder | None,
     shards: Sequence[TokenShards] = (),
     kinds: Collection[str] | None = None,
@@ -60,27 +63,31 @@ def agreed_fingerprints(
         transformer: The stage, with what it remembers of earlier training.
         wav2vec: Semantic tokenizer; None = says nothing.
         codec: Codec; None = says nothing.
+        audio_conditioner: What makes the codes that it is conditioned on; None, or one without a `fingerprint` = says
+            nothing.
         text_conditioner: What makes the states of texts that it hears; None = says nothing.
         shards: Records that the stage learns from; those that name no tokenizer say nothing.
-        kinds: Kinds of tokens to find out about; None = all that the stage uses, and its text encoder.
+        kinds: Kinds of tokens to find out about; None = all that the stage uses, and what makes its conditions.
 
     Returns:
-        Fingerprints by kind (`semantic`, `acoustic`, `text_encoder`), as far as anybody knows.
+        Fingerprints by kind (`semantic`, `acoustic`, `conditioner`, `text_encoder`), as far as anybody knows.
 
     Raises:
         ValueError: If two of them name different tokenizers.
     """
-    makers = {"semantic": wav2vec, "acoustic": codec, "text_encoder": text_conditioner}
+    speakers = {"conditioner": audio_conditioner, "text_encoder": text_conditioner}
+    makers = {"semantic": wav2vec, "acoustic": codec, **speakers}
     agreed: dict[str, str] = {}
     for kind in transformer.fingerprinted if kinds is None else kinds:
         said = {f"the {transformer.namespace} transformer was trained on": transformer.token_fingerprints.get(kind)}
-        if kind != "text_encoder":  # shards hold captions, which any encoder reads
+        if kind not in _CONDITIONS:
             said.update(
                 {f"{one.folder} holds those of": one.fingerprint.get(_IN_SHARDS.get(kind, kind)) for one in shards}
             )
         maker = makers.get(kind)
         if maker is not None:
-            said[f"the {type(maker).__name__} here is"] = maker.fingerprint
+            # No conditioner is asked to have one.
+            said[f"the {type(maker).__name__} here is"] = getattr(maker, "fingerprint", None)
         # Shards may be described in any way: what is no text is no fingerprint.
         known = {who: one for who, one in said.items() if isinstance(one, str)}
         if len(set(known.values())) > 1:

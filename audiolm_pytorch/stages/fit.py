@@ -40,7 +40,7 @@ def check_fit(
 
     Raises:
         ValueError: If vocabulary, number of levels, groups, ratio of rates, or width of conditions differ (the message
-            shows all differences), or the stage was trained on tokens or states of others.
+            shows all differences), or the stage was trained on tokens, codes or states of others.
     """
     tokenizers = {"semantic": wav2vec, "acoustic": codec}
     found = [
@@ -51,7 +51,8 @@ def check_fit(
     if found:
         raise ValueError(f"the {transformer.namespace} transformer does not fit: {'; '.join(found)}")
     # Last, since it takes longest; where the stage remembers nothing there is nothing to compare.
-    agreed_fingerprints(transformer, wav2vec, codec, text_conditioner, kinds=transformer.token_fingerprints)
+    makers = wav2vec, codec, audio_conditioner, text_conditioner
+    agreed_fingerprints(transformer, *makers, kinds=transformer.token_fingerprints)
 
 
 @beartype
@@ -63,7 +64,7 @@ def check_stages(*transformers: StageTransformer) -> None:
 
     Raises:
         ValueError: If a stream that two of them share (by name) is declared otherwise, or tokens of a kind that two of
-            them share, or the states of texts, were made by others; the message shows all differences.
+            them share, or their conditions, were made by others; the message shows all differences.
     """
     found = [line for one, other in combinations(transformers, 2) for line in _stage_differences(one, other)]
     if found:

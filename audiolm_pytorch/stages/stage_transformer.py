@@ -68,8 +68,8 @@ class StageTransformer(TokenTransformer):
         dim: Width d.
         depth: Number of blocks.
         token_fingerprints: Fingerprints of the tokenizers that made the tokens it was trained on, by kind (`semantic`,
-            `acoustic`), and of the `text_encoder` whose states it heard; trainers fill the attribute of that name. A
-            kind that is absent is unknown, and not checked.
+            `acoustic`), of the `conditioner` whose codes conditioned it, and of the `text_encoder` whose states it
+            heard; trainers fill the attribute of that name. A kind that is absent is unknown, and not checked.
         **stack: Further arguments of `TokenTransformer`.
 
     Raises:
@@ -128,8 +128,9 @@ class StageTransformer(TokenTransformer):
 
     @property
     def fingerprinted(self) -> tuple[str, ...]:
-        """What `token_fingerprints` may speak of: the kinds of tokens, and what made the texts' states it hears."""
-        return (*self.kinds, *([] if self.text_dim is None else ["text_encoder"]))
+        """What `token_fingerprints` may speak of: the kinds of tokens, and what made the conditions that it takes."""
+        widths = {"conditioner": self.cond_dim, "text_encoder": self.text_dim}
+        return (*self.kinds, *(kind for kind, width in widths.items() if width is not None))
 
     def packed(self, tokens: AudioTokens, ends: Tensor | None = None) -> PackedTokens:
         """Pack the stage's streams of some sounds.
@@ -182,5 +183,5 @@ def _check_extra(streams: Sequence[Stream]) -> None:
     for stream in streams:
         if not stream.given:
             raise ValueError(f"extra stream '{stream.name}' is only read by the stage: set given=True")
-        if stream.name in ("semantic", "acoustic", "text_encoder"):
+        if stream.name in ("semantic", "acoustic", "conditioner", "text_encoder"):
             raise ValueError(f"extra stream '{stream.name}' would be taken for the {stream.name} tokens: rename it")

@@ -36,7 +36,8 @@ class StageTask:
             that the stage also follows codes whose last levels are wrong.
         valid_batch_size: Items of a validation batch.
         max_valid_items: At most this many items are validated on.
-        token_fingerprints: What is known of the tokenizers that make the data; a run is resumed with these alone.
+        token_fingerprints: What is known of the tokenizers and conditioners that make the data; a run is resumed with
+            these alone.
 
     Attributes:
         identity: What must be the same when a run is resumed; whoever makes the sources adds what decides them.
@@ -46,7 +47,7 @@ class StageTask:
     """
 
     # Older checkpoints say nothing of these; `crop_seconds` comes from the trainer.
-    newer_identity = ("level_drop_prob", "crop_seconds", "transformer")
+    newer_identity = ("level_drop_prob", "crop_seconds", "transformer", "conditioner")
 
     @beartype
     def __init__(
@@ -87,8 +88,7 @@ class StageTask:
         self.identity: dict[str, Any] = {
             "level_drop_prob": level_drop_prob,
             "transformer": json.loads(json.dumps(config)),
-            # Nothing known, nothing said: as in older checkpoints.
-            **({"token_fingerprints": self.token_fingerprints} if self.token_fingerprints else {}),
+            **_known_makers(self.token_fingerprints),
         }
 
     def batch(self, indices: list[tuple[int, int]]) -> Any:
@@ -162,6 +162,16 @@ def _drop_levels(conditioning: Conditioning, probability: float) -> Conditioning
 
 def _by_stream(found: TokenLoss) -> dict[str, Tensor | float]:
     return {f"loss_{name}": loss.detach() for name, loss in found.per_stream.items()}
+
+
+def _known_makers(fingerprints: Mapping[str, str]) -> dict[str, Any]:
+    """What a run's identity says of them; nothing known, nothing said, as in older checkpoints.
+
+    The conditioner stands apart, since there are checkpoints that name the tokenizers alone.
+    """
+    tokenizers = {kind: one for kind, one in fingerprints.items() if kind != "conditioner"}
+    known: dict[str, Any] = {"token_fingerprints": tokenizers, "conditioner": fingerprints.get("conditioner")}
+    return {name: value for name, value in known.items() if value}
 
 
 def _chance(transformer: StageTransformer) -> dict[str, float]:

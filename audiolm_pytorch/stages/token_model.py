@@ -240,8 +240,9 @@ class TokenTransformer(nn.Module):
             return repeat(self.null_embedding, "d -> b m d", b=batch, m=self.null_tokens)
         codes = codes.repeated_to(batch)
         weight = self.cond_projection.weight
-        embedded = self.cond_norm(self.cond_projection(codes.embeddings.to(weight)))
-        return torch.where(codes.mask.to(weight.device).unsqueeze(-1), embedded, self.null_embedding)
+        mask = codes.mask.to(weight.device).unsqueeze(-1)
+        embedded = self.cond_norm(self.cond_projection(_emptied(codes.embeddings.to(weight), mask)))
+        return torch.where(mask, embedded, self.null_embedding)
 
     def _states(self, text: Conditioning | None, batch: int) -> tuple[Tensor, Tensor]:
         """States of texts `[b, s, d]` and which are real `[b, s]`; an item without any has one null state."""
@@ -251,7 +252,7 @@ class TokenTransformer(nn.Module):
             text = Conditioning(nothing, torch.zeros(batch, 1, dtype=torch.bool))
         text = text.repeated_to(batch)
         mask = text.mask.to(weight.device)
-        states = self.text_norm(self.text_projection(text.embeddings.to(weight)))
+        states = self.text_norm(self.text_projection(_emptied(text.embeddings.to(weight), mask.unsqueeze(-1))))
         states = torch.where(mask.unsqueeze(-1), states, self.null_text)
         is_first = torch.arange(mask.shape[1], device=mask.device) == 0
         return states, mask | (is_first & ~mask.any(dim=1, keepdim=True))
@@ -283,6 +284,11 @@ class TokenTransformer(nn.Module):
     def logits(self, hidden: Tensor, head: int) -> Tensor:
         """Logits `[..., num_logits]` float32 of one head for states `[..., d]`."""
         return self.heads[head](hidden).float()
+
+
+def _emptied(embeddings: Tensor, mask: Tensor) -> Tensor:
+    """Zeros in the padding: NaN there would reach the weights, since even a gradient of 0 times NaN is NaN."""
+    return embeddings.masked_fill(~mask, 0)
 
 
 def _padded_in_front(states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:

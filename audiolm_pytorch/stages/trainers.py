@@ -34,7 +34,8 @@ class StageTrainer:
 
     At the end `results_folder` holds the stage (`<namespace>/`, a saved module) and, with a conditioner, the trained
     table of its namespace (`conditioning_table.safetensors`). Stage and checkpoints hold the fingerprints of the
-    tokenizers whose tokens they learnt (`token_fingerprints`): those handed in, or those that the shards name.
+    tokenizers whose tokens they learnt (`token_fingerprints`): those handed in, or those that the shards name; and of
+    the conditioners, as far as these have one.
 
     Args:
         transformer: The stage; trained in place.
@@ -60,7 +61,8 @@ class StageTrainer:
 
     Raises:
         ValueError: If there is not exactly one source of data, or parts do not fit one another; e.g. if tokens are of
-            another tokenizer than the one handed in, or than the one whose tokens the transformer knows. If `text_prob`
+            another tokenizer than the one handed in, or than the one whose tokens the transformer knows, and
+            likewise codes and states of conditioners. If `text_prob`
             is no probability, or there is no conditioner to read captions. If the transformer hears captions, and no
             recording has any.
     """
@@ -129,6 +131,7 @@ class StageTrainer:
                 transformer,
                 wav2vec,
                 codec,
+                audio_conditioner,
                 text_conditioner,
                 [one for one in (shards, valid_shards) if one is not None],
             ),

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from audiolm_pytorch.conditioning import Conditions
 from audiolm_pytorch.sampling import SamplingSettings, item_generators
-from audiolm_pytorch.stages.decoding import Decoded, Decoding, TokenModel
+from audiolm_pytorch.stages.decodable import Decoded, TokenModel
+from audiolm_pytorch.stages.decoding import Decoding
 from audiolm_pytorch.stages.item_tokens import ItemTokens, items_of_streams, padded
 from audiolm_pytorch.stages.stream_inputs import frame_counts
 from audiolm_pytorch.stages.streams import Stream
@@ -232,10 +233,10 @@ class WindowedDecoding:
         self._is_whole[name] = [True] * len(tokens) if are_whole is None else are_whole.tolist()
 
     def limit(self, num_frames: Sequence[int | None]) -> None:
-        """Let items want fewer frames than was said first (None = as before), but none less than it has."""
-        for item, (count, known) in enumerate(zip(num_frames, self._context.counts, strict=True)):
+        """Let items want fewer frames than was said first (None = as before); what is known of them stays."""
+        for item, count in enumerate(num_frames):
             if count is not None:
-                self._wanted[item] = min(self._wanted[item], max(count, known))
+                self._wanted[item] = min(self._wanted[item], count)
 
     def advance(self, until_frames: int | None = None) -> None:
         """Decode until every item has so many whole frames, has ended, has all it wants, or has to wait for its givens.

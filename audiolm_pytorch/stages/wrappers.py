@@ -11,7 +11,7 @@ from audiolm_pytorch.codecs.protocol import Codec
 from audiolm_pytorch.conditioning import Conditioner, Conditions, TextEncoder
 from audiolm_pytorch.sampling import SamplingSettings
 from audiolm_pytorch.semantic.protocol import SemanticTokenizer
-from audiolm_pytorch.stages.decoding import Decoded
+from audiolm_pytorch.stages.decodable import Decoded
 from audiolm_pytorch.stages.fit import check_fit
 from audiolm_pytorch.stages.stage_transformer import AudioTokens, StageTransformer
 from audiolm_pytorch.stages.stages import CoarseTransformer, FineTransformer, SemanticTransformer

@@ -72,14 +72,16 @@ FIRST_VALID_TAKE = 48
 NUM_CODEC_CLIPS, NUM_CODEC_VALID = 1200, 16
 NUM_CLIPS, NUM_VALID_CLIPS = 2400, 64
 CODEC_STEPS = 1300
-# Of the eight levels of the codec the judge needs two; the coarse stage predicts two, the fine stage two more.
+# Of the codec's eight levels two are enough for the judge. The coarse stage predicts two, the fine stage two more.
 NUM_COARSE_LEVELS, NUM_LEVELS = 2, 4
 
 # Temperatures of AudioLM for speech (arXiv:2209.03143, sec. IV-B).
 SAMPLING = {"semantic": {"temperature": 0.6}, "coarse": {"temperature": 0.8}, "fine": {"temperature": 0.6}}
 NUM_PROMPTS, NUM_SAMPLES = 240, 240
 PROMPT_SECONDS, JUDGED_SECONDS = 1.0, 3.0
-MEMORY_SECONDS = (10, 60)
+# The decoder of the codec hears 0.58 s back: what is judged from here on holds no sound of the prompt's own tokens.
+UNHEARD_SECONDS = 0.6
+MEMORY_SECONDS, MEMORY_RUNS = (10, 60), 3
 
 
 @dataclass(frozen=True)
@@ -273,12 +275,12 @@ def judge(audiolm: AudioLM, words: Words, out: Path, seed: int = 0) -> tuple[lis
     start = samples_in(PROMPT_SECONDS, hz)
     continued = generated_waves(audiolm, NUM_PROMPTS, JUDGED_SECONDS, real[:, :start], hz)
     samples = generated_waves(audiolm, NUM_SAMPLES, JUDGED_SECONDS)
-    heard_speakers = {
-        "continuations": speakers_of(listener, continued[:, start:], hz),
-        "real continuations": speakers_of(listener, real[:, start:], hz),
-        "real continuations after the codec": speakers_of(listener, copies[:, start:], hz),
-        "unconditional samples": speakers_of(listener, samples[:, start:], hz),
-    }
+    waves = {"continuations": continued, "real continuations": real, "real continuations after the codec": copies}
+    parts = {name: wave[:, start:] for name, wave in waves.items()}
+    parts["unconditional samples"] = samples[:, start:]
+    later = start + samples_in(UNHEARD_SECONDS, hz)
+    parts |= {f"{name}, later than {UNHEARD_SECONDS} s": wave[:, later:] for name, wave in waves.items()}
+    heard_speakers = {name: speakers_of(listener, part, hz) for name, part in parts.items()}
     figures += speaker_figures(labels_of(clips, "speaker"), heard_speakers)
     heard = {
         "real clips": heard_words(listener, real, hz),
@@ -290,34 +292,44 @@ def judge(audiolm: AudioLM, words: Words, out: Path, seed: int = 0) -> tuple[lis
     return figures, confidence_table(heard)
 
 
-def _generate(folder: Path, seconds: int) -> None:
+def _generate(folder: Path, seconds: int, in_chunks: bool) -> None:
     """What a process does whose memory is measured."""
-    open_audiolm(folder).generate(seconds=seconds, seeds=0)
+    audiolm = open_audiolm(folder)
+    if in_chunks:
+        for _ in audiolm.stream(seconds=seconds, seeds=0):
+            pass
+    else:
+        audiolm.generate(seconds=seconds, seeds=0)
 
 
 @beartype
 def memory_figures(folder: Path, sample_hz: int) -> list[Figure]:
-    """Measure how much memory fresh processes take that generate 10 and 60 s.
+    """Measure how much memory fresh processes take that generate 10 and 60 s, at once and in a stream of chunks.
 
     Args:
         folder: Of the model.
         sample_hz: Rate of its audio (Hz).
 
     Returns:
-        Both peaks, what the longer one takes more, and its audio (MiB).
+        Peaks and what the longer ones take more, each the median of three runs with the least and the most; and the
+        audio of the longer ones (MiB).
     """
-    short, long = (peak_bytes_of(_generate, folder, seconds) for seconds in MEMORY_SECONDS)
-    audio_bytes = 4 * MEMORY_SECONDS[1] * sample_hz
-    rows = {
-        f"peak of generating {MEMORY_SECONDS[0]} s": short,
-        f"peak of generating {MEMORY_SECONDS[1]} s": long,
-        "difference": long - short,
-        f"audio of {MEMORY_SECONDS[1]} s": audio_bytes,
-    }
-    return [
-        Figure(f"memory (MiB) / {name}", value / 2**20, value / 2**20, value / 2**20, None, 1)
-        for name, value in rows.items()
-    ]
+    figures = []
+    for name, in_chunks in (("generate", False), ("stream", True)):
+        short, long = (
+            np.array([peak_bytes_of(_generate, folder, seconds, in_chunks) for _ in range(MEMORY_RUNS)])
+            for seconds in MEMORY_SECONDS
+        )
+        rows = {f"peak at {seconds} s": peaks for seconds, peaks in zip(MEMORY_SECONDS, (short, long))}
+        rows["difference"] = np.subtract.outer(long, short).flatten()
+        figures += [_memory_figure(f"{name}, {what}", values) for what, values in rows.items()]
+    audio_bytes = np.array([4 * MEMORY_SECONDS[1] * sample_hz])
+    return [*figures, _memory_figure(f"audio of {MEMORY_SECONDS[1]} s", audio_bytes)]
+
+
+def _memory_figure(name: str, num_bytes: np.ndarray) -> Figure:
+    middle, low, high = (float(of(num_bytes)) / 2**20 for of in (np.median, np.min, np.max))
+    return Figure(f"memory (MiB) / {name}", middle, low, high, None, len(num_bytes), "median, least, most")
 
 
 @beartype

@@ -159,7 +159,7 @@ def test_coarse_only_leaves_the_third_stage_out():
 
 @pytest.mark.parametrize("windows", [{}, WINDOWS])
 def test_pieces_end_by_themselves_where_no_seconds_are_asked_for(windows):
-    """Every item at its own time, as if alone, all stages and the wave with it; `seconds` makes them exactly so long."""
+    """Every item at its own time, as if alone, the wave with it; `seconds` makes them exactly so long."""
     audio_lm = audiolm_of(ends=True, **windows)
     made = audio_lm.generate(batch_size=4, seeds=0)
     lengths = made.acoustic_lengths.tolist()

@@ -1,5 +1,6 @@
 """Copies with bfloat16 weights: near the original, whichever way weights are laid out, and the original untouched."""
 
+import copy
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from audiolm_pytorch import half_weights
 from audiolm_pytorch.audiolm import AudioLM
 from audiolm_pytorch.conditioning import Conditioning, Conditions
 from audiolm_pytorch.half_weights import with_half_weights
+from audiolm_pytorch.io import save_module
 from audiolm_pytorch.sampling import SamplingSettings
 from audiolm_pytorch.stages import decode
 
@@ -84,3 +86,25 @@ def test_an_audiolm_generates_with_half_weights() -> None:
     assert made.wave.shape == (2, 0.4 * SAMPLE_HZ) and made.wave.dtype == torch.float32
     again = half.generate(text=["a", "bb"], seconds=0.4, seeds=0)
     assert torch.equal(made.wave, again.wave)
+
+
+def test_packed_weights_are_never_lost_or_left_behind(tmp_path: Path) -> None:
+    """Copies decode alike and a loss can be measured; what would lose the packed weights is refused."""
+    stage = tiny_stages()["semantic"]
+    half = with_half_weights(stage)
+    packed = stage.layout.pack({"semantic": torch.randint(0, 12, (2, 6, 1))})
+    found = decode(half, {}, {"semantic": 8}, seeds=[1]).streams["semantic"]
+    for twin in (copy.deepcopy(half), with_half_weights(half), half.to("cpu")):
+        assert torch.equal(decode(twin, {}, {"semantic": 8}, seeds=[1]).streams["semantic"], found)
+    torch.testing.assert_close(half(packed).loss, stage.eval()(packed).loss, atol=0.05, rtol=0.05)
+    if not half_weights._can_pack():
+        return
+    refused = {
+        "saved": lambda: save_module(half, tmp_path / "half"),
+        "pickled": lambda: torch.save(half, tmp_path / "half.pt"),
+        "moved to meta": lambda: half.to("meta"),
+        "moved to cpu, torch.float32": lambda: half.float(),
+    }
+    for wish, refuse in refused.items():
+        with pytest.raises(ValueError, match=f"cannot be {wish}"):
+            refuse()

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from audiolm_pytorch.attention import KVCache
-from audiolm_pytorch.conditioning import guide
+from audiolm_pytorch.conditioning import Conditioning, Conditions, guide
 from audiolm_pytorch.sampling import SamplingSettings, filter_logits, sample_tokens
 from audiolm_pytorch.stages import Stream, TokenLayout, TokenTransformer
-from audiolm_pytorch.stages.decoding import decode
-from audiolm_pytorch.stages.windows import decode_in_windows, plan_windows
+from audiolm_pytorch.stages.decoding import Decoding, decode
+from audiolm_pytorch.stages.patterns import cell_table
 from audiolm_pytorch.transformer import Context
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package
@@ -214,41 +214,128 @@ def test_unconditional_decoding_needs_no_input_at_all():
     assert decode(model, {}, {"a": 5}, batch_size=4).streams["a"].shape == (4, 5, 1)
 
 
-def test_windows_cover_everything_and_carry_half():
-    """Every frame is decoded in some window; a window starts in the middle of the one before; starts are fixed."""
-    for frames in range(1, 60):
-        windows = plan_windows(frames, 10, 2)
-        assert windows[0].start == 0 and windows[-1].stop == frames
-        assert all(b.start - a.start == 4 and a.stop - a.start == 10 for a, b in zip(windows, windows[1:]))
-        assert all(1 <= w.stop - w.start <= 10 for w in windows)
-    assert plan_windows(50, None) == [type(windows[0])(0, 50)]
-    with pytest.raises(ValueError, match="advance by half"):
-        plan_windows(50, 3, 2)
-
-
-def test_windowed_decoding_is_decoding_with_the_carried_half_as_prompt():
-    """Written out for two windows; items of unequal length and prompt keep their own tokens."""
-    model = model_of(eos=False)
-    given = torch.randint(0, 10, (2, 8, 1))
-    prompt = torch.randint(0, 20, (2, 10, 2))
-    found = decode_in_windows(
-        model,
-        {"s": given, "a": prompt},
-        torch.tensor([14, 11]),
-        lengths={"a": torch.tensor([2, 10])},
-        window_frames=8,
-        settings=GREEDY,
-    )
-    first = decode(model, {"s": given[:1, :4], "a": prompt[:1, :2]}, {"a": 8}, settings=GREEDY).streams["a"]
-    second = decode(model, {"s": given[:1, 2:6], "a": first[:, 4:]}, {"a": 8}, settings=GREEDY).streams["a"]
-    third = decode(model, {"s": given[:1, 4:8], "a": second[:, 4:]}, {"a": 6}, settings=GREEDY).streams["a"]
-    assert torch.equal(found.streams["a"][0], torch.cat((first, second[:, 4:], third[:, 4:]), dim=1)[0])
-    assert found.lengths["a"].tolist() == [14, 11]
-    assert torch.equal(found.streams["a"][1, :10], prompt[1]) and (found.streams["a"][1, 11:] == -1).all()
-
-
 def test_settings_refuse_impossible_numbers():
     """Each number out of range is named."""
-    for name, value in {"temperature": -1.0, "top_k": 0, "top_p": 0.0, "guidance_scale": -0.5}.items():
-        with pytest.raises(ValueError, match=name):
-            SamplingSettings(**{name: value})
+    nan, inf = float("nan"), float("inf")
+    wrong = {"temperature": (-1, nan, inf), "top_k": (0,), "top_p": (0.0, nan), "guidance_scale": (-0.5, nan, inf)}
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises(ValueError, match=name):
+                SamplingSettings(**{name: value})
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-7, 1e-5])
+def test_a_tiny_temperature_is_greedy(temperature):
+    """Logits divided by it must not overflow into NaN, of which token 0 would be drawn for ever."""
+    drawn = sample_tokens(torch.tensor([[1.0, 40.0, 3.0]]), torch.tensor([0.999]), SamplingSettings(temperature))
+    assert drawn.tolist() == [1]
+
+
+def test_streams_end_together():
+    """Where one stream ends, the ends of all stand in the grid, as in training; later levels read them."""
+    layout = TokenLayout([Stream("a", 6, 2, eos=True), Stream("b", 5, eos=True)], "delayed")
+    torch.manual_seed(0)
+    model = TokenTransformer(layout=layout, **SIZES).eval()
+    for weight in model.heads.parameters():
+        weight.data.zero_()
+    run = Decoding(model, {}, {"a": 9, "b": 9}, batch_size=6, seeds=range(6), allow_eos=True)
+    run.advance()
+    found = run.decoded()
+    assert torch.equal(found.lengths["a"], found.lengths["b"]) and len(found.lengths["a"].unique()) > 2
+    for item, length in enumerate(found.lengths["a"].tolist()):
+        if length < 9:
+            whole = {name: tokens[item : item + 1, :length] for name, tokens in found.streams.items()}
+            trained = layout.pack(whole, ends=torch.tensor([True]))
+            rows = trained.ids.shape[1]
+            assert torch.equal(run.mask[item, :rows], trained.input_mask[0]) and not run.mask[item, rows:].any()
+            assert torch.equal(run.ids[item, :rows][run.mask[item, :rows]], trained.ids[trained.input_mask])
+
+
+def test_what_was_decoded_is_no_part_of_the_run():
+    """Lengths handed out can be changed without harm."""
+    run = Decoding(model_of(), {"s": GIVEN}, {"a": 4})
+    run.advance()
+    run.decoded().lengths["a"].zero_()
+    assert run.decoded().lengths["a"].tolist() == [4, 4, 4]
+
+
+@pytest.mark.parametrize("pattern", ["flat", "delayed", "parallel"])
+@pytest.mark.parametrize("rates_hz", [(50, 50), (25, 50), (50, 25)])
+def test_known_frames_are_whole_in_each_of_several_streams(pattern, rates_hz):
+    """At every pause: each frame said to be known has been drawn in all streams, and the next has not in one."""
+    if pattern != "flat" and rates_hz[0] != rates_hz[1]:
+        return
+    streams = [Stream("a", 6, 4, rates_hz[0], num_groups=2), Stream("b", 5, 1, rates_hz[1])]
+    model = TokenTransformer(layout=TokenLayout(streams, pattern), **SIZES).eval()
+    num_frames = {stream.name: stream.rate_hz * 8 // 50 for stream in streams}
+    prompt = {"a": torch.ones(2, 2, 4).long()}
+    run = Decoding(model, prompt, num_frames, lengths={"a": torch.tensor([0, 2])}, seeds=[1, 2])
+    whole = decode(model, prompt, num_frames, lengths={"a": torch.tensor([0, 2])}, seeds=[1, 2]).streams
+    for until in range(1, 9):
+        run.advance(until)
+        found = run.decoded()
+        for item, known in enumerate(run.known_frames.tolist()):
+            to_do = [int(run.frame[item, row, column]) for row, cells in run.plans[item].items() for _, column in cells]
+            assert known == min([*to_do, max(num_frames.values())]) >= until
+            for name, tokens in found.streams.items():
+                count = int(found.lengths[name][item])
+                assert count == min(known, num_frames[name])
+                assert torch.equal(tokens[item, :count], whole[name][item, :count])
+
+
+@pytest.mark.parametrize("pattern", ["flat", "delayed", "parallel"])
+def test_a_model_that_decoded_can_be_trained(pattern):
+    """Nothing that decoding made, even inside inference mode, is left where gradients need it; modes stay too."""
+    cell_table.cache_clear()
+    model = model_of(pattern).train()
+    model.cond_norm.eval()
+    with torch.inference_mode():
+        decode(model, {"s": GIVEN}, {"a": 8}, seeds=[1, 2, 3], allow_eos=True)
+    assert model.training and model.transformer.blocks[0].training and not model.cond_norm.training
+    packed = model.layout.pack({"s": GIVEN, "a": torch.randint(0, 20, (3, 8, 2))})
+    model(packed, random_conditions(3)).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("pattern", ["flat", "delayed", "parallel"])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_an_item_is_the_same_alone_with_texts_ends_and_groups(pattern, scale):
+    """Streams not in time and texts of several lengths (or none), prompts, early ends: alone = beside all others."""
+    streams = [Stream("s", 10, 1, 25, given=True), Stream("t", 7, 1, None, given=True)]
+    layout = TokenLayout([*streams, Stream("a", 20, 4, 50, eos=True, num_groups=2)], pattern)
+    torch.manual_seed(0)
+    model = TokenTransformer(layout=layout, **SIZES, cond_dim=8, text_dim=6, text_as="prefix").eval()
+    model.heads[0].weight.data.zero_()  # one frame in 21 is the last
+    counts = {"s": [4, 2, 3, 1], "t": [3, 0, 1, 2], "a": [0, 5, 2, 3], "text": [3, 1, 0, 2]}
+    tokens = {
+        one.name: torch.randint(0, one.vocab_size, (4, max(counts[one.name]), one.num_levels)) for one in layout.streams
+    }
+    states, codes, wanted = torch.randn(4, 3, 6), torch.randn(4, 3, 8), torch.tensor([40, 30, 2, 35])
+
+    def run(items):
+        cut = {
+            name: max(1, *(counts[name][item] for item in items)) if len(items) > 1 else counts[name][items[0]]
+            for name in counts
+        }
+        mask = torch.arange(max(1, cut["text"])) < torch.tensor([[counts["text"][item]] for item in items])
+        return decode(
+            model,
+            {name: part[items, : cut[name]] for name, part in tokens.items()},
+            {"a": wanted[items]},
+            lengths={name: torch.tensor([counts[name][item] for item in items]) for name in tokens},
+            conditioning=Conditions(
+                Conditioning(codes[items], torch.ones(len(items), 3).bool()),
+                Conditioning(states[items, : mask.shape[1]], mask),
+            ),
+            settings=SamplingSettings(guidance_scale=scale),
+            seeds=[100 + item for item in items],
+            allow_eos=True,
+        )
+
+    together = run([0, 1, 2, 3])
+    lengths = together.lengths["a"]
+    assert (lengths < wanted).any() and len(lengths.unique()) > 2
+    for item in range(4):
+        alone = run([item])
+        assert alone.lengths["a"].tolist() == [lengths[item]]
+        assert torch.equal(together.streams["a"][item, : lengths[item]], alone.streams["a"][0])

@@ -8,12 +8,11 @@ from beartype.roar import BeartypeCallHintViolation
 
 from audiolm_pytorch import nearest
 from audiolm_pytorch.audio import resample
-from audiolm_pytorch.io import load_module, save_module
+from audiolm_pytorch.io import load_module, part_fingerprint, save_module
 from audiolm_pytorch.nearest import nearest_index
 from audiolm_pytorch.ragged import length_mask
 from audiolm_pytorch.semantic import BestRQEncoder, FrameEncoder, KMeansTokenizer, KMeansTrainer, SemanticTokenizer
 from audiolm_pytorch.semantic import tokenizer as module
-from audiolm_pytorch.semantic.tokenizer import encoder_fingerprint
 
 RATE_HZ = 4000
 TOKEN_SAMPLES = 160
@@ -158,7 +157,7 @@ def test_an_encoder_may_say_who_it_is():
 
     named = Named(**tiny_encoder().config)
     parts = dict(layer=1, centroids=torch.zeros(4, 32))
-    assert encoder_fingerprint(named) == "the published one"
+    assert part_fingerprint(named) == "the published one"
     first = KMeansTokenizer(encoder=named, **parts).fingerprint
     assert first != KMeansTokenizer(encoder=tiny_encoder(), **parts).fingerprint
     with torch.no_grad():

@@ -191,18 +191,20 @@ def test_stages_that_were_not_made_for_one_another_are_refused(stages, message):
 
 def test_stages_trained_on_tokens_of_different_makers_are_refused():
     """Fingerprints of a kind that two stages share are compared; what one of them does not know is not."""
+    shared = {"conditioner": "q", "text_encoder": "t"}
     known = {
-        "semantic": {"semantic": "one", "text_encoder": "t"},
-        "coarse": {"semantic": "one", "acoustic": "two", "text_encoder": "t"},
-        "fine": {"acoustic": "two", "text_encoder": "t"},
+        "semantic": {"semantic": "one", **shared},
+        "coarse": {"semantic": "one", "acoustic": "two", **shared},
+        "fine": {"acoustic": "two", **shared},
     }
-    stages = tiny_stages(text_dim=6)
+    stages = tiny_stages(**CONDITION, text_dim=6)
     for name, stage in stages.items():
         stage.token_fingerprints = dict(known[name])
     check_stages(*stages.values())
     for name, kind, words in [
         ("semantic", "semantic", "semantic tokens of different makers, the semantic transformer other, .* one"),
         ("fine", "acoustic", "acoustic tokens of different makers, the coarse transformer two, .* other"),
+        ("coarse", "conditioner", "codes of conditions of different makers, the semantic transformer q, .* other"),
         ("fine", "text_encoder", "states of texts of different makers, the semantic transformer t, .* other"),
     ]:
         stages[name].token_fingerprints[kind] = "other"

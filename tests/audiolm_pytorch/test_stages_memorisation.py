@@ -19,7 +19,8 @@ from torch import Tensor
 from audiolm_pytorch.conditioning import Conditioning, Conditions
 from audiolm_pytorch.sampling import SamplingSettings
 from audiolm_pytorch.stages import Stream, TokenLayout, TokenTransformer
-from audiolm_pytorch.stages.decoding import Decoded, decode
+from audiolm_pytorch.stages.decodable import Decoded
+from audiolm_pytorch.stages.decoding import decode
 from audiolm_pytorch.stages.windows import decode_in_windows
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package

@@ -8,9 +8,9 @@ import pytest
 
 from audiolm_pytorch.audiolm import AudioLM
 from audiolm_pytorch.data import TokenShards, write_shards
-from audiolm_pytorch.files import read_json
+from audiolm_pytorch.files import read_json, write_json
 from audiolm_pytorch.io import load_module, save_module
-from audiolm_pytorch.stages import SemanticTransformer
+from audiolm_pytorch.stages import SemanticTransformer, Stream
 from audiolm_pytorch.stages.fingerprints import shard_fingerprint
 from audiolm_pytorch.stages.trainers import (
     CoarseTransformerTrainer,
@@ -24,7 +24,7 @@ from audiolm_pytorch.stages.wrappers import (
 )
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package
-from fakes import SAMPLE_HZ, SIZES, FakeCodec, FakeSemanticTokenizer, tiny_stages
+from fakes import CONDITION, SAMPLE_HZ, SIZES, FakeCodec, FakeConditioner, FakeSemanticTokenizer, tiny_stages
 
 TRAINERS = {
     "semantic": SemanticTransformerTrainer,
@@ -83,7 +83,7 @@ def trainer_of(name, source, tmp_path, write_folder, *, stage=None, other=None, 
             )
         }
     stage = tiny_stages()[name] if stage is None else stage
-    return TRAINERS[name](transformer=stage, results_folder=tmp_path / "run", **data, **{**QUICK, **changes})
+    return TRAINERS[name](transformer=stage, **data, **{"results_folder": tmp_path / "run", **QUICK, **changes})
 
 
 @every_stage
@@ -191,6 +191,85 @@ def test_fingerprints_of_what_a_stage_does_not_read_are_refused():
     """A misspelt kind would never be compared with anything."""
     with pytest.raises(ValueError, match="no fingerprint for {'acoustic'}"):
         SemanticTransformer(num_semantic_tokens=12, token_fingerprints={"acoustic": "codec"}, **SIZES)
+
+
+def conditioner_of(fingerprint=None):
+    """A conditioner that says who it is, or one that does not know."""
+    conditioner = FakeConditioner()
+    if fingerprint is not None:
+        conditioner.fingerprint = fingerprint
+    return conditioner
+
+
+def conditioned_trainer(tmp_path, write_folder, conditioner, stage=None, **changes):
+    """A trainer of the semantic stage from waves, conditioned on the codes of a conditioner."""
+    stage = tiny_stages(**CONDITION)["semantic"] if stage is None else stage
+    parts = {"stage": stage, "audio_conditioner": conditioner, **changes}
+    return trainer_of("semantic", "waves", tmp_path, write_folder, **parts)
+
+
+def test_a_stage_remembers_whose_codes_conditioned_it(tmp_path, write_folder):
+    """It is in checkpoint, file and memory; another conditioner is refused wherever they meet, one unknown is not."""
+    trainer = conditioned_trainer(tmp_path, write_folder, conditioner_of("A"))
+    trainer.train()
+    known, finished = {"semantic": "semantic", "conditioner": "A"}, read_json(tmp_path / "run" / "finished.json")["run"]
+    trained = load_module(tmp_path / "run" / "semantic")
+    assert trained.token_fingerprints == trainer.transformer.token_fingerprints == known
+    assert finished["conditioner"] == "A" and finished["token_fingerprints"] == KNOWN["semantic"]
+    stages = {f"{name}_transformer": stage for name, stage in tiny_stages(**CONDITION).items()}
+    parts = {**makers_of("coarse"), **stages, "semantic_transformer": trained}
+    for other in (conditioner_of("A"), conditioner_of(), None):
+        AudioLM(**parts, audio_conditioner=other)
+        SemanticTransformerWrapper(trained, audio_conditioner=other)
+    message = (
+        "the codes of conditions are of different makers: the semantic transformer was trained on A, the "
+        r"FakeConditioner here is B; take the conditioner \(audio_conditioner\) that .* remove 'conditioner' from"
+    )
+    with pytest.raises(ValueError, match=message):
+        AudioLM(**parts, audio_conditioner=conditioner_of("B"))
+    with pytest.raises(ValueError, match=message):
+        SemanticTransformerWrapper(trained, audio_conditioner=conditioner_of("B"))
+    with pytest.raises(ValueError, match=message):
+        conditioned_trainer(tmp_path, write_folder, conditioner_of("B"), trained, results_folder=tmp_path / "more")
+    tuned = conditioned_trainer(tmp_path, write_folder, conditioner_of(), trained, results_folder=tmp_path / "more")
+    tuned.train()
+    assert tuned.transformer.token_fingerprints == known
+
+
+def test_an_unconditional_stage_remembers_no_conditioner(tmp_path):
+    """What a stage does not hear is not asked who it is, nor may a stream be taken for it."""
+    stage = tiny_stages()["semantic"]
+    SemanticTransformerWrapper(stage, audio_conditioner=conditioner_of("A"))
+    assert "conditioner" not in stage.fingerprinted
+    with pytest.raises(ValueError, match="no fingerprint for {'conditioner'}"):
+        SemanticTransformer(num_semantic_tokens=12, token_fingerprints={"conditioner": "A"}, **SIZES)
+    with pytest.raises(ValueError, match="'conditioner' would be taken for"):
+        extra = [Stream("conditioner", 5, rate_hz=10, given=True)]
+        SemanticTransformer(num_semantic_tokens=12, extra_streams=extra, **SIZES)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_run_is_not_continued_on_codes_of_another_conditioner(finished, tmp_path, write_folder):
+    """It leaves no trace in the stage that was refused; the run goes on with its own."""
+    conditioned_trainer(tmp_path, write_folder, conditioner_of("A")).train(stop_after_steps=None if finished else 2)
+    other = conditioned_trainer(tmp_path, write_folder, conditioner_of("B"))
+    with pytest.raises(ValueError, match="conditioner: A there, B here"):
+        other.train()
+    assert other.transformer.token_fingerprints == {}
+    again = conditioned_trainer(tmp_path, write_folder, conditioner_of("A"), other.transformer)
+    assert again.train().step == 3 and other.transformer.token_fingerprints["conditioner"] == "A"
+
+
+def test_a_run_that_never_knew_its_conditioner_is_continued(tmp_path, write_folder):
+    """Checkpoints of older releases name tokenizers alone; whoever continues them says who the conditioner is."""
+    conditioned_trainer(tmp_path, write_folder, conditioner_of("A")).train(stop_after_steps=2)
+    file = tmp_path / "run" / "checkpoint" / "state.json"
+    state = read_json(file)
+    assert state["state"]["run"].pop("conditioner") == "A"
+    write_json(file, state)
+    again = conditioned_trainer(tmp_path, write_folder, conditioner_of("A"))
+    assert again.train().step == 3 and again.transformer.token_fingerprints["conditioner"] == "A"
+    assert read_json(tmp_path / "run" / "finished.json")["run"]["conditioner"] == "A"
 
 
 def test_fingerprints_are_asked_for_once_a_run(tmp_path, write_folder):

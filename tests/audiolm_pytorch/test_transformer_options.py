@@ -310,6 +310,63 @@ def test_stack_compiles_without_a_break() -> None:
     assert counter.frame_count <= 5
 
 
+@pytest.mark.parametrize("options", [{"kv_heads": 1}, {"positions": "relative", "checkpoint_blocks": True}], ids=str)
+def test_training_compiles_without_a_break(options: dict) -> None:
+    """One graph forward and one backward, with the gradients of the eager pass."""
+    torch.manual_seed(0)
+    stack = Transformer(**{**SIZES, "depth": 1}, **options).train()
+    compiled = torch.compile(stack, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 12, 32)
+    grads = [torch.autograd.grad(run(x).square().sum(), list(stack.parameters())) for run in (stack, compiled)]
+    for one, other in zip(*grads):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("masked", [None, "items", "heads"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shared_keys_of_one_row_are_attended_as_rows(masked: str | None, dtype: torch.dtype) -> None:
+    """Oracle: the keys repeated for every head, with masks of items (padding) and biases of heads (positions)."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 6, 1, 16), torch.randn(3, 2, 9, 16), torch.randn(3, 2, 9, 16)
+    bias = {"items": torch.rand(3, 1, 1, 9) < 0.7, "heads": torch.randn(1, 6, 1, 9)}.get(masked or "")
+    wanted = attend(q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), bias)
+    half = bias if bias is None or bias.dtype == torch.bool else bias.to(dtype)
+    found = attend(q.to(dtype), k.to(dtype), v.to(dtype), half).float()
+    torch.testing.assert_close(found, wanted, **({} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.05}))
+
+
+@pytest.mark.parametrize("text_as", ["cross", "prefix"])
+def test_nan_in_padding_reaches_no_weight(text_as: str) -> None:
+    """Padding is never heard, nor learned from: a gradient of 0 times NaN would be NaN."""
+    model = model_of(text_dim=6, text_as=text_as, cond_dim=8).train()
+    conditions = conditions_of(model)
+    for part in conditions.parts.values():
+        part.mask[1, 1:] = False
+        part.embeddings[~part.mask] = float("nan")
+    loss = model(model.layout.pack({**given(3), "a": torch.randint(0, 20, (3, 6, 2))}), conditions).loss
+    loss.backward()
+    assert loss.isfinite() and all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("extra", [{}, {"checkpoint_blocks": True, "forget_prob": 0.5}], ids=str)
+def test_bfloat16_autocast_trains_every_option(options: dict, extra: dict) -> None:
+    """Loss and gradients are near those of float32, whatever the mask: no overflow, no NaN of hidden rows."""
+    model = model_of(**options, **extra).train()
+    for weight in model.heads.parameters():
+        weight.data.div_(40)
+    packed = model.layout.pack({**given(3), "a": torch.randint(0, 20, (3, 6, 2))}, {"a": torch.tensor([6, 1, 4])})
+    conditions, results = conditions_of(model), []
+    for is_half in (False, True):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_half):
+            loss = model(packed, conditions).loss
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        results.append([loss.detach()[None], *grads])
+    for exact, near in zip(*results):
+        assert near.isfinite().all() and (near - exact).norm() <= 0.15 * exact.norm() + 1e-3
+
+
 def test_numbers_out_of_range_are_refused() -> None:
     """Wrong options are errors that name them."""
     with pytest.raises(ValueError, match="forget_prob"):
@@ -318,6 +375,9 @@ def test_numbers_out_of_range_are_refused() -> None:
         RelativePositions(2, num_buckets=1)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         decode(model_of(), {}, {"a": 6}, batch_size=0)
+    for embeddings, mask in (((1, 0, 6), torch.ones(1, 0).bool()), ((1, 2, 6), torch.ones(1, 2))):
+        with pytest.raises(ValueError, match="with m >= 1 and a mask .* bool"):
+            Conditioning(torch.zeros(embeddings), mask)
     with pytest.raises(ValueError, match="no condition of text"):
         model_of().context(Conditions(text=Conditioning(torch.randn(1, 2, 6), torch.ones(1, 2).bool())), 1)
     with pytest.raises(ValueError, match="text conditions of width 6, got 5"):

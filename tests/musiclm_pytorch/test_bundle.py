@@ -134,16 +134,20 @@ def exchange(model, part):
 
 
 @pytest.mark.parametrize(
-    ("part", "kind", "stage"), [("codec", "acoustic", "coarse"), ("semantic_tokenizer", "semantic", "semantic")]
+    ("part", "kind", "stage"),
+    [
+        ("codec", "acoustic", "coarse"),
+        ("semantic_tokenizer", "semantic", "semantic"),
+        ("quantizer", "conditioner", "semantic"),
+    ],
 )
 def test_parts_of_different_models_are_refused(model, tmp_path, part, kind, stage):
-    """Stages beside a tokenizer of the same size that they were not trained with would make noise without an error."""
+    """Beside a tokenizer or quantizer that they do not know, stages would make noise without an error."""
     known = read_json(model / stage / "config.json")["config"]["token_fingerprints"][kind]
     assert load_module(model / part).fingerprint == known
     other = exchange(model, part)
-    message = (
-        f"does not make a model: the {kind} tokens .* {stage} transformer was trained on {known}, .* here is {other}"
-    )
+    made = "codes of conditions" if kind == "conditioner" else f"{kind} tokens"
+    message = f"does not make a model: the {made} .* {stage} transformer was trained on {known}, .* here is {other}"
     with pytest.raises(ValueError, match=message):
         load_musiclm(model)
     with pytest.raises(ValueError, match=message):
@@ -158,23 +162,25 @@ def test_model_of_an_older_release_is_loaded(model, tmp_path):
         del config["config"]["token_fingerprints"]
         write_json(model / stage / "config.json", config)
     exchange(model, "codec")
+    exchange(model, "quantizer")
     assert load_musiclm(model)("a low tone", **REQUEST).waves.isfinite().all()
     export_musiclm(model, tmp_path / "out")
     assert "token_fingerprints" not in read_json(tmp_path / "out" / "coarse" / "config.json")["config"]
 
 
-@pytest.mark.parametrize("part", ["codec", "semantic_tokenizer"])
-def test_tokenizers_that_half_precision_would_change_are_exported_as_they_are(model, tmp_path, part):
-    """Rounded, a tokenizer is another one than the stages know: the exported model must be one that loads."""
+@pytest.mark.parametrize(
+    ("part", "kind"), [("codec", "acoustic"), ("semantic_tokenizer", "semantic"), ("quantizer", "conditioner")]
+)
+def test_what_half_precision_would_change_is_exported_as_it_is(model, tmp_path, part, kind):
+    """Rounded, a tokenizer or quantizer is another than the stages know: the exported model must be one that loads."""
     module = load_module(model / part)
     with torch.no_grad():
-        for weight in module.state_dict().values():
-            if weight.is_floating_point():
+        for name, weight in module.state_dict().items():
+            if weight.is_floating_point() and not name.startswith("mulan."):
                 weight.mul_(1 + 1e-5)
     save_module(module, model / part)
     for stage in ("semantic", "coarse", "fine"):
         config = read_json(model / stage / "config.json")
-        kind = "acoustic" if part == "codec" else "semantic"
         if kind in config["config"]["token_fingerprints"]:
             config["config"]["token_fingerprints"][kind] = module.fingerprint
         write_json(model / stage / "config.json", config)
@@ -184,6 +190,18 @@ def test_tokenizers_that_half_precision_would_change_are_exported_as_they_are(mo
     assert torch.equal(ours, shipped)
     stored = {name: load_file(tmp_path / "out" / name / "model.safetensors").values() for name in PARTS}
     assert [name for name, tensors in stored.items() if any(t.dtype == torch.float32 for t in tensors)] == [part]
+
+
+def test_tables_of_a_quantizer_may_be_rounded(model, tmp_path):
+    """They are trained like stages, and no stage knows the quantizer by them: a model stays small."""
+    quantizer = load_module(model / "quantizer")
+    with torch.no_grad():
+        quantizer.tables["coarse"].weight.mul_(1 + 1e-5)
+    save_module(quantizer, model / "quantizer")
+    export_musiclm(model, tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "quantizer" / "model.safetensors").values()
+    assert all(tensor.dtype != torch.float32 for tensor in stored)
+    assert load_musiclm(tmp_path / "out").mulan_embed_quantizer.fingerprint == quantizer.fingerprint
 
 
 @pytest.fixture

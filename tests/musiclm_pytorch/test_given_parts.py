@@ -249,7 +249,8 @@ def test_a_published_codec_is_trained_around(parts, channels, tmp_path):
     assert torch.equal(torch.from_numpy(shards[1]["acoustic"]).long(), expected) and expected.shape == (100, 4)
     fine = load_module(tmp_path / "run" / "fine" / "model")
     assert [float(stream.rate_hz) for stream in fine.layout.streams] == [100, 100]
-    assert fine.token_fingerprints == {"acoustic": codec.fingerprint}
+    quantizer = load_module(tmp_path / "run" / "quantizer" / "model")
+    assert fine.token_fingerprints == {"acoustic": codec.fingerprint, "conditioner": quantizer.fingerprint}
 
 
 def test_a_published_clap_takes_the_place_of_mulan(parts, tmp_path):

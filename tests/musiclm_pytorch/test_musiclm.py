@@ -24,6 +24,20 @@ TEXTS = ["low tone", "middle tone", "high tone", "very high tone"]
 STAGES = ("semantic", "coarse", "fine")
 
 
+def _transformers(widths: tuple[int | None, ...]) -> nn.ModuleDict:
+    """Real stages of random weights, each with a condition of its width, or none."""
+    torch.manual_seed(0)
+    conditions = [{"audio_text_condition": width is not None, "cond_dim": width} for width in widths]
+    stack = {"dim": 16, "depth": 1, "heads": 2, "dim_head": 8}
+    levels = {"codebook_size": 5, "num_coarse_quantizers": 2, **stack}
+    stages = (
+        SemanticTransformer(num_semantic_tokens=7, **conditions[0], **stack),
+        CoarseTransformer(num_semantic_tokens=7, **conditions[1], **levels),
+        FineTransformer(num_fine_quantizers=1, **conditions[2], **levels),
+    )
+    return nn.ModuleDict(dict(zip(STAGES, stages)))
+
+
 class FakeAudioLM(AudioLM):
     """Plays, for each seed, a tone of one of four pitches, too loud, with a trace of the condition; notes its calls."""
 
@@ -32,10 +46,11 @@ class FakeAudioLM(AudioLM):
         self.codec = SimpleNamespace(target_sample_hz=12000)
         self.dropout = nn.Dropout(0.5)
         self.calls: list[dict[str, Any]] = []
+        self.transformers = _transformers((6, 6, 6))
 
     @property
     def stages(self) -> dict[str, Any]:
-        return {name: SimpleNamespace(transformer=SimpleNamespace(cond_dim=6)) for name in STAGES}
+        return {name: SimpleNamespace(transformer=stage) for name, stage in self.transformers.items()}
 
     def forward(
         self, batch_size: int, seconds: float, conditioning: dict[str, Conditions], seeds: list[int], **settings: Any
@@ -270,12 +285,7 @@ class ToyCodec(nn.Module):
 
 def _real_musiclm(trained: MuLaN) -> MusicLM:
     """Real stages of random weights, each with a condition of another width; the fine one takes none."""
-    torch.manual_seed(0)
-    stack = {"dim": 16, "depth": 1, "heads": 2, "dim_head": 8}
-    semantic = SemanticTransformer(num_semantic_tokens=7, audio_text_condition=True, cond_dim=6, **stack)
-    levels = {"codebook_size": 5, "num_coarse_quantizers": 2, **stack}
-    coarse = CoarseTransformer(num_semantic_tokens=7, audio_text_condition=True, cond_dim=10, **levels)
-    fine = FineTransformer(num_fine_quantizers=1, **levels)
+    stages = _transformers((6, 10, None))
     quantizer = MuLaNEmbedQuantizer(
         mulan=trained,
         conditioning_dims=(6, 10),
@@ -286,9 +296,7 @@ def _real_musiclm(trained: MuLaN) -> MusicLM:
     audio_lm = AudioLM(
         wav2vec=ToyTokenizer(),
         codec=ToyCodec(),
-        semantic_transformer=semantic,
-        coarse_transformer=coarse,
-        fine_transformer=fine,
+        **{f"{name}_transformer": stage for name, stage in stages.items()},
         audio_conditioner=quantizer,
     )
     return MusicLM(audio_lm=audio_lm, mulan_embed_quantizer=quantizer)
@@ -310,3 +318,16 @@ def test_musiclm_refuses_stages_that_do_not_fit(trained: MuLaN) -> None:
     swapped = MuLaNEmbedQuantizer(mulan=trained, conditioning_dims=(10, 6), namespaces=("semantic", "coarse"))
     with pytest.raises(ValueError, match="widths"):
         MusicLM(audio_lm=musiclm.audio_lm, mulan_embed_quantizer=swapped)
+
+
+def test_musiclm_refuses_another_quantizer_than_the_stages_know(trained: MuLaN) -> None:
+    """Also where the AudioLM below has none of its own; both fingerprints are shown."""
+    audio_lm = FakeAudioLM()
+    sizes = {"conditioning_dims": (6, 6, 6), "namespaces": STAGES, "rq_num_quantizers": 2, "codebook_size": 8}
+    ours, other = (MuLaNEmbedQuantizer(mulan=trained, **sizes) for _ in range(2))
+    other.fit(torch.randn(64, 16, generator=torch.Generator().manual_seed(0)))
+    audio_lm.transformers["coarse"].token_fingerprints = {"conditioner": ours.fingerprint}
+    MusicLM(audio_lm=audio_lm, mulan_embed_quantizer=ours)
+    message = f"coarse transformer was trained on {ours.fingerprint}, .* here is {other.fingerprint}"
+    with pytest.raises(ValueError, match=message):
+        MusicLM(audio_lm=audio_lm, mulan_embed_quantizer=other)

@@ -18,6 +18,7 @@ from micro import MICRO, write_clips
 
 from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.files import read_json, write_json
+from audiolm_pytorch.io import load_module
 from musiclm_pytorch.bundle import PARTS, load_musiclm
 from musiclm_pytorch.pipeline import STAGES, Pipeline
 
@@ -62,16 +63,21 @@ def test_tokens_are_of_the_result_of_the_stages(micro_run):
     assert shards.fingerprint["semantic_tokenizer"] == model.audio_lm.wav2vec.fingerprint
 
 
-def test_stages_say_which_tokenizers_they_were_trained_with(micro_run):
-    """Checkpoints, results and the assembled model carry the fingerprints of the tokens that the stages learnt."""
+def test_stages_say_what_they_were_trained_with(micro_run):
+    """Checkpoints, results and the assembled model know who made the tokens that the stages learnt, and the codes."""
     shards = TokenShards(micro_run / "tokens" / "train").fingerprint
+    quantizer = load_module(micro_run / "quantizer" / "model").fingerprint
+    assert load_musiclm(micro_run / "model").mulan_embed_quantizer.fingerprint == quantizer
     makers = {"semantic": shards["semantic_tokenizer"], "acoustic": shards["codec"]}
     for stage, kinds in {"semantic": ["semantic"], "coarse": ["semantic", "acoustic"], "fine": ["acoustic"]}.items():
         known = {kind: makers[kind] for kind in kinds}
         state = read_json(micro_run / stage / "checkpoint" / "state.json")["state"]
-        assert state["run"]["token_fingerprints"] == known
+        assert state["run"]["token_fingerprints"] == known and state["run"]["conditioner"] == quantizer
         for folder in (micro_run / stage / "model", micro_run / stage / stage, micro_run / "model" / stage):
-            assert read_json(folder / "config.json")["config"]["token_fingerprints"] == known
+            assert read_json(folder / "config.json")["config"]["token_fingerprints"] == {
+                **known,
+                "conditioner": quantizer,
+            }
 
 
 def test_masked_prediction_is_logged_beside_chance(micro_run):

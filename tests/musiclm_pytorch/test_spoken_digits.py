@@ -90,12 +90,12 @@ def test_joined_clips_hold_words_of_the_speaker_they_name(items: list[AudioItem]
     """Guards labels of joined clips: a clip's words are its speaker's, also where the clips are there already."""
     words = split_words(items)
     judge = fit_word_judge(words.train)
-    clips = join_words(words.test, tmp_path, 6, 3, (0.15, 0.4))
+    clips = join_words(words.test, tmp_path, 3, 3, (0.15, 0.4))
     truth = [str(clip.labels["speaker"]) for clip in clips]
     assert set(truth) == set(PITCHES_HZ)
     waves = torch.stack([read_audio(clip.path, HZ)[0][0] for clip in clips])
     assert speakers_of(judge, waves, HZ) == truth
-    assert [clip.labels for clip in join_words(words.test, tmp_path, 6, 3, (0.15, 0.4))] == [c.labels for c in clips]
+    assert [clip.labels for clip in join_words(words.test, tmp_path, 3, 3, (0.15, 0.4))] == [c.labels for c in clips]
 
 
 def test_recordings_are_cut_at_pauses_and_not_at_stops() -> None:
@@ -206,6 +206,7 @@ def test_recipe_runs_and_goes_on_where_it_was(
         "NUM_PROMPTS": 4,
         "NUM_SAMPLES": 4,
         "MEMORY_SECONDS": (1, 2),
+        "MEMORY_RUNS": 1,
     }.items():
         monkeypatch.setattr(spoken_digits, name, value)
     monkeypatch.setattr(spoken_digits, "heard_words", lambda *_, **__: HeardWords(["0"], np.array([0.5]), 1.0))
@@ -214,7 +215,10 @@ def test_recipe_runs_and_goes_on_where_it_was(
     report = json.loads((tmp_path / "figures.json").read_text())
     names = {figure["name"] for figure in report["figures"]}
     assert {"speaker kept / continuations", "recognised as a digit / unconditional samples"} <= names
-    assert "memory (MiB) / difference" in names and "Confidence in real clips" in (tmp_path / "figures.md").read_text()
+    assert (
+        "memory (MiB) / stream, difference" in names
+        and "Confidence in real clips" in (tmp_path / "figures.md").read_text()
+    )
     rows = {stage: (tmp_path / stage / "metrics.jsonl").read_text() for stage in ("codec", "semantic", "fine")}
     spoken_digits.main(data, tmp_path, scale=0.001)
     assert rows == {stage: (tmp_path / stage / "metrics.jsonl").read_text() for stage in rows}
