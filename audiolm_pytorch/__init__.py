@@ -15,6 +15,9 @@ from audiolm_pytorch.codecs import (
     open_codec,
 )
 from audiolm_pytorch.codecs.training import SoundStreamTrainer
+from audiolm_pytorch.conditioning import Conditioning, Conditions
+from audiolm_pytorch.generation import GeneratedAudio, GenerationRequest
+from audiolm_pytorch.half_weights import with_half_weights
 from audiolm_pytorch.semantic import (
     BestRQEncoder,
     FairseqVQWav2Vec,
@@ -46,12 +49,16 @@ __all__ = [
     "CoarseTransformer",
     "CoarseTransformerTrainer",
     "CoarseTransformerWrapper",
+    "Conditioning",
+    "Conditions",
     "DacWrapper",
     "EncodecWrapper",
     "FairseqVQWav2Vec",
     "FineTransformer",
     "FineTransformerTrainer",
     "FineTransformerWrapper",
+    "GeneratedAudio",
+    "GenerationRequest",
     "HubertWithKmeans",
     "KMeansTokenizer",
     "KMeansTrainer",
@@ -69,6 +76,7 @@ __all__ = [
     "expand",
     "open_codec",
     "open_encoder",
+    "with_half_weights",
 ]
 
 

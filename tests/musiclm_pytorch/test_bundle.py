@@ -328,9 +328,10 @@ def test_bundled_tokenizers_have_names(name):
         tokenizer_named("32khz")
 
 
-def test_bundled_stages_know_their_tokenizers():
-    """The bundled stages say by which tokenizers their tokens were made, so others are refused."""
+def test_bundled_stages_know_what_made_their_codes():
+    """The bundled stages say which tokenizers and which quantizer they were trained with, so others are refused."""
     folder = bundled_folder("tiny")
     known = {"semantic": tokenizer_named("16khz").fingerprint, "acoustic": codec_named("16khz").fingerprint}
+    known["conditioner"] = load_module(folder / "quantizer").fingerprint
     for stage, kinds in (("semantic", ["semantic"]), ("coarse", ["semantic", "acoustic"]), ("fine", ["acoustic"])):
-        assert load_module(folder / stage).token_fingerprints == {kind: known[kind] for kind in kinds}
+        assert load_module(folder / stage).token_fingerprints == {kind: known[kind] for kind in [*kinds, "conditioner"]}
