@@ -97,7 +97,7 @@ class KVCache:
         self.values = torch.zeros_like(self.keys)
         # What the first call brings and later ones find here: padding in front, keys and values of other states.
         self.skip: Tensor | None = None
-        self.crossed: list[tuple[Tensor, Tensor]] = []
+        self.crossed: dict[int, tuple[Tensor, Tensor]] = {}
         self.cross_mask: Tensor | None = None
 
     @property
@@ -139,7 +139,7 @@ class Surroundings:
     cross_mask: Tensor | None = None
 
 
-def prefers_plain_product(queries: Tensor) -> bool:
+def _prefers_plain_product(queries: Tensor) -> bool:
     """Whether for queries `[b, h, n, d]` plain matrix products are faster than torch's fused attention."""
     is_cpu_bf16 = queries.device.type == "cpu" and queries.dtype == torch.bfloat16
     return is_cpu_bf16 and queries.shape[2] <= _PLAIN_PRODUCT_MAX_ROWS
@@ -168,7 +168,7 @@ def attend(
         if bias is not None and bias.shape[1] != 1:
             bias = rearrange(bias, "b (g r) 1 k -> b g r k", g=keys.shape[1])
         return rearrange(attend(grouped, keys, values, bias), "b g r d -> b (g r) 1 d")
-    if not prefers_plain_product(queries):
+    if not _prefers_plain_product(queries):
         return F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=bias, is_causal=is_causal, enable_gqa=shared
         )
@@ -264,14 +264,19 @@ class CrossAttention(nn.Module):
 
         Returns:
             `[b, n, d]`.
+
+        Raises:
+            ValueError: If there are no states.
         """
         if around.states is not None:
             kv = rearrange(self.to_kv(around.states), "b s (two h d) -> two b h s d", two=2, h=self.heads)
             keys, values = kv[0].contiguous(), kv[1].contiguous()
             if around.cache is not None:
-                around.cache.crossed.append((keys, values))
-        elif around.cache is not None:
+                around.cache.crossed[layer] = keys, values
+        elif around.cache is not None and layer in around.cache.crossed:
             keys, values = around.cache.crossed[layer]
+        else:
+            raise ValueError("cross-attention needs states: give a context that has them, in the first call of a cache")
         queries = rearrange(self.to_q(x), "b n (h d) -> b h n d", h=self.heads)
         out = attend(queries, keys, values, around.cross_mask)
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))

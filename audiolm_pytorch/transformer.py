@@ -158,14 +158,14 @@ class Transformer(nn.Module):
             Normalised rows `[b, n, d]`, without those of the prefix.
 
         Raises:
-            ValueError: If only one of `cache` and `slots` is given.
+            ValueError: If only one of `cache` and `slots` is given, or cross-attention has no states to attend to.
         """
         if (cache is None) != (slots is None):
             raise ValueError("a cache needs slots and slots need a cache: give both or none")
         context = Context() if context is None else context
         if context.prefix is not None:
             x = torch.cat((context.prefix.to(x.dtype), x), dim=1)
-        if cache is not None and context.skip is not None:
+        if cache is not None and context.prefix is not None:
             cache.skip = context.skip
         around = self._surroundings(x, context, cache, slots)
         for layer, block in enumerate(self.blocks):
@@ -193,11 +193,14 @@ class Transformer(nn.Module):
             bias = visible_slots(positions, num_slots, skip)
             bias = bias if forgotten is None else bias & ~forgotten
         if self.relative is not None:
-            by_distance = self.relative(positions, num_slots).to(x.dtype)
+            # rows come in the precision of the cache, which may be finer than theirs
+            by_distance = self.relative(positions, num_slots).to(x.dtype if cache is None else cache.keys.dtype)
             bias = by_distance if bias is None else by_distance.masked_fill(~bias, float("-inf"))
         mask = None if context.states_mask is None else rearrange(context.states_mask, "b s -> b 1 1 s")
-        if cache is not None:
-            cache.cross_mask = mask = cache.cross_mask if mask is None else mask
+        if cache is not None and context.states is None:
+            mask = cache.cross_mask
+        elif cache is not None:
+            cache.cross_mask = mask
         return Surroundings(
             angles=None if self.rotary is None else self.rotary(positions),
             bias=bias,

@@ -43,6 +43,26 @@ def test_half_weights_give_nearly_the_same_logits(packs: bool, options: dict, mo
     assert all(torch.equal(weight, before[name]) for name, weight in stage.state_dict().items())
 
 
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("options", [{"positions": "relative"}, {"kv_heads": 1}, {"text_dim": 6}], ids=str)
+def test_half_weights_decode_with_every_option(packs: bool, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row by row through a cache of another precision, at equal and unequal positions."""
+    if not packs:
+        monkeypatch.setattr(half_weights, "_can_pack", lambda: False)
+    half = with_half_weights(tiny_stages(**options)["semantic"])
+    text = Conditioning(torch.randn(2, 3, 6), torch.tensor([[True] * 3, [True, False, False]]))
+    conditions = Conditions(text=text) if "text_dim" in options else None
+    for lengths in ([2, 2], [0, 2]):
+        found = decode(
+            half,
+            {"semantic": torch.ones(2, 2, 1, dtype=torch.long)},
+            {"semantic": 8},
+            lengths={"semantic": torch.tensor(lengths)},
+            conditioning=conditions,
+        )
+        assert (found.streams["semantic"] >= 0).all()
+
+
 def test_half_weights_decode_as_the_original_where_it_is_sure() -> None:
     """Greedy decoding of a model with opinions agrees in nearly all tokens, guided and in batches."""
     torch.manual_seed(0)

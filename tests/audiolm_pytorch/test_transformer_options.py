@@ -367,6 +367,29 @@ def test_bfloat16_autocast_trains_every_option(options: dict, extra: dict) -> No
         assert near.isfinite().all() and (near - exact).norm() <= 0.15 * exact.norm() + 1e-3
 
 
+def test_a_cache_hears_the_context_of_its_last_first_call() -> None:
+    """A cache used again for other items has nothing left of the first; without states at all it is an error."""
+    torch.manual_seed(0)
+    stack = Transformer(**SIZES, cross=True).eval()
+    x, states, prefix = torch.randn(2, 4, 32), torch.randn(2, 2, 3, 32), torch.randn(2, 2, 32)
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    used = stack.new_cache(2, 7)
+    with torch.no_grad():
+        for cache in (used, used, stack.new_cache(2, 7)):
+            again = cache is used and bool(cache.crossed)
+            first = Context(prefix, torch.tensor([0, 1]), states[0], mask)
+            context = Context(prefix, None, states[1]) if again or cache is not used else first
+            stack(x[:, :3], context, cache=cache, slots=Slots.after([0, 0], 5))
+            found = stack(x[:, 3:], cache=cache, slots=Slots.after([5, 5], 1))
+            if again:
+                wanted = found
+    assert torch.equal(found, wanted)
+    with pytest.raises(ValueError, match="needs states"):
+        stack(x)
+    with pytest.raises(ValueError, match="needs states"):
+        stack(x, cache=stack.new_cache(2, 4), slots=Slots.after([0, 0], 4))
+
+
 def test_numbers_out_of_range_are_refused() -> None:
     """Wrong options are errors that name them."""
     with pytest.raises(ValueError, match="forget_prob"):
