@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.layers import Projection, rotate
 
-__all__ = ["CausalSelfAttention", "CrossAttention", "KVCache", "Slots", "Surroundings", "attend", "visible_slots"]
+__all__ = [
+    "CausalSelfAttention",
+    "CrossAttention",
+    "KVCache",
+    "Slots",
+    "Surroundings",
+    "attend",
+    "prefers_plain_product",
+    "visible_slots",
+]
 
 # At training lengths the plain product of bfloat16 matrices beats torch 2.13's fused CPU kernel three times (258 rows,
 # batch 16, forward and backward: 12 ms against 36 ms on one core); beyond, its square matrix costs too much memory.
@@ -139,7 +148,7 @@ class Surroundings:
     cross_mask: Tensor | None = None
 
 
-def _prefers_plain_product(queries: Tensor) -> bool:
+def prefers_plain_product(queries: Tensor) -> bool:
     """Whether for queries `[b, h, n, d]` plain matrix products are faster than torch's fused attention."""
     is_cpu_bf16 = queries.device.type == "cpu" and queries.dtype == torch.bfloat16
     return is_cpu_bf16 and queries.shape[2] <= _PLAIN_PRODUCT_MAX_ROWS
@@ -168,7 +177,7 @@ def attend(
         if bias is not None and bias.shape[1] != 1:
             bias = rearrange(bias, "b (g r) 1 k -> b g r k", g=keys.shape[1])
         return rearrange(attend(grouped, keys, values, bias), "b g r d -> b (g r) 1 d")
-    if not _prefers_plain_product(queries):
+    if not prefers_plain_product(queries):
         return F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=bias, is_causal=is_causal, enable_gqa=shared
         )

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
+from beartype import beartype
 from torch import Tensor, nn
 
 __all__ = ["Conditioner", "Conditioning", "Conditions", "TextEncoder", "guide"]
 
 
+@beartype
 @dataclass(frozen=True)
 class Conditioning:
     """Embeddings that describe what is wanted.
@@ -69,6 +71,7 @@ class Conditioning:
         return Conditioning(self.embeddings.expand(batch, -1, -1), self.mask.expand(batch, -1))
 
 
+@beartype
 @dataclass(frozen=True)
 class Conditions:
     """Everything that a model is conditioned on, of the same items.

@@ -44,7 +44,7 @@ def _can_pack() -> bool:
     return hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
-def _bound(wish: str) -> ValueError:
+def _refusal(wish: str) -> ValueError:
     """The error for what cannot be done with packed weights."""
     return ValueError(f"half weights laid out for this CPU cannot be {wish}: do it with the original, then copy that")
 
@@ -66,17 +66,17 @@ class _PackedProjection(nn.Module):
 
     def __reduce__(self) -> NoReturn:
         """Refuse to be pickled."""
-        raise _bound("pickled")
+        raise _refusal("pickled")
 
     def _save_to_state_dict(self, *args: Any, **options: Any) -> NoReturn:
         """Refuse to be saved: without this, files would silently lack the weights."""
-        raise _bound("saved")
+        raise _refusal("saved")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_PackedProjection":
         """Refuse to be moved, or to get another precision than the rest."""
         moved = fn(torch.empty(0, dtype=torch.bfloat16))
         if moved.device.type != "cpu" or moved.dtype != torch.bfloat16:
-            raise _bound(f"moved to {moved.device}, {moved.dtype}")
+            raise _refusal(f"moved to {moved.device}, {moved.dtype}")
         return self
 
     def forward(self, x: Tensor) -> Tensor:

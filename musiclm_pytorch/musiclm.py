@@ -1,7 +1,6 @@
 """MusicLM: a sentence in, music out; several candidates at once, the one that fits the sentence best is returned."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from audiolm_pytorch.audio import peak_safe, resample
 from audiolm_pytorch.audiolm import AudioLM
 from audiolm_pytorch.conditioning import Conditions
+from audiolm_pytorch.evaluating import evaluating
 from audiolm_pytorch.stages.fit import check_fit
 from musiclm_pytorch.embed_quantizer import MuLaNEmbedQuantizer
 
@@ -129,7 +129,8 @@ class MusicLM(nn.Module):
         if not seconds > 0 or max_batch < 1:
             raise ValueError(f"seconds and max_batch must be positive, got {seconds} and {max_batch}")
         levels = self.num_levels if num_levels is None else self._checked_levels(num_levels)
-        with _evaluating(self):
+        # dropout would make a candidate depend on more than its seed
+        with evaluating(self):
             conditions = self._conditions(prompts, len(chosen), levels)
             waves = self._generate(conditions, chosen * len(prompts), max_batch, seconds=seconds, **generation)
             waves = rearrange(waves, "(p k) ... -> p k ...", p=len(prompts))
@@ -210,15 +211,3 @@ def _chosen_seeds(num_samples: int, seed: int | None, seeds: Sequence[int] | Non
         return list(seeds)
     first = int(torch.randint(2**31, ())) if seed is None else seed
     return [first + index for index in range(num_samples)]
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode for a while: dropout would make a candidate depend on more than its seed."""
-    training = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in training.items():
-            part.training = mode

@@ -10,9 +10,10 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor
 
+from audiolm_pytorch.stages.id_space import IdSpace
 from audiolm_pytorch.stages.patterns import EMPTY, PATTERNS, CellTable, cell_table
 from audiolm_pytorch.stages.stream_inputs import check_tokens, frame_counts, stream_tokens
-from audiolm_pytorch.stages.streams import Canvas, PackedTokens, Stream, number_ids
+from audiolm_pytorch.stages.streams import Canvas, PackedTokens, Stream
 
 __all__ = ["TokenLayout"]
 
@@ -39,6 +40,12 @@ class TokenLayout:
         streams: The streams; at least one of them predicted.
         pattern: `flat`, `delayed` or `parallel`.
 
+    Attributes:
+        heads: Outputs of a model: one for each level of each predicted stream.
+        num_ids: Number of ids.
+        null_id: Id of the null token, which stands for streams not in time where there are none; None if all streams
+            are in time.
+
     Raises:
         ValueError: If names repeat, nothing is predicted, or the pattern is unknown or does not fit the streams.
     """
@@ -62,22 +69,15 @@ class TokenLayout:
                 f"the {pattern} pattern has one row per predicted frame: give predicted streams one rate_hz, "
                 f"got {rates_hz}"
             )
-        self._blocks, self.heads, self.num_ids = number_ids(self.streams)
-        # One entry more than blocks: an empty cell has block -1 and so reads the last one.
-        self._head_of_block = torch.tensor([block.head for block in self._blocks] + [-1])
-        self._first_id_of_block = torch.tensor([block.first_id for block in self._blocks] + [0])
+        self._space = IdSpace(self.streams)
+        self.heads, self.num_ids, self.null_id = self._space.heads, self._space.num_ids, self._space.null_id
 
     # what the layout is
 
     @property
     def start_id(self) -> int:
         """Id that stands in the start row."""
-        return self._blocks[0].first_id
-
-    @property
-    def null_id(self) -> int | None:
-        """Id of the null token, which stands for streams not in time where there are none; None if all are in time."""
-        return None if all(stream.is_in_time for stream in self.streams) else self._blocks[-1].first_id
+        return self._space.blocks[0].first_id
 
     @property
     def num_columns(self) -> int:
@@ -124,7 +124,7 @@ class TokenLayout:
 
     def head(self, num_frames: Mapping[str, int], ends: bool = False) -> Tensor:
         """Number of the head that predicts each cell, `[rows, columns]` int64; -1 where nothing is predicted."""
-        return self._head_of_block[self.table(num_frames, ends).block]
+        return self._space.head_of_block[self.table(num_frames, ends).block]
 
     @beartype
     def legal(
@@ -151,7 +151,7 @@ class TokenLayout:
             )
         legal: list[range | None] = []
         for number, frame in zip(table.block[row].tolist(), table.frame[row].tolist()):
-            block = self._blocks[number]
+            block = self._space.blocks[number]
             if number == EMPTY or block.head < 0:
                 legal.append(None)
             elif block.is_token:
@@ -192,7 +192,7 @@ class TokenLayout:
         if ends is not None and ends.shape != (batch,):
             raise ValueError(f"ends must be [b] bool, one of each of {batch} items, got {tuple(ends.shape)}")
         block, frame = self._stack_tables(counts, ends)
-        return self._fill(tokens, block, frame)
+        return self._space.fill(tokens, block, frame)
 
     @beartype
     def canvas(
@@ -237,13 +237,12 @@ class TokenLayout:
             for i, (name, ids) in enumerate(tokens.items())
         }
         block, frame = self._stack_tables(wanted, None)
-        packed = self._fill(tokens, block, frame)
-        stream_of_block = torch.tensor([max(item.stream, 0) for item in self._blocks] + [0])
+        packed = self._space.fill(tokens, block, frame)
         item = rearrange(torch.arange(batch_size), "b -> b 1 1")
-        missing = packed.loss_mask & (frame >= known[item, stream_of_block[block]]).to(device)
+        missing = packed.loss_mask & (frame >= known[item, self._space.stream_of_block[block]]).to(device)
         return Canvas(
             packed=PackedTokens(packed.ids, packed.input_mask, missing),
-            head=self._head_of_block[block],
+            head=self._space.head_of_block[block],
             frame=frame,
             num_frames={name: wanted[:, i] for i, name in enumerate(names)},
         )
@@ -277,20 +276,7 @@ class TokenLayout:
                 f"frames {dict(num_frames)} stand in [b, {block.shape[1]}, {block.shape[2]}] ids, "
                 f"got {tuple(ids.shape)}: hand in the grid that holds them all"
             )
-        grid = ids[:, : block.shape[1]]
-        local = grid - self._first_id_of_block.to(ids.device)[block]
-        if self.null_id is not None:
-            local = local.masked_fill(grid == self.null_id, -1)
-        read: dict[str, Tensor] = {}
-        for index, stream in enumerate(self.streams):
-            if stream.name in wanted:
-                read[stream.name] = ids.new_full((len(ids), int(counts[:, index].max()), stream.num_levels), -1)
-        for number, source in enumerate(self._blocks):
-            if source.is_token and self.streams[source.stream].name in read:
-                item, row, column = (block == number).nonzero(as_tuple=True)
-                out = read[self.streams[source.stream].name]
-                out[item, frame[item, row, column], source.level] = local[item, row, column]
-        return read
+        return self._space.read(ids[:, : block.shape[1]], block, frame, counts, wanted)
 
     @beartype
     def without_conditions(self, packed: PackedTokens, drop: Tensor) -> PackedTokens:
@@ -312,13 +298,7 @@ class TokenLayout:
             raise ValueError(f"drop must be bool [{len(packed.ids)}], got {drop.dtype} {tuple(drop.shape)}")
         if self.null_id is None:
             return packed
-        goes = torch.zeros_like(packed.input_mask)
-        for block in self._blocks:
-            if block.is_token and not self.streams[block.stream].is_in_time:
-                goes |= (packed.ids >= block.first_id) & (
-                    packed.ids < block.first_id + self.streams[block.stream].vocab_size
-                )
-        goes &= rearrange(drop.to(goes.device), "b -> b 1 1")
+        goes = self._space.out_of_time(packed.ids) & rearrange(drop.to(packed.ids.device), "b -> b 1 1")
         return replace(packed, ids=packed.ids.masked_fill(goes, self.null_id))
 
     # helpers
@@ -332,22 +312,6 @@ class TokenLayout:
         ]
         block = torch.nn.utils.rnn.pad_sequence([table.block for table in tables], True, EMPTY)
         return block, torch.nn.utils.rnn.pad_sequence([table.frame for table in tables], True)
-
-    def _fill(self, tokens: Mapping[str, Tensor], block: Tensor, frame: Tensor) -> PackedTokens:
-        """Look the token of every cell up in one gather."""
-        device = tokens[self.streams[0].name].device
-        starts, total = [], 1  # column 0 of the source is the 0 that start and end cells add to their id
-        for stream in self.streams:
-            starts.append(total)
-            total += tokens[stream.name].shape[1] * stream.num_levels
-        offset = [starts[item.stream] + item.level if item.is_token else 0 for item in self._blocks] + [0]
-        stride = [self.streams[item.stream].num_levels if item.is_token else 0 for item in self._blocks] + [0]
-        source = (torch.tensor(offset)[block] + torch.tensor(stride)[block] * frame).to(device)
-        flat = [rearrange(tokens[stream.name], "b f q -> b (f q)") for stream in self.streams]
-        values = torch.cat([flat[0].new_zeros(len(flat[0]), 1), *flat], dim=1)
-        ids = values.gather(1, rearrange(source, "b r c -> b (r c)")).view_as(source)
-        ids = ids + self._first_id_of_block[block].to(device)
-        return PackedTokens(ids, (block != EMPTY).to(device), (self._head_of_block[block] >= 0).to(device))
 
 
 def _fit(tokens: Tensor, num_frames: int) -> Tensor:

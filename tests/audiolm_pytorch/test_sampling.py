@@ -251,6 +251,33 @@ def test_streams_end_together():
             assert torch.equal(run.ids[item, :rows][run.mask[item, :rows]], trained.ids[trained.input_mask])
 
 
+@pytest.mark.parametrize("pattern", ["flat", "delayed", "parallel"])
+def test_every_cell_holds_what_is_legal_there(pattern):
+    """Prompts and texts of several lengths, groups, early ends: as the layout says, no cell too many and none empty."""
+    streams = [Stream("s", 10, 1, 25, given=True), Stream("t", 7, 1, None, given=True)]
+    layout = TokenLayout([*streams, Stream("a", 20, 4, 50, eos=True, num_groups=2)], pattern)
+    model = TokenTransformer(layout=layout, **SIZES).eval()
+    for weight in model.heads.parameters():
+        weight.data.zero_()
+    tokens = {"s": torch.ones(4, 3).long(), "t": torch.ones(4, 2).long(), "a": torch.ones(4, 3, 4).long()}
+    counts = {"t": torch.tensor([0, 1, 2, 1]), "a": torch.tensor([0, 1, 2, 3])}
+    run = Decoding(model, tokens, {"a": 20}, lengths=counts, seeds=range(4), allow_eos=True)
+    run.advance()
+    assert len(run.num_frames["a"].unique()) > 1
+    for item, length in enumerate(run.num_frames["a"].tolist()):
+        wanted = {"s": 3, "t": int(counts["t"][item]), "a": 20}
+        found = {**wanted, "a": length}
+        num_rows = layout.rows(found, ends=length < 20)
+        assert not run.mask[item, num_rows:].any()
+        for row in range(num_rows):
+            in_advance = layout.legal(wanted, row, allow_eos=True)
+            for column, legal in enumerate(layout.legal(found, row, ends=length < 20)):
+                assert bool(run.mask[item, row, column]) or legal is None
+                if legal is not None:
+                    token = int(run.ids[item, row, column])
+                    assert token in legal and token in in_advance[column]
+
+
 def test_what_was_decoded_is_no_part_of_the_run():
     """Lengths handed out can be changed without harm."""
     run = Decoding(model_of(), {"s": GIVEN}, {"a": 4})
