@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from audiolm_pytorch.audio import write_audio
+from audiolm_pytorch.conditioning import Conditioning
 from audiolm_pytorch.data.manifest import AudioItem
 from musiclm_pytorch.evaluation.attributes import AttributeClassifier, fit_attribute_classifier
 from musiclm_pytorch.evaluation.clips import labels_of, load_clips
@@ -303,7 +304,8 @@ class FakeMusicLM:
         def __call__(self, batch_size, seconds, conditioning, seeds):
             assert set(conditioning) == {"semantic", "coarse", "fine"}
             assert len(set(seeds)) == batch_size
-            words = [(list(PITCHES_HZ)[a], list(BEATS_HZ)[b]) for a, b in conditioning["coarse"].tolist()]
+            codes = conditioning["coarse"].codes.embeddings[:, 0].long()
+            words = [(list(PITCHES_HZ)[a], list(BEATS_HZ)[b]) for a, b in codes.tolist()]
             return torch.stack([played(*pair, torch.Generator().manual_seed(s)) for pair, s in zip(words, seeds)])
 
     def hear(self, waves):
@@ -324,7 +326,7 @@ class FakeMusicLM:
         return torch.stack([best // 2, best % 2], dim=1)
 
     def conditioning(self, codes, namespace):
-        return codes
+        return Conditioning(codes.float().unsqueeze(1), torch.ones(len(codes), 1, dtype=torch.bool))
 
     def __call__(self, texts, *, num_samples, seconds, seeds, max_batch, return_all):
         words = [text.split()[::-1] for text in texts]
