@@ -192,7 +192,7 @@ class Decoding:
     def _read_row(self) -> None:
         """Let the model read the row just filled, of each item that has rows left; the others read theirs again."""
         read = self.rows
-        self.rows = [row + 1 if max(plan, default=0) > row else row for row, plan in zip(read, self.plans)]
+        self.rows = [row + 1 if plan else row for row, plan in zip(read, self.plans)]
         read = [row - 1 for row in self.rows]
         slots = Slots.after([row + self.offset for row in read] * self.copies, 1, self.model.device)
         if slots.start is not None:
