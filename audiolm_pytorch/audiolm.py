@@ -1,8 +1,6 @@
 """AudioLM (arXiv:2209.03143, sec. III): semantic, coarse and fine tokens, one after another, to the codec's decoder."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,11 +10,12 @@ from torch import Tensor, nn
 from audiolm_pytorch.cascade import StageRun, TokenCascade
 from audiolm_pytorch.codecs.protocol import Codec, StreamingCodec
 from audiolm_pytorch.conditioning import Conditioner, Conditions, TextEncoder
-from audiolm_pytorch.generation import GeneratedAudio, GenerationRequest, StageBars
+from audiolm_pytorch.generation import GeneratedAudio, GenerationRequest, StageBars, takes_request
 from audiolm_pytorch.generation_plan import GenerationPlan, extra_tokens, plan_generation
 from audiolm_pytorch.half_weights import with_half_weights
 from audiolm_pytorch.sampling import SamplingSettings
 from audiolm_pytorch.semantic.protocol import SemanticTokenizer
+from audiolm_pytorch.stage_sampling import DEFAULT_SAMPLING, changed_sampling, stage_generator
 from audiolm_pytorch.stages.fit import check_stages
 from audiolm_pytorch.stages.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.stages.windows import WindowedDecoding
@@ -27,18 +26,9 @@ from audiolm_pytorch.stages.wrappers import (
     StageWrapper,
 )
 from audiolm_pytorch.token_waves import WaveStreams, decode_items
-from audiolm_pytorch.units import frames_covering, samples_covering
+from audiolm_pytorch.units import samples_covering
 
 __all__ = ["AudioLM", "GeneratedAudio"]
-
-# MusicLM, sec. 4.2; AudioLM used 0.6, 0.8, 0.6 for speech.
-DEFAULT_SAMPLING = {
-    "semantic": SamplingSettings(temperature=1.0),
-    "coarse": SamplingSettings(temperature=0.95),
-    "fine": SamplingSettings(temperature=0.4),
-}
-
-Sampling = Mapping[str, "SamplingSettings | Mapping[str, Any]"]
 
 
 class AudioLM(nn.Module):
@@ -83,7 +73,7 @@ class AudioLM(nn.Module):
         self.coarse = CoarseTransformerWrapper(coarse_transformer, codec, wav2vec, *speakers)
         self.fine = None if fine_transformer is None else FineTransformerWrapper(fine_transformer, codec, *speakers)
         check_stages(*(stage.transformer for stage in self.stages.values()))
-        self.sampling = _changed(DEFAULT_SAMPLING, sampling or {})
+        self.sampling = changed_sampling(DEFAULT_SAMPLING, sampling or {})
 
     @property
     def stages(self) -> dict[str, StageWrapper]:
@@ -110,6 +100,7 @@ class AudioLM(nn.Module):
             **halves,
         )
 
+    @takes_request
     def forward(self, **request: Any) -> Tensor | list[Tensor]:
         """Generate audio.
 
@@ -123,7 +114,8 @@ class AudioLM(nn.Module):
         made = self.generate(**request)
         return made.wave if made.have_one_length else made.waves
 
-    @torch.inference_mode()
+    @takes_request
+    @torch.no_grad()
     def generate(self, **request: Any) -> GeneratedAudio:
         """Generate audio: unconditional, conditioned, continuing waves, or of semantic tokens; all items as one batch.
 
@@ -150,6 +142,7 @@ class AudioLM(nn.Module):
         waves = decode_items(self.codec, acoustic, num_samples)
         return GeneratedAudio.of_items(waves, self.codec.target_sample_hz, semantic, acoustic)
 
+    @takes_request
     def stream(self, *, chunk_seconds: float | int = 1.0, **request: Any) -> Iterator[GeneratedAudio]:
         """Generate audio and give it out while it is made; every stage works only as far as the next chunk needs.
 
@@ -173,10 +166,10 @@ class AudioLM(nn.Module):
             )
         if not 0 < chunk_seconds < float("inf"):
             raise ValueError(f"chunk_seconds must be positive and finite, got {chunk_seconds}")
-        step = frames_covering(
-            samples_covering(chunk_seconds, codec.downsample_factor, codec.target_sample_hz), codec.downsample_factor
-        )
-        with torch.inference_mode():
+        # A frame at the least, or nothing would ever come: what rounds to no sample is covered by none.
+        factor = codec.downsample_factor
+        step = max(1, samples_covering(chunk_seconds, factor, codec.target_sample_hz) // factor)
+        with torch.no_grad():
             wish, bars = GenerationRequest(**request), StageBars()
             plan = self._plan(wish)
             cascade, waves = self._cascade(wish, plan, bars), WaveStreams(codec, plan.num_samples)
@@ -191,9 +184,9 @@ class AudioLM(nn.Module):
         """Set the stages up."""
         conditions = self._conditions(request)
         given = extra_tokens(request.given, [stage.transformer for stage in self.stages.values()], plan.batch)
-        unguided = [name for name, one in conditions.items() if one is None and not given[name]]
-        settings = _changed(self.sampling, dict.fromkeys(unguided, {"guidance_scale": 1.0}))
-        settings = _changed(settings, request.sampling or {})
+        unguided = [name for name, stage in self.stages.items() if not _is_led(stage, conditions[name], given[name])]
+        settings = changed_sampling(self.sampling, dict.fromkeys(unguided, {"guidance_scale": 1.0}))
+        settings = changed_sampling(settings, request.sampling or {})
         first_seed = torch.randint(2**62, (plan.batch,)).tolist() if request.seeds is None else request.seeds
         seeds = [first_seed + i for i in range(plan.batch)] if isinstance(first_seed, int) else list(first_seed)
 
@@ -207,7 +200,7 @@ class AudioLM(nn.Module):
                 batch_size=plan.batch,
                 conditioning=conditions[name],
                 settings=settings[name],
-                seeds=[_stage_generator(seed, name) for seed in seeds],
+                seeds=[stage_generator(seed, name) for seed in seeds],
                 callback=_reporter(name, request, bars),
                 allow_eos=name == "semantic" and self._may_end(request),
             )
@@ -243,8 +236,10 @@ class AudioLM(nn.Module):
                 heard[name] = everything
             elif stage.transformer.text_dim is not None and request.text is not None:
                 heard[name] = {"text": request.text}
-        # Where no stage hears what is said, each may say so itself.
-        heard = heard or dict.fromkeys(self.stages, everything)
+        takes_codes = any(stage.transformer.cond_dim is not None for stage in self.stages.values())
+        if not heard or not (takes_codes or request.wavs is None and request.codes is None):
+            # What no stage hears must not go unheard in silence: each says so itself.
+            heard = dict.fromkeys(self.stages, everything)
         made = {name: self.stages[name].condition(**said) for name, said in heard.items() if name not in finished}
         return {**dict.fromkeys(self.stages), **made, **finished}
 
@@ -257,7 +252,7 @@ def _chunks(
     is_done = False
     try:
         while not is_done:
-            with torch.inference_mode():
+            with torch.no_grad():
                 going_on = cascade.known_frames[~cascade.are_done]
                 cascade.advance(step_frames + int(going_on.min()) if len(going_on) else 0)
                 semantic, acoustic = cascade.take()
@@ -269,6 +264,12 @@ def _chunks(
                 silent = []
     finally:
         bars.close()
+
+
+def _is_led(stage: StageWrapper, conditions: Conditions | None, given: Mapping[str, list[Tensor]]) -> bool:
+    """Whether a stage has anything that guidance can lead it away from: streams in time are never taken away."""
+    streams = [one for one in stage.transformer.layout.given if not one.is_in_time]
+    return conditions is not None or any(one.name in given for one in streams)
 
 
 def _prompt(stage: StageWrapper, acoustic: list[Tensor]) -> list[Tensor]:
@@ -288,21 +289,3 @@ def _reporter(stage: str, request: GenerationRequest, bars: StageBars) -> Callab
             listener(stage, known, wanted)
 
     return report if listeners else None
-
-
-def _changed(settings: Mapping[str, SamplingSettings], changes: Sampling) -> dict[str, SamplingSettings]:
-    """Settings by stage name with some of them exchanged, whole or field by field."""
-    unknown = set(changes) - set(DEFAULT_SAMPLING)
-    if unknown:
-        raise ValueError(f"sampling is by stage, of {sorted(DEFAULT_SAMPLING)}; got {sorted(unknown)}")
-    changed = {
-        name: one if isinstance(one, SamplingSettings) else replace(settings[name], **one)
-        for name, one in changes.items()
-    }
-    return {**settings, **changed}
-
-
-def _stage_generator(seed: int, stage: str) -> torch.Generator:
-    """Generator of one item in one stage: stages must not share noise, or their tokens would be correlated."""
-    digest = hashlib.sha256(f"{stage}:{seed}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -1,9 +1,10 @@
 """What is asked of an AudioLM, and what it gives."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from beartype import beartype
@@ -15,7 +16,7 @@ from audiolm_pytorch.stages.item_tokens import padded
 from audiolm_pytorch.stages.stage_transformer import AudioTokens
 from audiolm_pytorch.training.tracking import progress_bar
 
-__all__ = ["GeneratedAudio", "GenerationRequest", "Prime", "StageBars"]
+__all__ = ["GeneratedAudio", "GenerationRequest", "Prime", "StageBars", "takes_request"]
 
 Prime = Tensor | str | Path
 
@@ -91,6 +92,30 @@ class GenerationRequest:
         if self.wavs is not None and not self.wavs.isfinite().all():
             raise ValueError("wavs hold NaN or infinite samples; clean them first, e.g. with torch.nan_to_num")
 
+    def chosen(self, items: Sequence[int]) -> "GenerationRequest":
+        """Ask for some of the items alone.
+
+        Args:
+            items: Their numbers k, any of them any number of times.
+
+        Returns:
+            A request of k items; what is given of one item still serves all.
+        """
+        given = self.given
+        if given is not None:
+            given = AudioTokens(_chosen_values(given.tokens, items), _chosen_values(given.lengths, items))
+        several = ("text", "wavs", "codes", "prime_lengths", "semantic_tokens", "semantic_lengths")
+        primes, seeds, conditioning = self.prime_wave, self.seeds, self.conditioning
+        return replace(
+            self,
+            **_chosen_values({name: getattr(self, name) for name in several}, items),
+            batch_size=len(items),
+            given=given,
+            conditioning=None if conditioning is None else _chosen_values(conditioning, items),
+            prime_wave=primes if _is_one_wave(primes) else _chosen(primes, items),
+            seeds=[seeds + item for item in items] if isinstance(seeds, int) else _chosen(seeds, items),
+        )
+
     @property
     def num_items(self) -> int:
         """Number of items that all inputs agree on; inputs of one item are given to all.
@@ -124,6 +149,33 @@ class GenerationRequest:
 
 def _is_one_wave(primes: object) -> bool:
     return isinstance(primes, Tensor) and primes.ndim == 1
+
+
+def _chosen(value: Any, items: Sequence[int]) -> Any:
+    """Some items of what is given of several; what is given of one, or not at all, as it is."""
+    if value is None or isinstance(value, (str, Path)) or (isinstance(value, Tensor) and value.ndim == 0):
+        return value
+    if len(value) == 1:
+        return value
+    if isinstance(value, Conditions):
+        return value.chosen(torch.tensor(items))
+    return value[torch.tensor(items)] if isinstance(value, Tensor) else [value[item] for item in items]
+
+
+def _chosen_values(values: Mapping[str, Any], items: Sequence[int]) -> dict[str, Any]:
+    return {name: _chosen(value, items) for name, value in values.items()}
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def takes_request(method: Method) -> Method:
+    """Let the signature of a method that takes `**request` name what can be asked for, for `help` and completion."""
+    own = signature(method)
+    named = [one for one in own.parameters.values() if one.kind is not Parameter.VAR_KEYWORD]
+    asked = signature(GenerationRequest).parameters.values()
+    vars(method)["__signature__"] = own.replace(parameters=[*named, *asked])
+    return method
 
 
 @dataclass(frozen=True, eq=False)

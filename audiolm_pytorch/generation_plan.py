@@ -95,6 +95,12 @@ def plan_generation(
             )
         semantic = [tokens[:count] for tokens, count in zip(given, counts.tolist())]
     num_frames = torch.tensor([codec.num_frames(n) for n in num_samples])
+    for item, wanted in enumerate(num_samples):
+        if len(prime.acoustic[item]) > num_frames[item] or len(semantic[item]) > counts[item]:
+            raise ValueError(
+                f"the prime of item {item} lasts {prime.seconds[item]:.2f} s, longer than what is wanted, "
+                f"{wanted / codec.target_sample_hz:.2f} s, which counts the prime in: ask for more seconds, or cut it"
+            )
     return GenerationPlan(num_samples, counts, num_frames, semantic, prime.acoustic, frames_per_token)
 
 

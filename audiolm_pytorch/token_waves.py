@@ -11,9 +11,6 @@ from audiolm_pytorch.devices import device_of
 
 __all__ = ["WaveStreams", "decode_items"]
 
-# At most 10 s at the usual 50 frames/s.
-_FRAMES_AT_ONCE = 500
-
 
 def decode_items(codec: Codec, acoustic: Sequence[Tensor], num_samples: Sequence[int]) -> list[Tensor]:
     """Decode items of unequal length; items of one length are decoded together, so that no padding is heard.
@@ -31,19 +28,10 @@ def decode_items(codec: Codec, acoustic: Sequence[Tensor], num_samples: Sequence
     for shape in dict.fromkeys(shapes):
         items = [item for item, other in enumerate(shapes) if other == shape]
         codes = torch.stack([acoustic[item] for item in items]).to(device_of(codec))
-        decoded = _decode(codec, codes, shape[1])
+        decoded = codec.decode_from_codebook_indices(codes, num_samples=shape[1])
         for item, wave in zip(items, decoded):
             waves[item] = wave[0] if len(wave) == 1 else wave
     return waves
-
-
-def _decode(codec: Codec, codes: Tensor, num_samples: int) -> Tensor:
-    """Decode codes `[b, f, q]`; many frames in parts, where the codec can, since its work takes more than its waves."""
-    if codes.shape[1] <= _FRAMES_AT_ONCE or not isinstance(codec, StreamingCodec):
-        return codec.decode_from_codebook_indices(codes, num_samples=num_samples)
-    stream = codec.decoder_stream()
-    waves = [stream.push(part) for part in codes.split(_FRAMES_AT_ONCE, dim=1)]
-    return torch.cat([*waves, stream.finish()], dim=-1)[..., :num_samples]
 
 
 class WaveStreams:

@@ -1,7 +1,7 @@
 """MusicLM: a sentence in, music out; several candidates at once, the one that fits the sentence best is returned."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from audiolm_pytorch.audio import peak_safe, resample
 from audiolm_pytorch.audiolm import AudioLM
 from audiolm_pytorch.conditioning import Conditions
 from audiolm_pytorch.evaluating import evaluating
+from audiolm_pytorch.generation import GenerationRequest
 from audiolm_pytorch.stages.fit import check_fit
 from musiclm_pytorch.embed_quantizer import MuLaNEmbedQuantizer
 
@@ -114,7 +115,8 @@ class MusicLM(nn.Module):
                 as the model was built with.
             max_batch: Candidates, of all prompts together, generated at a time; more means faster and more memory.
             return_all: Give all candidates with their scores.
-            **generation: Passed on to `AudioLM.generate` (`sampling`, `callback`).
+            **generation: Further fields of `GenerationRequest`, e.g. `prime_wave`, what to continue (`seconds` counts
+                it in), `sampling` or `callback`. Inputs are given once for all prompts, or once a prompt.
 
         Returns:
             Tensor `[prompts, n]` float32 (prompts = 1 for a str; `[prompts, c, n]` for a codec of several channels)
@@ -122,17 +124,25 @@ class MusicLM(nn.Module):
             `Candidates`.
 
         Raises:
-            ValueError: If a prompt is empty or a number is out of range.
+            ValueError: If a prompt is empty, a number is out of range, or inputs are neither one nor one a prompt.
         """
         prompts = [text] if isinstance(text, str) else list(text)
         chosen = _chosen_seeds(num_samples, seed, seeds)
         if not seconds > 0 or max_batch < 1:
             raise ValueError(f"seconds and max_batch must be positive, got {seconds} and {max_batch}")
         levels = self.num_levels if num_levels is None else self._checked_levels(num_levels)
+        _check_generation(generation)
         # dropout would make a candidate depend on more than its seed
         with evaluating(self):
-            conditions = self._conditions(prompts, len(chosen), levels)
-            waves = self._generate(conditions, chosen * len(prompts), max_batch, seconds=seconds, **generation)
+            conditions = self._conditions(prompts, levels)
+            request = GenerationRequest(
+                batch_size=len(prompts), seconds=seconds, conditioning=conditions, allow_eos=False, **generation
+            )
+            if request.num_items != len(prompts):
+                raise ValueError(
+                    f"give inputs once for all, or once for each of {len(prompts)} prompts, not more often"
+                )
+            waves = self._generate(request, chosen, max_batch)
             waves = rearrange(waves, "(p k) ... -> p k ...", p=len(prompts))
             if num_samples == 1 and not return_all:
                 return waves[:, 0]
@@ -172,33 +182,37 @@ class MusicLM(nn.Module):
             raise ValueError(f"num_levels must be in 1..{most}, got {levels}")
         return levels
 
-    def _conditions(self, prompts: list[str], num_samples: int, num_levels: int) -> dict[str, Conditions]:
-        """Condition of every stage, `num_samples` times for each prompt."""
+    def _conditions(self, prompts: list[str], num_levels: int) -> dict[str, Conditions]:
+        """Condition of every stage, an item for each prompt."""
         codes = self.mulan_embed_quantizer.codes(texts=prompts)
-        rows = repeat(codes, "p q -> (p k) q", k=num_samples)
-        keep = torch.full((len(rows),), num_levels)
+        keep = torch.full((len(codes),), num_levels)
         # every stage was trained with a table of its own; one stage's embeddings mean nothing to another
         return {
             stage: Conditions(
-                codes=self.mulan_embed_quantizer.conditioning(codes=rows, namespace=stage).without_trailing(keep)
+                codes=self.mulan_embed_quantizer.conditioning(codes=codes, namespace=stage).without_trailing(keep)
             )
             for stage in self.conditioned
         }
 
-    def _generate(
-        self, conditions: dict[str, Conditions], seeds: list[int], max_batch: int, **generation: Any
-    ) -> Tensor:
-        """Peak-safe waves `[b, ...]` of all conditions and seeds, in as few batches as `max_batch` allows."""
+    def _generate(self, request: GenerationRequest, seeds: list[int], max_batch: int) -> Tensor:
+        """Peak-safe waves `[b, ...]`, one of every item for each seed, in as few batches as `max_batch` allows."""
+        candidates = [(item, seed) for item in range(request.num_items) for seed in seeds]
         waves: list[Tensor] = []
-        for start in range(0, len(seeds), max_batch):
-            part = slice(start, start + max_batch)
-            items = torch.arange(start, min(start + max_batch, len(seeds)))
-            conditioning = {stage: one.chosen(items) for stage, one in conditions.items()}
-            batch = self.audio_lm(
-                batch_size=len(seeds[part]), conditioning=conditioning, seeds=seeds[part], **generation
-            )
-            waves.extend(peak_safe(wave.float()) for wave in batch)
+        for start in range(0, len(candidates), max_batch):
+            items, own_seeds = zip(*candidates[start : start + max_batch])
+            part = replace(request.chosen(items), seeds=own_seeds)
+            waves.extend(peak_safe(wave.float()) for wave in self.audio_lm(**vars(part)))
         return torch.stack(waves)
+
+
+def _check_generation(generation: Mapping[str, Any]) -> None:
+    """Refuse what a prompt and its candidates decide already."""
+    decided = {"batch_size", "conditioning", "wavs", "codes", "allow_eos"} & set(generation)
+    if decided:
+        raise ValueError(
+            f"{sorted(decided)} cannot be chosen here: texts are the conditions, and candidates are num_samples a "
+            "prompt, of exactly so many seconds; for anything else call audio_lm"
+        )
 
 
 def _chosen_seeds(num_samples: int, seed: int | None, seeds: Sequence[int] | None) -> list[int]:

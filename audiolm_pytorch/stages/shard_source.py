@@ -110,6 +110,13 @@ class ShardSource:
         longest = float(self.shards.longest(kind) / (ratio * self.rate_hz))
         return longest if self.seconds is None else min(float(self.seconds), longest)
 
+    @property
+    def has_captions(self) -> bool:
+        """Whether any record has a caption."""
+        if "captions" not in self.shards.fields:
+            return False
+        return any(decode_texts(self.shards[index]["captions"]) for index in range(len(self)))
+
     def batch(self, indices: Sequence[tuple[int, int]]) -> _TokenBatch:
         """Crops of (epoch, index) pairs."""
         crops = [self._crop(epoch, index) for epoch, index in indices]

@@ -52,6 +52,10 @@ class StageSource(Protocol):
     def crop_seconds(self) -> float:
         """Longest stretch that a batch shows: a crop, or the longest recording where that is shorter."""
 
+    @property
+    def has_captions(self) -> bool:
+        """Whether any recording has a caption."""
+
     def batch(self, indices: Sequence[tuple[int, int]]) -> Any:
         """Crops of (epoch, index) pairs, as tensors on the CPU; a pure function of them."""
 
@@ -118,6 +122,11 @@ class WaveSource:
         """Longest stretch that a batch shows."""
         longest = max(item.num_samples / item.sample_hz for item in self.crops.items)
         return longest if self.crops.seconds is None else min(float(self.crops.seconds), longest)
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether any file has a caption."""
+        return any(self.captions)
 
     def batch(self, indices: Sequence[tuple[int, int]]) -> _WaveBatch:
         """Waves of (epoch, index) pairs at every rate that is needed."""

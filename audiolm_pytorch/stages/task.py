@@ -43,7 +43,7 @@ class StageTask:
         identity: What must be the same when a run is resumed; whoever makes the sources adds what decides them.
 
     Raises:
-        ValueError: If a conditioner is missing or not wanted.
+        ValueError: If a conditioner is missing or not wanted, or `level_drop_prob` is no probability.
     """
 
     # Older checkpoints say nothing of these; `crop_seconds` comes from the trainer.
@@ -71,6 +71,8 @@ class StageTask:
             raise ValueError(
                 "a text_conditioner and a transformer with a text_dim need each other: give both or neither"
             )
+        if not 0 <= level_drop_prob <= 1:
+            raise ValueError(f"level_drop_prob is a probability, between 0 and 1; got {level_drop_prob}")
         self.transformer, self.train, self.valid = transformer, train, valid
         self.conditioner, self.level_drop_prob = audio_conditioner, level_drop_prob
         self.text_conditioner = text_conditioner

@@ -10,7 +10,7 @@ from beartype import beartype
 from audiolm_pytorch.codecs.protocol import Codec
 from audiolm_pytorch.conditioning import Conditioner, TextEncoder
 from audiolm_pytorch.data.crops import crop_seconds
-from audiolm_pytorch.data.manifest import AudioItem, captions_of, training_items
+from audiolm_pytorch.data.manifest import AudioItem, training_items
 from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.files import write_weights
 from audiolm_pytorch.io import save_module, weights_of
@@ -62,9 +62,8 @@ class StageTrainer:
     Raises:
         ValueError: If there is not exactly one source of data, or parts do not fit one another; e.g. if tokens are of
             another tokenizer than the one handed in, or than the one whose tokens the transformer knows, and
-            likewise codes and states of conditioners. If `text_prob`
-            is no probability, or there is no conditioner to read captions. If the transformer hears captions, and no
-            recording has any.
+            likewise codes and states of conditioners. If a probability is none, or there is no conditioner to read
+            captions. If the transformer hears captions, and no recording has any. If a crop is shorter than a token.
     """
 
     @beartype
@@ -109,16 +108,21 @@ class StageTrainer:
                 for part, prob in ((shards, text_prob), (valid_shards or shards, 0.0))
             ]
         else:
-            train, valid = training_items(folder, items, min_seconds=_one_token_seconds(wav2vec, codec))
-            if transformer.text_dim is not None and not any(captions_of(item) for item in train):
-                raise ValueError(
-                    f"the {transformer.namespace} transformer hears captions (text_dim), and of {len(train)} files "
-                    "none has one: name them in a manifest or beside the files, or build it without a text_dim"
-                )
+            if valid_shards is not None:
+                raise ValueError("valid_shards are held out beside shards; held-out files go into items, or a manifest")
+            shortest = _one_token_seconds(wav2vec, codec)
+            if seconds is not None and not seconds >= shortest:
+                raise ValueError(f"crops of {seconds} s are shorter than a token, {shortest} s: make them longer")
+            train, valid = training_items(folder, items, min_seconds=shortest)
             sources = [
                 WaveSource(part, transformer, wav2vec=wav2vec, codec=codec, text_prob=prob, **common)
                 for part, prob in ((train, text_prob), (valid, 0.0))
             ]
+        if transformer.text_dim is not None and not sources[0].has_captions:
+            raise ValueError(
+                f"the {transformer.namespace} transformer hears captions (text_dim), and of {len(sources[0])} "
+                "recordings none has one: name them in a manifest or beside the files, or build it without a text_dim"
+            )
         self.transformer, self.conditioner = transformer, audio_conditioner
         self.task = StageTask(
             transformer,

@@ -1,6 +1,8 @@
 """All that an AudioLM can be asked for: primes of every form, given tokens, ends, lengths, progress, and nonsense."""
 
+import inspect
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from audiolm_pytorch.audio import read_audio, write_audio
 from audiolm_pytorch.stages import AudioTokens, SemanticTransformer, Stream
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package
-from fakes import SAMPLE_HZ, FakeTextConditioner
+from fakes import SAMPLE_HZ, FakeTextConditioner, random_conditions
 from toy_audiolm import audiolm_of, streaming_codec
 
 WINDOWS = {"max_seconds": 0.32}  # 8 semantic tokens, 16 acoustic frames
@@ -206,8 +208,9 @@ def test_texts_speak_to_both_conditioners():
         assert same(made, audio_lm.generate(text="three", seconds=0.2, seeds=[2]), 1)
         assert not torch.equal(made.acoustic, audio_lm.generate(seconds=0.2, seeds=[1, 2]).acoustic)
     assert both.audio_conditioner.asked[:3] == ["semantic", "coarse", "fine"]
-    with pytest.raises(ValueError, match="takes no such condition"):
-        states(codes=torch.zeros(1, 3).long(), seconds=0.2)
+    for said in ({}, {"text": "one"}):  # also beside a text that is heard
+        with pytest.raises(ValueError, match="takes no such condition"):
+            states(codes=torch.zeros(1, 3).long(), seconds=0.2, **said)
 
 
 def test_extra_streams_reach_the_stages_that_read_them():
@@ -225,6 +228,74 @@ def test_extra_streams_reach_the_stages_that_read_them():
         audio_lm(seconds=1.0)
     with pytest.raises(ValueError, match=r"\['chords'\], the stages have extra streams \['melody', 'text'\]"):
         audio_lm(seconds=1.0, given=AudioTokens({"chords": tokens["melody"]}, {}))
+
+
+def test_guidance_of_the_model_rests_where_only_a_melody_is_given():
+    """A stream in time is nothing that guidance can lead away from: the constructor's scale must not be asked of it."""
+    audio_lm = audiolm_of(extra_streams=[Stream("melody", 5, rate_hz=25, given=True)])
+    given = AudioTokens({"melody": torch.randint(0, 5, (1, 8))}, {})
+    plain = audio_lm(given=given, seconds=0.3, seeds=1)
+    audio_lm.sampling = {name: replace(settings, guidance_scale=3.0) for name, settings in audio_lm.sampling.items()}
+    assert torch.equal(audio_lm(given=given, seconds=0.3, seeds=1), plain)
+
+
+def test_what_was_generated_can_be_learnt_from():
+    """Waves and tokens are ordinary tensors: gradients may flow through what is computed of them."""
+    audio_lm = audiolm_of(codec=streaming_codec())
+    scale = torch.ones((), requires_grad=True)
+    for made in (audio_lm.generate(seconds=0.2), next(audio_lm.stream(seconds=0.2))):
+        (made.waves[0] * scale).sum().backward()
+        assert not made.semantic.is_inference() and not made.acoustic.is_inference()
+
+
+def test_some_items_of_a_request_are_those_items_of_its_result():
+    """Whatever is given of several is chosen from, whatever is given of one serves all."""
+    audio_lm = audiolm_of(conditioned=True)
+    items = [2, 0, 2]
+    several = {
+        "text": ["one", "three", "seventy"],
+        "prime_wave": torch.rand(3, 100),
+        "prime_lengths": torch.tensor([100, 20, 60]),
+        "semantic_tokens": torch.randint(0, 12, (3, 9)),
+        "semantic_lengths": torch.tensor([5, 9, 8]),
+        "seeds": 4,
+    }
+    alone = {"text": "one", "prime_wave": [torch.rand(100)], "conditioning": {"fine": random_conditions(1)}}
+    mixed = {
+        "prime_wave": [torch.rand(90), torch.rand(30), torch.rand(60)],
+        "conditioning": {"semantic": random_conditions(3), "coarse": random_conditions(1)},
+        "seeds": [7, 8, 9],
+    }
+    for request in (several, {**alone, "seeds": [1, 2, 3], "seconds": 0.3}, {**mixed, "seconds": 0.3}):
+        whole = audio_lm.generate(**request)
+        part = audio_lm.generate(**vars(generation.GenerationRequest(**request).chosen(items)))
+        assert len(part.waves) == 3
+        for number, item in enumerate(items):
+            assert torch.equal(part.waves[number], whole.waves[item])
+    melodies = AudioTokens(
+        {"melody": torch.arange(6).view(3, 2), "key": torch.zeros(1, 2)}, {"melody": torch.arange(3)}
+    )
+    chosen = generation.GenerationRequest(given=melodies).chosen(items).given
+    assert chosen.tokens["melody"].tolist() == [[4, 5], [0, 1], [4, 5]] and chosen.lengths["melody"].tolist() == [
+        2,
+        0,
+        2,
+    ]
+    assert len(chosen.tokens["key"]) == 1
+
+
+def test_a_prime_that_is_too_long_is_named_in_seconds():
+    """Which one, how long it is, and that the seconds count it in."""
+    with pytest.raises(ValueError, match=r"prime of item 1 lasts 1.00 s, longer than what is wanted, 0.50 s.*in: ask"):
+        audiolm_of()(prime_wave=[torch.rand(10), torch.rand(800)], seconds=0.5)
+
+
+@pytest.mark.parametrize("name", ["forward", "generate", "stream"])
+def test_help_names_what_can_be_asked_for(name):
+    """`**request` alone would hide it from `help` and completion."""
+    shown = inspect.signature(getattr(audiolm_of(), name)).parameters
+    assert set(inspect.signature(generation.GenerationRequest).parameters) <= set(shown) and "request" not in shown
+    assert shown["coarse_only"].default is False and ("chunk_seconds" in shown) == (name == "stream")
 
 
 def test_progress_is_told_and_drawn_on_demand(monkeypatch, capsys):

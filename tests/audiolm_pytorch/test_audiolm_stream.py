@@ -2,6 +2,7 @@
 
 import random
 import sys
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,28 @@ def test_sound_comes_early():
     assert known["semantic"] == (8, 100)
 
 
+def test_chunks_of_next_to_nothing_are_frames():
+    """What rounds to no sample at all is a frame, not a stream that never ends."""
+    audio_lm = audiolm_of(codec=streaming_codec(), **WINDOWS)
+    chunks = audio_lm.stream(chunk_seconds=1e-9, seconds=0.1, seeds=1)
+    assert [next(chunks).acoustic.shape[1] for _ in range(5)] == [1] * 5 and not list(chunks)
+
+
+def test_streams_and_calls_of_one_model_do_not_disturb_one_another():
+    """Two streams taken in turns, a call between them: each is what it is alone."""
+    audio_lm = audiolm_of(conditioned=True, codec=streaming_codec(), **WINDOWS)
+    requests = [{"text": "one", "seeds": 1}, {"prime_wave": torch.rand(100), "seeds": 2}]
+    streams = [audio_lm.stream(seconds=0.8, chunk_seconds=0.1, **request) for request in requests]
+    chunks = [[], []]
+    for pair in zip_longest(*streams):
+        audio_lm.generate(seconds=0.1)
+        for found, chunk in zip(chunks, pair):
+            found += [] if chunk is None else [chunk]
+    for found, request in zip(chunks, requests):
+        whole = audio_lm.generate(seconds=0.8, **request)
+        assert torch.equal(GeneratedAudio.joined(found).acoustic, whole.acoustic)
+
+
 def test_a_prime_sounds_with_the_first_chunk():
     """Nobody waits for chunks of nothing: the prime and the first new sound come together."""
     audio_lm = audiolm_of(codec=streaming_codec(), **WINDOWS)
@@ -122,7 +145,7 @@ def test_long_results_are_decoded_in_parts_that_are_not_heard(codec, monkeypatch
     tokens, lengths = torch.randint(0, 12, (3, 20)), torch.tensor([20, 7, 20])
     request = {"semantic_tokens": tokens, "semantic_lengths": lengths, "seeds": 1}
     whole = audio_lm.generate(**request)
-    monkeypatch.setattr("audiolm_pytorch.token_waves._FRAMES_AT_ONCE", 6)
+    monkeypatch.setattr("audiolm_pytorch.codecs.convolutional._PIECE_SAMPLES_CPU", 96)
     for found, wanted in zip(audio_lm.generate(**request).waves, whole.waves, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 

@@ -444,3 +444,22 @@ def test_generation_between_steps_changes_nothing(ema_decay, tmp_path):
     paused.train()
     expected, found = straight.task.module.state_dict(), paused.task.module.state_dict()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_what_a_trainer_would_not_use_or_cannot_mean_is_refused(tmp_path, write_folder):
+    """Held-out shards beside files, crops of less than a token, and a probability that is none."""
+    folder, shards = write_folder(num_files=4, sample_hz=SAMPLE_HZ), make_shards(tmp_path / "shards")
+    common = {**QUICK, "results_folder": tmp_path / "run"}
+    for wrong, message in [
+        ({"valid_shards": shards}, "held out beside shards"),
+        ({"data_max_length_seconds": 0.03}, "crops of 0.03 s are shorter than a token, 0.04 s"),
+        ({"level_drop_prob": 2.0}, "level_drop_prob is a probability"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            SemanticTransformerTrainer(
+                transformer=tiny_stages()["semantic"],
+                wav2vec=FakeSemanticTokenizer(),
+                folder=folder,
+                **{**common, **wrong},
+            )
+    assert not (tmp_path / "run").exists()

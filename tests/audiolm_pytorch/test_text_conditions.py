@@ -288,10 +288,14 @@ def test_trainers_without_texts_or_their_reader_are_refused(shards: TokenShards,
     with pytest.raises(ValueError, match=r"the stage needs \['captions', 'semantic'\]"):
         SemanticTransformerTrainer(transformer=hearing, shards=TokenShards(tmp_path / "bare"), **reader, **common)
     folder = write_folder(num_files=4, sample_hz=SAMPLE_HZ)
-    with pytest.raises(ValueError, match="of 3 files none has one: name them in a manifest"):
+    with pytest.raises(ValueError, match="of 3 recordings none has one: name them in a manifest"):
         SemanticTransformerTrainer(
             transformer=hearing, wav2vec=FakeSemanticTokenizer(), folder=folder, **reader, **common
         )
+    silent = {"semantic": np.arange(50) % 12, "captions": encode_texts([])}
+    write_shards(tmp_path / "silent", lambda _: silent, 2, {})
+    with pytest.raises(ValueError, match="of 2 recordings none has one: name them in a manifest"):
+        SemanticTransformerTrainer(transformer=hearing, shards=TokenShards(tmp_path / "silent"), **reader, **common)
     assert not (tmp_path / "run").exists()
 
 

@@ -10,7 +10,8 @@ import torch
 from audiolm_pytorch.sampling import SamplingSettings
 from audiolm_pytorch.stages import Stream, TokenLayout, TokenTransformer, windows
 from audiolm_pytorch.stages.decoding import Decoding, decode
-from audiolm_pytorch.stages.windows import WindowedDecoding, decode_in_windows, plan_windows
+from audiolm_pytorch.stages.window_plan import plan_windows
+from audiolm_pytorch.stages.windows import WindowedDecoding, decode_in_windows
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "musiclm_pytorch"))  # the tests are no package
 sys.path.insert(0, str(Path(__file__).parent))

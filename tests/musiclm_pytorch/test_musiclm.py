@@ -56,7 +56,7 @@ class FakeAudioLM(AudioLM):
         self, batch_size: int, seconds: float, conditioning: dict[str, Conditions], seeds: list[int], **settings: Any
     ) -> Tensor:
         self.calls.append({"size": batch_size, "conditioning": conditioning, "seeds": seeds, **settings})
-        assert batch_size == len(seeds) and all(len(conditioning[stage]) == batch_size for stage in STAGES)
+        assert batch_size == len(seeds) and all(len(conditioning[stage]) in (1, batch_size) for stage in STAGES)
         waves = 4 * tones(*(PITCHES_HZ[seed % 4] for seed in seeds), seconds=seconds, sample_hz=12000)
         embeddings = [conditioning[stage].codes.embeddings for stage in STAGES]
         trace = torch.stack([one.flatten(1).mean(dim=1) for one in embeddings]).sum(dim=0)
@@ -283,6 +283,14 @@ class ToyCodec(nn.Module):
         return held.unsqueeze(1)[..., :num_samples]
 
 
+class PrimedCodec(ToyCodec):
+    """Codes 1 of what is quiet, 2 of what is loud."""
+
+    def tokenize(self, wave: Tensor, lengths: Tensor | None = None) -> Tensor:
+        frames = nn.functional.pad(wave, (0, -wave.shape[-1] % 240)).unfold(-1, 240, 240).mean(dim=-1)
+        return (1 + (frames > 0.2).long()).unsqueeze(-1).expand(-1, -1, 3)
+
+
 def _real_musiclm(trained: MuLaN) -> MusicLM:
     """Real stages of random weights, each with a condition of another width; the fine one takes none."""
     stages = _transformers((6, 10, None))
@@ -310,6 +318,28 @@ def test_real_stages_play_the_same_alone_and_among_others(trained: MuLaN) -> Non
     assert all(len({tuple(wave.tolist()) for wave in candidates}) == 3 for candidates in whole.waves)
     alone = musiclm(TEXTS[1], num_samples=1, seconds=0.4, seeds=[12])
     assert torch.equal(alone[0], whole.waves[1, 1])
+
+
+def test_primes_belong_to_their_prompts_however_batches_are_cut(trained: MuLaN) -> None:
+    """Every candidate continues its own prompt's prime, also where a batch holds as many items as there are primes."""
+    musiclm = _real_musiclm(trained)
+    musiclm.audio_lm.codec = PrimedCodec()
+    primes = [torch.full((480,), 0.1), torch.full((720,), 0.3)]
+    for max_batch in (1, 2, 3, 16):
+        found = musiclm(
+            TEXTS[:2], num_samples=2, seconds=0.4, seed=3, prime_wave=primes, max_batch=max_batch, return_all=True
+        )
+        for prompt, frames in enumerate((2, 3)):
+            heard = found.waves[prompt, :, : 240 * frames]
+            assert (heard - 0.248 * (1 + prompt)).abs().max() < 0.01  # peaks may have been brought below full scale
+        alone = musiclm(TEXTS[1], num_samples=1, seconds=0.4, seeds=[4], prime_wave=primes[1])
+        assert torch.equal(alone[0], found.waves[1, 1])
+    one = musiclm(TEXTS[:2], num_samples=2, seconds=0.4, prime_wave=primes[0], return_all=True)
+    assert (one.waves[..., :480] - 0.248).abs().max() < 0.01
+    with pytest.raises(ValueError, match="once for each of 2 prompts|different numbers of items"):
+        musiclm(TEXTS[:2], num_samples=3, seconds=0.4, prime_wave=[*primes, primes[0]])
+    with pytest.raises(ValueError, match=r"\['allow_eos', 'batch_size'\] cannot be chosen"):
+        musiclm(TEXTS[0], allow_eos=True, batch_size=2)
 
 
 def test_musiclm_refuses_stages_that_do_not_fit(trained: MuLaN) -> None:
