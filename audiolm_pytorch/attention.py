@@ -231,7 +231,7 @@ class CausalSelfAttention(nn.Module):
             `[b, n, d]`.
         """
         both = self.heads + self.kv_heads
-        qkv = rearrange(self.to_qkv(x), "b n (p d) -> b n p d", p=both + self.kv_heads)
+        qkv = self.to_qkv(x).unflatten(-1, (both + self.kv_heads, -1))  # b n (p d) -> b n p d
         turned = qkv[:, :, :both]
         if around.angles is not None:
             cos, sin = around.angles
@@ -243,7 +243,7 @@ class CausalSelfAttention(nn.Module):
             keys, values = around.cache.write(layer, keys, values, around.slots)
             queries = queries.to(keys.dtype)
         out = attend(queries, keys, values, around.bias, around.is_causal)
-        return self.to_out(rearrange(out, "b h n d -> b n (h d)").to(x.dtype))
+        return self.to_out(out.transpose(1, 2).flatten(2).to(x.dtype))  # b h n d -> b n (h d)
 
 
 class CrossAttention(nn.Module):
@@ -278,7 +278,7 @@ class CrossAttention(nn.Module):
             ValueError: If there are no states.
         """
         if around.states is not None:
-            kv = rearrange(self.to_kv(around.states), "b s (two h d) -> two b h s d", two=2, h=self.heads)
+            kv = rearrange(self.to_kv(around.states.to(x.dtype)), "b s (two h d) -> two b h s d", two=2, h=self.heads)
             keys, values = kv[0].contiguous(), kv[1].contiguous()
             if around.cache is not None:
                 around.cache.crossed[layer] = keys, values

@@ -9,7 +9,7 @@ from beartype import beartype
 from torch import Tensor, nn
 
 from audiolm_pytorch.devices import device_of
-from audiolm_pytorch.layers import Projection
+from audiolm_pytorch.layers import Projection, RMSNorm
 
 __all__ = ["with_half_weights"]
 
@@ -21,7 +21,8 @@ def with_half_weights(model: ModuleT) -> ModuleT:
     """Copy a model for decoding, with bfloat16 weights: half the memory, and faster where reading weights is the limit.
 
     On a CPU the weights of projections are also laid out as oneDNN reads them, once instead of in every product (one
-    row, 512 x 2730, two cores: 30 us; as torch keeps them 86 us; float32 95 us).
+    row, 512 x 2730, two cores: 30 us; as torch keeps them 86 us; float32 95 us); all between products, and the norms,
+    stays in float32 there, which is faster as well as finer.
 
     Args:
         model: A model of this package, e.g. a stage; it is left as it is.
@@ -33,6 +34,8 @@ def with_half_weights(model: ModuleT) -> ModuleT:
     half = copy.deepcopy(model).to(torch.bfloat16).eval().requires_grad_(False)
     if device_of(half).type == "cpu" and torch.backends.mkldnn.is_available() and _can_pack():
         for module in list(half.modules()):
+            if isinstance(module, RMSNorm):
+                module.float()
             for name, child in module.named_children():
                 if isinstance(child, Projection):
                     setattr(module, name, _PackedProjection(child.weight))
@@ -82,4 +85,4 @@ class _PackedProjection(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., dim_in]` to `[..., dim_out]`."""
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(torch.bfloat16), self.packed, None, "none", [], "")
-        return out
+        return out.to(x.dtype)

@@ -142,7 +142,8 @@ class GatedFeedForward(nn.Module):
         is_dropping = self.dropout.p > 0 and self.training
         if isinstance(self.down, Projection) and _is_differentiated_eagerly() and not is_dropping:
             return _GatedProjection.apply(halves, self.down.weight)
-        return self.down(self.dropout(_gated(halves)))
+        gated = _gated(halves)
+        return self.down(self.dropout(gated) if is_dropping else gated)
 
 
 class RotaryPositions(nn.Module):

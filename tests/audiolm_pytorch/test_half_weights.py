@@ -37,7 +37,7 @@ def test_half_weights_give_nearly_the_same_logits(packs: bool, options: dict, mo
         hidden, near = (
             model.hidden(packed.ids, packed.input_mask, model.context(conditions, 2)) for model in (stage, half)
         )
-    assert near.dtype == torch.bfloat16 and half.logits(near, 0).dtype == torch.float32
+    assert near.dtype == (torch.float32 if packs else torch.bfloat16) and half.logits(near, 0).dtype == torch.float32
     torch.testing.assert_close(near.float(), hidden, atol=0.06, rtol=0.06)
     assert any("Packed" in type(module).__name__ for module in half.modules()) == packs
     assert all(torch.equal(weight, before[name]) for name, weight in stage.state_dict().items())
@@ -85,7 +85,7 @@ def test_half_weights_take_half_the_memory() -> None:
     packed = sum(m.in_features * m.out_features for m in half.modules() if type(m).__name__ == "_PackedProjection")
     kept = sum(parameter.numel() for parameter in half.parameters()) + packed
     assert kept == sum(parameter.numel() for parameter in stage.parameters())
-    assert all(parameter.dtype == torch.bfloat16 for parameter in half.parameters())
+    assert all(parameter.dtype == torch.bfloat16 for parameter in half.parameters() if parameter.ndim > 1)
 
 
 def test_an_audiolm_generates_with_half_weights() -> None:
