@@ -1,6 +1,7 @@
 """What the training loop needs to train a stage: one task for all of them."""
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from audiolm_pytorch.training import LossOutput, Phase
 from audiolm_pytorch.training.ranks import to_device
 
 __all__ = ["StageTask"]
+
+logger = logging.getLogger(__name__)
 
 # Of a stage's config, what decides no weights: it is found out or filled in by training, or saves memory only.
 _NOT_DECISIVE = ("max_seconds", "token_fingerprints", "checkpoint_blocks")
@@ -85,6 +88,7 @@ class StageTask:
         self.phases = (Phase(transformer.namespace, (self.module,), self.loss),)
         self.num_items = len(train)
         self.chance = _chance(transformer)
+        self._has_warned = False
         self.token_fingerprints = dict(token_fingerprints or {})
         config = {name: value for name, value in transformer.config.items() if name not in _NOT_DECISIVE}
         self.identity: dict[str, Any] = {
@@ -135,8 +139,20 @@ class StageTask:
         if self.conditioner is None:
             return None
         codes = self.conditioner.conditioning(namespace=self.transformer.namespace, **heard)
+        self._check_null_tokens(codes.mask.shape[1])
         drops = self.transformer.training and self.level_drop_prob > 0
         return _drop_levels(codes, self.level_drop_prob) if drops else codes
+
+    def _check_null_tokens(self, num_codes: int) -> None:
+        """Say once where unconditional generation would show what training never does."""
+        expected = self.transformer.null_tokens
+        if num_codes != expected and self.transformer.cond_drop_prob > 0 and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "the %s learns from conditions of %d codes, but unconditionally it is generated from with %d null "
+                "embeddings: build it with null_tokens=%d",
+                *(self.name, num_codes, expected, num_codes),
+            )
 
     def _states(self, texts: Sequence[str | None] | None) -> Conditioning | None:
         """States of texts, none where an item has no text; None if no item has one."""

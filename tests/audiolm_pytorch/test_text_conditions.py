@@ -161,6 +161,21 @@ def test_validation_hears_audio(shards: TokenShards, tmp_path: Path) -> None:
         _source(TokenShards(tmp_path / "bare"), text_prob=0.5)
 
 
+def test_nulls_that_training_never_shows_are_told_once(shards: TokenShards, tmp_path: Path, caplog) -> None:
+    """A stage that would stand 8 nulls for 3 codes says so in training; one that was built for 3 has nothing to say."""
+    for null_tokens, count in ((8, 1), (3, 0)):
+        stage = tiny_stages(**CONDITION, null_tokens=null_tokens)["semantic"]
+        caplog.clear()
+        SemanticTransformerTrainer(
+            transformer=stage,
+            audio_conditioner=TellingConditioner(),
+            shards=shards,
+            results_folder=tmp_path / str(null_tokens),
+            **RUN,
+        ).train()
+        assert sum("null_tokens=3" in record.getMessage() for record in caplog.records) == count
+
+
 def test_captions_of_shards_take_turns_in_step_with_their_codes(shards: TokenShards) -> None:
     """Records give the captions that were stored, one an epoch; the codes of a caption go with its states."""
     stage = tiny_stages(**CONDITION, **HEARS)["semantic"]

@@ -12,6 +12,7 @@ no figure here depends on), every stage flat, a token a row, as in the paper, an
 - Growth: median row around position 200 and around 2,000, beside the bytes read there.
 - Training: 4 x 256 tokens, forward, backward and AdamW, in floating point operations as torch's own counter finds them
   (matrix products alone: 2 a multiply-add, backward twice forward), over the rate of `limit.py`'s product of matrices.
+- The bundled model: when the first sound of a stream comes, and how much faster than real time all of it.
 """
 
 import argparse
@@ -40,6 +41,7 @@ from audiolm_pytorch.stages import (  # noqa: E402
     StageTransformer,
     decode,
 )
+from musiclm_pytorch import load_musiclm  # noqa: E402
 
 SIZES: dict[str, Any] = {"dim": 512, "depth": 6, "heads": 8, "ff_mult": 8 / 3}
 VOCABULARY = 1024
@@ -73,6 +75,7 @@ def main() -> None:
         "stages": speeds,
         "growth": growth,
         "training": training,
+        "bundled": stream_figures(),
     }
     print(table(figures))
     if options.json:
@@ -204,6 +207,20 @@ def training_figures() -> dict[str, float]:
     return {"seconds": statistics.median(times), "gflop": counter.get_total_flops() / 1e9}
 
 
+def stream_figures() -> dict[str, dict[str, float]]:
+    """Seconds to the first sound of a stream of the bundled model, to its end, and of generating at one go."""
+    audio_lm = load_musiclm("tiny").audio_lm
+    audio_lm.generate(seconds=1, seeds=0)  # what is done once is not counted
+    figures = {}
+    for seconds in (10, 60):
+        start = time.perf_counter()
+        ends = [time.perf_counter() - start for _ in audio_lm.stream(seconds=seconds, seeds=0)]
+        start = time.perf_counter()
+        audio_lm.generate(seconds=seconds, seeds=0)
+        figures[f"{seconds} s"] = {"first": ends[0], "stream": ends[-1], "generate": time.perf_counter() - start}
+    return figures
+
+
 def table(figures: dict[str, Any]) -> str:
     """All figures in words."""
     limit, machine = figures["limit"], figures["machine"]
@@ -236,6 +253,11 @@ def table(figures: dict[str, Any]) -> str:
             f"x {grown:.2f}, the bytes it reads x {growth['bytes_ratio']:.2f}",
             f"training step, 4 x 256: {training['seconds']:.3f} s, {training['gflop']:.1f} GFLOP, {rate:.0f} GFLOP/s, "
             f"{rate / limit['gemm_gflop_s']:.0%} of the product of matrices",
+            *(
+                f"bundled model, {length}: first sound of a stream after {one['first']:.2f} s, all after "
+                f"{one['stream']:.1f} s; generate {one['generate']:.1f} s"
+                for length, one in figures["bundled"].items()
+            ),
         ]
     )
 
