@@ -231,7 +231,8 @@ class CausalSelfAttention(nn.Module):
             `[b, n, d]`.
         """
         both = self.heads + self.kv_heads
-        qkv = self.to_qkv(x).unflatten(-1, (both + self.kv_heads, -1))  # b n (p d) -> b n p d
+        # projections may give less precision than rows have, where weights are half
+        qkv = self.to_qkv(x).to(x.dtype).unflatten(-1, (both + self.kv_heads, -1))  # b n (p d) -> b n p d
         turned = qkv[:, :, :both]
         if around.angles is not None:
             cos, sin = around.angles
@@ -278,7 +279,7 @@ class CrossAttention(nn.Module):
             ValueError: If there are no states.
         """
         if around.states is not None:
-            kv = rearrange(self.to_kv(around.states.to(x.dtype)), "b s (two h d) -> two b h s d", two=2, h=self.heads)
+            kv = rearrange(self.to_kv(around.states).to(x.dtype), "b s (two h d) -> two b h s d", two=2, h=self.heads)
             keys, values = kv[0].contiguous(), kv[1].contiguous()
             if around.cache is not None:
                 around.cache.crossed[layer] = keys, values
@@ -286,6 +287,6 @@ class CrossAttention(nn.Module):
             keys, values = around.cache.crossed[layer]
         else:
             raise ValueError("cross-attention needs states: give a context that has them, in the first call of a cache")
-        queries = rearrange(self.to_q(x), "b n (h d) -> b h n d", h=self.heads)
+        queries = rearrange(self.to_q(x).to(x.dtype), "b n (h d) -> b h n d", h=self.heads)
         out = attend(queries, keys, values, around.cross_mask)
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
