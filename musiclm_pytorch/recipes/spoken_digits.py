@@ -42,6 +42,7 @@ from audiolm_pytorch.data import AudioItem
 from audiolm_pytorch.data.manifest import load_items
 from audiolm_pytorch.data.shards import TokenShards, write_shards
 from audiolm_pytorch.io import load_module, save_module
+from audiolm_pytorch.memory import peak_bytes_of
 from audiolm_pytorch.semantic.protocol import SemanticTokenizer
 from audiolm_pytorch.stages.fingerprints import shard_fingerprint
 from audiolm_pytorch.stages.stage_transformer import StageTransformer
@@ -49,7 +50,6 @@ from audiolm_pytorch.units import samples_in
 from musiclm_pytorch.bundled_parts import codec_named, tokenizer_named
 from musiclm_pytorch.evaluation.clips import labels_of, load_clips
 from musiclm_pytorch.evaluation.measures import reconstruct
-from musiclm_pytorch.evaluation.memory import peak_bytes_of
 from musiclm_pytorch.evaluation.report import Figure, markdown_table, write_report
 from musiclm_pytorch.evaluation.semantic_data import is_held_out
 from musiclm_pytorch.evaluation.spoken_check import (
@@ -170,23 +170,30 @@ def _train_codec(words: Sequence[AudioItem], out: Path, seed: int, scale: float)
     if not isinstance(codec, SoundStream):
         raise ValueError(f"the bundled codec is a {type(codec).__name__}, but one that can be trained is needed")
     codec.train().requires_grad_(True)
-    num_steps = max(10, round(scale * CODEC_STEPS))
     SoundStreamTrainer(
         codec,
         items=(clips[:-NUM_CODEC_VALID], clips[-NUM_CODEC_VALID:]),
         batch_size=16,
-        num_train_steps=num_steps,
         results_folder=out / "codec",
         loss_weights=MEL_ONLY,
-        learning_rate=1e-3,
-        warmup_steps=min(100, num_steps // 10),
-        precision="bf16",
-        seed=seed,
-        validate_every=300,
-        log_every=50,
+        **_schedule(scale * CODEC_STEPS, seed),
     ).train()
     save_module(codec, out / "model" / "codec")
     return codec.eval().requires_grad_(False)
+
+
+def _schedule(num_steps: float, seed: int) -> dict[str, Any]:
+    """What all trainings of the recipe have in common."""
+    steps = max(10, round(num_steps))
+    return {
+        "num_train_steps": steps,
+        "learning_rate": 1e-3,
+        "warmup_steps": min(100, steps // 10),
+        "precision": "bf16",
+        "seed": seed,
+        "validate_every": 300,
+        "log_every": 50,
+    }
 
 
 @torch.inference_mode()
@@ -216,21 +223,14 @@ def _train_stages(
     }
     for name, transformer in stages.items():
         run = STAGES[name]
-        num_steps = max(10, round(scale * run.num_steps))
         trainers[name](
             transformer=transformer,
             shards=shards[0],
             valid_shards=shards[1],
             data_max_length_seconds=run.seconds,
             batch_size=run.batch_size,
-            num_train_steps=num_steps,
             results_folder=out / name,
-            learning_rate=1e-3,
-            warmup_steps=min(100, num_steps // 10),
-            precision="bf16",
-            seed=seed,
-            validate_every=300,
-            log_every=50,
+            **_schedule(scale * run.num_steps, seed),
         ).train()
         save_module(transformer, out / "model" / name)
 

@@ -8,7 +8,6 @@ a machine that is busy for a while slows both; ratios are taken pair by pair.
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from audiolm_pytorch.codecs import MusicLMSoundStream  # noqa: E402
 from audiolm_pytorch.codecs.quantizers import ResidualQuantizer  # noqa: E402
+from audiolm_pytorch.memory import peak_bytes  # noqa: E402
 
 RATE_HZ = 24_000
 KBPS = 6.0
@@ -165,16 +165,6 @@ def memory_here(minutes: float) -> dict[str, float]:
         "decode_seconds": time.perf_counter() - middle,
         "samples": decoded.shape[-1],
     }
-
-
-def peak_bytes() -> int:
-    """Largest resident size that this process has had, interpreter and libraries included."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # not getrusage there: Linux lets a process that was just started inherit the peak of the one that started it
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def alternating(sides: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, list[float]]:

@@ -14,10 +14,10 @@ from audiolm_pytorch.audio import read_audio, write_audio
 from audiolm_pytorch.data import AudioItem
 from audiolm_pytorch.data.manifest import load_items
 from audiolm_pytorch.io import load_module, save_module
+from audiolm_pytorch.memory import peak_bytes_of
 from musiclm_pytorch.bundled_parts import codec_named, tokenizer_named
 from musiclm_pytorch.evaluation.attributes import AttributeClassifier
 from musiclm_pytorch.evaluation.features import ClipFeatures
-from musiclm_pytorch.evaluation.memory import peak_bytes_of
 from musiclm_pytorch.evaluation.spoken_check import (
     HeardWords,
     confidence_figures,
