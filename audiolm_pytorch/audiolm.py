@@ -229,13 +229,17 @@ class AudioLM(nn.Module):
         unknown = set(finished) - set(self.stages)
         if unknown:
             raise ValueError(f"conditioning is by stage, of {list(self.stages)}; got {sorted(unknown)}")
-        everything = {"text": request.text, "wavs": request.wavs, "codes": request.codes}
+        readers = [stage for name, stage in self.stages.items() if stage.transformer.text_dim and name not in finished]
+        states = None
+        if request.text is not None and self.text_conditioner is not None and readers:
+            states = self.text_conditioner.forward(request.text)  # once, as they are the same for all stages
+        everything = {"text": request.text, "wavs": request.wavs, "codes": request.codes, "states": states}
         heard: dict[str, dict[str, Any]] = {}
         for name, stage in self.stages.items():
             if stage.transformer.cond_dim is not None:
                 heard[name] = everything
             elif stage.transformer.text_dim is not None and request.text is not None:
-                heard[name] = {"text": request.text}
+                heard[name] = {"text": request.text, "states": states}
         takes_codes = any(stage.transformer.cond_dim is not None for stage in self.stages.values())
         if not heard or not (takes_codes or request.wavs is None and request.codes is None):
             # What no stage hears must not go unheard in silence: each says so itself.

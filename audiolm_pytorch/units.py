@@ -122,6 +122,20 @@ def frames_covering(num_samples: int, samples_per_frame: int) -> int:
 
 
 @beartype
+def frames_inside(seconds: float | int | Fraction, rate_hz: int | Fraction) -> int:
+    """Count the whole frames that a stretch holds; a float that falls short of the next by 1e-6 frames holds it.
+
+    Args:
+        seconds: Length of the stretch.
+        rate_hz: Frames per second.
+
+    Returns:
+        `floor(seconds * rate_hz)`.
+    """
+    return int(seconds * rate_hz + Fraction(1, 10**6))
+
+
+@beartype
 def convert_samples(num_samples: int, from_hz: int, to_hz: int) -> int:
     """Say how many samples the same duration has at another rate, when that is a whole number.
 

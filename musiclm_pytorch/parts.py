@@ -1,7 +1,6 @@
 """The parts that a model is made around: what each must be, and how it is stored without rounding."""
 
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from audiolm_pytorch.codecs import Codec
 from audiolm_pytorch.io import load_module, module_spec, weights_of
 from audiolm_pytorch.semantic import SemanticTokenizer
 from audiolm_pytorch.training.randomness import preserved_generators
+from audiolm_pytorch.units import frames_inside
 from musiclm_pytorch.builders import LANGUAGE_MODELS, build_codec, build_language_model, build_semantic_tokenizer
 from musiclm_pytorch.config import Preset
 from musiclm_pytorch.mulan import JointEmbedding
@@ -99,7 +99,7 @@ def _check_language_model(preset: Preset, stage: str, codec: Any, tokenizer: Any
     with torch.device("meta"):
         layout = build_language_model(preset, stage, codec=codec, tokenizer=tokenizer).layout
     frame_hz, seconds = layout.predicted[0].exact_hz, getattr(preset, stage).run.seconds
-    if int(seconds * frame_hz + Fraction(1, 10**6)) < layout.frame_alignment:
+    if frames_inside(seconds, frame_hz) < layout.frame_alignment:
         rates_hz = {stream.name: float(stream.exact_hz) for stream in layout.streams}
         raise ValueError(
             f"tokens of {rates_hz} frames a second begin together every {float(layout.frame_alignment / frame_hz):g} s "

@@ -207,14 +207,14 @@ class Decoding:
 
     def _fill_row(self) -> None:
         """Draw what is missing in the present row of each item."""
-        groups: dict[tuple[int, int, int], list[int]] = {}  # (number of logits, head, column) -> items
+        groups: dict[tuple[int, int], list[int]] = {}  # (head, column) -> items
         for item, (plan, row) in enumerate(zip(self.plans, self.rows)):
             for head, column in plan.pop(row, ()):
-                groups.setdefault((self._num_logits(head), head, column), []).append(item)
+                groups.setdefault((head, column), []).append(item)
         # Heads of one size for the same items are drawn at once.
         joint: dict[tuple[int, tuple[int, ...]], list[tuple[int, int]]] = {}
-        for (size, head, column), items in groups.items():
-            joint.setdefault((size, tuple(items)), []).append((head, column))
+        for (head, column), items in groups.items():
+            joint.setdefault((self._num_logits(head), tuple(items)), []).append((head, column))
         ends: dict[int, int] = {}  # item -> frames before its end
         for (_, items_), cells in joint.items():
             ends |= self._draw(list(items_), [head for head, _ in cells], [column for _, column in cells])

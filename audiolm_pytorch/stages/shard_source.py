@@ -17,6 +17,7 @@ from audiolm_pytorch.data.descriptions import decode_texts
 from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.stages.sources import StageInput, caption_in_turn, check_text_prob, draws_text
 from audiolm_pytorch.stages.stage_transformer import AudioTokens, StageTransformer
+from audiolm_pytorch.units import frames_inside
 
 __all__ = ["ShardSource"]
 
@@ -95,7 +96,7 @@ class ShardSource:
         self.seconds = seconds
         self.crop_frames: int | None = None
         if seconds is not None:
-            self.crop_frames = int(seconds * rate_hz + Fraction(1, 10**6)) // self.alignment * self.alignment
+            self.crop_frames = frames_inside(seconds, rate_hz) // self.alignment * self.alignment
             if self.crop_frames < 1:
                 raise ValueError(f"{seconds} s are less than {self.alignment} frames at {float(rate_hz)} Hz")
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.audio import resample
 from audiolm_pytorch.codecs.protocol import Codec
-from audiolm_pytorch.conditioning import Conditioner, Conditions, TextEncoder
+from audiolm_pytorch.conditioning import Conditioner, Conditioning, Conditions, TextEncoder
 from audiolm_pytorch.sampling import SamplingSettings
 from audiolm_pytorch.semantic.protocol import SemanticTokenizer
 from audiolm_pytorch.stages.decodable import Decoded
@@ -18,6 +18,7 @@ from audiolm_pytorch.stages.stages import CoarseTransformer, FineTransformer, Se
 from audiolm_pytorch.stages.token_model import TokenLoss
 from audiolm_pytorch.stages.tokenizing import sample_rates, tokenize
 from audiolm_pytorch.stages.windows import decode_in_windows
+from audiolm_pytorch.units import frames_inside
 
 __all__ = [
     "CoarseTransformerWrapper",
@@ -67,6 +68,7 @@ class StageWrapper(nn.Module):
         wavs: Tensor | None = None,
         codes: Tensor | None = None,
         lengths: Tensor | None = None,
+        states: Conditioning | None = None,
     ) -> Conditions | None:
         """Make the stage's conditions: codes in the namespace it was trained with, and states of texts.
 
@@ -78,6 +80,7 @@ class StageWrapper(nn.Module):
             wavs: Waves `[b, n]` at the conditioner's rate.
             codes: Conditioner codes `[b, q]`.
             lengths: Samples `[b]` of `wavs` that are no padding.
+            states: States of the texts, where they were made before (they are the same for all stages).
 
         Returns:
             The conditions; None if nothing was handed in.
@@ -94,11 +97,11 @@ class StageWrapper(nn.Module):
                 "with audio_text_condition=True, or for texts a text_conditioner and a transformer with a text_dim"
             )
         texts = [text] if isinstance(text, str) else text
-        states = None
+        states = states if takes_states else None
         if takes_states and texts is not None:
             if self.text_conditioner is None:
                 raise ValueError(f"the {self.namespace} stage hears texts: it needs a text_conditioner")
-            states = self.text_conditioner.forward(texts)
+            states = self.text_conditioner.forward(texts) if states is None else states
             if wavs is not None or codes is not None:
                 texts = None
         made = None
@@ -199,7 +202,7 @@ class StageWrapper(nn.Module):
         """Longest stretch that the stage was trained on, in predicted frames; None = no limit."""
         if self.transformer.max_seconds is None:
             return None
-        return int(self.transformer.max_seconds * self.transformer.layout.predicted[0].exact_hz + 1e-6)
+        return frames_inside(self.transformer.max_seconds, self.transformer.layout.predicted[0].exact_hz)
 
 
 class SemanticTransformerWrapper(StageWrapper):

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from audiolm_pytorch.devices import device_of
+from audiolm_pytorch.evaluating import evaluating
 from audiolm_pytorch.nearest import nearest_index
 from audiolm_pytorch.semantic.clustering import cluster_epoch, first_centroids, survey
 from audiolm_pytorch.semantic.probes import fit_linear_probe, histogram, token_probe
@@ -114,18 +115,14 @@ def check_semantic(
             f"k must lie in 2..{num_kmeans_frames}, the training frames there are, got {list(clusters)}; "
             "ask for fewer clusters, or for more clips"
         )
-    was_training = encoder.training
     device = device_of(encoder)
-    encoder.eval()
     scores: list[Score] = []
-    try:
+    with evaluating(encoder):
         for view in views:
             start = time.perf_counter()
             scores += _scores_of(view, sounds, chosen, clusters, seed, device)
             if announce is not None:
                 announce(f"{view.name}: {time.perf_counter() - start:.0f} s")
-    finally:
-        encoder.train(was_training)
     return _check_of(scores, sounds, num_kmeans_frames)
 
 
@@ -148,15 +145,12 @@ def check_tokens(tokenizer: nn.Module, music: ProbeSet, speech: ProbeSet) -> Sem
     if not isinstance(tokenizer, SemanticTokenizer):
         raise TypeError(f"{type(tokenizer).__name__} is no SemanticTokenizer: see audiolm_pytorch.semantic.protocol")
     device = device_of(tokenizer)
-    was_training, codebook_size = tokenizer.training, tokenizer.codebook_size
-    tokenizer.eval()
-    try:
+    codebook_size = tokenizer.codebook_size
+    with evaluating(tokenizer):
         whole = uncut(tokenizer)
         view = view_of_tokens(whole)
         sounds = _sounds(music, speech, whole.num_frames, grid_of_tokens(whole), view.width)
         ids = {name: vectors_of(view, sound, device)[:, 0].long() for name, sound in sounds.items()}
-    finally:
-        tokenizer.train(was_training)
     if any(int(part.min()) < 0 or int(part.max()) >= codebook_size for part in ids.values()):
         raise ValueError(f"{type(tokenizer).__name__} gives ids outside 0..{codebook_size - 1}: it is broken")
     return _check_of(list(_token_scores(view.name, codebook_size, sounds, ids)), sounds, 0)

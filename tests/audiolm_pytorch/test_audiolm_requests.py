@@ -365,3 +365,10 @@ def test_nonsense_is_refused_in_words(message):
             audio_lm(**request)
     with pytest.raises(TypeError, match="second"):
         audio_lm(second=1.0)
+
+
+def test_texts_are_read_once_for_all_stages():
+    """A text encoder is the dearest part of a request: its states are the same for each of three stages."""
+    audio_lm = audiolm_of(hears_text=True)
+    audio_lm.generate(text=["a", "bb"], seconds=0.2, seeds=0)
+    assert audio_lm.text_conditioner.asked == [["a", "bb"]]

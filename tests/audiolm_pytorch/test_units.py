@@ -5,7 +5,15 @@ from math import ceil, inf, nan
 
 import pytest
 
-from audiolm_pytorch.units import convert_samples, exact_div, frames_covering, frames_in, samples_covering, samples_in
+from audiolm_pytorch.units import (
+    convert_samples,
+    exact_div,
+    frames_covering,
+    frames_in,
+    frames_inside,
+    samples_covering,
+    samples_in,
+)
 
 
 @pytest.mark.parametrize("hz", [8000, 16000, 22050, 24000, 44100, 48000])
@@ -41,6 +49,7 @@ def test_frames_are_exact_or_covering() -> None:
     assert frames_in(3200, 320) == frames_covering(3200, 320) == 10
     assert frames_covering(3201, 320) == 11
     assert frames_covering(0, 320) == 0
+    assert frames_inside(0.99, 50) == 49 and frames_inside(0.3, 50) == frames_inside(0.1 + 0.1 + 0.1, 50) == 15
     with pytest.raises(ValueError, match="3201 is not a multiple of 320"):
         frames_in(3201, 320)
 
