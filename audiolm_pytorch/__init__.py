@@ -15,9 +15,17 @@ from audiolm_pytorch.codecs import (
     open_codec,
 )
 from audiolm_pytorch.codecs.training import SoundStreamTrainer
-from audiolm_pytorch.conditioning import Conditioning, Conditions
-from audiolm_pytorch.generation import GeneratedAudio, GenerationRequest
-from audiolm_pytorch.half_weights import with_half_weights
+from audiolm_pytorch.conditioning.tensors import Conditioning, Conditions
+from audiolm_pytorch.conditioning.text_conditioner import TextConditioner
+from audiolm_pytorch.generation.request import GeneratedAudio, GenerationRequest
+from audiolm_pytorch.generation.wrappers import (
+    CoarseTransformerWrapper,
+    FineTransformerWrapper,
+    SemanticTransformerWrapper,
+)
+from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
+from audiolm_pytorch.lm.trainers import CoarseTransformerTrainer, FineTransformerTrainer, SemanticTransformerTrainer
+from audiolm_pytorch.nn.half_weights import with_half_weights
 from audiolm_pytorch.semantic import (
     BestRQEncoder,
     FairseqVQWav2Vec,
@@ -28,19 +36,7 @@ from audiolm_pytorch.semantic import (
     expand,
     open_encoder,
 )
-from audiolm_pytorch.semantic.training import SemanticTokenizerTrainer
-from audiolm_pytorch.stages import CoarseTransformer, FineTransformer, SemanticTransformer
-from audiolm_pytorch.stages.trainers import (
-    CoarseTransformerTrainer,
-    FineTransformerTrainer,
-    SemanticTransformerTrainer,
-)
-from audiolm_pytorch.stages.wrappers import (
-    CoarseTransformerWrapper,
-    FineTransformerWrapper,
-    SemanticTransformerWrapper,
-)
-from audiolm_pytorch.text_conditioner import TextConditioner
+from audiolm_pytorch.semantic.best_rq.training import SemanticTokenizerTrainer
 
 __all__ = [
     "AudioLM",

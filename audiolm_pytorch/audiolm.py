@@ -7,26 +7,26 @@ import torch
 from beartype import beartype
 from torch import Tensor, nn
 
-from audiolm_pytorch.cascade import StageRun, TokenCascade
-from audiolm_pytorch.codecs.protocol import Codec, StreamingCodec
-from audiolm_pytorch.conditioning import Conditioner, Conditions, TextEncoder
-from audiolm_pytorch.generation import GeneratedAudio, GenerationRequest, StageBars, takes_request
-from audiolm_pytorch.generation_plan import GenerationPlan, extra_tokens, plan_generation
-from audiolm_pytorch.half_weights import with_half_weights
-from audiolm_pytorch.sampling import SamplingSettings
-from audiolm_pytorch.semantic.protocol import SemanticTokenizer
-from audiolm_pytorch.stage_sampling import DEFAULT_SAMPLING, changed_sampling, stage_generator
-from audiolm_pytorch.stages.fit import check_stages
-from audiolm_pytorch.stages.stages import CoarseTransformer, FineTransformer, SemanticTransformer
-from audiolm_pytorch.stages.windows import WindowedDecoding
-from audiolm_pytorch.stages.wrappers import (
+from audiolm_pytorch.audio.units import samples_covering
+from audiolm_pytorch.codecs.base import Codec, StreamingCodec
+from audiolm_pytorch.conditioning.tensors import Conditioner, Conditions, TextEncoder
+from audiolm_pytorch.generation.lengths import GenerationPlan, extra_tokens, plan_generation
+from audiolm_pytorch.generation.request import GeneratedAudio, GenerationRequest, StageBars, takes_request
+from audiolm_pytorch.generation.sampling import SamplingSettings
+from audiolm_pytorch.generation.stage_pipeline import StageRun, TokenCascade
+from audiolm_pytorch.generation.stage_sampling import DEFAULT_SAMPLING, changed_sampling, stage_generator
+from audiolm_pytorch.generation.waves import WaveStreams, decode_items
+from audiolm_pytorch.generation.windows import WindowedDecoding
+from audiolm_pytorch.generation.wrappers import (
     CoarseTransformerWrapper,
     FineTransformerWrapper,
     SemanticTransformerWrapper,
     StageWrapper,
 )
-from audiolm_pytorch.token_waves import WaveStreams, decode_items
-from audiolm_pytorch.units import samples_covering
+from audiolm_pytorch.lm.compatibility import check_stages
+from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
+from audiolm_pytorch.nn.half_weights import with_half_weights
+from audiolm_pytorch.semantic.base import SemanticTokenizer
 
 __all__ = ["AudioLM", "GeneratedAudio"]
 

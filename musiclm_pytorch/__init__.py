@@ -1,10 +1,6 @@
 """MusicLM (arXiv 2301.11325) in small modules: a sentence becomes music."""
 
-from audiolm_pytorch.text_tokenizer import TextTokenizer
-from musiclm_pytorch.bundle import load_musiclm
-from musiclm_pytorch.bundled_parts import codec_named, encoder_named, mulan_named, tokenizer_named
-from musiclm_pytorch.captions import CaptionSampler
-from musiclm_pytorch.embed_quantizer import MuLaNEmbedQuantizer
+from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer
 from musiclm_pytorch.mulan import (
     AudioSpectrogramTransformer,
     ClapMuLaN,
@@ -15,8 +11,12 @@ from musiclm_pytorch.mulan import (
     TextTransformer,
     TransformersTextEncoder,
 )
+from musiclm_pytorch.mulan.captions import CaptionSampler
+from musiclm_pytorch.mulan.trainer import MuLaNTrainer
 from musiclm_pytorch.musiclm import MusicLM
-from musiclm_pytorch.training import MuLaNTrainer
+from musiclm_pytorch.pretrained.bundled import codec_named, encoder_named, mulan_named, tokenizer_named
+from musiclm_pytorch.pretrained.model_folder import load_musiclm
+from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
 
 __all__ = [
     "AudioSpectrogramTransformer",

@@ -9,13 +9,13 @@ from beartype import beartype
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from audiolm_pytorch.audio import peak_safe, resample
+from audiolm_pytorch.audio.files import peak_safe, resample
 from audiolm_pytorch.audiolm import AudioLM
-from audiolm_pytorch.conditioning import Conditions
-from audiolm_pytorch.evaluating import evaluating
-from audiolm_pytorch.generation import GenerationRequest
-from audiolm_pytorch.stages.fit import check_fit
-from musiclm_pytorch.embed_quantizer import MuLaNEmbedQuantizer
+from audiolm_pytorch.conditioning.tensors import Conditions
+from audiolm_pytorch.generation.request import GenerationRequest
+from audiolm_pytorch.lm.compatibility import check_fit
+from audiolm_pytorch.nn.module_state import eval_mode
+from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
 
 __all__ = ["Candidates", "MusicLM"]
 
@@ -133,7 +133,7 @@ class MusicLM(nn.Module):
         levels = self.num_levels if num_levels is None else self._checked_levels(num_levels)
         _check_generation(generation)
         # dropout would make a candidate depend on more than its seed
-        with evaluating(self):
+        with eval_mode(self):
             conditions = self._conditions(prompts, levels)
             request = GenerationRequest(
                 batch_size=len(prompts), seconds=seconds, conditioning=conditions, allow_eos=False, **generation

@@ -18,7 +18,7 @@ from audiolm_pytorch import (
     SoundStream,
     SoundStreamTrainer,
 )
-from audiolm_pytorch.io import save_module
+from audiolm_pytorch.saving.modules import save_module
 from musiclm_pytorch import (
     AudioSpectrogramTransformer,
     MuLaN,

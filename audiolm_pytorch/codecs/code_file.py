@@ -10,9 +10,9 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
+from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.codecs.loudness import keeps_scales
-from audiolm_pytorch.codecs.protocol import Codec
-from audiolm_pytorch.files import read_weights, write_weights
+from audiolm_pytorch.saving.files import read_weights, write_weights
 
 __all__ = ["CODES_SUFFIX", "CodesInfo", "StoredCodes", "read_codes", "write_codes"]
 

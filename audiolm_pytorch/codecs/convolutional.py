@@ -15,9 +15,9 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
-from audiolm_pytorch.codecs.local_attention import LocalTransformer
 from audiolm_pytorch.codecs.streaming import FrameStream, StreamState
-from audiolm_pytorch.io import register
+from audiolm_pytorch.nn.local_attention import LocalTransformer
+from audiolm_pytorch.saving.modules import register
 
 __all__ = ["CausalConv1d", "CausalConvTranspose1d", "ConvDecoder", "ConvEncoder", "ResidualUnit"]
 

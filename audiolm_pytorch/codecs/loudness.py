@@ -5,7 +5,7 @@ from typing import Any
 from beartype import beartype
 from torch import Tensor
 
-from audiolm_pytorch.codecs.protocol import Codec
+from audiolm_pytorch.codecs.base import Codec
 
 __all__ = ["codes_and_scales", "keeps_scales", "wave_of"]
 

@@ -9,7 +9,7 @@ from einops import pack, rearrange, unpack
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from audiolm_pytorch.codecs.protocol import Codec
+from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.codecs.training.losses import MultiScaleMelLoss
 
 __all__ = ["SI_SDR_LIMIT_DB", "MultiResolutionSTFTDistance", "WaveDistances", "bitrate_kbps", "si_sdr_db"]

@@ -11,15 +11,15 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
+from audiolm_pytorch.audio.padding import checked_lengths
+from audiolm_pytorch.audio.units import frames_covering
 from audiolm_pytorch.codecs.checks import check_covered, checked_audio, checked_codes
 from audiolm_pytorch.codecs.convolutional import ConvDecoder, ConvEncoder
-from audiolm_pytorch.codecs.film import FiLM
 from audiolm_pytorch.codecs.quantizers import ResidualQuantizer, make_quantizer
 from audiolm_pytorch.codecs.spectral import SpectralDecoder, SpectralEncoder
 from audiolm_pytorch.codecs.streaming import DecoderStream, EncoderStream
-from audiolm_pytorch.io import build_module, fingerprint_of, load_module, module_spec, register
-from audiolm_pytorch.ragged import checked_lengths
-from audiolm_pytorch.units import frames_covering
+from audiolm_pytorch.nn.film import FiLM
+from audiolm_pytorch.saving.modules import build_module, fingerprint_of, load_module, module_spec, register
 
 __all__ = ["AudioLMSoundStream", "CodecOutput", "MusicLMSoundStream", "SoundStream", "SpectralSoundStream"]
 
@@ -169,7 +169,7 @@ class SoundStream(nn.Module):
 
     @classmethod
     def init_and_load_from(cls, path: str | Path) -> "SoundStream":
-        """Load a codec saved with `audiolm_pytorch.io.save_module`, in eval mode."""
+        """Load a codec saved with `audiolm_pytorch.saving.modules.save_module`, in eval mode."""
         module = load_module(path, expect=cls)
         if not isinstance(module, cls):
             raise TypeError(f"{path} holds a {type(module).__name__}, not a {cls.__name__}")

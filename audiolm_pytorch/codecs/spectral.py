@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from audiolm_pytorch.codecs.streaming import FrameStream
-from audiolm_pytorch.io import register
+from audiolm_pytorch.saving.modules import register
 
 __all__ = ["ConvNeXtBlock", "SpectralDecoder", "SpectralEncoder"]
 

@@ -9,12 +9,12 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor
 
-from audiolm_pytorch.audio_stream import AudioSource, AudioWriter, StreamingResampler
+from audiolm_pytorch.audio.stream import AudioSource, AudioWriter, StreamingResampler
+from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.codecs.code_file import CodesInfo, StoredCodes
 from audiolm_pytorch.codecs.loudness import codes_and_scales, wave_of
-from audiolm_pytorch.codecs.protocol import Codec
 from audiolm_pytorch.codecs.streaming import DecoderStream
-from audiolm_pytorch.devices import device_of
+from audiolm_pytorch.nn.module_state import device_of
 
 __all__ = ["FileCodec"]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from beartype import beartype
 
-from audiolm_pytorch.audio import decoded_info
+from audiolm_pytorch.audio.files import decoded_info
 from audiolm_pytorch.data.descriptions import (
     SIDECAR_SUFFIXES,
     json_lines,

@@ -1,17 +1,17 @@
 """Semantic tokens: the protocol, published encoders, and one that learns from audio alone (BEST-RQ and k-means)."""
 
-from audiolm_pytorch.semantic.best_rq import BestRQ, BestRQEncoder
-from audiolm_pytorch.semantic.kmeans import ClusterUsage, KMeansFit, KMeansTrainer
+from audiolm_pytorch.semantic.base import FrameEncoder, SemanticTokenizer
+from audiolm_pytorch.semantic.best_rq.model import BestRQ, BestRQEncoder
+from audiolm_pytorch.semantic.best_rq.training import BestRQTask, SemanticTokenizerTrainer
+from audiolm_pytorch.semantic.kmeans_trainer import ClusterUsage, KMeansFit, KMeansTrainer
 from audiolm_pytorch.semantic.pretrained import (
     FairseqVQWav2Vec,
     HubertWithKmeans,
     TransformersEncoder,
     open_encoder,
 )
-from audiolm_pytorch.semantic.protocol import FrameEncoder, SemanticTokenizer
 from audiolm_pytorch.semantic.runs import Runs, deduplicate, expand
 from audiolm_pytorch.semantic.tokenizer import KMeansTokenizer
-from audiolm_pytorch.semantic.training import BestRQTask, SemanticTokenizerTrainer
 
 __all__ = [
     "BestRQ",

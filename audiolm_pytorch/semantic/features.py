@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.data import AudioItem, BatchPlan, CropDataset, collate_crops
 from audiolm_pytorch.data.shards import TokenShards, write_shards
-from audiolm_pytorch.devices import device_of
-from audiolm_pytorch.semantic.protocol import FrameEncoder
+from audiolm_pytorch.nn.module_state import device_of
+from audiolm_pytorch.semantic.base import FrameEncoder
 
 __all__ = ["CropPlan", "FeatureShards", "plan_crops", "write_features"]
 
@@ -127,7 +127,7 @@ def write_features(
         ValueError: If features are not finite, or not as many as the encoder said; names the file.
     """
     if not isinstance(encoder, FrameEncoder):
-        raise TypeError(f"{type(encoder).__name__} is no FrameEncoder: see audiolm_pytorch.semantic.protocol")
+        raise TypeError(f"{type(encoder).__name__} is no FrameEncoder: see audiolm_pytorch.semantic.base")
     at_once = min(_MOST_CROPS_AT_ONCE, max(1, int(_SECONDS_AT_ONCE / seconds)))
     dataset = CropDataset(items, seconds, (encoder.sample_hz,), seed=seed, cache_bytes=0)
     maker = _FeatureMaker(encoder, dataset, plan, layer, at_once)

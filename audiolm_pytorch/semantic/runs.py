@@ -6,7 +6,7 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
-from audiolm_pytorch.ragged import length_mask
+from audiolm_pytorch.audio.padding import length_mask
 
 __all__ = ["Runs", "deduplicate", "expand"]
 

@@ -7,10 +7,10 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
-from audiolm_pytorch.io import build_module, digest_of, module_spec, part_fingerprint, register
-from audiolm_pytorch.nearest import nearest_index
-from audiolm_pytorch.ragged import check_waves, checked_lengths, resampled_items
-from audiolm_pytorch.semantic.protocol import FrameEncoder
+from audiolm_pytorch.audio.padding import check_waves, checked_lengths, resampled_items
+from audiolm_pytorch.nn.nearest_centroid import nearest_index
+from audiolm_pytorch.saving.modules import build_module, digest_of, module_spec, part_fingerprint, register
+from audiolm_pytorch.semantic.base import FrameEncoder
 
 __all__ = ["KMeansTokenizer"]
 
@@ -53,7 +53,7 @@ class KMeansTokenizer(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(encoder, FrameEncoder):
-            raise TypeError(f"{type(encoder).__name__} is no FrameEncoder: see audiolm_pytorch.semantic.protocol")
+            raise TypeError(f"{type(encoder).__name__} is no FrameEncoder: see audiolm_pytorch.semantic.base")
         if not 0 <= layer <= encoder.depth:
             raise ValueError(f"layer must be in 0..{encoder.depth}, got {layer}")
         if seq_len_multiple_of is not None and seq_len_multiple_of < 1:

@@ -10,7 +10,7 @@ from typing import Any
 from beartype import beartype
 from torch import Tensor
 
-from audiolm_pytorch.files import read_json, read_weights, sync_to_disk, write_json, write_weights
+from audiolm_pytorch.saving.files import read_json, read_weights, sync_to_disk, write_json, write_weights
 
 __all__ = ["Checkpoint", "CheckpointFolder", "differences"]
 

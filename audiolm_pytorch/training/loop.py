@@ -7,10 +7,10 @@ from accelerate import Accelerator
 from beartype import beartype
 from torch import nn
 
-from audiolm_pytorch.files import read_json, read_weights
-from audiolm_pytorch.io import load_weights
-from audiolm_pytorch.training.randomness import preserved_generators
-from audiolm_pytorch.training.ranks import own_accelerator
+from audiolm_pytorch.saving.files import read_json, read_weights
+from audiolm_pytorch.saving.modules import load_weights
+from audiolm_pytorch.training.distributed import own_accelerator
+from audiolm_pytorch.training.rng import preserved_generators
 from audiolm_pytorch.training.run import LiveRun, RowWatch, TrainResult, identity_of, refuse_other_run
 from audiolm_pytorch.training.task import LoopSettings, Phase, Task
 

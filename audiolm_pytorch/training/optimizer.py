@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from audiolm_pytorch.training.ranks import PersistentBuffers, average_gradients, broadcast_tensors
+from audiolm_pytorch.training.distributed import PersistentBuffers, average_gradients, broadcast_tensors
 from audiolm_pytorch.training.task import LoopSettings, LossOutput, Phase
 
 __all__ = ["PhaseOptimizer"]

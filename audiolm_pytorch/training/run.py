@@ -12,13 +12,13 @@ import torch
 from accelerate import Accelerator
 
 from audiolm_pytorch.data.batches import BatchPlan
-from audiolm_pytorch.files import write_json, write_weights
-from audiolm_pytorch.io import load_weights, weights_of
-from audiolm_pytorch.training.average import WeightAverage
+from audiolm_pytorch.saving.files import write_json, write_weights
+from audiolm_pytorch.saving.modules import load_weights, weights_of
 from audiolm_pytorch.training.checkpoint import Checkpoint, CheckpointFolder, differences
+from audiolm_pytorch.training.distributed import PersistentBuffers, broadcast_tensors, merge_means, to_device
+from audiolm_pytorch.training.ema import WeightAverage
 from audiolm_pytorch.training.optimizer import PhaseOptimizer
-from audiolm_pytorch.training.randomness import seed_generators
-from audiolm_pytorch.training.ranks import PersistentBuffers, broadcast_tensors, merge_means, to_device
+from audiolm_pytorch.training.rng import seed_generators
 from audiolm_pytorch.training.schedule import learning_rate_at
 from audiolm_pytorch.training.task import LoopSettings, Phase, Task
 from audiolm_pytorch.training.tracking import MetricsFile, MetricWindow, finite_or_none, progress_bar, with_chance

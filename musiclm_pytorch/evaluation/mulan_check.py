@@ -12,10 +12,9 @@ from beartype import beartype
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from audiolm_pytorch.audio import read_audio
+from audiolm_pytorch.audio.files import read_audio
 from audiolm_pytorch.data.manifest import AudioItem, load_items
-from audiolm_pytorch.devices import device_of
-from musiclm_pytorch.captions import texts_of
+from audiolm_pytorch.nn.module_state import device_of
 from musiclm_pytorch.evaluation.report import Figure, accuracy_statistic
 from musiclm_pytorch.evaluation.retrieval import Retrieval, different_captions, retrieval_both
 from musiclm_pytorch.evaluation.tagging import (
@@ -26,6 +25,7 @@ from musiclm_pytorch.evaluation.tagging import (
     tag_tests,
     zero_shot_similarities,
 )
+from musiclm_pytorch.mulan.captions import texts_of
 from musiclm_pytorch.mulan.joint import JointEmbedding
 
 __all__ = [

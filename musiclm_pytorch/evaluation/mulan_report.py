@@ -5,7 +5,7 @@ from typing import Any
 
 from beartype import beartype
 
-from audiolm_pytorch.codecs.report import aligned_table
+from musiclm_pytorch.evaluation.codec_report import aligned_table
 from musiclm_pytorch.evaluation.report import Figure
 
 __all__ = ["mulan_head", "mulan_tables"]

@@ -10,8 +10,8 @@ from beartype import beartype
 from torch import Tensor
 
 from musiclm_pytorch.evaluation.mulan_check import MuLaNCheck, modality_gap, values_of_texts
+from musiclm_pytorch.evaluation.plots import new_figure, one_line, write_figure
 from musiclm_pytorch.evaluation.tagging import TagTest
-from musiclm_pytorch.plot import new_figure, one_line, write_figure
 
 __all__ = ["draw_latents", "draw_similarities", "gap_plane", "label_named", "principal_plane", "sorted_clips"]
 

@@ -9,7 +9,8 @@ from beartype import beartype
 from torch import Tensor
 from torch.nn import functional as F
 
-from audiolm_pytorch.audio import MelSpectrogram, resample
+from audiolm_pytorch.audio.files import resample
+from audiolm_pytorch.audio.mel import MelSpectrogram
 from musiclm_pytorch.evaluation.report import Figure
 
 __all__ = ["melody_similarity", "melody_spectrogram", "nearest_similarity", "novelty_figures"]

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from beartype import beartype
 
-from audiolm_pytorch.bootstrap import bootstrap_interval
-from audiolm_pytorch.files import staged_files, write_json
+from audiolm_pytorch.saving.files import staged_files, write_json
+from musiclm_pytorch.evaluation.bootstrap import bootstrap_interval
 
 __all__ = [
     "Figure",

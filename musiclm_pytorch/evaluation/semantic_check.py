@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from audiolm_pytorch.devices import device_of
-from audiolm_pytorch.evaluating import evaluating
-from audiolm_pytorch.nearest import nearest_index
-from audiolm_pytorch.semantic.clustering import cluster_epoch, first_centroids, survey
-from audiolm_pytorch.semantic.probes import fit_linear_probe, histogram, token_probe
-from audiolm_pytorch.semantic.protocol import FrameEncoder, SemanticTokenizer
+from audiolm_pytorch.nn.kmeans import cluster_epoch, first_centroids, survey
+from audiolm_pytorch.nn.module_state import device_of, eval_mode
+from audiolm_pytorch.nn.nearest_centroid import nearest_index
+from audiolm_pytorch.semantic.base import FrameEncoder, SemanticTokenizer
+from musiclm_pytorch.evaluation.probes import fit_linear_probe, histogram, token_probe
 from musiclm_pytorch.evaluation.semantic_data import (
     FrameGrid,
     ProbeClip,
@@ -101,7 +100,7 @@ def check_semantic(
         ValueError: If there is no such layer, there are too few frames, or features are not finite.
     """
     if not isinstance(encoder, FrameEncoder):
-        raise TypeError(f"{type(encoder).__name__} is no FrameEncoder: see audiolm_pytorch.semantic.protocol")
+        raise TypeError(f"{type(encoder).__name__} is no FrameEncoder: see audiolm_pytorch.semantic.base")
     wrong = [layer for layer in layers if not 0 <= layer <= encoder.depth]
     if wrong or not layers:
         raise ValueError(f"there is no layer {wrong or ''}: this encoder has layers 0..{encoder.depth}")
@@ -117,7 +116,7 @@ def check_semantic(
         )
     device = device_of(encoder)
     scores: list[Score] = []
-    with evaluating(encoder):
+    with eval_mode(encoder):
         for view in views:
             start = time.perf_counter()
             scores += _scores_of(view, sounds, chosen, clusters, seed, device)
@@ -143,10 +142,10 @@ def check_tokens(tokenizer: nn.Module, music: ProbeSet, speech: ProbeSet) -> Sem
         ValueError: If it gives no tokens, or ids outside its codebook.
     """
     if not isinstance(tokenizer, SemanticTokenizer):
-        raise TypeError(f"{type(tokenizer).__name__} is no SemanticTokenizer: see audiolm_pytorch.semantic.protocol")
+        raise TypeError(f"{type(tokenizer).__name__} is no SemanticTokenizer: see audiolm_pytorch.semantic.base")
     device = device_of(tokenizer)
     codebook_size = tokenizer.codebook_size
-    with evaluating(tokenizer):
+    with eval_mode(tokenizer):
         whole = uncut(tokenizer)
         view = view_of_tokens(whole)
         sounds = _sounds(music, speech, whole.num_frames, grid_of_tokens(whole), view.width)

@@ -11,10 +11,10 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
-from audiolm_pytorch.audio import read_audio
+from audiolm_pytorch.audio.files import read_audio
 from audiolm_pytorch.data.manifest import AudioItem, load_items
-from audiolm_pytorch.files import read_json
-from audiolm_pytorch.semantic.protocol import FrameEncoder
+from audiolm_pytorch.saving.files import read_json
+from audiolm_pytorch.semantic.base import FrameEncoder
 from musiclm_pytorch.recipes.corpus import CLIP_SECONDS, ClipPlan, plan_clip
 from musiclm_pytorch.recipes.midi import Note
 from musiclm_pytorch.recipes.performance import perform

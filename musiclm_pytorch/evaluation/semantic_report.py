@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from beartype import beartype
 
-from audiolm_pytorch.codecs.report import aligned_table
+from musiclm_pytorch.evaluation.codec_report import aligned_table
 from musiclm_pytorch.evaluation.report import Figure
 from musiclm_pytorch.evaluation.semantic_scores import FRONT_END, LOG_MEL, OWN_TOKENS, Reading, Score
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from audiolm_pytorch.audio import MelSpectrogram
+from audiolm_pytorch.audio.mel import MelSpectrogram
 from audiolm_pytorch.semantic import BestRQEncoder, FrameEncoder
-from audiolm_pytorch.semantic.protocol import SemanticTokenizer
+from audiolm_pytorch.semantic.base import SemanticTokenizer
 from musiclm_pytorch.evaluation.semantic_data import FrameGrid
 from musiclm_pytorch.evaluation.semantic_scores import FRONT_END, LOG_MEL, OWN_TOKENS, layer_name
 

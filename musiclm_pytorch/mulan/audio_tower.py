@@ -10,9 +10,9 @@ from beartype import beartype
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from audiolm_pytorch.encoder import TransformerEncoder, WavePositionBias
-from audiolm_pytorch.io import register
-from audiolm_pytorch.ragged import length_mask
+from audiolm_pytorch.audio.padding import length_mask
+from audiolm_pytorch.nn.encoder import TransformerEncoder, WavePositionBias
+from audiolm_pytorch.saving.modules import register
 from musiclm_pytorch.mulan.pooling import pooled_layers
 from musiclm_pytorch.mulan.spectrogram import SpecAugment, log_spectrogram
 

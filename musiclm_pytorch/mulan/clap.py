@@ -11,9 +11,13 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor
 
-from audiolm_pytorch.devices import device_of
-from audiolm_pytorch.files import read_json
-from audiolm_pytorch.hub import (
+from audiolm_pytorch.audio.mel import mel_edges, triangular_filters
+from audiolm_pytorch.audio.padding import check_waves, items_by_length
+from audiolm_pytorch.conditioning.published_text import PublishedText, tokenizer_of
+from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer
+from audiolm_pytorch.nn.module_state import device_of
+from audiolm_pytorch.saving.files import read_json
+from audiolm_pytorch.saving.hub import (
     LoadedModel,
     find_folder,
     load_model,
@@ -22,11 +26,7 @@ from audiolm_pytorch.hub import (
     portable_origin,
     require_transformers,
 )
-from audiolm_pytorch.io import load_module, register
-from audiolm_pytorch.mel import mel_edges, triangular_filters
-from audiolm_pytorch.published_text import PublishedText, tokenizer_of
-from audiolm_pytorch.ragged import check_waves, items_by_length
-from audiolm_pytorch.text_tokenizer import TextTokenizer
+from audiolm_pytorch.saving.modules import load_module, register
 from musiclm_pytorch.mulan.joint import JointEmbedding, average_latents
 
 __all__ = ["ClapMuLaN", "ClapSpectrogram"]
@@ -186,7 +186,7 @@ class ClapMuLaN(JointEmbedding):
         revision: str | None = None,
         cache_dir: str | Path | None = None,
     ) -> "ClapMuLaN":
-        """Open any CLAP: a folder written by `audiolm_pytorch.io.save_module`, or a published one.
+        """Open any CLAP: a folder written by `audiolm_pytorch.saving.modules.save_module`, or a published one.
 
         Args:
             source: A folder of ours or in transformers' format, or a hub id; a local folder always wins.
@@ -221,7 +221,7 @@ class ClapMuLaN(JointEmbedding):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "ClapMuLaN":
-        """Build from the dictionary that `config` holds, with fresh weights (for `audiolm_pytorch.io`)."""
+        """Build from the dictionary that `config` holds, with fresh weights (for `audiolm_pytorch.saving.modules`)."""
         transformers = require_transformers()
         model = getattr(transformers, _MODEL_CLASS)(transformers.ClapConfig.from_dict(dict(config["model"])))
         loaded = LoadedModel(model, preprocessor=config["preprocessor"], **config["origin"])

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from beartype import beartype
 from torch import Tensor, nn
 
-from audiolm_pytorch.ragged import checked_lengths
-from audiolm_pytorch.units import samples_in
+from audiolm_pytorch.audio.padding import checked_lengths
+from audiolm_pytorch.audio.units import samples_in
 
 __all__ = ["JointEmbedding", "average_latents"]
 

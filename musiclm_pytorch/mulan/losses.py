@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from beartype import beartype
 from torch import Tensor, nn
 
-from audiolm_pytorch.io import register
+from audiolm_pytorch.saving.modules import register
 from musiclm_pytorch.mulan.gathering import gather_batch, gather_counts, own_rank
 
 __all__ = ["SigmoidContrastiveLearning", "SoftmaxContrastiveLearning"]

@@ -10,7 +10,7 @@ from beartype import beartype
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from audiolm_pytorch.io import build_module, module_spec, register
+from audiolm_pytorch.saving.modules import build_module, module_spec, register
 from musiclm_pytorch.mulan.audio_tower import AudioSpectrogramTransformer
 from musiclm_pytorch.mulan.joint import JointEmbedding
 from musiclm_pytorch.mulan.layer_contrast import LayerContrast, LayerHeads

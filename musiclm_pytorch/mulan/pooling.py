@@ -6,7 +6,7 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-from audiolm_pytorch.encoder import TransformerEncoder
+from audiolm_pytorch.nn.encoder import TransformerEncoder
 
 __all__ = ["pooled_layers", "token_means"]
 

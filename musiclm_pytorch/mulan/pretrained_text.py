@@ -8,11 +8,11 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
-from audiolm_pytorch.devices import device_of
-from audiolm_pytorch.hub import LoadedModel
-from audiolm_pytorch.io import register
-from audiolm_pytorch.published_text import PublishedTextEncoder
-from audiolm_pytorch.text_tokenizer import TextTokenizer
+from audiolm_pytorch.conditioning.published_text import PublishedTextEncoder
+from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer
+from audiolm_pytorch.nn.module_state import device_of
+from audiolm_pytorch.saving.hub import LoadedModel
+from audiolm_pytorch.saving.modules import register
 from musiclm_pytorch.mulan.pooling import token_means
 
 __all__ = ["TransformersTextEncoder"]

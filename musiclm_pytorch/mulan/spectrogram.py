@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor, nn
 
-from audiolm_pytorch.audio import MelSpectrogram
-from audiolm_pytorch.ragged import length_mask
+from audiolm_pytorch.audio.mel import MelSpectrogram
+from audiolm_pytorch.audio.padding import length_mask
 
 __all__ = ["LogSpectrogram", "SpecAugment", "log_spectrogram"]
 

@@ -6,9 +6,9 @@ from typing import Any, Protocol, runtime_checkable
 from beartype import beartype
 from torch import Tensor, nn
 
-from audiolm_pytorch.encoder import TransformerEncoder
-from audiolm_pytorch.io import register
-from audiolm_pytorch.text_tokenizer import TextTokenizer, ids_of
+from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer, ids_of
+from audiolm_pytorch.nn.encoder import TransformerEncoder
+from audiolm_pytorch.saving.modules import register
 from musiclm_pytorch.mulan.pooling import pooled_layers
 from musiclm_pytorch.mulan.seen_words import SeenWords
 

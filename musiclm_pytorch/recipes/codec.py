@@ -14,7 +14,7 @@ from beartype import beartype
 
 from audiolm_pytorch import SoundStream, SoundStreamTrainer, SpectralSoundStream
 from audiolm_pytorch.codecs.training import MEL_ONLY
-from audiolm_pytorch.io import save_module
+from audiolm_pytorch.saving.modules import save_module
 
 __all__ = ["build_codec", "main"]
 

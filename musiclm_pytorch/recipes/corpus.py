@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from beartype import beartype
 
-from audiolm_pytorch.audio import write_audio
-from audiolm_pytorch.files import read_json, staged_files, write_json
+from audiolm_pytorch.audio.files import write_audio
+from audiolm_pytorch.saving.files import read_json, staged_files, write_json
 from musiclm_pytorch.recipes.captions import caption_variants
 from musiclm_pytorch.recipes.composition import Tune, compose_tune
 from musiclm_pytorch.recipes.performance import INSTRUMENTS, TEMPI_BPM, TEMPO_JITTER, ClipLabels, perform

@@ -16,12 +16,12 @@ import torch
 import tyro
 from beartype import beartype
 
-from audiolm_pytorch.audio import read_audio, write_audio
+from audiolm_pytorch.audio.files import read_audio, write_audio
+from audiolm_pytorch.audio.units import samples_in
 from audiolm_pytorch.data import AudioItem
 from audiolm_pytorch.data.manifest import load_items, load_split
-from audiolm_pytorch.io import save_module
+from audiolm_pytorch.saving.modules import save_module
 from audiolm_pytorch.semantic import BestRQEncoder, SemanticTokenizerTrainer
-from audiolm_pytorch.units import samples_in
 from musiclm_pytorch.evaluation.semantic_data import is_held_out
 
 __all__ = ["build_encoder", "join_words", "main"]

@@ -35,24 +35,25 @@ from audiolm_pytorch import (
     SoundStream,
     SoundStreamTrainer,
 )
-from audiolm_pytorch.audio import read_audio
-from audiolm_pytorch.codecs.protocol import Codec
+from audiolm_pytorch.audio.files import read_audio
+from audiolm_pytorch.audio.units import samples_in
+from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.codecs.training import MEL_ONLY
 from audiolm_pytorch.data import AudioItem
 from audiolm_pytorch.data.manifest import load_items
 from audiolm_pytorch.data.shards import TokenShards, write_shards
-from audiolm_pytorch.io import load_module, save_module
-from audiolm_pytorch.memory import peak_bytes_of
-from audiolm_pytorch.semantic.protocol import SemanticTokenizer
-from audiolm_pytorch.stages.fingerprints import shard_fingerprint
-from audiolm_pytorch.stages.stage_transformer import StageTransformer
-from audiolm_pytorch.units import samples_in
-from musiclm_pytorch.bundled_parts import codec_named, tokenizer_named
-from musiclm_pytorch.evaluation.clips import labels_of, load_clips
-from musiclm_pytorch.evaluation.measures import reconstruct
+from audiolm_pytorch.lm.stage_transformer import StageTransformer
+from audiolm_pytorch.lm.token_fingerprints import shard_fingerprint
+from audiolm_pytorch.saving.modules import load_module, save_module
+from audiolm_pytorch.semantic.base import SemanticTokenizer
 from musiclm_pytorch.evaluation.report import Figure, markdown_table, write_report
 from musiclm_pytorch.evaluation.semantic_data import is_held_out
-from musiclm_pytorch.evaluation.spoken_check import (
+from musiclm_pytorch.pretrained.bundled import codec_named, tokenizer_named
+from musiclm_pytorch.recipes.clips import labels_of, load_clips
+from musiclm_pytorch.recipes.measures import reconstruct
+from musiclm_pytorch.recipes.memory import peak_bytes_of
+from musiclm_pytorch.recipes.semantic import join_words
+from musiclm_pytorch.recipes.spoken_metrics import (
     confidence_figures,
     confidence_table,
     fit_word_judge,
@@ -62,7 +63,6 @@ from musiclm_pytorch.evaluation.spoken_check import (
     speaker_figures,
     speakers_of,
 )
-from musiclm_pytorch.recipes.semantic import join_words
 
 __all__ = ["Words", "build_stages", "judge", "main", "memory_figures", "open_audiolm", "split_words"]
 

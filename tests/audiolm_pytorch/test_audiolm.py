@@ -1,22 +1,19 @@
 """From nothing, a text or a wave to a wave: lengths, namespaces, primes, seeds, batches."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from audiolm_pytorch import audiolm
-from audiolm_pytorch.audio import resample
+from audiolm_pytorch.audio.files import resample
 from audiolm_pytorch.audiolm import AudioLM
-from audiolm_pytorch.conditioning import Conditions
-from audiolm_pytorch.sampling import SamplingSettings
-from audiolm_pytorch.stages import AudioTokens, SemanticTransformer
-from audiolm_pytorch.stages.wrappers import StageWrapper
-
-sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package
-from fakes import (
+from audiolm_pytorch.conditioning.tensors import Conditions
+from audiolm_pytorch.generation.sampling import SamplingSettings
+from audiolm_pytorch.generation.wrappers import StageWrapper
+from audiolm_pytorch.lm.stage_transformer import AudioTokens
+from audiolm_pytorch.lm.stages import SemanticTransformer
+from tests.helpers.fakes import (
     CONDITION,
     SAMPLE_HZ,
     SIZES,
@@ -26,7 +23,7 @@ from fakes import (
     random_conditions,
     tiny_stages,
 )
-from toy_audiolm import audiolm_of
+from tests.helpers.toy_audiolm import audiolm_of
 
 
 def check_lengths(audio_lm):

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from audiolm_pytorch.codecs import MusicLMSoundStream  # noqa: E402
 from audiolm_pytorch.codecs.quantizers import ResidualQuantizer  # noqa: E402
-from audiolm_pytorch.memory import peak_bytes  # noqa: E402
+from musiclm_pytorch.recipes.memory import peak_bytes  # noqa: E402
 
 RATE_HZ = 24_000
 KBPS = 6.0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from audiolm_pytorch import MusicLMSoundStream, SoundStream, SoundStreamTrainer
-from audiolm_pytorch.audio import read_audio, resample, write_audio
+from audiolm_pytorch.audio.files import read_audio, resample, write_audio
 from audiolm_pytorch.codecs.measures import si_sdr_db
 from audiolm_pytorch.codecs.training import MultiScaleMelLoss
 from audiolm_pytorch.data.manifest import load_items

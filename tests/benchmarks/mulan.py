@@ -24,13 +24,11 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests" / "musiclm_pytorch"))
 
-from alive_tensors import AliveTensors  # noqa: E402
-
-from audiolm_pytorch.encoder import TransformerEncoder, WavePositionBias  # noqa: E402
-from audiolm_pytorch.layers import rotate  # noqa: E402
+from audiolm_pytorch.nn.encoder import TransformerEncoder, WavePositionBias  # noqa: E402
+from audiolm_pytorch.nn.layers import rotate  # noqa: E402
 from musiclm_pytorch.mulan import AudioSpectrogramTransformer, MuLaN, TextTransformer  # noqa: E402
+from tests.helpers.alive_tensors import AliveTensors  # noqa: E402
 
 # batch, samples of a clip at 16 kHz, tokens of a text; the first is the snippet to the letter
 SIZES = ((2, 1024, 256), (4, 16_000, 256), (4, 32_000, 256))

@@ -1,17 +1,15 @@
 """A run of every stage at micro size, trained once a session, and the command line with the micro preset."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package
-from micro import MICRO, write_clips
-
-from musiclm_pytorch import cli, config
-from musiclm_pytorch.pipeline import Pipeline
+from musiclm_pytorch.cli import app as cli
+from musiclm_pytorch.pipeline import presets as config
+from musiclm_pytorch.pipeline.pipeline import Pipeline
+from tests.helpers.micro import MICRO, write_clips
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,3 @@
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,16 +6,14 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from audiolm_pytorch.audio import resample
+from audiolm_pytorch.audio.files import resample
 from audiolm_pytorch.audiolm import AudioLM
-from audiolm_pytorch.conditioning import Conditions
-from audiolm_pytorch.stages import CoarseTransformer, FineTransformer, SemanticTransformer
-from musiclm_pytorch.embed_quantizer import MuLaNEmbedQuantizer
+from audiolm_pytorch.conditioning.tensors import Conditions
+from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from musiclm_pytorch.mulan import MuLaN
 from musiclm_pytorch.musiclm import MusicLM
-
-sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package
-from tiny_mulan import tiny_mulan, tones
+from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
+from tests.helpers.tiny_mulan import tiny_mulan, tones
 
 PITCHES_HZ = (110, 330, 990, 2970)
 TEXTS = ["low tone", "middle tone", "high tone", "very high tone"]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from beartype import beartype
 from torch import Tensor, nn
 
-from audiolm_pytorch.io import build_module, module_spec, register
+from audiolm_pytorch.saving.modules import build_module, module_spec, register
 
 __all__ = ["Discriminators", "ScaleOutput", "activated", "checked", "judge"]
 

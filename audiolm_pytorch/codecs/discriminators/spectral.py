@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from audiolm_pytorch.codecs.discriminators.scales import ScaleOutput, activated, checked, judge
-from audiolm_pytorch.io import register
+from audiolm_pytorch.saving.modules import register
 
 __all__ = ["ComplexSTFTDiscriminator", "MultiScaleSTFTDiscriminator"]
 

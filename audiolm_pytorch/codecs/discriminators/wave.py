@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from audiolm_pytorch.codecs.discriminators.scales import ScaleOutput, checked, judge
-from audiolm_pytorch.io import register
+from audiolm_pytorch.saving.modules import register
 
 __all__ = ["MultiScaleWaveDiscriminator"]
 

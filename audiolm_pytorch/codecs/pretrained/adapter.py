@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from beartype import beartype
 from torch import Tensor, nn
 
+from audiolm_pytorch.audio.padding import items_by_length
+from audiolm_pytorch.audio.units import frames_covering
 from audiolm_pytorch.codecs.checks import check_covered, checked_audio, checked_codes
-from audiolm_pytorch.files import read_json
-from audiolm_pytorch.hub import (
+from audiolm_pytorch.saving.files import read_json
+from audiolm_pytorch.saving.hub import (
     LoadedModel,
     find_folder,
     load_model,
@@ -25,9 +27,7 @@ from audiolm_pytorch.hub import (
     portable_origin,
     require_transformers,
 )
-from audiolm_pytorch.io import load_module
-from audiolm_pytorch.ragged import items_by_length
-from audiolm_pytorch.units import frames_covering
+from audiolm_pytorch.saving.modules import load_module
 
 __all__ = ["CodecCard", "PretrainedCodec", "open_codec"]
 
@@ -157,7 +157,7 @@ class PretrainedCodec(nn.Module, ABC):
 
     @classmethod
     def from_config(cls: type[Wrapper], config: dict[str, Any]) -> Wrapper:
-        """Build from the dictionary that `config` holds, with fresh weights (for `audiolm_pytorch.io`)."""
+        """Build from the dictionary that `config` holds, with fresh weights (for `audiolm_pytorch.saving.modules`)."""
         transformers = require_transformers()
         model_config = getattr(transformers, cls.config_class).from_dict(dict(config["model"]))
         model = getattr(transformers, cls.model_class)(model_config)
@@ -259,7 +259,7 @@ def open_codec(
     """Open any codec: one of ours, or a published one in transformers' format.
 
     Args:
-        source: A folder written by `audiolm_pytorch.io.save_module`, a folder in transformers' format (EnCodec, DAC or
+        source: A folder written by `save_module`, a folder in transformers' format (EnCodec, DAC or
             Mimi), or a hub id; a local folder always wins.
         offline: Whether to keep off the network: a hub id is then served from the local cache or refused.
         revision: Branch, tag or commit of the hub.
@@ -272,10 +272,10 @@ def open_codec(
         ImportError: If a published codec is wanted and transformers is not installed.
         ValueError: If there is no codec, or one that nothing here reads.
     """
+    from audiolm_pytorch.codecs.base import Codec
     from audiolm_pytorch.codecs.pretrained.dac import DacWrapper
     from audiolm_pytorch.codecs.pretrained.encodec import EncodecWrapper
     from audiolm_pytorch.codecs.pretrained.mimi import MimiWrapper
-    from audiolm_pytorch.codecs.protocol import Codec
 
     folder, _ = find_folder(source, offline=offline, revision=revision, cache_dir=cache_dir)
     config_file = folder / "config.json"

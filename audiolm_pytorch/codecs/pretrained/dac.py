@@ -10,9 +10,9 @@ from einops import rearrange
 from torch import Tensor
 
 from audiolm_pytorch.codecs.pretrained.adapter import PretrainedCodec, chosen_levels
-from audiolm_pytorch.codecs.pretrained.pieces import in_pieces, span_of
-from audiolm_pytorch.hub import LoadedModel
-from audiolm_pytorch.io import register
+from audiolm_pytorch.codecs.pretrained.chunked import in_pieces, span_of
+from audiolm_pytorch.saving.hub import LoadedModel
+from audiolm_pytorch.saving.modules import register
 
 __all__ = ["DacWrapper"]
 

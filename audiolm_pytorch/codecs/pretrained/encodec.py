@@ -12,12 +12,12 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor
 
+from audiolm_pytorch.audio.padding import items_by_length
+from audiolm_pytorch.audio.units import frames_covering
 from audiolm_pytorch.codecs.pretrained.adapter import PretrainedCodec
-from audiolm_pytorch.codecs.pretrained.pieces import FRAMEWISE, in_pieces, run_layers
-from audiolm_pytorch.hub import LoadedModel
-from audiolm_pytorch.io import register
-from audiolm_pytorch.ragged import items_by_length
-from audiolm_pytorch.units import frames_covering
+from audiolm_pytorch.codecs.pretrained.chunked import FRAMEWISE, in_pieces, run_layers
+from audiolm_pytorch.saving.hub import LoadedModel
+from audiolm_pytorch.saving.modules import register
 
 __all__ = ["EncodecFrames", "EncodecWrapper"]
 

@@ -9,11 +9,11 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor
 
+from audiolm_pytorch.audio.units import exact_div
 from audiolm_pytorch.codecs.pretrained.adapter import PretrainedCodec, chosen_levels
-from audiolm_pytorch.codecs.pretrained.pieces import forward_in_pieces
-from audiolm_pytorch.hub import LoadedModel
-from audiolm_pytorch.io import register
-from audiolm_pytorch.units import exact_div
+from audiolm_pytorch.codecs.pretrained.chunked import forward_in_pieces
+from audiolm_pytorch.saving.hub import LoadedModel
+from audiolm_pytorch.saving.modules import register
 
 __all__ = ["MimiWrapper"]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from vector_quantize_pytorch import ResidualFSQ
 
 from audiolm_pytorch.codecs.quantizers.scalar import ScalarLevels
-from audiolm_pytorch.io import register
+from audiolm_pytorch.saving.modules import register
 
 __all__ = ["ResidualFiniteScalarQuantizer", "steps_of"]
 

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from audiolm_pytorch.codecs.quantizers.levels import Quantized, ResidualLevels
-from audiolm_pytorch.io import build_module, module_spec, register
+from audiolm_pytorch.saving.modules import build_module, module_spec, register
 
 __all__ = ["GroupedQuantizer"]
 

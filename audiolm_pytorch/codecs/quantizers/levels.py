@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from audiolm_pytorch.codecs.quantizers.joined import from_first_process
+from audiolm_pytorch.codecs.quantizers.distributed import from_first_process
 
 __all__ = ["FrameQuantizer", "Quantized", "ResidualLevels"]
 

@@ -10,9 +10,9 @@ from einops import rearrange
 from torch import Tensor
 from vector_quantize_pytorch import ResidualLFQ
 
-from audiolm_pytorch.codecs.quantizers.joined import joined_mean
+from audiolm_pytorch.codecs.quantizers.distributed import joined_mean
 from audiolm_pytorch.codecs.quantizers.scalar import ScalarLevels
-from audiolm_pytorch.io import register
+from audiolm_pytorch.saving.modules import register
 
 __all__ = ["ResidualLookupFreeQuantizer"]
 

@@ -9,10 +9,10 @@ from einops import rearrange
 from torch import Tensor
 from vector_quantize_pytorch import ResidualVQ
 
-from audiolm_pytorch.codecs.quantizers.joined import from_first_process, joined_sample, sum_over_processes
+from audiolm_pytorch.codecs.quantizers.distributed import from_first_process, joined_sample, sum_over_processes
 from audiolm_pytorch.codecs.quantizers.levels import ResidualLevels
-from audiolm_pytorch.io import register
-from audiolm_pytorch.nearest import nearest_index
+from audiolm_pytorch.nn.nearest_centroid import nearest_index
+from audiolm_pytorch.saving.modules import register
 
 __all__ = ["ResidualQuantizer"]
 

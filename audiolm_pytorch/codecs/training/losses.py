@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from beartype import beartype
 from torch import Tensor, nn
 
-from audiolm_pytorch.audio import MelSpectrogram
+from audiolm_pytorch.audio.mel import MelSpectrogram
 from audiolm_pytorch.codecs.discriminators import ScaleOutput
 
 __all__ = ["MultiScaleMelLoss", "discriminator_hinge", "feature_matching", "generator_hinge"]

@@ -11,13 +11,14 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
-from audiolm_pytorch.audio import MelSpectrogram, peak_safe, write_audio
+from audiolm_pytorch.audio.files import peak_safe, write_audio
+from audiolm_pytorch.audio.mel import MelSpectrogram
 from audiolm_pytorch.codecs.measures import si_sdr_db
 from audiolm_pytorch.codecs.quantizers import code_usage
 from audiolm_pytorch.codecs.soundstream import SoundStream
 from audiolm_pytorch.codecs.training.denoising import Mixture
 from audiolm_pytorch.codecs.training.losses import MultiScaleMelLoss
-from audiolm_pytorch.files import staged_files
+from audiolm_pytorch.saving.files import staged_files
 
 __all__ = [
     "CodeUsage",

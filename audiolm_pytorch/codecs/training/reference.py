@@ -21,7 +21,7 @@ from typing import Any
 
 from beartype import beartype
 
-from audiolm_pytorch.files import read_json, staged_files, write_json
+from audiolm_pytorch.saving.files import read_json, staged_files, write_json
 from audiolm_pytorch.training.tracking import MetricsFile
 
 __all__ = [

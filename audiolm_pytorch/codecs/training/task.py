@@ -11,7 +11,7 @@ from beartype import beartype
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from audiolm_pytorch.codecs.quantizers.joined import own_share
+from audiolm_pytorch.codecs.quantizers.distributed import own_share
 from audiolm_pytorch.codecs.soundstream import CodecOutput, SoundStream
 from audiolm_pytorch.codecs.training.balancer import LossBalancer
 from audiolm_pytorch.codecs.training.denoising import NoiseMixer
@@ -31,7 +31,7 @@ from audiolm_pytorch.codecs.training.monitoring import (
 )
 from audiolm_pytorch.data.crops import CropDataset
 from audiolm_pytorch.training import LossOutput, Phase
-from audiolm_pytorch.training.ranks import to_device
+from audiolm_pytorch.training.distributed import to_device
 
 __all__ = ["MEL_ONLY", "CodecBatch", "CodecLossWeights", "CodecTask", "codebooks_are_untrained"]
 

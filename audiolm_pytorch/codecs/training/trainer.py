@@ -19,7 +19,7 @@ from audiolm_pytorch.codecs.training.task import (
 from audiolm_pytorch.codecs.training.watch import CurveWatch
 from audiolm_pytorch.data.crops import CropDataset, crop_seconds
 from audiolm_pytorch.data.manifest import AudioItem, training_items
-from audiolm_pytorch.io import module_spec, save_module
+from audiolm_pytorch.saving.modules import module_spec, save_module
 from audiolm_pytorch.training import LoopSettings, TrainLoop, TrainResult
 
 __all__ = ["MEL_ONLY", "CodecLossWeights", "CodecTask", "SoundStreamTrainer"]
@@ -50,7 +50,7 @@ class SoundStreamTrainer:
             `MEL_ONLY` trains by the mel distance alone.
         discriminators: Judges of the codec, trained in place, e.g. `soundstream_discriminators(channels=1)`, which on a
             CPU take longer than a small codec (with `width=8` a fifth of that); None trains by reconstruction alone.
-            Their class must be registered (`audiolm_pytorch.io.register`), since they are saved.
+            Their class must be registered (`audiolm_pytorch.saving.modules.register`), since they are saved.
         adversarial_from_step: Steps before they begin to learn; a quarter of the run if not given.
         discriminator_lead_steps: Steps that they learn before the codec heeds them; a tenth of theirs, at most 200, if
             not given.

@@ -9,8 +9,9 @@ from beartype import beartype
 from einops import reduce
 from torch import Tensor, nn
 
-from audiolm_pytorch.devices import device_of
-from audiolm_pytorch.hub import (
+from audiolm_pytorch.audio.padding import check_waves, checked_lengths, items_by_length, length_mask
+from audiolm_pytorch.nn.module_state import device_of
+from audiolm_pytorch.saving.hub import (
     LoadedModel,
     load_model,
     model_settings,
@@ -18,8 +19,7 @@ from audiolm_pytorch.hub import (
     portable_origin,
     require_transformers,
 )
-from audiolm_pytorch.io import register
-from audiolm_pytorch.ragged import check_waves, checked_lengths, items_by_length, length_mask
+from audiolm_pytorch.saving.modules import register
 from audiolm_pytorch.semantic.pretrained.convolutions import convolved, group_statistics
 from audiolm_pytorch.semantic.pretrained.filterbank import Filterbank
 from audiolm_pytorch.semantic.windows import FrameArithmetic, Windows, features_in_windows
@@ -158,7 +158,7 @@ class TransformersEncoder(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "TransformersEncoder":
-        """Build from the dictionary that `config` holds, with fresh weights (for `audiolm_pytorch.io`)."""
+        """Build from the dictionary that `config` holds, with fresh weights (for `audiolm_pytorch.saving.modules`)."""
         model_class = getattr(require_transformers(), _CLASSES[config["model"]["model_type"]])
         model = model_class(model_class.config_class.from_dict(dict(config["model"])))
         return cls(LoadedModel(model, preprocessor=config["preprocessor"], **config["origin"]), **config["options"])

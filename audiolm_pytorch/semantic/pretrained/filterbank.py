@@ -8,7 +8,7 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor
 
-from audiolm_pytorch.hub import require_transformers
+from audiolm_pytorch.saving.hub import require_transformers
 from audiolm_pytorch.semantic.windows import FrameArithmetic
 
 __all__ = ["Filterbank"]

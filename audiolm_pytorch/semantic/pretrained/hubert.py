@@ -5,7 +5,7 @@ from typing import Any
 
 from beartype import beartype
 
-from audiolm_pytorch.io import build_module, register
+from audiolm_pytorch.saving.modules import build_module, register
 from audiolm_pytorch.semantic.pretrained.opening import open_published
 from audiolm_pytorch.semantic.pretrained.sklearn_file import read_centroids
 from audiolm_pytorch.semantic.tokenizer import KMeansTokenizer

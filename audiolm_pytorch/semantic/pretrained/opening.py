@@ -6,12 +6,12 @@ from typing import Any
 from beartype import beartype
 from torch import nn
 
-from audiolm_pytorch.files import read_json
-from audiolm_pytorch.hub import LoadedModel, find_folder
-from audiolm_pytorch.io import load_module
+from audiolm_pytorch.saving.files import read_json
+from audiolm_pytorch.saving.hub import LoadedModel, find_folder
+from audiolm_pytorch.saving.modules import load_module
+from audiolm_pytorch.semantic.base import FrameEncoder
 from audiolm_pytorch.semantic.pretrained.encoder import TransformersEncoder
 from audiolm_pytorch.semantic.pretrained.fairseq import hubert_from_fairseq, read_fairseq
-from audiolm_pytorch.semantic.protocol import FrameEncoder
 from audiolm_pytorch.semantic.tokenizer import KMeansTokenizer
 
 __all__ = ["open_encoder", "open_published"]
@@ -72,7 +72,7 @@ def open_encoder(
     """Open any encoder: one of ours, or a published one.
 
     Args:
-        source: A folder written by `audiolm_pytorch.io.save_module` (an encoder, or a tokenizer: its encoder is
+        source: A folder written by `save_module` (an encoder, or a tokenizer: its encoder is
             given), a HuBERT checkpoint of fairseq, a folder in transformers' format, or a hub id; what is on this
             machine always wins.
         offline: Whether to keep off the network: a hub id is then served from the local cache or refused.

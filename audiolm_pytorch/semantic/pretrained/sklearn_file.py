@@ -13,9 +13,9 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
-from audiolm_pytorch.files import read_weights, write_weights
-from audiolm_pytorch.pickled_values import PLAIN_CLASSES, NumericArray, bytes_needed
-from audiolm_pytorch.restricted_pickle import (
+from audiolm_pytorch.saving.files import read_weights, write_weights
+from audiolm_pytorch.saving.pickled_values import PLAIN_CLASSES, NumericArray, bytes_needed
+from audiolm_pytorch.saving.restricted_pickle import (
     RefusedPickleError,
     RestrictedUnpickler,
     StandIn,

@@ -9,9 +9,10 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
-from audiolm_pytorch.devices import device_of
-from audiolm_pytorch.io import fingerprint_of, load_weights, register
-from audiolm_pytorch.ragged import check_waves, items_by_length, resampled_items
+from audiolm_pytorch.audio.padding import check_waves, items_by_length, resampled_items
+from audiolm_pytorch.audio.units import exact_div
+from audiolm_pytorch.nn.module_state import device_of
+from audiolm_pytorch.saving.modules import fingerprint_of, load_weights, register
 from audiolm_pytorch.semantic.pretrained.fairseq import (
     FairseqCheckpoint,
     built_for,
@@ -26,7 +27,6 @@ from audiolm_pytorch.semantic.pretrained.vq_wav2vec_network import (
     KMeansQuantizer,
     VQWav2Vec,
 )
-from audiolm_pytorch.units import exact_div
 
 __all__ = ["FairseqVQWav2Vec", "vq_wav2vec_from_fairseq"]
 

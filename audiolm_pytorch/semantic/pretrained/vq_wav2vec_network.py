@@ -11,7 +11,7 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
-from audiolm_pytorch.nearest import nearest_index
+from audiolm_pytorch.nn.nearest_centroid import nearest_index
 from audiolm_pytorch.semantic.windows import FrameArithmetic
 
 __all__ = ["ACTIVATIONS", "ConvFeatures", "GumbelQuantizer", "KMeansQuantizer", "VQWav2Vec"]

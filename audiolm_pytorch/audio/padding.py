@@ -1,0 +1,104 @@
+"""Batches of waves of unequal length: checked, split and resampled so that padding reaches nothing."""
+
+from collections.abc import Iterator
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from audiolm_pytorch.audio.files import resample
+
+__all__ = ["check_waves", "checked_lengths", "items_by_length", "length_mask", "resampled_items"]
+
+
+def check_waves(wave: Tensor, lengths: Tensor | None = None, device: torch.device | None = None) -> None:
+    """Refuse what is no batch of mono waves, and samples that would make everything NaN.
+
+    Args:
+        wave: `[b, n]`, float.
+        lengths: Samples `[b]` that belong to each item: what lies beyond may be anything. None = all.
+        device: Where the wave has to be; None = anywhere.
+
+    Raises:
+        ValueError: If it is anything else, empty, on another device, or not finite.
+    """
+    if wave.ndim != 2 or not wave.is_floating_point() or not wave.numel():
+        raise ValueError(
+            f"wave must be float [b, n] and not empty, got {wave.dtype} {tuple(wave.shape)}; mix channels down and add "
+            "a batch axis"
+        )
+    if device is not None and wave.device != device:
+        raise ValueError(f"wave is on {wave.device}, the model on {device}: move one of them with .to(...)")
+    if lengths is not None:
+        wave = wave.masked_fill(~length_mask(checked_lengths(lengths, wave), wave.shape[1]), 0.0)
+    if not all(extreme.isfinite() for extreme in torch.aminmax(wave)):
+        raise ValueError("wave holds NaN or infinite samples; clean it first, e.g. with torch.nan_to_num")
+
+
+def checked_lengths(lengths: Tensor, wave: Tensor) -> Tensor:
+    """Refuse lengths that do not fit a batch.
+
+    Args:
+        lengths: Samples of each item `[b]`.
+        wave: The batch `[b, n]` or `[b, c, n]`.
+
+    Returns:
+        The lengths as int64 on the device of the wave.
+
+    Raises:
+        ValueError: If there are not b whole numbers in 1..n.
+    """
+    if lengths.shape != wave.shape[:1] or lengths.is_floating_point() or lengths.is_complex():
+        raise ValueError(
+            f"lengths must be {wave.shape[0]} whole numbers, one an item, got {lengths.dtype} {list(lengths.shape)}"
+        )
+    if lengths.numel() and not 1 <= int(lengths.min()) <= int(lengths.max()) <= wave.shape[-1]:
+        raise ValueError(f"lengths must lie in 1..{wave.shape[-1]}, got {lengths.tolist()}")
+    return lengths.to(wave.device, torch.long)
+
+
+def length_mask(lengths: Tensor, num_positions: int) -> Tensor:
+    """True where a position lies within its item: lengths `[b]` int64 -> `[b, num_positions]` bool."""
+    return torch.arange(num_positions, device=lengths.device) < rearrange(lengths, "b -> b 1")
+
+
+def items_by_length(wave: Tensor, lengths: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Split a padded batch into batches without padding.
+
+    Args:
+        wave: `[b, n]` or `[b, c, n]`.
+        lengths: Samples of each item `[b]`; all n if not given.
+
+    Yields:
+        Rows `[r]` of one length, and their waves `[r, length]` or `[r, c, length]`.
+    """
+    if lengths is None:
+        yield torch.arange(len(wave), device=wave.device), wave
+        return
+    lengths = checked_lengths(lengths, wave)
+    for length in sorted(set(lengths.tolist())):
+        rows = (lengths == length).nonzero()[:, 0]
+        yield rows, wave[rows, ..., :length]
+
+
+def resampled_items(wave: Tensor, from_hz: int, to_hz: int, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Bring every item to another rate on its own, so that the filter never sees another item's padding.
+
+    Args:
+        wave: `[b, n]`.
+        from_hz: Its rate (Hz).
+        to_hz: The rate wanted (Hz).
+        lengths: Samples of each item `[b]`; all n if not given.
+
+    Returns:
+        The waves at `to_hz` `[b, m]`, padded with zeros, and the samples of each item `[b]`.
+
+    Raises:
+        ValueError: If the rate is not positive or the lengths do not fit.
+    """
+    if from_hz < 1:
+        raise ValueError(f"input_sample_hz must be positive, got {from_hz}")
+    own = [wave.shape[1]] * len(wave) if lengths is None else checked_lengths(lengths, wave).tolist()
+    items = [resample(item[:length], from_hz, to_hz) for item, length in zip(wave, own)]
+    return pad_sequence(items, batch_first=True), torch.tensor([len(item) for item in items], device=wave.device)

@@ -1,0 +1,1 @@
+"""Conditions of language models: condition tensors, text encoders and text tokenizers."""

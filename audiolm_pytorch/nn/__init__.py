@@ -1,0 +1,1 @@
+"""Network parts shared by all models: layers, attention, the transformer, k-means."""

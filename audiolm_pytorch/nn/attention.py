@@ -1,0 +1,292 @@
+"""Causal self-attention, cross-attention, and the cache of keys and values that decoding writes in place."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from beartype import beartype
+from einops import rearrange
+from torch import Tensor, nn
+
+from audiolm_pytorch.nn.layers import Projection, rotate
+
+__all__ = [
+    "CausalSelfAttention",
+    "CrossAttention",
+    "KVCache",
+    "Slots",
+    "Surroundings",
+    "attend",
+    "prefers_plain_product",
+    "visible_slots",
+]
+
+# At training lengths the plain product of bfloat16 matrices beats torch 2.13's fused CPU kernel three times (258 rows,
+# batch 16, forward and backward: 12 ms against 36 ms on one core); beyond, its square matrix costs too much memory.
+_PLAIN_PRODUCT_MAX_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where in the cache the rows of one call belong; every item has a position of its own.
+
+    Attributes:
+        positions: `[b, n]` int64, position of each row in its item's sequence.
+        extent: Number of slots in use after the call, the largest position + 1.
+        start: Position of the first row, where it is the same for all items; None = it differs.
+    """
+
+    positions: Tensor
+    extent: int
+    start: int | None
+
+    @classmethod
+    @beartype
+    def after(cls, starts: Sequence[int], count: int, device: torch.device | str = "cpu") -> "Slots":
+        """Slots of the next `count` rows of items that have `starts` rows already.
+
+        Args:
+            starts: Rows of each item that came before.
+            count: Rows of this call.
+            device: Where the model runs.
+
+        Returns:
+            The slots.
+        """
+        positions = torch.tensor(starts).unsqueeze(1) + torch.arange(count)
+        start = starts[0] if min(starts) == max(starts) else None
+        return cls(positions.to(device), max(starts) + count, start)
+
+
+def visible_slots(positions: Tensor, num_slots: int, skip: Tensor | None = None) -> Tensor:
+    """Which slots rows may read: those up to their own, without the padding that stands in front.
+
+    Args:
+        positions: `[b or 1, n]` int64, slot of each row.
+        num_slots: Number of slots.
+        skip: `[b]` int64, slots of padding in front of each item; a row of padding reads itself alone.
+
+    Returns:
+        `[b or 1, 1, n, num_slots]` bool.
+    """
+    slots = torch.arange(num_slots, device=positions.device)
+    own = rearrange(positions, "b n -> b 1 n 1")
+    if skip is None:
+        return own >= slots
+    return ((own >= slots) & (slots >= rearrange(skip, "b -> b 1 1 1"))) | (own == slots)
+
+
+class KVCache:
+    """Keys and values of all layers: allocated once, written in place, never moved.
+
+    Args:
+        depth: Number of layers.
+        batch: Number of items b.
+        heads: Number of heads of keys and values g.
+        num_slots: Longest sequence.
+        dim_head: Width of a head.
+        device: Where the model runs.
+        dtype: Precision kept.
+    """
+
+    @beartype
+    def __init__(
+        self,
+        *,
+        depth: int,
+        batch: int,
+        heads: int,
+        num_slots: int,
+        dim_head: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.keys = torch.zeros(depth, batch, heads, num_slots, dim_head, device=device, dtype=dtype)
+        self.values = torch.zeros_like(self.keys)
+        # What the first call brings and later ones find here: padding in front, keys and values of other states.
+        self.skip: Tensor | None = None
+        self.crossed: dict[int, tuple[Tensor, Tensor]] = {}
+        self.cross_mask: Tensor | None = None
+
+    @property
+    def num_slots(self) -> int:
+        """Longest sequence that fits."""
+        return self.keys.shape[3]
+
+    def write(self, layer: int, keys: Tensor, values: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
+        """Write keys and values `[b, g, n, d]` of a layer into their slots; give views of all that is in use."""
+        for kept, new in ((self.keys[layer], keys), (self.values[layer], values)):
+            if slots.start is not None:
+                kept[:, :, slots.start : slots.extent] = new
+            else:
+                index = rearrange(slots.positions, "b n -> b 1 n 1").expand(new.shape)
+                kept.scatter_(2, index, new.to(kept.dtype))
+        return self.keys[layer][:, :, : slots.extent], self.values[layer][:, :, : slots.extent]
+
+
+@dataclass(frozen=True, eq=False)
+class Surroundings:
+    """What attention needs to know beside the rows, the same in every block.
+
+    Attributes:
+        angles: Factors of rotary positions, `[b or 1, n, dim_head]` each; None = positions enter by `bias`.
+        bias: Added to the scores, `[b or 1, h or 1, n, k]` float, or bool: what may be read; None = see `is_causal`.
+        is_causal: Whether row i reads the keys up to i; otherwise it reads all that `bias` allows.
+        cache: Cache of the rows before; None = the rows are whole sequences.
+        slots: Where the rows belong in it.
+        states: `[b, s, d]` of cross-attention, in the first call.
+        cross_mask: `[b, 1, 1, s]` bool, which of them are real.
+    """
+
+    angles: tuple[Tensor, Tensor] | None
+    bias: Tensor | None
+    is_causal: bool
+    cache: KVCache | None = None
+    slots: Slots | None = None
+    states: Tensor | None = None
+    cross_mask: Tensor | None = None
+
+
+def prefers_plain_product(queries: Tensor) -> bool:
+    """Whether for queries `[b, h, n, d]` plain matrix products are faster than torch's fused attention."""
+    is_cpu_bf16 = queries.device.type == "cpu" and queries.dtype == torch.bfloat16
+    return is_cpu_bf16 and queries.shape[2] <= _PLAIN_PRODUCT_MAX_ROWS
+
+
+def attend(
+    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    """Attention by the fastest way the device has.
+
+    Args:
+        queries: `[b, h, n, d]`.
+        keys: `[b, g, k, d]`; g divides h, and consecutive heads of queries share a head of keys and values.
+        values: `[b, g, k, d]`.
+        bias: Added to the scores, or bool: what may be read; broadcastable to `[b, h, n, k]`.
+        is_causal: Instead of a bias: row i reads the keys up to i.
+
+    Returns:
+        `[b, h, n, d]`.
+    """
+    shared = queries.shape[1] != keys.shape[1]
+    if shared and queries.shape[2] == 1:
+        # Heads that share keys stand as rows of one head: kernels read shared keys once for every head of queries
+        # (2000 keys of 1 head for 8, one core: 160 us; as rows 80 us).
+        grouped = rearrange(queries, "b (g r) 1 d -> b g r d", g=keys.shape[1])
+        if bias is not None and bias.shape[1] != 1:
+            bias = rearrange(bias, "b (g r) 1 k -> b g r k", g=keys.shape[1])
+        return rearrange(attend(grouped, keys, values, bias), "b g r d -> b (g r) 1 d")
+    if not prefers_plain_product(queries):
+        return F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=bias, is_causal=is_causal, enable_gqa=shared
+        )
+    if shared:
+        keys, values = (part.repeat_interleave(queries.shape[1] // part.shape[1], dim=1) for part in (keys, values))
+    num_rows = queries.shape[2]
+    if is_causal:
+        bias = torch.full((num_rows, num_rows), float("-inf"), dtype=queries.dtype, device=queries.device).triu(1)
+    elif bias is not None and bias.dtype == torch.bool:
+        bias = torch.zeros((), dtype=queries.dtype, device=queries.device).masked_fill(~bias, float("-inf"))
+    if bias is not None and bias.ndim == 2:
+        flat = [rearrange(part, "b h n d -> (b h) n d") for part in (queries, keys, values)]
+        scores = torch.baddbmm(bias, flat[0], flat[1].mT, alpha=queries.shape[-1] ** -0.5)
+        return rearrange(scores.softmax(dim=-1) @ flat[2], "(b h) n d -> b h n d", b=len(queries))
+    scores = (queries * queries.shape[-1] ** -0.5) @ keys.mT
+    scores = scores if bias is None else scores + bias.to(scores.dtype)
+    return scores.softmax(dim=-1) @ values
+
+
+class CausalSelfAttention(nn.Module):
+    """Self-attention over the past; multi-head, grouped-query (arXiv:2305.13245) or multi-query (arXiv:1911.02150).
+
+    Args:
+        dim: Width in and out.
+        heads: Number of attention heads h.
+        dim_head: Width of a head.
+        kv_heads: Number of heads of keys and values, a divisor of `heads`; 1 = multi-query, None = `heads`.
+
+    Raises:
+        ValueError: If `kv_heads` does not divide `heads`.
+    """
+
+    @beartype
+    def __init__(self, dim: int, heads: int, dim_head: int, kv_heads: int | None = None) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = heads, heads if kv_heads is None else kv_heads
+        if self.kv_heads < 1 or heads % self.kv_heads:
+            raise ValueError(f"kv_heads must divide heads, got {kv_heads} and {heads}")
+        self.to_qkv = Projection(dim, (heads + 2 * self.kv_heads) * dim_head)
+        self.to_out = Projection(heads * dim_head, dim)
+
+    def forward(self, x: Tensor, around: Surroundings, layer: int = 0) -> Tensor:
+        """Attend from every row to itself and the rows before it.
+
+        Args:
+            x: Rows `[b, n, d]`.
+            around: Positions, mask and cache.
+            layer: Number of this layer in the cache.
+
+        Returns:
+            `[b, n, d]`.
+        """
+        both = self.heads + self.kv_heads
+        # projections may give less precision than rows have, where weights are half
+        qkv = self.to_qkv(x).to(x.dtype).unflatten(-1, (both + self.kv_heads, -1))  # b n (p d) -> b n p d
+        turned = qkv[:, :, :both]
+        if around.angles is not None:
+            cos, sin = around.angles
+            turned = rotate(turned, cos.unsqueeze(2), sin.unsqueeze(2))
+        queries, keys, values = (
+            part.transpose(1, 2) for part in (turned[:, :, : self.heads], turned[:, :, self.heads :], qkv[:, :, both:])
+        )
+        if around.cache is not None and around.slots is not None:
+            keys, values = around.cache.write(layer, keys, values, around.slots)
+            queries = queries.to(keys.dtype)
+        out = attend(queries, keys, values, around.bias, around.is_causal)
+        return self.to_out(out.transpose(1, 2).flatten(2).to(x.dtype))  # b h n d -> b n (h d)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from every row to the states of a text encoder.
+
+    Args:
+        dim: Width in and out, and of the states.
+        heads: Number of attention heads h.
+        dim_head: Width of a head.
+    """
+
+    @beartype
+    def __init__(self, dim: int, heads: int, dim_head: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = Projection(dim, heads * dim_head)
+        self.to_kv = Projection(dim, 2 * heads * dim_head)
+        self.to_out = Projection(heads * dim_head, dim)
+
+    def forward(self, x: Tensor, around: Surroundings, layer: int = 0) -> Tensor:
+        """Attend from rows `[b, n, d]` to the states; with a cache, to those that its first call brought.
+
+        Args:
+            x: Rows `[b, n, d]`.
+            around: States and their mask, or the cache that holds them.
+            layer: Number of this layer in the cache.
+
+        Returns:
+            `[b, n, d]`.
+
+        Raises:
+            ValueError: If there are no states.
+        """
+        if around.states is not None:
+            kv = rearrange(self.to_kv(around.states).to(x.dtype), "b s (two h d) -> two b h s d", two=2, h=self.heads)
+            keys, values = kv[0].contiguous(), kv[1].contiguous()
+            if around.cache is not None:
+                around.cache.crossed[layer] = keys, values
+        elif around.cache is not None and layer in around.cache.crossed:
+            keys, values = around.cache.crossed[layer]
+        else:
+            raise ValueError("cross-attention needs states: give a context that has them, in the first call of a cache")
+        queries = rearrange(self.to_q(x).to(x.dtype), "b n (h d) -> b h n d", h=self.heads)
+        out = attend(queries, keys, values, around.cross_mask)
+        return self.to_out(rearrange(out, "b h n d -> b n (h d)"))

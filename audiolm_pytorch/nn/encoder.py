@@ -1,0 +1,261 @@
+"""The one bidirectional transformer encoder: pre-norm blocks, masked attention, rotary positions, a position bias."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from beartype import beartype
+from einops import rearrange
+from torch import Tensor, nn
+
+from audiolm_pytorch.nn.attention import prefers_plain_product
+from audiolm_pytorch.nn.layers import GatedFeedForward, RMSNorm, RotaryPositions, rotate
+
+__all__ = ["TransformerEncoder", "WavePositionBias"]
+
+
+class WavePositionBias(nn.Module):
+    """Learned bias of attention by the offset of two positions, on any number of axes and for any length.
+
+    A dynamic position bias (CrossFormer, arXiv:2108.00154, sec. 3.3) is a function of the offset, there a small
+    network that is evaluated for every pair of tokens. Here the function is a sum of cosine waves,
+    `bias(p - q) = sum_r a_r cos(f_r (p - q) + o_r)`, whose amplitudes, frequencies and phases are learned: as
+    `cos(x - y) = cos x cos y + sin x sin y`, it is an inner product of something of the query with something of the
+    key. It then costs `2 waves` more numbers a head instead of a matrix of all pairs, works in fused attention, and
+    every item may have positions of its own, as dropped patches have.
+
+    Args:
+        heads: Attention heads.
+        num_axes: Axes of a position.
+        num_waves: Waves a head.
+
+    Raises:
+        ValueError: If a number is below 1.
+    """
+
+    @beartype
+    def __init__(self, heads: int, num_axes: int = 1, num_waves: int = 8) -> None:
+        super().__init__()
+        if min(heads, num_axes, num_waves) < 1:
+            raise ValueError(f"heads, num_axes and num_waves must be >= 1, got {heads}, {num_axes}, {num_waves}")
+        self.num_axes = num_axes
+        # Wavelengths from 2 to 128 positions in all directions; amplitude 0, as if there were no bias.
+        directions = F.normalize(torch.randn(heads, num_waves, num_axes), dim=-1)
+        wavelengths = 2.0 ** torch.linspace(1, 7, num_waves)
+        self.frequencies = nn.Parameter(directions * (2 * torch.pi / wavelengths).unsqueeze(-1))
+        self.phases = nn.Parameter(torch.zeros(heads, num_waves))
+        self.amplitudes = nn.Parameter(torch.zeros(heads, num_waves))
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors of queries and keys.
+
+        Args:
+            positions: `[b or 1, t, axes]` numbers.
+
+        Returns:
+            Two tensors `[b or 1, h, t, 2 waves]` float32 whose inner product over the last axis is the bias `[t, t]`.
+        """
+        turns = torch.einsum("b t a, h w a -> b h t w", positions.float(), self.frequencies.float())
+        shifted = turns + rearrange(self.phases.float(), "h w -> h 1 w")
+        amplitudes = rearrange(self.amplitudes.float(), "h w -> h 1 w")
+        queries = torch.cat((amplitudes * shifted.cos(), amplitudes * shifted.sin()), dim=-1)
+        return queries, torch.cat((turns.cos(), turns.sin()), dim=-1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Surroundings:
+    """What attention needs to know beside the tokens.
+
+    Attributes:
+        key_mask: `[b, 1, 1, t]` bool, which keys are real; None = all.
+        angles: Cosine and sine of the rotary positions, `[b or 1, 1, t, d / 2]` each.
+        waves: Factors of the position bias, see `WavePositionBias.forward`.
+    """
+
+    key_mask: Tensor | None
+    angles: tuple[Tensor, Tensor] | None
+    waves: tuple[Tensor, Tensor] | None
+
+
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of `[b, h, t, d]` over keys that `key_mask [b, 1, 1, t]` allows, by the fastest way the device has."""
+    if not prefers_plain_product(queries):
+        width = values.shape[-1]
+        # fused kernels want values as wide as keys; without them this would be a matrix of all pairs
+        values = F.pad(values, (0, queries.shape[-1] - width))
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=key_mask, scale=scale)[..., :width]
+    # four times as fast as torch 2.13's fused kernel at 128 tokens (batch 64, 3 heads: 14 ms, not 57 ms, on one core)
+    scores = (queries * scale) @ keys.mT
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask, -1e30)
+    return scores.softmax(dim=-1) @ values
+
+
+class _Attention(nn.Module):
+    """Multi-head self-attention over every position that the mask allows."""
+
+    def __init__(self, dim: int, heads: int, dim_head: int) -> None:
+        super().__init__()
+        self.heads, self.scale = heads, dim_head**-0.5
+        self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+
+    def forward(self, x: Tensor, around: _Surroundings) -> Tensor:
+        q, k, v = rearrange(self.to_qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
+        if around.angles is not None:
+            q, k = rotate(q, *around.angles), rotate(k, *around.angles)
+        if around.waves is not None:
+            for_queries, for_keys = (part.to(q.dtype).expand(len(q), -1, -1, -1) for part in around.waves)
+            # the bias is no product of tokens: it is not scaled down like one
+            q, k = torch.cat((q, for_queries / self.scale), dim=-1), torch.cat((k, for_keys), dim=-1)
+        attended = _attend(q, k, v, around.key_mask, self.scale)
+        return self.to_out(rearrange(attended, "b h t d -> b t (h d)"))
+
+
+class _Block(nn.Module):
+    """`x + attention(norm(x))`, then `x + feed_forward(norm(x))`."""
+
+    def __init__(self, dim: int, heads: int, dim_head: int, ff_mult: int, dropout: float) -> None:
+        super().__init__()
+        # 2/3: a gated feed-forward then costs what one without a gate does
+        hidden_dim = max(8, 8 * round(dim * ff_mult * 2 / 3 / 8))
+        self.attention_norm = RMSNorm(dim)
+        self.attention = _Attention(dim, heads, dim_head)
+        self.feed_forward_norm = RMSNorm(dim)
+        self.feed_forward = GatedFeedForward(dim, hidden_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, around: _Surroundings) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), around))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+
+class TransformerEncoder(nn.Module):
+    """A stack of bidirectional transformer blocks in which padding changes nothing.
+
+    Args:
+        dim: Width of the tokens.
+        depth: Number of blocks, at least 1.
+        heads: Attention heads.
+        dim_head: Width of a head; even when rotary positions are on.
+        ff_mult: Inner width of the feed-forward over `dim`, counted as if it were ungated.
+        dropout: Probability with which outputs of the sublayers are dropped in training.
+        rotary_theta: Base of the rotary positions; None = no positions here (the caller added its own to the tokens).
+        position_bias: Adds a learned function of the offset of two positions to attention, the same in all blocks.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    @beartype
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        heads: int,
+        dim_head: int = 64,
+        ff_mult: int = 4,
+        dropout: float = 0.0,
+        *,
+        rotary_theta: float | None = 10_000.0,
+        position_bias: WavePositionBias | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"dim": dim, "depth": depth, "heads": heads, "dim_head": dim_head, "ff_mult": ff_mult}
+        if min(sizes.values()) < 1:
+            raise ValueError(f"all sizes of the encoder must be >= 1, got {sizes}")
+        self.dim = dim
+        self.depth = depth
+        self.rotary = None if rotary_theta is None else RotaryPositions(dim_head, rotary_theta)
+        self.position_bias = position_bias
+        self.blocks = nn.ModuleList(_Block(dim, heads, dim_head, ff_mult, dropout) for _ in range(depth))
+        self.norm = RMSNorm(dim)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """Draw normal weights; those that write to the residual stream shrink with depth, so that it starts near 1."""
+        for name, parameter in self.blocks.named_parameters():
+            if parameter.ndim == 2:
+                scale = (2 * self.depth) ** -0.5 if name.endswith(("to_out.weight", "down.weight")) else 1.0
+                nn.init.normal_(parameter, std=scale * parameter.shape[1] ** -0.5)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, positions: Tensor | None = None) -> Tensor:
+        """Encode a batch of token sequences.
+
+        Args:
+            x: Tokens `[b, t, dim]`, float.
+            mask: `[b, t]` bool, True where a token is real; every item needs at least one. None = all real.
+            positions: Where the tokens stand, if not at 0..t-1; any order, may repeat. `[t]` or `[b, t]` numbers, or
+                `[b, t, axes]`: the rotary positions are those of the first axis, the bias has all of them.
+
+        Returns:
+            Tensor `[b, t, dim]`, normalised. What stands at masked positions is finite and means nothing.
+
+        Raises:
+            ValueError: If shapes do not fit.
+        """
+        return self.hidden_states(x, mask, positions=positions, layers=(None,))[0]
+
+    @beartype
+    def hidden_states(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        layers: Sequence[int | None],
+    ) -> list[Tensor]:
+        """Encode a batch, and give what stands after some of the blocks; no block is computed beyond the last of them.
+
+        Args:
+            x: As for `forward`, like `mask` and `positions`.
+            mask: See there.
+            positions: See there.
+            layers: Numbers of blocks in 0..depth, 0 = the input; these states are not normalised. None = the normalised
+                output of the whole stack, which is what `forward` gives.
+
+        Returns:
+            One tensor `[b, t, dim]` for each of `layers`, in their order.
+
+        Raises:
+            ValueError: If shapes do not fit or a layer is not in 0..depth.
+        """
+        self._check(x, mask, layers)
+        around = self._surroundings(x, mask, positions)
+        wanted = {self.depth if layer is None else layer for layer in layers}
+        # only what is asked for is kept: without gradients, the states between would be memory for nothing
+        states = {0: x}
+        for layer, block in enumerate(list(self.blocks)[: max(wanted, default=0)], start=1):
+            x = block(x, around)
+            if layer in wanted:
+                states[layer] = x
+        return [self.norm(states[self.depth]) if layer is None else states[layer] for layer in layers]
+
+    def _check(self, x: Tensor, mask: Tensor | None, layers: Sequence[int | None]) -> None:
+        """Refuse shapes that do not fit, and layers that are not there."""
+        if x.ndim != 3 or x.shape[-1] != self.dim:
+            raise ValueError(f"x must be [b, t, {self.dim}], got {tuple(x.shape)}")
+        if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
+            raise ValueError(f"mask must be bool {tuple(x.shape[:2])}, got {mask.dtype} {tuple(mask.shape)}")
+        if not all(layer is None or 0 <= layer <= self.depth for layer in layers):
+            raise ValueError(f"layers must be in 0..{self.depth}, got {tuple(layers)}")
+
+    def _surroundings(self, x: Tensor, mask: Tensor | None, positions: Tensor | None) -> _Surroundings:
+        """What attention needs to know beside the tokens, the same in every block."""
+        if positions is None:
+            positions = torch.arange(x.shape[1], device=x.device)
+        if positions.ndim == 1:
+            positions = positions.unsqueeze(0)
+        if positions.ndim == 2:
+            positions = positions.unsqueeze(2)
+        axes = positions.shape[-1] if self.position_bias is None else self.position_bias.num_axes
+        if positions.shape not in ((1, x.shape[1], axes), (len(x), x.shape[1], axes)):
+            found = tuple(positions.shape)
+            raise ValueError(f"positions of tokens {tuple(x.shape)} must be [b or 1, t, {axes}], got {found}")
+        angles = None
+        if self.rotary is not None:
+            cos, sin = self.rotary(positions[..., 0])
+            angles = cos.unsqueeze(1), sin.unsqueeze(1)
+        waves = None if self.position_bias is None else self.position_bias(positions)
+        return _Surroundings(None if mask is None else rearrange(mask, "b t -> b 1 1 t"), angles, waves)

@@ -1,0 +1,29 @@
+"""Facts about any module and switches for it: its device, and eval mode for the length of a block."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+
+import torch
+from torch import nn
+
+__all__ = ["device_of", "eval_mode"]
+
+
+def device_of(module: object) -> torch.device:
+    """Device of the first parameter or buffer of a module; the CPU if it has neither."""
+    tensors = chain(module.parameters(), module.buffers()) if isinstance(module, nn.Module) else iter(())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+@contextmanager
+def eval_mode(module: object) -> Iterator[None]:
+    """Switch to eval mode inside a `with` block, then restore the mode of every submodule, which may differ."""
+    training = [part for part in module.modules() if part.training] if isinstance(module, nn.Module) else []
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

@@ -1,0 +1,235 @@
+"""The one block stack that every language model of this package uses."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from beartype import beartype
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from audiolm_pytorch.nn.attention import (
+    CausalSelfAttention,
+    CrossAttention,
+    KVCache,
+    Slots,
+    Surroundings,
+    visible_slots,
+)
+from audiolm_pytorch.nn.layers import GatedFeedForward, RelativePositions, RMSNorm, RotaryPositions
+
+__all__ = ["INIT_STD", "Context", "Transformer"]
+
+INIT_STD = 0.02  # GPT-2's; keeps the first logits near zero, so that training starts at chance
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What a stack hears beside its rows. Padding in it is never heard.
+
+    Attributes:
+        prefix: `[b, m, d]` embeddings that stand before the rows, padded in front; None = nothing.
+        skip: `[b]` int64, how many embeddings of the prefix are padding; None = none.
+        states: `[b, s, d]` states for cross-attention, padded behind; None = nothing.
+        states_mask: `[b, s]` bool, which states are real; at least one of each item.
+    """
+
+    prefix: Tensor | None = None
+    skip: Tensor | None = None
+    states: Tensor | None = None
+    states_mask: Tensor | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that the prefix takes."""
+        return 0 if self.prefix is None else self.prefix.shape[1]
+
+
+class _Block(nn.Module):
+    """Self-attention, cross-attention if there is any, and feed-forward: each normalised on the way in, then added."""
+
+    def __init__(
+        self, dim: int, heads: int, dim_head: int, kv_heads: int | None, ff_dim: int, dropout: float, cross: bool
+    ) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(dim)
+        self.attention = CausalSelfAttention(dim, heads, dim_head, kv_heads)
+        self.cross_norm = RMSNorm(dim) if cross else None
+        self.cross = CrossAttention(dim, heads, dim_head) if cross else None
+        self.feed_forward_norm = RMSNorm(dim)
+        self.feed_forward = GatedFeedForward(dim, ff_dim, dropout)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, around: Surroundings, layer: int) -> Tensor:
+        x = x + self._dropped(self.attention(self.attention_norm(x), around, layer))
+        if self.cross is not None and self.cross_norm is not None:
+            x = x + self._dropped(self.cross(self.cross_norm(x), around, layer))
+        return x + self._dropped(self.feed_forward(self.feed_forward_norm(x)))
+
+    def _dropped(self, branch: Tensor) -> Tensor:
+        """Dropout, where there is any: idle calls of the module are 5 % of what decoding a row costs beside weights."""
+        return self.dropout(branch) if self.training and self.dropout.p > 0 else branch
+
+
+class Transformer(nn.Module):
+    """Decoder-only stack of pre-norm blocks with rotary or relative positions; a final norm; no biases.
+
+    MusicLM's stages (arXiv:2301.11325, sec. 4.2) are 24 such layers of width 1024 with 16 heads and feed-forward 4096,
+    with T5's relative positions.
+
+    Args:
+        dim: Width d.
+        depth: Number of blocks.
+        heads: Attention heads of a block.
+        dim_head: Width of a head; even for rotary positions.
+        ff_mult: Width inside the gated feed-forward, in multiples of `dim`.
+        dropout: Probability of dropping a value of a residual branch or of the feed-forward's inside. Attention weights
+            are not dropped: no fused kernel can.
+        positions: `rotary`, or `relative` (T5's buckets, one table for all blocks).
+        kv_heads: Heads of keys and values, a divisor of `heads`; 1 = multi-query, None = `heads`.
+        cross: Whether every block attends to the states of a context too.
+        checkpoint_blocks: Keep only the input of each block for backward, and compute the block again there: memory of
+            one block instead of `depth`, for a third more time.
+        forget_prob: Most of the past that training hides from an item: it draws a share in 0..`forget_prob` and hides
+            each row from later ones with that probability (forgetful causal masking, arXiv:2210.13432).
+
+    Raises:
+        ValueError: If a number is out of range, or `dim_head` is odd for rotary positions.
+    """
+
+    @beartype
+    def __init__(
+        self,
+        *,
+        dim: int,
+        depth: int,
+        heads: int = 8,
+        dim_head: int = 64,
+        ff_mult: float | int = 4.0,
+        dropout: float | int = 0.0,
+        positions: Literal["rotary", "relative"] = "rotary",
+        kv_heads: int | None = None,
+        cross: bool = False,
+        checkpoint_blocks: bool = False,
+        forget_prob: float | int = 0.0,
+    ) -> None:
+        super().__init__()
+        if min(dim, depth, heads, dim_head, ff_mult) <= 0:
+            raise ValueError(f"sizes must be positive, got {dim=} {depth=} {heads=} {dim_head=} {ff_mult=}")
+        if not 0 <= forget_prob < 1 or not 0 <= dropout < 1:
+            raise ValueError(f"forget_prob and dropout must be in [0, 1), got {forget_prob} and {dropout}")
+        self.dim, self.depth, self.dim_head = dim, depth, dim_head
+        self.kv_heads = heads if kv_heads is None else kv_heads
+        self.checkpoint_blocks, self.forget_prob = checkpoint_blocks, forget_prob
+        self.rotary = RotaryPositions(dim_head) if positions == "rotary" else None
+        self.relative = RelativePositions(heads) if positions == "relative" else None
+        self.blocks = nn.ModuleList(
+            _Block(dim, heads, dim_head, kv_heads, round(dim * ff_mult), float(dropout), cross) for _ in range(depth)
+        )
+        self.norm = RMSNorm(dim)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                # Branch ends are scaled down so that the sum over 2 * depth branches keeps its size (GPT-2, sec. 2.3).
+                is_branch_end = name.endswith(("to_out.weight", "down.weight"))
+                nn.init.normal_(parameter, std=INIT_STD / ((2 * depth) ** 0.5 if is_branch_end else 1.0))
+
+    def new_cache(self, batch: int, num_slots: int) -> KVCache:
+        """Allocate an empty cache for `batch` sequences of up to `num_slots` positions."""
+        weight = self.norm.weight
+        # torch 2.13's CPU kernels attend a single row far slower in bfloat16 than in float32
+        is_cpu_half = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+        return KVCache(
+            depth=self.depth,
+            batch=batch,
+            heads=self.kv_heads,
+            num_slots=num_slots,
+            dim_head=self.dim_head,
+            device=weight.device,
+            dtype=torch.float32 if is_cpu_half else weight.dtype,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Context | None = None,
+        *,
+        cache: KVCache | None = None,
+        slots: Slots | None = None,
+    ) -> Tensor:
+        """Run the stack.
+
+        Args:
+            x: Rows `[b, n, d]`: whole sequences, or, with a cache, their next rows.
+            context: What stands before the rows and beside them; with a cache, in its first call only.
+            cache: Cache of `new_cache`, written in place.
+            slots: Where prefix and rows belong; needed with `cache`.
+
+        Returns:
+            Normalised rows `[b, n, d]`, without those of the prefix.
+
+        Raises:
+            ValueError: If only one of `cache` and `slots` is given, or cross-attention has no states to attend to.
+        """
+        if (cache is None) != (slots is None):
+            raise ValueError("a cache needs slots and slots need a cache: give both or none")
+        context = Context() if context is None else context
+        x = x.to(self.norm.weight.dtype)  # half weights may come with norms, and sums of branches, in full precision
+        if context.prefix is not None:
+            x = torch.cat((context.prefix.to(x.dtype), x), dim=1)
+        if cache is not None and context.prefix is not None:
+            cache.skip = context.skip
+        around = self._surroundings(x, context, cache, slots)
+        for layer, block in enumerate(self.blocks):
+            if self.checkpoint_blocks and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, around, layer, use_reentrant=False)
+            else:
+                x = block(x, around, layer)
+        return self.norm(x[:, context.num_rows :])
+
+    def _surroundings(self, x: Tensor, context: Context, cache: KVCache | None, slots: Slots | None) -> Surroundings:
+        """Positions, mask and states, the same in every block."""
+        if slots is None or cache is None:
+            positions = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
+            num_slots, is_first, skip = x.shape[1], True, context.skip
+        else:
+            positions, num_slots, is_first, skip = slots.positions, slots.extent, slots.start == 0, cache.skip
+            is_first = is_first and num_slots == x.shape[1]
+        forgotten = self._forgotten(x, context.num_rows) if cache is None else None
+        is_one_row = slots is not None and slots.start is not None and x.shape[1] == 1
+        is_causal = False
+        if is_first and skip is None and forgotten is None and self.relative is None:
+            is_causal = True  # set in a branch, as torch.compile would hand kernels a symbol instead of the bool
+        bias: Tensor | None = None
+        if not is_causal and not (is_one_row and skip is None):
+            bias = visible_slots(positions, num_slots, skip)
+            bias = bias if forgotten is None else bias & ~forgotten
+        if self.relative is not None:
+            # rows come in the precision of the cache, which may be finer than theirs
+            by_distance = self.relative(positions, num_slots).to(x.dtype if cache is None else cache.keys.dtype)
+            bias = by_distance if bias is None else by_distance.masked_fill(~bias, float("-inf"))
+        mask = None if context.states_mask is None else rearrange(context.states_mask, "b s -> b 1 1 s")
+        if cache is not None and context.states is None:
+            mask = cache.cross_mask
+        elif cache is not None:
+            cache.cross_mask = mask
+        return Surroundings(
+            angles=None if self.rotary is None else self.rotary(positions),
+            bias=bias,
+            is_causal=is_causal,
+            cache=cache,
+            slots=slots,
+            states=context.states,
+            cross_mask=mask,
+        )
+
+    def _forgotten(self, x: Tensor, num_prefix: int) -> Tensor | None:
+        """`[b, 1, n, n]` bool: what training hides of the past; never the prefix, the first row, or a row itself."""
+        if not self.training or self.forget_prob == 0:
+            return None
+        batch, num_rows, _ = x.shape
+        share = torch.rand(batch, 1, device=x.device) * self.forget_prob
+        hidden = torch.rand(batch, num_rows, device=x.device) < share
+        hidden[:, : num_prefix + 1] = False
+        own = torch.eye(num_rows, dtype=torch.bool, device=x.device)
+        return rearrange(hidden, "b k -> b 1 1 k") & ~own

@@ -1,0 +1,309 @@
+"""Models of others: a local folder or a hub id to a loaded transformers model, safetensors only, with its licence."""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+
+from audiolm_pytorch.saving.cached_fingerprint import once_per_state
+from audiolm_pytorch.saving.files import read_json
+from audiolm_pytorch.saving.modules import weights_of
+
+__all__ = [
+    "LoadedModel",
+    "find_folder",
+    "load_model",
+    "load_tokenizer",
+    "model_settings",
+    "model_type_of",
+    "nameless_fingerprint",
+    "portable_origin",
+    "require_transformers",
+]
+
+logger = logging.getLogger(__name__)
+
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_PREPROCESSOR = "preprocessor_config.json"
+_PROCESSOR = "processor_config.json"
+# Where a tokenizer keeps its vocabulary; merges.txt and some JSON belong to it.
+_VOCABULARIES = ["tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "spm.model"]
+_TOKENIZER_FILES = [*_VOCABULARIES, "merges.txt", "tokenizer_config.json", "*_tokens_map.json", "added_tokens.json"]
+_MODEL_FILES = ["config.json", _PREPROCESSOR, _PROCESSOR, "*.safetensors", "*.safetensors.index.json", "README.md"]
+# What transformers writes beside the numbers of a model, and changes from release to release.
+_VOLATILE = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype")
+# What their publishers say where the model card's header says nothing (it did not for the 24 kHz EnCodec when this was
+# written; the licence of its weights is an open question in facebookresearch/encodec, issue 69).
+_LICENCES = {
+    "facebook/encodec_24khz": "code MIT, the model card names none for the weights: see the model card",
+    "facebook/encodec_32khz": "CC-BY-NC 4.0 (audiocraft, LICENSE_weights); see the model card",
+    "facebook/encodec_48khz": "MIT (model card)",
+    "descript/dac_16khz": "MIT (descript-audio-codec)",
+    "descript/dac_24khz": "MIT (descript-audio-codec)",
+    "descript/dac_44khz": "MIT (descript-audio-codec)",
+    "kyutai/mimi": "CC-BY 4.0 (kyutai-labs/moshi)",
+}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model of transformers and where it came from.
+
+    Args:
+        model: The model.
+        source: Folder or hub id.
+        revision: Commit of the hub, where it came from there.
+        licence: Licence of the weights, as far as it is known.
+        preprocessor: What its `preprocessor_config.json` says, or the feature extractor of its `processor_config.json`;
+            empty where there is neither.
+    """
+
+    model: nn.Module
+    source: str = "a model in memory"
+    revision: str | None = None
+    licence: str = "unknown: see the model card"
+    preprocessor: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Where it came from, JSON-able: what a `LoadedModel` is built with besides the model."""
+        return {"source": self.source, "revision": self.revision, "licence": self.licence}
+
+
+def require_transformers() -> Any:
+    """Import transformers, or say how to install it.
+
+    Raises:
+        ImportError: If it is not installed.
+    """
+    try:
+        return import_module("transformers")
+    except ImportError as error:
+        raise ImportError('models of others need transformers: pip install "musiclm-pytorch[pretrained]"') from error
+
+
+def find_folder(
+    source: str | Path, *, offline: bool = False, revision: str | None = None, cache_dir: str | Path | None = None
+) -> tuple[Path, str | None]:
+    """Find the files of a model; a local folder always wins.
+
+    Args:
+        source: A folder, or a hub id (`owner/name`).
+        offline: Whether to keep off the network: a hub id is then served from the local cache or refused.
+        revision: Branch, tag or commit of the hub; says nothing of a folder.
+        cache_dir: Where downloads are kept; Hugging Face's own cache if not given.
+
+    Returns:
+        The folder, and the commit where it came from the hub.
+
+    Raises:
+        ImportError: If transformers (which brings the hub's client) is not installed.
+        ValueError: If there is no such folder and the hub does not give it.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder, None
+    if isinstance(source, Path) or not _HUB_ID.fullmatch(source):
+        raise ValueError(f"there is no folder {source}; give a folder, or a hub id like owner/name")
+    require_transformers()
+    try:
+        snapshot = import_module("huggingface_hub").snapshot_download(
+            source,
+            revision=revision,
+            cache_dir=cache_dir,
+            allow_patterns=[*_MODEL_FILES, *_TOKENIZER_FILES],
+            local_files_only=offline,
+        )
+    except (OSError, ValueError) as error:
+        where = "the local cache (offline: nothing is downloaded)" if offline else "the Hugging Face hub"
+        raise ValueError(
+            f"{source} is no folder here, and {where} has no {source}"
+            f"{f' at revision {revision}' if revision else ''}; check the name, "
+            f"{'allow the download once' if offline else 'the connection'}, or give a local folder ({error})"
+        ) from error
+    return Path(snapshot), Path(snapshot).name
+
+
+def model_type_of(folder: Path) -> str:
+    """Read which architecture a folder in transformers' format holds.
+
+    Raises:
+        ValueError: If its `config.json` is missing, damaged or names none.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no model: there is no config.json in it")
+    config = read_json(path)
+    model_type = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(model_type, str):
+        raise ValueError(f"{path} has no model_type: it is not in the format of transformers' save_pretrained")
+    return model_type
+
+
+def load_model(
+    source: str | Path,
+    model_classes: Mapping[str, str],
+    *,
+    offline: bool = False,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    unneeded: Sequence[str] = (),
+) -> LoadedModel:
+    """Load a model of transformers in float32: every weight from the file, and from safetensors alone.
+
+    Args:
+        source: A folder, or a hub id.
+        model_classes: Classes of transformers that will do, by the `model_type` that `config.json` must name.
+        offline: Whether to keep off the network.
+        revision: Branch, tag or commit of the hub.
+        cache_dir: Where downloads are kept.
+        unneeded: How the names of weights begin that may be missing, since the caller throws that part away.
+
+    Returns:
+        The model and its origin.
+
+    Raises:
+        ImportError: If transformers is not installed.
+        ValueError: If the folder is of another architecture, has no safetensors, or its weights do not fit.
+    """
+    transformers = require_transformers()
+    folder, commit = find_folder(source, offline=offline, revision=revision, cache_dir=cache_dir)
+    found = model_type_of(folder)
+    if found not in model_classes:
+        raise ValueError(
+            f"{source} holds a model of type {found!r}, {' or '.join(map(repr, model_classes))} is needed here"
+        )
+    model_class = model_classes[found]
+    if not any(folder.glob("*.safetensors")):
+        pickles = ", ".join(sorted(file.name for file in folder.glob("*.bin")))
+        raise ValueError(
+            f"{folder} has no *.safetensors{f', only {pickles}, which unpickles code' if pickles else ''}; where you "
+            f"trust it, write it again: transformers.{model_class}.from_pretrained(…).save_pretrained(…)"
+        )
+    try:
+        model, report = getattr(transformers, model_class).from_pretrained(
+            str(folder),
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name; transformers points to its own log
+        )
+    except Exception as error:
+        raise ValueError(f"{folder} cannot be loaded as {model_class}: {_in_a_line(error)}") from error
+    missing = (name for name in report["missing_keys"] if not name.startswith(tuple(unneeded)))
+    absent = [*sorted(missing), *sorted(map(str, report["mismatched_keys"]))]
+    if absent:
+        # transformers only warns, and leaves them random
+        raise ValueError(f"the weights in {folder} do not fit {model_class}: missing or of another shape: {absent[:8]}")
+    if report["unexpected_keys"]:
+        logger.warning("%s: %d weights are not used", folder, len(report["unexpected_keys"]))
+    licence = _licence_in(folder) or _LICENCES.get(str(source), LoadedModel.licence)
+    return LoadedModel(model.to(torch.float32), str(source), commit, licence, _preprocessor_in(folder))
+
+
+def load_tokenizer(
+    source: str | Path, *, offline: bool = False, revision: str | None = None, cache_dir: str | Path | None = None
+) -> Tokenizer:
+    """Load the tokenizer of a model of transformers as one of the `tokenizers` library, which is one JSON string.
+
+    Truncation and padding that the files may ask for are switched off: a batch changes nothing in it.
+
+    Args:
+        source: A folder, or a hub id.
+        offline: Whether to keep off the network.
+        revision: Branch, tag or commit of the hub.
+        cache_dir: Where downloads are kept.
+
+    Returns:
+        The tokenizer; its post-processor puts the special tokens of the model around a text.
+
+    Raises:
+        ImportError: If transformers is not installed.
+        ValueError: If the folder has no tokenizer, or one that is written in Python alone.
+    """
+    transformers = require_transformers()
+    folder, _ = find_folder(source, offline=offline, revision=revision, cache_dir=cache_dir)
+    # without a vocabulary transformers makes an empty tokenizer, and says nothing
+    if not any((folder / name).is_file() for name in _VOCABULARIES):
+        raise ValueError(f"{folder} has no tokenizer: one of {_VOCABULARIES} belongs beside the weights")
+    try:
+        found = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        tokenizer = Tokenizer.from_str(found.backend_tokenizer.to_str())
+    except Exception as error:
+        raise ValueError(
+            f"the tokenizer in {folder} cannot be read ({_in_a_line(error)}); a tokenizer.json always can, as "
+            "save_pretrained of a fast tokenizer writes it"
+        ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def model_settings(model: nn.Module) -> dict[str, Any]:
+    """The numbers of a model of transformers, JSON-able, from which its config class builds it again."""
+    config: Any = model.config
+    return {name: value for name, value in config.to_dict().items() if name not in _VOLATILE}
+
+
+def portable_origin(origin: Mapping[str, Any]) -> dict[str, Any]:
+    """An origin without the paths of this machine, to be saved: the name of a local folder says enough."""
+    return {**origin, "source": origin["source"] if origin["revision"] else Path(origin["source"]).name}
+
+
+def nameless_fingerprint(model: nn.Module, facts: list[Any]) -> str:
+    """Identify a model by its weights and some facts, whatever the weights are called.
+
+    Releases of transformers rename weights (weight norm, Mimi's halves): their names are left out.
+
+    Args:
+        model: The model.
+        facts: Whatever changes its results without showing in a weight, JSON-able.
+
+    Returns:
+        16 hexadecimal digits of a SHA-256: the same on any device, from any folder, under any transformers.
+    """
+
+    def digest() -> str:
+        parts = []
+        for tensor in weights_of(model).values():
+            data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""
+            parts.append(f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(data).hexdigest()}")
+        return hashlib.sha256(json.dumps([facts, sorted(parts)], sort_keys=True).encode()).hexdigest()[:16]
+
+    return once_per_state(model, json.dumps(facts, sort_keys=True), digest)
+
+
+def _in_a_line(error: Exception) -> str:
+    """What kind of error it is and what it says, without line breaks."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _preprocessor_in(folder: Path) -> dict[str, Any]:
+    """Read how waves come in, from wherever this or that release of transformers wrote it."""
+    if (folder / _PREPROCESSOR).is_file():
+        return dict(read_json(folder / _PREPROCESSOR))
+    if (folder / _PROCESSOR).is_file():
+        return dict(read_json(folder / _PROCESSOR).get("feature_extractor", {}))
+    return {}
+
+
+def _licence_in(folder: Path) -> str | None:
+    """Read the licence from the header of a model card, if the folder has one that names it."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    header = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    named = dict(
+        re.findall(r"^(license|license_name):[ \t]*([^\s#]+)", header.group(1), re.MULTILINE) if header else []
+    )
+    name = named.get("license_name") if named.get("license") == "other" else named.get("license")
+    return f"{name} (model card)" if name else None

@@ -1,0 +1,1 @@
+"""Model folders and the parts that ship with the package."""

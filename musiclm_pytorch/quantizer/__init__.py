@@ -1,0 +1,1 @@
+"""Conditioning codes: MuLaN embeddings, quantized by residual k-means."""

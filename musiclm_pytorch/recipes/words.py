@@ -1,0 +1,160 @@
+"""Spoken words as a judge takes them: cut out of a recording at its pauses, and described whatever their length."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from beartype import beartype
+from einops import rearrange, reduce
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from audiolm_pytorch.audio.files import resample
+from audiolm_pytorch.audio.mel import MelSpectrogram
+
+__all__ = ["WordFeatures", "cut_words", "padded"]
+
+# What lies so far below the loudest 10 ms is pause (dB); the room of a quiet recording is some 40 dB below its voice.
+_PAUSE_DB = 35.0
+_HOP_SECONDS = 0.01
+# Stops inside a word ("six", "eight") are shorter, pauses between words longer.
+_LONGEST_STOP_SECONDS = 0.12
+_SHORTEST_WORD_SECONDS, _LONGEST_WORD_SECONDS = 0.15, 1.2
+_F_MIN_HZ, _F_MAX_HZ = 80.0, 3800.0
+_WORDS_AT_ONCE = 200
+
+
+class WordFeatures(nn.Module):
+    """Describe words by their log-mel spectrogram in a fixed number of segments, and its mean and deviation.
+
+    Silence around a word, and its level, change nothing. What lies more than `dynamic_range_db` below the loudest cell
+    is on a floor, since it is hardly heard. Bands end at 3.8 kHz, all that a recording of 8 kHz has.
+    """
+
+    @beartype
+    def __init__(
+        self,
+        *,
+        sample_hz: int = 16_000,
+        num_mels: int = 40,
+        num_segments: int = 16,
+        dynamic_range_db: float | int = 40.0,
+    ) -> None:
+        """Set the description.
+
+        Args:
+            sample_hz: Rate at which words are described; others are resampled first.
+            num_mels: Bands between 80 and 3800 Hz.
+            num_segments: Equal parts that a word is divided into.
+            dynamic_range_db: Depth of the floor below the loudest cell (dB).
+
+        Raises:
+            ValueError: If `sample_hz` holds no 3.8 kHz, or another number is not positive.
+        """
+        super().__init__()
+        if sample_hz < 2 * _F_MAX_HZ or min(num_mels, num_segments) < 1 or dynamic_range_db <= 0:
+            raise ValueError(
+                f"need sample_hz >= {2 * _F_MAX_HZ:.0f} and positive numbers, got {sample_hz}, {num_mels}, "
+                f"{num_segments}, {dynamic_range_db}"
+            )
+        self.config: dict[str, Any] = {
+            "sample_hz": sample_hz,
+            "num_mels": num_mels,
+            "num_segments": num_segments,
+            "dynamic_range_db": float(dynamic_range_db),
+        }
+        self.sample_hz, self.num_segments, self.dynamic_range_db = sample_hz, num_segments, float(dynamic_range_db)
+        self.mel = MelSpectrogram(
+            sample_hz=sample_hz,
+            n_fft=round(0.032 * sample_hz),
+            hop_length=round(_HOP_SECONDS * sample_hz),
+            num_mels=num_mels,
+            f_min_hz=_F_MIN_HZ,
+            f_max_hz=_F_MAX_HZ,
+            power=2.0,
+        )
+
+    @torch.no_grad()
+    def forward(self, waves: Tensor, sample_hz: int | None = None) -> Tensor:
+        """Describe words; each row depends on its own wave only.
+
+        Args:
+            waves: `[b, n]`, one word each, with any silence around it.
+            sample_hz: Their rate; None means the rate of the module.
+
+        Returns:
+            `[b, d]` float32.
+
+        Raises:
+            ValueError: If the waves are not `[b, n]` or hold NaN.
+        """
+        if waves.ndim != 2 or not torch.isfinite(waves).all():
+            raise ValueError(f"words must be finite and of shape [b, n], got shape {tuple(waves.shape)}")
+        waves = resample(waves.float(), sample_hz or self.sample_hz, self.sample_hz)
+        described = [self._describe(energy) for part in waves.split(_WORDS_AT_ONCE) for energy in self.mel(part)]
+        return torch.stack(described)
+
+    def _describe(self, energy: Tensor) -> Tensor:
+        """Describe one spectrogram `[m, f]`."""
+        level = reduce(energy, "m f -> f", "sum")
+        loud = (level >= level.max() * 10.0 ** (-_PAUSE_DB / 10)).nonzero()
+        word = energy[:, int(loud[0]) : int(loud[-1]) + 1]
+        bels = (word / word.max().clamp_min(1e-12) + 10.0 ** (-self.dynamic_range_db / 10)).log10()
+        segments = F.adaptive_avg_pool1d(rearrange(bels, "m f -> 1 m f"), self.num_segments).flatten()
+        length = bels.new_tensor([bels.shape[1] * _HOP_SECONDS])
+        return torch.cat([segments, bels.mean(dim=1), bels.std(dim=1, correction=0), length])
+
+
+@beartype
+def cut_words(wave: Tensor, sample_hz: int, whole_only: bool = False) -> list[Tensor]:
+    """Cut a recording at its pauses.
+
+    A pause is at least 0.12 s more than 35 dB below the loudest 10 ms of the recording. Pieces shorter than 0.15 s are
+    left out.
+
+    Args:
+        wave: `[n]`.
+        sample_hz: Its rate (Hz).
+        whole_only: Leave out also what touches an end of the recording, which may be the rest of a word, and pieces
+            longer than 1.2 s, which are several words.
+
+    Returns:
+        Pieces `[n_i]` in order.
+
+    Raises:
+        ValueError: If the wave is not `[n]` or holds NaN.
+    """
+    if wave.ndim != 1 or not torch.isfinite(wave).all():
+        raise ValueError(f"a recording must be finite and of shape [n], got shape {tuple(wave.shape)}")
+    hop = round(_HOP_SECONDS * sample_hz)
+    num_hops = len(wave) // hop
+    if num_hops == 0:
+        return []
+    power = reduce(wave[: num_hops * hop].double() ** 2, "(f s) -> f", "mean", s=hop)
+    loud = ((power >= power.max() * 10.0 ** (-_PAUSE_DB / 10)) & (power > 0)).nonzero().flatten().tolist()
+    spans: list[list[int]] = []
+    for place in loud:
+        if spans and place - spans[-1][1] < round(_LONGEST_STOP_SECONDS / _HOP_SECONDS):
+            spans[-1][1] = place + 1
+        else:
+            spans.append([place, place + 1])
+    shortest, longest = (round(s / _HOP_SECONDS) for s in (_SHORTEST_WORD_SECONDS, _LONGEST_WORD_SECONDS))
+    return [
+        wave[first * hop : last * hop]
+        for first, last in spans
+        if last - first >= shortest and not (whole_only and (first == 0 or last == num_hops or last - first > longest))
+    ]
+
+
+@beartype
+def padded(waves: Sequence[Tensor]) -> Tensor:
+    """Put waves `[n_i]` of any lengths into one batch.
+
+    Args:
+        waves: At least one.
+
+    Returns:
+        `[b, n]`, silence after the shorter ones.
+    """
+    return pad_sequence(list(waves), batch_first=True)

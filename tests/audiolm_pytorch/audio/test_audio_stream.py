@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from audiolm_pytorch.audio.files import read_audio, resample
+from audiolm_pytorch.audio.stream import AudioSource, AudioWriter, StreamingResampler
+
+
+@pytest.mark.parametrize(("from_hz", "to_hz"), [(44100, 16000), (24000, 16000), (16000, 48000), (8000, 8000)])
+def test_streaming_resampler_is_resample(from_hz, to_hz):
+    """Pieces of any size, joined, are the whole to the last bit, in length too."""
+    for num_samples, size in ((1, 1), (100, 7), (30001, 1000), (30001, 30001)):
+        wave = torch.randn(2, num_samples)
+        stream = StreamingResampler(from_hz, to_hz, channels=2)
+        got = torch.cat([*map(stream.push, wave.split(size, dim=1)), stream.finish()], dim=1)
+        assert torch.equal(got, resample(wave, from_hz, to_hz))
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac", ".ogg", ".mp3"])
+@pytest.mark.parametrize(("sample_hz", "channels"), [(None, None), (16000, 1), (24000, 2)])
+def test_source_is_read_audio(tmp_path, suffix, sample_hz, channels):
+    """The blocks of a file joined are what read_audio gives; what the file held is known afterwards."""
+    path = tmp_path / f"sound{suffix}"
+    soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal((200_000, 2)), 44100)
+    source = AudioSource(path, sample_hz, channels)
+    blocks = list(source)
+    assert len(blocks) > 1
+    wanted, rate = read_audio(path, sample_hz, channels)
+    assert torch.equal(torch.cat(blocks, dim=1), wanted)
+    assert (source.num_samples, source.sample_hz) == (wanted.shape[1], rate)
+    assert (source.info.sample_hz, source.info.channels) == (44100, 2)
+
+
+def test_source_repeats_mono_and_refuses_five_channels(write_tone):
+    """Mono serves for stereo; nobody knows how to make two channels of five."""
+    stereo = torch.cat(list(AudioSource(write_tone("mono.wav"), channels=2)), dim=1)
+    assert stereo.shape[0] == 2 and torch.equal(stereo[0], stereo[1])
+    with pytest.raises(ValueError, match=r"five.wav: has 5 channels, 2 were asked for"):
+        list(AudioSource(write_tone("five.wav", channels=5), channels=2))
+
+
+def test_writer_shows_a_file_only_when_it_is_complete(tmp_path):
+    """Pieces end in one file; an error, or nothing written, leaves nothing, not even a folder."""
+    path = tmp_path / "new" / "sound.wav"
+    pieces = 0.1 * torch.randn(3, 2, 1000)
+    with AudioWriter(path, 16000, 2) as writer:
+        for piece in pieces:
+            writer.write(piece)
+            assert not path.exists()
+    got = soundfile.read(path, dtype="float32")[0].T
+    assert np.abs(got - torch.cat(list(pieces), dim=1).numpy()).max() < 1 / 32000
+    with pytest.raises(RuntimeError, match="stop"):
+        with AudioWriter(tmp_path / "a.wav", 16000, 2) as writer:
+            writer.write(pieces[0])
+            raise RuntimeError("stop")
+    with pytest.raises(ValueError, match="a.wav: there are no samples"):
+        with AudioWriter(tmp_path / "other" / "a.wav", 16000, 2):
+            pass
+    with pytest.raises(ValueError, match="NaN"):
+        with AudioWriter(tmp_path / "other" / "a.wav", 16000, 2) as writer:
+            writer.write(pieces[0] * torch.nan)
+    with pytest.raises(ValueError, match="a.txt: cannot write .txt"):
+        AudioWriter(tmp_path / "a.txt", 16000, 2)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["new"]
+    assert [entry.name for entry in path.parent.iterdir()] == ["sound.wav"]

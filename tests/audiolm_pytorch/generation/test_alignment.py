@@ -1,0 +1,396 @@
+"""A click track goes through tokens and back: cropped, packed, decoded, in windows, clicks keep their times."""
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from torch import Tensor, nn
+
+from audiolm_pytorch.audiolm import AudioLM
+from audiolm_pytorch.data import TokenShards, load_items, write_shards
+from audiolm_pytorch.generation.sampling import SamplingSettings
+from audiolm_pytorch.generation.windows import decode_in_windows
+from audiolm_pytorch.lm.shard_source import ShardSource
+from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
+from audiolm_pytorch.lm.wave_source import WaveSource
+from audiolm_pytorch.tokens.streams import Stream
+from tests.helpers.fakes import SIZES
+
+PATTERNS = ["flat", "delayed", "parallel"]
+FILE_HZ, TOKENIZER_HZ, CODEC_HZ = 8000, 1600, 3200  # three different rates
+CODEC_FRAME, TOKEN_FRAME, BUCKET = 64, 64, 8  # samples: 20 ms of the codec, 40 ms and 5 ms of the tokenizer
+GREEDY = SamplingSettings(temperature=0)
+# Each in the middle third of a codec frame, so that a resampled click does not spread over two.
+CLICKS = torch.tensor(
+    [0.011, 0.092, 0.148, 0.271, 0.532, 0.569, 0.612, 0.831, 0.929, 1.049, 1.212, 1.310, 1.588, 1.869]
+)
+every_pattern = pytest.mark.parametrize("pattern", PATTERNS)
+
+
+def click_track(times: Tensor, seconds: float, sample_hz: int) -> Tensor:
+    """Short bumps (a few milliseconds, so that any rate can carry them) at given times, `[n]`."""
+    at = torch.arange(round(seconds * sample_hz)) / sample_hz
+    return torch.exp(-(((at[:, None] - times) / 0.0006) ** 2)).sum(dim=1)
+
+
+def peaks(wave: Tensor, samples_per_frame: int) -> Tensor:
+    """Sample of the click in every frame of waves `[b, n]`, `[b, f]`; -1 where there is none."""
+    wave = nn.functional.pad(wave, (0, -wave.shape[-1] % samples_per_frame))
+    height, place = wave.unfold(-1, samples_per_frame, samples_per_frame).max(dim=-1)
+    return torch.where(height > 0.5 * wave.max(), place, -1)
+
+
+class ClickCodec(nn.Module):
+    """50 frames of 4 levels a second: where the click is in quarters, in digits of these, and a check of all."""
+
+    target_sample_hz, downsample_factor, channels, num_quantizers, codebook_size = CODEC_HZ, CODEC_FRAME, 1, 4, 8
+    fingerprint = "clicks"
+
+    def num_frames(self, num_samples: int) -> int:
+        return -(-num_samples // CODEC_FRAME)
+
+    def tokenize(self, wave: Tensor, lengths: Tensor | None = None) -> Tensor:
+        place = peaks(wave[:, 0] if wave.ndim == 3 else wave, CODEC_FRAME)
+        levels = [1 + place // 16, place // 4 % 4, place % 4]
+        return torch.stack([*levels, sum(levels) % 8], dim=-1) * (place >= 0).unsqueeze(-1)
+
+    def decode_from_codebook_indices(self, codes: Tensor, num_samples: int | None = None) -> Tensor:
+        wave = torch.zeros(len(codes), codes.shape[1] * CODEC_FRAME)
+        for item, frame in codes.any(dim=-1).nonzero().tolist():
+            quarter, digit, last, check = codes[item, frame].tolist()
+            is_whole = quarter > 0 and check == (quarter + digit + last) % 8
+            wave[item, frame * CODEC_FRAME + 16 * (quarter - 1) + 4 * digit + last] = 1.0 if is_whole else -1.0
+        return wave[:, None, :num_samples]
+
+
+class ClickTokenizer(nn.Module):
+    """25 tokens a second: in which eighth of a frame the click is; loses frames at the end, as HuBERT does."""
+
+    target_sample_hz, downsample_factor, codebook_size, fingerprint = TOKENIZER_HZ, TOKEN_FRAME, 9, "eighths"
+
+    def __init__(self, lost_frames: int = 0) -> None:
+        super().__init__()
+        self.lost_frames = lost_frames
+
+    def num_frames(self, num_samples: int) -> int:
+        return -(-num_samples // TOKEN_FRAME) - self.lost_frames
+
+    def forward(self, wave: Tensor, input_sample_hz: int | None = None, lengths: Tensor | None = None) -> Tensor:
+        place = peaks(wave, TOKEN_FRAME)[:, : self.num_frames(wave.shape[-1])]
+        return torch.where(place >= 0, 1 + place // BUCKET, 0)
+
+
+def semantic_times(tokens: Tensor) -> Tensor:
+    """Times (s) of the clicks that semantic tokens `[t]` tell of; each is off by at most 2.5 ms."""
+    frame = tokens.nonzero().flatten()
+    return (frame * TOKEN_FRAME + (tokens[frame] - 1) * BUCKET + BUCKET / 2) / TOKENIZER_HZ
+
+
+def acoustic_times(codes: Tensor) -> Tensor:
+    """Times (s) of the clicks that codes `[f, 4]` tell of; all codes of a click must agree."""
+    wave = ClickCodec().decode_from_codebook_indices(codes[None])[0, 0]
+    assert (wave >= 0).all(), "levels of different frames were put together"
+    return wave.nonzero().flatten() / CODEC_HZ
+
+
+def stages(**options):
+    sizes = {**SIZES, **options}
+    pattern = sizes.pop("pattern", "delayed")
+    return {
+        "semantic": CopyingSemantic(num_semantic_tokens=9, eos=False, **sizes),
+        "coarse": CopyingCoarse(
+            num_semantic_tokens=9, codebook_size=8, num_coarse_quantizers=2, pattern=pattern, **sizes
+        ),
+        "fine": CopyingFine(num_coarse_quantizers=2, num_fine_quantizers=2, codebook_size=8, pattern=pattern, **sizes),
+    }
+
+
+def close(found: Tensor, wanted: Tensor, seconds: float) -> bool:
+    return found.shape == wanted.shape and bool(((found - wanted).abs() <= seconds).all())
+
+
+# crops
+
+
+def unpacked(stage, read):
+    """What a stage is trained on, read back from the grid: tokens by stream name, frames of each item."""
+    streams, lengths = stage.streams_of(read.tokens)
+    names = [stream.name for stream in stage.layout.streams]
+    return stage.layout.unpack(stage.packed(read.tokens, read.ends).ids, lengths, names), lengths
+
+
+def check_rows(stage, packed):
+    """The row that predicts a frame with a click has read the semantic token of this very click."""
+    given, target = stage.layout.streams[0], stage.layout.heads[0]
+    num_clicks = 0
+    column = int(packed.loss_mask[0].any(dim=0).nonzero()[0])
+    for item, row in packed.loss_mask[:, :, column].nonzero().tolist():
+        quarter = int(packed.ids[item, row, column]) - target.first_id
+        semantic = int(packed.ids[item, row - 1, 0]) - 1  # the given stream's ids follow the start's
+        assert 0 <= semantic < given.vocab_size
+        if quarter:
+            assert semantic and (semantic - 1) % 4 == quarter - 1
+            num_clicks += 1
+    return num_clicks
+
+
+@every_pattern
+@pytest.mark.parametrize("lost_frames", [0, 1])
+def test_crops_of_waves_show_the_same_clicks_in_every_stream(tmp_path, pattern, lost_frames):
+    """Crops at two rates of a file of a third start at the same instant (they once did not), whatever the pattern."""
+    soundfile.write(tmp_path / "clicks.wav", 0.9 * click_track(CLICKS, 2.0, FILE_HZ).numpy(), FILE_HZ)
+    stage = stages(pattern=pattern)["coarse"]
+    fine = stages(pattern=pattern)["fine"]
+    items = load_items(tmp_path).items
+    makers = {"wav2vec": ClickTokenizer(lost_frames), "codec": ClickCodec(), "audio_conditioner": None}
+    source = WaveSource(items, stage, seconds=0.6, **makers)
+    pairs = [(epoch, 0) for epoch in range(12)]
+    read = source.read(source.batch(pairs))
+    streams, lengths = unpacked(stage, read)
+    starts = [source.crops.get(*pair).start_seconds for pair in pairs]
+    assert len(set(starts)) > 6
+    whole = torch.cat((streams["coarse"], unpacked(fine, read)[0]["fine"]), dim=-1)
+    num_clicks = 0
+    for item, start in enumerate(starts):
+        right = CLICKS[(CLICKS >= start) & (CLICKS < start + 0.6)] - start
+        assert close(acoustic_times(whole[item]), right, 1 / CODEC_HZ)
+        heard = semantic_times(streams["semantic"][item, : lengths["semantic"][item]].clamp(min=0)[:, 0])
+        assert close(heard, right[right < 0.6 - 0.04 * lost_frames], 0.0026)
+        num_clicks += len(right)
+    assert num_clicks > 30
+    if pattern != "flat" and not lost_frames:
+        assert check_rows(stage, stage.packed(read.tokens, read.ends)) == num_clicks
+
+
+@every_pattern
+def test_crops_of_token_records_show_the_same_clicks_in_every_stream(tmp_path, pattern):
+    """The same of tokens computed before: all kinds are cut at the same instant, though they have different rates."""
+    tokenizer, codec = ClickTokenizer(lost_frames=1), ClickCodec()
+
+    def make_record(index: int) -> dict[str, np.ndarray]:
+        times = CLICKS + 0.02 * index
+        return {
+            "semantic": tokenizer(click_track(times, 2.0, TOKENIZER_HZ)[None])[0].numpy(),
+            "acoustic": codec.tokenize(click_track(times, 2.0, CODEC_HZ)[None])[0].numpy(),
+        }
+
+    write_shards(tmp_path / "shards", make_record, 3, {})
+    stage, fine = (stages(pattern=pattern)[name] for name in ("coarse", "fine"))
+    source = ShardSource(TokenShards(tmp_path / "shards"), stage, seconds=0.6, audio_conditioner=None)
+    pairs = [(epoch, index) for epoch in range(6) for index in range(3)]
+    read = source.read(source.batch(pairs))
+    streams, _ = unpacked(stage, read)
+    whole = torch.cat((streams["coarse"], unpacked(fine, read)[0]["fine"]), dim=-1)
+    starts = set()
+    for item, (_, index) in enumerate(pairs):
+        heard, played = semantic_times(streams["semantic"][item, :, 0].clamp(min=0)), acoustic_times(whole[item])
+        assert close(heard, played, 0.0026) and len(played) >= 2
+        # Distances tell which clicks these are; a crop keeps them, and starts at a whole semantic frame.
+        fits = [n for n in range(len(CLICKS)) if close(CLICKS[n : n + len(played)].diff(), played.diff(), 0.001)]
+        start = float(CLICKS[fits[0]] + 0.02 * index - played[0])
+        assert len(fits) == 1 and abs(start / 0.04 - round(start / 0.04)) < 0.02
+        starts.add(round(start / 0.04))
+    assert len(starts) > 6
+    if pattern != "flat":
+        assert check_rows(stage, stage.packed(read.tokens, read.ends)) > 30
+
+
+# windows
+
+
+class Copying:
+    """A stage that has no weights to speak of: it puts clicks where the streams it reads say they are.
+
+    It knows no frame counts and no windows, only what stands in the rows it was given, so that it goes wrong as soon
+    as a window starts anywhere but where a frame of every given stream starts.
+    """
+
+    def hidden(self, ids, mask, context=None, cache=None, slots=None):
+        if not hasattr(cache, "seen"):
+            cache.seen = torch.full((len(ids), cache.num_slots, ids.shape[2]), -1)
+        positions = slots.positions.expand(len(ids), -1)
+        for item in range(len(ids)):
+            cache.seen[item, positions[item]] = ids[item].masked_fill(~mask[item], -1)
+        states = torch.zeros(*ids.shape[:2], len(self.layout.heads))
+        for item in range(len(ids)):
+            for number, row in enumerate(positions[item].tolist()):
+                states[item, number] = torch.tensor(self.answers(cache.seen[item, : row + 1]), dtype=torch.float32)
+        return states
+
+    def logits(self, hidden, head):
+        tokens = hidden[..., head].round().long()
+        return 50.0 * nn.functional.one_hot(tokens, self.layout.heads[head].num_logits).float()
+
+    def answers(self, rows: Tensor) -> list[int]:
+        """The token of each head that belongs into the row after `rows [r, columns]`; before the start row, any."""
+        is_start = (rows == 0).any(dim=1)
+        if not is_start.any():
+            return [0] * len(self.layout.heads)
+        first = int(is_start.nonzero()[0])
+        self.words, rows = rows[:first, 0].tolist(), rows[first:]
+        given, num_levels = self.layout.given[0], self.layout.predicted[0].num_levels
+        if self.layout.pattern == "flat":
+            is_given = (rows[:, 0] >= 1) & (rows[:, 0] < 1 + given.vocab_size * given.num_levels)
+            num_given = int(is_given.sum())
+            tokens = rows[is_given, 0][: num_given // given.num_levels * given.num_levels].view(-1, given.num_levels)
+            tokens = (tokens - 1) % given.vocab_size
+            frame, level = divmod(len(rows) - 1 - num_given, num_levels)
+            frames = [frame if level == number else -1 for number in range(num_levels)]
+        else:
+            later = 1 if self.layout.pattern == "delayed" else 0
+            tokens = (rows[:, : given.num_levels] - 1) % given.vocab_size
+            frames = [len(rows) - 1 - later * number for number in range(num_levels)]
+        return [self.copied(tokens, frame)[level] if frame >= 0 else 0 for level, frame in enumerate(frames)]
+
+
+class CopyingSemantic(Copying, SemanticTransformer):
+    """Plays on what it has heard a period before."""
+
+    period = 7
+
+    def answers(self, rows: Tensor) -> list[int]:
+        tokens = rows[1:, 0] - 1
+        return [int(tokens[-self.period]) if len(tokens) >= self.period else 0]
+
+
+class CopyingCoarse(Copying, CoarseTransformer):
+    """A click in the quarter of the frame where the semantic token has one."""
+
+    def copied(self, tokens: Tensor, frame: int) -> list[int]:
+        row = frame // 2 if self.layout.pattern == "flat" else frame
+        heard = int(tokens[row, 0]) if row < len(tokens) else 0
+        half, quarter = divmod(heard - 1, 4)
+        return [1 + quarter, 2] if heard and half == frame % 2 else [0, 0]
+
+
+class CopyingFine(Copying, FineTransformer):
+    """The middle of what the coarse levels say, and the check."""
+
+    def copied(self, tokens: Tensor, frame: int) -> list[int]:
+        quarter, digit = tokens[frame].tolist() if frame < len(tokens) else (0, 0)
+        return [2, (quarter + digit + 2) % 8] if quarter else [0, 0]
+
+
+class ToldCoarse(CopyingCoarse):
+    """Hears three words before it starts, and puts clicks into the eighth of the frame that their sum names."""
+
+    def copied(self, tokens: Tensor, frame: int) -> list[int]:
+        quarter, digit = super().copied(tokens, frame)
+        first_id = self.layout.num_ids - 1 - WORDS.vocab_size  # the null token has the last id
+        return [quarter, digit and sum(word - first_id for word in self.words) % 4]
+
+
+WORDS = Stream("words", 30, 1, None, given=True)
+# Two different clicks in a period of 280 ms; frames of both kinds of token meet them at changing places.
+BEAT, SECOND_BEAT, PERIOD = 0.031, 0.171, 0.28
+
+
+def beats(seconds: float) -> Tensor:
+    times = torch.arange(20) * PERIOD
+    both = torch.stack((times + BEAT, times + SECOND_BEAT), dim=1).flatten()
+    return both[both < seconds]
+
+
+def tokens_of(times: Tensor, seconds: float) -> tuple[Tensor, Tensor]:
+    """Semantic `[1, t, 1]` and acoustic tokens `[1, f, 4]` of a click track."""
+    semantic = ClickTokenizer()(click_track(times, seconds, TOKENIZER_HZ)[None])[..., None]
+    return semantic, ClickCodec().tokenize(click_track(times, seconds, CODEC_HZ)[None])
+
+
+def test_the_semantic_stage_keeps_the_beat_across_windows():
+    """75 tokens in windows of 16 and of odd sizes, from prompts of 8 and 10: every click is where the beat puts it."""
+    right, _ = tokens_of(beats(3.0), 3.0)
+    for window in (16, 17, 21, None):
+        found = decode_in_windows(
+            stages()["semantic"],
+            {"semantic": right[:, :10].repeat(2, 1, 1)},
+            torch.tensor([75, 61]),
+            lengths={"semantic": torch.tensor([10, 8])},
+            window_frames=window,
+            settings=GREEDY,
+        )
+        for tokens, count in zip(found.streams["semantic"], found.lengths["semantic"].tolist()):
+            assert torch.equal(tokens[:count], right[0, :count])
+
+
+@every_pattern
+@pytest.mark.parametrize("window", [10, 11, 24, None])
+def test_the_coarse_stage_puts_clicks_where_semantic_tokens_say_across_windows(pattern, window):
+    """Irregular clicks; windows of even and odd sizes start at frames of both streams; prompts of unequal length."""
+    semantic, codes = tokens_of(CLICKS, 2.0)
+    found = decode_in_windows(
+        stages(pattern=pattern)["coarse"],
+        {"semantic": semantic.repeat(2, 1, 1), "coarse": codes[..., :2].repeat(2, 1, 1)[:, :33]},
+        torch.tensor([100, 77]),
+        lengths={"coarse": torch.tensor([0, 33])},
+        window_frames=window,
+        settings=GREEDY,
+    )
+    for item, known in enumerate([0, 33]):
+        count = int(found.lengths["coarse"][item])
+        tokens = found.streams["coarse"][item, :count]
+        assert torch.equal(tokens[:known], codes[0, :known, :2])
+        assert torch.equal(tokens[known:, 0], codes[0, known:count, 0])
+        assert torch.equal(tokens[known:, 1], 2 * (codes[0, known:count, 0] > 0))
+
+
+@every_pattern
+def test_streams_not_in_time_are_heard_whole_in_every_window(pattern):
+    """Words have no stretch of their own: each window reads them all, each item its own, and none is none."""
+    semantic, codes = tokens_of(CLICKS, 2.0)
+    sizes = {"num_semantic_tokens": 9, "codebook_size": 8, "num_coarse_quantizers": 2, **SIZES}
+    stage = ToldCoarse(pattern=pattern, extra_streams=[WORDS], **sizes)
+    words, num_words = torch.tensor([[7, 20, 4], [9, 1, 0], [0, 0, 0]]), torch.tensor([3, 2, 0])
+    found = decode_in_windows(
+        stage,
+        {"semantic": semantic.repeat(3, 1, 1), "words": words[..., None]},
+        100,
+        lengths={"words": num_words},
+        window_frames=10,
+        settings=GREEDY,
+    ).streams["coarse"]
+    null_word = WORDS.vocab_size  # its id follows those of the words
+    for item, told in enumerate([31 % 4, 10 % 4, null_word % 4]):
+        assert torch.equal(found[item, :, 0], codes[0, :, 0])
+        assert torch.equal(found[item, :, 1], told * (codes[0, :, 0] > 0))
+
+
+@every_pattern
+@pytest.mark.parametrize("window", [6, 9, None])
+def test_the_fine_stage_refines_the_frame_it_belongs_to_across_windows(pattern, window):
+    """Every frame's check agrees with its own coarse levels, before and behind seams, in items of unequal length."""
+    _, codes = tokens_of(CLICKS, 2.0)
+    counts = torch.tensor([100, 41])
+    found = decode_in_windows(
+        stages(pattern=pattern)["fine"],
+        {"coarse": codes[..., :2].repeat(2, 1, 1), "fine": codes[..., 2:].repeat(2, 1, 1)[:, :20]},
+        counts,
+        lengths={"coarse": counts, "fine": torch.tensor([20, 5])},
+        window_frames=window,
+        settings=GREEDY,
+    )
+    for item, count in enumerate(counts.tolist()):
+        whole = torch.cat((codes[0, :count, :2], found.streams["fine"][item, :count]), dim=-1)
+        assert close(acoustic_times(whole), CLICKS[CLICKS < count * 0.02], 4 / CODEC_HZ)
+
+
+@every_pattern
+def test_a_continuation_keeps_the_beat_through_all_stages(pattern):
+    """A primed AudioLM whose three stages have windows of different lengths: every click of 3 s is where it belongs."""
+    parts = stages(pattern=pattern)
+    for name, seconds in {"semantic": 0.64, "coarse": 0.44, "fine": 0.22}.items():
+        parts[name].max_seconds = seconds
+    audio_lm = AudioLM(
+        wav2vec=ClickTokenizer(),
+        codec=ClickCodec(),
+        sampling=dict.fromkeys(parts, GREEDY),
+        **{f"{name}_transformer": stage for name, stage in parts.items()},
+    )
+    for prime_hz, prime_seconds in ((CODEC_HZ, 0.6), (FILE_HZ, 0.37)):
+        prime = click_track(beats(prime_seconds), prime_seconds, prime_hz)
+        wave = audio_lm.generate(
+            prime_wave=prime[None].repeat(2, 1), prime_wave_input_sample_hz=prime_hz, seconds=3.0
+        ).wave
+        assert wave.shape == (2, 3 * CODEC_HZ) and (wave >= 0).all()
+        for item in wave:
+            assert close(item.nonzero().flatten() / CODEC_HZ, beats(3.0), 0.0036)

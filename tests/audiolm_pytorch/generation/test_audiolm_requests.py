@@ -1,0 +1,372 @@
+"""All that an AudioLM can be asked for: primes of every form, given tokens, ends, lengths, progress, and nonsense."""
+
+import inspect
+from dataclasses import replace
+
+import pytest
+import torch
+
+from audiolm_pytorch.audio.files import read_audio, write_audio
+from audiolm_pytorch.generation import request as generation
+from audiolm_pytorch.lm.stage_transformer import AudioTokens
+from audiolm_pytorch.lm.stages import SemanticTransformer
+from audiolm_pytorch.tokens.streams import Stream
+from tests.helpers.fakes import SAMPLE_HZ, FakeTextConditioner, random_conditions
+from tests.helpers.toy_audiolm import audiolm_of, streaming_codec
+
+WINDOWS = {"max_seconds": 0.32}  # 8 semantic tokens, 16 acoustic frames
+
+
+def same(one, other, item=0):
+    """Whether an item of one result is the only item of another, tokens and wave."""
+    lengths = int(one.semantic_lengths[item]), int(one.acoustic_lengths[item])
+    return (
+        torch.equal(one.semantic[item, : lengths[0]], other.semantic[0])
+        and torch.equal(one.acoustic[item, : lengths[1]], other.acoustic[0])
+        and torch.equal(one.waves[item], other.waves[0])
+    )
+
+
+def test_the_stages_of_a_long_piece_are_windows_of_each_stage_on_its_own():
+    """AudioLM adds nothing to its stages: three calls of their wrappers give its tokens."""
+    audio_lm = audiolm_of(**WINDOWS)
+    greedy = {name: {"temperature": 0} for name in audio_lm.stages}
+    found = audio_lm.generate(seconds=1.4, sampling=greedy)
+    settings = {"settings": generation.SamplingSettings(temperature=0)}
+    semantic = audio_lm.semantic.generate(35, **settings).streams["semantic"]
+    coarse = audio_lm.coarse.generate(70, streams={"semantic": semantic}, **settings).streams["coarse"]
+    fine = audio_lm.fine.generate(70, streams={"coarse": coarse}, **settings).streams["fine"]
+    assert torch.equal(found.semantic, semantic[..., 0])
+    assert torch.equal(found.acoustic, torch.cat((coarse, fine), dim=-1))
+
+
+@pytest.mark.parametrize("file_hz", [SAMPLE_HZ, 1200])
+def test_a_file_of_any_rate_and_channels_is_continued_as_its_wave(tmp_path, file_hz):
+    """Alone and in a list with a wave; channels are averaged."""
+    audio_lm = audiolm_of()
+    path = tmp_path / "prime.wav"
+    write_audio(path, torch.rand(2, file_hz // 2) - 0.5, file_hz)
+    wave, rate_hz = read_audio(path, channels=1)
+    by_wave = audio_lm.generate(prime_wave=wave, prime_wave_input_sample_hz=rate_hz, seconds=0.8, seeds=[3])
+    for by_file in (path, str(path), [path]):
+        assert same(by_wave, audio_lm.generate(prime_wave=by_file, seconds=0.8, seeds=[3]))
+    other = torch.rand(200)
+    both = audio_lm.generate(prime_wave=[other, path], seconds=0.8, seeds=[2, 3])
+    assert same(both, by_wave, 1) and same(both, audio_lm.generate(prime_wave=other, seconds=0.8, seeds=[2]))
+    with pytest.raises(ValueError, match="nowhere.wav"):
+        audio_lm(prime_wave=tmp_path / "nowhere.wav")
+
+
+def test_unequal_primes_get_five_seconds_more_than_their_own(monkeypatch):
+    """Waves then differ in length: a list comes back; with `seconds` all are equally long, the prime included."""
+    monkeypatch.setattr("audiolm_pytorch.generation.lengths.DEFAULT_SECONDS", 0.2)
+    audio_lm = audiolm_of()
+    primes = [torch.rand(160), torch.rand(400)]
+    made = audio_lm.generate(prime_wave=primes, seeds=[1, 2], allow_eos=False)
+    assert [len(wave) for wave in made.waves] == [320, 560] and made.acoustic_lengths.tolist() == [20, 35]
+    assert (made.acoustic[0, 20:] == -1).all() and (made.semantic[0, 10:] == -1).all()
+    for item, prime in enumerate(primes):
+        assert same(made, audio_lm.generate(prime_wave=prime, seeds=[1 + item], allow_eos=False), item)
+    with pytest.raises(ValueError, match=r"\[320, 560\] samples.*ask for `seconds`"):
+        _ = made.wave
+    listed = audio_lm(prime_wave=primes, seeds=[1, 2], allow_eos=False)
+    assert isinstance(listed, list) and torch.equal(listed[1], made.waves[1])
+    assert audio_lm(prime_wave=primes, seeds=[1, 2], seconds=0.7).shape == (2, 560)
+
+
+@pytest.mark.parametrize("samples", [0, 15])
+def test_a_prime_of_less_than_a_frame_is_none(samples):
+    """Also beside a longer one, and where the padding of a batch makes it look longer."""
+    audio_lm = audiolm_of()
+    free = audio_lm.generate(seconds=0.4, seeds=[1])
+    assert same(free, audio_lm.generate(prime_wave=torch.rand(samples), seconds=0.4, seeds=[1]))
+    padded, lengths = torch.rand(2, 100), torch.tensor([samples, 100])
+    both = audio_lm.generate(prime_wave=padded, prime_lengths=lengths, seconds=0.4, seeds=[1, 2])
+    assert same(both, free)
+    default = audio_lm.generate(prime_wave=torch.rand(samples), seeds=[1], allow_eos=False)
+    assert default.wave.shape == (1, 5 * SAMPLE_HZ)
+
+
+def test_a_prime_longer_than_the_windows_is_kept_whole():
+    """Its tokens stand at the beginning in all kinds, and the rest is made in windows."""
+    audio_lm = audiolm_of(**WINDOWS)
+    prime = torch.rand(1, 1280) * 0.9
+    made = audio_lm.generate(prime_wave=prime, seconds=2.0, seeds=0)
+    assert torch.equal(made.acoustic[:, :80], audio_lm.codec.tokenize(prime))
+    assert torch.equal(made.semantic[:, :40], audio_lm.wav2vec(prime)) and made.wave.shape == (1, 1600)
+
+
+def test_one_prime_and_one_text_serve_all_seeds():
+    """Inputs of one item are given to all."""
+    audio_lm = audiolm_of(conditioned=True)
+    request = {"prime_wave": torch.rand(160), "text": "one", "seconds": 0.4}
+    made = audio_lm.generate(**request, seeds=[1, 2, 3])
+    assert same(made, audio_lm.generate(**request, seeds=[2]), 1)
+
+
+def test_several_channels_are_primed_and_given_out():
+    """A mono prime is heard by a stereo codec; its semantic tokens are those of the mean of the channels."""
+    audio_lm = audiolm_of(codec=streaming_codec(audio_channels=2))
+    stereo = torch.rand(1, 2, 160) - 0.5
+    made = audio_lm.generate(prime_wave=stereo, seconds=0.4, seeds=1)
+    assert made.wave.shape == (1, 2, 320)
+    assert torch.equal(made.acoustic[:, :10], audio_lm.codec.tokenize(stereo))
+    assert torch.equal(made.semantic[:, :5], audio_lm.wav2vec(stereo.mean(dim=1)))
+    mono = audio_lm.generate(prime_wave=stereo[:, 0], seconds=0.4, seeds=1)
+    assert torch.equal(mono.acoustic[:, :10], audio_lm.codec.tokenize(stereo[:, :1].expand(-1, 2, -1)))
+    with pytest.raises(ValueError, match="3 channels, the codec 2"):
+        audio_lm(prime_wave=torch.rand(1, 3, 160), seconds=0.4)
+
+
+def test_given_semantic_tokens_are_turned_into_sound(monkeypatch):
+    """The tokens of a whole give its sound again without the first stage; items of unequal length as if alone."""
+    audio_lm = audiolm_of(**WINDOWS)
+    whole = audio_lm.generate(batch_size=2, seconds=1.0, seeds=4)
+    monkeypatch.setattr(SemanticTransformer, "hidden", lambda *rows: pytest.fail("the semantic stage is to rest"))
+    again = audio_lm.generate(semantic_tokens=whole.semantic, seeds=[4, 5])
+    assert same(again, whole.__class__.of_items(whole.waves[:1], SAMPLE_HZ, whole.semantic[:1], whole.acoustic[:1]))
+    assert torch.equal(again.acoustic, whole.acoustic)
+    lengths = torch.tensor([25, 11])
+    both = audio_lm.generate(semantic_tokens=whole.semantic, semantic_lengths=lengths, seeds=[4, 5])
+    assert both.acoustic_lengths.tolist() == [50, 22] and both.semantic_lengths.tolist() == [25, 11]
+    assert same(both, audio_lm.generate(semantic_tokens=whole.semantic[1:, :11], seeds=[5]), 1)
+    assert audio_lm(semantic_tokens=whole.semantic, seconds=0.5, seeds=[4, 5]).shape == (2, 400)
+    primed = audio_lm.generate(semantic_tokens=whole.semantic[:1], prime_wave=torch.rand(1, 160) * 0.9, seeds=[4])
+    assert torch.equal(primed.semantic, whole.semantic[:1]) and not torch.equal(primed.acoustic, whole.acoustic[:1])
+
+
+def test_tokens_that_are_none_are_refused():
+    """Too few for the seconds, none at all, outside the vocabulary."""
+    audio_lm = audiolm_of()
+    with pytest.raises(ValueError, match="need .25. semantic tokens, the items have .5."):
+        audio_lm(semantic_tokens=torch.zeros(1, 5).long(), seconds=1.0)
+    with pytest.raises(ValueError, match="each item needs one"):
+        audio_lm(semantic_tokens=torch.zeros(1, 0).long())
+    with pytest.raises(ValueError, match="outside"):
+        audio_lm(semantic_tokens=torch.full((1, 5), 12))
+    with pytest.raises(ValueError, match="give both or neither"):
+        audio_lm(semantic_lengths=torch.tensor([3]))
+
+
+def test_coarse_only_leaves_the_third_stage_out():
+    """The coarse levels are those of the whole, and the codec decodes them alone."""
+    audio_lm = audiolm_of()
+    whole = audio_lm.generate(seconds=0.4, seeds=1)
+    coarse = audio_lm.generate(seconds=0.4, seeds=1, coarse_only=True)
+    assert torch.equal(coarse.acoustic, whole.acoustic[..., :2])
+    assert torch.equal(coarse.wave[:, None], audio_lm.codec.decode_from_codebook_indices(whole.acoustic[..., :2]))
+
+
+@pytest.mark.parametrize("windows", [{}, WINDOWS])
+def test_pieces_end_by_themselves_where_no_seconds_are_asked_for(windows):
+    """Every item at its own time, as if alone, the wave with it; `seconds` makes them exactly so long."""
+    audio_lm = audiolm_of(ends=True, **windows)
+    made = audio_lm.generate(batch_size=4, seeds=0)
+    lengths = made.acoustic_lengths.tolist()
+    assert len(set(lengths)) == 4 and torch.equal(made.acoustic_lengths, 2 * made.semantic_lengths)
+    assert [len(wave) for wave in made.waves] == [16 * length for length in lengths]
+    for item, length in enumerate(lengths):
+        assert (made.acoustic[item, :length] >= 0).all() and (made.acoustic[item, length:] == -1).all()
+        assert same(made, audio_lm.generate(seeds=[item]), item)
+    assert audio_lm(batch_size=4, seeds=0, seconds=1.0).shape == (4, 800)
+    capped = audio_lm.generate(batch_size=4, seeds=0, seconds=0.4, allow_eos=True)
+    assert capped.acoustic_lengths.tolist() == [min(length, 20) for length in lengths]
+    assert audio_lm(seeds=[0], allow_eos=False).shape == (1, 5 * SAMPLE_HZ)
+
+
+def test_a_prime_is_never_cut_by_an_end():
+    """A piece that ends right behind its prime keeps all frames of it, though its semantic tokens cover less."""
+    audio_lm = audiolm_of(lost_frames=1)
+    head = audio_lm.semantic.transformer.heads[0].weight.data
+    head.zero_()
+    prime = torch.rand(1, 400)
+    for seed in range(12):
+        made = audio_lm.generate(prime_wave=prime, seeds=[seed])
+        assert made.acoustic_lengths[0] >= 25
+        assert torch.equal(made.acoustic[:, :25], audio_lm.codec.tokenize(prime))
+
+
+def test_ends_are_refused_where_nobody_knows_them():
+    """A stage trained without ends makes five seconds, and says so where ends are asked for."""
+    audio_lm = audiolm_of()
+    stage = SemanticTransformer(num_semantic_tokens=12, eos=False, dim=32, depth=1, heads=2, dim_head=16)
+    audio_lm.semantic.transformer = stage
+    assert audio_lm(seeds=[0]).shape == (1, 5 * SAMPLE_HZ)
+    with pytest.raises(ValueError, match="eos=True"):
+        audio_lm(allow_eos=True)
+
+
+def test_texts_speak_to_both_conditioners():
+    """States of a text encoder, codes, and both together; each stage through what it takes."""
+    both, states = audiolm_of(conditioned=True, hears_text=True), audiolm_of(hears_text=True)
+    for audio_lm in (both, states):
+        made = audio_lm.generate(text=["one", "three"], seconds=0.2, seeds=1)
+        assert isinstance(audio_lm.text_conditioner, FakeTextConditioner)
+        assert audio_lm.text_conditioner.asked[-1] == ["one", "three"]
+        assert same(made, audio_lm.generate(text="three", seconds=0.2, seeds=[2]), 1)
+        assert not torch.equal(made.acoustic, audio_lm.generate(seconds=0.2, seeds=[1, 2]).acoustic)
+    assert both.audio_conditioner.asked[:3] == ["semantic", "coarse", "fine"]
+    for said in ({}, {"text": "one"}):  # also beside a text that is heard
+        with pytest.raises(ValueError, match="takes no such condition"):
+            states(codes=torch.zeros(1, 3).long(), seconds=0.2, **said)
+
+
+def test_extra_streams_reach_the_stages_that_read_them():
+    """A melody in time, and ids of a text that some items do not have; alone = in batch, also in windows."""
+    melody, ids = Stream("melody", 5, rate_hz=25, given=True), Stream("text", 7, rate_hz=None, given=True)
+    audio_lm = audiolm_of(extra_streams=[melody, ids], **WINDOWS)
+    tokens = {"melody": torch.randint(0, 5, (2, 25)), "text": torch.randint(0, 7, (2, 3))}
+    given = AudioTokens(tokens, {"text": torch.tensor([3, 0])})
+    made = audio_lm.generate(given=given, seconds=1.0, seeds=[1, 2])
+    alone = AudioTokens({"melody": tokens["melody"][1:]}, {})
+    assert same(made, audio_lm.generate(given=alone, seconds=1.0, seeds=[2]), 1)
+    other = AudioTokens({"melody": 4 - tokens["melody"][1:]}, {})
+    assert not same(made, audio_lm.generate(given=other, seconds=1.0, seeds=[2]), 1)
+    with pytest.raises(ValueError, match="needs melody tokens"):
+        audio_lm(seconds=1.0)
+    with pytest.raises(ValueError, match=r"\['chords'\], the stages have extra streams \['melody', 'text'\]"):
+        audio_lm(seconds=1.0, given=AudioTokens({"chords": tokens["melody"]}, {}))
+
+
+def test_guidance_of_the_model_rests_where_only_a_melody_is_given():
+    """A stream in time is nothing that guidance can lead away from: the constructor's scale must not be asked of it."""
+    audio_lm = audiolm_of(extra_streams=[Stream("melody", 5, rate_hz=25, given=True)])
+    given = AudioTokens({"melody": torch.randint(0, 5, (1, 8))}, {})
+    plain = audio_lm(given=given, seconds=0.3, seeds=1)
+    audio_lm.sampling = {name: replace(settings, guidance_scale=3.0) for name, settings in audio_lm.sampling.items()}
+    assert torch.equal(audio_lm(given=given, seconds=0.3, seeds=1), plain)
+
+
+def test_what_was_generated_can_be_learnt_from():
+    """Waves and tokens are ordinary tensors: gradients may flow through what is computed of them."""
+    audio_lm = audiolm_of(codec=streaming_codec())
+    scale = torch.ones((), requires_grad=True)
+    for made in (audio_lm.generate(seconds=0.2), next(audio_lm.stream(seconds=0.2))):
+        (made.waves[0] * scale).sum().backward()
+        assert not made.semantic.is_inference() and not made.acoustic.is_inference()
+
+
+def test_some_items_of_a_request_are_those_items_of_its_result():
+    """Whatever is given of several is chosen from, whatever is given of one serves all."""
+    audio_lm = audiolm_of(conditioned=True)
+    items = [2, 0, 2]
+    several = {
+        "text": ["one", "three", "seventy"],
+        "prime_wave": torch.rand(3, 100),
+        "prime_lengths": torch.tensor([100, 20, 60]),
+        "semantic_tokens": torch.randint(0, 12, (3, 9)),
+        "semantic_lengths": torch.tensor([5, 9, 8]),
+        "seeds": 4,
+    }
+    alone = {"text": "one", "prime_wave": [torch.rand(100)], "conditioning": {"fine": random_conditions(1)}}
+    mixed = {
+        "prime_wave": [torch.rand(90), torch.rand(30), torch.rand(60)],
+        "conditioning": {"semantic": random_conditions(3), "coarse": random_conditions(1)},
+        "seeds": [7, 8, 9],
+    }
+    for request in (several, {**alone, "seeds": [1, 2, 3], "seconds": 0.3}, {**mixed, "seconds": 0.3}):
+        whole = audio_lm.generate(**request)
+        part = audio_lm.generate(**vars(generation.GenerationRequest(**request).chosen(items)))
+        assert len(part.waves) == 3
+        for number, item in enumerate(items):
+            assert torch.equal(part.waves[number], whole.waves[item])
+    melodies = AudioTokens(
+        {"melody": torch.arange(6).view(3, 2), "key": torch.zeros(1, 2)}, {"melody": torch.arange(3)}
+    )
+    chosen = generation.GenerationRequest(given=melodies).chosen(items).given
+    assert chosen.tokens["melody"].tolist() == [[4, 5], [0, 1], [4, 5]] and chosen.lengths["melody"].tolist() == [
+        2,
+        0,
+        2,
+    ]
+    assert len(chosen.tokens["key"]) == 1
+
+
+def test_a_prime_that_is_too_long_is_named_in_seconds():
+    """Which one, how long it is, and that the seconds count it in."""
+    with pytest.raises(ValueError, match=r"prime of item 1 lasts 1.00 s, longer than what is wanted, 0.50 s.*in: ask"):
+        audiolm_of()(prime_wave=[torch.rand(10), torch.rand(800)], seconds=0.5)
+
+
+@pytest.mark.parametrize("name", ["forward", "generate", "stream"])
+def test_help_names_what_can_be_asked_for(name):
+    """`**request` alone would hide it from `help` and completion."""
+    shown = inspect.signature(getattr(audiolm_of(), name)).parameters
+    assert set(inspect.signature(generation.GenerationRequest).parameters) <= set(shown) and "request" not in shown
+    assert shown["coarse_only"].default is False and ("chunk_seconds" in shown) == (name == "stream")
+
+
+def test_progress_is_told_and_drawn_on_demand(monkeypatch, capsys):
+    """The callback hears every stage to its end, one after another; bars are drawn only where asked for."""
+    bars = []
+
+    class Bar:
+        def __init__(self, name, done, total, shown):
+            self.name, self.n, self.total, self.is_closed = name, done, total, False
+            bars.append(self)
+
+        def update(self, count):
+            self.n += count
+
+        def close(self):
+            self.is_closed = True
+
+    monkeypatch.setattr(generation, "progress_bar", Bar)
+    audio_lm, told = audiolm_of(**WINDOWS), []
+    report = {"callback": lambda stage, known, wanted: told.append((stage, known, wanted))}
+    audio_lm(seconds=1.0, **report)
+    assert [stage for stage in dict.fromkeys(stage for stage, *_ in told)] == ["semantic", "coarse", "fine"]
+    assert {("semantic", 25, 25), ("coarse", 50, 50), ("fine", 50, 50)} <= set(told) and not bars
+    audio_lm(seconds=1.0, progress=True)
+    assert [(bar.name, bar.n, bar.total, bar.is_closed) for bar in bars] == [
+        ("semantic", 25, 25, True),
+        ("coarse", 50, 50, True),
+        ("fine", 50, 50, True),
+    ]
+    assert capsys.readouterr() == ("", "")
+
+
+NONSENSE = {
+    "seconds must be positive": [{"seconds": value} for value in (-1.0, 0, float("nan"), float("inf"))],
+    "batch_size must be at least 1": [{"batch_size": 0}, {"batch_size": -2}],
+    "top_k": [{"seconds": 0.1, "sampling": {"fine": {"top_k": 0}}}],
+    "hold no items": [{"text": []}, {"seeds": []}, {"prime_wave": []}, {"prime_wave": torch.zeros(0, 100)}],
+    "NaN or infinite": [
+        {"prime_wave": torch.tensor([0.0, float("nan")])},
+        {"prime_wave": [torch.zeros(100), torch.tensor([float("inf")])]},
+        {"wavs": torch.full((1, 100), float("nan"))},
+    ],
+    "must be floating point": [
+        {"prime_wave": torch.zeros(100, dtype=torch.int16)},
+        {"prime_wave": [torch.tensor(1.0)]},
+    ],
+    "must be .n., .b, n. or": [{"prime_wave": torch.zeros(1, 1, 1, 100)}],
+    "prime_wave_input_sample_hz must be positive": [{"prime_wave_input_sample_hz": 0}],
+    "prime_lengths must": [
+        {"prime_wave": torch.zeros(2, 100), "prime_lengths": torch.tensor(lengths)}
+        for lengths in ([5], [5, 101], [-1, 5])
+    ],
+    "different numbers of items": [
+        {"batch_size": 3, "seeds": [1, 2]},
+        {"text": ["a", "b"], "prime_wave": torch.zeros(3, 9)},
+    ],
+    "one seed per item": [{"batch_size": 3, "seeds": [1], "seconds": 0.1}],
+}
+
+
+@pytest.mark.parametrize("message", NONSENSE)
+def test_nonsense_is_refused_in_words(message):
+    """Before anything is generated, with what was given and what is needed."""
+    audio_lm = audiolm_of(conditioned=True)
+    for request in NONSENSE[message]:
+        with pytest.raises(ValueError, match=message):
+            audio_lm(**request)
+    with pytest.raises(TypeError, match="second"):
+        audio_lm(second=1.0)
+
+
+def test_texts_are_read_once_for_all_stages():
+    """A text encoder is the dearest part of a request: its states are the same for each of three stages."""
+    audio_lm = audiolm_of(hears_text=True)
+    audio_lm.generate(text=["a", "bb"], seconds=0.2, seeds=0)
+    assert audio_lm.text_conditioner.asked == [["a", "bb"]]

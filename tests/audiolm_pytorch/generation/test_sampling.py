@@ -1,0 +1,365 @@
+"""Filters, drawing, and the decode loop: seeds, prompts, guidance, ends, cost."""
+
+import pytest
+import torch
+
+from audiolm_pytorch.conditioning.tensors import Conditioning, Conditions, guide
+from audiolm_pytorch.generation.decode_session import Decoding, decode
+from audiolm_pytorch.generation.sampling import SamplingSettings, filter_logits, sample_tokens
+from audiolm_pytorch.lm.token_model import TokenTransformer
+from audiolm_pytorch.nn.attention import KVCache
+from audiolm_pytorch.nn.transformer import Context
+from audiolm_pytorch.tokens.layout import TokenLayout
+from audiolm_pytorch.tokens.patterns import cell_table
+from audiolm_pytorch.tokens.streams import Stream
+from tests.helpers.fakes import SIZES, random_conditions
+
+GREEDY = SamplingSettings(temperature=0)
+GIVEN = torch.randint(0, 10, (3, 5, 1), generator=torch.Generator().manual_seed(1))
+
+
+def model_of(pattern="delayed", eos=True, **changes):
+    layout = TokenLayout([Stream("s", 10, 1, 25, given=True), Stream("a", 20, 2, 50, eos=eos)], pattern)
+    model = TokenTransformer(layout=layout, **{**SIZES, "cond_dim": 8, **changes}).eval()
+    for weight in model.heads.parameters():
+        weight.data.mul_(40)  # an untrained model is undecided; this one has opinions
+    return model
+
+
+def test_filters_match_naive_loops():
+    """Top-k keeps k tokens; top-p keeps the fewest that hold p, the likeliest always."""
+    logits = torch.randn(5, 9)
+    kept = filter_logits(logits, SamplingSettings(top_k=3)).isfinite()
+    assert (
+        kept.sum(-1).tolist() == [3] * 5
+        and (logits[kept].view(5, 3).min(1).values >= logits.sort().values[:, -3]).all()
+    )
+    for row, keep in zip(logits, filter_logits(logits, SamplingSettings(top_p=0.7)).isfinite()):
+        order, held, wanted = row.argsort(descending=True).tolist(), 0.0, set()
+        for token in order:
+            if held < 0.7:
+                wanted.add(token)
+            held += row.softmax(-1)[token].item()
+        assert set(keep.nonzero().flatten().tolist()) == wanted
+    assert filter_logits(logits, SamplingSettings(top_p=1e-6)).isfinite().sum(-1).tolist() == [1] * 5
+
+
+def test_drawn_tokens_follow_the_distribution():
+    """Frequencies of 20,000 draws: within 4.5 standard deviations (fails by chance less than once in 10^4)."""
+    logits = torch.tensor([0.0, 1.0, float("-inf"), 2.0])
+    drawn = sample_tokens(logits.expand(20000, -1), torch.rand(20000), SamplingSettings(temperature=0.7))
+    wanted = (logits / 0.7).softmax(-1)
+    found = torch.bincount(drawn, minlength=4) / 20000
+    assert ((found - wanted).abs() <= 4.5 * (wanted * (1 - wanted) / 20000).sqrt()).all()
+    extremes = sample_tokens(logits.expand(2, -1), torch.tensor([0.0, 1.0]), SamplingSettings())
+    assert extremes.tolist() == [0, 3]
+
+
+@pytest.mark.parametrize("pattern", ["flat", "delayed"])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_greedy_decoding_equals_a_loop_without_cache(pattern, scale):
+    """Reading everything anew for every row, and guiding by hand, gives the same tokens."""
+    model, conditioning = model_of(pattern), random_conditions(2)
+    given = {"s": GIVEN[:2, :3]}
+    settings = SamplingSettings(temperature=0, guidance_scale=scale)
+    found = decode(model, given, {"a": 6}, conditioning=conditioning, settings=settings).streams["a"]
+    canvas = model.layout.canvas(given, {"a": 6}, 2)
+    ids, mask = canvas.packed.ids, canvas.packed.input_mask
+    contexts = [model.context(conditioning, 2), Context(model.null_embedding.expand(2, 3, -1))]
+    for row in range(1, ids.shape[1]):
+        for item, column in canvas.packed.loss_mask[:, row].nonzero().tolist():
+            head = int(canvas.head[item, row, column])
+            logits = [
+                model.logits(model.hidden(ids[:, :row], mask[:, :row], context)[item, -1], head) for context in contexts
+            ]
+            token = guide(logits[0], logits[1], scale)[:20].argmax()
+            ids[item, row, column] = model.layout.heads[head].first_id + token
+    assert torch.equal(found, model.layout.unpack(ids, {"s": 3, "a": 6})["a"])
+
+
+def test_guidance_is_the_formula_and_one_is_off():
+    """null + s * (cond - null); at scale 1 the batch is not doubled."""
+    conditional, null = torch.randn(2, 4, 7)
+    torch.testing.assert_close(guide(conditional, null, 3.0), null + 3.0 * (conditional - null))
+    torch.testing.assert_close(guide(conditional, null, 0.0), null)
+    model = model_of()
+    batches = []
+    original = model.new_cache
+    model.new_cache = lambda batch, slots: batches.append(batch) or original(batch, slots)
+    for scale in (1.0, 2.0):
+        settings = SamplingSettings(guidance_scale=scale)
+        decode(model, {"s": GIVEN}, {"a": 4}, conditioning=random_conditions(1), settings=settings)
+    assert batches == [3, 6]
+    with pytest.raises(ValueError, match="needs a conditioning"):
+        decode(model, {"s": GIVEN}, {"a": 4}, settings=SamplingSettings(guidance_scale=2.0))
+
+
+@pytest.mark.parametrize("pattern", ["flat", "delayed"])
+def test_an_item_depends_on_nothing_but_its_seed_and_inputs(pattern):
+    """Item i is the same alone, in another order, and beside items of other lengths and prompts."""
+    model, conditioning = model_of(pattern), random_conditions(3)
+    prompt = torch.randint(0, 20, (3, 4, 2))
+    known, wanted = torch.tensor([0, 4, 2]), torch.tensor([9, 7, 8])
+    settings = SamplingSettings(temperature=0.9, top_k=15, guidance_scale=1.5)
+
+    def run(items):
+        return decode(
+            model,
+            {"s": GIVEN[items], "a": prompt[items]},
+            {"a": wanted[items]},
+            lengths={"a": known[items]},
+            conditioning=conditioning.chosen(torch.tensor(items)),
+            settings=settings,
+            seeds=[100 + i for i in items],
+        )
+
+    together, turned = run([0, 1, 2]), run([2, 0, 1])
+    assert together.lengths["a"].tolist() == [9, 7, 8]
+    for place, item in enumerate([2, 0, 1]):
+        alone = run([item]).streams["a"][0]
+        count = int(wanted[item])
+        assert torch.equal(together.streams["a"][item, :count], alone)
+        assert torch.equal(turned.streams["a"][place, :count], alone)
+        assert torch.equal(alone[: known[item]], prompt[item, : known[item]])
+        assert (together.streams["a"][item, count:] == -1).all()
+
+
+def test_seeds_matter_and_repeat():
+    """Same seeds, same tokens; other seeds, other tokens; a wrong number of seeds is refused."""
+    model = model_of()
+    runs = [
+        decode(model, {"s": GIVEN}, {"a": 12}, seeds=seeds).streams["a"] for seeds in ([1, 2, 3], [1, 2, 3], [4, 2, 5])
+    ]
+    assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0][1], runs[2][1])
+    assert not torch.equal(runs[0][0], runs[2][0]) and not torch.equal(runs[0][0], runs[0][2])
+    with pytest.raises(ValueError, match="one seed per item"):
+        decode(model, {"s": GIVEN}, {"a": 12}, seeds=[1])
+
+
+def test_ends_are_drawn_only_when_allowed_and_stop_the_item():
+    """Without leave no end id comes; with it an item ends by itself, its length says where, and others go on."""
+    model = model_of()
+    model.heads[0].weight.data.zero_()  # one frame in 21 is the last
+    seeds = [1, 2, 3]
+    closed = decode(model, {"s": GIVEN}, {"a": 40}, seeds=seeds)
+    assert closed.lengths["a"].tolist() == [40] * 3 and (closed.streams["a"] < 20).all()
+    opened = decode(model, {"s": GIVEN}, {"a": 40}, seeds=seeds, allow_eos=True)
+    lengths = opened.lengths["a"].tolist()
+    assert len(set(lengths)) == 3 and min(lengths) < 40
+    for tokens, length in zip(opened.streams["a"], lengths):
+        assert ((tokens[:length] >= 0) & (tokens[:length] < 20)).all() and (tokens[length:] == -1).all()
+
+
+def check_cost(model):
+    """One row a step, and the memory of the cache stays where it is."""
+    rows, addresses = [], set()
+    hidden = type(model).hidden
+    cache_write = KVCache.write
+
+    def counted(self, ids, mask, context=None, cache=None, slots=None):
+        rows.append(ids.shape[1])
+        out = hidden(self, ids, mask, context, cache, slots)
+        addresses.add(cache.keys.data_ptr())
+        return out
+
+    type(model).hidden = counted
+    try:
+        decode(model, {"s": GIVEN}, {"a": 10})
+    finally:
+        type(model).hidden = hidden
+    assert KVCache.write is cache_write
+    assert rows == [1] * 11
+    assert len(addresses) == 1
+
+
+def test_cost_of_a_row_does_not_grow(monkeypatch):
+    """Fault 5: caches are not re-concatenated, nothing is recomputed."""
+    model = model_of()
+    check_cost(model)
+
+    def concatenating(self, layer, keys, values, slots):
+        held = [*getattr(self, "held", [(None, None)] * len(self.keys))]
+        old = held[layer]
+        held[layer] = (
+            (keys, values) if old[0] is None else (torch.cat((old[0], keys), 2), torch.cat((old[1], values), 2))
+        )
+        self.held, self.keys = held, torch.empty(len(held), slots.extent)
+        return held[layer]
+
+    monkeypatch.setattr(KVCache, "write", concatenating)
+    with pytest.raises(AssertionError):
+        check_cost(model)
+
+
+def test_dropout_is_off_while_decoding_and_the_mode_comes_back():
+    """Sampling during training must not be noisy, nor leave the model in another mode."""
+    model = model_of(dropout=0.5).train()
+    runs = [decode(model, {"s": GIVEN}, {"a": 8}, settings=GREEDY).streams["a"] for _ in range(2)]
+    assert torch.equal(*runs) and model.training
+
+
+def test_progress_is_reported_for_every_row():
+    """The callback sees rows one after another up to the last."""
+    seen = []
+    decode(model_of(), {"s": GIVEN}, {"a": 5}, callback=lambda done, total: seen.append((done, total)))
+    assert seen == [(row, 7) for row in range(2, 8)]
+
+
+def test_unconditional_decoding_needs_no_input_at_all():
+    """A model without given streams starts from the start row."""
+    model = TokenTransformer(layout=TokenLayout([Stream("a", 7)]), **SIZES)
+    assert decode(model, {}, {"a": 5}, batch_size=4).streams["a"].shape == (4, 5, 1)
+
+
+def test_settings_refuse_impossible_numbers():
+    """Each number out of range is named."""
+    nan, inf = float("nan"), float("inf")
+    wrong = {"temperature": (-1, nan, inf), "top_k": (0,), "top_p": (0.0, nan), "guidance_scale": (-0.5, nan, inf)}
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises(ValueError, match=name):
+                SamplingSettings(**{name: value})
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-7, 1e-5])
+def test_a_tiny_temperature_is_greedy(temperature):
+    """Logits divided by it must not overflow into NaN, of which token 0 would be drawn for ever."""
+    drawn = sample_tokens(torch.tensor([[1.0, 40.0, 3.0]]), torch.tensor([0.999]), SamplingSettings(temperature))
+    assert drawn.tolist() == [1]
+
+
+def test_streams_end_together():
+    """Where one stream ends, the ends of all stand in the grid, as in training; later levels read them."""
+    layout = TokenLayout([Stream("a", 6, 2, eos=True), Stream("b", 5, eos=True)], "delayed")
+    torch.manual_seed(0)
+    model = TokenTransformer(layout=layout, **SIZES).eval()
+    for weight in model.heads.parameters():
+        weight.data.zero_()
+    run = Decoding(model, {}, {"a": 9, "b": 9}, batch_size=6, seeds=range(6), allow_eos=True)
+    run.advance()
+    found = run.decoded()
+    assert torch.equal(found.lengths["a"], found.lengths["b"]) and len(found.lengths["a"].unique()) > 2
+    for item, length in enumerate(found.lengths["a"].tolist()):
+        if length < 9:
+            whole = {name: tokens[item : item + 1, :length] for name, tokens in found.streams.items()}
+            trained = layout.pack(whole, ends=torch.tensor([True]))
+            rows = trained.ids.shape[1]
+            assert torch.equal(run.mask[item, :rows], trained.input_mask[0]) and not run.mask[item, rows:].any()
+            assert torch.equal(run.ids[item, :rows][run.mask[item, :rows]], trained.ids[trained.input_mask])
+
+
+@pytest.mark.parametrize("pattern", ["flat", "delayed", "parallel"])
+def test_every_cell_holds_what_is_legal_there(pattern):
+    """Prompts and texts of several lengths, groups, early ends: as the layout says, no cell too many and none empty."""
+    streams = [Stream("s", 10, 1, 25, given=True), Stream("t", 7, 1, None, given=True)]
+    layout = TokenLayout([*streams, Stream("a", 20, 4, 50, eos=True, num_groups=2)], pattern)
+    model = TokenTransformer(layout=layout, **SIZES).eval()
+    for weight in model.heads.parameters():
+        weight.data.zero_()
+    tokens = {"s": torch.ones(4, 3).long(), "t": torch.ones(4, 2).long(), "a": torch.ones(4, 3, 4).long()}
+    counts = {"t": torch.tensor([0, 1, 2, 1]), "a": torch.tensor([0, 1, 2, 3])}
+    run = Decoding(model, tokens, {"a": 20}, lengths=counts, seeds=range(4), allow_eos=True)
+    run.advance()
+    assert len(run.num_frames["a"].unique()) > 1
+    for item, length in enumerate(run.num_frames["a"].tolist()):
+        wanted = {"s": 3, "t": int(counts["t"][item]), "a": 20}
+        found = {**wanted, "a": length}
+        num_rows = layout.rows(found, ends=length < 20)
+        assert not run.mask[item, num_rows:].any()
+        for row in range(num_rows):
+            in_advance = layout.legal(wanted, row, allow_eos=True)
+            for column, legal in enumerate(layout.legal(found, row, ends=length < 20)):
+                assert bool(run.mask[item, row, column]) or legal is None
+                if legal is not None:
+                    token = int(run.ids[item, row, column])
+                    assert token in legal and token in in_advance[column]
+
+
+def test_what_was_decoded_is_no_part_of_the_run():
+    """Lengths handed out can be changed without harm."""
+    run = Decoding(model_of(), {"s": GIVEN}, {"a": 4})
+    run.advance()
+    run.decoded().lengths["a"].zero_()
+    assert run.decoded().lengths["a"].tolist() == [4, 4, 4]
+
+
+@pytest.mark.parametrize("pattern", ["flat", "delayed", "parallel"])
+@pytest.mark.parametrize("rates_hz", [(50, 50), (25, 50), (50, 25)])
+def test_known_frames_are_whole_in_each_of_several_streams(pattern, rates_hz):
+    """At every pause: each frame said to be known has been drawn in all streams, and the next has not in one."""
+    if pattern != "flat" and rates_hz[0] != rates_hz[1]:
+        return
+    streams = [Stream("a", 6, 4, rates_hz[0], num_groups=2), Stream("b", 5, 1, rates_hz[1])]
+    model = TokenTransformer(layout=TokenLayout(streams, pattern), **SIZES).eval()
+    num_frames = {stream.name: stream.rate_hz * 8 // 50 for stream in streams}
+    prompt = {"a": torch.ones(2, 2, 4).long()}
+    run = Decoding(model, prompt, num_frames, lengths={"a": torch.tensor([0, 2])}, seeds=[1, 2])
+    whole = decode(model, prompt, num_frames, lengths={"a": torch.tensor([0, 2])}, seeds=[1, 2]).streams
+    for until in range(1, 9):
+        run.advance(until)
+        found = run.decoded()
+        for item, known in enumerate(run.known_frames.tolist()):
+            to_do = [int(run.frame[item, row, column]) for row, cells in run.plans[item].items() for _, column in cells]
+            assert known == min([*to_do, max(num_frames.values())]) >= until
+            for name, tokens in found.streams.items():
+                count = int(found.lengths[name][item])
+                assert count == min(known, num_frames[name])
+                assert torch.equal(tokens[item, :count], whole[name][item, :count])
+
+
+@pytest.mark.parametrize("pattern", ["flat", "delayed", "parallel"])
+def test_a_model_that_decoded_can_be_trained(pattern):
+    """Nothing that decoding made, even inside inference mode, is left where gradients need it; modes stay too."""
+    cell_table.cache_clear()
+    model = model_of(pattern).train()
+    model.cond_norm.eval()
+    with torch.inference_mode():
+        decode(model, {"s": GIVEN}, {"a": 8}, seeds=[1, 2, 3], allow_eos=True)
+    assert model.training and model.transformer.blocks[0].training and not model.cond_norm.training
+    packed = model.layout.pack({"s": GIVEN, "a": torch.randint(0, 20, (3, 8, 2))})
+    model(packed, random_conditions(3)).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("pattern", ["flat", "delayed", "parallel"])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_an_item_is_the_same_alone_with_texts_ends_and_groups(pattern, scale):
+    """Streams not in time and texts of several lengths (or none), prompts, early ends: alone = beside all others."""
+    streams = [Stream("s", 10, 1, 25, given=True), Stream("t", 7, 1, None, given=True)]
+    layout = TokenLayout([*streams, Stream("a", 20, 4, 50, eos=True, num_groups=2)], pattern)
+    torch.manual_seed(0)
+    model = TokenTransformer(layout=layout, **SIZES, cond_dim=8, text_dim=6, text_as="prefix").eval()
+    model.heads[0].weight.data.zero_()  # one frame in 21 is the last
+    counts = {"s": [4, 2, 3, 1], "t": [3, 0, 1, 2], "a": [0, 5, 2, 3], "text": [3, 1, 0, 2]}
+    tokens = {
+        one.name: torch.randint(0, one.vocab_size, (4, max(counts[one.name]), one.num_levels)) for one in layout.streams
+    }
+    states, codes, wanted = torch.randn(4, 3, 6), torch.randn(4, 3, 8), torch.tensor([40, 30, 2, 35])
+
+    def run(items):
+        cut = {
+            name: max(1, *(counts[name][item] for item in items)) if len(items) > 1 else counts[name][items[0]]
+            for name in counts
+        }
+        mask = torch.arange(max(1, cut["text"])) < torch.tensor([[counts["text"][item]] for item in items])
+        return decode(
+            model,
+            {name: part[items, : cut[name]] for name, part in tokens.items()},
+            {"a": wanted[items]},
+            lengths={name: torch.tensor([counts[name][item] for item in items]) for name in tokens},
+            conditioning=Conditions(
+                Conditioning(codes[items], torch.ones(len(items), 3).bool()),
+                Conditioning(states[items, : mask.shape[1]], mask),
+            ),
+            settings=SamplingSettings(guidance_scale=scale),
+            seeds=[100 + item for item in items],
+            allow_eos=True,
+        )
+
+    together = run([0, 1, 2, 3])
+    lengths = together.lengths["a"]
+    assert (lengths < wanted).any() and len(lengths.unique()) > 2
+    for item in range(4):
+        alone = run([item])
+        assert alone.lengths["a"].tolist() == [lengths[item]]
+        assert torch.equal(together.streams["a"][item, : lengths[item]], alone.streams["a"][0])

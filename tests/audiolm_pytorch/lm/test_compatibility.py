@@ -1,0 +1,260 @@
+"""What goes together, and what is refused with the difference shown; and how well each stream is predicted."""
+
+import logging
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from audiolm_pytorch.codecs import SoundStream
+from audiolm_pytorch.lm.compatibility import check_fit, check_stages
+from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
+from audiolm_pytorch.lm.task import _chance
+from audiolm_pytorch.lm.token_model import TokenTransformer
+from audiolm_pytorch.tokens.layout import TokenLayout
+from audiolm_pytorch.tokens.streams import Stream
+from tests.helpers.fakes import (
+    CONDITION,
+    SIZES,
+    FakeCodec,
+    FakeConditioner,
+    FakeSemanticTokenizer,
+    FakeTextConditioner,
+    tiny_stages,
+)
+
+PATTERNS = ["flat", "delayed", "parallel"]
+every_pattern = pytest.mark.parametrize("pattern", PATTERNS)
+
+
+def semantic(**changes):
+    return SemanticTransformer(**{"num_semantic_tokens": 12, **SIZES, **changes})
+
+
+def coarse(**changes):
+    sizes = {"num_semantic_tokens": 12, "codebook_size": 16, "num_coarse_quantizers": 2}
+    return CoarseTransformer(**{**sizes, **SIZES, **changes})
+
+
+def fine(**changes):
+    sizes = {"num_coarse_quantizers": 2, "num_fine_quantizers": 2, "codebook_size": 16}
+    return FineTransformer(**{**sizes, **SIZES, **changes})
+
+
+def codec_of(**changes):
+    codec = FakeCodec()
+    for name, value in changes.items():
+        setattr(codec, name, value)
+    return codec
+
+
+def tokenizer_of(**changes):
+    tokenizer = FakeSemanticTokenizer()
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    return tokenizer
+
+
+@every_pattern
+def test_what_goes_together_is_accepted(pattern, caplog):
+    """The stages of the fakes, their tokenizers and conditioners fit, without a word, in every pattern."""
+    sizes = {**CONDITION, "text_dim": 6}
+    parts = semantic(**sizes), coarse(pattern=pattern, **sizes), fine(pattern=pattern, **sizes)
+    for stage in parts:
+        check_fit(stage, FakeSemanticTokenizer(), FakeCodec(), FakeConditioner(), FakeTextConditioner())
+        check_fit(stage)
+    check_stages(*parts)
+    check_stages(*parts[::-1])
+    check_stages()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("build", "parts", "message"),
+    [
+        (semantic, {"wav2vec": tokenizer_of(codebook_size=13)}, "stream 'semantic' has 12 tokens, its tokenizer 13"),
+        (coarse, {"wav2vec": tokenizer_of(codebook_size=13)}, "stream 'semantic' has 12 tokens, its tokenizer 13"),
+        (coarse, {"codec": codec_of(codebook_size=32)}, "stream 'coarse' has 16 tokens, its tokenizer 32"),
+        (coarse, {"codec": codec_of(num_quantizers=1)}, "stream 'coarse' reaches level 2, the codec has 1"),
+        (fine, {"codec": codec_of(num_quantizers=3)}, "stream 'fine' reaches level 4, the codec has 3"),
+        (
+            lambda: coarse(num_groups=2),
+            {"codec": codec_of(num_groups=4)},
+            "stream 'coarse' has 2 groups, the codec 4",
+        ),
+        (lambda: fine(num_groups=2), {"codec": codec_of(num_groups=1)}, "stream 'fine' has 2 groups, the codec 1"),
+        (
+            lambda: semantic(**CONDITION),
+            {"audio_conditioner": FakeConditioner(9)},
+            "embeddings of width 9, it takes 8: set cond_dim=9",
+        ),
+        (lambda: fine(text_dim=5), {"text_conditioner": FakeTextConditioner()}, "states of width 6, it takes 5"),
+    ],
+)
+def test_differences_from_tokenizers_are_shown(build, parts, message):
+    """Both sides of a difference stand in the message, which names the stage."""
+    stage = build()
+    with pytest.raises(ValueError, match=rf"the {stage.namespace} transformer does not fit: .*{message}"):
+        check_fit(stage, **parts)
+
+
+def test_all_differences_are_shown_at_once():
+    """Who mends one of them must not run into the next one."""
+    with pytest.raises(ValueError) as raised:
+        check_fit(
+            coarse(num_groups=2, **CONDITION),
+            tokenizer_of(codebook_size=13, downsample_factor=16),
+            codec_of(codebook_size=32, num_quantizers=1, num_groups=4),
+            FakeConditioner(9),
+        )
+    for part in ("tokens, its tokenizer 13", "its tokenizer 32", "reaches level 2", "2 groups", "rates", "cond_dim=9"):
+        assert part in str(raised.value)
+
+
+@every_pattern
+def test_rates_that_do_not_go_together_are_refused(pattern):
+    """Semantic tokens twice as fast as declared would stand beside the wrong sound, also in the flat pattern."""
+    fast = tokenizer_of(downsample_factor=16)
+    message = r"'semantic': 25\.0, 'coarse': 50\.0.* frames a second, .*'semantic': 50\.0, 'coarse': 50\.0.*their rates"
+    with pytest.raises(ValueError, match=message):
+        check_fit(coarse(pattern=pattern), fast, FakeCodec())
+    check_fit(coarse(pattern=pattern, semantic_rate_hz=50), fast, FakeCodec())
+    check_fit(coarse(pattern=pattern), fast)  # without the codec nobody knows
+
+
+def test_rates_that_are_all_as_many_times_faster_are_told(caplog):
+    """They stay aligned, but seconds are counted wrongly: a warning, since a stage alone needs no rate to be told."""
+    with caplog.at_level(logging.WARNING):
+        check_fit(semantic(), tokenizer_of(downsample_factor=16))
+    assert "'semantic': 25.0" in caplog.text and "'semantic': 50.0" in caplog.text
+
+
+def test_stages_of_one_group_read_any_codec():
+    """Stages from before there were groups wait for every code; a codec with groups is known by itself."""
+    grouped = SoundStream(codebook_size=16, rq_num_quantizers=2, rq_groups=2, channels=2, codebook_dim=16)
+    assert grouped.num_groups == 2 and SoundStream(codebook_size=4, channels=2, codebook_dim=8).num_groups == 1
+    assert grouped.num_quantizers == 4
+    check_fit(coarse(), codec=grouped)
+    check_fit(coarse(num_groups=2), codec=grouped)
+    with pytest.raises(ValueError, match="4 groups, the codec 2"):
+        check_fit(coarse(num_groups=4, num_coarse_quantizers=4), codec=grouped)
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        (
+            (semantic, lambda: coarse(num_semantic_tokens=13)),
+            "stream 'semantic': the semantic transformer has vocabulary 12, the coarse transformer has vocabulary 13",
+        ),
+        (
+            (semantic, lambda: coarse(semantic_rate_hz=50)),
+            "the semantic transformer has frames a second 25, the coarse transformer has frames a second 50",
+        ),
+        (
+            (lambda: coarse(num_coarse_quantizers=3), fine),
+            "'coarse': the coarse transformer has levels 1 to 3 of acoustic, the fine transformer has levels 1 to 2",
+        ),
+        (
+            (coarse, lambda: fine(codebook_size=32, rate_hz=75)),
+            "coarse transformer has vocabulary 16, frames a second 50, "
+            "the fine transformer has vocabulary 32, frames a second 75",
+        ),
+        ((coarse, lambda: fine(num_groups=2)), "groups 1, the fine transformer has groups 2"),
+        (
+            tuple(
+                lambda size=size: fine(extra_streams=[Stream("melody", size, rate_hz=10, given=True)])
+                for size in (12, 24)
+            ),
+            "stream 'melody': the fine transformer has vocabulary 12, the fine transformer has vocabulary 24",
+        ),
+    ],
+)
+def test_stages_that_were_not_made_for_one_another_are_refused(stages, message):
+    """What two stages share must be declared alike; the order they are named in does not matter."""
+    stages = [build() for build in stages]
+    with pytest.raises(ValueError, match=f"the stages were not made for one another: .*{message}"):
+        check_stages(*stages)
+    with pytest.raises(ValueError, match="not made for one another"):
+        check_stages(*stages[::-1])
+
+
+def test_stages_trained_on_tokens_of_different_makers_are_refused():
+    """Fingerprints of a kind that two stages share are compared; what one of them does not know is not."""
+    shared = {"conditioner": "q", "text_encoder": "t"}
+    known = {
+        "semantic": {"semantic": "one", **shared},
+        "coarse": {"semantic": "one", "acoustic": "two", **shared},
+        "fine": {"acoustic": "two", **shared},
+    }
+    stages = tiny_stages(**CONDITION, text_dim=6)
+    for name, stage in stages.items():
+        stage.token_fingerprints = dict(known[name])
+    check_stages(*stages.values())
+    for name, kind, words in [
+        ("semantic", "semantic", "semantic tokens of different makers, the semantic transformer other, .* one"),
+        ("fine", "acoustic", "acoustic tokens of different makers, the coarse transformer two, .* other"),
+        ("coarse", "conditioner", "codes of conditions of different makers, the semantic transformer q, .* other"),
+        ("fine", "text_encoder", "states of texts of different makers, the semantic transformer t, .* other"),
+    ]:
+        stages[name].token_fingerprints[kind] = "other"
+        with pytest.raises(ValueError, match=words):
+            check_stages(*stages.values())
+        del stages[name].token_fingerprints[kind]
+        check_stages(*stages.values())
+
+
+@every_pattern
+def test_loss_of_every_stream_is_that_of_its_own_tokens(pattern):
+    """Against an oracle that walks over all cells: several predicted streams, levels, lengths and ends, a melody."""
+    torch.manual_seed(0)
+    layout = TokenLayout(
+        [
+            Stream("melody", 5, rate_hz=2, given=True),
+            Stream("semantic", 7, rate_hz=4, eos=True),
+            Stream("acoustic", 9, num_levels=4, rate_hz=4, num_groups=2),
+        ],
+        pattern,
+    )
+    model = TokenTransformer(layout=layout, **{**SIZES, "dim": 16}).eval()
+    for weight in model.parameters():
+        weight.data = weight.data + 0.3 * torch.randn_like(weight)
+    streams = {
+        "melody": torch.randint(5, (2, 3, 1)),
+        "semantic": torch.randint(7, (2, 6, 1)),
+        "acoustic": torch.randint(9, (2, 6, 4)),
+    }
+    counts = torch.tensor([6, 4])
+    lengths = {"melody": torch.tensor([3, 2]), "semantic": counts, "acoustic": counts}
+    packed = layout.pack(streams, lengths, torch.tensor([True, False]))
+    with torch.no_grad():
+        found = model(packed)
+        hidden = model.hidden(packed.ids[:, :-1], packed.input_mask[:, :-1], model.context(None, 2))
+    nats: dict[str, list[float]] = {}
+    for item, row, column in packed.loss_mask.nonzero().tolist():
+        target = int(packed.ids[item, row, column])
+        number, head = next((n, h) for n, h in enumerate(layout.heads) if target in h.ids(allow_eos=True))
+        logits = model.logits(hidden[item, row - 1], number)
+        loss = float(F.cross_entropy(logits.detach(), torch.tensor(target - head.first_id)))
+        for name in {head.stream, f"{head.stream}.{head.level}"}:
+            nats.setdefault(name, []).append(loss)
+    del nats["semantic.0"]  # a stream of one level has no losses of levels
+    assert len(nats["semantic"]) == 10 + 1 and len(nats["acoustic"]) == 40 and len(nats["acoustic.3"]) == 10
+    assert found.per_stream.keys() == nats.keys()
+    for name, losses in nats.items():
+        assert float(found.per_stream[name]) == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+    everything = nats["semantic"] + nats["acoustic"]
+    assert float(found.loss) == pytest.approx(sum(everything) / len(everything), abs=1e-5)
+
+
+def test_chance_of_several_streams_is_weighted_by_their_tokens():
+    """Guessing 2 levels of 16 at 50 Hz beside one of 4 at 25 Hz: four fifths of the tokens are of the 16."""
+
+    class Both:
+        layout = TokenLayout([Stream("a", 4, rate_hz=25), Stream("b", 16, 2, Fraction(50))], "flat")
+
+    chance = _chance(Both())
+    assert chance["loss"] == pytest.approx(0.2 * math.log(4) + 0.8 * math.log(16))
+    assert chance["loss_a"] == pytest.approx(math.log(4)) and chance["loss_b.1"] == pytest.approx(math.log(16))

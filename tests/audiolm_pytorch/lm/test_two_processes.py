@@ -1,0 +1,71 @@
+"""A stage with both kinds of conditions, trained by two processes on the CPU (gloo), judged by the files they write."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from audiolm_pytorch.data import TokenShards, write_shards
+from audiolm_pytorch.data.descriptions import encode_texts
+from audiolm_pytorch.lm.trainers import SemanticTransformerTrainer
+from audiolm_pytorch.saving.files import read_weights
+from tests.helpers.fakes import CONDITION, FakeConditioner, FakeTextConditioner, tiny_stages
+
+# In the last two steps one process has the two without captions: parts of its stage rest.
+CAPTIONS = [["aa"], [], [], ["b", "cccc"]]
+
+
+def make_record(index: int) -> dict[str, np.ndarray]:
+    """A record of tokens, conditions and as many captions as it has."""
+    return {
+        "semantic": (np.arange(20) * (index + 1)) % 12,
+        "latents": np.full((1, 1), 0.1 * (index + 1), dtype=np.float32),
+        "captions": encode_texts(CAPTIONS[index]),
+    }
+
+
+def train(folder: Path, batch_size: int) -> None:
+    """Train without anything random, so that one process can do the same."""
+    torch.manual_seed(0)
+    stage = tiny_stages(**CONDITION, text_dim=6, cond_drop_prob=0.0)["semantic"]
+    SemanticTransformerTrainer(
+        transformer=stage,
+        audio_conditioner=FakeConditioner(),
+        text_conditioner=FakeTextConditioner(),
+        shards=TokenShards(folder.parent / "shards"),
+        results_folder=folder,
+        batch_size=batch_size,
+        num_train_steps=4,
+        warmup_steps=0,
+        validate_every=2,
+        ema_decay=0.9,
+    ).train()
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_the_joined_batch(tmp_path: Path) -> None:
+    """Conditions that one process alone has do not part them; both together are one of twice the batch."""
+    write_shards(tmp_path / "shards", make_record, 4, {})
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[3]), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, __file__, str(tmp_path / "two")], env=environment, capture_output=True, text=True, timeout=120
+    )
+    # gloo may abort at exit after all work is done, so the exit status is not asked
+    assert (tmp_path / "two" / "semantic" / "config.json").exists(), done.stderr[-3000:]
+    train(tmp_path / "one", batch_size=4)
+    for file in ("semantic/model.safetensors", "conditioning_table.safetensors"):
+        one, two = (read_weights(tmp_path / name / file)[0] for name in ("one", "two"))
+        assert one.keys() == two.keys()
+        for key, value in one.items():
+            torch.testing.assert_close(two[key], value, rtol=0, atol=1e-5, msg=key)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    train(Path(sys.argv[1]), batch_size=2)

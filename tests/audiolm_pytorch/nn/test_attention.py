@@ -1,0 +1,111 @@
+"""Layers, attention and cache against plain formulas."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from audiolm_pytorch.nn.attention import CausalSelfAttention, KVCache, Slots, Surroundings, attend, visible_slots
+from audiolm_pytorch.nn.layers import GatedFeedForward, RMSNorm, RotaryPositions, rotate
+
+
+def test_rms_norm_has_the_gradient_of_its_formula():
+    """The hand-written backward equals torch's own RMSNorm."""
+    own, oracle = RMSNorm(12).double(), nn.RMSNorm(12, eps=1e-6).double()
+    weight = torch.rand(12, dtype=torch.double) + 0.5
+    x = torch.randn(3, 5, 12, dtype=torch.double)
+    results = []
+    for norm in (own, oracle):
+        norm.weight.data.copy_(weight)
+        y = x.clone().requires_grad_()
+        (norm(y) * x.cos()).sum().backward()
+        results.append((norm(x).detach(), y.grad, norm.weight.grad))
+    for mine, theirs in zip(*results):
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_gated_feed_forward_equals_its_formula(dtype: torch.dtype) -> None:
+    """Oracle: SiLU gate and product as autograd would do them, output and gradients; these also by differences."""
+    torch.manual_seed(0)
+    layer = GatedFeedForward(6, 10).to(dtype)
+    x = torch.randn(3, 5, 6, dtype=dtype, requires_grad=True)
+    value, gate = layer.up(x).chunk(2, dim=-1)
+    expected = layer.down(nn.functional.silu(gate) * value)
+    wanted = torch.autograd.grad(expected.square().sum(), [x, *layer.parameters()])
+    found = torch.autograd.grad(layer(x).square().sum(), [x, *layer.parameters()])
+    torch.testing.assert_close(layer(x), expected)
+    for one, other in zip(found, wanted):
+        torch.testing.assert_close(one, other)
+    if dtype == torch.float64:
+        torch.autograd.gradcheck(layer, (x,))
+
+
+@pytest.mark.parametrize("layer", [RMSNorm(6), GatedFeedForward(6, 10)], ids=["norm", "feed-forward"])
+def test_second_derivatives_are_refused(layer: nn.Module) -> None:
+    """A backward written by hand knows none: a gradient penalty must end in an error, not in wrong numbers."""
+    x = torch.randn(2, 6, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
+def test_rotary_scores_depend_on_distance_only():
+    """Shifting all positions changes no score."""
+    rotary = RotaryPositions(16)
+    queries, keys = torch.randn(1, 6, 16), torch.randn(1, 6, 16)
+
+    def scores(shift):
+        cos, sin = rotary(torch.arange(6)[None] + shift)
+        return rotate(queries, cos, sin) @ rotate(keys, cos, sin).mT
+
+    torch.testing.assert_close(scores(0), scores(1000), atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(scores(0), queries @ keys.mT, atol=1e-2)
+
+
+def test_attention_is_the_textbook_formula():
+    """Softmax of masked scaled products, written out."""
+    attention = CausalSelfAttention(24, heads=2, dim_head=12)
+    x = torch.randn(2, 7, 24)
+    cos, sin = RotaryPositions(12)(torch.arange(7)[None])
+    q, k, v = (part.unflatten(-1, (2, 12)).transpose(1, 2) for part in attention.to_qkv(x).chunk(3, dim=-1))
+    scores = rotate(q, cos, sin) @ rotate(k, cos, sin).mT / 12**0.5
+    weights = scores.masked_fill(torch.ones(7, 7).triu(1).bool(), float("-inf")).softmax(-1)
+    wanted = attention.to_out((weights @ v).transpose(1, 2).flatten(2))
+    around = Surroundings(angles=(cos, sin), bias=None, is_causal=True)
+    torch.testing.assert_close(attention(x, around), wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_plain_product_of_bfloat16_agrees_with_the_fused_kernel():
+    """The fast way on a CPU is the same attention."""
+    q, k, v = torch.randn(3, 2, 2, 40, 16).bfloat16()
+    fused = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
+    torch.testing.assert_close(attend(q, k, v, is_causal=True).float(), fused, atol=0.03, rtol=0.03)
+
+
+@pytest.mark.parametrize("starts", [[0, 0], [3, 3], [2, 5], [0, 4]])
+@pytest.mark.parametrize("count", [1, 3])
+def test_slots_let_every_row_read_its_own_past(starts, count):
+    """Positions, extent and mask say the same as a loop over rows and slots; padding in front reads itself alone."""
+    slots = Slots.after(starts, count)
+    assert slots.extent == max(starts) + count
+    assert slots.start == (starts[0] if starts[0] == starts[1] else None)
+    padding = torch.tensor([0, 2])
+    for skip in (None, padding):
+        mask = visible_slots(slots.positions, slots.extent, skip)
+        for item, start in enumerate(starts):
+            hidden = 0 if skip is None else int(skip[item])
+            for row in range(count):
+                readable = [hidden <= slot <= start + row or slot == start + row for slot in range(slots.extent)]
+                assert mask[item, 0, row].tolist() == readable
+
+
+def test_cache_is_written_in_place_at_each_items_position():
+    """Fault 5: the cache keeps its memory; rows land where they belong, nothing is concatenated."""
+    cache = KVCache(depth=1, batch=2, heads=1, num_slots=6, dim_head=2)
+    address = cache.keys.data_ptr()
+    ones = torch.ones(2, 1, 1, 2)
+    keys, _ = cache.write(0, ones, 2 * ones, Slots.after([1, 4], 1))
+    assert keys.shape == (2, 1, 5, 2) and keys.data_ptr() == address == cache.keys.data_ptr()
+    assert cache.keys[0, :, 0, :, 0].tolist() == [[0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 0]]
+    assert cache.values[0, :, 0, :, 0].sum(dim=-1).tolist() == [2, 2]

@@ -1,0 +1,166 @@
+import weakref
+
+import pytest
+import torch
+
+from audiolm_pytorch.nn.encoder import TransformerEncoder, WavePositionBias
+
+
+@pytest.fixture
+def encoder() -> TransformerEncoder:
+    torch.manual_seed(0)
+    return TransformerEncoder(dim=24, depth=2, heads=2, dim_head=8).eval()
+
+
+def test_encoder_gives_the_same_alone_in_a_batch_and_padded(encoder: TransformerEncoder) -> None:
+    """Padding and neighbours must change nothing."""
+    x = torch.randn(3, 11, 24)
+    mask = torch.arange(11) < torch.tensor([[11], [4], [1]])
+    batch = encoder(x, mask)
+    for item, size in enumerate((11, 4, 1)):
+        torch.testing.assert_close(batch[item, :size], encoder(x[item : item + 1, :size])[0], atol=1e-5, rtol=0)
+
+
+def test_encoder_matches_a_naive_block(encoder: TransformerEncoder) -> None:
+    """Oracle: attention written out with loops over heads, without rotary positions."""
+    torch.manual_seed(1)
+    plain = TransformerEncoder(dim=24, depth=1, heads=2, dim_head=8, rotary_theta=None).eval()
+    x = torch.randn(1, 5, 24)
+    block = plain.blocks[0]
+    qkv = block.attention.to_qkv(block.attention_norm(x))[0]
+    heads = []
+    for head in range(2):
+        q, k, v = (qkv[:, 16 * part + 8 * head : 16 * part + 8 * head + 8] for part in range(3))
+        heads.append((q @ k.T / 8**0.5).softmax(dim=-1) @ v)
+    y = x + block.attention.to_out(torch.cat(heads, dim=-1))
+    y = y + block.feed_forward(block.feed_forward_norm(y))
+    torch.testing.assert_close(plain(x), plain.norm(y))
+
+
+def test_encoder_sees_both_directions_and_only_relative_positions(encoder: TransformerEncoder) -> None:
+    """A later token reaches an earlier one, and shifting all positions changes nothing."""
+    x = torch.randn(1, 6, 24)
+    changed = x.clone()
+    changed[0, 5] += 1
+    assert not torch.allclose(encoder(x)[0, 0], encoder(changed)[0, 0], atol=1e-4)
+    torch.testing.assert_close(encoder(x), encoder(x, positions=torch.arange(6) + 7), atol=1e-5, rtol=0)
+
+
+def test_encoder_follows_given_positions(encoder: TransformerEncoder) -> None:
+    """Tokens in another order, with their positions in the same order, give the same outputs in that order."""
+    x = torch.randn(2, 6, 24)
+    order = torch.tensor([[3, 1, 0, 5, 4, 2], [5, 4, 3, 2, 1, 0]])
+    shuffled = torch.stack([row[index] for row, index in zip(x, order)])
+    expected = torch.stack([row[index] for row, index in zip(encoder(x), order)])
+    torch.testing.assert_close(encoder(shuffled, positions=order), expected, atol=1e-5, rtol=0)
+
+
+def test_encoder_returns_hidden_states(encoder: TransformerEncoder) -> None:
+    """Layers count blocks done: 0 is the input, the last lacks only the final norm, None is what forward gives."""
+    x = torch.randn(2, 4, 24)
+    last, first, whole = encoder.hidden_states(x, layers=(2, 0, None))
+    assert torch.equal(first, x) and torch.equal(whole, encoder(x))
+    torch.testing.assert_close(encoder.norm(last), encoder(x))
+    with pytest.raises(ValueError, match="layers"):
+        encoder.hidden_states(x, layers=(3,))
+
+
+def test_encoder_computes_no_block_beyond_the_last_layer_asked_for(
+    encoder: TransformerEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first layer of a deep encoder must not cost all of it."""
+    monkeypatch.setattr(encoder.blocks[1], "forward", None)
+    encoder.hidden_states(torch.randn(1, 3, 24), layers=(1, 0))
+
+
+def test_encoder_keeps_no_state_that_nobody_asked_for() -> None:
+    """At inference a deep encoder holds the states asked for, and not those of all its blocks."""
+    encoder = TransformerEncoder(dim=8, depth=6, heads=1, dim_head=8).eval()
+    given: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def note(_: object, arguments: object, output: torch.Tensor) -> None:
+        given.append(weakref.ref(output))
+        alive.append(sum(state() is not None for state in given))
+
+    for block in encoder.blocks:
+        block.register_forward_hook(note)
+    with torch.no_grad():
+        second, _ = encoder.hidden_states(torch.randn(1, 3, 8), layers=(2, None))
+    # the output of a block, what went into it, and the second from when it was there
+    assert max(alive) <= 3 and given[1]() is second
+
+
+def _biased_encoder() -> TransformerEncoder:
+    torch.manual_seed(2)
+    bias = WavePositionBias(heads=2, num_axes=2, num_waves=3)
+    torch.nn.init.normal_(bias.amplitudes)
+    torch.nn.init.normal_(bias.phases)
+    return TransformerEncoder(24, 1, 2, 8, rotary_theta=None, position_bias=bias).eval()
+
+
+def test_position_bias_is_a_sum_of_waves_over_offsets() -> None:
+    """Oracle: the bias of every pair written out by its formula, in float64, and added to plain attention."""
+    encoder = _biased_encoder()
+    bias, block = encoder.position_bias, encoder.blocks[0]
+    x, places = torch.randn(1, 6, 24), torch.cartesian_prod(torch.arange(3), torch.arange(2)).unsqueeze(0)
+    offsets = (places[0].unsqueeze(1) - places[0].unsqueeze(0)).double()
+    qkv = block.attention.to_qkv(block.attention_norm(x))[0]
+    heads = []
+    for head in range(2):
+        waves = zip(bias.amplitudes[head].double(), bias.frequencies[head].double(), bias.phases[head].double())
+        added = sum(amplitude * torch.cos(offsets @ frequency + phase) for amplitude, frequency, phase in waves)
+        q, k, v = (qkv[:, 16 * part + 8 * head : 16 * part + 8 * head + 8] for part in range(3))
+        heads.append((q @ k.T / 8**0.5 + added.float()).softmax(dim=-1) @ v)
+    y = x + block.attention.to_out(torch.cat(heads, dim=-1))
+    y = encoder.norm(y + block.feed_forward(block.feed_forward_norm(y)))
+    torch.testing.assert_close(encoder(x, positions=places), y, atol=1e-5, rtol=1e-5)
+    # and it tells where tokens are: the same tokens elsewhere give something else, all of them moved do not
+    torch.testing.assert_close(encoder(x, positions=places + 5), y, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(encoder(x, positions=places.flip(1) * 3), y, atol=1e-2)
+
+
+def test_position_bias_learns_from_nothing() -> None:
+    """A new bias is none, and its amplitudes get a gradient all the same; under bfloat16 it is nearly the same."""
+    x, places = torch.randn(2, 5, 24), torch.cartesian_prod(torch.arange(5), torch.arange(1)).unsqueeze(0)
+    torch.manual_seed(0)
+    bias = WavePositionBias(heads=2, num_axes=2)
+    encoder = TransformerEncoder(24, 1, 2, 8, position_bias=bias).eval()
+    with_bias = encoder(x, positions=places)
+    encoder.position_bias = None
+    torch.testing.assert_close(with_bias, encoder(x, positions=places), atol=1e-6, rtol=0)
+    with_bias.square().mean(dim=(1, 2))[0].backward()
+    with_bias = _biased_encoder()(x, positions=places)
+    assert bias.amplitudes.grad is not None and bias.amplitudes.grad.abs().max() > 0
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (_biased_encoder()(x, positions=places) - with_bias).abs().max() < 0.1
+    with pytest.raises(ValueError, match="num_waves"):
+        WavePositionBias(heads=2, num_waves=0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_encoder_bfloat16_attention_matches_float32(encoder: TransformerEncoder, masked: bool) -> None:
+    """The faster product that a CPU takes in bfloat16 computes the same attention."""
+    x = torch.randn(2, 40, 24)
+    mask = torch.arange(40) < torch.tensor([[40], [13]]) if masked else torch.ones(2, 40, dtype=torch.bool)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = encoder(x, mask)
+    difference = (half.float() - encoder(x, mask))[mask]
+    assert difference.abs().max() < 0.1
+
+
+def test_encoder_rejects_what_does_not_fit(encoder: TransformerEncoder) -> None:
+    """Errors name what is needed."""
+    with pytest.raises(ValueError, match="24"):
+        encoder(torch.randn(2, 4, 23))
+    with pytest.raises(ValueError, match="bool"):
+        encoder(torch.randn(2, 4, 24), torch.ones(2, 4))
+    for places in (torch.arange(3), torch.zeros(3, 4), torch.zeros(2, 4, 2, 1)):
+        with pytest.raises(ValueError, match="positions"):
+            encoder(torch.randn(2, 4, 24), positions=places)
+    with pytest.raises(ValueError, match=r"\[b or 1, t, 2\]"):
+        _biased_encoder()(torch.randn(2, 4, 24), positions=torch.arange(4))
+    with pytest.raises(ValueError, match="even"):
+        TransformerEncoder(dim=8, depth=1, heads=1, dim_head=7)
+    with pytest.raises(ValueError, match="depth"):
+        TransformerEncoder(dim=8, depth=0, heads=1)

@@ -1,0 +1,205 @@
+"""The stack and the token model: causality, cache, conditions, scores, precision, saving."""
+
+import math
+import socket
+
+import pytest
+import torch
+
+from audiolm_pytorch.conditioning.tensors import Conditioning, Conditions
+from audiolm_pytorch.lm.stages import SemanticTransformer
+from audiolm_pytorch.lm.token_model import TokenTransformer
+from audiolm_pytorch.nn.attention import Slots
+from audiolm_pytorch.nn.transformer import Transformer
+from audiolm_pytorch.saving.modules import load_module, save_module
+from audiolm_pytorch.tokens.layout import TokenLayout
+from audiolm_pytorch.tokens.streams import Stream
+from tests.helpers.fakes import CONDITION, SIZES, random_conditions, tiny_stages
+
+GIVEN, TARGET = Stream("s", 10, 1, 25, given=True), Stream("a", 20, 2, 50, eos=True)
+
+
+def model_of(pattern="delayed", **changes):
+    return TokenTransformer(layout=TokenLayout([GIVEN, TARGET], pattern), **{**SIZES, "cond_dim": 8, **changes}).eval()
+
+
+def batch_of(model, batch=2, frames=6):
+    streams = {"s": torch.randint(0, 10, (batch, frames // 2, 1)), "a": torch.randint(0, 20, (batch, frames, 2))}
+    return model.layout.pack(streams)
+
+
+def test_stack_sees_only_the_past():
+    """Changing a row changes no row before it."""
+    stack = Transformer(dim=32, depth=2, heads=2, dim_head=16)
+    x = torch.randn(1, 8, 32)
+    y = x.clone()
+    y[:, 5:] = torch.randn(1, 3, 32)
+    torch.testing.assert_close(stack(x)[:, :5], stack(y)[:, :5])
+    assert not torch.allclose(stack(x)[:, 5], stack(y)[:, 5])
+
+
+@pytest.mark.parametrize("pattern", ["flat", "delayed"])
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_cached_logits_equal_uncached_ones(pattern, conditioned):
+    """Reading row by row through the cache, items at unequal positions, gives the logits of reading all at once."""
+    model = model_of(pattern)
+    packed = batch_of(model)
+    context = model.context(random_conditions(2) if conditioned else None, 2)
+    whole = model.hidden(packed.ids, packed.input_mask, context)
+    rows, offset = packed.ids.shape[1], context.num_rows
+    cache = model.new_cache(2, offset + rows)
+    # Item 1 starts two rows later than item 0: what prefill wrote too much is overwritten before it is read.
+    starts = [2, 4]
+    first = model.hidden(packed.ids[:, :4], packed.input_mask[:, :4], context, cache, Slots.after([0, 0], offset + 4))
+    torch.testing.assert_close(first, whole[:, :4], atol=1e-5, rtol=1e-5)
+    items = torch.arange(2)
+    while min(starts) < rows:
+        at = torch.tensor(starts).clamp(max=rows - 1)
+        slots = Slots.after((at + offset).tolist(), 1)
+        ids, mask = packed.ids[items, at][:, None], packed.input_mask[items, at][:, None]
+        step = model.hidden(ids, mask, None, cache, slots)
+        for head in range(len(model.layout.heads)):
+            torch.testing.assert_close(
+                model.logits(step[:, 0], head), model.logits(whole[items, at], head), atol=1e-5, rtol=1e-5
+            )
+        starts = [start + 1 for start in starts]
+
+
+def test_untrained_loss_is_chance_and_scores_are_means_over_cells():
+    """ln(V) at the start; the loss equals cross-entropy computed cell by cell; padding adds nothing."""
+    model = model_of()
+    lengths = {"s": torch.tensor([3, 1]), "a": torch.tensor([6, 2])}
+    streams = {"s": torch.randint(0, 10, (2, 3, 1)), "a": torch.randint(0, 20, (2, 6, 2))}
+    packed = model.layout.pack(streams, lengths, torch.tensor([True, False]))
+    found = model(packed)
+    assert abs(found.loss.item() - math.log(20)) < 0.2
+    hidden = model.hidden(packed.ids, packed.input_mask, model.context(None, 2))
+    nats = []
+    for item, row, column in packed.loss_mask.nonzero().tolist():
+        cell = int(packed.ids[item, row, column])
+        head = next(i for i, head in enumerate(model.layout.heads) if cell in head.ids(allow_eos=True))
+        log_probs = model.logits(hidden[item, row - 1], head).log_softmax(-1)
+        nats.append(-log_probs[cell - model.layout.heads[head].first_id].item())
+    assert len(nats) == 12 + 4 + 1
+    assert found.loss.item() == pytest.approx(sum(nats) / len(nats), abs=1e-5)
+    assert set(found.per_stream) == {"a", "a.0", "a.1"} and 0 <= found.accuracy <= 1
+
+
+def test_every_parameter_gets_a_gradient():
+    """Nothing is built that is not trained."""
+    model = model_of(cond_drop_prob=0.5).train()
+    conditioning = random_conditions(8)
+    streams = {"s": torch.arange(10).view(2, 5).repeat(4, 1), "a": torch.randint(0, 20, (8, 10, 2))}
+    model(model.layout.pack(streams, ends=torch.ones(8, dtype=torch.bool)), conditioning).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()] == []
+    assert not model.embedding.weight.grad[-1].any()
+
+
+def test_dropping_the_condition_reaches_the_loss(monkeypatch):
+    """Fault 2: with drop probability 1 the condition must not matter in training, in every stage."""
+
+    def check():
+        for stage in tiny_stages(**CONDITION, cond_drop_prob=1.0).values():
+            stage.train()
+            streams = {s.name: torch.randint(0, 12, (2, 4, s.num_levels)) for s in stage.layout.streams}
+            packed = stage.layout.pack(streams)
+            losses = [stage(packed, random_conditions(2)).loss.item() for _ in range(2)]
+            assert losses[0] == losses[1]
+
+    check()
+    monkeypatch.setattr(Conditioning, "without_items", lambda self, drop: self)
+    with pytest.raises(AssertionError):
+        check()
+
+
+def test_condition_is_dropped_item_by_item_only_in_training():
+    """About p of the items lose theirs in training, none in evaluation; the dropped ones equal the masked ones."""
+    model = model_of(cond_drop_prob=0.5)
+    conditioning = random_conditions(1)
+    packed = batch_of(model, batch=1)
+    packed = type(packed)(*(part.expand(64, -1, -1) for part in vars(packed).values()))
+    seen = []
+    model.context, original = lambda c, b: seen.append(c.codes.mask.any(1)) or original(c, b), model.context
+    model.eval()(packed, conditioning)
+    model.train()(packed, conditioning)
+    assert seen[0].all()
+    assert 12 <= int(seen[1].sum()) <= 52  # a fair coin thrown 64 times fails once in 10^6
+
+
+def test_masked_condition_entries_are_the_null_embedding():
+    """What the mask hides has no influence; an item with nothing left is unconditional."""
+    model = model_of()
+    codes = random_conditions(2).codes
+    hidden = codes.without_trailing(torch.tensor([1, 0]))
+    other = Conditioning(torch.where(hidden.mask[..., None], hidden.embeddings, torch.randn(2, 3, 8)), hidden.mask)
+    torch.testing.assert_close(model.context(Conditions(hidden), 2).prefix, model.context(Conditions(other), 2).prefix)
+    assert torch.equal(model.context(Conditions(hidden), 2).prefix[1], model.null_embedding.expand(3, -1))
+    assert model.context(None, 2).prefix.shape == (2, model.null_tokens, 32)
+
+
+def test_right_padding_changes_nothing():
+    """An item's loss is the same alone and beside a longer one."""
+    model = model_of()
+    streams = {"s": torch.randint(0, 10, (2, 5, 1)), "a": torch.randint(0, 20, (2, 10, 2))}
+    both = model.layout.pack(streams, {"s": torch.tensor([2, 5]), "a": torch.tensor([4, 10])})
+    alone = model.layout.pack({"s": streams["s"][:1, :2], "a": streams["a"][:1, :4]})
+    context = model.context(None, 2)
+    padded = model.hidden(both.ids, both.input_mask, context)[0, : alone.ids.shape[1]]
+    torch.testing.assert_close(
+        padded, model.hidden(alone.ids, alone.input_mask, model.context(None, 1))[0], atol=1e-5, rtol=1e-5
+    )
+
+
+def test_bfloat16_autocast_is_close_and_its_loss_is_float32():
+    """Half the bits in the products, all of them in the loss."""
+    model = model_of().train()
+    packed = batch_of(model, batch=4, frames=20)
+    exact = model(packed).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = model(packed).loss
+    rough.backward()
+    assert rough.dtype == torch.float32
+    assert rough.item() == pytest.approx(exact.item(), rel=0.01)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", ["semantic", "coarse", "fine"])
+def test_saved_stage_is_the_same_model(name, tmp_path):
+    """Config and weights rebuild class, layout and logits."""
+    stage = tiny_stages(**CONDITION, max_seconds=2.5)[name].eval()
+    save_module(stage, tmp_path / name)
+    loaded = load_module(tmp_path / name, expect=type(stage))
+    assert loaded.config == stage.config and loaded.max_seconds == 2.5
+    packed = stage.layout.pack({s.name: torch.randint(0, 12, (1, 4, s.num_levels)) for s in stage.layout.streams})
+    condition = random_conditions(1)
+    assert loaded(packed, condition).loss.item() == stage(packed, condition).loss.item()
+
+
+def test_generic_model_is_saved_with_its_layout(tmp_path):
+    """A model over any layout needs no class of its own."""
+    model = model_of()
+    save_module(model, tmp_path)
+    assert load_module(tmp_path).layout.to_dict() == model.layout.to_dict()
+
+
+def test_construction_touches_no_network(monkeypatch):
+    """Fault 9: a transformer that takes conditions is built without asking a hub for their width."""
+
+    def refuse(*args, **kwargs):
+        raise OSError("network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    assert SemanticTransformer(num_semantic_tokens=5, audio_text_condition=True, **SIZES).cond_dim == SIZES["dim"]
+
+
+def test_model_refuses_conditions_that_do_not_fit():
+    """A condition for a model without one, of another width, or of another batch is an error."""
+    model = model_of()
+    packed = batch_of(model)
+    with pytest.raises(ValueError, match="width"):
+        model(packed, random_conditions(2, dim=9))
+    with pytest.raises(ValueError, match="batch of 2"):
+        model(packed, random_conditions(3))
+    with pytest.raises(ValueError, match="takes no condition"):
+        model_of(cond_dim=None)(packed, random_conditions(2))

@@ -1,0 +1,432 @@
+"""Positions, shared heads, text conditions, forgetful masking, checkpointing, compilation: each against an oracle."""
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+
+from audiolm_pytorch.conditioning.tensors import Conditioning, Conditions
+from audiolm_pytorch.generation.decode_session import Decoding, decode
+from audiolm_pytorch.generation.sampling import SamplingSettings
+from audiolm_pytorch.lm.token_model import TokenTransformer
+from audiolm_pytorch.nn.attention import CausalSelfAttention, Slots, Surroundings, attend
+from audiolm_pytorch.nn.layers import Projection, RelativePositions
+from audiolm_pytorch.nn.transformer import Context, Transformer
+from audiolm_pytorch.tokens.layout import TokenLayout
+from audiolm_pytorch.tokens.streams import Stream
+from tests.helpers.fakes import SIZES
+
+GREEDY = SamplingSettings(temperature=0)
+OPTIONS = [
+    {},
+    {"positions": "relative"},
+    {"kv_heads": 1},
+    {"text_dim": 6},
+    {"text_dim": 6, "text_as": "prefix"},
+    {"cond_dim": 8},
+    {"positions": "relative", "kv_heads": 1, "text_dim": 6, "cond_dim": 8},
+    {"positions": "relative", "text_dim": 6, "text_as": "prefix", "cond_dim": 8},
+]
+
+
+def model_of(pattern: str = "delayed", eos: bool = True, **options: object) -> TokenTransformer:
+    torch.manual_seed(0)
+    layout = TokenLayout([Stream("s", 10, 1, 25, given=True), Stream("a", 20, 2, 50, eos=eos)], pattern)
+    model = TokenTransformer(layout=layout, **{**SIZES, "heads": 4, **options}).eval()
+    for weight in model.heads.parameters():
+        weight.data.mul_(40)  # an untrained model is undecided; this one has opinions
+    if model.transformer.relative is not None:
+        model.transformer.relative.bias.weight.data.mul_(30)
+    return model
+
+
+def conditions_of(model: TokenTransformer, lengths: tuple[int, ...] = (4, 2, 0)) -> Conditions | None:
+    """Codes and texts, as far as the model takes any; texts differ in length, the last item has none."""
+    parts = {}
+    if model.cond_dim is not None:
+        parts["codes"] = Conditioning(torch.randn(len(lengths), 3, model.cond_dim), torch.ones(len(lengths), 3).bool())
+    if model.text_dim is not None:
+        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        parts["text"] = Conditioning(torch.randn(len(lengths), max(lengths), model.text_dim), mask)
+    return Conditions(**parts) if parts else None
+
+
+def given(batch: int) -> dict[str, Tensor]:
+    return {"s": torch.randint(0, 10, (batch, 3, 1), generator=torch.Generator().manual_seed(1))}
+
+
+@pytest.mark.parametrize("pattern", ["flat", "delayed", "parallel"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_cached_logits_equal_teacher_forced_ones(options: dict, pattern: str) -> None:
+    """Done when 1: row by row through the cache, items at unequal positions, gives the logits of one pass to 1e-5."""
+    model = model_of(pattern, **options)
+    packed = model.layout.pack({**given(3), "a": torch.randint(0, 20, (3, 6, 2))})
+    context = model.context(conditions_of(model), 3)
+    whole = model.hidden(packed.ids, packed.input_mask, context)
+    rows, offset = packed.ids.shape[1], context.num_rows
+    cache = model.new_cache(3, offset + rows)
+    ids, mask = packed.ids[:, :4], packed.input_mask[:, :4]
+    with torch.no_grad():
+        model.hidden(ids, mask, context, cache, Slots.after([0, 0, 0], offset + 4))
+        items = torch.arange(3)
+        for step in range(rows - 2):
+            at = torch.tensor([2, 3, 4]).add(step).clamp(max=rows - 1)
+            slots = Slots.after((at + offset).tolist(), 1)
+            here = model.hidden(
+                packed.ids[items, at][:, None], packed.input_mask[items, at][:, None], None, cache, slots
+            )
+            for head in range(len(model.layout.heads)):
+                wanted = model.logits(whole[items, at], head)
+                torch.testing.assert_close(model.logits(here[:, 0], head), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_logits_of_a_row_do_not_depend_on_its_batch(options: dict) -> None:
+    """Alone = beside items with longer texts, to 1e-5: padding of a text is never heard, wherever it stands."""
+    model = model_of(**options)
+    packed = model.layout.pack({**given(3), "a": torch.randint(0, 20, (3, 6, 2))})
+    conditions = conditions_of(model)
+    both = model.hidden(packed.ids, packed.input_mask, model.context(conditions, 3))
+    for item, length in enumerate((4, 2, 0)):
+        one = None if conditions is None else conditions.chosen(torch.tensor([item]))
+        if one is not None and one.text is not None:
+            text = Conditioning(one.text.embeddings[:, : max(length, 1)], one.text.mask[:, : max(length, 1)])
+            one = Conditions(one.codes, text)
+        alone = model.hidden(packed.ids[item : item + 1], packed.input_mask[item : item + 1], model.context(one, 1))
+        torch.testing.assert_close(both[item], alone[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [one for one in OPTIONS if one], ids=str)
+def test_decoding_equals_a_loop_without_cache(options: dict) -> None:
+    """Greedy, guided where there is something to guide by: every row read anew gives the same tokens."""
+    model = model_of(**options)
+    conditions = conditions_of(model, (4, 2))
+    scale = 1.0 if conditions is None else 2.0
+    settings = SamplingSettings(temperature=0, guidance_scale=scale)
+    found = decode(model, given(2), {"a": 5}, conditioning=conditions, settings=settings).streams["a"]
+    canvas = model.layout.canvas(given(2), {"a": 5}, 2)
+    ids, mask = canvas.packed.ids, canvas.packed.input_mask
+    everybody = torch.ones(2, dtype=torch.bool)
+    nothing = None if conditions is None else conditions.without_items(everybody)
+    for row in range(1, ids.shape[1]):
+        for item, column in canvas.packed.loss_mask[:, row].nonzero().tolist():
+            head = int(canvas.head[item, row, column])
+            states = [model.hidden(ids[:, :row], mask[:, :row], model.context(c, 2)) for c in (conditions, nothing)]
+            with_it, without = (model.logits(state[item, -1], head) for state in states)
+            token = (without + scale * (with_it - without))[:20].argmax()
+            ids[item, row, column] = model.layout.heads[head].first_id + token
+    assert torch.equal(found, model.layout.unpack(ids, {"s": 3, "a": 5})["a"])
+
+
+def test_relative_positions_are_t5s() -> None:
+    """transformers' own T5 (decoder, causal) puts every distance into the same bucket and adds the same bias."""
+    attention_class = pytest.importorskip("transformers.models.t5.modeling_t5").T5Attention
+    relative = RelativePositions(heads=3)
+    distances = torch.arange(0, 400)
+    theirs = attention_class._relative_position_bucket(
+        -distances, bidirectional=False, num_buckets=32, max_distance=128
+    )
+    assert torch.equal(relative.buckets(distances), theirs)
+    bias = relative(torch.arange(200)[None], 200)
+    for query, key in ((0, 0), (5, 2), (199, 0), (150, 20)):
+        assert torch.equal(bias[0, :, query, key], relative.bias.weight[theirs[query - key]])
+    assert torch.equal(relative(torch.tensor([[7], [3]]), 8), bias[0, :, [7, 3], :8].transpose(0, 1).unsqueeze(2))
+
+
+def test_grouped_queries_share_keys_and_values() -> None:
+    """Two heads of keys for four of queries: the same as four of which each stands twice."""
+    few, many = CausalSelfAttention(24, 4, 6, kv_heads=2), CausalSelfAttention(24, 4, 6)
+    queries, keys, values = few.to_qkv.weight.data.split((24, 12, 12))
+    twice = [part.view(2, 6, 24).repeat_interleave(2, dim=0).flatten(0, 1) for part in (keys, values)]
+    many.to_qkv.weight.data = torch.cat((queries, *twice))
+    many.to_out.weight.data = few.to_out.weight.data
+    x, around = torch.randn(2, 5, 24), Surroundings(None, None, is_causal=True)
+    torch.testing.assert_close(few(x, around), many(x, around))
+    for count, valid in ((3, False), (0, False), (4, True), (1, True)):
+        if valid:
+            CausalSelfAttention(24, 4, 6, kv_heads=count)
+        else:
+            with pytest.raises(ValueError, match="kv_heads must divide heads"):
+                CausalSelfAttention(24, 4, 6, kv_heads=count)
+
+
+@pytest.mark.parametrize(("shared", "masked"), product([False, True], [None, "bool", "float", "causal"]))
+def test_both_ways_of_attending_agree(shared: bool, masked: str | None) -> None:
+    """The plain product of bfloat16 on a CPU is the fused kernel's attention, with any mask and shared heads."""
+    q, k, v = torch.randn(2, 4, 7, 16), torch.randn(2, 4 - 2 * shared, 7, 16), torch.randn(2, 4 - 2 * shared, 7, 16)
+    bias = {"bool": torch.rand(2, 1, 7, 7) < 0.7, "float": torch.randn(1, 4, 7, 7)}.get(masked or "")
+    if masked == "bool":
+        bias |= torch.eye(7, dtype=torch.bool)
+    half = bias if bias is None or bias.dtype == torch.bool else bias.bfloat16()
+    found = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), half, is_causal=masked == "causal")
+    torch.testing.assert_close(found.float(), attend(q, k, v, bias, masked == "causal"), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("dim_out", [1, 7, 30, 41, 1025])
+@pytest.mark.parametrize("rows", [(1,), (3,), (2, 4), (40,), ()])
+def test_projection_of_few_rows_is_the_product(dim_out: int, rows: tuple[int, ...]) -> None:
+    """Computed in parts or at once, with or without gradients, it is x @ W.T."""
+    projection, x = Projection(12, dim_out), torch.randn(*rows, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(projection(x), x @ projection.weight.T)
+    torch.testing.assert_close(projection(x), x @ projection.weight.T)
+
+
+def test_padding_in_front_is_not_heard_and_spoils_nothing() -> None:
+    """Junk in the padding of a prefix, even NaN in its place in a neighbour, changes no row."""
+    stack = Transformer(**SIZES).eval()
+    x, prefix = torch.randn(2, 5, 32), torch.randn(2, 3, 32)
+    skip = torch.tensor([0, 2])
+    out = stack(x, Context(prefix, skip))
+    prefix[1, :2] = 1e3 * torch.randn(2, 32)
+    torch.testing.assert_close(stack(x, Context(prefix, skip)), out)
+    torch.testing.assert_close(stack(x[1:], Context(prefix[1:, 2:]))[0], out[1], atol=1e-5, rtol=1e-5)
+
+
+def test_forgetful_masking_hides_some_of_the_past_in_training_alone() -> None:
+    """Evaluation is unchanged; training differs, by rows after what was hidden; prefix, start and own row stay."""
+    stack = Transformer(**SIZES, forget_prob=0.9)
+    x, prefix = torch.randn(1, 30, 32), torch.randn(1, 3, 32)
+    plain = Transformer(**SIZES)
+    plain.load_state_dict(stack.state_dict())
+    torch.testing.assert_close(stack.eval()(x, Context(prefix)), plain(x, Context(prefix)))
+    stack.train()
+    hidden = stack._forgotten(torch.zeros(200, 33, 32), num_prefix=3)
+    assert hidden is not None and not hidden[..., :4].any() and not hidden.diagonal(dim1=-2, dim2=-1).any()
+    share = hidden[:, 0, -1, 4:-1].float().mean(dim=-1)
+    assert share.min() < 0.2 and 0.6 < share.max() <= 1 and 0.35 < share.mean() < 0.55  # uniform in 0..0.9
+    torch.testing.assert_close(stack(x, Context(prefix))[:, 0], plain(x, Context(prefix))[:, 0])
+    assert not torch.allclose(stack(x, Context(prefix))[:, -1], plain(x, Context(prefix))[:, -1])
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.3, "forget_prob": 0.3}, {"positions": "relative"}], ids=str)
+def test_checkpointed_blocks_give_the_same_gradients(options: dict) -> None:
+    """Gradient checkpointing computes blocks again with the same random numbers, and keeps less."""
+    grads, saved = [], []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        stack = Transformer(**SIZES, **options, checkpoint_blocks=checkpointed).train()
+        x = torch.randn(2, 20, 32, requires_grad=True)
+        torch.manual_seed(1)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
+            out = stack(x)
+        out.square().sum().backward()
+        grads.append([x.grad, *(parameter.grad for parameter in stack.parameters())])
+        saved.append(sum(kept))
+    for one, other in zip(*grads):
+        torch.testing.assert_close(one, other)
+    assert saved[1] < saved[0] / 3
+
+
+def test_every_option_is_trained_and_saved(tmp_path: Path) -> None:
+    """Nothing is built that gets no gradient; a saved model is the same model."""
+    from audiolm_pytorch.saving.modules import load_module, save_module
+
+    for number, options in enumerate(OPTIONS):
+        model = model_of(**options)
+        packed = model.layout.pack({**given(3), "a": torch.randint(0, 20, (3, 6, 2))}, ends=torch.ones(3).bool())
+        conditions = conditions_of(model)
+        loss = model(packed, conditions).loss
+        loss.backward()
+        if model.cond_dim is not None:  # the null embedding is heard where a condition is missing
+            model(packed, None).loss.backward()
+        missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+        assert not missing, (options, missing)
+        save_module(model, tmp_path / str(number))
+        loaded = load_module(tmp_path / str(number)).eval()
+        assert torch.equal(loaded(packed, conditions).loss, loss)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_where_decoding_pauses_changes_nothing(options: dict) -> None:
+    """Advanced frame by frame or at one go: the same tokens, and every pause shows whole frames alone."""
+    model = model_of(**options)
+    conditions = conditions_of(model)
+    whole = decode(model, given(3), {"a": 6}, conditioning=conditions, seeds=[1, 2, 3]).streams["a"]
+    decoding = Decoding(model, given(3), {"a": 6}, conditioning=conditions, seeds=[1, 2, 3])
+    for frames in range(1, 7):
+        decoding.advance(frames)
+        assert decoding.known_frames.min() >= frames
+        so_far = decoding.decoded()
+        for item, count in enumerate(so_far.lengths["a"].tolist()):
+            assert torch.equal(so_far.streams["a"][item, :count], whole[item, :count])
+    assert decoding.is_done and torch.equal(decoding.decoded().streams["a"], whole)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_refused_with_the_step(bad: float) -> None:
+    """Done when 5: the error names step and item, instead of drawing token 0 for ever."""
+    model = model_of()
+    normal, calls = model.logits, []
+
+    def broken(hidden: Tensor, head: int) -> Tensor:
+        calls.append(head)
+        logits = normal(hidden, head)
+        if len(calls) > 4:
+            logits[1] = bad
+        return logits
+
+    model.logits = broken  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"items \[1\] are not finite.* at step 3 of 7"):
+        decode(model, given(2), {"a": 6}, seeds=[0, 1])
+
+
+def test_a_piece_has_at_least_one_frame() -> None:
+    """A model that would end at once does so after one frame: an empty piece cannot be decoded."""
+    model = model_of()
+    model.heads[0].weight.data.zero_()
+    model.heads[0].weight.data[20] = 0
+    normal = model.logits
+
+    def ending(hidden: Tensor, head: int) -> Tensor:
+        logits = normal(hidden, head)
+        if head == 0:
+            logits[:, 20] = 50
+        return logits
+
+    model.logits = ending  # type: ignore[method-assign]
+    found = decode(model, given(2), {"a": 6}, seeds=[0, 1], allow_eos=True)
+    assert found.lengths["a"].tolist() == [1, 1] and (found.streams["a"] >= 0).all()
+
+
+def test_stack_compiles_without_a_break() -> None:
+    """torch.compile sees a pass as one graph, and decoding as a few however many rows; the numbers stay."""
+    counter = CompileCounter()
+    stack = Transformer(**SIZES).eval()
+    x = torch.randn(2, 30, 32)
+    compiled = torch.compile(stack, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), stack(x))
+        assert counter.frame_count == 1
+        cache = stack.new_cache(2, 30)
+        outs = [compiled(x[:, :6], cache=cache, slots=Slots.after([0, 0], 6))]
+        outs += [compiled(x[:, row : row + 1], cache=cache, slots=Slots.after([row, row], 1)) for row in range(6, 30)]
+    torch.testing.assert_close(torch.cat(outs, dim=1), stack(x), atol=1e-5, rtol=1e-5)
+    assert counter.frame_count <= 5
+
+
+@pytest.mark.parametrize("options", [{"kv_heads": 1}, {"positions": "relative", "checkpoint_blocks": True}], ids=str)
+def test_training_compiles_without_a_break(options: dict) -> None:
+    """One graph forward and one backward, with the gradients of the eager pass."""
+    torch.manual_seed(0)
+    stack = Transformer(**{**SIZES, "depth": 1}, **options).train()
+    compiled = torch.compile(stack, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 12, 32)
+    grads = [torch.autograd.grad(run(x).square().sum(), list(stack.parameters())) for run in (stack, compiled)]
+    for one, other in zip(*grads):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("masked", [None, "items", "heads"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shared_keys_of_one_row_are_attended_as_rows(masked: str | None, dtype: torch.dtype) -> None:
+    """Oracle: the keys repeated for every head, with masks of items (padding) and biases of heads (positions)."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 6, 1, 16), torch.randn(3, 2, 9, 16), torch.randn(3, 2, 9, 16)
+    bias = {"items": torch.rand(3, 1, 1, 9) < 0.7, "heads": torch.randn(1, 6, 1, 9)}.get(masked or "")
+    wanted = attend(q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), bias)
+    half = bias if bias is None or bias.dtype == torch.bool else bias.to(dtype)
+    found = attend(q.to(dtype), k.to(dtype), v.to(dtype), half).float()
+    torch.testing.assert_close(found, wanted, **({} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.05}))
+
+
+@pytest.mark.parametrize("text_as", ["cross", "prefix"])
+def test_nan_in_padding_reaches_no_weight(text_as: str) -> None:
+    """Padding is never heard, nor learned from: a gradient of 0 times NaN would be NaN."""
+    model = model_of(text_dim=6, text_as=text_as, cond_dim=8).train()
+    conditions = conditions_of(model)
+    for part in conditions.parts.values():
+        part.mask[1, 1:] = False
+        part.embeddings[~part.mask] = float("nan")
+    loss = model(model.layout.pack({**given(3), "a": torch.randint(0, 20, (3, 6, 2))}), conditions).loss
+    loss.backward()
+    assert loss.isfinite() and all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("extra", [{}, {"checkpoint_blocks": True, "forget_prob": 0.5}], ids=str)
+def test_bfloat16_autocast_trains_every_option(options: dict, extra: dict) -> None:
+    """Loss and gradients are near those of float32, whatever the mask: no overflow, no NaN of hidden rows."""
+    model = model_of(**options, **extra).train()
+    for weight in model.heads.parameters():
+        weight.data.div_(40)
+    packed = model.layout.pack({**given(3), "a": torch.randint(0, 20, (3, 6, 2))}, {"a": torch.tensor([6, 1, 4])})
+    conditions, results = conditions_of(model), []
+    for is_half in (False, True):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_half):
+            loss = model(packed, conditions).loss
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        results.append([loss.detach()[None], *grads])
+    for exact, near in zip(*results):
+        assert near.isfinite().all() and (near - exact).norm() <= 0.15 * exact.norm() + 1e-3
+
+
+def test_a_cache_hears_the_context_of_its_last_first_call() -> None:
+    """A cache used again for other items has nothing left of the first; without states at all it is an error."""
+    torch.manual_seed(0)
+    stack = Transformer(**SIZES, cross=True).eval()
+    x, states, prefix = torch.randn(2, 4, 32), torch.randn(2, 2, 3, 32), torch.randn(2, 2, 32)
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    used = stack.new_cache(2, 7)
+    with torch.no_grad():
+        for cache in (used, used, stack.new_cache(2, 7)):
+            again = cache is used and bool(cache.crossed)
+            first = Context(prefix, torch.tensor([0, 1]), states[0], mask)
+            context = Context(prefix, None, states[1]) if again or cache is not used else first
+            stack(x[:, :3], context, cache=cache, slots=Slots.after([0, 0], 5))
+            found = stack(x[:, 3:], cache=cache, slots=Slots.after([5, 5], 1))
+            if again:
+                wanted = found
+    assert torch.equal(found, wanted)
+    with pytest.raises(ValueError, match="needs states"):
+        stack(x)
+    with pytest.raises(ValueError, match="needs states"):
+        stack(x, cache=stack.new_cache(2, 4), slots=Slots.after([0, 0], 4))
+
+
+def test_numbers_out_of_range_are_refused() -> None:
+    """Wrong options are errors that name them."""
+    with pytest.raises(ValueError, match="forget_prob"):
+        Transformer(**SIZES, forget_prob=1.0)
+    with pytest.raises(ValueError, match="num_buckets"):
+        RelativePositions(2, num_buckets=1)
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        decode(model_of(), {}, {"a": 6}, batch_size=0)
+    for embeddings, mask in (((1, 0, 6), torch.ones(1, 0).bool()), ((1, 2, 6), torch.ones(1, 2))):
+        with pytest.raises(ValueError, match="with m >= 1 and a mask .* bool"):
+            Conditioning(torch.zeros(embeddings), mask)
+    with pytest.raises(ValueError, match="no condition of text"):
+        model_of().context(Conditions(text=Conditioning(torch.randn(1, 2, 6), torch.ones(1, 2).bool())), 1)
+    with pytest.raises(ValueError, match="text conditions of width 6, got 5"):
+        model_of(text_dim=6).context(Conditions(text=Conditioning(torch.randn(1, 2, 5), torch.ones(1, 2).bool())), 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_gpu_decodes_what_the_cpu_decodes(options: dict) -> None:
+    """Same seeds, same tokens: noise is drawn on the CPU, and what steers the loop stays there."""
+    model = model_of(**options)
+    conditions = conditions_of(model)
+    settings = SamplingSettings(temperature=0.3, guidance_scale=1.0 if conditions is None else 1.5)
+    wanted = decode(
+        model, given(3), {"a": 6}, conditioning=conditions, settings=settings, seeds=[1, 2, 3], allow_eos=True
+    )
+    found = decode(
+        model.cuda(), given(3), {"a": 6}, conditioning=conditions, settings=settings, seeds=[1, 2, 3], allow_eos=True
+    )
+    assert torch.equal(found.streams["a"].cpu(), wanted.streams["a"])
+    assert torch.equal(found.lengths["a"], wanted.lengths["a"])
+
+
+@pytest.mark.gpu
+def test_bad_logits_are_refused_on_a_gpu_too() -> None:
+    """There the loop looks now and then, and remembers the first bad step."""
+    model = model_of().cuda()
+    model.heads[0].weight.data[3] = float("nan")
+    with pytest.raises(ValueError, match="not finite.* at step 1 of 7"):
+        decode(model, given(2), {"a": 6}, seeds=[0, 1])

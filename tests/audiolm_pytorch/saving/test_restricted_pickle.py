@@ -1,0 +1,503 @@
+import codecs
+import collections
+import io
+import os
+import pickle
+import random
+import struct
+import sys
+import time
+import zipfile
+
+import joblib
+import numpy as np
+import pytest
+import torch
+from joblib.numpy_pickle import NumpyArrayWrapper
+
+from audiolm_pytorch.saving import restricted_pickle
+from audiolm_pytorch.saving.pickled_values import PLAIN_CLASSES, ArrayType, NumericArray
+from audiolm_pytorch.saving.restricted_pickle import RestrictedUnpickler, StandIn
+from audiolm_pytorch.saving.torch_checkpoint import read_torch_checkpoint
+from audiolm_pytorch.semantic.pretrained import sklearn_file
+from audiolm_pytorch.semantic.pretrained.fairseq import read_fairseq
+from audiolm_pytorch.semantic.pretrained.sklearn_file import read_kmeans_file
+from tests.helpers.hostile_files import (
+    LIVE,
+    PACK,
+    TRICKS,
+    Call,
+    Reference,
+    TensorOf,
+    TypeWithState,
+    doubled,
+    legacy_checkpoint,
+    named,
+    peak_bytes,
+    pickled,
+    places,
+    protocol4,
+    refusal,
+    text,
+    touch,
+    written,
+    zip_checkpoint,
+)
+from tests.helpers.published_files import (
+    fairseq_classes,
+    hubert_settings,
+    tiny_hubert,
+    write_hubert_checkpoint,
+    write_kmeans,
+)
+
+
+@pytest.mark.parametrize("name", list(LIVE))
+def test_python_would_run_it(name, tmp_path):
+    """The files of the next test are live: Python's unpickler makes the marker."""
+    marker = tmp_path / "marker"
+    try:
+        pickle.loads(LIVE[name](marker))
+    except TypeError:
+        pass  # after the call, what it gave cannot be used
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("name", list(LIVE))
+def test_calls_are_refused_and_nothing_runs(name, tmp_path):
+    """os.system, eval and their kin are refused in every format of both files, and leave no mark."""
+    marker = tmp_path / "marker"
+    for reader, path in places(tmp_path, LIVE[name](marker)):
+        assert "refused" in refusal(reader, path)
+        assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", list(TRICKS))
+def test_tricks_are_refused(name, tmp_path):
+    """Paths through stand-ins, states of live objects, references, extensions: refused in every format."""
+    for reader, path in places(tmp_path, TRICKS[name]):
+        refusal(reader, path)
+    assert not hasattr(collections.OrderedDict, "__code__")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_hostile_object_in_a_whole_checkpoint(tmp_path, legacy):
+    """One call between the settings of a checkpoint that is right otherwise: refused by name, nothing runs."""
+    model, marker = tiny_hubert(num_layers=1), tmp_path / "marker"
+    settings = hubert_settings(model) | {"common": Call(os.system, touch(marker))}
+    path = write_hubert_checkpoint(tmp_path / "a.pt", model, settings=settings, legacy=legacy)
+    assert "system'" in refusal(read_fairseq, path) and not marker.exists()
+    with fairseq_classes():
+        torch.load(path, weights_only=False)
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("compress", [0, "zlib", "gzip", "bz2", "lzma", "xz"])
+def test_hostile_object_in_a_whole_kmeans(tmp_path, compress):
+    """One call, or an array of objects that hides it, in a k-means that is right otherwise: refused, nothing runs."""
+    marker, path = tmp_path / "marker", tmp_path / "k.bin"
+    call = Call(os.system, touch(marker))
+    hidden = np.empty(1, dtype=object)
+    hidden[0] = call
+    for value, words in ((call, "system'"), (hidden, "Python objects")):
+        write_kmeans(path, np.eye(4), compress=compress, init=value)
+        assert words in refusal(read_kmeans_file, path) and not marker.exists()
+        joblib.load(path)
+        assert marker.exists()
+        marker.unlink()
+
+
+def test_object_array_in_a_checkpoint(tmp_path):
+    """An array of objects in a checkpoint, which unpickles again, is refused; so is a record with one."""
+    marker = tmp_path / "marker"
+    hidden = np.empty(1, dtype=object)
+    hidden[0] = Call(os.system, touch(marker))
+    for value in (hidden, np.zeros(2, dtype=[("a", object)]), np.array(["text"]), np.zeros(2, dtype="M8[s]")):
+        for reader, path in places(tmp_path, pickle.dumps({"model": value}, 2)):
+            assert "refused" in refusal(reader, path)
+    assert not marker.exists()
+
+
+def test_types_that_turn_into_others(tmp_path):
+    """A type of numbers whose state says that it is one of records or of odd byte order is refused."""
+    for state in (
+        (3, "<", None, ("a",), {"a": ("f8", 0)}, 8, 8, 0),
+        (3, "<", ("f8", (2,)), None, None, 16, 8, 0),
+        (3, "O", None, None, None, -1, -1, 0),
+    ):
+        for reader, path in places(tmp_path, pickle.dumps({"model": TypeWithState(*state)}, 2)):
+            assert "records" in refusal(reader, path) or path.name == "c.pt"
+
+
+def test_only_functions_of_the_table_are_called():
+    """A class in the table is passed on and never made: what making one does is not the table's to answer for."""
+    file = io.BytesIO(pickle.dumps(Call(collections.Counter, "aab"), 4))
+    with pytest.raises(ValueError, match="calls a type"):
+        RestrictedUnpickler(file, {("collections", "Counter"): collections.Counter}, ()).load()
+
+
+def test_torchscript_archive_is_refused(tmp_path):
+    """A program of torch.jit is not started by being opened as a checkpoint."""
+    path = tmp_path / "a.pt"
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), path)
+    assert "TorchScript" in refusal(read_torch_checkpoint, path)
+
+
+def test_tar_of_old_torch_is_refused(tmp_path):
+    """The archive of torch before 0.4, whose loader writes files, is refused."""
+    path = tmp_path / "a.pt"
+    data = bytearray(1024)
+    data[257:262] = b"ustar"
+    path.write_bytes(data)
+    assert "before 0.4" in refusal(read_torch_checkpoint, path)
+
+
+def test_reading_imports_nothing_that_is_named(tmp_path, monkeypatch):
+    """Packages called fairseq and omegaconf lie in the path and would leave a mark when imported: they are not."""
+    marker = tmp_path / "marker"
+    for package in ("fairseq", "omegaconf"):
+        (tmp_path / "site" / package).mkdir(parents=True)
+        (tmp_path / "site" / package / "__init__.py").write_text(written(marker))
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    read_fairseq(write_hubert_checkpoint(tmp_path / "a.pt", tiny_hubert(num_layers=1), omegaconf=True))
+    assert not marker.exists()
+    __import__("fairseq")
+    assert marker.exists()
+    sys.modules.pop("fairseq")
+
+
+def plain(rng, depth=4):
+    """A random plain object."""
+    kind = rng.randrange(13 if depth else 8)
+    many = range(rng.randrange(4))
+    match kind:
+        case 0:
+            return rng.choice([None, True, False])
+        case 1:
+            return rng.choice([0, -1, 255, 256, 65536, -(2**31), 2**31, 2**70, -(2**70), 3**1000])
+        case 2:
+            return rng.choice([0.0, -1.5, 1e300, float("inf")])
+        case 3:
+            return rng.choice(["", "a", "line\nline", "ü\u2603", "x" * 300])
+        case 4:
+            return rng.choice([b"", b"\x00\xff", b"y" * 300])
+        case 5:
+            return ()
+        case 6:
+            return {rng.randrange(9) for _ in many}
+        case 7:
+            return frozenset(str(rng.randrange(9)) for _ in many)
+        case 8 | 9:
+            return [plain(rng, depth - 1) for _ in range(rng.choice([0, 1, 2, 3, 5]))]
+        case 10:
+            return tuple(plain(rng, depth - 1) for _ in many)
+        case 11:
+            return collections.OrderedDict((str(number), plain(rng, depth - 1)) for number in many)
+        case _:
+            shared = plain(rng, depth - 1)
+            return {"a": shared, 2: [shared, shared], None: 1.5, (1, "x"): 2, b"b": 3}
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_plain_values_are_read_as_python_reads_them(protocol):
+    """Random nested values in every protocol: what Python's own unpickler gives, in one pickle after another."""
+    rng = random.Random(protocol)
+    values = [plain(rng) for _ in range(60)]
+    file = io.BytesIO(b"".join(pickle.dumps(value, protocol) for value in values) + b"rest")
+    for value in values:
+        assert RestrictedUnpickler(file, PLAIN_CLASSES, ()).load() == value
+    assert file.read() == b"rest"
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("dtype", ["f8", "<f4", ">f4", "f2", "i8", ">i2", "u1", "b1", "c16"])
+def test_arrays_are_read_as_python_reads_them(protocol, dtype, rng):
+    """Arrays of numbers in every protocol, order and byte order, and numpy's scalars."""
+    for array in (
+        rng.normal(size=(3, 4)) * 9,
+        np.asfortranarray(rng.normal(size=(2, 3, 4))),
+        np.zeros((0, 3)),
+        np.ones(()),
+    ):
+        array = array.astype(dtype, order="K")
+        got = RestrictedUnpickler(io.BytesIO(pickle.dumps(array, protocol)), PLAIN_CLASSES, ()).load()
+        assert isinstance(got, NumericArray) and got.array.dtype == array.dtype.newbyteorder("=")
+        np.testing.assert_array_equal(got.array, array)
+    scalar = np.dtype(dtype).type(1)
+    assert RestrictedUnpickler(io.BytesIO(pickle.dumps(scalar, protocol)), PLAIN_CLASSES, ()).load() == scalar.item()
+
+
+def test_stand_ins_keep_what_they_are_given():
+    """Arguments, state, slots, items and entries of an object whose class is not here."""
+    made = protocol4(
+        named("fairseq.data", "Outer.Inner")
+        + text("x")
+        + pickle.TUPLE1
+        + b"R"
+        + b"}"
+        + text("a")
+        + b"K\x01"
+        + b"s"
+        + b"}"
+        + text("b")
+        + b"K\x02"
+        + b"s"
+        + pickle.TUPLE2
+        + b"b"
+        + b"K\x05"
+        + b"a"
+        + text("k")
+        + b"K\x06"
+        + b"s"
+    )
+    got = RestrictedUnpickler(io.BytesIO(made), {}, ("fairseq",)).load()
+    assert isinstance(got, StandIn) and got.name == "fairseq.data.Outer.Inner" and got.arguments == ("x",)
+    assert got.fields == {"a": 1, "b": 2} and got.appended == [5] and got.entries == {"k": 6}
+
+
+def test_dense_files_end_soon(tmp_path):
+    """A few bytes that mean 2^40 leaves, or a key whose hash takes as long, are read or refused at once."""
+    model = tiny_hubert(num_layers=1)
+    leaves = ["leaf"]
+    for _ in range(30):
+        leaves = [leaves, leaves]
+    settings = hubert_settings(model)
+    settings["model"]["bomb"] = leaves
+    start = time.perf_counter()
+    assert (
+        read_fairseq(write_hubert_checkpoint(tmp_path / "a.pt", model, settings=settings)).model["encoder_layers"] == 1
+    )
+    for _ in range(40):
+        leaves = [leaves, leaves]
+    settings["model"]["bomb"] = leaves
+    with pytest.raises(ValueError, match="nested too deeply"):
+        read_fairseq(write_hubert_checkpoint(tmp_path / "a.pt", model, settings=settings))
+    for key in (doubled(40), b"(" + 9 * b"N" + b"t", pickle.dumps(2**65, 2)[2:-1]):
+        path = zip_checkpoint(tmp_path / "b.pt", protocol4(b"}" + key + b"Ns"))
+        assert "as a key" in refusal(read_torch_checkpoint, path)
+    assert time.perf_counter() - start < 5
+
+
+def test_keys_of_an_older_file_are_not_written_out(tmp_path):
+    """The keys of storages in the format before torch 1.6 are names: others are not made text of, which may be long."""
+    path = legacy_checkpoint(tmp_path / "a.pt", protocol4(b"N"), protocol4(b"]" + doubled(18) + b"a"))
+    assert peak_bytes(lambda: refusal(read_torch_checkpoint, path)) < 2**19
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        2001 * [None],
+        40 * [Call(set, 60 * [1])],
+        40 * [Call(torch.Size, 60 * [1])],
+        40 * [Call(codecs.encode, 6400 * "x", "latin1")],
+        40 * [Call(np._core.numeric._frombuffer, bytes(6400), np.dtype(">f8"), (800,), "C")],
+    ],
+    ids=["instructions", "set", "size", "text", "array"],
+)
+def test_files_of_many_steps_end(tmp_path, monkeypatch, value):
+    """Instructions are counted, and so is what they copy: one large value may be given again and again."""
+    if isinstance(value[0], Call):  # one argument, many calls
+        value = [Call(*value[0].parts[:1], *value[0].parts[1]) for _ in value]
+    path = zip_checkpoint(tmp_path / "a.pt", pickle.dumps(value, 4))
+    read_torch_checkpoint(path)
+    monkeypatch.setattr(restricted_pickle, "_MOST_STEPS", 2000)
+    assert "2000 steps" in refusal(read_torch_checkpoint, path)
+
+
+def test_arrays_are_not_copied_without_need():
+    """Many arrays of the same bytes take no more memory than one."""
+    data, array = bytes(80), NumericArray()
+    array.take(data, ArrayType("f8"), (5, 2), "F")
+    assert np.shares_memory(array.array, np.frombuffer(data))
+
+
+def test_conjugated_and_negated_views_are_refused(tmp_path):
+    """What torch notes about a tensor beside its numbers would be lost: the numbers would be others."""
+    for name, value in (
+        ("a.pt", torch.randn(3, dtype=torch.complex64).conj()),
+        ("b.pt", torch._neg_view(torch.ones(3))),
+    ):
+        torch.save({"model": value}, tmp_path / name)
+        assert "resolve_conj" in refusal(read_torch_checkpoint, tmp_path / name)
+
+
+@pytest.mark.parametrize("packing", ["zlib", "gzip", "bz2", "xz", "lzma"])
+def test_bombs_are_not_unpacked(tmp_path, monkeypatch, packing):
+    """A small file that unpacks to much is refused before it is in memory."""
+    assert sklearn_file._MOST_BYTES <= 2**28
+    monkeypatch.setattr(sklearn_file, "_MOST_BYTES", 2**21)
+    path = tmp_path / "k.bin"
+    path.write_bytes(PACK[packing](bytes(2**26)))
+    assert peak_bytes(lambda: refusal(read_kmeans_file, path)) < 2**24
+    assert "unpacked" in refusal(read_kmeans_file, path)
+
+
+@pytest.mark.parametrize("shape", [(10**6, 10**6), (2**62, 2**62), (5, 4), (3,), (-1, 3), (2.5, 2), "abc", (1,) * 40])
+def test_arrays_that_are_not_there(tmp_path, shape):
+    """An array that declares more bytes than the file holds, or no shape, is refused without memory for it."""
+    path = tmp_path / "k.bin"
+    wrapper = NumpyArrayWrapper(np.ndarray, shape, "C", np.dtype("f8"))
+    path.write_bytes(pickle.dumps({"centroids": wrapper, "more": 1}, 4))
+    assert "damaged" in refusal(read_kmeans_file, path)
+
+
+def test_tensors_stay_within_the_file(tmp_path):
+    """Sizes, strides and storages that reach beyond what is there are refused; those that fit are read."""
+    data = np.arange(6, dtype="<f4").tobytes()
+
+    def read(*parts):
+        return read_torch_checkpoint(zip_checkpoint(tmp_path / "a.pt", pickled(TensorOf(*parts)), {"0": data}))
+
+    assert torch.equal(read(Reference(6), 1, (2, 2), (1, 2)), torch.tensor([[1.0, 3], [2, 4]]))
+    assert torch.equal(read(Reference(6), 0, (), ()), torch.tensor(0.0))
+    for parts in (
+        (Reference(7), 0, (6,), (1,)),
+        (Reference(5), 0, (5,), (1,)),
+        (Reference(10**15), 0, (6,), (1,)),
+        (Reference(-1), 0, (6,), (1,)),
+        (Reference(True), 0, (1,), (1,)),
+        (Reference(6, "1"), 0, (6,), (1,)),
+        (Reference(6, "../data.pkl"), 0, (6,), (1,)),
+        (Reference(6, 0), 0, (6,), (1,)),
+        (Reference(6, "\x1b[2J\n"), 0, (6,), (1,)),
+        (Reference(6), 0, (1,) * 65, (1,) * 65),
+        (Reference(6, "0", torch.DoubleStorage), 0, (6,), (1,)),
+        (Reference(6, "0", torch.FloatStorage, ("0", 1, 2)), 0, (6,), (1,)),
+        (Reference(6), 0, (7,), (1,)),
+        (Reference(6), 1, (6,), (1,)),
+        (Reference(6), -1, (2,), (1,)),
+        (Reference(6), 0, (2,), (-1,)),
+        (Reference(6), 0, (2, 2), (1,)),
+        (Reference(6), 0, (10**9,), (0,)),
+        (Reference(6), 0, (2**40, 2**40), (2**40, 1)),
+        (Reference(6), 0, ("2",), (1,)),
+        (b"bytes", 0, (1,), (1,)),
+    ):
+        with pytest.raises(ValueError, match="a.pt") as caught:
+            read(*parts)
+        assert str(caught.value).isprintable()
+
+
+def test_references_to_anything_but_storages(tmp_path):
+    """A reference that is not called a storage is refused, even where all else about it is right."""
+    reference = Reference(6)
+    reference.parts = ("module", *reference.parts[1:])
+    path = zip_checkpoint(tmp_path / "a.pt", pickled(reference), {"0": bytes(24)})
+    assert "no storage" in refusal(read_torch_checkpoint, path)
+
+
+def test_storages_that_are_not_in_an_older_file(tmp_path):
+    """The format before torch 1.6 says how large storages are before they come: that is not believed."""
+    path = legacy_checkpoint(tmp_path / "a.pt", pickled(TensorOf(Reference(10**10), 0, (1,), (1,))))
+    assert "more bytes than it has" in refusal(read_torch_checkpoint, path)
+    path = legacy_checkpoint(tmp_path / "a.pt", pickled(TensorOf(Reference(10), 0, (1,), (1,))))
+    assert "not those that it refers to" in refusal(read_torch_checkpoint, path)
+
+
+def test_records_are_as_torch_writes_them(tmp_path):
+    """Packed records, another byte order and archives without a pickle or with two are refused with the reason."""
+    path, value = tmp_path / "a.pt", pickle.dumps({"a": 1}, 2)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", value)
+    assert "not as torch writes it" in refusal(read_torch_checkpoint, path)
+    zip_checkpoint(path, value, extra={"archive/byteorder": "big"})
+    assert "big-endian" in refusal(read_torch_checkpoint, path)
+    zip_checkpoint(path, value, extra={"archive/byteorder": "little"})
+    assert read_torch_checkpoint(path) == {"a": 1}
+    zip_checkpoint(path, value, extra={"other/data.pkl": value})
+    assert "no checkpoint of torch" in refusal(read_torch_checkpoint, path)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_tensors_are_read_as_torch_reads_them(tmp_path, legacy):
+    """Every type, views, shared storages, empty and scalar tensors, parameters: what torch's safe loader gives."""
+    base = torch.arange(24.0).reshape(4, 6)
+    value = collections.OrderedDict(
+        views=[base, base.t(), base[1:, ::2], base[2], base.reshape(2, 12)],
+        small=[torch.tensor(1.5), torch.empty(0), torch.empty(3, 0, 2)],
+        parameter=torch.nn.Parameter(torch.randn(3)),
+        size=torch.Size([1, 2]),
+        numbers={0: 1.5, "text": None, "nested": (1, [True])},
+    )
+    for dtype in (torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.uint8, torch.int16, torch.int32):
+        value[str(dtype)] = (torch.randn(5) * 50).to(dtype)
+    value["others"] = [torch.arange(3), torch.tensor([True, False]), torch.randn(2, dtype=torch.complex64)]
+    value._metadata = {"": {"version": 1}}
+    path = tmp_path / "a.pt"
+    torch.save(value, path, _use_new_zipfile_serialization=not legacy)
+    expected, got = torch.load(path, weights_only=True), read_torch_checkpoint(path)
+    flat, flat_got = (torch.utils._pytree.tree_leaves(dict(tree)) for tree in (expected, got))
+    assert len(flat) == len(flat_got) > 20
+    for one, other in zip(flat, flat_got, strict=True):
+        if isinstance(one, torch.Tensor):
+            assert one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+        else:
+            assert one == other
+    assert got["views"][0].untyped_storage().data_ptr() == got["views"][2].untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", *PACK])
+def test_cut_or_altered_files(tmp_path, kind):
+    """However much of a file is missing, the error is one line; with bytes altered, nothing but that can happen."""
+    whole, path, rng = tmp_path / "whole", tmp_path / "part", random.Random(0)
+    if kind in ("zip", "legacy"):
+        reader = read_torch_checkpoint
+        torch.save(
+            {"model": {"a": torch.randn(20), "b": torch.randn(3, 4)}},
+            whole,
+            _use_new_zipfile_serialization=kind == "zip",
+        )
+    else:
+        reader = read_kmeans_file
+        write_kmeans(whole, np.random.randn(4, 3))
+        whole.write_bytes(PACK[kind](whole.read_bytes()))
+    reader(whole)
+    data = whole.read_bytes()
+    for length in sorted(
+        {0, 1, 2, 3, 5, 10, 40, len(data) // 2, len(data) - 1, *(rng.randrange(len(data)) for _ in range(30))}
+    ):
+        path.write_bytes(data[:length])
+        refusal(reader, path)
+    for _ in range(100):
+        altered = bytearray(data)
+        for _ in range(rng.choice([1, 1, 3])):
+            altered[rng.randrange(len(data))] = rng.randrange(256)
+        path.write_bytes(altered)
+        try:
+            reader(path)
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize("reader", [read_torch_checkpoint, read_fairseq, read_kmeans_file])
+def test_files_of_another_kind(tmp_path, reader):
+    """Missing, a folder, empty, text, a picture, safetensors: one line that says what is needed."""
+    assert "there is no file" in refusal(reader, tmp_path / "missing.pt")
+    assert "cannot be read" in refusal(reader, tmp_path / (256 * "x"))
+    assert "folder" in refusal(reader, tmp_path)
+    for content in (
+        b"",
+        b"hello, this is no checkpoint\n",
+        b"\x89PNG\r\n\x1a\n" + bytes(50),
+        bytes(500),
+        b"{}",
+        b"PK\x03\x04",
+    ):
+        path = tmp_path / "file.pt"
+        path.write_bytes(content)
+        refusal(reader, path)
+    path.write_bytes(struct.pack("<Q", 2) + b"{}")
+    refusal(reader, path)
+
+
+def test_old_formats_of_joblib(tmp_path):
+    """Files of joblib before 0.10 and of lz4 say how to write them again."""
+    path = tmp_path / "k.bin"
+    for content in (
+        b"ZF0x3\x00",
+        b"\x04\x22\x4d\x18\x00",
+        protocol4(named("joblib.numpy_pickle", "NDArrayWrapper") + b")\x81"),
+    ):
+        path.write_bytes(content)
+        assert "joblib.dump" in refusal(read_kmeans_file, path)

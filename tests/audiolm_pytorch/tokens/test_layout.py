@@ -1,0 +1,453 @@
+"""The table of a layout against slow, independent ways of saying the same."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+
+from audiolm_pytorch.lm.stage_transformer import AudioTokens
+from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
+from audiolm_pytorch.saving.modules import load_module, save_module
+from audiolm_pytorch.tokens.layout import TokenLayout
+from audiolm_pytorch.tokens.streams import Stream
+
+PATTERNS = ["flat", "delayed", "parallel"]
+GIVEN = Stream("s", 10, 1, 25, given=True)
+TARGET = Stream("a", 20, 3, 50)
+TEXT = Stream("t", 30, 1, None, given=True)
+CODES = Stream("m", 8, 2, None, given=True)
+# Streams in all the ways they can be put together, and frames of two items of each, whole and cut.
+MIXES = {
+    "plain": ([GIVEN, TARGET], [[3, 6], [2, 4]]),
+    "ends": ([GIVEN, Stream("a", 20, 3, 50, eos=True)], [[3, 6], [1, 1]]),
+    "alone": ([Stream("a", 7, 1, 25, eos=True)], [[5], [0]]),
+    "groups": (
+        [Stream("g", 9, 4, 50, given=True, num_groups=2), Stream("a", 5, 6, 50, num_groups=2)],
+        [[4, 4], [3, 2]],
+    ),
+    "faster given": ([Stream("s", 90, 1, 75, given=True), Stream("a", 20, 2, 50)], [[7, 5], [3, 2]]),
+    "odd rates": ([Stream("s", 9, 2, Fraction(25, 2), given=True), TARGET], [[3, 11], [1, 3]]),
+    "melody": ([GIVEN, Stream("p", 12, 1, Fraction(50, 3), given=True), TARGET], [[3, 2, 6], [1, 1, 2]]),
+    "no time": ([TEXT, GIVEN, TARGET], [[4, 3, 6], [0, 2, 4]]),
+    "no time twice": ([TARGET, CODES, TEXT], [[4, 1, 0], [3, 0, 5]]),
+    "two predicted": ([TEXT, Stream("b", 5, 1, 50), TARGET], [[2, 4, 4], [0, 3, 3]]),
+}
+every_pattern = pytest.mark.parametrize("pattern", PATTERNS)
+every_mix = pytest.mark.parametrize("mix", MIXES)
+
+
+def tokens(batch=2, given=3, frames=6, levels=3):
+    return {"s": torch.randint(0, 10, (batch, given, 1)), "a": torch.randint(0, 20, (batch, frames, levels))}
+
+
+def random_batch(mix):
+    """Layout streams, their tokens for two items, and the lengths of these."""
+    torch.manual_seed(0)
+    streams, counts = MIXES[mix]
+    handed, lengths = {}, {}
+    for index, stream in enumerate(streams):
+        lengths[stream.name] = torch.tensor([count[index] for count in counts])
+        shape = (2, int(lengths[stream.name].max()), stream.num_levels)
+        handed[stream.name] = torch.randint(0, stream.vocab_size, shape)
+    return streams, handed, lengths
+
+
+def naive_ids(streams):
+    """First id of every (stream, level), of ends `(stream, "end")` and of `null`, counted by hand."""
+    found, next_id = {"start": 0}, 1
+    for stream in streams:
+        for level in range(stream.num_levels):
+            found[stream.name, level] = next_id
+            next_id += stream.vocab_size
+            if stream.eos and level == 0:
+                found[stream.name, "end"] = next_id
+                next_id += 1
+    if any(stream.rate_hz is None for stream in streams):
+        found["null"] = next_id
+        next_id += 1
+    return found, next_id
+
+
+def naive_grid(streams, pattern, item, end):
+    """Write one item token by token: `{(row, column): (id, is predicted)}`."""
+    ids, _ = naive_ids(streams)
+    cells, row = {}, 0
+    for stream in streams:
+        if stream.rate_hz is None:
+            flat = [ids[stream.name, q] + t for frame in item[stream.name] for q, t in enumerate(frame)]
+            for token in flat or [ids["null"]]:
+                cells[row, 0] = (token, False)
+                row += 1
+    timed = [stream for stream in streams if stream.rate_hz is not None]
+    given, predicted = [s for s in timed if s.given], [s for s in timed if not s.given]
+    if pattern == "flat":
+        cells[row, 0] = (ids["start"], False)
+        for stream in given + predicted:
+            for frame in item[stream.name]:
+                for level, token in enumerate(frame):
+                    row += 1
+                    cells[row, 0] = (ids[stream.name, level] + token, not stream.given)
+            if stream.eos and end:
+                row += 1
+                cells[row, 0] = (ids[stream.name, "end"], True)
+        return cells
+    column, num_frames = 0, len(item[predicted[0].name])
+    for stream in given:
+        ratio = Fraction(stream.rate_hz) / Fraction(predicted[0].rate_hz)
+        per_row = -(-ratio.numerator // ratio.denominator)  # columns
+        for part in range(per_row):
+            for level in range(stream.num_levels):
+                for frame in range(num_frames):
+                    covering = int((frame + Fraction(part, per_row)) * ratio)
+                    token = item[stream.name][min(covering, len(item[stream.name]) - 1)][level]
+                    cells[row + frame, column] = (ids[stream.name, level] + token, False)
+                column += 1
+    cells[row, column] = (ids["start"], False)
+    for stream in predicted:
+        for level in range(stream.num_levels):
+            later = level // stream.num_groups if pattern == "delayed" else 0
+            for frame, levels in enumerate(item[stream.name]):
+                cells[row + 1 + frame + later, column] = (ids[stream.name, level] + levels[level], True)
+            if stream.eos and end and level == 0:
+                cells[row + 1 + num_frames, column] = (ids[stream.name, "end"], True)
+            column += 1
+    return cells
+
+
+def naive_item(handed, lengths, item):
+    return {name: found[item, : lengths[name][item]].tolist() for name, found in handed.items()}
+
+
+@every_mix
+@every_pattern
+@pytest.mark.parametrize("end", [False, True])
+def test_packing_matches_a_naive_loop(mix, pattern, end):
+    """Every id, every mask, every head, of every pattern, for groups, rates, ends and streams not in time."""
+    streams, handed, lengths = random_batch(mix)
+    layout = TokenLayout(streams, pattern)
+    packed = layout.pack(handed, lengths, torch.tensor([end, False]))
+    assert layout.num_ids == naive_ids(streams)[1] and packed.ids.shape[2] == layout.num_columns
+    for item in range(2):
+        has_end = end and item == 0
+        cells = naive_grid(streams, pattern, naive_item(handed, lengths, item), has_end)
+        found = {
+            (r, c): (int(packed.ids[item, r, c]), bool(packed.loss_mask[item, r, c]))
+            for r, c in packed.input_mask[item].nonzero().tolist()
+        }
+        assert found == cells
+        assert not (packed.loss_mask[item] & ~packed.input_mask[item]).any()
+        counts = {name: int(count[item]) for name, count in lengths.items()}
+        assert layout.rows(counts, has_end) == 1 + max(row for row, _ in cells)
+        heads = layout.head(counts, has_end)
+        assert torch.equal(heads >= 0, packed.loss_mask[item, : len(heads)])
+
+
+@every_mix
+@every_pattern
+def test_unpack_undoes_pack_for_items_of_any_length(mix, pattern):
+    """Right padding and per-item lengths lose nothing; past an item's end stands -1."""
+    streams, handed, lengths = random_batch(mix)
+    layout = TokenLayout(streams, pattern)
+    found = layout.unpack(layout.pack(handed, lengths).ids, lengths, [stream.name for stream in streams])
+    for stream in streams:
+        # Where a row is a frame, what is given in time stands only as far as rows need it.
+        is_partial = pattern != "flat" and stream.given and stream.rate_hz is not None
+        for item, count in enumerate(lengths[stream.name].tolist()):
+            stands = (found[stream.name][item] >= 0).all(-1)
+            assert not stands[count:].any() and (stands[:1] if is_partial else stands)[:count].all()
+            assert torch.equal(found[stream.name][item][stands], handed[stream.name][item, : len(stands)][stands])
+
+
+@every_mix
+@every_pattern
+def test_packing_a_batch_is_packing_each_item_alone(mix, pattern):
+    """A short item has no hole between its streams: it looks as if it were alone, padded on the right."""
+    streams, handed, lengths = random_batch(mix)
+    layout = TokenLayout(streams, pattern)
+    packed = layout.pack(handed, lengths)
+    for item in range(2):
+        alone = layout.pack({name: found[item : item + 1, : lengths[name][item]] for name, found in handed.items()})
+        rows = alone.ids.shape[1]
+        assert torch.equal(packed.input_mask[item, :rows], alone.input_mask[0])
+        assert not packed.input_mask[item, rows:].any() and not packed.loss_mask[item, rows:].any()
+        assert torch.equal(packed.loss_mask[item, :rows], alone.loss_mask[0])
+        assert torch.equal(packed.ids[item, :rows][alone.input_mask[0]], alone.ids[0][alone.input_mask[0]])
+
+
+@every_mix
+@every_pattern
+def test_the_ids_of_every_step_are_legal_and_no_others_of_its_head(mix, pattern):
+    """What stands in a predicted cell is legal there; legal are the tokens of one level, or one end."""
+    streams, handed, lengths = random_batch(mix)
+    layout = TokenLayout(streams, pattern)
+    packed = layout.pack(handed, lengths, torch.tensor([True, False]))
+    first_id, sizes = naive_ids(streams)[0], {stream.name: stream.vocab_size for stream in streams}
+    for item, end in enumerate([True, False]):
+        counts = {name: int(count[item]) for name, count in lengths.items()}
+        for row in range(layout.rows(counts, end)):
+            for column, legal in enumerate(layout.legal(counts, row, ends=end)):
+                assert (legal is None) == (not packed.loss_mask[item, row, column])
+                if legal is not None:
+                    assert packed.ids[item, row, column] in legal
+                    ranges = {key: range(n, n + sizes[key[0]]) for key, n in first_id.items() if key[0] in sizes}
+                    ranges.update({key: range(n, n + 1) for key, n in first_id.items() if key[1] == "end"})
+                    assert legal in ranges.values()
+
+
+@every_pattern
+def test_an_end_is_legal_after_the_first_frame_only_and_only_where_it_may_be(pattern):
+    """A piece has at least one frame; other levels and other streams never end."""
+    layout = TokenLayout([Stream("a", 20, 2, 50, eos=True)], pattern)
+    end = layout.heads[0].first_id + 20
+    rows = [layout.legal({"a": 4}, row, allow_eos=True) for row in range(layout.rows({"a": 4}))]
+    where = [(row, column) for row, legal in enumerate(rows) for column, ids in enumerate(legal) if ids and end in ids]
+    assert where == [(row, 0) for row in ([3, 5, 7] if pattern == "flat" else [2, 3, 4])]
+    assert not any(end in ids for row in range(len(rows)) for ids in layout.legal({"a": 4}, row) if ids)
+    with pytest.raises(ValueError, match="rows 0 to"):
+        layout.legal({"a": 4}, 99)
+
+
+@pytest.mark.parametrize("levels", range(1, 9))
+def test_ids_are_disjoint_and_ends_are_their_own(levels):
+    """No two meanings share an id: start, levels, streams, ends, null (the mistake of offset end ids)."""
+    streams = [TEXT, GIVEN, Stream("a", 20, levels, 25, eos=True), Stream("b", 5, 1, 25, eos=True)]
+    layout = TokenLayout(streams, "flat")
+    first, num_ids = naive_ids(streams)
+    ranges = [set(head.ids(allow_eos=True)) for head in layout.heads] + [{layout.start_id}, {layout.null_id}]
+    assert sum(map(len, ranges)) == len(set().union(*ranges)) == 1 + 21 + 20 * (levels - 1) + 6 + 1
+    assert layout.num_ids == num_ids == 1 + 30 + 10 + 21 + 20 * (levels - 1) + 6 + 1
+    assert layout.null_id == first["null"] and TokenLayout([GIVEN, TARGET]).null_id is None
+
+
+@every_pattern
+def test_dropping_conditions_puts_the_null_token_in_place_and_moves_nothing(pattern):
+    """Guidance and training hear the same nothing: all rows stay, timed streams too, and other items."""
+    streams, handed, lengths = random_batch("no time")
+    handed = {**handed, "t": torch.randint(0, 30, (2, 4, 1))}
+    lengths = {**lengths, "t": torch.tensor([4, 2])}
+    layout = TokenLayout(streams, pattern)
+    packed = layout.pack(handed, lengths)
+    dropped = layout.without_conditions(packed, torch.tensor([False, True]))
+    assert torch.equal(dropped.ids[0], packed.ids[0]) and torch.equal(dropped.input_mask, packed.input_mask)
+    assert torch.equal(dropped.loss_mask, packed.loss_mask)
+    assert (dropped.ids[1, :2, 0] == layout.null_id).all() and torch.equal(dropped.ids[1, 2:], packed.ids[1, 2:])
+    read = layout.unpack(dropped.ids, lengths, ["t", "a"])
+    assert (read["t"][1] == -1).all() and torch.equal(read["t"][0], handed["t"][0])
+    assert torch.equal(read["a"][1, :4], handed["a"][1, :4])
+    empty = layout.pack({**handed, "t": handed["t"][:, :0]}, {name: n for name, n in lengths.items() if name != "t"})
+    assert (empty.ids[:, 0, 0] == layout.null_id).all() and empty.input_mask[:, 0, 0].all()
+    assert torch.equal(layout.without_conditions(empty, torch.tensor([True, True])).ids, empty.ids)
+    plain = TokenLayout([GIVEN, TARGET], pattern)
+    packed = plain.pack(tokens())
+    assert plain.without_conditions(packed, torch.tensor([True, True])) is packed
+    with pytest.raises(ValueError, match="drop must be bool"):
+        layout.without_conditions(dropped, torch.tensor([1]))
+
+
+def test_given_streams_of_other_rates_are_aligned_and_clamped():
+    """Higher rates take several columns; one frame too few repeats the last (HuBERT: 49 frames a second)."""
+    layout = TokenLayout([Stream("s", 90, 1, 50, given=True), Stream("a", 20, 1, 25)], "delayed")
+    packed = layout.pack({"s": torch.arange(7)[None], "a": torch.zeros(1, 4, 1, dtype=torch.long)})
+    assert layout.num_columns == 3
+    assert (packed.ids[0, :4, :2] - 1).tolist() == [[0, 1], [2, 3], [4, 5], [6, 6]]
+
+
+def test_groups_of_a_level_stand_together():
+    """The codes of one residual level do not wait for one another; levels do."""
+    layout = TokenLayout([Stream("a", 5, 6, 50, num_groups=2)], "delayed")
+    packed = layout.pack({"a": torch.zeros(1, 1, 6, dtype=torch.long)})
+    assert packed.loss_mask[0].nonzero().tolist() == [[1, 0], [1, 1], [2, 2], [2, 3], [3, 4], [3, 5]]
+
+
+@every_mix
+@every_pattern
+def test_canvas_marks_what_is_missing_for_each_item(mix, pattern):
+    """Prompts of unequal length: known tokens stand, exactly the rest is to be decoded, level by level."""
+    streams, handed, lengths = random_batch(mix)
+    layout = TokenLayout(streams, pattern)
+    names = [stream.name for stream in layout.predicted]
+    known = {name: torch.stack((lengths[name][0] // 2, lengths[name][1])) for name in names}
+    wanted = {name: torch.stack((lengths[name][0], lengths[name][1] + 2)) for name in names}
+    canvas = layout.canvas(handed, wanted, 2, {**lengths, **known})
+    levels = {stream.name: stream.num_levels for stream in streams}
+    missing = sum((wanted[name] - known[name]) * levels[name] for name in names)
+    assert canvas.packed.loss_mask.sum(dim=(1, 2)).tolist() == missing.tolist()
+    assert torch.equal(canvas.head[canvas.packed.loss_mask] >= 0, torch.ones(int(missing.sum()), dtype=torch.bool))
+    found = layout.unpack(canvas.packed.ids, canvas.num_frames)
+    for name in names:
+        for item in range(2):
+            count = int(known[name][item])
+            assert torch.equal(found[name][item, :count], handed[name][item, :count])
+            where = [layout.heads[h].stream == name for h in canvas.head[item][canvas.packed.loss_mask[item]].tolist()]
+            frames = canvas.frame[item][canvas.packed.loss_mask[item]][torch.tensor(where, dtype=torch.bool)]
+            assert (frames >= count).all() and (frames < wanted[name][item]).all()
+
+
+@every_pattern
+def test_streams_not_in_time_may_be_left_out_where_something_is_decoded(pattern):
+    """Nothing handed in = unconditional: the same canvas as with zero frames of them."""
+    layout = TokenLayout([TEXT, GIVEN, TARGET], pattern)
+    streams = {"s": tokens()["s"]}
+    without = layout.canvas(streams, {"a": 4}, 2)
+    empty = layout.canvas({**streams, "t": torch.zeros(2, 0, 1, dtype=torch.long)}, {"a": 4}, 2)
+    assert torch.equal(without.packed.ids, empty.packed.ids) and int(without.packed.ids[0, 0, 0]) == layout.null_id
+    with pytest.raises(ValueError, match="missing"):
+        layout.pack({**streams, "a": tokens()["a"]})
+
+
+def test_windows_align_with_streams_in_time_alone():
+    """Windows start where a frame of every given stream does; text has no frames to start with."""
+    assert TokenLayout([GIVEN, TARGET, TEXT]).frame_alignment == 2
+    assert TokenLayout([Stream("p", 9, 1, Fraction(50, 3), given=True), GIVEN, TARGET]).frame_alignment == 6
+
+
+@every_mix
+@every_pattern
+def test_layout_survives_a_round_trip_through_json_data(mix, pattern):
+    """Saved models rebuild the very layout they were trained with."""
+    layout = TokenLayout(MIXES[mix][0], pattern)
+    copy = TokenLayout.from_dict(layout.to_dict())
+    assert copy.streams == layout.streams and copy.pattern == layout.pattern and copy.num_ids == layout.num_ids
+
+
+def test_a_layout_from_before_groups_still_loads():
+    """Files of older models say nothing of groups."""
+    old = {"name": "a", "vocab_size": 5, "num_levels": 2, "rate_hz": "50", "given": False, "eos": False}
+    assert TokenLayout.from_dict({"streams": [old], "pattern": "delayed"}).streams == (Stream("a", 5, 2, 50),)
+
+
+def test_layout_refuses_tokens_it_cannot_mean():
+    """Wrong shapes, lengths, names and tokens outside the vocabulary are errors that say where, not silence."""
+    layout = TokenLayout([GIVEN, TARGET], "delayed")
+    streams = tokens()
+    wrong = streams["s"].clone()
+    wrong[1, 2] = 17
+    for changed, match in {
+        r"'s' holds 17 at item 1, frame 2, level 0, outside \[0, 10\)": {"s": wrong},
+        r"holds -1 .* lengths=": {"s": torch.where(wrong == 17, -1, wrong)},
+        r"\[b, f, 3\], got torch.int64 \(2, 6, 2\)": {"a": streams["a"][..., :2]},
+        r"integers \[b, f, 1\], got torch.float32": {"s": streams["s"].float()},
+        r"same number of items .*'s': 1, 'a': 2": {"s": streams["s"][:1]},
+        r"\['b'\] handed in, but the streams are \['s', 'a'\]": {"b": streams["a"]},
+        r"given streams in time need at least one frame, \['s'\] have none": {"s": streams["s"][:, :0]},
+    }.items():
+        with pytest.raises(ValueError, match=changed):
+            layout.pack({**streams, **match})
+    with pytest.raises(ValueError, match=r"tokens of \['s'\] missing"):
+        layout.pack({"a": streams["a"]})
+    for lengths, match in [
+        ({"a": 9}, r"'a' is said to be 9 frames, but there are tokens of 6"),
+        ({"a": torch.tensor([1, 2, 3])}, r"one whole number or 2 of them, 0 or more; got \[1, 2, 3\]"),
+        ({"a": -1}, "got -1"),
+        ({"a": torch.tensor([2.5, 3.0])}, "whole number"),
+        ({"A": 3}, r"\['A'\] handed in"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            layout.pack(streams, lengths)
+    with pytest.raises(ValueError, match="ends must be"):
+        layout.pack(streams, ends=torch.tensor([True]))
+    with pytest.raises(ValueError, match=r"prompt of 'a' has \[6, 6\] frames, longer than .* \[4, 4\]"):
+        layout.canvas(streams, {"a": 4}, 2)
+    with pytest.raises(ValueError, match="need 3 number of items"):
+        layout.canvas(streams, {"a": 9}, 3)
+    packed = layout.pack(streams)
+    with pytest.raises(ValueError, match=r"stand in \[b, 12, 4\] ids, got \(2, 9, 4\)"):
+        layout.unpack(packed.ids, {"s": 3, "a": 9})
+    with pytest.raises(ValueError, match="no stream"):
+        layout.unpack(packed.ids, {"s": 3, "a": 6}, ["x"])
+    with pytest.raises(ValueError, match="as many frames of each predicted stream"):
+        TokenLayout([Stream("b", 5), Stream("c", 5)], "parallel").rows({"b": 2, "c": 3})
+
+
+def test_layout_refuses_streams_it_cannot_arrange():
+    """Impossible layouts name the stream, what was given and what is needed."""
+    with pytest.raises(ValueError, match="unknown pattern 'spiral', known are"):
+        TokenLayout([TARGET], "spiral")
+    with pytest.raises(ValueError, match="predicted"):
+        TokenLayout([GIVEN])
+    with pytest.raises(ValueError, match="must differ"):
+        TokenLayout([TARGET, TARGET])
+    for pattern in ("delayed", "parallel"):
+        with pytest.raises(ValueError, match=f"{pattern} pattern .* one rate_hz, got .*'b': '25'"):
+            TokenLayout([TARGET, Stream("b", 5, 1, 25)], pattern)
+    for wrong, match in [
+        ({"vocab_size": 0}, "'x' needs positive vocab_size"),
+        ({"num_levels": 0}, "'x' needs positive num_levels"),
+        ({"rate_hz": -25}, "'x' needs positive rate_hz"),
+        ({"num_levels": 5, "num_groups": 2}, "5 levels, which are no whole number of 2 groups"),
+        ({"given": True, "eos": True}, "cannot end by itself"),
+        ({"rate_hz": None}, "needs a rate_hz"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            Stream(**{"name": "x", "vocab_size": 5, **wrong})
+
+
+# the stages as declarations
+
+SIZES = {"dim": 16, "depth": 1, "heads": 1, "dim_head": 16, "ff_mult": 1.0}
+MELODY = Stream("melody", 12, 1, 25, given=True)
+WORDS = Stream("words", 30, 1, None, given=True)
+
+
+def stages(**options):
+    """The three stages of a codec of two groups."""
+    groups = {"num_groups": 2, **options}
+    return {
+        "semantic": SemanticTransformer(num_semantic_tokens=12, **options, **SIZES),
+        "coarse": CoarseTransformer(
+            num_semantic_tokens=12, codebook_size=16, num_coarse_quantizers=4, **groups, **SIZES
+        ),
+        "fine": FineTransformer(num_coarse_quantizers=4, num_fine_quantizers=2, codebook_size=16, **groups, **SIZES),
+    }
+
+
+@every_pattern
+@pytest.mark.parametrize("name", ["semantic", "coarse", "fine"])
+def test_stages_take_any_pattern_groups_and_further_streams(name, pattern, tmp_path):
+    """A stage finds its tokens by kind and level, extra ones by name, and comes back from disk as it was."""
+    torch.manual_seed(0)
+    model = stages(pattern=pattern, extra_streams=[WORDS, MELODY])[name]
+    found = {
+        "semantic": torch.randint(0, 12, (2, 3)),
+        "acoustic": torch.randint(0, 16, (2, 6, 6)),
+        "words": torch.randint(0, 30, (2, 5)),
+        "melody": torch.randint(0, 12, (2, 3)),
+    }
+    frames = {"semantic": [3, 2], "acoustic": [6, 4], "words": [5, 0], "melody": [3, 2]}
+    used = {kind: found[kind] for kind in model.kinds}
+    lengths = {kind: torch.tensor(frames[kind]) for kind in model.kinds}
+    packed = model.packed(AudioTokens(used, lengths))
+    names = [stream.name for stream in model.layout.streams]
+    own_lengths = {name: lengths[model.sources[name].kind] for name in names}
+    read = model.layout.unpack(packed.ids, own_lengths, names)
+    levels = {"coarse": slice(0, 4), "fine": slice(4, 6)}
+    for stream in names:
+        right = found["acoustic"][..., levels[stream]] if stream in levels else found[stream].unsqueeze(-1)
+        for item in range(2):
+            stands = read[stream][item] >= 0
+            assert torch.equal(read[stream][item][stands], right[item, : len(stands)][stands])
+            assert stream in levels or stream == "words" or stands.any()
+    assert read["words"][0].flatten().tolist() == found["words"][0].tolist() and (read["words"][1] == -1).all()
+    assert model(packed).loss.isfinite()
+    save_module(model, tmp_path / "stage")
+    again = load_module(tmp_path / "stage")
+    assert again.config == model.config and again.layout.to_dict() == model.layout.to_dict()
+    assert {s.num_groups for s in again.layout.streams if s.name in levels} in (set(), {2})
+
+
+def test_stages_refuse_extra_streams_that_are_something_else():
+    """A predicted extra stream, or one that would shadow the stage's own tokens, is no extra stream."""
+    for wrong, match in [
+        (Stream("melody", 12, 1, 25), "set given=True"),
+        (Stream("acoustic", 12, 1, 25, given=True), "would be taken for the acoustic tokens"),
+        (Stream("coarse", 12, 1, 25, given=True), "must differ"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            stages(extra_streams=[wrong])["coarse"]
+    with pytest.raises(ValueError, match="no whole number of 3 groups"):
+        FineTransformer(num_coarse_quantizers=4, num_fine_quantizers=2, codebook_size=16, num_groups=3, **SIZES)
+    with pytest.raises(ValueError, match="lengths of"):
+        AudioTokens({"semantic": torch.zeros(1, 2)}, {"acoustic": torch.tensor([1])})
+    model = stages(extra_streams=[WORDS])["semantic"]
+    with pytest.raises(ValueError, match="needs words tokens"):
+        model.packed(AudioTokens({"semantic": torch.zeros(1, 2, dtype=torch.long)}, {}))

@@ -1,0 +1,51 @@
+"""An AudioLM of fakes and untrained but opinionated stages."""
+
+import torch
+
+from audiolm_pytorch.audiolm import AudioLM
+from audiolm_pytorch.codecs import SoundStream, SpectralSoundStream
+from tests.helpers.fakes import (
+    CONDITION,
+    SAMPLE_HZ,
+    FakeCodec,
+    FakeConditioner,
+    FakeSemanticTokenizer,
+    FakeTextConditioner,
+    tiny_stages,
+)
+
+
+def audiolm_of(conditioned=False, hears_text=False, lost_frames=0, codec=None, ends=False, **changes):
+    """An AudioLM; with `ends`, about every twentieth semantic token is the last of a piece."""
+    changes = {**(CONDITION if conditioned else {}), **({"text_dim": 6} if hears_text else {}), **changes}
+    stages = tiny_stages(**changes)
+    for stage in stages.values():
+        for weight in stage.heads.parameters():
+            weight.data.mul_(40)
+    if ends:
+        stages["semantic"].heads[0].weight.data.zero_()
+    return AudioLM(
+        wav2vec=FakeSemanticTokenizer(lost_frames),
+        codec=FakeCodec() if codec is None else codec,
+        **{f"{name}_transformer": stage for name, stage in stages.items()},
+        audio_conditioner=FakeConditioner() if conditioned else None,
+        text_conditioner=FakeTextConditioner() if hears_text else None,
+    )
+
+
+def streaming_codec(kind="causal", audio_channels=1):
+    """A tiny real codec of the sizes of `FakeCodec`; a spectral one looks ahead, a causal one does not."""
+    torch.manual_seed(5)
+    sizes = {
+        "target_sample_hz": SAMPLE_HZ,
+        "codebook_size": 16,
+        "rq_num_quantizers": 4,
+        "audio_channels": audio_channels,
+    }
+    if kind == "spectral":
+        codec = SpectralSoundStream(dim=16, encoder_depth=1, decoder_depth=2, hop_samples=16, code_dim=4, **sizes)
+    else:
+        codec = SoundStream(codebook_dim=16, channels=4, strides=(4, 4), **sizes)
+    for parameter in codec.decoder.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))  # so that every part of it is heard
+    return codec.eval()

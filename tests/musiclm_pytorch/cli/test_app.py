@@ -1,0 +1,367 @@
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+
+from musiclm_pytorch.cli import app as cli
+from musiclm_pytorch.evaluation.plots import plot_wave
+from tests.helpers.micro import write_clips
+
+SHORT = ("--seconds", "0.5", "--num-samples", "2")
+
+
+def listing(folder: Path) -> set[str]:
+    """Everything below a folder."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def model(micro_run):
+    """A finished model; read only."""
+    return micro_run / "model"
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Every attempt to open a socket fails."""
+
+    def refuse(*arguments, **named):
+        raise OSError("a socket was opened")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def test_generate_writes_music_without_network(musiclm_command, model, tmp_path, capsys, offline):
+    """A sentence becomes a file in a folder that did not exist, with every candidate's similarity and a picture."""
+    out, plot = tmp_path / "new" / "folder" / "jig.wav", tmp_path / "pictures" / "jig.png"
+    words = ("generate", "a low tone", "--model", model, "--seconds", "0.7", "--out", out, "--plot", plot)
+    assert musiclm_command(*words, "--num-samples", 3, "--seed", 4) == 0
+    wave, sample_hz = soundfile.read(out)
+    assert sample_hz == 16000 and len(wave) == 0.7 * 16000
+    assert 1e-3 < abs(wave).max() < 0.999
+    said = capsys.readouterr().out
+    scores = {int(seed): float(score) for seed, score in re.findall(r"seed (\d) +similarity (-?\d\.\d+)", said)}
+    assert list(scores) == [4, 5, 6]
+    kept = int(re.search(r"seed (\d).*<- kept", said).group(1))
+    assert scores[kept] == max(scores.values())
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_generate_goes_on_from_a_file(musiclm_command, model, tmp_path, capsys):
+    """A file of another rate is gone on from: its length is counted in, and it decides what comes."""
+    noise = torch.rand(4000, generator=torch.Generator().manual_seed(0)).numpy() - 0.5
+    waves = {}
+    for name, level in {"loud": 1.0, "soft": 0.01}.items():
+        soundfile.write(tmp_path / f"{name}.wav", level * noise, 8000)
+        words = ("generate", "a tone", "--model", model, "--seconds", "0.8", "--num-samples", 1)
+        goes_on = ("--continue-from", tmp_path / f"{name}.wav", "--out", tmp_path / f"{name}_on.wav")
+        assert musiclm_command(*words, *goes_on) == 0
+        waves[name], sample_hz = soundfile.read(tmp_path / f"{name}_on.wav")
+        assert len(waves[name]) == 0.8 * sample_hz
+    assert abs(waves["loud"] - waves["soft"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg"])
+def test_the_seed_decides_the_music(musiclm_command, model, tmp_path, suffix):
+    """The same command gives the same samples, another seed others, in every format."""
+    for name, seed in {"a": 1, "b": 1, "c": 8}.items():
+        out = tmp_path / f"{name}.{suffix}"
+        assert musiclm_command("generate", "a tone", "--model", model, *SHORT, "--seed", seed, "--out", out) == 0
+    a, b, c = (soundfile.read(tmp_path / f"{name}.{suffix}")[0] for name in "abc")
+    assert (a == b).all() and (a != c).any()
+
+
+def test_long_and_foreign_texts_are_played(musiclm_command, model, tmp_path, caplog):
+    """10,000 characters are cut with a warning, and no script is unknown."""
+    out = tmp_path / "a.wav"
+    assert musiclm_command("generate", "a tone, " * 1250, "--model", model, *SHORT, "--out", out) == 0
+    assert "truncated" in caplog.text and out.is_file()
+    assert musiclm_command("generate", "une gigue à la flûte 笛子 🎶\n\0", "--model", model, *SHORT, "--out", out) == 0
+
+
+def test_any_text_is_a_title(tmp_path):
+    """Formula signs, line breaks and broken shell input over a picture are plain text."""
+    for number, text in enumerate(("costs $\\q$ and $x", "two\nlines", "\ud800 broken", "long " * 500)):
+        plot_wave(torch.randn(1600) * 0.1, 16000, tmp_path / f"{number}.png", title=text)
+        assert (tmp_path / f"{number}.png").stat().st_size > 1000
+
+
+def test_train_reports_every_stage_and_continues(musiclm_command, micro_data, micro_run, tmp_path, capsys):
+    """`train STAGE`, then `train all`: one line a stage with its wall time, nothing done twice, nothing on stderr."""
+    shutil.copytree(micro_run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "fine")
+    shutil.rmtree(tmp_path / "run" / "model")
+    words = ("--preset", "micro", "--data", micro_data, "--out", tmp_path / "run")
+    assert musiclm_command("train", "fine", *words) == 0
+    first = capsys.readouterr()
+    assert re.search(r"^tokens .* done before\nfine +\d+\.\d s .*accuracy .*\ntotal ", first.out)
+    assert "model in" in first.out
+    assert musiclm_command("train", "all", *words) == 0
+    second = capsys.readouterr()
+    assert second.out.count("done before") == 8
+    assert first.err == second.err == ""
+
+
+def test_scaled_training(musiclm_command, micro_data, tmp_path, capsys):
+    """--scale shortens a run, and a folder belongs to one scale."""
+    words = ("train", "codec", "--preset", "micro", "--data", micro_data, "--out", tmp_path / "run")
+    assert musiclm_command(*words, "--scale", "0.05") == 0
+    assert '"step": 10' in (tmp_path / "run" / "codec" / "finished.json").read_text()
+    assert musiclm_command(*words) == 2
+    assert "num_train_steps: 10 there, 12 here" in capsys.readouterr().err
+
+
+def test_stages_are_announced_on_a_terminal_only(monkeypatch, capsys):
+    """Somebody who watches sees what is going on; a log file does not fill with it."""
+    cli._announce("codec")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    cli._announce("codec")
+    assert capsys.readouterr().err == "codec ...\n"
+
+
+def test_train_around_bundled_parts(musiclm_command, micro_data, tmp_path, capsys, offline):
+    """Finished parts by their bundled names: nothing of them is trained, and the same words are needed again."""
+    words = ("train", "tokens", "--preset", "micro", "--data", micro_data, "--out", tmp_path / "run")
+    given = ("--codec", "16khz", "--semantic-tokenizer", "16khz", "--mulan", "tiny", "--offline")
+    assert musiclm_command(*words, *given, "--dry-run") == 0
+    assert "tokens" in capsys.readouterr().out and listing(tmp_path) == set()
+    assert musiclm_command(*words, *given) == 0
+    said = capsys.readouterr().out
+    for stage, kind in (("semantic-tokenizer", "KMeansTokenizer"), ("codec", "SoundStream"), ("mulan", "MuLaN")):
+        assert re.search(rf"^{stage} .*given: {kind}$", said, flags=re.MULTILINE)
+    from audiolm_pytorch.data.shards import TokenShards
+    from musiclm_pytorch.pretrained.bundled import codec_named
+
+    assert TokenShards(tmp_path / "run" / "tokens" / "train").fingerprint["codec"] == codec_named("16khz").fingerprint
+    assert musiclm_command(*words) == 2
+    assert re.fullmatch(
+        r"musiclm: .*holds another run \(given.codec: \w+ there, none here.*\n", capsys.readouterr().err
+    )
+
+
+def test_dry_run_measures_and_writes_nothing(musiclm_command, micro_data, tmp_path, capsys):
+    """Parameters, tokens, disk and time of every stage, before an hour is spent."""
+    before = listing(micro_data)
+    words = ("train", "all", "--preset", "micro", "--data", micro_data, "--out", tmp_path / "run", "--dry-run")
+    assert musiclm_command(*words) == 0
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert list(rows)[1:9] == [
+        "codec",
+        "semantic-tokenizer",
+        "mulan",
+        "quantizer",
+        "tokens",
+        "semantic",
+        "coarse",
+        "fine",
+    ]
+    # 12 steps of 4 crops of half a second, at 50 frames a second and 3 levels
+    assert "3,600" in rows["codec"] and re.search(r"\d+ s$|\d\.\d s$", rows["codec"])
+    assert "total" in rows
+    assert listing(tmp_path) == set() and listing(micro_data) == before
+
+
+def test_dry_run_knows_what_is_done(musiclm_command, micro_data, micro_run, capsys):
+    """The time of a run that stands half way is that of the rest."""
+    before = listing(micro_run)
+    words = ("train", "all", "--preset", "micro", "--data", micro_data, "--out", micro_run, "--dry-run")
+    assert musiclm_command(*words) == 0
+    assert capsys.readouterr().out.count("  done\n") == 8
+    assert listing(micro_run) == before
+
+
+def test_estimated_parameters_are_those_of_the_stages(micro_data, micro_run, tmp_path):
+    """The table of a dry run speaks of the very modules that are trained and shipped."""
+    from musiclm_pytorch.pipeline.estimate import estimate_stages
+    from musiclm_pytorch.pipeline.pipeline import Pipeline
+    from musiclm_pytorch.pretrained.model_folder import load_musiclm
+    from tests.helpers.micro import MICRO
+
+    found = {one.stage: one for one in estimate_stages(Pipeline(MICRO, data=micro_data, out=tmp_path / "run"))}
+    audio_lm = load_musiclm(micro_run).audio_lm
+    count = {name: sum(p.numel() for p in part.parameters()) for name, part in (("codec", audio_lm.codec),)}
+    assert found["codec"].num_parameters == count["codec"]
+    shipped = sum(one.shipped_bytes for one in found.values())
+    files = sum(file.stat().st_size for file in (micro_run / "model").rglob("*.safetensors"))
+    assert 0.9 < shipped / files < 1.05
+
+
+def test_export(musiclm_command, micro_run, tmp_path, capsys):
+    """The model of a run, alone in a folder."""
+    # nothing of it comes with the package, so nothing can be shared
+    assert musiclm_command("export", "--run", micro_run, "--out", tmp_path / "shipped", "--share-bundled") == 0
+    assert re.search(r"wrote .*shipped, 0\.\d MB", capsys.readouterr().out)
+    assert musiclm_command("generate", "x", "--model", tmp_path / "shipped", *SHORT, "--out", tmp_path / "x.wav") == 0
+
+
+def test_corpus(musiclm_command, tmp_path, capsys):
+    """The recipe in one command."""
+    if not (shutil.which("fluidsynth") and list(Path("/usr/share").glob("s*/sf2/FluidR3_GM.sf2"))):
+        pytest.skip("fluidsynth and its soundfont are not installed")
+    words = ("corpus", "--out", tmp_path / "corpus", "--num-train", 1, "--num-valid", 1)
+    assert musiclm_command(*words) == 0
+    assert "1 training and 1 held-out" in capsys.readouterr().out
+    assert {"train.jsonl", "valid.jsonl"} <= listing(tmp_path / "corpus")
+
+
+# Each with words of the message: what is wrong, and the mend. DATA, BARE, EMPTY, JUNK, MODEL, RUN and TMP are folders.
+BAD_INPUT = {
+    "no command": ("", "Expected one of .*generate.*train"),
+    "unknown command": ("sing", "sing.*Available subcommands: generate, train"),
+    "missing text": ("generate", "TEXT.*--help"),
+    "unknown option": ("generate x --secnds 3", "--secnds.*perhaps --seconds"),
+    "no number": ("generate x --seconds abc", "--seconds.*'abc'"),
+    "missing options": ("train all", "--data PATH, --out PATH"),
+    "no data folder": ("train all --data TMP/none --out TMP/out", "TMP/none: no such folder"),
+    "empty data folder": ("train all --data EMPTY --out TMP/out", "EMPTY: holds no .wav"),
+    "nothing readable": ("train codec --data JUNK --out TMP/out", "JUNK: none of 1 audio files can be used.*noise.wav"),
+    "no captions": ("train mulan --data BARE --out TMP/out", "BARE has no captions.*give a train.jsonl"),
+    "no captions, all": ("train all --data BARE --out TMP/out", "BARE has no captions.*give a train.jsonl"),
+    "no captions, dry": ("train mulan --data BARE --out TMP/out --dry-run", "BARE has no captions"),
+    "unknown preset": ("train all --preset tinny --data DATA --out TMP/out", "'tinny'; choose one of: tiny, small"),
+    "unknown stage": ("train codek --data DATA --out TMP/out", "'codek'; choose all or one of: codec"),
+    "scale": ("train all --scale nan --data DATA --out TMP/out", "scale must be positive, got nan"),
+    "negative seed": ("train all --seed -1 --data DATA --out TMP/out", "seed must not be negative, got -1"),
+    "no codec": ("train all --data DATA --out TMP/out --codec tinny", "tinny.*bundled codecs: 16khz"),
+    "codec elsewhere": ("train all --data DATA --out TMP/out --codec a/b --offline", "a/b.*; bundled codecs: 16khz"),
+    "no tokenizer": (
+        "train all --data DATA --out TMP/out --semantic-tokenizer EMPTY",
+        "EMPTY.*bundled tokenizers: 16k",
+    ),
+    "codec as tokens": (
+        "train all --data DATA --out TMP/out --semantic-tokenizer MODEL/codec",
+        "a SemanticTokenizer is needed for semantic-tokenizer, got a SoundStream",
+    ),
+    "no mulan": ("train all --data DATA --out TMP/out --mulan EMPTY", "EMPTY holds no MuLaN.*bundled models: tiny"),
+    "few levels": (
+        "train all --preset small --data DATA --out TMP/out --codec MODEL/codec",
+        r"the preset small models 8 levels of codes, and the codec has \d; give a codec with more",
+    ),
+    "given, another run": ("train all --preset micro --data DATA --out RUN --codec MODEL/codec", "given.codec: none"),
+    "missing stage": ("train fine --data DATA --out TMP/out", "first: musiclm train semantic-tokenizer"),
+    "out is a file": ("train codec --data DATA --out DATA/00.wav", "00.wav is a file"),
+    "out in a file": ("train codec --preset micro --data DATA --out DATA/00.wav/run", "00.wav is a file"),
+    "another run": ("train all --data DATA --out RUN", "RUN holds another run.*another --out"),
+    "no model": ("generate x --model nobody --out TMP/x.wav", "no model 'nobody': give the folder"),
+    "run without model": ("generate x --model EMPTY --out TMP/x.wav", "EMPTY holds no whole model.*musiclm train all"),
+    "model in part": ("generate x --model MODEL --out TMP/x.wav", "MODEL lacks coarse/model.safetensors; copy"),
+    "empty text": ("generate | --out TMP/x.wav", "text is empty; say what to play"),
+    "negative seconds": ("generate x --seconds -1 --out TMP/x.wav", "--seconds must be above 0 .*-1"),
+    "seconds nan": ("generate x --seconds nan --out TMP/x.wav", "--seconds must be above 0 .*nan"),
+    "seconds inf": ("generate x --seconds inf --out TMP/x.wav", "--seconds must be above 0 and at most 3600, got inf"),
+    "no samples": ("generate x --num-samples 0 --out TMP/x.wav", "--num-samples must be at least 1, got 0"),
+    "seed below 0": ("generate x --seed -3 --out TMP/x.wav", "--seed must not be negative"),
+    "nothing to go on from": (
+        "generate x --model RUN/model --continue-from TMP/none.wav --out TMP/x.wav",
+        "TMP/none.wav",
+    ),
+    "no sound to go on from": (
+        "generate x --model RUN/model --continue-from JUNK/noise.wav --out TMP/x.wav",
+        "noise.wav",
+    ),
+    "longer than wanted": (
+        "generate x --model RUN/model --seconds 0.1 --continue-from DATA/00.wav --out TMP/x.wav",
+        "longer than",
+    ),
+    "unknown suffix": ("generate x --out TMP/new/x.xyz", "cannot write TMP/new/x.xyz: name a file that ends in .wav"),
+    "no suffix": ("generate x --out TMP/new", "cannot write TMP/new: name a file that ends in .wav"),
+    "wave in a file": ("generate x --out DATA/00.wav/x.wav", "00.wav is a file"),
+    "wave is a folder": ("generate x --out TMP/folder.wav", "folder.wav: it is a folder"),
+    "plot suffix": ("generate x --out TMP/new/x.wav --plot TMP/new/x.xyz", "x.xyz: name a file that ends in .png"),
+    "export of nothing": ("export --run EMPTY --out TMP/out", "EMPTY holds no whole model"),
+    "export over data": ("export --run RUN --out DATA", "DATA holds something else than a model"),
+    "empty corpus": ("corpus --out TMP/out --num-train 0", "num_train"),
+}
+
+
+@pytest.fixture
+def places(micro_run, micro_data, tmp_path):
+    """Folders that bad input speaks of."""
+    found = {name: tmp_path / name.lower() for name in ("EMPTY", "JUNK", "MODEL", "TMP")}
+    for name in ("EMPTY", "JUNK", "TMP"):
+        found[name].mkdir()
+    (found["JUNK"] / "noise.wav").write_bytes(b"\x00" * 50)
+    (found["TMP"] / "folder.wav").mkdir()
+    shutil.copytree(micro_run / "model", found["MODEL"])
+    (found["MODEL"] / "coarse" / "model.safetensors").unlink()
+    found["BARE"] = write_clips(tmp_path / "bare", 3, captions=False)
+    return {**found, "DATA": micro_data, "RUN": micro_run}
+
+
+@pytest.mark.parametrize(("words", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
+def test_bad_input_is_one_line_and_leaves_nothing(words, message, musiclm_command, places, capfd, tmp_path):
+    """Whatever is wrong: exit status 2, one line on stderr that names the thing and the mend, nothing written."""
+
+    def filled(text):
+        for name, folder in places.items():
+            text = re.sub(rf"\b{name}\b", str(folder), text)
+        return text
+
+    before = {folder: listing(folder) for folder in (tmp_path, places["DATA"], places["RUN"])}
+    assert musiclm_command(*("" if word == "|" else filled(word) for word in words.split())) == 2
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("musiclm: ") and said.err.count("\n") == 1 and said.err.endswith("\n")
+    assert re.search(filled(message), said.err), said.err
+    assert {folder: listing(folder) for folder in before} == before
+
+
+def test_missing_programs_and_packages_are_named(musiclm_command, model, tmp_path, monkeypatch, capsys):
+    """What must be installed is said before any work is done."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert musiclm_command("corpus", "--out", tmp_path / "out", "--num-train", 1, "--num-valid", 1) == 2
+    said = capsys.readouterr().err
+    assert "fluidsynth" in said.lower() and said.count("\n") == 1
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    picture = tmp_path / "x.png"
+    assert musiclm_command("generate", "x", "--model", model, "--out", tmp_path / "x.wav", "--plot", picture) == 2
+    said = capsys.readouterr().err
+    assert 'pip install "musiclm-pytorch[plot]"' in said and said.count("\n") == 1
+    assert listing(tmp_path) == set()
+
+
+def test_help_and_interruption(musiclm_command, monkeypatch, capsys):
+    """Help is no error, and Ctrl-C is no traceback."""
+    assert musiclm_command("--help") == 0
+    assert "generate" in capsys.readouterr().out
+    assert musiclm_command("train", "--help") == 0
+    said = capsys.readouterr().out
+    for option in ("--dry-run", "--codec", "--semantic-tokenizer", "--mulan", "--offline"):
+        assert option in said
+
+    def interrupted(command):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_generate", interrupted)
+    assert musiclm_command("generate", "x") == 130
+    assert "same command" in capsys.readouterr().err
+
+
+def test_broken_sound_is_not_written(musiclm_command, model, tmp_path, monkeypatch, capsys):
+    """A model whose weights went astray makes no file."""
+    from musiclm_pytorch.musiclm import MusicLM
+
+    generate = MusicLM._generate
+    monkeypatch.setattr(MusicLM, "_generate", lambda *args, **named: generate(*args, **named) * torch.nan)
+    assert musiclm_command("generate", "x", "--model", model, *SHORT, "--out", tmp_path / "x.wav") == 2
+    assert "NaN" in capsys.readouterr().err
+    assert listing(tmp_path) == set()
+
+
+def test_as_a_process(tmp_path):
+    """The exit status and the single line reach the shell; imports alone warn about nothing."""
+    program = "import sys; from musiclm_pytorch.cli.main import main; sys.exit(main())"
+    words = [sys.executable, "-c", program, "generate", "x", "--model", str(tmp_path)]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert ended.stderr.startswith("musiclm: ") and ended.stderr.count("\n") == 1

@@ -1,0 +1,252 @@
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from audiolm_pytorch.audio.files import read_audio
+from audiolm_pytorch.codecs import SoundStream
+from audiolm_pytorch.codecs.code_file import read_codes
+from audiolm_pytorch.codecs.transcode import FileCodec
+from audiolm_pytorch.saving.modules import load_module, save_module
+from musiclm_pytorch.cli import codec as codec_cli
+from musiclm_pytorch.pretrained import bundled as bundled_parts
+
+needs_opus = pytest.mark.skipif(shutil.which("opusenc") is None, reason="opus-tools is not installed")
+
+
+def listing(folder):
+    """Everything below a folder."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def saved_codec(folder, seed=0):
+    """A tiny codec at 8 kHz with random weights, on disk."""
+    torch.manual_seed(seed)
+    sizes = dict(channels=2, codebook_dim=8, codebook_size=16, rq_num_quantizers=3, strides=(2, 5))
+    save_module(SoundStream(**sizes, target_sample_hz=8000), folder)
+    return folder
+
+
+@pytest.fixture
+def codec(tmp_path_factory):
+    """The folder of a codec."""
+    return saved_codec(tmp_path_factory.mktemp("codec") / "codec")
+
+
+@pytest.fixture
+def sounds(write_tone, tmp_path):
+    """A folder of three sounds of different rates, channels and lengths, and of one file that is none."""
+    write_tone("sounds/a.wav", 0.5, 44100, channels=2)
+    write_tone("sounds/album/b.flac", 0.3, 16000)
+    write_tone("sounds/album/c.ogg", 0.2, 8000)
+    (tmp_path / "sounds" / "broken.wav").write_bytes(b"\x00" * 50)
+    (tmp_path / "sounds" / ".hidden.wav").write_bytes(b"\x00" * 50)
+    (tmp_path / "sounds" / "notes.txt").write_text("no sound")
+    return tmp_path / "sounds"
+
+
+def test_a_file_there_and_back(musiclm_command, codec, write_tone, tmp_path, capsys):
+    """The codes are those of the codec on the whole file; the sound has as many samples, at either rate."""
+    source = write_tone("tone.wav", 0.7, 44100, channels=2)
+    codes, back = tmp_path / "new" / "tone.safetensors", tmp_path / "other" / "tone.flac"
+    assert musiclm_command("codec", "encode", source, "--out", codes, "--codec", codec) == 0
+    said = capsys.readouterr()
+    assert re.search(r"tone.safetensors  0.70 s, 560 frames of 3 levels, 9.60 kbps\n$", said.out) and not said.err
+    wave = read_audio(source, 8000)[0]
+    module = load_module(codec)
+    assert torch.equal(read_codes(codes).codes, module.tokenize(wave)[0])
+    assert musiclm_command("codec", "decode", codes, "--out", back, "--codec", codec) == 0
+    got, rate = soundfile.read(back, dtype="float32")
+    wanted = module.decode_from_codebook_indices(read_codes(codes).codes[None], num_samples=5600)[0, 0].clamp(-1, 1)
+    assert rate == 8000 and len(got) == 5600 and np.abs(got - wanted.detach().numpy()).max() < 1 / 16000
+    words = ("codec", "decode", codes, "--out", back, "--codec", codec, "--original-rate", "--levels", 1)
+    assert musiclm_command(*words) == 0
+    assert (soundfile.info(back).frames, soundfile.info(back).samplerate) == (30870, 44100)
+    assert listing(tmp_path) == {"tone.wav", "new", "new/tone.safetensors", "other", "other/tone.flac"}
+
+
+def test_folders_keep_their_tree_and_name_what_failed(musiclm_command, codec, sounds, tmp_path, capsys):
+    """What can be done is done, what cannot is named with the reason, and the exit status says so."""
+    codes, back = tmp_path / "codes", tmp_path / "back"
+    assert musiclm_command("codec", "encode", sounds, "--out", codes, "--codec", codec, "--levels", 2) == 2
+    said = capsys.readouterr()
+    assert re.fullmatch(r"musiclm: .*broken.wav: cannot be read as audio .*\n", said.err)
+    assert "3 of 4 files done" in said.out
+    assert listing(codes) == {"a.safetensors", "album", "album/b.safetensors", "album/c.safetensors"}
+    assert read_codes(codes / "a.safetensors").codes.shape == (400, 2)
+    words = ("codec", "decode", codes, "--out", back, "--codec", codec)
+    assert musiclm_command(*words, "--suffix", ".ogg") == 0
+    assert listing(back) == {"a.ogg", "album", "album/b.ogg", "album/c.ogg"}
+    assert [soundfile.info(back / name).frames for name in ("a.ogg", "album/b.ogg")] == [4000, 2400]
+    assert "3 of 3 files done" in capsys.readouterr().out
+
+
+def test_two_sounds_of_one_name_do_not_overwrite_each_other(musiclm_command, codec, write_tone, tmp_path, capsys):
+    """song.flac and song.wav would both become song.safetensors: the second is refused."""
+    for name in ("song.flac", "song.wav"):
+        write_tone(f"sounds/{name}", 0.1, 8000)
+    assert musiclm_command("codec", "encode", tmp_path / "sounds", "--out", tmp_path / "o", "--codec", codec) == 2
+    said = capsys.readouterr()
+    assert re.search("song.wav: another file of this name.*rename", said.err) and said.err.count("\n") == 1
+    assert read_codes(tmp_path / "o" / "song.safetensors").info.num_samples == 800
+
+
+@needs_opus
+def test_evaluate_prints_a_table_and_writes_json(musiclm_command, codec, sounds, tmp_path, capsys):
+    """A row for nothing, for the codec at every number of levels, and for Opus; unreadable files are named."""
+    words = ("codec", "evaluate", sounds, "--codec", codec, "--levels", 1, 2, "--against", "opus:6, opus:32")
+    assert musiclm_command(*words, "--json", tmp_path / "new" / "figures.json", "--seconds", "0.25") == 2
+    said = capsys.readouterr()
+    assert re.fullmatch(r"musiclm: .*broken.wav: cannot be read as audio .*\n", said.err)
+    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in said.out.splitlines()[3:-1]}
+    names = [str(codec) + levels for levels in (", 3 levels", ", 1 level", ", 2 levels")]
+    assert list(rows) == ["unquantized copy", *names, "opus 6 kbps", "opus 32 kbps"]
+    assert [cell.strip() for cell in rows["unquantized copy"][:4]] == [
+        "",
+        "100.00 [100.00, 100.00]",
+        "0.000 [0.000, 0.000]",
+        "0.000 [0.000, 0.000]",
+    ]
+    written = json.loads((tmp_path / "new" / "figures.json").read_text())
+    assert written["settings"]["num_files"] == 3 and written["settings"]["codec_class"] == "SoundStream"
+    by_name = {row["name"]: row for row in written["rows"]}
+    assert by_name[names[0]]["kbps"] == pytest.approx(9.6) and by_name[names[0]]["num_threads"] == 1
+    assert len(by_name[names[2]]["usage"]) == 2
+    # 0.25 s of the longer two and 0.2 s of the shortest
+    assert by_name["opus 6 kbps"]["seconds"] == pytest.approx(0.7)
+    assert by_name["opus 32 kbps"]["mel_nepers"]["mean"] < by_name["opus 6 kbps"]["mel_nepers"]["mean"] < 3
+
+
+def test_the_bundled_codec_is_the_default(musiclm_command, write_tone, tmp_path, monkeypatch, codec):
+    """Without --codec the one of the package is taken, and every bundled name leads to a codec."""
+    monkeypatch.setattr(bundled_parts, "bundled_folder", lambda name: codec)
+    source = write_tone("tone.wav", 0.1, 8000)
+    assert musiclm_command("codec", "encode", source, "--out", tmp_path / "a.safetensors") == 0
+    assert read_codes(tmp_path / "a.safetensors").info.codec_fingerprint == load_module(codec).fingerprint
+    monkeypatch.undo()
+    assert bundled_parts.DEFAULT_CODEC in bundled_parts.BUNDLED_CODECS
+    for folder in bundled_parts.BUNDLED_CODECS.values():
+        assert (bundled_parts.bundled_folder(folder) / "config.json").is_file()
+
+
+# Each with words of the message. TONE, CODES and JUNK are files, FOLDER and EMPTY folders, CODEC and OTHER codecs.
+BAD_INPUT = {
+    "no command": ("", "Expected one of .*encode, decode, evaluate"),
+    "unknown command": ("play TONE", "play.*Available subcommands: encode, decode, evaluate"),
+    "no input": ("encode --out TMP/a.safetensors", "INPUT"),
+    "no out": ("encode TONE", "--out PATH"),
+    "missing input": ("encode TMP/none --out TMP/a.safetensors", "TMP/none: no such file or folder"),
+    "no sound": ("encode JUNK --out TMP/a.safetensors --codec CODEC", "junk.wav: cannot be read as audio"),
+    "empty folder": ("encode EMPTY --out TMP/out --codec CODEC", "empty: holds no .wav"),
+    "wrong suffix": ("encode TONE --out TMP/a.wav --codec CODEC", "a.wav: name a file that ends in .safetensors"),
+    "out is a folder": ("encode TONE --out TMP/x.safetensors", "x.safetensors: it is a folder"),
+    "out in a file": ("encode TONE --out TONE/a.safetensors", "tone.wav is a file; name another folder"),
+    "folder in a file": ("encode FOLDER --out TONE", "tone.wav is a file; name another folder"),
+    "no codec": ("encode TONE --out TMP/a.safetensors --codec tinny", "tinny.*bundled codecs: 16khz"),
+    "no codec in folder": ("encode TONE --out TMP/a.safetensors --codec EMPTY", "empty.*config.json"),
+    "no such levels": ("encode TONE --out TMP/a.safetensors --codec CODEC --levels 4", "tone.wav: .* 1..3, got 4"),
+    "device": ("encode TONE --out TMP/a.safetensors --codec CODEC --device tpu9", "--device tpu9 cannot be used"),
+    "no codes": ("decode TONE --out TMP/a.wav --codec CODEC", "tone.wav is not a readable safetensors file"),
+    "weights": ("decode CODEC/model.safetensors --out TMP/a.wav --codec CODEC", "something else than the codes"),
+    "codes of another": ("decode CODES --out TMP/a.wav --codec OTHER", "another codec .SoundStream .*give the one"),
+    "decode suffix": ("decode CODES --out TMP/a.mp3 --codec CODEC", "a.mp3: name a file that ends in .wav, .flac"),
+    "folder suffix": ("decode FOLDER --out TMP/out --suffix mp3", "--suffix must be one of .wav, .flac, .ogg"),
+    "decode in place": ("decode FOLDER --out FOLDER --codec CODEC", "may hold the sounds .*another --out"),
+    "against": ("evaluate TONE --codec CODEC --against mp3:64", "--against takes words like opus:6 .*'mp3:64'"),
+    "against nothing": ("evaluate TONE --codec CODEC --against opus", "--against takes words like opus:6 .*'opus'"),
+    "bitrate": ("evaluate TONE --codec CODEC --against opus:1", "Opus takes 6 to 256 kbps, got 1"),
+    "bitrate nan": ("evaluate TONE --codec CODEC --against opus:nan", "Opus takes 6 to 256 kbps, got nan"),
+    "evaluate levels": ("evaluate TONE --codec CODEC --levels 9", "1..3, got 9"),
+    "evaluate json": ("evaluate TONE --codec CODEC --json TMP/a.txt", "a.txt: name a file that ends in .json"),
+    "evaluate seconds": ("evaluate TONE --codec CODEC --seconds 0", "--seconds must be above 0, got 0"),
+    "evaluate junk": ("evaluate JUNK --codec CODEC", "junk.wav: cannot be read as audio"),
+}
+
+
+@pytest.fixture
+def places(codec, write_tone, tmp_path, tmp_path_factory, musiclm_command):
+    """What bad input speaks of."""
+    found = {"CODEC": codec, "OTHER": saved_codec(tmp_path_factory.mktemp("other"), seed=1), "TMP": tmp_path}
+    found["TONE"] = write_tone("folder/tone.wav", 0.1, 8000)
+    found["FOLDER"], found["CODES"] = tmp_path / "folder", tmp_path / "folder" / "codes.safetensors"
+    assert musiclm_command("codec", "encode", found["TONE"], "--out", found["CODES"], "--codec", codec) == 0
+    found["EMPTY"], found["JUNK"] = tmp_path / "empty", tmp_path / "junk.wav"
+    found["EMPTY"].mkdir()
+    (tmp_path / "x.safetensors").mkdir()
+    found["JUNK"].write_bytes(b"\x00" * 50)
+    return found
+
+
+@pytest.mark.parametrize(("words", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
+def test_bad_input_is_one_line_and_leaves_nothing(words, message, musiclm_command, places, capfd, monkeypatch):
+    """Whatever is wrong: exit status 2, one line on stderr that names the thing and the mend, nothing written."""
+    monkeypatch.setattr("musiclm_pytorch.evaluation.opus.require_opus", lambda: None)
+
+    def filled(text):
+        for name, place in places.items():
+            text = re.sub(rf"\b{name}\b", str(place), text)
+        return text
+
+    before = listing(places["TMP"])
+    capfd.readouterr()
+    assert musiclm_command("codec", *map(filled, words.split())) == 2
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("musiclm: ") and said.err.count("\n") == 1
+    assert re.search(filled(message), said.err), said.err
+    assert listing(places["TMP"]) == before
+
+
+def test_missing_opus_is_said_before_any_work(musiclm_command, write_tone, monkeypatch, tmp_path, capsys):
+    """One line names the package to install."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(codec_cli, "codec_named", lambda *arguments: pytest.fail("worked first"))
+    assert musiclm_command("codec", "evaluate", write_tone(), "--against", "opus:6") == 2
+    assert re.fullmatch("musiclm: .*opusenc.*apt-get install opus-tools\n", capsys.readouterr().err)
+
+
+def test_failure_leaves_the_old_file(musiclm_command, codec, write_tone, tmp_path, monkeypatch, capsys):
+    """A sound whose second half cannot be decoded does not replace the file that is there."""
+    codes, out = tmp_path / "a.safetensors", tmp_path / "a.wav"
+    musiclm_command("codec", "encode", write_tone("tone.wav", 1.0, 8000), "--out", codes, "--codec", codec)
+    out.write_text("old")
+    pieces = [torch.zeros(1, 4000), torch.full((1, 4000), torch.nan)]
+    monkeypatch.setattr(FileCodec, "_decoded", lambda *arguments: iter(pieces))
+    before = listing(tmp_path)
+    assert musiclm_command("codec", "decode", codes, "--out", out, "--codec", codec) == 2
+    assert "NaN" in capsys.readouterr().err
+    assert out.read_text() == "old" and listing(tmp_path) == before
+
+
+LONG_FILE = """
+import resource, sys
+from musiclm_pytorch.cli import main
+source, codes, out, codec = sys.argv[1:]
+def peak_mb(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+short = [main(["codec", "encode", "short.wav", "--out", codes, "--codec", codec]),
+         main(["codec", "decode", codes, "--out", out, "--codec", codec])]
+before = peak_mb()
+long = [main(["codec", "encode", source, "--out", codes, "--codec", codec]),
+        main(["codec", "decode", codes, "--out", out, "--codec", codec])]
+sys.exit(f"{short} {long} {peak_mb() - before:.0f} MB" if any(short + long) or peak_mb() - before > 60 else 0)
+"""
+
+
+@pytest.mark.slow
+def test_long_files_take_no_more_memory(codec, tmp_path):
+    """Ten minutes at 44.1 kHz stereo (212 MB as floats) need hardly more than two seconds do."""
+    second = np.random.default_rng(0).standard_normal((44100, 2)).astype("float32") * 0.1
+    for name, seconds in (("short.wav", 10), ("long.wav", 600)):
+        with soundfile.SoundFile(tmp_path / name, "w", samplerate=44100, channels=2) as file:
+            for _ in range(seconds):
+                file.write(second)
+    words = [sys.executable, "-c", LONG_FILE, "long.wav", "a.safetensors", "a.wav", str(codec)]
+    ended = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert soundfile.info(tmp_path / "a.wav").frames == 600 * 8000

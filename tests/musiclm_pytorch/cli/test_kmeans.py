@@ -1,0 +1,226 @@
+import io
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from audiolm_pytorch.saving.modules import load_module, read_config, save_module
+from audiolm_pytorch.semantic import BestRQEncoder, KMeansTokenizer
+from musiclm_pytorch.cli import app as cli
+
+
+def listing(folder):
+    """Everything below a folder, with the times when files were written."""
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """The folder of a tiny encoder at 4 kHz with random weights."""
+    torch.manual_seed(0)
+    sizes = dict(dim=16, depth=2, heads=1, dim_head=16, sample_hz=4000, num_mels=20, n_fft=256, hop_length=40)
+    save_module(BestRQEncoder(**sizes), tmp_path_factory.mktemp("encoder") / "encoder")
+    return tmp_path_factory.getbasetemp() / "encoder0" / "encoder"
+
+
+@pytest.fixture
+def sounds(write_folder):
+    """Six tones of half a second: 13 tokens each, one of them held out."""
+    return write_folder("sounds", num_files=6, seconds=0.5, sample_hz=8000)
+
+
+@pytest.fixture
+def words(encoder, sounds, tmp_path):
+    """A command that works."""
+    return ("train", "kmeans", "--encoder", encoder, "--layer", 1, "--data", sounds, "--out", tmp_path / "run")
+
+
+def test_kmeans_from_a_folder_to_a_tokenizer(musiclm_command, words, tmp_path, capsys):
+    """One command writes a tokenizer that works and says how its clusters are used; the same again finds it done."""
+    assert musiclm_command(*words, "--num-clusters", 8) == 0
+    first = capsys.readouterr()
+    said = r"65 tokens: (\d) of 8 clusters used, perplexity (\d\.\d), (\d\d)\.\d% of the variance explained\n"
+    used, perplexity, explained = map(float, re.match(said, first.out).groups())
+    assert 1 <= perplexity <= used <= 8 and explained > 20 and first.err == ""
+    tokenizer = load_module(tmp_path / "run" / "tokenizer", KMeansTokenizer)
+    assert tokenizer.fingerprint in first.out and (tokenizer.layer, tokenizer.codebook_size) == (1, 8)
+    assert tokenizer(torch.rand(1, 1600)).shape == (1, 10)
+    assert read_config(tmp_path / "run" / "tokenizer")["usage"]["used"] == used
+    assert "features (0.0 MB) is needed no more" in first.out
+    shutil.rmtree(tmp_path / "run" / "features")
+    before = listing(tmp_path / "run")
+    del before[".lock"]
+    assert musiclm_command(*words, "--num-clusters", 8) == 0
+    second = capsys.readouterr()
+    assert "(done before)" in second.out and tokenizer.fingerprint in second.out and "features" not in second.out
+    after = listing(tmp_path / "run")
+    assert {name: after[name] for name in after if name != ".lock"} == before
+
+
+def test_an_encoder_is_found_in_a_tokenizer(musiclm_command, words, tmp_path, capsys):
+    """The folder that one run wrote is an encoder for the next; options change what they say."""
+    assert musiclm_command(*words, "--num-clusters", 8) == 0
+    again = list(words)
+    again[3], again[-1] = tmp_path / "run" / "tokenizer", tmp_path / "other"
+    assert musiclm_command(*again, "--num-clusters", 8) == 0
+    first, second = (load_module(tmp_path / name / "tokenizer") for name in ("run", "other"))
+    assert first.fingerprint == second.fingerprint
+    capsys.readouterr()
+    again[-1] = tmp_path / "third"
+    assert musiclm_command(*again, "--num-clusters", 5, "--max-tokens", 40, "--seconds", 0.2, "--seed", 3) == 0
+    assert capsys.readouterr().out.startswith("40 tokens: ")
+    assert read_config(tmp_path / "third" / "tokenizer")["fit"] == {
+        **read_config(tmp_path / "other" / "tokenizer")["fit"],
+        "num_clusters": 5,
+        "max_tokens": 40,
+        "seconds": 0.2,
+        "seed": 3,
+    }
+
+
+def test_kmeans_of_a_published_checkpoint(musiclm_command, write_folder, tmp_path, capsys):
+    """A HuBERT file in fairseq's layout, as it is: the frames are its own, the tokenizer opens without it."""
+    pytest.importorskip("transformers")
+    from tests.helpers.published_files import tiny_hubert, write_hubert_checkpoint
+
+    write_hubert_checkpoint(tmp_path / "hubert.pt", tiny_hubert(num_layers=3))
+    sounds = write_folder("sounds", num_files=4, seconds=0.5, sample_hz=16000)
+    words = ("--encoder", tmp_path / "hubert.pt", "--layer", 2, "--num-clusters", 5, "--seconds", 0.4)
+    assert musiclm_command("train", "kmeans", *words, "--data", sounds, "--out", tmp_path / "run") == 0
+    assert "layer 2, 50 tokens a second" in capsys.readouterr().out
+    (tmp_path / "hubert.pt").unlink()
+    tokenizer = load_module(tmp_path / "run" / "tokenizer", KMeansTokenizer)
+    assert read_config(tmp_path / "run" / "tokenizer")["usage"]["num_tokens"] == 3 * tokenizer.num_frames(6400) == 57
+    assert tokenizer(torch.randn(1, 16000)).shape == (1, 49)
+
+
+# Each with words of the message: what is wrong, and the mend. SOUNDS, ENCODER, EMPTY and TMP are folders.
+BAD_INPUT = {
+    "no options": ("", "--encoder STR, --layer INT, --data PATH, --out PATH; see musiclm train kmeans --help"),
+    "unknown option": ("--encoder E --layer 1 --data D --out O --preset tiny", "Unrecognized.*--preset"),
+    "no number": ("--encoder E --layer x --data D --out O", "--layer.*'x'"),
+    "no data": ("--encoder ENCODER --layer 1 --data TMP/none --out TMP/out", "TMP/none: no such folder"),
+    "empty data": ("--encoder ENCODER --layer 1 --data EMPTY --out TMP/out", "EMPTY: holds no .wav"),
+    "no encoder": ("--encoder TMP/none/model --layer 1 --data SOUNDS --out TMP/out --offline", "none/model"),
+    "no layer": ("--encoder ENCODER --layer 3 --data SOUNDS --out TMP/out", r"layer must be in 0\.\.2.*got 3"),
+    "few tokens": (
+        "--encoder ENCODER --layer 1 --data SOUNDS --out TMP/out",
+        "65 tokens cannot fill 500 clusters; give more audio or ask for fewer",
+    ),
+    "no clusters": ("--encoder ENCODER --layer 1 --data SOUNDS --out TMP/out --num-clusters 0", "num_clusters"),
+    "seconds nan": ("--encoder ENCODER --layer 1 --data SOUNDS --out TMP/out --seconds nan", "seconds above 0"),
+    "out is a file": ("--encoder ENCODER --layer 1 --data SOUNDS --out SOUNDS/000.wav", "000.wav is a file"),
+    "device": ("--encoder ENCODER --layer 1 --data SOUNDS --out TMP/out --device gpu", "--device gpu cannot be used"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
+def test_bad_input_is_one_line_and_leaves_nothing(options, message, musiclm_command, encoder, sounds, tmp_path, capfd):
+    """Whatever is wrong: exit status 2, one line on stderr that names the thing and the mend, nothing written."""
+    (tmp_path / "empty").mkdir()
+    places = {"SOUNDS": sounds, "ENCODER": encoder, "EMPTY": tmp_path / "empty", "TMP": tmp_path}
+
+    def filled(text):
+        for name, folder in places.items():
+            text = re.sub(rf"\b{name}\b", str(folder), text)
+        return text
+
+    before = listing(tmp_path), listing(encoder)
+    assert musiclm_command("train", "kmeans", *(filled(word) for word in options.split())) == 2
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("musiclm: ") and said.err.count("\n") == 1 and said.err.endswith("\n")
+    assert re.search(filled(message), said.err), said.err
+    assert (listing(tmp_path), listing(encoder)) == before
+
+
+def test_another_run_is_refused(musiclm_command, words, tmp_path, capsys):
+    """A folder belongs to one run: the difference is shown, and what is there stays."""
+    assert musiclm_command(*words, "--num-clusters", 8) == 0
+    before = (tmp_path / "run" / "tokenizer" / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    assert musiclm_command(*words, "--num-clusters", 9) == 2
+    said = capsys.readouterr().err
+    assert "num_clusters: 8 there, 9 here" in said and "another folder" in said and said.count("\n") == 1
+    assert (tmp_path / "run" / "tokenizer" / "model.safetensors").read_bytes() == before
+
+
+def test_kmeans_has_options_of_its_own(musiclm_command, capsys):
+    """`train kmeans --help` speaks of k-means only, `train --help` of stages only, each command names the others."""
+    assert musiclm_command("train", "kmeans", "--help") == 0
+    own = capsys.readouterr().out
+    assert "--num-clusters" in own and "--preset" not in own and "usage: musiclm train kmeans" in own
+    assert musiclm_command("train", "--help") == 0
+    stages = capsys.readouterr().out
+    assert "--dry-run" in stages and "--num-clusters" not in stages and "train kmeans --help" in stages
+    assert musiclm_command("--help") == 0
+    everything = capsys.readouterr().out
+    assert re.search(r"\{generate,train,corpus,export,codec,convert,evaluate\}", everything)
+    assert musiclm_command("train", "--data", "a", "--out", "b", "kmeans") == 2
+    assert "musiclm train kmeans --help" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        (("convert", "hubert"), ("--checkpoint", "--kmeans", "--out", "--output-layer")),
+        (("convert", "vq-wav2vec"), ("--checkpoint", "--out")),
+        (("evaluate", "semantic"), ("--encoder", "--music", "--speech", "--out")),
+    ],
+)
+def test_commands_of_this_room_are_there(command, options, musiclm_command, capsys):
+    """Help names the options, and what is missing is said in one line."""
+    assert musiclm_command(*command, "--help") == 0
+    said = capsys.readouterr().out
+    assert all(option in said for option in options)
+    assert musiclm_command(*command) == 2
+    said = capsys.readouterr().err
+    assert options[0] in said and said.startswith("musiclm: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["convert", "evaluate"])
+def test_exit_status_and_errors_come_from_the_command(name, musiclm_command, tmp_path, monkeypatch, capsys):
+    """What a command returns reaches the shell, and what it raises becomes one line."""
+    words = {
+        "convert": ("convert", "vq-wav2vec", "--checkpoint", "x.pt", "--out", tmp_path),
+        "evaluate": ("evaluate", "semantic", "--encoder", "e", "--music", "m", "--speech", "s", "--out", tmp_path),
+    }[name]
+    seen = []
+    monkeypatch.setattr(cli, f"run_{name}", lambda command: seen.append(command) or 7)
+    assert musiclm_command(*words) == 7 and str(seen[0].out) == str(tmp_path)
+
+    def refuse(command):
+        raise ValueError("no such\nfile")
+
+    monkeypatch.setattr(cli, f"run_{name}", refuse)
+    assert musiclm_command(*words) == 2
+    assert capsys.readouterr().err == "musiclm: no such file\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_errors_are_said_in_any_encoding(encoding, musiclm_command, monkeypatch, capsys):
+    """tyro draws its boxes otherwise where standard output is not UTF-8: what is wrong is read from those as well."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    for words, message in [
+        (("train", "all"), "Missing from musiclm train: --data PATH, --out PATH; see"),
+        (("generate", "x", "--secnds", "3"), "Unrecognized options: --secnds, 3; perhaps --seconds FLOAT; see"),
+        (("sing",), "Unrecognized options: sing; Available subcommands: generate, train, .*, evaluate; see"),
+        ((), "Expected one of {generate, train, .*, evaluate}; see"),
+    ]:
+        assert musiclm_command(*words) == 2
+        assert re.fullmatch(f"musiclm: {message} musiclm --help\n", capsys.readouterr().err)
+
+
+def test_help_imports_nothing_heavy():
+    """The command line starts without k-means, transformers, plots or fairseq."""
+    program = """
+import sys
+from musiclm_pytorch.cli import main
+main(["--help"])
+heavy = {"sklearn", "transformers", "matplotlib", "joblib", "musiclm_pytorch.evaluation.semantic_check"}
+sys.exit(len(heavy & set(sys.modules)))
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120, stdout=subprocess.DEVNULL)

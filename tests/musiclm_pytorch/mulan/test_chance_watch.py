@@ -1,0 +1,126 @@
+import logging
+import math
+import random
+
+import pytest
+import torch
+
+from musiclm_pytorch.mulan import SigmoidContrastiveLearning, SoftmaxContrastiveLearning
+from musiclm_pytorch.mulan.chance_watch import ChanceWatch, TextUse, chance_loss
+
+CHANCE = math.log(512)
+
+
+def _watch(losses: dict[int, float | None], warmup_steps: int = 100, chance: float = CHANCE) -> ChanceWatch:
+    """A watch that has seen rows of these losses."""
+    watch = ChanceWatch(warmup_steps, phase="mulan")
+    for step, loss in losses.items():
+        watch({"step": step, "phase": "mulan", "loss": loss, "chance": chance})
+    return watch
+
+
+@torch.no_grad()
+def _measured_chance(loss: torch.nn.Module, texts: list[list[str]], batch_clips: int, batches: int = 200) -> float:
+    """Mean loss of embeddings that are all alike, over many batches drawn without repetition."""
+    numbers = {text: number for number, text in enumerate({text for own in texts for text in own})}
+    draw, values = random.Random(0), []
+    for _ in range(batches):
+        rows = draw.sample(range(len(texts)), batch_clips)
+        captions = torch.tensor([numbers[text] for row in rows for text in texts[row]])
+        owners = torch.tensor([place for place, row in enumerate(rows) for _ in texts[row]])
+        values.append(loss(torch.zeros(batch_clips, 4), torch.zeros(len(owners), 4), captions, owners))
+    return float(torch.stack(values).mean())
+
+
+def test_loss_stuck_at_the_batch_size_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Users saw 6.236 at batch 512 for a whole run (ln 512 = 6.238): one warning with both numbers, then silence."""
+    with caplog.at_level(logging.WARNING):
+        watch = _watch({step: 6.236 for step in range(20, 1000, 20)})
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert watch.warning == caplog.records[0].getMessage()
+    assert "step 200" in watch.warning and "6.236" in watch.warning and "6.238" in watch.warning
+    assert "captions" in watch.warning and "learning rate" in watch.warning
+
+
+@pytest.mark.parametrize("loss", [CHANCE * 0.981, CHANCE, 9.0, math.nan, math.inf])
+def test_loss_that_is_no_better_than_guessing_alarms(loss: float) -> None:
+    """At chance, above it, and no number at all."""
+    assert _watch({step: loss for step in range(20, 400, 20)}).warning is not None
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        {step: CHANCE * 0.979 for step in range(20, 400, 20)},
+        # stuck through the warm-up, then down: the mean of the last hundred steps is what counts
+        {step: CHANCE if step <= 100 else CHANCE - 0.01 * (step - 100) for step in range(20, 400, 20)},
+        {step: CHANCE for step in range(20, 200, 20)},  # too early to say
+        {1000: CHANCE - 1},  # one row a thousand steps
+        {step: None for step in range(20, 400, 20)},
+    ],
+)
+def test_loss_that_falls_or_is_young_does_not_alarm(losses: dict[int, float | None]) -> None:
+    """A training that learns is left alone, and so is one that has had no time yet."""
+    assert _watch(losses).warning is None
+
+
+def test_other_rows_are_not_judged() -> None:
+    """Rows of validation, rows without a loss, and rows seen before a resume change nothing."""
+    watch = ChanceWatch(0, phase="mulan")
+    for step in range(100, 600, 100):
+        watch({"step": step, "phase": "valid", "recall_at_1": 0.0})
+        watch({"step": step, "phase": "other", "loss": CHANCE, "chance": CHANCE})
+        watch({"step": step, "phase": "mulan", "loss": 1.0, "chance": CHANCE})
+        watch({"step": step // 2, "phase": "mulan", "loss": CHANCE, "chance": CHANCE})
+    assert watch.warning is None
+    with pytest.raises(ValueError, match="warmup_steps"):
+        ChanceWatch(-1, phase="mulan")
+
+
+def test_rows_weigh_as_many_steps_as_they_stand_for() -> None:
+    """A row of one step (the first of a run) does not outweigh one of 99."""
+    assert _watch({1: 0.1, 100: CHANCE}, warmup_steps=0).warning is not None
+    assert _watch({99: 0.1, 100: CHANCE}, warmup_steps=0).warning is None
+
+
+def test_batches_without_contrasts_are_told_of() -> None:
+    """One clip a batch, or one caption for all: the loss is 0 and nothing can be learnt."""
+    warning = _watch({step: 0.0 for step in range(20, 400, 20)}, chance=0.0).warning
+    assert warning is not None and "two clips" in warning
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("case", ["own captions", "shared captions", "several captions", "one caption for all"])
+def test_chance_is_the_loss_of_embeddings_that_are_all_alike(case: str, decoupled: bool) -> None:
+    """Oracle: the loss modules themselves, on batches of the data."""
+    texts = {
+        "own captions": [[f"text {clip}"] for clip in range(40)],
+        "shared captions": [[f"text {clip % 6}"] for clip in range(40)],
+        "several captions": [[f"text {clip % 30}", f"other {clip}", "the same"][: 1 + clip % 3] for clip in range(40)],
+        "one caption for all": [["text"] for _ in range(40)],
+    }[case]
+    loss = SoftmaxContrastiveLearning(decoupled=decoupled)
+    expected = _measured_chance(loss, texts, batch_clips=16)
+    assert chance_loss(loss, 16, TextUse.of(texts)) == pytest.approx(expected, rel=0.01, abs=1e-6)
+    if case == "own captions" and not decoupled:
+        assert chance_loss(None, 16, TextUse.of(texts)) == pytest.approx(math.log(16))
+
+
+def test_chance_of_the_sigmoid_loss_is_that_of_the_best_constant() -> None:
+    """Oracle: the lowest loss of embeddings that are all alike, over the bias."""
+    texts = [[f"text {clip}", f"other {clip}"] for clip in range(16)]
+    values = []
+    for bias in torch.linspace(-6, 0, 61).tolist():
+        values.append(_measured_chance(SigmoidContrastiveLearning(init_bias=bias), texts, batch_clips=8, batches=1))
+    assert chance_loss(SigmoidContrastiveLearning(), 8, TextUse.of(texts)) == pytest.approx(min(values), rel=1e-3)
+
+
+def test_repeated_clips_are_no_contrasts() -> None:
+    """A batch of more clips than there are repeats them; one clip has nothing to contrast with."""
+    use = TextUse.of([["a"], ["b"], ["A "], ["c"]])
+    assert use.shared(4) == pytest.approx(2 / 4 * 1 / 3)
+    assert use.shared(2) == use.shared(4)
+    once = TextUse.of([[text] for text in "abcd"])
+    # of the 7 others of a clip among 8, one is the clip itself
+    assert chance_loss(None, 8, once) == pytest.approx(math.log(7))
+    assert chance_loss(None, 1, once) == 0 and chance_loss(None, 8, TextUse.of([["a"]])) == 0

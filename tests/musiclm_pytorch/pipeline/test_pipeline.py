@@ -1,0 +1,303 @@
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from audiolm_pytorch.data.shards import TokenShards
+from audiolm_pytorch.saving.files import read_json, write_json
+from audiolm_pytorch.saving.modules import load_module
+from musiclm_pytorch.pipeline.pipeline import STAGES, Pipeline
+from musiclm_pytorch.pretrained.model_folder import PARTS, load_musiclm
+from tests.helpers import micro
+from tests.helpers.micro import MICRO, write_clips
+
+MODEL_FILES = [f"{part}/{file}" for part in PARTS for file in ("config.json", "model.safetensors")]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """The files of an assembled model."""
+    return {name: (folder / "model" / name).read_bytes() for name in MODEL_FILES}
+
+
+def listing(folder: Path) -> set[str]:
+    """Everything below a folder."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_every_stage_ends_in_a_model_that_generates(micro_run):
+    """One chain from files to music: each stage leaves its result, and the whole makes sound of the wanted length."""
+    for stage in STAGES:
+        assert read_json(micro_run / stage / "report.json")["seconds"] > 0
+    musiclm = load_musiclm(micro_run / "model")
+    assert not musiclm.training
+    found = musiclm(["a low tone", "a very high tone"], num_samples=2, seconds=0.7, seed=5, return_all=True)
+    assert found.sample_hz == 16000 and found.waves.shape == (2, 2, 0.7 * 16000)
+    assert found.waves.isfinite().all() and (found.waves.abs().amax(dim=-1) > 1e-3).all()
+    assert found.waves.abs().max() < 1
+    again = musiclm("a low tone", num_samples=1, seconds=0.7, seed=6)
+    # rows of a matrix product may be rounded otherwise in another batch
+    torch.testing.assert_close(again[0], found.waves[0, 1], atol=1e-4, rtol=0.0)
+    assert not torch.equal(found.waves[0, 0], found.waves[0, 1])
+
+
+def test_tokens_are_of_the_result_of_the_stages(micro_run):
+    """Stages train on tokens of the very codec, tokenizer and MuLaN that are shipped, at the same instants."""
+    shards = TokenShards(micro_run / "tokens" / "train")
+    assert len(shards) == 9
+    record = shards[0]
+    assert record["semantic"].shape == (25,) and record["acoustic"].shape == (50, 3)
+    assert record["latents"].shape == (1, 128) and record["duration_seconds"] == 1.0
+    model = load_musiclm(micro_run / "model")
+    assert shards.fingerprint["codec"] == model.audio_lm.codec.fingerprint
+    assert shards.fingerprint["semantic_tokenizer"] == model.audio_lm.wav2vec.fingerprint
+
+
+def test_stages_say_what_they_were_trained_with(micro_run):
+    """Checkpoints, results and the assembled model know who made the tokens that the stages learnt, and the codes."""
+    shards = TokenShards(micro_run / "tokens" / "train").fingerprint
+    quantizer = load_module(micro_run / "quantizer" / "model").fingerprint
+    assert load_musiclm(micro_run / "model").mulan_embed_quantizer.fingerprint == quantizer
+    makers = {"semantic": shards["semantic_tokenizer"], "acoustic": shards["codec"]}
+    for stage, kinds in {"semantic": ["semantic"], "coarse": ["semantic", "acoustic"], "fine": ["acoustic"]}.items():
+        known = {kind: makers[kind] for kind in kinds}
+        state = read_json(micro_run / stage / "checkpoint" / "state.json")["state"]
+        assert state["run"]["token_fingerprints"] == known and state["run"]["conditioner"] == quantizer
+        for folder in (micro_run / stage / "model", micro_run / stage / stage, micro_run / "model" / stage):
+            assert read_json(folder / "config.json")["config"]["token_fingerprints"] == {
+                **known,
+                "conditioner": quantizer,
+            }
+
+
+def test_masked_prediction_is_logged_beside_chance(micro_run):
+    """Accuracy of the encoder's training says nothing alone: guessing, and the commonest answer, stand in its row."""
+    lines = (micro_run / "semantic-tokenizer" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert {row["phase"] for row in rows} == {"best_rq", "valid"}
+    for row in rows:
+        assert row["accuracy_chance"] == 1 / 64 and row["chance"] == pytest.approx(2 * math.log(64))
+        assert 0 <= row["accuracy"] <= 1 and 1 / 64 < row["majority"] <= 1
+    assert rows[-1]["step"] == 12
+
+
+def test_stages_one_by_one_and_in_another_order_give_the_same_model(micro_data, micro_run, tmp_path):
+    """What a stage learns depends on seed and data alone, not on what this process did before."""
+    torch.rand(7)
+    order = ["mulan", "quantizer", "semantic-tokenizer", "codec", "fine", "coarse", "semantic"]
+    for stage in order:
+        pipeline = Pipeline(MICRO, data=micro_data, out=tmp_path)
+        assert not pipeline.is_complete
+        reports = list(pipeline.run(stage))
+        assert reports[-1].stage == stage and pipeline.is_done(stage)
+    assert pipeline.is_complete and content(tmp_path) == content(micro_run)
+
+
+def test_another_seed_gives_another_codec(micro_data, micro_run, tmp_path):
+    """The seed reaches the stages."""
+    list(Pipeline(MICRO, data=micro_data, out=tmp_path, seed=1).run("codec"))
+    result = "codec/model/model.safetensors"
+    assert (tmp_path / result).read_bytes() != (micro_run / result).read_bytes()
+
+
+def test_finished_run_is_left_alone_and_lost_results_are_made_again(micro_data, micro_run, tmp_path):
+    """Killed between the last step and the result, or before the assembly, a stage gives the same result afterwards."""
+    run = shutil.copytree(micro_run, tmp_path / "run")
+    assert {report.summary for report in Pipeline(MICRO, data=micro_data, out=run).run()} == {"done before"}
+    for stage in ("codec", "semantic-tokenizer", "coarse"):
+        (run / stage / "model" / "model.safetensors").unlink()
+    (run / "model" / "musiclm.json").unlink()
+    (run / "coarse" / ".writing-123").mkdir()
+    announced = []
+    reports = list(Pipeline(MICRO, data=micro_data, out=run).run(announce=announced.append))
+    assert announced == ["codec", "semantic-tokenizer", "coarse"]
+    assert [report.stage for report in reports] == list(STAGES)
+    assert content(run) == content(micro_run)
+    assert not (run / "coarse" / ".writing-123").exists()
+
+
+def test_wall_time_counts_all_sessions(micro_data, micro_run, tmp_path):
+    """The time of a stage that was continued holds the steps of earlier sessions."""
+    run = shutil.copytree(micro_run, tmp_path / "run")
+    shutil.rmtree(run / "codec" / "model")
+    finished = json.loads((run / "codec" / "finished.json").read_text())
+    (run / "codec" / "finished.json").write_text(json.dumps({**finished, "seconds": 3600.0}))
+    report = next(Pipeline(MICRO, data=micro_data, out=run).run("codec"))
+    assert 3600 <= report.seconds < 3700
+
+
+def test_folder_of_another_run_is_refused(micro_data, micro_run, tmp_path):
+    """Other sizes, seed or files must not be mixed into a run; the difference is named."""
+    run = shutil.copytree(micro_run, tmp_path / "run")
+    before = listing(run)
+    others = {
+        "seed: 0 there, 2 here": Pipeline(MICRO, data=micro_data, out=run, seed=2),
+        "preset.fine.depth: 1 there, 2 here": Pipeline(
+            replace(MICRO, fine=replace(MICRO.fine, depth=2)), data=micro_data, out=run
+        ),
+        "num_files: 10 there, 8 here": Pipeline(MICRO, data=write_clips(tmp_path / "other", 8), out=run),
+    }
+    for difference, pipeline in others.items():
+        with pytest.raises(ValueError, match=f"holds another run .*{difference}.*another --out"):
+            list(pipeline.run())
+    assert listing(run) == before
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "[" * 100_000])
+@pytest.mark.parametrize("file", ["run.json", "codec/report.json"])
+def test_a_damaged_record_of_a_run_is_named(micro_data, micro_run, tmp_path, file, content):
+    """What is no JSON object is a ValueError, which the command shows in a line, not an error of Python's."""
+    shutil.copytree(micro_run, tmp_path / "run")
+    (tmp_path / "run" / file).write_text(content)
+    with pytest.raises(ValueError, match=f"{file} (must hold a JSON object|is not a JSON file)"):
+        list(Pipeline(MICRO, data=micro_data, out=tmp_path / "run").run("codec"))
+
+
+def test_run_of_an_older_release_is_continued(micro_data, micro_run, tmp_path):
+    """A number that presets did not have when a run was begun does not end it."""
+    run = shutil.copytree(micro_run, tmp_path / "run")
+    claim = read_json(run / "run.json")
+    del claim["preset"]["mulan"]["n_fft"]
+    write_json(run / "run.json", claim)
+    assert {report.summary for report in Pipeline(MICRO, data=micro_data, out=run).run()} == {"done before"}
+
+
+def test_corpus_may_move(micro_data, micro_run, tmp_path, monkeypatch):
+    """The same files in another place, named relatively, are the same run."""
+    shutil.copytree(micro_run, tmp_path / "run")
+    shutil.copytree(micro_data, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    assert {report.summary for report in Pipeline(MICRO, data="moved", out="run").run()} == {"done before"}
+
+
+def test_two_programs_do_not_share_a_folder(micro_data, tmp_path):
+    """Two trainings in one folder would overwrite each other's checkpoints."""
+    first = Pipeline(MICRO, data=micro_data, out=tmp_path).run()
+    next(first)
+    with pytest.raises(ValueError, match="in use by another musiclm train"):
+        list(Pipeline(MICRO, data=micro_data, out=tmp_path).run())
+    first.close()
+    assert next(Pipeline(MICRO, data=micro_data, out=tmp_path).run()).summary == "done before"
+
+
+def test_what_cannot_work_is_refused_before_anything_is_written(micro_data, tmp_path):
+    """No hours of codec training before it turns out that there are no captions."""
+    bare = write_clips(tmp_path / "bare", 4, captions=False)
+    cases = {
+        "all": "has no captions, and mulan learns from them; give a train.jsonl",
+        "mulan": "has no captions",
+        "quantizer": "quantizer needs mulan first: musiclm train mulan",
+        "fine": "first: musiclm train semantic-tokenizer",
+        "tokens": "first",
+        "fien": "there is no stage 'fien'; choose all or one of: codec, .*, fine",
+    }
+    for stage, message in cases.items():
+        with pytest.raises(ValueError, match=message):
+            list(Pipeline(MICRO, data=bare, out=tmp_path / "out").run(stage))
+    with pytest.raises(ValueError, match="seed must not be negative"):
+        Pipeline(MICRO, data=micro_data, out=tmp_path / "out", seed=-1)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file is a file; name a folder with --out"):
+        Pipeline(MICRO, data=micro_data, out=tmp_path / "file")
+    assert not (tmp_path / "out").exists()
+
+
+def test_mixed_and_damaged_files(tmp_path, caplog):
+    """A 44.1 kHz stereo mp3 trains beside 24 kHz files; damaged, empty and short ones are listed and left out."""
+    data = write_clips(tmp_path / "data", 4, captions=False)
+    tone = np.sin(2 * np.pi * 330 * np.arange(2 * 44100) / 44100)
+    soundfile.write(data / "stereo.mp3", np.stack([tone, -0.5 * tone], axis=1) * 0.3, 44100)
+    (data / "corrupt.wav").write_bytes(b"RIFF, but not really")
+    (data / "empty.flac").write_bytes(b"")
+    soundfile.write(data / "short.wav", tone[:100], 44100)
+    with caplog.at_level(logging.WARNING):
+        pipeline = Pipeline(MICRO, data=data, out=tmp_path / "run")
+        for stage in ("codec", "semantic-tokenizer"):
+            list(pipeline.run(stage))
+    assert pipeline.is_done("codec") and pipeline.is_done("semantic-tokenizer")
+    items = [*pipeline.train_items, *pipeline.valid_items]
+    assert {item.path.name for item in items} == {"00.wav", "01.wav", "02.wav", "03.wav", "stereo.mp3"}
+    assert all(name in caplog.text for name in ("corrupt.wav", "empty.flac", "short.wav"))
+
+
+def test_a_single_file_is_enough(tmp_path):
+    """The smallest corpus there is still makes a model."""
+    pipeline = Pipeline(MICRO, data=write_clips(tmp_path / "data", 1), out=tmp_path / "run")
+    list(pipeline.run())
+    assert load_musiclm(tmp_path / "run")("a low tone", seconds=0.5, num_samples=1, seed=0).isfinite().all()
+
+
+@pytest.mark.slow
+def test_kill_9_in_each_stage_and_the_same_command_again_give_the_same_weights(micro_data, micro_run, tmp_path):
+    """Whatever is killed, however often: the weights come out byte for byte as in a run that nobody touched."""
+    words = ["train", "all", "--preset", "micro", "--data", str(micro_data), "--out", str(tmp_path / "run")]
+    command = [sys.executable, str(Path(micro.__file__)), *words]
+    # the kernels of another number of threads sum in another order
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    for stage in STAGES:
+        killed = subprocess.run(command, env={**environment, "MICRO_KILL": stage}, capture_output=True, timeout=120)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+        here = Pipeline(MICRO, data=micro_data, out=tmp_path / "run")
+        assert not here.is_done(stage)
+        if (tmp_path / "run" / stage / "checkpoint").exists():
+            assert read_json(tmp_path / "run" / stage / "checkpoint" / "state.json")["step"] == 6
+    finished = subprocess.run(command, env=environment, capture_output=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr.decode()
+    assert content(tmp_path / "run") == content(micro_run)
+    leftovers = [name for name in listing(tmp_path / "run") if ".writing-" in name or name.endswith(".partial")]
+    assert leftovers == []
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_whole_chain(micro_data, tmp_path):
+    """torchrun on a machine without a GPU: one group, one writer, equal codebooks; accelerate alone makes loners."""
+    words = ["train", "all", "--preset", "micro", "--data", str(micro_data), "--out", str(tmp_path / "run")]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
+    done = subprocess.run(
+        [*launcher, str(Path(micro.__file__)), *words],
+        env={**environment, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        timeout=300,
+    )
+    # gloo sometimes aborts at exit, after all work is done: what counts is the files
+    assert (tmp_path / "run" / "model" / "musiclm.json").is_file(), done.stderr.decode()[-3000:]
+    wave = load_musiclm(tmp_path / "run" / "model")("a low tone", num_samples=1, seconds=0.5, seed=0)
+    assert torch.isfinite(wave).all()
+
+
+def test_only_the_first_process_assembles(micro_data, micro_run, tmp_path, monkeypatch):
+    """Another process neither writes the model nor sweeps away what the first one is writing."""
+    run = shutil.copytree(micro_run, tmp_path / "run")
+    (run / "model" / "musiclm.json").unlink()
+    (run / "model" / "codec" / ".writing-abc").mkdir()
+    before = listing(run)
+    waits = []
+    second = SimpleNamespace(is_main_process=False, wait_for_everyone=lambda: waits.append(listing(run)))
+    monkeypatch.setattr(Pipeline, "accelerator", second)
+    Pipeline(MICRO, data=micro_data, out=run).assemble()
+    assert waits == [before, before] and listing(run) == before
+
+
+def test_result_of_another_tokenizer_is_refused(micro_data, micro_run, tmp_path):
+    """A stage made anew leaves the later ones stale; they must not be combined silently, and the model follows."""
+    run = shutil.copytree(micro_run, tmp_path / "run")
+    shutil.rmtree(run / "fine")
+    pipeline = Pipeline(MICRO, data=micro_data, out=run)
+    list(pipeline.run())
+    assert content(run) == content(micro_run)
+    weights = run / "codec" / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\x00\x00\x80\x3f")
+    with pytest.raises(ValueError, match="tokens was made from another codec"):
+        list(pipeline.run("fine"))

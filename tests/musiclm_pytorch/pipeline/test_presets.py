@@ -1,0 +1,207 @@
+import math
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+import torch
+
+from audiolm_pytorch.lm.compatibility import check_fit
+from audiolm_pytorch.lm.tokenizing import tokenize
+from audiolm_pytorch.semantic import BestRQ, BestRQEncoder, SemanticTokenizerTrainer
+from musiclm_pytorch.pipeline import builders
+from musiclm_pytorch.pipeline.presets import PRESETS, Preset, preset_named
+from tests.helpers.micro import MICRO
+
+LANGUAGE_MODELS = ("semantic", "coarse", "fine")
+TRAINED = ("codec", "semantic_tokenizer", "mulan", *LANGUAGE_MODELS)
+every_preset = pytest.mark.parametrize("name", list(PRESETS))
+
+
+@every_preset
+def test_preset_fits_together(name):
+    """Sizes that constructors would refuse, or levels that nobody predicts, are found without training."""
+    preset = preset_named(name)
+    assert preset.name == name
+    assert preset.codec.sample_hz % preset.codec.hop_samples == 0
+    assert 0 < preset.num_coarse_quantizers < preset.codec.num_quantizers
+    assert 1 <= preset.semantic_tokenizer.layer <= preset.semantic_tokenizer.depth
+    assert preset.mulan.text_vocab_size >= 256
+    for part in TRAINED[1:]:
+        config = getattr(preset, part)
+        assert config.dim % config.heads == 0
+        assert config.run.precision in ("fp32", "bf16")
+        assert config.run.warmup_steps < config.run.num_train_steps
+
+
+@every_preset
+def test_preset_can_be_built(name):
+    """Every constructor takes the numbers of a preset, with one block instead of many, and the parts fit together."""
+    preset = preset_named(name)
+    shallow = {part: replace(getattr(preset, part), depth=1) for part in ("mulan", *LANGUAGE_MODELS)}
+    preset = replace(preset, codec=replace(preset.codec, encoder_depth=1, decoder_depth=1), **shallow)
+    preset = replace(preset, semantic_tokenizer=replace(preset.semantic_tokenizer, depth=1, layer=1))
+    codec, tokenizer = builders.build_codec(preset), builders.build_semantic_tokenizer(preset)
+    encoder = tokenizer.encoder
+    quantizer = builders.build_quantizer(preset, builders.build_mulan(preset, ["a tune", "a song"]), 10_000)
+    for stage in LANGUAGE_MODELS:
+        model = builders.build_language_model(preset, stage, codec=codec, tokenizer=tokenizer)
+        assert model.cond_dim == quantizer.dim(stage) and model.namespace == stage
+        # without any condition the model reads as many null embeddings as a dropped condition leaves
+        assert model.null_tokens == quantizer.num_quantizers
+        check_fit(model, tokenizer, codec)
+    s = preset.semantic_tokenizer
+    assert encoder.sample_hz == s.sample_hz == s.token_hz * encoder.downsample_factor
+    assert quantizer.codebook_size == preset.quantizer.codebook_size
+
+
+@every_preset
+def test_presets_keep_the_encoder_that_was_measured(name):
+    """The numbers of a preset that says nothing of rates are those of BEST-RQ's defaults, on which trials were made."""
+    preset = preset_named(name)
+    shallow = {part: replace(getattr(preset, part), depth=1) for part in ("semantic", "coarse")}
+    s = replace(preset.semantic_tokenizer, depth=1, layer=1)
+    preset = replace(preset, semantic_tokenizer=s, **shallow)
+    codec, tokenizer = builders.build_codec(preset), builders.build_semantic_tokenizer(preset)
+    encoder = builders.build_semantic_encoder(preset)
+    default = BestRQEncoder(dim=s.dim, depth=s.depth, heads=s.heads, dim_head=s.dim // s.heads)
+    assert encoder.config == default.config
+    objective, plain = builders.build_semantic_objective(preset, encoder), BestRQ(default)
+    assert (objective.start_prob, objective.span_tokens) == (plain.start_prob, plain.span_tokens)
+    parts = {"codec": codec, "tokenizer": tokenizer}
+    stages = {stage: builders.build_language_model(preset, stage, **parts).config for stage in ("semantic", "coarse")}
+    assert stages["semantic"]["rate_hz"] == stages["coarse"]["semantic_rate_hz"] == "25"
+
+
+def semantic_preset(sample_hz: int, token_hz: int) -> Preset:
+    """The micro preset with other semantic tokens."""
+    return replace(MICRO, semantic_tokenizer=replace(MICRO.semantic_tokenizer, sample_hz=sample_hz, token_hz=token_hz))
+
+
+every_rate = pytest.mark.parametrize(("sample_hz", "token_hz"), [(16000, 25), (16000, 50), (24000, 25), (24000, 50)])
+
+
+@every_rate
+def test_semantic_tokens_come_at_the_rate_asked_for(sample_hz, token_hz):
+    """200 random lengths give exactly the tokens that are announced, alone and in a batch; seconds stay."""
+    tokenizer = builders.build_semantic_tokenizer(semantic_preset(sample_hz, token_hz))
+    encoder = tokenizer.encoder
+    assert (tokenizer.target_sample_hz, tokenizer.downsample_factor * token_hz) == (sample_hz, sample_hz)
+    assert tokenizer.num_frames(10 * sample_hz) == 10 * token_hz
+    assert encoder.front_end.hop_length * 100 == sample_hz and encoder.front_end.n_fft / sample_hz == 0.064
+    assert (encoder.window_tokens, encoder.context_tokens) == (6 * token_hz, token_hz)
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(tokenizer.downsample_factor, sample_hz // 4, (200,), generator=generator)
+    waves = torch.randn(200, sample_hz // 4, generator=generator)
+    together = tokenizer(waves, lengths=lengths)
+    for wave, length, in_batch in zip(waves, lengths.tolist(), together):
+        alone = tokenizer(wave[None, :length])[0]
+        assert len(alone) == tokenizer.num_frames(length) == math.ceil(length * token_hz / sample_hz)
+        assert torch.equal(in_batch[: len(alone)], alone) and (in_batch[len(alone) :] == -1).all()
+
+
+@every_rate
+def test_semantic_encoder_of_every_rate_trains(sample_hz, token_hz, micro_data, tmp_path):
+    """Two steps of the pipeline's own stage, hiding spans of 160 ms and as much of the sound at every rate."""
+    preset = semantic_preset(sample_hz, token_hz)
+    encoder = builders.build_semantic_encoder(preset)
+    objective = builders.build_semantic_objective(preset, encoder)
+    assert objective.span_tokens / token_hz == 0.16
+    trainer = SemanticTokenizerTrainer(
+        encoder=encoder,
+        objective=objective,
+        folder=micro_data,
+        batch_size=4,
+        num_train_steps=2,
+        warmup_steps=1,
+        seconds=1.0,
+        results_folder=tmp_path,
+    )
+    before = encoder.to_tokens.weight.detach().clone()
+    result = trainer.train()
+    assert result.step == 2 and math.isfinite(result.metrics["valid.loss"])
+    assert not torch.equal(encoder.to_tokens.weight, before)
+    hidden = objective(torch.randn(16, 5 * sample_hz), generator=torch.Generator().manual_seed(0)).hidden
+    # the share of sound under spans that start 3.75 times a second and last 160 ms: 1 - (1 - 0.15)^4 at 25 Hz
+    assert float(hidden.float().mean()) == pytest.approx(0.47, abs=0.05)
+
+
+@every_rate
+def test_language_models_of_every_rate_fit_the_tokens(sample_hz, token_hz):
+    """Semantic and coarse stage are declared for the tokens of their preset, and run on a second of them."""
+    preset = semantic_preset(sample_hz, token_hz)
+    tokenizer, codec = builders.build_semantic_tokenizer(preset), builders.build_codec(preset)
+    num_samples = {"semantic": sample_hz, "acoustic": preset.codec.sample_hz}
+    waves = {kind: torch.randn(2, count) for kind, count in num_samples.items()}
+    lengths = {kind: torch.full((2,), count) for kind, count in num_samples.items()}
+    tokens = tokenize(waves, lengths, tokenizer, codec)
+    parts = {"codec": codec, "tokenizer": tokenizer}
+    stages = {stage: builders.build_language_model(preset, stage, **parts) for stage in LANGUAGE_MODELS}
+    for stage, model in stages.items():
+        check_fit(model, tokenizer, codec)
+        rates_hz = {stream.name: stream.rate_hz for stream in model.layout.streams}
+        assert rates_hz.get("semantic", token_hz) == token_hz
+        packed = model.packed(tokens)
+        assert packed.loss_mask.sum() == {"semantic": 2 * token_hz, "coarse": 2 * 50, "fine": 2 * 50 * 2}[stage]
+        assert model(packed).loss.isfinite()
+    other = builders.build_semantic_tokenizer(semantic_preset(sample_hz, 75 - token_hz))
+    with pytest.raises(ValueError, match="build it with their rates"):
+        check_fit(stages["coarse"], other, codec)
+
+
+def test_language_models_are_of_the_parts_and_not_of_the_preset():
+    """Vocabularies and rates come from the codec and tokenizer that are there, the number of levels from the preset."""
+    others = replace(
+        semantic_preset(24000, 50), codec=replace(MICRO.codec, hop_samples=400, codebook_size=20, num_quantizers=5)
+    )
+    codec, tokenizer = builders.build_codec(others), builders.build_semantic_tokenizer(others)
+    stages = {
+        stage: builders.build_language_model(MICRO, stage, codec=codec, tokenizer=tokenizer).config
+        for stage in LANGUAGE_MODELS
+    }
+    assert stages["semantic"]["rate_hz"] == stages["coarse"]["semantic_rate_hz"] == "50"
+    assert stages["coarse"]["rate_hz"] == stages["fine"]["rate_hz"] == "40"
+    assert stages["coarse"]["codebook_size"] == stages["fine"]["codebook_size"] == 20
+    assert (stages["coarse"]["num_coarse_quantizers"], stages["fine"]["num_fine_quantizers"]) == (1, 2)
+    with pytest.raises(ValueError, match="models 5 levels of codes, and the codec has 3; give a codec with more"):
+        builders.build_language_model(others, "fine", codec=builders.build_codec(MICRO), tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(("sample_hz", "token_hz"), [(22050, 25), (16000, 30), (16000, 0)])
+def test_rates_that_do_not_fit_exactly_are_refused(sample_hz, token_hz):
+    """No rate is rounded: tokens would drift against the codec's frames."""
+    with pytest.raises(ValueError, match="not a whole number|not a multiple|at least 1"):
+        builders.build_semantic_encoder(semantic_preset(sample_hz, token_hz))
+
+
+@every_preset
+def test_scale_multiplies_step_counts_alone(name):
+    """--scale makes a shorter run of the same model; the least has ten steps, and a warm-up of no more than a tenth."""
+    preset = preset_named(name)
+    half, hundredth, none = preset.scaled(0.5), preset.scaled(0.01), preset.scaled(1e-9)
+    for part in TRAINED:
+        full = getattr(preset, part).run
+        assert getattr(half, part).run.num_train_steps == round(full.num_train_steps / 2)
+        assert getattr(none, part).run.num_train_steps == 10
+        shorter = getattr(hundredth, part).run
+        assert 1 <= shorter.warmup_steps <= max(1, shorter.num_train_steps // 10)
+        assert shorter.learning_rate == full.learning_rate
+    assert half.codec.dim == preset.codec.dim and half.quantizer == preset.quantizer
+    assert preset.scaled(1.0) is preset
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, math.inf])
+def test_senseless_scale_is_refused(scale):
+    """A scale that is no positive number would make no run."""
+    with pytest.raises(ValueError, match="scale must be positive"):
+        preset_named("tiny").scaled(scale)
+
+
+def test_unknown_preset_names_those_there_are():
+    """A typing error is answered with the choice."""
+    with pytest.raises(ValueError, match="'tinny'.*tiny, small"):
+        preset_named("tinny")
+
+
+def test_presets_cannot_be_changed_in_place():
+    """A run's preset stays what its folder says."""
+    with pytest.raises(FrozenInstanceError):
+        preset_named("tiny").codec.dim = 1  # type: ignore[misc]

@@ -1,0 +1,271 @@
+"""A chain that is trained around finished parts instead of training every one itself."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from audiolm_pytorch.audio.files import read_audio
+from audiolm_pytorch.codecs import Codec, open_codec
+from audiolm_pytorch.data.descriptions import decode_texts
+from audiolm_pytorch.data.shards import TokenShards
+from audiolm_pytorch.saving.files import read_json
+from audiolm_pytorch.saving.modules import fingerprint_of, load_module
+from audiolm_pytorch.semantic import SemanticTokenizer
+from musiclm_pytorch.mulan import JointEmbedding
+from musiclm_pytorch.pipeline.builders import build_codec, build_mulan, build_semantic_tokenizer
+from musiclm_pytorch.pipeline.estimate import estimate, estimate_stages
+from musiclm_pytorch.pipeline.pipeline import STAGES, Pipeline
+from musiclm_pytorch.pipeline.pretrained_parts import check_given, exact_dtype, is_a
+from musiclm_pytorch.pretrained.model_folder import export_musiclm, load_musiclm
+from tests.helpers.micro import MICRO, WORDS, write_clips
+
+GIVEN = ("codec", "semantic-tokenizer", "mulan")
+# Unlike the preset's in every number: 24 kHz, 40 frames a second, 5 levels of 20 codes; 50 tokens a second of 7.
+OTHER = replace(
+    MICRO,
+    codec=replace(MICRO.codec, sample_hz=24000, hop_samples=600, codebook_size=20, num_quantizers=5),
+    semantic_tokenizer=replace(MICRO.semantic_tokenizer, sample_hz=24000, token_hz=50, num_clusters=7),
+)
+
+
+def other_parts(seed: int = 0) -> dict[str, nn.Module]:
+    """A codec, a semantic tokenizer and a MuLaN whose random weights fp16 would round."""
+    torch.manual_seed(seed)
+    captions = [f"a {word} tone" for word in WORDS]
+    return {
+        "codec": build_codec(OTHER).eval(),
+        "semantic-tokenizer": build_semantic_tokenizer(OTHER).eval(),
+        "mulan": build_mulan(OTHER, captions).eval(),
+    }
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """The parts of `given_run`."""
+    return other_parts()
+
+
+@pytest.fixture(scope="module")
+def given_run(parts, micro_data, tmp_path_factory):
+    """A finished run around given parts, and the reports of its stages."""
+    out = tmp_path_factory.mktemp("given") / "run"
+    reports = list(Pipeline(MICRO, data=micro_data, out=out, given=parts).run())
+    return out, {report.stage: report for report in reports}
+
+
+def test_given_parts_are_kept_as_they_are_and_train_nothing(parts, given_run):
+    """The stage of a finished part leaves that very part, number for number, and no trace of a training."""
+    out, reports = given_run
+    assert list(reports) == list(STAGES)
+    for stage in GIVEN:
+        assert reports[stage].summary == f"given: {type(parts[stage]).__name__}"
+        assert {path.name for path in (out / stage).iterdir()} == {"model", "report.json"}
+        assert exact_dtype(parts[stage], torch.float16) is None
+        assert fingerprint_of(load_module(out / stage / "model")) == fingerprint_of(parts[stage])
+    for stage in ("semantic", "coarse", "fine"):
+        assert (out / stage / "checkpoint").is_dir() and "accuracy" in reports[stage].summary
+    known = read_json(out / "run.json")["given"]
+    assert known["codec"] == parts["codec"].fingerprint and list(known) == list(GIVEN)
+
+
+def test_tokens_are_those_of_the_given_parts(parts, given_run, micro_data):
+    """What the language models learn is what the given parts say about the files, at their own rates."""
+    shards = TokenShards(given_run[0] / "tokens" / "train")
+    codec, tokenizer, mulan = (parts[stage] for stage in GIVEN)
+    assert shards.fingerprint["codec"] == codec.fingerprint
+    assert shards.fingerprint["semantic_tokenizer"] == tokenizer.fingerprint
+    items = Pipeline(MICRO, data=micro_data, out=given_run[0], given=parts).train_items
+    record, wave = shards[2], read_audio(items[2].path, 24000)[0]
+    assert torch.equal(torch.from_numpy(record["acoustic"]).long(), codec.tokenize(wave)[0])
+    assert record["acoustic"].shape == (40, 5) and record["semantic"].shape == (50,)
+    assert torch.equal(torch.from_numpy(record["semantic"]).long(), tokenizer(wave)[0])
+    assert decode_texts(record["captions"]) == [items[2].caption]
+    texts = mulan.get_text_latents(items[2].caption)
+    torch.testing.assert_close(torch.from_numpy(record["text_latents"]).float(), texts, atol=1e-3, rtol=0.0)
+
+
+def test_fewer_levels_than_the_codec_has_are_modelled_decoded_and_exported(parts, given_run, tmp_path):
+    """A preset of 3 levels around a codec of 5 makes sound of the first 3, in the run and exported, bit for bit."""
+    out, _ = given_run
+    model = load_musiclm(out)
+    made = model.audio_lm.generate(batch_size=2, seconds=0.5, seeds=3)
+    assert made.acoustic.shape == (2, 20, 3) and made.sample_hz == 24000
+    assert torch.equal(parts["codec"].decode_from_codebook_indices(made.acoustic)[:, 0], made.wave)
+    request = {"num_samples": 2, "seconds": 0.5, "seed": 3, "return_all": True}
+    ours = model("a low tone", **request)
+    export_musiclm(out, tmp_path / "out")
+    shipped = load_musiclm(tmp_path / "out")
+    assert torch.equal(shipped("a low tone", **request).waves, ours.waves)
+    assert fingerprint_of(shipped.mulan_embed_quantizer.mulan) == fingerprint_of(parts["mulan"])
+    assert {weight.dtype for weight in load_file(tmp_path / "out" / "fine" / "model.safetensors").values()} == {
+        torch.float16
+    }
+
+
+def test_a_run_belongs_to_its_given_parts(parts, given_run, micro_data, micro_run, tmp_path):
+    """The same parts continue a run; others, none, or some in a run that trained its own, are refused in words."""
+    out = shutil.copytree(given_run[0], tmp_path / "run")
+    shutil.rmtree(out / "mulan")
+    # fresh modules of the same weights, as another session opens them
+    again = Pipeline(MICRO, data=micro_data, out=out, given=other_parts())
+    assert [report.stage for report in again.run() if report.summary != "done before"] == ["mulan"]
+    others = {
+        f"given.codec: {parts['codec'].fingerprint} there, .* here": (out, {**parts, "codec": other_parts(1)["codec"]}),
+        "given.mulan: .* there, none here": (out, {stage: parts[stage] for stage in GIVEN[:2]}),
+        "given.codec: .* there, none here": (out, {}),
+        "given.mulan: none there, .* here": (micro_run, {"mulan": parts["mulan"]}),
+    }
+    for message, (folder, given) in others.items():
+        with pytest.raises(ValueError, match=f"holds another run .*{message}"):
+            list(Pipeline(MICRO, data=micro_data, out=folder, given=given).run())
+    assert "given" not in read_json(micro_run / "run.json")
+
+
+def test_a_given_mulan_needs_no_captions_and_comes_when_it_is_needed(parts, tmp_path):
+    """Files without captions do, and a stage that needs a given part fetches it without being told to."""
+    pipeline = Pipeline(
+        MICRO, data=write_clips(tmp_path / "bare", 5, captions=False), out=tmp_path / "run", given=parts
+    )
+    assert [report.stage for report in pipeline.run("quantizer")] == ["mulan", "quantizer"]
+    assert [report.stage for report in pipeline.run("semantic")] == [
+        "semantic-tokenizer",
+        "codec",
+        "tokens",
+        "semantic",
+    ]
+    assert TokenShards(tmp_path / "run" / "tokens" / "train")[0]["text_latents"].shape == (0, 128)
+
+
+def test_dry_run_counts_given_parts_as_nothing(parts, micro_data, tmp_path):
+    """No time, parameters or tokens for what is given; vocabularies, rates and sizes of the given for the rest."""
+    own = {one.stage: one for one in estimate_stages(Pipeline(MICRO, data=micro_data, out=tmp_path / "run"))}
+    pipeline = Pipeline(MICRO, data=micro_data, out=tmp_path / "run", given=parts)
+    found = {one.stage: one for one in estimate_stages(pipeline)}
+    for stage in GIVEN:
+        assert (found[stage].num_parameters, found[stage].num_tokens, found[stage].seconds) == (0, 0, 0)
+        # float32, as they must not be rounded
+        assert found[stage].shipped_bytes >= sum(4 * weight.numel() for weight in parts[stage].parameters()) > 0
+    # 10 clips of a second
+    assert found["tokens"].num_tokens == 10 * (40 * 5 + 50) and own["tokens"].num_tokens == 10 * (50 * 3 + 25)
+    # 12 steps of 4 crops of a second, one coarse level of the preset's
+    assert found["coarse"].num_tokens == 12 * 4 * 40 and own["coarse"].num_tokens == 12 * 4 * 50
+    assert found["semantic"].num_parameters < own["semantic"].num_parameters
+    table = estimate(pipeline)
+    assert table.count("       given\n") == 3 and not (tmp_path / "run").exists()
+
+
+def test_estimated_size_is_that_of_the_model(parts, given_run, micro_data, tmp_path):
+    """The table of a dry run speaks of the files of a model with exact parts."""
+    stages = estimate_stages(Pipeline(MICRO, data=micro_data, out=tmp_path / "run", given=parts))
+    files = sum(file.stat().st_size for file in (given_run[0] / "model").rglob("*.safetensors"))
+    assert 0.9 < sum(one.shipped_bytes for one in stages) / files < 1.05
+
+
+class Unregistered(nn.Module):
+    """A codec that no file can hold."""
+
+    target_sample_hz, downsample_factor, channels, num_quantizers, codebook_size = 16000, 320, 1, 4, 16
+    fingerprint = "x"
+
+    def num_frames(self, num_samples): ...
+    def tokenize(self, wave, lengths=None): ...
+    def decode_from_codebook_indices(self, codes, num_samples=None): ...
+
+
+def test_parts_that_do_not_fit_are_refused_before_anything_is_trained(parts, micro_data, tmp_path):
+    """Wrong kinds, too few levels, rates that go together nowhere: said in words, and nothing is written."""
+    codec, tokenizer, _ = (parts[stage] for stage in GIVEN)
+    thin = build_codec(replace(MICRO, codec=replace(MICRO.codec, num_quantizers=2)))
+    # frames of 322 samples at 16 kHz and tokens of 25 Hz begin together every 6.44 s
+    odd = build_codec(replace(MICRO, codec=replace(MICRO.codec, hop_samples=322)))
+    cases = [
+        ({"coarse": codec}, "coarse cannot be given finished; what can: codec, semantic-tokenizer, mulan"),
+        ({"codec": tokenizer}, "a Codec is needed for codec, got a KMeansTokenizer"),
+        ({"semantic-tokenizer": codec}, "a SemanticTokenizer is needed for semantic-tokenizer, got a SoundStream"),
+        ({"mulan": codec}, "a JointEmbedding is needed for mulan, got a SoundStream"),
+        ({"codec": Unregistered()}, "Unregistered given for codec cannot be saved"),
+        ({"codec": thin}, "models 3 levels of codes, and the codec has 2; give a codec with more levels"),
+        (
+            {"codec": odd},
+            "every 6.44 s only, but coarse learns from 1 s at a time; give a codec and a semantic tokenizer whose",
+        ),
+    ]
+    for given, message in cases:
+        with pytest.raises(ValueError, match=message):
+            Pipeline(MICRO, data=micro_data, out=tmp_path / "run", given=given)
+    assert not (tmp_path / "run").exists()
+    state = torch.random.get_rng_state()
+    check_given(MICRO, {"codec": codec})
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_results_of_another_kind_are_refused(parts, given_run, micro_data, tmp_path):
+    """A codec has all the names of a semantic tokenizer, and yet is none: not in a run's folder, nor in a model's."""
+    assert is_a(parts["codec"], Codec) and not is_a(parts["codec"], SemanticTokenizer)
+    out = shutil.copytree(given_run[0], tmp_path / "run")
+    for wrong in (out / "semantic-tokenizer" / "model", out / "model" / "semantic_tokenizer"):
+        shutil.rmtree(wrong)
+        shutil.copytree(out / "codec" / "model", wrong)
+    with pytest.raises(ValueError, match="semantic_tokenizer holds a SoundStream, but a SemanticTokenizer is needed"):
+        load_musiclm(out)
+    with pytest.raises(ValueError, match="model holds a SoundStream, but a SemanticTokenizer is needed"):
+        Pipeline(MICRO, data=micro_data, out=out, given=parts).tokens()
+
+
+def write_encodec(folder: Path, channels: int) -> Path:
+    """A folder as EnCodec is published: 100 frames a second, 4 levels of 1024 codes."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(num_filters=4, hidden_size=8, upsampling_ratios=[4, 2], num_lstm_layers=1, codebook_size=1024)
+    torch.manual_seed(0)
+    config = transformers.EncodecConfig(
+        sampling_rate=800, target_bandwidths=[2.0, 4.0], audio_channels=channels, **sizes
+    )
+    model = transformers.EncodecModel(config)
+    for name, tensor in model.state_dict().items():
+        if name.endswith((".embed", ".embed_sum")):
+            tensor.normal_()
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_published_codec_is_trained_around(parts, channels, tmp_path):
+    """EnCodec, mono or stereo: its codes of all its channels become tokens, and a stage learns from them."""
+    codec = open_codec(write_encodec(tmp_path / "encodec", channels))
+    given = {**parts, "codec": codec}
+    pipeline = Pipeline(MICRO, data=write_clips(tmp_path / "data", 5), out=tmp_path / "run", given=given)
+    list(pipeline.run("quantizer"))
+    assert list(pipeline.run("fine"))[-1].stage == "fine"
+    kept = load_module(tmp_path / "run" / "codec" / "model")
+    assert kept.fingerprint == codec.fingerprint and type(kept) is type(codec)
+    shards = TokenShards(tmp_path / "run" / "tokens" / "train")
+    wave = read_audio(pipeline.train_items[1].path, 800, channels)[0]
+    expected = codec.tokenize(wave.expand(channels, -1)[None])[0]
+    assert torch.equal(torch.from_numpy(shards[1]["acoustic"]).long(), expected) and expected.shape == (100, 4)
+    fine = load_module(tmp_path / "run" / "fine" / "model")
+    assert [float(stream.rate_hz) for stream in fine.layout.streams] == [100, 100]
+    quantizer = load_module(tmp_path / "run" / "quantizer" / "model")
+    assert fine.token_fingerprints == {"acoustic": codec.fingerprint, "conditioner": quantizer.fingerprint}
+
+
+def test_a_published_clap_takes_the_place_of_mulan(parts, tmp_path):
+    """CLAP: nothing of it is rounded in the quantizer that is fitted around it."""
+    pytest.importorskip("transformers")
+    from test_clap import write_clap
+
+    from musiclm_pytorch.pretrained.bundled import mulan_named
+
+    clap = mulan_named(str(write_clap(tmp_path / "clap")))
+    assert isinstance(clap, JointEmbedding)
+    pipeline = Pipeline(
+        MICRO, data=write_clips(tmp_path / "data", 5), out=tmp_path / "run", given={**parts, "mulan": clap}
+    )
+    list(pipeline.run("quantizer"))
+    list(pipeline.run("tokens"))
+    assert load_module(tmp_path / "run" / "quantizer" / "model").mulan.fingerprint == clap.fingerprint
+    assert TokenShards(tmp_path / "run" / "tokens" / "train")[0]["latents"].shape == (1, clap.dim_latent)

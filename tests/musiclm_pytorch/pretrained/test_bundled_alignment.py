@@ -1,0 +1,102 @@
+"""A click track through the bundled codec and tokenizer: clicks keep their times, crops of both belong together."""
+
+from functools import cache
+from pathlib import Path
+
+import soundfile
+import torch
+from torch import Tensor, nn
+
+from audiolm_pytorch.data import load_items
+from audiolm_pytorch.lm.stages import CoarseTransformer
+from audiolm_pytorch.lm.wave_source import WaveSource
+from musiclm_pytorch.pretrained.bundled import codec_named, tokenizer_named
+
+FILE_HZ, MODEL_HZ = 22050, 16000
+CLICKS = torch.tensor([0.311, 0.722, 1.148, 1.571, 2.032, 2.469])
+CODEC_FRAME_SECONDS, TOKENS_PER_SECOND = 0.02, 25
+
+
+@cache
+def parts():
+    return tokenizer_named("16khz"), codec_named("16khz")
+
+
+def click_track(times: Tensor, seconds: float, sample_hz: int) -> Tensor:
+    """Bumps of a millisecond at given times, `[n]`."""
+    at = torch.arange(round(seconds * sample_hz)) / sample_hz
+    return 0.9 * torch.exp(-(((at[:, None] - times) / 0.0004) ** 2)).sum(dim=1)
+
+
+def heard(wave: Tensor, times: Tensor) -> Tensor:
+    """Where `wave [n]` is loudest within 0.1 s of each time (s), smoothed over 4 ms."""
+    loudness = nn.functional.avg_pool1d(wave.abs()[None], 65, 1, 32)[0]
+    found = []
+    for time in times.tolist():
+        first = max(0, round((time - 0.1) * MODEL_HZ))
+        found.append((first + int(loudness[first : round((time + 0.1) * MODEL_HZ)].argmax())) / MODEL_HZ)
+    return torch.tensor(found)
+
+
+@torch.inference_mode()
+def test_clicks_come_back_from_the_codec_at_their_times():
+    """Through tokens and back no click moves by a frame (20 ms; measured: 3 ms)."""
+    codec = parts()[1]
+    wave = click_track(CLICKS, 3.0, MODEL_HZ)
+    decoded = codec.decode_from_codebook_indices(codec.tokenize(wave[None]), num_samples=len(wave))[0, 0]
+    assert ((heard(decoded, CLICKS) - CLICKS).abs() < CODEC_FRAME_SECONDS / 2).all()
+    late = torch.cat((torch.zeros(480), decoded))  # the check itself must see a codec that is late
+    assert not ((heard(late, CLICKS) - CLICKS).abs() < CODEC_FRAME_SECONDS / 2).all()
+
+
+@torch.inference_mode()
+def test_semantic_tokens_change_where_a_click_is():
+    """Taking one click away changes the token of its frame, and what changes is centred on it to a frame (40 ms)."""
+    tokenizer = parts()[0]
+    wave = click_track(CLICKS, 3.0, MODEL_HZ)
+    ids = tokenizer(wave[None])[0]
+    for number, time in enumerate(CLICKS.tolist()):
+        others = CLICKS[torch.arange(len(CLICKS)) != number]
+        changed = (tokenizer(click_track(others, 3.0, MODEL_HZ)[None])[0] != ids).nonzero().flatten()
+        frame = int(time * TOKENS_PER_SECOND)
+        assert frame in changed.tolist()
+        assert abs(changed.float().quantile(0.5).item() - frame) <= 1
+
+
+def crops(tmp_path: Path) -> tuple[WaveSource, CoarseTransformer]:
+    """Crops of a file of a rate of its own."""
+    soundfile.write(tmp_path / "clicks.wav", click_track(CLICKS, 3.0, FILE_HZ).numpy(), FILE_HZ)
+    tokenizer, codec = parts()
+    stage = CoarseTransformer(
+        num_semantic_tokens=tokenizer.codebook_size,
+        codebook_size=codec.codebook_size,
+        num_coarse_quantizers=codec.num_quantizers,
+        **{"dim": 16, "depth": 1, "heads": 1, "dim_head": 16},
+    )
+    made = {"wav2vec": tokenizer, "codec": codec, "audio_conditioner": None}
+    return WaveSource(load_items(tmp_path).items, stage, seconds=1.2, **made), stage
+
+
+@torch.inference_mode()
+def test_semantic_and_acoustic_tokens_of_a_crop_are_of_the_same_stretch(tmp_path):
+    """Packed and unpacked again, both kinds of token fit the instants at which the crop began, not a frame before."""
+    source, stage = crops(tmp_path)
+    tokenizer, codec = parts()
+    pairs = [(epoch, 0) for epoch in range(6)]
+    read = source.read(source.batch(pairs))
+    streams, lengths = stage.streams_of(read.tokens)
+    unpacked = stage.layout.unpack(stage.packed(read.tokens, read.ends).ids, lengths, ["semantic", "coarse"])
+    whole = tokenizer(click_track(CLICKS, 3.0, MODEL_HZ)[None])[0]
+    agreement = dict.fromkeys((-1, 0, 1), 0)
+    for item, pair in enumerate(pairs):
+        start = source.crops.get(*pair).start_seconds
+        inside = CLICKS[(CLICKS > start + 0.1) & (CLICKS < start + 1.1)] - start
+        wave = codec.decode_from_codebook_indices(unpacked["coarse"][item : item + 1])[0, 0]
+        assert len(inside) and ((heard(wave, inside) - inside).abs() < CODEC_FRAME_SECONDS / 2).all()
+        first = round(start * TOKENS_PER_SECOND)
+        own = unpacked["semantic"][item, 2:-2, 0]  # at the edges a crop hears less than the whole file does
+        for shift in agreement:
+            at = first + 2 + shift
+            agreement[shift] += int((whole[at : at + len(own)] == own).sum())
+    total = len(pairs) * len(own)
+    assert agreement[0] > 0.9 * total and max(agreement[-1], agreement[1]) < 0.6 * total

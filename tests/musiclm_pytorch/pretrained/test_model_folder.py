@@ -1,0 +1,337 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from audiolm_pytorch.saving.files import read_json, write_json
+from audiolm_pytorch.saving.modules import load_module, save_module
+from musiclm_pytorch.pretrained import model_folder as bundle
+from musiclm_pytorch.pretrained.bundled import (
+    BUNDLED_TOKENIZERS,
+    bundled_folder,
+    codec_named,
+    encoder_named,
+    tokenizer_named,
+)
+from musiclm_pytorch.pretrained.model_folder import PARTS, export_musiclm, load_musiclm, model_folder
+
+SETTINGS = {
+    "sampling": {"semantic": {"temperature": 0.7, "top_k": 5}, "coarse": {"guidance_scale": 2.0}},
+    "num_levels": 1,
+}
+REQUEST = {"num_samples": 2, "seconds": 0.5, "seed": 3, "return_all": True}
+
+
+@pytest.fixture
+def model(micro_run, tmp_path):
+    """A copy of the micro model that a test may spoil."""
+    return shutil.copytree(micro_run / "model", tmp_path / "model")
+
+
+def change_card(model, **fields):
+    write_json(model / "musiclm.json", {**read_json(model / "musiclm.json"), **fields})
+
+
+def test_exported_model_sounds_as_the_run_does(micro_run, tmp_path):
+    """What is evaluated after training is, bit for bit, what is shipped, in half precision."""
+    num_bytes = export_musiclm(micro_run, tmp_path / "shipped")
+    files = [file for file in (tmp_path / "shipped").rglob("*") if file.is_file()]
+    assert num_bytes == sum(file.stat().st_size for file in files) < 1_000_000
+    for name in PARTS:
+        weights = load_file(tmp_path / "shipped" / name / "model.safetensors")
+        assert {tensor.dtype for tensor in weights.values()} <= {torch.float16, torch.int64, torch.bool}
+    ours = load_musiclm(micro_run / "model")("a low tone", **REQUEST)
+    shipped = load_musiclm(tmp_path / "shipped")("a low tone", **REQUEST)
+    assert torch.equal(ours.waves, shipped.waves) and torch.equal(ours.scores, shipped.scores)
+
+
+def test_trained_conditioning_tables_are_in_the_model(micro_run):
+    """The tables that the stages were trained with take the place of the quantizer's random ones."""
+    assembled = load_musiclm(micro_run / "model").mulan_embed_quantizer
+    for stage in ("semantic", "coarse", "fine"):
+        trained = load_file(micro_run / stage / "conditioning_table.safetensors")["weight"]
+        assert torch.equal(assembled.table(stage).weight, trained.half().float())
+
+
+def test_settings_of_the_card_are_the_defaults(micro_run, tmp_path):
+    """Sampling and number of levels that were chosen for a model travel with it."""
+    export_musiclm(micro_run, tmp_path / "chosen", SETTINGS)
+    musiclm = load_musiclm(tmp_path / "chosen")
+    sampling = musiclm.audio_lm.sampling
+    assert (sampling["semantic"].temperature, sampling["semantic"].top_k) == (0.7, 5)
+    assert sampling["coarse"].guidance_scale == 2.0 and sampling["fine"].temperature == 0.4
+    assert musiclm.num_levels == 1
+    plain = load_musiclm(micro_run)
+    # The card of the run says how every stage is sampled; settings that are exported take its place as a whole.
+    sampling = {name: vars(settings) for name, settings in sampling.items()}
+    said = plain("a low tone", **REQUEST, sampling=sampling, num_levels=1)
+    assert torch.equal(musiclm("a low tone", **REQUEST).waves, said.waves)
+    assert not torch.equal(plain("a low tone", **REQUEST).waves, said.waves)
+    export_musiclm(tmp_path / "chosen", tmp_path / "again")
+    assert read_json(tmp_path / "again" / "musiclm.json")["sampling"] == SETTINGS["sampling"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_levels": 99},
+        {"num_levels": "two"},
+        {"sampling": {"corse": {"temperature": 1.0}}},
+        {"sampling": {"coarse": {"temprature": 1.0}}},
+        {"sampling": {"coarse": {"temperature": -1.0}}},
+        {"sampling": {"coarse": {"temperature": "hot"}}},
+    ],
+    ids=json.dumps,
+)
+def test_settings_that_do_not_fit_are_refused(micro_run, model, tmp_path, settings):
+    """A mistake in a card is found when it is written, and when a model with it is loaded."""
+    with pytest.raises(ValueError, match="does not make a model"):
+        export_musiclm(micro_run, tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists()
+    change_card(model, **settings)
+    with pytest.raises(ValueError, match="does not make a model"):
+        load_musiclm(model)
+
+
+@pytest.mark.parametrize("file", ["codec/config.json", "fine/model.safetensors", "quantizer"])
+def test_missing_file_is_named(model, file):
+    """A model that was copied in part says what it lacks."""
+    shutil.rmtree(model / file) if (model / file).is_dir() else (model / file).unlink()
+    with pytest.raises(ValueError, match=f"lacks .*{file}.*copy"):
+        load_musiclm(model)
+
+
+def test_damaged_or_exchanged_files_are_named(model):
+    """Cut weights, parts of another kind and cards of another format are no models."""
+    weights = model / "fine" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="fine/model.safetensors is not a readable"):
+        load_musiclm(model)
+    shutil.rmtree(model / "fine")
+    shutil.copytree(model / "coarse", model / "fine")
+    with pytest.raises(ValueError, match="fine holds a CoarseTransformer, but a FineTransformer is needed"):
+        load_musiclm(model)
+    change_card(model, format_version=2)
+    with pytest.raises(ValueError, match=r"musiclm.json has format version 2, this library reads 1"):
+        load_musiclm(model)
+    (model / "musiclm.json").write_text("[]")
+    with pytest.raises(ValueError, match="format version None"):
+        load_musiclm(model)
+
+
+def exchange(model, part):
+    """Put another part of the same sizes in a model's folder."""
+    module = load_module(model / part)
+    with torch.no_grad():
+        for weight in module.state_dict().values():
+            if weight.is_floating_point():
+                weight.mul_(1.5)
+    save_module(module, model / part)
+    return module.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("part", "kind", "stage"),
+    [
+        ("codec", "acoustic", "coarse"),
+        ("semantic_tokenizer", "semantic", "semantic"),
+        ("quantizer", "conditioner", "semantic"),
+    ],
+)
+def test_parts_of_different_models_are_refused(model, tmp_path, part, kind, stage):
+    """Beside a tokenizer or quantizer that they do not know, stages would make noise without an error."""
+    known = read_json(model / stage / "config.json")["config"]["token_fingerprints"][kind]
+    assert load_module(model / part).fingerprint == known
+    other = exchange(model, part)
+    made = "codes of conditions" if kind == "conditioner" else f"{kind} tokens"
+    message = f"does not make a model: the {made} .* {stage} transformer was trained on {known}, .* here is {other}"
+    with pytest.raises(ValueError, match=message):
+        load_musiclm(model)
+    with pytest.raises(ValueError, match=message):
+        export_musiclm(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_model_of_an_older_release_is_loaded(model, tmp_path):
+    """Stages that do not say what they were trained with are not compared with anything, and stay so when exported."""
+    for stage in ("semantic", "coarse", "fine"):
+        config = read_json(model / stage / "config.json")
+        del config["config"]["token_fingerprints"]
+        write_json(model / stage / "config.json", config)
+    exchange(model, "codec")
+    exchange(model, "quantizer")
+    assert load_musiclm(model)("a low tone", **REQUEST).waves.isfinite().all()
+    export_musiclm(model, tmp_path / "out")
+    assert "token_fingerprints" not in read_json(tmp_path / "out" / "coarse" / "config.json")["config"]
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"), [("codec", "acoustic"), ("semantic_tokenizer", "semantic"), ("quantizer", "conditioner")]
+)
+def test_what_half_precision_would_change_is_exported_as_it_is(model, tmp_path, part, kind):
+    """Rounded, a tokenizer or quantizer is another than the stages know: the exported model must be one that loads."""
+    module = load_module(model / part)
+    with torch.no_grad():
+        for name, weight in module.state_dict().items():
+            if weight.is_floating_point() and not name.startswith("mulan."):
+                weight.mul_(1 + 1e-5)
+    save_module(module, model / part)
+    for stage in ("semantic", "coarse", "fine"):
+        config = read_json(model / stage / "config.json")
+        if kind in config["config"]["token_fingerprints"]:
+            config["config"]["token_fingerprints"][kind] = module.fingerprint
+        write_json(model / stage / "config.json", config)
+    export_musiclm(model, tmp_path / "out")
+    assert load_module(tmp_path / "out" / part).fingerprint == module.fingerprint
+    ours, shipped = (load_musiclm(folder)("a low tone", **REQUEST).waves for folder in (model, tmp_path / "out"))
+    assert torch.equal(ours, shipped)
+    stored = {name: load_file(tmp_path / "out" / name / "model.safetensors").values() for name in PARTS}
+    assert [name for name, tensors in stored.items() if any(t.dtype == torch.float32 for t in tensors)] == [part]
+
+
+def test_tables_of_a_quantizer_may_be_rounded(model, tmp_path):
+    """They are trained like stages, and no stage knows the quantizer by them: a model stays small."""
+    quantizer = load_module(model / "quantizer")
+    with torch.no_grad():
+        quantizer.tables["coarse"].weight.mul_(1 + 1e-5)
+    save_module(quantizer, model / "quantizer")
+    export_musiclm(model, tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "quantizer" / "model.safetensors").values()
+    assert all(tensor.dtype != torch.float32 for tensor in stored)
+    assert load_musiclm(tmp_path / "out").mulan_embed_quantizer.fingerprint == quantizer.fingerprint
+
+
+@pytest.fixture
+def packaged(model, tmp_path, monkeypatch):
+    """A package that bundles the model's own codec and semantic tokenizer, a model, and what belongs to none."""
+    folder = tmp_path / "packaged"
+    shutil.copytree(model / "codec", folder / "codec_micro")
+    shutil.copytree(model / "semantic_tokenizer", folder / "semantic_micro")
+    exchange_copy = shutil.copytree(model / "codec", folder / "codec_another")
+    exchange(exchange_copy.parent, exchange_copy.name)
+    shutil.copytree(model, folder / "whole")
+    monkeypatch.setattr(bundle, "bundled_folder", lambda name: folder / name)
+    return folder
+
+
+SHARED = {"codec": "codec_micro", "semantic_tokenizer": "semantic_micro"}
+
+
+def test_parts_of_the_package_are_named_instead_of_copied(model, packaged, tmp_path):
+    """A model that ships beside the parts it was made around holds them once, and sounds the same in both forms."""
+    export_musiclm(model, tmp_path / "copied")
+    # over a model that has them: they are not left behind
+    out = shutil.copytree(tmp_path / "copied", tmp_path / "shared")
+    num_bytes = export_musiclm(model, out, share_bundled=True)
+    assert num_bytes == sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    assert read_json(out / "musiclm.json")["bundled_parts"] == SHARED
+    assert {path.name for path in out.iterdir()} == {"musiclm.json", *PARTS} - set(SHARED)
+    waves = [load_musiclm(folder)("a low tone", **REQUEST).waves for folder in (tmp_path / "copied", out)]
+    assert torch.equal(*waves)
+    # and back again
+    assert export_musiclm(out, tmp_path / "again") == export_musiclm(model, tmp_path / "copied") > num_bytes
+    assert "bundled_parts" not in read_json(tmp_path / "again" / "musiclm.json")
+    assert torch.equal(load_musiclm(tmp_path / "again")("a low tone", **REQUEST).waves, waves[0])
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ({"codec": "codec_24khz"}, "'codec_24khz' from the package.* has codec_another, codec_micro, semantic_micro;"),
+        ({"codec": "../packaged/codec_micro"}, "'../packaged/codec_micro' from the package"),
+        ({"codec": "whole/codec"}, "'whole/codec' from the package"),
+        ({"codec": "whole"}, "'whole' from the package"),
+        ({"codec": ["codec_micro"]}, "install the release that wrote the model, or export it again with its parts"),
+        ({"codek": "codec_micro"}, "must name parts of codec, semantic_tokenizer, quantizer"),
+        (["codec_micro"], "must name parts of codec"),
+        ({"codec": "semantic_micro"}, "semantic_micro holds a KMeansTokenizer, but a Codec is needed"),
+        ({"codec": "codec_another"}, "acoustic tokens are of different makers"),
+    ],
+    ids=str,
+)
+def test_parts_that_the_package_lacks_are_named(model, packaged, named, message):
+    """A card may name bundled parts by their plain names alone, and is told what this installation has."""
+    change_card(model, bundled_parts=named)
+    with pytest.raises(ValueError, match=message):
+        load_musiclm(model)
+
+
+def test_only_what_is_the_same_is_shared(model, packaged, tmp_path):
+    """A part that differs in one number from the package's is copied."""
+    shutil.rmtree(packaged / "semantic_micro")
+    weights = packaged / "codec_micro" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-2] + b"\x00\x3c")
+    export_musiclm(model, tmp_path / "out", share_bundled=True)
+    assert "bundled_parts" not in read_json(tmp_path / "out" / "musiclm.json")
+    assert (tmp_path / "out" / "codec" / "model.safetensors").is_file()
+
+
+def test_parts_that_ship_may_be_shared():
+    """The codec and the semantic tokenizer of the package are found by the names that a card would give them."""
+    there = bundle._bundled_parts()
+    assert {"codec_16khz", "semantic_16khz"} <= set(there) and "tiny" not in there
+    for name, kind in (("codec_16khz", "codec"), ("semantic_16khz", "semantic_tokenizer")):
+        assert bundle._bundled_twins({kind: load_module(there[name])}) == {kind: name}
+
+
+def test_names_and_folders_of_models(micro_run, tmp_path):
+    """A model is found by its folder or its run's; anything else is told what would do."""
+    assert model_folder(micro_run) == model_folder(micro_run / "model") == micro_run / "model"
+    with pytest.raises(ValueError, match="there is no model 'nobody'"):
+        model_folder("nobody")
+    with pytest.raises(ValueError, match=r"no musiclm.json in it; finish it with musiclm train all"):
+        model_folder(tmp_path)
+
+
+def test_export_destroys_nothing(micro_run, tmp_path):
+    """A folder of other things is not written into; an older model is replaced."""
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "me.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match="photos holds something else than a model"):
+        export_musiclm(micro_run, tmp_path / "photos")
+    assert [file.name for file in (tmp_path / "photos").iterdir()] == ["me.jpg"]
+    assert export_musiclm(micro_run, tmp_path / "new") == export_musiclm(micro_run, tmp_path / "new")
+
+
+def test_an_interrupted_export_is_no_model_and_can_be_repeated(micro_run, model, monkeypatch):
+    """While parts are exchanged one by one, new ones must not be taken for a model together with old ones."""
+    (model / "README.md").write_text("about it")
+    saved = []
+
+    def die_in_the_third(*arguments, **named):
+        saved.append(arguments)
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+        save_module(*arguments, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bundle, "save_module", die_in_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            export_musiclm(micro_run, model)
+    with pytest.raises(ValueError, match="no whole model"):
+        load_musiclm(model)
+    export_musiclm(micro_run, model)
+    assert load_musiclm(model).num_levels == 2 and (model / "README.md").read_text() == "about it"
+
+
+@pytest.mark.parametrize("name", BUNDLED_TOKENIZERS)
+def test_bundled_tokenizers_have_names(name):
+    """Every name leads to a tokenizer that makes tokens, and to the encoder under it."""
+    tokenizer = tokenizer_named(name)
+    ids = tokenizer(torch.zeros(1, 32_000), input_sample_hz=32_000)
+    assert ids.shape == (1, 25) and 0 <= int(ids.min()) <= int(ids.max()) < tokenizer.codebook_size
+    assert encoder_named(name).depth == tokenizer.layer
+    with pytest.raises(ValueError, match="bundled tokenizers: 16khz"):
+        tokenizer_named("32khz")
+
+
+def test_bundled_stages_know_what_made_their_codes():
+    """The bundled stages say which tokenizers and which quantizer they were trained with, so others are refused."""
+    folder = bundled_folder("tiny")
+    known = {"semantic": tokenizer_named("16khz").fingerprint, "acoustic": codec_named("16khz").fingerprint}
+    known["conditioner"] = load_module(folder / "quantizer").fingerprint
+    for stage, kinds in (("semantic", ["semantic"]), ("coarse", ["semantic", "acoustic"]), ("fine", ["acoustic"])):
+        assert load_module(folder / stage).token_fingerprints == {kind: known[kind] for kind in [*kinds, "conditioner"]}

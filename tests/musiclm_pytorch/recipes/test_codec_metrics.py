@@ -1,0 +1,130 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from musiclm_pytorch.evaluation.codec_report import Estimate
+from musiclm_pytorch.evaluation.opus import opus_copy, opus_row
+from musiclm_pytorch.evaluation.report import write_report
+from musiclm_pytorch.recipes.attributes import AttributeClassifier
+from musiclm_pytorch.recipes.codec_metrics import Copy, check_copies, checked_table, codec_copies, opus_copies
+from musiclm_pytorch.recipes.features import ClipFeatures
+
+SAMPLE_HZ = 16_000
+PITCHES_HZ = {"flute": 1200.0, "cello": 220.0}
+needs_opus = pytest.mark.skipif(shutil.which("opusenc") is None, reason="opus-tools is not installed")
+
+
+def tones(count, seed):
+    """Tones [b, n] of 3 s whose pitch is their instrument."""
+    generator = torch.Generator().manual_seed(seed)
+    names = [list(PITCHES_HZ)[index % 2] for index in range(count)]
+    time = torch.arange(3 * SAMPLE_HZ) / SAMPLE_HZ
+    waves = [
+        0.2 * torch.sin(2 * torch.pi * PITCHES_HZ[name] * (0.9 + 0.2 * torch.rand((), generator=generator)) * time)
+        + 1e-3 * torch.randn(time.shape, generator=generator)
+        for name in names
+    ]
+    return torch.stack(waves), {"instrument": names}
+
+
+@pytest.fixture(scope="module")
+def judge():
+    waves, labels = tones(12, seed=0)
+    features = ClipFeatures()
+    return AttributeClassifier.fit(features(waves, SAMPLE_HZ), labels, features)
+
+
+class LevelCodec(torch.nn.Module):
+    """A frame is a sample, and its codes the two bytes of a 16-bit sample; without the second it is coarse."""
+
+    target_sample_hz, downsample_factor, channels, num_quantizers, codebook_size = SAMPLE_HZ, 1, 1, 2, 256
+    fingerprint = "test"
+
+    def num_frames(self, num_samples):
+        return num_samples
+
+    def tokenize(self, wave, lengths=None):
+        whole = (wave * 32_767).round().long() + 32_768
+        return torch.stack([whole // 256, whole % 256], dim=-1)
+
+    def decode_from_codebook_indices(self, codes, num_samples=None):
+        low = codes[..., 1] if codes.shape[-1] > 1 else 128
+        return ((codes[..., 0] * 256 + low - 32_768) / 32_767)[:, None, :num_samples]
+
+
+def test_a_clear_codec_is_harmless_and_a_dead_one_useless(judge):
+    """The table knows transparent from dead, and the unquantized copy is the zero of every distance."""
+    waves, truth = tones(8, seed=5)
+    copies = [*codec_copies(LevelCodec(), waves, (None, 1)), Copy("dead", torch.zeros_like(waves), 1.0)]
+    real, same, clear, coarse, dead = check_copies(judge, waves, SAMPLE_HZ, truth, copies, SAMPLE_HZ)
+    for one in (real, same, clear):
+        assert one.accuracy["instrument"].value == one.kept["instrument"].value == 1.0
+    for one in (real, same):
+        assert (one.row.mel_nepers.mean, one.row.stft.mean, one.row.si_sdr_db.mean) == (0.0, 0.0, 100.0)
+        assert one.row.kbps is None
+    assert (clear.row.kbps, coarse.row.kbps) == (2 * 8 * 16.0, 8 * 16.0)
+    assert 0 < clear.row.mel_nepers.mean < coarse.row.mel_nepers.mean < dead.row.mel_nepers.mean
+    assert dead.accuracy["instrument"].value == dead.kept["instrument"].value == 0.5
+    assert dead.kept["instrument"].low < 0.5 < dead.kept["instrument"].high
+    assert dead.row.si_sdr_db.mean == -100.0
+
+
+def test_kept_is_the_ratio_of_the_accuracies(judge):
+    """If the judge errs on real clips already, a copy is measured by what was right there, clip by clip."""
+    waves, truth = tones(8, seed=5)
+    truth = {"instrument": ["flute"] * 8}
+    real, copy = check_copies(judge, waves, SAMPLE_HZ, truth, [Copy("copy", waves)], SAMPLE_HZ)
+    assert real.accuracy["instrument"].value == 0.5
+    kept = copy.kept["instrument"]
+    # paired: an equal copy keeps all in every resample
+    assert (kept.value, kept.low, kept.high) == (1.0, 1.0, 1.0)
+
+
+def test_table_and_report(judge, tmp_path):
+    """One line a copy with intervals; the JSON holds every figure and the table lies beside it."""
+    waves, truth = tones(4, seed=5)
+    checked = check_copies(judge, waves, SAMPLE_HZ, truth, codec_copies(LevelCodec(), waves), SAMPLE_HZ)
+    table = checked_table(checked)
+    lines = table.splitlines()
+    assert len(lines) == 5 and len({len(line) for line in lines}) == 1
+    assert "instrument, %" in lines[0] and "100.0 [100.0, 100.0]" in lines[4] and "256.00" in lines[4]
+    write_report(tmp_path / "check.json", [figure for one in checked for figure in one.figures], {}, table)
+    assert (tmp_path / "check.md").read_text() == table
+    names = [figure["name"] for figure in json.loads((tmp_path / "check.json").read_text())["figures"]]
+    assert "codec, 2 of 2 levels / instrument, share of real" in names and len(set(names)) == len(names) == 3 * 5
+
+
+@needs_opus
+@pytest.mark.parametrize(("sample_hz", "channels"), [(16000, 1), (24000, 1), (44100, 2)])
+def test_opus_is_in_step(sample_hz, channels):
+    """The copy is as long as the original, and at no shift is it more alike."""
+    time = np.arange(sample_hz + 123) / sample_hz
+    sweep = 0.3 * np.sin(2 * np.pi * (200 * time + 900 * time**2)) * (0.6 + 0.4 * np.sin(2 * np.pi * 5 * time))
+    wave = torch.from_numpy(np.stack([sweep] * channels)).float()
+    copy = opus_copy(wave, sample_hz, 64)
+    assert copy.wave.shape == wave.shape
+    for row in copy.wave.numpy():
+        alike = [np.dot(np.roll(row, shift)[200:-200], sweep[200:-200]) for shift in range(-100, 101)]
+        assert int(np.argmax(alike)) - 100 == 0
+    assert Estimate.of([float((copy.wave - wave).abs().mean())]).mean < 0.02
+
+
+@needs_opus
+def test_opus_spends_what_is_asked_for():
+    """The bits of the packets make about the bitrate asked for, without the container's overhead; more bits, nearer."""
+    wave = 0.2 * torch.randn(1, 2 * SAMPLE_HZ)
+    few, many = (opus_row([(wave, SAMPLE_HZ)], kbps, SAMPLE_HZ) for kbps in (8, 64))
+    assert 5 < few.kbps < 14 and 45 < many.kbps < 80
+    assert few.mel_nepers.mean > many.mel_nepers.mean
+    copy = next(opus_copies(wave, SAMPLE_HZ, 8000, (8.0,)))
+    assert copy.kbps == pytest.approx(few.kbps) and copy.waves.shape == (1, SAMPLE_HZ)
+
+
+def test_opus_needs_its_programs(monkeypatch, tmp_path):
+    """What must be installed is named."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match="opusenc and opusdec not found; .* apt-get install opus-tools"):
+        opus_copy(torch.zeros(1, 100), SAMPLE_HZ, 8)

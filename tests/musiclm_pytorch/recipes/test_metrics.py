@@ -1,0 +1,370 @@
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from audiolm_pytorch.audio.files import write_audio
+from audiolm_pytorch.conditioning.tensors import Conditioning
+from audiolm_pytorch.data.manifest import AudioItem
+from musiclm_pytorch.evaluation.novelty import (
+    melody_similarity,
+    melody_spectrogram,
+    nearest_similarity,
+    novelty_figures,
+)
+from musiclm_pytorch.evaluation.report import (
+    Figure,
+    accuracy_figure,
+    balanced_accuracy,
+    bootstrap_interval,
+    markdown_table,
+    write_report,
+)
+from musiclm_pytorch.evaluation.retrieval import relevance_of, retrieval
+from musiclm_pytorch.recipes.attributes import AttributeClassifier, fit_attribute_classifier
+from musiclm_pytorch.recipes.clips import labels_of, load_clips
+from musiclm_pytorch.recipes.features import ClipFeatures
+from musiclm_pytorch.recipes.measures import code_agreement_figures, from_captions, other_clips
+from musiclm_pytorch.recipes.model_metrics import ClipSet, Settings, measure
+
+SAMPLE_HZ = 16_000
+SECONDS = 3.0
+PITCHES_HZ = {"flute": 1200.0, "cello": 220.0}
+BEATS_HZ = {"slow": 1.5, "fast": 5.0}
+
+
+def played(instrument: str, tempo: str, generator: torch.Generator) -> torch.Tensor:
+    """Decaying notes [n]: pitch and overtones make the instrument, their rate the tempo."""
+    time = torch.arange(round(SECONDS * SAMPLE_HZ)) / SAMPLE_HZ
+    detune, start, level = torch.rand(3, generator=generator).tolist()
+    pitch_hz = PITCHES_HZ[instrument] * (0.9 + 0.2 * detune)
+    since_onset = (time * BEATS_HZ[tempo] + start) % 1.0
+    tone = sum(torch.sin(2 * math.pi * k * pitch_hz * time) / k for k in (1, 2, 3))
+    noise = 1e-3 * torch.randn(time.shape, generator=generator)
+    return (0.05 + 0.25 * level) * (torch.exp(-4 * since_onset) * tone + noise)
+
+
+def tones(count: int, seed: int) -> tuple[torch.Tensor, dict[str, list[str]]]:
+    """Waves [b, n] with labels, the four combinations in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs = [(instrument, tempo) for instrument in PITCHES_HZ for tempo in BEATS_HZ]
+    chosen = [pairs[i % len(pairs)] for i in range(count)]
+    waves = torch.stack([played(*pair, generator) for pair in chosen])
+    return waves, {"instrument": [pair[0] for pair in chosen], "tempo": [pair[1] for pair in chosen]}
+
+
+@pytest.fixture(scope="module")
+def judge() -> AttributeClassifier:
+    waves, labels = tones(24, seed=0)
+    features = ClipFeatures()
+    return AttributeClassifier.fit(features(waves, SAMPLE_HZ), labels, features)
+
+
+def test_classifier_names_instrument_and_tempo_of_unheard_tones(judge):
+    """The judge learns timbre and tempo, and answers for clips it was not fitted on, at another rate too."""
+    waves, labels = tones(12, seed=1)
+    assert judge.predict(waves, SAMPLE_HZ) == labels
+    other_rate = torch.nn.functional.interpolate(waves[:, None], scale_factor=2, mode="linear")[:, 0]
+    assert judge.predict(other_rate, 2 * SAMPLE_HZ) == labels
+    for name, chances in judge.predict_proba(waves, SAMPLE_HZ).items():
+        assert chances.shape == (12, len(judge.classes[name]))
+        assert torch.allclose(chances.sum(dim=1), torch.ones(12))
+
+
+def test_classifier_agrees_with_scikit_learn():
+    """Weights copied out of scikit-learn give its own probabilities, for two classes (one row there) and for three."""
+    from sklearn.linear_model import LogisticRegression
+
+    generator = torch.Generator().manual_seed(0)
+    described = torch.randn(60, 8, generator=generator)
+    three = [("a", "b", "c")[int(x)] for x in (described[:, 0] > 0).long() + (described[:, 1] > 0.5).long()]
+    two = ["yes" if x > 0 else "no" for x in described[:, 2]]
+    fitted = AttributeClassifier.fit(described, {"three": three, "two": two}, ClipFeatures(), 0.5)
+    inputs = ((described - described.mean(0)) / described.std(0)).clamp(-4, 4).double().numpy()
+    for name, names in (("three", three), ("two", two)):
+        oracle = LogisticRegression(C=0.5, max_iter=500, class_weight="balanced").fit(inputs, names)
+        own = fitted.heads[name](torch.from_numpy(inputs).float()).softmax(dim=-1)
+        assert fitted.classes[name] == list(oracle.classes_)
+        assert np.allclose(own.numpy(), oracle.predict_proba(inputs), atol=1e-4)
+
+
+def test_classifier_is_saved_without_pickle_and_answers_the_same(judge, tmp_path):
+    """A saved judge is safetensors and JSON only, and gives the same probabilities after loading."""
+    judge.save(tmp_path / "judge")
+    assert {path.suffix for path in (tmp_path / "judge").iterdir()} == {".safetensors", ".json"}
+    waves, _ = tones(4, seed=2)
+    again = AttributeClassifier.load(tmp_path / "judge").predict_proba(waves, SAMPLE_HZ)
+    for name, chances in judge.predict_proba(waves, SAMPLE_HZ).items():
+        assert torch.equal(again[name], chances)
+
+
+def test_features_ignore_level_and_inaudible_noise_and_other_rows():
+    """Scaling changes nothing, noise 60 dB below the music hardly anything, and the rest of the batch nothing."""
+    waves, _ = tones(3, seed=3)
+    features = ClipFeatures()
+    described = features(waves)
+    assert torch.allclose(features(0.01 * waves), described, atol=1e-3)
+    assert torch.allclose(features(waves[1:2]), described[1:2], atol=1e-4)
+    rms = waves.square().mean().sqrt()
+    faint = 1e-3 * rms * torch.randn(waves.shape, generator=torch.Generator().manual_seed(0))
+    spread = (described - described.mean(0)).norm()
+    assert (features(waves + faint) - described).norm() < 0.05 * spread
+
+
+def test_features_of_silence_are_finite_and_bad_waves_are_refused():
+    """A model that generates silence or NaN gets a low score or a clear error, never NaN figures."""
+    features = ClipFeatures()
+    assert torch.isfinite(features(torch.zeros(1, 3 * SAMPLE_HZ))).all()
+    with pytest.raises(ValueError, match="too short"):
+        features(torch.zeros(1, SAMPLE_HZ))
+    with pytest.raises(ValueError, match="finite"):
+        features(torch.full((1, 3 * SAMPLE_HZ), math.nan))
+
+
+def written_items(folder, count: int, seed: int, **extra) -> list[AudioItem]:
+    """Tones as files of a manifest."""
+    waves, labels = tones(count, seed)
+    items = []
+    for i, wave in enumerate(waves):
+        path = folder / f"{seed}-{i}.wav"
+        write_audio(path, wave, SAMPLE_HZ)
+        own = {name: names[i] for name, names in labels.items()}
+        items.append(AudioItem(path, f"{own['tempo']} {own['instrument']}", own | extra, SAMPLE_HZ, len(wave)))
+    return items
+
+
+def test_classifier_fits_on_files(tmp_path):
+    """Fitting from a manifest reads the files, pads them to five seconds and equals itself on a second run."""
+    items = written_items(tmp_path, 8, seed=4)
+    first = fit_attribute_classifier(items, ("instrument", "tempo"))
+    second = fit_attribute_classifier(items, ("instrument", "tempo"))
+    assert torch.equal(first.heads["tempo"].weight, second.heads["tempo"].weight)
+    waves = load_clips(items, SAMPLE_HZ)
+    assert waves.shape == (8, 5 * SAMPLE_HZ)
+    assert first.predict(waves, SAMPLE_HZ)["instrument"] == labels_of(items, "instrument")
+
+
+def test_labels_name_truth_values_and_missing_ones(tmp_path):
+    """A boolean label becomes yes or no, and a missing label names its file."""
+    item = AudioItem(tmp_path / "a.wav", None, {"drums": True}, 8000, 8)
+    assert labels_of([item], "drums") == ["yes"]
+    with pytest.raises(ValueError, match="a.wav"):
+        labels_of([item], "tempo")
+
+
+def test_retrieval_of_perfect_and_hopeless_models():
+    """Identity similarities retrieve everything, reversed ones nothing, and equal ones count as failures."""
+    captions = [f"clip {i}" for i in range(20)]
+    relevant = relevance_of(captions)
+    perfect = {figure.name: figure for figure in retrieval(torch.eye(20), relevant).figures("t")}
+    assert perfect["t / R@1"].value == perfect["t / mAP"].value == 1.0
+    assert perfect["t / median rank"].value == 1.0
+    assert retrieval(-torch.eye(20), relevant).ranks.tolist() == [20] * 20
+    assert retrieval(torch.zeros(20, 20), relevant).ranks.tolist() == [20] * 20
+
+
+def test_retrieval_counts_any_clip_with_the_same_caption():
+    """A caption that two clips share is right when it finds either, and precision averages over both."""
+    relevant = relevance_of(["same", "same", "other"])
+    similarities = torch.tensor([[0.1, 0.9, 0.5], [0.1, 0.9, 0.5], [0.0, 0.2, 0.1]])
+    result = retrieval(similarities, relevant)
+    assert result.ranks.tolist() == [1, 1, 2]
+    assert np.allclose(result.average_precisions, [(1 + 2 / 3) / 2, (1 + 2 / 3) / 2, 1 / 2])
+
+
+def test_retrieval_chance_is_what_random_orders_give():
+    """Chance levels, with shared captions, are the averages over random similarities."""
+    captions = [f"caption {i // 2}" if i < 6 else f"caption {i}" for i in range(15)]
+    relevant = relevance_of(captions)
+    generator = torch.Generator().manual_seed(0)
+    results = [retrieval(torch.rand(15, 15, generator=generator), relevant) for _ in range(400)]
+    # 6000 queries: standard errors of 0.006 and 0.003; five of them leave one false alarm in a million
+    for cutoff in (1, 5):
+        recall = np.mean([result.ranks <= cutoff for result in results])
+        assert abs(recall - results[0].chance_recall(cutoff)) < 0.032
+    precision = np.mean([result.average_precisions for result in results])
+    assert abs(precision - results[0].chance_precision()) < 0.016
+    assert results[0].chance_recall(100) == 1.0
+
+
+def test_balanced_accuracy_gives_constant_answers_chance():
+    """Answering the frequent class always is worth no more than guessing, though its accuracy is high."""
+    truth = ["no"] * 90 + ["yes"] * 10
+    assert balanced_accuracy(truth, ["no"] * 100) == 0.5
+    figure = accuracy_figure("drums", truth, ["no"] * 100)
+    assert (figure.value, figure.chance, figure.count) == (0.9, 0.5, 100)
+    assert accuracy_figure("drums", truth, ["no"] * 100, balanced=True).value == 0.5
+
+
+def test_bootstrap_interval_is_that_of_the_binomial():
+    """The interval of a share has the width that theory gives, holds the share, and is the same on every run."""
+    hits = np.arange(400) % 4 == 0
+    low, high = bootstrap_interval(lambda chosen: float(hits[chosen].mean()), 400)
+    half = 1.96 * math.sqrt(0.25 * 0.75 / 400)
+    assert low == pytest.approx(0.25 - half, abs=0.01)
+    assert high == pytest.approx(0.25 + half, abs=0.01)
+    assert bootstrap_interval(lambda chosen: float(hits[chosen].mean()), 400) == (low, high)
+
+
+def test_code_agreement_has_the_chance_of_unrelated_captions():
+    """Levels agree by how often codes coincide; the chance of a level that is always the same code is one."""
+    audio = torch.tensor([[0, 1, 5], [1, 1, 5], [2, 1, 5], [3, 1, 5]])
+    text = torch.tensor([[0, 1, 6], [1, 1, 6], [2, 1, 6], [0, 1, 6]])
+    figures = code_agreement_figures("codes", audio, text)
+    assert [figure.value for figure in figures] == [0.75, 1.0, 0.0]
+    assert [figure.chance for figure in figures] == [4 / 16, 1.0, 0.0]
+
+
+def test_other_clips_never_keeps_a_place():
+    """The shuffled control never pairs a generation with its own caption."""
+    for count in (2, 3, 50):
+        others = other_clips(count, seed=count)
+        assert sorted(others) == list(range(count))
+        assert all(place != other for place, other in enumerate(others))
+
+
+def test_melody_similarity_finds_a_shifted_copy_and_not_another_tune():
+    """A copied tune is found when it starts later and is louder; a tune with other notes is not."""
+    generator = torch.Generator().manual_seed(0)
+    num_samples, shift = 4 * SAMPLE_HZ, round(0.4 * SAMPLE_HZ)
+
+    def tune() -> torch.Tensor:
+        semitones = torch.randint(0, 24, (25,), generator=generator)
+        pitches_hz = 220.0 * 2 ** (semitones.repeat_interleave(SAMPLE_HZ // 5) / 12)
+        return torch.sin(2 * math.pi * pitches_hz.cumsum(0) / SAMPLE_HZ)
+
+    known, other = tune(), tune()
+    references = melody_spectrogram(known[None, :num_samples], SAMPLE_HZ)
+    queries = torch.stack([0.1 * known[shift : shift + num_samples], other[:num_samples]])
+    copied, new = melody_similarity(melody_spectrogram(queries, SAMPLE_HZ), references).tolist()
+    assert copied > 0.9
+    assert new < 0.5
+
+
+def test_novelty_tells_copies_from_new_clips():
+    """Generations that repeat training clips are reported nearer than real ones, others are not."""
+    generator = torch.Generator().manual_seed(0)
+    training, held_out, new = (torch.randn(40, 16, generator=generator) for _ in range(3))
+    real = nearest_similarity(held_out, training)
+    assert nearest_similarity(training, training).min() > 0.999
+    copies = novelty_figures("n", nearest_similarity(training + 0.01, training), real)
+    assert copies[0].note == "nearer than real"
+    assert copies[0].value > copies[1].value
+    fresh = novelty_figures("n", nearest_similarity(new, training) - 0.1, real)
+    assert fresh[0].note == fresh[2].note == "no nearer than real"
+
+
+def test_report_writes_json_and_table(tmp_path):
+    """Both files hold every figure with its chance and number of items."""
+    figures = [Figure("a / b", 0.5, 0.4, 0.6, 0.1, 20, "x|y"), Figure("c", 2.0, 1.0, 3.0, None, 5)]
+    write_report(tmp_path / "figures.json", figures, {"seed": 0})
+    written = json.loads((tmp_path / "figures.json").read_text())
+    assert written["settings"] == {"seed": 0}
+    assert written["figures"][0]["chance"] == 0.1
+    table = (tmp_path / "figures.md").read_text()
+    assert table == markdown_table(figures)
+    assert "| a / b | 0.500 | 0.400 to 0.600 | 0.100 | 20 | x/y |" in table
+    with pytest.raises(ValueError, match="json"):
+        write_report(tmp_path / "figures.txt", figures, {})
+
+
+class SignCodec(torch.nn.Module):
+    """A codec of the simplest kind: a frame is a sample, and its code a level of 16 bits."""
+
+    target_sample_hz, downsample_factor, channels, num_quantizers, codebook_size = SAMPLE_HZ, 1, 1, 1, 65_536
+    fingerprint = "test"
+
+    def num_frames(self, num_samples: int) -> int:
+        return num_samples
+
+    def tokenize(self, wave, lengths=None):
+        return ((wave * 32_767).round().long() + 32_768)[..., None]
+
+    def decode_from_codebook_indices(self, codes, num_samples=None):
+        return ((codes[..., 0] - 32_768) / 32_767)[:, None, :num_samples]
+
+
+class FakeMusicLM:
+    """Plays what the caption says, or what its codes say: the codes are instrument and tempo."""
+
+    sample_hz = SAMPLE_HZ
+    conditioned = ("semantic", "coarse", "fine")
+
+    def __init__(self) -> None:
+        self.mulan_embed_quantizer = self
+        self.mulan = SimpleNamespace(sample_hz=SAMPLE_HZ, get_long_audio_latents=self.hear, get_text_latents=self.read)
+        self.audio_lm = self.AudioLM()
+
+    class AudioLM:
+        codec = SignCodec()
+
+        def __call__(self, batch_size, seconds, conditioning, seeds):
+            assert set(conditioning) == {"semantic", "coarse", "fine"}
+            assert len(set(seeds)) == batch_size
+            codes = conditioning["coarse"].codes.embeddings[:, 0].long()
+            words = [(list(PITCHES_HZ)[a], list(BEATS_HZ)[b]) for a, b in codes.tolist()]
+            return torch.stack([played(*pair, torch.Generator().manual_seed(s)) for pair, s in zip(words, seeds)])
+
+    def hear(self, waves):
+        crossings = (waves[:, 1:].sign() != waves[:, :-1].sign()).float().mean(dim=1)
+        envelope = waves.abs().unfold(1, 400, 400).amax(dim=2)
+        rises = ((envelope[:, 1:] > 2 * envelope[:, :-1]) & (envelope[:, 1:] > 0.02)).sum(dim=1)
+        return self.latents(crossings < 0.08, rises > 8)
+
+    def read(self, texts):
+        cello, fast = (torch.tensor([word in text for text in texts]) for word in ("cello", "fast"))
+        return self.latents(cello, fast)
+
+    def latents(self, is_cello, is_fast):
+        return torch.nn.functional.one_hot(2 * is_cello.long() + is_fast.long(), 4).float()
+
+    def codes_from_latents(self, latents, modality):
+        best = latents.argmax(dim=1)
+        return torch.stack([best // 2, best % 2], dim=1)
+
+    def conditioning(self, codes, namespace):
+        return Conditioning(codes.float().unsqueeze(1), torch.ones(len(codes), 1, dtype=torch.bool))
+
+    def __call__(self, texts, *, num_samples, seconds, seeds, max_batch, return_all):
+        words = [text.split()[::-1] for text in texts]
+        waves = [[played(*pair, torch.Generator().manual_seed(s)) for s in seeds] for pair in words]
+        rows = torch.stack([torch.stack(row) for row in waves])
+        return SimpleNamespace(waves=rows, best=rows[:, -1])
+
+
+def test_figures_of_a_model_that_follows_its_prompts(judge, tmp_path):
+    """An obedient fake scores full marks from audio and captions, and its shuffled control does not."""
+    clips = ClipSet("toy", written_items(tmp_path, 8, seed=6), written_items(tmp_path, 16, seed=7, held_out_pair=True))
+    settings = Settings(seconds=SECONDS, num_samples=2, batch=5)
+    figures = {figure.name: figure for figure in measure(FakeMusicLM(), judge, clips, settings)}
+    for condition in (
+        "real held-out",
+        "codec reconstruction",
+        "generated from audio (N = 1)",
+        "generated from captions (N = 2)",
+        "generated from captions (N = 1)",
+    ):
+        assert figures[f"toy / {condition} / instrument"].value == 1.0
+        assert figures[f"toy, unseen pairs / {condition} / tempo (balanced)"].value == 1.0
+    assert figures["toy / shuffled captions / instrument"].value < 0.9
+    assert figures["toy / MuLaN text to audio / R@1"].count == 16
+    assert figures["toy / text and audio codes agree / level 2"].value == 1.0
+    assert figures["toy / nearest training clip, melody / generated / mean"].note
+
+
+def test_generations_that_are_not_finite_count_as_silence(judge, caplog):
+    """One NaN candidate is a wrong answer and a warning; it neither ends the measuring nor spoils the others."""
+
+    class Broken(FakeMusicLM):
+        def __call__(self, texts, **settings):
+            made = super().__call__(texts, **settings)
+            made.waves[0, 0, 100] = math.nan
+            return made
+
+    songs = from_captions(Broken(), ["slow cello", "fast flute"], SECONDS, num_samples=2, batch_size=4)
+    assert songs.first[0].abs().max() == 0 < songs.first[1].abs().max()
+    assert "1 of 2" in caplog.text
+    assert judge.predict(songs.first, SAMPLE_HZ)["tempo"][1] == "fast"
