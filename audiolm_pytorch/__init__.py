@@ -15,7 +15,7 @@ from audiolm_pytorch.codecs import (
     open_codec,
 )
 from audiolm_pytorch.codecs.training import SoundStreamTrainer
-from audiolm_pytorch.conditioning.tensors import Conditioning, Conditions
+from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
 from audiolm_pytorch.conditioning.text_conditioner import TextConditioner
 from audiolm_pytorch.generation.request import GeneratedAudio, GenerationRequest
 from audiolm_pytorch.generation.wrappers import (
@@ -45,7 +45,7 @@ __all__ = [
     "CoarseTransformer",
     "CoarseTransformerTrainer",
     "CoarseTransformerWrapper",
-    "Conditioning",
+    "ConditionTensor",
     "Conditions",
     "DacWrapper",
     "EncodecWrapper",

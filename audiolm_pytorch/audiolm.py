@@ -23,7 +23,7 @@ from audiolm_pytorch.generation.wrappers import (
     SemanticTransformerWrapper,
     StageWrapper,
 )
-from audiolm_pytorch.lm.compatibility import check_stages
+from audiolm_pytorch.lm.compatibility import check_stages_compatible
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.nn.half_weights import with_half_weights
 from audiolm_pytorch.semantic.base import SemanticTokenizer
@@ -68,11 +68,11 @@ class AudioLM(nn.Module):
         self.codec = codec
         self.audio_conditioner = audio_conditioner
         self.text_conditioner = text_conditioner
-        speakers = audio_conditioner, text_conditioner
-        self.semantic = SemanticTransformerWrapper(semantic_transformer, wav2vec, *speakers)
-        self.coarse = CoarseTransformerWrapper(coarse_transformer, codec, wav2vec, *speakers)
-        self.fine = None if fine_transformer is None else FineTransformerWrapper(fine_transformer, codec, *speakers)
-        check_stages(*(stage.transformer for stage in self.stages.values()))
+        conditioners = audio_conditioner, text_conditioner
+        self.semantic = SemanticTransformerWrapper(semantic_transformer, wav2vec, *conditioners)
+        self.coarse = CoarseTransformerWrapper(coarse_transformer, codec, wav2vec, *conditioners)
+        self.fine = None if fine_transformer is None else FineTransformerWrapper(fine_transformer, codec, *conditioners)
+        check_stages_compatible(*(stage.transformer for stage in self.stages.values()))
         self.sampling = changed_sampling(DEFAULT_SAMPLING, sampling or {})
 
     @property
@@ -234,17 +234,21 @@ class AudioLM(nn.Module):
         if request.text is not None and self.text_conditioner is not None and readers:
             states = self.text_conditioner.forward(request.text)  # once, as they are the same for all stages
         everything = {"text": request.text, "wavs": request.wavs, "codes": request.codes, "states": states}
-        heard: dict[str, dict[str, Any]] = {}
+        conditioner_inputs: dict[str, dict[str, Any]] = {}
         for name, stage in self.stages.items():
             if stage.transformer.cond_dim is not None:
-                heard[name] = everything
+                conditioner_inputs[name] = everything
             elif stage.transformer.text_dim is not None and request.text is not None:
-                heard[name] = {"text": request.text, "states": states}
+                conditioner_inputs[name] = {"text": request.text, "states": states}
         takes_codes = any(stage.transformer.cond_dim is not None for stage in self.stages.values())
-        if not heard or not (takes_codes or request.wavs is None and request.codes is None):
+        if not conditioner_inputs or not (takes_codes or request.wavs is None and request.codes is None):
             # What no stage hears must not go unheard in silence: each says so itself.
-            heard = dict.fromkeys(self.stages, everything)
-        made = {name: self.stages[name].condition(**said) for name, said in heard.items() if name not in finished}
+            conditioner_inputs = dict.fromkeys(self.stages, everything)
+        made = {
+            name: self.stages[name].condition(**inputs)
+            for name, inputs in conditioner_inputs.items()
+            if name not in finished
+        }
         return {**dict.fromkeys(self.stages), **made, **finished}
 
 
@@ -272,7 +276,7 @@ def _chunks(
 
 def _is_led(stage: StageWrapper, conditions: Conditions | None, given: Mapping[str, list[Tensor]]) -> bool:
     """Whether a stage has anything that guidance can lead it away from: streams in time are never taken away."""
-    streams = [one for one in stage.transformer.layout.given if not one.is_in_time]
+    streams = [one for one in stage.transformer.layout.inputs if not one.is_in_time]
     return conditions is not None or any(one.name in given for one in streams)
 
 

@@ -13,7 +13,7 @@ from audiolm_pytorch.audio.files import peak_safe, resample
 from audiolm_pytorch.audiolm import AudioLM
 from audiolm_pytorch.conditioning.tensors import Conditions
 from audiolm_pytorch.generation.request import GenerationRequest
-from audiolm_pytorch.lm.compatibility import check_fit
+from audiolm_pytorch.lm.compatibility import check_compatible
 from audiolm_pytorch.nn.module_state import eval_mode
 from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
 
@@ -75,7 +75,7 @@ class MusicLM(nn.Module):
                 f"{given}, the stages take {widths}; look at {wrong}"
             )
         for name in self.conditioned:
-            check_fit(audio_lm.stages[name].transformer, audio_conditioner=mulan_embed_quantizer)
+            check_compatible(audio_lm.stages[name].transformer, audio_conditioner=mulan_embed_quantizer)
         self.audio_lm = audio_lm
         self.mulan_embed_quantizer = mulan_embed_quantizer
         self.num_levels = self._checked_levels(num_levels)
@@ -200,7 +200,7 @@ class MusicLM(nn.Module):
         waves: list[Tensor] = []
         for start in range(0, len(candidates), max_batch):
             items, own_seeds = zip(*candidates[start : start + max_batch])
-            part = replace(request.chosen(items), seeds=own_seeds)
+            part = replace(request.select(items), seeds=own_seeds)
             waves.extend(peak_safe(wave.float()) for wave in self.audio_lm(**vars(part)))
         return torch.stack(waves)
 

@@ -8,12 +8,12 @@ import torch
 from beartype import beartype
 from torch import Tensor, nn
 
-__all__ = ["Conditioner", "Conditioning", "Conditions", "TextEncoder", "guide"]
+__all__ = ["Conditioner", "ConditionTensor", "Conditions", "TextEncoder", "guide"]
 
 
 @beartype
 @dataclass(frozen=True)
-class Conditioning:
+class ConditionTensor:
     """Embeddings that describe what is wanted.
 
     Attributes:
@@ -42,23 +42,23 @@ class Conditioning:
         """Number of items."""
         return len(self.embeddings)
 
-    def without_items(self, drop: Tensor) -> "Conditioning":
+    def without_items(self, drop: Tensor) -> "ConditionTensor":
         """Make the items marked in `drop [b]` (bool) unconditional."""
-        return Conditioning(self.embeddings, self.mask & ~drop.to(self.mask.device).unsqueeze(1))
+        return ConditionTensor(self.embeddings, self.mask & ~drop.to(self.mask.device).unsqueeze(1))
 
-    def without_trailing(self, keep: Tensor) -> "Conditioning":
+    def without_trailing(self, keep: Tensor) -> "ConditionTensor":
         """Keep the first `keep [b]` (int64) embeddings of every item."""
         levels = torch.arange(self.mask.shape[1], device=self.mask.device)
-        return Conditioning(self.embeddings, self.mask & (levels < keep.to(self.mask.device).unsqueeze(1)))
+        return ConditionTensor(self.embeddings, self.mask & (levels < keep.to(self.mask.device).unsqueeze(1)))
 
-    def chosen(self, items: Tensor) -> "Conditioning":
+    def select(self, items: Tensor) -> "ConditionTensor":
         """Keep the items numbered in `items [k]` (int64)."""
-        return Conditioning(
+        return ConditionTensor(
             self.embeddings[items.to(self.embeddings.device)],
             self.mask[items.to(self.mask.device)],
         )
 
-    def repeated_to(self, batch: int) -> "Conditioning":
+    def expand(self, batch: int) -> "ConditionTensor":
         """Give the only item to a whole batch; a conditioning of the right size is returned as it is.
 
         Raises:
@@ -68,7 +68,7 @@ class Conditioning:
             return self
         if len(self) != 1:
             raise ValueError(f"a conditioning of {len(self)} items does not fit a batch of {batch}: give 1 or {batch}")
-        return Conditioning(self.embeddings.expand(batch, -1, -1), self.mask.expand(batch, -1))
+        return ConditionTensor(self.embeddings.expand(batch, -1, -1), self.mask.expand(batch, -1))
 
 
 @beartype
@@ -84,8 +84,8 @@ class Conditions:
         ValueError: If there is no part, or parts are of different items.
     """
 
-    codes: Conditioning | None = None
-    text: Conditioning | None = None
+    codes: ConditionTensor | None = None
+    text: ConditionTensor | None = None
 
     def __post_init__(self) -> None:
         """Refuse parts that speak of different items."""
@@ -94,7 +94,7 @@ class Conditions:
             raise ValueError(f"conditions need parts, each of 1 item or of as many items as the others, got {sizes}")
 
     @property
-    def parts(self) -> dict[str, Conditioning]:
+    def parts(self) -> dict[str, ConditionTensor]:
         """The parts that are there, by name."""
         named = {"codes": self.codes, "text": self.text}
         return {name: part for name, part in named.items() if part is not None}
@@ -105,21 +105,21 @@ class Conditions:
 
     def without_items(self, drop: Tensor) -> "Conditions":
         """Make the items marked in `drop [b]` (bool) unconditional, in all parts."""
-        whole = self.repeated_to(len(drop))
+        whole = self.expand(len(drop))
         return Conditions(**{name: part.without_items(drop) for name, part in whole.parts.items()})
 
-    def chosen(self, items: Tensor) -> "Conditions":
+    def select(self, items: Tensor) -> "Conditions":
         """Keep the items numbered in `items [k]` (int64)."""
-        whole = self.repeated_to(len(self))
-        return Conditions(**{name: part.chosen(items) for name, part in whole.parts.items()})
+        whole = self.expand(len(self))
+        return Conditions(**{name: part.select(items) for name, part in whole.parts.items()})
 
-    def repeated_to(self, batch: int) -> "Conditions":
+    def expand(self, batch: int) -> "Conditions":
         """Give the only item to a whole batch; parts of the right size stay as they are.
 
         Raises:
             ValueError: If a part has several items, but not `batch` of them.
         """
-        return Conditions(**{name: part.repeated_to(batch) for name, part in self.parts.items()})
+        return Conditions(**{name: part.expand(batch) for name, part in self.parts.items()})
 
 
 @runtime_checkable
@@ -139,7 +139,7 @@ class Conditioner(Protocol):
         codes: Tensor | None = None,
         lengths: Tensor | None = None,
         namespace: str,
-    ) -> Conditioning:
+    ) -> ConditionTensor:
         """Embed exactly one of texts, waves `[b, n]` (with true lengths `[b]`) and codes `[b, q]`.
 
         Gradients flow into the table of the namespace and nowhere else.
@@ -179,7 +179,7 @@ class TextEncoder(Protocol):
         """Hash of all that the states depend on."""
         ...
 
-    def forward(self, texts: str | Sequence[str]) -> Conditioning:
+    def forward(self, texts: str | Sequence[str]) -> ConditionTensor:
         """States `[b, t, dim]` float32 of one text or several, and the mask `[b, t]` of real ones; no gradients."""
         ...
 

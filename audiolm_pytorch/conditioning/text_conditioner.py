@@ -7,7 +7,7 @@ import torch
 from beartype import beartype
 
 from audiolm_pytorch.conditioning.published_text import PublishedTextEncoder
-from audiolm_pytorch.conditioning.tensors import Conditioning
+from audiolm_pytorch.conditioning.tensors import ConditionTensor
 from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer
 from audiolm_pytorch.nn.module_state import device_of
 from audiolm_pytorch.saving.hub import LoadedModel
@@ -61,7 +61,7 @@ class TextConditioner(PublishedTextEncoder):
 
     @beartype
     @torch.no_grad()
-    def forward(self, texts: str | Sequence[str]) -> Conditioning:
+    def forward(self, texts: str | Sequence[str]) -> ConditionTensor:
         """Read texts.
 
         Args:
@@ -79,4 +79,4 @@ class TextConditioner(PublishedTextEncoder):
         mask = ids >= 0
         with torch.autocast(device.type, enabled=False):
             states = self.model(**self._text.inputs(ids)).last_hidden_state
-        return Conditioning(states.float().masked_fill(~mask.unsqueeze(-1), 0.0), mask)
+        return ConditionTensor(states.float().masked_fill(~mask.unsqueeze(-1), 0.0), mask)

@@ -90,15 +90,15 @@ class Decoding:
             raise ValueError(f"guidance_scale {scale} needs a conditioning; without one leave it at 1")
         if allow_eos and layout.pattern == "flat" and len(layout.predicted) > 1:
             raise ValueError("with several predicted streams in one column an early end of one would move the others")
-        canvas = layout.canvas(streams, num_frames, batch, lengths)
+        grid = layout.grid(streams, num_frames, batch, lengths)
         self.model, self.conditioning, self.callback, self.allow_eos = model, conditioning, callback, allow_eos
         self.copies = 2 if self.settings.guidance_scale != 1 else 1
-        packed = canvas.packed.to(model.device)
+        packed = grid.packed.to(model.device)
         self.ids, self.mask = packed.ids.clone(), packed.input_mask.clone()
         # What steers the loop lives on the CPU, so that no step waits for the device to tell.
-        self.missing, self.head, self.frame = canvas.packed.loss_mask.cpu().clone(), canvas.head, canvas.frame
-        self.num_frames = {name: count.clone() for name, count in canvas.num_frames.items()}
-        num_rows = [int(rows.nonzero().max()) + 1 for rows in canvas.packed.input_mask.any(dim=-1).cpu()]
+        self.missing, self.head, self.frame = grid.packed.loss_mask.cpu().clone(), grid.head, grid.frame
+        self.num_frames = {name: count.clone() for name, count in grid.num_frames.items()}
+        num_rows = [int(rows.nonzero().max()) + 1 for rows in grid.packed.input_mask.any(dim=-1).cpu()]
         generators = item_generators(seeds, batch)
         noise = [torch.rand(rows, self.ids.shape[2], generator=g) for rows, g in zip(num_rows, generators)]
         self.noise = torch.nn.utils.rnn.pad_sequence(noise, batch_first=True).to(model.device)
@@ -186,7 +186,7 @@ class Decoding:
         if self.conditioning is None or self.copies == 1:
             return self.conditioning
         batch = len(self.ids)
-        doubled = self.conditioning.repeated_to(batch).chosen(torch.arange(batch).repeat(2))
+        doubled = self.conditioning.expand(batch).select(torch.arange(batch).repeat(2))
         return doubled.without_items(torch.arange(2 * batch) >= batch)
 
     def _read_row(self) -> None:

@@ -124,7 +124,7 @@ def extra_tokens(
     extra = {
         stage.namespace: [
             one
-            for one in stage.layout.given
+            for one in stage.layout.inputs
             if one.name == stage.sources[one.name].kind not in ("semantic", "acoustic")
         ]
         for stage in stages

@@ -92,7 +92,7 @@ class GenerationRequest:
         if self.wavs is not None and not self.wavs.isfinite().all():
             raise ValueError("wavs hold NaN or infinite samples; clean them first, e.g. with torch.nan_to_num")
 
-    def chosen(self, items: Sequence[int]) -> "GenerationRequest":
+    def select(self, items: Sequence[int]) -> "GenerationRequest":
         """Ask for some of the items alone.
 
         Args:
@@ -158,7 +158,7 @@ def _chosen(value: Any, items: Sequence[int]) -> Any:
     if len(value) == 1:
         return value
     if isinstance(value, Conditions):
-        return value.chosen(torch.tensor(items))
+        return value.select(torch.tensor(items))
     return value[torch.tensor(items)] if isinstance(value, Tensor) else [value[item] for item in items]
 
 

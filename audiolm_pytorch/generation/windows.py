@@ -128,7 +128,7 @@ class WindowedDecoding:
         self._decoding: Decoding | None = None
         self._items: list[int] = []  # those that the window under way decodes
         self._options: dict[str, Any] = {"settings": settings, "allow_eos": allow_eos}
-        self._conditioning = None if conditioning is None else conditioning.repeated_to(batch_size)
+        self._conditioning = None if conditioning is None else conditioning.expand(batch_size)
         self._generators = item_generators(seeds, batch_size)
 
     # what is known
@@ -162,7 +162,7 @@ class WindowedDecoding:
         if window is None or self._decoding is not None:
             return {}
         awaited: dict[str, int] = {}
-        for stream in self._model.layout.given:
+        for stream in self._model.layout.inputs:
             if stream.is_in_time:
                 known = self._given[stream.name].counts if stream.name in self._given else [0] * len(self._wanted)
                 is_whole = self._is_whole.get(stream.name, [False] * len(known))
@@ -185,8 +185,8 @@ class WindowedDecoding:
         Raises:
             ValueError: If there is no such given stream, or another number of items.
         """
-        if name not in [stream.name for stream in self._model.layout.given]:
-            raise ValueError(f"'{name}' is none of the given streams {[s.name for s in self._model.layout.given]}")
+        if name not in [stream.name for stream in self._model.layout.inputs]:
+            raise ValueError(f"'{name}' is none of the given streams {[s.name for s in self._model.layout.inputs]}")
         if len(tokens) != len(self._wanted):
             raise ValueError(f"'{name}' needs tokens of {len(self._wanted)} items, got {len(tokens)}")
         if name not in self._given:
@@ -247,7 +247,7 @@ class WindowedDecoding:
         """Start a window; what lies before it is not needed any more."""
         layout, stops = self._model.layout, self._stops(items, window)
         streams, lengths = {}, {}
-        for stream in layout.given:
+        for stream in layout.inputs:
             if stream.name in self._given:
                 tokens, start, ends = self._given[stream.name], 0, [max(self._given[stream.name].counts)] * len(items)
                 if stream.is_in_time:
@@ -263,7 +263,7 @@ class WindowedDecoding:
             {self.name: torch.tensor(stops) - window.start},
             batch_size=len(items),
             lengths=lengths,
-            conditioning=None if self._conditioning is None else self._conditioning.chosen(torch.tensor(items)),
+            conditioning=None if self._conditioning is None else self._conditioning.select(torch.tensor(items)),
             seeds=[self._generators[item] for item in items],
             callback=None if self._callback is None else lambda row, num_rows: self._report(window),
             **self._options,

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from audiolm_pytorch.audio.files import resample
 from audiolm_pytorch.audio.units import frames_inside
 from audiolm_pytorch.codecs.base import Codec
-from audiolm_pytorch.conditioning.tensors import Conditioner, Conditioning, Conditions, TextEncoder
+from audiolm_pytorch.conditioning.tensors import Conditioner, Conditions, ConditionTensor, TextEncoder
 from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.generation.windows import decode_in_windows
-from audiolm_pytorch.lm.compatibility import check_fit
+from audiolm_pytorch.lm.compatibility import check_compatible
 from audiolm_pytorch.lm.decodable import Decoded
 from audiolm_pytorch.lm.stage_transformer import AudioTokens, StageTransformer
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
@@ -52,7 +52,7 @@ class StageWrapper(nn.Module):
         text_conditioner: TextEncoder | None = None,
     ) -> None:
         super().__init__()
-        check_fit(transformer, wav2vec, codec, audio_conditioner, text_conditioner)
+        check_compatible(transformer, wav2vec, codec, audio_conditioner, text_conditioner)
         self.namespace = transformer.namespace
         self.transformer = transformer
         self.wav2vec = wav2vec
@@ -68,7 +68,7 @@ class StageWrapper(nn.Module):
         wavs: Tensor | None = None,
         codes: Tensor | None = None,
         lengths: Tensor | None = None,
-        states: Conditioning | None = None,
+        states: ConditionTensor | None = None,
     ) -> Conditions | None:
         """Make the stage's conditions: codes in the namespace it was trained with, and states of texts.
 

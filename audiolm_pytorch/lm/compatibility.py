@@ -14,13 +14,13 @@ from audiolm_pytorch.lm.stage_transformer import StageTransformer
 from audiolm_pytorch.lm.token_fingerprints import agreed_fingerprints, made_by
 from audiolm_pytorch.semantic.base import SemanticTokenizer
 
-__all__ = ["check_fit", "check_stages"]
+__all__ = ["check_compatible", "check_stages_compatible"]
 
 logger = logging.getLogger(__name__)
 
 
 @beartype
-def check_fit(
+def check_compatible(
     transformer: StageTransformer,
     wav2vec: SemanticTokenizer | None = None,
     codec: Codec | None = None,
@@ -56,7 +56,7 @@ def check_fit(
 
 
 @beartype
-def check_stages(*transformers: StageTransformer) -> None:
+def check_stages_compatible(*transformers: StageTransformer) -> None:
     """Refuse stages that were not made for one another.
 
     Args:

@@ -81,8 +81,12 @@ class ShardSource:
         seed: int = 0,
     ) -> None:
         check_text_prob(text_prob, audio_conditioner)
-        self.hears_texts = transformer.text_dim is not None
-        wanted = {"latents": audio_conditioner is not None, "text_latents": text_prob > 0, "captions": self.hears_texts}
+        self.uses_captions = transformer.text_dim is not None
+        wanted = {
+            "latents": audio_conditioner is not None,
+            "text_latents": text_prob > 0,
+            "captions": self.uses_captions,
+        }
         needed = {*transformer.kinds, *(field for field, is_wanted in wanted.items() if is_wanted)}
         if not needed <= set(shards.fields):
             raise ValueError(f"{shards.folder} holds {sorted(shards.fields)}, the stage needs {sorted(needed)}")
@@ -128,7 +132,7 @@ class ShardSource:
             ends=torch.tensor([crop.ends for crop in crops]),
             latents=None if self.conditioner is None else torch.stack([crop.latent for crop in crops]),
             is_text=torch.tensor([crop.is_text for crop in crops]),
-            captions=[crop.caption for crop in crops] if self.hears_texts else None,
+            captions=[crop.caption for crop in crops] if self.uses_captions else None,
         )
 
     def read(self, batch: _TokenBatch) -> StageInput:
@@ -165,7 +169,7 @@ class ShardSource:
                 latents, is_text = record["text_latents"], True
                 chosen = epoch % len(latents)  # in turns, in step with the captions
             latent = torch.from_numpy(latents[chosen].astype(np.float32))
-        caption = caption_in_turn(decode_texts(record["captions"]), epoch) if self.hears_texts else None
+        caption = caption_in_turn(decode_texts(record["captions"]), epoch) if self.uses_captions else None
         return _TokenCrop(tokens, latent, is_text, caption, start + count == num_frames)
 
     def _num_frames(self, record: dict[str, np.ndarray], index: int) -> int:

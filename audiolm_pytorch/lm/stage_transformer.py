@@ -181,7 +181,7 @@ class StageTransformer(TokenTransformer):
 def _check_extra(streams: Sequence[Stream]) -> None:
     """Refuse extra streams that are predicted, or would be taken for the tokens of the sound itself."""
     for stream in streams:
-        if not stream.given:
-            raise ValueError(f"extra stream '{stream.name}' is only read by the stage: set given=True")
+        if not stream.is_input:
+            raise ValueError(f"extra stream '{stream.name}' is only read by the stage: set is_input=True")
         if stream.name in ("semantic", "acoustic", "conditioner", "text_encoder"):
             raise ValueError(f"extra stream '{stream.name}' would be taken for the {stream.name} tokens: rename it")

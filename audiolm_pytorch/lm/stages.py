@@ -106,7 +106,7 @@ class CoarseTransformer(StageTransformer):
         cond_dim: int | None = None,
         **stack: Any,
     ) -> None:
-        given = Stream("semantic", num_semantic_tokens, rate_hz=Fraction(semantic_rate_hz), given=True)
+        given = Stream("semantic", num_semantic_tokens, rate_hz=Fraction(semantic_rate_hz), is_input=True)
         predicted = Stream("coarse", codebook_size, num_coarse_quantizers, Fraction(rate_hz), num_groups=num_groups)
         super().__init__(
             sources={
@@ -184,7 +184,7 @@ class FineTransformer(StageTransformer):
                 "num_groups": num_groups,
             },
             streams=[
-                replace(acoustic, given=True),
+                replace(acoustic, is_input=True),
                 replace(acoustic, name="fine", num_levels=num_fine_quantizers),
             ],
             pattern=pattern,

@@ -11,7 +11,7 @@ import torch
 from beartype import beartype
 from torch import Tensor, nn
 
-from audiolm_pytorch.conditioning.tensors import Conditioner, Conditioning, Conditions, TextEncoder
+from audiolm_pytorch.conditioning.tensors import Conditioner, Conditions, ConditionTensor, TextEncoder
 from audiolm_pytorch.lm.stage_transformer import StageTransformer
 from audiolm_pytorch.lm.token_model import TokenLoss
 from audiolm_pytorch.lm.wave_source import StageSource
@@ -134,7 +134,7 @@ class StageTask:
         loss: TokenLoss = self.transformer(self.transformer.packed(given.tokens, given.ends), conditions)
         return loss
 
-    def _codes(self, heard: Mapping[str, Any]) -> Conditioning | None:
+    def _codes(self, heard: Mapping[str, Any]) -> ConditionTensor | None:
         """Embedded codes of waves or codes; in training some lack their last levels."""
         if self.conditioner is None:
             return None
@@ -154,7 +154,7 @@ class StageTask:
                 *(self.name, num_codes, expected, num_codes),
             )
 
-    def _states(self, texts: Sequence[str | None] | None) -> Conditioning | None:
+    def _states(self, texts: Sequence[str | None] | None) -> ConditionTensor | None:
         """States of texts, none where an item has no text; None if no item has one."""
         named = [(item, text) for item, text in enumerate(texts or []) if text is not None]
         if self.text_conditioner is None or texts is None or not named:
@@ -167,10 +167,10 @@ class StageTask:
         embeddings = read.embeddings.new_zeros(len(texts), *read.embeddings.shape[1:]).to(device)
         mask = torch.zeros(embeddings.shape[:2], dtype=torch.bool, device=device)
         embeddings[items], mask[items] = read.embeddings.to(device), read.mask.to(device)
-        return Conditioning(embeddings, mask)
+        return ConditionTensor(embeddings, mask)
 
 
-def _drop_levels(conditioning: Conditioning, probability: float) -> Conditioning:
+def _drop_levels(conditioning: ConditionTensor, probability: float) -> ConditionTensor:
     """Drop trailing levels of some items, keeping at least the first."""
     num_levels = conditioning.mask.shape[1]
     kept = torch.randint(1, num_levels, (len(conditioning),)) if num_levels > 1 else torch.ones(len(conditioning))

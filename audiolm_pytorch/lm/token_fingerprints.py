@@ -75,8 +75,8 @@ def agreed_fingerprints(
     Raises:
         ValueError: If two of them name different tokenizers.
     """
-    speakers = {"conditioner": audio_conditioner, "text_encoder": text_conditioner}
-    makers = {"semantic": wav2vec, "acoustic": codec, **speakers}
+    conditioners = {"conditioner": audio_conditioner, "text_encoder": text_conditioner}
+    makers = {"semantic": wav2vec, "acoustic": codec, **conditioners}
     agreed: dict[str, str] = {}
     for kind in transformer.fingerprinted if kinds is None else kinds:
         said = {f"the {transformer.namespace} transformer was trained on": transformer.token_fingerprints.get(kind)}

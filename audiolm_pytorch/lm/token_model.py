@@ -10,7 +10,7 @@ from beartype import beartype
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from audiolm_pytorch.conditioning.tensors import Conditioning, Conditions
+from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
 from audiolm_pytorch.nn.attention import KVCache, Slots
 from audiolm_pytorch.nn.layers import Projection, RMSNorm
 from audiolm_pytorch.nn.transformer import INIT_STD, Context, Transformer
@@ -151,7 +151,7 @@ class TokenTransformer(nn.Module):
         is_conditioned = conditioning is not None or self.layout.null_id is not None
         if is_conditioned and self.training and self.cond_drop_prob > 0:
             dropped = torch.rand(batch) < self.cond_drop_prob
-            conditioning = None if conditioning is None else conditioning.repeated_to(batch).without_items(dropped)
+            conditioning = None if conditioning is None else conditioning.expand(batch).without_items(dropped)
             packed = self.layout.without_conditions(packed, dropped)
         context = self.context(conditioning, batch)
         hidden = self.hidden(packed.ids[:, :-1], packed.input_mask[:, :-1], context)
@@ -226,7 +226,7 @@ class TokenTransformer(nn.Module):
                 states = states_mask = None
         return Context(torch.cat(parts, dim=1) if parts else None, skip, states, states_mask)
 
-    def _takes(self, name: str, width: int | None, given: Conditioning | None, needed: str) -> bool:
+    def _takes(self, name: str, width: int | None, given: ConditionTensor | None, needed: str) -> bool:
         """Whether the model takes a kind of condition; ValueError if what is given does not fit it."""
         if given is not None and width is None:
             raise ValueError(f"this model takes no condition of {name}; build it with {needed}")
@@ -234,23 +234,23 @@ class TokenTransformer(nn.Module):
             raise ValueError(f"the model takes {name} conditions of width {width}, got {given.embeddings.shape[-1]}")
         return width is not None
 
-    def _codes(self, codes: Conditioning | None, batch: int) -> Tensor:
+    def _codes(self, codes: ConditionTensor | None, batch: int) -> Tensor:
         """Embeddings of codes `[b, m, d]`, the null embedding where none stands."""
         if codes is None:
             return repeat(self.null_embedding, "d -> b m d", b=batch, m=self.null_tokens)
-        codes = codes.repeated_to(batch)
+        codes = codes.expand(batch)
         weight = self.cond_projection.weight
         mask = codes.mask.to(weight.device).unsqueeze(-1)
         embedded = self.cond_norm(self.cond_projection(_emptied(codes.embeddings.to(weight), mask)))
         return torch.where(mask, embedded, self.null_embedding)
 
-    def _states(self, text: Conditioning | None, batch: int) -> tuple[Tensor, Tensor]:
+    def _states(self, text: ConditionTensor | None, batch: int) -> tuple[Tensor, Tensor]:
         """States of texts `[b, s, d]` and which are real `[b, s]`; an item without any has one null state."""
         weight = self.text_projection.weight
         if text is None:
             nothing = torch.zeros(batch, 1, weight.shape[1], device=weight.device)
-            text = Conditioning(nothing, torch.zeros(batch, 1, dtype=torch.bool))
-        text = text.repeated_to(batch)
+            text = ConditionTensor(nothing, torch.zeros(batch, 1, dtype=torch.bool))
+        text = text.expand(batch)
         mask = text.mask.to(weight.device)
         states = self.text_norm(self.text_projection(_emptied(text.embeddings.to(weight), mask.unsqueeze(-1))))
         states = torch.where(mask.unsqueeze(-1), states, self.null_text)

@@ -12,7 +12,7 @@ from audiolm_pytorch.conditioning.tensors import Conditioner, TextEncoder
 from audiolm_pytorch.data.crops import crop_seconds
 from audiolm_pytorch.data.manifest import AudioItem, training_items
 from audiolm_pytorch.data.shards import TokenShards
-from audiolm_pytorch.lm.compatibility import check_fit
+from audiolm_pytorch.lm.compatibility import check_compatible
 from audiolm_pytorch.lm.shard_source import ShardSource
 from audiolm_pytorch.lm.stage_transformer import StageTransformer
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
@@ -89,7 +89,7 @@ class StageTrainer:
         text_prob: float | int = 0.0,
         **settings: Any,
     ) -> None:
-        check_fit(transformer, wav2vec, codec, audio_conditioner, text_conditioner)
+        check_compatible(transformer, wav2vec, codec, audio_conditioner, text_conditioner)
         loop_settings = LoopSettings(num_train_steps=num_train_steps, batch_size=batch_size, **settings)
         tokenizer = wav2vec if codec is None else codec
         sample_hz = None if tokenizer is None else tokenizer.target_sample_hz

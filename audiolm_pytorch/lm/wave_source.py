@@ -110,7 +110,7 @@ class WaveSource:
         self.rates_hz = sample_rates(transformer.kinds, wav2vec, codec)
         wanted_hz = [*self.rates_hz.values(), *([] if audio_conditioner is None else [audio_conditioner.sample_hz])]
         self.crops = CropDataset(items, seconds, wanted_hz, seed)
-        self.hears_texts = transformer.text_dim is not None
+        self.uses_captions = transformer.text_dim is not None
         self.captions = [captions_of(item) for item in items]
 
     def __len__(self) -> int:
@@ -144,7 +144,9 @@ class WaveSource:
         waves = {kind: crops.waves[rate_hz] for kind, rate_hz in self.rates_hz.items()}
         lengths = {kind: crops.lengths[rate_hz] for kind, rate_hz in self.rates_hz.items()}
         tokens = tokenize(waves, lengths, self.wav2vec, self.codec)
-        return StageInput(tokens, crops.ends_file, self._condition(batch), batch.captions if self.hears_texts else None)
+        return StageInput(
+            tokens, crops.ends_file, self._condition(batch), batch.captions if self.uses_captions else None
+        )
 
     def _condition(self, batch: _WaveBatch) -> dict[str, Any]:
         """Arguments for the conditioner, on whose device the waves are."""

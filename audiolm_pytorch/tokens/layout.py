@@ -13,7 +13,7 @@ from torch import Tensor
 from audiolm_pytorch.tokens.id_space import IdSpace
 from audiolm_pytorch.tokens.patterns import EMPTY, PATTERNS, CellTable, cell_table
 from audiolm_pytorch.tokens.stream_inputs import check_tokens, frame_counts, stream_tokens
-from audiolm_pytorch.tokens.streams import Canvas, PackedTokens, Stream
+from audiolm_pytorch.tokens.streams import Grid, PackedTokens, Stream
 
 __all__ = ["TokenLayout"]
 
@@ -54,8 +54,8 @@ class TokenLayout:
     def __init__(self, streams: Sequence[Stream], pattern: str = "flat") -> None:
         self.streams = tuple(streams)
         self.pattern = pattern
-        self.given = tuple(stream for stream in self.streams if stream.given)
-        self.predicted = tuple(stream for stream in self.streams if not stream.given)
+        self.inputs = tuple(stream for stream in self.streams if stream.is_input)
+        self.predicted = tuple(stream for stream in self.streams if not stream.is_input)
         names = [stream.name for stream in self.streams]
         if len(set(names)) != len(names):
             raise ValueError(f"stream names must differ, got {names}")
@@ -195,13 +195,13 @@ class TokenLayout:
         return self._space.fill(tokens, block, frame)
 
     @beartype
-    def canvas(
+    def grid(
         self,
         streams: Mapping[str, Tensor],
         num_frames: Mapping[str, int | Tensor],
         batch_size: int,
         lengths: Mapping[str, int | Tensor] | None = None,
-    ) -> Canvas:
+    ) -> Grid:
         """Lay known tokens out in a grid that decoding completes.
 
         Args:
@@ -212,19 +212,19 @@ class TokenLayout:
             lengths: True frames of the streams handed in, `[b]` or one int; streams not named are whole.
 
         Returns:
-            The canvas.
+            The grid.
 
         Raises:
             ValueError: If a given stream or a count is missing, or a prompt is longer than what is wanted.
         """
-        absent = [one for one in self.streams if one.name not in streams and not (one.given and one.is_in_time)]
+        absent = [one for one in self.streams if one.name not in streams and not (one.is_input and one.is_in_time)]
         nothing = {one.name: torch.zeros(batch_size, 0, one.num_levels, dtype=torch.long) for one in absent}
         tokens = stream_tokens(self.streams, {**nothing, **streams}, batch_size)
         whole = {name: ids.shape[1] for name, ids in tokens.items()}
         known = frame_counts(self.streams, {**whole, **(lengths or {})}, batch_size)
         check_tokens(self.streams, tokens, known)
         names = [stream.name for stream in self.streams]
-        given = {stream.name: known[:, names.index(stream.name)] for stream in self.given}
+        given = {stream.name: known[:, names.index(stream.name)] for stream in self.inputs}
         wanted = frame_counts(self.streams, {**num_frames, **given}, batch_size)
         for index in (known > wanted).any(dim=0).nonzero().flatten().tolist():
             raise ValueError(
@@ -240,7 +240,7 @@ class TokenLayout:
         packed = self._space.fill(tokens, block, frame)
         item = rearrange(torch.arange(batch_size), "b -> b 1 1")
         missing = packed.loss_mask & (frame >= known[item, self._space.stream_of_block[block]]).to(device)
-        return Canvas(
+        return Grid(
             packed=PackedTokens(packed.ids, packed.input_mask, missing),
             head=self._space.head_of_block[block],
             frame=frame,

@@ -64,7 +64,7 @@ def cell_table(streams: tuple[Stream, ...], pattern: str, counts: tuple[int, ...
     Raises:
         ValueError: If a given stream in time is empty, or the counts do not fit the pattern.
     """
-    empty = [s.name for s, count in zip(streams, counts, strict=True) if s.given and s.is_in_time and not count]
+    empty = [s.name for s, count in zip(streams, counts, strict=True) if s.is_input and s.is_in_time and not count]
     if empty:
         raise ValueError(
             f"given streams in time need at least one frame, {empty} have none: frames are {_named(streams, counts)}"
@@ -106,7 +106,7 @@ def _flat(streams: tuple[Stream, ...], numbers: BlockNumbers, counts: tuple[int,
     yield _Span(0, START, ZERO, ZERO)
     row = 1
     in_time = [index for index, stream in enumerate(streams) if stream.is_in_time]
-    for index in sorted(in_time, key=lambda index: not streams[index].given):
+    for index in sorted(in_time, key=lambda index: not streams[index].is_input):
         stream, count = streams[index], counts[index]
         frames = torch.arange(count)
         for level in range(stream.num_levels):
@@ -135,7 +135,7 @@ def _framewise(
     streams: tuple[Stream, ...], numbers: BlockNumbers, counts: tuple[int, ...], ends: bool, rows_later: int
 ) -> Iterator[_Span]:
     """One row per predicted frame, each level some rows later; given tokens stand in the row that needs them."""
-    predicted = [index for index, stream in enumerate(streams) if not stream.given]
+    predicted = [index for index, stream in enumerate(streams) if not stream.is_input]
     if len({counts[index] for index in predicted}) > 1:
         raise ValueError(
             "patterns with a row per frame need as many frames of each predicted stream, got "
@@ -145,7 +145,7 @@ def _framewise(
     frames = torch.arange(num_frames)
     column = 0
     for index, stream in enumerate(streams):
-        if stream.given and stream.is_in_time:
+        if stream.is_input and stream.is_in_time:
             for covering in _covering(stream, streams[predicted[0]], frames):
                 for level in range(stream.num_levels):
                     clamped = covering.clamp(max=counts[index] - 1)

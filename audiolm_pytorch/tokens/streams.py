@@ -9,7 +9,7 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
-__all__ = ["Canvas", "Head", "IdBlock", "PackedTokens", "Stream", "number_ids"]
+__all__ = ["Grid", "Head", "IdBlock", "PackedTokens", "Stream", "number_ids"]
 
 
 @beartype
@@ -24,7 +24,7 @@ class Stream:
             tokens).
         rate_hz: Frames per second. None = not in time (ids of a text, codes of a whole recording): such a stream is
             given, and may be empty.
-        given: The stream is read but never predicted.
+        is_input: Whether the model reads the stream but never predicts it.
         eos: The stream may end early: it has one end-of-sequence id of its own.
         num_groups: Codes of one residual level; they do not wait for one another where levels do.
 
@@ -37,7 +37,7 @@ class Stream:
     vocab_size: int
     num_levels: int = 1
     rate_hz: int | Fraction | None = 1
-    given: bool = False
+    is_input: bool = False
     eos: bool = False
     num_groups: int = 1
 
@@ -52,9 +52,9 @@ class Stream:
                 f"stream '{self.name}' has {self.num_levels} levels, which are no whole number of {self.num_groups} "
                 "groups each: num_levels counts the codes of all groups"
             )
-        if self.given and self.eos:
+        if self.is_input and self.eos:
             raise ValueError(f"stream '{self.name}' is given, so it cannot end by itself: set eos=False")
-        if not self.given and self.rate_hz is None:
+        if not self.is_input and self.rate_hz is None:
             raise ValueError(f"stream '{self.name}' is to be predicted, so it needs a rate_hz: say how many frames/s")
 
     @property
@@ -71,12 +71,15 @@ class Stream:
 
     def to_dict(self) -> dict[str, Any]:
         """Describe the stream as JSON-able data."""
-        return {**asdict(self), "rate_hz": str(self.exact_hz) if self.is_in_time else None}
+        fields = {**asdict(self), "rate_hz": str(self.exact_hz) if self.is_in_time else None}
+        fields["given"] = fields.pop("is_input")  # its name in saved files
+        return fields
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Stream":
         """Build the stream that `to_dict` described."""
-        return cls(**{**data, "rate_hz": None if data["rate_hz"] is None else Fraction(data["rate_hz"])})
+        fields = {**data, "rate_hz": None if data["rate_hz"] is None else Fraction(data["rate_hz"])}
+        return cls(**{"is_input" if name == "given" else name: value for name, value in fields.items()})
 
 
 @dataclass(frozen=True)
@@ -142,8 +145,8 @@ def number_ids(streams: Sequence[Stream]) -> tuple[tuple[IdBlock, ...], tuple[He
     for index, stream in enumerate(streams):
         for level in range(stream.num_levels):
             has_eos = stream.eos and level == 0
-            head = -1 if stream.given else len(heads)
-            if not stream.given:
+            head = -1 if stream.is_input else len(heads)
+            if not stream.is_input:
                 heads.append(Head(stream.name, level, next_id, stream.vocab_size, has_eos))
             blocks.append(IdBlock(index, level, next_id, True, head))
             next_id += stream.vocab_size
@@ -176,7 +179,7 @@ class PackedTokens:
 
 
 @dataclass(frozen=True)
-class Canvas:
+class Grid:
     """A grid that decoding completes: what is known stands in it, `packed.loss_mask` marks what is missing.
 
     Attributes:

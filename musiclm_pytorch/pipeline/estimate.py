@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from audiolm_pytorch.audio.files import read_audio
 from audiolm_pytorch.codecs import Codec
 from audiolm_pytorch.codecs.training.losses import MultiScaleMelLoss
-from audiolm_pytorch.conditioning.tensors import Conditioning, Conditions
+from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
 from audiolm_pytorch.lm.stage_transformer import AudioTokens
 from audiolm_pytorch.saving.modules import weights_of
 from audiolm_pytorch.semantic import BestRQ, SemanticTokenizer
@@ -286,7 +286,7 @@ class _Probe:
             }
             codes = torch.randint(table.num_embeddings, (batch, levels), device=self.device)
             mask = torch.ones(batch, levels, dtype=torch.bool, device=self.device)
-            condition = Conditions(codes=Conditioning(table(codes), mask))
+            condition = Conditions(codes=ConditionTensor(table(codes), mask))
             found: Tensor = transformer(transformer.packed(AudioTokens(tokens, {})), condition).loss
             return found
 

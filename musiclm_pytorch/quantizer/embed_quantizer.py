@@ -8,7 +8,7 @@ import torch
 from beartype import beartype
 from torch import Tensor, nn
 
-from audiolm_pytorch.conditioning.tensors import Conditioning
+from audiolm_pytorch.conditioning.tensors import ConditionTensor
 from audiolm_pytorch.nn.nearest_centroid import nearest_index
 from audiolm_pytorch.saving.modules import build_module, digest_of, module_spec, part_fingerprint, register, weights_of
 from musiclm_pytorch.mulan.joint import JointEmbedding
@@ -312,7 +312,7 @@ class MuLaNEmbedQuantizer(nn.Module):
         codes: Tensor | None = None,
         lengths: Tensor | None = None,
         namespace: str,
-    ) -> Conditioning:
+    ) -> ConditionTensor:
         """Embed audio, texts or codes as what a language model is conditioned on.
 
         Args:
@@ -323,10 +323,10 @@ class MuLaNEmbedQuantizer(nn.Module):
             namespace: Whose table.
 
         Returns:
-            Conditioning: embeddings `[b, q, dim]` and a mask `[b, q]` that is all True.
+            ConditionTensor: embeddings `[b, q, dim]` and a mask `[b, q]` that is all True.
         """
         embeddings = self(wavs=wavs, texts=texts, codes=codes, lengths=lengths, namespace=namespace)
-        return Conditioning(embeddings, torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device))
+        return ConditionTensor(embeddings, torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device))
 
     def centred(self, latents: Tensor, modality: Modality = "audio") -> Tensor:
         """Bring latents `[..., d]` on the quantizer's device to where the codebooks are, in float32."""

@@ -147,7 +147,7 @@ def row_times(stage: StageTransformer, batch: int, num_rows: int) -> list[float]
     streams = {
         stream.name: torch.randint(0, stream.vocab_size, (batch, count, stream.num_levels))
         for stream, count in zip(stage.layout.streams, frames)
-        if stream.given
+        if stream.is_input
     }
     target = stage.layout.predicted[0].name
     ends: list[float] = []

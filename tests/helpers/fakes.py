@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from audiolm_pytorch.conditioning.tensors import Conditioning, Conditions
+from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.lm.token_model import TokenTransformer
 from audiolm_pytorch.tokens.streams import PackedTokens
@@ -82,14 +82,14 @@ class FakeConditioner(nn.Module):
     def codes_from_latents(self, latents: Tensor, modality: str = "audio") -> Tensor:
         return (latents[:, :1].abs() * 1000).long() // torch.tensor([1, 10, 100]) % 10
 
-    def conditioning(self, *, texts=None, wavs=None, codes=None, lengths=None, namespace: str) -> Conditioning:
+    def conditioning(self, *, texts=None, wavs=None, codes=None, lengths=None, namespace: str) -> ConditionTensor:
         self.asked.append(namespace)
         if sum(one is not None for one in (texts, wavs, codes)) != 1:
             raise ValueError("give exactly one of texts, wavs and codes")
         if codes is None:
             codes = self.codes(texts=texts, wavs=wavs, lengths=lengths)
         embeddings = self.tables[namespace](codes + torch.tensor([0, 10, 20]))
-        return Conditioning(embeddings, torch.ones(codes.shape, dtype=torch.bool))
+        return ConditionTensor(embeddings, torch.ones(codes.shape, dtype=torch.bool))
 
 
 class FakeTextConditioner(nn.Module):
@@ -101,7 +101,7 @@ class FakeTextConditioner(nn.Module):
         super().__init__()
         self.asked: list[list[str]] = []
 
-    def forward(self, texts: str | Sequence[str]) -> Conditioning:
+    def forward(self, texts: str | Sequence[str]) -> ConditionTensor:
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts or not all(texts):
             raise ValueError("an empty text says nothing")
@@ -111,7 +111,7 @@ class FakeTextConditioner(nn.Module):
         for state, text in zip(states, texts):
             state[: len(text)] = torch.tensor([ord(letter) % 10 / 10 for letter in text])[:, None]
             state[: len(text), -1] = len(text) / 10
-        return Conditioning(states, torch.arange(longest) < torch.tensor([[len(text)] for text in texts]))
+        return ConditionTensor(states, torch.arange(longest) < torch.tensor([[len(text)] for text in texts]))
 
 
 def tiny_stages(**changes: object) -> dict[str, TokenTransformer]:
@@ -126,7 +126,9 @@ def tiny_stages(**changes: object) -> dict[str, TokenTransformer]:
 
 def random_conditions(batch: int, levels: int = 3, dim: int = 8) -> Conditions:
     """Conditions that are all different."""
-    return Conditions(codes=Conditioning(torch.randn(batch, levels, dim), torch.ones(batch, levels, dtype=torch.bool)))
+    return Conditions(
+        codes=ConditionTensor(torch.randn(batch, levels, dim), torch.ones(batch, levels, dtype=torch.bool))
+    )
 
 
 def memorise(

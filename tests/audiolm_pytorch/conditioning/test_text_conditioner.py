@@ -16,7 +16,7 @@ import transformers
 from beartype.roar import BeartypeCallHintViolation
 
 from audiolm_pytorch import SemanticTransformer, TextConditioner
-from audiolm_pytorch.conditioning.tensors import Conditioning, Conditions
+from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
 from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer
 from audiolm_pytorch.saving.hub import LoadedModel, load_model, load_tokenizer
 from audiolm_pytorch.saving.modules import load_module, save_module
@@ -50,7 +50,7 @@ def test_states_are_those_of_transformers(folders, kind):
     """Guards the whole path from published files to states: tokens, special tokens, padding, mask, eval mode."""
     conditioner = TextConditioner(folders[kind])
     found = conditioner(TEXTS)
-    assert isinstance(found, Conditioning) and conditioner.dim == found.embeddings.shape[-1] == 16
+    assert isinstance(found, ConditionTensor) and conditioner.dim == found.embeddings.shape[-1] == 16
     length = found.mask.shape[1]
     tokenizer = transformers.AutoTokenizer.from_pretrained(folders[kind])
     model = getattr(transformers, ORACLES[kind]).from_pretrained(folders[kind]).eval()
@@ -250,5 +250,5 @@ def test_stage_of_a_given_width_asks_no_hub(folders, text_as, monkeypatch):
     for weight in stage.parameters():
         nn.init.normal_(weight, std=0.3)
     packed = stage.layout.pack({"semantic": torch.randint(0, 8, (2, 5, 1))})
-    losses = [stage(packed, conditions).loss for conditions in (said, said.chosen(torch.tensor([1, 0])))]
+    losses = [stage(packed, conditions).loss for conditions in (said, said.select(torch.tensor([1, 0])))]
     assert losses[0].isfinite() and (losses[0] - losses[1]).abs() > 1e-4

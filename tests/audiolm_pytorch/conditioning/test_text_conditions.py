@@ -320,7 +320,7 @@ def test_extra_streams_come_from_shards(tmp_path: Path) -> None:
         return {"acoustic": acoustic, "melody": frames[:20] % 7, "words": np.arange(3 * index)[:, None] % 5}
 
     write_shards(tmp_path, make_record, 2, {})
-    extra = [Stream("melody", 7, rate_hz=10, given=True), Stream("words", 5, rate_hz=None, given=True)]
+    extra = [Stream("melody", 7, rate_hz=10, is_input=True), Stream("words", 5, rate_hz=None, is_input=True)]
     stage = tiny_stages()["fine"]
     stage = type(stage)(**{**stage.config, "extra_streams": extra})
     source = ShardSource(TokenShards(tmp_path), stage, seconds=0.5, audio_conditioner=None)

@@ -228,7 +228,7 @@ class Copying:
             return [0] * len(self.layout.heads)
         first = int(is_start.nonzero()[0])
         self.words, rows = rows[:first, 0].tolist(), rows[first:]
-        given, num_levels = self.layout.given[0], self.layout.predicted[0].num_levels
+        given, num_levels = self.layout.inputs[0], self.layout.predicted[0].num_levels
         if self.layout.pattern == "flat":
             is_given = (rows[:, 0] >= 1) & (rows[:, 0] < 1 + given.vocab_size * given.num_levels)
             num_given = int(is_given.sum())
@@ -280,7 +280,7 @@ class ToldCoarse(CopyingCoarse):
         return [quarter, digit and sum(word - first_id for word in self.words) % 4]
 
 
-WORDS = Stream("words", 30, 1, None, given=True)
+WORDS = Stream("words", 30, 1, None, is_input=True)
 # Two different clicks in a period of 280 ms; frames of both kinds of token meet them at changing places.
 BEAT, SECOND_BEAT, PERIOD = 0.031, 0.171, 0.28
 

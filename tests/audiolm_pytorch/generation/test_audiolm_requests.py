@@ -213,7 +213,7 @@ def test_texts_speak_to_both_conditioners():
 
 def test_extra_streams_reach_the_stages_that_read_them():
     """A melody in time, and ids of a text that some items do not have; alone = in batch, also in windows."""
-    melody, ids = Stream("melody", 5, rate_hz=25, given=True), Stream("text", 7, rate_hz=None, given=True)
+    melody, ids = Stream("melody", 5, rate_hz=25, is_input=True), Stream("text", 7, rate_hz=None, is_input=True)
     audio_lm = audiolm_of(extra_streams=[melody, ids], **WINDOWS)
     tokens = {"melody": torch.randint(0, 5, (2, 25)), "text": torch.randint(0, 7, (2, 3))}
     given = AudioTokens(tokens, {"text": torch.tensor([3, 0])})
@@ -230,7 +230,7 @@ def test_extra_streams_reach_the_stages_that_read_them():
 
 def test_guidance_of_the_model_rests_where_only_a_melody_is_given():
     """A stream in time is nothing that guidance can lead away from: the constructor's scale must not be asked of it."""
-    audio_lm = audiolm_of(extra_streams=[Stream("melody", 5, rate_hz=25, given=True)])
+    audio_lm = audiolm_of(extra_streams=[Stream("melody", 5, rate_hz=25, is_input=True)])
     given = AudioTokens({"melody": torch.randint(0, 5, (1, 8))}, {})
     plain = audio_lm(given=given, seconds=0.3, seeds=1)
     audio_lm.sampling = {name: replace(settings, guidance_scale=3.0) for name, settings in audio_lm.sampling.items()}
@@ -266,14 +266,14 @@ def test_some_items_of_a_request_are_those_items_of_its_result():
     }
     for request in (several, {**alone, "seeds": [1, 2, 3], "seconds": 0.3}, {**mixed, "seconds": 0.3}):
         whole = audio_lm.generate(**request)
-        part = audio_lm.generate(**vars(generation.GenerationRequest(**request).chosen(items)))
+        part = audio_lm.generate(**vars(generation.GenerationRequest(**request).select(items)))
         assert len(part.waves) == 3
         for number, item in enumerate(items):
             assert torch.equal(part.waves[number], whole.waves[item])
     melodies = AudioTokens(
         {"melody": torch.arange(6).view(3, 2), "key": torch.zeros(1, 2)}, {"melody": torch.arange(3)}
     )
-    chosen = generation.GenerationRequest(given=melodies).chosen(items).given
+    chosen = generation.GenerationRequest(given=melodies).select(items).given
     assert chosen.tokens["melody"].tolist() == [[4, 5], [0, 1], [4, 5]] and chosen.lengths["melody"].tolist() == [
         2,
         0,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from audiolm_pytorch.conditioning.tensors import Conditioning, Conditions, guide
+from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor, guide
 from audiolm_pytorch.generation.decode_session import Decoding, decode
 from audiolm_pytorch.generation.sampling import SamplingSettings, filter_logits, sample_tokens
 from audiolm_pytorch.lm.token_model import TokenTransformer
@@ -19,7 +19,7 @@ GIVEN = torch.randint(0, 10, (3, 5, 1), generator=torch.Generator().manual_seed(
 
 
 def model_of(pattern="delayed", eos=True, **changes):
-    layout = TokenLayout([Stream("s", 10, 1, 25, given=True), Stream("a", 20, 2, 50, eos=eos)], pattern)
+    layout = TokenLayout([Stream("s", 10, 1, 25, is_input=True), Stream("a", 20, 2, 50, eos=eos)], pattern)
     model = TokenTransformer(layout=layout, **{**SIZES, "cond_dim": 8, **changes}).eval()
     for weight in model.heads.parameters():
         weight.data.mul_(40)  # an untrained model is undecided; this one has opinions
@@ -63,12 +63,12 @@ def test_greedy_decoding_equals_a_loop_without_cache(pattern, scale):
     given = {"s": GIVEN[:2, :3]}
     settings = SamplingSettings(temperature=0, guidance_scale=scale)
     found = decode(model, given, {"a": 6}, conditioning=conditioning, settings=settings).streams["a"]
-    canvas = model.layout.canvas(given, {"a": 6}, 2)
-    ids, mask = canvas.packed.ids, canvas.packed.input_mask
+    grid = model.layout.grid(given, {"a": 6}, 2)
+    ids, mask = grid.packed.ids, grid.packed.input_mask
     contexts = [model.context(conditioning, 2), Context(model.null_embedding.expand(2, 3, -1))]
     for row in range(1, ids.shape[1]):
-        for item, column in canvas.packed.loss_mask[:, row].nonzero().tolist():
-            head = int(canvas.head[item, row, column])
+        for item, column in grid.packed.loss_mask[:, row].nonzero().tolist():
+            head = int(grid.head[item, row, column])
             logits = [
                 model.logits(model.hidden(ids[:, :row], mask[:, :row], context)[item, -1], head) for context in contexts
             ]
@@ -108,7 +108,7 @@ def test_an_item_depends_on_nothing_but_its_seed_and_inputs(pattern):
             {"s": GIVEN[items], "a": prompt[items]},
             {"a": wanted[items]},
             lengths={"a": known[items]},
-            conditioning=conditioning.chosen(torch.tensor(items)),
+            conditioning=conditioning.select(torch.tensor(items)),
             settings=settings,
             seeds=[100 + i for i in items],
         )
@@ -251,7 +251,7 @@ def test_streams_end_together():
 @pytest.mark.parametrize("pattern", ["flat", "delayed", "parallel"])
 def test_every_cell_holds_what_is_legal_there(pattern):
     """Prompts and texts of several lengths, groups, early ends: as the layout says, no cell too many and none empty."""
-    streams = [Stream("s", 10, 1, 25, given=True), Stream("t", 7, 1, None, given=True)]
+    streams = [Stream("s", 10, 1, 25, is_input=True), Stream("t", 7, 1, None, is_input=True)]
     layout = TokenLayout([*streams, Stream("a", 20, 4, 50, eos=True, num_groups=2)], pattern)
     model = TokenTransformer(layout=layout, **SIZES).eval()
     for weight in model.heads.parameters():
@@ -325,7 +325,7 @@ def test_a_model_that_decoded_can_be_trained(pattern):
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_an_item_is_the_same_alone_with_texts_ends_and_groups(pattern, scale):
     """Streams not in time and texts of several lengths (or none), prompts, early ends: alone = beside all others."""
-    streams = [Stream("s", 10, 1, 25, given=True), Stream("t", 7, 1, None, given=True)]
+    streams = [Stream("s", 10, 1, 25, is_input=True), Stream("t", 7, 1, None, is_input=True)]
     layout = TokenLayout([*streams, Stream("a", 20, 4, 50, eos=True, num_groups=2)], pattern)
     torch.manual_seed(0)
     model = TokenTransformer(layout=layout, **SIZES, cond_dim=8, text_dim=6, text_as="prefix").eval()
@@ -348,8 +348,8 @@ def test_an_item_is_the_same_alone_with_texts_ends_and_groups(pattern, scale):
             {"a": wanted[items]},
             lengths={name: torch.tensor([counts[name][item] for item in items]) for name in tokens},
             conditioning=Conditions(
-                Conditioning(codes[items], torch.ones(len(items), 3).bool()),
-                Conditioning(states[items, : mask.shape[1]], mask),
+                ConditionTensor(codes[items], torch.ones(len(items), 3).bool()),
+                ConditionTensor(states[items, : mask.shape[1]], mask),
             ),
             settings=SamplingSettings(guidance_scale=scale),
             seeds=[100 + item for item in items],

@@ -22,7 +22,7 @@ PATTERNS = ["flat", "delayed", "parallel"]
 
 def model_of(pattern="delayed", eos=False, extra=(), **changes):
     """25 given tokens and 50 frames of 2 levels a second; untrained, but with opinions."""
-    layout = TokenLayout([Stream("s", 10, 1, 25, given=True), Stream("a", 20, 2, 50, eos=eos), *extra], pattern)
+    layout = TokenLayout([Stream("s", 10, 1, 25, is_input=True), Stream("a", 20, 2, 50, eos=eos), *extra], pattern)
     model = TokenTransformer(layout=layout, **{**SIZES, "cond_dim": 8, **changes}).eval()
     for weight in model.heads.parameters():
         weight.data.mul_(40)
@@ -106,7 +106,7 @@ def test_an_item_is_the_same_alone_and_in_a_batch(pattern, eos):
         for item, found in enumerate(together.take()):
             alone = run_of(
                 model, [wanted[item]], [given[item]], [prompt[item]], [seeds[item]],
-                conditions.chosen(torch.tensor([item])), **options,
+                conditions.select(torch.tensor([item])), **options,
             )  # fmt: skip
             alone.advance()
             assert torch.equal(alone.take()[0], found)
@@ -215,7 +215,7 @@ def test_no_prompt_an_empty_one_and_nothing_to_do(monkeypatch):
 
 def test_streams_that_are_not_in_time_are_carried_whole(monkeypatch):
     """Ids of a text, some of no text at all, stand before every window."""
-    model = model_of(extra=[Stream("text", 7, rate_hz=None, given=True)])
+    model = model_of(extra=[Stream("text", 7, rate_hz=None, is_input=True)])
     seen = []
 
     class Spy(Decoding):

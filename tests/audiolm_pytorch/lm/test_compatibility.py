@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from audiolm_pytorch.codecs import SoundStream
-from audiolm_pytorch.lm.compatibility import check_fit, check_stages
+from audiolm_pytorch.lm.compatibility import check_compatible, check_stages_compatible
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.lm.task import _chance
 from audiolm_pytorch.lm.token_model import TokenTransformer
@@ -63,11 +63,11 @@ def test_what_goes_together_is_accepted(pattern, caplog):
     sizes = {**CONDITION, "text_dim": 6}
     parts = semantic(**sizes), coarse(pattern=pattern, **sizes), fine(pattern=pattern, **sizes)
     for stage in parts:
-        check_fit(stage, FakeSemanticTokenizer(), FakeCodec(), FakeConditioner(), FakeTextConditioner())
-        check_fit(stage)
-    check_stages(*parts)
-    check_stages(*parts[::-1])
-    check_stages()
+        check_compatible(stage, FakeSemanticTokenizer(), FakeCodec(), FakeConditioner(), FakeTextConditioner())
+        check_compatible(stage)
+    check_stages_compatible(*parts)
+    check_stages_compatible(*parts[::-1])
+    check_stages_compatible()
     assert not caplog.records
 
 
@@ -97,13 +97,13 @@ def test_differences_from_tokenizers_are_shown(build, parts, message):
     """Both sides of a difference stand in the message, which names the stage."""
     stage = build()
     with pytest.raises(ValueError, match=rf"the {stage.namespace} transformer does not fit: .*{message}"):
-        check_fit(stage, **parts)
+        check_compatible(stage, **parts)
 
 
 def test_all_differences_are_shown_at_once():
     """Who mends one of them must not run into the next one."""
     with pytest.raises(ValueError) as raised:
-        check_fit(
+        check_compatible(
             coarse(num_groups=2, **CONDITION),
             tokenizer_of(codebook_size=13, downsample_factor=16),
             codec_of(codebook_size=32, num_quantizers=1, num_groups=4),
@@ -119,15 +119,15 @@ def test_rates_that_do_not_go_together_are_refused(pattern):
     fast = tokenizer_of(downsample_factor=16)
     message = r"'semantic': 25\.0, 'coarse': 50\.0.* frames a second, .*'semantic': 50\.0, 'coarse': 50\.0.*their rates"
     with pytest.raises(ValueError, match=message):
-        check_fit(coarse(pattern=pattern), fast, FakeCodec())
-    check_fit(coarse(pattern=pattern, semantic_rate_hz=50), fast, FakeCodec())
-    check_fit(coarse(pattern=pattern), fast)  # without the codec nobody knows
+        check_compatible(coarse(pattern=pattern), fast, FakeCodec())
+    check_compatible(coarse(pattern=pattern, semantic_rate_hz=50), fast, FakeCodec())
+    check_compatible(coarse(pattern=pattern), fast)  # without the codec nobody knows
 
 
 def test_rates_that_are_all_as_many_times_faster_are_told(caplog):
     """They stay aligned, but seconds are counted wrongly: a warning, since a stage alone needs no rate to be told."""
     with caplog.at_level(logging.WARNING):
-        check_fit(semantic(), tokenizer_of(downsample_factor=16))
+        check_compatible(semantic(), tokenizer_of(downsample_factor=16))
     assert "'semantic': 25.0" in caplog.text and "'semantic': 50.0" in caplog.text
 
 
@@ -136,10 +136,10 @@ def test_stages_of_one_group_read_any_codec():
     grouped = SoundStream(codebook_size=16, rq_num_quantizers=2, rq_groups=2, channels=2, codebook_dim=16)
     assert grouped.num_groups == 2 and SoundStream(codebook_size=4, channels=2, codebook_dim=8).num_groups == 1
     assert grouped.num_quantizers == 4
-    check_fit(coarse(), codec=grouped)
-    check_fit(coarse(num_groups=2), codec=grouped)
+    check_compatible(coarse(), codec=grouped)
+    check_compatible(coarse(num_groups=2), codec=grouped)
     with pytest.raises(ValueError, match="4 groups, the codec 2"):
-        check_fit(coarse(num_groups=4, num_coarse_quantizers=4), codec=grouped)
+        check_compatible(coarse(num_groups=4, num_coarse_quantizers=4), codec=grouped)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_stages_of_one_group_read_any_codec():
         ((coarse, lambda: fine(num_groups=2)), "groups 1, the fine transformer has groups 2"),
         (
             tuple(
-                lambda size=size: fine(extra_streams=[Stream("melody", size, rate_hz=10, given=True)])
+                lambda size=size: fine(extra_streams=[Stream("melody", size, rate_hz=10, is_input=True)])
                 for size in (12, 24)
             ),
             "stream 'melody': the fine transformer has vocabulary 12, the fine transformer has vocabulary 24",
@@ -176,9 +176,9 @@ def test_stages_that_were_not_made_for_one_another_are_refused(stages, message):
     """What two stages share must be declared alike; the order they are named in does not matter."""
     stages = [build() for build in stages]
     with pytest.raises(ValueError, match=f"the stages were not made for one another: .*{message}"):
-        check_stages(*stages)
+        check_stages_compatible(*stages)
     with pytest.raises(ValueError, match="not made for one another"):
-        check_stages(*stages[::-1])
+        check_stages_compatible(*stages[::-1])
 
 
 def test_stages_trained_on_tokens_of_different_makers_are_refused():
@@ -192,7 +192,7 @@ def test_stages_trained_on_tokens_of_different_makers_are_refused():
     stages = tiny_stages(**CONDITION, text_dim=6)
     for name, stage in stages.items():
         stage.token_fingerprints = dict(known[name])
-    check_stages(*stages.values())
+    check_stages_compatible(*stages.values())
     for name, kind, words in [
         ("semantic", "semantic", "semantic tokens of different makers, the semantic transformer other, .* one"),
         ("fine", "acoustic", "acoustic tokens of different makers, the coarse transformer two, .* other"),
@@ -201,9 +201,9 @@ def test_stages_trained_on_tokens_of_different_makers_are_refused():
     ]:
         stages[name].token_fingerprints[kind] = "other"
         with pytest.raises(ValueError, match=words):
-            check_stages(*stages.values())
+            check_stages_compatible(*stages.values())
         del stages[name].token_fingerprints[kind]
-        check_stages(*stages.values())
+        check_stages_compatible(*stages.values())
 
 
 @every_pattern
@@ -212,7 +212,7 @@ def test_loss_of_every_stream_is_that_of_its_own_tokens(pattern):
     torch.manual_seed(0)
     layout = TokenLayout(
         [
-            Stream("melody", 5, rate_hz=2, given=True),
+            Stream("melody", 5, rate_hz=2, is_input=True),
             Stream("semantic", 7, rate_hz=4, eos=True),
             Stream("acoustic", 9, num_levels=4, rate_hz=4, num_groups=2),
         ],

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from audiolm_pytorch.conditioning.tensors import Conditioning, Conditions
+from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
 from audiolm_pytorch.generation.decode_session import decode
 from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.generation.windows import decode_in_windows
@@ -29,7 +29,7 @@ PATTERNS = ["flat", "delayed", "parallel"]
 POSITIONS = ["rotary", "relative"]
 CONDITIONS = ["none", "codes", "text cross", "text prefix", "both", "not in time"]
 LONG, SHORT = 16, 11  # frames
-WORDS = Stream("words", 30, 1, None, given=True)
+WORDS = Stream("words", 30, 1, None, is_input=True)
 GREEDY = SamplingSettings(temperature=0)
 
 
@@ -90,22 +90,22 @@ class Learnt:
         return torch.tensor([ceil(count * ratio) for count in counts.tolist()])
 
 
-def text_states(num_items: int, lengths: list[int]) -> Conditioning:
+def text_states(num_items: int, lengths: list[int]) -> ConditionTensor:
     """States of different texts of unequal length."""
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    return Conditioning(torch.randn(num_items, max(lengths), 6), mask)
+    return ConditionTensor(torch.randn(num_items, max(lengths), 6), mask)
 
 
 def conditions_of(kind: str) -> Conditions | None:
     """Conditions of the sequences; of `both`, neither part alone tells which sequence is meant."""
-    codes = Conditioning(torch.randn(2, 3, 8), torch.ones(2, 3, dtype=torch.bool))
+    codes = ConditionTensor(torch.randn(2, 3, 8), torch.ones(2, 3, dtype=torch.bool))
     text = text_states(2, [5, 3])
     if kind == "codes":
         return Conditions(codes=codes)
     if kind in ("text cross", "text prefix"):
         return Conditions(text=text)
     if kind == "both":
-        return Conditions(codes=codes.chosen(torch.tensor([0, 0, 1])), text=text.chosen(torch.tensor([0, 1, 0])))
+        return Conditions(codes=codes.select(torch.tensor([0, 0, 1])), text=text.select(torch.tensor([0, 1, 0])))
     return None
 
 
@@ -130,7 +130,7 @@ def learnt(case: Case) -> Learnt:
     streams = {}
     for stream in model.layout.streams:
         frames = LONG if stream.rate_hz is None else ceil(LONG * stream.exact_hz / model.layout.predicted[0].exact_hz)
-        is_shared = stream.given and stream.is_in_time and case.condition != "none"
+        is_shared = stream.is_input and stream.is_in_time and case.condition != "none"
         tokens = torch.randint(0, stream.vocab_size, (1 if is_shared else num_items, frames, stream.num_levels))
         streams[stream.name] = tokens.expand(num_items, -1, -1).clone()
     target = streams[model.layout.predicted[0].name]
@@ -146,7 +146,7 @@ def learnt(case: Case) -> Learnt:
     packed = model.layout.pack({name: tokens[items] for name, tokens in streams.items()}, lengths, ends)
     # Nothing tells the first semantic token of an unconditional stage; its own entropy stays.
     unknowable = num_items * log(num_items) / int(packed.loss_mask.sum()) if tells_nothing(case) else 0.0
-    conditions = None if own.conditions is None else own.conditions.chosen(items)
+    conditions = None if own.conditions is None else own.conditions.select(items)
     assert memorise(model, packed, conditions, steps=500, floor=unknowable) < unknowable + 0.02
     return own
 
@@ -166,14 +166,14 @@ def complete(case: Case, prompts: list[int], order: list[int], **options) -> tup
     """Greedy completion of prompts of given lengths, item i under condition `order[i]`; and what is right."""
     own = learnt(case)
     items, wanted = torch.tensor(order), wanted_frames(case, order)
-    lengths = {stream.name: own.frames(stream, wanted, items) for stream in own.model.layout.given}
+    lengths = {stream.name: own.frames(stream, wanted, items) for stream in own.model.layout.inputs}
     lengths[own.target] = torch.minimum(torch.tensor(prompts), wanted)
     found = decode(
         own.model,
         {name: tokens[items] for name, tokens in own.streams.items()},
         {own.target: wanted},
         **{"lengths": lengths, "settings": GREEDY, **options},
-        conditioning=None if own.conditions is None else own.conditions.chosen(items),
+        conditioning=None if own.conditions is None else own.conditions.select(items),
     )
     assert torch.equal(found.lengths[own.target], wanted)
     return found, [own.streams[own.target][item, :count] for item, count in zip(order, wanted.tolist())]
@@ -248,7 +248,7 @@ def test_teacher_forced_logits_are_those_of_decoding(case, monkeypatch):
     lengths = {stream.name: own.frames(stream, wanted, items) for stream in model.layout.streams}
     packed = model.layout.pack({name: tokens[items] for name, tokens in own.streams.items()}, lengths)
     with torch.inference_mode():
-        conditions = None if own.conditions is None else own.conditions.chosen(items)
+        conditions = None if own.conditions is None else own.conditions.select(items)
         whole = model.hidden(packed.ids, packed.input_mask, model.context(conditions, len(items)))
         found = torch.stack(list(read.values()))
         right = torch.stack([whole[place] for place in read])
@@ -268,7 +268,7 @@ def test_the_end_is_learnt_where_the_file_ends(case):
         {name: tokens[order, : 4 if name == own.target else None] for name, tokens in own.streams.items()},
         {own.target: LONG + 6},
         lengths={"words": own.words[order]} if case.condition == "not in time" else None,
-        conditioning=None if own.conditions is None else own.conditions.chosen(order),
+        conditioning=None if own.conditions is None else own.conditions.select(order),
         settings=GREEDY,
         allow_eos=True,
     )
@@ -294,7 +294,7 @@ def test_windows_continue_what_was_learnt():
 def test_guidance_by_streams_not_in_time_is_the_formula(pattern, scale):
     """Decoding equals a loop without cache that guides by hand, away from the same rows with null tokens in them."""
     torch.manual_seed(3)
-    layout = TokenLayout([WORDS, Stream("s", 10, 1, 25, given=True), Stream("a", 20, 2, 50)], pattern)
+    layout = TokenLayout([WORDS, Stream("s", 10, 1, 25, is_input=True), Stream("a", 20, 2, 50)], pattern)
     model = TokenTransformer(layout=layout, **SIZES).eval()
     for weight in (*model.heads.parameters(), *(block.attention.to_out.weight for block in model.transformer.blocks)):
         weight.data.mul_(40)  # an untrained model is undecided and hardly hears; this one has opinions
@@ -302,18 +302,18 @@ def test_guidance_by_streams_not_in_time_is_the_formula(pattern, scale):
     lengths = {"words": torch.tensor([3, 1])}
     settings = SamplingSettings(temperature=0, guidance_scale=scale)
     found = decode(model, given, {"a": 6}, lengths=lengths, settings=settings).streams["a"]
-    canvas = layout.canvas(given, {"a": 6}, 2, lengths)
-    packed, wanted = canvas.packed, canvas.packed.loss_mask
+    grid = layout.grid(given, {"a": 6}, 2, lengths)
+    packed, wanted = grid.packed, grid.packed.loss_mask
     with torch.inference_mode():
         for row in range(1, packed.ids.shape[1]):
             nothing = layout.without_conditions(packed, torch.tensor([True, True]))
             told, untold = (model.hidden(one.ids[:, :row], one.input_mask[:, :row])[:, -1] for one in (packed, nothing))
             for item, column in wanted[:, row].nonzero().tolist():
-                head = int(canvas.head[item, row, column])
+                head = int(grid.head[item, row, column])
                 logits, null = model.logits(told[item], head), model.logits(untold[item], head)
                 token = (null + scale * (logits - null)).argmax()
                 packed.ids[item, row, column] = layout.heads[head].first_id + token
-    assert torch.equal(found, layout.unpack(packed.ids, canvas.num_frames)["a"])
+    assert torch.equal(found, layout.unpack(packed.ids, grid.num_frames)["a"])
     plain = decode(model, given, {"a": 6}, lengths=lengths, settings=GREEDY).streams["a"]
     assert torch.equal(found, plain) == (scale == 1)
 

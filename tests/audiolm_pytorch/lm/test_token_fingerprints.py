@@ -244,7 +244,7 @@ def test_an_unconditional_stage_remembers_no_conditioner(tmp_path):
     with pytest.raises(ValueError, match="no fingerprint for {'conditioner'}"):
         SemanticTransformer(num_semantic_tokens=12, token_fingerprints={"conditioner": "A"}, **SIZES)
     with pytest.raises(ValueError, match="'conditioner' would be taken for"):
-        extra = [Stream("conditioner", 5, rate_hz=10, given=True)]
+        extra = [Stream("conditioner", 5, rate_hz=10, is_input=True)]
         SemanticTransformer(num_semantic_tokens=12, extra_streams=extra, **SIZES)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from audiolm_pytorch.audiolm import AudioLM
-from audiolm_pytorch.conditioning.tensors import Conditioning, Conditions
+from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
 from audiolm_pytorch.generation.decode_session import decode
 from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.nn import half_weights
@@ -28,8 +28,8 @@ def test_half_weights_give_nearly_the_same_logits(packs: bool, options: dict, mo
     half = with_half_weights(stage)
     packed = stage.layout.pack({"semantic": torch.randint(0, 12, (2, 4, 1)), "coarse": torch.randint(0, 16, (2, 8, 2))})
     mask = torch.ones(2, 3, dtype=torch.bool)
-    text = Conditioning(torch.randn(2, 3, 6), mask) if "text_dim" in options else None
-    conditions = Conditions(Conditioning(torch.randn(2, 3, 8), mask), text)
+    text = ConditionTensor(torch.randn(2, 3, 6), mask) if "text_dim" in options else None
+    conditions = Conditions(ConditionTensor(torch.randn(2, 3, 8), mask), text)
     with torch.no_grad():
         hidden, near = (
             model.hidden(packed.ids, packed.input_mask, model.context(conditions, 2)) for model in (stage, half)
@@ -47,7 +47,7 @@ def test_half_weights_decode_with_every_option(packs: bool, options: dict, monke
     if not packs:
         monkeypatch.setattr(half_weights, "_can_pack", lambda: False)
     half = with_half_weights(tiny_stages(**options)["semantic"])
-    text = Conditioning(torch.randn(2, 3, 6), torch.tensor([[True] * 3, [True, False, False]]))
+    text = ConditionTensor(torch.randn(2, 3, 6), torch.tensor([[True] * 3, [True, False, False]]))
     conditions = Conditions(text=text) if "text_dim" in options else None
     for lengths in ([2, 2], [0, 2]):
         found = decode(
@@ -66,7 +66,7 @@ def test_half_weights_decode_as_the_original_where_it_is_sure() -> None:
     stage = tiny_stages(**CONDITION)["semantic"].eval()
     for weight in stage.heads.parameters():
         weight.data.mul_(40)
-    conditions = Conditions(Conditioning(torch.randn(4, 3, 8), torch.ones(4, 3, dtype=torch.bool)))
+    conditions = Conditions(ConditionTensor(torch.randn(4, 3, 8), torch.ones(4, 3, dtype=torch.bool)))
     settings = SamplingSettings(temperature=0, guidance_scale=1.5)
     found = [
         decode(model, {}, {"semantic": 8}, batch_size=4, conditioning=conditions, settings=settings).streams["semantic"]

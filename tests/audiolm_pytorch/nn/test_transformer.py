@@ -6,7 +6,7 @@ import socket
 import pytest
 import torch
 
-from audiolm_pytorch.conditioning.tensors import Conditioning, Conditions
+from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
 from audiolm_pytorch.lm.stages import SemanticTransformer
 from audiolm_pytorch.lm.token_model import TokenTransformer
 from audiolm_pytorch.nn.attention import Slots
@@ -16,11 +16,11 @@ from audiolm_pytorch.tokens.layout import TokenLayout
 from audiolm_pytorch.tokens.streams import Stream
 from tests.helpers.fakes import CONDITION, SIZES, random_conditions, tiny_stages
 
-GIVEN, TARGET = Stream("s", 10, 1, 25, given=True), Stream("a", 20, 2, 50, eos=True)
+INPUT, TARGET = Stream("s", 10, 1, 25, is_input=True), Stream("a", 20, 2, 50, eos=True)
 
 
 def model_of(pattern="delayed", **changes):
-    return TokenTransformer(layout=TokenLayout([GIVEN, TARGET], pattern), **{**SIZES, "cond_dim": 8, **changes}).eval()
+    return TokenTransformer(layout=TokenLayout([INPUT, TARGET], pattern), **{**SIZES, "cond_dim": 8, **changes}).eval()
 
 
 def batch_of(model, batch=2, frames=6):
@@ -107,7 +107,7 @@ def test_dropping_the_condition_reaches_the_loss(monkeypatch):
             assert losses[0] == losses[1]
 
     check()
-    monkeypatch.setattr(Conditioning, "without_items", lambda self, drop: self)
+    monkeypatch.setattr(ConditionTensor, "without_items", lambda self, drop: self)
     with pytest.raises(AssertionError):
         check()
 
@@ -131,7 +131,7 @@ def test_masked_condition_entries_are_the_null_embedding():
     model = model_of()
     codes = random_conditions(2).codes
     hidden = codes.without_trailing(torch.tensor([1, 0]))
-    other = Conditioning(torch.where(hidden.mask[..., None], hidden.embeddings, torch.randn(2, 3, 8)), hidden.mask)
+    other = ConditionTensor(torch.where(hidden.mask[..., None], hidden.embeddings, torch.randn(2, 3, 8)), hidden.mask)
     torch.testing.assert_close(model.context(Conditions(hidden), 2).prefix, model.context(Conditions(other), 2).prefix)
     assert torch.equal(model.context(Conditions(hidden), 2).prefix[1], model.null_embedding.expand(3, -1))
     assert model.context(None, 2).prefix.shape == (2, model.null_tokens, 32)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from audiolm_pytorch.conditioning.tensors import Conditioning, Conditions
+from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
 from audiolm_pytorch.generation.decode_session import Decoding, decode
 from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.lm.token_model import TokenTransformer
@@ -34,7 +34,7 @@ OPTIONS = [
 
 def model_of(pattern: str = "delayed", eos: bool = True, **options: object) -> TokenTransformer:
     torch.manual_seed(0)
-    layout = TokenLayout([Stream("s", 10, 1, 25, given=True), Stream("a", 20, 2, 50, eos=eos)], pattern)
+    layout = TokenLayout([Stream("s", 10, 1, 25, is_input=True), Stream("a", 20, 2, 50, eos=eos)], pattern)
     model = TokenTransformer(layout=layout, **{**SIZES, "heads": 4, **options}).eval()
     for weight in model.heads.parameters():
         weight.data.mul_(40)  # an untrained model is undecided; this one has opinions
@@ -47,10 +47,12 @@ def conditions_of(model: TokenTransformer, lengths: tuple[int, ...] = (4, 2, 0))
     """Codes and texts, as far as the model takes any; texts differ in length, the last item has none."""
     parts = {}
     if model.cond_dim is not None:
-        parts["codes"] = Conditioning(torch.randn(len(lengths), 3, model.cond_dim), torch.ones(len(lengths), 3).bool())
+        parts["codes"] = ConditionTensor(
+            torch.randn(len(lengths), 3, model.cond_dim), torch.ones(len(lengths), 3).bool()
+        )
     if model.text_dim is not None:
         mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-        parts["text"] = Conditioning(torch.randn(len(lengths), max(lengths), model.text_dim), mask)
+        parts["text"] = ConditionTensor(torch.randn(len(lengths), max(lengths), model.text_dim), mask)
     return Conditions(**parts) if parts else None
 
 
@@ -91,9 +93,9 @@ def test_logits_of_a_row_do_not_depend_on_its_batch(options: dict) -> None:
     conditions = conditions_of(model)
     both = model.hidden(packed.ids, packed.input_mask, model.context(conditions, 3))
     for item, length in enumerate((4, 2, 0)):
-        one = None if conditions is None else conditions.chosen(torch.tensor([item]))
+        one = None if conditions is None else conditions.select(torch.tensor([item]))
         if one is not None and one.text is not None:
-            text = Conditioning(one.text.embeddings[:, : max(length, 1)], one.text.mask[:, : max(length, 1)])
+            text = ConditionTensor(one.text.embeddings[:, : max(length, 1)], one.text.mask[:, : max(length, 1)])
             one = Conditions(one.codes, text)
         alone = model.hidden(packed.ids[item : item + 1], packed.input_mask[item : item + 1], model.context(one, 1))
         torch.testing.assert_close(both[item], alone[0], atol=1e-5, rtol=1e-5)
@@ -107,13 +109,13 @@ def test_decoding_equals_a_loop_without_cache(options: dict) -> None:
     scale = 1.0 if conditions is None else 2.0
     settings = SamplingSettings(temperature=0, guidance_scale=scale)
     found = decode(model, given(2), {"a": 5}, conditioning=conditions, settings=settings).streams["a"]
-    canvas = model.layout.canvas(given(2), {"a": 5}, 2)
-    ids, mask = canvas.packed.ids, canvas.packed.input_mask
+    grid = model.layout.grid(given(2), {"a": 5}, 2)
+    ids, mask = grid.packed.ids, grid.packed.input_mask
     everybody = torch.ones(2, dtype=torch.bool)
     nothing = None if conditions is None else conditions.without_items(everybody)
     for row in range(1, ids.shape[1]):
-        for item, column in canvas.packed.loss_mask[:, row].nonzero().tolist():
-            head = int(canvas.head[item, row, column])
+        for item, column in grid.packed.loss_mask[:, row].nonzero().tolist():
+            head = int(grid.head[item, row, column])
             states = [model.hidden(ids[:, :row], mask[:, :row], model.context(c, 2)) for c in (conditions, nothing)]
             with_it, without = (model.logits(state[item, -1], head) for state in states)
             token = (without + scale * (with_it - without))[:20].argmax()
@@ -399,11 +401,11 @@ def test_numbers_out_of_range_are_refused() -> None:
         decode(model_of(), {}, {"a": 6}, batch_size=0)
     for embeddings, mask in (((1, 0, 6), torch.ones(1, 0).bool()), ((1, 2, 6), torch.ones(1, 2))):
         with pytest.raises(ValueError, match="with m >= 1 and a mask .* bool"):
-            Conditioning(torch.zeros(embeddings), mask)
+            ConditionTensor(torch.zeros(embeddings), mask)
     with pytest.raises(ValueError, match="no condition of text"):
-        model_of().context(Conditions(text=Conditioning(torch.randn(1, 2, 6), torch.ones(1, 2).bool())), 1)
+        model_of().context(Conditions(text=ConditionTensor(torch.randn(1, 2, 6), torch.ones(1, 2).bool())), 1)
     with pytest.raises(ValueError, match="text conditions of width 6, got 5"):
-        model_of(text_dim=6).context(Conditions(text=Conditioning(torch.randn(1, 2, 5), torch.ones(1, 2).bool())), 1)
+        model_of(text_dim=6).context(Conditions(text=ConditionTensor(torch.randn(1, 2, 5), torch.ones(1, 2).bool())), 1)
 
 
 @pytest.mark.gpu

@@ -12,23 +12,23 @@ from audiolm_pytorch.tokens.layout import TokenLayout
 from audiolm_pytorch.tokens.streams import Stream
 
 PATTERNS = ["flat", "delayed", "parallel"]
-GIVEN = Stream("s", 10, 1, 25, given=True)
+INPUT = Stream("s", 10, 1, 25, is_input=True)
 TARGET = Stream("a", 20, 3, 50)
-TEXT = Stream("t", 30, 1, None, given=True)
-CODES = Stream("m", 8, 2, None, given=True)
+TEXT = Stream("t", 30, 1, None, is_input=True)
+CODES = Stream("m", 8, 2, None, is_input=True)
 # Streams in all the ways they can be put together, and frames of two items of each, whole and cut.
 MIXES = {
-    "plain": ([GIVEN, TARGET], [[3, 6], [2, 4]]),
-    "ends": ([GIVEN, Stream("a", 20, 3, 50, eos=True)], [[3, 6], [1, 1]]),
+    "plain": ([INPUT, TARGET], [[3, 6], [2, 4]]),
+    "ends": ([INPUT, Stream("a", 20, 3, 50, eos=True)], [[3, 6], [1, 1]]),
     "alone": ([Stream("a", 7, 1, 25, eos=True)], [[5], [0]]),
     "groups": (
-        [Stream("g", 9, 4, 50, given=True, num_groups=2), Stream("a", 5, 6, 50, num_groups=2)],
+        [Stream("g", 9, 4, 50, is_input=True, num_groups=2), Stream("a", 5, 6, 50, num_groups=2)],
         [[4, 4], [3, 2]],
     ),
-    "faster given": ([Stream("s", 90, 1, 75, given=True), Stream("a", 20, 2, 50)], [[7, 5], [3, 2]]),
-    "odd rates": ([Stream("s", 9, 2, Fraction(25, 2), given=True), TARGET], [[3, 11], [1, 3]]),
-    "melody": ([GIVEN, Stream("p", 12, 1, Fraction(50, 3), given=True), TARGET], [[3, 2, 6], [1, 1, 2]]),
-    "no time": ([TEXT, GIVEN, TARGET], [[4, 3, 6], [0, 2, 4]]),
+    "faster given": ([Stream("s", 90, 1, 75, is_input=True), Stream("a", 20, 2, 50)], [[7, 5], [3, 2]]),
+    "odd rates": ([Stream("s", 9, 2, Fraction(25, 2), is_input=True), TARGET], [[3, 11], [1, 3]]),
+    "melody": ([INPUT, Stream("p", 12, 1, Fraction(50, 3), is_input=True), TARGET], [[3, 2, 6], [1, 1, 2]]),
+    "no time": ([TEXT, INPUT, TARGET], [[4, 3, 6], [0, 2, 4]]),
     "no time twice": ([TARGET, CODES, TEXT], [[4, 1, 0], [3, 0, 5]]),
     "two predicted": ([TEXT, Stream("b", 5, 1, 50), TARGET], [[2, 4, 4], [0, 3, 3]]),
 }
@@ -79,14 +79,14 @@ def naive_grid(streams, pattern, item, end):
                 cells[row, 0] = (token, False)
                 row += 1
     timed = [stream for stream in streams if stream.rate_hz is not None]
-    given, predicted = [s for s in timed if s.given], [s for s in timed if not s.given]
+    given, predicted = [s for s in timed if s.is_input], [s for s in timed if not s.is_input]
     if pattern == "flat":
         cells[row, 0] = (ids["start"], False)
         for stream in given + predicted:
             for frame in item[stream.name]:
                 for level, token in enumerate(frame):
                     row += 1
-                    cells[row, 0] = (ids[stream.name, level] + token, not stream.given)
+                    cells[row, 0] = (ids[stream.name, level] + token, not stream.is_input)
             if stream.eos and end:
                 row += 1
                 cells[row, 0] = (ids[stream.name, "end"], True)
@@ -151,7 +151,7 @@ def test_unpack_undoes_pack_for_items_of_any_length(mix, pattern):
     found = layout.unpack(layout.pack(handed, lengths).ids, lengths, [stream.name for stream in streams])
     for stream in streams:
         # Where a row is a frame, what is given in time stands only as far as rows need it.
-        is_partial = pattern != "flat" and stream.given and stream.rate_hz is not None
+        is_partial = pattern != "flat" and stream.is_input and stream.rate_hz is not None
         for item, count in enumerate(lengths[stream.name].tolist()):
             stands = (found[stream.name][item] >= 0).all(-1)
             assert not stands[count:].any() and (stands[:1] if is_partial else stands)[:count].all()
@@ -210,13 +210,13 @@ def test_an_end_is_legal_after_the_first_frame_only_and_only_where_it_may_be(pat
 @pytest.mark.parametrize("levels", range(1, 9))
 def test_ids_are_disjoint_and_ends_are_their_own(levels):
     """No two meanings share an id: start, levels, streams, ends, null (the mistake of offset end ids)."""
-    streams = [TEXT, GIVEN, Stream("a", 20, levels, 25, eos=True), Stream("b", 5, 1, 25, eos=True)]
+    streams = [TEXT, INPUT, Stream("a", 20, levels, 25, eos=True), Stream("b", 5, 1, 25, eos=True)]
     layout = TokenLayout(streams, "flat")
     first, num_ids = naive_ids(streams)
     ranges = [set(head.ids(allow_eos=True)) for head in layout.heads] + [{layout.start_id}, {layout.null_id}]
     assert sum(map(len, ranges)) == len(set().union(*ranges)) == 1 + 21 + 20 * (levels - 1) + 6 + 1
     assert layout.num_ids == num_ids == 1 + 30 + 10 + 21 + 20 * (levels - 1) + 6 + 1
-    assert layout.null_id == first["null"] and TokenLayout([GIVEN, TARGET]).null_id is None
+    assert layout.null_id == first["null"] and TokenLayout([INPUT, TARGET]).null_id is None
 
 
 @every_pattern
@@ -237,7 +237,7 @@ def test_dropping_conditions_puts_the_null_token_in_place_and_moves_nothing(patt
     empty = layout.pack({**handed, "t": handed["t"][:, :0]}, {name: n for name, n in lengths.items() if name != "t"})
     assert (empty.ids[:, 0, 0] == layout.null_id).all() and empty.input_mask[:, 0, 0].all()
     assert torch.equal(layout.without_conditions(empty, torch.tensor([True, True])).ids, empty.ids)
-    plain = TokenLayout([GIVEN, TARGET], pattern)
+    plain = TokenLayout([INPUT, TARGET], pattern)
     packed = plain.pack(tokens())
     assert plain.without_conditions(packed, torch.tensor([True, True])) is packed
     with pytest.raises(ValueError, match="drop must be bool"):
@@ -246,7 +246,7 @@ def test_dropping_conditions_puts_the_null_token_in_place_and_moves_nothing(patt
 
 def test_given_streams_of_other_rates_are_aligned_and_clamped():
     """Higher rates take several columns; one frame too few repeats the last (HuBERT: 49 frames a second)."""
-    layout = TokenLayout([Stream("s", 90, 1, 50, given=True), Stream("a", 20, 1, 25)], "delayed")
+    layout = TokenLayout([Stream("s", 90, 1, 50, is_input=True), Stream("a", 20, 1, 25)], "delayed")
     packed = layout.pack({"s": torch.arange(7)[None], "a": torch.zeros(1, 4, 1, dtype=torch.long)})
     assert layout.num_columns == 3
     assert (packed.ids[0, :4, :2] - 1).tolist() == [[0, 1], [2, 3], [4, 5], [6, 6]]
@@ -261,35 +261,35 @@ def test_groups_of_a_level_stand_together():
 
 @every_mix
 @every_pattern
-def test_canvas_marks_what_is_missing_for_each_item(mix, pattern):
+def test_grid_marks_what_is_missing_for_each_item(mix, pattern):
     """Prompts of unequal length: known tokens stand, exactly the rest is to be decoded, level by level."""
     streams, handed, lengths = random_batch(mix)
     layout = TokenLayout(streams, pattern)
     names = [stream.name for stream in layout.predicted]
     known = {name: torch.stack((lengths[name][0] // 2, lengths[name][1])) for name in names}
     wanted = {name: torch.stack((lengths[name][0], lengths[name][1] + 2)) for name in names}
-    canvas = layout.canvas(handed, wanted, 2, {**lengths, **known})
+    grid = layout.grid(handed, wanted, 2, {**lengths, **known})
     levels = {stream.name: stream.num_levels for stream in streams}
     missing = sum((wanted[name] - known[name]) * levels[name] for name in names)
-    assert canvas.packed.loss_mask.sum(dim=(1, 2)).tolist() == missing.tolist()
-    assert torch.equal(canvas.head[canvas.packed.loss_mask] >= 0, torch.ones(int(missing.sum()), dtype=torch.bool))
-    found = layout.unpack(canvas.packed.ids, canvas.num_frames)
+    assert grid.packed.loss_mask.sum(dim=(1, 2)).tolist() == missing.tolist()
+    assert torch.equal(grid.head[grid.packed.loss_mask] >= 0, torch.ones(int(missing.sum()), dtype=torch.bool))
+    found = layout.unpack(grid.packed.ids, grid.num_frames)
     for name in names:
         for item in range(2):
             count = int(known[name][item])
             assert torch.equal(found[name][item, :count], handed[name][item, :count])
-            where = [layout.heads[h].stream == name for h in canvas.head[item][canvas.packed.loss_mask[item]].tolist()]
-            frames = canvas.frame[item][canvas.packed.loss_mask[item]][torch.tensor(where, dtype=torch.bool)]
+            where = [layout.heads[h].stream == name for h in grid.head[item][grid.packed.loss_mask[item]].tolist()]
+            frames = grid.frame[item][grid.packed.loss_mask[item]][torch.tensor(where, dtype=torch.bool)]
             assert (frames >= count).all() and (frames < wanted[name][item]).all()
 
 
 @every_pattern
 def test_streams_not_in_time_may_be_left_out_where_something_is_decoded(pattern):
-    """Nothing handed in = unconditional: the same canvas as with zero frames of them."""
-    layout = TokenLayout([TEXT, GIVEN, TARGET], pattern)
+    """Nothing handed in = unconditional: the same grid as with zero frames of them."""
+    layout = TokenLayout([TEXT, INPUT, TARGET], pattern)
     streams = {"s": tokens()["s"]}
-    without = layout.canvas(streams, {"a": 4}, 2)
-    empty = layout.canvas({**streams, "t": torch.zeros(2, 0, 1, dtype=torch.long)}, {"a": 4}, 2)
+    without = layout.grid(streams, {"a": 4}, 2)
+    empty = layout.grid({**streams, "t": torch.zeros(2, 0, 1, dtype=torch.long)}, {"a": 4}, 2)
     assert torch.equal(without.packed.ids, empty.packed.ids) and int(without.packed.ids[0, 0, 0]) == layout.null_id
     with pytest.raises(ValueError, match="missing"):
         layout.pack({**streams, "a": tokens()["a"]})
@@ -297,8 +297,8 @@ def test_streams_not_in_time_may_be_left_out_where_something_is_decoded(pattern)
 
 def test_windows_align_with_streams_in_time_alone():
     """Windows start where a frame of every given stream does; text has no frames to start with."""
-    assert TokenLayout([GIVEN, TARGET, TEXT]).frame_alignment == 2
-    assert TokenLayout([Stream("p", 9, 1, Fraction(50, 3), given=True), GIVEN, TARGET]).frame_alignment == 6
+    assert TokenLayout([INPUT, TARGET, TEXT]).frame_alignment == 2
+    assert TokenLayout([Stream("p", 9, 1, Fraction(50, 3), is_input=True), INPUT, TARGET]).frame_alignment == 6
 
 
 @every_mix
@@ -318,7 +318,7 @@ def test_a_layout_from_before_groups_still_loads():
 
 def test_layout_refuses_tokens_it_cannot_mean():
     """Wrong shapes, lengths, names and tokens outside the vocabulary are errors that say where, not silence."""
-    layout = TokenLayout([GIVEN, TARGET], "delayed")
+    layout = TokenLayout([INPUT, TARGET], "delayed")
     streams = tokens()
     wrong = streams["s"].clone()
     wrong[1, 2] = 17
@@ -347,9 +347,9 @@ def test_layout_refuses_tokens_it_cannot_mean():
     with pytest.raises(ValueError, match="ends must be"):
         layout.pack(streams, ends=torch.tensor([True]))
     with pytest.raises(ValueError, match=r"prompt of 'a' has \[6, 6\] frames, longer than .* \[4, 4\]"):
-        layout.canvas(streams, {"a": 4}, 2)
+        layout.grid(streams, {"a": 4}, 2)
     with pytest.raises(ValueError, match="need 3 number of items"):
-        layout.canvas(streams, {"a": 9}, 3)
+        layout.grid(streams, {"a": 9}, 3)
     packed = layout.pack(streams)
     with pytest.raises(ValueError, match=r"stand in \[b, 12, 4\] ids, got \(2, 9, 4\)"):
         layout.unpack(packed.ids, {"s": 3, "a": 9})
@@ -364,7 +364,7 @@ def test_layout_refuses_streams_it_cannot_arrange():
     with pytest.raises(ValueError, match="unknown pattern 'spiral', known are"):
         TokenLayout([TARGET], "spiral")
     with pytest.raises(ValueError, match="predicted"):
-        TokenLayout([GIVEN])
+        TokenLayout([INPUT])
     with pytest.raises(ValueError, match="must differ"):
         TokenLayout([TARGET, TARGET])
     for pattern in ("delayed", "parallel"):
@@ -375,7 +375,7 @@ def test_layout_refuses_streams_it_cannot_arrange():
         ({"num_levels": 0}, "'x' needs positive num_levels"),
         ({"rate_hz": -25}, "'x' needs positive rate_hz"),
         ({"num_levels": 5, "num_groups": 2}, "5 levels, which are no whole number of 2 groups"),
-        ({"given": True, "eos": True}, "cannot end by itself"),
+        ({"is_input": True, "eos": True}, "cannot end by itself"),
         ({"rate_hz": None}, "needs a rate_hz"),
     ]:
         with pytest.raises(ValueError, match=match):
@@ -385,8 +385,8 @@ def test_layout_refuses_streams_it_cannot_arrange():
 # the stages as declarations
 
 SIZES = {"dim": 16, "depth": 1, "heads": 1, "dim_head": 16, "ff_mult": 1.0}
-MELODY = Stream("melody", 12, 1, 25, given=True)
-WORDS = Stream("words", 30, 1, None, given=True)
+MELODY = Stream("melody", 12, 1, 25, is_input=True)
+WORDS = Stream("words", 30, 1, None, is_input=True)
 
 
 def stages(**options):
@@ -438,9 +438,9 @@ def test_stages_take_any_pattern_groups_and_further_streams(name, pattern, tmp_p
 def test_stages_refuse_extra_streams_that_are_something_else():
     """A predicted extra stream, or one that would shadow the stage's own tokens, is no extra stream."""
     for wrong, match in [
-        (Stream("melody", 12, 1, 25), "set given=True"),
-        (Stream("acoustic", 12, 1, 25, given=True), "would be taken for the acoustic tokens"),
-        (Stream("coarse", 12, 1, 25, given=True), "must differ"),
+        (Stream("melody", 12, 1, 25), "set is_input=True"),
+        (Stream("acoustic", 12, 1, 25, is_input=True), "would be taken for the acoustic tokens"),
+        (Stream("coarse", 12, 1, 25, is_input=True), "must differ"),
     ]:
         with pytest.raises(ValueError, match=match):
             stages(extra_streams=[wrong])["coarse"]

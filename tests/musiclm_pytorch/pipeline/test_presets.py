@@ -4,7 +4,7 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 import torch
 
-from audiolm_pytorch.lm.compatibility import check_fit
+from audiolm_pytorch.lm.compatibility import check_compatible
 from audiolm_pytorch.lm.tokenizing import tokenize
 from audiolm_pytorch.semantic import BestRQ, BestRQEncoder, SemanticTokenizerTrainer
 from musiclm_pytorch.pipeline import builders
@@ -47,7 +47,7 @@ def test_preset_can_be_built(name):
         assert model.cond_dim == quantizer.dim(stage) and model.namespace == stage
         # without any condition the model reads as many null embeddings as a dropped condition leaves
         assert model.null_tokens == quantizer.num_quantizers
-        check_fit(model, tokenizer, codec)
+        check_compatible(model, tokenizer, codec)
     s = preset.semantic_tokenizer
     assert encoder.sample_hz == s.sample_hz == s.token_hz * encoder.downsample_factor
     assert quantizer.codebook_size == preset.quantizer.codebook_size
@@ -136,7 +136,7 @@ def test_language_models_of_every_rate_fit_the_tokens(sample_hz, token_hz):
     parts = {"codec": codec, "tokenizer": tokenizer}
     stages = {stage: builders.build_language_model(preset, stage, **parts) for stage in LANGUAGE_MODELS}
     for stage, model in stages.items():
-        check_fit(model, tokenizer, codec)
+        check_compatible(model, tokenizer, codec)
         rates_hz = {stream.name: stream.rate_hz for stream in model.layout.streams}
         assert rates_hz.get("semantic", token_hz) == token_hz
         packed = model.packed(tokens)
@@ -144,7 +144,7 @@ def test_language_models_of_every_rate_fit_the_tokens(sample_hz, token_hz):
         assert model(packed).loss.isfinite()
     other = builders.build_semantic_tokenizer(semantic_preset(sample_hz, 75 - token_hz))
     with pytest.raises(ValueError, match="build it with their rates"):
-        check_fit(stages["coarse"], other, codec)
+        check_compatible(stages["coarse"], other, codec)
 
 
 def test_language_models_are_of_the_parts_and_not_of_the_preset():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from audiolm_pytorch.audio.files import write_audio
-from audiolm_pytorch.conditioning.tensors import Conditioning
+from audiolm_pytorch.conditioning.tensors import ConditionTensor
 from audiolm_pytorch.data.manifest import AudioItem
 from musiclm_pytorch.evaluation.novelty import (
     melody_similarity,
@@ -326,7 +326,7 @@ class FakeMusicLM:
         return torch.stack([best // 2, best % 2], dim=1)
 
     def conditioning(self, codes, namespace):
-        return Conditioning(codes.float().unsqueeze(1), torch.ones(len(codes), 1, dtype=torch.bool))
+        return ConditionTensor(codes.float().unsqueeze(1), torch.ones(len(codes), 1, dtype=torch.bool))
 
     def __call__(self, texts, *, num_samples, seconds, seeds, max_batch, return_all):
         words = [text.split()[::-1] for text in texts]
