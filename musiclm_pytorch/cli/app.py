@@ -1,4 +1,4 @@
-"""The `musiclm` command: make music, train models, render the corpus, use a codec, convert and measure encoders."""
+"""The `musiclm` command: make music, train models, use a codec, convert and measure encoders."""
 
 import contextlib
 import io
@@ -75,20 +75,6 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """Compose and render the captioned training corpus (needs fluidsynth and its GM soundfont)."""
-
-    out: Path
-    """Folder for clips and manifests."""
-    num_train: int = 4000
-    """Training clips of 5 seconds."""
-    num_valid: int = 200
-    """Held-out clips."""
-    seed: int = 0
-    """The same seed gives the same corpus."""
-
-
-@dataclass(frozen=True)
 class Export:
     """Write the model of a finished run as fp16 weights for inference."""
 
@@ -124,7 +110,6 @@ class Evaluate:
 Command = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Corpus, tyro.conf.subcommand("corpus")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Codec, tyro.conf.subcommand("codec")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
@@ -154,8 +139,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _generate(command)
             case Train() as command:
                 _train(command)
-            case Corpus() as command:
-                _corpus(command)
             case Export() as command:
                 _export(command)
             case Codec(action):
@@ -308,13 +291,6 @@ def _announce(stage: str) -> None:
 
 def _duration(seconds: float) -> str:
     return f"{seconds / 60:7.1f} min" if seconds >= 60 else f"{seconds:7.1f} s  "
-
-
-def _corpus(command: Corpus) -> None:
-    from musiclm_pytorch.recipes.corpus import make_corpus
-
-    make_corpus(command.out, num_train=command.num_train, num_valid=command.num_valid, seed=command.seed)
-    print(f"wrote {command.num_train} training and {command.num_valid} held-out clips to {command.out}")
 
 
 def _export(command: Export) -> None:

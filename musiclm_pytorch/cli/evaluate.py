@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EvaluateCommand", "EvaluateMuLaN", "EvaluateSemantic", "run_evaluate"]
 
-_REPORT_FILE = "figures.json"
+_REPORT_FILE = "metrics.json"
 _MATRIX_FILE, _MAP_FILE = "similarities.png", "latents.png"
 _TOKENIZER_CLASSES = ("KMeansTokenizer", "HubertWithKmeans", "FairseqVQWav2Vec")
 
@@ -35,11 +35,11 @@ class EvaluateSemantic:
     """Bundled one (16khz), folder of a saved encoder or semantic tokenizer, a HuBERT checkpoint of fairseq (.pt),
     or a folder or hub id in transformers' format, e.g. facebook/hubert-base-ls960."""
     music: Path
-    """Folder that `musiclm corpus` wrote."""
+    """Folder that `python -m musiclm_pytorch.recipes.corpus` wrote."""
     speech: Path
     """Folder of spoken digits: a train.jsonl with digit and speaker, files called digit_speaker_take."""
     out: Path
-    """Folder to write figures.json and figures.md into."""
+    """Folder to write metrics.json and metrics.md into."""
     layers: str = "all"
     """Layers with commas between them, e.g. 6,9,12; 0 is what the first layer gets."""
     clusters: str = "64,256,1024"
@@ -73,7 +73,7 @@ class EvaluateMuLaN:
     data: Path
     """Folder with a valid.jsonl; or any folder or manifest of clips that have captions or labels."""
     out: Path
-    """Folder to write figures.json, figures.md, similarities.png and latents.png into."""
+    """Folder to write metrics.json, metrics.md, similarities.png and latents.png into."""
     label: str | None = None
     """Label that orders and colours the pictures; the first of the manifest if not given."""
     limit: int | None = None
@@ -221,9 +221,9 @@ def _report(
     from musiclm_pytorch.evaluation.semantic_report import judge, score_tables, verdict_tables
 
     scores = [score for one in (check, own) if one is not None for score in one.scores]
-    figures = [(score, score.figure()) for score in scores]
+    metrics = [(score, score.metric()) for score in scores]
     settings = _settings(command, encoder, tokenizer, check or own)
-    text, gains = _head(settings) + score_tables(figures), []
+    text, gains = _head(settings) + score_tables(metrics), []
     if check is not None:
         verdict = judge(check.scores)
         settings["verdict"] = asdict(verdict)
@@ -231,7 +231,7 @@ def _report(
         gains = [*verdict.gains, *(gain for one in verdict.tokens for gain in one.gains)]
     sys.stdout.write(text)
     path = command.out / _REPORT_FILE
-    write_report(path, [*(figure for _, figure in figures), *gains], settings, text)
+    write_report(path, [*(metric for _, metric in metrics), *gains], settings, text)
     sys.stdout.write(f"\nwrote {path} and {path.with_suffix('.md')}\n")
 
 
@@ -281,8 +281,8 @@ def _head(settings: dict[str, Any]) -> str:
 
 
 def _evaluate_mulan(command: EvaluateMuLaN) -> None:
-    """What a joint embedding knows: figures and pictures."""
-    from musiclm_pytorch.evaluation.mulan_check import check_figures, check_mulan, held_out_items
+    """What a joint embedding knows: metrics and pictures."""
+    from musiclm_pytorch.evaluation.mulan_check import check_metrics, check_mulan, held_out_items
     from musiclm_pytorch.evaluation.mulan_report import mulan_head, mulan_tables
     from musiclm_pytorch.evaluation.mulan_views import draw_latents, draw_similarities, label_named
     from musiclm_pytorch.evaluation.plots import require_matplotlib
@@ -299,11 +299,11 @@ def _evaluate_mulan(command: EvaluateMuLaN) -> None:
     label_named(tag_tests(items), command.label)  # a wrong name shall not cost the measuring
     check = check_mulan(mulan, items, _announce)
     _announce("measuring")
-    figures, settings = check_figures(check), _mulan_settings(command, mulan, check)
-    text = mulan_head(settings) + mulan_tables(figures)
+    metrics, settings = check_metrics(check), _mulan_settings(command, mulan, check)
+    text = mulan_head(settings) + mulan_tables(metrics)
     sys.stdout.write(text)
     path, title = command.out / _REPORT_FILE, f"{command.model} on {command.data}"
-    write_report(path, figures, settings, text)
+    write_report(path, metrics, settings, text)
     draw_similarities(check, command.out / _MATRIX_FILE, title, command.label)
     draw_latents(check, command.out / _MAP_FILE, title, command.label)
     pictures = f"{command.out / _MATRIX_FILE} and {command.out / _MAP_FILE}"

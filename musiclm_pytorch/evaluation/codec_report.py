@@ -15,7 +15,7 @@ from audiolm_pytorch.codecs.loudness import codes_and_scales, wave_of
 from audiolm_pytorch.codecs.measures import WaveDistances, bitrate_kbps
 from audiolm_pytorch.codecs.quantizers import code_usage
 from audiolm_pytorch.nn.module_state import device_of
-from musiclm_pytorch.evaluation.bootstrap import bootstrap_interval
+from musiclm_pytorch.evaluation.report import bootstrap_interval
 
 __all__ = ["CodecRow", "Estimate", "aligned_table", "codec_report", "distance_row", "rows_table"]
 

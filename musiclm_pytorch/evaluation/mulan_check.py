@@ -15,13 +15,13 @@ from torch.nn.utils.rnn import pad_sequence
 from audiolm_pytorch.audio.files import read_audio
 from audiolm_pytorch.data.manifest import AudioItem, load_items
 from audiolm_pytorch.nn.module_state import device_of
-from musiclm_pytorch.evaluation.report import Figure, accuracy_statistic
+from musiclm_pytorch.evaluation.report import Metric, accuracy_statistic
 from musiclm_pytorch.evaluation.retrieval import Retrieval, different_captions, retrieval_both
 from musiclm_pytorch.evaluation.tagging import (
     TagTest,
     auc_statistic,
     recall_statistic,
-    tag_figures,
+    tag_scores,
     tag_tests,
     zero_shot_similarities,
 )
@@ -30,12 +30,12 @@ from musiclm_pytorch.mulan.joint import JointEmbedding
 
 __all__ = [
     "MuLaNCheck",
-    "check_figures",
+    "check_metrics",
     "check_mulan",
     "embed_items",
     "held_out_items",
     "modality_gap",
-    "top_clip_figures",
+    "top_clip_metrics",
     "values_of_texts",
 ]
 
@@ -157,7 +157,7 @@ def check_mulan(
         announce: Told what is being done.
 
     Returns:
-        What figures and pictures are made of.
+        What metrics and pictures are made of.
 
     Raises:
         ValueError: If the clips have neither two different captions nor a label that can be a tag.
@@ -182,8 +182,8 @@ def check_mulan(
 
 
 @beartype
-def check_figures(check: MuLaNCheck) -> list[Figure]:
-    """Measure everything, each figure beside chance and with its bootstrap interval.
+def check_metrics(check: MuLaNCheck) -> list[Metric]:
+    """Measure everything, each metric beside chance and with its bootstrap interval.
 
     Args:
         check: As `check_mulan` gives it.
@@ -191,22 +191,22 @@ def check_figures(check: MuLaNCheck) -> list[Figure]:
     Returns:
         `retrieval / ...` in both directions, `tagging / LABEL / ...`, `top clip / LABEL / ...` and `latents / ...`.
     """
-    figures = [figure for name, found in check.retrievals.items() for figure in found.figures(f"retrieval / {name}")]
+    metrics = [metric for name, found in check.retrievals.items() for metric in found.metrics(f"retrieval / {name}")]
     for test, similarities in zip(check.tests, check.prompted):
-        figures += _tag_figures(f"tagging / {test.label}", test, similarities)
+        metrics += _tag_metrics(f"tagging / {test.label}", test, similarities)
     if check.are_captions:  # of prompts of one label, its tagging says the same
-        figures += top_clip_figures("top clip", check.similarities, check.relevant, check.tests)
-    return figures + _latent_figures(check)
+        metrics += top_clip_metrics("top clip", check.similarities, check.relevant, check.tests)
+    return metrics + _latent_metrics(check)
 
 
-def _tag_figures(name: str, test: TagTest, similarities: Tensor) -> list[Figure]:
+def _tag_metrics(name: str, test: TagTest, similarities: Tensor) -> list[Metric]:
     """Area under the ROC curve and balanced accuracy of one label."""
     count = int((test.truth >= 0).sum())
-    chance = tag_figures(similarities, test.truth).chance
+    chance = tag_scores(similarities, test.truth).chance
     note = f"{len(test.values)} classes"
     return [
-        Figure.measured(f"{name} / AUC", auc_statistic(similarities, test.truth), count, 0.5, note),
-        Figure.measured(f"{name} / balanced accuracy", recall_statistic(similarities, test.truth), count, chance, note),
+        Metric.measured(f"{name} / AUC", auc_statistic(similarities, test.truth), count, 0.5, note),
+        Metric.measured(f"{name} / balanced accuracy", recall_statistic(similarities, test.truth), count, chance, note),
     ]
 
 
@@ -227,11 +227,11 @@ def values_of_texts(truth: Tensor, relevant: Tensor) -> Tensor:
 
 
 @beartype
-def top_clip_figures(name: str, similarities: Tensor, relevant: Tensor, tests: Sequence[TagTest]) -> list[Figure]:
+def top_clip_metrics(name: str, similarities: Tensor, relevant: Tensor, tests: Sequence[TagTest]) -> list[Metric]:
     """Ask whether the clip that lies nearest to a caption has the attributes of the clips that the caption describes.
 
     Args:
-        name: Beginning of the figures' names.
+        name: Beginning of the metrics' names.
         similarities: `[t, c]`, captions by clips.
         relevant: `[t, c]` bool: which clips a caption describes.
         tests: Labels with the class of every clip.
@@ -241,7 +241,7 @@ def top_clip_figures(name: str, similarities: Tensor, relevant: Tensor, tests: S
         captions whose clips differ in a label have no part in it, nor has a label of which one class is left.
     """
     top = similarities.argmax(dim=1)
-    figures = []
+    metrics = []
     for test in tests:
         wanted = values_of_texts(test.truth, relevant)
         asked = wanted >= 0
@@ -258,8 +258,8 @@ def top_clip_figures(name: str, similarities: Tensor, relevant: Tensor, tests: S
         ):
             statistic = accuracy_statistic(truth, answers, balanced)
             note = f"{len(classes)} classes"
-            figures.append(Figure.measured(f"{name} / {test.label} / {measure}", statistic, len(truth), chance, note))
-    return figures
+            metrics.append(Metric.measured(f"{name} / {test.label} / {measure}", statistic, len(truth), chance, note))
+    return metrics
 
 
 @beartype
@@ -268,16 +268,16 @@ def modality_gap(audio: Tensor, text: Tensor) -> float:
     return float((audio.mean(dim=0) - text.mean(dim=0)).norm())
 
 
-def _latent_figures(check: MuLaNCheck) -> list[Figure]:
+def _latent_metrics(check: MuLaNCheck) -> list[Metric]:
     """Cosines of texts with clips that they describe and with others, and the gap between the modalities."""
     similarities, relevant = check.similarities.double(), check.relevant
     count = len(check.texts)
-    figures = []
+    metrics = []
     for name, chosen in (("a text and its clips", relevant), ("a text and other clips", ~relevant)):
         rows = (similarities * chosen).sum(dim=1) / chosen.sum(dim=1).clamp(min=1)
         rows = rows[chosen.any(dim=1)]
         if len(rows):
-            figures.append(Figure.measured(f"latents / cosine of {name}", partial(_mean_of, rows.numpy()), len(rows)))
+            metrics.append(Metric.measured(f"latents / cosine of {name}", partial(_mean_of, rows.numpy()), len(rows)))
     # each clip goes with its texts in equal parts, one without any with all: of all texts together these are all clips
     parts = torch.where(relevant.any(dim=0), relevant / relevant.sum(dim=0).clamp(min=1), 1 / count).double()
     clips, weights = parts @ check.audio.double(), parts.sum(dim=1)
@@ -287,7 +287,7 @@ def _latent_figures(check: MuLaNCheck) -> list[Figure]:
         return modality_gap(mean, check.text[chosen].double())
 
     note = "distance of the means of clips and texts; unit vectors"
-    return [*figures, Figure.measured("latents / modality gap", gap, count, note=note)]
+    return [*metrics, Metric.measured("latents / modality gap", gap, count, note=note)]
 
 
 def _mean_of(values: np.ndarray, chosen: np.ndarray) -> float:

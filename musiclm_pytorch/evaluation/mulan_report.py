@@ -1,4 +1,4 @@
-"""The figures of a joint embedding as tables for a reader."""
+"""The metrics of a joint embedding as tables for a reader."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from beartype import beartype
 
 from musiclm_pytorch.evaluation.codec_report import aligned_table
-from musiclm_pytorch.evaluation.report import Figure
+from musiclm_pytorch.evaluation.report import Metric
 
 __all__ = ["mulan_head", "mulan_tables"]
 
@@ -18,7 +18,7 @@ def mulan_head(settings: dict[str, Any]) -> str:
     """Say what was measured on what.
 
     Args:
-        settings: As they stand in figures.json.
+        settings: As they stand in metrics.json.
 
     Returns:
         Markdown.
@@ -43,20 +43,20 @@ def _some(words: list[str]) -> str:
 
 
 @beartype
-def mulan_tables(figures: Sequence[Figure]) -> str:
-    """Set figures as tables: retrieval, tags, top clips, latents.
+def mulan_tables(metrics: Sequence[Metric]) -> str:
+    """Set metrics as tables: retrieval, tags, top clips, latents.
 
     Args:
-        figures: As `check_figures` gives them.
+        metrics: As `check_metrics` gives them.
 
     Returns:
         Markdown.
     """
-    groups: dict[str, dict[str, dict[str, Figure]]] = {}
-    for figure in figures:
-        group, _, rest = figure.name.partition(" / ")
+    groups: dict[str, dict[str, dict[str, Metric]]] = {}
+    for metric in metrics:
+        group, _, rest = metric.name.partition(" / ")
         row, _, measure = rest.rpartition(" / ")
-        groups.setdefault(group, {}).setdefault(row, {})[measure] = figure
+        groups.setdefault(group, {}).setdefault(row, {})[measure] = metric
     text = "## Retrieval\n\n" + _SHARES.format(over="what is asked") + _table("", groups["retrieval"])
     if "tagging" in groups:
         head = "\n## Zero-shot tags\n\nAUC: clips ranked by one prompt alone, its class against the rest. "
@@ -66,14 +66,14 @@ def mulan_tables(figures: Sequence[Figure]) -> str:
         head = "\n## Top clip of a caption\n\nHas it what the caption says? Balanced: classes weighted alike. "
         text += head + _SHARES.format(over="captions") + _table("label", groups["top clip"])
     latents = groups["latents"][""]
-    lines = [[measure, _shown(measure, figure)] for measure, figure in latents.items()]
+    lines = [[measure, _shown(measure, metric)] for measure, metric in latents.items()]
     return text + "\n## Latents\n\n" + aligned_table([["of unit vectors", "value"], *lines])
 
 
-def _table(what: str, rows: dict[str, dict[str, Figure]]) -> str:
-    """One line a row of figures, and after each a line of what guessing gives."""
+def _table(what: str, rows: dict[str, dict[str, Metric]]) -> str:
+    """One line a row of metrics, and after each a line of what guessing gives."""
     measures = list(next(iter(rows.values())))
-    notes = any(figure.note for row in rows.values() for figure in row.values())
+    notes = any(metric.note for row in rows.values() for metric in row.values())
     lines = [[what, *(["n", "of"] if notes else ["n"]), *measures]]
     for name, row in rows.items():
         first = row[measures[0]]
@@ -84,9 +84,9 @@ def _table(what: str, rows: dict[str, dict[str, Figure]]) -> str:
     return aligned_table(lines)
 
 
-def _shown(measure: str, figure: Figure) -> str:
-    """A figure with its interval."""
-    value, low, high = (_number(measure, number) for number in (figure.value, figure.low, figure.high))
+def _shown(measure: str, metric: Metric) -> str:
+    """A metric with its interval."""
+    value, low, high = (_number(measure, number) for number in (metric.value, metric.low, metric.high))
     return f"{value} [{low}, {high}]"
 
 

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from audiolm_pytorch.audio.files import resample
 from audiolm_pytorch.audio.mel import MelSpectrogram
-from musiclm_pytorch.evaluation.report import Figure
+from musiclm_pytorch.evaluation.report import Metric
 
-__all__ = ["melody_similarity", "melody_spectrogram", "nearest_similarity", "novelty_figures"]
+__all__ = ["melody_similarity", "melody_spectrogram", "nearest_similarity", "novelty_metrics"]
 
 SAMPLE_HZ = 16_000
 HOP_SAMPLES = 1600
@@ -110,7 +110,7 @@ def _mean(values: np.ndarray, chosen: np.ndarray) -> float:
     return float(values[chosen].mean())
 
 
-def _verdict(generated: Figure, real: Figure) -> str:
+def _verdict(generated: Metric, real: Metric) -> str:
     """Say in words how generations compare with real music."""
     if generated.value <= real.value:
         return "no nearer than real"
@@ -118,11 +118,11 @@ def _verdict(generated: Figure, real: Figure) -> str:
 
 
 @beartype
-def novelty_figures(name: str, generated: Tensor, held_out: Tensor) -> list[Figure]:
+def novelty_metrics(name: str, generated: Tensor, held_out: Tensor) -> list[Metric]:
     """Set how near generations come to the training clips beside how near real held-out clips come.
 
     Args:
-        name: Beginning of the figures' names.
+        name: Beginning of the metrics' names.
         generated: `[a]` nearest similarities of generations.
         held_out: `[b]` of real clips that were not trained on.
 
@@ -130,9 +130,9 @@ def novelty_figures(name: str, generated: Tensor, held_out: Tensor) -> list[Figu
         Mean and 95th percentile of both; the notes of the generated ones say whether they are nearer than real.
     """
     made, real = generated.double().cpu().numpy(), held_out.double().cpu().numpy()
-    figures = []
+    metrics = []
     for title, statistic in (("mean", _mean), ("95th percentile", _percentile_95)):
-        reference = Figure.measured(f"{name} / real held-out / {title}", partial(statistic, real), len(real))
-        figure = Figure.measured(f"{name} / generated / {title}", partial(statistic, made), len(made))
-        figures += [replace(figure, note=_verdict(figure, reference)), reference]
-    return figures
+        reference = Metric.measured(f"{name} / real held-out / {title}", partial(statistic, real), len(real))
+        metric = Metric.measured(f"{name} / generated / {title}", partial(statistic, made), len(made))
+        metrics += [replace(metric, note=_verdict(metric, reference)), reference]
+    return metrics

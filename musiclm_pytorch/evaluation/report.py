@@ -1,4 +1,4 @@
-"""Figures that can be believed: each with its chance level, its number of items and a bootstrap interval."""
+"""Metrics that can be believed: each with its chance level, its number of items and a bootstrap interval."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,11 +10,10 @@ import numpy as np
 from beartype import beartype
 
 from audiolm_pytorch.saving.files import staged_files, write_json
-from musiclm_pytorch.evaluation.bootstrap import bootstrap_interval
 
 __all__ = [
-    "Figure",
-    "accuracy_figure",
+    "Metric",
+    "accuracy_metric",
     "accuracy_statistic",
     "balanced_accuracy",
     "bootstrap_interval",
@@ -24,10 +23,37 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
+BOOTSTRAP_ROUNDS = 1000
+
+
+@beartype
+def bootstrap_interval(
+    statistic: Callable[[np.ndarray], float], count: int, rounds: int = BOOTSTRAP_ROUNDS, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap over items (Efron & Tibshirani, An Introduction to the Bootstrap, sec. 13.3).
+
+    Args:
+        statistic: From indices of items (with repetitions) to the number.
+        count: Items there are.
+        rounds: Resamples.
+        seed: The same seed gives the same interval.
+
+    Returns:
+        The 2.5% and 97.5% points of the resampled statistic.
+
+    Raises:
+        ValueError: If there are no items.
+    """
+    if count < 1:
+        raise ValueError("an interval needs at least one item, got none")
+    generator = np.random.default_rng(seed)
+    values = [statistic(generator.integers(count, size=count)) for _ in range(rounds)]
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
 
 
 @dataclass(frozen=True)
-class Figure:
+class Metric:
     """One measured number.
 
     Attributes:
@@ -57,7 +83,7 @@ class Figure:
         count: int,
         chance: float | None = None,
         note: str = "",
-    ) -> "Figure":
+    ) -> "Metric":
         """Evaluate a statistic on all items, and on resamples for its interval.
 
         Args:
@@ -68,7 +94,7 @@ class Figure:
             note: What else the reader must know.
 
         Returns:
-            The figure.
+            The metric.
         """
         low, high = bootstrap_interval(statistic, count)
         return cls(name, float(statistic(np.arange(count))), low, high, chance, count, note)
@@ -105,9 +131,9 @@ def _require_pairs(truth: Sequence[str], answers: Sequence[str]) -> None:
 
 
 @beartype
-def accuracy_figure(
+def accuracy_metric(
     name: str, truth: Sequence[str], answers: Sequence[str], balanced: bool = False, note: str = ""
-) -> Figure:
+) -> Metric:
     """Measure how often answers are right.
 
     Args:
@@ -118,13 +144,13 @@ def accuracy_figure(
         note: What else the reader must know.
 
     Returns:
-        The figure; chance is that of a uniform guess among the classes that occur in `truth`.
+        The metric; chance is that of a uniform guess among the classes that occur in `truth`.
 
     Raises:
         ValueError: If the lengths differ or are zero.
     """
     statistic = accuracy_statistic(truth, answers, balanced)
-    return Figure.measured(name, statistic, len(truth), chance=1 / len(set(truth)), note=note)
+    return Metric.measured(name, statistic, len(truth), chance=1 / len(set(truth)), note=note)
 
 
 @beartype
@@ -160,34 +186,34 @@ def _shown(value: float | None) -> str:
 
 
 @beartype
-def markdown_table(figures: Sequence[Figure]) -> str:
-    """Set figures as a table.
+def markdown_table(metrics: Sequence[Metric]) -> str:
+    """Set metrics as a table.
 
     Args:
-        figures: In the order wanted.
+        metrics: In the order wanted.
 
     Returns:
         Markdown, ending in a line break.
     """
-    lines = ["| figure | value | 95% interval | chance | n | note |", "|---|---|---|---|---|---|"]
-    for figure in figures:
-        interval = f"{_shown(figure.low)} to {_shown(figure.high)}"
-        cells = [figure.name, _shown(figure.value), interval, _shown(figure.chance), str(figure.count), figure.note]
+    lines = ["| metric | value | 95% interval | chance | n | note |", "|---|---|---|---|---|---|"]
+    for metric in metrics:
+        interval = f"{_shown(metric.low)} to {_shown(metric.high)}"
+        cells = [metric.name, _shown(metric.value), interval, _shown(metric.chance), str(metric.count), metric.note]
         lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     return "\n".join(lines) + "\n"
 
 
 @beartype
 def write_report(
-    path: str | Path, figures: Sequence[Figure], settings: dict[str, Any], table: str | None = None
+    path: str | Path, metrics: Sequence[Metric], settings: dict[str, Any], table: str | None = None
 ) -> None:
-    """Write figures as JSON and, beside it, as a markdown table.
+    """Write metrics as JSON and, beside it, as a markdown table.
 
     Args:
         path: The JSON file; the table gets the same name with the suffix `.md`.
-        figures: In the order wanted.
+        metrics: In the order wanted.
         settings: How they came about; JSON-able.
-        table: Another table to write beside them (markdown); by default one line a figure.
+        table: Another table to write beside them (markdown); by default one line a metric.
 
     Raises:
         ValueError: If the path does not end in `.json`, or a value is not finite.
@@ -195,7 +221,7 @@ def write_report(
     path = Path(path)
     if path.suffix != ".json":
         raise ValueError(f"{path}: the report is JSON; use a name that ends in .json")
-    rows = [asdict(figure) for figure in figures]
-    write_json(path, {"format_version": FORMAT_VERSION, "settings": settings, "figures": rows})
+    rows = [asdict(metric) for metric in metrics]
+    write_json(path, {"format_version": FORMAT_VERSION, "settings": settings, "metrics": rows})
     with staged_files(path.parent) as stage:
-        (stage / path.with_suffix(".md").name).write_text(table or markdown_table(figures), encoding="utf-8")
+        (stage / path.with_suffix(".md").name).write_text(table or markdown_table(metrics), encoding="utf-8")

@@ -10,7 +10,7 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
-from musiclm_pytorch.evaluation.report import Figure
+from musiclm_pytorch.evaluation.report import Metric
 
 __all__ = ["Retrieval", "different_captions", "relevance_of", "retrieval", "retrieval_both"]
 
@@ -31,26 +31,26 @@ class Retrieval:
     num_relevant: np.ndarray
     num_candidates: int
 
-    def figures(self, name: str, cutoffs: Sequence[int] = (1, 5, 10)) -> list[Figure]:
+    def metrics(self, name: str, cutoffs: Sequence[int] = (1, 5, 10)) -> list[Metric]:
         """Recall at some cutoffs, median rank and mean average precision, each beside what a random order gives.
 
         Args:
-            name: Beginning of the figures' names.
+            name: Beginning of the metrics' names.
             cutoffs: How many of the first candidates count.
 
         Returns:
-            One figure per cutoff, then `median rank` and `mAP`.
+            One metric per cutoff, then `median rank` and `mAP`.
         """
         count = len(self.ranks)
-        figures = [
-            Figure.measured(f"{name} / R@{cutoff}", partial(self._recall, cutoff), count, self.chance_recall(cutoff))
+        metrics = [
+            Metric.measured(f"{name} / R@{cutoff}", partial(self._recall, cutoff), count, self.chance_recall(cutoff))
             for cutoff in cutoffs
         ]
         # A random order puts the first of r among n at (n + 1) / (r + 1) on average.
         random_rank = float(np.median((self.num_candidates + 1) / (self.num_relevant + 1)))
-        figures.append(Figure.measured(f"{name} / median rank", self._median_rank, count, random_rank))
-        figures.append(Figure.measured(f"{name} / mAP", self._mean_precision, count, self.chance_precision()))
-        return figures
+        metrics.append(Metric.measured(f"{name} / median rank", self._median_rank, count, random_rank))
+        metrics.append(Metric.measured(f"{name} / mAP", self._mean_precision, count, self.chance_precision()))
+        return metrics
 
     def _recall(self, cutoff: int, chosen: np.ndarray) -> float:
         return float((self.ranks[chosen] <= cutoff).mean())

@@ -15,9 +15,9 @@ from audiolm_pytorch.audio.files import read_audio
 from audiolm_pytorch.data.manifest import AudioItem, load_items
 from audiolm_pytorch.saving.files import read_json
 from audiolm_pytorch.semantic.base import FrameEncoder
-from musiclm_pytorch.recipes.corpus import CLIP_SECONDS, ClipPlan, plan_clip
-from musiclm_pytorch.recipes.midi import Note
-from musiclm_pytorch.recipes.performance import perform
+from musiclm_pytorch.recipes.corpus.corpus import CLIP_SECONDS, ClipPlan, plan_clip
+from musiclm_pytorch.recipes.corpus.midi import Note
+from musiclm_pytorch.recipes.corpus.performance import perform
 
 __all__ = [
     "FrameGrid",
@@ -170,7 +170,7 @@ def load_music(corpus: Path, sample_hz: int, most_clips: int, seed: int = 0) -> 
     """Read clips of a corpus and play their scores again.
 
     Args:
-        corpus: Folder that `musiclm corpus` wrote.
+        corpus: Folder that `python -m musiclm_pytorch.recipes.corpus` wrote.
         sample_hz: Rate wanted (Hz).
         most_clips: Of each split at most so many, drawn at random.
         seed: Of the draw.
@@ -183,9 +183,7 @@ def load_music(corpus: Path, sample_hz: int, most_clips: int, seed: int = 0) -> 
     """
     recipe_path = corpus / "recipe.json"
     if not recipe_path.is_file():
-        raise ValueError(
-            f"{corpus}: no corpus with scores (there is no recipe.json); make one: musiclm corpus --out FOLDER"
-        )
+        raise ValueError(f"{corpus}: no recipe.json; make a corpus: python -m musiclm_pytorch.recipes.corpus")
     recipe = read_json(recipe_path)
     if not isinstance(recipe, dict) or not all(
         type(recipe.get(key)) is int for key in ("num_train", "num_valid", "seed")
@@ -205,7 +203,7 @@ def load_music(corpus: Path, sample_hz: int, most_clips: int, seed: int = 0) -> 
 def _lines(manifest: Path, count: int) -> list[str]:
     """The lines of a manifest that must have so many."""
     if not manifest.is_file():
-        raise ValueError(f"{manifest}: no such manifest; complete the corpus with musiclm corpus")
+        raise ValueError(f"{manifest}: no such manifest; complete the corpus")
     lines = [line for line in manifest.read_text(encoding="utf-8").splitlines() if line.strip()]
     if len(lines) != count:
         raise ValueError(f"{manifest} has {len(lines)} lines, its recipe.json says {count}; make the corpus anew")

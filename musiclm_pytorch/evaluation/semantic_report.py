@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from beartype import beartype
 
 from musiclm_pytorch.evaluation.codec_report import aligned_table
-from musiclm_pytorch.evaluation.report import Figure
+from musiclm_pytorch.evaluation.report import Metric
 from musiclm_pytorch.evaluation.semantic_scores import FRONT_END, LOG_MEL, OWN_TOKENS, Reading, Score
 
 __all__ = ["SemanticVerdict", "TokenVerdict", "judge", "score_tables", "verdict_tables"]
@@ -35,7 +35,7 @@ class TokenVerdict:
     clusters: int
     layer: str
     baseline: str
-    gains: tuple[Figure, ...]
+    gains: tuple[Metric, ...]
     wins: tuple[str, ...]
     losses: tuple[str, ...]
     holds: bool
@@ -55,7 +55,7 @@ class SemanticVerdict:
 
     best_layer: str
     content: float
-    gains: tuple[Figure, ...]
+    gains: tuple[Metric, ...]
     best_token_layers: dict[int, str]
     tokens: tuple[TokenVerdict, ...]
 
@@ -120,19 +120,19 @@ def _measure(score: Score) -> str:
 
 
 @beartype
-def score_tables(figures: Sequence[tuple[Score, Figure]]) -> str:
+def score_tables(metrics: Sequence[tuple[Score, Metric]]) -> str:
     """Set scores as tables: one of the linear probes, one of k-means tokens for every k, one of a tokenizer's own.
 
     Args:
-        figures: Scores with their figures.
+        metrics: Scores with their metrics.
 
     Returns:
         Markdown.
     """
     # k-means of the layers may have as many clusters as the tokenizer: each has a table of its own
-    parts: dict[tuple[bool, int | None], list[tuple[Score, Figure]]] = {}
-    for score, figure in figures:
-        parts.setdefault((score.view == OWN_TOKENS, score.clusters), []).append((score, figure))
+    parts: dict[tuple[bool, int | None], list[tuple[Score, Metric]]] = {}
+    for score, metric in metrics:
+        parts.setdefault((score.view == OWN_TOKENS, score.clusters), []).append((score, metric))
     return "Share of right answers on held-out clips in %, with 95% intervals over clips.\n\n" + "\n".join(
         _heading(own, k) + _table(part) for (own, k), part in parts.items()
     )
@@ -152,20 +152,20 @@ def _heading(own: bool, clusters: int | None) -> str:
     )
 
 
-def _table(figures: Sequence[tuple[Score, Figure]]) -> str:
+def _table(metrics: Sequence[tuple[Score, Metric]]) -> str:
     """One line a view, one column a measure, and a line for guessing."""
-    views = list(dict.fromkeys(score.view for score, _ in figures))
-    columns = [score for score, _ in figures if score.view == views[0]]
-    cells = {(score.view, score.key): _percent(figure) for score, figure in figures}
+    views = list(dict.fromkeys(score.view for score, _ in metrics))
+    columns = [score for score, _ in metrics if score.view == views[0]]
+    cells = {(score.view, score.key): _percent(metric) for score, metric in metrics}
     head = ["features", *(f"{_measure(score)}{' (balanced)' if score.balanced else ''}" for score in columns)]
     lines = [[view, *(cells[view, column.key] for column in columns)] for view in views]
     return aligned_table([head, *lines, ["guessing", *(f"{100 * column.chance:.1f}" for column in columns)]])
 
 
-def _percent(figure: Figure, signed: bool = False) -> str:
+def _percent(metric: Metric, signed: bool = False) -> str:
     """A share in percent, or a difference in points, with its interval."""
     form = "+.1f" if signed else ".1f"
-    value, low, high = (format(100 * number, form) for number in (figure.value, figure.low, figure.high))
+    value, low, high = (format(100 * number, form) for number in (metric.value, metric.low, metric.high))
     return f"{value} [{low}, {high}]"
 
 
@@ -181,9 +181,9 @@ def verdict_tables(verdict: SemanticVerdict) -> str:
     """
     text = f"## Verdict\n\nBest layer for content: {verdict.best_layer} "
     text += f"(mean of pitch class and digit in the linear probes {100 * verdict.content:.1f}%).\n\n"
-    names = list(dict.fromkeys(figure.name.split(" / ")[2] for figure in verdict.gains))
-    rows = dict.fromkeys(figure.name.split(" / ")[0] for figure in verdict.gains)
-    cells = {tuple(figure.name.split(" / ")[::2]): _percent(figure, signed=True) for figure in verdict.gains}
+    names = list(dict.fromkeys(metric.name.split(" / ")[2] for metric in verdict.gains))
+    rows = dict.fromkeys(metric.name.split(" / ")[0] for metric in verdict.gains)
+    cells = {tuple(metric.name.split(" / ")[::2]): _percent(metric, signed=True) for metric in verdict.gains}
     text += aligned_table([["points", *names], *([row, *(cells[row, name] for name in names)] for row in rows)])
     if not verdict.tokens:
         return text

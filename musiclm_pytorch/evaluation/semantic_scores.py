@@ -7,7 +7,7 @@ import numpy as np
 from beartype import beartype
 from torch import Tensor
 
-from musiclm_pytorch.evaluation.report import Figure
+from musiclm_pytorch.evaluation.report import Metric
 
 __all__ = ["FRONT_END", "LOG_MEL", "OWN_TOKENS", "Reading", "Score", "layer_name"]
 
@@ -112,18 +112,18 @@ class Score:
         totals = self.total.sum(axis=0)
         return float(1 / np.count_nonzero(totals) if self.balanced else totals.max() / totals.sum())
 
-    def figure(self) -> Figure:
+    def metric(self) -> Metric:
         """The share with its interval."""
         note = f"{int(self.total.sum())} questions"
-        return Figure.measured(self.name, self._share, len(self.total), chance=self.chance, note=note)
+        return Metric.measured(self.name, self._share, len(self.total), chance=self.chance, note=note)
 
-    def gain_over(self, other: "Score") -> Figure:
+    def gain_over(self, other: "Score") -> Metric:
         """What this view has over another in the same probe on the same clips, with the interval of the difference."""
         if self.key != other.key or not np.array_equal(self.total, other.total):
             raise ValueError(f"{self.name} and {other.name} cannot be compared: they did not answer the same questions")
         view = f"{self.view} less {other.view}"
         name = self.name.replace(self.view, view, 1)
-        return Figure.measured(name, lambda chosen: self._share(chosen) - other._share(chosen), len(self.total))
+        return Metric.measured(name, lambda chosen: self._share(chosen) - other._share(chosen), len(self.total))
 
     def _share(self, chosen: np.ndarray) -> float:
         """Share of right answers in some clips; a resample without any question counts as wrong throughout."""

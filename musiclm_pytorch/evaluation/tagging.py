@@ -25,7 +25,7 @@ __all__ = [
     "TagTest",
     "auc_statistic",
     "recall_statistic",
-    "tag_figures",
+    "tag_scores",
     "tag_labels",
     "tag_prompts",
     "tag_tests",
@@ -180,7 +180,7 @@ def zero_shot_similarities(mulan: JointEmbedding, audio_latents: Tensor, prompts
 
 
 @beartype
-def tag_figures(similarities: Tensor, truth: Tensor) -> TagScores:
+def tag_scores(similarities: Tensor, truth: Tensor) -> TagScores:
     """Score the similarities of clips to the prompts of one label.
 
     Args:
@@ -207,14 +207,14 @@ def auc_statistic(similarities: Tensor, truth: Tensor) -> Callable[[np.ndarray],
 
     Args:
         similarities: `[n, classes]`.
-        truth: `[n]`, see `tag_figures`.
+        truth: `[n]`, see `tag_scores`.
 
     Returns:
         From indices of the m items whose class is known to the average over classes; classes that do not occur among
         them are left out, and of one class alone nothing is known: 0.5.
 
     Raises:
-        ValueError: As `tag_figures`.
+        ValueError: As `tag_scores`.
     """
     scores, classes = _known_rows(similarities, truth)
     # Ranks in place of similarities: counting them takes no sorting in a resample.
@@ -245,13 +245,13 @@ def recall_statistic(similarities: Tensor, truth: Tensor) -> Callable[[np.ndarra
 
     Args:
         similarities: `[n, classes]`.
-        truth: `[n]`, see `tag_figures`.
+        truth: `[n]`, see `tag_scores`.
 
     Returns:
         From indices of the m items whose class is known to the average over the classes that occur among them.
 
     Raises:
-        ValueError: As `tag_figures`.
+        ValueError: As `tag_scores`.
     """
     scores, classes = _known_rows(similarities, truth)
     nearest = scores == scores.max(axis=1, keepdims=True)

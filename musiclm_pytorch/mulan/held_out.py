@@ -12,7 +12,7 @@ from audiolm_pytorch.data.batches import collate_crops
 from audiolm_pytorch.data.crops import CropDataset
 from audiolm_pytorch.nn.module_state import device_of
 from musiclm_pytorch.evaluation.retrieval import Retrieval, different_captions, retrieval
-from musiclm_pytorch.evaluation.tagging import TagTest, tag_figures, tag_tests, zero_shot_similarities
+from musiclm_pytorch.evaluation.tagging import TagTest, tag_scores, tag_tests, zero_shot_similarities
 from musiclm_pytorch.mulan.captions import texts_of
 from musiclm_pytorch.mulan.joint import JointEmbedding
 
@@ -69,7 +69,7 @@ class HeldOutClips:
         # half the digits would make many clips equally near
         with torch.autocast(audio.device.type, enabled=False):
             found = self._retrieval(text.float() @ audio.float().T)
-            tagged = [tag_figures(zero_shot_similarities(mulan, audio, t.prompts), t.truth) for t in self._tests]
+            tagged = [tag_scores(zero_shot_similarities(mulan, audio, t.prompts), t.truth) for t in self._tests]
         values: dict[str, float] = {}
         for prefix, direction in found.items():
             values |= {f"{prefix}recall_at_{k}": float((direction.ranks <= k).mean()) for k in _RECALL_AT}

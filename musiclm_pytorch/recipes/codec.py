@@ -48,7 +48,7 @@ def main(data: Path, out: Path, seed: int = 0, scale: float = 1.0) -> None:
     """Train the codec and write it as fp16 weights into OUT/codec_16khz.
 
     Args:
-        data: Folder of audio; the bundled one was trained on what `musiclm corpus` writes.
+        data: Folder of audio; the bundled one was trained on what `python -m musiclm_pytorch.recipes.corpus` writes.
         out: Folder of the run.
         seed: Of weights, data order and noise.
         scale: Multiplies the number of steps.

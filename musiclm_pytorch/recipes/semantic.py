@@ -2,8 +2,8 @@
 
     python -m musiclm_pytorch.recipes.semantic --music corpus --speech speech_digits --out run
 
-`corpus` is what `musiclm corpus` writes, `speech_digits` a folder of spoken digits with a manifest (`digit`,
-`speaker`), whose held-out takes stay unheard. Interrupted, the same command goes on where it was.
+`corpus` is a folder that `python -m musiclm_pytorch.recipes.corpus` wrote. `speech_digits` is a folder of spoken digits
+with a manifest (`digit`, `speaker`); its held-out takes are not used. The same command continues an interrupted run.
 """
 
 import sys
@@ -95,7 +95,7 @@ def main(music: Path, speech: Path, out: Path, seed: int = 0, scale: float = 1.0
     """Train the encoder, cut one of its layers into tokens, and write the tokenizer as fp16 into OUT/semantic_16khz.
 
     Args:
-        music: Folder that `musiclm corpus` wrote.
+        music: Folder that `python -m musiclm_pytorch.recipes.corpus` wrote.
         speech: Folder of spoken digits.
         out: Folder of the run.
         seed: Of weights, data order and noise.

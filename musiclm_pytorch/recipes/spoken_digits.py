@@ -9,7 +9,7 @@ losses are of, and the rest is learned from; the codec and the semantic tokenize
 
 A word takes half a second, too little to be continued. So words of one speaker are joined, with pauses of 0.15 to 0.4 s
 of digital silence between them, into clips of 5 s; stages learn from 3 s of them at a time. Interrupted, the same
-command goes on where it was. At the end `OUT/figures.json` and `OUT/figures.md` say what the model can do.
+command goes on where it was. At the end `OUT/metrics.json` and `OUT/metrics.md` say what the model can do.
 """
 
 import sys
@@ -46,25 +46,25 @@ from audiolm_pytorch.lm.stage_transformer import StageTransformer
 from audiolm_pytorch.lm.token_fingerprints import shard_fingerprint
 from audiolm_pytorch.saving.modules import load_module, save_module
 from audiolm_pytorch.semantic.base import SemanticTokenizer
-from musiclm_pytorch.evaluation.report import Figure, markdown_table, write_report
+from musiclm_pytorch.evaluation.report import Metric, markdown_table, write_report
 from musiclm_pytorch.evaluation.semantic_data import is_held_out
 from musiclm_pytorch.pretrained.bundled import codec_named, tokenizer_named
-from musiclm_pytorch.recipes.clips import labels_of, load_clips
-from musiclm_pytorch.recipes.measures import reconstruct
 from musiclm_pytorch.recipes.memory import peak_bytes_of
-from musiclm_pytorch.recipes.semantic import join_words
-from musiclm_pytorch.recipes.spoken_metrics import (
-    confidence_figures,
+from musiclm_pytorch.recipes.metrics.clips import labels_of, load_clips
+from musiclm_pytorch.recipes.metrics.generation_metrics import reconstruct
+from musiclm_pytorch.recipes.metrics.spoken_metrics import (
+    confidence_metrics,
     confidence_table,
     fit_word_judge,
     generated_waves,
     heard_words,
-    judge_figures,
-    speaker_figures,
+    judge_metrics,
+    speaker_metrics,
     speakers_of,
 )
+from musiclm_pytorch.recipes.semantic import join_words
 
-__all__ = ["Words", "build_stages", "judge", "main", "memory_figures", "open_audiolm", "split_words"]
+__all__ = ["Words", "build_stages", "judge", "main", "memory_metrics", "open_audiolm", "split_words"]
 
 # Long enough for the judge to tell a pause from a stop inside a word.
 PAUSE_SECONDS = (0.15, 0.4)
@@ -254,7 +254,7 @@ def open_audiolm(folder: str | Path) -> AudioLM:
 
 
 @beartype
-def judge(audiolm: AudioLM, words: Words, out: Path, seed: int = 0) -> tuple[list[Figure], str]:
+def judge(audiolm: AudioLM, words: Words, out: Path, seed: int = 0) -> tuple[list[Metric], str]:
     """Have a judge, fitted on recorded words, hear what the model makes of held-out prompts and of nothing.
 
     Args:
@@ -264,11 +264,11 @@ def judge(audiolm: AudioLM, words: Words, out: Path, seed: int = 0) -> tuple[lis
         seed: Of the clips.
 
     Returns:
-        The figures, and the distribution of the judge's confidence as markdown.
+        The metrics, and the distribution of the judge's confidence as markdown.
     """
     hz, codec = audiolm.codec.target_sample_hz, audiolm.codec
     listener = fit_word_judge(words.train)
-    figures = judge_figures(listener, audiolm, words.test)
+    metrics = judge_metrics(listener, audiolm, words.test)
     clips = join_words(words.test, out / "test_clips", NUM_PROMPTS, seed, PAUSE_SECONDS)
     real = load_clips(clips, hz, JUDGED_SECONDS)
     copies = reconstruct(codec, real, num_levels=NUM_LEVELS)
@@ -281,15 +281,15 @@ def judge(audiolm: AudioLM, words: Words, out: Path, seed: int = 0) -> tuple[lis
     later = start + samples_in(UNHEARD_SECONDS, hz)
     parts |= {f"{name}, later than {UNHEARD_SECONDS} s": wave[:, later:] for name, wave in waves.items()}
     heard_speakers = {name: speakers_of(listener, part, hz) for name, part in parts.items()}
-    figures += speaker_figures(labels_of(clips, "speaker"), heard_speakers)
+    metrics += speaker_metrics(labels_of(clips, "speaker"), heard_speakers)
     heard = {
         "real clips": heard_words(listener, real, hz),
         "real clips after the codec": heard_words(listener, copies, hz),
         "unconditional samples": heard_words(listener, samples, hz),
         "real clips backwards": heard_words(listener, real, hz, backwards=True),
     }
-    figures += confidence_figures(heard, "real clips")
-    return figures, confidence_table(heard)
+    metrics += confidence_metrics(heard, "real clips")
+    return metrics, confidence_table(heard)
 
 
 def _generate(folder: Path, seconds: int, in_chunks: bool) -> None:
@@ -303,7 +303,7 @@ def _generate(folder: Path, seconds: int, in_chunks: bool) -> None:
 
 
 @beartype
-def memory_figures(folder: Path, sample_hz: int) -> list[Figure]:
+def memory_metrics(folder: Path, sample_hz: int) -> list[Metric]:
     """Measure how much memory fresh processes take that generate 10 and 60 s, at once and in a stream of chunks.
 
     Args:
@@ -314,7 +314,7 @@ def memory_figures(folder: Path, sample_hz: int) -> list[Figure]:
         Peaks and what the longer ones take more, each the median of three runs with the least and the most; and the
         audio of the longer ones (MiB).
     """
-    figures = []
+    metrics = []
     for name, in_chunks in (("generate", False), ("stream", True)):
         short, long = (
             np.array([peak_bytes_of(_generate, folder, seconds, in_chunks) for _ in range(MEMORY_RUNS)])
@@ -322,19 +322,19 @@ def memory_figures(folder: Path, sample_hz: int) -> list[Figure]:
         )
         rows = {f"peak at {seconds} s": peaks for seconds, peaks in zip(MEMORY_SECONDS, (short, long))}
         rows["difference"] = np.subtract.outer(long, short).flatten()
-        figures += [_memory_figure(f"{name}, {what}", values) for what, values in rows.items()]
+        metrics += [_memory_metric(f"{name}, {what}", values) for what, values in rows.items()]
     audio_bytes = np.array([4 * MEMORY_SECONDS[1] * sample_hz])
-    return [*figures, _memory_figure(f"audio of {MEMORY_SECONDS[1]} s", audio_bytes)]
+    return [*metrics, _memory_metric(f"audio of {MEMORY_SECONDS[1]} s", audio_bytes)]
 
 
-def _memory_figure(name: str, num_bytes: np.ndarray) -> Figure:
+def _memory_metric(name: str, num_bytes: np.ndarray) -> Metric:
     middle, low, high = (float(of(num_bytes)) / 2**20 for of in (np.median, np.min, np.max))
-    return Figure(f"memory (MiB) / {name}", middle, low, high, None, len(num_bytes), "median, least, most")
+    return Metric(f"memory (MiB) / {name}", middle, low, high, None, len(num_bytes), "median, least, most")
 
 
 @beartype
 def main(data: Path, out: Path, seed: int = 0, scale: float = 1.0) -> None:
-    """Train codec and stages, and write what they can do to OUT/figures.json and OUT/figures.md.
+    """Train codec and stages, and write what they can do to OUT/metrics.json and OUT/metrics.md.
 
     Args:
         data: Folder of spoken digits.
@@ -351,11 +351,11 @@ def main(data: Path, out: Path, seed: int = 0, scale: float = 1.0) -> None:
         clips = join_words(some, out / f"{name}_clips", count, seed, PAUSE_SECONDS)
         shards.append(_tokens(clips, codec, tokenizer, out / f"{name}_tokens"))
     _train_stages(build_stages(codec, tokenizer, seed), (shards[0], shards[1]), out, seed, scale)
-    figures, table = judge(open_audiolm(out / "model"), words, out, seed)
-    figures += memory_figures(out / "model", codec.target_sample_hz)
+    metrics, table = judge(open_audiolm(out / "model"), words, out, seed)
+    metrics += memory_metrics(out / "model", codec.target_sample_hz)
     settings = {"seed": seed, "scale": scale, "codec": codec.fingerprint, "sampling": SAMPLING}
-    write_report(out / "figures.json", figures, settings, f"{markdown_table(figures)}\n{table}")
-    sys.stdout.write(f"wrote {out / 'figures.md'}\n")
+    write_report(out / "metrics.json", metrics, settings, f"{markdown_table(metrics)}\n{table}")
+    sys.stdout.write(f"wrote {out / 'metrics.md'}\n")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from audiolm_pytorch.audio.files import write_audio
 from musiclm_pytorch.evaluation.semantic_data import melody_notes
-from musiclm_pytorch.recipes.corpus import plan_clip
-from musiclm_pytorch.recipes.midi import Note
+from musiclm_pytorch.recipes.corpus.corpus import plan_clip
+from musiclm_pytorch.recipes.corpus.midi import Note
 
 RATE_HZ = 8000
 

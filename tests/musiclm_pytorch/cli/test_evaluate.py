@@ -10,7 +10,7 @@ from audiolm_pytorch.saving.modules import fingerprint_of, load_module, save_mod
 from audiolm_pytorch.semantic import BestRQEncoder, KMeansTokenizer
 from audiolm_pytorch.semantic.pretrained import FairseqVQWav2Vec
 from musiclm_pytorch.pretrained.bundled import mulan_named
-from musiclm_pytorch.recipes.corpus import make_corpus
+from musiclm_pytorch.recipes.corpus.corpus import make_corpus
 from tests.helpers.planted_mulan import PlantedMuLaN, planted_items
 from tests.helpers.semantic_sounds import RATE_HZ, written_corpus, written_digits
 
@@ -42,13 +42,13 @@ def words(places, out, **changes):
 
 
 def test_the_whole_command(musiclm_command, places, tmp_path, capsys):
-    """Tables and verdict on stdout and in figures.md, every number with its interval in figures.json."""
+    """Tables and verdict on stdout and in metrics.md, every number with its interval in metrics.json."""
     out = tmp_path / "new" / "check"
     assert musiclm_command(*words(places, out, layers="1,2", clusters="8", seed=3)) == 0
     said = capsys.readouterr().out
-    text, written = (out / "figures.md").read_text(), json.loads((out / "figures.json").read_text())
-    assert text in said and f"wrote {out / 'figures.json'}" in said
-    settings, figures = written["settings"], {figure["name"]: figure for figure in written["figures"]}
+    text, written = (out / "metrics.md").read_text(), json.loads((out / "metrics.json").read_text())
+    assert text in said and f"wrote {out / 'metrics.json'}" in said
+    settings, metrics = written["settings"], {metric["name"]: metric for metric in written["metrics"]}
     assert settings["encoder_fingerprint"] == fingerprint_of(load_module(places["--encoder"])) and (
         settings["encoder_fingerprint"] in text
     )
@@ -57,34 +57,34 @@ def test_the_whole_command(musiclm_command, places, tmp_path, capsys):
     views = ("log-mel", "front end", "layer 1", "layer 2")
     for view in views:
         for probe in ("pitch class", "onset (balanced)", "digit", "speaker"):
-            figure = figures[f"{view} / linear probe / {probe}"]
-            assert figure["low"] <= figure["value"] <= figure["high"] and figure["count"] in (4, 30)
+            metric = metrics[f"{view} / linear probe / {probe}"]
+            assert metric["low"] <= metric["value"] <= metric["high"] and metric["count"] in (4, 30)
         for probe in ("pitch class", "digit", "speaker"):
-            assert f"{view} / token, k 8 / {probe}" in figures
+            assert f"{view} / token, k 8 / {probe}" in metrics
         for probe in ("digit", "speaker", "instrument"):
-            assert f"{view} / histogram, k 8 / {probe}" in figures
-    assert not any(name.startswith("layer 0") for name in figures)
+            assert f"{view} / histogram, k 8 / {probe}" in metrics
+    assert not any(name.startswith("layer 0") for name in metrics)
     best = settings["verdict"]["best_layer"]
-    assert f"{best} less log-mel / linear probe / digit" in figures
-    gain = figures[f"{best} less front end / token, k 8 / pitch class"]
-    parts = (figures[f"{view} / token, k 8 / pitch class"]["value"] for view in (best, "front end"))
+    assert f"{best} less log-mel / linear probe / digit" in metrics
+    gain = metrics[f"{best} less front end / token, k 8 / pitch class"]
+    parts = (metrics[f"{view} / token, k 8 / pitch class"]["value"] for view in (best, "front end"))
     assert gain["value"] == pytest.approx(next(parts) - next(parts))
     assert len(settings["verdict"]["tokens"]) == 2 * 2
     # tones are easy: what a log-mel frame holds is found
-    assert figures["log-mel / linear probe / pitch class"]["value"] > 0.4
-    assert figures["log-mel / linear probe / digit"]["value"] > 0.9
+    assert metrics["log-mel / linear probe / pitch class"]["value"] > 0.4
+    assert metrics["log-mel / linear probe / digit"]["value"] > 0.9
 
 
 def test_the_command_that_is_written_down_gives_the_same(musiclm_command, places, tmp_path):
-    """Figures can be made again from the report alone."""
+    """Metrics can be made again from the report alone."""
     options = words(places, tmp_path / "out", layers="1", clusters="4", seed=2, probe_clips=5)
     assert musiclm_command(*options, "--offline") == 0
-    written = json.loads((tmp_path / "out" / "figures.json").read_text())
+    written = json.loads((tmp_path / "out" / "metrics.json").read_text())
     program, *again = written["settings"]["command"].split(" ")
     assert program == "musiclm" and again[-1] == "--offline"
     again[again.index("--out") + 1] = str(tmp_path / "again")
     assert musiclm_command(*again) == 0
-    assert json.loads((tmp_path / "again" / "figures.json").read_text())["figures"] == written["figures"]
+    assert json.loads((tmp_path / "again" / "metrics.json").read_text())["metrics"] == written["metrics"]
 
 
 def test_a_tokenizer_stands_for_its_encoder(musiclm_command, places, tmp_path, capsys):
@@ -101,18 +101,18 @@ def test_a_tokenizer_stands_for_its_encoder(musiclm_command, places, tmp_path, c
 
 
 def test_a_bundled_tokenizer_and_its_own_tokens(musiclm_command, places, tmp_path):
-    """By name: its own tokens have six figures beside those of a layer, and the verdict is on layers alone."""
+    """By name: its own tokens have six metrics beside those of a layer, and the verdict is on layers alone."""
     options = words({**places, "--encoder": "16khz"}, tmp_path / "out", layers="1", clusters="4", probe_clips=4)
     assert musiclm_command(*options) == 0
-    written = json.loads((tmp_path / "out" / "figures.json").read_text())
+    written = json.loads((tmp_path / "out" / "metrics.json").read_text())
     size = written["settings"]["codebook_size"]
-    own = [figure["name"] for figure in written["figures"] if figure["name"].startswith("own tokens")]
+    own = [metric["name"] for metric in written["metrics"] if metric["name"].startswith("own tokens")]
     token = [f"own tokens / token, k {size} / {probe}" for probe in ("pitch class", "digit", "speaker")]
     assert own == token + [
         f"own tokens / histogram, k {size} / {probe}" for probe in ("digit", "speaker", "instrument")
     ]
     assert {one["layer"] for one in written["settings"]["verdict"]["tokens"]} == {"layer 1"}
-    assert f"## Own tokens, k = {size}\n" in (tmp_path / "out" / "figures.md").read_text()
+    assert f"## Own tokens, k = {size}\n" in (tmp_path / "out" / "metrics.md").read_text()
 
 
 def test_a_tokenizer_without_layers(musiclm_command, places, tmp_path, capsys):
@@ -140,7 +140,7 @@ def test_a_tokenizer_without_layers(musiclm_command, places, tmp_path, capsys):
         ({"clusters": "1"}, r"at least 2 each, got 1"),
         ({"clusters": "4,100000"}, r"k must lie in 2\.\.\d+.*fewer clusters"),
         ({"probe_clips": 0}, r"--probe-clips of at least 1"),
-        ({"music": "nowhere"}, r"nowhere: no corpus .*musiclm corpus --out"),
+        ({"music": "nowhere"}, r"nowhere: no recipe.json.*recipes.corpus"),
         ({"speech": "nowhere"}, r"nowhere: no such folder"),
         ({"device": "abacus"}, r"--device abacus cannot be used"),
     ],
@@ -178,9 +178,9 @@ def test_an_encoder_in_transformers_format(musiclm_command, places, tmp_path, ca
     said = capsys.readouterr().out
     assert "16000 Hz, 50 frames a second, layers 0..2" in said and "front end" not in said
     assert "- music, train: 4 clips, 996 frames" in said  # 249 of 5 s
-    figures = {one["name"]: one for one in json.loads((tmp_path / "out" / "figures.json").read_text())["figures"]}
-    assert figures["log-mel / linear probe / pitch class"]["value"] > 0.4
-    assert "layer 2 / linear probe / speaker" in figures
+    metrics = {one["name"]: one for one in json.loads((tmp_path / "out" / "metrics.json").read_text())["metrics"]}
+    assert metrics["log-mel / linear probe / pitch class"]["value"] > 0.4
+    assert "layer 2 / linear probe / speaker" in metrics
 
 
 @pytest.fixture
@@ -194,24 +194,24 @@ def planted(tmp_path):
 
 
 def test_a_joint_embedding_is_measured_and_drawn(musiclm_command, planted, tmp_path, capsys):
-    """Tables on stdout and in figures.md, figures in figures.json, two pictures; the command written down is whole."""
+    """Tables on stdout and in metrics.md, metrics in metrics.json, two pictures; the command written down is whole."""
     pytest.importorskip("matplotlib")
     assert musiclm_command(*planted) == 0
-    said, text = capsys.readouterr().out, (tmp_path / "out" / "figures.md").read_text()
-    assert text in said and f"wrote {tmp_path / 'out' / 'figures.json'}" in said
+    said, text = capsys.readouterr().out, (tmp_path / "out" / "metrics.md").read_text()
+    assert text in said and f"wrote {tmp_path / 'out' / 'metrics.json'}" in said
     assert "| text to audio | 12 | 100.0 [100.0, 100.0]" in text and "'music with drums'" in text
     assert "- 12 clips and 12 different texts (captions)" in text
-    written = json.loads((tmp_path / "out" / "figures.json").read_text())
+    written = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert written["settings"]["model_fingerprint"] == fingerprint_of(PlantedMuLaN())
     for name in ("similarities.png", "latents.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
-    for figure in written["figures"]:
-        assert figure["low"] <= figure["value"] + 1e-9 and figure["value"] <= figure["high"] + 1e-9
+    for metric in written["metrics"]:
+        assert metric["low"] <= metric["value"] + 1e-9 and metric["value"] <= metric["high"] + 1e-9
     program, *again = written["settings"]["command"].split(" ")
     assert program == "musiclm" and "--label" not in again
     again[again.index("--out") + 1] = str(tmp_path / "again")
     assert musiclm_command(*again, "--limit", 8, "--seed", 1, "--label", "tempo", "--offline") == 0
-    assert json.loads((tmp_path / "again" / "figures.json").read_text())["settings"]["num_clips"] == 8
+    assert json.loads((tmp_path / "again" / "metrics.json").read_text())["settings"]["num_clips"] == 8
     assert "--limit 8 --seed 1 --device auto --offline" in capsys.readouterr().out
 
 
@@ -244,7 +244,7 @@ def test_mistakes_of_measuring_a_joint_embedding(musiclm_command, planted, tmp_p
 
 def test_pictures_need_matplotlib(musiclm_command, planted, tmp_path, capsys, monkeypatch):
     """Said before anything is computed, with what to install."""
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.metric", None)
     assert musiclm_command(*planted) == 2
     assert 'pip install "musiclm-pytorch[plot]"' in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -286,7 +286,7 @@ def test_a_rendered_corpus_from_end_to_end(musiclm_command, tmp_path, places, ca
     encoder = saved_encoder(tmp_path / "encoder", 16_000)
     options = words({**places, "--encoder": encoder, "--music": corpus}, tmp_path / "out", clusters="16")
     assert musiclm_command(*options) == 0
-    figures = {one["name"]: one for one in json.loads((tmp_path / "out" / "figures.json").read_text())["figures"]}
-    pitch = figures["log-mel / linear probe / pitch class"]
+    metrics = {one["name"]: one for one in json.loads((tmp_path / "out" / "metrics.json").read_text())["metrics"]}
+    pitch = metrics["log-mel / linear probe / pitch class"]
     assert pitch["low"] > pitch["chance"] + 0.2
-    assert figures["front end / linear probe / onset (balanced)"]["low"] > 0.6
+    assert metrics["front end / linear probe / onset (balanced)"]["low"] > 0.6

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from musiclm_pytorch.evaluation.mulan_check import (
-    check_figures,
+    check_metrics,
     check_mulan,
     embed_items,
     held_out_items,
     modality_gap,
-    top_clip_figures,
+    top_clip_metrics,
     values_of_texts,
 )
 from musiclm_pytorch.evaluation.mulan_report import mulan_tables
@@ -29,46 +29,46 @@ from musiclm_pytorch.evaluation.tagging import TagTest
 from tests.helpers.planted_mulan import PlantedMuLaN, planted_items
 
 
-def figures_of(check) -> dict:
-    return {figure.name: figure for figure in check_figures(check)}
+def metrics_of(check) -> dict:
+    return {metric.name: metric for metric in check_metrics(check)}
 
 
 def test_a_model_that_understands_everything_has_full_marks(tmp_path):
     """Every measure at its best, each beside chance, with an interval that holds it."""
-    figures = figures_of(check_mulan(PlantedMuLaN(), planted_items(tmp_path)))
+    metrics = metrics_of(check_mulan(PlantedMuLaN(), planted_items(tmp_path)))
     for direction in ("text to audio", "audio to text"):
-        assert figures[f"retrieval / {direction} / R@1"].value == figures[f"retrieval / {direction} / mAP"].value == 1
-        assert figures[f"retrieval / {direction} / R@1"].chance == pytest.approx(1 / 12)
-        assert figures[f"retrieval / {direction} / R@1"].count == 12
+        assert metrics[f"retrieval / {direction} / R@1"].value == metrics[f"retrieval / {direction} / mAP"].value == 1
+        assert metrics[f"retrieval / {direction} / R@1"].chance == pytest.approx(1 / 12)
+        assert metrics[f"retrieval / {direction} / R@1"].count == 12
     for label, classes in (("instrument", 3), ("tempo", 2), ("drums", 2)):
-        assert figures[f"tagging / {label} / AUC"].value == figures[f"tagging / {label} / balanced accuracy"].value == 1
-        assert figures[f"tagging / {label} / AUC"].chance == 0.5
-        assert figures[f"tagging / {label} / balanced accuracy"].chance == pytest.approx(1 / classes)
-        assert figures[f"top clip / {label} / accuracy"].value == 1
-        assert figures[f"top clip / {label} / balanced accuracy"].chance == pytest.approx(1 / classes)
-    assert not any("bpm" in name for name in figures)
-    assert figures["latents / cosine of a text and its clips"].value == pytest.approx(1, abs=1e-6)
-    assert figures["latents / modality gap"].value == pytest.approx(0, abs=1e-6)
-    assert all(figure.low <= figure.value + 1e-9 and figure.value <= figure.high + 1e-9 for figure in figures.values())
+        assert metrics[f"tagging / {label} / AUC"].value == metrics[f"tagging / {label} / balanced accuracy"].value == 1
+        assert metrics[f"tagging / {label} / AUC"].chance == 0.5
+        assert metrics[f"tagging / {label} / balanced accuracy"].chance == pytest.approx(1 / classes)
+        assert metrics[f"top clip / {label} / accuracy"].value == 1
+        assert metrics[f"top clip / {label} / balanced accuracy"].chance == pytest.approx(1 / classes)
+    assert not any("bpm" in name for name in metrics)
+    assert metrics["latents / cosine of a text and its clips"].value == pytest.approx(1, abs=1e-6)
+    assert metrics["latents / modality gap"].value == pytest.approx(0, abs=1e-6)
+    assert all(metric.low <= metric.value + 1e-9 and metric.value <= metric.high + 1e-9 for metric in metrics.values())
 
 
 def test_a_model_that_confuses_instruments_fails_there_alone(tmp_path):
     """Flute, cello and organ sound like each other in turn: nothing is found by instrument, all by tempo and drums."""
     heard = {"flute": "cello", "cello": "organ", "organ": "flute"}
-    figures = figures_of(check_mulan(PlantedMuLaN(), planted_items(tmp_path, heard)))
-    assert figures["retrieval / text to audio / R@1"].value == figures["retrieval / audio to text / R@1"].value == 0
-    assert figures["tagging / instrument / AUC"].value < 0.5 and figures["tagging / tempo / AUC"].value == 1
+    metrics = metrics_of(check_mulan(PlantedMuLaN(), planted_items(tmp_path, heard)))
+    assert metrics["retrieval / text to audio / R@1"].value == metrics["retrieval / audio to text / R@1"].value == 0
+    assert metrics["tagging / instrument / AUC"].value < 0.5 and metrics["tagging / tempo / AUC"].value == 1
     for label, accuracy in (("instrument", 0), ("tempo", 1), ("drums", 1)):
-        assert figures[f"tagging / {label} / balanced accuracy"].value == accuracy
-        assert figures[f"top clip / {label} / balanced accuracy"].value == accuracy
+        assert metrics[f"tagging / {label} / balanced accuracy"].value == accuracy
+        assert metrics[f"top clip / {label} / balanced accuracy"].value == accuracy
 
 
 def test_captions_of_several_clips_are_asked_once_and_any_clip_is_right(tmp_path):
     """Two clips of every caption: twelve questions of two right answers, and twelve answers, of which one is right."""
     check = check_mulan(PlantedMuLaN(), planted_items(tmp_path, copies=2))
     assert check.relevant.shape == (12, 24) and check.relevant.sum(dim=1).tolist() == [2] * 12
-    figures = figures_of(check)
-    found, back = (figures[f"retrieval / {way} / R@1"] for way in ("text to audio", "audio to text"))
+    metrics = metrics_of(check)
+    found, back = (metrics[f"retrieval / {way} / R@1"] for way in ("text to audio", "audio to text"))
     assert (found.value, found.count, back.value, back.count) == (1, 12, 1, 24)
     assert found.chance == pytest.approx(2 / 24) and back.chance == pytest.approx(1 / 12)
 
@@ -80,9 +80,9 @@ def test_clips_without_captions_are_found_by_mistake_only(tmp_path):
     items[1] = replace(items[1], labels={**items[1].labels, "captions": ["slow flute without drums at all", " "]})
     check = check_mulan(PlantedMuLaN(), items)
     assert check.relevant.shape == (12, 12) and check.relevant[:, 0].sum() == 0 and check.relevant[:, 1].sum() == 2
-    figures = figures_of(check)
-    assert figures["retrieval / audio to text / R@1"].count == 11
-    assert figures["tagging / instrument / AUC"].count == 12
+    metrics = metrics_of(check)
+    assert metrics["retrieval / audio to text / R@1"].count == 11
+    assert metrics["tagging / instrument / AUC"].count == 12
 
 
 def test_labels_alone_are_enough(tmp_path):
@@ -90,12 +90,12 @@ def test_labels_alone_are_enough(tmp_path):
     items = [replace(item, caption=None) for item in planted_items(tmp_path)]
     check = check_mulan(PlantedMuLaN(), items)
     assert check.texts == ["cello", "flute", "organ"] and not check.are_captions
-    figures = figures_of(check)
-    assert figures["retrieval / text to audio / mAP"].value == figures["tagging / tempo / AUC"].value == 1
-    assert not any(name.startswith("top clip") for name in figures)
-    assert "## Top clip" not in mulan_tables(list(figures.values()))
+    metrics = metrics_of(check)
+    assert metrics["retrieval / text to audio / mAP"].value == metrics["tagging / tempo / AUC"].value == 1
+    assert not any(name.startswith("top clip") for name in metrics)
+    assert "## Top clip" not in mulan_tables(list(metrics.values()))
     bare = [replace(item, labels={}) for item in planted_items(tmp_path)]
-    names = {name.split(" / ")[0] for name in figures_of(check_mulan(PlantedMuLaN(), bare))}
+    names = {name.split(" / ")[0] for name in metrics_of(check_mulan(PlantedMuLaN(), bare))}
     assert names == {"retrieval", "latents"}
     with pytest.raises(ValueError, match="neither two different captions nor a label"):
         check_mulan(PlantedMuLaN(), [replace(item, caption="the same") for item in bare])
@@ -109,17 +109,17 @@ def test_latents_do_not_depend_on_the_batch(tmp_path):
 
 
 def test_a_broken_model_is_named(tmp_path):
-    """NaN is an error, not a figure."""
+    """NaN is an error, not a metric."""
     items = planted_items(tmp_path)
     with pytest.raises(ValueError, match="NaN or infinity for texts"):
         check_mulan(PlantedMuLaN(gap=math.nan), items)
 
 
 def test_the_gap_is_the_distance_of_the_means(tmp_path):
-    """A planted offset of texts is found, in the figure and along the line of the picture."""
+    """A planted offset of texts is found, in the metric and along the line of the picture."""
     check = check_mulan(PlantedMuLaN(gap=2.0), planted_items(tmp_path))
     expected = float((check.audio.mean(0) - check.text.mean(0)).norm())
-    assert figures_of(check)["latents / modality gap"].value == pytest.approx(expected) and expected > 0.7
+    assert metrics_of(check)["latents / modality gap"].value == pytest.approx(expected) and expected > 0.7
     along = gap_plane(check.audio, check.text)[:, 0]
     assert float(along[12:].mean() - along[:12].mean()) == pytest.approx(modality_gap(check.audio, check.text))
     assert float(along[12:].mean() + along[:12].mean()) == pytest.approx(0, abs=1e-6)
@@ -131,8 +131,8 @@ def test_the_gap_in_the_table_is_that_in_the_picture(tmp_path):
     few = [replace(item, caption=("slow flute", "fast cello", None)[index % 3]) for index, item in enumerate(items)]
     for chosen in (few, [replace(item, caption=None) for item in items]):
         check = check_mulan(PlantedMuLaN(gap=1.0), chosen)
-        figure = next(figure for figure in check_figures(check) if figure.name == "latents / modality gap")
-        assert figure.value == pytest.approx(modality_gap(check.audio, check.text), abs=1e-6)
+        metric = next(metric for metric in check_metrics(check) if metric.name == "latents / modality gap")
+        assert metric.value == pytest.approx(modality_gap(check.audio, check.text), abs=1e-6)
 
 
 def test_texts_say_what_all_their_clips_are():
@@ -148,11 +148,11 @@ def test_top_clips_beside_those_chosen_at_random():
     relevant = torch.eye(5).bool()[:4]
     top = torch.tensor([0, 1, 4, 0])
     similarities = torch.nn.functional.one_hot(top, 5).float()
-    plain, balanced = top_clip_figures("t", similarities, relevant, [test])
+    plain, balanced = top_clip_metrics("t", similarities, relevant, [test])
     assert (plain.name, plain.value, plain.count) == ("t / tempo / accuracy", 0.5, 4)
     assert plain.chance == pytest.approx((3 * 3 / 5 + 1 / 5) / 4)
     assert balanced.value == pytest.approx((2 / 3 + 0) / 2) and balanced.chance == pytest.approx((3 / 5 + 1 / 5) / 2)
-    assert top_clip_figures("t", similarities[:3], relevant[:3], [test]) == []
+    assert top_clip_metrics("t", similarities[:3], relevant[:3], [test]) == []
 
 
 def test_items_of_a_folder_are_the_held_out_ones(tmp_path):
@@ -172,10 +172,10 @@ def test_items_of_a_folder_are_the_held_out_ones(tmp_path):
         held_out_items(tmp_path, limit=1)
 
 
-def test_tables_hold_every_figure(tmp_path):
+def test_tables_hold_every_metric(tmp_path):
     """Shares in percent with intervals, chance below, ranks and cosines as they are."""
     heard = {"flute": "cello", "cello": "organ", "organ": "flute"}
-    text = mulan_tables(check_figures(check_mulan(PlantedMuLaN(), planted_items(tmp_path, heard))))
+    text = mulan_tables(check_metrics(check_mulan(PlantedMuLaN(), planted_items(tmp_path, heard))))
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     assert rows[0] == ["", "n", "R@1", "R@5", "R@10", "median rank", "mAP"]
     assert ["guessing", "", "8.3", "41.7", "83.3", "6.5", "25.9"] in rows

@@ -112,7 +112,7 @@ def test_histograms_are_square_roots_of_shares():
     ],
 )
 def test_what_does_not_fit_is_refused(call, words):
-    """Wrong shapes and ranges are named instead of giving a figure."""
+    """Wrong shapes and ranges are named instead of giving a metric."""
     with pytest.raises(ValueError, match=words):
         call()
     probe = fit_linear_probe(torch.randn(4, 3), torch.tensor([0, 1, 0, 1]), 2)

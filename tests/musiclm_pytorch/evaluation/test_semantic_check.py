@@ -29,8 +29,8 @@ from musiclm_pytorch.evaluation.semantic_data import (
 from musiclm_pytorch.evaluation.semantic_report import judge, score_tables, verdict_tables
 from musiclm_pytorch.evaluation.semantic_scores import Reading, Score
 from musiclm_pytorch.evaluation.semantic_views import LogMelFrames, views_of
-from musiclm_pytorch.recipes.corpus import make_corpus, plan_clip
-from musiclm_pytorch.recipes.midi import Note
+from musiclm_pytorch.recipes.corpus.corpus import make_corpus, plan_clip
+from musiclm_pytorch.recipes.corpus.midi import Note
 from tests.helpers.semantic_sounds import RATE_HZ, written_corpus, written_digits
 
 HOP = 320
@@ -170,10 +170,10 @@ def test_the_layer_that_carries_the_label_wins(coded_sets):
     assert won["layer 1", "log-mel"].wins == ("pitch class", "digit", "digit of a clip")
     assert won["layer 1", "log-mel"].holds and not won["layer 1", "log-mel"].losses
     assert not won["layer 0", "log-mel"].wins
-    gains = {figure.name: figure for figure in verdict.gains}
+    gains = {metric.name: metric for metric in verdict.gains}
     pitch = gains["layer 1 less log-mel / linear probe / pitch class"]
     assert pitch.low > 0.7 and pitch.value == pytest.approx(1.0 - got["log-mel", Reading.LINEAR, "pitch class", None])
-    text = score_tables([(score, score.figure()) for score in check.scores]) + verdict_tables(verdict)
+    text = score_tables([(score, score.metric()) for score in check.scores]) + verdict_tables(verdict)
     assert re.search(r"\| layer 1 +\| 100\.0 \[100\.0, 100\.0\] ", text) and "Best layer for content: layer 1 " in text
     assert re.search(r"\| 32 +\| layer 1\* +\| log-mel +\|.*\| yes", text)
 
@@ -208,7 +208,7 @@ def test_own_tokens_are_read(coded_sets):
     layers = check_semantic(CodedEncoder(), *coded_sets, layers=[1], clusters=[32])
     assert (check.num_clips, check.num_frames) == (layers.num_clips, layers.num_frames)
     # a table of its own, beside k-means of as many clusters
-    text = score_tables([(score, score.figure()) for score in (*layers.scores, *check.scores)])
+    text = score_tables([(score, score.metric()) for score in (*layers.scores, *check.scores)])
     first, own = text.split("## Own tokens, k = 32\n")
     assert "own tokens" not in first and "## Tokens, k = 32" in first and "layer" not in own
     assert re.search(r"\| own tokens +\| 100\.0 \[100\.0, 100\.0\] ", own) and own.count("| guessing ") == 1
@@ -315,9 +315,9 @@ def test_scores_resample_clips_and_differences_are_paired():
     owners = torch.arange(10).repeat_interleave(100)
     answers = (owners % 2).long()
     score = Score.of("layer 1", Reading.LINEAR, "digit", None, truth, answers, owners, 10)
-    figure = score.figure()
-    assert (score.value, figure.value, figure.count) == (0.5, 0.5, 10)
-    assert figure.low < 0.25 and figure.high > 0.75
+    metric = score.metric()
+    assert (score.value, metric.value, metric.count) == (0.5, 0.5, 10)
+    assert metric.low < 0.25 and metric.high > 0.75
     better = Score.of("layer 2", Reading.LINEAR, "digit", None, truth, answers * (owners > 1), owners, 10)
     gain = better.gain_over(score)
     assert gain.name == "layer 2 less layer 1 / linear probe / digit" and gain.value == pytest.approx(0.1)
@@ -369,7 +369,7 @@ def test_music_is_read_with_its_melody(corpus):
 @pytest.mark.parametrize(
     ("harm", "words"),
     [
-        (lambda folder: (folder / "recipe.json").unlink(), "no recipe.json.*musiclm corpus --out"),
+        (lambda folder: (folder / "recipe.json").unlink(), "no recipe.json.*recipes.corpus"),
         (lambda folder: (folder / "recipe.json").write_text("{}"), "num_train"),
         (lambda folder: (folder / "valid.jsonl").unlink(), "no such manifest"),
         (lambda folder: (folder / "train.jsonl").write_text("{}\n"), "1 lines, its recipe.json says 6"),
@@ -377,7 +377,7 @@ def test_music_is_read_with_its_melody(corpus):
     ],
 )
 def test_a_corpus_whose_notes_are_not_known_is_refused(corpus, tmp_path, harm, words):
-    """Wrong labels would give wrong figures: a missing recipe or a manifest of other music is refused in one line."""
+    """Wrong labels would give wrong metrics: a missing recipe or a manifest of other music is refused in one line."""
     folder = shutil.copytree(corpus, tmp_path / "corpus")
     harm(folder)
     with pytest.raises(ValueError, match=words) as caught:

@@ -8,9 +8,9 @@ from audiolm_pytorch.data.manifest import AudioItem
 from musiclm_pytorch.evaluation.tagging import (
     auc_statistic,
     recall_statistic,
-    tag_figures,
     tag_labels,
     tag_prompts,
+    tag_scores,
     tag_tests,
     zero_shot_similarities,
 )
@@ -32,7 +32,7 @@ def test_areas_are_those_of_scikit_learn(rng, levels):
         scores = np.round(scores * levels / 3)
     truth = np.arange(60) % 4
     oracle = np.mean([roc_auc_score(truth == k, scores[:, k]) for k in range(4)])
-    assert tag_figures(torch.from_numpy(scores), torch.from_numpy(truth)).auc == pytest.approx(oracle, abs=1e-12)
+    assert tag_scores(torch.from_numpy(scores), torch.from_numpy(truth)).auc == pytest.approx(oracle, abs=1e-12)
     chosen = rng.integers(60, size=60)
     resampled = np.mean([roc_auc_score(truth[chosen] == k, scores[chosen, k]) for k in range(4)])
     statistic = auc_statistic(torch.from_numpy(scores), torch.from_numpy(truth))
@@ -54,9 +54,9 @@ def test_perfect_reversed_and_constant_models():
     """One, nought, and exactly chance where all prompts are alike, though one class is frequent."""
     truth = torch.tensor([0] * 9 + [1, 2, 2])
     perfect = torch.nn.functional.one_hot(truth, 3).float()
-    assert (tag_figures(perfect, truth).auc, tag_figures(perfect, truth).balanced_accuracy) == (1.0, 1.0)
-    assert (tag_figures(-perfect, truth).auc, tag_figures(-perfect, truth).balanced_accuracy) == (0.0, 0.0)
-    constant = tag_figures(torch.zeros(12, 3), truth)
+    assert (tag_scores(perfect, truth).auc, tag_scores(perfect, truth).balanced_accuracy) == (1.0, 1.0)
+    assert (tag_scores(-perfect, truth).auc, tag_scores(-perfect, truth).balanced_accuracy) == (0.0, 0.0)
+    constant = tag_scores(torch.zeros(12, 3), truth)
     assert constant.auc == 0.5 and constant.balanced_accuracy == pytest.approx(1 / 3) == constant.chance
 
 
@@ -64,7 +64,7 @@ def test_clips_of_unknown_class_take_no_part():
     """A truth of -1 changes nothing, whatever is similar to what."""
     similarities, truth = torch.randn(20, 2), torch.arange(20) % 2
     more = torch.cat([100 * torch.randn(5, 2), similarities])
-    assert tag_figures(more, torch.cat([torch.full((5,), -1), truth])) == tag_figures(similarities, truth)
+    assert tag_scores(more, torch.cat([torch.full((5,), -1), truth])) == tag_scores(similarities, truth)
 
 
 @pytest.mark.parametrize(
@@ -78,9 +78,9 @@ def test_clips_of_unknown_class_take_no_part():
     ],
 )
 def test_what_cannot_be_scored_is_refused(similarities, truth):
-    """One class alone, a class without a prompt, NaN and wrong shapes are errors, not figures."""
+    """One class alone, a class without a prompt, NaN and wrong shapes are errors, not metrics."""
     with pytest.raises(ValueError, match="classes"):
-        tag_figures(similarities, truth)
+        tag_scores(similarities, truth)
 
 
 def test_labels_that_describe_are_tags_and_others_are_not():
@@ -144,7 +144,7 @@ def test_a_model_that_understands_the_prompts_has_full_marks():
     scores = {}
     for test in tag_tests(items_of(*rows)):
         similarities = zero_shot_similarities(Words(), latents, test.prompts)
-        scores[test.label] = tag_figures(similarities, test.truth)
+        scores[test.label] = tag_scores(similarities, test.truth)
         assert similarities.shape == (12, len(test.values))
     assert scores["instrument"].auc == scores["instrument"].balanced_accuracy == 1.0
     assert scores["drums"].auc == scores["drums"].balanced_accuracy == 1.0

@@ -4,11 +4,11 @@ from random import Random
 
 import pytest
 
-from musiclm_pytorch.recipes.captions import FULL_FRACTION, caption_variants
-from musiclm_pytorch.recipes.corpus import plan_clip
-from musiclm_pytorch.recipes.dances import DANCES
-from musiclm_pytorch.recipes.performance import CHORDS, INSTRUMENTS, REGISTERS, TEMPI_BPM
-from musiclm_pytorch.recipes.wordings import HELD_OUT, TRAINING, Wordings
+from musiclm_pytorch.recipes.corpus.captions import FULL_FRACTION, caption_variants
+from musiclm_pytorch.recipes.corpus.corpus import plan_clip
+from musiclm_pytorch.recipes.corpus.dances import DANCES
+from musiclm_pytorch.recipes.corpus.performance import CHORDS, INSTRUMENTS, REGISTERS, TEMPI_BPM
+from musiclm_pytorch.recipes.corpus.wordings import HELD_OUT, TRAINING, Wordings
 
 LABELS = {
     "instrument": "flute",

@@ -8,9 +8,9 @@ import torch
 from musiclm_pytorch.evaluation.codec_report import Estimate
 from musiclm_pytorch.evaluation.opus import opus_copy, opus_row
 from musiclm_pytorch.evaluation.report import write_report
-from musiclm_pytorch.recipes.attributes import AttributeClassifier
-from musiclm_pytorch.recipes.codec_metrics import Copy, check_copies, checked_table, codec_copies, opus_copies
-from musiclm_pytorch.recipes.features import ClipFeatures
+from musiclm_pytorch.recipes.metrics.classifier import AttributeClassifier
+from musiclm_pytorch.recipes.metrics.clip_features import ClipFeatures
+from musiclm_pytorch.recipes.metrics.codec_metrics import Copy, check_copies, checked_table, codec_copies, opus_copies
 
 SAMPLE_HZ = 16_000
 PITCHES_HZ = {"flute": 1200.0, "cello": 220.0}
@@ -84,16 +84,16 @@ def test_kept_is_the_ratio_of_the_accuracies(judge):
 
 
 def test_table_and_report(judge, tmp_path):
-    """One line a copy with intervals; the JSON holds every figure and the table lies beside it."""
+    """One line a copy with intervals; the JSON holds every metric and the table lies beside it."""
     waves, truth = tones(4, seed=5)
     checked = check_copies(judge, waves, SAMPLE_HZ, truth, codec_copies(LevelCodec(), waves), SAMPLE_HZ)
     table = checked_table(checked)
     lines = table.splitlines()
     assert len(lines) == 5 and len({len(line) for line in lines}) == 1
     assert "instrument, %" in lines[0] and "100.0 [100.0, 100.0]" in lines[4] and "256.00" in lines[4]
-    write_report(tmp_path / "check.json", [figure for one in checked for figure in one.figures], {}, table)
+    write_report(tmp_path / "check.json", [metric for one in checked for metric in one.metrics], {}, table)
     assert (tmp_path / "check.md").read_text() == table
-    names = [figure["name"] for figure in json.loads((tmp_path / "check.json").read_text())["figures"]]
+    names = [metric["name"] for metric in json.loads((tmp_path / "check.json").read_text())["metrics"]]
     assert "codec, 2 of 2 levels / instrument, share of real" in names and len(set(names)) == len(names) == 3 * 5
 
 

@@ -13,22 +13,22 @@ from musiclm_pytorch.evaluation.novelty import (
     melody_similarity,
     melody_spectrogram,
     nearest_similarity,
-    novelty_figures,
+    novelty_metrics,
 )
 from musiclm_pytorch.evaluation.report import (
-    Figure,
-    accuracy_figure,
+    Metric,
+    accuracy_metric,
     balanced_accuracy,
     bootstrap_interval,
     markdown_table,
     write_report,
 )
 from musiclm_pytorch.evaluation.retrieval import relevance_of, retrieval
-from musiclm_pytorch.recipes.attributes import AttributeClassifier, fit_attribute_classifier
-from musiclm_pytorch.recipes.clips import labels_of, load_clips
-from musiclm_pytorch.recipes.features import ClipFeatures
-from musiclm_pytorch.recipes.measures import code_agreement_figures, from_captions, other_clips
-from musiclm_pytorch.recipes.model_metrics import ClipSet, Settings, measure
+from musiclm_pytorch.recipes.metrics.classifier import AttributeClassifier, fit_attribute_classifier
+from musiclm_pytorch.recipes.metrics.clip_features import ClipFeatures
+from musiclm_pytorch.recipes.metrics.clips import labels_of, load_clips
+from musiclm_pytorch.recipes.metrics.generation_metrics import code_agreement_metrics, from_captions, other_clips
+from musiclm_pytorch.recipes.metrics.model_metrics import ClipSet, Settings, measure
 
 SAMPLE_HZ = 16_000
 SECONDS = 3.0
@@ -115,7 +115,7 @@ def test_features_ignore_level_and_inaudible_noise_and_other_rows():
 
 
 def test_features_of_silence_are_finite_and_bad_waves_are_refused():
-    """A model that generates silence or NaN gets a low score or a clear error, never NaN figures."""
+    """A model that generates silence or NaN gets a low score or a clear error, never NaN metrics."""
     features = ClipFeatures()
     assert torch.isfinite(features(torch.zeros(1, 3 * SAMPLE_HZ))).all()
     with pytest.raises(ValueError, match="too short"):
@@ -159,7 +159,7 @@ def test_retrieval_of_perfect_and_hopeless_models():
     """Identity similarities retrieve everything, reversed ones nothing, and equal ones count as failures."""
     captions = [f"clip {i}" for i in range(20)]
     relevant = relevance_of(captions)
-    perfect = {figure.name: figure for figure in retrieval(torch.eye(20), relevant).figures("t")}
+    perfect = {metric.name: metric for metric in retrieval(torch.eye(20), relevant).metrics("t")}
     assert perfect["t / R@1"].value == perfect["t / mAP"].value == 1.0
     assert perfect["t / median rank"].value == 1.0
     assert retrieval(-torch.eye(20), relevant).ranks.tolist() == [20] * 20
@@ -194,9 +194,9 @@ def test_balanced_accuracy_gives_constant_answers_chance():
     """Answering the frequent class always is worth no more than guessing, though its accuracy is high."""
     truth = ["no"] * 90 + ["yes"] * 10
     assert balanced_accuracy(truth, ["no"] * 100) == 0.5
-    figure = accuracy_figure("drums", truth, ["no"] * 100)
-    assert (figure.value, figure.chance, figure.count) == (0.9, 0.5, 100)
-    assert accuracy_figure("drums", truth, ["no"] * 100, balanced=True).value == 0.5
+    metric = accuracy_metric("drums", truth, ["no"] * 100)
+    assert (metric.value, metric.chance, metric.count) == (0.9, 0.5, 100)
+    assert accuracy_metric("drums", truth, ["no"] * 100, balanced=True).value == 0.5
 
 
 def test_bootstrap_interval_is_that_of_the_binomial():
@@ -213,9 +213,9 @@ def test_code_agreement_has_the_chance_of_unrelated_captions():
     """Levels agree by how often codes coincide; the chance of a level that is always the same code is one."""
     audio = torch.tensor([[0, 1, 5], [1, 1, 5], [2, 1, 5], [3, 1, 5]])
     text = torch.tensor([[0, 1, 6], [1, 1, 6], [2, 1, 6], [0, 1, 6]])
-    figures = code_agreement_figures("codes", audio, text)
-    assert [figure.value for figure in figures] == [0.75, 1.0, 0.0]
-    assert [figure.chance for figure in figures] == [4 / 16, 1.0, 0.0]
+    metrics = code_agreement_metrics("codes", audio, text)
+    assert [metric.value for metric in metrics] == [0.75, 1.0, 0.0]
+    assert [metric.chance for metric in metrics] == [4 / 16, 1.0, 0.0]
 
 
 def test_other_clips_never_keeps_a_place():
@@ -250,25 +250,25 @@ def test_novelty_tells_copies_from_new_clips():
     training, held_out, new = (torch.randn(40, 16, generator=generator) for _ in range(3))
     real = nearest_similarity(held_out, training)
     assert nearest_similarity(training, training).min() > 0.999
-    copies = novelty_figures("n", nearest_similarity(training + 0.01, training), real)
+    copies = novelty_metrics("n", nearest_similarity(training + 0.01, training), real)
     assert copies[0].note == "nearer than real"
     assert copies[0].value > copies[1].value
-    fresh = novelty_figures("n", nearest_similarity(new, training) - 0.1, real)
+    fresh = novelty_metrics("n", nearest_similarity(new, training) - 0.1, real)
     assert fresh[0].note == fresh[2].note == "no nearer than real"
 
 
 def test_report_writes_json_and_table(tmp_path):
-    """Both files hold every figure with its chance and number of items."""
-    figures = [Figure("a / b", 0.5, 0.4, 0.6, 0.1, 20, "x|y"), Figure("c", 2.0, 1.0, 3.0, None, 5)]
-    write_report(tmp_path / "figures.json", figures, {"seed": 0})
-    written = json.loads((tmp_path / "figures.json").read_text())
+    """Both files hold every metric with its chance and number of items."""
+    metrics = [Metric("a / b", 0.5, 0.4, 0.6, 0.1, 20, "x|y"), Metric("c", 2.0, 1.0, 3.0, None, 5)]
+    write_report(tmp_path / "metrics.json", metrics, {"seed": 0})
+    written = json.loads((tmp_path / "metrics.json").read_text())
     assert written["settings"] == {"seed": 0}
-    assert written["figures"][0]["chance"] == 0.1
-    table = (tmp_path / "figures.md").read_text()
-    assert table == markdown_table(figures)
+    assert written["metrics"][0]["chance"] == 0.1
+    table = (tmp_path / "metrics.md").read_text()
+    assert table == markdown_table(metrics)
     assert "| a / b | 0.500 | 0.400 to 0.600 | 0.100 | 20 | x/y |" in table
     with pytest.raises(ValueError, match="json"):
-        write_report(tmp_path / "figures.txt", figures, {})
+        write_report(tmp_path / "metrics.txt", metrics, {})
 
 
 class SignCodec(torch.nn.Module):
@@ -335,11 +335,11 @@ class FakeMusicLM:
         return SimpleNamespace(waves=rows, best=rows[:, -1])
 
 
-def test_figures_of_a_model_that_follows_its_prompts(judge, tmp_path):
+def test_metrics_of_a_model_that_follows_its_prompts(judge, tmp_path):
     """An obedient fake scores full marks from audio and captions, and its shuffled control does not."""
     clips = ClipSet("toy", written_items(tmp_path, 8, seed=6), written_items(tmp_path, 16, seed=7, held_out_pair=True))
     settings = Settings(seconds=SECONDS, num_samples=2, batch=5)
-    figures = {figure.name: figure for figure in measure(FakeMusicLM(), judge, clips, settings)}
+    metrics = {metric.name: metric for metric in measure(FakeMusicLM(), judge, clips, settings)}
     for condition in (
         "real held-out",
         "codec reconstruction",
@@ -347,12 +347,12 @@ def test_figures_of_a_model_that_follows_its_prompts(judge, tmp_path):
         "generated from captions (N = 2)",
         "generated from captions (N = 1)",
     ):
-        assert figures[f"toy / {condition} / instrument"].value == 1.0
-        assert figures[f"toy, unseen pairs / {condition} / tempo (balanced)"].value == 1.0
-    assert figures["toy / shuffled captions / instrument"].value < 0.9
-    assert figures["toy / MuLaN text to audio / R@1"].count == 16
-    assert figures["toy / text and audio codes agree / level 2"].value == 1.0
-    assert figures["toy / nearest training clip, melody / generated / mean"].note
+        assert metrics[f"toy / {condition} / instrument"].value == 1.0
+        assert metrics[f"toy, unseen pairs / {condition} / tempo (balanced)"].value == 1.0
+    assert metrics["toy / shuffled captions / instrument"].value < 0.9
+    assert metrics["toy / MuLaN text to audio / R@1"].count == 16
+    assert metrics["toy / text and audio codes agree / level 2"].value == 1.0
+    assert metrics["toy / nearest training clip, melody / generated / mean"].note
 
 
 def test_generations_that_are_not_finite_count_as_silence(judge, caplog):

@@ -7,14 +7,14 @@ from random import Random
 
 import pytest
 
-from musiclm_pytorch.recipes import corpus
-from musiclm_pytorch.recipes.composition import HIGHEST_PITCH, LOWEST_PITCH, Tune, compose_tune
-from musiclm_pytorch.recipes.corpus import HELD_OUT_PAIRS, make_corpus, plan_clip
-from musiclm_pytorch.recipes.dances import DANCES
-from musiclm_pytorch.recipes.midi import DRUM_CHANNEL, TICKS_PER_SECOND, Note, ProgramChange, midi_bytes
-from musiclm_pytorch.recipes.performance import INSTRUMENTS, REGISTERS, TEMPI_BPM, ClipLabels, perform
-from musiclm_pytorch.recipes.render import find_synthesizer, render_performances
-from musiclm_pytorch.recipes.theory import SCALES, Chord, Scale
+from musiclm_pytorch.recipes.corpus import corpus
+from musiclm_pytorch.recipes.corpus.composition import HIGHEST_PITCH, LOWEST_PITCH, Tune, compose_tune
+from musiclm_pytorch.recipes.corpus.corpus import HELD_OUT_PAIRS, make_corpus, plan_clip
+from musiclm_pytorch.recipes.corpus.dances import DANCES
+from musiclm_pytorch.recipes.corpus.midi import DRUM_CHANNEL, TICKS_PER_SECOND, Note, ProgramChange, midi_bytes
+from musiclm_pytorch.recipes.corpus.performance import INSTRUMENTS, REGISTERS, TEMPI_BPM, ClipLabels, perform
+from musiclm_pytorch.recipes.corpus.render import find_synthesizer, render_performances
+from musiclm_pytorch.recipes.corpus.theory import SCALES, Chord, Scale
 
 
 def _synthesizer_is_missing() -> bool:

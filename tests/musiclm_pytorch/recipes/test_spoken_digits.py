@@ -16,22 +16,22 @@ from audiolm_pytorch.data.manifest import load_items
 from audiolm_pytorch.saving.modules import load_module, save_module
 from musiclm_pytorch.pretrained.bundled import codec_named, tokenizer_named
 from musiclm_pytorch.recipes import spoken_digits
-from musiclm_pytorch.recipes.attributes import AttributeClassifier
-from musiclm_pytorch.recipes.features import ClipFeatures
 from musiclm_pytorch.recipes.memory import peak_bytes_of
-from musiclm_pytorch.recipes.semantic import join_words
-from musiclm_pytorch.recipes.spoken_digits import build_stages, open_audiolm, split_words
-from musiclm_pytorch.recipes.spoken_metrics import (
+from musiclm_pytorch.recipes.metrics.classifier import AttributeClassifier
+from musiclm_pytorch.recipes.metrics.clip_features import ClipFeatures
+from musiclm_pytorch.recipes.metrics.spoken_metrics import (
     HeardWords,
-    confidence_figures,
+    confidence_metrics,
     confidence_table,
     fit_word_judge,
     heard_words,
     histogram,
-    speaker_figures,
+    speaker_metrics,
     speakers_of,
 )
-from musiclm_pytorch.recipes.words import WordFeatures, cut_words, padded
+from musiclm_pytorch.recipes.metrics.word_features import WordFeatures, cut_words, padded
+from musiclm_pytorch.recipes.semantic import join_words
+from musiclm_pytorch.recipes.spoken_digits import build_stages, open_audiolm, split_words
 
 HZ = 16_000
 PITCHES_HZ = {"ann": 150.0, "bob": 400.0}
@@ -156,7 +156,7 @@ def test_judges_of_clips_are_saved_as_before(tmp_path: Path) -> None:
 def test_speakers_are_compared_with_the_right_prompts() -> None:
     """Guards the bookkeeping: who keeps every speaker has 1, a constant answer chance, exchanged prompts too."""
     truth = ["ann", "bob", "eve"] * 200
-    kept, constant, exchanged = speaker_figures(truth, {"kept": truth, "constant": ["ann"] * 600})
+    kept, constant, exchanged = speaker_metrics(truth, {"kept": truth, "constant": ["ann"] * 600})
     assert kept.value == 1.0 and kept.chance == pytest.approx(1 / 3) and constant.value == pytest.approx(1 / 3)
     assert abs(exchanged.value - 1 / 3) < 0.08 and exchanged.name == "speaker kept / kept, prompts exchanged"
 
@@ -165,8 +165,8 @@ def test_recognised_share_is_measured_by_the_reference() -> None:
     """Guards the limit of recognition: 95% of the reference pass it, whatever their confidences."""
     real = HeardWords(["0"] * 100, np.linspace(0.3, 0.9, 100), 50.0)
     made = HeardWords(["0", "1"], np.array([0.2, 0.95]), 4.0)
-    figures = confidence_figures({"real": real, "made": made}, "real")
-    assert figures[0].value == 0.95 and figures[1].value == 0.5 and "0.50 pieces a second" in figures[1].note
+    metrics = confidence_metrics({"real": real, "made": made}, "real")
+    assert metrics[0].value == 0.95 and metrics[1].value == 0.5 and "0.50 pieces a second" in metrics[1].note
     table = confidence_table({"real": real, "made": made})
     assert "| made | 0.50 | 0.50 |" in table and "Confidence in made (2 pieces)" in table
 
@@ -199,7 +199,7 @@ def test_memory_is_that_of_a_process_of_its_own() -> None:
 def test_recipe_runs_and_goes_on_where_it_was(
     items: list[AudioItem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards the whole recipe: it writes model and figures, and run again trains nothing anew."""
+    """Guards the whole recipe: it writes model and metrics, and run again trains nothing anew."""
     for name, value in {
         "NUM_CODEC_CLIPS": 20,
         "NUM_CLIPS": 6,
@@ -215,12 +215,12 @@ def test_recipe_runs_and_goes_on_where_it_was(
     monkeypatch.setattr(spoken_digits, "peak_bytes_of", lambda job, *arguments: job(*arguments) or 2**20)
     data = items[0].path.parents[1]
     spoken_digits.main(data, tmp_path, scale=0.001)
-    report = json.loads((tmp_path / "figures.json").read_text())
-    names = {figure["name"] for figure in report["figures"]}
+    report = json.loads((tmp_path / "metrics.json").read_text())
+    names = {metric["name"] for metric in report["metrics"]}
     assert {"speaker kept / continuations", "recognised as a digit / unconditional samples"} <= names
     assert (
         "memory (MiB) / stream, difference" in names
-        and "Confidence in real clips" in (tmp_path / "figures.md").read_text()
+        and "Confidence in real clips" in (tmp_path / "metrics.md").read_text()
     )
     rows = {stage: (tmp_path / stage / "metrics.jsonl").read_text() for stage in ("codec", "semantic", "fine")}
     spoken_digits.main(data, tmp_path, scale=0.001)

@@ -5,8 +5,8 @@ from random import Random
 
 from beartype import beartype
 
-from musiclm_pytorch.recipes.composition import Tune
-from musiclm_pytorch.recipes.midi import DRUM_CHANNEL, ControlChange, Note, ProgramChange
+from musiclm_pytorch.recipes.corpus.composition import Tune
+from musiclm_pytorch.recipes.corpus.midi import DRUM_CHANNEL, ControlChange, Note, ProgramChange
 
 __all__ = ["CHORDS", "INSTRUMENTS", "REGISTERS", "TEMPI_BPM", "ClipLabels", "perform"]
 

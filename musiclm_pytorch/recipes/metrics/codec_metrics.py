@@ -1,6 +1,6 @@
 """How much of the music survives a codec: attributes that a judge hears in its copies, beside distances and bitrate.
 
-Run as `python -m musiclm_pytorch.recipes.codec_metrics --codec DIR --data ../shared/data/tunes --json check.json`.
+Run as `python -m musiclm_pytorch.recipes.metrics.codec_metrics --codec DIR --data TUNES --json check.json`.
 """
 
 import sys
@@ -24,11 +24,11 @@ from audiolm_pytorch.saving.modules import fingerprint_of
 from musiclm_pytorch.cli.checks import check_file, device_named
 from musiclm_pytorch.evaluation.codec_report import CodecRow, Estimate, aligned_table, distance_row
 from musiclm_pytorch.evaluation.opus import opus_copy, require_opus
-from musiclm_pytorch.evaluation.report import Figure, accuracy_figure, accuracy_statistic, write_report
+from musiclm_pytorch.evaluation.report import Metric, accuracy_metric, accuracy_statistic, write_report
 from musiclm_pytorch.pretrained.bundled import DEFAULT_CODEC, codec_named
-from musiclm_pytorch.recipes.attributes import AttributeClassifier, fitted_classifier
-from musiclm_pytorch.recipes.clips import labels_of, load_clips
-from musiclm_pytorch.recipes.measures import PLAIN_ACCURACY, reconstruct
+from musiclm_pytorch.recipes.metrics.classifier import AttributeClassifier, fitted_classifier
+from musiclm_pytorch.recipes.metrics.clips import labels_of, load_clips
+from musiclm_pytorch.recipes.metrics.generation_metrics import PLAIN_ACCURACY, reconstruct
 
 __all__ = ["Checked", "Copy", "check_copies", "checked_table", "codec_copies", "main", "opus_copies"]
 
@@ -59,12 +59,12 @@ class Checked:
     """
 
     row: CodecRow
-    accuracy: dict[str, Figure]
-    kept: dict[str, Figure]
+    accuracy: dict[str, Metric]
+    kept: dict[str, Metric]
 
     @property
-    def figures(self) -> list[Figure]:
-        """Everything as figures."""
+    def metrics(self) -> list[Metric]:
+        """Everything as metrics."""
         row, note = self.row, "" if self.row.kbps is None else f"{self.row.kbps:.2f} kbps"
         distances = {
             "mel distance (nepers)": row.mel_nepers,
@@ -75,7 +75,7 @@ class Checked:
             *self.accuracy.values(),
             *self.kept.values(),
             *(
-                Figure(f"{row.name} / {name}", value.mean, value.low, value.high, None, row.num_clips, note)
+                Metric(f"{row.name} / {name}", value.mean, value.low, value.high, None, row.num_clips, note)
                 for name, value in distances.items()
             ),
         ]
@@ -125,11 +125,11 @@ def _checked(
     for attribute, wanted in truth.items():
         balanced = attribute not in PLAIN_ACCURACY
         name = f"{copy.name} / {attribute}{' (balanced)' if balanced else ''}"
-        accuracy[attribute] = accuracy_figure(name, wanted, answers[attribute], balanced=balanced)
+        accuracy[attribute] = accuracy_metric(name, wanted, answers[attribute], balanced=balanced)
         on_copy = accuracy_statistic(wanted, answers[attribute], balanced)
         on_real = accuracy_statistic(wanted, heard[attribute], balanced)
         share = partial(_share, on_copy, on_real)
-        kept[attribute] = Figure.measured(f"{name}, share of real", share, len(wanted))
+        kept[attribute] = Metric.measured(f"{name}, share of real", share, len(wanted))
     return Checked(distance_row(copy.name, pairs, sample_hz, copy.kbps), accuracy, kept)
 
 
@@ -190,7 +190,7 @@ def checked_table(checked: Sequence[Checked]) -> str:
     Returns:
         Markdown, ending in a line break; 95% intervals are in brackets.
     """
-    names = [figure.name.partition(" / ")[2] for figure in checked[0].accuracy.values()] if checked else []
+    names = [metric.name.partition(" / ")[2] for metric in checked[0].accuracy.values()] if checked else []
     cells = [["", "kbps", "mel (nepers)", "SI-SDR (dB)"]]
     cells[0] += [cell for name in names for cell in (f"{name}, %", "% of real")]
     for one in checked:
@@ -202,8 +202,8 @@ def checked_table(checked: Sequence[Checked]) -> str:
     return aligned_table(cells)
 
 
-def _percent(figure: Figure) -> str:
-    return Estimate(100 * figure.value, 100 * figure.low, 100 * figure.high).shown(1)
+def _percent(metric: Metric) -> str:
+    return Estimate(100 * metric.value, 100 * metric.low, 100 * metric.high).shown(1)
 
 
 def main(
@@ -226,7 +226,7 @@ def main(
         levels: Also try only so many code levels.
         opus: Bitrates of Opus to compare with (kbps); needs opus-tools.
         limit: Use only the first clips.
-        json: Write the figures here too, and the table beside with the suffix .md.
+        json: Write the metrics here too, and the table beside with the suffix .md.
         device: Where the codec runs.
         offline: Never ask a model hub.
     """
@@ -248,7 +248,7 @@ def main(
     checked = check_copies(judge, waves, waves_hz, truth, copies(), sample_hz)
     table = checked_table(checked)
     chances = "; ".join(
-        f"{name} {100 * figure.chance:.1f}%" for name, figure in checked[0].accuracy.items() if figure.chance
+        f"{name} {100 * metric.chance:.1f}%" for name, metric in checked[0].accuracy.items() if metric.chance
     )
     sys.stdout.write(f"{len(items)} clips of {data}, compared at {sample_hz} Hz; chance: {chances}\n{table}")
     if json is not None:
@@ -260,7 +260,7 @@ def main(
             "limit": limit,
             "rows": [asdict(one.row) for one in checked],
         }
-        write_report(json, [figure for one in checked for figure in one.figures], settings, table)
+        write_report(json, [metric for one in checked for metric in one.metrics], settings, table)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.data.manifest import AudioItem, load_items
 from audiolm_pytorch.saving.modules import load_module, register, save_module
-from musiclm_pytorch.recipes.clips import labels_of, load_clips
-from musiclm_pytorch.recipes.features import ClipFeatures
-from musiclm_pytorch.recipes.words import WordFeatures
+from musiclm_pytorch.recipes.metrics.clip_features import ClipFeatures
+from musiclm_pytorch.recipes.metrics.clips import labels_of, load_clips
+from musiclm_pytorch.recipes.metrics.word_features import WordFeatures
 
 __all__ = ["ATTRIBUTES", "AttributeClassifier", "fit_attribute_classifier", "fitted_classifier"]
 

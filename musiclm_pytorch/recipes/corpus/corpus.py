@@ -1,6 +1,6 @@
 """The corpus: thousands of short clips of our own tunes, with labels and captions.
 
-    musiclm corpus --out corpus --num-train 4000 --num-valid 200 --seed 0
+    python -m musiclm_pytorch.recipes.corpus --out corpus --num-train 4000 --num-valid 200 --seed 0
 
 Everything is decided by (seed, split, number of the clip) before anything is rendered, so an interrupted run goes on
 where it stopped, and the labels of a seed are always the same.
@@ -19,10 +19,10 @@ from beartype import beartype
 
 from audiolm_pytorch.audio.files import write_audio
 from audiolm_pytorch.saving.files import read_json, staged_files, write_json
-from musiclm_pytorch.recipes.captions import caption_variants
-from musiclm_pytorch.recipes.composition import Tune, compose_tune
-from musiclm_pytorch.recipes.performance import INSTRUMENTS, TEMPI_BPM, TEMPO_JITTER, ClipLabels, perform
-from musiclm_pytorch.recipes.render import find_synthesizer, render_performances
+from musiclm_pytorch.recipes.corpus.captions import caption_variants
+from musiclm_pytorch.recipes.corpus.composition import Tune, compose_tune
+from musiclm_pytorch.recipes.corpus.performance import INSTRUMENTS, TEMPI_BPM, TEMPO_JITTER, ClipLabels, perform
+from musiclm_pytorch.recipes.corpus.render import find_synthesizer, render_performances
 
 __all__ = ["HELD_OUT_PAIRS", "ClipPlan", "make_corpus", "plan_clip"]
 

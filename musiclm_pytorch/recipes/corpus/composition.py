@@ -12,8 +12,8 @@ from typing import TypeVar
 
 from beartype import beartype
 
-from musiclm_pytorch.recipes.dances import DANCES, Metre
-from musiclm_pytorch.recipes.theory import CADENCES, KEYS, OPENINGS, SCALES, Chord, Scale
+from musiclm_pytorch.recipes.corpus.dances import DANCES, Metre
+from musiclm_pytorch.recipes.corpus.theory import CADENCES, KEYS, OPENINGS, SCALES, Chord, Scale
 
 __all__ = ["ChordSpan", "MelodyNote", "Tune", "compose_tune"]
 

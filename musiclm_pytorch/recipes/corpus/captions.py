@@ -8,7 +8,7 @@ from typing import Any
 
 from beartype import beartype
 
-from musiclm_pytorch.recipes.wordings import HELD_OUT, TRAINING, Wordings
+from musiclm_pytorch.recipes.corpus.wordings import HELD_OUT, TRAINING, Wordings
 
 __all__ = ["FULL_FRACTION", "caption_variants"]
 

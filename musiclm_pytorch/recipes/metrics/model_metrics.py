@@ -1,6 +1,6 @@
-"""The figures of a MusicLM: what it does with real audio and with captions, beside chance and beside real music.
+"""The metrics of a MusicLM: what it does with real audio and with captions, beside chance and beside real music.
 
-Run as `python -m musiclm_pytorch.recipes.model_metrics --model DIR --data ../shared/data/tunes --out figures.json`.
+Run as `python -m musiclm_pytorch.recipes.metrics.model_metrics --model DIR --data TUNES --out metrics.json`.
 """
 
 import logging
@@ -20,16 +20,16 @@ from musiclm_pytorch.evaluation.novelty import (
     melody_similarity,
     melody_spectrogram,
     nearest_similarity,
-    novelty_figures,
+    novelty_metrics,
 )
-from musiclm_pytorch.evaluation.report import Figure, markdown_table, write_report
+from musiclm_pytorch.evaluation.report import Metric, markdown_table, write_report
 from musiclm_pytorch.evaluation.retrieval import relevance_of, retrieval
-from musiclm_pytorch.recipes.attributes import AttributeClassifier, fitted_classifier
-from musiclm_pytorch.recipes.clips import labels_of, load_clips
-from musiclm_pytorch.recipes.measures import (
-    attribute_figures,
+from musiclm_pytorch.recipes.metrics.classifier import AttributeClassifier, fitted_classifier
+from musiclm_pytorch.recipes.metrics.clips import labels_of, load_clips
+from musiclm_pytorch.recipes.metrics.generation_metrics import (
+    attribute_metrics,
     audio_latents,
-    code_agreement_figures,
+    code_agreement_metrics,
     from_audio,
     from_captions,
     other_clips,
@@ -49,7 +49,7 @@ CLIPS_AT_ONCE = 200
 
 @dataclass(frozen=True)
 class Settings:
-    """How figures are measured."""
+    """How metrics are measured."""
 
     seconds: float = 5.0
     """Length of clips and generations (seconds)."""
@@ -74,7 +74,7 @@ class ClipSet:
         """Read the manifests `train.jsonl` and `valid.jsonl` of a folder.
 
         Args:
-            name: How figures call it.
+            name: How metrics call it.
             folder: Where the manifests lie.
             limit: Use only so many held-out clips, the first ones.
 
@@ -104,7 +104,7 @@ class ClipSet:
 
 
 @torch.no_grad()
-def measure(model: "MusicLM", judge: AttributeClassifier, clips: ClipSet, settings: Settings) -> list[Figure]:
+def measure(model: "MusicLM", judge: AttributeClassifier, clips: ClipSet, settings: Settings) -> list[Metric]:
     """Measure everything about a model on one set of clips.
 
     Args:
@@ -114,7 +114,7 @@ def measure(model: "MusicLM", judge: AttributeClassifier, clips: ClipSet, settin
         settings: Lengths, candidates, seeds.
 
     Returns:
-        All figures, in the order of a report.
+        All metrics, in the order of a report.
     """
     waves = load_clips(clips.valid, model.sample_hz, settings.seconds)
     logger.info("%s: generating from %d real clips", clips.name, len(waves))
@@ -139,29 +139,29 @@ def measure(model: "MusicLM", judge: AttributeClassifier, clips: ClipSet, settin
 
 def _attributes(
     judge: AttributeClassifier, clips: ClipSet, conditions: dict[str, Tensor], sample_hz: int
-) -> list[Figure]:
+) -> list[Metric]:
     """Attributes of all held-out clips, and of those whose pair of attributes no training clip has."""
     truth = clips.truth(judge)
-    figures = []
+    metrics = []
     for condition, waves in conditions.items():
-        figures += attribute_figures(f"{clips.name} / {condition}", judge, waves, sample_hz, truth)
+        metrics += attribute_metrics(f"{clips.name} / {condition}", judge, waves, sample_hz, truth)
     unseen = [index for index, item in enumerate(clips.valid) if item.labels.get("held_out_pair") is True]
     if unseen:
         rows = {name: [names[index] for index in unseen] for name, names in truth.items()}
         for condition, waves in conditions.items():
             name = f"{clips.name}, unseen pairs / {condition}"
-            figures += attribute_figures(name, judge, waves[unseen], sample_hz, rows)
-    return figures
+            metrics += attribute_metrics(name, judge, waves[unseen], sample_hz, rows)
+    return metrics
 
 
-def _shuffled(judge: AttributeClassifier, clips: ClipSet, songs: Tensor, sample_hz: int) -> list[Figure]:
+def _shuffled(judge: AttributeClassifier, clips: ClipSet, songs: Tensor, sample_hz: int) -> list[Metric]:
     """The control: each generation beside the attributes of another caption."""
     others = other_clips(len(clips.valid))
     truth = {name: [names[other] for other in others] for name, names in clips.truth(judge).items()}
-    return attribute_figures(f"{clips.name} / shuffled captions", judge, songs, sample_hz, truth, note="must be chance")
+    return attribute_metrics(f"{clips.name} / shuffled captions", judge, songs, sample_hz, truth, note="must be chance")
 
 
-def _retrieval_and_codes(model: "MusicLM", clips: ClipSet, waves: Tensor) -> list[Figure]:
+def _retrieval_and_codes(model: "MusicLM", clips: ClipSet, waves: Tensor) -> list[Metric]:
     """How well MuLaN and its codes join captions and clips."""
     quantizer = model.mulan_embed_quantizer
     audio = audio_latents(quantizer, waves, model.sample_hz)
@@ -170,14 +170,14 @@ def _retrieval_and_codes(model: "MusicLM", clips: ClipSet, waves: Tensor) -> lis
     audio_codes = quantizer.codes_from_latents(audio, "audio")
     text_codes = quantizer.codes_from_latents(text, "text")
     return [
-        *found.figures(f"{clips.name} / MuLaN text to audio"),
-        *code_agreement_figures(f"{clips.name} / text and audio codes agree", audio_codes, text_codes),
+        *found.metrics(f"{clips.name} / MuLaN text to audio"),
+        *code_agreement_metrics(f"{clips.name} / text and audio codes agree", audio_codes, text_codes),
     ]
 
 
 def _novelty(
     model: "MusicLM", judge: AttributeClassifier, clips: ClipSet, waves: Tensor, songs: Tensor
-) -> list[Figure]:
+) -> list[Metric]:
     """Nearness of generations and of real held-out clips to the training clips, in three embeddings."""
     rate_hz, quantizer = model.sample_hz, model.mulan_embed_quantizer
     kinds: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
@@ -191,25 +191,25 @@ def _novelty(
         batch = load_clips(clips.train[first : first + CLIPS_AT_ONCE], rate_hz, seconds)
         for kind, (embed, _) in kinds.items():
             references[kind].append(embed(batch))
-    figures = []
+    metrics = []
     for kind, (embed, nearest) in kinds.items():
         training = torch.cat(references[kind])
         generated, held_out = nearest(embed(songs), training), nearest(embed(waves), training)
-        figures += novelty_figures(f"{clips.name} / nearest training clip, {kind}", generated, held_out)
-    return figures
+        metrics += novelty_metrics(f"{clips.name} / nearest training clip, {kind}", generated, held_out)
+    return metrics
 
 
 def main(
     model: str,
     data: Path = Path("../shared/data/tunes"),
     corpus: Path | None = None,
-    out: Path = Path("figures.json"),
+    out: Path = Path("metrics.json"),
     classifier: Path | None = None,
     limit: int | None = None,
     device: str = "cpu",
     settings: tyro.conf.OmitArgPrefixes[Settings] = Settings(),
 ) -> None:
-    """Measure a MusicLM and write the figures as JSON and as a table.
+    """Measure a MusicLM and write the metrics as JSON and as a table.
 
     Args:
         model: Folder of a model, or the name of a bundled one.
@@ -234,12 +234,12 @@ def main(
         "limit": limit,
         **asdict(settings),
     }
-    figures: list[Figure] = []
+    metrics: list[Metric] = []
     for name, folder in folders.items():
-        figures += measure(musiclm, judge, ClipSet.load(name, folder, limit), settings)
+        metrics += measure(musiclm, judge, ClipSet.load(name, folder, limit), settings)
         # After each set: generating takes long, and what is measured shall not be lost.
-        write_report(out, figures, described)
-    sys.stdout.write(markdown_table(figures))
+        write_report(out, metrics, described)
+    sys.stdout.write(markdown_table(metrics))
 
 
 if __name__ == "__main__":

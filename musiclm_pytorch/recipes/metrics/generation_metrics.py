@@ -16,8 +16,8 @@ from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.codecs.loudness import codes_and_scales, wave_of
 from audiolm_pytorch.conditioning.tensors import Conditions
 from audiolm_pytorch.nn.module_state import device_of
-from musiclm_pytorch.evaluation.report import Figure, accuracy_figure
-from musiclm_pytorch.recipes.attributes import AttributeClassifier
+from musiclm_pytorch.evaluation.report import Metric, accuracy_metric
+from musiclm_pytorch.recipes.metrics.classifier import AttributeClassifier
 
 if TYPE_CHECKING:
     from musiclm_pytorch.musiclm import MusicLM
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Generations",
-    "attribute_figures",
+    "attribute_metrics",
     "audio_latents",
-    "code_agreement_figures",
+    "code_agreement_metrics",
     "from_audio",
     "from_captions",
     "other_clips",
@@ -211,18 +211,18 @@ def other_clips(count: int, seed: int = 0) -> list[int]:
     return others.tolist()
 
 
-def attribute_figures(
+def attribute_metrics(
     name: str,
     judge: AttributeClassifier,
     waves: Tensor,
     sample_hz: int,
     truth: dict[str, list[str]],
     note: str = "",
-) -> list[Figure]:
+) -> list[Metric]:
     """Have a judge name the attributes of clips, and count how often it says what was asked for.
 
     Args:
-        name: Beginning of the figures' names.
+        name: Beginning of the metrics' names.
         judge: Fitted on real training clips.
         waves: `[b, n]`.
         sample_hz: Their rate (Hz).
@@ -230,11 +230,11 @@ def attribute_figures(
         note: What else the reader must know.
 
     Returns:
-        One figure per attribute: accuracy of the instrument, balanced accuracy of the others.
+        One metric per attribute: accuracy of the instrument, balanced accuracy of the others.
     """
     answers = judge.predict(waves, sample_hz)
     return [
-        accuracy_figure(
+        accuracy_metric(
             f"{name} / {attribute}{'' if attribute in PLAIN_ACCURACY else ' (balanced)'}",
             wanted,
             answers[attribute],
@@ -245,25 +245,25 @@ def attribute_figures(
     ]
 
 
-def code_agreement_figures(name: str, audio_codes: Tensor, text_codes: Tensor) -> list[Figure]:
+def code_agreement_metrics(name: str, audio_codes: Tensor, text_codes: Tensor) -> list[Metric]:
     """How often a caption has the code of its clip, level by level.
 
     Args:
-        name: Beginning of the figures' names.
+        name: Beginning of the metrics' names.
         audio_codes: `[b, q]` of clips.
         text_codes: `[b, q]` of their captions.
 
     Returns:
-        One figure per level; chance is how often the caption of any clip would agree.
+        One metric per level; chance is how often the caption of any clip would agree.
     """
-    figures = []
+    metrics = []
     for level in range(audio_codes.shape[1]):
         audio, text = audio_codes[:, level].cpu().numpy(), text_codes[:, level].cpu().numpy()
         agrees = (audio == text).astype(float)
         chance = float((audio[:, None] == text[None, :]).mean())
         statistic = partial(_mean_of, agrees)
-        figures.append(Figure.measured(f"{name} / level {level + 1}", statistic, len(agrees), chance))
-    return figures
+        metrics.append(Metric.measured(f"{name} / level {level + 1}", statistic, len(agrees), chance))
+    return metrics
 
 
 def _mean_of(values: np.ndarray, chosen: np.ndarray) -> float:

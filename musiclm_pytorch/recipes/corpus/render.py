@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from beartype import beartype
 
-from musiclm_pytorch.recipes.midi import ControlChange, Note, ProgramChange, write_midi
+from musiclm_pytorch.recipes.corpus.midi import ControlChange, Note, ProgramChange, write_midi
 
 __all__ = ["SOUNDFONT", "find_synthesizer", "render_performances"]
 

@@ -11,22 +11,22 @@ from torch import Tensor
 
 from audiolm_pytorch.audiolm import AudioLM
 from audiolm_pytorch.data.manifest import AudioItem
-from musiclm_pytorch.evaluation.report import Figure, accuracy_figure
-from musiclm_pytorch.recipes.attributes import AttributeClassifier, fit_attribute_classifier
-from musiclm_pytorch.recipes.clips import labels_of, load_clips
-from musiclm_pytorch.recipes.measures import other_clips, reconstruct
-from musiclm_pytorch.recipes.words import WordFeatures, cut_words, padded
+from musiclm_pytorch.evaluation.report import Metric, accuracy_metric
+from musiclm_pytorch.recipes.metrics.classifier import AttributeClassifier, fit_attribute_classifier
+from musiclm_pytorch.recipes.metrics.clips import labels_of, load_clips
+from musiclm_pytorch.recipes.metrics.generation_metrics import other_clips, reconstruct
+from musiclm_pytorch.recipes.metrics.word_features import WordFeatures, cut_words, padded
 
 __all__ = [
     "HeardWords",
-    "confidence_figures",
+    "confidence_metrics",
     "confidence_table",
     "fit_word_judge",
     "generated_waves",
     "heard_words",
     "histogram",
-    "judge_figures",
-    "speaker_figures",
+    "judge_metrics",
+    "speaker_metrics",
     "speakers_of",
 ]
 
@@ -148,7 +148,7 @@ def heard_words(judge: AttributeClassifier, waves: Tensor, sample_hz: int, backw
 
 
 @beartype
-def judge_figures(judge: AttributeClassifier, audiolm: AudioLM, words: Sequence[AudioItem]) -> list[Figure]:
+def judge_metrics(judge: AttributeClassifier, audiolm: AudioLM, words: Sequence[AudioItem]) -> list[Metric]:
     """Say how good the judge is, on recorded words and on what the codec makes of them.
 
     Args:
@@ -162,13 +162,13 @@ def judge_figures(judge: AttributeClassifier, audiolm: AudioLM, words: Sequence[
     codec = audiolm.codec
     waves = load_clips(words, codec.target_sample_hz, _WORD_SECONDS)
     copies = reconstruct(codec, waves, num_levels=_predicted_levels(audiolm))
-    figures = []
+    metrics = []
     for name, heard in (("recorded words", waves), ("words after the codec", copies)):
         answers = judge.predict(heard, codec.target_sample_hz)
-        figures += [
-            accuracy_figure(f"judge / {name} / {label}", labels_of(words, label), answers[label]) for label in LABELS
+        metrics += [
+            accuracy_metric(f"judge / {name} / {label}", labels_of(words, label), answers[label]) for label in LABELS
         ]
-    return figures
+    return metrics
 
 
 def _predicted_levels(audiolm: AudioLM) -> int:
@@ -178,7 +178,7 @@ def _predicted_levels(audiolm: AudioLM) -> int:
 
 
 @beartype
-def speaker_figures(truth: Sequence[str], answers: Mapping[str, Sequence[str]]) -> list[Figure]:
+def speaker_metrics(truth: Sequence[str], answers: Mapping[str, Sequence[str]]) -> list[Metric]:
     """Say how often the speaker is that of the prompt.
 
     Args:
@@ -189,14 +189,14 @@ def speaker_figures(truth: Sequence[str], answers: Mapping[str, Sequence[str]]) 
         For each the share that has the prompt's speaker; and the same of the first when prompts are exchanged, so that
         each is compared with the speaker of another prompt.
     """
-    figures = [accuracy_figure(f"speaker kept / {name}", truth, heard) for name, heard in answers.items()]
+    metrics = [accuracy_metric(f"speaker kept / {name}", truth, heard) for name, heard in answers.items()]
     name, heard = next(iter(answers.items()))
     exchanged = [truth[other] for other in other_clips(len(truth))]
-    return [*figures, accuracy_figure(f"speaker kept / {name}, prompts exchanged", exchanged, heard)]
+    return [*metrics, accuracy_metric(f"speaker kept / {name}, prompts exchanged", exchanged, heard)]
 
 
 @beartype
-def confidence_figures(heard: Mapping[str, HeardWords], reference: str) -> list[Figure]:
+def confidence_metrics(heard: Mapping[str, HeardWords], reference: str) -> list[Metric]:
     """Say which share of pieces is recognised as some digit: as surely as 95% of the reference are.
 
     Args:
@@ -208,7 +208,7 @@ def confidence_figures(heard: Mapping[str, HeardWords], reference: str) -> list[
     """
     limit = float(np.quantile(heard[reference].confidences, 0.05))
     return [
-        Figure.measured(
+        Metric.measured(
             f"recognised as a digit / {name}",
             partial(_share, words.confidences >= limit),
             len(words.confidences),
