@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from beartype import beartype
 from torch import Tensor, nn
@@ -74,6 +75,22 @@ class MultiScaleWaveDiscriminator(nn.Module):
         return outputs
 
 
+class _GroupedConv1d(nn.Conv1d):
+    """A strided convolution in groups of 4 channels, in float32 under autocast too.
+
+    On Xeons with AMX, oneDNN's bfloat16 kernels multiply memory that nobody wrote by zero where a length is not a
+    multiple of 32 (github.com/uxlfoundation/oneDNN/issues/5717): gradients of short waves are NaN in some runs.
+    """
+
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        kernel = 10 * _STRIDE + 1
+        super().__init__(dim_in, dim_out, kernel, _STRIDE, padding=5 * _STRIDE, groups=dim_in // _GROUP_SIZE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(next(self.parameters()).dtype))
+
+
 class _OneScale(nn.Module):
     """The network of one resolution."""
 
@@ -83,8 +100,7 @@ class _OneScale(nn.Module):
         layers = [weight_norm(nn.Conv1d(channels, dim, 15, padding=7))]
         for _ in range(_GROUPED_LAYERS):
             wider = min(4 * dim, largest)
-            conv = nn.Conv1d(dim, wider, 10 * _STRIDE + 1, _STRIDE, padding=5 * _STRIDE, groups=dim // _GROUP_SIZE)
-            layers.append(weight_norm(conv))
+            layers.append(weight_norm(_GroupedConv1d(dim, wider)))
             dim = wider
         layers.append(weight_norm(nn.Conv1d(dim, dim, 5, padding=2)))
         self.layers = nn.ModuleList(layers)
