@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from audiolm_pytorch.audio.units import samples_covering
 from audiolm_pytorch.codecs.base import Codec, StreamingCodec
 from audiolm_pytorch.conditioning.tensors import Conditioner, Conditions, TextEncoder
-from audiolm_pytorch.generation.lengths import GenerationPlan, extra_tokens, plan_generation
+from audiolm_pytorch.generation.lengths import GenerationLengths, extra_tokens, plan_lengths
 from audiolm_pytorch.generation.request import GeneratedAudio, GenerationRequest, StageBars, takes_request
 from audiolm_pytorch.generation.sampling import SamplingSettings
-from audiolm_pytorch.generation.stage_pipeline import StageRun, TokenCascade
+from audiolm_pytorch.generation.stage_pipeline import PipelineStep, StagePipeline
 from audiolm_pytorch.generation.stage_sampling import DEFAULT_SAMPLING, changed_sampling, stage_generator
 from audiolm_pytorch.generation.waves import WaveStreams, decode_items
-from audiolm_pytorch.generation.windows import WindowedDecoding
+from audiolm_pytorch.generation.windows import SlidingWindowDecoder
 from audiolm_pytorch.generation.wrappers import (
     CoarseTransformerWrapper,
     FineTransformerWrapper,
@@ -177,22 +177,22 @@ class AudioLM(nn.Module):
 
     # a request as stages at work
 
-    def _plan(self, request: GenerationRequest) -> GenerationPlan:
-        return plan_generation(request, self.wav2vec, self.codec, self.semantic.transformer, self.device)
+    def _plan(self, request: GenerationRequest) -> GenerationLengths:
+        return plan_lengths(request, self.wav2vec, self.codec, self.semantic.transformer, self.device)
 
-    def _cascade(self, request: GenerationRequest, plan: GenerationPlan, bars: StageBars) -> TokenCascade:
+    def _cascade(self, request: GenerationRequest, plan: GenerationLengths, bars: StageBars) -> StagePipeline:
         """Set the stages up."""
         conditions = self._conditions(request)
-        given = extra_tokens(request.given, [stage.transformer for stage in self.stages.values()], plan.batch)
+        given = extra_tokens(request.input_streams, [stage.transformer for stage in self.stages.values()], plan.batch)
         unguided = [name for name, stage in self.stages.items() if not _is_led(stage, conditions[name], given[name])]
         settings = changed_sampling(self.sampling, dict.fromkeys(unguided, {"guidance_scale": 1.0}))
         settings = changed_sampling(settings, request.sampling or {})
         first_seed = torch.randint(2**62, (plan.batch,)).tolist() if request.seeds is None else request.seeds
         seeds = [first_seed + i for i in range(plan.batch)] if isinstance(first_seed, int) else list(first_seed)
 
-        def decoding(stage: StageWrapper, num_frames: Tensor, prompt: list[Tensor]) -> WindowedDecoding:
+        def decoding(stage: StageWrapper, num_frames: Tensor, prompt: list[Tensor]) -> SlidingWindowDecoder:
             name = stage.namespace
-            found = WindowedDecoding(
+            found = SlidingWindowDecoder(
                 stage.transformer,
                 num_frames,
                 prompt=_prompt(stage, prompt),
@@ -208,11 +208,15 @@ class AudioLM(nn.Module):
                 found.feed(stream, tokens)
             return found
 
-        semantic = StageRun(decoding(self.semantic, plan.num_semantic, plan.semantic))
-        runs = [StageRun(decoding(self.coarse, plan.num_frames, plan.acoustic), semantic, "semantic", plan.frames_for)]
+        semantic = PipelineStep(decoding(self.semantic, plan.num_semantic, plan.semantic))
+        runs = [
+            PipelineStep(decoding(self.coarse, plan.num_frames, plan.acoustic), semantic, "semantic", plan.frames_for)
+        ]
         if self.fine is not None and not request.coarse_only:
-            runs.append(StageRun(decoding(self.fine, plan.num_frames, plan.acoustic), runs[0], "coarse", torch.clone))
-        return TokenCascade(semantic, runs)
+            runs.append(
+                PipelineStep(decoding(self.fine, plan.num_frames, plan.acoustic), runs[0], "coarse", torch.clone)
+            )
+        return StagePipeline(semantic, runs)
 
     def _may_end(self, request: GenerationRequest) -> bool:
         """Whether semantic tokens may end by themselves."""
@@ -253,7 +257,7 @@ class AudioLM(nn.Module):
 
 
 def _chunks(
-    cascade: TokenCascade, waves: WaveStreams, bars: StageBars, step_frames: int, sample_hz: int
+    cascade: StagePipeline, waves: WaveStreams, bars: StageBars, step_frames: int, sample_hz: int
 ) -> Iterator[GeneratedAudio]:
     """Let the stages work step by step, and give out what sounds."""
     silent: list[GeneratedAudio] = []

@@ -10,11 +10,11 @@ from torch import Tensor
 from audiolm_pytorch.conditioning.tensors import Conditions, guide
 from audiolm_pytorch.generation.sampling import SamplingSettings, item_generators, sample_tokens
 from audiolm_pytorch.lm.decodable import Decoded, TokenModel
-from audiolm_pytorch.nn.attention import KVCache, Slots
+from audiolm_pytorch.nn.kv_cache import CachePositions, KVCache
 from audiolm_pytorch.nn.module_state import eval_mode
 from audiolm_pytorch.tokens.streams import PackedTokens
 
-__all__ = ["Decoding", "decode"]
+__all__ = ["DecodeSession", "decode"]
 
 # Where looking at the logits means waiting for the device, it is done once in so many rows.
 _ROWS_BETWEEN_CHECKS = 64
@@ -24,23 +24,23 @@ _ROWS_BETWEEN_CHECKS = 64
 def decode(
     model: TokenModel, streams: Mapping[str, Tensor], num_frames: Mapping[str, int | Tensor], **options: Any
 ) -> Decoded:
-    """Complete the predicted streams at one go; see `Decoding` for the arguments and errors.
+    """Complete the predicted streams at one go; see `DecodeSession` for the arguments and errors.
 
     Args:
         model: The model.
         streams: Given streams, and prompts of predicted streams, `[b, f, levels]`.
         num_frames: Frames wanted of every predicted stream, prompts included, `[b]` or one int.
-        **options: Further arguments of `Decoding`.
+        **options: Further arguments of `DecodeSession`.
 
     Returns:
         The completed streams.
     """
-    decoding = Decoding(model, streams, num_frames, **options)
+    decoding = DecodeSession(model, streams, num_frames, **options)
     decoding.advance()
     return decoding.decoded()
 
 
-class Decoding:
+class DecodeSession:
     """The completion of predicted streams, row by row, which can pause between frames.
 
     Every item has a position of its own, so prompts (and given streams) may differ in length. A row costs one call of
@@ -168,15 +168,15 @@ class Decoding:
     def _prefill(self) -> None:
         """Read the conditions and everything before the first missing row of each item."""
         batch, count = len(self.ids), max(self.rows)
-        context = self.model.context(self._conditions(), self.copies * batch)
-        self.offset = context.num_rows
+        condition_tensors = self.model.condition_tensors(self._conditions(), self.copies * batch)
+        self.offset = condition_tensors.num_rows
         self.cache = self.model.new_cache(self.copies * batch, self.offset + self.ids.shape[1])
-        slots = Slots.after([0] * (self.copies * batch), self.offset + count, self.model.device)
+        cache_positions = CachePositions.after([0] * (self.copies * batch), self.offset + count, self.model.device)
         ids, mask = self.ids[:, :count], self.mask[:, :count]
         if self.copies == 2:
             nothing = self.model.layout.without_conditions(PackedTokens(ids, mask, mask), torch.ones(batch).bool())
             ids, mask = torch.cat((ids, nothing.ids)), mask.repeat(2, 1, 1)
-        hidden = self.model.hidden(ids, mask, context, self.cache, slots)
+        hidden = self.model.hidden(ids, mask, condition_tensors, self.cache, cache_positions)
         last = torch.tensor(self.rows, device=hidden.device).repeat(self.copies) - 1
         self.hidden = hidden[torch.arange(len(hidden), device=hidden.device), last]
         self.is_read = True
@@ -194,15 +194,15 @@ class Decoding:
         read = self.rows
         self.rows = [row + 1 if plan else row for row, plan in zip(read, self.plans)]
         read = [row - 1 for row in self.rows]
-        slots = Slots.after([row + self.offset for row in read] * self.copies, 1, self.model.device)
-        if slots.start is not None:
+        cache_positions = CachePositions.after([row + self.offset for row in read] * self.copies, 1, self.model.device)
+        if cache_positions.start is not None:
             ids, mask = (part[:, read[0]].unsqueeze(1) for part in (self.ids, self.mask))
         else:
             place = torch.arange(len(read), device=self.ids.device), torch.tensor(read, device=self.ids.device)
             ids, mask = (part[place].unsqueeze(1) for part in (self.ids, self.mask))
         if self.copies == 2:
             ids, mask = ids.repeat(2, 1, 1), mask.repeat(2, 1, 1)
-        self.hidden = self.model.hidden(ids, mask, None, self.cache, slots)[:, 0]
+        self.hidden = self.model.hidden(ids, mask, None, self.cache, cache_positions)[:, 0]
         self.is_read = True
 
     def _fill_row(self) -> None:

@@ -9,19 +9,19 @@ from torch import Tensor
 
 from audiolm_pytorch.audio.units import frames_covering, samples_covering
 from audiolm_pytorch.codecs.base import Codec
-from audiolm_pytorch.generation.prompts import PrimeTokens, separate_primes, tokenize_primes
+from audiolm_pytorch.generation.prompts import PromptTokens, split_prompts, tokenize_prompts
 from audiolm_pytorch.generation.request import GenerationRequest
 from audiolm_pytorch.lm.stage_transformer import AudioTokens, StageTransformer
 from audiolm_pytorch.semantic.base import SemanticTokenizer
 from audiolm_pytorch.tokens.item_tokens import items_of_streams
 
-__all__ = ["GenerationPlan", "extra_tokens", "plan_generation"]
+__all__ = ["GenerationLengths", "extra_tokens", "plan_lengths"]
 
 DEFAULT_SECONDS = 5.0
 
 
 @dataclass(frozen=True, eq=False)
-class GenerationPlan:
+class GenerationLengths:
     """What is to be made of every item.
 
     Attributes:
@@ -51,13 +51,13 @@ class GenerationPlan:
         return torch.where(num_semantic < self.num_semantic, covered.minimum(self.num_frames), self.num_frames)
 
 
-def plan_generation(
+def plan_lengths(
     request: GenerationRequest,
     wav2vec: SemanticTokenizer,
     codec: Codec,
     semantic_stage: StageTransformer,
     device: torch.device,
-) -> GenerationPlan:
+) -> GenerationLengths:
     """Count what is wanted of every item, and tokenize what it begins with.
 
     Args:
@@ -101,7 +101,7 @@ def plan_generation(
                 f"the prime of item {item} lasts {prime.seconds[item]:.2f} s, longer than what is wanted, "
                 f"{wanted / codec.target_sample_hz:.2f} s, which counts the prime in: ask for more seconds, or cut it"
             )
-    return GenerationPlan(num_samples, counts, num_frames, semantic, prime.acoustic, frames_per_token)
+    return GenerationLengths(num_samples, counts, num_frames, semantic, prime.acoustic, frames_per_token)
 
 
 def extra_tokens(
@@ -142,16 +142,16 @@ def extra_tokens(
 
 def _prime(
     request: GenerationRequest, batch: int, wav2vec: SemanticTokenizer, codec: Codec, device: torch.device
-) -> PrimeTokens:
+) -> PromptTokens:
     """Tokens of the primes of all items; empty ones where there are none."""
     silence = torch.zeros(1, 0), codec.target_sample_hz
     waves = [silence]
     if request.prime_wave is not None:
         rate_hz = request.prime_wave_input_sample_hz or codec.target_sample_hz
-        waves = separate_primes(request.prime_wave, rate_hz, request.prime_lengths)
-    tokens = tokenize_primes(waves, wav2vec, codec, device)
+        waves = split_prompts(request.prime_wave, rate_hz, request.prime_lengths)
+    tokens = tokenize_prompts(waves, wav2vec, codec, device)
     copies = batch // len(waves)
-    return PrimeTokens(tokens.semantic * copies, tokens.acoustic * copies, tokens.seconds * copies)
+    return PromptTokens(tokens.semantic * copies, tokens.acoustic * copies, tokens.seconds * copies)
 
 
 def _given_semantic(request: GenerationRequest, batch: int, stage: StageTransformer) -> list[Tensor] | None:

@@ -15,11 +15,11 @@ from audiolm_pytorch.generation.request import Prime
 from audiolm_pytorch.lm.tokenizing import tokenize
 from audiolm_pytorch.semantic.base import SemanticTokenizer
 
-__all__ = ["PrimeTokens", "separate_primes", "tokenize_primes"]
+__all__ = ["PromptTokens", "split_prompts", "tokenize_prompts"]
 
 
 @dataclass(frozen=True)
-class PrimeTokens:
+class PromptTokens:
     """Tokens of primes.
 
     Attributes:
@@ -33,9 +33,7 @@ class PrimeTokens:
     seconds: list[float]
 
 
-def separate_primes(
-    primes: Prime | Sequence[Prime], sample_hz: int, lengths: Tensor | None
-) -> list[tuple[Tensor, int]]:
+def split_prompts(primes: Prime | Sequence[Prime], sample_hz: int, lengths: Tensor | None) -> list[tuple[Tensor, int]]:
     """Take primes of any form apart, read files, and refuse what is no sound.
 
     Args:
@@ -66,9 +64,9 @@ def separate_primes(
     return [_read(number, wave, sample_hz) for number, wave in enumerate(waves)]
 
 
-def tokenize_primes(
+def tokenize_prompts(
     waves: Sequence[tuple[Tensor, int]], wav2vec: SemanticTokenizer, codec: Codec, device: torch.device
-) -> PrimeTokens:
+) -> PromptTokens:
     """Tokenize primes. A frame that a prime ends inside of is left out: it would say that sound stops there.
 
     Args:
@@ -106,7 +104,7 @@ def tokenize_primes(
         wave.shape[-1] / rate_hz if len(semantic) + len(acoustic) else 0.0
         for (wave, rate_hz), semantic, acoustic in zip(waves, tokens["semantic"], tokens["acoustic"])
     ]
-    return PrimeTokens(tokens["semantic"], tokens["acoustic"], seconds)
+    return PromptTokens(tokens["semantic"], tokens["acoustic"], seconds)
 
 
 def _read(number: int, prime: Prime, sample_hz: int) -> tuple[Tensor, int]:

@@ -65,7 +65,7 @@ class GenerationRequest:
     wavs: Tensor | None = None
     codes: Tensor | None = None
     conditioning: Mapping[str, Conditions] | None = None
-    given: AudioTokens | None = None
+    input_streams: AudioTokens | None = None
     prime_wave: Prime | Sequence[Prime] | None = None
     prime_wave_input_sample_hz: int | None = None
     prime_lengths: Tensor | None = None
@@ -101,16 +101,18 @@ class GenerationRequest:
         Returns:
             A request of k items; what is given of one item still serves all.
         """
-        given = self.given
-        if given is not None:
-            given = AudioTokens(_chosen_values(given.tokens, items), _chosen_values(given.lengths, items))
+        input_streams = self.input_streams
+        if input_streams is not None:
+            input_streams = AudioTokens(
+                _chosen_values(input_streams.tokens, items), _chosen_values(input_streams.lengths, items)
+            )
         several = ("text", "wavs", "codes", "prime_lengths", "semantic_tokens", "semantic_lengths")
         primes, seeds, conditioning = self.prime_wave, self.seeds, self.conditioning
         return replace(
             self,
             **_chosen_values({name: getattr(self, name) for name in several}, items),
             batch_size=len(items),
-            given=given,
+            input_streams=input_streams,
             conditioning=None if conditioning is None else _chosen_values(conditioning, items),
             prime_wave=primes if _is_one_wave(primes) else _chosen(primes, items),
             seeds=[seeds + item for item in items] if isinstance(seeds, int) else _chosen(seeds, items),
@@ -129,7 +131,10 @@ class GenerationRequest:
             "wavs": self.wavs,
             "codes": self.codes,
             **{f"conditioning of {stage}": one for stage, one in (self.conditioning or {}).items()},
-            **{f"given {name}": tokens for name, tokens in (self.given.tokens if self.given else {}).items()},
+            **{
+                f"input_streams {name}": tokens
+                for name, tokens in (self.input_streams.tokens if self.input_streams else {}).items()
+            },
             "prime_wave": None if isinstance(primes, (str, Path)) or _is_one_wave(primes) else primes,
             "semantic_tokens": self.semantic_tokens,
             "seeds": None if isinstance(self.seeds, int) else self.seeds,

@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from audiolm_pytorch.generation.windows import WindowedDecoding
+from audiolm_pytorch.generation.windows import SlidingWindowDecoder
 
-__all__ = ["StageRun", "TokenCascade"]
+__all__ = ["PipelineStep", "StagePipeline"]
 
 
-class StageRun:
+class PipelineStep:
     """One stage at work.
 
     Args:
@@ -22,8 +22,8 @@ class StageRun:
 
     def __init__(
         self,
-        decoding: WindowedDecoding,
-        source: "StageRun | None" = None,
+        decoding: SlidingWindowDecoder,
+        source: "PipelineStep | None" = None,
         reads: str = "",
         frames_for: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
@@ -32,7 +32,7 @@ class StageRun:
         self._found: list[Tensor] | None = None  # tokens that were taken and not collected yet
 
     def advance(self, until_frames: int | None = None) -> None:
-        """Decode as `WindowedDecoding.advance` does, letting the stages before work only as far as windows need."""
+        """Decode as `SlidingWindowDecoder.advance` does, letting the stages before work only as far as windows need."""
         while self.decoding.is_behind(until_frames):
             awaited = self.decoding.awaited
             if awaited:
@@ -71,7 +71,7 @@ class StageRun:
         return [len(tokens) for tokens in self._found or []]
 
 
-class TokenCascade:
+class StagePipeline:
     """Semantic, coarse and, if there is one, fine stage at work.
 
     Args:
@@ -79,7 +79,7 @@ class TokenCascade:
         acoustic: The stages of acoustic levels, coarse first; the levels of all make a frame.
     """
 
-    def __init__(self, semantic: StageRun, acoustic: Sequence[StageRun]) -> None:
+    def __init__(self, semantic: PipelineStep, acoustic: Sequence[PipelineStep]) -> None:
         self._semantic, self._acoustic = semantic, list(acoustic)
 
     @property

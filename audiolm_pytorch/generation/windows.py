@@ -9,7 +9,7 @@ from beartype import beartype
 from torch import Tensor
 
 from audiolm_pytorch.conditioning.tensors import Conditions
-from audiolm_pytorch.generation.decode_session import Decoding
+from audiolm_pytorch.generation.decode_session import DecodeSession
 from audiolm_pytorch.generation.sampling import SamplingSettings, item_generators
 from audiolm_pytorch.generation.window_plan import Window, plan_windows
 from audiolm_pytorch.lm.decodable import Decoded, TokenModel
@@ -17,7 +17,7 @@ from audiolm_pytorch.tokens.item_tokens import ItemTokens, items_of_streams, pad
 from audiolm_pytorch.tokens.stream_inputs import frame_counts
 from audiolm_pytorch.tokens.streams import Stream
 
-__all__ = ["WindowedDecoding", "decode_in_windows"]
+__all__ = ["SlidingWindowDecoder", "decode_in_windows"]
 
 
 @beartype
@@ -38,18 +38,18 @@ def decode_in_windows(
         num_frames: Frames wanted, prompt included, `[b]` or one int.
         batch_size: Number of items b, where `streams` does not tell.
         lengths: True frames of the streams handed in, `[b]` or one int; streams not named are whole.
-        **options: Further arguments of `WindowedDecoding`.
+        **options: Further arguments of `SlidingWindowDecoder`.
 
     Returns:
         The completed stream.
 
     Raises:
-        ValueError: If streams do not fit the layout, or `WindowedDecoding` or `Decoding` refuses.
+        ValueError: If streams do not fit the layout, or `SlidingWindowDecoder` or `DecodeSession` refuses.
     """
     items = items_of_streams(model.layout.streams, streams, lengths or {}, batch_size)
     batch = len(next(iter(streams.values()))) if streams else batch_size
     name = _predicted(model).name
-    run = WindowedDecoding(model, num_frames, prompt=items.pop(name, None), batch_size=batch, **options)
+    run = SlidingWindowDecoder(model, num_frames, prompt=items.pop(name, None), batch_size=batch, **options)
     for given, tokens in items.items():
         run.feed(given, tokens)
     for given in set(run.awaited):
@@ -66,7 +66,7 @@ def _predicted(model: TokenModel) -> Stream:
     return model.layout.predicted[0]
 
 
-class WindowedDecoding:
+class SlidingWindowDecoder:
     """The completion of one predicted stream of any length, which can pause between frames and be fed meanwhile.
 
     A window sees the second half of the one before as its prompt (MusicLM, arXiv:2301.11325, sec. 5.4), the frames of
@@ -82,10 +82,10 @@ class WindowedDecoding:
         window_frames: Longest stretch to decode at once; None = no limit.
         batch_size: Number of items b.
         conditioning: The conditions, of 1 or b items; the same in every window.
-        settings: As in `Decoding`.
-        seeds: As in `Decoding`.
+        settings: As in `DecodeSession`.
+        seeds: As in `DecodeSession`.
         callback: Called after every row with the frames known and the frames wanted, of the item that has most of them.
-        allow_eos: As in `Decoding`.
+        allow_eos: As in `DecodeSession`.
 
     Raises:
         ValueError: If the model predicts several streams, a prompt is longer than what is wanted, or windows are too
@@ -125,7 +125,7 @@ class WindowedDecoding:
         self._context, self._fresh = ItemTokens(beginning), [[tokens] for tokens in beginning]
         self._given: dict[str, ItemTokens] = {}
         self._is_whole: dict[str, list[bool]] = {}
-        self._decoding: Decoding | None = None
+        self._decoding: DecodeSession | None = None
         self._items: list[int] = []  # those that the window under way decodes
         self._options: dict[str, Any] = {"settings": settings, "allow_eos": allow_eos}
         self._conditioning = None if conditioning is None else conditioning.expand(batch_size)
@@ -257,7 +257,7 @@ class WindowedDecoding:
                 streams[stream.name], lengths[stream.name] = tokens.between(items, start, ends)
         self._context.forget_before(window.start)
         streams[self.name], lengths[self.name] = self._carried(items, window)
-        self._decoding = Decoding(
+        self._decoding = DecodeSession(
             self._model,
             streams,
             {self.name: torch.tensor(stops) - window.start},

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from audiolm_pytorch.conditioning.tensors import Conditions
-from audiolm_pytorch.nn.attention import KVCache, Slots
-from audiolm_pytorch.nn.transformer import Context
+from audiolm_pytorch.nn.kv_cache import CachePositions, KVCache
+from audiolm_pytorch.nn.transformer import ConditionTensors
 from audiolm_pytorch.tokens.layout import TokenLayout
 
 __all__ = ["Decoded", "TokenModel"]
@@ -39,19 +39,19 @@ class TokenModel(Protocol):
     def device(self) -> torch.device:
         """Where it runs."""
 
-    def new_cache(self, batch: int, num_slots: int) -> KVCache:
+    def new_cache(self, batch: int, num_positions: int) -> KVCache:
         """Allocate a cache."""
 
-    def context(self, conditioning: Conditions | None, batch: int) -> Context:
+    def condition_tensors(self, conditioning: Conditions | None, batch: int) -> ConditionTensors:
         """What stands before the sequence and beside it."""
 
     def hidden(
         self,
         ids: Tensor,
         mask: Tensor,
-        context: Context | None = None,
+        condition_tensors: ConditionTensors | None = None,
         cache: KVCache | None = None,
-        slots: Slots | None = None,
+        cache_positions: CachePositions | None = None,
     ) -> Tensor:
         """Final states `[b, n, d]` of rows `[b, n, columns]`."""
 

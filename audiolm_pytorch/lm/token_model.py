@@ -11,9 +11,9 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
-from audiolm_pytorch.nn.attention import KVCache, Slots
+from audiolm_pytorch.nn.kv_cache import CachePositions, KVCache
 from audiolm_pytorch.nn.layers import Projection, RMSNorm
-from audiolm_pytorch.nn.transformer import INIT_STD, Context, Transformer
+from audiolm_pytorch.nn.transformer import INIT_STD, ConditionTensors, Transformer
 from audiolm_pytorch.saving.modules import register
 from audiolm_pytorch.tokens.layout import TokenLayout
 from audiolm_pytorch.tokens.streams import Head, PackedTokens
@@ -153,8 +153,8 @@ class TokenTransformer(nn.Module):
             dropped = torch.rand(batch) < self.cond_drop_prob
             conditioning = None if conditioning is None else conditioning.expand(batch).without_items(dropped)
             packed = self.layout.without_conditions(packed, dropped)
-        context = self.context(conditioning, batch)
-        hidden = self.hidden(packed.ids[:, :-1], packed.input_mask[:, :-1], context)
+        condition_tensors = self.condition_tensors(conditioning, batch)
+        hidden = self.hidden(packed.ids[:, :-1], packed.input_mask[:, :-1], condition_tensors)
         return self._score(hidden, packed.ids[:, 1:], packed.loss_mask[:, 1:])
 
     def _score(self, hidden: Tensor, targets: Tensor, wanted: Tensor) -> TokenLoss:
@@ -195,11 +195,11 @@ class TokenTransformer(nn.Module):
         """Where the model runs."""
         return self.embedding.weight.device
 
-    def new_cache(self, batch: int, num_slots: int) -> KVCache:
-        """Allocate an empty cache for `batch` sequences of up to `num_slots` positions, the condition included."""
-        return self.transformer.new_cache(batch, num_slots)
+    def new_cache(self, batch: int, num_positions: int) -> KVCache:
+        """Allocate an empty cache for `batch` sequences of up to `num_positions` positions, the condition included."""
+        return self.transformer.new_cache(batch, num_positions)
 
-    def context(self, conditioning: Conditions | None, batch: int) -> Context:
+    def condition_tensors(self, conditioning: Conditions | None, batch: int) -> ConditionTensors:
         """What the stack hears beside the rows of tokens.
 
         Args:
@@ -207,7 +207,7 @@ class TokenTransformer(nn.Module):
             batch: Number of items b.
 
         Returns:
-            The context: codes as a prefix, text as a prefix before them or as states.
+            The condition_tensors: codes as a prefix, text as a prefix before them or as states.
 
         Raises:
             ValueError: If a condition is given to a model that takes none, or fits neither width nor batch.
@@ -224,7 +224,7 @@ class TokenTransformer(nn.Module):
                 states, skip = _padded_in_front(states, states_mask)
                 parts.insert(0, states)
                 states = states_mask = None
-        return Context(torch.cat(parts, dim=1) if parts else None, skip, states, states_mask)
+        return ConditionTensors(torch.cat(parts, dim=1) if parts else None, skip, states, states_mask)
 
     def _takes(self, name: str, width: int | None, given: ConditionTensor | None, needed: str) -> bool:
         """Whether the model takes a kind of condition; ValueError if what is given does not fit it."""
@@ -261,25 +261,30 @@ class TokenTransformer(nn.Module):
         self,
         ids: Tensor,
         mask: Tensor,
-        context: Context | None = None,
+        condition_tensors: ConditionTensors | None = None,
         cache: KVCache | None = None,
-        slots: Slots | None = None,
+        cache_positions: CachePositions | None = None,
     ) -> Tensor:
         """Read rows of tokens.
 
         Args:
             ids: `[b, n, columns]` ids.
             mask: `[b, n, columns]` bool, True where a token stands.
-            context: What stands before the rows and beside them; with a cache, in its first call only.
+            condition_tensors: What stands before the rows and beside them; with a cache, in its first call only.
             cache: Cache that holds what came before, written in place.
-            slots: Where prefix and rows belong in it.
+            cache_positions: Where prefix and rows belong in it.
 
         Returns:
             Final state `[b, n, d]` of every row, from which the next row is predicted.
         """
         cells = rearrange(ids.masked_fill(~mask, self.layout.num_ids), "b n c -> (b n) c")
         x = F.embedding_bag(cells, self.embedding.weight, mode="sum", padding_idx=self.layout.num_ids)
-        return self.transformer(rearrange(x, "(b n) d -> b n d", b=len(ids)), context, cache=cache, slots=slots)
+        return self.transformer(
+            rearrange(x, "(b n) d -> b n d", b=len(ids)),
+            condition_tensors,
+            cache=cache,
+            cache_positions=cache_positions,
+        )
 
     def logits(self, hidden: Tensor, head: int) -> Tensor:
         """Logits `[..., num_logits]` float32 of one head for states `[..., d]`."""

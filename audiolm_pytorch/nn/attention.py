@@ -1,6 +1,5 @@
-"""Causal self-attention, cross-attention, and the cache of keys and values that decoding writes in place."""
+"""Causal self-attention and cross-attention."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,17 +8,15 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
+from audiolm_pytorch.nn.kv_cache import CachePositions, KVCache
 from audiolm_pytorch.nn.layers import Projection, rotate
 
 __all__ = [
     "CausalSelfAttention",
     "CrossAttention",
-    "KVCache",
-    "Slots",
-    "Surroundings",
+    "AttentionContext",
     "attend",
     "prefers_plain_product",
-    "visible_slots",
 ]
 
 # At training lengths the plain product of bfloat16 matrices beats torch 2.13's fused CPU kernel three times (258 rows,
@@ -27,106 +24,8 @@ __all__ = [
 _PLAIN_PRODUCT_MAX_ROWS = 1024
 
 
-@dataclass(frozen=True)
-class Slots:
-    """Where in the cache the rows of one call belong; every item has a position of its own.
-
-    Attributes:
-        positions: `[b, n]` int64, position of each row in its item's sequence.
-        extent: Number of slots in use after the call, the largest position + 1.
-        start: Position of the first row, where it is the same for all items; None = it differs.
-    """
-
-    positions: Tensor
-    extent: int
-    start: int | None
-
-    @classmethod
-    @beartype
-    def after(cls, starts: Sequence[int], count: int, device: torch.device | str = "cpu") -> "Slots":
-        """Slots of the next `count` rows of items that have `starts` rows already.
-
-        Args:
-            starts: Rows of each item that came before.
-            count: Rows of this call.
-            device: Where the model runs.
-
-        Returns:
-            The slots.
-        """
-        positions = torch.tensor(starts).unsqueeze(1) + torch.arange(count)
-        start = starts[0] if min(starts) == max(starts) else None
-        return cls(positions.to(device), max(starts) + count, start)
-
-
-def visible_slots(positions: Tensor, num_slots: int, skip: Tensor | None = None) -> Tensor:
-    """Which slots rows may read: those up to their own, without the padding that stands in front.
-
-    Args:
-        positions: `[b or 1, n]` int64, slot of each row.
-        num_slots: Number of slots.
-        skip: `[b]` int64, slots of padding in front of each item; a row of padding reads itself alone.
-
-    Returns:
-        `[b or 1, 1, n, num_slots]` bool.
-    """
-    slots = torch.arange(num_slots, device=positions.device)
-    own = rearrange(positions, "b n -> b 1 n 1")
-    if skip is None:
-        return own >= slots
-    return ((own >= slots) & (slots >= rearrange(skip, "b -> b 1 1 1"))) | (own == slots)
-
-
-class KVCache:
-    """Keys and values of all layers: allocated once, written in place, never moved.
-
-    Args:
-        depth: Number of layers.
-        batch: Number of items b.
-        heads: Number of heads of keys and values g.
-        num_slots: Longest sequence.
-        dim_head: Width of a head.
-        device: Where the model runs.
-        dtype: Precision kept.
-    """
-
-    @beartype
-    def __init__(
-        self,
-        *,
-        depth: int,
-        batch: int,
-        heads: int,
-        num_slots: int,
-        dim_head: int,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        self.keys = torch.zeros(depth, batch, heads, num_slots, dim_head, device=device, dtype=dtype)
-        self.values = torch.zeros_like(self.keys)
-        # What the first call brings and later ones find here: padding in front, keys and values of other states.
-        self.skip: Tensor | None = None
-        self.crossed: dict[int, tuple[Tensor, Tensor]] = {}
-        self.cross_mask: Tensor | None = None
-
-    @property
-    def num_slots(self) -> int:
-        """Longest sequence that fits."""
-        return self.keys.shape[3]
-
-    def write(self, layer: int, keys: Tensor, values: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
-        """Write keys and values `[b, g, n, d]` of a layer into their slots; give views of all that is in use."""
-        for kept, new in ((self.keys[layer], keys), (self.values[layer], values)):
-            if slots.start is not None:
-                kept[:, :, slots.start : slots.extent] = new
-            else:
-                index = rearrange(slots.positions, "b n -> b 1 n 1").expand(new.shape)
-                kept.scatter_(2, index, new.to(kept.dtype))
-        return self.keys[layer][:, :, : slots.extent], self.values[layer][:, :, : slots.extent]
-
-
 @dataclass(frozen=True, eq=False)
-class Surroundings:
+class AttentionContext:
     """What attention needs to know beside the rows, the same in every block.
 
     Attributes:
@@ -134,7 +33,7 @@ class Surroundings:
         bias: Added to the scores, `[b or 1, h or 1, n, k]` float, or bool: what may be read; None = see `is_causal`.
         is_causal: Whether row i reads the keys up to i; otherwise it reads all that `bias` allows.
         cache: Cache of the rows before; None = the rows are whole sequences.
-        slots: Where the rows belong in it.
+        cache_positions: Where the rows belong in it.
         states: `[b, s, d]` of cross-attention, in the first call.
         cross_mask: `[b, 1, 1, s]` bool, which of them are real.
     """
@@ -143,7 +42,7 @@ class Surroundings:
     bias: Tensor | None
     is_causal: bool
     cache: KVCache | None = None
-    slots: Slots | None = None
+    cache_positions: CachePositions | None = None
     states: Tensor | None = None
     cross_mask: Tensor | None = None
 
@@ -219,12 +118,12 @@ class CausalSelfAttention(nn.Module):
         self.to_qkv = Projection(dim, (heads + 2 * self.kv_heads) * dim_head)
         self.to_out = Projection(heads * dim_head, dim)
 
-    def forward(self, x: Tensor, around: Surroundings, layer: int = 0) -> Tensor:
+    def forward(self, x: Tensor, context: AttentionContext, layer: int = 0) -> Tensor:
         """Attend from every row to itself and the rows before it.
 
         Args:
             x: Rows `[b, n, d]`.
-            around: Positions, mask and cache.
+            context: Positions, mask and cache.
             layer: Number of this layer in the cache.
 
         Returns:
@@ -234,16 +133,16 @@ class CausalSelfAttention(nn.Module):
         # projections may give less precision than rows have, where weights are half
         qkv = self.to_qkv(x).to(x.dtype).unflatten(-1, (both + self.kv_heads, -1))  # b n (p d) -> b n p d
         turned = qkv[:, :, :both]
-        if around.angles is not None:
-            cos, sin = around.angles
+        if context.angles is not None:
+            cos, sin = context.angles
             turned = rotate(turned, cos.unsqueeze(2), sin.unsqueeze(2))
         queries, keys, values = (
             part.transpose(1, 2) for part in (turned[:, :, : self.heads], turned[:, :, self.heads :], qkv[:, :, both:])
         )
-        if around.cache is not None and around.slots is not None:
-            keys, values = around.cache.write(layer, keys, values, around.slots)
+        if context.cache is not None and context.cache_positions is not None:
+            keys, values = context.cache.write(layer, keys, values, context.cache_positions)
             queries = queries.to(keys.dtype)
-        out = attend(queries, keys, values, around.bias, around.is_causal)
+        out = attend(queries, keys, values, context.bias, context.is_causal)
         return self.to_out(out.transpose(1, 2).flatten(2).to(x.dtype))  # b h n d -> b n (h d)
 
 
@@ -264,12 +163,12 @@ class CrossAttention(nn.Module):
         self.to_kv = Projection(dim, 2 * heads * dim_head)
         self.to_out = Projection(heads * dim_head, dim)
 
-    def forward(self, x: Tensor, around: Surroundings, layer: int = 0) -> Tensor:
+    def forward(self, x: Tensor, context: AttentionContext, layer: int = 0) -> Tensor:
         """Attend from rows `[b, n, d]` to the states; with a cache, to those that its first call brought.
 
         Args:
             x: Rows `[b, n, d]`.
-            around: States and their mask, or the cache that holds them.
+            context: States and their mask, or the cache that holds them.
             layer: Number of this layer in the cache.
 
         Returns:
@@ -278,15 +177,15 @@ class CrossAttention(nn.Module):
         Raises:
             ValueError: If there are no states.
         """
-        if around.states is not None:
-            kv = rearrange(self.to_kv(around.states).to(x.dtype), "b s (two h d) -> two b h s d", two=2, h=self.heads)
+        if context.states is not None:
+            kv = rearrange(self.to_kv(context.states).to(x.dtype), "b s (two h d) -> two b h s d", two=2, h=self.heads)
             keys, values = kv[0].contiguous(), kv[1].contiguous()
-            if around.cache is not None:
-                around.cache.crossed[layer] = keys, values
-        elif around.cache is not None and layer in around.cache.crossed:
-            keys, values = around.cache.crossed[layer]
+            if context.cache is not None:
+                context.cache.crossed[layer] = keys, values
+        elif context.cache is not None and layer in context.cache.crossed:
+            keys, values = context.cache.crossed[layer]
         else:
             raise ValueError("cross-attention needs states: give a context that has them, in the first call of a cache")
         queries = rearrange(self.to_q(x).to(x.dtype), "b n (h d) -> b h n d", h=self.heads)
-        out = attend(queries, keys, values, around.cross_mask)
+        out = attend(queries, keys, values, context.cross_mask)
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))

@@ -64,7 +64,7 @@ class WavePositionBias(nn.Module):
 
 
 @dataclass(frozen=True, eq=False)
-class _Surroundings:
+class _AttentionContext:
     """What attention needs to know beside the tokens.
 
     Attributes:
@@ -101,15 +101,15 @@ class _Attention(nn.Module):
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
 
-    def forward(self, x: Tensor, around: _Surroundings) -> Tensor:
+    def forward(self, x: Tensor, context: _AttentionContext) -> Tensor:
         q, k, v = rearrange(self.to_qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
-        if around.angles is not None:
-            q, k = rotate(q, *around.angles), rotate(k, *around.angles)
-        if around.waves is not None:
-            for_queries, for_keys = (part.to(q.dtype).expand(len(q), -1, -1, -1) for part in around.waves)
+        if context.angles is not None:
+            q, k = rotate(q, *context.angles), rotate(k, *context.angles)
+        if context.waves is not None:
+            for_queries, for_keys = (part.to(q.dtype).expand(len(q), -1, -1, -1) for part in context.waves)
             # the bias is no product of tokens: it is not scaled down like one
             q, k = torch.cat((q, for_queries / self.scale), dim=-1), torch.cat((k, for_keys), dim=-1)
-        attended = _attend(q, k, v, around.key_mask, self.scale)
+        attended = _attend(q, k, v, context.key_mask, self.scale)
         return self.to_out(rearrange(attended, "b h t d -> b t (h d)"))
 
 
@@ -126,8 +126,8 @@ class _Block(nn.Module):
         self.feed_forward = GatedFeedForward(dim, hidden_dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, around: _Surroundings) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), around))
+    def forward(self, x: Tensor, context: _AttentionContext) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), context))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
@@ -222,12 +222,12 @@ class TransformerEncoder(nn.Module):
             ValueError: If shapes do not fit or a layer is not in 0..depth.
         """
         self._check(x, mask, layers)
-        around = self._surroundings(x, mask, positions)
+        context = self._attention_context(x, mask, positions)
         wanted = {self.depth if layer is None else layer for layer in layers}
         # only what is asked for is kept: without gradients, the states between would be memory for nothing
         states = {0: x}
         for layer, block in enumerate(list(self.blocks)[: max(wanted, default=0)], start=1):
-            x = block(x, around)
+            x = block(x, context)
             if layer in wanted:
                 states[layer] = x
         return [self.norm(states[self.depth]) if layer is None else states[layer] for layer in layers]
@@ -241,7 +241,7 @@ class TransformerEncoder(nn.Module):
         if not all(layer is None or 0 <= layer <= self.depth for layer in layers):
             raise ValueError(f"layers must be in 0..{self.depth}, got {tuple(layers)}")
 
-    def _surroundings(self, x: Tensor, mask: Tensor | None, positions: Tensor | None) -> _Surroundings:
+    def _attention_context(self, x: Tensor, mask: Tensor | None, positions: Tensor | None) -> _AttentionContext:
         """What attention needs to know beside the tokens, the same in every block."""
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)
@@ -258,4 +258,4 @@ class TransformerEncoder(nn.Module):
             cos, sin = self.rotary(positions[..., 0])
             angles = cos.unsqueeze(1), sin.unsqueeze(1)
         waves = None if self.position_bias is None else self.position_bias(positions)
-        return _Surroundings(None if mask is None else rearrange(mask, "b t -> b 1 1 t"), angles, waves)
+        return _AttentionContext(None if mask is None else rearrange(mask, "b t -> b 1 1 t"), angles, waves)

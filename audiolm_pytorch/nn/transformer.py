@@ -9,23 +9,17 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from audiolm_pytorch.nn.attention import (
-    CausalSelfAttention,
-    CrossAttention,
-    KVCache,
-    Slots,
-    Surroundings,
-    visible_slots,
-)
+from audiolm_pytorch.nn.attention import AttentionContext, CausalSelfAttention, CrossAttention
+from audiolm_pytorch.nn.kv_cache import CachePositions, KVCache, visible_positions
 from audiolm_pytorch.nn.layers import GatedFeedForward, RelativePositions, RMSNorm, RotaryPositions
 
-__all__ = ["INIT_STD", "Context", "Transformer"]
+__all__ = ["INIT_STD", "ConditionTensors", "Transformer"]
 
 INIT_STD = 0.02  # GPT-2's; keeps the first logits near zero, so that training starts at chance
 
 
 @dataclass(frozen=True, eq=False)
-class Context:
+class ConditionTensors:
     """What a stack hears beside its rows. Padding in it is never heard.
 
     Attributes:
@@ -61,10 +55,10 @@ class _Block(nn.Module):
         self.feed_forward = GatedFeedForward(dim, ff_dim, dropout)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, around: Surroundings, layer: int) -> Tensor:
-        x = x + self._dropped(self.attention(self.attention_norm(x), around, layer))
+    def forward(self, x: Tensor, context: AttentionContext, layer: int) -> Tensor:
+        x = x + self._dropped(self.attention(self.attention_norm(x), context, layer))
         if self.cross is not None and self.cross_norm is not None:
-            x = x + self._dropped(self.cross(self.cross_norm(x), around, layer))
+            x = x + self._dropped(self.cross(self.cross_norm(x), context, layer))
         return x + self._dropped(self.feed_forward(self.feed_forward_norm(x)))
 
     def _dropped(self, branch: Tensor) -> Tensor:
@@ -134,8 +128,8 @@ class Transformer(nn.Module):
                 is_branch_end = name.endswith(("to_out.weight", "down.weight"))
                 nn.init.normal_(parameter, std=INIT_STD / ((2 * depth) ** 0.5 if is_branch_end else 1.0))
 
-    def new_cache(self, batch: int, num_slots: int) -> KVCache:
-        """Allocate an empty cache for `batch` sequences of up to `num_slots` positions."""
+    def new_cache(self, batch: int, num_positions: int) -> KVCache:
+        """Allocate an empty cache for `batch` sequences of up to `num_positions` positions."""
         weight = self.norm.weight
         # torch 2.13's CPU kernels attend a single row far slower in bfloat16 than in float32
         is_cpu_half = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
@@ -143,7 +137,7 @@ class Transformer(nn.Module):
             depth=self.depth,
             batch=batch,
             heads=self.kv_heads,
-            num_slots=num_slots,
+            num_positions=num_positions,
             dim_head=self.dim_head,
             device=weight.device,
             dtype=torch.float32 if is_cpu_half else weight.dtype,
@@ -152,74 +146,89 @@ class Transformer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        context: Context | None = None,
+        condition_tensors: ConditionTensors | None = None,
         *,
         cache: KVCache | None = None,
-        slots: Slots | None = None,
+        cache_positions: CachePositions | None = None,
     ) -> Tensor:
         """Run the stack.
 
         Args:
             x: Rows `[b, n, d]`: whole sequences, or, with a cache, their next rows.
-            context: What stands before the rows and beside them; with a cache, in its first call only.
+            condition_tensors: What stands before the rows and beside them; with a cache, in its first call only.
             cache: Cache of `new_cache`, written in place.
-            slots: Where prefix and rows belong; needed with `cache`.
+            cache_positions: Where prefix and rows belong; needed with `cache`.
 
         Returns:
             Normalised rows `[b, n, d]`, without those of the prefix.
 
         Raises:
-            ValueError: If only one of `cache` and `slots` is given, or cross-attention has no states to attend to.
+            ValueError: If only one of `cache` and `cache_positions` is passed, or cross-attention has no states.
         """
-        if (cache is None) != (slots is None):
-            raise ValueError("a cache needs slots and slots need a cache: give both or none")
-        context = Context() if context is None else context
+        if (cache is None) != (cache_positions is None):
+            raise ValueError("pass `cache` and `cache_positions` together, or neither")
+        condition_tensors = ConditionTensors() if condition_tensors is None else condition_tensors
         x = x.to(self.norm.weight.dtype)  # half weights may come with norms, and sums of branches, in full precision
-        if context.prefix is not None:
-            x = torch.cat((context.prefix.to(x.dtype), x), dim=1)
-        if cache is not None and context.prefix is not None:
-            cache.skip = context.skip
-        around = self._surroundings(x, context, cache, slots)
+        if condition_tensors.prefix is not None:
+            x = torch.cat((condition_tensors.prefix.to(x.dtype), x), dim=1)
+        if cache is not None and condition_tensors.prefix is not None:
+            cache.skip = condition_tensors.skip
+        context = self._attention_context(x, condition_tensors, cache, cache_positions)
         for layer, block in enumerate(self.blocks):
             if self.checkpoint_blocks and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, around, layer, use_reentrant=False)
+                x = checkpoint(block, x, context, layer, use_reentrant=False)
             else:
-                x = block(x, around, layer)
-        return self.norm(x[:, context.num_rows :])
+                x = block(x, context, layer)
+        return self.norm(x[:, condition_tensors.num_rows :])
 
-    def _surroundings(self, x: Tensor, context: Context, cache: KVCache | None, slots: Slots | None) -> Surroundings:
+    def _attention_context(
+        self,
+        x: Tensor,
+        condition_tensors: ConditionTensors,
+        cache: KVCache | None,
+        cache_positions: CachePositions | None,
+    ) -> AttentionContext:
         """Positions, mask and states, the same in every block."""
-        if slots is None or cache is None:
+        if cache_positions is None or cache is None:
             positions = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
-            num_slots, is_first, skip = x.shape[1], True, context.skip
+            num_positions, is_first, skip = x.shape[1], True, condition_tensors.skip
         else:
-            positions, num_slots, is_first, skip = slots.positions, slots.extent, slots.start == 0, cache.skip
-            is_first = is_first and num_slots == x.shape[1]
-        forgotten = self._forgotten(x, context.num_rows) if cache is None else None
-        is_one_row = slots is not None and slots.start is not None and x.shape[1] == 1
+            positions, num_positions, is_first, skip = (
+                cache_positions.positions,
+                cache_positions.extent,
+                cache_positions.start == 0,
+                cache.skip,
+            )
+            is_first = is_first and num_positions == x.shape[1]
+        forgotten = self._forgotten(x, condition_tensors.num_rows) if cache is None else None
+        is_one_row = cache_positions is not None and cache_positions.start is not None and x.shape[1] == 1
         is_causal = False
         if is_first and skip is None and forgotten is None and self.relative is None:
             is_causal = True  # set in a branch, as torch.compile would hand kernels a symbol instead of the bool
         bias: Tensor | None = None
         if not is_causal and not (is_one_row and skip is None):
-            bias = visible_slots(positions, num_slots, skip)
+            bias = visible_positions(positions, num_positions, skip)
             bias = bias if forgotten is None else bias & ~forgotten
         if self.relative is not None:
             # rows come in the precision of the cache, which may be finer than theirs
-            by_distance = self.relative(positions, num_slots).to(x.dtype if cache is None else cache.keys.dtype)
+            by_distance = self.relative(positions, num_positions).to(x.dtype if cache is None else cache.keys.dtype)
             bias = by_distance if bias is None else by_distance.masked_fill(~bias, float("-inf"))
-        mask = None if context.states_mask is None else rearrange(context.states_mask, "b s -> b 1 1 s")
-        if cache is not None and context.states is None:
+        mask = (
+            None
+            if condition_tensors.states_mask is None
+            else rearrange(condition_tensors.states_mask, "b s -> b 1 1 s")
+        )
+        if cache is not None and condition_tensors.states is None:
             mask = cache.cross_mask
         elif cache is not None:
             cache.cross_mask = mask
-        return Surroundings(
+        return AttentionContext(
             angles=None if self.rotary is None else self.rotary(positions),
             bias=bias,
             is_causal=is_causal,
             cache=cache,
-            slots=slots,
-            states=context.states,
+            cache_positions=cache_positions,
+            states=condition_tensors.states,
             cross_mask=mask,
         )
 

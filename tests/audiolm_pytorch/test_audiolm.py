@@ -40,8 +40,8 @@ def test_lengths_follow_the_seconds(monkeypatch):
     """Fault 4: no stage runs a fixed number of steps; putting 512 back is noticed."""
     audio_lm = audiolm_of()
     check_lengths(audio_lm)
-    windowed = audiolm.WindowedDecoding
-    monkeypatch.setattr(audiolm, "WindowedDecoding", lambda model, num_frames, **rest: windowed(model, 512, **rest))
+    windowed = audiolm.SlidingWindowDecoder
+    monkeypatch.setattr(audiolm, "SlidingWindowDecoder", lambda model, num_frames, **rest: windowed(model, 512, **rest))
     with pytest.raises(AssertionError):
         check_lengths(audio_lm)
 
@@ -56,18 +56,18 @@ def check_namespaces(audio_lm):
     """Every stage reads embeddings of its own table, of the codes of its own item."""
     prefixes = {}
     for name, stage in audio_lm.stages.items():
-        original = stage.transformer.context
+        original = stage.transformer.condition_tensors
 
         def spied(conditioning, batch, name=name, original=original):
             prefixes[name] = conditioning.codes.embeddings
             return original(conditioning, batch)
 
-        stage.transformer.context = spied
+        stage.transformer.condition_tensors = spied
     try:
         audio_lm(text=["one", "three"], seconds=0.1)
     finally:
         for stage in audio_lm.stages.values():
-            del stage.transformer.context
+            del stage.transformer.condition_tensors
     for name, table in audio_lm.audio_conditioner.tables.items():
         codes = torch.tensor([[3, 0, 0], [5, 0, 0]]) + torch.tensor([0, 10, 20])
         assert torch.equal(prefixes[name], table(codes)), name

@@ -205,10 +205,10 @@ class Copying:
     as a window starts anywhere but where a frame of every given stream starts.
     """
 
-    def hidden(self, ids, mask, context=None, cache=None, slots=None):
+    def hidden(self, ids, mask, condition_tensors=None, cache=None, cache_positions=None):
         if not hasattr(cache, "seen"):
-            cache.seen = torch.full((len(ids), cache.num_slots, ids.shape[2]), -1)
-        positions = slots.positions.expand(len(ids), -1)
+            cache.seen = torch.full((len(ids), cache.num_positions, ids.shape[2]), -1)
+        positions = cache_positions.positions.expand(len(ids), -1)
         for item in range(len(ids)):
             cache.seen[item, positions[item]] = ids[item].masked_fill(~mask[item], -1)
         states = torch.zeros(*ids.shape[:2], len(self.layout.heads))

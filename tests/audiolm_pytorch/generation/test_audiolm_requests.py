@@ -217,24 +217,24 @@ def test_extra_streams_reach_the_stages_that_read_them():
     audio_lm = audiolm_of(extra_streams=[melody, ids], **WINDOWS)
     tokens = {"melody": torch.randint(0, 5, (2, 25)), "text": torch.randint(0, 7, (2, 3))}
     given = AudioTokens(tokens, {"text": torch.tensor([3, 0])})
-    made = audio_lm.generate(given=given, seconds=1.0, seeds=[1, 2])
+    made = audio_lm.generate(input_streams=given, seconds=1.0, seeds=[1, 2])
     alone = AudioTokens({"melody": tokens["melody"][1:]}, {})
-    assert same(made, audio_lm.generate(given=alone, seconds=1.0, seeds=[2]), 1)
+    assert same(made, audio_lm.generate(input_streams=alone, seconds=1.0, seeds=[2]), 1)
     other = AudioTokens({"melody": 4 - tokens["melody"][1:]}, {})
-    assert not same(made, audio_lm.generate(given=other, seconds=1.0, seeds=[2]), 1)
+    assert not same(made, audio_lm.generate(input_streams=other, seconds=1.0, seeds=[2]), 1)
     with pytest.raises(ValueError, match="needs melody tokens"):
         audio_lm(seconds=1.0)
     with pytest.raises(ValueError, match=r"\['chords'\], the stages have extra streams \['melody', 'text'\]"):
-        audio_lm(seconds=1.0, given=AudioTokens({"chords": tokens["melody"]}, {}))
+        audio_lm(seconds=1.0, input_streams=AudioTokens({"chords": tokens["melody"]}, {}))
 
 
 def test_guidance_of_the_model_rests_where_only_a_melody_is_given():
     """A stream in time is nothing that guidance can lead away from: the constructor's scale must not be asked of it."""
     audio_lm = audiolm_of(extra_streams=[Stream("melody", 5, rate_hz=25, is_input=True)])
     given = AudioTokens({"melody": torch.randint(0, 5, (1, 8))}, {})
-    plain = audio_lm(given=given, seconds=0.3, seeds=1)
+    plain = audio_lm(input_streams=given, seconds=0.3, seeds=1)
     audio_lm.sampling = {name: replace(settings, guidance_scale=3.0) for name, settings in audio_lm.sampling.items()}
-    assert torch.equal(audio_lm(given=given, seconds=0.3, seeds=1), plain)
+    assert torch.equal(audio_lm(input_streams=given, seconds=0.3, seeds=1), plain)
 
 
 def test_what_was_generated_can_be_learnt_from():
@@ -273,7 +273,7 @@ def test_some_items_of_a_request_are_those_items_of_its_result():
     melodies = AudioTokens(
         {"melody": torch.arange(6).view(3, 2), "key": torch.zeros(1, 2)}, {"melody": torch.arange(3)}
     )
-    chosen = generation.GenerationRequest(given=melodies).select(items).given
+    chosen = generation.GenerationRequest(input_streams=melodies).select(items).input_streams
     assert chosen.tokens["melody"].tolist() == [[4, 5], [0, 1], [4, 5]] and chosen.lengths["melody"].tolist() == [
         2,
         0,

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor, guide
-from audiolm_pytorch.generation.decode_session import Decoding, decode
+from audiolm_pytorch.generation.decode_session import DecodeSession, decode
 from audiolm_pytorch.generation.sampling import SamplingSettings, filter_logits, sample_tokens
 from audiolm_pytorch.lm.token_model import TokenTransformer
-from audiolm_pytorch.nn.attention import KVCache
-from audiolm_pytorch.nn.transformer import Context
+from audiolm_pytorch.nn.kv_cache import KVCache
+from audiolm_pytorch.nn.transformer import ConditionTensors
 from audiolm_pytorch.tokens.layout import TokenLayout
 from audiolm_pytorch.tokens.patterns import cell_table
 from audiolm_pytorch.tokens.streams import Stream
@@ -65,12 +65,16 @@ def test_greedy_decoding_equals_a_loop_without_cache(pattern, scale):
     found = decode(model, given, {"a": 6}, conditioning=conditioning, settings=settings).streams["a"]
     grid = model.layout.grid(given, {"a": 6}, 2)
     ids, mask = grid.packed.ids, grid.packed.input_mask
-    contexts = [model.context(conditioning, 2), Context(model.null_embedding.expand(2, 3, -1))]
+    both_conditions = [
+        model.condition_tensors(conditioning, 2),
+        ConditionTensors(model.null_embedding.expand(2, 3, -1)),
+    ]
     for row in range(1, ids.shape[1]):
         for item, column in grid.packed.loss_mask[:, row].nonzero().tolist():
             head = int(grid.head[item, row, column])
             logits = [
-                model.logits(model.hidden(ids[:, :row], mask[:, :row], context)[item, -1], head) for context in contexts
+                model.logits(model.hidden(ids[:, :row], mask[:, :row], condition_tensors)[item, -1], head)
+                for condition_tensors in both_conditions
             ]
             token = guide(logits[0], logits[1], scale)[:20].argmax()
             ids[item, row, column] = model.layout.heads[head].first_id + token
@@ -85,7 +89,7 @@ def test_guidance_is_the_formula_and_one_is_off():
     model = model_of()
     batches = []
     original = model.new_cache
-    model.new_cache = lambda batch, slots: batches.append(batch) or original(batch, slots)
+    model.new_cache = lambda batch, cache_positions: batches.append(batch) or original(batch, cache_positions)
     for scale in (1.0, 2.0):
         settings = SamplingSettings(guidance_scale=scale)
         decode(model, {"s": GIVEN}, {"a": 4}, conditioning=random_conditions(1), settings=settings)
@@ -156,9 +160,9 @@ def check_cost(model):
     hidden = type(model).hidden
     cache_write = KVCache.write
 
-    def counted(self, ids, mask, context=None, cache=None, slots=None):
+    def counted(self, ids, mask, condition_tensors=None, cache=None, cache_positions=None):
         rows.append(ids.shape[1])
-        out = hidden(self, ids, mask, context, cache, slots)
+        out = hidden(self, ids, mask, condition_tensors, cache, cache_positions)
         addresses.add(cache.keys.data_ptr())
         return out
 
@@ -177,13 +181,13 @@ def test_cost_of_a_row_does_not_grow(monkeypatch):
     model = model_of()
     check_cost(model)
 
-    def concatenating(self, layer, keys, values, slots):
+    def concatenating(self, layer, keys, values, cache_positions):
         held = [*getattr(self, "held", [(None, None)] * len(self.keys))]
         old = held[layer]
         held[layer] = (
             (keys, values) if old[0] is None else (torch.cat((old[0], keys), 2), torch.cat((old[1], values), 2))
         )
-        self.held, self.keys = held, torch.empty(len(held), slots.extent)
+        self.held, self.keys = held, torch.empty(len(held), cache_positions.extent)
         return held[layer]
 
     monkeypatch.setattr(KVCache, "write", concatenating)
@@ -235,7 +239,7 @@ def test_streams_end_together():
     model = TokenTransformer(layout=layout, **SIZES).eval()
     for weight in model.heads.parameters():
         weight.data.zero_()
-    run = Decoding(model, {}, {"a": 9, "b": 9}, batch_size=6, seeds=range(6), allow_eos=True)
+    run = DecodeSession(model, {}, {"a": 9, "b": 9}, batch_size=6, seeds=range(6), allow_eos=True)
     run.advance()
     found = run.decoded()
     assert torch.equal(found.lengths["a"], found.lengths["b"]) and len(found.lengths["a"].unique()) > 2
@@ -258,7 +262,7 @@ def test_every_cell_holds_what_is_legal_there(pattern):
         weight.data.zero_()
     tokens = {"s": torch.ones(4, 3).long(), "t": torch.ones(4, 2).long(), "a": torch.ones(4, 3, 4).long()}
     counts = {"t": torch.tensor([0, 1, 2, 1]), "a": torch.tensor([0, 1, 2, 3])}
-    run = Decoding(model, tokens, {"a": 20}, lengths=counts, seeds=range(4), allow_eos=True)
+    run = DecodeSession(model, tokens, {"a": 20}, lengths=counts, seeds=range(4), allow_eos=True)
     run.advance()
     assert len(run.num_frames["a"].unique()) > 1
     for item, length in enumerate(run.num_frames["a"].tolist()):
@@ -277,7 +281,7 @@ def test_every_cell_holds_what_is_legal_there(pattern):
 
 def test_what_was_decoded_is_no_part_of_the_run():
     """Lengths handed out can be changed without harm."""
-    run = Decoding(model_of(), {"s": GIVEN}, {"a": 4})
+    run = DecodeSession(model_of(), {"s": GIVEN}, {"a": 4})
     run.advance()
     run.decoded().lengths["a"].zero_()
     assert run.decoded().lengths["a"].tolist() == [4, 4, 4]
@@ -293,7 +297,7 @@ def test_known_frames_are_whole_in_each_of_several_streams(pattern, rates_hz):
     model = TokenTransformer(layout=TokenLayout(streams, pattern), **SIZES).eval()
     num_frames = {stream.name: stream.rate_hz * 8 // 50 for stream in streams}
     prompt = {"a": torch.ones(2, 2, 4).long()}
-    run = Decoding(model, prompt, num_frames, lengths={"a": torch.tensor([0, 2])}, seeds=[1, 2])
+    run = DecodeSession(model, prompt, num_frames, lengths={"a": torch.tensor([0, 2])}, seeds=[1, 2])
     whole = decode(model, prompt, num_frames, lengths={"a": torch.tensor([0, 2])}, seeds=[1, 2]).streams
     for until in range(1, 9):
         run.advance(until)

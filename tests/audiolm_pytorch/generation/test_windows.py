@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from audiolm_pytorch.generation import windows
-from audiolm_pytorch.generation.decode_session import Decoding, decode
+from audiolm_pytorch.generation.decode_session import DecodeSession, decode
 from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.generation.window_plan import plan_windows
-from audiolm_pytorch.generation.windows import WindowedDecoding, decode_in_windows
+from audiolm_pytorch.generation.windows import SlidingWindowDecoder, decode_in_windows
 from audiolm_pytorch.lm.token_model import TokenTransformer
 from audiolm_pytorch.tokens.layout import TokenLayout
 from audiolm_pytorch.tokens.streams import Stream
@@ -78,7 +78,7 @@ def run_of(model, wanted, given, prompt, seeds, conditioning=None, **options):
     """A windowed decoding that was fed everything."""
     if conditioning is not None:
         options["settings"] = SamplingSettings(temperature=0.9, guidance_scale=1.5)
-    run = WindowedDecoding(
+    run = SlidingWindowDecoder(
         model,
         torch.tensor(wanted),
         prompt=prompt,
@@ -145,7 +145,7 @@ def test_a_window_waits_for_what_covers_it_and_asks_for_no_more(monkeypatch):
     rows = []
     hidden = TokenTransformer.hidden
     monkeypatch.setattr(TokenTransformer, "hidden", lambda self, *args: rows.append(1) or hidden(self, *args))
-    run = WindowedDecoding(model, 40, window_frames=8)
+    run = SlidingWindowDecoder(model, 40, window_frames=8)
     given = torch.randint(0, 10, (1, 20, 1))
     assert run.awaited == {"s": 4}
     run.feed("s", [given[0, :3]], torch.tensor([False]))
@@ -165,12 +165,12 @@ def test_givens_longer_than_what_is_wanted_are_not_seen(monkeypatch):
     """Each item is handed what covers its own part of a window, else a flat layout would tell the items apart."""
     seen = []
 
-    class Spy(Decoding):
+    class Spy(DecodeSession):
         def __init__(self, model, streams, num_frames, **options):
             seen.append((options["lengths"]["s"].tolist(), num_frames["a"].tolist()))
             super().__init__(model, streams, num_frames, **options)
 
-    monkeypatch.setattr(windows, "Decoding", Spy)
+    monkeypatch.setattr(windows, "DecodeSession", Spy)
     given = [torch.randint(0, 10, (20, 1)) for _ in range(2)]
     run_of(model_of("flat"), [14, 9], given, None, [1, 2], window_frames=8).advance()
     assert seen == [([4, 4], [8, 8]), ([4, 3], [8, 5]), ([3], [6])]
@@ -218,14 +218,14 @@ def test_streams_that_are_not_in_time_are_carried_whole(monkeypatch):
     model = model_of(extra=[Stream("text", 7, rate_hz=None, is_input=True)])
     seen = []
 
-    class Spy(Decoding):
+    class Spy(DecodeSession):
         def __init__(self, model, streams, num_frames, **options):
             seen.append((streams["text"].clone(), options["lengths"]["text"].tolist()))
             super().__init__(model, streams, num_frames, **options)
 
     given, text = torch.randint(0, 10, (2, 8, 1)), torch.randint(0, 7, (2, 3, 1))
     alone = decode_in_windows(model, {"s": given[1:]}, 16, window_frames=8, seeds=[2])
-    monkeypatch.setattr(windows, "Decoding", Spy)
+    monkeypatch.setattr(windows, "DecodeSession", Spy)
     streams, lengths = {"s": given, "text": text}, {"text": torch.tensor([3, 0])}
     together = decode_in_windows(model, streams, 16, lengths=lengths, window_frames=8, seeds=[1, 2])
     assert [counts for _, counts in seen] == [[3, 0]] * 3
@@ -248,7 +248,7 @@ def peak_of(num_frames):
     """Most bytes alive at once while a long sequence is decoded and taken bit by bit."""
     model = model_of("parallel", depth=1, dim=8, dim_head=4)
     with AliveTensors(list(model.parameters())) as alive:
-        run = WindowedDecoding(model, num_frames, window_frames=8)
+        run = SlidingWindowDecoder(model, num_frames, window_frames=8)
         while not run.is_done:
             if run.awaited:
                 run.feed("s", [torch.zeros(4, 1, dtype=torch.long)], torch.tensor([False]))
@@ -270,17 +270,17 @@ def test_bad_input_is_refused_in_words():
     with pytest.raises(ValueError, match="longer than what is wanted"):
         decode_in_windows(model, {"s": given, "a": torch.zeros(2, 9, 2).long()}, 8)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
-        WindowedDecoding(model, 8, batch_size=0)
+        SlidingWindowDecoder(model, 8, batch_size=0)
     with pytest.raises(ValueError, match="'s' is missing"):
         decode_in_windows(model, {}, 8)
     with pytest.raises(ValueError, match="the streams are"):
         decode_in_windows(model, {"s": given, "t": given}, 8)
     with pytest.raises(ValueError, match="is none of the given streams"):
-        WindowedDecoding(model, 8).feed("a", [given[0]])
+        SlidingWindowDecoder(model, 8).feed("a", [given[0]])
     with pytest.raises(ValueError, match="of 1 items, got 2"):
-        WindowedDecoding(model, 8).feed("s", list(given))
+        SlidingWindowDecoder(model, 8).feed("s", list(given))
     with pytest.raises(ValueError, match="0 or more"):
-        WindowedDecoding(model, -1)
+        SlidingWindowDecoder(model, -1)
     two = TokenTransformer(layout=TokenLayout([Stream("a", 7), Stream("b", 7)]), **SIZES)
     with pytest.raises(ValueError, match="one predicted stream"):
         decode_in_windows(two, {}, 8)

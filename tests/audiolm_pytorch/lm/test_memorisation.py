@@ -232,11 +232,11 @@ def test_teacher_forced_logits_are_those_of_decoding(case, monkeypatch):
     model, order = own.model, orders(case)[1]
     read, prefix_rows = {}, []
 
-    def hidden(ids, mask, context=None, cache=None, slots=None):
-        states = type(model).hidden(model, ids, mask, context, cache, slots)
-        if context is not None:
-            prefix_rows.append(context.num_rows)
-        rows = slots.positions.expand(len(ids), -1)[:, -ids.shape[1] :] - prefix_rows[0]
+    def hidden(ids, mask, condition_tensors=None, cache=None, cache_positions=None):
+        states = type(model).hidden(model, ids, mask, condition_tensors, cache, cache_positions)
+        if condition_tensors is not None:
+            prefix_rows.append(condition_tensors.num_rows)
+        rows = cache_positions.positions.expand(len(ids), -1)[:, -ids.shape[1] :] - prefix_rows[0]
         for item, numbers in enumerate(rows.tolist()):
             read.update({(item, row): states[item, number] for number, row in enumerate(numbers)})
         return states
@@ -249,7 +249,7 @@ def test_teacher_forced_logits_are_those_of_decoding(case, monkeypatch):
     packed = model.layout.pack({name: tokens[items] for name, tokens in own.streams.items()}, lengths)
     with torch.inference_mode():
         conditions = None if own.conditions is None else own.conditions.select(items)
-        whole = model.hidden(packed.ids, packed.input_mask, model.context(conditions, len(items)))
+        whole = model.hidden(packed.ids, packed.input_mask, model.condition_tensors(conditions, len(items)))
         found = torch.stack(list(read.values()))
         right = torch.stack([whole[place] for place in read])
         for head in range(len(model.layout.heads)):

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from audiolm_pytorch.nn.attention import CausalSelfAttention, KVCache, Slots, Surroundings, attend, visible_slots
+from audiolm_pytorch.nn.attention import AttentionContext, CausalSelfAttention, attend
+from audiolm_pytorch.nn.kv_cache import CachePositions, KVCache, visible_positions
 from audiolm_pytorch.nn.layers import GatedFeedForward, RMSNorm, RotaryPositions, rotate
 
 
@@ -72,8 +73,8 @@ def test_attention_is_the_textbook_formula():
     scores = rotate(q, cos, sin) @ rotate(k, cos, sin).mT / 12**0.5
     weights = scores.masked_fill(torch.ones(7, 7).triu(1).bool(), float("-inf")).softmax(-1)
     wanted = attention.to_out((weights @ v).transpose(1, 2).flatten(2))
-    around = Surroundings(angles=(cos, sin), bias=None, is_causal=True)
-    torch.testing.assert_close(attention(x, around), wanted, atol=1e-5, rtol=1e-4)
+    context = AttentionContext(angles=(cos, sin), bias=None, is_causal=True)
+    torch.testing.assert_close(attention(x, context), wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_plain_product_of_bfloat16_agrees_with_the_fused_kernel():
@@ -85,27 +86,29 @@ def test_plain_product_of_bfloat16_agrees_with_the_fused_kernel():
 
 @pytest.mark.parametrize("starts", [[0, 0], [3, 3], [2, 5], [0, 4]])
 @pytest.mark.parametrize("count", [1, 3])
-def test_slots_let_every_row_read_its_own_past(starts, count):
-    """Positions, extent and mask say the same as a loop over rows and slots; padding in front reads itself alone."""
-    slots = Slots.after(starts, count)
-    assert slots.extent == max(starts) + count
-    assert slots.start == (starts[0] if starts[0] == starts[1] else None)
+def test_every_row_attends_to_its_own_past(starts, count):
+    """Positions, extent and mask equal a loop over rows and keys. A padding row attends to itself alone."""
+    cache_positions = CachePositions.after(starts, count)
+    assert cache_positions.extent == max(starts) + count
+    assert cache_positions.start == (starts[0] if starts[0] == starts[1] else None)
     padding = torch.tensor([0, 2])
     for skip in (None, padding):
-        mask = visible_slots(slots.positions, slots.extent, skip)
+        mask = visible_positions(cache_positions.positions, cache_positions.extent, skip)
         for item, start in enumerate(starts):
             hidden = 0 if skip is None else int(skip[item])
             for row in range(count):
-                readable = [hidden <= slot <= start + row or slot == start + row for slot in range(slots.extent)]
+                readable = [
+                    hidden <= slot <= start + row or slot == start + row for slot in range(cache_positions.extent)
+                ]
                 assert mask[item, 0, row].tolist() == readable
 
 
 def test_cache_is_written_in_place_at_each_items_position():
     """Fault 5: the cache keeps its memory; rows land where they belong, nothing is concatenated."""
-    cache = KVCache(depth=1, batch=2, heads=1, num_slots=6, dim_head=2)
+    cache = KVCache(depth=1, batch=2, heads=1, num_positions=6, dim_head=2)
     address = cache.keys.data_ptr()
     ones = torch.ones(2, 1, 1, 2)
-    keys, _ = cache.write(0, ones, 2 * ones, Slots.after([1, 4], 1))
+    keys, _ = cache.write(0, ones, 2 * ones, CachePositions.after([1, 4], 1))
     assert keys.shape == (2, 1, 5, 2) and keys.data_ptr() == address == cache.keys.data_ptr()
     assert cache.keys[0, :, 0, :, 0].tolist() == [[0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 0]]
     assert cache.values[0, :, 0, :, 0].sum(dim=-1).tolist() == [2, 2]

@@ -9,7 +9,7 @@ import torch
 from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
 from audiolm_pytorch.lm.stages import SemanticTransformer
 from audiolm_pytorch.lm.token_model import TokenTransformer
-from audiolm_pytorch.nn.attention import Slots
+from audiolm_pytorch.nn.kv_cache import CachePositions
 from audiolm_pytorch.nn.transformer import Transformer
 from audiolm_pytorch.saving.modules import load_module, save_module
 from audiolm_pytorch.tokens.layout import TokenLayout
@@ -44,20 +44,22 @@ def test_cached_logits_equal_uncached_ones(pattern, conditioned):
     """Reading row by row through the cache, items at unequal positions, gives the logits of reading all at once."""
     model = model_of(pattern)
     packed = batch_of(model)
-    context = model.context(random_conditions(2) if conditioned else None, 2)
-    whole = model.hidden(packed.ids, packed.input_mask, context)
-    rows, offset = packed.ids.shape[1], context.num_rows
+    condition_tensors = model.condition_tensors(random_conditions(2) if conditioned else None, 2)
+    whole = model.hidden(packed.ids, packed.input_mask, condition_tensors)
+    rows, offset = packed.ids.shape[1], condition_tensors.num_rows
     cache = model.new_cache(2, offset + rows)
     # Item 1 starts two rows later than item 0: what prefill wrote too much is overwritten before it is read.
     starts = [2, 4]
-    first = model.hidden(packed.ids[:, :4], packed.input_mask[:, :4], context, cache, Slots.after([0, 0], offset + 4))
+    first = model.hidden(
+        packed.ids[:, :4], packed.input_mask[:, :4], condition_tensors, cache, CachePositions.after([0, 0], offset + 4)
+    )
     torch.testing.assert_close(first, whole[:, :4], atol=1e-5, rtol=1e-5)
     items = torch.arange(2)
     while min(starts) < rows:
         at = torch.tensor(starts).clamp(max=rows - 1)
-        slots = Slots.after((at + offset).tolist(), 1)
+        cache_positions = CachePositions.after((at + offset).tolist(), 1)
         ids, mask = packed.ids[items, at][:, None], packed.input_mask[items, at][:, None]
-        step = model.hidden(ids, mask, None, cache, slots)
+        step = model.hidden(ids, mask, None, cache, cache_positions)
         for head in range(len(model.layout.heads)):
             torch.testing.assert_close(
                 model.logits(step[:, 0], head), model.logits(whole[items, at], head), atol=1e-5, rtol=1e-5
@@ -73,7 +75,7 @@ def test_untrained_loss_is_chance_and_scores_are_means_over_cells():
     packed = model.layout.pack(streams, lengths, torch.tensor([True, False]))
     found = model(packed)
     assert abs(found.loss.item() - math.log(20)) < 0.2
-    hidden = model.hidden(packed.ids, packed.input_mask, model.context(None, 2))
+    hidden = model.hidden(packed.ids, packed.input_mask, model.condition_tensors(None, 2))
     nats = []
     for item, row, column in packed.loss_mask.nonzero().tolist():
         cell = int(packed.ids[item, row, column])
@@ -119,7 +121,10 @@ def test_condition_is_dropped_item_by_item_only_in_training():
     packed = batch_of(model, batch=1)
     packed = type(packed)(*(part.expand(64, -1, -1) for part in vars(packed).values()))
     seen = []
-    model.context, original = lambda c, b: seen.append(c.codes.mask.any(1)) or original(c, b), model.context
+    model.condition_tensors, original = (
+        lambda c, b: seen.append(c.codes.mask.any(1)) or original(c, b),
+        model.condition_tensors,
+    )
     model.eval()(packed, conditioning)
     model.train()(packed, conditioning)
     assert seen[0].all()
@@ -132,9 +137,11 @@ def test_masked_condition_entries_are_the_null_embedding():
     codes = random_conditions(2).codes
     hidden = codes.without_trailing(torch.tensor([1, 0]))
     other = ConditionTensor(torch.where(hidden.mask[..., None], hidden.embeddings, torch.randn(2, 3, 8)), hidden.mask)
-    torch.testing.assert_close(model.context(Conditions(hidden), 2).prefix, model.context(Conditions(other), 2).prefix)
-    assert torch.equal(model.context(Conditions(hidden), 2).prefix[1], model.null_embedding.expand(3, -1))
-    assert model.context(None, 2).prefix.shape == (2, model.null_tokens, 32)
+    torch.testing.assert_close(
+        model.condition_tensors(Conditions(hidden), 2).prefix, model.condition_tensors(Conditions(other), 2).prefix
+    )
+    assert torch.equal(model.condition_tensors(Conditions(hidden), 2).prefix[1], model.null_embedding.expand(3, -1))
+    assert model.condition_tensors(None, 2).prefix.shape == (2, model.null_tokens, 32)
 
 
 def test_right_padding_changes_nothing():
@@ -143,10 +150,10 @@ def test_right_padding_changes_nothing():
     streams = {"s": torch.randint(0, 10, (2, 5, 1)), "a": torch.randint(0, 20, (2, 10, 2))}
     both = model.layout.pack(streams, {"s": torch.tensor([2, 5]), "a": torch.tensor([4, 10])})
     alone = model.layout.pack({"s": streams["s"][:1, :2], "a": streams["a"][:1, :4]})
-    context = model.context(None, 2)
-    padded = model.hidden(both.ids, both.input_mask, context)[0, : alone.ids.shape[1]]
+    condition_tensors = model.condition_tensors(None, 2)
+    padded = model.hidden(both.ids, both.input_mask, condition_tensors)[0, : alone.ids.shape[1]]
     torch.testing.assert_close(
-        padded, model.hidden(alone.ids, alone.input_mask, model.context(None, 1))[0], atol=1e-5, rtol=1e-5
+        padded, model.hidden(alone.ids, alone.input_mask, model.condition_tensors(None, 1))[0], atol=1e-5, rtol=1e-5
     )
 
 

@@ -9,12 +9,13 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
-from audiolm_pytorch.generation.decode_session import Decoding, decode
+from audiolm_pytorch.generation.decode_session import DecodeSession, decode
 from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.lm.token_model import TokenTransformer
-from audiolm_pytorch.nn.attention import CausalSelfAttention, Slots, Surroundings, attend
+from audiolm_pytorch.nn.attention import AttentionContext, CausalSelfAttention, attend
+from audiolm_pytorch.nn.kv_cache import CachePositions
 from audiolm_pytorch.nn.layers import Projection, RelativePositions
-from audiolm_pytorch.nn.transformer import Context, Transformer
+from audiolm_pytorch.nn.transformer import ConditionTensors, Transformer
 from audiolm_pytorch.tokens.layout import TokenLayout
 from audiolm_pytorch.tokens.streams import Stream
 from tests.helpers.fakes import SIZES
@@ -66,19 +67,19 @@ def test_cached_logits_equal_teacher_forced_ones(options: dict, pattern: str) ->
     """Done when 1: row by row through the cache, items at unequal positions, gives the logits of one pass to 1e-5."""
     model = model_of(pattern, **options)
     packed = model.layout.pack({**given(3), "a": torch.randint(0, 20, (3, 6, 2))})
-    context = model.context(conditions_of(model), 3)
-    whole = model.hidden(packed.ids, packed.input_mask, context)
-    rows, offset = packed.ids.shape[1], context.num_rows
+    condition_tensors = model.condition_tensors(conditions_of(model), 3)
+    whole = model.hidden(packed.ids, packed.input_mask, condition_tensors)
+    rows, offset = packed.ids.shape[1], condition_tensors.num_rows
     cache = model.new_cache(3, offset + rows)
     ids, mask = packed.ids[:, :4], packed.input_mask[:, :4]
     with torch.no_grad():
-        model.hidden(ids, mask, context, cache, Slots.after([0, 0, 0], offset + 4))
+        model.hidden(ids, mask, condition_tensors, cache, CachePositions.after([0, 0, 0], offset + 4))
         items = torch.arange(3)
         for step in range(rows - 2):
             at = torch.tensor([2, 3, 4]).add(step).clamp(max=rows - 1)
-            slots = Slots.after((at + offset).tolist(), 1)
+            cache_positions = CachePositions.after((at + offset).tolist(), 1)
             here = model.hidden(
-                packed.ids[items, at][:, None], packed.input_mask[items, at][:, None], None, cache, slots
+                packed.ids[items, at][:, None], packed.input_mask[items, at][:, None], None, cache, cache_positions
             )
             for head in range(len(model.layout.heads)):
                 wanted = model.logits(whole[items, at], head)
@@ -91,13 +92,15 @@ def test_logits_of_a_row_do_not_depend_on_its_batch(options: dict) -> None:
     model = model_of(**options)
     packed = model.layout.pack({**given(3), "a": torch.randint(0, 20, (3, 6, 2))})
     conditions = conditions_of(model)
-    both = model.hidden(packed.ids, packed.input_mask, model.context(conditions, 3))
+    both = model.hidden(packed.ids, packed.input_mask, model.condition_tensors(conditions, 3))
     for item, length in enumerate((4, 2, 0)):
         one = None if conditions is None else conditions.select(torch.tensor([item]))
         if one is not None and one.text is not None:
             text = ConditionTensor(one.text.embeddings[:, : max(length, 1)], one.text.mask[:, : max(length, 1)])
             one = Conditions(one.codes, text)
-        alone = model.hidden(packed.ids[item : item + 1], packed.input_mask[item : item + 1], model.context(one, 1))
+        alone = model.hidden(
+            packed.ids[item : item + 1], packed.input_mask[item : item + 1], model.condition_tensors(one, 1)
+        )
         torch.testing.assert_close(both[item], alone[0], atol=1e-5, rtol=1e-5)
 
 
@@ -116,7 +119,9 @@ def test_decoding_equals_a_loop_without_cache(options: dict) -> None:
     for row in range(1, ids.shape[1]):
         for item, column in grid.packed.loss_mask[:, row].nonzero().tolist():
             head = int(grid.head[item, row, column])
-            states = [model.hidden(ids[:, :row], mask[:, :row], model.context(c, 2)) for c in (conditions, nothing)]
+            states = [
+                model.hidden(ids[:, :row], mask[:, :row], model.condition_tensors(c, 2)) for c in (conditions, nothing)
+            ]
             with_it, without = (model.logits(state[item, -1], head) for state in states)
             token = (without + scale * (with_it - without))[:20].argmax()
             ids[item, row, column] = model.layout.heads[head].first_id + token
@@ -145,8 +150,8 @@ def test_grouped_queries_share_keys_and_values() -> None:
     twice = [part.view(2, 6, 24).repeat_interleave(2, dim=0).flatten(0, 1) for part in (keys, values)]
     many.to_qkv.weight.data = torch.cat((queries, *twice))
     many.to_out.weight.data = few.to_out.weight.data
-    x, around = torch.randn(2, 5, 24), Surroundings(None, None, is_causal=True)
-    torch.testing.assert_close(few(x, around), many(x, around))
+    x, context = torch.randn(2, 5, 24), AttentionContext(None, None, is_causal=True)
+    torch.testing.assert_close(few(x, context), many(x, context))
     for count, valid in ((3, False), (0, False), (4, True), (1, True)):
         if valid:
             CausalSelfAttention(24, 4, 6, kv_heads=count)
@@ -182,10 +187,10 @@ def test_padding_in_front_is_not_heard_and_spoils_nothing() -> None:
     stack = Transformer(**SIZES).eval()
     x, prefix = torch.randn(2, 5, 32), torch.randn(2, 3, 32)
     skip = torch.tensor([0, 2])
-    out = stack(x, Context(prefix, skip))
+    out = stack(x, ConditionTensors(prefix, skip))
     prefix[1, :2] = 1e3 * torch.randn(2, 32)
-    torch.testing.assert_close(stack(x, Context(prefix, skip)), out)
-    torch.testing.assert_close(stack(x[1:], Context(prefix[1:, 2:]))[0], out[1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(stack(x, ConditionTensors(prefix, skip)), out)
+    torch.testing.assert_close(stack(x[1:], ConditionTensors(prefix[1:, 2:]))[0], out[1], atol=1e-5, rtol=1e-5)
 
 
 def test_forgetful_masking_hides_some_of_the_past_in_training_alone() -> None:
@@ -194,14 +199,14 @@ def test_forgetful_masking_hides_some_of_the_past_in_training_alone() -> None:
     x, prefix = torch.randn(1, 30, 32), torch.randn(1, 3, 32)
     plain = Transformer(**SIZES)
     plain.load_state_dict(stack.state_dict())
-    torch.testing.assert_close(stack.eval()(x, Context(prefix)), plain(x, Context(prefix)))
+    torch.testing.assert_close(stack.eval()(x, ConditionTensors(prefix)), plain(x, ConditionTensors(prefix)))
     stack.train()
     hidden = stack._forgotten(torch.zeros(200, 33, 32), num_prefix=3)
     assert hidden is not None and not hidden[..., :4].any() and not hidden.diagonal(dim1=-2, dim2=-1).any()
     share = hidden[:, 0, -1, 4:-1].float().mean(dim=-1)
     assert share.min() < 0.2 and 0.6 < share.max() <= 1 and 0.35 < share.mean() < 0.55  # uniform in 0..0.9
-    torch.testing.assert_close(stack(x, Context(prefix))[:, 0], plain(x, Context(prefix))[:, 0])
-    assert not torch.allclose(stack(x, Context(prefix))[:, -1], plain(x, Context(prefix))[:, -1])
+    torch.testing.assert_close(stack(x, ConditionTensors(prefix))[:, 0], plain(x, ConditionTensors(prefix))[:, 0])
+    assert not torch.allclose(stack(x, ConditionTensors(prefix))[:, -1], plain(x, ConditionTensors(prefix))[:, -1])
 
 
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.3, "forget_prob": 0.3}, {"positions": "relative"}], ids=str)
@@ -249,7 +254,7 @@ def test_where_decoding_pauses_changes_nothing(options: dict) -> None:
     model = model_of(**options)
     conditions = conditions_of(model)
     whole = decode(model, given(3), {"a": 6}, conditioning=conditions, seeds=[1, 2, 3]).streams["a"]
-    decoding = Decoding(model, given(3), {"a": 6}, conditioning=conditions, seeds=[1, 2, 3])
+    decoding = DecodeSession(model, given(3), {"a": 6}, conditioning=conditions, seeds=[1, 2, 3])
     for frames in range(1, 7):
         decoding.advance(frames)
         assert decoding.known_frames.min() >= frames
@@ -305,8 +310,11 @@ def test_stack_compiles_without_a_break() -> None:
         torch.testing.assert_close(compiled(x), stack(x))
         assert counter.frame_count == 1
         cache = stack.new_cache(2, 30)
-        outs = [compiled(x[:, :6], cache=cache, slots=Slots.after([0, 0], 6))]
-        outs += [compiled(x[:, row : row + 1], cache=cache, slots=Slots.after([row, row], 1)) for row in range(6, 30)]
+        outs = [compiled(x[:, :6], cache=cache, cache_positions=CachePositions.after([0, 0], 6))]
+        outs += [
+            compiled(x[:, row : row + 1], cache=cache, cache_positions=CachePositions.after([row, row], 1))
+            for row in range(6, 30)
+        ]
     torch.testing.assert_close(torch.cat(outs, dim=1), stack(x), atol=1e-5, rtol=1e-5)
     assert counter.frame_count <= 5
 
@@ -378,17 +386,17 @@ def test_a_cache_hears_the_context_of_its_last_first_call() -> None:
     with torch.no_grad():
         for cache in (used, used, stack.new_cache(2, 7)):
             again = cache is used and bool(cache.crossed)
-            first = Context(prefix, torch.tensor([0, 1]), states[0], mask)
-            context = Context(prefix, None, states[1]) if again or cache is not used else first
-            stack(x[:, :3], context, cache=cache, slots=Slots.after([0, 0], 5))
-            found = stack(x[:, 3:], cache=cache, slots=Slots.after([5, 5], 1))
+            first = ConditionTensors(prefix, torch.tensor([0, 1]), states[0], mask)
+            condition_tensors = ConditionTensors(prefix, None, states[1]) if again or cache is not used else first
+            stack(x[:, :3], condition_tensors, cache=cache, cache_positions=CachePositions.after([0, 0], 5))
+            found = stack(x[:, 3:], cache=cache, cache_positions=CachePositions.after([5, 5], 1))
             if again:
                 wanted = found
     assert torch.equal(found, wanted)
     with pytest.raises(ValueError, match="needs states"):
         stack(x)
     with pytest.raises(ValueError, match="needs states"):
-        stack(x, cache=stack.new_cache(2, 4), slots=Slots.after([0, 0], 4))
+        stack(x, cache=stack.new_cache(2, 4), cache_positions=CachePositions.after([0, 0], 4))
 
 
 def test_numbers_out_of_range_are_refused() -> None:
@@ -403,9 +411,11 @@ def test_numbers_out_of_range_are_refused() -> None:
         with pytest.raises(ValueError, match="with m >= 1 and a mask .* bool"):
             ConditionTensor(torch.zeros(embeddings), mask)
     with pytest.raises(ValueError, match="no condition of text"):
-        model_of().context(Conditions(text=ConditionTensor(torch.randn(1, 2, 6), torch.ones(1, 2).bool())), 1)
+        model_of().condition_tensors(Conditions(text=ConditionTensor(torch.randn(1, 2, 6), torch.ones(1, 2).bool())), 1)
     with pytest.raises(ValueError, match="text conditions of width 6, got 5"):
-        model_of(text_dim=6).context(Conditions(text=ConditionTensor(torch.randn(1, 2, 5), torch.ones(1, 2).bool())), 1)
+        model_of(text_dim=6).condition_tensors(
+            Conditions(text=ConditionTensor(torch.randn(1, 2, 5), torch.ones(1, 2).bool())), 1
+        )
 
 
 @pytest.mark.gpu
