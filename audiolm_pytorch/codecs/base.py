@@ -38,7 +38,6 @@ class Codec(Protocol):
         """Codes per level."""
         ...
 
-    @property
     def fingerprint(self) -> str:
         """Hash of what the codes depend on."""
         ...

@@ -110,7 +110,7 @@ class StoredCodes:
             ValueError: If it is another one, or the codes do not fit it; says what to do.
         """
         info, (num_frames, num_levels) = self.info, self.codes.shape
-        given = codec.fingerprint if fingerprint is None else fingerprint
+        given = codec.fingerprint() if fingerprint is None else fingerprint
         if given != info.codec_fingerprint:
             raise ValueError(
                 f"the codes were made by another codec ({info.codec_class} {info.codec_fingerprint}, here is "

@@ -175,7 +175,6 @@ class SoundStream(nn.Module):
             raise TypeError(f"{path} holds a {type(module).__name__}, not a {cls.__name__}")
         return module
 
-    @property
     def fingerprint(self) -> str:
         """Hash of configuration and weights."""
         return fingerprint_of(self)

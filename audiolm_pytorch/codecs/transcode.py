@@ -34,7 +34,7 @@ class FileCodec:
     @beartype
     def __init__(self, codec: Codec) -> None:
         self.codec = codec
-        self.fingerprint = codec.fingerprint
+        self.fingerprint = codec.fingerprint()
         self.device = device_of(codec)
 
     @beartype

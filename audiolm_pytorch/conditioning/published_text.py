@@ -175,7 +175,6 @@ class PublishedTextEncoder(nn.Module):
         loaded: Any = LoadedModel(model, **config["origin"])
         return cls(loaded, tokenizer=tokenizer, **config["options"])
 
-    @property
     def fingerprint(self) -> str:
         """Hash of all that embeddings depend on: the same on any device and from any file of the same model."""
         settings = {name: getattr(self.model.config, name, None) for name in _SETTINGS}

@@ -174,7 +174,6 @@ class TextEncoder(Protocol):
         """Width of the states."""
         ...
 
-    @property
     def fingerprint(self) -> str:
         """Hash of all that the states depend on."""
         ...

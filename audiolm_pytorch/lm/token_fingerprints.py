@@ -43,7 +43,7 @@ def shard_fingerprint(wav2vec: SemanticTokenizer, codec: Codec) -> dict[str, str
     Returns:
         Entries for the `fingerprint` of `write_shards`.
     """
-    return {_IN_SHARDS["semantic"]: wav2vec.fingerprint, _IN_SHARDS["acoustic"]: codec.fingerprint}
+    return {_IN_SHARDS["semantic"]: wav2vec.fingerprint(), _IN_SHARDS["acoustic"]: codec.fingerprint()}
 
 
 def agreed_fingerprints(
@@ -87,7 +87,7 @@ def agreed_fingerprints(
         maker = makers.get(kind)
         if maker is not None:
             # No conditioner is asked to have one.
-            said[f"the {type(maker).__name__} here is"] = getattr(maker, "fingerprint", None)
+            said[f"the {type(maker).__name__} here is"] = maker.fingerprint() if hasattr(maker, "fingerprint") else None
         # Shards may be described in any way: what is no text is no fingerprint.
         known = {who: one for who, one in said.items() if isinstance(one, str)}
         if len(set(known.values())) > 1:

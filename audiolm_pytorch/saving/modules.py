@@ -304,7 +304,8 @@ def fingerprint_of(module: nn.Module) -> str:
 @beartype
 def part_fingerprint(module: nn.Module) -> str:
     """Identify a part: by its own `fingerprint`, where it knows what does not matter, else by `fingerprint_of`."""
-    return str(getattr(module, "fingerprint", None) or fingerprint_of(module))
+    fingerprint: Any = getattr(module, "fingerprint", None)
+    return fingerprint_of(module) if fingerprint is None else fingerprint()
 
 
 def digest_of(spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:

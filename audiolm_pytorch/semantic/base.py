@@ -26,7 +26,6 @@ class SemanticTokenizer(Protocol):
         """Number of different tokens."""
         ...
 
-    @property
     def fingerprint(self) -> str:
         """Changes whenever the tokens could change; stored with everything trained on them."""
         ...

@@ -111,7 +111,6 @@ class KMeansTokenizer(nn.Module):
         """Number of different tokens."""
         return self.centroids.shape[0]
 
-    @property
     def fingerprint(self) -> str:
         """Hash of everything that the tokens depend on: encoder, layer, normalisation, centroids, cut of lengths."""
         facts = {

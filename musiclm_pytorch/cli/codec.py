@@ -244,7 +244,7 @@ def _evaluate(command: Evaluate) -> int:
         settings = {
             "codec": command.codec,
             "codec_class": type(codec).__name__,
-            "codec_fingerprint": codec.fingerprint,
+            "codec_fingerprint": codec.fingerprint(),
             "sample_hz": rate_hz,
             "source": str(command.source),
             "num_files": len(usable),

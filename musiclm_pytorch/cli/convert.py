@@ -10,9 +10,9 @@ import tyro
 from musiclm_pytorch.cli.checks import check_file, check_folder
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from audiolm_pytorch.data.manifest import AudioItem
+    from audiolm_pytorch.semantic.pretrained.hubert import HubertWithKmeans
+    from audiolm_pytorch.semantic.pretrained.vq_wav2vec import FairseqVQWav2Vec
 
 __all__ = ["ConvertCommand", "Hubert", "MusicCaps", "VqWav2vec", "run_convert"]
 
@@ -105,12 +105,12 @@ def _convert_checkpoint(command: Hubert | VqWav2vec) -> int:
     num_bytes = sum(file.stat().st_size for file in command.out.iterdir() if file.is_file())
     sys.stdout.write(
         f"{said} {command.out}  {type(tokenizer).__name__}, {tokenizer.codebook_size} tokens, "
-        f"{num_bytes / 1e6:.1f} MB, fingerprint {tokenizer.fingerprint}\n"
+        f"{num_bytes / 1e6:.1f} MB, fingerprint {tokenizer.fingerprint()}\n"
     )
     return 0
 
 
-def _opened(command: Hubert | VqWav2vec) -> "nn.Module":
+def _opened(command: Hubert | VqWav2vec) -> "HubertWithKmeans | FairseqVQWav2Vec":
     """The tokenizer that the published files hold."""
     match command:
         case Hubert():
@@ -123,17 +123,17 @@ def _opened(command: Hubert | VqWav2vec) -> "nn.Module":
             return FairseqVQWav2Vec(command.checkpoint)
 
 
-def _check_same(tokenizer: "nn.Module", folder: Path) -> None:
+def _check_same(tokenizer: "HubertWithKmeans | FairseqVQWav2Vec", folder: Path) -> None:
     """Refuse a folder that holds anything but this very tokenizer: language models may hang on what is there."""
-    from audiolm_pytorch.saving.modules import load_module
+    from audiolm_pytorch.saving.modules import load_module, part_fingerprint
 
     try:
-        found = getattr(load_module(folder), "fingerprint", None)
+        found = part_fingerprint(load_module(folder))
     except ValueError as error:
         raise ValueError(f"{folder} holds another config.json; give a new folder as --out ({error})") from error
-    if found != tokenizer.fingerprint:
+    if found != tokenizer.fingerprint():
         raise ValueError(
-            f"{folder} holds another model (fingerprint {found}, that of the files is {tokenizer.fingerprint}); "
+            f"{folder} holds another model (fingerprint {found}, that of the files is {tokenizer.fingerprint()}); "
             "give a new folder as --out"
         )
 

@@ -249,7 +249,7 @@ def _settings(command: EvaluateSemantic, encoder: Any, tokenizer: Any, check: An
     if tokenizer is not None:
         settings |= {
             "tokenizer_class": type(tokenizer).__name__,
-            "tokenizer_fingerprint": tokenizer.fingerprint,
+            "tokenizer_fingerprint": tokenizer.fingerprint(),
             "codebook_size": tokenizer.codebook_size,
         }
     return settings | {

@@ -87,7 +87,7 @@ def run_train_kmeans(command: TrainKmeans) -> int:
         rate = tokenizer.target_sample_hz / tokenizer.downsample_factor
         sys.stdout.write(f"{_in_words(fit.usage)}{' (done before)' if done_before else ''}\n")
         sys.stdout.write(f"tokenizer in {folder}: layer {tokenizer.layer}, {rate:g} tokens a second, ")
-        sys.stdout.write(f"fingerprint {tokenizer.fingerprint}\n")
+        sys.stdout.write(f"fingerprint {tokenizer.fingerprint()}\n")
         if job.features_folder.is_dir():
             num_bytes = sum(file.stat().st_size for file in job.features_folder.rglob("*") if file.is_file())
             sys.stdout.write(f"{job.features_folder} ({num_bytes / 1e6:,.1f} MB) is needed no more\n")

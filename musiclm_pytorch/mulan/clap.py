@@ -228,7 +228,6 @@ class ClapMuLaN(JointEmbedding):
         tokenizer = TextTokenizer.from_json(config["tokenizer"], special_tokens=True)
         return cls(loaded, tokenizer=tokenizer, **config["options"])
 
-    @property
     def fingerprint(self) -> str:
         """Hash of all that embeddings depend on: the same on any device and from any file of the same model."""
         parts = (self.model.config.text_config, _TEXT_SETTINGS), (self.model.config.audio_config, _AUDIO_SETTINGS)

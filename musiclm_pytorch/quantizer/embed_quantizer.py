@@ -111,7 +111,6 @@ class MuLaNEmbedQuantizer(nn.Module):
         """Sample rate in Hz at which waves are given."""
         return self.mulan.sample_hz
 
-    @property
     def fingerprint(self) -> str:
         """Hash of all that codes depend on: MuLaN, codebooks, means and map of texts; not of the tables.
 

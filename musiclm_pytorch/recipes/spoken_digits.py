@@ -353,7 +353,7 @@ def main(data: Path, out: Path, seed: int = 0, scale: float = 1.0) -> None:
     _train_stages(build_stages(codec, tokenizer, seed), (shards[0], shards[1]), out, seed, scale)
     metrics, table = judge(open_audiolm(out / "model"), words, out, seed)
     metrics += memory_metrics(out / "model", codec.target_sample_hz)
-    settings = {"seed": seed, "scale": scale, "codec": codec.fingerprint, "sampling": SAMPLING}
+    settings = {"seed": seed, "scale": scale, "codec": codec.fingerprint(), "sampling": SAMPLING}
     write_report(out / "metrics.json", metrics, settings, f"{markdown_table(metrics)}\n{table}")
     sys.stdout.write(f"wrote {out / 'metrics.md'}\n")
 

@@ -19,7 +19,9 @@ class FakeCodec(nn.Module):
     """50 frames of 4 levels a second: the digits, in base 16, of the mean loudness of a frame."""
 
     target_sample_hz, downsample_factor, channels, num_quantizers, codebook_size = SAMPLE_HZ, 16, 1, 4, 16
-    fingerprint = "codec"
+
+    def fingerprint(self) -> str:
+        return "codec"
 
     def num_frames(self, num_samples: int) -> int:
         return -(-num_samples // self.downsample_factor)
@@ -39,11 +41,14 @@ class FakeCodec(nn.Module):
 class FakeSemanticTokenizer(nn.Module):
     """25 tokens a second: the loudness of 32 samples in 12 steps; it may lose frames at the end, as HuBERT does."""
 
-    target_sample_hz, downsample_factor, codebook_size, fingerprint = SAMPLE_HZ, 32, 12, "semantic"
+    target_sample_hz, downsample_factor, codebook_size = SAMPLE_HZ, 32, 12
 
     def __init__(self, lost_frames: int = 0) -> None:
         super().__init__()
         self.lost_frames = lost_frames
+
+    def fingerprint(self) -> str:
+        return "semantic"
 
     def num_frames(self, num_samples: int) -> int:
         return -(-num_samples // self.downsample_factor) - self.lost_frames
@@ -95,11 +100,14 @@ class FakeConditioner(nn.Module):
 class FakeTextConditioner(nn.Module):
     """States of width 6, one a letter: the letter's number in every place, and the length of the text in the last."""
 
-    dim, fingerprint = 6, "text encoder"
+    dim = 6
 
     def __init__(self) -> None:
         super().__init__()
         self.asked: list[list[str]] = []
+
+    def fingerprint(self) -> str:
+        return "text encoder"
 
     def forward(self, texts: str | Sequence[str]) -> ConditionTensor:
         texts = [texts] if isinstance(texts, str) else list(texts)

@@ -247,7 +247,10 @@ def test_musiclm_rejects_what_it_cannot_use(musiclm: MusicLM, trained: MuLaN) ->
 class ToyTokenizer(nn.Module):
     """Semantic tokens, 25 a second of 8 kHz; only counted here, never made."""
 
-    target_sample_hz, downsample_factor, codebook_size, fingerprint = 8000, 320, 7, "toy"
+    target_sample_hz, downsample_factor, codebook_size = 8000, 320, 7
+
+    def fingerprint(self) -> str:
+        return "toy"
 
     def num_frames(self, num_samples: int) -> int:
         return num_samples // 320
@@ -259,14 +262,10 @@ class ToyTokenizer(nn.Module):
 class ToyCodec(nn.Module):
     """A codec whose frames are held levels: every code is heard."""
 
-    target_sample_hz, downsample_factor, channels, num_quantizers, codebook_size, fingerprint = (
-        12000,
-        240,
-        1,
-        3,
-        5,
-        "toy",
-    )
+    target_sample_hz, downsample_factor, channels, num_quantizers, codebook_size = 12000, 240, 1, 3, 5
+
+    def fingerprint(self) -> str:
+        return "toy"
 
     def num_frames(self, num_samples: int) -> int:
         return -(-num_samples // 240)
@@ -352,8 +351,8 @@ def test_musiclm_refuses_another_quantizer_than_the_stages_know(trained: MuLaN) 
     sizes = {"conditioning_dims": (6, 6, 6), "namespaces": STAGES, "rq_num_quantizers": 2, "codebook_size": 8}
     ours, other = (MuLaNEmbedQuantizer(mulan=trained, **sizes) for _ in range(2))
     other.fit(torch.randn(64, 16, generator=torch.Generator().manual_seed(0)))
-    audio_lm.transformers["coarse"].token_fingerprints = {"conditioner": ours.fingerprint}
+    audio_lm.transformers["coarse"].token_fingerprints = {"conditioner": ours.fingerprint()}
     MusicLM(audio_lm=audio_lm, mulan_embed_quantizer=ours)
-    message = f"coarse transformer was trained on {ours.fingerprint}, .* here is {other.fingerprint}"
+    message = f"coarse transformer was trained on {ours.fingerprint()}, .* here is {other.fingerprint()}"
     with pytest.raises(ValueError, match=message):
         MusicLM(audio_lm=audio_lm, mulan_embed_quantizer=other)

@@ -163,7 +163,6 @@ class PretrainedCodec(nn.Module, ABC):
         model = getattr(transformers, cls.model_class)(model_config)
         return cls(LoadedModel(model, **config["origin"]), **config["options"])
 
-    @property
     def fingerprint(self) -> str:
         """Hash of weights, settings and levels: the same on any device, from any folder, under any transformers."""
         settings = {name: getattr(self.model.config, name, None) for name in self.code_settings}

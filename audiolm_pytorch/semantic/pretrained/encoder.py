@@ -178,7 +178,6 @@ class TransformersEncoder(nn.Module):
         """Number of blocks that are kept."""
         return len(self.model.encoder.layers)
 
-    @property
     def fingerprint(self) -> str:
         """Hash of all that features depend on: the same from any file of the same model, with as many blocks kept."""
         settings = {name: getattr(self.model.config, name, None) for name in _FEATURE_SETTINGS}

@@ -128,7 +128,6 @@ class FairseqVQWav2Vec(nn.Module):
         """Number of different tokens, those of all groups together."""
         return self.groups * self.network.quantizer.codes
 
-    @property
     def fingerprint(self) -> str:
         """Hash of everything that the tokens depend on."""
         return fingerprint_of(self)

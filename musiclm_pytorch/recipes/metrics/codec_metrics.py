@@ -254,7 +254,7 @@ def main(
     if json is not None:
         settings = {
             "codec": codec,
-            "codec_fingerprint": module.fingerprint,
+            "codec_fingerprint": module.fingerprint(),
             "judge_fingerprint": fingerprint_of(judge),
             "sample_hz": sample_hz,
             "limit": limit,

@@ -44,7 +44,9 @@ class ClickCodec(nn.Module):
     """50 frames of 4 levels a second: where the click is in quarters, in digits of these, and a check of all."""
 
     target_sample_hz, downsample_factor, channels, num_quantizers, codebook_size = CODEC_HZ, CODEC_FRAME, 1, 4, 8
-    fingerprint = "clicks"
+
+    def fingerprint(self) -> str:
+        return "clicks"
 
     def num_frames(self, num_samples: int) -> int:
         return -(-num_samples // CODEC_FRAME)
@@ -66,11 +68,14 @@ class ClickCodec(nn.Module):
 class ClickTokenizer(nn.Module):
     """25 tokens a second: in which eighth of a frame the click is; loses frames at the end, as HuBERT does."""
 
-    target_sample_hz, downsample_factor, codebook_size, fingerprint = TOKENIZER_HZ, TOKEN_FRAME, 9, "eighths"
+    target_sample_hz, downsample_factor, codebook_size = TOKENIZER_HZ, TOKEN_FRAME, 9
 
     def __init__(self, lost_frames: int = 0) -> None:
         super().__init__()
         self.lost_frames = lost_frames
+
+    def fingerprint(self) -> str:
+        return "eighths"
 
     def num_frames(self, num_samples: int) -> int:
         return -(-num_samples // TOKEN_FRAME) - self.lost_frames

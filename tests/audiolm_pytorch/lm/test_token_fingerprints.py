@@ -55,7 +55,7 @@ def makers_of(name, **fingerprints):
     """The tokenizers of a stage, some of them with other fingerprints."""
     makers = {"wav2vec": FakeSemanticTokenizer(), "codec": FakeCodec()}
     for maker, fingerprint in fingerprints.items():
-        makers[maker].fingerprint = fingerprint
+        makers[maker].fingerprint = lambda fingerprint=fingerprint: fingerprint
     return {maker: makers[maker] for maker in MAKERS[name]}
 
 
@@ -197,7 +197,7 @@ def conditioner_of(fingerprint=None):
     """A conditioner that says who it is, or one that does not know."""
     conditioner = FakeConditioner()
     if fingerprint is not None:
-        conditioner.fingerprint = fingerprint
+        conditioner.fingerprint = lambda: fingerprint
     return conditioner
 
 
@@ -277,7 +277,6 @@ def test_fingerprints_are_asked_for_once_a_run(tmp_path, write_folder):
     asked = []
 
     class CountingCodec(FakeCodec):
-        @property
         def fingerprint(self):
             asked.append(1)
             return "codec"

@@ -149,7 +149,7 @@ def test_what_is_saved_is_what_is_given(sounds, tmp_path):
     assert np.random.random() == np.random.RandomState(3).random()
     assert encoder.training and encoder.gain.requires_grad and encoder.depth == 3
     loaded = load_module(tmp_path / "tokenizer", KMeansTokenizer)
-    assert loaded.fingerprint == fit.tokenizer.fingerprint
+    assert loaded.fingerprint() == fit.tokenizer.fingerprint()
     assert ClusterUsage(**read_config(tmp_path / "tokenizer")["usage"]) == fit.usage
     record = read_json(tmp_path / "kmeans.json")
     assert record["usage"]["used"] == fit.usage.used and record["run"]["layer"] == 2

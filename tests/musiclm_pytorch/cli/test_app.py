@@ -141,7 +141,7 @@ def test_train_around_bundled_parts(musiclm_command, micro_data, tmp_path, capsy
     from audiolm_pytorch.data.shards import TokenShards
     from musiclm_pytorch.pretrained.bundled import codec_named
 
-    assert TokenShards(tmp_path / "run" / "tokens" / "train").fingerprint["codec"] == codec_named("16khz").fingerprint
+    assert TokenShards(tmp_path / "run" / "tokens" / "train").fingerprint["codec"] == codec_named("16khz").fingerprint()
     assert musiclm_command(*words) == 2
     assert re.fullmatch(
         r"musiclm: .*holds another run \(given.codec: \w+ there, none here.*\n", capsys.readouterr().err

@@ -128,7 +128,7 @@ def test_the_bundled_codec_is_the_default(musiclm_command, write_tone, tmp_path,
     monkeypatch.setattr(bundled_parts, "bundled_folder", lambda name: codec)
     source = write_tone("tone.wav", 0.1, 8000)
     assert musiclm_command("codec", "encode", source, "--out", tmp_path / "a.safetensors") == 0
-    assert read_codes(tmp_path / "a.safetensors").info.codec_fingerprint == load_module(codec).fingerprint
+    assert read_codes(tmp_path / "a.safetensors").info.codec_fingerprint == load_module(codec).fingerprint()
     monkeypatch.undo()
     assert bundled_parts.DEFAULT_CODEC in bundled_parts.BUNDLED_CODECS
     for folder in bundled_parts.BUNDLED_CODECS.values():

@@ -96,7 +96,7 @@ def test_a_tokenizer_stands_for_its_encoder(musiclm_command, places, tmp_path, c
     assert musiclm_command(*options) == 0
     said = capsys.readouterr().out
     assert "layer 1" in said and "layer 2" not in said and "## Tokens" not in said
-    assert "## Own tokens, k = 4\n" in said and f"- KMeansTokenizer {tokenizer.fingerprint}: " in said
+    assert "## Own tokens, k = 4\n" in said and f"- KMeansTokenizer {tokenizer.fingerprint()}: " in said
     assert "- speech, train: 3 clips" in said and "- music, test: 3 clips" in said
 
 

@@ -46,7 +46,7 @@ def test_kmeans_from_a_folder_to_a_tokenizer(musiclm_command, words, tmp_path, c
     used, perplexity, explained = map(float, re.match(said, first.out).groups())
     assert 1 <= perplexity <= used <= 8 and explained > 20 and first.err == ""
     tokenizer = load_module(tmp_path / "run" / "tokenizer", KMeansTokenizer)
-    assert tokenizer.fingerprint in first.out and (tokenizer.layer, tokenizer.codebook_size) == (1, 8)
+    assert tokenizer.fingerprint() in first.out and (tokenizer.layer, tokenizer.codebook_size) == (1, 8)
     assert tokenizer(torch.rand(1, 1600)).shape == (1, 10)
     assert read_config(tmp_path / "run" / "tokenizer")["usage"]["used"] == used
     assert "features (0.0 MB) is needed no more" in first.out
@@ -55,7 +55,7 @@ def test_kmeans_from_a_folder_to_a_tokenizer(musiclm_command, words, tmp_path, c
     del before[".lock"]
     assert musiclm_command(*words, "--num-clusters", 8) == 0
     second = capsys.readouterr()
-    assert "(done before)" in second.out and tokenizer.fingerprint in second.out and "features" not in second.out
+    assert "(done before)" in second.out and tokenizer.fingerprint() in second.out and "features" not in second.out
     after = listing(tmp_path / "run")
     assert {name: after[name] for name in after if name != ".lock"} == before
 
@@ -67,7 +67,7 @@ def test_an_encoder_is_found_in_a_tokenizer(musiclm_command, words, tmp_path, ca
     again[3], again[-1] = tmp_path / "run" / "tokenizer", tmp_path / "other"
     assert musiclm_command(*again, "--num-clusters", 8) == 0
     first, second = (load_module(tmp_path / name / "tokenizer") for name in ("run", "other"))
-    assert first.fingerprint == second.fingerprint
+    assert first.fingerprint() == second.fingerprint()
     capsys.readouterr()
     again[-1] = tmp_path / "third"
     assert musiclm_command(*again, "--num-clusters", 5, "--max-tokens", 40, "--seconds", 0.2, "--seed", 3) == 0

@@ -148,7 +148,7 @@ def test_saved_encoder_needs_no_files_of_others(folders, kind, tmp_path, monkeyp
     assert torch.equal(again.tokenize(TEXTS), encoder.tokenize(TEXTS))
     old = {name: value for name, value in encoder.config.items() if name != "special_tokens"}
     assert TransformersTextEncoder.from_config(old).config == encoder.config, "as the first release wrote it"
-    assert again.frozen and again.fingerprint == encoder.fingerprint and again.config == encoder.config
+    assert again.frozen and again.fingerprint() == encoder.fingerprint() and again.config == encoder.config
     assert encoder.config["origin"]["source"] == "copied", "no path of this machine"
     whole = load_module(tmp_path / "mulan", MuLaN)
     torch.testing.assert_close(whole.get_text_latents(TEXTS), mulan.get_text_latents(TEXTS), rtol=0, atol=1e-6)
@@ -157,10 +157,10 @@ def test_saved_encoder_needs_no_files_of_others(folders, kind, tmp_path, monkeyp
 def test_fingerprint_names_what_embeddings_depend_on(folders, folder, tmp_path):
     """Another place is the same model; other weights or another cut are others."""
     known = TransformersTextEncoder(folders["bert"])
-    assert TransformersTextEncoder(folder, frozen=False).fingerprint == known.fingerprint
+    assert TransformersTextEncoder(folder, frozen=False).fingerprint() == known.fingerprint()
     other = TransformersTextEncoder(write_text_encoder(tmp_path / "other", "bert", seed=1))
     shorter = TransformersTextEncoder(folder, max_seq_len=9)
-    assert len({known.fingerprint, other.fingerprint, shorter.fingerprint}) == 3
+    assert len({known.fingerprint(), other.fingerprint(), shorter.fingerprint()}) == 3
 
 
 def test_without_transformers_the_extra_is_named(folders, monkeypatch):

@@ -60,15 +60,15 @@ def test_tokens_are_of_the_result_of_the_stages(micro_run):
     assert record["semantic"].shape == (25,) and record["acoustic"].shape == (50, 3)
     assert record["latents"].shape == (1, 128) and record["duration_seconds"] == 1.0
     model = load_musiclm(micro_run / "model")
-    assert shards.fingerprint["codec"] == model.audio_lm.codec.fingerprint
-    assert shards.fingerprint["semantic_tokenizer"] == model.audio_lm.wav2vec.fingerprint
+    assert shards.fingerprint["codec"] == model.audio_lm.codec.fingerprint()
+    assert shards.fingerprint["semantic_tokenizer"] == model.audio_lm.wav2vec.fingerprint()
 
 
 def test_stages_say_what_they_were_trained_with(micro_run):
     """Checkpoints, results and the assembled model know who made the tokens that the stages learnt, and the codes."""
     shards = TokenShards(micro_run / "tokens" / "train").fingerprint
-    quantizer = load_module(micro_run / "quantizer" / "model").fingerprint
-    assert load_musiclm(micro_run / "model").mulan_embed_quantizer.fingerprint == quantizer
+    quantizer = load_module(micro_run / "quantizer" / "model").fingerprint()
+    assert load_musiclm(micro_run / "model").mulan_embed_quantizer.fingerprint() == quantizer
     makers = {"semantic": shards["semantic_tokenizer"], "acoustic": shards["codec"]}
     for stage, kinds in {"semantic": ["semantic"], "coarse": ["semantic", "acoustic"], "fine": ["acoustic"]}.items():
         known = {kind: makers[kind] for kind in kinds}

@@ -130,7 +130,7 @@ def exchange(model, part):
             if weight.is_floating_point():
                 weight.mul_(1.5)
     save_module(module, model / part)
-    return module.fingerprint
+    return module.fingerprint()
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def exchange(model, part):
 def test_parts_of_different_models_are_refused(model, tmp_path, part, kind, stage):
     """Beside a tokenizer or quantizer that they do not know, stages would make noise without an error."""
     known = read_json(model / stage / "config.json")["config"]["token_fingerprints"][kind]
-    assert load_module(model / part).fingerprint == known
+    assert load_module(model / part).fingerprint() == known
     other = exchange(model, part)
     made = "codes of conditions" if kind == "conditioner" else f"{kind} tokens"
     message = f"does not make a model: the {made} .* {stage} transformer was trained on {known}, .* here is {other}"
@@ -182,10 +182,10 @@ def test_what_half_precision_would_change_is_exported_as_it_is(model, tmp_path, 
     for stage in ("semantic", "coarse", "fine"):
         config = read_json(model / stage / "config.json")
         if kind in config["config"]["token_fingerprints"]:
-            config["config"]["token_fingerprints"][kind] = module.fingerprint
+            config["config"]["token_fingerprints"][kind] = module.fingerprint()
         write_json(model / stage / "config.json", config)
     export_musiclm(model, tmp_path / "out")
-    assert load_module(tmp_path / "out" / part).fingerprint == module.fingerprint
+    assert load_module(tmp_path / "out" / part).fingerprint() == module.fingerprint()
     ours, shipped = (load_musiclm(folder)("a low tone", **REQUEST).waves for folder in (model, tmp_path / "out"))
     assert torch.equal(ours, shipped)
     stored = {name: load_file(tmp_path / "out" / name / "model.safetensors").values() for name in PARTS}
@@ -201,7 +201,7 @@ def test_tables_of_a_quantizer_may_be_rounded(model, tmp_path):
     export_musiclm(model, tmp_path / "out")
     stored = load_file(tmp_path / "out" / "quantizer" / "model.safetensors").values()
     assert all(tensor.dtype != torch.float32 for tensor in stored)
-    assert load_musiclm(tmp_path / "out").mulan_embed_quantizer.fingerprint == quantizer.fingerprint
+    assert load_musiclm(tmp_path / "out").mulan_embed_quantizer.fingerprint() == quantizer.fingerprint()
 
 
 @pytest.fixture
@@ -331,7 +331,7 @@ def test_bundled_tokenizers_have_names(name):
 def test_bundled_stages_know_what_made_their_codes():
     """The bundled stages say which tokenizers and which quantizer they were trained with, so others are refused."""
     folder = bundled_folder("tiny")
-    known = {"semantic": tokenizer_named("16khz").fingerprint, "acoustic": codec_named("16khz").fingerprint}
-    known["conditioner"] = load_module(folder / "quantizer").fingerprint
+    known = {"semantic": tokenizer_named("16khz").fingerprint(), "acoustic": codec_named("16khz").fingerprint()}
+    known["conditioner"] = load_module(folder / "quantizer").fingerprint()
     for stage, kinds in (("semantic", ["semantic"]), ("coarse", ["semantic", "acoustic"]), ("fine", ["acoustic"])):
         assert load_module(folder / stage).token_fingerprints == {kind: known[kind] for kind in [*kinds, "conditioner"]}

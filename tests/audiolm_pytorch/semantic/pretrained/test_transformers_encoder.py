@@ -189,7 +189,7 @@ def test_save_and_load_give_equal_features(models, name, tmp_path):
     loaded = load_module(tmp_path / "encoder", TransformersEncoder)
     wave = noise(1, 4000)
     assert torch.equal(loaded.features(wave)[0], encoder.features(wave)[0])
-    assert loaded.fingerprint == encoder.fingerprint and loaded.depth == 2
+    assert loaded.fingerprint() == encoder.fingerprint() and loaded.depth == 2
     unused = ("adapter", "intermediate_ffn", "masked_spec_embed", "encoder.layers.2.")
     assert not any(name in weight for weight in loaded.state_dict() for name in unused)
     assert json.dumps(loaded.config, sort_keys=True) == json.dumps(encoder.config, sort_keys=True)
@@ -213,12 +213,12 @@ def test_fingerprint_follows_what_makes_the_features(models, tmp_path):
     convolution.bias = renamed.encoder.pos_conv_embed.conv.bias
     renamed.encoder.pos_conv_embed.conv = convolution
     same.append(TransformersEncoder(LoadedModel(renamed), layer_count=2))
-    assert {other.fingerprint for other in same} == {encoder.fingerprint}
+    assert {other.fingerprint() for other in same} == {encoder.fingerprint()}
     other_blocks = copy.deepcopy(model)
     with torch.no_grad():
         other_blocks.encoder.layers[2].final_layer_norm.weight.add_(1.0)
         other_blocks.masked_spec_embed.add_(1.0)
-    assert TransformersEncoder(LoadedModel(other_blocks), layer_count=2).fingerprint == encoder.fingerprint
+    assert TransformersEncoder(LoadedModel(other_blocks), layer_count=2).fingerprint() == encoder.fingerprint()
     changed = copy.deepcopy(model)
     with torch.no_grad():
         changed.encoder.layers[1].final_layer_norm.weight.add_(1.0)
@@ -234,7 +234,7 @@ def test_fingerprint_follows_what_makes_the_features(models, tmp_path):
         TransformersEncoder(LoadedModel(model), layer_count=2, window_seconds=20),
         TransformersEncoder(LoadedModel(model), layer_count=2, context_seconds=1),
     ]
-    assert len({encoder.fingerprint, *(other.fingerprint for other in others)}) == 8
+    assert len({encoder.fingerprint(), *(other.fingerprint() for other in others)}) == 8
 
 
 @pytest.mark.gpu
