@@ -38,6 +38,8 @@ from audiolm_pytorch.semantic import (
 )
 from audiolm_pytorch.semantic.best_rq.training import SemanticTokenizerTrainer
 
+__version__ = "0.2.0"
+
 __all__ = [
     "AudioLM",
     "AudioLMSoundStream",

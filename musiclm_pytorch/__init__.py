@@ -1,5 +1,6 @@
 """MusicLM (arXiv 2301.11325) in small modules: a sentence becomes music."""
 
+from audiolm_pytorch import __version__
 from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer
 from musiclm_pytorch.mulan import (
     AudioSpectrogramTransformer,
@@ -32,6 +33,7 @@ __all__ = [
     "TextTokenizer",
     "TextTransformer",
     "TransformersTextEncoder",
+    "__version__",
     "codec_named",
     "encoder_named",
     "load_musiclm",

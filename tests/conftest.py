@@ -13,6 +13,14 @@ WriteTone = Callable[..., Path]
 WriteFolder = Callable[..., Path]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test that needs no GPU as `full`, so that `pytest -m full` runs all of them."""
+    for item in items:
+        if item.get_closest_marker("gpu") is None:
+            item.add_marker("full")
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Start every test from the same random state, on one thread."""
