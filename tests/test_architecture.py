@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted([*(ROOT / "audiolm_pytorch").rglob("*.py"), *(ROOT / "musiclm_pytorch").rglob("*.py")])
-COMMANDS = {"app.py"}
+COMMANDS = {"cli"}  # folders of commands, which may print
 every_file = pytest.mark.parametrize("file", FILES, ids=[str(file.relative_to(ROOT)) for file in FILES])
 
 
@@ -35,7 +35,7 @@ def test_file_keeps_the_house_rules(file):
             assert node.end_lineno - node.lineno < 80, f"{node.name} has more than 80 lines"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id != "input", "a prompt in library code"
-            assert node.func.id != "print" or file.name in COMMANDS, f"print in line {node.lineno}"
+            assert node.func.id != "print" or file.parent.name in COMMANDS, f"print in line {node.lineno}"
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             assert (node.value.id, node.attr) != ("torch", "load"), "torch.load unpickles"
     assert not {"pickle", "joblib", "torchaudio", "fairseq"} & imported_modules(tree)
