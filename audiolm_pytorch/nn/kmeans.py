@@ -7,18 +7,18 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-
-from audiolm_pytorch.nn.nearest_centroid import nearest_index
+from torch import Tensor
 
 __all__ = [
     "ClusterUsage",
     "Normalised",
-    "Survey",
+    "VectorStatistics",
     "VectorSource",
-    "batch_vectors",
     "cluster_epoch",
     "first_centroids",
-    "survey",
+    "mini_batch_size",
+    "nearest_centroid",
+    "vector_statistics",
 ]
 
 # Vectors for the first centroids: k-means++ on a few per cluster is as good as on all of them and far quicker.
@@ -26,6 +26,28 @@ _START_VECTORS_PER_CLUSTER, _LEAST_START_VECTORS = 16, 20_000
 _LEAST_BATCH, _BATCH_PER_CLUSTER = 1024, 2
 # A spread below this share of the values themselves is rounding noise, and dividing by it would blow it up.
 _LEAST_SPREAD = 1e-5
+# Rows of the distance matrix computed at once, fewer where there are many centroids: 32768 x 1024 float32 is 128 MiB.
+_ROWS_AT_ONCE = 32768
+_NUMBERS_AT_ONCE = 2**25
+
+
+def nearest_centroid(points: Tensor, centroids: Tensor) -> Tensor:
+    """Index of the nearest centroid in Euclidean distance, in float32 whatever autocast says.
+
+    `|x - c|^2` less the term that all centroids share is `|c|^2 - 2 x.c`: no `cdist`, and bfloat16 would pick others.
+
+    Args:
+        points: `[m, d]`.
+        centroids: `[k, d]`.
+
+    Returns:
+        `[m]` int64 in [0, k).
+    """
+    with torch.autocast(points.device.type, enabled=False):
+        centroids = centroids.float()
+        offsets, directions = centroids.square().sum(dim=-1), centroids.t()
+        parts = points.float().split(min(_ROWS_AT_ONCE, max(1, _NUMBERS_AT_ONCE // len(centroids))))
+        return torch.cat([torch.addmm(offsets, part, directions, alpha=-2.0).argmin(dim=-1) for part in parts])
 
 
 class VectorSource(Protocol):
@@ -71,7 +93,7 @@ class ClusterUsage:
         error = spread = 0.0
         for portion in source.portions():
             vectors = torch.from_numpy(portion)
-            ids = nearest_index(vectors, table)
+            ids = nearest_centroid(vectors, table)
             counts += ids.bincount(minlength=len(table))
             spread += float(vectors.square().sum(dtype=torch.float64))
             error += float(vectors.sub_(table[ids]).square_().sum(dtype=torch.float64))
@@ -81,7 +103,7 @@ class ClusterUsage:
         return cls(int(counts.sum()), len(table), len(shares), perplexity, explained)
 
 
-class Survey(NamedTuple):
+class VectorStatistics(NamedTuple):
     """What one pass over all vectors gives.
 
     Attributes:
@@ -120,7 +142,7 @@ class Normalised:
             yield portion
 
 
-def survey(source: VectorSource, num_clusters: int, seed: int) -> Survey:
+def vector_statistics(source: VectorSource, num_clusters: int, seed: int) -> VectorStatistics:
     """Mean and spread of every dimension in float64, and the vectors that the first centroids are chosen from.
 
     Args:
@@ -129,7 +151,7 @@ def survey(source: VectorSource, num_clusters: int, seed: int) -> Survey:
         seed: Of the draw.
 
     Returns:
-        The survey.
+        The vector_statistics.
     """
     num_vectors = source.num_vectors
     num_start = min(num_vectors, max(_START_VECTORS_PER_CLUSTER * num_clusters, _LEAST_START_VECTORS))
@@ -150,7 +172,7 @@ def survey(source: VectorSource, num_clusters: int, seed: int) -> Survey:
         count = total
     std = np.sqrt(squares / count)
     std[std <= _LEAST_SPREAD * np.maximum(np.abs(mean), std.max())] = 1.0
-    return Survey(mean.astype(np.float32), std.astype(np.float32), np.concatenate(kept))
+    return VectorStatistics(mean.astype(np.float32), std.astype(np.float32), np.concatenate(kept))
 
 
 def first_centroids(vectors: np.ndarray, num_clusters: int, seed: int) -> np.ndarray:
@@ -193,7 +215,7 @@ def cluster_epoch(source: VectorSource, centroids: np.ndarray, order: tuple[int,
     from threadpoolctl import threadpool_limits
 
     num_clusters = len(centroids)
-    batch_size = min(source.num_vectors, batch_vectors(num_clusters))
+    batch_size = min(source.num_vectors, mini_batch_size(num_clusters))
     kmeans = MiniBatchKMeans(num_clusters, init=centroids, n_init=1, reassignment_ratio=0, compute_labels=False)
     with threadpool_limits(limits=1):
         kmeans.partial_fit(centroids, sample_weight=np.full(num_clusters, batch_size / num_clusters, np.float32))
@@ -203,6 +225,6 @@ def cluster_epoch(source: VectorSource, centroids: np.ndarray, order: tuple[int,
     return np.asarray(kmeans.cluster_centers_, dtype=np.float32)
 
 
-def batch_vectors(num_clusters: int) -> int:
+def mini_batch_size(num_clusters: int) -> int:
     """Vectors in a mini-batch."""
     return max(_LEAST_BATCH, _BATCH_PER_CLUSTER * num_clusters)

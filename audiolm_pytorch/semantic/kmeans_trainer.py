@@ -17,7 +17,14 @@ from beartype import beartype
 from torch import nn
 
 from audiolm_pytorch.data import AudioItem, load_split
-from audiolm_pytorch.nn.kmeans import ClusterUsage, Normalised, batch_vectors, cluster_epoch, first_centroids, survey
+from audiolm_pytorch.nn.kmeans import (
+    ClusterUsage,
+    Normalised,
+    cluster_epoch,
+    first_centroids,
+    mini_batch_size,
+    vector_statistics,
+)
 from audiolm_pytorch.saving.files import read_json, read_weights, write_json, write_weights
 from audiolm_pytorch.saving.modules import load_module, module_spec, part_fingerprint, read_config, save_module
 from audiolm_pytorch.semantic.base import FrameEncoder
@@ -205,13 +212,13 @@ class KMeansTrainer:
         encoder = self._encoder
         if not isinstance(encoder, FrameEncoder):
             raise TypeError(f"{type(encoder).__name__} is no FrameEncoder")
-        k, least_rows = self._num_clusters, batch_vectors(self._num_clusters)
+        k, least_rows = self._num_clusters, mini_batch_size(self._num_clusters)
         shards = FeatureShards(self.features_folder, self._origin, self.num_tokens, encoder.dim, least_rows)
         path = self.results_folder / "kmeans.safetensors"
         if path.is_file():
             state = _State.read(path)
         else:
-            mean, std, start = survey(shards, k, self._seed)
+            mean, std, start = vector_statistics(shards, k, self._seed)
             state = _State(0, first_centroids((start - mean) / std, k, self._seed), mean, std)
         vectors = Normalised(shards, state.mean, state.std)
         enough_epochs = -(-_LEAST_BATCHES * least_rows // max(self.num_tokens, least_rows))

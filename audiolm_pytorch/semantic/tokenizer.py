@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from audiolm_pytorch.audio.padding import check_waves, checked_lengths, resampled_items
-from audiolm_pytorch.nn.nearest_centroid import nearest_index
+from audiolm_pytorch.nn.kmeans import nearest_centroid
 from audiolm_pytorch.saving.modules import build_module, digest_of, module_spec, part_fingerprint, register
 from audiolm_pytorch.semantic.base import FrameEncoder
 
@@ -186,7 +186,7 @@ class KMeansTokenizer(nn.Module):
             wave, lengths = resampled_items(wave, input_sample_hz, self.target_sample_hz, lengths)
         features, mask = self._features(wave, lengths)
         parts = rearrange(features, "b t d -> (b t) d").split(_FRAMES_AT_ONCE)
-        ids = torch.cat([nearest_index(self._normalised(part), self.centroids) for part in parts])
+        ids = torch.cat([nearest_centroid(self._normalised(part), self.centroids) for part in parts])
         return rearrange(ids, "(b t) -> b t", b=len(wave)).masked_fill(~mask, -1)
 
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from beartype import beartype
 from torch import Tensor
 
-__all__ = ["FrameArithmetic", "Windows", "features_in_windows"]
+__all__ = ["ReceptiveField", "Windows", "features_in_windows"]
 
 
 @beartype
 @dataclass(frozen=True)
-class FrameArithmetic:
+class ReceptiveField:
     """Which positions of its input (samples, or vectors of a front end) each frame of an encoder is made of.
 
     A stack of convolutions without padding is one such rule, however many layers it has: kernels and strides add up
@@ -30,7 +30,7 @@ class FrameArithmetic:
             raise ValueError(f"reach and stride must be positive, got {self.reach} and {self.stride}")
 
     @classmethod
-    def of_convolutions(cls, kernels: Iterable[int], strides: Iterable[int]) -> "FrameArithmetic":
+    def of_convolutions(cls, kernels: Iterable[int], strides: Iterable[int]) -> "ReceptiveField":
         """The rule of a stack of convolutions without padding, first layer first."""
         reach, stride = 1, 1
         for kernel, step in zip(kernels, strides):
@@ -66,7 +66,7 @@ class Windows:
 
 
 def features_in_windows(
-    encode: Callable[[Tensor], Tensor], inputs: Tensor, frames: FrameArithmetic, windows: Windows
+    encode: Callable[[Tensor], Tensor], inputs: Tensor, frames: ReceptiveField, windows: Windows
 ) -> Tensor:
     """Encode a batch without padding; what is longer than a window, window by window.
 

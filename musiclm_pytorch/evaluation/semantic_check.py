@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from audiolm_pytorch.nn.kmeans import cluster_epoch, first_centroids, survey
+from audiolm_pytorch.nn.kmeans import cluster_epoch, first_centroids, nearest_centroid, vector_statistics
 from audiolm_pytorch.nn.module_state import device_of, eval_mode
-from audiolm_pytorch.nn.nearest_centroid import nearest_index
 from audiolm_pytorch.semantic.base import FrameEncoder, SemanticTokenizer
 from musiclm_pytorch.evaluation.probes import fit_linear_probe, histogram, token_probe
 from musiclm_pytorch.evaluation.semantic_data import (
@@ -107,7 +106,7 @@ def check_semantic(
     grid = FrameGrid.of(encoder)
     views = views_of(encoder, grid, layers)
     sounds = _sounds(music, speech, encoder.num_frames, grid, max(view.width for view in views))
-    chosen = _kmeans_frames(len(sounds["music, train"].owners), len(sounds["speech, train"].owners), seed)
+    chosen = _kmeans_frames(len(sounds["music, train"].clip_index), len(sounds["speech, train"].clip_index), seed)
     num_kmeans_frames = sum(map(len, chosen))
     if clusters and not 2 <= min(clusters) <= max(clusters) <= num_kmeans_frames:
         raise ValueError(
@@ -230,12 +229,12 @@ def _scores_of(
         return scores
     pairs = zip(("music, train", "speech, train"), chosen)
     sample = torch.cat([vectors[name][rows] for name, rows in pairs])
-    mean, std = (torch.from_numpy(moment) for moment in survey(_InMemory(sample.numpy()), 1, seed)[:2])
+    mean, std = (torch.from_numpy(moment) for moment in vector_statistics(_InMemory(sample.numpy()), 1, seed)[:2])
     for part in (sample, *vectors.values()):
         part.sub_(mean).div_(std)
     for num_clusters in clusters:
         centroids = _cluster(sample, num_clusters, seed)
-        ids = {name: nearest_index(part, centroids) for name, part in vectors.items()}
+        ids = {name: nearest_centroid(part, centroids) for name, part in vectors.items()}
         scores += _token_scores(view.name, num_clusters, sounds, ids)
     return scores
 
@@ -252,8 +251,8 @@ def _linear_score(view: str, probe: str, kind: str, sounds: dict[str, Sound], ve
     fitted = fit_linear_probe(vectors[f"{kind}, train"][asked], labels, num_classes, class_weights=weights)
     asked = test.frame_labels[probe] >= 0
     answers = fitted.predict(vectors[f"{kind}, test"][asked])
-    truth, owners = test.frame_labels[probe][asked], test.owners[asked]
-    return Score.of(view, Reading.LINEAR, probe, None, truth, answers, owners, len(test.waves), balanced=balanced)
+    truth, clip_index = test.frame_labels[probe][asked], test.clip_index[asked]
+    return Score.of(view, Reading.LINEAR, probe, None, truth, answers, clip_index, len(test.waves), balanced=balanced)
 
 
 def _token_scores(view: str, num_clusters: int, sounds: dict[str, Sound], ids: dict[str, Tensor]) -> Iterator[Score]:
@@ -266,8 +265,8 @@ def _token_scores(view: str, num_clusters: int, sounds: dict[str, Sound], ids: d
             ids[f"{kind}, train"][asked], train.frame_labels[probe][asked], num_clusters, num_classes
         )
         answers = meanings.predict(ids[f"{kind}, test"][asked_test])
-        truth, owners = test.frame_labels[probe][asked_test], test.owners[asked_test]
-        yield Score.of(view, Reading.TOKEN, probe, num_clusters, truth, answers, owners, len(test.waves))
+        truth, clip_index = test.frame_labels[probe][asked_test], test.clip_index[asked_test]
+        yield Score.of(view, Reading.TOKEN, probe, num_clusters, truth, answers, clip_index, len(test.waves))
     for kind, probe in (("speech", "digit"), ("speech", "speaker"), ("music", "instrument")):
         bags = []
         for side in ("train", "test"):
@@ -308,7 +307,7 @@ class _InMemory:
 def _cluster(vectors: Tensor, num_clusters: int, seed: int) -> Tensor:
     """Centroids `[k, d]` of normalised vectors, as the k-means job finds them, in fewer epochs."""
     source = _InMemory(vectors.numpy())
-    centroids = first_centroids(survey(source, num_clusters, seed).start, num_clusters, seed)
+    centroids = first_centroids(vector_statistics(source, num_clusters, seed).start, num_clusters, seed)
     for epoch in range(_KMEANS_EPOCHS):
         centroids = cluster_epoch(source, centroids, (seed, epoch))
     return torch.from_numpy(centroids)

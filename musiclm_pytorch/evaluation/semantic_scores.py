@@ -59,7 +59,7 @@ class Score:
         clusters: int | None,
         truth: Tensor,
         answers: Tensor,
-        owners: Tensor,
+        clip_index: Tensor,
         num_clips: int,
         balanced: bool = False,
     ) -> "Score":
@@ -72,7 +72,7 @@ class Score:
             clusters: Of the tokens.
             truth: `[m]` int64.
             answers: `[m]` int64.
-            owners: `[m]` int64, the clip of each question.
+            clip_index: `[m]` int64, the clip of each question.
             num_clips: Clips.
             balanced: Weigh classes alike.
 
@@ -85,7 +85,7 @@ class Score:
         if not len(truth):
             raise ValueError(f"there is no test frame with a {probe}; take more clips")
         counts = np.zeros((2, num_clips, int(truth.max()) + 1))
-        where = (owners.numpy(), truth.numpy())
+        where = (clip_index.numpy(), truth.numpy())
         np.add.at(counts[0], where, (truth == answers).numpy())
         np.add.at(counts[1], where, 1)
         return cls(view, reading, probe, clusters, counts[0], counts[1], balanced)

@@ -44,7 +44,7 @@ class Sound:
     clip_labels: dict[str, Tensor]
 
     @property
-    def owners(self) -> Tensor:
+    def clip_index(self) -> Tensor:
         """The clip `[m]` that each frame belongs to."""
         return torch.arange(len(self.num_frames)).repeat_interleave(torch.tensor(self.num_frames))
 

@@ -11,7 +11,7 @@ from beartype import beartype
 from torch import Tensor, nn
 
 from audiolm_pytorch.saving.modules import register
-from musiclm_pytorch.mulan.gathering import gather_batch, gather_counts, own_rank
+from musiclm_pytorch.mulan.distributed import gather_batch, gather_counts, own_rank
 
 __all__ = ["SigmoidContrastiveLearning", "SoftmaxContrastiveLearning"]
 
@@ -25,12 +25,12 @@ class _Pairs:
 
     Attributes:
         similarities: `[b, k]` over the temperature.
-        owners: `[k]` int64, the row of the clip that a text describes.
+        clip_index: `[k]` int64, the row of the clip that a text describes.
         contrast: `[b, k]` bool, True where the text says something else than every text of the clip.
     """
 
     similarities: Tensor
-    owners: Tensor
+    clip_index: Tensor
     contrast: Tensor
 
 
@@ -74,7 +74,7 @@ class _ContrastiveLoss(nn.Module, ABC):
         audio_latents: Tensor,
         text_latents: Tensor,
         captions: Tensor | None = None,
-        owners: Tensor | None = None,
+        clip_index: Tensor | None = None,
     ) -> Tensor:
         """Loss of clips and of the texts that describe them, in the batch of all processes.
 
@@ -85,7 +85,7 @@ class _ContrastiveLoss(nn.Module, ABC):
             audio_latents: `[b, d]` unit norm.
             text_latents: `[k, d]` unit norm.
             captions: `[k]` integers, equal where two texts are the same. None = all differ.
-            owners: `[k]` integers, the row in `audio_latents` that a text describes; every row needs at least one.
+            clip_index: `[k]` integers, the row in `audio_latents` that a text describes; every row needs at least one.
                 None = one text a clip, in the same order.
 
         Returns:
@@ -94,15 +94,15 @@ class _ContrastiveLoss(nn.Module, ABC):
         Raises:
             ValueError: If shapes do not fit, or there is a clip without a text or a text without a clip.
         """
-        owners = _checked_owners(audio_latents, text_latents, captions, owners)
+        clip_index = _checked_owners(audio_latents, text_latents, captions, clip_index)
         with torch.autocast(device_type=audio_latents.device.type, enabled=False):
-            return self._loss(self._pairs(audio_latents, text_latents, captions, owners))
+            return self._loss(self._pairs(audio_latents, text_latents, captions, clip_index))
 
     @abstractmethod
     def _loss(self, pairs: _Pairs) -> Tensor:
         """The loss itself, of similarities in at least float32."""
 
-    def _pairs(self, audio: Tensor, text: Tensor, captions: Tensor | None, owners: Tensor) -> _Pairs:
+    def _pairs(self, audio: Tensor, text: Tensor, captions: Tensor | None, clip_index: Tensor) -> _Pairs:
         """Gather the batch of all processes, and find out which texts are held against which clips."""
         clips, texts = gather_counts(audio, text)
         if sum(clips) == 0:
@@ -110,14 +110,14 @@ class _ContrastiveLoss(nn.Module, ABC):
         audio, text = gather_batch(_at_least_float32(audio), clips), gather_batch(_at_least_float32(text), texts)
         similarities = audio @ text.T / self.temperature.to(audio.dtype)
         # rows are numbered from the first clip of the first process
-        owners = gather_batch(owners + sum(clips[: own_rank()]), texts)
+        clip_index = gather_batch(clip_index + sum(clips[: own_rank()]), texts)
         if captions is None:
             numbers = torch.arange(len(text), device=text.device)
         else:
             numbers = gather_batch(captions.to(text.device), texts).unique(return_inverse=True)[1]
         said_of = torch.zeros(similarities.shape, dtype=torch.bool, device=text.device)
-        said_of[owners, numbers] = True
-        return _Pairs(similarities, owners, ~said_of[:, numbers])
+        said_of[clip_index, numbers] = True
+        return _Pairs(similarities, clip_index, ~said_of[:, numbers])
 
 
 @register
@@ -153,12 +153,14 @@ class SoftmaxContrastiveLearning(_ContrastiveLoss):
         return cls(**config)
 
     def _loss(self, pairs: _Pairs) -> Tensor:
-        owners, num_clips = pairs.owners, len(pairs.similarities)
-        matches = pairs.similarities.gather(0, owners.unsqueeze(0)).squeeze(0)
+        clip_index, num_clips = pairs.clip_index, len(pairs.similarities)
+        matches = pairs.similarities.gather(0, clip_index.unsqueeze(0)).squeeze(0)
         contrasts = pairs.similarities.masked_fill(~pairs.contrast, _NEVER)
-        to_text = self._surprise(contrasts.logsumexp(dim=1)[owners] - matches, pairs.contrast.any(dim=1)[owners])
+        to_text = self._surprise(
+            contrasts.logsumexp(dim=1)[clip_index] - matches, pairs.contrast.any(dim=1)[clip_index]
+        )
         to_audio = self._surprise(contrasts.logsumexp(dim=0) - matches, pairs.contrast.any(dim=0))
-        texts_of_clip = owners.bincount(minlength=num_clips)[owners]
+        texts_of_clip = clip_index.bincount(minlength=num_clips)[clip_index]
         return ((to_text / texts_of_clip).sum() / num_clips + to_audio.mean()) / 2
 
     def _surprise(self, excess: Tensor, has_contrast: Tensor) -> Tensor:
@@ -199,12 +201,12 @@ class SigmoidContrastiveLearning(_ContrastiveLoss):
     def _loss(self, pairs: _Pairs) -> Tensor:
         logits = pairs.similarities + self.bias.to(pairs.similarities.dtype)
         clips = torch.arange(len(logits), device=logits.device)
-        match = pairs.owners == clips.unsqueeze(1)
+        match = pairs.clip_index == clips.unsqueeze(1)
         losses = -F.logsigmoid(torch.where(match, logits, -logits))
         return losses.masked_fill(~(match | pairs.contrast), 0.0).sum() / len(logits)
 
 
-def _checked_owners(audio: Tensor, text: Tensor, captions: Tensor | None, owners: Tensor | None) -> Tensor:
+def _checked_owners(audio: Tensor, text: Tensor, captions: Tensor | None, clip_index: Tensor | None) -> Tensor:
     """Owners `[k]` int64 on the device of the latents, or ValueError that says what does not fit."""
     if audio.ndim != 2 or text.ndim != 2 or audio.shape[1] != text.shape[1]:
         raise ValueError(
@@ -212,20 +214,21 @@ def _checked_owners(audio: Tensor, text: Tensor, captions: Tensor | None, owners
         )
     if captions is not None and captions.shape != text.shape[:1]:
         raise ValueError(f"captions must be [{len(text)}] numbers, one a text, got {tuple(captions.shape)}")
-    if owners is None:
+    if clip_index is None:
         if len(audio) != len(text):
             raise ValueError(
                 f"got {len(audio)} clips and {len(text)} texts, need one text a clip; "
-                "with several, give `owners`, the row of the clip that each text describes"
+                "with several, give `clip_index`, the row of the clip that each text describes"
             )
         return torch.arange(len(text), device=audio.device)
-    if owners.shape != text.shape[:1] or owners.is_floating_point():
-        raise ValueError(f"owners must be [{len(text)}] integers, got {owners.dtype} {tuple(owners.shape)}")
-    if sorted(set(owners.tolist())) != list(range(len(audio))):
+    if clip_index.shape != text.shape[:1] or clip_index.is_floating_point():
+        raise ValueError(f"clip_index must be [{len(text)}] integers, got {clip_index.dtype} {tuple(clip_index.shape)}")
+    if sorted(set(clip_index.tolist())) != list(range(len(audio))):
         raise ValueError(
-            f"owners must name rows 0..{len(audio) - 1} and leave none out (a clip needs a text), got {owners.tolist()}"
+            f"clip_index must name rows 0..{len(audio) - 1}, each at least once, since every clip needs a text; "
+            f"got {clip_index.tolist()}"
         )
-    return owners.to(audio.device, torch.int64)
+    return clip_index.to(audio.device, torch.int64)
 
 
 def _at_least_float32(latents: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class MuLaN(JointEmbedding):
         audio_transformer: Embeds waves.
         text_transformer: Embeds texts: a `TextTransformer`, or any other module that is a `TextTower`.
         dim_latent: Width of the common space (MuLan: 128).
-        loss: A module called as `loss(audio_latents, text_latents, captions, owners)`, see
+        loss: A module called as `loss(audio_latents, text_latents, captions, clip_index)`, see
             `SoftmaxContrastiveLearning`, which None stands for.
         window_seconds: Longer audio is embedded window by window (MusicLM, arXiv:2301.11325, sec. 3.2: 10 s).
         window_stride_seconds: From the start of one window to that of the next (MusicLM: 1 s).
@@ -104,7 +104,7 @@ class MuLaN(JointEmbedding):
         texts: str | Sequence[str] | Tensor,
         lengths: Tensor | None = None,
         *,
-        owners: Tensor | None = None,
+        clip_index: Tensor | None = None,
         chunk_size: int | None = None,
     ) -> Tensor:
         """Contrastive loss of clips and the texts that describe them.
@@ -115,7 +115,7 @@ class MuLaN(JointEmbedding):
             wavs: `[b, n]` float at `sample_hz`.
             texts: `k` texts, or ids `[k, t]` with -1 past the end of a text.
             lengths: `[b]` samples of each clip, 1..n. None = all `n`.
-            owners: `[k]` integers, the row in `wavs` of the clip that a text describes; every clip needs one.
+            clip_index: `[k]` integers, the row in `wavs` of the clip that a text describes; every clip needs one.
                 None = one text a clip, in the same order.
             chunk_size: Embed so many clips, and texts, at a time, and embed them again in backward (gradient caching,
                 arXiv:2101.06983): the loss of the whole batch with the memory of a chunk. None = all at once.
@@ -134,7 +134,9 @@ class MuLaN(JointEmbedding):
         audio = _in_chunks(self._audio_levels, chunk_size, *clips)
         text = _in_chunks(self._text_levels, chunk_size, ids)
         losses = (self.loss, *self.layer_heads.losses)
-        outputs, *layers = (loss(a, t, captions, owners) for loss, a, t in zip(losses, audio.unbind(1), text.unbind(1)))
+        outputs, *layers = (
+            loss(a, t, captions, clip_index) for loss, a, t in zip(losses, audio.unbind(1), text.unbind(1))
+        )
         return outputs if self.layer_contrast is None else outputs + self.layer_contrast.weight * sum(layers)
 
     def _audio_levels(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:

@@ -124,24 +124,24 @@ class MuLaNTask:
             indices: Which clips.
 
         Returns:
-            `wavs [b, n]`, their `lengths [b]` in samples, `ids [k, t]` of all texts and `owners [k]`: the clip that a
-            text describes.
+            `wavs [b, n]`, their `lengths [b]` in samples, `ids [k, t]` of all texts and `clip_index [k]`: the clip
+            that a text describes.
         """
         crops = collate_crops([self.dataset.get(epoch, index) for epoch, index in indices])
         texts = [self.captions.sample(self.dataset.items[index], epoch, index) for epoch, index in indices]
-        owners = [row for row, own in enumerate(texts) for _ in own]
+        clip_index = [row for row, own in enumerate(texts) for _ in own]
         hz = self.mulan.sample_hz
         return {
             "wavs": crops.waves[hz],
             "lengths": crops.lengths[hz],
             "ids": self._tokenize([text for own in texts for text in own]),
-            "owners": torch.tensor(owners),
+            "clip_index": torch.tensor(clip_index),
         }
 
     def loss(self, batch: dict[str, Tensor], step: int) -> LossOutput:
         """Contrastive loss of a batch, with the temperature it stands at."""
         loss = self.mulan(
-            batch["wavs"], batch["ids"], batch["lengths"], owners=batch["owners"], chunk_size=self.chunk_size
+            batch["wavs"], batch["ids"], batch["lengths"], clip_index=batch["clip_index"], chunk_size=self.chunk_size
         )
         temperature = getattr(getattr(self.mulan, "loss", None), "temperature", None)
         return LossOutput(loss, {} if temperature is None else {"temperature": temperature})
@@ -247,10 +247,10 @@ def _tokenizer_of(mulan: JointEmbedding) -> Callable[[list[str]], Tensor]:
     """What turns texts into ids for a model, or ValueError if it cannot be trained here."""
     tokenize = getattr(getattr(mulan, "text", None), "tokenize", None)
     known = inspect.signature(mulan.forward).parameters
-    if tokenize is None or not {"owners", "chunk_size"} <= set(known):
+    if tokenize is None or not {"clip_index", "chunk_size"} <= set(known):
         raise ValueError(
             f"{type(mulan).__name__} cannot be trained by contrast: that takes `text.tokenize(texts)` and a loss from "
-            "`forward(wavs, ids, lengths, owners=..., chunk_size=...)`, as MuLaN has them"
+            "`forward(wavs, ids, lengths, clip_index=..., chunk_size=...)`, as MuLaN has them"
         )
     if not any(parameter.requires_grad for parameter in mulan.parameters()):
         raise ValueError(f"all of {type(mulan).__name__} is frozen; set requires_grad_() on what is to be trained")

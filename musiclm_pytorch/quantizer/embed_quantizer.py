@@ -9,7 +9,7 @@ from beartype import beartype
 from torch import Tensor, nn
 
 from audiolm_pytorch.conditioning.tensors import ConditionTensor
-from audiolm_pytorch.nn.nearest_centroid import nearest_index
+from audiolm_pytorch.nn.kmeans import nearest_centroid
 from audiolm_pytorch.saving.modules import build_module, digest_of, module_spec, part_fingerprint, register, weights_of
 from musiclm_pytorch.mulan.joint import JointEmbedding
 from musiclm_pytorch.quantizer.modality_gap import DEFAULT_RIDGE_CLIPS, align_texts
@@ -160,7 +160,7 @@ class MuLaNEmbedQuantizer(nn.Module):
         audio_latents: Tensor,
         text_latents: Tensor | None = None,
         *,
-        owners: Tensor | None = None,
+        clip_index: Tensor | None = None,
         centre: bool = True,
         ridge: float | int | None = DEFAULT_RIDGE_CLIPS,
         seed: int = 0,
@@ -171,7 +171,7 @@ class MuLaNEmbedQuantizer(nn.Module):
             audio_latents: `[n, d]`, with n at least `codebook_size`.
             text_latents: `[k, d]` of texts that describe some of the audio. None = texts are treated as if they were
                 audio.
-            owners: `[k]` int, which row of the audio each text describes. None = k is n, and row i is of audio i.
+            clip_index: `[k]` int, which row of the audio each text describes. None = k is n, and row i is of audio i.
             centre: Give texts a mean and a scale of their own; see `align_texts`.
             ridge: Learn a linear map from texts to audio; against how many clips' evidence, see `align_texts`.
                 None = no map.
@@ -187,16 +187,16 @@ class MuLaNEmbedQuantizer(nn.Module):
         text_mean, text_map = audio_mean, torch.eye(audio.shape[1])
         if text_latents is not None:
             self._check_latents(text_latents)
-            owners = torch.arange(len(audio)) if owners is None else owners.cpu().long()
-            if audio.ndim != 2 or owners.shape != text_latents.shape[:-1]:
+            clip_index = torch.arange(len(audio)) if clip_index is None else clip_index.cpu().long()
+            if audio.ndim != 2 or clip_index.shape != text_latents.shape[:-1]:
                 raise ValueError(
-                    f"texts must pair with audio latents {tuple(audio_latents.shape)}, or have owners of their number; "
-                    f"got {tuple(text_latents.shape)} and owners {tuple(owners.shape)}"
+                    f"texts must pair with audio latents {tuple(audio_latents.shape)}, or have a clip_index each; "
+                    f"got {tuple(text_latents.shape)} and clip_index {tuple(clip_index.shape)}"
                 )
             text = text_latents.float().cpu()
-            audio_mean, text_mean, text_map = align_texts(audio, text, owners, centre=centre, ridge=ridge)
-        elif owners is not None:
-            raise ValueError("owners say which audio a text describes: give text_latents too")
+            audio_mean, text_mean, text_map = align_texts(audio, text, clip_index, centre=centre, ridge=ridge)
+        elif clip_index is not None:
+            raise ValueError("clip_index say which audio a text describes: give text_latents too")
         codebooks = residual_kmeans((audio - audio_mean).float(), self.num_quantizers, self.codebook_size, seed)
         self.codebooks.copy_(codebooks)
         self.audio_mean.copy_(audio_mean)
@@ -228,7 +228,7 @@ class MuLaNEmbedQuantizer(nn.Module):
             residual = self.centred(latents.to(device), modality).reshape(-1, latents.shape[-1])
             codes = []
             for codebook in self.codebooks.float():
-                codes.append(nearest_index(residual, codebook))
+                codes.append(nearest_centroid(residual, codebook))
                 residual = residual - codebook[codes[-1]]
         return torch.stack(codes, dim=-1).view(*latents.shape[:-1], self.num_quantizers).to(latents.device)
 

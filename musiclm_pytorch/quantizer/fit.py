@@ -86,7 +86,7 @@ def measure_quantizer(
     audio_latents: Tensor,
     text_latents: Tensor | None = None,
     *,
-    owners: Tensor | None = None,
+    clip_index: Tensor | None = None,
 ) -> QuantizerReport:
     """Look at the codes of some latents.
 
@@ -94,7 +94,7 @@ def measure_quantizer(
         quantizer: Fitted.
         audio_latents: `[n, d]`.
         text_latents: `[k, d]` of texts that describe some of the audio, if there are any.
-        owners: `[k]` int, which row of the audio each text describes. None = k is n, and row i is of audio i.
+        clip_index: `[k]` int, which row of the audio each text describes. None = k is n, and row i is of audio i.
 
     Returns:
         The report, as of latents that were fitted.
@@ -109,7 +109,7 @@ def measure_quantizer(
     agreement, chance = [], []
     if text_latents is not None:
         text = quantizer.codes_from_latents(text_latents, "text")
-        own = audio if owners is None else audio[owners.to(audio.device)]
+        own = audio if clip_index is None else audio[clip_index.to(audio.device)]
         agreement = (own == text.to(own.device)).double().mean(dim=0).tolist()
         pairs = zip(own.T, text.T)
         chance = [float(_shares(a, quantizer.codebook_size) @ _shares(t, quantizer.codebook_size)) for a, t in pairs]
@@ -158,13 +158,13 @@ def fit_quantizer(
     drawn = _draw_windows(quantizer.mulan, items, max_windows, seed)
     quantizer.check_can_fit(sum(len(windows) for windows in drawn))
     latents = _embed(quantizer.mulan, items, drawn, max_windows)
-    quantizer.fit(latents.audio, latents.text, owners=latents.owners, centre=centre, ridge=ridge, seed=seed)
-    report = measure_quantizer(quantizer, latents.audio, latents.text, owners=latents.owners)
+    quantizer.fit(latents.audio, latents.text, clip_index=latents.clip_index, centre=centre, ridge=ridge, seed=seed)
+    report = measure_quantizer(quantizer, latents.audio, latents.text, clip_index=latents.clip_index)
     if held_out:
         drawn = _draw_windows(quantizer.mulan, held_out, max_windows, seed)
         others = _embed(quantizer.mulan, held_out, drawn, max_windows)
         if others.text is not None or latents.text is None:
-            own = measure_quantizer(quantizer, others.audio, others.text, owners=others.owners)
+            own = measure_quantizer(quantizer, others.audio, others.text, clip_index=others.clip_index)
             fitted = {name: getattr(report, name) for name in ("num_windows", "usage", "perplexity")}
             report = replace(own, is_held_out=True, **fitted)
     logger.info("%s", report)
@@ -185,7 +185,7 @@ class _Latents:
 
     audio: Tensor
     text: Tensor | None
-    owners: Tensor | None
+    clip_index: Tensor | None
 
 
 def _draw_windows(mulan: JointEmbedding, items: Sequence[AudioItem], most: int, seed: int) -> list[np.ndarray]:
@@ -210,11 +210,11 @@ def _embed(mulan: JointEmbedding, items: Sequence[AudioItem], drawn: Sequence[np
         lengths = torch.tensor([len(wave) for wave in waves], device=device)
         padded = pad_sequence(waves, batch_first=True).to(device)
         audio.append(mulan.get_audio_latents(padded, lengths).float().cpu())
-    texts, owners = _captions(items, [len(windows) for windows in drawn], most_texts)
+    texts, clip_index = _captions(items, [len(windows) for windows in drawn], most_texts)
     if not texts:
         return _Latents(torch.cat(audio), None, None)
     text = [mulan.get_text_latents(part).float().cpu() for part in _batches(iter(texts))]
-    return _Latents(torch.cat(audio), torch.cat(text), torch.tensor(owners))
+    return _Latents(torch.cat(audio), torch.cat(text), torch.tensor(clip_index))
 
 
 def _window_waves(mulan: JointEmbedding, items: Sequence[AudioItem], drawn: Sequence[np.ndarray]) -> Iterator[Tensor]:
@@ -235,14 +235,14 @@ def _captions(items: Sequence[AudioItem], num_windows: Sequence[int], most: int)
         return [], []
     most_each = max(1, most // max(num_captioned, 1))
     texts: list[str] = []
-    owners: list[int] = []
+    clip_index: list[int] = []
     first = 0
     for own, count in known:
         # the captions of a file take turns at its windows
         texts += own[:most_each]
-        owners += [first + number % count for number in range(len(own[:most_each]))]
+        clip_index += [first + number % count for number in range(len(own[:most_each]))]
         first += count
-    return texts, owners
+    return texts, clip_index
 
 
 def _batches(values: Iterator[_T]) -> Iterator[list[_T]]:

@@ -33,7 +33,12 @@ class Alignment(NamedTuple):
 
 @beartype
 def align_texts(
-    audio: Tensor, text: Tensor, owners: Tensor, *, centre: bool = True, ridge: float | int | None = DEFAULT_RIDGE_CLIPS
+    audio: Tensor,
+    text: Tensor,
+    clip_index: Tensor,
+    *,
+    centre: bool = True,
+    ridge: float | int | None = DEFAULT_RIDGE_CLIPS,
 ) -> Alignment:
     """Learn from pairs how texts are brought to where audio is.
 
@@ -47,7 +52,7 @@ def align_texts(
     Args:
         audio: `[n, d]` latents.
         text: `[k, d]` latents.
-        owners: `[k]` int64, the row of the audio that each text describes.
+        clip_index: `[k]` int64, the row of the audio that each text describes.
         centre: Give texts a mean and a scale of their own; otherwise they are treated as audio is.
         ridge: How many clips' evidence the assumption weighs that texts need no map: with so many clips, a direction
             of average variance moves half-way. None = no map.
@@ -60,20 +65,26 @@ def align_texts(
     """
     if ridge is not None and not (ridge > 0 and math.isfinite(ridge)):
         raise ValueError(f"ridge is a number of clips and must be positive, got {ridge}")
-    if not len(text) or owners.shape != text.shape[:1] or not 0 <= int(owners.min()) <= int(owners.max()) < len(audio):
-        raise ValueError(f"need texts, each of one of {len(audio)} audio latents; got owners {tuple(owners.shape)}")
+    if (
+        not len(text)
+        or clip_index.shape != text.shape[:1]
+        or not 0 <= int(clip_index.min()) <= int(clip_index.max()) < len(audio)
+    ):
+        raise ValueError(
+            f"need texts, each of one of {len(audio)} audio latents; got clip_index {tuple(clip_index.shape)}"
+        )
     audio_mean = audio.mean(dim=0, dtype=torch.float64)
     text_mean = text.mean(dim=0, dtype=torch.float64) if centre else audio_mean
     audio_variance = sum(float((part.double() - audio_mean).square().sum()) for part in audio.split(_ROWS_AT_ONCE))
     audio_variance /= audio.numel()
-    within, across = _second_moments(audio, audio_mean, text, text_mean, owners)
+    within, across = _second_moments(audio, audio_mean, text, text_mean, clip_index)
     identity = torch.eye(audio.shape[1], dtype=torch.float64)
     variance = float(within.diagonal().mean())
     if variance <= _LEAST_VARIANCE * audio_variance:  # one text only: there is nothing to scale or to learn
         return Alignment(audio_mean, text_mean, identity)
     text_map = identity * (math.sqrt(audio_variance / variance) if centre else 1.0)
     if ridge is not None:
-        strength = ridge / len(owners.unique()) * variance
+        strength = ridge / len(clip_index.unique()) * variance
         text_map = text_map + torch.linalg.solve(within + strength * identity, across - within @ text_map)
         mapped_variance = float((text_map.T @ within @ text_map).diagonal().mean())
         text_map = text_map * math.sqrt(audio_variance / mapped_variance) if mapped_variance > 0 else text_map
@@ -81,12 +92,12 @@ def align_texts(
 
 
 def _second_moments(
-    audio: Tensor, audio_mean: Tensor, text: Tensor, text_mean: Tensor, owners: Tensor
+    audio: Tensor, audio_mean: Tensor, text: Tensor, text_mean: Tensor, clip_index: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Mean products `[d, d]` of centred texts with themselves, and with their audio, in float64."""
     within = torch.zeros(text.shape[1], text.shape[1], dtype=torch.float64)
     across = torch.zeros_like(within)
-    for texts, rows in zip(text.split(_ROWS_AT_ONCE), owners.split(_ROWS_AT_ONCE)):
+    for texts, rows in zip(text.split(_ROWS_AT_ONCE), clip_index.split(_ROWS_AT_ONCE)):
         centred = texts.double() - text_mean
         within += centred.T @ centred
         across += centred.T @ (audio[rows].double() - audio_mean)

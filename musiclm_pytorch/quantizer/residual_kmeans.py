@@ -8,8 +8,7 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
-from audiolm_pytorch.nn.kmeans import batch_vectors, cluster_epoch, first_centroids
-from audiolm_pytorch.nn.nearest_centroid import nearest_index
+from audiolm_pytorch.nn.kmeans import cluster_epoch, first_centroids, mini_batch_size, nearest_centroid
 
 __all__ = ["residual_kmeans"]
 
@@ -38,7 +37,7 @@ def residual_kmeans(points: Tensor, num_levels: int, codebook_size: int, seed: i
     residual, codebooks = points, []
     for level in range(num_levels):
         codebooks.append(torch.from_numpy(cluster(residual.numpy(), codebook_size, seed + level)))
-        residual = residual - codebooks[-1][nearest_index(residual, codebooks[-1])]
+        residual = residual - codebooks[-1][nearest_centroid(residual, codebooks[-1])]
     return torch.stack(codebooks)
 
 
@@ -61,7 +60,7 @@ def _batched_kmeans(points: np.ndarray, codebook_size: int, seed: int) -> np.nda
     num_start = min(len(points), max(_START_POINTS_PER_CODE * codebook_size, _LEAST_START_POINTS))
     chosen = np.random.default_rng([seed, 0]).choice(len(points), num_start, replace=False)
     centroids = first_centroids(points[chosen], codebook_size, seed)
-    num_batches = -(-len(points) // batch_vectors(codebook_size))
+    num_batches = -(-len(points) // mini_batch_size(codebook_size))
     for epoch in range(max(_LEAST_EPOCHS, -(-_LEAST_BATCHES // num_batches))):
         centroids = cluster_epoch(rows, centroids, (seed, 1, epoch))
     return centroids

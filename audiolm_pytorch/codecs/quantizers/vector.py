@@ -11,7 +11,7 @@ from vector_quantize_pytorch import ResidualVQ
 
 from audiolm_pytorch.codecs.quantizers.distributed import from_first_process, joined_sample, sum_over_processes
 from audiolm_pytorch.codecs.quantizers.levels import ResidualLevels
-from audiolm_pytorch.nn.nearest_centroid import nearest_index
+from audiolm_pytorch.nn.kmeans import nearest_centroid
 from audiolm_pytorch.saving.modules import register
 
 __all__ = ["ResidualQuantizer"]
@@ -101,14 +101,14 @@ class ResidualQuantizer(ResidualLevels):
                 (state.embed_avg, codebook * counts[:, None]),
             ):
                 from_first_process(start.copy_(value[None]))
-            residual = residual - F.embedding(nearest_index(residual, self.codebook(level)), self.codebook(level))
+            residual = residual - F.embedding(nearest_centroid(residual, self.codebook(level)), self.codebook(level))
 
     def _mean_code(self) -> Tensor:
         state = self.rvq.layers[0]._codebook
         return state.embed_avg[0].sum(dim=0) / state.cluster_size[0].sum().clamp(min=1e-6)
 
     def _nearest(self, residual: Tensor, level: int) -> Tensor:
-        index = nearest_index(rearrange(residual, "b f d -> (b f) d"), self.codebook(level))
+        index = nearest_centroid(rearrange(residual, "b f d -> (b f) d"), self.codebook(level))
         return rearrange(index, "(b f) -> b f", b=residual.shape[0])
 
     def _quantize_in_training(self, inner: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,14 +149,14 @@ def _kmeans(points: Tensor, num_clusters: int, iterations: int) -> tuple[Tensor,
     start = joined_sample(points, num_clusters)
     centroids = start.repeat(-(-num_clusters // len(start)), 1)[:num_clusters]
     for _ in range(iterations):
-        index = nearest_index(points, centroids)
+        index = nearest_centroid(points, centroids)
         counts = _joined_counts(index, num_clusters)
         sums = sum_over_processes(torch.zeros_like(centroids).index_add_(0, index, points))
         centroids = sums / counts.clamp(min=1.0)[:, None]
         empty = (counts == 0).nonzero().flatten()
         fresh = joined_sample(points, len(empty))
         centroids[empty[: len(fresh)]] = fresh
-    return centroids, _joined_counts(nearest_index(points, centroids), num_clusters)
+    return centroids, _joined_counts(nearest_centroid(points, centroids), num_clusters)
 
 
 def _joined_counts(index: Tensor, num_clusters: int) -> Tensor:

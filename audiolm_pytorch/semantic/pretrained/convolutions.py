@@ -6,7 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from audiolm_pytorch.semantic.windows import FrameArithmetic
+from audiolm_pytorch.semantic.windows import ReceptiveField
 
 __all__ = ["GroupStatistics", "convolved", "group_statistics"]
 
@@ -40,7 +40,7 @@ def group_statistics(extractor: Any, wave: Tensor, samples_at_once: int) -> Grou
     first = extractor.conv_layers[0]
     if not isinstance(getattr(first, "layer_norm", None), nn.GroupNorm):
         return None
-    frames = FrameArithmetic(first.conv.kernel_size[0], first.conv.stride[0])
+    frames = ReceptiveField(first.conv.kernel_size[0], first.conv.stride[0])
     total = frames.num_frames(wave.shape[1])
     step = max(1, frames.num_frames(samples_at_once))
     mean, square = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)

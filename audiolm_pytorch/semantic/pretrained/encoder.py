@@ -22,7 +22,7 @@ from audiolm_pytorch.saving.hub import (
 from audiolm_pytorch.saving.modules import register
 from audiolm_pytorch.semantic.pretrained.convolutions import convolved, group_statistics
 from audiolm_pytorch.semantic.pretrained.filterbank import Filterbank
-from audiolm_pytorch.semantic.windows import FrameArithmetic, Windows, features_in_windows
+from audiolm_pytorch.semantic.windows import ReceptiveField, Windows, features_in_windows
 
 __all__ = ["TransformersEncoder"]
 
@@ -130,7 +130,7 @@ class TransformersEncoder(nn.Module):
         self.sample_hz = int(preprocessor.get("sampling_rate", 16_000))
         self._filterbank: Filterbank | None = None
         if self.model_type != _FILTERBANK_MODEL:
-            self._frames = FrameArithmetic.of_convolutions(settings.conv_kernel, settings.conv_stride)
+            self._frames = ReceptiveField.of_convolutions(settings.conv_kernel, settings.conv_stride)
             return
         stride = int(preprocessor.get("stride", 2))
         num_mels = int(preprocessor.get("num_mel_bins", settings.feature_projection_input_dim // stride))
@@ -255,7 +255,7 @@ class TransformersEncoder(nn.Module):
         wave = wave.float()
         if self._filterbank:
             vectors = self._filterbank(wave).to(dtype)
-            return features_in_windows(lambda part: self._run(part, encoder), vectors, FrameArithmetic(), self._windows)
+            return features_in_windows(lambda part: self._run(part, encoder), vectors, ReceptiveField(), self._windows)
         if self.normalise_wave:
             # over the whole item, as transformers does it, whatever windows follow
             mean = reduce(wave, "r n -> r 1", "mean")

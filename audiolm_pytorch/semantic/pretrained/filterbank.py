@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from audiolm_pytorch.saving.hub import require_transformers
-from audiolm_pytorch.semantic.windows import FrameArithmetic
+from audiolm_pytorch.semantic.windows import ReceptiveField
 
 __all__ = ["Filterbank"]
 
@@ -48,7 +48,7 @@ class Filterbank:
         self._extractor = require_transformers().SeamlessM4TFeatureExtractor(
             feature_size=num_mels, num_mel_bins=num_mels, sampling_rate=sample_hz, stride=1
         )
-        self.frames = FrameArithmetic.of_convolutions((_WINDOW_SAMPLES, stride), (_HOP_SAMPLES, stride))
+        self.frames = ReceptiveField.of_convolutions((_WINDOW_SAMPLES, stride), (_HOP_SAMPLES, stride))
 
     def __call__(self, wave: Tensor) -> Tensor:
         """Vectors of waves.
@@ -64,7 +64,7 @@ class Filterbank:
 
     def _vectors_of(self, item: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
         """Vectors `[t, dim]` of one wave `[n]`."""
-        frames = FrameArithmetic(_WINDOW_SAMPLES, _HOP_SAMPLES)
+        frames = ReceptiveField(_WINDOW_SAMPLES, _HOP_SAMPLES)
         total = frames.num_frames(len(item))
         spans = [frames.span(at, min(at + _FRAMES_AT_ONCE, total)) for at in range(0, total, _FRAMES_AT_ONCE)]
         # Band by band in memory, as the extractor has it when it takes the mean: sums are rounded by their order.

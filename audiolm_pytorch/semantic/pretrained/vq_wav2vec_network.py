@@ -11,8 +11,8 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
-from audiolm_pytorch.nn.nearest_centroid import nearest_index
-from audiolm_pytorch.semantic.windows import FrameArithmetic
+from audiolm_pytorch.nn.kmeans import nearest_centroid
+from audiolm_pytorch.semantic.windows import ReceptiveField
 
 __all__ = ["ACTIVATIONS", "ConvFeatures", "GumbelQuantizer", "KMeansQuantizer", "VQWav2Vec"]
 
@@ -93,7 +93,7 @@ class ConvFeatures(nn.Module):
         )
         widths, kernels, strides = zip(*layers)
         self.dim: int = widths[-1]
-        self.frames = FrameArithmetic.of_convolutions(kernels, strides)
+        self.frames = ReceptiveField.of_convolutions(kernels, strides)
         self.log_compression = log_compression
         self.layers = nn.ModuleList(
             _ConvLayer(dim_in, layer, activation=activation, skip_scale=skip_scale, affine=affine_norm)
@@ -134,7 +134,7 @@ class ConvFeatures(nn.Module):
 def _parts(x: Tensor, known: list[tuple[_ConvLayer, _Moments]], layer: _ConvLayer, at_once: int) -> Iterator[Tensor]:
     """What goes into a layer behind those that are known, part by part; the layer's outputs follow without a gap."""
     layers = [*(before for before, _ in known), layer]
-    frames = FrameArithmetic.of_convolutions([one.kernel for one in layers], [one.stride for one in layers])
+    frames = ReceptiveField.of_convolutions([one.kernel for one in layers], [one.stride for one in layers])
     total, step = frames.num_frames(x.shape[-1]), max(1, frames.num_frames(at_once))
     for start in range(0, total, step):
         part = x[..., frames.span(start, min(start + step, total))]
@@ -218,7 +218,7 @@ class KMeansQuantizer(nn.Module):
         """Codes of frames: `[b, t, d]` -> `[b, t, g]` int64."""
         points = rearrange(vectors, "b t (g d) -> g (b t) d", g=self.groups)
         books = rearrange(self.codebook.expand(-1, self.groups, -1), "v g d -> g v d")
-        codes = torch.stack([nearest_index(part, book) for part, book in zip(points, books)])
+        codes = torch.stack([nearest_centroid(part, book) for part, book in zip(points, books)])
         return rearrange(codes, "g (b t) -> b t g", b=len(vectors))
 
 
@@ -254,7 +254,7 @@ class VQWav2Vec(nn.Module):
         return cls(ConvFeatures(**config["features"]), _QUANTIZERS[config["kind"]](**config["quantizer"]))
 
     @property
-    def frames(self) -> FrameArithmetic:
+    def frames(self) -> ReceptiveField:
         """Which samples each frame is made of."""
         return self.features.frames
 

@@ -11,8 +11,14 @@ import torch
 from audiolm_pytorch.data.shards import write_shards
 from audiolm_pytorch.nn import kmeans as clustering
 from audiolm_pytorch.nn import nearest_centroid as nearest
-from audiolm_pytorch.nn.kmeans import Normalised, batch_vectors, cluster_epoch, first_centroids, survey
-from audiolm_pytorch.nn.nearest_centroid import nearest_index
+from audiolm_pytorch.nn.kmeans import (
+    Normalised,
+    cluster_epoch,
+    first_centroids,
+    mini_batch_size,
+    nearest_centroid,
+    vector_statistics,
+)
 from audiolm_pytorch.semantic import ClusterUsage, features
 from audiolm_pytorch.semantic.features import FeatureShards
 
@@ -53,7 +59,7 @@ def inertia(vectors: np.ndarray, centroids: np.ndarray) -> float:
 
 def fitted(source: Portions, num_clusters: int, seed: int, num_epochs: int = 10) -> tuple[Normalised, np.ndarray]:
     """The steps of the job, one after another."""
-    mean, std, start = survey(source, num_clusters, seed)
+    mean, std, start = vector_statistics(source, num_clusters, seed)
     vectors = Normalised(source, mean, std)
     centroids = first_centroids((start - mean) / std, num_clusters, seed)
     for epoch in range(num_epochs):
@@ -76,7 +82,8 @@ def test_as_good_as_sklearn_on_all_vectors(num_vectors, num_clusters):
     # Fewer clusters in use would show as well: unused ones take no distortion away.
     assert inertia(normalised, centroids) <= 1.02 * inertia(normalised, reference)
     assert (
-        len(np.unique(nearest_index(torch.from_numpy(normalised), torch.from_numpy(centroids)))) > 0.97 * num_clusters
+        len(np.unique(nearest_centroid(torch.from_numpy(normalised), torch.from_numpy(centroids))))
+        > 0.97 * num_clusters
     )
 
 
@@ -89,7 +96,7 @@ def test_finds_clusters_that_are_there():
     for rows in (170, 3000):
         source, centroids = fitted(Portions(vectors, rows), 12, seed=1, num_epochs=4)
         normalised = np.concatenate(list(source.portions()))
-        ids = nearest_index(torch.from_numpy(normalised), torch.from_numpy(centroids)).numpy()
+        ids = nearest_centroid(torch.from_numpy(normalised), torch.from_numpy(centroids)).numpy()
         assert len({(kind, found) for kind, found in zip(kinds, ids)}) == 12
         usage = ClusterUsage.of(source, centroids)
         assert usage.used == 12 and usage.explained > 0.97
@@ -101,7 +108,7 @@ def test_statistics_are_exact_in_portions():
     vectors = (random.standard_normal((5001, 5)) * [1, 1e-2, 1e3, 0.3, 0] + [0, 100, 5, -2e3, 7]).astype(np.float32)
     exact = vectors.astype(np.float64)
     for rows in (1, 700, 5001):
-        found = survey(Portions(vectors[:900] if rows == 1 else vectors, rows), 10, seed=0)
+        found = vector_statistics(Portions(vectors[:900] if rows == 1 else vectors, rows), 10, seed=0)
         exact_part = exact[:900] if rows == 1 else exact
         np.testing.assert_allclose(found.mean, exact_part.mean(0), rtol=1e-6)
         np.testing.assert_allclose(found.std[:4], exact_part.std(0)[:4], rtol=1e-5)
@@ -116,12 +123,12 @@ def test_the_start_is_drawn_evenly_and_by_seed(monkeypatch):
     """Guards the first centroids: every vector at most once, from all over the data, another draw by another seed."""
     monkeypatch.setattr(clustering, "_LEAST_START_VECTORS", 1)
     vectors = np.arange(10_000, dtype=np.float32)[:, None] * [[1, -1]]
-    first, second, other = (survey(Portions(vectors), 20, seed).start[:, 0] for seed in (0, 0, 1))
+    first, second, other = (vector_statistics(Portions(vectors), 20, seed).start[:, 0] for seed in (0, 0, 1))
     assert len(first) == 320 == len(set(first.tolist())) and (np.diff(first) > 0).all()
     assert (first == second).all() and (first != other).any()
     counts = np.histogram(first, 10, (0, 10_000))[0]
     assert counts.min() > 10 and counts.max() < 60
-    assert len(survey(Portions(vectors[:50]), 20, 0).start) == 50
+    assert len(vector_statistics(Portions(vectors[:50]), 20, 0).start) == 50
 
 
 def test_an_epoch_is_a_pure_function():
@@ -129,7 +136,7 @@ def test_an_epoch_is_a_pure_function():
     from threadpoolctl import threadpool_limits
 
     source = Portions(sounds(3000, 50, 8))
-    mean, std, start = survey(source, 30, 0)
+    mean, std, start = vector_statistics(source, 30, 0)
     vectors, begin = Normalised(source, mean, std), (start[:30] - mean) / std
     before = begin.copy()
     first = cluster_epoch(vectors, begin, (0, 1))
@@ -184,7 +191,7 @@ def test_assignment_is_the_nearest_in_float64(num_points, num_centroids, offset,
     generator = torch.Generator().manual_seed(num_points)
     points = torch.randn(num_points, 16, generator=generator) + offset
     centroids = torch.randn(num_centroids, 16, generator=generator) + offset
-    ids = nearest_index(points, centroids)
+    ids = nearest_centroid(points, centroids)
     assert ids.shape == (num_points,) and ids.dtype == torch.int64
     distances = (points.double()[:, None] - centroids.double()).square().sum(dim=-1)
     least = distances.min(dim=1).values
@@ -228,4 +235,4 @@ def test_vectors_on_disk_are_read_once_in_a_seeded_order_and_little_memory(tmp_p
 
 def test_batches_follow_the_number_of_clusters():
     """Guards the first call of sklearn and noise: a batch has more vectors than there are clusters."""
-    assert [batch_vectors(count) for count in (2, 512, 1024, 10_000)] == [1024, 1024, 2048, 20_000]
+    assert [mini_batch_size(count) for count in (2, 512, 1024, 10_000)] == [1024, 1024, 2048, 20_000]

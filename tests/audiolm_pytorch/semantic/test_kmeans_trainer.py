@@ -172,7 +172,7 @@ class Interrupted(BaseException):
         ("features.write_shards", 1),
         ("features._FeatureMaker._encode", 1),
         ("features._FeatureMaker._encode", 4),
-        ("kmeans_trainer.survey", 1),
+        ("kmeans_trainer.vector_statistics", 1),
         ("kmeans_trainer.first_centroids", 1),
         ("kmeans_trainer.cluster_epoch", 1),
         ("kmeans_trainer.cluster_epoch", 3),

@@ -9,7 +9,7 @@ from beartype.roar import BeartypeCallHintViolation
 from audiolm_pytorch.audio.files import resample
 from audiolm_pytorch.audio.padding import length_mask
 from audiolm_pytorch.nn import nearest_centroid as nearest
-from audiolm_pytorch.nn.nearest_centroid import nearest_index
+from audiolm_pytorch.nn.kmeans import nearest_centroid
 from audiolm_pytorch.saving.modules import load_module, part_fingerprint, save_module
 from audiolm_pytorch.semantic import BestRQEncoder, FrameEncoder, KMeansTokenizer, KMeansTrainer, SemanticTokenizer
 from audiolm_pytorch.semantic import tokenizer as module
@@ -87,7 +87,7 @@ def test_ids_are_the_nearest_centroids(tokenizer, monkeypatch):
     monkeypatch.setattr(nearest, "_ROWS_AT_ONCE", 1024)
     vectors = torch.randn(5000, 32, generator=torch.Generator().manual_seed(0))
     centroids = torch.randn(16, 32, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(nearest_index(vectors, centroids), torch.cdist(vectors, centroids).argmin(dim=-1))
+    assert torch.equal(nearest_centroid(vectors, centroids), torch.cdist(vectors, centroids).argmin(dim=-1))
     wave = torch.stack(noises(1, 5))
     features, _ = tokenizer.encoder.features(wave, None, 2)
     normalised = (features[0] - tokenizer.mean) / tokenizer.std
@@ -172,8 +172,8 @@ def test_stays_in_eval_mode_and_float32(tokenizer):
     assert container.training and not any(module.training for module in tokenizer.modules())
     vectors = torch.randn(300, 32, generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        under_autocast = nearest_index(vectors, tokenizer.centroids)
-    assert torch.equal(under_autocast, nearest_index(vectors, tokenizer.centroids))
+        under_autocast = nearest_centroid(vectors, tokenizer.centroids)
+    assert torch.equal(under_autocast, nearest_centroid(vectors, tokenizer.centroids))
 
 
 def test_bad_input_is_refused(tokenizer):

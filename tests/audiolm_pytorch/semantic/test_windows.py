@@ -2,15 +2,15 @@ import pytest
 import torch
 from torch import nn
 
-from audiolm_pytorch.nn.nearest_centroid import nearest_index
-from audiolm_pytorch.semantic.windows import FrameArithmetic, Windows, features_in_windows
+from audiolm_pytorch.nn.kmeans import nearest_centroid
+from audiolm_pytorch.semantic.windows import ReceptiveField, Windows, features_in_windows
 from tests.helpers.published_files import CONV_KERNELS, CONV_STRIDES, tiny_hubert
 
 
 class BoundedEncoder(nn.Module):
     """Convolutions that make frames (reach 14, stride 6), then frames that see three neighbours on each side."""
 
-    frames = FrameArithmetic.of_convolutions((5, 4), (3, 2))
+    frames = ReceptiveField.of_convolutions((5, 4), (3, 2))
     reach_frames = 3
 
     def __init__(self) -> None:
@@ -33,11 +33,11 @@ def encoder() -> BoundedEncoder:
 
 def test_convolutions_add_up_to_one_rule():
     """Guards the frame arithmetic: reach and stride of HuBERT's seven convolutions, and counts against real ones."""
-    assert FrameArithmetic.of_convolutions(CONV_KERNELS, CONV_STRIDES) == FrameArithmetic(400, 320)
+    assert ReceptiveField.of_convolutions(CONV_KERNELS, CONV_STRIDES) == ReceptiveField(400, 320)
     generator = torch.Generator().manual_seed(0)
     for _ in range(30):
         kernels, strides = torch.randint(1, 6, (2, 3), generator=generator).tolist()
-        rule = FrameArithmetic.of_convolutions(kernels, strides)
+        rule = ReceptiveField.of_convolutions(kernels, strides)
         for num_samples in torch.randint(1, 120, (8,), generator=generator).tolist():
             left = num_samples
             for kernel, stride in zip(kernels, strides, strict=True):
@@ -69,11 +69,11 @@ def test_tokens_are_those_of_the_whole_away_from_the_seams(encoder):
     places = torch.arange(len(whole)) % keep
     away = (places >= encoder.reach_frames) & (places < keep - encoder.reach_frames)
     # what remains of the wave stands in the last, shorter window: its end is the end of the wave
-    ids, expected = nearest_index(found, centroids), nearest_index(whole, centroids)
+    ids, expected = nearest_centroid(found, centroids), nearest_centroid(whole, centroids)
     assert len(ids) == len(expected) and torch.equal(ids[away], expected[away])
     assert not torch.equal(ids, expected), "without context the seams must show: else this test tests nothing"
     in_context = features_in_windows(encoder, wave, encoder.frames, Windows(keep, encoder.reach_frames))[0]
-    assert torch.equal(nearest_index(in_context, centroids), expected)
+    assert torch.equal(nearest_centroid(in_context, centroids), expected)
 
 
 def test_places_and_memory_do_not_depend_on_what_follows(encoder):
@@ -96,7 +96,7 @@ def test_windows_run_over_vectors_too(encoder):
         with torch.no_grad():
             return encoder.body(part.transpose(1, 2)).transpose(1, 2)
 
-    found = features_in_windows(body, vectors, FrameArithmetic(), Windows(16, 3))
+    found = features_in_windows(body, vectors, ReceptiveField(), Windows(16, 3))
     torch.testing.assert_close(found, body(vectors), rtol=0, atol=1e-5)
 
 
@@ -107,7 +107,7 @@ def test_bad_numbers_are_refused():
             Windows(*arguments)
     for arguments in ((0, 1), (1, 0)):
         with pytest.raises(ValueError, match="positive"):
-            FrameArithmetic(*arguments)
+            ReceptiveField(*arguments)
 
 
 def test_a_random_hubert_agrees_with_itself_in_windows():
@@ -124,6 +124,6 @@ def test_a_random_hubert_agrees_with_itself_in_windows():
     windowed = TransformersEncoder(LoadedModel(model), window_seconds=1.0, context_seconds=0.5).features(wave)[0][0]
     assert whole.shape == windowed.shape == (199, 16) and not torch.equal(whole, windowed)
     centroids = whole[torch.randperm(199, generator=generator)[:32]]
-    agreement = (nearest_index(whole, centroids) == nearest_index(windowed, centroids)).float().mean().item()
+    agreement = (nearest_centroid(whole, centroids) == nearest_centroid(windowed, centroids)).float().mean().item()
     # 0.82 when this was written, 0.76 if the group norm hears only its window; chance is 0.03
     assert agreement > 0.78

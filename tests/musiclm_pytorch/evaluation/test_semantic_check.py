@@ -267,7 +267,7 @@ def test_clips_keep_their_own_frames_in_batches(coded_sets, monkeypatch):
         assert torch.allclose(together, alone, atol=1e-4)
     wave = rearrange(sound.waves[3], "n -> 1 n")
     own = encoder.features(wave, layer=2)[0][0]
-    assert torch.allclose(together[sound.owners == 3], own, atol=1e-4)
+    assert torch.allclose(together[sound.clip_index == 3], own, atol=1e-4)
 
 
 def test_the_encoder_is_left_as_it_was(coded_sets):
@@ -315,28 +315,28 @@ def test_what_cannot_be_done_is_said_before_anything_is_computed(coded_sets):
 def test_scores_resample_clips_and_differences_are_paired():
     """Ten clips, five all right, five all wrong: the interval is that of ten items, not of a thousand frames."""
     truth = torch.zeros(1000, dtype=torch.int64)
-    owners = torch.arange(10).repeat_interleave(100)
-    answers = (owners % 2).long()
-    score = Score.of("layer 1", Reading.LINEAR, "digit", None, truth, answers, owners, 10)
+    clip_index = torch.arange(10).repeat_interleave(100)
+    answers = (clip_index % 2).long()
+    score = Score.of("layer 1", Reading.LINEAR, "digit", None, truth, answers, clip_index, 10)
     metric = score.metric()
     assert (score.value, metric.value, metric.count) == (0.5, 0.5, 10)
     assert metric.low < 0.25 and metric.high > 0.75
-    better = Score.of("layer 2", Reading.LINEAR, "digit", None, truth, answers * (owners > 1), owners, 10)
+    better = Score.of("layer 2", Reading.LINEAR, "digit", None, truth, answers * (clip_index > 1), clip_index, 10)
     gain = better.gain_over(score)
     assert gain.name == "layer 2 less layer 1 / linear probe / digit" and gain.value == pytest.approx(0.1)
     same = score.gain_over(score)
     assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
     with pytest.raises(ValueError, match="same questions"):
-        score.gain_over(Score.of("layer 2", Reading.LINEAR, "speaker", None, truth, answers, owners, 10))
+        score.gain_over(Score.of("layer 2", Reading.LINEAR, "speaker", None, truth, answers, clip_index, 10))
 
 
 def test_balanced_scores_and_guessing():
     """Balanced: classes count alike, a constant answer gives a half; otherwise guessing is the commonest class."""
     truth = torch.tensor([0] * 9 + [1])
     constant = torch.zeros(10, dtype=torch.int64)
-    owners = torch.arange(10)
-    fair = Score.of("a", Reading.LINEAR, "onset", None, truth, constant, owners, 10, balanced=True)
-    plain = Score.of("a", Reading.LINEAR, "onset", None, truth, constant, owners, 10)
+    clip_index = torch.arange(10)
+    fair = Score.of("a", Reading.LINEAR, "onset", None, truth, constant, clip_index, 10, balanced=True)
+    plain = Score.of("a", Reading.LINEAR, "onset", None, truth, constant, clip_index, 10)
     assert (fair.value, fair.chance) == (0.5, 0.5) and (plain.value, plain.chance) == (0.9, 0.9)
 
 

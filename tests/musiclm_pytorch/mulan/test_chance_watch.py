@@ -27,8 +27,8 @@ def _measured_chance(loss: torch.nn.Module, texts: list[list[str]], batch_clips:
     for _ in range(batches):
         rows = draw.sample(range(len(texts)), batch_clips)
         captions = torch.tensor([numbers[text] for row in rows for text in texts[row]])
-        owners = torch.tensor([place for place, row in enumerate(rows) for _ in texts[row]])
-        values.append(loss(torch.zeros(batch_clips, 4), torch.zeros(len(owners), 4), captions, owners))
+        clip_index = torch.tensor([place for place, row in enumerate(rows) for _ in texts[row]])
+        values.append(loss(torch.zeros(batch_clips, 4), torch.zeros(len(clip_index), 4), captions, clip_index))
     return float(torch.stack(values).mean())
 
 

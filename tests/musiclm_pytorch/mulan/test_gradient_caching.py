@@ -42,7 +42,7 @@ def _step(model: MuLaN, chunk_size: int | None) -> tuple[Tensor, list[Tensor], T
     torch.manual_seed(1)
     model.zero_grad()
     lengths = torch.tensor([3200, 2000, 1600, 3100])
-    loss = model(tones(110, 330, 990, 2970), TEXTS, lengths, owners=OWNERS, chunk_size=chunk_size)
+    loss = model(tones(110, 330, 990, 2970), TEXTS, lengths, clip_index=OWNERS, chunk_size=chunk_size)
     state = torch.get_rng_state()
     loss.backward()
     return loss.detach(), [parameter.grad.clone() for parameter in model.parameters()], state
@@ -86,7 +86,7 @@ def test_chunks_keep_autocast() -> None:
     for chunk_size in (None, 2):
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(tones(110, 330, 990, 2970), TEXTS, owners=OWNERS, chunk_size=chunk_size)
+            loss = model(tones(110, 330, 990, 2970), TEXTS, clip_index=OWNERS, chunk_size=chunk_size)
         loss.backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
     assert torch.cosine_similarity(*gradients, dim=0) > 0.999

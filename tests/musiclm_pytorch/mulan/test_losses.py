@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from musiclm_pytorch.mulan import gathering, losses
-from musiclm_pytorch.mulan.gathering import gather_batch
+from musiclm_pytorch.mulan.distributed import gather_batch
 from musiclm_pytorch.mulan.losses import SigmoidContrastiveLearning, SoftmaxContrastiveLearning
 
 LOSSES = {
@@ -20,7 +20,7 @@ LOSSES = {
     "sigmoid": SigmoidContrastiveLearning(init_bias=-1.0),
 }
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-# owners and captions of the texts of five clips
+# clip_index and captions of the texts of five clips
 TEXTS = {
     "one each": ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4]),
     "equal": ([0, 1, 2, 3, 4], [0, 1, 0, 2, 1]),
@@ -36,23 +36,23 @@ def _latents(num_clips: int, num_texts: int, dim: int = 6) -> tuple[Tensor, Tens
     return F.normalize(audio, dim=-1), F.normalize(text, dim=-1)
 
 
-def _naive(loss: nn.Module, audio: Tensor, text: Tensor, captions: list[int], owners: list[int]) -> Tensor:
+def _naive(loss: nn.Module, audio: Tensor, text: Tensor, captions: list[int], clip_index: list[int]) -> Tensor:
     """The formulas written out, pair by pair."""
     similarity = [[a @ t / loss.log_temperature.exp() for t in text] for a in audio]
-    said = [[caption for caption, owner in zip(captions, owners) if owner == i] for i in range(len(audio))]
+    said = [[caption for caption, owner in zip(captions, clip_index) if owner == i] for i in range(len(audio))]
     contrast = [[caption not in said[i] for caption in captions] for i in range(len(audio))]
     total = audio.new_zeros(())
     if isinstance(loss, SigmoidContrastiveLearning):
         for i in range(len(audio)):
             for j in range(len(text)):
-                if owners[j] == i or contrast[i][j]:
-                    z = (1 if owners[j] == i else -1) * (similarity[i][j] + loss.bias)
+                if clip_index[j] == i or contrast[i][j]:
+                    z = (1 if clip_index[j] == i else -1) * (similarity[i][j] + loss.bias)
                     total = total + (1 + (-z).exp()).log() / len(audio)
         return total
-    for j, i in enumerate(owners):
+    for j, i in enumerate(clip_index):
         others = [[similarity[i][k] for k in range(len(text)) if contrast[i][k]]]
         others.append([similarity[k][j] for k in range(len(audio)) if contrast[k][j]])
-        shares = [1 / (owners.count(i) * len(audio)), 1 / len(text)]
+        shares = [1 / (clip_index.count(i) * len(audio)), 1 / len(text)]
         for terms, share in zip(others, shares):
             if terms:
                 sums = sum(term.exp() for term in terms)
@@ -65,19 +65,19 @@ def _naive(loss: nn.Module, audio: Tensor, text: Tensor, captions: list[int], ow
 @pytest.mark.parametrize("texts", TEXTS.values(), ids=TEXTS)
 def test_loss_equals_a_naive_loop(loss: nn.Module, texts: tuple[list[int], list[int]]) -> None:
     """Oracle in float64, of the loss and of all its gradients: one or several texts a clip, some of them equal."""
-    owners, captions = texts
+    clip_index, captions = texts
     loss = copy.deepcopy(loss).double()
-    inputs = [latents.requires_grad_() for latents in _latents(5, len(owners))]
-    value = loss(*inputs, torch.tensor(captions), torch.tensor(owners))
-    expected = _naive(loss, *inputs, captions, owners)
+    inputs = [latents.requires_grad_() for latents in _latents(5, len(clip_index))]
+    value = loss(*inputs, torch.tensor(captions), torch.tensor(clip_index))
+    expected = _naive(loss, *inputs, captions, clip_index)
     torch.testing.assert_close(value, expected, atol=1e-12, rtol=0)
     of = [*inputs, *loss.parameters()]
     if expected.requires_grad:
         for own, naive in zip(torch.autograd.grad(value, of), torch.autograd.grad(expected, of, allow_unused=True)):
             torch.testing.assert_close(own, torch.zeros_like(own) if naive is None else naive, atol=1e-11, rtol=0)
     if len(set(captions)) == len(captions):
-        torch.testing.assert_close(loss(*inputs, None, torch.tensor(owners)), value, atol=1e-12, rtol=0)
-    if owners == [0, 1, 2, 3, 4]:
+        torch.testing.assert_close(loss(*inputs, None, torch.tensor(clip_index)), value, atol=1e-12, rtol=0)
+    if clip_index == [0, 1, 2, 3, 4]:
         assert torch.equal(loss(*inputs, torch.tensor(captions)), value)
 
 
@@ -90,12 +90,12 @@ def test_loss_is_symmetric(loss: nn.Module) -> None:
 
 @every_loss
 def test_order_of_texts_does_not_matter(loss: nn.Module) -> None:
-    """Texts of a clip need not be neighbours: the owners say whose they are."""
-    owners, captions = (torch.tensor(numbers) for numbers in TEXTS["several equal"])
-    audio, text = _latents(5, len(owners))
-    order = torch.randperm(len(owners), generator=torch.Generator().manual_seed(1))
-    shuffled = loss(audio, text[order], captions[order], owners[order])
-    torch.testing.assert_close(shuffled, loss(audio, text, captions, owners))
+    """Texts of a clip need not be neighbours: the clip_index say whose they are."""
+    clip_index, captions = (torch.tensor(numbers) for numbers in TEXTS["several equal"])
+    audio, text = _latents(5, len(clip_index))
+    order = torch.randperm(len(clip_index), generator=torch.Generator().manual_seed(1))
+    shuffled = loss(audio, text[order], captions[order], clip_index[order])
+    torch.testing.assert_close(shuffled, loss(audio, text, captions, clip_index))
 
 
 @every_loss
@@ -202,25 +202,25 @@ def test_loss_is_float32_under_autocast(loss: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "captions", "owners", "words"),
+    ("sizes", "captions", "clip_index", "words"),
     [
         ((2, 3), None, None, "2 clips and 3 texts, need one text a clip"),
         ((0, 0), None, None, "without clips"),
         ((2, 2), torch.zeros(3), None, "captions"),
-        ((2, 3), None, torch.tensor([0, 1]), r"owners must be \[3\]"),
-        ((2, 3), None, torch.tensor([0.0, 1.0, 1.0]), "owners must be"),
+        ((2, 3), None, torch.tensor([0, 1]), r"clip_index must be \[3\]"),
+        ((2, 3), None, torch.tensor([0.0, 1.0, 1.0]), "clip_index must be"),
         ((2, 3), None, torch.tensor([0, 1, 2]), "rows 0..1"),
         ((2, 3), None, torch.tensor([0, -1, 1]), "rows 0..1"),
         ((3, 3), None, torch.tensor([0, 0, 2]), "leave none out"),
     ],
 )
 def test_loss_rejects_what_does_not_fit(
-    sizes: tuple[int, int], captions: Tensor | None, owners: Tensor | None, words: str
+    sizes: tuple[int, int], captions: Tensor | None, clip_index: Tensor | None, words: str
 ) -> None:
     """Errors name what was given and what is needed."""
     audio, text = torch.randn(sizes[0], 4), torch.randn(sizes[1], 4)
     with pytest.raises(ValueError, match=words):
-        SoftmaxContrastiveLearning()(audio, text, captions, owners)
+        SoftmaxContrastiveLearning()(audio, text, captions, clip_index)
 
 
 def test_loss_rejects_widths_and_temperatures() -> None:
@@ -246,12 +246,12 @@ def _step(loss: nn.Module, rows: slice, several: bool) -> tuple[Tensor, list[Ten
     loss = copy.deepcopy(loss).double()
     tower = nn.Linear(6, 6, bias=False, dtype=torch.float64)
     nn.init.eye_(tower.weight)
-    owners = SEVEN_OWNERS if several else torch.arange(7)
-    audio, text = _latents(7, len(owners))
-    own = (owners >= rows.start) & (owners < rows.stop)
-    captions = SEVEN_CAPTIONS[: len(owners)][own]
+    clip_index = SEVEN_OWNERS if several else torch.arange(7)
+    audio, text = _latents(7, len(clip_index))
+    own = (clip_index >= rows.start) & (clip_index < rows.stop)
+    captions = SEVEN_CAPTIONS[: len(clip_index)][own]
     value = loss(
-        F.normalize(tower(audio[rows]), dim=-1), text[own], captions, owners[own] - rows.start if several else None
+        F.normalize(tower(audio[rows]), dim=-1), text[own], captions, clip_index[own] - rows.start if several else None
     )
     value.backward()
     return value.detach(), [parameter.grad for parameter in (*tower.parameters(), *loss.parameters())]

@@ -62,27 +62,27 @@ def test_equal_texts_are_not_held_against_each_other() -> None:
 
 
 def test_several_texts_a_clip_are_all_matches() -> None:
-    """Oracle: the loss of the latents with the owners given; one text each in order needs no owners."""
+    """Oracle: the loss of the latents with the clip_index given; one text each in order needs no clip_index."""
     mulan, wavs = tiny_mulan(), tones(110, 330, 990)
-    texts, owners = ["low", "deep", "high", "middle"], torch.tensor([0, 0, 2, 1])
-    expected = mulan.loss(mulan.get_audio_latents(wavs), mulan.get_text_latents(texts), None, owners)
-    torch.testing.assert_close(mulan(wavs, texts, owners=owners), expected)
-    assert torch.equal(mulan(wavs, TEXTS[:3]), mulan(wavs, TEXTS[:3], owners=torch.arange(3)))
+    texts, clip_index = ["low", "deep", "high", "middle"], torch.tensor([0, 0, 2, 1])
+    expected = mulan.loss(mulan.get_audio_latents(wavs), mulan.get_text_latents(texts), None, clip_index)
+    torch.testing.assert_close(mulan(wavs, texts, clip_index=clip_index), expected)
+    assert torch.equal(mulan(wavs, TEXTS[:3]), mulan(wavs, TEXTS[:3], clip_index=torch.arange(3)))
     same = ["low", "low", "high", "low"]
-    assert mulan(wavs, same, owners=owners) < mulan(wavs, texts, owners=owners) - 0.1
+    assert mulan(wavs, same, clip_index=clip_index) < mulan(wavs, texts, clip_index=clip_index) - 0.1
 
 
 def test_mulan_learns_from_several_texts_a_clip() -> None:
     """Memorisation: every one of two texts finds its tone."""
     mulan, wavs = tiny_mulan(), tones(110, 990, 2970)
-    texts, owners = ["low", "deep", "middle", "so so", "high", "shrill"], torch.tensor([0, 0, 1, 1, 2, 2])
+    texts, clip_index = ["low", "deep", "middle", "so so", "high", "shrill"], torch.tensor([0, 0, 1, 1, 2, 2])
     optimizer = torch.optim.Adam(mulan.parameters(), lr=3e-3)
     for _ in range(30):
         optimizer.zero_grad()
-        mulan(wavs, texts, owners=owners).backward()
+        mulan(wavs, texts, clip_index=clip_index).backward()
         optimizer.step()
     nearest = (mulan.get_text_latents(texts) @ mulan.get_audio_latents(wavs).T).argmax(dim=1)
-    assert nearest.tolist() == owners.tolist()
+    assert nearest.tolist() == clip_index.tolist()
 
 
 def test_two_calls_are_bit_identical() -> None:
@@ -226,7 +226,7 @@ def test_mulan_trains_in_bfloat16() -> None:
     ("call", "words"),
     [
         (lambda: tiny_mulan()(torch.randn(3, 1000), TEXTS), "one text a clip"),
-        (lambda: tiny_mulan()(torch.randn(3, 1000), TEXTS, owners=torch.tensor([0, 1, 1, 0])), "leave none out"),
+        (lambda: tiny_mulan()(torch.randn(3, 1000), TEXTS, clip_index=torch.tensor([0, 1, 1, 0])), "leave none out"),
         (lambda: tiny_mulan()(torch.randn(1, 1000), ""), "empty"),
         (lambda: tiny_mulan()(torch.randn(1, 1000), "a", chunk_size=0), "chunk_size"),
         (lambda: tiny_mulan(window_seconds=0), "window"),

@@ -188,7 +188,7 @@ def test_chance_counts_the_layers_that_are_contrasted_too(corpus: Path, tmp_path
 
 
 def test_batch_holds_every_text_with_its_clip(corpus: Path, tmp_path: Path) -> None:
-    """Several texts a clip, one where there is no more; aspects alone will do; owners name the row of the batch."""
+    """Several texts a clip, one where there is no more; aspects alone will do; clip_index name the row of the batch."""
     items, _ = load_split(corpus)
     first = replace(items[0], labels={"captions": ["second"]})
     third = replace(items[2], caption=None, labels={"aspects": ["soft"]})
@@ -198,7 +198,7 @@ def test_batch_holds_every_text_with_its_clip(corpus: Path, tmp_path: Path) -> N
     assert task.num_items == 3
     batch = task.batch([(0, 2), (0, 0), (0, 1)])
     texts = task.mulan.text.tokenizer.decode(batch["ids"])
-    assert texts == ["soft", first.caption, "second", items[1].caption] and batch["owners"].tolist() == [0, 1, 1, 2]
+    assert texts == ["soft", first.caption, "second", items[1].caption] and batch["clip_index"].tolist() == [0, 1, 1, 2]
     assert batch["wavs"].shape == (3, 3200) and batch["lengths"].tolist() == [3200] * 3
     # four texts of three clips: each text is told from two other clips, and from three or two other texts
     assert task.chance["loss"] == pytest.approx(math.log(8), rel=0.2)
@@ -366,8 +366,8 @@ def test_any_joint_embedding_with_a_loss_can_be_trained(corpus: Path, tmp_path: 
             super().__init__(dim_latent=16, sample_hz=8000)
             self.inner, self.text = inner, inner.text
 
-        def forward(self, wavs, ids, lengths, *, owners, chunk_size):
-            return self.inner(wavs, ids, lengths, owners=owners, chunk_size=chunk_size)
+        def forward(self, wavs, ids, lengths, *, clip_index, chunk_size):
+            return self.inner(wavs, ids, lengths, clip_index=clip_index, chunk_size=chunk_size)
 
         def get_audio_latents(self, wavs, lengths=None):
             return self.inner.get_audio_latents(wavs, lengths)

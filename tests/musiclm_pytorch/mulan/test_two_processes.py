@@ -55,7 +55,7 @@ def _trained(model: torch.nn.Module, rows: list[slice], chunk_size: int | None) 
             WAVS[own],
             [TEXTS[index] for index in texts],
             LENGTHS[own],
-            owners=OWNERS[texts] - own.start,
+            clip_index=OWNERS[texts] - own.start,
             chunk_size=chunk_size,
         )
         loss.backward()

@@ -177,16 +177,16 @@ def test_ridge_learns_where_texts_are() -> None:
 
 
 def test_texts_are_of_the_audio_that_owns_them() -> None:
-    """Two texts of each clip in any order teach the map; with the wrong owners nothing is learned."""
+    """Two texts of each clip in any order teach the map; with the wrong clip_index nothing is learned."""
     audio, generator = _latents(), torch.Generator().manual_seed(0)
     rotation = torch.linalg.qr(torch.randn(16, 16, generator=generator)).Q
-    owners = torch.randperm(240, generator=generator) % 120
-    text = audio[owners] @ rotation + 0.02 * torch.randn(240, 16, generator=generator)
+    clip_index = torch.randperm(240, generator=generator) % 120
+    text = audio[clip_index] @ rotation + 0.02 * torch.randn(240, 16, generator=generator)
     agreements = []
-    for given in (owners, owners.roll(1)):
+    for given in (clip_index, clip_index.roll(1)):
         quantizer = _quantizer()
-        quantizer.fit(audio, text, owners=given, ridge=1)
-        agreements.append(measure_quantizer(quantizer, audio, text, owners=owners).agreement[0])
+        quantizer.fit(audio, text, clip_index=given, ridge=1)
+        agreements.append(measure_quantizer(quantizer, audio, text, clip_index=clip_index).agreement[0])
     assert agreements[0] > 0.9 and agreements[1] < 0.5
 
 
@@ -319,11 +319,11 @@ def test_quantizer_rejects_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="pair"):
         quantizer.fit(latents, latents[:50])
     with pytest.raises(ValueError, match="text_latents"):
-        quantizer.fit(latents, owners=torch.arange(120))
-    with pytest.raises(ValueError, match="owners"):
-        quantizer.fit(latents, latents[:50], owners=torch.arange(49))
+        quantizer.fit(latents, clip_index=torch.arange(120))
+    with pytest.raises(ValueError, match="clip_index"):
+        quantizer.fit(latents, latents[:50], clip_index=torch.arange(49))
     with pytest.raises(ValueError, match="of one of 120"):
-        quantizer.fit(latents, latents[:50], owners=torch.arange(50) + 71)
+        quantizer.fit(latents, latents[:50], clip_index=torch.arange(50) + 71)
     with pytest.raises(ValueError, match="positive"):
         quantizer.fit(latents, latents, ridge=0)
     with pytest.raises(ValueError, match="NaN"):

@@ -66,10 +66,10 @@ def test_figures_equal_naive_loops() -> None:
     torch.manual_seed(0)
     quantizer = _quantizer(tiny_mulan(), levels=3, size=5)
     audio = torch.nn.functional.normalize(torch.randn(30, 16), dim=-1)
-    owners = torch.randint(30, (70,))
-    text = torch.nn.functional.normalize(0.7 * audio[owners] + 0.3 * torch.randn(70, 16), dim=-1)
-    quantizer.fit(audio, text, owners=owners)
-    report = measure_quantizer(quantizer, audio, text, owners=owners)
+    clip_index = torch.randint(30, (70,))
+    text = torch.nn.functional.normalize(0.7 * audio[clip_index] + 0.3 * torch.randn(70, 16), dim=-1)
+    quantizer.fit(audio, text, clip_index=clip_index)
+    report = measure_quantizer(quantizer, audio, text, clip_index=clip_index)
     audio_codes, text_codes = quantizer.codes(latents=audio), quantizer.codes_from_latents(text, "text")
     assert (report.num_windows, report.num_pairs, report.is_held_out) == (30, 70, False)
     left = (audio - audio.mean(dim=0)).double()
@@ -80,7 +80,7 @@ def test_figures_equal_naive_loops() -> None:
         entropy = -sum(count / 30 * math.log(count / 30) for count in counts.values())
         assert report.usage[level] == pytest.approx(len(counts) / 5)
         assert report.perplexity[level] == pytest.approx(math.exp(entropy))
-        of_text = [own[owner] for owner in owners.tolist()]
+        of_text = [own[owner] for owner in clip_index.tolist()]
         assert report.agreement[level] == pytest.approx(sum(a == t for a, t in zip(of_text, said)) / 70)
         assert report.chance[level] == pytest.approx(sum(a == t for a in of_text for t in said) / 70**2)
         left = left - quantizer.codebooks[level].double()[own]
@@ -131,7 +131,7 @@ def test_every_window_is_embedded_as_mulan_does(tmp_path: Path, monkeypatch: pyt
     fit = MuLaNEmbedQuantizer.fit
 
     def noted(self: MuLaNEmbedQuantizer, audio: Tensor, text: Tensor, **settings: Tensor) -> None:
-        given.update(audio=audio, text=text, owners=settings["owners"])
+        given.update(audio=audio, text=text, clip_index=settings["clip_index"])
         fit(self, audio, text, **settings)
 
     monkeypatch.setattr(MuLaNEmbedQuantizer, "fit", noted)
@@ -144,7 +144,7 @@ def test_every_window_is_embedded_as_mulan_does(tmp_path: Path, monkeypatch: pyt
     assert [len(part) for part in expected] == [1, 1, 4, 1]
     torch.testing.assert_close(given["audio"], torch.cat(expected), atol=1e-5, rtol=0)
     torch.testing.assert_close(given["text"], text, atol=1e-5, rtol=0)
-    assert given["owners"].tolist() == [0, 0, 0, 1, 1, 1, 2, 3, 4, 6, 6, 6]
+    assert given["clip_index"].tolist() == [0, 0, 0, 1, 1, 1, 2, 3, 4, 6, 6, 6]
 
 
 def test_held_out_files_are_what_is_measured(tmp_path: Path) -> None:

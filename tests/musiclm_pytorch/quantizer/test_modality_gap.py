@@ -7,13 +7,13 @@ from musiclm_pytorch.quantizer.modality_gap import align_texts
 
 
 def _pairs(clips: int = 60, width: int = 5) -> tuple[Tensor, Tensor, Tensor]:
-    """Audio, two texts of each clip (a gap, a turn, noise) and their owners, in mixed order."""
+    """Audio, two texts of each clip (a gap, a turn, noise) and their clip_index, in mixed order."""
     generator = torch.Generator().manual_seed(0)
     audio = torch.randn(clips, width, generator=generator) * torch.linspace(0.3, 2, width) + 3
     turn = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
-    owners = torch.randperm(2 * clips, generator=generator) % clips
+    clip_index = torch.randperm(2 * clips, generator=generator) % clips
     noise = torch.randn(2 * clips, width, generator=generator)
-    return audio, 0.4 * (audio[owners] @ turn) + 0.1 * noise - 2, owners
+    return audio, 0.4 * (audio[clip_index] @ turn) + 0.1 * noise - 2, clip_index
 
 
 def _aligned(text: Tensor, alignment: tuple[Tensor, ...]) -> np.ndarray:
@@ -24,10 +24,10 @@ def _aligned(text: Tensor, alignment: tuple[Tensor, ...]) -> np.ndarray:
 @pytest.mark.parametrize("ridge", [0.5, 40.0, 1e6])
 def test_map_equals_gradient_descent_on_its_objective(ridge: float) -> None:
     """Oracle: minimise the squared distance of pairs plus the weighted squared change of the scaled texts."""
-    audio, text, owners = _pairs()
+    audio, text, clip_index = _pairs()
     a, t = (audio.double() - audio.double().mean(0)).numpy(), (text.double() - text.double().mean(0)).numpy()
     scale = np.sqrt((a**2).mean() / (t**2).mean())
-    target = a[owners.numpy()]
+    target = a[clip_index.numpy()]
     weight = ridge / len(audio) * (t**2).mean()
     change = np.zeros((5, 5))
     step = 0.9 / (np.linalg.eigvalsh(t.T @ t / len(t)).max() + weight)
@@ -36,18 +36,18 @@ def test_map_equals_gradient_descent_on_its_objective(ridge: float) -> None:
         change -= step * gradient
     expected = scale * t + t @ change
     expected *= np.sqrt((a**2).mean() / (expected**2).mean())
-    np.testing.assert_allclose(_aligned(text, align_texts(audio, text, owners, ridge=ridge)), expected, atol=1e-6)
+    np.testing.assert_allclose(_aligned(text, align_texts(audio, text, clip_index, ridge=ridge)), expected, atol=1e-6)
 
 
 def test_few_pairs_leave_texts_where_they_are() -> None:
     """The map of a thousand clips undoes a turn; one clip, or a huge strength, gives centring and scale alone."""
-    audio, text, owners = _pairs(1000)
-    centred = _aligned(text, align_texts(audio, text, owners, ridge=None))
-    mapped = _aligned(text, align_texts(audio, text, owners, ridge=10))
-    target = (audio[owners] - audio.mean(dim=0)).numpy()
+    audio, text, clip_index = _pairs(1000)
+    centred = _aligned(text, align_texts(audio, text, clip_index, ridge=None))
+    mapped = _aligned(text, align_texts(audio, text, clip_index, ridge=10))
+    target = (audio[clip_index] - audio.mean(dim=0)).numpy()
     assert ((mapped - target) ** 2).mean() < 0.2 * ((centred - target) ** 2).mean()
-    np.testing.assert_allclose(_aligned(text, align_texts(audio, text, owners, ridge=1e12)), centred, atol=1e-6)
-    one = align_texts(audio, text[:1], owners[:1], ridge=10)
+    np.testing.assert_allclose(_aligned(text, align_texts(audio, text, clip_index, ridge=1e12)), centred, atol=1e-6)
+    one = align_texts(audio, text[:1], clip_index[:1], ridge=10)
     assert torch.equal(one.text_map, torch.eye(5, dtype=torch.float64))
 
 
@@ -62,31 +62,31 @@ def test_one_text_for_all_clips_is_not_stretched_by_rounding(noise: float) -> No
 
 def test_spread_of_texts_becomes_that_of_audio() -> None:
     """Neither remedy leaves texts in the middle of the codebooks; without centring, texts are not touched at all."""
-    audio, text, owners = _pairs()
+    audio, text, clip_index = _pairs()
     spread = (audio - audio.mean(dim=0)).square().mean().item()
     for ridge in (None, 1e-3, 400.0):
-        assert (_aligned(text, align_texts(audio, text, owners, ridge=ridge)) ** 2).mean() == pytest.approx(spread)
-    bare = align_texts(audio, text, owners, centre=False, ridge=None)
+        assert (_aligned(text, align_texts(audio, text, clip_index, ridge=ridge)) ** 2).mean() == pytest.approx(spread)
+    bare = align_texts(audio, text, clip_index, centre=False, ridge=None)
     assert torch.equal(bare.text_mean, bare.audio_mean) and torch.equal(bare.text_map, torch.eye(5).double())
 
 
 def test_repeated_rows_are_several_texts_of_a_clip() -> None:
-    """Texts with owners give what audio written out once for each text gives; how many clips there are counts."""
-    audio, text, owners = _pairs()
-    given = align_texts(audio, text, owners, ridge=40)
-    written_out = align_texts(audio[owners], text, torch.arange(len(text)), ridge=80)
+    """Texts with clip_index give what audio written out once for each text gives; how many clips there are counts."""
+    audio, text, clip_index = _pairs()
+    given = align_texts(audio, text, clip_index, ridge=40)
+    written_out = align_texts(audio[clip_index], text, torch.arange(len(text)), ridge=80)
     for one, other in zip(given, written_out):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
 def test_what_does_not_fit_is_refused() -> None:
     """Errors name what was given."""
-    audio, text, owners = _pairs()
+    audio, text, clip_index = _pairs()
     with pytest.raises(ValueError, match="positive, got 0"):
-        align_texts(audio, text, owners, ridge=0)
+        align_texts(audio, text, clip_index, ridge=0)
     with pytest.raises(ValueError, match="one of 60 audio latents"):
-        align_texts(audio, text, owners + 1)
+        align_texts(audio, text, clip_index + 1)
     with pytest.raises(ValueError, match="one of 60 audio latents"):
-        align_texts(audio, text, owners[1:])
+        align_texts(audio, text, clip_index[1:])
     with pytest.raises(ValueError, match="need texts"):
-        align_texts(audio, text[:0], owners[:0])
+        align_texts(audio, text[:0], clip_index[:0])
