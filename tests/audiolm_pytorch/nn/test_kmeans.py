@@ -10,7 +10,7 @@ import torch
 
 from audiolm_pytorch.data.shards import write_shards
 from audiolm_pytorch.nn import kmeans as clustering
-from audiolm_pytorch.nn import nearest_centroid as nearest
+from audiolm_pytorch.nn import kmeans as kmeans_module
 from audiolm_pytorch.nn.kmeans import (
     Normalised,
     cluster_epoch,
@@ -186,8 +186,8 @@ def test_equal_vectors_are_no_error():
 @pytest.mark.parametrize("offset", [0.0, 30.0])
 def test_assignment_is_the_nearest_in_float64(num_points, num_centroids, offset, monkeypatch):
     """Guards the chunked product against brute force in float64, over sizes that chunks do not divide."""
-    monkeypatch.setattr(nearest, "_ROWS_AT_ONCE", 1024)
-    monkeypatch.setattr(nearest, "_NUMBERS_AT_ONCE", 100_000)
+    monkeypatch.setattr(kmeans_module, "_ROWS_AT_ONCE", 1024)
+    monkeypatch.setattr(kmeans_module, "_NUMBERS_AT_ONCE", 100_000)
     generator = torch.Generator().manual_seed(num_points)
     points = torch.randn(num_points, 16, generator=generator) + offset
     centroids = torch.randn(num_centroids, 16, generator=generator) + offset
