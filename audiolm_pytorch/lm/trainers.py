@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from accelerate import Accelerator
 from beartype import beartype
 
 from audiolm_pytorch.codecs.base import Codec
@@ -23,6 +22,9 @@ from audiolm_pytorch.saving.files import write_weights
 from audiolm_pytorch.saving.modules import save_module, weights_of
 from audiolm_pytorch.semantic.base import SemanticTokenizer
 from audiolm_pytorch.training import LoopSettings, TrainLoop, TrainResult
+
+if TYPE_CHECKING:
+    import accelerate
 
 __all__ = ["CoarseTransformerTrainer", "FineTransformerTrainer", "SemanticTransformerTrainer", "StageTrainer"]
 
@@ -84,7 +86,7 @@ class StageTrainer:
         batch_size: int,
         num_train_steps: int,
         results_folder: str | Path = "./results",
-        accelerator: Accelerator | None = None,
+        accelerator: "accelerate.Accelerator | None" = None,
         level_drop_prob: float | int = 0.0,
         text_prob: float | int = 0.0,
         **settings: Any,

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from beartype import beartype
 from torch import nn
 
@@ -33,6 +32,9 @@ from audiolm_pytorch.semantic.tokenizer import KMeansTokenizer
 from audiolm_pytorch.training.checkpoint import differences
 from audiolm_pytorch.training.distributed import own_accelerator
 from audiolm_pytorch.training.tracking import progress_bar
+
+if TYPE_CHECKING:
+    import accelerate
 
 __all__ = ["ClusterUsage", "KMeansFit", "KMeansTrainer"]
 
@@ -98,7 +100,7 @@ class KMeansTrainer:
         max_tokens: int = 1_000_000,
         num_epochs: int = 10,
         seed: int = 0,
-        accelerator: Accelerator | None = None,
+        accelerator: "accelerate.Accelerator | None" = None,
     ) -> None:
         if not isinstance(encoder, FrameEncoder):
             raise TypeError(f"{type(encoder).__name__} is no FrameEncoder: see audiolm_pytorch.semantic.base")
@@ -174,7 +176,7 @@ class KMeansTrainer:
         path = self.results_folder / "kmeans.json"
         return dict(read_json(path)) if path.is_file() else {}
 
-    def _claim(self, accelerator: Accelerator) -> None:
+    def _claim(self, accelerator: "accelerate.Accelerator") -> None:
         """Write down what the folder is a run of, or refuse a folder of another run."""
         mine = json.loads(json.dumps({"format_version": _FORMAT_VERSION, "run": self._identity}))
         record = self._record()
@@ -188,7 +190,7 @@ class KMeansTrainer:
             )
         accelerator.wait_for_everyone()
 
-    def _write_features(self, accelerator: Accelerator) -> None:
+    def _write_features(self, accelerator: "accelerate.Accelerator") -> None:
         """Have every process write its share of the hidden states."""
         total = -(-len(self._plan.crops) // accelerator.num_processes)
         with closing(progress_bar("features", 0, total, shown=accelerator.is_main_process)) as bar:

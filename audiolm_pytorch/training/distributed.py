@@ -4,24 +4,27 @@ import atexit
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    import accelerate
 
 __all__ = ["PersistentBuffers", "average_gradients", "broadcast_tensors", "merge_means", "own_accelerator", "to_device"]
 
 _BUCKET_NUMEL = 2**25  # 128 MiB of float32: few collectives, and little memory beside the gradients
 
 
-def own_accelerator() -> Accelerator:
+def own_accelerator() -> "accelerate.Accelerator":
     """Make an Accelerator for a loop that was handed none; its process group ends with the process.
 
     Ending it with the training would leave a second training of the same process without one. Several processes on a
     machine without a GPU form a group too; accelerate alone would leave each of them to itself.
     """
+    from accelerate import Accelerator
+
     on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
     accelerator = Accelerator(cpu=on_cpu)
     if accelerator.num_processes > 1:
@@ -55,7 +58,9 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
+def average_gradients(
+    accelerator: "accelerate.Accelerator", parameters: Sequence[nn.Parameter], loss: Tensor
+) -> Tensor:
     """Replace each gradient by its mean over the processes.
 
     DistributedDataParallel averages inside the forward of the module it wraps; a phase's loss is any closure over raw
@@ -87,7 +92,7 @@ def average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Paramete
     return agreed[-1]
 
 
-def broadcast_tensors(accelerator: Accelerator, tensors: Sequence[Tensor]) -> None:
+def broadcast_tensors(accelerator: "accelerate.Accelerator", tensors: Sequence[Tensor]) -> None:
     """Overwrite tensors by those of the first process, bit for bit.
 
     Args:
@@ -96,6 +101,8 @@ def broadcast_tensors(accelerator: Accelerator, tensors: Sequence[Tensor]) -> No
     """
     if accelerator.num_processes == 1:
         return
+    from accelerate.utils import broadcast
+
     with torch.no_grad():
         for bucket in _buckets(tensors):
             parts = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in bucket]
@@ -136,7 +143,7 @@ class PersistentBuffers:
                 tensor.copy_(value)
 
 
-def merge_means(accelerator: Accelerator, values: dict[str, list[float]]) -> dict[str, float]:
+def merge_means(accelerator: "accelerate.Accelerator", values: dict[str, list[float]]) -> dict[str, float]:
     """Average every metric over all its values on all processes; the names may differ between processes.
 
     Args:
@@ -148,6 +155,8 @@ def merge_means(accelerator: Accelerator, values: dict[str, list[float]]) -> dic
     """
     per_rank = [values]
     if accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
         per_rank = gather_object([values])
     merged: dict[str, list[float]] = {}
     for one in per_rank:

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from accelerate import Accelerator
 from beartype import beartype
 from torch import nn
 
@@ -13,6 +13,9 @@ from audiolm_pytorch.training.distributed import own_accelerator
 from audiolm_pytorch.training.rng import preserved_generators
 from audiolm_pytorch.training.run import LiveRun, RowWatch, TrainResult, identity_of, refuse_other_run
 from audiolm_pytorch.training.task import LoopSettings, Phase, Task
+
+if TYPE_CHECKING:
+    import accelerate
 
 __all__ = ["TrainLoop", "TrainResult"]
 
@@ -43,7 +46,7 @@ class TrainLoop:
         task: Task,
         settings: LoopSettings,
         folder: str | Path,
-        accelerator: Accelerator | None = None,
+        accelerator: "accelerate.Accelerator | None" = None,
         watch: RowWatch | None = None,
     ) -> None:
         self.task, self.settings, self.folder, self._watch = task, settings, Path(folder), watch
@@ -135,7 +138,7 @@ class TrainLoop:
             job()
         accelerator.wait_for_everyone()
 
-    def _running_accelerator(self) -> Accelerator:
+    def _running_accelerator(self) -> "accelerate.Accelerator":
         """Give the Accelerator that was handed in, or the loop's own."""
         if self._accelerator is None:
             self._accelerator = own_accelerator()
@@ -160,7 +163,7 @@ def _check_phases(phases: tuple[Phase, ...]) -> None:
             owners[parameter] = phase.name
 
 
-def _check_accelerator(accelerator: Accelerator) -> None:
+def _check_accelerator(accelerator: "accelerate.Accelerator") -> None:
     """Refuse an Accelerator that would scale losses a second time."""
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(

@@ -1,14 +1,16 @@
 """One phase of a step: backward over the batches, averaging over processes, clipping, AdamW, a guard against NaN."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from audiolm_pytorch.training.distributed import PersistentBuffers, average_gradients, broadcast_tensors
 from audiolm_pytorch.training.task import LoopSettings, LossOutput, Phase
+
+if TYPE_CHECKING:
+    import accelerate
 
 __all__ = ["PhaseOptimizer"]
 
@@ -33,7 +35,7 @@ class PhaseOptimizer:
         names: Mapping[nn.Parameter, str],
         buffers: PersistentBuffers,
         settings: LoopSettings,
-        accelerator: Accelerator,
+        accelerator: "accelerate.Accelerator",
     ) -> None:
         self.phase = phase
         self._settings, self._accelerator, self._buffers = settings, accelerator, buffers

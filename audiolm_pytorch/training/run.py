@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 
 from audiolm_pytorch.data.batches import BatchPlan
 from audiolm_pytorch.saving.files import write_json, write_weights
@@ -22,6 +21,9 @@ from audiolm_pytorch.training.rng import seed_generators
 from audiolm_pytorch.training.schedule import learning_rate_at
 from audiolm_pytorch.training.task import LoopSettings, Phase, Task
 from audiolm_pytorch.training.tracking import MetricsFile, MetricWindow, finite_or_none, progress_bar, with_chance
+
+if TYPE_CHECKING:
+    import accelerate
 
 __all__ = ["LiveRun", "RowWatch", "TrainResult", "identity_of", "refuse_other_run"]
 
@@ -65,7 +67,7 @@ class LiveRun:
         task: Task,
         settings: LoopSettings,
         folder: Path,
-        accelerator: Accelerator,
+        accelerator: "accelerate.Accelerator",
         watch: RowWatch | None = None,
     ) -> None:
         self.task, self.settings, self.folder, self.accelerator = task, settings, folder, accelerator
@@ -268,7 +270,7 @@ class LiveRun:
         write_json(self.folder / "finished.json", {**finished, "run": self.identity, "metrics": progress.metrics})
 
 
-def identity_of(task: Task, settings: LoopSettings, accelerator: Accelerator) -> dict[str, Any]:
+def identity_of(task: Task, settings: LoopSettings, accelerator: "accelerate.Accelerator") -> dict[str, Any]:
     """Give what must be the same when a run is resumed, as JSON holds it."""
     return {
         "task": task.name,

@@ -5,11 +5,10 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 from beartype import beartype
 from torch import Tensor, nn
 
@@ -25,6 +24,9 @@ from musiclm_pytorch.mulan.joint import JointEmbedding
 from musiclm_pytorch.mulan.mulan import MuLaN
 from musiclm_pytorch.mulan.seen_words import words_of
 from musiclm_pytorch.mulan.text_tower import TextTransformer
+
+if TYPE_CHECKING:
+    import accelerate
 
 __all__ = ["MuLaNTask", "MuLaNTrainer"]
 
@@ -203,7 +205,7 @@ class MuLaNTrainer:
         labels: Sequence[str] | None = None,
         valid_fraction: float = 0.05,
         results_folder: str | Path = "./results/mulan",
-        accelerator: Accelerator | None = None,
+        accelerator: "accelerate.Accelerator | None" = None,
         cache_bytes: int = 2**30,
         **settings: Any,
     ) -> None:

@@ -7,10 +7,9 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from beartype import beartype
 from torch import nn
 
@@ -49,6 +48,9 @@ from musiclm_pytorch.pipeline.token_shards import compute_tokens
 from musiclm_pytorch.pretrained.model_folder import CARD, PARTS, save_parts
 from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.quantizer.fit import fit_quantizer
+
+if TYPE_CHECKING:
+    import accelerate
 
 __all__ = ["STAGES", "Pipeline", "StageReport", "check_stage"]
 
@@ -111,7 +113,7 @@ class Pipeline:
         data: str | Path,
         out: str | Path,
         seed: int = 0,
-        accelerator: Accelerator | None = None,
+        accelerator: "accelerate.Accelerator | None" = None,
         given: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self.preset, self.data, self.out, self.seed = preset, Path(data), Path(out), seed
@@ -128,7 +130,7 @@ class Pipeline:
     # what there is
 
     @cached_property
-    def accelerator(self) -> Accelerator:
+    def accelerator(self) -> "accelerate.Accelerator":
         """The Accelerator that every stage shares."""
         return self._accelerator or own_accelerator()
 

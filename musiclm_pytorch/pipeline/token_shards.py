@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from beartype import beartype
 
 from audiolm_pytorch.codecs import Codec
@@ -19,6 +19,9 @@ from audiolm_pytorch.semantic import SemanticTokenizer
 from musiclm_pytorch.mulan import JointEmbedding
 from musiclm_pytorch.mulan.captions import texts_of
 
+if TYPE_CHECKING:
+    import accelerate
+
 __all__ = ["compute_tokens"]
 
 
@@ -31,7 +34,7 @@ def compute_tokens(
     semantic_tokenizer: SemanticTokenizer,
     mulan: JointEmbedding,
     origin: Mapping[str, str],
-    accelerator: Accelerator,
+    accelerator: "accelerate.Accelerator",
 ) -> TokenShards:
     """Write records that stage trainers learn from, or open those that are there.
 

@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from accelerate import Accelerator
 from beartype import beartype
 from torch import nn
 
@@ -21,6 +20,9 @@ from audiolm_pytorch.data.crops import CropDataset, crop_seconds
 from audiolm_pytorch.data.manifest import AudioItem, training_items
 from audiolm_pytorch.saving.modules import module_spec, save_module
 from audiolm_pytorch.training import LoopSettings, TrainLoop, TrainResult
+
+if TYPE_CHECKING:
+    import accelerate
 
 __all__ = ["MEL_ONLY", "CodecLossWeights", "CodecTask", "SoundStreamTrainer"]
 
@@ -88,7 +90,7 @@ class SoundStreamTrainer:
         noise_folder: str | Path | None = None,
         noise_items: tuple[Sequence[AudioItem], Sequence[AudioItem]] | None = None,
         noise_snr_db: tuple[float | int, float | int] = (0.0, 15.0),
-        accelerator: Accelerator | None = None,
+        accelerator: "accelerate.Accelerator | None" = None,
         **settings: Any,
     ) -> None:
         rate_hz = soundstream.target_sample_hz

@@ -3,10 +3,9 @@
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from beartype import beartype
 from torch import Tensor
 
@@ -15,6 +14,9 @@ from audiolm_pytorch.data.manifest import training_items
 from audiolm_pytorch.semantic.best_rq.model import BestRQ, BestRQEncoder, MaskedPrediction
 from audiolm_pytorch.semantic.kmeans_trainer import KMeansFit, KMeansTrainer
 from audiolm_pytorch.training import LoopSettings, LossOutput, Phase, TrainLoop, TrainResult
+
+if TYPE_CHECKING:
+    import accelerate
 
 __all__ = ["BestRQTask", "SemanticTokenizerTrainer"]
 
@@ -126,7 +128,7 @@ class SemanticTokenizerTrainer:
         seconds: float | int = 5.0,
         results_folder: str | Path = "./results/semantic",
         objective: BestRQ | None = None,
-        accelerator: Accelerator | None = None,
+        accelerator: "accelerate.Accelerator | None" = None,
         **loop_settings: Any,
     ) -> None:
         objective = BestRQ(encoder) if objective is None else objective
