@@ -135,7 +135,7 @@ def extra_tokens(
     found: dict[str, dict[str, list[Tensor]]] = {}
     for stage in stages:
         heard = tuple(one.name for one in extra[stage.namespace] if one.is_in_time or one.name in given.tokens)
-        items = items_of_streams(stage.layout.streams, *stage.streams_of(given, heard), batch)
+        items = items_of_streams(stage.layout.streams, *stage.streams_of(given, heard))
         found[stage.namespace] = {name: tokens * (batch // len(tokens)) for name, tokens in items.items()}
     return found
 
@@ -161,7 +161,7 @@ def _given_semantic(request: GenerationRequest, batch: int, stage: StageTransfor
     name = stage.layout.predicted[0].name
     lengths = {} if request.semantic_lengths is None else {name: request.semantic_lengths}
     streams = {name: request.semantic_tokens}
-    items = items_of_streams(stage.layout.streams, streams, lengths, batch)[name]
+    items = items_of_streams(stage.layout.streams, streams, lengths)[name]
     if not all(len(tokens) for tokens in items):
         raise ValueError(
             f"semantic_tokens hold {[len(tokens) for tokens in items]} tokens: each item needs one or more"

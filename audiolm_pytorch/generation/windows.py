@@ -14,8 +14,7 @@ from audiolm_pytorch.generation.sampling import SamplingSettings, item_generator
 from audiolm_pytorch.generation.window_plan import Window, plan_windows
 from audiolm_pytorch.lm.decodable import Decoded, TokenModel
 from audiolm_pytorch.tokens.item_tokens import ItemTokens, items_of_streams, padded
-from audiolm_pytorch.tokens.stream_inputs import frame_counts
-from audiolm_pytorch.tokens.streams import Stream
+from audiolm_pytorch.tokens.streams import Stream, frame_counts
 
 __all__ = ["SlidingWindowDecoder", "decode_in_windows"]
 
@@ -46,7 +45,7 @@ def decode_in_windows(
     Raises:
         ValueError: If streams do not fit the layout, or `SlidingWindowDecoder` or `DecodeSession` refuses.
     """
-    items = items_of_streams(model.layout.streams, streams, lengths or {}, batch_size)
+    items = items_of_streams(model.layout.streams, streams, lengths or {})
     batch = len(next(iter(streams.values()))) if streams else batch_size
     name = _predicted(model).name
     run = SlidingWindowDecoder(model, num_frames, prompt=items.pop(name, None), batch_size=batch, **options)

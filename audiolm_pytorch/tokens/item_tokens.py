@@ -1,4 +1,4 @@
-"""Tokens of one stream, item by item, that grow at the end and are forgotten at the beginning."""
+"""Tokens of one stream as a list of items of unequal length, which grows at the end while decoding."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,17 +6,16 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from audiolm_pytorch.tokens.stream_inputs import check_tokens, frame_counts, stream_tokens
-from audiolm_pytorch.tokens.streams import Stream
+from audiolm_pytorch.tokens.streams import Stream, checked_streams
 
 __all__ = ["ItemTokens", "items_of_streams", "padded"]
 
 
 class ItemTokens:
-    """What is known of one stream, a sequence of its own for every item.
+    """The known tokens of one stream, item by item. Old frames can be dropped; frame numbers do not change by that.
 
     Args:
-        items: Tokens `[f_i, levels]` of every item; they may differ in length.
+        items: Tokens `[f_i, levels]` of every item.
     """
 
     def __init__(self, items: Sequence[Tensor]) -> None:
@@ -25,7 +24,7 @@ class ItemTokens:
 
     @property
     def counts(self) -> list[int]:
-        """Frames of every item, those forgotten included."""
+        """Frames of every item, dropped frames included."""
         return [first + len(tokens) for first, tokens in zip(self._first, self._items)]
 
     def append(self, item: int, tokens: Tensor) -> None:
@@ -34,63 +33,56 @@ class ItemTokens:
             self._items[item] = torch.cat((self._items[item], tokens.to(self._items[item])))
 
     def between(self, items: Sequence[int], start: int, stops: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Frames of some items from `start` to a stop of each; an item that ends before `start` gives its last frame.
+        """Select the frames from `start` to one stop per item; an item that ends before `start` repeats its last frame.
 
         Args:
-            items: Numbers of the items k.
+            items: Indices of the items k.
             start: First frame.
-            stops: Frame after the last, for each of these items.
+            stops: Frame after the last one, per item.
 
         Returns:
-            Tokens `[k, f, levels]`, -1 where an item has fewer, and the true frames `[k]`.
+            Tokens `[k, f, levels]`, padded with -1, and the true frames `[k]`.
         """
-        found = []
+        parts = []
         for item, stop in zip(items, stops, strict=True):
             first = self._first[item]
             begin = min(start, max(0, self.counts[item] - 1))
-            found.append(self._items[item][begin - first : max(begin + 1, stop) - first])
-        return padded(found), torch.tensor([len(tokens) for tokens in found])
+            parts.append(self._items[item][begin - first : max(begin + 1, stop) - first])
+        return padded(parts), torch.tensor([len(tokens) for tokens in parts])
 
     def forget_before(self, frame: int) -> None:
-        """Let go of what lies before a frame; the last frame of an item stays, since it is repeated."""
+        """Drop the frames before `frame`; the last frame of an item stays, because `between` may repeat it."""
         for item, (first, tokens) in enumerate(zip(self._first, self._items)):
             dropped = min(frame, first + len(tokens) - 1) - first
             if dropped > 0:
-                # a copy, since a slice would hold the whole in memory
+                # a copy, because a slice keeps the whole tensor in memory
                 self._items[item], self._first[item] = tokens[dropped:].clone(), first + dropped
 
 
 def items_of_streams(
-    streams: Sequence[Stream], handed: Mapping[str, Tensor], lengths: Mapping[str, int | Tensor], batch_size: int
+    streams: Sequence[Stream], tokens: Mapping[str, Tensor], lengths: Mapping[str, int | Tensor]
 ) -> dict[str, list[Tensor]]:
-    """Take padded batches of tokens apart.
+    """Split padded batches of tokens into items.
 
     Args:
         streams: Streams of a layout.
-        handed: Tokens of some of them, `[b, f, levels]` or, of one level, `[b, f]`.
-        lengths: True frames of these, `[b]` or one int; streams not named are whole.
-        batch_size: Number of items b, where nothing is handed in.
+        tokens: Tokens `[b, f, levels]` (or `[b, f]` for one level) of some of the streams, by name.
+        lengths: True frames of these streams, `[b]` or one int; a stream without an entry has no padding.
 
     Returns:
-        Tokens `[f_i, levels]` of every item, by name.
-
-    Raises:
-        ValueError: If a stream is unknown or has the wrong shape, a length does not fit, or a token is none.
+        Tokens `[f_i, levels]` of every item, by stream name.
     """
-    present = [stream for stream in streams if stream.name in handed]
-    if not handed and not lengths:
+    if not tokens and not lengths:
         return {}
-    tokens = stream_tokens(streams if set(handed) - {one.name for one in present} else present, handed, None)
-    batch = len(next(iter(tokens.values()))) if tokens else batch_size
-    whole = {name: ids.shape[1] for name, ids in tokens.items()}
-    counts = frame_counts(present, {**whole, **lengths}, batch)
-    check_tokens(present, tokens, counts)
+    present = [stream for stream in streams if stream.name in tokens]
+    # all streams, if some tokens belong to none of them, for an error that names the choice
+    checked, counts = checked_streams(present if len(present) == len(tokens) > 0 else streams, tokens, lengths)
     return {
-        stream.name: [row[:count] for row, count in zip(tokens[stream.name], counts[:, index].tolist())]
-        for index, stream in enumerate(present)
+        name: [row[:count] for row, count in zip(ids, counts[:, index].tolist())]
+        for index, (name, ids) in enumerate(checked.items())
     }
 
 
 def padded(items: Sequence[Tensor]) -> Tensor:
-    """Put sequences `[f_i, ...]` side by side as `[b, f, ...]`, -1 past the end of each."""
+    """Pad sequences `[f_i, ...]` with -1 and stack them as `[b, f, ...]`."""
     return pad_sequence(list(items), batch_first=True, padding_value=-1)

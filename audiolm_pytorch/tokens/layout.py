@@ -1,4 +1,4 @@
-"""Which token stands where: the one table that packing, losses, prompts, heads and decoding are read from."""
+"""The layout of a language model: how token streams become rows of ids, and rows of ids become streams again."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -6,48 +6,40 @@ from math import lcm
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from beartype import beartype
 from einops import rearrange
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from audiolm_pytorch.tokens.id_space import IdSpace
 from audiolm_pytorch.tokens.patterns import EMPTY, PATTERNS, CellTable, cell_table
-from audiolm_pytorch.tokens.stream_inputs import check_tokens, frame_counts, stream_tokens
-from audiolm_pytorch.tokens.streams import Grid, PackedTokens, Stream
+from audiolm_pytorch.tokens.streams import Grid, PackedTokens, Stream, checked_streams, frame_counts, number_ids
 
 __all__ = ["TokenLayout"]
 
 
 class TokenLayout:
-    """The arrangement of token streams in rows (steps of a language model) and columns (tokens read at once).
+    """An arrangement of token streams in rows (steps of a language model) and columns (tokens read in one step).
 
-    Row `r` is the input that predicts row `r + 1`. Id ranges of streams, levels and ends are disjoint; padding is a
+    Row `r` is the input that predicts row `r + 1`. The id ranges of streams, levels and ends are disjoint. Padding is a
     mask, never an id.
 
-    Streams that are not in time (`rate_hz=None`) stand before everything, one token a row, level by level inside each
-    frame; an item that has none of such a stream holds the one null token there. Then comes the start row (row 0 where
-    all streams are in time), and then, as the pattern says:
+    Streams that are not in time (`rate_hz=None`) come first, one token a row, level by level inside each frame; an item
+    without tokens of such a stream has one null token there. The start row follows, and then the pattern:
 
-    Patterns:
-        `flat`: one column; given streams first, then every predicted stream, level by level inside each frame.
-        `delayed`: one row per predicted frame and a column per level, residual level `k` standing `k` rows later, all
-        its groups together. Given streams are aligned in time: the token that covers predicted frame `f` stands in the
-        row that predicts frame `f`; a stream of lower rate is repeated, one of higher rate takes several columns, one
-        that is too short repeats its last frame.
-        `parallel`: as `delayed`, but all levels of a frame stand in one row.
-
-    Args:
-        streams: The streams; at least one of them predicted.
-        pattern: `flat`, `delayed` or `parallel`.
+    - `flat`: one column; input streams first, then every predicted stream, level by level inside each frame.
+    - `delayed`: one row per predicted frame and one column per level; residual level `k`, with all its groups, is
+      delayed by `k` rows. Input streams are aligned in time: the token that covers predicted frame `f` is in the row
+      that predicts frame `f`. A stream of lower rate is repeated, one of higher rate uses several columns, one that is
+      too short repeats its last frame.
+    - `parallel`: like `delayed`, but without delays.
 
     Attributes:
-        heads: Outputs of a model: one for each level of each predicted stream.
+        inputs: Streams that are only read.
+        predicted: Streams that the model predicts, at least one.
+        heads: Outputs of a model: one per level of each predicted stream.
         num_ids: Number of ids.
-        null_id: Id of the null token, which stands for streams not in time where there are none; None if all streams
-            are in time.
-
-    Raises:
-        ValueError: If names repeat, nothing is predicted, or the pattern is unknown or does not fit the streams.
+        null_id: Id of the null token; None if all streams are in time.
     """
 
     @beartype
@@ -56,37 +48,29 @@ class TokenLayout:
         self.pattern = pattern
         self.inputs = tuple(stream for stream in self.streams if stream.is_input)
         self.predicted = tuple(stream for stream in self.streams if not stream.is_input)
-        names = [stream.name for stream in self.streams]
-        if len(set(names)) != len(names):
-            raise ValueError(f"stream names must differ, got {names}")
+        self._names = [stream.name for stream in self.streams]
+        if len(set(self._names)) != len(self._names):
+            raise ValueError(f"stream names must differ, got {self._names}")
         if not self.predicted:
-            raise ValueError(f"a layout needs a predicted stream, got only given ones: {names}")
+            raise ValueError(f"a layout needs a predicted stream, got only input streams: {self._names}")
         if pattern not in PATTERNS:
             raise ValueError(f"unknown pattern '{pattern}', known are {sorted(PATTERNS)}")
         rates_hz = {stream.name: str(stream.exact_hz) for stream in self.predicted}
         if pattern != "flat" and len(set(rates_hz.values())) > 1:
             raise ValueError(
-                f"the {pattern} pattern has one row per predicted frame: give predicted streams one rate_hz, "
+                f"the {pattern} pattern has one row per predicted frame, so all predicted streams need one rate_hz, "
                 f"got {rates_hz}"
             )
-        self._space = IdSpace(self.streams)
-        self.heads, self.num_ids, self.null_id = self._space.heads, self._space.num_ids, self._space.null_id
-
-    # what the layout is
-
-    @property
-    def start_id(self) -> int:
-        """Id that stands in the start row."""
-        return self._space.blocks[0].first_id
-
-    @property
-    def num_columns(self) -> int:
-        """Number of tokens that are read in one row."""
-        return self.table({stream.name: 1 for stream in self.streams}).block.shape[1]
+        self._blocks, self.heads, self.num_ids = number_ids(self.streams)
+        self.null_id = None if all(s.is_in_time for s in self.streams) else self._blocks[-1].first_id
+        # Each of these has one more entry for empty cells, whose block is -1.
+        self._first_id_of_block = torch.tensor([block.first_id for block in self._blocks] + [0])
+        self._head_of_block = torch.tensor([block.head for block in self._blocks] + [-1])
+        self._stream_of_block = torch.tensor([max(block.stream, 0) for block in self._blocks] + [0])
 
     @property
     def frame_alignment(self) -> int:
-        """Predicted frames after which a frame of every given stream starts too; windows start at its multiples."""
+        """Number of predicted frames after which frames of all input streams start too; windows start at multiples."""
         rate_hz = self.predicted[0].exact_hz
         return lcm(*((stream.exact_hz / rate_hz).denominator for stream in self.streams if stream.is_in_time))
 
@@ -99,68 +83,16 @@ class TokenLayout:
         """Build the layout that `to_dict` described."""
         return cls([Stream.from_dict(stream) for stream in data["streams"]], data["pattern"])
 
-    # the table
-
     @beartype
     def table(self, num_frames: Mapping[str, int], ends: bool = False) -> CellTable:
-        """Say which token stands in every cell.
+        """Return the contents of every cell for numbers of frames by stream name. The table is cached and read-only.
 
         Args:
             num_frames: Frames of every stream, by name.
             ends: Whether streams with an end id hold it after their last frame.
-
-        Returns:
-            The table, cached: read-only.
-
-        Raises:
-            ValueError: If a stream is missing, or the counts do not fit the pattern.
         """
         counts = frame_counts(self.streams, num_frames, 1)[0].tolist()
         return cell_table(self.streams, self.pattern, tuple(counts), ends)
-
-    def rows(self, num_frames: Mapping[str, int], ends: bool = False) -> int:
-        """Number of rows, the start row included."""
-        return len(self.table(num_frames, ends).block)
-
-    def head(self, num_frames: Mapping[str, int], ends: bool = False) -> Tensor:
-        """Number of the head that predicts each cell, `[rows, columns]` int64; -1 where nothing is predicted."""
-        return self._space.head_of_block[self.table(num_frames, ends).block]
-
-    @beartype
-    def legal(
-        self, num_frames: Mapping[str, int], row: int, allow_eos: bool = False, ends: bool = False
-    ) -> tuple[range | None, ...]:
-        """Say which ids may stand in the predicted cells of a row.
-
-        Args:
-            num_frames: Frames of every stream, by name.
-            row: The row.
-            allow_eos: Whether a stream may end before its last frame; it has at least one.
-            ends: Whether streams with an end id hold it after their last frame.
-
-        Returns:
-            A range of ids per column; None where nothing is predicted.
-
-        Raises:
-            ValueError: If there is no such row, a stream is missing, or the counts do not fit the pattern.
-        """
-        table = self.table(num_frames, ends)
-        if not 0 <= row < len(table.block):
-            raise ValueError(
-                f"there is no row {row}: frames {dict(num_frames)} stand in rows 0 to {len(table.block) - 1}"
-            )
-        legal: list[range | None] = []
-        for number, frame in zip(table.block[row].tolist(), table.frame[row].tolist()):
-            block = self._space.blocks[number]
-            if number == EMPTY or block.head < 0:
-                legal.append(None)
-            elif block.is_token:
-                legal.append(self.heads[block.head].ids(allow_eos and frame > 0))
-            else:
-                legal.append(range(block.first_id, block.first_id + 1))
-        return tuple(legal)
-
-    # tokens in and out
 
     @beartype
     def pack(
@@ -169,30 +101,17 @@ class TokenLayout:
         lengths: Mapping[str, int | Tensor] | None = None,
         ends: Tensor | None = None,
     ) -> PackedTokens:
-        """Pack streams into the grid.
-
-        Every item is packed as if it were alone and padded on the right: no hole stands between two streams.
+        """Pack streams into rows. Every item is packed as if it were alone, and padded on the right.
 
         Args:
             streams: Tokens `[b, f, levels]` (or `[b, f]` for one level) of every stream, by name.
-            lengths: True frames of each item by stream name, `[b]` or one int; streams not named are whole.
-            ends: `[b]` bool, whether the item's file really ends after its last frame; None = nowhere.
-
-        Returns:
-            The packed tokens, on the device of the streams.
-
-        Raises:
-            ValueError: If a stream is missing or unknown, has the wrong shape, or holds tokens outside its vocabulary.
+            lengths: True frames by stream name, `[b]` or one int; a stream without an entry has no padding.
+            ends: `[b]` bool, whether the item's file ends after its last frame; None = nowhere.
         """
-        tokens = stream_tokens(self.streams, streams, None)
-        batch = len(tokens[self.streams[0].name])
-        whole = {name: ids.shape[1] for name, ids in tokens.items()}
-        counts = frame_counts(self.streams, {**whole, **(lengths or {})}, batch)
-        check_tokens(self.streams, tokens, counts)
-        if ends is not None and ends.shape != (batch,):
-            raise ValueError(f"ends must be [b] bool, one of each of {batch} items, got {tuple(ends.shape)}")
-        block, frame = self._stack_tables(counts, ends)
-        return self._space.fill(tokens, block, frame)
+        tokens, counts = checked_streams(self.streams, streams, lengths or {})
+        if ends is not None and ends.shape != (len(counts),):
+            raise ValueError(f"ends must be [b] bool for {len(counts)} items, got {tuple(ends.shape)}")
+        return self._fill(tokens, *self._stacked_tables(counts, ends))
 
     @beartype
     def grid(
@@ -202,56 +121,45 @@ class TokenLayout:
         batch_size: int,
         lengths: Mapping[str, int | Tensor] | None = None,
     ) -> Grid:
-        """Lay known tokens out in a grid that decoding completes.
+        """Arrange input streams and prompts in a grid that decoding completes.
 
         Args:
-            streams: Given streams (absent = empty, where they are not in time), and prompts of predicted streams
-                (absent = no prompt), `[b, f, levels]`.
-            num_frames: Frames wanted of every predicted stream, its prompt included, `[b]` or one int.
+            streams: Tokens `[b, f, levels]` by name: input streams (those that are not in time may be absent), and
+                prompts of predicted streams (may be absent).
+            num_frames: Requested frames of every predicted stream, its prompt included, `[b]` or one int.
             batch_size: Number of items b.
-            lengths: True frames of the streams handed in, `[b]` or one int; streams not named are whole.
-
-        Returns:
-            The grid.
-
-        Raises:
-            ValueError: If a given stream or a count is missing, or a prompt is longer than what is wanted.
+            lengths: True frames of `streams`, `[b]` or one int; a stream without an entry has no padding.
         """
-        absent = [one for one in self.streams if one.name not in streams and not (one.is_input and one.is_in_time)]
-        nothing = {one.name: torch.zeros(batch_size, 0, one.num_levels, dtype=torch.long) for one in absent}
-        tokens = stream_tokens(self.streams, {**nothing, **streams}, batch_size)
-        whole = {name: ids.shape[1] for name, ids in tokens.items()}
-        known = frame_counts(self.streams, {**whole, **(lengths or {})}, batch_size)
-        check_tokens(self.streams, tokens, known)
-        names = [stream.name for stream in self.streams]
-        given = {stream.name: known[:, names.index(stream.name)] for stream in self.inputs}
-        wanted = frame_counts(self.streams, {**num_frames, **given}, batch_size)
-        for index in (known > wanted).any(dim=0).nonzero().flatten().tolist():
+        optional = [stream for stream in self.streams if not (stream.is_input and stream.is_in_time)]
+        nothing = {one.name: torch.zeros(batch_size, 0, one.num_levels, dtype=torch.long) for one in optional}
+        tokens, known = checked_streams(self.streams, {**nothing, **streams}, lengths or {}, batch_size)
+        input_frames = {name: known[:, i] for i, name in enumerate(self._names) if self.streams[i].is_input}
+        requested = frame_counts(self.streams, {**num_frames, **input_frames}, batch_size)
+        for index in (known > requested).any(dim=0).nonzero().flatten().tolist():
             raise ValueError(
-                f"the prompt of '{names[index]}' has {known[:, index].tolist()} frames, longer than what is wanted, "
-                f"{wanted[:, index].tolist()}: shorten the prompt or ask for more"
+                f"the prompt of '{self._names[index]}' has {known[:, index].tolist()} frames, longer than the "
+                f"requested {requested[:, index].tolist()}: shorten the prompt or request more frames"
             )
         device = next((ids.device for ids in streams.values()), torch.device("cpu"))
-        tokens = {
-            name: _fit(ids.to(device), max(ids.shape[1], int(wanted[:, i].max())))
-            for i, (name, ids) in enumerate(tokens.items())
-        }
-        block, frame = self._stack_tables(wanted, None)
-        packed = self._space.fill(tokens, block, frame)
+        for index, (name, ids) in enumerate(tokens.items()):
+            num_missing = max(0, int(requested[:, index].max()) - ids.shape[1])
+            tokens[name] = F.pad(ids.to(device), (0, 0, 0, num_missing))
+        block, frame = self._stacked_tables(requested, None)
+        packed = self._fill(tokens, block, frame)
         item = rearrange(torch.arange(batch_size), "b -> b 1 1")
-        missing = packed.loss_mask & (frame >= known[item, self._space.stream_of_block[block]]).to(device)
+        is_missing = packed.loss_mask & (frame >= known[item, self._stream_of_block[block]]).to(device)
         return Grid(
-            packed=PackedTokens(packed.ids, packed.input_mask, missing),
-            head=self._space.head_of_block[block],
+            packed=replace(packed, loss_mask=is_missing),
+            head=self._head_of_block[block],
             frame=frame,
-            num_frames={name: wanted[:, i] for i, name in enumerate(names)},
+            num_frames={name: requested[:, index] for index, name in enumerate(self._names)},
         )
 
     @beartype
     def unpack(
         self, ids: Tensor, num_frames: Mapping[str, int | Tensor], names: Sequence[str] | None = None
     ) -> dict[str, Tensor]:
-        """Read streams back from the grid.
+        """Read streams back from packed rows.
 
         Args:
             ids: `[b, rows, columns]` as packed.
@@ -259,61 +167,79 @@ class TokenLayout:
             names: Streams to read; None = the predicted ones.
 
         Returns:
-            Tokens `[b, f, levels]` int64 by name; -1 past the frames of an item, where no cell holds the frame, and
-            where the null token stands.
-
-        Raises:
-            ValueError: If a count is missing or fits neither pattern nor grid, or a name is unknown.
+            Tokens `[b, f, levels]` int64 by name; -1 past the frames of an item, for frames that no cell holds, and for
+            null tokens.
         """
-        wanted = [stream.name for stream in self.predicted] if names is None else names
-        unknown = set(wanted) - {stream.name for stream in self.streams}
+        names = [stream.name for stream in self.predicted] if names is None else names
+        unknown = set(names) - set(self._names)
         if unknown:
-            raise ValueError(f"there is no stream {sorted(unknown)}, only {[stream.name for stream in self.streams]}")
+            raise ValueError(f"there is no stream {sorted(unknown)}, only {self._names}")
         counts = frame_counts(self.streams, num_frames, len(ids))
-        block, frame = (part.to(ids.device) for part in self._stack_tables(counts, None))
-        if ids.ndim != 3 or ids.shape[1] < block.shape[1] or ids.shape[2] != block.shape[2]:
+        block, frame = (part.to(ids.device) for part in self._stacked_tables(counts, None))
+        num_rows, num_columns = block.shape[1:]
+        if ids.ndim != 3 or ids.shape[1] < num_rows or ids.shape[2] != num_columns:
             raise ValueError(
-                f"frames {dict(num_frames)} stand in [b, {block.shape[1]}, {block.shape[2]}] ids, "
-                f"got {tuple(ids.shape)}: hand in the grid that holds them all"
+                f"frames {dict(num_frames)} need ids [b, {num_rows}, {num_columns}], got {tuple(ids.shape)}"
             )
-        return self._space.read(ids[:, : block.shape[1]], block, frame, counts, wanted)
+        ids = ids[:, :num_rows]
+        local = ids - self._first_id_of_block.to(ids.device)[block]
+        if self.null_id is not None:
+            local = local.masked_fill(ids == self.null_id, -1)
+        unpacked = {
+            stream.name: ids.new_full((len(ids), int(count.max()), stream.num_levels), -1)
+            for stream, count in zip(self.streams, counts.T)
+            if stream.name in names
+        }
+        for number, source in enumerate(self._blocks):
+            if source.is_token and self._names[source.stream] in unpacked:
+                item, row, column = (block == number).nonzero(as_tuple=True)
+                tokens = unpacked[self._names[source.stream]]
+                tokens[item, frame[item, row, column], source.level] = local[item, row, column]
+        return unpacked
 
     @beartype
     def without_conditions(self, packed: PackedTokens, drop: Tensor) -> PackedTokens:
-        """Put the null token in the place of all tokens that are not in time, of some items.
+        """Replace all tokens that are not in time by the null token, for the items marked in `drop [b]` (bool).
 
-        Every row stays where it is, so that both halves of a guided batch go together.
-
-        Args:
-            packed: Packed streams.
-            drop: `[b]` bool, whose tokens go.
-
-        Returns:
-            The packed streams; the very same where all streams are in time.
-
-        Raises:
-            ValueError: If `drop` is not one bool an item.
+        Every row keeps its place, so that the two halves of a guided batch have equal rows.
         """
         if drop.shape != packed.ids.shape[:1] or drop.dtype != torch.bool:
             raise ValueError(f"drop must be bool [{len(packed.ids)}], got {drop.dtype} {tuple(drop.shape)}")
         if self.null_id is None:
             return packed
-        goes = self._space.out_of_time(packed.ids) & rearrange(drop.to(packed.ids.device), "b -> b 1 1")
-        return replace(packed, ids=packed.ids.masked_fill(goes, self.null_id))
+        is_condition = torch.zeros_like(packed.ids, dtype=torch.bool)
+        for block in self._blocks:
+            if block.is_token and not self.streams[block.stream].is_in_time:
+                end = block.first_id + self.streams[block.stream].vocab_size
+                is_condition |= (packed.ids >= block.first_id) & (packed.ids < end)
+        is_dropped = is_condition & rearrange(drop.to(packed.ids.device), "b -> b 1 1")
+        return replace(packed, ids=packed.ids.masked_fill(is_dropped, self.null_id))
 
-    # helpers
-
-    def _stack_tables(self, counts: Tensor, ends: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _stacked_tables(self, counts: Tensor, ends: Tensor | None) -> tuple[Tensor, Tensor]:
         """Block and frame of every cell of every item, padded on the right, `[b, rows, columns]` on the CPU."""
         flags = [False] * len(counts) if ends is None else ends.tolist()
         tables = [
             cell_table(self.streams, self.pattern, tuple(row), bool(end))
             for row, end in zip(counts.tolist(), flags, strict=True)
         ]
-        block = torch.nn.utils.rnn.pad_sequence([table.block for table in tables], True, EMPTY)
-        return block, torch.nn.utils.rnn.pad_sequence([table.frame for table in tables], True)
+        block = pad_sequence([table.block for table in tables], True, EMPTY)
+        return block, pad_sequence([table.frame for table in tables], True)
 
-
-def _fit(tokens: Tensor, num_frames: int) -> Tensor:
-    """Zero-pad `[b, f, levels]` to a number of frames."""
-    return torch.nn.functional.pad(tokens, (0, 0, 0, num_frames - tokens.shape[1]))
+    def _fill(self, tokens: Mapping[str, Tensor], block: Tensor, frame: Tensor) -> PackedTokens:
+        """Look up the token of every cell in one gather; `block` and `frame` are `[b, rows, columns]`."""
+        flat = [rearrange(tokens[name], "b f q -> b (f q)") for name in self._names]
+        # Position 0 holds the 0 that is added to the id of a start, an end or a null token.
+        values = torch.cat([flat[0].new_zeros(len(flat[0]), 1), *flat], dim=1)
+        first_position = [1]
+        for part in flat:
+            first_position.append(first_position[-1] + part.shape[1])
+        offset, stride = torch.zeros(2, len(self._blocks) + 1, dtype=torch.long)
+        for number, source in enumerate(self._blocks):
+            if source.is_token:
+                offset[number] = first_position[source.stream] + source.level
+                stride[number] = self.streams[source.stream].num_levels
+        position = (offset[block] + stride[block] * frame).to(values.device)
+        local = values.gather(1, rearrange(position, "b r c -> b (r c)")).view_as(position)
+        ids = local + self._first_id_of_block[block].to(values.device)
+        is_predicted = self._head_of_block[block] >= 0
+        return PackedTokens(ids, (block != EMPTY).to(values.device), is_predicted.to(values.device))

@@ -1,15 +1,14 @@
-"""The table of a layout: for given frame counts, which token stands in every cell.
+"""Patterns: the arrangement of the tokens of several streams in rows and columns.
 
-`flat` is the order of AudioLM (arXiv:2209.03143, sec. III-C): one column, level by level inside each frame. `delayed`
-and `parallel` are the patterns of MusicGen of these names (arXiv:2306.05284, sec. 2.2), extended by given streams that
-are aligned in time. Streams that are not in time stand before all else, one token a row, whatever the pattern.
+`flat` is the order of AudioLM (arXiv:2209.03143, sec. III-C). `delayed` and `parallel` are MusicGen's patterns of these
+names (arXiv:2306.05284, sec. 2.2), extended by input streams that are aligned in time.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import ceil
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,29 +17,27 @@ from audiolm_pytorch.tokens.streams import Stream, number_ids
 
 __all__ = ["EMPTY", "PATTERNS", "CellTable", "cell_table"]
 
-EMPTY = -1  # block number of a cell in which nothing stands
-START = 0  # block number of the start id
-ZERO = torch.zeros(1, dtype=torch.long)
+EMPTY = -1  # block of a cell without a token
+_START = 0  # block of the start id
+_ZERO = torch.zeros(1, dtype=torch.long)
 
-BlockNumbers = Mapping[tuple[int, int, bool], int]  # (stream, level, is_token) -> number of the block
+_Blocks = Mapping[tuple[int, int, bool], int]  # (stream, level, is_token) -> index of the id block
 
 
-@dataclass(frozen=True)
-class CellTable:
-    """What stands in every cell of the grid for given frame counts.
+class CellTable(NamedTuple):
+    """Contents of every cell for certain numbers of frames.
 
     Attributes:
-        block: `[rows, columns]` int64, number of the id block whose token stands there; -1 where the cell is empty.
-        frame: `[rows, columns]` int64, frame of the stream that the token belongs to; 0 where the cell is empty.
+        block: `[rows, columns]` int64, index of the id block of the cell's token; -1 for an empty cell.
+        frame: `[rows, columns]` int64, frame of the stream that the token belongs to; 0 for an empty cell.
     """
 
     block: Tensor
     frame: Tensor
 
 
-@dataclass(frozen=True)
-class _Span:
-    """Cells of one column that hold frames of one block."""
+class _Cells(NamedTuple):
+    """Cells of one column that hold frames of one block; `rows` and `frames` have equal length."""
 
     column: int
     block: int
@@ -50,95 +47,78 @@ class _Span:
 
 @lru_cache(maxsize=512)
 def cell_table(streams: tuple[Stream, ...], pattern: str, counts: tuple[int, ...], ends: bool) -> CellTable:
-    """Build the table of a layout; cached, since every batch of a training asks for the same one.
+    """Build the table of a layout; cached, because the batches of a training repeat few tables. Do not write to it.
 
     Args:
-        streams: The streams.
+        streams: Streams of the layout.
         pattern: Key of `PATTERNS`.
         counts: Number of frames of every stream.
-        ends: Whether streams that have an end id hold it after their last frame.
-
-    Returns:
-        The table. Treat it as read-only.
-
-    Raises:
-        ValueError: If a given stream in time is empty, or the counts do not fit the pattern.
+        ends: Whether streams with an end id hold it after their last frame.
     """
-    empty = [s.name for s, count in zip(streams, counts, strict=True) if s.is_input and s.is_in_time and not count]
+    num_frames = {stream.name: count for stream, count in zip(streams, counts, strict=True)}
+    empty = [s.name for s in streams if s.is_input and s.is_in_time and not num_frames[s.name]]
     if empty:
-        raise ValueError(
-            f"given streams in time need at least one frame, {empty} have none: frames are {_named(streams, counts)}"
-        )
-    blocks = number_ids(streams)[0]
-    numbers = {(block.stream, block.level, block.is_token): i for i, block in enumerate(blocks)}
-    spans = list(_out_of_time(streams, numbers, counts, null=len(blocks) - 1))
-    first_row = sum(len(span.rows) for span in spans)
-    for span in PATTERNS[pattern](streams, numbers, counts, ends):
-        spans.append(replace(span, rows=first_row + span.rows))
-    num_rows = 1 + max(int(span.rows[-1]) for span in spans if len(span.rows))
-    num_columns = 1 + max(span.column for span in spans)
-    block = torch.full((num_rows, num_columns), EMPTY)
-    frame = torch.zeros(num_rows, num_columns, dtype=torch.long)
-    for span in spans:
-        block[span.rows, span.column] = span.block
-        frame[span.rows, span.column] = span.frames
-    return CellTable(block, frame)
+        raise ValueError(f"input streams in time need at least one frame, {empty} have none; frames are {num_frames}")
+    id_blocks = number_ids(streams)[0]
+    blocks = {(block.stream, block.level, block.is_token): i for i, block in enumerate(id_blocks)}
+    cells = list(_out_of_time(streams, blocks, counts, null=len(id_blocks) - 1))
+    first_row = sum(len(part.rows) for part in cells)
+    for part in PATTERNS[pattern](streams, blocks, counts, ends):
+        cells.append(part._replace(rows=first_row + part.rows))
+    num_rows = 1 + max(int(part.rows[-1]) for part in cells if len(part.rows))
+    num_columns = 1 + max(part.column for part in cells)
+    table = CellTable(torch.full((num_rows, num_columns), EMPTY), torch.zeros(num_rows, num_columns, dtype=torch.long))
+    for part in cells:
+        table.block[part.rows, part.column] = part.block
+        table.frame[part.rows, part.column] = part.frames
+    return table
 
 
-def _out_of_time(
-    streams: tuple[Stream, ...], numbers: BlockNumbers, counts: tuple[int, ...], null: int
-) -> Iterator[_Span]:
-    """Streams that are not in time, one token a row; an empty one stands as one null token."""
+def _out_of_time(streams: tuple[Stream, ...], blocks: _Blocks, counts: tuple[int, ...], null: int) -> Iterator[_Cells]:
+    """Streams that are not in time: one token a row, or one null token for an empty stream."""
     row = 0
-    for index, stream in enumerate(streams):
+    for index, (stream, count) in enumerate(zip(streams, counts)):
         if stream.is_in_time:
             continue
-        frames = torch.arange(counts[index])
-        for level in range(stream.num_levels if counts[index] else 0):
-            yield _Span(0, numbers[index, level, True], row + frames * stream.num_levels + level, frames)
-        if not counts[index]:
-            yield _Span(0, null, ZERO + row, ZERO)
-        row += max(1, counts[index] * stream.num_levels)
+        if count:
+            yield from _level_by_level(index, stream, count, row, blocks)
+        else:
+            yield _Cells(0, null, _ZERO + row, _ZERO)
+        row += max(1, count * stream.num_levels)
 
 
-def _flat(streams: tuple[Stream, ...], numbers: BlockNumbers, counts: tuple[int, ...], ends: bool) -> Iterator[_Span]:
-    """One column: given streams first, then predicted ones, level by level inside each frame."""
-    yield _Span(0, START, ZERO, ZERO)
+def _level_by_level(index: int, stream: Stream, count: int, row: int, blocks: _Blocks) -> Iterator[_Cells]:
+    """All tokens of a stream in column 0 from `row` on, level by level inside each frame."""
+    frames = torch.arange(count)
+    for level in range(stream.num_levels):
+        yield _Cells(0, blocks[index, level, True], row + frames * stream.num_levels + level, frames)
+
+
+def _flat(streams: tuple[Stream, ...], blocks: _Blocks, counts: tuple[int, ...], ends: bool) -> Iterator[_Cells]:
+    """One column: input streams first, then predicted ones, level by level inside each frame."""
+    yield _Cells(0, _START, _ZERO, _ZERO)
     row = 1
     in_time = [index for index, stream in enumerate(streams) if stream.is_in_time]
     for index in sorted(in_time, key=lambda index: not streams[index].is_input):
         stream, count = streams[index], counts[index]
-        frames = torch.arange(count)
-        for level in range(stream.num_levels):
-            yield _Span(0, numbers[index, level, True], row + frames * stream.num_levels + level, frames)
+        yield from _level_by_level(index, stream, count, row, blocks)
         row += count * stream.num_levels
         if stream.eos and ends:
-            yield _Span(0, numbers[index, 0, False], ZERO + row, ZERO + count)
+            yield _Cells(0, blocks[index, 0, False], _ZERO + row, _ZERO + count)
             row += 1
 
 
-def _delayed(
-    streams: tuple[Stream, ...], numbers: BlockNumbers, counts: tuple[int, ...], ends: bool
-) -> Iterator[_Span]:
-    """One row per predicted frame; residual level k, with all its groups, stands k rows later."""
-    return _framewise(streams, numbers, counts, ends, rows_later=1)
-
-
-def _parallel(
-    streams: tuple[Stream, ...], numbers: BlockNumbers, counts: tuple[int, ...], ends: bool
-) -> Iterator[_Span]:
-    """One row per predicted frame, all levels in it."""
-    return _framewise(streams, numbers, counts, ends, rows_later=0)
-
-
 def _framewise(
-    streams: tuple[Stream, ...], numbers: BlockNumbers, counts: tuple[int, ...], ends: bool, rows_later: int
-) -> Iterator[_Span]:
-    """One row per predicted frame, each level some rows later; given tokens stand in the row that needs them."""
+    streams: tuple[Stream, ...], blocks: _Blocks, counts: tuple[int, ...], ends: bool, level_delay: int
+) -> Iterator[_Cells]:
+    """One row per predicted frame, residual level k delayed by `k * level_delay` rows.
+
+    A token of an input stream is in the row that predicts the frame it covers.
+    """
     predicted = [index for index, stream in enumerate(streams) if not stream.is_input]
     if len({counts[index] for index in predicted}) > 1:
         raise ValueError(
-            "patterns with a row per frame need as many frames of each predicted stream, got "
+            "patterns with one row per frame need the same number of frames of each predicted stream, got "
             f"{ {streams[index].name: counts[index] for index in predicted} }"
         )
     num_frames = counts[predicted[0]]
@@ -146,32 +126,29 @@ def _framewise(
     column = 0
     for index, stream in enumerate(streams):
         if stream.is_input and stream.is_in_time:
-            for covering in _covering(stream, streams[predicted[0]], frames):
+            for covering in _covering_frames(stream, streams[predicted[0]], frames):
                 for level in range(stream.num_levels):
-                    clamped = covering.clamp(max=counts[index] - 1)
-                    yield _Span(column, numbers[index, level, True], frames, clamped)
+                    yield _Cells(column, blocks[index, level, True], frames, covering.clamp(max=counts[index] - 1))
                     column += 1
-    yield _Span(column, START, ZERO, ZERO)  # the first predicted column is free in row 0
+    yield _Cells(column, _START, _ZERO, _ZERO)  # row 0 of the first predicted column is free
     for index in predicted:
         for level in range(streams[index].num_levels):
-            delay = level // streams[index].num_groups * rows_later
-            yield _Span(column, numbers[index, level, True], 1 + delay + frames, frames)
+            delay = level // streams[index].num_groups * level_delay
+            yield _Cells(column, blocks[index, level, True], 1 + delay + frames, frames)
             if level == 0 and streams[index].eos and ends:
-                yield _Span(column, numbers[index, 0, False], ZERO + 1 + num_frames, ZERO + num_frames)
+                yield _Cells(column, blocks[index, 0, False], _ZERO + 1 + num_frames, _ZERO + num_frames)
             column += 1
 
 
-def _covering(given: Stream, predicted: Stream, frames: Tensor) -> Iterator[Tensor]:
-    """Frames of a given stream that cover predicted frames: one per row, or several if its rate is higher."""
-    ratio = given.exact_hz / predicted.exact_hz
+def _covering_frames(source: Stream, predicted: Stream, frames: Tensor) -> Iterator[Tensor]:
+    """Frames of an input stream that cover predicted frames: one per row, or several if its rate is higher."""
+    ratio = source.exact_hz / predicted.exact_hz
     per_row = max(1, ceil(ratio))
     for part in range(per_row):
         yield (frames * per_row + part) * ratio.numerator // (ratio.denominator * per_row)
 
 
-def _named(streams: tuple[Stream, ...], counts: tuple[int, ...]) -> dict[str, int]:
-    return {stream.name: count for stream, count in zip(streams, counts, strict=True)}
-
-
-Pattern = Callable[[tuple[Stream, ...], BlockNumbers, tuple[int, ...], bool], Iterator[_Span]]
-PATTERNS: Mapping[str, Pattern] = MappingProxyType({"flat": _flat, "delayed": _delayed, "parallel": _parallel})
+_Pattern = Callable[[tuple[Stream, ...], _Blocks, tuple[int, ...], bool], Iterator[_Cells]]
+PATTERNS: Mapping[str, _Pattern] = MappingProxyType(
+    {"flat": _flat, "delayed": partial(_framewise, level_delay=1), "parallel": partial(_framewise, level_delay=0)}
+)

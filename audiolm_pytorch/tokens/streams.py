@@ -1,15 +1,16 @@
-"""What layouts are made of: streams of tokens, the ids they get, and the tensors they are packed into."""
+"""Streams of tokens, their ranges of ids, checks of their values, and the tensors that a layout packs them into."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
 import torch
 from beartype import beartype
+from einops import rearrange
 from torch import Tensor
 
-__all__ = ["Grid", "Head", "IdBlock", "PackedTokens", "Stream", "number_ids"]
+__all__ = ["Grid", "Head", "IdBlock", "PackedTokens", "Stream", "checked_streams", "frame_counts", "number_ids"]
 
 
 @beartype
@@ -18,19 +19,15 @@ class Stream:
     """One kind of token: its vocabulary, its levels and its rate in time.
 
     Args:
-        name: Name under which the tokens of the stream are handed in and out.
+        name: Key of the stream in dictionaries of tokens and lengths.
         vocab_size: Number of different tokens of every level.
-        num_levels: Tokens per frame (residual levels of a codec, all groups of a level side by side; 1 for semantic
-            tokens).
-        rate_hz: Frames per second. None = not in time (ids of a text, codes of a whole recording): such a stream is
-            given, and may be empty.
-        is_input: Whether the model reads the stream but never predicts it.
-        eos: The stream may end early: it has one end-of-sequence id of its own.
-        num_groups: Codes of one residual level; they do not wait for one another where levels do.
-
-    Raises:
-        ValueError: If a number is not positive, groups do not divide the levels, a given stream is said to end, or a
-            stream that is not in time is to be predicted.
+        num_levels: Tokens per frame: 1 for semantic tokens; for a codec its residual levels, with the groups of a level
+            side by side.
+        rate_hz: Frames per second. None = not in time (ids of a text, codes of a whole recording): such a stream is an
+            input, and may be empty.
+        is_input: Whether the model only reads the stream. Otherwise it predicts the stream.
+        eos: Whether the stream may end early. It then has one end-of-sequence id of its own.
+        num_groups: Codes per residual level. The delayed pattern delays levels, not groups.
     """
 
     name: str
@@ -42,56 +39,55 @@ class Stream:
     num_groups: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse impossible numbers."""
+        """Check the numbers and their combination."""
         numbers = {name: getattr(self, name) for name in ("vocab_size", "num_levels", "rate_hz", "num_groups")}
         wrong = {name: number for name, number in numbers.items() if number is not None and number <= 0}
         if wrong:
             raise ValueError(f"stream '{self.name}' needs positive {', '.join(wrong)}, got {wrong}")
         if self.num_levels % self.num_groups:
             raise ValueError(
-                f"stream '{self.name}' has {self.num_levels} levels, which are no whole number of {self.num_groups} "
-                "groups each: num_levels counts the codes of all groups"
+                f"stream '{self.name}' has num_levels={self.num_levels}, which is not a multiple of "
+                f"num_groups={self.num_groups}; num_levels counts the codes of all groups"
             )
         if self.is_input and self.eos:
-            raise ValueError(f"stream '{self.name}' is given, so it cannot end by itself: set eos=False")
+            raise ValueError(f"stream '{self.name}' is an input, so the model cannot predict its end: set eos=False")
         if not self.is_input and self.rate_hz is None:
-            raise ValueError(f"stream '{self.name}' is to be predicted, so it needs a rate_hz: say how many frames/s")
+            raise ValueError(f"stream '{self.name}' is predicted, so it needs a rate_hz (frames per second)")
 
     @property
     def is_in_time(self) -> bool:
-        """Whether frames follow one another at a rate."""
+        """Whether the frames have a rate."""
         return self.rate_hz is not None
 
     @property
     def exact_hz(self) -> Fraction:
-        """Frames per second; a ValueError where the stream is not in time."""
+        """Frames per second; ValueError for a stream that is not in time."""
         if self.rate_hz is None:
-            raise ValueError(f"stream '{self.name}' is not in time: it has no rate")
+            raise ValueError(f"stream '{self.name}' is not in time: it has no rate_hz")
         return Fraction(self.rate_hz)
 
     def to_dict(self) -> dict[str, Any]:
         """Describe the stream as JSON-able data."""
         fields = {**asdict(self), "rate_hz": str(self.exact_hz) if self.is_in_time else None}
-        fields["given"] = fields.pop("is_input")  # its name in saved files
+        fields["given"] = fields.pop("is_input")  # the key in saved files
         return fields
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Stream":
         """Build the stream that `to_dict` described."""
         fields = {**data, "rate_hz": None if data["rate_hz"] is None else Fraction(data["rate_hz"])}
-        return cls(**{"is_input" if name == "given" else name: value for name, value in fields.items()})
+        return cls(**{"is_input" if key == "given" else key: value for key, value in fields.items()})
 
 
 @dataclass(frozen=True)
 class Head:
-    """One output of the model: the token of one level of one predicted stream.
+    """One output of a model: the tokens of one level of one predicted stream.
 
     Attributes:
         stream: Name of the predicted stream.
         level: Level inside the frame, from 0.
-        first_id: Id of token 0 in the layout's id space.
-        vocab_size: Number of tokens; local numbers are `id - first_id`.
-        has_eos: Whether local number `vocab_size` means the end of the stream.
+        first_id: Id of token 0 of this level. Logit k belongs to id `first_id + k`.
+        has_eos: Whether there is one more logit after the tokens, for the end of the stream.
     """
 
     stream: str
@@ -102,7 +98,7 @@ class Head:
 
     @property
     def num_logits(self) -> int:
-        """Number of outputs of the head, the end id included."""
+        """Number of outputs, the end id included."""
         return self.vocab_size + int(self.has_eos)
 
     def ids(self, allow_eos: bool) -> range:
@@ -112,14 +108,14 @@ class Head:
 
 @dataclass(frozen=True)
 class IdBlock:
-    """A range of ids of one meaning: a level of a stream, the end of a stream, the start, or the null token.
+    """A range of ids: the tokens of a level, or the single id of an end, of the start or of the null token.
 
     Attributes:
-        stream: Position of the stream; -1 for the start and the null id.
+        stream: Index of the stream; -1 for the start and the null token.
         level: Level inside the frame.
         first_id: First id of the range.
-        is_token: True for the tokens of a level; False for the single id of an end, of the start or of the null token.
-        head: Number of the head that predicts these ids; -1 if nothing does.
+        is_token: True for the tokens of a level.
+        head: Index of the head that predicts these ids; -1 for ids that are never predicted.
     """
 
     stream: int
@@ -130,14 +126,11 @@ class IdBlock:
 
 
 def number_ids(streams: Sequence[Stream]) -> tuple[tuple[IdBlock, ...], tuple[Head, ...], int]:
-    """Give the start, every level of every stream, every end and the null token an id range of its own.
-
-    Args:
-        streams: The streams of a layout, in order.
+    """Assign disjoint ranges of ids to the start, to every level and end of every stream, and to the null token.
 
     Returns:
-        The blocks (the start is the first; the null token, where a stream is not in time, the last), the heads, and
-        the size of the whole id space.
+        The blocks, the heads and the number of ids. The first block is the start. If a stream is not in time, the last
+        block is the null token, which replaces such a stream where it is empty.
     """
     blocks = [IdBlock(stream=-1, level=0, first_id=0, is_token=False, head=-1)]
     heads: list[Head] = []
@@ -150,7 +143,7 @@ def number_ids(streams: Sequence[Stream]) -> tuple[tuple[IdBlock, ...], tuple[He
                 heads.append(Head(stream.name, level, next_id, stream.vocab_size, has_eos))
             blocks.append(IdBlock(index, level, next_id, True, head))
             next_id += stream.vocab_size
-            if has_eos:  # right behind its level, so that the range of one head covers both
+            if has_eos:  # directly after its level, so that the ids of a head are one range
                 blocks.append(IdBlock(index, level, next_id, False, head))
                 next_id += 1
     if not all(stream.is_in_time for stream in streams):
@@ -161,12 +154,12 @@ def number_ids(streams: Sequence[Stream]) -> tuple[tuple[IdBlock, ...], tuple[He
 
 @dataclass(frozen=True)
 class PackedTokens:
-    """Streams packed into the grid of a layout.
+    """Streams packed into the rows and columns of a layout.
 
     Attributes:
-        ids: `[b, rows, columns]` int64 in the layout's id space; meaningless where `input_mask` is False.
-        input_mask: `[b, rows, columns]` bool, True where a token stands.
-        loss_mask: `[b, rows, columns]` bool, True where the model has to produce the token.
+        ids: `[b, rows, columns]` int64 ids of the layout; meaningless where `input_mask` is False.
+        input_mask: `[b, rows, columns]` bool, True where a cell holds a token.
+        loss_mask: `[b, rows, columns]` bool, True where the model has to predict the token.
     """
 
     ids: Tensor
@@ -180,16 +173,98 @@ class PackedTokens:
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid that decoding completes: what is known stands in it, `packed.loss_mask` marks what is missing.
+    """A partly filled grid that decoding completes.
 
     Attributes:
-        packed: The known ids.
-        head: `[b, rows, columns]` int64 on the CPU, head that predicts the cell; -1 elsewhere.
-        frame: `[b, rows, columns]` int64 on the CPU, frame that the cell belongs to.
-        num_frames: Frames `[b]` int64 of every stream, on the CPU.
+        packed: The known ids; `packed.loss_mask` marks the cells that are still to be predicted.
+        head: `[b, rows, columns]` int64 on the CPU, index of the head that predicts the cell; -1 elsewhere.
+        frame: `[b, rows, columns]` int64 on the CPU, frame of the stream that the cell belongs to.
+        num_frames: Frames `[b]` int64 of every stream by name, on the CPU.
     """
 
     packed: PackedTokens
     head: Tensor
     frame: Tensor
     num_frames: dict[str, Tensor]
+
+
+def frame_counts(streams: Sequence[Stream], num_frames: Mapping[str, int | Tensor], batch_size: int) -> Tensor:
+    """Collect the frames of every stream, `[b]` integers or one int each, as `[b, streams]` int64 on the CPU."""
+    _check_names(streams, num_frames, "the number of frames")
+    columns = []
+    for stream in streams:
+        count = torch.as_tensor(num_frames[stream.name]).cpu()
+        if count.is_floating_point() or count.ndim > 1 or count.numel() not in (1, batch_size) or (count < 0).any():
+            raise ValueError(
+                f"frames of '{stream.name}' must be one integer or {batch_size} integers, 0 or more; "
+                f"got {count.tolist()}"
+            )
+        columns.append(count.long().expand(batch_size))
+    return torch.stack(columns, dim=1)
+
+
+def checked_streams(
+    streams: Sequence[Stream],
+    tokens: Mapping[str, Tensor],
+    lengths: Mapping[str, int | Tensor],
+    batch_size: int | None = None,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Check the tokens of all streams and bring them into one form.
+
+    Args:
+        streams: Streams of a layout.
+        tokens: Tokens `[b, f, levels]` (or `[b, f]` for one level) of every stream, by name.
+        lengths: True frames by stream name, `[b]` or one int; a stream without an entry has no padding.
+        batch_size: Expected number of items b; None = any number.
+
+    Returns:
+        Tokens `[b, f, levels]` int64 by name in the order of `streams`, and true frames `[b, streams]` int64.
+    """
+    _check_names(streams, tokens, "tokens")
+    checked: dict[str, Tensor] = {}
+    for stream in streams:
+        ids = tokens[stream.name]
+        if ids.ndim == 2 and stream.num_levels == 1:
+            ids = rearrange(ids, "b f -> b f 1")
+        is_integer = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+        if ids.ndim != 3 or ids.shape[-1] != stream.num_levels or not is_integer:
+            raise ValueError(
+                f"stream '{stream.name}' must be integers [b, f, {stream.num_levels}], "
+                f"got {ids.dtype} {tuple(tokens[stream.name].shape)}"
+            )
+        checked[stream.name] = ids.long()
+    sizes = {name: len(ids) for name, ids in checked.items()}
+    batch = next(iter(sizes.values())) if batch_size is None else batch_size
+    if set(sizes.values()) != {batch}:
+        needed = "the same number of items" if batch_size is None else f"{batch} items"
+        raise ValueError(f"all streams need {needed} (their first dimension), got {sizes}")
+    counts = frame_counts(streams, {**{name: ids.shape[1] for name, ids in checked.items()}, **lengths}, batch)
+    for stream, count in zip(streams, counts.T):
+        _check_values(stream, checked[stream.name], count)
+    return checked, counts
+
+
+def _check_values(stream: Stream, ids: Tensor, count: Tensor) -> None:
+    """Check that `ids [b, f, levels]` has `count [b]` frames, all inside the vocabulary."""
+    longest = int(count.max()) if len(count) else 0
+    if longest > ids.shape[1]:
+        raise ValueError(f"the length of '{stream.name}' is {longest} frames, but its tokens have {ids.shape[1]}")
+    is_real = rearrange(torch.arange(ids.shape[1]) < count.unsqueeze(1), "b f -> b f 1").to(ids.device)
+    wrong = ((ids < 0) | (ids >= stream.vocab_size)) & is_real
+    if wrong.any():
+        item, frame, level = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"stream '{stream.name}' has token {int(ids[item, frame, level])} at item {item}, frame {frame}, level "
+            f"{level}, outside [0, {stream.vocab_size}); if this is padding, pass the true lengths"
+        )
+
+
+def _check_names(streams: Sequence[Stream], names: Collection[str], what: str) -> None:
+    """Check that there is an entry for every stream and no other one."""
+    needed = [stream.name for stream in streams]
+    missing = [name for name in needed if name not in names]
+    unknown = [name for name in names if name not in needed]
+    if missing:
+        raise ValueError(f"{what} of {missing} missing: the streams are {needed}, got {list(names)}")
+    if unknown:
+        raise ValueError(f"{what} of unknown streams {unknown}: the streams are {needed}")

@@ -1,4 +1,4 @@
-"""The table of a layout against slow, independent ways of saying the same."""
+"""Layouts: packing, unpacking and decoding grids, compared with slow, independent implementations."""
 
 from fractions import Fraction
 
@@ -126,7 +126,7 @@ def test_packing_matches_a_naive_loop(mix, pattern, end):
     streams, handed, lengths = random_batch(mix)
     layout = TokenLayout(streams, pattern)
     packed = layout.pack(handed, lengths, torch.tensor([end, False]))
-    assert layout.num_ids == naive_ids(streams)[1] and packed.ids.shape[2] == layout.num_columns
+    assert layout.num_ids == naive_ids(streams)[1]
     for item in range(2):
         has_end = end and item == 0
         cells = naive_grid(streams, pattern, naive_item(handed, lengths, item), has_end)
@@ -136,10 +136,9 @@ def test_packing_matches_a_naive_loop(mix, pattern, end):
         }
         assert found == cells
         assert not (packed.loss_mask[item] & ~packed.input_mask[item]).any()
+        assert packed.ids.shape[2] == 1 + max(column for _, column in cells)
         counts = {name: int(count[item]) for name, count in lengths.items()}
-        assert layout.rows(counts, has_end) == 1 + max(row for row, _ in cells)
-        heads = layout.head(counts, has_end)
-        assert torch.equal(heads >= 0, packed.loss_mask[item, : len(heads)])
+        assert len(layout.table(counts, has_end).block) == 1 + max(row for row, _ in cells)
 
 
 @every_mix
@@ -176,35 +175,25 @@ def test_packing_a_batch_is_packing_each_item_alone(mix, pattern):
 
 @every_mix
 @every_pattern
-def test_the_ids_of_every_step_are_legal_and_no_others_of_its_head(mix, pattern):
-    """What stands in a predicted cell is legal there; legal are the tokens of one level, or one end."""
+def test_every_predicted_token_is_in_the_range_of_its_head(mix, pattern):
+    """The head of a cell covers exactly the ids of one level, and the end where the stream has one."""
     streams, handed, lengths = random_batch(mix)
     layout = TokenLayout(streams, pattern)
-    packed = layout.pack(handed, lengths, torch.tensor([True, False]))
+    packed = layout.pack(handed, lengths)
+    wanted = {stream.name: lengths[stream.name] for stream in layout.predicted}
+    grid = layout.grid(handed, wanted, 2, {**lengths, **dict.fromkeys(wanted, 0)})
+    assert torch.equal(grid.packed.loss_mask, packed.loss_mask) and torch.equal(grid.head >= 0, packed.loss_mask)
     first_id, sizes = naive_ids(streams)[0], {stream.name: stream.vocab_size for stream in streams}
-    for item, end in enumerate([True, False]):
-        counts = {name: int(count[item]) for name, count in lengths.items()}
-        for row in range(layout.rows(counts, end)):
-            for column, legal in enumerate(layout.legal(counts, row, ends=end)):
-                assert (legal is None) == (not packed.loss_mask[item, row, column])
-                if legal is not None:
-                    assert packed.ids[item, row, column] in legal
-                    ranges = {key: range(n, n + sizes[key[0]]) for key, n in first_id.items() if key[0] in sizes}
-                    ranges.update({key: range(n, n + 1) for key, n in first_id.items() if key[1] == "end"})
-                    assert legal in ranges.values()
-
-
-@every_pattern
-def test_an_end_is_legal_after_the_first_frame_only_and_only_where_it_may_be(pattern):
-    """A piece has at least one frame; other levels and other streams never end."""
-    layout = TokenLayout([Stream("a", 20, 2, 50, eos=True)], pattern)
-    end = layout.heads[0].first_id + 20
-    rows = [layout.legal({"a": 4}, row, allow_eos=True) for row in range(layout.rows({"a": 4}))]
-    where = [(row, column) for row, legal in enumerate(rows) for column, ids in enumerate(legal) if ids and end in ids]
-    assert where == [(row, 0) for row in ([3, 5, 7] if pattern == "flat" else [2, 3, 4])]
-    assert not any(end in ids for row in range(len(rows)) for ids in layout.legal({"a": 4}, row) if ids)
-    with pytest.raises(ValueError, match="rows 0 to"):
-        layout.legal({"a": 4}, 99)
+    for head in layout.heads:
+        first = first_id[head.stream, head.level]
+        assert head.ids(allow_eos=False) == range(first, first + sizes[head.stream])
+        has_end = (head.stream, "end") in first_id and head.level == 0
+        assert head.has_eos == has_end and head.ids(allow_eos=True) == range(first, first + head.num_logits)
+        assert head.num_logits == sizes[head.stream] + has_end
+        assert not has_end or first_id[head.stream, "end"] == first + sizes[head.stream]
+    for item, row, column in packed.loss_mask.nonzero().tolist():
+        head = layout.heads[int(grid.head[item, row, column])]
+        assert int(packed.ids[item, row, column]) in head.ids(allow_eos=False)
 
 
 @pytest.mark.parametrize("levels", range(1, 9))
@@ -213,7 +202,7 @@ def test_ids_are_disjoint_and_ends_are_their_own(levels):
     streams = [TEXT, INPUT, Stream("a", 20, levels, 25, eos=True), Stream("b", 5, 1, 25, eos=True)]
     layout = TokenLayout(streams, "flat")
     first, num_ids = naive_ids(streams)
-    ranges = [set(head.ids(allow_eos=True)) for head in layout.heads] + [{layout.start_id}, {layout.null_id}]
+    ranges = [set(head.ids(allow_eos=True)) for head in layout.heads] + [{first["start"]}, {layout.null_id}]
     assert sum(map(len, ranges)) == len(set().union(*ranges)) == 1 + 21 + 20 * (levels - 1) + 6 + 1
     assert layout.num_ids == num_ids == 1 + 30 + 10 + 21 + 20 * (levels - 1) + 6 + 1
     assert layout.null_id == first["null"] and TokenLayout([INPUT, TARGET]).null_id is None
@@ -248,7 +237,7 @@ def test_given_streams_of_other_rates_are_aligned_and_clamped():
     """Higher rates take several columns; one frame too few repeats the last (HuBERT: 49 frames a second)."""
     layout = TokenLayout([Stream("s", 90, 1, 50, is_input=True), Stream("a", 20, 1, 25)], "delayed")
     packed = layout.pack({"s": torch.arange(7)[None], "a": torch.zeros(1, 4, 1, dtype=torch.long)})
-    assert layout.num_columns == 3
+    assert packed.ids.shape[2] == 3
     assert (packed.ids[0, :4, :2] - 1).tolist() == [[0, 1], [2, 3], [4, 5], [6, 6]]
 
 
@@ -323,40 +312,40 @@ def test_layout_refuses_tokens_it_cannot_mean():
     wrong = streams["s"].clone()
     wrong[1, 2] = 17
     for changed, match in {
-        r"'s' holds 17 at item 1, frame 2, level 0, outside \[0, 10\)": {"s": wrong},
-        r"holds -1 .* lengths=": {"s": torch.where(wrong == 17, -1, wrong)},
+        r"'s' has token 17 at item 1, frame 2, level 0, outside \[0, 10\)": {"s": wrong},
+        r"has token -1 .* true lengths": {"s": torch.where(wrong == 17, -1, wrong)},
         r"\[b, f, 3\], got torch.int64 \(2, 6, 2\)": {"a": streams["a"][..., :2]},
         r"integers \[b, f, 1\], got torch.float32": {"s": streams["s"].float()},
         r"same number of items .*'s': 1, 'a': 2": {"s": streams["s"][:1]},
-        r"\['b'\] handed in, but the streams are \['s', 'a'\]": {"b": streams["a"]},
-        r"given streams in time need at least one frame, \['s'\] have none": {"s": streams["s"][:, :0]},
+        r"unknown streams \['b'\]: the streams are \['s', 'a'\]": {"b": streams["a"]},
+        r"input streams in time need at least one frame, \['s'\] have none": {"s": streams["s"][:, :0]},
     }.items():
         with pytest.raises(ValueError, match=changed):
             layout.pack({**streams, **match})
     with pytest.raises(ValueError, match=r"tokens of \['s'\] missing"):
         layout.pack({"a": streams["a"]})
     for lengths, match in [
-        ({"a": 9}, r"'a' is said to be 9 frames, but there are tokens of 6"),
-        ({"a": torch.tensor([1, 2, 3])}, r"one whole number or 2 of them, 0 or more; got \[1, 2, 3\]"),
+        ({"a": 9}, r"'a' is 9 frames, but its tokens have 6"),
+        ({"a": torch.tensor([1, 2, 3])}, r"one integer or 2 integers, 0 or more; got \[1, 2, 3\]"),
         ({"a": -1}, "got -1"),
-        ({"a": torch.tensor([2.5, 3.0])}, "whole number"),
-        ({"A": 3}, r"\['A'\] handed in"),
+        ({"a": torch.tensor([2.5, 3.0])}, "one integer"),
+        ({"A": 3}, r"unknown streams \['A'\]"),
     ]:
         with pytest.raises(ValueError, match=match):
             layout.pack(streams, lengths)
     with pytest.raises(ValueError, match="ends must be"):
         layout.pack(streams, ends=torch.tensor([True]))
-    with pytest.raises(ValueError, match=r"prompt of 'a' has \[6, 6\] frames, longer than .* \[4, 4\]"):
+    with pytest.raises(ValueError, match=r"prompt of 'a' has \[6, 6\] frames, longer than the requested \[4, 4\]"):
         layout.grid(streams, {"a": 4}, 2)
-    with pytest.raises(ValueError, match="need 3 number of items"):
+    with pytest.raises(ValueError, match="need 3 items"):
         layout.grid(streams, {"a": 9}, 3)
     packed = layout.pack(streams)
-    with pytest.raises(ValueError, match=r"stand in \[b, 12, 4\] ids, got \(2, 9, 4\)"):
+    with pytest.raises(ValueError, match=r"need ids \[b, 12, 4\], got \(2, 9, 4\)"):
         layout.unpack(packed.ids, {"s": 3, "a": 9})
     with pytest.raises(ValueError, match="no stream"):
         layout.unpack(packed.ids, {"s": 3, "a": 6}, ["x"])
-    with pytest.raises(ValueError, match="as many frames of each predicted stream"):
-        TokenLayout([Stream("b", 5), Stream("c", 5)], "parallel").rows({"b": 2, "c": 3})
+    with pytest.raises(ValueError, match="same number of frames of each predicted stream"):
+        TokenLayout([Stream("b", 5), Stream("c", 5)], "parallel").table({"b": 2, "c": 3})
 
 
 def test_layout_refuses_streams_it_cannot_arrange():
@@ -374,8 +363,8 @@ def test_layout_refuses_streams_it_cannot_arrange():
         ({"vocab_size": 0}, "'x' needs positive vocab_size"),
         ({"num_levels": 0}, "'x' needs positive num_levels"),
         ({"rate_hz": -25}, "'x' needs positive rate_hz"),
-        ({"num_levels": 5, "num_groups": 2}, "5 levels, which are no whole number of 2 groups"),
-        ({"is_input": True, "eos": True}, "cannot end by itself"),
+        ({"num_levels": 5, "num_groups": 2}, "num_levels=5, which is not a multiple of num_groups=2"),
+        ({"is_input": True, "eos": True}, "cannot predict its end"),
         ({"rate_hz": None}, "needs a rate_hz"),
     ]:
         with pytest.raises(ValueError, match=match):
@@ -444,7 +433,7 @@ def test_stages_refuse_extra_streams_that_are_something_else():
     ]:
         with pytest.raises(ValueError, match=match):
             stages(extra_streams=[wrong])["coarse"]
-    with pytest.raises(ValueError, match="no whole number of 3 groups"):
+    with pytest.raises(ValueError, match="not a multiple of num_groups=3"):
         FineTransformer(num_coarse_quantizers=4, num_fine_quantizers=2, codebook_size=16, num_groups=3, **SIZES)
     with pytest.raises(ValueError, match="lengths of"):
         AudioTokens({"semantic": torch.zeros(1, 2)}, {"acoustic": torch.tensor([1])})
