@@ -116,19 +116,19 @@ class LetterConditioner(torch.nn.Module):
 
     def forward(self, texts):
         """States of texts, and which are real."""
-        from audiolm_pytorch import Conditioning
+        from audiolm_pytorch import ConditionTensor
 
         texts = [texts] if isinstance(texts, str) else list(texts)
         states = torch.zeros(len(texts), max(map(len, texts)), self.dim)
         for row, text in zip(states, texts):
             row[: len(text)] = torch.tensor([[ord(letter) % (7 + i) / 7 for i in range(6)] for letter in text])
-        return Conditioning(states, torch.arange(states.shape[1]) < torch.tensor([[len(text)] for text in texts]))
+        return ConditionTensor(states, torch.arange(states.shape[1]) < torch.tensor([[len(text)] for text in texts]))
 
 
 def logits_of(stage, tokens, conditions) -> list[Tensor]:
     """Logits of every head; the only place that knows the parts of a stage."""
     packed = stage.packed(tokens)
-    hidden = stage.hidden(packed.ids, packed.input_mask, stage.context(conditions, len(packed.ids)))
+    hidden = stage.hidden(packed.ids, packed.input_mask, stage.condition_tensors(conditions, len(packed.ids)))
     return [stage.logits(hidden, head) for head in range(len(stage.heads))]
 
 
@@ -448,8 +448,8 @@ def layers(_: Path) -> dict:
     """Small stages of each kind, pattern, position and condition."""
     from audiolm_pytorch import (
         CoarseTransformerWrapper,
-        Conditioning,
         Conditions,
+        ConditionTensor,
         FineTransformerWrapper,
         SemanticTransformerWrapper,
     )
@@ -461,7 +461,7 @@ def layers(_: Path) -> dict:
     ids |= {"acoustic": torch.randint(16, (2, 10, 4), generator=draws)}
     tokens = AudioTokens(ids, {"semantic": torch.tensor([5, 4]), "acoustic": torch.tensor([10, 8])})
     kept = torch.tensor([[True, True, True], [True, True, False]])
-    codes = Conditioning(torch.randn(2, 3, 8, generator=draws), kept)
+    codes = ConditionTensor(torch.randn(2, 3, 8, generator=draws), kept)
     variants = {"none": ({}, None), "codes": (CODES, Conditions(codes=codes))}
     for way in ("cross", "prefix"):
         said = Conditions(codes=codes, text=LetterConditioner().forward(["ab c", "longer text"]))
