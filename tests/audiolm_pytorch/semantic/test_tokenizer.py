@@ -8,7 +8,7 @@ from beartype.roar import BeartypeCallHintViolation
 
 from audiolm_pytorch.audio.files import resample
 from audiolm_pytorch.audio.padding import length_mask
-from audiolm_pytorch.nn import nearest_centroid as nearest
+from audiolm_pytorch.nn import kmeans
 from audiolm_pytorch.nn.kmeans import nearest_centroid
 from audiolm_pytorch.saving.modules import load_module, part_fingerprint, save_module
 from audiolm_pytorch.semantic import BestRQEncoder, FrameEncoder, KMeansTokenizer, KMeansTrainer, SemanticTokenizer
@@ -84,7 +84,7 @@ def test_other_rates_are_resampled_item_by_item(tokenizer):
 
 def test_ids_are_the_nearest_centroids(tokenizer, monkeypatch):
     """Guards the assignment against the definition, over more vectors than one chunk holds."""
-    monkeypatch.setattr(nearest, "_ROWS_AT_ONCE", 1024)
+    monkeypatch.setattr(kmeans, "_ROWS_AT_ONCE", 1024)
     vectors = torch.randn(5000, 32, generator=torch.Generator().manual_seed(0))
     centroids = torch.randn(16, 32, generator=torch.Generator().manual_seed(1))
     assert torch.equal(nearest_centroid(vectors, centroids), torch.cdist(vectors, centroids).argmin(dim=-1))
