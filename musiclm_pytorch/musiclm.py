@@ -9,7 +9,8 @@ from beartype import beartype
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from audiolm_pytorch.audio.files import peak_safe, resample
+from audiolm_pytorch.audio.files import peak_safe
+from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.audiolm import AudioLM
 from audiolm_pytorch.conditioning.tensors import Conditions
 from audiolm_pytorch.generation.request import GenerationRequest

@@ -320,7 +320,7 @@ def train_codec_discriminators(folder: Path) -> dict:
 
     made, judges = tiny_codec(attn_depth=1), soundstream_discriminators(channels=1, width=8)
     data = {"folder": write_clips(folder / "data"), "data_max_length": 6400, "results_folder": folder / "run"}
-    begin = {"unquantized_steps": 2, "adversarial_from_step": 2, "discriminator_lead_steps": 1}
+    begin = {"unquantized_steps": 2, "adversarial_start_step": 2, "discriminator_lead_steps": 1}
     return of_run(SoundStreamTrainer(made, discriminators=judges, **data, **begin, **RUN), folder / "run")
 
 
@@ -513,8 +513,9 @@ def layers(_: Path) -> dict:
 
 def audio(_: Path) -> dict:
     """Losses of MuLaN, spectrograms, resampling and files."""
-    from audiolm_pytorch.audio.files import peak_safe, read_audio, resample, write_audio
+    from audiolm_pytorch.audio.files import peak_safe, read_audio, write_audio
     from audiolm_pytorch.audio.mel import MelSpectrogram
+    from audiolm_pytorch.audio.resample import resample
     from musiclm_pytorch import SigmoidContrastiveLearning, SoftmaxContrastiveLearning
 
     found = {}

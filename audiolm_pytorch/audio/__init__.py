@@ -1,6 +1,7 @@
-"""Audio: files, streams, resampling, mel spectrograms, units of time, padded batches."""
+"""Audio: files, streams, resampling, mel spectrograms, units of time, padding."""
 
-from audiolm_pytorch.audio.files import peak_safe, read_audio, resample, write_audio
+from audiolm_pytorch.audio.files import peak_safe, read_audio, write_audio
 from audiolm_pytorch.audio.mel import MelSpectrogram
+from audiolm_pytorch.audio.resample import resample
 
 __all__ = ["MelSpectrogram", "peak_safe", "read_audio", "resample", "write_audio"]

@@ -1,4 +1,4 @@
-"""The mel spectrogram front end."""
+"""Mel filters and the mel spectrogram."""
 
 from typing import Any, Literal
 
@@ -16,19 +16,10 @@ __all__ = ["MelSpectrogram", "mel_edges", "mel_filterbank", "triangular_filters"
 def mel_filterbank(
     sample_hz: int, n_fft: int, num_mels: int, f_min_hz: float | int = 0.0, f_max_hz: float | int | None = None
 ) -> Tensor:
-    """Build triangular filters, equally spaced on the HTK mel scale, each with a peak of 1.
+    """Build triangular filters `[num_mels, n_fft // 2 + 1]` with a peak of 1, equally spaced on the HTK mel scale.
 
-    mel(f) = 2595 log10(1 + f / 700): HTK Book, sec. 5.4 (Young et al.); as in the front end of most audio taggers.
-
-    Args:
-        sample_hz: Sample rate in Hz.
-        n_fft: Size of the Fourier transform in samples.
-        num_mels: Number of filters.
-        f_min_hz: Lower edge of the first filter.
-        f_max_hz: Upper edge of the last; None = half the sample rate.
-
-    Returns:
-        `[num_mels, n_fft // 2 + 1]` float32.
+    mel(f) = 2595 log10(1 + f / 700), see the HTK Book, sec. 5.4 (Young et al.). `f_max_hz=None` is half the sample
+    rate.
 
     Raises:
         ValueError: If the edges are out of order, or a filter lies between two bins and would always be zero.
@@ -54,14 +45,11 @@ def mel_edges(
     """Place the edges of overlapping bands at equal distances on a mel scale.
 
     Args:
-        f_min_hz: Lower edge of the first band.
-        f_max_hz: Upper edge of the last.
-        num_mels: Number of bands.
         scale: "htk", see `mel_filterbank`; "slaney", that of the Auditory Toolbox (Slaney, 1998) and of librosa: 200/3
-            Hz a mel up to 1 kHz, from there on a factor of 6.4 every 27 mels.
+            Hz a mel up to 1 kHz, above it a factor of 6.4 every 27 mels.
 
     Returns:
-        `[num_mels + 2]` Hz, float64: band i lies between i and i + 2, and is centred on i + 1.
+        `[num_mels + 2]` Hz, float64; band i extends from i to i + 2 and has its centre at i + 1.
     """
     span_hz = np.array([f_min_hz, f_max_hz], dtype=np.float64)
     if scale == "htk":
@@ -80,13 +68,7 @@ def mel_edges(
 def triangular_filters(edges_hz: "np.ndarray[Any, Any]", sample_hz: int, n_fft: int) -> "np.ndarray[Any, Any]":
     """Build triangles over the bins of a Fourier transform: filter i rises from edge i to i + 1 and falls to i + 2.
 
-    Args:
-        edges_hz: `[m + 2]` in ascending order.
-        sample_hz: Sample rate in Hz.
-        n_fft: Size of the Fourier transform in samples.
-
-    Returns:
-        `[m, n_fft // 2 + 1]` float64, each with a peak of 1 (between two bins, or on one).
+    Edges `[m + 2]` ascend; returns `[m, n_fft // 2 + 1]` float64, each with a peak of 1 (between two bins, or on one).
     """
     lower, centre, upper = (rearrange(edges_hz[i : len(edges_hz) - 2 + i], "m -> m 1") for i in range(3))
     bins_hz = np.arange(n_fft // 2 + 1) * sample_hz / n_fft
@@ -94,7 +76,17 @@ def triangular_filters(edges_hz: "np.ndarray[Any, Any]", sample_hz: int, n_fft: 
 
 
 class MelSpectrogram(nn.Module):
-    """Mel spectrogram with a Hann window; computed in float32 under autocast too."""
+    """Mel spectrogram with a Hann window; computed in float32 under autocast too.
+
+    Args:
+        n_fft: Size of the Fourier transform (samples).
+        hop_length: Samples per frame.
+        win_length: Samples of the window, centred in the transform; None = `n_fft`.
+        f_max_hz: Upper edge of the highest band; None = half the sample rate.
+        power: 1 for magnitudes, 2 for energies.
+        center: Frame i is centred on sample `i * hop_length`; the wave is reflected at its ends, or padded with zeros
+            if it is too short to reflect. Otherwise frame i begins at that sample.
+    """
 
     filters: Tensor
 
@@ -112,23 +104,6 @@ class MelSpectrogram(nn.Module):
         power: float | int = 1.0,
         center: bool = True,
     ) -> None:
-        """Set the front end.
-
-        Args:
-            sample_hz: Sample rate in Hz.
-            n_fft: Size of the Fourier transform in samples.
-            hop_length: Samples a frame.
-            num_mels: Number of mel bands.
-            win_length: Samples of the window, centred in the transform; None = `n_fft`.
-            f_min_hz: Lower edge of the lowest band.
-            f_max_hz: Upper edge of the highest; None = half the sample rate.
-            power: 1 for magnitudes, 2 for energies.
-            center: Frame i is centred on sample `i * hop_length` (the wave is reflected at its ends, or padded with
-                zeros if it is too short to reflect); otherwise it begins there.
-
-        Raises:
-            ValueError: If a number is out of range, or a mel band would be empty.
-        """
         super().__init__()
         if not 1 <= (win_length or n_fft) <= n_fft or hop_length < 1 or power <= 0:
             raise ValueError(
@@ -141,21 +116,11 @@ class MelSpectrogram(nn.Module):
         self.register_buffer("filters", filters, persistent=False)
 
     def num_frames(self, num_samples: int) -> int:
-        """Count the frames of a wave of `num_samples` samples."""
+        """Frames of a wave of `num_samples` samples."""
         return 1 + (num_samples if self.center else num_samples - self.n_fft) // self.hop_length
 
     def forward(self, wave: Tensor) -> Tensor:
-        """Transform waves.
-
-        Args:
-            wave: `[..., n]` at the module's sample rate.
-
-        Returns:
-            `[..., num_mels, f]` float32, not negative, with `f = num_frames(n)`.
-
-        Raises:
-            ValueError: If `center` is off and the wave is shorter than `n_fft`, or if the wave is empty.
-        """
+        """`[..., n]` to `[..., num_mels, f]` float32, not negative, with `f = num_frames(n)`."""
         num_samples = wave.shape[-1]
         if num_samples < (1 if self.center else self.n_fft):
             raise ValueError(f"wave has {num_samples} samples, need at least {1 if self.center else self.n_fft}")
@@ -164,7 +129,7 @@ class MelSpectrogram(nn.Module):
             if self.center:
                 half = self.n_fft // 2
                 flat = F.pad(flat, (half, half), mode="reflect" if num_samples > half else "constant")
-            # no buffer: rounded with a model of half precision it would leak tones into all bands
+            # not a buffer: rounded with a model of half precision it would leak tones into all bands
             window = torch.hann_window(self.win_length, dtype=torch.float32, device=wave.device)
             spectrum = torch.stft(
                 flat, self.n_fft, self.hop_length, self.win_length, window, center=False, return_complex=True

@@ -1,4 +1,4 @@
-"""Batches of waves of unequal length: checked, split and resampled so that padding reaches nothing."""
+"""Batches of waves of unequal length: checked, split and resampled, without influence of the padding."""
 
 from collections.abc import Iterator
 
@@ -7,21 +7,17 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from audiolm_pytorch.audio.files import resample
+from audiolm_pytorch.audio.resample import resample
 
 __all__ = ["check_waves", "checked_lengths", "items_by_length", "length_mask", "resampled_items"]
 
 
 def check_waves(wave: Tensor, lengths: Tensor | None = None, device: torch.device | None = None) -> None:
-    """Refuse what is no batch of mono waves, and samples that would make everything NaN.
+    """Check that `wave` is a mono batch `[b, n]` of finite floats.
 
     Args:
-        wave: `[b, n]`, float.
-        lengths: Samples `[b]` that belong to each item: what lies beyond may be anything. None = all.
+        lengths: Samples of each item `[b]`; samples behind them may have any value. None = all n.
         device: Where the wave has to be; None = anywhere.
-
-    Raises:
-        ValueError: If it is anything else, empty, on another device, or not finite.
     """
     if wave.ndim != 2 or not wave.is_floating_point() or not wave.numel():
         raise ValueError(
@@ -37,18 +33,7 @@ def check_waves(wave: Tensor, lengths: Tensor | None = None, device: torch.devic
 
 
 def checked_lengths(lengths: Tensor, wave: Tensor) -> Tensor:
-    """Refuse lengths that do not fit a batch.
-
-    Args:
-        lengths: Samples of each item `[b]`.
-        wave: The batch `[b, n]` or `[b, c, n]`.
-
-    Returns:
-        The lengths as int64 on the device of the wave.
-
-    Raises:
-        ValueError: If there are not b whole numbers in 1..n.
-    """
+    """Check that `lengths [b]` are whole numbers in 1..n of `wave [b, n]` or `[b, c, n]`; as int64 on its device."""
     if lengths.shape != wave.shape[:1] or lengths.is_floating_point() or lengths.is_complex():
         raise ValueError(
             f"lengths must be {wave.shape[0]} whole numbers, one an item, got {lengths.dtype} {list(lengths.shape)}"
@@ -59,16 +44,12 @@ def checked_lengths(lengths: Tensor, wave: Tensor) -> Tensor:
 
 
 def length_mask(lengths: Tensor, num_positions: int) -> Tensor:
-    """True where a position lies within its item: lengths `[b]` int64 -> `[b, num_positions]` bool."""
+    """Mark the positions within their item: lengths `[b]` int64 -> `[b, num_positions]` bool."""
     return torch.arange(num_positions, device=lengths.device) < rearrange(lengths, "b -> b 1")
 
 
 def items_by_length(wave: Tensor, lengths: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Split a padded batch into batches without padding.
-
-    Args:
-        wave: `[b, n]` or `[b, c, n]`.
-        lengths: Samples of each item `[b]`; all n if not given.
+    """Split a padded batch `[b, n]` or `[b, c, n]` into batches of equal length, which have no padding.
 
     Yields:
         Rows `[r]` of one length, and their waves `[r, length]` or `[r, c, length]`.
@@ -83,22 +64,13 @@ def items_by_length(wave: Tensor, lengths: Tensor | None) -> Iterator[tuple[Tens
 
 
 def resampled_items(wave: Tensor, from_hz: int, to_hz: int, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Bring every item to another rate on its own, so that the filter never sees another item's padding.
-
-    Args:
-        wave: `[b, n]`.
-        from_hz: Its rate (Hz).
-        to_hz: The rate wanted (Hz).
-        lengths: Samples of each item `[b]`; all n if not given.
+    """Resample every item of `wave [b, n]` alone, so that padding does not change the result.
 
     Returns:
-        The waves at `to_hz` `[b, m]`, padded with zeros, and the samples of each item `[b]`.
-
-    Raises:
-        ValueError: If the rate is not positive or the lengths do not fit.
+        The waves `[b, m]` at `to_hz`, padded with zeros, and the samples of each item `[b]`.
     """
     if from_hz < 1:
         raise ValueError(f"input_sample_hz must be positive, got {from_hz}")
-    own = [wave.shape[1]] * len(wave) if lengths is None else checked_lengths(lengths, wave).tolist()
-    items = [resample(item[:length], from_hz, to_hz) for item, length in zip(wave, own)]
+    samples = [wave.shape[1]] * len(wave) if lengths is None else checked_lengths(lengths, wave).tolist()
+    items = [resample(item[:length], from_hz, to_hz) for item, length in zip(wave, samples)]
     return pad_sequence(items, batch_first=True), torch.tensor([len(item) for item in items], device=wave.device)

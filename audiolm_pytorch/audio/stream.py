@@ -1,43 +1,40 @@
-"""Sound files of any length, block by block: read, resampled and written in little memory."""
+"""Audio files of any length, read, resampled and written block by block in little memory."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import soundfile
-import soxr
 import torch
 from beartype import beartype
 from einops import rearrange, reduce
 from torch import Tensor
+
+from audiolm_pytorch.audio.resample import StreamingResampler, resampled_length
 
 __all__ = [
     "WRITABLE_SUFFIXES",
     "AudioInfo",
     "AudioSource",
     "AudioWriter",
-    "StreamingResampler",
+    "check_finite",
     "open_sound",
-    "refuse_non_finite",
-    "resampled_length",
     "sound_blocks",
     "with_channels",
 ]
 
-BLOCK_FRAMES = 2**16
-SUBTYPES = {".wav": "PCM_16", ".flac": "PCM_16", ".ogg": "VORBIS"}
-WRITABLE_SUFFIXES = tuple(SUBTYPES)
-RESAMPLER_QUALITY = "HQ"
+_BLOCK_FRAMES = 2**16
+_SUBTYPES = {".wav": "PCM_16", ".flac": "PCM_16", ".ogg": "VORBIS"}
+WRITABLE_SUFFIXES = tuple(_SUBTYPES)
 
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """What an audio file holds: its rate, its length in samples per channel, and its channels."""
+    """Rate, length (samples per channel) and channels of an audio file."""
 
     sample_hz: int
     num_samples: int
@@ -46,7 +43,7 @@ class AudioInfo:
 
 @contextmanager
 def open_sound(path: Path) -> Iterator[soundfile.SoundFile]:
-    """Open a sound file; whatever libsndfile says, inside the block too, becomes a ValueError that names the path."""
+    """Open an audio file; libsndfile's errors, also those inside the block, become ValueErrors that name the path."""
     if not path.is_file():
         raise ValueError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
     if path.stat().st_size == 0:
@@ -59,17 +56,17 @@ def open_sound(path: Path) -> Iterator[soundfile.SoundFile]:
 
 
 def sound_blocks(file: soundfile.SoundFile, num_frames: int) -> Iterator[np.ndarray]:
-    """Read up to `num_frames` from where the file stands, in blocks `[n, c]` float32.
+    """Read up to `num_frames` from the current position, in blocks `[n, c]` float32.
 
     One long read stops at the first hole of a damaged file, and soundfile's own `blocks` repeats old samples where a
-    file ends before its header says: this does neither.
+    file ends before its header says; this does neither.
     """
-    while num_frames > 0 and len(block := file.read(min(num_frames, BLOCK_FRAMES), dtype="float32", always_2d=True)):
+    while num_frames > 0 and len(block := file.read(min(num_frames, _BLOCK_FRAMES), dtype="float32", always_2d=True)):
         num_frames -= len(block)
         yield block
 
 
-def refuse_non_finite(samples: np.ndarray, path: Path) -> None:
+def check_finite(samples: np.ndarray, path: Path) -> None:
     """Raise a ValueError that names the file if a sample is NaN or infinite."""
     if not np.isfinite(samples).all():
         raise ValueError(f"{path}: holds NaN or infinite samples")
@@ -88,65 +85,18 @@ def with_channels(wave: np.ndarray, channels: int | None, path: Path) -> np.ndar
     )
 
 
-def resampled_length(num_samples: int, from_hz: int, to_hz: int) -> int:
-    """Length after resampling: the last instant that any input sample stands for is still covered."""
-    return -(-num_samples * to_hz // from_hz)
-
-
-class StreamingResampler:
-    """Resample a wave that arrives in pieces; the concatenated output equals `audio.resample` of the whole wave.
-
-    Args:
-        from_hz: Rate of the pieces (Hz).
-        to_hz: Rate wanted (Hz).
-        channels: Channels of every piece.
-    """
-
-    @beartype
-    def __init__(self, from_hz: int, to_hz: int, channels: int) -> None:
-        self.from_hz, self.to_hz, self.channels = from_hz, to_hz, channels
-        self.num_taken = self.num_given = 0
-        self._stream: Any = None
-        if from_hz != to_hz:
-            self._stream = soxr.ResampleStream(from_hz, to_hz, channels, dtype="float32", quality=RESAMPLER_QUALITY)
-
-    def push(self, wave: Tensor) -> Tensor:
-        """Take a piece `[c, n]` and give what is ready, `[c, m]` (m may be 0)."""
-        self.num_taken += wave.shape[-1]
-        return self._given(wave if self._stream is None else self._resampled(wave))
-
-    def finish(self) -> Tensor:
-        """Give the rest, so that there are `resampled_length` samples in all; nothing can be pushed afterwards."""
-        wanted = resampled_length(self.num_taken, self.from_hz, self.to_hz) - self.num_given
-        if self._stream is None or wanted <= 0:
-            return torch.zeros(self.channels, 0)
-        # zeros behind the end (which soxr assumes there anyway), since it rounds the length where we want the ceiling
-        tail = torch.zeros(self.channels, self.from_hz // self.to_hz + 2)
-        return self._given(self._resampled(tail, last=True)[:, :wanted])
-
-    def _resampled(self, wave: Tensor, last: bool = False) -> Tensor:
-        columns = np.ascontiguousarray(rearrange(wave.numpy(), "c n -> n c"))
-        made = self._stream.resample_chunk(columns, last=last)
-        return torch.from_numpy(np.ascontiguousarray(rearrange(made, "n c -> c n")))
-
-    def _given(self, wave: Tensor) -> Tensor:
-        self.num_given += wave.shape[-1]
-        return wave
-
-
 class AudioSource:
-    """A sound file as a sequence of blocks `[c, n]` float32 at a given rate; joined they are what `read_audio` gives.
+    """An audio file as blocks `[c, n]` float32 at a given rate, whose concatenation equals `read_audio`.
 
-    After it has been gone through once, `info` says what the file really held, and `num_samples` is the length of the
-    blocks together.
+    `info` is that of the header; after one iteration its `num_samples` is the number of samples that were decoded, and
+    the attribute `num_samples` the total length of the blocks.
 
     Args:
-        path: An audio file.
-        sample_hz: Rate wanted (Hz); None keeps the file's own.
-        channels: 1 averages all channels, None keeps them; another number must be the file's own (mono is repeated).
+        sample_hz: Rate of the blocks (Hz); None keeps the rate of the file.
+        channels: 1 averages all channels, None keeps them; another number must be that of the file (mono is repeated).
 
     Raises:
-        ValueError: If the file cannot be read; while iterating if it is damaged, empty, or holds NaN.
+        ValueError: If the file cannot be read; during iteration if it is damaged, empty, or holds NaN.
     """
 
     @beartype
@@ -159,46 +109,43 @@ class AudioSource:
 
     def __iter__(self) -> Iterator[Tensor]:
         """Yield the blocks, each with at least one sample."""
-        info = self.info
-        resampler = StreamingResampler(info.sample_hz, self.sample_hz, self.channels)
+        resampler = StreamingResampler(self.info.sample_hz, self.sample_hz, self.channels)
         num_samples = 0
         with open_sound(self.path) as file:
             for block in sound_blocks(file, file.frames):
-                refuse_non_finite(block, self.path)
+                check_finite(block, self.path)
                 num_samples += len(block)
                 columns = with_channels(np.ascontiguousarray(block.T), self.channels, self.path)
-                piece = resampler.push(torch.from_numpy(columns))
-                if piece.shape[-1]:
-                    yield piece
+                chunk = resampler.push(torch.from_numpy(columns))
+                if chunk.shape[-1]:
+                    yield chunk
             if num_samples == 0:
                 raise ValueError(f"{self.path}: the file holds no samples")
-            # An MP3 without an index (Xing header) only guesses its length; every other format knows it.
+            # An MP3 without an index (Xing header) only estimates its length; every other format knows it.
             if num_samples < file.frames and file.format != "MP3":
                 raise ValueError(
                     f"{self.path}: the file is damaged, {num_samples} of {file.frames} samples can be decoded"
                 )
-        self.info = AudioInfo(sample_hz=info.sample_hz, num_samples=num_samples, channels=info.channels)
-        piece = resampler.finish()
-        self.num_samples = resampler.num_given
-        if piece.shape[-1]:
-            yield piece
+        self.info = replace(self.info, num_samples=num_samples)
+        chunk = resampler.finish()
+        self.num_samples = resampler.num_returned
+        if chunk.shape[-1]:
+            yield chunk
 
 
 class AudioWriter:
-    """A sound file that is written piece by piece and appears under its name only when it is complete.
+    """Writes an audio file chunk by chunk; the file appears under its name only when it is complete.
 
         with AudioWriter("music.wav", sample_hz=16000, channels=1) as writer:
             writer.write(wave)
 
-    The file and missing folders are made with the first piece; an error inside the block leaves nothing behind.
+    The file and missing folders are created with the first chunk; an error inside the block leaves nothing behind.
 
     Args:
         path: Name ending in .wav (16-bit), .flac (16-bit) or .ogg (Vorbis).
-        sample_hz: Sample rate in Hz.
-        channels: Channels of every piece.
 
     Raises:
-        ValueError: If the suffix is none of these; later if a sample is not finite, the format refuses the rate or the
+        ValueError: If the suffix is another; later if a sample is not finite, the format refuses the rate or the
             channels, or nothing was written.
     """
 
@@ -206,11 +153,11 @@ class AudioWriter:
     def __init__(self, path: str | Path, sample_hz: int, channels: int) -> None:
         self.path, self.sample_hz, self.channels = Path(path), sample_hz, channels
         suffix = self.path.suffix.lower()
-        if suffix not in SUBTYPES:
+        if suffix not in _SUBTYPES:
             raise ValueError(
-                f"{path}: cannot write {suffix or 'a name without suffix'}; use one of {', '.join(SUBTYPES)}"
+                f"{path}: cannot write {suffix or 'a name without suffix'}; use one of {', '.join(_SUBTYPES)}"
             )
-        self._subtype = SUBTYPES[suffix]
+        self._subtype = _SUBTYPES[suffix]
         self._partial = self.path.with_name(f".{self.path.stem}.{os.getpid()}.partial{suffix}")
         self._file: soundfile.SoundFile | None = None
 
@@ -219,9 +166,9 @@ class AudioWriter:
 
     @beartype
     def write(self, wave: Tensor) -> None:
-        """Append `wave [c, n]`; full scale is -1..1 and what lies beyond is clipped."""
+        """Append `wave [c, n]` in -1..1; louder samples are clipped."""
         samples = wave.detach().to("cpu", torch.float32).numpy()
-        refuse_non_finite(samples, self.path)
+        check_finite(samples, self.path)
         columns = rearrange(samples, "c n -> n c")
         with self._errors():
             if self._file is None:
@@ -229,9 +176,9 @@ class AudioWriter:
                 self._file = soundfile.SoundFile(
                     self._partial, "w", samplerate=self.sample_hz, channels=self.channels, subtype=self._subtype
                 )
-            # In blocks: libsndfile's Vorbis encoder puts what one call brings on the stack, and long files overflow it.
-            for begin in range(0, len(columns), BLOCK_FRAMES):
-                self._file.write(columns[begin : begin + BLOCK_FRAMES])
+            # libsndfile's Vorbis encoder keeps the samples of one call on the stack, which long files overflow
+            for begin in range(0, len(columns), _BLOCK_FRAMES):
+                self._file.write(columns[begin : begin + _BLOCK_FRAMES])
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
@@ -247,7 +194,7 @@ class AudioWriter:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """What libsndfile says becomes a ValueError that names the path."""
+        """Turn libsndfile's errors into ValueErrors that name the path."""
         try:
             yield
         except soundfile.LibsndfileError as error:

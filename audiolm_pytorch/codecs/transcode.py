@@ -9,7 +9,8 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor
 
-from audiolm_pytorch.audio.stream import AudioSource, AudioWriter, StreamingResampler
+from audiolm_pytorch.audio.resample import StreamingResampler
+from audiolm_pytorch.audio.stream import AudioSource, AudioWriter
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.codecs.code_file import CodesInfo, StoredCodes
 from audiolm_pytorch.codecs.loudness import codes_and_scales, wave_of

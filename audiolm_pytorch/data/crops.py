@@ -9,7 +9,8 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
-from audiolm_pytorch.audio.files import read_audio, resample, resample_source_span
+from audiolm_pytorch.audio.files import read_audio
+from audiolm_pytorch.audio.resample import resample, resample_source_span
 from audiolm_pytorch.data.manifest import AudioItem
 
 __all__ = ["Crop", "CropDataset", "crop_seconds"]

@@ -13,11 +13,11 @@ from typing import Any
 from beartype import beartype
 
 from audiolm_pytorch.audio.files import decoded_info
-from audiolm_pytorch.data.descriptions import (
+from audiolm_pytorch.data.captions import (
     SIDECAR_SUFFIXES,
+    caption_and_labels,
     json_lines,
-    sidecar_description,
-    split_description,
+    read_sidecar,
     texts_in,
 )
 
@@ -200,13 +200,13 @@ def _folder_entries(folder: Path) -> tuple[list[ItemEntry], list[Rejected]]:
         labels: dict[str, Any] = {}
         for sidecar in sidecars:
             try:
-                caption, own = sidecar_description(sidecar)
+                caption, own = read_sidecar(sidecar)
             except (ValueError, OSError) as error:
                 unread.append(Rejected(sidecar, f"{error}; mend or delete it, {path.name} is used without it"))
                 continue
             captions += [caption, *own.pop("captions", ())]
             labels |= own
-        entries.append(ItemEntry(path, *split_description(labels | {"captions": captions})))
+        entries.append(ItemEntry(path, *caption_and_labels(labels | {"captions": captions})))
     return entries, unread
 
 
@@ -226,7 +226,7 @@ def _manifest_entry(fields: dict[str, Any], manifest: Path, number: int) -> Item
     try:
         if not isinstance(audio, str) or not audio:
             raise ValueError(f"'audio' must be a path, got {audio!r}")
-        return ItemEntry(manifest.parent / audio, *split_description(fields))
+        return ItemEntry(manifest.parent / audio, *caption_and_labels(fields))
     except ValueError as error:
         raise ValueError(f"{manifest}, line {number}: {error}") from error
 

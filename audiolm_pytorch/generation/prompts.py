@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor
 
-from audiolm_pytorch.audio.files import read_audio, resample
+from audiolm_pytorch.audio.files import read_audio
+from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.generation.request import Prime
 from audiolm_pytorch.lm.tokenizing import tokenize

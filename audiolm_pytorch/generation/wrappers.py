@@ -6,7 +6,7 @@ import torch
 from beartype import beartype
 from torch import Tensor, nn
 
-from audiolm_pytorch.audio.files import resample
+from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.audio.units import frames_inside
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.tensors import Conditioner, Conditions, ConditionTensor, TextEncoder

@@ -30,7 +30,7 @@ from audiolm_pytorch.semantic.base import FrameEncoder
 from audiolm_pytorch.semantic.features import FeatureShards, plan_crops, write_features
 from audiolm_pytorch.semantic.tokenizer import KMeansTokenizer
 from audiolm_pytorch.training.checkpoint import differences
-from audiolm_pytorch.training.distributed import own_accelerator
+from audiolm_pytorch.training.distributed import create_accelerator
 from audiolm_pytorch.training.tracking import progress_bar
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class KMeansTrainer:
             ValueError: If the folder holds a run of other settings (the message shows the difference), or features
                 are not finite.
         """
-        accelerator = self._accelerator = self._accelerator or own_accelerator()
+        accelerator = self._accelerator = self._accelerator or create_accelerator()
         self._claim(accelerator)
         if not self.is_finished:
             self._write_features(accelerator)

@@ -12,12 +12,19 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     import accelerate
 
-__all__ = ["PersistentBuffers", "average_gradients", "broadcast_tensors", "merge_means", "own_accelerator", "to_device"]
+__all__ = [
+    "PersistentBuffers",
+    "average_gradients",
+    "broadcast_tensors",
+    "merge_means",
+    "create_accelerator",
+    "to_device",
+]
 
 _BUCKET_NUMEL = 2**25  # 128 MiB of float32: few collectives, and little memory beside the gradients
 
 
-def own_accelerator() -> "accelerate.Accelerator":
+def create_accelerator() -> "accelerate.Accelerator":
     """Make an Accelerator for a loop that was handed none; its process group ends with the process.
 
     Ending it with the training would leave a second training of the same process without one. Several processes on a

@@ -9,9 +9,9 @@ from torch import nn
 
 from audiolm_pytorch.saving.files import read_json, read_weights
 from audiolm_pytorch.saving.modules import load_weights
-from audiolm_pytorch.training.distributed import own_accelerator
-from audiolm_pytorch.training.rng import preserved_generators
-from audiolm_pytorch.training.run import LiveRun, RowWatch, TrainResult, identity_of, refuse_other_run
+from audiolm_pytorch.training.distributed import create_accelerator
+from audiolm_pytorch.training.rng import preserve_rng
+from audiolm_pytorch.training.run import LiveRun, RowWatch, TrainResult, check_same_run, identity_of
 from audiolm_pytorch.training.task import LoopSettings, Phase, Task
 
 if TYPE_CHECKING:
@@ -81,9 +81,9 @@ class TrainLoop:
         if self.is_finished:
             finished = read_json(self.folder / "finished.json")
             identity = identity_of(self.task, self.settings, accelerator)
-            refuse_other_run(self.folder, finished["step"], finished["run"], identity, self.task)
+            check_same_run(self.folder, finished["step"], finished["run"], identity, self.task)
             return TrainResult(finished["step"], finished["metrics"])
-        with preserved_generators():
+        with preserve_rng():
             try:
                 if self._live is None:
                     self._live = LiveRun(self.task, self.settings, self.folder, accelerator, self._watch)
@@ -141,7 +141,7 @@ class TrainLoop:
     def _running_accelerator(self) -> "accelerate.Accelerator":
         """Give the Accelerator that was handed in, or the loop's own."""
         if self._accelerator is None:
-            self._accelerator = own_accelerator()
+            self._accelerator = create_accelerator()
         return self._accelerator
 
 

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-__all__ = ["preserved_generators", "seed_generators"]
+__all__ = ["preserve_rng", "seed_rng"]
 
 
-def seed_generators(seed: int, *position: int | str, device: torch.device) -> None:
+def seed_rng(seed: int, *position: int | str, device: torch.device) -> None:
     """Seed the global generators of torch, numpy and `random` from a seed and a position in the run.
 
     Args:
@@ -31,7 +31,7 @@ def seed_generators(seed: int, *position: int | str, device: torch.device) -> No
 
 
 @contextmanager
-def preserved_generators() -> Iterator[None]:
+def preserve_rng() -> Iterator[None]:
     """Give the global generators back as they were: a training run must not seed the program around it."""
     numpy_state, python_state = np.random.get_state(), random.getstate()
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []

@@ -17,7 +17,7 @@ from audiolm_pytorch.training.checkpoint import Checkpoint, CheckpointFolder, di
 from audiolm_pytorch.training.distributed import PersistentBuffers, broadcast_tensors, merge_means, to_device
 from audiolm_pytorch.training.ema import WeightAverage
 from audiolm_pytorch.training.optimizer import PhaseOptimizer
-from audiolm_pytorch.training.rng import seed_generators
+from audiolm_pytorch.training.rng import seed_rng
 from audiolm_pytorch.training.schedule import learning_rate_at
 from audiolm_pytorch.training.task import LoopSettings, Phase, Task
 from audiolm_pytorch.training.tracking import MetricsFile, MetricWindow, finite_or_none, progress_bar, with_chance
@@ -25,7 +25,7 @@ from audiolm_pytorch.training.tracking import MetricsFile, MetricWindow, finite_
 if TYPE_CHECKING:
     import accelerate
 
-__all__ = ["LiveRun", "RowWatch", "TrainResult", "identity_of", "refuse_other_run"]
+__all__ = ["LiveRun", "RowWatch", "TrainResult", "identity_of", "check_same_run"]
 
 RowWatch = Callable[[Mapping[str, Any]], None]
 
@@ -88,11 +88,11 @@ class LiveRun:
         accelerator.wait_for_everyone()
         checkpoint = self.checkpoints.read() if self.checkpoints.path.exists() else None
         if checkpoint is not None:
-            refuse_other_run(folder, checkpoint.step, checkpoint.state["run"], self.identity, task)
+            check_same_run(folder, checkpoint.step, checkpoint.state["run"], self.identity, task)
         task.module.to(accelerator.device)
         if checkpoint is None:
             # The same on every process: what it does with random numbers must not depend on the rank.
-            seed_generators(settings.seed, "before_training", device=accelerator.device)
+            seed_rng(settings.seed, "before_training", device=accelerator.device)
             task.before_training()
         else:
             load_weights(task.module, checkpoint.tensors["model"], where=f"the weights in {self.checkpoints.path}")
@@ -142,7 +142,7 @@ class LiveRun:
     def _step(self) -> None:
         """Do one step of every phase on the same batches."""
         settings, step = self.settings, self.progress.step
-        seed_generators(settings.seed, step, self.accelerator.process_index, device=self.accelerator.device)
+        seed_rng(settings.seed, step, self.accelerator.process_index, device=self.accelerator.device)
         micro_steps = range(step * settings.grad_accum_every, (step + 1) * settings.grad_accum_every)
         indices = [self.plan.indices(micro_step) for micro_step in micro_steps]
         batches = [to_device(self.task.batch(one), self.accelerator.device) for one in indices]
@@ -205,7 +205,7 @@ class LiveRun:
     def _validate(self) -> None:
         """Measure with the averaged weights, on every process, since a validation may hold collective calls."""
         self.task.module.eval()
-        seed_generators(self.settings.seed, "validate", device=self.accelerator.device)
+        seed_rng(self.settings.seed, "validate", device=self.accelerator.device)
         precision = torch.autocast(
             self.accelerator.device.type, dtype=torch.bfloat16, enabled=self.settings.precision == "bf16"
         )
@@ -287,7 +287,7 @@ def _phase_identity(phase: Phase) -> str:
     return phase.name if phase.first_step == 0 else f"{phase.name} from step {phase.first_step}"
 
 
-def refuse_other_run(folder: Path, step: int, there: dict[str, Any], here: dict[str, Any], task: Task) -> None:
+def check_same_run(folder: Path, step: int, there: dict[str, Any], here: dict[str, Any], task: Task) -> None:
     """Raise unless what a folder holds belongs to this run; what older releases did not write is not compared."""
     newer = getattr(task, "newer_identity", ())
     lines = differences(there, {name: value for name, value in here.items() if name in there or name not in newer})

@@ -209,7 +209,8 @@ def _complain(message: str) -> None:
 
 
 def _evaluate(command: Evaluate) -> int:
-    from audiolm_pytorch.audio.files import read_audio, resample
+    from audiolm_pytorch.audio.files import read_audio
+    from audiolm_pytorch.audio.resample import resample
     from audiolm_pytorch.saving.files import write_json
     from musiclm_pytorch.evaluation.codec_report import codec_report, distance_row, rows_table
     from musiclm_pytorch.evaluation.opus import opus_row

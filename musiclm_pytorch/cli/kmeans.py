@@ -59,11 +59,11 @@ def run_train_kmeans(command: TrainKmeans) -> int:
     check_folder(command.out)
 
     from audiolm_pytorch.semantic import KMeansTrainer
-    from audiolm_pytorch.training.distributed import own_accelerator
+    from audiolm_pytorch.training.distributed import create_accelerator
     from musiclm_pytorch.pipeline.run_folder import alone_in, sweep
     from musiclm_pytorch.pretrained.bundled import encoder_named
 
-    accelerator = own_accelerator()
+    accelerator = create_accelerator()
     encoder = encoder_named(command.encoder, offline=command.offline)
     job = KMeansTrainer(
         encoder=encoder.to(accelerator.device if command.device == "auto" else device_named(command.device)),

@@ -9,8 +9,8 @@ from beartype import beartype
 from torch import Tensor
 from torch.nn import functional as F
 
-from audiolm_pytorch.audio.files import resample
 from audiolm_pytorch.audio.mel import MelSpectrogram
+from audiolm_pytorch.audio.resample import resample
 from musiclm_pytorch.evaluation.report import Metric
 
 __all__ = ["melody_similarity", "melody_spectrogram", "nearest_similarity", "novelty_metrics"]

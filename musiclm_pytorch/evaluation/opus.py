@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from audiolm_pytorch.audio.files import resample
+from audiolm_pytorch.audio.resample import resample
 from musiclm_pytorch.evaluation.codec_report import CodecRow, distance_row
 
 __all__ = ["OpusCopy", "check_bitrate", "opus_copy", "opus_row", "require_opus"]

@@ -14,7 +14,7 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
-from audiolm_pytorch.data.descriptions import is_encodable
+from audiolm_pytorch.data.captions import is_encodable
 from audiolm_pytorch.data.manifest import AudioItem
 from musiclm_pytorch.evaluation.report import mean_of_classes
 from musiclm_pytorch.mulan.joint import JointEmbedding

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from beartype import beartype
 
-from audiolm_pytorch.data.descriptions import is_encodable, texts_in
+from audiolm_pytorch.data.captions import is_encodable, texts_in
 from audiolm_pytorch.data.manifest import AudioItem, captions_of
 
 __all__ = ["CaptionSampler", "aspects_of", "parse_aspects", "texts_of"]

@@ -16,7 +16,7 @@ from typing import Any
 
 from beartype import beartype
 
-from audiolm_pytorch.data.descriptions import split_description
+from audiolm_pytorch.data.captions import caption_and_labels
 from audiolm_pytorch.data.manifest import AudioItem, ItemEntry, ItemReport, Rejected, audio_files, check_entries
 from musiclm_pytorch.mulan.captions import parse_aspects
 
@@ -145,7 +145,7 @@ def _entry(clip: CaptionedClip, path: Path) -> ItemEntry:
     # one label for what is not about the music: lone columns such as is_audioset_eval would look like tags
     about = {"ytid": clip.ytid, "start_s": clip.start_seconds, "end_s": clip.end_seconds, **clip.about}
     labels = {"aspects": list(clip.aspects), "musiccaps": about}
-    return ItemEntry(path, *split_description({"captions": list(clip.captions), **labels}))
+    return ItemEntry(path, *caption_and_labels({"captions": list(clip.captions), **labels}))
 
 
 def _without_whole_videos(report: ItemReport, clips: Path) -> tuple[list[AudioItem], list[Rejected]]:

@@ -18,7 +18,7 @@ from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
 from audiolm_pytorch.lm.stage_transformer import AudioTokens
 from audiolm_pytorch.saving.modules import weights_of
 from audiolm_pytorch.semantic import BestRQ, SemanticTokenizer
-from audiolm_pytorch.training.rng import preserved_generators
+from audiolm_pytorch.training.rng import preserve_rng
 from musiclm_pytorch.mulan import MuLaN
 from musiclm_pytorch.pipeline.builders import (
     LANGUAGE_MODELS,
@@ -120,7 +120,7 @@ def estimate_stages(pipeline: Pipeline, stage: str = "all") -> list[StageEstimat
     """
     check_stage(stage)
     probe = _Probe(pipeline)
-    with preserved_generators():
+    with preserve_rng():
         return [probe.estimate(name) for name in (STAGES if stage == "all" else [stage])]
 
 

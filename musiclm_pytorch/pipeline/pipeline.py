@@ -27,8 +27,8 @@ from audiolm_pytorch.saving.files import read_weights
 from audiolm_pytorch.saving.modules import load_weights, part_fingerprint, read_json, save_module, write_json
 from audiolm_pytorch.semantic import SemanticTokenizer
 from audiolm_pytorch.semantic.best_rq.training import SemanticTokenizerTrainer
-from audiolm_pytorch.training.distributed import own_accelerator
-from audiolm_pytorch.training.rng import preserved_generators, seed_generators
+from audiolm_pytorch.training.distributed import create_accelerator
+from audiolm_pytorch.training.rng import preserve_rng, seed_rng
 from musiclm_pytorch.mulan import JointEmbedding
 from musiclm_pytorch.mulan.captions import CaptionSampler, aspects_of
 from musiclm_pytorch.mulan.trainer import MuLaNTrainer
@@ -132,7 +132,7 @@ class Pipeline:
     @cached_property
     def accelerator(self) -> "accelerate.Accelerator":
         """The Accelerator that every stage shares."""
-        return self._accelerator or own_accelerator()
+        return self._accelerator or create_accelerator()
 
     @property
     def model_folder(self) -> Path:
@@ -231,9 +231,9 @@ class Pipeline:
             sweep(self.out / stage)
         # Nobody may have begun to write what would be swept away.
         self.accelerator.wait_for_everyone()
-        with preserved_generators():
+        with preserve_rng():
             # initial weights are a pure function of seed and stage, whichever stages ran before in this process
-            seed_generators(self.seed, stage, device=self.accelerator.device)
+            seed_rng(self.seed, stage, device=self.accelerator.device)
             metrics = runner()
         # steps of earlier sessions are in the loop's own count
         seconds = time.monotonic() - started + metrics.pop("earlier_seconds", 0.0)
@@ -380,7 +380,7 @@ class Pipeline:
         self.accelerator.wait_for_everyone()
 
     def _load(self, stage: str, kind: Any) -> Any:
-        with preserved_generators():  # whatever a part is built with, it moves no initial weights
+        with preserve_rng():  # whatever a part is built with, it moves no initial weights
             return load_part(self._result(stage), kind, device=self.accelerator.device)
 
     # tokens

@@ -12,7 +12,7 @@ from audiolm_pytorch.audio.units import frames_inside
 from audiolm_pytorch.codecs import Codec
 from audiolm_pytorch.saving.modules import load_module, module_spec, weights_of
 from audiolm_pytorch.semantic import SemanticTokenizer
-from audiolm_pytorch.training.rng import preserved_generators
+from audiolm_pytorch.training.rng import preserve_rng
 from musiclm_pytorch.mulan import JointEmbedding
 from musiclm_pytorch.pipeline.builders import (
     LANGUAGE_MODELS,
@@ -92,7 +92,7 @@ def check_given(preset: Preset, given: Mapping[str, nn.Module]) -> None:
         except TypeError as error:
             raise ValueError(f"the {type(module).__name__} given for {stage} cannot be saved: {error}") from error
     if "codec" in given or "semantic-tokenizer" in given:
-        with preserved_generators():
+        with preserve_rng():
             codec = given.get("codec") or build_codec(preset)
             tokenizer = given.get("semantic-tokenizer") or build_semantic_tokenizer(preset)
             for stage in LANGUAGE_MODELS:

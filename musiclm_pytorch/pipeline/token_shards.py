@@ -9,8 +9,8 @@ import torch
 from beartype import beartype
 
 from audiolm_pytorch.codecs import Codec
+from audiolm_pytorch.data.captions import encode_texts
 from audiolm_pytorch.data.crops import CropDataset
-from audiolm_pytorch.data.descriptions import encode_texts
 from audiolm_pytorch.data.manifest import AudioItem
 from audiolm_pytorch.data.shards import TokenShards, write_shards
 from audiolm_pytorch.lm.token_fingerprints import shard_fingerprint

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from audiolm_pytorch import audiolm
-from audiolm_pytorch.audio.files import resample
+from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.audiolm import AudioLM
 from audiolm_pytorch.conditioning.tensors import Conditions
 from audiolm_pytorch.generation.sampling import SamplingSettings

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from audiolm_pytorch import MusicLMSoundStream, SoundStream, SoundStreamTrainer
-from audiolm_pytorch.audio.files import read_audio, resample, write_audio
+from audiolm_pytorch.audio.files import read_audio, write_audio
+from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.codecs.measures import si_sdr_db
 from audiolm_pytorch.codecs.training import MultiScaleMelLoss
 from audiolm_pytorch.data.manifest import load_items

@@ -6,7 +6,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from audiolm_pytorch.audio.files import resample
+from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.audiolm import AudioLM
 from audiolm_pytorch.conditioning.tensors import Conditions
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer

@@ -73,7 +73,7 @@ class CodecLossWeights:
             raise ValueError("feature_matching needs adversarial > 0: without it the discriminators stay untrained")
 
     @property
-    def unjudged(self) -> "CodecLossWeights":
+    def reconstruction_only(self) -> "CodecLossWeights":
         """The same without discriminators."""
         return replace(self, adversarial=0.0, feature_matching=0.0)
 
@@ -119,7 +119,7 @@ class CodecTask:
         valid: Crops to validate on.
         weights: Of the losses.
         discriminators: Module `wave [b, c, n] -> list of ScaleOutput`; needed where the adversarial weight is above 0.
-        adversarial_from_step: Steps before the discriminators begin to learn.
+        adversarial_start_step: Steps before the discriminators begin to learn.
         discriminator_lead_steps: Steps that they learn before the codec heeds them. The balancer gives a judge that
             knows nothing as much of the gradient as one that knows something, and that ruins a trained codec.
         unquantized_steps: Steps before the codes are used, and codebooks that are untrained are initialised.
@@ -142,19 +142,19 @@ class CodecTask:
         *,
         weights: CodecLossWeights = MEL_ONLY,
         discriminators: nn.Module | None = None,
-        adversarial_from_step: int = 0,
+        adversarial_start_step: int = 0,
         discriminator_lead_steps: int = 0,
         unquantized_steps: int = 300,
         frames_per_code: int = 25,
         validation_crops: int = 64,
         noise: tuple[NoiseMixer, NoiseMixer] | None = None,
     ) -> None:
-        _check(codec, weights, discriminators, adversarial_from_step, discriminator_lead_steps, noise)
+        _check(codec, weights, discriminators, adversarial_start_step, discriminator_lead_steps, noise)
         self.codec, self.train, self.valid, self.noise = codec, train, valid, noise
         self.weights, self.discriminators = weights, discriminators
         self.unquantized_steps, self.frames_per_code = unquantized_steps, frames_per_code
-        self.adversarial_from_step = adversarial_from_step
-        self.heeded_from_step = adversarial_from_step + discriminator_lead_steps
+        self.adversarial_start_step = adversarial_start_step
+        self.heeded_from_step = adversarial_start_step + discriminator_lead_steps
         self.validation_crops = min(validation_crops, len(valid))
         self.mel_loss = MultiScaleMelLoss(codec.target_sample_hz)
         self.balancer = LossBalancer(weights.on_wave) if len(weights.on_wave) > 1 else None
@@ -168,7 +168,7 @@ class CodecTask:
         self.module: nn.Module = nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
         self.phases: tuple[Phase, ...] = (Phase("generator", (codec,), self._generator_loss),)
         if discriminators is not None:
-            judging = Phase("discriminator", (discriminators,), self._discriminator_loss, adversarial_from_step)
+            judging = Phase("discriminator", (discriminators,), self._discriminator_loss, adversarial_start_step)
             self.phases += (judging,)
         # What the generator phase made of the batches of one step, for the discriminator phase of the same step.
         self._made: list[tuple[CodecBatch, Tensor]] = []
@@ -239,7 +239,7 @@ class CodecTask:
             losses["mel"] = self.mel_loss(wave, batch.wanted)
         if self.weights.waveform:
             losses["waveform"] = (wave - batch.wanted).abs().mean()
-        if self.discriminators is not None and step >= self.adversarial_from_step:
+        if self.discriminators is not None and step >= self.adversarial_start_step:
             self._hand_over(batch, wave.detach(), step)
             if step >= self.heeded_from_step:
                 losses.update(self._judgement(self.discriminators, wave, batch.wanted))
@@ -332,7 +332,7 @@ def _check(
     codec: SoundStream,
     weights: CodecLossWeights,
     discriminators: nn.Module | None,
-    adversarial_from_step: int,
+    adversarial_start_step: int,
     discriminator_lead_steps: int,
     noise: tuple[NoiseMixer, NoiseMixer] | None,
 ) -> None:
@@ -340,16 +340,16 @@ def _check(
     if (discriminators is not None) != (weights.adversarial > 0):
         given = "no discriminators" if discriminators is None else "discriminators"
         raise ValueError(f"got {given} and an adversarial weight of {weights.adversarial}; give both or neither")
-    if min(adversarial_from_step, discriminator_lead_steps) < 0:
+    if min(adversarial_start_step, discriminator_lead_steps) < 0:
         raise ValueError(
-            "adversarial_from_step and discriminator_lead_steps must be 0 or more, got "
-            f"{adversarial_from_step} and {discriminator_lead_steps}"
+            "adversarial_start_step and discriminator_lead_steps must be 0 or more, got "
+            f"{adversarial_start_step} and {discriminator_lead_steps}"
         )
-    unheeded = adversarial_from_step + discriminator_lead_steps
+    unheeded = adversarial_start_step + discriminator_lead_steps
     if unheeded and not (weights.mel or weights.waveform):
         raise ValueError(
             f"nothing is learnt in the {unheeded} steps before the discriminators are heeded: give mel or waveform a "
-            "weight, or adversarial_from_step=0 and discriminator_lead_steps=0"
+            "weight, or adversarial_start_step=0 and discriminator_lead_steps=0"
         )
     if discriminators is not None:
         with torch.no_grad():

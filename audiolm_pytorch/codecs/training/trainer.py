@@ -36,7 +36,7 @@ class SoundStreamTrainer:
     A run that leaves the range of a healthy one is told of in the log, see `CurveWatch`. To fine-tune, hand in a codec
     and discriminators that were loaded from the `results_folder` of an earlier run
     (`SoundStream.init_and_load_from(folder / "codec")`, `load_module(folder / "discriminators")`), with
-    `adversarial_from_step=0` and `discriminator_lead_steps=0`; the optimizers begin anew.
+    `adversarial_start_step=0` and `discriminator_lead_steps=0`; the optimizers begin anew.
 
     Args:
         soundstream: The codec, `SoundStream` or `SpectralSoundStream`; trained in place.
@@ -48,12 +48,12 @@ class SoundStreamTrainer:
         data_max_length_seconds: Seconds of a crop; 1 if neither is given.
         results_folder: Where checkpoints, metrics and samples go, and at the end the codec (`results_folder/codec`) and
             the discriminators (`results_folder/discriminators`).
-        loss_weights: Of the losses; `CodecLossWeights()` if not given, without discriminators its `unjudged`.
+        loss_weights: `CodecLossWeights()` if not given, and its `reconstruction_only` without discriminators.
             `MEL_ONLY` trains by the mel distance alone.
         discriminators: Judges of the codec, trained in place, e.g. `soundstream_discriminators(channels=1)`, which on a
             CPU take longer than a small codec (with `width=8` a fifth of that); None trains by reconstruction alone.
             Their class must be registered (`audiolm_pytorch.saving.modules.register`), since they are saved.
-        adversarial_from_step: Steps before they begin to learn; a quarter of the run if not given.
+        adversarial_start_step: Steps before they begin to learn; a quarter of the run if not given.
         discriminator_lead_steps: Steps that they learn before the codec heeds them; a tenth of theirs, at most 200, if
             not given.
         unquantized_steps: Steps before the codes are used; if not given a tenth of the run for a codec whose codebooks
@@ -84,7 +84,7 @@ class SoundStreamTrainer:
         results_folder: str | Path = "./results/codec",
         loss_weights: CodecLossWeights | None = None,
         discriminators: nn.Module | None = None,
-        adversarial_from_step: int | None = None,
+        adversarial_start_step: int | None = None,
         discriminator_lead_steps: int | None = None,
         unquantized_steps: int | None = None,
         noise_folder: str | Path | None = None,
@@ -106,21 +106,21 @@ class SoundStreamTrainer:
             noise_data = training_items(noise_folder, noise_items)
             noise = _mixers((train, valid), _crops(noise_data, seconds, crop_settings), noise_snr_db)
         if loss_weights is None:
-            loss_weights = CodecLossWeights() if discriminators is not None else CodecLossWeights().unjudged
+            loss_weights = CodecLossWeights() if discriminators is not None else CodecLossWeights().reconstruction_only
         if discriminators is not None:
             module_spec(discriminators)  # what cannot be saved at the end is refused at the start
         if unquantized_steps is None:
             unquantized_steps = num_train_steps // 10 if codebooks_are_untrained(soundstream) else 0
         weighs_waves = loss_weights.mel > 0 or loss_weights.waveform > 0
-        if adversarial_from_step is None:
-            adversarial_from_step = num_train_steps // 4 if weighs_waves else 0
+        if adversarial_start_step is None:
+            adversarial_start_step = num_train_steps // 4 if weighs_waves else 0
         if discriminator_lead_steps is None:
-            remaining = max(0, num_train_steps - adversarial_from_step)
+            remaining = max(0, num_train_steps - adversarial_start_step)
             discriminator_lead_steps = min(_MOST_LEAD_STEPS, remaining // 10) if weighs_waves else 0
-        if discriminators is not None and adversarial_from_step + discriminator_lead_steps >= num_train_steps:
+        if discriminators is not None and adversarial_start_step + discriminator_lead_steps >= num_train_steps:
             raise ValueError(
-                f"the discriminators would never be heeded in {num_train_steps} steps: adversarial_from_step is "
-                f"{adversarial_from_step} and discriminator_lead_steps {discriminator_lead_steps}; lower them"
+                f"the discriminators would never be heeded in {num_train_steps} steps: adversarial_start_step is "
+                f"{adversarial_start_step} and discriminator_lead_steps {discriminator_lead_steps}; lower them"
             )
         self.task = CodecTask(
             soundstream,
@@ -128,7 +128,7 @@ class SoundStreamTrainer:
             valid,
             weights=loss_weights,
             discriminators=discriminators,
-            adversarial_from_step=adversarial_from_step,
+            adversarial_start_step=adversarial_start_step,
             discriminator_lead_steps=discriminator_lead_steps,
             unquantized_steps=unquantized_steps,
             noise=noise,

@@ -137,7 +137,7 @@ class CurveWatch:
             _Finding("discriminators know everything", "collapsed", step, value < COLLAPSED),
             f"the hinge loss of the discriminators is {value:.3f}: the codec never deceives them and learns nothing",
             healthy,
-            "a later adversarial_from_step, a lower learning rate, or narrower discriminators",
+            "a later adversarial_start_step, a lower learning rate, or narrower discriminators",
         )
 
     def _check_skipped(self, step: int, skipped: int) -> None:

@@ -8,8 +8,8 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from audiolm_pytorch.audio.files import resample
 from audiolm_pytorch.audio.mel import MelSpectrogram
+from audiolm_pytorch.audio.resample import resample
 
 __all__ = ["ClipFeatures"]
 

@@ -16,7 +16,7 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor
 
-from audiolm_pytorch.audio.files import resample
+from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.codecs.measures import bitrate_kbps
 from audiolm_pytorch.data.manifest import load_items

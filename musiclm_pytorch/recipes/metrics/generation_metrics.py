@@ -11,7 +11,7 @@ import torch
 from einops import repeat
 from torch import Tensor
 
-from audiolm_pytorch.audio.files import resample
+from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.codecs.loudness import codes_and_scales, wave_of
 from audiolm_pytorch.conditioning.tensors import Conditions

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from audiolm_pytorch.audio.files import resample
 from audiolm_pytorch.audio.mel import MelSpectrogram
+from audiolm_pytorch.audio.resample import resample
 
 __all__ = ["WordFeatures", "cut_words", "padded"]
 

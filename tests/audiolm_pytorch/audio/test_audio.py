@@ -8,9 +8,10 @@ import pytest
 import soundfile
 import torch
 
-from audiolm_pytorch.audio.files import audio_info, decoded_info, peak_safe, read_audio, resample, write_audio
+from audiolm_pytorch.audio.files import decoded_info, peak_safe, read_audio, write_audio
 from audiolm_pytorch.audio.mel import MelSpectrogram, mel_filterbank
-from audiolm_pytorch.audio.stream import AudioInfo
+from audiolm_pytorch.audio.resample import resample
+from audiolm_pytorch.audio.stream import AudioInfo, AudioSource
 
 
 def sine(tone_hz: float, sample_hz: int) -> torch.Tensor:
@@ -33,7 +34,7 @@ def test_written_audio_reads_back(tmp_path: Path, suffix: str, channels: int) ->
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     assert hz == 24000 and back.shape == wave.shape and back.dtype == torch.float32
     assert (back - wave).abs().max() < (0.05 if suffix == ".ogg" else 1 / 32000)
-    assert audio_info(path) == AudioInfo(24000, 4800, channels)
+    assert AudioSource(path).info == AudioInfo(24000, 4800, channels)
 
 
 def test_one_dimensional_wave_is_mono_and_loud_samples_are_clipped(tmp_path: Path) -> None:
@@ -46,7 +47,7 @@ def test_one_dimensional_wave_is_mono_and_loud_samples_are_clipped(tmp_path: Pat
 def test_long_ogg_is_written(tmp_path: Path) -> None:
     """Guards against libsndfile overflowing its stack on Vorbis files of some minutes."""
     write_audio(tmp_path / "long.ogg", torch.zeros(2_000_000), 8000)
-    assert audio_info(tmp_path / "long.ogg").num_samples == 2_000_000
+    assert AudioSource(tmp_path / "long.ogg").info.num_samples == 2_000_000
 
 
 def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path: Path) -> None:

@@ -3,8 +3,9 @@ import pytest
 import soundfile
 import torch
 
-from audiolm_pytorch.audio.files import read_audio, resample
-from audiolm_pytorch.audio.stream import AudioSource, AudioWriter, StreamingResampler
+from audiolm_pytorch.audio.files import read_audio
+from audiolm_pytorch.audio.resample import StreamingResampler, resample
+from audiolm_pytorch.audio.stream import AudioSource, AudioWriter
 
 
 @pytest.mark.parametrize(("from_hz", "to_hz"), [(44100, 16000), (24000, 16000), (16000, 48000), (8000, 8000)])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from audiolm_pytorch.conditioning.tensors import Conditions
 from audiolm_pytorch.data import TokenShards, write_shards
-from audiolm_pytorch.data.descriptions import decode_texts, encode_texts
+from audiolm_pytorch.data.captions import decode_texts, encode_texts
 from audiolm_pytorch.data.manifest import load_items
 from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.generation.wrappers import SemanticTransformerWrapper

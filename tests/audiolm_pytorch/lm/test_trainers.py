@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from audiolm_pytorch.data import TokenShards, write_shards
-from audiolm_pytorch.data.descriptions import encode_texts
+from audiolm_pytorch.data.captions import encode_texts
 from audiolm_pytorch.generation.wrappers import CoarseTransformerWrapper
 from audiolm_pytorch.lm.shard_source import ShardSource
 from audiolm_pytorch.lm.task import StageTask, _drop_levels

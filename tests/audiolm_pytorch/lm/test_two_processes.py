@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from audiolm_pytorch.data import TokenShards, write_shards
-from audiolm_pytorch.data.descriptions import encode_texts
+from audiolm_pytorch.data.captions import encode_texts
 from audiolm_pytorch.lm.trainers import SemanticTransformerTrainer
 from audiolm_pytorch.saving.files import read_weights
 from tests.helpers.fakes import CONDITION, FakeConditioner, FakeTextConditioner, tiny_stages

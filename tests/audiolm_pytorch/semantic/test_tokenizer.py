@@ -6,8 +6,8 @@ import soundfile
 import torch
 from beartype.roar import BeartypeCallHintViolation
 
-from audiolm_pytorch.audio.files import resample
 from audiolm_pytorch.audio.padding import length_mask
+from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.nn import kmeans
 from audiolm_pytorch.nn.kmeans import nearest_centroid
 from audiolm_pytorch.saving.modules import load_module, part_fingerprint, save_module

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from audiolm_pytorch.saving.files import read_weights
 from audiolm_pytorch.training import LoopSettings, LossOutput, Phase, Task, TrainLoop
 from audiolm_pytorch.training.ema import WeightAverage
-from audiolm_pytorch.training.rng import preserved_generators, seed_generators
+from audiolm_pytorch.training.rng import preserve_rng, seed_rng
 from audiolm_pytorch.training.schedule import learning_rate_at
 from tests.helpers.toy_training import SETTINGS, Tiny, ToyTask, assert_same_run, linear_task, rows_of
 
@@ -302,10 +302,10 @@ def test_seeds_are_a_function_of_the_position() -> None:
     """The same position gives the same noise; another step, rank or seed gives another."""
 
     def draw(*position: int | str) -> tuple[float, float, float]:
-        seed_generators(*position, device=CPU)  # type: ignore[arg-type]
+        seed_rng(*position, device=CPU)  # type: ignore[arg-type]
         return float(torch.rand(())), float(np.random.rand()), random.random()
 
-    with preserved_generators():
+    with preserve_rng():
         assert draw(0, 1, 2) == draw(0, 1, 2)
         draws = [draw(0, 1, 2), draw(0, 2, 1), draw(1, 1, 2), draw(0, 12), draw(0, "validate")]
     for kind in zip(*draws, strict=True):

@@ -261,9 +261,9 @@ def test_state_left_out_of_the_checkpoint_is_noticed(
         assert_same_run(tmp_path / "straight", folder)
 
     check(tmp_path / "right")
-    originals = {"noise": run.seed_generators, "schedule": run.learning_rate_at, "data": BatchPlan.indices}
+    originals = {"noise": run.seed_rng, "schedule": run.learning_rate_at, "data": BatchPlan.indices}
     forgetful = {
-        "noise": (run, "seed_generators", lambda *position, device: torch.manual_seed(0)),
+        "noise": (run, "seed_rng", lambda *position, device: torch.manual_seed(0)),
         "data": (BatchPlan, "indices", lambda plan, step: originals["data"](plan, max(0, step - 5))),
         "schedule": (run, "learning_rate_at", lambda step, **rest: originals["schedule"](max(0, step - 5), **rest)),
         "optimizer": (PhaseOptimizer, "load_state", lambda phase, tensors: None),

@@ -11,7 +11,7 @@ from torch import nn
 
 from audiolm_pytorch.audio.files import read_audio
 from audiolm_pytorch.codecs import Codec, open_codec
-from audiolm_pytorch.data.descriptions import decode_texts
+from audiolm_pytorch.data.captions import decode_texts
 from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.saving.files import read_json
 from audiolm_pytorch.saving.modules import fingerprint_of, load_module

@@ -150,7 +150,7 @@ def test_resumed_codec_is_bit_identical(folder, tmp_path, adversarial):
     """Codebooks and discriminators begin in the middle of the run; resume must carry them, optimizers and balancer."""
     settings = dict(steps=6, unquantized_steps=2, log_every=2, validate_every=4)
     if adversarial:
-        settings |= dict(loss_weights=ALL_LOSSES, adversarial_from_step=3, grad_accum_every=2)
+        settings |= dict(loss_weights=ALL_LOSSES, adversarial_start_step=3, grad_accum_every=2)
     trainer_of(folder, tmp_path / "straight", **settings).train()
     for number, stop in enumerate((3, 1, None)):
         codec, discriminators = tiny_codec(), tiny_discriminators(seed=1 + number) if adversarial else None
@@ -207,7 +207,7 @@ def test_phases_do_not_leak_and_reach_every_parameter(folder, tmp_path, make_cod
     codec, discriminators = make_codec(), tiny_discriminators()
     discriminators.parts.append(ComplexSTFTDiscriminator(width=8, window_samples=256, hop_samples=128))
     trainer = trainer_of(
-        folder, tmp_path, 2, codec, ALL_LOSSES, discriminators, unquantized_steps=0, adversarial_from_step=0
+        folder, tmp_path, 2, codec, ALL_LOSSES, discriminators, unquantized_steps=0, adversarial_start_step=0
     )
     optimizers = optimizers_of(trainer)
     in_groups = [one for phase in optimizers for group in phase.optimizer.param_groups for one in group["params"]]
@@ -230,7 +230,7 @@ def test_phases_do_not_leak_and_reach_every_parameter(folder, tmp_path, make_cod
 def test_a_plain_backward_does_not_leak_either(folder, tmp_path):
     """Losses themselves are isolated: the discriminators are frozen for the one, the wave is detached for the other."""
     task = trainer_of(
-        folder, tmp_path, 2, loss_weights=ALL_LOSSES, unquantized_steps=0, adversarial_from_step=0
+        folder, tmp_path, 2, loss_weights=ALL_LOSSES, unquantized_steps=0, adversarial_start_step=0
     ).task  # fmt: skip
     task.module.train()
     batch = task.batch([(0, 0), (0, 1)])
@@ -247,7 +247,7 @@ def test_a_plain_backward_does_not_leak_either(folder, tmp_path):
 def test_one_reconstruction_serves_both_phases(folder, tmp_path):
     """With several batches a step, each is judged against its own reconstruction, made once."""
     trainer = trainer_of(
-        folder, tmp_path, 2, loss_weights=ALL_LOSSES, unquantized_steps=0, adversarial_from_step=0, grad_accum_every=3
+        folder, tmp_path, 2, loss_weights=ALL_LOSSES, unquantized_steps=0, adversarial_start_step=0, grad_accum_every=3
     )
     task, made, judged = trainer.task, [], []
     task.codec.register_forward_hook(lambda module, inputs, output: made.append(output))
@@ -313,7 +313,7 @@ def test_codebooks_start_again_when_a_run_returns_to_its_checkpoint(folder, tmp_
 def test_skipped_generator_step_leaves_the_discriminators_their_own(folder, tmp_path):
     """A NaN in one phase is skipped there; the other goes on with the reconstruction of the same step."""
     trainer = trainer_of(
-        folder, tmp_path, 4, loss_weights=ALL_LOSSES, unquantized_steps=0, adversarial_from_step=0, log_every=1
+        folder, tmp_path, 4, loss_weights=ALL_LOSSES, unquantized_steps=0, adversarial_start_step=0, log_every=1
     )
     poison(trainer.task, bad_steps=(1,))
     trainer.train()
@@ -332,7 +332,7 @@ def test_discriminators_begin_at_their_step(folder, tmp_path, precision):
         4,
         loss_weights=ALL_LOSSES,
         unquantized_steps=1,
-        adversarial_from_step=2,
+        adversarial_start_step=2,
         log_every=1,
         precision=precision,
     )
@@ -351,7 +351,7 @@ def test_discriminators_begin_at_their_step(folder, tmp_path, precision):
 
 def test_fine_tuning_goes_on_with_codebooks_and_discriminators(folder, tmp_path):
     """What the first run saved is loaded into a second one, which must not start the codebooks anew."""
-    weights = dict(loss_weights=ALL_LOSSES, adversarial_from_step=1)
+    weights = dict(loss_weights=ALL_LOSSES, adversarial_start_step=1)
     first = trainer_of(folder, tmp_path / "first", 3, **weights)
     assert first.task.unquantized_steps == 0 and trainer_of(folder, tmp_path / "x", 30).task.unquantized_steps == 3
     first.train()
@@ -359,7 +359,7 @@ def test_fine_tuning_goes_on_with_codebooks_and_discriminators(folder, tmp_path)
     discriminators = load_module(tmp_path / "first" / "discriminators", expect=Discriminators)
     assert same_state(state_of(first.task.discriminators), discriminators.state_dict())
     assert codebooks_are_untrained(tiny_codec()) and not codebooks_are_untrained(codec)
-    second = trainer_of(folder, tmp_path / "second", 30, codec, ALL_LOSSES, discriminators, adversarial_from_step=0)
+    second = trainer_of(folder, tmp_path / "second", 30, codec, ALL_LOSSES, discriminators, adversarial_start_step=0)
     assert second.task.unquantized_steps == 0
     second.task._initialise_codebooks = lambda: pytest.fail("trained codebooks were started anew")
     before = codec.quantizer.codebooks.clone()
@@ -499,7 +499,7 @@ def test_silent_crops_keep_the_losses_finite(tmp_path):
     data.mkdir()
     for number in range(2):
         soundfile.write(data / f"{number}.wav", np.zeros(RATE_HZ // 2), RATE_HZ)
-    weights = dict(loss_weights=ALL_LOSSES, adversarial_from_step=1)
+    weights = dict(loss_weights=ALL_LOSSES, adversarial_start_step=1)
     trainer = trainer_of(data, tmp_path / "run", 4, unquantized_steps=1, log_every=1, **weights)
     trainer.train()
     values = [value for row in rows_of(tmp_path / "run") for value in row.values()]
@@ -516,9 +516,9 @@ def test_impossible_losses_and_parts_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="give both or neither"):
         trainer_of(folder, tmp_path, 1, discriminators=tiny_discriminators())
     only_judged = CodecLossWeights(mel=0.0, waveform=0.0)
-    assert trainer_of(folder, tmp_path, 8, loss_weights=only_judged).task.adversarial_from_step == 0
+    assert trainer_of(folder, tmp_path, 8, loss_weights=only_judged).task.adversarial_start_step == 0
     with pytest.raises(ValueError, match="nothing is learnt in the 3 steps"):
-        trainer_of(folder, tmp_path, 8, loss_weights=only_judged, adversarial_from_step=3)
+        trainer_of(folder, tmp_path, 8, loss_weights=only_judged, adversarial_start_step=3)
     with pytest.raises(TypeError, match="not a registered module class"):
         trainer_of(folder, tmp_path, 1, loss_weights=ALL_LOSSES, discriminators=torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="no denoising condition"):
@@ -542,7 +542,9 @@ def test_a_run_is_not_resumed_with_other_losses(folder, tmp_path):
     """Bit-exact resume means nothing if the loss may change in between."""
     trainer_of(folder, tmp_path, 4, unquantized_steps=1).train(stop_after_steps=2)
     with pytest.raises(ValueError, match="loss_weights"):
-        trainer_of(folder, tmp_path, 4, loss_weights=CodecLossWeights().unjudged, unquantized_steps=1).train()
+        trainer_of(
+            folder, tmp_path, 4, loss_weights=CodecLossWeights().reconstruction_only, unquantized_steps=1
+        ).train()
     with pytest.raises(ValueError, match="unquantized_steps"):
         trainer_of(folder, tmp_path, 4, unquantized_steps=0).train()
 
@@ -553,7 +555,7 @@ def test_discriminators_that_do_not_fit_are_refused_at_the_start(folder, tmp_pat
     with pytest.raises(ValueError, match=r"\[b, 1, n\]"):
         trainer_of(folder, tmp_path, 8, stereo, ALL_LOSSES)
     with pytest.raises(ValueError, match="never be heeded in 8 steps"):
-        trainer_of(folder, tmp_path, 8, loss_weights=ALL_LOSSES, adversarial_from_step=8)
+        trainer_of(folder, tmp_path, 8, loss_weights=ALL_LOSSES, adversarial_start_step=8)
 
 
 def test_discriminators_lead_before_they_are_heeded(folder, tmp_path):

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from audiolm_pytorch import HubertWithKmeans, KMeansTokenizer, SemanticTransformer, open_encoder
-from audiolm_pytorch.audio.files import read_audio, resample
+from audiolm_pytorch.audio.files import read_audio
+from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.saving.hub import LoadedModel
 from audiolm_pytorch.saving.modules import load_module, save_module
 from audiolm_pytorch.semantic import BestRQEncoder, SemanticTokenizer, TransformersEncoder

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from audiolm_pytorch.audio.files import resample
+from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.saving.modules import load_module, save_module
 from audiolm_pytorch.semantic import SemanticTokenizer
 from audiolm_pytorch.semantic.pretrained import vq_wav2vec_network

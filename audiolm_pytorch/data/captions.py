@@ -13,8 +13,8 @@ __all__ = [
     "encode_texts",
     "is_encodable",
     "json_lines",
-    "sidecar_description",
-    "split_description",
+    "read_sidecar",
+    "caption_and_labels",
     "texts_in",
 ]
 
@@ -79,7 +79,7 @@ def decode_texts(data: np.ndarray) -> list[str]:
 
 
 @beartype
-def split_description(fields: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
+def caption_and_labels(fields: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
     """Split what is said about a clip into its first caption and its labels.
 
     Args:
@@ -106,7 +106,7 @@ def split_description(fields: dict[str, Any]) -> tuple[str | None, dict[str, Any
 
 
 @beartype
-def sidecar_description(path: Path) -> tuple[str | None, dict[str, Any]]:
+def read_sidecar(path: Path) -> tuple[str | None, dict[str, Any]]:
     """Read what is written about a clip in a file beside it.
 
     Args:
@@ -114,7 +114,7 @@ def sidecar_description(path: Path) -> tuple[str | None, dict[str, Any]]:
             is not looked at, since the clip is the one it lies beside.
 
     Returns:
-        As `split_description`.
+        As `caption_and_labels`.
 
     Raises:
         ValueError: If the file cannot be read as such; the message names a line where it can, not the file.
@@ -126,8 +126,8 @@ def sidecar_description(path: Path) -> tuple[str | None, dict[str, Any]]:
     if path.suffix.lower() == ".json":
         fields = _json_object(text)
         fields.pop("audio", None)
-        return split_description(fields)
-    return split_description({"captions": [line.strip() for line in text.split("\n")]})
+        return caption_and_labels(fields)
+    return caption_and_labels({"captions": [line.strip() for line in text.split("\n")]})
 
 
 @beartype

@@ -1,0 +1,105 @@
+"""Resampling of whole waves, of parts of them and of streams, with soxr at high quality."""
+
+from math import gcd
+from typing import Any
+
+import numpy as np
+import soxr
+import torch
+from beartype import beartype
+from einops import pack, rearrange, unpack
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["StreamingResampler", "resample", "resample_source_span", "resampled_length"]
+
+_QUALITY = "HQ"
+# Reach of the soxr HQ filter, in samples of the lower of the two rates: beyond 160 nothing changes in float32 (measured
+# over eleven pairs of rates between 8 and 96 kHz); the rest is margin.
+_REACH_SAMPLES = 256
+
+
+def resampled_length(num_samples: int, from_hz: int, to_hz: int) -> int:
+    """Length of a wave after resampling, rounded up."""
+    return -(-num_samples * to_hz // from_hz)
+
+
+def _flush_samples(from_hz: int, to_hz: int) -> int:
+    """Number of zeros to append: soxr rounds the length of its output, and these let it be cut to the ceiling."""
+    return from_hz // to_hz + 2
+
+
+@beartype
+def resample(wave: Tensor, from_hz: int, to_hz: int) -> Tensor:
+    """Resample `wave [..., n]` without delay; no gradient flows through it.
+
+    Returns:
+        `[..., ceil(n * to_hz / from_hz)]` float32 on the device of `wave`; `wave` itself when the rates are equal.
+    """
+    if min(from_hz, to_hz) < 1:
+        raise ValueError(f"sample rates must be at least 1 Hz, got {from_hz} and {to_hz}")
+    if from_hz == to_hz:
+        return wave
+    num_out = resampled_length(wave.shape[-1], from_hz, to_hz)
+    padded = F.pad(wave.detach().to("cpu", torch.float32), (0, _flush_samples(from_hz, to_hz)))
+    flat, leading = pack([padded], "* n")
+    rows = [soxr.resample(row, from_hz, to_hz, quality=_QUALITY)[:num_out] for row in flat.numpy()]
+    out = torch.from_numpy(np.stack(rows)) if rows else padded.new_zeros(0, num_out)
+    return unpack(out, leading, "* n")[0].to(wave.device)
+
+
+@beartype
+def resample_source_span(start: int, count: int, from_hz: int, to_hz: int) -> tuple[int, int, int]:
+    """Find the source samples that a part of a resampled wave depends on.
+
+    Args:
+        start: First sample of the part, at `to_hz`.
+        count: Samples of the part, at `to_hz`.
+
+    Returns:
+        `(first, last, skip)`. The source samples `first <= i < last`, resampled and without the first `skip` samples of
+        the result, equal the same slice of the whole wave resampled. `last` may lie behind the end of the source.
+    """
+    if from_hz == to_hz:
+        return start, start + count, 0
+    common = gcd(from_hz, to_hz)
+    source_step, target_step = from_hz // common, to_hz // common
+    reach = _REACH_SAMPLES * from_hz // min(from_hz, to_hz) + 1
+    # the first sample has to fall on an instant that is a sample at both rates
+    first = max(start * from_hz // to_hz - reach, 0) // source_step * source_step
+    last = -(-(start + count) * from_hz // to_hz) + reach
+    return first, last, start - first // source_step * target_step
+
+
+class StreamingResampler:
+    """Resamples a wave that arrives in chunks; the concatenated output equals `resample` of the whole wave."""
+
+    @beartype
+    def __init__(self, from_hz: int, to_hz: int, channels: int) -> None:
+        self.from_hz, self.to_hz, self.channels = from_hz, to_hz, channels
+        self.num_received = self.num_returned = 0
+        self._stream: Any = None
+        if from_hz != to_hz:
+            self._stream = soxr.ResampleStream(from_hz, to_hz, channels, dtype="float32", quality=_QUALITY)
+
+    def push(self, wave: Tensor) -> Tensor:
+        """Resample a chunk `[c, n]`; returns the samples that are complete, `[c, m]` with m >= 0."""
+        self.num_received += wave.shape[-1]
+        output = wave if self._stream is None else self._resample(wave)
+        self.num_returned += output.shape[-1]
+        return output
+
+    def finish(self) -> Tensor:
+        """Return the remaining samples `[c, m]`; `push` must not be called afterwards."""
+        remaining = resampled_length(self.num_received, self.from_hz, self.to_hz) - self.num_returned
+        if self._stream is None or remaining <= 0:
+            return torch.zeros(self.channels, 0)
+        zeros = torch.zeros(self.channels, _flush_samples(self.from_hz, self.to_hz))
+        output = self._resample(zeros, last=True)[:, :remaining]
+        self.num_returned += output.shape[-1]
+        return output
+
+    def _resample(self, wave: Tensor, last: bool = False) -> Tensor:
+        columns = np.ascontiguousarray(rearrange(wave.numpy(), "c n -> n c"))
+        output = self._stream.resample_chunk(columns, last=last)
+        return torch.from_numpy(np.ascontiguousarray(rearrange(output, "n c -> c n")))
