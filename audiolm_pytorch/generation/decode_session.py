@@ -1,6 +1,7 @@
 """The one decode loop of every language model: a cache written in place, a position per item, noise per item."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,20 +10,33 @@ from torch import Tensor
 
 from audiolm_pytorch.conditioning.tensors import Conditions, guide
 from audiolm_pytorch.generation.sampling import SamplingSettings, item_generators, sample_tokens
-from audiolm_pytorch.lm.decodable import Decoded, TokenModel
+from audiolm_pytorch.lm.token_model import TokenTransformer
 from audiolm_pytorch.nn.kv_cache import CachePositions, KVCache
 from audiolm_pytorch.nn.module_state import eval_mode
 from audiolm_pytorch.tokens.streams import PackedTokens
 
-__all__ = ["DecodeSession", "decode"]
+__all__ = ["DecodeSession", "Decoded", "decode"]
 
 # Where looking at the logits means waiting for the device, it is done once in so many rows.
 _ROWS_BETWEEN_CHECKS = 64
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """Completed streams, prompts included.
+
+    Attributes:
+        streams: Tokens `[b, f, levels]` int64 of every predicted stream by name; -1 past an item's length.
+        lengths: Frames `[b]` int64 of each stream, on the CPU.
+    """
+
+    streams: dict[str, Tensor]
+    lengths: dict[str, Tensor]
+
+
 @beartype
 def decode(
-    model: TokenModel, streams: Mapping[str, Tensor], num_frames: Mapping[str, int | Tensor], **options: Any
+    model: TokenTransformer, streams: Mapping[str, Tensor], num_frames: Mapping[str, int | Tensor], **options: Any
 ) -> Decoded:
     """Complete the predicted streams at one go; see `DecodeSession` for the arguments and errors.
 
@@ -68,7 +82,7 @@ class DecodeSession:
     @beartype
     def __init__(
         self,
-        model: TokenModel,
+        model: TokenTransformer,
         streams: Mapping[str, Tensor],
         num_frames: Mapping[str, int | Tensor],
         *,

@@ -9,10 +9,10 @@ from beartype import beartype
 from torch import Tensor
 
 from audiolm_pytorch.conditioning.tensors import Conditions
-from audiolm_pytorch.generation.decode_session import DecodeSession
+from audiolm_pytorch.generation.decode_session import Decoded, DecodeSession
 from audiolm_pytorch.generation.sampling import SamplingSettings, item_generators
 from audiolm_pytorch.generation.window_plan import Window, plan_windows
-from audiolm_pytorch.lm.decodable import Decoded, TokenModel
+from audiolm_pytorch.lm.token_model import TokenTransformer
 from audiolm_pytorch.tokens.item_tokens import ItemTokens, items_of_streams, padded
 from audiolm_pytorch.tokens.streams import Stream, frame_counts
 
@@ -21,7 +21,7 @@ __all__ = ["SlidingWindowDecoder", "decode_in_windows"]
 
 @beartype
 def decode_in_windows(
-    model: TokenModel,
+    model: TokenTransformer,
     streams: Mapping[str, Tensor],
     num_frames: int | Tensor,
     *,
@@ -58,7 +58,7 @@ def decode_in_windows(
     return Decoded({name: padded(found)}, {name: torch.tensor([len(tokens) for tokens in found])})
 
 
-def _predicted(model: TokenModel) -> Stream:
+def _predicted(model: TokenTransformer) -> Stream:
     """The one predicted stream of a model."""
     if len(model.layout.predicted) != 1:
         raise ValueError(f"windows need one predicted stream, got {[s.name for s in model.layout.predicted]}")
@@ -94,7 +94,7 @@ class SlidingWindowDecoder:
     @beartype
     def __init__(
         self,
-        model: TokenModel,
+        model: TokenTransformer,
         num_frames: int | Tensor,
         *,
         prompt: Sequence[Tensor] | None = None,

@@ -10,10 +10,10 @@ from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.audio.units import frames_inside
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.tensors import Conditioner, Conditions, ConditionTensor, TextEncoder
+from audiolm_pytorch.generation.decode_session import Decoded
 from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.generation.windows import decode_in_windows
 from audiolm_pytorch.lm.compatibility import check_compatible
-from audiolm_pytorch.lm.decodable import Decoded
 from audiolm_pytorch.lm.stage_transformer import AudioTokens, StageTransformer
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.lm.token_model import TokenLoss

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
-from audiolm_pytorch.generation.decode_session import decode
+from audiolm_pytorch.generation.decode_session import Decoded, decode
 from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.generation.windows import decode_in_windows
-from audiolm_pytorch.lm.decodable import Decoded
 from audiolm_pytorch.lm.token_model import TokenTransformer
 from audiolm_pytorch.tokens.layout import TokenLayout
 from audiolm_pytorch.tokens.streams import Stream
