@@ -1,21 +1,78 @@
-"""Every python block of the README runs as it stands."""
+"""Every python block of the README and of the guides beside the code runs; links and figures of the README are right."""
 
+import math
 import re
 from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parent.parent / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+from audiolm_pytorch import AudioLMSoundStream, MusicLMSoundStream
+from musiclm_pytorch import load_musiclm
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [README, *sorted(ROOT.glob("*_pytorch/**/README.md"))]
+BLOCKS = [
+    (page, block)
+    for page in PAGES
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+]
+REPOSITORY = "https://github.com/musiclm-pytorch/musiclm-pytorch/blob/main/"
 
 
-def test_readme_has_blocks():
-    """An empty list would make the test below pass without running anything."""
-    assert len(BLOCKS) >= 4
+def test_pages_have_blocks():
+    """Without blocks the test below would pass without running anything."""
+    assert len(BLOCKS) >= 12 and sum(page == README for page, _ in BLOCKS) >= 6
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_readme_block_runs(block, tmp_path, monkeypatch):
-    """What a newcomer pastes must work."""
+def test_readme_is_short():
+    """A newcomer reads it in a few minutes; longer texts are beside the code that they explain."""
+    assert len(README.read_text(encoding="utf-8").splitlines()) < 150
+
+
+@pytest.mark.parametrize(
+    ("page", "block"), BLOCKS, ids=[f"{page.parent.name}-{n}" for n, (page, _) in enumerate(BLOCKS)]
+)
+def test_block_runs(page, block, tmp_path, monkeypatch):
+    """A block that a newcomer pastes into a file works as it is."""
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, str(README), "exec"), {})
+    exec(compile(block, str(page), "exec"), {})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.parent.name for page in PAGES])
+def test_links_exist(page):
+    """Links lead to files; those of the README are absolute, since PyPI shows it without the repository."""
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        if link.startswith(REPOSITORY):
+            assert (ROOT / link.removeprefix(REPOSITORY)).exists(), link
+        elif not link.startswith("http"):
+            assert page != README and (page.parent / link.partition("#")[0]).exists(), link
+
+
+def test_table_of_rates():
+    """Tokens per second and bitrates follow from the other columns; rows of own codecs and stages equal the modules."""
+    rows = {}
+    for line in README.read_text(encoding="utf-8").partition("## Rates")[2].partition("## Train")[0].splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 7 and cells[1][:1].isdigit():
+            rows[cells[0]] = tuple(float(cell) for cell in cells[1:])
+    assert len(rows) == 10
+    for _, frames_hz, codebooks, size, tokens_hz, kbps in rows.values():
+        assert tokens_hz == frames_hz * codebooks
+        assert kbps == pytest.approx(tokens_hz * math.log2(size) / 1000, abs=0.005)
+    musiclm = load_musiclm("tiny")
+    codecs = {
+        "included codec `16khz`": musiclm.audio_lm.codec,
+        "`MusicLMSoundStream`": MusicLMSoundStream(),
+        "`AudioLMSoundStream`": AudioLMSoundStream(),
+    }
+    for name, codec in codecs.items():
+        frames_hz = codec.target_sample_hz / codec.downsample_factor
+        assert rows[name][:4] == (codec.target_sample_hz, frames_hz, codec.num_quantizers, codec.codebook_size)
+    for name, row in {
+        "semantic": "semantic stage of the included model",
+        "coarse": "coarse stage",
+        "fine": "fine stage",
+    }.items():
+        stream = musiclm.audio_lm.stages[name].transformer.layout.predicted[0]
+        assert rows[row][1:4] == (float(stream.rate_hz), stream.num_levels, stream.vocab_size)
