@@ -1,4 +1,4 @@
-"""Every python block of the README and of the guides beside the code runs; links and figures of the README are right."""
+"""Every python block of the README and of the guides beside the code runs; links and figures are right."""
 
 import math
 import re
