@@ -19,7 +19,8 @@ from audiolm_pytorch.codecs.quantizers import ResidualQuantizer, make_quantizer
 from audiolm_pytorch.codecs.spectral import SpectralDecoder, SpectralEncoder
 from audiolm_pytorch.codecs.streaming import DecoderStream, EncoderStream
 from audiolm_pytorch.nn.film import FiLM
-from audiolm_pytorch.saving.modules import build_module, fingerprint_of, load_module, module_spec, register
+from audiolm_pytorch.saving.fingerprint import fingerprint_of
+from audiolm_pytorch.saving.modules import build_module, load_module, module_spec, register
 
 __all__ = ["AudioLMSoundStream", "CodecOutput", "MusicLMSoundStream", "SoundStream", "SpectralSoundStream"]
 

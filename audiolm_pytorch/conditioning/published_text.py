@@ -8,12 +8,12 @@ from beartype import beartype
 from torch import Tensor, nn
 
 from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer, ids_of
+from audiolm_pytorch.saving.fingerprint import nameless_fingerprint
 from audiolm_pytorch.saving.hub import (
     LoadedModel,
     load_model,
     load_tokenizer,
     model_settings,
-    nameless_fingerprint,
     portable_origin,
     require_transformers,
 )

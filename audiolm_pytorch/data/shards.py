@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from beartype import beartype
 
-from audiolm_pytorch.saving.modules import read_json, write_json
+from audiolm_pytorch.saving.files import read_json, write_json
 
 __all__ = ["TokenShards", "write_shards"]
 

@@ -19,7 +19,8 @@ from audiolm_pytorch.lm.task import StageTask
 from audiolm_pytorch.lm.token_fingerprints import agreed_fingerprints
 from audiolm_pytorch.lm.wave_source import StageSource, WaveSource
 from audiolm_pytorch.saving.files import write_weights
-from audiolm_pytorch.saving.modules import save_module, weights_of
+from audiolm_pytorch.saving.modules import save_module
+from audiolm_pytorch.saving.weights import weights_of
 from audiolm_pytorch.semantic.base import SemanticTokenizer
 from audiolm_pytorch.training import LoopSettings, TrainLoop, TrainResult
 

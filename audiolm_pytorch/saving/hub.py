@@ -1,7 +1,5 @@
 """Models of others: a local folder or a hub id to a loaded transformers model, safetensors only, with its licence."""
 
-import hashlib
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -14,9 +12,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from audiolm_pytorch.saving.cached_fingerprint import once_per_state
 from audiolm_pytorch.saving.files import read_json
-from audiolm_pytorch.saving.modules import weights_of
 
 __all__ = [
     "LoadedModel",
@@ -25,7 +21,6 @@ __all__ = [
     "load_tokenizer",
     "model_settings",
     "model_type_of",
-    "nameless_fingerprint",
     "portable_origin",
     "require_transformers",
 ]
@@ -257,29 +252,6 @@ def model_settings(model: nn.Module) -> dict[str, Any]:
 def portable_origin(origin: Mapping[str, Any]) -> dict[str, Any]:
     """An origin without the paths of this machine, to be saved: the name of a local folder says enough."""
     return {**origin, "source": origin["source"] if origin["revision"] else Path(origin["source"]).name}
-
-
-def nameless_fingerprint(model: nn.Module, facts: list[Any]) -> str:
-    """Identify a model by its weights and some facts, whatever the weights are called.
-
-    Releases of transformers rename weights (weight norm, Mimi's halves): their names are left out.
-
-    Args:
-        model: The model.
-        facts: Whatever changes its results without showing in a weight, JSON-able.
-
-    Returns:
-        16 hexadecimal digits of a SHA-256: the same on any device, from any folder, under any transformers.
-    """
-
-    def digest() -> str:
-        parts = []
-        for tensor in weights_of(model).values():
-            data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""
-            parts.append(f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(data).hexdigest()}")
-        return hashlib.sha256(json.dumps([facts, sorted(parts)], sort_keys=True).encode()).hexdigest()[:16]
-
-    return once_per_state(model, json.dumps(facts, sort_keys=True), digest)
 
 
 def _in_a_line(error: Exception) -> str:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.audio.padding import check_waves, checked_lengths, resampled_items
 from audiolm_pytorch.nn.kmeans import nearest_centroid
-from audiolm_pytorch.saving.modules import build_module, digest_of, module_spec, part_fingerprint, register
+from audiolm_pytorch.saving.fingerprint import digest_of, part_fingerprint
+from audiolm_pytorch.saving.modules import build_module, module_spec, register
 from audiolm_pytorch.semantic.base import FrameEncoder
 
 __all__ = ["KMeansTokenizer"]

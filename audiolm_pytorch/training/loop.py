@@ -8,7 +8,7 @@ from beartype import beartype
 from torch import nn
 
 from audiolm_pytorch.saving.files import read_json, read_weights
-from audiolm_pytorch.saving.modules import load_weights
+from audiolm_pytorch.saving.weights import load_weights
 from audiolm_pytorch.training.distributed import create_accelerator
 from audiolm_pytorch.training.rng import preserve_rng
 from audiolm_pytorch.training.run import LiveRun, RowWatch, TrainResult, check_same_run, identity_of

@@ -12,7 +12,7 @@ import torch
 
 from audiolm_pytorch.data.batches import BatchPlan
 from audiolm_pytorch.saving.files import write_json, write_weights
-from audiolm_pytorch.saving.modules import load_weights, weights_of
+from audiolm_pytorch.saving.weights import load_weights, weights_of
 from audiolm_pytorch.training.checkpoint import Checkpoint, CheckpointFolder, differences
 from audiolm_pytorch.training.distributed import PersistentBuffers, broadcast_tensors, merge_means, to_device
 from audiolm_pytorch.training.ema import WeightAverage

@@ -125,7 +125,8 @@ def _opened(command: Hubert | VqWav2vec) -> "HubertWithKmeans | FairseqVQWav2Vec
 
 def _check_same(tokenizer: "HubertWithKmeans | FairseqVQWav2Vec", folder: Path) -> None:
     """Refuse a folder that holds anything but this very tokenizer: language models may hang on what is there."""
-    from audiolm_pytorch.saving.modules import load_module, part_fingerprint
+    from audiolm_pytorch.saving.fingerprint import part_fingerprint
+    from audiolm_pytorch.saving.modules import load_module
 
     try:
         found = part_fingerprint(load_module(folder))

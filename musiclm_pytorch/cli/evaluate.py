@@ -237,7 +237,7 @@ def _report(
 
 def _settings(command: EvaluateSemantic, encoder: Any, tokenizer: Any, check: Any) -> dict[str, Any]:
     """What was measured, on what."""
-    from audiolm_pytorch.saving.modules import part_fingerprint
+    from audiolm_pytorch.saving.fingerprint import part_fingerprint
 
     settings: dict[str, Any] = {"command": command.words, "encoder": command.encoder}
     if encoder is not None:
@@ -312,7 +312,7 @@ def _evaluate_mulan(command: EvaluateMuLaN) -> None:
 
 def _mulan_settings(command: EvaluateMuLaN, mulan: Any, check: "MuLaNCheck") -> dict[str, Any]:
     """What was measured, on what."""
-    from audiolm_pytorch.saving.modules import fingerprint_of
+    from audiolm_pytorch.saving.fingerprint import fingerprint_of
 
     return {
         "command": command.words,

@@ -17,12 +17,12 @@ from audiolm_pytorch.conditioning.published_text import PublishedText, tokenizer
 from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer
 from audiolm_pytorch.nn.module_state import device_of
 from audiolm_pytorch.saving.files import read_json
+from audiolm_pytorch.saving.fingerprint import nameless_fingerprint
 from audiolm_pytorch.saving.hub import (
     LoadedModel,
     find_folder,
     load_model,
     model_settings,
-    nameless_fingerprint,
     portable_origin,
     require_transformers,
 )

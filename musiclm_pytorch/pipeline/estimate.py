@@ -16,7 +16,7 @@ from audiolm_pytorch.codecs import Codec
 from audiolm_pytorch.codecs.training.losses import MultiScaleMelLoss
 from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
 from audiolm_pytorch.lm.stage_transformer import AudioTokens
-from audiolm_pytorch.saving.modules import weights_of
+from audiolm_pytorch.saving.weights import weights_of
 from audiolm_pytorch.semantic import BestRQ, SemanticTokenizer
 from audiolm_pytorch.training.rng import preserve_rng
 from musiclm_pytorch.mulan import MuLaN

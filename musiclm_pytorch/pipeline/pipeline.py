@@ -23,8 +23,10 @@ from audiolm_pytorch.lm.trainers import (
     FineTransformerTrainer,
     SemanticTransformerTrainer,
 )
-from audiolm_pytorch.saving.files import read_weights
-from audiolm_pytorch.saving.modules import load_weights, part_fingerprint, read_json, save_module, write_json
+from audiolm_pytorch.saving.files import read_json, read_weights, write_json
+from audiolm_pytorch.saving.fingerprint import part_fingerprint
+from audiolm_pytorch.saving.modules import save_module
+from audiolm_pytorch.saving.weights import load_weights
 from audiolm_pytorch.semantic import SemanticTokenizer
 from audiolm_pytorch.semantic.best_rq.training import SemanticTokenizerTrainer
 from audiolm_pytorch.training.distributed import create_accelerator

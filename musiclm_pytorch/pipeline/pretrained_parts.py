@@ -10,7 +10,8 @@ from torch import nn
 
 from audiolm_pytorch.audio.units import frames_inside
 from audiolm_pytorch.codecs import Codec
-from audiolm_pytorch.saving.modules import load_module, module_spec, weights_of
+from audiolm_pytorch.saving.modules import load_module, module_spec
+from audiolm_pytorch.saving.weights import weights_of
 from audiolm_pytorch.semantic import SemanticTokenizer
 from audiolm_pytorch.training.rng import preserve_rng
 from musiclm_pytorch.mulan import JointEmbedding

@@ -10,7 +10,7 @@ from typing import Any
 
 from beartype import beartype
 
-from audiolm_pytorch.saving.modules import read_json, write_json
+from audiolm_pytorch.saving.files import read_json, write_json
 from audiolm_pytorch.training.checkpoint import differences
 
 __all__ = ["alone_in", "claim_folder", "digest_of", "read_record", "sweep"]

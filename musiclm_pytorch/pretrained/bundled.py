@@ -10,7 +10,8 @@ from beartype import beartype
 from torch import nn
 
 from audiolm_pytorch.codecs.base import Codec
-from audiolm_pytorch.saving.modules import load_module, read_json
+from audiolm_pytorch.saving.files import read_json
+from audiolm_pytorch.saving.modules import load_module
 from audiolm_pytorch.semantic.base import FrameEncoder, SemanticTokenizer
 from musiclm_pytorch.mulan.joint import JointEmbedding
 

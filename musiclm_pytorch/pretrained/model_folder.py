@@ -20,7 +20,9 @@ from torch import nn
 from audiolm_pytorch.audiolm import AudioLM
 from audiolm_pytorch.codecs import Codec
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
-from audiolm_pytorch.saving.modules import fingerprint_of, load_module, read_config, read_json, save_module, write_json
+from audiolm_pytorch.saving.files import read_json, write_json
+from audiolm_pytorch.saving.fingerprint import fingerprint_of
+from audiolm_pytorch.saving.modules import load_module, read_config, save_module
 from audiolm_pytorch.semantic import SemanticTokenizer
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.pipeline.pretrained_parts import exact_dtype, load_part

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.conditioning.tensors import ConditionTensor
 from audiolm_pytorch.nn.kmeans import nearest_centroid
-from audiolm_pytorch.saving.modules import build_module, digest_of, module_spec, part_fingerprint, register, weights_of
+from audiolm_pytorch.saving.fingerprint import digest_of, part_fingerprint
+from audiolm_pytorch.saving.modules import build_module, module_spec, register
+from audiolm_pytorch.saving.weights import weights_of
 from musiclm_pytorch.mulan.joint import JointEmbedding
 from musiclm_pytorch.quantizer.modality_gap import DEFAULT_RIDGE_CLIPS, align_texts
 from musiclm_pytorch.quantizer.residual_kmeans import residual_kmeans

@@ -17,13 +17,13 @@ from audiolm_pytorch.audio.padding import items_by_length
 from audiolm_pytorch.audio.units import frames_covering
 from audiolm_pytorch.codecs.checks import check_covered, checked_audio, checked_codes
 from audiolm_pytorch.saving.files import read_json
+from audiolm_pytorch.saving.fingerprint import nameless_fingerprint
 from audiolm_pytorch.saving.hub import (
     LoadedModel,
     find_folder,
     load_model,
     model_settings,
     model_type_of,
-    nameless_fingerprint,
     portable_origin,
     require_transformers,
 )

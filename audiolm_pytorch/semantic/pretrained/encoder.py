@@ -11,14 +11,8 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.audio.padding import check_waves, checked_lengths, items_by_length, length_mask
 from audiolm_pytorch.nn.module_state import device_of
-from audiolm_pytorch.saving.hub import (
-    LoadedModel,
-    load_model,
-    model_settings,
-    nameless_fingerprint,
-    portable_origin,
-    require_transformers,
-)
+from audiolm_pytorch.saving.fingerprint import nameless_fingerprint
+from audiolm_pytorch.saving.hub import LoadedModel, load_model, model_settings, portable_origin, require_transformers
 from audiolm_pytorch.saving.modules import register
 from audiolm_pytorch.semantic.pretrained.convolutions import convolved, group_statistics
 from audiolm_pytorch.semantic.pretrained.filterbank import Filterbank

@@ -11,9 +11,9 @@ from beartype import beartype
 from torch import Tensor, nn
 
 from audiolm_pytorch.saving.hub import require_transformers
-from audiolm_pytorch.saving.modules import load_weights
 from audiolm_pytorch.saving.restricted_pickle import StandIn
 from audiolm_pytorch.saving.torch_checkpoint import read_torch_checkpoint
+from audiolm_pytorch.saving.weights import load_weights
 
 __all__ = ["FairseqCheckpoint", "built_for", "conv_layers_of", "hubert_from_fairseq", "read_fairseq", "shown"]
 

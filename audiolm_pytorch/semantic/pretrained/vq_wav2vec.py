@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from audiolm_pytorch.audio.padding import check_waves, items_by_length, resampled_items
 from audiolm_pytorch.audio.units import exact_div
 from audiolm_pytorch.nn.module_state import device_of
-from audiolm_pytorch.saving.modules import fingerprint_of, load_weights, register
+from audiolm_pytorch.saving.fingerprint import fingerprint_of
+from audiolm_pytorch.saving.modules import register
+from audiolm_pytorch.saving.weights import load_weights
 from audiolm_pytorch.semantic.pretrained.fairseq import (
     FairseqCheckpoint,
     built_for,

@@ -20,7 +20,7 @@ from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.codecs.measures import bitrate_kbps
 from audiolm_pytorch.data.manifest import load_items
-from audiolm_pytorch.saving.modules import fingerprint_of
+from audiolm_pytorch.saving.fingerprint import fingerprint_of
 from musiclm_pytorch.cli.checks import check_file, device_named
 from musiclm_pytorch.evaluation.codec_report import CodecRow, Estimate, aligned_table, distance_row
 from musiclm_pytorch.evaluation.opus import opus_copy, require_opus

@@ -15,7 +15,7 @@ import tyro
 from torch import Tensor
 
 from audiolm_pytorch.data.manifest import AudioItem, load_items
-from audiolm_pytorch.saving.modules import fingerprint_of
+from audiolm_pytorch.saving.fingerprint import fingerprint_of
 from musiclm_pytorch.evaluation.novelty import (
     melody_similarity,
     melody_spectrogram,

@@ -40,7 +40,7 @@ OPEN = """
 import torch
 import audiolm_pytorch
 from audiolm_pytorch import FairseqVQWav2Vec, HubertWithKmeans, open_encoder
-from audiolm_pytorch.io import load_module, save_module
+from audiolm_pytorch.saving.modules import load_module, save_module
 from musiclm_pytorch.cli import app as cli
 
 wave = torch.load(folder / "wave.pt", weights_only=True)
@@ -66,7 +66,7 @@ torch.save(dict(found=found, features=features), folder / "found.pt")
 # What is trained here: the own encoder, and k-means of any; then everything is measured.
 TRAIN = """
 from audiolm_pytorch import BestRQEncoder, SemanticTokenizerTrainer
-from audiolm_pytorch.io import save_module
+from audiolm_pytorch.saving.modules import save_module
 from musiclm_pytorch.cli import app as cli
 
 sizes = dict(dim=16, depth=2, heads=1, dim_head=16, sample_hz=8000, num_mels=20, n_fft=512, hop_length=80)

@@ -10,7 +10,8 @@ from audiolm_pytorch.audio.padding import length_mask
 from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.nn import kmeans
 from audiolm_pytorch.nn.kmeans import nearest_centroid
-from audiolm_pytorch.saving.modules import load_module, part_fingerprint, save_module
+from audiolm_pytorch.saving.fingerprint import part_fingerprint
+from audiolm_pytorch.saving.modules import load_module, save_module
 from audiolm_pytorch.semantic import BestRQEncoder, FrameEncoder, KMeansTokenizer, KMeansTrainer, SemanticTokenizer
 from audiolm_pytorch.semantic import tokenizer as module
 

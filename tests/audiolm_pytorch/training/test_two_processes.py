@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from audiolm_pytorch.saving.files import read_weights, write_weights
-from audiolm_pytorch.saving.modules import weights_of
+from audiolm_pytorch.saving.weights import weights_of
 from audiolm_pytorch.training import LoopSettings, LossOutput, Phase, TrainLoop
 
 SETTINGS = LoopSettings(

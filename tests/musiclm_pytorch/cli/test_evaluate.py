@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from audiolm_pytorch.saving.modules import fingerprint_of, load_module, save_module
+from audiolm_pytorch.saving.fingerprint import fingerprint_of
+from audiolm_pytorch.saving.modules import load_module, save_module
 from audiolm_pytorch.semantic import BestRQEncoder, KMeansTokenizer
 from audiolm_pytorch.semantic.pretrained import FairseqVQWav2Vec
 from musiclm_pytorch.pretrained.bundled import mulan_named

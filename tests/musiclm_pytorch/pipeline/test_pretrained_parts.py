@@ -14,7 +14,8 @@ from audiolm_pytorch.codecs import Codec, open_codec
 from audiolm_pytorch.data.captions import decode_texts
 from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.saving.files import read_json
-from audiolm_pytorch.saving.modules import fingerprint_of, load_module
+from audiolm_pytorch.saving.fingerprint import fingerprint_of
+from audiolm_pytorch.saving.modules import load_module
 from audiolm_pytorch.semantic import SemanticTokenizer
 from musiclm_pytorch.mulan import JointEmbedding
 from musiclm_pytorch.pipeline.builders import build_codec, build_mulan, build_semantic_tokenizer

@@ -14,8 +14,9 @@ from audiolm_pytorch import AudioLM, CoarseTransformer, FineTransformer, Semanti
 from audiolm_pytorch.codecs import Codec, DacWrapper, EncodecWrapper, MimiWrapper, SoundStream, open_codec
 from audiolm_pytorch.codecs.pretrained import chunked
 from audiolm_pytorch.codecs.pretrained.chunked import Span, in_pieces, span_of
+from audiolm_pytorch.saving.fingerprint import fingerprint_of
 from audiolm_pytorch.saving.hub import LoadedModel
-from audiolm_pytorch.saving.modules import fingerprint_of, save_module
+from audiolm_pytorch.saving.modules import save_module
 from tests.helpers.fakes import SIZES, FakeSemanticTokenizer
 
 transformers = pytest.importorskip("transformers")

@@ -317,7 +317,7 @@ def test_works_where_the_libraries_of_the_files_are_absent(published, tokenizer,
         if heavy:
             raise SystemExit(f"importing audiolm_pytorch imports {heavy}")
         import torch
-        from audiolm_pytorch.io import load_module, save_module
+        from audiolm_pytorch.saving.modules import load_module, save_module
         checkpoint, kmeans, wave, folder = sys.argv[1:]
         wave = torch.load(wave)["wave"]
         tokenizer = audiolm_pytorch.HubertWithKmeans(checkpoint, kmeans)

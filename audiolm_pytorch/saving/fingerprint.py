@@ -1,0 +1,90 @@
+"""Fingerprints: short hashes of everything that a module computes with."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from beartype import beartype
+from torch import Tensor, nn
+
+from audiolm_pytorch.saving.weights import weights_of
+
+__all__ = ["cached_fingerprint", "digest_of", "fingerprint_of", "nameless_fingerprint", "part_fingerprint"]
+
+# The last fingerprint of each module, with the facts and the tensor states that it was computed from.
+_cache: WeakKeyDictionary[nn.Module, tuple[str, list[tuple[ref[Tensor], tuple[int, int]]], str]] = WeakKeyDictionary()
+
+
+@beartype
+def fingerprint_of(module: nn.Module) -> str:
+    """Hash the class, config, parameters and persistent buffers of a module into 16 hexadecimal digits.
+
+    The result does not depend on the device, nor on train or eval mode.
+    """
+    spec = {"class": type(module).__name__, "config": getattr(module, "config", {})}
+    return cached_fingerprint(module, json.dumps(spec, sort_keys=True), lambda: digest_of(spec, weights_of(module)))
+
+
+@beartype
+def part_fingerprint(module: nn.Module) -> str:
+    """Return `module.fingerprint()` where the module has that method, else `fingerprint_of(module)`."""
+    fingerprint: Any = getattr(module, "fingerprint", None)
+    return fingerprint_of(module) if fingerprint is None else fingerprint()
+
+
+def nameless_fingerprint(model: nn.Module, facts: list[Any]) -> str:
+    """Hash the weights of a model, without their names, together with JSON-able facts.
+
+    Releases of transformers rename weights (weight norm, the halves of Mimi), so names are left out.
+    """
+
+    def digest() -> str:
+        parts = []
+        for tensor in weights_of(model).values():
+            parts.append(f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(_bytes_of(tensor)).hexdigest()}")
+        return hashlib.sha256(json.dumps([facts, sorted(parts)], sort_keys=True).encode()).hexdigest()[:16]
+
+    return cached_fingerprint(model, json.dumps(facts, sort_keys=True), digest)
+
+
+def digest_of(spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
+    """Hash a JSON-able spec and named tensors (name, dtype, shape, bytes) into 16 hexadecimal digits."""
+    digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode())
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_bytes_of(tensor))
+    return digest.hexdigest()[:16]
+
+
+def cached_fingerprint(module: nn.Module, facts: str, compute: Callable[[], str]) -> str:
+    """Return the fingerprint of a module, and compute it only if its weights or the facts have changed.
+
+    Hashing 95 million weights takes half a second. In-place writes and exchanged memory (`module.half()`, EMA weights)
+    are noticed. Like autograd, this does not notice writes through `tensor.data`.
+    """
+    tensors = [value for value in module.state_dict(keep_vars=True).values() if isinstance(value, Tensor)]
+    if any(tensor.is_inference() for tensor in tensors):  # inference tensors do not count writes
+        return compute()
+    if module in _cache:
+        known_facts, states, fingerprint = _cache[module]
+        is_same = len(states) == len(tensors) and all(
+            known() is tensor and state == _state_of(tensor) for (known, state), tensor in zip(states, tensors)
+        )
+        if is_same and known_facts == facts:
+            return fingerprint
+    fingerprint = compute()
+    _cache[module] = facts, [(ref(tensor), _state_of(tensor)) for tensor in tensors], fingerprint
+    return fingerprint
+
+
+def _state_of(tensor: Tensor) -> tuple[int, int]:
+    """The number of writes to a tensor, and a hash of its address and dtype."""
+    return tensor._version, hash((tensor.data_ptr(), tensor.dtype))
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    """The bytes of a tensor, as a buffer."""
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""

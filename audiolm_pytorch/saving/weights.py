@@ -1,0 +1,81 @@
+"""The weights of a module as named tensors for a file, and back."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from beartype import beartype
+from torch import Tensor, nn
+
+__all__ = ["load_weights", "weights_of"]
+
+_MAX_LISTED = 8
+
+
+@beartype
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """Collect the parameters and persistent buffers of a module, detached, without shared memory.
+
+    Tied tensors (the same memory under two names) appear under the first name only; `load_weights` fills both. Views
+    that only overlap are copied.
+
+    Raises:
+        ValueError: If the state contains something that is not a tensor.
+    """
+    weights: dict[str, Tensor] = {}
+    views: set[tuple[Any, ...]] = set()
+    storages: set[int] = set()
+    for name, value in module.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{name} of {type(module).__name__} is a {type(value).__name__}; only tensors can be saved"
+            )
+        if value.numel() == 0:
+            weights[name] = value.detach()
+            continue
+        view, storage = _view_of(value), value.untyped_storage().data_ptr()
+        if view not in views:
+            weights[name] = value.detach().clone() if storage in storages else value.detach().contiguous()
+        views.add(view)
+        storages.add(storage)
+    return weights
+
+
+@beartype
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor], where: str = "the weights") -> None:
+    """Copy weights into a module, which keeps its own dtypes and device.
+
+    Args:
+        module: The module to fill.
+        weights: Tensors by name, as `weights_of` returns them.
+        where: Name of the source in error messages.
+
+    Raises:
+        ValueError: If names or shapes differ; the message lists them.
+    """
+    own = module.state_dict()
+    filled_views = {_view_of(own[name]) for name in weights if name in own}
+    missing = [name for name in own if name not in weights and _view_of(own[name]) not in filled_views]
+    unexpected = [name for name in weights if name not in own]
+    shapes = [
+        f"{name} {tuple(tensor.shape)} there, {tuple(own[name].shape)} here"
+        for name, tensor in weights.items()
+        if name in own and tensor.shape != own[name].shape
+    ]
+    parts = (("missing", missing), ("not known to the module", unexpected), ("of another shape", shapes))
+    faults = [f"{fault}: {_shortened(names)}" for fault, names in parts if names]
+    if faults:
+        raise ValueError(f"{where} do not fit {type(module).__name__}; " + "; ".join(faults))
+    module.load_state_dict(dict(weights), strict=False)
+
+
+def _view_of(tensor: Tensor) -> tuple[Any, ...]:
+    """A key that is equal for tied tensors; an empty tensor is tied to no other."""
+    if tensor.numel() == 0:
+        return (id(tensor),)
+    return (tensor.device, tensor.dtype, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+
+
+def _shortened(names: list[str]) -> str:
+    """The first names, and how many more there are."""
+    rest = len(names) - _MAX_LISTED
+    return ", ".join(names[:_MAX_LISTED]) + (f" and {rest} more" if rest > 0 else "")
