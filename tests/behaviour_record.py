@@ -301,7 +301,8 @@ def semantic(_: Path) -> dict:
     found["ids.lengths"] = tokenizer(sounds(2.0), lengths=torch.tensor([32000, 20001, 3000]))
     lengths = torch.tensor([88200, 50001, 9000])
     found["ids.44100.lengths"] = tokenizer(sounds(2.0, 44100), input_sample_hz=44100, lengths=lengths)
-    found["vectors"] = tokenizer.normalised_features(sounds(2.0))[0]
+    features, _ = tokenizer.encoder.features(sounds(2.0), layer=tokenizer.layer)
+    found["vectors"] = (features - tokenizer.mean) / tokenizer.std
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from audiolm_pytorch.data import AudioItem, BatchPlan, CropDataset, collate_crops
 from audiolm_pytorch.data.shards import TokenShards, write_shards
@@ -96,7 +96,7 @@ def _frames_or_none(encoder: FrameEncoder, num_samples: int) -> int:
 
 def write_features(
     folder: Path,
-    encoder: nn.Module,
+    encoder: FrameEncoder,
     items: Sequence[AudioItem],
     plan: CropPlan,
     *,
@@ -126,8 +126,6 @@ def write_features(
     Raises:
         ValueError: If features are not finite, or not as many as the encoder said; names the file.
     """
-    if not isinstance(encoder, FrameEncoder):
-        raise TypeError(f"{type(encoder).__name__} is no FrameEncoder: see audiolm_pytorch.semantic.base")
     at_once = min(_MOST_CROPS_AT_ONCE, max(1, int(_SECONDS_AT_ONCE / seconds)))
     dataset = CropDataset(items, seconds, (encoder.sample_hz,), seed=seed, cache_bytes=0)
     maker = _FeatureMaker(encoder, dataset, plan, layer, at_once)

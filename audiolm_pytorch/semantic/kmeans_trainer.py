@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from beartype import beartype
-from torch import nn
 
 from audiolm_pytorch.data import AudioItem, load_split
 from audiolm_pytorch.nn.kmeans import (
@@ -90,7 +89,7 @@ class KMeansTrainer:
     def __init__(
         self,
         *,
-        encoder: nn.Module,
+        encoder: FrameEncoder,
         layer: int,
         num_clusters: int,
         folder: str | Path | None = None,
@@ -103,10 +102,7 @@ class KMeansTrainer:
         seed: int = 0,
         accelerator: "accelerate.Accelerator | None" = None,
     ) -> None:
-        if not isinstance(encoder, FrameEncoder):
-            raise TypeError(f"{type(encoder).__name__} is no FrameEncoder: see audiolm_pytorch.semantic.base")
-        if not 0 <= layer <= encoder.depth:
-            raise ValueError(f"layer must be in 0..{encoder.depth}, the layers of this encoder; got {layer}")
+        encoder.check_layer(layer)
         if min(num_clusters, max_tokens, num_epochs) < 1 or seed < 0 or not 0 < seconds < float("inf"):
             raise ValueError(
                 "need num_clusters, max_tokens and num_epochs of 1 or more, seed of 0 or more and seconds above 0, got "
@@ -115,8 +111,6 @@ class KMeansTrainer:
         if (folder is None) == (items is None):
             raise ValueError("give either a folder (or manifest) of audio or a list of items")
         own_encoder = encoder.truncated(layer)
-        if not isinstance(own_encoder, nn.Module):
-            raise TypeError(f"truncated() of {type(encoder).__name__} must return a module")
         module_spec(own_encoder)  # a class that is not registered cannot be saved: better known now than at the end
         self._encoder = own_encoder.eval().requires_grad_(False)
         self._layer, self._num_clusters, self._num_epochs = layer, num_clusters, num_epochs
@@ -213,8 +207,6 @@ class KMeansTrainer:
     def _fit(self) -> None:
         """Cluster the hidden states that are on disk and save the tokenizer."""
         encoder = self._encoder
-        if not isinstance(encoder, FrameEncoder):
-            raise TypeError(f"{type(encoder).__name__} is no FrameEncoder")
         k, least_rows = self._num_clusters, mini_batch_size(self._num_clusters)
         shards = FeatureShards(self.features_folder, self._origin, self.num_tokens, encoder.dim, least_rows)
         path = self.results_folder / "kmeans.safetensors"

@@ -83,7 +83,7 @@ def tokenizer_named(name: str = DEFAULT_TOKENIZER, device: str | torch.device = 
 
 
 @beartype
-def encoder_named(name: str, offline: bool = False) -> nn.Module:
+def encoder_named(name: str, offline: bool = False) -> FrameEncoder:
     """Open an encoder whose layers can be cut into semantic tokens.
 
     Args:
@@ -100,7 +100,7 @@ def encoder_named(name: str, offline: bool = False) -> nn.Module:
     from audiolm_pytorch.semantic.pretrained import open_encoder
 
     opened = _opened(name, BUNDLED_TOKENIZERS, "encoders", lambda source: open_encoder(source, offline=offline))
-    if not isinstance(opened, FrameEncoder) or not isinstance(opened, nn.Module):
+    if not isinstance(opened, FrameEncoder):
         raise ValueError(f"{name} holds a {type(opened).__name__}, but an encoder with layers is needed")
     return opened
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.lm.token_model import TokenTransformer
+from audiolm_pytorch.semantic.base import SemanticTokenizer
 from audiolm_pytorch.tokens.streams import PackedTokens
 
 SAMPLE_HZ = 800
@@ -38,7 +39,7 @@ class FakeCodec(nn.Module):
         return wave[:, None, :num_samples]
 
 
-class FakeSemanticTokenizer(nn.Module):
+class FakeSemanticTokenizer(SemanticTokenizer):
     """25 tokens a second: the loudness of 32 samples in 12 steps; it may lose frames at the end, as HuBERT does."""
 
     target_sample_hz, downsample_factor, codebook_size = SAMPLE_HZ, 32, 12

@@ -14,6 +14,7 @@ from audiolm_pytorch.nn.module_state import device_of
 from audiolm_pytorch.saving.fingerprint import nameless_fingerprint
 from audiolm_pytorch.saving.hub import LoadedModel, load_model, model_settings, portable_origin, require_transformers
 from audiolm_pytorch.saving.modules import register
+from audiolm_pytorch.semantic.base import FrameEncoder
 from audiolm_pytorch.semantic.pretrained.convolutions import convolved, group_statistics
 from audiolm_pytorch.semantic.pretrained.filterbank import Filterbank
 from audiolm_pytorch.semantic.windows import ReceptiveField, Windows, features_in_windows
@@ -49,7 +50,7 @@ _FEATURE_SETTINGS = (
 
 
 @register
-class TransformersEncoder(nn.Module):
+class TransformersEncoder(FrameEncoder):
     """Hidden states of a published audio encoder: frozen, always in eval mode, float32 unless moved.
 
     Reads HuBERT (arXiv:2106.07447), WavLM (arXiv:2110.13900), wav2vec 2.0, data2vec-audio, UniSpeech(-SAT), the
@@ -108,7 +109,9 @@ class TransformersEncoder(nn.Module):
             raise ValueError(f"{loaded.source} has {depth} layers: give one of 0..{depth}, not {layer_count}")
         self.model: Any = _first_blocks(loaded.model, depth if layer_count is None else layer_count)
         self.model.requires_grad_(False)
+        self.depth, self.dim = len(self.model.encoder.layers), settings.hidden_size
         self._read_front(loaded)
+        self.downsample_factor = self._frames.stride
         if normalise_wave and self._filterbank:
             raise ValueError(f"{self.model_type} reads filterbanks, which are normalised: leave normalise_wave away")
         trained_normalised = not self._filterbank and getattr(settings, "feat_extract_norm", "layer") == "layer"
@@ -156,21 +159,6 @@ class TransformersEncoder(nn.Module):
         model_class = getattr(require_transformers(), _CLASSES[config["model"]["model_type"]])
         model = model_class(model_class.config_class.from_dict(dict(config["model"])))
         return cls(LoadedModel(model, preprocessor=config["preprocessor"], **config["origin"]), **config["options"])
-
-    @property
-    def downsample_factor(self) -> int:
-        """Samples per frame; `num_frames` is the authority on counts."""
-        return self._frames.stride
-
-    @property
-    def dim(self) -> int:
-        """Width of the features."""
-        return self.model.config.hidden_size
-
-    @property
-    def depth(self) -> int:
-        """Number of blocks that are kept."""
-        return len(self.model.encoder.layers)
 
     def fingerprint(self) -> str:
         """Hash of all that features depend on: the same from any file of the same model, with as many blocks kept."""
@@ -222,8 +210,7 @@ class TransformersEncoder(nn.Module):
                 such layer.
         """
         layer = self.depth if layer is None else layer
-        if not 0 <= layer <= self.depth:
-            raise ValueError(f"layer must be in 0..{self.depth}, got {layer}")
+        self.check_layer(layer)
         check_waves(wave, lengths, device_of(self.model))
         if lengths is not None:
             lengths = checked_lengths(lengths, wave)
@@ -239,10 +226,6 @@ class TransformersEncoder(nn.Module):
                 found[rows, : hidden.shape[1]] = hidden
                 counts[rows] = hidden.shape[1]
         return found, length_mask(counts, num_frames)
-
-    def forward(self, wave: Tensor, lengths: Tensor | None = None, layer: int | None = None) -> tuple[Tensor, Tensor]:
-        """Same as `features`."""
-        return self.features(wave, lengths, layer)
 
     def _encode(self, wave: Tensor, encoder: nn.Module, dtype: torch.dtype) -> Tensor:
         """Hidden states `[r, t, d]` of waves `[r, n]` without padding, behind the blocks of `encoder`."""
@@ -280,10 +263,10 @@ class TransformersEncoder(nn.Module):
         Raises:
             ValueError: If there is no such layer.
         """
-        if not 0 <= layer <= self.depth:
-            raise ValueError(f"layer must be in 0..{self.depth}, got {layer}")
+        self.check_layer(layer)
         short = copy.copy(self)
         short._modules = {**self._modules, "model": _first_blocks(self.model, layer)}
+        short.depth = layer
         return copy.deepcopy(short)
 
 

@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from beartype import beartype
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
-from audiolm_pytorch.audio.padding import check_waves, items_by_length, resampled_items
+from audiolm_pytorch.audio.padding import items_by_length
 from audiolm_pytorch.audio.units import exact_div
 from audiolm_pytorch.nn.module_state import device_of
 from audiolm_pytorch.saving.fingerprint import fingerprint_of
 from audiolm_pytorch.saving.modules import register
 from audiolm_pytorch.saving.weights import load_weights
+from audiolm_pytorch.semantic.base import SemanticTokenizer
 from audiolm_pytorch.semantic.pretrained.fairseq import (
     FairseqCheckpoint,
     built_for,
@@ -52,8 +53,8 @@ _NAMES = (
 
 
 @register
-class FairseqVQWav2Vec(nn.Module):
-    """Tokens of vq-wav2vec: a few codes every 10 ms from convolutions alone (arXiv:1910.05453); a `SemanticTokenizer`.
+class FairseqVQWav2Vec(SemanticTokenizer):
+    """Tokens of vq-wav2vec: a few codes every 10 ms from convolutions alone (arXiv:1910.05453).
 
     Made for the published `vq-wav2vec.pt` (Gumbel softmax) and `vq-wav2vec_kmeans.pt`, which have two groups of 320
     codes and a frame every 160 samples of 16 kHz. The groups of a frame follow each other in time and have ids of their
@@ -103,6 +104,8 @@ class FairseqVQWav2Vec(nn.Module):
         self.network = network.requires_grad_(False)
         self.target_sample_hz = target_sample_hz
         self.seq_len_multiple_of = seq_len_multiple_of
+        self.groups = network.quantizer.groups
+        self.codebook_size = self.groups * network.quantizer.codes
         self.downsample_factor = exact_div(network.frames.stride, self.groups, "samples a frame over groups")
         self.train(False)
 
@@ -120,23 +123,9 @@ class FairseqVQWav2Vec(nn.Module):
         """Build a tokenizer whose weights are to be loaded: no published file is needed any more."""
         return cls(VQWav2Vec.from_config(config["network"]), config["target_sample_hz"], config["seq_len_multiple_of"])
 
-    @property
-    def groups(self) -> int:
-        """Tokens a frame."""
-        return self.network.quantizer.groups
-
-    @property
-    def codebook_size(self) -> int:
-        """Number of different tokens, those of all groups together."""
-        return self.groups * self.network.quantizer.codes
-
     def fingerprint(self) -> str:
         """Hash of everything that the tokens depend on."""
         return fingerprint_of(self)
-
-    def train(self, mode: bool = True) -> "FairseqVQWav2Vec":
-        """Stay in eval mode, whatever contains this tokenizer does."""
-        return super().train(False)
 
     def num_frames(self, num_samples: int) -> int:
         """Tokens of a wave, exactly: two groups in each of the 97 frames of a second are 194.
@@ -152,7 +141,7 @@ class FairseqVQWav2Vec(nn.Module):
             ValueError: If the wave is shorter than one frame.
         """
         frames = self.network.frames
-        num_tokens = self.groups * frames.num_frames(self._cut(num_samples))
+        num_tokens = self.groups * frames.num_frames(self.cut_samples(num_samples))
         if not num_tokens:
             cut = (
                 f", and lengths are cut to multiples of {self.seq_len_multiple_of}" if self.seq_len_multiple_of else ""
@@ -166,37 +155,17 @@ class FairseqVQWav2Vec(nn.Module):
 
     @torch.no_grad()
     def forward(self, wave: Tensor, input_sample_hz: int | None = None, lengths: Tensor | None = None) -> Tensor:
-        """Tokenize waves.
-
-        Args:
-            wave: `[b, n]`, float.
-            input_sample_hz: Rate of `wave` (Hz); resampled when it differs. None = `target_sample_hz`.
-            lengths: `[b]` int, samples of `wave` that belong to each item; None = all.
-
-        Returns:
-            Ids `[b, t]` int64 in `[0, codebook_size)`, frame by frame and in each frame group by group; -1 past an
-            item's own `num_frames`. An item gets the same ids alone and in a batch.
-
-        Raises:
-            ValueError: If shapes do not fit, samples are not finite or an item is shorter than one frame.
-        """
-        check_waves(wave, lengths, device_of(self.network))
-        if input_sample_hz is not None and input_sample_hz != self.target_sample_hz:
-            wave, lengths = resampled_items(wave, input_sample_hz, self.target_sample_hz, lengths)
+        """Tokenize waves, frame by frame and in each frame group by group; see `SemanticTokenizer`."""
+        wave, lengths = self.checked_waves(wave, input_sample_hz, lengths, device_of(self.network))
         wave = wave.to(next(self.network.parameters()).dtype)
         ids = torch.full((len(wave), self.num_frames(wave.shape[1])), -1, dtype=torch.int64, device=wave.device)
         offsets = torch.arange(self.groups, device=wave.device) * self.network.quantizer.codes
         with torch.autocast(wave.device.type, enabled=False):
             for rows, part in items_by_length(wave, lengths):
                 num_tokens = self.num_frames(part.shape[1])
-                codes = self.network(part[:, : self._cut(part.shape[1])])
+                codes = self.network(part[:, : self.cut_samples(part.shape[1])])
                 ids[rows, :num_tokens] = rearrange(codes + offsets, "r t g -> r (t g)")
         return ids
-
-    def _cut(self, num_samples: int) -> int:
-        """A length cut down to a multiple of `seq_len_multiple_of`."""
-        multiple = self.seq_len_multiple_of or 1
-        return num_samples // multiple * multiple
 
 
 @beartype

@@ -13,6 +13,7 @@ from audiolm_pytorch.generation.windows import decode_in_windows
 from audiolm_pytorch.lm.shard_source import ShardSource
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.lm.wave_source import WaveSource
+from audiolm_pytorch.semantic import SemanticTokenizer
 from audiolm_pytorch.tokens.streams import Stream
 from tests.helpers.fakes import SIZES
 
@@ -65,7 +66,7 @@ class ClickCodec(nn.Module):
         return wave[:, None, :num_samples]
 
 
-class ClickTokenizer(nn.Module):
+class ClickTokenizer(SemanticTokenizer):
     """25 tokens a second: in which eighth of a frame the click is; loses frames at the end, as HuBERT does."""
 
     target_sample_hz, downsample_factor, codebook_size = TOKENIZER_HZ, TOKEN_FRAME, 9

@@ -12,20 +12,29 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from beartype.roar import BeartypeCallHintViolation
 from torch import Tensor, nn
 
 from audiolm_pytorch.data import AudioItem, load_split
 from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.saving.files import read_json, read_weights
 from audiolm_pytorch.saving.modules import load_module, read_config, register
-from audiolm_pytorch.semantic import ClusterUsage, KMeansFit, KMeansTokenizer, KMeansTrainer, features, kmeans_trainer
+from audiolm_pytorch.semantic import (
+    ClusterUsage,
+    FrameEncoder,
+    KMeansFit,
+    KMeansTokenizer,
+    KMeansTrainer,
+    features,
+    kmeans_trainer,
+)
 from audiolm_pytorch.semantic.features import plan_crops
 
 RATE_HZ, DIM = 1000, 20
 
 
 @register
-class SampleEncoder(nn.Module):
+class SampleEncoder(FrameEncoder):
     """A `FrameEncoder` whose frames are the samples themselves, times one more than the layer."""
 
     sample_hz, downsample_factor, dim = RATE_HZ, DIM, DIM
@@ -363,7 +372,7 @@ def test_bad_settings_are_refused_before_anything_is_written(sounds, tmp_path):
         with pytest.raises(ValueError, match=message) as refused:
             job(sounds, out, **changes)
         assert "\n" not in str(refused.value)
-    with pytest.raises(TypeError, match="FrameEncoder"):
+    with pytest.raises(BeartypeCallHintViolation, match="FrameEncoder"):
         job(sounds, out, encoder=nn.Linear(2, 2))
     with pytest.raises(TypeError, match="registered"):
         job(sounds, out, encoder=Unregistered())

@@ -99,7 +99,7 @@ def test_long_waves_are_assigned_in_parts(tokenizer, monkeypatch):
     """Guards memory: normalising and comparing an hour at once would take several times its features."""
     wave = torch.stack(noises(2, 7))
     expected = tokenizer(wave)
-    monkeypatch.setattr(module, "_FRAMES_AT_ONCE", 7)
+    monkeypatch.setattr(module, "_FRAMES_PER_CHUNK", 7)
     assert torch.equal(tokenizer(wave), expected)
 
 
@@ -223,7 +223,7 @@ def test_ids_on_a_gpu_are_those_of_the_cpu(tokenizer):
 def test_bad_parts_are_refused():
     """Guards the constructor: wrong encoders, layers, shapes, missing centroids."""
     encoder = tiny_encoder()
-    with pytest.raises(TypeError, match="FrameEncoder"):
+    with pytest.raises(BeartypeCallHintViolation, match="FrameEncoder"):
         KMeansTokenizer(encoder=torch.nn.Linear(2, 2), layer=1, num_clusters=4)
     for arguments, message in [
         ({"layer": 3, "num_clusters": 4}, r"0\.\.2"),

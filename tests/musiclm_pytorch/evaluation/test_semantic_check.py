@@ -43,7 +43,7 @@ def note(start, seconds, pitch):
     return Note(start, seconds, pitch, 100, 0)
 
 
-class CodedEncoder(nn.Module):
+class CodedEncoder(FrameEncoder):
     """Layer 1 reads the label that stands in the first sample of every frame; layer 0 sees only noise."""
 
     sample_hz, downsample_factor, dim, depth = RATE_HZ, HOP, 32, 1
@@ -178,7 +178,7 @@ def test_the_layer_that_carries_the_label_wins(coded_sets):
     assert re.search(r"\| 32 +\| layer 1\* +\| log-mel +\|.*\| yes", text)
 
 
-class CodedTokenizer(nn.Module):
+class CodedTokenizer(SemanticTokenizer):
     """Its token is the label in the first sample of every frame; -1 behind an item's end, with `shift` added."""
 
     target_sample_hz, downsample_factor, codebook_size = RATE_HZ, HOP, 32

@@ -111,7 +111,7 @@ def test_long_waves_are_encoded_in_windows(context, monkeypatch):
     assert mask.sum(dim=1).tolist() == [1, 9, 10, 11, 13, 20, 35]
     louder = waves[-1:].clone()
     louder[:, 25 * TOKEN_SAMPLES :] *= 3
-    monkeypatch.setattr(best_rq, "_MOST_WINDOWS", 2)
+    monkeypatch.setattr(best_rq, "_WINDOWS_PER_BATCH", 2)
     monkeypatch.setattr(frontend, "_FRAMES_AT_ONCE", 33)
     torch.testing.assert_close(encoder.features(waves, lengths)[0], together, atol=1e-5, rtol=1e-5)
     change = (encoder.features(louder)[0] - together[-1:]).abs().amax(dim=-1)[0] > 1e-4

@@ -76,7 +76,7 @@ def check_equal(tokenizer, model, estimator, waves, layer):
     batch = torch.full((len(waves), int(lengths.max())), 0.9)
     for row, wave in enumerate(waves):
         batch[row, : len(wave)] = wave
-    features, mask = tokenizer.normalised_features(batch, lengths)
+    features, mask = tokenizer.encoder.features(batch, lengths, tokenizer.layer)
     ids = tokenizer(batch, lengths=lengths)
     for row, wave in enumerate(waves):
         expected = hidden_states(model, wave, layer)
