@@ -1,10 +1,7 @@
-"""Neural audio codecs: waves to discrete frames and back."""
+"""Neural audio codecs: waves to discrete codes and back."""
 
 from audiolm_pytorch.codecs.base import Codec, StreamingCodec
-from audiolm_pytorch.codecs.pretrained.adapter import open_codec
-from audiolm_pytorch.codecs.pretrained.dac import DacWrapper
-from audiolm_pytorch.codecs.pretrained.encodec import EncodecWrapper
-from audiolm_pytorch.codecs.pretrained.mimi import MimiWrapper
+from audiolm_pytorch.codecs.pretrained import DacWrapper, EncodecWrapper, MimiWrapper, open_codec
 from audiolm_pytorch.codecs.soundstream import AudioLMSoundStream, MusicLMSoundStream, SoundStream, SpectralSoundStream
 from audiolm_pytorch.nn.film import FiLM
 

@@ -1,78 +1,179 @@
-"""What the rest of the library asks of an audio codec."""
+"""The interfaces of audio codecs, and the checks of their inputs."""
 
-from typing import Protocol, runtime_checkable
+import math
+from abc import ABC, abstractmethod
+from typing import NamedTuple
 
-from torch import Tensor
+import torch
+from einops import rearrange
+from torch import Tensor, nn
 
+from audiolm_pytorch.audio.units import frames_covering
 from audiolm_pytorch.codecs.streaming import DecoderStream, EncoderStream
 
-__all__ = ["Codec", "StreamingCodec"]
+__all__ = ["Codec", "EncodedWave", "StreamingCodec"]
 
 
-@runtime_checkable
-class Codec(Protocol):
-    """A neural codec: waves to frames of discrete codes and back."""
+class EncodedWave(NamedTuple):
+    """Codes of waves, with the loudness of their segments if the codec normalises segments.
 
-    @property
-    def target_sample_hz(self) -> int:
-        """Rate of the waves (Hz)."""
-        ...
+    Attributes:
+        codes: `[b, f, q]` int64, -1 past an item's own frames.
+        scales: RMS of each segment `[b, s]`, 0 past an item's own segments; None without normalisation.
+    """
 
-    @property
-    def downsample_factor(self) -> int:
-        """Samples per frame."""
-        ...
+    codes: Tensor
+    scales: Tensor | None = None
 
-    @property
-    def channels(self) -> int:
-        """Audio channels."""
-        ...
 
-    @property
-    def num_quantizers(self) -> int:
-        """Codes per frame, coarse to fine; with groups, levels times groups."""
-        ...
+class Codec(nn.Module, ABC):
+    """A neural audio codec: waves to frames of discrete codes and back.
 
-    @property
-    def codebook_size(self) -> int:
-        """Codes per level."""
-        ...
+    Attributes:
+        target_sample_hz: Sample rate of the waves.
+        downsample_factor: Samples per frame.
+        channels: Audio channels.
+        num_quantizers: Codes per frame, coarse to fine; with groups, levels times groups.
+        codebook_size: Codes per level.
+        has_scales: Whether `encode` returns the loudness of segments beside the codes.
+    """
 
+    target_sample_hz: int
+    downsample_factor: int
+    channels: int
+    num_quantizers: int
+    codebook_size: int
+    has_scales: bool = False
+
+    @abstractmethod
     def fingerprint(self) -> str:
-        """Hash of what the codes depend on."""
-        ...
+        """Hash of everything that the codes depend on."""
+
+    @abstractmethod
+    def tokenize(self, wave: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Encode waves.
+
+        Args:
+            wave: `[b, n]` or `[b, c, n]` in [-1, 1] at `target_sample_hz`; any number of samples.
+            lengths: Samples of each item `[b]`; None if no item is padded.
+
+        Returns:
+            Codes `[b, f, q]` int64, coarse level first; -1 past an item's own frames.
+        """
+
+    @abstractmethod
+    def decode_from_codebook_indices(self, codes: Tensor, num_samples: int | None = None) -> Tensor:
+        """Decode codes.
+
+        Args:
+            codes: `[b, f, q']`, the first q' columns; q' may be any number from 1 to q.
+            num_samples: Length of the result; None for all samples that the frames cover.
+
+        Returns:
+            Waves `[b, c, n]` at `target_sample_hz`.
+        """
+
+    def encode(self, wave: Tensor, lengths: Tensor | None = None) -> EncodedWave:
+        """Like `tokenize`, with the loudness of the segments if the codec normalises them."""
+        return EncodedWave(self.tokenize(wave, lengths))
+
+    def decode(self, codes: Tensor, scales: Tensor | None = None, num_samples: int | None = None) -> Tensor:
+        """Like `decode_from_codebook_indices`, with the scales `[b, s]` that `encode` returned."""
+        if scales is not None:
+            raise ValueError(f"{type(self).__name__} does not normalise segments and has no scales; leave them out")
+        return self.decode_from_codebook_indices(codes, num_samples)
 
     def num_frames(self, num_samples: int) -> int:
-        """Frames that cover `num_samples` samples."""
-        ...
+        """Frames that cover `num_samples` samples; the last frame may be partly silence."""
+        return frames_covering(num_samples, self.downsample_factor)
 
-    def tokenize(self, wave: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Waves `[b, n]` or `[b, c, n]` to codes `[b, f, q]` int64, coarse level first; `lengths [b]` in samples."""
-        ...
+    def covered_samples(self, num_frames: int) -> int:
+        """Samples that `num_frames` frames decode to."""
+        return num_frames * self.downsample_factor
 
-    def decode_from_codebook_indices(self, codes: Tensor, num_samples: int | None = None) -> Tensor:
-        """Codes `[b, f, q]` (any prefix of the levels) to waves `[b, c, n]`."""
-        ...
+    def bitrate_kbps(self, num_levels: int | None = None) -> float:
+        """Bitrate of the first `num_levels` codes of each frame (None: all), without entropy coding."""
+        num_levels = self.check_num_levels(num_levels)
+        return num_levels * math.log2(self.codebook_size) * self.target_sample_hz / self.downsample_factor / 1000
+
+    def check_num_levels(self, num_levels: int | None) -> int:
+        """Check that the codec has `num_levels` codes per frame and return the number; None means all."""
+        if num_levels is None:
+            return self.num_quantizers
+        if not 1 <= num_levels <= self.num_quantizers:
+            raise ValueError(f"the number of levels must be in 1..{self.num_quantizers}, got {num_levels}")
+        return num_levels
+
+    def _check_wave(self, wave: Tensor, may_be_empty: bool = False) -> Tensor:
+        """Check a float wave `[b, n]` or `[b, c, n]` and return it as `[b, c, n]` in the precision of the weights."""
+        shape = list(wave.shape)
+        if wave.ndim == 2:
+            wave = rearrange(wave, "b n -> b 1 n")
+        if wave.ndim != 3 or wave.shape[1] != self.channels or not (may_be_empty or wave.shape[-1]):
+            shapes = f"[b, n] or [b, 1, n]" if self.channels == 1 else f"[b, {self.channels}, n]"
+            raise ValueError(
+                f"audio must be {shapes} with n > 0 samples at {self.target_sample_hz} Hz, got {shape}"
+                f"{_shape_advice(shape, self.channels)}"
+            )
+        if not wave.is_floating_point():
+            raise ValueError(
+                f"audio must be floating point in [-1, 1], got {wave.dtype}; divide integers by their full scale"
+            )
+        # Unlike isfinite().all(), the two extremes need no second copy of a long recording.
+        if wave.numel() and not all(extreme.isfinite() for extreme in torch.aminmax(wave.detach())):
+            raise ValueError("audio holds NaN or infinite samples; clean it first, e.g. with torch.nan_to_num")
+        return wave.to(next(self.parameters()).dtype)
+
+    def _check_codes(self, codes: Tensor) -> Tensor:
+        """Check that codes are integers `[b, f, q']` in the range of the codebooks, and return them."""
+        if codes.ndim != 3 or not 1 <= codes.shape[-1] <= self.num_quantizers:
+            raise ValueError(f"codes must be [b, f, 1..{self.num_quantizers}], got {list(codes.shape)}")
+        if codes.is_floating_point() or codes.dtype == torch.bool:
+            raise ValueError(f"codes must be integers, got {codes.dtype}")
+        if codes.numel() and (codes.min() < 0 or codes.max() >= self.codebook_size):
+            raise ValueError(
+                f"codes must lie in 0..{self.codebook_size - 1}, got {int(codes.min())}..{int(codes.max())}; cut off "
+                "padding (-1) first"
+            )
+        return codes
+
+    def _check_num_samples(self, num_samples: int | None, num_frames: int) -> None:
+        """Check that `num_frames` frames decode to at least `num_samples` samples."""
+        covered = self.covered_samples(num_frames)
+        if num_samples is not None and not 0 <= num_samples <= covered:
+            raise ValueError(f"{num_frames} frames cover {covered} samples, num_samples is {num_samples}")
 
 
-@runtime_checkable
-class StreamingCodec(Codec, Protocol):
-    """A codec that also works while the sound or the codes are still coming in."""
+class StreamingCodec(Codec):
+    """A codec that also encodes and decodes chunk by chunk, with the same result."""
 
     @property
+    @abstractmethod
     def encoder_latency_seconds(self) -> float:
-        """How long after a sample came in the code of its frame can be known, at the most."""
-        ...
+        """Longest time from a sample to the code of its frame: the frame itself and the look-ahead."""
 
     @property
+    @abstractmethod
     def decoder_latency_seconds(self) -> float:
-        """How much sound after a frame must be known as codes before the frame can be played."""
-        ...
+        """Duration of the codes after a frame that the decoder needs before it returns the frame's samples."""
 
+    @abstractmethod
     def encoder_stream(self) -> EncoderStream:
-        """A stream from waves to codes, with a state of its own."""
-        ...
+        """A new stream from waves to the codes that `tokenize` returns for the whole wave."""
 
+    @abstractmethod
     def decoder_stream(self) -> DecoderStream:
-        """A stream from codes to waves, with a state of its own."""
-        ...
+        """A new stream from codes to the waves that `decode_from_codebook_indices` returns for all codes."""
+
+
+def _shape_advice(shape: list[int], channels: int) -> str:
+    """How to turn audio of this shape into the right shape, to end an error message; empty if that is unclear."""
+    if len(shape) == 1:
+        return "; add the batch axis: wave.unsqueeze(0)"
+    if len(shape) == 3 and shape[2] == channels != shape[1]:
+        return "; samples are the last axis: wave.transpose(1, 2)"
+    if len(shape) == 3 and channels == 1 and shape[1] > 1:
+        return "; mix the channels down: wave.mean(dim=1)"
+    if channels > 1 and (len(shape) == 2 or shape[1:2] == [1]):
+        return f"; repeat the one channel: wave.view(len(wave), 1, -1).repeat(1, {channels}, 1)"
+    return ""

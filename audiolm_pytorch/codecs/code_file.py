@@ -1,4 +1,4 @@
-"""A sound as the codes of a codec in one safetensors file, with everything that decoding must know."""
+"""The codes of a sound in a safetensors file, with everything that decoding needs."""
 
 import json
 import math
@@ -11,28 +11,27 @@ from beartype import beartype
 from torch import Tensor
 
 from audiolm_pytorch.codecs.base import Codec
-from audiolm_pytorch.codecs.loudness import keeps_scales
 from audiolm_pytorch.saving.files import read_weights, write_weights
 
-__all__ = ["CODES_SUFFIX", "CodesInfo", "StoredCodes", "read_codes", "write_codes"]
+__all__ = ["CodesInfo", "StoredCodes", "read_codes", "write_codes"]
 
-CODES_SUFFIX = ".safetensors"
-FORMAT_VERSION = 1
-_TENSOR, _SCALES, _HEADER = "codes", "scales", "audio_codes"
+_SUFFIX = ".safetensors"
+_FORMAT_VERSION = 1
+_CODES, _SCALES, _HEADER = "codes", "scales", "audio_codes"
 
 
 @dataclass(frozen=True)
 class CodesInfo:
-    """What the codes of a sound are codes of.
+    """The codec and the sound that codes belong to.
 
     Attributes:
-        codec_class: Class of the codec that made them.
+        codec_class: Class name of the codec.
         codec_fingerprint: Its fingerprint.
         codebook_size: Codes per level (v).
-        sample_hz: The codec's rate (Hz).
-        num_samples: Samples of the sound at that rate.
+        sample_hz: The codec's sample rate.
+        num_samples: Samples of the sound at the codec's rate.
         channels: The codec's audio channels.
-        original_sample_hz: Rate of the file that was encoded (Hz).
+        original_sample_hz: Sample rate of the encoded file.
         original_num_samples: Its samples per channel.
         original_channels: Its channels.
     """
@@ -51,9 +50,9 @@ class CodesInfo:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type is int and (type(value) is not int or value < 1):
-                raise ValueError(f"{field.name} must be a whole number of at least 1, got {value!r}")
+                raise ValueError(f"{field.name} must be an integer of at least 1, got {value!r}")
             if field.type is str and not (isinstance(value, str) and value):
-                raise ValueError(f"{field.name} must be a text, got {value!r}")
+                raise ValueError(f"{field.name} must be a non-empty string, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -62,11 +61,8 @@ class StoredCodes:
 
     Attributes:
         codes: `[f, q]` int64, coarse level first.
-        info: What they are codes of.
-        scales: Loudness of each segment `[s]` float32, where the codec keeps that beside its codes.
-
-    Raises:
-        ValueError: If the codes are not int64 `[f, q]` in 0..codebook_size - 1, or the scales are no loudness.
+        info: Codec and sound.
+        scales: Loudness of each segment `[s]` float32, if the codec has scales.
     """
 
     codes: Tensor
@@ -74,18 +70,18 @@ class StoredCodes:
     scales: Tensor | None = None
 
     def __post_init__(self) -> None:
-        codes, most = self.codes, self.info.codebook_size - 1
+        codes, largest = self.codes, self.info.codebook_size - 1
         if codes.ndim != 2 or codes.numel() == 0 or codes.dtype != torch.int64:
             raise ValueError(f"codes must be int64 [f, q] with at least one frame, got {codes.dtype} {[*codes.shape]}")
-        if codes.min() < 0 or codes.max() > most:
-            raise ValueError(f"codes must lie in 0..{most}, got {int(codes.min())}..{int(codes.max())}")
-        if self.scales is not None:
-            is_loudness = self.scales.ndim == 1 and self.scales.dtype == torch.float32
-            if not is_loudness or not (self.scales.isfinite() & (self.scales >= 0)).all():
-                raise ValueError(
-                    "scales must be float32 [s], finite and not negative, got "
-                    f"{self.scales.dtype} {[*self.scales.shape]}"
-                )
+        if codes.min() < 0 or codes.max() > largest:
+            raise ValueError(f"codes must lie in 0..{largest}, got {int(codes.min())}..{int(codes.max())}")
+        scales = self.scales
+        if scales is not None and not (
+            scales.ndim == 1 and scales.dtype == torch.float32 and (scales.isfinite() & (scales >= 0)).all()
+        ):
+            raise ValueError(
+                f"scales must be float32 [s], finite and not negative, got {scales.dtype} {[*scales.shape]}"
+            )
 
     @property
     def seconds(self) -> float:
@@ -94,65 +90,49 @@ class StoredCodes:
 
     @property
     def kbps(self) -> float:
-        """Bits of codes and scales a second, without entropy coding, in thousands."""
+        """Bitrate of codes and scales, without entropy coding."""
         bits = self.codes.numel() * math.log2(self.info.codebook_size)
         bits += 0 if self.scales is None else 32 * self.scales.numel()
         return bits / self.seconds / 1000
 
-    def require_codec(self, codec: Codec, fingerprint: str | None = None) -> None:
-        """Refuse a codec that did not make these codes: it would make noise of them.
-
-        Args:
-            codec: The one to decode with.
-            fingerprint: Its fingerprint, if it is known already.
-
-        Raises:
-            ValueError: If it is another one, or the codes do not fit it; says what to do.
-        """
+    def check_codec(self, codec: Codec, fingerprint: str) -> None:
+        """Check that `codec`, which has this fingerprint, made these codes; another codec would decode noise."""
         info, (num_frames, num_levels) = self.info, self.codes.shape
-        given = codec.fingerprint() if fingerprint is None else fingerprint
-        if given != info.codec_fingerprint:
+        if fingerprint != info.codec_fingerprint:
             raise ValueError(
-                f"the codes were made by another codec ({info.codec_class} {info.codec_fingerprint}, here is "
-                f"{type(codec).__name__} {given}); give the one that made them"
+                f"the codes are from {info.codec_class} {info.codec_fingerprint}, got the codec "
+                f"{type(codec).__name__} {fingerprint}; decode with the codec that encoded them"
             )
-        shape = (info.sample_hz, info.channels, info.codebook_size)
-        wanted = (codec.target_sample_hz, codec.channels, codec.codebook_size)
-        if shape != wanted or num_levels > codec.num_quantizers or num_frames != codec.num_frames(info.num_samples):
+        sizes = (info.sample_hz, info.channels, info.codebook_size)
+        codec_sizes = (codec.target_sample_hz, codec.channels, codec.codebook_size)
+        expected_frames = codec.num_frames(info.num_samples)
+        if sizes != codec_sizes or num_levels > codec.num_quantizers or num_frames != expected_frames:
             raise ValueError(
                 f"the codes ({num_frames} frames of {num_levels} levels of {info.codebook_size}, "
                 f"{info.num_samples} samples at {info.sample_hz} Hz, {info.channels} channels) do not fit their codec "
-                f"({codec.num_frames(info.num_samples)} frames for that, up to {codec.num_quantizers} levels of "
-                f"{codec.codebook_size} at {codec.target_sample_hz} Hz, {codec.channels} channels); encode again"
+                f"({expected_frames} frames for that, up to {codec.num_quantizers} levels of {codec.codebook_size} at "
+                f"{codec.target_sample_hz} Hz, {codec.channels} channels); encode the sound again"
             )
-        if (self.scales is not None) != keeps_scales(codec):
+        if (self.scales is not None) != codec.has_scales:
             raise ValueError(
-                f"the codes come {'without' if self.scales is None else 'with'} scales, of which the codec "
-                f"{'has one a segment' if self.scales is None else 'has none'}; encode again"
+                f"the codes have {'no ' if self.scales is None else ''}scales, but the codec has "
+                f"{'one per segment' if codec.has_scales else 'none'}; encode the sound again"
             )
 
 
 @beartype
 def write_codes(path: str | Path, stored: StoredCodes) -> None:
-    """Write codes as a safetensors file, whole or not at all.
+    """Write codes to a safetensors file (atomically); missing folders are created.
 
-    The tensor `codes [f, q]` is int16, or int32 for more than 2^15 codes; `scales [s]` float32 lies beside it where the
-    codec has them; the header has the entry `audio_codes`, a JSON object: `format_version` and the fields of
-    `CodesInfo`.
-
-    Args:
-        path: Name ending in .safetensors; missing folders are made.
-        stored: The codes.
-
-    Raises:
-        ValueError: If the name ends otherwise.
+    The tensor `codes [f, q]` is int16, or int32 for more than 2^15 codes; `scales [s]` is float32. The header entry
+    `audio_codes` is a JSON object with `format_version` and the fields of `CodesInfo`.
     """
     path = Path(path)
-    if path.suffix != CODES_SUFFIX:
-        raise ValueError(f"{path}: codes are stored in a safetensors file; use a name that ends in {CODES_SUFFIX}")
+    if path.suffix != _SUFFIX:
+        raise ValueError(f"cannot write codes to {path}; use a name that ends in {_SUFFIX}")
     dtype = torch.int16 if stored.info.codebook_size <= 2**15 else torch.int32
-    header = json.dumps({"format_version": FORMAT_VERSION, **asdict(stored.info)})
-    tensors = {_TENSOR: stored.codes.to(dtype)}
+    header = json.dumps({"format_version": _FORMAT_VERSION, **asdict(stored.info)})
+    tensors = {_CODES: stored.codes.to(dtype)}
     if stored.scales is not None:
         tensors[_SCALES] = stored.scales
     write_weights(path, tensors, {_HEADER: header})
@@ -160,44 +140,34 @@ def write_codes(path: str | Path, stored: StoredCodes) -> None:
 
 @beartype
 def read_codes(path: str | Path) -> StoredCodes:
-    """Read what `write_codes` wrote, and check all of it.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The codes.
-
-    Raises:
-        ValueError: If the file is missing, damaged, something else, of another format version, or inconsistent.
-    """
+    """Read and check a file of `write_codes`; any fault raises a ValueError that names the file."""
     tensors, metadata = read_weights(path)
-    if _TENSOR not in tensors or tensors.keys() - {_TENSOR, _SCALES} or _HEADER not in metadata:
-        raise ValueError(f"{path} holds something else than the codes of a sound; make them with write_codes")
+    if _CODES not in tensors or tensors.keys() - {_CODES, _SCALES} or _HEADER not in metadata:
+        raise ValueError(f"{path} does not hold the codes of a sound; create such files with write_codes")
     try:
         header = json.loads(metadata[_HEADER])
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: its header is damaged ({error})") from error
+        raise ValueError(f"{path}: the header is damaged ({error})") from error
     header = header if isinstance(header, dict) else {}
     version = header.pop("format_version", None)
-    if version != FORMAT_VERSION:
+    if version != _FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format_version {version!r}, this program reads {FORMAT_VERSION}; install the release that "
+            f"{path} has format_version {version!r}, this release reads {_FORMAT_VERSION}; install the release that "
             "wrote it, or encode the sound again"
         )
-    codes = tensors[_TENSOR]
+    codes = tensors[_CODES]
     if codes.dtype not in (torch.int16, torch.int32):
-        raise ValueError(f"{path}: codes are stored as int16 or int32, here as {codes.dtype}; encode the sound again")
+        raise ValueError(f"{path}: codes must be int16 or int32, got {codes.dtype}; encode the sound again")
     try:
-        return StoredCodes(codes.long(), _info(header), tensors.get(_SCALES))
+        return StoredCodes(codes.long(), _read_info(header), tensors.get(_SCALES))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _info(header: dict[str, Any]) -> CodesInfo:
+def _read_info(header: dict[str, Any]) -> CodesInfo:
     names = {field.name for field in fields(CodesInfo)}
     if header.keys() != names:
         raise ValueError(
-            f"its header lacks {sorted(names - header.keys())} or has unknown entries {sorted(header.keys() - names)}"
+            f"the header lacks {sorted(names - header.keys())} or has unknown entries {sorted(header.keys() - names)}"
         )
     return CodesInfo(**header)

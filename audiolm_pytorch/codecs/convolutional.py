@@ -1,11 +1,12 @@
 """The causal convolutional encoder and decoder of SoundStream (arXiv 2107.03312, sections III-A and III-B).
 
-Layers work on images of one row, `[b, d, 1, n]`, with the channels next to each other in memory: there, torch 2.13 on a
-CPU convolves at 100 to 120 GMAC/s a core whatever the length, against 60 to 100 with time innermost. Every causal layer
-takes the `StreamState` of a stream; without one it starts from silence.
+Layers work on images of one row, `[b, d, 1, n]`, in channels-last memory. In this layout torch 2.13 on a CPU convolves at
+100 to 120 GMAC/s per core for any length, against 60 to 100 with time innermost. Every causal layer accepts the
+`StreamState` of a stream; without a state it starts from silence.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,48 +16,45 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
-from audiolm_pytorch.codecs.streaming import FrameStream, StreamState
 from audiolm_pytorch.nn.local_attention import LocalTransformer
+from audiolm_pytorch.nn.streaming import FrameStream, StreamState
 from audiolm_pytorch.saving.modules import register
 
 __all__ = ["CausalConv1d", "CausalConvTranspose1d", "ConvDecoder", "ConvEncoder", "ResidualUnit"]
 
 _DILATIONS = (1, 3, 9)  # SoundStream, section III-A
-# Of the first weights: units begin near the identity, and the wave quiet, since too loud is unlearnt slowly. A clip is
-# then at half the distance of silence after 100 steps; with torch's own start it is no nearer than silence.
-_BRANCH_START, _WAVE_START = 0.3, 0.05
+# Initial scale of the residual branches and of the output. Units start near the identity and the wave quiet, because
+# the model unlearns a loud start slowly. With torch's own initialisation, 100 steps come no nearer to a clip than silence.
+_BRANCH_SCALE, _WAVE_SCALE = 0.3, 0.05
 _LOG2_E = math.log2(math.e)
-# Outside of training, samples that go through at once: with 32 channels a layer's output is 6 MB on a CPU, where longer
-# pieces only cost cache misses; a GPU wants more work at once.
-_PIECE_SAMPLES_CPU, _PIECE_SAMPLES_GPU = 48_000, 1_000_000
+# Samples per chunk outside of training. With 32 channels, a layer's output has 6 MB on a CPU; longer chunks only cause
+# cache misses there, while a GPU needs more work per call.
+_CHUNK_SAMPLES_CPU, _CHUNK_SAMPLES_GPU = 48_000, 1_000_000
 
 
 class CausalConv1d(nn.Module):
-    """A convolution whose output at step i depends on inputs up to step i only: all padding is on the left.
+    """A convolution padded on the left only: output step i depends on input steps up to `(i + 1) * stride - 1`."""
 
-    Args:
-        dim_in: Input channels.
-        dim_out: Output channels.
-        kernel_size: Taps.
-        stride: Output step i ends at input step `(i + 1) * stride - 1`.
-        dilation: Spacing of the taps.
-    """
-
-    def __init__(self, dim_in: int, dim_out: int, kernel_size: int, stride: int = 1, dilation: int = 1) -> None:
+    def __init__(
+        self,
+        dim_in: int,
+        dim_out: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        weight_scale: float = 1.0,
+    ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(dim_in, dim_out, (1, kernel_size), stride=(1, stride), dilation=(1, dilation))
-        # keeps the variance of its input: torch's own start shrinks it to a third at every layer, and after thirty
-        # layers without norms nothing is left of the sound but the biases
+        # This keeps the variance of the input. Torch's own initialisation shrinks it to a third per layer, so that after
+        # thirty layers without norms only the biases remain.
         nn.init.normal_(self.conv.weight, std=(dim_in * kernel_size) ** -0.5)
+        with torch.no_grad():
+            self.conv.weight.mul_(weight_scale)
         if self.conv.bias is not None:
             nn.init.zeros_(self.conv.bias)
         self.num_past = dilation * (kernel_size - 1) + 1 - stride
-
-    @torch.no_grad()
-    def damped(self, factor: float) -> "CausalConv1d":
-        """This convolution with its weights scaled down, to begin with."""
-        self.conv.weight.mul_(factor)
-        return self
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
         """`[b, d, 1, n]` to `[b, d', 1, n / stride]`; with a state, n must be a multiple of the stride."""
@@ -70,15 +68,10 @@ class CausalConv1d(nn.Module):
 
 
 class CausalConvTranspose1d(nn.Module):
-    """A transposed convolution of kernel `2 * stride` whose tail, which would reach back in time, is cut.
+    """A transposed convolution of kernel `2 * stride` without the last `stride` output steps.
 
-    An output depends on the input step that it lies in and on the one before, so this is a convolution of two taps that
-    gives `stride` output steps for each input step (as in arXiv 1609.05158, with a bias for each of them).
-
-    Args:
-        dim_in: Input channels.
-        dim_out: Output channels.
-        stride: Upsampling factor.
+    An output step depends on its own input step and the one before. The layer is therefore a convolution of two taps
+    with `stride` output steps per input step (as in arXiv 1609.05158, with a bias for each output step).
     """
 
     def __init__(self, dim_in: int, dim_out: int, stride: int) -> None:
@@ -92,10 +85,10 @@ class CausalConvTranspose1d(nn.Module):
 
 
 def elu(x: Tensor, overwrite: bool = False) -> Tensor:
-    """ELU; with `overwrite` the result may take the place of `x`, where no gradient needs it.
+    """ELU; with `overwrite` the result may reuse the memory of `x` where no gradient needs it.
 
-    Inference on a CPU takes `2 ** (x log2 e)`: with it the whole costs half of torch 2.13's ELU, which would be a
-    quarter of the encoder's time.
+    Inference on a CPU computes `2 ** (x log2 e)`, in half the time of torch 2.13's ELU, which would be a quarter of the
+    encoder's time.
     """
     if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
         return F.elu(x)
@@ -104,17 +97,12 @@ def elu(x: Tensor, overwrite: bool = False) -> Tensor:
 
 
 class ResidualUnit(nn.Module):
-    """Dilated kernel-7 and kernel-1 convolutions around a skip (SoundStream, fig. 3).
-
-    Args:
-        dim: Channels.
-        dilation: Of the first convolution (1, 3 and 9 in the paper).
-    """
+    """Dilated kernel-7 and kernel-1 convolutions with a skip connection (SoundStream, fig. 3)."""
 
     def __init__(self, dim: int, dilation: int) -> None:
         super().__init__()
         self.dilated = CausalConv1d(dim, dim, 7, dilation=dilation)
-        self.pointwise = CausalConv1d(dim, dim, 1).damped(_BRANCH_START)
+        self.pointwise = CausalConv1d(dim, dim, 1, weight_scale=_BRANCH_SCALE)
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
         """`[b, d, 1, n]` to `[b, d, 1, n]`."""
@@ -135,23 +123,16 @@ class _Block(nn.Module):
         return x
 
 
-def _budget_frames(module: nn.Module, samples_per_frame: int) -> int:
-    """Frames that go through a network at once outside of training."""
-    is_on_cpu = next(module.parameters()).device.type == "cpu"
-    return max(1, (_PIECE_SAMPLES_CPU if is_on_cpu else _PIECE_SAMPLES_GPU) // samples_per_frame)
-
-
-@register
-class ConvEncoder(nn.Module):
-    """Strided causal convolutions that double the channels at every stride, and local attention if wanted.
+class _ConvNetwork(nn.Module, ABC):
+    """Convolutions with local attention at the frame rate: the common part of encoder and decoder.
 
     Args:
-        channels: Audio channels in.
-        base_dim: C_enc of the paper: channels after the first convolution (32 there).
-        strides: Downsampling of each block; their product is the samples per frame.
-        dim: Width D of the frames that come out.
-        attn_window_size: Frames that a frame sees in the attention (itself and those before).
-        attn_depth: Blocks of attention after the convolutions; the paper has none.
+        channels: Audio channels.
+        base_dim: Channels of the convolution next to the wave (C_enc and C_dec of the paper, 32 there).
+        strides: Downsampling of each block, seen from the encoder; their product is the samples per frame.
+        dim: Width D of the frames.
+        attn_window_size: Frames that a frame attends to, itself and those before.
+        attn_depth: Blocks of attention; the paper has none.
     """
 
     lookahead_frames = 0
@@ -176,27 +157,47 @@ class ConvEncoder(nn.Module):
             attn_window_size=attn_window_size,
             attn_depth=attn_depth,
         )
-        self.channels, self.dim, self.downsample_factor = channels, dim, math.prod(strides)
-        widths = [base_dim * 2**level for level in range(len(strides) + 1)]
-        self.first = CausalConv1d(channels, base_dim, 7)
+        self.channels, self.samples_per_frame = channels, math.prod(strides)
+        self._build([base_dim * 2**level for level in range(len(strides) + 1)], list(strides), dim)
+
+    @abstractmethod
+    def _build(self, widths: list[int], strides: list[int], dim: int) -> None:
+        """Create the layers; `widths` are the channels before the first and after every stride of the encoder."""
+
+    def _attention(self, dim: int) -> LocalTransformer:
+        return LocalTransformer(dim, self.config["attn_depth"], self.config["attn_window_size"])
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "_ConvNetwork":
+        """Build the network from its `config`."""
+        return cls(**config)
+
+    def _budget_frames(self) -> int:
+        is_on_cpu = next(self.parameters()).device.type == "cpu"
+        return max(1, (_CHUNK_SAMPLES_CPU if is_on_cpu else _CHUNK_SAMPLES_GPU) // self.samples_per_frame)
+
+
+@register
+class ConvEncoder(_ConvNetwork):
+    """Strided causal convolutions that double the channels at every stride, then optional local attention."""
+
+    def _build(self, widths: list[int], strides: list[int], dim: int) -> None:
+        self.dim, self.downsample_factor = dim, self.samples_per_frame
+        self.first = CausalConv1d(self.channels, widths[0], 7)
         self.blocks = nn.ModuleList([_Block(width) for width in widths[:-1]])
         self.downs = nn.ModuleList(
             CausalConv1d(width, 2 * width, 2 * stride, stride=stride) for width, stride in zip(widths, strides)
         )
         self.last = CausalConv1d(widths[-1], dim, 3)
-        self.attention = LocalTransformer(dim, attn_depth, attn_window_size)
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "ConvEncoder":
-        """Build from the dictionary that `config` holds."""
-        return cls(**config)
+        self.attention = self._attention(dim)
 
     def forward(self, wave: Tensor, mask: Tensor | None = None) -> Tensor:
         """Waves `[b, c, n]` with n a multiple of the strides' product to frames `[b, f, d]`.
 
-        `mask [b, f]` is there for encoders that look ahead; a causal one cannot see padding on the right.
+        The interface of encoders has `mask [b, f]` for those that look ahead; padding on the right cannot reach the
+        frames of a causal encoder.
         """
-        return self._encode(wave) if torch.is_grad_enabled() else self.stream().whole(wave)
+        return self._encode(wave) if torch.is_grad_enabled() else self.stream().push_last(wave)
 
     def stream(self, mask: Tensor | None = None) -> FrameStream:
         """A stream of waves `[b, c, n]` (any n) to frames `[b, f, d]`; `mask` as in `forward`."""
@@ -204,16 +205,16 @@ class ConvEncoder(nn.Module):
         return FrameStream(
             lambda wave, first_frame: self._encode(wave, state),
             in_axis=-1,
-            in_steps=self.downsample_factor,
+            in_steps=self.samples_per_frame,
             out_axis=1,
             out_steps=1,
             out_width=self.dim,
             reach_frames=0,
-            budget_frames=_budget_frames(self, self.downsample_factor),
+            budget_frames=self._budget_frames(),
         )
 
     def _encode(self, wave: Tensor, state: StreamState | None = None) -> Tensor:
-        # clone, not contiguous: a single channel counts as both layouts, and only strides tell torch which is meant
+        # clone instead of contiguous: torch counts a single channel as both layouts, only its strides differ
         x = self.first(rearrange(wave, "b c n -> b c 1 n").clone(memory_format=torch.channels_last), state)
         for block, down in zip(self.blocks, self.downs):
             x = down(elu(block(x, state), overwrite=True), state)
@@ -222,58 +223,23 @@ class ConvEncoder(nn.Module):
 
 
 @register
-class ConvDecoder(nn.Module):
-    """The mirror of `ConvEncoder`.
+class ConvDecoder(_ConvNetwork):
+    """The mirror of `ConvEncoder`: optional local attention, then convolutions that undo the strides in reverse order."""
 
-    Args:
-        channels: Audio channels out.
-        base_dim: C_dec of the paper: channels before the last convolution.
-        strides: The encoder's strides; they are undone in reverse order.
-        dim: Width D of the frames that go in.
-        attn_window_size: Frames that a frame sees in the attention (itself and those before).
-        attn_depth: Blocks of attention before the convolutions; the paper has none.
-    """
-
-    lookahead_frames = 0
-
-    @beartype
-    def __init__(
-        self,
-        *,
-        channels: int = 1,
-        base_dim: int = 32,
-        strides: Sequence[int] = (2, 4, 5, 8),
-        dim: int = 512,
-        attn_window_size: int = 128,
-        attn_depth: int = 0,
-    ) -> None:
-        super().__init__()
-        self.config: dict[str, Any] = dict(
-            channels=channels,
-            base_dim=base_dim,
-            strides=list(strides),
-            dim=dim,
-            attn_window_size=attn_window_size,
-            attn_depth=attn_depth,
-        )
-        self.channels, self.input_dim, self.upsample_factor = channels, dim, math.prod(strides)
-        widths = [base_dim * 2**level for level in range(len(strides), -1, -1)]
-        self.attention = LocalTransformer(dim, attn_depth, attn_window_size)
+    def _build(self, widths: list[int], strides: list[int], dim: int) -> None:
+        self.input_dim, self.upsample_factor = dim, self.samples_per_frame
+        widths, strides = widths[::-1], strides[::-1]
+        self.attention = self._attention(dim)
         self.first = CausalConv1d(dim, widths[0], 7)
         self.ups = nn.ModuleList(
-            CausalConvTranspose1d(width, width // 2, stride) for width, stride in zip(widths, reversed(strides))
+            CausalConvTranspose1d(width, width // 2, stride) for width, stride in zip(widths, strides)
         )
         self.blocks = nn.ModuleList([_Block(width) for width in widths[1:]])
-        self.last = CausalConv1d(widths[-1], channels, 7).damped(_WAVE_START)
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "ConvDecoder":
-        """Build from the dictionary that `config` holds."""
-        return cls(**config)
+        self.last = CausalConv1d(widths[-1], self.channels, 7, weight_scale=_WAVE_SCALE)
 
     def forward(self, frames: Tensor) -> Tensor:
         """Quantized frames `[b, f, d]` to waves `[b, c, n]`."""
-        return self._decode(frames) if torch.is_grad_enabled() else self.stream().whole(frames)
+        return self._decode(frames) if torch.is_grad_enabled() else self.stream().push_last(frames)
 
     def stream(self) -> FrameStream:
         """A stream of quantized frames `[b, f, d]` to waves `[b, c, n]`."""
@@ -283,14 +249,14 @@ class ConvDecoder(nn.Module):
             in_axis=1,
             in_steps=1,
             out_axis=-1,
-            out_steps=self.upsample_factor,
+            out_steps=self.samples_per_frame,
             out_width=self.channels,
             reach_frames=0,
-            budget_frames=_budget_frames(self, self.upsample_factor),
+            budget_frames=self._budget_frames(),
         )
 
     def _decode(self, frames: Tensor, state: StreamState | None = None) -> Tensor:
-        # frames of contiguous values are an image with its channels innermost
+        # this rearrangement of contiguous frames is already in channels-last memory
         x = self.first(rearrange(self.attention(frames, state), "b f d -> b d 1 f"), state)
         for up, block in zip(self.ups, self.blocks):
             x = block(up(elu(x, overwrite=True), state), state)

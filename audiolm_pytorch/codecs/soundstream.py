@@ -1,4 +1,4 @@
-"""SoundStream: encoder, residual quantizer and decoder behind the codec contract (arXiv 2107.03312)."""
+"""SoundStream: encoder, residual quantizer and decoder as one codec (arXiv 2107.03312)."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -12,8 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from audiolm_pytorch.audio.padding import checked_lengths
-from audiolm_pytorch.audio.units import frames_covering
-from audiolm_pytorch.codecs.checks import check_covered, checked_audio, checked_codes
+from audiolm_pytorch.codecs.base import StreamingCodec
 from audiolm_pytorch.codecs.convolutional import ConvDecoder, ConvEncoder
 from audiolm_pytorch.codecs.quantizers import ResidualQuantizer, make_quantizer
 from audiolm_pytorch.codecs.spectral import SpectralDecoder, SpectralEncoder
@@ -24,9 +23,11 @@ from audiolm_pytorch.saving.modules import build_module, load_module, module_spe
 
 __all__ = ["AudioLMSoundStream", "CodecOutput", "MusicLMSoundStream", "SoundStream", "SpectralSoundStream"]
 
+_PARTS = ("encoder", "decoder", "quantizer", "denoising")
+
 
 class CodecOutput(NamedTuple):
-    """What a training step of a codec needs.
+    """Output of `SoundStream.forward` for training.
 
     Attributes:
         wave: Reconstruction `[b, c, n]`.
@@ -41,40 +42,36 @@ class CodecOutput(NamedTuple):
     commitment_loss: Tensor
 
 
-_PARTS = ("encoder", "decoder", "quantizer", "denoising")
-
-
 @register
-class SoundStream(nn.Module):
+class SoundStream(StreamingCodec):
     """A neural audio codec (SoundStream, arXiv 2107.03312).
 
     By default encoder and decoder are the paper's causal convolutions; any other pair with the same interface can be
     passed in (see `SpectralSoundStream`). With groups, the codes of a frame run level by level, all groups of level 1
-    first: any prefix is a coarser version of the same sound. `num_quantizers` counts them all.
+    first, so that any prefix is a coarser version of the same sound. `num_quantizers` is levels times groups.
 
     Args:
         codebook_size: Codes per level.
         rq_num_quantizers: Levels of the residual quantizer.
-        rq_groups: Parts into which a frame is cut, each with `rq_num_quantizers` codes of its own.
+        rq_groups: Equal parts of a frame; each has its own `rq_num_quantizers` codes.
         use_lookup_free_quantizer: Whether codes are signs (LFQ) instead of learnt vectors.
         use_finite_scalar_quantizer: Whether codes are rounded numbers (FSQ) instead of learnt vectors.
         codebook_dim: Width of the frames between encoder and decoder.
         channels: Channels of the first convolution (C of the paper).
         strides: Downsampling of the encoder's blocks; their product is the samples per frame.
-        attn_window_size: Frames that a frame sees in the attention.
+        attn_window_size: Frames of context of the local attention.
         attn_depth: Blocks of local causal attention after the encoder's and before the decoder's convolutions; the
             paper has none.
         audio_channels: 1 mono, 2 stereo.
-        target_sample_hz: Rate of the waves (Hz).
         encoder: Module `(wave [b, c, n], mask [b, f] | None) -> frames [b, f, d]` with `dim`, `downsample_factor`,
             `lookahead_frames` and `stream(mask)`; replaces the convolutions of `channels`, `strides` and `attn_depth`.
         decoder: Module `frames [b, f, d] -> wave [b, c, n]` with `input_dim`, `upsample_factor`, `lookahead_frames` and
-            `stream()`; likewise.
-        quantizer: Makes codes of the frames (see `FrameQuantizer`); replaces the one of `codebook_size` and `rq_…`.
-        denoising: Condition on whether to remove noise, between encoder and quantizer; None for a codec without.
+            `stream()`; also replaces the convolutions.
+        quantizer: A `FrameQuantizer`; replaces the one of `codebook_size` and `rq_...`.
+        denoising: Condition of the frames before quantization; without it the codec cannot remove noise.
 
     Raises:
-        ValueError: If the parts do not fit each other.
+        ValueError: If the parts are not compatible.
     """
 
     encoder: Any
@@ -127,34 +124,34 @@ class SoundStream(nn.Module):
         self.num_quantizers: int = self.quantizer.num_quantizers
         self.codebook_size: int = self.quantizer.codebook_size
         self.num_groups: int = getattr(self.quantizer, "num_groups", 1)
-        self._check_parts_fit()
+        self._check_compatible()
 
-    def _check_parts_fit(self) -> None:
+    def _check_compatible(self) -> None:
         if self.encoder.downsample_factor != self.decoder.upsample_factor:
             raise ValueError(
-                f"the encoder makes a frame of {self.encoder.downsample_factor} samples but the decoder expands it to "
-                f"{self.decoder.upsample_factor}; give both the same strides"
+                f"the encoder has {self.encoder.downsample_factor} samples per frame, the decoder "
+                f"{self.decoder.upsample_factor}; use the same strides for both"
             )
         if not self.encoder.dim == self.quantizer.dim == self.decoder.input_dim:
             raise ValueError(
                 f"widths differ: encoder {self.encoder.dim}, quantizer {self.quantizer.dim}, decoder "
-                f"{self.decoder.input_dim}; give all three the same"
+                f"{self.decoder.input_dim}; all three need the same width"
             )
         if self.denoising is not None and self.denoising.dim != self.encoder.dim:
             raise ValueError(
-                f"the denoising condition is for frames of width {self.denoising.dim}, the encoder makes "
-                f"{self.encoder.dim}; build it as FiLM(dim={self.encoder.dim})"
+                f"the denoising condition has width {self.denoising.dim}, the encoder {self.encoder.dim}; use "
+                f"FiLM(dim={self.encoder.dim})"
             )
         for part in (self.encoder, self.decoder):
             if getattr(part, "channels", self.channels) != self.channels:
                 raise ValueError(
-                    f"{type(part).__name__} is for {part.channels} audio channels, the codec for {self.channels}; "
-                    "give all the same"
+                    f"{type(part).__name__} has {part.channels} audio channels, the codec {self.channels}; use the same "
+                    "number of audio channels for all"
                 )
 
     @property
     def config(self) -> dict[str, Any]:
-        """The JSON-able description from which `from_config` rebuilds this codec."""
+        """The JSON-compatible arguments of `from_config`."""
         parts = {name: getattr(self, name) for name in _PARTS}
         return dict(
             **{name: module_spec(part) for name, part in parts.items() if part is not None},
@@ -164,7 +161,7 @@ class SoundStream(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "SoundStream":
-        """Build from the dictionary that `config` holds."""
+        """Build the codec from its `config`."""
         parts: dict[str, Any] = {name: build_module(config[name]) for name in _PARTS if name in config}
         return cls(**parts, audio_channels=config["audio_channels"], target_sample_hz=config["target_sample_hz"])
 
@@ -177,22 +174,18 @@ class SoundStream(nn.Module):
         return module
 
     def fingerprint(self) -> str:
-        """Hash of configuration and weights."""
+        """Hash of weights and configuration."""
         return fingerprint_of(self)
 
     @property
     def encoder_latency_seconds(self) -> float:
-        """How long after a sample came in the code of its frame can be known, at the most: the frame and look-ahead."""
+        """Longest time from a sample to the code of its frame: the frame itself and the look-ahead."""
         return (1 + self.encoder.lookahead_frames) * self.downsample_factor / self.target_sample_hz
 
     @property
     def decoder_latency_seconds(self) -> float:
-        """How much sound after a frame must be known as codes before the frame can be played."""
+        """Duration of the codes after a frame that the decoder needs before it returns the frame's samples."""
         return self.decoder.lookahead_frames * self.downsample_factor / self.target_sample_hz
-
-    def num_frames(self, num_samples: int) -> int:
-        """Frames that cover `num_samples` samples; the last one may be partly silence."""
-        return frames_covering(num_samples, self.downsample_factor)
 
     def forward(
         self,
@@ -205,19 +198,19 @@ class SoundStream(nn.Module):
 
         Args:
             audio: `[b, n]` or `[b, c, n]` in [-1, 1] at `target_sample_hz`; any number of samples.
-            return_recons_only: Whether to return only the wave `[b, c, n]`, the one that decoding the codes gives.
-            quantize: False leaves only the codes out (the first steps of training).
-            denoise: Whether to remove noise, one for all or bool `[b]`; needs a codec with `denoising`.
+            return_recons_only: Whether to return only the wave that the decoded codes of `tokenize` have. In training
+                mode too, it uses all levels and updates no codebook.
+            quantize: False skips the codes but not the projections (for the first training steps).
+            denoise: Whether to remove noise, for all items or bool `[b]`; needs a codec with `denoising`.
 
         Returns:
             The reconstruction, as long as the input, alone or inside a `CodecOutput`.
         """
-        wave = self._checked(audio)
+        wave = self._check_wave(audio)
         self._check_denoise(denoise)
         whole_frames = F.pad(wave, (0, -wave.shape[-1] % self.downsample_factor))
-        frames = self._conditioned(self.encoder(whole_frames), denoise)
+        frames = self._condition(self.encoder(whole_frames), denoise)
         if quantize and return_recons_only:
-            # as listeners hear it, also in training mode: no level is left out and no codebook moves
             return self.decoder(self.quantizer.decode(self.quantizer.encode(frames)))[..., : wave.shape[-1]]
         if quantize:
             quantized, codes, loss = self.quantizer(frames)
@@ -229,71 +222,50 @@ class SoundStream(nn.Module):
 
     @torch.no_grad()
     def tokenize(self, wave: Tensor, lengths: Tensor | None = None, denoise: bool | Tensor = False) -> Tensor:
-        """Codes of waves, in memory that does not grow with their length.
+        """Encode waves (see `Codec.tokenize`), in memory that does not grow with their length.
 
         Args:
             wave: `[b, n]` or `[b, c, n]` in [-1, 1] at `target_sample_hz`.
-            lengths: Samples of each item `[b]`, if shorter items were padded to n.
-            denoise: Whether the codes shall be of the sound without its noise, one for all or bool `[b]`.
-
-        Returns:
-            Codes `[b, f, q]` int64, coarse level first; -1 past an item's own frames.
+            lengths: Samples of each item `[b]`; None if no item is padded.
+            denoise: Whether to encode the sound without its noise, for all items or bool `[b]`.
         """
-        wave = self._checked(wave)
+        wave = self._check_wave(wave)
         if lengths is None:
-            return self._encoder_stream(None, denoise).whole(wave)
+            return self._encoder_stream(None, denoise).encode_checked(wave)
         lengths = rearrange(checked_lengths(lengths, wave), "b -> b 1")
         positions = torch.arange(wave.shape[-1], device=wave.device)
         wave = wave * rearrange(positions < lengths, "b n -> b 1 n")
         mask = positions[: self.num_frames(wave.shape[-1])] * self.downsample_factor < lengths
-        codes = self._encoder_stream(mask, denoise).whole(wave)
+        codes = self._encoder_stream(mask, denoise).encode_checked(wave)
         return codes.masked_fill(~rearrange(mask, "b f -> b f 1"), -1)
 
     @torch.no_grad()
     def decode_from_codebook_indices(self, codes: Tensor, num_samples: int | None = None) -> Tensor:
-        """Waves of codes, in memory that does not grow with their length.
-
-        Args:
-            codes: `[b, f, q']`, the first q' columns.
-            num_samples: Samples wanted; all that the frames cover if not given.
-
-        Returns:
-            Waves `[b, c, n]` at `target_sample_hz`.
-
-        Raises:
-            ValueError: If the codes do not fit this codec or are fewer than `num_samples` needs.
-        """
-        codes = self._checked_codes(codes)
-        check_covered(num_samples, codes.shape[1] * self.downsample_factor, codes.shape[1])
-        return self.decoder_stream().whole(codes)[..., :num_samples]
+        """Decode codes (see `Codec.decode_from_codebook_indices`), in memory that does not grow with their length."""
+        codes = self._check_codes(codes)
+        self._check_num_samples(num_samples, codes.shape[1])
+        return self.decoder_stream().decode_checked(codes)[..., :num_samples]
 
     def encoder_stream(self, denoise: bool | Tensor = False) -> EncoderStream:
-        """A stream that takes waves as they come in and gives the codes that `tokenize` gives for the whole.
-
-        Args:
-            denoise: As in `tokenize`.
-
-        Returns:
-            The stream; each has its own state.
-        """
+        """A new stream from waves to the codes that `tokenize` returns for the whole wave; `denoise` as there."""
         return self._encoder_stream(None, denoise)
 
     def decoder_stream(self) -> DecoderStream:
-        """A stream that takes codes as they come in and gives the wave that decoding the whole gives."""
-        return DecoderStream(self.decoder.stream(), self.quantizer.decode, self._checked_codes)
+        """A new stream from codes to the waves that `decode_from_codebook_indices` returns for all codes."""
+        return DecoderStream(self.decoder.stream(), self.quantizer.decode, self._check_codes)
 
     def _encoder_stream(self, mask: Tensor | None, denoise: bool | Tensor) -> EncoderStream:
         self._check_denoise(denoise)
 
         def to_codes(frames: Tensor) -> Tensor:
-            return self.quantizer.encode(self._conditioned(frames, denoise))
+            return self.quantizer.encode(self._condition(frames, denoise))
 
-        return EncoderStream(self.encoder.stream(mask), to_codes, partial(self._checked, may_be_empty=True))
+        return EncoderStream(self.encoder.stream(mask), to_codes, partial(self._check_wave, may_be_empty=True))
 
     def _check_denoise(self, denoise: bool | Tensor) -> None:
         if self.denoising is None and torch.as_tensor(denoise).any():
             raise ValueError(
-                "this codec was not made to remove noise; build one with SoundStream(..., "
+                "this codec cannot remove noise; build one with SoundStream(..., "
                 f"denoising=FiLM(dim={self.encoder.dim})) and train it on noisy mixtures"
             )
         if isinstance(denoise, Tensor) and (denoise.dtype != torch.bool or denoise.ndim > 1):
@@ -301,20 +273,13 @@ class SoundStream(nn.Module):
                 f"denoise must be one bool, or bool [b], got {denoise.dtype} {list(denoise.shape)}; e.g. flags.bool()"
             )
 
-    def _conditioned(self, frames: Tensor, denoise: bool | Tensor) -> Tensor:
+    def _condition(self, frames: Tensor, denoise: bool | Tensor) -> Tensor:
         if self.denoising is None:
             return frames
         flags = torch.as_tensor(denoise, device=frames.device)
         if flags.ndim == 1 and len(flags) != len(frames):
-            raise ValueError(f"denoise must hold a flag for each of {len(frames)} items, got {len(flags)}")
+            raise ValueError(f"denoise must hold one flag per item, got {len(flags)} flags for {len(frames)} items")
         return self.denoising(frames, flags.expand(len(frames)))
-
-    def _checked(self, wave: Tensor, may_be_empty: bool = False) -> Tensor:
-        wave = checked_audio(wave, self.channels, self.target_sample_hz, may_be_empty)
-        return wave.to(next(self.parameters()).dtype)
-
-    def _checked_codes(self, codes: Tensor) -> Tensor:
-        return checked_codes(codes, self.num_quantizers, self.codebook_size)
 
 
 def AudioLMSoundStream(**kwargs: Any) -> SoundStream:
@@ -325,7 +290,7 @@ def AudioLMSoundStream(**kwargs: Any) -> SoundStream:
 def MusicLMSoundStream(**kwargs: Any) -> SoundStream:
     """The codec of MusicLM (arXiv 2301.11325, section 3.1): 24 kHz, 50 frames/s, 12 levels of 1024 codes.
 
-    The paper gives only the total stride of 480; its factors here are (3, 4, 5, 8).
+    The paper states only the total stride of 480; the factors (3, 4, 5, 8) are ours.
     """
     return SoundStream(**{"target_sample_hz": 24000, "strides": (3, 4, 5, 8), "rq_num_quantizers": 12, **kwargs})
 
@@ -343,17 +308,15 @@ def SpectralSoundStream(
     code_dim: int = 16,
     audio_channels: int = 1,
 ) -> SoundStream:
-    """A SoundStream whose encoder and decoder work at the frame rate, cheap enough to train on two CPU cores.
+    """A SoundStream whose encoder and decoder run at the frame rate; two CPU cores can train it.
 
     Args:
         dim: Width of both networks.
         encoder_depth: ConvNeXt blocks of the encoder.
         decoder_depth: ConvNeXt blocks of the decoder.
-        target_sample_hz: Rate of the waves (Hz).
         hop_samples: Samples per frame.
-        codebook_size: Codes per level.
         rq_num_quantizers: Levels.
-        code_dim: Width of the space in which frames are quantized.
+        code_dim: Width of the codes; frames are projected down to it and back.
         audio_channels: 1 mono, 2 stereo.
     """
     sizes: dict[str, Any] = dict(dim=dim, hop_samples=hop_samples, channels=audio_channels)

@@ -1,11 +1,11 @@
-"""A codec pair that works at the frame rate: spectrum in, inverse-STFT out.
+"""An encoder and a decoder that run at the frame rate, on the spectrum of the wave.
 
-All layers run once a frame (50 Hz) instead of once a sample, which makes the pair about a hundred times cheaper than a
-convolutional codec of the same width: two CPU cores train it in minutes. After Vocos (arXiv 2306.00814, section 3):
-ConvNeXt blocks and a head that predicts magnitude and phase of every STFT frame.
+All layers run once per frame (50 Hz) instead of once per sample. The pair costs about a hundredth of a convolutional
+codec of the same width, and two CPU cores train it in minutes. The design follows Vocos (arXiv 2306.00814, section 3):
+ConvNeXt blocks, and a head that predicts magnitude and phase of every STFT frame.
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,47 +13,35 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
-from audiolm_pytorch.codecs.streaming import FrameStream
+from audiolm_pytorch.nn.streaming import FrameStream
 from audiolm_pytorch.saving.modules import register
 
 __all__ = ["ConvNeXtBlock", "SpectralDecoder", "SpectralEncoder"]
 
-# log-magnitudes of 16-bit audio run from about -11 (silence) to 3; this maps them near [-1.5, 1.5]
+# Log-magnitudes of 16-bit audio run from about -11 (silence) to 3; this maps them to about [-1.5, 1.5].
 _LOG_FLOOR = 1e-5
 _LOG_CENTRE, _LOG_SCALE = -5.0, 4.0
-# exp() of the head's log-magnitude is bounded, as a wild value early in training would reach the wave (Vocos, code)
+# Bound of the predicted magnitude: an extreme value early in training would reach the wave (as in Vocos' code).
 _MAX_MAGNITUDE = 1e2
-
-
-# Outside of training, longer sequences go through in pieces: 250 frames take about 30 MB on the way, 3000 about 120 MB,
-# and a frame takes a tenth longer.
-_PIECE_FRAMES = 250
+# Frames per chunk outside of training: 250 frames need about 30 MB, 3000 frames about 120 MB and 10% less time per frame.
+_CHUNK_FRAMES = 250
 _KERNEL_FRAMES = 7
+
+Network = TypeVar("Network", bound="_SpectralNetwork")
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x * rearrange(mask, "b f -> b f 1").to(x.dtype)
 
 
-def _lookahead_frames(num_convolutions: int, hop_samples: int, window_samples: int) -> int:
-    """Frames on either side that a frame depends on: the convolutions' kernels and half of the overlapping windows."""
-    overlap_samples = (window_samples - hop_samples) // 2
-    return num_convolutions * (_KERNEL_FRAMES // 2) + -(-overlap_samples // hop_samples)
-
-
-def _config(channels: int, **config: Any) -> dict[str, Any]:
-    """The constructor's numbers; mono is left out, so that models saved before there was stereo keep their hash."""
-    return config if channels == 1 else {**config, "channels": channels}
-
-
 class ConvNeXtBlock(nn.Module):
-    """Depthwise convolution over time, then a gated-by-nothing MLP: the 1-D ConvNeXt block (arXiv 2201.03545, fig. 4).
+    """The 1-D ConvNeXt block: a depthwise convolution over time, then an MLP (arXiv 2201.03545, fig. 4).
 
     Args:
         dim: Width d.
-        kernel_size: Frames the depthwise convolution sees (odd).
+        kernel_size: Frames of the depthwise convolution (odd).
         expansion: MLP width as a multiple of `dim`.
-        layer_scale: Initial residual weight.
+        layer_scale: Initial weight of the residual branch.
     """
 
     def __init__(
@@ -71,68 +59,88 @@ class ConvNeXtBlock(nn.Module):
         return _masked(x + self.scale * self.mlp(self.norm(y)), mask)
 
 
+class _SpectralNetwork(nn.Module):
+    """STFT window, ConvNeXt blocks and final norm: the common part of encoder and decoder."""
+
+    window: Tensor
+
+    def __init__(
+        self, embed: nn.Module, *, dim: int, depth: int, hop_samples: int, window_samples: int, channels: int
+    ) -> None:
+        super().__init__()
+        self.hop_samples, self.window_samples, self.channels = hop_samples, window_samples, channels
+        self.register_buffer("window", torch.hann_window(window_samples), persistent=False)
+        self.embed = embed
+        self.blocks = nn.ModuleList([ConvNeXtBlock(dim) for _ in range(depth)])
+        self.norm = nn.LayerNorm(dim)
+
+    @classmethod
+    def from_config(cls: type[Network], config: dict[str, Any]) -> Network:
+        """Build the network from its `config`."""
+        return cls(**config)
+
+    def _reach_frames(self, num_convolutions: int) -> int:
+        """Frames on either side that a frame depends on, through convolutions and overlapping windows."""
+        overlap_samples = (self.window_samples - self.hop_samples) // 2
+        return num_convolutions * (_KERNEL_FRAMES // 2) + -(-overlap_samples // self.hop_samples)
+
+
+def _checked_window(hop_samples: int, window_samples: int | None) -> int:
+    window_samples = window_samples or hop_samples * 4
+    if window_samples < hop_samples or (window_samples - hop_samples) % 2:
+        raise ValueError(
+            f"window_samples must be hop_samples plus an even number, got {window_samples} and {hop_samples}"
+        )
+    return window_samples
+
+
+def _config(channels: int, **config: Any) -> dict[str, Any]:
+    """The constructor arguments without `channels=1`, so that models saved before stereo keep their fingerprint."""
+    return config if channels == 1 else {**config, "channels": channels}
+
+
 @register
-class SpectralEncoder(nn.Module):
+class SpectralEncoder(_SpectralNetwork):
     """Log-magnitude STFT frames through ConvNeXt blocks.
 
     Args:
-        dim: Width of the blocks and of the frames that come out.
+        dim: Width of the blocks and of the resulting frames.
         depth: Number of blocks.
         hop_samples: Samples per frame.
-        window_samples: STFT window; `hop_samples * 4` if not given.
-        channels: Audio channels in; they share the window and lie side by side in the first layer.
+        window_samples: STFT window; None for `4 * hop_samples`.
+        channels: Audio channels; the first layer receives their spectra side by side.
     """
-
-    window: Tensor
 
     @beartype
     def __init__(
         self, *, dim: int, depth: int, hop_samples: int, window_samples: int | None = None, channels: int = 1
     ) -> None:
-        super().__init__()
-        window_samples = window_samples or hop_samples * 4
-        if window_samples < hop_samples or (window_samples - hop_samples) % 2:
-            raise ValueError(
-                f"window_samples must exceed hop_samples by an even number, got {window_samples} and {hop_samples}"
-            )
-        self.config = _config(channels, dim=dim, depth=depth, hop_samples=hop_samples, window_samples=window_samples)
-        self.channels, self.dim, self.downsample_factor, self.window_samples = (
-            channels,
-            dim,
-            hop_samples,
-            window_samples,
-        )
-        self.lookahead_frames = _lookahead_frames(depth, hop_samples, window_samples)
-        self.register_buffer("window", torch.hann_window(window_samples), persistent=False)
-        self.embed = nn.Linear(channels * (window_samples // 2 + 1), dim)
-        self.blocks = nn.ModuleList([ConvNeXtBlock(dim) for _ in range(depth)])
-        self.norm = nn.LayerNorm(dim)
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "SpectralEncoder":
-        """Build from the dictionary that `config` holds."""
-        return cls(**config)
+        window_samples = _checked_window(hop_samples, window_samples)
+        sizes = dict(dim=dim, depth=depth, hop_samples=hop_samples, window_samples=window_samples)
+        super().__init__(nn.Linear(channels * (window_samples // 2 + 1), dim), channels=channels, **sizes)
+        self.config = _config(channels, **sizes)
+        self.dim, self.downsample_factor, self.lookahead_frames = dim, hop_samples, self._reach_frames(depth)
 
     def forward(self, wave: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Waves `[b, c, n]` with n a multiple of the hop to frames `[b, f, d]`; `mask [b, f]` marks real frames."""
-        return self._encode(wave, mask) if torch.is_grad_enabled() else self.stream(mask).whole(wave)
+        """Waves `[b, c, n]` with n a multiple of the hop to frames `[b, f, d]`; `mask [b, f]` is True for real frames."""
+        return self._encode(wave, mask) if torch.is_grad_enabled() else self.stream(mask).push_last(wave)
 
     def stream(self, mask: Tensor | None = None) -> FrameStream:
-        """A stream of waves `[b, c, n]` (any n) to frames `[b, f, d]`; `mask [b, f]` marks real frames, if given."""
+        """A stream of waves `[b, c, n]` (any n) to frames `[b, f, d]`; `mask [b, f]` as in `forward`."""
 
         def run(wave: Tensor, first_frame: int) -> Tensor:
-            num_frames = wave.shape[-1] // self.downsample_factor
+            num_frames = wave.shape[-1] // self.hop_samples
             return self._encode(wave, None if mask is None else mask[:, first_frame : first_frame + num_frames])
 
         return FrameStream(
             run,
             in_axis=-1,
-            in_steps=self.downsample_factor,
+            in_steps=self.hop_samples,
             out_axis=1,
             out_steps=1,
             out_width=self.dim,
             reach_frames=self.lookahead_frames,
-            budget_frames=_PIECE_FRAMES,
+            budget_frames=_CHUNK_FRAMES,
         )
 
     def _encode(self, wave: Tensor, mask: Tensor | None) -> Tensor:
@@ -142,39 +150,37 @@ class SpectralEncoder(nn.Module):
         return _masked(self.norm(x), mask)
 
     def features(self, wave: Tensor) -> Tensor:
-        """Normalised log-magnitudes `[b, f, c * bins]` of waves `[b, c, n]`, float32 whatever autocast says."""
+        """Normalised log-magnitudes `[b, f, c * bins]` of waves `[b, c, n]`, in float32 under autocast too."""
         with torch.autocast(wave.device.type, enabled=False):
             # same-padding: frame k is centred on samples [k * hop, (k + 1) * hop)
-            pad = (self.window_samples - self.downsample_factor) // 2
+            pad = (self.window_samples - self.hop_samples) // 2
             padded = F.pad(rearrange(wave.float(), "b c n -> (b c) n"), (pad, pad))
             spectrum = torch.stft(
                 padded,
                 self.window_samples,
-                self.downsample_factor,
+                self.hop_samples,
                 window=self.window,
                 center=False,
                 return_complex=True,
             )
-            # |S| of a full-scale sine is half the window's sum: dividing puts it near 1 for any window
+            # The peak of a full-scale sine is half the window's sum; the division brings it near 1 for any window.
             magnitude = spectrum.abs() * (2.0 / self.window.sum())
             log_magnitude = magnitude.clamp(min=_LOG_FLOOR).log()
         return rearrange((log_magnitude - _LOG_CENTRE) / _LOG_SCALE, "(b c) bins f -> b f (c bins)", c=self.channels)
 
 
 @register
-class SpectralDecoder(nn.Module):
+class SpectralDecoder(_SpectralNetwork):
     """ConvNeXt blocks and an inverse-STFT head (Vocos, arXiv 2306.00814, section 3.2).
 
     Args:
         dim: Width of the blocks.
         depth: Number of blocks.
         hop_samples: Samples per frame.
-        window_samples: STFT window; `hop_samples * 4` if not given.
-        input_dim: Width of the quantized frames, `dim` if not given.
-        channels: Audio channels out.
+        window_samples: STFT window; None for `4 * hop_samples`.
+        input_dim: Width of the quantized frames; None for `dim`.
+        channels: Audio channels.
     """
-
-    window: Tensor
 
     @beartype
     def __init__(
@@ -187,33 +193,18 @@ class SpectralDecoder(nn.Module):
         input_dim: int | None = None,
         channels: int = 1,
     ) -> None:
-        super().__init__()
-        window_samples = window_samples or hop_samples * 4
-        input_dim = input_dim or dim
-        if window_samples < hop_samples or (window_samples - hop_samples) % 2:
-            raise ValueError(
-                f"window_samples must exceed hop_samples by an even number, got {window_samples} and {hop_samples}"
-            )
-        self.config = _config(
-            channels, dim=dim, depth=depth, hop_samples=hop_samples, window_samples=window_samples, input_dim=input_dim
-        )
-        self.channels, self.upsample_factor, self.window_samples = channels, hop_samples, window_samples
-        self.input_dim = input_dim
-        self.lookahead_frames = _lookahead_frames(1 + depth, hop_samples, window_samples)
-        self.register_buffer("window", torch.hann_window(window_samples), persistent=False)
-        self.embed = nn.Conv1d(input_dim, dim, _KERNEL_FRAMES, padding=_KERNEL_FRAMES // 2)
-        self.blocks = nn.ModuleList([ConvNeXtBlock(dim) for _ in range(depth)])
-        self.norm = nn.LayerNorm(dim)
+        window_samples, input_dim = _checked_window(hop_samples, window_samples), input_dim or dim
+        embed = nn.Conv1d(input_dim, dim, _KERNEL_FRAMES, padding=_KERNEL_FRAMES // 2)
+        sizes = dict(dim=dim, depth=depth, hop_samples=hop_samples, window_samples=window_samples)
+        super().__init__(embed, channels=channels, **sizes)
+        self.config = _config(channels, **sizes, input_dim=input_dim)
+        self.input_dim, self.upsample_factor = input_dim, hop_samples
+        self.lookahead_frames = self._reach_frames(1 + depth)
         self.head = nn.Linear(dim, channels * (window_samples + 2))
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "SpectralDecoder":
-        """Build from the dictionary that `config` holds."""
-        return cls(**config)
 
     def forward(self, frames: Tensor) -> Tensor:
         """Quantized frames `[b, f, d]` to waves `[b, c, f * hop]`."""
-        return self._decode(frames) if torch.is_grad_enabled() else self.stream().whole(frames)
+        return self._decode(frames) if torch.is_grad_enabled() else self.stream().push_last(frames)
 
     def stream(self) -> FrameStream:
         """A stream of quantized frames `[b, f, d]` to waves `[b, c, n]`."""
@@ -222,10 +213,10 @@ class SpectralDecoder(nn.Module):
             in_axis=1,
             in_steps=1,
             out_axis=-1,
-            out_steps=self.upsample_factor,
+            out_steps=self.hop_samples,
             out_width=self.channels,
             reach_frames=self.lookahead_frames,
-            budget_frames=_PIECE_FRAMES,
+            budget_frames=_CHUNK_FRAMES,
         )
 
     def _decode(self, frames: Tensor) -> Tensor:
@@ -242,7 +233,7 @@ class SpectralDecoder(nn.Module):
 
     def _overlap_add(self, spectrum: Tensor) -> Tensor:
         """Inverse STFT with same-padding: `[b, bins, f]` to `[b, f * hop]`, divided by the window's envelope."""
-        hop, window_samples, num_frames = self.upsample_factor, self.window_samples, spectrum.shape[-1]
+        hop, window_samples, num_frames = self.hop_samples, self.window_samples, spectrum.shape[-1]
         frames = torch.fft.irfft(spectrum, n=window_samples, dim=1) * rearrange(self.window, "w -> w 1")
         squares = (self.window**2).view(1, -1, 1).expand(1, -1, num_frames)
         size = (1, (num_frames - 1) * hop + window_samples)

@@ -1,4 +1,4 @@
-"""Conditioning of a codec on whether it shall remove noise."""
+"""Feature-wise scale and shift (FiLM) for the denoising condition of a codec."""
 
 from typing import Any
 
@@ -13,13 +13,10 @@ __all__ = ["FiLM"]
 
 @register
 class FiLM(nn.Module):
-    """Scales and shifts every channel of frames by what a flag says (SoundStream, arXiv 2107.03312, section III-F).
+    """Scales and shifts every channel of frames by a flag (SoundStream, arXiv 2107.03312, section III-F).
 
-    Between encoder and quantizer, so that the codes themselves are of the clean sound. At the start both flags leave
-    the frames as they are.
-
-    Args:
-        dim: Width of the frames.
+    SoundStream applies it between encoder and quantizer, so that the codes are those of the clean sound. Initially both
+    flags leave the frames unchanged.
     """
 
     @beartype
@@ -27,12 +24,12 @@ class FiLM(nn.Module):
         super().__init__()
         self.config: dict[str, Any] = dict(dim=dim)
         self.dim = dim
-        # a linear layer on a one-hot flag picks a row of a table: gamma - 1 and beta, each of width `dim`
+        # gamma - 1 and beta for each flag; equal to a linear layer on a one-hot flag
         self.table = nn.Parameter(torch.zeros(2, 2 * dim))
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "FiLM":
-        """Build from the dictionary that `config` holds."""
+        """Build the module from its `config`."""
         return cls(**config)
 
     def forward(self, frames: Tensor, denoise: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Attention over the recent past, for the frames between the convolutions and the quantizer."""
+"""Causal attention over a window of recent frames."""
 
 import torch
 import torch.nn.functional as F
@@ -6,8 +6,8 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
-from audiolm_pytorch.codecs.streaming import StreamState
 from audiolm_pytorch.nn.layers import GatedFeedForward, RMSNorm, RotaryPositions, rotate
+from audiolm_pytorch.nn.streaming import StreamState
 
 __all__ = ["LocalAttention", "LocalTransformer"]
 
@@ -15,53 +15,53 @@ _DIM_HEAD = 64
 
 
 class LocalAttention(nn.Module):
-    """Causal self-attention in which a frame sees itself and the `window - 1` frames before it.
+    """Causal self-attention of a frame to itself and the `window - 1` frames before it.
 
-    Rotary positions enter the products only as differences, and are counted anew in every part of `window` frames: what
-    a frame becomes does not depend on where in a recording it stands, nor on how the recording was cut.
+    Rotary positions affect the scores only as differences, and restart in every chunk of `window` frames. The output of a
+    frame therefore depends neither on its position in a recording nor on how the recording is chunked.
 
     Args:
-        dim: Width in and out.
-        window: Frames that a frame sees.
-        heads: Number of heads; one for every 64 values of `dim` if not given.
+        dim: Width of input and output.
+        window: Frames that a frame attends to.
+        heads: Number of heads of width 64; None for `dim // 64`.
     """
 
     @beartype
     def __init__(self, dim: int, window: int, heads: int | None = None) -> None:
         super().__init__()
         if window < 1:
-            raise ValueError(f"a frame sees at least itself: window must be at least 1, got {window}")
+            raise ValueError(f"window must be at least 1 (the frame itself), got {window}")
         self.window, self.heads = window, heads or max(1, dim // _DIM_HEAD)
         self.to_qkv = nn.Linear(dim, 3 * self.heads * _DIM_HEAD, bias=False)
         self.to_out = nn.Linear(self.heads * _DIM_HEAD, dim, bias=False)
         self.positions = RotaryPositions(_DIM_HEAD)
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
-        """Frames `[b, f, d]` to `[b, f, d]`; `state` holds the frames before, none if not given."""
+        """Frames `[b, f, d]` to `[b, f, d]`; `state` holds the frames before, None at the start."""
         qkv = rearrange(self.to_qkv(x), "b f (three h d) -> three b h f d", three=3, h=self.heads)
         queries, memory = qkv[0], qkv[1:]
         if state is not None:
             past = state.past(self)
             memory = memory if past is None else torch.cat([past, memory], dim=3)
             state.keep(self, memory[:, :, :, max(0, memory.shape[3] - self.window + 1) :])
-        # parts of `window` queries with their keys: memory grows with the length, not with its square
+        # chunks of `window` queries with their keys, so that memory grows linearly with the length
         num_past = memory.shape[3] - queries.shape[2]
-        parts = []
+        outputs = []
         for start in range(0, queries.shape[2], self.window):
-            part = queries[:, :, start : start + self.window]
-            first, last = num_past + start - self.window + 1, num_past + start + part.shape[2]
-            parts.append(self._attend(part, *memory[:, :, :, max(0, first) : last]))
-        return self.to_out(rearrange(torch.cat(parts, dim=2), "b h f d -> b f (h d)"))
+            chunk = queries[:, :, start : start + self.window]
+            first, last = num_past + start - self.window + 1, num_past + start + chunk.shape[2]
+            outputs.append(self._attend(chunk, *memory[:, :, :, max(0, first) : last]))
+        return self.to_out(rearrange(torch.cat(outputs, dim=2), "b h f d -> b f (h d)"))
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attend from queries `[b, h, n, d]` to the keys `[b, h, m, d]` in their window; the last n are their own."""
-        places = torch.arange(keys.shape[2], device=keys.device)
-        own_places = places[-queries.shape[2] :]
-        distance = rearrange(own_places, "n -> n 1") - places
-        cos, sin = self.positions(places)
-        own_cos, own_sin = cos[-len(own_places) :], sin[-len(own_places) :]
+        """Attend from queries `[b, h, n, d]` to keys `[b, h, m, d]`; the last n keys belong to the same frames."""
+        key_positions = torch.arange(keys.shape[2], device=keys.device)
+        query_positions = key_positions[-queries.shape[2] :]
+        distance = rearrange(query_positions, "n -> n 1") - key_positions
+        cos, sin = self.positions(key_positions)
+        num_queries = len(query_positions)
         return F.scaled_dot_product_attention(
-            rotate(queries, own_cos, own_sin),
+            rotate(queries, cos[-num_queries:], sin[-num_queries:]),
             rotate(keys, cos, sin),
             values,
             attn_mask=(distance >= 0) & (distance < self.window),
@@ -69,7 +69,7 @@ class LocalAttention(nn.Module):
 
 
 class _Block(nn.Module):
-    """Attention and gated feed-forward, each on normalised frames and around a skip."""
+    """Pre-norm attention and gated feed-forward with residual connections."""
 
     def __init__(self, dim: int, window: int) -> None:
         super().__init__()
@@ -82,13 +82,7 @@ class _Block(nn.Module):
 
 
 class LocalTransformer(nn.Module):
-    """Blocks of local causal attention.
-
-    Args:
-        dim: Width of the frames.
-        depth: Number of blocks; 0 leaves frames as they are.
-        window: Frames that a frame sees in each block.
-    """
+    """Blocks of local causal attention; `depth=0` returns the frames unchanged."""
 
     @beartype
     def __init__(self, dim: int, depth: int, window: int) -> None:

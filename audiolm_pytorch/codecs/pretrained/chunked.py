@@ -1,8 +1,8 @@
-"""Long audio through other people's convolutions in pieces: the same numbers, in memory that does not grow with it.
+"""Runs the convolutions of published models on chunks of long audio: equal results, in bounded memory.
 
-A stack of convolutions sees only so far. A piece that is computed with that much of its neighbours on either side,
-which is then cut off, holds what the whole would hold. Recurrent layers and norms over time see everything: they run
-whole.
+An output of a stack of convolutions depends on a bounded range of inputs. A chunk is therefore computed together with
+this range on either side, whose outputs are cut off. Recurrent layers and norms over time depend on the whole input and
+run on all of it.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,17 +14,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FRAMEWISE", "Span", "forward_in_pieces", "in_pieces", "run_layers", "span_of"]
+__all__ = ["FRAMEWISE", "Span", "apply_chunked", "chunked_forward", "run_layers", "span_of"]
 
-# Samples a piece: 11 s at 24 kHz; the widest layers of the published codecs (96 channels) then hold 100 MB a tensor.
-PIECE_SAMPLES = 2**18
+# 11 s at 24 kHz; the widest layers of the published codecs (96 channels) then have 100 MB per tensor.
+CHUNK_SAMPLES = 2**18
 
 
 class Span(NamedTuple):
-    """How outputs of a stack of convolutions lie over its inputs.
+    """How the outputs of a stack of convolutions relate to its inputs.
 
     Attributes:
-        reach: An output depends on no input further away than this many inputs (an upper bound).
+        reach: Upper bound of the distance, in inputs, from an output to the inputs that it depends on.
         scale: Inputs per output: 320 for an encoder of that stride, 1/320 for its decoder.
     """
 
@@ -36,14 +36,9 @@ FRAMEWISE = Span(Fraction(0), Fraction(1))
 
 
 def span_of(layers: Iterable[nn.Module]) -> Span:
-    """Bound what the outputs of convolutions, applied one after another, depend on.
+    """The span of layers that run one after another.
 
-    Args:
-        layers: Modules that hold their convolutions in the order of use (residual branches may come one by one: that
-            only widens the bound).
-
-    Returns:
-        The span of the whole.
+    Parallel residual branches are counted as if they ran in sequence, which only increases the bound.
     """
     reach, scale = Fraction(0), Fraction(1)
     for layer in layers:
@@ -57,61 +52,53 @@ def span_of(layers: Iterable[nn.Module]) -> Span:
     return Span(reach, scale)
 
 
-def in_pieces(
-    function: Callable[[Tensor], Tensor], inputs: Tensor, span: Span, piece_samples: int | None = None
+def apply_chunked(
+    function: Callable[[Tensor], Tensor], inputs: Tensor, span: Span, chunk_samples: int | None = None
 ) -> Tensor:
-    """Apply a function of bounded reach along the last axis, piece by piece where the input is long.
+    """Apply a function along the last axis, in chunks if the input is long; equal to `function(inputs)` up to rounding.
 
     Args:
-        function: `[..., n] -> [..., m]` with m / n as the span says; both ends may be padded as it likes.
+        function: `[..., n] -> [..., m]` with the given span; it may pad both ends.
         inputs: `[..., n]`.
-        span: What the outputs depend on.
-        piece_samples: Samples a piece, counted on the longer side of the function; `PIECE_SAMPLES` if not given.
-
-    Returns:
-        What `function(inputs)` gives, up to rounding.
+        span: Span of the function.
+        chunk_samples: Samples per chunk, on the side of the function that has more; None for `CHUNK_SAMPLES`.
     """
     unit, out = span.scale.numerator, span.scale.denominator
-    piece = max(1, (piece_samples or PIECE_SAMPLES) // max(unit, out))
-    # one unit more: pieces begin on whole units, what they need may begin inside one
+    chunk = max(1, (chunk_samples or CHUNK_SAMPLES) // max(unit, out))
+    # one unit more: chunks begin on whole units, the inputs that they depend on may begin inside a unit
     reach = ceil(span.reach / unit) + 1 if span.reach else 0
     total = ceil(Fraction(inputs.shape[-1], unit))
-    if total <= piece + reach:
+    if total <= chunk + reach:
         return function(inputs)
     outputs = []
-    for start in range(0, total, piece):
-        stop, first = start + piece, max(0, start - reach)
-        last = stop >= total
-        part = function(inputs[..., first * unit : min(total, stop + reach) * unit])
-        outputs.append(part[..., (start - first) * out : None if last else (stop - first) * out])
+    for start in range(0, total, chunk):
+        stop, first = start + chunk, max(0, start - reach)
+        output = function(inputs[..., first * unit : min(total, stop + reach) * unit])
+        end = None if stop >= total else (stop - first) * out
+        outputs.append(output[..., (start - first) * out : end])
     return torch.cat(outputs, dim=-1)
 
 
 def run_layers(stack: nn.Module, hidden: Tensor) -> Tensor:
-    """Run the `layers` of a stack: convolutions in pieces, what sees all of time whole.
+    """Run a stack on `[b, d, n]`: its convolutions in chunks, recurrent layers and norms over time on the whole input.
 
-    Args:
-        stack: A module whose forward is its `layers` one after another; one without `layers` is called as it is.
-        hidden: `[b, d, n]`.
-
-    Returns:
-        What the stack gives, up to rounding.
+    The stack's forward must be its `layers` one after another; a stack without `layers` is called directly.
     """
     layers = getattr(stack, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         return stack(hidden)
-    for sees_all, group in groupby(layers, _sees_all):
+    for needs_all, group in groupby(layers, _needs_all_time):
         run = nn.Sequential(*group)
-        hidden = run(hidden) if sees_all else in_pieces(run, hidden, span_of(run))
+        hidden = run(hidden) if needs_all else apply_chunked(run, hidden, span_of(run))
     return hidden
 
 
-def forward_in_pieces(stack: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Stand in for the forward of a stack of convolutions; calls with more than the input go to the original."""
+def chunked_forward(stack: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Replace the forward of a stack by `run_layers`; calls with more arguments use the original forward."""
     if args or any(value is not None for value in kwargs.values()):
         return type(stack).forward(stack, hidden_states, *args, **kwargs)
     return run_layers(stack, hidden_states)
 
 
-def _sees_all(layer: nn.Module) -> bool:
+def _needs_all_time(layer: nn.Module) -> bool:
     return any(isinstance(module, nn.RNNBase | nn.GroupNorm) for module in layer.modules())

@@ -1,0 +1,102 @@
+"""Distances between a reconstruction and its original."""
+
+import torch
+from beartype import beartype
+from einops import pack, rearrange, unpack
+from torch import Tensor
+from torch.nn import functional as F
+
+from audiolm_pytorch.codecs.training.losses import MultiScaleMelLoss
+
+__all__ = ["WaveDistances", "si_sdr_db", "stft_distance"]
+
+_SI_SDR_LIMIT_DB = 100.0
+# -80 dB of full scale, as in MultiScaleMelLoss: quieter parts are inaudible and count as equal
+_FLOOR = 1e-4
+# FFT, window and hop (samples): table 1 of arXiv 1910.11480
+_FFTS_WINDOWS_AND_HOPS = ((512, 240, 50), (1024, 600, 120), (2048, 1200, 240))
+
+
+@beartype
+def si_sdr_db(estimate: Tensor, target: Tensor) -> Tensor:
+    """Scale-invariant signal-to-distortion ratio of zero-mean signals (arXiv 1811.02508, eq. 4 and 5).
+
+    The signal is the projection of the estimate onto the target, the distortion is the rest of the estimate.
+
+    Args:
+        estimate: `[..., n]`; its mean is removed first.
+        target: `[..., n]`, likewise.
+
+    Returns:
+        `[...]` float64 in dB, within -100..100: 100 for a copy of any volume (also if both are silent), -100 if only one
+        of the two is silent.
+    """
+    if estimate.shape != target.shape or estimate.shape[-1:].numel() == 0:
+        raise ValueError(
+            f"estimate and target must have the same shape with at least one sample, got {list(estimate.shape)} and "
+            f"{list(target.shape)}"
+        )
+    estimate, target = _zero_mean(estimate.double()), _zero_mean(target.double())
+    power = target.square().sum(dim=-1, keepdim=True)
+    dot = (estimate * target).sum(dim=-1, keepdim=True)
+    projection = dot / power.clamp(min=torch.finfo(torch.float64).tiny) * target
+    signal, distortion = projection.square().sum(dim=-1), (estimate - projection).square().sum(dim=-1)
+    ratio_db = 10 * (signal / distortion).log10()
+    both_silent = (signal == 0) & (distortion == 0) & (power[..., 0] == 0)
+    # the remaining 0 / 0 is a silent estimate of a target that is not silent
+    ratio_db = ratio_db.nan_to_num(nan=-_SI_SDR_LIMIT_DB).clamp(-_SI_SDR_LIMIT_DB, _SI_SDR_LIMIT_DB)
+    return ratio_db.masked_fill(both_silent, _SI_SDR_LIMIT_DB)
+
+
+def _zero_mean(wave: Tensor) -> Tensor:
+    """Waves `[..., n]` minus their mean; constants become exactly zero, without rounding errors."""
+    centred = wave - wave.mean(dim=-1, keepdim=True)
+    is_constant = centred.abs().amax(dim=-1, keepdim=True) <= 1e-12 * wave.abs().amax(dim=-1, keepdim=True)
+    return centred.masked_fill(is_constant, 0.0)
+
+
+@beartype
+def stft_distance(estimate: Tensor, target: Tensor) -> Tensor:
+    """Multi-resolution STFT distance of waves `[..., n]`: `[...]` (Parallel WaveGAN, arXiv 1910.11480, eq. 3 to 6).
+
+    For every resolution, with S and T the magnitude spectrograms of estimate and target: the spectral convergence
+    `|T - S| / |T|` (Frobenius norms) plus the mean of `|log T - log S|` in nepers. The result is the mean over
+    resolutions. Magnitudes have a Hann window, a full-scale sine has magnitude 1, and magnitudes below -80 dB count as
+    -80 dB. Frames are centred on every hop; the ends of the waves are mirrored.
+    """
+    distances = []
+    for n_fft, window_samples, hop_samples in _FFTS_WINDOWS_AND_HOPS:
+        s, t = (_magnitudes(wave, n_fft, window_samples, hop_samples) for wave in (estimate, target))
+        convergence = (t - s).square().sum(dim=(-2, -1)).sqrt() / t.square().sum(dim=(-2, -1)).sqrt()
+        distances.append(convergence + (t.log() - s.log()).abs().mean(dim=(-2, -1)))
+    return torch.stack(distances).mean(dim=0)
+
+
+def _magnitudes(wave: Tensor, n_fft: int, window_samples: int, hop_samples: int) -> Tensor:
+    """Magnitudes `[..., bins, f]` of waves `[..., n]`, at least `_FLOOR`."""
+    flat, leading = pack([wave.float()], "* n")
+    half = n_fft // 2
+    flat = F.pad(flat, (half, half), mode="reflect" if wave.shape[-1] > half else "constant")
+    window = torch.hann_window(window_samples, device=wave.device)
+    spectrum = torch.stft(flat, n_fft, hop_samples, window_samples, window, center=False, return_complex=True)
+    magnitudes = (spectrum.abs() * (4.0 / window_samples)).clamp(min=_FLOOR)
+    return unpack(magnitudes, leading, "* bins f")[0]
+
+
+class WaveDistances:
+    """Computes SI-SDR, STFT distance and mel distance between two waves of one sample rate."""
+
+    @beartype
+    def __init__(self, sample_hz: int) -> None:
+        self.mel_loss = MultiScaleMelLoss(sample_hz)
+
+    @torch.no_grad()
+    def __call__(self, estimate: Tensor, target: Tensor) -> dict[str, float]:
+        """Distances of waves `[c, n]`: `si_sdr_db` of all channels as one signal, `stft` and `mel_nepers`."""
+        flat = (rearrange(_zero_mean(wave.double()), "c n -> (c n)") for wave in (estimate, target))
+        batch = (rearrange(wave, "c n -> 1 c n") for wave in (estimate, target))
+        return {
+            "si_sdr_db": float(si_sdr_db(*flat)),
+            "stft": float(stft_distance(estimate, target).mean()),
+            "mel_nepers": float(self.mel_loss(*batch)),
+        }

@@ -1,0 +1,48 @@
+"""One function that opens any codec."""
+
+from pathlib import Path
+
+from beartype import beartype
+
+from audiolm_pytorch.codecs.base import Codec
+from audiolm_pytorch.codecs.pretrained.adapter import PretrainedCodec
+from audiolm_pytorch.codecs.pretrained.dac import DacWrapper
+from audiolm_pytorch.codecs.pretrained.encodec import EncodecWrapper
+from audiolm_pytorch.codecs.pretrained.mimi import MimiWrapper
+from audiolm_pytorch.saving.files import read_json
+from audiolm_pytorch.saving.hub import find_folder, model_type_of
+from audiolm_pytorch.saving.modules import load_module
+
+__all__ = ["open_codec"]
+
+_ADAPTERS: dict[str, type[PretrainedCodec]] = {"encodec": EncodecWrapper, "dac": DacWrapper, "mimi": MimiWrapper}
+
+
+@beartype
+def open_codec(
+    source: str | Path, *, offline: bool = False, revision: str | None = None, cache_dir: str | Path | None = None
+) -> Codec:
+    """Open one of our codecs, or a published EnCodec, DAC or Mimi in transformers' format, in eval mode.
+
+    Args:
+        source: A folder written by `save_module`, a folder in transformers' format, or a hub id. An existing folder has
+            precedence over a hub id.
+        offline: Whether to use only the local cache for a hub id.
+        revision: Branch, tag or commit on the hub.
+        cache_dir: Folder for downloads; None for Hugging Face's default.
+
+    Raises:
+        ImportError: If a published codec needs transformers and it is not installed.
+        ValueError: If the source holds no readable codec.
+    """
+    folder, _ = find_folder(source, offline=offline, revision=revision, cache_dir=cache_dir)
+    config_file = folder / "config.json"
+    if config_file.is_file() and "class" in read_json(config_file):
+        codec = load_module(folder)
+        if not isinstance(codec, Codec):
+            raise ValueError(f"{folder} holds a {type(codec).__name__}, not a codec")
+        return codec
+    model_type = model_type_of(folder)
+    if model_type not in _ADAPTERS:
+        raise ValueError(f"{source} holds a model of type {model_type!r}; supported codecs: {sorted(_ADAPTERS)}")
+    return _ADAPTERS[model_type](source, offline=offline, revision=revision, cache_dir=cache_dir)
