@@ -110,7 +110,7 @@ class Codec(nn.Module, ABC):
         if wave.ndim == 2:
             wave = rearrange(wave, "b n -> b 1 n")
         if wave.ndim != 3 or wave.shape[1] != self.channels or not (may_be_empty or wave.shape[-1]):
-            shapes = f"[b, n] or [b, 1, n]" if self.channels == 1 else f"[b, {self.channels}, n]"
+            shapes = "[b, n] or [b, 1, n]" if self.channels == 1 else f"[b, {self.channels}, n]"
             raise ValueError(
                 f"audio must be {shapes} with n > 0 samples at {self.target_sample_hz} Hz, got {shape}"
                 f"{_shape_advice(shape, self.channels)}"

@@ -1,7 +1,7 @@
 """The causal convolutional encoder and decoder of SoundStream (arXiv 2107.03312, sections III-A and III-B).
 
-Layers work on images of one row, `[b, d, 1, n]`, in channels-last memory. In this layout torch 2.13 on a CPU convolves at
-100 to 120 GMAC/s per core for any length, against 60 to 100 with time innermost. Every causal layer accepts the
+Layers work on images of one row, `[b, d, 1, n]`, in channels-last memory. In this layout torch 2.13 on a CPU convolves
+at 100 to 120 GMAC/s per core for any length, against 60 to 100 with time innermost. Every causal layer accepts the
 `StreamState` of a stream; without a state it starts from silence.
 """
 
@@ -24,7 +24,7 @@ __all__ = ["CausalConv1d", "CausalConvTranspose1d", "ConvDecoder", "ConvEncoder"
 
 _DILATIONS = (1, 3, 9)  # SoundStream, section III-A
 # Initial scale of the residual branches and of the output. Units start near the identity and the wave quiet, because
-# the model unlearns a loud start slowly. With torch's own initialisation, 100 steps come no nearer to a clip than silence.
+# the model unlearns a loud start slowly: with torch's own initialisation it is no better than silence after 100 steps.
 _BRANCH_SCALE, _WAVE_SCALE = 0.3, 0.05
 _LOG2_E = math.log2(math.e)
 # Samples per chunk outside of training. With 32 channels, a layer's output has 6 MB on a CPU; longer chunks only cause
@@ -47,8 +47,8 @@ class CausalConv1d(nn.Module):
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(dim_in, dim_out, (1, kernel_size), stride=(1, stride), dilation=(1, dilation))
-        # This keeps the variance of the input. Torch's own initialisation shrinks it to a third per layer, so that after
-        # thirty layers without norms only the biases remain.
+        # This keeps the variance of the input. Torch's own initialisation shrinks it to a third per layer: after thirty
+        # layers without norms, only the biases would remain.
         nn.init.normal_(self.conv.weight, std=(dim_in * kernel_size) ** -0.5)
         with torch.no_grad():
             self.conv.weight.mul_(weight_scale)
@@ -224,7 +224,7 @@ class ConvEncoder(_ConvNetwork):
 
 @register
 class ConvDecoder(_ConvNetwork):
-    """The mirror of `ConvEncoder`: optional local attention, then convolutions that undo the strides in reverse order."""
+    """The mirror of `ConvEncoder`: optional local attention, then convolutions that undo its strides."""
 
     def _build(self, widths: list[int], strides: list[int], dim: int) -> None:
         self.input_dim, self.upsample_factor = dim, self.samples_per_frame

@@ -2,13 +2,11 @@
 
 import torch
 from beartype import beartype
-from einops import pack, rearrange, unpack
+from einops import pack, unpack
 from torch import Tensor
 from torch.nn import functional as F
 
-from audiolm_pytorch.codecs.training.losses import MultiScaleMelLoss
-
-__all__ = ["WaveDistances", "si_sdr_db", "stft_distance"]
+__all__ = ["si_sdr_db", "stft_distance", "zero_mean"]
 
 _SI_SDR_LIMIT_DB = 100.0
 # -80 dB of full scale, as in MultiScaleMelLoss: quieter parts are inaudible and count as equal
@@ -28,15 +26,15 @@ def si_sdr_db(estimate: Tensor, target: Tensor) -> Tensor:
         target: `[..., n]`, likewise.
 
     Returns:
-        `[...]` float64 in dB, within -100..100: 100 for a copy of any volume (also if both are silent), -100 if only one
-        of the two is silent.
+        `[...]` float64 in dB, within -100..100: 100 for a copy of any volume (also if both are silent), -100 if one of
+        the two is silent.
     """
     if estimate.shape != target.shape or estimate.shape[-1:].numel() == 0:
         raise ValueError(
             f"estimate and target must have the same shape with at least one sample, got {list(estimate.shape)} and "
             f"{list(target.shape)}"
         )
-    estimate, target = _zero_mean(estimate.double()), _zero_mean(target.double())
+    estimate, target = zero_mean(estimate.double()), zero_mean(target.double())
     power = target.square().sum(dim=-1, keepdim=True)
     dot = (estimate * target).sum(dim=-1, keepdim=True)
     projection = dot / power.clamp(min=torch.finfo(torch.float64).tiny) * target
@@ -48,7 +46,7 @@ def si_sdr_db(estimate: Tensor, target: Tensor) -> Tensor:
     return ratio_db.masked_fill(both_silent, _SI_SDR_LIMIT_DB)
 
 
-def _zero_mean(wave: Tensor) -> Tensor:
+def zero_mean(wave: Tensor) -> Tensor:
     """Waves `[..., n]` minus their mean; constants become exactly zero, without rounding errors."""
     centred = wave - wave.mean(dim=-1, keepdim=True)
     is_constant = centred.abs().amax(dim=-1, keepdim=True) <= 1e-12 * wave.abs().amax(dim=-1, keepdim=True)
@@ -81,22 +79,3 @@ def _magnitudes(wave: Tensor, n_fft: int, window_samples: int, hop_samples: int)
     spectrum = torch.stft(flat, n_fft, hop_samples, window_samples, window, center=False, return_complex=True)
     magnitudes = (spectrum.abs() * (4.0 / window_samples)).clamp(min=_FLOOR)
     return unpack(magnitudes, leading, "* bins f")[0]
-
-
-class WaveDistances:
-    """Computes SI-SDR, STFT distance and mel distance between two waves of one sample rate."""
-
-    @beartype
-    def __init__(self, sample_hz: int) -> None:
-        self.mel_loss = MultiScaleMelLoss(sample_hz)
-
-    @torch.no_grad()
-    def __call__(self, estimate: Tensor, target: Tensor) -> dict[str, float]:
-        """Distances of waves `[c, n]`: `si_sdr_db` of all channels as one signal, `stft` and `mel_nepers`."""
-        flat = (rearrange(_zero_mean(wave.double()), "c n -> (c n)") for wave in (estimate, target))
-        batch = (rearrange(wave, "c n -> 1 c n") for wave in (estimate, target))
-        return {
-            "si_sdr_db": float(si_sdr_db(*flat)),
-            "stft": float(stft_distance(estimate, target).mean()),
-            "mel_nepers": float(self.mel_loss(*batch)),
-        }

@@ -145,8 +145,8 @@ class SoundStream(StreamingCodec):
         for part in (self.encoder, self.decoder):
             if getattr(part, "channels", self.channels) != self.channels:
                 raise ValueError(
-                    f"{type(part).__name__} has {part.channels} audio channels, the codec {self.channels}; use the same "
-                    "number of audio channels for all"
+                    f"{type(part).__name__} has {part.channels} audio channels, the codec {self.channels}; both need "
+                    "the same number"
                 )
 
     @property

@@ -23,7 +23,7 @@ _LOG_FLOOR = 1e-5
 _LOG_CENTRE, _LOG_SCALE = -5.0, 4.0
 # Bound of the predicted magnitude: an extreme value early in training would reach the wave (as in Vocos' code).
 _MAX_MAGNITUDE = 1e2
-# Frames per chunk outside of training: 250 frames need about 30 MB, 3000 frames about 120 MB and 10% less time per frame.
+# Frames per chunk outside of training: 250 need about 30 MB; 3000 need 120 MB and 10% less time per frame.
 _CHUNK_FRAMES = 250
 _KERNEL_FRAMES = 7
 
@@ -122,7 +122,7 @@ class SpectralEncoder(_SpectralNetwork):
         self.dim, self.downsample_factor, self.lookahead_frames = dim, hop_samples, self._reach_frames(depth)
 
     def forward(self, wave: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Waves `[b, c, n]` with n a multiple of the hop to frames `[b, f, d]`; `mask [b, f]` is True for real frames."""
+        """Waves `[b, c, n]`, n a multiple of the hop, to frames `[b, f, d]`; `mask [b, f]` is True for real frames."""
         return self._encode(wave, mask) if torch.is_grad_enabled() else self.stream(mask).push_last(wave)
 
     def stream(self, mask: Tensor | None = None) -> FrameStream:

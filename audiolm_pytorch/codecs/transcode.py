@@ -23,8 +23,8 @@ _FRAMES_PER_CHUNK = 500
 class FileCodec:
     """Encodes and decodes files with a codec on any device.
 
-    A `StreamingCodec` runs chunk by chunk, in memory that does not grow with the length; another codec runs on the whole
-    file. The codes are those of `tokenize` on the whole wave in both cases.
+    A `StreamingCodec` runs chunk by chunk, in memory that does not grow with the length; another codec runs on the
+    whole file. In both cases the codes are those of `tokenize` on the whole wave.
     """
 
     @beartype

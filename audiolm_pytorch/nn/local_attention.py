@@ -17,8 +17,8 @@ _DIM_HEAD = 64
 class LocalAttention(nn.Module):
     """Causal self-attention of a frame to itself and the `window - 1` frames before it.
 
-    Rotary positions affect the scores only as differences, and restart in every chunk of `window` frames. The output of a
-    frame therefore depends neither on its position in a recording nor on how the recording is chunked.
+    Rotary positions affect the scores only as differences, and restart in every chunk of `window` frames. The output
+    of a frame therefore depends neither on its position in a recording nor on how the recording is chunked.
 
     Args:
         dim: Width of input and output.

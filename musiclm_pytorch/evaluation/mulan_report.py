@@ -5,8 +5,7 @@ from typing import Any
 
 from beartype import beartype
 
-from musiclm_pytorch.evaluation.codec_report import aligned_table
-from musiclm_pytorch.evaluation.report import Metric
+from musiclm_pytorch.evaluation.report import Metric, aligned_table
 
 __all__ = ["mulan_head", "mulan_tables"]
 

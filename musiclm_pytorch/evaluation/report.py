@@ -15,6 +15,7 @@ __all__ = [
     "Metric",
     "accuracy_metric",
     "accuracy_statistic",
+    "aligned_table",
     "balanced_accuracy",
     "bootstrap_interval",
     "markdown_table",
@@ -201,6 +202,19 @@ def markdown_table(metrics: Sequence[Metric]) -> str:
         cells = [metric.name, _shown(metric.value), interval, _shown(metric.chance), str(metric.count), metric.note]
         lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     return "\n".join(lines) + "\n"
+
+
+@beartype
+def aligned_table(cells: Sequence[Sequence[str]]) -> str:
+    """A markdown table whose columns are aligned in plain text too.
+
+    Args:
+        cells: The head, then one list per line, all of equal length.
+    """
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    head, *lines = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in cells]
+    rule = ["-" * width for width in widths]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *lines))
 
 
 @beartype

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 from beartype import beartype
 
-from musiclm_pytorch.evaluation.codec_report import aligned_table
-from musiclm_pytorch.evaluation.report import Metric
+from musiclm_pytorch.evaluation.report import Metric, aligned_table
 from musiclm_pytorch.evaluation.semantic_scores import FRONT_END, LOG_MEL, OWN_TOKENS, Reading, Score
 
 __all__ = ["SemanticVerdict", "TokenVerdict", "judge", "score_tables", "verdict_tables"]

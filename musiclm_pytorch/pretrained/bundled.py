@@ -52,14 +52,12 @@ def codec_named(name: str, device: str | torch.device = "cpu", offline: bool = F
     Raises:
         ValueError: If there is no such codec, naming the bundled ones.
     """
-    from audiolm_pytorch.codecs.pretrained.adapter import open_codec
+    from audiolm_pytorch.codecs.pretrained.open_codec import open_codec
 
     codec = _opened(name, BUNDLED_CODECS, "codecs", lambda source: open_codec(source, offline=offline))
     if not isinstance(codec, Codec):
         raise ValueError(f"{name} holds a {type(codec).__name__}, which is no codec")
-    if isinstance(codec, nn.Module):
-        codec.to(device).eval()
-    return codec
+    return codec.to(device).eval()
 
 
 @beartype

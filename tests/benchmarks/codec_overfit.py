@@ -15,7 +15,7 @@ from torch import Tensor
 from audiolm_pytorch import MusicLMSoundStream, SoundStream, SoundStreamTrainer
 from audiolm_pytorch.audio.files import read_audio, write_audio
 from audiolm_pytorch.audio.resample import resample
-from audiolm_pytorch.codecs.measures import si_sdr_db
+from audiolm_pytorch.codecs.distances import si_sdr_db
 from audiolm_pytorch.codecs.training import MultiScaleMelLoss
 from audiolm_pytorch.data.manifest import load_items
 from musiclm_pytorch import load_musiclm

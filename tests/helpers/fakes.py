@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.lm.token_model import TokenTransformer
@@ -16,16 +17,13 @@ SIZES = {"dim": 32, "depth": 2, "heads": 2, "dim_head": 16, "ff_mult": 2.0}
 CONDITION = {"audio_text_condition": True, "cond_dim": 8}
 
 
-class FakeCodec(nn.Module):
+class FakeCodec(Codec):
     """50 frames of 4 levels a second: the digits, in base 16, of the mean loudness of a frame."""
 
     target_sample_hz, downsample_factor, channels, num_quantizers, codebook_size = SAMPLE_HZ, 16, 1, 4, 16
 
     def fingerprint(self) -> str:
         return "codec"
-
-    def num_frames(self, num_samples: int) -> int:
-        return -(-num_samples // self.downsample_factor)
 
     def tokenize(self, wave: Tensor, lengths: Tensor | None = None) -> Tensor:
         wave = wave[:, 0] if wave.ndim == 3 else wave

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.audiolm import AudioLM
+from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.tensors import Conditions
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from musiclm_pytorch.mulan import MuLaN
@@ -259,16 +260,13 @@ class ToyTokenizer(nn.Module):
         return torch.zeros(len(wave), wave.shape[1] // 320, dtype=torch.long)
 
 
-class ToyCodec(nn.Module):
+class ToyCodec(Codec):
     """A codec whose frames are held levels: every code is heard."""
 
     target_sample_hz, downsample_factor, channels, num_quantizers, codebook_size = 12000, 240, 1, 3, 5
 
     def fingerprint(self) -> str:
         return "toy"
-
-    def num_frames(self, num_samples: int) -> int:
-        return -(-num_samples // 240)
 
     def tokenize(self, wave: Tensor, lengths: Tensor | None = None) -> Tensor:
         return torch.zeros(len(wave), self.num_frames(wave.shape[-1]), 3, dtype=torch.long)

@@ -116,7 +116,7 @@ class PretrainedCodec(Codec):
         return cls(LoadedModel(model, **config["origin"]), **config["options"])
 
     def fingerprint(self) -> str:
-        """Hash of weights, settings and levels; equal on any device, from any folder, under any transformers version."""
+        """Hash of weights, settings and levels; independent of device, folder and version of transformers."""
         settings = {name: getattr(self.model.config, name, None) for name in self.code_settings}
         facts = [self.model_type, self.target_sample_hz, self.downsample_factor, self.num_quantizers, settings]
         return nameless_fingerprint(self.model, facts)

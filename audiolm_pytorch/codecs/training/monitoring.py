@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.audio.files import peak_safe, write_audio
 from audiolm_pytorch.audio.mel import MelSpectrogram
-from audiolm_pytorch.codecs.measures import si_sdr_db
+from audiolm_pytorch.codecs.distances import si_sdr_db
 from audiolm_pytorch.codecs.quantizers import code_usage
 from audiolm_pytorch.codecs.soundstream import SoundStream
 from audiolm_pytorch.codecs.training.denoising import Mixture

@@ -18,17 +18,22 @@ from torch import Tensor
 
 from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.codecs.base import Codec
-from audiolm_pytorch.codecs.measures import bitrate_kbps
 from audiolm_pytorch.data.manifest import load_items
 from audiolm_pytorch.saving.fingerprint import fingerprint_of
 from musiclm_pytorch.cli.checks import check_file, device_named
-from musiclm_pytorch.evaluation.codec_report import CodecRow, Estimate, aligned_table, distance_row
-from musiclm_pytorch.evaluation.opus import opus_copy, require_opus
-from musiclm_pytorch.evaluation.report import Metric, accuracy_metric, accuracy_statistic, write_report
+from musiclm_pytorch.evaluation.codec_report import CodecRow, Estimate, distance_row
+from musiclm_pytorch.evaluation.report import (
+    Metric,
+    accuracy_metric,
+    accuracy_statistic,
+    aligned_table,
+    write_report,
+)
 from musiclm_pytorch.pretrained.bundled import DEFAULT_CODEC, codec_named
 from musiclm_pytorch.recipes.metrics.classifier import AttributeClassifier, fitted_classifier
 from musiclm_pytorch.recipes.metrics.clips import labels_of, load_clips
 from musiclm_pytorch.recipes.metrics.generation_metrics import PLAIN_ACCURACY, reconstruct
+from musiclm_pytorch.recipes.metrics.opus import opus_copy, require_opus
 
 __all__ = ["Checked", "Copy", "check_copies", "checked_table", "codec_copies", "main", "opus_copies"]
 
@@ -154,7 +159,7 @@ def codec_copies(codec: Codec, waves: Tensor, levels: Sequence[int | None] = (No
     yield Copy("unquantized copy", waves)
     for num_levels in levels:
         count = num_levels or codec.num_quantizers
-        kbps = bitrate_kbps(codec, count)
+        kbps = codec.bitrate_kbps(count)
         made = reconstruct(codec, waves, num_levels=count, codes_alone=False)
         yield Copy(f"codec, {count} of {codec.num_quantizers} levels", made, kbps)
 
@@ -196,14 +201,14 @@ def checked_table(checked: Sequence[Checked]) -> str:
     for one in checked:
         row = one.row
         kbps = "" if row.kbps is None else f"{row.kbps:.2f}"
-        cells.append([row.name, kbps, row.mel_nepers.shown(3), row.si_sdr_db.shown(1)])
+        cells.append([row.name, kbps, row.mel_nepers.text(3), row.si_sdr_db.text(1)])
         for accuracy, kept in zip(one.accuracy.values(), one.kept.values()):
             cells[-1] += [_percent(accuracy), _percent(kept)]
     return aligned_table(cells)
 
 
 def _percent(metric: Metric) -> str:
-    return Estimate(100 * metric.value, 100 * metric.low, 100 * metric.high).shown(1)
+    return Estimate(100 * metric.value, 100 * metric.low, 100 * metric.high).text(1)
 
 
 def main(

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.codecs.base import Codec
-from audiolm_pytorch.codecs.loudness import codes_and_scales, wave_of
 from audiolm_pytorch.conditioning.tensors import Conditions
 from audiolm_pytorch.nn.module_state import device_of
 from musiclm_pytorch.evaluation.report import Metric, accuracy_metric
@@ -69,8 +68,8 @@ def reconstruct(
     device = device_of(codec)
     parts = []
     for part in waves.split(batch_size):
-        codes, scales = codes_and_scales(codec, _with_channels(part, codec.channels).to(device))
-        made = wave_of(codec, codes[..., :num_levels], None if codes_alone else scales, part.shape[-1])
+        codes, scales = codec.encode(_with_channels(part, codec.channels).to(device))
+        made = codec.decode(codes[..., :num_levels], None if codes_alone else scales, part.shape[-1])
         parts.append(made.mean(dim=1).float().cpu())
     return torch.cat(parts)
 

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from audiolm_pytorch.audio.files import read_audio
 from audiolm_pytorch.codecs import SoundStream
+from audiolm_pytorch.codecs.base import EncodedWave, StreamingCodec
 from audiolm_pytorch.codecs.code_file import CodesInfo, StoredCodes, read_codes, write_codes
 from audiolm_pytorch.codecs.transcode import FileCodec
 from tests.helpers.fakes import FakeCodec
@@ -56,7 +57,7 @@ def test_bitrate_and_length():
         (torch.full((10, 4), -1), r"0..15, got -1..-1"),
     ],
 )
-def test_codes_that_are_none_are_refused(codes, message):
+def test_invalid_codes_are_refused(codes, message):
     """Wrong rank, no frames, no whole numbers, out of range."""
     with pytest.raises(ValueError, match=message):
         StoredCodes(codes, INFO)
@@ -67,20 +68,20 @@ def damaged_files(folder):
     header = {"format_version": 1, **vars(INFO)}
     codes = torch.zeros(10, 4, dtype=torch.int16)
     cases = {
-        "other tensor": ({"weights": codes}, header, "something else"),
-        "two tensors": ({"codes": codes, "more": codes.clone()}, header, "something else"),
-        "no header": ({"codes": codes}, None, "something else"),
+        "other tensor": ({"weights": codes}, header, "does not hold the codes"),
+        "two tensors": ({"codes": codes, "more": codes.clone()}, header, "does not hold the codes"),
+        "no header": ({"codes": codes}, None, "does not hold the codes"),
         "no json": ({"codes": codes}, "{", "header is damaged"),
         "list": ({"codes": codes}, [1], "format_version None"),
-        "version": ({"codes": codes}, {**header, "format_version": 2}, "format_version 2, this program reads 1"),
+        "version": ({"codes": codes}, {**header, "format_version": 2}, "format_version 2, this release reads 1"),
         "lacking": ({"codes": codes}, {"format_version": 1}, "lacks .*codec_class"),
         "unknown": ({"codes": codes}, {**header, "more": 1}, "unknown entries .*more"),
         "range": ({"codes": codes + 16}, header, "must lie in 0..15"),
         "rank": ({"codes": codes[0]}, header, r"\[f, q\]"),
-        "floats": ({"codes": codes.float()}, header, "stored as int16 or int32, here as torch.float32"),
-        "bool rate": ({"codes": codes}, {**header, "sample_hz": True}, "sample_hz must be a whole number"),
+        "floats": ({"codes": codes.float()}, header, "must be int16 or int32, got torch.float32"),
+        "bool rate": ({"codes": codes}, {**header, "sample_hz": True}, "sample_hz must be an integer"),
         "no rate": ({"codes": codes}, {**header, "sample_hz": 0}, "sample_hz must be .* at least 1, got 0"),
-        "no name": ({"codes": codes}, {**header, "codec_class": 3}, "codec_class must be a text"),
+        "no name": ({"codes": codes}, {**header, "codec_class": 3}, "codec_class must be a non-empty string"),
     }
     for name, (tensors, said, message) in cases.items():
         path = folder / f"{name}.safetensors"
@@ -106,18 +107,21 @@ def test_damaged_files_are_refused(tmp_path):
 def test_codes_of_another_codec_are_refused():
     """Another codec, or a header that contradicts the codec, is an error and not noise."""
     codec = FakeCodec()
-    stored().require_codec(codec)
-    with pytest.raises(ValueError, match="another codec .FakeCodec other.*here is FakeCodec codec.*give the one"):
-        stored(codec_fingerprint="other").require_codec(codec)
+    stored().check_codec(codec, "codec")
+    with pytest.raises(
+        ValueError,
+        match="are from FakeCodec other, got the codec FakeCodec codec; decode with the codec that encoded them",
+    ):
+        stored(codec_fingerprint="other").check_codec(codec, "codec")
     changes = ({"num_samples": 10**12}, {"num_samples": 161}, {"channels": 2}, {"sample_hz": 16000})
     for one in changes:
         with pytest.raises(ValueError, match="do not fit their codec"):
-            stored(**one).require_codec(codec)
+            stored(**one).check_codec(codec, "codec")
     with pytest.raises(ValueError, match="do not fit their codec"):
-        StoredCodes(torch.zeros(10, 5, dtype=torch.long), INFO).require_codec(codec)
+        StoredCodes(torch.zeros(10, 5, dtype=torch.long), INFO).check_codec(codec, "codec")
 
 
-class StreamingFake(FakeCodec):
+class StreamingFake(FakeCodec, StreamingCodec):
     """The fake codec with streams that hold back what does not fill a frame, and one frame more."""
 
     class Encoding:
@@ -145,6 +149,8 @@ class StreamingFake(FakeCodec):
         def finish(self):
             return self.codec.decode_from_codebook_indices(self.kept)
 
+    encoder_latency_seconds, decoder_latency_seconds = 0.04, 0.02
+
     def encoder_stream(self):
         return self.Encoding(self)
 
@@ -155,11 +161,11 @@ class StreamingFake(FakeCodec):
 class LoudFake(FakeCodec):
     """The fake codec on waves of loudness 1/2, of which only the scales know how loud they were."""
 
-    normalises = True
+    has_scales = True
 
     def encode(self, wave):
         scales = wave.abs().amax(dim=(1, 2))[:, None]
-        return super().tokenize(wave / (2 * scales[..., None])), scales
+        return EncodedWave(self.tokenize(wave / (2 * scales[..., None])), scales)
 
     def decode(self, codes, scales, num_samples=None):
         return super().decode_from_codebook_indices(codes, num_samples) * 2 * scales[..., None]
@@ -210,10 +216,10 @@ def test_loudness_beside_the_codes_is_kept(tmp_path, write_tone):
     wanted = codec.decode(got.codes[None], got.scales[None], num_samples=800)[0, 0]
     back = soundfile.read(tmp_path / "back.wav", dtype="float32")[0]
     assert np.abs(back - wanted.numpy()).max() < 1 / 16000
-    with pytest.raises(ValueError, match="come without scales, of which the codec has one a segment"):
-        replace(got, scales=None).require_codec(codec)
-    with pytest.raises(ValueError, match="come with scales, of which the codec has none"):
-        got.require_codec(FakeCodec())
+    with pytest.raises(ValueError, match="have no scales, but the codec has one per segment"):
+        replace(got, scales=None).check_codec(codec, "codec")
+    with pytest.raises(ValueError, match="have scales, but the codec has none"):
+        got.check_codec(FakeCodec(), "codec")
     for scales in (torch.ones(1, 1), torch.ones(1).double(), torch.tensor([torch.nan]), -torch.ones(1)):
         with pytest.raises(ValueError, match="scales must be float32"):
             replace(got, scales=scales)

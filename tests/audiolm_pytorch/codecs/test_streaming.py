@@ -17,9 +17,9 @@ from audiolm_pytorch.codecs.convolutional import (
     ResidualUnit,
     elu,
 )
-from audiolm_pytorch.codecs.streaming import FrameStream, StreamState
 from audiolm_pytorch.nn.film import FiLM
 from audiolm_pytorch.nn.local_attention import LocalAttention, LocalTransformer
+from audiolm_pytorch.nn.streaming import FrameStream, StreamState
 
 
 def conv(**kwargs) -> SoundStream:
@@ -254,14 +254,14 @@ def test_a_stream_denoises_as_the_whole_does():
     assert not torch.equal(codes[:1], codec.tokenize(wave[:1]))
 
 
-def test_misused_streams_say_so():
+def test_misused_streams_raise():
     """Nothing pushed, pushed after the end, another batch, bad audio or codes in the middle."""
     codec = conv()
     with pytest.raises(ValueError, match="nothing was pushed"):
         codec.encoder_stream().finish()
     stream = codec.encoder_stream()
     stream.push(torch.randn(1, 10))
-    with pytest.raises(ValueError, match="goes on as it began"):
+    with pytest.raises(ValueError, match="every chunk of a stream needs the shape"):
         stream.push(torch.randn(2, 10))
     with pytest.raises(ValueError, match="NaN"):
         stream.push(torch.full((1, 10), float("nan")))
@@ -276,8 +276,8 @@ def test_misused_streams_say_so():
 
 
 @each_codec
-def test_long_recordings_go_through_in_pieces(kind, monkeypatch):
-    """An hour at once would take gigabytes; pieces give the same codes and samples, also for items of other lengths."""
+def test_long_recordings_run_in_chunks(kind, monkeypatch):
+    """An hour in one run would need gigabytes; chunks have equal codes and samples, also for padded items."""
     codec = CODECS[kind]()
     factor = codec.downsample_factor
     wave, lengths = torch.randn(2, codec.channels, factor * 201 - 3), torch.tensor([factor * 201 - 3, factor * 110 - 5])
@@ -295,8 +295,8 @@ def test_long_recordings_go_through_in_pieces(kind, monkeypatch):
             return original(self, x, *args)
 
         monkeypatch.setattr(cls, method, counted)
-    monkeypatch.setattr(spectral, "_PIECE_FRAMES", 20)
-    monkeypatch.setattr(convolutional, "_PIECE_SAMPLES_CPU", 20 * factor)
+    monkeypatch.setattr(spectral, "_CHUNK_FRAMES", 20)
+    monkeypatch.setattr(convolutional, "_CHUNK_SAMPLES_CPU", 20 * factor)
     assert torch.equal(codec.tokenize(wave, lengths), codes)
     assert len(sizes) > 2 and max(sizes) < 100 * factor
     sizes.clear()
@@ -309,7 +309,7 @@ def test_long_recordings_go_through_in_pieces(kind, monkeypatch):
         )
 
 
-def test_a_stream_remembers_no_more_than_it_must():
+def test_a_stream_keeps_no_more_than_it_needs():
     """Memory must not grow with what went through: state and pending samples stay small, and share no storage."""
     encoder = ConvEncoder(base_dim=4, strides=(2, 4), dim=8, attn_window_size=6, attn_depth=1)
     state = StreamState()
@@ -323,15 +323,15 @@ def test_a_stream_remembers_no_more_than_it_must():
     assert stream._pending.untyped_storage().nbytes() == 4 * 3
 
 
-def test_a_network_run_in_pieces_sees_where_it_is():
-    """Place and context of every piece are those of the whole: here the network looks two frames to either side."""
+def test_a_chunked_network_receives_position_and_context():
+    """Position and context of every chunk are those of the whole; this network depends on two frames on either side."""
     x = torch.randn(1, 100, 3)
     firsts = []
 
-    def run(piece, first_frame):
+    def run(chunk, first_frame):
         firsts.append(first_frame)
-        assert torch.equal(piece, x[:, first_frame : first_frame + piece.shape[1]])
-        return F.conv1d(piece.mT, torch.ones(3, 1, 5), padding=2, groups=3).mT
+        assert torch.equal(chunk, x[:, first_frame : first_frame + chunk.shape[1]])
+        return F.conv1d(chunk.mT, torch.ones(3, 1, 5), padding=2, groups=3).mT
 
     stream = FrameStream(
         run, in_axis=1, in_steps=1, out_axis=1, out_steps=1, out_width=3, reach_frames=2, budget_frames=7

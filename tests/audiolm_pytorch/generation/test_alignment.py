@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from audiolm_pytorch.audiolm import AudioLM
+from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.data import TokenShards, load_items, write_shards
 from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.generation.windows import decode_in_windows
@@ -41,16 +42,13 @@ def peaks(wave: Tensor, samples_per_frame: int) -> Tensor:
     return torch.where(height > 0.5 * wave.max(), place, -1)
 
 
-class ClickCodec(nn.Module):
+class ClickCodec(Codec):
     """50 frames of 4 levels a second: where the click is in quarters, in digits of these, and a check of all."""
 
     target_sample_hz, downsample_factor, channels, num_quantizers, codebook_size = CODEC_HZ, CODEC_FRAME, 1, 4, 8
 
     def fingerprint(self) -> str:
         return "clicks"
-
-    def num_frames(self, num_samples: int) -> int:
-        return -(-num_samples // CODEC_FRAME)
 
     def tokenize(self, wave: Tensor, lengths: Tensor | None = None) -> Tensor:
         place = peaks(wave[:, 0] if wave.ndim == 3 else wave, CODEC_FRAME)

@@ -140,7 +140,7 @@ def test_long_results_are_decoded_in_parts_that_are_not_heard(codec, monkeypatch
     tokens, lengths = torch.randint(0, 12, (3, 20)), torch.tensor([20, 7, 20])
     request = {"semantic_tokens": tokens, "semantic_lengths": lengths, "seeds": 1}
     whole = audio_lm.generate(**request)
-    monkeypatch.setattr("audiolm_pytorch.codecs.convolutional._PIECE_SAMPLES_CPU", 96)
+    monkeypatch.setattr("audiolm_pytorch.codecs.convolutional._CHUNK_SAMPLES_CPU", 96)
     for found, wanted in zip(audio_lm.generate(**request).waves, whole.waves, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
@@ -148,7 +148,7 @@ def test_long_results_are_decoded_in_parts_that_are_not_heard(codec, monkeypatch
 @pytest.fixture
 def small_pieces(monkeypatch):
     """The codec decodes five frames at a time, as a long one of real size does."""
-    monkeypatch.setattr("audiolm_pytorch.codecs.convolutional._PIECE_SAMPLES_CPU", 80)
+    monkeypatch.setattr("audiolm_pytorch.codecs.convolutional._CHUNK_SAMPLES_CPU", 80)
     return audiolm_of(codec=streaming_codec(), depth=1, dim=8, dim_head=4, ff_mult=1.0, **WINDOWS)
 
 

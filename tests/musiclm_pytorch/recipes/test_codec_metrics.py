@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-from musiclm_pytorch.evaluation.codec_report import Estimate
-from musiclm_pytorch.evaluation.opus import opus_copy, opus_row
+from audiolm_pytorch.codecs.base import Codec
+from musiclm_pytorch.evaluation.codec_report import Estimate, distance_row
 from musiclm_pytorch.evaluation.report import write_report
 from musiclm_pytorch.recipes.metrics.classifier import AttributeClassifier
 from musiclm_pytorch.recipes.metrics.clip_features import ClipFeatures
 from musiclm_pytorch.recipes.metrics.codec_metrics import Copy, check_copies, checked_table, codec_copies, opus_copies
+from musiclm_pytorch.recipes.metrics.opus import opus_copy
 
 SAMPLE_HZ = 16_000
 PITCHES_HZ = {"flute": 1200.0, "cello": 220.0}
@@ -37,16 +38,13 @@ def judge():
     return AttributeClassifier.fit(features(waves, SAMPLE_HZ), labels, features)
 
 
-class LevelCodec(torch.nn.Module):
+class LevelCodec(Codec):
     """A frame is a sample, and its codes the two bytes of a 16-bit sample; without the second it is coarse."""
 
     target_sample_hz, downsample_factor, channels, num_quantizers, codebook_size = SAMPLE_HZ, 1, 1, 2, 256
 
     def fingerprint(self):
         return "test"
-
-    def num_frames(self, num_samples):
-        return num_samples
 
     def tokenize(self, wave, lengths=None):
         whole = (wave * 32_767).round().long() + 32_768
@@ -118,11 +116,15 @@ def test_opus_is_in_step(sample_hz, channels):
 def test_opus_spends_what_is_asked_for():
     """The bits of the packets make about the bitrate asked for, without the container's overhead; more bits, nearer."""
     wave = 0.2 * torch.randn(1, 2 * SAMPLE_HZ)
-    few, many = (opus_row([(wave, SAMPLE_HZ)], kbps, SAMPLE_HZ) for kbps in (8, 64))
+    few, many = opus_copies(wave, SAMPLE_HZ, SAMPLE_HZ, (8.0, 64.0))
     assert 5 < few.kbps < 14 and 45 < many.kbps < 80
-    assert few.mel_nepers.mean > many.mel_nepers.mean
+    rows = [distance_row("opus", [(copy.waves, wave)], SAMPLE_HZ) for copy in (few, many)]
+    assert rows[0].mel_nepers.mean > rows[1].mel_nepers.mean
     copy = next(opus_copies(wave, SAMPLE_HZ, 8000, (8.0,)))
     assert copy.kbps == pytest.approx(few.kbps) and copy.waves.shape == (1, SAMPLE_HZ)
+    for kbps in (1, float("nan")):
+        with pytest.raises(ValueError, match="Opus supports 6 to 256 kbps, got"):
+            opus_copy(wave, SAMPLE_HZ, kbps)
 
 
 def test_opus_needs_its_programs(monkeypatch, tmp_path):

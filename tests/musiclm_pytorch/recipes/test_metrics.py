@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from audiolm_pytorch.audio.files import write_audio
+from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.tensors import ConditionTensor
 from audiolm_pytorch.data.manifest import AudioItem
 from musiclm_pytorch.evaluation.novelty import (
@@ -271,16 +272,13 @@ def test_report_writes_json_and_table(tmp_path):
         write_report(tmp_path / "metrics.txt", metrics, {})
 
 
-class SignCodec(torch.nn.Module):
+class SignCodec(Codec):
     """A codec of the simplest kind: a frame is a sample, and its code a level of 16 bits."""
 
     target_sample_hz, downsample_factor, channels, num_quantizers, codebook_size = SAMPLE_HZ, 1, 1, 1, 65_536
 
     def fingerprint(self) -> str:
         return "test"
-
-    def num_frames(self, num_samples: int) -> int:
-        return num_samples
 
     def tokenize(self, wave, lengths=None):
         return ((wave * 32_767).round().long() + 32_768)[..., None]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from audiolm_pytorch import AudioLM, CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.codecs import Codec, DacWrapper, EncodecWrapper, MimiWrapper, SoundStream, open_codec
 from audiolm_pytorch.codecs.pretrained import chunked
-from audiolm_pytorch.codecs.pretrained.chunked import Span, in_pieces, span_of
+from audiolm_pytorch.codecs.pretrained.chunked import Span, apply_chunked, span_of
 from audiolm_pytorch.saving.fingerprint import fingerprint_of
 from audiolm_pytorch.saving.hub import LoadedModel
 from audiolm_pytorch.saving.modules import save_module
@@ -207,7 +207,7 @@ def test_long_audio_in_pieces_gives_the_same(models, name, monkeypatch):
     codec = open_codec(models[name][1])
     wave = torch.randn(1, codec.channels, 4003)
     codes, decoded = ours(codec, wave)
-    monkeypatch.setattr(chunked, "PIECE_SAMPLES", 300)
+    monkeypatch.setattr(chunked, "CHUNK_SAMPLES", 300)
     longest = []
     for module in codec.model.modules():
         if isinstance(module, torch.nn.Conv1d):
@@ -224,9 +224,9 @@ def test_the_bound_of_a_reach_is_one():
     wave = torch.randn(1, 1, 3000, dtype=torch.float64)
     whole, span = model.encoder(wave), span_of([model.encoder])
     assert span.scale == 10 and span_of([model.decoder]).scale == pytest.approx(0.1)
-    torch.testing.assert_close(in_pieces(model.encoder, wave, span, 200), whole, rtol=0, atol=1e-12)
+    torch.testing.assert_close(apply_chunked(model.encoder, wave, span, 200), whole, rtol=0, atol=1e-12)
     short = Span(span.reach / 8, span.scale)
-    assert (in_pieces(model.encoder, wave, short, 200) - whole).abs().max() > 1e-6
+    assert (apply_chunked(model.encoder, wave, short, 200) - whole).abs().max() > 1e-6
 
 
 def test_stereo_segments_carry_their_loudness_beside_the_codes(models):
@@ -308,17 +308,17 @@ def test_a_hub_id_is_fetched_once_with_its_revision_and_licence(models, tmp_path
     with caplog.at_level(logging.INFO, "audiolm_pytorch"):
         codec = MimiWrapper(revision="main", num_quantizers=3)
     (message,) = [record.getMessage() for record in caplog.records]
-    assert message == f"codec {codec.card}"
+    assert message == f"codec {codec.description}"
     for part in ("kyutai/mimi", "0abc", "800 Hz", "50 frames/s x 3 levels of 16", "= 0.6 kbps", "CC-BY 4.0"):
         assert part in message
     ((name, options),) = asked
     assert name == "kyutai/mimi" and options["revision"] == "main" and not options["local_files_only"]
     assert "*.bin" not in options["allow_patterns"]
     (snapshot / "README.md").write_text("---\nlicense: mit\ntags: [x]\n---\nlicense: other\n")
-    assert MimiWrapper().card.licence == "mit (model card)"
+    assert MimiWrapper().origin["licence"] == "mit (model card)"
     monkeypatch.chdir(tmp_path)
     shutil.copytree(models["mimi"][1], tmp_path / "kyutai" / "mimi")
-    assert MimiWrapper().card.revision is None, "a local folder always wins"
+    assert MimiWrapper().origin["revision"] is None, "a local folder always wins"
 
 
 def test_without_transformers_the_extra_is_named(models, monkeypatch):
@@ -425,7 +425,7 @@ def test_codec_is_copied_moved_and_saved_as_a_module(models, name, tmp_path):
     back = open_codec(tmp_path / "own")
     assert torch.equal(back.tokenize(wave), codes)
     assert (back.fingerprint(), fingerprint_of(back)) == (twin.fingerprint(), fingerprint_of(twin))
-    assert back.card.source == name and not any(parameter.requires_grad for parameter in back.parameters())
+    assert back.origin["source"] == name and not any(parameter.requires_grad for parameter in back.parameters())
 
 
 @pytest.mark.parametrize(
@@ -527,11 +527,11 @@ def test_published_sizes_have_the_published_rates():
     for wrapper, config, expected in published:
         model = getattr(transformers, wrapper.model_class)(config)
         codec = wrapper(LoadedModel(model))
-        card = codec.card
-        rates = (card.sample_hz, card.channels, codec.downsample_factor, card.frame_hz, card.num_quantizers)
-        assert (*rates, card.codebook_size, card.bitrate_kbps) == pytest.approx(expected)
-        num_samples = card.sample_hz // 10
-        wave = torch.randn(1, card.channels, num_samples) * 0.1
+        sample_hz, factor = codec.target_sample_hz, codec.downsample_factor
+        rates = (sample_hz, codec.channels, factor, sample_hz / factor, codec.num_quantizers)
+        assert (*rates, codec.codebook_size, codec.bitrate_kbps()) == pytest.approx(expected)
+        num_samples = sample_hz // 10
+        wave = torch.randn(1, codec.channels, num_samples) * 0.1
         codes = codec.tokenize(wave)
-        assert codes.shape == (1, codec.num_frames(num_samples), card.num_quantizers)
+        assert codes.shape == (1, codec.num_frames(num_samples), codec.num_quantizers)
         assert codec.decode_from_codebook_indices(codes, num_samples).shape == wave.shape

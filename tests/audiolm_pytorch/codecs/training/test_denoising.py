@@ -7,7 +7,7 @@ import pytest
 import soundfile
 import torch
 
-from audiolm_pytorch.codecs.measures import si_sdr_db
+from audiolm_pytorch.codecs.distances import si_sdr_db
 from audiolm_pytorch.codecs.quantizers import ResidualQuantizer
 from audiolm_pytorch.codecs.soundstream import SoundStream
 from audiolm_pytorch.codecs.spectral import SpectralDecoder, SpectralEncoder
