@@ -1,4 +1,4 @@
-"""AudioLM (arXiv:2209.03143, sec. III): semantic, coarse and fine tokens, one after another, to the codec's decoder."""
+"""AudioLM (arXiv:2209.03143, sec. III): semantic tokens, coarse and fine acoustic tokens, then the codec decoder."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from audiolm_pytorch.audio.units import samples_covering
 from audiolm_pytorch.codecs.base import Codec, StreamingCodec
 from audiolm_pytorch.conditioning.tensors import Conditioner, Conditions, TextEncoder
-from audiolm_pytorch.generation.lengths import GenerationLengths, extra_tokens, plan_lengths
-from audiolm_pytorch.generation.request import GeneratedAudio, GenerationRequest, StageBars, takes_request
-from audiolm_pytorch.generation.sampling import SamplingSettings
+from audiolm_pytorch.generation.lengths import GenerationLengths, extra_input_tokens, plan_lengths
+from audiolm_pytorch.generation.request import GeneratedAudio, GenerationRequest, ProgressBars, with_request_signature
+from audiolm_pytorch.generation.sampling import DEFAULT_SAMPLING, SamplingSettings, stage_generator, update_sampling
 from audiolm_pytorch.generation.stage_pipeline import PipelineStep, StagePipeline
-from audiolm_pytorch.generation.stage_sampling import DEFAULT_SAMPLING, changed_sampling, stage_generator
 from audiolm_pytorch.generation.waves import WaveStreams, decode_items
 from audiolm_pytorch.generation.windows import SlidingWindowDecoder
 from audiolm_pytorch.generation.wrappers import (
@@ -24,6 +23,7 @@ from audiolm_pytorch.generation.wrappers import (
     StageWrapper,
 )
 from audiolm_pytorch.lm.compatibility import check_stages_compatible
+from audiolm_pytorch.lm.stage_transformer import StageTransformer
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.nn.half_weights import with_half_weights
 from audiolm_pytorch.semantic.base import SemanticTokenizer
@@ -35,19 +35,17 @@ class AudioLM(nn.Module):
     """Generates audio through semantic tokens, coarse and fine acoustic tokens and a codec.
 
     Args:
-        wav2vec: Semantic tokenizer that the stages were trained with.
-        codec: Codec that the stages were trained with.
+        wav2vec: The semantic tokenizer that the stages were trained with.
+        codec: The codec that the stages were trained with.
         semantic_transformer: First stage.
         coarse_transformer: Second stage.
-        fine_transformer: Third stage; None = the coarse stage predicts all levels that are decoded.
-        audio_conditioner: Makes conditions of texts, waves or codes, in a namespace per stage, for stages with a
-            `cond_dim`.
-        text_conditioner: Makes conditions of texts, for stages with a `text_dim`.
-        sampling: Sampling of stages by name, as settings or as the fields that differ from MusicLM's temperatures.
+        fine_transformer: Third stage; None = the coarse stage predicts all levels.
+        audio_conditioner: Computes codes of texts or waves, in one namespace per stage, for stages with `cond_dim`.
+        text_conditioner: Computes states of texts, for stages with `text_dim`.
+        sampling: Sampling by stage name, as settings or as the fields that differ from `DEFAULT_SAMPLING`.
 
     Raises:
-        ValueError: If stages, tokenizers and conditioners do not fit one another, or a stage was trained on tokens of
-            other tokenizers.
+        ValueError: If stages, tokenizers and conditioners are not compatible.
     """
 
     @beartype
@@ -68,27 +66,44 @@ class AudioLM(nn.Module):
         self.codec = codec
         self.audio_conditioner = audio_conditioner
         self.text_conditioner = text_conditioner
-        conditioners = audio_conditioner, text_conditioner
-        self.semantic = SemanticTransformerWrapper(semantic_transformer, wav2vec, *conditioners)
-        self.coarse = CoarseTransformerWrapper(coarse_transformer, codec, wav2vec, *conditioners)
-        self.fine = None if fine_transformer is None else FineTransformerWrapper(fine_transformer, codec, *conditioners)
+        conditioners: dict[str, Any] = {"audio_conditioner": audio_conditioner, "text_conditioner": text_conditioner}
+        self.semantic = SemanticTransformerWrapper(semantic_transformer, wav2vec=wav2vec, **conditioners)
+        self.coarse = CoarseTransformerWrapper(coarse_transformer, codec=codec, wav2vec=wav2vec, **conditioners)
+        self.fine: FineTransformerWrapper | None = None
+        if fine_transformer is not None:
+            self.fine = FineTransformerWrapper(fine_transformer, codec=codec, **conditioners)
         check_stages_compatible(*(stage.transformer for stage in self.stages.values()))
-        self.sampling = changed_sampling(DEFAULT_SAMPLING, sampling or {})
+        self.sampling = update_sampling(DEFAULT_SAMPLING, sampling or {})
 
     @property
     def stages(self) -> dict[str, StageWrapper]:
-        """The stages by namespace, in order."""
-        stages: tuple[StageWrapper, ...] = (self.semantic, self.coarse)
-        return {stage.namespace: stage for stage in (*stages, *([] if self.fine is None else [self.fine]))}
+        """The stages by name, in order."""
+        stages: tuple[StageWrapper | None, ...] = (self.semantic, self.coarse, self.fine)
+        return {stage.namespace: stage for stage in stages if stage is not None}
+
+    @property
+    def semantic_transformer(self) -> StageTransformer:
+        """The first stage."""
+        return self.semantic.transformer
+
+    @property
+    def coarse_transformer(self) -> StageTransformer:
+        """The second stage."""
+        return self.coarse.transformer
+
+    @property
+    def fine_transformer(self) -> StageTransformer | None:
+        """The third stage, if there is one."""
+        return None if self.fine is None else self.fine.transformer
 
     @property
     def device(self) -> torch.device:
-        """Where the stages run."""
-        return self.semantic.transformer.device
+        """Device of the stages."""
+        return self.semantic_transformer.device
 
     def with_half_weights(self) -> "AudioLM":
-        """A copy for generating whose stages have bfloat16 weights (see `with_half_weights`); the rest is shared."""
-        halves: dict[str, Any] = {
+        """Return a copy for generation whose stages have bfloat16 weights; all other parts are shared."""
+        stages: dict[str, Any] = {
             f"{name}_transformer": with_half_weights(stage.transformer) for name, stage in self.stages.items()
         }
         return AudioLM(
@@ -97,66 +112,63 @@ class AudioLM(nn.Module):
             audio_conditioner=self.audio_conditioner,
             text_conditioner=self.text_conditioner,
             sampling=self.sampling,
-            **halves,
+            **stages,
         )
 
-    @takes_request
+    @with_request_signature
     def forward(self, **request: Any) -> Tensor | list[Tensor]:
-        """Generate audio.
+        """Generate waves at the rate of the codec.
 
         Args:
             **request: See `GenerationRequest`.
 
         Returns:
-            Waves `[b, n]` (`[b, c, n]` for a codec of several channels) at the codec's rate; a list of waves where
-            items differ in length.
+            Waves `[b, n]`, or `[b, c, n]` for a codec of several channels; a list of waves if their lengths differ.
         """
-        made = self.generate(**request)
-        return made.wave if made.have_one_length else made.waves
+        audio = self.generate(**request)
+        return audio.wave if audio.have_one_length else audio.waves
 
-    @takes_request
+    @with_request_signature
     @torch.no_grad()
     def generate(self, **request: Any) -> GeneratedAudio:
-        """Generate audio: unconditional, conditioned, continuing waves, or of semantic tokens; all items as one batch.
+        """Generate audio and its tokens, all items in one batch.
 
         Args:
             **request: See `GenerationRequest`.
 
-        Returns:
-            The audio and its tokens.
-
         Raises:
-            ValueError: If inputs do not fit one another or the model, or a prime is longer than what is wanted.
+            ValueError: If inputs do not fit each other or the model, or a prompt is longer than the requested seconds.
         """
-        wish, bars = GenerationRequest(**request), StageBars()
-        plan = self._plan(wish)
+        checked, bars = GenerationRequest(**request), ProgressBars()
+        lengths = self._lengths(checked)
         try:
-            cascade = self._cascade(wish, plan, bars)
-            cascade.finish()
-            semantic, acoustic = cascade.take()
+            pipeline = self._pipeline(checked, lengths, bars)
+            pipeline.finish()
+            semantic, acoustic = pipeline.take()
         finally:
             bars.close()
         num_samples = [
-            min(most, len(tokens) * self.codec.downsample_factor) for most, tokens in zip(plan.num_samples, acoustic)
+            min(requested, len(tokens) * self.codec.downsample_factor)
+            for requested, tokens in zip(lengths.num_samples, acoustic)
         ]
         waves = decode_items(self.codec, acoustic, num_samples)
         return GeneratedAudio.of_items(waves, self.codec.target_sample_hz, semantic, acoustic)
 
-    @takes_request
+    @with_request_signature
     def stream(self, *, chunk_seconds: float | int = 1.0, **request: Any) -> Iterator[GeneratedAudio]:
-        """Generate audio and give it out while it is made; every stage works only as far as the next chunk needs.
+        """Generate audio in chunks; the stages decode only what the next chunk needs.
 
         Args:
-            chunk_seconds: New sound to wait for at the least, before it is given out; more where a window ends or the
-                codec holds sound back, less at the end.
+            chunk_seconds: Smallest length of new audio in a chunk. Chunks can be longer where a window ends or the
+                codec needs later frames; the last one can be shorter.
             **request: See `GenerationRequest`.
 
         Returns:
-            The chunks. Put together (see `GeneratedAudio.joined`) they are what `generate` gives for the same request;
-            semantic tokens come early, since coarse ones wait for all that their window covers.
+            The chunks. Concatenated (see `GeneratedAudio.concatenate`) they equal the result of `generate`. Semantic
+            tokens precede the audio, because the coarse stage waits for all semantic tokens of its window.
 
         Raises:
-            ValueError: If the codec cannot decode while codes are still coming in, or as in `generate`.
+            ValueError: If the codec cannot decode streams, or as in `generate`.
         """
         codec = self.codec
         if not isinstance(codec, StreamingCodec):
@@ -166,138 +178,137 @@ class AudioLM(nn.Module):
             )
         if not 0 < chunk_seconds < float("inf"):
             raise ValueError(f"chunk_seconds must be positive and finite, got {chunk_seconds}")
-        # A frame at the least, or nothing would ever come: what rounds to no sample is covered by none.
         factor = codec.downsample_factor
-        step = max(1, samples_covering(chunk_seconds, factor, codec.target_sample_hz) // factor)
+        chunk_frames = max(1, samples_covering(chunk_seconds, factor, codec.target_sample_hz) // factor)
         with torch.no_grad():
-            wish, bars = GenerationRequest(**request), StageBars()
-            plan = self._plan(wish)
-            cascade, waves = self._cascade(wish, plan, bars), WaveStreams(codec, plan.num_samples)
-        return _chunks(cascade, waves, bars, step, codec.target_sample_hz)
+            checked, bars = GenerationRequest(**request), ProgressBars()
+            lengths = self._lengths(checked)
+            pipeline, waves = self._pipeline(checked, lengths, bars), WaveStreams(codec, lengths.num_samples)
+        return _chunks(pipeline, waves, bars, chunk_frames, codec.target_sample_hz)
 
-    # a request as stages at work
+    def _lengths(self, request: GenerationRequest) -> GenerationLengths:
+        return plan_lengths(request, self.wav2vec, self.codec, self.semantic_transformer, self.device)
 
-    def _plan(self, request: GenerationRequest) -> GenerationLengths:
-        return plan_lengths(request, self.wav2vec, self.codec, self.semantic.transformer, self.device)
-
-    def _cascade(self, request: GenerationRequest, plan: GenerationLengths, bars: StageBars) -> StagePipeline:
-        """Set the stages up."""
+    def _pipeline(self, request: GenerationRequest, lengths: GenerationLengths, bars: ProgressBars) -> StagePipeline:
+        """Set up the decoders of all stages."""
         conditions = self._conditions(request)
-        given = extra_tokens(request.input_streams, [stage.transformer for stage in self.stages.values()], plan.batch)
-        unguided = [name for name, stage in self.stages.items() if not _is_led(stage, conditions[name], given[name])]
-        settings = changed_sampling(self.sampling, dict.fromkeys(unguided, {"guidance_scale": 1.0}))
-        settings = changed_sampling(settings, request.sampling or {})
-        first_seed = torch.randint(2**62, (plan.batch,)).tolist() if request.seeds is None else request.seeds
-        seeds = [first_seed + i for i in range(plan.batch)] if isinstance(first_seed, int) else list(first_seed)
+        transformers = [stage.transformer for stage in self.stages.values()]
+        inputs = extra_input_tokens(request.input_streams, transformers, lengths.batch)
+        unguided = [
+            name for name, stage in self.stages.items() if not _can_be_guided(stage, conditions[name], inputs[name])
+        ]
+        settings = update_sampling(self.sampling, dict.fromkeys(unguided, {"guidance_scale": 1.0}))
+        settings = update_sampling(settings, request.sampling or {})
+        first_seed = torch.randint(2**62, (lengths.batch,)).tolist() if request.seeds is None else request.seeds
+        seeds = [first_seed + i for i in range(lengths.batch)] if isinstance(first_seed, int) else list(first_seed)
 
-        def decoding(stage: StageWrapper, num_frames: Tensor, prompt: list[Tensor]) -> SlidingWindowDecoder:
+        def decoder_of(stage: StageWrapper, num_frames: Tensor, prompt: list[Tensor]) -> SlidingWindowDecoder:
             name = stage.namespace
-            found = SlidingWindowDecoder(
+            decoder = SlidingWindowDecoder(
                 stage.transformer,
                 num_frames,
-                prompt=_prompt(stage, prompt),
+                prompt=_predicted_levels(stage, prompt),
                 window_frames=stage.window_frames,
-                batch_size=plan.batch,
+                batch_size=lengths.batch,
                 conditioning=conditions[name],
                 settings=settings[name],
                 seeds=[stage_generator(seed, name) for seed in seeds],
-                callback=_reporter(name, request, bars),
-                allow_eos=name == "semantic" and self._may_end(request),
+                callback=_callback_of(name, request, bars),
+                allow_eos=name == "semantic" and self._allows_eos(request),
             )
-            for stream, tokens in given[name].items():
-                found.feed(stream, tokens)
-            return found
+            for stream, tokens in inputs[name].items():
+                decoder.feed(stream, tokens)
+            return decoder
 
-        semantic = PipelineStep(decoding(self.semantic, plan.num_semantic, plan.semantic))
-        runs = [
-            PipelineStep(decoding(self.coarse, plan.num_frames, plan.acoustic), semantic, "semantic", plan.frames_for)
-        ]
+        semantic = PipelineStep(decoder_of(self.semantic, lengths.num_semantic, lengths.semantic))
+        coarse_decoder = decoder_of(self.coarse, lengths.num_frames, lengths.acoustic)
+        acoustic = [PipelineStep(coarse_decoder, semantic, "semantic", lengths.frames_for)]
         if self.fine is not None and not request.coarse_only:
-            runs.append(
-                PipelineStep(decoding(self.fine, plan.num_frames, plan.acoustic), runs[0], "coarse", torch.clone)
-            )
-        return StagePipeline(semantic, runs)
+            fine_decoder = decoder_of(self.fine, lengths.num_frames, lengths.acoustic)
+            acoustic.append(PipelineStep(fine_decoder, acoustic[0], "coarse"))
+        return StagePipeline(semantic, acoustic)
 
-    def _may_end(self, request: GenerationRequest) -> bool:
-        """Whether semantic tokens may end by themselves."""
-        knows_ends = self.semantic.transformer.layout.predicted[0].eos
-        if request.allow_eos and not knows_ends:
+    def _allows_eos(self, request: GenerationRequest) -> bool:
+        """Whether the semantic stage may sample the end of an item."""
+        has_eos = self.semantic_transformer.layout.predicted[0].eos
+        if request.allow_eos and not has_eos:
             raise ValueError("allow_eos needs a semantic stage that has learned ends: train one with eos=True")
         if request.allow_eos is None:
-            return knows_ends and request.seconds is None and request.semantic_tokens is None
+            return has_eos and request.seconds is None and request.semantic_tokens is None
         return request.allow_eos
 
     def _conditions(self, request: GenerationRequest) -> dict[str, Conditions | None]:
-        """Condition of every stage: a finished one, or one made in its own namespace; None = unconditional."""
-        finished = request.conditioning or {}
-        unknown = set(finished) - set(self.stages)
+        """Conditions of every stage, of the request or computed in the namespace of the stage; None = unconditional."""
+        finished, stages = request.conditioning or {}, self.stages
+        unknown = set(finished) - set(stages)
         if unknown:
-            raise ValueError(f"conditioning is by stage, of {list(self.stages)}; got {sorted(unknown)}")
-        readers = [stage for name, stage in self.stages.items() if stage.transformer.text_dim and name not in finished]
+            raise ValueError(f"conditioning is by stage, of {list(stages)}; got {sorted(unknown)}")
         states = None
-        if request.text is not None and self.text_conditioner is not None and readers:
-            states = self.text_conditioner.forward(request.text)  # once, as they are the same for all stages
-        everything = {"text": request.text, "wavs": request.wavs, "codes": request.codes, "states": states}
+        needs_states = any(stage.transformer.text_dim and name not in finished for name, stage in stages.items())
+        if request.text is not None and self.text_conditioner is not None and needs_states:
+            states = self.text_conditioner.forward(request.text)  # once, because all stages use the same states
+        all_inputs = {"text": request.text, "wavs": request.wavs, "codes": request.codes, "states": states}
         conditioner_inputs: dict[str, dict[str, Any]] = {}
-        for name, stage in self.stages.items():
+        for name, stage in stages.items():
             if stage.transformer.cond_dim is not None:
-                conditioner_inputs[name] = everything
+                conditioner_inputs[name] = all_inputs
             elif stage.transformer.text_dim is not None and request.text is not None:
                 conditioner_inputs[name] = {"text": request.text, "states": states}
-        takes_codes = any(stage.transformer.cond_dim is not None for stage in self.stages.values())
-        if not conditioner_inputs or not (takes_codes or request.wavs is None and request.codes is None):
-            # What no stage hears must not go unheard in silence: each says so itself.
-            conditioner_inputs = dict.fromkeys(self.stages, everything)
-        made = {
-            name: self.stages[name].condition(**inputs)
+        accepts_codes = any(stage.transformer.cond_dim is not None for stage in stages.values())
+        has_wavs_or_codes = request.wavs is not None or request.codes is not None
+        if not conditioner_inputs or (has_wavs_or_codes and not accepts_codes):
+            # No stage uses these inputs. `StageWrapper.condition` then raises an error.
+            conditioner_inputs = dict.fromkeys(stages, all_inputs)
+        computed = {
+            name: stages[name].condition(**inputs)
             for name, inputs in conditioner_inputs.items()
             if name not in finished
         }
-        return {**dict.fromkeys(self.stages), **made, **finished}
+        return {**dict.fromkeys(stages), **computed, **finished}
 
 
 def _chunks(
-    cascade: StagePipeline, waves: WaveStreams, bars: StageBars, step_frames: int, sample_hz: int
+    pipeline: StagePipeline, waves: WaveStreams, bars: ProgressBars, chunk_frames: int, sample_hz: int
 ) -> Iterator[GeneratedAudio]:
-    """Let the stages work step by step, and give out what sounds."""
-    silent: list[GeneratedAudio] = []
+    """Advance the pipeline chunk by chunk, and yield chunks that contain audio."""
+    pending: list[GeneratedAudio] = []  # tokens that the codec has not turned into audio yet
     is_done = False
     try:
         while not is_done:
             with torch.no_grad():
-                going_on = cascade.known_frames[~cascade.are_done]
-                cascade.advance(step_frames + int(going_on.min()) if len(going_on) else 0)
-                semantic, acoustic = cascade.take()
-                is_done = bool(cascade.are_done.all())
-                sound = waves.push(acoustic, cascade.are_done.tolist())
-                silent.append(GeneratedAudio.of_items(sound, sample_hz, semantic, acoustic))
-            if is_done or any(wave.numel() for wave in sound):
-                yield GeneratedAudio.joined(silent)
-                silent = []
+                unfinished_frames = pipeline.known_frames[~pipeline.are_done]
+                pipeline.advance(chunk_frames + int(unfinished_frames.min()) if len(unfinished_frames) else 0)
+                semantic, acoustic = pipeline.take()
+                is_done = bool(pipeline.are_done.all())
+                new_waves = waves.push(acoustic, pipeline.are_done.tolist())
+                pending.append(GeneratedAudio.of_items(new_waves, sample_hz, semantic, acoustic))
+            if is_done or any(wave.numel() for wave in new_waves):
+                yield GeneratedAudio.concatenate(pending)
+                pending = []
     finally:
         bars.close()
 
 
-def _is_led(stage: StageWrapper, conditions: Conditions | None, given: Mapping[str, list[Tensor]]) -> bool:
-    """Whether a stage has anything that guidance can lead it away from: streams in time are never taken away."""
-    streams = [one for one in stage.transformer.layout.inputs if not one.is_in_time]
-    return conditions is not None or any(one.name in given for one in streams)
+def _can_be_guided(stage: StageWrapper, conditions: Conditions | None, inputs: Mapping[str, list[Tensor]]) -> bool:
+    """Whether the unconditional copy of a stage lacks any input. It keeps input streams that have a rate."""
+    droppable = [stream for stream in stage.transformer.layout.inputs if not stream.is_in_time]
+    return conditions is not None or any(stream.name in inputs for stream in droppable)
 
 
-def _prompt(stage: StageWrapper, acoustic: list[Tensor]) -> list[Tensor]:
-    """The levels that a stage predicts."""
+def _predicted_levels(stage: StageWrapper, tokens: list[Tensor]) -> list[Tensor]:
+    """The levels of `[f_i, q]` that a stage predicts."""
     source = stage.transformer.sources[stage.transformer.layout.predicted[0].name]
-    return [tokens[:, source.first_level : source.first_level + source.num_levels] for tokens in acoustic]
+    return [of_item[:, source.first_level : source.first_level + source.num_levels] for of_item in tokens]
 
 
-def _reporter(stage: str, request: GenerationRequest, bars: StageBars) -> Callable[[int, int], None] | None:
-    """What a stage tells its frames known and wanted; None where nobody listens."""
-    listeners: list[Callable[[str, int, int], None]] = [bars] if request.progress else []
+def _callback_of(stage: str, request: GenerationRequest, bars: ProgressBars) -> Callable[[int, int], None] | None:
+    """Callback of one stage for its known and requested frames."""
+    callbacks: list[Callable[[str, int, int], None]] = [bars] if request.progress else []
     if request.callback is not None:
-        listeners.append(request.callback)
+        callbacks.append(request.callback)
 
-    def report(known: int, wanted: int) -> None:
-        for listener in listeners:
-            listener(stage, known, wanted)
+    def report(known_frames: int, requested_frames: int) -> None:
+        for callback in callbacks:
+            callback(stage, known_frames, requested_frames)
 
-    return report if listeners else None
+    return report if callbacks else None

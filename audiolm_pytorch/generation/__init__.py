@@ -1,1 +1,1 @@
-"""Generation: sampling, the decode session, sliding windows, prompts, and the pipeline of the three stages."""
+"""Generation: sampling, decode session, sliding windows, prompts, and the pipeline of the stages."""

@@ -1,4 +1,4 @@
-"""A request in tokens: how many frames of what every item wants, and what it begins with."""
+"""Lengths and prompts of a generation request, in frames."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,22 +15,22 @@ from audiolm_pytorch.lm.stage_transformer import AudioTokens, StageTransformer
 from audiolm_pytorch.semantic.base import SemanticTokenizer
 from audiolm_pytorch.tokens.item_tokens import items_of_streams
 
-__all__ = ["GenerationLengths", "extra_tokens", "plan_lengths"]
+__all__ = ["GenerationLengths", "extra_input_tokens", "plan_lengths"]
 
 DEFAULT_SECONDS = 5.0
 
 
 @dataclass(frozen=True, eq=False)
 class GenerationLengths:
-    """What is to be made of every item.
+    """Requested lengths and first tokens of all items. A sampled end can make an item shorter.
 
     Attributes:
-        num_samples: Samples wanted at most, of every item.
-        num_semantic: Semantic tokens `[b]` wanted at most.
-        num_frames: Acoustic frames `[b]` wanted at most.
-        semantic: Semantic tokens `[t_i, 1]` that items begin with, or all of them where they are given.
-        acoustic: Acoustic tokens `[f_i, q]` that items begin with.
-        frames_per_token: Acoustic frames that last as long as a semantic token.
+        num_samples: Samples of every item.
+        num_semantic: Semantic tokens, `[b]`.
+        num_frames: Acoustic frames, `[b]`.
+        semantic: First semantic tokens `[t_i, 1]` of every item, or all of them if the request contains them.
+        acoustic: First acoustic tokens `[f_i, q]` of every item.
+        frames_per_token: Acoustic frames per semantic token.
     """
 
     num_samples: list[int]
@@ -46,9 +46,9 @@ class GenerationLengths:
         return len(self.num_samples)
 
     def frames_for(self, num_semantic: Tensor) -> Tensor:
-        """Acoustic frames `[b]` of items that have so many semantic tokens `[b]` in the end; fewer where they ended."""
-        covered = _covered_frames(num_semantic, self.frames_per_token)
-        return torch.where(num_semantic < self.num_semantic, covered.minimum(self.num_frames), self.num_frames)
+        """Acoustic frames `[b]` of items with `num_semantic [b]` semantic tokens; fewer for items that ended early."""
+        frames = _covering_frames(num_semantic, self.frames_per_token)
+        return torch.where(num_semantic < self.num_semantic, frames.minimum(self.num_frames), self.num_frames)
 
 
 def plan_lengths(
@@ -58,126 +58,118 @@ def plan_lengths(
     semantic_stage: StageTransformer,
     device: torch.device,
 ) -> GenerationLengths:
-    """Count what is wanted of every item, and tokenize what it begins with.
-
-    Args:
-        request: The request.
-        wav2vec: The semantic tokenizer.
-        codec: The codec.
-        semantic_stage: The stage whose tokens may be given.
-        device: Where to compute.
-
-    Returns:
-        The plan.
+    """Compute the lengths of all items, and tokenize their prompts on `device`.
 
     Raises:
-        ValueError: If inputs are no sound, no tokens, or shorter than the seconds asked for.
+        ValueError: If prompts or semantic tokens are invalid, a prompt is longer than the request, or there are too few
+            semantic tokens.
     """
     batch, factor = request.num_items, codec.downsample_factor
     frames_per_token = Fraction(codec.target_sample_hz, factor) / Fraction(
         wav2vec.target_sample_hz, wav2vec.downsample_factor
     )
-    prime = _prime(request, batch, wav2vec, codec, device)
-    given = _given_semantic(request, batch, semantic_stage)
-    if request.seconds is None and given is not None:
-        counts = torch.tensor([len(tokens) for tokens in given])
-        num_samples = (_covered_frames(counts, frames_per_token) * factor).tolist()
+    prompt = _prompt_tokens(request, batch, wav2vec, codec, device)
+    input_semantic = _input_semantic_tokens(request, batch, semantic_stage)
+    if request.seconds is None and input_semantic is not None:
+        num_semantic = torch.tensor([len(tokens) for tokens in input_semantic])
+        num_samples = (_covering_frames(num_semantic, frames_per_token) * factor).tolist()
     else:
-        seconds = [own + DEFAULT_SECONDS if request.seconds is None else request.seconds for own in prime.seconds]
-        num_samples = [samples_covering(one, factor, codec.target_sample_hz) for one in seconds]
-        counts = torch.tensor([_num_semantic(n, wav2vec, codec.target_sample_hz) for n in num_samples])
-    semantic = prime.semantic
-    if given is not None:
-        if any(len(tokens) < count for tokens, count in zip(given, counts.tolist())):
+        seconds = [
+            prompt_seconds + DEFAULT_SECONDS if request.seconds is None else request.seconds
+            for prompt_seconds in prompt.seconds
+        ]
+        num_samples = [samples_covering(length, factor, codec.target_sample_hz) for length in seconds]
+        num_semantic = torch.tensor([_num_semantic(n, wav2vec, codec.target_sample_hz) for n in num_samples])
+    semantic = prompt.semantic
+    if input_semantic is not None:
+        if any(len(tokens) < count for tokens, count in zip(input_semantic, num_semantic.tolist())):
             raise ValueError(
-                f"{request.seconds} s need {counts.tolist()} semantic tokens, the items have "
-                f"{[len(tokens) for tokens in given]}: ask for fewer seconds, or leave seconds out"
+                f"{request.seconds} s need {num_semantic.tolist()} semantic tokens, the items have "
+                f"{[len(tokens) for tokens in input_semantic]}: request fewer seconds, or leave seconds out"
             )
-        semantic = [tokens[:count] for tokens, count in zip(given, counts.tolist())]
+        semantic = [tokens[:count] for tokens, count in zip(input_semantic, num_semantic.tolist())]
     num_frames = torch.tensor([codec.num_frames(n) for n in num_samples])
-    for item, wanted in enumerate(num_samples):
-        if len(prime.acoustic[item]) > num_frames[item] or len(semantic[item]) > counts[item]:
+    for item, requested in enumerate(num_samples):
+        if len(prompt.acoustic[item]) > num_frames[item] or len(semantic[item]) > num_semantic[item]:
             raise ValueError(
-                f"the prime of item {item} lasts {prime.seconds[item]:.2f} s, longer than what is wanted, "
-                f"{wanted / codec.target_sample_hz:.2f} s, which counts the prime in: ask for more seconds, or cut it"
+                f"the prompt of item {item} lasts {prompt.seconds[item]:.2f} s, longer than the requested "
+                f"{requested / codec.target_sample_hz:.2f} s, which include the prompt: request more seconds, or "
+                "shorten the prompt"
             )
-    return GenerationLengths(num_samples, counts, num_frames, semantic, prime.acoustic, frames_per_token)
+    return GenerationLengths(num_samples, num_semantic, num_frames, semantic, prompt.acoustic, frames_per_token)
 
 
-def extra_tokens(
-    given: AudioTokens | None, stages: Sequence[StageTransformer], batch: int
+def extra_input_tokens(
+    inputs: AudioTokens | None, stages: Sequence[StageTransformer], batch: int
 ) -> dict[str, dict[str, list[Tensor]]]:
-    """Tokens of the extra streams of stages.
+    """Tokens `[f_i, levels]` of the extra input streams of stages, by namespace and stream, for all items.
 
     Args:
-        given: What is given, by name of the stream, of 1 or b items.
+        inputs: Tokens of 1 or b items by stream name. Streams without a rate may be absent.
         stages: The stages.
         batch: Number of items b.
 
-    Returns:
-        Tokens `[f_i, levels]` of all items, by namespace and stream; without those that may be absent and are.
-
     Raises:
-        ValueError: If a stream is unknown, or is missing though it is in time, or its tokens do not fit it.
+        ValueError: If a stream is unknown, a stream with a rate is missing, or tokens do not fit the stream.
     """
-    given = AudioTokens({}, {}) if given is None else given
+    inputs = AudioTokens({}, {}) if inputs is None else inputs
     extra = {
         stage.namespace: [
-            one
-            for one in stage.layout.inputs
-            if one.name == stage.sources[one.name].kind not in ("semantic", "acoustic")
+            stream
+            for stream in stage.layout.inputs
+            if stream.name == stage.sources[stream.name].kind not in ("semantic", "acoustic")
         ]
         for stage in stages
     }
-    known = {one.name for streams in extra.values() for one in streams}
-    if set(given.tokens) - known:
-        raise ValueError(f"given holds tokens of {sorted(given.tokens)}, the stages have extra streams {sorted(known)}")
-    found: dict[str, dict[str, list[Tensor]]] = {}
+    known = {stream.name for streams in extra.values() for stream in streams}
+    if set(inputs.tokens) - known:
+        raise ValueError(
+            f"input_streams has tokens of {sorted(inputs.tokens)}, the stages have extra streams {sorted(known)}"
+        )
+    tokens: dict[str, dict[str, list[Tensor]]] = {}
     for stage in stages:
-        heard = tuple(one.name for one in extra[stage.namespace] if one.is_in_time or one.name in given.tokens)
-        items = items_of_streams(stage.layout.streams, *stage.streams_of(given, heard))
-        found[stage.namespace] = {name: tokens * (batch // len(tokens)) for name, tokens in items.items()}
-    return found
+        streams = extra[stage.namespace]
+        names = tuple(stream.name for stream in streams if stream.is_in_time or stream.name in inputs.tokens)
+        items = items_of_streams(stage.layout.streams, *stage.streams_of(inputs, names))
+        tokens[stage.namespace] = {name: of_items * (batch // len(of_items)) for name, of_items in items.items()}
+    return tokens
 
 
-def _prime(
+def _prompt_tokens(
     request: GenerationRequest, batch: int, wav2vec: SemanticTokenizer, codec: Codec, device: torch.device
 ) -> PromptTokens:
-    """Tokens of the primes of all items; empty ones where there are none."""
-    silence = torch.zeros(1, 0), codec.target_sample_hz
-    waves = [silence]
+    """Tokens of the prompts of all items; empty tokens without a prompt."""
+    waves = [(torch.zeros(1, 0), codec.target_sample_hz)]
     if request.prime_wave is not None:
-        rate_hz = request.prime_wave_input_sample_hz or codec.target_sample_hz
-        waves = split_prompts(request.prime_wave, rate_hz, request.prime_lengths)
+        sample_hz = request.prime_wave_input_sample_hz or codec.target_sample_hz
+        waves = split_prompts(request.prime_wave, sample_hz, request.prime_lengths)
     tokens = tokenize_prompts(waves, wav2vec, codec, device)
     copies = batch // len(waves)
     return PromptTokens(tokens.semantic * copies, tokens.acoustic * copies, tokens.seconds * copies)
 
 
-def _given_semantic(request: GenerationRequest, batch: int, stage: StageTransformer) -> list[Tensor] | None:
-    """Semantic tokens `[t_i, 1]` of all items that are given from outside; None = the stage is to make them."""
+def _input_semantic_tokens(request: GenerationRequest, batch: int, stage: StageTransformer) -> list[Tensor] | None:
+    """The semantic tokens `[t_i, 1]` of the request for all items, or None."""
     if request.semantic_tokens is None:
         return None
     name = stage.layout.predicted[0].name
     lengths = {} if request.semantic_lengths is None else {name: request.semantic_lengths}
-    streams = {name: request.semantic_tokens}
-    items = items_of_streams(stage.layout.streams, streams, lengths)[name]
-    if not all(len(tokens) for tokens in items):
-        raise ValueError(
-            f"semantic_tokens hold {[len(tokens) for tokens in items]} tokens: each item needs one or more"
-        )
+    items = items_of_streams(stage.layout.streams, {name: request.semantic_tokens}, lengths)[name]
+    counts = [len(tokens) for tokens in items]
+    if not all(counts):
+        raise ValueError(f"semantic_tokens have {counts} tokens: each item needs one or more")
     return items * (batch // len(items))
 
 
 def _num_semantic(num_samples: int, wav2vec: SemanticTokenizer, sample_hz: int) -> int:
-    """Semantic tokens of as long a stretch as `num_samples` at another rate; one at the least."""
-    own_samples = frames_covering(num_samples * wav2vec.target_sample_hz, sample_hz)
+    """Number of semantic tokens for `num_samples` at another rate; at least 1."""
+    tokenizer_samples = frames_covering(num_samples * wav2vec.target_sample_hz, sample_hz)
     try:
-        return max(1, wav2vec.num_frames(own_samples))
-    except ValueError:  # shorter than one
+        return max(1, wav2vec.num_frames(tokenizer_samples))
+    except ValueError:  # shorter than one token
         return 1
 
 
-def _covered_frames(num_semantic: Tensor, frames_per_token: Fraction) -> Tensor:
-    """Fewest acoustic frames that last as long as so many semantic tokens."""
+def _covering_frames(num_semantic: Tensor, frames_per_token: Fraction) -> Tensor:
+    """Smallest number of acoustic frames that last as long as the semantic tokens."""
     return -(-num_semantic * frames_per_token.numerator // frames_per_token.denominator)

@@ -1,6 +1,6 @@
-"""Waves and files to be continued: brought to each tokenizer's rate and channels, and tokenized."""
+"""Prompts: waves and files that generation continues, as tokens."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from audiolm_pytorch.audio.files import read_audio
 from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.codecs.base import Codec
-from audiolm_pytorch.generation.request import Prime
+from audiolm_pytorch.generation.request import Prompt
 from audiolm_pytorch.lm.tokenizing import tokenize
 from audiolm_pytorch.semantic.base import SemanticTokenizer
 
@@ -21,12 +21,12 @@ __all__ = ["PromptTokens", "split_prompts", "tokenize_prompts"]
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """Tokens of primes.
+    """Tokens of the prompts of all items.
 
     Attributes:
         semantic: Semantic tokens `[t_i, 1]` of every item.
         acoustic: Acoustic tokens `[f_i, q]` of every item.
-        seconds: Length of every item; 0 for a prime of less than a frame, which is none.
+        seconds: Length of every prompt; 0 if it is shorter than a frame and therefore ignored.
     """
 
     semantic: list[Tensor]
@@ -34,110 +34,114 @@ class PromptTokens:
     seconds: list[float]
 
 
-def split_prompts(primes: Prime | Sequence[Prime], sample_hz: int, lengths: Tensor | None) -> list[tuple[Tensor, int]]:
-    """Take primes of any form apart, read files, and refuse what is no sound.
+def split_prompts(
+    prompts: Prompt | Sequence[Prompt], sample_hz: int, lengths: Tensor | None
+) -> list[tuple[Tensor, int]]:
+    """Return the wave `[c, n]` and its rate in Hz of every prompt.
 
     Args:
-        primes: A wave `[n]`, waves `[b, n]` or `[b, c, n]`, a file, or a list of files and waves `[n]` or `[c, n]`.
-        sample_hz: Rate of those that are no files (Hz).
-        lengths: Samples `[b]` of waves handed in as one tensor that are no padding; None = all.
-
-    Returns:
-        Wave `[c, n]` and rate (Hz) of every item.
+        prompts: A wave `[n]`, waves `[b, n]` or `[b, c, n]`, a file, or a list of files and waves `[n]` or `[c, n]`.
+        sample_hz: Rate of the waves in Hz.
+        lengths: Samples `[b]` without padding, if `prompts` is one tensor; None = no padding.
 
     Raises:
-        ValueError: If a file cannot be read, shapes are others, lengths do not fit, or samples are not finite.
+        ValueError: If a file cannot be read, shapes or lengths do not fit, or samples are not finite floats.
     """
-    if isinstance(primes, Tensor):
-        if primes.ndim not in (1, 2, 3):
-            raise ValueError(f"prime_wave must be [n], [b, n] or [b, c, n], got {tuple(primes.shape)}")
-        waves: list[Prime] = list(primes.unsqueeze(0) if primes.ndim == 1 else primes)
+    if isinstance(prompts, Tensor):
+        if prompts.ndim not in (1, 2, 3):
+            raise ValueError(f"prime_wave must be [n], [b, n] or [b, c, n], got {tuple(prompts.shape)}")
+        waves: list[Prompt] = list(prompts.unsqueeze(0) if prompts.ndim == 1 else prompts)
         if lengths is not None:
             if lengths.shape != (len(waves),) or lengths.is_floating_point():
-                raise ValueError(f"prime_lengths must be {len(waves)} whole numbers, one an item, got {lengths}")
-            if not 0 <= int(lengths.min()) <= int(lengths.max()) <= primes.shape[-1]:
-                raise ValueError(f"prime_lengths must lie in 0..{primes.shape[-1]}, got {lengths.tolist()}")
+                raise ValueError(f"prime_lengths must be {len(waves)} whole numbers, one per item, got {lengths}")
+            if not 0 <= int(lengths.min()) <= int(lengths.max()) <= prompts.shape[-1]:
+                raise ValueError(f"prime_lengths must lie in 0..{prompts.shape[-1]}, got {lengths.tolist()}")
             waves = [wave[..., :count] for wave, count in zip(waves, lengths.tolist()) if isinstance(wave, Tensor)]
     elif lengths is not None:
-        raise ValueError("prime_lengths belongs to primes in one padded tensor; in a list every wave has a length")
+        raise ValueError("prime_lengths needs prime_wave as one padded tensor; waves in a list have no padding")
     else:
-        waves = [primes] if isinstance(primes, (str, Path)) else list(primes)
-    return [_read(number, wave, sample_hz) for number, wave in enumerate(waves)]
+        waves = [prompts] if isinstance(prompts, (str, Path)) else list(prompts)
+    return [_read(item, prompt, sample_hz) for item, prompt in enumerate(waves)]
 
 
 def tokenize_prompts(
     waves: Sequence[tuple[Tensor, int]], wav2vec: SemanticTokenizer, codec: Codec, device: torch.device
 ) -> PromptTokens:
-    """Tokenize primes. A frame that a prime ends inside of is left out: it would say that sound stops there.
+    """Tokenize prompts.
+
+    The last frame is left out if the prompt covers only a part of it: its token would contain the end of the sound.
 
     Args:
-        waves: Wave `[c, n]` and rate (Hz) of every item.
+        waves: Wave `[c, n]` and rate in Hz of every item.
         wav2vec: The semantic tokenizer.
         codec: The codec.
         device: Where to compute.
 
-    Returns:
-        The tokens.
-
     Raises:
-        ValueError: If a wave has neither one channel nor the codec's, where that has several.
+        ValueError: If a wave has several channels and the codec has another number of channels.
     """
-    tokenizers: Mapping[str, SemanticTokenizer | Codec] = {"semantic": wav2vec, "acoustic": codec}
-    tokens: dict[str, list[Tensor]] = {}
-    for kind, one in tokenizers.items():
-        channels = codec.channels if kind == "acoustic" else 1
-        own = [resample(_of_channels(wave, channels), rate_hz, one.target_sample_hz) for wave, rate_hz in waves]
-        samples = [wave.shape[-1] * one.target_sample_hz // rate_hz for wave, rate_hz in waves]
-        frames = [_whole_frames(one, count) for count in samples]
-        levels = codec.num_quantizers if kind == "acoustic" else 1
-        tokens[kind] = [torch.zeros(0, levels, dtype=torch.long, device=device)] * len(waves)
-        heard = [item for item, count in enumerate(frames) if count]
-        if heard:
-            longest = max(own[item].shape[-1] for item in heard)
-            batch = torch.stack([F.pad(own[item], (0, longest - own[item].shape[-1])) for item in heard])
-            batch = (batch if channels > 1 else batch[:, 0]).to(device)
-            lengths = torch.tensor([samples[item] for item in heard])
-            made = tokenize({kind: batch}, {kind: lengths}, wav2vec, codec).tokens[kind]
-            for row, item in enumerate(heard):
-                found = made[row, : frames[item]]
-                tokens[kind][item] = found.unsqueeze(-1) if found.ndim == 1 else found
+    semantic = _tokens_of_items("semantic", waves, wav2vec, codec, device)
+    acoustic = _tokens_of_items("acoustic", waves, wav2vec, codec, device)
     seconds = [
-        wave.shape[-1] / rate_hz if len(semantic) + len(acoustic) else 0.0
-        for (wave, rate_hz), semantic, acoustic in zip(waves, tokens["semantic"], tokens["acoustic"])
+        wave.shape[-1] / rate_hz if len(semantic[item]) + len(acoustic[item]) else 0.0
+        for item, (wave, rate_hz) in enumerate(waves)
     ]
-    return PromptTokens(tokens["semantic"], tokens["acoustic"], seconds)
+    return PromptTokens(semantic, acoustic, seconds)
 
 
-def _read(number: int, prime: Prime, sample_hz: int) -> tuple[Tensor, int]:
-    """Wave `[c, n]` of one prime, and its rate (Hz)."""
-    if not isinstance(prime, Tensor):
-        return read_audio(prime, channels=None)
-    wave = rearrange(prime, "n -> 1 n") if prime.ndim == 1 else prime
+def _tokens_of_items(
+    kind: str, waves: Sequence[tuple[Tensor, int]], wav2vec: SemanticTokenizer, codec: Codec, device: torch.device
+) -> list[Tensor]:
+    """Tokens `[f_i, levels]` of the whole frames of every wave."""
+    is_acoustic = kind == "acoustic"
+    tokenizer: SemanticTokenizer | Codec = codec if is_acoustic else wav2vec
+    channels, levels = (codec.channels, codec.num_quantizers) if is_acoustic else (1, 1)
+    resampled = [resample(_of_channels(wave, channels), hz, tokenizer.target_sample_hz) for wave, hz in waves]
+    samples = [wave.shape[-1] * tokenizer.target_sample_hz // hz for wave, hz in waves]
+    frames = [_whole_frames(tokenizer, count) for count in samples]
+    tokens = [torch.zeros(0, levels, dtype=torch.long, device=device)] * len(waves)
+    items = [item for item, count in enumerate(frames) if count]
+    if items:
+        longest = max(resampled[item].shape[-1] for item in items)
+        batch = torch.stack([F.pad(resampled[item], (0, longest - resampled[item].shape[-1])) for item in items])
+        batch = (batch if channels > 1 else batch[:, 0]).to(device)
+        lengths = torch.tensor([samples[item] for item in items])
+        batch_tokens = tokenize({kind: batch}, {kind: lengths}, wav2vec, codec).tokens[kind]
+        for row, item in enumerate(items):
+            tokens[item] = batch_tokens[row, : frames[item]].reshape(-1, levels)
+    return tokens
+
+
+def _read(item: int, prompt: Prompt, sample_hz: int) -> tuple[Tensor, int]:
+    """Wave `[c, n]` of one prompt, and its rate in Hz."""
+    if not isinstance(prompt, Tensor):
+        return read_audio(prompt, channels=None)
+    wave = rearrange(prompt, "n -> 1 n") if prompt.ndim == 1 else prompt
     if wave.ndim != 2 or not wave.is_floating_point():
         raise ValueError(
-            f"prime {number} must be floating point [n] or [c, n] in [-1, 1], got {prime.dtype} {tuple(prime.shape)}"
+            f"prompt {item} must be floating point [n] or [c, n] in [-1, 1], got {prompt.dtype} {tuple(prompt.shape)}"
         )
     if not wave.isfinite().all():
-        raise ValueError(f"prime {number} holds NaN or infinite samples; clean it first, e.g. with torch.nan_to_num")
+        raise ValueError(f"prompt {item} holds NaN or infinite samples; clean it first, e.g. with torch.nan_to_num")
     return wave, sample_hz
 
 
 def _of_channels(wave: Tensor, channels: int) -> Tensor:
-    """Average channels, or repeat the only one."""
+    """Average the channels of `[c, n]`, or repeat a single one."""
     if len(wave) == channels:
         return wave
     if channels == 1:
         return reduce(wave, "c n -> 1 n", "mean")
     if len(wave) == 1:
         return wave.expand(channels, -1)
-    raise ValueError(f"a prime has {len(wave)} channels, the codec {channels}: give it one channel or {channels}")
+    raise ValueError(f"a prompt has {len(wave)} channels, the codec {channels}: pass one channel or {channels}")
 
 
 def _whole_frames(tokenizer: SemanticTokenizer | Codec, num_samples: int) -> int:
-    """Frames that lie wholly inside a wave; 0 where it is too short for one."""
+    """Number of frames that lie completely inside a wave."""
     if num_samples < tokenizer.downsample_factor:
         return 0
     try:
         return min(num_samples // tokenizer.downsample_factor, tokenizer.num_frames(num_samples))
-    except ValueError:  # what is too short for a frame of this tokenizer
+    except ValueError:  # the tokenizer needs more samples for its first frame
         return 0

@@ -1,30 +1,39 @@
-"""Drawing tokens: settings, logit filters, and noise of each item's own."""
+"""Sampling of tokens: settings, logit filters, and one random generator per item."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import inf
+from typing import Any
 
 import torch
 from beartype import beartype
 from torch import Tensor
 
-__all__ = ["SamplingSettings", "filter_logits", "item_generators", "sample_tokens"]
+__all__ = [
+    "DEFAULT_SAMPLING",
+    "SamplingSettings",
+    "filter_logits",
+    "item_generators",
+    "sample_tokens",
+    "stage_generator",
+    "update_sampling",
+]
 
-
-# Logits of a few thousand, divided by less, leave the range of float32 and would become NaN.
-_LEAST_TEMPERATURE = 1e-6
+# Logits of a few thousand overflow float32 when they are divided by less than this.
+_MIN_TEMPERATURE = 1e-6
 
 
 @beartype
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How tokens are drawn.
+    """How tokens are sampled.
 
     Args:
-        temperature: Divides the logits; 0 (or what would overflow them, below 1e-6) takes the likeliest token.
-        top_k: Draw from the k likeliest tokens only; None = all.
-        top_p: Draw from the fewest likeliest tokens that hold this probability together; None = all.
-        guidance_scale: Classifier-free guidance; 1 = off, at half the cost.
+        temperature: Divides the logits. Below 1e-6 the most likely token is selected.
+        top_k: Sample from the k most likely tokens only; None = all.
+        top_p: Sample from the smallest set of most likely tokens with this total probability; None = all.
+        guidance_scale: Classifier-free guidance. 1 turns it off and halves the cost.
 
     Raises:
         ValueError: If a number is out of range.
@@ -36,7 +45,7 @@ class SamplingSettings:
     guidance_scale: float | int = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse numbers out of range."""
+        """Check the ranges."""
         if not 0 <= self.temperature < inf:
             raise ValueError(f"temperature must be finite and not negative, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
@@ -47,62 +56,87 @@ class SamplingSettings:
             raise ValueError(f"guidance_scale must be finite and not negative, got {self.guidance_scale}")
 
 
-def item_generators(seeds: Sequence[int | torch.Generator] | None, batch: int) -> list[torch.Generator]:
-    """Make one CPU generator per item, so that an item's noise depends on nothing but its seed.
+# Temperatures of MusicLM (sec. 4.2). AudioLM used 0.6, 0.8 and 0.6 for speech.
+DEFAULT_SAMPLING = {
+    "semantic": SamplingSettings(temperature=1.0),
+    "coarse": SamplingSettings(temperature=0.95),
+    "fine": SamplingSettings(temperature=0.4),
+}
+
+
+def update_sampling(
+    settings: Mapping[str, SamplingSettings], changes: Mapping[str, SamplingSettings | Mapping[str, Any]]
+) -> dict[str, SamplingSettings]:
+    """Replace the settings of some stages, or single fields of them.
 
     Args:
-        seeds: Seed (or generator, continued) of every item; None draws seeds from torch's global generator.
-        batch: Number of items.
-
-    Returns:
-        A generator per item.
+        settings: Settings of all stages by name.
+        changes: For some stages, whole settings or the fields that differ.
 
     Raises:
-        ValueError: If there are not as many seeds as items.
+        ValueError: If a stage is unknown or a number is out of range.
+        TypeError: If a field is unknown.
     """
-    chosen = torch.randint(2**62, (batch,)).tolist() if seeds is None else list(seeds)
-    if len(chosen) != batch:
-        raise ValueError(f"need one seed per item: {batch} items, {len(chosen)} seeds")
-    return [seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed) for seed in chosen]
+    unknown = set(changes) - set(DEFAULT_SAMPLING)
+    if unknown:
+        raise ValueError(f"sampling is by stage, of {sorted(DEFAULT_SAMPLING)}; got {sorted(unknown)}")
+    changed = {
+        name: change if isinstance(change, SamplingSettings) else replace(settings[name], **change)
+        for name, change in changes.items()
+    }
+    return {**settings, **changed}
+
+
+def item_generators(seeds: Sequence[int | torch.Generator] | None, batch: int) -> list[torch.Generator]:
+    """Make one CPU generator per item, so that the noise of an item depends on its seed alone.
+
+    Args:
+        seeds: A seed, or a generator to continue, per item. None draws seeds from torch's global generator.
+        batch: Number of items.
+
+    Raises:
+        ValueError: If the number of seeds differs from the number of items.
+    """
+    item_seeds = torch.randint(2**62, (batch,)).tolist() if seeds is None else list(seeds)
+    if len(item_seeds) != batch:
+        raise ValueError(f"need one seed per item: {batch} items, {len(item_seeds)} seeds")
+    return [seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed) for seed in item_seeds]
+
+
+def stage_generator(seed: int, stage: str) -> torch.Generator:
+    """Make the generator of one item in one stage. Shared noise would correlate the tokens of the stages."""
+    digest = hashlib.sha256(f"{stage}:{seed}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def filter_logits(logits: Tensor, settings: SamplingSettings) -> Tensor:
-    """Set the logits of tokens that may not be drawn to minus infinity (top-k, then top-p of what is left).
+    """Set excluded logits of `[..., v]` to minus infinity: first top-k, then top-p of the rest.
 
-    Args:
-        logits: `[..., v]`, temperature applied.
-        settings: What to keep; the likeliest token always stays.
-
-    Returns:
-        `[..., v]`.
+    The temperature must have been applied. The most likely token is never excluded.
     """
     if settings.top_k is not None and settings.top_k < logits.shape[-1]:
         kept = logits.topk(settings.top_k, dim=-1).indices
         logits = torch.full_like(logits, float("-inf")).scatter(-1, kept, logits.gather(-1, kept))
     if settings.top_p is not None and settings.top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        probabilities = ordered.softmax(dim=-1)
-        before = probabilities.cumsum(dim=-1) - probabilities
-        dropped = (before >= settings.top_p).scatter(-1, order, before >= settings.top_p)
-        logits = logits.masked_fill(dropped, float("-inf"))
+        sorted_logits, order = logits.sort(dim=-1, descending=True)
+        probabilities = sorted_logits.softmax(dim=-1)
+        is_outside = probabilities.cumsum(dim=-1) - probabilities >= settings.top_p
+        logits = logits.masked_fill(is_outside.scatter(-1, order, is_outside), float("-inf"))
     return logits
 
 
 def sample_tokens(logits: Tensor, noise: Tensor, settings: SamplingSettings) -> Tensor:
-    """Draw tokens by inverting the cumulative distribution at given noise.
+    """Sample tokens `[n]` int64 from logits `[n, v]` by inverting the cumulative distribution.
 
     Args:
         logits: `[n, v]`.
         noise: `[n]`, uniform in [0, 1).
         settings: Temperature and filters.
-
-    Returns:
-        `[n]` int64 in [0, v).
     """
     logits = logits.float()
-    if settings.temperature < _LEAST_TEMPERATURE:
+    if settings.temperature < _MIN_TEMPERATURE:
         return logits.argmax(dim=-1)
     cumulative = filter_logits(logits / settings.temperature, settings).softmax(dim=-1).cumsum(dim=-1)
-    # Below the total even after rounding, so that the token found has a probability above zero.
+    # The threshold stays below the total also after rounding, so the token has a probability above zero.
     threshold = noise.clamp(max=1 - 2**-20).unsqueeze(-1) * cumulative[..., -1:]
     return (cumulative <= threshold).sum(dim=-1)

@@ -1,4 +1,4 @@
-"""Stages at work one after another, each fed by the one before: all at once, or only as far as is asked for."""
+"""The semantic, coarse and fine stage in a row: each stage decodes from the tokens of the stage before."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,72 +11,73 @@ __all__ = ["PipelineStep", "StagePipeline"]
 
 
 class PipelineStep:
-    """One stage at work.
+    """One stage of a pipeline.
 
     Args:
-        decoding: What it decodes.
-        source: The stage before, whose tokens it is given; None = it is given all it needs.
-        reads: Name of the stream that the tokens of `source` are.
-        frames_for: From the frames `[b]` that items of the source have in the end to the frames wanted here.
+        decoder: Decodes the tokens of the stage.
+        source: The stage before; None = the decoder has all its inputs.
+        input_name: Name of the input stream that the tokens of `source` belong to.
+        frames_for: Maps the final frames `[b]` of the source to the frames `[b]` of this stage; None = equal.
     """
 
     def __init__(
         self,
-        decoding: SlidingWindowDecoder,
+        decoder: SlidingWindowDecoder,
         source: "PipelineStep | None" = None,
-        reads: str = "",
+        input_name: str = "",
         frames_for: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.decoding = decoding
-        self._source, self._reads, self._frames_for = source, reads, frames_for
-        self._found: list[Tensor] | None = None  # tokens that were taken and not collected yet
+        self.decoder = decoder
+        self._source, self._input_name, self._frames_for = source, input_name, frames_for
+        self._uncollected: list[Tensor] | None = None  # tokens that `take` returned and `collect` did not
 
     def advance(self, until_frames: int | None = None) -> None:
-        """Decode as `SlidingWindowDecoder.advance` does, letting the stages before work only as far as windows need."""
-        while self.decoding.is_behind(until_frames):
-            awaited = self.decoding.awaited
+        """Decode as `SlidingWindowDecoder.advance` does. Earlier stages decode only what the windows need."""
+        while self.decoder.is_behind(until_frames):
+            awaited = self.decoder.awaited
             if awaited:
-                if self._source is None or set(awaited) != {self._reads}:
-                    raise ValueError(f"a stage waits for frames of {awaited} that nobody gives")
-                self._source.advance(awaited[self._reads])
+                if self._source is None or set(awaited) != {self._input_name}:
+                    raise ValueError(f"no stage of the pipeline predicts the input streams {sorted(awaited)}")
+                self._source.advance(awaited[self._input_name])
                 self.read()
-            self.decoding.advance(until_frames)
+            self.decoder.advance(until_frames)
 
     def read(self) -> None:
-        """Take over what the stage before has found."""
+        """Feed the new tokens of the stage before into the decoder."""
         if self._source is None:
             return
-        done = self._source.decoding.are_done
-        self.decoding.feed(self._reads, self._source.take(), done)
-        if self._frames_for is not None:
-            wanted = self._frames_for(self._source.decoding.known_frames).tolist()
-            self.decoding.limit([count if is_done else None for count, is_done in zip(wanted, done.tolist())])
+        are_done = self._source.decoder.are_done
+        self.decoder.feed(self._input_name, self._source.take(), are_done)
+        frames = self._source.decoder.known_frames
+        frames = frames if self._frames_for is None else self._frames_for(frames)
+        self.decoder.limit([count if is_done else None for count, is_done in zip(frames.tolist(), are_done.tolist())])
 
     def take(self) -> list[Tensor]:
-        """Tokens `[f_i, levels]` of every item that became known since this was called last."""
-        new = self.decoding.take()
-        self._found = new if self._found is None else [torch.cat(pair) for pair in zip(self._found, new)]
+        """Return the new tokens `[f_i, levels]` of every item since the last call, and keep them for `collect`."""
+        new = self.decoder.take()
+        kept = self._uncollected
+        self._uncollected = new if kept is None else [torch.cat(pair) for pair in zip(kept, new)]
         return new
 
-    def collect(self, most: Sequence[int] | None = None) -> list[Tensor]:
-        """Tokens that were taken and not collected yet, of every item, at most so many frames."""
-        found = self._found or []
-        counts = [len(tokens) for tokens in found] if most is None else most
-        self._found = [tokens[count:].clone() for tokens, count in zip(found, counts)]
-        return [tokens[:count] for tokens, count in zip(found, counts)]
+    def collect(self, num_frames: Sequence[int] | None = None) -> list[Tensor]:
+        """Return the kept tokens of every item and forget them; at most `num_frames` of each item."""
+        kept = self._uncollected or []
+        counts = [len(tokens) for tokens in kept] if num_frames is None else num_frames
+        self._uncollected = [tokens[count:].clone() for tokens, count in zip(kept, counts)]
+        return [tokens[:count] for tokens, count in zip(kept, counts)]
 
     @property
-    def num_found(self) -> list[int]:
-        """Frames of every item that could be collected."""
-        return [len(tokens) for tokens in self._found or []]
+    def num_collectable(self) -> list[int]:
+        """Frames of every item that `collect` can return."""
+        return [len(tokens) for tokens in self._uncollected or []]
 
 
 class StagePipeline:
-    """Semantic, coarse and, if there is one, fine stage at work.
+    """The semantic, the coarse and, optionally, the fine stage.
 
     Args:
         semantic: The first stage.
-        acoustic: The stages of acoustic levels, coarse first; the levels of all make a frame.
+        acoustic: The stages that predict acoustic levels, coarse first.
     """
 
     def __init__(self, semantic: PipelineStep, acoustic: Sequence[PipelineStep]) -> None:
@@ -84,34 +85,30 @@ class StagePipeline:
 
     @property
     def known_frames(self) -> Tensor:
-        """Acoustic frames `[b]` that are known with all their levels."""
-        return self._acoustic[-1].decoding.known_frames
+        """Acoustic frames `[b]` of which all levels are known."""
+        return self._acoustic[-1].decoder.known_frames
 
     @property
     def are_done(self) -> Tensor:
-        """`[b]` bool, of which items all acoustic frames are known."""
-        return self._acoustic[-1].decoding.are_done
+        """`[b]` bool, which items have all their acoustic frames."""
+        return self._acoustic[-1].decoder.are_done
 
     def advance(self, until_frames: int) -> None:
-        """Decode until all items that go on have so many acoustic frames, doing no more than that needs."""
+        """Decode until every item that is not done has `until_frames` acoustic frames, and as little else as needed."""
         self._acoustic[-1].advance(until_frames)
 
     def finish(self) -> None:
-        """Decode everything, stage after stage, so that one stage's cache is held at a time."""
-        for run in (self._semantic, *self._acoustic):
-            run.advance()
+        """Decode everything, one stage after the other, so that there is one cache at a time."""
+        for step in (self._semantic, *self._acoustic):
+            step.advance()
 
     def take(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Tokens that became known since this was called last.
-
-        Returns:
-            Semantic tokens `[t_i]` and acoustic tokens `[f_i, q]` of every item.
-        """
-        for run in self._acoustic:
-            run.read()
+        """Return the new semantic tokens `[t_i]` and acoustic tokens `[f_i, q]` of every item since the last call."""
+        for step in self._acoustic:
+            step.read()
         self._acoustic[-1].take()
-        counts = [min(of_item) for of_item in zip(*(run.num_found for run in self._acoustic))]
-        levels = [run.collect(counts) for run in self._acoustic]
+        counts = [min(of_item) for of_item in zip(*(step.num_collectable for step in self._acoustic))]
+        levels = [step.collect(counts) for step in self._acoustic]
         return (
             [tokens[:, 0] for tokens in self._semantic.collect()],
             [torch.cat(of_item, dim=-1) for of_item in zip(*levels)],

@@ -1,4 +1,4 @@
-"""Acoustic tokens of items of unequal length to waves: all at once, or as they come in."""
+"""Acoustic tokens of items of different lengths to waves."""
 
 from collections.abc import Sequence
 
@@ -13,50 +13,44 @@ __all__ = ["WaveStreams", "decode_items"]
 
 
 def decode_items(codec: Codec, acoustic: Sequence[Tensor], num_samples: Sequence[int]) -> list[Tensor]:
-    """Decode items of unequal length; items of one length are decoded together, so that no padding is heard.
+    """Decode tokens `[f_i, q]` of items to waves `[n_i]`, or `[c, n_i]` for a codec of several channels.
 
-    Args:
-        codec: The codec.
-        acoustic: Tokens `[f_i, q]` of every item.
-        num_samples: Samples wanted of every item.
-
-    Returns:
-        Waves `[n_i]`, or `[c, n_i]` of several channels.
+    Items of equal length are decoded in one batch, so that padding does not change the result.
     """
     waves: list[Tensor] = [torch.zeros(0)] * len(acoustic)
-    shapes = [(len(tokens), count) for tokens, count in zip(acoustic, num_samples)]
-    for shape in dict.fromkeys(shapes):
-        items = [item for item, other in enumerate(shapes) if other == shape]
+    sizes = [(len(tokens), count) for tokens, count in zip(acoustic, num_samples)]
+    for size in dict.fromkeys(sizes):
+        items = [item for item, item_size in enumerate(sizes) if item_size == size]
         codes = torch.stack([acoustic[item] for item in items]).to(device_of(codec))
-        decoded = codec.decode_from_codebook_indices(codes, num_samples=shape[1])
+        decoded = codec.decode_from_codebook_indices(codes, num_samples=size[1])
         for item, wave in zip(items, decoded):
             waves[item] = wave[0] if len(wave) == 1 else wave
     return waves
 
 
 class WaveStreams:
-    """A decoder stream for every item, since items end at different times.
+    """One decoder stream per item, because items end at different times.
 
     Args:
         codec: The codec.
-        num_samples: Samples wanted of every item at most.
+        num_samples: Largest number of samples of every item.
     """
 
     def __init__(self, codec: StreamingCodec, num_samples: Sequence[int]) -> None:
-        self._codec, self._left = codec, list(num_samples)
+        self._codec, self._remaining_samples = codec, list(num_samples)
         self._streams: list[DecoderStream | None] = [codec.decoder_stream() for _ in num_samples]
 
     def push(self, acoustic: Sequence[Tensor], are_last: Sequence[bool]) -> list[Tensor]:
-        """Take the next frames of every item.
+        """Decode the next tokens `[f_i, q]` of every item, as far as later tokens cannot change the wave.
 
         Args:
-            acoustic: Tokens `[f_i, q]` of every item.
-            are_last: Whether these are the last of an item.
+            acoustic: The tokens.
+            are_last: Whether these are the last tokens of an item.
 
         Returns:
-            Waves `[n_i]`, or `[c, n_i]` of several channels, that no later frame can change.
+            Waves `[n_i]`, or `[c, n_i]` for a codec of several channels.
         """
-        return [self._push(item, *one) for item, one in enumerate(zip(acoustic, are_last, strict=True))]
+        return [self._push(item, *pair) for item, pair in enumerate(zip(acoustic, are_last, strict=True))]
 
     def _push(self, item: int, tokens: Tensor, is_last: bool) -> Tensor:
         stream, parts = self._streams[item], [torch.zeros(1, self._codec.channels, 0, device=device_of(self._codec))]
@@ -65,6 +59,6 @@ class WaveStreams:
         if stream is not None and is_last:
             parts.append(stream.finish())
             self._streams[item] = None
-        wave = torch.cat(parts, dim=-1)[0, :, : self._left[item]]
-        self._left[item] -= wave.shape[-1]
+        wave = torch.cat(parts, dim=-1)[0, :, : self._remaining_samples[item]]
+        self._remaining_samples[item] -= wave.shape[-1]
         return wave[0] if len(wave) == 1 else wave

@@ -1,4 +1,4 @@
-"""Decoding that is longer than what a model was trained on: windows that carry half of the one before."""
+"""Decoding in sliding windows, for sequences longer than the training sequences of a model."""
 
 from collections.abc import Callable, Mapping, Sequence
 from math import ceil
@@ -11,12 +11,32 @@ from torch import Tensor
 from audiolm_pytorch.conditioning.tensors import Conditions
 from audiolm_pytorch.generation.decode_session import Decoded, DecodeSession
 from audiolm_pytorch.generation.sampling import SamplingSettings, item_generators
-from audiolm_pytorch.generation.window_plan import Window, plan_windows
 from audiolm_pytorch.lm.token_model import TokenTransformer
 from audiolm_pytorch.tokens.item_tokens import ItemTokens, items_of_streams, padded
 from audiolm_pytorch.tokens.streams import Stream, frame_counts
 
-__all__ = ["SlidingWindowDecoder", "decode_in_windows"]
+__all__ = ["SlidingWindowDecoder", "decode_in_windows", "plan_windows"]
+
+
+@beartype
+def plan_windows(num_frames: int, window_frames: int | None, alignment: int = 1) -> list[range]:
+    """Cover a sequence with windows, each of which starts in the middle of the one before (MusicLM, sec. 5.4).
+
+    Args:
+        num_frames: Frames to cover. The starts of the windows do not depend on it.
+        window_frames: Frames of a window; None = one window over everything.
+        alignment: Windows start at multiples of this number of frames.
+
+    Raises:
+        ValueError: If half a window is shorter than `alignment` frames.
+    """
+    if window_frames is None or num_frames <= window_frames:
+        return [range(num_frames)]
+    hop = window_frames // 2 // alignment * alignment
+    if hop < 1:
+        raise ValueError(f"windows of {window_frames} frames cannot advance by half, in steps of {alignment} frames")
+    num_windows = 1 + ceil((num_frames - window_frames) / hop)
+    return [range(i * hop, min(i * hop + window_frames, num_frames)) for i in range(num_windows)]
 
 
 @beartype
@@ -29,66 +49,60 @@ def decode_in_windows(
     lengths: Mapping[str, int | Tensor] | None = None,
     **options: Any,
 ) -> Decoded:
-    """Complete the predicted stream of a model window by window, at one go.
+    """Decode the predicted stream of a model to its end.
 
     Args:
         model: A model with one predicted stream.
-        streams: Given streams and the prompt, `[b, f, levels]` by name.
-        num_frames: Frames wanted, prompt included, `[b]` or one int.
-        batch_size: Number of items b, where `streams` does not tell.
-        lengths: True frames of the streams handed in, `[b]` or one int; streams not named are whole.
+        streams: Input streams and the prompt, `[b, f, levels]` by name.
+        num_frames: Requested frames, prompt included, `[b]` or one int.
+        batch_size: Number of items b, used if `streams` is empty.
+        lengths: Frames of `streams` without padding, `[b]` or one int; streams that are not named have no padding.
         **options: Further arguments of `SlidingWindowDecoder`.
 
-    Returns:
-        The completed stream.
-
     Raises:
-        ValueError: If streams do not fit the layout, or `SlidingWindowDecoder` or `DecodeSession` refuses.
+        ValueError: If the streams do not fit the layout, or as in `SlidingWindowDecoder` and `DecodeSession`.
     """
     items = items_of_streams(model.layout.streams, streams, lengths or {})
     batch = len(next(iter(streams.values()))) if streams else batch_size
-    name = _predicted(model).name
-    run = SlidingWindowDecoder(model, num_frames, prompt=items.pop(name, None), batch_size=batch, **options)
-    for given, tokens in items.items():
-        run.feed(given, tokens)
-    for given in set(run.awaited):
-        raise ValueError(f"stream '{given}' is missing, got {sorted(streams)}")
-    run.advance()
-    found = run.take()
-    return Decoded({name: padded(found)}, {name: torch.tensor([len(tokens) for tokens in found])})
+    name = _predicted_stream(model).name
+    decoder = SlidingWindowDecoder(model, num_frames, prompt=items.pop(name, None), batch_size=batch, **options)
+    for input_name, tokens in items.items():
+        decoder.feed(input_name, tokens)
+    if decoder.awaited:
+        raise ValueError(f"input streams {sorted(decoder.awaited)} are missing, got {sorted(streams)}")
+    decoder.advance()
+    decoded = decoder.take()
+    return Decoded({name: padded(decoded)}, {name: torch.tensor([len(tokens) for tokens in decoded])})
 
 
-def _predicted(model: TokenTransformer) -> Stream:
-    """The one predicted stream of a model."""
+def _predicted_stream(model: TokenTransformer) -> Stream:
     if len(model.layout.predicted) != 1:
         raise ValueError(f"windows need one predicted stream, got {[s.name for s in model.layout.predicted]}")
     return model.layout.predicted[0]
 
 
 class SlidingWindowDecoder:
-    """The completion of one predicted stream of any length, which can pause between frames and be fed meanwhile.
+    """Decodes one predicted stream of any length; can pause between frames and receive input frames later.
 
-    A window sees the second half of the one before as its prompt (MusicLM, arXiv:2301.11325, sec. 5.4), the frames of
-    given streams that cover it, and streams that are not in time whole. It starts as soon as it is covered. Windows
-    stand at the same places for all items and draw from generators of each item's own, so neither the batch, nor a
-    pause, nor what is fed early or late changes an item's tokens. One window's cache is held at a time, and nothing of
-    what no later window sees, once it was taken.
+    The prompt of a window is the second half of the window before (MusicLM, arXiv:2301.11325, sec. 5.4). A window
+    starts when the input streams cover it. Input streams without a rate belong whole to every window. All items have
+    the same window positions and each item has its own random generator, so the tokens of an item do not depend on the
+    other items, on pauses, or on when inputs arrive. Memory is bounded: there is one cache at a time, and tokens that
+    no later window needs are dropped once `take` has returned them.
 
     Args:
         model: A model with one predicted stream.
-        num_frames: Frames wanted at most, prompt included, `[b]` or one int.
-        prompt: Tokens `[f_i, levels]` that every item begins with; None = no prompts.
-        window_frames: Longest stretch to decode at once; None = no limit.
+        num_frames: Requested frames, prompt included, `[b]` or one int.
+        prompt: First tokens `[f_i, levels]` of every item; None = no prompts.
+        window_frames: Longest window; None = one window.
         batch_size: Number of items b.
-        conditioning: The conditions, of 1 or b items; the same in every window.
-        settings: As in `DecodeSession`.
-        seeds: As in `DecodeSession`.
-        callback: Called after every row with the frames known and the frames wanted, of the item that has most of them.
-        allow_eos: As in `DecodeSession`.
+        conditioning: Conditions of 1 or b items, the same in every window.
+        settings: As in `DecodeSession`, like `seeds` and `allow_eos`.
+        callback: Called after every row with the known and the requested frames of the longest item.
 
     Raises:
-        ValueError: If the model predicts several streams, a prompt is longer than what is wanted, or windows are too
-            short to advance.
+        ValueError: If the model predicts several streams, a prompt is longer than `num_frames`, or windows are too
+            short.
     """
 
     @beartype
@@ -106,160 +120,157 @@ class SlidingWindowDecoder:
         callback: Callable[[int, int], None] | None = None,
         allow_eos: bool = False,
     ) -> None:
-        stream = _predicted(model)
+        stream = _predicted_stream(model)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.name, self._model, self._callback = stream.name, model, callback
-        nothing = torch.zeros(0, stream.num_levels, dtype=torch.long, device=model.device)
-        beginning = [nothing] * batch_size if prompt is None else [tokens.to(nothing) for tokens in prompt]
-        self._wanted: list[int] = frame_counts([stream], {stream.name: num_frames}, batch_size)[:, 0].tolist()
-        known = [len(tokens) for tokens in beginning]
-        if len(known) != batch_size or any(count > wanted for count, wanted in zip(known, self._wanted)):
+        empty = torch.zeros(0, stream.num_levels, dtype=torch.long, device=model.device)
+        prompts = [empty] * batch_size if prompt is None else [tokens.to(empty) for tokens in prompt]
+        # Requested frames of every item. An early end or `limit` lowers them.
+        self._num_frames: list[int] = frame_counts([stream], {stream.name: num_frames}, batch_size)[:, 0].tolist()
+        prompt_frames = [len(tokens) for tokens in prompts]
+        if len(prompts) != batch_size or any(a > b for a, b in zip(prompt_frames, self._num_frames)):
             raise ValueError(
-                f"the prompt of '{stream.name}' has {known} frames, longer than what is wanted, {self._wanted}: "
-                "shorten it or ask for more"
+                f"the prompt of '{stream.name}' has {prompt_frames} frames, longer than the requested "
+                f"{self._num_frames} frames: shorten it or request more"
             )
-        self._windows = plan_windows(max(self._wanted), window_frames, model.layout.frame_alignment)
-        self._number = 0  # of the window that is under way or comes next
-        self._context, self._fresh = ItemTokens(beginning), [[tokens] for tokens in beginning]
-        self._given: dict[str, ItemTokens] = {}
-        self._is_whole: dict[str, list[bool]] = {}
-        self._decoding: DecodeSession | None = None
-        self._items: list[int] = []  # those that the window under way decodes
+        self._windows = plan_windows(max(self._num_frames), window_frames, model.layout.frame_alignment)
+        self._window_index = 0  # of the current or, between windows, of the next window
+        self._window_items: list[int] = []  # the items that the current window decodes
+        self._session: DecodeSession | None = None
+        self._tokens = ItemTokens(prompts)
+        self._untaken = [[tokens] for tokens in prompts]
+        self._inputs: dict[str, ItemTokens] = {}
+        self._are_inputs_complete: dict[str, list[bool]] = {}
         self._options: dict[str, Any] = {"settings": settings, "allow_eos": allow_eos}
         self._conditioning = None if conditioning is None else conditioning.expand(batch_size)
         self._generators = item_generators(seeds, batch_size)
 
-    # what is known
-
     @property
     def known_frames(self) -> Tensor:
-        """Whole frames `[b]` int64 that are known of every item, prompts included."""
-        return torch.tensor(self._context.counts)
+        """Complete frames `[b]` int64 of every item, prompts included."""
+        return torch.tensor(self._tokens.counts)
 
     @property
     def are_done(self) -> Tensor:
-        """`[b]` bool, which items have ended or have all that they want."""
-        return self.known_frames >= torch.tensor(self._wanted)
+        """`[b]` bool, which items have ended or have all requested frames."""
+        return self.known_frames >= torch.tensor(self._num_frames)
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing is left to be drawn."""
+        """Whether all items are done."""
         return not self.is_behind(None)
 
     def is_behind(self, until_frames: int | None) -> bool:
-        """Whether an item that goes on has fewer whole frames than `until_frames` (None = than it wants)."""
+        """Whether an item that is not done has fewer than `until_frames` frames (None = than requested)."""
         return any(
-            count < (wanted if until_frames is None else min(wanted, until_frames))
-            for count, wanted in zip(self._context.counts, self._wanted)
+            count < (requested if until_frames is None else min(requested, until_frames))
+            for count, requested in zip(self._tokens.counts, self._num_frames)
         )
 
     @property
     def awaited(self) -> dict[str, int]:
-        """Frames of given streams that have to be known before the next window can start; empty = it can."""
-        window, items = self._next_window()
-        if window is None or self._decoding is not None:
+        """Frames of input streams that the next window needs and `feed` has not received; empty = it can start."""
+        window, items = self._current_window()
+        if window is None or self._session is not None:
             return {}
         awaited: dict[str, int] = {}
         for stream in self._model.layout.inputs:
             if stream.is_in_time:
-                known = self._given[stream.name].counts if stream.name in self._given else [0] * len(self._wanted)
-                is_whole = self._is_whole.get(stream.name, [False] * len(known))
-                covers = dict(zip(items, self._covering(stream, items, window)))
-                short = [stop for item, stop in covers.items() if known[item] < stop and not is_whole[item]]
+                known = self._inputs[stream.name].counts if stream.name in self._inputs else [0] * len(self._num_frames)
+                is_complete = self._are_inputs_complete.get(stream.name, [False] * len(known))
+                needed = dict(zip(items, self._covering_frames(stream, items, window)))
+                short = [count for item, count in needed.items() if known[item] < count and not is_complete[item]]
                 awaited |= {stream.name: max(short)} if short else {}
         return awaited
 
-    # what others do to it
-
     @beartype
-    def feed(self, name: str, tokens: Sequence[Tensor], are_whole: Tensor | None = None) -> None:
-        """Add frames to the end of a given stream.
+    def feed(self, name: str, tokens: Sequence[Tensor], are_complete: Tensor | None = None) -> None:
+        """Append frames to an input stream.
 
         Args:
             name: The stream.
-            tokens: Next frames `[f_i, levels]` of every item; none is none.
-            are_whole: `[b]` bool, for which items these are the last; None = for all.
+            tokens: Next frames `[f_i, levels]` of every item; may be empty.
+            are_complete: `[b]` bool, for which items these are the last frames; None = for all.
 
         Raises:
-            ValueError: If there is no such given stream, or another number of items.
+            ValueError: If there is no such input stream, or the number of items is wrong.
         """
-        if name not in [stream.name for stream in self._model.layout.inputs]:
-            raise ValueError(f"'{name}' is none of the given streams {[s.name for s in self._model.layout.inputs]}")
-        if len(tokens) != len(self._wanted):
-            raise ValueError(f"'{name}' needs tokens of {len(self._wanted)} items, got {len(tokens)}")
-        if name not in self._given:
-            self._given[name] = ItemTokens([one[:0].to(self._model.device) for one in tokens])
-        for item, one in enumerate(tokens):
-            self._given[name].append(item, one)
-        self._is_whole[name] = [True] * len(tokens) if are_whole is None else are_whole.tolist()
+        names = [stream.name for stream in self._model.layout.inputs]
+        if name not in names:
+            raise ValueError(f"'{name}' is not an input stream of the model, which has {names}")
+        if len(tokens) != len(self._num_frames):
+            raise ValueError(f"'{name}' needs tokens of {len(self._num_frames)} items, got {len(tokens)}")
+        if name not in self._inputs:
+            self._inputs[name] = ItemTokens([item_tokens[:0].to(self._model.device) for item_tokens in tokens])
+        for item, item_tokens in enumerate(tokens):
+            self._inputs[name].append(item, item_tokens)
+        self._are_inputs_complete[name] = [True] * len(tokens) if are_complete is None else are_complete.tolist()
 
     def limit(self, num_frames: Sequence[int | None]) -> None:
-        """Let items want fewer frames than was said first (None = as before); what is known of them stays."""
+        """Lower the requested frames of items (None = no change). Known frames are kept."""
         for item, count in enumerate(num_frames):
             if count is not None:
-                self._wanted[item] = min(self._wanted[item], count)
+                self._num_frames[item] = min(self._num_frames[item], count)
 
     def advance(self, until_frames: int | None = None) -> None:
-        """Decode until every item has so many whole frames, has ended, has all it wants, or has to wait for its givens.
-
-        Args:
-            until_frames: Frames, prompts included; None = all.
-        """
+        """Decode until every item has `until_frames` frames (prompts included; None = all), or inputs are missing."""
         while self.is_behind(until_frames) and not self.awaited:
-            window, items = self._next_window()
+            window, items = self._current_window()
             if window is None:
                 return
-            if self._decoding is None:
-                self._open(window, items)
-            self._read_on(window, until_frames)
+            session = self._session if self._session is not None else self._start_session(window, items)
+            session.advance(None if until_frames is None else until_frames - window.start)
+            self._store_frames(session, window)
 
     def take(self) -> list[Tensor]:
-        """Frames `[f_i, levels]` of every item that became known since this was called last, prompts included."""
-        taken = [torch.cat(parts) for parts in self._fresh]
-        self._fresh = [[tokens[:0]] for tokens in taken]
+        """Return the new frames `[f_i, levels]` of every item since the last call, prompts included."""
+        taken = [torch.cat(parts) for parts in self._untaken]
+        self._untaken = [[tokens[:0]] for tokens in taken]
         return taken
 
-    # one window
-
-    def _next_window(self) -> tuple[Window | None, list[int]]:
-        """The window under way, or the next that has anything to decode, and its items."""
-        while self._decoding is None and self._number < len(self._windows):
-            stop = self._windows[self._number].stop
-            counts = self._context.counts
-            self._items = [i for i, count in enumerate(counts) if count < min(self._wanted[i], stop)]
-            if self._items:
+    def _current_window(self) -> tuple[range | None, list[int]]:
+        """The current window, or the next one in which an item has missing frames, and the items to decode in it."""
+        while self._session is None and self._window_index < len(self._windows):
+            stop, counts = self._windows[self._window_index].stop, self._tokens.counts
+            self._window_items = [i for i, count in enumerate(counts) if count < min(self._num_frames[i], stop)]
+            if self._window_items:
                 break
-            self._number += 1
-        return (self._windows[self._number], self._items) if self._number < len(self._windows) else (None, [])
+            self._window_index += 1
+        if self._window_index == len(self._windows):
+            return None, []
+        return self._windows[self._window_index], self._window_items
 
-    def _stops(self, items: Sequence[int], window: Window) -> list[int]:
-        """Where each item stops in a window."""
-        return [min(self._wanted[item], window.stop) for item in items]
+    def _stops(self, items: Sequence[int], window: range) -> list[int]:
+        """Last frame + 1 of each item in a window."""
+        return [min(self._num_frames[item], window.stop) for item in items]
 
-    def _covering(self, stream: Stream, items: Sequence[int], window: Window) -> list[int]:
-        """Frames of a given stream that cover a window, from its own beginning on, for each item."""
-        ratio = stream.exact_hz / _predicted(self._model).exact_hz
+    def _covering_frames(self, stream: Stream, items: Sequence[int], window: range) -> list[int]:
+        """Frames of an input stream that last until the stop of each item."""
+        ratio = stream.exact_hz / _predicted_stream(self._model).exact_hz
         return [ceil(stop * ratio) for stop in self._stops(items, window)]
 
-    def _open(self, window: Window, items: list[int]) -> None:
-        """Start a window; what lies before it is not needed any more."""
-        layout, stops = self._model.layout, self._stops(items, window)
+    def _start_session(self, window: range, items: list[int]) -> DecodeSession:
+        """Start the decoding of a window, and drop the tokens before it."""
         streams, lengths = {}, {}
-        for stream in layout.inputs:
-            if stream.name in self._given:
-                tokens, start, ends = self._given[stream.name], 0, [max(self._given[stream.name].counts)] * len(items)
+        for stream in self._model.layout.inputs:
+            if stream.name in self._inputs:
+                tokens = self._inputs[stream.name]
+                start, stops = 0, [max(tokens.counts)] * len(items)
                 if stream.is_in_time:
-                    start = int(window.start * stream.exact_hz / _predicted(self._model).exact_hz)
-                    ends = self._covering(stream, items, window)
+                    start = int(window.start * stream.exact_hz / _predicted_stream(self._model).exact_hz)
+                    stops = self._covering_frames(stream, items, window)
                     tokens.forget_before(start)
-                streams[stream.name], lengths[stream.name] = tokens.between(items, start, ends)
-        self._context.forget_before(window.start)
-        streams[self.name], lengths[self.name] = self._carried(items, window)
-        self._decoding = DecodeSession(
+                streams[stream.name], lengths[stream.name] = tokens.between(items, start, stops)
+        self._tokens.forget_before(window.start)
+        counts = [self._tokens.counts[item] for item in items]
+        prompt, _ = self._tokens.between(items, window.start, [max(count, 1) for count in counts])
+        lengths[self.name] = torch.tensor(counts) - window.start
+        streams[self.name] = prompt[:, : int(lengths[self.name].max())]
+        self._session = DecodeSession(
             self._model,
             streams,
-            {self.name: torch.tensor(stops) - window.start},
+            {self.name: torch.tensor(self._stops(items, window)) - window.start},
             batch_size=len(items),
             lengths=lengths,
             conditioning=None if self._conditioning is None else self._conditioning.select(torch.tensor(items)),
@@ -267,33 +278,23 @@ class SlidingWindowDecoder:
             callback=None if self._callback is None else lambda row, num_rows: self._report(window),
             **self._options,
         )
+        return self._session
 
-    def _carried(self, items: Sequence[int], window: Window) -> tuple[Tensor, Tensor]:
-        """What is known of the window already: the second half of the one before, or a prompt."""
-        counts = [self._context.counts[item] for item in items]
-        tokens, _ = self._context.between(items, window.start, [max(count, 1) for count in counts])
-        lengths = torch.tensor(counts) - window.start
-        return tokens[:, : int(lengths.max())], lengths
+    def _store_frames(self, session: DecodeSession, window: range) -> None:
+        """Keep the new frames of the current window, and close the window after its last frame."""
+        decoded = session.decoded()
+        for row, (item, stop) in enumerate(zip(self._window_items, self._stops(self._window_items, window))):
+            known = self._tokens.counts[item] - window.start
+            tokens = decoded.streams[self.name][row, known : int(decoded.lengths[self.name][row])]
+            self._tokens.append(item, tokens)
+            self._untaken[item].append(tokens)
+            end = window.start + int(session.num_frames[self.name][row])
+            if end < stop:  # the model sampled the end
+                self._num_frames[item] = end
+        if session.is_done:
+            self._session = None
+            self._window_index += 1
 
-    def _read_on(self, window: Window, until_frames: int | None) -> None:
-        """Decode on in the window under way, and keep what became known."""
-        if self._decoding is None:
-            return
-        self._decoding.advance(None if until_frames is None else until_frames - window.start)
-        found = self._decoding.decoded()
-        for row, (item, stop) in enumerate(zip(self._items, self._stops(self._items, window))):
-            known = self._context.counts[item] - window.start
-            tokens = found.streams[self.name][row, known : int(found.lengths[self.name][row])]
-            self._context.append(item, tokens)
-            self._fresh[item].append(tokens)
-            wanted = window.start + int(self._decoding.num_frames[self.name][row])
-            if wanted < stop:  # it ended by itself
-                self._wanted[item] = wanted
-        if self._decoding.is_done:
-            self._decoding = None
-            self._number += 1
-
-    def _report(self, window: Window) -> None:
-        """Tell the callback how far the furthest item is."""
-        if self._callback is not None and self._decoding is not None:
-            self._callback(window.start + int(self._decoding.known_frames.max()), max(self._wanted))
+    def _report(self, window: range) -> None:
+        if self._callback is not None and self._session is not None:
+            self._callback(window.start + int(self._session.known_frames.max()), max(self._num_frames))

@@ -1,6 +1,7 @@
-"""A stage with what surrounds it: tokenizers on one side, a conditioner on the other."""
+"""A stage together with its tokenizers and conditioners, for losses of waves and for sampling."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from beartype import beartype
@@ -29,29 +30,37 @@ __all__ = [
 
 
 class StageWrapper(nn.Module):
-    """Trains and samples one stage from waves or tokens, conditioned through the namespace of the stage.
+    """One stage with the tokenizers of its waves and the conditioners of its namespace.
 
     Args:
         transformer: The stage.
-        wav2vec: Semantic tokenizer; needed where the stage's semantic tokens come from waves.
-        codec: Codec; needed where the stage's acoustic tokens come from waves.
-        audio_conditioner: Makes conditions of texts, waves or codes, for a stage that takes codes (`cond_dim`).
-        text_conditioner: Makes conditions of texts, for a stage that takes states of a text encoder (`text_dim`).
+        wav2vec: Needed to compute semantic tokens of waves.
+        codec: Needed to compute acoustic tokens of waves.
+        audio_conditioner: Computes codes of texts or waves, for a stage with `cond_dim`.
+        text_conditioner: Computes states of texts, for a stage with `text_dim`.
 
     Raises:
-        ValueError: If a tokenizer or a conditioner does not fit the stage.
+        TypeError: If the stage is of another class.
+        ValueError: If a tokenizer or a conditioner is not compatible with the stage.
     """
+
+    stage_class: ClassVar[type[StageTransformer]] = StageTransformer
 
     @beartype
     def __init__(
         self,
         transformer: StageTransformer,
+        *,
         wav2vec: SemanticTokenizer | None = None,
         codec: Codec | None = None,
         audio_conditioner: Conditioner | None = None,
         text_conditioner: TextEncoder | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(transformer, self.stage_class):
+            raise TypeError(
+                f"{type(self).__name__} needs a {self.stage_class.__name__}, got {type(transformer).__name__}"
+            )
         check_compatible(transformer, wav2vec, codec, audio_conditioner, text_conditioner)
         self.namespace = transformer.namespace
         self.transformer = transformer
@@ -70,48 +79,45 @@ class StageWrapper(nn.Module):
         lengths: Tensor | None = None,
         states: ConditionTensor | None = None,
     ) -> Conditions | None:
-        """Make the stage's conditions: codes in the namespace it was trained with, and states of texts.
+        """Compute the conditions of the stage; None without inputs.
 
-        A text speaks through all that the stage takes: its codes, unless those of waves or codes are given, and its
-        states.
+        A text is used for the states and, without `wavs` and `codes`, also for the codes.
 
         Args:
             text: Texts, one per item or one for all.
-            wavs: Waves `[b, n]` at the conditioner's rate.
-            codes: Conditioner codes `[b, q]`.
-            lengths: Samples `[b]` of `wavs` that are no padding.
-            states: States of the texts, where they were made before (they are the same for all stages).
-
-        Returns:
-            The conditions; None if nothing was handed in.
+            wavs: Waves `[b, n]` at the rate of the audio conditioner.
+            codes: Codes `[b, q]` of the audio conditioner.
+            lengths: Samples `[b]` of `wavs` without padding.
+            states: States of the texts, if they were computed before; they are the same for all stages.
 
         Raises:
-            ValueError: If a conditioner is missing, or the transformer takes no such condition.
+            ValueError: If a conditioner is missing, or the stage does not accept such a condition.
         """
         if text is None and wavs is None and codes is None:
             return None
-        takes_codes, takes_states = self.transformer.cond_dim is not None, self.transformer.text_dim is not None
-        if not (takes_codes or (takes_states and wavs is None and codes is None)):
+        accepts_codes, accepts_states = self.transformer.cond_dim is not None, self.transformer.text_dim is not None
+        if not (accepts_codes or (accepts_states and wavs is None and codes is None)):
             raise ValueError(
-                f"the {self.namespace} stage takes no such condition: it needs an audio_conditioner and a transformer "
-                "with audio_text_condition=True, or for texts a text_conditioner and a transformer with a text_dim"
+                f"the {self.namespace} stage does not accept such a condition: it needs an audio_conditioner and a "
+                "transformer with audio_text_condition=True, or for texts a text_conditioner and a transformer with a "
+                "text_dim"
             )
         texts = [text] if isinstance(text, str) else text
-        states = states if takes_states else None
-        if takes_states and texts is not None:
+        states = states if accepts_states else None
+        if accepts_states and texts is not None:
             if self.text_conditioner is None:
-                raise ValueError(f"the {self.namespace} stage hears texts: it needs a text_conditioner")
+                raise ValueError(f"the {self.namespace} stage is conditioned on texts: it needs a text_conditioner")
             states = self.text_conditioner.forward(texts) if states is None else states
             if wavs is not None or codes is not None:
                 texts = None
-        made = None
-        if takes_codes:
+        code_tensor = None
+        if accepts_codes:
             if self.audio_conditioner is None:
-                raise ValueError(f"the {self.namespace} stage takes codes: it needs an audio_conditioner")
-            made = self.audio_conditioner.conditioning(
+                raise ValueError(f"the {self.namespace} stage is conditioned on codes: it needs an audio_conditioner")
+            code_tensor = self.audio_conditioner.conditioning(
                 texts=texts, wavs=wavs, codes=codes, lengths=lengths, namespace=self.namespace
             )
-        return Conditions(codes=made, text=states)
+        return Conditions(codes=code_tensor, text=states)
 
     @beartype
     def forward(
@@ -123,31 +129,28 @@ class StageWrapper(nn.Module):
         conditioning: Conditions | None = None,
         ends: Tensor | None = None,
     ) -> TokenLoss:
-        """Loss of waves or tokens.
+        """Return the loss of waves or tokens.
 
         Args:
-            wave: `[b, n]`. With a conditioner and no `conditioning`, the wave conditions itself.
-            input_sample_hz: Rate of `wave`; None = the rate of the stage's own tokenizers.
-            tokens: Tokens instead of a wave.
-            conditioning: The condition.
-            ends: `[b]` bool, whether the file really ends here.
-
-        Returns:
-            The loss.
+            wave: `[b, n]`. Without `conditioning`, the wave itself is the input of the audio conditioner.
+            input_sample_hz: Rate of `wave` in Hz; None = the rate of the tokenizers.
+            tokens: Tokens, instead of a wave.
+            conditioning: The conditions.
+            ends: `[b]` bool, whether the file really ends after the tokens.
 
         Raises:
-            ValueError: If there is not exactly one of wave and tokens, or something needed is missing.
+            ValueError: If not exactly one of wave and tokens is passed, or a tokenizer is missing.
         """
         if wave is not None and tokens is None:
             rates_hz = sample_rates(self.transformer.kinds, self.wav2vec, self.codec)
-            given_hz = input_sample_hz or rates_hz[self.transformer.kinds[-1]]
-            waves = {kind: resample(wave, given_hz, rate_hz) for kind, rate_hz in rates_hz.items()}
-            lengths = {kind: torch.full((len(one),), one.shape[-1]) for kind, one in waves.items()}
+            wave_hz = input_sample_hz or rates_hz[self.transformer.kinds[-1]]
+            waves = {kind: resample(wave, wave_hz, rate_hz) for kind, rate_hz in rates_hz.items()}
+            lengths = {kind: torch.full((len(batch),), batch.shape[-1]) for kind, batch in waves.items()}
             tokens = tokenize(waves, lengths, self.wav2vec, self.codec)
             if conditioning is None and self.audio_conditioner is not None and self.transformer.cond_dim is not None:
-                conditioning = self.condition(wavs=resample(wave, given_hz, self.audio_conditioner.sample_hz))
+                conditioning = self.condition(wavs=resample(wave, wave_hz, self.audio_conditioner.sample_hz))
         elif wave is not None or tokens is None:
-            raise ValueError("give either a wave or tokens")
+            raise ValueError("pass either a wave or tokens")
         return self.transformer(self.transformer.packed(tokens, ends), conditioning)
 
     @beartype
@@ -164,24 +167,9 @@ class StageWrapper(nn.Module):
         callback: Callable[[int, int], None] | None = None,
         allow_eos: bool = False,
     ) -> Decoded:
-        """Sample the stage's tokens; longer stretches than it was trained on in windows.
+        """Sample the tokens of the stage, in windows of the length that it was trained on.
 
-        Args:
-            num_frames: Frames wanted, prompt included, `[b]` or one int.
-            streams: Given streams, and a prompt of the predicted stream, `[b, f, levels]` by name.
-            lengths: True frames of these, `[b]` or one int; streams not named are whole.
-            batch_size: Number of items, where `streams` does not tell.
-            conditioning: The condition, of 1 or b items.
-            settings: How tokens are drawn.
-            seeds: Seed or generator of every item.
-            callback: Called with frames known and frames wanted.
-            allow_eos: Whether an item may end early.
-
-        Returns:
-            The predicted stream.
-
-        Raises:
-            ValueError: If inputs do not fit the stage.
+        See `decode_in_windows` and `SlidingWindowDecoder` for the arguments.
         """
         return decode_in_windows(
             self.transformer,
@@ -199,72 +187,25 @@ class StageWrapper(nn.Module):
 
     @property
     def window_frames(self) -> int | None:
-        """Longest stretch that the stage was trained on, in predicted frames; None = no limit."""
+        """Longest training sequence in predicted frames; None = no limit."""
         if self.transformer.max_seconds is None:
             return None
         return frames_inside(self.transformer.max_seconds, self.transformer.layout.predicted[0].exact_hz)
 
 
 class SemanticTransformerWrapper(StageWrapper):
-    """The semantic stage. See `StageWrapper`.
+    """The semantic stage; see `StageWrapper`."""
 
-    Args:
-        transformer: The stage.
-        wav2vec: Semantic tokenizer.
-        audio_conditioner: Makes conditions of codes.
-        text_conditioner: Makes conditions of texts' states.
-    """
-
-    @beartype
-    def __init__(
-        self,
-        transformer: SemanticTransformer,
-        wav2vec: SemanticTokenizer | None = None,
-        audio_conditioner: Conditioner | None = None,
-        text_conditioner: TextEncoder | None = None,
-    ) -> None:
-        super().__init__(transformer, wav2vec, None, audio_conditioner, text_conditioner)
+    stage_class = SemanticTransformer
 
 
 class CoarseTransformerWrapper(StageWrapper):
-    """The coarse stage. See `StageWrapper`.
+    """The coarse stage; see `StageWrapper`."""
 
-    Args:
-        transformer: The stage.
-        codec: Codec.
-        wav2vec: Semantic tokenizer.
-        audio_conditioner: Makes conditions of codes.
-        text_conditioner: Makes conditions of texts' states.
-    """
-
-    @beartype
-    def __init__(
-        self,
-        transformer: CoarseTransformer,
-        codec: Codec | None = None,
-        wav2vec: SemanticTokenizer | None = None,
-        audio_conditioner: Conditioner | None = None,
-        text_conditioner: TextEncoder | None = None,
-    ) -> None:
-        super().__init__(transformer, wav2vec, codec, audio_conditioner, text_conditioner)
+    stage_class = CoarseTransformer
 
 
 class FineTransformerWrapper(StageWrapper):
-    """The fine stage. See `StageWrapper`.
+    """The fine stage; see `StageWrapper`."""
 
-    Args:
-        transformer: The stage.
-        codec: Codec.
-        audio_conditioner: Makes conditions of codes.
-        text_conditioner: Makes conditions of texts' states.
-    """
-
-    @beartype
-    def __init__(
-        self,
-        transformer: FineTransformer,
-        codec: Codec | None = None,
-        audio_conditioner: Conditioner | None = None,
-        text_conditioner: TextEncoder | None = None,
-    ) -> None:
-        super().__init__(transformer, None, codec, audio_conditioner, text_conditioner)
+    stage_class = FineTransformer

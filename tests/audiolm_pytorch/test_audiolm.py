@@ -130,7 +130,7 @@ def test_default_length_is_five_seconds_beyond_the_prime():
     whole = {"allow_eos": False, "sampling": {name: {"temperature": 0} for name in audio_lm.stages}}
     assert audio_lm(batch_size=1, **whole).shape == (1, 4000)
     assert audio_lm(prime_wave=torch.rand(800), prime_wave_input_sample_hz=SAMPLE_HZ, **whole).shape == (1, 4800)
-    with pytest.raises(ValueError, match="longer than what is wanted"):
+    with pytest.raises(ValueError, match="longer than the requested"):
         audio_lm(prime_wave=torch.rand(1600), seconds=1.0)
 
 

@@ -33,11 +33,11 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from audiolm_pytorch.generation.decode_session import decode  # noqa: E402
 from audiolm_pytorch.lm.stage_transformer import StageTransformer  # noqa: E402
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer  # noqa: E402
 from audiolm_pytorch.nn.half_weights import with_half_weights  # noqa: E402
 from musiclm_pytorch import load_musiclm  # noqa: E402
+from tests.helpers.decoding import decode  # noqa: E402
 
 SIZES: dict[str, Any] = {"dim": 512, "depth": 6, "heads": 8, "ff_mult": 8 / 3}
 VOCABULARY = 1024

@@ -67,7 +67,7 @@ def test_unequal_primes_get_five_seconds_more_than_their_own(monkeypatch):
     assert (made.acoustic[0, 20:] == -1).all() and (made.semantic[0, 10:] == -1).all()
     for item, prime in enumerate(primes):
         assert same(made, audio_lm.generate(prime_wave=prime, seeds=[1 + item], allow_eos=False), item)
-    with pytest.raises(ValueError, match=r"\[320, 560\] samples.*ask for `seconds`"):
+    with pytest.raises(ValueError, match=r"\[320, 560\] samples.*request `seconds`"):
         _ = made.wave
     listed = audio_lm(prime_wave=primes, seeds=[1, 2], allow_eos=False)
     assert isinstance(listed, list) and torch.equal(listed[1], made.waves[1])
@@ -144,7 +144,7 @@ def test_tokens_that_are_none_are_refused():
         audio_lm(semantic_tokens=torch.zeros(1, 0).long())
     with pytest.raises(ValueError, match="outside"):
         audio_lm(semantic_tokens=torch.full((1, 5), 12))
-    with pytest.raises(ValueError, match="give both or neither"):
+    with pytest.raises(ValueError, match="pass both or neither"):
         audio_lm(semantic_lengths=torch.tensor([3]))
 
 
@@ -207,7 +207,7 @@ def test_texts_speak_to_both_conditioners():
         assert not torch.equal(made.acoustic, audio_lm.generate(seconds=0.2, seeds=[1, 2]).acoustic)
     assert both.audio_conditioner.asked[:3] == ["semantic", "coarse", "fine"]
     for said in ({}, {"text": "one"}):  # also beside a text that is heard
-        with pytest.raises(ValueError, match="takes no such condition"):
+        with pytest.raises(ValueError, match="does not accept such a condition"):
             states(codes=torch.zeros(1, 3).long(), seconds=0.2, **said)
 
 
@@ -284,7 +284,9 @@ def test_some_items_of_a_request_are_those_items_of_its_result():
 
 def test_a_prime_that_is_too_long_is_named_in_seconds():
     """Which one, how long it is, and that the seconds count it in."""
-    with pytest.raises(ValueError, match=r"prime of item 1 lasts 1.00 s, longer than what is wanted, 0.50 s.*in: ask"):
+    with pytest.raises(
+        ValueError, match=r"prompt of item 1 lasts 1.00 s, longer than the requested 0.50 s.*: request more"
+    ):
         audiolm_of()(prime_wave=[torch.rand(10), torch.rand(800)], seconds=0.5)
 
 

@@ -19,7 +19,7 @@ def check_stream(audio_lm, chunk_seconds, **request):
     """The chunks of a stream, which together are what is made at one go."""
     whole = audio_lm.generate(**request)
     chunks = list(audio_lm.stream(chunk_seconds=chunk_seconds, **request))
-    joined = GeneratedAudio.joined(chunks)
+    joined = GeneratedAudio.concatenate(chunks)
     assert torch.equal(joined.semantic, whole.semantic) and torch.equal(joined.acoustic, whole.acoustic)
     assert torch.equal(joined.semantic_lengths, whole.semantic_lengths)
     assert torch.equal(joined.acoustic_lengths, whole.acoustic_lengths)
@@ -56,7 +56,7 @@ def test_pieces_that_end_by_themselves_stream_to_their_own_end(fine):
     found = set()
     for seed in (0, 4, 8):
         chunks = check_stream(audio_lm, 0.1, batch_size=3, seeds=seed, coarse_only=not fine)
-        found |= {int(length) for length in GeneratedAudio.joined(chunks).acoustic_lengths}
+        found |= {int(length) for length in GeneratedAudio.concatenate(chunks).acoustic_lengths}
     assert len(found) > 4 and min(found) < 16 < max(found)
 
 
@@ -66,7 +66,7 @@ def test_several_channels_and_given_semantic_tokens_stream_too():
     tokens, lengths = torch.randint(0, 12, (2, 20)), torch.tensor([20, 7])
     chunks = check_stream(audio_lm, 0.1, semantic_tokens=tokens, semantic_lengths=lengths, seeds=1)
     assert chunks[0].waves[0].ndim == 2 and len(chunks[0].waves[0]) == 2
-    assert [wave.shape[-1] for wave in GeneratedAudio.joined(chunks).waves] == [640, 224]
+    assert [wave.shape[-1] for wave in GeneratedAudio.concatenate(chunks).waves] == [640, 224]
 
 
 def test_sound_comes_early():
@@ -102,7 +102,7 @@ def test_streams_and_calls_of_one_model_do_not_disturb_one_another():
             found += [] if chunk is None else [chunk]
     for found, request in zip(chunks, requests):
         whole = audio_lm.generate(seconds=0.8, **request)
-        assert torch.equal(GeneratedAudio.joined(found).acoustic, whole.acoustic)
+        assert torch.equal(GeneratedAudio.concatenate(found).acoustic, whole.acoustic)
 
 
 def test_a_prime_sounds_with_the_first_chunk():
@@ -116,7 +116,7 @@ def test_bad_requests_are_refused_before_the_first_chunk():
     """Not when somebody begins to listen."""
     audio_lm = audiolm_of(codec=streaming_codec())
     for wrong in ({"seconds": -1.0}, {"chunk_seconds": 0.0}, {"prime_wave": torch.rand(1600), "seconds": 1.0}):
-        with pytest.raises(ValueError, match="positive|longer than what is wanted"):
+        with pytest.raises(ValueError, match="positive|longer than the requested"):
             audio_lm.stream(**wrong)
     with pytest.raises(ValueError, match="FakeCodec does not decode streams: use generate"):
         audiolm_of().stream(seconds=1.0)
@@ -125,7 +125,7 @@ def test_bad_requests_are_refused_before_the_first_chunk():
 def test_who_stops_listening_leaves_no_bars_behind(monkeypatch):
     """Bars of an abandoned stream are closed."""
     closed = []
-    monkeypatch.setattr(audiolm.StageBars, "close", lambda self: closed.append(1))
+    monkeypatch.setattr(audiolm.ProgressBars, "close", lambda self: closed.append(1))
     stream = audiolm_of(codec=streaming_codec()).stream(seconds=1.0, chunk_seconds=0.1, progress=True)
     next(stream)
     assert not closed

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor, guide
-from audiolm_pytorch.generation.decode_session import DecodeSession, decode
+from audiolm_pytorch.generation.decode_session import DecodeSession
 from audiolm_pytorch.generation.sampling import SamplingSettings, filter_logits, sample_tokens
 from audiolm_pytorch.lm.token_model import TokenTransformer
 from audiolm_pytorch.nn.kv_cache import KVCache
@@ -12,6 +12,7 @@ from audiolm_pytorch.nn.transformer import ConditionTensors
 from audiolm_pytorch.tokens.layout import TokenLayout
 from audiolm_pytorch.tokens.patterns import cell_table
 from audiolm_pytorch.tokens.streams import Stream
+from tests.helpers.decoding import decode
 from tests.helpers.fakes import SIZES, random_conditions
 
 GREEDY = SamplingSettings(temperature=0)
@@ -300,7 +301,9 @@ def test_known_frames_are_whole_in_each_of_several_streams(pattern, rates_hz):
         run.advance(until)
         found = run.decoded()
         for item, known in enumerate(run.known_frames.tolist()):
-            to_do = [int(run.frame[item, row, column]) for row, cells in run.plans[item].items() for _, column in cells]
+            to_do = [
+                int(run.frame[item, row, column]) for row, cells in run.pending[item].items() for _, column in cells
+            ]
             assert known == min([*to_do, max(num_frames.values())]) >= until
             for name, tokens in found.streams.items():
                 count = int(found.lengths[name][item])

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from audiolm_pytorch.generation import windows
-from audiolm_pytorch.generation.decode_session import DecodeSession, decode
+from audiolm_pytorch.generation.decode_session import DecodeSession
 from audiolm_pytorch.generation.sampling import SamplingSettings
-from audiolm_pytorch.generation.window_plan import plan_windows
-from audiolm_pytorch.generation.windows import SlidingWindowDecoder, decode_in_windows
+from audiolm_pytorch.generation.windows import SlidingWindowDecoder, decode_in_windows, plan_windows
 from audiolm_pytorch.lm.token_model import TokenTransformer
 from audiolm_pytorch.tokens.layout import TokenLayout
 from audiolm_pytorch.tokens.streams import Stream
 from tests.helpers.alive_tensors import AliveTensors
+from tests.helpers.decoding import decode
 from tests.helpers.fakes import SIZES, random_conditions
 
 GREEDY = SamplingSettings(temperature=0)
@@ -38,7 +38,7 @@ def test_windows_cover_everything_and_carry_half():
         assert planned[0].start == 0 and planned[-1].stop == frames
         assert all(b.start - a.start == 4 and a.stop - a.start == 10 for a, b in zip(planned, planned[1:]))
         assert all(1 <= w.stop - w.start <= 10 for w in planned)
-    assert plan_windows(50, None) == [type(planned[0])(0, 50)]
+    assert plan_windows(50, None) == [range(50)]
     with pytest.raises(ValueError, match="advance by half"):
         plan_windows(50, 3, 2)
 
@@ -267,15 +267,15 @@ def test_memory_does_not_grow_with_the_length(monkeypatch):
 def test_bad_input_is_refused_in_words():
     """Prompts, batches, streams and items that do not fit."""
     model, given = model_of(), torch.randint(0, 10, (2, 8, 1))
-    with pytest.raises(ValueError, match="longer than what is wanted"):
+    with pytest.raises(ValueError, match="longer than the requested"):
         decode_in_windows(model, {"s": given, "a": torch.zeros(2, 9, 2).long()}, 8)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         SlidingWindowDecoder(model, 8, batch_size=0)
-    with pytest.raises(ValueError, match="'s' is missing"):
+    with pytest.raises(ValueError, match="\['s'\] are missing"):
         decode_in_windows(model, {}, 8)
     with pytest.raises(ValueError, match="the streams are"):
         decode_in_windows(model, {"s": given, "t": given}, 8)
-    with pytest.raises(ValueError, match="is none of the given streams"):
+    with pytest.raises(ValueError, match="is not an input stream"):
         SlidingWindowDecoder(model, 8).feed("a", [given[0]])
     with pytest.raises(ValueError, match="of 1 items, got 2"):
         SlidingWindowDecoder(model, 8).feed("s", list(given))

@@ -389,7 +389,7 @@ def conditioned_trainer(folder, ema_decay):
 
 def draws(stage, conditioner):
     """Tokens drawn with and without conditions, at temperature 1."""
-    wrapper = CoarseTransformerWrapper(stage, None, None, conditioner, FakeTextConditioner())
+    wrapper = CoarseTransformerWrapper(stage, audio_conditioner=conditioner, text_conditioner=FakeTextConditioner())
     semantic = {"semantic": torch.arange(40).view(4, 10) % 12}
     conditions = wrapper.condition(text=TEXTS, codes=torch.tensor([[1, 2, 3]]))
     return [

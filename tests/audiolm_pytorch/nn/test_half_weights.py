@@ -8,11 +8,11 @@ import torch
 
 from audiolm_pytorch.audiolm import AudioLM
 from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
-from audiolm_pytorch.generation.decode_session import decode
 from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.nn import half_weights
 from audiolm_pytorch.nn.half_weights import with_half_weights
 from audiolm_pytorch.saving.modules import save_module
+from tests.helpers.decoding import decode
 from tests.helpers.fakes import CONDITION, SAMPLE_HZ, FakeCodec, FakeConditioner, FakeSemanticTokenizer, tiny_stages
 
 

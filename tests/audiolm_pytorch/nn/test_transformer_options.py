@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
-from audiolm_pytorch.generation.decode_session import DecodeSession, decode
+from audiolm_pytorch.generation.decode_session import DecodeSession
 from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.lm.token_model import TokenTransformer
 from audiolm_pytorch.nn.attention import AttentionContext, CausalSelfAttention, attend
@@ -18,6 +18,7 @@ from audiolm_pytorch.nn.layers import Projection, RelativePositions
 from audiolm_pytorch.nn.transformer import ConditionTensors, Transformer
 from audiolm_pytorch.tokens.layout import TokenLayout
 from audiolm_pytorch.tokens.streams import Stream
+from tests.helpers.decoding import decode
 from tests.helpers.fakes import SIZES
 
 GREEDY = SamplingSettings(temperature=0)
