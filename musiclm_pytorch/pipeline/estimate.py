@@ -29,11 +29,11 @@ from musiclm_pytorch.pipeline.builders import (
     build_semantic_encoder,
     build_semantic_tokenizer,
 )
-from musiclm_pytorch.pipeline.pipeline import STAGES, Pipeline, check_stage
+from musiclm_pytorch.pipeline.pipeline import STEPS, Pipeline, check_step
 from musiclm_pytorch.pipeline.presets import RunConfig
 from musiclm_pytorch.pipeline.pretrained_parts import exact_dtype
 
-__all__ = ["StageEstimate", "estimate", "estimate_stages"]
+__all__ = ["StepEstimate", "estimate", "estimate_steps"]
 
 # A step that would take longer than this is timed on two items, and counted for the whole batch in proportion.
 _LONGEST_STEP_SECONDS = 4.0
@@ -47,7 +47,7 @@ _SHARD_BYTES = 2
 
 
 @dataclass(frozen=True)
-class StageEstimate:
+class StepEstimate:
     """What a stage takes.
 
     Attributes:
@@ -59,7 +59,7 @@ class StageEstimate:
         shipped_bytes: Its part of the model folder.
     """
 
-    stage: str
+    step: str
     num_parameters: int
     num_tokens: int
     disk_bytes: int
@@ -81,13 +81,13 @@ def estimate(pipeline: Pipeline, stage: str = "all") -> str:
     Raises:
         ValueError: If there is no such stage, or MuLaN has no captions to learn from.
     """
-    stages = estimate_stages(pipeline, stage)
+    stages = estimate_steps(pipeline, stage)
     lines = [f"{'stage':20}{'parameters':>12}{'tokens':>15}{'disk':>12}{'time':>12}"]
     for one in stages:
-        is_given = one.stage in pipeline.given
-        duration = "done" if pipeline.is_done(one.stage) else "given" if is_given else _duration(one.seconds)
+        is_given = one.step in pipeline.pretrained
+        duration = "done" if pipeline.is_done(one.step) else "pretrained" if is_given else _duration(one.seconds)
         lines.append(
-            f"{one.stage:20}{one.num_parameters:12,}{one.num_tokens:15,}{_size(one.disk_bytes):>12}{duration:>12}"
+            f"{one.step:20}{one.num_parameters:12,}{one.num_tokens:15,}{_size(one.disk_bytes):>12}{duration:>12}"
         )
     writing = max(one.num_parameters for one in stages) * _BYTES_WHILE_WRITING
     shipped = sum(one.shipped_bytes for one in stages)
@@ -105,7 +105,7 @@ def estimate(pipeline: Pipeline, stage: str = "all") -> str:
 
 
 @beartype
-def estimate_stages(pipeline: Pipeline, stage: str = "all") -> list[StageEstimate]:
+def estimate_steps(pipeline: Pipeline, stage: str = "all") -> list[StepEstimate]:
     """Measure what each stage would take, by training it for two steps on random input. Nothing is written.
 
     Args:
@@ -118,10 +118,10 @@ def estimate_stages(pipeline: Pipeline, stage: str = "all") -> list[StageEstimat
     Raises:
         ValueError: If there is no such stage, or MuLaN has no captions to learn from.
     """
-    check_stage(stage)
+    check_step(stage)
     probe = _Probe(pipeline)
     with preserve_rng():
-        return [probe.estimate(name) for name in (STAGES if stage == "all" else [stage])]
+        return [probe.estimate(name) for name in (STEPS if stage == "all" else [stage])]
 
 
 class _Probe:
@@ -150,22 +150,22 @@ class _Probe:
         return self._placed("mulan", self._build_mulan)
 
     def _placed(self, stage: str, build: Callable[[], nn.Module]) -> nn.Module:
-        given = self.pipeline.given.get(stage)
+        given = self.pipeline.pretrained.get(stage)
         return (build() if given is None else given).to(self.device).eval()
 
     def _build_mulan(self) -> MuLaN:
         self.pipeline.require_captions()
         return build_mulan(self.preset, self.pipeline.captions)
 
-    def estimate(self, stage: str) -> StageEstimate:
+    def estimate(self, stage: str) -> StepEstimate:
         """Measure one stage."""
-        if stage in self.pipeline.given:
-            part = self.pipeline.given[stage]
+        if stage in self.pipeline.pretrained:
+            part = self.pipeline.pretrained[stage]
             stored = _stored_bytes(part, exact_dtype(part, torch.float16))
-            return StageEstimate(stage, 0, 0, stored, 0.0, stored)
+            return StepEstimate(stage, 0, 0, stored, 0.0, stored)
         if stage in LANGUAGE_MODELS:
             return self._language_model(stage)
-        measured: StageEstimate = getattr(self, f"_{stage.replace('-', '_')}")()
+        measured: StepEstimate = getattr(self, f"_{stage.replace('-', '_')}")()
         return measured
 
     def _trained(
@@ -176,12 +176,12 @@ class _Probe:
         tokens_per_crop: float,
         loss: Callable[[int], Tensor],
         shipped: int | None = None,
-    ) -> StageEstimate:
+    ) -> StepEstimate:
         """Estimate of a stage with a training loop; `loss` takes a number of crops."""
         parameters = list(parameters)
         count = sum(parameter.numel() for parameter in parameters)
         step_seconds = 0.0 if self.pipeline.is_done(stage) else _step_seconds(parameters, run, loss, self.device)
-        return StageEstimate(
+        return StepEstimate(
             stage,
             num_parameters=count,
             num_tokens=round(run.num_train_steps * run.batch_size * tokens_per_crop),
@@ -193,7 +193,7 @@ class _Probe:
     def _wave(self, batch: int, seconds: float, sample_hz: int) -> Tensor:
         return torch.randn(batch, round(seconds * sample_hz), device=self.device) * 0.1
 
-    def _codec(self) -> StageEstimate:
+    def _codec(self) -> StepEstimate:
         codec, run = build_codec(self.preset).to(self.device), self.preset.codec.run
         sample_hz = codec.target_sample_hz
         mel_loss = MultiScaleMelLoss(sample_hz).to(self.device)
@@ -206,7 +206,7 @@ class _Probe:
         tokens = run.seconds * _token_hz(codec) * codec.num_quantizers
         return self._trained("codec", run, codec.parameters(), tokens, loss)
 
-    def _semantic_tokenizer(self) -> StageEstimate:
+    def _semantic_tokenizer(self) -> StepEstimate:
         encoder, run = build_semantic_encoder(self.preset), self.preset.semantic_tokenizer.run
         model = BestRQ(encoder).to(self.device)
         return self._trained(
@@ -218,7 +218,7 @@ class _Probe:
             shipped=_count(encoder.truncated(self.preset.semantic_tokenizer.layer)),
         )
 
-    def _mulan(self) -> StageEstimate:
+    def _mulan(self) -> StepEstimate:
         mulan, config, run = self._build_mulan().to(self.device), self.preset.mulan, self.preset.mulan.run
         captions = self.pipeline.captions
 
@@ -243,18 +243,18 @@ class _Probe:
             elapsed = time.perf_counter() - started
         return elapsed
 
-    def _quantizer(self) -> StageEstimate:
+    def _quantizer(self) -> StepEstimate:
         mulan, num_clips = self.mulan, len(self.pipeline.train_items)
         quantizer = build_quantizer(self.preset, mulan, num_clips)
         each = 0.0
         if not self.pipeline.is_done("quantizer"):
             each = self._clip_seconds_of((mulan.sample_hz, lambda wave: mulan.window_latents(wave[0])))
-        dtype = exact_dtype(mulan, torch.float16) if "mulan" in self.pipeline.given else torch.float16
+        dtype = exact_dtype(mulan, torch.float16) if "mulan" in self.pipeline.pretrained else torch.float16
         stored, levels = _stored_bytes(quantizer, dtype), self.preset.quantizer.num_quantizers
         own = stored - _stored_bytes(mulan, dtype)
-        return StageEstimate("quantizer", 0, num_clips * levels, stored, each * num_clips, own)
+        return StepEstimate("quantizer", 0, num_clips * levels, stored, each * num_clips, own)
 
-    def _tokens(self) -> StageEstimate:
+    def _tokens(self) -> StepEstimate:
         codec, tokenizer, mulan = self.codec, self.tokenizer, self.mulan
         each = 0.0
         if not self.pipeline.is_done("tokens"):
@@ -267,9 +267,9 @@ class _Probe:
         num_tokens = round(self.num_clips * self.clip_seconds * per_second)
         windows = 1 + max(0, int((self.clip_seconds - mulan.window_seconds) / mulan.window_stride_seconds))
         disk = _SHARD_BYTES * (num_tokens + self.num_clips * windows * mulan.dim_latent)
-        return StageEstimate("tokens", 0, num_tokens, disk, each * self.num_clips, 0)
+        return StepEstimate("tokens", 0, num_tokens, disk, each * self.num_clips, 0)
 
-    def _language_model(self, stage: str) -> StageEstimate:
+    def _language_model(self, stage: str) -> StepEstimate:
         preset, config, codec, tokenizer = self.preset, getattr(self.preset, stage), self.codec, self.tokenizer
         run = config.run
         transformer = build_language_model(preset, stage, codec=codec, tokenizer=tokenizer).to(self.device)

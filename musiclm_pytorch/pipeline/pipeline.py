@@ -44,8 +44,14 @@ from musiclm_pytorch.pipeline.builders import (
     build_semantic_objective,
 )
 from musiclm_pytorch.pipeline.presets import Preset, RunConfig
-from musiclm_pytorch.pipeline.pretrained_parts import GIVEN_KINDS, check_given, exact_dtype, load_part
-from musiclm_pytorch.pipeline.run_folder import alone_in, claim_folder, digest_of, read_record, sweep
+from musiclm_pytorch.pipeline.pretrained_parts import PRETRAINED_KINDS, check_pretrained, exact_dtype, load_part
+from musiclm_pytorch.pipeline.run_folder import (
+    check_run_folder,
+    digest_of,
+    lock_folder,
+    read_record,
+    remove_partial_files,
+)
 from musiclm_pytorch.pipeline.token_shards import compute_tokens
 from musiclm_pytorch.pretrained.model_folder import CARD, PARTS, save_parts
 from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
@@ -54,10 +60,10 @@ from musiclm_pytorch.quantizer.fit import fit_quantizer
 if TYPE_CHECKING:
     import accelerate
 
-__all__ = ["STAGES", "Pipeline", "StageReport", "check_stage"]
+__all__ = ["STEPS", "Pipeline", "StepReport", "check_step"]
 
 # Each with the stages whose result it needs.
-STAGES: dict[str, tuple[str, ...]] = {
+STEPS: dict[str, tuple[str, ...]] = {
     "codec": (),
     "semantic-tokenizer": (),
     "mulan": (),
@@ -70,19 +76,19 @@ STAGES: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class StageReport:
+class StepReport:
     """How a stage went: its name, wall time in seconds over all sessions, and a line of figures."""
 
-    stage: str
+    step: str
     seconds: float
     summary: str
 
 
 @beartype
-def check_stage(stage: str) -> None:
+def check_step(step: str) -> None:
     """Refuse a word that is neither "all" nor a stage, naming those there are, by a ValueError."""
-    if stage != "all" and stage not in STAGES:
-        raise ValueError(f"there is no stage {stage!r}; choose all or one of: {', '.join(STAGES)}")
+    if step != "all" and step not in STEPS:
+        raise ValueError(f"there is no step {step!r}; choose all or one of: {', '.join(STEPS)}")
 
 
 class Pipeline:
@@ -116,7 +122,7 @@ class Pipeline:
         out: str | Path,
         seed: int = 0,
         accelerator: "accelerate.Accelerator | None" = None,
-        given: Mapping[str, nn.Module] | None = None,
+        pretrained: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self.preset, self.data, self.out, self.seed = preset, Path(data), Path(out), seed
         if seed < 0:
@@ -125,8 +131,8 @@ class Pipeline:
         if not blocked.is_dir():
             raise ValueError(f"{blocked} is a file; name a folder with --out")
         self.train_items, self.valid_items = training_items(self.data, None, min_seconds=1.0)
-        self.given = dict(given or {})
-        check_given(preset, self.given)
+        self.pretrained = dict(pretrained or {})
+        check_pretrained(preset, self.pretrained)
         self._accelerator = accelerator
 
     # what there is
@@ -168,7 +174,7 @@ class Pipeline:
     # running
 
     @beartype
-    def run(self, stage: str = "all", announce: Callable[[str], None] | None = None) -> Iterator[StageReport]:
+    def run(self, stage: str = "all", announce: Callable[[str], None] | None = None) -> Iterator[StepReport]:
         """Run one stage, or all that are not done, and report each as it ends.
 
         Args:
@@ -181,39 +187,39 @@ class Pipeline:
         Raises:
             ValueError: If there is no such stage, what it needs is missing, or the folder holds another run.
         """
-        check_stage(stage)
+        check_step(stage)
         names = self._names(stage)
         self._check_needs(names)
-        with alone_in(self.out) if self.accelerator.is_main_process else nullcontext():
-            self._claim_folder()
+        with lock_folder(self.out) if self.accelerator.is_main_process else nullcontext():
+            self._check_run_folder()
             for name in names:
                 if self.is_done(name):
                     self._check_fresh(name)
-                    yield StageReport(name, self._seconds(name), "done before")
+                    yield StepReport(name, self._seconds(name), "done before")
                     continue
                 if announce is not None:
                     announce(name)
                 yield self._timed(name)
-            if all(self.is_done(name) for name in STAGES) and not self._is_assembled():
+            if all(self.is_done(name) for name in STEPS) and not self._is_assembled():
                 self.assemble()
 
     def _names(self, stage: str) -> list[str]:
         """The stages that a request stands for, in order."""
         if stage == "all":
-            return list(STAGES)
-        names = ["tokens", stage] if "tokens" in STAGES[stage] else [stage]
-        needs = [need for name in names for need in STAGES[name] if need in self.given and not self.is_done(need)]
+            return list(STEPS)
+        names = ["tokens", stage] if "tokens" in STEPS[stage] else [stage]
+        needs = [need for name in names for need in STEPS[name] if need in self.pretrained and not self.is_done(need)]
         return [*dict.fromkeys(needs), *names]
 
     def _check_needs(self, names: list[str]) -> None:
         """Refuse what cannot be run, before anything is written or hours are spent on the stages before it."""
         for name in names:
-            missing = [need for need in STAGES[name] if need not in names and not self.is_done(need)]
+            missing = [need for need in STEPS[name] if need not in names and not self.is_done(need)]
             if missing:
                 raise ValueError(
                     f"{name} needs {' and '.join(missing)} first: musiclm train {missing[0]} with this --out"
                 )
-        if "mulan" in names and not self.is_done("mulan") and "mulan" not in self.given:
+        if "mulan" in names and not self.is_done("mulan") and "mulan" not in self.pretrained:
             self.require_captions()
 
     def require_captions(self) -> None:
@@ -224,13 +230,13 @@ class Pipeline:
                 "'caption' in every line"
             )
 
-    def _timed(self, stage: str) -> StageReport:
+    def _timed(self, stage: str) -> StepReport:
         started = time.monotonic()
         runner: Callable[[], dict[str, Any]] = getattr(self, f"_run_{stage.replace('-', '_')}")
-        if stage in self.given:
-            runner = partial(self._run_given, stage)
+        if stage in self.pretrained:
+            runner = partial(self._keep_pretrained, stage)
         if self.accelerator.is_main_process:
-            sweep(self.out / stage)
+            remove_partial_files(self.out / stage)
         # Nobody may have begun to write what would be swept away.
         self.accelerator.wait_for_everyone()
         with preserve_rng():
@@ -240,15 +246,19 @@ class Pipeline:
         # steps of earlier sessions are in the loop's own count
         seconds = time.monotonic() - started + metrics.pop("earlier_seconds", 0.0)
         if self.accelerator.is_main_process:
-            report = {"seconds": seconds, "metrics": metrics, "made_from": self._digests(STAGES[stage])}
+            report = {"seconds": seconds, "metrics": metrics, "made_from": self._digests(STEPS[stage])}
             write_json(self.out / stage / "report.json", report)
         figures = [
             f"{key.partition('.')[2]} {value:.4g}"
             for key, value in metrics.items()
             if key.startswith(("valid.", "fitted.")) and value is not None
         ]
-        summary = f"given: {type(self.given[stage]).__name__}" if stage in self.given else "  ".join(figures[:4])
-        return StageReport(stage, seconds, summary)
+        summary = (
+            f"pretrained: {type(self.pretrained[stage]).__name__}"
+            if stage in self.pretrained
+            else "  ".join(figures[:4])
+        )
+        return StepReport(stage, seconds, summary)
 
     def _digests(self, stages: Iterable[str]) -> dict[str, str]:
         """Hash of what each of some finished stages left."""
@@ -268,13 +278,13 @@ class Pipeline:
 
     def _is_assembled(self) -> bool:
         """Whether the model is there and of the present stages."""
-        return self.is_complete and read_record(self.model_folder / CARD).get("made_from") == self._digests(STAGES)
+        return self.is_complete and read_record(self.model_folder / CARD).get("made_from") == self._digests(STEPS)
 
     def _seconds(self, stage: str) -> float:
         report = self.out / stage / "report.json"
         return float(read_record(report).get("seconds", 0.0)) if report.is_file() else 0.0
 
-    def _claim_folder(self) -> None:
+    def _check_run_folder(self) -> None:
         """Write down what this folder is a run of, or refuse a folder of another run."""
         # relative, so that a corpus may move and may be named in any way
         root = (self.data.parent if self.data.is_file() else self.data).resolve()
@@ -287,11 +297,11 @@ class Pipeline:
             "captions": digest_of("\n".join(self.captions).encode()),
         }
         # a run that says nothing of given parts has trained all of them itself
-        trained = {"given": dict.fromkeys(GIVEN_KINDS, "none")}
-        if self.given:
-            known = {stage: part_fingerprint(part) for stage, part in self.given.items()}
-            facts["given"] = {**trained["given"], **known}
-        claim_folder(self.out, facts, write=self.accelerator.is_main_process, unsaid=trained)
+        trained = {"pretrained": dict.fromkeys(PRETRAINED_KINDS, "none")}
+        if self.pretrained:
+            known = {stage: part_fingerprint(part) for stage, part in self.pretrained.items()}
+            facts["pretrained"] = {**trained["pretrained"], **known}
+        check_run_folder(self.out, facts, write=self.accelerator.is_main_process, unsaid=trained)
 
     def _loop(self, stage: str, run: RunConfig) -> dict[str, Any]:
         """Arguments that every trainer takes."""
@@ -317,8 +327,8 @@ class Pipeline:
 
     # tokenizers and MuLaN
 
-    def _run_given(self, stage: str) -> dict[str, Any]:
-        self._keep(stage, self.given[stage], frozen=self.given[stage])
+    def _keep_pretrained(self, stage: str) -> dict[str, Any]:
+        self._keep(stage, self.pretrained[stage], frozen=self.pretrained[stage])
         return {}
 
     def _run_codec(self) -> dict[str, Any]:
@@ -447,7 +457,7 @@ class Pipeline:
         # Every process must have seen that there is no model before the first one writes it.
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            sweep(self.model_folder)
+            remove_partial_files(self.model_folder)
             parts = {name: self._load(name.replace("_", "-"), kind) for name, kind in PARTS.items()}
             for stage in LANGUAGE_MODELS:
                 file = self.out / stage / TABLE_FILE
@@ -461,7 +471,7 @@ class Pipeline:
                 "preset": self.preset.name,
                 "seed": self.seed,
                 "sampling": sampling,
-                "made_from": self._digests(STAGES),
+                "made_from": self._digests(STEPS),
             }
             save_parts(self.model_folder, parts, about, dtype=torch.float16)
         self.accelerator.wait_for_everyone()

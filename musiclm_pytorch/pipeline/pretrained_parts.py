@@ -23,10 +23,10 @@ from musiclm_pytorch.pipeline.builders import (
 )
 from musiclm_pytorch.pipeline.presets import Preset
 
-__all__ = ["GIVEN_KINDS", "check_given", "exact_dtype", "is_a", "load_part"]
+__all__ = ["PRETRAINED_KINDS", "check_pretrained", "exact_dtype", "is_a", "load_part"]
 
 # Stages whose result may be a finished part from elsewhere, with what that must be.
-GIVEN_KINDS: dict[str, Any] = {"codec": Codec, "semantic-tokenizer": SemanticTokenizer, "mulan": JointEmbedding}
+PRETRAINED_KINDS: dict[str, Any] = {"codec": Codec, "semantic-tokenizer": SemanticTokenizer, "mulan": JointEmbedding}
 
 
 def is_a(module: object, kind: Any) -> bool:
@@ -71,7 +71,7 @@ def exact_dtype(module: nn.Module, dtype: torch.dtype, *, but: Sequence[str] = (
 
 
 @beartype
-def check_given(preset: Preset, given: Mapping[str, nn.Module]) -> None:
+def check_pretrained(preset: Preset, given: Mapping[str, nn.Module]) -> None:
     """Refuse finished parts that a run could not use, before anything is trained around them.
 
     Args:
@@ -83,15 +83,15 @@ def check_given(preset: Preset, given: Mapping[str, nn.Module]) -> None:
             the preset do not fit its tokens.
     """
     for stage, module in given.items():
-        if stage not in GIVEN_KINDS:
-            raise ValueError(f"{stage} cannot be given finished; what can: {', '.join(GIVEN_KINDS)}")
-        kind = GIVEN_KINDS[stage]
+        if stage not in PRETRAINED_KINDS:
+            raise ValueError(f"{stage} cannot be a pretrained part; these can: {', '.join(PRETRAINED_KINDS)}")
+        kind = PRETRAINED_KINDS[stage]
         if not is_a(module, kind):
             raise ValueError(f"a {kind.__name__} is needed for {stage}, got a {type(module).__name__}")
         try:
             module_spec(module)
         except TypeError as error:
-            raise ValueError(f"the {type(module).__name__} given for {stage} cannot be saved: {error}") from error
+            raise ValueError(f"the {type(module).__name__} for {stage} cannot be saved: {error}") from error
     if "codec" in given or "semantic-tokenizer" in given:
         with preserve_rng():
             codec = given.get("codec") or build_codec(preset)

@@ -13,7 +13,7 @@ from beartype import beartype
 from audiolm_pytorch.saving.files import read_json, write_json
 from audiolm_pytorch.training.checkpoint import differences
 
-__all__ = ["alone_in", "claim_folder", "digest_of", "read_record", "sweep"]
+__all__ = ["lock_folder", "check_run_folder", "digest_of", "read_record", "remove_partial_files"]
 
 FORMAT_VERSION = 1
 _RUN_FILE = "run.json"
@@ -21,7 +21,7 @@ _MAX_SHOWN = 3
 
 
 @beartype
-def claim_folder(
+def check_run_folder(
     folder: Path, facts: Mapping[str, Any], write: bool = True, unsaid: Mapping[str, Any] | None = None
 ) -> None:
     """Write down what a folder is a run of, or refuse a folder of another run.
@@ -74,7 +74,7 @@ def digest_of(content: bytes) -> str:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Keep a second program out of a run's folder; the lock ends with the process, however that ends.
 
     Args:
@@ -103,7 +103,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 @beartype
-def sweep(folder: Path) -> None:
+def remove_partial_files(folder: Path) -> None:
     """Remove what a killed session left half written below a folder that nobody else writes to."""
     for pattern in (".writing-*", ".chunk-*.partial"):
         for leftover in list(folder.rglob(pattern)):

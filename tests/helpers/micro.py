@@ -117,7 +117,7 @@ def _kill_inside(stage: str) -> None:
 
 if __name__ == "__main__":
     config.PRESETS["micro"] = MICRO
-    from musiclm_pytorch.cli.main import main
+    from musiclm_pytorch.cli import main
 
     if os.environ.get("MICRO_KILL"):
         _kill_inside(os.environ["MICRO_KILL"])

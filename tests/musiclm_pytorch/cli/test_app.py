@@ -10,6 +10,7 @@ import soundfile
 import torch
 
 from musiclm_pytorch.cli import app as cli
+from musiclm_pytorch.cli import train as train_command
 from musiclm_pytorch.evaluation.plots import plot_wave
 from tests.helpers.micro import write_clips
 
@@ -121,10 +122,10 @@ def test_scaled_training(musiclm_command, micro_data, tmp_path, capsys):
 
 def test_stages_are_announced_on_a_terminal_only(monkeypatch, capsys):
     """Somebody who watches sees what is going on; a log file does not fill with it."""
-    cli._announce("codec")
+    train_command._announce("codec")
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    cli._announce("codec")
+    train_command._announce("codec")
     assert capsys.readouterr().err == "codec ...\n"
 
 
@@ -137,14 +138,14 @@ def test_train_around_bundled_parts(musiclm_command, micro_data, tmp_path, capsy
     assert musiclm_command(*words, *given) == 0
     said = capsys.readouterr().out
     for stage, kind in (("semantic-tokenizer", "KMeansTokenizer"), ("codec", "SoundStream"), ("mulan", "MuLaN")):
-        assert re.search(rf"^{stage} .*given: {kind}$", said, flags=re.MULTILINE)
+        assert re.search(rf"^{stage} .*pretrained: {kind}$", said, flags=re.MULTILINE)
     from audiolm_pytorch.data.shards import TokenShards
     from musiclm_pytorch.pretrained.bundled import codec_named
 
     assert TokenShards(tmp_path / "run" / "tokens" / "train").fingerprint["codec"] == codec_named("16khz").fingerprint()
     assert musiclm_command(*words) == 2
     assert re.fullmatch(
-        r"musiclm: .*holds another run \(given.codec: \w+ there, none here.*\n", capsys.readouterr().err
+        r"musiclm: .*holds another run \(pretrained.codec: \w+ there, none here.*\n", capsys.readouterr().err
     )
 
 
@@ -181,12 +182,12 @@ def test_dry_run_knows_what_is_done(musiclm_command, micro_data, micro_run, caps
 
 def test_estimated_parameters_are_those_of_the_stages(micro_data, micro_run, tmp_path):
     """The table of a dry run speaks of the very modules that are trained and shipped."""
-    from musiclm_pytorch.pipeline.estimate import estimate_stages
+    from musiclm_pytorch.pipeline.estimate import estimate_steps
     from musiclm_pytorch.pipeline.pipeline import Pipeline
     from musiclm_pytorch.pretrained.model_folder import load_musiclm
     from tests.helpers.micro import MICRO
 
-    found = {one.stage: one for one in estimate_stages(Pipeline(MICRO, data=micro_data, out=tmp_path / "run"))}
+    found = {one.step: one for one in estimate_steps(Pipeline(MICRO, data=micro_data, out=tmp_path / "run"))}
     audio_lm = load_musiclm(micro_run).audio_lm
     count = {name: sum(p.numel() for p in part.parameters()) for name, part in (("codec", audio_lm.codec),)}
     assert found["codec"].num_parameters == count["codec"]
@@ -197,20 +198,50 @@ def test_estimated_parameters_are_those_of_the_stages(micro_data, micro_run, tmp
 
 def test_export(musiclm_command, micro_run, tmp_path, capsys):
     """The model of a run, alone in a folder."""
-    # nothing of it comes with the package, so nothing can be shared
-    assert musiclm_command("export", "--run", micro_run, "--out", tmp_path / "shipped", "--share-bundled") == 0
+    assert musiclm_command("export", "--run", micro_run, "--out", tmp_path / "shipped") == 0
     assert re.search(r"wrote .*shipped, 0\.\d MB", capsys.readouterr().out)
     assert musiclm_command("generate", "x", "--model", tmp_path / "shipped", *SHORT, "--out", tmp_path / "x.wav") == 0
 
 
+# Arguments that cannot be parsed, with words of tyro's message.
+BAD_ARGUMENTS = {
+    "no command": ("", "Expected one of .*generate.*train"),
+    "unknown command": ("sing", "sing.*Available subcommands: generate, train, export, codec, convert, evaluate"),
+    "missing text": ("generate", "TEXT.*musiclm generate --help"),
+    "unknown option": ("generate x --secnds 3", "--secnds.*Perhaps you meant: --seconds"),
+    "no number": ("generate x --seconds abc", "--seconds.*'abc'"),
+    "missing options": ("train all", "--data PATH.*--out PATH"),
+    "kmeans without options": (
+        "train kmeans",
+        "--encoder STR.*--layer INT.*--data PATH.*--out PATH.*train kmeans --help",
+    ),
+    "kmeans, unknown option": (
+        "train kmeans --encoder E --layer 1 --data D --out O --preset x",
+        "Unrecognized.*--preset",
+    ),
+    "kmeans, no number": ("train kmeans --encoder E --layer x --data D --out O", "--layer.*'x'"),
+    "convert without a word": ("convert hubert", "--checkpoint.*--kmeans.*--out"),
+    "vq-wav2vec without options": ("convert vq-wav2vec", "--checkpoint.*--out"),
+    "no codec command": ("codec", "Expected one of .*encode, decode, evaluate"),
+    "unknown codec command": ("codec play TONE", "play.*Available subcommands: encode, decode, evaluate"),
+    "no codec input": ("codec encode --out TMP/a.safetensors", "INPUT"),
+    "no codec output": ("codec encode TONE", "--out PATH"),
+    "semantic without options": ("evaluate semantic", "--encoder.*--music.*--speech.*--out"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
+def test_arguments_that_cannot_be_parsed_are_explained(words, message, musiclm_command, capfd, tmp_path, monkeypatch):
+    """tyro's own message on standard error names the argument; the exit status is 2 and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    assert musiclm_command(*words.split()) == 2
+    printed = capfd.readouterr()
+    assert printed.out == "" and listing(tmp_path) == set()
+    assert re.search(message, " ".join(re.sub("[│╭╰╮╯─]", "", printed.err).split()))
+
+
 # Each with words of the message: what is wrong, and the mend. DATA, BARE, EMPTY, JUNK, MODEL, RUN and TMP are folders.
 BAD_INPUT = {
-    "no command": ("", "Expected one of .*generate.*train"),
-    "unknown command": ("sing", "sing.*Available subcommands: generate, train"),
-    "missing text": ("generate", "TEXT.*--help"),
-    "unknown option": ("generate x --secnds 3", "--secnds.*perhaps --seconds"),
-    "no number": ("generate x --seconds abc", "--seconds.*'abc'"),
-    "missing options": ("train all", "--data PATH, --out PATH"),
     "no data folder": ("train all --data TMP/none --out TMP/out", "TMP/none: no such folder"),
     "empty data folder": ("train all --data EMPTY --out TMP/out", "EMPTY: holds no .wav"),
     "nothing readable": ("train codec --data JUNK --out TMP/out", "JUNK: none of 1 audio files can be used.*noise.wav"),
@@ -236,7 +267,10 @@ BAD_INPUT = {
         "train all --preset small --data DATA --out TMP/out --codec MODEL/codec",
         r"the preset small models 8 levels of codes, and the codec has \d; give a codec with more",
     ),
-    "given, another run": ("train all --preset micro --data DATA --out RUN --codec MODEL/codec", "given.codec: none"),
+    "pretrained, another run": (
+        "train all --preset micro --data DATA --out RUN --codec MODEL/codec",
+        "pretrained.codec: none",
+    ),
     "missing stage": ("train fine --data DATA --out TMP/out", "first: musiclm train semantic-tokenizer"),
     "out is a file": ("train codec --data DATA --out DATA/00.wav", "00.wav is a file"),
     "out in a file": ("train codec --preset micro --data DATA --out DATA/00.wav/run", "00.wav is a file"),
@@ -244,7 +278,7 @@ BAD_INPUT = {
     "no model": ("generate x --model nobody --out TMP/x.wav", "no model 'nobody': give the folder"),
     "run without model": ("generate x --model EMPTY --out TMP/x.wav", "EMPTY holds no whole model.*musiclm train all"),
     "model in part": ("generate x --model MODEL --out TMP/x.wav", "MODEL lacks coarse/model.safetensors; copy"),
-    "empty text": ("generate | --out TMP/x.wav", "text is empty; say what to play"),
+    "empty text": ("generate | --out TMP/x.wav", "text is empty; describe the music"),
     "negative seconds": ("generate x --seconds -1 --out TMP/x.wav", "--seconds must be above 0 .*-1"),
     "seconds nan": ("generate x --seconds nan --out TMP/x.wav", "--seconds must be above 0 .*nan"),
     "seconds inf": ("generate x --seconds inf --out TMP/x.wav", "--seconds must be above 0 and at most 3600, got inf"),
@@ -269,7 +303,6 @@ BAD_INPUT = {
     "plot suffix": ("generate x --out TMP/new/x.wav --plot TMP/new/x.xyz", "x.xyz: name a file that ends in .png"),
     "export of nothing": ("export --run EMPTY --out TMP/out", "EMPTY holds no whole model"),
     "export over data": ("export --run RUN --out DATA", "DATA holds something else than a model"),
-    "empty corpus": ("corpus --out TMP/out --num-train 0", "num_train"),
 }
 
 
@@ -328,7 +361,7 @@ def test_help_and_interruption(musiclm_command, monkeypatch, capsys):
     def interrupted(command):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_generate", interrupted)
+    monkeypatch.setattr(cli, "run_generate", interrupted)
     assert musiclm_command("generate", "x") == 130
     assert "same command" in capsys.readouterr().err
 
@@ -346,7 +379,7 @@ def test_broken_sound_is_not_written(musiclm_command, model, tmp_path, monkeypat
 
 def test_as_a_process(tmp_path):
     """The exit status and the single line reach the shell; imports alone warn about nothing."""
-    program = "import sys; from musiclm_pytorch.cli.main import main; sys.exit(main())"
+    program = "import sys; from musiclm_pytorch.cli import main; sys.exit(main())"
     words = [sys.executable, "-c", program, "generate", "x", "--model", str(tmp_path)]
     ended = subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert ended.returncode == 2 and ended.stdout == ""

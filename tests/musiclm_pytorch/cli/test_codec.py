@@ -138,10 +138,6 @@ def test_the_bundled_codec_is_the_default(musiclm_command, write_tone, tmp_path,
 
 # Each with words of the message. TONE, CODES and JUNK are files, FOLDER and EMPTY folders, CODEC and OTHER codecs.
 BAD_INPUT = {
-    "no command": ("", "Expected one of .*encode, decode, evaluate"),
-    "unknown command": ("play TONE", "play.*Available subcommands: encode, decode, evaluate"),
-    "no input": ("encode --out TMP/a.safetensors", "INPUT"),
-    "no out": ("encode TONE", "--out PATH"),
     "missing input": ("encode TMP/none --out TMP/a.safetensors", "TMP/none: no such file or folder"),
     "no sound": ("encode JUNK --out TMP/a.safetensors --codec CODEC", "junk.wav: cannot be read as audio"),
     "empty folder": ("encode EMPTY --out TMP/out --codec CODEC", "empty: contains no .wav"),

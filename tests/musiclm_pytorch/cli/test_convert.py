@@ -112,8 +112,6 @@ def faulty(case, published, tmp_path):
             (out / "config.json").write_text('{"model_type": "hubert"}')
         case "other model":
             FOLDERS["gumbel"](published, out)
-        case "no out":
-            hubert = hubert[:-2]
     return ["hubert", *hubert]
 
 
@@ -132,7 +130,6 @@ CASES = {
     "other files": "holds other files; give a folder that is new or empty as --out",
     "other config": "give a new folder as --out",
     "other model": "another model .*give a new folder as --out",
-    "no out": "--out",
 }
 
 

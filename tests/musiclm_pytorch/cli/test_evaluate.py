@@ -165,7 +165,7 @@ def test_another_thing_to_evaluate_is_refused(musiclm_command, places, tmp_path,
     """The word after `evaluate` is a choice."""
     assert musiclm_command("evaluate", "codec", *words(places, tmp_path / "out")[2:]) == 2
     said = capsys.readouterr().err
-    assert "semantic" in said and "mulan" in said and said.count("\n") == 1
+    assert "semantic" in said and "mulan" in said
 
 
 def test_an_encoder_in_transformers_format(musiclm_command, places, tmp_path, capsys):

@@ -1,4 +1,3 @@
-import io
 import re
 import shutil
 import subprocess
@@ -49,7 +48,7 @@ def test_kmeans_from_a_folder_to_a_tokenizer(musiclm_command, words, tmp_path, c
     assert tokenizer.fingerprint() in first.out and (tokenizer.layer, tokenizer.codebook_size) == (1, 8)
     assert tokenizer(torch.rand(1, 1600)).shape == (1, 10)
     assert read_config(tmp_path / "run" / "tokenizer")["usage"]["used"] == used
-    assert "features (0.0 MB) is needed no more" in first.out
+    assert "features (0.0 MB) is no longer needed" in first.out
     shutil.rmtree(tmp_path / "run" / "features")
     before = listing(tmp_path / "run")
     del before[".lock"]
@@ -99,9 +98,6 @@ def test_kmeans_of_a_published_checkpoint(musiclm_command, write_folder, tmp_pat
 
 # Each with words of the message: what is wrong, and the mend. SOUNDS, ENCODER, EMPTY and TMP are folders.
 BAD_INPUT = {
-    "no options": ("", "--encoder STR, --layer INT, --data PATH, --out PATH; see musiclm train kmeans --help"),
-    "unknown option": ("--encoder E --layer 1 --data D --out O --preset tiny", "Unrecognized.*--preset"),
-    "no number": ("--encoder E --layer x --data D --out O", "--layer.*'x'"),
     "no data": ("--encoder ENCODER --layer 1 --data TMP/none --out TMP/out", "TMP/none: no such folder"),
     "empty data": ("--encoder ENCODER --layer 1 --data EMPTY --out TMP/out", "EMPTY: holds no .wav"),
     "no encoder": ("--encoder TMP/none/model --layer 1 --data SOUNDS --out TMP/out --offline", "none/model"),
@@ -171,14 +167,11 @@ def test_kmeans_has_options_of_its_own(musiclm_command, capsys):
         (("evaluate", "semantic"), ("--encoder", "--music", "--speech", "--out")),
     ],
 )
-def test_commands_of_this_room_are_there(command, options, musiclm_command, capsys):
-    """Help names the options, and what is missing is said in one line."""
+def test_help_names_the_options(command, options, musiclm_command, capsys):
+    """Help names the options."""
     assert musiclm_command(*command, "--help") == 0
     said = capsys.readouterr().out
     assert all(option in said for option in options)
-    assert musiclm_command(*command) == 2
-    said = capsys.readouterr().err
-    assert options[0] in said and said.startswith("musiclm: ") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["convert", "evaluate"])
@@ -198,20 +191,6 @@ def test_exit_status_and_errors_come_from_the_command(name, musiclm_command, tmp
     monkeypatch.setattr(cli, f"run_{name}", refuse)
     assert musiclm_command(*words) == 2
     assert capsys.readouterr().err == "musiclm: no such file\n"
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-def test_errors_are_said_in_any_encoding(encoding, musiclm_command, monkeypatch, capsys):
-    """tyro draws its boxes otherwise where standard output is not UTF-8: what is wrong is read from those as well."""
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
-    for words, message in [
-        (("train", "all"), "Missing from musiclm train: --data PATH, --out PATH; see"),
-        (("generate", "x", "--secnds", "3"), "Unrecognized options: --secnds, 3; perhaps --seconds FLOAT; see"),
-        (("sing",), "Unrecognized options: sing; Available subcommands: generate, train, .*, evaluate; see"),
-        ((), "Expected one of {generate, train, .*, evaluate}; see"),
-    ]:
-        assert musiclm_command(*words) == 2
-        assert re.fullmatch(f"musiclm: {message} musiclm --help\n", capsys.readouterr().err)
 
 
 def test_help_imports_nothing_heavy():

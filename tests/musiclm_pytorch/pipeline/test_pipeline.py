@@ -18,7 +18,7 @@ import torch
 from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.saving.files import read_json, write_json
 from audiolm_pytorch.saving.modules import load_module
-from musiclm_pytorch.pipeline.pipeline import STAGES, Pipeline
+from musiclm_pytorch.pipeline.pipeline import STEPS, Pipeline
 from musiclm_pytorch.pretrained.model_folder import PARTS, load_musiclm
 from tests.helpers import micro
 from tests.helpers.micro import MICRO, write_clips
@@ -38,7 +38,7 @@ def listing(folder: Path) -> set[str]:
 
 def test_every_stage_ends_in_a_model_that_generates(micro_run):
     """One chain from files to music: each stage leaves its result, and the whole makes sound of the wanted length."""
-    for stage in STAGES:
+    for stage in STEPS:
         assert read_json(micro_run / stage / "report.json")["seconds"] > 0
     musiclm = load_musiclm(micro_run / "model")
     assert not musiclm.training
@@ -100,7 +100,7 @@ def test_stages_one_by_one_and_in_another_order_give_the_same_model(micro_data, 
         pipeline = Pipeline(MICRO, data=micro_data, out=tmp_path)
         assert not pipeline.is_complete
         reports = list(pipeline.run(stage))
-        assert reports[-1].stage == stage and pipeline.is_done(stage)
+        assert reports[-1].step == stage and pipeline.is_done(stage)
     assert pipeline.is_complete and content(tmp_path) == content(micro_run)
 
 
@@ -122,7 +122,7 @@ def test_finished_run_is_left_alone_and_lost_results_are_made_again(micro_data, 
     announced = []
     reports = list(Pipeline(MICRO, data=micro_data, out=run).run(announce=announced.append))
     assert announced == ["codec", "semantic-tokenizer", "coarse"]
-    assert [report.stage for report in reports] == list(STAGES)
+    assert [report.step for report in reports] == list(STEPS)
     assert content(run) == content(micro_run)
     assert not (run / "coarse" / ".writing-123").exists()
 
@@ -200,7 +200,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(micro_data, tmp_
         "quantizer": "quantizer needs mulan first: musiclm train mulan",
         "fine": "first: musiclm train semantic-tokenizer",
         "tokens": "first",
-        "fien": "there is no stage 'fien'; choose all or one of: codec, .*, fine",
+        "fien": "there is no step 'fien'; choose all or one of: codec, .*, fine",
     }
     for stage, message in cases.items():
         with pytest.raises(ValueError, match=message):
@@ -245,7 +245,7 @@ def test_kill_9_in_each_stage_and_the_same_command_again_give_the_same_weights(m
     command = [sys.executable, str(Path(micro.__file__)), *words]
     # the kernels of another number of threads sum in another order
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    for stage in STAGES:
+    for stage in STEPS:
         killed = subprocess.run(command, env={**environment, "MICRO_KILL": stage}, capture_output=True, timeout=120)
         assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
         here = Pipeline(MICRO, data=micro_data, out=tmp_path / "run")

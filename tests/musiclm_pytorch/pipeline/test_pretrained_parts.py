@@ -19,13 +19,13 @@ from audiolm_pytorch.saving.modules import load_module
 from audiolm_pytorch.semantic import SemanticTokenizer
 from musiclm_pytorch.mulan import JointEmbedding
 from musiclm_pytorch.pipeline.builders import build_codec, build_mulan, build_semantic_tokenizer
-from musiclm_pytorch.pipeline.estimate import estimate, estimate_stages
-from musiclm_pytorch.pipeline.pipeline import STAGES, Pipeline
-from musiclm_pytorch.pipeline.pretrained_parts import check_given, exact_dtype, is_a
+from musiclm_pytorch.pipeline.estimate import estimate, estimate_steps
+from musiclm_pytorch.pipeline.pipeline import STEPS, Pipeline
+from musiclm_pytorch.pipeline.pretrained_parts import check_pretrained, exact_dtype, is_a
 from musiclm_pytorch.pretrained.model_folder import export_musiclm, load_musiclm
 from tests.helpers.micro import MICRO, WORDS, write_clips
 
-GIVEN = ("codec", "semantic-tokenizer", "mulan")
+PRETRAINED = ("codec", "semantic-tokenizer", "mulan")
 # Unlike the preset's in every number: 24 kHz, 40 frames a second, 5 levels of 20 codes; 50 tokens a second of 7.
 OTHER = replace(
     MICRO,
@@ -47,40 +47,40 @@ def other_parts(seed: int = 0) -> dict[str, nn.Module]:
 
 @pytest.fixture(scope="module")
 def parts():
-    """The parts of `given_run`."""
+    """The parts of `pretrained_run`."""
     return other_parts()
 
 
 @pytest.fixture(scope="module")
-def given_run(parts, micro_data, tmp_path_factory):
+def pretrained_run(parts, micro_data, tmp_path_factory):
     """A finished run around given parts, and the reports of its stages."""
     out = tmp_path_factory.mktemp("given") / "run"
-    reports = list(Pipeline(MICRO, data=micro_data, out=out, given=parts).run())
-    return out, {report.stage: report for report in reports}
+    reports = list(Pipeline(MICRO, data=micro_data, out=out, pretrained=parts).run())
+    return out, {report.step: report for report in reports}
 
 
-def test_given_parts_are_kept_as_they_are_and_train_nothing(parts, given_run):
+def test_given_parts_are_kept_as_they_are_and_train_nothing(parts, pretrained_run):
     """The stage of a finished part leaves that very part, number for number, and no trace of a training."""
-    out, reports = given_run
-    assert list(reports) == list(STAGES)
-    for stage in GIVEN:
-        assert reports[stage].summary == f"given: {type(parts[stage]).__name__}"
+    out, reports = pretrained_run
+    assert list(reports) == list(STEPS)
+    for stage in PRETRAINED:
+        assert reports[stage].summary == f"pretrained: {type(parts[stage]).__name__}"
         assert {path.name for path in (out / stage).iterdir()} == {"model", "report.json"}
         assert exact_dtype(parts[stage], torch.float16) is None
         assert fingerprint_of(load_module(out / stage / "model")) == fingerprint_of(parts[stage])
     for stage in ("semantic", "coarse", "fine"):
         assert (out / stage / "checkpoint").is_dir() and "accuracy" in reports[stage].summary
-    known = read_json(out / "run.json")["given"]
-    assert known["codec"] == parts["codec"].fingerprint() and list(known) == list(GIVEN)
+    known = read_json(out / "run.json")["pretrained"]
+    assert known["codec"] == parts["codec"].fingerprint() and list(known) == list(PRETRAINED)
 
 
-def test_tokens_are_those_of_the_given_parts(parts, given_run, micro_data):
+def test_tokens_are_those_of_the_given_parts(parts, pretrained_run, micro_data):
     """What the language models learn is what the given parts say about the files, at their own rates."""
-    shards = TokenShards(given_run[0] / "tokens" / "train")
-    codec, tokenizer, mulan = (parts[stage] for stage in GIVEN)
+    shards = TokenShards(pretrained_run[0] / "tokens" / "train")
+    codec, tokenizer, mulan = (parts[stage] for stage in PRETRAINED)
     assert shards.fingerprint["codec"] == codec.fingerprint()
     assert shards.fingerprint["semantic_tokenizer"] == tokenizer.fingerprint()
-    items = Pipeline(MICRO, data=micro_data, out=given_run[0], given=parts).train_items
+    items = Pipeline(MICRO, data=micro_data, out=pretrained_run[0], pretrained=parts).train_items
     record, wave = shards[2], read_audio(items[2].path, 24000)[0]
     assert torch.equal(torch.from_numpy(record["acoustic"]).long(), codec.tokenize(wave)[0])
     assert record["acoustic"].shape == (40, 5) and record["semantic"].shape == (50,)
@@ -90,9 +90,9 @@ def test_tokens_are_those_of_the_given_parts(parts, given_run, micro_data):
     torch.testing.assert_close(torch.from_numpy(record["text_latents"]).float(), texts, atol=1e-3, rtol=0.0)
 
 
-def test_fewer_levels_than_the_codec_has_are_modelled_decoded_and_exported(parts, given_run, tmp_path):
+def test_fewer_levels_than_the_codec_has_are_modelled_decoded_and_exported(parts, pretrained_run, tmp_path):
     """A preset of 3 levels around a codec of 5 makes sound of the first 3, in the run and exported, bit for bit."""
-    out, _ = given_run
+    out, _ = pretrained_run
     model = load_musiclm(out)
     made = model.audio_lm.generate(batch_size=2, seconds=0.5, seeds=3)
     assert made.acoustic.shape == (2, 20, 3) and made.sample_hz == 24000
@@ -108,35 +108,35 @@ def test_fewer_levels_than_the_codec_has_are_modelled_decoded_and_exported(parts
     }
 
 
-def test_a_run_belongs_to_its_given_parts(parts, given_run, micro_data, micro_run, tmp_path):
+def test_a_run_belongs_to_its_given_parts(parts, pretrained_run, micro_data, micro_run, tmp_path):
     """The same parts continue a run; others, none, or some in a run that trained its own, are refused in words."""
-    out = shutil.copytree(given_run[0], tmp_path / "run")
+    out = shutil.copytree(pretrained_run[0], tmp_path / "run")
     shutil.rmtree(out / "mulan")
     # fresh modules of the same weights, as another session opens them
-    again = Pipeline(MICRO, data=micro_data, out=out, given=other_parts())
-    assert [report.stage for report in again.run() if report.summary != "done before"] == ["mulan"]
+    again = Pipeline(MICRO, data=micro_data, out=out, pretrained=other_parts())
+    assert [report.step for report in again.run() if report.summary != "done before"] == ["mulan"]
     others = {
-        f"given.codec: {parts['codec'].fingerprint()} there, .* here": (
+        f"pretrained.codec: {parts['codec'].fingerprint()} there, .* here": (
             out,
             {**parts, "codec": other_parts(1)["codec"]},
         ),
-        "given.mulan: .* there, none here": (out, {stage: parts[stage] for stage in GIVEN[:2]}),
-        "given.codec: .* there, none here": (out, {}),
-        "given.mulan: none there, .* here": (micro_run, {"mulan": parts["mulan"]}),
+        "pretrained.mulan: .* there, none here": (out, {stage: parts[stage] for stage in PRETRAINED[:2]}),
+        "pretrained.codec: .* there, none here": (out, {}),
+        "pretrained.mulan: none there, .* here": (micro_run, {"mulan": parts["mulan"]}),
     }
     for message, (folder, given) in others.items():
         with pytest.raises(ValueError, match=f"holds another run .*{message}"):
-            list(Pipeline(MICRO, data=micro_data, out=folder, given=given).run())
-    assert "given" not in read_json(micro_run / "run.json")
+            list(Pipeline(MICRO, data=micro_data, out=folder, pretrained=given).run())
+    assert "pretrained" not in read_json(micro_run / "run.json")
 
 
 def test_a_given_mulan_needs_no_captions_and_comes_when_it_is_needed(parts, tmp_path):
     """Files without captions do, and a stage that needs a given part fetches it without being told to."""
     pipeline = Pipeline(
-        MICRO, data=write_clips(tmp_path / "bare", 5, captions=False), out=tmp_path / "run", given=parts
+        MICRO, data=write_clips(tmp_path / "bare", 5, captions=False), out=tmp_path / "run", pretrained=parts
     )
-    assert [report.stage for report in pipeline.run("quantizer")] == ["mulan", "quantizer"]
-    assert [report.stage for report in pipeline.run("semantic")] == [
+    assert [report.step for report in pipeline.run("quantizer")] == ["mulan", "quantizer"]
+    assert [report.step for report in pipeline.run("semantic")] == [
         "semantic-tokenizer",
         "codec",
         "tokens",
@@ -147,10 +147,10 @@ def test_a_given_mulan_needs_no_captions_and_comes_when_it_is_needed(parts, tmp_
 
 def test_dry_run_counts_given_parts_as_nothing(parts, micro_data, tmp_path):
     """No time, parameters or tokens for what is given; vocabularies, rates and sizes of the given for the rest."""
-    own = {one.stage: one for one in estimate_stages(Pipeline(MICRO, data=micro_data, out=tmp_path / "run"))}
-    pipeline = Pipeline(MICRO, data=micro_data, out=tmp_path / "run", given=parts)
-    found = {one.stage: one for one in estimate_stages(pipeline)}
-    for stage in GIVEN:
+    own = {one.step: one for one in estimate_steps(Pipeline(MICRO, data=micro_data, out=tmp_path / "run"))}
+    pipeline = Pipeline(MICRO, data=micro_data, out=tmp_path / "run", pretrained=parts)
+    found = {one.step: one for one in estimate_steps(pipeline)}
+    for stage in PRETRAINED:
         assert (found[stage].num_parameters, found[stage].num_tokens, found[stage].seconds) == (0, 0, 0)
         # float32, as they must not be rounded
         assert found[stage].shipped_bytes >= sum(4 * weight.numel() for weight in parts[stage].parameters()) > 0
@@ -160,13 +160,13 @@ def test_dry_run_counts_given_parts_as_nothing(parts, micro_data, tmp_path):
     assert found["coarse"].num_tokens == 12 * 4 * 40 and own["coarse"].num_tokens == 12 * 4 * 50
     assert found["semantic"].num_parameters < own["semantic"].num_parameters
     table = estimate(pipeline)
-    assert table.count("       given\n") == 3 and not (tmp_path / "run").exists()
+    assert table.count("  pretrained\n") == 3 and not (tmp_path / "run").exists()
 
 
-def test_estimated_size_is_that_of_the_model(parts, given_run, micro_data, tmp_path):
+def test_estimated_size_is_that_of_the_model(parts, pretrained_run, micro_data, tmp_path):
     """The table of a dry run speaks of the files of a model with exact parts."""
-    stages = estimate_stages(Pipeline(MICRO, data=micro_data, out=tmp_path / "run", given=parts))
-    files = sum(file.stat().st_size for file in (given_run[0] / "model").rglob("*.safetensors"))
+    stages = estimate_steps(Pipeline(MICRO, data=micro_data, out=tmp_path / "run", pretrained=parts))
+    files = sum(file.stat().st_size for file in (pretrained_run[0] / "model").rglob("*.safetensors"))
     assert 0.9 < sum(one.shipped_bytes for one in stages) / files < 1.05
 
 
@@ -182,16 +182,16 @@ class Unregistered(Codec):
 
 def test_parts_that_do_not_fit_are_refused_before_anything_is_trained(parts, micro_data, tmp_path):
     """Wrong kinds, too few levels, rates that go together nowhere: said in words, and nothing is written."""
-    codec, tokenizer, _ = (parts[stage] for stage in GIVEN)
+    codec, tokenizer, _ = (parts[stage] for stage in PRETRAINED)
     thin = build_codec(replace(MICRO, codec=replace(MICRO.codec, num_quantizers=2)))
     # frames of 322 samples at 16 kHz and tokens of 25 Hz begin together every 6.44 s
     odd = build_codec(replace(MICRO, codec=replace(MICRO.codec, hop_samples=322)))
     cases = [
-        ({"coarse": codec}, "coarse cannot be given finished; what can: codec, semantic-tokenizer, mulan"),
+        ({"coarse": codec}, "coarse cannot be a pretrained part; these can: codec, semantic-tokenizer, mulan"),
         ({"codec": tokenizer}, "a Codec is needed for codec, got a KMeansTokenizer"),
         ({"semantic-tokenizer": codec}, "a SemanticTokenizer is needed for semantic-tokenizer, got a SoundStream"),
         ({"mulan": codec}, "a JointEmbedding is needed for mulan, got a SoundStream"),
-        ({"codec": Unregistered()}, "Unregistered given for codec cannot be saved"),
+        ({"codec": Unregistered()}, "Unregistered for codec cannot be saved"),
         ({"codec": thin}, "models 3 levels of codes, and the codec has 2; give a codec with more levels"),
         (
             {"codec": odd},
@@ -200,24 +200,24 @@ def test_parts_that_do_not_fit_are_refused_before_anything_is_trained(parts, mic
     ]
     for given, message in cases:
         with pytest.raises(ValueError, match=message):
-            Pipeline(MICRO, data=micro_data, out=tmp_path / "run", given=given)
+            Pipeline(MICRO, data=micro_data, out=tmp_path / "run", pretrained=given)
     assert not (tmp_path / "run").exists()
     state = torch.random.get_rng_state()
-    check_given(MICRO, {"codec": codec})
+    check_pretrained(MICRO, {"codec": codec})
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_results_of_another_kind_are_refused(parts, given_run, micro_data, tmp_path):
+def test_results_of_another_kind_are_refused(parts, pretrained_run, micro_data, tmp_path):
     """A codec has all the names of a semantic tokenizer, and yet is none: not in a run's folder, nor in a model's."""
     assert is_a(parts["codec"], Codec) and not is_a(parts["codec"], SemanticTokenizer)
-    out = shutil.copytree(given_run[0], tmp_path / "run")
+    out = shutil.copytree(pretrained_run[0], tmp_path / "run")
     for wrong in (out / "semantic-tokenizer" / "model", out / "model" / "semantic_tokenizer"):
         shutil.rmtree(wrong)
         shutil.copytree(out / "codec" / "model", wrong)
     with pytest.raises(ValueError, match="semantic_tokenizer holds a SoundStream, but a SemanticTokenizer is needed"):
         load_musiclm(out)
     with pytest.raises(ValueError, match="model holds a SoundStream, but a SemanticTokenizer is needed"):
-        Pipeline(MICRO, data=micro_data, out=out, given=parts).tokens()
+        Pipeline(MICRO, data=micro_data, out=out, pretrained=parts).tokens()
 
 
 def write_encodec(folder: Path, channels: int) -> Path:
@@ -241,9 +241,9 @@ def test_a_published_codec_is_trained_around(parts, channels, tmp_path):
     """EnCodec, mono or stereo: its codes of all its channels become tokens, and a stage learns from them."""
     codec = open_codec(write_encodec(tmp_path / "encodec", channels))
     given = {**parts, "codec": codec}
-    pipeline = Pipeline(MICRO, data=write_clips(tmp_path / "data", 5), out=tmp_path / "run", given=given)
+    pipeline = Pipeline(MICRO, data=write_clips(tmp_path / "data", 5), out=tmp_path / "run", pretrained=given)
     list(pipeline.run("quantizer"))
-    assert list(pipeline.run("fine"))[-1].stage == "fine"
+    assert list(pipeline.run("fine"))[-1].step == "fine"
     kept = load_module(tmp_path / "run" / "codec" / "model")
     assert kept.fingerprint() == codec.fingerprint() and type(kept) is type(codec)
     shards = TokenShards(tmp_path / "run" / "tokens" / "train")
@@ -259,14 +259,13 @@ def test_a_published_codec_is_trained_around(parts, channels, tmp_path):
 def test_a_published_clap_takes_the_place_of_mulan(parts, tmp_path):
     """CLAP: nothing of it is rounded in the quantizer that is fitted around it."""
     pytest.importorskip("transformers")
-    from test_clap import write_clap
-
     from musiclm_pytorch.pretrained.bundled import mulan_named
+    from tests.musiclm_pytorch.mulan.test_clap import write_clap
 
     clap = mulan_named(str(write_clap(tmp_path / "clap")))
     assert isinstance(clap, JointEmbedding)
     pipeline = Pipeline(
-        MICRO, data=write_clips(tmp_path / "data", 5), out=tmp_path / "run", given={**parts, "mulan": clap}
+        MICRO, data=write_clips(tmp_path / "data", 5), out=tmp_path / "run", pretrained={**parts, "mulan": clap}
     )
     list(pipeline.run("quantizer"))
     list(pipeline.run("tokens"))

@@ -1,0 +1,25 @@
+"""`musiclm export`: the model of a finished run, for inference."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Export", "run_export"]
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write the model of a finished run with fp16 weights, for inference."""
+
+    run: Path
+    """Folder of the run, the --out of `musiclm train all`."""
+    out: Path
+    """Folder to write."""
+
+
+def run_export(command: Export) -> int:
+    """Write the model and print its size."""
+    from musiclm_pytorch.pretrained.model_folder import export_musiclm
+
+    num_bytes = export_musiclm(command.run, command.out)
+    print(f"wrote {command.out}, {num_bytes / 1e6:.1f} MB")
+    return 0

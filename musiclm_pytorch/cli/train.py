@@ -1,0 +1,98 @@
+"""`musiclm train STEP`: the training pipeline."""
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["Train", "run_train"]
+
+
+@dataclass(frozen=True)
+class Train:
+    """Run one step of the training pipeline, or all in order. An interrupted run continues with the same command.
+
+    To train semantic tokens from any encoder, see `musiclm train kmeans --help`.
+    """
+
+    step: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STEP")]
+    """all, or one of: codec, semantic-tokenizer, mulan, quantizer, tokens, semantic, coarse, fine."""
+    data: Path
+    """Folder of audio files, or a folder or file with a JSONL manifest (audio, caption, labels)."""
+    out: Path
+    """Folder of the run: checkpoints and metrics, and at the end the model in OUT/model."""
+    preset: str = "tiny"
+    """Sizes and step counts: tiny (two CPU cores) or small (one GPU)."""
+    scale: float = 1.0
+    """Factor for all step counts."""
+    seed: int = 0
+    """Seed of initial weights, data order and noise."""
+    codec: str | None = None
+    """Use this codec instead of training one: 16khz (bundled), a folder, or a hub id."""
+    semantic_tokenizer: str | None = None
+    """Use this semantic tokenizer instead of training one: 16khz (bundled), or a folder."""
+    mulan: str | None = None
+    """Use this MuLaN or CLAP instead of training one: tiny (bundled), a folder, or a hub id of CLAP."""
+    offline: bool = False
+    """Do not use the network. A hub id is then looked up in the local cache only."""
+    dry_run: bool = False
+    """Print parameters, tokens, disk space and estimated time. Nothing is written."""
+
+
+def run_train(command: Train) -> int:
+    """Run the steps and print a line for each."""
+    from musiclm_pytorch.pipeline.pipeline import Pipeline, check_step
+    from musiclm_pytorch.pipeline.presets import preset_named
+
+    if command.step == "kmeans":
+        raise ValueError("write kmeans directly after train; see musiclm train kmeans --help")
+    check_step(command.step)
+    preset = preset_named(command.preset).scaled(command.scale)
+    parts = _pretrained_parts(command)
+    pipeline = Pipeline(preset, data=command.data, out=command.out, seed=command.seed, pretrained=parts)
+    if command.dry_run:
+        from musiclm_pytorch.pipeline.estimate import estimate
+
+        print(estimate(pipeline, command.step))
+        return 0
+    total_seconds = 0.0
+    for report in pipeline.run(command.step, announce=_announce):
+        total_seconds += report.seconds
+        if pipeline.accelerator.is_main_process:
+            print(f"{report.step:20} {_duration(report.seconds)}  {report.summary}".rstrip(), flush=True)
+    if not pipeline.accelerator.is_main_process:
+        return 0
+    print(f"{'total':20} {_duration(total_seconds)}")
+    if pipeline.is_complete:
+        folder = shlex.quote(str(pipeline.model_folder))
+        print(f'model in {pipeline.model_folder}; try: musiclm generate "a slow waltz" --model {folder}')
+    return 0
+
+
+def _pretrained_parts(command: Train) -> "dict[str, nn.Module]":
+    from musiclm_pytorch.pretrained.bundled import codec_named, mulan_named, tokenizer_named
+
+    parts: dict[str, nn.Module] = {}
+    if command.codec is not None:
+        parts["codec"] = codec_named(command.codec, offline=command.offline)
+    if command.semantic_tokenizer is not None:
+        parts["semantic-tokenizer"] = tokenizer_named(command.semantic_tokenizer)
+    if command.mulan is not None:
+        parts["mulan"] = mulan_named(command.mulan, offline=command.offline)
+    return parts
+
+
+def _announce(step: str) -> None:
+    """Print the name of a step that starts, if standard error is a terminal."""
+    if sys.stderr.isatty():
+        print(f"{step} ...", file=sys.stderr)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:7.1f} min" if seconds >= 60 else f"{seconds:7.1f} s  "
