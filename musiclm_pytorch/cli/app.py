@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words[:2] == ["train", "kmeans"]:  # `train` expects a step there, and kmeans has other options
             return run_train_kmeans(tyro.cli(TrainKmeans, prog="musiclm train kmeans", args=words[2:]))
         description = "Generate music from text, and train, convert and evaluate the models for it."
-        return _run(tyro.cli(Command, prog="musiclm", description=description, args=words))  # type: ignore[call-overload]
+        return _run(tyro.cli(Command, prog="musiclm", description=description, args=words))
     except SystemExit as stop:  # tyro has printed the help text, or what is wrong with the arguments
         return int(stop.code or 0)
     except (ValueError, OSError, ImportError, RuntimeError) as error:

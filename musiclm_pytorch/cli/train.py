@@ -4,12 +4,9 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import tyro
-
-if TYPE_CHECKING:
-    from torch import nn
 
 __all__ = ["Train", "run_train"]
 
@@ -75,10 +72,10 @@ def run_train(command: Train) -> int:
     return 0
 
 
-def _pretrained_parts(command: Train) -> "dict[str, nn.Module]":
+def _pretrained_parts(command: Train) -> dict[str, Any]:
     from musiclm_pytorch.pretrained.bundled import codec_named, mulan_named, tokenizer_named
 
-    parts: dict[str, nn.Module] = {}
+    parts: dict[str, Any] = {}
     if command.codec is not None:
         parts["codec"] = codec_named(command.codec, offline=command.offline)
     if command.semantic_tokenizer is not None:
