@@ -1,4 +1,4 @@
-"""The shape of the house: what may import what, and what library code never does."""
+"""The structure of the packages: which room may import which, and what library code must not do."""
 
 import ast
 import subprocess
@@ -10,7 +10,40 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted([*(ROOT / "audiolm_pytorch").rglob("*.py"), *(ROOT / "musiclm_pytorch").rglob("*.py")])
 COMMANDS = {"cli"}  # folders of commands, which may print
+STILL_TOO_LONG = {"musiclm_pytorch/pipeline/pipeline.py"}
 every_file = pytest.mark.parametrize("file", FILES, ids=[str(file.relative_to(ROOT)) for file in FILES])
+
+
+# Rooms of each package, and the rooms of the same package that they may import. musiclm_pytorch may import every
+# room of audiolm_pytorch, never the reverse.
+ROOMS = {
+    "audiolm_pytorch": {
+        "saving": "",
+        "audio": "",
+        "nn": "saving",
+        "tokens": "",
+        "conditioning": "nn saving",
+        "data": "audio saving",
+        "training": "data saving",
+        "codecs": "audio data nn saving training",
+        "semantic": "audio data nn saving training",
+        "lm": "audio codecs conditioning data nn saving semantic tokens training",
+        "generation": "audio codecs conditioning lm nn semantic tokens training",
+        "audiolm": "audio codecs conditioning generation lm nn semantic",
+    },
+    "musiclm_pytorch": {
+        "mulan": "",
+        "quantizer": "mulan",
+        "musiclm": "quantizer",
+        "pretrained": "mulan musiclm quantizer",
+        "evaluation": "mulan pretrained quantizer",
+        "pipeline": "mulan musiclm pretrained quantizer",
+        "cli": "evaluation mulan musiclm pipeline pretrained quantizer",
+        "recipes": "evaluation mulan musiclm pipeline pretrained quantizer",
+    },
+}
+# Rooms that still import against the table.
+STILL_WRONG = {"nn", "mulan", "pretrained", "evaluation", "cli", "recipes"}
 
 
 def imported_modules(tree: ast.AST) -> set[str]:
@@ -28,7 +61,8 @@ def test_file_keeps_the_house_rules(file):
     """No assert, prompt, pickle or torch.load in libraries; print only in commands; files and functions stay short."""
     text = file.read_text()
     tree = ast.parse(text)
-    assert text.count("\n") <= 500
+    if str(file.relative_to(ROOT)) not in STILL_TOO_LONG:
+        assert text.count("\n") <= 450
     for node in ast.walk(tree):
         assert not isinstance(node, ast.Assert), f"assert in line {node.lineno}"
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -71,3 +105,78 @@ print([name for name in ("accelerate", "transformers", "sklearn", "scipy", "matp
 """
     result = subprocess.run([sys.executable, "-c", program], check=True, timeout=120, capture_output=True, text=True)
     assert result.stdout.strip() == "[]"
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(file): file for file in FILES}
+
+
+def imports_of(node: ast.AST) -> set[str]:
+    """Modules of the two packages that a file imports, in functions too, but not under TYPE_CHECKING."""
+    found = set()
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
+            continue
+        if isinstance(child, ast.Import):
+            found |= {alias.name for alias in child.names}
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, "relative imports are not used"
+            names = {f"{child.module}.{alias.name}" for alias in child.names}
+            found |= {name if name in MODULES else child.module for name in names}
+        else:
+            found |= imports_of(child)
+    return found & MODULES.keys()
+
+
+GRAPH = {name: imports_of(ast.parse(file.read_text())) - {name} for name, file in MODULES.items()}
+
+
+@pytest.mark.xfail(strict=False, reason="codecs/pretrained still holds a circle")
+def test_no_circle_of_imports():
+    """A file can be read and moved alone: no module imports itself through others."""
+    left = dict(GRAPH)
+    while leaves := {name for name, imports in left.items() if not imports & left.keys()}:
+        left = {name: imports for name, imports in left.items() if name not in leaves}
+    assert sorted(left) == []
+
+
+@pytest.mark.parametrize(("package", "room"), [(package, room) for package, rooms in ROOMS.items() for room in rooms])
+def test_room_imports_only_rooms_of_the_table(package, room, request):
+    """The direction of the rooms; whoever needs another one moves the function, or changes the table and says why."""
+    if room in STILL_WRONG:
+        request.applymarker(pytest.mark.xfail(strict=False, reason="imports against the table are left"))
+    allowed = {f"{package}.{name}" for name in (room, *ROOMS[package][room].split())}
+    wrong = [
+        f"{name} imports {imported}"
+        for name, imports in GRAPH.items()
+        if ".".join(name.split(".")[:2]) == f"{package}.{room}"
+        for imported in sorted(imports)
+        if imported.split(".")[0] == package and ".".join(imported.split(".")[:2]) not in allowed
+    ]
+    assert wrong == []
+
+
+def test_table_of_rooms_is_complete_and_roots_hold_only_the_model():
+    """Roots of the packages hold `__init__.py` and the model; every room is in the table."""
+    for package, model in (("audiolm_pytorch", "audiolm"), ("musiclm_pytorch", "musiclm")):
+        files = {file for file in FILES if file.relative_to(ROOT).parts[0] == package}
+        assert {file.name for file in files if file.parent == ROOT / package} == {"__init__.py", f"{model}.py"}
+        rooms = {file.relative_to(ROOT).parts[1] for file in files if file.parent != ROOT / package}
+        assert rooms | {model} == ROOMS[package].keys()
+
+
+@pytest.mark.xfail(strict=False, reason="cli and evaluation still import recipes")
+def test_nothing_imports_the_recipes():
+    """The recipes know the toy corpora; the library does not."""
+    wrong = [
+        f"{name} imports {imported}"
+        for name, imports in GRAPH.items()
+        if not name.startswith("musiclm_pytorch.recipes")
+        for imported in imports
+        if imported.startswith("musiclm_pytorch.recipes")
+    ]
+    assert wrong == []
