@@ -1,4 +1,4 @@
-"""Training codecs: losses, the task for the one loop, its trainer, and a watch over its curves."""
+"""Training of codecs: losses, the task of the training loop, and its trainer."""
 
 from audiolm_pytorch.codecs.training.losses import MultiScaleMelLoss
 from audiolm_pytorch.codecs.training.task import MEL_ONLY, CodecLossWeights, CodecTask

@@ -11,20 +11,20 @@ from audiolm_pytorch.data.crops import CropDataset
 
 __all__ = ["Mixture", "NoiseMixer"]
 
-_SILENCE = 1e-5  # root mean square, -100 dB of full scale: below it a ratio to noise means nothing
-_DRAWS = 4
+_SILENCE = 1e-5  # root mean square, -100 dB of full scale: below it a ratio to noise is not defined
+_NOISE_DRAWS = 4
 
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """One item to train or to validate on.
+    """One item of training or validation; waves are `[n]` or `[c, n]`.
 
     Attributes:
-        wave: What goes in, `[n]` or `[c, n]`.
-        target: What has to come out.
-        denoise: Whether the codec is told to denoise.
-        clean: The wave without noise, at the level that it has in the mixture.
-        snr_db: Of clean to noise; infinite where nothing was added.
+        wave: Input of the codec.
+        target: Target of the codec.
+        denoise: Flag of the codec.
+        clean: The wave without noise, at its level in the mixture.
+        snr_db: Ratio of clean to noise; infinite without noise.
     """
 
     wave: Tensor
@@ -35,23 +35,16 @@ class Mixture:
 
 
 class NoiseMixer:
-    """Adds a random stretch of a random noise recording to each clean crop, at a random level.
+    """Adds a random part of a random noise recording to each clean crop, at a random level.
 
-    An item whose flag says "denoise" has the clean wave as target, any other the mixture itself, so that one codec
+    An item whose `denoise` flag is set has the clean wave as target, any other the mixture itself, so that one codec
     learns both (SoundStream, section III-F). Everything is a pure function of the seed, the epoch and the index.
 
     Args:
-        clean: Crops of clean audio.
         noise: Crops of noise at the same rate; shorter ones are repeated.
-        sample_hz: That rate (Hz).
         snr_db: Lowest and highest ratio of clean to noise (dB), drawn uniformly.
         denoise_share: Share of the items whose flag is set.
-        clean_share: Share of the items without noise: audio that is clean already must come out as it is, with the flag
-            or without.
-        seed: Of all draws, not negative.
-
-    Raises:
-        ValueError: If a number is out of range, or a data set is not at the rate.
+        clean_share: Share of the items without noise, whose target is the clean audio with the flag and without.
     """
 
     @beartype
@@ -77,43 +70,30 @@ class NoiseMixer:
         self.clean, self.noise, self.sample_hz = clean, noise, sample_hz
         self.snr_db, self.denoise_share, self.clean_share, self.seed = snr_db, denoise_share, clean_share, seed
 
-    def __len__(self) -> int:
-        """Count the clean files."""
-        return len(self.clean)
-
     @beartype
     def get(self, epoch: int, index: int) -> Mixture:
-        """Mix one item.
-
-        Args:
-            epoch: Pass over the clean data, from 0.
-            index: Of the clean file.
-
-        Returns:
-            The mixture; silent audio, and audio for which no noise is found but silence, is left as it is.
-        """
-        draws = np.random.default_rng([self.seed, 1, epoch, index])
-        denoise = bool(draws.random() < self.denoise_share)
-        is_clean = bool(draws.random() < self.clean_share)
-        snr_db = float(draws.uniform(*self.snr_db))
+        """Mix one clean file with noise; silent audio stays as it is, also if only silent noise is found."""
+        rng = np.random.default_rng([self.seed, 1, epoch, index])
+        denoise = bool(rng.random() < self.denoise_share)
+        is_clean = bool(rng.random() < self.clean_share)
+        snr_db = float(rng.uniform(*self.snr_db))
         clean = self.clean.get(epoch, index).waves[self.sample_hz]
-        noise = None if is_clean or _level(clean) < _SILENCE else self._noise(draws, clean)
+        noise = None if is_clean or _level(clean) < _SILENCE else self._draw_noise(rng, clean.shape[-1])
         if noise is None:
             return Mixture(clean, clean, denoise, clean, float("inf"))
         mixture = clean + noise * (_level(clean) / _level(noise) * 10 ** (-snr_db / 20))
-        # Codecs are made for -1..1: mixture and target keep their ratio.
+        # codecs expect -1..1; one factor keeps the ratio of mixture and target
         scale = 1.0 / max(1.0, float(mixture.abs().max()))
         mixture, clean = mixture * scale, clean * scale
         return Mixture(mixture, clean if denoise else mixture, denoise, clean, snr_db)
 
-    def _noise(self, draws: np.random.Generator, clean: Tensor) -> Tensor | None:
-        """Noise of the shape of a clean wave; None where a few draws give nothing but silence."""
-        for _ in range(_DRAWS):
-            # The epoch of a crop only says where it lies.
-            crop = self.noise.get(int(draws.integers(2**31)), int(draws.integers(len(self.noise))))
+    def _draw_noise(self, rng: np.random.Generator, num_samples: int) -> Tensor | None:
+        """Noise of that length; None if a few draws return only silence."""
+        for _ in range(_NOISE_DRAWS):
+            # a random epoch stands for a random position in the file
+            crop = self.noise.get(int(rng.integers(2**31)), int(rng.integers(len(self.noise))))
             wave = crop.waves[self.sample_hz]
-            length = clean.shape[-1]
-            wave = torch.cat([wave] * -(-length // wave.shape[-1]), dim=-1)[..., :length]
+            wave = torch.cat([wave] * -(-num_samples // wave.shape[-1]), dim=-1)[..., :num_samples]
             if _level(wave) >= _SILENCE:
                 return wave
         return None

@@ -1,4 +1,4 @@
-"""Losses of codecs: reconstruction, and what discriminators make of it."""
+"""Losses of codecs: the multi-scale mel distance, and the adversarial losses."""
 
 from collections.abc import Sequence
 
@@ -14,64 +14,50 @@ __all__ = ["MultiScaleMelLoss", "discriminator_hinge", "feature_matching", "gene
 
 # a band narrower than the window's frequency resolution would be empty: window / 13 bands fit at 16 and 24 kHz
 _WINDOWS_AND_MELS = ((64, 5), (128, 10), (256, 20), (512, 40), (1024, 80), (2048, 160))
+_FLOOR = 1e-4  # magnitudes below it count as silence: -80 dB of full scale, so that inaudible noise costs nothing
 
 
 class MultiScaleMelLoss(nn.Module):
-    """L1 between log-mel spectrograms of several windows (SoundStream, eq. 6; one mel count a window as in 2306.06546).
+    """L1 between log-mel spectrograms of several windows (SoundStream, eq. 6; number of mels as in arXiv 2306.06546).
 
-    SoundStream takes 64 mels for every window, which leaves empty bands in the short ones; here the count grows with
-    the window. Hops are a quarter of the window.
-
-    Args:
-        sample_hz: Rate of the waves (Hz).
-        windows_and_mels: Pairs of window length (samples) and number of mel bands.
-        floor: Magnitudes below it count as silence; -80 dB of full scale, so that inaudible noise costs nothing.
+    SoundStream uses 64 mels for every window, which leaves empty bands in the short ones; here the number of mels grows
+    with the window. Hops are a quarter of the window.
     """
 
     @beartype
-    def __init__(
-        self,
-        sample_hz: int,
-        windows_and_mels: Sequence[tuple[int, int]] = _WINDOWS_AND_MELS,
-        floor: float = 1e-4,
-    ) -> None:
+    def __init__(self, sample_hz: int) -> None:
         super().__init__()
-        self.floor = floor
         self.scales = nn.ModuleList(
             [
                 MelSpectrogram(sample_hz=sample_hz, n_fft=window, hop_length=window // 4, num_mels=num_mels)
-                for window, num_mels in windows_and_mels
+                for window, num_mels in _WINDOWS_AND_MELS
             ]
         )
         # a full-scale sine has magnitude window / 4 under a Hann window
-        self.gains = [4.0 / window for window, _ in windows_and_mels]
+        self.gains = [4.0 / window for window, _ in _WINDOWS_AND_MELS]
 
     def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
-        """Mean over the scales of the L1 distance in nepers of waves `[b, c, n]`; a scalar."""
+        """Mean over the scales of the L1 distance (nepers) of waves `[b, c, n]`; a scalar float32."""
         total = reconstruction.new_zeros((), dtype=torch.float32)
         for scale in range(len(self.scales)):
             with torch.no_grad():
-                wanted = self.log_mel(target, scale)
-            total = total + (self.log_mel(reconstruction, scale) - wanted).abs().mean()
+                target_mel = self._log_mel(target, scale)
+            total = total + (self._log_mel(reconstruction, scale) - target_mel).abs().mean()
         return total / len(self.scales)
 
-    def log_mel(self, wave: Tensor, scale: int) -> Tensor:
-        """Log-mel spectrogram `[b, c, mels, f]` of waves `[b, c, n]` with the window of that index."""
-        return (self.scales[scale](wave.float()) * self.gains[scale]).clamp(min=self.floor).log()
+    def _log_mel(self, wave: Tensor, scale: int) -> Tensor:
+        return (self.scales[scale](wave.float()) * self.gains[scale]).clamp(min=_FLOOR).log()
 
 
 def discriminator_hinge(real: Sequence[ScaleOutput], fake: Sequence[ScaleOutput]) -> Tensor:
     """Hinge loss of the discriminators (SoundStream, arXiv 2107.03312, eq. 3; EnCodec, arXiv 2210.13438, section 3.4).
 
     Args:
-        real: What the discriminators make of real waves, one entry a scale.
-        fake: The same for decoded waves; detach these before, so that no gradient reaches the generator.
+        real: Outputs for real waves, one per scale.
+        fake: Outputs for decoded waves that are detached from the codec.
 
     Returns:
-        Scalar float32, the mean over scales, items and times: 2 where nothing is told apart, 0 where everything is.
-
-    Raises:
-        ValueError: If there is no scale, or not as many in both.
+        Scalar float32, the mean over scales, items and times: 2 for constant zero logits, 0 for perfect separation.
     """
     scales = _paired(real, fake)
     hinges = [F.relu(1 - r.logits.float()).mean() + F.relu(1 + f.logits.float()).mean() for r, f in scales]
@@ -79,54 +65,39 @@ def discriminator_hinge(real: Sequence[ScaleOutput], fake: Sequence[ScaleOutput]
 
 
 def generator_hinge(fake: Sequence[ScaleOutput]) -> Tensor:
-    """Hinge loss of the generator (SoundStream, eq. 4; EnCodec, section 3.4): decoded waves should pass for real.
+    """Hinge loss of the codec on the outputs for decoded waves (SoundStream, eq. 4; EnCodec, section 3.4).
 
-    Args:
-        fake: What the discriminators make of decoded waves, one entry a scale.
-
-    Returns:
-        Scalar float32, the mean over scales, items and times; no gradient where the logits exceed 1.
-
-    Raises:
-        ValueError: If there is no scale.
+    Scalar float32, the mean over scales, items and times; no gradient where the logits exceed 1.
     """
     return torch.stack([F.relu(1 - f.logits.float()).mean() for f, _ in _paired(fake, fake)]).mean()
 
 
-def feature_matching(real: Sequence[ScaleOutput], fake: Sequence[ScaleOutput], *, relative: bool = True) -> Tensor:
-    """L1 distance between the features of real and decoded waves; no gradient flows into the real ones.
+def feature_matching(real: Sequence[ScaleOutput], fake: Sequence[ScaleOutput]) -> Tensor:
+    """Relative L1 distance between the features of real and decoded waves (EnCodec, eq. 2).
 
-    Relative, each layer's distance is divided by the mean magnitude of its real features (EnCodec, eq. 2): layers of
-    any scale count the same, and the discriminators cannot change the weight of the loss by scaling their features.
-    Otherwise it is the plain distance (SoundStream, eq. 5).
-
-    Args:
-        real: What the discriminators make of real waves, one entry a scale.
-        fake: The same for the waves decoded from them.
-        relative: Whether to divide.
+    Each layer's distance is divided by the mean magnitude of its real features, so that layers of any scale count the
+    same and the discriminators cannot change the weight of the loss. No gradient flows into the real features.
 
     Returns:
         Scalar float32: mean over the features of a layer, then over the layers of a scale, then over scales.
-
-    Raises:
-        ValueError: If there is no scale, or not as many in both.
     """
     means = [
-        torch.stack([_layer_distance(r, f, relative) for r, f in zip(one.features, other.features, strict=True)]).mean()
-        for one, other in _paired(real, fake)
+        torch.stack(
+            [_layer_distance(r, f) for r, f in zip(real_scale.features, fake_scale.features, strict=True)]
+        ).mean()
+        for real_scale, fake_scale in _paired(real, fake)
     ]
     return torch.stack(means).mean()
 
 
-def _layer_distance(real: Tensor, fake: Tensor, relative: bool) -> Tensor:
-    wanted = real.detach().float()
-    distance = (fake.float() - wanted).abs().mean()
+def _layer_distance(real: Tensor, fake: Tensor) -> Tensor:
+    target = real.detach().float()
     # biases keep real features away from zero even in silence; the floor is for networks without
-    return distance / wanted.abs().mean().clamp(min=1e-5) if relative else distance
+    return (fake.float() - target).abs().mean() / target.abs().mean().clamp(min=1e-5)
 
 
 def _paired(real: Sequence[ScaleOutput], fake: Sequence[ScaleOutput]) -> list[tuple[ScaleOutput, ScaleOutput]]:
-    """Pair the scales of two judgements by the same discriminators."""
+    """Pair the scales of two outputs of the same discriminators."""
     if not real or len(real) != len(fake):
         raise ValueError(
             f"got {len(real)} scales of real and {len(fake)} of decoded waves; need the outputs of the same "

@@ -9,13 +9,8 @@ from torch import nn
 
 from audiolm_pytorch.codecs.soundstream import SoundStream
 from audiolm_pytorch.codecs.training.denoising import NoiseMixer
-from audiolm_pytorch.codecs.training.task import (
-    MEL_ONLY,
-    CodecLossWeights,
-    CodecTask,
-    codebooks_are_untrained,
-)
-from audiolm_pytorch.codecs.training.watch import CurveWatch
+from audiolm_pytorch.codecs.training.monitoring import MelWarning
+from audiolm_pytorch.codecs.training.task import CodecLossWeights, CodecTask, codebooks_are_untrained
 from audiolm_pytorch.data.crops import CropDataset, crop_seconds
 from audiolm_pytorch.data.manifest import AudioItem, training_items
 from audiolm_pytorch.saving.modules import module_spec, save_module
@@ -24,49 +19,46 @@ from audiolm_pytorch.training import LoopSettings, TrainLoop, TrainResult
 if TYPE_CHECKING:
     import accelerate
 
-__all__ = ["MEL_ONLY", "CodecLossWeights", "CodecTask", "SoundStreamTrainer"]
+__all__ = ["SoundStreamTrainer"]
 
 _MIN_VALIDATION_SECONDS = 3.0
-_MOST_LEAD_STEPS = 200
+_MAX_LEAD_STEPS = 200
 
 
 class SoundStreamTrainer:
     """Trains a SoundStream on a folder of audio, resumably.
 
-    A run that leaves the range of a healthy one is told of in the log, see `CurveWatch`. To fine-tune, hand in a codec
-    and discriminators that were loaded from the `results_folder` of an earlier run
+    To fine-tune, pass a codec and discriminators that were loaded from the `results_folder` of an earlier run
     (`SoundStream.init_and_load_from(folder / "codec")`, `load_module(folder / "discriminators")`), with
-    `adversarial_start_step=0` and `discriminator_lead_steps=0`; the optimizers begin anew.
+    `adversarial_start_step=0` and `discriminator_lead_steps=0`; the optimizers start from zero.
 
     Args:
         soundstream: The codec, `SoundStream` or `SpectralSoundStream`; trained in place.
         folder: Folder of audio files or JSONL manifest; None when `items` is given.
-        items: Items to learn from and held-out items, instead of `folder`.
-        batch_size: Crops a step and process.
-        num_train_steps: Optimizer steps of the whole run.
+        items: Training items and validation items, instead of `folder`.
+        batch_size: Crops per step and process.
         data_max_length: Samples of a crop at the codec's rate; exclusive with `data_max_length_seconds`.
         data_max_length_seconds: Seconds of a crop; 1 if neither is given.
-        results_folder: Where checkpoints, metrics and samples go, and at the end the codec (`results_folder/codec`) and
-            the discriminators (`results_folder/discriminators`).
+        results_folder: Folder of checkpoints, metrics and samples, and at the end of the codec
+            (`results_folder/codec`) and the discriminators (`results_folder/discriminators`).
         loss_weights: `CodecLossWeights()` if not given, and its `reconstruction_only` without discriminators.
             `MEL_ONLY` trains by the mel distance alone.
-        discriminators: Judges of the codec, trained in place, e.g. `soundstream_discriminators(channels=1)`, which on a
-            CPU take longer than a small codec (with `width=8` a fifth of that); None trains by reconstruction alone.
-            Their class must be registered (`audiolm_pytorch.saving.modules.register`), since they are saved.
-        adversarial_start_step: Steps before they begin to learn; a quarter of the run if not given.
-        discriminator_lead_steps: Steps that they learn before the codec heeds them; a tenth of theirs, at most 200, if
-            not given.
-        unquantized_steps: Steps before the codes are used; if not given a tenth of the run for a codec whose codebooks
-            are untrained, and otherwise 0. Trained codebooks are never initialised anew.
+        discriminators: Trained in place, e.g. `soundstream_discriminators(channels=1)`. On a CPU these take longer than
+            a small codec; with `width=8` a fifth of that. None trains by reconstruction alone. Their class must be
+            registered (`audiolm_pytorch.saving.modules.register`), because they are saved.
+        adversarial_start_step: Step at which they begin to learn; a quarter of the run if not given.
+        discriminator_lead_steps: Steps that they learn before the codec uses their losses; a tenth of their steps, at
+            most 200, if not given.
+        unquantized_steps: Steps before quantization begins. If not given, a tenth of the run for a codec with untrained
+            codebooks, otherwise 0. Trained codebooks are not initialised again.
         noise_folder: For a codec with a denoising condition: folder or manifest of noise recordings.
-        noise_items: Noise to learn from and held-out noise, instead of `noise_folder`.
+        noise_items: Training noise and validation noise, instead of `noise_folder`.
         noise_snr_db: Lowest and highest ratio of clean audio to noise (dB).
-        accelerator: Shared by all trainings of a program; None makes one.
+        accelerator: Shared by all trainings of a program; None creates one.
         **settings: Further fields of `LoopSettings`, e.g. `learning_rate`.
 
     Raises:
-        ValueError: If there is not exactly one of `folder` and `items`, no readable audio, two crop lengths, or parts
-            that do not fit each other.
+        ValueError: If the audio, the crop length or the parts are missing, given twice, or incompatible.
         TypeError: If the class of `discriminators` is not registered.
     """
 
@@ -94,8 +86,8 @@ class SoundStreamTrainer:
         **settings: Any,
     ) -> None:
         rate_hz = soundstream.target_sample_hz
-        given_seconds = crop_seconds(data_max_length, data_max_length_seconds, rate_hz)
-        seconds = 1.0 if given_seconds is None else float(given_seconds)
+        seconds = crop_seconds(data_max_length, data_max_length_seconds, rate_hz)
+        seconds = 1.0 if seconds is None else float(seconds)
         defaults = {"learning_rate": 3e-4, "betas": (0.8, 0.99), "max_grad_norm": 5.0}
         loop_settings = LoopSettings(**{**defaults, **settings}, num_train_steps=num_train_steps, batch_size=batch_size)
         data = training_items(folder, items, min_seconds=soundstream.downsample_factor / rate_hz)
@@ -108,18 +100,18 @@ class SoundStreamTrainer:
         if loss_weights is None:
             loss_weights = CodecLossWeights() if discriminators is not None else CodecLossWeights().reconstruction_only
         if discriminators is not None:
-            module_spec(discriminators)  # what cannot be saved at the end is refused at the start
+            module_spec(discriminators)  # raises now, and not when they are saved at the end
         if unquantized_steps is None:
             unquantized_steps = num_train_steps // 10 if codebooks_are_untrained(soundstream) else 0
-        weighs_waves = loss_weights.mel > 0 or loss_weights.waveform > 0
+        has_reconstruction_loss = loss_weights.mel > 0 or loss_weights.waveform > 0
         if adversarial_start_step is None:
-            adversarial_start_step = num_train_steps // 4 if weighs_waves else 0
+            adversarial_start_step = num_train_steps // 4 if has_reconstruction_loss else 0
         if discriminator_lead_steps is None:
             remaining = max(0, num_train_steps - adversarial_start_step)
-            discriminator_lead_steps = min(_MOST_LEAD_STEPS, remaining // 10) if weighs_waves else 0
+            discriminator_lead_steps = min(_MAX_LEAD_STEPS, remaining // 10) if has_reconstruction_loss else 0
         if discriminators is not None and adversarial_start_step + discriminator_lead_steps >= num_train_steps:
             raise ValueError(
-                f"the discriminators would never be heeded in {num_train_steps} steps: adversarial_start_step is "
+                f"the codec would never use the discriminators in {num_train_steps} steps: adversarial_start_step is "
                 f"{adversarial_start_step} and discriminator_lead_steps {discriminator_lead_steps}; lower them"
             )
         self.task = CodecTask(
@@ -134,18 +126,14 @@ class SoundStreamTrainer:
             noise=noise,
         )
         self.results_folder = Path(results_folder)
-        watch = CurveWatch(num_train_steps)
-        self.loop = TrainLoop(self.task, loop_settings, self.results_folder, accelerator, watch)
+        warning = MelWarning(num_train_steps)
+        self.loop = TrainLoop(self.task, loop_settings, self.results_folder, accelerator, warning)
 
     @beartype
     def train(self, stop_after_steps: int | None = None) -> TrainResult:
-        """Train to the end, or for some steps, from wherever the folder's checkpoint stands.
+        """Train from the checkpoint of the folder to the end, or for at most `stop_after_steps` steps.
 
-        Args:
-            stop_after_steps: Steps to do in this call at most; None runs to the end.
-
-        Returns:
-            Where the run stands now. At its end the codec holds the final weights, in eval mode.
+        At the end of the run the codec holds the final weights, in eval mode.
         """
         return self.loop.train_and_save(self._save, stop_after_steps)
 
@@ -158,7 +146,7 @@ class SoundStreamTrainer:
 def _crops(
     data: tuple[Sequence[AudioItem], Sequence[AudioItem]], seconds: float, settings: dict[str, Any]
 ) -> tuple[CropDataset, CropDataset]:
-    """Crops to learn from, and longer ones to validate on."""
+    """Crops to train on, and longer ones for validation."""
     train, valid = data
     longer = max(seconds, _MIN_VALIDATION_SECONDS)
     return CropDataset(train, seconds, **settings), CropDataset(valid, longer, **settings)
@@ -169,6 +157,6 @@ def _mixers(
     noise: tuple[CropDataset, CropDataset],
     snr_db: tuple[float | int, float | int],
 ) -> tuple[NoiseMixer, NoiseMixer]:
-    """Mixtures to learn from, and to validate on: there every item has noise."""
+    """Mixtures to train on, and for validation, where every item has noise."""
     settings: dict[str, Any] = dict(sample_hz=clean[0].rates_hz[0], snr_db=snr_db, seed=clean[0].seed)
     return NoiseMixer(clean[0], noise[0], **settings), NoiseMixer(clean[1], noise[1], clean_share=0.0, **settings)
