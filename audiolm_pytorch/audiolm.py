@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.audio.units import samples_covering
 from audiolm_pytorch.codecs.base import Codec, StreamingCodec
-from audiolm_pytorch.conditioning.tensors import Conditioner, Conditions, TextEncoder
+from audiolm_pytorch.conditioning.base import Conditioner, TextEncoder
+from audiolm_pytorch.conditioning.tensors import Conditions
 from audiolm_pytorch.generation.lengths import GenerationLengths, extra_input_tokens, plan_lengths
 from audiolm_pytorch.generation.request import GeneratedAudio, GenerationRequest, ProgressBars, with_request_signature
 from audiolm_pytorch.generation.sampling import DEFAULT_SAMPLING, SamplingSettings, stage_generator, update_sampling

@@ -109,20 +109,26 @@ def tiny_stages(semantic_vocab: int = 1024, codec_vocab: int = 1024, only: str =
     return makers[only]() if only else {name: make() for name, make in makers.items()}
 
 
-class LetterConditioner(torch.nn.Module):
+def letter_conditioner():
     """A text encoder whose states are the letters of a text."""
+    from audiolm_pytorch import ConditionTensor
+    from audiolm_pytorch.conditioning.base import TextEncoder
 
-    dim, fingerprint = 6, "letters"
+    class LetterConditioner(TextEncoder):
+        dim = 6
 
-    def forward(self, texts):
-        """States of texts, and which are real."""
-        from audiolm_pytorch import ConditionTensor
+        def fingerprint(self):
+            return "letters"
 
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        states = torch.zeros(len(texts), max(map(len, texts)), self.dim)
-        for row, text in zip(states, texts):
-            row[: len(text)] = torch.tensor([[ord(letter) % (7 + i) / 7 for i in range(6)] for letter in text])
-        return ConditionTensor(states, torch.arange(states.shape[1]) < torch.tensor([[len(text)] for text in texts]))
+        def forward(self, texts):
+            texts = [texts] if isinstance(texts, str) else list(texts)
+            states = torch.zeros(len(texts), max(map(len, texts)), self.dim)
+            for row, text in zip(states, texts):
+                row[: len(text)] = torch.tensor([[ord(letter) % (7 + i) / 7 for i in range(6)] for letter in text])
+            is_real = torch.arange(states.shape[1]) < torch.tensor([[len(text)] for text in texts])
+            return ConditionTensor(states, is_real)
+
+    return LetterConditioner()
 
 
 def logits_of(stage, tokens, conditions) -> list[Tensor]:
@@ -421,7 +427,7 @@ def train_stages_text(folder: Path) -> dict:
     found = {}
     for name in ("cross", "prefix"):
         stage = tiny_stages(only="semantic", text_dim=6, text_as=name, cond_drop_prob=0.3)
-        parts = {"wav2vec": tokenizer_named("16khz"), "text_conditioner": LetterConditioner()}
+        parts = {"wav2vec": tokenizer_named("16khz"), "text_conditioner": letter_conditioner()}
         trainer = SemanticTransformerTrainer(transformer=stage, **parts, **data, **RUN, results_folder=folder / name)
         found |= {f"{name}.{key}": value for key, value in of_run(trainer, folder / name).items()}
     return found
@@ -465,7 +471,7 @@ def layers(_: Path) -> dict:
     codes = ConditionTensor(torch.randn(2, 3, 8, generator=draws), kept)
     variants = {"none": ({}, None), "codes": (CODES, Conditions(codes=codes))}
     for way in ("cross", "prefix"):
-        said = Conditions(codes=codes, text=LetterConditioner().forward(["ab c", "longer text"]))
+        said = Conditions(codes=codes, text=letter_conditioner().forward(["ab c", "longer text"]))
         variants[way] = ({**CODES, "text_dim": 6, "text_as": way}, said)
     plans = {
         f"{pattern}.{positions}.{condition}": ({"pattern": pattern, "positions": positions, **changes}, said)

@@ -1,4 +1,4 @@
-"""Texts to ids: a byte-level BPE for captions in which nothing is unknown, and tokenizers of others."""
+"""Text tokenizers: a trainable byte-level BPE for captions, and those of published text encoders."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -9,27 +9,26 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-__all__ = ["PADDING", "TextTokenizer", "checked_ids", "ids_of"]
+__all__ = ["PADDING", "TextTokenizer", "ids_of"]
 
 logger = logging.getLogger(__name__)
 
 PADDING = -1
-"""What stands past the end of a text in a batch of ids; no id, so that no token of the vocabulary is lost to it."""
+"""Value past the end of a text in a batch of ids."""
 
 _NUM_BYTES = 256
 
 
 class TextTokenizer:
-    """A tokenizer of captions: ours, or that of a published text encoder.
+    """A tokenizer of captions; runs of white space count as one space.
 
-    Ours is a byte-level byte-pair encoder (arXiv:1508.07909, on bytes) over lower-cased, NFC-normalised text. All 256
-    bytes are in every vocabulary, so nothing is ever unknown, in any script. Either way, white space is collapsed
-    first: how a caption is broken into lines changes nothing.
+    `TextTokenizer.train` makes a byte-level byte-pair encoder (arXiv:1508.07909, on bytes) of lower-cased,
+    NFC-normalised text. Its vocabulary contains all 256 bytes, so no text has unknown tokens.
 
     Args:
-        tokenizer: A tokenizer of the `tokenizers` library; None = the bare byte alphabet without a single merge.
-        special_tokens: Whether each text gets the tokens around it that the tokenizer's post-processor knows ([CLS] and
-            [SEP] of BERT, </s> of T5): published encoders were trained with them.
+        tokenizer: A tokenizer of the `tokenizers` library; None = bytes without merges.
+        special_tokens: Whether to add the special tokens of the tokenizer's post-processor ([CLS] and [SEP] of BERT,
+            </s> of T5), with which published encoders were trained.
     """
 
     @beartype
@@ -40,24 +39,18 @@ class TextTokenizer:
     @classmethod
     @beartype
     def train(cls, captions: Iterable[str], vocab_size: int = 4096, min_frequency: int = 2) -> "TextTokenizer":
-        """Learn merges from captions.
+        """Learn merges from captions; equal captions give equal tokenizers on every machine.
 
         Args:
-            captions: Texts to learn from.
-            vocab_size: Most tokens the vocabulary may hold, at least 256 (the bytes).
-            min_frequency: How often a pair must be seen to be merged.
-
-        Returns:
-            TextTokenizer: Equal for equal captions, whatever the machine.
-
-        Raises:
-            ValueError: If `vocab_size` is below 256 or all captions are empty.
+            captions: Texts to learn from, at least one of them not empty.
+            vocab_size: Largest size of the vocabulary, at least 256 (the bytes).
+            min_frequency: Occurrences that a pair needs to be merged.
         """
         if vocab_size < _NUM_BYTES:
             raise ValueError(f"vocab_size must be at least {_NUM_BYTES}, the number of bytes; got {vocab_size}")
         texts = [_clean(caption) for caption in captions]
         if not any(texts):
-            raise ValueError("no text to train a tokenizer on: give at least one caption that is not empty")
+            raise ValueError("no text to train a tokenizer on: pass at least one caption that is not empty")
         tokenizer = _untrained()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
@@ -71,7 +64,7 @@ class TextTokenizer:
     @classmethod
     @beartype
     def from_json(cls, text: str, *, special_tokens: bool = False) -> "TextTokenizer":
-        """Read what `to_json` wrote; ValueError when it is not a tokenizer."""
+        """Build the tokenizer that `to_json` described."""
         try:
             return cls(Tokenizer.from_str(text), special_tokens=special_tokens)
         except Exception as error:  # `tokenizers` raises bare Exception
@@ -88,40 +81,33 @@ class TextTokenizer:
 
     @property
     def num_special_tokens(self) -> int:
-        """How many tokens are put around a text."""
+        """Number of special tokens added to a text."""
         return self._tokenizer.num_special_tokens_to_add(False) if self.special_tokens else 0
 
     @beartype
     def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> Tensor:
-        """Turn texts into a batch of ids.
+        """Return the ids `[b, t]` int64 of texts, t = tokens of the longest text, padded with -1 (`PADDING`).
 
         Args:
-            texts: Texts, none of them empty or blank.
-            max_tokens: Longer texts lose their end (special tokens stay), with a warning in the log. None = no limit.
-
-        Returns:
-            Tensor `[b, t]` int64, t = the longest text in tokens, shorter ones end in -1 (`PADDING`).
-
-        Raises:
-            TypeError: If one is no text.
-            ValueError: If there is no text, or one is empty.
+            texts: At least one text, none of them empty or blank.
+            max_tokens: Longer texts are truncated with a warning; special tokens stay. None = no limit.
         """
         if isinstance(texts, str):
             texts = [texts]
-        others = [(index, type(text).__name__) for index, text in enumerate(texts) if not isinstance(text, str)]
-        if others:  # beartype looks at one item of a sequence
-            raise TypeError(f"texts must be str, got {others[0][1]} at index {others[0][0]} of {len(texts)}")
+        for index, text in enumerate(texts):  # beartype checks only one item of a sequence
+            if not isinstance(text, str):
+                raise TypeError(f"texts must be str, got {type(text).__name__} at index {index} of {len(texts)}")
         cleaned = [_clean(text) for text in texts]
         if not cleaned:
-            raise ValueError("got an empty list of texts, need at least one")
+            raise ValueError("got an empty list of texts, pass at least one")
         empty = [index for index, text in enumerate(cleaned) if not text]
         if empty:
-            raise ValueError(f"text at index {empty[0]} of {len(cleaned)} is empty: say at least one word")
+            raise ValueError(f"text at index {empty[0]} of {len(cleaned)} is empty: pass at least one word")
         encodings = self._tokenizer.encode_batch(cleaned, add_special_tokens=False)
         num_special = self.num_special_tokens
         longest = num_special + max(map(len, encodings))
         if max_tokens is not None and longest > max_tokens:
-            logger.warning("text of %d tokens truncated to the %d that are read", longest, max_tokens)
+            logger.warning("text of %d tokens truncated to %d tokens", longest, max_tokens)
             for encoding in encodings:
                 encoding.truncate(max_tokens - num_special)
         if self.special_tokens:
@@ -131,57 +117,49 @@ class TextTokenizer:
 
     @beartype
     def decode(self, ids: Tensor) -> list[str]:
-        """Texts of ids `[b, t]`, as normalised; padding is skipped and bytes that are no UTF-8 become U+FFFD."""
+        """Return the normalised texts of ids `[b, t]`, without padding; bytes that are not UTF-8 become U+FFFD."""
         return [self._tokenizer.decode(row[row >= 0].tolist()).strip() for row in ids]
 
 
 def ids_of(texts: str | Sequence[str] | Tensor, tokenizer: TextTokenizer, num_tokens: int, max_tokens: int) -> Tensor:
-    """Give the ids `[b, t]` of what a text encoder was given: one text, several, or ids, which are checked.
+    """Return the ids `[b, t]` int64 of one text or several; ids `[b, t]` are checked and returned.
 
     Args:
-        texts: One text, several, or ids `[b, t]`.
-        tokenizer: Turns texts into ids.
-        num_tokens: Size of the embedding table.
-        max_tokens: Most tokens that the encoder reads.
-
-    Raises:
-        ValueError: If a text is empty, or ids are none that the encoder can read.
+        texts: One text, several, or ids with -1 past the end of a text.
+        tokenizer: The tokenizer of the text encoder.
+        num_tokens: Size of the encoder's embedding table.
+        max_tokens: Most tokens of a text that the encoder reads.
     """
     if isinstance(texts, Tensor):
-        return checked_ids(texts, num_tokens, max_tokens)
+        return _checked_ids(texts, num_tokens, max_tokens)
     return tokenizer.encode([texts] if isinstance(texts, str) else texts, max_tokens)
 
 
-def checked_ids(ids: Tensor, num_tokens: int, max_tokens: int) -> Tensor:
-    """Refuse what is no batch of ids `[b, t]` in [0, num_tokens) with -1 past the end of a text; int64.
-
-    Raises:
-        ValueError: If ids are no integers, out of range, more than `max_tokens` a text or behind its end, or a text has
-            none.
-    """
+def _checked_ids(ids: Tensor, num_tokens: int, max_tokens: int) -> Tensor:
+    """Check ids `[b, t]` in [0, num_tokens), at least one per text, with -1 past the end of a text."""
     if ids.ndim != 2 or ids.is_floating_point() or ids.shape[1] > max_tokens:
         raise ValueError(f"ids must be integers [b, t <= {max_tokens}], got {ids.dtype} {tuple(ids.shape)}")
     if ids.numel() == 0 or not (ids >= 0).any(dim=1).all():
-        raise ValueError("a text without a single token cannot be embedded")
+        raise ValueError("every text needs at least one token, got a row of ids that are all -1")
     if int(ids.max()) >= num_tokens or int(ids.min()) < PADDING:
         span = f"{int(ids.min())}..{int(ids.max())}"
         raise ValueError(f"ids must be in 0..{num_tokens - 1}, or -1 past the end; got {span}")
     if bool(((ids[:, :-1] < 0) & (ids[:, 1:] >= 0)).any()):
-        raise ValueError("ids follow after a -1, which marks the end of a text: pad texts on the right")
+        raise ValueError("ids follow a -1, which marks the end of a text: pad on the right")
     return ids.long()
 
 
 def _clean(text: str) -> str:
-    """Collapse white space; replace lone surrogates, which no UTF-8 encoder accepts."""
+    """Collapse white space, and replace lone surrogates, which UTF-8 cannot encode."""
     return " ".join(text.encode("utf-8", errors="replace").decode("utf-8").split())
 
 
 def _untrained() -> Tokenizer:
-    """Byte alphabet without merges; lower case first, because lower-casing can undo a composition that NFC made."""
+    """Build the tokenizer of bytes without merges. Lower-casing is first, because it can undo NFC compositions."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.NFC()])
-    # a leading space makes the first word of a text the same tokens as that word further on
+    # a leading space gives a word the same tokens at the start of a text as inside
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.audio.units import frames_inside
 from audiolm_pytorch.codecs.base import Codec
-from audiolm_pytorch.conditioning.tensors import Conditioner, Conditions, ConditionTensor, TextEncoder
+from audiolm_pytorch.conditioning.base import Conditioner, TextEncoder
+from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
 from audiolm_pytorch.generation.decode_session import Decoded
 from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.generation.windows import decode_in_windows

@@ -9,7 +9,7 @@ from typing import Any
 from beartype import beartype
 
 from audiolm_pytorch.codecs.base import Codec
-from audiolm_pytorch.conditioning.tensors import Conditioner, TextEncoder
+from audiolm_pytorch.conditioning.base import Conditioner, TextEncoder
 from audiolm_pytorch.lm.stage_transformer import StageTransformer
 from audiolm_pytorch.lm.token_fingerprints import agreed_fingerprints, made_by
 from audiolm_pytorch.semantic.base import SemanticTokenizer

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from audiolm_pytorch.audio.units import frames_inside
-from audiolm_pytorch.conditioning.tensors import Conditioner
+from audiolm_pytorch.conditioning.base import Conditioner
 from audiolm_pytorch.data.captions import decode_texts
 from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.lm.stage_transformer import AudioTokens, StageTransformer

@@ -8,7 +8,7 @@ of what makes a stage's conditions: the conditioner whose codes it gets, the tex
 from collections.abc import Collection, Sequence
 
 from audiolm_pytorch.codecs.base import Codec
-from audiolm_pytorch.conditioning.tensors import Conditioner, TextEncoder
+from audiolm_pytorch.conditioning.base import Conditioner, TextEncoder
 from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.lm.stage_transformer import StageTransformer
 from audiolm_pytorch.semantic.base import SemanticTokenizer

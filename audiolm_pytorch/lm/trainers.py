@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from beartype import beartype
 
 from audiolm_pytorch.codecs.base import Codec
-from audiolm_pytorch.conditioning.tensors import Conditioner, TextEncoder
+from audiolm_pytorch.conditioning.base import Conditioner, TextEncoder
 from audiolm_pytorch.data.crops import crop_seconds
 from audiolm_pytorch.data.manifest import AudioItem, training_items
 from audiolm_pytorch.data.shards import TokenShards

@@ -10,7 +10,7 @@ from beartype import beartype
 from torch import Tensor, nn
 
 from audiolm_pytorch.codecs.base import Codec
-from audiolm_pytorch.conditioning.tensors import Conditioner
+from audiolm_pytorch.conditioning.base import Conditioner
 from audiolm_pytorch.data.batches import CropBatch, collate_crops
 from audiolm_pytorch.data.crops import CropDataset
 from audiolm_pytorch.data.manifest import AudioItem, captions_of

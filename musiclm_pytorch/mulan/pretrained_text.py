@@ -26,20 +26,9 @@ class TransformersTextEncoder(PublishedTextEncoder):
     encoders that pool by the mean.
 
     Args:
-        source: Folder in transformers' format, hub id, or a model that is loaded already (it is taken over).
-        tokenizer: The model's tokenizer; None = the one beside the weights in `source`.
         frozen: Whether the weights stay as they are: always in eval mode, without gradients. Otherwise they are
             fine-tuned with the rest of the MuLaN, with the dropout that the model's own settings name.
-        max_seq_len: Most tokens of a text that are read, special ones included; the rest is cut off with a warning.
-            None = all that the model has positions for, at most 512.
-        offline: Whether to keep off the network: a hub id is then served from the local cache or refused.
-        revision: Branch, tag or commit of the hub.
-        cache_dir: Where downloads are kept; Hugging Face's own cache if not given.
-
-    Raises:
-        ImportError: If transformers is not installed.
-        ValueError: If the source is missing, of an architecture that is not read here, not in safetensors, incomplete,
-            or without a tokenizer; or if the tokenizer or `max_seq_len` does not fit the model.
+        max_seq_len: The `max_tokens` of `PublishedTextEncoder`, as the other arguments are.
     """
 
     @beartype
@@ -54,7 +43,8 @@ class TransformersTextEncoder(PublishedTextEncoder):
         revision: str | None = None,
         cache_dir: str | Path | None = None,
     ) -> None:
-        super().__init__(source, tokenizer, max_seq_len, offline=offline, revision=revision, cache_dir=cache_dir)
+        where: dict[str, Any] = {"offline": offline, "revision": revision, "cache_dir": cache_dir}
+        super().__init__(source, tokenizer=tokenizer, max_tokens=max_seq_len, **where)
         self.frozen = frozen
         self.model.requires_grad_(not frozen)
         self.train(not frozen)
@@ -63,10 +53,6 @@ class TransformersTextEncoder(PublishedTextEncoder):
     def options(self) -> dict[str, Any]:
         """Arguments of the constructor besides the model and its tokenizer, JSON-able."""
         return {"frozen": self.frozen, "max_seq_len": self._text.max_tokens}
-
-    def train(self, mode: bool = True) -> "TransformersTextEncoder":
-        """Switch to training mode, unless frozen: dropout would change embeddings that nothing can adapt to."""
-        return super().train(mode and not self.frozen)
 
     def forward(self, texts: str | Sequence[str] | Tensor) -> Tensor:
         """Embed texts.

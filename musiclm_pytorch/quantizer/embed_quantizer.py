@@ -8,6 +8,7 @@ import torch
 from beartype import beartype
 from torch import Tensor, nn
 
+from audiolm_pytorch.conditioning.base import Conditioner
 from audiolm_pytorch.conditioning.tensors import ConditionTensor
 from audiolm_pytorch.nn.kmeans import nearest_centroid
 from audiolm_pytorch.saving.fingerprint import digest_of, part_fingerprint
@@ -25,7 +26,7 @@ Modality = Literal["audio", "text"]
 
 
 @register
-class MuLaNEmbedQuantizer(nn.Module):
+class MuLaNEmbedQuantizer(Conditioner):
     """Turns audio or text into the same few discrete codes, and those into embeddings for each language model.
 
     Residual quantization of MuLan's embedding as in MusicLM (arXiv:2301.11325, sec. 4.1). The codebooks are fitted

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from audiolm_pytorch.codecs.base import Codec
+from audiolm_pytorch.conditioning.base import Conditioner, TextEncoder
 from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.lm.token_model import TokenTransformer
@@ -61,7 +62,7 @@ class FakeSemanticTokenizer(SemanticTokenizer):
         return ids.masked_fill(torch.arange(ids.shape[1]) >= counts[:, None], -1)
 
 
-class FakeConditioner(nn.Module):
+class FakeConditioner(Conditioner):
     """Three codes per text (its length), wave (its loudness) or latent; a table per namespace; remembers who asked."""
 
     sample_hz = SAMPLE_HZ
@@ -96,7 +97,7 @@ class FakeConditioner(nn.Module):
         return ConditionTensor(embeddings, torch.ones(codes.shape, dtype=torch.bool))
 
 
-class FakeTextConditioner(nn.Module):
+class FakeTextConditioner(TextEncoder):
     """States of width 6, one a letter: the letter's number in every place, and the length of the text in the last."""
 
     dim = 6

@@ -167,7 +167,7 @@ def test_text_that_is_cut_off_warns(folders, kind, caplog):
         conditioner("drums")
         assert not caplog.records
         cut = conditioner(["drums", "drums " * 40])
-    assert [record.levelname for record in caplog.records] == ["WARNING"] and "truncated to the 9" in caplog.text
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "truncated to 9" in caplog.text
     assert cut.mask.shape == (2, 9)
     wanted = transformers.AutoTokenizer.from_pretrained(folders[kind])(
         " ".join(["drums"] * 40), truncation=True, max_length=9, padding=False
@@ -208,10 +208,12 @@ def test_sources_that_do_not_fit_are_refused(folders, folder, tmp_path):
     refused("offline: nothing is downloaded", "owner/name", offline=True, cache_dir=tmp_path)
     refused("2 or more for this model, got 1", folder, max_tokens=1)
     refused(r"3\.\.40 for this model, got 41", folders["bert"], max_tokens=41)
-    refused("not of one model", folders["bert"], tokenizer=TextTokenizer(load_tokenizer(folders["roberta"])))
+    refused(
+        "pass the tokenizer of this model", folders["bert"], tokenizer=TextTokenizer(load_tokenizer(folders["roberta"]))
+    )
     refused("tokenizer=", load_model(folder, {"t5": "T5EncoderModel"}))
     gpt = LoadedModel(transformers.GPT2Model(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=300)))
-    refused("'gpt2' cannot be read; these can: .*'t5'", gpt, tokenizer=TextTokenizer())
+    refused("'gpt2' are not supported, these are: .*'t5'", gpt, tokenizer=TextTokenizer())
     transformers.GPT2Config().save_pretrained(tmp_path / "gpt2")
     refused("'gpt2'.*'t5'", tmp_path / "gpt2")
 

@@ -71,9 +71,7 @@ def test_tokens_are_those_of_transformers(folders, kind, caplog):
     wanted = tokenizer(CLEAN, truncation=True, max_length=9, padding=False).input_ids
     with caplog.at_level(logging.WARNING):
         ids = encoder.tokenize(TEXTS)
-    assert (
-        [row[row >= 0].tolist() for row in ids] == wanted and ids.shape[1] == 9 and "truncated to the 9" in caplog.text
-    )
+    assert [row[row >= 0].tolist() for row in ids] == wanted and ids.shape[1] == 9 and "truncated to 9" in caplog.text
     assert any(len(row) < 9 for row in wanted), "a row is padded"
     assert torch.equal(encoder.tokenize(ids), ids) and torch.equal(
         encoder.tokenize("drums"), encoder.tokenize(["drums"])
@@ -200,7 +198,7 @@ def test_what_does_not_fit_is_refused(folders, folder, tmp_path):
     with pytest.raises(ValueError, match=r"got 2"):
         TransformersTextEncoder(folder, max_seq_len=2)
     assert TransformersTextEncoder(folders["roberta"]).tokenize("x" * 500).shape == (1, 40), "pads take two positions"
-    with pytest.raises(ValueError, match="not of one model"):
+    with pytest.raises(ValueError, match="pass the tokenizer of this model"):
         TransformersTextEncoder(folder, tokenizer=TextTokenizer(load_tokenizer(folders["roberta"])))
     with pytest.raises(ValueError, match="empty"):
         TransformersTextEncoder(folder)(["drums", "  "])

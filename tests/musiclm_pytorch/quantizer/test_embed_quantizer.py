@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from audiolm_pytorch.conditioning.tensors import Conditioner
+from audiolm_pytorch.conditioning.base import Conditioner
 from audiolm_pytorch.saving.modules import load_module, save_module
 from musiclm_pytorch.mulan.joint import JointEmbedding
 from musiclm_pytorch.quantizer.embed_quantizer import Modality, MuLaNEmbedQuantizer
