@@ -142,7 +142,7 @@ class PublishedTextEncoder(nn.Module):
         self.origin = loaded.origin
         self.model: Any = loaded.model.requires_grad_(False)
         if getattr(self.model, "pooler", None) is not None:
-            self.model.pooler = None
+            self.model.register_module("pooler", None)
         self._text = PublishedText(self.model, tokenizer, max_tokens)
         self.dim: int = settings.hidden_size
         self.depth: int = settings.num_hidden_layers
