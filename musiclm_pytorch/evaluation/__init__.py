@@ -1,14 +1,7 @@
-"""Measures of generated music: attribute accuracy, retrieval, novelty, and reports with chance levels."""
+"""Evaluation: retrieval, zero-shot tagging, linear probes, novelty, and reports with chance levels and intervals."""
 
 from musiclm_pytorch.evaluation.novelty import melody_similarity, nearest_similarity
-from musiclm_pytorch.evaluation.report import Metric, balanced_accuracy, write_report
+from musiclm_pytorch.evaluation.report import Metric, write_report
 from musiclm_pytorch.evaluation.retrieval import Retrieval
 
-__all__ = [
-    "Metric",
-    "Retrieval",
-    "balanced_accuracy",
-    "melody_similarity",
-    "nearest_similarity",
-    "write_report",
-]
+__all__ = ["Metric", "Retrieval", "melody_similarity", "nearest_similarity", "write_report"]

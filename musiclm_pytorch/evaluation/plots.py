@@ -1,5 +1,6 @@
-"""A picture of a sound: wave and mel spectrogram (matplotlib, extra [plot])."""
+"""Plots of a sound and of a similarity matrix (matplotlib, extra [plot])."""
 
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,23 @@ from torch import Tensor
 from audiolm_pytorch.audio.mel import MelSpectrogram
 from audiolm_pytorch.saving.files import staged_files
 
-__all__ = ["PICTURE_SUFFIXES", "new_figure", "one_line", "plot_wave", "require_matplotlib", "write_figure"]
+__all__ = ["PICTURE_SUFFIXES", "plot_similarities", "plot_wave", "require_matplotlib"]
 
 PICTURE_SUFFIXES = (".png", ".svg", ".pdf", ".jpg")
+# A class with a smaller share of an axis has no room for its name.
+_MIN_NAMED_SHARE = 0.014
 
 
 def require_matplotlib() -> None:
-    """Raise an ImportError that says what to install, if matplotlib is missing."""
+    """Raise an ImportError with the `pip install` line if matplotlib is missing."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise ImportError('pictures need matplotlib: pip install "musiclm-pytorch[plot]"') from error
+        raise ImportError('plots need matplotlib: pip install "musiclm-pytorch[plot]"') from error
 
 
-def new_figure(inches: tuple[float, float]) -> Any:
-    """A figure of our own, which no display and no global state of matplotlib knows of."""
+def _new_figure(inches: tuple[float, float]) -> Any:
+    """A figure without display and without the global state of pyplot."""
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -34,40 +37,29 @@ def new_figure(inches: tuple[float, float]) -> Any:
     return figure
 
 
-def write_figure(figure: Any, path: str | Path, dpi: int) -> None:
-    """Write a picture, whole or not at all; the suffix chooses the format."""
+def _write_figure(figure: Any, path: str | Path) -> None:
     path = Path(path)
     with staged_files(path.parent) as stage:
-        figure.savefig(stage / path.name, dpi=dpi)
+        figure.savefig(stage / path.name, dpi=100)
 
 
-def one_line(text: str) -> str:
-    """One line that can be drawn: lone surrogates (broken shell input) have no glyph."""
-    return " ".join(text.encode("utf-8", errors="replace").decode("utf-8").split())
+def _title_line(text: str) -> str:
+    """One line of at most 90 characters; lone surrogates (broken shell input) are replaced."""
+    return " ".join(text.encode("utf-8", errors="replace").decode("utf-8").split())[:90]
 
 
 @beartype
 def plot_wave(wave: Tensor, sample_hz: int, path: str | Path, title: str = "") -> None:
-    """Draw wave and log-mel spectrogram into a picture file.
-
-    Args:
-        wave: Samples `[n]` in [-1, 1].
-        sample_hz: Their rate (Hz).
-        path: Picture to write; the suffix chooses the format.
-        title: Line above the picture.
-
-    Raises:
-        ImportError: If matplotlib is missing.
-    """
-    figure = new_figure((9, 5))
+    """Plot a wave `[n]` in [-1, 1] and its log-mel spectrogram into a file; the suffix selects the format."""
+    figure = _new_figure((9, 5))
     seconds = wave.shape[-1] / sample_hz
     mel = MelSpectrogram(sample_hz=sample_hz, n_fft=1024, hop_length=256, num_mels=80)(wave)
     decibel = 20 * mel.clamp(min=1e-5).log10()
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2))
     top.plot(torch.linspace(0, seconds, wave.shape[-1]), wave, linewidth=0.4)
     top.set(ylabel="amplitude", ylim=(-1, 1))
-    # Plain text, whatever it holds: "$" would begin a formula.
-    top.set_title(one_line(title)[:90], parse_math=False)
+    # Without parse_math=False a "$" starts a formula.
+    top.set_title(_title_line(title), parse_math=False)
     bottom.imshow(
         decibel,
         origin="lower",
@@ -77,4 +69,33 @@ def plot_wave(wave: Tensor, sample_hz: int, path: str | Path, title: str = "") -
         cmap="magma",
     )
     bottom.set(xlabel="seconds", ylabel="mel band")
-    write_figure(figure, path, dpi=100)
+    _write_figure(figure, path)
+
+
+@beartype
+def plot_similarities(
+    cosines: Tensor, text_classes: list[str], clip_classes: list[str], path: str | Path, title: str = ""
+) -> None:
+    """Plot the cosines `[t, c]` of texts and clips, with the class of each row and column, into a file."""
+    figure = _new_figure((10.5, 9))
+    axes = figure.subplots()
+    image = axes.imshow(cosines, cmap="magma", aspect="auto")
+    figure.colorbar(image, ax=axes, label="cosine")
+    axes.set_xticks(*_class_ticks(clip_classes), rotation=45, ha="right", parse_math=False)
+    axes.set_yticks(*_class_ticks(text_classes), parse_math=False)
+    axes.set(xlabel="clips", ylabel="texts, each at the position of its first clip")
+    axes.set_title(_title_line(title), parse_math=False)
+    _write_figure(figure, path)
+
+
+def _class_ticks(classes: list[str]) -> tuple[list[float], list[str]]:
+    """Middle and name of each run of equal classes that is long enough for its name."""
+    middles, names = [], []
+    start = 0
+    for name, run in groupby(classes):
+        length = len(list(run))
+        if length >= _MIN_NAMED_SHARE * len(classes):
+            middles.append(start + (length - 1) / 2)
+            names.append(_title_line(name)[:28])
+        start += length
+    return middles, names

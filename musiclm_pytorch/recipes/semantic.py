@@ -6,6 +6,7 @@
 with a manifest (`digit`, `speaker`); its held-out takes are not used. The same command continues an interrupted run.
 """
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -19,12 +20,11 @@ from beartype import beartype
 from audiolm_pytorch.audio.files import read_audio, write_audio
 from audiolm_pytorch.audio.units import samples_in
 from audiolm_pytorch.data import AudioItem
-from audiolm_pytorch.data.manifest import load_items, load_split
+from audiolm_pytorch.data.manifest import load_items, load_split, manifest_text
 from audiolm_pytorch.saving.modules import save_module
 from audiolm_pytorch.semantic import BestRQEncoder, SemanticTokenizerTrainer
-from musiclm_pytorch.evaluation.semantic_data import is_held_out
 
-__all__ = ["build_encoder", "join_words", "main"]
+__all__ = ["build_encoder", "is_held_out", "join_words", "main", "write_probe_manifests"]
 
 SAMPLE_HZ = 16_000
 CROP_SECONDS = 5.0
@@ -34,6 +34,31 @@ _PAUSE_SECONDS = (0.02, 0.4)
 
 NUM_STEPS = 6000
 LAYER, NUM_CLUSTERS = 3, 1024
+FIRST_TRAINING_TAKE = 10
+
+
+@beartype
+def is_held_out(item: AudioItem) -> bool:
+    """Whether a recording of a spoken digit is held out: takes 0 to 9 of each digit and speaker.
+
+    The file must be called `digit_speaker_take`. The data here begins with take 5; takes 0 to 4 are the test set of the
+    full collection.
+    """
+    match = re.fullmatch(r"\d_[^_]+_(\d+)", item.path.stem)
+    if match is None:
+        raise ValueError(f"{item.path}: expected a name like 7_jackson_12.wav (digit, speaker, take)")
+    return int(match[1]) < FIRST_TRAINING_TAKE
+
+
+@beartype
+def write_probe_manifests(music: Path, speech: Path, out: Path) -> None:
+    """Write `train.jsonl` and `valid.jsonl` with the music and the digits, for `musiclm evaluate semantic`."""
+    train, valid = load_split(music)
+    words = load_items(speech).items
+    out.mkdir(parents=True, exist_ok=True)
+    for name, clips, held_out in (("train", train, False), ("valid", valid, True)):
+        items = clips + [item for item in words if is_held_out(item) == held_out]
+        (out / f"{name}.jsonl").write_text(manifest_text(items, out), encoding="utf-8")
 
 
 @beartype

@@ -47,7 +47,6 @@ from audiolm_pytorch.lm.token_fingerprints import shard_fingerprint
 from audiolm_pytorch.saving.modules import load_module, save_module
 from audiolm_pytorch.semantic.base import SemanticTokenizer
 from musiclm_pytorch.evaluation.report import Metric, markdown_table, write_report
-from musiclm_pytorch.evaluation.semantic_data import is_held_out
 from musiclm_pytorch.pretrained.bundled import codec_named, tokenizer_named
 from musiclm_pytorch.recipes.memory import peak_bytes_of
 from musiclm_pytorch.recipes.metrics.clips import labels_of, load_clips
@@ -62,7 +61,7 @@ from musiclm_pytorch.recipes.metrics.spoken_metrics import (
     speaker_metrics,
     speakers_of,
 )
-from musiclm_pytorch.recipes.semantic import join_words
+from musiclm_pytorch.recipes.semantic import is_held_out, join_words
 
 __all__ = ["Words", "build_stages", "judge", "main", "memory_metrics", "open_audiolm", "split_words"]
 

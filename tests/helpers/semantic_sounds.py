@@ -1,4 +1,4 @@
-"""A small corpus and a few spoken "digits" that tests write for the semantic check, without a synthesizer."""
+"""A small corpus and a few spoken "digits" for the semantic probes, written without a synthesizer."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -8,33 +8,29 @@ import torch
 from torch import Tensor
 
 from audiolm_pytorch.audio.files import write_audio
-from musiclm_pytorch.evaluation.semantic_data import melody_notes
 from musiclm_pytorch.recipes.corpus.corpus import plan_clip
-from musiclm_pytorch.recipes.corpus.midi import Note
 
 RATE_HZ = 8000
 
 
 def written_corpus(folder: Path, num_train: int = 6, num_valid: int = 4, seed: int = 3) -> Path:
     """A corpus as `make_corpus` writes it, played by sines."""
-    recipe = {"format_version": 1, "num_train": num_train, "num_valid": num_valid, "seed": seed}
     for split, count in (("train", num_train), ("valid", num_valid)):
-        plans = [plan_clip(split, index, seed) for index in range(count)]
-        for plan in plans:
-            write_audio(folder / plan.row["audio"], sines(melody_notes(plan), plan.row["duration"]), RATE_HZ)
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(plan.row) + "\n" for plan in plans))
-    (folder / "recipe.json").write_text(json.dumps(recipe))
+        rows = [plan_clip(split, index, seed).row for index in range(count)]
+        for row in rows:
+            write_audio(folder / row["audio"], sines(row["pitch_class"], row["duration"]), RATE_HZ)
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
-def sines(notes: Sequence[Note], seconds: float) -> Tensor:
-    """A melody `[n]` as plain sines."""
+def sines(events: Sequence, seconds: float) -> Tensor:
+    """A melody `[n]` of events `[start, end, pitch class]` as plain sines."""
     times = torch.arange(round(seconds * RATE_HZ)) / RATE_HZ
     wave = 1e-3 * torch.randn(len(times))
-    for one in notes:
-        sounding = (times >= one.start_seconds) & (times < one.start_seconds + one.duration_seconds)
-        hz = 440 * 2 ** ((one.pitch - 69) / 12)
-        wave += 0.3 * sounding * torch.sin(2 * torch.pi * hz * (times - one.start_seconds))
+    for start, end, name in events:
+        sounding = (times >= start) & (times < end)
+        hz = 440 * 2 ** (("C C# D D# E F F# G G# A A# B".split().index(name) - 9) / 12)
+        wave += 0.3 * sounding * torch.sin(2 * torch.pi * hz * (times - start))
     return wave
 
 

@@ -21,7 +21,15 @@ from audiolm_pytorch.audio.files import write_audio
 from audiolm_pytorch.saving.files import read_json, staged_files, write_json
 from musiclm_pytorch.recipes.corpus.captions import caption_variants
 from musiclm_pytorch.recipes.corpus.composition import Tune, compose_tune
-from musiclm_pytorch.recipes.corpus.performance import INSTRUMENTS, TEMPI_BPM, TEMPO_JITTER, ClipLabels, perform
+from musiclm_pytorch.recipes.corpus.midi import ControlChange, Note, ProgramChange
+from musiclm_pytorch.recipes.corpus.performance import (
+    INSTRUMENTS,
+    MELODY_CHANNEL,
+    TEMPI_BPM,
+    TEMPO_JITTER,
+    ClipLabels,
+    perform,
+)
 from musiclm_pytorch.recipes.corpus.render import find_synthesizer, render_performances
 
 __all__ = ["HELD_OUT_PAIRS", "ClipPlan", "make_corpus", "plan_clip"]
@@ -64,6 +72,7 @@ _DANCE_WEIGHTS = {
     "christmas carol": 0.035,
 }
 _MINOR_FRACTION = 0.2
+_PITCH_CLASSES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
 # Greatest absolute sample of a clip: recordings differ in level, and so do these.
 _PEAKS = (0.5, 0.9)
 
@@ -143,17 +152,32 @@ def plan_clip(split: str, index: int, seed: int) -> ClipPlan:
         "sample_rate": SAMPLE_HZ,
     }
     labels = ClipLabels(drawn["instrument"], drawn["tempo"], drawn["chords"], drawn["drums"], drawn["register"], bpm)
-    return ClipPlan(
+    plan = ClipPlan(
         row, tune, labels, rng.randrange(tune.num_bars), rng.uniform(*_PEAKS), f"touch {seed} {split} {index}"
     )
+    row["pitch_class"] = _melody_events(plan)
+    return plan
+
+
+def _perform(plan: ClipPlan) -> list[Note | ProgramChange | ControlChange]:
+    return perform(plan.tune, plan.labels, plan.start_bar, CLIP_SECONDS, Random(plan.touch_seed))
+
+
+def _melody_events(plan: ClipPlan) -> list[list[Any]]:
+    """`[start_seconds, end_seconds, pitch class]` of each note of the melody."""
+    events = []
+    for note in _perform(plan):
+        if isinstance(note, Note) and note.channel == MELODY_CHANNEL:
+            end_seconds = note.start_seconds + note.duration_seconds
+            events.append([round(note.start_seconds, 4), round(end_seconds, 4), _PITCH_CLASSES[note.pitch % 12]])
+    return events
 
 
 def _render(plans: Sequence[ClipPlan], out: Path) -> None:
     """Render clips in one run and write them, each file complete or not there."""
-    performances = [
-        perform(plan.tune, plan.labels, plan.start_bar, CLIP_SECONDS, Random(plan.touch_seed)) for plan in plans
-    ]
-    waves = render_performances(performances, [plan.peak for plan in plans], CLIP_SECONDS, SAMPLE_HZ)
+    waves = render_performances(
+        [_perform(plan) for plan in plans], [plan.peak for plan in plans], CLIP_SECONDS, SAMPLE_HZ
+    )
     for plan, wave in zip(plans, waves, strict=True):
         write_audio(out / plan.row["audio"], torch.from_numpy(wave), SAMPLE_HZ)
 

@@ -8,7 +8,7 @@ from beartype import beartype
 from musiclm_pytorch.recipes.corpus.composition import Tune
 from musiclm_pytorch.recipes.corpus.midi import DRUM_CHANNEL, ControlChange, Note, ProgramChange
 
-__all__ = ["CHORDS", "INSTRUMENTS", "REGISTERS", "TEMPI_BPM", "ClipLabels", "perform"]
+__all__ = ["CHORDS", "INSTRUMENTS", "MELODY_CHANNEL", "REGISTERS", "TEMPI_BPM", "ClipLabels", "perform"]
 
 # General MIDI programs (counted from 0) of the melody instruments.
 INSTRUMENTS: dict[str, int] = {
@@ -35,7 +35,7 @@ REGISTERS: dict[str, int] = {"low": -12, "mid": 0, "high": 12}
 TEMPI_BPM: dict[str, float] = {"slow": 66.0, "medium tempo": 108.0, "fast": 168.0}
 TEMPO_JITTER = 0.06
 
-_MELODY_CHANNEL, _CHORD_CHANNEL = 0, 1
+MELODY_CHANNEL, _CHORD_CHANNEL = 0, 1
 _ALL_SOUND_OFF = 120
 _KICK, _SNARE, _CLOSED_HAT = 36, 38, 42
 _KICK_VELOCITY, _SNARE_VELOCITY, _HAT_VELOCITY = 92, 79, 68
@@ -115,7 +115,7 @@ def perform(
     if not 0 <= start_bar < tune.num_bars:
         raise ValueError(f"start_bar is {start_bar}, but the tune has bars 0..{tune.num_bars - 1}.")
     events: list[Note | ProgramChange | ControlChange] = [
-        ProgramChange(0.0, INSTRUMENTS[labels.instrument], _MELODY_CHANNEL)
+        ProgramChange(0.0, INSTRUMENTS[labels.instrument], MELODY_CHANNEL)
     ]
     first = start_bar * tune.metre.quarters_per_bar
     shift = REGISTERS[labels.register]
@@ -126,7 +126,7 @@ def perform(
             )
             if span is not None:
                 velocity = rng.randint(96, 104) if note.strong else rng.randint(88, 98)
-                events.append(Note(*span, note.pitch + shift, velocity, _MELODY_CHANNEL))
+                events.append(Note(*span, note.pitch + shift, velocity, MELODY_CHANNEL))
         if labels.chords is None:
             continue
         program, velocity = CHORDS[labels.chords]
@@ -141,7 +141,6 @@ def perform(
         events.extend(_drum_notes(tune, labels.bpm, seconds))
     silence = seconds + 0.05
     events.extend(
-        ControlChange(silence, _ALL_SOUND_OFF, 0, channel)
-        for channel in (_MELODY_CHANNEL, _CHORD_CHANNEL, DRUM_CHANNEL)
+        ControlChange(silence, _ALL_SOUND_OFF, 0, channel) for channel in (MELODY_CHANNEL, _CHORD_CHANNEL, DRUM_CHANNEL)
     )
     return events

@@ -79,8 +79,8 @@ for name, layer in (("hubert.pt", 9), ("own encoder", 1)):
     words = ["train", "kmeans", "--encoder", folder / name, "--layer", layer, "--data", folder / "music",
              "--out", folder / f"kmeans of {name}", "--num-clusters", 8, "--seconds", 1]
     assert cli.main([str(word) for word in words]) == 0
-words = ["evaluate", "semantic", "--encoder", folder / "own encoder", "--music", folder / "music",
-         "--speech", folder / "speech", "--out", folder / "check", "--layers", 1, "--clusters", 8]
+words = ["evaluate", "semantic", "--encoder", folder / "own encoder", "--data", folder / "music",
+         "--labels", "pitch_class", "--out", folder / "report", "--layers", 1, "--clusters", 8]
 assert cli.main([str(word) for word in words]) == 0
 """
 CHECK = """
@@ -150,7 +150,7 @@ def test_training_and_measuring_need_none_of_the_three(published, tmp_path):
     (tmp_path / "hubert.pt").write_bytes((published / "hubert.pt").read_bytes())
     write_audio(tmp_path / "music" / "tone.wav", torch.randn(16_000) / 10, 8000)
     said = run_without(GONE, TRAIN, tmp_path).stdout
-    assert said.count("of 8 clusters used") == 2 and "Semantic check" in said
+    assert said.count("of 8 clusters used") == 2 and "Linear probes" in said
 
 
 def test_without_scikit_learn_training_k_means_alone_fails(published, tmp_path):

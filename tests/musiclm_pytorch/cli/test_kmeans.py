@@ -164,7 +164,7 @@ def test_kmeans_has_options_of_its_own(musiclm_command, capsys):
     [
         (("convert", "hubert"), ("--checkpoint", "--kmeans", "--out", "--output-layer")),
         (("convert", "vq-wav2vec"), ("--checkpoint", "--out")),
-        (("evaluate", "semantic"), ("--encoder", "--music", "--speech", "--out")),
+        (("evaluate", "semantic"), ("--encoder", "--data", "--labels", "--out")),
     ],
 )
 def test_help_names_the_options(command, options, musiclm_command, capsys):
@@ -179,7 +179,7 @@ def test_exit_status_and_errors_come_from_the_command(name, musiclm_command, tmp
     """What a command returns reaches the shell, and what it raises becomes one line."""
     words = {
         "convert": ("convert", "vq-wav2vec", "--checkpoint", "x.pt", "--out", tmp_path),
-        "evaluate": ("evaluate", "semantic", "--encoder", "e", "--music", "m", "--speech", "s", "--out", tmp_path),
+        "evaluate": ("evaluate", "semantic", "--encoder", "e", "--data", "d", "--labels", "l", "--out", tmp_path),
     }[name]
     seen = []
     monkeypatch.setattr(cli, f"run_{name}", lambda command: seen.append(command) or 7)
@@ -199,7 +199,7 @@ def test_help_imports_nothing_heavy():
 import sys
 from musiclm_pytorch.cli import main
 main(["--help"])
-heavy = {"sklearn", "transformers", "matplotlib", "joblib", "musiclm_pytorch.evaluation.semantic_check"}
+heavy = {"sklearn", "transformers", "matplotlib", "joblib", "musiclm_pytorch.evaluation.semantic_probes"}
 sys.exit(len(heavy & set(sys.modules)))
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120, stdout=subprocess.DEVNULL)

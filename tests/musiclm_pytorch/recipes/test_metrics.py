@@ -1,5 +1,6 @@
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +20,6 @@ from musiclm_pytorch.evaluation.novelty import (
 from musiclm_pytorch.evaluation.report import (
     Metric,
     accuracy_metric,
-    balanced_accuracy,
     bootstrap_interval,
     markdown_table,
     write_report,
@@ -194,7 +194,6 @@ def test_retrieval_chance_is_what_random_orders_give():
 def test_balanced_accuracy_gives_constant_answers_chance():
     """Answering the frequent class always is worth no more than guessing, though its accuracy is high."""
     truth = ["no"] * 90 + ["yes"] * 10
-    assert balanced_accuracy(truth, ["no"] * 100) == 0.5
     metric = accuracy_metric("drums", truth, ["no"] * 100)
     assert (metric.value, metric.chance, metric.count) == (0.9, 0.5, 100)
     assert accuracy_metric("drums", truth, ["no"] * 100, balanced=True).value == 0.5
@@ -267,7 +266,7 @@ def test_report_writes_json_and_table(tmp_path):
     assert written["metrics"][0]["chance"] == 0.1
     table = (tmp_path / "metrics.md").read_text()
     assert table == markdown_table(metrics)
-    assert "| a / b | 0.500 | 0.400 to 0.600 | 0.100 | 20 | x/y |" in table
+    assert "| a / b | 0.500 | 0.400 to 0.600 | 0.100 | 20 | x/y |" in re.sub(" +", " ", table)
     with pytest.raises(ValueError, match="json"):
         write_report(tmp_path / "metrics.txt", metrics, {})
 

@@ -1,0 +1,214 @@
+"""Evaluation of a joint embedding on held-out clips: retrieval both ways, zero-shot tags, attributes of top clips."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from beartype import beartype
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from audiolm_pytorch.audio.files import read_audio
+from audiolm_pytorch.data.manifest import AudioItem, load_items
+from audiolm_pytorch.nn.module_state import device_of
+from musiclm_pytorch.evaluation.report import Metric, accuracy_metric
+from musiclm_pytorch.evaluation.retrieval import different_captions, retrieval
+from musiclm_pytorch.evaluation.tagging import TagTest, tag_metrics, tag_tests, zero_shot_similarities
+from musiclm_pytorch.mulan.captions import texts_of
+from musiclm_pytorch.mulan.joint import JointEmbedding
+
+__all__ = [
+    "EmbeddedClips",
+    "embed_clips",
+    "held_out_items",
+    "joint_embedding_metrics",
+    "ordered_similarities",
+    "text_classes",
+    "top_clip_metrics",
+]
+
+_CLIPS_PER_BATCH = 16
+_TEXTS_PER_BATCH = 50
+
+
+@dataclass(frozen=True)
+class EmbeddedClips:
+    """Similarities of clips with captions and with the prompts of their labels.
+
+    Attributes:
+        texts: The t different captions; the prompts of the first label if the clips have no captions.
+        similarities: `[t, c]` cosines of texts and clips.
+        relevant: `[t, c]` bool, whether a text describes a clip.
+        are_captions: Whether the texts are captions.
+        tests: The labels that are tags, with the true class of every clip.
+        prompted: `[c, classes]` cosines of clips with the prompts of each of the tests.
+    """
+
+    texts: list[str]
+    similarities: Tensor
+    relevant: Tensor
+    are_captions: bool
+    tests: list[TagTest]
+    prompted: list[Tensor]
+
+
+@beartype
+def held_out_items(data: str | Path, limit: int | None = None, seed: int = 0) -> list[AudioItem]:
+    """Load the clips to measure, in the order of their manifest.
+
+    Args:
+        data: Folder with a `valid.jsonl`, which is used then, or any other source of `load_items`.
+        limit: Use only this number of clips, drawn at random.
+        seed: Seed of the draw.
+    """
+    data = Path(data)
+    if limit is not None and limit < 2:
+        raise ValueError(f"the limit must be at least 2 clips, got {limit}")
+    held_out = data / "valid.jsonl"
+    items = load_items(held_out if held_out.is_file() else data).items
+    if len(items) < 2:
+        raise ValueError(f"{data}: need at least 2 clips, got {len(items)}")
+    if limit is not None and limit < len(items):
+        items = [items[index] for index in sorted(random.Random(seed).sample(range(len(items)), limit))]
+    return items
+
+
+@beartype
+@torch.no_grad()
+def embed_clips(
+    mulan: JointEmbedding, items: Sequence[AudioItem], announce: Callable[[str], None] = lambda words: None
+) -> EmbeddedClips:
+    """Embed clips, their captions, and prompts for their labels.
+
+    Args:
+        mulan: In eval mode.
+        items: Held-out clips of any length.
+        announce: Receives progress messages.
+    """
+    tests = tag_tests(items)
+    texts, relevant = different_captions([texts_of(item) for item in items])
+    are_captions = len(texts) > 1
+    if not are_captions:
+        if not tests:
+            raise ValueError(
+                f"{len(items)} clips have neither two different captions nor a label of a few values; use a manifest "
+                "with 'caption', or with a label such as 'instrument'"
+            )
+        texts = list(tests[0].prompts)
+        relevant = torch.arange(len(texts))[:, None] == tests[0].truth[None, :]
+    announce(f"embedding {len(items)} clips")
+    audio = _embed_audio(mulan, items)
+    announce(f"embedding {len(texts)} texts and the prompts of {len(tests)} labels")
+    parts = [texts[first : first + _TEXTS_PER_BATCH] for first in range(0, len(texts), _TEXTS_PER_BATCH)]
+    text = torch.cat([mulan.get_text_latents(part).float().cpu() for part in parts])
+    prompted = [zero_shot_similarities(mulan, audio, test.prompts) for test in tests]
+    for name, latents in (("clips", audio), ("texts", text)):
+        if not latents.isfinite().all():
+            raise ValueError(f"the model returns NaN or infinity for {name}; train it again")
+    return EmbeddedClips(texts, text @ audio.T, relevant, are_captions, tests, prompted)
+
+
+def _embed_audio(mulan: JointEmbedding, items: Sequence[AudioItem]) -> Tensor:
+    """Latents `[c, d]` float32 of audio files, on the CPU."""
+    device = device_of(mulan)
+    latents = torch.empty(len(items), mulan.dim_latent)
+    # Batches of clips of similar length have little padding.
+    order = sorted(range(len(items)), key=lambda index: items[index].num_samples / items[index].sample_hz)
+    for first in range(0, len(order), _CLIPS_PER_BATCH):
+        rows = order[first : first + _CLIPS_PER_BATCH]
+        waves = [read_audio(items[row].path, mulan.sample_hz)[0][0] for row in rows]
+        lengths = torch.tensor([len(wave) for wave in waves], device=device)
+        padded = pad_sequence(waves, batch_first=True).to(device)
+        latents[rows] = mulan.get_long_audio_latents(padded, lengths).float().cpu()
+    return latents
+
+
+@beartype
+def joint_embedding_metrics(clips: EmbeddedClips) -> list[Metric]:
+    """`retrieval / ...` in both directions, `tagging / LABEL / ...` and `top clip / LABEL / ...`."""
+    described = clips.relevant.any(dim=0)
+    text_to_audio = retrieval(clips.similarities, clips.relevant)
+    audio_to_text = retrieval(clips.similarities.T[described], clips.relevant.T[described])
+    metrics = text_to_audio.metrics("retrieval / text to audio") + audio_to_text.metrics("retrieval / audio to text")
+    for test, similarities in zip(clips.tests, clips.prompted):
+        metrics += tag_metrics(f"tagging / {test.label}", similarities, test.truth)
+    if clips.are_captions:
+        metrics += top_clip_metrics("top clip", clips.similarities, clips.relevant, clips.tests)
+    return metrics
+
+
+@beartype
+def text_classes(truth: Tensor, relevant: Tensor) -> Tensor:
+    """Class of the clips that each text describes.
+
+    Args:
+        truth: `[c]` int64 class of each clip; -1 = unknown.
+        relevant: `[t, c]` bool, whether a text describes a clip.
+
+    Returns:
+        `[t]` int64; -1 if the clips of a text have different classes or one is unknown.
+    """
+    highest = truth.expand_as(relevant).masked_fill(~relevant, -1).amax(dim=1)
+    lowest = truth.expand_as(relevant).masked_fill(~relevant, int(truth.max())).amin(dim=1)
+    return torch.where(highest == lowest, highest, -1)
+
+
+@beartype
+def top_clip_metrics(name: str, similarities: Tensor, relevant: Tensor, tests: Sequence[TagTest]) -> list[Metric]:
+    """Balanced accuracy of each attribute of the clip that is nearest to a caption.
+
+    The right class is that of the clips which the caption describes. Captions without a single class are left out, and
+    so are labels with fewer than two classes. Chance is that of a random clip.
+
+    Args:
+        name: Prefix of the metric names.
+        similarities: `[t, c]`, captions by clips.
+        relevant: `[t, c]` bool, whether a caption describes a clip.
+        tests: Labels with the class of every clip.
+    """
+    top = similarities.argmax(dim=1)
+    metrics = []
+    for test in tests:
+        classes = text_classes(test.truth, relevant)
+        known = classes >= 0
+        present = classes[known].unique()
+        if len(present) < 2:
+            continue
+        truth = [test.values[number] for number in classes[known].tolist()]
+        answers = ["" if number < 0 else test.values[number] for number in test.truth[top][known].tolist()]
+        chance = float(torch.stack([(test.truth == number).double().mean() for number in present]).mean())
+        full_name = f"{name} / {test.label} / balanced accuracy"
+        metrics.append(accuracy_metric(full_name, truth, answers, True, f"{len(present)} classes", chance))
+    return metrics
+
+
+@beartype
+def ordered_similarities(clips: EmbeddedClips, label: str | None = None) -> tuple[Tensor, list[str], list[str]]:
+    """Order texts and clips by a label, so that right pairs are near the diagonal.
+
+    Args:
+        clips: Embedded clips and texts.
+        label: By default the first label of the manifest. Without labels the order of the manifest is kept.
+
+    Returns:
+        Cosines `[t, c]`, the class of each text, and the class of each clip.
+    """
+    names = [test.label for test in clips.tests]
+    if label is not None and label not in names:
+        raise ValueError(f"there is no label {label!r} of a few values; available: {', '.join(names) or 'none'}")
+    num_clips = clips.relevant.shape[1]
+    truth = torch.full((num_clips,), -1)
+    values: tuple[str, ...] = ()
+    if names:
+        test = clips.tests[0 if label is None else names.index(label)]
+        truth, values = test.truth, test.values
+    columns = truth.masked_fill(truth < 0, len(values)).argsort(stable=True)
+    ranks = columns.argsort().expand_as(clips.relevant)
+    rows = ranks.masked_fill(~clips.relevant, num_clips).amin(dim=1).argsort(stable=True)
+    text_names, clip_names = (
+        [values[number] if number >= 0 else "unknown" for number in numbers.tolist()]
+        for numbers in (text_classes(truth, clips.relevant)[rows], truth[columns])
+    )
+    return clips.similarities[rows][:, columns], text_names, clip_names

@@ -1,0 +1,305 @@
+"""Linear probes of an encoder's layers and of semantic tokens, on the labels of any manifest.
+
+A linear probe measures which labels a linear classifier can read from frozen features (Alain & Bengio,
+arXiv:1610.01644). Log-mel frames are the baseline.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from beartype import beartype
+from torch import Tensor
+from torch.nn import functional as F
+
+from audiolm_pytorch.audio.files import read_audio
+from audiolm_pytorch.audio.mel import MelSpectrogram
+from audiolm_pytorch.data.manifest import AudioItem, load_split
+from audiolm_pytorch.nn.module_state import device_of, eval_mode
+from musiclm_pytorch.evaluation.report import Metric, aligned_table
+
+__all__ = [
+    "Features",
+    "ProbeClips",
+    "evaluate_semantic",
+    "event_classes",
+    "kmeans_features",
+    "layer_features",
+    "load_probe_clips",
+    "log_mel_features",
+    "probe",
+    "probe_table",
+    "token_features",
+]
+
+_MEL_BANDS, _MEL_WINDOW_SECONDS, _MEL_FLOOR = 80, 0.064, 1e-2
+# Neighbouring frames are alike: more frames per clip cost memory and add little.
+_MAX_FRAMES_PER_CLIP = 50
+_MAX_KMEANS_FRAMES = 60_000
+_MAX_ITERATIONS = 500
+
+
+@dataclass(frozen=True)
+class ProbeClips:
+    """Clips that probes are trained on, and held-out clips that they are tested on."""
+
+    train: list[AudioItem]
+    test: list[AudioItem]
+
+
+@dataclass(frozen=True)
+class Features:
+    """Frames of all clips: `[f, d]` float32 for each clip, or token ids `[f]` below `num_tokens`."""
+
+    name: str
+    train: list[np.ndarray]
+    test: list[np.ndarray]
+    seconds_per_frame: float
+    num_tokens: int | None = None
+
+
+@beartype
+def load_probe_clips(data: str | Path, min_seconds: float, limit: int, seed: int = 0) -> ProbeClips:
+    """Load clips, split into training and held-out clips as in `load_split`.
+
+    Args:
+        data: Folder or manifest.
+        min_seconds: Shorter clips are left out.
+        limit: Largest number of clips of each side, drawn at random.
+        seed: Seed of the draw.
+    """
+    rng = Random(seed)
+    train, test = (rng.sample(side, min(limit, len(side))) for side in load_split(data, min_seconds=min_seconds))
+    if not train or not test:
+        raise ValueError(f"{data}: need training and held-out clips, got {len(train)} and {len(test)}")
+    return ProbeClips(train, test)
+
+
+@beartype
+def evaluate_semantic(
+    clips: ProbeClips,
+    labels: Sequence[str],
+    encoder: Any = None,
+    tokenizer: Any = None,
+    layers: Sequence[int] = (),
+    clusters: Sequence[int] = (),
+    seed: int = 0,
+    announce: Callable[[str], None] = lambda words: None,
+) -> list[Metric]:
+    """Probe log-mel frames, layers of an encoder, k-means tokens of both, and the tokens of a tokenizer.
+
+    Args:
+        clips: Clips with labels.
+        labels: Names of labels in the manifest, see `probe`.
+        encoder: `FrameEncoder`, if there is one.
+        tokenizer: `SemanticTokenizer`, if there is one.
+        layers: Layers of the encoder; 0 is the input of the first.
+        clusters: Numbers of k-means clusters.
+        seed: Seed of k-means.
+        announce: Receives the name of the features that are probed.
+
+    Returns:
+        Metrics `FEATURES / LABEL`.
+    """
+    metrics = []
+    for features in _all_features(clips, encoder, tokenizer, layers):
+        announce(features.name)
+        is_tokens = features.num_tokens is not None
+        tokens = () if is_tokens else (kmeans_features(features, number, seed) for number in clusters)
+        for kind in (features, *tokens):
+            metrics += [probe(kind, clips, label) for label in labels]
+    return metrics
+
+
+def _all_features(clips: ProbeClips, encoder: Any, tokenizer: Any, layers: Sequence[int]) -> Iterator[Features]:
+    """One kind of features at a time, since the layers of all clips may not fit into memory together."""
+    if encoder is not None:
+        yield log_mel_features(clips, encoder.sample_hz, encoder.downsample_factor)
+    else:
+        yield log_mel_features(clips, tokenizer.target_sample_hz, tokenizer.downsample_factor)
+    for layer in layers:
+        yield layer_features(encoder, clips, layer)
+    if tokenizer is not None:
+        yield token_features(tokenizer, clips)
+
+
+@torch.no_grad()
+def log_mel_features(clips: ProbeClips, sample_hz: int, hop_samples: int) -> Features:
+    """One log-mel frame around the middle of every hop."""
+    window_samples = 2 * round(_MEL_WINDOW_SECONDS * sample_hz / 2)
+    mel = MelSpectrogram(
+        sample_hz=sample_hz, n_fft=window_samples, hop_length=hop_samples, num_mels=_MEL_BANDS, center=False
+    )
+
+    def frames(wave: Tensor) -> Tensor:
+        padded = F.pad(wave, ((window_samples - hop_samples) // 2, window_samples))
+        return mel(padded).T.clamp(min=_MEL_FLOOR).log()[: len(wave) // hop_samples]
+
+    return _features("log-mel", clips, frames, sample_hz, hop_samples)
+
+
+@torch.no_grad()
+def layer_features(encoder: Any, clips: ProbeClips, layer: int) -> Features:
+    """Hidden states of a layer of a `FrameEncoder`."""
+    device = device_of(encoder)
+    with eval_mode(encoder):
+        return _features(
+            f"layer {layer}",
+            clips,
+            lambda wave: encoder.features(wave[None].to(device), None, layer)[0][0].float().cpu(),
+            encoder.sample_hz,
+            encoder.downsample_factor,
+        )
+
+
+@torch.no_grad()
+def token_features(tokenizer: Any, clips: ProbeClips) -> Features:
+    """Ids of a `SemanticTokenizer`, without its cut of the length to a multiple."""
+    if getattr(tokenizer, "seq_len_multiple_of", None):
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.seq_len_multiple_of = None
+    device = device_of(tokenizer)
+    with eval_mode(tokenizer):
+        return _features(
+            "tokens",
+            clips,
+            lambda wave: tokenizer.forward(wave[None].to(device))[0].cpu(),
+            tokenizer.target_sample_hz,
+            tokenizer.downsample_factor,
+            tokenizer.codebook_size,
+        )
+
+
+def _features(
+    name: str,
+    clips: ProbeClips,
+    frames: Callable[[Tensor], Tensor],
+    sample_hz: int,
+    hop_samples: int,
+    num_tokens: int | None = None,
+) -> Features:
+    """Read the clips at `sample_hz` and compute the frames of each wave `[n]`."""
+    train, test = (
+        [frames(read_audio(item.path, sample_hz)[0][0]).numpy() for item in side] for side in (clips.train, clips.test)
+    )
+    if not all(np.isfinite(part).all() for part in (*train, *test)):
+        raise ValueError(f"{name}: the features hold NaN or infinity; train the encoder again")
+    return Features(name, train, test, hop_samples / sample_hz, num_tokens)
+
+
+@beartype
+def kmeans_features(features: Features, num_clusters: int, seed: int = 0) -> Features:
+    """Ids of k-means clusters of standardised features, fitted to frames of the training clips."""
+    from sklearn.cluster import MiniBatchKMeans
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    frames = np.concatenate(features.train)
+    if num_clusters > len(frames):
+        raise ValueError(f"{num_clusters} clusters need as many training frames, got {len(frames)}; use more clips")
+    rows = np.random.default_rng(seed).permutation(len(frames))[:_MAX_KMEANS_FRAMES]
+    kmeans = make_pipeline(StandardScaler(), MiniBatchKMeans(num_clusters, n_init=1, random_state=seed))
+    kmeans.fit(frames[rows])
+    train, test = ([kmeans.predict(part) for part in side] for side in (features.train, features.test))
+    name = f"{features.name}, {num_clusters} clusters"
+    return Features(name, train, test, features.seconds_per_frame, num_clusters)
+
+
+@beartype
+def probe(features: Features, clips: ProbeClips, label: str) -> Metric:
+    """Train a linear classifier of a label on the training clips, and measure its accuracy on the held-out clips.
+
+    A text, number or boolean is a label of the clip. It is read from the mean of the frames; for tokens these are
+    their frequencies. A list of events `[start_seconds, end_seconds, name]` is a label of frames, see `event_classes`.
+    Clips without the label are left out.
+
+    Returns:
+        Metric with the share of the most frequent held-out class as chance, and an interval over held-out clips.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    inputs, truth, _ = _examples(features, features.train, clips.train, label)
+    test_inputs, test_truth, clip_index = _examples(features, features.test, clips.test, label)
+    if len(set(truth)) < 2 or not len(test_truth):
+        raise ValueError(
+            f"label {label!r} needs two classes in the training clips and one held-out clip, got classes "
+            f"{sorted(set(truth))[:10]} and {len(test_truth)} held-out examples; labels of the manifest are "
+            f"{sorted(set().union(*(item.labels for item in clips.train)))}"
+        )
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=_MAX_ITERATIONS))
+    is_right = classifier.fit(inputs, truth).predict(test_inputs) == test_truth
+    totals = np.bincount(clip_index)
+    right = np.bincount(clip_index, weights=is_right)[totals > 0]
+    totals = totals[totals > 0]
+    chance = float(np.unique(test_truth, return_counts=True)[1].max() / len(test_truth))
+    note = f"{len(set(truth))} classes, {len(test_truth)} examples"
+
+    def accuracy(rows: np.ndarray) -> float:
+        return float(right[rows].sum() / totals[rows].sum())
+
+    return Metric.measured(f"{features.name} / {label}", accuracy, len(right), chance, note)
+
+
+def _examples(
+    features: Features, frames: list[np.ndarray], items: list[AudioItem], label: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Inputs `[m, d]`, their classes `[m]` as texts, and the clip `[m]` of each."""
+    inputs: list[np.ndarray] = [np.zeros((0, 0))]
+    truth: list[str] = []
+    clip_index: list[int] = []
+    for clip, (item, part) in enumerate(zip(items, frames)):
+        value = item.labels.get(label)
+        if value is None or not len(part):
+            continue
+        if features.num_tokens is not None:
+            part = F.one_hot(torch.from_numpy(part).long(), features.num_tokens).float().numpy()
+        if isinstance(value, list):
+            classes = event_classes(value, len(part), features.seconds_per_frame)
+            known = np.flatnonzero(classes != "")
+            rows = known[:: -(-len(known) // _MAX_FRAMES_PER_CLIP) or 1]
+            inputs.append(part[rows])
+            truth.extend(classes[rows])
+        else:
+            inputs.append(part.mean(axis=0, keepdims=True))
+            truth.append(str(value))
+        clip_index.extend([clip] * len(inputs[-1]))
+    return np.concatenate(inputs[1:] or inputs), np.array(truth), np.array(clip_index, dtype=int)
+
+
+@beartype
+def event_classes(events: Sequence[Any], num_frames: int, seconds_per_frame: float) -> np.ndarray:
+    """Name `[f]` of the event at the middle of each frame, "" without one. Of several events the last start counts.
+
+    Args:
+        events: `[start_seconds, end_seconds, name]` each.
+        num_frames: Number of frames, f.
+        seconds_per_frame: Time between frames.
+    """
+    middles = (np.arange(num_frames) + 0.5) * seconds_per_frame
+    classes = np.full(num_frames, "", dtype=object)
+    try:
+        for start, end, name in sorted(events, key=lambda event: float(event[0])):
+            classes[(middles >= start) & (middles < end)] = str(name)
+    except (TypeError, ValueError, IndexError) as error:
+        raise ValueError(f"events must be [start_seconds, end_seconds, name], got {events[:3]}") from error
+    return classes
+
+
+@beartype
+def probe_table(metrics: Sequence[Metric]) -> str:
+    """Markdown table of accuracies in percent with intervals: one line per kind of features, one column per label."""
+    names = [metric.name.split(" / ", 1) for metric in metrics]
+    labels = list(dict.fromkeys(label for _, label in names))
+    chance = {label: f"{100 * (metric.chance or 0):.1f}" for (_, label), metric in zip(names, metrics)}
+    lines: dict[str, dict[str, str]] = {"chance": chance}
+    for (features, label), metric in zip(names, metrics):
+        value, low, high = (f"{100 * number:.1f}" for number in (metric.value, metric.low, metric.high))
+        lines.setdefault(features, {})[label] = f"{value} [{low}, {high}]"
+    return aligned_table([["features", *labels], *([name, *cells.values()] for name, cells in lines.items())])
