@@ -126,6 +126,7 @@ def main(music: Path, speech: Path, out: Path, seed: int = 0, scale: float = 1.0
         seed: Of weights, data order and noise.
         scale: Multiplies the number of steps.
     """
+    write_probe_manifests(music, speech, out / "probes")
     words = [item for item in load_items(speech).items if not is_held_out(item)]
     spoken = join_words(words, out / "speech", NUM_SPOKEN_CLIPS, seed)
     heard, held_out = load_split(music)
