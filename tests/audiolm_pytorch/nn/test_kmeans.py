@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from audiolm_pytorch.data.shards import write_shards
-from audiolm_pytorch.nn import kmeans as clustering
 from audiolm_pytorch.nn import kmeans as kmeans_module
 from audiolm_pytorch.nn.kmeans import (
     Normalised,
@@ -121,7 +120,7 @@ def test_statistics_are_exact_in_portions():
 
 def test_the_start_is_drawn_evenly_and_by_seed(monkeypatch):
     """Guards the first centroids: every vector at most once, from all over the data, another draw by another seed."""
-    monkeypatch.setattr(clustering, "_LEAST_START_VECTORS", 1)
+    monkeypatch.setattr(kmeans_module, "_MIN_START_VECTORS", 1)
     vectors = np.arange(10_000, dtype=np.float32)[:, None] * [[1, -1]]
     first, second, other = (vector_statistics(Portions(vectors), 20, seed).start[:, 0] for seed in (0, 0, 1))
     assert len(first) == 320 == len(set(first.tolist())) and (np.diff(first) > 0).all()
@@ -186,8 +185,8 @@ def test_equal_vectors_are_no_error():
 @pytest.mark.parametrize("offset", [0.0, 30.0])
 def test_assignment_is_the_nearest_in_float64(num_points, num_centroids, offset, monkeypatch):
     """Guards the chunked product against brute force in float64, over sizes that chunks do not divide."""
-    monkeypatch.setattr(kmeans_module, "_ROWS_AT_ONCE", 1024)
-    monkeypatch.setattr(kmeans_module, "_NUMBERS_AT_ONCE", 100_000)
+    monkeypatch.setattr(kmeans_module, "_MAX_ROWS", 1024)
+    monkeypatch.setattr(kmeans_module, "_MAX_DISTANCES", 100_000)
     generator = torch.Generator().manual_seed(num_points)
     points = torch.randn(num_points, 16, generator=generator) + offset
     centroids = torch.randn(num_centroids, 16, generator=generator) + offset
@@ -211,8 +210,8 @@ def test_vectors_on_disk_are_read_once_in_a_seeded_order_and_little_memory(tmp_p
     crops = random.standard_normal((num_crops, frames, dim)).astype(np.float32)
     write_shards(tmp_path, lambda number: {"features": crops[number]}, num_crops, {"of": "test"}, 16)
     monkeypatch.setattr(features, "_PORTION_BYTES", 2**18)
-    monkeypatch.setattr(clustering, "_LEAST_START_VECTORS", 1)
-    shards = FeatureShards(tmp_path, {"of": "test"}, num_crops * frames, dim, least_rows=500)
+    monkeypatch.setattr(kmeans_module, "_MIN_START_VECTORS", 1)
+    shards = FeatureShards(tmp_path, {"of": "test"}, num_crops * frames, dim, min_rows=500)
     stored = np.concatenate(list(shards.portions()))
     assert (stored == crops.reshape(-1, dim)).all()
     assert len(shards._shards._open) == 1  # pages of mapped files are memory of the process, too
@@ -222,7 +221,7 @@ def test_vectors_on_disk_are_read_once_in_a_seeded_order_and_little_memory(tmp_p
     head = {int(np.flatnonzero(stored[:, 0] == value)[0]) // frames for value in first[:200, 0]}
     assert len(head) > 10
     with pytest.raises(ValueError, match="another origin"):
-        FeatureShards(tmp_path, {"of": "others"}, num_crops * frames, dim, least_rows=500)
+        FeatureShards(tmp_path, {"of": "others"}, num_crops * frames, dim, min_rows=500)
     del stored, first, again, other
     fitted(shards, 16, seed=0, num_epochs=1)  # imports do not count
     tracemalloc.start()

@@ -108,7 +108,7 @@ def listing(folder: Path) -> dict[str, int]:
 def few_epochs():
     """Ten epochs, though the vectors are few."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kmeans_trainer, "_LEAST_BATCHES", 1)
+        patch.setattr(kmeans_trainer, "_MIN_BATCHES", 1)
         yield
 
 
@@ -127,7 +127,7 @@ def straight(sounds) -> tuple[bytes, ...]:
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Two crops are encoded at once and four go into a chunk; the state is written after every epoch."""
-    monkeypatch.setattr(features, "_MOST_CROPS_AT_ONCE", 2)
+    monkeypatch.setattr(features, "_MAX_CROPS_PER_BATCH", 2)
     monkeypatch.setattr(features, "_CHUNK_BYTES", 4 * 50 * DIM * 4)
     monkeypatch.setattr(kmeans_trainer, "_SECONDS_BETWEEN_STATES", 0.0)
 
@@ -179,13 +179,13 @@ class Interrupted(BaseException):
     ("place", "times"),
     [
         ("features.write_shards", 1),
-        ("features._FeatureMaker._encode", 1),
-        ("features._FeatureMaker._encode", 4),
+        ("features._encode", 1),
+        ("features._encode", 4),
         ("kmeans_trainer.vector_statistics", 1),
         ("kmeans_trainer.first_centroids", 1),
         ("kmeans_trainer.cluster_epoch", 1),
         ("kmeans_trainer.cluster_epoch", 3),
-        ("kmeans_trainer._State.write", 2),
+        ("kmeans_trainer.write_weights", 2),
         ("kmeans_trainer.save_module", 1),
         ("kmeans_trainer.write_json", 2),
     ],
@@ -304,13 +304,14 @@ def test_crops_are_spread_over_the_files(tmp_path, caplog):
     """Guards the plan: all files before any of them again, long ones as often as they are long, exactly the frames."""
     items = items_of(write_sounds(tmp_path / "audio", [1.0, 3.5, 0.019, 0.5, 2.0]))
     plan = plan_crops(SampleEncoder(), items, 1.0, 10_000, seed=0)
-    assert sorted(index for _, index in plan.crops) == [0, 1, 1, 1, 3, 4, 4]
-    assert [epoch for epoch, _ in plan.crops] == sorted(epoch for epoch, _ in plan.crops)
-    assert dict(zip((index for _, index in plan.crops), plan.frames)) == {0: 50, 1: 50, 3: 25, 4: 50}
+    assert sorted(index for _, index, _ in plan) == [0, 1, 1, 1, 3, 4, 4]
+    assert [crop.epoch for crop in plan] == sorted(crop.epoch for crop in plan)
+    assert {crop.item: crop.num_frames for crop in plan} == {0: 50, 1: 50, 3: 25, 4: 50}
     assert "left out 1 of 5 files" in caplog.text and "02.wav" in caplog.text
     short = plan_crops(SampleEncoder(), items, 1.0, 60, seed=0)
-    assert sum(short.frames) == 60 and short.crops == plan.crops[: len(short.crops)]
-    orders = {tuple(plan_crops(SampleEncoder(), items, 1.0, 10_000, seed).crops) for seed in range(5)}
+    assert sum(crop.num_frames for crop in short) == 60
+    assert [crop[:2] for crop in short] == [crop[:2] for crop in plan[: len(short)]]
+    orders = {tuple(plan_crops(SampleEncoder(), items, 1.0, 10_000, seed)) for seed in range(5)}
     assert len(orders) > 1
 
 
@@ -323,7 +324,7 @@ def test_features_of_unequal_crops_are_those_of_each_alone(tmp_path):
     stored = TokenShards(tmp_path / "out" / "features")
     assert fit.usage.num_tokens == trainer.num_tokens == 150
     assert sum(len(stored[number]["features"]) for number in range(len(stored))) == 150
-    for number, ((_, index), count) in enumerate(zip(plan.crops, plan.frames)):
+    for number, (_, index, count) in enumerate(plan):
         wave = soundfile.read(folder / f"{index:02d}.wav", dtype="float32")[0]
         frames = wave[: len(wave) // DIM * DIM].reshape(-1, DIM) * 3
         np.testing.assert_allclose(stored[number]["features"], frames[:count], rtol=1e-6)
@@ -360,14 +361,14 @@ def test_bad_settings_are_refused_before_anything_is_written(sounds, tmp_path):
         ({"seconds": 0}, "seconds above 0"),
         ({"seconds": float("nan")}, "seconds above 0"),
         ({"seed": -1}, "seed of 0 or more"),
-        ({"num_clusters": 2000}, "1000 tokens cannot fill 2000 clusters; give more audio or ask for fewer"),
+        ({"num_clusters": 2000}, "1000 tokens cannot fill 2000 clusters; use more audio or fewer clusters"),
         ({"max_tokens": 11}, "11 tokens cannot fill 12 clusters"),
         ({"items": None, "folder": tmp_path / "none"}, "no such folder"),
         ({"items": None, "folder": tmp_path / "empty"}, "holds no .wav"),
         ({"items": None}, "either a folder"),
         ({"folder": sounds}, "either a folder"),
         ({"items": []}, "no audio to learn from"),
-        ({"seconds": 0.01}, "none of 20 files gives a frame in crops of 0.01 s"),
+        ({"seconds": 0.01}, "none of 20 files has a frame in crops of 0.01 s"),
     ]:
         with pytest.raises(ValueError, match=message) as refused:
             job(sounds, out, **changes)
@@ -383,11 +384,11 @@ def test_broken_features_name_the_file(tmp_path, monkeypatch):
     """Guards against centroids of NaN, and against encoders that count wrongly."""
     folder = write_sounds(tmp_path / "audio", [1.0, 1.0, 1.0])
     broken = SampleEncoder(gain=float("inf"))
-    with pytest.raises(ValueError, match=r"0\d.wav: layer 2 gives NaN or infinity.*leave it out"):
+    with pytest.raises(ValueError, match=r"0\d.wav: layer 2 returns NaN or infinity.*leave the file out"):
         job(folder, tmp_path / "out", encoder=broken).train()
     monkeypatch.setattr(SampleEncoder, "num_frames", lambda self, num_samples: 51)
     with pytest.raises(
-        ValueError, match=r"0\d.wav: layer 2 of SampleEncoder gives features \(50, 20\), not \(51, 20\)"
+        ValueError, match=r"0\d.wav: layer 2 of SampleEncoder returns features \(50, 20\), not \(51, 20\)"
     ):
         job(folder, tmp_path / "other").train()
 
@@ -423,8 +424,8 @@ def test_two_processes_give_what_one_gives(sounds, straight, tmp_path):
 def main(folder: Path, out: Path, where: str) -> None:
     """Run the job in small chunks and kill this process at the n-th time of something, or report what came out."""
     name, times = where.split()
-    features._MOST_CROPS_AT_ONCE, features._CHUNK_BYTES = 2, 4 * 50 * DIM * 4
-    kmeans_trainer._SECONDS_BETWEEN_STATES, kmeans_trainer._LEAST_BATCHES = 0.0, 1
+    features._MAX_CROPS_PER_BATCH, features._CHUNK_BYTES = 2, 4 * 50 * DIM * 4
+    kmeans_trainer._SECONDS_BETWEEN_STATES, kmeans_trainer._MIN_BATCHES = 0.0, 1
     left = [int(times)]
 
     def killing(owner, attribute):
@@ -439,7 +440,7 @@ def main(folder: Path, out: Path, where: str) -> None:
         setattr(owner, attribute, wrapped)
 
     places = {
-        "encode": (features._FeatureMaker, "_encode"),
+        "encode": (features, "_encode"),
         "rename": (Path, "rename"),
         "epoch": (kmeans_trainer, "cluster_epoch"),
         "save": (kmeans_trainer, "save_module"),

@@ -85,7 +85,7 @@ def test_other_rates_are_resampled_item_by_item(tokenizer):
 
 def test_ids_are_the_nearest_centroids(tokenizer, monkeypatch):
     """Guards the assignment against the definition, over more vectors than one chunk holds."""
-    monkeypatch.setattr(kmeans, "_ROWS_AT_ONCE", 1024)
+    monkeypatch.setattr(kmeans, "_MAX_ROWS", 1024)
     vectors = torch.randn(5000, 32, generator=torch.Generator().manual_seed(0))
     centroids = torch.randn(16, 32, generator=torch.Generator().manual_seed(1))
     assert torch.equal(nearest_centroid(vectors, centroids), torch.cdist(vectors, centroids).argmin(dim=-1))

@@ -27,8 +27,8 @@ def _left_over(points: Tensor, codebooks: Tensor) -> list[float]:
 @pytest.fixture(params=[2**40, 0], ids=["exact", "batches"])
 def each_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """K-means on all points at once, and in (few) mini-batches."""
-    monkeypatch.setattr(module, "_MOST_DISTANCES", request.param)
-    monkeypatch.setattr(module, "_LEAST_BATCHES", 1)
+    monkeypatch.setattr(module, "_MAX_LLOYD_DISTANCES", request.param)
+    monkeypatch.setattr(module, "_MIN_BATCHES", 1)
 
 
 @pytest.mark.usefixtures("each_way")
@@ -69,10 +69,10 @@ def test_batches_come_as_close_as_all_points_at_once(monkeypatch: pytest.MonkeyP
     """A cloud without clusters, where the start alone leaves a tenth more than k-means can reach."""
     points = torch.randn(6000, 6, generator=torch.Generator().manual_seed(0))
     exact = residual_kmeans(points, 1, 24)
-    monkeypatch.setattr(module, "_MOST_DISTANCES", 0)
-    monkeypatch.setattr(module, "_LEAST_BATCHES", 1)
+    monkeypatch.setattr(module, "_MAX_LLOYD_DISTANCES", 0)
+    monkeypatch.setattr(module, "_MIN_BATCHES", 1)
     best = _left_over(points, exact)[0]
     assert _left_over(points, residual_kmeans(points, 1, 24))[0] < 1.03 * best
-    monkeypatch.setattr(module, "_LEAST_EPOCHS", 0)
-    monkeypatch.setattr(module, "_LEAST_BATCHES", 0)
+    monkeypatch.setattr(module, "_MIN_EPOCHS", 0)
+    monkeypatch.setattr(module, "_MIN_BATCHES", 0)
     assert _left_over(points, residual_kmeans(points, 1, 24))[0] > 1.08 * best
