@@ -12,30 +12,30 @@ from audiolm_pytorch.nn.kv_cache import CachePositions, KVCache
 from audiolm_pytorch.nn.layers import Projection, rotate
 
 __all__ = [
+    "AttentionContext",
     "CausalSelfAttention",
     "CrossAttention",
-    "AttentionContext",
     "attend",
     "prefers_plain_product",
 ]
 
-# At training lengths the plain product of bfloat16 matrices beats torch 2.13's fused CPU kernel three times (258 rows,
-# batch 16, forward and backward: 12 ms against 36 ms on one core); beyond, its square matrix costs too much memory.
+# In bfloat16 on a CPU, plain matrix products are three times as fast as torch 2.13's fused kernel at training lengths
+# (258 rows, batch 16, forward and backward, one core: 12 ms, not 36 ms). Longer sequences need too much memory for it.
 _PLAIN_PRODUCT_MAX_ROWS = 1024
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionContext:
-    """What attention needs to know beside the rows, the same in every block.
+    """Inputs of attention that are the same in every block.
 
     Attributes:
-        angles: Factors of rotary positions, `[b or 1, n, dim_head]` each; None = positions enter by `bias`.
-        bias: Added to the scores, `[b or 1, h or 1, n, k]` float, or bool: what may be read; None = see `is_causal`.
-        is_causal: Whether row i reads the keys up to i; otherwise it reads all that `bias` allows.
-        cache: Cache of the rows before; None = the rows are whole sequences.
-        cache_positions: Where the rows belong in it.
-        states: `[b, s, d]` of cross-attention, in the first call.
-        cross_mask: `[b, 1, 1, s]` bool, which of them are real.
+        angles: Factors of rotary positions, `[b or 1, n, dim_head]` each; None = no rotary positions.
+        bias: `[b or 1, h or 1, n, k]`, float added to the scores, or a bool mask; None = see `is_causal`.
+        is_causal: Whether row i attends to keys 0..i. Otherwise it attends to all keys that `bias` allows.
+        cache: Keys and values of earlier rows; None = the rows are whole sequences.
+        cache_positions: Positions of the rows in `cache`.
+        states: `[b, s, d]` for cross-attention; with a cache, in its first call only.
+        cross_mask: `[b, 1, 1, s]` bool, False where `states` are padding.
     """
 
     angles: tuple[Tensor, Tensor] | None
@@ -48,7 +48,7 @@ class AttentionContext:
 
 
 def prefers_plain_product(queries: Tensor) -> bool:
-    """Whether for queries `[b, h, n, d]` plain matrix products are faster than torch's fused attention."""
+    """Whether plain matrix products are faster than torch's fused attention for queries `[b, h, n, d]`."""
     is_cpu_bf16 = queries.device.type == "cpu" and queries.dtype == torch.bfloat16
     return is_cpu_bf16 and queries.shape[2] <= _PLAIN_PRODUCT_MAX_ROWS
 
@@ -56,22 +56,19 @@ def prefers_plain_product(queries: Tensor) -> bool:
 def attend(
     queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
-    """Attention by the fastest way the device has.
+    """Return attention `[b, h, n, d]`, by the fastest method of the device.
 
     Args:
         queries: `[b, h, n, d]`.
-        keys: `[b, g, k, d]`; g divides h, and consecutive heads of queries share a head of keys and values.
+        keys: `[b, g, k, d]`; g divides h, and h / g consecutive heads of queries share a head of keys and values.
         values: `[b, g, k, d]`.
-        bias: Added to the scores, or bool: what may be read; broadcastable to `[b, h, n, k]`.
-        is_causal: Instead of a bias: row i reads the keys up to i.
-
-    Returns:
-        `[b, h, n, d]`.
+        bias: Float added to the scores, or a bool mask; broadcastable to `[b, h, n, k]`.
+        is_causal: Row i attends to keys 0..i; `bias` must be None.
     """
     shared = queries.shape[1] != keys.shape[1]
     if shared and queries.shape[2] == 1:
-        # Heads that share keys stand as rows of one head: kernels read shared keys once for every head of queries
-        # (2000 keys of 1 head for 8, one core: 160 us; as rows 80 us).
+        # Heads that share keys become rows of one head: the kernel then reads the keys once, not once per query head
+        # (2000 keys of 1 head for 8 query heads, one core: 80 us, not 160 us).
         grouped = rearrange(queries, "b (g r) 1 d -> b g r d", g=keys.shape[1])
         if bias is not None and bias.shape[1] != 1:
             bias = rearrange(bias, "b (g r) 1 k -> b g r k", g=keys.shape[1])
@@ -97,10 +94,10 @@ def attend(
 
 
 class CausalSelfAttention(nn.Module):
-    """Self-attention over the past; multi-head, grouped-query (arXiv:2305.13245) or multi-query (arXiv:1911.02150).
+    """Multi-head, grouped-query (arXiv:2305.13245) or multi-query (arXiv:1911.02150) self-attention over the past.
 
     Args:
-        dim: Width in and out.
+        dim: Width of inputs and outputs.
         heads: Number of attention heads h.
         dim_head: Width of a head.
         kv_heads: Number of heads of keys and values, a divisor of `heads`; 1 = multi-query, None = `heads`.
@@ -119,26 +116,16 @@ class CausalSelfAttention(nn.Module):
         self.to_out = Projection(heads * dim_head, dim)
 
     def forward(self, x: Tensor, context: AttentionContext, layer: int = 0) -> Tensor:
-        """Attend from every row to itself and the rows before it.
-
-        Args:
-            x: Rows `[b, n, d]`.
-            context: Positions, mask and cache.
-            layer: Number of this layer in the cache.
-
-        Returns:
-            `[b, n, d]`.
-        """
-        both = self.heads + self.kv_heads
-        # projections may give less precision than rows have, where weights are half
-        qkv = self.to_qkv(x).to(x.dtype).unflatten(-1, (both + self.kv_heads, -1))  # b n (p d) -> b n p d
-        turned = qkv[:, :, :both]
+        """Attend from every row of `x [b, n, d]` to itself and earlier rows; `layer` is its number in the cache."""
+        num_rotated = self.heads + self.kv_heads
+        # With half weights a projection returns a lower precision than its input.
+        qkv = self.to_qkv(x).to(x.dtype).unflatten(-1, (num_rotated + self.kv_heads, -1))  # b n (p d) -> b n p d
+        rotated = qkv[:, :, :num_rotated]
         if context.angles is not None:
             cos, sin = context.angles
-            turned = rotate(turned, cos.unsqueeze(2), sin.unsqueeze(2))
-        queries, keys, values = (
-            part.transpose(1, 2) for part in (turned[:, :, : self.heads], turned[:, :, self.heads :], qkv[:, :, both:])
-        )
+            rotated = rotate(rotated, cos.unsqueeze(2), sin.unsqueeze(2))
+        parts = rotated[:, :, : self.heads], rotated[:, :, self.heads :], qkv[:, :, num_rotated:]
+        queries, keys, values = (part.transpose(1, 2) for part in parts)
         if context.cache is not None and context.cache_positions is not None:
             keys, values = context.cache.write(layer, keys, values, context.cache_positions)
             queries = queries.to(keys.dtype)
@@ -150,7 +137,7 @@ class CrossAttention(nn.Module):
     """Multi-head attention from every row to the states of a text encoder.
 
     Args:
-        dim: Width in and out, and of the states.
+        dim: Width of inputs, outputs and states.
         heads: Number of attention heads h.
         dim_head: Width of a head.
     """
@@ -164,15 +151,7 @@ class CrossAttention(nn.Module):
         self.to_out = Projection(heads * dim_head, dim)
 
     def forward(self, x: Tensor, context: AttentionContext, layer: int = 0) -> Tensor:
-        """Attend from rows `[b, n, d]` to the states; with a cache, to those that its first call brought.
-
-        Args:
-            x: Rows `[b, n, d]`.
-            context: States and their mask, or the cache that holds them.
-            layer: Number of this layer in the cache.
-
-        Returns:
-            `[b, n, d]`.
+        """Attend from rows `[b, n, d]` to the states of `context`, or to those that its cache stored in the first call.
 
         Raises:
             ValueError: If there are no states.
@@ -181,11 +160,11 @@ class CrossAttention(nn.Module):
             kv = rearrange(self.to_kv(context.states).to(x.dtype), "b s (two h d) -> two b h s d", two=2, h=self.heads)
             keys, values = kv[0].contiguous(), kv[1].contiguous()
             if context.cache is not None:
-                context.cache.crossed[layer] = keys, values
-        elif context.cache is not None and layer in context.cache.crossed:
-            keys, values = context.cache.crossed[layer]
+                context.cache.cross_keys_values[layer] = keys, values
+        elif context.cache is not None and layer in context.cache.cross_keys_values:
+            keys, values = context.cache.cross_keys_values[layer]
         else:
-            raise ValueError("cross-attention needs states: give a context that has them, in the first call of a cache")
+            raise ValueError("cross-attention needs states: pass ConditionTensors with states in the first call")
         queries = rearrange(self.to_q(x).to(x.dtype), "b n (h d) -> b h n d", h=self.heads)
         out = attend(queries, keys, values, context.cross_mask)
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))

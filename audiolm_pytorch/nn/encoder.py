@@ -1,4 +1,4 @@
-"""The one bidirectional transformer encoder: pre-norm blocks, masked attention, rotary positions, a position bias."""
+"""The bidirectional transformer encoder, and a learned position bias for it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,19 +16,18 @@ __all__ = ["TransformerEncoder", "WavePositionBias"]
 
 
 class WavePositionBias(nn.Module):
-    """Learned bias of attention by the offset of two positions, on any number of axes and for any length.
+    """Learned attention bias by the offset of two positions, for any number of axes and any length.
 
-    A dynamic position bias (CrossFormer, arXiv:2108.00154, sec. 3.3) is a function of the offset, there a small
-    network that is evaluated for every pair of tokens. Here the function is a sum of cosine waves,
-    `bias(p - q) = sum_r a_r cos(f_r (p - q) + o_r)`, whose amplitudes, frequencies and phases are learned: as
-    `cos(x - y) = cos x cos y + sin x sin y`, it is an inner product of something of the query with something of the
-    key. It then costs `2 waves` more numbers a head instead of a matrix of all pairs, works in fused attention, and
-    every item may have positions of its own, as dropped patches have.
+    A dynamic position bias (CrossFormer, arXiv:2108.00154, sec. 3.3) evaluates a small network for every pair of
+    tokens. Here the function is a sum of cosine waves with learned amplitudes, frequencies and phases,
+    `bias(p - q) = sum_r a_r cos(f_r (p - q) + o_r)`. Because `cos(x - y) = cos x cos y + sin x sin y`, it is an inner
+    product of a vector of the query and a vector of the key. It therefore needs `2 waves` more values per head instead
+    of a matrix of all pairs, it works in fused attention, and every item can have other positions (dropped patches).
 
     Args:
         heads: Attention heads.
         num_axes: Axes of a position.
-        num_waves: Waves a head.
+        num_waves: Waves per head.
 
     Raises:
         ValueError: If a number is below 1.
@@ -40,7 +39,7 @@ class WavePositionBias(nn.Module):
         if min(heads, num_axes, num_waves) < 1:
             raise ValueError(f"heads, num_axes and num_waves must be >= 1, got {heads}, {num_axes}, {num_waves}")
         self.num_axes = num_axes
-        # Wavelengths from 2 to 128 positions in all directions; amplitude 0, as if there were no bias.
+        # Wavelengths from 2 to 128 positions in random directions. The bias starts at 0.
         directions = F.normalize(torch.randn(heads, num_waves, num_axes), dim=-1)
         wavelengths = 2.0 ** torch.linspace(1, 7, num_waves)
         self.frequencies = nn.Parameter(directions * (2 * torch.pi / wavelengths).unsqueeze(-1))
@@ -48,29 +47,25 @@ class WavePositionBias(nn.Module):
         self.amplitudes = nn.Parameter(torch.zeros(heads, num_waves))
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors of queries and keys.
+        """Two factors `[b or 1, h, t, 2 waves]` float32 of positions `[b or 1, t, axes]`.
 
-        Args:
-            positions: `[b or 1, t, axes]` numbers.
-
-        Returns:
-            Two tensors `[b or 1, h, t, 2 waves]` float32 whose inner product over the last axis is the bias `[t, t]`.
+        Their inner product over the last axis is the bias `[t, t]` of queries (first) and keys (second).
         """
-        turns = torch.einsum("b t a, h w a -> b h t w", positions.float(), self.frequencies.float())
-        shifted = turns + rearrange(self.phases.float(), "h w -> h 1 w")
+        phases = torch.einsum("b t a, h w a -> b h t w", positions.float(), self.frequencies.float())
+        shifted = phases + rearrange(self.phases.float(), "h w -> h 1 w")
         amplitudes = rearrange(self.amplitudes.float(), "h w -> h 1 w")
         queries = torch.cat((amplitudes * shifted.cos(), amplitudes * shifted.sin()), dim=-1)
-        return queries, torch.cat((turns.cos(), turns.sin()), dim=-1)
+        return queries, torch.cat((phases.cos(), phases.sin()), dim=-1)
 
 
 @dataclass(frozen=True, eq=False)
 class _AttentionContext:
-    """What attention needs to know beside the tokens.
+    """Inputs of attention that are the same in every block.
 
     Attributes:
-        key_mask: `[b, 1, 1, t]` bool, which keys are real; None = all.
-        angles: Cosine and sine of the rotary positions, `[b or 1, 1, t, d / 2]` each.
-        waves: Factors of the position bias, see `WavePositionBias.forward`.
+        key_mask: `[b, 1, 1, t]` bool, False at padding; None = no padding.
+        angles: Factors of rotary positions, `[b or 1, 1, t, d]` each; None = no rotary positions.
+        waves: Factors from `WavePositionBias.forward`; None = no bias.
     """
 
     key_mask: Tensor | None
@@ -79,13 +74,13 @@ class _AttentionContext:
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
-    """Attention of `[b, h, t, d]` over keys that `key_mask [b, 1, 1, t]` allows, by the fastest way the device has."""
+    """Attention `[b, h, t, d]` over the keys that `key_mask [b, 1, 1, t]` allows, by the fastest method."""
     if not prefers_plain_product(queries):
         width = values.shape[-1]
-        # fused kernels want values as wide as keys; without them this would be a matrix of all pairs
+        # Fused kernels need values as wide as the keys. Other kernels store the matrix of all pairs.
         values = F.pad(values, (0, queries.shape[-1] - width))
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=key_mask, scale=scale)[..., :width]
-    # four times as fast as torch 2.13's fused kernel at 128 tokens (batch 64, 3 heads: 14 ms, not 57 ms, on one core)
+    # Four times as fast as torch 2.13's fused kernel at 128 tokens (batch 64, 3 heads, one core: 14 ms, not 57 ms).
     scores = (queries * scale) @ keys.mT
     if key_mask is not None:
         scores = scores.masked_fill(~key_mask, -1e30)
@@ -107,7 +102,7 @@ class _Attention(nn.Module):
             q, k = rotate(q, *context.angles), rotate(k, *context.angles)
         if context.waves is not None:
             for_queries, for_keys = (part.to(q.dtype).expand(len(q), -1, -1, -1) for part in context.waves)
-            # the bias is no product of tokens: it is not scaled down like one
+            # `_attend` scales the product, and the bias must stay unscaled.
             q, k = torch.cat((q, for_queries / self.scale), dim=-1), torch.cat((k, for_keys), dim=-1)
         attended = _attend(q, k, v, context.key_mask, self.scale)
         return self.to_out(rearrange(attended, "b h t d -> b t (h d)"))
@@ -118,7 +113,7 @@ class _Block(nn.Module):
 
     def __init__(self, dim: int, heads: int, dim_head: int, ff_mult: int, dropout: float) -> None:
         super().__init__()
-        # 2/3: a gated feed-forward then costs what one without a gate does
+        # 2 / 3 gives a gated layer the cost of one without a gate.
         hidden_dim = max(8, 8 * round(dim * ff_mult * 2 / 3 / 8))
         self.attention_norm = RMSNorm(dim)
         self.attention = _Attention(dim, heads, dim_head)
@@ -132,17 +127,17 @@ class _Block(nn.Module):
 
 
 class TransformerEncoder(nn.Module):
-    """A stack of bidirectional transformer blocks in which padding changes nothing.
+    """A stack of bidirectional pre-norm blocks. Padding does not change the result.
 
     Args:
         dim: Width of the tokens.
-        depth: Number of blocks, at least 1.
+        depth: Number of blocks.
         heads: Attention heads.
-        dim_head: Width of a head; even when rotary positions are on.
-        ff_mult: Inner width of the feed-forward over `dim`, counted as if it were ungated.
-        dropout: Probability with which outputs of the sublayers are dropped in training.
-        rotary_theta: Base of the rotary positions; None = no positions here (the caller added its own to the tokens).
-        position_bias: Adds a learned function of the offset of two positions to attention, the same in all blocks.
+        dim_head: Width of a head; even with rotary positions.
+        ff_mult: Width of a feed-forward layer without a gate and of equal cost, divided by `dim`.
+        dropout: Dropout probability of the outputs of attention and feed-forward layers.
+        rotary_theta: Base of the rotary positions; None = no rotary positions, the caller adds positions to the tokens.
+        position_bias: Attention bias by the offset of two positions, the same in all blocks.
 
     Raises:
         ValueError: If a number is out of range.
@@ -174,23 +169,21 @@ class TransformerEncoder(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """Draw normal weights; those that write to the residual stream shrink with depth, so that it starts near 1."""
+        """Draw normal weights. Outputs of the branches shrink with depth, so that their sum starts near 1."""
         for name, parameter in self.blocks.named_parameters():
             if parameter.ndim == 2:
                 scale = (2 * self.depth) ** -0.5 if name.endswith(("to_out.weight", "down.weight")) else 1.0
                 nn.init.normal_(parameter, std=scale * parameter.shape[1] ** -0.5)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, *, positions: Tensor | None = None) -> Tensor:
-        """Encode a batch of token sequences.
+        """Encode tokens `[b, t, dim]` to normalised tokens `[b, t, dim]`.
 
         Args:
-            x: Tokens `[b, t, dim]`, float.
-            mask: `[b, t]` bool, True where a token is real; every item needs at least one. None = all real.
-            positions: Where the tokens stand, if not at 0..t-1; any order, may repeat. `[t]` or `[b, t]` numbers, or
-                `[b, t, axes]`: the rotary positions are those of the first axis, the bias has all of them.
-
-        Returns:
-            Tensor `[b, t, dim]`, normalised. What stands at masked positions is finite and means nothing.
+            x: The tokens, float.
+            mask: `[b, t]` bool, False at padding, at least one True per item; None = no padding. Outputs at padding are
+                finite and must not be used.
+            positions: Positions of the tokens in any order, `[t]`, `[b, t]` or `[b, t, axes]`; None = 0..t-1. Rotary
+                positions use the first axis, the position bias uses all axes.
 
         Raises:
             ValueError: If shapes do not fit.
@@ -206,34 +199,30 @@ class TransformerEncoder(nn.Module):
         positions: Tensor | None = None,
         layers: Sequence[int | None],
     ) -> list[Tensor]:
-        """Encode a batch, and give what stands after some of the blocks; no block is computed beyond the last of them.
+        """Return the tokens `[b, t, dim]` after each block of `layers`; later blocks are not computed.
 
         Args:
-            x: As for `forward`, like `mask` and `positions`.
+            x: As in `forward`, like `mask` and `positions`.
             mask: See there.
             positions: See there.
-            layers: Numbers of blocks in 0..depth, 0 = the input; these states are not normalised. None = the normalised
-                output of the whole stack, which is what `forward` gives.
-
-        Returns:
-            One tensor `[b, t, dim]` for each of `layers`, in their order.
+            layers: Numbers of blocks in 0..depth, 0 = the input, without the final normalisation. None = the output of
+                `forward`.
 
         Raises:
-            ValueError: If shapes do not fit or a layer is not in 0..depth.
+            ValueError: If shapes do not fit, or a layer is not in 0..depth.
         """
         self._check(x, mask, layers)
         context = self._attention_context(x, mask, positions)
-        wanted = {self.depth if layer is None else layer for layer in layers}
-        # only what is asked for is kept: without gradients, the states between would be memory for nothing
-        states = {0: x}
-        for layer, block in enumerate(list(self.blocks)[: max(wanted, default=0)], start=1):
+        blocks = {self.depth if layer is None else layer for layer in layers}
+        states = {0: x}  # of the requested layers only, to save memory without gradients
+        for layer, block in enumerate(list(self.blocks)[: max(blocks, default=0)], start=1):
             x = block(x, context)
-            if layer in wanted:
+            if layer in blocks:
                 states[layer] = x
         return [self.norm(states[self.depth]) if layer is None else states[layer] for layer in layers]
 
     def _check(self, x: Tensor, mask: Tensor | None, layers: Sequence[int | None]) -> None:
-        """Refuse shapes that do not fit, and layers that are not there."""
+        """Check shapes and layer numbers."""
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"x must be [b, t, {self.dim}], got {tuple(x.shape)}")
         if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
@@ -242,7 +231,7 @@ class TransformerEncoder(nn.Module):
             raise ValueError(f"layers must be in 0..{self.depth}, got {tuple(layers)}")
 
     def _attention_context(self, x: Tensor, mask: Tensor | None, positions: Tensor | None) -> _AttentionContext:
-        """What attention needs to know beside the tokens, the same in every block."""
+        """Mask, positions and bias, which are the same in every block."""
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)
         if positions.ndim == 1:
@@ -251,8 +240,8 @@ class TransformerEncoder(nn.Module):
             positions = positions.unsqueeze(2)
         axes = positions.shape[-1] if self.position_bias is None else self.position_bias.num_axes
         if positions.shape not in ((1, x.shape[1], axes), (len(x), x.shape[1], axes)):
-            found = tuple(positions.shape)
-            raise ValueError(f"positions of tokens {tuple(x.shape)} must be [b or 1, t, {axes}], got {found}")
+            shape = tuple(positions.shape)
+            raise ValueError(f"positions of tokens {tuple(x.shape)} must be [b or 1, t, {axes}], got {shape}")
         angles = None
         if self.rotary is not None:
             cos, sin = self.rotary(positions[..., 0])

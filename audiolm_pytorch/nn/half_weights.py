@@ -1,4 +1,4 @@
-"""Copies of models for decoding, with weights of half the size."""
+"""Copies of models with bfloat16 weights, for decoding."""
 
 import copy
 from collections.abc import Callable
@@ -18,18 +18,13 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 @beartype
 def with_half_weights(model: ModuleT) -> ModuleT:
-    """Copy a model for decoding, with bfloat16 weights: half the memory, and faster where reading weights is the limit.
+    """Return a copy of a model for decoding, in eval mode and with bfloat16 weights.
 
-    On a CPU the weights of projections are also laid out as oneDNN reads them, once instead of in every product (one
-    row, 512 x 2730, two cores: 30 us; as torch keeps them 86 us; float32 95 us); norms, sums of branches and attention
-    stay in float32 there, which is faster as well as finer.
+    It needs half the memory, and is faster where reading the weights limits the speed. On a CPU the weights of
+    projections are also stored in the layout of oneDNN (one row, 512 x 2730, two cores: 30 us; bfloat16 in the layout
+    of torch 86 us; float32 95 us). Norms, sums of branches and attention stay in float32 there, which is faster too.
 
-    Args:
-        model: A model of this package, e.g. a stage; it is left as it is.
-
-    Returns:
-        The copy, in eval mode. It cannot be trained, and where weights were laid out anew neither saved nor moved to
-        another device (a ValueError says so): keep the original for that.
+    The copy cannot be trained. On a CPU it cannot be saved or moved to another device either, and raises a ValueError.
     """
     half = copy.deepcopy(model).to(torch.bfloat16).eval().requires_grad_(False)
     if device_of(half).type == "cpu" and torch.backends.mkldnn.is_available() and _can_pack():
@@ -43,46 +38,45 @@ def with_half_weights(model: ModuleT) -> ModuleT:
 
 
 def _can_pack() -> bool:
-    """Whether this torch has the operators by which its own compiler packs weights; they are no public promise."""
+    """Whether this torch has the private operators with which its compiler packs weights."""
     return hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
-def _refusal(wish: str) -> ValueError:
-    """The error for what cannot be done with packed weights."""
-    return ValueError(f"half weights laid out for this CPU cannot be {wish}: do it with the original, then copy that")
+def _unsupported(action: str) -> ValueError:
+    return ValueError(f"half weights packed for this CPU cannot be {action}: use the original model, then copy it")
 
 
 class _PackedProjection(nn.Module):
-    """A projection with weights in oneDNN's own layout, an opaque tensor that only its own operators can read."""
+    """A projection with weights in the layout of oneDNN, an opaque tensor that only operators of oneDNN can read."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.in_features, self.out_features = weight.shape[1], weight.shape[0]
-        # no buffer, as torch would try to move and save it
+        # Not a buffer, because torch would try to move and save it.
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_PackedProjection":
-        """Copy all but the weights, which never change."""
+        """Copy everything except the weights, which never change."""
         memo[id(self)] = twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
         return twin
 
     def __reduce__(self) -> NoReturn:
-        """Refuse to be pickled."""
-        raise _refusal("pickled")
+        """Raise an error, because packed weights cannot be pickled."""
+        raise _unsupported("pickled")
 
     def _save_to_state_dict(self, *args: Any, **options: Any) -> NoReturn:
-        """Refuse to be saved: without this, files would silently lack the weights."""
-        raise _refusal("saved")
+        """Raise an error. Otherwise files would lack the weights."""
+        raise _unsupported("saved")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_PackedProjection":
-        """Refuse to be moved, or to get another precision than the rest."""
+        """Raise an error if the model moves to another device or precision."""
         moved = fn(torch.empty(0, dtype=torch.bfloat16))
         if moved.device.type != "cpu" or moved.dtype != torch.bfloat16:
-            raise _refusal(f"moved to {moved.device}, {moved.dtype}")
+            raise _unsupported(f"moved to {moved.device}, {moved.dtype}")
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `[..., dim_in]` of any precision to `[..., dim_out]` bfloat16; sums of branches make it float32 again."""
+        """Map `[..., dim_in]` of any precision to `[..., dim_out]` bfloat16."""
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(torch.bfloat16), self.packed, None, "none", [], "")
         return out

@@ -13,12 +13,12 @@ __all__ = ["CachePositions", "KVCache", "visible_positions"]
 
 @dataclass(frozen=True)
 class CachePositions:
-    """Where in the cache the rows of one call belong; every item has a position of its own.
+    """Positions of the rows of one call in the cache; they can differ between items.
 
     Attributes:
-        positions: `[b, n]` int64, position of each row in its item's sequence.
-        extent: Number of positions in use after the call, the largest position + 1.
-        start: Position of the first row, where it is the same for all items; None = it differs.
+        positions: `[b, n]` int64, position of each row in the sequence of its item.
+        extent: Largest position + 1, the number of positions in use after the call.
+        start: Position of the first row if it is the same for all items, else None.
     """
 
     positions: Tensor
@@ -28,41 +28,29 @@ class CachePositions:
     @classmethod
     @beartype
     def after(cls, starts: Sequence[int], count: int, device: torch.device | str = "cpu") -> "CachePositions":
-        """Positions of the next `count` rows of items that have `starts` rows already.
-
-        Args:
-            starts: Rows of each item that came before.
-            count: Rows of this call.
-            device: Where the model runs.
-
-        Returns:
-            The positions.
-        """
+        """Positions of the next `count` rows of items that have `starts` rows."""
         positions = torch.tensor(starts).unsqueeze(1) + torch.arange(count)
         start = starts[0] if min(starts) == max(starts) else None
         return cls(positions.to(device), max(starts) + count, start)
 
 
-def visible_positions(positions: Tensor, num_positions: int, skip: Tensor | None = None) -> Tensor:
-    """Mask of the keys that each row attends to: those up to its own position, without padding in front.
+def visible_positions(positions: Tensor, num_keys: int, padding: Tensor | None = None) -> Tensor:
+    """Mask `[b or 1, 1, n, num_keys]` bool of causal attention: each row attends to itself and the rows before it.
 
     Args:
-        positions: `[b or 1, n]` int64, slot of each row.
-        num_positions: Number of keys.
-        skip: `[b]` int64, positions of padding in front of each item; a row of padding reads itself alone.
-
-    Returns:
-        `[b or 1, 1, n, num_positions]` bool.
+        positions: `[b or 1, n]` int64, position of each row.
+        num_keys: Number of keys.
+        padding: `[b]` int64, number of padding rows in front of each item. They attend to themselves alone.
     """
-    keys = torch.arange(num_positions, device=positions.device)
+    keys = torch.arange(num_keys, device=positions.device)
     own = rearrange(positions, "b n -> b 1 n 1")
-    if skip is None:
+    if padding is None:
         return own >= keys
-    return ((own >= keys) & (keys >= rearrange(skip, "b -> b 1 1 1"))) | (own == keys)
+    return ((own >= keys) & (keys >= rearrange(padding, "b -> b 1 1 1"))) | (own == keys)
 
 
 class KVCache:
-    """Keys and values of all layers: allocated once, written in place, never moved.
+    """Keys and values of all layers, allocated once and written in place.
 
     Args:
         depth: Number of layers.
@@ -70,8 +58,8 @@ class KVCache:
         heads: Number of heads of keys and values g.
         num_positions: Longest sequence.
         dim_head: Width of a head.
-        device: Where the model runs.
-        dtype: Precision kept.
+        device: Device of the model.
+        dtype: Data type of keys and values.
     """
 
     @beartype
@@ -88,9 +76,9 @@ class KVCache:
     ) -> None:
         self.keys = torch.zeros(depth, batch, heads, num_positions, dim_head, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
-        # What the first call brings and later ones find here: padding in front, keys and values of other states.
-        self.skip: Tensor | None = None
-        self.crossed: dict[int, tuple[Tensor, Tensor]] = {}
+        # The first call sets these for later calls.
+        self.prefix_padding: Tensor | None = None
+        self.cross_keys_values: dict[int, tuple[Tensor, Tensor]] = {}  # by layer
         self.cross_mask: Tensor | None = None
 
     @property
@@ -99,11 +87,11 @@ class KVCache:
         return self.keys.shape[3]
 
     def write(self, layer: int, keys: Tensor, values: Tensor, cache_positions: CachePositions) -> tuple[Tensor, Tensor]:
-        """Write keys and values `[b, g, n, d]` of a layer in place; return views of all keys and values in use."""
-        for kept, new in ((self.keys[layer], keys), (self.values[layer], values)):
+        """Write keys and values `[b, g, n, d]` of a layer; return views of all its positions in use."""
+        for cached, new in ((self.keys[layer], keys), (self.values[layer], values)):
             if cache_positions.start is not None:
-                kept[:, :, cache_positions.start : cache_positions.extent] = new
+                cached[:, :, cache_positions.start : cache_positions.extent] = new
             else:
                 index = rearrange(cache_positions.positions, "b n -> b 1 n 1").expand(new.shape)
-                kept.scatter_(2, index, new.to(kept.dtype))
+                cached.scatter_(2, index, new.to(cached.dtype))
         return self.keys[layer][:, :, : cache_positions.extent], self.values[layer][:, :, : cache_positions.extent]

@@ -1,4 +1,4 @@
-"""Parts of the block stack: projection, normalisation, gated feed-forward, positions. No part has a bias."""
+"""Layers of the transformers: projection, normalisation, gated feed-forward layer, positions. None has a bias."""
 
 import math
 from typing import Any
@@ -12,29 +12,24 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ["GatedFeedForward", "Projection", "RMSNorm", "RelativePositions", "RotaryPositions", "rotate"]
 
-# A product with so few rows is bound by reading the weights, and torch 2.13's fp32 kernel for it reads them on one core
-# (one row, 512 x 2730, two cores: 240 us; in parts: 95 us).
-_FEW_ROWS = 16
-_MOST_PARTS = 32
+# A product with at most 16 rows is limited by reading the weights, and torch 2.13's float32 kernel reads them on one
+# core. A batched product of parts of the weights uses all cores (one row, 512 x 2730, two cores: 95 us, not 240 us).
+_MAX_SPLIT_ROWS = 16
+_MAX_PARTS = 32
 
 
 class Projection(nn.Linear):
-    """A linear map without bias, which a CPU computes on all its cores for a single row too.
-
-    Args:
-        dim_in: Width in.
-        dim_out: Width out.
-    """
+    """A linear map without bias. A CPU uses all its cores also for a single row."""
 
     @beartype
     def __init__(self, dim_in: int, dim_out: int) -> None:
         super().__init__(dim_in, dim_out, bias=False)
-        self._num_parts = max(parts for parts in range(1, _MOST_PARTS + 1) if dim_out % parts == 0)
+        self._num_parts = max(parts for parts in range(1, _MAX_PARTS + 1) if dim_out % parts == 0)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., dim_in]` to `[..., dim_out]`."""
         num_rows = x.numel() // self.in_features
-        if num_rows > _FEW_ROWS or torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
+        if num_rows > _MAX_SPLIT_ROWS or torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
             return F.linear(x, self.weight)
         parts = self.weight.view(self._num_parts, -1, self.in_features)
         out = torch.bmm(x.reshape(1, num_rows, self.in_features).expand(self._num_parts, -1, -1), parts.mT)
@@ -42,12 +37,12 @@ class Projection(nn.Linear):
 
 
 def _is_differentiated_eagerly() -> bool:
-    """Whether backward passes written by hand help: torch.compile derives better ones, and cannot read all of ours."""
+    """Whether to use our backward passes. torch.compile derives faster ones, and cannot trace all of ours."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class _RootMeanSquareNorm(torch.autograd.Function):
-    """`x / rms(x) * weight` with a hand-written backward: less than half the time of composed operators on a CPU."""
+    """`x / rms(x) * weight`. Its backward pass takes less than half the time of autograd's on a CPU."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -63,7 +58,7 @@ class _RootMeanSquareNorm(torch.autograd.Function):
         unit = x * inverse
         grad_weight = (grads[0] * unit).flatten(0, -2).sum(0)
         grad_unit = grads[0] * weight.to(x.dtype)
-        # the part along x only changes the length that is divided out
+        # The component along x only changes the norm, which is divided out.
         along = (grad_unit * unit).mean(-1, keepdim=True)
         return torch.addcmul(grad_unit, unit, along, value=-1).mul_(inverse), grad_weight.to(weight.dtype), None
 
@@ -72,8 +67,8 @@ class RMSNorm(nn.Module):
     """Root mean square normalisation (arXiv:1910.07467, eq. 4) with a learned scale.
 
     Args:
-        dim: Width.
-        eps: Added to the mean square, so that a zero vector stays zero.
+        dim: Width d.
+        eps: Added to the mean square.
     """
 
     @beartype
@@ -96,7 +91,7 @@ def _gated(halves: Tensor) -> Tensor:
 
 
 class _GatedProjection(torch.autograd.Function):
-    """Projects `value * silu(gate)`, keeping only the two halves for backward: half of what autograd keeps."""
+    """Projects `value * silu(gate)`, and stores half of the memory that autograd would store for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, halves: Tensor, weight: Tensor) -> Tensor:
@@ -123,9 +118,9 @@ class GatedFeedForward(nn.Module):
     """Feed-forward layer with a SiLU gate (SwiGLU, arXiv:2002.05202, eq. 6).
 
     Args:
-        dim: Width in and out.
-        hidden_dim: Width inside.
-        dropout: Probability of dropping a hidden value.
+        dim: Width of inputs and outputs.
+        hidden_dim: Width of the hidden layer.
+        dropout: Dropout probability of hidden values.
     """
 
     @beartype
@@ -138,7 +133,7 @@ class GatedFeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., d]` to `[..., d]`."""
         halves = self.up(x)
-        # what was dropped cannot be worked out again, and weights packed for decoding get no gradient
+        # `_GatedProjection` cannot reproduce dropout in its backward pass, and packed weights have no gradient.
         is_dropping = self.dropout.p > 0 and self.training
         if isinstance(self.down, Projection) and _is_differentiated_eagerly() and not is_dropping:
             return _GatedProjection.apply(halves, self.down.weight)
@@ -147,21 +142,18 @@ class GatedFeedForward(nn.Module):
 
 
 class RotaryPositions(nn.Module):
-    """Angles of rotary position embedding (RoFormer, arXiv:2104.09864, eq. 15). Has no state.
+    """Angles of rotary position embedding (RoFormer, arXiv:2104.09864, eq. 15).
 
     Args:
-        dim_head: Width of a head, even.
+        dim_head: Width of a head; ValueError if it is odd.
         base: Longest wavelength in positions, divided by 2 pi.
-
-    Raises:
-        ValueError: If `dim_head` is odd.
     """
 
     @beartype
     def __init__(self, dim_head: int, base: float = 10000.0) -> None:
         super().__init__()
         if dim_head % 2:
-            raise ValueError(f"rotary positions turn pairs of values: dim_head must be even, got {dim_head}")
+            raise ValueError(f"rotary positions rotate pairs of values: dim_head must be even, got {dim_head}")
         self.dim_head = dim_head
         self.base = base
 
@@ -174,31 +166,22 @@ class RotaryPositions(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (value i, value i + d/2) of `x [..., d]` by its angle.
-
-    Args:
-        x: Queries or keys.
-        cos: Cosine of each value's angle, broadcastable to `[..., d]`.
-        sin: Sine of each value's angle, of the first halves negative.
-
-    Returns:
-        The turned values in the precision of `x`.
-    """
+    """Rotate each pair (value i, value i + d / 2) of `x [..., d]` by the factors of `RotaryPositions`."""
     return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, dims=-1), sin.to(x.dtype))
 
 
 class RelativePositions(nn.Module):
-    """Learned bias of attention by how far back a key lies (T5, arXiv:1910.10683, sec. 2.1), for causal attention.
+    """Learned attention bias by the distance of a key (T5, arXiv:1910.10683, sec. 2.1), for causal attention.
 
-    Distances share a bias in buckets: half of them for one distance each, the others for ever longer stretches.
+    Half of the buckets hold one distance each, the others hold logarithmically growing ranges.
 
     Args:
         heads: Attention heads h.
         num_buckets: Buckets; T5 has 32.
-        max_distance: From here on all distances share the last bucket; T5 has 128.
+        max_distance: All distances from here on share the last bucket; T5 has 128.
 
     Raises:
-        ValueError: If there are fewer than two buckets, or no distance is left for the longer ones.
+        ValueError: If there are fewer than two buckets, or `max_distance` is too small for them.
     """
 
     @beartype
@@ -212,7 +195,7 @@ class RelativePositions(nn.Module):
         self.bias = nn.Embedding(num_buckets, heads)
 
     def buckets(self, distances: Tensor) -> Tensor:
-        """Bucket of each distance, int64; what lies ahead counts as distance 0."""
+        """Bucket of each distance, int64; negative distances count as 0."""
         exact = self.num_buckets // 2
         distances = distances.clamp(min=0)
         scale = (self.num_buckets - exact) / math.log(self.max_distance / exact)
@@ -223,5 +206,5 @@ class RelativePositions(nn.Module):
         """Bias `[b or 1, h, n, num_keys]` of queries at `positions [b or 1, n]` for keys at 0..num_keys - 1."""
         by_distance = self.bias(self.buckets(torch.arange(num_keys, device=positions.device)))
         distances = positions.unsqueeze(-1) - torch.arange(num_keys, device=positions.device)
-        # every distance that occurs is below the number of keys; keys that lie ahead are masked by the caller
+        # All distances are below the number of keys. The caller masks later keys.
         return rearrange(by_distance[distances.clamp(min=0)], "b n k h -> b h n k")

@@ -1,4 +1,4 @@
-"""Facts about any module and switches for it: its device, and eval mode for the length of a block."""
+"""The device of a module, and a context manager for eval mode."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ def device_of(module: object) -> torch.device:
 
 @contextmanager
 def eval_mode(module: object) -> Iterator[None]:
-    """Switch to eval mode inside a `with` block, then restore the mode of every submodule, which may differ."""
+    """Switch a module to eval mode in a `with` block, then restore the mode of every submodule."""
     training = [part for part in module.modules() if part.training] if isinstance(module, nn.Module) else []
     for part in training:
         part.training = False

@@ -1,4 +1,4 @@
-"""The one block stack that every language model of this package uses."""
+"""The causal transformer of all language models."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,33 +15,33 @@ from audiolm_pytorch.nn.layers import GatedFeedForward, RelativePositions, RMSNo
 
 __all__ = ["INIT_STD", "ConditionTensors", "Transformer"]
 
-INIT_STD = 0.02  # GPT-2's; keeps the first logits near zero, so that training starts at chance
+INIT_STD = 0.02  # of GPT-2; the first logits are near zero, so that training starts at chance level
 
 
 @dataclass(frozen=True, eq=False)
 class ConditionTensors:
-    """What a stack hears beside its rows. Padding in it is never heard.
+    """Conditions of a transformer as tensors. Attention ignores their padding.
 
     Attributes:
-        prefix: `[b, m, d]` embeddings that stand before the rows, padded in front; None = nothing.
-        skip: `[b]` int64, how many embeddings of the prefix are padding; None = none.
-        states: `[b, s, d]` states for cross-attention, padded behind; None = nothing.
-        states_mask: `[b, s]` bool, which states are real; at least one of each item.
+        prefix: `[b, m, d]` embeddings in front of the rows, with padding in front; None = no prefix.
+        prefix_padding: `[b]` int64, number of padding embeddings in `prefix`; None = no padding.
+        states: `[b, s, d]` states for cross-attention, with padding at the end; None = no states.
+        states_mask: `[b, s]` bool, False at padding; at least one state of each item is not padding.
     """
 
     prefix: Tensor | None = None
-    skip: Tensor | None = None
+    prefix_padding: Tensor | None = None
     states: Tensor | None = None
     states_mask: Tensor | None = None
 
     @property
     def num_rows(self) -> int:
-        """Rows that the prefix takes."""
+        """Rows of the prefix."""
         return 0 if self.prefix is None else self.prefix.shape[1]
 
 
 class _Block(nn.Module):
-    """Self-attention, cross-attention if there is any, and feed-forward: each normalised on the way in, then added."""
+    """Self-attention, optional cross-attention, and feed-forward; each normalises its input and adds its output."""
 
     def __init__(
         self, dim: int, heads: int, dim_head: int, kv_heads: int | None, ff_dim: int, dropout: float, cross: bool
@@ -62,31 +62,31 @@ class _Block(nn.Module):
         return x + self._dropped(self.feed_forward(self.feed_forward_norm(x)))
 
     def _dropped(self, branch: Tensor) -> Tensor:
-        """Dropout, where there is any: idle calls of the module are 5 % of what decoding a row costs beside weights."""
+        """Apply dropout. Calls of an idle dropout module take 5 % of the time of a decoded row, apart from weights."""
         return self.dropout(branch) if self.training and self.dropout.p > 0 else branch
 
 
 class Transformer(nn.Module):
-    """Decoder-only stack of pre-norm blocks with rotary or relative positions; a final norm; no biases.
+    """Decoder-only stack of pre-norm blocks with rotary or relative positions and a final norm; no biases.
 
-    MusicLM's stages (arXiv:2301.11325, sec. 4.2) are 24 such layers of width 1024 with 16 heads and feed-forward 4096,
-    with T5's relative positions.
+    The stages of MusicLM (arXiv:2301.11325, sec. 4.2) have 24 layers of width 1024 with 16 heads, feed-forward layers
+    of width 4096, and relative positions of T5.
 
     Args:
         dim: Width d.
         depth: Number of blocks.
         heads: Attention heads of a block.
         dim_head: Width of a head; even for rotary positions.
-        ff_mult: Width inside the gated feed-forward, in multiples of `dim`.
-        dropout: Probability of dropping a value of a residual branch or of the feed-forward's inside. Attention weights
-            are not dropped: no fused kernel can.
-        positions: `rotary`, or `relative` (T5's buckets, one table for all blocks).
+        ff_mult: Width of the gated feed-forward layer divided by `dim`.
+        dropout: Dropout probability of the residual branches and inside the feed-forward layer. Attention weights have
+            no dropout, because fused kernels do not support it.
+        positions: `rotary`, or `relative` (buckets of T5, one table for all blocks).
         kv_heads: Heads of keys and values, a divisor of `heads`; 1 = multi-query, None = `heads`.
-        cross: Whether every block attends to the states of a context too.
-        checkpoint_blocks: Keep only the input of each block for backward, and compute the block again there: memory of
-            one block instead of `depth`, for a third more time.
-        forget_prob: Most of the past that training hides from an item: it draws a share in 0..`forget_prob` and hides
-            each row from later ones with that probability (forgetful causal masking, arXiv:2210.13432).
+        cross: Whether every block also attends to the states of `ConditionTensors`.
+        checkpoint_blocks: Store only the input of each block for the backward pass, and compute the block again there.
+            This needs the memory of one block instead of `depth`, and a third more time.
+        forget_prob: In training, each item hides every past row with one probability drawn from 0..`forget_prob`
+            (forgetful causal masking, arXiv:2210.13432).
 
     Raises:
         ValueError: If a number is out of range, or `dim_head` is odd for rotary positions.
@@ -124,14 +124,14 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(dim)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
-                # Branch ends are scaled down so that the sum over 2 * depth branches keeps its size (GPT-2, sec. 2.3).
-                is_branch_end = name.endswith(("to_out.weight", "down.weight"))
-                nn.init.normal_(parameter, std=INIT_STD / ((2 * depth) ** 0.5 if is_branch_end else 1.0))
+                # Smaller outputs of the branches keep the size of their sum over 2 * depth branches (GPT-2, sec. 2.3).
+                is_branch_output = name.endswith(("to_out.weight", "down.weight"))
+                nn.init.normal_(parameter, std=INIT_STD / ((2 * depth) ** 0.5 if is_branch_output else 1.0))
 
     def new_cache(self, batch: int, num_positions: int) -> KVCache:
-        """Allocate an empty cache for `batch` sequences of up to `num_positions` positions."""
+        """Allocate an empty cache for `batch` sequences of up to `num_positions` rows, prefix included."""
         weight = self.norm.weight
-        # torch 2.13's CPU kernels attend a single row far slower in bfloat16 than in float32
+        # On a CPU, torch 2.13's attention of a single row is far slower in bfloat16 than in float32.
         is_cpu_half = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
         return KVCache(
             depth=self.depth,
@@ -151,89 +151,75 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         cache_positions: CachePositions | None = None,
     ) -> Tensor:
-        """Run the stack.
+        """Return normalised rows `[b, n, d]`, without the rows of the prefix.
 
         Args:
-            x: Rows `[b, n, d]`: whole sequences, or, with a cache, their next rows.
-            condition_tensors: What stands before the rows and beside them; with a cache, in its first call only.
-            cache: Cache of `new_cache`, written in place.
-            cache_positions: Where prefix and rows belong; needed with `cache`.
-
-        Returns:
-            Normalised rows `[b, n, d]`, without those of the prefix.
+            x: Rows `[b, n, d]`: whole sequences, or with a cache the next rows.
+            condition_tensors: Prefix and states; with a cache, in its first call only.
+            cache: Cache from `new_cache`, written in place.
+            cache_positions: Positions of prefix and rows in `cache`.
 
         Raises:
             ValueError: If only one of `cache` and `cache_positions` is passed, or cross-attention has no states.
         """
         if (cache is None) != (cache_positions is None):
             raise ValueError("pass `cache` and `cache_positions` together, or neither")
-        condition_tensors = ConditionTensors() if condition_tensors is None else condition_tensors
-        x = x.to(self.norm.weight.dtype)  # half weights may come with norms, and sums of branches, in full precision
-        if condition_tensors.prefix is not None:
-            x = torch.cat((condition_tensors.prefix.to(x.dtype), x), dim=1)
-        if cache is not None and condition_tensors.prefix is not None:
-            cache.skip = condition_tensors.skip
-        context = self._attention_context(x, condition_tensors, cache, cache_positions)
+        conditions = ConditionTensors() if condition_tensors is None else condition_tensors
+        x = x.to(self.norm.weight.dtype)  # with half weights, norms and sums of branches can have full precision
+        if conditions.prefix is not None:
+            x = torch.cat((conditions.prefix.to(x.dtype), x), dim=1)
+        if cache is not None and conditions.prefix is not None:
+            cache.prefix_padding = conditions.prefix_padding
+        context = self._attention_context(x, conditions, cache, cache_positions)
         for layer, block in enumerate(self.blocks):
             if self.checkpoint_blocks and self.training and torch.is_grad_enabled():
                 x = checkpoint(block, x, context, layer, use_reentrant=False)
             else:
                 x = block(x, context, layer)
-        return self.norm(x[:, condition_tensors.num_rows :])
+        return self.norm(x[:, conditions.num_rows :])
 
     def _attention_context(
-        self,
-        x: Tensor,
-        condition_tensors: ConditionTensors,
-        cache: KVCache | None,
-        cache_positions: CachePositions | None,
+        self, x: Tensor, conditions: ConditionTensors, cache: KVCache | None, cache_positions: CachePositions | None
     ) -> AttentionContext:
-        """Positions, mask and states, the same in every block."""
+        """Positions, mask and states, which are the same in every block."""
         if cache_positions is None or cache is None:
             positions = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
-            num_positions, is_first, skip = x.shape[1], True, condition_tensors.skip
+            num_keys, is_first, padding = x.shape[1], True, conditions.prefix_padding
         else:
-            positions, num_positions, is_first, skip = (
-                cache_positions.positions,
-                cache_positions.extent,
-                cache_positions.start == 0,
-                cache.skip,
-            )
-            is_first = is_first and num_positions == x.shape[1]
-        forgotten = self._forgotten(x, condition_tensors.num_rows) if cache is None else None
+            positions, num_keys, padding = cache_positions.positions, cache_positions.extent, cache.prefix_padding
+            is_first = cache_positions.start == 0 and num_keys == x.shape[1]
+        forgotten = self._forgotten(x, conditions.num_rows) if cache is None else None
         is_one_row = cache_positions is not None and cache_positions.start is not None and x.shape[1] == 1
         is_causal = False
-        if is_first and skip is None and forgotten is None and self.relative is None:
-            is_causal = True  # set in a branch, as torch.compile would hand kernels a symbol instead of the bool
+        if is_first and padding is None and forgotten is None and self.relative is None:
+            is_causal = (
+                True  # in a branch, because torch.compile would otherwise pass a symbol to the kernel, not a bool
+            )
         bias: Tensor | None = None
-        if not is_causal and not (is_one_row and skip is None):
-            bias = visible_positions(positions, num_positions, skip)
+        if not is_causal and not (is_one_row and padding is None):
+            bias = visible_positions(positions, num_keys, padding)
             bias = bias if forgotten is None else bias & ~forgotten
         if self.relative is not None:
-            # rows come in the precision of the cache, which may be finer than theirs
-            by_distance = self.relative(positions, num_positions).to(x.dtype if cache is None else cache.keys.dtype)
+            # The cache can be more precise than the rows.
+            by_distance = self.relative(positions, num_keys).to(x.dtype if cache is None else cache.keys.dtype)
             bias = by_distance if bias is None else by_distance.masked_fill(~bias, float("-inf"))
-        mask = (
-            None
-            if condition_tensors.states_mask is None
-            else rearrange(condition_tensors.states_mask, "b s -> b 1 1 s")
-        )
-        if cache is not None and condition_tensors.states is None:
-            mask = cache.cross_mask
+        cross_mask = None if conditions.states_mask is None else rearrange(conditions.states_mask, "b s -> b 1 1 s")
+        if cache is not None and conditions.states is None:
+            cross_mask = cache.cross_mask
         elif cache is not None:
-            cache.cross_mask = mask
+            cache.cross_mask = cross_mask
         return AttentionContext(
             angles=None if self.rotary is None else self.rotary(positions),
             bias=bias,
             is_causal=is_causal,
             cache=cache,
             cache_positions=cache_positions,
-            states=condition_tensors.states,
-            cross_mask=mask,
+            states=conditions.states,
+            cross_mask=cross_mask,
         )
 
     def _forgotten(self, x: Tensor, num_prefix: int) -> Tensor | None:
-        """`[b, 1, n, n]` bool: what training hides of the past; never the prefix, the first row, or a row itself."""
+        """`[b, 1, n, n]` bool, keys that training hides; never the prefix, the first row, or a row from itself."""
         if not self.training or self.forget_prob == 0:
             return None
         batch, num_rows, _ = x.shape

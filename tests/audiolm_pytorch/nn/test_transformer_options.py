@@ -386,7 +386,7 @@ def test_a_cache_hears_the_context_of_its_last_first_call() -> None:
     used = stack.new_cache(2, 7)
     with torch.no_grad():
         for cache in (used, used, stack.new_cache(2, 7)):
-            again = cache is used and bool(cache.crossed)
+            again = cache is used and bool(cache.cross_keys_values)
             first = ConditionTensors(prefix, torch.tensor([0, 1]), states[0], mask)
             condition_tensors = ConditionTensors(prefix, None, states[1]) if again or cache is not used else first
             stack(x[:, :3], condition_tensors, cache=cache, cache_positions=CachePositions.after([0, 0], 5))
