@@ -6,40 +6,101 @@ import torch
 import torch.nn.functional as F
 from beartype import beartype
 from einops import rearrange
-from torch import Tensor
-from vector_quantize_pytorch import ResidualVQ
+from torch import Tensor, nn
 
-from audiolm_pytorch.codecs.quantizers.distributed import from_first_process, joined_sample, sum_over_processes
-from audiolm_pytorch.codecs.quantizers.levels import ResidualLevels
+from audiolm_pytorch.codecs.quantizers.base import ResidualLevels
+from audiolm_pytorch.codecs.quantizers.distributed import distributed_sample, from_first_process, sum_over_processes
 from audiolm_pytorch.nn.kmeans import nearest_centroid
 from audiolm_pytorch.saving.modules import register
 
 __all__ = ["ResidualQuantizer"]
 
-# A code this many times as long as the residual it stands for has its gradient passed straight through: the rotation
-# trick scales the gradient by that ratio, which a silent stretch drives into the thousands.
-_LONGEST_ROTATED = 4.0
+_COMMITMENT_WEIGHT = 0.25
+_SMOOTHING = 1e-5
+# Ratio of code to residual length above which the gradient passes straight through: the rotation trick scales the
+# gradient by this ratio, which reaches thousands in silence.
+_MAX_ROTATED_RATIO = 4.0
+
+
+class _Codebook(nn.Module):
+    """A codebook with the exponential averages that move it: uses of every code, and sum of the frames it received."""
+
+    embed: Tensor
+    embed_avg: Tensor
+    cluster_size: Tensor
+
+    def __init__(self, codebook_size: int, dim: int) -> None:
+        super().__init__()
+        embed = nn.init.kaiming_uniform_(torch.empty(1, codebook_size, dim))
+        self.register_buffer("initted", torch.tensor(True))
+        self.register_buffer("cluster_size", torch.ones(1, codebook_size))
+        self.register_buffer("embed_avg", embed.clone())
+        self.register_buffer("embed", embed)
+
+    def update(self, frames: Tensor, index: Tensor, decay: float) -> None:
+        """Move codes towards the mean of their frames `[n, d]` with index `[n]` (VQ-VAE, arXiv 1711.00937, A.1)."""
+        one_hot = F.one_hot(index, self.cluster_size.shape[1]).to(frames.dtype)
+        uses, sums = one_hot.sum(dim=0), (frames.t() @ one_hot).t().contiguous()
+        self.cluster_size[0].lerp_(sum_over_processes(uses), 1 - decay)
+        self.embed_avg[0].lerp_(sum_over_processes(sums), 1 - decay)
+        total = self.cluster_size.sum()
+        smoothed = (self.cluster_size + _SMOOTHING) / (total + self.cluster_size.numel() * _SMOOTHING) * total
+        self.embed.copy_(self.embed_avg / rearrange(smoothed, "one v -> one v 1"))
+
+    def revive(self, frames: Tensor, dead_below_share: float) -> None:
+        """Replace dead codes by random frames `[n, d]`, with averages that keep them until they can be used."""
+        uses = self.cluster_size[0]
+        uniform_use = uses.mean()
+        dead = (uses < dead_below_share * uniform_use).nonzero().flatten()
+        if len(dead) == 0:
+            return
+        fresh = distributed_sample(frames, len(dead))
+        dead = dead[: len(fresh)]
+        self.embed[0, dead] = fresh
+        self.embed_avg[0, dead] = fresh * uniform_use
+        uses[dead] = uniform_use
+
+
+class _Level(nn.Module):
+    """One level; the names of its buffers are those of vector-quantize-pytorch."""
+
+    def __init__(self, codebook_size: int, dim: int) -> None:
+        super().__init__()
+        self._codebook = _Codebook(codebook_size, dim)
+
+
+class _Levels(nn.Module):
+    """Projections and levels with the parameter names of `vector_quantize_pytorch.ResidualVQ`, which loads the state.
+
+    That package is not imported for this: its import takes more than a second.
+    """
+
+    def __init__(self, dim: int, codebook_dim: int, codebook_size: int, num_quantizers: int) -> None:
+        super().__init__()
+        has_projections = codebook_dim != dim
+        self.project_in = nn.Linear(dim, codebook_dim) if has_projections else nn.Identity()
+        self.project_out = nn.Linear(codebook_dim, dim) if has_projections else nn.Identity()
+        self.layers = nn.ModuleList(_Level(codebook_size, codebook_dim) for _ in range(num_quantizers))
 
 
 @register
 class ResidualQuantizer(ResidualLevels):
     """Residual VQ in a narrow space (SoundStream, Algorithm 1; narrow codes as in arXiv 2306.06546, section 3.2).
 
-    Codebooks are exponential averages of the frames they attract. They start from k-means over many batches
-    (`initialise`), because one batch holds fewer frames than a codebook has codes and would leave most of them dead.
-    Start, averages and revival of dead codes are those of one process that holds the frames of all.
+    Codebooks are exponential averages of the frames nearest to their codes. They start from k-means over many batches
+    (`initialise`), because one batch has fewer frames than a codebook has codes and would leave most codes dead.
+    K-means, averages and revival of dead codes use the frames of all processes.
 
     Args:
         dim: Width of the frames.
         codebook_size: Codes per level.
         num_quantizers: Levels.
         codebook_dim: Width of the codes; frames are projected down to it and back.
-        decay: Of the exponential averages.
-        dead_below_share: A code used less often than this share of a uniform use is replaced by a random frame, and
-            its averages start again as if it had been used as often as the mean code.
+        decay: Decay of the exponential averages.
+        dead_below_share: A code used less often than this share of the mean use is replaced by a random frame.
         level_dropout: Share of the training batches in which trailing levels are left out at random, so that any number
-            of levels decodes (0.5 as in arXiv 2306.06546, section 3.4: always would cost quality with all levels).
-        expected_frames: Frames in a training batch; only scales the averages that `initialise` starts from.
+            of levels decodes (0.5 as in arXiv 2306.06546, section 3.4; 1 would cost quality with all levels).
+        expected_frames: Frames in a training batch; scales the averages after `initialise`.
     """
 
     @beartype
@@ -66,18 +127,7 @@ class ResidualQuantizer(ResidualLevels):
             level_dropout=level_dropout,
             expected_frames=expected_frames,
         )
-        rvq = ResidualVQ(
-            dim=dim,
-            codebook_dim=codebook_dim,
-            codebook_size=codebook_size,
-            num_quantizers=num_quantizers,
-            decay=decay,
-            threshold_ema_dead_code=0,
-            rotation_trick=True,
-            commitment_weight=0.25,
-            sync_codebook=False,
-        )
-        super().__init__(rvq, codebook_size, config)
+        super().__init__(_Levels(dim, codebook_dim, codebook_size, num_quantizers), config)
 
     def codebook(self, level: int) -> Tensor:
         """Code vectors of a level, `[v, codebook_dim]`."""
@@ -85,79 +135,77 @@ class ResidualQuantizer(ResidualLevels):
 
     @torch.no_grad()
     def initialise(self, frames: Tensor, iterations: int = 10) -> None:
-        """Start every level from k-means over the residuals of `frames [n, d]`, which should come from many batches.
+        """Set every codebook by k-means over the residuals of frames `[n, d]` from many batches.
 
-        Where there are several processes, each brings its own share of the frames; they end with equal codebooks.
+        With several processes, each passes its own frames; all have equal codebooks afterwards.
         """
-        residual = self._projected(frames)
+        residual = self._project(frames)
         for level, layer in enumerate(self.rvq.layers):
-            codebook, counts = _kmeans(residual, self.codebook_size, iterations)
-            # the running averages start as if a typical batch had just been seen
+            centroids, counts = _kmeans(residual, self.codebook_size, iterations)
+            # the averages start as after a typical batch
             counts = counts * (self.config["expected_frames"] / counts.sum())
-            state = layer._codebook
-            for start, value in (
-                (state.embed, codebook),
-                (state.cluster_size, counts),
-                (state.embed_avg, codebook * counts[:, None]),
+            codebook = layer._codebook
+            for buffer, value in (
+                (codebook.embed, centroids),
+                (codebook.cluster_size, counts),
+                (codebook.embed_avg, centroids * counts[:, None]),
             ):
-                from_first_process(start.copy_(value[None]))
+                from_first_process(buffer.copy_(value[None]))
             residual = residual - F.embedding(nearest_centroid(residual, self.codebook(level)), self.codebook(level))
 
     def _mean_code(self) -> Tensor:
-        state = self.rvq.layers[0]._codebook
-        return state.embed_avg[0].sum(dim=0) / state.cluster_size[0].sum().clamp(min=1e-6)
+        codebook = self.rvq.layers[0]._codebook
+        return codebook.embed_avg[0].sum(dim=0) / codebook.cluster_size[0].sum().clamp(min=1e-6)
 
     def _nearest(self, residual: Tensor, level: int) -> Tensor:
         index = nearest_centroid(rearrange(residual, "b f d -> (b f) d"), self.codebook(level))
         return rearrange(index, "(b f) -> b f", b=residual.shape[0])
 
-    def _quantize_in_training(self, inner: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
-        residual, total, loss, codes = inner, torch.zeros_like(inner), inner.new_zeros(()), []
-        for layer in self.rvq.layers[:levels]:
-            # a group of processes may have formed since the layer was made, which is when it looked for one
-            layer._codebook.all_reduce_fn = sum_over_processes
-            # the layer moves its codes as soon as it has chosen
-            codebook = layer._codebook.embed[0].clone()
-            rotated, index, commitment = layer(residual)
-            code = F.embedding(index, codebook)
-            is_steep = code.norm(dim=-1, keepdim=True) > _LONGEST_ROTATED * residual.norm(dim=-1, keepdim=True)
-            through = torch.where(is_steep, residual, rotated)
-            total = total + through + (code - through).detach()
-            self._revive(layer._codebook, residual.detach())
+    def _quantize_in_training(self, projected: Tensor, num_levels: int) -> tuple[Tensor, Tensor, Tensor]:
+        residual, total, loss, codes = projected, torch.zeros_like(projected), projected.new_zeros(()), []
+        for level, layer in enumerate(self.rvq.layers[:num_levels]):
+            codes.append(self._nearest(residual.detach(), level))
+            code = F.embedding(codes[-1], self.codebook(level))
+            with torch.no_grad():
+                frames = rearrange(residual, "b f d -> (b f) d")
+                layer._codebook.update(frames, rearrange(codes[-1], "b f -> (b f)"), self.config["decay"])
+                layer._codebook.revive(frames, self.config["dead_below_share"])
+            passed = _rotated(residual, code)
+            total = total + passed + (code - passed).detach()
+            loss = loss + _COMMITMENT_WEIGHT * F.mse_loss(residual, code)
             residual = residual - code
-            loss = loss + commitment
-            codes.append(index)
         return total, torch.stack(codes, dim=-1), loss
 
-    @torch.no_grad()
-    def _revive(self, state: Any, frames: Tensor) -> None:
-        """Put dead codes where frames are, with averages that let them live until they have had their chance."""
-        uses = state.cluster_size[0]
-        uniform_use = uses.mean()
-        dead = (uses < self.config["dead_below_share"] * uniform_use).nonzero().flatten()
-        if len(dead) == 0:
-            return
-        fresh = joined_sample(rearrange(frames, "b f d -> (b f) d"), len(dead))
-        dead = dead[: len(fresh)]
-        state.embed[0, dead] = fresh
-        state.embed_avg[0, dead] = fresh * uniform_use
-        uses[dead] = uniform_use
+
+def _rotated(residual: Tensor, code: Tensor) -> Tensor:
+    """The residual `[b, f, d]` rotated and scaled to the code, with constant rotation (arXiv 2410.06424, section 4.2).
+
+    Where the code is much longer, the residual itself.
+    """
+    length, code_length = (x.norm(dim=-1, keepdim=True) for x in (residual, code))
+    u, q = (residual / length.clamp(min=1e-6)).detach(), code / code_length.clamp(min=1e-6)
+    w = F.normalize(u + q, dim=-1, eps=1e-6)
+    row = residual.unsqueeze(-2)
+    reflected = row @ w.unsqueeze(-1) @ w.unsqueeze(-2)
+    turned = row @ u.unsqueeze(-1) @ q.unsqueeze(-2)
+    rotated = (row - 2 * reflected + 2 * turned).squeeze(-2) * (code_length / length.clamp(min=1e-6)).detach()
+    return torch.where(code_length > _MAX_ROTATED_RATIO * length, residual, rotated)
 
 
 def _kmeans(points: Tensor, num_clusters: int, iterations: int) -> tuple[Tensor, Tensor]:
-    """Lloyd's algorithm from random points; an empty cluster restarts at a random point."""
-    start = joined_sample(points, num_clusters)
+    """Centroids and sizes by Lloyd's algorithm from random points; an empty cluster restarts at a random point."""
+    start = distributed_sample(points, num_clusters)
     centroids = start.repeat(-(-num_clusters // len(start)), 1)[:num_clusters]
     for _ in range(iterations):
         index = nearest_centroid(points, centroids)
-        counts = _joined_counts(index, num_clusters)
+        counts = _counts(index, num_clusters)
         sums = sum_over_processes(torch.zeros_like(centroids).index_add_(0, index, points))
         centroids = sums / counts.clamp(min=1.0)[:, None]
         empty = (counts == 0).nonzero().flatten()
-        fresh = joined_sample(points, len(empty))
+        fresh = distributed_sample(points, len(empty))
         centroids[empty[: len(fresh)]] = fresh
-    return centroids, _joined_counts(nearest_centroid(points, centroids), num_clusters)
+    return centroids, _counts(nearest_centroid(points, centroids), num_clusters)
 
 
-def _joined_counts(index: Tensor, num_clusters: int) -> Tensor:
+def _counts(index: Tensor, num_clusters: int) -> Tensor:
     return sum_over_processes(torch.bincount(index, minlength=num_clusters).float())

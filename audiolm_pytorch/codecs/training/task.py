@@ -11,7 +11,7 @@ from beartype import beartype
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from audiolm_pytorch.codecs.quantizers.distributed import own_share
+from audiolm_pytorch.codecs.quantizers.distributed import rank_and_count
 from audiolm_pytorch.codecs.soundstream import CodecOutput, SoundStream
 from audiolm_pytorch.codecs.training.balancer import LossBalancer
 from audiolm_pytorch.codecs.training.denoising import NoiseMixer
@@ -267,7 +267,7 @@ class CodecTask:
 
         Every process encodes its share of the crops.
         """
-        rank, num_processes = own_share()
+        rank, num_processes = rank_and_count()
         num_missing, frames = _FRAMES_PER_CODE * self.codec.codebook_size / num_processes, []
         for number in itertools.count(rank, num_processes):
             batch = to_device(self.batch([divmod(number, self.num_items)]), self._device)

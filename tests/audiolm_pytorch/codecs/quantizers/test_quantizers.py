@@ -6,7 +6,7 @@ import pytest
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from vector_quantize_pytorch import ResidualLFQ
+from vector_quantize_pytorch import ResidualLFQ, ResidualVQ
 
 from audiolm_pytorch.codecs.quantizers import (
     FrameQuantizer,
@@ -17,7 +17,7 @@ from audiolm_pytorch.codecs.quantizers import (
     code_usage,
     make_quantizer,
 )
-from audiolm_pytorch.codecs.quantizers.finite_scalar import steps_of
+from audiolm_pytorch.codecs.quantizers.fixed_grid import grid_steps
 from audiolm_pytorch.saving.modules import build_module, module_spec
 
 KINDS = {
@@ -65,11 +65,14 @@ def test_codes_are_those_of_vector_quantize_pytorch(kind):
     quantizer = made(KINDS[kind], levels=4)
     frames = torch.randn(3, 50, 16)
     oracle, oracle_input = quantizer.rvq, frames
+    if kind == "residual":
+        oracle = ResidualVQ(dim=16, codebook_size=64, num_quantizers=4).eval()
+        oracle.load_state_dict(quantizer.rvq.state_dict())
     if kind == "lookup_free":
         # it has no soft bound of its own: hand it the bounded coordinates
         oracle, oracle_input = (
             ResidualLFQ(dim=6, codebook_size=64, num_quantizers=4).eval(),
-            quantizer._projected(frames),
+            quantizer._project(frames),
         )
     with torch.no_grad():
         _, codes, *_, parts = oracle(oracle_input, return_all_codes=True)
@@ -77,6 +80,28 @@ def test_codes_are_those_of_vector_quantize_pytorch(kind):
     for levels in range(1, 5):
         expected = quantizer.rvq.project_out(parts[:levels].sum(dim=0))
         torch.testing.assert_close(quantizer.decode(codes[..., :levels]), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_training_is_that_of_vector_quantize_pytorch():
+    """Codes, loss, gradients and moved codebooks of some training steps equal those of the package."""
+    sizes = dict(dim=16, codebook_size=64, num_quantizers=3, codebook_dim=8)
+    quantizer = ResidualQuantizer(**sizes, dead_below_share=0.0, level_dropout=0.0)
+    quantizer.initialise(torch.randn(500, 16))
+    oracle = ResidualVQ(**sizes, decay=0.95, threshold_ema_dead_code=0, rotation_trick=True, commitment_weight=0.25)
+    oracle.load_state_dict(quantizer.rvq.state_dict())
+    for _ in range(3):
+        frames = torch.randn(2, 40, 16)
+        inputs = [frames.clone().requires_grad_() for _ in range(2)]
+        output = quantizer.train()(inputs[0])
+        quantized, codes, losses = oracle.train()(inputs[1])
+        (output.frames.square().sum() + output.loss).backward()
+        (quantized.square().sum() + losses.sum()).backward()
+        assert torch.equal(output.codes, codes)
+        torch.testing.assert_close(output.frames, quantized, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(output.loss, losses.sum(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-3, atol=1e-4)
+    for name, value in oracle.state_dict().items():
+        torch.testing.assert_close(quantizer.rvq.state_dict()[name], value, rtol=1e-5, atol=1e-5)
 
 
 @every_kind
@@ -111,7 +136,7 @@ def test_groups_leave_out_the_same_levels():
 def test_level_dropout_keeps_all_levels_in_half_of_the_batches():
     """Dropout in every batch would cost quality with all levels; in none, no prefix would sound."""
     quantizer = ResidualLookupFreeQuantizer(dim=8, codebook_size=16, num_quantizers=5)
-    drawn = torch.tensor([quantizer.draw_levels(torch.device("cpu")) for _ in range(3000)])
+    drawn = torch.tensor([quantizer.draw_num_levels(torch.device("cpu")) for _ in range(3000)])
     shares = torch.bincount(drawn, minlength=6) / 3000
     torch.testing.assert_close(shares, torch.tensor([0.0, 0.1, 0.1, 0.1, 0.1, 0.6]), rtol=0, atol=0.03)
 
@@ -364,18 +389,18 @@ def test_entropy_loss_is_that_of_the_paper():
     torch.testing.assert_close(quantizer.level_loss(collapsed, 0), torch.tensor(1.0))
 
 
-def test_steps_of_a_grid_multiply_to_its_size():
+def test_grid_steps_a_grid_multiply_to_its_size():
     """Every size that is a product of 3..8 is factored exactly; any other is refused with sizes that work."""
     possible = {size for size in range(3, 9)}
     for _ in range(4):
         possible |= {size * step for size in possible for step in range(3, 9) if size * step <= 600}
     for size in range(1, 601):
         if size in possible:
-            assert math.prod(steps_of(size)) == size and all(3 <= step <= 8 for step in steps_of(size))
+            assert math.prod(grid_steps(size)) == size and all(3 <= step <= 8 for step in grid_steps(size))
         else:
             with pytest.raises(ValueError, match=f"of {size} codes"):
-                steps_of(size)
-    assert steps_of(1024) == (4, 4, 4, 4, 4) and steps_of(1000) == (8, 5, 5, 5)
+                grid_steps(size)
+    assert grid_steps(1024) == (4, 4, 4, 4, 4) and grid_steps(1000) == (8, 5, 5, 5)
     with pytest.raises(ValueError, match="1008 or 1024"):
         ResidualFiniteScalarQuantizer(dim=8, codebook_size=1021)
 
@@ -398,7 +423,7 @@ def test_sizes_that_do_not_fit_are_refused(wrong, message):
 
 def test_groups_of_different_shape_are_refused():
     """Columns of unequal meaning cannot be told apart by position."""
-    with pytest.raises(ValueError, match="as many levels"):
+    with pytest.raises(ValueError, match="equal numbers of levels"):
         GroupedQuantizer(quantizers=[ResidualQuantizer(dim=4, num_quantizers=count) for count in (2, 3)])
     with pytest.raises(ValueError, match="no group"):
         GroupedQuantizer(quantizers=[])

@@ -52,7 +52,7 @@ def trained(kind: dict, processes: list[int], seed: int) -> dict[str, Tensor]:
 
 def _codes(quantizer: nn.Module) -> Tensor:
     parts = getattr(quantizer, "quantizers", [quantizer])
-    return torch.cat([part.codebooks.clone() for part in parts])
+    return torch.cat([part.codebook(level).clone() for part in parts for level in range(LEVELS)])
 
 
 def _let_codes_die(quantizer: nn.Module) -> None:

@@ -1,0 +1,208 @@
+"""Residual quantizers on a fixed grid: lookup-free (arXiv 2310.05737) and finite scalar (arXiv 2309.15505)."""
+
+import math
+from abc import abstractmethod
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from beartype import beartype
+from einops import rearrange
+from torch import Tensor
+
+from audiolm_pytorch.codecs.quantizers.base import ResidualLevels
+from audiolm_pytorch.codecs.quantizers.distributed import distributed_mean
+from audiolm_pytorch.saving.modules import register
+
+__all__ = ["ResidualFiniteScalarQuantizer", "ResidualLookupFreeQuantizer", "grid_steps"]
+
+_MIN_STEPS, _MAX_STEPS = 3, 8
+
+
+class _GridLevels(ResidualLevels):
+    """Levels that round every coordinate, each level on a finer grid.
+
+    Coordinates are bounded softly, by `bound * tanh(x / bound)`, to the range of the first level. Every further level
+    covers the residual exactly. Gradients pass straight through all levels.
+    """
+
+    @property
+    @abstractmethod
+    def bound(self) -> Tensor | float:
+        """Largest coordinate that the levels can approach, a number or `[codebook_dim]`."""
+
+    def level_loss(self, residual: Tensor, level: int) -> Tensor | float:
+        """Loss of a level with the residual `[b, f, codebook_dim]`."""
+        return 0.0
+
+    def initialise(self, frames: Tensor) -> None:
+        """Do nothing: the grid is fixed, and the projections are trained."""
+
+    def _project(self, frames: Tensor) -> Tensor:
+        projected = super()._project(frames)
+        with torch.autocast(frames.device.type, enabled=False):
+            return self.bound * (projected / self.bound).tanh()
+
+    def _quantize_in_training(self, projected: Tensor, num_levels: int) -> tuple[Tensor, Tensor, Tensor]:
+        total, loss, codes = torch.zeros_like(projected), projected.new_zeros(()), []
+        for level in range(num_levels):
+            residual = projected - total
+            codes.append(self._nearest(residual.detach(), level))
+            loss = loss + self.level_loss(residual, level) / num_levels
+            total = total + F.embedding(codes[-1], self.codebook(level))
+        return projected + (total - projected).detach(), torch.stack(codes, dim=-1), loss
+
+
+@register
+class ResidualLookupFreeQuantizer(_GridLevels):
+    """Residual quantization by signs: level k adds or subtracts `2**-k` in each of `log2(codebook_size)` coordinates.
+
+    Encoding needs no lookup and no code can die, but coordinates can have equal signs in all frames. The entropy loss
+    of arXiv 2310.05737 (section 3.1) prevents this: frames should be certain of their code, and all codes should be
+    used. It is computed here because vector-quantize-pytorch 1.32 ignores the batches of the other processes.
+
+    Args:
+        dim: Width of the frames.
+        codebook_size: Codes per level, a power of 2.
+        num_quantizers: Levels.
+        entropy_weight: Weight of the entropy loss, which is the unused share of a codebook's information, 0..1.
+        temperature: Distance from zero, in units of the level's step, at which the sign of a coordinate is certain.
+        level_dropout: Share of the training batches in which trailing levels are left out at random.
+    """
+
+    bound = 2.0
+
+    @beartype
+    def __init__(
+        self,
+        *,
+        dim: int,
+        codebook_size: int = 1024,
+        num_quantizers: int = 8,
+        entropy_weight: float = 0.1,
+        temperature: float = 1.0,
+        level_dropout: float = 0.5,
+    ) -> None:
+        from vector_quantize_pytorch import ResidualLFQ
+
+        if codebook_size < 2 or codebook_size & (codebook_size - 1):
+            lower = 2 ** max(1, codebook_size.bit_length() - 1)
+            raise ValueError(
+                f"a lookup-free codebook needs a power of 2 as its size, got {codebook_size}; the nearest are {lower} "
+                f"or {2 * lower}"
+            )
+        config: dict[str, Any] = dict(
+            dim=dim,
+            codebook_size=codebook_size,
+            num_quantizers=num_quantizers,
+            entropy_weight=entropy_weight,
+            temperature=temperature,
+            level_dropout=level_dropout,
+        )
+        super().__init__(ResidualLFQ(dim=dim, codebook_size=codebook_size, num_quantizers=num_quantizers), config)
+        self.train()
+
+    def train(self, mode: bool = True) -> "ResidualLookupFreeQuantizer":
+        """Set the mode; the layers stay in eval mode, in which they compute signs only."""
+        super().train(mode)
+        self.rvq.eval()
+        return self
+
+    def codebook(self, level: int) -> Tensor:
+        """Code vectors of a level, `[v, codebook_dim]`."""
+        return self.rvq.layers[level].codebook
+
+    def level_loss(self, residual: Tensor, level: int) -> Tensor | float:
+        """Weighted entropy loss; 0 if all frames are certain of their code and all codes are equally frequent."""
+        if self.config["entropy_weight"] == 0:
+            return 0.0
+        logits = rearrange(residual, "b f d -> (b f) d") * (2 ** (level + 1) / self.config["temperature"])
+        positive = logits.sigmoid()
+        # signs are independent: the entropy of a frame is the sum over its coordinates
+        frame_entropy = positive * F.softplus(-logits) + (1 - positive) * F.softplus(logits)
+        # the probability of a code is a product over coordinates, so the mean over frames is one matrix product
+        half = logits.shape[-1] // 2
+        total = _code_probabilities(positive[:, :half]).t() @ _code_probabilities(positive[:, half:])
+        probability = distributed_mean(total, len(logits))
+        code_entropy = -(probability * probability.clamp(min=1e-12).log()).sum()
+        unused_share = 1 + (frame_entropy.sum(dim=-1).mean() - code_entropy) / math.log(self.codebook_size)
+        return self.config["entropy_weight"] * unused_share
+
+    def _nearest(self, residual: Tensor, level: int) -> Tensor:
+        return self.rvq.layers[level](residual).indices.long()
+
+
+def _code_probabilities(positive: Tensor) -> Tensor:
+    """Probabilities `[n, 2**d]` of all sign patterns, from the probability of a plus in each coordinate, `[n, d]`."""
+    patterns = positive.new_ones(len(positive), 1)
+    for plus in positive.split(1, dim=-1):
+        patterns = torch.cat([patterns * (1 - plus), patterns * plus], dim=-1)
+    return patterns
+
+
+@register
+class ResidualFiniteScalarQuantizer(_GridLevels):
+    """Residual FSQ: coordinates are rounded to a grid whose sides multiply to the codebook size; no codebook, no loss.
+
+    Args:
+        dim: Width of the frames.
+        codebook_size: Codes per level, a product of numbers from 3 to 8 (see `grid_steps`).
+        num_quantizers: Levels.
+        level_dropout: Share of the training batches in which trailing levels are left out at random.
+    """
+
+    @beartype
+    def __init__(
+        self, *, dim: int, codebook_size: int = 1024, num_quantizers: int = 8, level_dropout: float = 0.5
+    ) -> None:
+        from vector_quantize_pytorch import ResidualFSQ
+
+        config: dict[str, Any] = dict(
+            dim=dim, codebook_size=codebook_size, num_quantizers=num_quantizers, level_dropout=level_dropout
+        )
+        levels = list(grid_steps(codebook_size))
+        super().__init__(ResidualFSQ(dim=dim, levels=levels, num_quantizers=num_quantizers), config)
+
+    @property
+    def bound(self) -> Tensor:
+        """Largest coordinates `[codebook_dim]`, half a step outside the first level's grid."""
+        return self.rvq.soft_clamp_input_value
+
+    def codebook(self, level: int) -> Tensor:
+        """Code vectors of a level, `[v, codebook_dim]`."""
+        return self.rvq.layers[level].implicit_codebook * self.rvq.scales[level]
+
+    def _nearest(self, residual: Tensor, level: int) -> Tensor:
+        _, index = self.rvq.layers[level](residual / self.rvq.scales[level])
+        return index.long()
+
+
+def grid_steps(codebook_size: int) -> tuple[int, ...]:
+    """Sides of a grid with `codebook_size` points, each 3 to 8 steps: as many sides, then as equal sides, as possible.
+
+    Many sides are best because all levels refine the same coordinates.
+    """
+    steps = _factors(codebook_size)
+    if steps is None:
+        lower = next((size for size in range(codebook_size - 1, 0, -1) if _factors(size)), None)
+        higher = next(size for size in range(max(codebook_size, 1) + 1, 2**40) if _factors(size))
+        nearest = " or ".join(str(size) for size in (lower, higher) if size)
+        raise ValueError(
+            f"a finite-scalar codebook of {codebook_size} codes is not possible: the size must be a product of numbers "
+            f"from {_MIN_STEPS} to {_MAX_STEPS}; the nearest are {nearest}, others are 256, 1000, 1024 and 4096"
+        )
+    return steps
+
+
+@cache
+def _factors(size: int, largest: int = _MAX_STEPS) -> tuple[int, ...] | None:
+    """The sides in falling order, at most `largest`; None if there is no such grid."""
+    if _MIN_STEPS <= size <= largest:
+        return (size,)
+    candidates = [
+        (first, *rest)
+        for first in range(min(largest, size), _MIN_STEPS - 1, -1)
+        if size % first == 0 and (rest := _factors(size // first, first))
+    ]
+    return min(candidates, key=lambda sides: (-len(sides), sides[0] - sides[-1]), default=None)
