@@ -388,12 +388,12 @@ def train_quantizer(folder: Path) -> dict:
 
     train, valid = load_split(write_clips(folder / "data", count=16))
     found = {}
-    for name, choices in {"ridge": {}, "plain": {"centre": False, "ridge": None, "max_windows": 12}}.items():
+    for name, choices in {"ridge": {}, "windows": {"max_windows": 12}}.items():
         quantizer = tiny_conditioner(fitted=False)
         report = fit_quantizer(quantizer, train, held_out=valid, seed=2, **choices)
         buffers = {key: value for key, value in quantizer.state_dict().items() if not key.startswith("mulan.")}
         found |= {f"{name}.{key}": value for key, value in buffers.items()}
-        found |= {f"{name}.codes": quantizer.codes(texts=TEXTS), f"{name}.figures": report.figures}
+        found |= {f"{name}.codes": quantizer.codes(texts=TEXTS), f"{name}.figures": report.metrics}
     return found
 
 

@@ -379,7 +379,7 @@ class Pipeline:
         quantizer.to(self.accelerator.device)
         report = fit_quantizer(quantizer, self.train_items, held_out=self.valid_items, seed=self.seed)
         self._keep("quantizer", quantizer, frozen=quantizer.mulan)
-        return {f"fitted.{name}": value for name, value in report.figures.items()}
+        return {f"fitted.{name}": value for name, value in report.metrics.items()}
 
     def _keep(self, stage: str, module: nn.Module, frozen: nn.Module | None = None) -> None:
         """Save a stage's result as fp16, so that whatever is computed with it holds for the exported model too.

@@ -15,7 +15,7 @@ from audiolm_pytorch.saving.fingerprint import digest_of, part_fingerprint
 from audiolm_pytorch.saving.modules import build_module, module_spec, register
 from audiolm_pytorch.saving.weights import weights_of
 from musiclm_pytorch.mulan.joint import JointEmbedding
-from musiclm_pytorch.quantizer.modality_gap import DEFAULT_RIDGE_CLIPS, align_texts
+from musiclm_pytorch.quantizer.modality_gap import align_texts
 from musiclm_pytorch.quantizer.residual_kmeans import residual_kmeans
 
 __all__ = ["MuLaNEmbedQuantizer", "Modality"]
@@ -27,22 +27,18 @@ Modality = Literal["audio", "text"]
 
 @register
 class MuLaNEmbedQuantizer(Conditioner):
-    """Turns audio or text into the same few discrete codes, and those into embeddings for each language model.
+    """Turns audio or text into a few discrete codes, and codes into embeddings for each language model.
 
-    Residual quantization of MuLan's embedding as in MusicLM (arXiv:2301.11325, sec. 4.1). The codebooks are fitted
-    once, by `fit`, and are frozen from then on: neither training mode nor use changes them. Until then they are random
-    but fixed. What is trained, by the trainer of each language model, is the table of its namespace alone.
+    Residual quantization of MuLan's embedding as in MusicLM (arXiv:2301.11325, sec. 4.1). The codebooks are random
+    until `fit` fits them once. Nothing else changes them, also not in training mode. Each language model trains only
+    the table of its own namespace.
 
     Args:
-        mulan: Embeds audio and text: a `MuLaN`, or a pretrained model in its place. It is put and kept in eval mode,
-            and no gradient flows into it.
+        mulan: Embeds audio and text. It stays in eval mode and receives no gradients.
         conditioning_dims: Width of the embeddings of each namespace.
         namespaces: Names, one for each language model.
         rq_num_quantizers: Levels, that is codes per recording.
-        codebook_size: Codes a level.
-
-    Raises:
-        ValueError: If there are not as many dims as names, names repeat, or a number is out of range.
+        codebook_size: Codes per level.
     """
 
     codebooks: Tensor
@@ -64,7 +60,7 @@ class MuLaNEmbedQuantizer(Conditioner):
         super().__init__()
         if len(conditioning_dims) != len(namespaces) or len(set(namespaces)) != len(namespaces) or not namespaces:
             raise ValueError(
-                "need one conditioning dim for each of the namespaces, all of different names, got "
+                "need one conditioning dim for each namespace, and different names, got "
                 f"{tuple(conditioning_dims)} and {tuple(namespaces)}"
             )
         if min(*conditioning_dims, rq_num_quantizers, codebook_size) < 1:
@@ -83,7 +79,7 @@ class MuLaNEmbedQuantizer(Conditioner):
         for parameter in self.tables.parameters():
             nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
         width = mulan.dim_latent
-        # each level halves the residual, roughly what residual k-means does
+        # Like residual k-means, each level about halves the residual.
         scales = 0.5 ** torch.arange(rq_num_quantizers) * width**-0.5
         random = torch.randn(rq_num_quantizers, codebook_size, width, generator=torch.Generator().manual_seed(0))
         self.register_buffer("codebooks", random * scales.view(-1, 1, 1))
@@ -91,7 +87,7 @@ class MuLaNEmbedQuantizer(Conditioner):
         self.register_buffer("text_mean", torch.zeros(width))
         self.register_buffer("text_map", torch.eye(width))
         self.register_buffer("fitted", torch.tensor(False))
-        self._warned = False
+        self._has_warned = False
 
     @property
     def config(self) -> dict[str, Any]:
@@ -111,49 +107,45 @@ class MuLaNEmbedQuantizer(Conditioner):
 
     @property
     def sample_hz(self) -> int:
-        """Sample rate in Hz at which waves are given."""
+        """Sample rate of the waves."""
         return self.mulan.sample_hz
 
     def fingerprint(self) -> str:
-        """Hash of all that codes depend on: MuLaN, codebooks, means and map of texts; not of the tables.
+        """Hash of everything that codes depend on: MuLaN, codebooks, means and map of texts, but not the tables.
 
-        It is the same on any device and from any file of these very numbers. Rounded to half precision, a quantizer
-        gives other codes and is another: where that would happen, models store it in full (see `save_parts`).
+        It is the same on every device. A quantizer rounded to half precision has other codes and another fingerprint;
+        `save_parts` stores it in full precision then.
         """
-        own = {name: value for name, value in weights_of(self).items() if "." not in name and name != "fitted"}
-        return digest_of({"mulan": part_fingerprint(self.mulan)}, own)
+        buffers = {name: value for name, value in weights_of(self).items() if "." not in name and name != "fitted"}
+        return digest_of({"mulan": part_fingerprint(self.mulan)}, buffers)
 
     def train(self, mode: bool = True) -> "MuLaNEmbedQuantizer":
-        """Set the mode; the MuLaN stays in eval mode, so that the codes of a recording are always the same."""
+        """Set the mode; the MuLaN stays in eval mode, so that the codes of a recording never change."""
         super().train(mode)
         self.mulan.eval()
         return self
 
     def table(self, namespace: str) -> nn.Module:
-        """The trainable part of a namespace: one embedding for each code of each level.
-
-        Raises:
-            ValueError: If there is no such namespace.
-        """
+        """The trainable table of a namespace, with an embedding for each code of each level."""
         if namespace not in self.tables:
             raise ValueError(f"there is no namespace {namespace!r} among {self.namespaces}")
         return self.tables[namespace]
 
     def dim(self, namespace: str) -> int:
-        """Width of the embeddings of a namespace; ValueError if there is none of that name."""
+        """Width of the embeddings of a namespace."""
         self.table(namespace)
         return self.conditioning_dims[self.namespaces.index(namespace)]
 
     def check_can_fit(self, num_latents: int) -> None:
-        """Raise a ValueError if codebooks cannot be made, or made anew, from that many latents of audio."""
+        """Raise a ValueError if the quantizer is fitted already, or there are too few audio latents to fit it."""
         if bool(self.fitted):
             raise ValueError(
-                "this quantizer is fitted already and models may depend on its codes; make a new one to fit"
+                "this quantizer is fitted already and models may depend on its codes; create a new one to fit"
             )
         if num_latents < self.codebook_size:
             raise ValueError(
-                f"{num_latents} latents cannot fill {self.codebook_size} codes a level; give more audio "
-                "or make codebook_size smaller"
+                f"{num_latents} latents cannot fill {self.codebook_size} codes a level; use more audio "
+                "or a smaller codebook_size"
             )
 
     @beartype
@@ -164,24 +156,16 @@ class MuLaNEmbedQuantizer(Conditioner):
         text_latents: Tensor | None = None,
         *,
         clip_index: Tensor | None = None,
-        centre: bool = True,
-        ridge: float | int | None = DEFAULT_RIDGE_CLIPS,
         seed: int = 0,
     ) -> None:
-        """Make the codebooks by k-means, level by level on what the levels before left over; once.
+        """Fit the codebooks once: k-means of the latents, then of the residuals of each level.
 
         Args:
             audio_latents: `[n, d]`, with n at least `codebook_size`.
-            text_latents: `[k, d]` of texts that describe some of the audio. None = texts are treated as if they were
-                audio.
-            clip_index: `[k]` int, which row of the audio each text describes. None = k is n, and row i is of audio i.
-            centre: Give texts a mean and a scale of their own; see `align_texts`.
-            ridge: Learn a linear map from texts to audio; against how many clips' evidence, see `align_texts`.
-                None = no map.
+            text_latents: `[k, d]` of texts that describe some of the audio, from which the alignment of texts is
+                learned (see `align_texts`). None = texts are not aligned.
+            clip_index: `[k]` int, the audio row of each text. None = k is n, and text i describes audio i.
             seed: Seed of the k-means.
-
-        Raises:
-            ValueError: If it is fitted already, latents are too few or not finite, or shapes do not fit.
         """
         self._check_latents(audio_latents)
         self.check_can_fit(len(audio_latents))
@@ -196,10 +180,9 @@ class MuLaNEmbedQuantizer(Conditioner):
                     f"texts must pair with audio latents {tuple(audio_latents.shape)}, or have a clip_index each; "
                     f"got {tuple(text_latents.shape)} and clip_index {tuple(clip_index.shape)}"
                 )
-            text = text_latents.float().cpu()
-            audio_mean, text_mean, text_map = align_texts(audio, text, clip_index, centre=centre, ridge=ridge)
+            audio_mean, text_mean, text_map = align_texts(audio, text_latents.float().cpu(), clip_index)
         elif clip_index is not None:
-            raise ValueError("clip_index say which audio a text describes: give text_latents too")
+            raise ValueError("clip_index is the audio row of each text: pass text_latents too")
         codebooks = residual_kmeans((audio - audio_mean).float(), self.num_quantizers, self.codebook_size, seed)
         self.codebooks.copy_(codebooks)
         self.audio_mean.copy_(audio_mean)
@@ -210,22 +193,14 @@ class MuLaNEmbedQuantizer(Conditioner):
     @beartype
     @torch.no_grad()
     def codes_from_latents(self, latents: Tensor, modality: Modality = "audio") -> Tensor:
-        """Quantize latents: at each level the nearest code to what the levels before left over.
+        """Quantize MuLaN latents `[..., d]` of a modality to codes `[..., q]` int64 in [0, codebook_size).
 
-        Args:
-            latents: `[..., d]` of MuLaN, on any device.
-            modality: What the latents are of.
-
-        Returns:
-            Codes `[..., q]` int64 in [0, codebook_size), on the device of the latents.
-
-        Raises:
-            ValueError: If latents are of another width or not finite.
+        At each level the code is the nearest one to the residual of the levels before.
         """
         self._check_latents(latents)
-        if not bool(self.fitted) and not self._warned:
-            self._warned = True
-            logger.warning("the quantizer is not fitted, its codebooks are random: call fit() before training with it")
+        if not bool(self.fitted) and not self._has_warned:
+            self._has_warned = True
+            logger.warning("the quantizer is not fitted and has random codebooks: call fit() before training with it")
         device = self.codebooks.device
         with torch.autocast(device_type=device.type, enabled=False):
             residual = self.centred(latents.to(device), modality).reshape(-1, latents.shape[-1])
@@ -245,28 +220,22 @@ class MuLaNEmbedQuantizer(Conditioner):
         latents: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
-        """Codes of audio, or of texts, or of audio latents that were computed before.
+        """Codes `[b, q]` int64 of exactly one of waves, texts and latents of audio.
 
         Args:
             wavs: `[b, n]` float at `sample_hz`; audio longer than MuLaN's window is averaged over windows.
             texts: One text, several, or ids.
             latents: `[b, d]` of audio.
             lengths: `[b]` samples of each wave. None = all `n`.
-
-        Returns:
-            Codes `[b, q]` int64.
-
-        Raises:
-            ValueError: If there is not exactly one of the three.
         """
-        if sum(given is not None for given in (wavs, texts, latents)) == 1:
+        if sum(source is not None for source in (wavs, texts, latents)) == 1:
             if texts is not None:
                 return self.codes_from_latents(self.mulan.get_text_latents(texts), "text")
             if wavs is not None:
                 latents = self.mulan.get_long_audio_latents(wavs.to(self.codebooks.device), lengths)
             if latents is not None:
                 return self.codes_from_latents(latents, "audio")
-        raise ValueError("give exactly one of wavs, texts and latents")
+        raise ValueError("pass exactly one of wavs, texts and latents")
 
     @beartype
     def forward(
@@ -278,26 +247,15 @@ class MuLaNEmbedQuantizer(Conditioner):
         lengths: Tensor | None = None,
         namespace: str,
     ) -> Tensor:
-        """Embed audio, texts or codes for a language model.
+        """Embed exactly one of waves, texts and codes `[b, q]` as `[b, q, dim]`; see `codes`.
 
-        Args:
-            wavs: `[b, n]` float at `sample_hz`.
-            texts: One text, several, or ids.
-            codes: `[b, q]` int, as given by `codes`.
-            lengths: `[b]` samples of each wave. None = all `n`.
-            namespace: Whose table.
-
-        Returns:
-            `[b, q, dim]`; gradients flow into the table.
-
-        Raises:
-            ValueError: If there is not exactly one of wavs, texts and codes, or codes are out of range.
+        Gradients flow into the table of the namespace.
         """
         table = self.table(namespace)
         if codes is None:
             codes = self.codes(wavs=wavs, texts=texts, lengths=lengths)
         elif wavs is not None or texts is not None:
-            raise ValueError("give exactly one of wavs, texts and codes")
+            raise ValueError("pass exactly one of wavs, texts and codes")
         if codes.ndim != 2 or codes.shape[1] != self.num_quantizers or codes.is_floating_point():
             raise ValueError(f"codes must be int [b, {self.num_quantizers}], got {codes.dtype} {tuple(codes.shape)}")
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.codebook_size:
@@ -315,23 +273,13 @@ class MuLaNEmbedQuantizer(Conditioner):
         lengths: Tensor | None = None,
         namespace: str,
     ) -> ConditionTensor:
-        """Embed audio, texts or codes as what a language model is conditioned on.
-
-        Args:
-            texts: One text, several, or ids.
-            wavs: `[b, n]` float at `sample_hz`.
-            codes: `[b, q]` int, as given by `codes`.
-            lengths: `[b]` samples of each wave. None = all `n`.
-            namespace: Whose table.
-
-        Returns:
-            ConditionTensor: embeddings `[b, q, dim]` and a mask `[b, q]` that is all True.
-        """
+        """The embeddings of `forward` as a condition of a language model, with a mask that is all True."""
         embeddings = self(wavs=wavs, texts=texts, codes=codes, lengths=lengths, namespace=namespace)
-        return ConditionTensor(embeddings, torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device))
+        mask = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
+        return ConditionTensor(embeddings, mask)
 
     def centred(self, latents: Tensor, modality: Modality = "audio") -> Tensor:
-        """Bring latents `[..., d]` on the quantizer's device to where the codebooks are, in float32."""
+        """Subtract the mean of the modality from latents `[..., d]`, and map texts to audio; float32."""
         if modality == "audio":
             return latents.float() - self.audio_mean.float()
         return (latents.float() - self.text_mean.float()) @ self.text_map.float()
@@ -341,4 +289,4 @@ class MuLaNEmbedQuantizer(Conditioner):
         if latents.ndim < 1 or latents.shape[-1] != width or not latents.is_floating_point():
             raise ValueError(f"latents must be float [..., {width}], got {latents.dtype} {tuple(latents.shape)}")
         if not torch.isfinite(latents).all():
-            raise ValueError("latents hold NaN or infinite numbers")
+            raise ValueError("latents contain NaN or infinite numbers")

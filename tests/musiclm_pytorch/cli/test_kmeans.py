@@ -104,7 +104,7 @@ BAD_INPUT = {
     "no layer": ("--encoder ENCODER --layer 3 --data SOUNDS --out TMP/out", r"layer must be in 0\.\.2.*got 3"),
     "few tokens": (
         "--encoder ENCODER --layer 1 --data SOUNDS --out TMP/out",
-        "65 tokens cannot fill 500 clusters; give more audio or ask for fewer",
+        "65 tokens cannot fill 500 clusters; use more audio or fewer clusters",
     ),
     "no clusters": ("--encoder ENCODER --layer 1 --data SOUNDS --out TMP/out --num-clusters 0", "num_clusters"),
     "seconds nan": ("--encoder ENCODER --layer 1 --data SOUNDS --out TMP/out --seconds nan", "seconds above 0"),

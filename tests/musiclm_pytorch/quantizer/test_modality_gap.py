@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from musiclm_pytorch.quantizer import modality_gap
 from musiclm_pytorch.quantizer.modality_gap import align_texts
 
 
@@ -22,8 +23,9 @@ def _aligned(text: Tensor, alignment: tuple[Tensor, ...]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("ridge", [0.5, 40.0, 1e6])
-def test_map_equals_gradient_descent_on_its_objective(ridge: float) -> None:
+def test_map_equals_gradient_descent_on_its_objective(ridge: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: minimise the squared distance of pairs plus the weighted squared change of the scaled texts."""
+    monkeypatch.setattr(modality_gap, "_PRIOR_CLIPS", ridge)
     audio, text, clip_index = _pairs()
     a, t = (audio.double() - audio.double().mean(0)).numpy(), (text.double() - text.double().mean(0)).numpy()
     scale = np.sqrt((a**2).mean() / (t**2).mean())
@@ -36,19 +38,22 @@ def test_map_equals_gradient_descent_on_its_objective(ridge: float) -> None:
         change -= step * gradient
     expected = scale * t + t @ change
     expected *= np.sqrt((a**2).mean() / (expected**2).mean())
-    np.testing.assert_allclose(_aligned(text, align_texts(audio, text, clip_index, ridge=ridge)), expected, atol=1e-6)
+    np.testing.assert_allclose(_aligned(text, align_texts(audio, text, clip_index)), expected, atol=1e-6)
 
 
-def test_few_pairs_leave_texts_where_they_are() -> None:
-    """The map of a thousand clips undoes a turn; one clip, or a huge strength, gives centring and scale alone."""
+def test_few_pairs_leave_texts_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The map of a thousand clips undoes a rotation; one clip, or a huge prior, leaves centring and scale alone."""
     audio, text, clip_index = _pairs(1000)
-    centred = _aligned(text, align_texts(audio, text, clip_index, ridge=None))
-    mapped = _aligned(text, align_texts(audio, text, clip_index, ridge=10))
+    centred_audio, centred_text = (part.double() - part.double().mean(dim=0) for part in (audio, text))
+    centred = (centred_text * (centred_audio.square().mean() / centred_text.square().mean()).sqrt()).numpy()
+    monkeypatch.setattr(modality_gap, "_PRIOR_CLIPS", 10)
+    mapped = _aligned(text, align_texts(audio, text, clip_index))
     target = (audio[clip_index] - audio.mean(dim=0)).numpy()
     assert ((mapped - target) ** 2).mean() < 0.2 * ((centred - target) ** 2).mean()
-    np.testing.assert_allclose(_aligned(text, align_texts(audio, text, clip_index, ridge=1e12)), centred, atol=1e-6)
-    one = align_texts(audio, text[:1], clip_index[:1], ridge=10)
+    one = align_texts(audio, text[:1], clip_index[:1])
     assert torch.equal(one.text_map, torch.eye(5, dtype=torch.float64))
+    monkeypatch.setattr(modality_gap, "_PRIOR_CLIPS", 1e12)
+    np.testing.assert_allclose(_aligned(text, align_texts(audio, text, clip_index)), centred, atol=1e-6)
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-7, 1e-6])
@@ -60,30 +65,28 @@ def test_one_text_for_all_clips_is_not_stretched_by_rounding(noise: float) -> No
     assert torch.equal(align_texts(audio, text, torch.arange(40)).text_map, torch.eye(8, dtype=torch.float64))
 
 
-def test_spread_of_texts_becomes_that_of_audio() -> None:
-    """Neither remedy leaves texts in the middle of the codebooks; without centring, texts are not touched at all."""
+def test_spread_of_texts_becomes_that_of_audio(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts do not stay in the middle of the codebooks, whatever the prior."""
     audio, text, clip_index = _pairs()
     spread = (audio - audio.mean(dim=0)).square().mean().item()
-    for ridge in (None, 1e-3, 400.0):
-        assert (_aligned(text, align_texts(audio, text, clip_index, ridge=ridge)) ** 2).mean() == pytest.approx(spread)
-    bare = align_texts(audio, text, clip_index, centre=False, ridge=None)
-    assert torch.equal(bare.text_mean, bare.audio_mean) and torch.equal(bare.text_map, torch.eye(5).double())
+    for prior_clips in (1e-3, 400.0):
+        monkeypatch.setattr(modality_gap, "_PRIOR_CLIPS", prior_clips)
+        assert (_aligned(text, align_texts(audio, text, clip_index)) ** 2).mean() == pytest.approx(spread)
 
 
-def test_repeated_rows_are_several_texts_of_a_clip() -> None:
+def test_repeated_rows_are_several_texts_of_a_clip(monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts with clip_index give what audio written out once for each text gives; how many clips there are counts."""
     audio, text, clip_index = _pairs()
-    given = align_texts(audio, text, clip_index, ridge=40)
-    written_out = align_texts(audio[clip_index], text, torch.arange(len(text)), ridge=80)
-    for one, other in zip(given, written_out):
+    indexed = align_texts(audio, text, clip_index)
+    monkeypatch.setattr(modality_gap, "_PRIOR_CLIPS", 800)
+    written_out = align_texts(audio[clip_index], text, torch.arange(len(text)))
+    for one, other in zip(indexed, written_out):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
 def test_what_does_not_fit_is_refused() -> None:
     """Errors name what was given."""
     audio, text, clip_index = _pairs()
-    with pytest.raises(ValueError, match="positive, got 0"):
-        align_texts(audio, text, clip_index, ridge=0)
     with pytest.raises(ValueError, match="one of 60 audio latents"):
         align_texts(audio, text, clip_index + 1)
     with pytest.raises(ValueError, match="one of 60 audio latents"):
