@@ -1,7 +1,12 @@
-"""What goes together: a stage with tokenizers and conditioners, and stages with one another; else the difference."""
+"""Checks that stages, tokenizers and conditioners belong together.
+
+Two tokenizers may have equally many tokens with different meanings. A stage that reads tokens of another tokenizer than
+in training runs without an error and produces noise. Shards and stages therefore store the fingerprints of the
+tokenizers, of the conditioner and of the text encoder, and these checks compare them.
+"""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from fractions import Fraction
 from itertools import combinations
 from typing import Any
@@ -10,13 +15,25 @@ from beartype import beartype
 
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.base import Conditioner, TextEncoder
+from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.lm.stage_transformer import StageTransformer
-from audiolm_pytorch.lm.token_fingerprints import agreed_fingerprints, made_by
 from audiolm_pytorch.semantic.base import SemanticTokenizer
 
-__all__ = ["check_compatible", "check_stages_compatible"]
+__all__ = ["agreed_fingerprints", "check_compatible", "check_stages_compatible", "shard_fingerprint"]
 
 logger = logging.getLogger(__name__)
+
+# By kind: what the stage reads and the module that computes it, for messages. Extra streams have other kinds.
+_IN_WORDS = {
+    "semantic": ("semantic tokens", "semantic tokenizer (wav2vec)"),
+    "acoustic": ("acoustic tokens", "codec"),
+    "conditioner": ("conditioning codes", "conditioner (audio_conditioner)"),
+    "text_encoder": ("text states", "text encoder (text_conditioner)"),
+}
+_CONDITIONS = ("conditioner", "text_encoder")  # computed in training, not stored in shards
+# Keys in the fingerprint of shards. Tokens of other kinds have their own name there.
+_SHARD_KEYS = {"semantic": "semantic_tokenizer", "acoustic": "codec"}
+_Tokenizers = Mapping[str, SemanticTokenizer | Codec | None]
 
 
 @beartype
@@ -27,54 +44,98 @@ def check_compatible(
     audio_conditioner: Conditioner | None = None,
     text_conditioner: TextEncoder | None = None,
 ) -> None:
-    """Refuse tokenizers whose tokens are not those that a stage's streams are declared for, and likewise conditioners.
-
-    What a stage does not use is not looked at.
-
-    Args:
-        transformer: The stage.
-        wav2vec: Semantic tokenizer; None = not checked.
-        codec: Codec; None = not checked.
-        audio_conditioner: Conditioner of texts, waves or codes; None = not checked.
-        text_conditioner: Text encoder; None = not checked.
+    """Check that a stage can use tokenizers and conditioners; modules that it does not need are not checked.
 
     Raises:
-        ValueError: If vocabulary, number of levels, groups, ratio of rates, or width of conditions differ (the message
-            shows all differences), or the stage was trained on tokens, codes or states of others.
+        ValueError: If vocabulary, levels, groups, ratio of rates, or width of conditions differ (the message lists all
+            differences), or if a fingerprint is not the one that the stage was trained with.
     """
     tokenizers = {"semantic": wav2vec, "acoustic": codec}
-    found = [
+    differences = [
         *_token_differences(transformer, tokenizers),
         *_rate_differences(transformer, tokenizers),
         *_width_differences(transformer, audio_conditioner, text_conditioner),
     ]
-    if found:
-        raise ValueError(f"the {transformer.namespace} transformer does not fit: {'; '.join(found)}")
-    # Last, since it takes longest; where the stage remembers nothing there is nothing to compare.
-    makers = wav2vec, codec, audio_conditioner, text_conditioner
-    agreed_fingerprints(transformer, *makers, kinds=transformer.token_fingerprints)
+    if differences:
+        raise ValueError(f"the {transformer.namespace} transformer is not compatible: {'; '.join(differences)}")
+    # Last, because fingerprints are expensive. Only kinds that the stage has a fingerprint of can differ.
+    kinds = transformer.token_fingerprints
+    agreed_fingerprints(transformer, wav2vec, codec, audio_conditioner, text_conditioner, kinds=kinds)
 
 
 @beartype
 def check_stages_compatible(*transformers: StageTransformer) -> None:
-    """Refuse stages that were not made for one another.
+    """Check that the stages of one model, in any order, declare shared streams alike and have equal fingerprints."""
+    differences = [line for pair in combinations(transformers, 2) for line in _stage_differences(*pair)]
+    if differences:
+        raise ValueError(f"the stages are not compatible: {'; '.join(differences)}")
+
+
+def shard_fingerprint(wav2vec: SemanticTokenizer, codec: Codec) -> dict[str, str]:
+    """Entries for the `fingerprint` of `write_shards` that name the tokenizers of the shards."""
+    return {_SHARD_KEYS["semantic"]: wav2vec.fingerprint(), _SHARD_KEYS["acoustic"]: codec.fingerprint()}
+
+
+def agreed_fingerprints(
+    transformer: StageTransformer,
+    wav2vec: SemanticTokenizer | None,
+    codec: Codec | None,
+    audio_conditioner: Conditioner | None,
+    text_conditioner: TextEncoder | None,
+    shards: Sequence[TokenShards] = (),
+    kinds: Collection[str] | None = None,
+) -> dict[str, str]:
+    """Collect the fingerprints that the stage, its shards and its modules know, and check that they agree.
 
     Args:
-        *transformers: Stages of one chain, in any order.
+        transformer: The stage.
+        wav2vec: Semantic tokenizer; None = unknown.
+        codec: Codec; None = unknown.
+        audio_conditioner: Conditioner; None = unknown.
+        text_conditioner: Text encoder; None = unknown.
+        shards: Token shards that the stage is trained on.
+        kinds: Kinds to compare; None = all that the stage uses.
 
-    Raises:
-        ValueError: If a stream that two of them share (by name) is declared otherwise, or tokens of a kind that two of
-            them share, or their conditions, were made by others; the message shows all differences.
+    Returns:
+        The known fingerprints by kind: `semantic`, `acoustic`, `conditioner`, `text_encoder`, or an extra stream.
     """
-    found = [line for one, other in combinations(transformers, 2) for line in _stage_differences(one, other)]
-    if found:
-        raise ValueError(f"the stages were not made for one another: {'; '.join(found)}")
+    modules = {
+        "semantic": wav2vec,
+        "acoustic": codec,
+        "conditioner": audio_conditioner,
+        "text_encoder": text_conditioner,
+    }
+    agreed: dict[str, str] = {}
+    for kind in transformer.fingerprinted if kinds is None else kinds:
+        claims: dict[str, Any] = {
+            f"the {transformer.namespace} transformer was trained with": transformer.token_fingerprints.get(kind)
+        }
+        for part in shards if kind not in _CONDITIONS else ():
+            claims[f"the shards in {part.folder} were made with"] = part.fingerprint.get(_SHARD_KEYS.get(kind, kind))
+        module = modules.get(kind)
+        if module is not None:
+            claims[f"the passed {type(module).__name__} is"] = module.fingerprint()
+        # The fingerprint of shards may hold anything; only texts are fingerprints of tokenizers.
+        known = {claim: value for claim, value in claims.items() if isinstance(value, str)}
+        if len(set(known.values())) > 1:
+            tokens, module_name = _words(kind)
+            raise ValueError(
+                f"the {tokens} have different fingerprints: {', '.join(f'{claim} {v}' for claim, v in known.items())}; "
+                f"pass the {module_name} that the stage was trained with, or train the stage again with this one (if "
+                f"both give equal {tokens}, remove {kind!r} from the transformer's token_fingerprints)"
+            )
+        if known:
+            agreed[kind] = next(iter(known.values()))
+    return agreed
 
 
-def _token_differences(
-    transformer: StageTransformer, tokenizers: Mapping[str, SemanticTokenizer | Codec | None]
-) -> Iterator[str]:
-    """Vocabularies, levels and groups that are not those of the tokenizers."""
+def _words(kind: str) -> tuple[str, str]:
+    """What a stage reads of a kind, and the module that computes it, for messages."""
+    return _IN_WORDS.get(kind, (f"{kind} tokens", f"tokenizer of {kind!r}"))
+
+
+def _token_differences(transformer: StageTransformer, tokenizers: _Tokenizers) -> Iterator[str]:
+    """Differences of vocabularies, levels and groups."""
     for stream in transformer.layout.streams:
         source = transformer.sources[stream.name]
         tokenizer = tokenizers.get(source.kind)
@@ -86,78 +147,69 @@ def _token_differences(
         last_level = source.first_level + source.num_levels
         num_levels = getattr(tokenizer, "num_quantizers", last_level)
         if last_level > num_levels:
-            yield f"{where} reaches level {last_level}, the codec has {num_levels}"
-        # A stage of one group reads any codec: each code then waits for the one before it. Not all codecs tell theirs.
+            yield f"{where} needs {last_level} levels, the codec has {num_levels}"
+        # A stream of one group can read any codec; not every codec has the attribute.
         num_groups = getattr(tokenizer, "num_groups", stream.num_groups)
         if stream.num_groups not in (1, num_groups):
             yield f"{where} has {stream.num_groups} groups, the codec {num_groups}"
 
 
-def _rate_differences(
-    transformer: StageTransformer, tokenizers: Mapping[str, SemanticTokenizer | Codec | None]
-) -> Iterator[str]:
-    """Rates that stand in another ratio than those of the tokenizers, whatever the pattern; all times n only warn."""
-    declared: dict[str, Fraction] = {}
-    given: dict[str, Fraction] = {}
+def _rate_differences(transformer: StageTransformer, tokenizers: _Tokenizers) -> Iterator[str]:
+    """Differences of the ratios of rates; if all rates differ by one factor, only warn."""
+    declared_hz: dict[str, Fraction] = {}
+    actual_hz: dict[str, Fraction] = {}
     for stream in transformer.layout.streams:
         tokenizer = tokenizers.get(transformer.sources[stream.name].kind)
         if tokenizer is not None and stream.is_in_time:
-            declared[stream.name] = stream.exact_hz
-            given[stream.name] = Fraction(tokenizer.target_sample_hz, tokenizer.downsample_factor)
-    if declared == given:
+            declared_hz[stream.name] = stream.exact_hz
+            actual_hz[stream.name] = Fraction(tokenizer.target_sample_hz, tokenizer.downsample_factor)
+    if declared_hz == actual_hz:
         return
-    said = f"its streams have {_as_floats(declared)} frames a second, the tokenizers give {_as_floats(given)}"
-    if len({given[name] / rate_hz for name, rate_hz in declared.items()}) > 1:
-        yield f"{said}: build it with their rates"
+    declared, actual = ({name: float(hz) for name, hz in rates.items()} for rates in (declared_hz, actual_hz))
+    difference = f"its streams have {declared} frames per second, the tokenizers {actual}"
+    if len({actual_hz[name] / hz for name, hz in declared_hz.items()}) > 1:
+        yield f"{difference}; build the stage with the rates of the tokenizers"
     else:
         logger.warning(
-            "the %s transformer: %s; it counts seconds by its own: build it with theirs, or set them in its config",
+            "the %s transformer: %s; its durations will be wrong, build it with the rates of the tokenizers",
             transformer.namespace,
-            said,
+            difference,
         )
 
 
 def _width_differences(
     transformer: StageTransformer, audio_conditioner: Conditioner | None, text_conditioner: TextEncoder | None
 ) -> Iterator[str]:
-    """Widths of conditions that are not those that the stage takes."""
+    """Differences of the widths of conditions."""
     if audio_conditioner is not None and transformer.cond_dim is not None:
         width = audio_conditioner.dim(transformer.namespace)
         if width != transformer.cond_dim:
-            yield (
-                f"the conditioner gives it embeddings of width {width}, it takes {transformer.cond_dim}: "
-                f"set cond_dim={width}"
-            )
-    if (
-        text_conditioner is not None
-        and transformer.text_dim is not None
-        and text_conditioner.dim != transformer.text_dim
-    ):
-        yield (
-            f"the text conditioner gives states of width {text_conditioner.dim}, it takes {transformer.text_dim}: "
-            f"set text_dim={text_conditioner.dim}"
-        )
+            yield f"the conditioner has width {width}, the stage {transformer.cond_dim}; set cond_dim={width}"
+    if text_conditioner is not None and transformer.text_dim not in (None, text_conditioner.dim):
+        width = text_conditioner.dim
+        yield f"the text conditioner has width {width}, the stage {transformer.text_dim}; set text_dim={width}"
 
 
-def _stage_differences(one: StageTransformer, other: StageTransformer) -> Iterator[str]:
-    """What two stages declare or remember differently of what they share."""
-    names = f"the {one.namespace} transformer", f"the {other.namespace} transformer"
-    ours, theirs = _declarations(one), _declarations(other)
-    for stream in [name for name in ours if name in theirs]:
-        differing = [fact for fact in ours[stream] if ours[stream][fact] != theirs[stream][fact]]
-        said = (", ".join(f"{fact} {facts[stream][fact]}" for fact in differing) for facts in (ours, theirs))
+def _stage_differences(first: StageTransformer, second: StageTransformer) -> Iterator[str]:
+    """Differences between two stages in shared streams and fingerprints."""
+    names = f"the {first.namespace} transformer", f"the {second.namespace} transformer"
+    declared = _declarations(first), _declarations(second)
+    for stream in [name for name in declared[0] if name in declared[1]]:
+        facts = declared[0][stream], declared[1][stream]
+        differing = [fact for fact in facts[0] if facts[0][fact] != facts[1][fact]]
         if differing:
-            yield f"stream '{stream}': " + ", ".join(f"{name} has {facts}" for name, facts in zip(names, said))
-    for kind in [kind for kind in one.token_fingerprints if kind in other.token_fingerprints]:
-        prints = one.token_fingerprints[kind], other.token_fingerprints[kind]
+            sides = (", ".join(f"{fact} {side[fact]}" for fact in differing) for side in facts)
+            yield f"stream '{stream}': " + ", ".join(f"{name} has {side}" for name, side in zip(names, sides))
+    for kind in [kind for kind in first.token_fingerprints if kind in second.token_fingerprints]:
+        prints = first.token_fingerprints[kind], second.token_fingerprints[kind]
         if prints[0] != prints[1]:
+            tokens, module_name = _words(kind)
             known = ", ".join(f"{name} {fingerprint}" for name, fingerprint in zip(names, prints))
-            made, maker = made_by(kind)
-            yield f"they were trained on {made} of different makers, {known}: train both with one {maker}"
+            yield f"they were trained on different {tokens}, {known}; train both with one {module_name}"
 
 
 def _declarations(transformer: StageTransformer) -> dict[str, dict[str, Any]]:
-    """What a stage declares its streams to be, by name, in words for messages."""
+    """Facts about each stream by name, with the words of messages as keys."""
     declared: dict[str, dict[str, Any]] = {}
     for stream in transformer.layout.streams:
         source = transformer.sources[stream.name]
@@ -166,10 +218,6 @@ def _declarations(transformer: StageTransformer) -> dict[str, dict[str, Any]]:
             "vocabulary": stream.vocab_size,
             "levels": f"{first} to {last} of {source.kind}",
             "groups": stream.num_groups,
-            "frames a second": f"{float(stream.exact_hz):g}" if stream.is_in_time else "none",
+            "frames per second": f"{float(stream.exact_hz):g}" if stream.is_in_time else "none",
         }
     return declared
-
-
-def _as_floats(rates_hz: Mapping[str, Fraction]) -> dict[str, float]:
-    return {name: float(rate_hz) for name, rate_hz in rates_hz.items()}

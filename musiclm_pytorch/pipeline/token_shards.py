@@ -13,7 +13,7 @@ from audiolm_pytorch.data.captions import encode_texts
 from audiolm_pytorch.data.crops import CropDataset
 from audiolm_pytorch.data.manifest import AudioItem
 from audiolm_pytorch.data.shards import TokenShards, write_shards
-from audiolm_pytorch.lm.token_fingerprints import shard_fingerprint
+from audiolm_pytorch.lm.compatibility import shard_fingerprint
 from audiolm_pytorch.saving.fingerprint import part_fingerprint
 from audiolm_pytorch.semantic import SemanticTokenizer
 from musiclm_pytorch.mulan import JointEmbedding

@@ -42,8 +42,8 @@ from audiolm_pytorch.codecs.training import MEL_ONLY
 from audiolm_pytorch.data import AudioItem
 from audiolm_pytorch.data.manifest import load_items
 from audiolm_pytorch.data.shards import TokenShards, write_shards
+from audiolm_pytorch.lm.compatibility import shard_fingerprint
 from audiolm_pytorch.lm.stage_transformer import StageTransformer
-from audiolm_pytorch.lm.token_fingerprints import shard_fingerprint
 from audiolm_pytorch.saving.modules import load_module, save_module
 from audiolm_pytorch.semantic.base import SemanticTokenizer
 from musiclm_pytorch.evaluation.report import Metric, markdown_table, write_report

@@ -77,8 +77,8 @@ def test_what_goes_together_is_accepted(pattern, caplog):
         (semantic, {"wav2vec": tokenizer_of(codebook_size=13)}, "stream 'semantic' has 12 tokens, its tokenizer 13"),
         (coarse, {"wav2vec": tokenizer_of(codebook_size=13)}, "stream 'semantic' has 12 tokens, its tokenizer 13"),
         (coarse, {"codec": codec_of(codebook_size=32)}, "stream 'coarse' has 16 tokens, its tokenizer 32"),
-        (coarse, {"codec": codec_of(num_quantizers=1)}, "stream 'coarse' reaches level 2, the codec has 1"),
-        (fine, {"codec": codec_of(num_quantizers=3)}, "stream 'fine' reaches level 4, the codec has 3"),
+        (coarse, {"codec": codec_of(num_quantizers=1)}, "stream 'coarse' needs 2 levels, the codec has 1"),
+        (fine, {"codec": codec_of(num_quantizers=3)}, "stream 'fine' needs 4 levels, the codec has 3"),
         (
             lambda: coarse(num_groups=2),
             {"codec": codec_of(num_groups=4)},
@@ -88,15 +88,19 @@ def test_what_goes_together_is_accepted(pattern, caplog):
         (
             lambda: semantic(**CONDITION),
             {"audio_conditioner": FakeConditioner(9)},
-            "embeddings of width 9, it takes 8: set cond_dim=9",
+            "the conditioner has width 9, the stage 8; set cond_dim=9",
         ),
-        (lambda: fine(text_dim=5), {"text_conditioner": FakeTextConditioner()}, "states of width 6, it takes 5"),
+        (
+            lambda: fine(text_dim=5),
+            {"text_conditioner": FakeTextConditioner()},
+            "the text conditioner has width 6, the stage 5; set text_dim=6",
+        ),
     ],
 )
 def test_differences_from_tokenizers_are_shown(build, parts, message):
     """Both sides of a difference stand in the message, which names the stage."""
     stage = build()
-    with pytest.raises(ValueError, match=rf"the {stage.namespace} transformer does not fit: .*{message}"):
+    with pytest.raises(ValueError, match=rf"the {stage.namespace} transformer is not compatible: .*{message}"):
         check_compatible(stage, **parts)
 
 
@@ -109,7 +113,7 @@ def test_all_differences_are_shown_at_once():
             codec_of(codebook_size=32, num_quantizers=1, num_groups=4),
             FakeConditioner(9),
         )
-    for part in ("tokens, its tokenizer 13", "its tokenizer 32", "reaches level 2", "2 groups", "rates", "cond_dim=9"):
+    for part in ("tokens, its tokenizer 13", "its tokenizer 32", "needs 2 levels", "2 groups", "rates", "cond_dim=9"):
         assert part in str(raised.value)
 
 
@@ -117,7 +121,9 @@ def test_all_differences_are_shown_at_once():
 def test_rates_that_do_not_go_together_are_refused(pattern):
     """Semantic tokens twice as fast as declared would stand beside the wrong sound, also in the flat pattern."""
     fast = tokenizer_of(downsample_factor=16)
-    message = r"'semantic': 25\.0, 'coarse': 50\.0.* frames a second, .*'semantic': 50\.0, 'coarse': 50\.0.*their rates"
+    message = (
+        r"'semantic': 25\.0, 'coarse': 50\.0.* frames per second, .*'semantic': 50\.0, 'coarse': 50\.0.*the rates of"
+    )
     with pytest.raises(ValueError, match=message):
         check_compatible(coarse(pattern=pattern), fast, FakeCodec())
     check_compatible(coarse(pattern=pattern, semantic_rate_hz=50), fast, FakeCodec())
@@ -151,7 +157,7 @@ def test_stages_of_one_group_read_any_codec():
         ),
         (
             (semantic, lambda: coarse(semantic_rate_hz=50)),
-            "the semantic transformer has frames a second 25, the coarse transformer has frames a second 50",
+            "the semantic transformer has frames per second 25, the coarse transformer has frames per second 50",
         ),
         (
             (lambda: coarse(num_coarse_quantizers=3), fine),
@@ -159,8 +165,8 @@ def test_stages_of_one_group_read_any_codec():
         ),
         (
             (coarse, lambda: fine(codebook_size=32, rate_hz=75)),
-            "coarse transformer has vocabulary 16, frames a second 50, "
-            "the fine transformer has vocabulary 32, frames a second 75",
+            "coarse transformer has vocabulary 16, frames per second 50, "
+            "the fine transformer has vocabulary 32, frames per second 75",
         ),
         ((coarse, lambda: fine(num_groups=2)), "groups 1, the fine transformer has groups 2"),
         (
@@ -175,9 +181,9 @@ def test_stages_of_one_group_read_any_codec():
 def test_stages_that_were_not_made_for_one_another_are_refused(stages, message):
     """What two stages share must be declared alike; the order they are named in does not matter."""
     stages = [build() for build in stages]
-    with pytest.raises(ValueError, match=f"the stages were not made for one another: .*{message}"):
+    with pytest.raises(ValueError, match=f"the stages are not compatible: .*{message}"):
         check_stages_compatible(*stages)
-    with pytest.raises(ValueError, match="not made for one another"):
+    with pytest.raises(ValueError, match="not compatible"):
         check_stages_compatible(*stages[::-1])
 
 
@@ -194,10 +200,10 @@ def test_stages_trained_on_tokens_of_different_makers_are_refused():
         stage.token_fingerprints = dict(known[name])
     check_stages_compatible(*stages.values())
     for name, kind, words in [
-        ("semantic", "semantic", "semantic tokens of different makers, the semantic transformer other, .* one"),
-        ("fine", "acoustic", "acoustic tokens of different makers, the coarse transformer two, .* other"),
-        ("coarse", "conditioner", "codes of conditions of different makers, the semantic transformer q, .* other"),
-        ("fine", "text_encoder", "states of texts of different makers, the semantic transformer t, .* other"),
+        ("semantic", "semantic", "on different semantic tokens, the semantic transformer other, .* one"),
+        ("fine", "acoustic", "on different acoustic tokens, the coarse transformer two, .* other"),
+        ("coarse", "conditioner", "on different conditioning codes, the semantic transformer q, .* other"),
+        ("fine", "text_encoder", "on different text states, the semantic transformer t, .* other"),
     ]:
         stages[name].token_fingerprints[kind] = "other"
         with pytest.raises(ValueError, match=words):

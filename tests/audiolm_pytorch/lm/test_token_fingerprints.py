@@ -10,8 +10,8 @@ from audiolm_pytorch.generation.wrappers import (
     FineTransformerWrapper,
     SemanticTransformerWrapper,
 )
+from audiolm_pytorch.lm.compatibility import shard_fingerprint
 from audiolm_pytorch.lm.stages import SemanticTransformer
-from audiolm_pytorch.lm.token_fingerprints import shard_fingerprint
 from audiolm_pytorch.lm.trainers import CoarseTransformerTrainer, FineTransformerTrainer, SemanticTransformerTrainer
 from audiolm_pytorch.saving.files import read_json, write_json
 from audiolm_pytorch.saving.modules import load_module, save_module
@@ -130,11 +130,11 @@ def test_shards_of_another_tokenizer_than_the_one_at_hand_are_refused(name, make
     build, own = TRAINERS[name], KNOWN[name][kind]
     build(transformer=tiny_stages()[name], shards=ours, **makers_of(name), **common)
     with pytest.raises(
-        ValueError, match=rf"the {kind} tokens .*ours holds those of {own}, the Fake\w+ here is another;.*take"
+        ValueError, match=rf"the {kind} tokens .*ours were made with {own}, the passed Fake\w+ is another; pass the"
     ):
         build(transformer=tiny_stages()[name], shards=ours, **makers_of(name, **{maker: "another"}), **common)
     with pytest.raises(
-        ValueError, match=rf"the {kind} tokens .*ours holds those of {own}, .*theirs holds those of another"
+        ValueError, match=rf"the {kind} tokens .*ours were made with {own}, .*theirs were made with another"
     ):
         build(transformer=tiny_stages()[name], shards=ours, valid_shards=theirs, **common)
     assert not (tmp_path / "run").exists()
@@ -149,8 +149,8 @@ def test_a_trained_stage_meets_no_other_tokenizer(name, maker, tmp_path):
     stages[name] = trained = type(stages[name]).from_config(config)
     right, wrong = makers_of("coarse"), makers_of("coarse", **{maker: "another"})
     message = (
-        rf"the {kind} tokens .*the {name} transformer was trained on {KNOWN[name][kind]}, the Fake\w+ here is another; "
-        rf"take the .*made with, or make .* anew.*remove '{kind}' from the transformer's token_fingerprints"
+        rf"the {kind} tokens .*the {name} transformer was trained with {KNOWN[name][kind]}, the passed Fake\w+ is "
+        rf"another; pass the .*trained with, or train .*again.*remove '{kind}' from the transformer's token_fingerprints"
     )
     parts = {f"{stage}_transformer": module for stage, module in stages.items()}
     AudioLM(**right, **parts)
@@ -161,7 +161,7 @@ def test_a_trained_stage_meets_no_other_tokenizer(name, maker, tmp_path):
     with pytest.raises(ValueError, match=message):
         WRAPPERS[name](trained, **{one: wrong[one] for one in MAKERS[name]})
     theirs = shards_of(tmp_path / "theirs", **{IN_SHARDS[maker]: "another"})
-    with pytest.raises(ValueError, match=rf"the {name} transformer was trained on .*theirs holds those of another"):
+    with pytest.raises(ValueError, match=rf"the {name} transformer was trained with .*theirs were made with another"):
         TRAINERS[name](transformer=trained, shards=theirs, results_folder=tmp_path / "run", **QUICK)
     del trained.token_fingerprints[kind]
     AudioLM(**wrong, **parts)
@@ -222,8 +222,8 @@ def test_a_stage_remembers_whose_codes_conditioned_it(tmp_path, write_folder):
         AudioLM(**parts, audio_conditioner=other)
         SemanticTransformerWrapper(trained, audio_conditioner=other)
     message = (
-        "the codes of conditions are of different makers: the semantic transformer was trained on A, the "
-        r"FakeConditioner here is B; take the conditioner \(audio_conditioner\) that .* remove 'conditioner' from"
+        "the conditioning codes have different fingerprints: the semantic transformer was trained with A, the passed "
+        r"FakeConditioner is B; pass the conditioner \(audio_conditioner\) that .* remove 'conditioner' from"
     )
     with pytest.raises(ValueError, match=message):
         AudioLM(**parts, audio_conditioner=conditioner_of("B"))

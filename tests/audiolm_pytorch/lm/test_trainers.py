@@ -221,7 +221,7 @@ def test_refuses_what_does_not_fit_together(tmp_path):
         SemanticTransformerTrainer(transformer=stages["semantic"], wav2vec=other, shards=shards, **common)
     other = FakeSemanticTokenizer()
     other.downsample_factor = 16
-    with pytest.raises(ValueError, match="frames a second"):
+    with pytest.raises(ValueError, match="frames per second"):
         CoarseTransformerTrainer(
             transformer=stages["coarse"], wav2vec=other, codec=FakeCodec(), shards=shards, **common
         )

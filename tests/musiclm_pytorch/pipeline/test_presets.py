@@ -143,7 +143,7 @@ def test_language_models_of_every_rate_fit_the_tokens(sample_hz, token_hz):
         assert packed.loss_mask.sum() == {"semantic": 2 * token_hz, "coarse": 2 * 50, "fine": 2 * 50 * 2}[stage]
         assert model(packed).loss.isfinite()
     other = builders.build_semantic_tokenizer(semantic_preset(sample_hz, 75 - token_hz))
-    with pytest.raises(ValueError, match="build it with their rates"):
+    with pytest.raises(ValueError, match="with the rates of the tokenizers"):
         check_compatible(stages["coarse"], other, codec)
 
 

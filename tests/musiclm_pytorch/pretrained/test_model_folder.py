@@ -248,7 +248,7 @@ def test_parts_of_the_package_are_named_instead_of_copied(model, packaged, tmp_p
         ({"codek": "codec_micro"}, "must name parts of codec, semantic_tokenizer, quantizer"),
         (["codec_micro"], "must name parts of codec"),
         ({"codec": "semantic_micro"}, "semantic_micro holds a KMeansTokenizer, but a Codec is needed"),
-        ({"codec": "codec_another"}, "acoustic tokens are of different makers"),
+        ({"codec": "codec_another"}, "acoustic tokens have different fingerprints"),
     ],
     ids=str,
 )
