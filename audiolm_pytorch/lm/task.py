@@ -15,7 +15,7 @@ from audiolm_pytorch.conditioning.base import Conditioner, TextEncoder
 from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
 from audiolm_pytorch.lm.stage_transformer import StageTransformer
 from audiolm_pytorch.lm.token_model import TokenLoss
-from audiolm_pytorch.lm.wave_source import StageSource
+from audiolm_pytorch.lm.training_data import StageSource
 from audiolm_pytorch.training import LossOutput, Phase
 from audiolm_pytorch.training.distributed import to_device
 

@@ -12,11 +12,10 @@ from audiolm_pytorch.data.crops import crop_seconds
 from audiolm_pytorch.data.manifest import AudioItem, training_items
 from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.lm.compatibility import agreed_fingerprints, check_compatible
-from audiolm_pytorch.lm.shard_source import ShardSource
 from audiolm_pytorch.lm.stage_transformer import StageTransformer
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.lm.task import StageTask
-from audiolm_pytorch.lm.wave_source import StageSource, WaveSource
+from audiolm_pytorch.lm.training_data import ShardSource, StageSource, WaveSource
 from audiolm_pytorch.saving.files import write_weights
 from audiolm_pytorch.saving.modules import save_module
 from audiolm_pytorch.saving.weights import weights_of

@@ -14,10 +14,9 @@ from audiolm_pytorch.data.captions import decode_texts, encode_texts
 from audiolm_pytorch.data.manifest import load_items
 from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.generation.wrappers import SemanticTransformerWrapper
-from audiolm_pytorch.lm.shard_source import ShardSource
 from audiolm_pytorch.lm.stages import SemanticTransformer
 from audiolm_pytorch.lm.trainers import SemanticTransformerTrainer
-from audiolm_pytorch.lm.wave_source import WaveSource
+from audiolm_pytorch.lm.training_data import ShardSource, WaveSource
 from audiolm_pytorch.tokens.streams import Stream
 from tests.helpers.fakes import (
     CONDITION,
@@ -131,7 +130,7 @@ def test_captions_of_files_stand_in_too(tmp_path: Path, write_folder) -> None:
         asked.extend(texts or []) or torch.zeros(len(wavs if texts is None else texts), 3, dtype=torch.long)
     )
     source.read(batch)
-    assert asked == [expected[number] for number in batch.chosen.tolist()]
+    assert asked == [expected[number] for number in batch.captioned.tolist()]
 
 
 def test_validation_hears_audio(shards: TokenShards, tmp_path: Path) -> None:
@@ -276,7 +275,7 @@ def test_a_text_speaks_through_all_that_a_stage_takes() -> None:
     assert wrapper_of(CONDITION, **own).condition(text="a").text is None
     for sizes, parts, given, message in [
         ({}, own, {"text": "a"}, "does not accept such a condition: it needs an audio_conditioner"),
-        (HEARS, own, {"codes": codes}, "does not accept such a condition"),
+        (HEARS, own, {"codes": codes}, "takes no such condition"),
         (HEARS, {}, {"text": "a"}, "needs a text_conditioner"),
         (CONDITION, {}, {"codes": codes}, "needs an audio_conditioner"),
         ({**CONDITION, **HEARS}, {"text_conditioner": own["text_conditioner"]}, {"text": "a"}, "an audio_conditioner"),
@@ -334,5 +333,5 @@ def test_extra_streams_come_from_shards(tmp_path: Path) -> None:
     beginnings = {(frame % 16, frame // 5 % 7) for frame in range(0, 76, 5)}
     assert set(zip(starts.tolist(), batch.tokens["melody"][:, 0].tolist())) <= beginnings
     assert stage(stage.packed(given.tokens)).loss.isfinite()
-    with pytest.raises(ValueError, match="'melody' tokens are not made of waves"):
+    with pytest.raises(ValueError, match="'melody' tokens cannot be computed from waves"):
         WaveSource([], stage, seconds=1.0, wav2vec=None, codec=FakeCodec(), audio_conditioner=None)

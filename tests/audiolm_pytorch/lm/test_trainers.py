@@ -13,9 +13,9 @@ import torch
 from audiolm_pytorch.data import TokenShards, write_shards
 from audiolm_pytorch.data.captions import encode_texts
 from audiolm_pytorch.generation.wrappers import CoarseTransformerWrapper
-from audiolm_pytorch.lm.shard_source import ShardSource
 from audiolm_pytorch.lm.task import StageTask, _drop_levels
 from audiolm_pytorch.lm.trainers import CoarseTransformerTrainer, FineTransformerTrainer, SemanticTransformerTrainer
+from audiolm_pytorch.lm.training_data import ShardSource
 from audiolm_pytorch.saving.files import read_json, read_weights, write_json
 from audiolm_pytorch.saving.modules import load_module
 from tests.helpers.fakes import (
@@ -345,7 +345,7 @@ def test_shards_of_other_rates_than_the_stage_declares_are_refused(tmp_path):
         stage = tiny_stages()["coarse"]
         stage = type(stage)(**{**stage.config, "pattern": pattern})
         source = ShardSource(TokenShards(tmp_path / "double"), stage, seconds=0.5, audio_conditioner=None)
-        with pytest.raises(ValueError, match=r"tokens last \{'semantic': 4.0, 'acoustic': 2.0\} s: build the stage"):
+        with pytest.raises(ValueError, match=r"tokens last \{'semantic': 4.0, 'acoustic': 2.0\} s; build the stage"):
             source.batch([(0, 0)])
         source = ShardSource(TokenShards(tmp_path / "hubert"), stage, seconds=None, audio_conditioner=None)
         assert source.batch([(0, 1)]).lengths["acoustic"].tolist() == [96]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.data import load_items
 from audiolm_pytorch.lm.stages import CoarseTransformer
-from audiolm_pytorch.lm.wave_source import WaveSource
+from audiolm_pytorch.lm.training_data import WaveSource
 from musiclm_pytorch.pretrained.bundled import codec_named, tokenizer_named
 
 FILE_HZ, MODEL_HZ = 22050, 16000

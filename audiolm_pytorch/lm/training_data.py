@@ -1,0 +1,355 @@
+"""Training data of stages: audio files that are tokenized on the fly, and shards of precomputed tokens."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil
+from typing import Any
+
+import numpy as np
+import torch
+from beartype import beartype
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from audiolm_pytorch.audio.units import frames_inside
+from audiolm_pytorch.codecs.base import Codec
+from audiolm_pytorch.conditioning.base import Conditioner
+from audiolm_pytorch.data.batches import CropBatch, collate_crops
+from audiolm_pytorch.data.captions import decode_texts
+from audiolm_pytorch.data.crops import CropDataset
+from audiolm_pytorch.data.manifest import AudioItem, captions_of
+from audiolm_pytorch.data.shards import TokenShards
+from audiolm_pytorch.lm.stage_transformer import AudioTokens, StageTransformer
+from audiolm_pytorch.lm.tokenizing import sample_rates, tokenize
+from audiolm_pytorch.semantic.base import SemanticTokenizer
+
+__all__ = ["ShardSource", "StageInput", "StageSource", "WaveSource"]
+
+# Part of the seed: the draw of captions must differ from the draw of crops, which uses the same numbers.
+_TEXT_DRAW = 1
+# A tokenizer loses or adds a few frames at the ends of a recording (HuBERT has 49 per second instead of 50).
+_LOST_FRAMES, _LOST_SHARE = 3, Fraction(1, 10)
+
+
+@dataclass(frozen=True)
+class StageInput:
+    """One batch of a stage.
+
+    Attributes:
+        tokens: Tokens of the crops.
+        ends: `[b]` bool, whether the file ends with the crop.
+        condition: Arguments for the conditioner: `wavs` and `lengths`, or `codes`; empty without a conditioner.
+        texts: Caption of every item, None for an item without one; None for a stage without a `text_dim`.
+    """
+
+    tokens: AudioTokens
+    ends: Tensor
+    condition: dict[str, Any]
+    texts: list[str | None] | None = None
+
+
+class StageSource(ABC):
+    """Training data of a stage. The captions of a recording take turns, one per epoch.
+
+    Args:
+        transformer: The stage.
+        audio_conditioner: Conditioner of the stage.
+        text_prob: Probability that a captioned recording is conditioned on the codes of its caption, not on its own.
+        seed: Seed of crops and of the choice between captions and audio.
+    """
+
+    def __init__(
+        self, transformer: StageTransformer, audio_conditioner: Conditioner | None, text_prob: float | int, seed: int
+    ) -> None:
+        if not 0 <= text_prob <= 1:
+            raise ValueError(f"text_prob is a probability, between 0 and 1; got {text_prob}")
+        if text_prob > 0 and audio_conditioner is None:
+            raise ValueError(f"text_prob={text_prob} needs an audio_conditioner, which computes the codes of captions")
+        self.conditioner, self.text_prob, self.seed = audio_conditioner, text_prob, seed
+        self.uses_captions = transformer.text_dim is not None
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of recordings."""
+
+    @property
+    @abstractmethod
+    def crop_seconds(self) -> float:
+        """Length of the longest crop of a batch."""
+
+    @property
+    @abstractmethod
+    def has_captions(self) -> bool:
+        """Whether any recording has a caption."""
+
+    @abstractmethod
+    def batch(self, indices: Sequence[tuple[int, int]]) -> Any:
+        """Return the crops of (epoch, index) pairs as tensors on the CPU; a pure function of the pairs and the seed."""
+
+    @abstractmethod
+    def read(self, batch: Any) -> StageInput:
+        """Return tokens and conditions of a batch, on the device of the batch."""
+
+    def draws_text(self, epoch: int, index: int) -> bool:
+        """Whether a captioned recording is conditioned on its caption in an epoch."""
+        draw = np.random.default_rng([self.seed, epoch, index, _TEXT_DRAW]).random()
+        return bool(draw < self.text_prob)
+
+
+def _caption_in_turn(captions: Sequence[str], epoch: int) -> str | None:
+    """Caption of a recording in an epoch."""
+    return captions[epoch % len(captions)] if captions else None
+
+
+@dataclass(frozen=True)
+class _WaveBatch:
+    """Crops of files, their captions, and the indices `[k]` of items that are conditioned on their caption."""
+
+    crops: CropBatch
+    captions: list[str | None]
+    captioned: Tensor
+
+
+class WaveSource(StageSource):
+    """Crops of audio files, tokenized when they are read.
+
+    Args:
+        items: The files.
+        transformer: The stage.
+        seconds: Length of a crop; None = whole files.
+        wav2vec: Semantic tokenizer, for a stage with semantic tokens.
+        codec: Codec, for a stage with acoustic tokens.
+        audio_conditioner: Conditioner, for a stage that is conditioned on codes.
+        text_prob: See `StageSource`.
+        seed: See `StageSource`.
+    """
+
+    @beartype
+    def __init__(
+        self,
+        items: Sequence[AudioItem],
+        transformer: StageTransformer,
+        *,
+        seconds: float | int | None,
+        wav2vec: SemanticTokenizer | None,
+        codec: Codec | None,
+        audio_conditioner: Conditioner | None,
+        text_prob: float | int = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(transformer, audio_conditioner, text_prob, seed)
+        self.wav2vec, self.codec = wav2vec, codec
+        self.rates_hz = sample_rates(transformer.kinds, wav2vec, codec)
+        conditioner_hz = [] if audio_conditioner is None else [audio_conditioner.sample_hz]
+        self.crops = CropDataset(items, seconds, [*self.rates_hz.values(), *conditioner_hz], seed)
+        self.captions = [captions_of(item) for item in items]
+
+    def __len__(self) -> int:
+        """Number of files."""
+        return len(self.crops)
+
+    @property
+    def crop_seconds(self) -> float:
+        """Length of the longest crop of a batch."""
+        longest = max(item.num_samples / item.sample_hz for item in self.crops.items)
+        return longest if self.crops.seconds is None else min(float(self.crops.seconds), longest)
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether any file has a caption."""
+        return any(self.captions)
+
+    def batch(self, indices: Sequence[tuple[int, int]]) -> _WaveBatch:
+        """Return waves of (epoch, index) pairs at every rate that tokenizers and conditioner need."""
+        crops = collate_crops([self.crops.get(epoch, index) for epoch, index in indices])
+        captions = [_caption_in_turn(self.captions[index], epoch) for epoch, index in indices]
+        captioned = [
+            number
+            for number, (epoch, index) in enumerate(indices)
+            if captions[number] is not None and self.draws_text(epoch, index)
+        ]
+        return _WaveBatch(crops, captions, torch.tensor(captioned, dtype=torch.long))
+
+    def read(self, batch: _WaveBatch) -> StageInput:
+        """Tokenize the crops."""
+        crops = batch.crops
+        waves = {kind: crops.waves[rate_hz] for kind, rate_hz in self.rates_hz.items()}
+        lengths = {kind: crops.lengths[rate_hz] for kind, rate_hz in self.rates_hz.items()}
+        tokens = tokenize(waves, lengths, self.wav2vec, self.codec)
+        texts = batch.captions if self.uses_captions else None
+        return StageInput(tokens, crops.ends_file, self._condition(batch), texts)
+
+    def _condition(self, batch: _WaveBatch) -> dict[str, Any]:
+        """Arguments for the conditioner: the waves, or codes of waves and captions."""
+        if self.conditioner is None:
+            return {}
+        sample_hz = self.conditioner.sample_hz
+        wavs = batch.crops.waves[sample_hz]
+        inputs: dict[str, Any] = {"wavs": wavs, "lengths": batch.crops.lengths[sample_hz]}
+        self.conditioner.to(wavs.device)
+        if not len(batch.captioned):
+            return inputs
+        texts = [caption for number in batch.captioned.tolist() if (caption := batch.captions[number]) is not None]
+        with torch.autocast(wavs.device.type, enabled=False):
+            codes = self.conditioner.codes(**inputs)
+            codes[batch.captioned] = self.conditioner.codes(texts=texts).to(codes.device)
+        return {"codes": codes}
+
+
+@dataclass(frozen=True)
+class _TokenBatch:
+    """Crops of token records, padded on the right."""
+
+    tokens: dict[str, Tensor]
+    lengths: dict[str, Tensor]
+    ends: Tensor
+    latents: Tensor | None
+    is_text: Tensor
+    captions: list[str | None] | None
+
+
+@dataclass(frozen=True)
+class _TokenCrop:
+    """One crop of a record, with a latent `[d]` of its audio or, if `is_text`, of its caption."""
+
+    tokens: dict[str, Tensor]
+    latent: Tensor
+    is_text: bool
+    caption: str | None
+    ends: bool
+
+
+class ShardSource(StageSource):
+    """Random crops of token records; all kinds of tokens of a crop cover the same stretch of time.
+
+    Args:
+        shards: Records with the tokens that the stage needs: `semantic [t]`, `acoustic [f, q]`, and extra streams by
+            name (those not in time are not cropped). A conditioner needs `latents [w, d]` of windows evenly spread over
+            the recording, `text_prob` needs `text_latents [k, d]` of its captions (k may be 0), and a stage with a
+            `text_dim` needs `captions` (see `encode_texts`).
+        transformer: The stage; its streams declare the rate of each kind of token.
+        seconds: Length of a crop; None = whole records.
+        audio_conditioner: Computes codes of the latents.
+        text_prob: See `StageSource`.
+        seed: See `StageSource`.
+    """
+
+    @beartype
+    def __init__(
+        self,
+        shards: TokenShards,
+        transformer: StageTransformer,
+        *,
+        seconds: float | int | None,
+        audio_conditioner: Conditioner | None,
+        text_prob: float | int = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(transformer, audio_conditioner, text_prob, seed)
+        optional = {
+            "latents": audio_conditioner is not None,
+            "text_latents": text_prob > 0,
+            "captions": self.uses_captions,
+        }
+        needed = {*transformer.kinds, *(field for field, is_needed in optional.items() if is_needed)}
+        if not needed <= set(shards.fields):
+            raise ValueError(f"{shards.folder} has fields {sorted(shards.fields)}, the stage needs {sorted(needed)}")
+        layout = transformer.layout
+        self.shards, self.seconds = shards, seconds
+        self.rate_hz, self.alignment = layout.predicted[0].exact_hz, layout.frame_alignment
+        kinds = {stream: transformer.sources[stream.name].kind for stream in layout.streams}
+        # By kind: frames per predicted frame.
+        self.ratios = {kind: stream.exact_hz / self.rate_hz for stream, kind in kinds.items() if stream.is_in_time}
+        self.timeless = [kind for stream, kind in kinds.items() if not stream.is_in_time]
+        self.crop_frames: int | None = None
+        if seconds is not None:
+            self.crop_frames = frames_inside(seconds, self.rate_hz) // self.alignment * self.alignment
+            if self.crop_frames < 1:
+                raise ValueError(
+                    f"crops of {seconds} s are shorter than {self.alignment} frames at {float(self.rate_hz)} Hz"
+                )
+
+    def __len__(self) -> int:
+        """Number of records."""
+        return len(self.shards)
+
+    @property
+    def crop_seconds(self) -> float:
+        """Length of the longest crop of a batch."""
+        kind, ratio = next(iter(self.ratios.items()))
+        longest = float(self.shards.longest(kind) / (ratio * self.rate_hz))
+        return longest if self.seconds is None else min(float(self.seconds), longest)
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether any record has a caption; reads all records."""
+        if "captions" not in self.shards.fields:
+            return False
+        return any(decode_texts(self.shards[index]["captions"]) for index in range(len(self)))
+
+    def batch(self, indices: Sequence[tuple[int, int]]) -> _TokenBatch:
+        """Return crops of (epoch, index) pairs."""
+        crops = [self._crop(epoch, index) for epoch, index in indices]
+        kinds = [*self.ratios, *self.timeless]
+        return _TokenBatch(
+            tokens={kind: pad_sequence([crop.tokens[kind] for crop in crops], batch_first=True) for kind in kinds},
+            lengths={kind: torch.tensor([len(crop.tokens[kind]) for crop in crops]) for kind in kinds},
+            ends=torch.tensor([crop.ends for crop in crops]),
+            latents=None if self.conditioner is None else torch.stack([crop.latent for crop in crops]),
+            is_text=torch.tensor([crop.is_text for crop in crops]),
+            captions=[crop.caption for crop in crops] if self.uses_captions else None,
+        )
+
+    def read(self, batch: _TokenBatch) -> StageInput:
+        """Compute codes from the latents of a batch; the tokens stay as they are."""
+        condition: dict[str, Any] = {}
+        if self.conditioner is not None and batch.latents is not None:
+            self.conditioner.to(batch.latents.device)
+            codes = self.conditioner.codes_from_latents(batch.latents)
+            if batch.is_text.any():
+                codes[batch.is_text] = self.conditioner.codes_from_latents(batch.latents[batch.is_text], "text")
+            condition = {"codes": codes}
+        return StageInput(AudioTokens(batch.tokens, batch.lengths), batch.ends, condition, batch.captions)
+
+    def _crop(self, epoch: int, index: int) -> _TokenCrop:
+        """Crop one record."""
+        record = self.shards[index]
+        num_frames = self._num_frames(record, index)
+        count = num_frames if self.crop_frames is None else min(self.crop_frames, num_frames)
+        num_starts = (num_frames - count) // self.alignment + 1
+        start = int(np.random.default_rng([self.seed, epoch, index]).integers(num_starts)) * self.alignment
+        spans = {kind: slice(int(start * ratio), ceil((start + count) * ratio)) for kind, ratio in self.ratios.items()}
+        spans |= dict.fromkeys(self.timeless, slice(None))
+        tokens = {kind: torch.from_numpy(record[kind][span].astype(np.int64)) for kind, span in spans.items()}
+        latent, is_text = torch.empty(0), False
+        if self.conditioner is not None:
+            is_text = self.draws_text(epoch, index) and len(record["text_latents"]) > 0
+            if is_text:
+                latents = record["text_latents"]
+                number = epoch % len(latents)  # the same turn as the captions
+            else:
+                # The window at the same relative position as the crop: the shorter of the two lies inside the other.
+                latents = record["latents"]
+                position = start / (num_frames - count) if num_frames > count else 0.5
+                number = round(position * (len(latents) - 1))
+            latent = torch.from_numpy(latents[number].astype(np.float32))
+        caption = _caption_in_turn(decode_texts(record["captions"]), epoch) if self.uses_captions else None
+        return _TokenCrop(tokens, latent, is_text, caption, start + count == num_frames)
+
+    def _num_frames(self, record: dict[str, np.ndarray], index: int) -> int:
+        """Number of predicted frames that all kinds of tokens cover."""
+        covered = {kind: len(record[kind]) / ratio for kind, ratio in self.ratios.items()}
+        shortest, longest = min(covered.values()), max(covered.values())
+        if shortest < 1:
+            raise ValueError(f"record {index} of {self.shards.folder} is shorter than one frame")
+        lost = max(_LOST_FRAMES * max(Fraction(1), 1 / ratio) for ratio in self.ratios.values())
+        if longest - shortest > lost + _LOST_SHARE * longest:
+            seconds = {kind: round(float(frames / self.rate_hz), 2) for kind, frames in covered.items()}
+            rates_hz = {kind: float(ratio * self.rate_hz) for kind, ratio in self.ratios.items()}
+            raise ValueError(
+                f"record {index} of {self.shards.folder}: at the rates of the stage, {rates_hz} tokens per second, its "
+                f"tokens last {seconds} s; build the stage with the rates of the tokenizers"
+            )
+        return int(shortest)
