@@ -275,7 +275,7 @@ def test_a_text_speaks_through_all_that_a_stage_takes() -> None:
     assert wrapper_of(CONDITION, **own).condition(text="a").text is None
     for sizes, parts, given, message in [
         ({}, own, {"text": "a"}, "does not accept such a condition: it needs an audio_conditioner"),
-        (HEARS, own, {"codes": codes}, "takes no such condition"),
+        (HEARS, own, {"codes": codes}, "does not accept such a condition"),
         (HEARS, {}, {"text": "a"}, "needs a text_conditioner"),
         (CONDITION, {}, {"codes": codes}, "needs an audio_conditioner"),
         ({**CONDITION, **HEARS}, {"text_conditioner": own["text_conditioner"]}, {"text": "a"}, "an audio_conditioner"),
