@@ -1,7 +1,6 @@
 """Discriminators of complex spectrograms."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +9,13 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from audiolm_pytorch.codecs.discriminators.scales import ScaleOutput, activated, checked, judge
+from audiolm_pytorch.codecs.discriminators.base import Discriminator, ScaleOutput, leaky_relu_, run_layers
 from audiolm_pytorch.saving.modules import register
 
 __all__ = ["ComplexSTFTDiscriminator", "MultiScaleSTFTDiscriminator"]
 
-# SoundStream, section III-D and figure 4: (inner channels, outer channels) in units of the width, stride in (time,
-# frequency) of the six residual units
+# SoundStream, section III-D and figure 4: inner and outer channels in units of the width, and stride in (time,
+# frequency), of the six residual units
 _UNITS = (
     (1, 2, (1, 2)),
     (2, 4, (2, 2)),
@@ -30,39 +29,33 @@ _FRAMES_PER_LOGIT = 8
 
 
 @register
-class ComplexSTFTDiscriminator(nn.Module):
-    """Residual units over the complex spectrogram at one resolution (SoundStream, section III-D and figure 4).
+class ComplexSTFTDiscriminator(Discriminator):
+    """Residual units on the complex spectrogram at one resolution (SoundStream, section III-D and figure 4).
 
-    From the paper: the window and hop, a 7x7 convolution, six residual units that alternate strides (1, 2) and (2, 2)
-    in (time, frequency), each a 3x3 and a strided 3x4 or 4x4 convolution, their channels, and a last convolution over
-    all frequencies that are left. Not from it: leaky ReLU and weight norm (as in the wave discriminator), real and
-    imaginary parts as input channels, a 1x1 convolution as the skip, which has to change shape. Of the `window / 2 + 1`
-    bins the highest is left out, since the paper counts `window / 2`.
+    From the paper: window and hop, a 7x7 convolution, six residual units with strides (1, 2) and (2, 2) in turn (time,
+    frequency), each a 3x3 and a strided 3x4 or 4x4 convolution, their channels, and a last convolution over all
+    remaining frequencies. Not from the paper: leaky ReLU and weight norm (as in the wave discriminator), real and
+    imaginary parts as input channels, a 1x1 convolution as skip connection, which changes shape. The highest of the
+    `window / 2 + 1` bins is left out, because the paper has `window / 2`. The logits are `[b, 1, f]`, one per 8 frames
+    of the spectrogram.
 
     Args:
-        channels: Audio channels; they are seen together.
+        channels: Audio channels, processed together.
         width: Channels C after the first convolution; the last unit has 16 times as many.
-        window_samples: Of the STFT; a multiple of 128.
-        hop_samples: Between frames.
-
-    Raises:
-        ValueError: If a number is out of range.
+        window_samples: STFT window, a multiple of 128.
+        hop_samples: STFT hop.
     """
 
     @beartype
     def __init__(
         self, *, channels: int = 1, width: int = 32, window_samples: int = 1024, hop_samples: int = 256
     ) -> None:
-        super().__init__()
+        super().__init__(dict(channels=channels, width=width, window_samples=window_samples, hop_samples=hop_samples))
         if min(channels, width, hop_samples, window_samples) < 1 or window_samples % (2 * _BINS_PER_LOGIT):
             raise ValueError(
                 f"need channels, width, hop_samples >= 1 and window_samples a multiple of {2 * _BINS_PER_LOGIT} (its "
                 f"bins are halved {len(_UNITS)} times); got {channels}, {width}, {hop_samples} and {window_samples}"
             )
-        self.config: dict[str, Any] = dict(
-            channels=channels, width=width, window_samples=window_samples, hop_samples=hop_samples
-        )
-        self.channels = channels
         self.spectrogram = _ComplexSpectrogram(window_samples, hop_samples)
         layers: list[nn.Module] = [weight_norm(nn.Conv2d(2 * channels, width, 7, padding=3))]
         dim = width
@@ -72,48 +65,29 @@ class ComplexSTFTDiscriminator(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.last = weight_norm(nn.Conv2d(dim, 1, (1, window_samples // 2 // _BINS_PER_LOGIT)))
 
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "ComplexSTFTDiscriminator":
-        """Build from the dictionary that `config` holds."""
-        return cls(**config)
-
-    def forward(self, wave: Tensor) -> list[ScaleOutput]:
-        """Judge waves.
-
-        Args:
-            wave: `[b, c, n]`, any n > 0.
-
-        Returns:
-            One scale, with logits `[b, 1, f]`: one for each 8 frames of the spectrogram, rounded up.
-
-        Raises:
-            ValueError: If the wave is empty or has other channels.
-        """
-        spectrum = self.spectrogram(checked(wave, self.channels))
-        # one bin less, and as many frames as the strides divide
+    def _outputs(self, wave: Tensor) -> list[ScaleOutput]:
+        spectrum = self.spectrogram(wave)
+        # without the highest bin, and padded to a multiple of the strides in time
         spectrum = F.pad(spectrum, (0, -1, 0, -spectrum.shape[2] % _FRAMES_PER_LOGIT))
-        logits, features = judge(self.layers, self.last, spectrum)
+        logits, features = run_layers(self.layers, self.last, spectrum)
         return [ScaleOutput(rearrange(logits, "b 1 f 1 -> b 1 f"), features)]
 
 
 @register
-class MultiScaleSTFTDiscriminator(nn.Module):
-    """The same network on complex spectrograms of several windows (EnCodec, arXiv 2210.13438, section 3.4).
+class MultiScaleSTFTDiscriminator(Discriminator):
+    """Equal networks on complex spectrograms with several windows (EnCodec, arXiv 2210.13438, section 3.4).
 
-    From the paper: windows, real and imaginary parts as input channels, 32 filters in every layer, one convolution,
-    three with dilations 1, 2, 4 in time and stride 2 in frequency, a 3x3 one for the logits, leaky ReLU, weight norm.
-    From their published code: kernels 3x9 (3x8 in the text), one 3x3 convolution more before the last, the slope, and
-    the normalised STFT. Hops are a quarter of the window. The paper judges the channels of stereo separately and
-    doubles the windows at 48 kHz; here the channels are seen together, so that their differences count, and the windows
-    are an argument.
+    From the paper: windows, real and imaginary parts as input channels, 32 filters per layer, one convolution, three
+    with dilations 1, 2, 4 in time and stride 2 in frequency, a 3x3 one for the logits, leaky ReLU, weight norm. From
+    the published code: kernels 3x9 (3x8 in the text), one more 3x3 convolution before the last, the slope, and the
+    normalised STFT. Hops are a quarter of the window. The paper processes stereo channels separately and doubles the
+    windows at 48 kHz; here channels are processed together, so that their differences count, and the windows are an
+    argument. The logits of a window are `[b, 1, f, k]`, one per frame and 8 bins.
 
     Args:
         channels: Audio channels.
-        width: Filters of every layer.
-        windows_samples: Of the STFTs; hops are a quarter.
-
-    Raises:
-        ValueError: If a number is out of range.
+        width: Filters per layer.
+        windows_samples: STFT windows.
     """
 
     @beartype
@@ -124,34 +98,15 @@ class MultiScaleSTFTDiscriminator(nn.Module):
         width: int = 32,
         windows_samples: Sequence[int] = (2048, 1024, 512, 256, 128),
     ) -> None:
-        super().__init__()
+        super().__init__(dict(channels=channels, width=width, windows_samples=list(windows_samples)))
         if channels < 1 or width < 1 or not windows_samples or min(windows_samples) < 4:
             raise ValueError(
-                f"need channels and width >= 1 and windows of 4 samples or more, got {channels}, {width} and "
+                f"need channels and width >= 1 and windows of at least 4 samples, got {channels}, {width} and "
                 f"{tuple(windows_samples)}"
             )
-        self.config: dict[str, Any] = dict(channels=channels, width=width, windows_samples=list(windows_samples))
-        self.channels = channels
         self.scales = nn.ModuleList([_OneWindow(channels, width, window) for window in windows_samples])
 
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "MultiScaleSTFTDiscriminator":
-        """Build from the dictionary that `config` holds."""
-        return cls(**config)
-
-    def forward(self, wave: Tensor) -> list[ScaleOutput]:
-        """Judge waves.
-
-        Args:
-            wave: `[b, c, n]`, any n > 0.
-
-        Returns:
-            For each window: logits `[b, 1, f, k]`, one for each frame and 8 bins.
-
-        Raises:
-            ValueError: If the wave is empty or has other channels.
-        """
-        wave = checked(wave, self.channels)
+    def _outputs(self, wave: Tensor) -> list[ScaleOutput]:
         return [scale(wave) for scale in self.scales]
 
 
@@ -171,11 +126,11 @@ class _OneWindow(nn.Module):
         self.last = weight_norm(nn.Conv2d(width, 1, 3, padding=1))
 
     def forward(self, wave: Tensor) -> ScaleOutput:
-        return judge(self.layers, self.last, self.spectrogram(wave))
+        return run_layers(self.layers, self.last, self.spectrogram(wave))
 
 
 class _ResidualUnit(nn.Module):
-    """A 3x3 and a strided convolution around a strided 1x1 one (SoundStream, figure 4)."""
+    """A 3x3 and a strided convolution with a strided 1x1 convolution as skip connection (SoundStream, figure 4)."""
 
     def __init__(self, dim_in: int, dim_inner: int, dim_out: int, stride: tuple[int, int]) -> None:
         super().__init__()
@@ -187,10 +142,10 @@ class _ResidualUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[b, d, f, k]` to `[b, d', f / stride, k / stride]`."""
-        # the stride is taken before the 1x1 convolution: of fewer than 16 channels in channels-last memory, a strided
-        # one writes past its memory in backward on a CPU (torch 2.13, github.com/uxlfoundation/oneDNN/issues/6035)
+        # A strided 1x1 convolution of fewer than 16 channels in channels-last memory writes past its memory in backward
+        # on a CPU (torch 2.13, github.com/uxlfoundation/oneDNN/issues/6035), so the stride is applied before.
         strided = x[..., :: self.stride[0], :: self.stride[1]]
-        return self.outer(activated(self.inner(x))) + self.skip(strided)
+        return self.outer(leaky_relu_(self.inner(x))) + self.skip(strided)
 
 
 class _ComplexSpectrogram(nn.Module):
@@ -204,7 +159,7 @@ class _ComplexSpectrogram(nn.Module):
         self.register_buffer("window", torch.hann_window(window_samples), persistent=False)
 
     def forward(self, wave: Tensor) -> Tensor:
-        """`[b, c, n]` to `[b, 2c, f, k]`: f frames centred on every hop, k bins; silence is added to short waves."""
+        """`[b, c, n]` to `[b, 2c, f, k]`: f frames centred on every hop, k bins; silence pads short waves."""
         with torch.autocast(wave.device.type, enabled=False):
             window = self.window.float()
             size = len(window)
@@ -212,5 +167,5 @@ class _ComplexSpectrogram(nn.Module):
             flat = rearrange(wave, "b c n -> (b c) n")
             spectrum = torch.stft(flat, size, self.hop_samples, window=window, return_complex=True)
             parts = torch.view_as_real(spectrum) / window.square().sum().sqrt()
-            # contiguous: channels-last memory, which this would be for one channel, is slower on a CPU in bf16
+            # contiguous, because channels-last memory (which one channel would have) is slower on a CPU in bf16
             return rearrange(parts, "(b c) k f part -> b (part c) f k", c=wave.shape[1]).contiguous()

@@ -1,6 +1,4 @@
-"""The discriminator of waves at several resolutions."""
-
-from typing import Any
+"""A discriminator of waves at several resolutions."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +6,7 @@ from beartype import beartype
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from audiolm_pytorch.codecs.discriminators.scales import ScaleOutput, checked, judge
+from audiolm_pytorch.codecs.discriminators.base import Discriminator, ScaleOutput, run_layers
 from audiolm_pytorch.saving.modules import register
 
 __all__ = ["MultiScaleWaveDiscriminator"]
@@ -19,53 +17,32 @@ _GROUP_SIZE = 4
 
 
 @register
-class MultiScaleWaveDiscriminator(nn.Module):
-    """The same network on the wave and on average-pooled versions of it (SoundStream, section III-D).
+class MultiScaleWaveDiscriminator(Discriminator):
+    """Equal networks on the wave and on average-pooled versions of it (SoundStream, section III-D).
 
     From SoundStream: three resolutions (x1, x1/2, x1/4); at each a plain convolution, four grouped ones (groups of 4
-    channels, stride 4, 4 times the channels up to 1024) and two plain ones. Kernels (15, 41, 5, 3), 16 first channels,
-    the pooling and weight norm are MelGAN's (arXiv 1910.06711, appendix A); the ends are padded with zeros.
+    channels, stride 4, 4 times the channels up to 1024) and two plain ones. From MelGAN (arXiv 1910.06711, appendix A):
+    kernels (15, 41, 5, 3), 16 first channels, pooling and weight norm. The ends are padded with zeros. A resolution of
+    n samples has logits `[b, 1, ceil(n / 256)]`.
 
     Args:
-        channels: Audio channels; they are seen together.
-        width: Channels after the first convolution; all others scale with it (at most 64 times as many).
-        scales: Resolutions, each half of the one before.
-
-    Raises:
-        ValueError: If the width does not divide into groups, or there is no scale.
+        channels: Audio channels, processed together.
+        width: Channels after the first convolution, a multiple of 4; the others scale with it (up to 64 times).
+        scales: Number of resolutions, each half of the one before; outputs start with the full resolution.
     """
 
     @beartype
     def __init__(self, *, channels: int = 1, width: int = 16, scales: int = 3) -> None:
-        super().__init__()
+        super().__init__(dict(channels=channels, width=width, scales=scales))
         if channels < 1 or scales < 1 or width < 1 or width % _GROUP_SIZE:
             raise ValueError(
                 f"need channels >= 1, scales >= 1 and a width that is a multiple of {_GROUP_SIZE} (the channels of a "
                 f"group), got {channels}, {scales} and {width}"
             )
-        self.config: dict[str, Any] = dict(channels=channels, width=width, scales=scales)
-        self.channels = channels
         self.scales = nn.ModuleList([_OneScale(channels, width) for _ in range(scales)])
 
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "MultiScaleWaveDiscriminator":
-        """Build from the dictionary that `config` holds."""
-        return cls(**config)
-
-    def forward(self, wave: Tensor) -> list[ScaleOutput]:
-        """Judge waves.
-
-        Args:
-            wave: `[b, c, n]`, any n > 0.
-
-        Returns:
-            For each resolution, the full one first: logits `[b, 1, t]` with t = n / 256 of that resolution, rounded up.
-
-        Raises:
-            ValueError: If the wave is empty or has other channels.
-        """
-        wave = checked(wave, self.channels)
-        # what is shorter would be pooled away
+    def _outputs(self, wave: Tensor) -> list[ScaleOutput]:
+        # shorter waves would be pooled to nothing
         wave = F.pad(wave, (0, max(0, 2 ** (len(self.scales) - 1) - wave.shape[-1])))
         outputs = []
         for number, scale in enumerate(self.scales):
@@ -78,8 +55,8 @@ class MultiScaleWaveDiscriminator(nn.Module):
 class _GroupedConv1d(nn.Conv1d):
     """A strided convolution in groups of 4 channels, in float32 under autocast too.
 
-    On Xeons with AMX, oneDNN's bfloat16 kernels multiply memory that nobody wrote by zero where a length is not a
-    multiple of 32 (github.com/uxlfoundation/oneDNN/issues/5717): gradients of short waves are NaN in some runs.
+    On Xeons with AMX, oneDNN's bfloat16 kernels multiply unwritten memory by zero if a length is not a multiple of 32
+    (github.com/uxlfoundation/oneDNN/issues/5717): gradients of short waves are NaN in some runs.
     """
 
     def __init__(self, dim_in: int, dim_out: int) -> None:
@@ -107,4 +84,4 @@ class _OneScale(nn.Module):
         self.last = weight_norm(nn.Conv1d(dim, 1, 3, padding=1))
 
     def forward(self, wave: Tensor) -> ScaleOutput:
-        return judge(self.layers, self.last, wave)
+        return run_layers(self.layers, self.last, wave)

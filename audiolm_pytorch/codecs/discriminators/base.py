@@ -1,0 +1,67 @@
+"""The base class of discriminators, and the parts that they share."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any, NamedTuple, TypeVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["Discriminator", "ScaleOutput", "leaky_relu_", "run_layers"]
+
+_SLOPE = 0.2  # MelGAN (arXiv 1910.06711, appendix A) and EnCodec's published discriminator
+
+Network = TypeVar("Network", bound="Discriminator")
+
+
+class ScaleOutput(NamedTuple):
+    """Output of a discriminator at one scale.
+
+    Attributes:
+        logits: `[b, 1, ...]`, positive for real audio.
+        features: Outputs `[b, d, ...]` of all layers before the last.
+    """
+
+    logits: Tensor
+    features: list[Tensor]
+
+
+class Discriminator(nn.Module, ABC):
+    """A discriminator with one or several scales, built from `config`."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.config = config
+        self.channels: int = config["channels"]
+
+    @classmethod
+    def from_config(cls: type[Network], config: dict[str, Any]) -> Network:
+        """Build the discriminator from its `config`."""
+        return cls(**config)
+
+    def forward(self, wave: Tensor) -> list[ScaleOutput]:
+        """Outputs of all scales for waves `[b, c, n]` with any n > 0."""
+        if wave.ndim != 3 or wave.shape[1] != self.channels or wave.shape[2] == 0:
+            raise ValueError(
+                f"waves must be [b, {self.channels}, n] with n > 0, got {tuple(wave.shape)}; build the discriminator "
+                "with the `channels` of the waves"
+            )
+        return self._outputs(wave)
+
+    @abstractmethod
+    def _outputs(self, wave: Tensor) -> list[ScaleOutput]:
+        """Outputs of all scales for checked waves."""
+
+
+def run_layers(layers: Iterable[nn.Module], last: nn.Module, x: Tensor) -> ScaleOutput:
+    """Run layers with leaky ReLUs, then the last layer; the features are taken after each leaky ReLU."""
+    features = []
+    for layer in layers:
+        x = leaky_relu_(layer(x))
+        features.append(x)
+    return ScaleOutput(last(x), features)
+
+
+def leaky_relu_(x: Tensor) -> Tensor:
+    """Leaky ReLU of a convolution's output, in place; the convolution's gradient does not need its output."""
+    return F.leaky_relu(x, _SLOPE, inplace=True)
