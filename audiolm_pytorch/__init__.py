@@ -1,4 +1,4 @@
-"""Audio as discrete tokens, language models over them, and back: AudioLM (arXiv 2209.03143) in small modules."""
+"""AudioLM (arXiv:2209.03143): codecs, semantic tokenizers, language models over their tokens, and their training."""
 
 import warnings
 from importlib.metadata import PackageNotFoundError, version
@@ -78,17 +78,17 @@ __all__ = [
 ]
 
 
-def _warn_of_namesake() -> None:
-    """Another project's distribution installs a package of this name into the same folder; files would mix."""
+def _warn_of_other_distribution() -> None:
+    """Warn if the distribution of another project overwrites files of this package."""
     try:
-        found = version("audiolm-pytorch")
+        other = version("audiolm-pytorch")
     except PackageNotFoundError:
         return
     warnings.warn(
-        f"the distribution audiolm-pytorch {found} of another project is installed under the same import name; "
+        f"the distribution audiolm-pytorch {other} of another project is installed and has the same import name; "
         "run: pip uninstall audiolm-pytorch && pip install --force-reinstall --no-deps musiclm-pytorch",
         stacklevel=3,
     )
 
 
-_warn_of_namesake()
+_warn_of_other_distribution()

@@ -1,4 +1,4 @@
-"""MusicLM (arXiv 2301.11325) in small modules: a sentence becomes music."""
+"""MusicLM (arXiv:2301.11325): music from texts."""
 
 from audiolm_pytorch import __version__
 from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer

@@ -1,4 +1,4 @@
-"""MusicLM: a sentence in, music out; several candidates at once, the one that fits the sentence best is returned."""
+"""MusicLM: generates several pieces of music for a text and returns the one that matches the text best."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,13 +23,13 @@ __all__ = ["Candidates", "MusicLM"]
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """Everything that was generated for some prompts.
+    """All candidates of some prompts.
 
     Attributes:
         waves: `[prompts, candidates, n]` (`[prompts, candidates, c, n]` for a codec of several channels) float32 in
             -1..1, in the order of `seeds`.
-        scores: `[prompts, candidates]` cosine of MuLaN's embeddings of the prompt and of the candidate, -1..1.
-        seeds: One a candidate, for each prompt: `seeds=[seed]` gives that candidate again, alone.
+        scores: `[prompts, candidates]`, cosine of the MuLaN embeddings of prompt and candidate.
+        seeds: The seeds of the candidates, for each prompt. `seeds=[seed]` generates one candidate again.
         order: `[prompts, candidates]` int64, indices of candidates, best first.
         sample_hz: Sample rate of the waves in Hz.
     """
@@ -47,16 +47,16 @@ class Candidates:
 
 
 class MusicLM(nn.Module):
-    """Text to music (arXiv:2301.11325): an AudioLM conditioned on MuLaN codes of the text, and a ranking of candidates.
+    """Text to music (arXiv:2301.11325): an AudioLM conditioned on MuLaN codes of the text, and ranked candidates.
 
     Args:
-        audio_lm: Generates; trained on codes of audio from the same quantizer.
-        mulan_embed_quantizer: Turns texts into codes; has a namespace for each stage that takes a condition.
-        num_levels: Levels of codes to condition on where a call does not say; None = all.
+        audio_lm: Trained on codes of audio from the same quantizer.
+        mulan_embed_quantizer: Computes codes of texts; has a namespace for each conditioned stage.
+        num_levels: Levels of codes to condition on by default; None = all.
 
     Raises:
-        ValueError: If no stage takes a condition, a stage has no namespace of its own, or one of another width, or was
-            trained on the codes of another quantizer, or there are not so many levels.
+        ValueError: If no stage is conditioned, the namespaces do not fit the stages, a stage was trained with another
+            quantizer, or `num_levels` is out of range.
     """
 
     @beartype
@@ -67,13 +67,13 @@ class MusicLM(nn.Module):
         widths = {name: stage.transformer.cond_dim for name, stage in audio_lm.stages.items()}
         self.conditioned = tuple(name for name, width in widths.items() if width is not None)
         if not self.conditioned:
-            raise ValueError("no stage takes a condition: build transformers with audio_text_condition=True")
-        given = dict(zip(mulan_embed_quantizer.namespaces, mulan_embed_quantizer.conditioning_dims))
-        wrong = [name for name in self.conditioned if given.get(name) != widths[name]]
+            raise ValueError("no stage is conditioned: build transformers with audio_text_condition=True")
+        namespaces = dict(zip(mulan_embed_quantizer.namespaces, mulan_embed_quantizer.conditioning_dims))
+        wrong = [name for name in self.conditioned if namespaces.get(name) != widths[name]]
         if wrong:
             raise ValueError(
                 "every stage needs the namespace that it was trained with: the quantizer has namespaces of widths "
-                f"{given}, the stages take {widths}; look at {wrong}"
+                f"{namespaces}, the stages have widths {widths}, which differ for {wrong}"
             )
         for name in self.conditioned:
             check_compatible(audio_lm.stages[name].transformer, audio_conditioner=mulan_embed_quantizer)
@@ -83,7 +83,7 @@ class MusicLM(nn.Module):
 
     @property
     def sample_hz(self) -> int:
-        """Sample rate in Hz of what is generated."""
+        """Sample rate of the music in Hz."""
         return self.audio_lm.codec.target_sample_hz
 
     @beartype
@@ -101,39 +101,36 @@ class MusicLM(nn.Module):
         return_all: bool = False,
         **generation: Any,
     ) -> Tensor | Candidates:
-        """Make music for one prompt or for several.
+        """Generate music for one or several texts.
 
-        A candidate is a function of its prompt and its seed alone, whatever else is generated beside it.
+        A candidate depends on its text and its seed alone, not on the other candidates.
 
         Args:
-            text: A prompt, or several.
-            num_samples: Candidates a prompt.
-            seconds: Length of the music.
-            seed: Candidates get the seeds `seed`, `seed + 1`, …; None = drawn from torch's global generator.
-            seeds: One seed a candidate, instead of `seed`.
-            num_levels: Condition on the first so many levels of codes only. Text and audio agree on the first levels
-                far more often than on the last, and models trained with dropped levels can do without. None = as many
-                as the model was built with.
-            max_batch: Candidates, of all prompts together, generated at a time; more means faster and more memory.
-            return_all: Give all candidates with their scores.
-            **generation: Further fields of `GenerationRequest`, e.g. `prime_wave`, what to continue (`seconds` counts
-                it in), `sampling` or `callback`. Inputs are given once for all prompts, or once a prompt.
+            text: A text, or several.
+            num_samples: Candidates per text.
+            seconds: Length of the music, a prompt to continue included.
+            seed: Candidates have the seeds `seed`, `seed + 1`, ...; None = drawn from torch's global generator.
+            seeds: One seed per candidate, instead of `seed`.
+            num_levels: Number of first levels of codes to condition on. Codes of text and audio agree far more often on
+                the first levels, and models trained with dropped levels do not need the last ones. None = as built.
+            max_batch: Candidates, of all texts together, in one batch; more candidates are faster and need more memory.
+            return_all: Whether to return all candidates with their scores.
+            **generation: Further fields of `GenerationRequest`, e.g. `prime_wave` or `sampling`. Inputs have 1 item or
+                one item per text.
 
         Returns:
-            Tensor `[prompts, n]` float32 (prompts = 1 for a str; `[prompts, c, n]` for a codec of several channels)
-            at `sample_hz`, peaks below 1: each prompt's own candidate of highest score. With `return_all`, a
-            `Candidates`.
+            The best candidate of each text, `[prompts, n]` float32 (prompts = 1 for a str; `[prompts, c, n]` for a
+            codec of several channels) at `sample_hz`, with peaks below 1; `Candidates` if `return_all` is set.
 
         Raises:
-            ValueError: If a prompt is empty, a number is out of range, or inputs are neither one nor one a prompt.
+            ValueError: If a text is empty, a number is out of range, or inputs have another number of items.
         """
         prompts = [text] if isinstance(text, str) else list(text)
-        chosen = _chosen_seeds(num_samples, seed, seeds)
+        candidate_seeds = _candidate_seeds(num_samples, seed, seeds)
         if not seconds > 0 or max_batch < 1:
             raise ValueError(f"seconds and max_batch must be positive, got {seconds} and {max_batch}")
         levels = self.num_levels if num_levels is None else self._checked_levels(num_levels)
         _check_generation(generation)
-        # dropout would make a candidate depend on more than its seed
         with eval_mode(self):
             conditions = self._conditions(prompts, levels)
             request = GenerationRequest(
@@ -141,29 +138,28 @@ class MusicLM(nn.Module):
             )
             if request.num_items != len(prompts):
                 raise ValueError(
-                    f"give inputs once for all, or once for each of {len(prompts)} prompts, not more often"
+                    f"pass inputs once for all, or once for each of {len(prompts)} prompts, not more often"
                 )
-            waves = self._generate(request, chosen, max_batch)
+            waves = self._generate(request, candidate_seeds, max_batch)
             waves = rearrange(waves, "(p k) ... -> p k ...", p=len(prompts))
             if num_samples == 1 and not return_all:
                 return waves[:, 0]
             scores = self.scores(prompts, waves, max_batch=max_batch)
-        # a candidate that is not even finite must not win
+        # A candidate with NaN is ranked last.
         order = scores.nan_to_num(nan=-2.0).argsort(dim=1, descending=True, stable=True)
-        candidates = Candidates(waves, scores, (tuple(chosen),) * len(prompts), order, self.sample_hz)
+        candidates = Candidates(waves, scores, (tuple(candidate_seeds),) * len(prompts), order, self.sample_hz)
         return candidates if return_all else candidates.best
 
     @torch.no_grad()
     def scores(self, prompts: Sequence[str], waves: Tensor, *, max_batch: int = 16) -> Tensor:
-        """Cosine of MuLaN's embeddings of each prompt and of each of its own candidates.
+        """Cosine of the MuLaN embeddings of each prompt and its candidates, `[prompts, candidates]`.
+
+        The score of a wave that is not finite is NaN.
 
         Args:
             prompts: Texts.
             waves: `[prompts, candidates, n]` or `[prompts, candidates, c, n]` at `sample_hz`.
-            max_batch: Candidates embedded at a time.
-
-        Returns:
-            `[prompts, candidates]` in -1..1; NaN for a wave that is not finite.
+            max_batch: Candidates embedded in one batch.
         """
         mulan = self.mulan_embed_quantizer.mulan
         text_latents = mulan.get_text_latents(prompts)
@@ -176,18 +172,17 @@ class MusicLM(nn.Module):
         return rearrange(scores, "(p k) -> p k", p=len(prompts))
 
     def _checked_levels(self, num_levels: int | None) -> int:
-        """As many levels as wanted, or all; ValueError if there are fewer."""
-        most = self.mulan_embed_quantizer.num_quantizers
-        levels = most if num_levels is None else num_levels
-        if not 1 <= levels <= most:
-            raise ValueError(f"num_levels must be in 1..{most}, got {levels}")
+        """Check `num_levels`; None = all levels."""
+        max_levels = self.mulan_embed_quantizer.num_quantizers
+        levels = max_levels if num_levels is None else num_levels
+        if not 1 <= levels <= max_levels:
+            raise ValueError(f"num_levels must be in 1..{max_levels}, got {levels}")
         return levels
 
     def _conditions(self, prompts: list[str], num_levels: int) -> dict[str, Conditions]:
-        """Condition of every stage, an item for each prompt."""
+        """Conditions of every stage, one item per prompt, from the table of the stage."""
         codes = self.mulan_embed_quantizer.codes(texts=prompts)
         keep = torch.full((len(codes),), num_levels)
-        # every stage was trained with a table of its own; one stage's embeddings mean nothing to another
         return {
             stage: Conditions(
                 codes=self.mulan_embed_quantizer.conditioning(codes=codes, namespace=stage).without_trailing(keep)
@@ -196,33 +191,35 @@ class MusicLM(nn.Module):
         }
 
     def _generate(self, request: GenerationRequest, seeds: list[int], max_batch: int) -> Tensor:
-        """Peak-safe waves `[b, ...]`, one of every item for each seed, in as few batches as `max_batch` allows."""
+        """Waves `[b, ...]` with safe peaks, one per item and seed, in batches of at most `max_batch`."""
         candidates = [(item, seed) for item in range(request.num_items) for seed in seeds]
         waves: list[Tensor] = []
         for start in range(0, len(candidates), max_batch):
-            items, own_seeds = zip(*candidates[start : start + max_batch])
-            part = replace(request.select(items), seeds=own_seeds)
+            items, item_seeds = zip(*candidates[start : start + max_batch])
+            part = replace(request.select(items), seeds=item_seeds)
             waves.extend(peak_safe(wave.float()) for wave in self.audio_lm(**vars(part)))
         return torch.stack(waves)
 
 
 def _check_generation(generation: Mapping[str, Any]) -> None:
-    """Refuse what a prompt and its candidates decide already."""
-    decided = {"batch_size", "conditioning", "wavs", "codes", "allow_eos"} & set(generation)
-    if decided:
+    """Check that no argument conflicts with the texts and the candidates."""
+    conflicts = {"batch_size", "conditioning", "wavs", "codes", "allow_eos"} & set(generation)
+    if conflicts:
         raise ValueError(
-            f"{sorted(decided)} cannot be chosen here: texts are the conditions, and candidates are num_samples a "
-            "prompt, of exactly so many seconds; for anything else call audio_lm"
+            f"{sorted(conflicts)} cannot be set here: the texts are the conditions, and each text gets num_samples "
+            "candidates of the requested seconds; for anything else call audio_lm"
         )
 
 
-def _chosen_seeds(num_samples: int, seed: int | None, seeds: Sequence[int] | None) -> list[int]:
-    """One seed for each candidate of a prompt."""
+def _candidate_seeds(num_samples: int, seed: int | None, seeds: Sequence[int] | None) -> list[int]:
+    """One seed per candidate of a prompt."""
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     if seeds is not None:
         if seed is not None or len(seeds) != num_samples:
-            raise ValueError(f"give either seed or {num_samples} seeds (one a candidate), got {seed} and {len(seeds)}")
+            raise ValueError(
+                f"pass either seed or {num_samples} seeds, one per candidate; got seed {seed} and {len(seeds)} seeds"
+            )
         return list(seeds)
     first = int(torch.randint(2**31, ())) if seed is None else seed
     return [first + index for index in range(num_samples)]

@@ -11,6 +11,7 @@ from audiolm_pytorch.audiolm import AudioLM
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.tensors import Conditions
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
+from audiolm_pytorch.semantic.base import SemanticTokenizer
 from musiclm_pytorch.mulan import MuLaN
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
@@ -245,7 +246,7 @@ def test_musiclm_rejects_what_it_cannot_use(musiclm: MusicLM, trained: MuLaN) ->
         MusicLM(audio_lm=FakeAudioLM(), mulan_embed_quantizer=two)
 
 
-class ToyTokenizer(nn.Module):
+class ToyTokenizer(SemanticTokenizer):
     """Semantic tokens, 25 a second of 8 kHz; only counted here, never made."""
 
     target_sample_hz, downsample_factor, codebook_size = 8000, 320, 7
@@ -331,7 +332,7 @@ def test_primes_belong_to_their_prompts_however_batches_are_cut(trained: MuLaN) 
     assert (one.waves[..., :480] - 0.248).abs().max() < 0.01
     with pytest.raises(ValueError, match="once for each of 2 prompts|different numbers of items"):
         musiclm(TEXTS[:2], num_samples=3, seconds=0.4, prime_wave=[*primes, primes[0]])
-    with pytest.raises(ValueError, match=r"\['allow_eos', 'batch_size'\] cannot be chosen"):
+    with pytest.raises(ValueError, match=r"\['allow_eos', 'batch_size'\] cannot be set"):
         musiclm(TEXTS[0], allow_eos=True, batch_size=2)
 
 
