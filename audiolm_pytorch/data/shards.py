@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from beartype import beartype
 
-from audiolm_pytorch.saving.files import read_json, write_json
+from audiolm_pytorch.saving.files import differences, read_json, write_json
 
 __all__ = ["TokenShards", "write_shards"]
 
@@ -190,25 +190,8 @@ def _joint_fields(chunks: list[Path]) -> dict[str, dict[str, Any]]:
 
 def _require_equal(found: dict[str, Any], expected: dict[str, Any], complaint: str) -> None:
     """Raise a ValueError that shows where two nested descriptions differ."""
-    differences = list(_differences(found, expected, ""))
-    if differences:
-        raise ValueError(f"{complaint}: " + "; ".join(differences))
-
-
-def _differences(found: Any, expected: Any, where: str) -> list[str]:
-    """Every leaf in which two nested descriptions differ."""
-    if isinstance(found, dict) and isinstance(expected, dict):
-        missing = object()
-        pairs = [(key, found.get(key, missing), expected.get(key, missing)) for key in sorted({**found, **expected})]
-        lines: list[str] = []
-        for key, left, right in pairs:
-            place = f"{where}.{key}" if where else str(key)
-            if left is missing or right is missing:
-                lines.append(f"{place} is only in the {'expected' if left is missing else 'found'} one")
-            else:
-                lines += _differences(left, right, place)
-        return lines
-    return [] if found == expected else [f"{where}: found {found!r}, expected {expected!r}"]
+    if lines := differences(found, expected):
+        raise ValueError(f"{complaint}: " + "; ".join(lines))
 
 
 class TokenShards:

@@ -44,14 +44,11 @@ class StageTask:
             these alone.
 
     Attributes:
-        identity: What must be the same when a run is resumed; whoever makes the sources adds what decides them.
+        config: Values that must not change when a run is resumed; the builder of the sources adds those of the sources.
 
     Raises:
         ValueError: If a conditioner is missing or not wanted, or `level_drop_prob` is no probability.
     """
-
-    # Older checkpoints say nothing of these; `crop_seconds` comes from the trainer.
-    newer_identity = ("level_drop_prob", "crop_seconds", "transformer", "conditioner")
 
     @beartype
     def __init__(
@@ -92,7 +89,7 @@ class StageTask:
         self._has_warned = False
         self.token_fingerprints = dict(token_fingerprints or {})
         config = {name: value for name, value in transformer.config.items() if name not in _NOT_DECISIVE}
-        self.identity: dict[str, Any] = {
+        self.config: dict[str, Any] = {
             "level_drop_prob": level_drop_prob,
             "transformer": json.loads(json.dumps(config)),
             **_known_makers(self.token_fingerprints),
@@ -184,7 +181,7 @@ def _by_stream(found: TokenLoss) -> dict[str, Tensor | float]:
 
 
 def _known_makers(fingerprints: Mapping[str, str]) -> dict[str, Any]:
-    """What a run's identity says of them; nothing known, nothing said, as in older checkpoints.
+    """Entries of the run config for the conditioners; unknown ones are left out.
 
     The conditioner stands apart, since there are checkpoints that name the tokenizers alone.
     """

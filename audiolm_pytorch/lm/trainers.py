@@ -142,7 +142,7 @@ class StageTrainer:
             ),
         )
         # What else decides the weights; older checkpoints know no probability but 0, and nothing of crops.
-        self.task.identity |= {"crop_seconds": seconds, **({"text_prob": text_prob} if text_prob else {})}
+        self.task.config |= {"crop_seconds": seconds, **({"text_prob": text_prob} if text_prob else {})}
         if transformer.max_seconds is None:
             # What it will have seen: recordings may all be shorter than the crop that was asked for.
             transformer.max_seconds = sources[0].crop_seconds

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["read_json", "read_weights", "staged_files", "sync_to_disk", "write_json", "write_weights"]
+__all__ = ["differences", "read_json", "read_weights", "staged_files", "sync_to_disk", "write_json", "write_weights"]
 
 
 @beartype
@@ -56,6 +56,17 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"there is no file {path}") from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:  # the last: thousands of brackets
         raise ValueError(f"{path} is not a JSON file: {error}") from error
+
+
+def differences(found: Any, expected: Any, path: str = "") -> list[str]:
+    """List where two JSON values differ, one line each, e.g. `settings.seed: found 0, expected 1`."""
+    if not isinstance(found, dict) or not isinstance(expected, dict):
+        return [] if found == expected else [f"{path}: found {found}, expected {expected}"]
+    lines = []
+    for name in sorted({**found, **expected}):
+        values = found.get(name, "nothing"), expected.get(name, "nothing")
+        lines += differences(*values, f"{path}.{name}" if path else name)
+    return lines
 
 
 @beartype

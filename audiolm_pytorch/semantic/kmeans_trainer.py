@@ -23,13 +23,12 @@ from audiolm_pytorch.nn.kmeans import (
     mini_batch_size,
     vector_statistics,
 )
-from audiolm_pytorch.saving.files import read_json, read_weights, write_json, write_weights
+from audiolm_pytorch.saving.files import differences, read_json, read_weights, write_json, write_weights
 from audiolm_pytorch.saving.fingerprint import part_fingerprint
 from audiolm_pytorch.saving.modules import load_module, module_spec, read_config, save_module
 from audiolm_pytorch.semantic.base import FrameEncoder
 from audiolm_pytorch.semantic.features import FeatureShards, plan_crops, write_features
 from audiolm_pytorch.semantic.tokenizer import KMeansTokenizer
-from audiolm_pytorch.training.checkpoint import differences
 from audiolm_pytorch.training.distributed import create_accelerator
 from audiolm_pytorch.training.tracking import progress_bar
 

@@ -1,4 +1,4 @@
-"""What several processes have to agree on: gradients, buffers and metrics."""
+"""Operations over the processes of a run: averages of gradients and metrics, equal buffers."""
 
 import atexit
 import os
@@ -25,10 +25,10 @@ _BUCKET_NUMEL = 2**25  # 128 MiB of float32: few collectives, and little memory 
 
 
 def create_accelerator() -> "accelerate.Accelerator":
-    """Make an Accelerator for a loop that was handed none; its process group ends with the process.
+    """Create the Accelerator of a loop that received none; its process group ends with the process.
 
-    Ending it with the training would leave a second training of the same process without one. Several processes on a
-    machine without a GPU form a group too; accelerate alone would leave each of them to itself.
+    If the group ended with the training, a second training of the same process would have none. Several processes on a
+    machine without a GPU form a group too; accelerate alone would run each of them as a single one.
     """
     from accelerate import Accelerator
 
@@ -40,14 +40,9 @@ def create_accelerator() -> "accelerate.Accelerator":
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Move every tensor of a batch; unlike accelerate's `send_to_device` this enters dataclasses as well.
+    """Move every tensor of a nesting of dataclasses, dicts, lists and tuples.
 
-    Args:
-        batch: Any nesting of dataclasses, dicts, lists and tuples.
-        device: Where to.
-
-    Returns:
-        The same nesting; the batch itself where nothing has to move.
+    Unlike accelerate's `send_to_device` this enters dataclasses. On a CPU the batch itself is returned.
     """
     if device.type == "cpu":
         return batch
@@ -68,25 +63,17 @@ def to_device(batch: Any, device: torch.device) -> Any:
 def average_gradients(
     accelerator: "accelerate.Accelerator", parameters: Sequence[nn.Parameter], loss: Tensor
 ) -> Tensor:
-    """Replace each gradient by its mean over the processes.
+    """Replace each gradient by its mean over the processes, and return the mean of their scalar losses.
 
-    DistributedDataParallel averages inside the forward of the module it wraps; a phase's loss is any closure over raw
-    modules, so the gradients are averaged explicitly after the backward pass. A parameter without a gradient on one
-    process counts as zero there; without one on any process it stays without, as it would in a single process.
-
-    Args:
-        accelerator: Of the run.
-        parameters: In the same order on every process.
-        loss: Scalar of this process.
-
-    Returns:
-        The mean loss over the processes, so that all of them judge a step alike.
+    DistributedDataParallel averages inside the forward of the module that it wraps. A phase's loss is any closure over
+    raw modules, so gradients are averaged explicitly, after the backward pass. A missing gradient counts as zero if
+    another process has one, and stays missing otherwise. Parameters have the same order on every process.
     """
     if accelerator.num_processes == 1:
         return loss
     present = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=loss.device)
-    agreed = accelerator.reduce(torch.cat([present, loss.detach().float().reshape(1)]), reduction="mean")
-    used = [parameter for parameter, share in zip(parameters, agreed[:-1].tolist(), strict=True) if share > 0]
+    means = accelerator.reduce(torch.cat([present, loss.detach().float().reshape(1)]), reduction="mean")
+    used = [parameter for parameter, share in zip(parameters, means[:-1].tolist(), strict=True) if share > 0]
     for bucket in _buckets(used):
         for parameter in bucket:
             if parameter.grad is None:
@@ -96,16 +83,11 @@ def average_gradients(
         parts = flat.split([gradient.numel() for gradient in gradients])
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
-    return agreed[-1]
+    return means[-1]
 
 
 def broadcast_tensors(accelerator: "accelerate.Accelerator", tensors: Sequence[Tensor]) -> None:
-    """Overwrite tensors by those of the first process, bit for bit.
-
-    Args:
-        accelerator: Of the run.
-        tensors: In the same order and of the same shapes on every process.
-    """
+    """Overwrite tensors by those of the first process, bit for bit; order and shapes are equal on every process."""
     if accelerator.num_processes == 1:
         return
     from accelerate.utils import broadcast
@@ -115,59 +97,43 @@ def broadcast_tensors(accelerator: "accelerate.Accelerator", tensors: Sequence[T
             parts = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in bucket]
             received = broadcast(torch.cat(parts)).split([part.numel() for part in parts])
             for tensor, part in zip(bucket, received, strict=True):
-                # A slice of the bucket may start anywhere; a copy of its own is aligned for the wider type.
+                # a slice of the bucket may start anywhere; its copy is aligned for the wider type
                 tensor.copy_(part.clone().view(tensor.dtype).view_as(tensor))
 
 
 class PersistentBuffers:
-    """The checkpointed buffers of a module, which its forward may change (codebooks, running statistics).
-
-    Args:
-        module: The module of a task.
-    """
+    """The checkpointed buffers of a module, which its forward may change (codebooks, running statistics)."""
 
     def __init__(self, module: nn.Module) -> None:
         saved = set(module.state_dict())
         paths = [name.rpartition(".") for name, _ in module.named_buffers() if name in saved]
-        self._slots = [(module.get_submodule(owner), name) for owner, _, name in paths]
+        self._slots = [(module.get_submodule(parent), name) for parent, _, name in paths]
 
     def tensors(self) -> list[Tensor]:
-        """Look the buffers up anew: a forward may assign another tensor instead of writing into the old one."""
-        return [getattr(owner, name) for owner, name in self._slots]
+        """Present buffers; looked up each time, because a forward may assign another tensor."""
+        return [getattr(parent, name) for parent, name in self._slots]
 
     def copy(self) -> list[Tensor]:
         """Copy the values."""
         return [tensor.detach().clone() for tensor in self.tensors()]
 
     def restore(self, values: Sequence[Tensor]) -> None:
-        """Write copied values back.
-
-        Args:
-            values: As given by `copy`.
-        """
+        """Write the values of `copy` back."""
         with torch.no_grad():
             for tensor, value in zip(self.tensors(), values, strict=True):
                 tensor.copy_(value)
 
 
 def merge_means(accelerator: "accelerate.Accelerator", values: dict[str, list[float]]) -> dict[str, float]:
-    """Average every metric over all its values on all processes; the names may differ between processes.
-
-    Args:
-        accelerator: Of the run.
-        values: Metric name to the values seen by this process.
-
-    Returns:
-        Metric name to mean.
-    """
-    per_rank = [values]
+    """Mean of every metric over all its values on all processes; the names may differ between processes."""
+    per_process = [values]
     if accelerator.num_processes > 1:
         from accelerate.utils import gather_object
 
-        per_rank = gather_object([values])
+        per_process = gather_object([values])
     merged: dict[str, list[float]] = {}
-    for one in per_rank:
-        for name, numbers in one.items():
+    for metrics in per_process:
+        for name, numbers in metrics.items():
             merged.setdefault(name, []).extend(numbers)
     return {name: sum(numbers) / len(numbers) for name, numbers in merged.items() if numbers}
 

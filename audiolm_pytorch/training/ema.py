@@ -1,60 +1,53 @@
-"""Exponential moving average of trained weights."""
+"""Exponential moving average (EMA) of trained weights."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-__all__ = ["WeightAverage"]
+__all__ = ["WeightEMA"]
 
 
-class WeightAverage:
-    """Running average of parameters, which can take their place for a while.
+class WeightEMA:
+    """EMA of parameters, kept by ema-pytorch, which can take the place of the weights for a while.
 
-    ema-pytorch averages a deep copy of the whole model; here only the trained parameters are held twice, and they are
-    checkpointed under their own names. Buffers are not averaged: those that training moves are averages already.
+    ema-pytorch receives a list of the trained parameters and not the module, since it copies what it averages, and
+    frozen parts must not be copied. Buffers are not averaged; those that training changes are averages already.
 
     Args:
         parameters: Name to parameter.
-        decay: Weight of the past, 0 to 1; early on it is `(1 + step) / (10 + step)` where that is lower, so that the
-            average forgets the untrained weights.
+        decay: Weight of the past, 0 to 1. Early on it is `(1 + step) / (10 + step)` where that is lower, so that the
+            untrained weights are forgotten.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        from ema_pytorch import EMA
+
         self.decay = decay
-        self._parameters = dict(parameters)
-        self.shadows = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        self._names = list(parameters)
+        trained = nn.ParameterList(parameters.values())
+        self._ema = EMA(trained, beta=decay, include_online_model=False, use_foreach=True)
 
     def update(self, step: int) -> None:
-        """Move the average towards the present weights.
-
-        Args:
-            step: Number of steps done.
-        """
+        """Move the average towards the present weights, after `step` steps."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        present: list[Tensor] = [parameter.detach() for parameter in self._parameters.values()]
-        # The public name of the fused update over many tensors; a loop would cost a kernel launch each.
-        get_ema_multi_avg_fn(decay)(list(self.shadows.values()), present, 0)
+        self._ema.update_moving_average(self._ema.ema_model, self._ema.model, decay)
 
-    def load(self, shadows: Mapping[str, Tensor]) -> None:
-        """Take over a checkpointed average.
+    def weights(self) -> dict[str, Tensor]:
+        """Averaged weights by parameter name; they share memory with the average."""
+        return {name: weight.detach() for name, weight in zip(self._names, self._ema.ema_model, strict=True)}
 
-        Args:
-            shadows: Name to tensor.
-
-        Raises:
-            ValueError: The names are others than those of the parameters.
-        """
-        if set(shadows) != set(self.shadows):
-            raise ValueError(f"the averaged weights differ in {sorted(set(shadows) ^ set(self.shadows))[:8]}")
-        for name, tensor in shadows.items():
-            self.shadows[name].copy_(tensor)
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Restore checkpointed weights; raises a ValueError if the names differ."""
+        if set(weights) != set(self._names):
+            raise ValueError(f"the averaged weights differ in {sorted(set(weights) ^ set(self._names))[:8]}")
+        for name, weight in self.weights().items():
+            weight.copy_(weights[name])
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Let the module compute with the averages inside the block; memory is exchanged, nothing is copied."""
+        """Let the module compute with the average inside the block; memory is exchanged, not copied."""
         self._exchange()
         try:
             yield
@@ -62,7 +55,6 @@ class WeightAverage:
             self._exchange()
 
     def _exchange(self) -> None:
-        """Swap the memory of parameters and averages."""
         with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.data, self.shadows[name] = self.shadows[name], parameter.data
+            for parameter, weight in zip(self._ema.model, self._ema.ema_model, strict=True):
+                parameter.data, weight.data = weight.data, parameter.data

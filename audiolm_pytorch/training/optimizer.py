@@ -1,4 +1,4 @@
-"""One phase of a step: backward over the batches, averaging over processes, clipping, AdamW, a guard against NaN."""
+"""The optimizer step of one phase: backward, averaging over processes, clipping, AdamW, a guard against NaN."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,17 +16,15 @@ __all__ = ["PhaseOptimizer"]
 
 
 class PhaseOptimizer:
-    """AdamW (arXiv:1711.05101) over the parameters of one phase, and what surrounds its step.
+    """AdamW (arXiv:1711.05101) over the parameters of one phase, and its step.
 
     Args:
-        phase: The phase; its parameters are on their device.
-        names: Every trainable parameter of the task's module to its name there.
-        buffers: Of the task's module.
-        settings: Of the run.
-        accelerator: Of the run.
+        phase: Its parameters are on their device already.
+        names: Name of every trainable parameter in the task's module.
+        buffers: Buffers of the task's module.
 
     Raises:
-        ValueError: The phase trains nothing, or something that the task's module does not hold.
+        ValueError: If the phase trains nothing, or parameters that are not in the task's module.
     """
 
     def __init__(
@@ -41,10 +39,10 @@ class PhaseOptimizer:
         self._settings, self._accelerator, self._buffers = settings, accelerator, buffers
         parameters = {parameter: None for module in phase.modules for parameter in module.parameters()}
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
-        strangers = sum(parameter not in names for parameter in self._parameters)
-        if strangers or not self._parameters:
+        num_outside = sum(parameter not in names for parameter in self._parameters)
+        if num_outside or not self._parameters:
             raise ValueError(
-                f"phase {phase.name!r} has {len(self._parameters)} trainable parameters, {strangers} of them outside "
+                f"phase {phase.name!r} has {len(self._parameters)} trainable parameters, {num_outside} of them outside "
                 "the task's module; it needs at least one, and all inside, since only that module is checkpointed"
             )
         self._names = [names[parameter] for parameter in self._parameters]
@@ -52,27 +50,26 @@ class PhaseOptimizer:
             self._groups(),
             lr=settings.learning_rate,
             betas=settings.betas,
-            # One kernel for all tensors; elementwise, hence deterministic. Elsewhere torch chooses.
+            # one elementwise kernel for all tensors, hence deterministic; on other devices torch chooses
             fused=True if accelerator.device.type in ("cpu", "cuda") else None,
         )
 
     def _groups(self) -> list[dict[str, Any]]:
-        """Decay matrices and filters; gains and biases have no reason to be small."""
+        """Weight decay on matrices and filters only, not on gains and biases."""
         matrices = [parameter for parameter in self._parameters if parameter.ndim >= 2]
         vectors = [parameter for parameter in self._parameters if parameter.ndim < 2]
         groups = [(matrices, self._settings.weight_decay), (vectors, 0.0)]
         return [{"params": members, "weight_decay": decay} for members, decay in groups if members]
 
     def step(self, batches: Sequence[Any], step: int, learning_rate: float) -> list[dict[str, Tensor | float]] | None:
-        """Move the phase's parameters once.
+        """Train the phase's parameters for one step.
 
         Args:
-            batches: Their gradients are averaged, each weighing the same.
-            step: Number of steps done before this one, handed to the loss.
-            learning_rate: Of this step.
+            batches: Their gradients are averaged with equal weights.
+            step: Number of steps done before this one.
 
         Returns:
-            The metrics of each batch; None when the loss or the gradients were not finite: then parameters and buffers
+            The metrics of each batch. None if the loss or the gradients were not finite; then parameters and buffers
             are as before the step.
         """
         before = self._buffers.copy()
@@ -80,14 +77,14 @@ class PhaseOptimizer:
         self.optimizer.zero_grad(set_to_none=True)
         for batch in batches:
             output = self._loss(batch, step)
-            # Gradients flow to this phase's parameters only; those of the others are not even computed.
+            # gradients of other phases' parameters are not computed
             self._accelerator.backward(output.loss / len(batches), inputs=self._parameters)
             metrics.append(_scalars({"loss": output.loss, **output.metrics}))
-        losses = torch.stack([torch.as_tensor(one["loss"]).float() for one in metrics])
+        losses = torch.stack([torch.as_tensor(values["loss"]).float() for values in metrics])
         loss = average_gradients(self._accelerator, self._parameters, losses.sum())
         used = [parameter for parameter in self._parameters if parameter.grad is not None]
         grad_norm = nn.utils.clip_grad_norm_(used, self._settings.max_grad_norm).to(loss.device)
-        # The only wait for the device in a step: both numbers at once.
+        # the only wait for the device in a step
         if not bool(torch.isfinite(torch.stack([loss.float(), grad_norm.float()])).all()):
             self.optimizer.zero_grad(set_to_none=True)
             self._buffers.restore(before)
@@ -101,37 +98,33 @@ class PhaseOptimizer:
         return metrics
 
     def _loss(self, batch: Any, step: int) -> LossOutput:
-        """Compute the loss in the precision of the run."""
+        """Loss in the precision of the run."""
         enabled = self._settings.precision == "bf16"
         with torch.autocast(self._accelerator.device.type, dtype=torch.bfloat16, enabled=enabled):
             return self.phase.loss(batch, step)
 
     def state(self) -> dict[str, Tensor]:
-        """Give the optimizer's tensors as `parameter name/what`."""
+        """Tensors of the optimizer as `parameter name/state name`."""
         return {
-            f"{name}/{what}": value.detach()
+            f"{name}/{state_name}": value.detach()
             for name, parameter in zip(self._names, self._parameters, strict=True)
-            for what, value in self.optimizer.state.get(parameter, {}).items()
+            for state_name, value in self.optimizer.state.get(parameter, {}).items()
         }
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over checkpointed tensors.
-
-        Args:
-            tensors: As given by `state`; those of other phases are passed over.
-        """
+        """Restore the tensors of `state`; those of other phases are ignored."""
         state: dict[nn.Parameter, dict[str, Tensor]] = {}
-        owners = dict(zip(self._names, self._parameters, strict=True))
+        parameters = dict(zip(self._names, self._parameters, strict=True))
         for key, value in tensors.items():
-            name, _, what = key.rpartition("/")
-            if name in owners:
-                parameter = owners[name]
+            name, _, state_name = key.rpartition("/")
+            if name in parameters:
+                parameter = parameters[name]
                 if value.shape == parameter.shape:
-                    # Files hold contiguous tensors; the fused step walks a parameter's tensors in one order.
+                    # files hold contiguous tensors, the fused step needs the memory order of the parameter
                     value = torch.empty_like(parameter, dtype=value.dtype).detach().copy_(value)
-                state.setdefault(parameter, {})[what] = value
+                state.setdefault(parameter, {})[state_name] = value
         ordered = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        # load_state_dict knows which tensors belong on the device and which stay on the CPU.
+        # load_state_dict moves tensors to the device, apart from those that stay on the CPU
         self.optimizer.load_state_dict(
             {
                 "state": {index: state[parameter] for index, parameter in enumerate(ordered) if parameter in state},
@@ -141,7 +134,7 @@ class PhaseOptimizer:
 
 
 def _scalars(metrics: Mapping[str, Tensor | float]) -> dict[str, Tensor | float]:
-    """Keep metrics without their graphs; `[1]` counts as a scalar."""
+    """Metrics as scalars without their graphs; `[1]` counts as a scalar."""
     scalars: dict[str, Tensor | float] = {}
     for name, value in metrics.items():
         if isinstance(value, Tensor) and value.numel() != 1:

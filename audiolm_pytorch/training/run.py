@@ -1,4 +1,4 @@
-"""A training run in memory: what happens in a step, when something is reported, and what a checkpoint holds."""
+"""State of a training run in memory: its steps, validations, metrics and checkpoints."""
 
 import logging
 import time
@@ -11,35 +11,35 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from audiolm_pytorch.data.batches import BatchPlan
-from audiolm_pytorch.saving.files import write_json, write_weights
+from audiolm_pytorch.saving.files import differences, write_json, write_weights
 from audiolm_pytorch.saving.weights import load_weights, weights_of
-from audiolm_pytorch.training.checkpoint import Checkpoint, CheckpointFolder, differences
+from audiolm_pytorch.training.checkpoint import Checkpoint, CheckpointFolder
 from audiolm_pytorch.training.distributed import PersistentBuffers, broadcast_tensors, merge_means, to_device
-from audiolm_pytorch.training.ema import WeightAverage
+from audiolm_pytorch.training.ema import WeightEMA
 from audiolm_pytorch.training.optimizer import PhaseOptimizer
 from audiolm_pytorch.training.rng import seed_rng
 from audiolm_pytorch.training.schedule import learning_rate_at
-from audiolm_pytorch.training.task import LoopSettings, Phase, Task
-from audiolm_pytorch.training.tracking import MetricsFile, MetricWindow, finite_or_none, progress_bar, with_chance
+from audiolm_pytorch.training.task import LoopSettings, Task
+from audiolm_pytorch.training.tracking import MetricsFile, MetricWindow, finite_or_none, progress_bar
 
 if TYPE_CHECKING:
     import accelerate
 
-__all__ = ["LiveRun", "RowWatch", "TrainResult", "identity_of", "check_same_run"]
+__all__ = ["OnRow", "TrainResult", "TrainingRun", "check_same_run", "run_config"]
 
-RowWatch = Callable[[Mapping[str, Any]], None]
+OnRow = Callable[[Mapping[str, Any]], None]
 
 _FORMAT_VERSION = 1
-_SKIPS_ALLOWED = 10
+_MAX_SKIPS_IN_A_ROW = 10
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where a call of `train` ended.
+    """State of a run at the end of a call of `train`.
 
-    Args:
+    Attributes:
         step: Number of steps done since the run began.
         metrics: Newest value of every metric, as `<phase>.<name>` and `valid.<name>`; None where it was not finite.
     """
@@ -50,7 +50,7 @@ class TrainResult:
 
 @dataclass(eq=False)
 class _Progress:
-    """What changes as a run goes on, apart from tensors; JSON-able."""
+    """JSON-able state of a run."""
 
     step: int = 0
     seconds: float = 0.0
@@ -59,8 +59,8 @@ class _Progress:
     metrics: dict[str, float | None] = field(default_factory=dict)
 
 
-class LiveRun:
-    """A run with everything in memory: made by the first `train` of a `TrainLoop`."""
+class TrainingRun:
+    """A run in memory: new, or restored from the checkpoint of its folder. `TrainLoop` creates it."""
 
     def __init__(
         self,
@@ -68,12 +68,12 @@ class LiveRun:
         settings: LoopSettings,
         folder: Path,
         accelerator: "accelerate.Accelerator",
-        watch: RowWatch | None = None,
+        on_row: OnRow | None = None,
     ) -> None:
         self.task, self.settings, self.folder, self.accelerator = task, settings, folder, accelerator
-        self.watch = watch
+        self.on_row = on_row
         self.progress, self.window = _Progress(), MetricWindow()
-        self.identity = identity_of(task, settings, accelerator)
+        self.config = run_config(task, settings, accelerator)
         self.metrics_file = MetricsFile(folder / "metrics.jsonl")
         self.checkpoints = CheckpointFolder(folder)
         self.plan = BatchPlan(
@@ -88,24 +88,24 @@ class LiveRun:
         accelerator.wait_for_everyone()
         checkpoint = self.checkpoints.read() if self.checkpoints.path.exists() else None
         if checkpoint is not None:
-            check_same_run(folder, checkpoint.step, checkpoint.state["run"], self.identity, task)
+            check_same_run(folder, checkpoint.step, checkpoint.state["run"], self.config)
         task.module.to(accelerator.device)
         if checkpoint is None:
-            # The same on every process: what it does with random numbers must not depend on the rank.
+            # without the rank: the preparation has to be the same on every process
             seed_rng(settings.seed, "before_training", device=accelerator.device)
             task.before_training()
         else:
             load_weights(task.module, checkpoint.tensors["model"], where=f"the weights in {self.checkpoints.path}")
-        broadcast_tensors(accelerator, [*task.module.parameters(), *PersistentBuffers(task.module).tensors()])
-        names = {parameter: name for name, parameter in task.module.named_parameters() if parameter.requires_grad}
         buffers = PersistentBuffers(task.module)
-        self.phases = [PhaseOptimizer(phase, names, buffers, settings, accelerator) for phase in task.phases]
-        trained = {name: parameter for parameter, name in names.items()}
-        self.average = None if settings.ema_decay is None else WeightAverage(trained, settings.ema_decay)
+        broadcast_tensors(accelerator, [*task.module.parameters(), *buffers.tensors()])
+        trained = {name: parameter for name, parameter in task.module.named_parameters() if parameter.requires_grad}
+        names = {parameter: name for name, parameter in trained.items()}
+        self.optimizers = [PhaseOptimizer(phase, names, buffers, settings, accelerator) for phase in task.phases]
+        self.ema = None if settings.ema_decay is None else WeightEMA(trained, settings.ema_decay)
         if checkpoint is None:
             self._write_checkpoint()
         else:
-            self._continue(checkpoint)
+            self._restore(checkpoint)
 
     def advance(self, stop_after_steps: int | None) -> TrainResult:
         """Do the steps of one call of `train`."""
@@ -123,10 +123,10 @@ class LiveRun:
                 self._step()
                 progress.seconds = time.monotonic() - started
                 bar.update()
-                if self._due(settings.log_every) or progress.step == 1:
+                if self._is_due(settings.log_every) or progress.step == 1:
                     self._log()
                     bar.set_postfix({name: value for name, value in progress.metrics.items() if name.endswith(".loss")})
-                if self._due(settings.validate_every):
+                if self._is_due(settings.validate_every):
                     self._validate()
                 every = settings.checkpoint_every_steps
                 by_time = time.monotonic() - written_at >= settings.checkpoint_every_seconds
@@ -140,76 +140,72 @@ class LiveRun:
         return TrainResult(progress.step, dict(progress.metrics))
 
     def _step(self) -> None:
-        """Do one step of every phase on the same batches."""
+        """Do one step of every phase that has begun, on the same batches."""
         settings, step = self.settings, self.progress.step
         seed_rng(settings.seed, step, self.accelerator.process_index, device=self.accelerator.device)
         micro_steps = range(step * settings.grad_accum_every, (step + 1) * settings.grad_accum_every)
         indices = [self.plan.indices(micro_step) for micro_step in micro_steps]
-        batches = [to_device(self.task.batch(one), self.accelerator.device) for one in indices]
-        rate = self._learning_rate()
-        for phase in self._started(step):
-            metrics = phase.step(batches, step, rate)
-            for one in metrics or []:
-                self.window.add(phase.phase.name, one)
-            self._count_skip(phase.phase.name, metrics is None, indices)
-        self.progress.step = step + 1
-        if self.average is not None:
-            self.average.update(step + 1)
-
-    def _started(self, step: int) -> list[PhaseOptimizer]:
-        """Give the phases that take part in a step."""
-        return [phase for phase in self.phases if step >= phase.phase.first_step]
-
-    def _learning_rate(self) -> float:
-        """Look the learning rate of the present step up."""
-        return learning_rate_at(
-            self.progress.step,
-            peak=self.settings.learning_rate,
-            warmup_steps=self.settings.warmup_steps,
-            num_train_steps=self.settings.num_train_steps,
-            final_fraction=self.settings.final_lr_fraction,
+        batches = [to_device(self.task.batch(pairs), self.accelerator.device) for pairs in indices]
+        learning_rate = learning_rate_at(
+            step,
+            peak=settings.learning_rate,
+            warmup_steps=settings.warmup_steps,
+            num_train_steps=settings.num_train_steps,
+            final_fraction=settings.final_lr_fraction,
         )
+        for optimizer in self._begun(step):
+            metrics = optimizer.step(batches, step, learning_rate)
+            for batch_metrics in metrics or []:
+                self.window.add(optimizer.phase.name, batch_metrics)
+            self._count_skip(optimizer.phase.name, metrics is None, indices)
+        self.progress.step = step + 1
+        if self.ema is not None:
+            self.ema.update(step + 1)
+
+    def _begun(self, step: int) -> list[PhaseOptimizer]:
+        return [optimizer for optimizer in self.optimizers if step >= optimizer.phase.first_step]
 
     def _count_skip(self, phase: str, skipped: bool, indices: list[list[tuple[int, int]]]) -> None:
-        """Count steps whose loss or gradients were not finite; stop when they do not end."""
+        """Count steps whose loss or gradients were not finite; too many in a row end the run."""
         if not skipped:
             self.progress.skips_in_a_row[phase] = 0
             return
         self.progress.skipped += 1
         in_a_row = self.progress.skips_in_a_row[phase] = self.progress.skips_in_a_row.get(phase, 0) + 1
-        what = (
+        reason = (
             f"loss or gradients of phase {phase!r} are not finite at step {self.progress.step}, "
             f"(epoch, index) of the batches: {indices}"
         )
-        if in_a_row >= _SKIPS_ALLOWED:
+        if in_a_row >= _MAX_SKIPS_IN_A_ROW:
             raise RuntimeError(
-                f"{what}; the same in the {_SKIPS_ALLOWED - 1} steps before. Lower the learning rate or look at these "
-                f"items; {self.checkpoints.path} holds the last checkpoint"
+                f"{reason}; the same in the {_MAX_SKIPS_IN_A_ROW - 1} steps before. Lower the learning rate or check "
+                f"these items; {self.checkpoints.path} holds the last checkpoint"
             )
-        logger.warning("%s; the step is skipped", what)
+        logger.warning("%s; the step is skipped", reason)
 
-    def _due(self, every: int) -> bool:
-        """Tell whether something that happens at every so many steps, and at the end, happens now."""
+    def _is_due(self, every: int) -> bool:
+        """Whether something that happens every few steps, and at the end, happens at this step."""
         return self.progress.step % every == 0 or self.progress.step == self.settings.num_train_steps
 
     def _log(self) -> None:
         """Write a row for each phase that has begun: means since the last row, over all processes."""
         means = merge_means(self.accelerator, self.window.read())
         self.window = MetricWindow()
-        for phase in self._started(self.progress.step - 1):
-            prefix = f"{phase.phase.name}/"
+        for optimizer in self._begun(self.progress.step - 1):
+            prefix = f"{optimizer.phase.name}/"
             values = {name.removeprefix(prefix): value for name, value in means.items() if name.startswith(prefix)}
-            extra = {"learning_rate": phase.optimizer.param_groups[0]["lr"], "skipped": self.progress.skipped}
-            self._report(phase.phase.name, values, extra)
+            learning_rate = optimizer.optimizer.param_groups[0]["lr"]
+            extra = {"learning_rate": learning_rate, "skipped": self.progress.skipped}
+            self._report(optimizer.phase.name, values, extra)
 
     def _validate(self) -> None:
-        """Measure with the averaged weights, on every process, since a validation may hold collective calls."""
+        """Validate with the EMA, on every process, because a validation may hold collective calls."""
         self.task.module.eval()
         seed_rng(self.settings.seed, "validate", device=self.accelerator.device)
         precision = torch.autocast(
             self.accelerator.device.type, dtype=torch.bfloat16, enabled=self.settings.precision == "bf16"
         )
-        with nullcontext() if self.average is None else self.average.in_place(), torch.no_grad():
+        with self._ema_weights(), torch.no_grad():
             with precision:
                 values = {name: float(value) for name, value in self.task.validate().items()}
             if values:
@@ -221,78 +217,84 @@ class LiveRun:
         self.accelerator.wait_for_everyone()
         self.task.module.train()
 
+    def _ema_weights(self) -> Any:
+        """Context in which the module has the EMA as its weights, if there is one."""
+        return nullcontext() if self.ema is None else self.ema.in_place()
+
     def _report(self, phase: str, values: dict[str, float], extra: dict[str, Any]) -> None:
-        """Remember the newest values and write them as a row."""
+        """Store the newest values and write them as a row, each beside its chance level."""
         self.progress.metrics.update({f"{phase}.{name}": finite_or_none(value) for name, value in values.items()})
         if not self.accelerator.is_main_process:
             return
-        row = {"step": self.progress.step, "phase": phase, **with_chance(values, self.task.chance), **extra}
+        chance = {
+            "chance" if name == "loss" else f"{name}_chance": self.task.chance[name]
+            for name in values
+            if name in self.task.chance
+        }
+        row = {"step": self.progress.step, "phase": phase, **values, **chance, **extra}
         self.metrics_file.write({**row, "seconds": round(self.progress.seconds, 3)})
-        if self.watch is not None:
-            self.watch(row)
+        if self.on_row is not None:
+            self.on_row(row)
         if self.accelerator.trackers:
             self.accelerator.log({f"{phase}/{name}": value for name, value in values.items()}, step=self.progress.step)
 
     def _write_checkpoint(self) -> None:
-        """Write a checkpoint; all processes hold the same state, so the first one does it without the others."""
+        """Write a checkpoint on the first process; all processes hold the same state."""
         if not self.accelerator.is_main_process:
             return
         tensors = {"model": weights_of(self.task.module), "optimizer": {}}
-        for phase in self.phases:
-            tensors["optimizer"].update(phase.state())
-        if self.average is not None:
-            tensors["ema"] = self.average.shadows
-        state = {"run": self.identity, "progress": vars(self.progress), "window": self.window.state()}
+        for optimizer in self.optimizers:
+            tensors["optimizer"].update(optimizer.state())
+        if self.ema is not None:
+            tensors["ema"] = self.ema.weights()
+        state = {"run": self.config, "progress": vars(self.progress), "window": self.window.state()}
         self.checkpoints.write(Checkpoint(self.progress.step, tensors, state))
 
-    def _continue(self, checkpoint: Checkpoint) -> None:
-        """Take over a checkpoint, apart from the module's weights."""
-        for phase in self.phases:
-            phase.load_state(checkpoint.tensors["optimizer"])
-        if self.average is not None:
-            self.average.load(checkpoint.tensors["ema"])
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """Restore everything but the module's weights from a checkpoint."""
+        for optimizer in self.optimizers:
+            optimizer.load_state(checkpoint.tensors["optimizer"])
+        if self.ema is not None:
+            self.ema.load(checkpoint.tensors["ema"])
         self.progress = _Progress(**checkpoint.state["progress"])
         if self.accelerator.is_main_process:
             self.window.load_state(checkpoint.state["window"])
-            self.metrics_file.forget_after(checkpoint.step)
-            if self.watch is not None:
+            self.metrics_file.remove_after(checkpoint.step)
+            if self.on_row is not None:
                 for row in self.metrics_file.rows():
-                    self.watch(row)
+                    self.on_row(row)
 
     def _finish(self) -> None:
-        """Write the weights that the run is for, and that it is over."""
+        """Write the final weights, and the file that marks the run as finished."""
         if not self.accelerator.is_main_process:
             return
-        with nullcontext() if self.average is None else self.average.in_place():
+        with self._ema_weights():
             write_weights(self.folder / "model.safetensors", weights_of(self.task.module))
         progress = self.progress
         finished = {"format_version": _FORMAT_VERSION, "step": progress.step, "seconds": progress.seconds}
-        write_json(self.folder / "finished.json", {**finished, "run": self.identity, "metrics": progress.metrics})
+        write_json(self.folder / "finished.json", {**finished, "run": self.config, "metrics": progress.metrics})
 
 
-def identity_of(task: Task, settings: LoopSettings, accelerator: "accelerate.Accelerator") -> dict[str, Any]:
-    """Give what must be the same when a run is resumed, as JSON holds it."""
+def run_config(task: Task, settings: LoopSettings, accelerator: "accelerate.Accelerator") -> dict[str, Any]:
+    """What must not change when a run is resumed, as JSON holds it."""
+    phases = [
+        phase.name if phase.first_step == 0 else f"{phase.name} from step {phase.first_step}" for phase in task.phases
+    ]
     return {
         "task": task.name,
-        "phases": [_phase_identity(phase) for phase in task.phases],
+        "phases": phases,
         "num_items": task.num_items,
         "num_processes": accelerator.num_processes,
-        "settings": settings.decisive(),
-        **getattr(task, "identity", {}),
+        "settings": settings.fixed(),
+        **getattr(task, "config", {}),
     }
 
 
-def _phase_identity(phase: Phase) -> str:
-    """Name a phase, and when it begins unless that is at once."""
-    return phase.name if phase.first_step == 0 else f"{phase.name} from step {phase.first_step}"
-
-
-def check_same_run(folder: Path, step: int, there: dict[str, Any], here: dict[str, Any], task: Task) -> None:
-    """Raise unless what a folder holds belongs to this run; what older releases did not write is not compared."""
-    newer = getattr(task, "newer_identity", ())
-    lines = differences(there, {name: value for name, value in here.items() if name in there or name not in newer})
+def check_same_run(folder: Path, step: int, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raise a ValueError if a folder holds a run of another `run_config`."""
+    lines = differences(found, expected)
     if lines:
         raise ValueError(
-            f"{folder} holds a run that was started otherwise (step {step}): {'; '.join(lines)}. "
-            "Give it the same settings to continue, or another folder to start anew"
+            f"{folder} holds a run with other settings (step {step}): {'; '.join(lines)}. "
+            "Use the same settings to continue it, or another folder for a new run"
         )

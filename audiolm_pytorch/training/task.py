@@ -1,4 +1,4 @@
-"""What the loop is told: a task (what is trained, on what, by which losses) and its settings."""
+"""What the training loop needs: a task (a module, its data and its losses) and the settings of the run."""
 
 import json
 from collections.abc import Callable
@@ -11,30 +11,30 @@ from torch import Tensor, nn
 
 __all__ = ["LoopSettings", "LossOutput", "Phase", "Task"]
 
-# Changing one of these changes when something is written, never the weights that come out.
+# These settings decide when files are written, and have no influence on the weights.
 _FREE_TO_CHANGE = ("checkpoint_every_seconds", "checkpoint_every_steps", "validate_every", "log_every")
 
 
 @beartype
 @dataclass(frozen=True)
 class LoopSettings:
-    """Numbers of one training run.
+    """Settings of one training run.
 
     Args:
         num_train_steps: Optimizer steps of the whole run.
-        batch_size: Items in one forward of one process; a step sees `batch_size * grad_accum_every * processes` items.
+        batch_size: Items per forward and process; a step has `batch_size * grad_accum_every * processes` items.
         learning_rate: Peak of the schedule (see `learning_rate_at`).
         warmup_steps: Steps of linear warm-up.
         final_lr_fraction: Learning rate of the last step as a fraction of the peak.
         weight_decay: Decoupled decay (AdamW, arXiv:1711.05101), on tensors of two or more dimensions only.
-        betas: AdamW's decay rates.
+        betas: Decay rates of AdamW.
         grad_accum_every: Batches whose gradients are averaged into one step.
         max_grad_norm: Gradients of a phase are scaled down to this norm.
         precision: "fp32", or "bf16" for autocast around the loss.
-        ema_decay: Decay of the running average of the weights; None keeps no average.
-        seed: Of data order and all noise in training.
+        ema_decay: Decay of the EMA of the weights; None keeps no average.
+        seed: Seed of the data order and of all noise in training.
         checkpoint_every_seconds: Time between checkpoints.
-        checkpoint_every_steps: Steps between checkpoints, in addition; None leaves it to the time.
+        checkpoint_every_steps: Steps between checkpoints, in addition.
         validate_every: Steps between validations.
         log_every: Steps between rows of metrics.
     """
@@ -57,9 +57,7 @@ class LoopSettings:
     log_every: int = 20
 
     def __post_init__(self) -> None:
-        """Refuse numbers that no run can have."""
-        at_least_one = ("num_train_steps", "batch_size", "grad_accum_every", "validate_every", "log_every")
-        for name in at_least_one:
+        for name in ("num_train_steps", "batch_size", "grad_accum_every", "validate_every", "log_every"):
             _need(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         _need(self.checkpoint_every_steps is None or self.checkpoint_every_steps >= 1, "checkpoint_every_steps",
               self.checkpoint_every_steps, "1 or more, or None")  # fmt: skip
@@ -71,25 +69,24 @@ class LoopSettings:
         _need(all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "two numbers from 0 to below 1")
         _need(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "between 0 and 1, or None")
 
-    def decisive(self) -> dict[str, Any]:
-        """Give the settings that decide the weights, as JSON would hold them; a resumed run must have the same."""
+    def fixed(self) -> dict[str, Any]:
+        """Settings that a resumed run must not change, as JSON holds them."""
         values = {name: value for name, value in asdict(self).items() if name not in _FREE_TO_CHANGE}
         return dict(json.loads(json.dumps(values)))
 
 
-def _need(holds: bool, name: str, value: object, wanted: str) -> None:
-    """Raise a readable error unless a setting is in its range."""
+def _need(holds: bool, name: str, value: object, range_text: str) -> None:
     if not holds:
-        raise ValueError(f"{name} is {value}; it must be {wanted}")
+        raise ValueError(f"{name} is {value}; it must be {range_text}")
 
 
 @dataclass(frozen=True, eq=False)
 class LossOutput:
-    """What a phase's loss gives back.
+    """Result of a phase's loss.
 
     Args:
-        loss: Scalar that is differentiated; the mean over the batch.
-        metrics: Further scalars to report; tensors are detached and read only when a row is written.
+        loss: Scalar to differentiate; the mean over the batch.
+        metrics: Further scalars for the metrics; tensors are detached, and read only when a row is written.
     """
 
     loss: Tensor
@@ -98,13 +95,13 @@ class LossOutput:
 
 @dataclass(frozen=True, eq=False)
 class Phase:
-    """One optimizer of a task: which modules it moves, and by which loss.
+    """One optimizer of a task, the modules that it trains, and their loss.
 
     Args:
-        name: Of the phase in metrics and messages.
+        name: Name in metrics and messages.
         modules: Parts of the task's module; their trainable parameters belong to this phase alone.
         loss: Called as `loss(batch, step)`; any closure over the raw modules.
-        first_step: Number of steps that pass before the phase does anything; its optimizer has no state until then.
+        first_step: Step at which the phase begins; its optimizer has no state before.
     """
 
     name: str
@@ -113,35 +110,33 @@ class Phase:
     first_step: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse a step that no run has."""
         _need(self.first_step >= 0, f"first_step of phase {self.name!r}", self.first_step, "0 or more")
 
 
 @runtime_checkable
 class Task(Protocol):
-    """Everything that `TrainLoop` has to know about what it trains.
+    """What `TrainLoop` trains: a module, its data, its losses and its validation.
 
-    A task may have an attribute `identity`, JSON-able numbers of its own that must be the same when a run is resumed,
-    and `newer_identity`, the names in it that checkpoints of older releases lack: there, they are not compared.
+    A task may have an attribute `config`: JSON-able values of its own that must not change when a run is resumed.
     """
 
     @property
     def name(self) -> str:
-        """Of the task, in messages and checkpoints."""
+        """Name of the task in messages and checkpoints."""
 
     @property
     def module(self) -> nn.Module:
         """One container of everything that is trained and checkpointed.
 
-        The loop moves it to its device and calls `train()` and `eval()` on it as a whole; a frozen part inside stays in
-        eval mode by its own `train`.
+        The loop moves it to its device and calls its `train()` and `eval()`; a frozen part overrides `train` to stay in
+        eval mode.
         """
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """Run one after another in each step, on the same batch objects: one for a language model, two for a GAN codec.
+        """Phases of each step, in order, on the same batch objects: one for a language model, two for a GAN codec.
 
-        A later phase may thus use what an earlier one made of a batch.
+        A later phase may use what an earlier one computed from a batch.
         """
 
     @property
@@ -150,28 +145,19 @@ class Task(Protocol):
 
     @property
     def chance(self) -> dict[str, float]:
-        """Metric name to what guessing reaches, e.g. `{"loss": math.log(512)}`; reported beside the metric."""
+        """Values of metrics at chance level, e.g. `{"loss": math.log(512)}`; written beside the metrics."""
 
     def batch(self, indices: list[tuple[int, int]]) -> Any:
-        """Make a batch from (epoch, index) pairs; a pure function of them and of the seeded global generators.
+        """Build a batch from (epoch, index) pairs; a pure function of them and of the seeded global generators.
 
-        Args:
-            indices: Which items, at which pass over the data.
-
-        Returns:
-            Tensors on the CPU, in any nesting of dataclasses, dicts, lists and tuples.
+        Returns tensors on the CPU, in any nesting of dataclasses, dicts, lists and tuples.
         """
 
     def validate(self) -> dict[str, float]:
-        """Measure in eval mode, without gradients, with averaged weights if there are any; called on every process."""
+        """Compute metrics; called on every process, in eval mode, without gradients, with the EMA if there is one."""
 
     def samples(self, folder: Path, step: int) -> None:
-        """Write pictures or audio into a folder, after each validation; called on the first process only.
-
-        Args:
-            folder: Where; it exists.
-            step: Number of steps done.
-        """
+        """Write audio or pictures into an existing folder after each validation; called on the first process only."""
 
     def before_training(self) -> None:
-        """Do what needs data before step 0 (k-means codebooks, …); its effect lives in `module`. Skipped on resume."""
+        """Prepare `module` from the data before step 0, e.g. by k-means; not called when a run is resumed."""

@@ -25,7 +25,7 @@ _JUDGED_STEPS = 100
 class ChanceWatch:
     """Says in the log, once, that a contrastive training is no better than guessing.
 
-    Called with each row of metrics as it is written (`TrainLoop(watch=...)`). From 100 steps after the warm-up on, the
+    Called with each row of metrics as it is written (`TrainLoop(on_row=...)`). From 100 steps after the warm-up on, the
     mean loss of the last 100 steps is compared with the row's `chance`, e.g. ln(batch size): embeddings that say
     nothing of the clips stay there for as long as one lets them.
 

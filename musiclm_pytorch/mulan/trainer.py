@@ -96,10 +96,10 @@ class MuLaNTask:
         self.dataset = CropDataset(captioned, seconds, (mulan.sample_hz,), seed, cache_bytes)
         self.num_items = len(captioned)
         self.phases = (Phase("mulan", (mulan,), self.loss),)
-        # Part of the run's identity in the loop's checkpoints. What is as it always was goes unsaid, as in older ones.
-        self.identity: dict[str, Any] = {} if chunk_size is None else {"chunk_size": chunk_size}
+        # Values that a resumed run must not change; defaults are left out.
+        self.config: dict[str, Any] = {} if chunk_size is None else {"chunk_size": chunk_size}
         if self.captions != CaptionSampler(seed=seed):
-            self.identity["captions"] = asdict(self.captions)
+            self.config["captions"] = asdict(self.captions)
         counted = range(0, self.num_items, -(-self.num_items // _CLIPS_COUNTED))
         self._text_use = TextUse.of([self.captions.sample(captioned[index], 0, index) for index in counted])
         held_out = [item for item in valid_items if texts_of(item)]

@@ -10,8 +10,7 @@ from typing import Any
 
 from beartype import beartype
 
-from audiolm_pytorch.saving.files import read_json, write_json
-from audiolm_pytorch.training.checkpoint import differences
+from audiolm_pytorch.saving.files import differences, read_json, write_json
 
 __all__ = ["lock_folder", "check_run_folder", "digest_of", "read_record", "remove_partial_files"]
 

@@ -162,7 +162,7 @@ class CodecTask:
         self._quantizes = True
         self.num_items = len(train)
         self.chance: dict[str, float] = {}
-        self.identity = {
+        self.config = {
             "loss_weights": asdict(weights),
             "unquantized_steps": unquantized_steps,
             "discriminator_lead_steps": discriminator_lead_steps,

@@ -107,10 +107,10 @@ def test_tokens_of_another_encoder_are_refused_with_the_difference(tmp_path: Pat
     """Guards against training on, or adding to, tokens of another model; says exactly what differs."""
     write_shards(tmp_path / "s", make_record, 4, FINGERPRINT, records_per_chunk=2)
     other = {**FINGERPRINT, "semantic": {"name": "w2v", "layer": 9}, "crop": 1.0}
-    difference = r"crop is only in the expected one; semantic\.layer: found 7, expected 9"
+    difference = r"crop: found nothing, expected .*; semantic\.layer: found 7, expected 9"
     with pytest.raises(ValueError, match=f"tokens of another origin; write them again: {difference}$"):
         TokenShards(tmp_path / "s", other)
-    difference = r"fingerprint\.crop is only in the expected one; fingerprint\.semantic\.layer: found 7, expected 9"
+    difference = r"fingerprint\.crop: found nothing, expected .*; fingerprint\.semantic\.layer: found 7, expected 9"
     with pytest.raises(ValueError, match=f"begun with another plan; use another folder, or remove it: {difference}$"):
         write_shards(tmp_path / "s", make_record, 4, other, records_per_chunk=2)
     with pytest.raises(ValueError, match="num_records: found 4, expected 5"):
@@ -138,7 +138,7 @@ def test_records_that_cannot_be_stored_are_named(tmp_path: Path, broken: dict[st
 
 def test_chunks_that_disagree_are_found_before_they_are_read(tmp_path: Path) -> None:
     """Guards against records whose fields change from chunk to chunk."""
-    with pytest.raises(ValueError, match="chunk-00001 has other fields than .*: b is only in the found one"):
+    with pytest.raises(ValueError, match="chunk-00001 has other fields than .*: b: found .*, expected nothing"):
         write_shards(
             tmp_path / "s",
             lambda number: {"a": np.zeros(1)} if number == 0 else {"a": np.zeros(1), "b": np.zeros(1)},

@@ -16,7 +16,7 @@ from audiolm_pytorch.generation.wrappers import CoarseTransformerWrapper
 from audiolm_pytorch.lm.task import StageTask, _drop_levels
 from audiolm_pytorch.lm.trainers import CoarseTransformerTrainer, FineTransformerTrainer, SemanticTransformerTrainer
 from audiolm_pytorch.lm.training_data import ShardSource
-from audiolm_pytorch.saving.files import read_json, read_weights, write_json
+from audiolm_pytorch.saving.files import read_weights
 from audiolm_pytorch.saving.modules import load_module
 from tests.helpers.fakes import (
     CONDITION,
@@ -296,12 +296,12 @@ def _identity_run(tmp_path, *, stage=None, **changes):
 
 
 OTHER_RUNS = [
-    ({"level_drop_prob": 0.0}, r"level_drop_prob: 0.5 there, 0.0 here"),
-    ({"data_max_length_seconds": 0.8}, r"crop_seconds: 0.4 there, 0.8 here"),
-    ({"data_max_length_seconds": None}, r"crop_seconds: 0.4 there, None here"),
-    ({"stage": {"cond_drop_prob": 0.3}}, r"transformer.cond_drop_prob: 0.1 there, 0.3 here"),
-    ({"stage": {"dropout": 0.2}}, r"transformer.dropout: 0.0 there, 0.2 here"),
-    ({"stage": {"forget_prob": 0.2}}, r"transformer.forget_prob: nothing there, 0.2 here"),
+    ({"level_drop_prob": 0.0}, r"level_drop_prob: found 0.5, expected 0.0"),
+    ({"data_max_length_seconds": 0.8}, r"crop_seconds: found 0.4, expected 0.8"),
+    ({"data_max_length_seconds": None}, r"crop_seconds: found 0.4, expected None"),
+    ({"stage": {"cond_drop_prob": 0.3}}, r"transformer.cond_drop_prob: found 0.1, expected 0.3"),
+    ({"stage": {"dropout": 0.2}}, r"transformer.dropout: found 0.0, expected 0.2"),
+    ({"stage": {"forget_prob": 0.2}}, r"transformer.forget_prob: found nothing, expected 0.2"),
 ]
 
 
@@ -313,23 +313,6 @@ def test_a_run_is_not_continued_with_what_gives_other_weights(finished, tmp_path
         with pytest.raises(ValueError, match=message):
             _identity_run(tmp_path, **changes).train()
     assert _identity_run(tmp_path, stage={"checkpoint_blocks": True}).train().step == 4
-
-
-@pytest.mark.parametrize("finished", [False, True])
-def test_checkpoints_of_older_releases_are_continued(finished, tmp_path):
-    """They say nothing of crops, dropped levels and numbers of the stage; what they do say is still compared."""
-    _identity_run(tmp_path).train(None if finished else 2)
-    path = tmp_path / "run" / ("finished.json" if finished else "checkpoint/state.json")
-    state = read_json(path)
-    run = state["run"] if finished else state["state"]["run"]
-    for name in ("level_drop_prob", "crop_seconds", "transformer"):
-        del run[name]
-    write_json(path, state)
-    with pytest.raises(ValueError, match="settings.seed: 0 there, 7 here"):
-        _identity_run(tmp_path, seed=7).train()
-    assert _identity_run(tmp_path).train().step == 4
-    if not finished:  # the next checkpoint says it
-        assert read_json(tmp_path / "run" / "finished.json")["run"]["crop_seconds"] == 0.4
 
 
 def test_shards_of_other_rates_than_the_stage_declares_are_refused(tmp_path):

@@ -16,7 +16,7 @@ from audiolm_pytorch.saving.files import read_json, read_weights, write_json, wr
 from audiolm_pytorch.saving.fingerprint import fingerprint_of
 from audiolm_pytorch.saving.modules import build_module, load_module, module_spec, read_config, register, save_module
 from audiolm_pytorch.saving.weights import load_weights, weights_of
-from audiolm_pytorch.training.ema import WeightAverage
+from audiolm_pytorch.training.ema import WeightEMA
 
 
 @register
@@ -369,7 +369,7 @@ def test_fingerprint_follows_exchanged_memory():
         seen.add(fingerprint_of(module))
         assert fingerprint_of(module) == fingerprint_of(copy.deepcopy(module))
     assert len(seen) == 3
-    average = WeightAverage(dict(module.named_parameters()), decay=0.5)
+    average = WeightEMA(dict(module.named_parameters()), decay=0.5)
     with torch.no_grad():
         module.weight.add_(1.0)
     raw = fingerprint_of(module)

@@ -272,20 +272,20 @@ def test_a_folder_belongs_to_one_run(sounds, tmp_path):
     job(sounds, out).train()
     before = listing(out)
     for changes, message in [
-        ({"layer": 1}, "layer: 2 there, 1 here"),
-        ({"num_clusters": 11}, "num_clusters: 12 there, 11 here"),
-        ({"seconds": 0.5}, r"seconds: 1.0 there, 0.5 here"),
-        ({"max_tokens": 600}, "max_tokens: 1000000 there, 600 here"),
-        ({"seed": 1}, "seed: 0 there, 1 here"),
-        ({"num_epochs": 3}, "num_epochs: 10 there, 3 here"),
-        ({"encoder": SampleEncoder(gain=2.0)}, "encoder: [0-9a-f]{16} there, [0-9a-f]{16} here"),
-        ({"items": items_of(tmp_path / "fewer")}, "data: 20 files, .* there, 19 files"),
+        ({"layer": 1}, "layer: found 2, expected 1"),
+        ({"num_clusters": 11}, "num_clusters: found 12, expected 11"),
+        ({"seconds": 0.5}, r"seconds: found 1.0, expected 0.5"),
+        ({"max_tokens": 600}, "max_tokens: found 1000000, expected 600"),
+        ({"seed": 1}, "seed: found 0, expected 1"),
+        ({"num_epochs": 3}, "num_epochs: found 10, expected 3"),
+        ({"encoder": SampleEncoder(gain=2.0)}, "encoder: found [0-9a-f]{16}, expected [0-9a-f]{16}"),
+        ({"items": items_of(tmp_path / "fewer")}, "data: found 20 files, .* expected 19 files"),
     ]:
         with pytest.raises(ValueError, match=message) as refused:
             job(sounds, out, **changes).train()
         assert "another folder" in str(refused.value) and "\n" not in str(refused.value)
     (out / "tokenizer" / "config.json").unlink()
-    with pytest.raises(ValueError, match="layer: 2 there, 1 here"):
+    with pytest.raises(ValueError, match="layer: found 2, expected 1"):
         job(sounds, out, layer=1).train()
     assert listing(out) == {name: time for name, time in before.items() if name != "tokenizer/config.json"}
 

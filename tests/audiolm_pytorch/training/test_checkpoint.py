@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from audiolm_pytorch.training.checkpoint import Checkpoint, CheckpointFolder, differences
+from audiolm_pytorch.saving.files import differences
+from audiolm_pytorch.training.checkpoint import Checkpoint, CheckpointFolder
 
 
 def generation(step: int) -> Checkpoint:
@@ -145,7 +146,7 @@ def test_differences_name_the_path_of_each() -> None:
     """The refusal to resume is readable: nested names, both values, and what one side lacks."""
     there = {"settings": {"seed": 0, "batch_size": 4}, "task": "a"}
     here = {"settings": {"seed": 1, "batch_size": 4}, "task": "a", "extra": 3}
-    assert differences(there, here) == ["extra: nothing there, 3 here", "settings.seed: 0 there, 1 here"]
+    assert differences(there, here) == ["extra: found nothing, expected 3", "settings.seed: found 0, expected 1"]
     assert differences(there, there) == []
 
 

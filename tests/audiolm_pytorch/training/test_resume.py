@@ -170,10 +170,10 @@ def test_codebooks_that_training_moves_resume_exactly(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seed": 1}, "settings.seed: 0 there, 1 here"),
-        ({"batch_size": 4}, "settings.batch_size: 3 there, 4 here"),
-        ({"num_train_steps": 13}, "settings.num_train_steps: 12 there, 13 here"),
-        ({"ema_decay": None}, "settings.ema_decay: 0.9 there, None here"),
+        ({"seed": 1}, "settings.seed: found 0, expected 1"),
+        ({"batch_size": 4}, "settings.batch_size: found 3, expected 4"),
+        ({"num_train_steps": 13}, "settings.num_train_steps: found 12, expected 13"),
+        ({"ema_decay": None}, "settings.ema_decay: found 0.9, expected None"),
     ],
 )
 @pytest.mark.parametrize("steps", [2, 12])
@@ -202,7 +202,7 @@ def test_other_data_are_refused(tmp_path: Path) -> None:
     TrainLoop(ToyTask(), SETTINGS, tmp_path).train(stop_after_steps=1)
     task = ToyTask()
     task.num_items = 10
-    with pytest.raises(ValueError, match="num_items: 11 there, 10 here"):
+    with pytest.raises(ValueError, match="num_items: found 11, expected 10"):
         TrainLoop(task, SETTINGS, tmp_path).train()
 
 

@@ -117,7 +117,7 @@ def test_scaled_training(musiclm_command, micro_data, tmp_path, capsys):
     assert musiclm_command(*words, "--scale", "0.05") == 0
     assert '"step": 10' in (tmp_path / "run" / "codec" / "finished.json").read_text()
     assert musiclm_command(*words) == 2
-    assert "num_train_steps: 10 there, 12 here" in capsys.readouterr().err
+    assert "num_train_steps: found 10, expected 12" in capsys.readouterr().err
 
 
 def test_stages_are_announced_on_a_terminal_only(monkeypatch, capsys):
@@ -145,7 +145,7 @@ def test_train_around_bundled_parts(musiclm_command, micro_data, tmp_path, capsy
     assert TokenShards(tmp_path / "run" / "tokens" / "train").fingerprint["codec"] == codec_named("16khz").fingerprint()
     assert musiclm_command(*words) == 2
     assert re.fullmatch(
-        r"musiclm: .*holds another run \(pretrained.codec: \w+ there, none here.*\n", capsys.readouterr().err
+        r"musiclm: .*holds another run \(pretrained.codec: found \w+, expected none.*\n", capsys.readouterr().err
     )
 
 

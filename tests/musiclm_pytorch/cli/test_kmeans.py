@@ -140,7 +140,7 @@ def test_another_run_is_refused(musiclm_command, words, tmp_path, capsys):
     capsys.readouterr()
     assert musiclm_command(*words, "--num-clusters", 9) == 2
     said = capsys.readouterr().err
-    assert "num_clusters: 8 there, 9 here" in said and "another folder" in said and said.count("\n") == 1
+    assert "num_clusters: found 8, expected 9" in said and "another folder" in said and said.count("\n") == 1
     assert (tmp_path / "run" / "tokenizer" / "model.safetensors").read_bytes() == before
 
 

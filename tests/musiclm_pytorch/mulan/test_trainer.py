@@ -147,7 +147,7 @@ def test_killed_run_resumes_exactly(corpus: Path, tmp_path: Path) -> None:
 def test_run_is_not_continued_with_other_texts_or_chunks(corpus: Path, tmp_path: Path) -> None:
     """What decides the weights belongs to the run; a checkpoint of the defaults says nothing of them, as of old."""
     trainer = _trainer(corpus, tmp_path)
-    assert trainer.task.identity == {}
+    assert trainer.task.config == {}
     trainer.train(stop_after_steps=1)
     with pytest.raises(ValueError, match="chunk_size"):
         _trainer(corpus, tmp_path, chunk_size=4).train()

@@ -142,11 +142,11 @@ def test_folder_of_another_run_is_refused(micro_data, micro_run, tmp_path):
     run = shutil.copytree(micro_run, tmp_path / "run")
     before = listing(run)
     others = {
-        "seed: 0 there, 2 here": Pipeline(MICRO, data=micro_data, out=run, seed=2),
-        "preset.fine.depth: 1 there, 2 here": Pipeline(
+        "seed: found 0, expected 2": Pipeline(MICRO, data=micro_data, out=run, seed=2),
+        "preset.fine.depth: found 1, expected 2": Pipeline(
             replace(MICRO, fine=replace(MICRO.fine, depth=2)), data=micro_data, out=run
         ),
-        "num_files: 10 there, 8 here": Pipeline(MICRO, data=write_clips(tmp_path / "other", 8), out=run),
+        "num_files: found 10, expected 8": Pipeline(MICRO, data=write_clips(tmp_path / "other", 8), out=run),
     }
     for difference, pipeline in others.items():
         with pytest.raises(ValueError, match=f"holds another run .*{difference}.*another --out"):

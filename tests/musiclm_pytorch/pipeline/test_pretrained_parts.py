@@ -116,13 +116,13 @@ def test_a_run_belongs_to_its_given_parts(parts, pretrained_run, micro_data, mic
     again = Pipeline(MICRO, data=micro_data, out=out, pretrained=other_parts())
     assert [report.step for report in again.run() if report.summary != "done before"] == ["mulan"]
     others = {
-        f"pretrained.codec: {parts['codec'].fingerprint()} there, .* here": (
+        f"pretrained.codec: found {parts['codec'].fingerprint()}, expected .*": (
             out,
             {**parts, "codec": other_parts(1)["codec"]},
         ),
-        "pretrained.mulan: .* there, none here": (out, {stage: parts[stage] for stage in PRETRAINED[:2]}),
-        "pretrained.codec: .* there, none here": (out, {}),
-        "pretrained.mulan: none there, .* here": (micro_run, {"mulan": parts["mulan"]}),
+        "pretrained.mulan: found .*, expected none": (out, {stage: parts[stage] for stage in PRETRAINED[:2]}),
+        "pretrained.codec: found .*, expected none": (out, {}),
+        "pretrained.mulan: found none, expected .*": (micro_run, {"mulan": parts["mulan"]}),
     }
     for message, (folder, given) in others.items():
         with pytest.raises(ValueError, match=f"holds another run .*{message}"):
