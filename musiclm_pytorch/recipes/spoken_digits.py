@@ -1,15 +1,15 @@
-"""An AudioLM on spoken digits, trained and judged in about an hour on one CPU core.
+"""An AudioLM on spoken digits, trained and measured in about an hour on one CPU core.
 
-    python -m musiclm_pytorch.recipes.spoken_digits --data speech_digits --out run
+`python -m musiclm_pytorch.recipes.spoken_digits --data speech_digits --out run`
 
-`speech_digits` is a folder of recorded digits with a manifest (`digit`, `speaker`): the Free Spoken Digit Dataset, of
-which the files at hand begin with take 5. Takes 5 to 9 of each digit and speaker (`is_held_out`) are heard by nothing
-that is trained here: prompts are cut from them, and the judge is tried on them. Takes 48 and 49 are what validation
-losses are of, and the rest is learned from; the codec and the semantic tokenizer learned from all takes from 10 on.
+`speech_digits` is a folder of recorded digits with a manifest (`digit`, `speaker`): the Free Spoken Digit Dataset. The
+recordings here begin with take 5. Takes 5 to 9 of each digit and speaker (`is_held_out`) are used for no training:
+prompts are cut from them, and they test the classifier. Takes 48 and 49 are for validation losses. All others are for
+training. The codec and the semantic tokenizer are trained on all takes from 10 on.
 
-A word takes half a second, too little to be continued. So words of one speaker are joined, with pauses of 0.15 to 0.4 s
-of digital silence between them, into clips of 5 s; stages learn from 3 s of them at a time. Interrupted, the same
-command goes on where it was. At the end `OUT/metrics.json` and `OUT/metrics.md` say what the model can do.
+A word of half a second is too short for a continuation. Words of one speaker are therefore joined into clips of 5 s,
+with pauses of 0.15 to 0.4 s of digital silence. Stages are trained on 3 s at a time. The same command continues an
+interrupted run. Results are in `OUT/metrics.json` and `OUT/metrics.md`.
 """
 
 import sys
@@ -52,40 +52,40 @@ from musiclm_pytorch.recipes.memory import peak_bytes_of
 from musiclm_pytorch.recipes.metrics.clips import labels_of, load_clips
 from musiclm_pytorch.recipes.metrics.generation_metrics import reconstruct
 from musiclm_pytorch.recipes.metrics.spoken_metrics import (
+    classifier_metrics,
     confidence_metrics,
     confidence_table,
-    fit_word_judge,
+    fit_word_classifier,
     generated_waves,
-    heard_words,
-    judge_metrics,
+    recognized_words,
     speaker_metrics,
     speakers_of,
 )
 from musiclm_pytorch.recipes.semantic import is_held_out, join_words
 
-__all__ = ["Words", "build_stages", "judge", "main", "memory_metrics", "open_audiolm", "split_words"]
+__all__ = ["Words", "build_stages", "evaluate", "main", "memory_metrics", "open_audiolm", "split_words"]
 
-# Long enough for the judge to tell a pause from a stop inside a word.
+# Longer than a stop inside a word, see `cut_words`.
 PAUSE_SECONDS = (0.15, 0.4)
 FIRST_VALID_TAKE = 48
 NUM_CODEC_CLIPS, NUM_CODEC_VALID = 1200, 16
 NUM_CLIPS, NUM_VALID_CLIPS = 2400, 64
 CODEC_STEPS = 1300
-# Of the codec's eight levels two are enough for the judge. The coarse stage predicts two, the fine stage two more.
+# The classifier needs two of the eight levels. The coarse stage predicts two, the fine stage two more.
 NUM_COARSE_LEVELS, NUM_LEVELS = 2, 4
 
 # Temperatures of AudioLM for speech (arXiv:2209.03143, sec. IV-B).
 SAMPLING = {"semantic": {"temperature": 0.6}, "coarse": {"temperature": 0.8}, "fine": {"temperature": 0.6}}
 NUM_PROMPTS, NUM_SAMPLES = 240, 240
-PROMPT_SECONDS, JUDGED_SECONDS = 1.0, 3.0
-# The decoder of the codec hears 0.58 s back: what is judged from here on holds no sound of the prompt's own tokens.
-UNHEARD_SECONDS = 0.6
+PROMPT_SECONDS, WAVE_SECONDS = 1.0, 3.0
+# The receptive field of the decoder is 0.58 s: later samples do not depend on the tokens of the prompt.
+DECODER_SECONDS = 0.6
 MEMORY_SECONDS, MEMORY_RUNS = (10, 60), 3
 
 
 @dataclass(frozen=True)
 class _Stage:
-    """Training of one stage: its steps, clips a step and their length."""
+    """Training of one stage: number of steps, clips per step and their length."""
 
     num_steps: int
     batch_size: int
@@ -98,7 +98,7 @@ _SIZES: dict[str, Any] = dict(dim=192, depth=6, heads=3, dim_head=64, dropout=0.
 
 @dataclass(frozen=True)
 class Words:
-    """Recorded words: learned from, watched in training, and kept for the judgement."""
+    """Recorded words for training, validation and test."""
 
     train: list[AudioItem]
     valid: list[AudioItem]
@@ -107,22 +107,12 @@ class Words:
 
 @beartype
 def split_words(items: Sequence[AudioItem]) -> Words:
-    """Split recordings by their take.
-
-    Args:
-        items: Files called `digit_speaker_take`.
-
-    Returns:
-        Takes 10 to 47, from 48 on, and below 10.
-
-    Raises:
-        ValueError: If one of the three is empty, or a file is called otherwise.
-    """
-    kept = [item for item in items if not is_held_out(item)]
-    watched = [int(item.path.stem.rpartition("_")[2]) >= FIRST_VALID_TAKE for item in kept]
+    """Split recordings called `digit_speaker_take`: takes 10 to 47, takes from 48 on, and takes below 10."""
+    not_held_out = [item for item in items if not is_held_out(item)]
+    is_valid = [int(item.path.stem.rpartition("_")[2]) >= FIRST_VALID_TAKE for item in not_held_out]
     words = Words(
-        [item for item, is_watched in zip(kept, watched) if not is_watched],
-        [item for item, is_watched in zip(kept, watched) if is_watched],
+        [item for item, valid in zip(not_held_out, is_valid) if not valid],
+        [item for item, valid in zip(not_held_out, is_valid) if valid],
         [item for item in items if is_held_out(item)],
     )
     if not (words.train and words.valid and words.test):
@@ -135,16 +125,7 @@ def split_words(items: Sequence[AudioItem]) -> Words:
 
 @beartype
 def build_stages(codec: Codec, tokenizer: SemanticTokenizer, seed: int = 0) -> dict[str, StageTransformer]:
-    """The untrained stages, unconditional, 192 wide and 6 blocks deep.
-
-    Args:
-        codec: What the acoustic tokens come from.
-        tokenizer: What the semantic tokens come from.
-        seed: Of the initial weights.
-
-    Returns:
-        The stages by name.
-    """
+    """Unconditional stages with random weights, for the tokens of `codec` and `tokenizer`."""
     torch.manual_seed(seed)
     semantic_hz = Fraction(tokenizer.target_sample_hz, tokenizer.downsample_factor)
     frame_hz = Fraction(codec.target_sample_hz, codec.downsample_factor)
@@ -163,11 +144,11 @@ def build_stages(codec: Codec, tokenizer: SemanticTokenizer, seed: int = 0) -> d
 
 
 def _train_codec(words: Sequence[AudioItem], out: Path, seed: int, scale: float) -> SoundStream:
-    """The bundled codec, which never heard speech, trained further on joined words."""
+    """Train the bundled codec, which was trained on music alone, further on joined words."""
     clips = join_words(words, out / "codec_clips", NUM_CODEC_CLIPS, seed)
     codec = codec_named("16khz")
     if not isinstance(codec, SoundStream):
-        raise ValueError(f"the bundled codec is a {type(codec).__name__}, but one that can be trained is needed")
+        raise ValueError(f"the bundled codec is a {type(codec).__name__}, but a SoundStream is needed")
     codec.train().requires_grad_(True)
     SoundStreamTrainer(
         codec,
@@ -182,7 +163,7 @@ def _train_codec(words: Sequence[AudioItem], out: Path, seed: int, scale: float)
 
 
 def _schedule(num_steps: float, seed: int) -> dict[str, Any]:
-    """What all trainings of the recipe have in common."""
+    """Options that all trainings share."""
     steps = max(10, round(num_steps))
     return {
         "num_train_steps": steps,
@@ -197,7 +178,7 @@ def _schedule(num_steps: float, seed: int) -> dict[str, Any]:
 
 @torch.inference_mode()
 def _tokens(clips: Sequence[AudioItem], codec: Codec, tokenizer: SemanticTokenizer, folder: Path) -> TokenShards:
-    """Semantic and acoustic tokens of clips."""
+    """Write the semantic and acoustic tokens of clips."""
 
     def make_record(index: int) -> dict[str, np.ndarray]:
         wave = read_audio(clips[index].path, codec.target_sample_hz)[0]
@@ -236,63 +217,53 @@ def _train_stages(
 
 @beartype
 def open_audiolm(folder: str | Path) -> AudioLM:
-    """Open the model that `main` has trained.
-
-    Args:
-        folder: `OUT/model`.
-
-    Returns:
-        The model in eval mode.
-
-    Raises:
-        ValueError: If a part is missing.
-    """
+    """Open the model in `OUT/model`, in eval mode."""
     parts: dict[str, Any] = {name: load_module(Path(folder) / name) for name in ("codec", *STAGES)}
     stages = {f"{name}_transformer": parts[name] for name in STAGES}
     return AudioLM(wav2vec=tokenizer_named("16khz"), codec=parts["codec"], sampling=SAMPLING, **stages).eval()
 
 
 @beartype
-def judge(audiolm: AudioLM, words: Words, out: Path, seed: int = 0) -> tuple[list[Metric], str]:
-    """Have a judge, fitted on recorded words, hear what the model makes of held-out prompts and of nothing.
+def evaluate(audiolm: AudioLM, words: Words, out: Path, seed: int = 0) -> tuple[list[Metric], str]:
+    """Measure continuations of held-out prompts and unconditional samples with a classifier of recorded words.
 
     Args:
         audiolm: The model.
-        words: The judge learns from `train`; prompts are joined from `test`.
+        words: The classifier is fitted to `train`; prompts are joined from `test`.
         out: Folder for the joined clips.
-        seed: Of the clips.
+        seed: Seed of the clips.
 
     Returns:
-        The metrics, and the distribution of the judge's confidence as markdown.
+        The metrics, and the distribution of the confidences as markdown.
     """
     hz, codec = audiolm.codec.target_sample_hz, audiolm.codec
-    listener = fit_word_judge(words.train)
-    metrics = judge_metrics(listener, audiolm, words.test)
+    classifier = fit_word_classifier(words.train)
+    metrics = classifier_metrics(classifier, audiolm, words.test)
     clips = join_words(words.test, out / "test_clips", NUM_PROMPTS, seed, PAUSE_SECONDS)
-    real = load_clips(clips, hz, JUDGED_SECONDS)
+    real = load_clips(clips, hz, WAVE_SECONDS)
     copies = reconstruct(codec, real, num_levels=NUM_LEVELS)
     start = samples_in(PROMPT_SECONDS, hz)
-    continued = generated_waves(audiolm, NUM_PROMPTS, JUDGED_SECONDS, real[:, :start], hz)
-    samples = generated_waves(audiolm, NUM_SAMPLES, JUDGED_SECONDS)
+    continued = generated_waves(audiolm, NUM_PROMPTS, WAVE_SECONDS, real[:, :start], hz)
+    samples = generated_waves(audiolm, NUM_SAMPLES, WAVE_SECONDS)
     waves = {"continuations": continued, "real continuations": real, "real continuations after the codec": copies}
     parts = {name: wave[:, start:] for name, wave in waves.items()}
     parts["unconditional samples"] = samples[:, start:]
-    later = start + samples_in(UNHEARD_SECONDS, hz)
-    parts |= {f"{name}, later than {UNHEARD_SECONDS} s": wave[:, later:] for name, wave in waves.items()}
-    heard_speakers = {name: speakers_of(listener, part, hz) for name, part in parts.items()}
-    metrics += speaker_metrics(labels_of(clips, "speaker"), heard_speakers)
-    heard = {
-        "real clips": heard_words(listener, real, hz),
-        "real clips after the codec": heard_words(listener, copies, hz),
-        "unconditional samples": heard_words(listener, samples, hz),
-        "real clips backwards": heard_words(listener, real, hz, backwards=True),
+    later = start + samples_in(DECODER_SECONDS, hz)
+    parts |= {f"{name}, later than {DECODER_SECONDS} s": wave[:, later:] for name, wave in waves.items()}
+    speakers = {name: speakers_of(classifier, part, hz) for name, part in parts.items()}
+    metrics += speaker_metrics(labels_of(clips, "speaker"), speakers)
+    recognized = {
+        "real clips": recognized_words(classifier, real, hz),
+        "real clips after the codec": recognized_words(classifier, copies, hz),
+        "unconditional samples": recognized_words(classifier, samples, hz),
+        "real clips backwards": recognized_words(classifier, real, hz, backwards=True),
     }
-    metrics += confidence_metrics(heard, "real clips")
-    return metrics, confidence_table(heard)
+    metrics += confidence_metrics(recognized, "real clips")
+    return metrics, confidence_table(recognized)
 
 
 def _generate(folder: Path, seconds: int, in_chunks: bool) -> None:
-    """What a process does whose memory is measured."""
+    """Generate in a process whose memory is measured."""
     audiolm = open_audiolm(folder)
     if in_chunks:
         for _ in audiolm.stream(seconds=seconds, seeds=0):
@@ -303,15 +274,10 @@ def _generate(folder: Path, seconds: int, in_chunks: bool) -> None:
 
 @beartype
 def memory_metrics(folder: Path, sample_hz: int) -> list[Metric]:
-    """Measure how much memory fresh processes take that generate 10 and 60 s, at once and in a stream of chunks.
+    """Peak memory (MiB) of fresh processes that generate 10 and 60 s, as a whole and as a stream of chunks.
 
-    Args:
-        folder: Of the model.
-        sample_hz: Rate of its audio (Hz).
-
-    Returns:
-        Peaks and what the longer ones take more, each the median of three runs with the least and the most; and the
-        audio of the longer ones (MiB).
+    Each metric is the median of three runs with the smallest and the largest. The difference between the two lengths
+    and the size of the longer audio are included.
     """
     metrics = []
     for name, in_chunks in (("generate", False), ("stream", True)):
@@ -327,18 +293,18 @@ def memory_metrics(folder: Path, sample_hz: int) -> list[Metric]:
 
 
 def _memory_metric(name: str, num_bytes: np.ndarray) -> Metric:
-    middle, low, high = (float(of(num_bytes)) / 2**20 for of in (np.median, np.min, np.max))
-    return Metric(f"memory (MiB) / {name}", middle, low, high, None, len(num_bytes), "median, least, most")
+    middle, low, high = (float(value) / 2**20 for value in (np.median(num_bytes), num_bytes.min(), num_bytes.max()))
+    return Metric(f"memory (MiB) / {name}", middle, low, high, None, len(num_bytes), "median, smallest, largest")
 
 
 @beartype
 def main(data: Path, out: Path, seed: int = 0, scale: float = 1.0) -> None:
-    """Train codec and stages, and write what they can do to OUT/metrics.json and OUT/metrics.md.
+    """Train codec and stages, and write metrics to OUT/metrics.json and OUT/metrics.md.
 
     Args:
         data: Folder of spoken digits.
         out: Folder of the run.
-        seed: Of weights, data order, and the clips that words are joined to.
+        seed: Seed of weights, data order and joined clips.
         scale: Multiplies the numbers of steps.
     """
     items = load_items(data).items
@@ -346,11 +312,11 @@ def main(data: Path, out: Path, seed: int = 0, scale: float = 1.0) -> None:
     tokenizer = tokenizer_named("16khz")
     codec = _train_codec([item for item in items if not is_held_out(item)], out, seed, scale)
     shards = []
-    for name, some, count in (("train", words.train, NUM_CLIPS), ("valid", words.valid, NUM_VALID_CLIPS)):
-        clips = join_words(some, out / f"{name}_clips", count, seed, PAUSE_SECONDS)
+    for name, items_of_split, count in (("train", words.train, NUM_CLIPS), ("valid", words.valid, NUM_VALID_CLIPS)):
+        clips = join_words(items_of_split, out / f"{name}_clips", count, seed, PAUSE_SECONDS)
         shards.append(_tokens(clips, codec, tokenizer, out / f"{name}_tokens"))
     _train_stages(build_stages(codec, tokenizer, seed), (shards[0], shards[1]), out, seed, scale)
-    metrics, table = judge(open_audiolm(out / "model"), words, out, seed)
+    metrics, table = evaluate(open_audiolm(out / "model"), words, out, seed)
     metrics += memory_metrics(out / "model", codec.target_sample_hz)
     settings = {"seed": seed, "scale": scale, "codec": codec.fingerprint(), "sampling": SAMPLING}
     write_report(out / "metrics.json", metrics, settings, f"{markdown_table(metrics)}\n{table}")

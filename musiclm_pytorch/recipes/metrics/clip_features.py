@@ -1,4 +1,4 @@
-"""What a clip sounds like in a thousand numbers: statistics of its log-mel spectrogram and the rhythm of its onsets."""
+"""Features of music clips: statistics of the log-mel spectrogram, and the rhythm of its onsets."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from audiolm_pytorch.audio.resample import resample
 
 __all__ = ["ClipFeatures"]
 
-# 64 ms of signal every 10 ms: long enough to part neighbouring notes of a low register, short enough to see onsets.
+# 64 ms every 10 ms: long enough to separate neighbouring low notes, short enough for onsets.
 FFT_SECONDS = 0.064
 FRAMES_PER_SECOND = 100
 F_MIN_HZ, F_MAX_HZ = 40.0, 7600.0
@@ -22,24 +22,24 @@ QUANTILES = (0.1, 0.5, 0.9)
 CHANGE_LAGS_FRAMES = (2, 8)
 ONSET_LAG_FRAMES = 3
 NUM_ONSET_BANDS = 4
-# Pulse: lags of 0.08 to 2 s (30 to 750 beats a minute), and modulations of 0.4 to 16 Hz, both pooled by four.
+# Pulse: lags of 0.08 to 2 s (30 to 750 beats per minute). Modulations: 0.4 to 16 Hz. Both are pooled by four.
 PULSE_LAGS_FRAMES = (8, 200)
 RHYTHM_FFT_FRAMES = 1024
 RHYTHM_BINS = (4, 164)
 RHYTHM_POOL = 4
 MIN_SECONDS = 2.5
-ROWS_AT_ONCE = 50
+CLIPS_PER_BATCH = 50
 
 
 class ClipFeatures(nn.Module):
-    """Describe clips by numbers that survive a change of level, faint noise and a codec.
+    """About a thousand features of a clip that are robust to a change of level, faint noise and a codec.
 
-    Levels are in bels below the loudest mel cell of the clip, on top of a floor `dynamic_range_db` below it: what lies
-    under the floor is hardly heard, but a plain logarithm would count it in full. Of floors from 30 to 60 dB, 30 serves
-    best on disturbed training clips and costs less than a point on clean ones.
+    Levels are in bels below the loudest mel cell of the clip, above a floor `dynamic_range_db` below it. A plain
+    logarithm would give full weight to sounds that are hardly audible. Of floors from 30 to 60 dB, 30 is best on
+    disturbed training clips and costs less than a point on clean ones.
 
-    Per mel band: mean, deviation, quantiles and size of the changes over time. For the rhythm: autocorrelation and
-    modulation spectrum of the onset strength (rectified change of level), in four regions of frequency and in all.
+    Each mel band has mean, deviation, quantiles and size of its changes over time. Rhythm is the autocorrelation and
+    the modulation spectrum of the onset strength (rectified change of level), in four frequency regions and in all.
     """
 
     @beartype
@@ -51,13 +51,13 @@ class ClipFeatures(nn.Module):
         dynamic_range_db: float | int = 30.0,
         window_seconds: float | int = 5.0,
     ) -> None:
-        """Set the description.
+        """Build the features.
 
         Args:
-            sample_hz: Rate at which waves are described; others are resampled first.
+            sample_hz: Waves are resampled to this rate.
             num_mels: Mel bands between 40 and 7600 Hz; a multiple of 4.
-            dynamic_range_db: Depth of the floor below the loudest cell of the clip (dB).
-            window_seconds: Longer waves are described by their middle; at most 5 s.
+            dynamic_range_db: Depth of the floor.
+            window_seconds: Of longer waves the middle is used; at most 5 s.
         """
         super().__init__()
         if sample_hz < 2 * F_MAX_HZ or num_mels % NUM_ONSET_BANDS or dynamic_range_db <= 0:
@@ -88,25 +88,16 @@ class ClipFeatures(nn.Module):
 
     @torch.no_grad()
     def forward(self, waves: Tensor, sample_hz: int | None = None) -> Tensor:
-        """Describe clips; each row depends on its own wave only.
+        """Features `[b, d]` float32 of waves `[b, n]` of at least 2.5 s, at `sample_hz` (None = the module's rate).
 
-        Args:
-            waves: `[b, n]`, at least 2.5 s; scaling a wave changes nothing.
-            sample_hz: Their rate; None means the rate of the module.
-
-        Returns:
-            `[b, d]` float32.
-
-        Raises:
-            ValueError: If the waves are not `[b, n]`, are too short, or hold NaN.
+        Each row depends on its own wave alone, and not on its level.
         """
         if waves.ndim != 2 or not torch.isfinite(waves).all():
             raise ValueError(f"waves must be finite and of shape [b, n], got shape {tuple(waves.shape)}")
-        rows = [self._describe(part, sample_hz or self.sample_hz) for part in waves.split(ROWS_AT_ONCE)]
+        rows = [self._describe(part, sample_hz or self.sample_hz) for part in waves.split(CLIPS_PER_BATCH)]
         return torch.cat(rows)
 
     def _describe(self, waves: Tensor, sample_hz: int) -> Tensor:
-        """Describe a few clips."""
         waves = resample(waves.float(), sample_hz, self.sample_hz)
         if waves.shape[-1] < MIN_SECONDS * self.sample_hz:
             raise ValueError(f"clips of {waves.shape[-1] / self.sample_hz:.2f} s are too short, need {MIN_SECONDS} s")
@@ -123,7 +114,7 @@ class ClipFeatures(nn.Module):
 
     @staticmethod
     def _band_statistics(levels: Tensor) -> Tensor:
-        """How each band is distributed over time, and how much it changes."""
+        """Distribution of each band over time, and size of its changes."""
         quantiles = levels.quantile(levels.new_tensor(QUANTILES), dim=2)
         parts = [levels.mean(2), levels.std(2), rearrange(quantiles, "q b m -> b (m q)")]
         for lag in CHANGE_LAGS_FRAMES:
@@ -133,14 +124,14 @@ class ClipFeatures(nn.Module):
 
     @staticmethod
     def _rhythm(levels: Tensor) -> Tensor:
-        """Pulse and modulation of the onset strength, per region of frequency."""
+        """Pulse and modulation of the onset strength, per frequency region."""
         rises = (levels[:, :, ONSET_LAG_FRAMES:] - levels[:, :, :-ONSET_LAG_FRAMES]).clamp_min(0)
         regions = reduce(rises, "b (r m) f -> b r f", "mean", r=NUM_ONSET_BANDS)
         onsets = torch.cat([regions, reduce(rises, "b m f -> b 1 f", "mean")], dim=1)
         onsets = onsets - onsets.mean(2, keepdim=True)
         num_frames = onsets.shape[2]
 
-        # Wiener-Khinchin; the transform is long enough that no lag used here wraps around.
+        # Wiener-Khinchin theorem; the transform is so long that no lag wraps around.
         spectrum = torch.fft.rfft(onsets, n=RHYTHM_FFT_FRAMES).abs().square()
         correlation = torch.fft.irfft(spectrum)[:, :, : PULSE_LAGS_FRAMES[1]]
         pulse = (correlation / (correlation[:, :, :1] + 1e-4 * num_frames))[:, :, PULSE_LAGS_FRAMES[0] :]

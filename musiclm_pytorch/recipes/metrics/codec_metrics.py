@@ -1,12 +1,11 @@
-"""How much of the music survives a codec: attributes that a judge hears in its copies, beside distances and bitrate.
+"""Attributes that a classifier finds in copies of clips after a codec or Opus, with distances and bitrate.
 
-Run as `python -m musiclm_pytorch.recipes.metrics.codec_metrics --codec DIR --data TUNES --json check.json`.
+Run as `python -m musiclm_pytorch.recipes.metrics.codec_metrics --codec DIR --data TUNES --json metrics.json`.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,18 +34,12 @@ from musiclm_pytorch.recipes.metrics.clips import labels_of, load_clips
 from musiclm_pytorch.recipes.metrics.generation_metrics import PLAIN_ACCURACY, reconstruct
 from musiclm_pytorch.recipes.metrics.opus import opus_copy, require_opus
 
-__all__ = ["Checked", "Copy", "check_copies", "checked_table", "codec_copies", "main", "opus_copies"]
+__all__ = ["CopyMetrics", "Copy", "measure_copies", "copies_table", "codec_copies", "main", "opus_copies"]
 
 
 @dataclass(frozen=True)
 class Copy:
-    """What one way of compressing makes of clips.
-
-    Attributes:
-        name: Of the way.
-        waves: `[b, n]`.
-        kbps: Its bitrate; None where nothing is compressed.
-    """
+    """Decoded clips `[b, n]`, and their bitrate; None without compression."""
 
     name: str
     waves: Tensor
@@ -54,13 +47,13 @@ class Copy:
 
 
 @dataclass(frozen=True)
-class Checked:
-    """What is left in a copy of clips.
+class CopyMetrics:
+    """Quality of a copy.
 
     Attributes:
-        row: Distances to the clips.
-        accuracy: For each attribute how often the judge names it.
-        kept: For each attribute the accuracy as a share of that on the real clips.
+        row: Distances to the real clips.
+        accuracy: Accuracy of each attribute.
+        kept: The accuracy of each attribute, divided by that on the real clips.
     """
 
     row: CodecRow
@@ -69,7 +62,7 @@ class Checked:
 
     @property
     def metrics(self) -> list[Metric]:
-        """Everything as metrics."""
+        """All numbers as metrics."""
         row, note = self.row, "" if self.row.kbps is None else f"{self.row.kbps:.2f} kbps"
         distances = {
             "mel distance (nepers)": row.mel_nepers,
@@ -87,122 +80,108 @@ class Checked:
 
 
 @beartype
-def check_copies(
-    judge: AttributeClassifier,
+def measure_copies(
+    classifier: AttributeClassifier,
     waves: Tensor,
     waves_hz: int,
     truth: dict[str, list[str]],
     copies: Iterable[Copy],
     sample_hz: int,
-) -> list[Checked]:
-    """Have the judge name the attributes of real clips and of copies of them, and measure the copies.
+) -> list[CopyMetrics]:
+    """Measure copies of real clips.
 
     Args:
-        judge: Fitted on real clips.
+        classifier: Fitted to real clips.
         waves: Real clips `[b, n]`.
-        waves_hz: Their rate (Hz).
-        truth: For each attribute, the true names.
-        copies: Copies at `sample_hz`; gone through once.
-        sample_hz: Rate of the copies, at which they are compared with the clips (Hz).
+        waves_hz: Their rate.
+        truth: True class of each clip, for each attribute.
+        copies: Copies at `sample_hz`, iterated once.
+        sample_hz: Rate at which copies are compared with the clips.
 
     Returns:
-        The real clips themselves, then one entry a copy.
+        The real clips themselves, then one entry per copy.
     """
-    heard = judge.predict(waves, waves_hz)
+    on_real = classifier.predict(waves, waves_hz)
     target = resample(waves, waves_hz, sample_hz)
-    found = [_checked(Copy("real", waves), heard, heard, truth, waves, waves_hz)]
+    measured = [_measure_copy(Copy("real", waves), on_real, on_real, truth, waves, waves_hz)]
     for copy in copies:
-        found.append(_checked(copy, judge.predict(copy.waves, sample_hz), heard, truth, target, sample_hz))
-    return found
+        answers = classifier.predict(copy.waves, sample_hz)
+        measured.append(_measure_copy(copy, answers, on_real, truth, target, sample_hz))
+    return measured
 
 
-def _checked(
+def _measure_copy(
     copy: Copy,
     answers: dict[str, list[str]],
-    heard: dict[str, list[str]],
+    answers_on_real: dict[str, list[str]],
     truth: dict[str, list[str]],
     target: Tensor,
     sample_hz: int,
-) -> Checked:
-    """Compare a copy with the clips, and the answers to it with those to the real clips."""
-    pairs = zip(rearrange(copy.waves, "b n -> b 1 n"), rearrange(target, "b n -> b 1 n"))
+) -> CopyMetrics:
+    """Distances to the real clips `target`, and accuracies of the answers compared with those on the real clips."""
     accuracy, kept = {}, {}
-    for attribute, wanted in truth.items():
+    for attribute, classes in truth.items():
         balanced = attribute not in PLAIN_ACCURACY
         name = f"{copy.name} / {attribute}{' (balanced)' if balanced else ''}"
-        accuracy[attribute] = accuracy_metric(name, wanted, answers[attribute], balanced=balanced)
-        on_copy = accuracy_statistic(wanted, answers[attribute], balanced)
-        on_real = accuracy_statistic(wanted, heard[attribute], balanced)
-        share = partial(_share, on_copy, on_real)
-        kept[attribute] = Metric.measured(f"{name}, share of real", share, len(wanted))
-    return Checked(distance_row(copy.name, pairs, sample_hz, copy.kbps), accuracy, kept)
+        accuracy[attribute] = accuracy_metric(name, classes, answers[attribute], balanced=balanced)
+        kept[attribute] = _kept_metric(name, classes, answers[attribute], answers_on_real[attribute], balanced)
+    pairs = zip(rearrange(copy.waves, "b n -> b 1 n"), rearrange(target, "b n -> b 1 n"))
+    return CopyMetrics(distance_row(copy.name, pairs, sample_hz, copy.kbps), accuracy, kept)
 
 
-def _share(on_copy: Callable[[np.ndarray], float], on_real: Callable[[np.ndarray], float], chosen: np.ndarray) -> float:
-    """One accuracy as a share of another; what was never right cannot get worse."""
-    real = on_real(chosen)
-    return on_copy(chosen) / real if real else 1.0
+def _kept_metric(
+    name: str, classes: list[str], answers: list[str], answers_on_real: list[str], balanced: bool
+) -> Metric:
+    """Ratio of the two accuracies; 1 if no answer on the real clips is right."""
+    on_copy = accuracy_statistic(classes, answers, balanced)
+    on_real = accuracy_statistic(classes, answers_on_real, balanced)
+
+    def ratio(rows: np.ndarray) -> float:
+        real = on_real(rows)
+        return on_copy(rows) / real if real else 1.0
+
+    return Metric.measured(f"{name}, share of real", ratio, len(classes))
 
 
 @beartype
 def codec_copies(codec: Codec, waves: Tensor, levels: Sequence[int | None] = (None,)) -> Iterator[Copy]:
-    """Pass clips through a codec.
-
-    Args:
-        codec: The codec.
-        waves: `[b, n]` at its rate.
-        levels: Numbers of levels to decode from; None stands for all.
-
-    Yields:
-        The clips themselves under the name "unquantized copy", then one copy for each of `levels`.
-    """
+    """Yield the clips `[b, n]` themselves as "unquantized copy", then one copy per number of levels (None = all)."""
     yield Copy("unquantized copy", waves)
     for num_levels in levels:
         count = num_levels or codec.num_quantizers
-        kbps = codec.bitrate_kbps(count)
-        made = reconstruct(codec, waves, num_levels=count, codes_alone=False)
-        yield Copy(f"codec, {count} of {codec.num_quantizers} levels", made, kbps)
+        decoded = reconstruct(codec, waves, num_levels=count, codes_alone=False)
+        yield Copy(f"codec, {count} of {codec.num_quantizers} levels", decoded, codec.bitrate_kbps(count))
 
 
 @beartype
 def opus_copies(waves: Tensor, waves_hz: int, sample_hz: int, bitrates_kbps: Sequence[float]) -> Iterator[Copy]:
-    """Pass clips through Opus.
+    """Yield one Opus copy per requested bitrate, with the bitrate of its packets.
 
     Args:
         waves: `[b, n]`.
-        waves_hz: Their rate (Hz), at which Opus gets them.
-        sample_hz: Rate of the copies (Hz).
-        bitrates_kbps: Bitrates to ask for.
-
-    Yields:
-        One copy a bitrate, with the bitrate that Opus really took.
+        waves_hz: Rate of the waves, at which Opus encodes them.
+        sample_hz: Rate of the copies.
+        bitrates_kbps: Requested bitrates.
     """
     seconds = waves.numel() / waves_hz
     for kbps in bitrates_kbps:
-        made = [opus_copy(rearrange(wave, "n -> 1 n"), waves_hz, kbps) for wave in waves]
-        num_bits = sum(copy.num_bits for copy in made)
-        copies = resample(torch.cat([copy.wave for copy in made]), waves_hz, sample_hz)
+        decoded = [opus_copy(rearrange(wave, "n -> 1 n"), waves_hz, kbps) for wave in waves]
+        num_bits = sum(copy.num_bits for copy in decoded)
+        copies = resample(torch.cat([copy.wave for copy in decoded]), waves_hz, sample_hz)
         yield Copy(f"opus {kbps:g} kbps", copies, num_bits / seconds / 1000)
 
 
 @beartype
-def checked_table(checked: Sequence[Checked]) -> str:
-    """Set what was found as a table, one line a copy.
-
-    Args:
-        checked: As `check_copies` gives it.
-
-    Returns:
-        Markdown, ending in a line break; 95% intervals are in brackets.
-    """
-    names = [metric.name.partition(" / ")[2] for metric in checked[0].accuracy.values()] if checked else []
+def copies_table(measured: Sequence[CopyMetrics]) -> str:
+    """Markdown table with one line per copy and 95% intervals in brackets."""
+    names = [metric.name.partition(" / ")[2] for metric in measured[0].accuracy.values()] if measured else []
     cells = [["", "kbps", "mel (nepers)", "SI-SDR (dB)"]]
     cells[0] += [cell for name in names for cell in (f"{name}, %", "% of real")]
-    for one in checked:
-        row = one.row
+    for copy in measured:
+        row = copy.row
         kbps = "" if row.kbps is None else f"{row.kbps:.2f}"
         cells.append([row.name, kbps, row.mel_nepers.text(3), row.si_sdr_db.text(1)])
-        for accuracy, kept in zip(one.accuracy.values(), one.kept.values()):
+        for accuracy, kept in zip(copy.accuracy.values(), copy.kept.values()):
             cells[-1] += [_percent(accuracy), _percent(kept)]
     return aligned_table(cells)
 
@@ -212,8 +191,8 @@ def _percent(metric: Metric) -> str:
 
 
 def main(
+    data: Path,
     codec: str = DEFAULT_CODEC,
-    data: Path = Path("../shared/data/tunes"),
     classifier: Path | None = None,
     levels: tuple[int, ...] = (),
     opus: tuple[float, ...] = (6.0, 12.0),
@@ -222,27 +201,27 @@ def main(
     device: str = "cpu",
     offline: bool = False,
 ) -> None:
-    """Print what is left of the attributes of held-out clips after a codec, after Opus and after nothing.
+    """Print the attributes and distances of held-out clips after a codec and after Opus.
 
     Args:
-        codec: Name of a bundled codec, the folder of one, or the id of a published one.
+        codec: Name of a bundled codec, its folder, or the id of a published one.
         data: Folder with train.jsonl and valid.jsonl.
-        classifier: Folder of a fitted classifier; made there if it is missing.
-        levels: Also try only so many code levels.
-        opus: Bitrates of Opus to compare with (kbps); needs opus-tools.
-        limit: Use only the first clips.
-        json: Write the metrics here too, and the table beside with the suffix .md.
-        device: Where the codec runs.
-        offline: Never ask a model hub.
+        classifier: Folder of a fitted classifier; it is fitted and saved there if missing.
+        levels: Additional numbers of code levels.
+        opus: Bitrates of Opus (kbps); needs opus-tools.
+        limit: Use only this number of clips, the first ones.
+        json: File for the metrics; the table is written with the suffix .md.
+        device: Device of the codec.
+        offline: Do not use a model hub.
     """
     if json is not None:
         check_file(json, (".json",))
     if opus:
         require_opus()
     module = codec_named(codec, device_named(device), offline)
-    judge = fitted_classifier(data, classifier)
+    fitted = fitted_classifier(data, classifier)
     items = load_items(data / "valid.jsonl").items[:limit]
-    truth = {name: labels_of(items, name) for name in judge.classes}
+    truth = {name: labels_of(items, name) for name in fitted.classes}
     waves_hz, sample_hz = max(item.sample_hz for item in items), module.target_sample_hz
     waves = load_clips(items, waves_hz)
 
@@ -250,22 +229,22 @@ def main(
         yield from codec_copies(module, resample(waves, waves_hz, sample_hz), (None, *levels))
         yield from opus_copies(waves, waves_hz, sample_hz, opus)
 
-    checked = check_copies(judge, waves, waves_hz, truth, copies(), sample_hz)
-    table = checked_table(checked)
+    measured = measure_copies(fitted, waves, waves_hz, truth, copies(), sample_hz)
+    table = copies_table(measured)
     chances = "; ".join(
-        f"{name} {100 * metric.chance:.1f}%" for name, metric in checked[0].accuracy.items() if metric.chance
+        f"{name} {100 * metric.chance:.1f}%" for name, metric in measured[0].accuracy.items() if metric.chance
     )
     sys.stdout.write(f"{len(items)} clips of {data}, compared at {sample_hz} Hz; chance: {chances}\n{table}")
     if json is not None:
         settings = {
             "codec": codec,
             "codec_fingerprint": module.fingerprint(),
-            "judge_fingerprint": fingerprint_of(judge),
+            "classifier_fingerprint": fingerprint_of(fitted),
             "sample_hz": sample_hz,
             "limit": limit,
-            "rows": [asdict(one.row) for one in checked],
+            "rows": [asdict(copy.row) for copy in measured],
         }
-        write_report(json, [metric for one in checked for metric in one.metrics], settings, table)
+        write_report(json, [metric for copy in measured for metric in copy.metrics], settings, table)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""What a MusicLM makes of real clips and of captions, in the form that the judges take."""
+"""Reconstructions, generations and latents of clips, and metrics of their attributes and codes."""
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,13 +35,13 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# The instruments are about equally frequent, so that their plain accuracy is fair; the other attributes are not.
+# Instruments are about equally frequent, so that their accuracy needs no balancing.
 PLAIN_ACCURACY = ("instrument",)
 
 
 @dataclass(frozen=True)
 class Generations:
-    """Waves `[b, n]` for a list of prompts: the best of several candidates, and the first of them."""
+    """Waves `[b, n]` for a list of prompts: the best of several candidates, and the first candidate."""
 
     best: Tensor
     first: Tensor
@@ -52,46 +51,32 @@ class Generations:
 def reconstruct(
     codec: Codec, waves: Tensor, batch_size: int = 10, num_levels: int | None = None, codes_alone: bool = True
 ) -> Tensor:
-    """Pass waves through a codec.
+    """Encode and decode mono waves.
 
     Args:
         codec: Any codec.
         waves: `[b, n]` at the codec's rate.
-        batch_size: Clips at once.
+        batch_size: Clips per batch.
         num_levels: Code levels to keep; None keeps all.
-        codes_alone: Whether only the codes are kept, which is all that a language model has; otherwise also what the
-            codec keeps beside them (the loudness of segments in EnCodec at 48 kHz).
+        codes_alone: Drop the scales that the codec returns besides the codes (EnCodec at 48 kHz), as a language model
+            does.
 
     Returns:
-        `[b, n]` on the CPU; of several channels, the average.
+        `[b, n]` on the CPU, the mean of the channels.
     """
     device = device_of(codec)
     parts = []
     for part in waves.split(batch_size):
-        codes, scales = codec.encode(_with_channels(part, codec.channels).to(device))
-        made = codec.decode(codes[..., :num_levels], None if codes_alone else scales, part.shape[-1])
-        parts.append(made.mean(dim=1).float().cpu())
+        inputs = part if codec.channels == 1 else repeat(part, "b n -> b c n", c=codec.channels)
+        codes, scales = codec.encode(inputs.to(device))
+        decoded = codec.decode(codes[..., :num_levels], None if codes_alone else scales, part.shape[-1])
+        parts.append(decoded.mean(dim=1).float().cpu())
     return torch.cat(parts)
-
-
-def _with_channels(waves: Tensor, channels: int) -> Tensor:
-    """Mono waves `[b, n]` as a codec takes them."""
-    return waves if channels == 1 else repeat(waves, "b n -> b c n", c=channels)
 
 
 @torch.no_grad()
 def audio_latents(quantizer: "MuLaNEmbedQuantizer", waves: Tensor, sample_hz: int, batch_size: int = 20) -> Tensor:
-    """Embed clips of any length with MuLaN.
-
-    Args:
-        quantizer: Holds the MuLaN.
-        waves: `[b, n]`.
-        sample_hz: Their rate (Hz).
-        batch_size: Clips at once.
-
-    Returns:
-        `[b, d]`, unit norm, on the CPU.
-    """
+    """MuLaN latents `[b, d]` of clips `[b, n]` of any length, on the CPU."""
     mulan, device = quantizer.mulan, device_of(quantizer)
     parts = [resample(part, sample_hz, mulan.sample_hz).to(device) for part in waves.split(batch_size)]
     return torch.cat([mulan.get_long_audio_latents(part).float().cpu() for part in parts])
@@ -99,16 +84,7 @@ def audio_latents(quantizer: "MuLaNEmbedQuantizer", waves: Tensor, sample_hz: in
 
 @torch.no_grad()
 def text_latents(quantizer: "MuLaNEmbedQuantizer", captions: Sequence[str], batch_size: int = 50) -> Tensor:
-    """Embed captions with MuLaN.
-
-    Args:
-        quantizer: Holds the MuLaN.
-        captions: Texts.
-        batch_size: Texts at once.
-
-    Returns:
-        `[b, d]`, unit norm, on the CPU.
-    """
+    """MuLaN latents `[b, d]` of captions, on the CPU."""
     parts = [captions[first : first + batch_size] for first in range(0, len(captions), batch_size)]
     return torch.cat([quantizer.mulan.get_text_latents(part).float().cpu() for part in parts])
 
@@ -117,22 +93,22 @@ def text_latents(quantizer: "MuLaNEmbedQuantizer", captions: Sequence[str], batc
 def from_audio(
     model: "MusicLM", waves: Tensor, sample_hz: int, seconds: float, seed: int = 0, batch_size: int = 16
 ) -> Tensor:
-    """Generate from the conditioning codes of real audio: what the language models can do with perfect prompts.
+    """Generate from the conditioning codes of real audio, which measures the language models without the text tower.
 
     Args:
         model: The MusicLM.
         waves: `[b, n]`.
-        sample_hz: Their rate (Hz).
+        sample_hz: Rate of the waves.
         seconds: Length to generate.
         seed: Clip i is generated with `seed + i`.
-        batch_size: Clips at once.
+        batch_size: Clips per batch.
 
     Returns:
         `[b, m]` at the model's rate, on the CPU.
     """
     quantizer = model.mulan_embed_quantizer
     codes = quantizer.codes_from_latents(audio_latents(quantizer, waves, sample_hz, batch_size), "audio")
-    made: list[Tensor] = []
+    generated: list[Tensor] = []
     for first in range(0, len(codes), batch_size):
         part = codes[first : first + batch_size]
         conditioning = {
@@ -140,8 +116,8 @@ def from_audio(
         }
         seeds = [seed + first + index for index in range(len(part))]
         wave = model.audio_lm(batch_size=len(part), seconds=seconds, conditioning=conditioning, seeds=seeds)
-        made.extend(row.float().cpu() for row in wave)
-    return _finite(torch.stack(made))
+        generated.extend(row.float().cpu() for row in wave)
+    return _silence_if_not_finite(torch.stack(generated))
 
 
 def from_captions(
@@ -158,31 +134,28 @@ def from_captions(
         model: The MusicLM.
         captions: Prompts.
         seconds: Length to generate.
-        num_samples: Candidates a prompt (N); they are seeded `seed`, `seed + 1`, ....
-        seed: Seed of the first candidate, which is the one that N = 1 would give.
-        batch_size: Candidates at once.
-
-    Returns:
-        The candidates that MuLaN ranks best, and the first ones.
+        num_samples: Candidates per prompt; they have the seeds `seed`, `seed + 1`, ....
+        seed: Seed of the first candidate, which is the result for `num_samples=1`.
+        batch_size: Candidates per batch.
     """
     best, first = [], []
-    prompts_at_once = max(batch_size // num_samples, 1)
-    for start in range(0, len(captions), prompts_at_once):
-        made = model(
-            captions[start : start + prompts_at_once],
+    prompts_per_batch = max(batch_size // num_samples, 1)
+    for start in range(0, len(captions), prompts_per_batch):
+        candidates = model(
+            captions[start : start + prompts_per_batch],
             num_samples=num_samples,
             seconds=seconds,
             seeds=[seed + index for index in range(num_samples)],
             max_batch=batch_size,
             return_all=True,
         )
-        best.append(made.best.float().cpu())
-        first.append(made.waves[:, 0].float().cpu())
-    return Generations(_finite(torch.cat(best)), _finite(torch.cat(first)))
+        best.append(candidates.best.float().cpu())
+        first.append(candidates.waves[:, 0].float().cpu())
+    return Generations(_silence_if_not_finite(torch.cat(best)), _silence_if_not_finite(torch.cat(first)))
 
 
-def _finite(waves: Tensor) -> Tensor:
-    """Silence in place of waves `[b, n]` that are not finite: a failure to count, which must not end hours of work."""
+def _silence_if_not_finite(waves: Tensor) -> Tensor:
+    """Replace waves `[b, n]` that are not finite, so that one failure does not end hours of work."""
     failed = ~torch.isfinite(waves).all(dim=1)
     if failed.any():
         logger.warning("%d of %d generations are not finite and count as silence", int(failed.sum()), len(waves))
@@ -190,80 +163,52 @@ def _finite(waves: Tensor) -> Tensor:
 
 
 def other_clips(count: int, seed: int = 0) -> list[int]:
-    """A random order in which no clip keeps its place, for controls.
-
-    Args:
-        count: Clips there are, at least 2.
-        seed: The same seed gives the same order.
-
-    Returns:
-        For each place the index of another clip.
-
-    Raises:
-        ValueError: If there is only one clip.
-    """
+    """For each of `count` clips the index of another clip, for controls with exchanged prompts."""
     if count < 2:
-        raise ValueError(f"a shuffle needs at least 2 clips, got {count}")
+        raise ValueError(f"need at least 2 clips to exchange them, got {count}")
     order = np.random.default_rng(seed).permutation(count)
-    others = np.empty(count, dtype=int)
-    others[order] = np.roll(order, 1)
-    return others.tolist()
+    other = np.empty(count, dtype=int)
+    other[order] = np.roll(order, 1)
+    return other.tolist()
 
 
 def attribute_metrics(
     name: str,
-    judge: AttributeClassifier,
+    classifier: AttributeClassifier,
     waves: Tensor,
     sample_hz: int,
     truth: dict[str, list[str]],
     note: str = "",
 ) -> list[Metric]:
-    """Have a judge name the attributes of clips, and count how often it says what was asked for.
+    """Accuracy with which a classifier finds the requested attributes in clips.
 
     Args:
-        name: Beginning of the metrics' names.
-        judge: Fitted on real training clips.
+        name: Prefix of the metric names.
+        classifier: Fitted to real training clips.
         waves: `[b, n]`.
-        sample_hz: Their rate (Hz).
-        truth: For each attribute the name wanted, one a clip.
-        note: What else the reader must know.
+        sample_hz: Rate of the waves.
+        truth: Requested class of each clip, for each attribute.
+        note: Note of the metrics.
 
     Returns:
-        One metric per attribute: accuracy of the instrument, balanced accuracy of the others.
+        Accuracy of the instrument, balanced accuracy of the other attributes.
     """
-    answers = judge.predict(waves, sample_hz)
-    return [
-        accuracy_metric(
-            f"{name} / {attribute}{'' if attribute in PLAIN_ACCURACY else ' (balanced)'}",
-            wanted,
-            answers[attribute],
-            balanced=attribute not in PLAIN_ACCURACY,
-            note=note,
-        )
-        for attribute, wanted in truth.items()
-    ]
-
-
-def code_agreement_metrics(name: str, audio_codes: Tensor, text_codes: Tensor) -> list[Metric]:
-    """How often a caption has the code of its clip, level by level.
-
-    Args:
-        name: Beginning of the metrics' names.
-        audio_codes: `[b, q]` of clips.
-        text_codes: `[b, q]` of their captions.
-
-    Returns:
-        One metric per level; chance is how often the caption of any clip would agree.
-    """
+    answers = classifier.predict(waves, sample_hz)
     metrics = []
-    for level in range(audio_codes.shape[1]):
-        audio, text = audio_codes[:, level].cpu().numpy(), text_codes[:, level].cpu().numpy()
-        agrees = (audio == text).astype(float)
-        chance = float((audio[:, None] == text[None, :]).mean())
-        statistic = partial(_mean_of, agrees)
-        metrics.append(Metric.measured(f"{name} / level {level + 1}", statistic, len(agrees), chance))
+    for attribute, classes in truth.items():
+        balanced = attribute not in PLAIN_ACCURACY
+        full_name = f"{name} / {attribute}{' (balanced)' if balanced else ''}"
+        metrics.append(accuracy_metric(full_name, classes, answers[attribute], balanced, note))
     return metrics
 
 
-def _mean_of(values: np.ndarray, chosen: np.ndarray) -> float:
-    return float(values[chosen].mean())
+def code_agreement_metrics(name: str, audio_codes: Tensor, text_codes: Tensor) -> list[Metric]:
+    """Share of captions that have the code of their clip, for each level of codes `[b, q]`.
+
+    Chance is the share over all pairs of a caption and a clip.
+    """
+    metrics = []
+    for level, (audio, text) in enumerate(zip(audio_codes.T.cpu().numpy(), text_codes.T.cpu().numpy()), start=1):
+        chance = float((audio[:, None] == text[None, :]).mean())
+        metrics.append(Metric.mean(f"{name} / level {level}", audio == text, chance))
+    return metrics

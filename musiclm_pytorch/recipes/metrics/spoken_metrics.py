@@ -1,8 +1,7 @@
-"""What an AudioLM makes of spoken digits: whose voice continues a prompt, and whether what is said is a digit."""
+"""Metrics of an AudioLM on spoken digits: the speaker of continuations, and the digits in what is generated."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,21 +10,21 @@ from torch import Tensor
 
 from audiolm_pytorch.audiolm import AudioLM
 from audiolm_pytorch.data.manifest import AudioItem
-from musiclm_pytorch.evaluation.report import Metric, accuracy_metric
+from musiclm_pytorch.evaluation.report import Metric, accuracy_metric, aligned_table
 from musiclm_pytorch.recipes.metrics.classifier import AttributeClassifier, fit_attribute_classifier
 from musiclm_pytorch.recipes.metrics.clips import labels_of, load_clips
 from musiclm_pytorch.recipes.metrics.generation_metrics import other_clips, reconstruct
 from musiclm_pytorch.recipes.metrics.word_features import WordFeatures, cut_words, padded
 
 __all__ = [
-    "HeardWords",
+    "RecognizedWords",
+    "classifier_metrics",
     "confidence_metrics",
     "confidence_table",
-    "fit_word_judge",
+    "fit_word_classifier",
     "generated_waves",
-    "heard_words",
     "histogram",
-    "judge_metrics",
+    "recognized_words",
     "speaker_metrics",
     "speakers_of",
 ]
@@ -33,21 +32,14 @@ __all__ = [
 LABELS = ("digit", "speaker")
 # Longer than any word of the collection.
 _WORD_SECONDS = 2.5
-_NOTHING_HEARD = "nobody"
+_NO_SPEAKER = "nobody"
 _PERCENTILES = (5, 25, 50, 75, 95)
 _NUM_BINS, _BAR_LENGTH = 10, 30
 
 
 @beartype
-def fit_word_judge(words: Sequence[AudioItem]) -> AttributeClassifier:
-    """Fit a judge of digit and speaker on recorded words.
-
-    Args:
-        words: Recordings with the labels `digit` and `speaker`.
-
-    Returns:
-        The judge; it has heard nothing but these.
-    """
+def fit_word_classifier(words: Sequence[AudioItem]) -> AttributeClassifier:
+    """Fit a classifier of digit and speaker to recorded words."""
     return fit_attribute_classifier(words, LABELS, WordFeatures())
 
 
@@ -60,61 +52,50 @@ def generated_waves(
     prompts_hz: int | None = None,
     batch_size: int = 40,
 ) -> Tensor:
-    """Sample an AudioLM; wave i has seed i.
+    """Sample waves `[b, n]` from an AudioLM; wave i has seed i.
 
     Args:
         audiolm: The model.
         num_waves: Number of waves b.
-        seconds: Length of each, its prompt included.
+        seconds: Length of each, including its prompt.
         prompts: Waves `[b, n]` to continue; None = unconditional.
-        prompts_hz: Their rate (Hz); None = the codec's.
-        batch_size: Waves at once.
-
-    Returns:
-        `[b, n]` at the codec's rate.
+        prompts_hz: Rate of the prompts; None = that of the codec.
+        batch_size: Waves per batch.
     """
     waves = []
     for first in range(0, num_waves, batch_size):
         seeds = list(range(first, min(first + batch_size, num_waves)))
         prime = None if prompts is None else prompts[first : first + len(seeds)]
-        made = audiolm.generate(
+        generated = audiolm.generate(
             batch_size=len(seeds), seconds=seconds, seeds=seeds, prime_wave=prime, prime_wave_input_sample_hz=prompts_hz
         )
-        waves.append(made.wave.float().cpu())
+        waves.append(generated.wave.float().cpu())
     return torch.cat(waves)
 
 
 @beartype
-def speakers_of(judge: AttributeClassifier, waves: Tensor, sample_hz: int) -> list[str]:
-    """Name who speaks in each recording: the judge's opinion of every piece between pauses, averaged.
-
-    Args:
-        judge: From `fit_word_judge`.
-        waves: `[b, n]`.
-        sample_hz: Their rate (Hz).
-
-    Returns:
-        One speaker a recording; "nobody", which is no speaker, where there is no word in it.
-    """
+def speakers_of(classifier: AttributeClassifier, waves: Tensor, sample_hz: int) -> list[str]:
+    """Speaker of each recording `[b, n]`: mean log probability over its words; "nobody" without a word."""
     names = []
     for wave in waves:
-        pieces = cut_words(wave, sample_hz)
-        if not pieces:
-            names.append(_NOTHING_HEARD)
+        words = cut_words(wave, sample_hz)
+        if not words:
+            names.append(_NO_SPEAKER)
             continue
-        chances = judge.predict_proba(padded(pieces), sample_hz)["speaker"]
-        names.append(judge.classes["speaker"][int(chances.clamp_min(1e-9).log().mean(dim=0).argmax())])
+        probabilities = classifier.predict_proba(padded(words), sample_hz)["speaker"]
+        best = probabilities.clamp_min(1e-9).log().mean(dim=0).argmax()
+        names.append(classifier.classes["speaker"][int(best)])
     return names
 
 
 @dataclass(frozen=True)
-class HeardWords:
-    """Pieces between pauses, as the judge hears them.
+class RecognizedWords:
+    """Words cut out of recordings, as classified.
 
     Attributes:
-        digits: What it says each is.
-        confidences: How sure it is, `[k]` in 0..1.
-        num_seconds: Length of all recordings that were cut.
+        digits: Most probable digit of each word.
+        confidences: Its probability, `[k]`.
+        num_seconds: Total length of the recordings.
     """
 
     digits: list[str]
@@ -123,140 +104,98 @@ class HeardWords:
 
 
 @beartype
-def heard_words(judge: AttributeClassifier, waves: Tensor, sample_hz: int, backwards: bool = False) -> HeardWords:
-    """Cut recordings at their pauses and ask which digit each whole piece is.
+def recognized_words(
+    classifier: AttributeClassifier, waves: Tensor, sample_hz: int, backwards: bool = False
+) -> RecognizedWords:
+    """Cut recordings `[b, n]` at their pauses and classify the digit of each whole word.
 
-    Args:
-        judge: From `fit_word_judge`.
-        waves: `[b, n]`.
-        sample_hz: Their rate (Hz).
-        backwards: Play the pieces backwards to the judge: sounds of a voice that are no digit.
-
-    Returns:
-        What was heard.
-
-    Raises:
-        ValueError: If there is no whole piece.
+    `backwards` reverses the words in time: a control with the sounds of a voice and without digits.
     """
-    pieces = [piece for wave in waves for piece in cut_words(wave, sample_hz, whole_only=True)]
-    if not pieces:
-        raise ValueError(f"no piece as long as a word in {len(waves)} recordings; are they silent?")
-    chances = judge.predict_proba(padded([p.flip(0) for p in pieces] if backwards else pieces), sample_hz)["digit"]
-    best, index = chances.max(dim=-1)
-    digits = [judge.classes["digit"][i] for i in index.tolist()]
-    return HeardWords(digits, best.double().numpy(), waves.numel() / sample_hz)
+    words = [word for wave in waves for word in cut_words(wave, sample_hz, whole_only=True)]
+    if not words:
+        raise ValueError(f"no sound as long as a word in {len(waves)} recordings; are they silent?")
+    inputs = padded([word.flip(0) for word in words] if backwards else words)
+    best, index = classifier.predict_proba(inputs, sample_hz)["digit"].max(dim=-1)
+    digits = [classifier.classes["digit"][i] for i in index.tolist()]
+    return RecognizedWords(digits, best.double().numpy(), waves.numel() / sample_hz)
 
 
 @beartype
-def judge_metrics(judge: AttributeClassifier, audiolm: AudioLM, words: Sequence[AudioItem]) -> list[Metric]:
-    """Say how good the judge is, on recorded words and on what the codec makes of them.
-
-    Args:
-        judge: From `fit_word_judge`.
-        audiolm: Whose codec is tried, with as many levels as its stages predict.
-        words: Recordings that the judge has not heard.
-
-    Returns:
-        Accuracies of digit and speaker, first of the recordings.
-    """
+def classifier_metrics(classifier: AttributeClassifier, audiolm: AudioLM, words: Sequence[AudioItem]) -> list[Metric]:
+    """Accuracy of the classifier on held-out words, and on their copies by the code levels that the stages predict."""
     codec = audiolm.codec
     waves = load_clips(words, codec.target_sample_hz, _WORD_SECONDS)
     copies = reconstruct(codec, waves, num_levels=_predicted_levels(audiolm))
     metrics = []
-    for name, heard in (("recorded words", waves), ("words after the codec", copies)):
-        answers = judge.predict(heard, codec.target_sample_hz)
-        metrics += [
-            accuracy_metric(f"judge / {name} / {label}", labels_of(words, label), answers[label]) for label in LABELS
-        ]
+    for name, inputs in (("recorded words", waves), ("words after the codec", copies)):
+        answers = classifier.predict(inputs, codec.target_sample_hz)
+        for label in LABELS:
+            truth = labels_of(words, label)
+            metrics.append(accuracy_metric(f"classifier / {name} / {label}", truth, answers[label]))
     return metrics
 
 
 def _predicted_levels(audiolm: AudioLM) -> int:
-    """Levels of codes that the stages of a model predict together."""
+    """Code levels that the stages of a model predict together."""
     last = audiolm.coarse if audiolm.fine is None else audiolm.fine
     return max(source.first_level + source.num_levels for source in last.transformer.sources.values())
 
 
 @beartype
 def speaker_metrics(truth: Sequence[str], answers: Mapping[str, Sequence[str]]) -> list[Metric]:
-    """Say how often the speaker is that of the prompt.
+    """Share of waves with the speaker of their prompt.
 
     Args:
-        truth: Speaker of every prompt.
-        answers: Who is heard in what follows the prompts, by what follows.
+        truth: Speaker of each prompt.
+        answers: Speaker of each wave, for each kind of waves.
 
     Returns:
-        For each the share that has the prompt's speaker; and the same of the first when prompts are exchanged, so that
-        each is compared with the speaker of another prompt.
+        One metric for each kind, and a control for the first kind: each wave compared with the prompt of another one.
     """
-    metrics = [accuracy_metric(f"speaker kept / {name}", truth, heard) for name, heard in answers.items()]
-    name, heard = next(iter(answers.items()))
+    metrics = [accuracy_metric(f"speaker kept / {name}", truth, speakers) for name, speakers in answers.items()]
+    name, speakers = next(iter(answers.items()))
     exchanged = [truth[other] for other in other_clips(len(truth))]
-    return [*metrics, accuracy_metric(f"speaker kept / {name}, prompts exchanged", exchanged, heard)]
+    return [*metrics, accuracy_metric(f"speaker kept / {name}, prompts exchanged", exchanged, speakers)]
 
 
 @beartype
-def confidence_metrics(heard: Mapping[str, HeardWords], reference: str) -> list[Metric]:
-    """Say which share of pieces is recognised as some digit: as surely as 95% of the reference are.
+def confidence_metrics(words: Mapping[str, RecognizedWords], reference: str) -> list[Metric]:
+    """Share of words with a confidence that 95% of the reference words reach.
 
     Args:
-        heard: Pieces by their source.
-        reference: The source that sets the limit.
-
-    Returns:
-        Shares, and the number of whole pieces in a second.
+        words: Words of each source.
+        reference: Name of the source that sets the limit.
     """
-    limit = float(np.quantile(heard[reference].confidences, 0.05))
-    return [
-        Metric.measured(
-            f"recognised as a digit / {name}",
-            partial(_share, words.confidences >= limit),
-            len(words.confidences),
-            note=f"confidence at least {limit:.3f}; {len(words.digits) / words.num_seconds:.2f} pieces a second",
-        )
-        for name, words in heard.items()
-    ]
-
-
-def _share(holds: np.ndarray, chosen: np.ndarray) -> float:
-    return float(holds[chosen].mean())
+    limit = float(np.quantile(words[reference].confidences, 0.05))
+    metrics = []
+    for name, recognized in words.items():
+        words_per_second = len(recognized.digits) / recognized.num_seconds
+        note = f"confidence at least {limit:.3f}; {words_per_second:.2f} words per second"
+        metric = Metric.mean(f"recognised as a digit / {name}", recognized.confidences >= limit)
+        metrics.append(replace(metric, note=note))
+    return metrics
 
 
 @beartype
-def confidence_table(heard: Mapping[str, HeardWords]) -> str:
-    """Set the judge's confidence in pieces as percentiles, digits heard and histograms.
-
-    Args:
-        heard: Pieces by their source.
-
-    Returns:
-        Markdown, ending in a line break.
-    """
-    lines = [f"| confidence | {' | '.join(f'{p}%' for p in _PERCENTILES)} |", f"|---|{'---|' * len(_PERCENTILES)}"]
-    for name, words in heard.items():
-        values = np.percentile(words.confidences, _PERCENTILES)
-        lines.append(f"| {name} | {' | '.join(f'{value:.3f}' for value in values)} |")
-    digits = sorted({digit for words in heard.values() for digit in words.digits})
-    lines += ["", f"| share of digits heard | {' | '.join(digits)} |", f"|---|{'---|' * len(digits)}"]
-    for name, words in heard.items():
-        shares = [words.digits.count(digit) / len(words.digits) for digit in digits]
-        lines.append(f"| {name} | {' | '.join(f'{share:.2f}' for share in shares)} |")
-    for name, words in heard.items():
-        bars = histogram(words.confidences)
-        lines += ["", f"Confidence in {name} ({len(words.digits)} pieces):", "", "```", *bars, "```"]
-    return "\n".join(lines) + "\n"
+def confidence_table(words: Mapping[str, RecognizedWords]) -> str:
+    """Percentiles and histograms of the confidences, and shares of the digits, as markdown."""
+    percentiles = [["confidence", *(f"{percent}%" for percent in _PERCENTILES)]]
+    digits = sorted({digit for recognized in words.values() for digit in recognized.digits})
+    shares = [["share of digits", *digits]]
+    histograms = []
+    for name, recognized in words.items():
+        values = np.percentile(recognized.confidences, _PERCENTILES)
+        percentiles.append([name, *(f"{value:.3f}" for value in values)])
+        count = len(recognized.digits)
+        shares.append([name, *(f"{recognized.digits.count(digit) / count:.2f}" for digit in digits)])
+        bars = "\n".join(histogram(recognized.confidences))
+        histograms.append(f"\nConfidence in {name} ({count} words):\n\n```\n{bars}\n```\n")
+    return f"{aligned_table(percentiles)}\n{aligned_table(shares)}{''.join(histograms)}"
 
 
 @beartype
 def histogram(shares: np.ndarray) -> list[str]:
-    """Draw how numbers in 0..1 are distributed, one line a tenth.
-
-    Args:
-        shares: At least one number.
-
-    Returns:
-        Lines of text, lowest tenth first.
-    """
+    """Text histogram of numbers in 0..1: one line per tenth, the lowest first."""
     counts, edges = np.histogram(shares, bins=_NUM_BINS, range=(0.0, 1.0))
     parts = counts / counts.sum()
     return [

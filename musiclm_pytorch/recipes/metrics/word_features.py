@@ -1,4 +1,4 @@
-"""Spoken words as a judge takes them: cut out of a recording at its pauses, and described whatever their length."""
+"""Spoken words: cut out of a recording at its pauses, and features that do not depend on their length."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,21 +15,21 @@ from audiolm_pytorch.audio.resample import resample
 
 __all__ = ["WordFeatures", "cut_words", "padded"]
 
-# What lies so far below the loudest 10 ms is pause (dB); the room of a quiet recording is some 40 dB below its voice.
+# A frame so far below the loudest 10 ms is a pause. The noise of a quiet recording is about 40 dB below the voice.
 _PAUSE_DB = 35.0
 _HOP_SECONDS = 0.01
-# Stops inside a word ("six", "eight") are shorter, pauses between words longer.
+# Stops inside a word ("six", "eight") are shorter than this, pauses between words are longer.
 _LONGEST_STOP_SECONDS = 0.12
 _SHORTEST_WORD_SECONDS, _LONGEST_WORD_SECONDS = 0.15, 1.2
 _F_MIN_HZ, _F_MAX_HZ = 80.0, 3800.0
-_WORDS_AT_ONCE = 200
+_WORDS_PER_BATCH = 200
 
 
 class WordFeatures(nn.Module):
-    """Describe words by their log-mel spectrogram in a fixed number of segments, and its mean and deviation.
+    """Log-mel spectrogram of a word in a fixed number of segments, with its mean and deviation over time.
 
-    Silence around a word, and its level, change nothing. What lies more than `dynamic_range_db` below the loudest cell
-    is on a floor, since it is hardly heard. Bands end at 3.8 kHz, all that a recording of 8 kHz has.
+    Silence around the word and its level have no influence: the spectrogram has a floor `dynamic_range_db` below its
+    loudest cell. Bands end at 3.8 kHz, which a recording of 8 kHz contains.
     """
 
     @beartype
@@ -41,16 +41,13 @@ class WordFeatures(nn.Module):
         num_segments: int = 16,
         dynamic_range_db: float | int = 40.0,
     ) -> None:
-        """Set the description.
+        """Build the features.
 
         Args:
-            sample_hz: Rate at which words are described; others are resampled first.
+            sample_hz: Words are resampled to this rate.
             num_mels: Bands between 80 and 3800 Hz.
-            num_segments: Equal parts that a word is divided into.
-            dynamic_range_db: Depth of the floor below the loudest cell (dB).
-
-        Raises:
-            ValueError: If `sample_hz` holds no 3.8 kHz, or another number is not positive.
+            num_segments: Equal parts of a word.
+            dynamic_range_db: Depth of the floor.
         """
         super().__init__()
         if sample_hz < 2 * _F_MAX_HZ or min(num_mels, num_segments) < 1 or dynamic_range_db <= 0:
@@ -77,26 +74,15 @@ class WordFeatures(nn.Module):
 
     @torch.no_grad()
     def forward(self, waves: Tensor, sample_hz: int | None = None) -> Tensor:
-        """Describe words; each row depends on its own wave only.
-
-        Args:
-            waves: `[b, n]`, one word each, with any silence around it.
-            sample_hz: Their rate; None means the rate of the module.
-
-        Returns:
-            `[b, d]` float32.
-
-        Raises:
-            ValueError: If the waves are not `[b, n]` or hold NaN.
-        """
+        """Features `[b, d]` float32 of words `[b, n]`, one per row, at `sample_hz` (None = the rate of the module)."""
         if waves.ndim != 2 or not torch.isfinite(waves).all():
             raise ValueError(f"words must be finite and of shape [b, n], got shape {tuple(waves.shape)}")
         waves = resample(waves.float(), sample_hz or self.sample_hz, self.sample_hz)
-        described = [self._describe(energy) for part in waves.split(_WORDS_AT_ONCE) for energy in self.mel(part)]
-        return torch.stack(described)
+        rows = [self._describe(energy) for part in waves.split(_WORDS_PER_BATCH) for energy in self.mel(part)]
+        return torch.stack(rows)
 
     def _describe(self, energy: Tensor) -> Tensor:
-        """Describe one spectrogram `[m, f]`."""
+        """Features of one spectrogram `[m, f]`."""
         level = reduce(energy, "m f -> f", "sum")
         loud = (level >= level.max() * 10.0 ** (-_PAUSE_DB / 10)).nonzero()
         word = energy[:, int(loud[0]) : int(loud[-1]) + 1]
@@ -108,22 +94,15 @@ class WordFeatures(nn.Module):
 
 @beartype
 def cut_words(wave: Tensor, sample_hz: int, whole_only: bool = False) -> list[Tensor]:
-    """Cut a recording at its pauses.
+    """Cut a recording `[n]` at its pauses into words `[n_i]`.
 
-    A pause is at least 0.12 s more than 35 dB below the loudest 10 ms of the recording. Pieces shorter than 0.15 s are
-    left out.
+    A pause is at least 0.12 s that is more than 35 dB below the loudest 10 ms. Sounds shorter than 0.15 s are left out.
 
     Args:
-        wave: `[n]`.
-        sample_hz: Its rate (Hz).
-        whole_only: Leave out also what touches an end of the recording, which may be the rest of a word, and pieces
-            longer than 1.2 s, which are several words.
-
-    Returns:
-        Pieces `[n_i]` in order.
-
-    Raises:
-        ValueError: If the wave is not `[n]` or holds NaN.
+        wave: The recording.
+        sample_hz: Rate of the recording.
+        whole_only: Also leave out sounds that touch an end of the recording, which may be cut words, and sounds longer
+            than 1.2 s, which are several words.
     """
     if wave.ndim != 1 or not torch.isfinite(wave).all():
         raise ValueError(f"a recording must be finite and of shape [n], got shape {tuple(wave.shape)}")
@@ -149,12 +128,5 @@ def cut_words(wave: Tensor, sample_hz: int, whole_only: bool = False) -> list[Te
 
 @beartype
 def padded(waves: Sequence[Tensor]) -> Tensor:
-    """Put waves `[n_i]` of any lengths into one batch.
-
-    Args:
-        waves: At least one.
-
-    Returns:
-        `[b, n]`, silence after the shorter ones.
-    """
+    """Waves `[n_i]` of any lengths as one batch `[b, n]`, padded with silence."""
     return pad_sequence(list(waves), batch_first=True)

@@ -10,7 +10,7 @@ from musiclm_pytorch.evaluation.codec_report import Estimate, distance_row
 from musiclm_pytorch.evaluation.report import write_report
 from musiclm_pytorch.recipes.metrics.classifier import AttributeClassifier
 from musiclm_pytorch.recipes.metrics.clip_features import ClipFeatures
-from musiclm_pytorch.recipes.metrics.codec_metrics import Copy, check_copies, checked_table, codec_copies, opus_copies
+from musiclm_pytorch.recipes.metrics.codec_metrics import Copy, codec_copies, copies_table, measure_copies, opus_copies
 from musiclm_pytorch.recipes.metrics.opus import opus_copy
 
 SAMPLE_HZ = 16_000
@@ -32,7 +32,7 @@ def tones(count, seed):
 
 
 @pytest.fixture(scope="module")
-def judge():
+def classifier():
     waves, labels = tones(12, seed=0)
     features = ClipFeatures()
     return AttributeClassifier.fit(features(waves, SAMPLE_HZ), labels, features)
@@ -55,11 +55,11 @@ class LevelCodec(Codec):
         return ((codes[..., 0] * 256 + low - 32_768) / 32_767)[:, None, :num_samples]
 
 
-def test_a_clear_codec_is_harmless_and_a_dead_one_useless(judge):
+def test_a_clear_codec_is_harmless_and_a_dead_one_useless(classifier):
     """The table knows transparent from dead, and the unquantized copy is the zero of every distance."""
     waves, truth = tones(8, seed=5)
     copies = [*codec_copies(LevelCodec(), waves, (None, 1)), Copy("dead", torch.zeros_like(waves), 1.0)]
-    real, same, clear, coarse, dead = check_copies(judge, waves, SAMPLE_HZ, truth, copies, SAMPLE_HZ)
+    real, same, clear, coarse, dead = measure_copies(classifier, waves, SAMPLE_HZ, truth, copies, SAMPLE_HZ)
     for one in (real, same, clear):
         assert one.accuracy["instrument"].value == one.kept["instrument"].value == 1.0
     for one in (real, same):
@@ -72,28 +72,28 @@ def test_a_clear_codec_is_harmless_and_a_dead_one_useless(judge):
     assert dead.row.si_sdr_db.mean == -100.0
 
 
-def test_kept_is_the_ratio_of_the_accuracies(judge):
-    """If the judge errs on real clips already, a copy is measured by what was right there, clip by clip."""
+def test_kept_is_the_ratio_of_the_accuracies(classifier):
+    """If the classifier errs on real clips already, a copy is measured by what was right there, clip by clip."""
     waves, truth = tones(8, seed=5)
     truth = {"instrument": ["flute"] * 8}
-    real, copy = check_copies(judge, waves, SAMPLE_HZ, truth, [Copy("copy", waves)], SAMPLE_HZ)
+    real, copy = measure_copies(classifier, waves, SAMPLE_HZ, truth, [Copy("copy", waves)], SAMPLE_HZ)
     assert real.accuracy["instrument"].value == 0.5
     kept = copy.kept["instrument"]
     # paired: an equal copy keeps all in every resample
     assert (kept.value, kept.low, kept.high) == (1.0, 1.0, 1.0)
 
 
-def test_table_and_report(judge, tmp_path):
+def test_table_and_report(classifier, tmp_path):
     """One line a copy with intervals; the JSON holds every metric and the table lies beside it."""
     waves, truth = tones(4, seed=5)
-    checked = check_copies(judge, waves, SAMPLE_HZ, truth, codec_copies(LevelCodec(), waves), SAMPLE_HZ)
-    table = checked_table(checked)
+    measured = measure_copies(classifier, waves, SAMPLE_HZ, truth, codec_copies(LevelCodec(), waves), SAMPLE_HZ)
+    table = copies_table(measured)
     lines = table.splitlines()
     assert len(lines) == 5 and len({len(line) for line in lines}) == 1
     assert "instrument, %" in lines[0] and "100.0 [100.0, 100.0]" in lines[4] and "256.00" in lines[4]
-    write_report(tmp_path / "check.json", [metric for one in checked for metric in one.metrics], {}, table)
-    assert (tmp_path / "check.md").read_text() == table
-    names = [metric["name"] for metric in json.loads((tmp_path / "check.json").read_text())["metrics"]]
+    write_report(tmp_path / "metrics.json", [metric for one in measured for metric in one.metrics], {}, table)
+    assert (tmp_path / "metrics.md").read_text() == table
+    names = [metric["name"] for metric in json.loads((tmp_path / "metrics.json").read_text())["metrics"]]
     assert "codec, 2 of 2 levels / instrument, share of real" in names and len(set(names)) == len(names) == 3 * 5
 
 

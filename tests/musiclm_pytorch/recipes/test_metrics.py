@@ -1,6 +1,4 @@
-import json
 import math
-import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,20 +9,7 @@ from audiolm_pytorch.audio.files import write_audio
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.tensors import ConditionTensor
 from audiolm_pytorch.data.manifest import AudioItem
-from musiclm_pytorch.evaluation.novelty import (
-    melody_similarity,
-    melody_spectrogram,
-    nearest_similarity,
-    novelty_metrics,
-)
-from musiclm_pytorch.evaluation.report import (
-    Metric,
-    accuracy_metric,
-    bootstrap_interval,
-    markdown_table,
-    write_report,
-)
-from musiclm_pytorch.evaluation.retrieval import relevance_of, retrieval
+from audiolm_pytorch.saving.modules import load_module, save_module
 from musiclm_pytorch.recipes.metrics.classifier import AttributeClassifier, fit_attribute_classifier
 from musiclm_pytorch.recipes.metrics.clip_features import ClipFeatures
 from musiclm_pytorch.recipes.metrics.clips import labels_of, load_clips
@@ -58,20 +43,20 @@ def tones(count: int, seed: int) -> tuple[torch.Tensor, dict[str, list[str]]]:
 
 
 @pytest.fixture(scope="module")
-def judge() -> AttributeClassifier:
+def classifier() -> AttributeClassifier:
     waves, labels = tones(24, seed=0)
     features = ClipFeatures()
     return AttributeClassifier.fit(features(waves, SAMPLE_HZ), labels, features)
 
 
-def test_classifier_names_instrument_and_tempo_of_unheard_tones(judge):
-    """The judge learns timbre and tempo, and answers for clips it was not fitted on, at another rate too."""
+def test_classifier_names_instrument_and_tempo_of_unheard_tones(classifier):
+    """The classifier learns timbre and tempo, and answers for clips it was not fitted on, at another rate too."""
     waves, labels = tones(12, seed=1)
-    assert judge.predict(waves, SAMPLE_HZ) == labels
+    assert classifier.predict(waves, SAMPLE_HZ) == labels
     other_rate = torch.nn.functional.interpolate(waves[:, None], scale_factor=2, mode="linear")[:, 0]
-    assert judge.predict(other_rate, 2 * SAMPLE_HZ) == labels
-    for name, chances in judge.predict_proba(waves, SAMPLE_HZ).items():
-        assert chances.shape == (12, len(judge.classes[name]))
+    assert classifier.predict(other_rate, 2 * SAMPLE_HZ) == labels
+    for name, chances in classifier.predict_proba(waves, SAMPLE_HZ).items():
+        assert chances.shape == (12, len(classifier.classes[name]))
         assert torch.allclose(chances.sum(dim=1), torch.ones(12))
 
 
@@ -80,11 +65,11 @@ def test_classifier_agrees_with_scikit_learn():
     from sklearn.linear_model import LogisticRegression
 
     generator = torch.Generator().manual_seed(0)
-    described = torch.randn(60, 8, generator=generator)
-    three = [("a", "b", "c")[int(x)] for x in (described[:, 0] > 0).long() + (described[:, 1] > 0.5).long()]
-    two = ["yes" if x > 0 else "no" for x in described[:, 2]]
-    fitted = AttributeClassifier.fit(described, {"three": three, "two": two}, ClipFeatures(), 0.5)
-    inputs = ((described - described.mean(0)) / described.std(0)).clamp(-4, 4).double().numpy()
+    inputs = torch.randn(60, 8, generator=generator)
+    three = [("a", "b", "c")[int(x)] for x in (inputs[:, 0] > 0).long() + (inputs[:, 1] > 0.5).long()]
+    two = ["yes" if x > 0 else "no" for x in inputs[:, 2]]
+    fitted = AttributeClassifier.fit(inputs, {"three": three, "two": two}, ClipFeatures(), 0.5)
+    inputs = ((inputs - inputs.mean(0)) / inputs.std(0)).clamp(-4, 4).double().numpy()
     for name, names in (("three", three), ("two", two)):
         oracle = LogisticRegression(C=0.5, max_iter=500, class_weight="balanced").fit(inputs, names)
         own = fitted.heads[name](torch.from_numpy(inputs).float()).softmax(dim=-1)
@@ -92,13 +77,13 @@ def test_classifier_agrees_with_scikit_learn():
         assert np.allclose(own.numpy(), oracle.predict_proba(inputs), atol=1e-4)
 
 
-def test_classifier_is_saved_without_pickle_and_answers_the_same(judge, tmp_path):
-    """A saved judge is safetensors and JSON only, and gives the same probabilities after loading."""
-    judge.save(tmp_path / "judge")
-    assert {path.suffix for path in (tmp_path / "judge").iterdir()} == {".safetensors", ".json"}
+def test_classifier_is_saved_without_pickle_and_answers_the_same(classifier, tmp_path):
+    """A saved classifier is safetensors and JSON only, and gives the same probabilities after loading."""
+    save_module(classifier, tmp_path / "classifier")
+    assert {path.suffix for path in (tmp_path / "classifier").iterdir()} == {".safetensors", ".json"}
     waves, _ = tones(4, seed=2)
-    again = AttributeClassifier.load(tmp_path / "judge").predict_proba(waves, SAMPLE_HZ)
-    for name, chances in judge.predict_proba(waves, SAMPLE_HZ).items():
+    again = load_module(tmp_path / "classifier").predict_proba(waves, SAMPLE_HZ)
+    for name, chances in classifier.predict_proba(waves, SAMPLE_HZ).items():
         assert torch.equal(again[name], chances)
 
 
@@ -106,13 +91,13 @@ def test_features_ignore_level_and_inaudible_noise_and_other_rows():
     """Scaling changes nothing, noise 60 dB below the music hardly anything, and the rest of the batch nothing."""
     waves, _ = tones(3, seed=3)
     features = ClipFeatures()
-    described = features(waves)
-    assert torch.allclose(features(0.01 * waves), described, atol=1e-3)
-    assert torch.allclose(features(waves[1:2]), described[1:2], atol=1e-4)
+    inputs = features(waves)
+    assert torch.allclose(features(0.01 * waves), inputs, atol=1e-3)
+    assert torch.allclose(features(waves[1:2]), inputs[1:2], atol=1e-4)
     rms = waves.square().mean().sqrt()
     faint = 1e-3 * rms * torch.randn(waves.shape, generator=torch.Generator().manual_seed(0))
-    spread = (described - described.mean(0)).norm()
-    assert (features(waves + faint) - described).norm() < 0.05 * spread
+    spread = (inputs - inputs.mean(0)).norm()
+    assert (features(waves + faint) - inputs).norm() < 0.05 * spread
 
 
 def test_features_of_silence_are_finite_and_bad_waves_are_refused():
@@ -156,59 +141,6 @@ def test_labels_name_truth_values_and_missing_ones(tmp_path):
         labels_of([item], "tempo")
 
 
-def test_retrieval_of_perfect_and_hopeless_models():
-    """Identity similarities retrieve everything, reversed ones nothing, and equal ones count as failures."""
-    captions = [f"clip {i}" for i in range(20)]
-    relevant = relevance_of(captions)
-    perfect = {metric.name: metric for metric in retrieval(torch.eye(20), relevant).metrics("t")}
-    assert perfect["t / R@1"].value == perfect["t / mAP"].value == 1.0
-    assert perfect["t / median rank"].value == 1.0
-    assert retrieval(-torch.eye(20), relevant).ranks.tolist() == [20] * 20
-    assert retrieval(torch.zeros(20, 20), relevant).ranks.tolist() == [20] * 20
-
-
-def test_retrieval_counts_any_clip_with_the_same_caption():
-    """A caption that two clips share is right when it finds either, and precision averages over both."""
-    relevant = relevance_of(["same", "same", "other"])
-    similarities = torch.tensor([[0.1, 0.9, 0.5], [0.1, 0.9, 0.5], [0.0, 0.2, 0.1]])
-    result = retrieval(similarities, relevant)
-    assert result.ranks.tolist() == [1, 1, 2]
-    assert np.allclose(result.average_precisions, [(1 + 2 / 3) / 2, (1 + 2 / 3) / 2, 1 / 2])
-
-
-def test_retrieval_chance_is_what_random_orders_give():
-    """Chance levels, with shared captions, are the averages over random similarities."""
-    captions = [f"caption {i // 2}" if i < 6 else f"caption {i}" for i in range(15)]
-    relevant = relevance_of(captions)
-    generator = torch.Generator().manual_seed(0)
-    results = [retrieval(torch.rand(15, 15, generator=generator), relevant) for _ in range(400)]
-    # 6000 queries: standard errors of 0.006 and 0.003; five of them leave one false alarm in a million
-    for cutoff in (1, 5):
-        recall = np.mean([result.ranks <= cutoff for result in results])
-        assert abs(recall - results[0].chance_recall(cutoff)) < 0.032
-    precision = np.mean([result.average_precisions for result in results])
-    assert abs(precision - results[0].chance_precision()) < 0.016
-    assert results[0].chance_recall(100) == 1.0
-
-
-def test_balanced_accuracy_gives_constant_answers_chance():
-    """Answering the frequent class always is worth no more than guessing, though its accuracy is high."""
-    truth = ["no"] * 90 + ["yes"] * 10
-    metric = accuracy_metric("drums", truth, ["no"] * 100)
-    assert (metric.value, metric.chance, metric.count) == (0.9, 0.5, 100)
-    assert accuracy_metric("drums", truth, ["no"] * 100, balanced=True).value == 0.5
-
-
-def test_bootstrap_interval_is_that_of_the_binomial():
-    """The interval of a share has the width that theory gives, holds the share, and is the same on every run."""
-    hits = np.arange(400) % 4 == 0
-    low, high = bootstrap_interval(lambda chosen: float(hits[chosen].mean()), 400)
-    half = 1.96 * math.sqrt(0.25 * 0.75 / 400)
-    assert low == pytest.approx(0.25 - half, abs=0.01)
-    assert high == pytest.approx(0.25 + half, abs=0.01)
-    assert bootstrap_interval(lambda chosen: float(hits[chosen].mean()), 400) == (low, high)
-
-
 def test_code_agreement_has_the_chance_of_unrelated_captions():
     """Levels agree by how often codes coincide; the chance of a level that is always the same code is one."""
     audio = torch.tensor([[0, 1, 5], [1, 1, 5], [2, 1, 5], [3, 1, 5]])
@@ -224,51 +156,6 @@ def test_other_clips_never_keeps_a_place():
         others = other_clips(count, seed=count)
         assert sorted(others) == list(range(count))
         assert all(place != other for place, other in enumerate(others))
-
-
-def test_melody_similarity_finds_a_shifted_copy_and_not_another_tune():
-    """A copied tune is found when it starts later and is louder; a tune with other notes is not."""
-    generator = torch.Generator().manual_seed(0)
-    num_samples, shift = 4 * SAMPLE_HZ, round(0.4 * SAMPLE_HZ)
-
-    def tune() -> torch.Tensor:
-        semitones = torch.randint(0, 24, (25,), generator=generator)
-        pitches_hz = 220.0 * 2 ** (semitones.repeat_interleave(SAMPLE_HZ // 5) / 12)
-        return torch.sin(2 * math.pi * pitches_hz.cumsum(0) / SAMPLE_HZ)
-
-    known, other = tune(), tune()
-    references = melody_spectrogram(known[None, :num_samples], SAMPLE_HZ)
-    queries = torch.stack([0.1 * known[shift : shift + num_samples], other[:num_samples]])
-    copied, new = melody_similarity(melody_spectrogram(queries, SAMPLE_HZ), references).tolist()
-    assert copied > 0.9
-    assert new < 0.5
-
-
-def test_novelty_tells_copies_from_new_clips():
-    """Generations that repeat training clips are reported nearer than real ones, others are not."""
-    generator = torch.Generator().manual_seed(0)
-    training, held_out, new = (torch.randn(40, 16, generator=generator) for _ in range(3))
-    real = nearest_similarity(held_out, training)
-    assert nearest_similarity(training, training).min() > 0.999
-    copies = novelty_metrics("n", nearest_similarity(training + 0.01, training), real)
-    assert copies[0].note == "nearer than real"
-    assert copies[0].value > copies[1].value
-    fresh = novelty_metrics("n", nearest_similarity(new, training) - 0.1, real)
-    assert fresh[0].note == fresh[2].note == "no nearer than real"
-
-
-def test_report_writes_json_and_table(tmp_path):
-    """Both files hold every metric with its chance and number of items."""
-    metrics = [Metric("a / b", 0.5, 0.4, 0.6, 0.1, 20, "x|y"), Metric("c", 2.0, 1.0, 3.0, None, 5)]
-    write_report(tmp_path / "metrics.json", metrics, {"seed": 0})
-    written = json.loads((tmp_path / "metrics.json").read_text())
-    assert written["settings"] == {"seed": 0}
-    assert written["metrics"][0]["chance"] == 0.1
-    table = (tmp_path / "metrics.md").read_text()
-    assert table == markdown_table(metrics)
-    assert "| a / b | 0.500 | 0.400 to 0.600 | 0.100 | 20 | x/y |" in re.sub(" +", " ", table)
-    with pytest.raises(ValueError, match="json"):
-        write_report(tmp_path / "metrics.txt", metrics, {})
 
 
 class SignCodec(Codec):
@@ -334,11 +221,11 @@ class FakeMusicLM:
         return SimpleNamespace(waves=rows, best=rows[:, -1])
 
 
-def test_metrics_of_a_model_that_follows_its_prompts(judge, tmp_path):
+def test_metrics_of_a_model_that_follows_its_prompts(classifier, tmp_path):
     """An obedient fake scores full marks from audio and captions, and its shuffled control does not."""
     clips = ClipSet("toy", written_items(tmp_path, 8, seed=6), written_items(tmp_path, 16, seed=7, held_out_pair=True))
-    settings = Settings(seconds=SECONDS, num_samples=2, batch=5)
-    metrics = {metric.name: metric for metric in measure(FakeMusicLM(), judge, clips, settings)}
+    settings = Settings(seconds=SECONDS, num_samples=2, batch_size=5)
+    metrics = {metric.name: metric for metric in measure(FakeMusicLM(), classifier, clips, settings)}
     for condition in (
         "real held-out",
         "codec reconstruction",
@@ -354,7 +241,7 @@ def test_metrics_of_a_model_that_follows_its_prompts(judge, tmp_path):
     assert metrics["toy / nearest training clip, melody / generated / mean"].note
 
 
-def test_generations_that_are_not_finite_count_as_silence(judge, caplog):
+def test_generations_that_are_not_finite_count_as_silence(classifier, caplog):
     """One NaN candidate is a wrong answer and a warning; it neither ends the measuring nor spoils the others."""
 
     class Broken(FakeMusicLM):
@@ -366,4 +253,4 @@ def test_generations_that_are_not_finite_count_as_silence(judge, caplog):
     songs = from_captions(Broken(), ["slow cello", "fast flute"], SECONDS, num_samples=2, batch_size=4)
     assert songs.first[0].abs().max() == 0 < songs.first[1].abs().max()
     assert "1 of 2" in caplog.text
-    assert judge.predict(songs.first, SAMPLE_HZ)["tempo"][1] == "fast"
+    assert classifier.predict(songs.first, SAMPLE_HZ)["tempo"][1] == "fast"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from operator import mul
 from pathlib import Path
 
@@ -20,12 +21,12 @@ from musiclm_pytorch.recipes.memory import peak_bytes_of
 from musiclm_pytorch.recipes.metrics.classifier import AttributeClassifier
 from musiclm_pytorch.recipes.metrics.clip_features import ClipFeatures
 from musiclm_pytorch.recipes.metrics.spoken_metrics import (
-    HeardWords,
+    RecognizedWords,
     confidence_metrics,
     confidence_table,
-    fit_word_judge,
-    heard_words,
+    fit_word_classifier,
     histogram,
+    recognized_words,
     speaker_metrics,
     speakers_of,
 )
@@ -76,7 +77,7 @@ def silence(seconds: float) -> Tensor:
 
 
 def test_words_are_split_by_take(items: list[AudioItem]) -> None:
-    """Guards the hold-out: takes below 10 are for the judgement alone, from 48 on for validation alone."""
+    """Takes below 10 are for the test alone, from 48 on for validation alone."""
     words = split_words(items)
     takes = {
         name: {int(item.path.stem.split("_")[2]) for item in getattr(words, name)}
@@ -87,20 +88,20 @@ def test_words_are_split_by_take(items: list[AudioItem]) -> None:
         split_words(words.test)
 
 
-def test_joined_clips_hold_words_of_the_speaker_they_name(items: list[AudioItem], tmp_path: Path) -> None:
-    """Guards labels of joined clips: a clip's words are its speaker's, also where the clips are there already."""
+def test_joined_clips_have_words_of_their_speaker(items: list[AudioItem], tmp_path: Path) -> None:
+    """All words of a clip are by the speaker of its label, also if the clip exists already."""
     words = split_words(items)
-    judge = fit_word_judge(words.train)
+    classifier = fit_word_classifier(words.train)
     clips = join_words(words.test, tmp_path, 3, 3, (0.15, 0.4))
     truth = [str(clip.labels["speaker"]) for clip in clips]
     assert set(truth) == set(PITCHES_HZ)
     waves = torch.stack([read_audio(clip.path, HZ)[0][0] for clip in clips])
-    assert speakers_of(judge, waves, HZ) == truth
+    assert speakers_of(classifier, waves, HZ) == truth
     assert [clip.labels for clip in join_words(words.test, tmp_path, 3, 3, (0.15, 0.4))] == [c.labels for c in clips]
 
 
 def test_recordings_are_cut_at_pauses_and_not_at_stops() -> None:
-    """Guards the cutting: stops of 60 ms stay inside a word, pauses of 150 ms part words, ends are left out."""
+    """Stops of 60 ms stay inside a word, pauses of 150 ms separate words, words at the ends are left out."""
     stopped = torch.cat([word(0, "ann", 0.2), silence(0.06), word(0, "ann", 0.2)])
     long = word(0, "bob", 1.4)
     wave = torch.cat([word(1, "ann"), silence(0.15), stopped, silence(0.15), long, silence(0.3), word(1, "bob")])
@@ -112,8 +113,8 @@ def test_recordings_are_cut_at_pauses_and_not_at_stops() -> None:
         cut_words(torch.full((HZ,), float("nan")), HZ)
 
 
-def test_descriptions_of_words_know_no_level_and_no_silence_around() -> None:
-    """Guards the judge's ear: level, silence around a word and other words of a batch change nothing."""
+def test_features_of_words_ignore_level_and_silence() -> None:
+    """Level, silence around a word and other words of a batch change nothing."""
     features, plain = WordFeatures(), word(0, "ann")
     framed = torch.cat([silence(0.2), plain, silence(0.5)])
     alone, louder = features(framed[None]), features(3 * framed[None])
@@ -127,34 +128,36 @@ def test_descriptions_of_words_know_no_level_and_no_silence_around() -> None:
         features(torch.full((1, HZ), float("nan")))
 
 
-def test_judge_names_digit_and_speaker_of_pieces_and_survives_saving(items: list[AudioItem], tmp_path: Path) -> None:
-    """Guards the judge: right on words it has not heard, nobody in silence, and the same after saving and loading."""
+def test_classifier_of_words_is_the_same_after_saving(items: list[AudioItem], tmp_path: Path) -> None:
+    """The classifier is right on held-out words, finds nobody in silence, and loads with equal outputs."""
     words = split_words(items)
-    judge = fit_word_judge(words.train)
+    classifier = fit_word_classifier(words.train)
     clip = torch.cat([silence(0.2), word(0, "bob", 0.33), silence(0.2), word(1, "bob", 0.37), silence(0.2)])
-    assert speakers_of(judge, torch.stack([clip, torch.zeros_like(clip)]), HZ) == ["bob", "nobody"]
-    heard = heard_words(judge, clip[None], HZ)
+    assert speakers_of(classifier, torch.stack([clip, torch.zeros_like(clip)]), HZ) == ["bob", "nobody"]
+    heard = recognized_words(classifier, clip[None], HZ)
     assert heard.digits == ["0", "1"] and heard.num_seconds == len(clip) / HZ
-    # a glide played backwards is the other digit: the control must reach the judge
-    assert heard_words(judge, clip[None], HZ, backwards=True).digits == ["1", "0"]
-    judge.save(tmp_path / "judge")
-    again = AttributeClassifier.load(tmp_path / "judge")
+    # a glide played backwards is the other digit: the control must reach the classifier
+    assert recognized_words(classifier, clip[None], HZ, backwards=True).digits == ["1", "0"]
+    save_module(classifier, tmp_path / "classifier")
+    again = load_module(tmp_path / "classifier")
     assert isinstance(again.features, WordFeatures)
-    assert np.array_equal(heard_words(again, clip[None], HZ).confidences, heard.confidences)
+    assert np.array_equal(recognized_words(again, clip[None], HZ).confidences, heard.confidences)
     with pytest.raises(ValueError, match="silent"):
-        heard_words(judge, torch.zeros(1, HZ), HZ)
+        recognized_words(classifier, torch.zeros(1, HZ), HZ)
 
 
-def test_judges_of_clips_are_saved_as_before(tmp_path: Path) -> None:
-    """Guards files of older judges: a config without the class of its features means features of clips."""
-    judge = AttributeClassifier(classes={"drums": ["no", "yes"]}, num_features=3, features=ClipFeatures(num_mels=8))
-    assert set(judge.config) == {"classes", "num_features", "features"}
-    save_module(judge, tmp_path)
+def test_classifiers_of_clips_are_saved_as_before(tmp_path: Path) -> None:
+    """A config without the class of its features means features of clips."""
+    classifier = AttributeClassifier(
+        classes={"drums": ["no", "yes"]}, num_features=3, features=ClipFeatures(num_mels=8)
+    )
+    assert set(classifier.config) == {"classes", "num_features", "features"}
+    save_module(classifier, tmp_path)
     assert isinstance(load_module(tmp_path).features, ClipFeatures)
 
 
 def test_speakers_are_compared_with_the_right_prompts() -> None:
-    """Guards the bookkeeping: who keeps every speaker has 1, a constant answer chance, exchanged prompts too."""
+    """A model that keeps every speaker has 1; a constant answer and exchanged prompts are at chance."""
     truth = ["ann", "bob", "eve"] * 200
     kept, constant, exchanged = speaker_metrics(truth, {"kept": truth, "constant": ["ann"] * 600})
     assert kept.value == 1.0 and kept.chance == pytest.approx(1 / 3) and constant.value == pytest.approx(1 / 3)
@@ -162,17 +165,17 @@ def test_speakers_are_compared_with_the_right_prompts() -> None:
 
 
 def test_recognised_share_is_measured_by_the_reference() -> None:
-    """Guards the limit of recognition: 95% of the reference pass it, whatever their confidences."""
-    real = HeardWords(["0"] * 100, np.linspace(0.3, 0.9, 100), 50.0)
-    made = HeardWords(["0", "1"], np.array([0.2, 0.95]), 4.0)
+    """95% of the reference words reach the limit, at any level of confidence."""
+    real = RecognizedWords(["0"] * 100, np.linspace(0.3, 0.9, 100), 50.0)
+    made = RecognizedWords(["0", "1"], np.array([0.2, 0.95]), 4.0)
     metrics = confidence_metrics({"real": real, "made": made}, "real")
-    assert metrics[0].value == 0.95 and metrics[1].value == 0.5 and "0.50 pieces a second" in metrics[1].note
+    assert metrics[0].value == 0.95 and metrics[1].value == 0.5 and "0.50 words per second" in metrics[1].note
     table = confidence_table({"real": real, "made": made})
-    assert "| made | 0.50 | 0.50 |" in table and "Confidence in made (2 pieces)" in table
+    assert re.search(r"\| made +\| 0.50 \| 0.50 \|", table) and "Confidence in made (2 words)" in table
 
 
 def test_histogram_counts_every_share() -> None:
-    """Guards the picture of confidences: ten lines that hold all of them, 1.0 included."""
+    """Ten lines hold all numbers, 1.0 included."""
     lines = histogram(np.array([0.0, 0.05, 0.95, 1.0]))
     assert len(lines) == 10
     assert lines[0] == f"0.0 to 0.1  50.0% {'#' * 15}" and lines[-1] == f"0.9 to 1.0  50.0% {'#' * 15}"
@@ -210,7 +213,9 @@ def test_recipe_runs_and_goes_on_where_it_was(
         "MEMORY_RUNS": 1,
     }.items():
         monkeypatch.setattr(spoken_digits, name, value)
-    monkeypatch.setattr(spoken_digits, "heard_words", lambda *_, **__: HeardWords(["0"], np.array([0.5]), 1.0))
+    monkeypatch.setattr(
+        spoken_digits, "recognized_words", lambda *_, **__: RecognizedWords(["0"], np.array([0.5]), 1.0)
+    )
     # what is measured is tested above; here it only has to run
     monkeypatch.setattr(spoken_digits, "peak_bytes_of", lambda job, *arguments: job(*arguments) or 2**20)
     data = items[0].path.parents[1]
