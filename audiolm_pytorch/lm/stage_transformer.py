@@ -1,4 +1,4 @@
-"""What the stages have in common: a token model that knows which tokens of a sound its streams are."""
+"""The base class of the stages, and the tokens of recordings that stages read and predict."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,15 +14,17 @@ from audiolm_pytorch.tokens.streams import PackedTokens, Stream
 
 __all__ = ["AudioTokens", "StageTransformer", "TokenSource"]
 
+_RESERVED = ("semantic", "acoustic", "conditioner", "text_encoder")
+
 
 @dataclass(frozen=True)
 class TokenSource:
-    """Where a stream's tokens come from: some levels of one kind of token of a sound.
+    """The source of a stream: some levels of one kind of token.
 
     Attributes:
         kind: `semantic`, `acoustic`, or the name of an extra stream.
-        first_level: First level taken.
-        num_levels: Number of levels taken.
+        first_level: First of the levels, from 0.
+        num_levels: Number of levels.
     """
 
     kind: str
@@ -32,49 +34,42 @@ class TokenSource:
 
 @dataclass(frozen=True)
 class AudioTokens:
-    """Tokens of the same sounds, as far as they are known.
+    """Tokens of some recordings.
 
     Attributes:
-        tokens: By kind: `semantic [b, t]`, `acoustic [b, f, q]`, and `[b, f]` or `[b, f, levels]` of extra streams by
-            name, int64; -1 past an item's length.
-        lengths: By kind: true frames `[b]` int64; a kind that is absent here is whole.
-
-    Raises:
-        ValueError: If there is a length of tokens that are not there.
+        tokens: By kind, int64, -1 past an item's length: `semantic [b, t]`, `acoustic [b, f, q]`, and `[b, f]` or
+            `[b, f, levels]` of extra streams.
+        lengths: True frames `[b]` int64 by kind; a kind without an entry has no padding.
     """
 
     tokens: Mapping[str, Tensor]
     lengths: Mapping[str, Tensor]
 
     def __post_init__(self) -> None:
-        """Refuse lengths that would silently not be used."""
+        """Check that there are tokens for every length."""
         unknown = set(self.lengths) - set(self.tokens)
         if unknown:
-            raise ValueError(f"there are lengths of {sorted(unknown)}, but tokens of {sorted(self.tokens)} only")
+            raise ValueError(f"got lengths of {sorted(unknown)}, but only tokens of {sorted(self.tokens)}")
 
 
 class StageTransformer(TokenTransformer):
-    """A token model that knows which tokens of a sound its streams are.
+    """A token model of one stage of a chain: it selects its streams from the tokens of recordings.
 
     Args:
-        sources: Source of every stream of the stage's own, by stream name.
-        config: What `config` gives back, apart from the arguments named here and those of the stack.
+        sources: Source of every own stream, by stream name.
+        config: The part of `config` that a subclass adds.
         streams: The stage's own streams.
-        pattern: Pattern of the layout.
-        extra_streams: Further given streams (as objects, or as `Stream.to_dict` described them), whose tokens are of
-            the kind of their name: ids of a text or MuLaN codes, which are not in time, a melody, which is.
-        audio_text_condition: Whether the model takes a condition.
-        cond_dim: Width of the condition; None = `dim`.
+        pattern: `flat`, `delayed` or `parallel`, see `TokenLayout`.
         dim: Width d.
         depth: Number of blocks.
-        token_fingerprints: Fingerprints of the tokenizers that made the tokens it was trained on, by kind (`semantic`,
-            `acoustic`), of the `conditioner` whose codes conditioned it, and of the `text_encoder` whose states it
-            heard; trainers fill the attribute of that name. A kind that is absent is unknown, and not checked.
+        extra_streams: Further input streams (as objects, or as `Stream.to_dict` describes them). The name of a stream
+            is its kind of token, e.g. ids of a text (not in time) or a melody (in time).
+        audio_text_condition: Whether the model is conditioned on codes.
+        cond_dim: Width of the embeddings of codes; None = `dim`.
+        token_fingerprints: Fingerprints of the modules that the stage was trained with, by kind: of tokenizers
+            (`semantic`, `acoustic`), of the `conditioner` and of the `text_encoder`. Trainers set the attribute. A kind
+            without an entry is unknown and not checked.
         **stack: Further arguments of `TokenTransformer`.
-
-    Raises:
-        ValueError: If there is a fingerprint for a kind of token that the stage does not use, or an extra stream is no
-            given one or bears the name of other tokens.
     """
 
     namespace: ClassVar[str]
@@ -87,34 +82,38 @@ class StageTransformer(TokenTransformer):
         config: Mapping[str, Any],
         streams: Sequence[Stream],
         pattern: str,
-        extra_streams: Sequence[Stream | Mapping[str, Any]] = (),
-        audio_text_condition: bool,
-        cond_dim: int | None,
         dim: int,
         depth: int,
+        extra_streams: Sequence[Stream | Mapping[str, Any]] = (),
+        audio_text_condition: bool = False,
+        cond_dim: int | None = None,
         token_fingerprints: Mapping[str, str] | None = None,
         **stack: Any,
     ) -> None:
         width = (dim if cond_dim is None else cond_dim) if audio_text_condition else None
-        extra = [one if isinstance(one, Stream) else Stream.from_dict(one) for one in extra_streams]
-        _check_extra(extra)
+        extra = [stream if isinstance(stream, Stream) else Stream.from_dict(stream) for stream in extra_streams]
+        for stream in extra:
+            if not stream.is_input:
+                raise ValueError(f"extra stream '{stream.name}' must be an input: set is_input=True")
+            if stream.name in _RESERVED:
+                raise ValueError(f"extra streams cannot be named {stream.name!r}: choose another name")
         super().__init__(layout=TokenLayout([*streams, *extra], pattern), dim=dim, depth=depth, cond_dim=width, **stack)
-        self.sources = {**sources, **{one.name: TokenSource(one.name, 0, one.num_levels) for one in extra}}
+        self.sources = {**sources, **{stream.name: TokenSource(stream.name, 0, stream.num_levels) for stream in extra}}
         self.token_fingerprints: dict[str, str] = dict(token_fingerprints or {})
         unused = set(self.token_fingerprints) - set(self.fingerprinted)
         if unused:
-            raise ValueError(f"the {self.namespace} stage has tokens of {self.kinds}, no fingerprint for {unused}")
-        arranged: dict[str, Any] = {"pattern": pattern}
+            raise ValueError(f"the {self.namespace} stage uses {self.fingerprinted}, but got fingerprints of {unused}")
+        layout_config: dict[str, Any] = {"pattern": pattern}
         if extra:
-            arranged["extra_streams"] = [one.to_dict() for one in extra]
-        conditioned = {"cond_dim": cond_dim, "audio_text_condition": audio_text_condition}
-        self._config = {**config, **arranged, **self._config, **conditioned}
+            layout_config["extra_streams"] = [stream.to_dict() for stream in extra]
+        condition_config = {"cond_dim": cond_dim, "audio_text_condition": audio_text_condition}
+        self._config = {**config, **layout_config, **self._config, **condition_config}
 
     @property
     def config(self) -> dict[str, Any]:
         """Constructor arguments as JSON-able data."""
-        known = {"token_fingerprints": dict(self.token_fingerprints)} if self.token_fingerprints else {}
-        return {**self._config, "max_seconds": self.max_seconds, **known}
+        fingerprints = {"token_fingerprints": dict(self.token_fingerprints)} if self.token_fingerprints else {}
+        return {**self._config, "max_seconds": self.max_seconds, **fingerprints}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "StageTransformer":
@@ -128,20 +127,12 @@ class StageTransformer(TokenTransformer):
 
     @property
     def fingerprinted(self) -> tuple[str, ...]:
-        """What `token_fingerprints` may speak of: the kinds of tokens, and what made the conditions that it takes."""
+        """Possible keys of `token_fingerprints`: the kinds of tokens, and the modules of the stage's conditions."""
         widths = {"conditioner": self.cond_dim, "text_encoder": self.text_dim}
         return (*self.kinds, *(kind for kind, width in widths.items() if width is not None))
 
     def packed(self, tokens: AudioTokens, ends: Tensor | None = None) -> PackedTokens:
-        """Pack the stage's streams of some sounds.
-
-        Args:
-            tokens: Tokens of the sounds.
-            ends: `[b]` bool, whether the file really ends where the tokens do.
-
-        Returns:
-            The packed streams.
-        """
+        """Pack the stage's streams; `ends [b]` (bool) marks items whose file ends with the tokens."""
         streams, lengths = self.streams_of(tokens)
         return self.layout.pack(streams, lengths, ends)
 
@@ -149,17 +140,10 @@ class StageTransformer(TokenTransformer):
     def streams_of(
         self, tokens: AudioTokens, names: tuple[str, ...] | None = None
     ) -> tuple[dict[str, Tensor], dict[str, int | Tensor]]:
-        """Take the stage's streams out of the tokens of sounds.
-
-        Args:
-            tokens: Tokens of the sounds.
-            names: Streams to take; None = all.
+        """Select streams (None = all) from tokens.
 
         Returns:
-            Tokens `[b, f, levels]` and true frames of the streams, by name, ready for `layout.pack`.
-
-        Raises:
-            ValueError: If a kind of token is missing or has too few levels.
+            Tokens `[b, f, levels]` and true frames by stream name, the arguments of `layout.pack`.
         """
         streams: dict[str, Tensor] = {}
         lengths: dict[str, int | Tensor] = {}
@@ -168,20 +152,11 @@ class StageTransformer(TokenTransformer):
                 continue
             if source.kind not in tokens.tokens:
                 raise ValueError(f"the {self.namespace} stage needs {source.kind} tokens, got {sorted(tokens.tokens)}")
-            found = tokens.tokens[source.kind]
-            found = found.unsqueeze(-1) if found.ndim == 2 else found
+            ids = tokens.tokens[source.kind]
+            ids = ids.unsqueeze(-1) if ids.ndim == 2 else ids
             last_level = source.first_level + source.num_levels
-            if found.shape[-1] < last_level:
-                raise ValueError(f"stream '{name}' needs {last_level} {source.kind} levels, got {found.shape[-1]}")
-            streams[name] = found[..., source.first_level : last_level]
-            lengths[name] = tokens.lengths.get(source.kind, torch.tensor(found.shape[1]))
+            if ids.shape[-1] < last_level:
+                raise ValueError(f"stream '{name}' needs {last_level} {source.kind} levels, got {ids.shape[-1]}")
+            streams[name] = ids[..., source.first_level : last_level]
+            lengths[name] = tokens.lengths.get(source.kind, torch.tensor(ids.shape[1]))
         return streams, lengths
-
-
-def _check_extra(streams: Sequence[Stream]) -> None:
-    """Refuse extra streams that are predicted, or would be taken for the tokens of the sound itself."""
-    for stream in streams:
-        if not stream.is_input:
-            raise ValueError(f"extra stream '{stream.name}' is only read by the stage: set is_input=True")
-        if stream.name in ("semantic", "acoustic", "conditioner", "text_encoder"):
-            raise ValueError(f"extra stream '{stream.name}' would be taken for the {stream.name} tokens: rename it")

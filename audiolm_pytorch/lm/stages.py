@@ -1,10 +1,5 @@
-"""The three stages of AudioLM as declarations: which streams each reads and predicts, and where their tokens come from.
+"""The three stages of AudioLM (arXiv:2209.03143, sec. III-C), with the conditions of MusicLM (arXiv:2301.11325)."""
 
-Semantic, coarse acoustic and fine acoustic modelling as in AudioLM (arXiv:2209.03143, sec. III-C), conditioned as in
-MusicLM (arXiv:2301.11325, sec. 3.2).
-"""
-
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -20,7 +15,7 @@ __all__ = ["CoarseTransformer", "FineTransformer", "SemanticTransformer"]
 
 @register
 class SemanticTransformer(StageTransformer):
-    """First stage: semantic tokens.
+    """First stage: predicts semantic tokens.
 
     Args:
         num_semantic_tokens: Vocabulary of the semantic tokenizer.
@@ -28,11 +23,10 @@ class SemanticTransformer(StageTransformer):
         depth: Number of blocks.
         rate_hz: Semantic tokens per second.
         eos: Whether the model learns where files end.
-        pattern: `flat`, `delayed` or `parallel`: differ where extra streams in time are to be aligned.
-        extra_streams: Further given streams, see `StageTransformer`.
-        audio_text_condition: Whether the model takes a condition.
-        cond_dim: Width of the condition; None = `dim`.
-        **stack: Further arguments of `TokenTransformer`: heads, dim_head, ff_mult, dropout, cond_drop_prob, ...
+        pattern: `flat`, or another pattern to align extra streams that are in time.
+        audio_text_condition: Whether the model is conditioned on codes.
+        **options: Further arguments of `StageTransformer` (cond_dim, extra_streams) and `TokenTransformer` (heads,
+            dropout, text_dim, ...).
     """
 
     namespace = "semantic"
@@ -47,43 +41,37 @@ class SemanticTransformer(StageTransformer):
         rate_hz: int | str | Fraction = 25,
         eos: bool = True,
         pattern: str = "flat",
-        extra_streams: Sequence[Stream | Mapping[str, Any]] = (),
         audio_text_condition: bool = False,
-        cond_dim: int | None = None,
-        **stack: Any,
+        **options: Any,
     ) -> None:
         super().__init__(
             sources={"semantic": TokenSource("semantic", 0, 1)},
             config={"num_semantic_tokens": num_semantic_tokens, "rate_hz": str(rate_hz), "eos": eos},
             streams=[Stream("semantic", num_semantic_tokens, rate_hz=Fraction(rate_hz), eos=eos)],
             pattern=pattern,
-            extra_streams=extra_streams,
-            audio_text_condition=audio_text_condition,
-            cond_dim=cond_dim,
             dim=dim,
             depth=depth,
-            **stack,
+            audio_text_condition=audio_text_condition,
+            **options,
         )
 
 
 @register
 class CoarseTransformer(StageTransformer):
-    """Second stage: the first levels of the acoustic tokens, given the semantic tokens.
+    """Second stage: predicts the first acoustic levels from semantic tokens.
 
     Args:
         num_semantic_tokens: Vocabulary of the semantic tokenizer.
         codebook_size: Vocabulary of every acoustic level.
-        num_coarse_quantizers: Levels predicted, all groups counted.
+        num_coarse_quantizers: Number of predicted levels, with all groups.
         dim: Width d.
         depth: Number of blocks.
-        pattern: `delayed`, `parallel` or `flat` (the paper's: the whole semantic sequence first).
+        pattern: `delayed`, `parallel`, or `flat`, AudioLM's (all semantic tokens first).
         semantic_rate_hz: Semantic tokens per second.
         rate_hz: Acoustic frames per second.
-        num_groups: Codes of one residual level of the codec.
-        extra_streams: Further given streams, see `StageTransformer`.
-        audio_text_condition: Whether the model takes a condition.
-        cond_dim: Width of the condition; None = `dim`.
-        **stack: Further arguments of `TokenTransformer`: heads, dim_head, ff_mult, dropout, cond_drop_prob, ...
+        num_groups: Codes per residual level of the codec.
+        audio_text_condition: Whether the model is conditioned on codes.
+        **options: See `SemanticTransformer`.
     """
 
     namespace = "coarse"
@@ -101,13 +89,9 @@ class CoarseTransformer(StageTransformer):
         semantic_rate_hz: int | str | Fraction = 25,
         rate_hz: int | str | Fraction = 50,
         num_groups: int = 1,
-        extra_streams: Sequence[Stream | Mapping[str, Any]] = (),
         audio_text_condition: bool = False,
-        cond_dim: int | None = None,
-        **stack: Any,
+        **options: Any,
     ) -> None:
-        given = Stream("semantic", num_semantic_tokens, rate_hz=Fraction(semantic_rate_hz), is_input=True)
-        predicted = Stream("coarse", codebook_size, num_coarse_quantizers, Fraction(rate_hz), num_groups=num_groups)
         super().__init__(
             sources={
                 "semantic": TokenSource("semantic", 0, 1),
@@ -121,34 +105,33 @@ class CoarseTransformer(StageTransformer):
                 "rate_hz": str(rate_hz),
                 "num_groups": num_groups,
             },
-            streams=[given, predicted],
+            streams=[
+                Stream("semantic", num_semantic_tokens, rate_hz=Fraction(semantic_rate_hz), is_input=True),
+                Stream("coarse", codebook_size, num_coarse_quantizers, Fraction(rate_hz), num_groups=num_groups),
+            ],
             pattern=pattern,
-            extra_streams=extra_streams,
-            audio_text_condition=audio_text_condition,
-            cond_dim=cond_dim,
             dim=dim,
             depth=depth,
-            **stack,
+            audio_text_condition=audio_text_condition,
+            **options,
         )
 
 
 @register
 class FineTransformer(StageTransformer):
-    """Third stage: the remaining levels of the acoustic tokens, given the first ones.
+    """Third stage: predicts the remaining acoustic levels from the first ones.
 
     Args:
-        num_coarse_quantizers: Levels given, all groups counted.
-        num_fine_quantizers: Levels predicted, all groups counted.
+        num_coarse_quantizers: Number of input levels, with all groups.
+        num_fine_quantizers: Number of predicted levels, with all groups.
         codebook_size: Vocabulary of every acoustic level.
         dim: Width d.
         depth: Number of blocks.
-        pattern: `delayed`, `parallel` or `flat` (the paper's: all coarse levels of the stretch first).
+        pattern: `delayed`, `parallel`, or `flat`, AudioLM's (all coarse levels first).
         rate_hz: Acoustic frames per second.
-        num_groups: Codes of one residual level of the codec.
-        extra_streams: Further given streams, see `StageTransformer`.
-        audio_text_condition: Whether the model takes a condition.
-        cond_dim: Width of the condition; None = `dim`.
-        **stack: Further arguments of `TokenTransformer`: heads, dim_head, ff_mult, dropout, cond_drop_prob, ...
+        num_groups: Codes per residual level of the codec.
+        audio_text_condition: Whether the model is conditioned on codes.
+        **options: See `SemanticTransformer`.
     """
 
     namespace = "fine"
@@ -165,12 +148,10 @@ class FineTransformer(StageTransformer):
         pattern: str = "delayed",
         rate_hz: int | str | Fraction = 50,
         num_groups: int = 1,
-        extra_streams: Sequence[Stream | Mapping[str, Any]] = (),
         audio_text_condition: bool = False,
-        cond_dim: int | None = None,
-        **stack: Any,
+        **options: Any,
     ) -> None:
-        acoustic = Stream("coarse", codebook_size, num_coarse_quantizers, Fraction(rate_hz), num_groups=num_groups)
+        coarse = Stream("coarse", codebook_size, num_coarse_quantizers, Fraction(rate_hz), True, num_groups=num_groups)
         super().__init__(
             sources={
                 "coarse": TokenSource("acoustic", 0, num_coarse_quantizers),
@@ -183,15 +164,10 @@ class FineTransformer(StageTransformer):
                 "rate_hz": str(rate_hz),
                 "num_groups": num_groups,
             },
-            streams=[
-                replace(acoustic, is_input=True),
-                replace(acoustic, name="fine", num_levels=num_fine_quantizers),
-            ],
+            streams=[coarse, replace(coarse, name="fine", num_levels=num_fine_quantizers, is_input=False)],
             pattern=pattern,
-            extra_streams=extra_streams,
-            audio_text_condition=audio_text_condition,
-            cond_dim=cond_dim,
             dim=dim,
             depth=depth,
-            **stack,
+            audio_text_condition=audio_text_condition,
+            **options,
         )

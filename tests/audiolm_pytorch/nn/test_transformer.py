@@ -208,5 +208,5 @@ def test_model_refuses_conditions_that_do_not_fit():
         model(packed, random_conditions(2, dim=9))
     with pytest.raises(ValueError, match="batch of 2"):
         model(packed, random_conditions(3))
-    with pytest.raises(ValueError, match="takes no condition"):
+    with pytest.raises(ValueError, match="does not accept codes conditions"):
         model_of(cond_dim=None)(packed, random_conditions(2))

@@ -409,7 +409,7 @@ def test_numbers_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         decode(model_of(), {}, {"a": 6}, batch_size=0)
     for embeddings, mask in (((1, 0, 6), torch.ones(1, 0).bool()), ((1, 2, 6), torch.ones(1, 2))):
-        with pytest.raises(ValueError, match="with m >= 1 and a mask .* bool"):
+        with pytest.raises(ValueError, match="with m >= 1 and a bool mask"):
             ConditionTensor(torch.zeros(embeddings), mask)
     with pytest.raises(ValueError, match="no condition of text"):
         model_of().condition_tensors(Conditions(text=ConditionTensor(torch.randn(1, 2, 6), torch.ones(1, 2).bool())), 1)

@@ -428,7 +428,7 @@ def test_stages_refuse_extra_streams_that_are_something_else():
     """A predicted extra stream, or one that would shadow the stage's own tokens, is no extra stream."""
     for wrong, match in [
         (Stream("melody", 12, 1, 25), "set is_input=True"),
-        (Stream("acoustic", 12, 1, 25, is_input=True), "would be taken for the acoustic tokens"),
+        (Stream("acoustic", 12, 1, 25, is_input=True), "cannot be named 'acoustic'"),
         (Stream("coarse", 12, 1, 25, is_input=True), "must differ"),
     ]:
         with pytest.raises(ValueError, match=match):
