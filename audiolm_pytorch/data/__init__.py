@@ -1,4 +1,4 @@
-"""Audio on disk as training data: manifests, aligned crops, batches that are a function of the step, token shards."""
+"""Training data: manifests of audio files, aligned crops, batches, token shards."""
 
 from audiolm_pytorch.data.batches import BatchPlan, CropBatch, collate_crops
 from audiolm_pytorch.data.crops import Crop, CropDataset

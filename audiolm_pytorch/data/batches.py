@@ -1,4 +1,4 @@
-"""Which crops a training step sees: a pure function of the step, so that resuming needs no state."""
+"""Order and collation of crops: the batch of a step is a pure function of the step, so that resuming needs no state."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,25 +17,19 @@ __all__ = ["BatchPlan", "CropBatch", "collate_crops"]
 
 @lru_cache(maxsize=4)
 def _permutation(num_items: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of one epoch. Cached for speed only: a step never looks at more than a few epochs."""
+    """The order of one epoch; cached, because a step uses only a few epochs."""
     return np.random.default_rng([seed, epoch]).permutation(num_items)
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The order in which items are seen: every epoch is a fresh permutation, and epochs follow without a gap.
+    """The order of the items: every epoch is a new permutation, and epochs follow without a gap.
 
-    The processes of a run share one order: rank r of w takes the r-th part of every global batch.
+    The processes of a run share one order: rank r of w receives the r-th part of every global batch.
 
     Args:
         num_items: Items in the data set; fewer than a batch are repeated, each time in a later epoch (another crop).
-        batch_size: Items a step and process.
-        seed: Seed of the order, not negative.
-        rank: Number of this process.
-        world_size: Number of processes.
-
-    Raises:
-        ValueError: If a number is out of range.
+        batch_size: Items per step and process.
     """
 
     num_items: int
@@ -45,29 +39,18 @@ class BatchPlan:
     world_size: int = 1
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
         if min(self.num_items, self.batch_size, self.world_size) < 1:
             raise ValueError(f"num_items, batch_size and world_size must be at least 1, got {self}")
         if self.seed < 0 or not 0 <= self.rank < self.world_size:
             raise ValueError(f"need seed >= 0 and 0 <= rank < world_size, got {self}")
 
     def indices(self, step: int) -> list[tuple[int, int]]:
-        """Name the items of a step.
-
-        Args:
-            step: Step of the training, from 0.
-
-        Returns:
-            `batch_size` pairs of epoch and item index.
-
-        Raises:
-            ValueError: If the step is negative.
-        """
+        """`batch_size` pairs of epoch and item index for a step, from 0."""
         if step < 0:
             raise ValueError(f"step must not be negative, got {step}")
         first = (step * self.world_size + self.rank) * self.batch_size
-        places = (divmod(first + offset, self.num_items) for offset in range(self.batch_size))
-        return [(epoch, int(_permutation(self.num_items, self.seed, epoch)[place])) for epoch, place in places]
+        positions = (divmod(first + offset, self.num_items) for offset in range(self.batch_size))
+        return [(epoch, int(_permutation(self.num_items, self.seed, epoch)[index])) for epoch, index in positions]
 
 
 @dataclass(frozen=True)
@@ -75,10 +58,10 @@ class CropBatch:
     """Crops of several files, padded with zeros to the longest.
 
     Attributes:
-        waves: By sample rate in Hz: `[b, n]` float32.
-        lengths: By sample rate: `[b]` int64, samples of each item that are not padding.
-        captions: One an item, None where there is none.
-        indices: Item index of each.
+        waves: By sample rate in Hz, `[b, n]` float32.
+        lengths: By sample rate, `[b]` int64, samples of each item without padding.
+        captions: One per item, or None.
+        indices: Item index of each crop.
         ends_file: `[b]` bool, whether the file really ends where the crop ends.
     """
 
@@ -91,17 +74,7 @@ class CropBatch:
 
 @beartype
 def collate_crops(crops: Sequence[Crop]) -> CropBatch:
-    """Put crops into one batch.
-
-    Args:
-        crops: At least one crop; all at the same sample rates.
-
-    Returns:
-        The batch, in the order of the crops.
-
-    Raises:
-        ValueError: If there are no crops, or their sample rates differ.
-    """
+    """Collate crops of equal sample rates into one batch, in their order."""
     if not crops:
         raise ValueError("cannot collate an empty list of crops")
     rates_hz = list(crops[0].waves)

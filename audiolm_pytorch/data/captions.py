@@ -1,4 +1,4 @@
-"""What users write about a clip: captions in every form they come in, in manifest lines and in files beside clips."""
+"""Captions as users write them: in lines of a manifest, and in files beside the audio."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -9,35 +9,32 @@ import numpy as np
 from beartype import beartype
 
 __all__ = [
+    "SIDECAR_SUFFIXES",
+    "caption_and_labels",
     "decode_texts",
     "encode_texts",
     "is_encodable",
     "json_lines",
     "read_sidecar",
-    "caption_and_labels",
     "texts_in",
 ]
 
 SIDECAR_SUFFIXES = (".json", ".txt")
-# Far beyond what anybody writes about a clip; a file without line ends must not fill the memory.
-MAX_LINE_BYTES, MAX_SIDECAR_BYTES = 2**24, 2**20
+# Far longer than any caption; a file without line ends must not fill the memory.
+_MAX_LINE_BYTES, _MAX_SIDECAR_BYTES = 2**24, 2**20
 
 
 @beartype
 def texts_in(value: Any) -> list[str]:
     """List the texts of a value as users write captions: a text, a list of texts, or texts and lists by name.
 
-    Args:
-        value: Anything; what is no text, and blank texts, are left out.
-
-    Returns:
-        The texts in their order, each once.
+    Each text once, in order; other values and blank texts are left out.
     """
     return list(dict.fromkeys(leaf for leaf in _leaves(value) if isinstance(leaf, str) and leaf.strip()))
 
 
 def _leaves(value: Any) -> list[Any]:
-    """What a value holds: itself, or the entries of a list or a dict and of the lists right inside."""
+    """The value itself, or the entries of a list or a dict, and of lists directly inside."""
     if not isinstance(value, list | tuple | dict):
         return [value]
     entries = value.values() if isinstance(value, dict) else value
@@ -46,7 +43,7 @@ def _leaves(value: Any) -> list[Any]:
 
 @beartype
 def is_encodable(text: str) -> bool:
-    """Tell whether a text can be written: JSON may hold half of a surrogate pair, which tokenizers do not take."""
+    """Whether a text can be encoded: JSON may hold half of a surrogate pair, which tokenizers do not accept."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -56,17 +53,13 @@ def is_encodable(text: str) -> bool:
 
 @beartype
 def encode_texts(texts: Sequence[str]) -> np.ndarray:
-    """Turn texts into an array, as token shards hold them: the bytes `[n]` of a JSON list in UTF-8."""
+    """Encode texts as an array for token shards: the bytes `[n]` of a JSON list in UTF-8."""
     return np.frombuffer(json.dumps(list(texts)).encode(), dtype=np.uint8)
 
 
 @beartype
 def decode_texts(data: np.ndarray) -> list[str]:
-    """Read the texts that `encode_texts` turned into an array, of whatever integers.
-
-    Raises:
-        ValueError: If the array holds anything else.
-    """
+    """Decode the texts of `encode_texts` from an array of any integer type."""
     try:
         texts = json.loads(data.astype(np.uint8).tobytes())
     except (ValueError, RecursionError):
@@ -80,23 +73,20 @@ def decode_texts(data: np.ndarray) -> list[str]:
 
 @beartype
 def caption_and_labels(fields: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
-    """Split what is said about a clip into its first caption and its labels.
+    """Split the fields of a clip into its first caption (or None) and its labels.
 
-    Args:
-        fields: `caption` and `captions` are captions, each a text, a list of texts or texts and lists by name; all
-            else are labels.
-
-    Returns:
-        The first caption, None if there is none, and the labels; these hold further captions as the list `captions`.
+    `caption` and `captions` hold captions, each a text, a list of texts, or texts and lists by name. All other fields
+    are labels. Further captions become the label `captions`, a list.
 
     Raises:
-        ValueError: If a caption is no text.
+        ValueError: If a caption is not a text.
     """
     for name in ("caption", "captions"):
         leaves = [leaf for leaf in _leaves(fields.get(name)) if leaf is not None]
         if not all(isinstance(leaf, str) and is_encodable(leaf) for leaf in leaves):
-            said = ascii(fields[name])[:100]
-            raise ValueError(f"{name!r} must be a text, a list of texts, or texts by name, got {said}")
+            raise ValueError(
+                f"{name!r} must be a text, a list of texts, or texts by name, got {ascii(fields[name])[:100]}"
+            )
     caption, further = fields.get("caption"), texts_in(fields.get("captions"))
     if not isinstance(caption, str) or not caption.strip():
         texts = [*texts_in(caption), *further]
@@ -107,21 +97,17 @@ def caption_and_labels(fields: dict[str, Any]) -> tuple[str | None, dict[str, An
 
 @beartype
 def read_sidecar(path: Path) -> tuple[str | None, dict[str, Any]]:
-    """Read what is written about a clip in a file beside it.
+    """Read the caption and the labels of a clip from a file beside it, as `caption_and_labels` returns them.
 
-    Args:
-        path: A `.txt` file, whose lines are captions, or a `.json` file, an object as a line of a manifest; its `audio`
-            is not looked at, since the clip is the one it lies beside.
-
-    Returns:
-        As `caption_and_labels`.
+    Each line of a `.txt` file is a caption. A `.json` file is an object like a line of a manifest; its `audio` is
+    ignored.
 
     Raises:
-        ValueError: If the file cannot be read as such; the message names a line where it can, not the file.
+        ValueError: If the file cannot be read; the message does not name it.
     """
     num_bytes = path.stat().st_size
-    if num_bytes > MAX_SIDECAR_BYTES:
-        raise ValueError(f"holds {num_bytes} bytes, at most {MAX_SIDECAR_BYTES} are read")
+    if num_bytes > _MAX_SIDECAR_BYTES:
+        raise ValueError(f"has {num_bytes} bytes, at most {_MAX_SIDECAR_BYTES} are read")
     text = _decoded(path.read_bytes())
     if path.suffix.lower() == ".json":
         fields = _json_object(text)
@@ -132,24 +118,18 @@ def read_sidecar(path: Path) -> tuple[str | None, dict[str, Any]]:
 
 @beartype
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Read a file of JSON objects, one a line; blank lines are skipped.
-
-    Args:
-        path: The file.
-
-    Yields:
-        Number of the line, from 1, and its object.
+    """Yield the number of each line of a JSONL file, from 1, and its object; blank lines are skipped.
 
     Raises:
-        ValueError: If a line is no object; the message names file and line.
+        ValueError: If a line is not an object; the message names file and line.
     """
     with path.open("rb") as lines:
         number = 0
-        while line := lines.readline(MAX_LINE_BYTES + 1):
+        while line := lines.readline(_MAX_LINE_BYTES + 1):
             number += 1
             try:
-                if len(line) > MAX_LINE_BYTES:
-                    raise ValueError(f"longer than {MAX_LINE_BYTES} bytes; write one object a line")
+                if len(line) > _MAX_LINE_BYTES:
+                    raise ValueError(f"longer than {_MAX_LINE_BYTES} bytes; write one object a line")
                 text = _decoded(line)
                 if text.strip():
                     yield number, _json_object(text)
@@ -158,7 +138,6 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    """The JSON object that a text should be."""
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and thousands of brackets
@@ -169,7 +148,7 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def _decoded(data: bytes) -> str:
-    """Text of a file that should be UTF-8, with or without a byte order mark."""
+    """Decode UTF-8, with or without a byte order mark."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""Random crops of audio files: the same instants at every sample rate that a training stage needs."""
+"""Random crops of audio files: the same instants at every sample rate of a training stage."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,23 +16,22 @@ from audiolm_pytorch.data.manifest import AudioItem
 __all__ = ["Crop", "CropDataset", "crop_seconds"]
 
 # Crops begin on multiples of 40 ms: whole frames of every tokenizer at 25, 50 or 75 frames a second.
-STARTS_PER_SECOND = 25
-FULL_SCALE = 32768
+_STARTS_PER_SECOND = 25
+_FULL_SCALE = 32768
 
 
 @dataclass(frozen=True)
 class Crop:
-    """A stretch of one file.
+    """A part of one file.
 
     Attributes:
-        waves: By sample rate in Hz: `[n]` float32 mono, or `[c, n]` of a data set of several channels; the same
-            instants each, never padded.
-        caption: Caption of the file, if it has one.
-        labels: What else the manifest says about the file.
+        waves: By sample rate in Hz, `[n]` float32 mono, or `[c, n]` of a data set with several channels. All hold the
+            same instants, without padding.
+        labels: Further fields of the file's manifest.
         index: Index of the file in the data set.
-        start_seconds: Where in the file the crop begins.
-        is_file_start: Whether it begins with the file.
-        ends_file: Whether the file ends with it, to within 40 ms (less than a frame of tokens).
+        start_seconds: Position of the crop in the file.
+        is_file_start: Whether the crop begins where the file begins.
+        ends_file: Whether it ends where the file ends, to within 40 ms (less than a frame of tokens).
     """
 
     waves: dict[int, Tensor]
@@ -45,7 +44,18 @@ class Crop:
 
 
 class CropDataset:
-    """Crops of audio files, decoded once and kept in memory as 16-bit samples as far as they fit."""
+    """Crops of audio files, decoded once and cached in memory as 16-bit samples as far as they fit.
+
+    Args:
+        items: Files, as checked by `load_items`.
+        seconds: Length of a crop; a shorter file is returned whole. None returns whole files.
+        rates_hz: Sample rates of the crops, multiples of 25 Hz.
+        seed: Seed of the positions.
+        cache_bytes: Memory for decoded audio (16-bit at the highest rate). The first files that fit are cached and the
+            others are read from disk for every crop. The choice does not depend on the order of use, so that a resumed
+            run receives the same bits.
+        channels: 1 averages the channels of a file. Another number must be that of the files; mono is repeated.
+    """
 
     @beartype
     def __init__(
@@ -57,25 +67,10 @@ class CropDataset:
         cache_bytes: int = 2**30,
         channels: int = 1,
     ) -> None:
-        """Set what is cropped and how.
-
-        Args:
-            items: The files, as checked by `load_items`.
-            seconds: Length of a crop; a shorter file gives all it has. None takes whole files.
-            rates_hz: Sample rates wanted, multiples of 25 Hz.
-            seed: Seed of the positions, not negative.
-            cache_bytes: Memory for decoded audio (16-bit at the highest rate wanted). The first files that fit are
-                kept and the others are read from disk at every crop: which ones does not depend on the order of use, so
-                that a resumed run sees the same bits.
-            channels: 1 averages the channels of a file. More must be those of the file; of mono they are copies.
-
-        Raises:
-            ValueError: If a list is empty or a number is out of range.
-        """
         if not items or not rates_hz:
             raise ValueError(f"need at least one item and one sample rate, got {len(items)} and {len(rates_hz)}")
-        if any(hz < STARTS_PER_SECOND or hz % STARTS_PER_SECOND for hz in rates_hz):
-            raise ValueError(f"sample rates must be multiples of {STARTS_PER_SECOND} Hz, got {list(rates_hz)}")
+        if any(hz < _STARTS_PER_SECOND or hz % _STARTS_PER_SECOND for hz in rates_hz):
+            raise ValueError(f"sample rates must be multiples of {_STARTS_PER_SECOND} Hz, got {list(rates_hz)}")
         if seed < 0 or cache_bytes < 0 or channels < 1 or (seconds is not None and round(seconds * min(rates_hz)) < 1):
             raise ValueError(
                 "need seed >= 0, cache_bytes >= 0, channels >= 1, seconds > 0, got "
@@ -92,29 +87,20 @@ class CropDataset:
         self._cache: dict[int, tuple[np.ndarray, float]] = {}
 
     def __len__(self) -> int:
-        """Count the files."""
+        """Number of files."""
         return len(self.items)
 
     @beartype
     def get(self, epoch: int, index: int) -> Crop:
-        """Cut the crop of one file in one epoch; a pure function of the seed and the arguments.
+        """Crop of one file in one epoch, from 0; a pure function of the seed and the arguments.
 
-        Args:
-            epoch: Pass over the data, from 0; every epoch has a crop of its own.
-            index: Index of the file.
-
-        Returns:
-            `round(seconds * rate)` samples at every rate, or fewer if the file has fewer.
-
-        Raises:
-            ValueError: If the epoch is negative or the file cannot be read any more.
-            IndexError: If there is no such file.
+        Returns `round(seconds * rate)` samples at every rate, or fewer if the file is shorter.
         """
         if not 0 <= index < len(self.items):
             raise IndexError(f"there is no file {index} among {len(self.items)}")
         item, length, hz = self.items[index], self._lengths[index], self._decode_hz
         count = length if self.seconds is None else min(round(self.seconds * hz), length)
-        grid = hz // STARTS_PER_SECOND
+        grid = hz // _STARTS_PER_SECOND
         last_step = (length - count) // grid
         step = int(np.random.default_rng([self.seed, epoch, index]).integers(last_step + 1)) if last_step else 0
         return Crop(
@@ -122,19 +108,19 @@ class CropDataset:
             caption=item.caption,
             labels=item.labels,
             index=index,
-            start_seconds=step / STARTS_PER_SECOND,
+            start_seconds=step / _STARTS_PER_SECOND,
             is_file_start=step == 0,
             ends_file=length - (step * grid + count) < grid,
         )
 
     def _waves(self, index: int, step: int) -> dict[int, Tensor]:
-        """Cut the crop that begins at a step of the 40 ms grid, at every rate."""
+        """The crop that begins at a step of the 40 ms grid, at every rate."""
         spans = {}
         for hz in self.rates_hz:
             available = -(-self._lengths[index] * hz // self._decode_hz)
-            start = step * hz // STARTS_PER_SECOND
-            wanted = available if self.seconds is None else round(self.seconds * hz)
-            num_samples = min(wanted, available - start)
+            start = step * hz // _STARTS_PER_SECOND
+            num_samples = available if self.seconds is None else round(self.seconds * hz)
+            num_samples = min(num_samples, available - start)
             spans[hz] = (num_samples, *resample_source_span(start, num_samples, self._decode_hz, hz))
         first = min(begin for _, begin, _, _ in spans.values())
         decoded = self._decoded(index, first, max(end for _, _, end, _ in spans.values()))
@@ -144,7 +130,7 @@ class CropDataset:
         }
 
     def _decoded(self, index: int, start: int, stop: int) -> Tensor:
-        """Samples `start <= i < stop` of a file at the decoded rate `[n]` or `[c, n]`, fewer where the file ends."""
+        """Samples `start <= i < stop` of a file at the decoded rate, `[n]` or `[c, n]`, or fewer at its end."""
         item, hz = self.items[index], self._decode_hz
         stop = min(stop, self._lengths[index])
         if index >= self._num_cached:
@@ -160,9 +146,9 @@ class CropDataset:
 
 
 def _to_int16(wave: np.ndarray) -> tuple[np.ndarray, float]:
-    """16-bit samples and their scale: exact for 16-bit files at their own rate, and nothing is clipped."""
+    """16-bit samples and their scale; exact for 16-bit files at their own rate, without clipping."""
     peak = float(np.abs(wave).max(initial=0.0))
-    scale = max(peak / (FULL_SCALE - 1), 1 / FULL_SCALE) if peak > (FULL_SCALE - 1) / FULL_SCALE else 1 / FULL_SCALE
+    scale = max(peak / (_FULL_SCALE - 1), 1 / _FULL_SCALE)
     return np.round(wave / scale).astype(np.int16), scale
 
 
@@ -170,18 +156,9 @@ def _to_int16(wave: np.ndarray) -> tuple[np.ndarray, float]:
 def crop_seconds(
     data_max_length: int | None, data_max_length_seconds: float | int | None, sample_hz: int | None
 ) -> float | int | None:
-    """Length of a trainer's crops, from whichever way its caller gave it.
+    """Length of a trainer's crops in seconds, from samples at `sample_hz` or from seconds; None without both.
 
-    Args:
-        data_max_length: Samples at `sample_hz`.
-        data_max_length_seconds: Seconds.
-        sample_hz: Rate of the tokenizer that samples are counted at; None if there is none.
-
-    Returns:
-        Seconds; None if neither was given.
-
-    Raises:
-        ValueError: If both are given, or samples without a rate.
+    `sample_hz` is the rate of the tokenizer, None without one.
     """
     if data_max_length is None:
         return data_max_length_seconds

@@ -1,8 +1,8 @@
-"""Token shards: what frozen encoders said about a corpus, computed once by any number of processes, then memory-mapped.
+"""Token shards: records of frozen encoders for a corpus, computed once by any number of processes, then memory-mapped.
 
-A folder holds `plan.json` (what is being written), `chunk-00000/` and so on (each field as one flat array plus the
-offsets of its records, all plain `.npy`), and, once every chunk is there, `index.json`. A chunk appears under its name
-only when it is complete, so a run that was killed goes on where it stood.
+A folder holds `plan.json` (the arguments of the writing), `chunk-00000/` and so on (each field as one flat array and
+the offsets of its records, all plain `.npy`), and `index.json` when every chunk is complete. A chunk appears under its
+name only when it is complete, so that a run that was killed continues where it stopped.
 """
 
 import json
@@ -21,18 +21,18 @@ from audiolm_pytorch.saving.files import differences, read_json, write_json
 
 __all__ = ["TokenShards", "write_shards"]
 
-FORMAT_VERSION = 1
-PLAN_NAME, INDEX_NAME, FIELDS_NAME = "plan.json", "index.json", "fields.json"
-FLOAT_TYPES = (np.float16, np.float32)
-# Two maps a field stay open for every chunk in use; far below the usual limit of 1,024 open files a process.
-MAX_OPEN_CHUNKS = 64
+_FORMAT_VERSION = 1
+_PLAN_NAME, _INDEX_NAME, _FIELDS_NAME = "plan.json", "index.json", "fields.json"
+_FLOAT_TYPES = (np.float16, np.float32)
+# Two maps per field stay open for every chunk in use; the usual limit is 1,024 open files per process.
+_MAX_OPEN_CHUNKS = 64
 
 Record = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class _OpenChunk:
-    """One chunk as arrays: `values [rows, ...]` and `offsets [records + 1]` of every field."""
+    """Arrays of one chunk: `values [rows, ...]` and `offsets [records + 1]` of every field."""
 
     values: Record
     offsets: Record
@@ -48,23 +48,20 @@ def write_shards(
     rank: int = 0,
     world_size: int = 1,
 ) -> int:
-    """Compute records and store them; chunks that are already complete are not computed again.
+    """Compute records and store them; chunks that are complete already are not computed again.
 
-    Any number of processes may write one folder, each with its rank; who finds all chunks complete writes the index.
+    Any number of processes may write one folder, each with its rank; one that finds all chunks complete writes the
+    index.
 
     Args:
-        folder: Where to; made if missing.
-        make_record: Gives record `i`: named arrays, the same names in every record. Whole numbers are stored as int16
-            or int32, real ones as float16 or float32; an array of no dimensions is one number and keeps its precision.
-            All but the first dimension (time) must agree between records.
-        num_records: How many records there are.
-        fingerprint: What the records depend on (encoders, crops, source), as JSON; a folder belongs to one fingerprint.
-        records_per_chunk: Records that are lost when the process is killed, at most.
-        rank: Number of this process.
-        world_size: Number of processes.
+        make_record: Returns record `i`: named arrays, with the same names and the same shapes apart from the first
+            dimension (time) in every record. Whole numbers are stored as int16 or int32, real ones as float16 or
+            float32; an array without dimensions is one number and keeps its precision.
+        fingerprint: JSON-able origin of the records (encoders, crops, source); a folder belongs to one fingerprint.
+        records_per_chunk: Records that are lost at most when the process is killed.
 
     Returns:
-        How many chunks this call computed.
+        Number of chunks that this call computed.
 
     Raises:
         ValueError: If the folder was begun with another fingerprint or size, or a record cannot be stored.
@@ -75,11 +72,11 @@ def write_shards(
             f"got {num_records}, {records_per_chunk}, {rank}, {world_size}"
         )
     folder = Path(folder)
-    # Through JSON, so that what is compared is what a reader will find (tuples are lists there).
+    # JSON turns tuples into lists, and the plan is compared with the one that was read
     plan = json.loads(
         json.dumps(
             {
-                "format_version": FORMAT_VERSION,
+                "format_version": _FORMAT_VERSION,
                 "num_records": num_records,
                 "records_per_chunk": records_per_chunk,
                 "fingerprint": fingerprint,
@@ -87,14 +84,14 @@ def write_shards(
         )
     )
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / PLAN_NAME).is_file():
+    if (folder / _PLAN_NAME).is_file():
         _require_equal(
-            read_json(folder / PLAN_NAME),
+            read_json(folder / _PLAN_NAME),
             plan,
             f"{folder} was begun with another plan; use another folder, or remove it",
         )
     else:
-        write_json(folder / PLAN_NAME, plan)
+        write_json(folder / _PLAN_NAME, plan)
     chunks = [folder / f"chunk-{number:05d}" for number in range(-(-num_records // records_per_chunk))]
     num_computed = 0
     for number in range(rank, len(chunks), world_size):
@@ -105,22 +102,22 @@ def write_shards(
         _write_chunk(chunks[number], [_storable(make_record(i), i) for i in range(first, last)], first)
         num_computed += 1
     if all(chunk.is_dir() for chunk in chunks):
-        write_json(folder / INDEX_NAME, {**plan, "fields": _joint_fields(chunks)})
+        write_json(folder / _INDEX_NAME, {**plan, "fields": _joint_fields(chunks)})
     return num_computed
 
 
 def _storable(record: Record, number: int) -> Record:
-    """Bring a record's arrays to the types that are stored."""
+    """Convert a record's arrays to the stored types."""
     stored = {}
-    for name, given in record.items():
-        array = np.asarray(given)
+    for name, value in record.items():
+        array = np.asarray(value)
         if array.dtype.kind not in "biuf":
             raise ValueError(f"record {number}, field {name!r}: cannot store {array.dtype}; give whole or real numbers")
         if array.dtype.kind == "f":
             if not np.isfinite(array).all():
                 raise ValueError(f"record {number}, field {name!r}: holds NaN or infinite values")
-            small = array.dtype in FLOAT_TYPES
-            stored[name] = array if small or not array.ndim else array.astype(np.float32)
+            keeps_type = array.dtype in _FLOAT_TYPES or not array.ndim
+            stored[name] = array if keeps_type else array.astype(np.float32)
         else:
             stored[name] = array.astype(_integer_type(array, number, name))
     return stored
@@ -136,7 +133,7 @@ def _integer_type(array: np.ndarray, number: int, name: str) -> type:
 
 
 def _write_chunk(chunk: Path, records: list[Record], first: int) -> None:
-    """Write a chunk beside its place and move it there; the first process to finish wins."""
+    """Write a chunk beside its place and rename it; the first process to finish wins."""
     fields = {}
     partial = chunk.with_name(f".{chunk.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -150,7 +147,7 @@ def _write_chunk(chunk: Path, records: list[Record], first: int) -> None:
             np.save(partial / f"{name}.npy", values, allow_pickle=False)
             np.save(partial / f"{name}.offsets.npy", offsets, allow_pickle=False)
             fields[name] = {"dtype": values.dtype.name, "shape": list(values.shape[1:]), "scalar": array.ndim == 0}
-        write_json(partial / FIELDS_NAME, fields)
+        write_json(partial / _FIELDS_NAME, fields)
         try:
             partial.rename(chunk)
         except OSError:
@@ -161,30 +158,30 @@ def _write_chunk(chunk: Path, records: list[Record], first: int) -> None:
 
 
 def _column(records: list[Record], name: str, first: int) -> list[np.ndarray]:
-    """One field of all records, after checking that they can stand in one array."""
+    """One field of all records, checked for equal names and shapes."""
     names, shape = records[0].keys(), records[0][name].shape
     for number, record in enumerate(records, first):
         if record.keys() != names:
             raise ValueError(f"record {number} has fields {sorted(record)}, record {first} has {sorted(names)}")
-        given = record[name].shape
-        if given[1:] != shape[1:] or len(given) != len(shape):
+        other = record[name].shape
+        if other[1:] != shape[1:] or len(other) != len(shape):
             raise ValueError(
-                f"record {number}, field {name!r}: shape {given} does not go with {shape} of record {first}"
+                f"record {number}, field {name!r}: shape {other} does not go with {shape} of record {first}"
             )
     return [record[name] for record in records]
 
 
 def _joint_fields(chunks: list[Path]) -> dict[str, dict[str, Any]]:
-    """The fields of all chunks, each with the type that holds every chunk's values."""
-    described = [read_json(chunk / FIELDS_NAME) for chunk in chunks]
-    joint: dict[str, dict[str, Any]] = {name: dict(form) for name, form in described[0].items()}
-    for chunk, fields in zip(chunks, described, strict=True):
+    """Fields of all chunks, each with a type that holds the values of every chunk."""
+    joint: dict[str, dict[str, Any]] = read_json(chunks[0] / _FIELDS_NAME)
+    for chunk in chunks:
+        fields = read_json(chunk / _FIELDS_NAME)
         layout, expected = (
-            {name: (form["shape"], form["scalar"]) for name, form in given.items()} for given in (fields, joint)
+            {name: (field["shape"], field["scalar"]) for name, field in part.items()} for part in (fields, joint)
         )
         _require_equal(layout, expected, f"{chunk} has other fields than {chunks[0]}")
-        for name, form in fields.items():
-            joint[name]["dtype"] = np.result_type(joint[name]["dtype"], form["dtype"]).name
+        for name, field in fields.items():
+            joint[name]["dtype"] = np.result_type(joint[name]["dtype"], field["dtype"]).name
     return joint
 
 
@@ -195,7 +192,16 @@ def _require_equal(found: dict[str, Any], expected: dict[str, Any], complaint: s
 
 
 class TokenShards:
-    """Records written by `write_shards`, read one by one from memory maps."""
+    """Records written by `write_shards`, read one by one from memory maps.
+
+    Args:
+        expect_fingerprint: Required origin of the records; None accepts any.
+        max_open_chunks: Chunks that stay mapped (pages that were read count as memory of this process); None = as many
+            as is safe.
+
+    Raises:
+        ValueError: If the folder is missing, unfinished or of another format, or the fingerprint differs.
+    """
 
     @beartype
     def __init__(
@@ -204,28 +210,16 @@ class TokenShards:
         expect_fingerprint: dict[str, Any] | None = None,
         max_open_chunks: int | None = None,
     ) -> None:
-        """Open a complete folder.
-
-        Args:
-            folder: A folder that `write_shards` has finished.
-            expect_fingerprint: What the records should depend on; None accepts any.
-            max_open_chunks: Chunks that stay mapped (what was read of them counts as memory of this process); None = as
-                many as is safe.
-
-        Raises:
-            ValueError: If the folder is missing, unfinished or of another format, or the fingerprint differs (the
-                message shows where).
-        """
         self.folder = Path(folder)
-        if not (self.folder / INDEX_NAME).is_file():
+        if not (self.folder / _INDEX_NAME).is_file():
             state = (
-                "unfinished: run write_shards again" if (self.folder / PLAN_NAME).is_file() else "not a shard folder"
+                "unfinished: run write_shards again" if (self.folder / _PLAN_NAME).is_file() else "not a shard folder"
             )
-            raise ValueError(f"{self.folder}: no {INDEX_NAME} ({state})")
-        index = read_json(self.folder / INDEX_NAME)
-        if index.get("format_version") != FORMAT_VERSION:
+            raise ValueError(f"{self.folder}: no {_INDEX_NAME} ({state})")
+        index = read_json(self.folder / _INDEX_NAME)
+        if index.get("format_version") != _FORMAT_VERSION:
             raise ValueError(
-                f"{self.folder}: format version {index.get('format_version')}, this code reads {FORMAT_VERSION}"
+                f"{self.folder}: format version {index.get('format_version')}, this code reads {_FORMAT_VERSION}"
             )
         self.fingerprint: dict[str, Any] = index["fingerprint"]
         if expect_fingerprint is not None:
@@ -236,7 +230,7 @@ class TokenShards:
         self._num_records: int = index["num_records"]
         self._records_per_chunk: int = index["records_per_chunk"]
         self._fields: dict[str, dict[str, Any]] = index["fields"]
-        self._max_open_chunks = MAX_OPEN_CHUNKS if max_open_chunks is None else max_open_chunks
+        self._max_open_chunks = _MAX_OPEN_CHUNKS if max_open_chunks is None else max_open_chunks
         self._open: OrderedDict[int, _OpenChunk] = OrderedDict()
 
     @property
@@ -245,47 +239,30 @@ class TokenShards:
         return tuple(self._fields)
 
     def __len__(self) -> int:
-        """Count the records."""
+        """Number of records."""
         return self._num_records
 
     def longest(self, field: str) -> int:
-        """Count the rows of a field in the record that has most of them; reads no values.
-
-        Args:
-            field: Name of a field.
-
-        Returns:
-            Rows along its first dimension.
-        """
+        """Largest number of rows of a field in one record; reads no values."""
         numbers = range(-(-self._num_records // self._records_per_chunk))
         files = (self.folder / f"chunk-{number:05d}" / f"{field}.offsets.npy" for number in numbers)
         return max(int(np.diff(np.load(file, allow_pickle=False)).max()) for file in files)
 
     def __getitem__(self, index: int) -> Record:
-        """Read one record.
-
-        Args:
-            index: Number of the record.
-
-        Returns:
-            Its arrays, as copies in memory.
-
-        Raises:
-            IndexError: If there is no such record.
-        """
+        """Read one record; its arrays are copies in memory."""
         if not 0 <= index < len(self):
             raise IndexError(f"there is no record {index} among {len(self)} of {self.folder}")
-        number, place = divmod(index, self._records_per_chunk)
+        number, row = divmod(index, self._records_per_chunk)
         chunk = self._chunk(number)
         record = {}
-        for name, form in self._fields.items():
-            start, stop = chunk.offsets[name][place : place + 2]
-            values = np.array(chunk.values[name][start:stop], dtype=form["dtype"])
-            record[name] = values.reshape(()) if form["scalar"] else values
+        for name, field in self._fields.items():
+            start, stop = chunk.offsets[name][row : row + 2]
+            values = np.array(chunk.values[name][start:stop], dtype=field["dtype"])
+            record[name] = values.reshape(()) if field["scalar"] else values
         return record
 
     def _chunk(self, number: int) -> _OpenChunk:
-        """Open a chunk, or find it among those last used."""
+        """Open a chunk, or reuse one of the last chunks."""
         if number not in self._open:
             folder = self.folder / f"chunk-{number:05d}"
             self._open[number] = _OpenChunk(
@@ -299,7 +276,7 @@ class TokenShards:
 
 
 def _load(path: Path) -> np.ndarray:
-    """Map an array; an empty one cannot be mapped and is read."""
+    """Map an array, or read it if it is empty, which cannot be mapped."""
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError:

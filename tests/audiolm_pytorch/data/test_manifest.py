@@ -221,7 +221,7 @@ def test_a_bad_file_beside_a_clip_is_named_and_the_clip_kept(
     assert [(item.path, item.caption, item.labels) for item in report.items] == [(clip, "kept", {})]
     (rejected,) = report.rejected
     assert rejected.path == tmp_path / name and message in rejected.reason
-    assert "mend or delete it, a.wav is used without it" in rejected.reason
+    assert "fix or delete it, a.wav is used without it" in rejected.reason
     assert len(caplog.records) == 1 and name in caplog.text
 
 

@@ -163,7 +163,7 @@ def test_folders_that_are_no_shards_are_refused(tmp_path: Path) -> None:
 
 def test_many_chunks_do_not_keep_many_files_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the limit of open files on a large corpus."""
-    monkeypatch.setattr("audiolm_pytorch.data.shards.MAX_OPEN_CHUNKS", 3)
+    monkeypatch.setattr("audiolm_pytorch.data.shards._MAX_OPEN_CHUNKS", 3)
     write_shards(tmp_path / "s", lambda number: {"a": np.array([number])}, 8, {}, records_per_chunk=1)
     shards = TokenShards(tmp_path / "s")
     assert [shards[number]["a"].item() for number in [*range(8), 0]] == [*range(8), 0]
