@@ -175,5 +175,5 @@ def _shape_advice(shape: list[int], channels: int) -> str:
     if len(shape) == 3 and channels == 1 and shape[1] > 1:
         return "; mix the channels down: wave.mean(dim=1)"
     if channels > 1 and (len(shape) == 2 or shape[1:2] == [1]):
-        return f"; repeat the one channel: wave.view(len(wave), 1, -1).repeat(1, {channels}, 1)"
+        return f"; repeat the channel: wave.view(len(wave), 1, -1).repeat(1, {channels}, 1)"
     return ""

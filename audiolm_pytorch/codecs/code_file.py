@@ -103,19 +103,17 @@ class StoredCodes:
                 f"the codes are from {info.codec_class} {info.codec_fingerprint}, got the codec "
                 f"{type(codec).__name__} {fingerprint}; decode with the codec that encoded them"
             )
-        sizes = (info.sample_hz, info.channels, info.codebook_size)
-        codec_sizes = (codec.target_sample_hz, codec.channels, codec.codebook_size)
-        expected_frames = codec.num_frames(info.num_samples)
-        if sizes != codec_sizes or num_levels > codec.num_quantizers or num_frames != expected_frames:
+        sizes = (info.sample_hz, info.channels, info.codebook_size, num_frames)
+        num_expected = codec.num_frames(info.num_samples)
+        codec_sizes = (codec.target_sample_hz, codec.channels, codec.codebook_size, num_expected)
+        if sizes != codec_sizes or num_levels > codec.num_quantizers:
             raise ValueError(
-                f"the codes ({num_frames} frames of {num_levels} levels of {info.codebook_size}, "
-                f"{info.num_samples} samples at {info.sample_hz} Hz, {info.channels} channels) do not fit their codec "
-                f"({expected_frames} frames for that, up to {codec.num_quantizers} levels of {codec.codebook_size} at "
-                f"{codec.target_sample_hz} Hz, {codec.channels} channels); encode the sound again"
+                f"the codes (Hz, channels, codebook size, frames: {sizes}; {num_levels} levels) do not fit their codec "
+                f"({codec_sizes}; at most {codec.num_quantizers} levels); encode the sound again"
             )
         if (self.scales is not None) != codec.has_scales:
             raise ValueError(
-                f"the codes have {'no ' if self.scales is None else ''}scales, but the codec has "
+                f"the codes come {'without' if self.scales is None else 'with'} scales, but the codec has "
                 f"{'one per segment' if codec.has_scales else 'none'}; encode the sound again"
             )
 

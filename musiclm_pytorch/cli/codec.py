@@ -149,7 +149,7 @@ def _evaluate(command: Evaluate) -> int:
     from audiolm_pytorch.audio.files import read_audio
     from audiolm_pytorch.audio.resample import resample
     from audiolm_pytorch.saving.files import write_json
-    from musiclm_pytorch.evaluation.codec_report import codec_report, distance_row, rows_table
+    from musiclm_pytorch.evaluation.codec_report import codec_report, rows_table
 
     if not command.seconds > 0:
         raise ValueError(f"--seconds must be above 0, got {command.seconds:g}")
@@ -159,20 +159,19 @@ def _evaluate(command: Evaluate) -> int:
     codec = command.open_codec()
     sample_hz = codec.target_sample_hz
 
-    def read(path: Path) -> "tuple[Tensor, int]":
-        return read_audio(path, channels=codec.channels, duration_seconds=command.seconds)
-
-    readable = _readable(paths, read)
-
     def clips() -> "Iterator[Tensor]":
-        return (resample(*read(path), sample_hz) for path in readable)
+        for path in paths:
+            try:
+                clip = read_audio(path, channels=codec.channels, duration_seconds=command.seconds)
+            except (ValueError, OSError) as error:
+                _fail(path, error, is_only_file=len(paths) == 1)
+            else:
+                yield resample(*clip, sample_hz)
 
-    rows = [
-        distance_row("unquantized copy", ((clip, clip) for clip in clips()), sample_hz),
-        *codec_report(codec, clips(), (None, *command.levels), name=command.codec),
-    ]
+    rows = codec_report(codec, clips(), (None, *command.levels), name=command.codec)
+    num_files = rows[0].num_clips
     sys.stdout.write(
-        f"{len(readable)} files, {rows[0].seconds:.0f} s, compared at {sample_hz} Hz; means with 95% intervals\n"
+        f"{num_files} files, {rows[0].seconds:.0f} s, compared at {sample_hz} Hz; means with 95% intervals\n"
     )
     sys.stdout.write(rows_table(rows))
     if command.json is not None:
@@ -182,13 +181,13 @@ def _evaluate(command: Evaluate) -> int:
             "codec_fingerprint": codec.fingerprint(),
             "sample_hz": sample_hz,
             "source": str(command.source),
-            "num_files": len(readable),
+            "num_files": num_files,
             "max_seconds_per_file": command.seconds,
             "device": command.device,
         }
         write_json(command.json, {"format_version": 1, "settings": settings, "rows": [asdict(row) for row in rows]})
         sys.stdout.write(f"wrote {command.json}\n")
-    return 0 if len(readable) == len(paths) else 2
+    return 0 if num_files == len(paths) else 2
 
 
 def _pairs(
@@ -218,7 +217,7 @@ def _files_below(folder: Path, suffixes: Sequence[str]) -> list[Path]:
 
 
 def _for_each(pairs: Sequence[tuple[Path, Path | None]], work: Callable[[Path, Path], str]) -> int:
-    """Run `work` on every pair and print its summary; an error is raised for a single file and printed for several."""
+    """Run `work` on every pair of input and output, print its summaries, and return the exit status."""
     num_failed = 0
     for source, target in pairs:
         try:
@@ -226,10 +225,7 @@ def _for_each(pairs: Sequence[tuple[Path, Path | None]], work: Callable[[Path, P
                 raise ValueError(f"{source}: another file of this name was written before; rename one of them")
             summary = work(source, target)
         except (ValueError, OSError, RuntimeError) as error:
-            message = _named(source, error)
-            if len(pairs) == 1:
-                raise ValueError(message) from error
-            _print_error(message)
+            _fail(source, error, is_only_file=len(pairs) == 1)
             num_failed += 1
         else:
             sys.stdout.write(f"{target}  {summary}\n")
@@ -239,28 +235,10 @@ def _for_each(pairs: Sequence[tuple[Path, Path | None]], work: Callable[[Path, P
     return 2 if num_failed else 0
 
 
-def _readable(paths: Sequence[Path], read: Callable[[Path], object]) -> list[Path]:
-    """The files that can be read; errors of the others are printed, or raised if no file can be read."""
-    readable, errors = [], []
-    for path in paths:
-        try:
-            read(path)
-            readable.append(path)
-        except (ValueError, OSError) as error:
-            errors.append(_named(path, error))
-    if not readable:
-        more = f" (and {len(errors) - 1} other files)" if len(errors) > 1 else ""
-        raise ValueError(errors[0] + more)
-    for message in errors:
-        _print_error(message)
-    return readable
-
-
-def _named(path: Path, error: Exception) -> str:
-    """The error in one line that names the file."""
+def _fail(path: Path, error: Exception, is_only_file: bool) -> None:
+    """Raise the error of the only file, or print the error of one of several files, in one line with its name."""
     message = " ".join(str(error).split()) or type(error).__name__
-    return message if str(path) in message else f"{path}: {message}"
-
-
-def _print_error(message: str) -> None:
+    message = message if str(path) in message else f"{path}: {message}"
+    if is_only_file:
+        raise ValueError(message) from error
     sys.stderr.write(f"musiclm: {message}\n")

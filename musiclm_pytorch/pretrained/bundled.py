@@ -10,6 +10,7 @@ from beartype import beartype
 from torch import nn
 
 from audiolm_pytorch.codecs.base import Codec
+from audiolm_pytorch.codecs.pretrained.open_codec import open_codec
 from audiolm_pytorch.saving.files import read_json
 from audiolm_pytorch.saving.modules import load_module
 from audiolm_pytorch.semantic.base import FrameEncoder, SemanticTokenizer
@@ -52,8 +53,6 @@ def codec_named(name: str, device: str | torch.device = "cpu", offline: bool = F
     Raises:
         ValueError: If there is no such codec, naming the bundled ones.
     """
-    from audiolm_pytorch.codecs.pretrained.open_codec import open_codec
-
     codec = _opened(name, BUNDLED_CODECS, "codecs", lambda source: open_codec(source, offline=offline))
     if not isinstance(codec, Codec):
         raise ValueError(f"{name} holds a {type(codec).__name__}, which is no codec")

@@ -25,7 +25,7 @@ class Span(NamedTuple):
 
     Attributes:
         reach: Upper bound of the distance, in inputs, from an output to the inputs that it depends on.
-        scale: Inputs per output: 320 for an encoder of that stride, 1/320 for its decoder.
+        scale: Inputs per output, for example 320 for an encoder and 1/320 for its decoder.
     """
 
     reach: Fraction

@@ -35,10 +35,10 @@ class EncodecWrapper(PretrainedCodec):
     for ten (without chunks 1.0 GB a minute). The 48 kHz model runs 4 segments at a time: 0.4 GB for a minute.
 
     The 48 kHz model codes segments of 1 s that overlap by 1%, and divides each by its loudness:
-    - The codes hold the frames of the first segment, then of the second, and so on: 150 per segment, and as many as
-      cover the rest in the last (149 in the last but one if at most 160 samples are left for the last, as in the
-      original). A frame advances 316.8 samples on average, so use `num_frames`, not `downsample_factor`. To shorten
-      codes, cut the decoded wave.
+    - The codes hold the frames of the first segment, then of the second, and so on. A segment has 150 frames, the last
+      fewer if it is shorter; the last but one has 149 if at most 160 samples are left for the last, as in the original.
+      A frame advances 316.8 samples on average, so use `num_frames`, not `downsample_factor`. To shorten codes, cut the
+      decoded wave.
     - `encode` and `decode` keep the loudness of each segment as scales beside the codes. `tokenize` and
       `decode_from_codebook_indices` use codes only: every segment is decoded with the loudness `codes_only_rms`, and
       silence becomes faint sound. A language model over the codes has no more information than this.
