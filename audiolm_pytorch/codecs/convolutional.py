@@ -16,8 +16,9 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
+from audiolm_pytorch.codecs.networks import WaveDecoder, WaveEncoder
 from audiolm_pytorch.nn.local_attention import LocalTransformer
-from audiolm_pytorch.nn.streaming import FrameStream, StreamState
+from audiolm_pytorch.nn.streaming import StreamState
 from audiolm_pytorch.saving.modules import register
 
 __all__ = ["CausalConv1d", "CausalConvTranspose1d", "ConvDecoder", "ConvEncoder", "ResidualUnit"]
@@ -135,8 +136,6 @@ class _ConvNetwork(nn.Module, ABC):
         attn_depth: Blocks of attention; the paper has none.
     """
 
-    lookahead_frames = 0
-
     @beartype
     def __init__(
         self,
@@ -157,7 +156,7 @@ class _ConvNetwork(nn.Module, ABC):
             attn_window_size=attn_window_size,
             attn_depth=attn_depth,
         )
-        self.channels, self.samples_per_frame = channels, math.prod(strides)
+        self.channels, self._samples_per_frame = channels, math.prod(strides)
         self._build([base_dim * 2**level for level in range(len(strides) + 1)], list(strides), dim)
 
     @abstractmethod
@@ -174,15 +173,15 @@ class _ConvNetwork(nn.Module, ABC):
 
     def _budget_frames(self) -> int:
         is_on_cpu = next(self.parameters()).device.type == "cpu"
-        return max(1, (_CHUNK_SAMPLES_CPU if is_on_cpu else _CHUNK_SAMPLES_GPU) // self.samples_per_frame)
+        return max(1, (_CHUNK_SAMPLES_CPU if is_on_cpu else _CHUNK_SAMPLES_GPU) // self._samples_per_frame)
 
 
 @register
-class ConvEncoder(_ConvNetwork):
+class ConvEncoder(_ConvNetwork, WaveEncoder):
     """Strided causal convolutions that double the channels at every stride, then optional local attention."""
 
     def _build(self, widths: list[int], strides: list[int], dim: int) -> None:
-        self.dim, self.downsample_factor = dim, self.samples_per_frame
+        self.dim, self.downsample_factor = dim, self._samples_per_frame
         self.first = CausalConv1d(self.channels, widths[0], 7)
         self.blocks = nn.ModuleList([_Block(width) for width in widths[:-1]])
         self.downs = nn.ModuleList(
@@ -191,29 +190,7 @@ class ConvEncoder(_ConvNetwork):
         self.last = CausalConv1d(widths[-1], dim, 3)
         self.attention = self._attention(dim)
 
-    def forward(self, wave: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Waves `[b, c, n]` with n a multiple of the strides' product to frames `[b, f, d]`.
-
-        The interface of encoders has `mask [b, f]` for those that look ahead; padding on the right cannot reach the
-        frames of a causal encoder.
-        """
-        return self._encode(wave) if torch.is_grad_enabled() else self.stream().push_last(wave)
-
-    def stream(self, mask: Tensor | None = None) -> FrameStream:
-        """A stream of waves `[b, c, n]` (any n) to frames `[b, f, d]`; `mask` as in `forward`."""
-        state = StreamState()
-        return FrameStream(
-            lambda wave, first_frame: self._encode(wave, state),
-            in_axis=-1,
-            in_steps=self.samples_per_frame,
-            out_axis=1,
-            out_steps=1,
-            out_width=self.dim,
-            reach_frames=0,
-            budget_frames=self._budget_frames(),
-        )
-
-    def _encode(self, wave: Tensor, state: StreamState | None = None) -> Tensor:
+    def _encode(self, wave: Tensor, mask: Tensor | None, state: StreamState | None) -> Tensor:
         # clone instead of contiguous: torch counts a single channel as both layouts, only its strides differ
         x = self.first(rearrange(wave, "b c n -> b c 1 n").clone(memory_format=torch.channels_last), state)
         for block, down in zip(self.blocks, self.downs):
@@ -223,11 +200,11 @@ class ConvEncoder(_ConvNetwork):
 
 
 @register
-class ConvDecoder(_ConvNetwork):
+class ConvDecoder(_ConvNetwork, WaveDecoder):
     """The mirror of `ConvEncoder`: optional local attention, then convolutions that undo its strides."""
 
     def _build(self, widths: list[int], strides: list[int], dim: int) -> None:
-        self.input_dim, self.upsample_factor = dim, self.samples_per_frame
+        self.input_dim, self.upsample_factor = dim, self._samples_per_frame
         widths, strides = widths[::-1], strides[::-1]
         self.attention = self._attention(dim)
         self.first = CausalConv1d(dim, widths[0], 7)
@@ -237,25 +214,7 @@ class ConvDecoder(_ConvNetwork):
         self.blocks = nn.ModuleList([_Block(width) for width in widths[1:]])
         self.last = CausalConv1d(widths[-1], self.channels, 7, weight_scale=_WAVE_SCALE)
 
-    def forward(self, frames: Tensor) -> Tensor:
-        """Quantized frames `[b, f, d]` to waves `[b, c, n]`."""
-        return self._decode(frames) if torch.is_grad_enabled() else self.stream().push_last(frames)
-
-    def stream(self) -> FrameStream:
-        """A stream of quantized frames `[b, f, d]` to waves `[b, c, n]`."""
-        state = StreamState()
-        return FrameStream(
-            lambda frames, first_frame: self._decode(frames, state),
-            in_axis=1,
-            in_steps=1,
-            out_axis=-1,
-            out_steps=self.samples_per_frame,
-            out_width=self.channels,
-            reach_frames=0,
-            budget_frames=self._budget_frames(),
-        )
-
-    def _decode(self, frames: Tensor, state: StreamState | None = None) -> Tensor:
+    def _decode(self, frames: Tensor, state: StreamState | None) -> Tensor:
         # this rearrangement of contiguous frames is already in channels-last memory
         x = self.first(rearrange(self.attention(frames, state), "b f d -> b d 1 f"), state)
         for up, block in zip(self.ups, self.blocks):

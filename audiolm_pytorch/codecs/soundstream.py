@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from beartype import beartype
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from audiolm_pytorch.audio.padding import checked_lengths
 from audiolm_pytorch.codecs.base import StreamingCodec
 from audiolm_pytorch.codecs.convolutional import ConvDecoder, ConvEncoder
-from audiolm_pytorch.codecs.quantizers import ResidualQuantizer, make_quantizer
+from audiolm_pytorch.codecs.networks import WaveDecoder, WaveEncoder
+from audiolm_pytorch.codecs.quantizers import FrameQuantizer, ResidualQuantizer, make_quantizer
 from audiolm_pytorch.codecs.spectral import SpectralDecoder, SpectralEncoder
 from audiolm_pytorch.codecs.streaming import DecoderStream, EncoderStream
 from audiolm_pytorch.nn.film import FiLM
@@ -46,8 +47,8 @@ class CodecOutput(NamedTuple):
 class SoundStream(StreamingCodec):
     """A neural audio codec (SoundStream, arXiv 2107.03312).
 
-    By default encoder and decoder are the paper's causal convolutions; any other pair with the same interface can be
-    passed in (see `SpectralSoundStream`). With groups, the codes of a frame run level by level, all groups of level 1
+    By default encoder and decoder are the paper's causal convolutions; another pair can be passed in (see
+    `SpectralSoundStream`). With groups, the codes of a frame run level by level, all groups of level 1
     first, so that any prefix is a coarser version of the same sound. `num_quantizers` is levels times groups.
 
     Args:
@@ -63,20 +64,14 @@ class SoundStream(StreamingCodec):
         attn_depth: Blocks of local causal attention after the encoder's and before the decoder's convolutions; the
             paper has none.
         audio_channels: 1 mono, 2 stereo.
-        encoder: Module `(wave [b, c, n], mask [b, f] | None) -> frames [b, f, d]` with `dim`, `downsample_factor`,
-            `lookahead_frames` and `stream(mask)`; replaces the convolutions of `channels`, `strides` and `attn_depth`.
-        decoder: Module `frames [b, f, d] -> wave [b, c, n]` with `input_dim`, `upsample_factor`, `lookahead_frames` and
-            `stream()`; also replaces the convolutions.
-        quantizer: A `FrameQuantizer`; replaces the one of `codebook_size` and `rq_...`.
+        encoder: Replaces the convolutions of `channels`, `strides` and `attn_...`.
+        decoder: Likewise.
+        quantizer: Replaces the quantizer of `codebook_size` and `rq_...`.
         denoising: Condition of the frames before quantization; without it the codec cannot remove noise.
 
     Raises:
         ValueError: If the parts are not compatible.
     """
-
-    encoder: Any
-    decoder: Any
-    quantizer: Any
 
     @beartype
     def __init__(
@@ -94,9 +89,9 @@ class SoundStream(StreamingCodec):
         attn_depth: int = 0,
         audio_channels: int = 1,
         target_sample_hz: int = 16000,
-        encoder: nn.Module | None = None,
-        decoder: nn.Module | None = None,
-        quantizer: nn.Module | None = None,
+        encoder: WaveEncoder | None = None,
+        decoder: WaveDecoder | None = None,
+        quantizer: FrameQuantizer | None = None,
         denoising: FiLM | None = None,
     ) -> None:
         super().__init__()
@@ -108,9 +103,9 @@ class SoundStream(StreamingCodec):
             attn_window_size=attn_window_size,
             attn_depth=attn_depth,
         )
-        self.encoder = encoder or ConvEncoder(**conv)
-        self.decoder = decoder or ConvDecoder(**conv)
-        self.quantizer = quantizer or make_quantizer(
+        self.encoder: WaveEncoder = encoder or ConvEncoder(**conv)
+        self.decoder: WaveDecoder = decoder or ConvDecoder(**conv)
+        self.quantizer: FrameQuantizer = quantizer or make_quantizer(
             dim=codebook_dim,
             codebook_size=codebook_size,
             num_quantizers=rq_num_quantizers,
@@ -120,10 +115,9 @@ class SoundStream(StreamingCodec):
         )
         self.denoising = denoising
         self.target_sample_hz, self.channels = target_sample_hz, audio_channels
-        self.downsample_factor: int = self.encoder.downsample_factor
-        self.num_quantizers: int = self.quantizer.num_quantizers
-        self.codebook_size: int = self.quantizer.codebook_size
-        self.num_groups: int = getattr(self.quantizer, "num_groups", 1)
+        self.downsample_factor = self.encoder.downsample_factor
+        self.num_quantizers, self.codebook_size = self.quantizer.num_quantizers, self.quantizer.codebook_size
+        self.num_groups = self.quantizer.num_groups
         self._check_compatible()
 
     def _check_compatible(self) -> None:
@@ -143,7 +137,7 @@ class SoundStream(StreamingCodec):
                 f"FiLM(dim={self.encoder.dim})"
             )
         for part in (self.encoder, self.decoder):
-            if getattr(part, "channels", self.channels) != self.channels:
+            if part.channels != self.channels:
                 raise ValueError(
                     f"{type(part).__name__} has {part.channels} audio channels, the codec {self.channels}; both need "
                     "the same number"

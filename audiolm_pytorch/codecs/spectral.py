@@ -13,7 +13,8 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
-from audiolm_pytorch.nn.streaming import FrameStream
+from audiolm_pytorch.codecs.networks import WaveDecoder, WaveEncoder
+from audiolm_pytorch.nn.streaming import StreamState
 from audiolm_pytorch.saving.modules import register
 
 __all__ = ["ConvNeXtBlock", "SpectralDecoder", "SpectralEncoder"]
@@ -79,6 +80,9 @@ class _SpectralNetwork(nn.Module):
         """Build the network from its `config`."""
         return cls(**config)
 
+    def _budget_frames(self) -> int:
+        return _CHUNK_FRAMES
+
     def _reach_frames(self, num_convolutions: int) -> int:
         """Frames on either side that a frame depends on, through convolutions and overlapping windows."""
         overlap_samples = (self.window_samples - self.hop_samples) // 2
@@ -100,7 +104,7 @@ def _config(channels: int, **config: Any) -> dict[str, Any]:
 
 
 @register
-class SpectralEncoder(_SpectralNetwork):
+class SpectralEncoder(_SpectralNetwork, WaveEncoder):
     """Log-magnitude STFT frames through ConvNeXt blocks.
 
     Args:
@@ -121,29 +125,7 @@ class SpectralEncoder(_SpectralNetwork):
         self.config = _config(channels, **sizes)
         self.dim, self.downsample_factor, self.lookahead_frames = dim, hop_samples, self._reach_frames(depth)
 
-    def forward(self, wave: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Waves `[b, c, n]`, n a multiple of the hop, to frames `[b, f, d]`; `mask [b, f]` is True for real frames."""
-        return self._encode(wave, mask) if torch.is_grad_enabled() else self.stream(mask).push_last(wave)
-
-    def stream(self, mask: Tensor | None = None) -> FrameStream:
-        """A stream of waves `[b, c, n]` (any n) to frames `[b, f, d]`; `mask [b, f]` as in `forward`."""
-
-        def run(wave: Tensor, first_frame: int) -> Tensor:
-            num_frames = wave.shape[-1] // self.hop_samples
-            return self._encode(wave, None if mask is None else mask[:, first_frame : first_frame + num_frames])
-
-        return FrameStream(
-            run,
-            in_axis=-1,
-            in_steps=self.hop_samples,
-            out_axis=1,
-            out_steps=1,
-            out_width=self.dim,
-            reach_frames=self.lookahead_frames,
-            budget_frames=_CHUNK_FRAMES,
-        )
-
-    def _encode(self, wave: Tensor, mask: Tensor | None) -> Tensor:
+    def _encode(self, wave: Tensor, mask: Tensor | None, state: StreamState | None) -> Tensor:
         x = _masked(self.embed(self.features(wave)), mask)
         for block in self.blocks:
             x = block(x, mask)
@@ -170,7 +152,7 @@ class SpectralEncoder(_SpectralNetwork):
 
 
 @register
-class SpectralDecoder(_SpectralNetwork):
+class SpectralDecoder(_SpectralNetwork, WaveDecoder):
     """ConvNeXt blocks and an inverse-STFT head (Vocos, arXiv 2306.00814, section 3.2).
 
     Args:
@@ -202,24 +184,7 @@ class SpectralDecoder(_SpectralNetwork):
         self.lookahead_frames = self._reach_frames(1 + depth)
         self.head = nn.Linear(dim, channels * (window_samples + 2))
 
-    def forward(self, frames: Tensor) -> Tensor:
-        """Quantized frames `[b, f, d]` to waves `[b, c, f * hop]`."""
-        return self._decode(frames) if torch.is_grad_enabled() else self.stream().push_last(frames)
-
-    def stream(self) -> FrameStream:
-        """A stream of quantized frames `[b, f, d]` to waves `[b, c, n]`."""
-        return FrameStream(
-            lambda frames, first_frame: self._decode(frames),
-            in_axis=1,
-            in_steps=1,
-            out_axis=-1,
-            out_steps=self.hop_samples,
-            out_width=self.channels,
-            reach_frames=self.lookahead_frames,
-            budget_frames=_CHUNK_FRAMES,
-        )
-
-    def _decode(self, frames: Tensor) -> Tensor:
+    def _decode(self, frames: Tensor, state: StreamState | None) -> Tensor:
         x = rearrange(self.embed(rearrange(frames, "b f d -> b d f")), "b d f -> b f d")
         for block in self.blocks:
             x = block(x)

@@ -34,11 +34,13 @@ class FrameQuantizer(nn.Module, ABC):
         dim: Width of the frames.
         num_quantizers: Codes per frame (columns); with groups, levels times groups.
         codebook_size: Codes per column.
+        num_groups: Parts of a frame with their own codes.
     """
 
     dim: int
     num_quantizers: int
     codebook_size: int
+    num_groups: int = 1
 
     @abstractmethod
     def forward(self, frames: Tensor, num_levels: int | None = None) -> Quantized:

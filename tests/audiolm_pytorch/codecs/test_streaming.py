@@ -315,7 +315,7 @@ def test_a_stream_keeps_no_more_than_it_needs():
     state = StreamState()
     with torch.no_grad():
         for _ in range(3):
-            encoder._encode(torch.randn(1, 1, 4000), state)
+            encoder._encode(torch.randn(1, 1, 4000), None, state)
     held = sum(past.untyped_storage().nbytes() for past in state._pasts.values())
     assert held < 4 * 6000
     stream = encoder.stream()
