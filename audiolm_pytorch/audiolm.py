@@ -138,7 +138,7 @@ class AudioLM(nn.Module):
             **request: See `GenerationRequest`.
 
         Raises:
-            ValueError: If inputs do not fit each other or the model, or a prompt is longer than the requested seconds.
+            ValueError: If inputs are not valid for the model, or a prompt is longer than the requested seconds.
         """
         checked, bars = GenerationRequest(**request), ProgressBars()
         lengths = self._lengths(checked)

@@ -47,7 +47,7 @@ class Candidates:
 
 
 class MusicLM(nn.Module):
-    """Text to music (arXiv:2301.11325): an AudioLM conditioned on MuLaN codes of the text, and ranked candidates.
+    """Text to music with an AudioLM that is conditioned on MuLaN codes of the text (arXiv:2301.11325).
 
     Args:
         audio_lm: Trained on codes of audio from the same quantizer.

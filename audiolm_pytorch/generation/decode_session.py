@@ -233,8 +233,9 @@ class DecodeSession:
         self._check_finite(logits, items, rows)
         eos_heads = [(place, head) for place, head in enumerate(layout_heads) if self.allow_eos and head.has_eos]
         for place, head in eos_heads:  # an item cannot end before its first frame
-            frames = self.frame[items, rows, columns[place]]
-            logits[(frames == 0).nonzero().flatten(), place, head.vocab_size] = float("-inf")
+            without_frame = (self.frame[items, rows, columns[place]] == 0).nonzero().flatten()
+            if len(without_frame):
+                logits[without_frame, place, head.vocab_size] = float("-inf")
         item_index = torch.tensor(items, device=device).unsqueeze(1)
         cells = item_index, torch.tensor(rows, device=device).unsqueeze(1), torch.tensor(columns, device=device)
         noise = self.noise[cells]

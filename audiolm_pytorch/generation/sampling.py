@@ -88,7 +88,7 @@ def update_sampling(
 
 
 def item_generators(seeds: Sequence[int | torch.Generator] | None, batch: int) -> list[torch.Generator]:
-    """Make one CPU generator per item, so that the noise of an item depends on its seed alone.
+    """Return one CPU generator per item, so that the noise of an item depends on its seed alone.
 
     Args:
         seeds: A seed, or a generator to continue, per item. None draws seeds from torch's global generator.
@@ -104,7 +104,7 @@ def item_generators(seeds: Sequence[int | torch.Generator] | None, batch: int) -
 
 
 def stage_generator(seed: int, stage: str) -> torch.Generator:
-    """Make the generator of one item in one stage. Shared noise would correlate the tokens of the stages."""
+    """Return the generator of one item in one stage. Shared noise would correlate the tokens of the stages."""
     digest = hashlib.sha256(f"{stage}:{seed}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 

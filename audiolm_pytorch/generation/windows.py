@@ -156,11 +156,6 @@ class SlidingWindowDecoder:
         """`[b]` bool, which items have ended or have all requested frames."""
         return self.known_frames >= torch.tensor(self._num_frames)
 
-    @property
-    def is_done(self) -> bool:
-        """Whether all items are done."""
-        return not self.is_behind(None)
-
     def is_behind(self, until_frames: int | None) -> bool:
         """Whether an item that is not done has fewer than `until_frames` frames (None = than requested)."""
         return any(

@@ -77,7 +77,6 @@ class StageWrapper(nn.Module):
         text: str | Sequence[str] | None = None,
         wavs: Tensor | None = None,
         codes: Tensor | None = None,
-        lengths: Tensor | None = None,
         states: ConditionTensor | None = None,
     ) -> Conditions | None:
         """Compute the conditions of the stage; None without inputs.
@@ -88,7 +87,6 @@ class StageWrapper(nn.Module):
             text: Texts, one per item or one for all.
             wavs: Waves `[b, n]` at the rate of the audio conditioner.
             codes: Codes `[b, q]` of the audio conditioner.
-            lengths: Samples `[b]` of `wavs` without padding.
             states: States of the texts, if they were computed before; they are the same for all stages.
 
         Raises:
@@ -116,7 +114,7 @@ class StageWrapper(nn.Module):
             if self.audio_conditioner is None:
                 raise ValueError(f"the {self.namespace} stage is conditioned on codes: it needs an audio_conditioner")
             code_tensor = self.audio_conditioner.conditioning(
-                texts=texts, wavs=wavs, codes=codes, lengths=lengths, namespace=self.namespace
+                texts=texts, wavs=wavs, codes=codes, namespace=self.namespace
             )
         return Conditions(codes=code_tensor, text=states)
 

@@ -94,7 +94,7 @@ def attend(
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head, grouped-query (arXiv:2305.13245) or multi-query (arXiv:1911.02150) self-attention over the past.
+    """Causal self-attention, multi-head, grouped-query (arXiv 2305.13245) or multi-query (arXiv 1911.02150).
 
     Args:
         dim: Width of inputs and outputs.

@@ -81,13 +81,8 @@ class KVCache:
         self.cross_keys_values: dict[int, tuple[Tensor, Tensor]] = {}  # by layer
         self.cross_mask: Tensor | None = None
 
-    @property
-    def num_positions(self) -> int:
-        """Longest sequence that fits."""
-        return self.keys.shape[3]
-
     def write(self, layer: int, keys: Tensor, values: Tensor, cache_positions: CachePositions) -> tuple[Tensor, Tensor]:
-        """Write keys and values `[b, g, n, d]` of a layer; return views of all its positions in use."""
+        """Store keys and values `[b, g, n, d]` of a layer, and return views of all keys and values of the layer."""
         for cached, new in ((self.keys[layer], keys), (self.values[layer], values)):
             if cache_positions.start is not None:
                 cached[:, :, cache_positions.start : cache_positions.extent] = new

@@ -64,18 +64,14 @@ class _RootMeanSquareNorm(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalisation (arXiv:1910.07467, eq. 4) with a learned scale.
+    """Root mean square normalisation (arXiv:1910.07467, eq. 4) with a learned scale."""
 
-    Args:
-        dim: Width d.
-        eps: Added to the mean square.
-    """
+    eps = 1e-6  # added to the mean square
 
     @beartype
-    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `[..., d]` over its last axis."""
@@ -174,25 +170,16 @@ class RelativePositions(nn.Module):
     """Learned attention bias by the distance of a key (T5, arXiv:1910.10683, sec. 2.1), for causal attention.
 
     Half of the buckets hold one distance each, the others hold logarithmically growing ranges.
-
-    Args:
-        heads: Attention heads h.
-        num_buckets: Buckets; T5 has 32.
-        max_distance: All distances from here on share the last bucket; T5 has 128.
-
-    Raises:
-        ValueError: If there are fewer than two buckets, or `max_distance` is too small for them.
+    As in T5, there are 32 buckets, and all distances from 128 on share the last one.
     """
 
+    num_buckets = 32
+    max_distance = 128
+
     @beartype
-    def __init__(self, heads: int, num_buckets: int = 32, max_distance: int = 128) -> None:
+    def __init__(self, heads: int) -> None:
         super().__init__()
-        if num_buckets < 2 or max_distance <= num_buckets // 2:
-            raise ValueError(
-                f"need num_buckets >= 2 and max_distance > num_buckets / 2, got {num_buckets} and {max_distance}"
-            )
-        self.num_buckets, self.max_distance = num_buckets, max_distance
-        self.bias = nn.Embedding(num_buckets, heads)
+        self.bias = nn.Embedding(self.num_buckets, heads)
 
     def buckets(self, distances: Tensor) -> Tensor:
         """Bucket of each distance, int64; negative distances count as 0."""

@@ -210,7 +210,7 @@ class Copying:
 
     def hidden(self, ids, mask, condition_tensors=None, cache=None, cache_positions=None):
         if not hasattr(cache, "seen"):
-            cache.seen = torch.full((len(ids), cache.num_positions, ids.shape[2]), -1)
+            cache.seen = torch.full((len(ids), cache.keys.shape[3], ids.shape[2]), -1)
         positions = cache_positions.positions.expand(len(ids), -1)
         for item in range(len(ids)):
             cache.seen[item, positions[item]] = ids[item].masked_fill(~mask[item], -1)

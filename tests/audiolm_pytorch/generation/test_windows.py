@@ -127,7 +127,7 @@ def test_pauses_and_feeding_bit_by_bit_change_nothing(pattern, eos):
         whole.advance()
         paused = run_of(model, wanted, None, prompt, seeds, **options)
         parts, fed, until = [paused.take()], 0, 0
-        while not paused.is_done:
+        while not paused.are_done.all():
             until += rng.randint(0, 5)
             paused.advance(until)
             parts.append(paused.take())
@@ -155,10 +155,10 @@ def test_a_window_waits_for_what_covers_it_and_asks_for_no_more(monkeypatch):
     run.advance(5)
     assert run.known_frames.tolist() == [5] and len(rows) == 6 and run.awaited == {}
     run.advance()
-    assert run.known_frames.tolist() == [8] and run.awaited == {"s": 6} and not run.is_done
+    assert run.known_frames.tolist() == [8] and run.awaited == {"s": 6} and not run.are_done.all()
     run.feed("s", [given[0, 5:]])
     run.advance()
-    assert run.is_done and run.known_frames.tolist() == [40]
+    assert run.are_done.all() and run.known_frames.tolist() == [40]
 
 
 def test_givens_longer_than_what_is_wanted_are_not_seen(monkeypatch):
@@ -249,7 +249,7 @@ def peak_of(num_frames):
     model = model_of("parallel", depth=1, dim=8, dim_head=4)
     with AliveTensors(list(model.parameters())) as alive:
         run = SlidingWindowDecoder(model, num_frames, window_frames=8)
-        while not run.is_done:
+        while not run.are_done.all():
             if run.awaited:
                 run.feed("s", [torch.zeros(4, 1, dtype=torch.long)], torch.tensor([False]))
             run.advance()

@@ -404,8 +404,6 @@ def test_numbers_out_of_range_are_refused() -> None:
     """Wrong options are errors that name them."""
     with pytest.raises(ValueError, match="forget_prob"):
         Transformer(**SIZES, forget_prob=1.0)
-    with pytest.raises(ValueError, match="num_buckets"):
-        RelativePositions(2, num_buckets=1)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         decode(model_of(), {}, {"a": 6}, batch_size=0)
     for embeddings, mask in (((1, 0, 6), torch.ones(1, 0).bool()), ((1, 2, 6), torch.ones(1, 2))):
