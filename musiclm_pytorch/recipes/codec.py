@@ -1,7 +1,7 @@
 """How the bundled 16 kHz codec was trained: `python -m musiclm_pytorch.recipes.codec --data corpus --out run`.
 
-Two rounds, the second from the weights of the first: an hour and twenty minutes on one CPU core. Interrupted, the same
-command goes on where it was.
+Two trainings, the second from the weights of the first, take 80 minutes on one CPU core. The same command continues an
+interrupted run.
 """
 
 import sys
@@ -21,7 +21,7 @@ __all__ = ["build_codec", "main"]
 
 @dataclass(frozen=True)
 class _Round:
-    """One training: its steps, how many of them do without codes, and the peak of the learning rate."""
+    """One training: number of steps, steps before quantization starts, and peak learning rate."""
 
     name: str
     num_steps: int
@@ -34,11 +34,7 @@ _ROUNDS = (_Round("first", 10_000, 600, 1e-3), _Round("second", 3_000, 0, 5e-4))
 
 @beartype
 def build_codec(seed: int = 0) -> SoundStream:
-    """The untrained codec: 16 kHz, 50 frames a second, 8 levels of 1024 codes (4 kbps).
-
-    Args:
-        seed: Of the initial weights.
-    """
+    """The codec with random weights: 16 kHz, 50 frames per second, 8 levels of 1024 codes (4 kbps)."""
     torch.manual_seed(seed)
     return SpectralSoundStream(dim=320, encoder_depth=4, decoder_depth=8, rq_num_quantizers=8, code_dim=128)
 
@@ -48,23 +44,23 @@ def main(data: Path, out: Path, seed: int = 0, scale: float = 1.0) -> None:
     """Train the codec and write it as fp16 weights into OUT/codec_16khz.
 
     Args:
-        data: Folder of audio; the bundled one was trained on what `python -m musiclm_pytorch.recipes.corpus` writes.
+        data: Folder of audio; the bundled codec was trained on a folder of `python -m musiclm_pytorch.recipes.corpus`.
         out: Folder of the run.
-        seed: Of weights, data order and noise.
+        seed: Seed of weights, data order and noise.
         scale: Multiplies the number of steps.
     """
     codec = build_codec(seed)
-    for number, one in enumerate(_ROUNDS):
-        num_steps = max(10, round(scale * one.num_steps))
+    for number, training in enumerate(_ROUNDS):
+        num_steps = max(10, round(scale * training.num_steps))
         SoundStreamTrainer(
             codec,
             folder=data,
             batch_size=16,
             num_train_steps=num_steps,
-            results_folder=out / one.name,
+            results_folder=out / training.name,
             loss_weights=MEL_ONLY,
-            unquantized_steps=num_steps * one.unquantized_steps // one.num_steps,
-            learning_rate=one.learning_rate,
+            unquantized_steps=num_steps * training.unquantized_steps // training.num_steps,
+            learning_rate=training.learning_rate,
             warmup_steps=min(100, num_steps // 10),
             precision="bf16",
             seed=seed + number,

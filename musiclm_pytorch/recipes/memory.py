@@ -1,4 +1,4 @@
-"""How much memory a job takes, measured in a process of its own."""
+"""Peak memory of a job in a separate process."""
 
 import resource
 import sys
@@ -15,10 +15,10 @@ __all__ = ["peak_bytes", "peak_bytes_of"]
 
 @beartype
 def peak_bytes() -> int:
-    """Largest resident size that this process has had, interpreter and libraries included."""
+    """Largest resident size of this process so far, including interpreter and libraries."""
     status = Path("/proc/self/status")
     if status.exists():
-        # not getrusage there: Linux lets a process that was just started inherit the peak of the one that started it
+        # getrusage is wrong here: on Linux a new process inherits the peak of its parent
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -26,15 +26,7 @@ def peak_bytes() -> int:
 
 @beartype
 def peak_bytes_of(job: Callable[..., Any], *arguments: Any) -> int:
-    """Run a job in a fresh process, and tell the largest resident size of that process.
-
-    Args:
-        job: A function of a module.
-        *arguments: What it is called with.
-
-    Returns:
-        Bytes, interpreter and libraries included.
-    """
+    """Call a function of a module in a new process, and return the largest resident size of that process."""
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_peak_after, job, arguments).result()
 

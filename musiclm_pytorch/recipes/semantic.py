@@ -1,6 +1,6 @@
 """How the bundled semantic tokenizer was trained, on music and on speech.
 
-    python -m musiclm_pytorch.recipes.semantic --music corpus --speech speech_digits --out run
+`python -m musiclm_pytorch.recipes.semantic --music corpus --speech speech_digits --out run`
 
 `corpus` is a folder that `python -m musiclm_pytorch.recipes.corpus` wrote. `speech_digits` is a folder of spoken digits
 with a manifest (`digit`, `speaker`); its held-out takes are not used. The same command continues an interrupted run.
@@ -28,7 +28,7 @@ __all__ = ["build_encoder", "is_held_out", "join_words", "main", "write_probe_ma
 
 SAMPLE_HZ = 16_000
 CROP_SECONDS = 5.0
-# A quarter of what is heard is speech, though there are but twenty minutes of it.
+# A quarter of the training clips are speech, though there are only twenty minutes of different words.
 NUM_SPOKEN_CLIPS, NUM_SPOKEN_VALID, NUM_MUSIC_VALID = 1500, 40, 60
 _PAUSE_SECONDS = (0.02, 0.4)
 
@@ -63,11 +63,7 @@ def write_probe_manifests(music: Path, speech: Path, out: Path) -> None:
 
 @beartype
 def build_encoder(seed: int = 0) -> BestRQEncoder:
-    """The untrained encoder: 16 kHz, 25 tokens a second.
-
-    Args:
-        seed: Of the initial weights.
-    """
+    """The encoder with random weights: 16 kHz, 25 tokens per second."""
     torch.manual_seed(seed)
     return BestRQEncoder(dim=384, depth=4, heads=6)
 
@@ -80,16 +76,16 @@ def join_words(
     seed: int = 0,
     pause_seconds: tuple[float, float] = _PAUSE_SECONDS,
 ) -> list[AudioItem]:
-    """Join recorded words of one speaker into clips as long as a crop, with short pauses between them.
+    """Join recorded words of one speaker into clips of the length of a crop, with short pauses between them.
 
-    Alone, words are much shorter than a crop, and batches would be mostly padding. Pauses are digital silence, which
-    tells nothing of who speaks.
+    Single words are much shorter than a crop, so that batches would be mostly padding. Pauses are digital silence,
+    which does not depend on the speaker.
 
     Args:
         words: Spoken words with the label `speaker`.
-        out: Folder for the clips; those that are there are kept.
+        out: Folder for the clips; existing clips are kept.
         num_clips: Number of clips.
-        seed: Of speakers, words and pauses.
+        seed: Seed of speakers, words and pauses.
         pause_seconds: Shortest and longest pause before a word.
 
     Returns:
@@ -117,26 +113,26 @@ def join_words(
 
 @beartype
 def main(music: Path, speech: Path, out: Path, seed: int = 0, scale: float = 1.0) -> None:
-    """Train the encoder, cut one of its layers into tokens, and write the tokenizer as fp16 into OUT/semantic_16khz.
+    """Train the encoder, fit k-means to one of its layers, and write the tokenizer as fp16 into OUT/semantic_16khz.
 
     Args:
-        music: Folder that `python -m musiclm_pytorch.recipes.corpus` wrote.
+        music: Folder of `python -m musiclm_pytorch.recipes.corpus`.
         speech: Folder of spoken digits.
         out: Folder of the run.
-        seed: Of weights, data order and noise.
+        seed: Seed of weights, data order and noise.
         scale: Multiplies the number of steps.
     """
     write_probe_manifests(music, speech, out / "probes")
     words = [item for item in load_items(speech).items if not is_held_out(item)]
     spoken = join_words(words, out / "speech", NUM_SPOKEN_CLIPS, seed)
-    heard, held_out = load_split(music)
+    train_music, valid_music = load_split(music)
     num_steps = max(10, round(scale * NUM_STEPS))
     encoder = build_encoder(seed)
     trainer = SemanticTokenizerTrainer(
         encoder=encoder,
         items=(
-            heard + spoken[:-NUM_SPOKEN_VALID],
-            held_out[:NUM_MUSIC_VALID] + spoken[-NUM_SPOKEN_VALID:],
+            train_music + spoken[:-NUM_SPOKEN_VALID],
+            valid_music[:NUM_MUSIC_VALID] + spoken[-NUM_SPOKEN_VALID:],
         ),
         batch_size=16,
         num_train_steps=num_steps,

@@ -1,4 +1,4 @@
-"""Puts the labels of a clip into sentences."""
+"""Captions of clips, written from their labels."""
 
 import re
 import string
@@ -12,10 +12,10 @@ from musiclm_pytorch.recipes.corpus.wordings import HELD_OUT, TRAINING, Wordings
 
 __all__ = ["FULL_FRACTION", "caption_variants"]
 
-# The share of captions that mention most of what is labelled; the others mention an instrument and a thing or two.
+# Share of captions that mention most labels. The others mention the instrument and one or two labels.
 FULL_FRACTION = 0.62
 
-# The label that has to be there for a slot to be filled; accompaniment and register are left out when not labelled.
+# The label that a slot needs. The slots for accompaniment and register may stay empty.
 _LABEL_OF_SLOT = {
     "instrument": "instrument",
     "tempo": "tempo",
@@ -33,7 +33,7 @@ def _slots(template: str) -> list[str]:
 
 
 def _suits(template: str, labels: Mapping[str, Any]) -> bool:
-    """Whether every slot has its label, and a template that says solo is given a solo."""
+    """Whether every slot has its label, and a template with the word solo is used for a solo only."""
     needed = [_LABEL_OF_SLOT[slot] for slot in _slots(template) if slot in _LABEL_OF_SLOT]
     if any(labels.get(label) is None for label in needed):
         return False
@@ -41,31 +41,31 @@ def _suits(template: str, labels: Mapping[str, Any]) -> bool:
 
 
 def _is_solo(labels: Mapping[str, Any]) -> bool:
-    """Whether it is known that nobody accompanies."""
+    """Whether the labels state that there is no accompaniment."""
     return "chords" in labels and labels["chords"] is None and labels.get("drums") is False
 
 
 def _backing(labels: Mapping[str, Any], words: Wordings, rng: Random) -> str:
-    """Who accompanies: " with string chords and drums", " solo", or nothing when it is not labelled."""
+    """The accompaniment: " with string chords and drums", " solo", or nothing without labels."""
     players = []
     if labels.get("chords") is not None:
         players.append(rng.choice(words.chords[labels["chords"]]))
     if labels.get("drums"):
         players.append(rng.choice(words.drums))
     if players:
-        # Not "accompanied by guitar accompaniment".
+        # Avoid "accompanied by guitar accompaniment".
         joiners = _JOINERS if "accompaniment" not in players[0] else (" with ",)
         return rng.choice(joiners) + " and ".join(players)
     return rng.choice(words.solo) if _is_solo(labels) else ""
 
 
 def _articles(sentence: str) -> str:
-    """Every `a(n)` as "a" or "an", by the letter that follows."""
+    """Replace every `a(n)` by "a" or "an", depending on the next letter."""
     return re.sub(r"\ba\(n\) (?=([a-z]))", lambda match: "an " if match[1] in "aeiou" else "a ", sentence)
 
 
 def _fill(template: str, labels: Mapping[str, Any], words: Wordings, rng: Random) -> str:
-    """A template with all its slots filled."""
+    """Fill all slots of a template."""
     values = {}
     for slot in _slots(template):
         if slot == "backing":
@@ -78,7 +78,7 @@ def _fill(template: str, labels: Mapping[str, Any], words: Wordings, rng: Random
 
 
 def _check(labels: Mapping[str, Any]) -> None:
-    """Refuse values there is no word for, by name."""
+    """Check that every value has a wording."""
     known_values = {
         "instrument": TRAINING.instrument,
         "tempo": TRAINING.tempo,
@@ -90,39 +90,32 @@ def _check(labels: Mapping[str, Any]) -> None:
     for label, known in known_values.items():
         value = labels.get(label)
         if value is not None and value not in known:
-            raise ValueError(f"no wording for {label} {value!r}; known are {', '.join(sorted(known))}.")
+            raise ValueError(f"no wording for {label} {value!r}; known values are {', '.join(sorted(known))}")
 
 
 @beartype
 def caption_variants(labels: Mapping[str, Any], rng: Random, count: int, held_out: bool = False) -> list[str]:
-    """Different captions of one clip.
+    """Write different captions of one clip, in lower case without a full stop.
 
     Args:
-        labels: Any of `instrument, tempo, dance, mode, chords, drums, register` with the values of a manifest; what is
-            absent (or None; for `chords`, None says that there are none) is not mentioned.
+        labels: Any of `instrument, tempo, dance, mode, chords, drums, register`, with the values of a manifest. A label
+            that is missing or None is not mentioned, but `chords: None` means a clip without chords.
         rng: Source of the choices.
-        count: How many captions, >= 1.
-        held_out: Use the wordings that no training caption uses.
-
-    Returns:
-        `count` captions that differ from one another, in lower case without a full stop. Fewer when the labels give too
-        little to say.
-
-    Raises:
-        ValueError: If a value has no wording, `count` is below 1, or the labels fit no template.
+        count: Number of captions. Fewer are returned if the labels allow fewer.
+        held_out: Use the wordings of held-out captions.
     """
     if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}.")
+        raise ValueError(f"count must be at least 1, got {count}")
     _check(labels)
     words = HELD_OUT if held_out else TRAINING
     full = [template for template in words.full if _suits(template, labels)]
     partial = [template for template in words.partial if _suits(template, labels)]
     if not full and not partial:
         raise ValueError(
-            f"no caption can be made of the labels {sorted(labels)}; give an instrument, or a tempo, mode and dance."
+            f"no template fits the labels {sorted(labels)}; need an instrument, or a tempo, mode and dance"
         )
     captions: list[str] = []
-    # Twenty tries a caption: the few templates of sparse labels repeat themselves.
+    # Twenty attempts per caption, since few templates fit sparse labels.
     for _ in range(20 * count):
         templates = full if full and (not partial or rng.random() < FULL_FRACTION) else partial
         caption = _fill(rng.choice(templates), labels, words, rng)

@@ -1,8 +1,8 @@
-"""Composes tunes: eight-bar parts of two four-bar phrases, built from motifs over a harmonic progression.
+"""Composition of tunes: eight-bar parts of two four-bar phrases, built from motifs over a harmonic progression.
 
-The first phrase of a part ends open, the second takes up its first two bars and ends closed on the tonic. Strong beats
-carry chord tones, the notes between them walk along the scale or break the chord, and a motif that returns is moved
-along the scale so that it fits the chord it returns over.
+The first phrase of a part ends on an open cadence. The second repeats its first two bars and ends on the tonic. Strong
+beats have chord tones, the notes between them move along the scale or the chord. A repeated motif is transposed along
+the scale to the new chord.
 """
 
 import math
@@ -17,15 +17,15 @@ from musiclm_pytorch.recipes.corpus.theory import CADENCES, KEYS, OPENINGS, SCAL
 
 __all__ = ["ChordSpan", "MelodyNote", "Tune", "compose_tune"]
 
-# MIDI pitches between which melodies of the middle register move, and the pitch they are drawn to.
+# Range of melodies in the middle register, and the pitch that they tend to (MIDI).
 LOWEST_PITCH, CENTRE_PITCH, HIGHEST_PITCH = 61, 72, 83
-# Roots of accompanying chords lie in the octave from here (C2, 65.4 Hz) upwards, whatever the register of the melody.
+# Roots of accompanying chords are in the octave from here (C2, 65.4 Hz) upwards, in every register of the melody.
 LOWEST_CHORD_ROOT = 36
 
-# The share of tunes whose accompanist strikes the chord again inside a bar.
+# Share of tunes in which the chord is repeated inside a bar.
 BUSY_FRACTION = 0.4
 
-# Which motif each bar of a phrase takes; the cadence is a motif of its own.
+# Motif of each bar of a phrase; z and y are cadences.
 _PHRASE_PLANS = ("abaz", "aabz", "abcz", "abbz")
 
 
@@ -55,10 +55,10 @@ class Tune:
     Args:
         dance: Value of the label `dance`.
         mode: "major" or "minor".
-        scale: The scale it is written in.
-        metre: Its metre.
-        num_bars: Its length in bars.
-        notes: The melody, in order, in the middle register; some note starts with every bar.
+        scale: Scale of the notes.
+        metre: Metre of all bars.
+        num_bars: Length in bars.
+        notes: The melody, in order, in the middle register; a note starts with every bar.
         chords: The accompaniment, in order, without gaps.
     """
 
@@ -89,12 +89,12 @@ _Choice = TypeVar("_Choice")
 
 
 def _pick(rng: Random, weighted: dict[_Choice, float]) -> _Choice:
-    """One of the keys, as often as its weight says."""
+    """Draw a key with its weight."""
     return rng.choices(list(weighted), weights=list(weighted.values()))[0]
 
 
 class _Composer:
-    """Writes the bars of one tune."""
+    """Composes the bars of one tune."""
 
     def __init__(self, scale: Scale, mode: str, metre: Metre, rng: Random) -> None:
         self.scale, self.mode, self.metre, self.rng = scale, mode, metre, rng
@@ -104,13 +104,13 @@ class _Composer:
         self.last = self.centre
 
     def part(self) -> list[_Bar]:
-        """Eight bars: a phrase that asks and one that answers."""
+        """Eight bars: a phrase with an open cadence and one with a closed cadence."""
         rng = self.rng
         opening = rng.choice(OPENINGS[self.mode])
         plan = rng.choice(_PHRASE_PLANS)
         question = self._phrase([*opening, *rng.choice(CADENCES[self.mode, "open"])], plan, {}, closed=False)
         answer_plan = plan[:2] + rng.choice(("a", "b", "d")) + "y"
-        # A motif is remembered as it was first heard, not as it returned.
+        # `reversed` keeps the first occurrence of each motif.
         motifs = dict(zip(reversed(plan), reversed(question), strict=True))
         answer = self._phrase([*opening, *rng.choice(CADENCES[self.mode, "closed"])], answer_plan, motifs, closed=True)
         return question + answer
@@ -133,14 +133,14 @@ class _Composer:
         return bars
 
     def _chords_of_groups(self, names: tuple[Chord, ...]) -> tuple[Chord, ...]:
-        """One chord a group; a bar of a single group keeps the last chord, which the phrase aims at."""
+        """One chord per group; a bar with a single group has the last chord."""
         count = len(self.metre.groups)
         if count == 1:
             return (names[-1],)
         return tuple(names[min(group * len(names) // count, len(names) - 1)] for group in range(count))
 
     def _rhythms(self, motifs: dict[str, _Bar]) -> tuple[tuple[float, ...], ...]:
-        """A bar's rhythm: often one that was heard before, so that the tune hangs together."""
+        """Rhythm of a bar, often that of an earlier bar of the phrase."""
         if motifs and self.rng.random() < 0.4:
             return self.rng.choice(list(motifs.values())).rhythms
         return tuple(_pick(self.rng, self.metre.figures) for _ in self.metre.groups)
@@ -161,7 +161,7 @@ class _Composer:
         return _Bar(rhythms, chords, tuple(degrees))
 
     def _anchor(self, chord: Chord, near: int) -> int:
-        """A chord tone close to `near`, drawn towards the middle of the range."""
+        """A random chord tone close to `near` and to the middle of the range."""
         tones = [degree for degree in range(self.lowest, self.highest + 1) if chord.has(degree)]
         weights = [
             math.exp(-abs(tone - near) / 1.6 - abs(tone - self.centre) / 5.0) * (0.4 if tone == near else 1.0)
@@ -170,7 +170,7 @@ class _Composer:
         return self.rng.choices(tones, weights=weights)[0]
 
     def _walk(self, start: int, target: int | None, length: int, chord: Chord) -> tuple[int, ...]:
-        """`length` degrees from `start`, by steps and broken chords, such that `target` follows naturally."""
+        """`length` degrees from `start`, by steps and broken chords, that lead to `target`."""
         degrees = [start]
         for left in range(length - 1, 0, -1):
             here = degrees[-1]
@@ -193,7 +193,7 @@ class _Composer:
         return tuple(degrees)
 
     def _returning(self, motif: _Bar, chords: tuple[Chord, ...]) -> _Bar:
-        """The motif moved along the scale onto this bar's chords, or a new melody on its rhythm if it cannot fit."""
+        """The motif transposed along the scale to the chords, or a new melody with its rhythm if that is impossible."""
         shift = (chords[0].degree - motif.chords[0].degree) % 7
         notes = [degree for group in motif.degrees for degree in group]
         shifts = [shift + octave for octave in (-14, -7, 0) if min(notes) + shift + octave >= self.lowest]
@@ -205,7 +205,7 @@ class _Composer:
         return _Bar(motif.rhythms, chords, tuple(tuple(degree + move for degree in group) for group in motif.degrees))
 
     def _cadence(self, chords: tuple[Chord, ...], closed: bool) -> _Bar:
-        """The last bar of a phrase: its last group rests on the root of the chord (closed: on the tonic)."""
+        """The last bar of a phrase: its last group starts on the root of the chord (closed: on the tonic)."""
         rhythms = self.rng.choice(self.metre.closing)
         goal = 0 if closed else chords[-1].degree
         homes = [degree for degree in range(self.lowest, self.highest + 1) if degree % 7 == goal]
@@ -213,7 +213,7 @@ class _Composer:
 
 
 def _score(bars: list[_Bar], scale: Scale, metre: Metre, busy: bool) -> tuple[list[MelodyNote], list[ChordSpan]]:
-    """The notes and chords of a row of bars; a busy accompanist strikes on every group, another one once a chord."""
+    """Notes and chords of bars. If `busy`, a chord is repeated in every group, otherwise it is held."""
     notes: list[MelodyNote] = []
     spans: list[ChordSpan] = []
     for index, bar in enumerate(bars):
@@ -235,23 +235,17 @@ def _score(bars: list[_Bar], scale: Scale, metre: Metre, busy: bool) -> tuple[li
 
 @beartype
 def compose_tune(dance: str, mode: str, rng: Random) -> Tune:
-    """Compose a tune.
+    """Compose a tune of 32 bars: two eight-bar parts in the order of a form of the dance, such as AABB.
 
     Args:
-        dance: A kind of tune, a key of `DANCES`.
+        dance: A key of `DANCES`.
         mode: "major" or "minor".
         rng: Source of every choice; the same state gives the same tune.
-
-    Returns:
-        The tune, 32 bars long: two eight-bar parts in the order of a form of the dance, such as A A B B.
-
-    Raises:
-        ValueError: If the dance or the mode is not known.
     """
     if dance not in DANCES:
-        raise ValueError(f"unknown dance {dance!r}; known are {', '.join(sorted(DANCES))}.")
+        raise ValueError(f"unknown dance {dance!r}; known dances are {', '.join(sorted(DANCES))}")
     if mode not in SCALES:
-        raise ValueError(f"unknown mode {mode!r}; known are {', '.join(sorted(SCALES))}.")
+        raise ValueError(f"unknown mode {mode!r}; known modes are {', '.join(sorted(SCALES))}")
     kind = DANCES[dance]
     metre = rng.choices([metre for metre, _ in kind.metres], weights=[weight for _, weight in kind.metres])[0]
     scale = Scale(_pick(rng, KEYS[mode]), _pick(rng, SCALES[mode]))

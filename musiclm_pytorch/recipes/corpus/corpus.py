@@ -1,9 +1,6 @@
-"""The corpus: thousands of short clips of our own tunes, with labels and captions.
+"""The corpus: short clips of composed tunes, with labels and captions.
 
-    python -m musiclm_pytorch.recipes.corpus --out corpus --num-train 4000 --num-valid 200 --seed 0
-
-Everything is decided by (seed, split, number of the clip) before anything is rendered, so an interrupted run goes on
-where it stopped, and the labels of a seed are always the same.
+A clip depends only on the seed, the split and its number. An interrupted run can therefore be continued.
 """
 
 import json
@@ -42,8 +39,8 @@ CLIPS_PER_RUN = 100
 CAPTIONS_PER_CLIP = 6
 NUM_WORKERS = 2
 
-# Pairs of label values that no training clip has together; each value occurs with all others. One valid clip in five
-# has one of these pairs (field `held_out_pair`): they measure whether a model puts known attributes together anew.
+# Pairs of label values that never occur together in training clips; each value occurs with all others. One valid clip
+# in five has such a pair (field `held_out_pair`), to measure new combinations of known attributes.
 HELD_OUT_PAIRS: tuple[tuple[tuple[str, str], tuple[str, str]], ...] = (
     (("instrument", "harpsichord"), ("tempo", "slow")),
     (("instrument", "accordion"), ("register", "low")),
@@ -52,7 +49,7 @@ HELD_OUT_PAIRS: tuple[tuple[tuple[str, str], tuple[str, str]], ...] = (
 )
 _HELD_OUT_VALID_FRACTION = 0.2
 
-# How often each value is drawn; instruments are drawn evenly.
+# Relative frequency of each value.
 _LABEL_WEIGHTS: dict[str, dict[Any, float]] = {
     "instrument": dict.fromkeys(INSTRUMENTS, 1.0),
     "tempo": dict.fromkeys(TEMPI_BPM, 1.0),
@@ -73,13 +70,13 @@ _DANCE_WEIGHTS = {
 }
 _MINOR_FRACTION = 0.2
 _PITCH_CLASSES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
-# Greatest absolute sample of a clip: recordings differ in level, and so do these.
+# Range of the largest absolute sample of a clip, for a variety of levels.
 _PEAKS = (0.5, 0.9)
 
 
 @dataclass(frozen=True)
 class ClipPlan:
-    """A clip before it is rendered: its row of the manifest, and what is played."""
+    """A clip before it is rendered: its row of the manifest, and the performance."""
 
     row: dict[str, Any]
     tune: Tune
@@ -94,9 +91,9 @@ def _holds(labels: dict[str, Any], pair: tuple[tuple[str, str], tuple[str, str]]
 
 
 def _draw_labels(rng: Random, dance: str, split: str) -> dict[str, Any]:
-    """Labels of a clip of a given dance; only valid clips have a held-out pair, and they have it on purpose."""
-    wanted = [pair for pair in HELD_OUT_PAIRS if ("dance", dance) in pair or all(name != "dance" for name, _ in pair)]
-    pair = rng.choice(wanted) if split == "valid" and rng.random() < _HELD_OUT_VALID_FRACTION else None
+    """Draw the labels of a clip; a fixed share of the valid clips has a held-out pair, and no training clip."""
+    pairs = [pair for pair in HELD_OUT_PAIRS if ("dance", dance) in pair or all(name != "dance" for name, _ in pair)]
+    pair = rng.choice(pairs) if split == "valid" and rng.random() < _HELD_OUT_VALID_FRACTION else None
     while True:
         labels = {
             name: rng.choices(list(values), weights=list(values.values()))[0] for name, values in _LABEL_WEIGHTS.items()
@@ -107,7 +104,7 @@ def _draw_labels(rng: Random, dance: str, split: str) -> dict[str, Any]:
 
 
 def _captions(labels: dict[str, Any], split: str, rng: Random) -> dict[str, Any]:
-    """The caption fields of a row: training wordings, and for valid clips held-out ones beside them."""
+    """Caption fields of a row: training wordings, and for valid clips also held-out wordings."""
     seen = caption_variants(labels, rng, CAPTIONS_PER_CLIP)
     if split == "train":
         return {"caption": seen[0], "captions": seen}
@@ -117,21 +114,9 @@ def _captions(labels: dict[str, Any], split: str, rng: Random) -> dict[str, Any]
 
 @beartype
 def plan_clip(split: str, index: int, seed: int) -> ClipPlan:
-    """Decide everything about one clip.
-
-    Args:
-        split: "train" or "valid"; the splits share no tune.
-        index: Number of the clip in its split.
-        seed: Seed of the corpus.
-
-    Returns:
-        The plan; equal arguments give equal plans.
-
-    Raises:
-        ValueError: If the split is not known.
-    """
+    """Draw everything about clip number `index` of a split ("train" or "valid"). The splits have different tunes."""
     if split not in ("train", "valid"):
-        raise ValueError(f"split must be 'train' or 'valid', got {split!r}.")
+        raise ValueError(f"split must be 'train' or 'valid', got {split!r}")
     name = f"recipe-{split}-{index // CLIPS_PER_TUNE:05d}"
     tune_rng = Random(f"tune {seed} {name}")
     dance = tune_rng.choices(list(_DANCE_WEIGHTS), weights=list(_DANCE_WEIGHTS.values()))[0]
@@ -141,9 +126,9 @@ def plan_clip(split: str, index: int, seed: int) -> ClipPlan:
     drawn = _draw_labels(rng, dance, split)
     bpm = round(TEMPI_BPM[drawn["tempo"]] * rng.uniform(1 - TEMPO_JITTER, 1 + TEMPO_JITTER), 1)
     order = ("instrument", "tempo", "dance", "mode", "chords", "drums", "register")
-    described = drawn | {"mode": tune.mode}
-    described = {label: described[label] for label in order}
-    row = {"audio": f"clips/{split}-{index:05d}.ogg"} | _captions(described, split, rng) | described
+    labels_of_row = drawn | {"mode": tune.mode}
+    labels_of_row = {label: labels_of_row[label] for label in order}
+    row = {"audio": f"clips/{split}-{index:05d}.ogg"} | _captions(labels_of_row, split, rng) | labels_of_row
     row |= {
         "bpm": bpm,
         "tune": name,
@@ -174,7 +159,7 @@ def _melody_events(plan: ClipPlan) -> list[list[Any]]:
 
 
 def _render(plans: Sequence[ClipPlan], out: Path) -> None:
-    """Render clips in one run and write them, each file complete or not there."""
+    """Render clips in one run of the synthesizer and write them."""
     waves = render_performances(
         [_perform(plan) for plan in plans], [plan.peak for plan in plans], CLIP_SECONDS, SAMPLE_HZ
     )
@@ -185,7 +170,7 @@ def _render(plans: Sequence[ClipPlan], out: Path) -> None:
 def _missing_runs(plans: Sequence[ClipPlan], out: Path) -> Iterator[Sequence[ClipPlan]]:
     """The runs of `CLIPS_PER_RUN` clips that are not complete.
 
-    A run is rendered as a whole, so that its sound does not depend on where an earlier attempt stopped.
+    A run is rendered as a whole, so that its sound does not depend on an earlier interruption.
     """
     for first in range(0, len(plans), CLIPS_PER_RUN):
         run = plans[first : first + CLIPS_PER_RUN]
@@ -193,17 +178,17 @@ def _missing_runs(plans: Sequence[ClipPlan], out: Path) -> Iterator[Sequence[Cli
             yield run
 
 
-def _claim(out: Path, recipe: dict[str, Any]) -> None:
-    """Note in the folder which corpus it holds, or refuse a folder that holds another."""
+def _check_folder(out: Path, recipe: dict[str, Any]) -> None:
+    """Write `recipe.json` into an empty folder, or check that a folder holds the same corpus."""
     note = out / "recipe.json"
     if note.is_file():
-        found = read_json(note)
-        if found != recipe:
+        present = read_json(note)
+        if present != recipe:
             raise ValueError(
-                f"{out} holds a corpus made with {found}, not with {recipe}; give another folder, or remove this one."
+                f"{out} holds a corpus with {present}, not with {recipe}; use another folder, or remove this one"
             )
     elif any(out.iterdir()):
-        raise ValueError(f"{out} is not empty and holds no corpus of this recipe; give a new folder.")
+        raise ValueError(f"{out} is not empty and holds no corpus; use a new folder")
     else:
         write_json(note, recipe)
 
@@ -213,31 +198,31 @@ def make_corpus(out: str | Path, num_train: int, num_valid: int, seed: int = 0) 
     """Compose, render and write the corpus.
 
     Args:
-        out: Folder to write: `clips/*.ogg` (Vorbis, 24 kHz, mono, 5 s), `train.jsonl`, `valid.jsonl`, `recipe.json`. A
-            folder in which an equal call was interrupted is completed.
-        num_train: Number of training clips, >= 1.
-        num_valid: Number of valid clips, >= 1. Their `caption` is in held-out wording, their `caption_seen` in training
-            wording.
+        out: Folder for `clips/*.ogg` (Vorbis, 24 kHz, mono, 5 s), `train.jsonl`, `valid.jsonl` and `recipe.json`. An
+            interrupted corpus with equal arguments is completed.
+        num_train: Number of training clips.
+        num_valid: Number of valid clips. Their `caption` has held-out wording, their `caption_seen` training wording.
         seed: Seed of every choice.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If a number is below 1, or the folder holds something else.
         RuntimeError: If FluidSynth or its soundfont is missing.
     """
     if num_train < 1 or num_valid < 1:
-        raise ValueError(f"num_train and num_valid must be at least 1, got {num_train} and {num_valid}.")
+        raise ValueError(f"num_train and num_valid must be at least 1, got {num_train} and {num_valid}")
     find_synthesizer()
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder, {"format_version": FORMAT_VERSION, "num_train": num_train, "num_valid": num_valid, "seed": seed})
+    _check_folder(
+        folder, {"format_version": FORMAT_VERSION, "num_train": num_train, "num_valid": num_valid, "seed": seed}
+    )
     (folder / "clips").mkdir(exist_ok=True)
     splits = {"train": num_train, "valid": num_valid}
     plans = {split: [plan_clip(split, index, seed) for index in range(count)] for split, count in splits.items()}
     runs = [run for split in splits for run in _missing_runs(plans[split], folder)]
-    # Threads suffice: the synthesizer is a process of its own, and the encoder works without Python's lock.
+    # Threads are enough: the synthesizer is a separate process, and the audio encoder releases Python's lock.
     with ThreadPoolExecutor(NUM_WORKERS) as pool:
         for _ in pool.map(lambda run: _render(run, folder), runs):
             pass

@@ -1,6 +1,6 @@
-"""The rhythms of the dances: metre, groups inside a bar, and the figures that fill a group.
+"""Rhythms of the dances: metre, groups inside a bar, and rhythmic figures of a group.
 
-Durations are in quarter notes. A jig is in 6/8: its bar lasts three quarters, in two groups of three eighths.
+Durations are in quarter notes. A bar of a jig (6/8) has three quarters, in two groups of three eighths.
 """
 
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ Figure = tuple[float, ...]
 
 @dataclass(frozen=True)
 class Metre:
-    """How the bars of one kind of tune are filled.
+    """Rhythm of the bars of one kind of tune.
 
     Args:
         groups: Length in quarters of each group of a bar; a group starts on a strong beat.
-        figures: Rhythms that fill one group, with how often each is taken.
-        closing: Rhythms of the last bar of a phrase, one figure a group.
-        kick: Quarters inside the bar at which a bass drum plays.
-        snare: Quarters inside the bar at which a snare drum plays.
+        figures: Rhythms of one group, with their relative frequency.
+        closing: Rhythms of the last bar of a phrase, one figure per group.
+        kick: Positions of the bass drum inside the bar, in quarters.
+        snare: Positions of the snare drum.
     """
 
     groups: tuple[float, ...]
@@ -36,7 +36,7 @@ class Metre:
 
 @dataclass(frozen=True)
 class Dance:
-    """A kind of tune: the metres it is written in (with weights) and the orders of its eight-bar parts."""
+    """A kind of tune: its metres with weights, and the orders of its eight-bar parts."""
 
     metres: tuple[tuple[Metre, float], ...]
     forms: tuple[str, ...]

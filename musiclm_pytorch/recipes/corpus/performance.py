@@ -1,4 +1,4 @@
-"""Decides who plays what: turns an excerpt of a tune and the labels of a clip into MIDI events."""
+"""MIDI events of a clip, from an excerpt of a tune and the labels of the clip."""
 
 from dataclasses import dataclass
 from random import Random
@@ -27,11 +27,11 @@ INSTRUMENTS: dict[str, int] = {
     "trumpet": 56,
     "violin": 40,
 }
-# Programs and key velocities of the accompaniments; the velocities leave the melody in front.
+# Programs and velocities of the accompaniments; they are softer than the melody.
 CHORDS: dict[str, tuple[int, int]] = {"guitar chords": (24, 56), "piano chords": (0, 56), "string chords": (48, 56)}
-# Semitones by which a register moves the melody.
+# Transposition of the melody by register, in semitones.
 REGISTERS: dict[str, int] = {"low": -12, "mid": 0, "high": 12}
-# Quarters a minute; a clip's own tempo lies within `TEMPO_JITTER` of it.
+# Quarters per minute; the tempo of a clip differs from it by at most the share `TEMPO_JITTER`.
 TEMPI_BPM: dict[str, float] = {"slow": 66.0, "medium tempo": 108.0, "fast": 168.0}
 TEMPO_JITTER = 0.06
 
@@ -39,21 +39,21 @@ MELODY_CHANNEL, _CHORD_CHANNEL = 0, 1
 _ALL_SOUND_OFF = 120
 _KICK, _SNARE, _CLOSED_HAT = 36, 38, 42
 _KICK_VELOCITY, _SNARE_VELOCITY, _HAT_VELOCITY = 92, 79, 68
-# A struck key is let go a little before the next one, as a player's finger is.
+# Share of the written duration for which a key is held.
 _HELD_FRACTION = 0.97
 
 
 @dataclass(frozen=True)
 class ClipLabels:
-    """What is to be heard in a clip: the labels of the manifest that the sound depends on.
+    """Labels of the manifest that the sound depends on.
 
     Args:
         instrument: A key of `INSTRUMENTS`.
         tempo: A key of `TEMPI_BPM`.
-        chords: A key of `CHORDS`, or None for no chords.
-        drums: Whether a drum kit plays along.
+        chords: A key of `CHORDS`, or None.
+        drums: Whether there is a drum kit.
         register: A key of `REGISTERS`.
-        bpm: Quarters a minute.
+        bpm: Quarters per minute.
     """
 
     instrument: str
@@ -65,16 +65,16 @@ class ClipLabels:
 
 
 def _excerpt(start_quarters: float, duration_quarters: float, bpm: float, seconds: float) -> tuple[float, float] | None:
-    """(start, duration) in seconds of something on the page inside the clip, or None when it is outside."""
+    """Start and duration in seconds of a note of the score, cut at the end of the clip; None outside the clip."""
     seconds_per_quarter = 60.0 / bpm
     start = start_quarters * seconds_per_quarter
     end = min(seconds, start + duration_quarters * seconds_per_quarter)
-    # A sliver of a note at the very end would be a click, not a note.
+    # A very short rest of a note at the end would sound like a click.
     return (start, end - start) if start >= 0 and end - start > 0.02 else None
 
 
 def _drum_notes(tune: Tune, bpm: float, seconds: float) -> list[Note]:
-    """Hi-hat on every eighth, bass and snare drum where the metre has them."""
+    """Hi-hat on every eighth, bass and snare drum at the positions of the metre."""
     metre = tune.metre
     num_bars = int(seconds * bpm / 60.0 / metre.quarters_per_bar) + 1
     eighths = [eighth / 2 for eighth in range(round(metre.quarters_per_bar * 2))]
@@ -85,9 +85,9 @@ def _drum_notes(tune: Tune, bpm: float, seconds: float) -> list[Note]:
     )
     notes = []
     for bar in range(num_bars):
-        for pitch, velocity, places in voices:
-            for place in places:
-                span = _excerpt(bar * metre.quarters_per_bar + place, 0.25, bpm, seconds)
+        for pitch, velocity, positions in voices:
+            for position in positions:
+                span = _excerpt(bar * metre.quarters_per_bar + position, 0.25, bpm, seconds)
                 if span is not None:
                     notes.append(Note(*span, pitch, velocity, DRUM_CHANNEL))
     return notes
@@ -97,23 +97,17 @@ def _drum_notes(tune: Tune, bpm: float, seconds: float) -> list[Note]:
 def perform(
     tune: Tune, labels: ClipLabels, start_bar: int, seconds: float, rng: Random
 ) -> list[Note | ProgramChange | ControlChange]:
-    """Play an excerpt of a tune.
+    """MIDI events of an excerpt of a tune, with silence on every channel just after `seconds`.
 
     Args:
-        tune: What is played.
-        labels: How it is played.
-        start_bar: Bar of the tune at which the excerpt starts; the tune starts again from its first bar when it ends.
-        seconds: Length of the excerpt; notes are cut there.
-        rng: Source of the small differences of touch.
-
-    Returns:
-        MIDI events from 0 s on: programs first, and silence on every channel just after `seconds`.
-
-    Raises:
-        ValueError: If `start_bar` is not a bar of the tune.
+        tune: The tune; it is repeated from its first bar at its end.
+        labels: Instrument, tempo, accompaniment and register.
+        start_bar: First bar of the excerpt.
+        seconds: Length of the excerpt; notes are cut at its end.
+        rng: Source of small differences of velocity.
     """
     if not 0 <= start_bar < tune.num_bars:
-        raise ValueError(f"start_bar is {start_bar}, but the tune has bars 0..{tune.num_bars - 1}.")
+        raise ValueError(f"start_bar must lie in 0..{tune.num_bars - 1}, got {start_bar}")
     events: list[Note | ProgramChange | ControlChange] = [
         ProgramChange(0.0, INSTRUMENTS[labels.instrument], MELODY_CHANNEL)
     ]

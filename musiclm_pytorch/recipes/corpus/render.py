@@ -1,7 +1,7 @@
-"""Turns performances into sound with FluidSynth and the FluidR3 General MIDI soundfont.
+"""Rendering of MIDI events with FluidSynth and the FluidR3 General MIDI soundfont.
 
-Starting the synthesizer and loading 148 MB of soundfont costs more than a clip, so many performances go through one
-run: they stand one behind another in one MIDI file, with a silence between them in which the room's echo dies away.
+Starting the synthesizer and loading the soundfont of 148 MB takes longer than rendering a clip. One run therefore
+renders many clips from one MIDI file, with a silence between them in which the reverb decays.
 """
 
 import shutil
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from beartype import beartype
 
-from musiclm_pytorch.recipes.corpus.midi import ControlChange, Note, ProgramChange, write_midi
+from musiclm_pytorch.recipes.corpus.midi import ControlChange, Note, ProgramChange, midi_bytes
 
 __all__ = ["SOUNDFONT", "find_synthesizer", "render_performances"]
 
@@ -22,36 +22,26 @@ Event = Note | ProgramChange | ControlChange
 
 SOUNDFONT = Path("/usr/share/sounds/sf2/FluidR3_GM.sf2")
 
-# Silence behind every performance. With it a slot of 5 s is 7 s, a whole number of FluidSynth's blocks of 64 samples at
-# 24 kHz, so that every clip starts on a block exactly as a first one does.
+# Silence after every clip. A clip of 5 s then takes 7 s, a whole number of FluidSynth's blocks of 64 samples at 24 kHz,
+# so that every clip starts at the beginning of a block.
 GAP_SECONDS = 2.0
-# FluidSynth's own master gain; low enough that a chord with drums stays far from clipping.
+# Master gain of FluidSynth, at which a chord with drums does not clip.
 GAIN = 0.3
-# The last samples fade to zero, so that cutting a clip is not heard as a click.
+# Fade at the end of a clip, which avoids a click.
 FADE_SECONDS = 0.02
 
 
 @beartype
 def find_synthesizer(soundfont: Path = SOUNDFONT) -> str:
-    """The path of the `fluidsynth` command.
-
-    Args:
-        soundfont: General MIDI soundfont (.sf2) that has to be there too.
-
-    Returns:
-        The command.
-
-    Raises:
-        RuntimeError: If the command or the soundfont is missing; the message names the packages.
-    """
+    """Path of the `fluidsynth` command; a RuntimeError names the package if it or the soundfont is missing."""
     command = shutil.which("fluidsynth")
     if command is None:
         raise RuntimeError(
-            "the command `fluidsynth` is missing; on Debian or Ubuntu: apt-get install fluidsynth fluid-soundfont-gm."
+            "the command `fluidsynth` is missing; on Debian or Ubuntu: apt-get install fluidsynth fluid-soundfont-gm"
         )
     if not soundfont.is_file():
         raise RuntimeError(
-            f"the soundfont {soundfont} is missing; on Debian or Ubuntu: apt-get install fluid-soundfont-gm."
+            f"the soundfont {soundfont} is missing; on Debian or Ubuntu: apt-get install fluid-soundfont-gm"
         )
     return command
 
@@ -60,12 +50,12 @@ def _synthesize(events: Sequence[Event], seconds: float, sample_hz: int, soundfo
     """Render events to a stereo float WAV file of at least `seconds`."""
     command = find_synthesizer(soundfont)
     score, sound = folder / "score.mid", folder / "sound.wav"
-    write_midi(score, events, end_seconds=seconds)
+    score.write_bytes(midi_bytes(events, end_seconds=seconds))
     arguments = [command, "-n", "-i", "-q", "-r", str(sample_hz), "-g", str(GAIN), "-T", "wav", "-O", "float"]
     arguments += ["-o", "synth.cpu-cores=1", "-F", str(sound), str(soundfont), str(score)]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    if done.returncode != 0 or not sound.is_file():
-        raise RuntimeError(f"fluidsynth failed with exit status {done.returncode}: {done.stderr.strip()[-500:]}")
+    result = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    if result.returncode != 0 or not sound.is_file():
+        raise RuntimeError(f"fluidsynth failed with exit status {result.returncode}: {result.stderr.strip()[-500:]}")
     return sound
 
 
@@ -85,20 +75,17 @@ def render_performances(
     sample_hz: int = 24_000,
     soundfont: Path = SOUNDFONT,
 ) -> list[np.ndarray]:
-    """Render performances in one run of the synthesizer.
+    """Render clips in one run of the synthesizer.
 
     Args:
         performances: MIDI events of each clip, from 0 s on.
-        peaks: Greatest absolute sample of each clip, 0..1.
+        peaks: Largest absolute sample of each clip, 0..1.
         seconds: Length of a clip.
-        sample_hz: Sampling rate, Hz.
+        sample_hz: Sample rate.
         soundfont: General MIDI soundfont (.sf2).
 
     Returns:
-        One float32 array `[n]`, mono, for each performance.
-
-    Raises:
-        RuntimeError: If FluidSynth or the soundfont is missing, or FluidSynth fails.
+        One mono float32 array `[n]` per clip.
     """
     import soundfile
 

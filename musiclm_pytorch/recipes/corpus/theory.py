@@ -1,20 +1,20 @@
-"""Scales, chords and harmonic progressions: what composition needs of music theory.
+"""Scales, chords and harmonic progressions.
 
-Melodies are thought in scale degrees (0 is the tonic, 7 the tonic an octave above, -1 the note below the tonic), so
-that a motif can be moved along the scale and stay in the key.
+Melodies are sequences of scale degrees (0 is the tonic, 7 the tonic an octave above, -1 the note below the tonic). A
+motif can therefore be transposed along the scale and stays in the key.
 """
 
 from dataclasses import dataclass
 
 __all__ = ["CADENCES", "KEYS", "OPENINGS", "SCALES", "Chord", "Scale"]
 
-# Semitones above the tonic. The label `mode` names a family; a tune is written in one scale of it, by these weights.
+# Scales of each value of the label `mode`, as semitones above the tonic, with weights.
 SCALES: dict[str, dict[tuple[int, ...], float]] = {
     "major": {(0, 2, 4, 5, 7, 9, 11): 6.0, (0, 2, 4, 5, 7, 9, 10): 1.0},  # ionian, mixolydian
     "minor": {(0, 2, 3, 5, 7, 8, 10): 3.0, (0, 2, 3, 5, 7, 9, 10): 2.0},  # aeolian, dorian
 }
 
-# MIDI pitches of the tonic in the octave a melody is written in: the keys that fiddles, flutes and accordions like.
+# MIDI pitches of the tonic with weights: keys that are common for fiddle, flute and accordion.
 KEYS: dict[str, dict[int, float]] = {
     "major": {62: 4.0, 67: 4.0, 69: 2.0, 60: 2.0, 65: 1.0, 70: 0.5, 64: 0.5},  # D G A C F B-flat E
     "minor": {64: 4.0, 69: 3.0, 62: 2.0, 71: 1.5, 67: 1.0},  # e a d b g
@@ -27,7 +27,7 @@ class Chord:
 
     Args:
         degree: Degree of its root, 0..6.
-        leading: Whether the seventh degree of the scale is raised while it sounds (the major dominant of a minor key).
+        leading: Whether the seventh degree of the scale is raised (the major dominant of a minor key).
     """
 
     degree: int
@@ -57,18 +57,18 @@ class Scale:
         return self.tonic + 12 * octave + self.steps[step] + raised
 
     def triad(self, chord: Chord, lowest: int) -> tuple[int, int, int]:
-        """MIDI pitches of a chord in root position whose root is the first one at or above `lowest`."""
+        """MIDI pitches of a chord in root position, with the root in the octave from `lowest` upwards."""
         root, third, fifth = (self.pitch(chord.degree + offset, chord.leading) for offset in (0, 2, 4))
         shift = lowest + (root - lowest) % 12 - root
         return root + shift, third + shift, fifth + shift
 
 
 def _bars(*bars: str) -> tuple[tuple[Chord, ...], ...]:
-    """Bars of chords from their degrees counted from 1: "1 5" is two chords in a bar; "5+" has the leading note."""
+    """Bars of chords by degrees counted from 1: "1 5" is a bar with two chords, "5+" has the leading note."""
     return tuple(tuple(Chord(int(name[0]) - 1, name.endswith("+")) for name in bar.split()) for bar in bars)
 
 
-# The first two bars of a phrase, by family of modes.
+# The first two bars of a phrase, by mode.
 OPENINGS = {
     "major": [
         _bars(*pair)
@@ -90,7 +90,7 @@ OPENINGS = {
     ],
 }
 
-# The last two bars of a phrase: open (it asks) or closed (it ends on the tonic).
+# The last two bars of a phrase: open, or closed on the tonic.
 CADENCES = {
     ("major", "open"): [_bars(*pair) for pair in (("1", "5"), ("4", "5"), ("2", "5"), ("1 4", "5"), ("6", "5"))],
     ("major", "closed"): [

@@ -1,12 +1,12 @@
-"""The words captions are made of, split into those for training and those held out.
+"""Words and templates of captions, for training and held out.
 
-A held-out wording recombines words that training wordings use ("at a quick pace" when "quick" and "at a brisk pace" are
-known): it tests whether the text tower understands a phrase it has not read, not whether it guesses unknown words.
-Instruments and dances keep their plain names on both sides.
+A held-out wording recombines words of the training wordings: "at a quick pace" is held out, "quick" and "at a brisk
+pace" are in training captions. It tests new phrases and not unknown words. Instruments and dances have the same names
+in both.
 
-Templates are sentences with slots. `{instrument} {tempo} {pace} {dance} {mode} {key}` take a word for a label,
-`{backing}` says who accompanies, `{register}` where the melody lies (mostly nothing for the middle register); `a(n)`
-becomes the article that fits.
+Templates are sentences with slots. `{instrument} {tempo} {pace} {dance} {mode} {key}` are replaced by a word for a
+label, `{backing}` by the accompaniment, `{register}` by the register of the melody (mostly nothing for the middle
+register), and `a(n)` by the right article.
 """
 
 from typing import NamedTuple
@@ -15,10 +15,7 @@ __all__ = ["HELD_OUT", "TRAINING", "Wordings"]
 
 
 class Wordings(NamedTuple):
-    """Words for every value of every label, and templates that put them together.
-
-    A word that stands twice is taken twice as often.
-    """
+    """Words for every value of every label, and templates. A word that is listed twice is drawn twice as often."""
 
     instrument: dict[str, tuple[str, ...]]
     tempo: dict[str, tuple[str, ...]]

@@ -99,7 +99,7 @@ def test_partial_labels_give_partial_captions() -> None:
 
 @pytest.mark.parametrize(
     ("labels", "count", "message"),
-    [({"instrument": "kazoo"}, 1, "kazoo"), (LABELS, 0, "count"), ({"dance": "jig"}, 1, "no caption")],
+    [({"instrument": "kazoo"}, 1, "kazoo"), (LABELS, 0, "count"), ({"dance": "jig"}, 1, "no template fits")],
 )
 def test_caption_variants_refuse_what_they_cannot_say(labels: dict, count: int, message: str) -> None:
     """An unknown value must be named, not fall through as a KeyError."""
