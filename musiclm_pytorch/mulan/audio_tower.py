@@ -10,10 +10,10 @@ from beartype import beartype
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from audiolm_pytorch.audio.padding import length_mask
+from audiolm_pytorch.audio.padding import check_waves, checked_lengths, length_mask
 from audiolm_pytorch.nn.encoder import TransformerEncoder, WavePositionBias
 from audiolm_pytorch.saving.modules import register
-from musiclm_pytorch.mulan.pooling import pooled_layers
+from musiclm_pytorch.mulan.layers import pooled_layers
 from musiclm_pytorch.mulan.spectrogram import SpecAugment, log_spectrogram
 
 __all__ = ["AudioSpectrogramTransformer"]
@@ -23,36 +23,27 @@ __all__ = ["AudioSpectrogramTransformer"]
 class AudioSpectrogramTransformer(nn.Module):
     """One embedding per clip: the mean of a transformer's outputs over patches of a log spectrogram.
 
-    AST (arXiv:2104.01778) as in MuLan (arXiv:2208.12415, sec. 3.1). Where a patch lies is told in three ways that all
-    take clips of any length: its time by rotary positions, its band by a learned embedding, and how far apart two
-    patches are, in time and in frequency, by a learned bias of attention. Clips shorter than a patch are padded to one.
+    AST (arXiv:2104.01778) as in MuLan (arXiv:2208.12415, sec. 3.1), for clips of any length. The time of a patch is
+    encoded by rotary positions, its band by a learned embedding, and the distance of two patches in time and frequency
+    by a learned bias of attention. Clips shorter than a patch are padded.
 
-    Without `spec_n_fft` and `num_mels`, the front end is MuLan's: 128 mel bands, windows of 25 ms every 10 ms. With
-    `spec_n_fft` alone, the linear bins of that Fourier transform are used.
+    By default the front end is MuLan's: 128 mel bands, windows of 25 ms every 10 ms. With `spec_n_fft` alone, it uses
+    the linear bins of that Fourier transform.
 
     Args:
-        dim: Width of the tokens and of the output.
-        depth: Transformer blocks.
-        heads: Attention heads.
-        dim_head: Width of a head, even.
         patch_size: Bins and frames of a (square) patch.
         patch_stride: Bins and frames from one patch to the next (AST: 10); None = `patch_size`, no overlap.
-        sample_hz: Sample rate of the waves in Hz.
         num_mels: Mel bands; None = the linear bins of the Fourier transform; "auto" = see above.
-        spec_n_fft: Size of the Fourier transform in samples; None = 64 ms.
-        spec_win_length: Samples of the window; None = `spec_n_fft`, or 25 ms where that is not given either.
-        spec_hop_length: Samples a frame; None = 2/5 of the window, which is 10 ms for 25 ms.
-        spec_aug_stretch_factor: In training, each clip plays at a random speed between this and its inverse; 1 = off,
-            as it should be where captions tell fast from slow.
+        spec_n_fft: Samples of the Fourier transform; None = 64 ms.
+        spec_win_length: Samples of the window; None = `spec_n_fft`, or 25 ms if that is None too.
+        spec_hop_length: Samples per frame; None = 2/5 of the window, which is 10 ms for 25 ms.
+        spec_aug_stretch_factor: In training, the speed of each clip is drawn between this and its inverse; 1 = off.
+            Captions that distinguish fast and slow need 1.
         spec_aug_freq_mask: In training, up to this fraction of the bins is masked; 0 = off.
         spec_aug_time_mask: In training, up to this fraction of the frames is masked; 0 = off.
-        patch_dropout: Fraction of patches left out in training, which saves that much time (arXiv:2212.00794).
-        position_waves: Waves a head of the bias by distance (`WavePositionBias`); 0 = no bias.
+        patch_dropout: Fraction of patches left out in training, which saves as much time (arXiv:2212.00794).
+        position_waves: Waves per head of the bias by distance (`WavePositionBias`); 0 = no bias.
         ff_mult: Width of the feed-forward over `dim`.
-        dropout: Probability of dropping in training.
-
-    Raises:
-        ValueError: If a number is out of range, or there are more mel bands than the Fourier transform resolves.
     """
 
     @beartype
@@ -100,41 +91,31 @@ class AudioSpectrogramTransformer(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "AudioSpectrogramTransformer":
-        """Build from `config`; the weights are new."""
-        # the first models knew no bias by distance
-        return cls(**{"position_waves": 0, **config})
+        """Build from `config`, with new weights."""
+        return cls(**config)
 
     def forward(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Embed clips.
 
         Args:
             wavs: `[b, n]` float in about -1..1 at `sample_hz`.
-            lengths: `[b]` samples of each clip, 1..n; what lies beyond is padding. None = all `n`.
+            lengths: `[b]` samples of each clip, 1..n; what follows them is padding. None = all `n`.
 
         Returns:
-            Tensor `[b, dim]` float32, not normalised; in eval mode each row is the same whatever else is in the batch.
-
-        Raises:
-            ValueError: If shapes do not fit, a clip is empty, or a sample is NaN or infinite.
+            `[b, dim]` float32, not normalised. In eval mode a row does not depend on the rest of the batch.
         """
         return self.embed_layers(wavs, lengths, layers=(self.depth,))[0]
 
     @beartype
     def embed_layers(self, wavs: Tensor, lengths: Tensor | None = None, *, layers: Sequence[int]) -> Tensor:
-        """Embed clips by what stands after some of the blocks.
+        """Embed clips as means over the patches after some blocks, `[l, b, dim]` float32, not normalised.
 
-        Args:
-            wavs: As for `forward`, like `lengths`.
-            lengths: See there.
-            layers: Numbers of blocks, 0..depth; `depth` stands for the normalised output.
-
-        Returns:
-            Tensor `[l, b, dim]` float32: means over the patches, not normalised.
-
-        Raises:
-            ValueError: As `forward`, or if a layer is not there.
+        Layers are numbers of blocks, 0..depth; `depth` is the normalised output.
         """
-        lengths = _checked_lengths(wavs, lengths)
+        check_waves(wavs)
+        if lengths is None:
+            lengths = torch.full((len(wavs),), wavs.shape[1], device=wavs.device)
+        lengths = checked_lengths(lengths, wavs)
         logs, num_frames = self.spectrogram(wavs, lengths)
         logs, num_frames = self.augment.stretch(logs, num_frames)
         image = self.augment.mask(self.spectrogram.standardise(logs, num_frames), num_frames)
@@ -142,17 +123,17 @@ class AudioSpectrogramTransformer(nn.Module):
         return pooled_layers(self.encoder, tokens, mask, layers, places)
 
     def _num_patches(self, size: int) -> int:
-        """Count the patches, along one axis, that cover so many bins or frames; at least one."""
+        """Number of patches along one axis that cover `size` bins or frames; at least one."""
         return 1 + max(0, math.ceil((size - self.patch_size) / self.patch_stride))
 
     def _patches(self, image: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens `[b, t, d]` of patches, where they lie `[b, t, 2]` (time, frequency), and which are real `[b, t]`."""
+        """Tokens `[b, t, d]` of patches, their positions `[b, t, 2]` (time, frequency), and the mask `[b, t]`."""
         size, stride = self.patch_size, self.patch_stride
         num_columns = self._num_patches(image.shape[2])
         covered = [(count - 1) * stride + size for count in (num_columns, self.num_bands)]
         image = F.pad(image, (0, covered[0] - image.shape[2], 0, covered[1] - image.shape[1]))
         patches = rearrange(image.unfold(1, size, stride).unfold(2, size, stride), "b h w p q -> b w h (p q)")
-        # the front end computes in float32 whatever the precision of the weights is
+        # The front end computes in float32, also if the weights have half precision.
         tokens = self.to_tokens(patches.to(self.to_tokens.weight.dtype)) + self.band_embedding
         tokens = rearrange(tokens, "b w h d -> b (w h) d")
         column, band = torch.arange(num_columns), torch.arange(self.num_bands)
@@ -166,18 +147,3 @@ class AudioSpectrogramTransformer(nn.Module):
         order = order[:, : int(kept.max())]
         tokens = tokens.gather(1, repeat(order, "b t -> b t d", d=self.dim))
         return tokens, places.gather(1, repeat(order, "b t -> b t axes", axes=2)), length_mask(kept, order.shape[1])
-
-
-def _checked_lengths(wavs: Tensor, lengths: Tensor | None) -> Tensor:
-    """Lengths `[b]` in samples on the device of `wavs`, or ValueError that says what is wrong with either."""
-    if wavs.ndim != 2 or not wavs.is_floating_point() or wavs.numel() == 0:
-        raise ValueError(f"wavs must be float [b, n] with b, n >= 1, got {wavs.dtype} {tuple(wavs.shape)}")
-    if not torch.isfinite(wavs).all():
-        raise ValueError("wavs hold NaN or infinite samples")
-    if lengths is None:
-        return torch.full((len(wavs),), wavs.shape[1], device=wavs.device)
-    if lengths.shape != wavs.shape[:1] or int(lengths.min()) < 1 or int(lengths.max()) > wavs.shape[1]:
-        raise ValueError(
-            f"lengths must be {len(wavs)} numbers of samples in 1..{wavs.shape[1]}, got {lengths.tolist()}"
-        )
-    return lengths.to(wavs.device)

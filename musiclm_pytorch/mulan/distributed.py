@@ -1,4 +1,4 @@
-"""The batch of all processes: rows gathered so that gradients flow back to the process that they came from."""
+"""The batch of all processes: rows are gathered so that gradients reach the process that they belong to."""
 
 from typing import Any
 
@@ -10,35 +10,27 @@ from torch import Tensor
 __all__ = ["gather_batch", "gather_counts", "own_rank"]
 
 
-def _many_processes() -> bool:
-    """Whether there is anybody to gather from."""
+def _has_other_processes() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def own_rank() -> int:
-    """Rank of this process; 0 where there is one."""
-    return dist.get_rank() if _many_processes() else 0
+    """Rank of this process; 0 if it is the only one."""
+    return dist.get_rank() if _has_other_processes() else 0
 
 
 def gather_counts(*parts: Tensor) -> list[list[int]]:
-    """Count the rows that every process holds.
-
-    Args:
-        parts: Tensors `[b, ...]`, as many on every process; each `b` may differ between processes.
-
-    Returns:
-        For each of `parts` the number of its rows on each process, in the order of their ranks.
-    """
-    own = torch.tensor([len(part) for part in parts], device=parts[0].device)
-    if not _many_processes():
-        return [[count] for count in own.tolist()]
-    counts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, own)
-    return torch.stack(counts, dim=1).tolist()
+    """For each of the tensors `[b, ...]`, the number of its rows on every process, by rank."""
+    counts = torch.tensor([len(part) for part in parts], device=parts[0].device)
+    if not _has_other_processes():
+        return [[count] for count in counts.tolist()]
+    gathered = [torch.empty_like(counts) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, counts)
+    return torch.stack(gathered, dim=1).tolist()
 
 
 class _GatherRows(torch.autograd.Function):
-    """Concatenate the rows of all processes; backward gives each process the summed gradient of its own rows."""
+    """Concatenate the rows of all processes; in backward each process receives the summed gradient of its rows."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: list[int]) -> Tensor:
@@ -56,17 +48,10 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_batch(rows: Tensor, counts: list[int] | None = None) -> Tensor:
-    """Join the rows of all processes, in the order of their ranks; differentiable.
+    """Concatenate the rows `[b, ...]` of all processes by rank; differentiable, see `_GatherRows`.
 
-    In backward the gradients that all processes have for a row are summed, and handed to the process it came from.
-
-    Args:
-        rows: `[b, ...]`; `b` may differ between processes.
-        counts: Rows of each process, where `gather_counts` told them before. None = they are asked for.
-
-    Returns:
-        `[sum of b, ...]`, the same on every process; `rows` itself where there is one process.
+    `b` may differ between processes. `counts` are the rows of each process; None = they are exchanged first.
     """
-    if not _many_processes():
+    if not _has_other_processes():
         return rows
     return _GatherRows.apply(rows, gather_counts(rows)[0] if counts is None else counts)

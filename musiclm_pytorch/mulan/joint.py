@@ -1,4 +1,4 @@
-"""What every joint embedding of audio and text offers: unit vectors of clips, of texts, and of audio of any length."""
+"""Base class of joint embeddings of audio and text: unit vectors of clips, texts, and audio of any length."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -15,16 +15,14 @@ __all__ = ["JointEmbedding", "average_latents"]
 
 
 class JointEmbedding(nn.Module, ABC):
-    """Audio and text in one space of unit vectors; the base of `MuLaN` and of pretrained models in its place.
+    """Audio and text in one space of unit vectors; the base of `MuLaN` and of pretrained models.
 
     Args:
         dim_latent: Width of the common space.
-        sample_hz: Sample rate in Hz at which waves are read.
-        window_seconds: Longer audio is embedded window by window (MusicLM, arXiv:2301.11325, sec. 3.2: 10 s).
-        window_stride_seconds: From the start of one window to that of the next (MusicLM: 1 s).
-
-    Raises:
-        ValueError: If a number is out of range, or a window is no whole number of samples.
+        sample_hz: Sample rate of the waves.
+        window_seconds: Longer audio is embedded in windows (MusicLM, arXiv:2301.11325, sec. 3.2: 10 s); a whole number
+            of samples.
+        window_stride_seconds: Time between the starts of two windows (MusicLM: 1 s).
     """
 
     @beartype
@@ -49,7 +47,7 @@ class JointEmbedding(nn.Module, ABC):
 
     @abstractmethod
     def get_audio_latents(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Embed clips, each as one piece.
+        """Embed clips without windows.
 
         Args:
             wavs: `[b, n]` float at `sample_hz`.
@@ -61,29 +59,16 @@ class JointEmbedding(nn.Module, ABC):
 
     @abstractmethod
     def get_text_latents(self, texts: str | Sequence[str] | Tensor) -> Tensor:
-        """Embed texts.
+        """Embed one text, several, or ids `[b, t]` (-1 past the end of a text).
 
-        Args:
-            texts: One text, several, or ids `[b, t]` with -1 past the end of a text.
-
-        Returns:
-            `[b, dim_latent]` float32, unit norm.
-
-        Raises:
-            ValueError: If a text is empty.
+        Returns `[b, dim_latent]` float32, unit norm. An empty text raises a ValueError.
         """
 
     @beartype
     def window_latents(self, wav: Tensor, *, max_batch: int = 32) -> Tensor:
-        """Embed every window of one recording.
+        """Embed every window of one recording `[n]` as `[w, dim_latent]` float32, unit norm; `max_batch` at a time.
 
-        Args:
-            wav: `[n]` float at `sample_hz`.
-            max_batch: Windows embedded at a time, which bounds the memory.
-
-        Returns:
-            `[w, dim_latent]` float32, unit norm. Windows are `window_seconds` long and begin every
-            `window_stride_seconds`; a shorter recording is one window, a last stride that is not full is left out.
+        A recording shorter than a window is one window. Audio after the last full window is left out.
         """
         if wav.ndim != 1:
             raise ValueError(f"wav must be one recording [n], got {tuple(wav.shape)}")
@@ -94,17 +79,9 @@ class JointEmbedding(nn.Module, ABC):
 
     @beartype
     def get_long_audio_latents(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Embed recordings of any length by the average over their windows (MusicLM, sec. 3.2).
+        """Embed recordings of any length as the average over their windows (MusicLM, sec. 3.2).
 
-        Args:
-            wavs: `[b, n]` float at `sample_hz`.
-            lengths: `[b]` samples of each recording, 1..n. None = all `n`.
-
-        Returns:
-            `[b, dim_latent]` float32, unit norm; `get_audio_latents` where no recording is longer than a window.
-
-        Raises:
-            ValueError: If shapes or lengths do not fit.
+        Arguments and result are those of `get_audio_latents`.
         """
         if wavs.ndim != 2:
             raise ValueError(f"wavs must be recordings [b, n], got {tuple(wavs.shape)}")
@@ -115,5 +92,5 @@ class JointEmbedding(nn.Module, ABC):
 
 
 def average_latents(latents: Tensor) -> Tensor:
-    """Average unit vectors `[..., w, d]` over windows and bring the result `[..., d]` back to unit norm."""
+    """Average of unit vectors `[..., w, d]` over windows, normalised again: `[..., d]`."""
     return F.normalize(latents.mean(dim=-2), dim=-1)

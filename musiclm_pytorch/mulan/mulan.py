@@ -1,4 +1,4 @@
-"""MuLaN: audio and text in one joint embedding, learned by contrast."""
+"""MuLaN: a joint embedding of audio and text, trained by contrast."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from audiolm_pytorch.saving.modules import build_module, module_spec, register
 from musiclm_pytorch.mulan.audio_tower import AudioSpectrogramTransformer
 from musiclm_pytorch.mulan.joint import JointEmbedding
-from musiclm_pytorch.mulan.layer_contrast import LayerContrast, LayerHeads
+from musiclm_pytorch.mulan.layers import LayerContrast, LayerHeads
 from musiclm_pytorch.mulan.losses import SoftmaxContrastiveLearning
 from musiclm_pytorch.mulan.text_tower import TextTower
 
@@ -25,18 +25,11 @@ class MuLaN(JointEmbedding):
     """Two towers with a common space of unit vectors (MuLan, arXiv:2208.12415).
 
     Args:
-        audio_transformer: Embeds waves.
-        text_transformer: Embeds texts: a `TextTransformer`, or any other module that is a `TextTower`.
         dim_latent: Width of the common space (MuLan: 128).
-        loss: A module called as `loss(audio_latents, text_latents, captions, clip_index)`, see
-            `SoftmaxContrastiveLearning`, which None stands for.
-        window_seconds: Longer audio is embedded window by window (MusicLM, arXiv:2301.11325, sec. 3.2: 10 s).
-        window_stride_seconds: From the start of one window to that of the next (MusicLM: 1 s).
-        layer_contrast: Layers inside the towers that are contrasted too, in training only; None = none.
-
-    Raises:
-        TypeError: If the text tower is no module.
-        ValueError: If a number is out of range, a window is no whole number of samples, or a tower has too few layers.
+        loss: Called as `loss(audio_latents, text_latents, captions, clip_index)`. None = `SoftmaxContrastiveLearning`.
+        window_seconds: See `JointEmbedding`.
+        window_stride_seconds: See `JointEmbedding`.
+        layer_contrast: Contrast of inner layers of the towers in training.
     """
 
     @beartype
@@ -57,10 +50,6 @@ class MuLaN(JointEmbedding):
             window_seconds=window_seconds,
             window_stride_seconds=window_stride_seconds,
         )
-        if not isinstance(text_transformer, nn.Module):
-            raise TypeError(
-                f"text_transformer must be an nn.Module, or it is not trained; got {type(text_transformer)}"
-            )
         self.audio = audio_transformer
         self.text = text_transformer
         self.audio_to_latent = nn.Linear(audio_transformer.dim, dim_latent)
@@ -79,7 +68,7 @@ class MuLaN(JointEmbedding):
         """Constructor arguments, JSON-able, with a spec for every part."""
         config = {
             "audio_transformer": module_spec(self.audio),
-            "text_transformer": module_spec(self.get_submodule("text")),
+            "text_transformer": module_spec(self.text),
             "dim_latent": self.dim_latent,
             "loss": module_spec(self.loss),
             "window_seconds": self.window_seconds,
@@ -89,7 +78,7 @@ class MuLaN(JointEmbedding):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "MuLaN":
-        """Build from `config`; the weights are new."""
+        """Build from `config`, with new weights."""
         parts: dict[str, Any] = {
             name: build_module(config[name]) for name in ("audio_transformer", "text_transformer", "loss")
         }
@@ -107,9 +96,9 @@ class MuLaN(JointEmbedding):
         clip_index: Tensor | None = None,
         chunk_size: int | None = None,
     ) -> Tensor:
-        """Contrastive loss of clips and the texts that describe them.
+        """Contrastive loss (nats) of clips and the texts that describe them.
 
-        Clips with the same text are not held against each other, and a clip not against any of its texts.
+        Clips with an equal text, and all texts of one clip, are not contrasted with each other.
 
         Args:
             wavs: `[b, n]` float at `sample_hz`.
@@ -117,14 +106,9 @@ class MuLaN(JointEmbedding):
             lengths: `[b]` samples of each clip, 1..n. None = all `n`.
             clip_index: `[k]` integers, the row in `wavs` of the clip that a text describes; every clip needs one.
                 None = one text a clip, in the same order.
-            chunk_size: Embed so many clips, and texts, at a time, and embed them again in backward (gradient caching,
-                arXiv:2101.06983): the loss of the whole batch with the memory of a chunk. None = all at once.
-
-        Returns:
-            Scalar loss in nats.
-
-        Raises:
-            ValueError: If shapes do not fit, or there is a clip without a text or a text without a clip.
+            chunk_size: Number of clips, and of texts, that are embedded at a time, and again in backward (gradient
+                caching, arXiv:2101.06983). The memory of a chunk then suffices for the loss of the whole batch. None =
+                one chunk.
         """
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
@@ -140,17 +124,17 @@ class MuLaN(JointEmbedding):
         return outputs if self.layer_contrast is None else outputs + self.layer_contrast.weight * sum(layers)
 
     def _audio_levels(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Unit vectors `[b, 1 + pairs, dim_latent]`, of the audio tower's output and of its contrasted layers."""
+        """Unit vectors `[b, 1 + pairs, dim_latent]` of the output and the contrasted layers of the audio tower."""
         states = self.audio.embed_layers(wavs, lengths, layers=[self.audio.depth, *self.layer_heads.audio_layers])
         return _unit_rows(states, [self.audio_to_latent, *self.layer_heads.audio_to_latent])
 
     def _text_levels(self, ids: Tensor) -> Tensor:
-        """Unit vectors `[k, 1 + pairs, dim_latent]`, of the text tower's output and of its contrasted layers."""
+        """Unit vectors `[k, 1 + pairs, dim_latent]` of the output and the contrasted layers of the text tower."""
         states = self.text.embed_layers(ids, layers=[self.text.depth, *self.layer_heads.text_layers])
         return _unit_rows(states, [self.text_to_latent, *self.layer_heads.text_to_latent])
 
     def get_audio_latents(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Embed clips, each as one piece; see `JointEmbedding`."""
+        """Embed clips without windows; see `JointEmbedding`."""
         return _unit_rows(self.audio(wavs, lengths).unsqueeze(0), [self.audio_to_latent])[:, 0]
 
     def get_text_latents(self, texts: str | Sequence[str] | Tensor) -> Tensor:
@@ -159,16 +143,13 @@ class MuLaN(JointEmbedding):
 
 
 def _unit_rows(states: Tensor, heads: Sequence[Any]) -> Tensor:
-    """Project each of `states [l, b, dim]` by its own linear head, to unit vectors `[b, l, dim_latent]` float32."""
+    """Project each of `states [l, b, dim]` by its head to unit vectors `[b, l, dim_latent]` float32."""
     projected = [head(state.to(head.weight.dtype)).float() for head, state in zip(heads, states)]
     return F.normalize(torch.stack(projected, dim=1), dim=-1)
 
 
 def _in_chunks(embed: Callable[..., Tensor], chunk_size: int | None, *rows: Tensor) -> Tensor:
-    """Embed `chunk_size` rows at a time; what backward needs of a chunk is computed again there, one after another.
-
-    The random state is brought back for that, so dropout and masks fall as they did the first time.
-    """
+    """Embed `chunk_size` rows at a time; backward computes the chunks again, with the same random numbers."""
     if chunk_size is None or chunk_size >= len(rows[0]):
         return embed(*rows)
     chunks = zip(*(part.split(chunk_size) for part in rows), strict=True)
@@ -176,7 +157,7 @@ def _in_chunks(embed: Callable[..., Tensor], chunk_size: int | None, *rows: Tens
 
 
 def _caption_numbers(ids: Tensor) -> Tensor:
-    """One number `[k]` int64 a text, equal for equal texts on every process; chance of a false match 2^-63 a pair."""
+    """A hash `[k]` int64 of each text, equal for equal texts on every process."""
     rows = (row[row >= 0] for row in ids.cpu())
     digests = (hashlib.blake2b(row.numpy().astype("<i8").tobytes(), digest_size=8).digest() for row in rows)
     return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests], device=ids.device)

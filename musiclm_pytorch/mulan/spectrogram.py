@@ -1,4 +1,4 @@
-"""What the audio tower sees: standardised log spectrograms, and their augmentation in training."""
+"""Input of the audio tower: standardised log spectrograms, and their augmentation in training."""
 
 from typing import Literal
 
@@ -13,25 +13,22 @@ from audiolm_pytorch.audio.padding import length_mask
 __all__ = ["LogSpectrogram", "SpecAugment", "log_spectrogram"]
 
 # MuLan's audio: 25 ms windows every 10 ms, 128 mel bands (arXiv:2208.12415, sec. 3.1; arXiv:2104.01778, sec. 2.1). The
-# transform is longer than the window, as otherwise the lowest of so many bands would fall between two of its bins.
+# transform is longer than the window; otherwise the lowest bands would lie between two of its bins.
 _WINDOW_SECONDS, _TRANSFORM_SECONDS, _NUM_MELS = 0.025, 0.064, 128
-# Magnitudes below this are silence: about -80 dB under a full-scale tone with the default window of 400 samples.
+# Magnitudes below this are silence; it is about -80 dB under a full-scale tone with the default window of 400 samples.
 _LOG_FLOOR = 1e-2
-# Least spread of a log spectrogram, in nepers: below it a clip is near-uniform noise or silence, not to be blown up.
-_LEAST_SPREAD = 0.5
+# In nepers. A clip with less spread is silence or uniform noise, which must not be amplified.
+_MIN_SPREAD = 0.5
 
 
 class LogSpectrogram(nn.Module):
-    """Standardised log (mel) spectrogram of clips of unequal length, in which padding changes nothing.
-
-    Each clip is brought to mean 0 and spread 1 over its own frames: a caption does not tell the recording level.
+    """Log (mel) spectrogram of clips of unequal length; padding does not change the result.
 
     Args:
-        sample_hz: Sample rate of the waves in Hz.
         num_mels: Mel bands; None = the linear bins of the Fourier transform.
-        n_fft: Size of the Fourier transform in samples.
+        n_fft: Samples of the Fourier transform.
         win_length: Samples of the window.
-        hop_length: Samples a frame.
+        hop_length: Samples per frame.
     """
 
     def __init__(self, sample_hz: int, num_mels: int | None, n_fft: int, win_length: int, hop_length: int) -> None:
@@ -50,23 +47,15 @@ class LogSpectrogram(nn.Module):
             )
 
     def num_frames(self, num_samples: Tensor) -> Tensor:
-        """Count the frames of clips of `num_samples [b]`: every hop that is begun."""
+        """Frames `[b]` of clips of `num_samples [b]`; the last one may be partly filled."""
         return (num_samples + self.hop_length - 1) // self.hop_length
 
     def forward(self, wavs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Log spectrogram, before it is standardised.
-
-        Args:
-            wavs: `[b, n]` float in about -1..1.
-            lengths: `[b]` samples of each clip; the rest is ignored.
-
-        Returns:
-            Natural logs `[b, bins, f]` float32 and the frames of each clip `[b]`.
-        """
+        """Natural logs `[b, bins, f]` float32 of waves `[b, n]` with lengths `[b]`, and frames per clip `[b]`."""
         num_frames = self.num_frames(lengths)
         with torch.autocast(device_type=wavs.device.type, enabled=False):
             real = torch.arange(wavs.shape[-1], device=wavs.device) < lengths.unsqueeze(-1)
-            # Zeros, not a reflection: the edge of a clip then does not depend on where the batch was padded to.
+            # Padding with zeros, not by reflection, does not depend on the length of the batch.
             left = self.n_fft // 2
             whole = int(num_frames.max()) * self.hop_length
             padded = F.pad(wavs.float() * real, (left, whole - wavs.shape[-1] + self.n_fft - left - 1))
@@ -86,13 +75,16 @@ class LogSpectrogram(nn.Module):
             return torch.log(magnitudes[..., : int(num_frames.max())] + _LOG_FLOOR), num_frames
 
     def standardise(self, logs: Tensor, num_frames: Tensor) -> Tensor:
-        """Bring every clip of `[b, bins, f]` to mean 0 and spread 1 over its own frames; zeros elsewhere."""
+        """Normalise every clip of `[b, bins, f]` to mean 0 and standard deviation 1 over its frames; zeros elsewhere.
+
+        Captions do not describe the recording level.
+        """
         real = length_mask(num_frames, logs.shape[-1]).unsqueeze(1)
         count = (num_frames * self.num_bins).clamp(min=1).view(-1, 1, 1)
         mean = (logs * real).sum(dim=(1, 2), keepdim=True) / count
         centred = (logs - mean) * real
         spread = (centred.square().sum(dim=(1, 2), keepdim=True) / count).sqrt()
-        return centred / spread.clamp(min=_LEAST_SPREAD)
+        return centred / spread.clamp(min=_MIN_SPREAD)
 
 
 class SpecAugment(nn.Module):
@@ -101,9 +93,9 @@ class SpecAugment(nn.Module):
     The stretch is a linear interpolation of the log magnitudes, since no phase is kept.
 
     Args:
-        stretch_factor: Each clip plays at a speed drawn between `stretch_factor` and its inverse; 1 = off.
-        freq_mask_fraction: Widest masked band over all bins; 0 = off.
-        time_mask_fraction: Longest masked stretch over the frames of a clip; 0 = off.
+        stretch_factor: The speed of each clip is drawn between `stretch_factor` and its inverse; 1 = off.
+        freq_mask_fraction: Maximum share of the bins that is masked; 0 = off.
+        time_mask_fraction: Maximum share of the frames of a clip that is masked; 0 = off.
     """
 
     def __init__(self, stretch_factor: float, freq_mask_fraction: float, time_mask_fraction: float) -> None:
@@ -117,7 +109,7 @@ class SpecAugment(nn.Module):
         self.time_mask_fraction = time_mask_fraction
 
     def stretch(self, logs: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Play each clip of `[b, bins, f]` at a random speed; one that grows beyond `f` frames loses its end."""
+        """Change the speed of each clip of `[b, bins, f]` at random; clips are cut to `f` frames."""
         if not self.training or self.stretch_factor == 1:
             return logs, num_frames
         exponent = torch.empty(len(logs), 1, device=logs.device).uniform_(-1, 1)
@@ -132,7 +124,7 @@ class SpecAugment(nn.Module):
         return torch.lerp(below, above, (at - lower).unsqueeze(1)), stretched
 
     def mask(self, image: Tensor, num_frames: Tensor) -> Tensor:
-        """Set one band of bins and one stretch of frames of each standardised clip `[b, bins, f]` to 0, its mean."""
+        """Set one band of bins and one span of frames of each standardised clip `[b, bins, f]` to 0, its mean."""
         if not self.training:
             return image
         bins = torch.full_like(num_frames, image.shape[1])
@@ -148,11 +140,7 @@ def log_spectrogram(
     win_length: int | None,
     hop_length: int | None,
 ) -> LogSpectrogram:
-    """Make the front end, with what is not said filled in; see `AudioSpectrogramTransformer` for the arguments.
-
-    Raises:
-        ValueError: If a number is out of range, or there are more mel bands than the Fourier transform resolves.
-    """
+    """Build the front end with the defaults of `AudioSpectrogramTransformer`, whose arguments these are."""
     if num_mels == "auto":
         num_mels = _NUM_MELS if n_fft is None else None
     if win_length is None:
@@ -167,7 +155,7 @@ def log_spectrogram(
 
 
 def _random_span(sizes: Tensor, fraction: float, size: int) -> Tensor:
-    """Mask `[b, size]` of one random span inside the first `sizes [b]` places, up to `fraction` of them long."""
+    """Mask `[b, size]` of one random span in the first `sizes [b]` positions, of at most `fraction` of them."""
     width, start = torch.rand(2, len(sizes), device=sizes.device)
     widths = (width * (sizes * fraction + 1)).long().clamp(max=(sizes * fraction).long())
     starts = (start * (sizes - widths + 1)).long()

@@ -1,7 +1,12 @@
-"""MuLan's text tower: what any has to offer, and ours, a small bidirectional transformer over byte-pair tokens."""
+"""MuLan's text tower: the base class, a small transformer over byte-pair tokens, and a warning of unknown words."""
 
-from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+import logging
+import re
+import unicodedata
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from beartype import beartype
 from torch import Tensor, nn
@@ -9,60 +14,59 @@ from torch import Tensor, nn
 from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer, ids_of
 from audiolm_pytorch.nn.encoder import TransformerEncoder
 from audiolm_pytorch.saving.modules import register
-from musiclm_pytorch.mulan.pooling import pooled_layers
-from musiclm_pytorch.mulan.seen_words import SeenWords
+from musiclm_pytorch.mulan.layers import pooled_layers
 
-__all__ = ["TextTower", "TextTransformer"]
+__all__ = ["TextTower", "TextTransformer", "words_of"]
+
+logger = logging.getLogger(__name__)
+
+# Words are letters alone; single letters do not count.
+_WORD = re.compile(r"[^\W\d_]{2,}")
+_WORDS_IN_WARNING = 8
 
 
-@runtime_checkable
-class TextTower(Protocol):
-    """A module that embeds texts: `TextTransformer`, `TransformersTextEncoder`, or one of your own."""
+class TextTower(nn.Module, ABC):
+    """A module that embeds texts.
 
-    @property
-    def dim(self) -> int:
-        """Width of the embeddings."""
-        ...
+    Attributes:
+        dim: Width of the embeddings.
+        depth: Number of blocks.
+    """
 
-    @property
-    def depth(self) -> int:
-        """Number of blocks: the last layer that `embed_layers` knows."""
-        ...
+    dim: int
+    depth: int
 
+    @abstractmethod
     def tokenize(self, texts: str | Sequence[str] | Tensor) -> Tensor:
-        """Give the ids `[b, t]` int64 of texts, -1 past the end of each; ids given are checked and passed on."""
-        ...
+        """Return the ids `[b, t]` int64 of texts, -1 past the end; ids are only checked.
 
+        Raises:
+            ValueError: If a text is empty, or ids are out of range, too long or all padding.
+        """
+
+    @abstractmethod
     def embed_layers(self, texts: str | Sequence[str] | Tensor, *, layers: Sequence[int]) -> Tensor:
-        """Embed texts `[l, b, dim]` float32 by what stands after some of the blocks, 0..depth."""
-        ...
+        """Embed texts (or their ids) as means over the tokens after some blocks, `[l, b, dim]` float32, not normalised.
+
+        Layers are numbers of blocks: 0 is the input of the first block, `depth` the normalised output.
+        """
 
     def forward(self, texts: str | Sequence[str] | Tensor) -> Tensor:
-        """Embed texts `[b, dim]` float32, not normalised: the last layer's row of `embed_layers`."""
-        ...
+        """Embed texts (or their ids) as `[b, dim]` float32, not normalised, independent of the rest of the batch."""
+        return self.embed_layers(texts, layers=(self.depth,))[0]
 
 
 @register
-class TextTransformer(nn.Module):
-    """One embedding per text: the mean of a transformer's outputs over its tokens.
-
-    The place of BERT in MuLan (arXiv:2208.12415, sec. 3.2), trained from nothing.
+class TextTransformer(TextTower):
+    """A bidirectional transformer in the place of MuLan's BERT (arXiv:2208.12415, sec. 3.2), trained from scratch.
 
     Args:
-        dim: Width of the tokens and of the output.
-        depth: Transformer blocks.
-        heads: Attention heads.
-        dim_head: Width of a head, even.
         num_tokens: Size of the embedding table; at least the tokenizer's vocabulary.
-        max_seq_len: Most tokens of a text that are read; the rest is cut off with a warning.
-        tokenizer: Turns strings into ids; None = plain bytes (256 tokens, nothing to train).
+        max_seq_len: Tokens of a text that are read; longer texts are truncated with a warning.
+        tokenizer: None = plain bytes (256 tokens, not trained).
         ff_mult: Width of the feed-forward over `dim`.
-        dropout: Probability of dropping in training.
-        known_words: Words of the training captions (see `words_of`): in eval mode, a text that is mostly made of others
-            is reported in the log. None = not known, and nothing is reported.
-
-    Raises:
-        ValueError: If the tokenizer has more tokens than `num_tokens`.
+        known_words: Words of the training captions (see `words_of`). In eval mode a text of mostly other words is
+            reported in the log. None = no such report.
     """
 
     @beartype
@@ -80,6 +84,7 @@ class TextTransformer(nn.Module):
         dropout: float = 0.0,
         known_words: Sequence[str] | None = None,
     ) -> None:
+        self._sizes = {k: v for k, v in locals().items() if k not in ("self", "__class__", "tokenizer", "known_words")}
         super().__init__()
         self.tokenizer = TextTokenizer() if tokenizer is None else tokenizer
         if self.tokenizer.vocab_size > num_tokens:
@@ -87,82 +92,62 @@ class TextTransformer(nn.Module):
         if max_seq_len < 1:
             raise ValueError(f"max_seq_len must be at least 1 token, got {max_seq_len}")
         self.dim, self.depth = dim, depth
-        self.num_tokens = num_tokens
-        self.max_seq_len = max_seq_len
-        self._sizes = {
-            "dim": dim,
-            "depth": depth,
-            "heads": heads,
-            "dim_head": dim_head,
-            "num_tokens": num_tokens,
-            "max_seq_len": max_seq_len,
-            "ff_mult": ff_mult,
-            "dropout": dropout,
-        }
+        self.num_tokens, self.max_seq_len = num_tokens, max_seq_len
         self.embedding = nn.Embedding(num_tokens, dim)
         self.encoder = TransformerEncoder(dim, depth, heads, dim_head, ff_mult, dropout)
-        self.known_words = known_words
-
-    @property
-    def known_words(self) -> list[str] | None:
-        """Words of the training captions, or None; may be set."""
-        return None if self._seen is None else self._seen.words
-
-    @known_words.setter
-    def known_words(self, words: Sequence[str] | None) -> None:
-        self._seen = None if words is None else SeenWords(words)
+        self.known_words = None if known_words is None else list(known_words)
+        self._reported: set[str] = set()
 
     @property
     def config(self) -> dict[str, Any]:
         """Constructor arguments, JSON-able; the tokenizer as its JSON string."""
-        words = {} if self._seen is None else {"known_words": self._seen.words}
+        words = {} if self.known_words is None else {"known_words": self.known_words}
         return {**self._sizes, "tokenizer": self.tokenizer.to_json(), **words}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "TextTransformer":
-        """Build from `config`; the weights are new."""
+        """Build from `config`, with new weights."""
         return cls(**{**config, "tokenizer": TextTokenizer.from_json(config["tokenizer"])})
 
     @beartype
     def tokenize(self, texts: str | Sequence[str] | Tensor) -> Tensor:
-        """Give the ids `[b, t]` int64 of texts, -1 past the end of each; ids given are checked and passed on.
-
-        Args:
-            texts: One text, several, or ids `[b, t]` in [0, num_tokens) with -1 after the end of a shorter text.
-
-        Raises:
-            ValueError: If a text is empty, or ids are out of range, longer than `max_seq_len` or all padding.
-        """
+        """Return the ids `[b, t]` int64 of texts, -1 past the end; see `TextTower`."""
         ids = ids_of(texts, self.tokenizer, self.num_tokens, self.max_seq_len)
-        if self._seen is not None and not self.training and not isinstance(texts, Tensor):
-            self._seen.warn_of([texts] if isinstance(texts, str) else texts)
+        if self.known_words is not None and not self.training and not isinstance(texts, Tensor):
+            self._report_unknown_words([texts] if isinstance(texts, str) else texts)
         return ids
-
-    def forward(self, texts: str | Sequence[str] | Tensor) -> Tensor:
-        """Embed texts.
-
-        Args:
-            texts: One text, several, or ids `[b, t]` (see `tokenize`).
-
-        Returns:
-            Tensor `[b, dim]` float, not normalised; each row is the same whatever else is in the batch.
-        """
-        return self.embed_layers(texts, layers=(self.depth,))[0]
 
     @beartype
     def embed_layers(self, texts: str | Sequence[str] | Tensor, *, layers: Sequence[int]) -> Tensor:
-        """Embed texts by what stands after some of the blocks.
-
-        Args:
-            texts: As for `forward`.
-            layers: Numbers of blocks, 0..depth; `depth` stands for the normalised output.
-
-        Returns:
-            Tensor `[l, b, dim]` float32: means over the tokens, not normalised.
-
-        Raises:
-            ValueError: As `tokenize`, or if a layer is not there.
-        """
+        """Embed texts as `[l, b, dim]` float32; see `TextTower`."""
         ids = self.tokenize(texts).to(self.embedding.weight.device)
-        mask = ids >= 0
-        return pooled_layers(self.encoder, self.embedding(ids.clamp(min=0)), mask, layers)
+        return pooled_layers(self.encoder, self.embedding(ids.clamp(min=0)), ids >= 0, layers)
+
+    def _report_unknown_words(self, texts: Sequence[str]) -> None:
+        """Warn of each text, once, if most of its words are not in the training captions."""
+        known = frozenset(self.known_words or ())
+        for text in texts:
+            words = list(dict.fromkeys(_words(text)))
+            unknown = [word for word in words if word not in known]
+            if 2 * len(unknown) <= len(words) or text in self._reported:
+                continue
+            self._reported.add(text)
+            shown = ", ".join(unknown[:_WORDS_IN_WARNING]) + (", ..." if len(unknown) > _WORDS_IN_WARNING else "")
+            logger.warning(
+                "%d of the %d words of %r are not in the training captions, so the music may not match them: %s",
+                *(len(unknown), len(words), text, shown),
+            )
+
+
+@beartype
+def words_of(captions: Iterable[str], limit: int = 50_000) -> list[str]:
+    """The `limit` most frequent words of captions, case-folded and sorted, for `TextTransformer.known_words`."""
+    if limit < 1:
+        raise ValueError(f"limit must be at least 1 word, got {limit}")
+    counts = Counter(word for caption in captions for word in _words(caption))
+    return sorted(sorted(counts, key=lambda word: (-counts[word], word))[:limit])
+
+
+def _words(text: str) -> list[str]:
+    """Case-folded words of at least two letters."""
+    return _WORD.findall(unicodedata.normalize("NFC", text).casefold())

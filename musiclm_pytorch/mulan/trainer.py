@@ -1,4 +1,4 @@
-"""Training of MuLaN, or of any joint embedding that gives a contrastive loss."""
+"""Training of MuLaN, or of another joint embedding with a contrastive loss."""
 
 import inspect
 import logging
@@ -18,12 +18,12 @@ from audiolm_pytorch.data.manifest import AudioItem, captions_of, load_split
 from audiolm_pytorch.saving.modules import save_module
 from audiolm_pytorch.training import LoopSettings, LossOutput, Phase, TrainLoop, TrainResult
 from musiclm_pytorch.mulan.captions import CaptionSampler, aspects_of, texts_of
-from musiclm_pytorch.mulan.chance_watch import ChanceWatch, TextUse, chance_loss
+from musiclm_pytorch.mulan.chance_watch import ChanceWatch
 from musiclm_pytorch.mulan.held_out import HeldOutClips
 from musiclm_pytorch.mulan.joint import JointEmbedding
+from musiclm_pytorch.mulan.losses import ContrastiveLoss, SoftmaxContrastiveLearning
 from musiclm_pytorch.mulan.mulan import MuLaN
-from musiclm_pytorch.mulan.seen_words import words_of
-from musiclm_pytorch.mulan.text_tower import TextTransformer
+from musiclm_pytorch.mulan.text_tower import TextTransformer, words_of
 
 if TYPE_CHECKING:
     import accelerate
@@ -32,32 +32,14 @@ __all__ = ["MuLaNTask", "MuLaNTrainer"]
 
 logger = logging.getLogger(__name__)
 
-# Enough to tell how often a text describes several clips.
+# Clips from which the number of texts per clip is estimated.
 _CLIPS_COUNTED = 10_000
 
 
 class MuLaNTask:
-    """What `TrainLoop` needs to train a MuLaN: random crops of captioned files, and measures on held-out ones.
+    """The task that `TrainLoop` trains: random crops of captioned files, and metrics on held-out files.
 
-    Each clip of a batch has one text or several, drawn anew in every epoch. Held-out files are searched by their first
-    caption, and by the words for their labels.
-
-    Args:
-        mulan: The model: gives its loss when called like `MuLaN`, and has a text tower `text` with `tokenize`.
-        train_items: Files to learn from; those without a caption are left out.
-        valid_items: Files to measure on; may be empty.
-        seconds: Length of a crop.
-        batch_size: Clips a step and process; what a clip is contrasted with.
-        captions: Draws the texts of a clip; None = one caption of the clip, another one in every epoch.
-        chunk_size: Clips and texts embedded at a time, so that memory does not grow with `batch_size` (gradient
-            caching, arXiv:2101.06983); None = all at once.
-        labels: Labels of the held-out files to test zero-shot tagging by; None = those that look like tags.
-        seed: Seed of the crops, and of the texts where `captions` is None.
-        cache_bytes: Memory for decoded audio.
-
-    Raises:
-        ValueError: If no file to learn from has a caption, `chunk_size` is not positive, the model cannot be trained
-            by contrast, or a label is none of the held-out files'.
+    Each clip of a batch has one text or several, drawn again in every epoch. See `MuLaNTrainer` for the arguments.
     """
 
     name = "mulan"
@@ -79,16 +61,16 @@ class MuLaNTask:
     ) -> None:
         self._tokenize = _tokenizer_of(mulan)
         if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size is {chunk_size}; it must be 1 or more, or None for all clips at once")
+            raise ValueError(f"chunk_size must be 1 or more, or None for one chunk; got {chunk_size}")
         captioned = [item for item in train_items if texts_of(item)]
         if not captioned:
             raise ValueError(
-                f"none of {len(train_items)} files has a caption or aspects; give a train.jsonl with 'audio' and "
-                "'caption', or put a .txt beside each file"
+                f"none of {len(train_items)} files has a caption or aspects; provide a train.jsonl with 'audio' and "
+                "'caption', or put a .txt file beside each audio file"
             )
         num_left_out = len(train_items) - len(captioned)
         if num_left_out:
-            logger.warning("%d of %d files have no words to them and are left out", num_left_out, len(train_items))
+            logger.warning("%d of %d files have no caption or aspects and are left out", num_left_out, len(train_items))
         self.module: nn.Module = mulan
         self.mulan = mulan
         self.batch_size, self.chunk_size = batch_size, chunk_size
@@ -100,48 +82,49 @@ class MuLaNTask:
         self.config: dict[str, Any] = {} if chunk_size is None else {"chunk_size": chunk_size}
         if self.captions != CaptionSampler(seed=seed):
             self.config["captions"] = asdict(self.captions)
-        counted = range(0, self.num_items, -(-self.num_items // _CLIPS_COUNTED))
-        self._text_use = TextUse.of([self.captions.sample(captioned[index], 0, index) for index in counted])
+        counted = captioned[:_CLIPS_COUNTED]
+        num_texts = sum(len(self.captions.sample(item, 0, index)) for index, item in enumerate(counted))
+        self._texts_per_clip = num_texts / len(counted)
         held_out = [item for item in valid_items if texts_of(item)]
         self.held_out: HeldOutClips | None = None
         if labels and not held_out:
-            raise ValueError(f"labels {list(labels)} are to be tested, but no held-out file has a caption or aspects")
+            raise ValueError(f"labels {list(labels)} need held-out files with a caption or aspects, but there are none")
         if held_out:
             crops = CropDataset(held_out, seconds, (mulan.sample_hz,), seed, cache_bytes // 4)
             self.held_out = HeldOutClips(crops, labels=labels, max_batch=min(batch_size, chunk_size or batch_size))
 
     @property
     def chance(self) -> dict[str, float]:
-        """Loss, and figures of held-out clips, of a model that guesses."""
+        """Loss, and metrics of held-out clips, of a model that guesses."""
+        chance: dict[str, float] = {} if self.held_out is None else self.held_out.chance
+        loss = getattr(self.mulan, "loss", None)
+        if not isinstance(loss, ContrastiveLoss):
+            loss = SoftmaxContrastiveLearning()
         processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        loss = chance_loss(getattr(self.mulan, "loss", None), self.batch_size * processes, self._text_use)
+        value = loss.chance(self.batch_size * processes, self._texts_per_clip)
         if isinstance(self.mulan, MuLaN) and self.mulan.layer_contrast is not None:
-            loss *= 1 + self.mulan.layer_contrast.weight * len(self.mulan.layer_contrast.layers)
-        return {"loss": loss, **({} if self.held_out is None else self.held_out.chance)}
+            value *= 1 + self.mulan.layer_contrast.weight * len(self.mulan.layer_contrast.layers)
+        return {"loss": value, **chance}
 
     def batch(self, indices: list[tuple[int, int]]) -> dict[str, Tensor]:
-        """Cut the clips of (epoch, index) pairs and draw their texts.
-
-        Args:
-            indices: Which clips.
+        """Crops and texts of the clips of (epoch, index) pairs.
 
         Returns:
-            `wavs [b, n]`, their `lengths [b]` in samples, `ids [k, t]` of all texts and `clip_index [k]`: the clip
-            that a text describes.
+            `wavs [b, n]`, their `lengths [b]` in samples, `ids [k, t]` of all texts and `clip_index [k]`, the row of
+            the clip that a text describes.
         """
         crops = collate_crops([self.dataset.get(epoch, index) for epoch, index in indices])
         texts = [self.captions.sample(self.dataset.items[index], epoch, index) for epoch, index in indices]
-        clip_index = [row for row, own in enumerate(texts) for _ in own]
-        hz = self.mulan.sample_hz
+        rate_hz = self.mulan.sample_hz
         return {
-            "wavs": crops.waves[hz],
-            "lengths": crops.lengths[hz],
-            "ids": self._tokenize([text for own in texts for text in own]),
-            "clip_index": torch.tensor(clip_index),
+            "wavs": crops.waves[rate_hz],
+            "lengths": crops.lengths[rate_hz],
+            "ids": self._tokenize([text for of_clip in texts for text in of_clip]),
+            "clip_index": torch.tensor([row for row, of_clip in enumerate(texts) for _ in of_clip]),
         }
 
     def loss(self, batch: dict[str, Tensor], step: int) -> LossOutput:
-        """Contrastive loss of a batch, with the temperature it stands at."""
+        """Contrastive loss of a batch, with the current temperature."""
         loss = self.mulan(
             batch["wavs"], batch["ids"], batch["lengths"], clip_index=batch["clip_index"], chunk_size=self.chunk_size
         )
@@ -149,45 +132,37 @@ class MuLaNTask:
         return LossOutput(loss, {} if temperature is None else {"temperature": temperature})
 
     def validate(self) -> dict[str, float]:
-        """Retrieval in both directions among all held-out clips, and zero-shot tagging by their labels."""
+        """Metrics of the held-out clips."""
         return {} if self.held_out is None else self.held_out.measure(self.mulan)
 
     def samples(self, folder: Path, step: int) -> None:
-        """Write nothing: latents are nothing to listen to."""
+        """There are no samples: latents are not audible."""
 
     def before_training(self) -> None:
-        """Do nothing: no part of MuLaN is made from data before training."""
+        """Nothing is fitted before training."""
 
 
 class MuLaNTrainer:
     """Trains a MuLaN on captioned audio files, resumably.
 
-    Warns in the log when the loss does not get below that of guessing (see `ChanceWatch`).
+    A loss that does not fall below the loss of guessing is reported in the log (see `ChanceWatch`).
 
     Args:
-        mulan: The model; its tokenizer should have been trained on the captions (`TextTokenizer.train`). Any joint
-            embedding that gives its loss when called like `MuLaN` can be trained.
-        folder: Folder with `train.jsonl` (`audio`, `caption`, perhaps a list `captions` of further ones), and
-            `valid.jsonl` if there is one; or a `.jsonl` file; or a folder of audio files with a text file beside each.
-            None when `items` is given.
-        items: Items to learn from and held-out items, instead of `folder`.
-        batch_size: Clips a step and process.
+        mulan: Its tokenizer should be trained on the captions (`TextTokenizer.train`). Any joint embedding with a
+            `forward` and a text tower like those of `MuLaN` can be trained.
+        folder: Folder with `train.jsonl` (`audio`, `caption`, optionally a list `captions`), and optionally
+            `valid.jsonl`; or a `.jsonl` file; or a folder of audio files with a text file beside each.
+        items: Training items and held-out items, instead of `folder`. Items without a caption are left out.
+        batch_size: Clips per step and process, which are contrasted with each other.
         num_train_steps: Optimizer steps of the whole run.
         seconds: Length of the crops; shorter files are used whole.
-        captions: Draws the texts of a clip (several at a time, aspects, shortened captions); None = one caption of the
-            clip, another one in every epoch.
-        chunk_size: Clips and texts embedded at a time, so that memory does not grow with `batch_size` (gradient
-            caching, arXiv:2101.06983); None = all at once.
-        labels: Labels of the held-out files to test zero-shot tagging by; None = those that look like tags.
-        valid_fraction: Share of held-out files where the folder does not say.
-        results_folder: Where checkpoints and metrics go, and at the end the model (`results_folder/mulan`).
-        accelerator: Shared by all trainings of a program; None makes one.
+        captions: Draws the texts of a clip. None = one caption, the next one in every epoch.
+        chunk_size: Clips and texts that are embedded at a time; see `MuLaN.forward`.
+        labels: Labels of the held-out files for zero-shot tagging. None = those that look like tags.
+        valid_fraction: Share of held-out files, if the folder does not define them.
+        results_folder: Folder of checkpoints and metrics, and finally of the model (`results_folder/mulan`).
         cache_bytes: Memory for decoded audio.
         **settings: Further fields of `LoopSettings`.
-
-    Raises:
-        ValueError: If there is not exactly one of `folder` and `items`, no file has a caption, or a number or label is
-            none that can be used.
     """
 
     @beartype
@@ -210,7 +185,7 @@ class MuLaNTrainer:
         **settings: Any,
     ) -> None:
         if (folder is None) == (items is None):
-            raise ValueError("give either a folder (or manifest) or items, not both")
+            raise ValueError("pass either a folder (or manifest) or items")
         loop_settings = LoopSettings(num_train_steps=num_train_steps, batch_size=batch_size, **settings)
         train_items, valid_items = load_split(folder, valid_fraction) if folder is not None else items or ((), ())
         self.task = MuLaNTask(
@@ -228,17 +203,13 @@ class MuLaNTrainer:
         self.results_folder = Path(results_folder)
         self.watch = ChanceWatch(loop_settings.warmup_steps, phase=self.task.phases[0].name)
         self.loop = TrainLoop(self.task, loop_settings, self.results_folder, accelerator, self.watch)
-        _note_words(mulan, train_items)
+        _add_known_words(mulan, train_items)
 
     @beartype
     def train(self, stop_after_steps: int | None = None) -> TrainResult:
-        """Train to the end, or for some steps, from wherever the folder's checkpoint stands.
+        """Train from the checkpoint in the folder to the end, or for at most `stop_after_steps` steps.
 
-        Args:
-            stop_after_steps: Steps to do in this call at most; None runs to the end.
-
-        Returns:
-            Where the run stands now. At its end `mulan` holds the final weights, in eval mode.
+        At the end `mulan` has the final weights and is in eval mode.
         """
         return self.loop.train_and_save(
             lambda: save_module(self.task.mulan, self.results_folder / "mulan"), stop_after_steps
@@ -246,22 +217,22 @@ class MuLaNTrainer:
 
 
 def _tokenizer_of(mulan: JointEmbedding) -> Callable[[list[str]], Tensor]:
-    """What turns texts into ids for a model, or ValueError if it cannot be trained here."""
+    """The tokenizer of a model that can be trained; ValueError for another one."""
     tokenize = getattr(getattr(mulan, "text", None), "tokenize", None)
     known = inspect.signature(mulan.forward).parameters
     if tokenize is None or not {"clip_index", "chunk_size"} <= set(known):
         raise ValueError(
-            f"{type(mulan).__name__} cannot be trained by contrast: that takes `text.tokenize(texts)` and a loss from "
-            "`forward(wavs, ids, lengths, clip_index=..., chunk_size=...)`, as MuLaN has them"
+            f"{type(mulan).__name__} cannot be trained: it needs `text.tokenize(texts)` and a loss from "
+            "`forward(wavs, ids, lengths, clip_index=..., chunk_size=...)`, as MuLaN has"
         )
     if not any(parameter.requires_grad for parameter in mulan.parameters()):
-        raise ValueError(f"all of {type(mulan).__name__} is frozen; set requires_grad_() on what is to be trained")
+        raise ValueError(f"all parameters of {type(mulan).__name__} are frozen; call requires_grad_() to train some")
     return tokenize
 
 
-def _note_words(mulan: JointEmbedding, items: Sequence[AudioItem]) -> None:
-    """Tell a text tower that knows no other words than those it is trained on which these are."""
-    text = getattr(mulan, "text", None)
-    if isinstance(text, TextTransformer):
-        new = words_of(text for item in items for text in (*captions_of(item), *aspects_of(item)))
-        text.known_words = sorted({*new, *(text.known_words or ())})
+def _add_known_words(mulan: JointEmbedding, items: Sequence[AudioItem]) -> None:
+    """Add the words of the captions to the known words of a text tower that is trained from scratch."""
+    tower = getattr(mulan, "text", None)
+    if isinstance(tower, TextTransformer):
+        words = words_of(text for item in items for text in (*captions_of(item), *aspects_of(item)))
+        tower.known_words = sorted({*words, *(tower.known_words or ())})

@@ -110,12 +110,6 @@ def test_tower_embeds_layers() -> None:
     torch.testing.assert_close(embedded[0], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_config_of_the_first_models_has_no_bias() -> None:
-    """Models saved before there was a bias by distance must load, and compute what they did."""
-    config = {name: value for name, value in _tower().config.items() if name not in ("position_waves", "patch_stride")}
-    assert AudioSpectrogramTransformer.from_config(config).encoder.position_bias is None
-
-
 def test_stretch_plays_faster_and_slower() -> None:
     """Oracle: a ramp in time, stretched, is a ramp of another slope, and its length is divided by the speed."""
     torch.manual_seed(0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from musiclm_pytorch.mulan import SigmoidContrastiveLearning, SoftmaxContrastiveLearning
-from musiclm_pytorch.mulan.chance_watch import ChanceWatch, TextUse, chance_loss
+from musiclm_pytorch.mulan.chance_watch import ChanceWatch
 
 CHANCE = math.log(512)
 
@@ -73,8 +73,6 @@ def test_other_rows_are_not_judged() -> None:
         watch({"step": step, "phase": "mulan", "loss": 1.0, "chance": CHANCE})
         watch({"step": step // 2, "phase": "mulan", "loss": CHANCE, "chance": CHANCE})
     assert watch.warning is None
-    with pytest.raises(ValueError, match="warmup_steps"):
-        ChanceWatch(-1, phase="mulan")
 
 
 def test_rows_weigh_as_many_steps_as_they_stand_for() -> None:
@@ -90,20 +88,15 @@ def test_batches_without_contrasts_are_told_of() -> None:
 
 
 @pytest.mark.parametrize("decoupled", [False, True])
-@pytest.mark.parametrize("case", ["own captions", "shared captions", "several captions", "one caption for all"])
-def test_chance_is_the_loss_of_embeddings_that_are_all_alike(case: str, decoupled: bool) -> None:
-    """Oracle: the loss modules themselves, on batches of the data."""
-    texts = {
-        "own captions": [[f"text {clip}"] for clip in range(40)],
-        "shared captions": [[f"text {clip % 6}"] for clip in range(40)],
-        "several captions": [[f"text {clip % 30}", f"other {clip}", "the same"][: 1 + clip % 3] for clip in range(40)],
-        "one caption for all": [["text"] for _ in range(40)],
-    }[case]
+@pytest.mark.parametrize("texts_per_clip", [1, 2, 3])
+def test_chance_is_the_loss_of_embeddings_that_are_all_alike(texts_per_clip: int, decoupled: bool) -> None:
+    """Oracle: the loss module itself, on a batch of different texts."""
+    texts = [[f"text {number} of {clip}" for number in range(texts_per_clip)] for clip in range(16)]
     loss = SoftmaxContrastiveLearning(decoupled=decoupled)
-    expected = _measured_chance(loss, texts, batch_clips=16)
-    assert chance_loss(loss, 16, TextUse.of(texts)) == pytest.approx(expected, rel=0.01, abs=1e-6)
-    if case == "own captions" and not decoupled:
-        assert chance_loss(None, 16, TextUse.of(texts)) == pytest.approx(math.log(16))
+    expected = _measured_chance(loss, texts, batch_clips=16, batches=1)
+    assert loss.chance(16, texts_per_clip) == pytest.approx(expected, rel=1e-5)
+    if texts_per_clip == 1 and not decoupled:
+        assert loss.chance(16, 1) == pytest.approx(math.log(16))
 
 
 def test_chance_of_the_sigmoid_loss_is_that_of_the_best_constant() -> None:
@@ -112,15 +105,10 @@ def test_chance_of_the_sigmoid_loss_is_that_of_the_best_constant() -> None:
     values = []
     for bias in torch.linspace(-6, 0, 61).tolist():
         values.append(_measured_chance(SigmoidContrastiveLearning(init_bias=bias), texts, batch_clips=8, batches=1))
-    assert chance_loss(SigmoidContrastiveLearning(), 8, TextUse.of(texts)) == pytest.approx(min(values), rel=1e-3)
+    assert SigmoidContrastiveLearning().chance(8, 2) == pytest.approx(min(values), rel=1e-3)
 
 
-def test_repeated_clips_are_no_contrasts() -> None:
-    """A batch of more clips than there are repeats them; one clip has nothing to contrast with."""
-    use = TextUse.of([["a"], ["b"], ["A "], ["c"]])
-    assert use.shared(4) == pytest.approx(2 / 4 * 1 / 3)
-    assert use.shared(2) == use.shared(4)
-    once = TextUse.of([[text] for text in "abcd"])
-    # of the 7 others of a clip among 8, one is the clip itself
-    assert chance_loss(None, 8, once) == pytest.approx(math.log(7))
-    assert chance_loss(None, 1, once) == 0 and chance_loss(None, 8, TextUse.of([["a"]])) == 0
+@pytest.mark.parametrize("loss", [SoftmaxContrastiveLearning(), SigmoidContrastiveLearning()])
+def test_one_clip_has_no_contrast(loss: torch.nn.Module) -> None:
+    """The loss of a batch of one clip is 0."""
+    assert loss.chance(1, 1.0) == 0

@@ -5,8 +5,7 @@ import torch
 
 from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer
 from audiolm_pytorch.saving.modules import load_module, save_module
-from musiclm_pytorch.mulan.seen_words import words_of
-from musiclm_pytorch.mulan.text_tower import TextTransformer
+from musiclm_pytorch.mulan.text_tower import TextTransformer, words_of
 
 CAPTIONS = ["slow piano ballad", "fast violin jig with drums", "slow harp melody", "a fast jig, fast drums"] * 3
 
@@ -96,9 +95,9 @@ def test_words_of_captions_are_the_most_frequent_ones() -> None:
     """Case, composition, digits and single letters make no words of their own; ties and order are fixed."""
     captions = ["A slow Caf\u00e9 waltz, 120 bpm", "slow cafe\u0301 drums!", "Slow DRUMS_x", "STRASSE straße"]
     assert words_of(captions) == ["bpm", "café", "drums", "slow", "strasse", "waltz"]
-    assert words_of(captions, most=2) == ["café", "slow"] and words_of([]) == []
+    assert words_of(captions, limit=2) == ["café", "slow"] and words_of([]) == []
     with pytest.raises(ValueError, match="at least 1"):
-        words_of(captions, most=0)
+        words_of(captions, limit=0)
 
 
 def test_text_of_unseen_words_is_reported_once(tokenizer: TextTokenizer, caplog: pytest.LogCaptureFixture) -> None:

@@ -14,7 +14,7 @@ from audiolm_pytorch.data.manifest import AudioItem
 from audiolm_pytorch.saving.files import read_weights
 from musiclm_pytorch.mulan import MuLaN, SigmoidContrastiveLearning, SoftmaxContrastiveLearning
 from musiclm_pytorch.mulan.captions import CaptionSampler
-from musiclm_pytorch.mulan.layer_contrast import LayerContrast
+from musiclm_pytorch.mulan.layers import LayerContrast
 from musiclm_pytorch.mulan.trainer import MuLaNTrainer
 from tests.helpers.tiny_mulan import tiny_mulan, tones
 

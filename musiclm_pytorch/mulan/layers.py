@@ -1,0 +1,87 @@
+"""Embeddings of the layers of a tower: mean pooling, and the contrast of inner layers."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from beartype import beartype
+from einops import rearrange, reduce
+from torch import Tensor, nn
+
+from audiolm_pytorch.nn.encoder import TransformerEncoder
+
+__all__ = ["LayerContrast", "LayerHeads", "pooled_layers", "token_means"]
+
+
+def token_means(states: Sequence[Tensor], mask: Tensor) -> Tensor:
+    """Mean over the real tokens: `l` states `[b, t, d]` and mask `[b, t]` bool -> `[l, b, d]` float32."""
+    count = mask.sum(dim=1, keepdim=True)
+    real = rearrange(mask, "b t -> b t 1")
+    return torch.stack([reduce(state.float() * real, "b t d -> b d", "sum") / count for state in states])
+
+
+def pooled_layers(
+    encoder: TransformerEncoder, tokens: Tensor, mask: Tensor, layers: Sequence[int], positions: Tensor | None = None
+) -> Tensor:
+    """Encode tokens `[b, t, d]` and return the means `[l, b, d]` float32 of the hidden states after some blocks.
+
+    Layers are numbers of blocks, 0..depth; `depth` is the normalised output. The mask `[b, t]` marks real tokens.
+    """
+    states = encoder.hidden_states(
+        tokens,
+        None if bool(mask.all()) else mask,
+        positions=positions,
+        layers=[None if layer == encoder.depth else layer for layer in layers],
+    )
+    return token_means(states, mask)
+
+
+@beartype
+@dataclass(frozen=True)
+class LayerContrast:
+    """Contrast of layers inside the towers, beside the contrast of their outputs (ViCHA, arXiv:2208.13628).
+
+    Attributes:
+        layers: Pairs (blocks of the audio tower, blocks of the text tower); 0 = the input of the first block.
+        weight: Factor of the sum of the losses of all pairs; the loss of the outputs has factor 1.
+    """
+
+    layers: tuple[tuple[int, int], ...] = ((2, 2), (4, 4))
+    weight: float | int = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.layers or min(map(min, self.layers)) < 0 or not self.weight > 0:
+            raise ValueError(f"need pairs of layers >= 0 and a positive weight, got {self.layers} and {self.weight}")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments, JSON-able."""
+        return {"layers": [list(pair) for pair in self.layers], "weight": self.weight}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "LayerContrast":
+        """Build from `config`."""
+        return cls(**{**config, "layers": tuple((audio, text) for audio, text in config["layers"])})
+
+
+class LayerHeads(nn.Module):
+    """For every pair of layers, projections of both to a common space, and a loss with its own temperature.
+
+    Args:
+        layers: Pairs (blocks of the audio tower, blocks of the text tower).
+        dims: Width of the audio tower and of the text tower.
+        dim_latent: Width of the common spaces.
+        loss: The loss of the outputs, which is copied for each pair.
+    """
+
+    def __init__(
+        self, layers: tuple[tuple[int, int], ...], dims: tuple[int, int], dim_latent: int, loss: nn.Module
+    ) -> None:
+        super().__init__()
+        self.audio_layers, self.text_layers = ([pair[tower] for pair in layers] for tower in (0, 1))
+        self.audio_to_latent, self.text_to_latent = (
+            nn.ModuleList(nn.Linear(dim, dim_latent) for _ in layers) for dim in dims
+        )
+        self.losses = nn.ModuleList(copy.deepcopy(loss) for _ in layers)
