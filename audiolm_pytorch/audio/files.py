@@ -79,7 +79,7 @@ def read_audio(
             for block in sound_blocks(file, min(last, file.frames) - first)
         ]
     if not blocks:
-        raise ValueError(f"{path}: has no samples at {start_seconds} s, unlike its header says; the file is damaged")
+        raise ValueError(f"{path}: has no samples at {start_seconds} s, unlike its header; the file is damaged")
     wave = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
     check_finite(wave, path)
     return resample(torch.from_numpy(wave), from_hz, to_hz)[:, skip : skip + count], to_hz

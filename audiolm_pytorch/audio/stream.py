@@ -58,8 +58,8 @@ def open_sound(path: Path) -> Iterator[soundfile.SoundFile]:
 def sound_blocks(file: soundfile.SoundFile, num_frames: int) -> Iterator[np.ndarray]:
     """Read up to `num_frames` from the current position, in blocks `[n, c]` float32.
 
-    One long read stops at the first hole of a damaged file, and soundfile's own `blocks` repeats old samples where a
-    file ends before its header says; this does neither.
+    One long read stops at the first hole of a damaged file, and `SoundFile.blocks` repeats old samples in a file that
+    is shorter than in its header; this does neither.
     """
     while num_frames > 0 and len(block := file.read(min(num_frames, _BLOCK_FRAMES), dtype="float32", always_2d=True)):
         num_frames -= len(block)

@@ -97,7 +97,7 @@ class CropDataset:
         Returns `round(seconds * rate)` samples at every rate, or fewer if the file is shorter.
         """
         if not 0 <= index < len(self.items):
-            raise IndexError(f"there is no file {index} among {len(self.items)}")
+            raise IndexError(f"index {index} is outside of the {len(self.items)} files")
         item, length, hz = self.items[index], self._lengths[index], self._decode_hz
         count = length if self.seconds is None else min(round(self.seconds * hz), length)
         grid = hz // _STARTS_PER_SECOND

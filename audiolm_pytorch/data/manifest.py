@@ -94,7 +94,7 @@ def load_items(source: str | Path, min_seconds: float | int = 0.0) -> ItemReport
 
     Returns:
         Usable items, and rejected ones with reasons, which are also logged in one warning. A caption file that cannot
-        be read is rejected, with a warning of its own, and its clip has no caption.
+        be read is rejected, with a second warning, and its clip has no caption.
 
     Raises:
         ValueError: If the source does not exist, a manifest line is malformed, or no file can be used.

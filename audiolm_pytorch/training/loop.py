@@ -118,7 +118,7 @@ class TrainLoop:
 
 
 def _check_phases(phases: tuple[Phase, ...]) -> None:
-    """Check that phases have names of their own, and parameters of their own."""
+    """Check that no two phases share a name or a parameter."""
     names = [phase.name for phase in phases]
     if not names or len(set(names)) < len(names) or "valid" in names or any("/" in name for name in names):
         raise ValueError(

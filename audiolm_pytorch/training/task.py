@@ -26,7 +26,7 @@ class LoopSettings:
         learning_rate: Peak of the schedule (see `learning_rate_at`).
         warmup_steps: Steps of linear warm-up.
         final_lr_fraction: Learning rate of the last step as a fraction of the peak.
-        weight_decay: Decoupled decay (AdamW, arXiv:1711.05101), on tensors of two or more dimensions only.
+        weight_decay: Decoupled decay (AdamW, arXiv 1711.05101), on tensors of two or more dimensions only.
         betas: Decay rates of AdamW.
         grad_accum_every: Batches whose gradients are averaged into one step.
         max_grad_norm: Gradients of a phase are scaled down to this norm.
@@ -117,7 +117,7 @@ class Phase:
 class Task(Protocol):
     """What `TrainLoop` trains: a module, its data, its losses and its validation.
 
-    A task may have an attribute `config`: JSON-able values of its own that must not change when a run is resumed.
+    A task may have an attribute `config`, with JSON-able values that must not change when a run is resumed.
     """
 
     @property

@@ -90,7 +90,7 @@ class NoiseMixer:
     def _draw_noise(self, rng: np.random.Generator, num_samples: int) -> Tensor | None:
         """Noise of that length; None if a few draws return only silence."""
         for _ in range(_NOISE_DRAWS):
-            # a random epoch stands for a random position in the file
+            # each epoch has another position in the file
             crop = self.noise.get(int(rng.integers(2**31)), int(rng.integers(len(self.noise))))
             wave = crop.waves[self.sample_hz]
             wave = torch.cat([wave] * -(-num_samples // wave.shape[-1]), dim=-1)[..., :num_samples]

@@ -118,7 +118,7 @@ def denoising_metrics(
     """
     rows: dict[str, list[float]] = {}
     for mixture in mixtures:
-        noisy, clean = _batched(mixture.wave), _batched(mixture.clean)
+        noisy, clean = torch.atleast_2d(mixture.wave)[None], torch.atleast_2d(mixture.clean)[None]
         if not clean.any():
             continue
         kinds = {
@@ -141,11 +141,6 @@ def _si_sdr_db(estimate: Tensor, target: Tensor) -> float:
     return float(si_sdr_db(rearrange(estimate, "1 c n -> (c n)"), rearrange(target, "1 c n -> (c n)")))
 
 
-def _batched(wave: Tensor) -> Tensor:
-    """`[n]` or `[c, n]` to `[1, c, n]`."""
-    return wave[None, None] if wave.ndim == 1 else wave[None]
-
-
 @torch.no_grad()
 def write_pairs(
     folder: Path, step: int, originals: Sequence[Tensor], reconstructions: Sequence[Tensor], sample_hz: int
@@ -161,8 +156,8 @@ def write_pairs(
 class MelWarning:
     """Logs one warning if the mel distance in validation has not fallen after a quarter of the run.
 
-    Called with every row of metrics. The distance is compared with that of the first validation. It is compared anew
-    from the first validation with codes, because the distance jumps when quantization begins.
+    Called with every row of metrics. The distance is compared with that of the first validation, and later
+    with that of the first validation with codes, because the distance jumps when quantization begins.
     """
 
     def __init__(self, num_train_steps: int) -> None:

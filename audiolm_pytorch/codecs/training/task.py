@@ -29,6 +29,7 @@ from audiolm_pytorch.codecs.training.monitoring import (
     write_pairs,
 )
 from audiolm_pytorch.data.crops import CropDataset
+from audiolm_pytorch.nn.module_state import device_of
 from audiolm_pytorch.training import LossOutput, Phase
 from audiolm_pytorch.training.distributed import to_device
 
@@ -86,7 +87,7 @@ class CodecLossWeights:
 MEL_ONLY = CodecLossWeights(waveform=0.0, adversarial=0.0, feature_matching=0.0)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class CodecBatch:
     """A training batch.
 
@@ -94,11 +95,13 @@ class CodecBatch:
         wave: Input `[b, c, n]`.
         target: Target `[b, c, n]`.
         denoise: Flags `[b]` bool of the denoising condition; False without one.
+        decoded: Reconstruction of the generator phase, for the discriminator phase of the same step.
     """
 
     wave: Tensor
     target: Tensor
     denoise: Tensor | bool = False
+    decoded: Tensor | None = None
 
 
 class CodecTask:
@@ -155,9 +158,6 @@ class CodecTask:
             self.phases += (
                 Phase("discriminator", (discriminators,), self._discriminator_loss, adversarial_start_step),
             )
-        # Reconstructions of the generator phase, by batch, for the discriminator phase of the same step.
-        self._decoded: list[tuple[CodecBatch, Tensor]] = []
-        self._decoded_step = -1
         # Validation quantizes as the last training step did; without one it is that of a finished codec.
         self._quantizes = True
         self.num_items = len(train)
@@ -173,12 +173,13 @@ class CodecTask:
     def batch(self, indices: list[tuple[int, int]]) -> CodecBatch:
         """Waves of (epoch, index) pairs, the shorter ones padded with zeros."""
         if self.noise is None:
-            wave = _padded([self._clean(self.train, epoch, index) for epoch, index in indices])
+            crops = [self.train.get(epoch, index) for epoch, index in indices]
+            wave = _padded([crop.waves[self.codec.target_sample_hz] for crop in crops])
             return CodecBatch(wave, wave)
         mixtures = [self.noise[0].get(epoch, index) for epoch, index in indices]
         return CodecBatch(
-            wave=_padded([_with_channel(mixture.wave) for mixture in mixtures]),
-            target=_padded([_with_channel(mixture.target) for mixture in mixtures]),
+            wave=_padded([mixture.wave for mixture in mixtures]),
+            target=_padded([mixture.target for mixture in mixtures]),
             denoise=torch.tensor([mixture.denoise for mixture in mixtures]),
         )
 
@@ -193,12 +194,12 @@ class CodecTask:
 
     def validate(self) -> dict[str, float]:
         """Metrics of `reconstruction_metrics` and, with noise, `denoising_metrics` on the first validation crops."""
-        self.mel_loss.to(self._device)
+        self.mel_loss.to(device_of(self.codec))
         waves = self._validation_waves(self.num_validation_crops)
         metrics = reconstruction_metrics(self.codec, waves, self.mel_loss, self._quantizes)
         if self.noise is not None:
             mixtures = [self.noise[1].get(0, index) for index in range(self.num_validation_crops)]
-            mixtures = to_device(mixtures, self._device)
+            mixtures = to_device(mixtures, device_of(self.codec))
             metrics.update(denoising_metrics(self.codec, mixtures, self.mel_loss, self._quantizes))
         return metrics
 
@@ -216,7 +217,7 @@ class CodecTask:
         if self.weights.waveform:
             losses["waveform"] = (wave - batch.target).abs().mean()
         if self.discriminators is not None and step >= self.adversarial_start_step:
-            self._keep_decoded(batch, wave.detach(), step)
+            batch.decoded = wave.detach()
             if step >= self.adversarial_loss_start_step:
                 losses.update(self._adversarial_losses(self.discriminators, wave, batch.target))
         metrics: dict[str, Tensor | float] = {name: loss.detach() for name, loss in losses.items()}
@@ -242,24 +243,15 @@ class CodecTask:
     def _discriminator_loss(self, batch: CodecBatch, step: int) -> LossOutput:
         if self.discriminators is None:
             raise RuntimeError("this codec is trained without discriminators")
-        real, fake = self.discriminators(batch.target), self.discriminators(self._take_decoded(batch, step))
+        if batch.decoded is None:
+            raise RuntimeError("the discriminator phase must follow the generator phase of the same step and batches")
+        real, fake = self.discriminators(batch.target), self.discriminators(batch.decoded)
+        batch.decoded = None
         metrics: dict[str, Tensor | float] = {
             f"{name}_score": torch.stack([scale.logits.detach().float().mean() for scale in scales]).mean()
             for name, scales in (("real", real), ("fake", fake))
         }
         return LossOutput(discriminator_hinge(real, fake), metrics)
-
-    def _keep_decoded(self, batch: CodecBatch, wave: Tensor, step: int) -> None:
-        if step != self._decoded_step:
-            self._decoded, self._decoded_step = [], step
-        self._decoded.append((batch, wave))
-
-    def _take_decoded(self, batch: CodecBatch, step: int) -> Tensor:
-        for position, (source, wave) in enumerate(self._decoded if step == self._decoded_step else []):
-            if source is batch:
-                del self._decoded[position]
-                return wave
-        raise RuntimeError("the discriminator phase must follow the generator phase of the same step and batches")
 
     @torch.no_grad()
     def _initialise_codebooks(self) -> None:
@@ -270,7 +262,7 @@ class CodecTask:
         rank, num_processes = rank_and_count()
         num_missing, frames = _FRAMES_PER_CODE * self.codec.codebook_size / num_processes, []
         for number in itertools.count(rank, num_processes):
-            batch = to_device(self.batch([divmod(number, self.num_items)]), self._device)
+            batch = to_device(self.batch([divmod(number, self.num_items)]), device_of(self.codec))
             output: CodecOutput = self.codec(batch.wave, quantize=False, denoise=batch.denoise)
             frames.append(output.frames[0].float())
             num_missing -= len(frames[-1])
@@ -278,15 +270,10 @@ class CodecTask:
                 break
         self.codec.quantizer.initialise(torch.cat(frames))
 
-    def _clean(self, crops: CropDataset, epoch: int, index: int) -> Tensor:
-        return _with_channel(crops.get(epoch, index).waves[self.codec.target_sample_hz])
-
     def _validation_waves(self, count: int) -> list[Tensor]:
-        return [self._clean(self.valid, 0, index)[None].to(self._device) for index in range(count)]
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.codec.parameters()).device
+        """The first validation crops, `[1, c, n]` each."""
+        waves = [self.valid.get(0, index).waves[self.codec.target_sample_hz] for index in range(count)]
+        return [torch.atleast_2d(wave)[None].to(device_of(self.codec)) for wave in waves]
 
 
 def codebooks_are_untrained(codec: SoundStream) -> bool:
@@ -342,11 +329,7 @@ def _frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _with_channel(wave: Tensor) -> Tensor:
-    """`[n]` to `[1, n]`; `[c, n]` as it is."""
-    return wave[None] if wave.ndim == 1 else wave
-
-
 def _padded(waves: list[Tensor]) -> Tensor:
-    """Waves `[c, n]` of several lengths to `[b, c, n]`."""
-    return pad_sequence([wave.T for wave in waves], batch_first=True).transpose(1, 2).contiguous()
+    """Waves `[n]` or `[c, n]` of several lengths to `[b, c, n]`."""
+    columns = [torch.atleast_2d(wave).T for wave in waves]
+    return pad_sequence(columns, batch_first=True).transpose(1, 2).contiguous()

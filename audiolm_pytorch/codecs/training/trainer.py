@@ -51,7 +51,7 @@ class SoundStreamTrainer:
             most 200, if not given.
         unquantized_steps: Steps before quantization begins. If not given, a tenth of the run for a codec with untrained
             codebooks, otherwise 0. Trained codebooks are not initialised again.
-        noise_folder: For a codec with a denoising condition: folder or manifest of noise recordings.
+        noise_folder: Folder or manifest of noise recordings, for a codec with a denoising condition.
         noise_items: Training noise and validation noise, instead of `noise_folder`.
         noise_snr_db: Lowest and highest ratio of clean audio to noise (dB).
         accelerator: Shared by all trainings of a program; None creates one.

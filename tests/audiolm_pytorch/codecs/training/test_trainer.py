@@ -82,6 +82,10 @@ def state_of(module):
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
 
 
+def codebooks_of(codec):
+    return torch.stack([codec.quantizer.codebook(level) for level in range(codec.num_quantizers)])
+
+
 def same_state(one, other):
     return all(torch.equal(value, other[name]) for name, value in one.items())
 
@@ -98,9 +102,9 @@ def optimizers_of(trainer):
 def test_codebooks_are_initialised_in_either_precision(folder, tmp_path, precision):
     """The codebooks start inside a training step; under autocast their frames arrive as bf16 and must not mix types."""
     trainer = trainer_of(folder, tmp_path, steps=4, unquantized_steps=2, precision=precision)
-    before = trainer.task.codec.quantizer.codebooks.clone()
+    before = codebooks_of(trainer.task.codec)
     trainer.train()
-    after = trainer.task.codec.quantizer.codebooks
+    after = codebooks_of(trainer.task.codec)
     assert after.dtype == torch.float32
     assert not torch.equal(before, after)
 
@@ -248,7 +252,6 @@ def test_one_reconstruction_serves_both_phases(folder, tmp_path):
     assert not any(wave.requires_grad for wave in in_second_phase)
     for number, wave in enumerate(made):
         assert torch.equal(in_second_phase[2 * number + 1], wave)
-    assert task._decoded == []
     with pytest.raises(RuntimeError, match="must follow the generator phase"):
         task.phases[1].loss(CodecBatch(torch.zeros(1, 1, 640), torch.zeros(1, 1, 640)), 0)
 
@@ -351,9 +354,9 @@ def test_fine_tuning_goes_on_with_codebooks_and_discriminators(folder, tmp_path)
     second = trainer_of(folder, tmp_path / "second", 30, codec, ALL_LOSSES, discriminators, adversarial_start_step=0)
     assert second.task.unquantized_steps == 0
     second.task._initialise_codebooks = lambda: pytest.fail("trained codebooks were started anew")
-    before = codec.quantizer.codebooks.clone()
+    before = codebooks_of(codec)
     second.train(stop_after_steps=1)
-    moved = (codec.quantizer.codebooks - before).norm() / before.norm()
+    moved = (codebooks_of(codec) - before).norm() / before.norm()
     assert 0 < moved < 0.5
 
 
