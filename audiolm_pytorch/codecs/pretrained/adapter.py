@@ -1,16 +1,19 @@
-"""The common part of the adapters for published codecs."""
+"""The common part of the published codecs."""
 
 import logging
 from abc import abstractmethod
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
+from beartype import beartype
 from torch import Tensor
 
 from audiolm_pytorch.audio.padding import items_by_length
 from audiolm_pytorch.codecs.base import Codec, EncodedWave
+from audiolm_pytorch.codecs.pretrained.chunked import chunked_forward
 from audiolm_pytorch.saving.fingerprint import nameless_fingerprint
 from audiolm_pytorch.saving.hub import (
     LoadedModel,
@@ -20,7 +23,7 @@ from audiolm_pytorch.saving.hub import (
     require_transformers,
 )
 
-__all__ = ["PretrainedCodec"]
+__all__ = ["PretrainedCodec", "PretrainedLevelsCodec"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +53,8 @@ class PretrainedCodec(Codec):
     config_class: ClassVar[str]
     # Settings that change codes and are not visible in the weights; part of the fingerprint.
     code_settings: ClassVar[tuple[str, ...]] = ()
+    # Classes of convolutional stacks whose forward runs in chunks.
+    chunked_stacks: ClassVar[tuple[str, ...]] = ()
 
     model: Any
     origin: dict[str, Any]
@@ -68,6 +73,9 @@ class PretrainedCodec(Codec):
             source = load_model(source, classes, offline=offline, revision=revision, cache_dir=cache_dir)
         self.origin = source.origin
         self.model = source.model.requires_grad_(False)
+        for module in self.model.modules():
+            if type(module).__name__ in self.chunked_stacks:
+                module.forward = partial(chunked_forward, module)
         self.train(False)
 
     def _set_sizes(
@@ -166,9 +174,46 @@ class PretrainedCodec(Codec):
         """Segments of a wave that have a scale."""
         return 0
 
-    def _select_levels(self, num_quantizers: int | None, default: int, available: int) -> int:
+
+class PretrainedLevelsCodec(PretrainedCodec):
+    """A published codec that is used with its first levels; a subclass implements `_sizes`, `_encode` and `_decode`.
+
+    Args:
+        source: Folder in transformers' format, hub id, or a loaded model; None for `default_source`.
+        num_quantizers: Number of levels to use; None for `default_levels` if the model has as many,
+            otherwise for all.
+        offline: Whether to use only the local cache for a hub id.
+        revision: Branch, tag or commit on the hub.
+        cache_dir: Folder for downloads; None for Hugging Face's default.
+    """
+
+    default_source: ClassVar[str]
+    default_levels: ClassVar[int | None] = None
+
+    @beartype
+    def __init__(
+        self,
+        source: str | Path | LoadedModel | None = None,
+        *,
+        num_quantizers: int | None = None,
+        offline: bool = False,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> None:
+        super().__init__(source or self.default_source, offline=offline, revision=revision, cache_dir=cache_dir)
+        sizes = self._sizes(self.model.config)
+        available = sizes["num_quantizers"]
         if num_quantizers is None:
-            return min(default, available)
+            num_quantizers = min(self.default_levels or available, available)
         if not 1 <= num_quantizers <= available:
             raise ValueError(f"num_quantizers must lie in 1..{available} for this model, got {num_quantizers}")
-        return num_quantizers
+        self._set_sizes(**{**sizes, "num_quantizers": num_quantizers})
+
+    @abstractmethod
+    def _sizes(self, config: Any) -> dict[str, int]:
+        """The arguments of `_set_sizes` with all levels, from the model's configuration."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Constructor arguments besides the source, JSON-compatible."""
+        return dict(num_quantizers=self.num_quantizers)

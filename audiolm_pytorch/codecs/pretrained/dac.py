@@ -1,65 +1,40 @@
 """DAC (arXiv 2306.06546) of transformers as a `Codec`."""
 
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor
 
 from audiolm_pytorch.codecs.base import EncodedWave
-from audiolm_pytorch.codecs.pretrained.adapter import PretrainedCodec
+from audiolm_pytorch.codecs.pretrained.adapter import PretrainedLevelsCodec
 from audiolm_pytorch.codecs.pretrained.chunked import apply_chunked, span_of
-from audiolm_pytorch.saving.hub import LoadedModel
 from audiolm_pytorch.saving.modules import register
 
 __all__ = ["DacWrapper"]
 
 
 @register
-class DacWrapper(PretrainedCodec):
+class DacWrapper(PretrainedLevelsCodec):
     """The Descript Audio Codec (arXiv 2306.06546): 44.1 kHz mono, 86.1 frames a second, 9 levels of 1024 codes.
 
     Long files run in chunks of 6 s with the same result, in about 0.8 GB above the model. The models of 16 and 24 kHz
     have a stride of 5, for which the decoder returns 8 samples too few; silence fills them, so that lengths are exact.
-
-    Args:
-        source: Folder in transformers' format, or hub id.
-        num_quantizers: Number of levels to use; None for all.
-        offline: Whether to use only the local cache for a hub id.
-        revision: Branch, tag or commit on the hub.
-        cache_dir: Folder for downloads; None for Hugging Face's default.
     """
 
     model_type, model_class, config_class = "dac", "DacModel", "DacConfig"
+    default_source = "descript/dac_44khz"
     code_settings = ("downsampling_ratios",)
 
-    @beartype
-    def __init__(
-        self,
-        source: str | Path | LoadedModel = "descript/dac_44khz",
-        *,
-        num_quantizers: int | None = None,
-        offline: bool = False,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-    ) -> None:
-        super().__init__(source, offline=offline, revision=revision, cache_dir=cache_dir)
-        config = self.model.config
-        self._set_sizes(
+    def _sizes(self, config: Any) -> dict[str, int]:
+        return dict(
             sample_hz=config.sampling_rate,
             downsample_factor=prod(config.downsampling_ratios),
             channels=1,
-            num_quantizers=self._select_levels(num_quantizers, config.n_codebooks, config.n_codebooks),
+            num_quantizers=config.n_codebooks,
             codebook_size=config.codebook_size,
         )
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Constructor arguments besides the source, JSON-compatible."""
-        return dict(num_quantizers=self.num_quantizers)
 
     def _encode(self, wave: Tensor) -> EncodedWave:
         # DAC drops an incomplete last frame; like its own feature extractor, pad it with silence

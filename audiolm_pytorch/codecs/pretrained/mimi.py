@@ -1,28 +1,21 @@
 """Mimi (arXiv 2410.00037) of transformers as a `Codec`."""
 
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor
 
 from audiolm_pytorch.audio.units import exact_div
 from audiolm_pytorch.codecs.base import EncodedWave
-from audiolm_pytorch.codecs.pretrained.adapter import PretrainedCodec
-from audiolm_pytorch.codecs.pretrained.chunked import chunked_forward
-from audiolm_pytorch.saving.hub import LoadedModel
+from audiolm_pytorch.codecs.pretrained.adapter import PretrainedLevelsCodec
 from audiolm_pytorch.saving.modules import register
 
 __all__ = ["MimiWrapper"]
 
-_CONVOLUTIONS = ("MimiEncoder", "MimiDecoder")
-
 
 @register
-class MimiWrapper(PretrainedCodec):
+class MimiWrapper(PretrainedLevelsCodec):
     """Mimi (arXiv 2410.00037, section 3.3): 24 kHz mono, 12.5 frames a second, levels of 2048 codes, causal.
 
     The first level was distilled from a speech model, the others hold the sound. The published model has 32 levels; the
@@ -31,16 +24,11 @@ class MimiWrapper(PretrainedCodec):
     The convolutions of a long file run in chunks with the same result, the transformers on the whole file at 25 Hz:
     0.6 GB above the model for 1 and for 2.5 minutes (without chunks 1.9 GB a minute). The transformer's mask grows with
     the square of the length, to 225 MB at ten minutes.
-
-    Args:
-        source: Folder in transformers' format, or hub id.
-        num_quantizers: Number of levels to use; None for 8, or for all if the model has fewer.
-        offline: Whether to use only the local cache for a hub id.
-        revision: Branch, tag or commit on the hub.
-        cache_dir: Folder for downloads; None for Hugging Face's default.
     """
 
     model_type, model_class, config_class = "mimi", "MimiModel", "MimiConfig"
+    default_source, default_levels = "kyutai/mimi", 8
+    chunked_stacks = ("MimiEncoder", "MimiDecoder")
     code_settings = (
         "upsampling_ratios",
         "dilation_growth_rate",
@@ -53,33 +41,14 @@ class MimiWrapper(PretrainedCodec):
         "sliding_window",
     )
 
-    @beartype
-    def __init__(
-        self,
-        source: str | Path | LoadedModel = "kyutai/mimi",
-        *,
-        num_quantizers: int | None = None,
-        offline: bool = False,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-    ) -> None:
-        super().__init__(source, offline=offline, revision=revision, cache_dir=cache_dir)
-        config = self.model.config
-        for module in self.model.modules():
-            if type(module).__name__ in _CONVOLUTIONS:
-                module.forward = partial(chunked_forward, module)
-        self._set_sizes(
+    def _sizes(self, config: Any) -> dict[str, int]:
+        return dict(
             sample_hz=config.sampling_rate,
             downsample_factor=exact_div(config.sampling_rate * 2, round(config.frame_rate * 2), "samples a frame"),
             channels=config.audio_channels,
-            num_quantizers=self._select_levels(num_quantizers, 8, config.num_quantizers),
+            num_quantizers=config.num_quantizers,
             codebook_size=config.codebook_size,
         )
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Constructor arguments besides the source, JSON-compatible."""
-        return dict(num_quantizers=self.num_quantizers)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MimiWrapper":
         # transformers caches derived codebooks in plain attributes, which a move to a device does not reach
