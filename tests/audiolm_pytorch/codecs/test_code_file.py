@@ -26,8 +26,8 @@ def stored(codebook_size=16, **changes):
 @pytest.mark.parametrize(
     ("codebook_size", "dtype"), [(2, "I16"), (1024, "I16"), (32768, "I16"), (32769, "I32"), (2**20, "I32")]
 )
-def test_codes_come_back(tmp_path, codebook_size, dtype):
-    """What is written is read, in the smallest type that holds every code, with the metadata as text in the header."""
+def test_written_codes_are_read_back(tmp_path, codebook_size, dtype):
+    """Codes are stored in the smallest type that holds every code, with the metadata as text in the header."""
     path, written = tmp_path / "new" / "a.safetensors", stored(codebook_size)
     written.codes[0, 0] = codebook_size - 1
     write_codes(path, written)
@@ -57,8 +57,8 @@ def test_bitrate_and_length():
         (torch.full((10, 4), -1), r"0..15, got -1..-1"),
     ],
 )
-def test_invalid_codes_are_refused(codes, message):
-    """Wrong rank, no frames, no whole numbers, out of range."""
+def test_invalid_codes_raise(codes, message):
+    """Wrong rank, no frames, no integers, out of range."""
     with pytest.raises(ValueError, match=message):
         StoredCodes(codes, INFO)
 
@@ -94,8 +94,8 @@ def damaged_files(folder):
     yield folder / "none.safetensors", "no file"
 
 
-def test_damaged_files_are_refused(tmp_path):
-    """Nothing but whole and consistent files is read, and the message names file and fault."""
+def test_damaged_files_raise(tmp_path):
+    """Only complete and consistent files are read; the message names the file and the fault."""
     for path, message in damaged_files(tmp_path):
         with pytest.raises(ValueError, match=message) as caught:
             read_codes(path)
@@ -104,8 +104,8 @@ def test_damaged_files_are_refused(tmp_path):
         write_codes(tmp_path / "a.bin", stored())
 
 
-def test_codes_of_another_codec_are_refused():
-    """Another codec, or a header that contradicts the codec, is an error and not noise."""
+def test_codes_of_another_codec_raise():
+    """Another codec, or a header that contradicts the codec, is an error."""
     codec = FakeCodec()
     stored().check_codec(codec, "codec")
     with pytest.raises(
@@ -188,7 +188,7 @@ def small_codec(audio_channels=1):
 @pytest.mark.parametrize("make", [FakeCodec, StreamingFake, small_codec])
 @pytest.mark.parametrize(("seconds", "sample_hz", "channels"), [(3.7, 44100, 2), (1.0, 8000, 1), (0.0002, 44100, 1)])
 def test_a_file_has_the_codes_of_its_wave(tmp_path, write_tone, make, seconds, sample_hz, channels):
-    """Any rate, channels and length, in pieces or whole: the codes of tokenize, and exactly as many samples back."""
+    """Any rate, channels and length, chunked or whole: the codes of tokenize, and equally many samples decoded."""
     codec = make()
     path = write_tone("sound.wav", seconds, sample_hz, channels=channels)
     wave = read_audio(path, codec.target_sample_hz)[0]
@@ -204,8 +204,8 @@ def test_a_file_has_the_codes_of_its_wave(tmp_path, write_tone, make, seconds, s
     assert np.abs(back - wanted.detach().clamp(-1, 1).numpy()).max() < 1 / 16000
 
 
-def test_loudness_beside_the_codes_is_kept(tmp_path, write_tone):
-    """Where a codec divides by the loudness, that lies in the file too, and comes back in the sound."""
+def test_scales_are_stored(tmp_path, write_tone):
+    """The scales of a codec that normalises segments are stored and used for decoding."""
     codec, path = LoudFake(), write_tone("sound.wav")
     got = FileCodec(codec).encode(path)
     peak = read_audio(path, codec.target_sample_hz)[0].abs().max()
@@ -225,8 +225,8 @@ def test_loudness_beside_the_codes_is_kept(tmp_path, write_tone):
             replace(got, scales=scales)
 
 
-def test_original_rate_gives_the_original_length(tmp_path, write_tone):
-    """Resampled back, a file has the very number of samples that went in, though the codec's rate rounds up."""
+def test_original_rate_restores_the_length(tmp_path, write_tone):
+    """Resampled to the original rate, a file has its original number of samples."""
     codec = StreamingFake()
     for seconds in (1.0, 1.2345):
         path = write_tone("sound.wav", seconds, 44100)
@@ -251,8 +251,8 @@ def test_levels(tmp_path, write_tone):
     assert not (tmp_path / "c.wav").exists()
 
 
-def test_stereo_codec_takes_mono(tmp_path, write_tone):
-    """A mono file is doubled for a stereo codec, whose file has two channels; five channels are refused."""
+def test_stereo_codec_encodes_mono(tmp_path, write_tone):
+    """A stereo codec repeats the channel of a mono file; five channels raise."""
     codec = small_codec(audio_channels=2)
     got = FileCodec(codec).encode(write_tone("mono.wav", 0.1))
     FileCodec(codec).decode(got, tmp_path / "back.wav")

@@ -13,7 +13,6 @@ from audiolm_pytorch.codecs import (
     SpectralSoundStream,
 )
 from audiolm_pytorch.codecs.convolutional import ConvDecoder, ConvEncoder
-from audiolm_pytorch.codecs.quantizers import ResidualQuantizer, code_usage
 from audiolm_pytorch.codecs.spectral import SpectralDecoder, SpectralEncoder
 from audiolm_pytorch.codecs.training.losses import MultiScaleMelLoss
 from audiolm_pytorch.nn.film import FiLM
@@ -48,7 +47,7 @@ both_codecs = pytest.mark.parametrize("make_codec", [tiny_conv, tiny_spectral])
 
 @both_codecs
 def test_codec_meets_the_contract(make_codec):
-    """Everything downstream relies on these attributes and shapes."""
+    """All other modules rely on these attributes and shapes."""
     torch.manual_seed(0)
     codec = make_codec()
     assert isinstance(codec, Codec)
@@ -59,8 +58,8 @@ def test_codec_meets_the_contract(make_codec):
 
 
 @both_codecs
-def test_any_number_of_samples_comes_back(make_codec):
-    """A codec that trims or pads its output breaks every length downstream: 200 sizes up to five frames and more."""
+def test_any_number_of_samples_is_restored(make_codec):
+    """200 lengths from one sample to several frames are restored exactly."""
     codec = make_codec()
     sizes = [1, 7, 8, 63, 64, 65, *random.sample(range(2, 600), 194)]
     with torch.no_grad():
@@ -79,7 +78,7 @@ def test_any_number_of_samples_comes_back(make_codec):
 )
 @pytest.mark.parametrize("audio_channels", [1, 2])
 def test_every_rate_and_stereo(sample_hz, strides, audio_channels):
-    """Frames of any number of samples, any rate, one channel or two; both channels reach the codes and come back."""
+    """Any rate and samples per frame, mono and stereo; both channels affect the codes."""
     codec = tiny_conv(target_sample_hz=sample_hz, strides=strides, channels=2, audio_channels=audio_channels)
     wave = torch.randn(2, audio_channels, sample_hz // 20 + 11)
     codes = codec.tokenize(wave)
@@ -92,8 +91,8 @@ def test_every_rate_and_stereo(sample_hz, strides, audio_channels):
             assert not torch.allclose(codec.encoder(wave[..., :3360]), codec.encoder(other[..., :3360]))
 
 
-def test_the_spectral_pair_takes_stereo():
-    """Two channels through one window, apart again at the end."""
+def test_the_spectral_pair_supports_stereo():
+    """Two channels are encoded together and decoded as two channels."""
     codec = SpectralSoundStream(dim=16, encoder_depth=1, decoder_depth=1, hop_samples=16, code_dim=4, audio_channels=2)
     rebuilt = SoundStream.from_config(codec.config)
     wave = torch.randn(2, 2, 301)
@@ -104,7 +103,7 @@ def test_the_spectral_pair_takes_stereo():
 
 
 def test_snippet_of_the_design():
-    """The constructor call that users copy, on its own audio: decoding the codes is the reconstruction."""
+    """The constructor call of the design, with its audio: the decoded codes are the reconstruction."""
     soundstream = SoundStream(
         codebook_size=4096,
         rq_num_quantizers=8,
@@ -127,7 +126,7 @@ def test_snippet_of_the_design():
 
 @each_quantizer
 def test_every_quantizer_saves_and_loads(quantizer, tmp_path):
-    """All that is new in the constructor travels with the codec."""
+    """Quantizer, attention and denoising condition are saved with the codec."""
     codec = tiny_conv(**QUANTIZERS[quantizer], attn_window_size=3, attn_depth=1, denoising=FiLM(dim=8))
     torch.nn.init.normal_(codec.denoising.table)
     save_module(codec, tmp_path / "codec")
@@ -141,7 +140,7 @@ def test_every_quantizer_saves_and_loads(quantizer, tmp_path):
 
 @each_quantizer
 def test_any_prefix_of_the_columns_is_a_coarser_version(quantizer):
-    """Level by level, all groups of a level together: the more columns, the nearer to the frames."""
+    """Codes run level by level, all groups of a level together; more columns are nearer to the frames."""
     codec = tiny_conv(**QUANTIZERS[quantizer])
     wave = torch.randn(4, 4000)
     with torch.no_grad():
@@ -164,8 +163,8 @@ def test_any_prefix_of_the_columns_is_a_coarser_version(quantizer):
 
 
 @each_quantizer
-def test_every_parameter_is_reached_by_a_gradient(quantizer):
-    """With attention, condition and any quantizer: a parameter without gradient is a part that is not used."""
+def test_every_parameter_has_a_gradient(quantizer):
+    """With attention, condition and any quantizer."""
     codec = tiny_conv(**QUANTIZERS[quantizer], attn_window_size=3, attn_depth=1, denoising=FiLM(dim=8)).train()
     output = codec(torch.randn(2, 400), denoise=torch.tensor([True, False]))
     (output.wave.square().mean() + output.commitment_loss).backward()
@@ -174,7 +173,7 @@ def test_every_parameter_is_reached_by_a_gradient(quantizer):
 
 
 def test_denoising_condition():
-    """At the start both flags leave codes alone; once trained, only the flagged items change."""
+    """Initially both flags leave codes unchanged; after training only the flagged items change."""
     plain = tiny_conv()
     codec = tiny_conv(denoising=FiLM(dim=8))
     codec.load_state_dict({**plain.state_dict(), "denoising.table": codec.denoising.table.detach()})
@@ -204,7 +203,7 @@ def test_denoising_condition():
     ids=["silent", "constant", "clipped", "one sample", "one silent sample"],
 )
 def test_odd_audio_is_handled(make_codec, wave):
-    """Silence, DC, overload and a single sample occur in real folders: finite out, finite gradients."""
+    """Silence, DC, overload and a single sample have finite outputs and gradients."""
     codec = make_codec().train()
     output = codec(wave)
     (output.wave.square().mean() + output.commitment_loss).backward()
@@ -215,8 +214,8 @@ def test_odd_audio_is_handled(make_codec, wave):
 
 
 @both_codecs
-def test_other_precisions_are_taken(make_codec):
-    """A wave read as float64, or kept as float16, is audio all the same."""
+def test_other_precisions_are_converted(make_codec):
+    """float64 and float16 waves are converted to the precision of the weights."""
     codec, wave = make_codec(), torch.randn(1, 300)
     assert torch.equal(codec.tokenize(wave.double()), codec.tokenize(wave))
     assert torch.equal(codec.tokenize(wave.half()), codec.tokenize(wave.half().float()))
@@ -224,7 +223,7 @@ def test_other_precisions_are_taken(make_codec):
 
 @both_codecs
 def test_decoding_codes_equals_the_reconstruction(make_codec):
-    """Codes must carry all that the decoder gets: tokenize then decode is the forward pass."""
+    """Tokenize and decode equal the forward pass."""
     torch.manual_seed(0)
     codec = make_codec()
     wave = torch.randn(2, 1024)
@@ -234,7 +233,7 @@ def test_decoding_codes_equals_the_reconstruction(make_codec):
 
 @both_codecs
 def test_an_item_alone_equals_itself_in_a_padded_batch(make_codec):
-    """Padding that leaks into codes makes them depend on the neighbours in the batch."""
+    """Padding does not change codes."""
     torch.manual_seed(0)
     codec = make_codec()
     lengths = torch.tensor([640, 333])
@@ -247,8 +246,8 @@ def test_an_item_alone_equals_itself_in_a_padded_batch(make_codec):
 
 
 @both_codecs
-def test_frames_of_an_item_do_not_feel_the_padding(make_codec, monkeypatch):
-    """Finer than codes, which may hide a leak: the frames that the quantizer is given, short item and long."""
+def test_frames_of_an_item_do_not_depend_on_padding(make_codec, monkeypatch):
+    """Stricter than codes: the frames before the quantizer, of a short and a long item."""
     codec, lengths, given = make_codec(), [640, 333], []
     encode = codec.quantizer.encode
     monkeypatch.setattr(codec.quantizer, "encode", lambda frames: given.append(frames) or encode(frames))
@@ -262,7 +261,7 @@ def test_frames_of_an_item_do_not_feel_the_padding(make_codec, monkeypatch):
 
 @both_codecs
 def test_any_number_of_levels_decodes(make_codec):
-    """The coarse stage alone must be playable: a prefix of the levels is a valid input."""
+    """A prefix of the levels is a valid input, e.g. the output of the coarse stage."""
     torch.manual_seed(0)
     codec = make_codec()
     codes = codec.tokenize(torch.randn(1, 512))
@@ -271,7 +270,7 @@ def test_any_number_of_levels_decodes(make_codec):
 
 
 def test_spectral_head_inverts_the_stft():
-    """The inverse-STFT head is exact: the encoder's own framing, put back, gives the wave (interior samples)."""
+    """The inverse STFT of the decoder restores the wave of the encoder's STFT (interior samples)."""
     torch.manual_seed(0)
     hop, window_samples = 64, 256
     encoder = SpectralEncoder(dim=8, depth=1, hop_samples=hop)
@@ -291,44 +290,9 @@ def test_spectral_head_inverts_the_stft():
     torch.testing.assert_close(inverse[:, hop:-hop], wave[:, hop:-hop], rtol=1e-4, atol=1e-4)
 
 
-def test_quantizer_encodes_as_its_training_path():
-    """The short loop used at inference gives the indices of vector-quantize-pytorch."""
-    torch.manual_seed(0)
-    quantizer = ResidualQuantizer(dim=16, codebook_size=32, num_quantizers=4, codebook_dim=8)
-    frames = torch.randn(3, 50, 16)
-    quantizer.initialise(rearrange(frames, "b f d -> (b f) d"))
-    quantizer.eval()
-    output = quantizer(frames)
-    codes = quantizer.encode(frames)
-    assert torch.equal(codes, output.codes)
-    torch.testing.assert_close(quantizer.decode(codes), output.frames, rtol=1e-4, atol=1e-5)
-
-
-def test_initialised_codebooks_are_in_use():
-    """Codebooks that start from k-means over many frames leave no code unused (the replica's codecs die here)."""
-    torch.manual_seed(0)
-    quantizer = ResidualQuantizer(dim=8, codebook_size=64, num_quantizers=2)
-    frames = torch.randn(4000, 8)
-    quantizer.initialise(frames)
-    usage = code_usage(quantizer.encode(frames[None]), 64)
-    assert (usage["usage"] > 0.95).all()
-    assert (usage["perplexity"] > 0.5).all()
-
-
-def test_each_level_refines_the_one_before():
-    """Residual order: every further level brings the frames closer."""
-    torch.manual_seed(0)
-    quantizer = ResidualQuantizer(dim=8, codebook_size=32, num_quantizers=4)
-    frames = torch.randn(1, 2000, 8)
-    quantizer.initialise(frames[0])
-    codes = quantizer.encode(frames)
-    errors = [(quantizer.decode(codes[..., :levels]) - frames).square().mean().item() for levels in range(1, 5)]
-    assert errors == sorted(errors, reverse=True)
-
-
 @pytest.mark.parametrize("wave", [torch.zeros(1, 1, 4000), torch.ones(1, 1, 4000), torch.full((1, 1, 4000), 30.0)])
 def test_mel_loss_is_finite_on_degenerate_audio(wave):
-    """Silence, DC and clipped audio occur in real folders; log(0) must not reach the weights."""
+    """Silence, DC and clipped audio do not cause log(0)."""
     loss_fn = MultiScaleMelLoss(RATE_HZ)
     reconstruction = torch.zeros(1, 1, 4000, requires_grad=True)
     loss = loss_fn(reconstruction, wave)
@@ -338,7 +302,7 @@ def test_mel_loss_is_finite_on_degenerate_audio(wave):
 
 
 def test_mel_loss_has_no_empty_band():
-    """A band between two STFT bins would never be trained; every filter of every window must reach a bin."""
+    """Every mel filter of every window contains an STFT bin."""
     for scale in MultiScaleMelLoss(RATE_HZ).scales:
         tone_response = scale(torch.randn(1, 8192)).amin()
         assert tone_response > 0
@@ -346,7 +310,7 @@ def test_mel_loss_has_no_empty_band():
 
 @both_codecs
 def test_saved_codec_loads_equal(make_codec, tmp_path):
-    """A codec travels as safetensors + JSON; codes and fingerprint must survive."""
+    """Codes and fingerprint of a saved codec are unchanged."""
     torch.manual_seed(0)
     codec = make_codec()
     save_module(codec, tmp_path / "codec")
@@ -366,7 +330,7 @@ def test_published_presets_have_their_rates():
 
 
 def test_bitrate():
-    """Levels times bits times frames a second; the paper's 8 x 1024 at 75 Hz is 6 kbps."""
+    """Levels times bits times frames a second; 8 x 1024 at 75 Hz is 6 kbps, as in the paper."""
     codec = SoundStream(channels=2, codebook_dim=8, strides=(2, 4, 5, 8), target_sample_hz=24000)
     assert codec.bitrate_kbps() == pytest.approx(6.0)
     assert codec.bitrate_kbps(2) == pytest.approx(1.5)
@@ -389,16 +353,16 @@ def test_bitrate():
         (torch.zeros(1, 512, dtype=torch.int16), "floating point"),
     ],
 )
-def test_bad_audio_is_refused_with_the_reason(wave, message):
-    """Wrong rank, channels, empty, NaN and integer audio: an error that says what is needed."""
+def test_bad_audio_raises_with_the_reason(wave, message):
+    """Wrong rank, channels, empty, NaN and integer audio; the message states what is needed."""
     with pytest.raises(ValueError, match=message):
         tiny_spectral().tokenize(wave)
     with pytest.raises(ValueError, match=message):
         tiny_conv()(wave)
 
 
-def test_mono_for_a_stereo_codec_is_refused_with_the_mend():
-    """Stereo silently made of mono, or the reverse, is a fault that is heard much later; the mend works."""
+def test_mono_for_a_stereo_codec_raises_with_the_fix():
+    """The fix in the message works."""
     codec, wave = tiny_conv(audio_channels=2), torch.randn(3, 80)
     for mono in (wave, wave.unsqueeze(1)):
         with pytest.raises(ValueError, match=r"repeat\(1, 2, 1\)"):
@@ -406,8 +370,8 @@ def test_mono_for_a_stereo_codec_is_refused_with_the_mend():
         assert codec.tokenize(mono.view(len(mono), 1, -1).repeat(1, 2, 1)).shape == (3, 10, 3)
 
 
-def test_bad_codes_are_refused():
-    """Codes of another codec, or padding left in, must not index silently."""
+def test_bad_codes_raise():
+    """Codes of another codec, padding, too many levels, floats, too many samples."""
     codec = tiny_spectral()
     with pytest.raises(ValueError, match="0..15"):
         codec.decode_from_codebook_indices(torch.full((1, 4, 3), -1))
@@ -419,8 +383,8 @@ def test_bad_codes_are_refused():
         codec.decode_from_codebook_indices(torch.zeros(1, 4, 3, dtype=torch.long), num_samples=10_000)
 
 
-def test_parts_that_do_not_fit_are_refused():
-    """A decoder with other strides would play at another speed."""
+def test_incompatible_parts_raise():
+    """Different strides, channels or widths."""
     with pytest.raises(ValueError, match="same strides"):
         SoundStream(
             encoder=ConvEncoder(strides=(2, 4), dim=8), decoder=ConvDecoder(strides=(2, 2), dim=8), codebook_dim=8
@@ -433,8 +397,8 @@ def test_parts_that_do_not_fit_are_refused():
 
 @pytest.mark.gpu
 @both_codecs
-def test_lengths_may_lie_on_the_cpu(make_codec):
-    """A prime on the GPU comes with lengths that were counted on the CPU."""
+def test_lengths_may_be_on_the_cpu(make_codec):
+    """Waves on the GPU may have lengths on the CPU."""
     codec = make_codec().cuda()
     wave = torch.randn(2, 640, device="cuda")
     assert (codec.tokenize(wave, torch.tensor([640, 64]))[1, -1] == -1).all()

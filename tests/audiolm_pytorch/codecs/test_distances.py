@@ -37,7 +37,7 @@ def test_si_sdr_is_scale_invariant():
 
 
 def test_si_sdr_of_silence_is_finite():
-    """The four cases with silence, and a copy, have the values that the docstring names."""
+    """The four cases with silence, and a copy, have the values of the docstring."""
     wave, silence, constant = torch.randn(100), torch.zeros(100), torch.full((100,), 0.3)
     assert si_sdr_db(wave, wave).item() == 100
     assert si_sdr_db(silence, silence).item() == 100
@@ -49,7 +49,7 @@ def test_si_sdr_of_silence_is_finite():
 
 
 def test_si_sdr_of_different_shapes_raises():
-    """A silent broadcast would compare everything with the first sample."""
+    """Broadcasting would compare all samples with the first one."""
     with pytest.raises(ValueError, match=r"same shape.*\[2, 5\] and \[5\]"):
         si_sdr_db(torch.randn(2, 5), torch.randn(5))
     with pytest.raises(ValueError, match="at least one sample"):
@@ -84,7 +84,7 @@ def test_stft_distance_is_the_formula():
         assert got[row].item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_stft_distance_is_a_stft_distance():
+def test_stft_distance_is_a_distance():
     """0 for a copy, grows with the noise, is finite for silence and one sample, ignores parts below -80 dB."""
     target, noise = 0.1 * torch.randn(2, 4000)
     assert stft_distance(target, target) == 0

@@ -58,7 +58,7 @@ def random_parts(x: torch.Tensor, dim: int, largest: int) -> list[torch.Tensor]:
 
 @causal_codec
 def test_no_output_depends_on_the_future(kind):
-    """Changing all that comes after a frame changes nothing up to it, in inference as in training."""
+    """Changes after a frame do not affect it or earlier frames, in inference and in training."""
     codec = CODECS[kind]()
     wave = torch.randn(1, codec.channels, 320)
     changed = torch.cat([wave[..., :160], torch.randn_like(wave[..., 160:])], dim=-1)
@@ -74,7 +74,7 @@ def test_no_output_depends_on_the_future(kind):
 
 @causal_codec
 def test_no_gradient_reaches_the_future(kind):
-    """The gradient of a frame ends exactly at its last sample, and that of a frame's samples at its frame."""
+    """The gradient of a frame ends at its last sample, that of a frame's samples at the frame."""
     codec = CODECS[kind]()
     wave = torch.randn(1, codec.channels, 320, requires_grad=True)
     codec.encoder(wave)[:, 20].sum().backward()
@@ -86,8 +86,8 @@ def test_no_gradient_reaches_the_future(kind):
     assert (frames.grad[:, 20] != 0).any()
 
 
-def test_lookahead_of_the_spectral_pair_is_as_stated():
-    """What lies beyond the look-ahead does not matter; one frame less would not do."""
+def test_lookahead_of_the_spectral_pair():
+    """Later input than the look-ahead has no effect; the last frame of the look-ahead has one."""
     codec = spectral_codec()
     hop, frame, reach = 16, 30, codec.encoder.lookahead_frames
     wave, frames = torch.randn(1, 1, hop * 60), torch.randn(1, 60, 16)
@@ -113,8 +113,8 @@ def as_row(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("kernel_size", "stride", "dilation"), [(7, 1, 1), (7, 1, 9), (6, 3, 1), (1, 1, 1), (3, 1, 2)])
-def test_causal_convolution_is_torchs_with_padding_on_the_left(kernel_size, stride, dilation):
-    """The oracle is conv1d; with a state, any cut at whole strides gives the same."""
+def test_causal_convolution_is_conv1d_with_left_padding(kernel_size, stride, dilation):
+    """Compared with conv1d; chunks of whole strides with a state have the same result."""
     layer = CausalConv1d(3, 5, kernel_size, stride=stride, dilation=dilation)
     x = torch.randn(2, 3, 60)
     padded = F.pad(x, (dilation * (kernel_size - 1) + 1 - stride, 0))
@@ -126,8 +126,8 @@ def test_causal_convolution_is_torchs_with_padding_on_the_left(kernel_size, stri
 
 
 @pytest.mark.parametrize("stride", [2, 5])
-def test_transposed_convolution_is_torchs_with_its_tail_cut(stride):
-    """The oracle is conv_transpose1d of kernel 2 * stride with the same weights."""
+def test_transposed_convolution_is_conv_transpose1d_without_its_end(stride):
+    """Compared with conv_transpose1d of kernel 2 * stride with the same weights."""
     layer = CausalConvTranspose1d(3, 4, stride)
     weight = layer.to_steps.conv.weight  # [(s d'), d, 1, 2]: what an output takes from the step before and its own
     nn.init.zeros_(layer.to_steps.conv.bias)
@@ -140,8 +140,8 @@ def test_transposed_convolution_is_torchs_with_its_tail_cut(stride):
     torch.testing.assert_close(torch.cat(parts, dim=-1)[:, :, 0], expected)
 
 
-def test_inference_leaves_the_input_of_a_residual_unit_alone():
-    """Results may overwrite what nobody needs any more, never what the caller gave."""
+def test_inference_does_not_overwrite_the_input_of_a_residual_unit():
+    """In-place operations never change the caller's tensor."""
     unit, x = ResidualUnit(4, dilation=3), as_row(torch.randn(1, 4, 50))
     before = x.clone()
     expected = unit(x)
@@ -151,7 +151,7 @@ def test_inference_leaves_the_input_of_a_residual_unit_alone():
 
 
 def test_fast_elu_is_elu():
-    """The shortcut of inference, over all magnitudes, and on what is not a number."""
+    """The faster formula of inference, over all magnitudes and for NaN."""
     x = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([0.0, -0.0, 1e-8, -1e-8, 1e30, -1e30])])
     with torch.no_grad():
         torch.testing.assert_close(elu(x), F.elu(x), rtol=1e-6, atol=2e-7)
@@ -161,7 +161,7 @@ def test_fast_elu_is_elu():
 
 
 def test_local_attention_is_banded_attention():
-    """The oracle holds the whole square matrix, with positions counted from the beginning of time."""
+    """Compared with attention over the full matrix with absolute positions."""
     attention = LocalAttention(32, window=6, heads=2)
     x = torch.randn(2, 40, 32)
     queries, keys, values = rearrange(attention.to_qkv(x), "b f (three h d) -> three b h f d", three=3, h=2)
@@ -180,7 +180,7 @@ def test_local_attention_is_banded_attention():
 
 @pytest.mark.parametrize("window", [1, 3, 50])
 def test_local_attention_streams(window):
-    """Frames may come one by one or many at once; the state never holds more than the window."""
+    """Frames may come one by one or in larger chunks; the state holds at most the window."""
     transformer = LocalTransformer(16, depth=2, window=window)
     x, state = torch.randn(2, 45, 16), StreamState()
     parts = [transformer(part, state) for part in random_parts(x, 1, 9) if part.shape[1]]
@@ -192,8 +192,8 @@ def test_local_attention_streams(window):
 
 
 @each_codec
-def test_streams_give_what_the_whole_gives(kind):
-    """Any chunking of a batch of two, with two streams of one codec in turn: codes equal, waves to 1e-5."""
+def test_streams_equal_the_whole(kind):
+    """Any chunking of a batch of two, with two alternating streams of one codec: codes equal, waves to 1e-5."""
     codec = CODECS[kind]()
     assert isinstance(codec, StreamingCodec)
     waves = [torch.randn(2, codec.channels, n) for n in (203, 264)]
@@ -216,8 +216,8 @@ def test_streams_give_what_the_whole_gives(kind):
 
 
 @each_codec
-def test_latency_is_as_stated(kind):
-    """A code is there as soon as its frame's samples and the look-ahead are, a wave as soon as its codes are."""
+def test_latency(kind):
+    """A code is returned when its frame and the look-ahead are complete, a wave when its codes are."""
     codec = CODECS[kind]()
     factor, rate_hz = codec.downsample_factor, codec.target_sample_hz
     wave = torch.randn(1, codec.channels, 30 * factor)
@@ -241,8 +241,8 @@ def test_causal_codec_has_the_latency_of_a_frame():
     assert (codec.encoder_latency_seconds, codec.decoder_latency_seconds) == (0.02, 0.0)
 
 
-def test_a_stream_denoises_as_the_whole_does():
-    """The condition goes with the stream, one flag an item."""
+def test_a_stream_denoises_like_the_whole():
+    """A stream has one denoising flag per item."""
     codec = conv(denoising=FiLM(dim=8))
     nn.init.normal_(codec.denoising.table)
     wave, flags = torch.randn(2, 1, 400), torch.tensor([True, False])
@@ -255,7 +255,7 @@ def test_a_stream_denoises_as_the_whole_does():
 
 
 def test_misused_streams_raise():
-    """Nothing pushed, pushed after the end, another batch, bad audio or codes in the middle."""
+    """Nothing pushed, pushed after the end, another batch size, bad audio or codes."""
     codec = conv()
     with pytest.raises(ValueError, match="nothing was pushed"):
         codec.encoder_stream().finish()
@@ -277,7 +277,7 @@ def test_misused_streams_raise():
 
 @each_codec
 def test_long_recordings_run_in_chunks(kind, monkeypatch):
-    """An hour in one run would need gigabytes; chunks have equal codes and samples, also for padded items."""
+    """Chunks have equal codes and samples, also for padded items; a long recording in one run would need gigabytes."""
     codec = CODECS[kind]()
     factor = codec.downsample_factor
     wave, lengths = torch.randn(2, codec.channels, factor * 201 - 3), torch.tensor([factor * 201 - 3, factor * 110 - 5])
@@ -310,7 +310,7 @@ def test_long_recordings_run_in_chunks(kind, monkeypatch):
 
 
 def test_a_stream_keeps_no_more_than_it_needs():
-    """Memory must not grow with what went through: state and pending samples stay small, and share no storage."""
+    """Memory does not grow with the stream: state and pending samples are small and own their storage."""
     encoder = ConvEncoder(base_dim=4, strides=(2, 4), dim=8, attn_window_size=6, attn_depth=1)
     state = StreamState()
     with torch.no_grad():
@@ -342,8 +342,8 @@ def test_a_chunked_network_receives_position_and_context():
     assert firsts[-1] > 80
 
 
-def test_decoder_of_the_defaults_mirrors_the_encoder():
-    """A pair built from the same numbers turns n samples into frames and back into n samples."""
+def test_default_decoder_mirrors_the_default_encoder():
+    """n samples become frames and n samples again."""
     frames = ConvEncoder(base_dim=2, dim=4)(torch.randn(1, 1, 640))
     assert frames.shape == (1, 2, 4)
     assert ConvDecoder(base_dim=2, dim=4)(frames).shape == (1, 1, 640)

@@ -47,8 +47,8 @@ def sounds(write_tone, tmp_path):
     return tmp_path / "sounds"
 
 
-def test_a_file_there_and_back(musiclm_command, codec, write_tone, tmp_path, capsys):
-    """The codes are those of the codec on the whole file; the sound has as many samples, at either rate."""
+def test_encode_and_decode_a_file(musiclm_command, codec, write_tone, tmp_path, capsys):
+    """The codes are those of the codec on the whole file; the decoded sound has the original length, at either rate."""
     source = write_tone("tone.wav", 0.7, 44100, channels=2)
     codes, back = tmp_path / "new" / "tone.safetensors", tmp_path / "other" / "tone.flac"
     assert musiclm_command("codec", "encode", source, "--out", codes, "--codec", codec) == 0
@@ -74,8 +74,8 @@ def test_a_file_there_and_back(musiclm_command, codec, write_tone, tmp_path, cap
     assert listing(tmp_path) == {"tone.wav", "new", "new/tone.safetensors", "other", "other/tone.flac"}
 
 
-def test_folders_keep_their_tree_and_name_what_failed(musiclm_command, codec, sounds, tmp_path, capsys):
-    """What can be done is done, what cannot is named with the reason, and the exit status says so."""
+def test_folders_keep_their_tree_and_failed_files_are_named(musiclm_command, codec, sounds, tmp_path, capsys):
+    """Readable files are converted, others are named with the reason, and the exit status is 2."""
     codes, back = tmp_path / "codes", tmp_path / "back"
     assert musiclm_command("codec", "encode", sounds, "--out", codes, "--codec", codec, "--levels", 2) == 2
     said = capsys.readouterr()
@@ -91,7 +91,7 @@ def test_folders_keep_their_tree_and_name_what_failed(musiclm_command, codec, so
 
 
 def test_two_sounds_of_one_name_do_not_overwrite_each_other(musiclm_command, codec, write_tone, tmp_path, capsys):
-    """song.flac and song.wav would both become song.safetensors: the second is refused."""
+    """song.flac and song.wav have the same target song.safetensors: the second raises."""
     for name in ("song.flac", "song.wav"):
         write_tone(f"sounds/{name}", 0.1, 8000)
     assert musiclm_command("codec", "encode", tmp_path / "sounds", "--out", tmp_path / "o", "--codec", codec) == 2
@@ -119,7 +119,7 @@ def test_evaluate_prints_a_table_and_writes_json(musiclm_command, codec, sounds,
 
 
 def test_the_bundled_codec_is_the_default(musiclm_command, write_tone, tmp_path, monkeypatch, codec):
-    """Without --codec the one of the package is taken, and every bundled name leads to a codec."""
+    """--codec defaults to the bundled codec, and every bundled name has a codec."""
     monkeypatch.setattr(bundled_parts, "bundled_folder", lambda name: codec)
     source = write_tone("tone.wav", 0.1, 8000)
     assert musiclm_command("codec", "encode", source, "--out", tmp_path / "a.safetensors") == 0
@@ -192,8 +192,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(words, message, musiclm_comman
     assert listing(places["TMP"]) == before
 
 
-def test_failure_leaves_the_old_file(musiclm_command, codec, write_tone, tmp_path, monkeypatch, capsys):
-    """A sound whose second half cannot be decoded does not replace the file that is there."""
+def test_a_failure_keeps_the_old_file(musiclm_command, codec, write_tone, tmp_path, monkeypatch, capsys):
+    """A sound whose second half cannot be decoded does not replace the existing file."""
     codes, out = tmp_path / "a.safetensors", tmp_path / "a.wav"
     musiclm_command("codec", "encode", write_tone("tone.wav", 1.0, 8000), "--out", codes, "--codec", codec)
     out.write_text("old")
@@ -220,8 +220,8 @@ sys.exit(f"{short} {long} {peak_mb() - before:.0f} MB" if any(short + long) or p
 
 
 @pytest.mark.slow
-def test_long_files_take_no_more_memory(codec, tmp_path):
-    """Ten minutes at 44.1 kHz stereo (212 MB as floats) need hardly more than two seconds do."""
+def test_long_files_need_no_more_memory(codec, tmp_path):
+    """Ten minutes at 44.1 kHz stereo (212 MB as floats) need about as much memory as two seconds."""
     second = np.random.default_rng(0).standard_normal((44100, 2)).astype("float32") * 0.1
     for name, seconds in (("short.wav", 10), ("long.wav", 600)):
         with soundfile.SoundFile(tmp_path / name, "w", samplerate=44100, channels=2) as file:

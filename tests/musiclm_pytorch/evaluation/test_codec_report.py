@@ -11,8 +11,8 @@ from musiclm_pytorch.evaluation.report import aligned_table
 from tests.helpers.fakes import FakeCodec
 
 
-def test_all_distances_at_once():
-    """The three numbers are those of the three measures, two channels counting as one signal."""
+def test_row_has_all_distances():
+    """The three distances are those of their functions; SI-SDR treats two channels as one signal."""
     target = 0.1 * torch.randn(2, 4000)
     estimate = target + 0.05 * torch.randn(2, 4000)
     row = distance_row("noisy", [(estimate, target)], 16000)
@@ -25,7 +25,7 @@ def test_all_distances_at_once():
 
 
 def test_report_of_a_codec():
-    """One row a number of levels: distances are those of the codes decoded, usage counts the codes."""
+    """One row per number of levels: distances of the decoded codes, usage of the codes."""
     codec = FakeCodec()
     clips = [torch.rand(1, 1600) * level for level in (0.1, 0.5, 0.9)]
     everything, first = codec_report(codec, iter(clips), (None, 1), name="fake")
@@ -46,8 +46,8 @@ def test_report_of_a_codec():
         codec_report(codec, clips, (5,))
 
 
-def test_report_counts_loudness_beside_the_codes():
-    """A codec that keeps the loudness of segments beside its codes is measured with it, not without."""
+def test_report_uses_scales():
+    """A codec with scales is measured with them."""
     codec, clips = FakeCodec(), [torch.rand(1, 1600) * level for level in (0.1, 0.5)]
     wanted = codec_report(codec, clips)[0].mel_nepers
 
@@ -66,15 +66,15 @@ def test_report_counts_loudness_beside_the_codes():
     assert codec_report(Normalising(), clips)[0].mel_nepers == wanted
 
 
-def test_unquantized_copy_is_the_zero_of_the_yardstick():
-    """Every distance of a wave to itself is 0 (SI-SDR: its bound)."""
+def test_exact_copy_has_distance_zero():
+    """Every distance of a wave to itself is 0; SI-SDR is its upper bound."""
     clips = [torch.randn(2, 3000), torch.zeros(2, 500)]
     row = distance_row("copy", ((clip, clip) for clip in clips), 16000)
     assert (row.mel_nepers.mean, row.stft.mean, row.si_sdr_db.mean) == (0.0, 0.0, 100.0)
 
 
-def test_estimate_holds_its_mean():
-    """The interval surrounds the mean and shrinks with the number of clips."""
+def test_interval_contains_the_mean():
+    """The interval shrinks with the number of clips."""
     few, many = (Estimate.of(torch.randn(count).tolist()) for count in (10, 1000))
     for estimate in (few, many):
         assert estimate.low < estimate.mean < estimate.high
@@ -82,7 +82,7 @@ def test_estimate_holds_its_mean():
 
 
 def test_table():
-    """One line a row below each other, and what a row does not have stays empty."""
+    """One aligned line per row; missing values are empty."""
     value = Estimate(1.0, 0.5, 1.5)
     rows = [
         CodecRow("copy", 2, 3.0, value, value, value),

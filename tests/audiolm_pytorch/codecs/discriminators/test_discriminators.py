@@ -33,7 +33,7 @@ def tensors_of(outputs) -> list[Tensor]:
 @pytest.mark.parametrize("num_samples", [1, 2, 3, 7, 63, 64, 65, 500])
 @pytest.mark.parametrize("channels", [1, 2])
 def test_any_length_and_channels(make, num_samples, channels):
-    """Files may be a few samples long: every scale still gives logits, for mono and stereo."""
+    """Waves of a few samples have logits at every scale, for mono and stereo."""
     outputs = make(channels=channels)(torch.randn(2, channels, num_samples))
     assert len(outputs) >= 1
     for output in outputs:
@@ -42,7 +42,7 @@ def test_any_length_and_channels(make, num_samples, channels):
 
 
 def test_default_shapes_are_those_of_the_papers():
-    """Channels, strides and frames of SoundStream III-D / MelGAN and EnCodec 3.4, wrong strides show here."""
+    """Channels, strides and frames of SoundStream III-D / MelGAN and EnCodec 3.4."""
     wave = torch.randn(1, 1, 8192)
     with torch.no_grad():
         waves = MultiScaleWaveDiscriminator()(wave)
@@ -67,7 +67,7 @@ def test_default_shapes_are_those_of_the_papers():
 
 
 def test_sets_of_the_papers():
-    """SoundStream judges at four scales, EnCodec at five; `width` scales all of them, channels reach all."""
+    """SoundStream has four scales, EnCodec five; `width` and channels apply to all of them."""
     soundstream, encodec = soundstream_discriminators(2, width=8), encodec_discriminators(2, width=4)
     wave = torch.randn(1, 2, 600)
     assert (len(soundstream(wave)), len(encodec(wave))) == (4, 5)
@@ -76,8 +76,8 @@ def test_sets_of_the_papers():
     assert [output.features[0].shape[1] for output in soundstream(wave)] == [4, 4, 4, 8]
 
 
-def test_lower_scales_see_the_pooled_wave():
-    """Oracle: scale k judges the wave pooled k times (4 samples every 2, ends counted by what is there)."""
+def test_lower_scales_receive_the_pooled_wave():
+    """Scale k has the output for the wave pooled k times (4 samples every 2; the ends average real samples only)."""
     discriminator = MultiScaleWaveDiscriminator(width=4)
     wave = torch.randn(1, 1, 50)
     pooled = []
@@ -90,7 +90,7 @@ def test_lower_scales_see_the_pooled_wave():
 
 @pytest.mark.parametrize("channels", [1, 2])
 def test_spectrogram_is_the_normalised_fourier_sum(channels):
-    """Oracle: a naive sum over a frame in float64, real parts of all channels before imaginary ones."""
+    """Compared with a naive sum in float64; real parts of all channels come before imaginary parts."""
     discriminator = MultiScaleSTFTDiscriminator(channels=channels, width=1, windows_samples=(16,))
     wave = torch.randn(1, channels, 60)
     image = discriminator.scales[0].spectrogram(wave)
@@ -108,7 +108,7 @@ def test_spectrogram_is_the_normalised_fourier_sum(channels):
 
 
 def test_normalised_spectrogram_has_the_level_of_the_wave():
-    """White noise of variance 1 gives coefficients of variance 1 at every window, so that no scale starts louder."""
+    """White noise of variance 1 has coefficients of variance 1 for every window."""
     noise = torch.randn(4, 1, 40000)
     for scale in MultiScaleSTFTDiscriminator(width=1).scales:
         image = scale.spectrogram(noise)[..., 1:-1]
@@ -116,8 +116,8 @@ def test_normalised_spectrogram_has_the_level_of_the_wave():
 
 
 @pytest.mark.parametrize("kind", ["stft", "multi_stft"])
-def test_phase_is_seen(kind):
-    """Complex, not magnitude: a wave and its negative have the same magnitudes but other features."""
+def test_features_depend_on_phase(kind):
+    """A wave and its negative have equal magnitudes and different features."""
     discriminator = KINDS[kind](channels=1)
     wave = torch.randn(1, 1, 500)
     one, other = discriminator(wave), discriminator(-wave)
@@ -125,16 +125,16 @@ def test_phase_is_seen(kind):
 
 
 @every_kind
-def test_channels_are_seen_together(make):
-    """Stereo: a difference between the channels (here: swapped) changes the judgement."""
+def test_channels_are_processed_together(make):
+    """Swapped channels change the output."""
     discriminator = make(channels=2)
     wave = torch.randn(1, 2, 400)
     assert not torch.allclose(discriminator(wave)[0].logits, discriminator(wave.flip(1))[0].logits, atol=1e-4)
 
 
 @every_kind
-def test_item_is_judged_the_same_alone_and_in_a_batch(make):
-    """No statistics over the batch."""
+def test_an_item_alone_equals_itself_in_a_batch(make):
+    """There are no statistics over the batch."""
     discriminator = make(channels=1)
     wave = torch.randn(3, 1, 300)
     for alone, together in zip(tensors_of(discriminator(wave[1:2])), tensors_of(discriminator(wave))):
@@ -183,8 +183,8 @@ def test_grouped_convolutions_compute_in_float32_under_autocast():
 
 
 @every_kind
-def test_every_parameter_and_every_sample_is_reached(make):
-    """A gradient for each parameter, and for each sample of the wave, the first and the last too."""
+def test_every_parameter_and_every_sample_has_a_gradient(make):
+    """Including the first and the last sample."""
     discriminator = make(channels=2)
     wave = torch.randn(1, 2, 333, requires_grad=True)
     sum(output.logits.square().sum() for output in discriminator(wave)).backward()
@@ -202,7 +202,7 @@ def test_no_strided_pointwise_convolution():
 
 @every_kind
 def test_autocast_stays_near_fp32(make):
-    """Under bf16 autocast the logits are bf16-close to fp32 ones; an STFT in bf16 would be far off or fail."""
+    """Under bf16 autocast the logits are close to those in fp32."""
     discriminator = make(channels=1)
     wave = torch.randn(1, 1, 500)
     plain = discriminator(wave)
@@ -214,7 +214,7 @@ def test_autocast_stays_near_fp32(make):
 
 
 def test_spectrogram_is_fp32_under_autocast():
-    """Bits that bf16 drops are quiet partials beside loud ones: the transform must not be rounded."""
+    """bf16 would lose quiet partials beside loud ones."""
     spectrogram = ComplexSTFTDiscriminator(width=1).spectrogram
     wave = torch.randn(1, 1, 4000)
     with torch.autocast("cpu", torch.bfloat16):
@@ -225,7 +225,7 @@ def test_spectrogram_is_fp32_under_autocast():
 
 @pytest.mark.parametrize("make", [soundstream_discriminators, encodec_discriminators])
 def test_saved_discriminators_load_equal(make, tmp_path):
-    """Published with a codec, so that it can be fine-tuned: weights and sizes travel as safetensors + JSON."""
+    """Weights and sizes are restored, so that a published codec can be fine-tuned."""
     discriminators = make(channels=2, width=8)
     save_module(discriminators, tmp_path / "discriminators")
     loaded = load_module(tmp_path / "discriminators", expect=Discriminators)
@@ -236,8 +236,8 @@ def test_saved_discriminators_load_equal(make, tmp_path):
 
 @every_kind
 @pytest.mark.parametrize("shape", [(1, 300), (1, 3, 300), (1, 2, 0), (300,)])
-def test_wrong_waves_are_refused_with_the_reason(make, shape):
-    """Rank, channels and emptiness are named before a convolution fails."""
+def test_wrong_waves_raise_with_the_reason(make, shape):
+    """Wrong rank, channels and empty waves."""
     with pytest.raises(ValueError, match=r"\[b, 2, n\]"):
         make(channels=2)(torch.zeros(shape))
 
@@ -253,8 +253,8 @@ def test_wrong_waves_are_refused_with_the_reason(make, shape):
         (lambda: Discriminators([]), "at least one"),
     ],
 )
-def test_impossible_sizes_are_refused(make, message):
-    """Each error names the number and what it must be."""
+def test_impossible_sizes_raise(make, message):
+    """Each message names the number and what is needed."""
     with pytest.raises(ValueError, match=message):
         make()
 
@@ -278,8 +278,8 @@ def tones(num_items: int) -> Tensor:
     ],
     ids=KINDS,
 )
-def test_discriminator_learns_to_tell_clean_from_noisy_tones(make):
-    """Sanity of architecture and loss together: the hinge on unseen tones falls from 2 to below 0.5."""
+def test_discriminator_learns_to_separate_clean_from_noisy_tones(make):
+    """Architecture and loss together: the hinge loss on unseen tones falls from 2 to below 0.5."""
     torch.manual_seed(0)
     discriminator = make()
     optimizer = torch.optim.AdamW(discriminator.parameters(), lr=3e-3, betas=(0.5, 0.9))

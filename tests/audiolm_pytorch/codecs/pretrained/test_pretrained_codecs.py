@@ -130,7 +130,7 @@ def ours(codec, wave):
 @every_codec
 @pytest.mark.parametrize("num_samples", [1, 5, 800, 1203])
 def test_codes_and_waves_are_those_of_transformers(models, name, num_samples):
-    """An adapter that pads, scales or orders differently makes tokens that nobody else's model understands."""
+    """Other padding, scaling or order would produce codes that are incompatible with published models."""
     model, folder = models[name]
     codec = open_codec(folder)
     wave = torch.randn(2, codec.channels, num_samples) * 0.3
@@ -147,7 +147,7 @@ def test_codes_and_waves_are_those_of_transformers(models, name, num_samples):
 
 @every_codec
 def test_adapter_meets_the_contract(models, name):
-    """The stages use nothing but these attributes and shapes."""
+    """The stages use only these attributes and shapes."""
     codec = open_codec(models[name][1])
     assert isinstance(codec, Codec)
     assert (codec.target_sample_hz, codec.downsample_factor) == (800, {"dac": 10, "mimi": 16}.get(name, 8))
@@ -163,8 +163,8 @@ def test_adapter_meets_the_contract(models, name):
 
 
 @every_codec
-def test_any_number_of_samples_comes_back(models, name):
-    """Sizes that divide no stride, shorter than a kernel, and around the seams of segments."""
+def test_any_number_of_samples_is_restored(models, name):
+    """Lengths that are no multiple of a stride, shorter than a kernel, and around the ends of segments."""
     codec = open_codec(models[name][1])
     for num_samples in [*range(1, 42), 395, 396, 397, 398, 399, 400, 401, 404, 405, 792, 793, 797, 1193, 1197, 1601]:
         wave = torch.randn(1, codec.channels, num_samples)
@@ -178,7 +178,7 @@ def test_any_number_of_samples_comes_back(models, name):
 
 @every_codec
 def test_an_item_alone_equals_itself_in_a_padded_batch(models, name):
-    """Padding reaches codes through reflections, look-ahead, loudness and norms over time, if it is let in."""
+    """Padding does not change codes through reflections, look-ahead, loudness or norms over time."""
     codec = open_codec(models[name][1])
     wave = torch.randn(4, codec.channels, 1203)
     lengths = torch.tensor([1203, 801, 3, 801])
@@ -193,7 +193,7 @@ def test_an_item_alone_equals_itself_in_a_padded_batch(models, name):
 
 @every_codec
 def test_any_number_of_levels_decodes(models, name):
-    """A coarse stage alone must be audible: a prefix of the levels is a coarser version of the same sound."""
+    """A prefix of the levels is a coarser version of the same sound."""
     codec = open_codec(models[name][1])
     codes = codec.tokenize(torch.randn(1, codec.channels, 400))
     waves = [codec.decode_from_codebook_indices(codes[..., :levels]) for levels in range(1, codec.num_quantizers + 1)]
@@ -202,8 +202,8 @@ def test_any_number_of_levels_decodes(models, name):
 
 
 @every_codec
-def test_long_audio_in_pieces_gives_the_same(models, name, monkeypatch):
-    """Ten minutes must fit into memory without a seam; convolutions must not see more than a piece at once."""
+def test_long_audio_in_chunks_has_the_same_result(models, name, monkeypatch):
+    """Convolutions receive at most a chunk with its context."""
     codec = open_codec(models[name][1])
     wave = torch.randn(1, codec.channels, 4003)
     codes, decoded = ours(codec, wave)
@@ -218,8 +218,8 @@ def test_long_audio_in_pieces_gives_the_same(models, name, monkeypatch):
     torch.testing.assert_close(decoded_of_pieces, decoded, rtol=0, atol=1e-5)
 
 
-def test_the_bound_of_a_reach_is_one():
-    """In float64 pieces give the whole exactly; with an eighth of the bound they do not, or nothing would be shown."""
+def test_reach_is_an_upper_bound():
+    """In float64, chunks equal the whole; with an eighth of the reach they do not."""
     model = random_model(CONFIGS["dac"]()).double()
     wave = torch.randn(1, 1, 3000, dtype=torch.float64)
     whole, span = model.encoder(wave), span_of([model.encoder])
@@ -229,8 +229,8 @@ def test_the_bound_of_a_reach_is_one():
     assert (apply_chunked(model.encoder, wave, short, 200) - whole).abs().max() > 1e-6
 
 
-def test_stereo_segments_carry_their_loudness_beside_the_codes(models):
-    """Codes of the 48 kHz model do not know how loud it was: scales bring it back, without them one level rules."""
+def test_stereo_segments_have_scales(models):
+    """Scales restore the loudness of segments; without them all segments are equally loud."""
     codec = open_codec(models["encodec_stereo"][1])
     loud = torch.randn(1, 2, 396)
     wave = torch.cat([loud, loud * 0.01, torch.zeros(1, 2, 396)], dim=-1)
@@ -253,8 +253,8 @@ def test_stereo_segments_carry_their_loudness_beside_the_codes(models):
     assert open_codec(models["encodec_mono"][1]).encode(torch.randn(1, 80)).scales is None
 
 
-def test_frames_of_segments_follow_from_their_number_alone(models):
-    """Where the last segment but one is cut short, transformers cannot stack; its layout must still be found again."""
+def test_frames_of_segments_follow_from_the_number_of_frames(models):
+    """Also if the last segment but one is shorter, which transformers cannot encode."""
     config = CONFIGS["encodec_stereo"]()
     config.overlap = 0.1
     codec = EncodecWrapper(LoadedModel(random_model(config)))
@@ -281,8 +281,8 @@ def test_published_segments_have_150_frames():
     assert codec.num_frames(47520 * 9 + 1) == 150 * 8 + 149 + 1
 
 
-def test_a_local_folder_needs_no_network_and_a_hub_id_is_refused_offline(models, tmp_path, monkeypatch):
-    """A laptop without a network: what is there works, what is not is named, and nothing is tried."""
+def test_a_local_folder_needs_no_network_and_a_hub_id_raises_offline(models, tmp_path, monkeypatch):
+    """Without a network, local folders open and missing ones are named; no connection is tried."""
 
     def refuse(*args, **kwargs):
         raise AssertionError("the network was touched")
@@ -298,8 +298,8 @@ def test_a_local_folder_needs_no_network_and_a_hub_id_is_refused_offline(models,
             open_codec(missing)
 
 
-def test_a_hub_id_is_fetched_once_with_its_revision_and_licence(models, tmp_path, monkeypatch, caplog):
-    """Which weights, at which commit, under which licence: said once, and kept."""
+def test_a_hub_id_is_downloaded_once_with_its_revision_and_licence(models, tmp_path, monkeypatch, caplog):
+    """Source, commit and licence are logged once and kept."""
     snapshot = shutil.copytree(models["mimi"][1], tmp_path / "snapshots" / "0abc")
     asked = []
     monkeypatch.setattr(
@@ -322,15 +322,15 @@ def test_a_hub_id_is_fetched_once_with_its_revision_and_licence(models, tmp_path
 
 
 def test_without_transformers_the_extra_is_named(models, monkeypatch):
-    """A missing extra must say which line installs it."""
+    """The message holds the pip command."""
     monkeypatch.setitem(sys.modules, "transformers", None)
     for source in (models["dac"][1], "facebook/encodec_24khz"):
         with pytest.raises(ImportError, match=r'pip install "musiclm-pytorch\[pretrained\]"'):
             open_codec(source)
 
 
-def test_what_cannot_be_read_is_refused(models, folder, tmp_path):
-    """Random weights where some are missing, or code run from a pickle, would be found out much later."""
+def test_unreadable_models_raise(models, folder, tmp_path):
+    """Missing weights and pickles never load."""
     config = json.loads((folder / "config.json").read_text())
     with pytest.raises(ValueError, match="'encodec', 'dac' is needed here"):
         DacWrapper(folder)
@@ -358,7 +358,7 @@ def test_what_cannot_be_read_is_refused(models, folder, tmp_path):
 
 
 def test_weights_of_older_releases_and_of_half_precision_load(models, folder):
-    """The published EnCodec files have the names of the old weight norm; a half-precision file becomes float32."""
+    """The published EnCodec files have the names of the old weight norm; half precision is loaded as float32."""
     new = load_file(folder / "model.safetensors")
     renames = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
     old = {}
@@ -376,8 +376,8 @@ def test_weights_of_older_releases_and_of_half_precision_load(models, folder):
     assert next(open_codec(folder).parameters()).dtype == torch.float32
 
 
-def test_fingerprints_tell_codecs_apart_and_nothing_else(models, folder):
-    """Tokens of another codec must be refused, the same codec in another folder must not."""
+def test_fingerprint_depends_on_the_codec_only(models, folder):
+    """Codecs with other codes have other fingerprints; the same codec in another folder has an equal one."""
     codec = EncodecWrapper(folder)
     moved = shutil.copytree(folder, folder.with_name("moved"))
     assert codec.fingerprint() == open_codec(moved).fingerprint() == copy.deepcopy(codec).fingerprint()
@@ -397,7 +397,7 @@ def test_fingerprints_tell_codecs_apart_and_nothing_else(models, folder):
 
 @every_codec
 def test_codec_is_frozen_and_stays_in_eval_mode(models, name):
-    """A trainer that calls train() on its parts must not set the dropout of levels going, nor train the codec."""
+    """train() of a parent module neither enables level dropout nor gradients."""
     codec = open_codec(models[name][1])
     wave = torch.randn(1, codec.channels, 200)
     codes = codec.tokenize(wave)
@@ -411,7 +411,7 @@ def test_codec_is_frozen_and_stays_in_eval_mode(models, name):
 
 @every_codec
 def test_codec_is_copied_moved_and_saved_as_a_module(models, name, tmp_path):
-    """EMA copies, moves to a device and folders of whole models: what was derived from weights must follow them."""
+    """Cached values that derive from weights follow copies, moves and loading."""
     codec = open_codec(models[name][1])
     wave = torch.randn(1, codec.channels, 200)
     codes = codec.tokenize(wave)
@@ -439,15 +439,15 @@ def test_codec_is_copied_moved_and_saved_as_a_module(models, name, tmp_path):
         (torch.full((1, 100), torch.inf), "infinite"),
     ],
 )
-def test_bad_audio_is_refused(models, wave, message):
-    """Each of these would give codes that look like any others."""
+def test_bad_audio_raises(models, wave, message):
+    """Wrong rank, channels, empty, integer, NaN and infinite audio."""
     for name in ("encodec_mono", "dac", "mimi"):
         with pytest.raises(ValueError, match=message):
             open_codec(models[name][1]).tokenize(wave)
 
 
-def test_bad_requests_are_refused(models):
-    """Channels, lengths, codes and rates that do not fit say what would."""
+def test_bad_requests_raise(models):
+    """Wrong channels, lengths, codes and bitrates; the message states valid values."""
     codec = open_codec(models["encodec_stereo"][1])
     with pytest.raises(ValueError, match=r"must be \[b, 2, n\]"):
         codec.tokenize(torch.zeros(1, 100))
@@ -469,7 +469,7 @@ def test_bad_requests_are_refused(models):
 
 
 def test_silence_and_extremes_stay_finite(models):
-    """Digital silence divides by a loudness of zero in the 48 kHz model."""
+    """The 48 kHz model divides by the loudness of a segment, which is zero for silence."""
     for name in CONFIGS:
         codec = open_codec(models[name][1])
         for level in (0.0, 1.0, -1.0, 1e-30):
@@ -477,8 +477,8 @@ def test_silence_and_extremes_stay_finite(models):
             assert torch.isfinite(codec.decode_from_codebook_indices(codec.tokenize(wave))).all()
 
 
-def test_a_folder_of_ours_opens_as_it_is(tmp_path):
-    """One door for every codec; a module that is none is refused there, not in a stage."""
+def test_a_saved_soundstream_opens(tmp_path):
+    """open_codec also opens our codecs; another module raises."""
     torch.manual_seed(0)
     codec = SoundStream(codebook_size=16, rq_num_quantizers=2, codebook_dim=8, channels=4, strides=(2, 4)).eval()
     save_module(codec, tmp_path / "codec")
@@ -489,8 +489,8 @@ def test_a_folder_of_ours_opens_as_it_is(tmp_path):
         open_codec(tmp_path / "quantizer")
 
 
-def test_audiolm_speaks_through_encodec(models):
-    """The stages must need nothing of a codec beyond the contract."""
+def test_audiolm_generates_with_encodec(models):
+    """The stages need only the contract of codecs."""
     codec = open_codec(models["encodec_mono"][1])
     assert codec.num_quantizers == 4
     audio_lm = AudioLM(

@@ -45,7 +45,7 @@ def set_level_dropout(quantizer: nn.Module, share: float) -> None:
 
 @every_kind
 def test_every_kind_meets_the_contract(kind):
-    """The codec and everything after it rely on these attributes, shapes and types."""
+    """The codec relies on these attributes, shapes and types."""
     quantizer = made(kind)
     columns = 3 * kind.get("groups", 1)
     assert isinstance(quantizer, FrameQuantizer)
@@ -61,7 +61,7 @@ def test_every_kind_meets_the_contract(kind):
 
 @pytest.mark.parametrize("kind", ["residual", "lookup_free", "finite_scalar"])
 def test_codes_are_those_of_vector_quantize_pytorch(kind):
-    """An independent implementation gives the same codes and the same frames, for every prefix of the levels."""
+    """An independent implementation has the same codes and frames, for every prefix of the levels."""
     quantizer = made(KINDS[kind], levels=4)
     frames = torch.randn(3, 50, 16)
     oracle, oracle_input = quantizer.rvq, frames
@@ -83,7 +83,7 @@ def test_codes_are_those_of_vector_quantize_pytorch(kind):
 
 
 def test_training_is_that_of_vector_quantize_pytorch():
-    """Codes, loss, gradients and moved codebooks of some training steps equal those of the package."""
+    """Codes, loss, gradients and updated codebooks of three training steps equal those of the package."""
     sizes = dict(dim=16, codebook_size=64, num_quantizers=3, codebook_dim=8)
     quantizer = ResidualQuantizer(**sizes, dead_below_share=0.0, level_dropout=0.0)
     quantizer.initialise(torch.randn(500, 16))
@@ -105,8 +105,8 @@ def test_training_is_that_of_vector_quantize_pytorch():
 
 
 @every_kind
-def test_training_sees_what_encode_and_decode_give(kind):
-    """What the decoder is trained on is what it gets later: same codes, same frames, also with levels left out."""
+def test_training_equals_encode_and_decode(kind):
+    """Training has the codes and frames of encode and decode, also with levels left out."""
     quantizer = made(kind)
     set_level_dropout(quantizer, 1.0)
     groups, counts = kind.get("groups", 1), set()
@@ -125,7 +125,7 @@ def test_training_sees_what_encode_and_decode_give(kind):
 
 
 def test_groups_leave_out_the_same_levels():
-    """One group at level 1 and another at level 8 would be a sound that no prefix of the codes is."""
+    """The remaining codes are a prefix of all codes."""
     quantizer = made({"groups": 4}, levels=3).train()
     for _ in range(20):
         kept = quantizer(torch.randn(1, 4, 16)).codes[0, 0] >= 0
@@ -134,7 +134,7 @@ def test_groups_leave_out_the_same_levels():
 
 
 def test_level_dropout_keeps_all_levels_in_half_of_the_batches():
-    """Dropout in every batch would cost quality with all levels; in none, no prefix would sound."""
+    """In the other half, every number of levels is equally likely."""
     quantizer = ResidualLookupFreeQuantizer(dim=8, codebook_size=16, num_quantizers=5)
     drawn = torch.tensor([quantizer.draw_num_levels(torch.device("cpu")) for _ in range(3000)])
     shares = torch.bincount(drawn, minlength=6) / 3000
@@ -143,7 +143,7 @@ def test_level_dropout_keeps_all_levels_in_half_of_the_batches():
 
 @pytest.mark.parametrize("kind", [{}, {"groups": 2}, {"groups": 4}], ids=["residual", "two_groups", "four_groups"])
 def test_any_prefix_of_the_columns_is_a_coarser_version(kind):
-    """Residual order, level by level over groups: every further column brings frames closer, from the first on."""
+    """Every further column brings frames closer, from the first on."""
     frames = torch.randn(1, 1500, 16) + 3.0
     quantizer = made(kind, codebook_size=32, frames=frames[0])
     codes = quantizer.encode(frames)
@@ -154,8 +154,8 @@ def test_any_prefix_of_the_columns_is_a_coarser_version(kind):
     assert errors[0] < frames.var(dim=1).mean()
 
 
-def test_groups_take_their_own_part_of_the_frame():
-    """Columns of a level follow the order of the groups."""
+def test_groups_quantize_their_part_of_the_frame():
+    """Columns of a level are in the order of the groups."""
     quantizer = made({"groups": 2}, levels=2)
     frames = torch.randn(1, 30, 16)
     changed = frames.clone()
@@ -166,7 +166,7 @@ def test_groups_take_their_own_part_of_the_frame():
 
 @every_kind
 def test_autocast_changes_no_code(kind):
-    """Distances in bfloat16 pick other codes; a codec must not depend on how training was sped up."""
+    """Distances in bfloat16 would select other codes."""
     quantizer = made(kind)
     frames = torch.randn(2, 60, 16)
     codes, decoded = quantizer.encode(frames), quantizer.decode(quantizer.encode(frames))
@@ -181,8 +181,8 @@ def test_autocast_changes_no_code(kind):
 
 
 @every_kind
-def test_every_parameter_and_the_frames_get_a_gradient(kind):
-    """A projection without a gradient stays random for the whole training."""
+def test_every_parameter_and_the_frames_have_a_gradient(kind):
+    """A projection without a gradient would stay random."""
     quantizer = made(kind).train()
     frames = torch.randn(2, 40, 16, requires_grad=True)
     output = quantizer(frames)
@@ -204,8 +204,8 @@ DEGENERATE = {
 
 @every_kind
 @pytest.mark.parametrize("frames", DEGENERATE.values(), ids=DEGENERATE.keys())
-def test_degenerate_frames_neither_crash_nor_explode(kind, frames):
-    """Silence and clips shorter than a codebook end up in every corpus; loss, codes and gradients must survive them."""
+def test_degenerate_frames_have_finite_results(kind, frames):
+    """Silence and clips shorter than a codebook: loss, codes and gradients are finite."""
     quantizer = made(kind, frames=rearrange(frames, "b f d -> (b f) d"))
     set_level_dropout(quantizer, 0.0)
     for _ in range(3):
@@ -222,8 +222,8 @@ def test_degenerate_frames_neither_crash_nor_explode(kind, frames):
     assert torch.isfinite(quantizer.decode(codes)).all()
 
 
-def test_silence_does_not_blow_up_gradients():
-    """The rotation trick scales a gradient by |code| / |residual|, without a bound where a frame sits on its code."""
+def test_gradients_of_silence_are_bounded():
+    """The rotation trick scales a gradient by |code| / |residual|, which has no bound by itself."""
     quantizer = ResidualQuantizer(dim=8, codebook_size=16, num_quantizers=3, level_dropout=0.0)
     for layer in quantizer.rvq.layers:
         layer._codebook.embed[0, 0] = 0.0
@@ -242,8 +242,8 @@ def planted(quantizer: ResidualQuantizer, point: Tensor) -> None:
 
 
 @pytest.mark.parametrize("distance", [0.0, 100.0])
-def test_dead_codes_come_to_life(distance):
-    """Three clusters and all codes on one point, amid them or far off: at least 95% of the codes end up in use."""
+def test_dead_codes_are_revived(distance):
+    """Three clusters and all codes on one point, near or far: finally at least 95% of the codes are used."""
     centres = torch.tensor([[4.0, 0, 0, 0], [0, 4.0, 0, 0], [0, 0, 4.0, 0]])
 
     def batch(count: int) -> Tensor:
@@ -261,7 +261,7 @@ def test_dead_codes_come_to_life(distance):
 
 
 def test_a_revived_code_has_new_averages_and_time_to_be_used():
-    """Old averages would pull it back at the next step; with next to none it would be replaced at the next step."""
+    """The averages of a revived code neither move it back nor let it be replaced at the next step."""
     quantizer = ResidualQuantizer(dim=4, codebook_size=8, num_quantizers=1)
     state = quantizer.rvq.layers[0]._codebook
     state.embed[0, 3], state.embed_avg[0, 3], state.cluster_size[0, 3] = 50.0, 1e-3 * 50.0, 1e-3
@@ -284,8 +284,8 @@ def test_a_revived_code_has_new_averages_and_time_to_be_used():
 
 
 @pytest.mark.parametrize("batch_frames", [20, 2000])
-def test_codes_in_uniform_use_are_left_alone_whatever_the_batch(batch_frames):
-    """A threshold in frames calls every code dead when batches are small, and shuffles the codebook at each step."""
+def test_codes_in_uniform_use_are_kept_at_any_batch_size(batch_frames):
+    """An absolute threshold would replace every code when batches are small."""
     frames = torch.randn(4000, 4)
     quantizer = ResidualQuantizer(dim=4, codebook_size=128, num_quantizers=1)
     quantizer.initialise(frames)
@@ -298,7 +298,7 @@ def test_codes_in_uniform_use_are_left_alone_whatever_the_batch(batch_frames):
 
 
 def test_revival_spreads_over_different_frames():
-    """Half of a corpus may be silence: reviving ten codes on the same frame would leave nine of them dead."""
+    """Dead codes are not revived on equal frames, e.g. silence."""
     quantizer = ResidualQuantizer(dim=4, codebook_size=16, num_quantizers=1)
     planted(quantizer, torch.full((4,), 5.0))
     state = quantizer.rvq.layers[0]._codebook
@@ -313,7 +313,7 @@ def test_revival_spreads_over_different_frames():
 
 
 def test_initialised_codebooks_are_in_use():
-    """Codebooks that start from k-means leave no code unused, even where a third of the frames is silence."""
+    """After k-means every code is used, even if a third of the frames is silence."""
     quantizer = ResidualQuantizer(dim=8, codebook_size=64, num_quantizers=2)
     frames = torch.cat([torch.randn(4000, 8), torch.zeros(2000, 8)])
     quantizer.initialise(frames)
@@ -322,8 +322,8 @@ def test_initialised_codebooks_are_in_use():
     assert (usage["perplexity"] > 0.5).all()
 
 
-def test_code_usage_counts_what_is_there():
-    """Usage and perplexity are the collapse alarm of the logs: known values, left-out levels not counted."""
+def test_code_usage_ignores_missing_codes():
+    """Known values of usage and perplexity; codes of -1 are not counted."""
     codes = torch.tensor([[[0, 0, -1], [1, 0, -1], [2, 0, 3], [3, 0, 3]]])
     usage = code_usage(codes, 8)
     torch.testing.assert_close(usage["usage"], torch.tensor([4 / 8, 1 / 8, 1 / 8]))
@@ -354,8 +354,8 @@ def trained(quantizer: nn.Module, steps: int) -> tuple[dict[str, Tensor], list[f
 
 @pytest.mark.parametrize("kind", [{"lookup_free": True}, {"finite_scalar": True}], ids=["lookup_free", "finite_scalar"])
 @pytest.mark.parametrize("start", ["default", "collinear"])
-def test_fixed_grids_stay_in_use_when_trained(kind, start):
-    """No code can die, but coordinates may all come to say the same; also from a start where they do."""
+def test_fixed_grids_are_used_after_training(kind, start):
+    """Coordinates do not become equal, even from a start where they are."""
     quantizer = make_quantizer(dim=16, codebook_size=64, num_quantizers=3, **kind)
     if start == "collinear":
         weight = quantizer.rvq.project_in.weight
@@ -370,7 +370,7 @@ def test_fixed_grids_stay_in_use_when_trained(kind, start):
 
 
 def test_entropy_loss_is_that_of_the_paper():
-    """A brute-force softmax over all codes gives the same; it is 0 for sure frames spread evenly, 1 at collapse."""
+    """Equal to a softmax over all codes; 0 for certain frames with uniform codes, 1 at collapse."""
     quantizer = ResidualLookupFreeQuantizer(
         dim=6, codebook_size=64, num_quantizers=3, entropy_weight=1.0, temperature=0.7
     )
@@ -389,8 +389,8 @@ def test_entropy_loss_is_that_of_the_paper():
     torch.testing.assert_close(quantizer.level_loss(collapsed, 0), torch.tensor(1.0))
 
 
-def test_grid_steps_a_grid_multiply_to_its_size():
-    """Every size that is a product of 3..8 is factored exactly; any other is refused with sizes that work."""
+def test_grid_steps_multiply_to_the_codebook_size():
+    """Every product of numbers from 3 to 8 is factored; other sizes raise and name possible sizes."""
     possible = {size for size in range(3, 9)}
     for _ in range(4):
         possible |= {size * step for size in possible for step in range(3, 9) if size * step <= 600}
@@ -415,14 +415,14 @@ def test_grid_steps_a_grid_multiply_to_its_size():
         ({"finite_scalar": True, "codebook_size": 2}, "3"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(wrong, message):
-    """An error that says what would work, before anything is trained."""
+def test_impossible_sizes_raise(wrong, message):
+    """The message names possible values."""
     with pytest.raises(ValueError, match=message):
         make_quantizer(**{"dim": 16, "codebook_size": 64, "num_quantizers": 2, **wrong})
 
 
-def test_groups_of_different_shape_are_refused():
-    """Columns of unequal meaning cannot be told apart by position."""
+def test_groups_of_different_sizes_raise():
+    """All groups need equal numbers of levels and codes."""
     with pytest.raises(ValueError, match="equal numbers of levels"):
         GroupedQuantizer(quantizers=[ResidualQuantizer(dim=4, num_quantizers=count) for count in (2, 3)])
     with pytest.raises(ValueError, match="no group"):
@@ -432,7 +432,7 @@ def test_groups_of_different_shape_are_refused():
 @pytest.mark.gpu
 @every_kind
 def test_every_kind_trains_on_the_gpu(kind):
-    """Draws and revival make tensors of their own, which must lie where the frames are."""
+    """New tensors are created on the device of the frames."""
     quantizer = made(kind).cuda().train()
     frames = torch.randn(2, 40, 16, device="cuda")
     for _ in range(3):

@@ -84,8 +84,8 @@ def main(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_with_the_joined_batch(tmp_path: Path) -> None:
-    """Start, averages, revival, dropped levels and entropy loss: equal on both, and those of the joined batch."""
+def test_two_processes_equal_one_with_both_batches(tmp_path: Path) -> None:
+    """Start, averages, revival, dropped levels and entropy loss are equal to those of one process."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[4]), environment.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
