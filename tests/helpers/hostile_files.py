@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from audiolm_pytorch.saving.torch_checkpoint import read_torch_checkpoint
-from audiolm_pytorch.semantic.pretrained.sklearn_file import read_kmeans_file
+from audiolm_pytorch.saving.torch_checkpoint import TorchCheckpoint
+from audiolm_pytorch.semantic.pretrained.centroids import read_centroids
 
 PACK = {
     "plain": bytes,
@@ -58,8 +58,9 @@ def protocol4(body):
 
 
 def doubled(times):
-    """A tuple of 2^times leaves in two bytes each time."""
-    return b")" + (pickle.DUP + pickle.TUPLE2) * times
+    """A tuple of 2^times leaves in five bytes each time."""
+    steps = (pickle.BINPUT + bytes([n]) + pickle.BINGET + bytes([n]) + pickle.TUPLE2 for n in range(times))
+    return b")" + b"".join(steps)
 
 
 def peak_bytes(call):
@@ -215,15 +216,15 @@ def legacy_checkpoint(path, pickled, keys=b"]."):
 
 def places(path, pickled):
     """The pickle in every file format that a reader takes: (reader, file)."""
-    yield read_torch_checkpoint, zip_checkpoint(path / "a.pt", pickled)
-    yield read_torch_checkpoint, legacy_checkpoint(path / "b.pt", pickled)
+    yield TorchCheckpoint, zip_checkpoint(path / "a.pt", pickled)
+    yield TorchCheckpoint, legacy_checkpoint(path / "b.pt", pickled)
     bare = path / "c.pt"  # where the magic number belongs: nothing is admitted at all
     bare.write_bytes(pickled)
-    yield read_torch_checkpoint, bare
+    yield TorchCheckpoint, bare
     for name, pack in PACK.items():
         packed = path / f"{name}.bin"
         packed.write_bytes(pack(pickled))
-        yield read_kmeans_file, packed
+        yield read_centroids, packed
 
 
 def refusal(reader, path):

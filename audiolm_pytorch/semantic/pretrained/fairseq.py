@@ -1,7 +1,7 @@
-"""Checkpoints of fairseq, read without fairseq: weights and settings, and the HuBERT that they are of."""
+"""Checkpoints of fairseq, read without fairseq: weights, settings, and the HuBERT that they hold."""
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,60 +12,54 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.saving.hub import require_transformers
 from audiolm_pytorch.saving.restricted_pickle import StandIn
-from audiolm_pytorch.saving.torch_checkpoint import read_torch_checkpoint
+from audiolm_pytorch.saving.torch_checkpoint import TorchCheckpoint
 from audiolm_pytorch.saving.weights import load_weights
 
-__all__ = ["FairseqCheckpoint", "built_for", "conv_layers_of", "hubert_from_fairseq", "read_fairseq", "shown"]
+__all__ = [
+    "FairseqCheckpoint",
+    "build_for",
+    "conv_layers_of",
+    "hubert_from_fairseq",
+    "quoted",
+    "read_fairseq",
+    "renamed",
+]
 
-_MOST_NESTED = 32
-_MOST_LAYERS = 64
-_MOST_LETTERS = 1000
-_MOST_SIZE = 2**20
-_LONGEST_NAME = 256
-_HIGHEST_HZ = 2**20
-_CONV_TERM = r"\[((?:\(\d{1,6},\d{1,6},\d{1,6}\),?)+)\](?:\*(\d{1,2}))?"
-# What fairseq takes where a checkpoint's settings are silent and no shape shows it.
-_HUBERT_DEFAULTS: dict[str, Any] = {
-    "activation_fn": "gelu",
-    "conv_feature_layers": "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2",
-    "encoder_attention_heads": 12,
-    "layer_norm_first": False,
-}
-_ACTIVATIONS = {"gelu": "gelu", "relu": "relu"}
-# Parts of pretraining: targets and the projection to them.
+_MAX_NESTED = 32
+_MAX_LAYERS = 64
+_MAX_NAME_LENGTH = 256
+_MAX_HZ = 2**20
+_CONV_LAYERS = r"\[((?:\(\d{1,6},\d{1,6},\d{1,6}\),?)+)\](?:\*(\d{1,2}))?"
+# fairseq's default, for settings without an entry.
+_HUBERT_CONVOLUTIONS = "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"
+# Weights that only pretraining uses: targets, and the projection to them.
 _HUBERT_UNUSED = ("final_proj.", "label_embs_concat", "target_glu.")
-_POSITIONS = "encoder.pos_conv_embed.conv."
 _HUBERT_NAMES = (
     (r"feature_extractor\.conv_layers\.(\d+)\.0\.(weight|bias)", r"feature_extractor.conv_layers.\1.conv.\2"),
-    # the group norm, and the layer norm between two transpositions
-    (
-        r"feature_extractor\.conv_layers\.(\d+)\.2\.(?:1\.)?(weight|bias)",
-        r"feature_extractor.conv_layers.\1.layer_norm.\2",
-    ),
+    # Group norm is entry 2; layer norm is 2.1, between two transpositions.
+    (r"feature_extractor\.conv_layers\.(\d+)\.2\.(?:1\.)?(\w+)", r"feature_extractor.conv_layers.\1.layer_norm.\2"),
     (r"layer_norm\.(weight|bias)", r"feature_projection.layer_norm.\1"),
     (r"post_extract_proj\.(weight|bias)", r"feature_projection.projection.\1"),
     (r"mask_emb", r"masked_spec_embed"),
-    (r"encoder\.pos_conv\.0\.(.+)", rf"{_POSITIONS}\1"),
+    (r"encoder\.pos_conv\.0\.(.+)", r"encoder.pos_conv_embed.conv.\1"),
     (r"encoder\.layers\.(\d+)\.self_attn\.([qkv]|out)_proj\.(weight|bias)", r"encoder.layers.\1.attention.\2_proj.\3"),
     (r"encoder\.layers\.(\d+)\.self_attn_layer_norm\.(weight|bias)", r"encoder.layers.\1.layer_norm.\2"),
     (r"encoder\.layers\.(\d+)\.fc1\.(weight|bias)", r"encoder.layers.\1.feed_forward.intermediate_dense.\2"),
     (r"encoder\.layers\.(\d+)\.fc2\.(weight|bias)", r"encoder.layers.\1.feed_forward.output_dense.\2"),
-    (r"(encoder\.layers\.\d+\.final_layer_norm\.(?:weight|bias))", r"\1"),
-    (r"(encoder\.layer_norm\.(?:weight|bias))", r"\1"),
 )
-# Weight norm under its two names: releases of torch and of transformers differ.
+# Weight norm has two names, depending on the releases of torch and transformers.
 _WEIGHT_NORM = (("weight_g", "parametrizations.weight.original0"), ("weight_v", "parametrizations.weight.original1"))
 
 
 @dataclass(frozen=True, eq=False)
 class FairseqCheckpoint:
-    """What a checkpoint of fairseq says of one model.
+    """One model of a checkpoint of fairseq.
 
     Attributes:
-        weights: Name to tensor, fairseq's names.
-        model: Settings of the model; of older files, all settings.
-        task: Settings of the task, such as the sample rate; of older files, all settings.
-        source: How error messages call the file.
+        weights: Tensors by fairseq's names.
+        model: Settings of the model; in older files, all settings.
+        task: Settings of the task, such as the sample rate; in older files, all settings.
+        source: Name of the file in error messages.
     """
 
     weights: dict[str, Tensor]
@@ -82,69 +76,44 @@ class FairseqCheckpoint:
     def sample_hz(self) -> int:
         """Rate of the waves that the model was trained on (Hz)."""
         rate_hz = self.task.get("sample_rate")
-        return rate_hz if isinstance(rate_hz, int) and 0 < rate_hz <= _HIGHEST_HZ else 16_000
+        return rate_hz if isinstance(rate_hz, int) and 0 < rate_hz <= _MAX_HZ else 16_000
 
 
 @beartype
 def read_fairseq(path: str | Path) -> FairseqCheckpoint:
-    """Read a checkpoint that fairseq's trainer wrote; fairseq is not needed and nothing in the file is run.
+    """Read a checkpoint of fairseq's trainer, e.g. `hubert_base_ls960.pt`; nothing in the file is run.
 
-    Args:
-        path: The file, e.g. `hubert_base_ls960.pt`.
-
-    Returns:
-        Its weights on the CPU, and its settings: from `cfg` (a dictionary, or omegaconf's containers) or from `args`.
+    Settings are read from `cfg` (a dictionary, or containers of omegaconf) or from `args`.
 
     Raises:
-        ValueError: If it is missing, damaged, names anything but data, or is no checkpoint of fairseq.
+        ValueError: If the file is missing or damaged, names anything but data, or is no checkpoint of fairseq.
     """
-    found = read_torch_checkpoint(path)
-    weights = found.get("model") if isinstance(found, dict) else None
-    if not isinstance(weights, dict) or not weights:
-        keys = f"it is a {type(found).__name__}"
-        if isinstance(found, dict):
-            keys = f"it has {[key[:40] for key in sorted(key for key in found if isinstance(key, str))[:8]]}"
-        raise ValueError(
-            f"{path} is no checkpoint of fairseq: there is no 'model' with weights in it ({keys:.200}); give a file as "
-            "published, e.g. hubert_base_ls960.pt"
-        )
-    strange = [name for name, value in weights.items() if not (_is_name(name) and isinstance(value, Tensor))]
-    if strange:
-        names = ", ".join(map(shown, strange[:4]))
-        raise ValueError(f"{path} is no checkpoint of fairseq: {names} in its 'model' are no names of tensors")
-    _check_overlaps(weights.values(), path)
-    said = _plain(found.get("cfg")) or _plain(found.get("args"))
-    settings: dict[str, Any] = said if isinstance(said, dict) else {}
+    checkpoint = TorchCheckpoint(path)
+    content, advice = checkpoint.content, "give a file as published, e.g. hubert_base_ls960.pt"
+    weights = content.get("model")
+    if type(weights) is not dict or not weights:
+        keys = ", ".join(quoted(key) for key in list(content)[:8])
+        raise ValueError(f"{path} is no checkpoint of fairseq: it has no 'model' with weights, but {keys}; {advice}")
+    for name in weights:
+        if not isinstance(name, str) or len(name) > _MAX_NAME_LENGTH or not name.isprintable():
+            raise ValueError(
+                f"{path} is no checkpoint of fairseq: {quoted(name)} in its 'model' is no name of a tensor"
+            )
+    tensors = {name: checkpoint.tensor(value) for name, value in weights.items()}
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in tensors.values())}
+    if sum(tensor.nbytes for tensor in tensors.values()) > 2 * sum(storages.values()):  # a weight may have two names
+        raise ValueError(f"{path} is refused: many of its weights share the same bytes; {advice}")
+    settings = _plain(content.get("cfg")) or _plain(content.get("args")) or {}
+    settings = settings if isinstance(settings, dict) else {}
     model, task = settings.get("model"), settings.get("task")
-    if not isinstance(model, dict):  # an `args` is flat; where it has a `task`, that is a name
+    if not isinstance(model, dict):  # `args` is flat, and its `task` is a name
         model = task = settings
-    return FairseqCheckpoint(weights, model, task if isinstance(task, dict) else {}, str(path))
-
-
-def _is_name(name: Any) -> bool:
-    """Whether a weight may be called so: such names are printed."""
-    return isinstance(name, str) and len(name) <= _LONGEST_NAME and name.isprintable()
-
-
-def _check_overlaps(tensors: Collection[Tensor], path: str | Path) -> None:
-    """Refuse weights that lie upon each other: a model that was filled from them could be larger than the memory."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
-    there = sum(tensor.untyped_storage().nbytes() // tensor.itemsize for tensor in storages.values())
-    if sum(tensor.numel() for tensor in tensors) > 2 * there:  # a weight may have two names
-        raise ValueError(f"{path} is refused: many of its weights share the same bytes; give the file as published")
+    return FairseqCheckpoint(tensors, model, task if isinstance(task, dict) else {}, str(path))
 
 
 @beartype
-def shown(value: Any) -> str:
-    """A value out of a checkpoint as messages print it.
-
-    Args:
-        value: Anything.
-
-    Returns:
-        Text and numbers, shortened and in quotes; the type of anything else, which may be larger than the memory when
-        it is written out.
-    """
+def quoted(value: Any) -> str:
+    """Text and numbers for a message, shortened and in quotes; the type of any other value, which may be huge."""
     if isinstance(value, str):
         return repr(value[:60])
     is_short = value is None or isinstance(value, float) or (isinstance(value, int) and value.bit_length() <= 64)
@@ -152,74 +121,67 @@ def shown(value: Any) -> str:
 
 
 @beartype
-def built_for(weights: dict[str, Tensor], build: Callable[[], nn.Module]) -> Any:
-    """Build a module that weights are to be loaded into, unless it needs far more memory than these.
+def renamed(name: str, patterns: tuple[tuple[str, str], ...]) -> str:
+    """Rename a weight by the first pattern that matches; other names stay, and `load_weights` refuses them."""
+    for pattern, replacement in patterns:
+        if re.fullmatch(pattern, name):
+            return re.sub(pattern, replacement, name)
+    return name
 
-    Args:
-        weights: Name to tensor.
-        build: Builds it. Its random weights are to be replaced: the caller's random numbers go on as if nothing had
-            happened.
 
-    Returns:
-        The module.
+@beartype
+def build_for(weights: dict[str, Tensor], build: Callable[[], nn.Module]) -> Any:
+    """Build a module that weights will be loaded into, without using the caller's random numbers.
 
     Raises:
-        ValueError: If it has more than twice the numbers; what else differs shows when the weights are loaded.
+        ValueError: If the module has more than twice as many numbers as the weights.
     """
     with torch.random.fork_rng(devices=[]):
         with torch.device("meta"):
-            wanted = sum(parameter.numel() for parameter in build().parameters())
-        there = sum(tensor.numel() for tensor in weights.values())
-        if wanted > 2 * there:
-            raise ValueError(f"the settings ask for a model of {wanted} numbers, the weights have {there}")
+            needed = sum(parameter.numel() for parameter in build().parameters())
+        available = sum(tensor.numel() for tensor in weights.values())
+        if needed > 2 * available:
+            raise ValueError(f"the settings ask for a model of {needed} numbers, the weights have {available}")
         return build()
 
 
 @beartype
 def conv_layers_of(setting: Any) -> list[list[int]]:
-    """Read fairseq's description of convolutions, which is a Python expression there.
+    """Read fairseq's description of convolutions: `[width, kernel, stride]` of each.
 
     Args:
-        setting: Like "[(512,10,5)] + [(512,3,2)] * 4": width, kernel and stride; or the list or tuple itself.
-
-    Returns:
-        `[width, kernel, stride]` of every convolution.
+        setting: A Python expression like "[(512,10,5)] + [(512,3,2)] * 4", or the list or tuple itself.
 
     Raises:
         ValueError: If it is anything else.
     """
     layers: list[Any] = []
-    if isinstance(setting, str) and len(setting) <= _MOST_LETTERS:
-        text = "".join(setting.split())
-        if re.fullmatch(rf"{_CONV_TERM}(?:\+{_CONV_TERM})*", text):
-            for term, times in re.findall(_CONV_TERM, text):
-                layers += [list(map(int, layer.split(","))) for layer in re.findall(r"\(([\d,]+)\)", term)] * int(
-                    times or 1
-                )
-    elif isinstance(setting, list | tuple) and len(setting) <= _MOST_LAYERS:
-        layers = [list(layer) for layer in setting if isinstance(layer, list | tuple) and len(layer) == 3]
-        layers = layers if len(layers) == len(setting) else []
-    fits = (all(type(n) is int and 0 < n < _MOST_SIZE for n in layer) for layer in layers)
-    if not 1 <= len(layers) <= _MOST_LAYERS or not all(fits):
+    if isinstance(setting, str):
+        text = "".join(setting[:1000].split())
+        if re.fullmatch(rf"{_CONV_LAYERS}(?:\+{_CONV_LAYERS})*", text):
+            for term, times in re.findall(_CONV_LAYERS, text):
+                layers += re.findall(r"(\d+),(\d+),(\d+)", term) * int(times or 1)
+        layers = [tuple(map(int, layer)) for layer in layers]
+    elif isinstance(setting, list | tuple):
+        layers = list(setting)
+    is_valid = 1 <= len(layers) <= _MAX_LAYERS and all(
+        isinstance(layer, list | tuple) and len(layer) == 3 and all(type(n) is int and 0 < n < 10**6 for n in layer)
+        for layer in layers
+    )
+    if not is_valid:
         raise ValueError(
-            f"conv_feature_layers {shown(setting)} is not understood; it must be like "
+            f"conv_feature_layers {quoted(setting)} is not understood; it must be like "
             "'[(512,10,5)] + [(512,3,2)] * 4': width, kernel and stride of each convolution"
         )
-    return layers
+    return [list(layer) for layer in layers]
 
 
 @beartype
 def hubert_from_fairseq(checkpoint: FairseqCheckpoint) -> Any:
-    """Build the HuBERT (arXiv:2106.07447) that a checkpoint holds, as a model of transformers.
+    """Build the HuBERT (arXiv:2106.07447) of a checkpoint: a `transformers.HubertModel` in eval mode, float32.
 
-    Layer norms in the extractor, biases in the convolutions and norms before the blocks are as the checkpoint has them
-    (the large models have all three); whether waves must be normalised is `checkpoint.normalise_wave`.
-
-    Args:
-        checkpoint: What `read_fairseq` gave.
-
-    Returns:
-        A `transformers.HubertModel` in eval mode, float32, its masking off.
+    The base models and the large ones are read. The large ones have layer norms in the extractor, biases in the
+    convolutions, and norms before the blocks. Masking is off.
 
     Raises:
         ImportError: If transformers is not installed.
@@ -228,125 +190,118 @@ def hubert_from_fairseq(checkpoint: FairseqCheckpoint) -> Any:
     transformers = require_transformers()
     _check_hubert(checkpoint)
     weights = {
-        _transformers_name(name): tensor
+        renamed(name, _HUBERT_NAMES): tensor
         for name, tensor in checkpoint.weights.items()
         if not name.startswith(_HUBERT_UNUSED)
     }
     try:
         config = transformers.HubertConfig(**_hubert_config(checkpoint))
-        model: nn.Module = built_for(checkpoint.weights, lambda: transformers.HubertModel(config))
+        model: nn.Module = build_for(checkpoint.weights, lambda: transformers.HubertModel(config))
     except (TypeError, ValueError, RuntimeError, ZeroDivisionError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{checkpoint.source} has settings or shapes that no HuBERT has: {reason}") from error
     own = model.state_dict()
-    for pair in _WEIGHT_NORM:
-        here = next((f"{_POSITIONS}{name}" for name in pair if f"{_POSITIONS}{name}" in own), None)
-        there = next((f"{_POSITIONS}{name}" for name in pair if f"{_POSITIONS}{name}" in weights), None)
-        if here and there:
-            weights[here] = weights.pop(there)
+    for names in _WEIGHT_NORM:
+        full_names = [f"encoder.pos_conv_embed.conv.{name}" for name in names]
+        for target in [name for name in full_names if name in own]:
+            for source in [name for name in full_names if name in weights]:
+                weights[target] = weights.pop(source)
     load_weights(model, weights, checkpoint.source)
     return model.eval()
 
 
 def _check_hubert(checkpoint: FairseqCheckpoint) -> None:
-    """Say what a checkpoint is where it is no HuBERT as it was pretrained."""
+    """Raise a ValueError where a checkpoint is not of a pretrained HuBERT."""
     name = checkpoint.model.get("_name") or checkpoint.model.get("arch")
-    mend = "give a pretrained HuBERT, e.g. hubert_base_ls960.pt"
+    advice = "give a pretrained HuBERT, e.g. hubert_base_ls960.pt"
     if any(weight.startswith("w2v_encoder.") for weight in checkpoint.weights):
-        raise ValueError(f"{checkpoint.source} is a fine-tuned model, whose encoder is another; {mend}")
+        raise ValueError(f"{checkpoint.source} is a fine-tuned model, whose encoder differs; {advice}")
     if not any(weight.startswith("encoder.layers.") for weight in checkpoint.weights):
-        raise ValueError(f"{checkpoint.source} holds no HuBERT: it has no weights encoder.layers.*; {mend}")
+        raise ValueError(f"{checkpoint.source} holds no HuBERT: it has no weights encoder.layers.*; {advice}")
     if isinstance(name, str) and not name.startswith("hubert"):
-        raise ValueError(f"{checkpoint.source} holds a {shown(name)}, not a HuBERT; {mend}")
+        raise ValueError(f"{checkpoint.source} holds a {quoted(name)}, not a HuBERT; {advice}")
     if not checkpoint.model:
-        raise ValueError(f"{checkpoint.source} has neither cfg nor args, so its settings are not known; {mend}")
-
-
-def _transformers_name(name: str) -> str:
-    """The name in transformers; unknown names stay, and are refused when the weights are loaded."""
-    for pattern, theirs in _HUBERT_NAMES:
-        if re.fullmatch(pattern, name):
-            return re.sub(pattern, theirs, name)
-    return name
+        raise ValueError(f"{checkpoint.source} has neither cfg nor args, so its settings are not known; {advice}")
 
 
 def _hubert_config(checkpoint: FairseqCheckpoint) -> dict[str, Any]:
-    """Settings of transformers' HuBERT: what is said, else what shapes show, else what fairseq takes."""
+    """Settings of transformers' HuBERT: sizes from the shapes of the weights, everything else from the settings."""
     weights = checkpoint.weights
-    said = {name: value for name, value in checkpoint.model.items() if value is not None}
 
-    def setting(name: str, kind: type, otherwise: Any) -> Any:
-        value: Any = said.get(name, otherwise)
-        is_out_of_range = kind is int and isinstance(value, int) and not 1 <= value < _MOST_SIZE
-        if type(value) is not kind or is_out_of_range:
-            raise ValueError(f"{name} is {shown(value)}")
+    def setting(name: str, default: Any) -> Any:
+        value = checkpoint.model.get(name)
+        value = default if value is None else value
+        if type(value) is not type(default) or (type(value) is int and not 1 <= value < 2**20):
+            raise ValueError(f"{name} is {quoted(value)}")
         return value
 
-    def size(name: str, axis: int) -> int | None:
-        tensor = weights.get(name)
-        return tensor.shape[axis] if tensor is not None and tensor.ndim > axis else None
+    def shape(name: str, num_axes: int) -> tuple[int, ...]:
+        if name not in weights or weights[name].ndim != num_axes:
+            raise ValueError(f"missing or of another shape: {renamed(name, _HUBERT_NAMES)}")
+        return tuple(weights[name].shape)
 
     num_layers = len({*re.findall(r"^encoder\.layers\.(\d+)\.", "\n".join(weights), re.MULTILINE)})
-    said_layers = setting("encoder_layers", int, num_layers)
-    if said_layers != num_layers or num_layers > _MOST_LAYERS:
-        raise ValueError(f"encoder_layers is {said_layers}, the weights are of {num_layers} (at most {_MOST_LAYERS})")
-    convolutions = conv_layers_of(said.get("conv_feature_layers", _HUBERT_DEFAULTS["conv_feature_layers"]))
-    is_layered = "feature_extractor.conv_layers.0.2.1.weight" in weights
-    mode = setting("extractor_mode", str, "layer_norm" if is_layered else "default")
-    activation = setting("activation_fn", str, _HUBERT_DEFAULTS["activation_fn"])
-    if mode not in ("default", "layer_norm") or activation not in _ACTIVATIONS:
+    expected_layers = setting("encoder_layers", num_layers)
+    if expected_layers != num_layers or num_layers > _MAX_LAYERS:
+        raise ValueError(
+            f"encoder_layers is {expected_layers}, the weights are of {num_layers} (at most {_MAX_LAYERS})"
+        )
+    conv_layers = conv_layers_of(checkpoint.model.get("conv_feature_layers") or _HUBERT_CONVOLUTIONS)
+    is_layer_norm = "feature_extractor.conv_layers.0.2.1.weight" in weights
+    mode = setting("extractor_mode", "layer_norm" if is_layer_norm else "default")
+    activation = setting("activation_fn", "gelu")
+    if mode not in ("default", "layer_norm") or activation not in ("gelu", "relu"):
         raise ValueError(f"extractor_mode {mode[:40]!r} with activation_fn {activation[:40]!r}")
-    width = size("encoder.layer_norm.weight", 0)
-    positions = next((f"encoder.pos_conv.0.{n}" for n in _WEIGHT_NORM[1] if f"encoder.pos_conv.0.{n}" in weights), "")
-    fan_in = size(positions, 1)
-    # embeddings that masked frames had stay in the model, but nothing is masked
-    mask = dict(apply_spec_augment=False, mask_time_prob=0.05 if "mask_emb" in weights else 0.0, mask_feature_prob=0.0)
+    (width,) = shape("encoder.layer_norm.weight", 1)
+    direction = next((name for name in _WEIGHT_NORM[1] if f"encoder.pos_conv.0.{name}" in weights), "weight_v")
+    _, group_width, num_positions = shape(f"encoder.pos_conv.0.{direction}", 3)
     return dict(
-        hidden_size=setting("encoder_embed_dim", int, width),
+        hidden_size=width,
         num_hidden_layers=num_layers,
-        num_attention_heads=setting("encoder_attention_heads", int, _HUBERT_DEFAULTS["encoder_attention_heads"]),
-        intermediate_size=setting("encoder_ffn_embed_dim", int, size("encoder.layers.0.fc1.weight", 0)),
-        hidden_act=_ACTIVATIONS[activation],
-        conv_dim=[layer[0] for layer in convolutions],
-        conv_kernel=[layer[1] for layer in convolutions],
-        conv_stride=[layer[2] for layer in convolutions],
-        conv_bias=setting("conv_bias", bool, "feature_extractor.conv_layers.0.0.bias" in weights),
+        num_attention_heads=setting("encoder_attention_heads", 12),
+        intermediate_size=shape("encoder.layers.0.fc1.weight", 2)[0],
+        hidden_act=activation,
+        conv_dim=[width for width, _, _ in conv_layers],
+        conv_kernel=[kernel for _, kernel, _ in conv_layers],
+        conv_stride=[stride for _, _, stride in conv_layers],
+        conv_bias="feature_extractor.conv_layers.0.0.bias" in weights,
         feat_extract_norm="layer" if mode == "layer_norm" else "group",
-        do_stable_layer_norm=setting("layer_norm_first", bool, _HUBERT_DEFAULTS["layer_norm_first"]),
-        num_conv_pos_embeddings=setting("conv_pos", int, size(positions, 2)),
-        num_conv_pos_embedding_groups=setting("conv_pos_groups", int, width and fan_in and width // fan_in),
-        **mask,
+        do_stable_layer_norm=setting("layer_norm_first", False),
+        num_conv_pos_embeddings=num_positions,
+        num_conv_pos_embedding_groups=width // group_width,
+        apply_spec_augment=False,
+        # The embedding of masked frames stays in the model where the checkpoint has it.
+        mask_time_prob=0.05 if "mask_emb" in weights else 0.0,
+        mask_feature_prob=0.0,
     )
 
 
 def _plain(value: Any, seen: dict[int, Any] | None = None, depth: int = 0) -> Any:
-    """Settings as plain values: omegaconf's containers and nodes, a Namespace and members of enums unwrapped.
+    """Convert settings to plain values: containers of omegaconf, Namespaces and members of enums are unwrapped.
 
-    What is missing, refers elsewhere or is no setting becomes None. Each object is looked at once, since a small file
-    can hold a tree with more leaves than there is memory.
+    What is missing ("???"), refers to other settings ("${...}") or is no setting becomes None. Each object is converted
+    once, since a small file can hold a tree with more leaves than fit into memory.
     """
     seen = {} if seen is None else seen
     if value is None or isinstance(value, bool | int | float | str):
         return None if isinstance(value, str) and (value == "???" or value.startswith("${")) else value
-    if depth > _MOST_NESTED:
+    if depth > _MAX_NESTED:
         raise ValueError("the settings of the checkpoint are nested too deeply; give the file as published")
     if id(value) in seen:
         return seen[id(value)]
     seen[id(value)] = None
+    plain: Any = None
     if isinstance(value, StandIn):
-        # not `fields`, which is made anew each time: what is known by its id must stay where it is
-        fields = value.state if isinstance(value.state, dict) else {}
+        state = value.state if isinstance(value.state, dict) else {}
         if value.name.startswith("omegaconf."):
-            made = _plain(fields.get("_content", fields.get("_val")), seen, depth + 1)
+            plain = _plain(state.get("_content", state.get("_val")), seen, depth + 1)
         elif value.name == "argparse.Namespace":
-            made = _plain(fields, seen, depth + 1)
-        else:
-            made = _plain(value.arguments[0], seen, depth + 1) if len(value.arguments) == 1 else None
+            plain = _plain(state, seen, depth + 1)
+        elif len(value.arguments) == 1:
+            plain = _plain(value.arguments[0], seen, depth + 1)
     elif isinstance(value, dict):
-        made = {name: _plain(item, seen, depth + 1) for name, item in value.items() if isinstance(name, str)}
+        plain = {name: _plain(item, seen, depth + 1) for name, item in value.items() if isinstance(name, str)}
     elif isinstance(value, list | tuple):
-        made = [_plain(item, seen, depth + 1) for item in value]
-    else:
-        made = None
-    seen[id(value)] = made
-    return made
+        plain = [_plain(item, seen, depth + 1) for item in value]
+    seen[id(value)] = plain
+    return plain

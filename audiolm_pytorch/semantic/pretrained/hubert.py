@@ -6,8 +6,8 @@ from typing import Any
 from beartype import beartype
 
 from audiolm_pytorch.saving.modules import build_module, register
+from audiolm_pytorch.semantic.pretrained.centroids import read_centroids
 from audiolm_pytorch.semantic.pretrained.opening import open_published
-from audiolm_pytorch.semantic.pretrained.sklearn_file import read_centroids
 from audiolm_pytorch.semantic.tokenizer import KMeansTokenizer
 
 __all__ = ["HubertWithKmeans"]
@@ -67,7 +67,7 @@ class HubertWithKmeans(KMeansTokenizer):
         revision: str | None = None,
         cache_dir: str | Path | None = None,
     ) -> None:
-        file = read_centroids(kmeans_path)
+        tensors = read_centroids(kmeans_path)
         encoder = open_published(
             checkpoint_path,
             layer_count=output_layer,
@@ -81,18 +81,19 @@ class HubertWithKmeans(KMeansTokenizer):
                 f"{checkpoint_path} reads {encoder.sample_hz} Hz, target_sample_hz is {target_sample_hz}: leave it at "
                 f"{encoder.sample_hz} and pass input_sample_hz={target_sample_hz} with the waves, which are resampled"
             )
-        if file.centroids.shape[-1] != encoder.dim:
+        width = tensors["centroids"].shape[1]
+        if width != encoder.dim:
             raise ValueError(
-                f"centroids of {kmeans_path} are {file.centroids.shape[-1]} wide, features of {checkpoint_path} "
-                f"{encoder.dim}: they were fitted to another model; give the file that belongs to this one"
+                f"centroids of {kmeans_path} are {width} wide, features of {checkpoint_path} {encoder.dim}: they were "
+                "fitted to another model; give the file that belongs to this one"
             )
         super().__init__(
             encoder=encoder,
             layer=output_layer,
-            centroids=file.centroids,
-            mean=file.mean,
-            std=file.std,
             seq_len_multiple_of=seq_len_multiple_of,
+            centroids=tensors["centroids"],
+            mean=tensors.get("mean"),
+            std=tensors.get("std"),
         )
 
     @classmethod

@@ -18,10 +18,11 @@ from audiolm_pytorch.saving.weights import load_weights
 from audiolm_pytorch.semantic.base import SemanticTokenizer
 from audiolm_pytorch.semantic.pretrained.fairseq import (
     FairseqCheckpoint,
-    built_for,
+    build_for,
     conv_layers_of,
+    quoted,
     read_fairseq,
-    shown,
+    renamed,
 )
 from audiolm_pytorch.semantic.pretrained.vq_wav2vec_network import (
     ACTIVATIONS,
@@ -182,7 +183,9 @@ def vq_wav2vec_from_fairseq(checkpoint: FairseqCheckpoint) -> VQWav2Vec:
         ValueError: If the checkpoint is of another model, lacks a setting, or its weights are missing, unknown or of
             other shapes.
     """
-    weights = {_own_name(name): tensor for name, tensor in checkpoint.weights.items() if not name.startswith(_UNUSED)}
+    weights = {
+        renamed(name, _NAMES): tensor for name, tensor in checkpoint.weights.items() if not name.startswith(_UNUSED)
+    }
     if not any(name.startswith("quantizer.") for name in weights):
         raise ValueError(
             f"{checkpoint.source} holds no vq-wav2vec: it has no weights vector_quantizer.* that make codes; give "
@@ -190,7 +193,7 @@ def vq_wav2vec_from_fairseq(checkpoint: FairseqCheckpoint) -> VQWav2Vec:
         )
     said = _DEFAULTS | {name: value for name, value in checkpoint.model.items() if value is not None}
     try:
-        network = built_for(weights, lambda: _network_for(weights, said))
+        network = build_for(weights, lambda: _network_for(weights, said))
     except (ValueError, RuntimeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{checkpoint.source}: {reason}; give the file as published") from error
@@ -198,19 +201,11 @@ def vq_wav2vec_from_fairseq(checkpoint: FairseqCheckpoint) -> VQWav2Vec:
     return network.eval()
 
 
-def _own_name(name: str) -> str:
-    """The name that a weight has here; unknown names stay, and are refused when the weights are loaded."""
-    for pattern, own in _NAMES:
-        if re.fullmatch(pattern, name):
-            return re.sub(pattern, own, name)
-    return name
-
-
 def _setting(said: dict[str, Any], name: str, kind: type, allowed: Any = None) -> Any:
     """A setting that shows in no weight; ValueError where it is missing or makes no sense."""
     value = said.get(name)
     if type(value) is not kind or (allowed is not None and value not in allowed):
-        raise ValueError(f"codes depend on the setting {name}, which is {shown(value)} in its args or cfg")
+        raise ValueError(f"codes depend on the setting {name}, which is {quoted(value)} in its args or cfg")
     return value
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from audiolm_pytorch.audio.files import write_audio
-from audiolm_pytorch.semantic.pretrained.sklearn_file import write_centroids
 from tests.helpers.published_files import tiny_hubert, write_hubert_checkpoint, write_kmeans
 from tests.helpers.published_vq_wav2vec import naive_codes, vq_settings, vq_state, write_vq_wav2vec
 from tests.helpers.semantic_sounds import written_corpus, written_digits
@@ -124,7 +124,7 @@ def test_published_files_open_without_the_packages_that_made_them(published):
     centroids = frames[0, ::2].contiguous()
     estimator = write_kmeans(published / "plain.bin", centroids.numpy())
     write_kmeans(published / "compressed.bin", centroids.numpy(), compress=("zlib", 3))
-    write_centroids(published / "centroids.safetensors", centroids)
+    save_file({"centroids": centroids}, published / "centroids.safetensors")
     torch.save(wave, published / "wave.pt")
     run_without((*GONE, *KMEANS), OPEN, published)
     written = torch.load(published / "found.pt", weights_only=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from audiolm_pytorch import HubertWithKmeans, KMeansTokenizer, SemanticTransformer, open_encoder
 from audiolm_pytorch.audio.files import read_audio
@@ -15,7 +16,6 @@ from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.saving.hub import LoadedModel
 from audiolm_pytorch.saving.modules import load_module, save_module
 from audiolm_pytorch.semantic import BestRQEncoder, SemanticTokenizer, TransformersEncoder
-from audiolm_pytorch.semantic.pretrained.sklearn_file import write_centroids
 from tests.helpers.fakes import SIZES
 from tests.helpers.published_files import hubert_settings, tiny_hubert, write_hubert_checkpoint, write_kmeans
 
@@ -137,7 +137,7 @@ def test_every_source_of_one_model_gives_one_tokenizer(published, tokenizer, tmp
     model, _, checkpoint, kmeans_path = published
     model.save_pretrained(tmp_path / "folder")
     transformers.Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(tmp_path / "folder")
-    write_centroids(tmp_path / "km.safetensors", tokenizer.centroids)
+    save_file({"centroids": tokenizer.centroids}, tmp_path / "km.safetensors")
     save_module(tokenizer, tmp_path / "ours")
     others = [
         HubertWithKmeans(str(tmp_path / "folder"), kmeans_path),
@@ -159,7 +159,7 @@ def test_centroids_with_a_normalisation_use_it(published, tmp_path):
     frames = hidden_states(model, sounds(1, 20_000)[0], 3)
     mean, std = frames.mean(dim=0), frames.std(dim=0) + 0.1
     centroids = (frames[::7] - mean) / std
-    write_centroids(tmp_path / "km.safetensors", centroids, mean=mean, std=std)
+    save_file({"centroids": centroids, "mean": mean, "std": std}, tmp_path / "km.safetensors")
     tokenizer = HubertWithKmeans(checkpoint, tmp_path / "km.safetensors", output_layer=3)
     expected = torch.cdist((frames - mean) / std, centroids).argmin(dim=-1)
     assert torch.equal(tokenizer(sounds(1, 20_000))[0], expected)
