@@ -11,6 +11,8 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted([*(ROOT / "audiolm_pytorch").rglob("*.py"), *(ROOT / "musiclm_pytorch").rglob("*.py")])
 COMMANDS = {"cli"}  # folders of commands, which may print
 STILL_TOO_LONG = {"musiclm_pytorch/pipeline/pipeline.py"}
+# The one file that reads pickles; it calls nothing that they name.
+PICKLE_READER = ROOT / "audiolm_pytorch" / "saving" / "restricted_pickle.py"
 every_file = pytest.mark.parametrize("file", FILES, ids=[str(file.relative_to(ROOT)) for file in FILES])
 
 
@@ -72,7 +74,8 @@ def test_file_keeps_the_house_rules(file):
             assert node.func.id != "print" or file.parent.name in COMMANDS, f"print in line {node.lineno}"
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             assert (node.value.id, node.attr) != ("torch", "load"), "torch.load unpickles"
-    assert not {"pickle", "joblib", "torchaudio", "fairseq"} & imported_modules(tree)
+    banned = {"pickle", "joblib", "torchaudio", "fairseq"} & imported_modules(tree)
+    assert banned == ({"pickle"} if file == PICKLE_READER else set())
 
 
 def test_audiolm_never_names_musiclm():
