@@ -1,4 +1,4 @@
-"""Untrained parts of a preset: the one place where numbers of a preset become arguments of constructors."""
+"""Untrained modules of a preset."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -18,23 +18,21 @@ from musiclm_pytorch.pipeline.presets import Preset
 from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
 
 __all__ = [
-    "LANGUAGE_MODELS",
+    "STAGES",
     "build_codec",
-    "build_language_model",
     "build_mulan",
     "build_quantizer",
     "build_semantic_encoder",
     "build_semantic_objective",
     "build_semantic_tokenizer",
+    "build_stage",
 ]
 
-LANGUAGE_MODELS = ("semantic", "coarse", "fine")
+STAGES = ("semantic", "coarse", "fine")
 
-# 25 ms every 10 ms at the 16 kHz of MuLaN
+# 25 ms every 10 ms, at the 16 kHz of MuLaN
 _MULAN_WINDOW_SAMPLES, _MULAN_HOP_SAMPLES = 400, 160
-# BEST-RQ in seconds, the same at every rate of waves and tokens: mel frames and the window of each, the windows in
-# which long recordings are encoded and what these see on each side, hidden spans and how many of them start, and how
-# far on each side a token's targets reach.
+# BEST-RQ has the same durations at every rate of waves and tokens.
 _MEL_HZ = 100
 _SPECTRUM_SECONDS = 0.064
 _WINDOW_SECONDS, _CONTEXT_SECONDS = 6, 1
@@ -44,7 +42,7 @@ _TARGET_REACH_SECONDS = 0.16
 
 @beartype
 def build_codec(preset: Preset) -> SoundStream:
-    """An untrained codec."""
+    """Build the codec."""
     c = preset.codec
     return SpectralSoundStream(
         dim=c.dim,
@@ -60,17 +58,10 @@ def build_codec(preset: Preset) -> SoundStream:
 
 @beartype
 def build_semantic_encoder(preset: Preset) -> BestRQEncoder:
-    """An untrained semantic encoder.
-
-    Raises:
-        ValueError: If mel frames of 10 ms do not fit the rates of waves and tokens exactly.
-    """
+    """Build the semantic encoder; ValueError if a mel frame of 10 ms is not a whole number of samples and tokens."""
     s = preset.semantic_tokenizer
     return BestRQEncoder(
-        dim=s.dim,
-        depth=s.depth,
-        heads=s.heads,
-        dim_head=s.dim // s.heads,
+        **s.sizes,
         sample_hz=s.sample_hz,
         n_fft=samples_in(_SPECTRUM_SECONDS, s.sample_hz),
         hop_length=exact_div(s.sample_hz, _MEL_HZ, "samples a second in mel frames of 10 ms"),
@@ -82,7 +73,7 @@ def build_semantic_encoder(preset: Preset) -> BestRQEncoder:
 
 @beartype
 def build_semantic_objective(preset: Preset, encoder: BestRQEncoder) -> BestRQ:
-    """Masked prediction around a semantic encoder, its spans and reach of the same length at every token rate."""
+    """Build the masked prediction that trains the semantic encoder."""
     token_hz = preset.semantic_tokenizer.token_hz
     span_tokens = max(1, round(_SPAN_SECONDS * token_hz))
     reach_tokens = round(_TARGET_REACH_SECONDS * token_hz)
@@ -91,7 +82,7 @@ def build_semantic_objective(preset: Preset, encoder: BestRQEncoder) -> BestRQ:
 
 @beartype
 def build_semantic_tokenizer(preset: Preset) -> KMeansTokenizer:
-    """A semantic tokenizer of the preset's sizes, with random weights and centroids."""
+    """Build a semantic tokenizer with random weights and centroids."""
     s = preset.semantic_tokenizer
     encoder = build_semantic_encoder(preset).truncated(s.layer)
     return KMeansTokenizer(encoder=encoder, layer=s.layer, centroids=torch.randn(s.num_clusters, s.dim))
@@ -99,52 +90,44 @@ def build_semantic_tokenizer(preset: Preset) -> KMeansTokenizer:
 
 @beartype
 def build_mulan(preset: Preset, captions: Sequence[str]) -> MuLaN:
-    """An untrained MuLaN, its text tokenizer trained on the captions."""
+    """Build a MuLaN. Its text tokenizer is trained on the captions."""
     m = preset.mulan
     tokenizer = TextTokenizer.train(captions, vocab_size=m.text_vocab_size)
-    sizes: dict[str, Any] = dict(dim=m.dim, depth=m.depth, heads=m.heads, dim_head=m.dim // m.heads)
     audio = AudioSpectrogramTransformer(
-        **sizes,
+        **m.sizes,
         num_mels=m.num_mels,
         spec_n_fft=m.n_fft,
         spec_win_length=min(_MULAN_WINDOW_SAMPLES, m.n_fft),
         spec_hop_length=_MULAN_HOP_SAMPLES,
         patch_dropout=m.patch_dropout,
     )
-    text = TextTransformer(**sizes, num_tokens=tokenizer.vocab_size, max_seq_len=m.text_max_tokens, tokenizer=tokenizer)
+    text = TextTransformer(
+        **m.sizes, num_tokens=tokenizer.vocab_size, max_seq_len=m.text_max_tokens, tokenizer=tokenizer
+    )
     return MuLaN(audio_transformer=audio, text_transformer=text)
 
 
 @beartype
 def build_quantizer(preset: Preset, mulan: JointEmbedding, num_clips: int) -> MuLaNEmbedQuantizer:
-    """A quantizer that is not fitted, with no more codes a level than there are clips to fit them to."""
+    """Build a quantizer to be fitted to `num_clips` clips, with at most one code a level for each."""
     return MuLaNEmbedQuantizer(
         mulan=mulan,
-        conditioning_dims=[getattr(preset, name).dim for name in LANGUAGE_MODELS],
-        namespaces=LANGUAGE_MODELS,
+        conditioning_dims=[getattr(preset, stage).dim for stage in STAGES],
+        namespaces=STAGES,
         rq_num_quantizers=preset.quantizer.num_quantizers,
         codebook_size=min(preset.quantizer.codebook_size, num_clips),
     )
 
 
 @beartype
-def build_language_model(preset: Preset, stage: str, *, codec: Codec, tokenizer: SemanticTokenizer) -> StageTransformer:
-    """An untrained language model over the tokens of a codec and of a semantic tokenizer.
+def build_stage(preset: Preset, stage: str, *, codec: Codec, tokenizer: SemanticTokenizer) -> StageTransformer:
+    """Build the language model of a stage ("semantic", "coarse" or "fine").
 
-    Vocabularies and rates are those of the two, which may be others than the preset's own; how many levels are modelled
-    is up to the preset, and a codec of more decodes the first ones.
-
-    Args:
-        preset: Sizes, and levels of codes.
-        stage: "semantic", "coarse" or "fine".
-        codec: What the acoustic tokens come from.
-        tokenizer: What the semantic tokens come from.
-
-    Returns:
-        The model.
+    Vocabularies and rates are those of the codec and the tokenizer, which may differ from the preset's. The number of
+    codec levels is that of the preset: if the codec has more, its first levels are modelled.
 
     Raises:
-        ValueError: If the codec has fewer levels than the preset models.
+        ValueError: If the codec has fewer levels than the preset.
     """
     levels, config = preset.codec.num_quantizers, getattr(preset, stage)
     if levels > codec.num_quantizers:
@@ -152,35 +135,22 @@ def build_language_model(preset: Preset, stage: str, *, codec: Codec, tokenizer:
             f"the preset {preset.name} models {levels} levels of codes, and the codec has {codec.num_quantizers}; "
             "give a codec with more levels, or a preset with a smaller codec.num_quantizers"
         )
-    num_coarse = preset.num_coarse_quantizers
-    frame_hz = Fraction(codec.target_sample_hz, codec.downsample_factor)
     semantic_hz = Fraction(tokenizer.target_sample_hz, tokenizer.downsample_factor)
-    sizes = dict(
-        dim=config.dim,
-        depth=config.depth,
-        heads=config.heads,
-        dim_head=config.dim // config.heads,
+    sizes: dict[str, Any] = dict(
+        **config.sizes,
         dropout=config.dropout,
         cond_drop_prob=config.cond_drop_prob,
         audio_text_condition=True,
-        # As many as a condition has: unconditional generation then reads what a dropped condition was in training.
+        # as many as a condition has: unconditional generation then equals a dropped condition in training
         null_tokens=preset.quantizer.num_quantizers,
     )
     if stage == "semantic":
         return SemanticTransformer(num_semantic_tokens=tokenizer.codebook_size, rate_hz=semantic_hz, **sizes)
-    if stage == "coarse":
-        return CoarseTransformer(
-            num_semantic_tokens=tokenizer.codebook_size,
-            codebook_size=codec.codebook_size,
-            num_coarse_quantizers=num_coarse,
-            semantic_rate_hz=semantic_hz,
-            rate_hz=frame_hz,
-            **sizes,
-        )
-    return FineTransformer(
+    sizes |= dict(
         codebook_size=codec.codebook_size,
-        num_coarse_quantizers=num_coarse,
-        num_fine_quantizers=levels - num_coarse,
-        rate_hz=frame_hz,
-        **sizes,
+        num_coarse_quantizers=preset.num_coarse_quantizers,
+        rate_hz=Fraction(codec.target_sample_hz, codec.downsample_factor),
     )
+    if stage == "coarse":
+        return CoarseTransformer(num_semantic_tokens=tokenizer.codebook_size, semantic_rate_hz=semantic_hz, **sizes)
+    return FineTransformer(num_fine_quantizers=levels - preset.num_coarse_quantizers, **sizes)

@@ -1,11 +1,8 @@
-"""Presets: every number of a run, in frozen dataclasses.
-
-A preset says what is built and how long each stage trains. Constructors of modules take numbers, never a preset:
-`musiclm_pytorch.pipeline.builders` turns one into the other.
-"""
+"""Presets: the sizes and step counts of a whole model."""
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from beartype import beartype
 
@@ -21,19 +18,19 @@ __all__ = [
     "preset_named",
 ]
 
+_MIN_STEPS = 10
+
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How long and on what one thing trains.
+    """Training of one model.
 
     Attributes:
-        num_train_steps: Optimizer steps.
-        batch_size: Clips a step.
+        batch_size: Crops per step and process.
         seconds: Length of a crop.
         learning_rate: Peak of the schedule.
-        warmup_steps: Steps of linear warm-up.
-        precision: "fp32" or "bf16" (autocast; the products run several times as fast on a CPU with bf16 units).
-        checkpoint_every_steps: Steps between checkpoints, besides one every two minutes.
+        precision: "fp32", or "bf16" for autocast.
+        checkpoint_every_steps: Steps between checkpoints, in addition to one every two minutes.
     """
 
     num_train_steps: int
@@ -45,9 +42,9 @@ class RunConfig:
     checkpoint_every_steps: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CodecConfig:
-    """The spectral SoundStream: its rate in Hz, width, blocks, samples a frame, and codes."""
+    """A `SpectralSoundStream` and its training."""
 
     sample_hz: int
     hop_samples: int
@@ -60,82 +57,81 @@ class CodecConfig:
     run: RunConfig
 
 
-@dataclass(frozen=True)
-class SemanticConfig:
-    """The BEST-RQ encoder and its k-means tokens: width, blocks, the clustered layer, clusters.
-
-    Waves are read at `sample_hz` (16000 or 24000) and become `token_hz` (25 or 50) tokens a second.
-    """
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Size of a transformer, and its training."""
 
     dim: int
     depth: int
     heads: int
+    run: RunConfig
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """Arguments for constructors of transformers."""
+        return {"dim": self.dim, "depth": self.depth, "heads": self.heads, "dim_head": self.dim // self.heads}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SemanticConfig(TransformerConfig):
+    """A BEST-RQ encoder, and the k-means of its layer `layer`."""
+
     layer: int
     num_clusters: int
-    run: RunConfig
     sample_hz: int = 16000
     token_hz: int = 25
 
 
-@dataclass(frozen=True)
-class MuLaNConfig:
-    """Both towers, and how they are trained.
+@dataclass(frozen=True, kw_only=True)
+class MuLaNConfig(TransformerConfig):
+    """Both towers of a MuLaN, which have the same size.
 
-    Width and blocks; mel bands and FFT length (samples) of audio; vocabulary and length of texts. In training, the
-    share of audio patches left out, the probability that a part of a caption is, and how many clips are embedded at a
-    time (None = the batch).
+    Attributes:
+        n_fft: FFT length of the audio tower in samples at 16 kHz.
+        patch_dropout: Share of the audio patches that training leaves out.
+        caption_dropout: Probability that training leaves out a part of a caption.
+        chunk_size: Clips that are embedded in one forward pass; None for the whole batch.
     """
 
-    dim: int
-    depth: int
-    heads: int
     num_mels: int
     n_fft: int
     text_vocab_size: int
     text_max_tokens: int
-    run: RunConfig
     patch_dropout: float = 0.0
     caption_dropout: float = 0.0
     chunk_size: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class QuantizerConfig:
-    """MuLaN conditioning codes: levels and codes a level; a few thousand clips cannot fill MusicLM's 12 x 1024."""
+    """MuLaN conditioning codes. MusicLM has 12 levels of 1024 codes, more than a few thousand clips can fill."""
 
     num_quantizers: int
     codebook_size: int
 
 
-@dataclass(frozen=True)
-class StageConfig:
-    """One token language model.
+@dataclass(frozen=True, kw_only=True)
+class StageConfig(TransformerConfig):
+    """The language model of one stage.
 
-    Width, blocks, heads, dropout, how often training drops the condition or its trailing levels, how often it
-    conditions on a caption's codes instead of the recording's own, and how it is sampled: temperature and guidance
-    scale (1 = none).
+    Attributes:
+        cond_drop_prob: Probability that training drops the condition of an item.
+        level_drop_prob: Probability that training drops trailing levels of the condition.
+        text_prob: Probability that training uses the codes of a caption instead of those of the recording.
+        temperature, guidance_scale: Defaults for generation. A scale of 1 is no guidance.
     """
 
-    dim: int
-    depth: int
-    heads: int
     dropout: float
     cond_drop_prob: float
     level_drop_prob: float
-    run: RunConfig
     temperature: float = 1.0
     guidance_scale: float = 1.0
     text_prob: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A whole model.
-
-    Attributes:
-        name: What the command line calls it.
-        num_coarse_quantizers: Codec levels that the coarse stage predicts; the fine stage predicts the rest.
-    """
+    """A whole model. The coarse stage predicts `num_coarse_quantizers` codec levels, the fine stage the others."""
 
     name: str
     codec: CodecConfig
@@ -149,102 +145,58 @@ class Preset:
 
     @beartype
     def scaled(self, scale: float | int) -> "Preset":
-        """The same model with every step count multiplied by `scale` (at least ten steps each).
-
-        Raises:
-            ValueError: If `scale` is not a positive number.
-        """
+        """Return the same model with every step count multiplied by `scale`, at least ten steps each."""
         if not 0 < scale < math.inf:
             raise ValueError(f"scale must be positive, got {scale}; 1 is the full run")
         if scale == 1:
             return self
         parts = {}
-        for name in ("codec", "semantic_tokenizer", "mulan", "semantic", "coarse", "fine"):
-            part = getattr(self, name)
-            steps = max(10, round(part.run.num_train_steps * scale))
-            warmup = min(part.run.warmup_steps, max(1, steps // 10))
-            parts[name] = replace(part, run=replace(part.run, num_train_steps=steps, warmup_steps=warmup))
+        for name, part in vars(self).items():
+            if hasattr(part, "run"):
+                steps = max(_MIN_STEPS, round(part.run.num_train_steps * scale))
+                warmup = min(part.run.warmup_steps, max(1, steps // 10))
+                parts[name] = replace(part, run=replace(part.run, num_train_steps=steps, warmup_steps=warmup))
         return replace(self, **parts)
 
 
-# Two CPU cores, about an hour and a half, at most 40 MB as fp16. Sizes and steps were chosen by the trials that
-# recipes/README.md lists.
+_TINY_STAGE = StageConfig(
+    dim=192, depth=6, heads=3, dropout=0.1, cond_drop_prob=0.1, level_drop_prob=0.2, guidance_scale=3.0,
+    run=RunConfig(1200, 32, 5.0, 1e-3),
+)  # fmt: skip
+# For two CPU cores: about an hour and a half, at most 40 MB as fp16. recipes/README.md lists the trials behind it.
 _TINY = Preset(
     name="tiny",
     codec=CodecConfig(
-        sample_hz=16000,
-        hop_samples=320,
-        dim=256,
-        encoder_depth=4,
-        decoder_depth=6,
-        codebook_size=1024,
-        num_quantizers=4,
-        code_dim=16,
-        run=RunConfig(6000, 16, 1.0, 1e-3),
+        sample_hz=16000, hop_samples=320, dim=256, encoder_depth=4, decoder_depth=6,
+        codebook_size=1024, num_quantizers=4, code_dim=16, run=RunConfig(6000, 16, 1.0, 1e-3),
     ),
     semantic_tokenizer=SemanticConfig(
         dim=192, depth=4, heads=3, layer=3, num_clusters=512, run=RunConfig(1200, 16, 5.0, 1e-3)
     ),
     mulan=MuLaNConfig(
-        dim=192,
-        depth=4,
-        heads=3,
-        num_mels=64,
-        n_fft=1024,
-        text_vocab_size=1024,
-        text_max_tokens=64,
-        run=RunConfig(800, 64, 5.0, 7e-4),
-        patch_dropout=0.25,
+        dim=192, depth=4, heads=3, num_mels=64, n_fft=1024, text_vocab_size=1024, text_max_tokens=64,
+        patch_dropout=0.25, run=RunConfig(800, 64, 5.0, 7e-4),
     ),
     quantizer=QuantizerConfig(num_quantizers=12, codebook_size=8),
-    semantic=StageConfig(
-        dim=192,
-        depth=6,
-        heads=3,
-        dropout=0.1,
-        cond_drop_prob=0.1,
-        level_drop_prob=0.2,
-        run=RunConfig(1200, 32, 5.0, 1e-3),
-        temperature=1.0,
-        guidance_scale=3.0,
-    ),
-    coarse=StageConfig(
-        dim=192,
-        depth=6,
-        heads=3,
-        dropout=0.1,
-        cond_drop_prob=0.1,
-        level_drop_prob=0.2,
-        run=RunConfig(2000, 16, 5.0, 1e-3),
-        temperature=0.95,
-        guidance_scale=3.0,
-    ),
-    fine=StageConfig(
-        dim=96,
-        depth=3,
-        heads=2,
-        dropout=0.1,
-        cond_drop_prob=0.1,
-        level_drop_prob=0.2,
-        run=RunConfig(2000, 32, 2.0, 1e-3),
-        temperature=0.4,
-        guidance_scale=1.0,
+    semantic=_TINY_STAGE,
+    coarse=replace(_TINY_STAGE, run=RunConfig(2000, 16, 5.0, 1e-3), temperature=0.95),
+    fine=replace(
+        _TINY_STAGE, dim=96, depth=3, heads=2, run=RunConfig(2000, 32, 2.0, 1e-3), temperature=0.4, guidance_scale=1.0
     ),
     num_coarse_quantizers=2,
-)
+)  # fmt: skip
 
-# One GPU, a day: MusicLM's rates with modules of a tenth of its size.
+_SMALL_RUN = RunConfig(200_000, 64, 30.0, 3e-4, warmup_steps=2000)
+_SMALL_STAGE = StageConfig(
+    dim=768, depth=12, heads=12, dropout=0.1, cond_drop_prob=0.1, level_drop_prob=0.1, guidance_scale=3.0,
+    run=_SMALL_RUN,
+)  # fmt: skip
+# For one GPU: about a day. MusicLM's rates, with models of a tenth of its size.
 _SMALL = Preset(
     name="small",
     codec=CodecConfig(
-        sample_hz=24000,
-        hop_samples=480,
-        dim=512,
-        encoder_depth=8,
-        decoder_depth=12,
-        codebook_size=1024,
-        num_quantizers=8,
-        code_dim=16,
+        sample_hz=24000, hop_samples=480, dim=512, encoder_depth=8, decoder_depth=12,
+        codebook_size=1024, num_quantizers=8, code_dim=16,
         run=RunConfig(200_000, 64, 2.0, 5e-4, warmup_steps=1000),
     ),
     semantic_tokenizer=SemanticConfig(
@@ -252,37 +204,14 @@ _SMALL = Preset(
         run=RunConfig(100_000, 64, 10.0, 5e-4, warmup_steps=2000),
     ),
     mulan=MuLaNConfig(
-        dim=512,
-        depth=8,
-        heads=8,
-        num_mels=128,
-        n_fft=1024,
-        text_vocab_size=8192,
-        text_max_tokens=128,
+        dim=512, depth=8, heads=8, num_mels=128, n_fft=1024, text_vocab_size=8192, text_max_tokens=128,
+        patch_dropout=0.25, caption_dropout=0.2, chunk_size=128,
         run=RunConfig(50_000, 1024, 10.0, 5e-4, warmup_steps=1000),
-        patch_dropout=0.25,
-        caption_dropout=0.2,
-        chunk_size=128,
     ),
     quantizer=QuantizerConfig(num_quantizers=8, codebook_size=256),
-    semantic=StageConfig(
-        dim=768, depth=12, heads=12, dropout=0.1, cond_drop_prob=0.1, level_drop_prob=0.1,
-        run=RunConfig(200_000, 64, 30.0, 3e-4, warmup_steps=2000),
-        temperature=1.0,
-        guidance_scale=3.0,
-    ),
-    coarse=StageConfig(
-        dim=768, depth=12, heads=12, dropout=0.1, cond_drop_prob=0.1, level_drop_prob=0.1,
-        run=RunConfig(200_000, 64, 10.0, 3e-4, warmup_steps=2000),
-        temperature=0.95,
-        guidance_scale=3.0,
-    ),
-    fine=StageConfig(
-        dim=768, depth=12, heads=12, dropout=0.1, cond_drop_prob=0.1, level_drop_prob=0.1,
-        run=RunConfig(200_000, 64, 3.0, 3e-4, warmup_steps=2000),
-        temperature=0.4,
-        guidance_scale=1.0,
-    ),
+    semantic=_SMALL_STAGE,
+    coarse=replace(_SMALL_STAGE, run=replace(_SMALL_RUN, seconds=10.0), temperature=0.95),
+    fine=replace(_SMALL_STAGE, run=replace(_SMALL_RUN, seconds=3.0), temperature=0.4, guidance_scale=1.0),
     num_coarse_quantizers=4,
 )  # fmt: skip
 
@@ -291,11 +220,7 @@ PRESETS = {preset.name: preset for preset in (_TINY, _SMALL)}
 
 @beartype
 def preset_named(name: str) -> Preset:
-    """The preset of that name.
-
-    Raises:
-        ValueError: If there is none, naming those that exist.
-    """
+    """Return the preset of this name; ValueError if there is none."""
     if name not in PRESETS:
         raise ValueError(f"there is no preset {name!r}; choose one of: {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -1,4 +1,4 @@
-"""The folder of a run: one run, one program at a time, nothing half written."""
+"""The folder of a run: it belongs to one run, one program uses it at a time, and partial files are removed."""
 
 import hashlib
 import json
@@ -12,36 +12,27 @@ from beartype import beartype
 
 from audiolm_pytorch.saving.files import differences, read_json, write_json
 
-__all__ = ["lock_folder", "check_run_folder", "digest_of", "read_record", "remove_partial_files"]
+__all__ = ["check_run_folder", "hash_of", "lock_folder", "read_record", "remove_partial_files"]
 
-FORMAT_VERSION = 1
+_FORMAT_VERSION = 1
 _RUN_FILE = "run.json"
 _MAX_SHOWN = 3
 
 
 @beartype
-def check_run_folder(
-    folder: Path, facts: Mapping[str, Any], write: bool = True, unsaid: Mapping[str, Any] | None = None
-) -> None:
-    """Write down what a folder is a run of, or refuse a folder of another run.
-
-    Args:
-        folder: Of the run.
-        facts: What must be the same in every session, JSON-able.
-        write: Whether this process is the one that writes.
-        unsaid: Facts that hold for a run which does not name them; others that a run does not name are not compared.
+def check_run_folder(folder: Path, facts: Mapping[str, Any], write: bool = True) -> None:
+    """Write the JSON-able facts of a new run into its folder, or check that the folder holds a run with equal facts.
 
     Raises:
-        ValueError: If the folder holds another run; the message shows the difference.
+        ValueError: If the folder holds another run. The message shows the differences.
     """
-    mine = json.loads(json.dumps({"format_version": FORMAT_VERSION, **facts}))
-    if not (folder / _RUN_FILE).is_file():
+    facts = json.loads(json.dumps({"format_version": _FORMAT_VERSION, **facts}))
+    file = folder / _RUN_FILE
+    if not file.is_file():
         if write:
-            write_json(folder / _RUN_FILE, mine)
+            write_json(file, facts)
         return
-    unsaid = dict(unsaid or {})
-    theirs, mine = {**unsaid, **read_record(folder / _RUN_FILE)}, {**unsaid, **mine}
-    lines = differences(theirs, _known_to(theirs, mine))
+    lines = differences(read_record(file), facts)
     if lines:
         more = f"; and {len(lines) - _MAX_SHOWN} more" if len(lines) > _MAX_SHOWN else ""
         raise ValueError(
@@ -50,40 +41,27 @@ def check_run_folder(
         )
 
 
-def _known_to(theirs: Any, mine: Any) -> Any:
-    """Leave out what the release that began the run did not know: a number added since is as it always was."""
-    if not isinstance(theirs, dict) or not isinstance(mine, dict):
-        return mine
-    return {key: _known_to(theirs[key], value) for key, value in mine.items() if key in theirs}
-
-
 @beartype
 def read_record(file: Path) -> dict[str, Any]:
-    """Read what a run wrote down about itself: a JSON object, or a ValueError that names the file."""
+    """Read a JSON object that a run wrote; ValueError if the file holds anything else."""
     record = read_json(file)
     if not isinstance(record, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {type(record).__name__}; mend it or use another --out")
+        raise ValueError(f"{file} must hold a JSON object, got {type(record).__name__}; fix it or use another --out")
     return record
 
 
 @beartype
-def digest_of(content: bytes) -> str:
-    """Hash of some content, 16 hexadecimal digits."""
+def hash_of(content: bytes) -> str:
+    """Hash of some bytes, 16 hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()[:16]
 
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Keep a second program out of a run's folder; the lock ends with the process, however that ends.
-
-    Args:
-        folder: Of the run; made if missing.
-
-    Yields:
-        Nothing, while the folder is ours.
+    """Lock the folder of a run, which is created if missing. The lock ends with the process.
 
     Raises:
-        ValueError: If another program is at work in it.
+        ValueError: If another program has locked the folder.
     """
     try:
         import fcntl
@@ -103,7 +81,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 @beartype
 def remove_partial_files(folder: Path) -> None:
-    """Remove what a killed session left half written below a folder that nobody else writes to."""
+    """Remove the partial files of a killed process below a locked folder."""
     for pattern in (".writing-*", ".chunk-*.partial"):
-        for leftover in list(folder.rglob(pattern)):
-            shutil.rmtree(leftover, ignore_errors=True)
+        for path in list(folder.rglob(pattern)):
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Tokens of a corpus: what codec, semantic tokenizer and MuLaN say about every file, computed once into shards."""
+"""Tokens and latents of a corpus, computed once and stored in shards."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,43 +36,35 @@ def compute_tokens(
     origin: Mapping[str, str],
     accelerator: "accelerate.Accelerator",
 ) -> TokenShards:
-    """Write records that stage trainers learn from, or open those that are there.
+    """Write one record for each file into shards. Complete chunks of an interrupted call are not computed again.
+
+    A record has `semantic [t]`, `acoustic [f, q]`, `latents [w, d]` of the windows, `captions` (see `encode_texts`),
+    their `text_latents [k, d]`, and `duration_seconds`. The codec receives all its channels, the others their mean.
 
     Args:
-        folder: Of the shards; chunks that are complete are not computed again.
-        items: The files, a record each: `semantic [t]`, `acoustic [f, q]`, `latents [w, d]` of windows,
-            `captions` (see `encode_texts`), `text_latents [k, d]` of these captions and `duration_seconds`.
-        codec: Makes `acoustic`, of all its channels; the others hear their average.
-        semantic_tokenizer: Makes `semantic`.
-        mulan: Makes `latents`, one for each window, and `text_latents`, one for each caption.
-        origin: What else tells one set of records from another.
+        origin: More facts that the fingerprint of the shards includes.
         accelerator: Its processes share the work.
-
-    Returns:
-        The records.
 
     Raises:
         ValueError: If the folder holds tokens of other models, or of another number of files.
     """
-    fingerprint = {
-        **shard_fingerprint(semantic_tokenizer, codec),
-        "mulan": part_fingerprint(mulan),
-        **origin,
-    }
+    fingerprint = {**shard_fingerprint(semantic_tokenizer, codec), "mulan": part_fingerprint(mulan), **origin}
     codec_hz, semantic_hz, mulan_hz = codec.target_sample_hz, semantic_tokenizer.target_sample_hz, mulan.sample_hz
     files = CropDataset(items, None, (semantic_hz, codec_hz, mulan_hz), cache_bytes=0, channels=codec.channels)
 
     @torch.no_grad()
     def make_record(index: int) -> dict[str, np.ndarray]:
+        item, texts = items[index], texts_of(items[index])
         waves = {hz: wave.to(accelerator.device) for hz, wave in files.get(0, index).waves.items()}
         mono = {hz: wave if wave.ndim == 1 else wave.mean(dim=0) for hz, wave in waves.items()}
+        text_latents = mulan.get_text_latents(texts) if texts else torch.empty(0, mulan.dim_latent)
         return {
             "semantic": semantic_tokenizer.forward(mono[semantic_hz][None])[0].cpu().numpy(),
             "acoustic": codec.tokenize(waves[codec_hz][None])[0].cpu().numpy(),
             "latents": mulan.window_latents(mono[mulan_hz]).half().cpu().numpy(),
-            "captions": encode_texts(texts_of(items[index])),
-            "text_latents": _of_captions(mulan, items[index]),
-            "duration_seconds": np.asarray(items[index].num_samples / items[index].sample_hz, dtype=np.float32),
+            "captions": encode_texts(texts),
+            "text_latents": text_latents.half().cpu().numpy(),
+            "duration_seconds": np.asarray(item.num_samples / item.sample_hz, dtype=np.float32),
         }
 
     write_shards(
@@ -85,10 +77,3 @@ def compute_tokens(
     )
     accelerator.wait_for_everyone()
     return TokenShards(folder, fingerprint)
-
-
-def _of_captions(mulan: JointEmbedding, item: AudioItem) -> np.ndarray:
-    """Latents `[k, d]` float16 of the texts that describe a file, of which there may be none."""
-    texts = texts_of(item)
-    latents = mulan.get_text_latents(texts) if texts else torch.empty(0, mulan.dim_latent)
-    return latents.half().cpu().numpy()

@@ -1,4 +1,4 @@
-"""The codecs, semantic tokenizers and joint embeddings that come with the package, and how any other is named."""
+"""Open codecs, semantic tokenizers, encoders and joint embeddings: bundled ones by name, others by folder or hub id."""
 
 from collections.abc import Callable, Mapping
 from importlib.resources import files
@@ -22,6 +22,7 @@ __all__ = [
     "BUNDLED_TOKENIZERS",
     "DEFAULT_CODEC",
     "DEFAULT_TOKENIZER",
+    "bundled_folder",
     "codec_named",
     "encoder_named",
     "mulan_named",
@@ -34,131 +35,107 @@ DEFAULT_CODEC = "16khz"
 BUNDLED_TOKENIZERS = {"16khz": "semantic_16khz"}
 DEFAULT_TOKENIZER = "16khz"
 BUNDLED_MULANS = {"tiny": "tiny/quantizer"}
-# Where a joint embedding lies below the folder of a model, a finished run, or a run that has come as far as MuLaN.
+# Folders of a joint embedding below a model, a finished run, and a run whose MuLaN is trained.
 _MULAN_FOLDERS = ("", "quantizer", "model/quantizer", "mulan/model", "mulan", "model")
 
 
 @beartype
 def codec_named(name: str, device: str | torch.device = "cpu", offline: bool = False) -> Codec:
-    """Open a codec for use.
+    """Open a codec in eval mode.
 
     Args:
-        name: Of a bundled codec, or a folder, or the id of a model on a hub (see `open_codec`).
-        device: Where it shall compute.
-        offline: Whether to refuse the hub.
-
-    Returns:
-        The codec in eval mode.
+        name: Name of a bundled codec, a folder, or a hub id (see `open_codec`).
+        offline: Whether to use only the local cache for a hub id.
 
     Raises:
-        ValueError: If there is no such codec, naming the bundled ones.
+        ImportError: If a published codec needs transformers and it is not installed.
+        ValueError: If there is no such codec. The message lists the bundled ones.
     """
-    codec = _opened(name, BUNDLED_CODECS, "codecs", lambda source: open_codec(source, offline=offline))
-    if not isinstance(codec, Codec):
-        raise ValueError(f"{name} holds a {type(codec).__name__}, which is no codec")
+    codec: Codec = _open(name, BUNDLED_CODECS, "codecs", lambda source: open_codec(source, offline=offline))
     return codec.to(device).eval()
 
 
 @beartype
 def tokenizer_named(name: str = DEFAULT_TOKENIZER, device: str | torch.device = "cpu") -> SemanticTokenizer:
-    """Open a semantic tokenizer for use.
+    """Open a semantic tokenizer in eval mode.
 
     Args:
-        name: Of a bundled tokenizer, or the folder of one that was trained or converted here.
-        device: Where it shall compute.
-
-    Returns:
-        The tokenizer.
+        name: Name of a bundled tokenizer, or the folder of a trained or converted one.
 
     Raises:
-        ValueError: If there is no such tokenizer, naming the bundled ones.
+        ValueError: If there is no such tokenizer. The message lists the bundled ones.
     """
-    tokenizer = _opened(name, BUNDLED_TOKENIZERS, "tokenizers", lambda source: load_module(source, device=device))
+    tokenizer = _open(name, BUNDLED_TOKENIZERS, "tokenizers", lambda source: load_module(source, device=device))
     if not isinstance(tokenizer, SemanticTokenizer):
-        raise ValueError(f"{name} holds a {type(tokenizer).__name__}, which is no semantic tokenizer")
+        raise ValueError(f"{name} holds a {type(tokenizer).__name__}, which is not a semantic tokenizer")
     return tokenizer
 
 
 @beartype
 def encoder_named(name: str, offline: bool = False) -> FrameEncoder:
-    """Open an encoder whose layers can be cut into semantic tokens.
+    """Open an encoder whose layers can be clustered into semantic tokens, in eval mode on the CPU.
 
     Args:
-        name: Of a bundled tokenizer, or anything that `audiolm_pytorch.open_encoder` takes.
-        offline: Whether to refuse the hub.
-
-    Returns:
-        A `FrameEncoder` in eval mode, on the CPU.
+        name: Name of a bundled tokenizer, or a source of `audiolm_pytorch.open_encoder`.
+        offline: Whether to use only the local cache for a hub id.
 
     Raises:
-        ImportError: If it needs a package that is not installed.
-        ValueError: If there is no such encoder, naming the bundled ones.
+        ImportError: If a published encoder needs transformers and it is not installed.
+        ValueError: If there is no such encoder. The message lists the bundled ones.
     """
     from audiolm_pytorch.semantic.pretrained import open_encoder
 
-    opened = _opened(name, BUNDLED_TOKENIZERS, "encoders", lambda source: open_encoder(source, offline=offline))
-    if not isinstance(opened, FrameEncoder):
-        raise ValueError(f"{name} holds a {type(opened).__name__}, but an encoder with layers is needed")
-    return opened
+    encoder = _open(name, BUNDLED_TOKENIZERS, "encoders", lambda source: open_encoder(source, offline=offline))
+    if not isinstance(encoder, FrameEncoder):
+        raise ValueError(f"{name} holds a {type(encoder).__name__}, but an encoder with layers is needed")
+    return encoder
 
 
 @beartype
 def mulan_named(name: str, device: str | torch.device = "cpu", offline: bool = False) -> JointEmbedding:
-    """Open a joint embedding of audio and text for use.
+    """Open a joint embedding of audio and text in eval mode.
 
     Args:
-        name: Of a bundled model; or the folder of a saved MuLaN, CLAP or `MuLaNEmbedQuantizer`, of a whole model, or of
+        name: Name of a bundled model; or the folder of a saved MuLaN, CLAP or `MuLaNEmbedQuantizer`, of a model, or of
             a run; or a folder or hub id of CLAP in transformers' format, e.g. laion/larger_clap_music.
-        device: Where it shall compute.
-        offline: Whether to refuse the hub.
-
-    Returns:
-        The joint embedding in eval mode.
+        offline: Whether to use only the local cache for a hub id.
 
     Raises:
-        ImportError: If it needs a package that is not installed.
-        ValueError: If there is no such joint embedding, naming the bundled ones.
+        ImportError: If CLAP needs transformers and it is not installed.
+        ValueError: If there is no such joint embedding. The message lists the bundled ones.
     """
-    found: Any = _opened(name, BUNDLED_MULANS, "models", lambda source: _open_mulan(source, offline))
-    found = getattr(found, "mulan", found)  # of a quantizer
-    if not isinstance(found, JointEmbedding):
-        raise ValueError(f"{name} holds a {type(found).__name__}, which is no joint embedding of audio and text")
-    return found.to(device).eval()
-
-
-def _open_mulan(source: str | Path, offline: bool) -> nn.Module:
-    """Load what lies in a folder, or below it where runs and models have it, or CLAP in transformers' format."""
-    import musiclm_pytorch.quantizer.embed_quantizer  # noqa: F401  (registers what a folder may hold)
-
-    given = Path(source).expanduser()
-    for folder in (given / below for below in _MULAN_FOLDERS):
-        if (folder / "config.json").is_file():
-            settings = read_json(folder / "config.json")
-            published = isinstance(settings, dict) and "model_type" in settings
-            return _open_clap(folder, offline) if published else load_module(folder)
-    if given.exists():
-        raise ValueError(f"{given} holds no MuLaN; name a folder that musiclm train mulan or all has written")
-    # a hub id is an owner and a name; anything else is a folder that is not there
-    if len(given.parts) == 2 and not given.is_absolute():
-        return _open_clap(str(source), offline)
-    raise ValueError(f"there is no model {str(source)!r}: give the folder of a trained one, or a hub id of CLAP")
-
-
-def _open_clap(source: str | Path, offline: bool) -> nn.Module:
-    """CLAP as transformers has it, from a folder or the hub."""
-    from musiclm_pytorch.mulan.clap import ClapMuLaN
-
-    return ClapMuLaN.from_pretrained(source, offline=offline)
-
-
-def _opened(name: str, bundled: Mapping[str, str], what: str, open_source: Callable[[str | Path], Any]) -> Any:
-    """Open what is bundled under a name, or else what the name itself points to; an error says what is bundled."""
-    try:
-        return open_source(bundled_folder(bundled[name]) if name in bundled else name)
-    except ValueError as error:
-        raise ValueError(f"{error}; bundled {what}: {', '.join(bundled)}") from error
+    module = _open(name, BUNDLED_MULANS, "models", lambda source: _open_mulan(source, offline))
+    mulan = getattr(module, "mulan", module)  # a quantizer holds its MuLaN
+    if not isinstance(mulan, JointEmbedding):
+        raise ValueError(f"{name} holds a {type(mulan).__name__}, which is not a joint embedding of audio and text")
+    return mulan.to(device).eval()
 
 
 def bundled_folder(name: str) -> Path:
     """A folder below musiclm_pytorch/bundled."""
     return Path(str(files("musiclm_pytorch") / "bundled" / name))
+
+
+def _open(name: str, bundled: Mapping[str, str], kind: str, open_source: Callable[[str | Path], Any]) -> Any:
+    """Open a bundled folder by its name, or else the name as a source."""
+    try:
+        return open_source(bundled_folder(bundled[name]) if name in bundled else name)
+    except ValueError as error:
+        raise ValueError(f"{error}; bundled {kind}: {', '.join(bundled)}") from error
+
+
+def _open_mulan(source: str | Path, offline: bool) -> nn.Module:
+    import musiclm_pytorch.quantizer.embed_quantizer  # noqa: F401  (registers the class)
+    from musiclm_pytorch.mulan.clap import ClapMuLaN
+
+    path = Path(source).expanduser()
+    for folder in (path / name for name in _MULAN_FOLDERS):
+        if (folder / "config.json").is_file():
+            config = read_json(folder / "config.json")
+            is_published = isinstance(config, dict) and "model_type" in config
+            return ClapMuLaN.from_pretrained(folder, offline=offline) if is_published else load_module(folder)
+    if path.exists():
+        raise ValueError(f"{path} holds no MuLaN; give a folder that musiclm train mulan or musiclm train all wrote")
+    if len(path.parts) == 2 and not path.is_absolute():  # owner/name
+        return ClapMuLaN.from_pretrained(str(source), offline=offline)
+    raise ValueError(f"there is no model {str(source)!r}; give the folder of a trained one, or a hub id of CLAP")

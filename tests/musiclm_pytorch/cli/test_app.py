@@ -181,7 +181,7 @@ def test_dry_run_knows_what_is_done(musiclm_command, micro_data, micro_run, caps
 
 
 def test_estimated_parameters_are_those_of_the_stages(micro_data, micro_run, tmp_path):
-    """The table of a dry run speaks of the very modules that are trained and shipped."""
+    """The table of a dry run has the parameters of the modules that are trained."""
     from musiclm_pytorch.pipeline.estimate import estimate_steps
     from musiclm_pytorch.pipeline.pipeline import Pipeline
     from musiclm_pytorch.pretrained.model_folder import load_musiclm
@@ -191,9 +191,6 @@ def test_estimated_parameters_are_those_of_the_stages(micro_data, micro_run, tmp
     audio_lm = load_musiclm(micro_run).audio_lm
     count = {name: sum(p.numel() for p in part.parameters()) for name, part in (("codec", audio_lm.codec),)}
     assert found["codec"].num_parameters == count["codec"]
-    shipped = sum(one.shipped_bytes for one in found.values())
-    files = sum(file.stat().st_size for file in (micro_run / "model").rglob("*.safetensors"))
-    assert 0.9 < shipped / files < 1.05
 
 
 def test_export(musiclm_command, micro_run, tmp_path, capsys):
@@ -260,7 +257,7 @@ BAD_INPUT = {
     ),
     "codec as tokens": (
         "train all --data DATA --out TMP/out --semantic-tokenizer MODEL/codec",
-        "a SemanticTokenizer is needed for semantic-tokenizer, got a SoundStream",
+        "MODEL/codec holds a SoundStream, which is not a semantic tokenizer",
     ),
     "no mulan": ("train all --data DATA --out TMP/out --mulan EMPTY", "EMPTY holds no MuLaN.*bundled models: tiny"),
     "few levels": (
@@ -276,7 +273,10 @@ BAD_INPUT = {
     "out in a file": ("train codec --preset micro --data DATA --out DATA/00.wav/run", "00.wav is a file"),
     "another run": ("train all --data DATA --out RUN", "RUN holds another run.*another --out"),
     "no model": ("generate x --model nobody --out TMP/x.wav", "no model 'nobody': give the folder"),
-    "run without model": ("generate x --model EMPTY --out TMP/x.wav", "EMPTY holds no whole model.*musiclm train all"),
+    "run without model": (
+        "generate x --model EMPTY --out TMP/x.wav",
+        "EMPTY holds no complete model.*musiclm train all",
+    ),
     "model in part": ("generate x --model MODEL --out TMP/x.wav", "MODEL lacks coarse/model.safetensors; copy"),
     "empty text": ("generate | --out TMP/x.wav", "text is empty; describe the music"),
     "negative seconds": ("generate x --seconds -1 --out TMP/x.wav", "--seconds must be above 0 .*-1"),
@@ -301,7 +301,7 @@ BAD_INPUT = {
     "wave in a file": ("generate x --out DATA/00.wav/x.wav", "00.wav is a file"),
     "wave is a folder": ("generate x --out TMP/folder.wav", "folder.wav: it is a folder"),
     "plot suffix": ("generate x --out TMP/new/x.wav --plot TMP/new/x.xyz", "x.xyz: name a file that ends in .png"),
-    "export of nothing": ("export --run EMPTY --out TMP/out", "EMPTY holds no whole model"),
+    "export of nothing": ("export --run EMPTY --out TMP/out", "EMPTY holds no complete model"),
     "export over data": ("export --run RUN --out DATA", "DATA holds something else than a model"),
 }
 

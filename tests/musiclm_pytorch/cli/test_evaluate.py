@@ -241,7 +241,7 @@ def test_a_joint_embedding_is_found_wherever_runs_and_models_have_it(tmp_path):
         assert isinstance(found, PlantedMuLaN) and found.gap == 0.5 and not found.training
     tiny = mulan_named("tiny")
     assert tiny.get_text_latents("a flute").shape == (1, tiny.dim_latent)
-    with pytest.raises(ValueError, match="no joint embedding"):
+    with pytest.raises(ValueError, match="not a joint embedding"):
         mulan_named(str(saved_encoder(tmp_path / "encoder")))
 
 

@@ -16,7 +16,7 @@ import soundfile
 import torch
 
 from audiolm_pytorch.data.shards import TokenShards
-from audiolm_pytorch.saving.files import read_json, write_json
+from audiolm_pytorch.saving.files import read_json
 from audiolm_pytorch.saving.modules import load_module
 from musiclm_pytorch.pipeline.pipeline import STEPS, Pipeline
 from musiclm_pytorch.pretrained.model_folder import PARTS, load_musiclm
@@ -162,15 +162,6 @@ def test_a_damaged_record_of_a_run_is_named(micro_data, micro_run, tmp_path, fil
     (tmp_path / "run" / file).write_text(content)
     with pytest.raises(ValueError, match=f"{file} (must hold a JSON object|is not a JSON file)"):
         list(Pipeline(MICRO, data=micro_data, out=tmp_path / "run").run("codec"))
-
-
-def test_run_of_an_older_release_is_continued(micro_data, micro_run, tmp_path):
-    """A number that presets did not have when a run was begun does not end it."""
-    run = shutil.copytree(micro_run, tmp_path / "run")
-    claim = read_json(run / "run.json")
-    del claim["preset"]["mulan"]["n_fft"]
-    write_json(run / "run.json", claim)
-    assert {report.summary for report in Pipeline(MICRO, data=micro_data, out=run).run()} == {"done before"}
 
 
 def test_corpus_may_move(micro_data, micro_run, tmp_path, monkeypatch):

@@ -11,8 +11,8 @@ from musiclm_pytorch.pipeline import builders
 from musiclm_pytorch.pipeline.presets import PRESETS, Preset, preset_named
 from tests.helpers.micro import MICRO
 
-LANGUAGE_MODELS = ("semantic", "coarse", "fine")
-TRAINED = ("codec", "semantic_tokenizer", "mulan", *LANGUAGE_MODELS)
+STAGES = ("semantic", "coarse", "fine")
+TRAINED = ("codec", "semantic_tokenizer", "mulan", *STAGES)
 every_preset = pytest.mark.parametrize("name", list(PRESETS))
 
 
@@ -36,14 +36,14 @@ def test_preset_fits_together(name):
 def test_preset_can_be_built(name):
     """Every constructor takes the numbers of a preset, with one block instead of many, and the parts fit together."""
     preset = preset_named(name)
-    shallow = {part: replace(getattr(preset, part), depth=1) for part in ("mulan", *LANGUAGE_MODELS)}
+    shallow = {part: replace(getattr(preset, part), depth=1) for part in ("mulan", *STAGES)}
     preset = replace(preset, codec=replace(preset.codec, encoder_depth=1, decoder_depth=1), **shallow)
     preset = replace(preset, semantic_tokenizer=replace(preset.semantic_tokenizer, depth=1, layer=1))
     codec, tokenizer = builders.build_codec(preset), builders.build_semantic_tokenizer(preset)
     encoder = tokenizer.encoder
     quantizer = builders.build_quantizer(preset, builders.build_mulan(preset, ["a tune", "a song"]), 10_000)
-    for stage in LANGUAGE_MODELS:
-        model = builders.build_language_model(preset, stage, codec=codec, tokenizer=tokenizer)
+    for stage in STAGES:
+        model = builders.build_stage(preset, stage, codec=codec, tokenizer=tokenizer)
         assert model.cond_dim == quantizer.dim(stage) and model.namespace == stage
         # without any condition the model reads as many null embeddings as a dropped condition leaves
         assert model.null_tokens == quantizer.num_quantizers
@@ -67,7 +67,7 @@ def test_presets_keep_the_encoder_that_was_measured(name):
     objective, plain = builders.build_semantic_objective(preset, encoder), BestRQ(default)
     assert (objective.start_prob, objective.span_tokens) == (plain.start_prob, plain.span_tokens)
     parts = {"codec": codec, "tokenizer": tokenizer}
-    stages = {stage: builders.build_language_model(preset, stage, **parts).config for stage in ("semantic", "coarse")}
+    stages = {stage: builders.build_stage(preset, stage, **parts).config for stage in ("semantic", "coarse")}
     assert stages["semantic"]["rate_hz"] == stages["coarse"]["semantic_rate_hz"] == "25"
 
 
@@ -134,7 +134,7 @@ def test_language_models_of_every_rate_fit_the_tokens(sample_hz, token_hz):
     lengths = {kind: torch.full((2,), count) for kind, count in num_samples.items()}
     tokens = tokenize(waves, lengths, tokenizer, codec)
     parts = {"codec": codec, "tokenizer": tokenizer}
-    stages = {stage: builders.build_language_model(preset, stage, **parts) for stage in LANGUAGE_MODELS}
+    stages = {stage: builders.build_stage(preset, stage, **parts) for stage in STAGES}
     for stage, model in stages.items():
         check_compatible(model, tokenizer, codec)
         rates_hz = {stream.name: stream.rate_hz for stream in model.layout.streams}
@@ -153,16 +153,13 @@ def test_language_models_are_of_the_parts_and_not_of_the_preset():
         semantic_preset(24000, 50), codec=replace(MICRO.codec, hop_samples=400, codebook_size=20, num_quantizers=5)
     )
     codec, tokenizer = builders.build_codec(others), builders.build_semantic_tokenizer(others)
-    stages = {
-        stage: builders.build_language_model(MICRO, stage, codec=codec, tokenizer=tokenizer).config
-        for stage in LANGUAGE_MODELS
-    }
+    stages = {stage: builders.build_stage(MICRO, stage, codec=codec, tokenizer=tokenizer).config for stage in STAGES}
     assert stages["semantic"]["rate_hz"] == stages["coarse"]["semantic_rate_hz"] == "50"
     assert stages["coarse"]["rate_hz"] == stages["fine"]["rate_hz"] == "40"
     assert stages["coarse"]["codebook_size"] == stages["fine"]["codebook_size"] == 20
     assert (stages["coarse"]["num_coarse_quantizers"], stages["fine"]["num_fine_quantizers"]) == (1, 2)
     with pytest.raises(ValueError, match="models 5 levels of codes, and the codec has 3; give a codec with more"):
-        builders.build_language_model(others, "fine", codec=builders.build_codec(MICRO), tokenizer=tokenizer)
+        builders.build_stage(others, "fine", codec=builders.build_codec(MICRO), tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize(("sample_hz", "token_hz"), [(22050, 25), (16000, 30), (16000, 0)])

@@ -21,8 +21,8 @@ from musiclm_pytorch.mulan import JointEmbedding
 from musiclm_pytorch.pipeline.builders import build_codec, build_mulan, build_semantic_tokenizer
 from musiclm_pytorch.pipeline.estimate import estimate, estimate_steps
 from musiclm_pytorch.pipeline.pipeline import STEPS, Pipeline
-from musiclm_pytorch.pipeline.pretrained_parts import check_pretrained, exact_dtype, is_a
-from musiclm_pytorch.pretrained.model_folder import export_musiclm, load_musiclm
+from musiclm_pytorch.pipeline.pretrained_parts import check_pretrained
+from musiclm_pytorch.pretrained.model_folder import exact_dtype, export_musiclm, load_musiclm
 from tests.helpers.micro import MICRO, WORDS, write_clips
 
 PRETRAINED = ("codec", "semantic-tokenizer", "mulan")
@@ -127,7 +127,7 @@ def test_a_run_belongs_to_its_given_parts(parts, pretrained_run, micro_data, mic
     for message, (folder, given) in others.items():
         with pytest.raises(ValueError, match=f"holds another run .*{message}"):
             list(Pipeline(MICRO, data=micro_data, out=folder, pretrained=given).run())
-    assert "pretrained" not in read_json(micro_run / "run.json")
+    assert set(read_json(micro_run / "run.json")["pretrained"].values()) == {"none"}
 
 
 def test_a_given_mulan_needs_no_captions_and_comes_when_it_is_needed(parts, tmp_path):
@@ -153,7 +153,7 @@ def test_dry_run_counts_given_parts_as_nothing(parts, micro_data, tmp_path):
     for stage in PRETRAINED:
         assert (found[stage].num_parameters, found[stage].num_tokens, found[stage].seconds) == (0, 0, 0)
         # float32, as they must not be rounded
-        assert found[stage].shipped_bytes >= sum(4 * weight.numel() for weight in parts[stage].parameters()) > 0
+        assert found[stage].disk_bytes >= sum(4 * weight.numel() for weight in parts[stage].parameters()) > 0
     # 10 clips of a second
     assert found["tokens"].num_tokens == 10 * (40 * 5 + 50) and own["tokens"].num_tokens == 10 * (50 * 3 + 25)
     # 12 steps of 4 crops of a second, one coarse level of the preset's
@@ -161,13 +161,6 @@ def test_dry_run_counts_given_parts_as_nothing(parts, micro_data, tmp_path):
     assert found["semantic"].num_parameters < own["semantic"].num_parameters
     table = estimate(pipeline)
     assert table.count("  pretrained\n") == 3 and not (tmp_path / "run").exists()
-
-
-def test_estimated_size_is_that_of_the_model(parts, pretrained_run, micro_data, tmp_path):
-    """The table of a dry run speaks of the files of a model with exact parts."""
-    stages = estimate_steps(Pipeline(MICRO, data=micro_data, out=tmp_path / "run", pretrained=parts))
-    files = sum(file.stat().st_size for file in (pretrained_run[0] / "model").rglob("*.safetensors"))
-    assert 0.9 < sum(one.shipped_bytes for one in stages) / files < 1.05
 
 
 class Unregistered(Codec):
@@ -209,7 +202,7 @@ def test_parts_that_do_not_fit_are_refused_before_anything_is_trained(parts, mic
 
 def test_results_of_another_kind_are_refused(parts, pretrained_run, micro_data, tmp_path):
     """A codec has all the names of a semantic tokenizer, and yet is none: not in a run's folder, nor in a model's."""
-    assert is_a(parts["codec"], Codec) and not is_a(parts["codec"], SemanticTokenizer)
+    assert not isinstance(parts["codec"], SemanticTokenizer)
     out = shutil.copytree(pretrained_run[0], tmp_path / "run")
     for wrong in (out / "semantic-tokenizer" / "model", out / "model" / "semantic_tokenizer"):
         shutil.rmtree(wrong)
