@@ -36,6 +36,9 @@ _BYTES_PER_PARAMETER = 12 + 8 + 4
 _BYTES_PER_TOKEN = 2
 _FORWARD_SHARE = 1 / 3  # share of the forward pass in a training step
 
+# A module, the tokens in a second of audio, and the loss on random crops: loss(number of crops, seconds)
+_Training = tuple[nn.Module, float, Callable[[int, float], Tensor]]
+
 
 @dataclass(frozen=True)
 class StepEstimate:
@@ -55,7 +58,7 @@ def estimate(pipeline: Pipeline, step: str = "all") -> str:
     sums = {name: sum(getattr(row, name) for row in rows) for name in ("num_parameters", "num_tokens", "disk_bytes")}
     lines = [f"{'step':20}{'parameters':>12}{'tokens':>15}{'disk':>14}{'time':>12}"]
     for row in [*rows, StepEstimate("total", **sums, seconds=sum(row.seconds for row in rows))]:
-        duration = f"{row.seconds / 60:,.1f} min" if row.seconds < 7200 else f"{row.seconds / 3600:,.1f} h"
+        duration = _duration(row.seconds)
         if row.step in STEPS and pipeline.is_done(row.step):
             duration = "done"
         elif row.step in pipeline.pretrained:
@@ -117,54 +120,66 @@ class _Probe:
         num_tokens = round(num_crops * run.seconds * token_hz)
         return StepEstimate(step, num_parameters, num_tokens, num_parameters * _BYTES_PER_PARAMETER, seconds)
 
-    def _training(self, step: str) -> tuple[nn.Module, float, Callable[[int, float], Tensor]]:
-        """The module that a step trains, its tokens a second, and its loss on random crops (number, seconds)."""
-        if step == "codec":
-            codec = self.codec.train()
-            mel_loss = MultiScaleMelLoss(codec.target_sample_hz).to(self.device)
+    def _training(self, step: str) -> _Training:
+        match step:
+            case "codec":
+                return self._codec_training()
+            case "semantic-tokenizer":
+                return self._semantic_training()
+            case "mulan":
+                return self._mulan_training()
+            case _:
+                return self._stage_training(step)
 
-            def codec_loss(batch: int, seconds: float) -> Tensor:
-                wave = self._wave(batch, seconds, codec.target_sample_hz)
-                output = codec(wave)
-                return mel_loss(output.wave, wave[:, None]) + output.commitment_loss
+    def _codec_training(self) -> _Training:
+        codec = self.codec.train()
+        mel_loss = MultiScaleMelLoss(codec.target_sample_hz).to(self.device)
 
-            return codec, _frame_hz(codec) * codec.num_quantizers, codec_loss
-        if step == "semantic-tokenizer":
-            encoder = build_semantic_encoder(self.preset)
-            objective = build_semantic_objective(self.preset, encoder).to(self.device)
-            token_hz = self.preset.semantic_tokenizer.token_hz
-            return (
-                objective,
-                token_hz,
-                lambda batch, seconds: objective(self._wave(batch, seconds, encoder.sample_hz)).loss,
-            )
-        if step == "mulan":
-            mulan, captions = self.mulan.train(), self.pipeline.captions
-            patch_hz = 100 / 16 * self.preset.mulan.num_mels / 16  # 16 hops of 10 ms by 16 mel bands
-            return (
-                mulan,
-                patch_hz,
-                lambda batch, seconds: mulan(
-                    self._wave(batch, seconds, mulan.sample_hz), [captions[n % len(captions)] for n in range(batch)]
-                ),
-            )
-        transformer = build_stage(self.preset, step, codec=self.codec, tokenizer=self.tokenizer).to(self.device)
-        predicted = transformer.layout.predicted
-        token_hz = sum(stream.num_levels * float(stream.exact_hz) for stream in predicted)
-        return transformer, token_hz, lambda batch, seconds: self._stage_loss(transformer, batch, seconds)
+        def loss(batch: int, seconds: float) -> Tensor:
+            wave = self._wave(batch, seconds, codec.target_sample_hz)
+            output = codec(wave)
+            return mel_loss(output.wave, wave[:, None]) + output.commitment_loss
 
-    def _stage_loss(self, transformer: Any, batch: int, seconds: float) -> Tensor:
-        semantic, acoustic = (max(1, int(seconds * _frame_hz(part))) for part in (self.tokenizer, self.codec))
-        shape = (batch, acoustic, self.codec.num_quantizers)
-        tokens = {
-            "semantic": torch.randint(self.tokenizer.codebook_size, (batch, semantic), device=self.device),
-            "acoustic": torch.randint(self.codec.codebook_size, shape, device=self.device),
-        }
-        embeddings = torch.randn(batch, transformer.null_tokens, transformer.cond_dim, device=self.device)
-        mask = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=self.device)
-        conditions = Conditions(codes=ConditionTensor(embeddings, mask))
-        loss: Tensor = transformer(transformer.packed(AudioTokens(tokens, {})), conditions).loss
-        return loss
+        return codec, _frame_hz(codec) * codec.num_quantizers, loss
+
+    def _semantic_training(self) -> _Training:
+        encoder = build_semantic_encoder(self.preset)
+        objective = build_semantic_objective(self.preset, encoder).to(self.device)
+
+        def loss(batch: int, seconds: float) -> Tensor:
+            return objective(self._wave(batch, seconds, encoder.sample_hz)).loss
+
+        return objective, self.preset.semantic_tokenizer.token_hz, loss
+
+    def _mulan_training(self) -> _Training:
+        mulan, captions = self.mulan.train(), self.pipeline.captions
+
+        def loss(batch: int, seconds: float) -> Tensor:
+            texts = [captions[number % len(captions)] for number in range(batch)]
+            result: Tensor = mulan(self._wave(batch, seconds, mulan.sample_hz), texts)
+            return result
+
+        # patches of 16 hops of 10 ms by 16 mel bands
+        return mulan, 100 / 16 * self.preset.mulan.num_mels / 16, loss
+
+    def _stage_training(self, stage: str) -> _Training:
+        codec, tokenizer, dim = self.codec, self.tokenizer, getattr(self.preset, stage).dim
+        transformer = build_stage(self.preset, stage, codec=codec, tokenizer=tokenizer).to(self.device)
+
+        def loss(batch: int, seconds: float) -> Tensor:
+            semantic = (batch, max(1, int(seconds * _frame_hz(tokenizer))))
+            acoustic = (batch, max(1, int(seconds * _frame_hz(codec))), codec.num_quantizers)
+            tokens = {
+                "semantic": torch.randint(tokenizer.codebook_size, semantic, device=self.device),
+                "acoustic": torch.randint(codec.codebook_size, acoustic, device=self.device),
+            }
+            embeddings = torch.randn(batch, self.preset.quantizer.num_quantizers, dim, device=self.device)
+            mask = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=self.device)
+            conditions = Conditions(codes=ConditionTensor(embeddings, mask))
+            return transformer(transformer.packed(AudioTokens(tokens, {})), conditions).loss
+
+        token_hz = sum(stream.num_levels * float(stream.exact_hz) for stream in transformer.layout.predicted)
+        return transformer, token_hz, loss
 
     @torch.no_grad()
     def _encoding(self, step: str) -> StepEstimate:
@@ -212,7 +227,7 @@ def _seconds_per_crop(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
 
-    seconds = min(_timed(lambda: backward(1), device) for _ in range(2))
+    seconds = _timed(lambda: backward(1), device)  # includes the start-up of the first call
     batch = min(run.batch_size, int(_BATCH_SECONDS / seconds))
     if batch > 1:
         seconds = min(_timed(lambda: backward(batch), device) for _ in range(3)) / batch
@@ -233,3 +248,9 @@ def _frame_hz(tokenizer: Any) -> float:
 
 def _num_bytes(module: nn.Module) -> int:
     return sum(weight.numel() * weight.element_size() for weight in weights_of(module).values())
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
