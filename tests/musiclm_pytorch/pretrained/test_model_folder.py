@@ -146,8 +146,8 @@ def test_parts_of_different_models_are_refused(model, tmp_path, part, kind, stag
     known = read_json(model / stage / "config.json")["config"]["token_fingerprints"][kind]
     assert load_module(model / part).fingerprint() == known
     other = exchange(model, part)
-    made = "codes of conditions" if kind == "conditioner" else f"{kind} tokens"
-    message = f"do not make a model: the {made} .* {stage} transformer was trained on {known}, .* here is {other}"
+    codes = "conditioning codes" if kind == "conditioner" else f"{kind} tokens"
+    message = f"do not make a model: the {codes} .* {stage} transformer was trained with {known}, .* is {other}"
     with pytest.raises(ValueError, match=message):
         load_musiclm(model)
     with pytest.raises(ValueError, match=message):
