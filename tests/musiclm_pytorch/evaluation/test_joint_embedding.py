@@ -22,8 +22,8 @@ def metrics_of(clips) -> dict:
     return {metric.name: metric for metric in joint_embedding_metrics(clips)}
 
 
-def test_a_model_that_understands_everything_has_full_marks(tmp_path):
-    """Every measure at its best, each beside chance, with an interval that holds it."""
+def test_metrics_of_a_perfect_model(tmp_path):
+    """Every metric has its best value, with chance and an interval that contains it."""
     metrics = metrics_of(embed_clips(PlantedMuLaN(), planted_items(tmp_path)))
     for direction in ("text to audio", "audio to text"):
         assert metrics[f"retrieval / {direction} / R@1"].value == metrics[f"retrieval / {direction} / mAP"].value == 1
@@ -41,8 +41,8 @@ def test_a_model_that_understands_everything_has_full_marks(tmp_path):
     assert all(metric.low <= metric.value + 1e-9 and metric.value <= metric.high + 1e-9 for metric in metrics.values())
 
 
-def test_a_model_that_confuses_instruments_fails_there_alone(tmp_path):
-    """Flute, cello and organ sound like each other in turn: nothing is found by instrument, all by tempo and drums."""
+def test_metrics_of_a_model_that_confuses_instruments(tmp_path):
+    """Nothing is found by instrument, everything by tempo and drums."""
     heard = {"flute": "cello", "cello": "organ", "organ": "flute"}
     metrics = metrics_of(embed_clips(PlantedMuLaN(), planted_items(tmp_path, heard)))
     assert metrics["retrieval / text to audio / R@1"].value == metrics["retrieval / audio to text / R@1"].value == 0
@@ -52,8 +52,8 @@ def test_a_model_that_confuses_instruments_fails_there_alone(tmp_path):
         assert metrics[f"top clip / {label} / balanced accuracy"].value == accuracy
 
 
-def test_captions_of_several_clips_are_asked_once_and_any_clip_is_right(tmp_path):
-    """Two clips of every caption: twelve questions of two right answers, and twelve answers, of which one is right."""
+def test_captions_of_several_clips_are_one_query(tmp_path):
+    """Two clips per caption: twelve queries with two right clips, and twelve candidates with one right caption."""
     clips = embed_clips(PlantedMuLaN(), planted_items(tmp_path, copies=2))
     assert clips.relevant.shape == (12, 24) and clips.relevant.sum(dim=1).tolist() == [2] * 12
     metrics = metrics_of(clips)
@@ -62,8 +62,8 @@ def test_captions_of_several_clips_are_asked_once_and_any_clip_is_right(tmp_path
     assert found.chance == pytest.approx(2 / 24) and back.chance == pytest.approx(1 / 12)
 
 
-def test_clips_without_captions_are_found_by_mistake_only(tmp_path):
-    """They take part in the search and in tagging, but ask nothing; several captions of a clip all ask."""
+def test_clips_without_captions_are_candidates_only(tmp_path):
+    """They are ranked and tagged, but are no queries; each of several captions of a clip is a query."""
     items = planted_items(tmp_path)
     items[0] = replace(items[0], caption=None)
     items[1] = replace(items[1], labels={**items[1].labels, "captions": ["slow flute without drums at all", " "]})
@@ -75,7 +75,7 @@ def test_clips_without_captions_are_found_by_mistake_only(tmp_path):
 
 
 def test_labels_alone_are_enough(tmp_path):
-    """Without captions the prompts of the first label are searched for; without labels there is only retrieval."""
+    """Without captions the prompts of the first label are the queries; without labels there is only retrieval."""
     items = [replace(item, caption=None) for item in planted_items(tmp_path)]
     clips = embed_clips(PlantedMuLaN(), items)
     assert clips.texts == ["cello", "flute", "organ"] and not clips.are_captions
@@ -96,8 +96,8 @@ def test_clips_of_unequal_lengths_keep_their_places(tmp_path):
     assert torch.allclose(clips.similarities, reverse.similarities.flip(0, 1), atol=1e-6)
 
 
-def test_a_broken_model_is_named(tmp_path):
-    """NaN is an error, not a metric."""
+def test_nan_is_an_error(tmp_path):
+    """The message names the inputs."""
     items = planted_items(tmp_path)
     with pytest.raises(ValueError, match="NaN or infinity for texts"):
         embed_clips(PlantedMuLaN(gap=math.nan), items)
@@ -122,8 +122,8 @@ def test_chance_of_top_clips_is_that_of_random_clips():
     assert top_clip_metrics("t", similarities[:3], relevant[:3], [test]) == []
 
 
-def test_items_of_a_folder_are_the_held_out_ones(tmp_path):
-    """valid.jsonl decides; a limit chooses by seed, in order; a limit below two is refused."""
+def test_held_out_items_of_a_folder(tmp_path):
+    """valid.jsonl is used; a limit draws by seed and keeps the order; a limit below two is an error."""
     items = planted_items(tmp_path)
     for name, chosen in (("train", items), ("valid", items[2:10])):
         lines = [json.dumps({"audio": item.path.name, "caption": item.caption, **item.labels}) for item in chosen]
@@ -156,7 +156,7 @@ def test_texts_and_clips_are_ordered_by_a_label(tmp_path):
 
 
 def test_the_plot_shows_what_is_measured(tmp_path):
-    """Plots of a model that understands and of one that does not differ, and so do plots by another label."""
+    """Plots of two models differ, and so do plots by another label."""
     imread = pytest.importorskip("matplotlib.image").imread
     items = planted_items(tmp_path)
     clips = embed_clips(PlantedMuLaN(), items)

@@ -32,8 +32,8 @@ def test_melody_similarity_finds_a_shifted_copy_and_not_another_tune():
     assert new < 0.5
 
 
-def test_novelty_tells_copies_from_new_clips():
-    """Generations that repeat training clips are reported nearer than real ones, others are not."""
+def test_novelty_of_copies_and_of_new_clips():
+    """Copies of training clips are nearer than real clips, new clips are not."""
     generator = torch.Generator().manual_seed(0)
     training, held_out, new = (torch.randn(40, 16, generator=generator) for _ in range(3))
     real = nearest_similarity(held_out, training)

@@ -16,8 +16,8 @@ from musiclm_pytorch.evaluation.report import (
 )
 
 
-def test_balanced_accuracy_gives_constant_answers_chance():
-    """Answering the frequent class always is worth no more than guessing, though its accuracy is high."""
+def test_balanced_accuracy_of_constant_answers_is_chance():
+    """The frequent class as constant answer has a high accuracy, but no balanced accuracy above chance."""
     truth = ["no"] * 90 + ["yes"] * 10
     metric = accuracy_metric("drums", truth, ["no"] * 100)
     assert (metric.value, metric.chance, metric.count) == (0.9, 0.5, 100)
@@ -25,7 +25,7 @@ def test_balanced_accuracy_gives_constant_answers_chance():
 
 
 def test_bootstrap_interval_is_that_of_the_binomial():
-    """The interval of a share has the width that theory gives, holds the share, and is the same on every run."""
+    """The interval has the width of theory, contains the share, and is deterministic."""
     hits = np.arange(400) % 4 == 0
     low, high = bootstrap_interval(lambda chosen: float(hits[chosen].mean()), 400)
     half = 1.96 * math.sqrt(0.25 * 0.75 / 400)

@@ -6,8 +6,8 @@ import torch
 from musiclm_pytorch.evaluation.retrieval import relevance_of, retrieval
 
 
-def test_retrieval_of_perfect_and_hopeless_models():
-    """Identity similarities retrieve everything, reversed ones nothing, and equal ones count as failures."""
+def test_retrieval_of_perfect_reversed_and_constant_models():
+    """Perfect similarities retrieve everything, reversed and constant ones nothing."""
     captions = [f"clip {i}" for i in range(20)]
     relevant = relevance_of(captions)
     perfect = {metric.name: metric for metric in retrieval(torch.eye(20), relevant).metrics("t")}
@@ -18,7 +18,7 @@ def test_retrieval_of_perfect_and_hopeless_models():
 
 
 def test_retrieval_counts_any_clip_with_the_same_caption():
-    """A caption that two clips share is right when it finds either, and precision averages over both."""
+    """Both clips of a caption are right, and precision averages over both."""
     relevant = relevance_of(["same", "same", "other"])
     similarities = torch.tensor([[0.1, 0.9, 0.5], [0.1, 0.9, 0.5], [0.0, 0.2, 0.1]])
     result = retrieval(similarities, relevant)
@@ -26,7 +26,7 @@ def test_retrieval_counts_any_clip_with_the_same_caption():
     assert np.allclose(result.average_precisions, [(1 + 2 / 3) / 2, (1 + 2 / 3) / 2, 1 / 2])
 
 
-def test_retrieval_chance_is_what_random_orders_give():
+def test_retrieval_chance_is_that_of_random_orders():
     """Chance levels, with shared captions, are the averages over random similarities."""
     captions = [f"caption {i // 2}" if i < 6 else f"caption {i}" for i in range(15)]
     relevant = relevance_of(captions)

@@ -50,7 +50,7 @@ def test_balanced_accuracy_is_that_of_scikit_learn(rng):
 
 
 def test_perfect_reversed_and_constant_models():
-    """One, nought, and exactly chance where all prompts are alike, though one class is frequent."""
+    """One, zero, and chance for equal prompts, even if one class is frequent."""
     truth = torch.tensor([0] * 9 + [1, 2, 2])
     perfect = torch.nn.functional.one_hot(truth, 3).float()
     assert (tag_scores(perfect, truth).auc, tag_scores(perfect, truth).balanced_accuracy) == (1.0, 1.0)
@@ -59,8 +59,8 @@ def test_perfect_reversed_and_constant_models():
     assert constant.auc == 0.5 and constant.balanced_accuracy == pytest.approx(1 / 3)
 
 
-def test_clips_of_unknown_class_take_no_part():
-    """A truth of -1 changes nothing, whatever is similar to what."""
+def test_clips_of_unknown_class_are_left_out():
+    """Clips with truth -1 change nothing."""
     similarities, truth = torch.randn(20, 2), torch.arange(20) % 2
     more = torch.cat([100 * torch.randn(5, 2), similarities])
     assert tag_scores(more, torch.cat([torch.full((5,), -1), truth])) == tag_scores(similarities, truth)
@@ -76,14 +76,14 @@ def test_clips_of_unknown_class_take_no_part():
         (torch.zeros(4, 2), torch.tensor([0, 1, 1])),
     ],
 )
-def test_what_cannot_be_scored_is_refused(similarities, truth):
+def test_invalid_scores_are_an_error(similarities, truth):
     """One class alone, a class without a prompt, NaN and wrong shapes are errors, not metrics."""
     with pytest.raises(ValueError, match="classes"):
         tag_scores(similarities, truth)
 
 
 def test_labels_that_describe_are_tags_and_others_are_not():
-    """Texts and truth values that recur; no numbers, lists, names of single clips, or labels with one value."""
+    """Texts and booleans that recur; no numbers, lists, names of single clips, or labels with one value."""
     rows = [
         {"instrument": "flute", "drums": True, "chords": None, "bpm": 90.5, "tune": "a", "set": "x", "tags": ["a"]},
         {"instrument": "cello", "drums": False, "chords": "piano", "bpm": 120, "tune": "b", "set": "x", "tags": ["b"]},
@@ -102,14 +102,14 @@ def test_labels_that_describe_are_tags_and_others_are_not():
 
 
 def test_labels_that_cannot_be_written_are_no_tags():
-    """JSON may hold half of a surrogate pair, which neither tokenizers nor reports take."""
+    """JSON may hold half of a surrogate pair, which tokenizers and reports cannot encode."""
     half = chr(0xD800)
     kinds = [{"mood": half, half: "calm", "key": "C"}, {"mood": "calm", half: "wild", "key": "D"}]
     assert list(tag_labels(items_of(*kinds, *kinds))) == ["key"]
 
 
-def test_prompts_are_words_for_values():
-    """Truth values and "none" become with and without; templates hold values that need a sentence."""
+def test_prompts_of_values():
+    """Booleans and "none" become with and without; templates are used for values that need a sentence."""
     assert tag_prompts("drums", ["no", "yes"]) == ["music without drums", "music with drums"]
     assert tag_prompts("chords", ["none", "piano chords"]) == ["music without chords", "piano chords"]
     assert tag_prompts("instrument", ["music_box"]) == ["music box"]
@@ -118,7 +118,7 @@ def test_prompts_are_words_for_values():
 
 
 class Words(JointEmbedding):
-    """A text lies on the axes of the words that it holds."""
+    """The latent of a text is on the axes of its words."""
 
     axes = ("flute", "cello", "with", "without")
 
@@ -133,8 +133,8 @@ class Words(JointEmbedding):
         return torch.nn.functional.normalize(torch.tensor(rows), dim=-1)
 
 
-def test_a_model_that_understands_the_prompts_has_full_marks():
-    """From a manifest to scores: what a clip is, is what its prompt says; a label that misleads has none."""
+def test_scores_of_a_model_that_knows_the_prompts():
+    """From a manifest to scores; a label without relation to the clips has chance."""
     rows = [{"instrument": ("flute", "cello")[i % 2], "drums": i % 3 == 0, "odd": i < 6} for i in range(12)]
     latents = torch.zeros(12, 4)
     for row, own in zip(latents, rows):

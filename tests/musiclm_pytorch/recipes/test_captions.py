@@ -42,8 +42,8 @@ def test_held_out_wordings_are_never_used_in_training() -> None:
     assert not set(HELD_OUT.solo) & set(TRAINING.solo)
 
 
-def test_held_out_words_are_known_words_in_new_combinations() -> None:
-    """Tempo phrases held out may only recombine words of training: otherwise the test asks for words never read."""
+def test_held_out_phrases_recombine_training_words() -> None:
+    """Held-out tempo phrases have only words of training phrases; otherwise they would test unknown words."""
 
     def words(wordings: Wordings) -> set[str]:
         phrases = [
@@ -55,7 +55,7 @@ def test_held_out_words_are_known_words_in_new_combinations() -> None:
 
 
 def test_caption_variants_are_distinct_deterministic_and_well_formed() -> None:
-    """Repeated captions, unfilled slots or a wrong article would be learnt as they stand."""
+    """No caption is repeated, has an unfilled slot or a wrong article."""
     for held_out in (False, True):
         captions = caption_variants(LABELS, Random(3), 30, held_out=held_out)
         assert captions == caption_variants(LABELS, Random(3), 30, held_out=held_out)
@@ -68,8 +68,8 @@ def test_caption_variants_are_distinct_deterministic_and_well_formed() -> None:
     assert not any("a accordion" in caption for caption in accordion)
 
 
-def test_solo_is_said_only_of_solos() -> None:
-    """ "solo" in the caption of an accompanied clip teaches the wrong meaning of the word."""
+def test_only_solos_are_called_solo() -> None:
+    """The captions of accompanied clips do not contain the word."""
     solo = ("solo", "alone", "unaccompanied", "by itself", "no accompaniment", "no other")
     for held_out in (False, True):
         accompanied = caption_variants(LABELS, Random(1), 80, held_out=held_out)
@@ -80,7 +80,7 @@ def test_solo_is_said_only_of_solos() -> None:
 
 
 def test_captions_never_contradict_the_tempo() -> None:
-    """A word for another tempo in a caption would be a false label; "neither fast nor slow" is the only exception."""
+    """No caption has a word for another tempo, except for "neither fast nor slow"."""
     slow = caption_variants(LABELS | {"tempo": "slow"}, Random(5), 100)
     fast = caption_variants(LABELS, Random(5), 100)
     assert not any(word in caption for word in ("fast", "quick", "brisk", "lively", "medium") for caption in slow)
@@ -88,7 +88,7 @@ def test_captions_never_contradict_the_tempo() -> None:
 
 
 def test_partial_labels_give_partial_captions() -> None:
-    """A user who labels only instruments must still get captions, and nothing invented."""
+    """Labels of instruments alone are enough, and no other attribute is mentioned."""
     captions = caption_variants({"instrument": "piano"}, Random(0), 5)
     assert len(captions) == 5
     assert all("piano" in caption for caption in captions)
@@ -101,14 +101,14 @@ def test_partial_labels_give_partial_captions() -> None:
     ("labels", "count", "message"),
     [({"instrument": "kazoo"}, 1, "kazoo"), (LABELS, 0, "count"), ({"dance": "jig"}, 1, "no template fits")],
 )
-def test_caption_variants_refuse_what_they_cannot_say(labels: dict, count: int, message: str) -> None:
-    """An unknown value must be named, not fall through as a KeyError."""
+def test_captions_of_unknown_values_are_an_error(labels: dict, count: int, message: str) -> None:
+    """The message names the unknown value."""
     with pytest.raises(ValueError, match=message):
         caption_variants(labels, Random(0), count)
 
 
 def test_most_captions_name_the_instrument_and_most_attributes() -> None:
-    """A corpus of bare captions would teach the text tower too little: 200 clips, 6 standard errors of slack."""
+    """Shares over 200 clips, with a tolerance of 6 standard errors."""
     rows = [plan_clip("train", index, seed=7).row for index in range(200)]
     captions = [caption for row in rows for caption in row["captions"]]
     named = sum(

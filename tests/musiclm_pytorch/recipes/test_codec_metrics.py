@@ -55,8 +55,8 @@ class LevelCodec(Codec):
         return ((codes[..., 0] * 256 + low - 32_768) / 32_767)[:, None, :num_samples]
 
 
-def test_a_clear_codec_is_harmless_and_a_dead_one_useless(classifier):
-    """The table knows transparent from dead, and the unquantized copy is the zero of every distance."""
+def test_metrics_of_transparent_coarse_and_silent_copies(classifier):
+    """The unquantized copy has distance 0, a silent copy has the accuracy of a constant answer."""
     waves, truth = tones(8, seed=5)
     copies = [*codec_copies(LevelCodec(), waves, (None, 1)), Copy("dead", torch.zeros_like(waves), 1.0)]
     real, same, clear, coarse, dead = measure_copies(classifier, waves, SAMPLE_HZ, truth, copies, SAMPLE_HZ)
@@ -73,7 +73,7 @@ def test_a_clear_codec_is_harmless_and_a_dead_one_useless(classifier):
 
 
 def test_kept_is_the_ratio_of_the_accuracies(classifier):
-    """If the classifier errs on real clips already, a copy is measured by what was right there, clip by clip."""
+    """The share is paired by clip: wrong answers on real clips do not count against the copy."""
     waves, truth = tones(8, seed=5)
     truth = {"instrument": ["flute"] * 8}
     real, copy = measure_copies(classifier, waves, SAMPLE_HZ, truth, [Copy("copy", waves)], SAMPLE_HZ)
@@ -84,7 +84,7 @@ def test_kept_is_the_ratio_of_the_accuracies(classifier):
 
 
 def test_table_and_report(classifier, tmp_path):
-    """One line a copy with intervals; the JSON holds every metric and the table lies beside it."""
+    """One line per copy with intervals; the JSON file has every metric, the markdown file the table."""
     waves, truth = tones(4, seed=5)
     measured = measure_copies(classifier, waves, SAMPLE_HZ, truth, codec_copies(LevelCodec(), waves), SAMPLE_HZ)
     table = copies_table(measured)
@@ -99,8 +99,8 @@ def test_table_and_report(classifier, tmp_path):
 
 @needs_opus
 @pytest.mark.parametrize(("sample_hz", "channels"), [(16000, 1), (24000, 1), (44100, 2)])
-def test_opus_is_in_step(sample_hz, channels):
-    """The copy is as long as the original, and at no shift is it more alike."""
+def test_opus_is_aligned(sample_hz, channels):
+    """The copy has the length of the original and its best correlation at shift 0."""
     time = np.arange(sample_hz + 123) / sample_hz
     sweep = 0.3 * np.sin(2 * np.pi * (200 * time + 900 * time**2)) * (0.6 + 0.4 * np.sin(2 * np.pi * 5 * time))
     wave = torch.from_numpy(np.stack([sweep] * channels)).float()
@@ -113,8 +113,8 @@ def test_opus_is_in_step(sample_hz, channels):
 
 
 @needs_opus
-def test_opus_spends_what_is_asked_for():
-    """The bits of the packets make about the bitrate asked for, without the container's overhead; more bits, nearer."""
+def test_opus_has_the_requested_bitrate():
+    """The packets have about the requested bitrate; a higher bitrate has a smaller distance."""
     wave = 0.2 * torch.randn(1, 2 * SAMPLE_HZ)
     few, many = opus_copies(wave, SAMPLE_HZ, SAMPLE_HZ, (8.0, 64.0))
     assert 5 < few.kbps < 14 and 45 < many.kbps < 80
@@ -128,7 +128,7 @@ def test_opus_spends_what_is_asked_for():
 
 
 def test_opus_needs_its_programs(monkeypatch, tmp_path):
-    """What must be installed is named."""
+    """The message names the package to install."""
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match="opusenc and opusdec not found; .* apt-get install opus-tools"):
         opus_copy(torch.zeros(1, 100), SAMPLE_HZ, 8)

@@ -49,8 +49,8 @@ def classifier() -> AttributeClassifier:
     return AttributeClassifier.fit(features(waves, SAMPLE_HZ), labels, features)
 
 
-def test_classifier_names_instrument_and_tempo_of_unheard_tones(classifier):
-    """The classifier learns timbre and tempo, and answers for clips it was not fitted on, at another rate too."""
+def test_classifier_finds_instrument_and_tempo_of_new_tones(classifier):
+    """Timbre and tempo of clips that it was not fitted to, also at another sample rate."""
     waves, labels = tones(12, seed=1)
     assert classifier.predict(waves, SAMPLE_HZ) == labels
     other_rate = torch.nn.functional.interpolate(waves[:, None], scale_factor=2, mode="linear")[:, 0]
@@ -61,7 +61,7 @@ def test_classifier_names_instrument_and_tempo_of_unheard_tones(classifier):
 
 
 def test_classifier_agrees_with_scikit_learn():
-    """Weights copied out of scikit-learn give its own probabilities, for two classes (one row there) and for three."""
+    """Equal probabilities, for two classes (one row of weights in scikit-learn) and for three."""
     from sklearn.linear_model import LogisticRegression
 
     generator = torch.Generator().manual_seed(0)
@@ -77,8 +77,8 @@ def test_classifier_agrees_with_scikit_learn():
         assert np.allclose(own.numpy(), oracle.predict_proba(inputs), atol=1e-4)
 
 
-def test_classifier_is_saved_without_pickle_and_answers_the_same(classifier, tmp_path):
-    """A saved classifier is safetensors and JSON only, and gives the same probabilities after loading."""
+def test_classifier_is_saved_without_pickle(classifier, tmp_path):
+    """Safetensors and JSON alone, with equal probabilities after loading."""
     save_module(classifier, tmp_path / "classifier")
     assert {path.suffix for path in (tmp_path / "classifier").iterdir()} == {".safetensors", ".json"}
     waves, _ = tones(4, seed=2)
@@ -88,7 +88,7 @@ def test_classifier_is_saved_without_pickle_and_answers_the_same(classifier, tmp
 
 
 def test_features_ignore_level_and_inaudible_noise_and_other_rows():
-    """Scaling changes nothing, noise 60 dB below the music hardly anything, and the rest of the batch nothing."""
+    """Scaling and the other rows change nothing, noise 60 dB below the music almost nothing."""
     waves, _ = tones(3, seed=3)
     features = ClipFeatures()
     inputs = features(waves)
@@ -100,8 +100,8 @@ def test_features_ignore_level_and_inaudible_noise_and_other_rows():
     assert (features(waves + faint) - inputs).norm() < 0.05 * spread
 
 
-def test_features_of_silence_are_finite_and_bad_waves_are_refused():
-    """A model that generates silence or NaN gets a low score or a clear error, never NaN metrics."""
+def test_features_of_silence_are_finite_and_bad_waves_raise():
+    """Silence has finite features, NaN and too short waves raise an error."""
     features = ClipFeatures()
     assert torch.isfinite(features(torch.zeros(1, 3 * SAMPLE_HZ))).all()
     with pytest.raises(ValueError, match="too short"):
@@ -123,7 +123,7 @@ def written_items(folder, count: int, seed: int, **extra) -> list[AudioItem]:
 
 
 def test_classifier_fits_on_files(tmp_path):
-    """Fitting from a manifest reads the files, pads them to five seconds and equals itself on a second run."""
+    """Fitting to the files of a manifest, which are padded to five seconds, is deterministic."""
     items = written_items(tmp_path, 8, seed=4)
     first = fit_attribute_classifier(items, ("instrument", "tempo"))
     second = fit_attribute_classifier(items, ("instrument", "tempo"))
@@ -133,8 +133,8 @@ def test_classifier_fits_on_files(tmp_path):
     assert first.predict(waves, SAMPLE_HZ)["instrument"] == labels_of(items, "instrument")
 
 
-def test_labels_name_truth_values_and_missing_ones(tmp_path):
-    """A boolean label becomes yes or no, and a missing label names its file."""
+def test_labels_as_text(tmp_path):
+    """A boolean is yes or no; the message for a missing label names the file."""
     item = AudioItem(tmp_path / "a.wav", None, {"drums": True}, 8000, 8)
     assert labels_of([item], "drums") == ["yes"]
     with pytest.raises(ValueError, match="a.wav"):
@@ -142,7 +142,7 @@ def test_labels_name_truth_values_and_missing_ones(tmp_path):
 
 
 def test_code_agreement_has_the_chance_of_unrelated_captions():
-    """Levels agree by how often codes coincide; the chance of a level that is always the same code is one."""
+    """The value is the share of equal codes; the chance of a level with a single code is one."""
     audio = torch.tensor([[0, 1, 5], [1, 1, 5], [2, 1, 5], [3, 1, 5]])
     text = torch.tensor([[0, 1, 6], [1, 1, 6], [2, 1, 6], [0, 1, 6]])
     metrics = code_agreement_metrics("codes", audio, text)
@@ -150,8 +150,8 @@ def test_code_agreement_has_the_chance_of_unrelated_captions():
     assert [metric.chance for metric in metrics] == [4 / 16, 1.0, 0.0]
 
 
-def test_other_clips_never_keeps_a_place():
-    """The shuffled control never pairs a generation with its own caption."""
+def test_other_clips_are_never_the_same_clip():
+    """The control never pairs a generation with its own caption."""
     for count in (2, 3, 50):
         others = other_clips(count, seed=count)
         assert sorted(others) == list(range(count))
@@ -159,7 +159,7 @@ def test_other_clips_never_keeps_a_place():
 
 
 class SignCodec(Codec):
-    """A codec of the simplest kind: a frame is a sample, and its code a level of 16 bits."""
+    """A frame is a sample, and its code the 16-bit value."""
 
     target_sample_hz, downsample_factor, channels, num_quantizers, codebook_size = SAMPLE_HZ, 1, 1, 1, 65_536
 
@@ -174,7 +174,7 @@ class SignCodec(Codec):
 
 
 class FakeMusicLM:
-    """Plays what the caption says, or what its codes say: the codes are instrument and tempo."""
+    """Plays the instrument and tempo of the caption, or of the codes."""
 
     sample_hz = SAMPLE_HZ
     conditioned = ("semantic", "coarse", "fine")
@@ -222,7 +222,7 @@ class FakeMusicLM:
 
 
 def test_metrics_of_a_model_that_follows_its_prompts(classifier, tmp_path):
-    """An obedient fake scores full marks from audio and captions, and its shuffled control does not."""
+    """A fake model that follows every prompt has accuracy 1, and its shuffled control has not."""
     clips = ClipSet("toy", written_items(tmp_path, 8, seed=6), written_items(tmp_path, 16, seed=7, held_out_pair=True))
     settings = Settings(seconds=SECONDS, num_samples=2, batch_size=5)
     metrics = {metric.name: metric for metric in measure(FakeMusicLM(), classifier, clips, settings)}
@@ -242,7 +242,7 @@ def test_metrics_of_a_model_that_follows_its_prompts(classifier, tmp_path):
 
 
 def test_generations_that_are_not_finite_count_as_silence(classifier, caplog):
-    """One NaN candidate is a wrong answer and a warning; it neither ends the measuring nor spoils the others."""
+    """A NaN candidate is a wrong answer and a warning, and does not change the other answers."""
 
     class Broken(FakeMusicLM):
         def __call__(self, texts, **settings):

@@ -47,14 +47,14 @@ def _labels(**changes: object) -> ClipLabels:
     ],
 )
 def test_triads_match_the_textbook(tonic: int, steps: tuple, degree: int, leading: bool, triad: tuple) -> None:
-    """A wrong third turns major into minor, against the label."""
+    """A wrong third would turn major into minor."""
     assert Scale(tonic, steps).triad(Chord(degree, leading), lowest=36) == triad
 
 
 @pytest.mark.parametrize("dance", sorted(DANCES))
 @pytest.mark.parametrize("mode", sorted(SCALES))
 def test_tunes_fill_their_bars_and_stay_in_range(dance: str, mode: str) -> None:
-    """Melody and chords must tile the tune without gaps, start a note on every bar, and stay in a playable range."""
+    """Melody and chords have no gaps, a note starts on every bar, and the range is playable."""
     for seed in range(6):
         tune = _tune(dance, seed, mode)
         for line in (tune.notes, tune.chords):
@@ -68,8 +68,8 @@ def test_tunes_fill_their_bars_and_stay_in_range(dance: str, mode: str) -> None:
         assert all(LOWEST_PITCH <= note.pitch <= HIGHEST_PITCH + 1 for note in tune.notes)
 
 
-def test_melodies_are_melodies() -> None:
-    """Chord tones on strong beats, motion mostly by step, endings on the tonic: what separates a tune from noise."""
+def test_melodies_have_chord_tones_steps_and_a_tonic() -> None:
+    """Chord tones on strong beats, motion mostly by step, endings on the tonic."""
     strong = fitting = steps = moves = 0
     for seed in range(40):
         tune = _tune("reel", seed)
@@ -91,7 +91,7 @@ def test_melodies_are_melodies() -> None:
 
 
 def test_parts_repeat_and_phrases_answer() -> None:
-    """AABB: bars 8..15 are bars 0..7 again, and the answer takes up the first two bars of the question."""
+    """AABB: bars 8..15 equal bars 0..7, and the second phrase repeats the first two bars of the first."""
 
     def bars(tune: Tune, first: int, count: int) -> list[tuple[float, int]]:
         start, end = (bar * tune.metre.quarters_per_bar for bar in (first, first + count))
@@ -117,16 +117,16 @@ def test_dances_have_their_rhythm() -> None:
     assert dotted.count(0.75) + dotted.count(0.25) > 0.5 * len(dotted)
 
 
-def test_compose_tune_refuses_unknown_names() -> None:
-    """A misspelt dance must be named with the known ones."""
+def test_unknown_dances_and_modes_are_an_error() -> None:
+    """The message lists the known names."""
     with pytest.raises(ValueError, match="polka.*reel"):
         compose_tune("polka", "major", Random(0))
     with pytest.raises(ValueError, match="lydian"):
         compose_tune("reel", "lydian", Random(0))
 
 
-def test_performance_obeys_its_labels() -> None:
-    """Program, register, tempo, chords and drums are what the classifier of the corpus hears."""
+def test_performance_follows_its_labels() -> None:
+    """Program, register, tempo, chords and drums."""
     tune = _tune("reel", 4)
     plain = perform(tune, _labels(), 3, 5.0, Random(0))
     melody = [event for event in plain if isinstance(event, Note)]
@@ -148,7 +148,7 @@ def test_performance_obeys_its_labels() -> None:
 
 
 def test_perform_wraps_around_the_end_of_the_tune() -> None:
-    """A clip that starts in the last bar must go on with the first one, not fall silent."""
+    """A clip that starts in the last bar continues with the first bar."""
     tune = _tune("jig", 1)
     notes = [event for event in perform(tune, _labels(), tune.num_bars - 1, 5.0, Random(0)) if isinstance(event, Note)]
     assert max(note.start_seconds for note in notes) > 3.5
@@ -157,7 +157,7 @@ def test_perform_wraps_around_the_end_of_the_tune() -> None:
 
 
 def test_midi_bytes_match_a_hand_written_file() -> None:
-    """Byte for byte the file that the standard asks for: one note of a second after half a second."""
+    """Equal bytes for one note of a second after half a second."""
     events = [Note(0.5, 1.0, 60, 100, 0), ProgramChange(0.0, 73, 0)]
     track = (
         b"\x00\xff\x51\x03\x07\xa1\x20"
@@ -173,8 +173,8 @@ def test_midi_bytes_match_a_hand_written_file() -> None:
     )
 
 
-def test_midi_ends_a_note_before_it_strikes_it_again() -> None:
-    """Off after on at one tick would cut the second of two equal notes."""
+def test_midi_ends_a_note_before_it_repeats() -> None:
+    """A note-off after the note-on of the same tick would cut the second of two equal notes."""
     data = midi_bytes([Note(0.0, 0.5, 60, 100, 0), Note(0.5, 0.5, 60, 100, 0)])
     assert data.index(b"\x80\x3c\x00") < data.index(b"\x90\x3c\x64", data.index(b"\x90\x3c\x64") + 1)
 
@@ -183,14 +183,14 @@ def test_midi_ends_a_note_before_it_strikes_it_again() -> None:
     "event",
     [Note(0.0, 1.0, 128, 100, 0), Note(0.0, 0.0, 60, 100, 0), Note(-1.0, 1.0, 60, 100, 0), ProgramChange(0.0, 5, 16)],
 )
-def test_midi_refuses_what_it_cannot_carry(event: Note | ProgramChange) -> None:
-    """Out-of-range numbers would silently become other messages."""
+def test_midi_numbers_out_of_range_are_an_error(event: Note | ProgramChange) -> None:
+    """They would become other messages."""
     with pytest.raises(ValueError):
         midi_bytes([event])
 
 
 def test_plans_are_deterministic_and_split_by_tune() -> None:
-    """The same seed gives the same labels, another seed others, and no tune is in both splits."""
+    """Equal seeds give equal labels, other seeds other labels, and no tune is in both splits."""
     plans = {split: [plan_clip(split, index, 0) for index in range(30)] for split in ("train", "valid")}
     assert [plan.row for plan in plans["train"]] == [plan_clip("train", index, 0).row for index in range(30)]
     assert plans["train"][0].row != plan_clip("train", 0, 1).row
@@ -201,7 +201,7 @@ def test_plans_are_deterministic_and_split_by_tune() -> None:
 
 
 def test_held_out_pairs_are_held_out_and_tested() -> None:
-    """No training clip has a held-out pair; valid clips have them and say so; the tempo word always fits the tempo."""
+    """No training clip has a held-out pair; valid clips with one are marked; the tempo label fits the bpm."""
     for split, count in (("train", 400), ("valid", 100)):
         rows = [plan_clip(split, index, 0).row for index in range(count)]
         marked = [row for row in rows if row["held_out_pair"]]
@@ -215,7 +215,7 @@ def test_held_out_pairs_are_held_out_and_tested() -> None:
 
 
 def test_find_synthesizer_names_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever lacks FluidSynth has to learn what to install."""
+    """The message names the package to install."""
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(RuntimeError, match=r"apt-get install fluidsynth"):
         find_synthesizer()
@@ -224,8 +224,8 @@ def test_find_synthesizer_names_the_packages(monkeypatch: pytest.MonkeyPatch) ->
         find_synthesizer(Path("/nowhere/font.sf2"))
 
 
-def test_make_corpus_continues_and_protects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An interrupted run leaves no manifest and is completed by the next; other seeds and folders are refused."""
+def test_make_corpus_continues_an_interrupted_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupted run has no manifest and is completed by the next run; other folders are an error."""
     np = pytest.importorskip("numpy")
     monkeypatch.setattr(corpus, "find_synthesizer", lambda: "fluidsynth")
     monkeypatch.setattr(corpus, "CLIPS_PER_RUN", 2)
@@ -260,7 +260,7 @@ def test_make_corpus_continues_and_protects(tmp_path: Path, monkeypatch: pytest.
 
 @needs_synthesizer
 def test_render_is_deterministic_and_starts_on_time() -> None:
-    """Two clips in one run: equal to a second run, at the asked peak, on time, silent where nothing is played."""
+    """Two clips in one run: equal to a second run, with the requested peak, on time, and silent without notes."""
     np = pytest.importorskip("numpy")
     pytest.importorskip("soundfile")
     first = [ProgramChange(0.0, 12, 0), Note(0.0, 0.4, 72, 100, 0)]

@@ -1,4 +1,4 @@
-"""The recipe of spoken digits: its split, its joined clips, how words are cut and judged, and the whole of it."""
+"""The recipe of spoken digits: split, joined clips, cutting and classification of words, and the whole recipe."""
 
 import json
 import math
@@ -181,8 +181,8 @@ def test_histogram_counts_every_share() -> None:
     assert lines[0] == f"0.0 to 0.1  50.0% {'#' * 15}" and lines[-1] == f"0.9 to 1.0  50.0% {'#' * 15}"
 
 
-def test_stages_fit_the_bundled_parts_and_take_no_condition() -> None:
-    """Guards the declarations: levels meet without a gap, rates are those of the tokenizers, nothing conditions."""
+def test_stages_are_compatible_with_the_bundled_parts() -> None:
+    """Levels have no gap, rates are those of the tokenizers, and there is no condition."""
     stages = build_stages(codec_named("16khz"), tokenizer_named("16khz"))
     assert list(stages) == ["semantic", "coarse", "fine"]
     coarse, fine = (stages["coarse"].sources["coarse"], stages["fine"].sources["fine"])
@@ -191,18 +191,16 @@ def test_stages_fit_the_bundled_parts_and_take_no_condition() -> None:
 
 
 @pytest.mark.slow
-def test_memory_is_that_of_a_process_of_its_own() -> None:
-    """Guards the measure of memory: a job's own megabytes count, those of the process that asks do not."""
+def test_memory_is_that_of_a_separate_process() -> None:
+    """The memory of the job counts, that of the calling process does not."""
     ballast = bytearray(2**28)
     small, large = peak_bytes_of(mul, b"x", 2**10), peak_bytes_of(mul, b"x", 2**27)
     assert 0.9 * 2**27 < large - small < 1.5 * 2**27 and len(ballast) == 2**28
 
 
 @pytest.mark.slow
-def test_recipe_runs_and_goes_on_where_it_was(
-    items: list[AudioItem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Guards the whole recipe: it writes model and metrics, and run again trains nothing anew."""
+def test_recipe_runs_and_continues(items: list[AudioItem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe writes model and metrics; a second run trains nothing."""
     for name, value in {
         "NUM_CODEC_CLIPS": 20,
         "NUM_CLIPS": 6,
@@ -216,7 +214,7 @@ def test_recipe_runs_and_goes_on_where_it_was(
     monkeypatch.setattr(
         spoken_digits, "recognized_words", lambda *_, **__: RecognizedWords(["0"], np.array([0.5]), 1.0)
     )
-    # what is measured is tested above; here it only has to run
+    # metrics are tested above
     monkeypatch.setattr(spoken_digits, "peak_bytes_of", lambda job, *arguments: job(*arguments) or 2**20)
     data = items[0].path.parents[1]
     spoken_digits.main(data, tmp_path, scale=0.001)
