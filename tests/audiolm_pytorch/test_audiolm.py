@@ -1,4 +1,4 @@
-"""From nothing, a text or a wave to a wave: lengths, namespaces, primes, seeds, batches."""
+"""AudioLM without inputs, with texts and with waves: lengths, namespaces, prompts, seeds and batches."""
 
 from dataclasses import replace
 
@@ -27,17 +27,17 @@ from tests.helpers.toy_audiolm import audiolm_of
 
 
 def check_lengths(audio_lm):
-    """Semantic, coarse and fine tokens and the wave span the same seconds, rounded up to whole frames."""
+    """Semantic, coarse and fine tokens and the wave last the same seconds, rounded up to whole frames."""
     for seconds, samples in ((0.02, 16), (0.33, 272), (1.0, 800), (1.001, 816)):
-        found = audio_lm.generate(batch_size=2, seconds=seconds, seeds=0)
-        assert found.wave.shape == (2, samples) and found.sample_hz == SAMPLE_HZ
-        assert found.acoustic.shape == (2, samples // 16, 4)
-        assert found.semantic.shape == (2, -(-samples // 32))
-        assert found.acoustic.min() >= 0 and found.acoustic.max() < 16
+        result = audio_lm.generate(batch_size=2, seconds=seconds, seeds=0)
+        assert result.wave.shape == (2, samples) and result.sample_hz == SAMPLE_HZ
+        assert result.acoustic.shape == (2, samples // 16, 4)
+        assert result.semantic.shape == (2, -(-samples // 32))
+        assert result.acoustic.min() >= 0 and result.acoustic.max() < 16
 
 
 def test_lengths_follow_the_seconds(monkeypatch):
-    """Fault 4: no stage runs a fixed number of steps; putting 512 back is noticed."""
+    """Fault 4: no stage has a fixed number of steps; 512 steps for all stages fail the check."""
     audio_lm = audiolm_of()
     check_lengths(audio_lm)
     windowed = audiolm.SlidingWindowDecoder
@@ -46,14 +46,14 @@ def test_lengths_follow_the_seconds(monkeypatch):
         check_lengths(audio_lm)
 
 
-def test_tokenizer_that_loses_frames_does_not_shorten_the_wave():
-    """HuBERT gives 49 tokens a second: the coarse stage repeats the last, the wave has every frame."""
-    found = audiolm_of(lost_frames=1).generate(seconds=1.0)
-    assert found.semantic.shape == (1, 24) and found.wave.shape == (1, 800)
+def test_tokenizer_that_drops_frames_does_not_shorten_the_wave():
+    """HuBERT returns 49 tokens per second: the coarse stage repeats the last token, and the wave has all frames."""
+    result = audiolm_of(lost_frames=1).generate(seconds=1.0)
+    assert result.semantic.shape == (1, 24) and result.wave.shape == (1, 800)
 
 
 def check_namespaces(audio_lm):
-    """Every stage reads embeddings of its own table, of the codes of its own item."""
+    """Every stage receives embeddings of its resampled table, for the codes of its resampled item."""
     prefixes = {}
     for name, stage in audio_lm.stages.items():
         original = stage.transformer.condition_tensors
@@ -74,7 +74,7 @@ def check_namespaces(audio_lm):
 
 
 def test_every_stage_is_conditioned_through_its_own_namespace(monkeypatch):
-    """Fault 1: at inference all stages received the semantic namespace; putting that back is noticed."""
+    """Fault 1: at inference all stages received the semantic namespace. The check fails for this fault."""
     audio_lm = audiolm_of(conditioned=True)
     check_namespaces(audio_lm)
     assert audio_lm.audio_conditioner.asked == ["semantic", "coarse", "fine"]
@@ -87,8 +87,8 @@ def test_every_stage_is_conditioned_through_its_own_namespace(monkeypatch):
         check_namespaces(audio_lm)
 
 
-def test_finished_conditions_equal_those_of_the_conditioner():
-    """A caller that holds the conditioner itself gets the same audio."""
+def test_conditions_of_the_caller_equal_those_of_the_conditioner():
+    """Conditions that the caller computes give the same audio."""
     audio_lm = audiolm_of(conditioned=True)
     conditions = {
         name: Conditions(codes=audio_lm.audio_conditioner.conditioning(texts=["four", "seventy"], namespace=name))
@@ -101,31 +101,31 @@ def test_finished_conditions_equal_those_of_the_conditioner():
 
 
 @pytest.mark.parametrize("input_hz", [SAMPLE_HZ, 1600])
-def test_prime_is_continued_in_every_kind_of_token(input_hz):
-    """Semantic and acoustic tokens of the prime, all levels, stand at the beginning; the seconds count it in."""
+def test_a_prompt_is_continued_in_all_tokens(input_hz):
+    """The result starts with the semantic and acoustic tokens of the prompt; the seconds include it."""
     audio_lm = audiolm_of()
-    prime = torch.rand(2, input_hz // 2 + 6) * 0.9
-    own = resample(prime, input_hz, SAMPLE_HZ)
-    found = audio_lm.generate(prime_wave=prime, prime_wave_input_sample_hz=input_hz, seconds=1.0, seeds=[1, 2])
-    assert found.wave.shape == (2, 800)
-    assert torch.equal(found.acoustic[:, :25], audio_lm.codec.tokenize(own)[:, :25])
-    assert torch.equal(found.semantic[:, :12], audio_lm.wav2vec(own)[:, :12])
+    prompt = torch.rand(2, input_hz // 2 + 6) * 0.9
+    resampled = resample(prompt, input_hz, SAMPLE_HZ)
+    result = audio_lm.generate(prime_wave=prompt, prime_wave_input_sample_hz=input_hz, seconds=1.0, seeds=[1, 2])
+    assert result.wave.shape == (2, 800)
+    assert torch.equal(result.acoustic[:, :25], audio_lm.codec.tokenize(resampled)[:, :25])
+    assert torch.equal(result.semantic[:, :12], audio_lm.wav2vec(resampled)[:, :12])
     free = audio_lm.generate(seconds=1.0, seeds=[1, 2])
-    assert not torch.equal(found.acoustic[:, 25:], free.acoustic[:, 25:])
+    assert not torch.equal(result.acoustic[:, 25:], free.acoustic[:, 25:])
 
 
-def test_primes_of_unequal_length_are_continued_as_if_alone():
-    """The padding of a short prime is neither heard nor continued."""
+def test_prompts_of_unequal_length_are_independent():
+    """The padding of a short prompt has no influence."""
     audio_lm = audiolm_of()
-    primes = torch.rand(2, 480) * 0.9
-    together = audio_lm.generate(prime_wave=primes, prime_lengths=torch.tensor([480, 160]), seconds=1.0, seeds=[1, 2])
-    alone = audio_lm.generate(prime_wave=primes[1, :160], seconds=1.0, seeds=[2])
+    prompts = torch.rand(2, 480) * 0.9
+    together = audio_lm.generate(prime_wave=prompts, prime_lengths=torch.tensor([480, 160]), seconds=1.0, seeds=[1, 2])
+    alone = audio_lm.generate(prime_wave=prompts[1, :160], seconds=1.0, seeds=[2])
     assert torch.equal(together.acoustic[1], alone.acoustic[0])
-    assert torch.equal(together.acoustic[0, :30], audio_lm.codec.tokenize(primes[:1])[0])
+    assert torch.equal(together.acoustic[0, :30], audio_lm.codec.tokenize(prompts[:1])[0])
 
 
-def test_default_length_is_five_seconds_beyond_the_prime():
-    """Whoever asks for nothing gets five seconds, or five more."""
+def test_default_length_is_five_seconds_after_the_prompt():
+    """Without `seconds`; a prompt longer than `seconds` raises an error."""
     audio_lm = audiolm_of()
     whole = {"allow_eos": False, "sampling": {name: {"temperature": 0} for name in audio_lm.stages}}
     assert audio_lm(batch_size=1, **whole).shape == (1, 4000)
@@ -135,7 +135,7 @@ def test_default_length_is_five_seconds_beyond_the_prime():
 
 
 def test_an_item_depends_on_its_seed_alone():
-    """Alone, in a batch, in another order: the same audio; None draws from torch's generator."""
+    """An item is the same alone, in a batch and in another order; None draws seeds from torch's generator."""
     audio_lm = audiolm_of()
     batch = audio_lm(seconds=0.4, seeds=[7, 8, 9])
     assert torch.equal(batch, audio_lm(seconds=0.4, seeds=7, batch_size=3))
@@ -148,7 +148,7 @@ def test_an_item_depends_on_its_seed_alone():
 
 
 def check_candidates_are_one_batch(audio_lm):
-    """Sixteen candidates take as many calls of the models as one."""
+    """Sixteen candidates need as many model calls as one."""
     calls = []
     hidden = SemanticTransformer.hidden
 
@@ -167,7 +167,7 @@ def check_candidates_are_one_batch(audio_lm):
 
 
 def test_candidates_are_sampled_as_one_batch(monkeypatch):
-    """Fault 6: candidates one after another are noticed."""
+    """Fault 6: candidates that are sampled one after another fail the check."""
     audio_lm = audiolm_of()
     check_candidates_are_one_batch(audio_lm)
     forward = AudioLM.forward
@@ -180,20 +180,20 @@ def test_candidates_are_sampled_as_one_batch(monkeypatch):
         check_candidates_are_one_batch(audio_lm)
 
 
-def test_more_than_was_trained_on_is_generated_in_windows():
-    """Stages trained on half a second give two; no model ever reads more rows than in training."""
+def test_long_results_are_generated_in_windows():
+    """Stages trained on half a second generate two; no cache is longer than the training sequences."""
     audio_lm = audiolm_of(max_seconds=0.5)
     slots = []
     for stage in audio_lm.stages.values():
         original = stage.transformer.new_cache
         stage.transformer.new_cache = lambda batch, n, original=original: slots.append(n) or original(batch, n)
-    found = audio_lm.generate(seconds=2.0, seeds=0)
-    assert found.wave.shape == (1, 1600) and found.acoustic.min() >= 0
+    result = audio_lm.generate(seconds=2.0, seeds=0)
+    assert result.wave.shape == (1, 1600) and result.acoustic.min() >= 0
     assert max(slots) <= 25 + 2
 
 
-def test_sampling_is_set_by_stage_and_reaches_it():
-    """Greedy stages need no seed; unknown stages are refused."""
+def test_sampling_is_set_by_stage():
+    """Greedy stages do not depend on the seed; unknown stages raise an error."""
     audio_lm = audiolm_of()
     greedy = {name: {"temperature": 0} for name in audio_lm.stages}
     assert torch.equal(
@@ -206,7 +206,7 @@ def test_sampling_is_set_by_stage_and_reaches_it():
 
 
 def test_without_a_fine_stage_coarse_levels_are_decoded():
-    """AudioLM's piano model dropped the third stage."""
+    """As in AudioLM's piano model, which had no third stage."""
     stages = tiny_stages()
     audio_lm = AudioLM(
         wav2vec=FakeSemanticTokenizer(),
@@ -217,8 +217,8 @@ def test_without_a_fine_stage_coarse_levels_are_decoded():
     assert audio_lm.generate(seconds=0.2).acoustic.shape == (1, 10, 2)
 
 
-def test_parts_that_do_not_fit_are_refused():
-    """Vocabularies, levels and sizes of batches are checked before anything is generated."""
+def test_incompatible_parts_raise_errors():
+    """Vocabularies, levels and batch sizes are checked before generation."""
     stages = {f"{name}_transformer": stage for name, stage in tiny_stages().items()}
     parts = {"wav2vec": FakeSemanticTokenizer(), "codec": FakeCodec()}
     with pytest.raises(ValueError, match="its tokenizer 12"):
@@ -234,8 +234,8 @@ def test_parts_that_do_not_fit_are_refused():
 
 
 @pytest.mark.parametrize("name", ["semantic", "coarse", "fine"])
-def test_wrapper_learns_from_waves_and_from_tokens(name):
-    """A wave and its tokens give the same loss; a conditioned stage hears the wave itself."""
+def test_wrapper_computes_losses_of_waves_and_tokens(name):
+    """A wave and its tokens have the same loss; a wave is also its resampled condition."""
     audio_lm = audiolm_of(conditioned=True)
     stage = audio_lm.stages[name].eval()
     wave = torch.rand(2, 320) * 0.9
@@ -249,8 +249,8 @@ def test_wrapper_learns_from_waves_and_from_tokens(name):
         stage()
 
 
-def test_a_call_changes_single_fields_of_sampling():
-    """Another temperature does not silently turn the guidance off that a model is shipped with."""
+def test_a_request_can_change_single_fields_of_sampling():
+    """Another temperature keeps the guidance of the model."""
     audio_lm = audiolm_of(conditioned=True)
     audio_lm.sampling = {name: SamplingSettings(temperature=0.9, guidance_scale=2.0) for name in audio_lm.stages}
     whole = {name: SamplingSettings(temperature=0.5, guidance_scale=2.0) for name in audio_lm.stages}
@@ -259,8 +259,8 @@ def test_a_call_changes_single_fields_of_sampling():
     assert torch.equal(audio_lm(**request, sampling=fields), audio_lm(**request, sampling=whole))
 
 
-def test_guidance_of_the_model_rests_without_a_condition():
-    """A model that is guided by default still continues a wave and plays without a text."""
+def test_guidance_of_the_model_is_off_without_a_condition():
+    """A model with guidance by default can continue waves and generate without a text."""
     audio_lm = audiolm_of(conditioned=True)
     plain = audio_lm(seconds=0.3, seeds=1)
     audio_lm.sampling = {name: replace(settings, guidance_scale=3.0) for name, settings in audio_lm.sampling.items()}
@@ -270,8 +270,8 @@ def test_guidance_of_the_model_rests_without_a_condition():
         audio_lm(seconds=0.3, sampling={"coarse": {"guidance_scale": 3.0}})
 
 
-def test_stages_without_a_condition_leave_it_to_the_others():
-    """A text reaches the stages that take one; a condition for a stage that does not exist is refused."""
+def test_a_text_conditions_the_stages_that_accept_it():
+    """Unconditional stages ignore it; conditions of an unknown stage raise an error."""
     conditioned, plain = tiny_stages(**CONDITION), tiny_stages()
     audio_lm = AudioLM(
         wav2vec=FakeSemanticTokenizer(),

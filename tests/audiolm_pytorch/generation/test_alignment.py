@@ -1,4 +1,4 @@
-"""A click track goes through tokens and back: cropped, packed, decoded, in windows, clicks keep their times."""
+"""Click tracks are cropped, packed, decoded and windowed. The clicks keep their times."""
 
 import numpy as np
 import pytest
@@ -18,10 +18,10 @@ from audiolm_pytorch.tokens.streams import Stream
 from tests.helpers.fakes import SIZES
 
 PATTERNS = ["flat", "delayed", "parallel"]
-FILE_HZ, TOKENIZER_HZ, CODEC_HZ = 8000, 1600, 3200  # three different rates
+FILE_HZ, TOKENIZER_HZ, CODEC_HZ = 8000, 1600, 3200  # different rates
 CODEC_FRAME, TOKEN_FRAME, BUCKET = 64, 64, 8  # samples: 20 ms of the codec, 40 ms and 5 ms of the tokenizer
 GREEDY = SamplingSettings(temperature=0)
-# Each in the middle third of a codec frame, so that a resampled click does not spread over two.
+# Each click is in the middle third of a codec frame, so that a resampled click stays inside the frame.
 CLICKS = torch.tensor(
     [0.011, 0.092, 0.148, 0.271, 0.532, 0.569, 0.612, 0.831, 0.929, 1.049, 1.212, 1.310, 1.588, 1.869]
 )
@@ -29,20 +29,20 @@ every_pattern = pytest.mark.parametrize("pattern", PATTERNS)
 
 
 def click_track(times: Tensor, seconds: float, sample_hz: int) -> Tensor:
-    """Short bumps (a few milliseconds, so that any rate can carry them) at given times, `[n]`."""
+    """Short bumps at `times`, `[n]`. They last a few milliseconds, so that any rate can represent them."""
     at = torch.arange(round(seconds * sample_hz)) / sample_hz
     return torch.exp(-(((at[:, None] - times) / 0.0006) ** 2)).sum(dim=1)
 
 
 def peaks(wave: Tensor, samples_per_frame: int) -> Tensor:
-    """Sample of the click in every frame of waves `[b, n]`, `[b, f]`; -1 where there is none."""
+    """Sample of the click in every frame of waves `[b, n]`, `[b, f]`; -1 without a click."""
     wave = nn.functional.pad(wave, (0, -wave.shape[-1] % samples_per_frame))
     height, place = wave.unfold(-1, samples_per_frame, samples_per_frame).max(dim=-1)
     return torch.where(height > 0.5 * wave.max(), place, -1)
 
 
 class ClickCodec(Codec):
-    """50 frames of 4 levels a second: where the click is in quarters, in digits of these, and a check of all."""
+    """50 frames of 4 levels per second: three levels hold the position of the click, the last one is a checksum."""
 
     target_sample_hz, downsample_factor, channels, num_quantizers, codebook_size = CODEC_HZ, CODEC_FRAME, 1, 4, 8
 
@@ -64,7 +64,7 @@ class ClickCodec(Codec):
 
 
 class ClickTokenizer(SemanticTokenizer):
-    """25 tokens a second: in which eighth of a frame the click is; loses frames at the end, as HuBERT does."""
+    """25 tokens per second with the eighth of the frame that has the click; drops frames at the end, like HuBERT."""
 
     target_sample_hz, downsample_factor, codebook_size = TOKENIZER_HZ, TOKEN_FRAME, 9
 
@@ -84,13 +84,13 @@ class ClickTokenizer(SemanticTokenizer):
 
 
 def semantic_times(tokens: Tensor) -> Tensor:
-    """Times (s) of the clicks that semantic tokens `[t]` tell of; each is off by at most 2.5 ms."""
+    """Times in seconds of the clicks in semantic tokens `[t]`, each with an error of at most 2.5 ms."""
     frame = tokens.nonzero().flatten()
     return (frame * TOKEN_FRAME + (tokens[frame] - 1) * BUCKET + BUCKET / 2) / TOKENIZER_HZ
 
 
 def acoustic_times(codes: Tensor) -> Tensor:
-    """Times (s) of the clicks that codes `[f, 4]` tell of; all codes of a click must agree."""
+    """Times in seconds of the clicks in codes `[f, 4]`. All codes of a click must agree."""
     wave = ClickCodec().decode_from_codebook_indices(codes[None])[0, 0]
     assert (wave >= 0).all(), "levels of different frames were put together"
     return wave.nonzero().flatten() / CODEC_HZ
@@ -108,29 +108,29 @@ def stages(**options):
     }
 
 
-def close(found: Tensor, wanted: Tensor, seconds: float) -> bool:
-    return found.shape == wanted.shape and bool(((found - wanted).abs() <= seconds).all())
+def close(result: Tensor, expected: Tensor, seconds: float) -> bool:
+    return result.shape == expected.shape and bool(((result - expected).abs() <= seconds).all())
 
 
 # crops
 
 
 def unpacked(stage, read):
-    """What a stage is trained on, read back from the grid: tokens by stream name, frames of each item."""
+    """Training tokens of a stage by stream name, unpacked from the grid, and the frames of each item."""
     streams, lengths = stage.streams_of(read.tokens)
     names = [stream.name for stream in stage.layout.streams]
     return stage.layout.unpack(stage.packed(read.tokens, read.ends).ids, lengths, names), lengths
 
 
 def check_rows(stage, packed):
-    """The row that predicts a frame with a click has read the semantic token of this very click."""
-    given, target = stage.layout.streams[0], stage.layout.heads[0]
+    """The row that predicts a frame with a click is preceded by the semantic token of the same click."""
+    source, target = stage.layout.streams[0], stage.layout.heads[0]
     num_clicks = 0
     column = int(packed.loss_mask[0].any(dim=0).nonzero()[0])
     for item, row in packed.loss_mask[:, :, column].nonzero().tolist():
         quarter = int(packed.ids[item, row, column]) - target.first_id
-        semantic = int(packed.ids[item, row - 1, 0]) - 1  # the given stream's ids follow the start's
-        assert 0 <= semantic < given.vocab_size
+        semantic = int(packed.ids[item, row - 1, 0]) - 1  # the ids of the input stream follow the start id
+        assert 0 <= semantic < source.vocab_size
         if quarter:
             assert semantic and (semantic - 1) % 4 == quarter - 1
             num_clicks += 1
@@ -139,8 +139,8 @@ def check_rows(stage, packed):
 
 @every_pattern
 @pytest.mark.parametrize("lost_frames", [0, 1])
-def test_crops_of_waves_show_the_same_clicks_in_every_stream(tmp_path, pattern, lost_frames):
-    """Crops at two rates of a file of a third start at the same instant (they once did not), whatever the pattern."""
+def test_crops_of_waves_have_the_same_clicks_in_every_stream(tmp_path, pattern, lost_frames):
+    """Crops of one file at two rates start at the same time, for all patterns."""
     soundfile.write(tmp_path / "clicks.wav", 0.9 * click_track(CLICKS, 2.0, FILE_HZ).numpy(), FILE_HZ)
     stage = stages(pattern=pattern)["coarse"]
     fine = stages(pattern=pattern)["fine"]
@@ -157,8 +157,8 @@ def test_crops_of_waves_show_the_same_clicks_in_every_stream(tmp_path, pattern, 
     for item, start in enumerate(starts):
         right = CLICKS[(CLICKS >= start) & (CLICKS < start + 0.6)] - start
         assert close(acoustic_times(whole[item]), right, 1 / CODEC_HZ)
-        heard = semantic_times(streams["semantic"][item, : lengths["semantic"][item]].clamp(min=0)[:, 0])
-        assert close(heard, right[right < 0.6 - 0.04 * lost_frames], 0.0026)
+        token = semantic_times(streams["semantic"][item, : lengths["semantic"][item]].clamp(min=0)[:, 0])
+        assert close(token, right[right < 0.6 - 0.04 * lost_frames], 0.0026)
         num_clicks += len(right)
     assert num_clicks > 30
     if pattern != "flat" and not lost_frames:
@@ -166,8 +166,8 @@ def test_crops_of_waves_show_the_same_clicks_in_every_stream(tmp_path, pattern, 
 
 
 @every_pattern
-def test_crops_of_token_records_show_the_same_clicks_in_every_stream(tmp_path, pattern):
-    """The same of tokens computed before: all kinds are cut at the same instant, though they have different rates."""
+def test_crops_of_token_records_have_the_same_clicks_in_every_stream(tmp_path, pattern):
+    """Crops of precomputed tokens of different rates start at the same time."""
     tokenizer, codec = ClickTokenizer(lost_frames=1), ClickCodec()
 
     def make_record(index: int) -> dict[str, np.ndarray]:
@@ -186,9 +186,9 @@ def test_crops_of_token_records_show_the_same_clicks_in_every_stream(tmp_path, p
     whole = torch.cat((streams["coarse"], unpacked(fine, read)[0]["fine"]), dim=-1)
     starts = set()
     for item, (_, index) in enumerate(pairs):
-        heard, played = semantic_times(streams["semantic"][item, :, 0].clamp(min=0)), acoustic_times(whole[item])
-        assert close(heard, played, 0.0026) and len(played) >= 2
-        # Distances tell which clicks these are; a crop keeps them, and starts at a whole semantic frame.
+        token, played = semantic_times(streams["semantic"][item, :, 0].clamp(min=0)), acoustic_times(whole[item])
+        assert close(token, played, 0.0026) and len(played) >= 2
+        # The distances identify the clicks. A crop keeps them, and starts at a whole semantic frame.
         fits = [n for n in range(len(CLICKS)) if close(CLICKS[n : n + len(played)].diff(), played.diff(), 0.001)]
         start = float(CLICKS[fits[0]] + 0.02 * index - played[0])
         assert len(fits) == 1 and abs(start / 0.04 - round(start / 0.04)) < 0.02
@@ -202,10 +202,10 @@ def test_crops_of_token_records_show_the_same_clicks_in_every_stream(tmp_path, p
 
 
 class Copying:
-    """A stage that has no weights to speak of: it puts clicks where the streams it reads say they are.
+    """A stage without weights, which predicts clicks from the rows before.
 
-    It knows no frame counts and no windows, only what stands in the rows it was given, so that it goes wrong as soon
-    as a window starts anywhere but where a frame of every given stream starts.
+    It has no frame counts and no windows, so it predicts wrong tokens if a window does not start at a whole frame of
+    every input stream.
     """
 
     def hidden(self, ids, mask, condition_tensors=None, cache=None, cache_positions=None):
@@ -225,29 +225,29 @@ class Copying:
         return 50.0 * nn.functional.one_hot(tokens, self.layout.heads[head].num_logits).float()
 
     def answers(self, rows: Tensor) -> list[int]:
-        """The token of each head that belongs into the row after `rows [r, columns]`; before the start row, any."""
+        """The token of each head in the row after `rows [r, columns]`; any token before the start row."""
         is_start = (rows == 0).any(dim=1)
         if not is_start.any():
             return [0] * len(self.layout.heads)
         first = int(is_start.nonzero()[0])
         self.words, rows = rows[:first, 0].tolist(), rows[first:]
-        given, num_levels = self.layout.inputs[0], self.layout.predicted[0].num_levels
+        source, num_levels = self.layout.inputs[0], self.layout.predicted[0].num_levels
         if self.layout.pattern == "flat":
-            is_given = (rows[:, 0] >= 1) & (rows[:, 0] < 1 + given.vocab_size * given.num_levels)
-            num_given = int(is_given.sum())
-            tokens = rows[is_given, 0][: num_given // given.num_levels * given.num_levels].view(-1, given.num_levels)
-            tokens = (tokens - 1) % given.vocab_size
-            frame, level = divmod(len(rows) - 1 - num_given, num_levels)
+            is_input = (rows[:, 0] >= 1) & (rows[:, 0] < 1 + source.vocab_size * source.num_levels)
+            num_input = int(is_input.sum())
+            tokens = rows[is_input, 0][: num_input // source.num_levels * source.num_levels].view(-1, source.num_levels)
+            tokens = (tokens - 1) % source.vocab_size
+            frame, level = divmod(len(rows) - 1 - num_input, num_levels)
             frames = [frame if level == number else -1 for number in range(num_levels)]
         else:
             later = 1 if self.layout.pattern == "delayed" else 0
-            tokens = (rows[:, : given.num_levels] - 1) % given.vocab_size
+            tokens = (rows[:, : source.num_levels] - 1) % source.vocab_size
             frames = [len(rows) - 1 - later * number for number in range(num_levels)]
         return [self.copied(tokens, frame)[level] if frame >= 0 else 0 for level, frame in enumerate(frames)]
 
 
 class CopyingSemantic(Copying, SemanticTransformer):
-    """Plays on what it has heard a period before."""
+    """Repeats the clicks of one period before."""
 
     period = 7
 
@@ -257,25 +257,25 @@ class CopyingSemantic(Copying, SemanticTransformer):
 
 
 class CopyingCoarse(Copying, CoarseTransformer):
-    """A click in the quarter of the frame where the semantic token has one."""
+    """Puts a click into the quarter of the frame that the semantic token names."""
 
     def copied(self, tokens: Tensor, frame: int) -> list[int]:
         row = frame // 2 if self.layout.pattern == "flat" else frame
-        heard = int(tokens[row, 0]) if row < len(tokens) else 0
-        half, quarter = divmod(heard - 1, 4)
-        return [1 + quarter, 2] if heard and half == frame % 2 else [0, 0]
+        token = int(tokens[row, 0]) if row < len(tokens) else 0
+        half, quarter = divmod(token - 1, 4)
+        return [1 + quarter, 2] if token and half == frame % 2 else [0, 0]
 
 
 class CopyingFine(Copying, FineTransformer):
-    """The middle of what the coarse levels say, and the check."""
+    """Completes the coarse levels with a fixed digit and the checksum."""
 
     def copied(self, tokens: Tensor, frame: int) -> list[int]:
         quarter, digit = tokens[frame].tolist() if frame < len(tokens) else (0, 0)
         return [2, (quarter + digit + 2) % 8] if quarter else [0, 0]
 
 
-class ToldCoarse(CopyingCoarse):
-    """Hears three words before it starts, and puts clicks into the eighth of the frame that their sum names."""
+class WordCoarse(CopyingCoarse):
+    """Has an input stream of three words, and puts clicks into the eighth of the frame that their sum names."""
 
     def copied(self, tokens: Tensor, frame: int) -> list[int]:
         quarter, digit = super().copied(tokens, frame)
@@ -284,7 +284,7 @@ class ToldCoarse(CopyingCoarse):
 
 
 WORDS = Stream("words", 30, 1, None, is_input=True)
-# Two different clicks in a period of 280 ms; frames of both kinds of token meet them at changing places.
+# Two clicks in a period of 280 ms. They have changing positions in the frames of both tokens.
 BEAT, SECOND_BEAT, PERIOD = 0.031, 0.171, 0.28
 
 
@@ -295,16 +295,16 @@ def beats(seconds: float) -> Tensor:
 
 
 def tokens_of(times: Tensor, seconds: float) -> tuple[Tensor, Tensor]:
-    """Semantic `[1, t, 1]` and acoustic tokens `[1, f, 4]` of a click track."""
+    """Semantic tokens `[1, t, 1]` and acoustic tokens `[1, f, 4]` of a click track."""
     semantic = ClickTokenizer()(click_track(times, seconds, TOKENIZER_HZ)[None])[..., None]
     return semantic, ClickCodec().tokenize(click_track(times, seconds, CODEC_HZ)[None])
 
 
 def test_the_semantic_stage_keeps_the_beat_across_windows():
-    """75 tokens in windows of 16 and of odd sizes, from prompts of 8 and 10: every click is where the beat puts it."""
+    """75 tokens in windows of even and odd sizes, with prompts of 8 and 10 tokens: all clicks are on the beat."""
     right, _ = tokens_of(beats(3.0), 3.0)
     for window in (16, 17, 21, None):
-        found = decode_in_windows(
+        result = decode_in_windows(
             stages()["semantic"],
             {"semantic": right[:, :10].repeat(2, 1, 1)},
             torch.tensor([75, 61]),
@@ -312,16 +312,16 @@ def test_the_semantic_stage_keeps_the_beat_across_windows():
             window_frames=window,
             settings=GREEDY,
         )
-        for tokens, count in zip(found.streams["semantic"], found.lengths["semantic"].tolist()):
+        for tokens, count in zip(result.streams["semantic"], result.lengths["semantic"].tolist()):
             assert torch.equal(tokens[:count], right[0, :count])
 
 
 @every_pattern
 @pytest.mark.parametrize("window", [10, 11, 24, None])
-def test_the_coarse_stage_puts_clicks_where_semantic_tokens_say_across_windows(pattern, window):
-    """Irregular clicks; windows of even and odd sizes start at frames of both streams; prompts of unequal length."""
+def test_the_coarse_stage_follows_semantic_tokens_across_windows(pattern, window):
+    """Irregular clicks, windows of even and odd sizes, and prompts of different lengths."""
     semantic, codes = tokens_of(CLICKS, 2.0)
-    found = decode_in_windows(
+    result = decode_in_windows(
         stages(pattern=pattern)["coarse"],
         {"semantic": semantic.repeat(2, 1, 1), "coarse": codes[..., :2].repeat(2, 1, 1)[:, :33]},
         torch.tensor([100, 77]),
@@ -330,21 +330,21 @@ def test_the_coarse_stage_puts_clicks_where_semantic_tokens_say_across_windows(p
         settings=GREEDY,
     )
     for item, known in enumerate([0, 33]):
-        count = int(found.lengths["coarse"][item])
-        tokens = found.streams["coarse"][item, :count]
+        count = int(result.lengths["coarse"][item])
+        tokens = result.streams["coarse"][item, :count]
         assert torch.equal(tokens[:known], codes[0, :known, :2])
         assert torch.equal(tokens[known:, 0], codes[0, known:count, 0])
         assert torch.equal(tokens[known:, 1], 2 * (codes[0, known:count, 0] > 0))
 
 
 @every_pattern
-def test_streams_not_in_time_are_heard_whole_in_every_window(pattern):
-    """Words have no stretch of their own: each window reads them all, each item its own, and none is none."""
+def test_streams_without_a_rate_are_whole_in_every_window(pattern):
+    """Every window has all words of its item; an item can have no words."""
     semantic, codes = tokens_of(CLICKS, 2.0)
     sizes = {"num_semantic_tokens": 9, "codebook_size": 8, "num_coarse_quantizers": 2, **SIZES}
-    stage = ToldCoarse(pattern=pattern, extra_streams=[WORDS], **sizes)
+    stage = WordCoarse(pattern=pattern, extra_streams=[WORDS], **sizes)
     words, num_words = torch.tensor([[7, 20, 4], [9, 1, 0], [0, 0, 0]]), torch.tensor([3, 2, 0])
-    found = decode_in_windows(
+    result = decode_in_windows(
         stage,
         {"semantic": semantic.repeat(3, 1, 1), "words": words[..., None]},
         100,
@@ -352,19 +352,19 @@ def test_streams_not_in_time_are_heard_whole_in_every_window(pattern):
         window_frames=10,
         settings=GREEDY,
     ).streams["coarse"]
-    null_word = WORDS.vocab_size  # its id follows those of the words
-    for item, told in enumerate([31 % 4, 10 % 4, null_word % 4]):
-        assert torch.equal(found[item, :, 0], codes[0, :, 0])
-        assert torch.equal(found[item, :, 1], told * (codes[0, :, 0] > 0))
+    null_word = WORDS.vocab_size  # its id follows the ids of the words
+    for item, reports in enumerate([31 % 4, 10 % 4, null_word % 4]):
+        assert torch.equal(result[item, :, 0], codes[0, :, 0])
+        assert torch.equal(result[item, :, 1], reports * (codes[0, :, 0] > 0))
 
 
 @every_pattern
 @pytest.mark.parametrize("window", [6, 9, None])
-def test_the_fine_stage_refines_the_frame_it_belongs_to_across_windows(pattern, window):
-    """Every frame's check agrees with its own coarse levels, before and behind seams, in items of unequal length."""
+def test_the_fine_stage_completes_its_own_frame_across_windows(pattern, window):
+    """The checksum of every frame agrees with its coarse levels on both sides of window borders."""
     _, codes = tokens_of(CLICKS, 2.0)
     counts = torch.tensor([100, 41])
-    found = decode_in_windows(
+    result = decode_in_windows(
         stages(pattern=pattern)["fine"],
         {"coarse": codes[..., :2].repeat(2, 1, 1), "fine": codes[..., 2:].repeat(2, 1, 1)[:, :20]},
         counts,
@@ -373,13 +373,13 @@ def test_the_fine_stage_refines_the_frame_it_belongs_to_across_windows(pattern, 
         settings=GREEDY,
     )
     for item, count in enumerate(counts.tolist()):
-        whole = torch.cat((codes[0, :count, :2], found.streams["fine"][item, :count]), dim=-1)
+        whole = torch.cat((codes[0, :count, :2], result.streams["fine"][item, :count]), dim=-1)
         assert close(acoustic_times(whole), CLICKS[CLICKS < count * 0.02], 4 / CODEC_HZ)
 
 
 @every_pattern
 def test_a_continuation_keeps_the_beat_through_all_stages(pattern):
-    """A primed AudioLM whose three stages have windows of different lengths: every click of 3 s is where it belongs."""
+    """An AudioLM continues a prompt for 3 s with a different window length per stage: all clicks are on the beat."""
     parts = stages(pattern=pattern)
     for name, seconds in {"semantic": 0.64, "coarse": 0.44, "fine": 0.22}.items():
         parts[name].max_seconds = seconds
@@ -390,9 +390,9 @@ def test_a_continuation_keeps_the_beat_through_all_stages(pattern):
         **{f"{name}_transformer": stage for name, stage in parts.items()},
     )
     for prime_hz, prime_seconds in ((CODEC_HZ, 0.6), (FILE_HZ, 0.37)):
-        prime = click_track(beats(prime_seconds), prime_seconds, prime_hz)
+        prompt = click_track(beats(prime_seconds), prime_seconds, prime_hz)
         wave = audio_lm.generate(
-            prime_wave=prime[None].repeat(2, 1), prime_wave_input_sample_hz=prime_hz, seconds=3.0
+            prime_wave=prompt[None].repeat(2, 1), prime_wave_input_sample_hz=prime_hz, seconds=3.0
         ).wave
         assert wave.shape == (2, 3 * CODEC_HZ) and (wave >= 0).all()
         for item in wave:

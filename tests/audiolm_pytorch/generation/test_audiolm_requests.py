@@ -1,4 +1,4 @@
-"""All that an AudioLM can be asked for: primes of every form, given tokens, ends, lengths, progress, and nonsense."""
+"""Arguments of AudioLM: prompts of all forms, input tokens, ends, lengths, progress, and invalid values."""
 
 import inspect
 from dataclasses import replace
@@ -18,7 +18,7 @@ WINDOWS = {"max_seconds": 0.32}  # 8 semantic tokens, 16 acoustic frames
 
 
 def same(one, other, item=0):
-    """Whether an item of one result is the only item of another, tokens and wave."""
+    """Whether one item of a result equals the only item of another result, in tokens and wave."""
     lengths = int(one.semantic_lengths[item]), int(one.acoustic_lengths[item])
     return (
         torch.equal(one.semantic[item, : lengths[0]], other.semantic[0])
@@ -27,24 +27,24 @@ def same(one, other, item=0):
     )
 
 
-def test_the_stages_of_a_long_piece_are_windows_of_each_stage_on_its_own():
-    """AudioLM adds nothing to its stages: three calls of their wrappers give its tokens."""
+def test_audiolm_equals_its_stage_wrappers():
+    """Three calls of the stage wrappers return the same tokens as AudioLM."""
     audio_lm = audiolm_of(**WINDOWS)
     greedy = {name: {"temperature": 0} for name in audio_lm.stages}
-    found = audio_lm.generate(seconds=1.4, sampling=greedy)
+    result = audio_lm.generate(seconds=1.4, sampling=greedy)
     settings = {"settings": generation.SamplingSettings(temperature=0)}
     semantic = audio_lm.semantic.generate(35, **settings).streams["semantic"]
     coarse = audio_lm.coarse.generate(70, streams={"semantic": semantic}, **settings).streams["coarse"]
     fine = audio_lm.fine.generate(70, streams={"coarse": coarse}, **settings).streams["fine"]
-    assert torch.equal(found.semantic, semantic[..., 0])
-    assert torch.equal(found.acoustic, torch.cat((coarse, fine), dim=-1))
+    assert torch.equal(result.semantic, semantic[..., 0])
+    assert torch.equal(result.acoustic, torch.cat((coarse, fine), dim=-1))
 
 
 @pytest.mark.parametrize("file_hz", [SAMPLE_HZ, 1200])
-def test_a_file_of_any_rate_and_channels_is_continued_as_its_wave(tmp_path, file_hz):
-    """Alone and in a list with a wave; channels are averaged."""
+def test_a_file_is_continued_like_its_wave(tmp_path, file_hz):
+    """A file of any rate and channels, alone and in a list with a wave; channels are averaged."""
     audio_lm = audiolm_of()
-    path = tmp_path / "prime.wav"
+    path = tmp_path / "prompt.wav"
     write_audio(path, torch.rand(2, file_hz // 2) - 0.5, file_hz)
     wave, rate_hz = read_audio(path, channels=1)
     by_wave = audio_lm.generate(prime_wave=wave, prime_wave_input_sample_hz=rate_hz, seconds=0.8, seeds=[3])
@@ -57,26 +57,26 @@ def test_a_file_of_any_rate_and_channels_is_continued_as_its_wave(tmp_path, file
         audio_lm(prime_wave=tmp_path / "nowhere.wav")
 
 
-def test_unequal_primes_get_five_seconds_more_than_their_own(monkeypatch):
-    """Waves then differ in length: a list comes back; with `seconds` all are equally long, the prime included."""
+def test_prompts_of_unequal_length_are_extended_by_five_seconds(monkeypatch):
+    """The result is then a list of waves. With `seconds` all waves have this length, prompt included."""
     monkeypatch.setattr("audiolm_pytorch.generation.lengths.DEFAULT_SECONDS", 0.2)
     audio_lm = audiolm_of()
-    primes = [torch.rand(160), torch.rand(400)]
-    made = audio_lm.generate(prime_wave=primes, seeds=[1, 2], allow_eos=False)
-    assert [len(wave) for wave in made.waves] == [320, 560] and made.acoustic_lengths.tolist() == [20, 35]
-    assert (made.acoustic[0, 20:] == -1).all() and (made.semantic[0, 10:] == -1).all()
-    for item, prime in enumerate(primes):
-        assert same(made, audio_lm.generate(prime_wave=prime, seeds=[1 + item], allow_eos=False), item)
+    prompts = [torch.rand(160), torch.rand(400)]
+    result = audio_lm.generate(prime_wave=prompts, seeds=[1, 2], allow_eos=False)
+    assert [len(wave) for wave in result.waves] == [320, 560] and result.acoustic_lengths.tolist() == [20, 35]
+    assert (result.acoustic[0, 20:] == -1).all() and (result.semantic[0, 10:] == -1).all()
+    for item, prompt in enumerate(prompts):
+        assert same(result, audio_lm.generate(prime_wave=prompt, seeds=[1 + item], allow_eos=False), item)
     with pytest.raises(ValueError, match=r"\[320, 560\] samples.*request `seconds`"):
-        _ = made.wave
-    listed = audio_lm(prime_wave=primes, seeds=[1, 2], allow_eos=False)
-    assert isinstance(listed, list) and torch.equal(listed[1], made.waves[1])
-    assert audio_lm(prime_wave=primes, seeds=[1, 2], seconds=0.7).shape == (2, 560)
+        _ = result.wave
+    listed = audio_lm(prime_wave=prompts, seeds=[1, 2], allow_eos=False)
+    assert isinstance(listed, list) and torch.equal(listed[1], result.waves[1])
+    assert audio_lm(prime_wave=prompts, seeds=[1, 2], seconds=0.7).shape == (2, 560)
 
 
 @pytest.mark.parametrize("samples", [0, 15])
-def test_a_prime_of_less_than_a_frame_is_none(samples):
-    """Also beside a longer one, and where the padding of a batch makes it look longer."""
+def test_a_prompt_shorter_than_a_frame_is_ignored(samples):
+    """Alone, next to a longer prompt, and in a padded batch."""
     audio_lm = audiolm_of()
     free = audio_lm.generate(seconds=0.4, seeds=[1])
     assert same(free, audio_lm.generate(prime_wave=torch.rand(samples), seconds=0.4, seeds=[1]))
@@ -87,39 +87,39 @@ def test_a_prime_of_less_than_a_frame_is_none(samples):
     assert default.wave.shape == (1, 5 * SAMPLE_HZ)
 
 
-def test_a_prime_longer_than_the_windows_is_kept_whole():
-    """Its tokens stand at the beginning in all kinds, and the rest is made in windows."""
+def test_a_prompt_longer_than_the_windows_is_kept_whole():
+    """The result starts with all its semantic and acoustic tokens."""
     audio_lm = audiolm_of(**WINDOWS)
-    prime = torch.rand(1, 1280) * 0.9
-    made = audio_lm.generate(prime_wave=prime, seconds=2.0, seeds=0)
-    assert torch.equal(made.acoustic[:, :80], audio_lm.codec.tokenize(prime))
-    assert torch.equal(made.semantic[:, :40], audio_lm.wav2vec(prime)) and made.wave.shape == (1, 1600)
+    prompt = torch.rand(1, 1280) * 0.9
+    result = audio_lm.generate(prime_wave=prompt, seconds=2.0, seeds=0)
+    assert torch.equal(result.acoustic[:, :80], audio_lm.codec.tokenize(prompt))
+    assert torch.equal(result.semantic[:, :40], audio_lm.wav2vec(prompt)) and result.wave.shape == (1, 1600)
 
 
-def test_one_prime_and_one_text_serve_all_seeds():
-    """Inputs of one item are given to all."""
+def test_one_prompt_and_one_text_are_used_for_all_seeds():
+    """Inputs of one item are expanded to the batch."""
     audio_lm = audiolm_of(conditioned=True)
     request = {"prime_wave": torch.rand(160), "text": "one", "seconds": 0.4}
-    made = audio_lm.generate(**request, seeds=[1, 2, 3])
-    assert same(made, audio_lm.generate(**request, seeds=[2]), 1)
+    result = audio_lm.generate(**request, seeds=[1, 2, 3])
+    assert same(result, audio_lm.generate(**request, seeds=[2]), 1)
 
 
-def test_several_channels_are_primed_and_given_out():
-    """A mono prime is heard by a stereo codec; its semantic tokens are those of the mean of the channels."""
+def test_a_codec_of_several_channels_continues_prompts():
+    """A stereo codec continues mono and stereo prompts; semantic tokens belong to the mean of the channels."""
     audio_lm = audiolm_of(codec=streaming_codec(audio_channels=2))
     stereo = torch.rand(1, 2, 160) - 0.5
-    made = audio_lm.generate(prime_wave=stereo, seconds=0.4, seeds=1)
-    assert made.wave.shape == (1, 2, 320)
-    assert torch.equal(made.acoustic[:, :10], audio_lm.codec.tokenize(stereo))
-    assert torch.equal(made.semantic[:, :5], audio_lm.wav2vec(stereo.mean(dim=1)))
+    result = audio_lm.generate(prime_wave=stereo, seconds=0.4, seeds=1)
+    assert result.wave.shape == (1, 2, 320)
+    assert torch.equal(result.acoustic[:, :10], audio_lm.codec.tokenize(stereo))
+    assert torch.equal(result.semantic[:, :5], audio_lm.wav2vec(stereo.mean(dim=1)))
     mono = audio_lm.generate(prime_wave=stereo[:, 0], seconds=0.4, seeds=1)
     assert torch.equal(mono.acoustic[:, :10], audio_lm.codec.tokenize(stereo[:, :1].expand(-1, 2, -1)))
     with pytest.raises(ValueError, match="3 channels, the codec 2"):
         audio_lm(prime_wave=torch.rand(1, 3, 160), seconds=0.4)
 
 
-def test_given_semantic_tokens_are_turned_into_sound(monkeypatch):
-    """The tokens of a whole give its sound again without the first stage; items of unequal length as if alone."""
+def test_semantic_tokens_of_the_request_replace_the_first_stage(monkeypatch):
+    """The semantic tokens of a result generate its audio again, for items of unequal length as for single items."""
     audio_lm = audiolm_of(**WINDOWS)
     whole = audio_lm.generate(batch_size=2, seconds=1.0, seeds=4)
     monkeypatch.setattr(SemanticTransformer, "hidden", lambda *rows: pytest.fail("the semantic stage is to rest"))
@@ -135,8 +135,8 @@ def test_given_semantic_tokens_are_turned_into_sound(monkeypatch):
     assert torch.equal(primed.semantic, whole.semantic[:1]) and not torch.equal(primed.acoustic, whole.acoustic[:1])
 
 
-def test_tokens_that_are_none_are_refused():
-    """Too few for the seconds, none at all, outside the vocabulary."""
+def test_invalid_semantic_tokens_raise_errors():
+    """Too few tokens for the seconds, no tokens, and tokens outside the vocabulary."""
     audio_lm = audiolm_of()
     with pytest.raises(ValueError, match="need .25. semantic tokens, the items have .5."):
         audio_lm(semantic_tokens=torch.zeros(1, 5).long(), seconds=1.0)
@@ -148,8 +148,8 @@ def test_tokens_that_are_none_are_refused():
         audio_lm(semantic_lengths=torch.tensor([3]))
 
 
-def test_coarse_only_leaves_the_third_stage_out():
-    """The coarse levels are those of the whole, and the codec decodes them alone."""
+def test_coarse_only_skips_the_fine_stage():
+    """The coarse levels equal those of the whole result, and the codec decodes them alone."""
     audio_lm = audiolm_of()
     whole = audio_lm.generate(seconds=0.4, seeds=1)
     coarse = audio_lm.generate(seconds=0.4, seeds=1, coarse_only=True)
@@ -158,36 +158,36 @@ def test_coarse_only_leaves_the_third_stage_out():
 
 
 @pytest.mark.parametrize("windows", [{}, WINDOWS])
-def test_pieces_end_by_themselves_where_no_seconds_are_asked_for(windows):
-    """Every item at its own time, as if alone, the wave with it; `seconds` makes them exactly so long."""
+def test_items_can_end_by_themselves_without_seconds(windows):
+    """Every item ends at its own time, as if it were alone; with `seconds` all items have this length."""
     audio_lm = audiolm_of(ends=True, **windows)
-    made = audio_lm.generate(batch_size=4, seeds=0)
-    lengths = made.acoustic_lengths.tolist()
-    assert len(set(lengths)) == 4 and torch.equal(made.acoustic_lengths, 2 * made.semantic_lengths)
-    assert [len(wave) for wave in made.waves] == [16 * length for length in lengths]
+    result = audio_lm.generate(batch_size=4, seeds=0)
+    lengths = result.acoustic_lengths.tolist()
+    assert len(set(lengths)) == 4 and torch.equal(result.acoustic_lengths, 2 * result.semantic_lengths)
+    assert [len(wave) for wave in result.waves] == [16 * length for length in lengths]
     for item, length in enumerate(lengths):
-        assert (made.acoustic[item, :length] >= 0).all() and (made.acoustic[item, length:] == -1).all()
-        assert same(made, audio_lm.generate(seeds=[item]), item)
+        assert (result.acoustic[item, :length] >= 0).all() and (result.acoustic[item, length:] == -1).all()
+        assert same(result, audio_lm.generate(seeds=[item]), item)
     assert audio_lm(batch_size=4, seeds=0, seconds=1.0).shape == (4, 800)
     capped = audio_lm.generate(batch_size=4, seeds=0, seconds=0.4, allow_eos=True)
     assert capped.acoustic_lengths.tolist() == [min(length, 20) for length in lengths]
     assert audio_lm(seeds=[0], allow_eos=False).shape == (1, 5 * SAMPLE_HZ)
 
 
-def test_a_prime_is_never_cut_by_an_end():
-    """A piece that ends right behind its prime keeps all frames of it, though its semantic tokens cover less."""
+def test_an_early_end_keeps_the_whole_prompt():
+    """The result keeps all prompt frames, also if the semantic tokens cover fewer frames."""
     audio_lm = audiolm_of(lost_frames=1)
     head = audio_lm.semantic.transformer.heads[0].weight.data
     head.zero_()
-    prime = torch.rand(1, 400)
+    prompt = torch.rand(1, 400)
     for seed in range(12):
-        made = audio_lm.generate(prime_wave=prime, seeds=[seed])
-        assert made.acoustic_lengths[0] >= 25
-        assert torch.equal(made.acoustic[:, :25], audio_lm.codec.tokenize(prime))
+        result = audio_lm.generate(prime_wave=prompt, seeds=[seed])
+        assert result.acoustic_lengths[0] >= 25
+        assert torch.equal(result.acoustic[:, :25], audio_lm.codec.tokenize(prompt))
 
 
-def test_ends_are_refused_where_nobody_knows_them():
-    """A stage trained without ends makes five seconds, and says so where ends are asked for."""
+def test_allow_eos_needs_a_stage_trained_with_ends():
+    """Without trained ends the default length is five seconds, and `allow_eos` raises an error."""
     audio_lm = audiolm_of()
     stage = SemanticTransformer(num_semantic_tokens=12, eos=False, dim=32, depth=1, heads=2, dim_head=16)
     audio_lm.semantic.transformer = stage
@@ -196,58 +196,58 @@ def test_ends_are_refused_where_nobody_knows_them():
         audio_lm(allow_eos=True)
 
 
-def test_texts_speak_to_both_conditioners():
-    """States of a text encoder, codes, and both together; each stage through what it takes."""
+def test_texts_are_used_by_both_conditioners():
+    """States of a text encoder, codes, and both together; each stage uses the conditions that it accepts."""
     both, states = audiolm_of(conditioned=True, hears_text=True), audiolm_of(hears_text=True)
     for audio_lm in (both, states):
-        made = audio_lm.generate(text=["one", "three"], seconds=0.2, seeds=1)
+        result = audio_lm.generate(text=["one", "three"], seconds=0.2, seeds=1)
         assert isinstance(audio_lm.text_conditioner, FakeTextConditioner)
         assert audio_lm.text_conditioner.asked[-1] == ["one", "three"]
-        assert same(made, audio_lm.generate(text="three", seconds=0.2, seeds=[2]), 1)
-        assert not torch.equal(made.acoustic, audio_lm.generate(seconds=0.2, seeds=[1, 2]).acoustic)
+        assert same(result, audio_lm.generate(text="three", seconds=0.2, seeds=[2]), 1)
+        assert not torch.equal(result.acoustic, audio_lm.generate(seconds=0.2, seeds=[1, 2]).acoustic)
     assert both.audio_conditioner.asked[:3] == ["semantic", "coarse", "fine"]
-    for said in ({}, {"text": "one"}):  # also beside a text that is heard
+    for texts in ({}, {"text": "one"}):  # also together with a text
         with pytest.raises(ValueError, match="does not accept such a condition"):
-            states(codes=torch.zeros(1, 3).long(), seconds=0.2, **said)
+            states(codes=torch.zeros(1, 3).long(), seconds=0.2, **texts)
 
 
-def test_extra_streams_reach_the_stages_that_read_them():
-    """A melody in time, and ids of a text that some items do not have; alone = in batch, also in windows."""
+def test_extra_input_streams_reach_their_stages():
+    """A melody, and ids of a text that some items do not have; single items equal batches, also in windows."""
     melody, ids = Stream("melody", 5, rate_hz=25, is_input=True), Stream("text", 7, rate_hz=None, is_input=True)
     audio_lm = audiolm_of(extra_streams=[melody, ids], **WINDOWS)
     tokens = {"melody": torch.randint(0, 5, (2, 25)), "text": torch.randint(0, 7, (2, 3))}
-    given = AudioTokens(tokens, {"text": torch.tensor([3, 0])})
-    made = audio_lm.generate(input_streams=given, seconds=1.0, seeds=[1, 2])
+    inputs = AudioTokens(tokens, {"text": torch.tensor([3, 0])})
+    result = audio_lm.generate(input_streams=inputs, seconds=1.0, seeds=[1, 2])
     alone = AudioTokens({"melody": tokens["melody"][1:]}, {})
-    assert same(made, audio_lm.generate(input_streams=alone, seconds=1.0, seeds=[2]), 1)
+    assert same(result, audio_lm.generate(input_streams=alone, seconds=1.0, seeds=[2]), 1)
     other = AudioTokens({"melody": 4 - tokens["melody"][1:]}, {})
-    assert not same(made, audio_lm.generate(input_streams=other, seconds=1.0, seeds=[2]), 1)
+    assert not same(result, audio_lm.generate(input_streams=other, seconds=1.0, seeds=[2]), 1)
     with pytest.raises(ValueError, match="needs melody tokens"):
         audio_lm(seconds=1.0)
     with pytest.raises(ValueError, match=r"\['chords'\], the stages have extra streams \['melody', 'text'\]"):
         audio_lm(seconds=1.0, input_streams=AudioTokens({"chords": tokens["melody"]}, {}))
 
 
-def test_guidance_of_the_model_rests_where_only_a_melody_is_given():
-    """A stream in time is nothing that guidance can lead away from: the constructor's scale must not be asked of it."""
+def test_guidance_of_the_model_is_off_with_a_melody_only():
+    """The unconditional copy keeps streams that have a rate, so guidance would have no effect."""
     audio_lm = audiolm_of(extra_streams=[Stream("melody", 5, rate_hz=25, is_input=True)])
-    given = AudioTokens({"melody": torch.randint(0, 5, (1, 8))}, {})
-    plain = audio_lm(input_streams=given, seconds=0.3, seeds=1)
+    inputs = AudioTokens({"melody": torch.randint(0, 5, (1, 8))}, {})
+    plain = audio_lm(input_streams=inputs, seconds=0.3, seeds=1)
     audio_lm.sampling = {name: replace(settings, guidance_scale=3.0) for name, settings in audio_lm.sampling.items()}
-    assert torch.equal(audio_lm(input_streams=given, seconds=0.3, seeds=1), plain)
+    assert torch.equal(audio_lm(input_streams=inputs, seconds=0.3, seeds=1), plain)
 
 
-def test_what_was_generated_can_be_learnt_from():
-    """Waves and tokens are ordinary tensors: gradients may flow through what is computed of them."""
+def test_results_are_ordinary_tensors():
+    """Gradients can flow through values that are computed from waves and tokens."""
     audio_lm = audiolm_of(codec=streaming_codec())
     scale = torch.ones((), requires_grad=True)
-    for made in (audio_lm.generate(seconds=0.2), next(audio_lm.stream(seconds=0.2))):
-        (made.waves[0] * scale).sum().backward()
-        assert not made.semantic.is_inference() and not made.acoustic.is_inference()
+    for result in (audio_lm.generate(seconds=0.2), next(audio_lm.stream(seconds=0.2))):
+        (result.waves[0] * scale).sum().backward()
+        assert not result.semantic.is_inference() and not result.acoustic.is_inference()
 
 
-def test_some_items_of_a_request_are_those_items_of_its_result():
-    """Whatever is given of several is chosen from, whatever is given of one serves all."""
+def test_selected_items_of_a_request_equal_those_items_of_the_result():
+    """Inputs of several items are selected, inputs of one item stay."""
     audio_lm = audiolm_of(conditioned=True)
     items = [2, 0, 2]
     several = {
@@ -282,8 +282,8 @@ def test_some_items_of_a_request_are_those_items_of_its_result():
     assert len(chosen.tokens["key"]) == 1
 
 
-def test_a_prime_that_is_too_long_is_named_in_seconds():
-    """Which one, how long it is, and that the seconds count it in."""
+def test_a_prompt_that_is_too_long_raises_an_error():
+    """The message contains the item, its seconds, and that the requested seconds include the prompt."""
     with pytest.raises(
         ValueError, match=r"prompt of item 1 lasts 1.00 s, longer than the requested 0.50 s.*: request more"
     ):
@@ -291,15 +291,15 @@ def test_a_prime_that_is_too_long_is_named_in_seconds():
 
 
 @pytest.mark.parametrize("name", ["forward", "generate", "stream"])
-def test_help_names_what_can_be_asked_for(name):
-    """`**request` alone would hide it from `help` and completion."""
+def test_signatures_show_the_fields_of_a_request(name):
+    """`help` and completion would not show the fields of `**request`."""
     shown = inspect.signature(getattr(audiolm_of(), name)).parameters
     assert set(inspect.signature(generation.GenerationRequest).parameters) <= set(shown) and "request" not in shown
     assert shown["coarse_only"].default is False and ("chunk_seconds" in shown) == (name == "stream")
 
 
-def test_progress_is_told_and_drawn_on_demand(monkeypatch, capsys):
-    """The callback hears every stage to its end, one after another; bars are drawn only where asked for."""
+def test_callback_and_progress_bars(monkeypatch, capsys):
+    """The callback receives the progress of all stages to their end; bars appear only with `progress=True`."""
     bars = []
 
     class Bar:
@@ -314,11 +314,11 @@ def test_progress_is_told_and_drawn_on_demand(monkeypatch, capsys):
             self.is_closed = True
 
     monkeypatch.setattr(generation, "progress_bar", Bar)
-    audio_lm, told = audiolm_of(**WINDOWS), []
-    report = {"callback": lambda stage, known, wanted: told.append((stage, known, wanted))}
+    audio_lm, reports = audiolm_of(**WINDOWS), []
+    report = {"callback": lambda stage, known, expected: reports.append((stage, known, expected))}
     audio_lm(seconds=1.0, **report)
-    assert [stage for stage in dict.fromkeys(stage for stage, *_ in told)] == ["semantic", "coarse", "fine"]
-    assert {("semantic", 25, 25), ("coarse", 50, 50), ("fine", 50, 50)} <= set(told) and not bars
+    assert [stage for stage in dict.fromkeys(stage for stage, *_ in reports)] == ["semantic", "coarse", "fine"]
+    assert {("semantic", 25, 25), ("coarse", 50, 50), ("fine", 50, 50)} <= set(reports) and not bars
     audio_lm(seconds=1.0, progress=True)
     assert [(bar.name, bar.n, bar.total, bar.is_closed) for bar in bars] == [
         ("semantic", 25, 25, True),
@@ -357,8 +357,8 @@ NONSENSE = {
 
 
 @pytest.mark.parametrize("message", NONSENSE)
-def test_nonsense_is_refused_in_words(message):
-    """Before anything is generated, with what was given and what is needed."""
+def test_invalid_values_raise_errors(message):
+    """The error appears before generation, and contains the value and the allowed range."""
     audio_lm = audiolm_of(conditioned=True)
     for request in NONSENSE[message]:
         with pytest.raises(ValueError, match=message):
@@ -367,8 +367,8 @@ def test_nonsense_is_refused_in_words(message):
         audio_lm(second=1.0)
 
 
-def test_texts_are_read_once_for_all_stages():
-    """A text encoder is the dearest part of a request: its states are the same for each of three stages."""
+def test_texts_are_encoded_once_for_all_stages():
+    """The states of a text encoder are the same for all stages."""
     audio_lm = audiolm_of(hears_text=True)
     audio_lm.generate(text=["a", "bb"], seconds=0.2, seeds=0)
     assert audio_lm.text_conditioner.asked == [["a", "bb"]]

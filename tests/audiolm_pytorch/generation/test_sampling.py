@@ -1,4 +1,4 @@
-"""Filters, drawing, and the decode loop: seeds, prompts, guidance, ends, cost."""
+"""Logit filters, sampling, and the decode session: seeds, prompts, guidance, ends and cost."""
 
 import pytest
 import torch
@@ -23,12 +23,12 @@ def model_of(pattern="delayed", eos=True, **changes):
     layout = TokenLayout([Stream("s", 10, 1, 25, is_input=True), Stream("a", 20, 2, 50, eos=eos)], pattern)
     model = TokenTransformer(layout=layout, **{**SIZES, "cond_dim": 8, **changes}).eval()
     for weight in model.heads.parameters():
-        weight.data.mul_(40)  # an untrained model is undecided; this one has opinions
+        weight.data.mul_(40)  # distinct logits, although the model is untrained
     return model
 
 
 def test_filters_match_naive_loops():
-    """Top-k keeps k tokens; top-p keeps the fewest that hold p, the likeliest always."""
+    """Top-k keeps k tokens. Top-p keeps the smallest set with probability p, and always the most likely token."""
     logits = torch.randn(5, 9)
     kept = filter_logits(logits, SamplingSettings(top_k=3)).isfinite()
     assert (
@@ -36,22 +36,22 @@ def test_filters_match_naive_loops():
         and (logits[kept].view(5, 3).min(1).values >= logits.sort().values[:, -3]).all()
     )
     for row, keep in zip(logits, filter_logits(logits, SamplingSettings(top_p=0.7)).isfinite()):
-        order, held, wanted = row.argsort(descending=True).tolist(), 0.0, set()
+        order, held, expected = row.argsort(descending=True).tolist(), 0.0, set()
         for token in order:
             if held < 0.7:
-                wanted.add(token)
+                expected.add(token)
             held += row.softmax(-1)[token].item()
-        assert set(keep.nonzero().flatten().tolist()) == wanted
+        assert set(keep.nonzero().flatten().tolist()) == expected
     assert filter_logits(logits, SamplingSettings(top_p=1e-6)).isfinite().sum(-1).tolist() == [1] * 5
 
 
-def test_drawn_tokens_follow_the_distribution():
-    """Frequencies of 20,000 draws: within 4.5 standard deviations (fails by chance less than once in 10^4)."""
+def test_sampled_tokens_follow_the_distribution():
+    """Frequencies of 20,000 samples are within 4.5 standard deviations (random failure below 1 in 10^4)."""
     logits = torch.tensor([0.0, 1.0, float("-inf"), 2.0])
     drawn = sample_tokens(logits.expand(20000, -1), torch.rand(20000), SamplingSettings(temperature=0.7))
-    wanted = (logits / 0.7).softmax(-1)
-    found = torch.bincount(drawn, minlength=4) / 20000
-    assert ((found - wanted).abs() <= 4.5 * (wanted * (1 - wanted) / 20000).sqrt()).all()
+    expected = (logits / 0.7).softmax(-1)
+    result = torch.bincount(drawn, minlength=4) / 20000
+    assert ((result - expected).abs() <= 4.5 * (expected * (1 - expected) / 20000).sqrt()).all()
     extremes = sample_tokens(logits.expand(2, -1), torch.tensor([0.0, 1.0]), SamplingSettings())
     assert extremes.tolist() == [0, 3]
 
@@ -59,12 +59,12 @@ def test_drawn_tokens_follow_the_distribution():
 @pytest.mark.parametrize("pattern", ["flat", "delayed"])
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_greedy_decoding_equals_a_loop_without_cache(pattern, scale):
-    """Reading everything anew for every row, and guiding by hand, gives the same tokens."""
+    """A loop that computes all rows again for every row, with guidance by formula, returns the same tokens."""
     model, conditioning = model_of(pattern), random_conditions(2)
-    given = {"s": GIVEN[:2, :3]}
+    inputs = {"s": GIVEN[:2, :3]}
     settings = SamplingSettings(temperature=0, guidance_scale=scale)
-    found = decode(model, given, {"a": 6}, conditioning=conditioning, settings=settings).streams["a"]
-    grid = model.layout.grid(given, {"a": 6}, 2)
+    result = decode(model, inputs, {"a": 6}, conditioning=conditioning, settings=settings).streams["a"]
+    grid = model.layout.grid(inputs, {"a": 6}, 2)
     ids, mask = grid.packed.ids, grid.packed.input_mask
     both_conditions = [
         model.condition_tensors(conditioning, 2),
@@ -79,10 +79,10 @@ def test_greedy_decoding_equals_a_loop_without_cache(pattern, scale):
             ]
             token = guide(logits[0], logits[1], scale)[:20].argmax()
             ids[item, row, column] = model.layout.heads[head].first_id + token
-    assert torch.equal(found, model.layout.unpack(ids, {"s": 3, "a": 6})["a"])
+    assert torch.equal(result, model.layout.unpack(ids, {"s": 3, "a": 6})["a"])
 
 
-def test_guidance_is_the_formula_and_one_is_off():
+def test_guidance_follows_its_formula():
     """null + s * (cond - null); at scale 1 the batch is not doubled."""
     conditional, null = torch.randn(2, 4, 7)
     torch.testing.assert_close(guide(conditional, null, 3.0), null + 3.0 * (conditional - null))
@@ -100,18 +100,18 @@ def test_guidance_is_the_formula_and_one_is_off():
 
 
 @pytest.mark.parametrize("pattern", ["flat", "delayed"])
-def test_an_item_depends_on_nothing_but_its_seed_and_inputs(pattern):
-    """Item i is the same alone, in another order, and beside items of other lengths and prompts."""
+def test_an_item_depends_on_its_seed_and_inputs_alone(pattern):
+    """An item is the same alone, in another order, and next to items of other lengths and prompts."""
     model, conditioning = model_of(pattern), random_conditions(3)
     prompt = torch.randint(0, 20, (3, 4, 2))
-    known, wanted = torch.tensor([0, 4, 2]), torch.tensor([9, 7, 8])
+    known, expected = torch.tensor([0, 4, 2]), torch.tensor([9, 7, 8])
     settings = SamplingSettings(temperature=0.9, top_k=15, guidance_scale=1.5)
 
     def run(items):
         return decode(
             model,
             {"s": GIVEN[items], "a": prompt[items]},
-            {"a": wanted[items]},
+            {"a": expected[items]},
             lengths={"a": known[items]},
             conditioning=conditioning.select(torch.tensor(items)),
             settings=settings,
@@ -122,15 +122,15 @@ def test_an_item_depends_on_nothing_but_its_seed_and_inputs(pattern):
     assert together.lengths["a"].tolist() == [9, 7, 8]
     for place, item in enumerate([2, 0, 1]):
         alone = run([item]).streams["a"][0]
-        count = int(wanted[item])
+        count = int(expected[item])
         assert torch.equal(together.streams["a"][item, :count], alone)
         assert torch.equal(turned.streams["a"][place, :count], alone)
         assert torch.equal(alone[: known[item]], prompt[item, : known[item]])
         assert (together.streams["a"][item, count:] == -1).all()
 
 
-def test_seeds_matter_and_repeat():
-    """Same seeds, same tokens; other seeds, other tokens; a wrong number of seeds is refused."""
+def test_seeds_determine_the_tokens():
+    """Equal seeds, equal tokens; other seeds, other tokens; a wrong number of seeds raises an error."""
     model = model_of()
     runs = [
         decode(model, {"s": GIVEN}, {"a": 12}, seeds=seeds).streams["a"] for seeds in ([1, 2, 3], [1, 2, 3], [4, 2, 5])
@@ -141,10 +141,10 @@ def test_seeds_matter_and_repeat():
         decode(model, {"s": GIVEN}, {"a": 12}, seeds=[1])
 
 
-def test_ends_are_drawn_only_when_allowed_and_stop_the_item():
-    """Without leave no end id comes; with it an item ends by itself, its length says where, and others go on."""
+def test_ends_are_sampled_only_when_allowed():
+    """Without `allow_eos` the end id never occurs. With it, each item has its own length."""
     model = model_of()
-    model.heads[0].weight.data.zero_()  # one frame in 21 is the last
+    model.heads[0].weight.data.zero_()  # about one frame in 21 is the last
     seeds = [1, 2, 3]
     closed = decode(model, {"s": GIVEN}, {"a": 40}, seeds=seeds)
     assert closed.lengths["a"].tolist() == [40] * 3 and (closed.streams["a"] < 20).all()
@@ -156,7 +156,7 @@ def test_ends_are_drawn_only_when_allowed_and_stop_the_item():
 
 
 def check_cost(model):
-    """One row a step, and the memory of the cache stays where it is."""
+    """Every step reads one row, and the cache stays at the same address."""
     rows, addresses = [], set()
     hidden = type(model).hidden
     cache_write = KVCache.write
@@ -178,7 +178,7 @@ def check_cost(model):
 
 
 def test_cost_of_a_row_does_not_grow(monkeypatch):
-    """Fault 5: caches are not re-concatenated, nothing is recomputed."""
+    """Fault 5: caches are not concatenated, and nothing is computed again."""
     model = model_of()
     check_cost(model)
 
@@ -196,28 +196,28 @@ def test_cost_of_a_row_does_not_grow(monkeypatch):
         check_cost(model)
 
 
-def test_dropout_is_off_while_decoding_and_the_mode_comes_back():
-    """Sampling during training must not be noisy, nor leave the model in another mode."""
+def test_dropout_is_off_while_decoding():
+    """The model is in training mode again afterwards."""
     model = model_of(dropout=0.5).train()
     runs = [decode(model, {"s": GIVEN}, {"a": 8}, settings=GREEDY).streams["a"] for _ in range(2)]
     assert torch.equal(*runs) and model.training
 
 
 def test_progress_is_reported_for_every_row():
-    """The callback sees rows one after another up to the last."""
+    """The callback receives the number of every row."""
     seen = []
     decode(model_of(), {"s": GIVEN}, {"a": 5}, callback=lambda done, total: seen.append((done, total)))
     assert seen == [(row, 7) for row in range(2, 8)]
 
 
-def test_unconditional_decoding_needs_no_input_at_all():
-    """A model without given streams starts from the start row."""
+def test_unconditional_decoding_needs_no_input():
+    """A model without input streams starts from the start row."""
     model = TokenTransformer(layout=TokenLayout([Stream("a", 7)]), **SIZES)
     assert decode(model, {}, {"a": 5}, batch_size=4).streams["a"].shape == (4, 5, 1)
 
 
-def test_settings_refuse_impossible_numbers():
-    """Each number out of range is named."""
+def test_settings_out_of_range_raise_errors():
+    """The message contains the name of the setting."""
     nan, inf = float("nan"), float("inf")
     wrong = {"temperature": (-1, nan, inf), "top_k": (0,), "top_p": (0.0, nan), "guidance_scale": (-0.5, nan, inf)}
     for name, values in wrong.items():
@@ -228,13 +228,13 @@ def test_settings_refuse_impossible_numbers():
 
 @pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-7, 1e-5])
 def test_a_tiny_temperature_is_greedy(temperature):
-    """Logits divided by it must not overflow into NaN, of which token 0 would be drawn for ever."""
+    """Logits divided by a tiny temperature must not overflow to NaN, for which token 0 would be sampled."""
     drawn = sample_tokens(torch.tensor([[1.0, 40.0, 3.0]]), torch.tensor([0.999]), SamplingSettings(temperature))
     assert drawn.tolist() == [1]
 
 
 def test_streams_end_together():
-    """Where one stream ends, the ends of all stand in the grid, as in training; later levels read them."""
+    """At the end of one stream the grid has the end ids of all streams, as in training."""
     layout = TokenLayout([Stream("a", 6, 2, eos=True), Stream("b", 5, eos=True)], "delayed")
     torch.manual_seed(0)
     model = TokenTransformer(layout=layout, **SIZES).eval()
@@ -242,11 +242,11 @@ def test_streams_end_together():
         weight.data.zero_()
     run = DecodeSession(model, {}, {"a": 9, "b": 9}, batch_size=6, seeds=range(6), allow_eos=True)
     run.advance()
-    found = run.decoded()
-    assert torch.equal(found.lengths["a"], found.lengths["b"]) and len(found.lengths["a"].unique()) > 2
-    for item, length in enumerate(found.lengths["a"].tolist()):
+    result = run.decoded()
+    assert torch.equal(result.lengths["a"], result.lengths["b"]) and len(result.lengths["a"].unique()) > 2
+    for item, length in enumerate(result.lengths["a"].tolist()):
         if length < 9:
-            whole = {name: tokens[item : item + 1, :length] for name, tokens in found.streams.items()}
+            whole = {name: tokens[item : item + 1, :length] for name, tokens in result.streams.items()}
             trained = layout.pack(whole, ends=torch.tensor([True]))
             rows = trained.ids.shape[1]
             assert torch.equal(run.mask[item, :rows], trained.input_mask[0]) and not run.mask[item, rows:].any()
@@ -255,7 +255,7 @@ def test_streams_end_together():
 
 @pytest.mark.parametrize("pattern", ["flat", "delayed", "parallel"])
 def test_decoding_fills_the_cells_that_packing_fills(pattern):
-    """Prompts and texts of several lengths, groups, early ends: the grid equals the packed result of decoding."""
+    """With prompts and texts of several lengths, groups and early ends, the grid equals the packed result."""
     streams = [Stream("s", 10, 1, 25, is_input=True), Stream("t", 7, 1, None, is_input=True)]
     layout = TokenLayout([*streams, Stream("a", 20, 4, 50, eos=True, num_groups=2)], pattern)
     model = TokenTransformer(layout=layout, **SIZES).eval()
@@ -266,19 +266,19 @@ def test_decoding_fills_the_cells_that_packing_fills(pattern):
     run = DecodeSession(model, tokens, {"a": 20}, lengths=counts, seeds=range(4), allow_eos=True)
     run.advance()
     assert len(run.num_frames["a"].unique()) > 1
-    found = run.decoded().streams["a"]
+    result = run.decoded().streams["a"]
     for item, length in enumerate(run.num_frames["a"].tolist()):
         assert length > 0
         text = tokens["t"][item : item + 1, : counts["t"][item]]
-        whole = {"s": tokens["s"][item : item + 1], "t": text, "a": found[item : item + 1, :length]}
+        whole = {"s": tokens["s"][item : item + 1], "t": text, "a": result[item : item + 1, :length]}
         packed = layout.pack(whole, ends=torch.tensor([length < 20]))
         num_rows = packed.ids.shape[1]
         assert torch.equal(run.mask[item, :num_rows], packed.input_mask[0]) and not run.mask[item, num_rows:].any()
         assert torch.equal(run.ids[item, :num_rows][packed.input_mask[0]], packed.ids[packed.input_mask])
 
 
-def test_what_was_decoded_is_no_part_of_the_run():
-    """Lengths handed out can be changed without harm."""
+def test_decoded_lengths_are_copies():
+    """Changes of the returned lengths do not change the session."""
     run = DecodeSession(model_of(), {"s": GIVEN}, {"a": 4})
     run.advance()
     run.decoded().lengths["a"].zero_()
@@ -287,8 +287,8 @@ def test_what_was_decoded_is_no_part_of_the_run():
 
 @pytest.mark.parametrize("pattern", ["flat", "delayed", "parallel"])
 @pytest.mark.parametrize("rates_hz", [(50, 50), (25, 50), (50, 25)])
-def test_known_frames_are_whole_in_each_of_several_streams(pattern, rates_hz):
-    """At every pause: each frame said to be known has been drawn in all streams, and the next has not in one."""
+def test_known_frames_are_complete_in_all_streams(pattern, rates_hz):
+    """At every pause all streams have the known frames, and one stream lacks the next frame."""
     if pattern != "flat" and rates_hz[0] != rates_hz[1]:
         return
     streams = [Stream("a", 6, 4, rates_hz[0], num_groups=2), Stream("b", 5, 1, rates_hz[1])]
@@ -299,21 +299,21 @@ def test_known_frames_are_whole_in_each_of_several_streams(pattern, rates_hz):
     whole = decode(model, prompt, num_frames, lengths={"a": torch.tensor([0, 2])}, seeds=[1, 2]).streams
     for until in range(1, 9):
         run.advance(until)
-        found = run.decoded()
+        result = run.decoded()
         for item, known in enumerate(run.known_frames.tolist()):
             to_do = [
                 int(run.frame[item, row, column]) for row, cells in run.pending[item].items() for _, column in cells
             ]
             assert known == min([*to_do, max(num_frames.values())]) >= until
-            for name, tokens in found.streams.items():
-                count = int(found.lengths[name][item])
+            for name, tokens in result.streams.items():
+                count = int(result.lengths[name][item])
                 assert count == min(known, num_frames[name])
                 assert torch.equal(tokens[item, :count], whole[name][item, :count])
 
 
 @pytest.mark.parametrize("pattern", ["flat", "delayed", "parallel"])
-def test_a_model_that_decoded_can_be_trained(pattern):
-    """Nothing that decoding made, even inside inference mode, is left where gradients need it; modes stay too."""
+def test_a_model_can_be_trained_after_decoding(pattern):
+    """Decoding leaves no inference tensors where gradients need tensors, and keeps the modes of submodules."""
     cell_table.cache_clear()
     model = model_of(pattern).train()
     model.cond_norm.eval()
@@ -328,17 +328,17 @@ def test_a_model_that_decoded_can_be_trained(pattern):
 @pytest.mark.parametrize("pattern", ["flat", "delayed", "parallel"])
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_an_item_is_the_same_alone_with_texts_ends_and_groups(pattern, scale):
-    """Streams not in time and texts of several lengths (or none), prompts, early ends: alone = beside all others."""
+    """Streams without a rate, texts of several lengths or none, prompts and early ends."""
     streams = [Stream("s", 10, 1, 25, is_input=True), Stream("t", 7, 1, None, is_input=True)]
     layout = TokenLayout([*streams, Stream("a", 20, 4, 50, eos=True, num_groups=2)], pattern)
     torch.manual_seed(0)
     model = TokenTransformer(layout=layout, **SIZES, cond_dim=8, text_dim=6, text_as="prefix").eval()
-    model.heads[0].weight.data.zero_()  # one frame in 21 is the last
+    model.heads[0].weight.data.zero_()  # about one frame in 21 is the last
     counts = {"s": [4, 2, 3, 1], "t": [3, 0, 1, 2], "a": [0, 5, 2, 3], "text": [3, 1, 0, 2]}
     tokens = {
         one.name: torch.randint(0, one.vocab_size, (4, max(counts[one.name]), one.num_levels)) for one in layout.streams
     }
-    states, codes, wanted = torch.randn(4, 3, 6), torch.randn(4, 3, 8), torch.tensor([40, 30, 2, 35])
+    states, codes, expected = torch.randn(4, 3, 6), torch.randn(4, 3, 8), torch.tensor([40, 30, 2, 35])
 
     def run(items):
         cut = {
@@ -349,7 +349,7 @@ def test_an_item_is_the_same_alone_with_texts_ends_and_groups(pattern, scale):
         return decode(
             model,
             {name: part[items, : cut[name]] for name, part in tokens.items()},
-            {"a": wanted[items]},
+            {"a": expected[items]},
             lengths={name: torch.tensor([counts[name][item] for item in items]) for name in tokens},
             conditioning=Conditions(
                 ConditionTensor(codes[items], torch.ones(len(items), 3).bool()),
@@ -362,7 +362,7 @@ def test_an_item_is_the_same_alone_with_texts_ends_and_groups(pattern, scale):
 
     together = run([0, 1, 2, 3])
     lengths = together.lengths["a"]
-    assert (lengths < wanted).any() and len(lengths.unique()) > 2
+    assert (lengths < expected).any() and len(lengths.unique()) > 2
     for item in range(4):
         alone = run([item])
         assert alone.lengths["a"].tolist() == [lengths[item]]

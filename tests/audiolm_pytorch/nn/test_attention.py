@@ -11,7 +11,7 @@ from audiolm_pytorch.nn.layers import GatedFeedForward, RMSNorm, RotaryPositions
 
 
 def test_rms_norm_has_the_gradient_of_its_formula():
-    """The hand-written backward equals torch's own RMSNorm."""
+    """Our backward pass equals that of torch's RMSNorm."""
     own, oracle = RMSNorm(12).double(), nn.RMSNorm(12, eps=1e-6).double()
     weight = torch.rand(12, dtype=torch.double) + 0.5
     x = torch.randn(3, 5, 12, dtype=torch.double)
@@ -21,30 +21,30 @@ def test_rms_norm_has_the_gradient_of_its_formula():
         y = x.clone().requires_grad_()
         (norm(y) * x.cos()).sum().backward()
         results.append((norm(x).detach(), y.grad, norm.weight.grad))
-    for mine, theirs in zip(*results):
-        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
+    for mine, reference in zip(*results):
+        torch.testing.assert_close(mine, reference, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_gated_feed_forward_equals_its_formula(dtype: torch.dtype) -> None:
-    """Oracle: SiLU gate and product as autograd would do them, output and gradients; these also by differences."""
+    """Output and gradients equal those of autograd, and gradients equal finite differences."""
     torch.manual_seed(0)
     layer = GatedFeedForward(6, 10).to(dtype)
     x = torch.randn(3, 5, 6, dtype=dtype, requires_grad=True)
     value, gate = layer.up(x).chunk(2, dim=-1)
     expected = layer.down(nn.functional.silu(gate) * value)
     wanted = torch.autograd.grad(expected.square().sum(), [x, *layer.parameters()])
-    found = torch.autograd.grad(layer(x).square().sum(), [x, *layer.parameters()])
+    result = torch.autograd.grad(layer(x).square().sum(), [x, *layer.parameters()])
     torch.testing.assert_close(layer(x), expected)
-    for one, other in zip(found, wanted):
+    for one, other in zip(result, wanted):
         torch.testing.assert_close(one, other)
     if dtype == torch.float64:
         torch.autograd.gradcheck(layer, (x,))
 
 
 @pytest.mark.parametrize("layer", [RMSNorm(6), GatedFeedForward(6, 10)], ids=["norm", "feed-forward"])
-def test_second_derivatives_are_refused(layer: nn.Module) -> None:
-    """A backward written by hand knows none: a gradient penalty must end in an error, not in wrong numbers."""
+def test_second_derivatives_raise_errors(layer: nn.Module) -> None:
+    """Our backward passes have no derivative, so a gradient penalty must not return wrong numbers."""
     x = torch.randn(2, 6, requires_grad=True)
     (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -64,7 +64,7 @@ def test_rotary_scores_depend_on_distance_only():
     assert not torch.allclose(scores(0), queries @ keys.mT, atol=1e-2)
 
 
-def test_attention_is_the_textbook_formula():
+def test_attention_equals_the_formula():
     """Softmax of masked scaled products, written out."""
     attention = CausalSelfAttention(24, heads=2, dim_head=12)
     x = torch.randn(2, 7, 24)
@@ -78,7 +78,7 @@ def test_attention_is_the_textbook_formula():
 
 
 def test_plain_product_of_bfloat16_agrees_with_the_fused_kernel():
-    """The fast way on a CPU is the same attention."""
+    """The faster method on a CPU computes the same attention."""
     q, k, v = torch.randn(3, 2, 2, 40, 16).bfloat16()
     fused = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
     torch.testing.assert_close(attend(q, k, v, is_causal=True).float(), fused, atol=0.03, rtol=0.03)
@@ -104,7 +104,7 @@ def test_every_row_attends_to_its_own_past(starts, count):
 
 
 def test_cache_is_written_in_place_at_each_items_position():
-    """Fault 5: the cache keeps its memory; rows land where they belong, nothing is concatenated."""
+    """Fault 5: rows are stored at their positions, and nothing is concatenated."""
     cache = KVCache(depth=1, batch=2, heads=1, num_positions=6, dim_head=2)
     address = cache.keys.data_ptr()
     ones = torch.ones(2, 1, 1, 2)

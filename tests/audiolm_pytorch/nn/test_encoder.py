@@ -12,8 +12,8 @@ def encoder() -> TransformerEncoder:
     return TransformerEncoder(dim=24, depth=2, heads=2, dim_head=8).eval()
 
 
-def test_encoder_gives_the_same_alone_in_a_batch_and_padded(encoder: TransformerEncoder) -> None:
-    """Padding and neighbours must change nothing."""
+def test_encoder_ignores_padding_and_other_items(encoder: TransformerEncoder) -> None:
+    """An item is the same alone, in a batch and with padding."""
     x = torch.randn(3, 11, 24)
     mask = torch.arange(11) < torch.tensor([[11], [4], [1]])
     batch = encoder(x, mask)
@@ -37,8 +37,8 @@ def test_encoder_matches_a_naive_block(encoder: TransformerEncoder) -> None:
     torch.testing.assert_close(plain(x), plain.norm(y))
 
 
-def test_encoder_sees_both_directions_and_only_relative_positions(encoder: TransformerEncoder) -> None:
-    """A later token reaches an earlier one, and shifting all positions changes nothing."""
+def test_encoder_is_bidirectional_with_relative_positions(encoder: TransformerEncoder) -> None:
+    """A later token changes an earlier one, and a shift of all positions changes nothing."""
     x = torch.randn(1, 6, 24)
     changed = x.clone()
     changed[0, 5] += 1
@@ -46,8 +46,8 @@ def test_encoder_sees_both_directions_and_only_relative_positions(encoder: Trans
     torch.testing.assert_close(encoder(x), encoder(x, positions=torch.arange(6) + 7), atol=1e-5, rtol=0)
 
 
-def test_encoder_follows_given_positions(encoder: TransformerEncoder) -> None:
-    """Tokens in another order, with their positions in the same order, give the same outputs in that order."""
+def test_encoder_uses_the_positions_of_the_caller(encoder: TransformerEncoder) -> None:
+    """Tokens and positions in another order give the same outputs in that order."""
     x = torch.randn(2, 6, 24)
     order = torch.tensor([[3, 1, 0, 5, 4, 2], [5, 4, 3, 2, 1, 0]])
     shuffled = torch.stack([row[index] for row, index in zip(x, order)])
@@ -56,7 +56,7 @@ def test_encoder_follows_given_positions(encoder: TransformerEncoder) -> None:
 
 
 def test_encoder_returns_hidden_states(encoder: TransformerEncoder) -> None:
-    """Layers count blocks done: 0 is the input, the last lacks only the final norm, None is what forward gives."""
+    """Layer 0 is the input, the last layer lacks the final norm, and None is the output of `forward`."""
     x = torch.randn(2, 4, 24)
     last, first, whole = encoder.hidden_states(x, layers=(2, 0, None))
     assert torch.equal(first, x) and torch.equal(whole, encoder(x))
@@ -65,30 +65,30 @@ def test_encoder_returns_hidden_states(encoder: TransformerEncoder) -> None:
         encoder.hidden_states(x, layers=(3,))
 
 
-def test_encoder_computes_no_block_beyond_the_last_layer_asked_for(
+def test_encoder_stops_after_the_last_requested_layer(
     encoder: TransformerEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first layer of a deep encoder must not cost all of it."""
+    """The first layer of a deep encoder costs one block."""
     monkeypatch.setattr(encoder.blocks[1], "forward", None)
     encoder.hidden_states(torch.randn(1, 3, 24), layers=(1, 0))
 
 
-def test_encoder_keeps_no_state_that_nobody_asked_for() -> None:
-    """At inference a deep encoder holds the states asked for, and not those of all its blocks."""
+def test_encoder_keeps_only_requested_layers() -> None:
+    """At inference a deep encoder does not hold the states of all blocks."""
     encoder = TransformerEncoder(dim=8, depth=6, heads=1, dim_head=8).eval()
-    given: list[weakref.ref[torch.Tensor]] = []
+    inputs: list[weakref.ref[torch.Tensor]] = []
     alive: list[int] = []
 
     def note(_: object, arguments: object, output: torch.Tensor) -> None:
-        given.append(weakref.ref(output))
-        alive.append(sum(state() is not None for state in given))
+        inputs.append(weakref.ref(output))
+        alive.append(sum(state() is not None for state in inputs))
 
     for block in encoder.blocks:
         block.register_forward_hook(note)
     with torch.no_grad():
         second, _ = encoder.hidden_states(torch.randn(1, 3, 8), layers=(2, None))
-    # the output of a block, what went into it, and the second from when it was there
-    assert max(alive) <= 3 and given[1]() is second
+    # the output of a block, its input, and the stored second state
+    assert max(alive) <= 3 and inputs[1]() is second
 
 
 def _biased_encoder() -> TransformerEncoder:
@@ -100,7 +100,7 @@ def _biased_encoder() -> TransformerEncoder:
 
 
 def test_position_bias_is_a_sum_of_waves_over_offsets() -> None:
-    """Oracle: the bias of every pair written out by its formula, in float64, and added to plain attention."""
+    """The bias of every pair by its formula, in float64, added to plain attention, gives the same result."""
     encoder = _biased_encoder()
     bias, block = encoder.position_bias, encoder.blocks[0]
     x, places = torch.randn(1, 6, 24), torch.cartesian_prod(torch.arange(3), torch.arange(2)).unsqueeze(0)
@@ -115,13 +115,13 @@ def test_position_bias_is_a_sum_of_waves_over_offsets() -> None:
     y = x + block.attention.to_out(torch.cat(heads, dim=-1))
     y = encoder.norm(y + block.feed_forward(block.feed_forward_norm(y)))
     torch.testing.assert_close(encoder(x, positions=places), y, atol=1e-5, rtol=1e-5)
-    # and it tells where tokens are: the same tokens elsewhere give something else, all of them moved do not
+    # The result depends on the positions of tokens relative to each other, and not on a shift of all positions.
     torch.testing.assert_close(encoder(x, positions=places + 5), y, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(encoder(x, positions=places.flip(1) * 3), y, atol=1e-2)
 
 
-def test_position_bias_learns_from_nothing() -> None:
-    """A new bias is none, and its amplitudes get a gradient all the same; under bfloat16 it is nearly the same."""
+def test_position_bias_starts_at_zero() -> None:
+    """Its amplitudes get a gradient, and bfloat16 gives nearly the same result."""
     x, places = torch.randn(2, 5, 24), torch.cartesian_prod(torch.arange(5), torch.arange(1)).unsqueeze(0)
     torch.manual_seed(0)
     bias = WavePositionBias(heads=2, num_axes=2)
@@ -140,7 +140,7 @@ def test_position_bias_learns_from_nothing() -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_encoder_bfloat16_attention_matches_float32(encoder: TransformerEncoder, masked: bool) -> None:
-    """The faster product that a CPU takes in bfloat16 computes the same attention."""
+    """The faster product of bfloat16 on a CPU computes the same attention."""
     x = torch.randn(2, 40, 24)
     mask = torch.arange(40) < torch.tensor([[40], [13]]) if masked else torch.ones(2, 40, dtype=torch.bool)
     with torch.autocast("cpu", torch.bfloat16):
@@ -149,8 +149,8 @@ def test_encoder_bfloat16_attention_matches_float32(encoder: TransformerEncoder,
     assert difference.abs().max() < 0.1
 
 
-def test_encoder_rejects_what_does_not_fit(encoder: TransformerEncoder) -> None:
-    """Errors name what is needed."""
+def test_encoder_raises_errors_for_wrong_shapes(encoder: TransformerEncoder) -> None:
+    """The message contains the shape that is needed."""
     with pytest.raises(ValueError, match="24"):
         encoder(torch.randn(2, 4, 23))
     with pytest.raises(ValueError, match="bool"):

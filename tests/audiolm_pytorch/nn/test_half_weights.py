@@ -1,4 +1,4 @@
-"""Copies with bfloat16 weights: near the original, whichever way weights are laid out, and the original untouched."""
+"""Copies with bfloat16 weights: close to the original, which does not change."""
 
 import copy
 from pathlib import Path
@@ -19,7 +19,7 @@ from tests.helpers.fakes import CONDITION, SAMPLE_HZ, FakeCodec, FakeConditioner
 @pytest.mark.parametrize("packs", [True, False])
 @pytest.mark.parametrize("options", [{}, {"positions": "relative", "kv_heads": 1, "text_dim": 6}], ids=str)
 def test_half_weights_give_nearly_the_same_logits(packs: bool, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packed and unpacked weights give the same; both are within the precision of bfloat16 of the original."""
+    """Packed and unpacked weights give equal logits, within the precision of bfloat16 of the original."""
     torch.manual_seed(0)
     stage = tiny_stages(**CONDITION, **options)["coarse"].eval()
     before = {name: weight.clone() for name, weight in stage.state_dict().items()}
@@ -51,32 +51,32 @@ def test_half_weights_decode_with_every_option(packs: bool, options: dict, monke
     text = ConditionTensor(torch.randn(2, 3, 6), torch.tensor([[True] * 3, [True, False, False]]))
     conditions = Conditions(text=text) if "text_dim" in options else None
     for lengths in ([2, 2], [0, 2]):
-        found = decode(
+        result = decode(
             half,
             {"semantic": torch.ones(2, 2, 1, dtype=torch.long)},
             {"semantic": 8},
             lengths={"semantic": torch.tensor(lengths)},
             conditioning=conditions,
         )
-        assert (found.streams["semantic"] >= 0).all()
+        assert (result.streams["semantic"] >= 0).all()
 
 
-def test_half_weights_decode_as_the_original_where_it_is_sure() -> None:
-    """Greedy decoding of a model with opinions agrees in nearly all tokens, guided and in batches."""
+def test_half_weights_decode_nearly_the_same_tokens() -> None:
+    """Greedy decoding of a model with distinct logits, with guidance and in batches."""
     torch.manual_seed(0)
     stage = tiny_stages(**CONDITION)["semantic"].eval()
     for weight in stage.heads.parameters():
         weight.data.mul_(40)
     conditions = Conditions(ConditionTensor(torch.randn(4, 3, 8), torch.ones(4, 3, dtype=torch.bool)))
     settings = SamplingSettings(temperature=0, guidance_scale=1.5)
-    found = [
+    result = [
         decode(model, {}, {"semantic": 8}, batch_size=4, conditioning=conditions, settings=settings).streams["semantic"]
         for model in (stage, with_half_weights(stage))
     ]
-    assert (found[0] == found[1]).float().mean() > 0.7
+    assert (result[0] == result[1]).float().mean() > 0.7
 
 
-def test_half_weights_take_half_the_memory() -> None:
+def test_half_weights_need_half_the_memory() -> None:
     """Parameters and packed weights together."""
     stage = tiny_stages()["semantic"]
     half = with_half_weights(stage)
@@ -87,7 +87,7 @@ def test_half_weights_take_half_the_memory() -> None:
 
 
 def test_an_audiolm_generates_with_half_weights() -> None:
-    """Stages are copied, everything else is shared, and a request is answered as by the original."""
+    """Stages are copied, everything else is shared."""
     audio_lm = AudioLM(
         wav2vec=FakeSemanticTokenizer(),
         codec=FakeCodec(),
@@ -100,20 +100,20 @@ def test_an_audiolm_generates_with_half_weights() -> None:
     assert half.sampling == audio_lm.sampling
     assert half.semantic.transformer.embedding.weight.dtype == torch.bfloat16
     assert audio_lm.semantic.transformer.embedding.weight.dtype == torch.float32
-    made = half.generate(text=["a", "bb"], seconds=0.4, seeds=0)
-    assert made.wave.shape == (2, 0.4 * SAMPLE_HZ) and made.wave.dtype == torch.float32
+    audio = half.generate(text=["a", "bb"], seconds=0.4, seeds=0)
+    assert audio.wave.shape == (2, 0.4 * SAMPLE_HZ) and audio.wave.dtype == torch.float32
     again = half.generate(text=["a", "bb"], seconds=0.4, seeds=0)
-    assert torch.equal(made.wave, again.wave)
+    assert torch.equal(audio.wave, again.wave)
 
 
-def test_packed_weights_are_never_lost_or_left_behind(tmp_path: Path) -> None:
-    """Copies decode alike and a loss can be measured; what would lose the packed weights is refused."""
+def test_packed_weights_are_never_lost(tmp_path: Path) -> None:
+    """Deep copies work and a loss can be computed; saving, pickling and moving raise errors."""
     stage = tiny_stages()["semantic"]
     half = with_half_weights(stage)
     packed = stage.layout.pack({"semantic": torch.randint(0, 12, (2, 6, 1))})
-    found = decode(half, {}, {"semantic": 8}, seeds=[1]).streams["semantic"]
+    result = decode(half, {}, {"semantic": 8}, seeds=[1]).streams["semantic"]
     for twin in (copy.deepcopy(half), with_half_weights(half), half.to("cpu")):
-        assert torch.equal(decode(twin, {}, {"semantic": 8}, seeds=[1]).streams["semantic"], found)
+        assert torch.equal(decode(twin, {}, {"semantic": 8}, seeds=[1]).streams["semantic"], result)
     torch.testing.assert_close(half(packed).loss, stage.eval()(packed).loss, atol=0.05, rtol=0.05)
     if not half_weights._can_pack():
         return

@@ -1,4 +1,4 @@
-"""The stack and the token model: causality, cache, conditions, scores, precision, saving."""
+"""The transformer and the token model: causality, cache, conditions, loss, precision, saving."""
 
 import math
 import socket
@@ -28,8 +28,8 @@ def batch_of(model, batch=2, frames=6):
     return model.layout.pack(streams)
 
 
-def test_stack_sees_only_the_past():
-    """Changing a row changes no row before it."""
+def test_transformer_is_causal():
+    """A change of one row changes no row before it."""
     stack = Transformer(dim=32, depth=2, heads=2, dim_head=16)
     x = torch.randn(1, 8, 32)
     y = x.clone()
@@ -41,14 +41,14 @@ def test_stack_sees_only_the_past():
 @pytest.mark.parametrize("pattern", ["flat", "delayed"])
 @pytest.mark.parametrize("conditioned", [False, True])
 def test_cached_logits_equal_uncached_ones(pattern, conditioned):
-    """Reading row by row through the cache, items at unequal positions, gives the logits of reading all at once."""
+    """Rows through the cache, at unequal positions, give the logits of one pass over all rows."""
     model = model_of(pattern)
     packed = batch_of(model)
     condition_tensors = model.condition_tensors(random_conditions(2) if conditioned else None, 2)
     whole = model.hidden(packed.ids, packed.input_mask, condition_tensors)
     rows, offset = packed.ids.shape[1], condition_tensors.num_rows
     cache = model.new_cache(2, offset + rows)
-    # Item 1 starts two rows later than item 0: what prefill wrote too much is overwritten before it is read.
+    # Item 1 starts two rows after item 0. Rows that the first call wrote too many are overwritten before they are read.
     starts = [2, 4]
     first = model.hidden(
         packed.ids[:, :4], packed.input_mask[:, :4], condition_tensors, cache, CachePositions.after([0, 0], offset + 4)
@@ -67,14 +67,14 @@ def test_cached_logits_equal_uncached_ones(pattern, conditioned):
         starts = [start + 1 for start in starts]
 
 
-def test_untrained_loss_is_chance_and_scores_are_means_over_cells():
-    """ln(V) at the start; the loss equals cross-entropy computed cell by cell; padding adds nothing."""
+def test_untrained_loss_is_at_chance_level():
+    """The loss starts at ln(V) and equals the cross-entropy of each cell; padding adds nothing."""
     model = model_of()
     lengths = {"s": torch.tensor([3, 1]), "a": torch.tensor([6, 2])}
     streams = {"s": torch.randint(0, 10, (2, 3, 1)), "a": torch.randint(0, 20, (2, 6, 2))}
     packed = model.layout.pack(streams, lengths, torch.tensor([True, False]))
-    found = model(packed)
-    assert abs(found.loss.item() - math.log(20)) < 0.2
+    result = model(packed)
+    assert abs(result.loss.item() - math.log(20)) < 0.2
     hidden = model.hidden(packed.ids, packed.input_mask, model.condition_tensors(None, 2))
     nats = []
     for item, row, column in packed.loss_mask.nonzero().tolist():
@@ -83,12 +83,12 @@ def test_untrained_loss_is_chance_and_scores_are_means_over_cells():
         log_probs = model.logits(hidden[item, row - 1], head).log_softmax(-1)
         nats.append(-log_probs[cell - model.layout.heads[head].first_id].item())
     assert len(nats) == 12 + 4 + 1
-    assert found.loss.item() == pytest.approx(sum(nats) / len(nats), abs=1e-5)
-    assert set(found.per_stream) == {"a", "a.0", "a.1"} and 0 <= found.accuracy <= 1
+    assert result.loss.item() == pytest.approx(sum(nats) / len(nats), abs=1e-5)
+    assert set(result.per_stream) == {"a", "a.0", "a.1"} and 0 <= result.accuracy <= 1
 
 
 def test_every_parameter_gets_a_gradient():
-    """Nothing is built that is not trained."""
+    """No parameter is unused."""
     model = model_of(cond_drop_prob=0.5).train()
     conditioning = random_conditions(8)
     streams = {"s": torch.arange(10).view(2, 5).repeat(4, 1), "a": torch.randint(0, 20, (8, 10, 2))}
@@ -97,8 +97,8 @@ def test_every_parameter_gets_a_gradient():
     assert not model.embedding.weight.grad[-1].any()
 
 
-def test_dropping_the_condition_reaches_the_loss(monkeypatch):
-    """Fault 2: with drop probability 1 the condition must not matter in training, in every stage."""
+def test_dropped_conditions_do_not_change_the_loss(monkeypatch):
+    """Fault 2: with drop probability 1 the condition has no effect in training, in every stage."""
 
     def check():
         for stage in tiny_stages(**CONDITION, cond_drop_prob=1.0).values():
@@ -114,8 +114,8 @@ def test_dropping_the_condition_reaches_the_loss(monkeypatch):
         check()
 
 
-def test_condition_is_dropped_item_by_item_only_in_training():
-    """About p of the items lose theirs in training, none in evaluation; the dropped ones equal the masked ones."""
+def test_conditions_are_dropped_per_item_in_training_only():
+    """The dropped share is close to the probability; dropped items equal masked items."""
     model = model_of(cond_drop_prob=0.5)
     conditioning = random_conditions(1)
     packed = batch_of(model, batch=1)
@@ -128,11 +128,11 @@ def test_condition_is_dropped_item_by_item_only_in_training():
     model.eval()(packed, conditioning)
     model.train()(packed, conditioning)
     assert seen[0].all()
-    assert 12 <= int(seen[1].sum()) <= 52  # a fair coin thrown 64 times fails once in 10^6
+    assert 12 <= int(seen[1].sum()) <= 52  # 64 fair coins; fails by chance once in 10^6
 
 
-def test_masked_condition_entries_are_the_null_embedding():
-    """What the mask hides has no influence; an item with nothing left is unconditional."""
+def test_masked_conditions_become_the_null_embedding():
+    """Masked embeddings have no influence; an item without embeddings is unconditional."""
     model = model_of()
     codes = random_conditions(2).codes
     hidden = codes.without_trailing(torch.tensor([1, 0]))
@@ -145,7 +145,7 @@ def test_masked_condition_entries_are_the_null_embedding():
 
 
 def test_right_padding_changes_nothing():
-    """An item's loss is the same alone and beside a longer one."""
+    """The loss of an item is the same alone and next to a longer item."""
     model = model_of()
     streams = {"s": torch.randint(0, 10, (2, 5, 1)), "a": torch.randint(0, 20, (2, 10, 2))}
     both = model.layout.pack(streams, {"s": torch.tensor([2, 5]), "a": torch.tensor([4, 10])})
@@ -158,7 +158,7 @@ def test_right_padding_changes_nothing():
 
 
 def test_bfloat16_autocast_is_close_and_its_loss_is_float32():
-    """Half the bits in the products, all of them in the loss."""
+    """Products are bfloat16, the loss is float32."""
     model = model_of().train()
     packed = batch_of(model, batch=4, frames=20)
     exact = model(packed).loss
@@ -172,7 +172,7 @@ def test_bfloat16_autocast_is_close_and_its_loss_is_float32():
 
 @pytest.mark.parametrize("name", ["semantic", "coarse", "fine"])
 def test_saved_stage_is_the_same_model(name, tmp_path):
-    """Config and weights rebuild class, layout and logits."""
+    """Config and weights restore class, layout and logits."""
     stage = tiny_stages(**CONDITION, max_seconds=2.5)[name].eval()
     save_module(stage, tmp_path / name)
     loaded = load_module(tmp_path / name, expect=type(stage))
@@ -183,14 +183,14 @@ def test_saved_stage_is_the_same_model(name, tmp_path):
 
 
 def test_generic_model_is_saved_with_its_layout(tmp_path):
-    """A model over any layout needs no class of its own."""
+    """A model of any layout needs no subclass."""
     model = model_of()
     save_module(model, tmp_path)
     assert load_module(tmp_path).layout.to_dict() == model.layout.to_dict()
 
 
-def test_construction_touches_no_network(monkeypatch):
-    """Fault 9: a transformer that takes conditions is built without asking a hub for their width."""
+def test_construction_uses_no_network(monkeypatch):
+    """Fault 9: the width of a condition is not downloaded from a hub."""
 
     def refuse(*args, **kwargs):
         raise OSError("network")
@@ -200,8 +200,8 @@ def test_construction_touches_no_network(monkeypatch):
     assert SemanticTransformer(num_semantic_tokens=5, audio_text_condition=True, **SIZES).cond_dim == SIZES["dim"]
 
 
-def test_model_refuses_conditions_that_do_not_fit():
-    """A condition for a model without one, of another width, or of another batch is an error."""
+def test_conditions_of_wrong_kind_or_size_raise_errors():
+    """A condition for an unconditional model, of another width, or of another batch."""
     model = model_of()
     packed = batch_of(model)
     with pytest.raises(ValueError, match="width"):

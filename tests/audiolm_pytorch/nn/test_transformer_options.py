@@ -1,4 +1,4 @@
-"""Positions, shared heads, text conditions, forgetful masking, checkpointing, compilation: each against an oracle."""
+"""Positions, shared heads, text conditions, forgetful masking, checkpointing and compilation against references."""
 
 from itertools import product
 from pathlib import Path
@@ -39,14 +39,14 @@ def model_of(pattern: str = "delayed", eos: bool = True, **options: object) -> T
     layout = TokenLayout([Stream("s", 10, 1, 25, is_input=True), Stream("a", 20, 2, 50, eos=eos)], pattern)
     model = TokenTransformer(layout=layout, **{**SIZES, "heads": 4, **options}).eval()
     for weight in model.heads.parameters():
-        weight.data.mul_(40)  # an untrained model is undecided; this one has opinions
+        weight.data.mul_(40)  # distinct logits, although the model is untrained
     if model.transformer.relative is not None:
         model.transformer.relative.bias.weight.data.mul_(30)
     return model
 
 
 def conditions_of(model: TokenTransformer, lengths: tuple[int, ...] = (4, 2, 0)) -> Conditions | None:
-    """Codes and texts, as far as the model takes any; texts differ in length, the last item has none."""
+    """Codes and texts that the model accepts; texts differ in length, and the last item has no text."""
     parts = {}
     if model.cond_dim is not None:
         parts["codes"] = ConditionTensor(
@@ -58,16 +58,16 @@ def conditions_of(model: TokenTransformer, lengths: tuple[int, ...] = (4, 2, 0))
     return Conditions(**parts) if parts else None
 
 
-def given(batch: int) -> dict[str, Tensor]:
+def inputs(batch: int) -> dict[str, Tensor]:
     return {"s": torch.randint(0, 10, (batch, 3, 1), generator=torch.Generator().manual_seed(1))}
 
 
 @pytest.mark.parametrize("pattern", ["flat", "delayed", "parallel"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_cached_logits_equal_teacher_forced_ones(options: dict, pattern: str) -> None:
-    """Done when 1: row by row through the cache, items at unequal positions, gives the logits of one pass to 1e-5."""
+def test_cached_logits_equal_those_of_one_pass(options: dict, pattern: str) -> None:
+    """Row by row through the cache, with items at unequal positions, to 1e-5."""
     model = model_of(pattern, **options)
-    packed = model.layout.pack({**given(3), "a": torch.randint(0, 20, (3, 6, 2))})
+    packed = model.layout.pack({**inputs(3), "a": torch.randint(0, 20, (3, 6, 2))})
     condition_tensors = model.condition_tensors(conditions_of(model), 3)
     whole = model.hidden(packed.ids, packed.input_mask, condition_tensors)
     rows, offset = packed.ids.shape[1], condition_tensors.num_rows
@@ -83,15 +83,15 @@ def test_cached_logits_equal_teacher_forced_ones(options: dict, pattern: str) ->
                 packed.ids[items, at][:, None], packed.input_mask[items, at][:, None], None, cache, cache_positions
             )
             for head in range(len(model.layout.heads)):
-                wanted = model.logits(whole[items, at], head)
-                torch.testing.assert_close(model.logits(here[:, 0], head), wanted, atol=1e-5, rtol=1e-5)
+                expected = model.logits(whole[items, at], head)
+                torch.testing.assert_close(model.logits(here[:, 0], head), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_logits_of_a_row_do_not_depend_on_its_batch(options: dict) -> None:
-    """Alone = beside items with longer texts, to 1e-5: padding of a text is never heard, wherever it stands."""
+def test_logits_of_an_item_do_not_depend_on_its_batch(options: dict) -> None:
+    """An item is the same next to items with longer texts, to 1e-5; padding has no influence."""
     model = model_of(**options)
-    packed = model.layout.pack({**given(3), "a": torch.randint(0, 20, (3, 6, 2))})
+    packed = model.layout.pack({**inputs(3), "a": torch.randint(0, 20, (3, 6, 2))})
     conditions = conditions_of(model)
     both = model.hidden(packed.ids, packed.input_mask, model.condition_tensors(conditions, 3))
     for item, length in enumerate((4, 2, 0)):
@@ -107,13 +107,13 @@ def test_logits_of_a_row_do_not_depend_on_its_batch(options: dict) -> None:
 
 @pytest.mark.parametrize("options", [one for one in OPTIONS if one], ids=str)
 def test_decoding_equals_a_loop_without_cache(options: dict) -> None:
-    """Greedy, guided where there is something to guide by: every row read anew gives the same tokens."""
+    """Greedy, with guidance if the model has conditions: a loop that computes all rows again gives the same tokens."""
     model = model_of(**options)
     conditions = conditions_of(model, (4, 2))
     scale = 1.0 if conditions is None else 2.0
     settings = SamplingSettings(temperature=0, guidance_scale=scale)
-    found = decode(model, given(2), {"a": 5}, conditioning=conditions, settings=settings).streams["a"]
-    grid = model.layout.grid(given(2), {"a": 5}, 2)
+    result = decode(model, inputs(2), {"a": 5}, conditioning=conditions, settings=settings).streams["a"]
+    grid = model.layout.grid(inputs(2), {"a": 5}, 2)
     ids, mask = grid.packed.ids, grid.packed.input_mask
     everybody = torch.ones(2, dtype=torch.bool)
     nothing = None if conditions is None else conditions.without_items(everybody)
@@ -126,26 +126,26 @@ def test_decoding_equals_a_loop_without_cache(options: dict) -> None:
             with_it, without = (model.logits(state[item, -1], head) for state in states)
             token = (without + scale * (with_it - without))[:20].argmax()
             ids[item, row, column] = model.layout.heads[head].first_id + token
-    assert torch.equal(found, model.layout.unpack(ids, {"s": 3, "a": 5})["a"])
+    assert torch.equal(result, model.layout.unpack(ids, {"s": 3, "a": 5})["a"])
 
 
-def test_relative_positions_are_t5s() -> None:
-    """transformers' own T5 (decoder, causal) puts every distance into the same bucket and adds the same bias."""
+def test_relative_positions_equal_t5() -> None:
+    """T5 of transformers has the same buckets and adds the same bias."""
     attention_class = pytest.importorskip("transformers.models.t5.modeling_t5").T5Attention
     relative = RelativePositions(heads=3)
     distances = torch.arange(0, 400)
-    theirs = attention_class._relative_position_bucket(
+    reference = attention_class._relative_position_bucket(
         -distances, bidirectional=False, num_buckets=32, max_distance=128
     )
-    assert torch.equal(relative.buckets(distances), theirs)
+    assert torch.equal(relative.buckets(distances), reference)
     bias = relative(torch.arange(200)[None], 200)
     for query, key in ((0, 0), (5, 2), (199, 0), (150, 20)):
-        assert torch.equal(bias[0, :, query, key], relative.bias.weight[theirs[query - key]])
+        assert torch.equal(bias[0, :, query, key], relative.bias.weight[reference[query - key]])
     assert torch.equal(relative(torch.tensor([[7], [3]]), 8), bias[0, :, [7, 3], :8].transpose(0, 1).unsqueeze(2))
 
 
 def test_grouped_queries_share_keys_and_values() -> None:
-    """Two heads of keys for four of queries: the same as four of which each stands twice."""
+    """Two heads of keys for four heads of queries equal four heads of keys that occur twice each."""
     few, many = CausalSelfAttention(24, 4, 6, kv_heads=2), CausalSelfAttention(24, 4, 6)
     queries, keys, values = few.to_qkv.weight.data.split((24, 12, 12))
     twice = [part.view(2, 6, 24).repeat_interleave(2, dim=0).flatten(0, 1) for part in (keys, values)]
@@ -162,29 +162,29 @@ def test_grouped_queries_share_keys_and_values() -> None:
 
 
 @pytest.mark.parametrize(("shared", "masked"), product([False, True], [None, "bool", "float", "causal"]))
-def test_both_ways_of_attending_agree(shared: bool, masked: str | None) -> None:
-    """The plain product of bfloat16 on a CPU is the fused kernel's attention, with any mask and shared heads."""
+def test_plain_product_and_fused_kernel_agree(shared: bool, masked: str | None) -> None:
+    """In bfloat16 on a CPU, with any mask and with shared heads."""
     q, k, v = torch.randn(2, 4, 7, 16), torch.randn(2, 4 - 2 * shared, 7, 16), torch.randn(2, 4 - 2 * shared, 7, 16)
     bias = {"bool": torch.rand(2, 1, 7, 7) < 0.7, "float": torch.randn(1, 4, 7, 7)}.get(masked or "")
     if masked == "bool":
         bias |= torch.eye(7, dtype=torch.bool)
     half = bias if bias is None or bias.dtype == torch.bool else bias.bfloat16()
-    found = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), half, is_causal=masked == "causal")
-    torch.testing.assert_close(found.float(), attend(q, k, v, bias, masked == "causal"), atol=0.05, rtol=0.05)
+    result = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), half, is_causal=masked == "causal")
+    torch.testing.assert_close(result.float(), attend(q, k, v, bias, masked == "causal"), atol=0.05, rtol=0.05)
 
 
 @pytest.mark.parametrize("dim_out", [1, 7, 30, 41, 1025])
 @pytest.mark.parametrize("rows", [(1,), (3,), (2, 4), (40,), ()])
-def test_projection_of_few_rows_is_the_product(dim_out: int, rows: tuple[int, ...]) -> None:
-    """Computed in parts or at once, with or without gradients, it is x @ W.T."""
+def test_projection_of_few_rows_equals_the_product(dim_out: int, rows: tuple[int, ...]) -> None:
+    """With split and whole weights, with and without gradients."""
     projection, x = Projection(12, dim_out), torch.randn(*rows, 12)
     with torch.no_grad():
         torch.testing.assert_close(projection(x), x @ projection.weight.T)
     torch.testing.assert_close(projection(x), x @ projection.weight.T)
 
 
-def test_padding_in_front_is_not_heard_and_spoils_nothing() -> None:
-    """Junk in the padding of a prefix, even NaN in its place in a neighbour, changes no row."""
+def test_padding_of_a_prefix_has_no_influence() -> None:
+    """Large values in the padding of a prefix change no row."""
     stack = Transformer(**SIZES).eval()
     x, prefix = torch.randn(2, 5, 32), torch.randn(2, 3, 32)
     skip = torch.tensor([0, 2])
@@ -194,8 +194,8 @@ def test_padding_in_front_is_not_heard_and_spoils_nothing() -> None:
     torch.testing.assert_close(stack(x[1:], ConditionTensors(prefix[1:, 2:]))[0], out[1], atol=1e-5, rtol=1e-5)
 
 
-def test_forgetful_masking_hides_some_of_the_past_in_training_alone() -> None:
-    """Evaluation is unchanged; training differs, by rows after what was hidden; prefix, start and own row stay."""
+def test_forgetful_masking_is_active_in_training_only() -> None:
+    """Rows after hidden rows change; prefix, first row and the row itself are never hidden."""
     stack = Transformer(**SIZES, forget_prob=0.9)
     x, prefix = torch.randn(1, 30, 32), torch.randn(1, 3, 32)
     plain = Transformer(**SIZES)
@@ -212,7 +212,7 @@ def test_forgetful_masking_hides_some_of_the_past_in_training_alone() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.3, "forget_prob": 0.3}, {"positions": "relative"}], ids=str)
 def test_checkpointed_blocks_give_the_same_gradients(options: dict) -> None:
-    """Gradient checkpointing computes blocks again with the same random numbers, and keeps less."""
+    """Checkpointing computes blocks again with the same random numbers, and stores less."""
     grads, saved = [], []
     for checkpointed in (False, True):
         torch.manual_seed(0)
@@ -230,17 +230,17 @@ def test_checkpointed_blocks_give_the_same_gradients(options: dict) -> None:
     assert saved[1] < saved[0] / 3
 
 
-def test_every_option_is_trained_and_saved(tmp_path: Path) -> None:
-    """Nothing is built that gets no gradient; a saved model is the same model."""
+def test_every_option_can_be_trained_and_saved(tmp_path: Path) -> None:
+    """All parameters get gradients; a saved model is the same model."""
     from audiolm_pytorch.saving.modules import load_module, save_module
 
     for number, options in enumerate(OPTIONS):
         model = model_of(**options)
-        packed = model.layout.pack({**given(3), "a": torch.randint(0, 20, (3, 6, 2))}, ends=torch.ones(3).bool())
+        packed = model.layout.pack({**inputs(3), "a": torch.randint(0, 20, (3, 6, 2))}, ends=torch.ones(3).bool())
         conditions = conditions_of(model)
         loss = model(packed, conditions).loss
         loss.backward()
-        if model.cond_dim is not None:  # the null embedding is heard where a condition is missing
+        if model.cond_dim is not None:  # without a condition, the null embedding is used
             model(packed, None).loss.backward()
         missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
         assert not missing, (options, missing)
@@ -250,12 +250,12 @@ def test_every_option_is_trained_and_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_where_decoding_pauses_changes_nothing(options: dict) -> None:
-    """Advanced frame by frame or at one go: the same tokens, and every pause shows whole frames alone."""
+def test_pauses_of_decoding_change_no_token(options: dict) -> None:
+    """Frame by frame and in one call; at every pause all returned frames are complete."""
     model = model_of(**options)
     conditions = conditions_of(model)
-    whole = decode(model, given(3), {"a": 6}, conditioning=conditions, seeds=[1, 2, 3]).streams["a"]
-    decoding = DecodeSession(model, given(3), {"a": 6}, conditioning=conditions, seeds=[1, 2, 3])
+    whole = decode(model, inputs(3), {"a": 6}, conditioning=conditions, seeds=[1, 2, 3]).streams["a"]
+    decoding = DecodeSession(model, inputs(3), {"a": 6}, conditioning=conditions, seeds=[1, 2, 3])
     for frames in range(1, 7):
         decoding.advance(frames)
         assert decoding.known_frames.min() >= frames
@@ -266,8 +266,8 @@ def test_where_decoding_pauses_changes_nothing(options: dict) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_logits_that_are_not_finite_are_refused_with_the_step(bad: float) -> None:
-    """Done when 5: the error names step and item, instead of drawing token 0 for ever."""
+def test_logits_that_are_not_finite_raise_an_error(bad: float) -> None:
+    """The message contains step and item."""
     model = model_of()
     normal, calls = model.logits, []
 
@@ -280,11 +280,11 @@ def test_logits_that_are_not_finite_are_refused_with_the_step(bad: float) -> Non
 
     model.logits = broken  # type: ignore[method-assign]
     with pytest.raises(ValueError, match=r"items \[1\] are not finite.* at step 3 of 7"):
-        decode(model, given(2), {"a": 6}, seeds=[0, 1])
+        decode(model, inputs(2), {"a": 6}, seeds=[0, 1])
 
 
-def test_a_piece_has_at_least_one_frame() -> None:
-    """A model that would end at once does so after one frame: an empty piece cannot be decoded."""
+def test_an_item_has_at_least_one_frame() -> None:
+    """A model that would end immediately ends after one frame, because the codec cannot decode an empty item."""
     model = model_of()
     model.heads[0].weight.data.zero_()
     model.heads[0].weight.data[20] = 0
@@ -297,12 +297,12 @@ def test_a_piece_has_at_least_one_frame() -> None:
         return logits
 
     model.logits = ending  # type: ignore[method-assign]
-    found = decode(model, given(2), {"a": 6}, seeds=[0, 1], allow_eos=True)
-    assert found.lengths["a"].tolist() == [1, 1] and (found.streams["a"] >= 0).all()
+    result = decode(model, inputs(2), {"a": 6}, seeds=[0, 1], allow_eos=True)
+    assert result.lengths["a"].tolist() == [1, 1] and (result.streams["a"] >= 0).all()
 
 
-def test_stack_compiles_without_a_break() -> None:
-    """torch.compile sees a pass as one graph, and decoding as a few however many rows; the numbers stay."""
+def test_transformer_compiles_without_a_graph_break() -> None:
+    """One graph for a whole pass, few graphs for all rows of decoding, and the same numbers."""
     counter = CompileCounter()
     stack = Transformer(**SIZES).eval()
     x = torch.randn(2, 30, 32)
@@ -321,8 +321,8 @@ def test_stack_compiles_without_a_break() -> None:
 
 
 @pytest.mark.parametrize("options", [{"kv_heads": 1}, {"positions": "relative", "checkpoint_blocks": True}], ids=str)
-def test_training_compiles_without_a_break(options: dict) -> None:
-    """One graph forward and one backward, with the gradients of the eager pass."""
+def test_training_compiles_without_a_graph_break(options: dict) -> None:
+    """One forward and one backward graph, with the gradients of the eager pass."""
     torch.manual_seed(0)
     stack = Transformer(**{**SIZES, "depth": 1}, **options).train()
     compiled = torch.compile(stack, backend="aot_eager", fullgraph=True)
@@ -334,26 +334,26 @@ def test_training_compiles_without_a_break(options: dict) -> None:
 
 @pytest.mark.parametrize("masked", [None, "items", "heads"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_shared_keys_of_one_row_are_attended_as_rows(masked: str | None, dtype: torch.dtype) -> None:
-    """Oracle: the keys repeated for every head, with masks of items (padding) and biases of heads (positions)."""
+def test_one_row_with_shared_keys_equals_repeated_keys(masked: str | None, dtype: torch.dtype) -> None:
+    """With masks per item (padding) and biases per head (positions)."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 6, 1, 16), torch.randn(3, 2, 9, 16), torch.randn(3, 2, 9, 16)
     bias = {"items": torch.rand(3, 1, 1, 9) < 0.7, "heads": torch.randn(1, 6, 1, 9)}.get(masked or "")
-    wanted = attend(q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), bias)
+    expected = attend(q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), bias)
     half = bias if bias is None or bias.dtype == torch.bool else bias.to(dtype)
-    found = attend(q.to(dtype), k.to(dtype), v.to(dtype), half).float()
-    torch.testing.assert_close(found, wanted, **({} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.05}))
+    result = attend(q.to(dtype), k.to(dtype), v.to(dtype), half).float()
+    torch.testing.assert_close(result, expected, **({} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.05}))
 
 
 @pytest.mark.parametrize("text_as", ["cross", "prefix"])
 def test_nan_in_padding_reaches_no_weight(text_as: str) -> None:
-    """Padding is never heard, nor learned from: a gradient of 0 times NaN would be NaN."""
+    """Padding has no influence on the loss or on gradients; 0 times NaN would be NaN."""
     model = model_of(text_dim=6, text_as=text_as, cond_dim=8).train()
     conditions = conditions_of(model)
     for part in conditions.parts.values():
         part.mask[1, 1:] = False
         part.embeddings[~part.mask] = float("nan")
-    loss = model(model.layout.pack({**given(3), "a": torch.randint(0, 20, (3, 6, 2))}), conditions).loss
+    loss = model(model.layout.pack({**inputs(3), "a": torch.randint(0, 20, (3, 6, 2))}), conditions).loss
     loss.backward()
     assert loss.isfinite() and all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
@@ -361,11 +361,11 @@ def test_nan_in_padding_reaches_no_weight(text_as: str) -> None:
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("extra", [{}, {"checkpoint_blocks": True, "forget_prob": 0.5}], ids=str)
 def test_bfloat16_autocast_trains_every_option(options: dict, extra: dict) -> None:
-    """Loss and gradients are near those of float32, whatever the mask: no overflow, no NaN of hidden rows."""
+    """Loss and gradients are close to float32 and finite, for all masks."""
     model = model_of(**options, **extra).train()
     for weight in model.heads.parameters():
         weight.data.div_(40)
-    packed = model.layout.pack({**given(3), "a": torch.randint(0, 20, (3, 6, 2))}, {"a": torch.tensor([6, 1, 4])})
+    packed = model.layout.pack({**inputs(3), "a": torch.randint(0, 20, (3, 6, 2))}, {"a": torch.tensor([6, 1, 4])})
     conditions, results = conditions_of(model), []
     for is_half in (False, True):
         torch.manual_seed(1)
@@ -377,8 +377,8 @@ def test_bfloat16_autocast_trains_every_option(options: dict, extra: dict) -> No
         assert near.isfinite().all() and (near - exact).norm() <= 0.15 * exact.norm() + 1e-3
 
 
-def test_a_cache_hears_the_context_of_its_last_first_call() -> None:
-    """A cache used again for other items has nothing left of the first; without states at all it is an error."""
+def test_a_cache_can_be_used_again() -> None:
+    """A cache uses the conditions of its latest first call; cross-attention without states raises an error."""
     torch.manual_seed(0)
     stack = Transformer(**SIZES, cross=True).eval()
     x, states, prefix = torch.randn(2, 4, 32), torch.randn(2, 2, 3, 32), torch.randn(2, 2, 32)
@@ -390,18 +390,18 @@ def test_a_cache_hears_the_context_of_its_last_first_call() -> None:
             first = ConditionTensors(prefix, torch.tensor([0, 1]), states[0], mask)
             condition_tensors = ConditionTensors(prefix, None, states[1]) if again or cache is not used else first
             stack(x[:, :3], condition_tensors, cache=cache, cache_positions=CachePositions.after([0, 0], 5))
-            found = stack(x[:, 3:], cache=cache, cache_positions=CachePositions.after([5, 5], 1))
+            result = stack(x[:, 3:], cache=cache, cache_positions=CachePositions.after([5, 5], 1))
             if again:
-                wanted = found
-    assert torch.equal(found, wanted)
+                expected = result
+    assert torch.equal(result, expected)
     with pytest.raises(ValueError, match="needs states"):
         stack(x)
     with pytest.raises(ValueError, match="needs states"):
         stack(x, cache=stack.new_cache(2, 4), cache_positions=CachePositions.after([0, 0], 4))
 
 
-def test_numbers_out_of_range_are_refused() -> None:
-    """Wrong options are errors that name them."""
+def test_invalid_options_raise_errors() -> None:
+    """The message contains the name of the option."""
     with pytest.raises(ValueError, match="forget_prob"):
         Transformer(**SIZES, forget_prob=1.0)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
@@ -419,25 +419,25 @@ def test_numbers_out_of_range_are_refused() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_a_gpu_decodes_what_the_cpu_decodes(options: dict) -> None:
-    """Same seeds, same tokens: noise is drawn on the CPU, and what steers the loop stays there."""
+def test_gpu_and_cpu_decode_the_same_tokens(options: dict) -> None:
+    """Noise and the control tensors of the loop are on the CPU."""
     model = model_of(**options)
     conditions = conditions_of(model)
     settings = SamplingSettings(temperature=0.3, guidance_scale=1.0 if conditions is None else 1.5)
-    wanted = decode(
-        model, given(3), {"a": 6}, conditioning=conditions, settings=settings, seeds=[1, 2, 3], allow_eos=True
+    expected = decode(
+        model, inputs(3), {"a": 6}, conditioning=conditions, settings=settings, seeds=[1, 2, 3], allow_eos=True
     )
-    found = decode(
-        model.cuda(), given(3), {"a": 6}, conditioning=conditions, settings=settings, seeds=[1, 2, 3], allow_eos=True
+    result = decode(
+        model.cuda(), inputs(3), {"a": 6}, conditioning=conditions, settings=settings, seeds=[1, 2, 3], allow_eos=True
     )
-    assert torch.equal(found.streams["a"].cpu(), wanted.streams["a"])
-    assert torch.equal(found.lengths["a"], wanted.lengths["a"])
+    assert torch.equal(result.streams["a"].cpu(), expected.streams["a"])
+    assert torch.equal(result.lengths["a"], expected.lengths["a"])
 
 
 @pytest.mark.gpu
-def test_bad_logits_are_refused_on_a_gpu_too() -> None:
-    """There the loop looks now and then, and remembers the first bad step."""
+def test_logits_that_are_not_finite_raise_an_error_on_a_gpu() -> None:
+    """A GPU is checked after many rows; the message contains the first bad step."""
     model = model_of().cuda()
     model.heads[0].weight.data[3] = float("nan")
     with pytest.raises(ValueError, match="not finite.* at step 1 of 7"):
-        decode(model, given(2), {"a": 6}, seeds=[0, 1])
+        decode(model, inputs(2), {"a": 6}, seeds=[0, 1])
