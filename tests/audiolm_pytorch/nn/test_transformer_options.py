@@ -409,7 +409,7 @@ def test_invalid_options_raise_errors() -> None:
     for embeddings, mask in (((1, 0, 6), torch.ones(1, 0).bool()), ((1, 2, 6), torch.ones(1, 2))):
         with pytest.raises(ValueError, match="with m >= 1 and a bool mask"):
             ConditionTensor(torch.zeros(embeddings), mask)
-    with pytest.raises(ValueError, match="no condition of text"):
+    with pytest.raises(ValueError, match="does not accept text conditions"):
         model_of().condition_tensors(Conditions(text=ConditionTensor(torch.randn(1, 2, 6), torch.ones(1, 2).bool())), 1)
     with pytest.raises(ValueError, match="text conditions of width 6, got 5"):
         model_of(text_dim=6).condition_tensors(
