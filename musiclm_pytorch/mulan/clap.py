@@ -1,4 +1,4 @@
-"""CLAP of transformers (arXiv:2211.06687) in the place of MuLaN: without its randomness, for audio of any length."""
+"""CLAP models of transformers (arXiv:2211.06687) as a joint embedding: deterministic, for audio of any length."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +32,7 @@ from musiclm_pytorch.mulan.joint import JointEmbedding, average_latents
 __all__ = ["ClapMuLaN", "ClapSpectrogram"]
 
 _MODEL_TYPE, _MODEL_CLASS = "clap", "ClapModel"
-# Settings that change embeddings without showing in the shape of any weight.
+# Settings that change embeddings but not the shape of any weight; part of the fingerprint.
 _TEXT_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "pad_token_id", "projection_hidden_act")
 _AUDIO_SETTINGS = (
     "depths",
@@ -44,23 +44,20 @@ _AUDIO_SETTINGS = (
     "spec_size",
     "window_size",
 )
-# The energy that counts as silence: -100 dB.
+# Lower bound of the energies: -100 dB.
 _FLOOR = 1e-10
-# Clips whose spectra are held at once in float64: 25 MB each.
-_CLIPS_AT_ONCE = 8
+# Clips that are transformed at a time; the float64 spectra of a clip need 25 MB.
+_CLIPS_PER_CHUNK = 8
 
 
 class ClapSpectrogram:
-    """Log-mel spectrograms (dB) as transformers' `ClapFeatureExtractor` makes them of clips that need no cutting.
+    """Log-mel spectrograms (dB) of clips of up to `num_samples`, as computed by transformers' `ClapFeatureExtractor`.
 
-    A shorter clip is repeated as often as it fits whole, and zeros follow. What the extractor does with longer clips (a
-    random crop, or three of them beside the whole) has no place here: the same sound has to have the same embedding.
+    A shorter clip is repeated a whole number of times and padded with zeros. The extractor's random crops of longer
+    clips are not supported, since one sound must have one embedding.
 
     Args:
-        preprocessor: Numbers of `preprocessor_config.json`; what is missing is as in the extractor's constructor.
-
-    Raises:
-        ValueError: If a number is out of range, or the padding is of no kind that CLAP knows.
+        preprocessor: Content of `preprocessor_config.json`; missing entries have the defaults of the extractor.
     """
 
     def __init__(self, preprocessor: dict[str, Any]) -> None:
@@ -85,32 +82,25 @@ class ClapSpectrogram:
         self._filters = torch.from_numpy(self._mel_filters())
 
     def _mel_filters(self) -> "np.ndarray[Any, Any]":
-        """`[m, bins]` float64: the models that fuse were trained on torchaudio's filters, the others on librosa's."""
+        """`[m, bins]` float64: filters of torchaudio for the models that fuse, of librosa for the others."""
         settings = self.settings
         slaney = settings["truncation"] != "fusion"
         span = settings["frequency_min"], settings["frequency_max"]
         edges_hz = mel_edges(*span, settings["feature_size"], scale="slaney" if slaney else "htk")
         filters = triangular_filters(edges_hz, self.sample_hz, settings["fft_window_size"])
-        # librosa's filters have an area of 1, torchaudio's a peak of 1
+        # The filters of librosa have an area of 1, those of torchaudio a peak of 1.
         return filters * rearrange(2 / (edges_hz[2:] - edges_hz[:-2]), "m -> m 1") if slaney else filters
 
     def __call__(self, wave: Tensor) -> Tensor:
-        """Transform clips.
-
-        Args:
-            wave: `[b, n]` without padding, at `sample_hz`, at most `num_samples` long.
-
-        Returns:
-            `[b, f, m]` float32, in dB, on the device of the wave.
-        """
+        """Transform clips `[b, n]` without padding, n at most `num_samples`, to `[b, f, m]` float32 in dB."""
         missing = self.num_samples - wave.shape[1]
         if missing > 0 and self._repeats is not None:
             wave = wave.repeat(1, self.num_samples // wave.shape[1] + self._repeats)[:, : self.num_samples]
         wave = F.pad(wave, (0, self.num_samples - wave.shape[1]))
-        return torch.cat([self._log_mel(part) for part in wave.split(_CLIPS_AT_ONCE)])
+        return torch.cat([self._log_mel(part) for part in wave.split(_CLIPS_PER_CHUNK)])
 
     def _log_mel(self, wave: Tensor) -> Tensor:
-        """Spectrograms `[b, f, m]` of waves of full length; as in the extractor, in float64 where there is any."""
+        """Spectrograms `[b, f, m]` of waves of full length, computed in float64 if the device has it."""
         wide = torch.float32 if wave.device.type == "mps" else torch.float64
         n_fft, hop = self.settings["fft_window_size"], self.settings["hop_length"]
         window = torch.hann_window(n_fft, dtype=wide, device=wave.device)
@@ -124,22 +114,16 @@ class ClapSpectrogram:
 class ClapMuLaN(JointEmbedding):
     """CLAP as a joint embedding: frozen, always in eval mode, float32 unless moved.
 
-    The embedding of a sound is a function of the sound alone: a clip of up to `window_seconds` goes in as a whole, a
-    longer one as the mean over windows at fixed places. Models that were trained to fuse crops of long audio
-    (laion/clap-htsat-fused) are read as well, and never fuse.
+    A clip longer than `window_seconds` is embedded as the mean over windows at fixed positions. Models that were
+    trained to fuse crops of long audio (laion/clap-htsat-fused) can be loaded; their fusion is not used.
 
     Args:
-        source: Folder in transformers' format, hub id, or a model that is loaded already (it is taken over).
-        tokenizer: The model's tokenizer; None = the one beside the weights in `source`.
-        window_stride_seconds: From the start of one window of longer audio to that of the next.
-        offline: Whether to keep off the network: a hub id is then served from the local cache or refused.
+        source: Folder in transformers' format, hub id, or a loaded model, which is not copied.
+        tokenizer: The model's tokenizer; None = the one in `source`.
+        window_stride_seconds: Time between the starts of two windows of longer audio.
+        offline: Whether to use only local folders and the local cache of the hub.
         revision: Branch, tag or commit of the hub.
-        cache_dir: Where downloads are kept; Hugging Face's own cache if not given.
-
-    Raises:
-        ImportError: If transformers is not installed.
-        ValueError: If the source is missing, of another architecture, not in safetensors, incomplete, or without
-            tokenizer or preprocessor.
+        cache_dir: Folder of downloads; None = Hugging Face's own cache.
     """
 
     @beartype
@@ -159,8 +143,8 @@ class ClapMuLaN(JointEmbedding):
             loaded = load_model(loaded, {_MODEL_TYPE: _MODEL_CLASS}, **where)
         if not loaded.preprocessor:
             raise ValueError(
-                f"{loaded.source} has no preprocessor_config.json, which says how waves come in; copy it from where "
-                "the weights are from"
+                f"{loaded.source} has no preprocessor_config.json, which describes the spectrogram; copy it from the "
+                "source of the weights"
             )
         spectrogram = ClapSpectrogram(loaded.preprocessor)
         settings: Any = loaded.model.config
@@ -186,21 +170,7 @@ class ClapMuLaN(JointEmbedding):
         revision: str | None = None,
         cache_dir: str | Path | None = None,
     ) -> "ClapMuLaN":
-        """Open any CLAP: a folder written by `audiolm_pytorch.saving.modules.save_module`, or a published one.
-
-        Args:
-            source: A folder of ours or in transformers' format, or a hub id; a local folder always wins.
-            offline: Whether to keep off the network.
-            revision: Branch, tag or commit of the hub.
-            cache_dir: Where downloads are kept.
-
-        Returns:
-            The model in eval mode.
-
-        Raises:
-            ImportError: If transformers is not installed.
-            ValueError: If there is no CLAP.
-        """
+        """Load a CLAP from a folder of `save_module`, a folder in transformers' format, or the hub."""
         folder, _ = find_folder(source, offline=offline, revision=revision, cache_dir=cache_dir)
         config_file = folder / "config.json"
         if config_file.is_file() and "class" in read_json(config_file):
@@ -210,7 +180,7 @@ class ClapMuLaN(JointEmbedding):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The JSON-able description from which `from_config` rebuilds this model, tokenizer and all."""
+        """Description of model and tokenizer from which `from_config` rebuilds the model, JSON-able."""
         return {
             "model": model_settings(self.model),
             "tokenizer": self._text.tokenizer.to_json(),
@@ -221,7 +191,7 @@ class ClapMuLaN(JointEmbedding):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "ClapMuLaN":
-        """Build from the dictionary that `config` holds, with fresh weights (for `audiolm_pytorch.saving.modules`)."""
+        """Build from `config`, with new weights."""
         transformers = require_transformers()
         model = getattr(transformers, _MODEL_CLASS)(transformers.ClapConfig.from_dict(dict(config["model"])))
         loaded = LoadedModel(model, preprocessor=config["preprocessor"], **config["origin"])
@@ -229,7 +199,7 @@ class ClapMuLaN(JointEmbedding):
         return cls(loaded, tokenizer=tokenizer, **config["options"])
 
     def fingerprint(self) -> str:
-        """Hash of all that embeddings depend on: the same on any device and from any file of the same model."""
+        """Hash of everything that embeddings depend on; equal on every device and for every file of the same model."""
         parts = (self.model.config.text_config, _TEXT_SETTINGS), (self.model.config.audio_config, _AUDIO_SETTINGS)
         settings = [[getattr(part, name, None) for name in names] for part, names in parts]
         windows = [self.window_seconds, self.window_stride_seconds, self._text.max_tokens]
@@ -237,17 +207,17 @@ class ClapMuLaN(JointEmbedding):
         return nameless_fingerprint(self.model, facts)
 
     def train(self, mode: bool = True) -> "ClapMuLaN":
-        """Stay in eval mode: the model is frozen, and its norms would take their statistics from the batch."""
+        """Stay in eval mode; in training mode, norms would use the statistics of the batch."""
         return super().train(False)
 
     @beartype
     def tokenize(self, texts: str | Sequence[str] | Tensor) -> Tensor:
-        """Give the ids `[b, t]` int64 of texts with their special tokens, -1 past the end; ids given are checked."""
+        """Return the ids `[b, t]` int64 of texts, special tokens included, -1 past the end; ids are only checked."""
         return self._text.tokenize(texts)
 
     @torch.no_grad()
     def get_audio_latents(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Embed clips; one that is longer than a window is the mean over its windows. See `JointEmbedding`."""
+        """Embed clips; longer ones than a window are the mean over their windows. See `JointEmbedding`."""
         check_waves(wavs, lengths, device_of(self.model))
         latents = torch.empty(len(wavs), self.dim_latent, device=wavs.device)
         images, places = [], []
@@ -265,7 +235,7 @@ class ClapMuLaN(JointEmbedding):
     def _embed(self, images: Tensor) -> Tensor:
         """Latents `[b, d]` of spectrograms `[b, f, m]`."""
         features = rearrange(images, "b f m -> b 1 f m").to(next(self.model.parameters()).dtype)
-        # models that fuse ask which clips are crops of longer ones: none ever is
+        # Input of models that fuse: no clip is a crop of a longer one.
         is_longer = torch.zeros(len(images), 1, dtype=torch.bool, device=images.device)
         pooled = self.model.audio_model(input_features=features, is_longer=is_longer).pooler_output
         return F.normalize(self.model.audio_projection(pooled).float(), dim=-1)

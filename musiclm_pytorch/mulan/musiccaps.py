@@ -1,7 +1,7 @@
-"""MusicCaps (MusicLM, arXiv:2301.11325): its table of captions, and a folder of the clips that somebody has of them.
+"""MusicCaps (MusicLM, arXiv:2301.11325): its table of captions, and a folder of clips.
 
-The table (google/MusicCaps, `musiccaps-public.csv`) names ten seconds of 5,521 videos; the sound is not part of it, and
-some videos are gone, so that every copy of the data set lacks other clips.
+The table (google/MusicCaps, `musiccaps-public.csv`) describes ten seconds of each of 5,521 videos. It has no audio, and
+some videos do not exist any more, so that every copy of the data set lacks some clips.
 """
 
 import csv
@@ -24,28 +24,26 @@ __all__ = ["CaptionedClip", "MusicCapsItems", "musiccaps_items", "read_musiccaps
 
 logger = logging.getLogger(__name__)
 
-NEEDED_COLUMNS = ("ytid", "start_s", "end_s", "aspect_list", "caption")
+_NEEDED_COLUMNS = ("ytid", "start_s", "end_s", "aspect_list", "caption")
 # The published table has 3 MB.
-MAX_TABLE_BYTES = 2**28
-MAX_NAMED_IN_LOG = 20
-# Cutting tools add a fraction of a second; a whole video, of which only ten seconds are described, is far longer.
-MAX_EXCESS_SECONDS = 2.0
-# Ids are parts of file names: anything else than YouTube's own form could name a file elsewhere.
+_MAX_TABLE_BYTES = 2**28
+_MAX_NAMES_IN_LOG = 20
+# Tools that cut clips add a fraction of a second. A whole video is much longer.
+_MAX_EXCESS_SECONDS = 2.0
+# Ids are parts of file names; other texts could name a file in another folder.
 _VIDEO_ID = re.compile(r"[A-Za-z0-9_-]{11}")
 _TRUTHS = {"true": True, "false": False, "1": True, "0": False, "": None}
 
 
 @dataclass(frozen=True)
 class CaptionedClip:
-    """One described stretch of a video.
+    """A described part of a video.
 
     Attributes:
         ytid: Id of the video.
-        start_seconds: Where in the video it begins.
-        end_seconds: Where in the video it ends.
-        captions: What is said about it, one text a row of the table.
-        aspects: Short phrases about it.
-        about: What else the table says, under the names of its columns.
+        captions: One for each row of the table.
+        aspects: Short phrases.
+        about: The other columns of the table.
     """
 
     ytid: str
@@ -57,19 +55,19 @@ class CaptionedClip:
 
     @property
     def file_names(self) -> tuple[str, ...]:
-        """File names, without suffix, under which tools that fetch the clips leave it; the most precise first."""
+        """File names, without suffix, that download tools use; the most precise first."""
         start, end = _plain(self.start_seconds), _plain(self.end_seconds)
         return f"[{self.ytid}]-[{start}-{end}]", f"{self.ytid}-{start}", self.ytid
 
 
 @dataclass(frozen=True)
 class MusicCapsItems:
-    """What a table and a folder have in common.
+    """The described clips of a table in a folder.
 
     Attributes:
-        items: Usable clips, in the order of the table; label `aspects` is a list, `musiccaps` the rest of the row.
-        rejected: Clips that are there and cannot be used, with reasons.
-        missing: Described clips that are not there.
+        items: Usable clips in the order of the table. The label `aspects` is a list, `musiccaps` the rest of the row.
+        rejected: Files that cannot be used, with reasons.
+        missing: Clips without a file.
     """
 
     items: list[AudioItem]
@@ -78,17 +76,9 @@ class MusicCapsItems:
 
     @beartype
     def split(self, column: str) -> tuple[list[AudioItem], list[AudioItem]]:
-        """Split the items by a column of the table that is True or False.
+        """Items for which a column of the table is False, and those for which it is True.
 
-        Args:
-            column: `is_audioset_eval` (clips of AudioSet's evaluation part) or `is_balanced_subset` (1,000 clips
-                balanced over genres).
-
-        Returns:
-            Items of which it is not true, and items of which it is.
-
-        Raises:
-            ValueError: If the table does not say it of every item.
+        The published table has `is_audioset_eval` and `is_balanced_subset` (1,000 clips balanced over genres).
         """
         sides: tuple[list[AudioItem], list[AudioItem]] = [], []
         for item in self.items:
@@ -101,18 +91,15 @@ class MusicCapsItems:
 
 @beartype
 def musiccaps_items(table: str | Path, clips: str | Path) -> MusicCapsItems:
-    """Join the table of MusicCaps with a folder of clips.
+    """Find the clips of a table in a folder.
 
     Args:
         table: `musiccaps-public.csv`, or another table with its columns; rows of the same clip are further captions.
-        clips: Folder of audio files (also in folders below), named `{ytid}`, `{ytid}-{start}` or
-            `[{ytid}]-[{start}-{end}]`, seconds as in the table; of files of the same name the first is taken.
-
-    Returns:
-        The clips that can be used, decoded once, and those that are missing (also logged in one warning each).
+        clips: Folder of audio files (also in subfolders), named `{ytid}`, `{ytid}-{start}` or
+            `[{ytid}]-[{start}-{end}]`, in seconds as in the table. The first of several files of one name is used.
 
     Raises:
-        ValueError: If the table is malformed (its line is named), the folder does not exist, or no clip can be used.
+        ValueError: If the table is malformed (names the line), the folder does not exist, or no clip can be used.
     """
     table, clips = Path(table), Path(clips)
     described = read_musiccaps(table)
@@ -123,69 +110,62 @@ def musiccaps_items(table: str | Path, clips: str | Path) -> MusicCapsItems:
     found: list[tuple[CaptionedClip, Path]] = []
     missing: list[CaptionedClip] = []
     for clip in described:
-        # the name of a video alone says nothing where several stretches of it are described
+        # If several parts of a video are described, the id of the video alone is ambiguous.
         names = clip.file_names if num_of_video[clip.ytid] == 1 else clip.file_names[:-1]
-        there = [files[name] for name in names if name in files]
-        if there:
-            found.append((clip, there[0]))
-        else:
+        file = next((files[name] for name in names if name in files), None)
+        if file is None:
             missing.append(clip)
+        else:
+            found.append((clip, file))
     if not found:
         first = " or ".join(f"{name}.wav" for name in described[0].file_names)
         raise ValueError(f"{clips}: holds none of the {len(described)} clips of {table}; name the first one {first}")
     if missing:
-        told = _told([clip.ytid for clip in missing])
-        logger.warning("%s: %d of %d clips of %s are missing: %s", clips, len(missing), len(described), table, told)
+        ids = _list_names([clip.ytid for clip in missing])
+        logger.warning("%s: %d of %d clips of %s are missing: %s", clips, len(missing), len(described), table, ids)
     report = check_entries([_entry(clip, path) for clip, path in found], clips)
     return MusicCapsItems(*_without_whole_videos(report, clips), missing)
 
 
 def _entry(clip: CaptionedClip, path: Path) -> ItemEntry:
-    """A clip that is there, as a line of a manifest."""
-    # one label for what is not about the music: lone columns such as is_audioset_eval would look like tags
+    """A clip as a line of a manifest."""
+    # The other columns are one label; single columns such as is_audioset_eval would look like tags.
     about = {"ytid": clip.ytid, "start_s": clip.start_seconds, "end_s": clip.end_seconds, **clip.about}
     labels = {"aspects": list(clip.aspects), "musiccaps": about}
     return ItemEntry(path, *caption_and_labels({"captions": list(clip.captions), **labels}))
 
 
 def _without_whole_videos(report: ItemReport, clips: Path) -> tuple[list[AudioItem], list[Rejected]]:
-    """Usable and rejected clips; a file that is far longer than what is described is no clip."""
+    """Usable and rejected clips; a file that is much longer than the described part is rejected."""
     items: list[AudioItem] = []
     whole: list[Rejected] = []
     for item in report.items:
         start, end = item.labels["musiccaps"]["start_s"], item.labels["musiccaps"]["end_s"]
         seconds = item.num_samples / item.sample_hz
-        if seconds <= end - start + MAX_EXCESS_SECONDS:
+        if seconds <= end - start + _MAX_EXCESS_SECONDS:
             items.append(item)
         else:
-            cut = f"lasts {seconds:.1f} s, but {_plain(start)} to {_plain(end)} s are described; cut these out of it"
-            whole.append(Rejected(item.path, cut))
-    told = _told([f"{item.path} ({item.reason})" for item in whole])
+            reason = f"lasts {seconds:.1f} s, but {_plain(start)} to {_plain(end)} s are described; cut these out of it"
+            whole.append(Rejected(item.path, reason))
+    names = _list_names([f"{item.path} ({item.reason})" for item in whole])
     if not items:
-        raise ValueError(f"{clips}: no clip can be used: {told}")
+        raise ValueError(f"{clips}: no clip can be used: {names}")
     if whole:
-        logger.warning("%s: %d files are longer than their clips and are left out: %s", clips, len(whole), told)
+        logger.warning("%s: %d files are longer than their clips and are left out: %s", clips, len(whole), names)
     return items, [*report.rejected, *whole]
 
 
 @beartype
 def read_musiccaps(table: str | Path) -> list[CaptionedClip]:
-    """Read the table of MusicCaps.
+    """Read a CSV table with the columns `ytid`, `start_s`, `end_s`, `aspect_list`, `caption` and possibly others.
 
-    Args:
-        table: A CSV file with the columns `ytid`, `start_s`, `end_s`, `aspect_list` and `caption`; others are kept.
-
-    Returns:
-        Its clips in order; rows about the same stretch of a video are one clip of several captions.
-
-    Raises:
-        ValueError: If it is no such table; the message names file and line.
+    Rows about the same part of a video are one clip with several captions.
     """
     table = Path(table)
     if not table.is_file():
         raise ValueError(f"{table}: no such file; download musiccaps-public.csv and name it here")
-    if table.stat().st_size > MAX_TABLE_BYTES:
-        raise ValueError(f"{table}: holds {table.stat().st_size} bytes, a table of captions at most {MAX_TABLE_BYTES}")
+    if table.stat().st_size > _MAX_TABLE_BYTES:
+        raise ValueError(f"{table}: has {table.stat().st_size} bytes, more than the limit of {_MAX_TABLE_BYTES}")
     clips: dict[tuple[str, float, float], CaptionedClip] = {}
     for line, cells in _rows(table):
         try:
@@ -202,35 +182,32 @@ def read_musiccaps(table: str | Path) -> list[CaptionedClip]:
 
 
 def _rows(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Rows of a table with the number of their first line; a text in quotes may go over several lines."""
+    """Rows of a table with the number of their first line; a quoted text may have several lines."""
     with table.open(encoding="utf-8-sig", newline="") as text:
-        reader = csv.reader(text, strict=True)
-        header: list[str] = []
-        while True:
-            line = reader.line_num + 1
-            try:
+        reader = csv.DictReader(text, strict=True)
+        line = 1
+        try:
+            columns = list(reader.fieldnames or [])
+            missing = [name for name in _NEEDED_COLUMNS if columns.count(name) != 1]
+            if columns and missing:
+                raise ValueError(f"{table}, line 1: needs each of the columns {missing} once, got {columns[:20]}")
+            while True:
+                line = reader.line_num + 1
                 row = next(reader, None)
-            except csv.Error as error:
-                raise ValueError(f"{table}, line {line}: no row of a CSV table ({error}); check its quotes") from error
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{table}, behind line {line}: not UTF-8 ({error}); save it as such") from error
-            if row is None:
-                return
-            if not header:
-                header = row
-                missing = [name for name in NEEDED_COLUMNS if header.count(name) != 1]
-                if missing:
-                    raise ValueError(
-                        f"{table}, line {line}: needs each of the columns {missing} once, got {header[:20]}"
-                    )
-            elif row:
-                if len(row) != len(header):
-                    raise ValueError(f"{table}, line {line}: {len(row)} cells, but there are {len(header)} columns")
-                yield line, dict(zip(header, row))
+                if row is None:
+                    return
+                cells = [cell for cell in row.values() if cell is not None]
+                if len(cells) != len(columns) or None in row:
+                    raise ValueError(f"{table}, line {line}: {len(cells)} cells, but there are {len(columns)} columns")
+                yield line, row
+        except csv.Error as error:
+            raise ValueError(f"{table}, line {line}: no row of a CSV table ({error}); check its quotes") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{table}, behind line {line}: not UTF-8 ({error}); save it as UTF-8") from error
 
 
 def _clip(cells: dict[str, str]) -> CaptionedClip:
-    """What a row says."""
+    """The clip of a row."""
     ytid, caption = cells["ytid"], cells["caption"].strip()
     if not _VIDEO_ID.fullmatch(ytid):
         raise ValueError(f"'ytid' must be 11 letters, digits, - or _, got {ytid[:50]!r}")
@@ -239,20 +216,20 @@ def _clip(cells: dict[str, str]) -> CaptionedClip:
     except ValueError:
         start = end = math.nan
     if not 0 <= start < end < math.inf:
-        said = f"{cells['start_s'][:20]!r} and {cells['end_s'][:20]!r}"
-        raise ValueError(f"'start_s' and 'end_s' must be seconds, the first before the second, got {said}")
+        cells_text = f"{cells['start_s'][:20]!r} and {cells['end_s'][:20]!r}"
+        raise ValueError(f"'start_s' and 'end_s' must be seconds, the first before the second, got {cells_text}")
     try:
         aspects = parse_aspects(cells["aspect_list"])
     except ValueError as error:
         raise ValueError(f"'aspect_list' is {error}") from error
     if not caption and not aspects:
         raise ValueError("neither a caption nor aspects; remove the row")
-    about = {name: _value(name, cell) for name, cell in cells.items() if name not in NEEDED_COLUMNS}
+    about = {name: _value(name, cell) for name, cell in cells.items() if name not in _NEEDED_COLUMNS}
     return CaptionedClip(ytid, start, end, (caption,) if caption else (), tuple(aspects), about)
 
 
 def _value(name: str, cell: str) -> Any:
-    """A cell as what it is: True or False, a number, a list of AudioSet's classes, or a text."""
+    """A cell as a bool, a number, a list of AudioSet classes, or a text."""
     if name.startswith("is_"):
         if cell.lower() not in _TRUTHS:
             raise ValueError(f"{name!r} must be True or False, got {cell[:20]!r}")
@@ -263,11 +240,11 @@ def _value(name: str, cell: str) -> Any:
 
 
 def _plain(seconds: float) -> str:
-    """Seconds as the table and file names write them: 30, not 30.0."""
+    """Seconds as in the table and in file names: 30, not 30.0."""
     return str(int(seconds)) if seconds.is_integer() else str(seconds)
 
 
-def _told(names: Sequence[str]) -> str:
-    """Names in a line that stays readable."""
-    more = len(names) - MAX_NAMED_IN_LOG
-    return ", ".join(names[:MAX_NAMED_IN_LOG]) + (f" and {more} more" if more > 0 else "")
+def _list_names(names: Sequence[str]) -> str:
+    """Some names in one line."""
+    more = len(names) - _MAX_NAMES_IN_LOG
+    return ", ".join(names[:_MAX_NAMES_IN_LOG]) + (f" and {more} more" if more > 0 else "")

@@ -74,7 +74,7 @@ def test_aspect_lists_as_tables_hold_them(text, aspects):
 )
 def test_hostile_aspect_lists_are_refused(text):
     """Nothing is run, nested or endless lists cost nothing, and the clip they belong to is named."""
-    with pytest.raises(ValueError, match="not a list of texts|at most 65536 are read"):
+    with pytest.raises(ValueError, match="not a list of texts|the limit is 65536"):
         parse_aspects(text)
     with pytest.raises(ValueError, match="songs/a.wav: label 'aspects': "):
         aspects_of(clip(aspects=text))
