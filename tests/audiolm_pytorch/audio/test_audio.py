@@ -50,7 +50,7 @@ def test_long_ogg_is_written(tmp_path: Path) -> None:
     assert AudioSource(tmp_path / "long.ogg").info.num_samples == 2_000_000
 
 
-def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+def test_invalid_writes_are_refused_and_leave_nothing(tmp_path: Path) -> None:
     """Guards the old file and the folder when a write is refused or fails."""
     old = tmp_path / "old.wav"
     write_audio(old, torch.zeros(8), 8000)
@@ -67,7 +67,7 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path: Path) ->
 
 
 def test_stereo_mp3_at_44100_becomes_mono_at_24000(tmp_path: Path) -> None:
-    """Guards the commonest file of a user's own music."""
+    """Guards the most common file of users: a stereo mp3."""
     hz, tone_hz = 44100, 1000.0
     tone = 0.4 * np.sin(2 * np.pi * tone_hz * np.arange(hz) / hz)
     soundfile.write(tmp_path / "song.mp3", np.stack([tone, 0.5 * tone], axis=1), hz)
@@ -106,7 +106,7 @@ def test_channels_are_averaged_kept_repeated_or_refused(write_tone: Callable[...
 
 @pytest.fixture
 def bad_files(tmp_path: Path, write_tone: Callable[..., Path]) -> dict[str, Path]:
-    """Files that users have and that must not stop a training with a riddle."""
+    """Unusable files of users."""
     (tmp_path / "empty.wav").touch()
     (tmp_path / "text.wav").write_text("this is not a sound\n" * 100)
     (tmp_path / "corrupt.flac").write_bytes(b"fLaC" + bytes(range(256)) * 20)
@@ -130,7 +130,7 @@ def bad_files(tmp_path: Path, write_tone: Callable[..., Path]) -> dict[str, Path
     ],
 )
 def test_unusable_files_are_named_with_a_reason(bad_files: dict[str, Path], name: str, reason: str) -> None:
-    """Guards the message: which file, and what is wrong with it."""
+    """Guards the message: file and reason."""
     with pytest.raises(ValueError, match=f"{name}: .*{reason}"):
         decoded_info(bad_files[name])
     if name != "header-only.wav":
@@ -177,7 +177,7 @@ def test_equal_rates_change_nothing_and_wrong_ones_are_refused(rng: np.random.Ge
 
 
 def test_peak_safe_scales_down_only() -> None:
-    """Guards quiet waves from being made loud, and loud ones from clipping."""
+    """Guards quiet waves from a change, and loud ones from clipping."""
     quiet, loud = torch.tensor([0.1, -0.5]), torch.tensor([0.5, -2.0])
     assert peak_safe(quiet) is quiet
     assert torch.allclose(peak_safe(loud), torch.tensor([0.2475, -0.99]))
@@ -249,7 +249,7 @@ def test_mel_shapes_of_batches_and_short_waves(rng: np.random.Generator) -> None
 
 
 def test_mel_is_float32_under_autocast(rng: np.random.Generator) -> None:
-    """Guards against bfloat16 spectrograms, whose error hears like noise."""
+    """Guards against bfloat16 spectrograms, whose error is audible as noise."""
     module = MelSpectrogram(sample_hz=16000, n_fft=256, hop_length=64, num_mels=16)
     wave = torch.from_numpy(rng.standard_normal(1000)).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -10,7 +10,7 @@ from audiolm_pytorch.audio.stream import AudioSource, AudioWriter
 
 @pytest.mark.parametrize(("from_hz", "to_hz"), [(44100, 16000), (24000, 16000), (16000, 48000), (8000, 8000)])
 def test_streaming_resampler_is_resample(from_hz, to_hz):
-    """Pieces of any size, joined, are the whole to the last bit, in length too."""
+    """Chunks of any size, concatenated, equal the whole to the last bit, in length too."""
     for num_samples, size in ((1, 1), (100, 7), (30001, 1000), (30001, 30001)):
         wave = torch.randn(2, num_samples)
         stream = StreamingResampler(from_hz, to_hz, channels=2)
@@ -21,7 +21,7 @@ def test_streaming_resampler_is_resample(from_hz, to_hz):
 @pytest.mark.parametrize("suffix", [".wav", ".flac", ".ogg", ".mp3"])
 @pytest.mark.parametrize(("sample_hz", "channels"), [(None, None), (16000, 1), (24000, 2)])
 def test_source_is_read_audio(tmp_path, suffix, sample_hz, channels):
-    """The blocks of a file joined are what read_audio gives; what the file held is known afterwards."""
+    """The concatenated blocks of a file equal `read_audio`; `info` is exact afterwards."""
     path = tmp_path / f"sound{suffix}"
     soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal((200_000, 2)), 44100)
     source = AudioSource(path, sample_hz, channels)
@@ -34,7 +34,7 @@ def test_source_is_read_audio(tmp_path, suffix, sample_hz, channels):
 
 
 def test_source_repeats_mono_and_refuses_five_channels(write_tone):
-    """Mono serves for stereo; nobody knows how to make two channels of five."""
+    """Mono is repeated for stereo; five channels for two raise an error."""
     stereo = torch.cat(list(AudioSource(write_tone("mono.wav"), channels=2)), dim=1)
     assert stereo.shape[0] == 2 and torch.equal(stereo[0], stereo[1])
     with pytest.raises(ValueError, match=r"five.wav: has 5 channels, 2 were asked for"):
@@ -42,7 +42,7 @@ def test_source_repeats_mono_and_refuses_five_channels(write_tone):
 
 
 def test_writer_shows_a_file_only_when_it_is_complete(tmp_path):
-    """Pieces end in one file; an error, or nothing written, leaves nothing, not even a folder."""
+    """Chunks become one file; an error, or nothing written, leaves no file and no folder."""
     path = tmp_path / "new" / "sound.wav"
     pieces = 0.1 * torch.randn(3, 2, 1000)
     with AudioWriter(path, 16000, 2) as writer:

@@ -19,7 +19,7 @@ def crop_of(num_samples: int, index: int = 0, rates_hz: tuple[int, ...] = (16000
 
 
 def test_the_data_position_is_a_pure_function_of_the_step() -> None:
-    """Guards fault 8: a run resumed at any step, in any order, on a fresh object, sees what the straight run saw."""
+    """Guards fault 8: a new object, at any step and in any order, returns the indices of the straight run."""
     straight = [BatchPlan(37, 8, seed=5).indices(step) for step in range(30)]
     resumed = BatchPlan(37, 8, seed=5)
     assert [resumed.indices(step) for step in reversed(range(30))] == straight[::-1]
@@ -28,7 +28,7 @@ def test_the_data_position_is_a_pure_function_of_the_step() -> None:
 
 
 def test_the_waves_of_a_resumed_run_are_those_of_the_straight_run(write_folder: Callable[..., Path]) -> None:
-    """Guards fault 8 down to the samples: plan and crops together need no state but the step."""
+    """Guards fault 8 down to the samples: plan and crops depend on nothing but the step."""
     items = load_items(write_folder(num_files=5, seconds=0.6)).items
 
     def waves(first: int, last: int) -> list[torch.Tensor]:
@@ -62,7 +62,7 @@ def test_fewer_items_than_a_batch_wrap_into_later_epochs() -> None:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_share_one_global_batch(world_size: int) -> None:
-    """Guards data parallel runs: the ranks together see what one process with the whole batch sees."""
+    """Guards data parallel runs: the ranks together receive the batch of a single process."""
     for step in range(9):
         parts = [BatchPlan(29, 8 // world_size, 0, rank, world_size).indices(step) for rank in range(world_size)]
         assert sum(parts, []) == BatchPlan(29, 8, 0).indices(step)
@@ -79,7 +79,7 @@ def test_impossible_plans_are_refused() -> None:
 
 
 def test_crops_are_padded_with_zeros_and_keep_their_lengths() -> None:
-    """Guards order, lengths at every rate, zeros behind the end, and what travels with a crop."""
+    """Guards order, lengths at every rate, zeros behind the end, and the further fields of a crop."""
     crops = [crop_of(1600, 0, (16000, 24000)), crop_of(3200, 4, (16000, 24000), ends_file=True)]
     batch = collate_crops(crops)
     for hz in (16000, 24000):

@@ -26,7 +26,7 @@ def items(write_folder: Callable[..., Path]) -> list[AudioItem]:
 
 
 def test_a_crop_at_the_rate_of_a_16_bit_file_is_exact(items: list[AudioItem]) -> None:
-    """Guards the 16-bit cache: not one bit of a common file is lost, and the crop lies where it says."""
+    """Guards the 16-bit cache: a common file keeps all its bits, and `start_seconds` is the position of the crop."""
     data = CropDataset(items, 0.5, [24000])
     for epoch in range(5):
         crop = data.get(epoch, 1)
@@ -38,7 +38,7 @@ def test_a_crop_at_the_rate_of_a_16_bit_file_is_exact(items: list[AudioItem]) ->
 @pytest.mark.parametrize("cache_bytes", [0, 2**30])
 @pytest.mark.parametrize("file_hz", [8000, 24000, 44100])
 def test_all_rates_show_the_same_instants(write_folder: Callable[..., Path], file_hz: int, cache_bytes: int) -> None:
-    """Guards tokenizers and codecs of different rates from hearing shifted music, with and without the cache."""
+    """Guards equal instants at different rates, with and without the cache."""
     items = load_items(write_folder(seconds=1.5, sample_hz=file_hz)).items
     data = CropDataset(items, 0.4, [16000, 24000, 16000], cache_bytes=cache_bytes)
     for epoch in range(6):
@@ -54,7 +54,7 @@ def test_all_rates_show_the_same_instants(write_folder: Callable[..., Path], fil
 
 
 def test_crops_are_a_pure_function_of_seed_epoch_and_index(items: list[AudioItem]) -> None:
-    """Guards resuming: the same bits in another process, in any order, whatever was asked before."""
+    """Guards resuming: the same bits in another process, in any order."""
     first, second = (CropDataset(items, 0.5, [24000, 16000], seed=3) for _ in range(2))
     asked = [(epoch, index) for epoch in range(4) for index in range(3)]
     forward = {place: first.get(*place) for place in asked}
@@ -75,7 +75,7 @@ def test_a_small_cache_keeps_the_first_files_in_any_order_of_use(items: list[Aud
 
 
 def test_starts_lie_on_the_40_ms_grid_and_reach_both_ends(items: list[AudioItem]) -> None:
-    """Guards whole frames of tokens, and that beginnings and endings of files are seen and marked."""
+    """Guards whole frames of tokens, and the marks of beginnings and endings of files."""
     data = CropDataset(items, 1.6, [24000])
     crops = [data.get(epoch, 0) for epoch in range(120)]
     steps = [crop.start_seconds * 25 for crop in crops]
@@ -86,7 +86,7 @@ def test_starts_lie_on_the_40_ms_grid_and_reach_both_ends(items: list[AudioItem]
 
 
 def test_the_end_of_a_file_between_two_grid_points_is_marked(write_tone: Callable[..., Path], tmp_path: Path) -> None:
-    """Guards files whose length is no multiple of 40 ms: their last crop ends less than a frame before the end."""
+    """Guards files whose length is not a multiple of 40 ms: their last crop ends less than a frame before the end."""
     write_tone("a.wav", seconds=1.03, sample_hz=16000)
     data = CropDataset(load_items(tmp_path).items, 0.8, [16000])
     crops = [data.get(epoch, 0) for epoch in range(60)]
@@ -105,7 +105,7 @@ def test_a_short_file_gives_all_it_has_without_padding(write_tone: Callable[...,
 
 
 def test_no_length_means_whole_files(items: list[AudioItem]) -> None:
-    """Guards encoders that see every file once, whole."""
+    """Guards encoders that receive every file once and whole."""
     crop = CropDataset(items, None, [16000, 24000]).get(5, 2)
     assert crop.waves[16000].shape == (32000,) and crop.waves[24000].shape == (48000,)
     assert crop.is_file_start and crop.ends_file and crop.index == 2

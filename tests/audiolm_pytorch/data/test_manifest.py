@@ -44,7 +44,7 @@ def test_a_folder_is_listed_in_order_with_lengths(tmp_path: Path, write_tone: Ca
 def test_mixed_and_broken_folder(
     tmp_path: Path, write_tone: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Guards a real user's folder: an mp3 at 44.1 kHz in stereo, and six files that cannot be used, in one warning."""
+    """Guards a typical folder: an mp3 at 44.1 kHz in stereo, and one warning for six files that cannot be used."""
     write_tone("good.wav")
     hz = 44100
     soundfile.write(tmp_path / "song.mp3", np.random.default_rng(0).uniform(-0.1, 0.1, (hz, 2)), hz)
@@ -69,7 +69,7 @@ def test_mixed_and_broken_folder(
 
 
 def test_a_truncated_file_counts_what_can_be_decoded(tmp_path: Path, write_tone: Callable[..., Path]) -> None:
-    """Guards lengths against headers that promise more than an interrupted download holds."""
+    """Guards lengths of interrupted downloads, whose headers hold larger ones."""
     path = write_tone("cut.wav", seconds=1.0, sample_hz=16000)
     path.write_bytes(path.read_bytes()[: 44 + 2 * 4000])
     soundfile.write(tmp_path / "cut.mp3", np.random.default_rng(0).uniform(-0.1, 0.1, 3 * 44100), 44100)
@@ -81,7 +81,7 @@ def test_a_truncated_file_counts_what_can_be_decoded(tmp_path: Path, write_tone:
 
 
 def test_a_hole_in_a_file_is_damage(tmp_path: Path, write_tone: Callable[..., Path]) -> None:
-    """Guards times behind a hole in an ogg file, which every way of reading places elsewhere."""
+    """Guards times behind a hole in an ogg file, where libraries disagree."""
     write_tone("good.wav")
     soundfile.write(tmp_path / "hole.ogg", np.random.default_rng(0).uniform(-0.1, 0.1, 3 * 44100), 44100)
     data = bytearray((tmp_path / "hole.ogg").read_bytes())
@@ -211,7 +211,7 @@ BAD_SIDECARS = {
 def test_a_bad_file_beside_a_clip_is_named_and_the_clip_kept(
     tmp_path: Path, write_tone: Callable[..., Path], case: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Guards foreign and hostile files of a folder: the clip is still heard, and what cannot be read is said."""
+    """Guards foreign and hostile files of a folder: the clip is used, and unreadable files are reported."""
     name, data, message = BAD_SIDECARS[case]
     clip = write_tone("a.wav", seconds=0.1)
     (tmp_path / name).write_bytes(data)
@@ -226,7 +226,7 @@ def test_a_bad_file_beside_a_clip_is_named_and_the_clip_kept(
 
 
 def test_a_manifest_can_be_written_and_moved(tmp_path: Path, write_tone: Callable[..., Path]) -> None:
-    """Guards the way back: what is written reads as it was, relative below its folder, elsewhere by its whole path."""
+    """Guards a round trip: paths are relative below the folder of the manifest, and absolute elsewhere."""
     inside, outside = write_tone("data/clips/a.wav"), write_tone("elsewhere/b.wav")
     lines: list[dict[str, Any] | str] = [
         {"audio": "clips/a.wav", "caption": ["Flöte\nund 笛", '"x"'], "aspects": ["a, b"], "tempo": None},
@@ -287,7 +287,7 @@ def test_a_missing_file_of_a_manifest_is_rejected(tmp_path: Path, write_tone: Ca
     ],
 )
 def test_a_malformed_line_is_named(tmp_path: Path, write_tone: Callable[..., Path], line: str, message: str) -> None:
-    """Guards the message of a broken manifest: file, line and what is wrong."""
+    """Guards the message of a broken manifest: file, line and reason."""
     write_tone("a.wav")
     manifest = write_manifest(tmp_path / "m.jsonl", [{"audio": "a.wav"}, line])
     with pytest.raises(ValueError, match=re.escape(f"m.jsonl, {message}")):
@@ -295,7 +295,7 @@ def test_a_malformed_line_is_named(tmp_path: Path, write_tone: Callable[..., Pat
 
 
 def test_a_manifest_in_another_encoding_is_named(tmp_path: Path, write_tone: Callable[..., Path]) -> None:
-    """Guards tables saved by other programs: the line is named, and a path no file can have is one more lost file."""
+    """Guards tables saved by other programs: the message names the line, and an impossible path is a rejected file."""
     write_tone("a.wav")
     (tmp_path / "m.jsonl").write_bytes('{"audio": "a.wav"}\n{"audio": "flöte.wav"}'.encode("latin-1"))
     with pytest.raises(ValueError, match="m.jsonl, line 2: not UTF-8"):
@@ -305,7 +305,7 @@ def test_a_manifest_in_another_encoding_is_named(tmp_path: Path, write_tone: Cal
 
 
 def test_a_manifest_without_line_ends_does_not_fill_the_memory(tmp_path: Path) -> None:
-    """Guards against a file of zeros, or any other that is no manifest: a sparse 256 MiB, of which 16 are read."""
+    """Guards against a file that is not a manifest: a sparse 256 MiB of zeros, of which 16 are read."""
     with (tmp_path / "m.jsonl").open("wb") as file:
         file.truncate(2**28)
     tracemalloc.start()

@@ -11,7 +11,7 @@ FINGERPRINT = {"codec": "ab12", "semantic": {"name": "w2v", "layer": 7}, "rates_
 
 
 def make_record(number: int) -> dict[str, np.ndarray]:
-    """A record of a length of its own; record 5 has no frames."""
+    """A record whose length depends on its number; record 5 has no frames."""
     rng = np.random.default_rng(number)
     frames = 0 if number == 5 else 3 + number % 4
     return {
@@ -23,7 +23,7 @@ def make_record(number: int) -> dict[str, np.ndarray]:
 
 
 class Counting:
-    """`make_record` that remembers what it was asked for, and may fail once at a record."""
+    """`make_record` that stores its arguments, and may fail once at a record."""
 
     def __init__(self, fail_at: int | None = None) -> None:
         self.asked: list[int] = []
@@ -41,7 +41,7 @@ def same(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> bool:
     return left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
 
 
-def test_records_come_back_as_they_were(tmp_path: Path) -> None:
+def test_records_are_read_as_they_were_written(tmp_path: Path) -> None:
     """Guards values, shapes, small types, numbers, empty records and the fingerprint."""
     assert write_shards(tmp_path / "s", make_record, 11, FINGERPRINT, records_per_chunk=4) == 3
     shards = TokenShards(tmp_path / "s", FINGERPRINT)
@@ -84,7 +84,7 @@ def test_a_killed_writer_goes_on_where_it_stood(tmp_path: Path) -> None:
 
 
 def test_what_a_kill_during_writing_leaves_is_not_taken_for_a_chunk(tmp_path: Path) -> None:
-    """Guards against a chunk of half a file: only a renamed folder counts."""
+    """Guards against a chunk of half a file: only a renamed folder is a chunk."""
     folder = tmp_path / "s"
     half = folder / ".chunk-00000.999999.partial"
     half.mkdir(parents=True)
@@ -104,7 +104,7 @@ def test_two_processes_share_the_work(tmp_path: Path) -> None:
 
 
 def test_tokens_of_another_encoder_are_refused_with_the_difference(tmp_path: Path) -> None:
-    """Guards against training on, or adding to, tokens of another model; says exactly what differs."""
+    """Guards against training on, or adding to, tokens of another model; the message lists the differences."""
     write_shards(tmp_path / "s", make_record, 4, FINGERPRINT, records_per_chunk=2)
     other = {**FINGERPRINT, "semantic": {"name": "w2v", "layer": 9}, "crop": 1.0}
     difference = r"crop: found nothing, expected .*; semantic\.layer: found 7, expected 9"
@@ -129,7 +129,7 @@ def test_tokens_of_another_encoder_are_refused_with_the_difference(tmp_path: Pat
     ],
 )
 def test_records_that_cannot_be_stored_are_named(tmp_path: Path, broken: dict[str, np.ndarray], message: str) -> None:
-    """Guards the message when an encoder gives nonsense, and that nothing half is left."""
+    """Guards the message for invalid records, and that no incomplete chunk is left."""
     records = [{"a": np.zeros(2)}, broken]
     with pytest.raises(ValueError, match=message):
         write_shards(tmp_path / "s", lambda number: records[number], 2, {})

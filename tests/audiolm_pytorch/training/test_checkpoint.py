@@ -14,13 +14,13 @@ from audiolm_pytorch.training.checkpoint import Checkpoint, CheckpointFolder
 
 
 def generation(step: int) -> Checkpoint:
-    """A checkpoint whose every part tells its step."""
+    """A checkpoint with its step in every part."""
     tensors = {"model": {"weight": torch.full((3,), float(step))}, "optimizer": {"weight/step": torch.tensor(step)}}
     return Checkpoint(step, tensors, {"progress": {"step": step}})
 
 
 def assert_whole(checkpoint: Checkpoint, step: int) -> None:
-    """All parts are of the same step."""
+    """Check that all parts belong to the same step."""
     assert checkpoint.step == step
     assert checkpoint.state == {"progress": {"step": step}}
     assert torch.equal(checkpoint.tensors["model"]["weight"], torch.full((3,), float(step)))
@@ -28,7 +28,7 @@ def assert_whole(checkpoint: Checkpoint, step: int) -> None:
 
 
 def in_child(action: Callable[[], None]) -> int:
-    """Run in a forked process that ends without any cleaning up, as a killed one does; give its exit status."""
+    """Run in a forked process that ends without clean-up, as a killed one does; returns its exit status."""
     child = os.fork()
     if child == 0:
         try:
@@ -39,7 +39,7 @@ def in_child(action: Callable[[], None]) -> int:
 
 
 def die_at(call: int) -> None:
-    """Let the process die right before the given call that changes the disk."""
+    """Kill the process right before the n-th call that changes the disk."""
     seen = 0
 
     def dying(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,7 +67,7 @@ def die_at(call: int) -> None:
 def test_death_between_any_two_changes_of_the_disk_leaves_a_whole_generation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The two-generation swap: there is no instant without a whole checkpoint, and the next write still works."""
+    """At every instant of the swap there is a complete checkpoint, and the next write works."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # a killed process loses nothing that it wrote; time
     call, outcomes, interrupted = 0, set(), True
     while interrupted:
@@ -95,7 +95,7 @@ def test_death_between_any_two_changes_of_the_disk_leaves_a_whole_generation(
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_death_while_recovering_is_recovered_from(tmp_path: Path) -> None:
-    """A second kill during the clean-up after the first one loses nothing either."""
+    """A second kill, during the clean-up after the first, loses nothing."""
     for call in range(1, 8):
         folder = tmp_path / str(call)
         checkpoints = CheckpointFolder(folder)
@@ -116,7 +116,7 @@ def test_death_while_recovering_is_recovered_from(tmp_path: Path) -> None:
 
 
 def test_half_a_first_checkpoint_counts_as_none(tmp_path: Path) -> None:
-    """A kill during the very first write must not leave something that is read."""
+    """A kill during the first write leaves nothing that is read as a checkpoint."""
     checkpoints = CheckpointFolder(tmp_path)
     checkpoints.write(generation(1))
     (tmp_path / "checkpoint").rename(tmp_path / "checkpoint.new")
@@ -126,7 +126,7 @@ def test_half_a_first_checkpoint_counts_as_none(tmp_path: Path) -> None:
 
 
 def test_mixed_and_damaged_generations_are_refused(tmp_path: Path) -> None:
-    """Files of two steps, a cut file and an unknown format are named, not loaded."""
+    """The message names files of two steps, a truncated file and an unknown format."""
     checkpoints = CheckpointFolder(tmp_path)
     checkpoints.write(generation(1))
     old = (tmp_path / "checkpoint" / "model.safetensors").read_bytes()
@@ -143,7 +143,7 @@ def test_mixed_and_damaged_generations_are_refused(tmp_path: Path) -> None:
 
 
 def test_differences_name_the_path_of_each() -> None:
-    """The refusal to resume is readable: nested names, both values, and what one side lacks."""
+    """The message lists nested names, both values, and names that one side lacks."""
     there = {"settings": {"seed": 0, "batch_size": 4}, "task": "a"}
     here = {"settings": {"seed": 1, "batch_size": 4}, "task": "a", "extra": 3}
     assert differences(there, here) == ["extra: found nothing, expected 3", "settings.seed: found 0, expected 1"]
@@ -151,7 +151,7 @@ def test_differences_name_the_path_of_each() -> None:
 
 
 def test_constructing_touches_nothing(tmp_path: Path) -> None:
-    """No folder is made or cleaned before somebody asks."""
+    """The constructor creates and removes no folder."""
     (tmp_path / "checkpoint.new").mkdir()
     CheckpointFolder(tmp_path)
     CheckpointFolder(tmp_path / "nowhere")

@@ -53,7 +53,7 @@ def test_accumulating_two_batches_equals_one_of_twice_the_size(tmp_path: Path) -
 
 
 def test_loop_equals_a_plain_adamw_loop(tmp_path: Path) -> None:
-    """Oracle: clipping, schedule and decay (none on vectors) as written out by hand with torch alone."""
+    """Oracle: clipping, schedule and decay (none on vectors), written with torch alone."""
     task = linear_task()
     settings = LoopSettings(num_train_steps=7, batch_size=8, weight_decay=0.3, warmup_steps=2, max_grad_norm=0.1)
     TrainLoop(task, settings, tmp_path).train()
@@ -112,7 +112,7 @@ def test_learning_rate_is_a_pure_function_with_the_right_ends() -> None:
 
 
 def test_average_follows_its_definition_and_steps_aside() -> None:
-    """Oracle: the recursion by hand; inside the block the module computes with it, afterwards with its own weights."""
+    """Oracle: the recursion by hand; the module has the average inside the block, and its raw weights afterwards."""
     parameter = nn.Parameter(torch.tensor([1.0, 2.0]))
     average, expected = WeightEMA({"w": parameter}, decay=0.5), torch.tensor([1.0, 2.0])
     for step in range(1, 20):
@@ -146,7 +146,7 @@ def test_final_module_holds_the_average(tmp_path: Path) -> None:
 
 
 def test_phases_do_not_touch_each_other(tmp_path: Path) -> None:
-    """A phase without a learning signal of its own keeps its weights, though the other's loss flows through it."""
+    """A phase without gradient keeps its weights, although the other phase's loss flows through it."""
     task = ToyTask(critic=True)
     still = nn.Linear(2, 2)
     task.module["still"] = still
@@ -168,7 +168,7 @@ def test_phases_do_not_touch_each_other(tmp_path: Path) -> None:
 
 
 def test_a_phase_does_nothing_before_its_first_step(tmp_path: Path) -> None:
-    """Neither weights, optimizer state nor rows of metrics before; all of them from that very step on."""
+    """Before its first step a phase changes no weights and has no optimizer state and no rows of metrics."""
     task = ToyTask(critic=True, critic_from=4)
     asked: list[int] = []
     inner = task.critic_loss
@@ -232,7 +232,7 @@ def test_ten_bad_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
 
 
 def test_exploding_gradients_are_caught_with_a_finite_loss(tmp_path: Path) -> None:
-    """The guard looks at the gradients, too: sqrt has none at 0."""
+    """The guard checks the gradients too: that of sqrt is not finite at 0."""
     module = nn.Linear(4, 4)
     task = Tiny(module, lambda batch, step: LossOutput((module(batch) * 0).pow(2).sum().sqrt()))
     before = module.weight.detach().clone()
@@ -240,8 +240,8 @@ def test_exploding_gradients_are_caught_with_a_finite_loss(tmp_path: Path) -> No
     assert torch.equal(module.weight, before)
 
 
-def test_metrics_tell_the_chance_level_and_means(tmp_path: Path) -> None:
-    """A row holds the mean since the last row, with what guessing would reach beside the loss."""
+def test_metrics_hold_the_chance_level_and_means(tmp_path: Path) -> None:
+    """A row holds the mean since the last row, and the chance level beside the loss."""
     result = TrainLoop(ToyTask(), SETTINGS, tmp_path).train()
     rows = rows_of(tmp_path)
     assert [(row["step"], row["phase"]) for row in rows] == [
@@ -258,7 +258,7 @@ def test_metrics_tell_the_chance_level_and_means(tmp_path: Path) -> None:
 
 
 def test_infinite_metrics_do_not_break_files(tmp_path: Path) -> None:
-    """JSON knows no NaN: such a metric is null in the row, and the checkpoint can still be written and read."""
+    """JSON has no NaN: such a metric is null in the row, and the checkpoint is written and read."""
     module = nn.Linear(4, 4)
     task = Tiny(module, lambda batch, step: LossOutput(module(batch).pow(2).mean(), {"odd": torch.tensor(torch.nan)}))
     task.validate = lambda: {"loss": math.inf}  # type: ignore[method-assign]
@@ -279,8 +279,8 @@ def test_constructor_touches_nothing(tmp_path: Path) -> None:
     assert np.array_equal(np.random.get_state()[1], numpy_state) and random.getstate() == python_state
 
 
-def test_training_gives_the_generators_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The program's own random numbers go on as if nothing was trained, and nothing is printed."""
+def test_training_restores_the_generators(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The random numbers of the program are the same as without a training, and nothing is printed."""
     task = ToyTask()
     torch_state, python_state = torch.get_rng_state(), random.getstate()
     expected = np.random.RandomState()
@@ -291,7 +291,7 @@ def test_training_gives_the_generators_back(tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr() == ("", "")
 
 
-def test_every_step_has_noise_of_its_own(tmp_path: Path) -> None:
+def test_every_step_has_other_noise(tmp_path: Path) -> None:
     """Seeding before each step must not give each the same noise."""
     draws: list[float] = []
     TrainLoop(ToyTask(on_batch=lambda count: draws.append(float(torch.rand(())))), SETTINGS, tmp_path).train()
@@ -299,7 +299,7 @@ def test_every_step_has_noise_of_its_own(tmp_path: Path) -> None:
 
 
 def test_seeds_are_a_function_of_the_position() -> None:
-    """The same position gives the same noise; another step, rank or seed gives another."""
+    """Equal positions have equal noise; another step, rank or seed has other noise."""
 
     def draw(*position: int | str) -> tuple[float, float, float]:
         seed_rng(*position, device=CPU)  # type: ignore[arg-type]
@@ -313,7 +313,7 @@ def test_seeds_are_a_function_of_the_position() -> None:
 
 
 def test_two_loops_share_one_process_and_one_accelerator(tmp_path: Path) -> None:
-    """Interleaved trainings do not see each other."""
+    """Interleaved trainings do not influence each other."""
     TrainLoop(ToyTask(), SETTINGS, tmp_path / "alone").train()
     accelerator = Accelerator(cpu=True)
     loops = [TrainLoop(ToyTask(), SETTINGS, tmp_path / name, accelerator) for name in ("one", "two")]
@@ -325,7 +325,7 @@ def test_two_loops_share_one_process_and_one_accelerator(tmp_path: Path) -> None
 
 
 def test_bf16_runs_the_loss_under_autocast(tmp_path: Path) -> None:
-    """Matrix products are in bfloat16, weights and optimizer stay in float32."""
+    """Matrix products are in bfloat16; weights and optimizer are in float32."""
     module = nn.Linear(4, 4)
     types: list[torch.dtype] = []
 
@@ -373,13 +373,13 @@ def test_impossible_phases_and_accelerators_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_impossible_settings_are_refused(change: dict[str, Any]) -> None:
-    """Each number is checked where it is given, and named."""
+    """The constructor checks each number and names it."""
     with pytest.raises(ValueError, match=next(iter(change))):
         replace(SETTINGS, **change)
 
 
 def test_metric_must_be_one_number(tmp_path: Path) -> None:
-    """A vector among the metrics is named at once, not at the first row."""
+    """A vector among the metrics raises an error that names it, before the first row."""
     module = nn.Linear(4, 4)
     task = Tiny(module, lambda batch, step: LossOutput(module(batch).mean(), {"wide": torch.zeros(3)}))
     with pytest.raises(ValueError, match="'wide' has shape"):
@@ -388,7 +388,7 @@ def test_metric_must_be_one_number(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_main", [True, False])
 def test_results_are_saved_by_the_first_process_while_the_others_wait(tmp_path: Path, is_main: bool) -> None:
-    """Several processes that write one file would tear it."""
+    """If several processes wrote one file, it would be damaged."""
     done: list[str] = []
     loop = TrainLoop(ToyTask(), SETTINGS, tmp_path)
     loop._accelerator = SimpleNamespace(is_main_process=is_main, wait_for_everyone=lambda: done.append("waited"))

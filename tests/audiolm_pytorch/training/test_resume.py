@@ -33,7 +33,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("critic", "critic_from"), [(False, 0), (True, 0), (True, 7)])
 def test_resumed_run_is_bit_for_bit_the_straight_one(tmp_path: Path, critic: bool, critic_from: int) -> None:
-    """N steps == k + resume + ..., from other initial weights, other global noise and a checkpoint at any step."""
+    """N steps equal k steps, a resume and the rest, from other initial weights and other global noise."""
     about: dict[str, Any] = dict(critic=critic, critic_from=critic_from)
     TrainLoop(ToyTask(**about), SETTINGS, tmp_path / "straight").train()
     for start in range(4):
@@ -45,8 +45,8 @@ def test_resumed_run_is_bit_for_bit_the_straight_one(tmp_path: Path, critic: boo
     assert_same_run(tmp_path / "straight", tmp_path / "resumed")
 
 
-def test_same_loop_may_go_on_in_memory(tmp_path: Path) -> None:
-    """Calling train again without rebuilding the loop continues, and changes nothing."""
+def test_same_loop_continues_in_memory(tmp_path: Path) -> None:
+    """A second call of train on the same loop continues the run, with the same result."""
     TrainLoop(ToyTask(), SETTINGS, tmp_path / "straight").train()
     loop = TrainLoop(ToyTask(), SETTINGS, tmp_path / "parts")
     assert [loop.train(stop_after_steps=7).step, loop.train().step] == [7, 12]
@@ -55,7 +55,7 @@ def test_same_loop_may_go_on_in_memory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("when", [1, 6, 11])
 def test_exception_in_a_step_resumes_from_the_checkpoint(tmp_path: Path, when: int) -> None:
-    """What is half done in memory is thrown away: the same loop object continues as if nothing had happened."""
+    """The state of a half-done step is dropped: the same loop object continues from the checkpoint."""
     TrainLoop(ToyTask(), SETTINGS, tmp_path / "straight").train()
     task = ToyTask()
 
@@ -72,7 +72,7 @@ def test_exception_in_a_step_resumes_from_the_checkpoint(tmp_path: Path, when: i
 
 
 def test_first_checkpoint_is_of_step_0(tmp_path: Path) -> None:
-    """Costly preparation is kept at once, and a run killed in its first step goes on from the same weights."""
+    """The preparation is checkpointed, so that a run killed in its first step continues from the same weights."""
 
     def fail(count: int) -> None:
         raise KeyboardInterrupt
@@ -103,7 +103,7 @@ def script(folder: Path, pause_seconds: float) -> list[str]:
 
 @pytest.mark.slow
 def test_killed_process_resumes_bit_for_bit(tmp_path: Path) -> None:
-    """kill -9 at arbitrary instants, several times: weights, optimizer, average and metrics as without."""
+    """Several kill -9 at arbitrary instants do not change weights, optimizer, EMA and metrics."""
     subprocess.run(script(tmp_path / "straight", 0.0), check=True)
     folder, kills = tmp_path / "killed", 0
     for number in range(3):
@@ -125,7 +125,7 @@ def test_killed_process_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_fork_killed_in_a_step_resumes_bit_for_bit(tmp_path: Path) -> None:
-    """The quick form of the kill: a child dies by SIGKILL in the middle of a step."""
+    """A child process dies by SIGKILL in the middle of a step."""
     settings = replace(SETTINGS, checkpoint_every_steps=3)
     child = os.fork()
     if child == 0:
@@ -180,7 +180,7 @@ def test_codebooks_that_training_moves_resume_exactly(tmp_path: Path) -> None:
 def test_resuming_with_other_settings_is_refused(
     tmp_path: Path, change: dict[str, Any], message: str, steps: int
 ) -> None:
-    """Settings that decide the weights may not change in a folder, whether its run is finished or not."""
+    """Settings with an influence on the weights must not change, whether the run is finished or not."""
     TrainLoop(ToyTask(), SETTINGS, tmp_path).train(stop_after_steps=steps)
     files = tensors_in(tmp_path)
     with pytest.raises(ValueError, match=message):
@@ -189,7 +189,7 @@ def test_resuming_with_other_settings_is_refused(
 
 
 def test_reporting_settings_may_change(tmp_path: Path) -> None:
-    """How often something is written does not decide the weights."""
+    """The intervals of reports and checkpoints have no influence on the weights."""
     TrainLoop(ToyTask(), SETTINGS, tmp_path / "straight").train()
     TrainLoop(ToyTask(), SETTINGS, tmp_path / "resumed").train(stop_after_steps=5)
     other = replace(SETTINGS, log_every=1, validate_every=3, checkpoint_every_steps=1)
@@ -198,7 +198,7 @@ def test_reporting_settings_may_change(tmp_path: Path) -> None:
 
 
 def test_other_data_are_refused(tmp_path: Path) -> None:
-    """A run that goes on with a data set of another size would see other items."""
+    """A resumed run with another size of the data set would receive other items."""
     TrainLoop(ToyTask(), SETTINGS, tmp_path).train(stop_after_steps=1)
     task = ToyTask()
     task.num_items = 10
@@ -207,7 +207,7 @@ def test_other_data_are_refused(tmp_path: Path) -> None:
 
 
 def test_finished_run_trains_no_more(tmp_path: Path) -> None:
-    """Calling train again gives the result back and makes no batch, even without the checkpoint."""
+    """A call of train on a finished run returns its result and builds no batch, even without the checkpoint."""
     loop = TrainLoop(ToyTask(), SETTINGS, tmp_path)
     result = loop.train()
     assert loop.is_finished
@@ -238,7 +238,7 @@ def test_tied_weights_are_trained_once_and_resume(tmp_path: Path) -> None:
 
 
 def test_metrics_file_survives_a_cut_line(tmp_path: Path) -> None:
-    """A kill while a row is written: the resumed run has every row once."""
+    """After a kill during the writing of a row, the resumed run has every row once."""
     TrainLoop(ToyTask(), SETTINGS, tmp_path / "straight").train()
     TrainLoop(ToyTask(), SETTINGS, tmp_path / "cut").train(stop_after_steps=6)
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
@@ -248,10 +248,10 @@ def test_metrics_file_survives_a_cut_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["noise", "data", "schedule", "optimizer"])
-def test_state_left_out_of_the_checkpoint_is_noticed(
+def test_state_missing_from_the_checkpoint_is_detected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    """Fault 8: noise, data position, schedule or moments that begin anew at a resume; each is noticed when put back."""
+    """Fault 8: noise, data position, schedule or moments that restart at a resume; the comparison detects each."""
     TrainLoop(ToyTask(), SETTINGS, tmp_path / "straight").train()
 
     def check(folder: Path, between: Callable[[], None] = lambda: None) -> None:

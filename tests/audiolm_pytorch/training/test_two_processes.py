@@ -77,7 +77,7 @@ def main(folder: Path, poisoned: bool) -> None:
 
 
 def run_two(folder: Path, poisoned: bool) -> None:
-    """Start two processes; gloo may abort at exit after all work is done, so the exit status is not asked."""
+    """Start two processes; gloo may abort at exit after all work is done, so the exit status is ignored."""
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[3]), environment.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

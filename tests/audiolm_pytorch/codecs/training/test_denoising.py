@@ -61,8 +61,8 @@ def mixer(data, **settings):
     return NoiseMixer(crops(data / "clean"), crops(data / "noise"), sample_hz=RATE_HZ, **settings)
 
 
-def test_mixtures_have_the_ratio_and_the_target_that_they_say(data):
-    """Oracle: clean plus something whose power lies the ratio below; the target is clean where the flag is set."""
+def test_mixtures_have_their_ratio_and_their_target(data):
+    """Oracle: the noise has the power of the ratio; the target is clean where the flag is set."""
     made = [mixer(data, snr_db=(-5, 15)).get(epoch, index) for epoch in range(8) for index in range(6)]
     assert {mixture.denoise for mixture in made} == {True, False}
     noisy = [mixture for mixture in made if np.isfinite(mixture.snr_db)]
@@ -78,7 +78,7 @@ def test_mixtures_have_the_ratio_and_the_target_that_they_say(data):
 
 
 def test_mixtures_are_a_function_of_seed_epoch_and_index(data):
-    """Resume needs no state: global generators, order of calls and other items do not matter; each argument does."""
+    """Resume needs no state: only the arguments matter, not global generators or the order of calls."""
     first, again = mixer(data), mixer(data)
     expected = first.get(3, 2)
     again.get(0, 0)
@@ -94,7 +94,7 @@ def test_mixtures_are_a_function_of_seed_epoch_and_index(data):
 
 
 def test_silence_stays_silence(data):
-    """No ratio to silence exists: silent audio gets no noise, and silent noise adds none."""
+    """A ratio to silence is not defined: silent audio receives no noise, and silent noise is not added."""
     silence, clean = crops(data / "silence"), crops(data / "clean")
     for pair in [(silence, crops(data / "noise")), (clean, silence)]:
         mixture = NoiseMixer(*pair, sample_hz=RATE_HZ, clean_share=0.0).get(0, 0)
@@ -103,7 +103,7 @@ def test_silence_stays_silence(data):
 
 
 def test_impossible_mixers_are_refused(data):
-    """Each number is checked where it is given."""
+    """The constructor checks each number."""
     for settings in [{"snr_db": (5.0, 0.0)}, {"denoise_share": 1.5}, {"clean_share": -0.1}, {"seed": -1}]:
         with pytest.raises(ValueError, match="need snr_db"):
             mixer(data, **settings)
@@ -136,7 +136,7 @@ def trainer_of(data, results, steps, codec, **settings):
 
 
 def test_denoising_run_resumes_bit_for_bit_and_reports(data, tmp_path):
-    """Mixtures, flags and codebooks of a resumed run are those of a straight one; validation tells all three ratios."""
+    """A resumed run has the mixtures, flags and codebooks of a straight one; validation reports all three kinds."""
     settings = dict(unquantized_steps=1, log_every=1, validate_every=2)
     trainer_of(data, tmp_path / "straight", 4, denoising_codec(), **settings).train()
     for stop in (1, 2, None):
@@ -151,7 +151,7 @@ def test_denoising_run_resumes_bit_for_bit_and_reports(data, tmp_path):
 
 
 def test_the_flag_reaches_every_row_of_the_condition(data, tmp_path):
-    """Both flags get gradients, also where the batch holds one of each."""
+    """Both flags receive gradients, also in a batch with one of each."""
     task = trainer_of(data, tmp_path, 2, denoising_codec(), unquantized_steps=2).task
     task.module.train()
     batches = (task.batch([(epoch, index) for index in range(4)]) for epoch in range(9))
@@ -164,7 +164,7 @@ def test_the_flag_reaches_every_row_of_the_condition(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_flag_removes_noise_from_unheard_mixtures(data, tmp_path):
+def test_the_flag_removes_noise_from_held_out_mixtures(data, tmp_path):
     """Trained on tones in hiss, the codec is nearer to the clean sound with the flag, on held-out clips."""
     codec = denoising_codec(dim=48, depth=2, codebook_size=64, num_quantizers=4)
     trainer = trainer_of(data, tmp_path, 300, codec, batch_size=8, warmup_steps=20, validate_every=300)

@@ -38,8 +38,8 @@ def test_hinges_equal_a_naive_loop():
     assert generator_hinge(fake).item() == pytest.approx(wanted_generator, rel=1e-6)
 
 
-def test_hinge_of_the_undecided_is_two_and_of_the_certain_zero():
-    """Signs: real must be positive, decoded negative; the generator wants the opposite of the latter."""
+def test_hinge_is_two_for_zero_logits_and_zero_for_large_ones():
+    """Signs: positive for real waves, negative for decoded ones; for the generator the opposite."""
     undecided = [ScaleOutput(torch.zeros(1, 1, 3), [])]
     positive, negative = [ScaleOutput(torch.full((1, 1, 3), sign), []) for sign in (1.5, -1.5)]
     assert discriminator_hinge(undecided, undecided).item() == 2.0
@@ -69,7 +69,7 @@ def test_feature_matching_is_relative():
     assert feature_matching(*twice).item() == pytest.approx(feature_matching(real, fake).item(), rel=1e-6)
 
 
-def test_losses_are_fp32_and_finite_whatever_comes():
+def test_losses_are_fp32_and_finite():
     """bf16 outputs are summed in float32; real features of zero divide nothing by zero."""
     real = [
         ScaleOutput(o.logits.bfloat16(), [torch.zeros_like(x).bfloat16() for x in o.features]) for o in outputs_of(0)
@@ -83,7 +83,7 @@ def test_losses_are_fp32_and_finite_whatever_comes():
 
 @pytest.mark.parametrize("loss", [discriminator_hinge, feature_matching])
 def test_outputs_of_other_discriminators_are_refused(loss):
-    """A zip that stops early would train on a part of the scales in silence."""
+    """A zip that stops early would silently train on a part of the scales."""
     with pytest.raises(ValueError, match="3 scales of real and 2"):
         loss(outputs_of(0), outputs_of(1)[:2])
     with pytest.raises(ValueError, match="at least one"):
@@ -95,7 +95,7 @@ def test_outputs_of_other_discriminators_are_refused(loss):
     [MultiScaleWaveDiscriminator(width=4), MultiScaleSTFTDiscriminator(width=2, windows_samples=(64, 32))],
 )
 def test_gradients_of_the_two_sides_do_not_leak(discriminator):
-    """As the loop does it: the generator's losses leave nothing on discriminators, theirs nothing on the generator."""
+    """The generator's losses leave no gradients on the discriminators, and the reverse."""
     generator = nn.Conv1d(1, 1, 5, padding=2)
     real = torch.randn(2, 1, 200)
     fake = generator(real)
@@ -114,7 +114,7 @@ def test_gradients_of_the_two_sides_do_not_leak(discriminator):
 
 
 def test_feature_matching_moves_decoded_features_only():
-    """Real features are the target: no gradient into them, also through a discriminator that judged both."""
+    """Real features are the target: no gradient flows into them, even if one discriminator received both waves."""
     real, fake = outputs_of(0), outputs_of(1)
     for output in [*real, *fake]:
         for feature in output.features:
@@ -166,7 +166,7 @@ def test_mix_equals_equation_four_over_several_steps():
 
 
 def test_generator_receives_the_explicit_gradient():
-    """What matters in the end: each parameter's gradient is the mix pushed through the generator."""
+    """The gradient of each parameter is the mix, backpropagated through the generator."""
     generator = nn.Sequential(nn.Conv1d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv1d(4, 1, 3, padding=1))
     source, target = torch.randn(2, 2, 1, 40).unbind()
     wave = generator(source)
@@ -181,7 +181,7 @@ def test_generator_receives_the_explicit_gradient():
 
 @pytest.mark.parametrize("scale", [1000.0, 1e-3])
 def test_scale_of_a_loss_does_not_matter_once_its_norm_settled(scale):
-    """The point of the balancer: a loss that becomes 1000 times larger in mid-run ends up with its old share."""
+    """A loss that becomes 1000 times larger during the run returns to its old share."""
     torch.manual_seed(1)
     wave, target = torch.randn(2, 1, 30, requires_grad=True), torch.randn(2, 1, 30)
     balancer = LossBalancer(WEIGHTS, decay=0.9)
@@ -201,7 +201,7 @@ def test_weights_are_shares_of_the_gradient():
 
 
 def test_losses_that_are_present_share_the_whole_gradient():
-    """Before the adversarial phase only some losses are given; these then weigh as if there were no others."""
+    """Before the adversarial phase only some losses are passed; these share the whole gradient."""
     wave = torch.randn(1, 1, 40, requires_grad=True)
     balancer = LossBalancer({"mel": 1.0, "adversarial": 9.0, "off": 0.0})
     (gradient,) = torch.autograd.grad(balancer({"mel": wave.square().mean(), "off": wave.sum()}, wave), wave)
@@ -209,7 +209,7 @@ def test_losses_that_are_present_share_the_whole_gradient():
     assert (balancer.norm_counts > 0).tolist() == [True, False, False]
 
 
-def test_pieces_of_a_batch_average_to_the_batch():
+def test_parts_of_a_batch_average_to_the_batch():
     """Accumulation and processes average gradients of means; one batch of four equals two of two."""
     directions = nn.functional.normalize(torch.randn(4, 1, 25), dim=-1)
     wave = torch.randn(4, 1, 25, requires_grad=True)
@@ -241,7 +241,7 @@ def test_zero_gradients_are_finite_and_do_not_count():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_bad_loss_shows_and_leaves_the_norms_alone(bad):
-    """The loop's guard must see a NaN; the running norms must not remember it."""
+    """The guard of the loop receives the NaN; the running norms do not change."""
     balancer = LossBalancer(WEIGHTS)
     wave, target = torch.randn(2, 1, 30, requires_grad=True), torch.randn(2, 1, 30)
     balancer(two_losses(wave, target), wave)
@@ -254,13 +254,13 @@ def test_bad_loss_shows_and_leaves_the_norms_alone(bad):
 
 
 def test_bad_gradient_of_a_finite_loss_shows():
-    """sqrt at 0: the loss is 0, its gradient is not finite; the surrogate says so before the parameters are reached."""
+    """sqrt at 0: the loss is 0, its gradient is not finite, and so is the mixed loss."""
     wave = torch.zeros(1, 1, 5, requires_grad=True)
     assert torch.isnan(LossBalancer({"a": 1.0})({"a": (wave * 0).sqrt().sum()}, wave))
 
 
 def test_value_is_the_weighted_mean_of_the_losses():
-    """The loss in the log means something, though only its gradient is used."""
+    """The value of the mixed loss is the weighted mean, although only its gradient is used."""
     wave, target = torch.randn(2, 1, 30, requires_grad=True), torch.randn(2, 1, 30)
     losses = two_losses(wave, target)
     expected = (3 * losses["mel"] + losses["adversarial"]) / 4
@@ -284,7 +284,7 @@ def test_autocast_changes_little():
 
 
 def test_what_cannot_be_balanced_is_refused():
-    """Each would otherwise be dropped in silence: a commitment loss, a misspelt name, a wave without gradient."""
+    """A commitment loss, a misspelt name or a wave without gradient would otherwise be dropped silently."""
     wave = torch.randn(1, 1, 20, requires_grad=True)
     other = torch.randn(3, requires_grad=True)
     balancer = LossBalancer({"mel": 1.0, "off": 0})
@@ -305,7 +305,7 @@ def test_what_cannot_be_balanced_is_refused():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_balanced_run_resumes_bit_for_bit(tmp_path, monkeypatch, precision):
-    """In the one loop, with accumulated batches: the norms are in the checkpoint and move on from there."""
+    """In the loop, with accumulated batches: the norms are checkpointed and restored."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
     def task() -> Tiny:

@@ -91,7 +91,7 @@ def same_state(one, other):
 
 
 def optimizers_of(trainer):
-    """The phases' optimizers as the loop makes them."""
+    """Optimizers of the phases as the loop builds them."""
     names = {parameter: name for name, parameter in trainer.task.module.named_parameters() if parameter.requires_grad}
     buffers, settings = PersistentBuffers(trainer.task.module), trainer.loop.settings
     trainer.task.module.train()
@@ -100,7 +100,7 @@ def optimizers_of(trainer):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_codebooks_are_initialised_in_either_precision(folder, tmp_path, precision):
-    """The codebooks start inside a training step; under autocast their frames arrive as bf16 and must not mix types."""
+    """The codebooks are initialised inside a training step; under autocast their frames are bf16."""
     trainer = trainer_of(folder, tmp_path, steps=4, unquantized_steps=2, precision=precision)
     before = codebooks_of(trainer.task.codec)
     trainer.train()
@@ -114,7 +114,7 @@ def test_codebooks_are_initialised_in_either_precision(folder, tmp_path, precisi
     ("weights", "steps", "gain"), [(MEL_ONLY, 250, 3), (ALL_LOSSES, 120, 2)], ids=["mel", "adversarial"]
 )
 def test_codec_learns_a_few_clips(folder, tmp_path, weights, steps, gain, caplog):
-    """The worst experience of the replicas is noise for days: a few clips must be reproduced within a minute."""
+    """The codec reproduces a few clips within a minute of training."""
     codec = tiny_codec(dim=48, decoder_depth=2, codebook_size=32)
     with caplog.at_level(logging.WARNING):
         trainer = trainer_of(
@@ -140,7 +140,7 @@ def test_codec_learns_a_few_clips(folder, tmp_path, weights, steps, gain, caplog
 
 @pytest.mark.parametrize("adversarial", [False, True])
 def test_resumed_codec_is_bit_identical(folder, tmp_path, adversarial):
-    """Codebooks and discriminators begin in the middle of the run; resume must carry them, optimizers and balancer."""
+    """Codebooks and discriminators begin in the middle of the run; resume restores them and the balancer."""
     settings = dict(steps=6, unquantized_steps=2, log_every=2, validate_every=4)
     if adversarial:
         settings |= dict(loss_weights=ALL_LOSSES, adversarial_start_step=3, grad_accum_every=2)
@@ -159,7 +159,7 @@ def test_resumed_codec_is_bit_identical(folder, tmp_path, adversarial):
     assert ("balancer.norm_sums" in names and "discriminators.parts" in names) == adversarial
 
 
-def test_mel_alone_trains_as_ever(folder, tmp_path):
+def test_mel_alone_needs_no_balancer(folder, tmp_path):
     """The bundled model's recipe: no discriminators, no balancer, the loss bit for bit mel + commitment."""
     task = trainer_of(folder, tmp_path, steps=2, unquantized_steps=0).task
     assert [phase.name for phase in task.phases] == ["generator"] and task.balancer is task.discriminators is None
@@ -196,7 +196,7 @@ def spread_logits(discriminators, wave):
 
 @pytest.mark.parametrize("make_codec", [tiny_codec, convolutional_codec])
 def test_phases_do_not_leak_and_reach_every_parameter(folder, tmp_path, make_codec):
-    """A generator step leaves the discriminators' weights and gradients alone and the other way round; all learn."""
+    """A step of one phase changes all weights of its module and none of the other."""
     codec, discriminators = make_codec(), tiny_discriminators()
     discriminators.parts.append(ComplexSTFTDiscriminator(width=8, window_samples=256, hop_samples=128))
     trainer = trainer_of(
@@ -221,7 +221,7 @@ def test_phases_do_not_leak_and_reach_every_parameter(folder, tmp_path, make_cod
 
 
 def test_a_plain_backward_does_not_leak_either(folder, tmp_path):
-    """Losses themselves are isolated: the discriminators are frozen for the one, the wave is detached for the other."""
+    """Without the loop: the discriminators are frozen for one loss, the wave is detached for the other."""
     task = trainer_of(
         folder, tmp_path, 2, loss_weights=ALL_LOSSES, unquantized_steps=0, adversarial_start_step=0
     ).task  # fmt: skip
@@ -238,7 +238,7 @@ def test_a_plain_backward_does_not_leak_either(folder, tmp_path):
 
 
 def test_one_reconstruction_serves_both_phases(folder, tmp_path):
-    """With several batches a step, each is judged against its own reconstruction, made once."""
+    """With several batches per step, the discriminators receive the reconstruction of each batch, computed once."""
     trainer = trainer_of(
         folder, tmp_path, 2, loss_weights=ALL_LOSSES, unquantized_steps=0, adversarial_start_step=0, grad_accum_every=3
     )
@@ -270,7 +270,7 @@ def poison(task, bad_steps):
 
 
 def test_skipped_step_while_codebooks_start(folder, tmp_path):
-    """The loop takes the new codebooks back with a skipped step; they must start again at the next one."""
+    """A skipped step restores the untrained codebooks; the next step initialises them again."""
     trainer = trainer_of(folder, tmp_path, 5, unquantized_steps=2, log_every=1)
     poison(trainer.task, bad_steps=(2,))
     starts = []
@@ -283,7 +283,7 @@ def test_skipped_step_while_codebooks_start(folder, tmp_path):
 
 
 def test_codebooks_start_again_when_a_run_returns_to_its_checkpoint(folder, tmp_path):
-    """An error after their start throws them away with everything else in memory."""
+    """An error after the initialisation drops the codebooks with the state in memory."""
     trainer = trainer_of(folder, tmp_path / "returned", 4, unquantized_steps=1)
     inner, calls = trainer.task.batch, []
 
@@ -302,8 +302,8 @@ def test_codebooks_start_again_when_a_run_returns_to_its_checkpoint(folder, tmp_
     assert same_state(state_of(straight.task.codec), trainer.task.codec.state_dict())
 
 
-def test_skipped_generator_step_leaves_the_discriminators_their_own(folder, tmp_path):
-    """A NaN in one phase is skipped there; the other goes on with the reconstruction of the same step."""
+def test_skipped_generator_step_does_not_skip_the_discriminators(folder, tmp_path):
+    """A NaN in one phase skips that phase; the other uses the reconstruction of the same step."""
     trainer = trainer_of(
         folder, tmp_path, 4, loss_weights=ALL_LOSSES, unquantized_steps=0, adversarial_start_step=0, log_every=1
     )
@@ -317,7 +317,7 @@ def test_skipped_generator_step_leaves_the_discriminators_their_own(folder, tmp_
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_discriminators_begin_at_their_step(folder, tmp_path, precision):
-    """Before it only reconstruction counts; from it on both phases report, in either precision."""
+    """Before that step the loss is reconstruction alone; from it on both phases write metrics, in either precision."""
     trainer = trainer_of(
         folder,
         tmp_path,
@@ -341,8 +341,8 @@ def test_discriminators_begin_at_their_step(folder, tmp_path, precision):
     assert not same_state(before, trainer.task.discriminators.state_dict())
 
 
-def test_fine_tuning_goes_on_with_codebooks_and_discriminators(folder, tmp_path):
-    """What the first run saved is loaded into a second one, which must not start the codebooks anew."""
+def test_fine_tuning_continues_with_codebooks_and_discriminators(folder, tmp_path):
+    """A second run loads the result of the first, and does not initialise the codebooks again."""
     weights = dict(loss_weights=ALL_LOSSES, adversarial_start_step=1)
     first = trainer_of(folder, tmp_path / "first", 3, **weights)
     assert first.task.unquantized_steps == 0 and trainer_of(folder, tmp_path / "x", 30).task.unquantized_steps == 3
@@ -361,7 +361,7 @@ def test_fine_tuning_goes_on_with_codebooks_and_discriminators(folder, tmp_path)
 
 
 def test_quantizers_without_codebooks_are_never_untrained():
-    """There is nothing to start in finite scalars or signs, so training uses their codes from the first step."""
+    """Finite scalars and signs need no initialisation, so training uses their codes from the first step."""
     for flags in ({"use_finite_scalar_quantizer": True}, {"use_lookup_free_quantizer": True}):
         codec = SoundStream(codebook_size=64, rq_num_quantizers=2, codebook_dim=8, channels=2, **flags)
         assert not codebooks_are_untrained(codec)
@@ -371,8 +371,8 @@ def test_quantizers_without_codebooks_are_never_untrained():
     assert not codebooks_are_untrained(grouped)
 
 
-def test_validation_tells_distances_and_use_of_the_codes(folder, tmp_path):
-    """Oracles: the distances by hand; before the codes are in use nothing is said of them."""
+def test_validation_reports_distances_and_use_of_the_codes(folder, tmp_path):
+    """Oracle: the distances by hand; there are no metrics of codes before quantization begins."""
     trainer = trainer_of(folder, tmp_path, 4, unquantized_steps=2, validate_every=1)
     trainer.train()
     early, late = rows_of(tmp_path, "valid")[0], rows_of(tmp_path, "valid")[-1]
@@ -386,8 +386,8 @@ def test_validation_tells_distances_and_use_of_the_codes(folder, tmp_path):
     assert late["mel_distance_half_levels"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_training_rows_tell_the_use_of_the_codes():
-    """Oracle: of one batch it is `code_usage`; what is no longer used fades; a level left out keeps what it had."""
+def test_training_rows_report_the_use_of_the_codes():
+    """Oracle: `code_usage` for one batch; unused codes fade; a level that was left out keeps its counts."""
     usage = CodeUsage(num_quantizers=2, codebook_size=8)
     codes = torch.randint(8, (2, 5, 2))
     first = usage(codes)
@@ -486,7 +486,7 @@ def test_few_files_train(folder, tmp_path, num_files):
 
 
 def test_unusable_files_are_named(folder, tmp_path):
-    """A corrupt file is left out and named; one that breaks later ends the run with its name."""
+    """A corrupt file is left out; one that breaks later ends the run. Both are named."""
     data = tmp_path / "data"
     data.mkdir()
     (data / "good.wav").write_bytes((folder / "0.wav").read_bytes())
@@ -518,7 +518,7 @@ def test_silent_crops_keep_the_losses_finite(tmp_path):
 
 
 def test_impossible_losses_and_parts_are_refused(folder, tmp_path):
-    """Each is told at the start, not after days."""
+    """The constructor raises an error for each."""
     with pytest.raises(ValueError, match="above 0"):
         CodecLossWeights(mel=0.0, waveform=0.0, adversarial=0.0, feature_matching=0.0)
     with pytest.raises(ValueError, match="feature_matching needs adversarial"):
@@ -535,8 +535,8 @@ def test_impossible_losses_and_parts_are_refused(folder, tmp_path):
         trainer_of(folder, tmp_path, 1, noise_folder=folder)
 
 
-def test_without_discriminators_reconstruction_alone_counts(folder, tmp_path):
-    """The default must not wait for judges that nobody gave."""
+def test_without_discriminators_the_losses_are_reconstruction_only(folder, tmp_path):
+    """Without discriminators the default has no adversarial losses."""
     trainer = SoundStreamTrainer(
         tiny_codec(), folder=folder, batch_size=1, num_train_steps=100, results_folder=tmp_path
     )  # fmt: skip
@@ -549,7 +549,7 @@ def test_without_discriminators_reconstruction_alone_counts(folder, tmp_path):
 
 
 def test_a_run_is_not_resumed_with_other_losses(folder, tmp_path):
-    """Bit-exact resume means nothing if the loss may change in between."""
+    """The losses must not change when a run is resumed."""
     trainer_of(folder, tmp_path, 4, unquantized_steps=1).train(stop_after_steps=2)
     with pytest.raises(ValueError, match="loss_weights"):
         trainer_of(
@@ -559,8 +559,8 @@ def test_a_run_is_not_resumed_with_other_losses(folder, tmp_path):
         trainer_of(folder, tmp_path, 4, unquantized_steps=0).train()
 
 
-def test_discriminators_that_do_not_fit_are_refused_at_the_start(folder, tmp_path):
-    """Mono judges of a stereo codec, or judges that are never heeded, would show after a quarter of the run."""
+def test_incompatible_discriminators_are_refused_at_the_start(folder, tmp_path):
+    """Mono discriminators of a stereo codec, or unused ones, raise an error in the constructor."""
     stereo = tiny_codec(audio_channels=2)
     with pytest.raises(ValueError, match=r"\[b, 1, n\]"):
         trainer_of(folder, tmp_path, 8, stereo, ALL_LOSSES)
@@ -568,8 +568,8 @@ def test_discriminators_that_do_not_fit_are_refused_at_the_start(folder, tmp_pat
         trainer_of(folder, tmp_path, 8, loss_weights=ALL_LOSSES, adversarial_start_step=8)
 
 
-def test_discriminators_lead_before_they_are_heeded(folder, tmp_path):
-    """Judges that know nothing yet must not move the codec: they begin at a quarter, and are heeded a while later."""
+def test_discriminators_lead_before_the_codec_uses_them(folder, tmp_path):
+    """Discriminators begin at a quarter of the run, and the codec uses their losses some steps later."""
     trainer = trainer_of(folder, tmp_path, 48, loss_weights=ALL_LOSSES, unquantized_steps=1, log_every=1)
     assert [(phase.name, phase.first_step) for phase in trainer.task.phases] == [
         ("generator", 0),
@@ -582,13 +582,13 @@ def test_discriminators_lead_before_they_are_heeded(folder, tmp_path):
 
 
 def test_crop_length_is_given_once(folder, tmp_path):
-    """Samples and seconds together would contradict each other silently."""
+    """Samples and seconds together raise an error."""
     with pytest.raises(ValueError, match="not both"):
         trainer_of(folder, tmp_path, steps=1, data_max_length=3200, data_max_length_seconds=1.0)
 
 
 def test_only_the_first_process_saves_the_codec(folder, tmp_path, monkeypatch):
-    """Every process of a run ends in `train`; two of them writing one file would tear it."""
+    """All processes end in `train`; if two wrote one file, it would be damaged."""
     monkeypatch.setattr(TrainLoop, "on_main_process", lambda loop, job: None)
     trainer_of(folder, tmp_path, steps=2).train()
     assert not (tmp_path / "codec").exists()
