@@ -1,4 +1,4 @@
-"""What the training loop needs to train a stage: one task for all of them."""
+"""The training task of a stage."""
 
 import json
 import logging
@@ -23,31 +23,27 @@ __all__ = ["StageTask"]
 
 logger = logging.getLogger(__name__)
 
-# Of a stage's config, what decides no weights: it is found out or filled in by training, or saves memory only.
+_MAX_VALID_ITEMS = 128
+# Entries of a stage's config that do not change its weights.
 _NOT_DECISIVE = ("max_seconds", "token_fingerprints", "checkpoint_blocks")
 
 
 class StageTask:
-    """What the loop needs to train a stage, whichever it is.
+    """Trains any stage in a `TrainLoop`, together with the table of its namespace in the conditioner.
 
     Args:
         transformer: The stage.
-        train: Data to learn from.
+        train: Training data.
         valid: Held-out data.
-        audio_conditioner: Makes conditions of codes; the table of the stage's namespace is trained with the stage.
-        text_conditioner: Makes conditions of captions; frozen. Items without a caption are not conditioned by it.
-        level_drop_prob: Probability that an item's trailing conditioning levels are dropped, from a random level on, so
-            that the stage also follows codes whose last levels are wrong.
-        valid_batch_size: Items of a validation batch.
-        max_valid_items: At most this many items are validated on.
-        token_fingerprints: What is known of the tokenizers and conditioners that make the data; a run is resumed with
-            these alone.
+        audio_conditioner: Conditioner, for a stage that is conditioned on codes.
+        text_conditioner: Text encoder, for a stage with a `text_dim`. Items without a caption have no text states.
+        level_drop_prob: Probability that training drops the conditioning levels of an item from a random level on. The
+            stage then also learns to follow the first levels alone.
+        batch_size: Items of a validation batch.
+        token_fingerprints: Known fingerprints of the modules that compute tokens and conditions.
 
     Attributes:
-        config: Values that must not change when a run is resumed; the builder of the sources adds those of the sources.
-
-    Raises:
-        ValueError: If a conditioner is missing or not wanted, or `level_drop_prob` is no probability.
+        config: Values that must not change when a run is resumed. Callers add those of the sources.
     """
 
     @beartype
@@ -60,24 +56,23 @@ class StageTask:
         audio_conditioner: Conditioner | None = None,
         text_conditioner: TextEncoder | None = None,
         level_drop_prob: float | int = 0.0,
-        valid_batch_size: int = 16,
-        max_valid_items: int = 128,
+        batch_size: int = 16,
         token_fingerprints: Mapping[str, str] | None = None,
     ) -> None:
         if (transformer.cond_dim is None) != (audio_conditioner is None):
             raise ValueError(
-                "a conditioner and a transformer with audio_text_condition=True need each other: give both or neither"
+                "an audio_conditioner and a transformer with audio_text_condition=True need each other: pass both or "
+                "neither"
             )
         if (transformer.text_dim is None) != (text_conditioner is None):
             raise ValueError(
-                "a text_conditioner and a transformer with a text_dim need each other: give both or neither"
+                "a text_conditioner and a transformer with a text_dim need each other: pass both or neither"
             )
         if not 0 <= level_drop_prob <= 1:
             raise ValueError(f"level_drop_prob is a probability, between 0 and 1; got {level_drop_prob}")
         self.transformer, self.train, self.valid = transformer, train, valid
-        self.conditioner, self.level_drop_prob = audio_conditioner, level_drop_prob
-        self.text_conditioner = text_conditioner
-        self.valid_batch_size, self.num_valid_items = valid_batch_size, min(max_valid_items, len(valid))
+        self.conditioner, self.text_conditioner = audio_conditioner, text_conditioner
+        self.level_drop_prob, self.batch_size = level_drop_prob, batch_size
         self.name = f"{transformer.namespace} transformer"
         parts: dict[str, nn.Module] = {"transformer": transformer}
         if audio_conditioner is not None:
@@ -92,106 +87,93 @@ class StageTask:
         self.config: dict[str, Any] = {
             "level_drop_prob": level_drop_prob,
             "transformer": json.loads(json.dumps(config)),
-            **_known_makers(self.token_fingerprints),
+            "token_fingerprints": self.token_fingerprints,
         }
 
     def batch(self, indices: list[tuple[int, int]]) -> Any:
-        """Crops of (epoch, index) pairs."""
+        """Return training crops of (epoch, index) pairs."""
         return self.train.batch(indices)
 
     def loss(self, batch: Any, step: int) -> LossOutput:
-        """Cross-entropy of a batch, in nats a token."""
-        found = self._predict(self.train, batch)
-        return LossOutput(found.loss, {"accuracy": found.accuracy, **_by_stream(found)})
+        """Cross-entropy of a batch, in nats per token."""
+        prediction = self._predict(self.train, batch)
+        return LossOutput(prediction.loss, _metrics(prediction))
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Loss and accuracy on held-out items, each once, nothing dropped."""
+        """Compute loss and accuracy on the first held-out items, without dropped conditions."""
+        num_items = min(_MAX_VALID_ITEMS, len(self.valid))
         totals: dict[str, float] = {}
-        for first in range(0, self.num_valid_items, self.valid_batch_size):
-            indices = [(0, index) for index in range(first, min(first + self.valid_batch_size, self.num_valid_items))]
+        for first in range(0, num_items, self.batch_size):
+            indices = [(0, index) for index in range(first, min(first + self.batch_size, num_items))]
             batch = to_device(self.valid.batch(indices), self.transformer.device)
-            found = self._predict(self.valid, batch)
-            for name, value in {"loss": found.loss, "accuracy": found.accuracy, **_by_stream(found)}.items():
-                totals[name] = totals.get(name, 0.0) + float(value) * len(indices) / self.num_valid_items
+            prediction = self._predict(self.valid, batch)
+            for name, value in {"loss": prediction.loss, **_metrics(prediction)}.items():
+                totals[name] = totals.get(name, 0.0) + float(value) * len(indices) / num_items
         return totals
 
     def samples(self, folder: Path, step: int) -> None:
-        """Nothing: a stage alone makes no sound."""
+        """Write nothing: one stage cannot generate audio."""
 
     def before_training(self) -> None:
-        """Nothing depends on data."""
+        """Do nothing: no weights depend on the data before training."""
 
     def _predict(self, source: StageSource, batch: Any) -> TokenLoss:
-        """Tokens, conditions and loss of a batch."""
-        given = source.read(batch)
-        # Conditions are made in full precision, so that they are those of inference.
+        """Loss of a batch under its conditions."""
+        inputs = source.read(batch)
+        # Without autocast, so that conditions are the same as in generation.
         with torch.autocast(self.transformer.device.type, enabled=False):
-            codes, states = self._codes(given.condition), self._states(given.texts)
+            codes, states = self._codes(inputs.condition), self._states(inputs.texts)
         conditions = None if codes is None and states is None else Conditions(codes=codes, text=states)
-        loss: TokenLoss = self.transformer(self.transformer.packed(given.tokens, given.ends), conditions)
+        loss: TokenLoss = self.transformer(self.transformer.packed(inputs.tokens, inputs.ends), conditions)
         return loss
 
-    def _codes(self, heard: Mapping[str, Any]) -> ConditionTensor | None:
-        """Embedded codes of waves or codes; in training some lack their last levels."""
+    def _codes(self, conditioner_inputs: Mapping[str, Any]) -> ConditionTensor | None:
+        """Embedded codes of a batch; training drops trailing levels."""
         if self.conditioner is None:
             return None
-        codes = self.conditioner.conditioning(namespace=self.transformer.namespace, **heard)
-        self._check_null_tokens(codes.mask.shape[1])
+        codes = self.conditioner.conditioning(namespace=self.transformer.namespace, **conditioner_inputs)
+        num_codes, num_nulls = codes.mask.shape[1], self.transformer.null_tokens
+        if num_codes != num_nulls and self.transformer.cond_drop_prob > 0 and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "the %s is trained with %d codes, but unconditional generation uses %d null embeddings; build it with "
+                "null_tokens=%d",
+                *(self.name, num_codes, num_nulls, num_codes),
+            )
         drops = self.transformer.training and self.level_drop_prob > 0
         return _drop_levels(codes, self.level_drop_prob) if drops else codes
 
-    def _check_null_tokens(self, num_codes: int) -> None:
-        """Say once where unconditional generation would show what training never does."""
-        expected = self.transformer.null_tokens
-        if num_codes != expected and self.transformer.cond_drop_prob > 0 and not self._has_warned:
-            self._has_warned = True
-            logger.warning(
-                "the %s learns from conditions of %d codes, but unconditionally it is generated from with %d null "
-                "embeddings: build it with null_tokens=%d",
-                *(self.name, num_codes, expected, num_codes),
-            )
-
     def _states(self, texts: Sequence[str | None] | None) -> ConditionTensor | None:
-        """States of texts, none where an item has no text; None if no item has one."""
-        named = [(item, text) for item, text in enumerate(texts or []) if text is not None]
-        if self.text_conditioner is None or texts is None or not named:
+        """Text states of a batch; None if no item has a text."""
+        present = [(item, text) for item, text in enumerate(texts or []) if text is not None]
+        if self.text_conditioner is None or texts is None or not present:
             return None
         device = self.transformer.device
-        if isinstance(self.text_conditioner, nn.Module):
-            self.text_conditioner.to(device)
-        read = self.text_conditioner.forward([text for _, text in named])
-        items = torch.tensor([item for item, _ in named], device=device)
-        embeddings = read.embeddings.new_zeros(len(texts), *read.embeddings.shape[1:]).to(device)
+        self.text_conditioner.to(device)
+        states = self.text_conditioner.forward([text for _, text in present])
+        items = torch.tensor([item for item, _ in present], device=device)
+        embeddings = states.embeddings.new_zeros(len(texts), *states.embeddings.shape[1:]).to(device)
         mask = torch.zeros(embeddings.shape[:2], dtype=torch.bool, device=device)
-        embeddings[items], mask[items] = read.embeddings.to(device), read.mask.to(device)
+        embeddings[items], mask[items] = states.embeddings.to(device), states.mask.to(device)
         return ConditionTensor(embeddings, mask)
 
 
 def _drop_levels(conditioning: ConditionTensor, probability: float) -> ConditionTensor:
-    """Drop trailing levels of some items, keeping at least the first."""
+    """Drop trailing levels of random items, but never the first level."""
     num_levels = conditioning.mask.shape[1]
     kept = torch.randint(1, num_levels, (len(conditioning),)) if num_levels > 1 else torch.ones(len(conditioning))
-    chosen = torch.rand(len(conditioning)) < probability
-    return conditioning.without_trailing(torch.where(chosen, kept, num_levels))
+    is_cut = torch.rand(len(conditioning)) < probability
+    return conditioning.without_trailing(torch.where(is_cut, kept, num_levels))
 
 
-def _by_stream(found: TokenLoss) -> dict[str, Tensor | float]:
-    return {f"loss_{name}": loss.detach() for name, loss in found.per_stream.items()}
-
-
-def _known_makers(fingerprints: Mapping[str, str]) -> dict[str, Any]:
-    """Entries of the run config for the conditioners; unknown ones are left out.
-
-    The conditioner stands apart, since there are checkpoints that name the tokenizers alone.
-    """
-    tokenizers = {kind: one for kind, one in fingerprints.items() if kind != "conditioner"}
-    known: dict[str, Any] = {"token_fingerprints": tokenizers, "conditioner": fingerprints.get("conditioner")}
-    return {name: value for name, value in known.items() if value}
+def _metrics(prediction: TokenLoss) -> dict[str, Tensor | float]:
+    losses = {f"loss_{name}": loss.detach() for name, loss in prediction.per_stream.items()}
+    return {"accuracy": prediction.accuracy, **losses}
 
 
 def _chance(transformer: StageTransformer) -> dict[str, float]:
-    """What guessing reaches: the logarithm of each vocabulary, weighted by how often its tokens come."""
+    """Losses at chance level: the logarithm of each vocabulary, for `loss` weighted by tokens per second."""
     streams = transformer.layout.predicted
     weights = [float(stream.exact_hz) * stream.num_levels for stream in streams]
     chances = [math.log(stream.vocab_size) for stream in streams]

@@ -1,4 +1,4 @@
-"""Training of stages: one trainer, and for each stage a name that only says what it needs."""
+"""Trainers of stages."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,40 +31,33 @@ TABLE_FILE = "conditioning_table.safetensors"
 
 
 class StageTrainer:
-    """Trains a stage on audio files or on shards of tokens, resumably.
+    """Trains a stage on audio files or on token shards, resumably.
 
     At the end `results_folder` holds the stage (`<namespace>/`, a saved module) and, with a conditioner, the trained
-    table of its namespace (`conditioning_table.safetensors`). Stage and checkpoints hold the fingerprints of the
-    tokenizers whose tokens they learnt (`token_fingerprints`): those handed in, or those that the shards name; and of
-    the conditioners, as far as these have one.
+    table of its namespace (`conditioning_table.safetensors`). Stage and checkpoints store the known fingerprints of
+    tokenizers and conditioners (`token_fingerprints`).
 
     Args:
         transformer: The stage; trained in place.
-        wav2vec: Semantic tokenizer, where tokens are made on the way; with shards it is only compared with theirs.
-        codec: Codec, likewise.
-        audio_conditioner: Conditioner, for a transformer that takes codes (`audio_text_condition`).
-        text_conditioner: Text encoder, for a transformer that hears captions (`text_dim`); frozen. The captions of a
-            recording take turns, one an epoch; recordings without captions are heard without.
-        folder: Folder of audio files or JSONL manifest.
-        items: Items to learn from and held-out items, instead of `folder`.
-        shards: Token records to learn from, instead of both.
-        valid_shards: Held-out token records; None = validate on `shards`.
-        data_max_length: Samples of a crop, at the codec's rate, or the semantic tokenizer's for the semantic stage.
-        data_max_length_seconds: Seconds of a crop, instead. None for both = whole recordings.
-        batch_size: Crops a step and process.
+        wav2vec: Semantic tokenizer, for a stage with semantic tokens. With shards it is only compared with theirs.
+        codec: Codec, for a stage with acoustic tokens. With shards it is only compared with theirs.
+        audio_conditioner: Conditioner, for a stage with `audio_text_condition`.
+        text_conditioner: Text encoder, for a stage with a `text_dim`; frozen. The captions of a recording take turns,
+            one per epoch.
+        folder: Folder of audio files, or JSONL manifest.
+        items: Training and validation items, instead of `folder`.
+        shards: Token shards, instead of both.
+        valid_shards: Held-out token shards; None = validate on `shards`.
+        data_max_length: Length of a crop in samples of the codec (of the semantic tokenizer for the semantic stage).
+        data_max_length_seconds: Length of a crop in seconds, instead. None for both = whole recordings.
+        batch_size: Crops per step and process.
         num_train_steps: Optimizer steps of the whole run.
-        results_folder: Where checkpoints, metrics and the result go.
-        accelerator: Shared by all trainings of a program; None makes one.
+        results_folder: Folder of checkpoints, metrics and the result.
+        accelerator: For several trainings in one program; None = a new one.
         level_drop_prob: See `StageTask`.
-        text_prob: Probability that a captioned recording is conditioned on its caption's codes, not on its own, so that
-            the stage also meets what it gets at inference; validation hears audio.
+        text_prob: Probability that a captioned recording is conditioned on the codes of its caption, not on its own, as
+            in generation. Validation always uses codes of audio.
         **settings: Further fields of `LoopSettings`, e.g. `learning_rate`.
-
-    Raises:
-        ValueError: If there is not exactly one source of data, or parts do not fit one another; e.g. if tokens are of
-            another tokenizer than the one handed in, or than the one whose tokens the transformer knows, and
-            likewise codes and states of conditioners. If a probability is none, or there is no conditioner to read
-            captions. If the transformer hears captions, and no recording has any. If a crop is shorter than a token.
     """
 
     @beartype
@@ -90,122 +83,94 @@ class StageTrainer:
         text_prob: float | int = 0.0,
         **settings: Any,
     ) -> None:
-        check_compatible(transformer, wav2vec, codec, audio_conditioner, text_conditioner)
+        modules = wav2vec, codec, audio_conditioner, text_conditioner
+        check_compatible(transformer, *modules)
         loop_settings = LoopSettings(num_train_steps=num_train_steps, batch_size=batch_size, **settings)
         tokenizer = wav2vec if codec is None else codec
         sample_hz = None if tokenizer is None else tokenizer.target_sample_hz
         seconds = crop_seconds(data_max_length, data_max_length_seconds, sample_hz)
-        common: dict[str, Any] = {
+        options: dict[str, Any] = {
             "seconds": seconds,
             "audio_conditioner": audio_conditioner,
             "seed": loop_settings.seed,
         }
-        sources: list[StageSource]
+        train: StageSource
+        valid: StageSource
         if shards is not None:
             if folder is not None or items is not None:
-                raise ValueError("give one source of data: a folder, items or shards")
-            sources = [
-                ShardSource(part, transformer, text_prob=prob, **common)
-                for part, prob in ((shards, text_prob), (valid_shards or shards, 0.0))
-            ]
+                raise ValueError("pass one source of data: a folder, items or shards")
+            train = ShardSource(shards, transformer, text_prob=text_prob, **options)
+            valid = ShardSource(valid_shards or shards, transformer, **options)
         else:
             if valid_shards is not None:
-                raise ValueError("valid_shards are held out beside shards; held-out files go into items, or a manifest")
-            shortest = _one_token_seconds(wav2vec, codec)
+                raise ValueError("valid_shards need shards; pass held-out files in items or in a manifest")
+            tokenizers = [tokenizer for tokenizer in (wav2vec, codec) if tokenizer is not None]
+            shortest = max((one.downsample_factor / one.target_sample_hz for one in tokenizers), default=0.0)
             if seconds is not None and not seconds >= shortest:
-                raise ValueError(f"crops of {seconds} s are shorter than a token, {shortest} s: make them longer")
-            train, valid = training_items(folder, items, min_seconds=shortest)
-            sources = [
-                WaveSource(part, transformer, wav2vec=wav2vec, codec=codec, text_prob=prob, **common)
-                for part, prob in ((train, text_prob), (valid, 0.0))
-            ]
-        if transformer.text_dim is not None and not sources[0].has_captions:
+                raise ValueError(f"crops of {seconds} s are shorter than a token of {shortest} s; make them longer")
+            train_items, valid_items = training_items(folder, items, min_seconds=shortest)
+            options |= {"wav2vec": wav2vec, "codec": codec}
+            train = WaveSource(train_items, transformer, text_prob=text_prob, **options)
+            valid = WaveSource(valid_items, transformer, **options)
+        if transformer.text_dim is not None and not train.has_captions:
             raise ValueError(
-                f"the {transformer.namespace} transformer hears captions (text_dim), and of {len(sources[0])} "
-                "recordings none has one: name them in a manifest or beside the files, or build it without a text_dim"
+                f"the {transformer.namespace} transformer needs captions (text_dim), but none of {len(train)} "
+                "recordings has one; write captions in a manifest or beside the files, or build the stage without a "
+                "text_dim"
             )
         self.transformer, self.conditioner = transformer, audio_conditioner
+        all_shards = [part for part in (shards, valid_shards) if part is not None]
         self.task = StageTask(
             transformer,
-            *sources,
+            train,
+            valid,
             audio_conditioner=audio_conditioner,
             text_conditioner=text_conditioner,
             level_drop_prob=level_drop_prob,
-            valid_batch_size=batch_size,
-            token_fingerprints=agreed_fingerprints(
-                transformer,
-                wav2vec,
-                codec,
-                audio_conditioner,
-                text_conditioner,
-                [one for one in (shards, valid_shards) if one is not None],
-            ),
+            batch_size=batch_size,
+            token_fingerprints=agreed_fingerprints(transformer, *modules, all_shards),
         )
-        # What else decides the weights; older checkpoints know no probability but 0, and nothing of crops.
-        self.task.config |= {"crop_seconds": seconds, **({"text_prob": text_prob} if text_prob else {})}
+        self.task.config |= {"crop_seconds": seconds, "text_prob": text_prob}
         if transformer.max_seconds is None:
-            # What it will have seen: recordings may all be shorter than the crop that was asked for.
-            transformer.max_seconds = sources[0].crop_seconds
+            transformer.max_seconds = train.crop_seconds
         self.results_folder = Path(results_folder)
         self.loop = TrainLoop(self.task, loop_settings, self.results_folder, accelerator)
 
     @beartype
     def train(self, stop_after_steps: int | None = None) -> TrainResult:
-        """Train to the end, or for some steps, from wherever the folder's checkpoint stands.
+        """Train to the end, or for at most `stop_after_steps` steps, from the checkpoint in the folder if there is one.
 
-        Args:
-            stop_after_steps: Steps to do in this call at most; None runs to the end.
-
-        Returns:
-            Where the run stands now. At its end the transformer (and the conditioner's table) hold the final weights.
+        At the end of the run the transformer and the conditioner's table hold the final weights.
         """
         result = self.loop.train_and_save(self._save, stop_after_steps)
-        self._remember_tokenizers()
+        self._set_fingerprints()
         return result
 
-    def _remember_tokenizers(self) -> None:
-        """Tell the stage what its tokens were made by: not before it was trained, since the loop may refuse the run."""
+    def _set_fingerprints(self) -> None:
+        """Store the fingerprints in the stage; only after training, because the loop may refuse to resume the run."""
         self.transformer.token_fingerprints = dict(self.task.token_fingerprints)
 
     def _save(self) -> None:
-        """Write the result: the table first, since the saved module says that all is there."""
-        self._remember_tokenizers()
+        """Write the table, then the stage: a saved stage means that the result is complete."""
+        self._set_fingerprints()
         namespace = self.transformer.namespace
         if self.conditioner is not None:
             write_weights(self.results_folder / TABLE_FILE, weights_of(self.conditioner.table(namespace)))
         save_module(self.transformer, self.results_folder / namespace)
 
 
-def _one_token_seconds(*tokenizers: SemanticTokenizer | Codec | None) -> float:
-    """Length of the longest token: a file must hold one of every kind."""
-    return max((one.downsample_factor / one.target_sample_hz for one in tokenizers if one is not None), default=0.0)
-
-
 class SemanticTransformerTrainer(StageTrainer):
-    """Trains the semantic stage. See `StageTrainer` for the arguments not listed.
-
-    Args:
-        transformer: The stage.
-        wav2vec: Semantic tokenizer; not needed with shards.
-        **arguments: Of `StageTrainer`.
-    """
+    """Trains the semantic stage; all arguments are those of `StageTrainer`."""
 
     @beartype
     def __init__(
-        self, *, transformer: SemanticTransformer, wav2vec: SemanticTokenizer | None = None, **arguments: Any
+        self, *, transformer: SemanticTransformer, wav2vec: SemanticTokenizer | None = None, **options: Any
     ) -> None:
-        super().__init__(transformer, wav2vec=wav2vec, **arguments)
+        super().__init__(transformer, wav2vec=wav2vec, **options)
 
 
 class CoarseTransformerTrainer(StageTrainer):
-    """Trains the coarse stage. See `StageTrainer` for the arguments not listed.
-
-    Args:
-        transformer: The stage.
-        codec: Codec; not needed with shards.
-        wav2vec: Semantic tokenizer; not needed with shards.
-        **arguments: Of `StageTrainer`.
-    """
+    """Trains the coarse stage; all arguments are those of `StageTrainer`."""
 
     @beartype
     def __init__(
@@ -214,20 +179,14 @@ class CoarseTransformerTrainer(StageTrainer):
         transformer: CoarseTransformer,
         codec: Codec | None = None,
         wav2vec: SemanticTokenizer | None = None,
-        **arguments: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(transformer, codec=codec, wav2vec=wav2vec, **arguments)
+        super().__init__(transformer, codec=codec, wav2vec=wav2vec, **options)
 
 
 class FineTransformerTrainer(StageTrainer):
-    """Trains the fine stage. See `StageTrainer` for the arguments not listed.
-
-    Args:
-        transformer: The stage.
-        codec: Codec; not needed with shards.
-        **arguments: Of `StageTrainer`.
-    """
+    """Trains the fine stage; all arguments are those of `StageTrainer`."""
 
     @beartype
-    def __init__(self, *, transformer: FineTransformer, codec: Codec | None = None, **arguments: Any) -> None:
-        super().__init__(transformer, codec=codec, **arguments)
+    def __init__(self, *, transformer: FineTransformer, codec: Codec | None = None, **options: Any) -> None:
+        super().__init__(transformer, codec=codec, **options)

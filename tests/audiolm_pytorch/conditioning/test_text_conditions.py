@@ -299,7 +299,7 @@ def test_trainers_without_texts_or_their_reader_are_refused(shards: TokenShards,
     with pytest.raises(ValueError, match=r"the stage needs \['captions', 'semantic'\]"):
         SemanticTransformerTrainer(transformer=hearing, shards=TokenShards(tmp_path / "bare"), **reader, **common)
     folder = write_folder(num_files=4, sample_hz=SAMPLE_HZ)
-    with pytest.raises(ValueError, match="of 3 recordings none has one: name them in a manifest"):
+    with pytest.raises(ValueError, match="none of 3 recordings has one; write captions in a manifest"):
         SemanticTransformerTrainer(
             transformer=hearing, wav2vec=FakeSemanticTokenizer(), folder=folder, **reader, **common
         )

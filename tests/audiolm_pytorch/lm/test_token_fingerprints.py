@@ -178,8 +178,7 @@ def test_what_is_unknown_is_not_checked(name, tmp_path):
     trainer = TRAINERS[name](transformer=stage, shards=shards, results_folder=tmp_path / "run", **QUICK)
     trainer.train()
     assert stage.token_fingerprints == {} and "token_fingerprints" not in stage.config
-    # As in checkpoints of older releases, which can be continued therefore.
-    assert "token_fingerprints" not in read_json(tmp_path / "run" / "finished.json")["run"]
+    assert read_json(tmp_path / "run" / "finished.json")["run"]["token_fingerprints"] == {}
     told = TRAINERS[name](
         transformer=tiny_stages()[name], shards=shards, results_folder=tmp_path / "told", **makers_of(name), **QUICK
     )
@@ -215,7 +214,7 @@ def test_a_stage_remembers_whose_codes_conditioned_it(tmp_path, write_folder):
     known, finished = {"semantic": "semantic", "conditioner": "A"}, read_json(tmp_path / "run" / "finished.json")["run"]
     trained = load_module(tmp_path / "run" / "semantic")
     assert trained.token_fingerprints == trainer.transformer.token_fingerprints == known
-    assert finished["conditioner"] == "A" and finished["token_fingerprints"] == KNOWN["semantic"]
+    assert finished["token_fingerprints"] == known
     stages = {f"{name}_transformer": stage for name, stage in tiny_stages(**CONDITION).items()}
     parts = {**makers_of("coarse"), **stages, "semantic_transformer": trained}
     for other in (conditioner_of("A"), conditioner_of(), None):

@@ -207,7 +207,7 @@ def test_refuses_what_does_not_fit_together(tmp_path):
     """Wrong vocabularies, rates, missing parts and several sources of data are named before anything is trained."""
     stages, shards = tiny_stages(), make_shards(tmp_path / "shards")
     common = {"num_train_steps": 1, "batch_size": 1, "results_folder": tmp_path / "run"}
-    with pytest.raises(ValueError, match="give both or neither"):
+    with pytest.raises(ValueError, match="pass both or neither"):
         SemanticTransformerTrainer(transformer=tiny_stages(**CONDITION)["semantic"], shards=shards, **common)
     with pytest.raises(ValueError, match="one source of data"):
         SemanticTransformerTrainer(transformer=stages["semantic"], shards=shards, folder=tmp_path, **common)
@@ -428,8 +428,8 @@ def test_what_a_trainer_would_not_use_or_cannot_mean_is_refused(tmp_path, write_
     folder, shards = write_folder(num_files=4, sample_hz=SAMPLE_HZ), make_shards(tmp_path / "shards")
     common = {**QUICK, "results_folder": tmp_path / "run"}
     for wrong, message in [
-        ({"valid_shards": shards}, "held out beside shards"),
-        ({"data_max_length_seconds": 0.03}, "crops of 0.03 s are shorter than a token, 0.04 s"),
+        ({"valid_shards": shards}, "valid_shards need shards"),
+        ({"data_max_length_seconds": 0.03}, "crops of 0.03 s are shorter than a token of 0.04 s"),
         ({"level_drop_prob": 2.0}, "level_drop_prob is a probability"),
     ]:
         with pytest.raises(ValueError, match=message):
