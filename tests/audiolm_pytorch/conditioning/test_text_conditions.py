@@ -305,7 +305,7 @@ def test_trainers_without_texts_or_their_reader_are_refused(shards: TokenShards,
         )
     silent = {"semantic": np.arange(50) % 12, "captions": encode_texts([])}
     write_shards(tmp_path / "silent", lambda _: silent, 2, {})
-    with pytest.raises(ValueError, match="of 2 recordings none has one: name them in a manifest"):
+    with pytest.raises(ValueError, match="none of 2 recordings has one; write captions in a manifest"):
         SemanticTransformerTrainer(transformer=hearing, shards=TokenShards(tmp_path / "silent"), **reader, **common)
     assert not (tmp_path / "run").exists()
 
