@@ -162,9 +162,7 @@ class SoundStream(StreamingCodec):
     @classmethod
     def init_and_load_from(cls, path: str | Path) -> "SoundStream":
         """Load a codec saved with `audiolm_pytorch.saving.modules.save_module`, in eval mode."""
-        module = load_module(path, expect=cls)
-        if not isinstance(module, cls):
-            raise TypeError(f"{path} holds a {type(module).__name__}, not a {cls.__name__}")
+        module: Any = load_module(path, expect=cls)
         return module
 
     def fingerprint(self) -> str:
@@ -192,9 +190,9 @@ class SoundStream(StreamingCodec):
 
         Args:
             audio: `[b, n]` or `[b, c, n]` in [-1, 1] at `target_sample_hz`; any number of samples.
-            return_recons_only: Whether to return only the wave that the decoded codes of `tokenize` have. In training
-                mode too, it uses all levels and updates no codebook.
-            quantize: False skips the codes but not the projections (for the first training steps).
+            return_recons_only: Whether to return only the wave. It equals the decoded codes of `tokenize`: in training
+                mode too, all levels are used and no codebook is updated.
+            quantize: False replaces quantization by `FrameQuantizer.bypass` (for the first training steps).
             denoise: Whether to remove noise, for all items or bool `[b]`; needs a codec with `denoising`.
 
         Returns:
@@ -241,7 +239,7 @@ class SoundStream(StreamingCodec):
         return self.decoder_stream().decode_checked(codes)[..., :num_samples]
 
     def encoder_stream(self, denoise: bool | Tensor = False) -> EncoderStream:
-        """A new stream from waves to the codes that `tokenize` returns for the whole wave; `denoise` as there."""
+        """A new stream from waves to the codes of `tokenize` for the whole wave; `denoise` as in `tokenize`."""
         return self._encoder_stream(None, denoise)
 
     def decoder_stream(self) -> DecoderStream:

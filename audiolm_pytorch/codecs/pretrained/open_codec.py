@@ -1,6 +1,7 @@
 """One function that opens any codec."""
 
 from pathlib import Path
+from typing import Any
 
 from beartype import beartype
 
@@ -38,9 +39,7 @@ def open_codec(
     folder, _ = find_folder(source, offline=offline, revision=revision, cache_dir=cache_dir)
     config_file = folder / "config.json"
     if config_file.is_file() and "class" in read_json(config_file):
-        codec = load_module(folder)
-        if not isinstance(codec, Codec):
-            raise ValueError(f"{folder} holds a {type(codec).__name__}, not a codec")
+        codec: Any = load_module(folder, expect=Codec)
         return codec
     model_type = model_type_of(folder)
     if model_type not in _ADAPTERS:

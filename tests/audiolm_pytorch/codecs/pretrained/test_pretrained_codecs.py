@@ -485,7 +485,7 @@ def test_a_saved_soundstream_opens(tmp_path):
     opened = open_codec(tmp_path / "codec", offline=True)
     assert isinstance(opened, SoundStream) and opened.fingerprint() == codec.fingerprint()
     save_module(codec.quantizer, tmp_path / "quantizer")
-    with pytest.raises(ValueError, match="not a codec"):
+    with pytest.raises(ValueError, match="a Codec is needed"):
         open_codec(tmp_path / "quantizer")
 
 
