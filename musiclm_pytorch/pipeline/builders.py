@@ -141,7 +141,7 @@ def build_stage(preset: Preset, stage: str, *, codec: Codec, tokenizer: Semantic
         dropout=config.dropout,
         cond_drop_prob=config.cond_drop_prob,
         audio_text_condition=True,
-        # as many as a condition has: unconditional generation then equals a dropped condition in training
+        # the length of a condition: then unconditional generation receives what a dropped condition is in training
         null_tokens=preset.quantizer.num_quantizers,
     )
     if stage == "semantic":

@@ -220,7 +220,7 @@ PRESETS = {preset.name: preset for preset in (_TINY, _SMALL)}
 
 @beartype
 def preset_named(name: str) -> Preset:
-    """Return the preset of this name; ValueError if there is none."""
+    """Return the preset of this name, or raise a ValueError that lists the names."""
     if name not in PRESETS:
         raise ValueError(f"there is no preset {name!r}; choose one of: {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -83,7 +83,7 @@ def write_clips(folder: Path, num_clips: int = 10, captions: bool = True) -> Pat
 def _kill_inside(stage: str) -> None:
     """Arrange for a kill -9 in the middle of a stage."""
     from audiolm_pytorch.training.optimizer import PhaseOptimizer
-    from audiolm_pytorch.training.run import LiveRun
+    from audiolm_pytorch.training.run import TrainingRun
     from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
 
     def killed(*_: Any, **__: Any) -> None:
@@ -103,16 +103,16 @@ def _kill_inside(stage: str) -> None:
 
         tokens.write_shards = write_or_die
         return
-    steps = LiveRun._step
+    steps = TrainingRun._step
     step = PhaseOptimizer.step
 
-    def step_or_die(self: LiveRun) -> None:
+    def step_or_die(self: TrainingRun) -> None:
         """Die in the eighth step of the stage, whose first six are in a checkpoint, after the weights have moved."""
         if self.folder.name == stage and self.progress.step == 7:
             PhaseOptimizer.step = lambda *arguments: (step(*arguments), killed())
         steps(self)
 
-    LiveRun._step = step_or_die
+    TrainingRun._step = step_or_die
 
 
 if __name__ == "__main__":
