@@ -1,18 +1,18 @@
-"""How near decoding and training of the stages come to what the machine allows.
+"""Speed of decoding and training of the stages, compared with the limits of the machine.
 
-`python tests/benchmarks/decode.py [--threads 2] [--limit ../shared/tools/limit.py] [--json FILE]`, three minutes
-on two idle cores. The three stages at dim 512, depth 6, 8 heads, float32, feed-forward 8/3 wide, random weights (which
-no figure here depends on), every stage flat, a token a row, as in the paper, and in its default pattern.
+`python tests/benchmarks/decode.py [--threads 2] [--limit ../shared/tools/limit.py] [--json FILE]` needs three minutes
+on two idle cores. It measures the three stages in float32 with dim 512, depth 6, 8 heads, feed-forward width 8/3 and
+random weights, each with the flat pattern of the paper (one token per row) and with its default pattern.
 
-- Limit at a position: bytes that a row has to read there (weights of the stack and of the head, keys and values so far)
-  at the rate of `limit.py`'s matrix-vector products, which is measured before, between and after, the best counting.
-  It can be passed: that script's product reads a single row's weights on one core, ours (`layers.Projection`) on all.
-- Rows are timed one by one, sampling and all. One item, four, and both with half weights take turns, five rounds; a
-  speed is that of the median row of the median round, a ratio the median of the rounds' own.
-- Growth: median row around position 200 and around 2,000, beside the bytes read there.
-- Training: 4 x 256 tokens, forward, backward and AdamW, in floating point operations as torch's own counter finds them
-  (matrix products alone: 2 a multiply-add, backward twice forward), over the rate of `limit.py`'s product of matrices.
-- The bundled model: when the first sound of a stream comes, and how much faster than real time all of it.
+- The limit of a row is the number of bytes that it reads (weights of the transformer and of the head, and earlier keys
+  and values), divided by the best rate of the matrix-vector products of `limit.py`, which is measured three times. A
+  row can be faster, because `limit.py` reads the weights of one row on one core, and `layers.Projection` on all cores.
+- Each row is timed, sampling included, for one item, for four items, and for both with half weights. These alternate
+  over five rounds. A speed is the median row of the median round, a ratio is the median of the ratios of the rounds.
+- Growth compares the median row around position 200 with the one around position 2,000, and the bytes that they read.
+- A training step has 4 x 256 tokens, forward, backward and AdamW. Its floating point operations are those of torch's
+  counter (matrix products only, 2 per multiply-add), and are divided by the rate of the matrix product of `limit.py`.
+- The bundled model is timed until the first chunk of a stream, until its end, and for `generate`.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from tests.helpers.decoding import decode  # noqa: E402
 SIZES: dict[str, Any] = {"dim": 512, "depth": 6, "heads": 8, "ff_mult": 8 / 3}
 VOCABULARY = 1024
 COARSE, FINE = 4, 8
-ROWS = 400  # of a decoding whose speed is told
+ROWS = 400  # of a timed sequence
 ROUNDS = 5
 EARLY, LATE, AROUND = 200, 2000, 50
 
@@ -52,34 +52,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2, help="of torch")
     parser.add_argument("--limit", type=Path, default=ROOT.parent / "shared/tools/limit.py", help="path of limit.py")
-    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--json", type=Path, help="file for the results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     load = os.getloadavg()[0]
     limits = [measured_limit(options.limit, options.threads)]
     stages = {name: stage.eval() for name, stage in build_stages().items()}
-    speeds = {name: stage_figures(stage) for name, stage in stages.items()}
+    speeds = {name: stage_results(stage) for name, stage in stages.items()}
     limits.append(measured_limit(options.limit, options.threads))
-    growth = growth_figures(stages["semantic"])
-    training = training_figures()
+    growth = growth_results(stages["semantic"])
+    training = training_results()
     limits.append(measured_limit(options.limit, options.threads))
-    limit = {name: max(one[name] for one in limits) for name in limits[0]}
-    figures = {
+    limit = {name: max(entry[name] for entry in limits) for name in limits[0]}
+    results = {
         "machine": {"threads": options.threads, "torch": torch.__version__, "load_average": load},
         "limit": limit,
         "stages": speeds,
         "growth": growth,
         "training": training,
-        "bundled": stream_figures(),
+        "bundled": stream_results(),
     }
-    print(table(figures))
+    print(table(results))
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
 def build_stages() -> dict[str, StageTransformer]:
-    """The stages of the paper, flat, and coarse and fine as they are by default."""
+    """The stages with the flat pattern, and the coarse and fine stage with their default pattern."""
     coarse: dict[str, Any] = {
         "num_semantic_tokens": VOCABULARY,
         "codebook_size": VOCABULARY,
@@ -96,34 +96,34 @@ def build_stages() -> dict[str, StageTransformer]:
 
 
 def measured_limit(script: Path, threads: int) -> dict[str, float]:
-    """What `limit.py` says: GB/s of streaming weights, GFLOP/s of float32 products."""
+    """Results of `limit.py`, GB/s of streamed weights and GFLOP/s of float32 products."""
     done = subprocess.run([sys.executable, str(script), str(threads)], capture_output=True, text=True, check=True)
     words = {line.split()[0]: float(line.split()[1]) for line in done.stdout.splitlines()}
     return {"stream_gb_s": words["stream"], "gemm_gflop_s": words["gemm_float32"]}
 
 
-def stage_figures(stage: StageTransformer) -> dict[str, Any]:
-    """Rows a second alone, four candidates at a time, and with half weights; and the bytes that a row reads."""
+def stage_results(stage: StageTransformer) -> dict[str, Any]:
+    """Time of a row for one item, speedups of four items and of half weights, and the bytes that a row reads."""
     half = with_half_weights(stage)
-    sides = {"one": (stage, 1), "four": (stage, 4), "half_one": (half, 1), "half_four": (half, 4)}
+    variants = {"one": (stage, 1), "four": (stage, 4), "half_one": (half, 1), "half_four": (half, 4)}
     rounds: list[dict[str, float]] = []
-    for _ in range(ROUNDS):  # the sides take turns, so that a machine that is slower for a while slows all of them
-        times = {name: row_times(model, batch, ROWS) for name, (model, batch) in sides.items()}
+    for _ in range(ROUNDS):  # alternate, so that a temporarily slow machine affects all of them
+        times = {name: row_times(model, batch, ROWS) for name, (model, batch) in variants.items()}
         rounds.append({name: 1e3 * statistics.median(rows) for name, rows in times.items()})
     num_rows = len(times["one"])
     return {
-        "row_ms": statistics.median(one["one"] for one in rounds),
-        "four": statistics.median(4 * one["one"] / one["four"] for one in rounds),
-        "half": statistics.median(one["one"] / one["half_one"] for one in rounds),
-        "half_four": statistics.median(4 * one["one"] / one["half_four"] for one in rounds),
+        "row_ms": statistics.median(entry["one"] for entry in rounds),
+        "four": statistics.median(4 * entry["one"] / entry["four"] for entry in rounds),
+        "half": statistics.median(entry["one"] / entry["half_one"] for entry in rounds),
+        "half_four": statistics.median(4 * entry["one"] / entry["half_four"] for entry in rounds),
         "rounds_ms": rounds,
         "bytes": statistics.mean(bytes_read(stage, position) for position in range(ROWS - num_rows, ROWS)),
         "tokens_a_row": 1 if is_flat(stage) else sum(stream.num_levels for stream in stage.layout.predicted),
     }
 
 
-def growth_figures(stage: StageTransformer) -> dict[str, float]:
-    """The median row around position 200 and around 2,000."""
+def growth_results(stage: StageTransformer) -> dict[str, float]:
+    """Median time of the rows around position 200 and around position 2,000."""
     times = row_times(stage, 1, LATE + AROUND)
     first = LATE + AROUND - len(times)
     early, late = (
@@ -137,12 +137,12 @@ def growth_figures(stage: StageTransformer) -> dict[str, float]:
 
 
 def is_flat(stage: StageTransformer) -> bool:
-    """Whether a row is a single token; the semantic stage has one level, so its pattern does not matter."""
+    """Whether a row is a single token. The semantic stage has one level, so that its pattern has no effect."""
     return stage.layout.pattern == "flat"
 
 
 def row_times(stage: StageTransformer, batch: int, num_rows: int) -> list[float]:
-    """Seconds of each row after the first of a decoding that ends at row `num_rows`."""
+    """Seconds of each row after the first, up to row `num_rows`."""
     frames = num_frames(stage, num_rows)
     streams = {
         stream.name: torch.randint(0, stream.vocab_size, (batch, count, stream.num_levels))
@@ -163,7 +163,7 @@ def row_times(stage: StageTransformer, batch: int, num_rows: int) -> list[float]
 
 
 def num_frames(stage: StageTransformer, num_rows: int) -> list[int]:
-    """Frames of every stream, as its rates ask for, of a sequence of about so many rows."""
+    """Frames of every stream, in the ratio of the rates, of a sequence of about `num_rows` rows."""
     target = stage.layout.predicted[0]
     ratios = [stream.exact_hz / target.exact_hz for stream in stage.layout.streams]
     rows_a_frame = sum(r * s.num_levels for r, s in zip(ratios, stage.layout.streams)) if is_flat(stage) else 1
@@ -172,7 +172,7 @@ def num_frames(stage: StageTransformer, num_rows: int) -> list[int]:
 
 
 def bytes_read(stage: StageTransformer, position: int) -> float:
-    """Bytes of weights and cache that one row at a position reads, in float32."""
+    """Bytes of float32 weights and cache that one row at `position` reads."""
     stack = sum(parameter.numel() for parameter in stage.transformer.parameters())
     heads = [weight.numel() for weight in stage.heads.parameters()]
     head = heads[0] if is_flat(stage) else sum(heads)
@@ -180,8 +180,8 @@ def bytes_read(stage: StageTransformer, position: int) -> float:
     return 4.0 * (stack + head + stack_of_cache * position)
 
 
-def training_figures() -> dict[str, float]:
-    """Seconds of a training step of 4 x 256 tokens, and its floating point operations."""
+def training_results() -> dict[str, float]:
+    """Seconds and GFLOP of a training step of 4 x 256 tokens."""
     stage = SemanticTransformer(num_semantic_tokens=VOCABULARY, eos=False, **SIZES).train()
     packed = stage.layout.pack({"semantic": torch.randint(0, VOCABULARY, (4, 256, 1))})
     optimizer = torch.optim.AdamW(stage.parameters())
@@ -203,42 +203,42 @@ def training_figures() -> dict[str, float]:
     return {"seconds": statistics.median(times), "gflop": counter.get_total_flops() / 1e9}
 
 
-def stream_figures() -> dict[str, dict[str, float]]:
-    """Seconds to the first sound of a stream of the bundled model, to its end, and of generating at one go."""
+def stream_results() -> dict[str, dict[str, float]]:
+    """Seconds of the bundled model to the first chunk of a stream, to its end, and of `generate`."""
     audio_lm = load_musiclm("tiny").audio_lm
-    audio_lm.generate(seconds=1, seeds=0)  # what is done once is not counted
-    figures = {}
+    audio_lm.generate(seconds=1, seeds=0)  # warm-up
+    results = {}
     for seconds in (10, 60):
         start = time.perf_counter()
         ends = [time.perf_counter() - start for _ in audio_lm.stream(seconds=seconds, seeds=0)]
         start = time.perf_counter()
         audio_lm.generate(seconds=seconds, seeds=0)
-        figures[f"{seconds} s"] = {"first": ends[0], "stream": ends[-1], "generate": time.perf_counter() - start}
-    return figures
+        results[f"{seconds} s"] = {"first": ends[0], "stream": ends[-1], "generate": time.perf_counter() - start}
+    return results
 
 
-def table(figures: dict[str, Any]) -> str:
-    """All figures in words."""
-    limit, machine = figures["limit"], figures["machine"]
+def table(results: dict[str, Any]) -> str:
+    """All results as text."""
+    limit, machine = results["limit"], results["machine"]
     lines = [
         f"{machine['threads']} threads, torch {machine['torch']}, load {machine['load_average']:.2f} at the start",
         f"limit.py: {limit['stream_gb_s']:.1f} GB/s of weights, {limit['gemm_gflop_s']:.0f} GFLOP/s in float32",
         "",
         row("stage", ("tokens/s", "limit", "of limit", "four, x", "bf16, x", "four bf16, x")),
     ]
-    for name, one in figures["stages"].items():
-        possible = limit["stream_gb_s"] * 1e9 / one["bytes"]
-        rows_a_second = 1e3 / one["row_ms"]
+    for name, entry in results["stages"].items():
+        possible = limit["stream_gb_s"] * 1e9 / entry["bytes"]
+        rows_a_second = 1e3 / entry["row_ms"]
         cells = (
-            f"{rows_a_second * one['tokens_a_row']:.0f}",
-            f"{possible * one['tokens_a_row']:.0f}",
+            f"{rows_a_second * entry['tokens_a_row']:.0f}",
+            f"{possible * entry['tokens_a_row']:.0f}",
             f"{rows_a_second / possible:.0%}",
-            f"{one['four']:.2f}",
-            f"{one['half']:.2f}",
-            f"{one['half_four']:.2f}",
+            f"{entry['four']:.2f}",
+            f"{entry['half']:.2f}",
+            f"{entry['half_four']:.2f}",
         )
         lines.append(row(name, cells))
-    growth, training = figures["growth"], figures["training"]
+    growth, training = results["growth"], results["training"]
     grown = growth["late_ms"] / growth["early_ms"]
     rate = training["gflop"] / training["seconds"]
     return "\n".join(
@@ -246,20 +246,20 @@ def table(figures: dict[str, Any]) -> str:
             *lines,
             "",
             f"semantic, a row at {EARLY}: {growth['early_ms']:.2f} ms, at {LATE}: {growth['late_ms']:.2f} ms: "
-            f"x {grown:.2f}, the bytes it reads x {growth['bytes_ratio']:.2f}",
+            f"x {grown:.2f}, bytes x {growth['bytes_ratio']:.2f}",
             f"training step, 4 x 256: {training['seconds']:.3f} s, {training['gflop']:.1f} GFLOP, {rate:.0f} GFLOP/s, "
-            f"{rate / limit['gemm_gflop_s']:.0%} of the product of matrices",
+            f"{rate / limit['gemm_gflop_s']:.0%} of the matrix product",
             *(
-                f"bundled model, {length}: first sound of a stream after {one['first']:.2f} s, all after "
-                f"{one['stream']:.1f} s; generate {one['generate']:.1f} s"
-                for length, one in figures["bundled"].items()
+                f"bundled model, {length}: first chunk of a stream after {entry['first']:.2f} s, all after "
+                f"{entry['stream']:.1f} s; generate {entry['generate']:.1f} s"
+                for length, entry in results["bundled"].items()
             ),
         ]
     )
 
 
 def row(name: str, cells: Sequence[str]) -> str:
-    """A line of the table."""
+    """One line of the table."""
     return f"{name:16}" + "".join(f"{cell:>14}" for cell in cells)
 
 

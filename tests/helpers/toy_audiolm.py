@@ -1,4 +1,4 @@
-"""An AudioLM of fakes and untrained but opinionated stages."""
+"""An AudioLM with fake tokenizers and untrained stages of distinct logits."""
 
 import torch
 
@@ -16,7 +16,7 @@ from tests.helpers.fakes import (
 
 
 def audiolm_of(conditioned=False, hears_text=False, lost_frames=0, codec=None, ends=False, **changes):
-    """An AudioLM; with `ends`, about every twentieth semantic token is the last of a piece."""
+    """An AudioLM. With `ends`, about every twentieth semantic token ends the item."""
     changes = {**(CONDITION if conditioned else {}), **({"text_dim": 6} if hears_text else {}), **changes}
     stages = tiny_stages(**changes)
     for stage in stages.values():
@@ -34,7 +34,7 @@ def audiolm_of(conditioned=False, hears_text=False, lost_frames=0, codec=None, e
 
 
 def streaming_codec(kind="causal", audio_channels=1):
-    """A tiny real codec of the sizes of `FakeCodec`; a spectral one looks ahead, a causal one does not."""
+    """A tiny codec with the sizes of `FakeCodec`. The spectral codec has a look-ahead, the causal one has none."""
     torch.manual_seed(5)
     sizes = {
         "target_sample_hz": SAMPLE_HZ,
@@ -47,5 +47,5 @@ def streaming_codec(kind="causal", audio_channels=1):
     else:
         codec = SoundStream(codebook_dim=16, channels=4, strides=(4, 4), **sizes)
     for parameter in codec.decoder.parameters():
-        parameter.data.add_(0.05 * torch.randn_like(parameter))  # so that every part of it is heard
+        parameter.data.add_(0.05 * torch.randn_like(parameter))  # so that every part changes the wave
     return codec.eval()
