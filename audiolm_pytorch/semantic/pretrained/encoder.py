@@ -1,4 +1,4 @@
-"""Self-supervised audio encoders of transformers (HuBERT and its kin, w2v-BERT) behind the `FrameEncoder` contract."""
+"""Published self-supervised encoders (HuBERT, WavLM, wav2vec 2.0, w2v-BERT and others), and how to open an encoder."""
 
 import copy
 from pathlib import Path
@@ -11,16 +11,27 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.audio.padding import check_waves, checked_lengths, items_by_length, length_mask
 from audiolm_pytorch.nn.module_state import device_of
+from audiolm_pytorch.saving.files import read_json
 from audiolm_pytorch.saving.fingerprint import nameless_fingerprint
-from audiolm_pytorch.saving.hub import LoadedModel, load_model, model_settings, portable_origin, require_transformers
-from audiolm_pytorch.saving.modules import register
+from audiolm_pytorch.saving.hub import (
+    LoadedModel,
+    find_folder,
+    load_model,
+    model_settings,
+    portable_origin,
+    require_transformers,
+)
+from audiolm_pytorch.saving.modules import load_module, register
 from audiolm_pytorch.semantic.base import FrameEncoder
 from audiolm_pytorch.semantic.pretrained.convolutions import convolved, group_statistics
+from audiolm_pytorch.semantic.pretrained.fairseq import hubert_from_fairseq, read_fairseq
 from audiolm_pytorch.semantic.pretrained.filterbank import Filterbank
+from audiolm_pytorch.semantic.tokenizer import KMeansTokenizer
 from audiolm_pytorch.semantic.windows import ReceptiveField, Windows, features_in_windows
 
-__all__ = ["TransformersEncoder"]
+__all__ = ["TransformersEncoder", "open_encoder", "open_published"]
 
+_CHECKPOINT_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 _FILTERBANK_MODEL = "wav2vec2-bert"
 _CLASSES = {
     "data2vec-audio": "Data2VecAudioModel",
@@ -32,7 +43,7 @@ _CLASSES = {
     "wavlm": "WavLMModel",
     _FILTERBANK_MODEL: "Wav2Vec2BertModel",
 }
-# Settings that change features without showing in the shape of any weight.
+# Settings that change features, but no shape of a weight.
 _FEATURE_SETTINGS = (
     "do_stable_layer_norm",
     "feat_extract_activation",
@@ -51,35 +62,33 @@ _FEATURE_SETTINGS = (
 
 @register
 class TransformersEncoder(FrameEncoder):
-    """Hidden states of a published audio encoder: frozen, always in eval mode, float32 unless moved.
+    """A published audio encoder in the format of transformers, frozen, in float32 unless moved.
 
-    Reads HuBERT (arXiv:2106.07447), WavLM (arXiv:2110.13900), wav2vec 2.0, data2vec-audio, UniSpeech(-SAT), the
-    conformer of wav2vec 2.0, and w2v-BERT 2.0 (from filterbanks) in the format of transformers. Layer k is what comes
-    out of block k (1-based) and 0 what goes into the first: `hidden_states[k]` of transformers, except that the norm
-    which some models put behind their last block belongs to no layer here, so that hidden states do not depend on how
-    many blocks are kept.
+    Reads HuBERT (arXiv:2106.07447), WavLM (arXiv:2110.13900), wav2vec 2.0 and its conformer, data2vec-audio,
+    UniSpeech(-SAT), and w2v-BERT 2.0. Layer k is the output of block k (1-based), layer 0 the input of the first block:
+    `hidden_states[k]` of transformers. The norm that some models have behind their last block is left out, so that
+    hidden states do not depend on `layer_count`.
 
-    Items of unequal length are encoded in groups of equal length, so that padding reaches no feature: the group norm
-    over time and the convolutional positions would let it in. Long waves are encoded in windows at fixed places: in a
-    wave of up to `window_seconds` attention reaches everywhere, in one that is longer `context_seconds` beyond each
-    window. Norms over time hear the whole wave in either case.
+    Items of equal length are encoded in one batch, so that padding does not change the result. Waves longer than
+    `window_seconds` are encoded in windows at fixed places, in which attention sees `context_seconds` on each side.
+    Norms over time always use the whole wave.
 
     Args:
-        source: Folder in transformers' format, hub id, or a model that is loaded already (it is taken over).
-        layer_count: Blocks to keep, from the first; None = all.
-        normalise_wave: Whether each item is brought to zero mean and unit variance first. None = where the model was
-            trained so: those with layer norm in their convolutions were, those with group norm (HuBERT base) were not,
+        source: Folder in transformers' format, hub id, or a loaded model (which is changed).
+        layer_count: Number of blocks to keep, from the first; None = all.
+        normalise_wave: Whether each item is normalised to zero mean and unit variance. None = as the model was trained:
+            models with layer norm in their convolutions were trained so, those with group norm (HuBERT base) were not,
             whatever their `preprocessor_config.json` says.
-        window_seconds: What one window answers for.
-        context_seconds: What it sees on each side of that.
-        offline: Whether to keep off the network: a hub id is then served from the local cache or refused.
+        window_seconds: Length of a window without its context.
+        context_seconds: Context on each side of a window.
+        offline: Do not use the network; a hub id must be in the local cache.
         revision: Branch, tag or commit of the hub.
-        cache_dir: Where downloads are kept; Hugging Face's own cache if not given.
+        cache_dir: Folder of downloads; None = the cache of Hugging Face.
 
     Raises:
         ImportError: If transformers is not installed.
-        ValueError: If the source is missing, of an architecture that is not read here, not in safetensors, incomplete,
-            or without that many blocks; or if a number is out of range.
+        ValueError: If the source is missing, incomplete, not in safetensors, of another architecture, or has fewer
+            blocks; or if a number is out of range.
     """
 
     @beartype
@@ -103,7 +112,7 @@ class TransformersEncoder(FrameEncoder):
         self.origin = loaded.origin
         self.model_type: str = settings.model_type
         if self.model_type not in _CLASSES:
-            raise ValueError(f"models of type {self.model_type!r} cannot be read; these can: {sorted(_CLASSES)}")
+            raise ValueError(f"models of type {self.model_type!r} are not read; these are: {sorted(_CLASSES)}")
         depth = len(loaded.model.encoder.layers)  # type: ignore[union-attr,arg-type]
         if layer_count is not None and not 0 <= layer_count <= depth:
             raise ValueError(f"{loaded.source} has {depth} layers: give one of 0..{depth}, not {layer_count}")
@@ -113,16 +122,16 @@ class TransformersEncoder(FrameEncoder):
         self._read_front(loaded)
         self.downsample_factor = self._frames.stride
         if normalise_wave and self._filterbank:
-            raise ValueError(f"{self.model_type} reads filterbanks, which are normalised: leave normalise_wave away")
-        trained_normalised = not self._filterbank and getattr(settings, "feat_extract_norm", "layer") == "layer"
-        self.normalise_wave = trained_normalised if normalise_wave is None else normalise_wave
+            raise ValueError(f"{self.model_type} normalises its filterbanks: leave normalise_wave out")
+        is_trained_so = not self._filterbank and getattr(settings, "feat_extract_norm", "layer") == "layer"
+        self.normalise_wave = is_trained_so if normalise_wave is None else normalise_wave
         self.window_seconds, self.context_seconds = float(window_seconds), float(context_seconds)
         frame_hz = self.sample_hz / self.downsample_factor
         self._windows = Windows(round(self.window_seconds * frame_hz), round(self.context_seconds * frame_hz))
         self.train(False)
 
     def _read_front(self, loaded: LoadedModel) -> None:
-        """Learn how waves come in: their rate, and which samples each frame is made of."""
+        """Set the sample rate, the receptive field of a frame, and the filterbank where the model has one."""
         settings, preprocessor = self.model.config, loaded.preprocessor
         self.sample_hz = int(preprocessor.get("sampling_rate", 16_000))
         self._filterbank: Filterbank | None = None
@@ -135,13 +144,13 @@ class TransformersEncoder(FrameEncoder):
         self._frames = self._filterbank.frames
         if self._filterbank.dim != settings.feature_projection_input_dim:
             raise ValueError(
-                f"{loaded.source} reads vectors of {settings.feature_projection_input_dim}, but its "
-                f"preprocessor_config.json makes them of {self._filterbank.dim}: the files are not of one model"
+                f"{loaded.source} needs vectors of width {settings.feature_projection_input_dim}, its "
+                f"preprocessor_config.json makes {self._filterbank.dim}: the files are not of one model"
             )
 
     @property
     def config(self) -> dict[str, Any]:
-        """The JSON-able description from which `from_config` rebuilds this encoder."""
+        """Constructor arguments for `from_config`, JSON-able."""
         options = {
             "normalise_wave": self.normalise_wave,
             "window_seconds": self.window_seconds,
@@ -155,26 +164,20 @@ class TransformersEncoder(FrameEncoder):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "TransformersEncoder":
-        """Build from the dictionary that `config` holds, with fresh weights (for `audiolm_pytorch.saving.modules`)."""
+        """Build an encoder with random weights from its `config`."""
         model_class = getattr(require_transformers(), _CLASSES[config["model"]["model_type"]])
         model = model_class(model_class.config_class.from_dict(dict(config["model"])))
         return cls(LoadedModel(model, preprocessor=config["preprocessor"], **config["origin"]), **config["options"])
 
     def fingerprint(self) -> str:
-        """Hash of all that features depend on: the same from any file of the same model, with as many blocks kept."""
+        """Hash of everything that features depend on; equal for all files of one model with the same `layer_count`."""
         settings = {name: getattr(self.model.config, name, None) for name in _FEATURE_SETTINGS}
         front = [self.sample_hz, self._frames.reach, self._frames.stride, self.normalise_wave]
         facts = [self.model_type, front, [self._windows.keep, self._windows.context], settings]
         return nameless_fingerprint(self.model, facts)
 
     def num_frames(self, num_samples: int) -> int:
-        """Frames of a wave, exactly: 49 for a second of 16 kHz in HuBERT.
-
-        Args:
-            num_samples: Length of the wave at `sample_hz`.
-
-        Returns:
-            `(num_samples - reach) // downsample_factor + 1`, with the 400 samples that a frame of HuBERT is made of.
+        """Exact number of frames of a wave at `sample_hz`; HuBERT has 49 in a second.
 
         Raises:
             ValueError: If the wave is shorter than one frame.
@@ -183,32 +186,18 @@ class TransformersEncoder(FrameEncoder):
         if not frames:
             reach = self._frames.reach
             raise ValueError(
-                f"audio of {num_samples} samples is too short: a frame is made of {reach} samples "
+                f"audio of {num_samples} samples is too short: a frame needs {reach} samples "
                 f"({1000 * reach / self.sample_hz:g} ms at {self.sample_hz} Hz); pass a longer wave, or add silence"
             )
         return frames
 
     def train(self, mode: bool = True) -> "TransformersEncoder":
-        """Stay in eval mode: the encoder is frozen, and masks and dropout would change its features."""
+        """Stay in eval mode: masks and dropout would change the features."""
         return super().train(False)
 
     @torch.no_grad()
     def features(self, wave: Tensor, lengths: Tensor | None = None, layer: int | None = None) -> tuple[Tensor, Tensor]:
-        """Hidden states of a layer.
-
-        Args:
-            wave: `[b, n]`, float, at `sample_hz`.
-            lengths: `[b]` int, samples that belong to each item; None = all.
-            layer: 0..depth; None = the last.
-
-        Returns:
-            Features `[b, t, d]` and the mask `[b, t]` bool of real frames. Padding changes nothing at real frames; what
-            stands at the others is zero.
-
-        Raises:
-            ValueError: If shapes do not fit, samples are not finite, an item is shorter than one frame or there is no
-                such layer.
-        """
+        """Hidden states of a layer (0..depth; None = the last): `[b, t, d]`, zero at padding, and the mask `[b, t]`."""
         layer = self.depth if layer is None else layer
         self.check_layer(layer)
         check_waves(wave, lengths, device_of(self.model))
@@ -228,20 +217,19 @@ class TransformersEncoder(FrameEncoder):
         return found, length_mask(counts, num_frames)
 
     def _encode(self, wave: Tensor, encoder: nn.Module, dtype: torch.dtype) -> Tensor:
-        """Hidden states `[r, t, d]` of waves `[r, n]` without padding, behind the blocks of `encoder`."""
+        """Hidden states `[r, t, d]` of waves `[r, n]` without padding, after the blocks of `encoder`."""
         wave = wave.float()
         if self._filterbank:
             vectors = self._filterbank(wave).to(dtype)
             return features_in_windows(lambda part: self._run(part, encoder), vectors, ReceptiveField(), self._windows)
         if self.normalise_wave:
-            # over the whole item, as transformers does it, whatever windows follow
+            # Over the whole item, as transformers does it.
             mean = reduce(wave, "r n -> r 1", "mean")
             wave = (wave - mean) / (wave.var(dim=1, correction=0, keepdim=True) + 1e-7).sqrt()
 
         wave, extractor, statistics = wave.to(dtype), self.model.feature_extractor, None
         if self._frames.num_frames(wave.shape[1]) > self._windows.keep:
-            samples_at_once = self._frames.span(0, self._windows.keep).stop
-            statistics = group_statistics(extractor, wave, samples_at_once)
+            statistics = group_statistics(extractor, wave, self._frames.span(0, self._windows.keep).stop)
 
         def of_waves(part: Tensor) -> Tensor:
             return self._run(convolved(extractor, part, statistics), encoder)
@@ -249,20 +237,13 @@ class TransformersEncoder(FrameEncoder):
         return features_in_windows(of_waves, wave, self._frames, self._windows)
 
     def _run(self, vectors: Tensor, encoder: nn.Module) -> Tensor:
-        """Hidden states of vectors `[r, t, d']` of the front end; spans are never masked, as they are in training."""
+        """Hidden states of the vectors `[r, t, d']` of the front end, without the masked spans of training."""
         projected = self.model.feature_projection(vectors)
         return encoder(projected[0] if isinstance(projected, tuple) else projected)[0]
 
     @beartype
     def truncated(self, layer: int) -> "TransformersEncoder":
-        """An independent copy of the first `layer` blocks, whose hidden states are those of this encoder.
-
-        Args:
-            layer: Blocks to keep, 0..depth.
-
-        Raises:
-            ValueError: If there is no such layer.
-        """
+        """An independent copy of the first `layer` blocks (0..depth), with the same hidden states."""
         self.check_layer(layer)
         short = copy.copy(self)
         short._modules = {**self._modules, "model": _first_blocks(self.model, layer)}
@@ -271,16 +252,80 @@ class TransformersEncoder(FrameEncoder):
 
 
 def _first_blocks(model: Any, count: int) -> Any:
-    """A model of the first blocks of another, that shares their weights and ends with the last of them."""
+    """A model that shares the first blocks of another and ends with them."""
     short, encoder = copy.copy(model), copy.copy(model.encoder)
     encoder._modules = {**encoder._modules, "layers": encoder.layers[:count]}
     if type(encoder).__name__.endswith(("StableLayerNorm", "ConformerEncoder")):
-        # a norm behind the last block; elsewhere the norm of that name stands before the first
+        # Here this is the norm behind the last block; in other models, it is the norm before the first.
         encoder._modules["layer_norm"] = nn.Identity()
-    # What may stand behind the blocks, or serves training alone, is left out.
+    # Parts behind the blocks, and the embedding of masked frames, are left out.
     behind = {name: None for name in ("adapter", "intermediate_ffn") if name in short._modules}
     short._modules = {**short._modules, **behind, "encoder": encoder}
     short._parameters = {name: weight for name, weight in short._parameters.items() if name != "masked_spec_embed"}
     short.config = copy.deepcopy(model.config)
     short.config.num_hidden_layers = count
     return short
+
+
+@beartype
+def open_published(
+    source: str | Path,
+    *,
+    layer_count: int | None = None,
+    normalise_wave: bool | None = None,
+    offline: bool = False,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> TransformersEncoder:
+    """Open a HuBERT checkpoint of fairseq, a folder in transformers' format, or a hub id.
+
+    The arguments are those of `TransformersEncoder`. A checkpoint of fairseq has its own default of `normalise_wave`.
+
+    Raises:
+        ImportError: If transformers is not installed.
+        ValueError: If the source is missing, is no encoder that is read here, or has fewer blocks.
+    """
+    path = Path(source).expanduser()
+    options: dict[str, Any] = {"layer_count": layer_count, "normalise_wave": normalise_wave}
+    if path.is_dir() or (not path.is_file() and path.suffix not in _CHECKPOINT_SUFFIXES):
+        return TransformersEncoder(source, offline=offline, revision=revision, cache_dir=cache_dir, **options)
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}: give the path of a checkpoint, a folder, or a hub id (owner/name)")
+    checkpoint = read_fairseq(path)
+    if normalise_wave is None:
+        options["normalise_wave"] = checkpoint.normalise_wave
+    preprocessor = {"sampling_rate": checkpoint.sample_hz}
+    model = hubert_from_fairseq(checkpoint)
+    loaded = LoadedModel(model, str(path), licence="MIT (fairseq, code and models)", preprocessor=preprocessor)
+    return TransformersEncoder(loaded, **options)
+
+
+@beartype
+def open_encoder(
+    source: str | Path, *, offline: bool = False, revision: str | None = None, cache_dir: str | Path | None = None
+) -> FrameEncoder:
+    """Open any encoder, in eval mode.
+
+    Args:
+        source: A folder written by `save_module` (an encoder, or a tokenizer, whose encoder is returned), or any source
+            of `open_published`. Local files come before the hub.
+        offline: Do not use the network; a hub id must be in the local cache.
+        revision: Branch, tag or commit of the hub.
+        cache_dir: Folder of downloads; None = the cache of Hugging Face.
+
+    Raises:
+        ImportError: If a published encoder is opened and transformers is not installed.
+        ValueError: If the source is missing, or is no encoder that is read here.
+    """
+    path = Path(source).expanduser()
+    if path.is_file() or (path.suffix in _CHECKPOINT_SUFFIXES and not path.is_dir()):
+        return open_published(source)
+    folder, _ = find_folder(source, offline=offline, revision=revision, cache_dir=cache_dir)
+    config_file = folder / "config.json"
+    if not config_file.is_file() or "class" not in read_json(config_file):
+        return open_published(source, offline=offline, revision=revision, cache_dir=cache_dir)
+    module = load_module(folder)
+    encoder = module.encoder if isinstance(module, KMeansTokenizer) else module
+    if not isinstance(encoder, FrameEncoder):
+        raise ValueError(f"{folder} holds a {type(module).__name__}, not an encoder or a tokenizer with an encoder")
+    return encoder

@@ -13,23 +13,22 @@ from audiolm_pytorch.semantic.windows import ReceptiveField
 
 __all__ = ["Filterbank"]
 
-# Window and hop of transformers' SeamlessM4TFeatureExtractor, in samples; its constructor has no say in them.
+# Window and hop of transformers' SeamlessM4TFeatureExtractor, which are not among its arguments.
 _WINDOW_SAMPLES, _HOP_SAMPLES = 400, 160
-# Frames that are extracted at once (a minute at 16 kHz): their spectra are held in float64.
-_FRAMES_AT_ONCE = 6000
+# One minute at 16 kHz; the extractor keeps the spectra in float64.
+_FRAMES_PER_CHUNK = 6000
 
 
 class Filterbank:
     """Vectors of transformers' `SeamlessM4TFeatureExtractor`, in bounded memory and without padding.
 
-    A frame is a matter of its own 400 samples alone, so the extractor runs over a long wave in parts with the same
-    result; mean and variance of every band are those of the whole wave. A last frame without a partner is dropped (the
-    extractor pairs it with zeros, and masks the pair).
+    A frame depends on its own 400 samples only, so long waves are extracted in chunks with the same result. Mean and
+    variance of every band are those of the whole wave. A last frame without a partner is dropped, where the extractor
+    pairs it with zeros and masks the pair.
 
     Args:
-        sample_hz: Rate of the waves (Hz).
         num_mels: Mel bands.
-        stride: Frames stacked into a vector, at least 2.
+        stride: Frames stacked into one vector, at least 2.
 
     Raises:
         ImportError: If transformers is not installed.
@@ -44,21 +43,14 @@ class Filterbank:
         self.num_mels = num_mels
         self.stride = stride
         self.dim = num_mels * stride
-        # One frame a vector: pairs are made here, after the normalisation.
+        # Frames are stacked here, after the normalisation over the whole wave.
         self._extractor = require_transformers().SeamlessM4TFeatureExtractor(
             feature_size=num_mels, num_mel_bins=num_mels, sampling_rate=sample_hz, stride=1
         )
         self.frames = ReceptiveField.of_convolutions((_WINDOW_SAMPLES, stride), (_HOP_SAMPLES, stride))
 
     def __call__(self, wave: Tensor) -> Tensor:
-        """Vectors of waves.
-
-        Args:
-            wave: `[b, n]` without padding, at `sample_hz`, at least `frames.reach` samples.
-
-        Returns:
-            `[b, frames.num_frames(n), dim]` float32 on the device of the wave.
-        """
+        """Vectors `[b, frames.num_frames(n), dim]` float32 of waves `[b, n]` without padding."""
         vectors = [self._vectors_of(item) for item in wave.detach().float().cpu().numpy()]
         return torch.from_numpy(np.stack(vectors)).to(wave.device)
 
@@ -66,15 +58,15 @@ class Filterbank:
         """Vectors `[t, dim]` of one wave `[n]`."""
         frames = ReceptiveField(_WINDOW_SAMPLES, _HOP_SAMPLES)
         total = frames.num_frames(len(item))
-        spans = [frames.span(at, min(at + _FRAMES_AT_ONCE, total)) for at in range(0, total, _FRAMES_AT_ONCE)]
-        # Band by band in memory, as the extractor has it when it takes the mean: sums are rounded by their order.
+        spans = [frames.span(at, min(at + _FRAMES_PER_CHUNK, total)) for at in range(0, total, _FRAMES_PER_CHUNK)]
+        # The memory order of the extractor, since the rounding of a mean depends on it.
         mels = np.asfortranarray(np.concatenate([self._log_mel(item[span]) for span in spans]))
         mels = (mels - mels.mean(0)) / np.sqrt(mels.var(0, ddof=1) + 1e-7)
         return rearrange(mels[: total // self.stride * self.stride], "(t k) m -> t (k m)", k=self.stride)
 
     def _log_mel(self, part: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
         """Log-mel frames `[f, m]` of a part, not normalised."""
-        found = self._extractor(
+        extracted = self._extractor(
             part, sampling_rate=self.sample_hz, do_normalize_per_mel_bins=False, padding=False, return_tensors="np"
         )
-        return found["input_features"][0]
+        return extracted["input_features"][0]

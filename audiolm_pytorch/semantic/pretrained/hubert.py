@@ -1,4 +1,4 @@
-"""HuBERT and its k-means from the two published files: the semantic tokens of most open replicas of AudioLM."""
+"""HuBERT with k-means, from the two published files: the semantic tokens of most open replicas of AudioLM."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from beartype import beartype
 
 from audiolm_pytorch.saving.modules import build_module, register
 from audiolm_pytorch.semantic.pretrained.centroids import read_centroids
-from audiolm_pytorch.semantic.pretrained.opening import open_published
+from audiolm_pytorch.semantic.pretrained.encoder import open_published
 from audiolm_pytorch.semantic.tokenizer import KMeansTokenizer
 
 __all__ = ["HubertWithKmeans"]
@@ -17,40 +17,34 @@ __all__ = ["HubertWithKmeans"]
 class HubertWithKmeans(KMeansTokenizer):
     """Tokens of HuBERT (arXiv:2106.07447): the nearest k-means centroid of the hidden states of one layer.
 
-    Made for the published `hubert_base_ls960.pt` and `hubert_base_ls960_L9_km500.bin`: 500 tokens, 50 a second less one
-    (a second of 16 kHz gives 49), from layer 9. The files are read as they are: without fairseq, joblib or
-    scikit-learn, and through an unpickler that admits tensors, arrays, plain containers and inert stand-ins only.
-    `save_module` writes both as safetensors, from where they load without any pickle.
+    The published `hubert_base_ls960.pt` and `hubert_base_ls960_L9_km500.bin` have 500 tokens and 49 tokens in a second,
+    from layer 9. Neither fairseq nor joblib nor scikit-learn is needed, and no code in the files is run. `save_module`
+    writes encoder and centroids as safetensors.
 
-    Card. Waves are not normalised (the model was trained so; the `preprocessor_config.json` of its folder in
-    transformers' format says otherwise), no spans are masked, and hidden states are compared as they are. What is said
-    here was checked against transformers' HubertModel and scikit-learn's predict on files of the published layout that
-    the tests write with random weights. THE PUBLISHED FILES THEMSELVES COULD NOT BE OPENED where this was written (no
-    network); the layout is that of fairseq's sources. The model heard English audiobooks (LibriSpeech) alone: it
-    is a model of speech, and how much of music its tokens keep has to be measured (`musiclm evaluate semantic`).
-    Licence: MIT, as fairseq says of its code and models.
+    Model card. HuBERT base was trained on English audiobooks (LibriSpeech), so how much of music its tokens keep must
+    be measured (`musiclm evaluate semantic`). Waves are not normalised, since the model was trained so. The reader was
+    compared with transformers' HubertModel and scikit-learn's predict on files of the published layout with random
+    weights; THE PUBLISHED FILES THEMSELVES WERE NOT AT HAND. Licence: MIT (fairseq, code and models).
 
-    Waves of up to 30 s are heard whole. Longer ones are encoded in windows of 30 s at fixed places with 2 s more on
-    each side, so that memory stays bounded. The convolutions see no seam, but attention ends at the window: with random
-    weights two thirds to three quarters of the tokens are those of the whole file, wherever they stand.
+    Waves longer than 30 s are encoded in windows (see `TransformersEncoder`). With random weights, two thirds to three
+    quarters of the tokens equal those of the whole wave.
 
     Args:
         checkpoint_path: fairseq's checkpoint, a folder in transformers' format (any model that `TransformersEncoder`
             reads), or a hub id.
-        kmeans_path: joblib's file of a (MiniBatch)KMeans, plain or compressed, or a `.safetensors` file with
-            `centroids [k, d]` and, where features are normalised, `mean [d]` and `std [d]`.
-        target_sample_hz: Rate of the model (Hz), which its files decide: another one is refused.
-        output_layer: The layer that the centroids were fitted to, 1-based; blocks behind it are dropped.
-        seq_len_multiple_of: Samples that lengths are cut down to a multiple of; None = no cut.
-        normalise_wave: Whether items are brought to zero mean and unit variance; None = as the model was trained.
-        offline: Whether to keep off the network: a hub id is then served from the local cache or refused.
+        kmeans_path: A file that `read_centroids` reads: joblib's file of a (MiniBatch)KMeans, or safetensors.
+        target_sample_hz: Rate of the model, which its files decide; any other rate raises a ValueError.
+        output_layer: The layer that the centroids were fitted to, 1-based; later blocks are dropped.
+        seq_len_multiple_of: Samples: waves are cut to a multiple of it. None = no cut.
+        normalise_wave: Whether items are normalised to zero mean and unit variance; None = as the model was trained.
+        offline: Do not use the network; a hub id must be in the local cache.
         revision: Branch, tag or commit of the hub.
-        cache_dir: Where downloads are kept; Hugging Face's own cache if not given.
+        cache_dir: Folder of downloads; None = the cache of Hugging Face.
 
     Raises:
         ImportError: If transformers is not installed.
-        ValueError: If a file is missing, damaged, hostile or another one, the two do not fit each other, or the rate or
-            the layer is not one of the model.
+        ValueError: If a file is missing, damaged or of another kind, the two files do not match, or the model has
+            another rate or fewer layers.
     """
 
     @beartype
@@ -98,7 +92,7 @@ class HubertWithKmeans(KMeansTokenizer):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "HubertWithKmeans":
-        """Build a tokenizer whose weights and centroids are to be loaded: no published file is needed any more."""
+        """Build a tokenizer with random weights, without the published files."""
         tokenizer = cls.__new__(cls)
         KMeansTokenizer.__init__(tokenizer, **{**config, "encoder": build_module(config["encoder"])})
         return tokenizer

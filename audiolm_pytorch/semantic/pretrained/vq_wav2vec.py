@@ -1,4 +1,4 @@
-"""vq-wav2vec: discrete codes of speech from its published checkpoints (arXiv:1910.05453), read without fairseq."""
+"""vq-wav2vec (arXiv:1910.05453): semantic tokens from its published checkpoints."""
 
 import re
 from pathlib import Path
@@ -34,17 +34,16 @@ from audiolm_pytorch.semantic.pretrained.vq_wav2vec_network import (
 
 __all__ = ["FairseqVQWav2Vec", "vq_wav2vec_from_fairseq"]
 
-# Parts that make no codes: the context network, what it projects to, the contrastive heads, and the vectors of the
-# Gumbel codebook, which only the context network reads.
+# Parts that codes do not depend on: the context network and its projection, the contrastive heads, and the vectors of
+# the Gumbel codebook, which only the context network reads.
 _UNUSED = ("feature_aggregator.", "project_features.", "wav2vec_predictions.", "vector_quantizer.vars")
-_MOST_LINEAR = 64
-# What every release of fairseq takes where a checkpoint is silent. It changed its mind about `log_compression`, and no
-# shape shows the strides: these two must be said.
+# Defaults of all releases of fairseq. A checkpoint must have `log_compression`, whose default differs between releases,
+# and the strides, which no shape shows.
 _DEFAULTS = {"activation": "relu", "residual_scale": 0.5, "skip_connections_feat": False, "vq_groups": 2}
 _NAMES = (
     (r"feature_extractor\.conv_layers\.(\d+)\.0\.(weight)", r"features.layers.\1.conv.\2"),
     (r"feature_extractor\.conv_layers\.(\d+)\.2\.(weight|bias)", r"features.layers.\1.norm.\2"),
-    # one linear layer; or several, of which all but the last stand in a block with an activation
+    # One linear layer, or several: all but the last are in a block with an activation.
     (r"vector_quantizer\.weight_proj\.(weight|bias)", r"quantizer.layers.0.\1"),
     (r"vector_quantizer\.weight_proj\.(\d+)\.(?:0\.)?(weight|bias)", r"quantizer.layers.\1.\2"),
     (r"vector_quantizer\.projection\.0\.(weight)", r"quantizer.projection.\1"),
@@ -55,28 +54,25 @@ _NAMES = (
 
 @register
 class FairseqVQWav2Vec(SemanticTokenizer):
-    """Tokens of vq-wav2vec: a few codes every 10 ms from convolutions alone (arXiv:1910.05453).
+    """Tokens of vq-wav2vec (arXiv:1910.05453): a few codes every 10 ms, from convolutions alone.
 
-    Made for the published `vq-wav2vec.pt` (Gumbel softmax) and `vq-wav2vec_kmeans.pt`, which have two groups of 320
-    codes and a frame every 160 samples of 16 kHz. The groups of a frame follow each other in time and have ids of their
-    own: code v of group g is `g * 320 + v`. So there are 640 tokens, one every 80 samples. The file is read as it is:
-    without fairseq, and through an unpickler that admits tensors, plain containers and inert stand-ins only.
-    `save_module` writes what is needed as safetensors, from where it loads without any pickle.
+    The published `vq-wav2vec.pt` (Gumbel softmax) and `vq-wav2vec_kmeans.pt` have two groups of 320 codes and one frame
+    in 160 samples at 16 kHz. The codes of a frame follow each other in time, and code v of group g has the id
+    `g * 320 + v`. So there are 640 tokens, one in 80 samples. fairseq is not needed, and no code in the file is run.
+    `save_module` writes the network as safetensors.
 
-    Card. Codes were checked against a second computation, written from the paper and fairseq's sources, on files of the
-    published layout that the tests write with random weights. THE PUBLISHED FILES THEMSELVES COULD NOT BE OPENED where
-    this was written (no network). The model heard English audiobooks (LibriSpeech) alone, and as its norms hear the
-    whole item, tokens depend a little on how long that is (it was trained on crops of up to 9.4 s): it is a model of
-    speech, and how much of music its tokens keep has to be measured. Licence: MIT, as fairseq says of its code and
-    models.
+    Model card. The model was trained on crops of up to 9.4 s of English audiobooks (LibriSpeech), so how much of music
+    its tokens keep must be measured. Its norms use the whole item, so tokens depend slightly on the length. The codes
+    were compared with a second implementation of the paper on files of the published layout with random weights; THE
+    PUBLISHED FILES THEMSELVES WERE NOT AT HAND. Licence: MIT (fairseq, code and models).
 
     Args:
-        checkpoint_path: fairseq's checkpoint; or the network, where it is built already.
-        target_sample_hz: Rate of the model (Hz), which its file decides: another one is refused.
-        seq_len_multiple_of: Samples at `target_sample_hz` that lengths are cut down to a multiple of; None = no cut.
+        checkpoint_path: fairseq's checkpoint, or a network.
+        target_sample_hz: Rate of the model, which its file decides; any other rate raises a ValueError.
+        seq_len_multiple_of: Samples at `target_sample_hz`: waves are cut to a multiple of it. None = no cut.
 
     Raises:
-        ValueError: If the file is missing, damaged, hostile or of another model, or a number does not fit.
+        ValueError: If the file is missing, damaged or of another model, or a number is out of range.
     """
 
     @beartype
@@ -112,7 +108,7 @@ class FairseqVQWav2Vec(SemanticTokenizer):
 
     @property
     def config(self) -> dict[str, Any]:
-        """What `from_config` needs to build this tokenizer, weights apart."""
+        """Constructor arguments for `from_config`, JSON-able."""
         return {
             "network": self.network.config,
             "target_sample_hz": self.target_sample_hz,
@@ -121,7 +117,7 @@ class FairseqVQWav2Vec(SemanticTokenizer):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "FairseqVQWav2Vec":
-        """Build a tokenizer whose weights are to be loaded: no published file is needed any more."""
+        """Build a tokenizer with random weights, without the published file."""
         return cls(VQWav2Vec.from_config(config["network"]), config["target_sample_hz"], config["seq_len_multiple_of"])
 
     def fingerprint(self) -> str:
@@ -129,14 +125,7 @@ class FairseqVQWav2Vec(SemanticTokenizer):
         return fingerprint_of(self)
 
     def num_frames(self, num_samples: int) -> int:
-        """Tokens of a wave, exactly: two groups in each of the 97 frames of a second are 194.
-
-        Args:
-            num_samples: Length of the wave at `target_sample_hz`.
-
-        Returns:
-            `((num_samples - reach) // stride + 1) * groups`, with a reach of 465 samples and a stride of 160 in the
-            published models, after the cut to `seq_len_multiple_of`.
+        """Exact number of tokens of a wave at `target_sample_hz`: the published models have 194 in a second.
 
         Raises:
             ValueError: If the wave is shorter than one frame.
@@ -148,7 +137,7 @@ class FairseqVQWav2Vec(SemanticTokenizer):
                 f", and lengths are cut to multiples of {self.seq_len_multiple_of}" if self.seq_len_multiple_of else ""
             )
             raise ValueError(
-                f"audio of {num_samples} samples is too short: a frame is made of {frames.reach} samples "
+                f"audio of {num_samples} samples is too short: a frame needs {frames.reach} samples "
                 f"({1000 * frames.reach / self.target_sample_hz:g} ms at {self.target_sample_hz} Hz){cut}; pass a "
                 "longer wave, or add silence"
             )
@@ -171,13 +160,7 @@ class FairseqVQWav2Vec(SemanticTokenizer):
 
 @beartype
 def vq_wav2vec_from_fairseq(checkpoint: FairseqCheckpoint) -> VQWav2Vec:
-    """Build the network of a published checkpoint.
-
-    Args:
-        checkpoint: What `read_fairseq` gave.
-
-    Returns:
-        The network in eval mode, float32; parts of the checkpoint that make no codes are left out.
+    """Build the network of a published checkpoint, in eval mode and float32, without the parts that make no codes.
 
     Raises:
         ValueError: If the checkpoint is of another model, lacks a setting, or its weights are missing, unknown or of
@@ -191,9 +174,9 @@ def vq_wav2vec_from_fairseq(checkpoint: FairseqCheckpoint) -> VQWav2Vec:
             f"{checkpoint.source} holds no vq-wav2vec: it has no weights vector_quantizer.* that make codes; give "
             "vq-wav2vec.pt or vq-wav2vec_kmeans.pt"
         )
-    said = _DEFAULTS | {name: value for name, value in checkpoint.model.items() if value is not None}
+    settings = _DEFAULTS | {name: value for name, value in checkpoint.model.items() if value is not None}
     try:
-        network = build_for(weights, lambda: _network_for(weights, said))
+        network = build_for(weights, lambda: _build_network(weights, settings))
     except (ValueError, RuntimeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{checkpoint.source}: {reason}; give the file as published") from error
@@ -201,56 +184,33 @@ def vq_wav2vec_from_fairseq(checkpoint: FairseqCheckpoint) -> VQWav2Vec:
     return network.eval()
 
 
-def _setting(said: dict[str, Any], name: str, kind: type, allowed: Any = None) -> Any:
-    """A setting that shows in no weight; ValueError where it is missing or makes no sense."""
-    value = said.get(name)
-    if type(value) is not kind or (allowed is not None and value not in allowed):
-        raise ValueError(f"codes depend on the setting {name}, which is {quoted(value)} in its args or cfg")
-    return value
+def _build_network(weights: dict[str, Tensor], settings: dict[str, Any]) -> VQWav2Vec:
+    """The network of these settings; the sizes of the quantizer are those of its weights."""
 
+    def setting(name: str, kind: type, allowed: Any = None) -> Any:
+        value = settings.get(name)
+        if type(value) is not kind or (allowed is not None and value not in allowed):
+            raise ValueError(f"codes depend on the setting {name}, which is {quoted(value)} in its args or cfg")
+        return value
 
-def _network_for(weights: dict[str, Tensor], said: dict[str, Any]) -> VQWav2Vec:
-    features = _features_for(weights, said)
-    return VQWav2Vec(features, _quantizer_for(weights, said, features.dim))
-
-
-def _features_for(weights: dict[str, Tensor], said: dict[str, Any]) -> ConvFeatures:
-    """Convolutions as the settings have them, once these agree with the weights."""
-    layers = conv_layers_of(said.get("conv_feature_layers") or "nothing")
-    # before anything is built: settings alone could ask for any amount of memory
-    before = 1
-    for place, (width, kernel, _) in enumerate(layers):
-        tensor = weights.get(f"features.layers.{place}.conv.weight", torch.empty(0))
-        if tensor.shape != (width, before, kernel):
-            raise ValueError(
-                f"convolution {place} is {width} wide behind {before}, with a kernel of {kernel}, in its settings, and "
-                f"{tuple(tensor.shape)} in its weights"
-            )
-        before = width
-    return ConvFeatures(
-        layers=layers,
-        activation=_setting(said, "activation", str, ACTIVATIONS),
-        log_compression=_setting(said, "log_compression", bool),
-        skip_scale=_setting(said, "residual_scale", float) if _setting(said, "skip_connections_feat", bool) else None,
+    activation = setting("activation", str, ACTIVATIONS)
+    features = ConvFeatures(
+        layers=conv_layers_of(settings.get("conv_feature_layers")),
+        activation=activation,
+        log_compression=setting("log_compression", bool),
+        skip_scale=setting("residual_scale", float) if setting("skip_connections_feat", bool) else None,
         affine_norm="features.layers.0.norm.weight" in weights,
     )
-
-
-def _quantizer_for(weights: dict[str, Tensor], said: dict[str, Any], dim: int) -> GumbelQuantizer | KMeansQuantizer:
-    """The quantizer whose sizes the weights show."""
-    groups = _setting(said, "vq_groups", int, range(1, dim + 1))
+    dim, groups = features.dim, setting("vq_groups", int, range(1, features.dim + 1))
     codebook = weights.get("quantizer.codebook")
     if codebook is not None:
         if codebook.ndim != 3 or dim % groups or not codebook.numel():
-            raise ValueError(
-                f"a codebook {tuple(codebook.shape)} does not serve {groups} groups of width {dim} together"
-            )
-        return KMeansQuantizer(dim=dim, groups=groups, codes=len(codebook), shared=codebook.shape[1] == 1)
-    biases = [tensor for name, tensor in weights.items() if re.fullmatch(r"quantizer\.layers\.\d+\.bias", name)]
-    if len(biases) > _MOST_LINEAR:
-        raise ValueError(f"{len(biases)} layers of a quantizer are more than {_MOST_LINEAR}")
-    last = weights.get(f"quantizer.layers.{len(biases) - 1}.bias", torch.empty(0))
+            raise ValueError(f"a codebook {tuple(codebook.shape)} does not belong to {groups} groups of {dim} channels")
+        is_shared = codebook.shape[1] == 1
+        return VQWav2Vec(features, KMeansQuantizer(dim=dim, groups=groups, codes=len(codebook), shared=is_shared))
+    depth = sum(re.fullmatch(r"quantizer\.layers\.\d+\.bias", name) is not None for name in weights)
+    last = weights.get(f"quantizer.layers.{depth - 1}.bias", torch.empty(0))
     if last.ndim != 1 or not last.numel() or len(last) % groups:
         raise ValueError(f"{last.numel()} logits cannot be divided among {groups} groups of codes")
-    activation = _setting(said, "activation", str, ACTIVATIONS)
-    return GumbelQuantizer(dim=dim, groups=groups, codes=len(last) // groups, depth=len(biases), activation=activation)
+    codes = len(last) // groups
+    return VQWav2Vec(features, GumbelQuantizer(dim=dim, groups=groups, codes=codes, depth=depth, activation=activation))

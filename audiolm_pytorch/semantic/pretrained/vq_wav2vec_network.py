@@ -1,4 +1,4 @@
-"""The network of vq-wav2vec (arXiv:1910.05453) as far as it makes codes: convolutions and a quantizer."""
+"""The part of vq-wav2vec (arXiv:1910.05453) that makes codes: convolutions and a quantizer."""
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -17,8 +17,8 @@ from audiolm_pytorch.semantic.windows import ReceptiveField
 __all__ = ["ACTIVATIONS", "ConvFeatures", "GumbelQuantizer", "KMeansQuantizer", "VQWav2Vec"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
-# Waves up to this are convolved whole, longer ones this much at a time: 30 s at 16 kHz hold 200 MB in the first layer.
-_SAMPLES_AT_ONCE = 480_000
+# Longer waves are convolved in chunks of this length: 30 s at 16 kHz take 200 MB in the first layer.
+_SAMPLES_PER_CHUNK = 480_000
 
 
 class _Moments(NamedTuple):
@@ -29,7 +29,7 @@ class _Moments(NamedTuple):
 
 
 class _ConvLayer(nn.Module):
-    """A convolution without padding or bias, normalised over all channels and all time, and an activation."""
+    """A convolution without padding and bias, a norm over all channels and all time, and an activation."""
 
     def __init__(
         self, dim_in: int, layer: list[int], *, activation: str, skip_scale: float | None, affine: bool
@@ -43,7 +43,7 @@ class _ConvLayer(nn.Module):
         self.kernel, self.stride = kernel, stride
 
     def forward(self, x: Tensor, moments: _Moments | None = None) -> Tensor:
-        """`[b, c, n]` to `[b, d, t]`; a part of a wave is normalised by the moments of the whole."""
+        """`[b, c, n]` to `[b, d, t]`. A chunk of a wave needs the moments of the whole wave."""
         y = self.conv(x)
         if moments is None:
             y = self.norm(y)
@@ -54,7 +54,7 @@ class _ConvLayer(nn.Module):
         y = self.activation(y)
         if self.skip_scale is None:
             return y
-        # The published rule; it is the stride except in inputs of a few frames.
+        # The published rule, which differs from the stride in inputs of a few frames.
         step = x.shape[-1] // y.shape[-1] if moments is None else self.stride
         return (y + x[..., ::step][..., : y.shape[-1]]) * sqrt(self.skip_scale)
 
@@ -62,14 +62,14 @@ class _ConvLayer(nn.Module):
 class ConvFeatures(nn.Module):
     """Convolutions over the wave (wav2vec, arXiv:1904.05862, sec. 2.1).
 
-    Every layer is normalised over the whole wave. Long waves are therefore worked through part by part, once for the
-    moments of each layer: features are those of the whole wave, without seams, for three to six times the work.
+    Every layer is normalised over the whole wave. Long waves are processed in chunks, first for the moments of each
+    layer, so features are those of the whole wave. This takes three to six times the computation.
 
     Args:
         layers: Width, kernel and stride of every convolution.
         activation: "relu" or "gelu".
-        log_compression: Whether features are compressed at the end, `log(1 + |x|)`.
-        skip_scale: Square of the factor on the sum of a layer's input and output; None = there are no such sums.
+        log_compression: Whether the features are `log(1 + |x|)`.
+        skip_scale: Square of the factor on the sum of a layer's input and output; None = no skip connections.
         affine_norm: Whether the norms have weights and biases.
     """
 
@@ -103,71 +103,74 @@ class ConvFeatures(nn.Module):
     def forward(self, wave: Tensor) -> Tensor:
         """Waves `[b, n]` without padding to features `[b, d, t]`."""
         x = rearrange(wave, "b n -> b 1 n")
-        if wave.shape[1] > _SAMPLES_AT_ONCE:
-            x = self._part_by_part(x)
+        if wave.shape[1] > _SAMPLES_PER_CHUNK:
+            x = self._in_chunks(x)
         else:
             for layer in self.layers:
                 x = layer(x)
         return x.abs().log1p() if self.log_compression else x
 
-    def _part_by_part(self, x: Tensor) -> Tensor:
+    def _in_chunks(self, x: Tensor) -> Tensor:
         """All layers over a long wave `[b, 1, n]`.
 
-        A layer's output is held where it is no larger than that of the first layer in one part, or no further layer
-        would make it smaller; until then, every part is worked through again from what was held last.
+        The output of a layer is kept if it is the last one, or takes no more memory than a chunk of the first layer.
+        Other outputs are computed again, from the last one that was kept.
         """
         layers = cast(list[_ConvLayer], list(self.layers))
-        known: list[tuple[_ConvLayer, _Moments]] = []
+        before: list[tuple[_ConvLayer, _Moments]] = []  # the layers since the kept output, which is x
         num_samples, stride = x.shape[-1], 1
         for layer in layers:
-            at_once = max(1, _SAMPLES_AT_ONCE // stride)
-            moments = _moments(layer.conv(part) for part in _parts(x, known, layer, at_once))
-            passed = stride * prod(before.stride for before, _ in known) * layer.stride
-            if passed == self.frames.stride or num_samples // passed <= _SAMPLES_AT_ONCE // layers[0].stride:
-                x = torch.cat([layer(part, moments) for part in _parts(x, known, layer, at_once)], dim=-1)
-                known, stride = [], passed
+            chunk_frames = max(1, _SAMPLES_PER_CHUNK // stride)
+            moments = _moments(layer.conv(chunk) for chunk in _chunks(x, before, layer, chunk_frames))
+            next_stride = stride * prod(other.stride for other, _ in before) * layer.stride
+            is_small = num_samples // next_stride <= _SAMPLES_PER_CHUNK // layers[0].stride
+            if is_small or next_stride == self.frames.stride:
+                x = torch.cat([layer(chunk, moments) for chunk in _chunks(x, before, layer, chunk_frames)], dim=-1)
+                before, stride = [], next_stride
             else:
-                known.append((layer, moments))
+                before.append((layer, moments))
         return x
 
 
-def _parts(x: Tensor, known: list[tuple[_ConvLayer, _Moments]], layer: _ConvLayer, at_once: int) -> Iterator[Tensor]:
-    """What goes into a layer behind those that are known, part by part; the layer's outputs follow without a gap."""
-    layers = [*(before for before, _ in known), layer]
-    frames = ReceptiveField.of_convolutions([one.kernel for one in layers], [one.stride for one in layers])
-    total, step = frames.num_frames(x.shape[-1]), max(1, frames.num_frames(at_once))
+def _chunks(
+    x: Tensor, before: list[tuple[_ConvLayer, _Moments]], layer: _ConvLayer, chunk_frames: int
+) -> Iterator[Tensor]:
+    """The input of a layer in chunks, computed from x by the layers before it; outputs of the layer do not overlap."""
+    layers = [*(other for other, _ in before), layer]
+    frames = ReceptiveField.of_convolutions([each.kernel for each in layers], [each.stride for each in layers])
+    total, step = frames.num_frames(x.shape[-1]), max(1, frames.num_frames(chunk_frames))
     for start in range(0, total, step):
-        part = x[..., frames.span(start, min(start + step, total))]
-        for before, moments in known:
-            part = before(part, moments)
-        yield part
+        chunk = x[..., frames.span(start, min(start + step, total))]
+        for other, moments in before:
+            chunk = other(chunk, moments)
+        yield chunk
 
 
-def _moments(parts: Iterator[Tensor]) -> _Moments:
-    """Moments of `[b, d, t]` over channels and time, put together from parts along time."""
+def _moments(chunks: Iterator[Tensor]) -> _Moments:
+    """Moments of `[b, d, t]` over channels and time, from chunks along time."""
     count: int = 0
     total: Tensor | float = 0.0
     squares: Tensor | float = 0.0
-    for part in parts:
-        numbers = rearrange(part, "b d t -> b (d t)")
-        variance, mean = (found.double() for found in torch.var_mean(numbers.float(), dim=-1, correction=0))
-        count += numbers.shape[1]
-        total = total + numbers.shape[1] * mean
-        squares = squares + numbers.shape[1] * (variance + mean.square())
+    for chunk in chunks:
+        values = rearrange(chunk, "b d t -> b (d t)")
+        variance, mean = (moment.double() for moment in torch.var_mean(values.float(), dim=-1, correction=0))
+        count += values.shape[1]
+        total = total + values.shape[1] * mean
+        squares = squares + values.shape[1] * (variance + mean.square())
     mean = torch.as_tensor(total) / count
     variance = (torch.as_tensor(squares) / count - mean.square()).clamp(min=0.0)
-    return _Moments(*(rearrange(found.float(), "b -> b 1 1") for found in (mean, variance)))
+    return _Moments(rearrange(mean.float(), "b -> b 1 1"), rearrange(variance.float(), "b -> b 1 1"))
 
 
 class GumbelQuantizer(nn.Module):
-    """Codes as the largest logits (sec. 3.1): without the noise of training a Gumbel softmax is an argmax.
+    """The codes with the largest logits (sec. 3.1), which are those of the Gumbel softmax without noise.
 
     Args:
         dim: Width of the features.
-        groups: Codes a frame.
-        codes: Different codes of a group.
+        groups: Codes of a frame.
+        codes: Number of different codes in a group.
         depth: Linear layers; those before the last are twice as wide as the features.
-        activation: Between them, "relu" or "gelu".
+        activation: "relu" or "gelu", between the layers.
     """
 
     @beartype
@@ -180,7 +183,7 @@ class GumbelQuantizer(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
 
     def vectors(self, features: Tensor) -> Tensor:
-        """What the codes of frames are decided from: features `[b, d, t]` -> `[b, t, d]`."""
+        """Input of `assign`: features `[b, d, t]` -> `[b, t, d]`."""
         return rearrange(features, "b d t -> b t d")
 
     def assign(self, vectors: Tensor) -> Tensor:
@@ -192,13 +195,13 @@ class GumbelQuantizer(nn.Module):
 
 
 class KMeansQuantizer(nn.Module):
-    """Codes as the nearest entries of a codebook (sec. 3.2), group by group of the projected, normalised features.
+    """The nearest entries of a codebook (sec. 3.2), for each group of the projected, normalised features.
 
     Args:
         dim: Width of the features.
-        groups: Codes a frame.
-        codes: Different codes of a group.
-        shared: Whether the groups have one codebook in common.
+        groups: Codes of a frame.
+        codes: Number of different codes in a group.
+        shared: Whether all groups use one codebook.
     """
 
     @beartype
@@ -211,7 +214,7 @@ class KMeansQuantizer(nn.Module):
         self.codebook = nn.Parameter(torch.zeros(codes, 1 if shared else groups, dim // groups))
 
     def vectors(self, features: Tensor) -> Tensor:
-        """What the codes of frames are decided from: features `[b, d, t]` -> `[b, t, d]`, normalised over time."""
+        """Input of `assign`: features `[b, d, t]` -> `[b, t, d]`, normalised over time."""
         return rearrange(self.norm(self.projection(features)), "b d t -> b t d")
 
     def assign(self, vectors: Tensor) -> Tensor:
@@ -222,19 +225,11 @@ class KMeansQuantizer(nn.Module):
         return rearrange(codes, "g (b t) -> b t g", b=len(vectors))
 
 
-_QUANTIZERS: dict[str, type[GumbelQuantizer] | type[KMeansQuantizer]] = {
-    "gumbel": GumbelQuantizer,
-    "kmeans": KMeansQuantizer,
-}
+_QUANTIZERS = {"gumbel": GumbelQuantizer, "kmeans": KMeansQuantizer}
 
 
 class VQWav2Vec(nn.Module):
-    """The part of vq-wav2vec that makes codes.
-
-    Args:
-        features: Waves to features.
-        quantizer: Features to codes.
-    """
+    """The part of vq-wav2vec that makes codes: waves to features to codes."""
 
     @beartype
     def __init__(self, features: ConvFeatures, quantizer: GumbelQuantizer | KMeansQuantizer) -> None:
@@ -244,22 +239,22 @@ class VQWav2Vec(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """What `from_config` needs, weights apart."""
+        """Constructor arguments for `from_config`, JSON-able."""
         kind = next(name for name, cls in _QUANTIZERS.items() if isinstance(self.quantizer, cls))
         return {"features": self.features.config, "kind": kind, "quantizer": self.quantizer.config}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "VQWav2Vec":
-        """Build a network whose weights are to be loaded."""
+        """Build a network with random weights."""
         return cls(ConvFeatures(**config["features"]), _QUANTIZERS[config["kind"]](**config["quantizer"]))
 
     @property
     def frames(self) -> ReceptiveField:
-        """Which samples each frame is made of."""
+        """Receptive field of a frame."""
         return self.features.frames
 
     def vectors(self, wave: Tensor) -> Tensor:
-        """What the codes of waves `[b, n]` without padding are decided from, `[b, t, d]`."""
+        """Vectors `[b, t, d]` that decide the codes of waves `[b, n]` without padding."""
         return self.quantizer.vectors(self.features(wave))
 
     def forward(self, wave: Tensor) -> Tensor:

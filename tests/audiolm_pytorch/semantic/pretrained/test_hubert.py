@@ -248,7 +248,7 @@ def test_what_cannot_be_is_one_line_with_the_mend(published, tokenizer, tmp_path
         (opening(checkpoint, tmp_path / "cut.bin"), "cut.bin .*damaged.*again"),
         (opening(checkpoint, checkpoint), "is a checkpoint of torch: are checkpoint and k-means exchanged"),
         (opening(kmeans_path, checkpoint), "is a checkpoint of torch: are checkpoint and k-means exchanged"),
-        (lambda: tokenizer(torch.zeros(1, 399)), "399 samples is too short: a frame is made of 400.*longer wave"),
+        (lambda: tokenizer(torch.zeros(1, 399)), "399 samples is too short: a frame needs 400.*longer wave"),
         (lambda: tokenizer(torch.zeros(1, 1000), input_sample_hz=44_100), "363 samples is too short"),
         (lambda: tokenizer(torch.zeros(1000)), r"must be float \[b, n\].*batch axis"),
         (lambda: tokenizer(torch.zeros(1, 2, 1000)), "mix channels down"),

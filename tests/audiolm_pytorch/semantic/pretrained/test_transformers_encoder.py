@@ -108,7 +108,7 @@ def test_frame_counts_are_exact(models, name):
         else:
             counted = (1 + (num_samples - 400) // 160) // 2
         assert encoder.num_frames(num_samples) == counted == encoder.features(noise(1, num_samples))[0].shape[1]
-    with pytest.raises(ValueError, match=rf"{reach - 1} samples is too short: a frame is made of {reach} samples .*ms"):
+    with pytest.raises(ValueError, match=rf"{reach - 1} samples is too short: a frame needs {reach} samples .*ms"):
         encoder.num_frames(reach - 1)
 
 
@@ -174,7 +174,7 @@ def test_filterbanks_are_the_same_in_parts(monkeypatch):
     wave = noise(2, 30_000)
     front = filterbank.Filterbank()
     whole = front(wave)
-    monkeypatch.setattr(filterbank, "_FRAMES_AT_ONCE", 7)
+    monkeypatch.setattr(filterbank, "_FRAMES_PER_CHUNK", 7)
     torch.testing.assert_close(front(wave), whole, rtol=0, atol=1e-5)
     expected = transformers.SeamlessM4TFeatureExtractor()(list(wave.numpy()), sampling_rate=16_000, return_tensors="pt")
     torch.testing.assert_close(whole, expected["input_features"][:, : whole.shape[1]], rtol=0, atol=1e-5)
@@ -302,7 +302,7 @@ def test_bad_sources_are_refused(models, tmp_path):
         (tmp_path / "bert", {}, "'bert', 'data2vec-audio' or .* is needed"),
         (tmp_path / "hubert", {"layer_count": 4}, r"has 3 layers: give one of 0\.\.3, not 4"),
         (tmp_path / "w2v_bert", {}, "not of one model"),
-        (LoadedModel(transformers.BertModel(transformers.BertConfig(**SIZES))), {}, "'bert' cannot be read"),
+        (LoadedModel(transformers.BertModel(transformers.BertConfig(**SIZES))), {}, "'bert' are not read"),
     ]:
         with pytest.raises(ValueError, match=message) as caught:
             TransformersEncoder(source, **options)
@@ -318,7 +318,7 @@ def test_bad_waves_are_refused(models):
         (torch.zeros(0, 800), None, None, "not empty"),
         (torch.full((1, 800), torch.nan), None, None, "NaN"),
         (torch.full((1, 800), torch.inf), None, None, "infinite"),
-        (torch.zeros(1, 399), None, None, "399 samples is too short: a frame is made of 400 samples"),
+        (torch.zeros(1, 399), None, None, "399 samples is too short: a frame needs 400 samples"),
         (torch.zeros(2, 800), torch.tensor([800, 399]), None, "399 samples is too short"),
         (torch.zeros(2, 800), torch.tensor([800, 801]), None, r"1\.\.800"),
         (torch.zeros(1, 800), None, 4, r"0\.\.3"),

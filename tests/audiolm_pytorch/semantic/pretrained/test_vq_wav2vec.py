@@ -133,7 +133,7 @@ def test_long_waves_have_no_seams(files, changes, samples_at_once, monkeypatch):
     tokenizer = FairseqVQWav2Vec(files(**changes))
     wave = sounds(2, 40_000, seed=5)
     whole, ids = tokenizer.network.vectors(wave), tokenizer(wave)
-    monkeypatch.setattr(vq_wav2vec_network, "_SAMPLES_AT_ONCE", samples_at_once)
+    monkeypatch.setattr(vq_wav2vec_network, "_SAMPLES_PER_CHUNK", samples_at_once)
     parts = tokenizer.network.vectors(wave)
     torch.testing.assert_close(parts, whole, atol=2e-5, rtol=2e-5)
     assert not torch.equal(parts, whole), "the parts were not used"
@@ -252,10 +252,10 @@ CASES = {
     "no quantizer": "holds no vq-wav2vec.*give vq-wav2vec.pt",
     "lacking": "missing: features.layers.2.norm.bias",
     "unknown": "not known to the module: feature_extractor.mystery",
-    "other layers": "convolution 0 is 999999 wide.*in its weights",
-    "other input": "convolution 1 is 2000 wide behind 2000.*in its weights",
+    "other layers": "settings ask for a model of",
+    "other input": "settings ask for a model of",
     "large quantizer": "settings ask for a model of",
-    "deep quantizer": "layers of a quantizer",
+    "deep quantizer": "settings ask for a model of",
     "program": "conv_feature_layers.*not understood",
     "no log": "log_compression, which is 'None'",
     "odd activation": "activation, which is 'swish'",
