@@ -19,7 +19,6 @@ from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.data.manifest import load_items
 from audiolm_pytorch.saving.fingerprint import fingerprint_of
-from musiclm_pytorch.cli.checks import check_file, device_named
 from musiclm_pytorch.evaluation.codec_report import CodecRow, Estimate, distance_row
 from musiclm_pytorch.evaluation.report import (
     Metric,
@@ -214,11 +213,9 @@ def main(
         device: Device of the codec.
         offline: Do not use a model hub.
     """
-    if json is not None:
-        check_file(json, (".json",))
     if opus:
         require_opus()
-    module = codec_named(codec, device_named(device), offline)
+    module = codec_named(codec, device, offline)
     fitted = fitted_classifier(data, classifier)
     items = load_items(data / "valid.jsonl").items[:limit]
     truth = {name: labels_of(items, name) for name in fitted.classes}
