@@ -54,7 +54,7 @@ _SETTINGS = (
     "relative_attention_max_distance",
     "rope_parameters",
 )
-# As MuLan's BERT (arXiv:2208.12415, sec. 3.2); models with relative positions have no limit of their own.
+# As MuLan's BERT (arXiv:2208.12415, sec. 3.2); models with relative positions have no limit.
 _DEFAULT_MAX_TOKENS = 512
 _UNLIMITED = 2**31
 
@@ -194,7 +194,7 @@ class PublishedTextEncoder(nn.Module):
 def tokenizer_of(
     loaded: LoadedModel, source: str | Path | LoadedModel, tokenizer: TextTokenizer | None, **where: Any
 ) -> TextTokenizer:
-    """Return `tokenizer`, or, if it is None, the tokenizer in `source`, from the same commit as the weights."""
+    """Return `tokenizer` or, by default, the tokenizer in `source`, from the same commit as the weights."""
     if tokenizer is not None:
         return tokenizer
     if isinstance(source, LoadedModel):

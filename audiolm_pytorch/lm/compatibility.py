@@ -89,10 +89,7 @@ def agreed_fingerprints(
 
     Args:
         transformer: The stage.
-        wav2vec: Semantic tokenizer; None = unknown.
-        codec: Codec; None = unknown.
-        audio_conditioner: Conditioner; None = unknown.
-        text_conditioner: Text encoder; None = unknown.
+        wav2vec: Semantic tokenizer; None = unknown, also for the other modules.
         shards: Token shards that the stage is trained on.
         kinds: Kinds to compare; None = all that the stage uses.
 

@@ -60,8 +60,6 @@ class StageTransformer(TokenTransformer):
         config: The part of `config` that a subclass adds.
         streams: The stage's own streams.
         pattern: `flat`, `delayed` or `parallel`, see `TokenLayout`.
-        dim: Width d.
-        depth: Number of blocks.
         extra_streams: Further input streams (as objects, or as `Stream.to_dict` describes them). The name of a stream
             is its kind of token, e.g. ids of a text (not in time) or a melody (in time).
         audio_text_condition: Whether the model is conditioned on codes.

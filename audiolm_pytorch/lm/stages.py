@@ -19,14 +19,11 @@ class SemanticTransformer(StageTransformer):
 
     Args:
         num_semantic_tokens: Vocabulary of the semantic tokenizer.
-        dim: Width d.
-        depth: Number of blocks.
         rate_hz: Semantic tokens per second.
         eos: Whether the model learns where files end.
         pattern: `flat`, or another pattern to align extra streams that are in time.
-        audio_text_condition: Whether the model is conditioned on codes.
-        **options: Further arguments of `StageTransformer` (cond_dim, extra_streams) and `TokenTransformer` (heads,
-            dropout, text_dim, ...).
+        **options: Further arguments of `StageTransformer` (audio_text_condition, cond_dim, extra_streams) and of
+            `TokenTransformer` (heads, dropout, text_dim, ...).
     """
 
     namespace = "semantic"
@@ -64,14 +61,10 @@ class CoarseTransformer(StageTransformer):
         num_semantic_tokens: Vocabulary of the semantic tokenizer.
         codebook_size: Vocabulary of every acoustic level.
         num_coarse_quantizers: Number of predicted levels, with all groups.
-        dim: Width d.
-        depth: Number of blocks.
         pattern: `delayed`, `parallel`, or `flat`, AudioLM's (all semantic tokens first).
         semantic_rate_hz: Semantic tokens per second.
         rate_hz: Acoustic frames per second.
         num_groups: Codes per residual level of the codec.
-        audio_text_condition: Whether the model is conditioned on codes.
-        **options: See `SemanticTransformer`.
     """
 
     namespace = "coarse"
@@ -125,13 +118,9 @@ class FineTransformer(StageTransformer):
         num_coarse_quantizers: Number of input levels, with all groups.
         num_fine_quantizers: Number of predicted levels, with all groups.
         codebook_size: Vocabulary of every acoustic level.
-        dim: Width d.
-        depth: Number of blocks.
         pattern: `delayed`, `parallel`, or `flat`, AudioLM's (all coarse levels first).
         rate_hz: Acoustic frames per second.
         num_groups: Codes per residual level of the codec.
-        audio_text_condition: Whether the model is conditioned on codes.
-        **options: See `SemanticTransformer`.
     """
 
     namespace = "fine"

@@ -41,9 +41,9 @@ class TokenLoss:
 class TokenTransformer(nn.Module):
     """Decoder-only language model over the rows of a token layout.
 
-    A row is embedded as the sum of its tokens. Every level of every predicted stream has a linear head of its own.
-    Conditioning codes are a prefix of the sequence; text states are a prefix too, or cross-attention reads them. A
-    learned null embedding replaces a missing condition.
+    A row is embedded as the sum of its tokens. Every level of every predicted stream has its own linear head. The codes
+    of a condition are a prefix of the sequence; text states are a prefix too, or cross-attention reads them. A learned
+    null embedding replaces a missing condition.
 
     Args:
         layout: The streams and their arrangement.
@@ -111,7 +111,7 @@ class TokenTransformer(nn.Module):
         if text_dim is not None:
             self.text_projection = nn.Linear(text_dim, dim, bias=False)
             self.text_norm = RMSNorm(dim)
-            scale = 1.0 if cross else INIT_STD  # cross-attention projects states without a norm of its own
+            scale = 1.0 if cross else INIT_STD  # cross-attention does not normalise states
             self.null_text = nn.Parameter(torch.randn(dim) * scale)
             nn.init.constant_(self.text_norm.weight, scale)
 

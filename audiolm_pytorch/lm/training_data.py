@@ -55,7 +55,7 @@ class StageSource(ABC):
 
     Args:
         transformer: The stage.
-        audio_conditioner: Conditioner of the stage.
+        audio_conditioner: Its conditioner.
         text_prob: Probability that a captioned recording is conditioned on the codes of its caption, not on its own.
         seed: Seed of crops and of the choice between captions and audio.
     """
@@ -121,9 +121,6 @@ class WaveSource(StageSource):
         seconds: Length of a crop; None = whole files.
         wav2vec: Semantic tokenizer, for a stage with semantic tokens.
         codec: Codec, for a stage with acoustic tokens.
-        audio_conditioner: Conditioner, for a stage that is conditioned on codes.
-        text_prob: See `StageSource`.
-        seed: See `StageSource`.
     """
 
     @beartype
@@ -231,9 +228,6 @@ class ShardSource(StageSource):
             `text_dim` needs `captions` (see `encode_texts`).
         transformer: The stage; its streams declare the rate of each kind of token.
         seconds: Length of a crop; None = whole records.
-        audio_conditioner: Computes codes of the latents.
-        text_prob: See `StageSource`.
-        seed: See `StageSource`.
     """
 
     @beartype

@@ -37,7 +37,7 @@ class TokenLayout:
     Attributes:
         inputs: Streams that are only read.
         predicted: Streams that the model predicts, at least one.
-        heads: Outputs of a model: one per level of each predicted stream.
+        heads: Outputs of a model, one per level of each predicted stream.
         num_ids: Number of ids.
         null_id: Id of the null token; None if all streams are in time.
     """
@@ -85,11 +85,9 @@ class TokenLayout:
 
     @beartype
     def table(self, num_frames: Mapping[str, int], ends: bool = False) -> CellTable:
-        """Return the contents of every cell for numbers of frames by stream name. The table is cached and read-only.
+        """Return the contents of every cell for `num_frames` by stream name; the table is cached, do not write to it.
 
-        Args:
-            num_frames: Frames of every stream, by name.
-            ends: Whether streams with an end id hold it after their last frame.
+        With `ends`, streams that have an end id hold it after their last frame.
         """
         counts = frame_counts(self.streams, num_frames, 1)[0].tolist()
         return cell_table(self.streams, self.pattern, tuple(counts), ends)

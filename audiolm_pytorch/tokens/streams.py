@@ -26,7 +26,7 @@ class Stream:
         rate_hz: Frames per second. None = not in time (ids of a text, codes of a whole recording): such a stream is an
             input, and may be empty.
         is_input: Whether the model only reads the stream. Otherwise it predicts the stream.
-        eos: Whether the stream may end early. It then has one end-of-sequence id of its own.
+        eos: Whether the stream may end early. It then has an end-of-sequence id.
         num_groups: Codes per residual level. The delayed pattern delays levels, not groups.
     """
 
