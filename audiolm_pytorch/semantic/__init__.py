@@ -1,4 +1,4 @@
-"""Semantic tokens: the protocol, published encoders, and one that learns from audio alone (BEST-RQ and k-means)."""
+"""Semantic tokens: base classes, published encoders, and an encoder trained on audio alone (BEST-RQ, k-means)."""
 
 from audiolm_pytorch.semantic.base import FrameEncoder, SemanticTokenizer
 from audiolm_pytorch.semantic.best_rq.model import BestRQ, BestRQEncoder

@@ -1,4 +1,4 @@
-"""De-duplication of semantic tokens that keeps run lengths, and its exact inverse."""
+"""De-duplication of semantic tokens with run lengths, and its exact inverse."""
 
 from dataclasses import dataclass
 
@@ -15,12 +15,12 @@ PADDING = -1
 
 @dataclass(frozen=True)
 class Runs:
-    """Tokens without immediate repetitions (AudioLM, arXiv:2209.03143, sec. III-B), and how often each stood there.
+    """Tokens without immediate repetitions (AudioLM, arXiv:2209.03143, sec. III-B), with the length of each run.
 
     Attributes:
         ids: `[b, r]` int64, -1 past an item's own runs.
-        run_lengths: `[b, r]` int64, tokens in each run, 0 past an item's own runs.
-        num_tokens: Columns of the padded batch that the runs came from; None = as many as the longest item needs.
+        run_lengths: `[b, r]` int64, 0 past an item's own runs.
+        num_tokens: Columns of the padded batch of tokens. None = the number that the longest item needs.
     """
 
     ids: Tensor
@@ -30,25 +30,18 @@ class Runs:
 
 @beartype
 def deduplicate(ids: Tensor) -> Runs:
-    """Merge equal neighbours into runs. Time is in the run lengths: without them the tokens have no rate any more.
+    """Merge equal neighbours of the ids `[b, t]` of a `SemanticTokenizer` into runs; `expand` is the inverse.
 
-    Args:
-        ids: `[b, t]` int, -1 past an item's own tokens (as a `SemanticTokenizer` gives them).
-
-    Returns:
-        The runs; `expand` gives `ids` back.
-
-    Raises:
-        ValueError: If the shape is another, a number lies below -1, or an id follows padding.
+    Without the run lengths, tokens do not have a constant rate any more.
     """
     _check_integers("ids", ids)
     real = ids >= 0
     if bool((ids < PADDING).any()) or bool((real[:, 1:] & ~real[:, :-1]).any()):
-        raise ValueError("ids must be 0 or more, and -1 past the end of an item: one follows padding, or lies below -1")
+        raise ValueError("ids must be 0 or more, and -1 past the end of an item; got an id after padding, or below -1")
     is_start = real.clone()
     is_start[:, 1:] &= ids[:, 1:] != ids[:, :-1]
     num_runs = int(is_start.sum(dim=1).max()) if is_start.numel() else 0
-    # Tokens of a run share its place; those of the padding fall on the last run and weigh nothing.
+    # Tokens of a run share its place. Padding belongs to the last run and adds 0 to its length.
     place = (is_start.cumsum(dim=1) - 1).clamp(min=0)
     run_lengths = ids.new_zeros(len(ids), num_runs, dtype=torch.int64)
     run_ids = torch.full_like(run_lengths, PADDING)
@@ -61,17 +54,9 @@ def deduplicate(ids: Tensor) -> Runs:
 
 @beartype
 def expand(runs: Runs) -> Tensor:
-    """Repeat every token as often as its run is long.
+    """Repeat every token by its run length: ids `[b, t]` int64, -1 past an item's own tokens.
 
-    Args:
-        runs: Runs of `deduplicate`, or of a model; neighbours may be equal.
-
-    Returns:
-        Ids `[b, t]` int64, -1 past an item's own tokens.
-
-    Raises:
-        ValueError: If shapes differ, an id has no positive length, padding has a length, or there are more tokens than
-            `num_tokens`.
+    Neighbouring runs may be equal. More tokens than `num_tokens` raise a ValueError.
     """
     ids, run_lengths = runs.ids, runs.run_lengths
     _check_integers("ids", ids)
@@ -90,7 +75,7 @@ def expand(runs: Runs) -> Tensor:
     return expanded
 
 
-def _check_integers(name: str, given: Tensor) -> None:
-    """Refuse what is no `[b, t]` tensor of whole numbers."""
-    if given.ndim != 2 or given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
-        raise ValueError(f"{name} must be int [b, t], got {given.dtype} {tuple(given.shape)}")
+def _check_integers(name: str, value: Tensor) -> None:
+    """Check that a tensor is `[b, t]` of integers."""
+    if value.ndim != 2 or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise ValueError(f"{name} must be int [b, t], got {value.dtype} {tuple(value.shape)}")

@@ -1,8 +1,9 @@
-"""Features of long waves in bounded memory: overlapping windows that stand at fixed places."""
+"""Features of long waves in bounded memory, computed in overlapping windows at fixed positions."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import torch
 from beartype import beartype
 from torch import Tensor
 
@@ -12,13 +13,12 @@ __all__ = ["ReceptiveField", "Windows", "features_in_windows"]
 @beartype
 @dataclass(frozen=True)
 class ReceptiveField:
-    """Which positions of its input (samples, or vectors of a front end) each frame of an encoder is made of.
+    """Receptive field of the frames of convolutions without padding: frame i covers `[i * stride, i * stride + reach)`.
 
-    A stack of convolutions without padding is one such rule, however many layers it has: kernels and strides add up
-    exactly. Frame i covers positions `[i * stride, i * stride + reach)`.
+    Positions are samples, or vectors of a front end.
 
     Attributes:
-        reach: Positions that one frame is made of; HuBERT's seven convolutions reach 400 samples.
+        reach: Positions of one frame; HuBERT's seven convolutions have 400 samples together.
         stride: Positions from one frame to the next; 320 samples in HuBERT.
     """
 
@@ -31,7 +31,7 @@ class ReceptiveField:
 
     @classmethod
     def of_convolutions(cls, kernels: Iterable[int], strides: Iterable[int]) -> "ReceptiveField":
-        """The rule of a stack of convolutions without padding, first layer first."""
+        """Receptive field of a stack of convolutions, from the first to the last layer."""
         reach, stride = 1, 1
         for kernel, step in zip(kernels, strides):
             reach += (kernel - 1) * stride
@@ -39,22 +39,22 @@ class ReceptiveField:
         return cls(reach, stride)
 
     def num_frames(self, num_positions: int) -> int:
-        """Frames that fit into that many positions; 0 where not one does."""
+        """Frames of that many positions; 0 if there are too few for one."""
         return max(0, (num_positions - self.reach) // self.stride + 1)
 
     def span(self, first: int, last: int) -> slice:
-        """The positions that frames `first <= i < last` are made of."""
+        """The positions of frames `first <= i < last`."""
         return slice(first * self.stride, (last - 1) * self.stride + self.reach)
 
 
 @beartype
 @dataclass(frozen=True)
 class Windows:
-    """Where the windows stand: window w answers for frames `[w * keep, (w + 1) * keep)`.
+    """Sizes of windows in frames: window w computes frames `[w * keep, (w + 1) * keep)`.
 
     Attributes:
-        keep: Frames that a window answers for.
-        context: Frames that it sees on each side of them.
+        keep: Frames of a window.
+        context: Frames on each side that are encoded with them.
     """
 
     keep: int
@@ -68,18 +68,16 @@ class Windows:
 def features_in_windows(
     encode: Callable[[Tensor], Tensor], inputs: Tensor, frames: ReceptiveField, windows: Windows
 ) -> Tensor:
-    """Encode a batch without padding; what is longer than a window, window by window.
+    """Encode a batch without padding, in windows if it has more than `windows.keep` frames.
 
-    The windows' places depend on nothing but the input's own start, so an item gives the same features alone, in any
-    batch and however much follows. An input of up to `keep` frames is encoded whole. Beyond that, an encoder that sees
-    no farther than `context` frames gives what it gives for the whole input; of another, the frames near the seams are
-    approximate. Every frame is answered for by exactly one window, so counts never differ.
+    The positions of the windows depend only on the start of an item, so that its features do not depend on the batch or
+    on later audio. The result equals that of the whole input if the encoder reaches at most `context` frames; otherwise
+    frames near the ends of a window are approximate.
 
     Args:
         encode: `[b, m, ...]` to `[b, frames.num_frames(m), d]`.
         inputs: `[b, n, ...]`, samples or vectors of a front end.
-        frames: The arithmetic of `encode`.
-        windows: Where the windows stand.
+        frames: The receptive field of `encode`.
 
     Returns:
         Features `[b, frames.num_frames(n), d]`.
@@ -87,12 +85,10 @@ def features_in_windows(
     total = frames.num_frames(inputs.shape[1])
     if total <= windows.keep:
         return encode(inputs)
-    found = inputs.new_empty(0)
+    parts = []
     for start in range(0, total, windows.keep):
         first = max(0, start - windows.context)
         last = min(total, start + windows.keep + windows.context)
-        features = encode(inputs[:, frames.span(first, last)])[:, start - first : start - first + windows.keep]
-        if start == 0:
-            found = features.new_empty(len(inputs), total, features.shape[-1])
-        found[:, start : start + windows.keep] = features
-    return found
+        features = encode(inputs[:, frames.span(first, last)])
+        parts.append(features[:, start - first : start - first + windows.keep])
+    return torch.cat(parts, dim=1)

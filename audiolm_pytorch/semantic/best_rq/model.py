@@ -127,7 +127,7 @@ class MaskedPrediction(NamedTuple):
     Attributes:
         loss: Scalar, mean cross-entropy (nats) over hidden tokens, plus the weighted one over visible tokens.
         accuracy: Scalar, share of hidden targets predicted; chance is 1 / codebook_size.
-        majority: Scalar, accuracy of always predicting the most frequent target of these tokens: a stronger baseline.
+        majority: Scalar, accuracy of always predicting the most frequent target of these tokens.
         hidden: `[b, t]` bool, the tokens that were hidden.
     """
 

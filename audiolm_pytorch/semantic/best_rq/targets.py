@@ -1,4 +1,4 @@
-"""Masked prediction without an encoder: which tokens are hidden, and what the answer is (arXiv:2202.01855)."""
+"""Targets and masks of BEST-RQ (arXiv:2202.01855)."""
 
 from collections.abc import Iterable
 
@@ -10,23 +10,21 @@ from torch import Tensor, nn
 
 __all__ = ["Decorrelation", "RandomProjectionQuantizer", "TokenTargets", "sample_span_mask"]
 
-# Directions that hardly vary hold rounding noise, and unit variance would make it as loud as the rest.
-_LEAST_VARIANCE = 1e-4
+# Directions with less variance are rounding noise, which must not be scaled to unit variance.
+_MIN_VARIANCE = 1e-4
 _SUBSPACE_ROUNDS = 8
 
 
 class RandomProjectionQuantizer(nn.Module):
-    """Frozen targets: project to a few dimensions at random, name the nearest random code (arXiv:2202.01855, eq. 1).
+    """Frozen targets: a random projection, and the index of the nearest random code (arXiv:2202.01855, eq. 1).
 
-    Everything is a buffer drawn from a generator of its own, so a seed fixes the targets whatever else is random. The
-    input must be normalised, or most codes stay unused (sec. 3.1).
+    Only `seed` determines the targets. The input must be normalised, or most codes stay unused (sec. 3.1).
 
     Args:
         dim: Width of the input vectors.
         codebook_size: Codes per codebook, V.
         codebook_dim: Width of the projection.
-        num_targets: Codebooks, each with a projection of its own.
-        seed: Seed of projections and codebooks.
+        num_targets: Codebooks, each with its own projection.
     """
 
     @beartype
@@ -47,26 +45,21 @@ class RandomProjectionQuantizer(nn.Module):
 
     @torch.no_grad()
     def forward(self, frames: Tensor) -> Tensor:
-        """Name every vector, `[..., dim]` -> `[..., num_targets]` int64, in float32: bfloat16 would move targets."""
+        """Codes of vectors, `[..., dim]` -> `[..., num_targets]` int64. In float32; bfloat16 has other targets."""
         with torch.autocast(frames.device.type, enabled=False):
-            # The nearest of unit vectors has the greatest inner product; the length of the projection does not matter.
+            # The nearest unit vector has the largest inner product, whatever the norm of the projection.
             projected = torch.einsum("... d, q d e -> ... q e", frames.float(), self.projection)
             return torch.einsum("... q e, q v e -> ... q v", projected, self.codebook).argmax(dim=-1)
 
 
 class Decorrelation(nn.Module):
-    """The directions in which vectors vary most, each with unit variance (whitened principal components).
+    """Whitened principal components of vectors: the directions of largest variance, each with unit variance.
 
-    Neighbouring mel bands and frames say nearly the same, so a random projection of them hears little but loudness:
-    after whitening, what tells one pitch from another weighs as much.
+    Neighbouring mel bands and frames are correlated, so that a random projection of them depends mostly on loudness.
+    After whitening, differences of pitch have the same weight.
 
     Args:
-        dim: Width of the vectors.
-        num_directions: Directions kept, at most `dim`; orthonormal ones at random until `fit` has seen vectors.
-        seed: Seed of these.
-
-    Raises:
-        ValueError: If there are more directions than dimensions.
+        num_directions: Directions kept, at most `dim`. Until `fit`, they are random orthonormal directions.
     """
 
     @beartype
@@ -88,11 +81,7 @@ class Decorrelation(nn.Module):
 
     @torch.no_grad()
     def fit(self, batches: Iterable[Tensor]) -> None:
-        """Take the directions from vectors `[m, dim]`, read once.
-
-        Raises:
-            ValueError: If there are no vectors.
-        """
+        """Compute the directions from batches of vectors `[m, dim]`, in one pass."""
         count = 0
         total = torch.zeros_like(self.mean, dtype=torch.float64)
         products = total.new_zeros(len(total), len(total))
@@ -105,27 +94,26 @@ class Decorrelation(nn.Module):
             raise ValueError("decorrelation needs at least one vector, got none")
         mean = total / count
         covariance = products / count - torch.outer(mean, mean)
-        # Subspace iteration: all directions of a few thousand dimensions would take half a minute, for a few of them.
+        # Subspace iteration finds the few directions; a full decomposition of a few thousand takes half a minute.
         basis, rounded = self.basis, covariance.float()
         for _ in range(_SUBSPACE_ROUNDS):
             basis, _ = torch.linalg.qr(rounded @ basis)
         basis = basis.double()
         variances, rotation = torch.linalg.eigh(basis.T @ covariance @ basis)
         self.mean.copy_(mean)
-        self.basis.copy_((basis @ rotation / variances.clamp(min=_LEAST_VARIANCE).sqrt()).flip(1))
+        self.basis.copy_((basis @ rotation / variances.clamp(min=_MIN_VARIANCE).sqrt()).flip(1))
 
 
 class TokenTargets(nn.Module):
-    """What masked prediction has to name at every token: codes of its decorrelated surroundings.
+    """Targets of masked prediction: codes of a token and its neighbours, decorrelated.
 
     Args:
         dim: Width of the vectors of the front end.
         codebook_size: Codes per codebook, V.
         codebook_dim: Width of the random projection.
         num_targets: Codebooks, q.
-        reach_tokens: Tokens on each side that a target describes, too; 0 = as in arXiv:2202.01855.
-        num_directions: Directions that are left of them (see `Decorrelation`); None = all as they are, as there.
-        seed: Seed of everything random.
+        reach_tokens: Neighbours on each side that a target also describes; 0 as in arXiv:2202.01855.
+        num_directions: Directions that remain (see `Decorrelation`). None = no decorrelation, as in arXiv:2202.01855.
     """
 
     @beartype
@@ -150,41 +138,34 @@ class TokenTargets(nn.Module):
             width if num_directions is None else num_directions, codebook_size, codebook_dim, num_targets, seed
         )
 
-    def surroundings(self, frames: Tensor, chosen: Tensor) -> Tensor:
-        """Vectors of the chosen tokens and of their neighbours in one.
+    def neighbourhoods(self, frames: Tensor, selected: Tensor) -> Tensor:
+        """Vectors `[m, (2 * reach_tokens + 1) * dim]` of the selected tokens `[b, t]` (bool) and their neighbours.
 
-        Args:
-            frames: `[b, t, dim]`, zero where there is no token.
-            chosen: `[b, t]` bool.
-
-        Returns:
-            `[m, (2 * reach_tokens + 1) * dim]`; beyond the ends lies zero, the mean of the corpus.
+        Frames `[b, t, dim]` are zero, the mean of the corpus, where there is no token.
         """
         reach = self.reach_tokens
         around = F.pad(frames, (0, 0, reach, reach)).unfold(1, 2 * reach + 1, 1)
-        return rearrange(around[chosen], "m d r -> m (r d)")
+        return rearrange(around[selected], "m d r -> m (r d)")
 
     def fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Fit the decorrelation, if there is one, to frames `[b, t, dim]` and masks `[b, t]` of real tokens."""
         if self.decorrelation is not None:
-            self.decorrelation.fit(self.surroundings(frames, mask) for frames, mask in batches)
+            self.decorrelation.fit(self.neighbourhoods(frames, mask) for frames, mask in batches)
 
     @torch.no_grad()
-    def forward(self, frames: Tensor, chosen: Tensor) -> Tensor:
-        """Name the chosen tokens: frames `[b, t, dim]`, chosen `[b, t]` bool -> `[m, q]` int64."""
-        vectors = self.surroundings(frames, chosen)
+    def forward(self, frames: Tensor, selected: Tensor) -> Tensor:
+        """Targets of the selected tokens: frames `[b, t, dim]`, selected `[b, t]` bool -> `[m, q]` int64."""
+        vectors = self.neighbourhoods(frames, selected)
         return self.quantizer(vectors if self.decorrelation is None else self.decorrelation(vectors))
 
 
 def sample_span_mask(
     valid: Tensor, start_prob: float, span_tokens: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Choose the tokens to hide: every real token starts a span with a fixed probability; spans may overlap.
+    """Draw the tokens to hide: spans, which may overlap, start at each real token with probability `start_prob`.
 
     Args:
-        valid: `[b, t]` bool, True where a token is real; every item holds at least one.
-        start_prob: Probability that a span starts at a token.
-        span_tokens: Length of a span, cut at the end of the item.
+        valid: `[b, t]` bool, True where a token is real; every item has at least one.
         generator: CPU generator; None = the global one.
 
     Returns:
@@ -193,9 +174,9 @@ def sample_span_mask(
     num_items, num_tokens = valid.shape
     starts = torch.rand(num_items, num_tokens, generator=generator) < start_prob
     counts = valid.sum(dim=1).cpu()
-    # An item without a span would add nothing but cost its forward pass: one start is always given.
-    sure = (torch.rand(num_items, generator=generator) * counts).long().clamp(max=num_tokens - 1)
-    starts[torch.arange(num_items), sure] = True
+    # Every item has at least one span; without any, its forward pass would be wasted.
+    first = (torch.rand(num_items, generator=generator) * counts).long().clamp(max=num_tokens - 1)
+    starts[torch.arange(num_items), first] = True
     reach = F.pad(starts.float(), (span_tokens - 1, 0)).unsqueeze(1)
     spans = F.max_pool1d(reach, kernel_size=span_tokens, stride=1).squeeze(1) > 0
     return spans.to(valid.device) & valid

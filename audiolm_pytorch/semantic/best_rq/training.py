@@ -1,4 +1,4 @@
-"""Training of the semantic tokenizer: BEST-RQ on the one loop, then k-means over a layer of what came out."""
+"""Training of a semantic tokenizer: BEST-RQ with the training loop, then k-means of one layer."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -20,19 +20,15 @@ if TYPE_CHECKING:
 
 __all__ = ["BestRQTask", "SemanticTokenizerTrainer"]
 
-# Crops that the statistics of the front end are estimated on: 200 of 5 s hold 100,000 mel frames.
+# Crops from which the statistics of the front end are estimated; 200 of 5 s have 100,000 mel frames.
 _STATISTICS_CROPS = 200
 _VALIDATION_SEED = 0
 
 
 class BestRQTask:
-    """What the loop needs to train a `BestRQ`: batches of crops, one phase, masked accuracy on held-out crops.
+    """The task of training a `BestRQ` on crops at the encoder's rate.
 
-    Args:
-        model: Encoder and masked prediction.
-        train: Training crops, at the encoder's rate.
-        valid: Held-out crops; always the same ones, hidden at the same places.
-        valid_batch_size: Crops in one forward pass of validation.
+    Validation hides the same tokens of the same held-out crops every time.
     """
 
     name = "best_rq"
@@ -42,7 +38,7 @@ class BestRQTask:
         self.module = model
         self.phases = (Phase(self.name, (model,), self._loss),)
         self.num_items = len(train)
-        # Guessing costs as much at tokens that were seen.
+        # Guessing has the same loss at visible tokens.
         chance_loss = (1 + model.seen_weight) * math.log(model.codebook_size)
         self.chance = {"loss": chance_loss, "accuracy": 1 / model.codebook_size}
         self._model = model
@@ -70,17 +66,17 @@ class BestRQTask:
         return dict(zip(("loss", "accuracy", "majority"), (sums / weight).tolist()))
 
     def samples(self, folder: Path, step: int) -> None:
-        """Nothing to show: hidden targets are no sound."""
+        """There are no samples: targets are not audible."""
 
     def before_training(self) -> None:
-        """Estimate the statistics of front end and targets, evenly over the training files; fixed from then on."""
+        """Fit the statistics of front end and targets on crops from all over the training files."""
         front_end = self._model.encoder.front_end
         front_end.fit(self._statistics_waves())
         with torch.no_grad():
             self._model.targets.fit(front_end(wave) for wave in self._statistics_waves())
 
     def _statistics_waves(self) -> Iterator[Tensor]:
-        """Waves `[1, n]` on the model's device."""
+        """Waves `[1, n]` on the device of the model."""
         count = min(_STATISTICS_CROPS, self.num_items)
         for place in range(count):
             crop = self._train.get(0, place * self.num_items // count)
@@ -97,23 +93,18 @@ class BestRQTask:
 
 
 class SemanticTokenizerTrainer:
-    """Trains a BEST-RQ encoder on a folder of audio and cuts one of its layers into semantic tokens.
+    """Trains a BEST-RQ encoder on audio, and fits a k-means tokenizer to one of its layers.
 
     Args:
-        encoder: The encoder to train, in place.
-        folder: Folder or manifest of audio (`load_split`); needed unless `items` are given.
-        items: Training and held-out items instead of a folder.
-        batch_size: Crops a step and process.
+        encoder: Trained in place.
+        folder: Folder or manifest of audio (`load_split`).
+        items: Training items and held-out items, instead of `folder`.
+        batch_size: Crops per step and process.
         num_train_steps: Optimizer steps.
-        seconds: Length of a crop (s).
-        results_folder: Where checkpoints, metrics and the tokenizer are written; a run found there is continued.
-        objective: Masked prediction around this same encoder; None = `BestRQ(encoder)` with its defaults.
-        accelerator: The Accelerator of the run; None = one of the loop's own.
+        seconds: Length of a crop.
+        results_folder: Folder of checkpoints, metrics and the tokenizer. A run in it is continued.
+        objective: Masked prediction with this encoder. None = `BestRQ(encoder)`.
         **loop_settings: Further fields of `LoopSettings`, such as `learning_rate` or `precision`.
-
-    Raises:
-        ValueError: If neither or both of folder and items are given, the objective is around another encoder, or the
-            folder holds no usable audio.
     """
 
     @beartype
@@ -133,7 +124,7 @@ class SemanticTokenizerTrainer:
     ) -> None:
         objective = BestRQ(encoder) if objective is None else objective
         if objective.encoder is not encoder:
-            raise ValueError("objective must wrap the encoder that is trained: BestRQ(encoder, ...)")
+            raise ValueError("objective must have the encoder that is trained; pass BestRQ(encoder, ...)")
         train, valid = training_items(folder, items, min_seconds=encoder.downsample_factor / encoder.sample_hz)
         settings = LoopSettings(num_train_steps=num_train_steps, batch_size=batch_size, **loop_settings)
         rates_hz = (encoder.sample_hz,)
@@ -149,7 +140,7 @@ class SemanticTokenizerTrainer:
         self.loop = TrainLoop(self.task, settings, self.results_folder, accelerator)
 
     def train(self, stop_after_steps: int | None = None) -> TrainResult:
-        """Train from wherever the results folder stands; see `TrainLoop.train`."""
+        """Train from the checkpoint in the results folder; see `TrainLoop.train`."""
         return self.loop.train(stop_after_steps)
 
     @beartype
@@ -161,26 +152,20 @@ class SemanticTokenizerTrainer:
         max_tokens: int = 200_000,
         results_folder: str | Path | None = None,
     ) -> KMeansFit:
-        """Fit k-means to a layer of the trained encoder and save the tokenizer in `results_folder / "tokenizer"`.
+        """Fit k-means to a layer of the trained encoder, and save the tokenizer in `results_folder / "tokenizer"`.
 
-        A job of its own, which continues what was interrupted; see `KMeansTrainer`.
+        The job can be interrupted and continued; see `KMeansTrainer`. It raises a RuntimeError before training is
+        finished.
 
         Args:
-            layer: Layer to cut; None = three quarters of the depth, where melody and words were kept best on music and
-                spoken digits.
+            layer: None = three quarters of the depth, whose tokens describe melody and words best on music and spoken
+                digits.
             num_clusters: Size of the token vocabulary.
-            max_tokens: Tokens of training audio to fit on, fewer when the files give no more.
-            results_folder: Of the job, which belongs to these settings; None = that of the training.
-
-        Returns:
-            The fit; its tokenizer is on the CPU.
-
-        Raises:
-            RuntimeError: If training is not finished.
-            ValueError: If the files hold fewer tokens than clusters, or the folder a fit of other settings.
+            max_tokens: Maximum of tokens of training audio to fit on.
+            results_folder: Folder of the job. None = that of the training.
         """
         if not self.loop.is_finished:
-            raise RuntimeError("train the encoder to its end before fitting the tokenizer: call train()")
+            raise RuntimeError("training of the encoder is not finished; call train() before fitting the tokenizer")
         self.loop.final_module()
         encoder = self.task.module.encoder
         job = KMeansTrainer(

@@ -112,7 +112,7 @@ def test_long_waves_are_encoded_in_windows(context, monkeypatch):
     louder = waves[-1:].clone()
     louder[:, 25 * TOKEN_SAMPLES :] *= 3
     monkeypatch.setattr(best_rq, "_WINDOWS_PER_BATCH", 2)
-    monkeypatch.setattr(frontend, "_FRAMES_AT_ONCE", 33)
+    monkeypatch.setattr(frontend, "_FRAMES_PER_CHUNK", 33)
     torch.testing.assert_close(encoder.features(waves, lengths)[0], together, atol=1e-5, rtol=1e-5)
     change = (encoder.features(louder)[0] - together[-1:]).abs().amax(dim=-1)[0] > 1e-4
     assert not change[: 20 if context == 0 else 10].any() and change[25:].all()
@@ -201,7 +201,7 @@ def test_decorrelation_whitens_the_strongest_directions():
         Decorrelation(6, 7)
 
 
-def test_targets_describe_the_surroundings():
+def test_targets_describe_the_neighbourhood():
     """Guards the reach: a target changes with a token within it, with none beyond, and padding counts as silence."""
     frames = torch.randn(1, 12, 10, generator=torch.Generator().manual_seed(0))
     targets = TokenTargets(10, 64, num_targets=8, reach_tokens=2, num_directions=20)
@@ -214,7 +214,7 @@ def test_targets_describe_the_surroundings():
     padded = torch.nn.functional.pad(frames, (0, 0, 0, 4))
     real = torch.nn.functional.pad(everywhere, (0, 4))
     assert torch.equal(targets(padded, real), targets(frames, everywhere))
-    vectors = targets.surroundings(frames, everywhere)
+    vectors = targets.neighbourhoods(frames, everywhere)
     assert torch.equal(vectors[5], frames[0, 3:8].flatten())
 
 
@@ -270,8 +270,8 @@ def test_learns_far_below_chance():
         (torch.zeros(1, TOKEN_SAMPLES - 1), None, f"at least {TOKEN_SAMPLES} samples"),
         (torch.zeros(2, 800), torch.tensor([800, 159]), f"at least {TOKEN_SAMPLES} samples"),
         (torch.zeros(2, 800), torch.tensor([800, 801]), "801"),
-        (torch.zeros(2, 800), torch.tensor([800]), r"int \[2\]"),
-        (torch.zeros(2, 800), torch.tensor([800.0, 800.0]), "int"),
+        (torch.zeros(2, 800), torch.tensor([800]), "2 whole numbers"),
+        (torch.zeros(2, 800), torch.tensor([800.0, 800.0]), "whole numbers"),
         (torch.zeros(2, 1, 800), None, r"\[b, n\]"),
         (torch.zeros(2, 800, dtype=torch.int64), None, "float"),
     ],
