@@ -4,17 +4,21 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
+from torch import Tensor
 
+from audiolm_pytorch.audio.files import read_audio
+from audiolm_pytorch.audio.resample import resample
+from audiolm_pytorch.audio.stream import WRITABLE_SUFFIXES
+from audiolm_pytorch.codecs.base import Codec
+from audiolm_pytorch.codecs.code_file import read_codes, write_codes
+from audiolm_pytorch.codecs.transcode import FileCodec
+from audiolm_pytorch.saving.files import write_json
 from musiclm_pytorch.cli.checks import check_file, check_folder, device_named
+from musiclm_pytorch.evaluation.codec_report import codec_report, rows_table
 from musiclm_pytorch.pretrained.bundled import DEFAULT_CODEC, codec_named
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from audiolm_pytorch.codecs.base import Codec
 
 __all__ = ["CodecCommand", "Decode", "Encode", "Evaluate", "run_codec"]
 
@@ -33,7 +37,7 @@ class _WithCodec:
     device: str = "auto"
     """Device of the codec: cpu, cuda, mps, ... or auto for a GPU if there is one."""
 
-    def open_codec(self) -> "Codec":
+    def open_codec(self) -> Codec:
         """Load the codec onto the device."""
         return codec_named(self.codec, device_named(self.device), self.offline)
 
@@ -104,9 +108,6 @@ def run_codec(command: Encode | Decode | Evaluate) -> int:
 
 
 def _encode(command: Encode) -> int:
-    from audiolm_pytorch.codecs.code_file import write_codes
-    from audiolm_pytorch.codecs.transcode import FileCodec
-
     pairs = _pairs(command.source, command.out, _SOUND_SUFFIXES, _CODES_SUFFIXES)
     file_codec = FileCodec(command.open_codec())
 
@@ -124,10 +125,6 @@ def _encode(command: Encode) -> int:
 
 
 def _decode(command: Decode) -> int:
-    from audiolm_pytorch.audio.stream import WRITABLE_SUFFIXES
-    from audiolm_pytorch.codecs.code_file import read_codes
-    from audiolm_pytorch.codecs.transcode import FileCodec
-
     if command.suffix not in WRITABLE_SUFFIXES:
         raise ValueError(f"--suffix must be one of {', '.join(WRITABLE_SUFFIXES)}, got {command.suffix}")
     if command.source.is_dir() and command.source.resolve() == command.out.resolve():
@@ -146,11 +143,6 @@ def _decode(command: Decode) -> int:
 
 
 def _evaluate(command: Evaluate) -> int:
-    from audiolm_pytorch.audio.files import read_audio
-    from audiolm_pytorch.audio.resample import resample
-    from audiolm_pytorch.saving.files import write_json
-    from musiclm_pytorch.evaluation.codec_report import codec_report, rows_table
-
     if not command.seconds > 0:
         raise ValueError(f"--seconds must be above 0, got {command.seconds:g}")
     if command.json is not None:
@@ -159,7 +151,7 @@ def _evaluate(command: Evaluate) -> int:
     codec = command.open_codec()
     sample_hz = codec.target_sample_hz
 
-    def clips() -> "Iterator[Tensor]":
+    def clips() -> Iterator[Tensor]:
         for path in paths:
             try:
                 clip = read_audio(path, channels=codec.channels, duration_seconds=command.seconds)

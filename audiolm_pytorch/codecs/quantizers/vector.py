@@ -61,18 +61,10 @@ class _Codebook(nn.Module):
         uses[dead] = uniform_use
 
 
-class _Level(nn.Module):
-    """One level; the names of its buffers are those of vector-quantize-pytorch."""
-
-    def __init__(self, codebook_size: int, dim: int) -> None:
-        super().__init__()
-        self._codebook = _Codebook(codebook_size, dim)
-
-
 class _Levels(nn.Module):
-    """Projections and levels with the parameter names of `vector_quantize_pytorch.ResidualVQ`, which loads the state.
+    """Projections and levels with the state of `vector_quantize_pytorch.ResidualVQ`, which saved codecs contain.
 
-    That package is not imported for this: its import takes more than a second.
+    The package itself is not needed to load a codec; its import takes more than a second.
     """
 
     def __init__(self, dim: int, codebook_dim: int, codebook_size: int, num_quantizers: int) -> None:
@@ -80,7 +72,9 @@ class _Levels(nn.Module):
         has_projections = codebook_dim != dim
         self.project_in = nn.Linear(dim, codebook_dim) if has_projections else nn.Identity()
         self.project_out = nn.Linear(codebook_dim, dim) if has_projections else nn.Identity()
-        self.layers = nn.ModuleList(_Level(codebook_size, codebook_dim) for _ in range(num_quantizers))
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"_codebook": _Codebook(codebook_size, codebook_dim)}) for _ in range(num_quantizers)
+        )
 
 
 @register
