@@ -60,15 +60,11 @@ class CropBatch:
     Attributes:
         waves: By sample rate in Hz, `[b, n]` float32.
         lengths: By sample rate, `[b]` int64, samples of each item without padding.
-        captions: One per item, or None.
-        indices: Item index of each crop.
         ends_file: `[b]` bool, whether the file really ends where the crop ends.
     """
 
     waves: dict[int, Tensor]
     lengths: dict[int, Tensor]
-    captions: list[str | None]
-    indices: list[int]
     ends_file: Tensor
 
 
@@ -83,7 +79,5 @@ def collate_crops(crops: Sequence[Crop]) -> CropBatch:
     return CropBatch(
         waves={hz: pad_sequence([crop.waves[hz] for crop in crops], batch_first=True) for hz in rates_hz},
         lengths={hz: torch.tensor([len(crop.waves[hz]) for crop in crops]) for hz in rates_hz},
-        captions=[crop.caption for crop in crops],
-        indices=[crop.index for crop in crops],
         ends_file=torch.tensor([crop.ends_file for crop in crops]),
     )

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,19 +26,12 @@ class Crop:
     Attributes:
         waves: By sample rate in Hz, `[n]` float32 mono, or `[c, n]` of a data set with several channels. All hold the
             same instants, without padding.
-        labels: Further fields of the file's manifest.
-        index: Index of the file in the data set.
         start_seconds: Position of the crop in the file.
-        is_file_start: Whether the crop begins where the file begins.
         ends_file: Whether it ends where the file ends, to within 40 ms (less than a frame of tokens).
     """
 
     waves: dict[int, Tensor]
-    caption: str | None
-    labels: dict[str, Any]
-    index: int
     start_seconds: float
-    is_file_start: bool
     ends_file: bool
 
 
@@ -98,18 +90,14 @@ class CropDataset:
         """
         if not 0 <= index < len(self.items):
             raise IndexError(f"index {index} is outside of the {len(self.items)} files")
-        item, length, hz = self.items[index], self._lengths[index], self._decode_hz
+        length, hz = self._lengths[index], self._decode_hz
         count = length if self.seconds is None else min(round(self.seconds * hz), length)
         grid = hz // _STARTS_PER_SECOND
         last_step = (length - count) // grid
         step = int(np.random.default_rng([self.seed, epoch, index]).integers(last_step + 1)) if last_step else 0
         return Crop(
             waves=self._waves(index, step),
-            caption=item.caption,
-            labels=item.labels,
-            index=index,
             start_seconds=step / _STARTS_PER_SECOND,
-            is_file_start=step == 0,
             ends_file=length - (step * grid + count) < grid,
         )
 

@@ -12,10 +12,10 @@ from audiolm_pytorch.data.crops import Crop, CropDataset
 from audiolm_pytorch.data.manifest import load_items
 
 
-def crop_of(num_samples: int, index: int = 0, rates_hz: tuple[int, ...] = (16000,), ends_file: bool = False) -> Crop:
+def crop_of(num_samples: int, rates_hz: tuple[int, ...] = (16000,), ends_file: bool = False) -> Crop:
     """A crop without a file."""
     waves = {hz: torch.randn(num_samples * hz // 16000) for hz in rates_hz}
-    return Crop(waves, f"caption {index}" if index else None, {}, index, 0.0, True, ends_file)
+    return Crop(waves, 0.0, ends_file)
 
 
 def test_the_data_position_is_a_pure_function_of_the_step() -> None:
@@ -79,15 +79,14 @@ def test_impossible_plans_are_refused() -> None:
 
 
 def test_crops_are_padded_with_zeros_and_keep_their_lengths() -> None:
-    """Guards order, lengths at every rate, zeros behind the end, and the further fields of a crop."""
-    crops = [crop_of(1600, 0, (16000, 24000)), crop_of(3200, 4, (16000, 24000), ends_file=True)]
+    """Guards order, lengths at every rate, zeros behind the end, and the marks of ends."""
+    crops = [crop_of(1600, (16000, 24000)), crop_of(3200, (16000, 24000), ends_file=True)]
     batch = collate_crops(crops)
     for hz in (16000, 24000):
         assert batch.waves[hz].shape == (2, hz // 5)
         assert batch.lengths[hz].tolist() == [hz // 10, hz // 5]
         assert torch.equal(batch.waves[hz][0, : hz // 10], crops[0].waves[hz])
         assert batch.waves[hz][0, hz // 10 :].abs().max() == 0
-    assert batch.captions == [None, "caption 4"] and batch.indices == [0, 4]
     assert batch.ends_file.dtype == torch.bool and batch.ends_file.tolist() == [False, True]
 
 

@@ -81,7 +81,6 @@ def test_starts_lie_on_the_40_ms_grid_and_reach_both_ends(items: list[AudioItem]
     steps = [crop.start_seconds * 25 for crop in crops]
     assert np.allclose(steps, np.round(steps)) and set(np.round(steps)) == set(range(11))
     for crop in crops:
-        assert crop.is_file_start == (crop.start_seconds == 0)
         assert crop.ends_file == (crop.start_seconds == 0.4)
 
 
@@ -100,7 +99,7 @@ def test_a_short_file_gives_all_it_has_without_padding(write_tone: Callable[...,
     path = write_tone("a.wav", seconds=0.3, sample_hz=16000)
     crop = CropDataset(load_items(tmp_path).items, 1.0, [16000, 24000]).get(7, 0)
     assert crop.waves[16000].shape == (4800,) and crop.waves[24000].shape == (7200,)
-    assert crop.is_file_start and crop.ends_file and crop.start_seconds == 0
+    assert crop.ends_file and crop.start_seconds == 0
     assert torch.allclose(crop.waves[24000], read_audio(path, 24000)[0][0], atol=1e-4)
 
 
@@ -108,7 +107,7 @@ def test_no_length_means_whole_files(items: list[AudioItem]) -> None:
     """Guards encoders that receive every file once and whole."""
     crop = CropDataset(items, None, [16000, 24000]).get(5, 2)
     assert crop.waves[16000].shape == (32000,) and crop.waves[24000].shape == (48000,)
-    assert crop.is_file_start and crop.ends_file and crop.index == 2
+    assert crop.ends_file and crop.start_seconds == 0
 
 
 def test_stereo_of_another_rate_among_the_files(tmp_path: Path, write_tone: Callable[..., Path]) -> None:
