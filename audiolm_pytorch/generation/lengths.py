@@ -9,7 +9,7 @@ from torch import Tensor
 
 from audiolm_pytorch.audio.units import frames_covering, samples_covering
 from audiolm_pytorch.codecs.base import Codec
-from audiolm_pytorch.generation.prompts import PromptTokens, split_prompts, tokenize_prompts
+from audiolm_pytorch.generation.prompts import tokenize_prompts
 from audiolm_pytorch.generation.request import GenerationRequest
 from audiolm_pytorch.lm.stage_transformer import AudioTokens, StageTransformer
 from audiolm_pytorch.semantic.base import SemanticTokenizer
@@ -64,12 +64,12 @@ def plan_lengths(
         ValueError: If prompts or semantic tokens are invalid, a prompt is longer than the request, or there are too few
             semantic tokens.
     """
-    batch, factor = request.num_items, codec.downsample_factor
+    factor = codec.downsample_factor
     frames_per_token = Fraction(codec.target_sample_hz, factor) / Fraction(
         wav2vec.target_sample_hz, wav2vec.downsample_factor
     )
-    prompt = _prompt_tokens(request, batch, wav2vec, codec, device)
-    input_semantic = _input_semantic_tokens(request, batch, semantic_stage)
+    prompt = tokenize_prompts(request, wav2vec, codec, device)
+    input_semantic = _input_semantic_tokens(request, semantic_stage)
     if request.seconds is None and input_semantic is not None:
         num_semantic = torch.tensor([len(tokens) for tokens in input_semantic])
         num_samples = (_covering_frames(num_semantic, frames_per_token) * factor).tolist()
@@ -135,20 +135,7 @@ def extra_input_tokens(
     return tokens
 
 
-def _prompt_tokens(
-    request: GenerationRequest, batch: int, wav2vec: SemanticTokenizer, codec: Codec, device: torch.device
-) -> PromptTokens:
-    """Tokens of the prompts of all items; empty tokens without a prompt."""
-    waves = [(torch.zeros(1, 0), codec.target_sample_hz)]
-    if request.prime_wave is not None:
-        sample_hz = request.prime_wave_input_sample_hz or codec.target_sample_hz
-        waves = split_prompts(request.prime_wave, sample_hz, request.prime_lengths)
-    tokens = tokenize_prompts(waves, wav2vec, codec, device)
-    copies = batch // len(waves)
-    return PromptTokens(tokens.semantic * copies, tokens.acoustic * copies, tokens.seconds * copies)
-
-
-def _input_semantic_tokens(request: GenerationRequest, batch: int, stage: StageTransformer) -> list[Tensor] | None:
+def _input_semantic_tokens(request: GenerationRequest, stage: StageTransformer) -> list[Tensor] | None:
     """The semantic tokens `[t_i, 1]` of the request for all items, or None."""
     if request.semantic_tokens is None:
         return None
@@ -158,7 +145,7 @@ def _input_semantic_tokens(request: GenerationRequest, batch: int, stage: StageT
     counts = [len(tokens) for tokens in items]
     if not all(counts):
         raise ValueError(f"semantic_tokens have {counts} tokens: each item needs one or more")
-    return items * (batch // len(items))
+    return items * (request.num_items // len(items))
 
 
 def _num_semantic(num_samples: int, wav2vec: SemanticTokenizer, sample_hz: int) -> int:

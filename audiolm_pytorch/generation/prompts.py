@@ -12,11 +12,11 @@ from torch import Tensor
 from audiolm_pytorch.audio.files import read_audio
 from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.codecs.base import Codec
-from audiolm_pytorch.generation.request import Prompt
+from audiolm_pytorch.generation.request import GenerationRequest, Prompt
 from audiolm_pytorch.lm.tokenizing import tokenize
 from audiolm_pytorch.semantic.base import SemanticTokenizer
 
-__all__ = ["PromptTokens", "split_prompts", "tokenize_prompts"]
+__all__ = ["PromptTokens", "tokenize_prompts"]
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,32 @@ class PromptTokens:
     seconds: list[float]
 
 
-def split_prompts(
-    prompts: Prompt | Sequence[Prompt], sample_hz: int, lengths: Tensor | None
-) -> list[tuple[Tensor, int]]:
-    """Return the wave `[c, n]` and its rate in Hz of every prompt.
+def tokenize_prompts(
+    request: GenerationRequest, wav2vec: SemanticTokenizer, codec: Codec, device: torch.device
+) -> PromptTokens:
+    """Tokenize the prompts of all items of a request on `device`; the tokens are empty without prompts.
 
-    Args:
-        prompts: A wave `[n]`, waves `[b, n]` or `[b, c, n]`, a file, or a list of files and waves `[n]` or `[c, n]`.
-        sample_hz: Rate of the waves in Hz.
-        lengths: Samples `[b]` without padding, if `prompts` is one tensor; None = no padding.
+    The last frame is left out if the prompt covers only a part of it: its token would contain the end of the sound.
 
     Raises:
-        ValueError: If a file cannot be read, shapes or lengths do not fit, or samples are not finite floats.
+        ValueError: If a file cannot be read, shapes, lengths or channels do not fit, or samples are not finite floats.
     """
+    batch, waves = request.num_items, _read_prompts(request, codec.target_sample_hz)
+    semantic = _tokens_of_items("semantic", waves, wav2vec, codec, device)
+    acoustic = _tokens_of_items("acoustic", waves, wav2vec, codec, device)
+    seconds = [
+        wave.shape[-1] / rate_hz if len(semantic[item]) + len(acoustic[item]) else 0.0
+        for item, (wave, rate_hz) in enumerate(waves)
+    ]
+    copies = batch // len(waves)
+    return PromptTokens(semantic * copies, acoustic * copies, seconds * copies)
+
+
+def _read_prompts(request: GenerationRequest, codec_hz: int) -> list[tuple[Tensor, int]]:
+    """Wave `[c, n]` and rate in Hz of every prompt; one empty wave without prompts."""
+    prompts, lengths = request.prime_wave, request.prime_lengths
+    if prompts is None:
+        return [(torch.zeros(1, 0), codec_hz)]
     if isinstance(prompts, Tensor):
         if prompts.ndim not in (1, 2, 3):
             raise ValueError(f"prime_wave must be [n], [b, n] or [b, c, n], got {tuple(prompts.shape)}")
@@ -61,32 +74,8 @@ def split_prompts(
         raise ValueError("prime_lengths needs prime_wave as one padded tensor; waves in a list have no padding")
     else:
         waves = [prompts] if isinstance(prompts, (str, Path)) else list(prompts)
+    sample_hz = request.prime_wave_input_sample_hz or codec_hz
     return [_read(item, prompt, sample_hz) for item, prompt in enumerate(waves)]
-
-
-def tokenize_prompts(
-    waves: Sequence[tuple[Tensor, int]], wav2vec: SemanticTokenizer, codec: Codec, device: torch.device
-) -> PromptTokens:
-    """Tokenize prompts.
-
-    The last frame is left out if the prompt covers only a part of it: its token would contain the end of the sound.
-
-    Args:
-        waves: Wave `[c, n]` and rate in Hz of every item.
-        wav2vec: The semantic tokenizer.
-        codec: The codec.
-        device: Where to compute.
-
-    Raises:
-        ValueError: If a wave has several channels and the codec has another number of channels.
-    """
-    semantic = _tokens_of_items("semantic", waves, wav2vec, codec, device)
-    acoustic = _tokens_of_items("acoustic", waves, wav2vec, codec, device)
-    seconds = [
-        wave.shape[-1] / rate_hz if len(semantic[item]) + len(acoustic[item]) else 0.0
-        for item, (wave, rate_hz) in enumerate(waves)
-    ]
-    return PromptTokens(semantic, acoustic, seconds)
 
 
 def _tokens_of_items(

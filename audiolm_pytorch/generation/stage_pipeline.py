@@ -29,7 +29,7 @@ class PipelineStep:
     ) -> None:
         self.decoder = decoder
         self._source, self._input_name, self._frames_for = source, input_name, frames_for
-        self._uncollected: list[Tensor] | None = None  # tokens that `take` returned and `collect` did not
+        self.kept: list[Tensor] = []  # tokens of every item that `take` has returned and `collect` has not
 
     def advance(self, until_frames: int | None = None) -> None:
         """Decode as `SlidingWindowDecoder.advance` does. Earlier stages decode only what the windows need."""
@@ -55,21 +55,15 @@ class PipelineStep:
     def take(self) -> list[Tensor]:
         """Return the new tokens `[f_i, levels]` of every item since the last call, and keep them for `collect`."""
         new = self.decoder.take()
-        kept = self._uncollected
-        self._uncollected = new if kept is None else [torch.cat(pair) for pair in zip(kept, new)]
+        self.kept = [torch.cat(pair) for pair in zip(self.kept, new)] if self.kept else new
         return new
 
     def collect(self, num_frames: Sequence[int] | None = None) -> list[Tensor]:
-        """Return the kept tokens of every item and forget them; at most `num_frames` of each item."""
-        kept = self._uncollected or []
-        counts = [len(tokens) for tokens in kept] if num_frames is None else num_frames
-        self._uncollected = [tokens[count:].clone() for tokens, count in zip(kept, counts)]
-        return [tokens[:count] for tokens, count in zip(kept, counts)]
-
-    @property
-    def num_collectable(self) -> list[int]:
-        """Frames of every item that `collect` can return."""
-        return [len(tokens) for tokens in self._uncollected or []]
+        """Return the first `num_frames` (None = all) of the kept tokens of every item, and forget these."""
+        counts = [len(tokens) for tokens in self.kept] if num_frames is None else num_frames
+        collected = [tokens[:count] for tokens, count in zip(self.kept, counts)]
+        self.kept = [tokens[count:].clone() for tokens, count in zip(self.kept, counts)]
+        return collected
 
 
 class StagePipeline:
@@ -107,7 +101,7 @@ class StagePipeline:
         for step in self._acoustic:
             step.read()
         self._acoustic[-1].take()
-        counts = [min(of_item) for of_item in zip(*(step.num_collectable for step in self._acoustic))]
+        counts = [min(len(tokens) for tokens in of_item) for of_item in zip(*(step.kept for step in self._acoustic))]
         levels = [step.collect(counts) for step in self._acoustic]
         return (
             [tokens[:, 0] for tokens in self._semantic.collect()],
