@@ -1,4 +1,4 @@
-"""Files that are never seen half written: JSON and safetensors, each synced to the disk and renamed into place."""
+"""JSON and safetensors files that are replaced as a whole: written beside, synced to the disk, then renamed."""
 
 import json
 import os
@@ -19,14 +19,10 @@ __all__ = ["differences", "read_json", "read_weights", "staged_files", "sync_to_
 
 @beartype
 def write_json(path: str | Path, obj: Any) -> None:
-    """Write an object as JSON so that a reader sees the old file or the new one, never a part.
-
-    Args:
-        path: The file; its folder is created where missing.
-        obj: Anything JSON can hold; NaN and infinities are refused, since no other reader accepts them.
+    """Write an object as JSON; a reader sees the old file or the new one. Missing folders are created.
 
     Raises:
-        ValueError: The object is not JSON-able.
+        ValueError: If the object is not JSON-able; NaN and infinities are not.
     """
     path = Path(path)
     try:
@@ -41,20 +37,14 @@ def write_json(path: str | Path, obj: Any) -> None:
 def read_json(path: str | Path) -> Any:
     """Read a JSON file.
 
-    Args:
-        path: The file.
-
-    Returns:
-        What it holds.
-
     Raises:
-        ValueError: The file is missing or is not JSON; the message names it.
+        ValueError: If the file is missing or not JSON; the message names it.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"there is no file {path}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:  # the last: thousands of brackets
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:  # RecursionError: thousands of brackets
         raise ValueError(f"{path} is not a JSON file: {error}") from error
 
 
@@ -71,12 +61,12 @@ def differences(found: Any, expected: Any, path: str = "") -> list[str]:
 
 @beartype
 def write_weights(path: str | Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write named tensors as a safetensors file so that a reader sees the old file or the new one.
+    """Write tensors by name as a safetensors file; a reader sees the old file or the new one.
 
     Args:
-        path: The file; its folder is created where missing.
-        weights: Name to tensor on any device, no two sharing memory (`weights_of` gives such).
-        metadata: Strings for the file's header.
+        path: The file; missing folders are created.
+        weights: Tensors on any device, of which no two share memory (as from `weights_of`).
+        metadata: Strings for the header of the file.
     """
     path = Path(path)
     with staged_files(path.parent) as stage:
@@ -89,16 +79,10 @@ def write_weights(path: str | Path, weights: Mapping[str, Tensor], metadata: Map
 
 @beartype
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its tensors (on the CPU) and the strings of its header.
+    """Read a safetensors file: its tensors, on the CPU, and the strings of its header.
 
     Raises:
-        ValueError: The file is missing or damaged; the message names it.
+        ValueError: If the file is missing or damaged; the message names it.
     """
     path = Path(path)
     if not path.is_file():
@@ -107,20 +91,13 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as opened:
             metadata = dict(opened.metadata() or {})
         return load_file(path), metadata
-    except Exception as error:  # safetensors raises its own class, which derives from Exception alone
+    except Exception as error:  # SafetensorError derives from Exception only
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
 
 
 @contextmanager
 def staged_files(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder whose files are synced and renamed into a folder when the block ends without an error.
-
-    Args:
-        folder: Where the files go; created where missing.
-
-    Yields:
-        The temporary folder, inside `folder`.
-    """
+    """Yield a temporary folder in `folder`; its files are synced and moved out when the block ends without an error."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as name:
         stage = Path(name)
@@ -136,7 +113,7 @@ def staged_files(folder: Path) -> Iterator[Path]:
 
 
 def _usual_mode(folder: Path) -> int:
-    """Permissions of a new file here; safetensors writes files that nobody but their owner can read."""
+    """Permissions of a new file; only their owner can read the files that safetensors writes."""
     sample = folder / ".mode"
     sample.touch()
     mode = stat.S_IMODE(sample.stat().st_mode)
@@ -146,11 +123,7 @@ def _usual_mode(folder: Path) -> int:
 
 @beartype
 def sync_to_disk(path: str | Path) -> None:
-    """Wait until the content of a file, or the list of names of a folder, is on the disk.
-
-    Args:
-        path: The file or folder.
-    """
+    """Wait until the content of a file, or the list of names of a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

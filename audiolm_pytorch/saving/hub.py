@@ -1,4 +1,4 @@
-"""Models of others: a local folder or a hub id to a loaded transformers model, safetensors only, with its licence."""
+"""Load models and tokenizers in the format of transformers, from a local folder or the hub, safetensors only."""
 
 import logging
 import re
@@ -30,14 +30,14 @@ logger = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _PREPROCESSOR = "preprocessor_config.json"
 _PROCESSOR = "processor_config.json"
-# Where a tokenizer keeps its vocabulary; merges.txt and some JSON belong to it.
+# Files that may hold the vocabulary of a tokenizer.
 _VOCABULARIES = ["tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "spm.model"]
 _TOKENIZER_FILES = [*_VOCABULARIES, "merges.txt", "tokenizer_config.json", "*_tokens_map.json", "added_tokens.json"]
 _MODEL_FILES = ["config.json", _PREPROCESSOR, _PROCESSOR, "*.safetensors", "*.safetensors.index.json", "README.md"]
-# What transformers writes beside the numbers of a model, and changes from release to release.
+# Settings of transformers that do not describe the model, and change from release to release.
 _VOLATILE = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype")
-# What their publishers say where the model card's header says nothing (it did not for the 24 kHz EnCodec when this was
-# written; the licence of its weights is an open question in facebookresearch/encodec, issue 69).
+# Licences where the header of the model card has none. That of the 24 kHz EnCodec is an open question in
+# facebookresearch/encodec, issue 69.
 _LICENCES = {
     "facebook/encodec_24khz": "code MIT, the model card names none for the weights: see the model card",
     "facebook/encodec_32khz": "CC-BY-NC 4.0 (audiocraft, LICENSE_weights); see the model card",
@@ -51,15 +51,14 @@ _LICENCES = {
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model of transformers and where it came from.
+    """A model of transformers and its origin.
 
-    Args:
+    Attributes:
         model: The model.
         source: Folder or hub id.
-        revision: Commit of the hub, where it came from there.
+        revision: Commit of the hub; None for a local folder.
         licence: Licence of the weights, as far as it is known.
-        preprocessor: What its `preprocessor_config.json` says, or the feature extractor of its `processor_config.json`;
-            empty where there is neither.
+        preprocessor: Settings of the feature extractor; empty where the folder has none.
     """
 
     model: nn.Module
@@ -70,39 +69,36 @@ class LoadedModel:
 
     @property
     def origin(self) -> dict[str, Any]:
-        """Where it came from, JSON-able: what a `LoadedModel` is built with besides the model."""
+        """Source, revision and licence, JSON-able."""
         return {"source": self.source, "revision": self.revision, "licence": self.licence}
 
 
 def require_transformers() -> Any:
-    """Import transformers, or say how to install it.
+    """Import transformers.
 
     Raises:
-        ImportError: If it is not installed.
+        ImportError: If it is not installed; the message names the `pip install` line.
     """
     try:
         return import_module("transformers")
     except ImportError as error:
-        raise ImportError('models of others need transformers: pip install "musiclm-pytorch[pretrained]"') from error
+        raise ImportError('published models need transformers: pip install "musiclm-pytorch[pretrained]"') from error
 
 
 def find_folder(
     source: str | Path, *, offline: bool = False, revision: str | None = None, cache_dir: str | Path | None = None
 ) -> tuple[Path, str | None]:
-    """Find the files of a model; a local folder always wins.
+    """Find the folder of a model, and its commit where it is from the hub. A local folder comes first.
 
     Args:
-        source: A folder, or a hub id (`owner/name`).
-        offline: Whether to keep off the network: a hub id is then served from the local cache or refused.
-        revision: Branch, tag or commit of the hub; says nothing of a folder.
-        cache_dir: Where downloads are kept; Hugging Face's own cache if not given.
-
-    Returns:
-        The folder, and the commit where it came from the hub.
+        source: A folder, or a hub id (owner/name).
+        offline: Do not use the network; a hub id must be in the local cache.
+        revision: Branch, tag or commit of the hub.
+        cache_dir: Folder of downloads; None = the cache of Hugging Face.
 
     Raises:
-        ImportError: If transformers (which brings the hub's client) is not installed.
-        ValueError: If there is no such folder and the hub does not give it.
+        ImportError: If transformers is not installed, which needs the client of the hub.
+        ValueError: If the folder does not exist and the hub does not have it.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -129,10 +125,10 @@ def find_folder(
 
 
 def model_type_of(folder: Path) -> str:
-    """Read which architecture a folder in transformers' format holds.
+    """Read the `model_type` of a folder in transformers' format.
 
     Raises:
-        ValueError: If its `config.json` is missing, damaged or names none.
+        ValueError: If its `config.json` is missing or damaged, or has no `model_type`.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -140,7 +136,7 @@ def model_type_of(folder: Path) -> str:
     config = read_json(path)
     model_type = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(model_type, str):
-        raise ValueError(f"{path} has no model_type: it is not in the format of transformers' save_pretrained")
+        raise ValueError(f"{path} has no model_type: it is not in the format of save_pretrained of transformers")
     return model_type
 
 
@@ -153,31 +149,29 @@ def load_model(
     cache_dir: str | Path | None = None,
     unneeded: Sequence[str] = (),
 ) -> LoadedModel:
-    """Load a model of transformers in float32: every weight from the file, and from safetensors alone.
+    """Load a model of transformers in float32, with every weight from safetensors.
 
     Args:
         source: A folder, or a hub id.
-        model_classes: Classes of transformers that will do, by the `model_type` that `config.json` must name.
-        offline: Whether to keep off the network.
+        model_classes: Accepted classes of transformers by their `model_type`.
+        offline: Do not use the network; a hub id must be in the local cache.
         revision: Branch, tag or commit of the hub.
-        cache_dir: Where downloads are kept.
-        unneeded: How the names of weights begin that may be missing, since the caller throws that part away.
-
-    Returns:
-        The model and its origin.
+        cache_dir: Folder of downloads.
+        unneeded: Prefixes of weights that may be missing, since the caller drops these parts.
 
     Raises:
         ImportError: If transformers is not installed.
-        ValueError: If the folder is of another architecture, has no safetensors, or its weights do not fit.
+        ValueError: If the folder is of another architecture, has no safetensors, or weights are missing or of another
+            shape.
     """
     transformers = require_transformers()
     folder, commit = find_folder(source, offline=offline, revision=revision, cache_dir=cache_dir)
-    found = model_type_of(folder)
-    if found not in model_classes:
+    model_type = model_type_of(folder)
+    if model_type not in model_classes:
         raise ValueError(
-            f"{source} holds a model of type {found!r}, {' or '.join(map(repr, model_classes))} is needed here"
+            f"{source} holds a model of type {model_type!r}, {' or '.join(map(repr, model_classes))} is needed here"
         )
-    model_class = model_classes[found]
+    model_class = model_classes[model_type]
     if not any(folder.glob("*.safetensors")):
         pickles = ", ".join(sorted(file.name for file in folder.glob("*.bin")))
         raise ValueError(
@@ -190,14 +184,14 @@ def load_model(
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name; transformers points to its own log
+            ignore_mismatched_sizes=True,  # they raise an error below, with their names
         )
     except Exception as error:
-        raise ValueError(f"{folder} cannot be loaded as {model_class}: {_in_a_line(error)}") from error
+        raise ValueError(f"{folder} cannot be loaded as {model_class}: {_one_line(error)}") from error
     missing = (name for name in report["missing_keys"] if not name.startswith(tuple(unneeded)))
     absent = [*sorted(missing), *sorted(map(str, report["mismatched_keys"]))]
     if absent:
-        # transformers only warns, and leaves them random
+        # transformers only warns and leaves them random.
         raise ValueError(f"the weights in {folder} do not fit {model_class}: missing or of another shape: {absent[:8]}")
     if report["unexpected_keys"]:
         logger.warning("%s: %d weights are not used", folder, len(report["unexpected_keys"]))
@@ -208,35 +202,32 @@ def load_model(
 def load_tokenizer(
     source: str | Path, *, offline: bool = False, revision: str | None = None, cache_dir: str | Path | None = None
 ) -> Tokenizer:
-    """Load the tokenizer of a model of transformers as one of the `tokenizers` library, which is one JSON string.
+    """Load the tokenizer of a model of transformers as a `tokenizers.Tokenizer`, which can be saved as one JSON string.
 
-    Truncation and padding that the files may ask for are switched off: a batch changes nothing in it.
+    Its post-processor adds the special tokens of the model. Truncation and padding are switched off.
 
     Args:
         source: A folder, or a hub id.
-        offline: Whether to keep off the network.
+        offline: Do not use the network; a hub id must be in the local cache.
         revision: Branch, tag or commit of the hub.
-        cache_dir: Where downloads are kept.
-
-    Returns:
-        The tokenizer; its post-processor puts the special tokens of the model around a text.
+        cache_dir: Folder of downloads.
 
     Raises:
         ImportError: If transformers is not installed.
-        ValueError: If the folder has no tokenizer, or one that is written in Python alone.
+        ValueError: If the folder has no tokenizer, or only one that is written in Python.
     """
     transformers = require_transformers()
     folder, _ = find_folder(source, offline=offline, revision=revision, cache_dir=cache_dir)
-    # without a vocabulary transformers makes an empty tokenizer, and says nothing
+    # Without a vocabulary, transformers makes an empty tokenizer and does not warn.
     if not any((folder / name).is_file() for name in _VOCABULARIES):
         raise ValueError(f"{folder} has no tokenizer: one of {_VOCABULARIES} belongs beside the weights")
     try:
-        found = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        tokenizer = Tokenizer.from_str(found.backend_tokenizer.to_str())
+        loaded = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        tokenizer = Tokenizer.from_str(loaded.backend_tokenizer.to_str())
     except Exception as error:
         raise ValueError(
-            f"the tokenizer in {folder} cannot be read ({_in_a_line(error)}); a tokenizer.json always can, as "
-            "save_pretrained of a fast tokenizer writes it"
+            f"the tokenizer in {folder} cannot be read ({_one_line(error)}); save it as tokenizer.json, with "
+            "save_pretrained of a fast tokenizer"
         ) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -244,23 +235,23 @@ def load_tokenizer(
 
 
 def model_settings(model: nn.Module) -> dict[str, Any]:
-    """The numbers of a model of transformers, JSON-able, from which its config class builds it again."""
+    """The config of a model of transformers, JSON-able, without what changes from release to release."""
     config: Any = model.config
     return {name: value for name, value in config.to_dict().items() if name not in _VOLATILE}
 
 
 def portable_origin(origin: Mapping[str, Any]) -> dict[str, Any]:
-    """An origin without the paths of this machine, to be saved: the name of a local folder says enough."""
+    """An origin for a saved file: a local folder is reduced to its name."""
     return {**origin, "source": origin["source"] if origin["revision"] else Path(origin["source"]).name}
 
 
-def _in_a_line(error: Exception) -> str:
-    """What kind of error it is and what it says, without line breaks."""
+def _one_line(error: Exception) -> str:
+    """Type and message of an error, without line breaks."""
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _preprocessor_in(folder: Path) -> dict[str, Any]:
-    """Read how waves come in, from wherever this or that release of transformers wrote it."""
+    """Settings of the feature extractor, from the file that this release of transformers wrote; empty if missing."""
     if (folder / _PREPROCESSOR).is_file():
         return dict(read_json(folder / _PREPROCESSOR))
     if (folder / _PROCESSOR).is_file():
@@ -269,13 +260,13 @@ def _preprocessor_in(folder: Path) -> dict[str, Any]:
 
 
 def _licence_in(folder: Path) -> str | None:
-    """Read the licence from the header of a model card, if the folder has one that names it."""
+    """The licence in the header of the model card; None if missing."""
     card = folder / "README.md"
     if not card.is_file():
         return None
     header = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    named = dict(
+    fields = dict(
         re.findall(r"^(license|license_name):[ \t]*([^\s#]+)", header.group(1), re.MULTILINE) if header else []
     )
-    name = named.get("license_name") if named.get("license") == "other" else named.get("license")
+    name = fields.get("license_name") if fields.get("license") == "other" else fields.get("license")
     return f"{name} (model card)" if name else None

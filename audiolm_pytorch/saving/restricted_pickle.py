@@ -12,9 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from beartype import beartype
-
-__all__ = ["ClassName", "DataUnpickler", "RefusedFileError", "StandIn", "checked_file", "one_line_errors"]
+__all__ = ["ClassName", "DataUnpickler", "RefusedFileError", "StandIn", "one_line_errors"]
 
 # Instructions for plain data, tensors, arrays and objects, as protocols 2 to 5 write them.
 _INSTRUCTIONS = (
@@ -111,36 +109,21 @@ class DataUnpickler(_Unpickler):
 
     def load_setitem(self) -> None:
         """Set one entry of a dictionary."""
-        self._check_entries(self.stack[-3], self.stack[-2:-1])
+        _check_keys(self.stack[-2:-1])
         super().load_setitem()
 
     def load_setitems(self) -> None:
         """Set the entries of a dictionary."""
-        self._check_entries(self.metastack[-1][-1], self.stack[::2])
+        _check_keys(self.stack[::2])
         super().load_setitems()
 
-    def load_append(self) -> None:
-        """Append one item to a list."""
-        self._check_list(self.stack[-2])
-        super().load_append()
 
-    def load_appends(self) -> None:
-        """Append items to a list."""
-        self._check_list(self.metastack[-1][-1])
-        super().load_appends()
-
-    def _check_entries(self, target: Any, keys: list[Any]) -> None:
-        """Refuse other targets than dictionaries, and keys that may take long to hash."""
-        if type(target) is not dict:
-            raise RefusedFileError(f"is refused: it sets entries of a {type(target).__name__}")
-        for key in keys:
-            is_number = isinstance(key, float) or (isinstance(key, int) and key.bit_length() <= 64)
-            if not is_number and key is not None and not isinstance(key, str | bytes | StandIn | ClassName):
-                raise RefusedFileError(f"is refused: it has a {type(key).__name__} as a key of a dictionary")
-
-    def _check_list(self, target: Any) -> None:
-        if type(target) is not list:
-            raise RefusedFileError(f"is refused: it adds items to a {type(target).__name__}")
+def _check_keys(keys: list[Any]) -> None:
+    """Refuse keys that may take long to hash or to compare: tuples and large integers."""
+    for key in keys:
+        is_number = isinstance(key, float) or (isinstance(key, int) and key.bit_length() <= 64)
+        if not is_number and key is not None and not isinstance(key, str | bytes | StandIn | ClassName):
+            raise RefusedFileError(f"is refused: it has a {type(key).__name__} as a key of a dictionary")
 
 
 class _Instructions:
@@ -164,20 +147,14 @@ _LOADERS = {code: getattr(DataUnpickler, _Unpickler.dispatch[code].__name__) for
 
 @contextmanager
 def one_line_errors(source: str | Path, advice: str) -> Iterator[None]:
-    """Turn any error while a file is read into a ValueError of one line that names the file.
-
-    Args:
-        source: The file.
-        advice: What to do where the file is refused.
-
-    Raises:
-        ValueError: If the file is refused or damaged.
-    """
+    """Turn any error while a file is read into a ValueError of one line: the file, the reason, and advice."""
     try:
         yield
     except RefusedFileError as error:
         raise ValueError(f"{source} {_one_line(error)}; {advice}") from error
     except Exception as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise ValueError(f"{source} cannot be read ({error.strerror}); {advice}") from error
         reason = _one_line(f"{type(error).__name__}: {error}")[:120]
         raise ValueError(f"{source} is damaged or cut short ({reason}); download or copy it again") from error
 
@@ -185,21 +162,3 @@ def one_line_errors(source: str | Path, advice: str) -> Iterator[None]:
 def _one_line(message: object) -> str:
     """A message without line breaks and control characters."""
     return " ".join("".join(letter if letter.isprintable() else " " for letter in str(message)[:2000]).split())
-
-
-@beartype
-def checked_file(path: str | Path, advice: str) -> Path:
-    """Return the path of a file that can be read and is not empty; ValueError otherwise, with the advice."""
-    path = Path(path).expanduser()
-    try:
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder, a file is needed: {advice}")
-        if not path.is_file():
-            raise ValueError(f"there is no file {path}: {advice}")
-        with path.open("rb") as file:
-            first = file.read(1)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): {advice}") from error
-    if not first:
-        raise ValueError(f"{path} is empty: {advice}")
-    return path

@@ -20,7 +20,6 @@ from audiolm_pytorch.saving.restricted_pickle import (
     DataUnpickler,
     RefusedFileError,
     StandIn,
-    checked_file,
     one_line_errors,
 )
 
@@ -97,10 +96,10 @@ class TorchCheckpoint:
 
     @beartype
     def __init__(self, path: str | Path) -> None:
-        self.path = checked_file(path, _ADVICE)
+        self.path = Path(path).expanduser()
         self._storages: dict[str, Tensor] = {}
-        self._record_bytes_left = self.path.stat().st_size
         with one_line_errors(self.path, _ADVICE), self.path.open("rb") as file:
+            self._record_bytes_left = self.path.stat().st_size
             start = file.read(_TAR_OFFSET + len(_TAR_MARK))
             if start.startswith(_ZIP_START):
                 self.content = self._read_archive()

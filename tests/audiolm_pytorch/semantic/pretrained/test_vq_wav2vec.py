@@ -239,7 +239,7 @@ def faulty(files, tmp_path, case):
 
 
 CASES = {
-    "missing": "nowhere.pt: ",
+    "missing": "nowhere.pt cannot be read",
     "truncated": "damaged.*again",
     "rate": "reads 16000 Hz.*leave it at 16000 and pass input_sample_hz=24000",
     "input rate": "input_sample_hz must be positive",
