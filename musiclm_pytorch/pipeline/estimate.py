@@ -2,30 +2,34 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from beartype import beartype
 from torch import Tensor, nn
 
-from audiolm_pytorch.codecs.training.losses import MultiScaleMelLoss
 from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
 from audiolm_pytorch.lm.stage_transformer import AudioTokens
 from audiolm_pytorch.saving.weights import weights_of
+from audiolm_pytorch.training.distributed import to_device
 from audiolm_pytorch.training.rng import preserve_rng
 from musiclm_pytorch.pipeline.builders import (
+    STAGES,
     build_codec,
     build_mulan,
     build_quantizer,
-    build_semantic_encoder,
-    build_semantic_objective,
     build_semantic_tokenizer,
     build_stage,
 )
-from musiclm_pytorch.pipeline.pipeline import NUM_VALIDATIONS, STEPS, Pipeline, check_step
+from musiclm_pytorch.pipeline.pipeline import STEPS, Pipeline, check_step
 from musiclm_pytorch.pipeline.presets import RunConfig
+from musiclm_pytorch.pipeline.trainers import (
+    NUM_VALIDATIONS,
+    codec_trainer,
+    mulan_trainer,
+    semantic_tokenizer_trainer,
+)
 
 __all__ = ["StepEstimate", "estimate", "estimate_steps"]
 
@@ -36,8 +40,8 @@ _BYTES_PER_PARAMETER = 12 + 8 + 4
 _BYTES_PER_TOKEN = 2
 _FORWARD_SHARE = 1 / 3  # share of the forward pass in a training step
 
-# A module, the tokens in a second of audio, and the loss on random crops: loss(number of crops, seconds)
-_Training = tuple[nn.Module, float, Callable[[int, float], Tensor]]
+# A module, the tokens in a second of audio, and the loss on a number of crops
+_Training = tuple[nn.Module, float, Callable[[int], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def estimate(pipeline: Pipeline, step: str = "all") -> str:
 
 @beartype
 def estimate_steps(pipeline: Pipeline, step: str = "all") -> list[StepEstimate]:
-    """Estimate one step, or all, from a few short steps on random input. Nothing is written.
+    """Estimate one step, or all, from a few training steps on short crops. Nothing is written.
 
     Raises:
         ValueError: If there is no such step, or there are no captions to train MuLaN.
@@ -94,86 +98,64 @@ class _Probe:
         for part in (self.codec, self.tokenizer):
             part.to(self.device).eval()
 
-    @cached_property
-    def mulan(self) -> Any:
-        mulan: Any = self.pipeline.pretrained.get("mulan")
-        if mulan is None:
-            self.pipeline.require_captions()
-            mulan = build_mulan(self.preset, self.pipeline.captions)
-        return mulan.to(self.device).eval()
-
     def estimate(self, step: str) -> StepEstimate:
         if step in self.pipeline.pretrained:
             return StepEstimate(step, disk_bytes=_num_bytes(self.pipeline.pretrained[step]))
         if step in ("quantizer", "tokens"):
             return self._encoding(step)
-        run = getattr(self.preset, step.replace("-", "_")).run
-        module, token_hz, loss = self._training(step)
+        config = getattr(self.preset, step.replace("-", "_"))
+        crop_seconds = min(config.run.seconds, _MAX_CROP_SECONDS)
+        if step in STAGES:
+            module, token_hz, loss = self._stage(step, crop_seconds)
+        else:
+            shortened = replace(config, run=replace(config.run, seconds=crop_seconds))
+            module, token_hz, loss = self._tokenizer_or_mulan(step, shortened)
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         num_parameters = sum(parameter.numel() for parameter in parameters)
-        num_crops = run.num_train_steps * run.batch_size
-        seconds = 0.0
+        num_crops, seconds = config.run.num_train_steps * config.run.batch_size, 0.0
         if not self.pipeline.is_done(step):
-            num_validated = NUM_VALIDATIONS * len(self.pipeline.valid_items)
-            crop_seconds = _seconds_per_crop(parameters, run, loss, self.device)
-            seconds = crop_seconds * (num_crops + _FORWARD_SHARE * num_validated)
-        num_tokens = round(num_crops * run.seconds * token_hz)
+            num_forward = num_crops + _FORWARD_SHARE * NUM_VALIDATIONS * len(self.pipeline.valid_items)
+            loss_seconds, update_seconds = _training_seconds(parameters, config.run, loss, self.device)
+            seconds = loss_seconds * config.run.seconds / crop_seconds * num_forward
+            seconds += update_seconds * config.run.num_train_steps
+        num_tokens = round(num_crops * config.run.seconds * token_hz)
         return StepEstimate(step, num_parameters, num_tokens, num_parameters * _BYTES_PER_PARAMETER, seconds)
 
-    def _training(self, step: str) -> _Training:
-        match step:
-            case "codec":
-                return self._codec_training()
-            case "semantic-tokenizer":
-                return self._semantic_training()
-            case "mulan":
-                return self._mulan_training()
-            case _:
-                return self._stage_training(step)
+    def _tokenizer_or_mulan(self, step: str, config: Any) -> _Training:
+        preset, items = replace(self.preset, **{step.replace("-", "_"): config}), self.pipeline.items
+        loop: dict[str, Any] = dict(results_folder=self.pipeline.out / step, seed=self.pipeline.seed)
+        trainer: Any
+        if step == "codec":
+            trainer = codec_trainer(preset, items, **loop)
+            token_hz = config.sample_hz / config.hop_samples * config.num_quantizers
+        elif step == "semantic-tokenizer":
+            trainer, token_hz = semantic_tokenizer_trainer(preset, items, **loop), config.token_hz
+        else:
+            self.pipeline.require_captions()
+            trainer = mulan_trainer(preset, items, self.pipeline.captions, **loop)
+            token_hz = 100 / 16 * config.num_mels / 16  # patches of 16 frames of 10 ms by 16 mel bands
+        task, phase = trainer.task, trainer.task.phases[0]
+        task.module.to(self.device)
 
-    def _codec_training(self) -> _Training:
-        codec = self.codec.train()
-        mel_loss = MultiScaleMelLoss(codec.target_sample_hz).to(self.device)
-
-        def loss(batch: int, seconds: float) -> Tensor:
-            wave = self._wave(batch, seconds, codec.target_sample_hz)
-            output = codec(wave)
-            return mel_loss(output.wave, wave[:, None]) + output.commitment_loss
-
-        return codec, _frame_hz(codec) * codec.num_quantizers, loss
-
-    def _semantic_training(self) -> _Training:
-        encoder = build_semantic_encoder(self.preset)
-        objective = build_semantic_objective(self.preset, encoder).to(self.device)
-
-        def loss(batch: int, seconds: float) -> Tensor:
-            return objective(self._wave(batch, seconds, encoder.sample_hz)).loss
-
-        return objective, self.preset.semantic_tokenizer.token_hz, loss
-
-    def _mulan_training(self) -> _Training:
-        mulan, captions = self.mulan.train(), self.pipeline.captions
-
-        def loss(batch: int, seconds: float) -> Tensor:
-            texts = [captions[number % len(captions)] for number in range(batch)]
-            result: Tensor = mulan(self._wave(batch, seconds, mulan.sample_hz), texts)
+        def loss(num_crops: int) -> Tensor:
+            batch = task.batch([(0, index % task.num_items) for index in range(num_crops)])
+            result: Tensor = phase.loss(to_device(batch, self.device), 0).loss
             return result
 
-        # patches of 16 hops of 10 ms by 16 mel bands
-        return mulan, 100 / 16 * self.preset.mulan.num_mels / 16, loss
+        return task.module, token_hz, loss
 
-    def _stage_training(self, stage: str) -> _Training:
+    def _stage(self, stage: str, seconds: float) -> _Training:
         codec, tokenizer, dim = self.codec, self.tokenizer, getattr(self.preset, stage).dim
         transformer = build_stage(self.preset, stage, codec=codec, tokenizer=tokenizer).to(self.device)
 
-        def loss(batch: int, seconds: float) -> Tensor:
-            semantic = (batch, max(1, int(seconds * _frame_hz(tokenizer))))
-            acoustic = (batch, max(1, int(seconds * _frame_hz(codec))), codec.num_quantizers)
+        def loss(num_crops: int) -> Tensor:
+            semantic = (num_crops, max(1, int(seconds * _frame_hz(tokenizer))))
+            acoustic = (num_crops, max(1, int(seconds * _frame_hz(codec))), codec.num_quantizers)
             tokens = {
                 "semantic": torch.randint(tokenizer.codebook_size, semantic, device=self.device),
                 "acoustic": torch.randint(codec.codebook_size, acoustic, device=self.device),
             }
-            embeddings = torch.randn(batch, self.preset.quantizer.num_quantizers, dim, device=self.device)
+            embeddings = torch.randn(num_crops, self.preset.quantizer.num_quantizers, dim, device=self.device)
             mask = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=self.device)
             conditions = Conditions(codes=ConditionTensor(embeddings, mask))
             return transformer(transformer.packed(AudioTokens(tokens, {})), conditions).loss
@@ -184,19 +166,28 @@ class _Probe:
     @torch.no_grad()
     def _encoding(self, step: str) -> StepEstimate:
         """Estimate a step that encodes every file once."""
-        items = [*self.pipeline.train_items, *(self.pipeline.valid_items if step == "tokens" else [])]
+        pipeline, codec, tokenizer = self.pipeline, self.codec, self.tokenizer
+        mulan: Any = pipeline.pretrained.get("mulan")
+        if mulan is None:
+            pipeline.require_captions()
+            mulan = build_mulan(self.preset, pipeline.captions)
+        mulan.to(self.device).eval()
+        items = [*pipeline.train_items, *(pipeline.valid_items if step == "tokens" else [])]
         total_seconds = sum(item.num_samples / item.sample_hz for item in items)
         crop_seconds = min(total_seconds / len(items), _MAX_CROP_SECONDS)
-        codec, tokenizer, mulan = self.codec.eval(), self.tokenizer, self.mulan.eval()
+
+        def noise(channels: int, sample_hz: int) -> Tensor:
+            return torch.randn(channels, round(crop_seconds * sample_hz), device=self.device) * 0.1
 
         def encode() -> None:
-            mulan.window_latents(self._wave(1, crop_seconds, mulan.sample_hz)[0])
+            mulan.window_latents(noise(1, mulan.sample_hz)[0])
             if step == "tokens":
-                codec.tokenize(self._wave(codec.channels, crop_seconds, codec.target_sample_hz)[None])
-                tokenizer(self._wave(1, crop_seconds, tokenizer.target_sample_hz))
+                codec.tokenize(noise(codec.channels, codec.target_sample_hz)[None])
+                tokenizer(noise(1, tokenizer.target_sample_hz))
 
-        is_done = self.pipeline.is_done(step)
-        seconds = 0.0 if is_done else min(_timed(encode, self.device) for _ in range(3)) * total_seconds / crop_seconds
+        seconds = 0.0
+        if not pipeline.is_done(step):
+            seconds = min(_timed(encode, self.device) for _ in range(3)) * total_seconds / crop_seconds
         if step == "quantizer":
             quantizer = build_quantizer(self.preset, mulan, len(items))
             return StepEstimate(step, 0, len(items) * quantizer.num_quantizers, _num_bytes(quantizer), seconds)
@@ -205,21 +196,17 @@ class _Probe:
         disk_bytes = round(_BYTES_PER_TOKEN * (num_tokens + num_windows * mulan.dim_latent))
         return StepEstimate(step, 0, num_tokens, disk_bytes, seconds)
 
-    def _wave(self, batch: int, seconds: float, sample_hz: int) -> Tensor:
-        return torch.randn(batch, round(seconds * sample_hz), device=self.device) * 0.1
 
-
-def _seconds_per_crop(
-    parameters: list[nn.Parameter], run: RunConfig, loss: Callable[[int, float], Tensor], device: torch.device
-) -> float:
-    """Time of a training step, divided by the batch size: the minimum of a few steps on fewer and shorter crops."""
+def _training_seconds(
+    parameters: list[nn.Parameter], run: RunConfig, loss: Callable[[int], Tensor], device: torch.device
+) -> tuple[float, float]:
+    """Time of the gradients of one crop, and of an update of the weights: minima of a few repetitions."""
     optimizer = torch.optim.AdamW(parameters, lr=1e-6)
-    crop_seconds = min(run.seconds, _MAX_CROP_SECONDS)
 
-    def backward(batch: int) -> None:
+    def backward(num_crops: int) -> None:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=run.precision == "bf16"):
-            value = loss(batch, crop_seconds)
+            value = loss(num_crops)
         value.backward()
         value.item()  # waits for the device
 
@@ -228,10 +215,10 @@ def _seconds_per_crop(
         optimizer.step()
 
     seconds = _timed(lambda: backward(1), device)  # includes the start-up of the first call
-    batch = min(run.batch_size, int(_BATCH_SECONDS / seconds))
-    if batch > 1:
-        seconds = min(_timed(lambda: backward(batch), device) for _ in range(3)) / batch
-    return seconds * run.seconds / crop_seconds + min(_timed(update, device) for _ in range(2)) / run.batch_size
+    num_crops = min(run.batch_size, int(_BATCH_SECONDS / seconds))
+    if num_crops > 1:
+        seconds = min(_timed(lambda: backward(num_crops), device) for _ in range(3)) / num_crops
+    return seconds, min(_timed(update, device) for _ in range(2))
 
 
 def _timed(work: Callable[[], None], device: torch.device) -> float:

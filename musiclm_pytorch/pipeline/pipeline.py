@@ -14,36 +14,20 @@ from beartype import beartype
 from torch import nn
 
 from audiolm_pytorch.codecs import Codec
-from audiolm_pytorch.codecs.training import MEL_ONLY, SoundStreamTrainer
 from audiolm_pytorch.data.manifest import captions_of, training_items
 from audiolm_pytorch.data.shards import TokenShards
-from audiolm_pytorch.lm.trainers import (
-    TABLE_FILE,
-    CoarseTransformerTrainer,
-    FineTransformerTrainer,
-    SemanticTransformerTrainer,
-)
+from audiolm_pytorch.lm.trainers import TABLE_FILE
 from audiolm_pytorch.saving.files import read_json, read_weights, write_json
 from audiolm_pytorch.saving.fingerprint import part_fingerprint
 from audiolm_pytorch.saving.modules import load_module, save_module
 from audiolm_pytorch.saving.weights import load_weights
 from audiolm_pytorch.semantic import SemanticTokenizer
-from audiolm_pytorch.semantic.best_rq.training import SemanticTokenizerTrainer
 from audiolm_pytorch.training.distributed import create_accelerator
 from audiolm_pytorch.training.rng import preserve_rng, seed_rng
 from musiclm_pytorch.mulan import JointEmbedding
-from musiclm_pytorch.mulan.captions import CaptionSampler, aspects_of
-from musiclm_pytorch.mulan.trainer import MuLaNTrainer
-from musiclm_pytorch.pipeline.builders import (
-    STAGES,
-    build_codec,
-    build_mulan,
-    build_quantizer,
-    build_semantic_encoder,
-    build_semantic_objective,
-    build_stage,
-)
-from musiclm_pytorch.pipeline.presets import Preset, RunConfig
+from musiclm_pytorch.mulan.captions import aspects_of
+from musiclm_pytorch.pipeline.builders import STAGES, build_quantizer, build_stage
+from musiclm_pytorch.pipeline.presets import Preset
 from musiclm_pytorch.pipeline.pretrained_parts import PRETRAINED_KINDS, check_pretrained
 from musiclm_pytorch.pipeline.run_folder import (
     check_run_folder,
@@ -53,6 +37,12 @@ from musiclm_pytorch.pipeline.run_folder import (
     remove_partial_files,
 )
 from musiclm_pytorch.pipeline.token_shards import compute_tokens
+from musiclm_pytorch.pipeline.trainers import (
+    codec_trainer,
+    mulan_trainer,
+    semantic_tokenizer_trainer,
+    stage_trainer,
+)
 from musiclm_pytorch.pretrained.model_folder import CARD, PARTS, exact_dtype, save_parts
 from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.quantizer.fit import fit_quantizer
@@ -60,7 +50,7 @@ from musiclm_pytorch.quantizer.fit import fit_quantizer
 if TYPE_CHECKING:
     import accelerate
 
-__all__ = ["NUM_VALIDATIONS", "STEPS", "Pipeline", "StepReport", "check_step"]
+__all__ = ["STEPS", "Pipeline", "StepReport", "check_step"]
 
 # Each step, with the steps whose results it needs.
 STEPS: dict[str, tuple[str, ...]] = {
@@ -72,12 +62,6 @@ STEPS: dict[str, tuple[str, ...]] = {
     "semantic": ("tokens", "quantizer"),
     "coarse": ("tokens", "quantizer"),
     "fine": ("tokens", "quantizer"),
-}
-NUM_VALIDATIONS = 8
-_STAGE_TRAINERS: dict[str, Any] = {
-    "semantic": SemanticTransformerTrainer,
-    "coarse": CoarseTransformerTrainer,
-    "fine": FineTransformerTrainer,
 }
 
 
@@ -131,7 +115,7 @@ class Pipeline:
         existing = next(place for place in (self.out.absolute(), *self.out.absolute().parents) if place.exists())
         if not existing.is_dir():
             raise ValueError(f"{existing} is a file; name a folder with --out")
-        self.train_items, self.valid_items = training_items(self.data, None, min_seconds=1.0)
+        self.items = self.train_items, self.valid_items = training_items(self.data, None, min_seconds=1.0)
         self.pretrained = dict(pretrained or {})
         check_pretrained(preset, self.pretrained)
         self._accelerator = accelerator
@@ -313,28 +297,14 @@ class Pipeline:
         return {}
 
     def _run_codec(self) -> dict[str, Any]:
-        run = self.preset.codec.run
-        trainer = SoundStreamTrainer(
-            build_codec(self.preset),
-            items=(self.train_items, self.valid_items),
-            data_max_length_seconds=run.seconds,
-            loss_weights=MEL_ONLY,
-            **self._loop("codec", run),
-        )
+        trainer = codec_trainer(self.preset, self.items, **self._loop("codec"))
         metrics = self._train(trainer)
         self._save("codec", trainer.task.codec)
         return metrics
 
     def _run_semantic_tokenizer(self) -> dict[str, Any]:
         s = self.preset.semantic_tokenizer
-        encoder = build_semantic_encoder(self.preset)
-        trainer = SemanticTokenizerTrainer(
-            encoder=encoder,
-            objective=build_semantic_objective(self.preset, encoder),
-            items=(self.train_items, self.valid_items),
-            seconds=s.run.seconds,
-            **self._loop("semantic-tokenizer", s.run),
-        )
+        trainer = semantic_tokenizer_trainer(self.preset, self.items, **self._loop("semantic-tokenizer"))
         metrics = self._train(trainer)
         num_clusters = min(s.num_clusters, max(2, 10 * len(self.train_items)))
         fit = trainer.fit_tokenizer(layer=s.layer, num_clusters=num_clusters)
@@ -342,15 +312,7 @@ class Pipeline:
         return {**metrics, "fitted.kmeans_explained": fit.usage.explained}
 
     def _run_mulan(self) -> dict[str, Any]:
-        m = self.preset.mulan
-        trainer = MuLaNTrainer(
-            mulan=build_mulan(self.preset, self.captions),
-            items=(self.train_items, self.valid_items),
-            seconds=m.run.seconds,
-            captions=CaptionSampler(caption_dropout=m.caption_dropout, seed=self.seed),
-            chunk_size=m.chunk_size,
-            **self._loop("mulan", m.run),
-        )
+        trainer = mulan_trainer(self.preset, self.items, self.captions, **self._loop("mulan"))
         metrics = self._train(trainer)
         self._save("mulan", trainer.task.mulan)
         return metrics
@@ -382,38 +344,24 @@ class Pipeline:
         ]
 
     def _train_stage(self, stage: str) -> dict[str, Any]:
-        config = getattr(self.preset, stage)
         tokenizer, codec = self._load("semantic-tokenizer", SemanticTokenizer), self._load("codec", Codec)
         transformer = build_stage(self.preset, stage, codec=codec, tokenizer=tokenizer)
         shards, valid_shards = self.tokens()
-        trainer = _STAGE_TRAINERS[stage](
-            transformer=transformer,
+        trainer = stage_trainer(
+            self.preset,
+            transformer,
+            stage,
             audio_conditioner=self._load("quantizer", MuLaNEmbedQuantizer),
             shards=shards,
             valid_shards=valid_shards,
-            data_max_length_seconds=config.run.seconds,
-            level_drop_prob=config.level_drop_prob,
-            text_prob=config.text_prob,
-            **self._loop(stage, config.run),
+            **self._loop(stage),
         )
         metrics = self._train(trainer)
         self._save(stage, transformer)
         return metrics
 
-    def _loop(self, step: str, run: RunConfig) -> dict[str, Any]:
-        """Arguments of every trainer."""
-        return dict(
-            batch_size=run.batch_size,
-            num_train_steps=run.num_train_steps,
-            results_folder=self.out / step,
-            accelerator=self.accelerator,
-            learning_rate=run.learning_rate,
-            warmup_steps=run.warmup_steps,
-            precision=run.precision,
-            seed=self.seed,
-            validate_every=max(1, run.num_train_steps // NUM_VALIDATIONS),
-            checkpoint_every_steps=run.checkpoint_every_steps,
-        )
+    def _loop(self, step: str) -> dict[str, Any]:
+        return dict(results_folder=self.out / step, accelerator=self.accelerator, seed=self.seed)
 
     def _train(self, trainer: Any) -> dict[str, Any]:
         """Train to the end and return the last metrics, and the seconds of earlier sessions."""

@@ -1,0 +1,101 @@
+"""Trainers of a preset."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from audiolm_pytorch.codecs.training import MEL_ONLY, SoundStreamTrainer
+from audiolm_pytorch.data.manifest import AudioItem
+from audiolm_pytorch.lm.stage_transformer import StageTransformer
+from audiolm_pytorch.lm.trainers import (
+    CoarseTransformerTrainer,
+    FineTransformerTrainer,
+    SemanticTransformerTrainer,
+)
+from audiolm_pytorch.semantic.best_rq.training import SemanticTokenizerTrainer
+from musiclm_pytorch.mulan.captions import CaptionSampler
+from musiclm_pytorch.mulan.trainer import MuLaNTrainer
+from musiclm_pytorch.pipeline.builders import (
+    build_codec,
+    build_mulan,
+    build_semantic_encoder,
+    build_semantic_objective,
+)
+from musiclm_pytorch.pipeline.presets import Preset, RunConfig
+
+__all__ = ["NUM_VALIDATIONS", "codec_trainer", "mulan_trainer", "semantic_tokenizer_trainer", "stage_trainer"]
+
+NUM_VALIDATIONS = 8
+_STAGE_TRAINERS: dict[str, Any] = {
+    "semantic": SemanticTransformerTrainer,
+    "coarse": CoarseTransformerTrainer,
+    "fine": FineTransformerTrainer,
+}
+
+# Training and held-out items
+Items = tuple[Sequence[AudioItem], Sequence[AudioItem]]
+
+
+def codec_trainer(preset: Preset, items: Items, **loop: Any) -> SoundStreamTrainer:
+    """Build a codec and its trainer, with the mel distance as the only loss."""
+    run = preset.codec.run
+    return SoundStreamTrainer(
+        build_codec(preset),
+        items=items,
+        data_max_length_seconds=run.seconds,
+        loss_weights=MEL_ONLY,
+        **_loop_settings(run),
+        **loop,
+    )
+
+
+def semantic_tokenizer_trainer(preset: Preset, items: Items, **loop: Any) -> SemanticTokenizerTrainer:
+    """Build a semantic encoder and its trainer."""
+    run, encoder = preset.semantic_tokenizer.run, build_semantic_encoder(preset)
+    return SemanticTokenizerTrainer(
+        encoder=encoder,
+        objective=build_semantic_objective(preset, encoder),
+        items=items,
+        seconds=run.seconds,
+        **_loop_settings(run),
+        **loop,
+    )
+
+
+def mulan_trainer(preset: Preset, items: Items, captions: Sequence[str], *, seed: int, **loop: Any) -> MuLaNTrainer:
+    """Build a MuLaN, with a text tokenizer trained on the captions, and its trainer."""
+    m = preset.mulan
+    return MuLaNTrainer(
+        mulan=build_mulan(preset, captions),
+        items=items,
+        seconds=m.run.seconds,
+        captions=CaptionSampler(caption_dropout=m.caption_dropout, seed=seed),
+        chunk_size=m.chunk_size,
+        seed=seed,
+        **_loop_settings(m.run),
+        **loop,
+    )
+
+
+def stage_trainer(preset: Preset, transformer: StageTransformer, stage: str, **data_and_loop: Any) -> Any:
+    """Build the trainer of a stage."""
+    config = getattr(preset, stage)
+    return _STAGE_TRAINERS[stage](
+        transformer=transformer,
+        data_max_length_seconds=config.run.seconds,
+        level_drop_prob=config.level_drop_prob,
+        text_prob=config.text_prob,
+        **_loop_settings(config.run),
+        **data_and_loop,
+    )
+
+
+def _loop_settings(run: RunConfig) -> dict[str, Any]:
+    return dict(
+        batch_size=run.batch_size,
+        num_train_steps=run.num_train_steps,
+        learning_rate=run.learning_rate,
+        warmup_steps=run.warmup_steps,
+        precision=run.precision,
+        validate_every=max(1, run.num_train_steps // NUM_VALIDATIONS),
+        checkpoint_every_steps=run.checkpoint_every_steps,
+    )
