@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from audiolm_pytorch.data import AudioItem, BatchPlan, CropDataset, collate_crops
+from audiolm_pytorch.data import BatchPlan, CropDataset, collate_crops
 from audiolm_pytorch.data.shards import TokenShards, write_shards
 from audiolm_pytorch.nn.module_state import device_of
 from audiolm_pytorch.semantic.base import FrameEncoder
@@ -34,17 +34,14 @@ class PlannedCrop(NamedTuple):
     num_frames: int
 
 
-def plan_crops(
-    encoder: FrameEncoder, items: Sequence[AudioItem], seconds: float, max_frames: int, seed: int
-) -> list[PlannedCrop]:
+def plan_crops(encoder: FrameEncoder, dataset: CropDataset, max_frames: int) -> list[PlannedCrop]:
     """Plan crops of `max_frames` frames together, or fewer if the files have fewer.
 
     The plan has one crop of every file in random order, then a second one of every file that is long enough, and so on.
-    Raises a ValueError if there are no files or no file has a frame.
     """
-    if not items:
-        raise ValueError("there is no audio to learn from: the list of files is empty")
-    rate_hz = encoder.sample_hz
+    items, seconds, rate_hz = dataset.items, dataset.seconds, encoder.sample_hz
+    if seconds is None:
+        raise ValueError("the dataset has whole files; pass one with crops of a fixed length")
     lengths = [-(-item.num_samples * rate_hz // item.sample_hz) for item in items]
     frames = [_count_frames(encoder, min(length, round(seconds * rate_hz))) for length in lengths]
     passes = [int(length / (seconds * rate_hz) + 1e-6) or 1 if count else 0 for length, count in zip(lengths, frames)]
@@ -57,7 +54,7 @@ def plan_crops(
     if short:
         logger.warning("left out %d of %d files, shorter than one frame: %s", len(short), len(items), short[:5])
     plan: list[PlannedCrop] = []
-    order = BatchPlan(len(items), 1, seed)
+    order = BatchPlan(len(items), 1, dataset.seed)
     missing = max_frames
     for step in range(max(passes) * len(items)):
         epoch, index = order.indices(step)[0]
@@ -80,12 +77,10 @@ def _count_frames(encoder: FrameEncoder, num_samples: int) -> int:
 def write_features(
     folder: Path,
     encoder: FrameEncoder,
-    items: Sequence[AudioItem],
+    dataset: CropDataset,
     plan: Sequence[PlannedCrop],
     *,
     layer: int,
-    seconds: float,
-    seed: int,
     origin: dict[str, Any],
     advance: Callable[[], object],
     rank: int = 0,
@@ -95,8 +90,6 @@ def write_features(
 
     Args:
         encoder: In eval mode.
-        seconds: Length of a crop.
-        seed: Of the positions of the crops.
         origin: Identity of the features, see `write_shards`.
         advance: Called after every crop.
 
@@ -104,8 +97,7 @@ def write_features(
         ValueError: If features are not finite, or their number is not `num_frames` of the encoder; names the file.
     """
     # Batches start at fixed places of the plan, so that an interruption does not change which crops share a batch.
-    batch_crops = min(_MAX_CROPS_PER_BATCH, max(1, int(_SECONDS_PER_BATCH / seconds)))
-    dataset = CropDataset(items, seconds, (encoder.sample_hz,), seed=seed, cache_bytes=0)
+    batch_crops = min(_MAX_CROPS_PER_BATCH, max(1, int(_SECONDS_PER_BATCH / (dataset.seconds or _SECONDS_PER_BATCH))))
 
     @lru_cache(maxsize=1)
     def encode_batch(number: int) -> list[np.ndarray]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from beartype import beartype
 
-from audiolm_pytorch.data import AudioItem, load_split
+from audiolm_pytorch.data import AudioItem, CropDataset, load_split
 from audiolm_pytorch.nn.kmeans import (
     ClusterUsage,
     Normalised,
@@ -70,8 +70,6 @@ class KMeansTrainer:
         folder: Folder or manifest of audio; its training part is used, see `load_split`.
         items: Files, instead of a folder.
         results_folder: Holds one run; other settings raise a ValueError.
-        features_folder: Folder of the hidden states. None = `results_folder / "features"`. Runs may share one if only
-            their `num_clusters` and `num_epochs` differ.
         seconds: Length of the crops that are encoded; longer files have several.
         max_tokens: Vectors to fit on at most.
         num_epochs: Passes over the vectors; small data has more.
@@ -93,7 +91,6 @@ class KMeansTrainer:
         folder: str | Path | None = None,
         items: Sequence[AudioItem] | None = None,
         results_folder: str | Path = "./results/kmeans",
-        features_folder: str | Path | None = None,
         seconds: float | int = 10.0,
         max_tokens: int = 1_000_000,
         num_epochs: int = 10,
@@ -111,21 +108,23 @@ class KMeansTrainer:
         self._encoder = encoder.truncated(layer).eval().requires_grad_(False)
         module_spec(self._encoder)  # raises here, before the work, if the tokenizer could not be saved at the end
         self._layer, self._num_clusters, self._num_epochs = layer, num_clusters, num_epochs
-        self._seconds, self._seed = seconds, seed
-        self._items = list(items) if items is not None else load_split(folder or "")[0]
-        self._plan = plan_crops(encoder, self._items, seconds, max_tokens, seed)
+        self._seed, self._accelerator = seed, accelerator
+        items = load_split(folder)[0] if folder is not None else list(items or ())
+        if not items:
+            raise ValueError("there is no audio to learn from: the list of files is empty")
+        self._dataset = CropDataset(items, seconds, (encoder.sample_hz,), seed, cache_bytes=0)
+        self._plan = plan_crops(encoder, self._dataset, max_tokens)
         self.num_tokens = sum(crop.num_frames for crop in self._plan)
         if self.num_tokens < num_clusters:
             raise ValueError(
                 f"{self.num_tokens} tokens cannot fill {num_clusters} clusters; use more audio or fewer clusters"
             )
         self.results_folder = Path(results_folder)
-        self.features_folder = self.results_folder / "features" if features_folder is None else Path(features_folder)
-        self._accelerator = accelerator
+        self.features_folder = self.results_folder / "features"
         self._origin = {
             "encoder": part_fingerprint(self._encoder),
             "layer": layer,
-            "data": _digest_of(self._items),
+            "data": _digest_of(items),
             "seconds": seconds,
             "max_tokens": max_tokens,
             "seed": seed,
@@ -184,11 +183,9 @@ class KMeansTrainer:
             write_features(
                 self.features_folder,
                 self._encoder,
-                self._items,
+                self._dataset,
                 self._plan,
                 layer=self._layer,
-                seconds=self._seconds,
-                seed=self._seed,
                 origin=self._origin,
                 advance=bar.update,
                 rank=accelerator.process_index,

@@ -66,17 +66,6 @@ class QuantizerReport:
         }
         return {**first, "explained": self.explained[-1], "least_usage": min(self.usage), **levels}
 
-    def __str__(self) -> str:
-        """One line, level by level."""
-        texts = [
-            f", texts agree {agrees:.1%} (chance {chance:.1%})" for agrees, chance in zip(self.agreement, self.chance)
-        ]
-        levels = zip(self.usage, self.perplexity, self.explained, texts or [""] * len(self.usage))
-        return "; ".join(
-            f"level {level}: {used:.0%} of codes used, perplexity {perplexity:.1f}, {explained:.1%} explained{text}"
-            for level, (used, perplexity, explained, text) in enumerate(levels, start=1)
-        )
-
 
 @beartype
 @torch.no_grad()
@@ -148,7 +137,7 @@ def fit_quantizer(
             fitted = {name: getattr(report, name) for name in ("num_windows", "usage", "perplexity")}
             report = measure_quantizer(quantizer, *held_out_latents[:2], clip_index=held_out_latents.clip_index)
             report = replace(report, is_held_out=True, **fitted)
-    logger.info("%s", report)
+    logger.info("quantizer: %s", {name: round(value, 3) for name, value in report.metrics.items()})
     if min(report.usage) < _MIN_USAGE:
         logger.warning(
             "level %d uses %.0f%% of its %d codes, since there are too few recordings or they are too similar; "

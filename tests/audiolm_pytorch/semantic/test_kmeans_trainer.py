@@ -15,7 +15,7 @@ import torch
 from beartype.roar import BeartypeCallHintViolation
 from torch import Tensor, nn
 
-from audiolm_pytorch.data import AudioItem, load_split
+from audiolm_pytorch.data import AudioItem, CropDataset, load_split
 from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.saving.files import read_json, read_weights
 from audiolm_pytorch.saving.modules import load_module, read_config, register
@@ -28,7 +28,7 @@ from audiolm_pytorch.semantic import (
     features,
     kmeans_trainer,
 )
-from audiolm_pytorch.semantic.features import plan_crops
+from audiolm_pytorch.semantic.features import PlannedCrop, plan_crops
 
 RATE_HZ, DIM = 1000, 20
 
@@ -91,6 +91,11 @@ def job(audio: Path | None, out: Path, **changes) -> KMeansTrainer:
     settings = dict(encoder=SampleEncoder(), layer=2, num_clusters=12, results_folder=out, seconds=1.0)
     settings |= {} if audio is None else {"items": items_of(audio)}
     return KMeansTrainer(**{**settings, **changes})
+
+
+def plan_of(items: list[AudioItem], max_frames: int, seed: int = 0) -> list[PlannedCrop]:
+    """Crops of a second."""
+    return plan_crops(SampleEncoder(), CropDataset(items, 1.0, (RATE_HZ,), seed), max_frames)
 
 
 def result(fit: KMeansFit) -> tuple[bytes, ...]:
@@ -254,16 +259,6 @@ def test_a_finished_run_needs_nothing_but_its_result(sounds, straight, tmp_path,
     assert encoder.calls == [] and listing(tmp_path) == before
 
 
-def test_features_serve_several_numbers_of_clusters(sounds, straight, tmp_path):
-    """Guards comparisons of k: one folder of features, encoded once, another layer refused."""
-    job(sounds, tmp_path / "a", num_clusters=5, features_folder=tmp_path / "f").train()
-    encoder = SampleEncoder()
-    assert result(job(sounds, tmp_path / "b", encoder=encoder, features_folder=tmp_path / "f").train()) == straight
-    assert encoder.calls == []
-    with pytest.raises(ValueError, match="layer: found 2, expected 1"):
-        job(sounds, tmp_path / "c", layer=1, features_folder=tmp_path / "f").train()
-
-
 def test_a_folder_belongs_to_one_run(sounds, tmp_path):
     """Guards against mixing: every other setting is refused with the difference, finished or not."""
     shutil.copytree(sounds, tmp_path / "fewer")
@@ -303,15 +298,15 @@ def test_a_folder_gives_its_training_part(tmp_path):
 def test_crops_are_spread_over_the_files(tmp_path, caplog):
     """Guards the plan: all files before any of them again, long ones as often as they are long, exactly the frames."""
     items = items_of(write_sounds(tmp_path / "audio", [1.0, 3.5, 0.019, 0.5, 2.0]))
-    plan = plan_crops(SampleEncoder(), items, 1.0, 10_000, seed=0)
+    plan = plan_of(items, 10_000)
     assert sorted(index for _, index, _ in plan) == [0, 1, 1, 1, 3, 4, 4]
     assert [crop.epoch for crop in plan] == sorted(crop.epoch for crop in plan)
     assert {crop.item: crop.num_frames for crop in plan} == {0: 50, 1: 50, 3: 25, 4: 50}
     assert "left out 1 of 5 files" in caplog.text and "02.wav" in caplog.text
-    short = plan_crops(SampleEncoder(), items, 1.0, 60, seed=0)
+    short = plan_of(items, 60)
     assert sum(crop.num_frames for crop in short) == 60
     assert [crop[:2] for crop in short] == [crop[:2] for crop in plan[: len(short)]]
-    orders = {tuple(plan_crops(SampleEncoder(), items, 1.0, 10_000, seed)) for seed in range(5)}
+    orders = {tuple(plan_of(items, 10_000, seed)) for seed in range(5)}
     assert len(orders) > 1
 
 
@@ -320,7 +315,7 @@ def test_features_of_unequal_crops_are_those_of_each_alone(tmp_path):
     folder = write_sounds(tmp_path / "audio", [1.0, 0.31, 0.5, 0.02, 0.77, 1.0])
     trainer = job(folder, tmp_path / "out", num_clusters=2, max_tokens=150)
     fit = trainer.train()
-    plan = plan_crops(SampleEncoder(), items_of(folder), 1.0, 150, seed=0)
+    plan = plan_of(items_of(folder), 150)
     stored = TokenShards(tmp_path / "out" / "features")
     assert fit.usage.num_tokens == trainer.num_tokens == 150
     assert sum(len(stored[number]["features"]) for number in range(len(stored))) == 150
