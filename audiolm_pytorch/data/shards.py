@@ -72,35 +72,26 @@ def write_shards(
             f"got {num_records}, {records_per_chunk}, {rank}, {world_size}"
         )
     folder = Path(folder)
-    # JSON turns tuples into lists, and the plan is compared with the one that was read
-    plan = json.loads(
-        json.dumps(
-            {
-                "format_version": _FORMAT_VERSION,
-                "num_records": num_records,
-                "records_per_chunk": records_per_chunk,
-                "fingerprint": fingerprint,
-            }
-        )
-    )
+    plan = {
+        "format_version": _FORMAT_VERSION,
+        "num_records": num_records,
+        "records_per_chunk": records_per_chunk,
+        "fingerprint": json.loads(json.dumps(fingerprint)),  # tuples become lists, as in the file
+    }
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / _PLAN_NAME).is_file():
-        _require_equal(
-            read_json(folder / _PLAN_NAME),
-            plan,
-            f"{folder} was begun with another plan; use another folder, or remove it",
-        )
+        complaint = f"{folder} was begun with another plan; use another folder, or remove it"
+        _require_equal(read_json(folder / _PLAN_NAME), plan, complaint)
     else:
         write_json(folder / _PLAN_NAME, plan)
     chunks = [folder / f"chunk-{number:05d}" for number in range(-(-num_records // records_per_chunk))]
     num_computed = 0
     for number in range(rank, len(chunks), world_size):
-        if chunks[number].is_dir():
-            continue
-        first = number * records_per_chunk
-        last = min(first + records_per_chunk, num_records)
-        _write_chunk(chunks[number], [_storable(make_record(i), i) for i in range(first, last)], first)
-        num_computed += 1
+        if not chunks[number].is_dir():
+            first = number * records_per_chunk
+            last = min(first + records_per_chunk, num_records)
+            _write_chunk(chunks[number], [_storable(make_record(i), i) for i in range(first, last)], first)
+            num_computed += 1
     if all(chunk.is_dir() for chunk in chunks):
         write_json(folder / _INDEX_NAME, {**plan, "fields": _joint_fields(chunks)})
     return num_computed
@@ -212,9 +203,8 @@ class TokenShards:
     ) -> None:
         self.folder = Path(folder)
         if not (self.folder / _INDEX_NAME).is_file():
-            state = (
-                "unfinished: run write_shards again" if (self.folder / _PLAN_NAME).is_file() else "not a shard folder"
-            )
+            is_begun = (self.folder / _PLAN_NAME).is_file()
+            state = "unfinished: run write_shards again" if is_begun else "not a shard folder"
             raise ValueError(f"{self.folder}: no {_INDEX_NAME} ({state})")
         index = read_json(self.folder / _INDEX_NAME)
         if index.get("format_version") != _FORMAT_VERSION:
