@@ -167,8 +167,8 @@ class MusicLM(nn.Module):
         finite = torch.isfinite(rows).all(dim=1)
         rows = resample(rows.nan_to_num(0.0, 0.0, 0.0), self.sample_hz, mulan.sample_hz).to(text_latents.device)
         latents = torch.cat([mulan.get_long_audio_latents(part) for part in rows.split(max_batch)])
-        own = repeat(text_latents, "p d -> (p k) d", k=waves.shape[1])
-        scores = (latents * own).sum(dim=1).masked_fill(~finite.to(latents.device), torch.nan)
+        text_rows = repeat(text_latents, "p d -> (p k) d", k=waves.shape[1])
+        scores = (latents * text_rows).sum(dim=1).masked_fill(~finite.to(latents.device), torch.nan)
         return rearrange(scores, "(p k) -> p k", p=len(prompts))
 
     def _checked_levels(self, num_levels: int | None) -> int:

@@ -79,7 +79,7 @@ class DecodeSession:
             raise ValueError(f"batch_size must be at least 1, got {batch}")
         layout, scale = model.layout, self.settings.guidance_scale
         if scale != 1 and conditioning is None and layout.null_id is None:
-            raise ValueError(f"guidance_scale {scale} needs a conditioning; without one leave it at 1")
+            raise ValueError(f"guidance_scale {scale} needs `conditioning`; without conditions leave it at 1")
         if allow_eos and layout.pattern == "flat" and len(layout.predicted) > 1:
             raise ValueError(
                 "allow_eos is not possible with several predicted streams in one column, because the early end of one "

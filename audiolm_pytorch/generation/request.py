@@ -164,10 +164,10 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 def with_request_signature(method: Method) -> Method:
     """Replace `**request` in the signature of a method by the fields of `GenerationRequest`, for `help`."""
-    own = signature(method)
-    named = [parameter for parameter in own.parameters.values() if parameter.kind is not Parameter.VAR_KEYWORD]
+    shown = signature(method)
+    named = [parameter for parameter in shown.parameters.values() if parameter.kind is not Parameter.VAR_KEYWORD]
     fields = signature(GenerationRequest).parameters.values()
-    vars(method)["__signature__"] = own.replace(parameters=[*named, *fields])
+    vars(method)["__signature__"] = shown.replace(parameters=[*named, *fields])
     return method
 
 

@@ -43,10 +43,10 @@ def visible_positions(positions: Tensor, num_keys: int, padding: Tensor | None =
         padding: `[b]` int64, number of padding rows in front of each item. They attend to themselves alone.
     """
     keys = torch.arange(num_keys, device=positions.device)
-    own = rearrange(positions, "b n -> b 1 n 1")
+    rows = rearrange(positions, "b n -> b 1 n 1")
     if padding is None:
-        return own >= keys
-    return ((own >= keys) & (keys >= rearrange(padding, "b -> b 1 1 1"))) | (own == keys)
+        return rows >= keys
+    return ((rows >= keys) & (keys >= rearrange(padding, "b -> b 1 1 1"))) | (rows == keys)
 
 
 class KVCache:

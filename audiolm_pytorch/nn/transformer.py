@@ -226,5 +226,5 @@ class Transformer(nn.Module):
         share = torch.rand(batch, 1, device=x.device) * self.forget_prob
         hidden = torch.rand(batch, num_rows, device=x.device) < share
         hidden[:, : num_prefix + 1] = False
-        own = torch.eye(num_rows, dtype=torch.bool, device=x.device)
-        return rearrange(hidden, "b k -> b 1 1 k") & ~own
+        is_own_row = torch.eye(num_rows, dtype=torch.bool, device=x.device)
+        return rearrange(hidden, "b k -> b 1 1 k") & ~is_own_row

@@ -215,6 +215,8 @@ def test_without_a_fine_stage_coarse_levels_are_decoded():
         coarse_transformer=stages["coarse"],
     )
     assert audio_lm.generate(seconds=0.2).acoustic.shape == (1, 10, 2)
+    assert audio_lm.semantic_transformer is stages["semantic"] and audio_lm.coarse_transformer is stages["coarse"]
+    assert audio_lm.fine_transformer is None
 
 
 def test_incompatible_parts_raise_errors():
@@ -266,7 +268,7 @@ def test_guidance_of_the_model_is_off_without_a_condition():
     audio_lm.sampling = {name: replace(settings, guidance_scale=3.0) for name, settings in audio_lm.sampling.items()}
     assert torch.equal(audio_lm(seconds=0.3, seeds=1), plain)
     assert audio_lm(prime_wave=torch.rand(160), seconds=0.3, seeds=1).shape == plain.shape
-    with pytest.raises(ValueError, match="needs a conditioning"):
+    with pytest.raises(ValueError, match="needs `conditioning`"):
         audio_lm(seconds=0.3, sampling={"coarse": {"guidance_scale": 3.0}})
 
 

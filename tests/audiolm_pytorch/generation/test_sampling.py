@@ -95,7 +95,7 @@ def test_guidance_follows_its_formula():
         settings = SamplingSettings(guidance_scale=scale)
         decode(model, {"s": GIVEN}, {"a": 4}, conditioning=random_conditions(1), settings=settings)
     assert batches == [3, 6]
-    with pytest.raises(ValueError, match="needs a conditioning"):
+    with pytest.raises(ValueError, match="needs `conditioning`"):
         decode(model, {"s": GIVEN}, {"a": 4}, settings=SamplingSettings(guidance_scale=2.0))
 
 
