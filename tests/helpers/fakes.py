@@ -1,4 +1,4 @@
-"""Stand-ins for what surrounds the stages: a codec, a semantic tokenizer, conditioners; and a training helper."""
+"""Small fakes of a codec, a semantic tokenizer and conditioners, with tiny stages for them."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ CONDITION = {"audio_text_condition": True, "cond_dim": 8}
 
 
 class FakeCodec(Codec):
-    """50 frames of 4 levels a second: the digits, in base 16, of the mean loudness of a frame."""
+    """50 frames per second of 4 levels, the digits of the mean loudness of a frame in base 16."""
 
     target_sample_hz, downsample_factor, channels, num_quantizers, codebook_size = SAMPLE_HZ, 16, 1, 4, 16
 
@@ -39,7 +39,7 @@ class FakeCodec(Codec):
 
 
 class FakeSemanticTokenizer(SemanticTokenizer):
-    """25 tokens a second: the loudness of 32 samples in 12 steps; it may lose frames at the end, as HuBERT does."""
+    """25 tokens per second, the loudness of 32 samples in 12 steps; it may lose frames at the end, like HuBERT."""
 
     target_sample_hz, downsample_factor, codebook_size = SAMPLE_HZ, 32, 12
 
@@ -63,7 +63,7 @@ class FakeSemanticTokenizer(SemanticTokenizer):
 
 
 class FakeConditioner(Conditioner):
-    """Three codes per text (its length), wave (its loudness) or latent; a table per namespace; remembers who asked."""
+    """Three codes per text (its length), wave (its loudness) or latent. `asked` lists the namespaces of its calls."""
 
     sample_hz = SAMPLE_HZ
 
@@ -90,7 +90,7 @@ class FakeConditioner(Conditioner):
     def conditioning(self, *, texts=None, wavs=None, codes=None, lengths=None, namespace: str) -> ConditionTensor:
         self.asked.append(namespace)
         if sum(one is not None for one in (texts, wavs, codes)) != 1:
-            raise ValueError("give exactly one of texts, wavs and codes")
+            raise ValueError("pass exactly one of texts, wavs and codes")
         if codes is None:
             codes = self.codes(texts=texts, wavs=wavs, lengths=lengths)
         embeddings = self.tables[namespace](codes + torch.tensor([0, 10, 20]))
@@ -98,7 +98,7 @@ class FakeConditioner(Conditioner):
 
 
 class FakeTextConditioner(TextEncoder):
-    """States of width 6, one a letter: the letter's number in every place, and the length of the text in the last."""
+    """One state of width 6 per letter: the letter's number, and in the last dimension the length of the text."""
 
     dim = 6
 
@@ -112,7 +112,7 @@ class FakeTextConditioner(TextEncoder):
     def forward(self, texts: str | Sequence[str]) -> ConditionTensor:
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts or not all(texts):
-            raise ValueError("an empty text says nothing")
+            raise ValueError("an empty text has no states")
         self.asked.append(texts)
         longest = max(len(text) for text in texts)
         states = torch.zeros(len(texts), longest, self.dim)
@@ -123,7 +123,7 @@ class FakeTextConditioner(TextEncoder):
 
 
 def tiny_stages(**changes: object) -> dict[str, TokenTransformer]:
-    """The three stages that go with the fakes."""
+    """The three stages for the fakes."""
     sizes = {**SIZES, **changes}
     return {
         "semantic": SemanticTransformer(num_semantic_tokens=12, **sizes),
@@ -133,7 +133,7 @@ def tiny_stages(**changes: object) -> dict[str, TokenTransformer]:
 
 
 def random_conditions(batch: int, levels: int = 3, dim: int = 8) -> Conditions:
-    """Conditions that are all different."""
+    """Random conditions."""
     return Conditions(
         codes=ConditionTensor(torch.randn(batch, levels, dim), torch.ones(batch, levels, dtype=torch.bool))
     )
@@ -146,7 +146,7 @@ def memorise(
     steps: int = 300,
     floor: float = 0.0,
 ) -> float:
-    """Train until every token is certain, or as certain as it can be (`floor`, nats a token); gives the last loss."""
+    """Train until the loss is at most 0.01 above `floor` (nats per token), and return the last loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     model.train()
     for _ in range(steps):

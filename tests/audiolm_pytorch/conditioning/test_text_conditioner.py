@@ -36,7 +36,7 @@ def folder(folders, tmp_path):
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    """Nothing here may open a socket or look up a host."""
+    """No test may open a socket or look up a host."""
     monkeypatch.setattr(socket, "socket", None)
     monkeypatch.setattr(socket, "getaddrinfo", None)
 
@@ -46,8 +46,8 @@ def close(found, expected, atol=1e-5):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_states_are_those_of_transformers(folders, kind):
-    """Guards the whole path from published files to states: tokens, special tokens, padding, mask, eval mode."""
+def test_states_equal_those_of_transformers(folders, kind):
+    """Tokens, special tokens, padding, mask and eval mode are right on the path from files to states."""
     conditioner = TextConditioner(folders[kind])
     found = conditioner(TEXTS)
     assert isinstance(found, ConditionTensor) and conditioner.dim == found.embeddings.shape[-1] == 16
@@ -67,8 +67,8 @@ def test_states_are_those_of_transformers(folders, kind):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_gives_a_text_the_same_states_in_any_batch(name):
-    """Guards pads, masks and positions of every architecture that is read: alone = in a batch = padded = by hand."""
+def test_states_of_every_architecture_do_not_depend_on_the_batch(name):
+    """A text has equal states alone, in a batch and from transformers directly, for every architecture."""
     torch.manual_seed(0)
     model_class = getattr(transformers, name)
     model = randomised(model_class(model_class.config_class(**FAMILIES[name])))
@@ -89,7 +89,7 @@ def test_every_family_gives_a_text_the_same_states_in_any_batch(name):
 
 
 def test_a_str_is_one_text(folders):
-    """A str is no list of its letters."""
+    """A str is one text, not a list of letters."""
     conditioner = TextConditioner(folders["t5"])
     one, listed = conditioner("slow piano"), conditioner(("slow piano",))
     assert len(one) == 1 and torch.equal(one.mask, listed.mask)
@@ -97,7 +97,7 @@ def test_a_str_is_one_text(folders):
 
 
 def test_stays_frozen_and_in_eval_mode(folders):
-    """Guards states and weights in a model that trains: dropout, gradients, and a half-precision region around it."""
+    """In a model that trains, the encoder has no dropout, no gradients, and float32 states under autocast."""
     conditioner = TextConditioner(folders["bert"])
     before = conditioner(TEXTS).embeddings
     reader = nn.ModuleDict({"conditioner": conditioner, "head": nn.Linear(16, 1)}).train().requires_grad_(True)
@@ -115,8 +115,8 @@ def test_stays_frozen_and_in_eval_mode(folders):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_saved_conditioner_needs_no_files_of_others(folders, kind, tmp_path):
-    """Tokenizer, weights and settings travel with it, without the folder it came from and without a network."""
+def test_saved_conditioner_is_self_contained(folders, kind, tmp_path):
+    """A saved conditioner loads without the source folder and without a network."""
     copied = shutil.copytree(folders[kind], tmp_path / "copied")
     conditioner = TextConditioner(copied, max_tokens=12)
     save_module(conditioner, tmp_path / "saved")
@@ -129,8 +129,8 @@ def test_saved_conditioner_needs_no_files_of_others(folders, kind, tmp_path):
     assert not any(weight.requires_grad for weight in again.parameters()) and not again.train().training
 
 
-def test_a_tokenizer_without_special_tokens_stays_one(folders, tmp_path):
-    """Whether a text is framed belongs to the tokenizer that was given: it is saved, and shows in the fingerprint."""
+def test_special_tokens_option_is_saved(folders, tmp_path):
+    """Whether texts have special tokens is saved and is part of the fingerprint."""
     bare = TextTokenizer(load_tokenizer(folders["bert"]))
     loaded = load_model(folders["bert"], {"bert": "BertModel"}, unneeded=("pooler.",))
     conditioner = TextConditioner(loaded, tokenizer=bare)
@@ -142,8 +142,8 @@ def test_a_tokenizer_without_special_tokens_stays_one(folders, tmp_path):
     assert again.fingerprint() == conditioner.fingerprint() != framed.fingerprint()
 
 
-def test_fingerprint_names_what_states_depend_on(folders, folder, tmp_path):
-    """Another place is the same encoder; a weight, a setting without a weight, or another cut make it another."""
+def test_fingerprint_depends_on_everything_that_changes_states(folders, folder, tmp_path):
+    """A weight, a setting or the token limit changes the fingerprint; the folder does not."""
     known = TextConditioner(folders["t5"])
     assert TextConditioner(folder).fingerprint() == known.fingerprint()
     other = TextConditioner(write_text_encoder(tmp_path / "other", "t5", seed=1))
@@ -159,8 +159,8 @@ def test_fingerprint_names_what_states_depend_on(folders, folder, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_text_that_is_cut_off_warns(folders, kind, caplog):
-    """What is read is the first tokens, framed as the encoder knows them; the log says that the rest is not."""
+def test_truncated_text_logs_a_warning(folders, kind, caplog):
+    """The first tokens are kept, with special tokens around them."""
     conditioner = TextConditioner(folders[kind], max_tokens=9)
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="audiolm_pytorch"):
@@ -178,13 +178,13 @@ def test_text_that_is_cut_off_warns(folders, kind, caplog):
 
 
 def refused(match, *args, **kwargs):
-    """Building it raises a ValueError of a single line that says this."""
+    """Check that the constructor raises a ValueError of one line that matches."""
     with pytest.raises(ValueError, match=match) as caught:
         TextConditioner(*args, **kwargs)
     assert "\n" not in str(caught.value)
 
 
-def test_texts_that_cannot_be_read_are_refused(folders):
+def test_wrong_texts_raise_errors(folders):
     """Errors name the text and what is needed."""
     conditioner = TextConditioner(folders["t5"])
     for texts, match in (
@@ -197,13 +197,13 @@ def test_texts_that_cannot_be_read_are_refused(folders):
     for wrong in (3, None, [None], torch.zeros(1, 2, dtype=torch.long)):
         with pytest.raises(BeartypeCallHintViolation):
             conditioner(wrong)
-    for _ in range(20):  # beartype looks at one of them, by chance
+    for _ in range(20):  # beartype checks one random item
         with pytest.raises((BeartypeCallHintViolation, TypeError), match="NoneType"):
             conditioner(["drums", None, "harp"])
 
 
-def test_sources_that_do_not_fit_are_refused(folders, folder, tmp_path):
-    """Each of these says in a line what is wrong, and what would do."""
+def test_wrong_sources_raise_errors(folders, folder, tmp_path):
+    """Each error is one line with the problem and the fix."""
     refused("no folder .*nowhere", tmp_path / "nowhere")
     refused("offline: nothing is downloaded", "owner/name", offline=True, cache_dir=tmp_path)
     refused("2 or more for this model, got 1", folder, max_tokens=1)
@@ -218,8 +218,8 @@ def test_sources_that_do_not_fit_are_refused(folders, folder, tmp_path):
     refused("'gpt2'.*'t5'", tmp_path / "gpt2")
 
 
-def test_damaged_folders_are_refused(folder):
-    """A file that is cut, gone, altered or of a kind that unpickles code is named, in a line."""
+def test_damaged_folders_raise_errors(folder):
+    """The error names a file that is truncated, missing, changed or a pickle, in one line."""
     files = {name: (folder / name).read_bytes() for name in ("config.json", "tokenizer.json", "model.safetensors")}
     config = json.loads(files["config.json"])
     changes = {"d_ff": 16}, {"num_layers": 3}, {"d_ff": "wide"}
@@ -241,8 +241,8 @@ def test_damaged_folders_are_refused(folder):
 
 
 @pytest.mark.parametrize("text_as", ["cross", "prefix"])
-def test_stage_of_a_given_width_asks_no_hub(folders, text_as, monkeypatch):
-    """A stage knows the width of its text states alone: no transformers, no network; then it hears what is said."""
+def test_stage_with_text_dim_needs_no_text_encoder(folders, text_as, monkeypatch):
+    """A stage is built from the width of its text states alone, and its loss depends on the texts."""
     conditioner = TextConditioner(folders["t5"])
     said = Conditions(text=conditioner(["slow piano", "a fast jig, with drums"]))
     monkeypatch.setitem(sys.modules, "transformers", None)

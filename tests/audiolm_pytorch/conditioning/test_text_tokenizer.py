@@ -17,8 +17,8 @@ def tokenizer() -> TextTokenizer:
 @pytest.mark.parametrize(
     "text", ["slow Piano", "日本の音楽 🎻", "naïve Ünïcode", "\x00\x07 control", "a\ud800b", "Ωμέγα"]
 )
-def test_tokenizer_gives_every_text_back(tokenizer: TextTokenizer, text: str) -> None:
-    """Nothing is unknown: whatever was encoded decodes to its normal form, in any script."""
+def test_decoding_undoes_encoding(tokenizer: TextTokenizer, text: str) -> None:
+    """Every text decodes to its normal form, in any script, without unknown tokens."""
     expected = unicodedata.normalize("NFC", text.encode("utf-8", "replace").decode().lower())
     assert tokenizer.decode(tokenizer.encode([text])) == [" ".join(expected.split())]
     assert TextTokenizer().decode(TextTokenizer().encode([text])) == [" ".join(expected.split())]
@@ -33,12 +33,12 @@ def test_tokenizer_learns_words_and_is_deterministic(tokenizer: TextTokenizer) -
 
 
 def test_tokenizer_ignores_case_composition_and_spaces(tokenizer: TextTokenizer) -> None:
-    """Ways to type the same words have the same ids."""
+    """Different spellings of the same words have equal ids."""
     assert torch.equal(tokenizer.encode(["Café  au\nLAIT "]), tokenizer.encode(["cafe\u0301 au lait"]))
 
 
-def test_tokenizer_rejects_what_it_cannot_use() -> None:
-    """Errors name what was given and what is needed."""
+def test_wrong_arguments_raise_errors() -> None:
+    """Errors name the value and what is needed."""
     with pytest.raises(ValueError, match="256"):
         TextTokenizer.train(["a"], vocab_size=100)
     with pytest.raises(ValueError, match="no text"):
@@ -49,8 +49,8 @@ def test_tokenizer_rejects_what_it_cannot_use() -> None:
         TextTokenizer().encode([])
 
 
-def test_special_tokens_stay_around_a_text_that_is_cut() -> None:
-    """Published encoders read them at both ends of every text: only what is between may be lost."""
+def test_truncation_keeps_special_tokens() -> None:
+    """Truncation removes only tokens between the special tokens."""
     backend = Tokenizer.from_str(TextTokenizer().to_json())
     backend.add_special_tokens(["<s>", "</s>"])
     backend.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 256), ("</s>", 257)])

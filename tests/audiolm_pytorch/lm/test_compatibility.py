@@ -1,4 +1,4 @@
-"""What goes together, and what is refused with the difference shown; and how well each stream is predicted."""
+"""Compatibility of stages with modules and with each other, and the loss of each stream."""
 
 import logging
 import math
@@ -58,8 +58,8 @@ def tokenizer_of(**changes):
 
 
 @every_pattern
-def test_what_goes_together_is_accepted(pattern, caplog):
-    """The stages of the fakes, their tokenizers and conditioners fit, without a word, in every pattern."""
+def test_compatible_parts_are_accepted(pattern, caplog):
+    """Stages and modules with equal numbers raise no error and log no warning, in every pattern."""
     sizes = {**CONDITION, "text_dim": 6}
     parts = semantic(**sizes), coarse(pattern=pattern, **sizes), fine(pattern=pattern, **sizes)
     for stage in parts:
@@ -97,15 +97,15 @@ def test_what_goes_together_is_accepted(pattern, caplog):
         ),
     ],
 )
-def test_differences_from_tokenizers_are_shown(build, parts, message):
-    """Both sides of a difference stand in the message, which names the stage."""
+def test_differences_from_modules_raise_errors(build, parts, message):
+    """The message names the stage and both sides of the difference."""
     stage = build()
     with pytest.raises(ValueError, match=rf"the {stage.namespace} transformer is not compatible: .*{message}"):
         check_compatible(stage, **parts)
 
 
-def test_all_differences_are_shown_at_once():
-    """Who mends one of them must not run into the next one."""
+def test_one_error_lists_all_differences():
+    """The user can fix all differences together."""
     with pytest.raises(ValueError) as raised:
         check_compatible(
             coarse(num_groups=2, **CONDITION),
@@ -118,8 +118,8 @@ def test_all_differences_are_shown_at_once():
 
 
 @every_pattern
-def test_rates_that_do_not_go_together_are_refused(pattern):
-    """Semantic tokens twice as fast as declared would stand beside the wrong sound, also in the flat pattern."""
+def test_other_ratios_of_rates_raise_errors(pattern):
+    """Semantic tokens at twice the declared rate are not aligned with acoustic ones, whatever the pattern."""
     fast = tokenizer_of(downsample_factor=16)
     message = (
         r"'semantic': 25\.0, 'coarse': 50\.0.* frames per second, .*'semantic': 50\.0, 'coarse': 50\.0.*the rates of"
@@ -127,18 +127,18 @@ def test_rates_that_do_not_go_together_are_refused(pattern):
     with pytest.raises(ValueError, match=message):
         check_compatible(coarse(pattern=pattern), fast, FakeCodec())
     check_compatible(coarse(pattern=pattern, semantic_rate_hz=50), fast, FakeCodec())
-    check_compatible(coarse(pattern=pattern), fast)  # without the codec nobody knows
+    check_compatible(coarse(pattern=pattern), fast)  # without the codec there is no ratio
 
 
-def test_rates_that_are_all_as_many_times_faster_are_told(caplog):
-    """They stay aligned, but seconds are counted wrongly: a warning, since a stage alone needs no rate to be told."""
+def test_rates_with_one_common_factor_log_a_warning(caplog):
+    """The streams stay aligned, but durations in seconds are wrong."""
     with caplog.at_level(logging.WARNING):
         check_compatible(semantic(), tokenizer_of(downsample_factor=16))
     assert "'semantic': 25.0" in caplog.text and "'semantic': 50.0" in caplog.text
 
 
-def test_stages_of_one_group_read_any_codec():
-    """Stages from before there were groups wait for every code; a codec with groups is known by itself."""
+def test_stages_of_one_group_accept_codecs_with_groups():
+    """A stage with one group may delay every code; another number of groups must be the codec's."""
     grouped = SoundStream(codebook_size=16, rq_num_quantizers=2, rq_groups=2, channels=2, codebook_dim=16)
     assert grouped.num_groups == 2 and SoundStream(codebook_size=4, channels=2, codebook_dim=8).num_groups == 1
     assert grouped.num_quantizers == 4
@@ -178,8 +178,8 @@ def test_stages_of_one_group_read_any_codec():
         ),
     ],
 )
-def test_stages_that_were_not_made_for_one_another_are_refused(stages, message):
-    """What two stages share must be declared alike; the order they are named in does not matter."""
+def test_stages_with_different_declarations_raise_errors(stages, message):
+    """Shared streams must be declared alike; the order of the stages does not matter."""
     stages = [build() for build in stages]
     with pytest.raises(ValueError, match=f"the stages are not compatible: .*{message}"):
         check_stages_compatible(*stages)
@@ -187,8 +187,8 @@ def test_stages_that_were_not_made_for_one_another_are_refused(stages, message):
         check_stages_compatible(*stages[::-1])
 
 
-def test_stages_trained_on_tokens_of_different_makers_are_refused():
-    """Fingerprints of a kind that two stages share are compared; what one of them does not know is not."""
+def test_stages_with_different_fingerprints_raise_errors():
+    """Fingerprints of a shared kind are compared if both stages have one."""
     shared = {"conditioner": "q", "text_encoder": "t"}
     known = {
         "semantic": {"semantic": "one", **shared},
@@ -213,8 +213,8 @@ def test_stages_trained_on_tokens_of_different_makers_are_refused():
 
 
 @every_pattern
-def test_loss_of_every_stream_is_that_of_its_own_tokens(pattern):
-    """Against an oracle that walks over all cells: several predicted streams, levels, lengths and ends, a melody."""
+def test_loss_of_every_stream_counts_its_own_tokens(pattern):
+    """The losses equal those of a loop over all cells, for several streams, levels, lengths and ends."""
     torch.manual_seed(0)
     layout = TokenLayout(
         [
@@ -246,7 +246,7 @@ def test_loss_of_every_stream_is_that_of_its_own_tokens(pattern):
         loss = float(F.cross_entropy(logits.detach(), torch.tensor(target - head.first_id)))
         for name in {head.stream, f"{head.stream}.{head.level}"}:
             nats.setdefault(name, []).append(loss)
-    del nats["semantic.0"]  # a stream of one level has no losses of levels
+    del nats["semantic.0"]  # a stream of one level has no losses per level
     assert len(nats["semantic"]) == 10 + 1 and len(nats["acoustic"]) == 40 and len(nats["acoustic.3"]) == 10
     assert found.per_stream.keys() == nats.keys()
     for name, losses in nats.items():
@@ -255,8 +255,8 @@ def test_loss_of_every_stream_is_that_of_its_own_tokens(pattern):
     assert float(found.loss) == pytest.approx(sum(everything) / len(everything), abs=1e-5)
 
 
-def test_chance_of_several_streams_is_weighted_by_their_tokens():
-    """Guessing 2 levels of 16 at 50 Hz beside one of 4 at 25 Hz: four fifths of the tokens are of the 16."""
+def test_chance_level_is_weighted_by_tokens_per_second():
+    """With 2 levels of 16 tokens at 50 Hz and one of 4 tokens at 25 Hz, the former are four fifths of all tokens."""
 
     class Both:
         layout = TokenLayout([Stream("a", 4, rate_hz=25), Stream("b", 16, 2, Fraction(50))], "flat")

@@ -1,7 +1,7 @@
-"""Each stage learns sequences by heart and must give them back token by token: the proof of all bookkeeping.
+"""Each stage memorises sequences and must generate them again token by token, which checks all positions and masks.
 
-Every stage x pattern x kind of positions x kind of condition is learnt once; the default run takes a subset in which
-every two of these choices meet, the rest is marked `slow`.
+Cases are combinations of stage, pattern, positions and condition. The default run covers all pairs of these options;
+the other cases are marked `slow`.
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class Case(NamedTuple):
 
 
 def is_quick(case: Case) -> bool:
-    """Whether a case is part of the default run: 18 of 108."""
+    """Whether a case is part of the default run, which has 18 of 108 cases."""
     number = STAGES.index(case.stage) + CONDITIONS.index(case.condition)
     return case.pattern == PATTERNS[number % 3] and case.positions == POSITIONS[number % 2]
 
@@ -61,15 +61,15 @@ def every_case(keep=lambda case: True):
 
 
 @dataclass
-class Learnt:
-    """A stage that knows sequence i under condition i.
+class Memorised:
+    """A stage that has memorised sequence i under condition i.
 
     Attributes:
         model: The stage.
         streams: Tokens `[i, f, levels]` of every stream, by name.
         counts: Frames of each sequence.
-        words: Frames of the stream not in time of each sequence.
-        conditions: What each sequence was learnt under; None where no embeddings condition.
+        words: Frames of the stream that is not in time, per sequence.
+        conditions: Condition of each sequence; None without condition embeddings.
     """
 
     model: TokenTransformer
@@ -83,7 +83,7 @@ class Learnt:
         return self.model.layout.predicted[0].name
 
     def frames(self, stream: Stream, counts: Tensor, items: Tensor) -> Tensor:
-        """Frames of a stream that go with so many predicted frames."""
+        """Frames of a stream for numbers of predicted frames."""
         if stream.rate_hz is None:
             return self.words[items]
         ratio = stream.exact_hz / self.model.layout.predicted[0].exact_hz
@@ -97,7 +97,7 @@ def text_states(num_items: int, lengths: list[int]) -> ConditionTensor:
 
 
 def conditions_of(kind: str) -> Conditions | None:
-    """Conditions of the sequences; of `both`, neither part alone tells which sequence is meant."""
+    """Conditions of the sequences; with `both`, neither part alone identifies the sequence."""
     codes = ConditionTensor(torch.randn(2, 3, 8), torch.ones(2, 3, dtype=torch.bool))
     text = text_states(2, [5, 3])
     if kind == "codes":
@@ -122,8 +122,8 @@ def build(case: Case) -> TokenTransformer:
 
 
 @cache
-def learnt(case: Case) -> Learnt:
-    """Train a stage. What is given in time is the same for all sequences, where anything else tells them apart."""
+def memorised(case: Case) -> Memorised:
+    """Train a stage. Input streams in time are equal for all sequences if there is a condition."""
     torch.manual_seed(CASES.index(case))
     model = build(case)
     num_items = 3 if case.condition in ("both", "not in time") else 2
@@ -135,36 +135,38 @@ def learnt(case: Case) -> Learnt:
         streams[stream.name] = tokens.expand(num_items, -1, -1).clone()
     target = streams[model.layout.predicted[0].name]
     target[:, 0, 0] = torch.arange(num_items)  # they differ from the first token on
-    # A semantic sequence is heard to its real end (the second), or cut; others are also learnt as shorter crops.
+    # The second semantic sequence ends, the others are crops; other stages also learn shorter crops.
     is_semantic = case.stage == "semantic"
     counts = torch.tensor([LONG, SHORT if is_semantic else LONG, LONG][:num_items])
-    own = Learnt(model, streams, counts, torch.tensor([4, 2, 0][:num_items]), conditions_of(case.condition))
+    own = Memorised(model, streams, counts, torch.tensor([4, 2, 0][:num_items]), conditions_of(case.condition))
     items = torch.arange(num_items) if is_semantic else torch.arange(num_items).repeat(2)
     frames = counts if is_semantic else torch.cat((counts, torch.full_like(counts, SHORT)))
     lengths = {stream.name: own.frames(stream, frames, items) for stream in model.layout.streams}
     ends = items == 1 if is_semantic else None
     packed = model.layout.pack({name: tokens[items] for name, tokens in streams.items()}, lengths, ends)
-    # Nothing tells the first semantic token of an unconditional stage; its own entropy stays.
-    unknowable = num_items * log(num_items) / int(packed.loss_mask.sum()) if tells_nothing(case) else 0.0
+    # The first semantic token of an unconditional stage is not predictable: its entropy remains.
+    unknowable = num_items * log(num_items) / int(packed.loss_mask.sum()) if is_ambiguous(case) else 0.0
     conditions = None if own.conditions is None else own.conditions.select(items)
     assert memorise(model, packed, conditions, steps=500, floor=unknowable) < unknowable + 0.02
     return own
 
 
-def tells_nothing(case: Case) -> bool:
-    """Whether without a prompt nothing says which sequence is meant."""
+def is_ambiguous(case: Case) -> bool:
+    """Whether nothing but a prompt identifies the sequence."""
     return case.stage == "semantic" and case.condition == "none"
 
 
 def wanted_frames(case: Case, order: list[int]) -> Tensor:
-    """Unequal numbers of frames, which do not depend on the condition where the stage cannot end by itself."""
+    """Unequal numbers of frames, independent of the condition for stages without ends."""
     is_semantic = case.stage == "semantic"
-    return learnt(case).counts[torch.tensor(order)] if is_semantic else torch.tensor([LONG, SHORT, LONG])[: len(order)]
+    return (
+        memorised(case).counts[torch.tensor(order)] if is_semantic else torch.tensor([LONG, SHORT, LONG])[: len(order)]
+    )
 
 
 def complete(case: Case, prompts: list[int], order: list[int], **options) -> tuple[Decoded, list[Tensor]]:
-    """Greedy completion of prompts of given lengths, item i under condition `order[i]`; and what is right."""
-    own = learnt(case)
+    """Greedy completion of prompts of these lengths, item i under condition `order[i]`, and the right result."""
+    own = memorised(case)
     items, wanted = torch.tensor(order), wanted_frames(case, order)
     lengths = {stream.name: own.frames(stream, wanted, items) for stream in own.model.layout.inputs}
     lengths[own.target] = torch.minimum(torch.tensor(prompts), wanted)
@@ -180,9 +182,9 @@ def complete(case: Case, prompts: list[int], order: list[int], **options) -> tup
 
 
 def check(case: Case, prompts: list[int], order: list[int], **options) -> list[Tensor]:
-    """Every item is right up to its own length, and -1 stands beyond."""
+    """Check that every item is right up to its length, and -1 after it."""
     found, right = complete(case, prompts, order, **options)
-    tokens = found.streams[learnt(case).target]
+    tokens = found.streams[memorised(case).target]
     for item, sequence in enumerate(right):
         assert torch.equal(tokens[item, : len(sequence)], sequence), (prompts, order, item)
         assert (tokens[item, len(sequence) :] == -1).all()
@@ -190,45 +192,45 @@ def check(case: Case, prompts: list[int], order: list[int], **options) -> list[T
 
 
 def orders(case: Case) -> list[list[int]]:
-    """The sequences in order, and in others: every condition meets another place of the batch."""
-    return [[0, 1], [1, 0]] if len(learnt(case).counts) == 2 else [[0, 1, 2], [1, 2, 0]]
+    """Orders of the sequences in which every condition has several positions in the batch."""
+    return [[0, 1], [1, 0]] if len(memorised(case).counts) == 2 else [[0, 1, 2], [1, 2, 0]]
 
 
-def test_the_default_run_lets_every_two_choices_meet():
-    """No pair of stage, pattern, positions and condition is left to the slow run alone."""
+def test_default_run_covers_all_pairs_of_options():
+    """Every pair of stage, pattern, positions and condition is in the default run."""
     quick = [case for case in CASES if is_quick(case)]
     for one, other in combinations(range(4), 2):
         assert {(case[one], case[other]) for case in quick} == {(case[one], case[other]) for case in CASES}
     assert len(quick) == 18 and len(CASES) == 108
 
 
-@every_case(lambda case: not tells_nothing(case))
-def test_the_condition_alone_decides_which_sequence_comes(case):
-    """Without a prompt A gives A, B gives B, and swapped conditions swap the sequences, in unequal lengths."""
+@every_case(lambda case: not is_ambiguous(case))
+def test_the_condition_decides_the_sequence(case):
+    """Without a prompt each condition generates its sequence, in any order and with unequal lengths."""
     straight, swapped = (check(case, [0, 0, 0][: len(order)], order) for order in orders(case))
     assert not torch.equal(straight[0][:SHORT], swapped[0][:SHORT])
 
 
 @every_case()
 def test_prompts_of_any_and_of_unequal_length_are_continued(case):
-    """Prompts of 1 frame, of half, of all but one, of all, and different ones in one batch; in any order."""
-    first = 1 if tells_nothing(case) else 0
+    """Prompts of 1 frame, half, all but one and all frames, also of unequal length in one batch."""
+    first = 1 if is_ambiguous(case) else 0
     for prompts in ([1, 1, 1], [8, 8, 8], [15, 10, 15], [first, 7, 3], [16, first, 9]):
         for order in orders(case):
             check(case, prompts[: len(order)], order)
 
 
 @every_case(lambda case: case.condition != "none")
-def test_guidance_keeps_what_was_learnt(case):
-    """The doubled batch gives each half the same tokens: certain tokens stay certain."""
+def test_guidance_keeps_memorised_sequences(case):
+    """Both halves of the doubled batch receive the same tokens, so certain tokens stay certain."""
     order = orders(case)[0]
     check(case, [0, 3, 1][: len(order)], order, settings=SamplingSettings(temperature=0, guidance_scale=1.3))
 
 
 @every_case()
-def test_teacher_forced_logits_are_those_of_decoding(case, monkeypatch):
-    """Reading whole sequences at once and row by row from a cache give the same logits, to 1e-5, in unequal lengths."""
-    own = learnt(case)
+def test_teacher_forced_logits_equal_those_of_decoding(case, monkeypatch):
+    """Whole sequences and single rows with a cache have equal logits, to 1e-5, for unequal lengths."""
+    own = memorised(case)
     model, order = own.model, orders(case)[1]
     read, prefix_rows = {}, []
 
@@ -259,9 +261,9 @@ def test_teacher_forced_logits_are_those_of_decoding(case, monkeypatch):
 
 
 @every_case(lambda case: case.stage == "semantic")
-def test_the_end_is_learnt_where_the_file_ends(case):
-    """Sequence 1 really ends, others were crops: only the former ends by itself, at the right frame, in one batch."""
-    own = learnt(case)
+def test_the_end_is_learned_where_the_file_ends(case):
+    """Only the sequence whose file ended stops by itself, at the right frame, in one batch with crops."""
+    own = memorised(case)
     order = torch.tensor([1, 0])
     found = decode(
         own.model,
@@ -278,11 +280,11 @@ def test_the_end_is_learnt_where_the_file_ends(case):
     assert (found.streams[own.target][0, SHORT:] == -1).all() and found.lengths[own.target][1] >= LONG
 
 
-def test_windows_continue_what_was_learnt():
-    """A window that carries half of the one before finds its place again in a sequence learnt from random crops."""
+def test_windows_continue_memorised_sequences():
+    """A window that starts with half of the previous one continues a sequence learned from random crops."""
     torch.manual_seed(0)
     model: TokenTransformer = tiny_stages()["semantic"]
-    song = torch.randperm(12).repeat(4)[None, :, None]  # 48 tokens; four frames tell where one is
+    song = torch.randperm(12).repeat(4)[None, :, None]  # 48 tokens; four frames identify the position
     crops = torch.cat([song[:, start : start + 16] for start in range(12)])
     memorise(model, model.layout.pack({"semantic": crops}), steps=150)
     found = decode_in_windows(model, {"semantic": song[:, :4]}, 48, window_frames=16, settings=GREEDY)
@@ -291,13 +293,13 @@ def test_windows_continue_what_was_learnt():
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("scale", [1.0, 2.5])
-def test_guidance_by_streams_not_in_time_is_the_formula(pattern, scale):
-    """Decoding equals a loop without cache that guides by hand, away from the same rows with null tokens in them."""
+def test_guidance_by_streams_not_in_time_follows_the_formula(pattern, scale):
+    """Decoding equals a loop without cache that applies the formula to rows with and without null tokens."""
     torch.manual_seed(3)
     layout = TokenLayout([WORDS, Stream("s", 10, 1, 25, is_input=True), Stream("a", 20, 2, 50)], pattern)
     model = TokenTransformer(layout=layout, **SIZES).eval()
     for weight in (*model.heads.parameters(), *(block.attention.to_out.weight for block in model.transformer.blocks)):
-        weight.data.mul_(40)  # an untrained model is undecided and hardly hears; this one has opinions
+        weight.data.mul_(40)  # larger weights make the logits of an untrained model depend clearly on its inputs
     given = {"words": torch.randint(0, 30, (2, 3, 1)), "s": torch.randint(0, 10, (2, 3, 1))}
     lengths = {"words": torch.tensor([3, 1])}
     settings = SamplingSettings(temperature=0, guidance_scale=scale)
@@ -307,10 +309,12 @@ def test_guidance_by_streams_not_in_time_is_the_formula(pattern, scale):
     with torch.inference_mode():
         for row in range(1, packed.ids.shape[1]):
             nothing = layout.without_conditions(packed, torch.tensor([True, True]))
-            told, untold = (model.hidden(one.ids[:, :row], one.input_mask[:, :row])[:, -1] for one in (packed, nothing))
+            conditional, unconditional = (
+                model.hidden(one.ids[:, :row], one.input_mask[:, :row])[:, -1] for one in (packed, nothing)
+            )
             for item, column in wanted[:, row].nonzero().tolist():
                 head = int(grid.head[item, row, column])
-                logits, null = model.logits(told[item], head), model.logits(untold[item], head)
+                logits, null = model.logits(conditional[item], head), model.logits(unconditional[item], head)
                 token = (null + scale * (logits - null)).argmax()
                 packed.ids[item, row, column] = layout.heads[head].first_id + token
     assert torch.equal(found, layout.unpack(packed.ids, grid.num_frames)["a"])
@@ -319,13 +323,13 @@ def test_guidance_by_streams_not_in_time_is_the_formula(pattern, scale):
 
 
 def test_training_drops_streams_not_in_time_as_guidance_does():
-    """Where every condition is dropped, the loss is that of the null token in their place."""
+    """With all conditions dropped, the loss equals that of null tokens in their place."""
     torch.manual_seed(0)
     model = tiny_stages(extra_streams=[WORDS], cond_drop_prob=1.0)["semantic"]
     streams = {"words": torch.randint(0, 30, (2, 3, 1)), "semantic": torch.randint(0, 12, (2, 8, 1))}
     packed = model.layout.pack(streams)
     dropped = model.train()(packed).loss
     nothing = model.layout.without_conditions(packed, torch.tensor([True, True]))
-    told, untold = model.eval()(packed).loss, model(nothing).loss
-    torch.testing.assert_close(dropped, untold)
-    assert (told - untold).abs() > 1e-4
+    conditional, unconditional = model.eval()(packed).loss, model(nothing).loss
+    torch.testing.assert_close(dropped, unconditional)
+    assert (conditional - unconditional).abs() > 1e-4

@@ -1,4 +1,4 @@
-"""What a stage's tokens were made by travels with it; tokens of another tokenizer are refused wherever they meet."""
+"""Fingerprints of tokenizers and conditioners are saved with stages and compared wherever the modules meet."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ WRAPPERS = {
     "coarse": CoarseTransformerWrapper,
     "fine": FineTransformerWrapper,
 }
-# By stage: the arguments that make its tokens, and what it must remember of the fakes.
+# By stage: the arguments of its tokenizers, and the fingerprints that it must store.
 MAKERS = {"semantic": ("wav2vec",), "coarse": ("wav2vec", "codec"), "fine": ("codec",)}
 KINDS = {"wav2vec": "semantic", "codec": "acoustic"}
 IN_SHARDS = {"wav2vec": "semantic_tokenizer", "codec": "codec"}
@@ -52,7 +52,7 @@ every_source = pytest.mark.parametrize("source", ["waves", "shards"])
 
 
 def makers_of(name, **fingerprints):
-    """The tokenizers of a stage, some of them with other fingerprints."""
+    """The tokenizers of a stage; `fingerprints` replaces some of their fingerprints."""
     makers = {"wav2vec": FakeSemanticTokenizer(), "codec": FakeCodec()}
     for maker, fingerprint in fingerprints.items():
         makers[maker].fingerprint = lambda fingerprint=fingerprint: fingerprint
@@ -60,7 +60,7 @@ def makers_of(name, **fingerprints):
 
 
 def shards_of(folder, **changes):
-    """Shards that say what the fakes made them, or something else."""
+    """Shards with the fingerprints of the fake tokenizers; `changes` replaces some of them."""
 
     def make_record(index):
         return {"semantic": np.arange(25) % 12, "acoustic": np.repeat(np.arange(50)[:, None] % 16, 4, axis=1)}
@@ -71,7 +71,7 @@ def shards_of(folder, **changes):
 
 
 def trainer_of(name, source, tmp_path, write_folder, *, stage=None, other=None, **changes):
-    """A trainer from waves or shards; `other` is the argument whose tokenizer is another one."""
+    """A trainer from waves or shards; the tokenizer of argument `other` has another fingerprint."""
     if source == "waves":
         folder = tmp_path / "corpus"
         data = {"folder": folder if folder.exists() else write_folder(num_files=4, sample_hz=SAMPLE_HZ)}
@@ -88,8 +88,8 @@ def trainer_of(name, source, tmp_path, write_folder, *, stage=None, other=None, 
 
 @every_stage
 @every_source
-def test_checkpoints_and_results_say_what_their_tokens_were_made_by(name, source, tmp_path, write_folder):
-    """Fingerprints of the kinds that a stage uses, and of no others, are in its checkpoint, its file and its memory."""
+def test_checkpoints_and_results_store_fingerprints(name, source, tmp_path, write_folder):
+    """Checkpoint, saved stage and stage have the fingerprints of the kinds that the stage uses."""
     trainer = trainer_of(name, source, tmp_path, write_folder)
     assert trainer.transformer.token_fingerprints == {}
     trainer.train(stop_after_steps=1)
@@ -98,7 +98,7 @@ def test_checkpoints_and_results_say_what_their_tokens_were_made_by(name, source
     assert state["state"]["run"]["token_fingerprints"] == KNOWN[name]
     trainer.train()
     assert read_json(tmp_path / "run" / "finished.json")["run"]["token_fingerprints"] == KNOWN[name]
-    # A finished run whose result was lost gives the same result again, also with a stage that does not know yet.
+    # A finished run writes a lost result again, also from a stage without fingerprints.
     (tmp_path / "run" / name / "config.json").unlink()
     again = trainer_of(name, source, tmp_path, write_folder)
     again.train()
@@ -110,8 +110,8 @@ def test_checkpoints_and_results_say_what_their_tokens_were_made_by(name, source
 @pytest.mark.parametrize(("name", "maker"), PAIRS)
 @every_source
 @pytest.mark.parametrize("finished", [False, True])
-def test_a_run_is_not_continued_on_tokens_of_another_tokenizer(name, maker, source, finished, tmp_path, write_folder):
-    """A checkpoint, or a finished run, of one tokenizer is refused with another, which leaves no trace in the stage."""
+def test_a_run_is_not_resumed_with_another_tokenizer(name, maker, source, finished, tmp_path, write_folder):
+    """Resuming a run with another tokenizer raises an error and does not change the stage."""
     trainer_of(name, source, tmp_path, write_folder).train(stop_after_steps=None if finished else 2)
     kind = KINDS[maker]
     other = trainer_of(name, source, tmp_path, write_folder, other=maker)
@@ -122,8 +122,8 @@ def test_a_run_is_not_continued_on_tokens_of_another_tokenizer(name, maker, sour
 
 
 @pytest.mark.parametrize(("name", "maker"), PAIRS)
-def test_shards_of_another_tokenizer_than_the_one_at_hand_are_refused(name, maker, tmp_path):
-    """Tokenizers, training shards and held-out shards must agree; the message shows both fingerprints and the mend."""
+def test_shards_of_another_tokenizer_raise_errors(name, maker, tmp_path):
+    """Tokenizers, training shards and held-out shards must agree; the message has both fingerprints and the fix."""
     ours, kind = shards_of(tmp_path / "ours"), KINDS[maker]
     theirs = shards_of(tmp_path / "theirs", **{IN_SHARDS[maker]: "another"})
     common = {"results_folder": tmp_path / "run", **QUICK}
@@ -141,8 +141,8 @@ def test_shards_of_another_tokenizer_than_the_one_at_hand_are_refused(name, make
 
 
 @pytest.mark.parametrize(("name", "maker"), PAIRS)
-def test_a_trained_stage_meets_no_other_tokenizer(name, maker, tmp_path):
-    """Wrappers, AudioLM and further training refuse it, showing both fingerprints and the mend."""
+def test_a_trained_stage_accepts_no_other_tokenizer(name, maker, tmp_path):
+    """Wrappers, AudioLM and trainers raise an error with both fingerprints and the fix."""
     kind = KINDS[maker]
     stages = tiny_stages()
     config = {**stages[name].config, "token_fingerprints": KNOWN[name]}
@@ -168,8 +168,8 @@ def test_a_trained_stage_meets_no_other_tokenizer(name, maker, tmp_path):
 
 
 @every_stage
-def test_what_is_unknown_is_not_checked(name, tmp_path):
-    """Stages of older releases, and shards that say something else of themselves, go with any tokenizer."""
+def test_unknown_fingerprints_are_not_checked(name, tmp_path):
+    """Stages and shards without fingerprints accept any tokenizer."""
     stage = tiny_stages()[name]
     assert "token_fingerprints" not in stage.config
     save_module(stage, tmp_path / "old")
@@ -179,21 +179,21 @@ def test_what_is_unknown_is_not_checked(name, tmp_path):
     trainer.train()
     assert stage.token_fingerprints == {} and "token_fingerprints" not in stage.config
     assert read_json(tmp_path / "run" / "finished.json")["run"]["token_fingerprints"] == {}
-    told = TRAINERS[name](
-        transformer=tiny_stages()[name], shards=shards, results_folder=tmp_path / "told", **makers_of(name), **QUICK
+    informed = TRAINERS[name](
+        transformer=tiny_stages()[name], shards=shards, results_folder=tmp_path / "informed", **makers_of(name), **QUICK
     )
-    told.train(stop_after_steps=1)
-    assert told.transformer.token_fingerprints == KNOWN[name]
+    informed.train(stop_after_steps=1)
+    assert informed.transformer.token_fingerprints == KNOWN[name]
 
 
-def test_fingerprints_of_what_a_stage_does_not_read_are_refused():
-    """A misspelt kind would never be compared with anything."""
+def test_fingerprints_of_unused_kinds_raise_errors():
+    """A misspelt kind would never be compared."""
     with pytest.raises(ValueError, match="got fingerprints of {'acoustic'}"):
         SemanticTransformer(num_semantic_tokens=12, token_fingerprints={"acoustic": "codec"}, **SIZES)
 
 
 def conditioner_of(fingerprint=None):
-    """A conditioner that says who it is, or one that does not know."""
+    """A conditioner with a fingerprint, or without one."""
     conditioner = FakeConditioner()
     if fingerprint is not None:
         conditioner.fingerprint = lambda: fingerprint
@@ -201,14 +201,14 @@ def conditioner_of(fingerprint=None):
 
 
 def conditioned_trainer(tmp_path, write_folder, conditioner, stage=None, **changes):
-    """A trainer of the semantic stage from waves, conditioned on the codes of a conditioner."""
+    """A trainer of the semantic stage from waves, with a conditioner."""
     stage = tiny_stages(**CONDITION)["semantic"] if stage is None else stage
     parts = {"stage": stage, "audio_conditioner": conditioner, **changes}
     return trainer_of("semantic", "waves", tmp_path, write_folder, **parts)
 
 
-def test_a_stage_remembers_whose_codes_conditioned_it(tmp_path, write_folder):
-    """It is in checkpoint, file and memory; another conditioner is refused wherever they meet, one unknown is not."""
+def test_a_stage_stores_the_fingerprint_of_its_conditioner(tmp_path, write_folder):
+    """Another conditioner raises an error wherever they meet; one without a fingerprint does not."""
     trainer = conditioned_trainer(tmp_path, write_folder, conditioner_of("A"))
     trainer.train()
     known, finished = {"semantic": "semantic", "conditioner": "A"}, read_json(tmp_path / "run" / "finished.json")["run"]
@@ -235,8 +235,8 @@ def test_a_stage_remembers_whose_codes_conditioned_it(tmp_path, write_folder):
     assert tuned.transformer.token_fingerprints == known
 
 
-def test_an_unconditional_stage_remembers_no_conditioner(tmp_path):
-    """What a stage does not hear is not asked who it is, nor may a stream be taken for it."""
+def test_an_unconditional_stage_has_no_conditioner_fingerprint(tmp_path):
+    """An unconditional stage ignores the conditioner, and no extra stream may have its name."""
     stage = tiny_stages()["semantic"]
     SemanticTransformerWrapper(stage, audio_conditioner=conditioner_of("A"))
     assert "conditioner" not in stage.fingerprinted
@@ -248,8 +248,8 @@ def test_an_unconditional_stage_remembers_no_conditioner(tmp_path):
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_a_run_is_not_continued_on_codes_of_another_conditioner(finished, tmp_path, write_folder):
-    """It leaves no trace in the stage that was refused; the run goes on with its own."""
+def test_a_run_is_not_resumed_with_another_conditioner(finished, tmp_path, write_folder):
+    """The error does not change the stage; the run can be resumed with its own conditioner."""
     conditioned_trainer(tmp_path, write_folder, conditioner_of("A")).train(stop_after_steps=None if finished else 2)
     other = conditioned_trainer(tmp_path, write_folder, conditioner_of("B"))
     with pytest.raises(ValueError, match="conditioner: found A, expected B"):
@@ -259,8 +259,8 @@ def test_a_run_is_not_continued_on_codes_of_another_conditioner(finished, tmp_pa
     assert again.train().step == 3 and other.transformer.token_fingerprints["conditioner"] == "A"
 
 
-def test_fingerprints_are_asked_for_once_a_run(tmp_path, write_folder):
-    """A tokenizer hashes all its weights to answer: no step of training does that again."""
+def test_fingerprints_are_computed_once_per_run(tmp_path, write_folder):
+    """A fingerprint hashes all weights, so training steps must not compute it."""
     asked = []
 
     class CountingCodec(FakeCodec):

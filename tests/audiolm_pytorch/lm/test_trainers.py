@@ -1,4 +1,4 @@
-"""Stage training: aligned crops, tokens on the way, the conditioning table, resuming, results."""
+"""Trainers of stages: aligned crops, tokenizing, the table of the conditioner, resuming, results."""
 
 import json
 import math
@@ -44,7 +44,7 @@ QUICK = {
 
 
 def make_shards(folder, num_records=4, seconds=2.0):
-    """Records whose tokens tell the time: semantic token t is t mod 12, acoustic frame f holds f mod 16."""
+    """Records whose tokens are their time: semantic token t is t mod 12, acoustic frame f is f mod 16."""
 
     def make_record(index):
         frames = int(seconds * 50) + 10 * index
@@ -60,7 +60,7 @@ def make_shards(folder, num_records=4, seconds=2.0):
 
 
 def tokenizers_of(name):
-    """What a stage needs to make its tokens of waves."""
+    """The tokenizers of a stage."""
     parts = {"wav2vec": FakeSemanticTokenizer(), "codec": FakeCodec()}
     needed = {"semantic": ["wav2vec"], "coarse": ["wav2vec", "codec"], "fine": ["codec"]}[name]
     return {part: parts[part] for part in needed}
@@ -68,7 +68,7 @@ def tokenizers_of(name):
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_trains_from_a_folder_of_audio(name, tmp_path, write_folder):
-    """Waves in, a saved stage out; one task serves all stages (fault 8); only the namespace's table is trained."""
+    """Training from waves saves the stage; one task serves all stages (fault 8); only its own table is trained."""
     conditioner = FakeConditioner()
     before = {key: table.weight.clone() for key, table in conditioner.tables.items()}
     stage = tiny_stages(**CONDITION)[name]
@@ -95,7 +95,7 @@ def test_trains_from_a_folder_of_audio(name, tmp_path, write_folder):
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_learns_from_shards_and_reports_chance(name, tmp_path):
-    """Tokens that follow from one another are learnt: held-out loss far below chance, which stands beside it."""
+    """A stage learns predictable tokens: the held-out loss is far below the chance level in the metrics."""
     shards = make_shards(tmp_path / "shards")
     trainer = TRAINERS[name](
         transformer=tiny_stages(**CONDITION)[name],
@@ -116,7 +116,7 @@ def test_learns_from_shards_and_reports_chance(name, tmp_path):
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_shard_crops_cover_the_same_time_in_every_stream(name, tmp_path):
-    """Crops are aligned, of the length asked for, and a pure function of epoch and index that varies with both."""
+    """Crops are aligned, have the requested length, and are a pure function of epoch and index."""
     stage = tiny_stages(**CONDITION)[name]
     shards = make_shards(tmp_path)
     source = ShardSource(shards, stage, seconds=0.5, audio_conditioner=FakeConditioner(), seed=3)
@@ -143,8 +143,8 @@ def test_shard_crops_cover_the_same_time_in_every_stream(name, tmp_path):
     assert {round(float(latent[0]), 1) for latent in batch.latents} == {0.1, 0.2, 0.3}
 
 
-def test_short_records_are_whole_and_padded(tmp_path):
-    """A record shorter than the crop is taken whole, ends there, and its padding is not learnt."""
+def test_short_records_are_not_cropped(tmp_path):
+    """A record shorter than the crop is complete, has its end, and its padding is not in the loss."""
     stage = tiny_stages()["coarse"]
     source = ShardSource(make_shards(tmp_path), stage, seconds=2.4, audio_conditioner=None)
     batch = source.batch([(0, 0), (0, 3)])
@@ -154,8 +154,8 @@ def test_short_records_are_whole_and_padded(tmp_path):
     assert packed.loss_mask[0].sum() == 200 and packed.loss_mask[1].sum() == 240
 
 
-def test_tokens_on_the_way_are_those_of_shards(tmp_path, write_folder):
-    """The same recordings give the same loss from waves as from tokens computed before."""
+def test_tokens_of_waves_equal_those_of_shards(tmp_path, write_folder):
+    """The same recordings have the same loss from waves and from shards."""
     folder = write_folder(num_files=3, sample_hz=SAMPLE_HZ)
     codec, wav2vec, stage = FakeCodec(), FakeSemanticTokenizer(), tiny_stages()["coarse"].eval()
     common = {"transformer": stage, "results_folder": tmp_path / "run", "num_train_steps": 1, "batch_size": 3}
@@ -174,7 +174,7 @@ def test_tokens_on_the_way_are_those_of_shards(tmp_path, write_folder):
 
 
 def test_resumed_run_equals_an_unbroken_one(tmp_path):
-    """Data, drops and weights are functions of seed and step: stopping changes no bit."""
+    """Stopping and resuming a run changes no bit of its weights."""
     results = []
     for stops in ([None], [2, None]):
         for stop in stops:
@@ -193,8 +193,8 @@ def test_resumed_run_equals_an_unbroken_one(tmp_path):
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
-def test_dropped_levels_are_trailing_ones():
-    """The first level always stays; what is dropped is a tail; probability 0 drops nothing."""
+def test_only_trailing_levels_are_dropped():
+    """The first level is never dropped, and probability 0 drops nothing."""
     conditioning = random_conditions(200, levels=4).codes
     masks = _drop_levels(conditioning, 1.0).mask.int()
     assert set(masks.sum(1).tolist()) == {1, 2, 3}
@@ -203,8 +203,8 @@ def test_dropped_levels_are_trailing_ones():
     assert _drop_levels(random_conditions(5, levels=1).codes, 1.0).mask.all()
 
 
-def test_refuses_what_does_not_fit_together(tmp_path):
-    """Wrong vocabularies, rates, missing parts and several sources of data are named before anything is trained."""
+def test_incompatible_arguments_raise_errors(tmp_path):
+    """Wrong vocabularies, wrong rates, missing parts and several sources of data raise errors before training."""
     stages, shards = tiny_stages(), make_shards(tmp_path / "shards")
     common = {"num_train_steps": 1, "batch_size": 1, "results_folder": tmp_path / "run"}
     with pytest.raises(ValueError, match="pass both or neither"):
@@ -230,7 +230,7 @@ def test_refuses_what_does_not_fit_together(tmp_path):
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_files_too_short_for_a_token_are_left_out(name, tmp_path, write_folder, write_tone, caplog):
-    """One sliver among the files is named and does not end the training."""
+    """A very short file is logged and does not stop the training."""
     folder = write_folder(num_files=3, sample_hz=SAMPLE_HZ)
     write_tone("corpus/sliver.wav", seconds=0.01, sample_hz=SAMPLE_HZ)
     trainer = TRAINERS[name](
@@ -241,8 +241,8 @@ def test_files_too_short_for_a_token_are_left_out(name, tmp_path, write_folder, 
 
 
 @pytest.mark.parametrize("seconds", [0.4, 30.0, None])
-def test_windows_of_generation_are_no_longer_than_what_was_seen(seconds, tmp_path, write_folder):
-    """Recordings may all be shorter than the crop asked for: positions beyond them were never trained."""
+def test_max_seconds_is_the_longest_crop(seconds, tmp_path, write_folder):
+    """Recordings may be shorter than the crop; positions after them are not trained."""
     common = {**QUICK, "data_max_length_seconds": seconds, "results_folder": tmp_path / "run"}
     shards = make_shards(tmp_path / "shards")  # the longest of four lasts 2.6 s
     for name in TRAINERS:
@@ -255,8 +255,8 @@ def test_windows_of_generation_are_no_longer_than_what_was_seen(seconds, tmp_pat
 
 
 @pytest.mark.parametrize("crop_seconds", [3.0, 20.0])
-def test_latents_are_of_the_window_that_the_crop_lies_in(tmp_path, crop_seconds):
-    """Of windows of 10 s every second, a shorter crop gets one that covers it, a longer crop one inside it."""
+def test_latents_belong_to_the_window_of_the_crop(tmp_path, crop_seconds):
+    """With windows of 10 s, a shorter crop has a window that covers it, and a longer crop has one inside it."""
 
     def make_record(index):
         return {
@@ -283,8 +283,8 @@ def test_latents_are_of_the_window_that_the_crop_lies_in(tmp_path, crop_seconds)
     assert min(spans) < 3 and max(spans) > 57 - crop_seconds
 
 
-def _identity_run(tmp_path, *, stage=None, **changes):
-    """A trainer in one folder, apart from what is changed."""
+def _run_of(tmp_path, *, stage=None, **changes):
+    """A trainer in one folder with changed arguments."""
     settings = {**QUICK, "level_drop_prob": 0.5, **changes}
     return SemanticTransformerTrainer(
         transformer=tiny_stages(**{**CONDITION, **(stage or {})})["semantic"],
@@ -306,17 +306,17 @@ OTHER_RUNS = [
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_a_run_is_not_continued_with_what_gives_other_weights(finished, tmp_path):
-    """Crops, dropped levels and the stage's own numbers belong to a run, begun or done; what saves memory does not."""
-    _identity_run(tmp_path).train(None if finished else 2)
+def test_a_run_is_not_resumed_with_another_config(finished, tmp_path):
+    """Other crops, dropped levels or stage sizes raise an error; options that only save memory may change."""
+    _run_of(tmp_path).train(None if finished else 2)
     for changes, message in OTHER_RUNS:
         with pytest.raises(ValueError, match=message):
-            _identity_run(tmp_path, **changes).train()
-    assert _identity_run(tmp_path, stage={"checkpoint_blocks": True}).train().step == 4
+            _run_of(tmp_path, **changes).train()
+    assert _run_of(tmp_path, stage={"checkpoint_blocks": True}).train().step == 4
 
 
-def test_shards_of_other_rates_than_the_stage_declares_are_refused(tmp_path):
-    """Tokens that would be laid beside those of another time are named with their seconds; some lost frames are not."""
+def test_shards_of_other_rates_raise_errors(tmp_path):
+    """The error has the seconds of each kind of token; a few lost frames are allowed."""
     for folder, rate_hz, lost in (("double", 50, 0), ("hubert", 25, 2)):
 
         def make_record(index, rate_hz=rate_hz, lost=lost):
@@ -345,7 +345,7 @@ print(json.dumps([loaded_draws(folder) for folder in sys.argv[2:]]))
 
 
 def conditioned_trainer(folder, ema_decay):
-    """A coarse stage with both kinds of conditions, on few tokens."""
+    """A trainer of a small coarse stage with both kinds of conditions."""
 
     def make_record(index):
         frames = np.arange(20)
@@ -371,7 +371,7 @@ def conditioned_trainer(folder, ema_decay):
 
 
 def draws(stage, conditioner):
-    """Tokens drawn with and without conditions, at temperature 1."""
+    """Generated tokens with and without conditions, at temperature 1."""
     wrapper = CoarseTransformerWrapper(stage, audio_conditioner=conditioner, text_conditioner=FakeTextConditioner())
     semantic = {"semantic": torch.arange(40).view(4, 10) % 12}
     conditions = wrapper.condition(text=TEXTS, codes=torch.tensor([[1, 2, 3]]))
@@ -384,7 +384,7 @@ def draws(stage, conditioner):
 
 
 def loaded_draws(folder):
-    """What the saved stage and its table draw."""
+    """Generated tokens of the saved stage and table."""
     conditioner = FakeConditioner()
     table = read_weights(Path(folder) / "conditioning_table.safetensors")[0]
     conditioner.table("coarse").load_state_dict(table)
@@ -392,8 +392,8 @@ def loaded_draws(folder):
 
 
 @pytest.mark.slow
-def test_generation_after_training_is_that_of_a_fresh_process(tmp_path):
-    """Token for token, conditions included, with and without averaged weights: nothing has to be restarted."""
+def test_generation_after_training_equals_that_of_a_new_process(tmp_path):
+    """Tokens are equal with and without conditions and EMA, so no restart is needed."""
     folders, found = [], []
     for ema_decay in (None, 0.9):
         folders.append(str(tmp_path / f"ema {ema_decay}"))
@@ -412,7 +412,7 @@ def test_generation_after_training_is_that_of_a_fresh_process(tmp_path):
 
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
 def test_generation_between_steps_changes_nothing(ema_decay, tmp_path):
-    """Drawing from a stage whose training goes on leaves no trace in it, and hears no dropout."""
+    """Generation during a training does not change the training, and has no dropout."""
     straight = conditioned_trainer(tmp_path / "straight", ema_decay)
     straight.train()
     paused = conditioned_trainer(tmp_path / "paused", ema_decay)
@@ -423,8 +423,8 @@ def test_generation_between_steps_changes_nothing(ema_decay, tmp_path):
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_what_a_trainer_would_not_use_or_cannot_mean_is_refused(tmp_path, write_folder):
-    """Held-out shards beside files, crops of less than a token, and a probability that is none."""
+def test_wrong_arguments_raise_errors(tmp_path, write_folder):
+    """Held-out shards with training files, crops shorter than a token, and wrong probabilities."""
     folder, shards = write_folder(num_files=4, sample_hz=SAMPLE_HZ), make_shards(tmp_path / "shards")
     common = {**QUICK, "results_folder": tmp_path / "run"}
     for wrong, message in [

@@ -1,4 +1,4 @@
-"""A stage with both kinds of conditions, trained by two processes on the CPU (gloo), judged by the files they write."""
+"""Training of a stage with both kinds of conditions by two processes on the CPU (gloo)."""
 
 import os
 import subprocess
@@ -15,12 +15,12 @@ from audiolm_pytorch.lm.trainers import SemanticTransformerTrainer
 from audiolm_pytorch.saving.files import read_weights
 from tests.helpers.fakes import CONDITION, FakeConditioner, FakeTextConditioner, tiny_stages
 
-# In the last two steps one process has the two without captions: parts of its stage rest.
+# In the last two steps one process has only items without captions and does not use parts of the stage.
 CAPTIONS = [["aa"], [], [], ["b", "cccc"]]
 
 
 def make_record(index: int) -> dict[str, np.ndarray]:
-    """A record of tokens, conditions and as many captions as it has."""
+    """A record of tokens, conditions and captions."""
     return {
         "semantic": (np.arange(20) * (index + 1)) % 12,
         "latents": np.full((1, 1), 0.1 * (index + 1), dtype=np.float32),
@@ -29,7 +29,7 @@ def make_record(index: int) -> dict[str, np.ndarray]:
 
 
 def train(folder: Path, batch_size: int) -> None:
-    """Train without anything random, so that one process can do the same."""
+    """Train without randomness, so that one process can compute the same."""
     torch.manual_seed(0)
     stage = tiny_stages(**CONDITION, text_dim=6, cond_drop_prob=0.0)["semantic"]
     SemanticTransformerTrainer(
@@ -47,8 +47,8 @@ def train(folder: Path, batch_size: int) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_with_the_joined_batch(tmp_path: Path) -> None:
-    """Conditions that one process alone has do not part them; both together are one of twice the batch."""
+def test_two_processes_equal_one_process_with_twice_the_batch(tmp_path: Path) -> None:
+    """Weights are equal on both processes, also if only one has captions, and equal those of one process."""
     write_shards(tmp_path / "shards", make_record, 4, {})
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[3]), environment.get("PYTHONPATH", "")])
@@ -56,7 +56,7 @@ def test_two_processes_equal_one_with_the_joined_batch(tmp_path: Path) -> None:
     done = subprocess.run(
         [*command, __file__, str(tmp_path / "two")], env=environment, capture_output=True, text=True, timeout=120
     )
-    # gloo may abort at exit after all work is done, so the exit status is not asked
+    # gloo may abort at exit after all work is done, so the exit status is not checked
     assert (tmp_path / "two" / "semantic" / "config.json").exists(), done.stderr[-3000:]
     train(tmp_path / "one", batch_size=4)
     for file in ("semantic/model.safetensors", "conditioning_table.safetensors"):

@@ -16,7 +16,7 @@ INPUT = Stream("s", 10, 1, 25, is_input=True)
 TARGET = Stream("a", 20, 3, 50)
 TEXT = Stream("t", 30, 1, None, is_input=True)
 CODES = Stream("m", 8, 2, None, is_input=True)
-# Streams in all the ways they can be put together, and frames of two items of each, whole and cut.
+# Combinations of streams, and the frames of each stream for a long and a short item.
 MIXES = {
     "plain": ([INPUT, TARGET], [[3, 6], [2, 4]]),
     "ends": ([INPUT, Stream("a", 20, 3, 50, eos=True)], [[3, 6], [1, 1]]),
@@ -25,7 +25,7 @@ MIXES = {
         [Stream("g", 9, 4, 50, is_input=True, num_groups=2), Stream("a", 5, 6, 50, num_groups=2)],
         [[4, 4], [3, 2]],
     ),
-    "faster given": ([Stream("s", 90, 1, 75, is_input=True), Stream("a", 20, 2, 50)], [[7, 5], [3, 2]]),
+    "faster input": ([Stream("s", 90, 1, 75, is_input=True), Stream("a", 20, 2, 50)], [[7, 5], [3, 2]]),
     "odd rates": ([Stream("s", 9, 2, Fraction(25, 2), is_input=True), TARGET], [[3, 11], [1, 3]]),
     "melody": ([INPUT, Stream("p", 12, 1, Fraction(50, 3), is_input=True), TARGET], [[3, 2, 6], [1, 1, 2]]),
     "no time": ([TEXT, INPUT, TARGET], [[4, 3, 6], [0, 2, 4]]),
@@ -36,12 +36,12 @@ every_pattern = pytest.mark.parametrize("pattern", PATTERNS)
 every_mix = pytest.mark.parametrize("mix", MIXES)
 
 
-def tokens(batch=2, given=3, frames=6, levels=3):
-    return {"s": torch.randint(0, 10, (batch, given, 1)), "a": torch.randint(0, 20, (batch, frames, levels))}
+def tokens(batch=2, inputs=3, frames=6, levels=3):
+    return {"s": torch.randint(0, 10, (batch, inputs, 1)), "a": torch.randint(0, 20, (batch, frames, levels))}
 
 
 def random_batch(mix):
-    """Layout streams, their tokens for two items, and the lengths of these."""
+    """Streams of a layout, their tokens for two items, and the lengths of the items."""
     torch.manual_seed(0)
     streams, counts = MIXES[mix]
     handed, lengths = {}, {}
@@ -53,7 +53,7 @@ def random_batch(mix):
 
 
 def naive_ids(streams):
-    """First id of every (stream, level), of ends `(stream, "end")` and of `null`, counted by hand."""
+    """First id of every (stream, level), of ends `(stream, "end")` and of `null`, by counting."""
     found, next_id = {"start": 0}, 1
     for stream in streams:
         for level in range(stream.num_levels):
@@ -69,7 +69,7 @@ def naive_ids(streams):
 
 
 def naive_grid(streams, pattern, item, end):
-    """Write one item token by token: `{(row, column): (id, is predicted)}`."""
+    """Arrange one item token by token as `{(row, column): (id, is predicted)}`."""
     ids, _ = naive_ids(streams)
     cells, row = {}, 0
     for stream in streams:
@@ -79,10 +79,10 @@ def naive_grid(streams, pattern, item, end):
                 cells[row, 0] = (token, False)
                 row += 1
     timed = [stream for stream in streams if stream.rate_hz is not None]
-    given, predicted = [s for s in timed if s.is_input], [s for s in timed if not s.is_input]
+    inputs, predicted = [s for s in timed if s.is_input], [s for s in timed if not s.is_input]
     if pattern == "flat":
         cells[row, 0] = (ids["start"], False)
-        for stream in given + predicted:
+        for stream in inputs + predicted:
             for frame in item[stream.name]:
                 for level, token in enumerate(frame):
                     row += 1
@@ -92,7 +92,7 @@ def naive_grid(streams, pattern, item, end):
                 cells[row, 0] = (ids[stream.name, "end"], True)
         return cells
     column, num_frames = 0, len(item[predicted[0].name])
-    for stream in given:
+    for stream in inputs:
         ratio = Fraction(stream.rate_hz) / Fraction(predicted[0].rate_hz)
         per_row = -(-ratio.numerator // ratio.denominator)  # columns
         for part in range(per_row):
@@ -122,7 +122,7 @@ def naive_item(handed, lengths, item):
 @every_pattern
 @pytest.mark.parametrize("end", [False, True])
 def test_packing_matches_a_naive_loop(mix, pattern, end):
-    """Every id, every mask, every head, of every pattern, for groups, rates, ends and streams not in time."""
+    """Ids and masks of every pattern are right for groups, rates, ends and streams that are not in time."""
     streams, handed, lengths = random_batch(mix)
     layout = TokenLayout(streams, pattern)
     packed = layout.pack(handed, lengths, torch.tensor([end, False]))
@@ -144,12 +144,12 @@ def test_packing_matches_a_naive_loop(mix, pattern, end):
 @every_mix
 @every_pattern
 def test_unpack_undoes_pack_for_items_of_any_length(mix, pattern):
-    """Right padding and per-item lengths lose nothing; past an item's end stands -1."""
+    """Padding and lengths per item lose no token; the result is -1 past an item's end."""
     streams, handed, lengths = random_batch(mix)
     layout = TokenLayout(streams, pattern)
     found = layout.unpack(layout.pack(handed, lengths).ids, lengths, [stream.name for stream in streams])
     for stream in streams:
-        # Where a row is a frame, what is given in time stands only as far as rows need it.
+        # With one row per frame, input streams in time are packed only as far as rows need them.
         is_partial = pattern != "flat" and stream.is_input and stream.rate_hz is not None
         for item, count in enumerate(lengths[stream.name].tolist()):
             stands = (found[stream.name][item] >= 0).all(-1)
@@ -159,8 +159,8 @@ def test_unpack_undoes_pack_for_items_of_any_length(mix, pattern):
 
 @every_mix
 @every_pattern
-def test_packing_a_batch_is_packing_each_item_alone(mix, pattern):
-    """A short item has no hole between its streams: it looks as if it were alone, padded on the right."""
+def test_packing_does_not_depend_on_other_items(mix, pattern):
+    """A short item in a batch is packed as if it were alone, and padded on the right."""
     streams, handed, lengths = random_batch(mix)
     layout = TokenLayout(streams, pattern)
     packed = layout.pack(handed, lengths)
@@ -176,7 +176,7 @@ def test_packing_a_batch_is_packing_each_item_alone(mix, pattern):
 @every_mix
 @every_pattern
 def test_every_predicted_token_is_in_the_range_of_its_head(mix, pattern):
-    """The head of a cell covers exactly the ids of one level, and the end where the stream has one."""
+    """The head of a cell covers exactly the ids of one level, and the end id if the stream has one."""
     streams, handed, lengths = random_batch(mix)
     layout = TokenLayout(streams, pattern)
     packed = layout.pack(handed, lengths)
@@ -197,8 +197,8 @@ def test_every_predicted_token_is_in_the_range_of_its_head(mix, pattern):
 
 
 @pytest.mark.parametrize("levels", range(1, 9))
-def test_ids_are_disjoint_and_ends_are_their_own(levels):
-    """No two meanings share an id: start, levels, streams, ends, null (the mistake of offset end ids)."""
+def test_ids_are_disjoint(levels):
+    """Start, levels, ends and the null token have ids of their own."""
     streams = [TEXT, INPUT, Stream("a", 20, levels, 25, eos=True), Stream("b", 5, 1, 25, eos=True)]
     layout = TokenLayout(streams, "flat")
     first, num_ids = naive_ids(streams)
@@ -209,8 +209,8 @@ def test_ids_are_disjoint_and_ends_are_their_own(levels):
 
 
 @every_pattern
-def test_dropping_conditions_puts_the_null_token_in_place_and_moves_nothing(pattern):
-    """Guidance and training hear the same nothing: all rows stay, timed streams too, and other items."""
+def test_dropped_conditions_become_null_tokens_in_place(pattern):
+    """Rows, streams in time and other items stay as they are."""
     streams, handed, lengths = random_batch("no time")
     handed = {**handed, "t": torch.randint(0, 30, (2, 4, 1))}
     lengths = {**lengths, "t": torch.tensor([4, 2])}
@@ -233,16 +233,16 @@ def test_dropping_conditions_puts_the_null_token_in_place_and_moves_nothing(patt
         layout.without_conditions(dropped, torch.tensor([1]))
 
 
-def test_given_streams_of_other_rates_are_aligned_and_clamped():
-    """Higher rates take several columns; one frame too few repeats the last (HuBERT: 49 frames a second)."""
+def test_input_streams_of_other_rates_are_aligned_and_clamped():
+    """A higher rate uses several columns; a missing frame repeats the last one (HuBERT has 49 frames per second)."""
     layout = TokenLayout([Stream("s", 90, 1, 50, is_input=True), Stream("a", 20, 1, 25)], "delayed")
     packed = layout.pack({"s": torch.arange(7)[None], "a": torch.zeros(1, 4, 1, dtype=torch.long)})
     assert packed.ids.shape[2] == 3
     assert (packed.ids[0, :4, :2] - 1).tolist() == [[0, 1], [2, 3], [4, 5], [6, 6]]
 
 
-def test_groups_of_a_level_stand_together():
-    """The codes of one residual level do not wait for one another; levels do."""
+def test_groups_of_a_level_have_the_same_delay():
+    """The delayed pattern delays levels, not groups."""
     layout = TokenLayout([Stream("a", 5, 6, 50, num_groups=2)], "delayed")
     packed = layout.pack({"a": torch.zeros(1, 1, 6, dtype=torch.long)})
     assert packed.loss_mask[0].nonzero().tolist() == [[1, 0], [1, 1], [2, 2], [2, 3], [3, 4], [3, 5]]
@@ -250,8 +250,8 @@ def test_groups_of_a_level_stand_together():
 
 @every_mix
 @every_pattern
-def test_grid_marks_what_is_missing_for_each_item(mix, pattern):
-    """Prompts of unequal length: known tokens stand, exactly the rest is to be decoded, level by level."""
+def test_grid_marks_the_missing_cells_of_each_item(mix, pattern):
+    """With prompts of unequal length, exactly the cells after each prompt are missing."""
     streams, handed, lengths = random_batch(mix)
     layout = TokenLayout(streams, pattern)
     names = [stream.name for stream in layout.predicted]
@@ -273,8 +273,8 @@ def test_grid_marks_what_is_missing_for_each_item(mix, pattern):
 
 
 @every_pattern
-def test_streams_not_in_time_may_be_left_out_where_something_is_decoded(pattern):
-    """Nothing handed in = unconditional: the same grid as with zero frames of them."""
+def test_grid_accepts_missing_streams_that_are_not_in_time(pattern):
+    """A missing stream gives the same grid as an empty one."""
     layout = TokenLayout([TEXT, INPUT, TARGET], pattern)
     streams = {"s": tokens()["s"]}
     without = layout.grid(streams, {"a": 4}, 2)
@@ -284,8 +284,8 @@ def test_streams_not_in_time_may_be_left_out_where_something_is_decoded(pattern)
         layout.pack({**streams, "a": tokens()["a"]})
 
 
-def test_windows_align_with_streams_in_time_alone():
-    """Windows start where a frame of every given stream does; text has no frames to start with."""
+def test_frame_alignment_ignores_streams_that_are_not_in_time():
+    """Windows start where a frame of every input stream in time starts."""
     assert TokenLayout([INPUT, TARGET, TEXT]).frame_alignment == 2
     assert TokenLayout([Stream("p", 9, 1, Fraction(50, 3), is_input=True), INPUT, TARGET]).frame_alignment == 6
 
@@ -293,20 +293,20 @@ def test_windows_align_with_streams_in_time_alone():
 @every_mix
 @every_pattern
 def test_layout_survives_a_round_trip_through_json_data(mix, pattern):
-    """Saved models rebuild the very layout they were trained with."""
+    """Saved models rebuild the layout they were trained with."""
     layout = TokenLayout(MIXES[mix][0], pattern)
     copy = TokenLayout.from_dict(layout.to_dict())
     assert copy.streams == layout.streams and copy.pattern == layout.pattern and copy.num_ids == layout.num_ids
 
 
-def test_a_layout_from_before_groups_still_loads():
-    """Files of older models say nothing of groups."""
+def test_saved_layouts_without_groups_load():
+    """Files of older models have no num_groups."""
     old = {"name": "a", "vocab_size": 5, "num_levels": 2, "rate_hz": "50", "given": False, "eos": False}
     assert TokenLayout.from_dict({"streams": [old], "pattern": "delayed"}).streams == (Stream("a", 5, 2, 50),)
 
 
-def test_layout_refuses_tokens_it_cannot_mean():
-    """Wrong shapes, lengths, names and tokens outside the vocabulary are errors that say where, not silence."""
+def test_wrong_tokens_raise_errors():
+    """Errors name the stream and the position of wrong shapes, lengths, names and tokens."""
     layout = TokenLayout([INPUT, TARGET], "delayed")
     streams = tokens()
     wrong = streams["s"].clone()
@@ -348,8 +348,8 @@ def test_layout_refuses_tokens_it_cannot_mean():
         TokenLayout([Stream("b", 5), Stream("c", 5)], "parallel").table({"b": 2, "c": 3})
 
 
-def test_layout_refuses_streams_it_cannot_arrange():
-    """Impossible layouts name the stream, what was given and what is needed."""
+def test_impossible_layouts_raise_errors():
+    """Errors name the stream, the value and what is needed."""
     with pytest.raises(ValueError, match="unknown pattern 'spiral', known are"):
         TokenLayout([TARGET], "spiral")
     with pytest.raises(ValueError, match="predicted"):
@@ -371,7 +371,7 @@ def test_layout_refuses_streams_it_cannot_arrange():
             Stream(**{"name": "x", "vocab_size": 5, **wrong})
 
 
-# the stages as declarations
+# layouts of the stages
 
 SIZES = {"dim": 16, "depth": 1, "heads": 1, "dim_head": 16, "ff_mult": 1.0}
 MELODY = Stream("melody", 12, 1, 25, is_input=True)
@@ -379,7 +379,7 @@ WORDS = Stream("words", 30, 1, None, is_input=True)
 
 
 def stages(**options):
-    """The three stages of a codec of two groups."""
+    """The three stages for a codec with two groups."""
     groups = {"num_groups": 2, **options}
     return {
         "semantic": SemanticTransformer(num_semantic_tokens=12, **options, **SIZES),
@@ -392,8 +392,8 @@ def stages(**options):
 
 @every_pattern
 @pytest.mark.parametrize("name", ["semantic", "coarse", "fine"])
-def test_stages_take_any_pattern_groups_and_further_streams(name, pattern, tmp_path):
-    """A stage finds its tokens by kind and level, extra ones by name, and comes back from disk as it was."""
+def test_stages_pack_any_pattern_groups_and_extra_streams(name, pattern, tmp_path):
+    """A stage selects tokens by kind and level, extra streams by name, and is the same after saving and loading."""
     torch.manual_seed(0)
     model = stages(pattern=pattern, extra_streams=[WORDS, MELODY])[name]
     found = {
@@ -424,8 +424,8 @@ def test_stages_take_any_pattern_groups_and_further_streams(name, pattern, tmp_p
     assert {s.num_groups for s in again.layout.streams if s.name in levels} in (set(), {2})
 
 
-def test_stages_refuse_extra_streams_that_are_something_else():
-    """A predicted extra stream, or one that would shadow the stage's own tokens, is no extra stream."""
+def test_wrong_extra_streams_raise_errors():
+    """An extra stream must be an input and must not have the name of the stage's own tokens."""
     for wrong, match in [
         (Stream("melody", 12, 1, 25), "set is_input=True"),
         (Stream("acoustic", 12, 1, 25, is_input=True), "cannot be named 'acoustic'"),
