@@ -66,7 +66,7 @@ def _gradients(quantizer: nn.Module, processes: list[int]) -> dict[str, Tensor]:
     """Gradients of the quantizer's own loss, averaged over the processes as training does."""
     frames = torch.cat([batch(700, process, 50) for process in processes], dim=1)
     quantizer.level_dropout = 0.0
-    quantizer(frames).loss.backward()
+    quantizer(frames.requires_grad_()).loss.backward()
     found = {name: value.grad for name, value in quantizer.named_parameters() if value.grad is not None}
     if dist.is_initialized():
         for gradient in found.values():
