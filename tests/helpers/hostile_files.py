@@ -1,4 +1,4 @@
-"""Pickles that would run something or lead somewhere, and every file format that they can lie in."""
+"""Pickles that would run code, and all file formats that can hold them."""
 
 import bz2
 import collections
@@ -32,7 +32,7 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 
 class Call:
-    """Pickles as a call: a function and its arguments."""
+    """Is pickled as a call of a function with arguments."""
 
     def __init__(self, function, *arguments):
         self.parts = (function, arguments)
@@ -58,13 +58,13 @@ def protocol4(body):
 
 
 def doubled(times):
-    """A tuple of 2^times leaves in five bytes each time."""
+    """A nested tuple that has 2^times leaves and takes five bytes per level."""
     steps = (pickle.BINPUT + bytes([n]) + pickle.BINGET + bytes([n]) + pickle.TUPLE2 for n in range(times))
     return b")" + b"".join(steps)
 
 
 def peak_bytes(call):
-    """The most memory that a call takes for Python's objects."""
+    """Peak memory of Python objects during a call, in bytes."""
     tracemalloc.start()
     try:
         call()
@@ -157,7 +157,7 @@ TRICKS = {
 
 
 class TypeWithState:
-    """Pickles as numpy's type of floats, with a state that makes it another one."""
+    """Is pickled as a numpy float dtype with a state that turns it into another one."""
 
     def __init__(self, *state):
         self.state = state
@@ -195,7 +195,7 @@ def pickled(value):
 
 
 def zip_checkpoint(path, pickled, storages=(), extra=()):
-    """An archive as torch.save writes it, around a pickle."""
+    """Write an archive in the layout of torch.save around a pickle."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", pickled)
         archive.writestr("archive/version", "3\n")
@@ -207,7 +207,7 @@ def zip_checkpoint(path, pickled, storages=(), extra=()):
 
 
 def legacy_checkpoint(path, pickled, keys=b"]."):
-    """A file as torch before 1.6 wrote it, around a pickle."""
+    """Write a file in the layout of torch before 1.6 around a pickle."""
     machine = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
     parts = [pickle.dumps(part, 2) for part in (LEGACY_MAGIC, 1001, machine)]
     path.write_bytes(b"".join(parts) + pickled + keys)
@@ -215,7 +215,7 @@ def legacy_checkpoint(path, pickled, keys=b"]."):
 
 
 def places(path, pickled):
-    """The pickle in every file format that a reader takes: (reader, file)."""
+    """Write a pickle in every file format; yield pairs of a reader and a file."""
     yield TorchCheckpoint, zip_checkpoint(path / "a.pt", pickled)
     yield TorchCheckpoint, legacy_checkpoint(path / "b.pt", pickled)
     bare = path / "c.pt"  # where the magic number belongs: nothing is admitted at all
@@ -228,7 +228,7 @@ def places(path, pickled):
 
 
 def refusal(reader, path):
-    """The message of the error that a reader raises: one line that names the file."""
+    """Check that a reader raises an error of one line that names the file; return the message."""
     with pytest.raises(ValueError) as caught:
         reader(path)
     message = str(caught.value)

@@ -11,7 +11,7 @@ from beartype import beartype
 from torch import Tensor, nn
 
 from audiolm_pytorch.saving.hub import require_transformers
-from audiolm_pytorch.saving.restricted_pickle import StandIn
+from audiolm_pytorch.saving.restricted_pickle import RefusedFileError, StandIn, one_line_errors
 from audiolm_pytorch.saving.torch_checkpoint import TorchCheckpoint
 from audiolm_pytorch.saving.weights import load_weights
 
@@ -97,13 +97,16 @@ def read_fairseq(path: str | Path) -> FairseqCheckpoint:
     for name in weights:
         if not isinstance(name, str) or len(name) > _MAX_NAME_LENGTH or not name.isprintable():
             raise ValueError(
-                f"{path} is no checkpoint of fairseq: {quoted(name)} in its 'model' is no name of a tensor"
+                f"{path} is no checkpoint of fairseq: {quoted(name)} in its 'model' is not the name of a tensor"
             )
     tensors = {name: checkpoint.tensor(value) for name, value in weights.items()}
     storages = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in tensors.values())}
-    if sum(tensor.nbytes for tensor in tensors.values()) > 2 * sum(storages.values()):  # a weight may have two names
-        raise ValueError(f"{path} is refused: many of its weights share the same bytes; {advice}")
-    settings = _plain(content.get("cfg")) or _plain(content.get("args")) or {}
+    with one_line_errors(path, advice):
+        if sum(tensor.nbytes for tensor in tensors.values()) > 2 * sum(
+            storages.values()
+        ):  # a weight may have two names
+            raise RefusedFileError("is refused: many of its weights share the same bytes")
+        settings = _plain(content.get("cfg")) or _plain(content.get("args"))
     settings = settings if isinstance(settings, dict) else {}
     model, task = settings.get("model"), settings.get("task")
     if not isinstance(model, dict):  # `args` is flat, and its `task` is a name
@@ -147,33 +150,22 @@ def build_for(weights: dict[str, Tensor], build: Callable[[], nn.Module]) -> Any
 
 @beartype
 def conv_layers_of(setting: Any) -> list[list[int]]:
-    """Read fairseq's description of convolutions: `[width, kernel, stride]` of each.
-
-    Args:
-        setting: A Python expression like "[(512,10,5)] + [(512,3,2)] * 4", or the list or tuple itself.
+    """Read fairseq's text of convolutions, like "[(512,10,5)] + [(512,3,2)] * 4": `[width, kernel, stride]` of each.
 
     Raises:
         ValueError: If it is anything else.
     """
-    layers: list[Any] = []
-    if isinstance(setting, str):
-        text = "".join(setting[:1000].split())
-        if re.fullmatch(rf"{_CONV_LAYERS}(?:\+{_CONV_LAYERS})*", text):
-            for term, times in re.findall(_CONV_LAYERS, text):
-                layers += re.findall(r"(\d+),(\d+),(\d+)", term) * int(times or 1)
-        layers = [tuple(map(int, layer)) for layer in layers]
-    elif isinstance(setting, list | tuple):
-        layers = list(setting)
-    is_valid = 1 <= len(layers) <= _MAX_LAYERS and all(
-        isinstance(layer, list | tuple) and len(layer) == 3 and all(type(n) is int and 0 < n < 10**6 for n in layer)
-        for layer in layers
-    )
-    if not is_valid:
+    text = "".join(setting.split()) if isinstance(setting, str) and len(setting) <= 1000 else ""
+    layers: list[list[int]] = []
+    if re.fullmatch(rf"{_CONV_LAYERS}(?:\+{_CONV_LAYERS})*", text):
+        for group, times in re.findall(_CONV_LAYERS, text):
+            layers += [[*map(int, layer)] for layer in re.findall(r"(\d+),(\d+),(\d+)", group)] * int(times or 1)
+    if not 1 <= len(layers) <= _MAX_LAYERS or not all(min(layer) > 0 for layer in layers):
         raise ValueError(
             f"conv_feature_layers {quoted(setting)} is not understood; it must be like "
             "'[(512,10,5)] + [(512,3,2)] * 4': width, kernel and stride of each convolution"
         )
-    return [list(layer) for layer in layers]
+    return layers
 
 
 @beartype
@@ -286,7 +278,7 @@ def _plain(value: Any, seen: dict[int, Any] | None = None, depth: int = 0) -> An
     if value is None or isinstance(value, bool | int | float | str):
         return None if isinstance(value, str) and (value == "???" or value.startswith("${")) else value
     if depth > _MAX_NESTED:
-        raise ValueError("the settings of the checkpoint are nested too deeply; give the file as published")
+        raise RefusedFileError("is refused: its settings are nested too deeply")
     if id(value) in seen:
         return seen[id(value)]
     seen[id(value)] = None

@@ -55,7 +55,7 @@ from tests.helpers.published_files import (
 
 @pytest.mark.parametrize("name", list(LIVE))
 def test_python_would_run_it(name, tmp_path):
-    """The files of the next test are live: Python's unpickler makes the marker."""
+    """Python's unpickler runs the calls in these files, so the next test is meaningful."""
     marker = tmp_path / "marker"
     try:
         pickle.loads(LIVE[name](marker))
@@ -66,7 +66,7 @@ def test_python_would_run_it(name, tmp_path):
 
 @pytest.mark.parametrize("name", list(LIVE))
 def test_calls_are_refused_and_nothing_runs(name, tmp_path):
-    """os.system, eval and their kin are refused in every format of both files, and leave no mark."""
+    """os.system, eval and similar calls are refused in every file format, and nothing runs."""
     marker = tmp_path / "marker"
     for reader, path in places(tmp_path, LIVE[name](marker)):
         assert "refused" in refusal(reader, path)
@@ -75,7 +75,7 @@ def test_calls_are_refused_and_nothing_runs(name, tmp_path):
 
 @pytest.mark.parametrize("name", list(TRICKS))
 def test_tricks_are_refused(name, tmp_path):
-    """Paths through stand-ins, states of live objects, references, extensions: refused in every format."""
+    """Attribute paths, states of live objects, references and extensions are refused in every file format."""
     for reader, path in places(tmp_path, TRICKS[name]):
         refusal(reader, path)
     assert not hasattr(collections.OrderedDict, "__code__")
@@ -83,7 +83,7 @@ def test_tricks_are_refused(name, tmp_path):
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_hostile_object_in_a_whole_checkpoint(tmp_path, legacy):
-    """One call between the settings of a checkpoint that is right otherwise: refused by name, nothing runs."""
+    """One call in the settings of a valid checkpoint is refused by name, and nothing runs."""
     model, marker = tiny_hubert(num_layers=1), tmp_path / "marker"
     settings = hubert_settings(model) | {"common": Call(os.system, touch(marker))}
     path = write_hubert_checkpoint(tmp_path / "a.pt", model, settings=settings, legacy=legacy)
@@ -95,7 +95,7 @@ def test_hostile_object_in_a_whole_checkpoint(tmp_path, legacy):
 
 @pytest.mark.parametrize("compress", [0, "zlib", "gzip", "bz2", "lzma", "xz"])
 def test_hostile_object_in_a_whole_kmeans(tmp_path, compress):
-    """One call, or an array of objects that hides it, in a k-means that is right otherwise: refused, nothing runs."""
+    """One call, or an object array with one, in a valid k-means file is refused, and nothing runs."""
     marker, path = tmp_path / "marker", tmp_path / "k.bin"
     call = Call(os.system, touch(marker))
     hidden = np.empty(1, dtype=object)
@@ -109,7 +109,7 @@ def test_hostile_object_in_a_whole_kmeans(tmp_path, compress):
 
 
 def test_object_array_in_a_checkpoint(tmp_path):
-    """An array of objects, which is a pickle of its own, is refused where it names something, else left unread."""
+    """An object array with a call is refused; arrays of records and text stay stand-ins or are refused."""
     marker = tmp_path / "marker"
     hidden = np.empty(1, dtype=object)
     hidden[0] = Call(os.system, touch(marker))
@@ -124,7 +124,7 @@ def test_object_array_in_a_checkpoint(tmp_path):
 
 
 def test_types_that_turn_into_others(tmp_path):
-    """A type of numbers whose state says that it is one of records or of odd byte order is refused."""
+    """A numeric dtype whose state turns it into a record type, or has an unknown byte order, is refused."""
     for state in (
         (3, "<", None, ("a",), {"a": ("f8", 0)}, 8, 8, 0),
         (3, "<", ("f8", (2,)), None, None, 16, 8, 0),
@@ -136,14 +136,14 @@ def test_types_that_turn_into_others(tmp_path):
 
 
 def test_torchscript_archive_is_refused(tmp_path):
-    """A program of torch.jit is not started by being opened as a checkpoint."""
+    """A TorchScript archive, which is a program, is refused."""
     path = tmp_path / "a.pt"
     torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), path)
     assert "TorchScript" in refusal(TorchCheckpoint, path)
 
 
 def test_tar_of_old_torch_is_refused(tmp_path):
-    """The archive of torch before 0.4, whose loader writes files, is refused."""
+    """The tar archive of torch before 0.4 is refused, since its loader writes files."""
     path = tmp_path / "a.pt"
     data = bytearray(1024)
     data[257:262] = b"ustar"
@@ -152,7 +152,7 @@ def test_tar_of_old_torch_is_refused(tmp_path):
 
 
 def test_reading_imports_nothing_that_is_named(tmp_path, monkeypatch):
-    """Packages called fairseq and omegaconf lie in the path and would leave a mark when imported: they are not."""
+    """Packages called fairseq and omegaconf are in the path, and reading does not import them."""
     marker = tmp_path / "marker"
     for package in ("fairseq", "omegaconf"):
         (tmp_path / "site" / package).mkdir(parents=True)
@@ -221,7 +221,7 @@ def test_stand_ins_keep_arguments_and_state():
 
 
 def test_dense_files_end_soon(tmp_path):
-    """A few bytes that mean 2^40 leaves, or a key whose hash takes as long, are read or refused at once."""
+    """Values that share parts 2^40 times, and keys that take long to hash, are read or refused within seconds."""
     model = tiny_hubert(num_layers=1)
     leaves = ["leaf"]
     for _ in range(30):
@@ -244,7 +244,7 @@ def test_dense_files_end_soon(tmp_path):
 
 
 def test_keys_of_an_older_file_are_not_written_out(tmp_path):
-    """The keys of storages in the format before torch 1.6 are names: others are not made text of, which may be long."""
+    """Keys of storages that are not names are refused without writing them out, which could fill the memory."""
     path = legacy_checkpoint(tmp_path / "a.pt", protocol4(b"N"), protocol4(b"]" + doubled(18) + b"a"))
     assert peak_bytes(lambda: refusal(TorchCheckpoint, path)) < 2**19
 
@@ -255,6 +255,14 @@ def test_files_of_many_steps_end(tmp_path, monkeypatch):
     assert len(TorchCheckpoint(path).content["a"]) == 2001
     monkeypatch.setattr(restricted_pickle, "_MAX_INSTRUCTIONS", 2000)
     assert "2000 steps" in refusal(TorchCheckpoint, path)
+
+
+def test_marks_are_bounded(tmp_path):
+    """A few kB that unpack to 2^27 instructions end after the largest number of steps, in bounded memory."""
+    path = tmp_path / "k.bin"
+    path.write_bytes(zlib.compress(protocol4(2**27 * b"(")))
+    peak = peak_bytes(lambda: refusal(read_centroids, path))
+    assert path.stat().st_size < 2**18 and peak < 2**29
 
 
 COPIES = {
@@ -268,7 +276,7 @@ COPIES = {
 
 
 def copying_pickle(callee, step, times):
-    """A pickle that gives one dictionary of 30,000 entries to one callee again and again."""
+    """A pickle that passes one dictionary of 30,000 entries to one callable many times."""
     entries = b"".join(pickle.BININT + struct.pack("<i", number) + b"N" for number in range(30_000))
     large = b"}(" + entries + b"u" + pickle.BINPUT + b"\x00"
     argument = pickle.BINGET + b"\x00" + (b"" if step == b"b" else pickle.TUPLE1)
@@ -280,7 +288,7 @@ def copying_pickle(callee, step, times):
 
 @pytest.mark.parametrize("kind", COPIES)
 def test_one_dictionary_is_not_copied_again_and_again(tmp_path, kind):
-    """Guards case E9: about 1 MB that stands for tens of GB takes seconds and a bounded part of the memory."""
+    """Guards case E9: a file of 1 MB that would copy 30,000 entries 100,000 times needs less than 256 MB and 60 s."""
     content = copying_pickle(*COPIES[kind], times=100_000)
     assert len(content) < 2**20
     paths = [zip_checkpoint(tmp_path / "a.pt", content), legacy_checkpoint(tmp_path / "b.pt", content)]
@@ -305,7 +313,7 @@ for reader, path in zip((TorchCheckpoint, TorchCheckpoint, read_centroids), sys.
 
 
 def test_conjugated_and_negated_views_are_refused(tmp_path):
-    """What torch notes about a tensor beside its numbers would be lost: the numbers would be others."""
+    """Conjugated and negated views are refused, since their values differ from their stored numbers."""
     for name, value in (
         ("a.pt", torch.randn(3, dtype=torch.complex64).conj()),
         ("b.pt", torch._neg_view(torch.ones(3))),
@@ -316,7 +324,7 @@ def test_conjugated_and_negated_views_are_refused(tmp_path):
 
 @pytest.mark.parametrize("packing", ["zlib", "gzip", "bz2", "xz", "lzma"])
 def test_bombs_are_not_unpacked(tmp_path, monkeypatch, packing):
-    """A small file that unpacks to much is refused before it is in memory."""
+    """A small compressed file with large content is refused before the content is in memory."""
     assert centroids._MAX_BYTES <= 2**28
     monkeypatch.setattr(centroids, "_MAX_BYTES", 2**21)
     path = tmp_path / "k.bin"
@@ -327,7 +335,7 @@ def test_bombs_are_not_unpacked(tmp_path, monkeypatch, packing):
 
 @pytest.mark.parametrize("shape", [(10**6, 10**6), (2**62, 2**62), (5, 4), (3,), (-1, 3), (2.5, 2), "abc", (1,) * 40])
 def test_arrays_that_are_not_there(tmp_path, shape):
-    """An array that declares more bytes than the file holds, or no shape, is refused without memory for it."""
+    """An array with a wrong shape, or with more bytes than the file, is refused before memory is taken."""
     path = tmp_path / "k.bin"
     wrapper = NumpyArrayWrapper(np.ndarray, shape, "C", np.dtype("f8"))
     path.write_bytes(pickle.dumps({"centroids": wrapper, "more": 1}, 4))
@@ -335,7 +343,7 @@ def test_arrays_that_are_not_there(tmp_path, shape):
 
 
 def test_tensors_stay_within_the_file(tmp_path):
-    """Sizes, strides and storages that reach beyond what is there are refused; those that fit are read."""
+    """Tensors within their storage are read; sizes, strides and storages beyond it are refused."""
     data = np.arange(6, dtype="<f4").tobytes()
 
     def read(*parts):
@@ -374,7 +382,7 @@ def test_tensors_stay_within_the_file(tmp_path):
 
 
 def test_references_to_anything_but_storages(tmp_path):
-    """A reference that is not called a storage is refused, even where all else about it is right."""
+    """A reference of another kind than "storage" is refused."""
     reference = Reference(6)
     reference.parts = ("module", *reference.parts[1:])
     path = zip_checkpoint(tmp_path / "a.pt", pickled(reference), {"0": bytes(24)})
@@ -382,7 +390,7 @@ def test_references_to_anything_but_storages(tmp_path):
 
 
 def test_storages_that_are_not_in_an_older_file(tmp_path):
-    """The format before torch 1.6 says how large storages are before they come: that is not believed."""
+    """Storages that are missing or shorter than declared are refused, in the format before torch 1.6."""
     for count in (10, 10**10):
         content = pickled({"a": TensorOf(Reference(count), 0, (1,), (1,))})
         path = legacy_checkpoint(tmp_path / "a.pt", content)
@@ -394,7 +402,7 @@ def test_storages_that_are_not_in_an_older_file(tmp_path):
 
 
 def test_records_are_as_torch_writes_them(tmp_path):
-    """Packed records, another byte order and archives without a pickle or with two are refused with the reason."""
+    """Compressed records, big-endian files, and archives without a pickle or with two are refused."""
     path, value = tmp_path / "a.pt", pickle.dumps({"a": 1}, 2)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", value)
@@ -409,7 +417,7 @@ def test_records_are_as_torch_writes_them(tmp_path):
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_tensors_are_read_as_torch_reads_them(tmp_path, legacy):
-    """Every type, views, shared storages, empty and scalar tensors, parameters: what torch's safe loader gives."""
+    """Tensors of every kind equal those of torch.load: types, views, shared storages, empty ones, parameters."""
     base = torch.arange(24.0).reshape(4, 6)
     value = collections.OrderedDict(
         views=[base, base.t(), base[1:, ::2], base[2], base.reshape(2, 12)],
@@ -441,7 +449,7 @@ def test_tensors_are_read_as_torch_reads_them(tmp_path, legacy):
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", *PACK])
 def test_cut_or_altered_files(tmp_path, kind):
-    """However much of a file is missing, the error is one line; with bytes altered, nothing but that can happen."""
+    """Truncated files raise an error of one line; altered files raise one or are read."""
     whole, path, rng = tmp_path / "whole", tmp_path / "part", random.Random(0)
     if kind in ("zip", "legacy"):
         reader = TorchCheckpoint
@@ -474,7 +482,7 @@ def test_cut_or_altered_files(tmp_path, kind):
 
 @pytest.mark.parametrize("reader", [TorchCheckpoint, read_fairseq, read_centroids])
 def test_files_of_another_kind(tmp_path, reader):
-    """Missing, a folder, empty, text, a picture, safetensors: one line that says what is needed."""
+    """A missing file, a folder, an empty file and other kinds of files raise an error of one line."""
     assert "No such file" in refusal(reader, tmp_path / "missing.pt")
     assert "cannot be read" in refusal(reader, tmp_path / (256 * "x"))
     assert "Is a directory" in refusal(reader, tmp_path)
@@ -494,7 +502,7 @@ def test_files_of_another_kind(tmp_path, reader):
 
 
 def test_old_formats_of_joblib(tmp_path):
-    """Files of joblib before 0.10 and of lz4 say how to write them again."""
+    """Files of joblib before 0.10 and of lz4 are refused with the call that writes them again."""
     path = tmp_path / "k.bin"
     for content in (
         b"ZF0x3\x00",

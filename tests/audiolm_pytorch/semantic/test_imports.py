@@ -1,4 +1,4 @@
-"""The semantic room without fairseq, omegaconf, torchaudio and a network; scikit-learn where k-means is trained alone.
+"""Semantic tokens work without fairseq, omegaconf, torchaudio and a network; only k-means training needs scikit-learn.
 
 Published files are written here, with the packages that made them; another process, in which these packages cannot be
 imported, reads them and must give the same tokens.
@@ -90,7 +90,7 @@ assert not roots & set(blocked), roots & set(blocked)
 
 
 def run_without(blocked: tuple[str, ...], program: str, folder: Path) -> "subprocess.CompletedProcess[str]":
-    """Run a program in a process in which the blocked packages cannot be imported; it must end well."""
+    """Run a program in a process that cannot import the blocked packages, and check its exit status."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(BLOCK + program + CHECK), json.dumps(blocked), str(folder)],
         capture_output=True,
@@ -118,7 +118,7 @@ def published(tmp_path_factory):
 
 
 def test_published_files_open_without_the_packages_that_made_them(published):
-    """Guards done-when 3: every way to open a file gives the tokens of transformers and scikit-learn."""
+    """Every way to open a file gives the tokens of transformers and scikit-learn."""
     model, wave = tiny_hubert(), torch.randn(2, 9000)
     frames = model(wave, output_hidden_states=True).hidden_states[9]
     centroids = frames[0, ::2].contiguous()
@@ -144,7 +144,7 @@ def test_published_files_open_without_the_packages_that_made_them(published):
 
 
 def test_training_and_measuring_need_none_of_the_three(published, tmp_path):
-    """Guards done-when 3: own encoder, k-means of any, semantic check; scikit-learn for k-means alone."""
+    """Training an encoder, k-means and the semantic evaluation need only scikit-learn, for k-means."""
     written_corpus(tmp_path / "music")
     written_digits(tmp_path / "speech")
     (tmp_path / "hubert.pt").write_bytes((published / "hubert.pt").read_bytes())
@@ -154,7 +154,7 @@ def test_training_and_measuring_need_none_of_the_three(published, tmp_path):
 
 
 def test_without_scikit_learn_training_k_means_alone_fails(published, tmp_path):
-    """Guards done-when 3: features are computed and stored before scikit-learn is missed, and one line says so."""
+    """Features are stored before the import of scikit-learn fails with an error of one line."""
     for name in ("tone", "noise"):
         write_audio(tmp_path / "sounds" / f"{name}.wav", torch.randn(32_000) / 10, 16_000)
     words = dict(encoder=published / "hubert.pt", layer=9, data=tmp_path / "sounds", out=tmp_path / "out")

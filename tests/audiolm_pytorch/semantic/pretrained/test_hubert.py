@@ -41,7 +41,7 @@ def sounds(num_items: int, num_samples: int, seed: int = 0) -> torch.Tensor:
 
 @torch.no_grad()
 def hidden_states(model: torch.nn.Module, wave: torch.Tensor, layer: int) -> torch.Tensor:
-    """transformers' own features `[t, d]` of a wave `[n]`, normalised as large models want it."""
+    """Features `[t, d]` of transformers for a wave `[n]`, which is normalised for large models."""
     if model.config.feat_extract_norm == "layer":
         extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=True)
         wave = torch.from_numpy(extractor(wave.numpy(), sampling_rate=16_000).input_values[0])
@@ -49,7 +49,7 @@ def hidden_states(model: torch.nn.Module, wave: torch.Tensor, layer: int) -> tor
 
 
 def centroids_for(model: torch.nn.Module, layer: int, num_clusters: int = 50) -> np.ndarray:
-    """Frames of some sounds: every cluster lies where features are."""
+    """Frames of some sounds as centroids, so that every cluster is near features."""
     frames = torch.cat([hidden_states(model, wave, layer) for wave in sounds(3, 24_000, seed=9)])
     chosen = torch.randperm(len(frames), generator=torch.Generator().manual_seed(0))[:num_clusters]
     return np.ascontiguousarray(frames[chosen].numpy())
@@ -71,7 +71,7 @@ def tokenizer(published) -> HubertWithKmeans:
 
 
 def check_equal(tokenizer, model, estimator, waves, layer):
-    """Features to 1e-5 and ids to the last one, of a batch that is padded with something loud."""
+    """Check features (to 1e-5) and ids (exactly) of a batch with loud padding."""
     lengths = torch.tensor([len(wave) for wave in waves])
     batch = torch.full((len(waves), int(lengths.max())), 0.9)
     for row, wave in enumerate(waves):
@@ -100,7 +100,7 @@ def test_layout_of_the_tokens(tokenizer):
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 @pytest.mark.parametrize(("layer", "large"), [(9, False), (1, False), (10, False), (5, True), (10, True)])
 def test_ids_are_those_of_transformers_and_scikit_learn(tmp_path, compression, layer, large):
-    """Guards the whole of it: published layouts in, the tokens of everybody else's programs out."""
+    """Files of the published layouts give the tokens of transformers and scikit-learn."""
     model = tiny_hubert(seed=layer, large=large)
     checkpoint = write_hubert_checkpoint(tmp_path / "hubert.pt", model, omegaconf=layer != 9, args=False)
     estimator = write_kmeans(tmp_path / "km.bin", centroids_for(model, layer), COMPRESSIONS[compression])
@@ -166,7 +166,7 @@ def test_centroids_with_a_normalisation_use_it(published, tmp_path):
 
 
 def test_a_checkpoint_says_whether_waves_are_normalised(tmp_path):
-    """`task.normalize` of the file decides, not the kind of norm; and the caller above both."""
+    """The argument decides on normalisation, else `task.normalize` of the file, not the kind of norm."""
     model = tiny_hubert(num_layers=2)
     write_kmeans(tmp_path / "km.bin", centroids_for(model, 2))
     settings = hubert_settings(model)
@@ -180,7 +180,7 @@ def test_a_checkpoint_says_whether_waves_are_normalised(tmp_path):
 
 @pytest.mark.parametrize("multiple", [None, 320, 1000])
 def test_counts_are_exact_for_200_lengths(published, multiple):
-    """Guards section 13 of the facts: (n - 400) // 320 + 1 of the length that is left, as the model itself has it."""
+    """The number of frames is (n - 400) // 320 + 1 after the cut, as in the model."""
     model, _, checkpoint, kmeans_path = published
     tokenizer = HubertWithKmeans(checkpoint, kmeans_path, output_layer=1, seq_len_multiple_of=multiple)
     for num_samples in torch.randint(1000, 9000, (200,), generator=torch.Generator().manual_seed(0)).tolist():
@@ -193,7 +193,7 @@ def test_counts_are_exact_for_200_lengths(published, multiple):
 
 
 def test_lengths_are_cut_for_each_item_of_its_own(published):
-    """`seq_len_multiple_of` must cut an item the same way alone and in a batch, and before the model hears it."""
+    """`seq_len_multiple_of` cuts an item the same way alone and in a batch, before the model."""
     _, _, checkpoint, kmeans_path = published
     plain = HubertWithKmeans(checkpoint, kmeans_path)
     cutting = HubertWithKmeans(checkpoint, kmeans_path, seq_len_multiple_of=1000)
@@ -210,7 +210,7 @@ def test_lengths_are_cut_for_each_item_of_its_own(published):
 
 
 def test_alone_equals_in_batch(tokenizer):
-    """Guards padding, with lengths that leave anything from one frame to all of them."""
+    """Ids of an item are equal alone and in a batch, for lengths from one frame to all."""
     lengths = torch.tensor([8_000, 400, 719, 720, 5_555, 8_000])
     wave = sounds(6, 8_000, seed=3)
     for row, length in enumerate(lengths.tolist()):
@@ -223,7 +223,7 @@ def test_alone_equals_in_batch(tokenizer):
 
 
 def test_what_cannot_be_is_one_line_with_the_mend(published, tokenizer, tmp_path):
-    """Guards the messages of everything that a user may get wrong on the first day."""
+    """Common mistakes raise errors of one line with what to do."""
     model, _, checkpoint, kmeans_path = published
     write_kmeans(tmp_path / "wide.bin", np.zeros((5, 17), dtype=np.float32))
     (tmp_path / "cut.pt").write_bytes(checkpoint.read_bytes()[:3000])
@@ -260,7 +260,7 @@ def test_what_cannot_be_is_one_line_with_the_mend(published, tokenizer, tmp_path
 
 
 def test_encoders_open_from_everywhere(published, tokenizer, tmp_path):
-    """One door for every encoder; what has none behind it is refused there."""
+    """`open_encoder` opens every kind of source, and raises an error where there is no encoder."""
     model, _, checkpoint, _ = published
     model.save_pretrained(tmp_path / "theirs")
     torch.manual_seed(0)
@@ -287,7 +287,7 @@ def test_encoders_open_from_everywhere(published, tokenizer, tmp_path):
 
 
 def test_files_of_this_machine_need_no_network(published, tmp_path, monkeypatch):
-    """Fault 9: neither constructing nor loading may ask a hub; an id that is not cached is one line."""
+    """Fault 9: constructing and loading do not use the network; an id that is not cached is an error of one line."""
     _, _, checkpoint, kmeans_path = published
 
     def refuse(*arguments, **keywords):
@@ -304,7 +304,7 @@ def test_files_of_this_machine_need_no_network(published, tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_works_where_the_libraries_of_the_files_are_absent(published, tokenizer, tmp_path):
-    """Fault 10: no fairseq, omegaconf, torchaudio, joblib or scikit-learn is needed, nor transformers to import us."""
+    """Fault 10: fairseq, omegaconf, torchaudio, joblib and scikit-learn are not needed, nor transformers to import."""
     _, _, checkpoint, kmeans_path = published
     wave = sounds(2, 8000)
     torch.save({"wave": wave}, tmp_path / "wave.pt")

@@ -46,7 +46,7 @@ def same_weights(one, other):
 
 
 def in_memory(model, **changes):
-    """A checkpoint as `read_fairseq` gives it, with changed settings of the model (None = silent)."""
+    """A checkpoint as from `read_fairseq`, with changed settings of the model (None = missing)."""
     settings = hubert_settings(model)
     said = {name: value for name, value in (settings["model"] | changes).items() if value is not None}
     return FairseqCheckpoint(dict(hubert_state(model)), said, settings["task"], "a.pt")
@@ -82,7 +82,7 @@ def test_weights_are_what_was_written(tmp_path):
 
 
 def test_every_weight_has_its_own_place():
-    """A weight of the checkpoint that changes changes the features: none is lost or replaced by a random one."""
+    """A change of any used weight in the checkpoint changes the features, so no weight is lost."""
     model = tiny_hubert(num_layers=2)
     wave = torch.randn(1, 3000)
     features = model(wave).last_hidden_state
@@ -100,7 +100,7 @@ def test_every_weight_has_its_own_place():
 @pytest.mark.parametrize("stored", ["weight_g", "original"])
 @pytest.mark.parametrize("wanted", ["weight_g", "original"])
 def test_weight_norm_under_both_names(monkeypatch, stored, wanted):
-    """Magnitude and direction find their place under the old and the new names, in the file and in transformers."""
+    """Weight norm is read under its old and new names, in the file and in transformers."""
     model = tiny_hubert(num_layers=1)
     checkpoint = in_memory(model)
     if stored == "original":
@@ -117,7 +117,7 @@ def test_weight_norm_under_both_names(monkeypatch, stored, wanted):
 
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_silent_settings_are_seen_in_the_shapes(variant):
-    """Where the settings say nothing of a size, the shapes of the weights do."""
+    """Sizes that are missing in the settings are those of the weights."""
     model = tiny_hubert(num_layers=3, **VARIANTS[variant])
     sizes = ["encoder_layers", "encoder_embed_dim", "encoder_ffn_embed_dim", "conv_bias", "conv_pos", "conv_pos_groups"]
     silent = dict.fromkeys([*sizes, "extractor_mode", "activation_fn"])
@@ -134,7 +134,7 @@ def test_half_precision_becomes_float32(tmp_path):
 
 
 def test_opening_leaves_random_numbers_alone():
-    """Building the model, whose random weights are thrown away, does not move the caller's generator."""
+    """Building the model does not change the state of the global random generator."""
     checkpoint = in_memory(tiny_hubert(num_layers=1))
     torch.manual_seed(3)
     expected = torch.randn(3)
@@ -161,7 +161,7 @@ def without(weights, name):
     ],
 )
 def test_wrong_weights(tmp_path, change, words):
-    """Missing, unknown and misshapen weights and other models: one line that names the file and the weights."""
+    """Missing, unknown and misshapen weights raise an error of one line with the file and the weights."""
     model = tiny_hubert(num_layers=2)
     path = write_hubert_checkpoint(tmp_path / "a.pt", model, weights=change(hubert_state(model)))
     with pytest.raises(ValueError, match=words) as caught:
@@ -185,11 +185,11 @@ def test_wrong_weights(tmp_path, change, words):
         ({"encoder_layers": "12"}, "encoder_layers"),
         ({"layer_norm_first": "yes"}, "layer_norm_first"),
         ({"conv_feature_layers": "__import__('os').system('x')"}, "conv_feature_layers"),
-        ({"conv_feature_layers": [[8, 10, 5]]}, "not known"),
+        ({"conv_feature_layers": "[(8,10,5)]"}, "not known"),
     ],
 )
 def test_wrong_settings(changes, words):
-    """Settings that no HuBERT has are named in one line."""
+    """Settings that no HuBERT has raise an error of one line."""
     with pytest.raises(ValueError, match=words) as caught:
         hubert_from_fairseq(in_memory(tiny_hubert(num_layers=1), **changes))
     assert "a.pt" in str(caught.value) and str(caught.value).isprintable()
@@ -197,7 +197,7 @@ def test_wrong_settings(changes, words):
 
 @pytest.mark.parametrize("name", ["encoder_layers", "activation_fn", "conv_feature_layers", "layer_norm_first"])
 def test_settings_are_not_written_out(name):
-    """A setting that is nested, and long as a text, is named by its type; so is a large number."""
+    """Messages hold only the type of nested settings and large numbers, which would be long as text."""
     nested = []
     for _ in range(18):
         nested = [nested, nested]
@@ -213,7 +213,7 @@ def test_settings_are_not_written_out(name):
 
 
 def test_each_namespace_keeps_its_own_settings(tmp_path):
-    """Settings of the task and of the model in two Namespaces are not taken for each other."""
+    """Settings of task and model in two Namespaces are kept apart."""
     path, settings = tmp_path / "a.pt", {"task": {"sample_rate": 8000}, "model": {"encoder_layers": 3}}
     cfg = {name: argparse.Namespace(**said) for name, said in settings.items()}
     torch.save({"model": {"a": torch.ones(1)}, "cfg": cfg}, path)
@@ -222,11 +222,11 @@ def test_each_namespace_keeps_its_own_settings(tmp_path):
 
 
 def test_strange_weights_are_refused(tmp_path):
-    """Names that a terminal obeys or that are no text, and many weights in one place, are refused by name of file."""
+    """Weights with unprintable, long or non-text names are refused, and so are many weights in one storage."""
     path, tensor = tmp_path / "a.pt", torch.ones(2)
     for weights, words in (
-        ({"\x1b[2J\n": tensor}, "no name of a tensor"),
-        ({"x" * 1000: tensor}, "no name of a tensor"),
+        ({"\x1b[2J\n": tensor}, "not the name of a tensor"),
+        ({"x" * 1000: tensor}, "not the name of a tensor"),
         ({(1, 2): tensor}, "a tuple as a key"),
         ({1: tensor}, "'1' in its 'model'"),
         ({f"encoder.layers.{number}.x": tensor for number in range(5)}, "share the same bytes"),
@@ -253,7 +253,7 @@ def test_checkpoints_without_settings_or_weights(tmp_path):
 
 
 def test_references_between_settings_count_as_silent(tmp_path):
-    """What omegaconf leaves open ("${task.rate}", "???") is as if it were not said."""
+    """Settings that omegaconf did not resolve ("${task.rate}", "???") count as missing."""
     model = tiny_hubert(num_layers=1)
     settings = hubert_settings(model)
     settings["model"] |= {"encoder_layers": "${task.layers}", "encoder_embed_dim": "???"}
@@ -265,7 +265,7 @@ def test_references_between_settings_count_as_silent(tmp_path):
 
 
 def test_convolution_settings():
-    """Every description of convolutions means what Python makes of it; nothing else is taken, and nothing is run."""
+    """Descriptions of convolutions equal Python's evaluation of them; any other text raises an error and is not run."""
     rng = random.Random(0)
     for _ in range(50):
         terms = []
@@ -276,7 +276,6 @@ def test_convolution_settings():
         assert conv_layers_of(text) == [list(layer) for layer in eval(text)]
     published = "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"
     assert conv_layers_of(published) == [[512, 10, 5]] + [[512, 3, 2]] * 4 + [[512, 2, 2]] * 2
-    assert conv_layers_of([(4, 2, 1), [3, 2, 1]]) == [[4, 2, 1], [3, 2, 1]]
     wrong = [
         "",
         "[]",
@@ -311,7 +310,7 @@ def test_centroids_come_back(tmp_path, compress, rng):
 
 
 def test_kmeans_of_older_joblib(tmp_path, rng, monkeypatch):
-    """Before joblib 1.2 arrays had no padding, and for long scikit-learn brought a joblib of its own."""
+    """Files without padding (joblib before 1.2) and of the joblib inside scikit-learn are read."""
     path, centroids = tmp_path / "k.bin", rng.normal(size=(6, 3))
     wrapper = joblib.numpy_pickle.NumpyArrayWrapper
     monkeypatch.setattr(wrapper, "safe_get_numpy_array_alignment_bytes", lambda self: None)
@@ -334,7 +333,7 @@ def test_kmeans_of_older_joblib(tmp_path, rng, monkeypatch):
 
 
 def test_full_kmeans_is_read_too(tmp_path, rng):
-    """A KMeans that was really fitted, after it wandered through joblib twice."""
+    """A fitted KMeans is read, also after a second dump from a memory map."""
     kmeans = KMeans(3, n_init=1, random_state=0).fit(rng.normal(size=(40, 4)).astype("f4"))
     joblib.dump(kmeans, tmp_path / "a.bin")
     joblib.dump(joblib.load(tmp_path / "a.bin", mmap_mode="r"), tmp_path / "b.bin")
@@ -355,7 +354,7 @@ def test_full_kmeans_is_read_too(tmp_path, rng):
     ],
 )
 def test_wrong_centroids(tmp_path, centers, words):
-    """Centroids of another shape or type, not finite or missing: one line that names the file."""
+    """Centroids that are missing, not finite, or of another shape or type raise an error of one line."""
     path = tmp_path / "k.bin"
     write_kmeans(path, np.eye(3), cluster_centers_=centers)
     with pytest.raises(ValueError, match=words) as caught:
@@ -364,7 +363,7 @@ def test_wrong_centroids(tmp_path, centers, words):
 
 
 def test_other_objects_in_a_kmeans_file(tmp_path):
-    """What joblib wrote of something else says what it is; a checkpoint is not taken for a k-means, nor the reverse."""
+    """Other objects raise an error with their type; a checkpoint is not read as a k-means, nor the reverse."""
     path = tmp_path / "k.bin"
     for value, words in (({"a": 1}, "dict"), (np.eye(3), "ndarray"), (KMeans(3), "KMeans without cluster_centers_")):
         joblib.dump(value, path)
@@ -390,7 +389,7 @@ def test_centroids_as_safetensors(tmp_path):
 
 
 def test_wrong_safetensors(tmp_path):
-    """Missing and damaged files, other tensors and other shapes: one line that names the file."""
+    """Missing and damaged files, other tensors and other shapes raise an error of one line."""
     path = tmp_path / "c.safetensors"
     for tensors in (
         None,
@@ -409,7 +408,7 @@ def test_wrong_safetensors(tmp_path):
 
 
 def test_published_files_are_read_without_their_makers(tmp_path, rng):
-    """With fairseq, omegaconf, torchaudio, joblib and scikit-learn out of reach, both files are read all the same."""
+    """Both files are read without fairseq, omegaconf, torchaudio, joblib and scikit-learn."""
     model, centroids = tiny_hubert(num_layers=2), rng.normal(size=(7, 16))
     write_hubert_checkpoint(tmp_path / "a.pt", model, omegaconf=True)
     write_kmeans(tmp_path / "k.bin", centroids, compress="zlib")

@@ -47,14 +47,14 @@ def models():
 
 
 def noise(num_items, num_samples, seed=0):
-    """Waves `[b, n]` with a mean, whose loudness wanders."""
+    """Waves `[b, n]` of changing loudness and nonzero mean."""
     generator = torch.Generator().manual_seed(seed)
     loudness = torch.rand(num_items, num_samples // 800 + 1, generator=generator).repeat_interleave(800, dim=1)
     return 0.1 * loudness[:, :num_samples] * torch.randn(num_items, num_samples, generator=generator) + 0.02
 
 
 def theirs(name, model, wave):
-    """All hidden states of transformers' own way from waves `[b, n]`."""
+    """All hidden states that transformers computes from waves `[b, n]`."""
     with torch.no_grad():
         if name == "w2v_bert":
             extractor = transformers.SeamlessM4TFeatureExtractor()
@@ -65,7 +65,7 @@ def theirs(name, model, wave):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_hidden_states_are_those_of_transformers(models, name):
-    """Guards the whole path of every family: another layer, a norm or an adapter too many make other features."""
+    """Features of every family equal those of transformers, so no layer, norm or adapter is wrong."""
     encoder = TransformersEncoder(LoadedModel(models[name]), normalise_wave=None if name == "w2v_bert" else False)
     assert isinstance(encoder, FrameEncoder)
     assert (encoder.sample_hz, encoder.downsample_factor, encoder.dim, encoder.depth) == (16_000, 320, 16, 3)
@@ -81,7 +81,7 @@ def test_hidden_states_are_those_of_transformers(models, name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_truncated_is_shorter_and_the_same(models, name):
-    """Guards the norm behind the last block, and position biases that live in the first: any cut gives equal states."""
+    """Any `layer_count` gives equal states: norms behind the last block and biases in the first are handled."""
     encoder = TransformersEncoder(LoadedModel(models[name]))
     wave = noise(1, 2000)
     for layer in range(4):
@@ -96,7 +96,7 @@ def test_truncated_is_shorter_and_the_same(models, name):
 
 @pytest.mark.parametrize("name", ["hubert", "w2v_bert"])
 def test_frame_counts_are_exact(models, name):
-    """Guards section 13 of the facts: as many frames as the model gives, for 200 random lengths, and none for less."""
+    """The number of frames equals the model's for 200 random lengths; shorter waves raise an error."""
     model = models[name]
     encoder = TransformersEncoder(LoadedModel(model), layer_count=0)
     lengths = torch.randint(400, 9000, (200,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -114,7 +114,7 @@ def test_frame_counts_are_exact(models, name):
 
 @pytest.mark.parametrize("name", ["hubert", "hubert_large", "wavlm", "w2v_bert"])
 def test_alone_equals_in_batch(models, name):
-    """Guards padding: group norm, convolutional positions and normalisation would all let it in."""
+    """Padding does not change features through group norm, convolutional positions or normalisation."""
     encoder = TransformersEncoder(LoadedModel(models[name]))
     wave, lengths = noise(5, 5000), torch.tensor([5000, 1700, 560, 3201, 1700])
     for row, length in enumerate(lengths.tolist()):
@@ -129,7 +129,7 @@ def test_alone_equals_in_batch(models, name):
 
 
 def test_waves_are_normalised_where_the_model_was_trained_so(models, tmp_path):
-    """The folder of HuBERT base says do_normalize, its training did not: its k-means would get other features."""
+    """HuBERT base is not normalised by default, although the file in its folder has do_normalize."""
     wave = noise(1, 3000)
     extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=True)
     normalised = torch.from_numpy(extractor(wave[0].numpy(), sampling_rate=16_000).input_values[0])[None]
@@ -148,7 +148,7 @@ def test_waves_are_normalised_where_the_model_was_trained_so(models, tmp_path):
 
 @pytest.mark.parametrize("name", ["hubert", "hubert_large", "w2v_bert"])
 def test_windows_change_nothing_below_attention(models, name):
-    """Norms over time belong to the whole wave: what goes into the first block is the same in windows as without."""
+    """Norms over time use the whole wave, so the input of the first block is equal with and without windows."""
     options = dict(window_seconds=0.4, context_seconds=0.2, layer_count=0)
     windowed = TransformersEncoder(LoadedModel(models[name]), **options)
     whole = TransformersEncoder(LoadedModel(models[name]), layer_count=0)
@@ -159,7 +159,7 @@ def test_windows_change_nothing_below_attention(models, name):
 
 
 def test_windows_bound_what_attention_sees(models):
-    """No block may ever see more frames than a window with its context, however long the wave is."""
+    """No block receives more frames than a window with its context."""
     encoder = TransformersEncoder(LoadedModel(models["hubert"]), window_seconds=0.4, context_seconds=0.2)
     seen = []
     encoder.model.encoder.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
@@ -170,7 +170,7 @@ def test_windows_bound_what_attention_sees(models):
 
 
 def test_filterbanks_are_the_same_in_parts(monkeypatch):
-    """A long wave's spectra are made in parts, but its mean is that of the whole."""
+    """Filterbanks of a long wave are computed in chunks and normalised over the whole wave."""
     wave = noise(2, 30_000)
     front = filterbank.Filterbank()
     whole = front(wave)
@@ -183,7 +183,7 @@ def test_filterbanks_are_the_same_in_parts(monkeypatch):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_save_and_load_give_equal_features(models, name, tmp_path):
-    """Guards the saved form, of every family and with dropped blocks; what is loaded has the same fingerprint."""
+    """Encoders of every family, also with dropped blocks, come back from a file with the same fingerprint."""
     encoder = TransformersEncoder(LoadedModel(models[name]), layer_count=2, window_seconds=0.1)
     save_module(encoder, tmp_path / "encoder")
     loaded = load_module(tmp_path / "encoder", TransformersEncoder)
@@ -197,7 +197,7 @@ def test_save_and_load_give_equal_features(models, name, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_fingerprint_follows_what_makes_the_features(models, tmp_path):
-    """Stale token shards must show, but neither dropped blocks nor a release that renames weights may."""
+    """The fingerprint depends on what makes the features, not on dropped blocks or names of weights."""
     model = models["hubert"]
     model.save_pretrained(tmp_path / "model")
     encoder = TransformersEncoder(tmp_path / "model", layer_count=2)
@@ -240,7 +240,7 @@ def test_fingerprint_follows_what_makes_the_features(models, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["hubert", "w2v_bert"])
 def test_features_on_a_gpu_are_those_of_the_cpu(models, name):
-    """Windows, statistics and filterbanks must follow the wave to its device, with lengths left on the CPU."""
+    """Windows, statistics and filterbanks work on the device of the wave, with lengths on the CPU."""
     encoder = TransformersEncoder(LoadedModel(models[name]), window_seconds=0.4, context_seconds=0.2).truncated(3)
     wave, lengths = noise(2, 20_000), torch.tensor([20_000, 9_000])
     expected, mask = encoder.features(wave, lengths)
@@ -250,7 +250,7 @@ def test_features_on_a_gpu_are_those_of_the_cpu(models, name):
 
 
 def test_stays_frozen_and_in_eval_mode(models):
-    """Masks and dropout of training would change features; so would half precision of an autocast outside."""
+    """Features do not change in training mode or under autocast."""
     model = random_model("hubert", apply_spec_augment=True, mask_time_prob=0.9)
     encoder = TransformersEncoder(LoadedModel(model))
     container = torch.nn.ModuleList([encoder]).train()
@@ -264,7 +264,7 @@ def test_stays_frozen_and_in_eval_mode(models):
 
 
 def test_the_rate_is_that_of_the_preprocessor(models, tmp_path):
-    """Music models of 24 kHz exist: reading them at 16 kHz would shift every pitch by a fifth."""
+    """The sample rate is that of the preprocessor file; music models have 24 kHz."""
     models["hubert"].save_pretrained(tmp_path)
     assert TransformersEncoder(tmp_path).sample_hz == 16_000
     transformers.Wav2Vec2FeatureExtractor(sampling_rate=24_000).save_pretrained(tmp_path)
@@ -272,7 +272,7 @@ def test_the_rate_is_that_of_the_preprocessor(models, tmp_path):
 
 
 def test_local_files_need_no_network(models, tmp_path, monkeypatch):
-    """Fault 9: constructing must not call a hub. With it out of reach, an id that is not cached is one line."""
+    """Fault 9: constructing does not use the network; an id that is not cached is an error of one line."""
     models["hubert"].save_pretrained(tmp_path / "owner" / "model")
 
     def refuse(*arguments, **keywords):
@@ -291,7 +291,7 @@ def test_local_files_need_no_network(models, tmp_path, monkeypatch):
 
 
 def test_bad_sources_are_refused(models, tmp_path):
-    """Each of these says what is wrong with the source, and what would do."""
+    """Sources that are no encoder raise an error of one line with what is needed."""
     transformers.BertConfig().save_pretrained(tmp_path / "bert")
     models["hubert"].save_pretrained(tmp_path / "hubert")
     models["w2v_bert"].save_pretrained(tmp_path / "w2v_bert")
@@ -310,7 +310,7 @@ def test_bad_sources_are_refused(models, tmp_path):
 
 
 def test_bad_waves_are_refused(models):
-    """Each of these would give features that look like any others."""
+    """Wrong inputs raise an error instead of giving plausible features."""
     encoder = TransformersEncoder(LoadedModel(models["hubert"]))
     for wave, lengths, layer, message in [
         (torch.zeros(800), None, None, r"\[b, n\]"),

@@ -25,7 +25,7 @@ VARIANTS = {
 
 
 def sounds(num_items, num_samples, seed=0):
-    """Waves [b, n] whose loudness and pitch wander, so that codes differ."""
+    """Waves `[b, n]` of changing loudness and pitch, so that codes differ."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(num_items, 2, num_samples // 1000 + 2, generator=generator)
     loudness, pitch = F.interpolate(coarse, size=num_samples, mode="linear").unbind(dim=1)
@@ -35,7 +35,7 @@ def sounds(num_items, num_samples, seed=0):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A function from the settings that differ to a checkpoint file."""
+    """A function that writes a checkpoint with changed settings and returns its path."""
     folder = tmp_path_factory.mktemp("published")
 
     def write(**changes):
@@ -92,7 +92,7 @@ def test_num_frames_is_exact(tokenizer):
 
 
 def test_alone_equals_in_batch(tokenizer):
-    """Guards padding: the norms hear the whole item, and still nothing of what lies past its end."""
+    """Guards padding: the norms use the whole item and nothing behind its end."""
     lengths = torch.tensor([6000, REACH, 3333, 6000])
     wave = sounds(4, 6000, seed=2)
     wave[torch.arange(6000) >= lengths[:, None]] = 7.0
@@ -129,7 +129,7 @@ def test_other_rates_are_resampled_item_by_item(tokenizer):
 @pytest.mark.parametrize("samples_at_once", [2000, 12_000], ids=["20 parts", "4 parts"])
 @pytest.mark.parametrize("changes", [{}, VARIANTS["skip connections"], dict(vq_type="kmeans")])
 def test_long_waves_have_no_seams(files, changes, samples_at_once, monkeypatch):
-    """Guards long files: worked through in parts, vectors and ids are those of the wave convolved whole."""
+    """Guards long files: vectors and ids in chunks equal those of the whole wave."""
     tokenizer = FairseqVQWav2Vec(files(**changes))
     wave = sounds(2, 40_000, seed=5)
     whole, ids = tokenizer.network.vectors(wave), tokenizer(wave)
@@ -169,7 +169,7 @@ def test_fingerprint_follows_what_makes_the_ids(files, tmp_path):
 
 
 def test_stays_in_eval_mode_and_takes_no_random_numbers(files):
-    """Guards constancy: neither a container's train() nor autocast nor loading changes anything elsewhere."""
+    """The train() of a container and autocast do not change the ids; loading does not use random numbers."""
     torch.manual_seed(3)
     tokenizer = FairseqVQWav2Vec(files())
     number = torch.rand(1)
@@ -265,14 +265,14 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_errors_are_one_line_with_the_mend(files, tmp_path, case):
-    """Guards clear refusals: what was given, what is needed, in one line."""
+    """Errors are one line with what was passed and what is needed."""
     with pytest.raises(ValueError, match=CASES[case]) as error:
         faulty(files, tmp_path, case)()
     assert "\n" not in str(error.value)
 
 
 class Attack:
-    """Runs a command where it is unpickled."""
+    """Runs a command when it is unpickled."""
 
     def __init__(self, target):
         self.target = target
@@ -285,7 +285,7 @@ class Attack:
 
 @pytest.mark.parametrize("place", ["args", "state"])
 def test_hostile_files_are_refused_and_run_nothing(tmp_path, place):
-    """Guards against programs in a checkpoint, in its settings or among its weights."""
+    """A call in the settings or among the weights is refused and does not run."""
     ran = tmp_path / "ran"
     settings, state = vq_settings(), vq_state(vq_settings())
     (settings if place == "args" else state)["payload"] = Attack(ran)
@@ -296,7 +296,7 @@ def test_hostile_files_are_refused_and_run_nothing(tmp_path, place):
 
 
 def test_receptive_field_is_the_published_one(tokenizer):
-    """Guards the arithmetic's two numbers against the product of strides and the sum of kernels."""
+    """The receptive field has the published reach and stride."""
     frames = tokenizer.network.frames
     assert (frames.reach, frames.stride) == (REACH, STRIDE)
     assert math.prod(layer.stride for layer in tokenizer.network.features.layers) == STRIDE
