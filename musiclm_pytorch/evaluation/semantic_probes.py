@@ -5,7 +5,7 @@ arXiv:1610.01644). Log-mel frames are the baseline.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -21,6 +21,7 @@ from audiolm_pytorch.audio.files import read_audio
 from audiolm_pytorch.audio.mel import MelSpectrogram
 from audiolm_pytorch.data.manifest import AudioItem, load_split
 from audiolm_pytorch.nn.module_state import device_of, eval_mode
+from audiolm_pytorch.semantic.base import FrameEncoder, SemanticTokenizer
 from musiclm_pytorch.evaluation.report import Metric, aligned_table
 
 __all__ = [
@@ -84,8 +85,8 @@ def load_probe_clips(data: str | Path, min_seconds: float, limit: int, seed: int
 def evaluate_semantic(
     clips: ProbeClips,
     labels: Sequence[str],
-    encoder: Any = None,
-    tokenizer: Any = None,
+    encoder: FrameEncoder | None = None,
+    tokenizer: SemanticTokenizer | None = None,
     layers: Sequence[int] = (),
     clusters: Sequence[int] = (),
     seed: int = 0,
@@ -96,8 +97,8 @@ def evaluate_semantic(
     Args:
         clips: Clips with labels.
         labels: Names of labels in the manifest, see `probe`.
-        encoder: `FrameEncoder`, if there is one.
-        tokenizer: `SemanticTokenizer`, if there is one.
+        encoder: None for a tokenizer without layers.
+        tokenizer: None for an encoder without tokens.
         layers: Layers of the encoder; 0 is the input of the first.
         clusters: Numbers of k-means clusters.
         seed: Seed of k-means.
@@ -106,26 +107,25 @@ def evaluate_semantic(
     Returns:
         Metrics `FEATURES / LABEL`.
     """
-    metrics = []
-    for features in _all_features(clips, encoder, tokenizer, layers):
+    metrics: list[Metric] = []
+
+    def add(features: Features) -> None:
         announce(features.name)
-        is_tokens = features.num_tokens is not None
-        tokens = () if is_tokens else (kmeans_features(features, number, seed) for number in clusters)
-        for kind in (features, *tokens):
-            metrics += [probe(kind, clips, label) for label in labels]
-    return metrics
+        metrics.extend(probe(features, clips, label) for label in labels)
+        if features.num_tokens is None:
+            for num_clusters in clusters:
+                add(kmeans_features(features, num_clusters, seed))
 
-
-def _all_features(clips: ProbeClips, encoder: Any, tokenizer: Any, layers: Sequence[int]) -> Iterator[Features]:
-    """One kind of features at a time, since the layers of all clips may not fit into memory together."""
+    # One kind of features at a time: the layers of all clips may not fit into memory together.
     if encoder is not None:
-        yield log_mel_features(clips, encoder.sample_hz, encoder.downsample_factor)
-    else:
-        yield log_mel_features(clips, tokenizer.target_sample_hz, tokenizer.downsample_factor)
-    for layer in layers:
-        yield layer_features(encoder, clips, layer)
+        add(log_mel_features(clips, encoder.sample_hz, encoder.downsample_factor))
+        for layer in layers:
+            add(layer_features(encoder, clips, layer))
+    elif tokenizer is not None:
+        add(log_mel_features(clips, tokenizer.target_sample_hz, tokenizer.downsample_factor))
     if tokenizer is not None:
-        yield token_features(tokenizer, clips)
+        add(token_features(tokenizer, clips))
+    return metrics
 
 
 @torch.no_grad()
@@ -144,8 +144,8 @@ def log_mel_features(clips: ProbeClips, sample_hz: int, hop_samples: int) -> Fea
 
 
 @torch.no_grad()
-def layer_features(encoder: Any, clips: ProbeClips, layer: int) -> Features:
-    """Hidden states of a layer of a `FrameEncoder`."""
+def layer_features(encoder: FrameEncoder, clips: ProbeClips, layer: int) -> Features:
+    """Hidden states of a layer."""
     device = device_of(encoder)
     with eval_mode(encoder):
         return _features(
@@ -158,11 +158,10 @@ def layer_features(encoder: Any, clips: ProbeClips, layer: int) -> Features:
 
 
 @torch.no_grad()
-def token_features(tokenizer: Any, clips: ProbeClips) -> Features:
-    """Ids of a `SemanticTokenizer`, without its cut of the length to a multiple."""
-    if getattr(tokenizer, "seq_len_multiple_of", None):
-        tokenizer = copy.copy(tokenizer)
-        tokenizer.seq_len_multiple_of = None
+def token_features(tokenizer: SemanticTokenizer, clips: ProbeClips) -> Features:
+    """Ids of a tokenizer, without its cut of the length to a multiple."""
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.seq_len_multiple_of = None
     device = device_of(tokenizer)
     with eval_mode(tokenizer):
         return _features(

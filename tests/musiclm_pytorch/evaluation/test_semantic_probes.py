@@ -7,6 +7,7 @@ from torch import nn
 
 from audiolm_pytorch.audio.files import write_audio
 from audiolm_pytorch.data.manifest import AudioItem
+from audiolm_pytorch.semantic.base import FrameEncoder, SemanticTokenizer
 from musiclm_pytorch.evaluation.report import Metric
 from musiclm_pytorch.evaluation.semantic_probes import (
     Features,
@@ -26,7 +27,7 @@ from tests.helpers.semantic_sounds import RATE_HZ, sines, written_corpus
 HOP = 320
 
 
-class CodedEncoder(nn.Module):
+class CodedEncoder(FrameEncoder):
     """Layer 1 holds the code in the first sample of every frame, one-hot; layer 0 holds noise."""
 
     sample_hz, downsample_factor, dim, depth = RATE_HZ, HOP, 32, 1
@@ -45,7 +46,7 @@ class CodedEncoder(nn.Module):
         return self
 
 
-class CodedTokenizer(nn.Module):
+class CodedTokenizer(SemanticTokenizer):
     """Tokens are the codes; lengths are cut to a multiple."""
 
     target_sample_hz, downsample_factor, codebook_size = RATE_HZ, HOP, 32
@@ -53,6 +54,9 @@ class CodedTokenizer(nn.Module):
 
     def num_frames(self, num_samples):
         return num_samples // HOP
+
+    def fingerprint(self):
+        return "test"
 
     def forward(self, wave, input_sample_hz=None, lengths=None):
         if self.seq_len_multiple_of:
