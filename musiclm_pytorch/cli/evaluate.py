@@ -161,22 +161,22 @@ def _open_encoder(command: EvaluateSemantic) -> tuple[Any, Any]:
 
 def _evaluate_mulan(command: EvaluateMuLaN) -> None:
     from audiolm_pytorch.saving.fingerprint import fingerprint_of
-    from musiclm_pytorch.evaluation import joint_embedding
     from musiclm_pytorch.evaluation.plots import plot_similarities, require_matplotlib
     from musiclm_pytorch.evaluation.report import markdown_table
     from musiclm_pytorch.evaluation.tagging import tag_labels
+    from musiclm_pytorch.mulan import evaluation
     from musiclm_pytorch.pretrained.bundled import mulan_named
 
     require_matplotlib()
     check_folder(command.out)
     mulan = mulan_named(command.model, device_named(command.device), command.offline)
-    items = joint_embedding.held_out_items(command.data, command.limit, command.seed)
+    items = evaluation.held_out_items(command.data, command.limit, command.seed)
     labels = list(tag_labels(items))
     if command.label is not None and command.label not in labels:
         raise ValueError(f"no label {command.label!r} of a few values; available: {', '.join(labels) or 'none'}")
-    clips = joint_embedding.embed_clips(mulan, items, _announce)
+    clips = evaluation.embed_clips(mulan, items, _announce)
     _announce("computing metrics")
-    metrics = joint_embedding.joint_embedding_metrics(clips)
+    metrics = evaluation.joint_embedding_metrics(clips)
     settings = {
         "command": _command_line("mulan", command),
         "fingerprint": fingerprint_of(mulan),
@@ -186,7 +186,7 @@ def _evaluate_mulan(command: EvaluateMuLaN) -> None:
         "texts": "captions" if clips.are_captions else f"prompts of {labels[0]}",
         "prompts": {test.label: dict(zip(test.values, test.prompts)) for test in clips.tests},
     }
-    cosines, text_classes, clip_classes = joint_embedding.ordered_similarities(clips, command.label)
+    cosines, text_classes, clip_classes = evaluation.ordered_similarities(clips, command.label)
     title = f"{command.model} on {command.data}"
     plot_similarities(cosines, text_classes, clip_classes, command.out / _PLOT_FILE, title)
     _report(command.out, f"Joint embedding {title}", settings, metrics, markdown_table(metrics))

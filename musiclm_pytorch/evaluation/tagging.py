@@ -16,7 +16,6 @@ from torch import Tensor
 from audiolm_pytorch.data.captions import is_encodable
 from audiolm_pytorch.data.manifest import AudioItem
 from musiclm_pytorch.evaluation.report import Metric, accuracy_metric
-from musiclm_pytorch.mulan.joint import JointEmbedding
 
 __all__ = [
     "TEMPLATES",
@@ -27,7 +26,6 @@ __all__ = [
     "tag_prompts",
     "tag_scores",
     "tag_tests",
-    "zero_shot_similarities",
 ]
 
 # Prompts of labels whose values are unclear without the name of the label.
@@ -142,14 +140,6 @@ def tag_tests(items: Sequence[AudioItem], templates: Mapping[str, str] = TEMPLAT
         truth = torch.tensor([-1 if value is None else classes.index(value) for value in values])
         tests.append(TagTest(label, tuple(classes), tuple(tag_prompts(label, classes, templates)), truth))
     return tests
-
-
-@torch.no_grad()
-@beartype
-def zero_shot_similarities(mulan: JointEmbedding, audio_latents: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Cosines `[n, classes]` of clips (`[n, d]` latents of unit norm) with prompts."""
-    texts = mulan.get_text_latents(list(prompts))
-    return audio_latents.float() @ texts.float().to(audio_latents.device).T
 
 
 @beartype

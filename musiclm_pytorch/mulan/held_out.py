@@ -11,8 +11,9 @@ from audiolm_pytorch.data.batches import collate_crops
 from audiolm_pytorch.data.crops import CropDataset
 from audiolm_pytorch.nn.module_state import device_of
 from musiclm_pytorch.evaluation.retrieval import Retrieval, different_captions, retrieval
-from musiclm_pytorch.evaluation.tagging import TagTest, tag_scores, tag_tests, zero_shot_similarities
+from musiclm_pytorch.evaluation.tagging import TagTest, tag_scores, tag_tests
 from musiclm_pytorch.mulan.captions import texts_of
+from musiclm_pytorch.mulan.evaluation import zero_shot_similarities
 from musiclm_pytorch.mulan.joint import JointEmbedding
 
 __all__ = ["HeldOutClips"]

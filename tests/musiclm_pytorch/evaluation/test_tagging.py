@@ -11,8 +11,8 @@ from musiclm_pytorch.evaluation.tagging import (
     tag_prompts,
     tag_scores,
     tag_tests,
-    zero_shot_similarities,
 )
+from musiclm_pytorch.mulan.evaluation import zero_shot_similarities
 from musiclm_pytorch.mulan.joint import JointEmbedding
 
 

@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from musiclm_pytorch.evaluation.joint_embedding import (
+from musiclm_pytorch.evaluation.plots import plot_similarities
+from musiclm_pytorch.evaluation.tagging import TagTest
+from musiclm_pytorch.mulan.evaluation import (
     embed_clips,
     held_out_items,
     joint_embedding_metrics,
@@ -13,8 +15,6 @@ from musiclm_pytorch.evaluation.joint_embedding import (
     text_classes,
     top_clip_metrics,
 )
-from musiclm_pytorch.evaluation.plots import plot_similarities
-from musiclm_pytorch.evaluation.tagging import TagTest
 from tests.helpers.planted_mulan import PlantedMuLaN, planted_items
 
 

@@ -15,7 +15,7 @@ from audiolm_pytorch.data.manifest import AudioItem, load_items
 from audiolm_pytorch.nn.module_state import device_of
 from musiclm_pytorch.evaluation.report import Metric, accuracy_metric
 from musiclm_pytorch.evaluation.retrieval import different_captions, retrieval
-from musiclm_pytorch.evaluation.tagging import TagTest, tag_metrics, tag_tests, zero_shot_similarities
+from musiclm_pytorch.evaluation.tagging import TagTest, tag_metrics, tag_tests
 from musiclm_pytorch.mulan.captions import texts_of
 from musiclm_pytorch.mulan.joint import JointEmbedding
 
@@ -27,6 +27,7 @@ __all__ = [
     "ordered_similarities",
     "text_classes",
     "top_clip_metrics",
+    "zero_shot_similarities",
 ]
 
 _CLIPS_PER_BATCH = 16
@@ -108,6 +109,14 @@ def embed_clips(
         if not latents.isfinite().all():
             raise ValueError(f"the model returns NaN or infinity for {name}; train it again")
     return EmbeddedClips(texts, text @ audio.T, relevant, are_captions, tests, prompted)
+
+
+@torch.no_grad()
+@beartype
+def zero_shot_similarities(mulan: JointEmbedding, audio_latents: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Cosines `[n, classes]` of clips (`[n, d]` latents of unit norm) with prompts."""
+    texts = mulan.get_text_latents(list(prompts))
+    return audio_latents.float() @ texts.float().to(audio_latents.device).T
 
 
 def _embed_audio(mulan: JointEmbedding, items: Sequence[AudioItem]) -> Tensor:
