@@ -16,15 +16,15 @@ __all__ = ["Grid", "Head", "IdBlock", "PackedTokens", "Stream", "checked_streams
 @beartype
 @dataclass(frozen=True)
 class Stream:
-    """One kind of token: its vocabulary, its levels and its rate in time.
+    """The vocabulary, the levels and the rate of one kind of token.
 
     Args:
         name: Key of the stream in dictionaries of tokens and lengths.
         vocab_size: Number of different tokens of every level.
-        num_levels: Tokens per frame: 1 for semantic tokens; for a codec its residual levels, with the groups of a level
-            side by side.
-        rate_hz: Frames per second. None = not in time (ids of a text, codes of a whole recording): such a stream is an
-            input, and may be empty.
+        num_levels: Tokens per frame; 1 for semantic tokens, or the residual levels of a codec, with the groups of a
+            level side by side.
+        rate_hz: Frames per second. None = not in time (ids of a text, codes of a whole recording). Such a stream is an
+            input and may be empty.
         is_input: Whether the model only reads the stream. Otherwise it predicts the stream.
         eos: Whether the stream may end early. It then has an end-of-sequence id.
         num_groups: Codes per residual level. The delayed pattern delays levels, not groups.
@@ -81,7 +81,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Head:
-    """One output of a model: the tokens of one level of one predicted stream.
+    """An output of a model, for the tokens of one level of one predicted stream.
 
     Attributes:
         stream: Name of the predicted stream.
@@ -108,7 +108,7 @@ class Head:
 
 @dataclass(frozen=True)
 class IdBlock:
-    """A range of ids: the tokens of a level, or the single id of an end, of the start or of the null token.
+    """The ids of the tokens of a level, or the single id of an end, of the start or of the null token.
 
     Attributes:
         stream: Index of the stream; -1 for the start and the null token.
