@@ -35,13 +35,13 @@ class AudioSpectrogramTransformer(nn.Module):
         patch_stride: Bins and frames from one patch to the next (AST: 10); None = `patch_size`, no overlap.
         num_mels: Mel bands; None = the linear bins of the Fourier transform; "auto" = see above.
         spec_n_fft: Samples of the Fourier transform; None = 64 ms.
-        spec_win_length: Samples of the window; None = `spec_n_fft`, or 25 ms if that is None too.
+        spec_win_length: Samples of the window; by default `spec_n_fft` if it is set, else 25 ms.
         spec_hop_length: Samples per frame; None = 2/5 of the window, which is 10 ms for 25 ms.
         spec_aug_stretch_factor: In training, the speed of each clip is drawn between this and its inverse; 1 = off.
             Captions that distinguish fast and slow need 1.
         spec_aug_freq_mask: In training, up to this fraction of the bins is masked; 0 = off.
         spec_aug_time_mask: In training, up to this fraction of the frames is masked; 0 = off.
-        patch_dropout: Fraction of patches left out in training, which saves as much time (arXiv:2212.00794).
+        patch_dropout: Fraction of patches that are left out in training to save time (FLIP, arXiv:2212.00794).
         position_waves: Waves per head of the bias by distance (`WavePositionBias`); 0 = no bias.
         ff_mult: Width of the feed-forward over `dim`.
     """

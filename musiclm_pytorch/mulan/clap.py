@@ -31,7 +31,6 @@ from musiclm_pytorch.mulan.joint import JointEmbedding, average_latents
 
 __all__ = ["ClapMuLaN", "ClapSpectrogram"]
 
-_MODEL_TYPE, _MODEL_CLASS = "clap", "ClapModel"
 # Settings that change embeddings but not the shape of any weight; part of the fingerprint.
 _TEXT_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "pad_token_id", "projection_hidden_act")
 _AUDIO_SETTINGS = (
@@ -140,7 +139,7 @@ class ClapMuLaN(JointEmbedding):
         where: dict[str, Any] = {"offline": offline, "revision": revision, "cache_dir": cache_dir}
         loaded = source
         if not isinstance(loaded, LoadedModel):
-            loaded = load_model(loaded, {_MODEL_TYPE: _MODEL_CLASS}, **where)
+            loaded = load_model(loaded, {"clap": "ClapModel"}, **where)
         if not loaded.preprocessor:
             raise ValueError(
                 f"{loaded.source} has no preprocessor_config.json, which describes the spectrogram; copy it from the "
@@ -193,7 +192,7 @@ class ClapMuLaN(JointEmbedding):
     def from_config(cls, config: dict[str, Any]) -> "ClapMuLaN":
         """Build from `config`, with new weights."""
         transformers = require_transformers()
-        model = getattr(transformers, _MODEL_CLASS)(transformers.ClapConfig.from_dict(dict(config["model"])))
+        model = transformers.ClapModel(transformers.ClapConfig.from_dict(dict(config["model"])))
         loaded = LoadedModel(model, preprocessor=config["preprocessor"], **config["origin"])
         tokenizer = TextTokenizer.from_json(config["tokenizer"], special_tokens=True)
         return cls(loaded, tokenizer=tokenizer, **config["options"])
@@ -220,23 +219,23 @@ class ClapMuLaN(JointEmbedding):
         """Embed clips; longer ones than a window are the mean over their windows. See `JointEmbedding`."""
         check_waves(wavs, lengths, device_of(self.model))
         latents = torch.empty(len(wavs), self.dim_latent, device=wavs.device)
-        images, places = [], []
+        spectrograms, short_rows = [], []
         with torch.autocast(wavs.device.type, enabled=False):
             for rows, part in items_by_length(wavs, lengths):
-                if part.shape[1] <= self.window_samples:
-                    images.append(self._spectrogram(part))
-                    places.append(rows)
-                else:
+                if part.shape[1] > self.window_samples:
                     latents[rows] = torch.stack([average_latents(self.window_latents(wav)) for wav in part])
-            if images:
-                latents[torch.cat(places)] = self._embed(torch.cat(images))
+                else:
+                    spectrograms.append(self._spectrogram(part))
+                    short_rows.append(rows)
+            if spectrograms:
+                latents[torch.cat(short_rows)] = self._embed(torch.cat(spectrograms))
         return latents
 
-    def _embed(self, images: Tensor) -> Tensor:
+    def _embed(self, spectrograms: Tensor) -> Tensor:
         """Latents `[b, d]` of spectrograms `[b, f, m]`."""
-        features = rearrange(images, "b f m -> b 1 f m").to(next(self.model.parameters()).dtype)
+        features = rearrange(spectrograms, "b f m -> b 1 f m").to(next(self.model.parameters()).dtype)
         # Input of models that fuse: no clip is a crop of a longer one.
-        is_longer = torch.zeros(len(images), 1, dtype=torch.bool, device=images.device)
+        is_longer = torch.zeros(len(spectrograms), 1, dtype=torch.bool, device=spectrograms.device)
         pooled = self.model.audio_model(input_features=features, is_longer=is_longer).pooler_output
         return F.normalize(self.model.audio_projection(pooled).float(), dim=-1)
 

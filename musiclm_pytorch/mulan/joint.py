@@ -22,7 +22,7 @@ class JointEmbedding(nn.Module, ABC):
         sample_hz: Sample rate of the waves.
         window_seconds: Longer audio is embedded in windows (MusicLM, arXiv:2301.11325, sec. 3.2: 10 s); a whole number
             of samples.
-        window_stride_seconds: Time between the starts of two windows (MusicLM: 1 s).
+        window_stride_seconds: Time between the starts of two windows; 1 s in MusicLM.
     """
 
     @beartype

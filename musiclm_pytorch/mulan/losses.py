@@ -120,14 +120,14 @@ class ContrastiveLoss(nn.Module, ABC):
 
 @register
 class SoftmaxContrastiveLearning(ContrastiveLoss):
-    """Cross entropy over the batch in both directions (MuLan, arXiv:2208.12415, sec. 3.4; CLIP, arXiv:2103.00020).
+    """Cross entropy over the batch in both directions (MuLan, arXiv:2208.12415, sec. 3.4).
 
     Audio to text classifies each text of a clip among the texts of other clips, and averages over the texts of a clip,
     then over clips; the other texts of the clip are no contrasts. Text to audio classifies the clip of each text, and
     averages over texts. The loss is the mean of both directions.
 
     Args:
-        init_temperature: Initial temperature (MuLan: 0.1), which is learned.
+        init_temperature: Initial temperature, which is learned; 0.1 in MuLan.
         decoupled: Leave the match out of the denominator (arXiv:2110.06848, eq. 5), which helps small batches. Items
             without any contrast then count 0.
     """
@@ -171,8 +171,8 @@ class SigmoidContrastiveLearning(ContrastiveLoss):
     The losses of all pairs are summed and divided by the number of clips.
 
     Args:
-        init_temperature: Initial temperature (SigLIP: 0.1), which is learned.
-        init_bias: Initial bias, which is learned (SigLIP: -10, since almost all pairs do not match).
+        init_temperature: Initial temperature, which is learned; 0.1 in SigLIP.
+        init_bias: Initial bias, which is learned; -10 in SigLIP, since almost all pairs do not match.
     """
 
     @beartype

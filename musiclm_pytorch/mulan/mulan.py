@@ -25,7 +25,7 @@ class MuLaN(JointEmbedding):
     """Two towers with a common space of unit vectors (MuLan, arXiv:2208.12415).
 
     Args:
-        dim_latent: Width of the common space (MuLan: 128).
+        dim_latent: Width of the common space; 128 in MuLan.
         loss: Called as `loss(audio_latents, text_latents, captions, clip_index)`. None = `SoftmaxContrastiveLearning`.
         window_seconds: See `JointEmbedding`.
         window_stride_seconds: See `JointEmbedding`.

@@ -1,4 +1,4 @@
-"""MusicCaps (MusicLM, arXiv:2301.11325): its table of captions, and a folder of clips.
+"""The table of captions of MusicCaps (MusicLM, arXiv:2301.11325), and its clips in a folder.
 
 The table (google/MusicCaps, `musiccaps-public.csv`) describes ten seconds of each of 5,521 videos. It has no audio, and
 some videos do not exist any more, so that every copy of the data set lacks some clips.

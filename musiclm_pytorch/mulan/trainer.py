@@ -88,7 +88,7 @@ class MuLaNTask:
         held_out = [item for item in valid_items if texts_of(item)]
         self.held_out: HeldOutClips | None = None
         if labels and not held_out:
-            raise ValueError(f"labels {list(labels)} need held-out files with a caption or aspects, but there are none")
+            raise ValueError(f"labels {list(labels)} need held-out files with a caption or aspects; add such files")
         if held_out:
             crops = CropDataset(held_out, seconds, (mulan.sample_hz,), seed, cache_bytes // 4)
             self.held_out = HeldOutClips(crops, labels=labels, max_batch=min(batch_size, chunk_size or batch_size))

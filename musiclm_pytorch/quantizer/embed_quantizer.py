@@ -31,7 +31,7 @@ class MuLaNEmbedQuantizer(Conditioner):
 
     Residual quantization of MuLan's embedding as in MusicLM (arXiv:2301.11325, sec. 4.1). The codebooks are random
     until `fit` fits them once. Nothing else changes them, also not in training mode. Each language model trains only
-    the table of its own namespace.
+    the table of its namespace.
 
     Args:
         mulan: Embeds audio and text. It stays in eval mode and receives no gradients.

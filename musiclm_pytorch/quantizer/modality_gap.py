@@ -9,8 +9,8 @@ from torch import Tensor
 
 __all__ = ["Alignment", "align_texts"]
 
-# Weight of the assumption that texts need no map, in clips: with data of so many clips, a direction of average variance
-# moves half-way. On held-out captions, this is as good as the best value for each of 50 to 4,000 clips.
+# Strength of the ridge regression in clips. With data of this number of clips, a direction of average variance moves
+# half-way. On held-out captions of models with 50 to 4,000 clips, this is as good as the best value for each.
 _PRIOR_CLIPS = 400.0
 _ROWS_PER_CHUNK = 8192
 # The latent of one text differs by rounding between batches, by about 1e-13 of the variance of audio.
@@ -31,7 +31,7 @@ def align_texts(audio: Tensor, text: Tensor, clip_index: Tensor) -> Alignment:
 
     Each modality has its own mean. Texts are scaled to the spread of audio, for which the codebooks are fitted, and
     mapped by a ridge regression to their audio. The regression shrinks towards the scale alone, not towards zero, since
-    texts say less than audio and few pairs would draw all of them to the middle.
+    texts have less information than audio, and few pairs would move all of them to the mean.
 
     Raises:
         ValueError: If there is no text, or a row does not exist.

@@ -16,7 +16,7 @@ _SUBSPACE_ROUNDS = 8
 
 
 class RandomProjectionQuantizer(nn.Module):
-    """Frozen targets: a random projection, and the index of the nearest random code (arXiv:2202.01855, eq. 1).
+    """Frozen targets by a random projection and the index of the nearest random code (arXiv:2202.01855, eq. 1).
 
     Only `seed` determines the targets. The input must be normalised, or most codes stay unused (sec. 3.1).
 
@@ -112,8 +112,8 @@ class TokenTargets(nn.Module):
         codebook_size: Codes per codebook, V.
         codebook_dim: Width of the random projection.
         num_targets: Codebooks, q.
-        reach_tokens: Neighbours on each side that a target also describes; 0 as in arXiv:2202.01855.
-        num_directions: Directions that remain (see `Decorrelation`). None = no decorrelation, as in arXiv:2202.01855.
+        reach_tokens: Neighbours on each side that a target also describes; 0 in the paper.
+        num_directions: Directions that remain (see `Decorrelation`). None = no decorrelation, as in the paper.
     """
 
     @beartype
