@@ -136,12 +136,11 @@ class SoundStream(StreamingCodec):
                 f"the denoising condition has width {self.denoising.dim}, the encoder {self.encoder.dim}; use "
                 f"FiLM(dim={self.encoder.dim})"
             )
-        for part in (self.encoder, self.decoder):
-            if part.channels != self.channels:
-                raise ValueError(
-                    f"{type(part).__name__} has {part.channels} audio channels, the codec {self.channels}; both need "
-                    "the same number"
-                )
+        if not self.encoder.channels == self.decoder.channels == self.channels:
+            raise ValueError(
+                f"audio channels differ: encoder {self.encoder.channels}, decoder {self.decoder.channels}, codec "
+                f"{self.channels}; all three need the same number"
+            )
 
     @property
     def config(self) -> dict[str, Any]:

@@ -26,7 +26,8 @@ _LOG_CENTRE, _LOG_SCALE = -5.0, 4.0
 _MAX_MAGNITUDE = 1e2
 # Frames per chunk outside of training: 250 need about 30 MB; 3000 need 120 MB and 10% less time per frame.
 _CHUNK_FRAMES = 250
-_KERNEL_FRAMES = 7
+# ConvNeXt blocks: frames of the convolution, MLP width as a multiple of the width, initial weight of the branch
+_KERNEL_FRAMES, _EXPANSION, _BRANCH_SCALE = 7, 3, 0.2
 
 Network = TypeVar("Network", bound="_SpectralNetwork")
 
@@ -36,23 +37,14 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class ConvNeXtBlock(nn.Module):
-    """The 1-D ConvNeXt block: a depthwise convolution over time, then an MLP (arXiv 2201.03545, fig. 4).
+    """The 1-D ConvNeXt block: a depthwise convolution over time, then an MLP (arXiv 2201.03545, fig. 4)."""
 
-    Args:
-        dim: Width d.
-        kernel_size: Frames of the depthwise convolution (odd).
-        expansion: MLP width as a multiple of `dim`.
-        layer_scale: Initial weight of the residual branch.
-    """
-
-    def __init__(
-        self, dim: int, kernel_size: int = _KERNEL_FRAMES, expansion: int = 3, layer_scale: float = 0.2
-    ) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.depthwise = nn.Conv1d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+        self.depthwise = nn.Conv1d(dim, dim, _KERNEL_FRAMES, padding=_KERNEL_FRAMES // 2, groups=dim)
         self.norm = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, dim * expansion), nn.GELU(), nn.Linear(dim * expansion, dim))
-        self.scale = nn.Parameter(torch.full((dim,), layer_scale))
+        self.mlp = nn.Sequential(nn.Linear(dim, _EXPANSION * dim), nn.GELU(), nn.Linear(_EXPANSION * dim, dim))
+        self.scale = nn.Parameter(torch.full((dim,), _BRANCH_SCALE))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Frames `[b, f, d]` and an optional mask `[b, f]` (True = real) to frames `[b, f, d]`."""
