@@ -1,8 +1,8 @@
-"""A preset small enough to train every stage in seconds, the `musiclm` command with it, and clips to train on.
+"""A preset that trains every step in seconds, the `musiclm` command with it, and clips to train on.
 
     python micro.py train all --preset micro --data DIR --out DIR
 
-With MICRO_KILL=<stage> in the environment the process kills itself (SIGKILL) inside that stage.
+With MICRO_KILL=<step> in the environment the process kills itself (SIGKILL) inside that step.
 """
 
 import json
@@ -81,7 +81,7 @@ def write_clips(folder: Path, num_clips: int = 10, captions: bool = True) -> Pat
 
 
 def _kill_inside(stage: str) -> None:
-    """Arrange for a kill -9 in the middle of a stage."""
+    """Kill this process in the middle of a step."""
     from audiolm_pytorch.training.optimizer import PhaseOptimizer
     from audiolm_pytorch.training.run import TrainingRun
     from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
@@ -98,7 +98,7 @@ def _kill_inside(stage: str) -> None:
         write = tokens.write_shards
 
         def write_or_die(folder: Path, make_record: Any, *rest: Any, **named: Any) -> int:
-            """Die in the fourth record."""
+            """Kill in the fourth record."""
             return write(folder, lambda index: killed() if index == 3 else make_record(index), *rest, **named)
 
         tokens.write_shards = write_or_die
@@ -107,7 +107,7 @@ def _kill_inside(stage: str) -> None:
     step = PhaseOptimizer.step
 
     def step_or_die(self: TrainingRun) -> None:
-        """Die in the eighth step of the stage, whose first six are in a checkpoint, after the weights have moved."""
+        """Kill after the eighth update of the weights; a checkpoint has the first six."""
         if self.folder.name == stage and self.progress.step == 7:
             PhaseOptimizer.step = lambda *arguments: (step(*arguments), killed())
         steps(self)

@@ -1,4 +1,4 @@
-"""A run of every stage at micro size, trained once a session, and the command line with the micro preset."""
+"""A finished run of the micro preset, trained once a session, and the command line with that preset."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +29,6 @@ def micro_run(micro_data: Path) -> Path:
 
 @pytest.fixture
 def musiclm_command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """The `musiclm` command as a function of words that returns the exit status; it also knows the preset micro."""
+    """The `musiclm` command as a function of words that returns the exit status; it also accepts the preset micro."""
     monkeypatch.setitem(config.PRESETS, "micro", MICRO)
     return lambda *words: cli.main([str(word) for word in words])

@@ -41,38 +41,38 @@ def offline(monkeypatch):
 
 
 def test_generate_writes_music_without_network(musiclm_command, model, tmp_path, capsys, offline):
-    """A sentence becomes a file in a folder that did not exist, with every candidate's similarity and a picture."""
+    """The music is written into a new folder, the similarity of every candidate is printed, and a plot is written."""
     out, plot = tmp_path / "new" / "folder" / "jig.wav", tmp_path / "pictures" / "jig.png"
     words = ("generate", "a low tone", "--model", model, "--seconds", "0.7", "--out", out, "--plot", plot)
     assert musiclm_command(*words, "--num-samples", 3, "--seed", 4) == 0
     wave, sample_hz = soundfile.read(out)
     assert sample_hz == 16000 and len(wave) == 0.7 * 16000
     assert 1e-3 < abs(wave).max() < 0.999
-    said = capsys.readouterr().out
-    scores = {int(seed): float(score) for seed, score in re.findall(r"seed (\d) +similarity (-?\d\.\d+)", said)}
+    printed = capsys.readouterr().out
+    scores = {int(seed): float(score) for seed, score in re.findall(r"seed (\d) +similarity (-?\d\.\d+)", printed)}
     assert list(scores) == [4, 5, 6]
-    kept = int(re.search(r"seed (\d).*<- kept", said).group(1))
+    kept = int(re.search(r"seed (\d).*<- kept", printed).group(1))
     assert scores[kept] == max(scores.values())
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_generate_goes_on_from_a_file(musiclm_command, model, tmp_path, capsys):
-    """A file of another rate is gone on from: its length is counted in, and it decides what comes."""
+def test_generate_continues_a_file(musiclm_command, model, tmp_path, capsys):
+    """A file of another sample rate is continued: its length counts towards --seconds, and it changes the result."""
     noise = torch.rand(4000, generator=torch.Generator().manual_seed(0)).numpy() - 0.5
     waves = {}
     for name, level in {"loud": 1.0, "soft": 0.01}.items():
         soundfile.write(tmp_path / f"{name}.wav", level * noise, 8000)
         words = ("generate", "a tone", "--model", model, "--seconds", "0.8", "--num-samples", 1)
-        goes_on = ("--continue-from", tmp_path / f"{name}.wav", "--out", tmp_path / f"{name}_on.wav")
-        assert musiclm_command(*words, *goes_on) == 0
+        continuation = ("--continue-from", tmp_path / f"{name}.wav", "--out", tmp_path / f"{name}_on.wav")
+        assert musiclm_command(*words, *continuation) == 0
         waves[name], sample_hz = soundfile.read(tmp_path / f"{name}_on.wav")
         assert len(waves[name]) == 0.8 * sample_hz
     assert abs(waves["loud"] - waves["soft"]).max() > 1e-3
 
 
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg"])
-def test_the_seed_decides_the_music(musiclm_command, model, tmp_path, suffix):
-    """The same command gives the same samples, another seed others, in every format."""
+def test_the_seed_determines_the_music(musiclm_command, model, tmp_path, suffix):
+    """The same command writes the same samples, another seed writes others, in every format."""
     for name, seed in {"a": 1, "b": 1, "c": 8}.items():
         out = tmp_path / f"{name}.{suffix}"
         assert musiclm_command("generate", "a tone", "--model", model, *SHORT, "--seed", seed, "--out", out) == 0
@@ -80,8 +80,8 @@ def test_the_seed_decides_the_music(musiclm_command, model, tmp_path, suffix):
     assert (a == b).all() and (a != c).any()
 
 
-def test_long_and_foreign_texts_are_played(musiclm_command, model, tmp_path, caplog):
-    """10,000 characters are cut with a warning, and no script is unknown."""
+def test_long_and_foreign_texts_are_accepted(musiclm_command, model, tmp_path, caplog):
+    """10,000 characters are truncated with a warning, and every script is accepted."""
     out = tmp_path / "a.wav"
     assert musiclm_command("generate", "a tone, " * 1250, "--model", model, *SHORT, "--out", out) == 0
     assert "truncated" in caplog.text and out.is_file()
@@ -89,14 +89,14 @@ def test_long_and_foreign_texts_are_played(musiclm_command, model, tmp_path, cap
 
 
 def test_any_text_is_a_title(tmp_path):
-    """Formula signs, line breaks and broken shell input over a picture are plain text."""
+    """Formula signs, line breaks and invalid characters in a title are plain text."""
     for number, text in enumerate(("costs $\\q$ and $x", "two\nlines", "\ud800 broken", "long " * 500)):
         plot_wave(torch.randn(1600) * 0.1, 16000, tmp_path / f"{number}.png", title=text)
         assert (tmp_path / f"{number}.png").stat().st_size > 1000
 
 
-def test_train_reports_every_stage_and_continues(musiclm_command, micro_data, micro_run, tmp_path, capsys):
-    """`train STAGE`, then `train all`: one line a stage with its wall time, nothing done twice, nothing on stderr."""
+def test_train_reports_every_step_and_continues(musiclm_command, micro_data, micro_run, tmp_path, capsys):
+    """`train STEP`, then `train all`: one line per step with its time, no step runs twice, stderr is empty."""
     shutil.copytree(micro_run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "fine")
     shutil.rmtree(tmp_path / "run" / "model")
@@ -120,8 +120,8 @@ def test_scaled_training(musiclm_command, micro_data, tmp_path, capsys):
     assert "num_train_steps: found 10, expected 12" in capsys.readouterr().err
 
 
-def test_stages_are_announced_on_a_terminal_only(monkeypatch, capsys):
-    """Somebody who watches sees what is going on; a log file does not fill with it."""
+def test_steps_are_announced_on_a_terminal_only(monkeypatch, capsys):
+    """The name of a step that starts is printed on a terminal, but not into a log file."""
     train_command._announce("codec")
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
@@ -129,16 +129,16 @@ def test_stages_are_announced_on_a_terminal_only(monkeypatch, capsys):
     assert capsys.readouterr().err == "codec ...\n"
 
 
-def test_train_around_bundled_parts(musiclm_command, micro_data, tmp_path, capsys, offline):
-    """Finished parts by their bundled names: nothing of them is trained, and the same words are needed again."""
+def test_train_with_bundled_parts(musiclm_command, micro_data, tmp_path, capsys, offline):
+    """Bundled parts are not trained, and the run continues only with the same parts."""
     words = ("train", "tokens", "--preset", "micro", "--data", micro_data, "--out", tmp_path / "run")
-    given = ("--codec", "16khz", "--semantic-tokenizer", "16khz", "--mulan", "tiny", "--offline")
-    assert musiclm_command(*words, *given, "--dry-run") == 0
+    options = ("--codec", "16khz", "--semantic-tokenizer", "16khz", "--mulan", "tiny", "--offline")
+    assert musiclm_command(*words, *options, "--dry-run") == 0
     assert "tokens" in capsys.readouterr().out and listing(tmp_path) == set()
-    assert musiclm_command(*words, *given) == 0
-    said = capsys.readouterr().out
+    assert musiclm_command(*words, *options) == 0
+    printed = capsys.readouterr().out
     for stage, kind in (("semantic-tokenizer", "KMeansTokenizer"), ("codec", "SoundStream"), ("mulan", "MuLaN")):
-        assert re.search(rf"^{stage} .*pretrained: {kind}$", said, flags=re.MULTILINE)
+        assert re.search(rf"^{stage} .*pretrained: {kind}$", printed, flags=re.MULTILINE)
     from audiolm_pytorch.data.shards import TokenShards
     from musiclm_pytorch.pretrained.bundled import codec_named
 
@@ -150,7 +150,7 @@ def test_train_around_bundled_parts(musiclm_command, micro_data, tmp_path, capsy
 
 
 def test_dry_run_measures_and_writes_nothing(musiclm_command, micro_data, tmp_path, capsys):
-    """Parameters, tokens, disk and time of every stage, before an hour is spent."""
+    """The table has parameters, tokens, disk space and time of every step."""
     before = listing(micro_data)
     words = ("train", "all", "--preset", "micro", "--data", micro_data, "--out", tmp_path / "run", "--dry-run")
     assert musiclm_command(*words) == 0
@@ -171,8 +171,8 @@ def test_dry_run_measures_and_writes_nothing(musiclm_command, micro_data, tmp_pa
     assert listing(tmp_path) == set() and listing(micro_data) == before
 
 
-def test_dry_run_knows_what_is_done(musiclm_command, micro_data, micro_run, capsys):
-    """The time of a run that stands half way is that of the rest."""
+def test_dry_run_skips_finished_steps(musiclm_command, micro_data, micro_run, capsys):
+    """Finished steps need no time."""
     before = listing(micro_run)
     words = ("train", "all", "--preset", "micro", "--data", micro_data, "--out", micro_run, "--dry-run")
     assert musiclm_command(*words) == 0
@@ -180,7 +180,7 @@ def test_dry_run_knows_what_is_done(musiclm_command, micro_data, micro_run, caps
     assert listing(micro_run) == before
 
 
-def test_estimated_parameters_are_those_of_the_stages(micro_data, micro_run, tmp_path):
+def test_estimated_parameters_are_those_of_the_models(micro_data, micro_run, tmp_path):
     """The table of a dry run has the parameters of the modules that are trained."""
     from musiclm_pytorch.pipeline.estimate import estimate_steps
     from musiclm_pytorch.pipeline.pipeline import Pipeline
@@ -194,13 +194,13 @@ def test_estimated_parameters_are_those_of_the_stages(micro_data, micro_run, tmp
 
 
 def test_export(musiclm_command, micro_run, tmp_path, capsys):
-    """The model of a run, alone in a folder."""
+    """The exported folder is a complete model."""
     assert musiclm_command("export", "--run", micro_run, "--out", tmp_path / "shipped") == 0
     assert re.search(r"wrote .*shipped, 0\.\d MB", capsys.readouterr().out)
     assert musiclm_command("generate", "x", "--model", tmp_path / "shipped", *SHORT, "--out", tmp_path / "x.wav") == 0
 
 
-# Arguments that cannot be parsed, with words of tyro's message.
+# Arguments that cannot be parsed, with a pattern of tyro's message.
 BAD_ARGUMENTS = {
     "no command": ("", "Expected one of .*generate.*train"),
     "unknown command": ("sing", "sing.*Available subcommands: generate, train, export, codec, convert, evaluate"),
@@ -229,7 +229,7 @@ BAD_ARGUMENTS = {
 
 @pytest.mark.parametrize(("words", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
 def test_arguments_that_cannot_be_parsed_are_explained(words, message, musiclm_command, capfd, tmp_path, monkeypatch):
-    """tyro's own message on standard error names the argument; the exit status is 2 and nothing is written."""
+    """tyro's message on standard error names the argument, the exit status is 2, and nothing is written."""
     monkeypatch.chdir(tmp_path)
     assert musiclm_command(*words.split()) == 2
     printed = capfd.readouterr()
@@ -237,7 +237,7 @@ def test_arguments_that_cannot_be_parsed_are_explained(words, message, musiclm_c
     assert re.search(message, " ".join(re.sub("[│╭╰╮╯─]", "", printed.err).split()))
 
 
-# Each with words of the message: what is wrong, and the mend. DATA, BARE, EMPTY, JUNK, MODEL, RUN and TMP are folders.
+# Each with a pattern of the message. DATA, BARE, EMPTY, JUNK, MODEL, RUN and TMP are folders.
 BAD_INPUT = {
     "no data folder": ("train all --data TMP/none --out TMP/out", "TMP/none: no such folder"),
     "empty data folder": ("train all --data EMPTY --out TMP/out", "EMPTY: holds no .wav"),
@@ -284,15 +284,15 @@ BAD_INPUT = {
     "seconds inf": ("generate x --seconds inf --out TMP/x.wav", "--seconds must be above 0 and at most 3600, got inf"),
     "no samples": ("generate x --num-samples 0 --out TMP/x.wav", "--num-samples must be at least 1, got 0"),
     "seed below 0": ("generate x --seed -3 --out TMP/x.wav", "--seed must not be negative"),
-    "nothing to go on from": (
+    "nothing to continue": (
         "generate x --model RUN/model --continue-from TMP/none.wav --out TMP/x.wav",
         "TMP/none.wav",
     ),
-    "no sound to go on from": (
+    "no audio to continue": (
         "generate x --model RUN/model --continue-from JUNK/noise.wav --out TMP/x.wav",
         "noise.wav",
     ),
-    "longer than wanted": (
+    "longer than requested": (
         "generate x --model RUN/model --seconds 0.1 --continue-from DATA/00.wav --out TMP/x.wav",
         "longer than",
     ),
@@ -308,7 +308,7 @@ BAD_INPUT = {
 
 @pytest.fixture
 def places(micro_run, micro_data, tmp_path):
-    """Folders that bad input speaks of."""
+    """Folders that bad input refers to."""
     found = {name: tmp_path / name.lower() for name in ("EMPTY", "JUNK", "MODEL", "TMP")}
     for name in ("EMPTY", "JUNK", "TMP"):
         found[name].mkdir()
@@ -322,7 +322,7 @@ def places(micro_run, micro_data, tmp_path):
 
 @pytest.mark.parametrize(("words", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
 def test_bad_input_is_one_line_and_leaves_nothing(words, message, musiclm_command, places, capfd, tmp_path):
-    """Whatever is wrong: exit status 2, one line on stderr that names the thing and the mend, nothing written."""
+    """Exit status 2, one line on stderr with the reason and what to do, and nothing is written."""
 
     def filled(text):
         for name, folder in places.items():
@@ -331,32 +331,32 @@ def test_bad_input_is_one_line_and_leaves_nothing(words, message, musiclm_comman
 
     before = {folder: listing(folder) for folder in (tmp_path, places["DATA"], places["RUN"])}
     assert musiclm_command(*("" if word == "|" else filled(word) for word in words.split())) == 2
-    said = capfd.readouterr()
-    assert said.out == ""
-    assert said.err.startswith("musiclm: ") and said.err.count("\n") == 1 and said.err.endswith("\n")
-    assert re.search(filled(message), said.err), said.err
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("musiclm: ") and printed.err.count("\n") == 1 and printed.err.endswith("\n")
+    assert re.search(filled(message), printed.err), printed.err
     assert {folder: listing(folder) for folder in before} == before
 
 
 def test_missing_packages_are_named(musiclm_command, model, tmp_path, monkeypatch, capsys):
-    """What must be installed is said before any work is done."""
+    """A missing package is reported before any work is done."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     picture = tmp_path / "x.png"
     assert musiclm_command("generate", "x", "--model", model, "--out", tmp_path / "x.wav", "--plot", picture) == 2
-    said = capsys.readouterr().err
-    assert 'pip install "musiclm-pytorch[plot]"' in said and said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert 'pip install "musiclm-pytorch[plot]"' in printed and printed.count("\n") == 1
     assert listing(tmp_path) == set()
 
 
 def test_help_and_interruption(musiclm_command, monkeypatch, capsys):
-    """Help is no error, and Ctrl-C is no traceback."""
+    """Help exits with 0, Ctrl-C with 130 and one line."""
     assert musiclm_command("--help") == 0
     assert "generate" in capsys.readouterr().out
     assert musiclm_command("train", "--help") == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for option in ("--dry-run", "--codec", "--semantic-tokenizer", "--mulan", "--offline"):
-        assert option in said
+        assert option in printed
 
     def interrupted(command):
         raise KeyboardInterrupt
@@ -366,8 +366,8 @@ def test_help_and_interruption(musiclm_command, monkeypatch, capsys):
     assert "same command" in capsys.readouterr().err
 
 
-def test_broken_sound_is_not_written(musiclm_command, model, tmp_path, monkeypatch, capsys):
-    """A model whose weights went astray makes no file."""
+def test_nan_samples_are_not_written(musiclm_command, model, tmp_path, monkeypatch, capsys):
+    """Music with NaN samples is not written."""
     from musiclm_pytorch.musiclm import MusicLM
 
     generate = MusicLM._generate
@@ -378,7 +378,7 @@ def test_broken_sound_is_not_written(musiclm_command, model, tmp_path, monkeypat
 
 
 def test_as_a_process(tmp_path):
-    """The exit status and the single line reach the shell; imports alone warn about nothing."""
+    """A process ends with the exit status and one line on stderr; imports print no warnings."""
     program = "import sys; from musiclm_pytorch.cli import main; sys.exit(main())"
     words = [sys.executable, "-c", program, "generate", "x", "--model", str(tmp_path)]
     ended = subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=tmp_path)

@@ -34,11 +34,11 @@ def content(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_hubert_folder_gives_the_ids_of_the_files(musiclm_command, hubert_words, published, tmp_path, capsys):
-    """The folder knows nothing of where the two files lay and gives their ids; what was written is said in one line."""
+def test_hubert_folder_returns_the_tokens_of_the_files(musiclm_command, hubert_words, published, tmp_path, capsys):
+    """The folder returns the tokens of the two files, has no path of them, and is reported in one line."""
     out = tmp_path / "new" / "hubert"
     assert musiclm_command(*hubert_words, out) == 0
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     files = HubertWithKmeans(published / "hubert.pt", published / "km.bin")
     folder = load_module(out, HubertWithKmeans)
     wave = torch.randn(2, 8000)
@@ -49,11 +49,11 @@ def test_hubert_folder_gives_the_ids_of_the_files(musiclm_command, hubert_words,
     assert read_config(out)["converted_from"] == ["hubert.pt", "km.bin"]
     size = sum(map(len, content(out).values())) / 1e6
     line = rf"wrote {out}  HubertWithKmeans, 20 tokens, {size:.1f} MB, fingerprint {files.fingerprint()}\n"
-    assert re.fullmatch(line, said.out) and not said.err
+    assert re.fullmatch(line, printed.out) and not printed.err
 
 
 def test_the_layer_can_be_chosen(musiclm_command, hubert_words, published, tmp_path):
-    """Another layer than the ninth is taken, and blocks behind it are not written."""
+    """Another layer than the ninth can be selected, and later blocks are not written."""
     assert musiclm_command(*hubert_words, tmp_path / "out", "--output-layer", 4) == 0
     files = HubertWithKmeans(published / "hubert.pt", published / "km.bin", output_layer=4)
     folder = load_module(tmp_path / "out")
@@ -62,8 +62,8 @@ def test_the_layer_can_be_chosen(musiclm_command, hubert_words, published, tmp_p
 
 
 @pytest.mark.parametrize("name", ["gumbel.pt", "kmeans.pt"])
-def test_vq_wav2vec_folder_gives_the_ids_of_the_file(musiclm_command, published, tmp_path, name, capsys):
-    """Both variants of vq-wav2vec, the same."""
+def test_vq_wav2vec_folder_returns_the_tokens_of_the_file(musiclm_command, published, tmp_path, name, capsys):
+    """Both variants of vq-wav2vec are converted without changes of the tokens."""
     words = ["convert", "vq-wav2vec", "--checkpoint", published / name, "--out", tmp_path / "out"]
     assert musiclm_command(*words) == 0
     files, folder = FairseqVQWav2Vec(published / name), load_module(tmp_path / "out", FairseqVQWav2Vec)
@@ -73,7 +73,7 @@ def test_vq_wav2vec_folder_gives_the_ids_of_the_file(musiclm_command, published,
 
 
 def test_the_same_conversion_again_changes_nothing(musiclm_command, hubert_words, tmp_path, capsys):
-    """A second run finds its own folder, also beside what a killed first run left behind."""
+    """A second call changes nothing, even beside the partial files of a killed one."""
     out = tmp_path / "out"
     (out / ".writing-killed").mkdir(parents=True)
     assert musiclm_command(*hubert_words, out) == 0
@@ -86,7 +86,7 @@ def test_the_same_conversion_again_changes_nothing(musiclm_command, hubert_words
 
 
 def faulty(case, published, tmp_path):
-    """Words that must be refused, and the folder that must stay as it is."""
+    """Arguments that raise an error."""
     out = tmp_path / "out"
     hubert = ["--checkpoint", published / "hubert.pt", "--kmeans", published / "km.bin", "--out", out]
     match case:
@@ -135,25 +135,25 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_refusals_are_one_line_and_write_nothing(musiclm_command, published, tmp_path, case, capsys):
-    """Exit status 2, one line that names what was wrong, and nothing that was there is touched."""
+    """Exit status 2, one line with the reason, and existing files are not changed."""
     words = faulty(case, published, tmp_path)
     out = tmp_path / "out"
     before = content(out) if out.exists() else None
     capsys.readouterr()
     assert musiclm_command("convert", *words) == 2
-    said = capsys.readouterr()
-    assert said.out == "" and said.err.count("\n") == 1 and re.match(f"musiclm: .*({CASES[case]})", said.err)
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1 and re.match(f"musiclm: .*({CASES[case]})", printed.err)
     assert (content(out) if out.exists() else None) == before
 
 
 def test_help_names_all_conversions(musiclm_command, capsys):
-    """The command is listed, with what each conversion needs."""
+    """Help lists the conversions and their options."""
     assert musiclm_command("convert", "--help") == 0
-    said = capsys.readouterr().out
-    assert "hubert" in said and "vq-wav2vec" in said and "musiccaps" in said
+    printed = capsys.readouterr().out
+    assert "hubert" in printed and "vq-wav2vec" in printed and "musiccaps" in printed
     assert musiclm_command("convert", "hubert", "--help") == 0
-    said = capsys.readouterr().out
-    assert all(option in said for option in ("--checkpoint", "--kmeans", "--out", "--output-layer"))
+    printed = capsys.readouterr().out
+    assert all(option in printed for option in ("--checkpoint", "--kmeans", "--out", "--output-layer"))
     assert musiclm_command("convert", "musiccaps", "--help") == 0
-    said = capsys.readouterr().out
-    assert all(option in said for option in ("--csv", "--clips", "--out", "{none,eval,balanced}", "--missing"))
+    printed = capsys.readouterr().out
+    assert all(option in printed for option in ("--csv", "--clips", "--out", "{none,eval,balanced}", "--missing"))

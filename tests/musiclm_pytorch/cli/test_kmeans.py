@@ -12,7 +12,7 @@ from musiclm_pytorch.cli import app as cli
 
 
 def listing(folder):
-    """Everything below a folder, with the times when files were written."""
+    """Everything below a folder, with modification times."""
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
@@ -38,11 +38,11 @@ def words(encoder, sounds, tmp_path):
 
 
 def test_kmeans_from_a_folder_to_a_tokenizer(musiclm_command, words, tmp_path, capsys):
-    """One command writes a tokenizer that works and says how its clusters are used; the same again finds it done."""
+    """The command writes a tokenizer and prints the use of its clusters; a second call changes nothing."""
     assert musiclm_command(*words, "--num-clusters", 8) == 0
     first = capsys.readouterr()
-    said = r"65 tokens: (\d) of 8 clusters used, perplexity (\d\.\d), (\d\d)\.\d% of the variance explained\n"
-    used, perplexity, explained = map(float, re.match(said, first.out).groups())
+    printed = r"65 tokens: (\d) of 8 clusters used, perplexity (\d\.\d), (\d\d)\.\d% of the variance explained\n"
+    used, perplexity, explained = map(float, re.match(printed, first.out).groups())
     assert 1 <= perplexity <= used <= 8 and explained > 20 and first.err == ""
     tokenizer = load_module(tmp_path / "run" / "tokenizer", KMeansTokenizer)
     assert tokenizer.fingerprint() in first.out and (tokenizer.layer, tokenizer.codebook_size) == (1, 8)
@@ -60,7 +60,7 @@ def test_kmeans_from_a_folder_to_a_tokenizer(musiclm_command, words, tmp_path, c
 
 
 def test_an_encoder_is_found_in_a_tokenizer(musiclm_command, words, tmp_path, capsys):
-    """The folder that one run wrote is an encoder for the next; options change what they say."""
+    """A tokenizer folder is accepted as encoder, and every option has its effect."""
     assert musiclm_command(*words, "--num-clusters", 8) == 0
     again = list(words)
     again[3], again[-1] = tmp_path / "run" / "tokenizer", tmp_path / "other"
@@ -81,7 +81,7 @@ def test_an_encoder_is_found_in_a_tokenizer(musiclm_command, words, tmp_path, ca
 
 
 def test_kmeans_of_a_published_checkpoint(musiclm_command, write_folder, tmp_path, capsys):
-    """A HuBERT file in fairseq's layout, as it is: the frames are its own, the tokenizer opens without it."""
+    """A HuBERT checkpoint of fairseq is accepted, and the tokenizer opens without the checkpoint."""
     pytest.importorskip("transformers")
     from tests.helpers.published_files import tiny_hubert, write_hubert_checkpoint
 
@@ -96,7 +96,7 @@ def test_kmeans_of_a_published_checkpoint(musiclm_command, write_folder, tmp_pat
     assert tokenizer(torch.randn(1, 16000)).shape == (1, 49)
 
 
-# Each with words of the message: what is wrong, and the mend. SOUNDS, ENCODER, EMPTY and TMP are folders.
+# Each with a pattern of the message. SOUNDS, ENCODER, EMPTY and TMP are folders.
 BAD_INPUT = {
     "no data": ("--encoder ENCODER --layer 1 --data TMP/none --out TMP/out", "TMP/none: no such folder"),
     "empty data": ("--encoder ENCODER --layer 1 --data EMPTY --out TMP/out", "EMPTY: holds no .wav"),
@@ -115,7 +115,7 @@ BAD_INPUT = {
 
 @pytest.mark.parametrize(("options", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
 def test_bad_input_is_one_line_and_leaves_nothing(options, message, musiclm_command, encoder, sounds, tmp_path, capfd):
-    """Whatever is wrong: exit status 2, one line on stderr that names the thing and the mend, nothing written."""
+    """Exit status 2, one line on stderr with the reason and what to do, and nothing is written."""
     (tmp_path / "empty").mkdir()
     places = {"SOUNDS": sounds, "ENCODER": encoder, "EMPTY": tmp_path / "empty", "TMP": tmp_path}
 
@@ -126,26 +126,26 @@ def test_bad_input_is_one_line_and_leaves_nothing(options, message, musiclm_comm
 
     before = listing(tmp_path), listing(encoder)
     assert musiclm_command("train", "kmeans", *(filled(word) for word in options.split())) == 2
-    said = capfd.readouterr()
-    assert said.out == ""
-    assert said.err.startswith("musiclm: ") and said.err.count("\n") == 1 and said.err.endswith("\n")
-    assert re.search(filled(message), said.err), said.err
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("musiclm: ") and printed.err.count("\n") == 1 and printed.err.endswith("\n")
+    assert re.search(filled(message), printed.err), printed.err
     assert (listing(tmp_path), listing(encoder)) == before
 
 
 def test_another_run_is_refused(musiclm_command, words, tmp_path, capsys):
-    """A folder belongs to one run: the difference is shown, and what is there stays."""
+    """A folder belongs to one run: the message shows the difference, and the tokenizer is not changed."""
     assert musiclm_command(*words, "--num-clusters", 8) == 0
     before = (tmp_path / "run" / "tokenizer" / "model.safetensors").read_bytes()
     capsys.readouterr()
     assert musiclm_command(*words, "--num-clusters", 9) == 2
-    said = capsys.readouterr().err
-    assert "num_clusters: found 8, expected 9" in said and "another folder" in said and said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert "num_clusters: found 8, expected 9" in printed and "another folder" in printed and printed.count("\n") == 1
     assert (tmp_path / "run" / "tokenizer" / "model.safetensors").read_bytes() == before
 
 
-def test_kmeans_has_options_of_its_own(musiclm_command, capsys):
-    """`train kmeans --help` speaks of k-means only, `train --help` of stages only, each command names the others."""
+def test_kmeans_has_separate_options(musiclm_command, capsys):
+    """`train kmeans --help` lists only options of k-means, `train --help` only those of the pipeline."""
     assert musiclm_command("train", "kmeans", "--help") == 0
     own = capsys.readouterr().out
     assert "--num-clusters" in own and "--preset" not in own and "usage: musiclm train kmeans" in own
@@ -170,13 +170,13 @@ def test_kmeans_has_options_of_its_own(musiclm_command, capsys):
 def test_help_names_the_options(command, options, musiclm_command, capsys):
     """Help names the options."""
     assert musiclm_command(*command, "--help") == 0
-    said = capsys.readouterr().out
-    assert all(option in said for option in options)
+    printed = capsys.readouterr().out
+    assert all(option in printed for option in options)
 
 
 @pytest.mark.parametrize("name", ["convert", "evaluate"])
-def test_exit_status_and_errors_come_from_the_command(name, musiclm_command, tmp_path, monkeypatch, capsys):
-    """What a command returns reaches the shell, and what it raises becomes one line."""
+def test_exit_status_and_errors_of_commands(name, musiclm_command, tmp_path, monkeypatch, capsys):
+    """The result of a command is the exit status, and an error becomes one line."""
     words = {
         "convert": ("convert", "vq-wav2vec", "--checkpoint", "x.pt", "--out", tmp_path),
         "evaluate": ("evaluate", "semantic", "--encoder", "e", "--data", "d", "--labels", "l", "--out", tmp_path),
@@ -194,12 +194,12 @@ def test_exit_status_and_errors_come_from_the_command(name, musiclm_command, tmp
 
 
 def test_help_imports_nothing_heavy():
-    """The command line starts without k-means, transformers, plots or fairseq."""
+    """The command line starts without scikit-learn, transformers, accelerate and matplotlib."""
     program = """
 import sys
 from musiclm_pytorch.cli import main
 main(["--help"])
-heavy = {"sklearn", "transformers", "matplotlib", "joblib", "musiclm_pytorch.evaluation.semantic_probes"}
+heavy = {"sklearn", "transformers", "matplotlib", "joblib", "accelerate", "musiclm_pytorch.evaluation.semantic_probes"}
 sys.exit(len(heavy & set(sys.modules)))
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120, stdout=subprocess.DEVNULL)

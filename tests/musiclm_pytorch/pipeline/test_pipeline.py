@@ -36,8 +36,8 @@ def listing(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-def test_every_stage_ends_in_a_model_that_generates(micro_run):
-    """One chain from files to music: each stage leaves its result, and the whole makes sound of the wanted length."""
+def test_the_model_of_a_run_generates(micro_run):
+    """Every step writes a report, and the model generates audio of the requested length."""
     for stage in STEPS:
         assert read_json(micro_run / stage / "report.json")["seconds"] > 0
     musiclm = load_musiclm(micro_run / "model")
@@ -52,8 +52,8 @@ def test_every_stage_ends_in_a_model_that_generates(micro_run):
     assert not torch.equal(found.waves[0, 0], found.waves[0, 1])
 
 
-def test_tokens_are_of_the_result_of_the_stages(micro_run):
-    """Stages train on tokens of the very codec, tokenizer and MuLaN that are shipped, at the same instants."""
+def test_tokens_are_those_of_the_trained_parts(micro_run):
+    """The stages learn tokens of the codec, tokenizer and MuLaN that are in the model."""
     shards = TokenShards(micro_run / "tokens" / "train")
     assert len(shards) == 9
     record = shards[0]
@@ -64,8 +64,8 @@ def test_tokens_are_of_the_result_of_the_stages(micro_run):
     assert shards.fingerprint["semantic_tokenizer"] == model.audio_lm.wav2vec.fingerprint()
 
 
-def test_stages_say_what_they_were_trained_with(micro_run):
-    """Checkpoints, results and the assembled model know who made the tokens that the stages learnt, and the codes."""
+def test_stages_store_fingerprints(micro_run):
+    """Checkpoints, results and the model have the fingerprints of the tokenizers and of the quantizer."""
     shards = TokenShards(micro_run / "tokens" / "train").fingerprint
     quantizer = load_module(micro_run / "quantizer" / "model").fingerprint()
     assert load_musiclm(micro_run / "model").mulan_embed_quantizer.fingerprint() == quantizer
@@ -79,7 +79,7 @@ def test_stages_say_what_they_were_trained_with(micro_run):
 
 
 def test_masked_prediction_is_logged_beside_chance(micro_run):
-    """Accuracy of the encoder's training says nothing alone: guessing, and the commonest answer, stand in its row."""
+    """Every row of metrics has the chance level and the accuracy of the most frequent target."""
     lines = (micro_run / "semantic-tokenizer" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert {row["phase"] for row in rows} == {"best_rq", "valid"}
@@ -89,8 +89,8 @@ def test_masked_prediction_is_logged_beside_chance(micro_run):
     assert rows[-1]["step"] == 12
 
 
-def test_stages_one_by_one_and_in_another_order_give_the_same_model(micro_data, micro_run, tmp_path):
-    """What a stage learns depends on seed and data alone, not on what this process did before."""
+def test_steps_one_by_one_and_in_another_order_give_the_same_model(micro_data, micro_run, tmp_path):
+    """The weights depend on seed and data only, not on earlier steps of the process."""
     torch.rand(7)
     order = ["mulan", "quantizer", "semantic-tokenizer", "codec", "fine", "coarse", "semantic"]
     for stage in order:
@@ -102,14 +102,14 @@ def test_stages_one_by_one_and_in_another_order_give_the_same_model(micro_data, 
 
 
 def test_another_seed_gives_another_codec(micro_data, micro_run, tmp_path):
-    """The seed reaches the stages."""
+    """The seed changes the weights."""
     list(Pipeline(MICRO, data=micro_data, out=tmp_path, seed=1).run("codec"))
     result = "codec/model/model.safetensors"
     assert (tmp_path / result).read_bytes() != (micro_run / result).read_bytes()
 
 
-def test_finished_run_is_left_alone_and_lost_results_are_made_again(micro_data, micro_run, tmp_path):
-    """Killed between the last step and the result, or before the assembly, a stage gives the same result afterwards."""
+def test_finished_steps_are_not_repeated_and_lost_results_are_restored(micro_data, micro_run, tmp_path):
+    """After a kill between training and its result, or before the assembly, the same result is written."""
     run = shutil.copytree(micro_run, tmp_path / "run")
     assert {report.summary for report in Pipeline(MICRO, data=micro_data, out=run).run()} == {"done before"}
     for stage in ("codec", "semantic-tokenizer", "coarse"):
@@ -125,7 +125,7 @@ def test_finished_run_is_left_alone_and_lost_results_are_made_again(micro_data, 
 
 
 def test_wall_time_counts_all_sessions(micro_data, micro_run, tmp_path):
-    """The time of a stage that was continued holds the steps of earlier sessions."""
+    """The time of a resumed step includes the earlier sessions."""
     run = shutil.copytree(micro_run, tmp_path / "run")
     shutil.rmtree(run / "codec" / "model")
     finished = json.loads((run / "codec" / "finished.json").read_text())
@@ -135,7 +135,7 @@ def test_wall_time_counts_all_sessions(micro_data, micro_run, tmp_path):
 
 
 def test_folder_of_another_run_is_refused(micro_data, micro_run, tmp_path):
-    """Other sizes, seed or files must not be mixed into a run; the difference is named."""
+    """Other sizes, another seed or other files raise an error that shows the difference."""
     run = shutil.copytree(micro_run, tmp_path / "run")
     before = listing(run)
     others = {
@@ -154,7 +154,7 @@ def test_folder_of_another_run_is_refused(micro_data, micro_run, tmp_path):
 @pytest.mark.parametrize("content", ["[]", "null", "[" * 100_000])
 @pytest.mark.parametrize("file", ["run.json", "codec/report.json"])
 def test_a_damaged_record_of_a_run_is_named(micro_data, micro_run, tmp_path, file, content):
-    """What is no JSON object is a ValueError, which the command shows in a line, not an error of Python's."""
+    """A file that is not a JSON object raises a ValueError with its name."""
     shutil.copytree(micro_run, tmp_path / "run")
     (tmp_path / "run" / file).write_text(content)
     with pytest.raises(ValueError, match=f"{file} (must hold a JSON object|is not a JSON file)"):
@@ -162,7 +162,7 @@ def test_a_damaged_record_of_a_run_is_named(micro_data, micro_run, tmp_path, fil
 
 
 def test_corpus_may_move(micro_data, micro_run, tmp_path, monkeypatch):
-    """The same files in another place, named relatively, are the same run."""
+    """The same files in another folder continue the run."""
     shutil.copytree(micro_run, tmp_path / "run")
     shutil.copytree(micro_data, tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
@@ -170,7 +170,7 @@ def test_corpus_may_move(micro_data, micro_run, tmp_path, monkeypatch):
 
 
 def test_two_programs_do_not_share_a_folder(micro_data, tmp_path):
-    """Two trainings in one folder would overwrite each other's checkpoints."""
+    """A second training in the same folder raises an error."""
     first = Pipeline(MICRO, data=micro_data, out=tmp_path).run()
     next(first)
     with pytest.raises(ValueError, match="in use by another musiclm train"):
@@ -179,8 +179,8 @@ def test_two_programs_do_not_share_a_folder(micro_data, tmp_path):
     assert next(Pipeline(MICRO, data=micro_data, out=tmp_path).run()).summary == "done before"
 
 
-def test_what_cannot_work_is_refused_before_anything_is_written(micro_data, tmp_path):
-    """No hours of codec training before it turns out that there are no captions."""
+def test_missing_input_is_reported_before_anything_is_written(micro_data, tmp_path):
+    """A step without its input raises an error at the start, not after hours of training."""
     bare = write_clips(tmp_path / "bare", 4, captions=False)
     cases = {
         "all": "has no captions, and mulan learns from them; give a train.jsonl",
@@ -202,7 +202,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(micro_data, tmp_
 
 
 def test_mixed_and_damaged_files(tmp_path, caplog):
-    """A 44.1 kHz stereo mp3 trains beside 24 kHz files; damaged, empty and short ones are listed and left out."""
+    """A 44.1 kHz stereo mp3 is used beside 24 kHz files; damaged, empty and short files are reported and skipped."""
     data = write_clips(tmp_path / "data", 4, captions=False)
     tone = np.sin(2 * np.pi * 330 * np.arange(2 * 44100) / 44100)
     soundfile.write(data / "stereo.mp3", np.stack([tone, -0.5 * tone], axis=1) * 0.3, 44100)
@@ -220,7 +220,7 @@ def test_mixed_and_damaged_files(tmp_path, caplog):
 
 
 def test_a_single_file_is_enough(tmp_path):
-    """The smallest corpus there is still makes a model."""
+    """One file is enough to train a model."""
     pipeline = Pipeline(MICRO, data=write_clips(tmp_path / "data", 1), out=tmp_path / "run")
     list(pipeline.run())
     assert load_musiclm(tmp_path / "run")("a low tone", seconds=0.5, num_samples=1, seed=0).isfinite().all()
@@ -228,7 +228,7 @@ def test_a_single_file_is_enough(tmp_path):
 
 @pytest.mark.slow
 def test_kill_9_in_each_stage_and_the_same_command_again_give_the_same_weights(micro_data, micro_run, tmp_path):
-    """Whatever is killed, however often: the weights come out byte for byte as in a run that nobody touched."""
+    """A run that is killed in every step has the same weights, byte for byte, as an uninterrupted one."""
     words = ["train", "all", "--preset", "micro", "--data", str(micro_data), "--out", str(tmp_path / "run")]
     command = [sys.executable, str(Path(micro.__file__)), *words]
     # the kernels of another number of threads sum in another order
@@ -248,8 +248,8 @@ def test_kill_9_in_each_stage_and_the_same_command_again_give_the_same_weights(m
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_whole_chain(micro_data, tmp_path):
-    """torchrun on a machine without a GPU: one group, one writer, equal codebooks; accelerate alone makes loners."""
+def test_two_processes_train_all_steps(micro_data, tmp_path):
+    """torchrun without a GPU trains all steps in one process group."""
     words = ["train", "all", "--preset", "micro", "--data", str(micro_data), "--out", str(tmp_path / "run")]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
@@ -266,7 +266,7 @@ def test_two_processes_train_the_whole_chain(micro_data, tmp_path):
 
 
 def test_only_the_first_process_assembles(micro_data, micro_run, tmp_path, monkeypatch):
-    """Another process neither writes the model nor sweeps away what the first one is writing."""
+    """Another process neither writes the model nor removes the partial files of the first one."""
     run = shutil.copytree(micro_run, tmp_path / "run")
     (run / "model" / "musiclm.json").unlink()
     (run / "model" / "codec" / ".writing-abc").mkdir()
@@ -279,7 +279,7 @@ def test_only_the_first_process_assembles(micro_data, micro_run, tmp_path, monke
 
 
 def test_result_of_another_tokenizer_is_refused(micro_data, micro_run, tmp_path):
-    """A stage made anew leaves the later ones stale; they must not be combined silently, and the model follows."""
+    """A step whose input has changed since raises an error; a repeated step updates the model."""
     run = shutil.copytree(micro_run, tmp_path / "run")
     shutil.rmtree(run / "fine")
     pipeline = Pipeline(MICRO, data=micro_data, out=run)

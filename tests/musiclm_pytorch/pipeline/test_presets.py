@@ -17,8 +17,8 @@ every_preset = pytest.mark.parametrize("name", list(PRESETS))
 
 
 @every_preset
-def test_preset_fits_together(name):
-    """Sizes that constructors would refuse, or levels that nobody predicts, are found without training."""
+def test_preset_is_consistent(name):
+    """The sizes of a preset are consistent."""
     preset = preset_named(name)
     assert preset.name == name
     assert preset.codec.sample_hz % preset.codec.hop_samples == 0
@@ -34,7 +34,7 @@ def test_preset_fits_together(name):
 
 @every_preset
 def test_preset_can_be_built(name):
-    """Every constructor takes the numbers of a preset, with one block instead of many, and the parts fit together."""
+    """All modules of a preset can be built, and they are compatible."""
     preset = preset_named(name)
     shallow = {part: replace(getattr(preset, part), depth=1) for part in ("mulan", *STAGES)}
     preset = replace(preset, codec=replace(preset.codec, encoder_depth=1, decoder_depth=1), **shallow)
@@ -54,8 +54,8 @@ def test_preset_can_be_built(name):
 
 
 @every_preset
-def test_presets_keep_the_encoder_that_was_measured(name):
-    """The numbers of a preset that says nothing of rates are those of BEST-RQ's defaults, on which trials were made."""
+def test_presets_keep_the_defaults_of_best_rq(name):
+    """With the default rates, the encoder and its training have the default settings of BEST-RQ."""
     preset = preset_named(name)
     shallow = {part: replace(getattr(preset, part), depth=1) for part in ("semantic", "coarse")}
     s = replace(preset.semantic_tokenizer, depth=1, layer=1)
@@ -80,8 +80,8 @@ every_rate = pytest.mark.parametrize(("sample_hz", "token_hz"), [(16000, 25), (1
 
 
 @every_rate
-def test_semantic_tokens_come_at_the_rate_asked_for(sample_hz, token_hz):
-    """200 random lengths give exactly the tokens that are announced, alone and in a batch; seconds stay."""
+def test_semantic_tokens_have_the_rate_of_the_preset(sample_hz, token_hz):
+    """200 random lengths have exactly `num_frames` tokens, alone and in a batch."""
     tokenizer = builders.build_semantic_tokenizer(semantic_preset(sample_hz, token_hz))
     encoder = tokenizer.encoder
     assert (tokenizer.target_sample_hz, tokenizer.downsample_factor * token_hz) == (sample_hz, sample_hz)
@@ -100,7 +100,7 @@ def test_semantic_tokens_come_at_the_rate_asked_for(sample_hz, token_hz):
 
 @every_rate
 def test_semantic_encoder_of_every_rate_trains(sample_hz, token_hz, micro_data, tmp_path):
-    """Two steps of the pipeline's own stage, hiding spans of 160 ms and as much of the sound at every rate."""
+    """The encoder trains at every rate, with masked spans of 160 ms and the same share of masked audio."""
     preset = semantic_preset(sample_hz, token_hz)
     encoder = builders.build_semantic_encoder(preset)
     objective = builders.build_semantic_objective(preset, encoder)
@@ -125,8 +125,8 @@ def test_semantic_encoder_of_every_rate_trains(sample_hz, token_hz, micro_data, 
 
 
 @every_rate
-def test_language_models_of_every_rate_fit_the_tokens(sample_hz, token_hz):
-    """Semantic and coarse stage are declared for the tokens of their preset, and run on a second of them."""
+def test_stages_are_compatible_with_tokens_of_every_rate(sample_hz, token_hz):
+    """The stages accept a second of the tokens of their preset, and no tokens of another rate."""
     preset = semantic_preset(sample_hz, token_hz)
     tokenizer, codec = builders.build_semantic_tokenizer(preset), builders.build_codec(preset)
     num_samples = {"semantic": sample_hz, "acoustic": preset.codec.sample_hz}
@@ -147,8 +147,8 @@ def test_language_models_of_every_rate_fit_the_tokens(sample_hz, token_hz):
         check_compatible(stages["coarse"], other, codec)
 
 
-def test_language_models_are_of_the_parts_and_not_of_the_preset():
-    """Vocabularies and rates come from the codec and tokenizer that are there, the number of levels from the preset."""
+def test_stages_have_the_rates_of_the_parts():
+    """Vocabularies and rates are those of the codec and the tokenizer, the number of levels is that of the preset."""
     others = replace(
         semantic_preset(24000, 50), codec=replace(MICRO.codec, hop_samples=400, codebook_size=20, num_quantizers=5)
     )
@@ -163,15 +163,15 @@ def test_language_models_are_of_the_parts_and_not_of_the_preset():
 
 
 @pytest.mark.parametrize(("sample_hz", "token_hz"), [(22050, 25), (16000, 30), (16000, 0)])
-def test_rates_that_do_not_fit_exactly_are_refused(sample_hz, token_hz):
-    """No rate is rounded: tokens would drift against the codec's frames."""
+def test_inexact_rates_are_refused(sample_hz, token_hz):
+    """Rates are never rounded, because tokens would drift against the frames of the codec."""
     with pytest.raises(ValueError, match="not a whole number|not a multiple|at least 1"):
         builders.build_semantic_encoder(semantic_preset(sample_hz, token_hz))
 
 
 @every_preset
-def test_scale_multiplies_step_counts_alone(name):
-    """--scale makes a shorter run of the same model; the least has ten steps, and a warm-up of no more than a tenth."""
+def test_scale_multiplies_step_counts_only(name):
+    """A scaled preset has the same sizes, at least ten steps, and a warm-up of at most a tenth of them."""
     preset = preset_named(name)
     half, hundredth, none = preset.scaled(0.5), preset.scaled(0.01), preset.scaled(1e-9)
     for part in TRAINED:
@@ -186,19 +186,19 @@ def test_scale_multiplies_step_counts_alone(name):
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, math.inf])
-def test_senseless_scale_is_refused(scale):
-    """A scale that is no positive number would make no run."""
+def test_invalid_scale_is_refused(scale):
+    """A scale must be a positive number."""
     with pytest.raises(ValueError, match="scale must be positive"):
         preset_named("tiny").scaled(scale)
 
 
-def test_unknown_preset_names_those_there_are():
-    """A typing error is answered with the choice."""
+def test_unknown_preset_lists_the_presets():
+    """The error message lists the presets."""
     with pytest.raises(ValueError, match="'tinny'.*tiny, small"):
         preset_named("tinny")
 
 
 def test_presets_cannot_be_changed_in_place():
-    """A run's preset stays what its folder says."""
+    """Presets are frozen."""
     with pytest.raises(FrozenInstanceError):
         preset_named("tiny").codec.dim = 1  # type: ignore[misc]

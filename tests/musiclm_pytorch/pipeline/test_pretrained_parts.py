@@ -1,4 +1,4 @@
-"""A chain that is trained around finished parts instead of training every one itself."""
+"""Runs with pretrained parts."""
 
 import shutil
 from dataclasses import replace
@@ -26,7 +26,7 @@ from musiclm_pytorch.pretrained.model_folder import exact_dtype, export_musiclm,
 from tests.helpers.micro import MICRO, WORDS, write_clips
 
 PRETRAINED = ("codec", "semantic-tokenizer", "mulan")
-# Unlike the preset's in every number: 24 kHz, 40 frames a second, 5 levels of 20 codes; 50 tokens a second of 7.
+# Other numbers than the preset: 24 kHz, 40 frames a second, 5 levels of 20 codes; 50 tokens a second of 7.
 OTHER = replace(
     MICRO,
     codec=replace(MICRO.codec, sample_hz=24000, hop_samples=600, codebook_size=20, num_quantizers=5),
@@ -53,14 +53,14 @@ def parts():
 
 @pytest.fixture(scope="module")
 def pretrained_run(parts, micro_data, tmp_path_factory):
-    """A finished run around given parts, and the reports of its stages."""
-    out = tmp_path_factory.mktemp("given") / "run"
+    """A finished run with pretrained parts, and the reports of its steps."""
+    out = tmp_path_factory.mktemp("passed") / "run"
     reports = list(Pipeline(MICRO, data=micro_data, out=out, pretrained=parts).run())
     return out, {report.step: report for report in reports}
 
 
-def test_given_parts_are_kept_as_they_are_and_train_nothing(parts, pretrained_run):
-    """The stage of a finished part leaves that very part, number for number, and no trace of a training."""
+def test_pretrained_parts_are_saved_without_rounding_or_training(parts, pretrained_run):
+    """The result of the step is the pretrained part, number for number, and there is no checkpoint."""
     out, reports = pretrained_run
     assert list(reports) == list(STEPS)
     for stage in PRETRAINED:
@@ -74,8 +74,8 @@ def test_given_parts_are_kept_as_they_are_and_train_nothing(parts, pretrained_ru
     assert known["codec"] == parts["codec"].fingerprint() and list(known) == list(PRETRAINED)
 
 
-def test_tokens_are_those_of_the_given_parts(parts, pretrained_run, micro_data):
-    """What the language models learn is what the given parts say about the files, at their own rates."""
+def test_tokens_are_those_of_the_pretrained_parts(parts, pretrained_run, micro_data):
+    """The stages learn the tokens of the pretrained parts, at the rates of these parts."""
     shards = TokenShards(pretrained_run[0] / "tokens" / "train")
     codec, tokenizer, mulan = (parts[stage] for stage in PRETRAINED)
     assert shards.fingerprint["codec"] == codec.fingerprint()
@@ -91,7 +91,7 @@ def test_tokens_are_those_of_the_given_parts(parts, pretrained_run, micro_data):
 
 
 def test_fewer_levels_than_the_codec_has_are_modelled_decoded_and_exported(parts, pretrained_run, tmp_path):
-    """A preset of 3 levels around a codec of 5 makes sound of the first 3, in the run and exported, bit for bit."""
+    """With a preset of 3 levels and a codec of 5, the first 3 are generated, equally by the run and by its export."""
     out, _ = pretrained_run
     model = load_musiclm(out)
     made = model.audio_lm.generate(batch_size=2, seconds=0.5, seeds=3)
@@ -108,8 +108,8 @@ def test_fewer_levels_than_the_codec_has_are_modelled_decoded_and_exported(parts
     }
 
 
-def test_a_run_belongs_to_its_given_parts(parts, pretrained_run, micro_data, micro_run, tmp_path):
-    """The same parts continue a run; others, none, or some in a run that trained its own, are refused in words."""
+def test_a_run_belongs_to_its_pretrained_parts(parts, pretrained_run, micro_data, micro_run, tmp_path):
+    """The same parts continue a run; other parts, or none, raise an error."""
     out = shutil.copytree(pretrained_run[0], tmp_path / "run")
     shutil.rmtree(out / "mulan")
     # fresh modules of the same weights, as another session opens them
@@ -124,14 +124,14 @@ def test_a_run_belongs_to_its_given_parts(parts, pretrained_run, micro_data, mic
         "pretrained.codec: found .*, expected none": (out, {}),
         "pretrained.mulan: found none, expected .*": (micro_run, {"mulan": parts["mulan"]}),
     }
-    for message, (folder, given) in others.items():
+    for message, (folder, passed) in others.items():
         with pytest.raises(ValueError, match=f"holds another run .*{message}"):
-            list(Pipeline(MICRO, data=micro_data, out=folder, pretrained=given).run())
+            list(Pipeline(MICRO, data=micro_data, out=folder, pretrained=passed).run())
     assert set(read_json(micro_run / "run.json")["pretrained"].values()) == {"none"}
 
 
-def test_a_given_mulan_needs_no_captions_and_comes_when_it_is_needed(parts, tmp_path):
-    """Files without captions do, and a stage that needs a given part fetches it without being told to."""
+def test_a_pretrained_mulan_needs_no_captions_and_is_saved_when_needed(parts, tmp_path):
+    """Captions are not needed, and a step also saves the pretrained parts that it needs."""
     pipeline = Pipeline(
         MICRO, data=write_clips(tmp_path / "bare", 5, captions=False), out=tmp_path / "run", pretrained=parts
     )
@@ -145,8 +145,8 @@ def test_a_given_mulan_needs_no_captions_and_comes_when_it_is_needed(parts, tmp_
     assert TokenShards(tmp_path / "run" / "tokens" / "train")[0]["text_latents"].shape == (0, 128)
 
 
-def test_dry_run_counts_given_parts_as_nothing(parts, micro_data, tmp_path):
-    """No time, parameters or tokens for what is given; vocabularies, rates and sizes of the given for the rest."""
+def test_dry_run_with_pretrained_parts(parts, micro_data, tmp_path):
+    """Pretrained parts are not trained; their vocabularies and rates determine the other steps."""
     own = {one.step: one for one in estimate_steps(Pipeline(MICRO, data=micro_data, out=tmp_path / "run"))}
     pipeline = Pipeline(MICRO, data=micro_data, out=tmp_path / "run", pretrained=parts)
     found = {one.step: one for one in estimate_steps(pipeline)}
@@ -173,8 +173,8 @@ class Unregistered(Codec):
     def decode_from_codebook_indices(self, codes, num_samples=None): ...
 
 
-def test_parts_that_do_not_fit_are_refused_before_anything_is_trained(parts, micro_data, tmp_path):
-    """Wrong kinds, too few levels, rates that go together nowhere: said in words, and nothing is written."""
+def test_incompatible_parts_are_refused_before_training(parts, micro_data, tmp_path):
+    """Wrong classes, too few levels and incompatible rates raise an error, and nothing is written."""
     codec, tokenizer, _ = (parts[stage] for stage in PRETRAINED)
     thin = build_codec(replace(MICRO, codec=replace(MICRO.codec, num_quantizers=2)))
     # frames of 322 samples at 16 kHz and tokens of 25 Hz begin together every 6.44 s
@@ -191,9 +191,9 @@ def test_parts_that_do_not_fit_are_refused_before_anything_is_trained(parts, mic
             "every 6.44 s only, but coarse learns from 1 s at a time; give a codec and a semantic tokenizer whose",
         ),
     ]
-    for given, message in cases:
+    for passed, message in cases:
         with pytest.raises(ValueError, match=message):
-            Pipeline(MICRO, data=micro_data, out=tmp_path / "run", pretrained=given)
+            Pipeline(MICRO, data=micro_data, out=tmp_path / "run", pretrained=passed)
     assert not (tmp_path / "run").exists()
     state = torch.random.get_rng_state()
     check_pretrained(MICRO, {"codec": codec})
@@ -201,7 +201,7 @@ def test_parts_that_do_not_fit_are_refused_before_anything_is_trained(parts, mic
 
 
 def test_results_of_another_kind_are_refused(parts, pretrained_run, micro_data, tmp_path):
-    """A codec has all the names of a semantic tokenizer, and yet is none: not in a run's folder, nor in a model's."""
+    """A codec in the place of a semantic tokenizer raises an error, in the folder of a run and of a model."""
     assert not isinstance(parts["codec"], SemanticTokenizer)
     out = shutil.copytree(pretrained_run[0], tmp_path / "run")
     for wrong in (out / "semantic-tokenizer" / "model", out / "model" / "semantic_tokenizer"):
@@ -214,7 +214,7 @@ def test_results_of_another_kind_are_refused(parts, pretrained_run, micro_data, 
 
 
 def write_encodec(folder: Path, channels: int) -> Path:
-    """A folder as EnCodec is published: 100 frames a second, 4 levels of 1024 codes."""
+    """A folder in the published format of EnCodec, with 100 frames a second and 4 levels of 1024 codes."""
     transformers = pytest.importorskip("transformers")
     sizes = dict(num_filters=4, hidden_size=8, upsampling_ratios=[4, 2], num_lstm_layers=1, codebook_size=1024)
     torch.manual_seed(0)
@@ -230,11 +230,11 @@ def write_encodec(folder: Path, channels: int) -> Path:
 
 
 @pytest.mark.parametrize("channels", [1, 2])
-def test_a_published_codec_is_trained_around(parts, channels, tmp_path):
-    """EnCodec, mono or stereo: its codes of all its channels become tokens, and a stage learns from them."""
+def test_a_published_codec_as_pretrained_part(parts, channels, tmp_path):
+    """The tokens are the codes of EnCodec, mono or stereo, and a stage learns them."""
     codec = open_codec(write_encodec(tmp_path / "encodec", channels))
-    given = {**parts, "codec": codec}
-    pipeline = Pipeline(MICRO, data=write_clips(tmp_path / "data", 5), out=tmp_path / "run", pretrained=given)
+    passed = {**parts, "codec": codec}
+    pipeline = Pipeline(MICRO, data=write_clips(tmp_path / "data", 5), out=tmp_path / "run", pretrained=passed)
     list(pipeline.run("quantizer"))
     assert list(pipeline.run("fine"))[-1].step == "fine"
     kept = load_module(tmp_path / "run" / "codec" / "model")
@@ -249,8 +249,8 @@ def test_a_published_codec_is_trained_around(parts, channels, tmp_path):
     assert fine.token_fingerprints == {"acoustic": codec.fingerprint(), "conditioner": quantizer.fingerprint()}
 
 
-def test_a_published_clap_takes_the_place_of_mulan(parts, tmp_path):
-    """CLAP: nothing of it is rounded in the quantizer that is fitted around it."""
+def test_a_published_clap_as_pretrained_part(parts, tmp_path):
+    """CLAP is not rounded in the quantizer."""
     pytest.importorskip("transformers")
     from musiclm_pytorch.pretrained.bundled import mulan_named
     from tests.musiclm_pytorch.mulan.test_clap import write_clap

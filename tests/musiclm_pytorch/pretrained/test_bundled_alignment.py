@@ -1,4 +1,4 @@
-"""A click track through the bundled codec and tokenizer: clicks keep their times, crops of both belong together."""
+"""A click track through the bundled codec and tokenizer: clicks keep their times."""
 
 from functools import cache
 from pathlib import Path
@@ -28,8 +28,8 @@ def click_track(times: Tensor, seconds: float, sample_hz: int) -> Tensor:
     return 0.9 * torch.exp(-(((at[:, None] - times) / 0.0004) ** 2)).sum(dim=1)
 
 
-def heard(wave: Tensor, times: Tensor) -> Tensor:
-    """Where `wave [n]` is loudest within 0.1 s of each time (s), smoothed over 4 ms."""
+def click_times(wave: Tensor, times: Tensor) -> Tensor:
+    """Times (s) of the maxima of `wave [n]`, smoothed over 4 ms, within 0.1 s of each expected time."""
     loudness = nn.functional.avg_pool1d(wave.abs()[None], 65, 1, 32)[0]
     found = []
     for time in times.tolist():
@@ -39,19 +39,19 @@ def heard(wave: Tensor, times: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def test_clicks_come_back_from_the_codec_at_their_times():
-    """Through tokens and back no click moves by a frame (20 ms; measured: 3 ms)."""
+def test_the_codec_keeps_the_times_of_clicks():
+    """No click moves by half a frame (10 ms; measured: 3 ms)."""
     codec = parts()[1]
     wave = click_track(CLICKS, 3.0, MODEL_HZ)
     decoded = codec.decode_from_codebook_indices(codec.tokenize(wave[None]), num_samples=len(wave))[0, 0]
-    assert ((heard(decoded, CLICKS) - CLICKS).abs() < CODEC_FRAME_SECONDS / 2).all()
-    late = torch.cat((torch.zeros(480), decoded))  # the check itself must see a codec that is late
-    assert not ((heard(late, CLICKS) - CLICKS).abs() < CODEC_FRAME_SECONDS / 2).all()
+    assert ((click_times(decoded, CLICKS) - CLICKS).abs() < CODEC_FRAME_SECONDS / 2).all()
+    late = torch.cat((torch.zeros(480), decoded))  # a codec that is late fails
+    assert not ((click_times(late, CLICKS) - CLICKS).abs() < CODEC_FRAME_SECONDS / 2).all()
 
 
 @torch.inference_mode()
 def test_semantic_tokens_change_where_a_click_is():
-    """Taking one click away changes the token of its frame, and what changes is centred on it to a frame (40 ms)."""
+    """Without a click the token of its frame changes; the changed tokens are centered on it within a frame (40 ms)."""
     tokenizer = parts()[0]
     wave = click_track(CLICKS, 3.0, MODEL_HZ)
     ids = tokenizer(wave[None])[0]
@@ -64,7 +64,7 @@ def test_semantic_tokens_change_where_a_click_is():
 
 
 def crops(tmp_path: Path) -> tuple[WaveSource, CoarseTransformer]:
-    """Crops of a file of a rate of its own."""
+    """Crops of a file with another sample rate than the models."""
     soundfile.write(tmp_path / "clicks.wav", click_track(CLICKS, 3.0, FILE_HZ).numpy(), FILE_HZ)
     tokenizer, codec = parts()
     stage = CoarseTransformer(
@@ -78,8 +78,8 @@ def crops(tmp_path: Path) -> tuple[WaveSource, CoarseTransformer]:
 
 
 @torch.inference_mode()
-def test_semantic_and_acoustic_tokens_of_a_crop_are_of_the_same_stretch(tmp_path):
-    """Packed and unpacked again, both kinds of token fit the instants at which the crop began, not a frame before."""
+def test_semantic_and_acoustic_tokens_of_a_crop_are_aligned(tmp_path):
+    """After packing and unpacking, both kinds of tokens start with the crop, not a frame earlier or later."""
     source, stage = crops(tmp_path)
     tokenizer, codec = parts()
     pairs = [(epoch, 0) for epoch in range(6)]
@@ -92,9 +92,9 @@ def test_semantic_and_acoustic_tokens_of_a_crop_are_of_the_same_stretch(tmp_path
         start = source.crops.get(*pair).start_seconds
         inside = CLICKS[(CLICKS > start + 0.1) & (CLICKS < start + 1.1)] - start
         wave = codec.decode_from_codebook_indices(unpacked["coarse"][item : item + 1])[0, 0]
-        assert len(inside) and ((heard(wave, inside) - inside).abs() < CODEC_FRAME_SECONDS / 2).all()
+        assert len(inside) and ((click_times(wave, inside) - inside).abs() < CODEC_FRAME_SECONDS / 2).all()
         first = round(start * TOKENS_PER_SECOND)
-        own = unpacked["semantic"][item, 2:-2, 0]  # at the edges a crop hears less than the whole file does
+        own = unpacked["semantic"][item, 2:-2, 0]  # at the edges a crop has less context than the file
         for shift in agreement:
             at = first + 2 + shift
             agreement[shift] += int((whole[at : at + len(own)] == own).sum())

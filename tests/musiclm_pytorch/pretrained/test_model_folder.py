@@ -26,7 +26,7 @@ REQUEST = {"num_samples": 2, "seconds": 0.5, "seed": 3, "return_all": True}
 
 @pytest.fixture
 def model(micro_run, tmp_path):
-    """A copy of the micro model that a test may spoil."""
+    """A copy of the micro model that a test may change."""
     return shutil.copytree(micro_run / "model", tmp_path / "model")
 
 
@@ -34,8 +34,8 @@ def change_card(model, **fields):
     write_json(model / "musiclm.json", {**read_json(model / "musiclm.json"), **fields})
 
 
-def test_exported_model_sounds_as_the_run_does(micro_run, tmp_path):
-    """What is evaluated after training is, bit for bit, what is shipped, in half precision."""
+def test_exported_model_generates_the_same(micro_run, tmp_path):
+    """The model of the run and its export in half precision generate equal waves."""
     num_bytes = export_musiclm(micro_run, tmp_path / "shipped")
     files = [file for file in (tmp_path / "shipped").rglob("*") if file.is_file()]
     assert num_bytes == sum(file.stat().st_size for file in files) < 1_000_000
@@ -48,7 +48,7 @@ def test_exported_model_sounds_as_the_run_does(micro_run, tmp_path):
 
 
 def test_trained_conditioning_tables_are_in_the_model(micro_run):
-    """The tables that the stages were trained with take the place of the quantizer's random ones."""
+    """The quantizer of the model has the conditioning tables that were trained with the stages."""
     assembled = load_musiclm(micro_run / "model").mulan_embed_quantizer
     for stage in ("semantic", "coarse", "fine"):
         trained = load_file(micro_run / stage / "conditioning_table.safetensors")["weight"]
@@ -56,7 +56,7 @@ def test_trained_conditioning_tables_are_in_the_model(micro_run):
 
 
 def test_settings_of_the_card_are_the_defaults(micro_run, tmp_path):
-    """Sampling and number of levels that were chosen for a model travel with it."""
+    """Sampling settings and the number of levels are stored in the model."""
     export_musiclm(micro_run, tmp_path / "chosen", SETTINGS)
     musiclm = load_musiclm(tmp_path / "chosen")
     sampling = musiclm.audio_lm.sampling
@@ -64,7 +64,7 @@ def test_settings_of_the_card_are_the_defaults(micro_run, tmp_path):
     assert sampling["coarse"].guidance_scale == 2.0 and sampling["fine"].temperature == 0.4
     assert musiclm.num_levels == 1
     plain = load_musiclm(micro_run)
-    # The card of the run says how every stage is sampled; settings that are exported take its place as a whole.
+    # The exported settings replace all sampling settings of the run.
     sampling = {name: vars(settings) for name, settings in sampling.items()}
     said = plain("a low tone", **REQUEST, sampling=sampling, num_levels=1)
     assert torch.equal(musiclm("a low tone", **REQUEST).waves, said.waves)
@@ -85,8 +85,8 @@ def test_settings_of_the_card_are_the_defaults(micro_run, tmp_path):
     ],
     ids=json.dumps,
 )
-def test_settings_that_do_not_fit_are_refused(micro_run, model, tmp_path, settings):
-    """A mistake in a card is found when it is written, and when a model with it is loaded."""
+def test_invalid_settings_are_refused(micro_run, model, tmp_path, settings):
+    """Invalid settings raise an error in the export, and when a model is loaded."""
     with pytest.raises(ValueError, match="do not make a model"):
         export_musiclm(micro_run, tmp_path / "out", settings)
     assert not (tmp_path / "out").exists()
@@ -97,14 +97,14 @@ def test_settings_that_do_not_fit_are_refused(micro_run, model, tmp_path, settin
 
 @pytest.mark.parametrize("file", ["codec/config.json", "fine/model.safetensors", "quantizer"])
 def test_missing_file_is_named(model, file):
-    """A model that was copied in part says what it lacks."""
+    """The error for an incomplete copy names the missing file."""
     shutil.rmtree(model / file) if (model / file).is_dir() else (model / file).unlink()
     with pytest.raises(ValueError, match=f"lacks .*{file}.*copy"):
         load_musiclm(model)
 
 
-def test_damaged_or_exchanged_files_are_named(model):
-    """Cut weights, parts of another kind and cards of another format are no models."""
+def test_damaged_or_replaced_files_are_named(model):
+    """Truncated weights, parts of another class and cards of another format raise an error."""
     weights = model / "fine" / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
@@ -142,7 +142,7 @@ def exchange(model, part):
     ],
 )
 def test_parts_of_different_models_are_refused(model, tmp_path, part, kind, stage):
-    """Beside a tokenizer or quantizer that they do not know, stages would make noise without an error."""
+    """Stages refuse another codec, tokenizer or quantizer than those of their training."""
     known = read_json(model / stage / "config.json")["config"]["token_fingerprints"][kind]
     assert load_module(model / part).fingerprint() == known
     other = exchange(model, part)
@@ -156,7 +156,7 @@ def test_parts_of_different_models_are_refused(model, tmp_path, part, kind, stag
 
 
 def test_model_of_an_older_release_is_loaded(model, tmp_path):
-    """Stages that do not say what they were trained with are not compared with anything, and stay so when exported."""
+    """Stages without fingerprints accept any parts, and the export adds no fingerprints."""
     for stage in ("semantic", "coarse", "fine"):
         config = read_json(model / stage / "config.json")
         del config["config"]["token_fingerprints"]
@@ -172,7 +172,7 @@ def test_model_of_an_older_release_is_loaded(model, tmp_path):
     ("part", "kind"), [("codec", "acoustic"), ("semantic_tokenizer", "semantic"), ("quantizer", "conditioner")]
 )
 def test_what_half_precision_would_change_is_exported_as_it_is(model, tmp_path, part, kind):
-    """Rounded, a tokenizer or quantizer is another than the stages know: the exported model must be one that loads."""
+    """A part whose fingerprint would change in half precision is exported without rounding."""
     module = load_module(model / part)
     with torch.no_grad():
         for name, weight in module.state_dict().items():
@@ -193,7 +193,7 @@ def test_what_half_precision_would_change_is_exported_as_it_is(model, tmp_path, 
 
 
 def test_tables_of_a_quantizer_may_be_rounded(model, tmp_path):
-    """They are trained like stages, and no stage knows the quantizer by them: a model stays small."""
+    """The fingerprint of the quantizer does not include its tables, so they are exported in half precision."""
     quantizer = load_module(model / "quantizer")
     with torch.no_grad():
         quantizer.tables["coarse"].weight.mul_(1 + 1e-5)
@@ -206,7 +206,7 @@ def test_tables_of_a_quantizer_may_be_rounded(model, tmp_path):
 
 @pytest.fixture
 def packaged(model, tmp_path, monkeypatch):
-    """A package that bundles the model's own codec and semantic tokenizer, a model, and what belongs to none."""
+    """A package that bundles the codec and semantic tokenizer of the model, another codec, and a model."""
     folder = tmp_path / "packaged"
     shutil.copytree(model / "codec", folder / "codec_micro")
     shutil.copytree(model / "semantic_tokenizer", folder / "semantic_micro")
@@ -249,14 +249,14 @@ def test_parts_of_the_package_are_loaded(model, packaged, tmp_path):
     ids=str,
 )
 def test_parts_that_the_package_lacks_are_named(model, packaged, named, message):
-    """A card may name bundled parts by their plain names alone, and is told what this installation has."""
+    """Only plain names of bundled parts are accepted, and the error lists the available ones."""
     change_card(model, bundled_parts=named)
     with pytest.raises(ValueError, match=message):
         load_musiclm(model)
 
 
 def test_names_and_folders_of_models(micro_run, tmp_path):
-    """A model is found by its folder or its run's; anything else is told what would do."""
+    """A model is found by its folder or by the folder of its run; other names raise an error."""
     assert model_folder(micro_run) == model_folder(micro_run / "model") == micro_run / "model"
     with pytest.raises(ValueError, match="there is no model 'nobody'"):
         model_folder("nobody")
@@ -265,7 +265,7 @@ def test_names_and_folders_of_models(micro_run, tmp_path):
 
 
 def test_export_destroys_nothing(micro_run, tmp_path):
-    """A folder of other things is not written into; an older model is replaced."""
+    """A folder with other files is refused; an older model is replaced."""
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "me.jpg").write_bytes(b"")
     with pytest.raises(ValueError, match="photos holds something else than a model"):
@@ -274,8 +274,8 @@ def test_export_destroys_nothing(micro_run, tmp_path):
     assert export_musiclm(micro_run, tmp_path / "new") == export_musiclm(micro_run, tmp_path / "new")
 
 
-def test_an_interrupted_export_is_no_model_and_can_be_repeated(micro_run, model, monkeypatch):
-    """While parts are exchanged one by one, new ones must not be taken for a model together with old ones."""
+def test_an_interrupted_export_is_not_loaded_and_can_be_repeated(micro_run, model, monkeypatch):
+    """A folder with old and new parts is not a model."""
     (model / "README.md").write_text("about it")
     saved = []
 
@@ -297,7 +297,7 @@ def test_an_interrupted_export_is_no_model_and_can_be_repeated(micro_run, model,
 
 @pytest.mark.parametrize("name", BUNDLED_TOKENIZERS)
 def test_bundled_tokenizers_have_names(name):
-    """Every name leads to a tokenizer that makes tokens, and to the encoder under it."""
+    """Every name opens a tokenizer and its encoder."""
     tokenizer = tokenizer_named(name)
     ids = tokenizer(torch.zeros(1, 32_000), input_sample_hz=32_000)
     assert ids.shape == (1, 25) and 0 <= int(ids.min()) <= int(ids.max()) < tokenizer.codebook_size
@@ -306,8 +306,8 @@ def test_bundled_tokenizers_have_names(name):
         tokenizer_named("32khz")
 
 
-def test_bundled_stages_know_what_made_their_codes():
-    """The bundled stages say which tokenizers and which quantizer they were trained with, so others are refused."""
+def test_bundled_stages_have_fingerprints():
+    """The bundled stages have the fingerprints of the bundled tokenizers and quantizer."""
     folder = bundled_folder("tiny")
     known = {"semantic": tokenizer_named("16khz").fingerprint(), "acoustic": codec_named("16khz").fingerprint()}
     known["conditioner"] = load_module(folder / "quantizer").fingerprint()
