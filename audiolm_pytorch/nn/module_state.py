@@ -10,16 +10,16 @@ from torch import nn
 __all__ = ["device_of", "eval_mode"]
 
 
-def device_of(module: object) -> torch.device:
+def device_of(module: nn.Module) -> torch.device:
     """Device of the first parameter or buffer of a module; the CPU if it has neither."""
-    tensors = chain(module.parameters(), module.buffers()) if isinstance(module, nn.Module) else iter(())
+    tensors = chain(module.parameters(), module.buffers())
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 @contextmanager
-def eval_mode(module: object) -> Iterator[None]:
+def eval_mode(module: nn.Module) -> Iterator[None]:
     """Switch a module to eval mode in a `with` block, then restore the mode of every submodule."""
-    training = [part for part in module.modules() if part.training] if isinstance(module, nn.Module) else []
+    training = [part for part in module.modules() if part.training]
     for part in training:
         part.training = False
     try:
