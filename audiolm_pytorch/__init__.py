@@ -81,12 +81,12 @@ __all__ = [
 def _warn_of_other_distribution() -> None:
     """Warn if the distribution of another project overwrites files of this package."""
     try:
-        other = version("audiolm-pytorch")
+        other = version("audiolm-pytorch")  # its musiclm-pytorch depends on it
     except PackageNotFoundError:
         return
     warnings.warn(
-        f"the distribution audiolm-pytorch {other} of another project is installed and has the same import name; "
-        "run: pip uninstall audiolm-pytorch && pip install --force-reinstall --no-deps musiclm-pytorch",
+        f"the distribution audiolm-pytorch {other} of another project is installed and has the same import name; run: "
+        "pip uninstall audiolm-pytorch musiclm-pytorch && pip install --force-reinstall --no-deps musiclm",
         stacklevel=3,
     )
 
