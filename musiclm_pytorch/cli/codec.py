@@ -177,7 +177,7 @@ def _evaluate(command: Evaluate) -> int:
             "max_seconds_per_file": command.seconds,
             "device": command.device,
         }
-        write_json(command.json, {"format_version": 1, "settings": settings, "rows": [asdict(row) for row in rows]})
+        write_json(command.json, {"format_version": 2, "settings": settings, "rows": [asdict(row) for row in rows]})
         sys.stdout.write(f"wrote {command.json}\n")
     return 0 if num_files == len(paths) else 2
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from beartype import beartype
 from einops import rearrange
@@ -14,32 +13,11 @@ from audiolm_pytorch.codecs.distances import si_sdr_db, stft_distance, zero_mean
 from audiolm_pytorch.codecs.quantizers import code_usage
 from audiolm_pytorch.codecs.training.losses import MultiScaleMelLoss
 from audiolm_pytorch.nn.module_state import device_of
-from musiclm_pytorch.evaluation.report import aligned_table, bootstrap_interval
+from musiclm_pytorch.evaluation.report import Metric, aligned_table
 
-__all__ = ["CodecRow", "Estimate", "codec_report", "distance_row", "rows_table"]
+__all__ = ["CodecRow", "codec_report", "distance_row", "rows_table"]
 
 _DISTANCES = ("si_sdr_db", "stft", "mel_nepers")
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """The mean over clips, with the ends of its 95% bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Estimate":
-        """The mean of one value per clip."""
-        array = np.asarray(values)
-        low, high = bootstrap_interval(lambda index: float(array[index].mean()), len(array))
-        return cls(float(array.mean()), low, high)
-
-    def text(self, digits: int) -> str:
-        """The mean with the interval in brackets."""
-        mean, low, high = (f"{value:.{digits}f}" for value in (self.mean, self.low, self.high))
-        return f"{mean} [{low}, {high}]"
 
 
 @dataclass(frozen=True)
@@ -60,9 +38,9 @@ class CodecRow:
     name: str
     num_clips: int
     seconds: float
-    si_sdr_db: Estimate
-    stft: Estimate
-    mel_nepers: Estimate
+    si_sdr_db: Metric
+    stft: Metric
+    mel_nepers: Metric
     kbps: float | None = None
     usage: tuple[float, ...] = ()
 
@@ -87,7 +65,7 @@ class _Distances:
     def row(self, name: str, kbps: float | None, usage: Sequence[float] = ()) -> CodecRow:
         if not self.num_samples:
             raise ValueError("there are no clips to measure")
-        means = {key: Estimate.of(values) for key, values in self.values.items()}
+        means = {key: Metric.mean(f"{name} / {key}", values) for key, values in self.values.items()}
         num_clips, seconds = len(self.values["stft"]), self.num_samples / self.sample_hz
         return CodecRow(name, num_clips, seconds, **means, kbps=kbps, usage=tuple(usage))
 

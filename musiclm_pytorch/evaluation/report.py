@@ -88,6 +88,11 @@ class Metric:
         known = np.asarray(values, dtype=float)
         return cls.measured(name, lambda rows: float(known[rows].mean()), len(known), chance)
 
+    def text(self, digits: int, scale: float = 1.0) -> str:
+        """The scaled value with the interval in brackets."""
+        value, low, high = (f"{scale * number:.{digits}f}" for number in (self.value, self.low, self.high))
+        return f"{value} [{low}, {high}]"
+
 
 @beartype
 def accuracy_statistic(truth: Sequence[str], answers: Sequence[str], balanced: bool = False) -> Statistic:

@@ -299,6 +299,5 @@ def probe_table(metrics: Sequence[Metric]) -> str:
     chance = {label: f"{100 * (metric.chance or 0):.1f}" for (_, label), metric in zip(names, metrics)}
     lines: dict[str, dict[str, str]] = {"chance": chance}
     for (features, label), metric in zip(names, metrics):
-        value, low, high = (f"{100 * number:.1f}" for number in (metric.value, metric.low, metric.high))
-        lines.setdefault(features, {})[label] = f"{value} [{low}, {high}]"
+        lines.setdefault(features, {})[label] = metric.text(1, scale=100)
     return aligned_table([["features", *labels], *([name, *cells.values()] for name, cells in lines.items())])

@@ -5,7 +5,7 @@ Run as `python -m musiclm_pytorch.recipes.metrics.codec_metrics --codec DIR --da
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.data.manifest import load_items
 from audiolm_pytorch.saving.fingerprint import fingerprint_of
-from musiclm_pytorch.evaluation.codec_report import CodecRow, Estimate, distance_row
+from musiclm_pytorch.evaluation.codec_report import CodecRow, distance_row
 from musiclm_pytorch.evaluation.report import (
     Metric,
     accuracy_metric,
@@ -71,10 +71,7 @@ class CopyMetrics:
         return [
             *self.accuracy.values(),
             *self.kept.values(),
-            *(
-                Metric(f"{row.name} / {name}", value.mean, value.low, value.high, None, row.num_clips, note)
-                for name, value in distances.items()
-            ),
+            *(replace(metric, name=f"{row.name} / {name}", note=note) for name, metric in distances.items()),
         ]
 
 
@@ -181,12 +178,8 @@ def copies_table(measured: Sequence[CopyMetrics]) -> str:
         kbps = "" if row.kbps is None else f"{row.kbps:.2f}"
         cells.append([row.name, kbps, row.mel_nepers.text(3), row.si_sdr_db.text(1)])
         for accuracy, kept in zip(copy.accuracy.values(), copy.kept.values()):
-            cells[-1] += [_percent(accuracy), _percent(kept)]
+            cells[-1] += [accuracy.text(1, scale=100), kept.text(1, scale=100)]
     return aligned_table(cells)
-
-
-def _percent(metric: Metric) -> str:
-    return Estimate(100 * metric.value, 100 * metric.low, 100 * metric.high).text(1)
 
 
 def main(

@@ -6,8 +6,8 @@ import torch
 from audiolm_pytorch.codecs.base import EncodedWave
 from audiolm_pytorch.codecs.distances import si_sdr_db, stft_distance
 from audiolm_pytorch.codecs.training.losses import MultiScaleMelLoss
-from musiclm_pytorch.evaluation.codec_report import CodecRow, Estimate, codec_report, distance_row, rows_table
-from musiclm_pytorch.evaluation.report import aligned_table
+from musiclm_pytorch.evaluation.codec_report import CodecRow, codec_report, distance_row, rows_table
+from musiclm_pytorch.evaluation.report import Metric, aligned_table
 from tests.helpers.fakes import FakeCodec
 
 
@@ -17,11 +17,11 @@ def test_row_has_all_distances():
     estimate = target + 0.05 * torch.randn(2, 4000)
     row = distance_row("noisy", [(estimate, target)], 16000)
     one_signal = [(wave - wave.mean(dim=1, keepdim=True)).reshape(-1) for wave in (estimate, target)]
-    assert row.si_sdr_db.mean == pytest.approx(si_sdr_db(*one_signal).item(), abs=1e-6)
-    assert row.stft.mean == pytest.approx(stft_distance(estimate, target).mean().item())
-    assert row.mel_nepers.mean == pytest.approx(MultiScaleMelLoss(16000)(estimate[None], target[None]).item())
+    assert row.si_sdr_db.value == pytest.approx(si_sdr_db(*one_signal).item(), abs=1e-6)
+    assert row.stft.value == pytest.approx(stft_distance(estimate, target).mean().item())
+    assert row.mel_nepers.value == pytest.approx(MultiScaleMelLoss(16000)(estimate[None], target[None]).item())
     quiet = distance_row("quiet", [(target / math.e, target)], 16000)
-    assert quiet.mel_nepers.mean == pytest.approx(1.0, abs=0.05) and quiet.si_sdr_db.mean == 100
+    assert quiet.mel_nepers.value == pytest.approx(1.0, abs=0.05) and quiet.si_sdr_db.value == 100
 
 
 def test_report_of_a_codec():
@@ -70,20 +70,20 @@ def test_exact_copy_has_distance_zero():
     """Every distance of a wave to itself is 0; SI-SDR is its upper bound."""
     clips = [torch.randn(2, 3000), torch.zeros(2, 500)]
     row = distance_row("copy", ((clip, clip) for clip in clips), 16000)
-    assert (row.mel_nepers.mean, row.stft.mean, row.si_sdr_db.mean) == (0.0, 0.0, 100.0)
+    assert (row.mel_nepers.value, row.stft.value, row.si_sdr_db.value) == (0.0, 0.0, 100.0)
 
 
 def test_interval_contains_the_mean():
     """The interval shrinks with the number of clips."""
-    few, many = (Estimate.of(torch.randn(count).tolist()) for count in (10, 1000))
-    for estimate in (few, many):
-        assert estimate.low < estimate.mean < estimate.high
+    few, many = (Metric.mean("x", torch.randn(count).tolist()) for count in (10, 1000))
+    for metric in (few, many):
+        assert metric.low < metric.value < metric.high
     assert many.high - many.low < (few.high - few.low) / 4
 
 
 def test_table():
     """One aligned line per row; missing values are empty."""
-    value = Estimate(1.0, 0.5, 1.5)
+    value = Metric("x", 1.0, 0.5, 1.5, None, 2)
     rows = [
         CodecRow("copy", 2, 3.0, value, value, value),
         CodecRow("codec", 2, 3.0, value, value, value, 2.0, (0.5, 1.0)),

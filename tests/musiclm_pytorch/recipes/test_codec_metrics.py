@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from audiolm_pytorch.codecs.base import Codec
-from musiclm_pytorch.evaluation.codec_report import Estimate, distance_row
+from musiclm_pytorch.evaluation.codec_report import distance_row
 from musiclm_pytorch.evaluation.report import write_report
 from musiclm_pytorch.recipes.metrics.classifier import AttributeClassifier
 from musiclm_pytorch.recipes.metrics.clip_features import ClipFeatures
@@ -63,13 +63,13 @@ def test_metrics_of_transparent_coarse_and_silent_copies(classifier):
     for one in (real, same, clear):
         assert one.accuracy["instrument"].value == one.kept["instrument"].value == 1.0
     for one in (real, same):
-        assert (one.row.mel_nepers.mean, one.row.stft.mean, one.row.si_sdr_db.mean) == (0.0, 0.0, 100.0)
+        assert (one.row.mel_nepers.value, one.row.stft.value, one.row.si_sdr_db.value) == (0.0, 0.0, 100.0)
         assert one.row.kbps is None
     assert (clear.row.kbps, coarse.row.kbps) == (2 * 8 * 16.0, 8 * 16.0)
-    assert 0 < clear.row.mel_nepers.mean < coarse.row.mel_nepers.mean < dead.row.mel_nepers.mean
+    assert 0 < clear.row.mel_nepers.value < coarse.row.mel_nepers.value < dead.row.mel_nepers.value
     assert dead.accuracy["instrument"].value == dead.kept["instrument"].value == 0.5
     assert dead.kept["instrument"].low < 0.5 < dead.kept["instrument"].high
-    assert dead.row.si_sdr_db.mean == -100.0
+    assert dead.row.si_sdr_db.value == -100.0
 
 
 def test_kept_is_the_ratio_of_the_accuracies(classifier):
@@ -109,7 +109,7 @@ def test_opus_is_aligned(sample_hz, channels):
     for row in copy.wave.numpy():
         alike = [np.dot(np.roll(row, shift)[200:-200], sweep[200:-200]) for shift in range(-100, 101)]
         assert int(np.argmax(alike)) - 100 == 0
-    assert Estimate.of([float((copy.wave - wave).abs().mean())]).mean < 0.02
+    assert float((copy.wave - wave).abs().mean()) < 0.02
 
 
 @needs_opus
@@ -119,7 +119,7 @@ def test_opus_has_the_requested_bitrate():
     few, many = opus_copies(wave, SAMPLE_HZ, SAMPLE_HZ, (8.0, 64.0))
     assert 5 < few.kbps < 14 and 45 < many.kbps < 80
     rows = [distance_row("opus", [(copy.waves, wave)], SAMPLE_HZ) for copy in (few, many)]
-    assert rows[0].mel_nepers.mean > rows[1].mel_nepers.mean
+    assert rows[0].mel_nepers.value > rows[1].mel_nepers.value
     copy = next(opus_copies(wave, SAMPLE_HZ, 8000, (8.0,)))
     assert copy.kbps == pytest.approx(few.kbps) and copy.waves.shape == (1, SAMPLE_HZ)
     for kbps in (1, float("nan")):
