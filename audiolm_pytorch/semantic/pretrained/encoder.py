@@ -23,7 +23,7 @@ from audiolm_pytorch.saving.hub import (
 )
 from audiolm_pytorch.saving.modules import load_module, register
 from audiolm_pytorch.semantic.base import FrameEncoder
-from audiolm_pytorch.semantic.pretrained.convolutions import convolved, group_statistics
+from audiolm_pytorch.semantic.pretrained.convolutions import convolved, group_norm_moments
 from audiolm_pytorch.semantic.pretrained.fairseq import hubert_from_fairseq, read_fairseq
 from audiolm_pytorch.semantic.pretrained.filterbank import Filterbank
 from audiolm_pytorch.semantic.tokenizer import KMeansTokenizer
@@ -227,12 +227,12 @@ class TransformersEncoder(FrameEncoder):
             mean = reduce(wave, "r n -> r 1", "mean")
             wave = (wave - mean) / (wave.var(dim=1, correction=0, keepdim=True) + 1e-7).sqrt()
 
-        wave, extractor, statistics = wave.to(dtype), self.model.feature_extractor, None
+        wave, extractor, moments = wave.to(dtype), self.model.feature_extractor, None
         if self._frames.num_frames(wave.shape[1]) > self._windows.keep:
-            statistics = group_statistics(extractor, wave, self._frames.span(0, self._windows.keep).stop)
+            moments = group_norm_moments(extractor, wave, self._frames.span(0, self._windows.keep).stop)
 
         def of_waves(part: Tensor) -> Tensor:
-            return self._run(convolved(extractor, part, statistics), encoder)
+            return self._run(convolved(extractor, part, moments), encoder)
 
         return features_in_windows(of_waves, wave, self._frames, self._windows)
 

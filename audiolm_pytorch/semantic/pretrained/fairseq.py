@@ -100,11 +100,10 @@ def read_fairseq(path: str | Path) -> FairseqCheckpoint:
                 f"{path} is no checkpoint of fairseq: {quoted(name)} in its 'model' is not the name of a tensor"
             )
     tensors = {name: checkpoint.tensor(value) for name, value in weights.items()}
-    storages = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in tensors.values())}
+    storage_bytes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()}
     with one_line_errors(path, advice):
-        if sum(tensor.nbytes for tensor in tensors.values()) > 2 * sum(
-            storages.values()
-        ):  # a weight may have two names
+        # Twice the bytes are accepted, since a weight may have two names.
+        if sum(tensor.nbytes for tensor in tensors.values()) > 2 * sum(storage_bytes.values()):
             raise RefusedFileError("is refused: many of its weights share the same bytes")
         settings = _plain(content.get("cfg")) or _plain(content.get("args"))
     settings = settings if isinstance(settings, dict) else {}

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from math import prod, sqrt
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from audiolm_pytorch.nn.kmeans import nearest_centroid
+from audiolm_pytorch.semantic.pretrained.convolutions import Moments, moments_of
 from audiolm_pytorch.semantic.windows import ReceptiveField
 
 __all__ = ["ACTIVATIONS", "ConvFeatures", "GumbelQuantizer", "KMeansQuantizer", "VQWav2Vec"]
@@ -19,13 +20,6 @@ __all__ = ["ACTIVATIONS", "ConvFeatures", "GumbelQuantizer", "KMeansQuantizer", 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
 # Longer waves are convolved in chunks of this length: 30 s at 16 kHz take 200 MB in the first layer.
 _SAMPLES_PER_CHUNK = 480_000
-
-
-class _Moments(NamedTuple):
-    """Mean and variance `[b, 1, 1]` of an item over all channels and all time."""
-
-    mean: Tensor
-    variance: Tensor
 
 
 class _ConvLayer(nn.Module):
@@ -42,7 +36,7 @@ class _ConvLayer(nn.Module):
         self.skip_scale = skip_scale if dim_in == dim else None
         self.kernel, self.stride = kernel, stride
 
-    def forward(self, x: Tensor, moments: _Moments | None = None) -> Tensor:
+    def forward(self, x: Tensor, moments: Moments | None = None) -> Tensor:
         """`[b, c, n]` to `[b, d, t]`. A chunk of a wave needs the moments of the whole wave."""
         y = self.conv(x)
         if moments is None:
@@ -117,11 +111,11 @@ class ConvFeatures(nn.Module):
         Other outputs are computed again, from the last one that was kept.
         """
         layers = cast(list[_ConvLayer], list(self.layers))
-        before: list[tuple[_ConvLayer, _Moments]] = []  # the layers since the kept output, which is x
+        before: list[tuple[_ConvLayer, Moments]] = []  # the layers since the kept output, which is x
         num_samples, stride = x.shape[-1], 1
         for layer in layers:
             chunk_frames = max(1, _SAMPLES_PER_CHUNK // stride)
-            moments = _moments(layer.conv(chunk) for chunk in _chunks(x, before, layer, chunk_frames))
+            moments = moments_of((layer.conv(chunk) for chunk in _chunks(x, before, layer, chunk_frames)), (1, 2))
             next_stride = stride * prod(other.stride for other, _ in before) * layer.stride
             is_small = num_samples // next_stride <= _SAMPLES_PER_CHUNK // layers[0].stride
             if is_small or next_stride == self.frames.stride:
@@ -133,7 +127,7 @@ class ConvFeatures(nn.Module):
 
 
 def _chunks(
-    x: Tensor, before: list[tuple[_ConvLayer, _Moments]], layer: _ConvLayer, chunk_frames: int
+    x: Tensor, before: list[tuple[_ConvLayer, Moments]], layer: _ConvLayer, chunk_frames: int
 ) -> Iterator[Tensor]:
     """The input of a layer in chunks, computed from x by the layers before it; outputs of the layer do not overlap."""
     layers = [*(other for other, _ in before), layer]
@@ -144,22 +138,6 @@ def _chunks(
         for other, moments in before:
             chunk = other(chunk, moments)
         yield chunk
-
-
-def _moments(chunks: Iterator[Tensor]) -> _Moments:
-    """Moments of `[b, d, t]` over channels and time, from chunks along time."""
-    count: int = 0
-    total: Tensor | float = 0.0
-    squares: Tensor | float = 0.0
-    for chunk in chunks:
-        values = rearrange(chunk, "b d t -> b (d t)")
-        variance, mean = (moment.double() for moment in torch.var_mean(values.float(), dim=-1, correction=0))
-        count += values.shape[1]
-        total = total + values.shape[1] * mean
-        squares = squares + values.shape[1] * (variance + mean.square())
-    mean = torch.as_tensor(total) / count
-    variance = (torch.as_tensor(squares) / count - mean.square()).clamp(min=0.0)
-    return _Moments(rearrange(mean.float(), "b -> b 1 1"), rearrange(variance.float(), "b -> b 1 1"))
 
 
 class GumbelQuantizer(nn.Module):
