@@ -1,4 +1,4 @@
-"""A joint embedding without weights that hears and reads what was planted, and clips for it."""
+"""A joint embedding without weights whose latents are stored in the waves and texts, and clips for it."""
 
 from collections.abc import Sequence
 from itertools import product
@@ -21,7 +21,7 @@ RATE_HZ = 8000
 
 @register
 class PlantedMuLaN(JointEmbedding):
-    """An axis for each word; a clip lies where its first samples say, and texts may stand apart by a gap.
+    """One axis per word. The first samples of a clip are its latent, and texts may have an offset (modality gap).
 
     Args:
         gap: Length of what is added to every text on an axis of its own, before texts are brought to unit norm.
@@ -51,10 +51,10 @@ class PlantedMuLaN(JointEmbedding):
         return normalize(torch.tensor(rows), dim=-1)
 
 
-def planted_items(folder: Path, heard: dict[str, str] | None = None, copies: int = 1) -> list[AudioItem]:
+def planted_items(folder: Path, confused: dict[str, str] | None = None, copies: int = 1) -> list[AudioItem]:
     """Clips of all twelve combinations of three instruments, two tempi, and drums or none, each so many times.
 
-    `heard` names words that sound like another one. Clips are of different lengths.
+    `confused` maps words to those whose axis their clips have. Clips have different lengths.
     """
     items = []
     kinds = [kind for _ in range(copies) for kind in product(WORDS[:3], WORDS[3:5], (True, False))]
@@ -62,7 +62,7 @@ def planted_items(folder: Path, heard: dict[str, str] | None = None, copies: int
         words = (tempo, instrument, "with" if drums else "without")
         wave = torch.zeros(800 + 8 * index)
         for word in words:
-            wave[WORDS.index((heard or {}).get(word, word))] = 0.5
+            wave[WORDS.index((confused or {}).get(word, word))] = 0.5
         path = folder / f"{index}.wav"
         write_audio(path, wave, RATE_HZ)
         caption = f"{tempo} {instrument} {words[2]} drums"

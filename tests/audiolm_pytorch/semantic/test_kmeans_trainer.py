@@ -1,4 +1,4 @@
-"""The k-means job: which crops it takes, that it goes on where it was killed, and what it refuses."""
+"""The k-means job: its crops, its continuation after a kill, and its error messages."""
 
 import json
 import os
@@ -87,7 +87,7 @@ def items_of(folder: Path) -> list[AudioItem]:
 
 
 def job(audio: Path | None, out: Path, **changes) -> KMeansTrainer:
-    """The job over all files of a folder, if one is given."""
+    """The job over all files of a folder."""
     settings = dict(encoder=SampleEncoder(), layer=2, num_clusters=12, results_folder=out, seconds=1.0)
     settings |= {} if audio is None else {"items": items_of(audio)}
     return KMeansTrainer(**{**settings, **changes})
@@ -124,7 +124,7 @@ def sounds(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(sounds) -> tuple[bytes, ...]:
-    """What a run gives that was never interrupted."""
+    """Result of a run without interruption."""
     torch.set_num_threads(1)
     return result(job(sounds, sounds.parent / "straight").train())
 
@@ -177,7 +177,7 @@ def test_the_seed_decides(sounds, straight, tmp_path):
 
 
 class Interrupted(BaseException):
-    """Like a kill: nobody catches it."""
+    """Not an `Exception`, so that no handler catches it, as for a kill."""
 
 
 @pytest.mark.parametrize(
@@ -346,7 +346,7 @@ class Unregistered(SampleEncoder):
 
 
 def test_bad_settings_are_refused_before_anything_is_written(sounds, tmp_path):
-    """Guards the messages: one line that says what was given and the mend, and no folder."""
+    """Error messages are one line with the input and the fix, and no folder is created."""
     (tmp_path / "empty").mkdir()
     out = tmp_path / "out"
     for changes, message in [

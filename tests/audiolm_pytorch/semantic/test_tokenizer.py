@@ -105,7 +105,7 @@ def test_long_waves_are_assigned_in_parts(tokenizer, monkeypatch):
 
 @pytest.mark.parametrize("multiple", [160, 1000])
 def test_lengths_are_cut_to_whole_multiples(tokenizer, multiple, tmp_path):
-    """Guards `seq_len_multiple_of`: what is left over is never heard, alone or in a batch, nor counted."""
+    """`seq_len_multiple_of`: samples past the cut do not change the ids, alone or in a batch, and are not counted."""
     parts = dict(centroids=tokenizer.centroids, mean=tokenizer.mean, std=tokenizer.std)
     made = KMeansTokenizer(encoder=tokenizer.encoder, layer=2, seq_len_multiple_of=multiple, **parts)
     save_module(made, tmp_path / "tokenizer")
@@ -203,7 +203,7 @@ def test_bad_input_is_refused(tokenizer):
 
 
 def test_padding_may_hold_anything(tokenizer):
-    """Guards batches whose padding was never written: NaN past an item's end is not heard."""
+    """NaN in the padding of an item does not change its ids."""
     waves = torch.stack(noises(2, 5))
     lengths = torch.tensor([waves.shape[1], 1000])
     expected = tokenizer(waves, lengths=lengths)

@@ -77,7 +77,7 @@ def test_tokens_are_those_of_the_whole_away_from_the_seams(encoder):
 
 
 def test_places_and_memory_do_not_depend_on_what_follows(encoder):
-    """A prefix keeps its windows when the wave goes on, and no window is ever longer than it says."""
+    """A longer wave has the same windows for its prefix, and no window exceeds its size."""
     wave = torch.randn(1, 6000, generator=torch.Generator().manual_seed(3))
     windows = Windows(30, 2)
     encoder.longest = 0
@@ -125,5 +125,5 @@ def test_a_random_hubert_agrees_with_itself_in_windows():
     assert whole.shape == windowed.shape == (199, 16) and not torch.equal(whole, windowed)
     centroids = whole[torch.randperm(199, generator=generator)[:32]]
     agreement = (nearest_centroid(whole, centroids) == nearest_centroid(windowed, centroids)).float().mean().item()
-    # 0.82 when this was written, 0.76 if the group norm hears only its window; chance is 0.03
+    # 0.82 when this was written, 0.76 if the group norm is computed per window; chance is 0.03
     assert agreement > 0.78

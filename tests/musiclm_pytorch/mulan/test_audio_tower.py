@@ -17,7 +17,7 @@ def _tower(**changes: object) -> AudioSpectrogramTransformer:
 
 @pytest.mark.parametrize("changes", [{}, {"num_mels": None}, {"patch_stride": 5}, {"position_waves": 0}])
 def test_tower_gives_the_same_alone_in_a_batch_and_padded(changes: dict[str, object]) -> None:
-    """Padding, what stands in it, and neighbours must change nothing (1e-5)."""
+    """Padding, its content, and the rest of the batch do not change an embedding (1e-5)."""
     tower = _tower(**changes)
     lengths = torch.tensor([6000, 2345, 1, 900])
     wavs = torch.randn(4, 6000)
@@ -28,7 +28,7 @@ def test_tower_gives_the_same_alone_in_a_batch_and_padded(changes: dict[str, obj
         torch.testing.assert_close(batch[item], tower(wavs[item : item + 1, :size])[0], atol=1e-5, rtol=0)
 
 
-def test_tower_tells_clips_apart_but_not_levels() -> None:
+def test_embeddings_depend_on_the_sound_but_hardly_on_its_level() -> None:
     """Another sound has another embedding; the same sound at half the level has nearly the same."""
     tower = _tower()
     time = torch.arange(8000) / 8000
@@ -37,8 +37,8 @@ def test_tower_tells_clips_apart_but_not_levels() -> None:
     assert other > 20 * (tower(low) - tower(low / 2)).norm()
 
 
-def test_tower_takes_silence_and_single_samples() -> None:
-    """A clip shorter than a patch, and digital silence, give finite embeddings and gradients."""
+def test_tower_embeds_silence_and_single_samples() -> None:
+    """A clip shorter than a patch, and digital silence, have finite embeddings and gradients."""
     tower = _tower().train()
     for wavs in (torch.zeros(2, 4000), torch.randn(1, 1)):
         embedding = tower(wavs)
@@ -72,7 +72,7 @@ def test_patch_dropout_keeps_a_share_of_every_clip() -> None:
 
 
 def test_overlapping_patches_cover_every_frame() -> None:
-    """Oracle: each patch is the piece of the image that its place says; the last one reaches the end."""
+    """Oracle: each patch is cut out of the image at its position; the last one reaches the end."""
     tower = _tower(patch_stride=5)
     torch.nn.init.eye_(tower.to_tokens.weight.data[:, : 8 * 8])
     torch.nn.init.zeros_(tower.to_tokens.bias)
@@ -87,7 +87,7 @@ def test_overlapping_patches_cover_every_frame() -> None:
     assert _tower(patch_stride=5)(torch.randn(1, 4000)).isfinite().all()
 
 
-def test_front_end_is_that_of_mulan_unless_told_otherwise() -> None:
+def test_front_end_is_that_of_mulan_by_default() -> None:
     """Defaults: 128 mels, 25 ms every 10 ms at any rate; a Fourier size alone means its linear bins (the snippet)."""
     sizes = {"dim": 16, "depth": 1, "heads": 2, "dim_head": 8}
     for sample_hz in (16_000, 48_000):
@@ -100,7 +100,7 @@ def test_front_end_is_that_of_mulan_unless_told_otherwise() -> None:
 
 
 def test_tower_embeds_layers() -> None:
-    """The last layer is what forward gives; layer 0 is the mean of the patches, before any block."""
+    """The last layer equals `forward`; layer 0 is the mean of the patches before the first block."""
     tower, wavs, lengths = _tower(), torch.randn(2, 4000), torch.tensor([4000, 1500])
     embedded = tower.embed_layers(wavs, lengths, layers=(0, 1, 2))
     assert embedded.shape == (3, 2, 32) and torch.equal(embedded[2], tower(wavs, lengths))
@@ -124,7 +124,7 @@ def test_stretch_plays_faster_and_slower() -> None:
 
 
 def test_masks_stay_within_their_fraction() -> None:
-    """At most the given fractions are masked, at many draws, also of short clips."""
+    """In many draws at most the maximum fractions are masked, also of short clips."""
     torch.manual_seed(0)
     augment = SpecAugment(1.0, 0.25, 0.5).train()
     image = augment.mask(torch.ones(200, 20, 30), torch.tensor([30, 10] * 100))
@@ -135,7 +135,7 @@ def test_masks_stay_within_their_fraction() -> None:
 
 
 def test_tower_runs_in_bfloat16() -> None:
-    """Autocast gives nearly the embedding of float32."""
+    """The embedding under autocast is close to that in float32."""
     tower, wavs = _tower(), torch.randn(2, 4000)
     with torch.autocast("cpu", torch.bfloat16):
         half = tower(wavs)
@@ -143,7 +143,7 @@ def test_tower_runs_in_bfloat16() -> None:
 
 
 def test_tower_is_rebuilt_from_its_config() -> None:
-    """config -> from_config gives a tower that takes the weights and computes the same."""
+    """A tower built from the config loads the weights and computes the same embedding."""
     tower, wavs = _tower(patch_dropout=0.25), torch.randn(1, 3000)
     again = build_module(module_spec(tower)).eval()
     again.load_state_dict(tower.state_dict())
@@ -151,7 +151,7 @@ def test_tower_is_rebuilt_from_its_config() -> None:
 
 
 def test_tower_rejects_what_it_cannot_use() -> None:
-    """Errors name what was given and what is needed."""
+    """Error messages name the input and the requirement."""
     tower = _tower()
     with pytest.raises(ValueError, match=r"\[b, n\]"):
         tower(torch.randn(100))

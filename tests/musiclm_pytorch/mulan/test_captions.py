@@ -49,7 +49,7 @@ def test_captions_in_every_form(captions, all_of_them):
     ],
 )
 def test_aspect_lists_as_tables_hold_them(text, aspects):
-    """Python's lists, JSON's and commas say the same, with quotes and commas inside of aspects."""
+    """Lists in Python, in JSON and with commas are parsed alike, with quotes and commas inside of aspects."""
     expected = ["low quality", "children's song", 'punchy "4 on the floor" kick'] if aspects is None else aspects
     assert parse_aspects(text) == expected
     assert aspects_of(clip(aspect_list=text)) == aspects_of(clip(aspects=expected)) == expected
@@ -73,7 +73,7 @@ def test_aspect_lists_as_tables_hold_them(text, aspects):
     ],
 )
 def test_hostile_aspect_lists_are_refused(text):
-    """Nothing is run, nested or endless lists cost nothing, and the clip they belong to is named."""
+    """No code is executed, nested or very long lists are cheap, and the message names the clip."""
     with pytest.raises(ValueError, match="not a list of texts|the limit is 65536"):
         parse_aspects(text)
     with pytest.raises(ValueError, match="songs/a.wav: label 'aspects': "):
@@ -87,8 +87,8 @@ def test_texts_of_a_clip_fall_back_on_its_aspects():
     assert texts_of(clip(mood="calm")) == []
 
 
-def test_with_the_defaults_captions_take_turns():
-    """One caption is that caption in every epoch; of several each has its epoch, beginning with the first."""
+def test_with_the_defaults_captions_alternate():
+    """A single caption is used in every epoch; several captions alternate, beginning with the first."""
     sampler = CaptionSampler()
     assert [sampler.sample(clip(LONG), epoch, 3) for epoch in range(3)] == [[LONG]] * 3
     three = clip("a", captions=["b", "c"])
@@ -106,7 +106,7 @@ def test_several_captions_a_clip_are_all_seen_equally():
 
 
 def test_samples_depend_on_seed_epoch_and_index_alone():
-    """The same three numbers give the same words whatever was drawn before; any other number gives others."""
+    """Seed, epoch and index alone determine the texts; earlier draws do not matter."""
     song = clip(LONG, captions=[LONG.replace("piano", "harp")], aspects=list("abcdefghij"))
 
     def texts(seed, epochs, index):
@@ -127,7 +127,7 @@ def test_aspects_come_with_their_probability(aspect_prob):
     drawn = [sampler.sample(clip("caption", aspects=["x", "y"]), epoch, 0) for epoch in range(2000)]
     share = sum(texts != ["caption"] for texts in drawn) / len(drawn)
     assert abs(share - aspect_prob) <= 5 * (aspect_prob * (1 - aspect_prob) / len(drawn)) ** 0.5
-    # without a caption there is nothing else to say
+    # without a caption, aspects are the only texts
     assert all(sampler.sample(clip(aspects=["x"]), epoch, 0) == ["x"] for epoch in range(5))
 
 
@@ -144,8 +144,8 @@ def test_aspect_lists_are_subsets_of_every_size_in_every_order():
     assert all(abs(sizes[size] - 500) < 100 for size in (1, 2, 3))
 
 
-def test_aspects_follow_where_captions_run_out():
-    """More texts a clip than captions: aspects fill the rest, unless they are not wanted."""
+def test_aspects_follow_after_the_last_caption():
+    """If there are more texts per clip than captions, aspects follow, unless `aspect_prob` is 0."""
     song = clip("caption", aspects=list("abcdefgh"))
     wanted, unwanted = CaptionSampler(captions_per_clip=3), CaptionSampler(captions_per_clip=3, aspect_prob=0.0)
     for epoch in range(30):
@@ -186,7 +186,7 @@ def test_sentences_end_where_their_last_parts_are_left_out():
     "numbers", [{"captions_per_clip": 0}, {"aspect_prob": 1.5}, {"caption_dropout": -0.1}, {"seed": -1}]
 )
 def test_numbers_out_of_range_are_refused(numbers):
-    """Each number is checked where it is given, and so are epoch and index."""
+    """The constructor checks each number, and `sample` checks epoch and index."""
     with pytest.raises(ValueError, match=f"need .*{next(iter(numbers))}"):
         CaptionSampler(**numbers)
     with pytest.raises(ValueError, match="need epoch >= 0"):

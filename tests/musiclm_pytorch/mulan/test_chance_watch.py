@@ -12,7 +12,7 @@ CHANCE = math.log(512)
 
 
 def _watch(losses: dict[int, float | None], warmup_steps: int = 100, chance: float = CHANCE) -> ChanceWatch:
-    """A watch that has seen rows of these losses."""
+    """A watch after rows with these losses."""
     watch = ChanceWatch(warmup_steps, phase="mulan")
     for step, loss in losses.items():
         watch({"step": step, "phase": "mulan", "loss": loss, "chance": chance})
@@ -21,7 +21,7 @@ def _watch(losses: dict[int, float | None], warmup_steps: int = 100, chance: flo
 
 @torch.no_grad()
 def _measured_chance(loss: torch.nn.Module, texts: list[list[str]], batch_clips: int, batches: int = 200) -> float:
-    """Mean loss of embeddings that are all alike, over many batches drawn without repetition."""
+    """Mean loss of equal embeddings over many batches drawn without repetition."""
     numbers = {text: number for number, text in enumerate({text for own in texts for text in own})}
     draw, values = random.Random(0), []
     for _ in range(batches):
@@ -32,7 +32,7 @@ def _measured_chance(loss: torch.nn.Module, texts: list[list[str]], batch_clips:
     return float(torch.stack(values).mean())
 
 
-def test_loss_stuck_at_the_batch_size_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_loss_stuck_at_chance_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
     """Users saw 6.236 at batch 512 for a whole run (ln 512 = 6.238): one warning with both numbers, then silence."""
     with caplog.at_level(logging.WARNING):
         watch = _watch({step: 6.236 for step in range(20, 1000, 20)})
@@ -43,8 +43,8 @@ def test_loss_stuck_at_the_batch_size_is_told_of_once(caplog: pytest.LogCaptureF
 
 
 @pytest.mark.parametrize("loss", [CHANCE * 0.981, CHANCE, 9.0, math.nan, math.inf])
-def test_loss_that_is_no_better_than_guessing_alarms(loss: float) -> None:
-    """At chance, above it, and no number at all."""
+def test_loss_that_is_not_below_chance_warns(loss: float) -> None:
+    """At chance, above it, NaN and infinity."""
     assert _watch({step: loss for step in range(20, 400, 20)}).warning is not None
 
 
@@ -54,18 +54,18 @@ def test_loss_that_is_no_better_than_guessing_alarms(loss: float) -> None:
         {step: CHANCE * 0.979 for step in range(20, 400, 20)},
         # stuck through the warm-up, then down: the mean of the last hundred steps is what counts
         {step: CHANCE if step <= 100 else CHANCE - 0.01 * (step - 100) for step in range(20, 400, 20)},
-        {step: CHANCE for step in range(20, 200, 20)},  # too early to say
+        {step: CHANCE for step in range(20, 200, 20)},  # too early
         {1000: CHANCE - 1},  # one row a thousand steps
         {step: None for step in range(20, 400, 20)},
     ],
 )
-def test_loss_that_falls_or_is_young_does_not_alarm(losses: dict[int, float | None]) -> None:
-    """A training that learns is left alone, and so is one that has had no time yet."""
+def test_loss_that_falls_or_is_too_early_does_not_warn(losses: dict[int, float | None]) -> None:
+    """No warning for a loss below chance, or before enough steps."""
     assert _watch(losses).warning is None
 
 
-def test_other_rows_are_not_judged() -> None:
-    """Rows of validation, rows without a loss, and rows seen before a resume change nothing."""
+def test_other_rows_are_ignored() -> None:
+    """Rows of validation, of other phases, and of steps before a resume do not count."""
     watch = ChanceWatch(0, phase="mulan")
     for step in range(100, 600, 100):
         watch({"step": step, "phase": "valid", "recall_at_1": 0.0})
@@ -75,21 +75,21 @@ def test_other_rows_are_not_judged() -> None:
     assert watch.warning is None
 
 
-def test_rows_weigh_as_many_steps_as_they_stand_for() -> None:
+def test_rows_are_weighted_by_their_steps() -> None:
     """A row of one step (the first of a run) does not outweigh one of 99."""
     assert _watch({1: 0.1, 100: CHANCE}, warmup_steps=0).warning is not None
     assert _watch({99: 0.1, 100: CHANCE}, warmup_steps=0).warning is None
 
 
-def test_batches_without_contrasts_are_told_of() -> None:
-    """One clip a batch, or one caption for all: the loss is 0 and nothing can be learnt."""
+def test_batches_without_contrasts_are_reported() -> None:
+    """With one clip per batch, or one caption for all clips, the loss is 0."""
     warning = _watch({step: 0.0 for step in range(20, 400, 20)}, chance=0.0).warning
     assert warning is not None and "two clips" in warning
 
 
 @pytest.mark.parametrize("decoupled", [False, True])
 @pytest.mark.parametrize("texts_per_clip", [1, 2, 3])
-def test_chance_is_the_loss_of_embeddings_that_are_all_alike(texts_per_clip: int, decoupled: bool) -> None:
+def test_chance_is_the_loss_of_equal_embeddings(texts_per_clip: int, decoupled: bool) -> None:
     """Oracle: the loss module itself, on a batch of different texts."""
     texts = [[f"text {number} of {clip}" for number in range(texts_per_clip)] for clip in range(16)]
     loss = SoftmaxContrastiveLearning(decoupled=decoupled)
@@ -100,7 +100,7 @@ def test_chance_is_the_loss_of_embeddings_that_are_all_alike(texts_per_clip: int
 
 
 def test_chance_of_the_sigmoid_loss_is_that_of_the_best_constant() -> None:
-    """Oracle: the lowest loss of embeddings that are all alike, over the bias."""
+    """Oracle: the lowest loss of equal embeddings over all biases."""
     texts = [[f"text {clip}", f"other {clip}"] for clip in range(16)]
     values = []
     for bias in torch.linspace(-6, 0, 61).tolist():

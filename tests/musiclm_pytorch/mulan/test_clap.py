@@ -59,7 +59,7 @@ def extractor(fused: bool = False, **changes) -> "transformers.ClapFeatureExtrac
 
 
 def sound(seconds: float, seed: int = 0) -> torch.Tensor:
-    """A wave `[n]`: a chirp in noise whose loudness wanders, silence in the middle."""
+    """A wave `[n]`: a chirp in noise of varying loudness, with silence in the middle."""
     count = round(seconds * HZ)
     generator = torch.Generator().manual_seed(seed)
     loudness = torch.rand(count // 4800 + 1, generator=generator).repeat_interleave(4800)[:count].square()
@@ -71,7 +71,7 @@ def sound(seconds: float, seed: int = 0) -> torch.Tensor:
 
 
 def theirs(folder: Path, waves: list[torch.Tensor], fused: bool = False) -> torch.Tensor:
-    """Audio latents of transformers' own model and feature extractor; nothing is said to be longer than it is."""
+    """Audio latents of transformers' model and feature extractor; no clip is marked as a crop of a longer one."""
     loader = transformers.ClapFeatureExtractor.from_pretrained(folder)
     inputs = loader([wave.numpy() for wave in waves], sampling_rate=HZ, return_tensors="pt")
     # fused: one clip of every batch is marked at random
@@ -109,7 +109,7 @@ def test_spectrograms_are_those_of_transformers(fused, padding):
 
 
 def test_other_settings_of_the_extractor_are_followed():
-    """Numbers come from preprocessor_config.json, not from here."""
+    """All numbers come from preprocessor_config.json."""
     changes = dict(
         feature_size=32, sampling_rate=16_000, hop_length=160, fft_window_size=512, max_length_s=2, frequency_max=7000
     )
@@ -131,7 +131,7 @@ def test_latents_are_those_of_transformers(folders, fused):
     padded = torch.nn.utils.rnn.pad_sequence(waves, batch_first=True, padding_value=7.0)
     found = clap.get_audio_latents(padded, torch.tensor([len(wave) for wave in waves]))
     torch.testing.assert_close(found, theirs(folders[fused], waves), rtol=0, atol=2e-5)
-    assert (found[0] - found[2]).abs().max() > 0.01, "the oracle tells sounds apart"
+    assert (found[0] - found[2]).abs().max() > 0.01, "the oracle distinguishes sounds"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folders[fused])
     inputs = tokenizer(TEXTS, padding=True, return_tensors="pt")
     model = transformers.ClapModel.from_pretrained(folders[fused]).eval()
@@ -174,7 +174,7 @@ def test_the_same_sound_has_the_same_embedding(folders, fused):
 
 
 def test_long_audio_is_the_mean_over_fixed_windows(clap):
-    """Guards what no random crop hears: all windows of 10 s, 1 s apart, as one clip and as a recording."""
+    """Long audio is the mean of all windows of 10 s, 1 s apart, as a clip and as a recording."""
     wave = sound(12.3)
     starts = (0, HZ, 2 * HZ)
     windows = torch.cat([clap.get_audio_latents(wave[None, start : start + 10 * HZ]) for start in starts])
@@ -187,7 +187,7 @@ def test_long_audio_is_the_mean_over_fixed_windows(clap):
 
 
 def test_clap_is_frozen(clap):
-    """Guards the batch norm and the dropout of a model that somebody puts into train mode, and its weights."""
+    """Batch norm, dropout and weights do not change when the model is set to training mode."""
     wave = sound(0.3)[None]
     before = clap.get_audio_latents(wave)
     clap.train()
@@ -198,7 +198,7 @@ def test_clap_is_frozen(clap):
 
 
 def test_saved_clap_needs_no_files_of_others(folders, tmp_path, monkeypatch):
-    """Tokenizer, front end and weights travel with the model, alone and in a quantizer; nothing asks a hub."""
+    """Tokenizer, front end and weights are saved with the model, alone and in a quantizer; no hub is needed."""
     monkeypatch.setattr(socket, "socket", None)
     monkeypatch.setattr(socket, "getaddrinfo", None)
     copied = shutil.copytree(folders[False], tmp_path / "copied")
@@ -229,7 +229,7 @@ def test_fingerprint_names_what_embeddings_depend_on(folders, clap, tmp_path):
 
 
 def test_processor_files_of_any_release_are_read(folders, tmp_path):
-    """Releases from 5 on write the front end into processor_config.json; both say the same."""
+    """Releases from 5 on write the front end into processor_config.json; both files are read alike."""
     copied = Path(shutil.copytree(folders[False], tmp_path / "copied"))
     (copied / "preprocessor_config.json").unlink()
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
@@ -245,8 +245,8 @@ def test_processor_files_of_any_release_are_read(folders, tmp_path):
         ClapMuLaN(copied)
 
 
-def test_what_is_no_clap_is_refused(folders, tmp_path, monkeypatch):
-    """Each of these says what is wrong; a missing extra names the line that installs it."""
+def test_other_models_are_refused(folders, tmp_path, monkeypatch):
+    """Each error names the fault; a missing package names the install command."""
     with pytest.raises(ValueError, match="there is no folder"):
         ClapMuLaN.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="offline: nothing is downloaded.*laion/clap"):

@@ -43,8 +43,8 @@ def test_metrics_of_a_perfect_model(tmp_path):
 
 def test_metrics_of_a_model_that_confuses_instruments(tmp_path):
     """Nothing is found by instrument, everything by tempo and drums."""
-    heard = {"flute": "cello", "cello": "organ", "organ": "flute"}
-    metrics = metrics_of(embed_clips(PlantedMuLaN(), planted_items(tmp_path, heard)))
+    confused = {"flute": "cello", "cello": "organ", "organ": "flute"}
+    metrics = metrics_of(embed_clips(PlantedMuLaN(), planted_items(tmp_path, confused)))
     assert metrics["retrieval / text to audio / R@1"].value == metrics["retrieval / audio to text / R@1"].value == 0
     assert metrics["tagging / instrument / AUC"].value < 0.5 and metrics["tagging / tempo / AUC"].value == 1
     for label, accuracy in (("instrument", 0), ("tempo", 1), ("drums", 1)):

@@ -11,7 +11,7 @@ from tests.helpers.alive_tensors import AliveTensors
 from tests.helpers.tiny_mulan import tiny_mulan, tones
 
 TEXTS = ["low tone", "a deep one", "middle tone", "high tone", "very high tone", "like a bat"]
-OWNERS = torch.tensor([0, 0, 1, 2, 3, 3])
+CLIP_INDEX = torch.tensor([0, 0, 1, 2, 3, 3])
 CHUNKS = "musiclm_pytorch.mulan.mulan.checkpoint"
 
 
@@ -42,7 +42,7 @@ def _step(model: MuLaN, chunk_size: int | None) -> tuple[Tensor, list[Tensor], T
     torch.manual_seed(1)
     model.zero_grad()
     lengths = torch.tensor([3200, 2000, 1600, 3100])
-    loss = model(tones(110, 330, 990, 2970), TEXTS, lengths, clip_index=OWNERS, chunk_size=chunk_size)
+    loss = model(tones(110, 330, 990, 2970), TEXTS, lengths, clip_index=CLIP_INDEX, chunk_size=chunk_size)
     state = torch.get_rng_state()
     loss.backward()
     return loss.detach(), [parameter.grad.clone() for parameter in model.parameters()], state
@@ -64,7 +64,7 @@ def test_cached_step_is_the_uncached_one(chunk_size: int, monkeypatch: pytest.Mo
 
 
 def test_check_of_caching_sees_other_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second pass with dropout of its own, the classical fault, does not pass the check above."""
+    """A second pass with other dropout masks, the classical fault, fails the check above."""
     model = _all_at_random()
     monkeypatch.setattr(mulan, "checkpoint", partial(checkpoint, preserve_rng_state=False, determinism_check="none"))
     with pytest.raises((AssertionError, RuntimeError)):
@@ -73,20 +73,20 @@ def test_check_of_caching_sees_other_random_numbers(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 5, 100])
 def test_chunks_change_nothing_where_nothing_is_random(chunk_size: int) -> None:
-    """Without dropout, a step in chunks is the step of the whole batch, however they fall."""
+    """Without dropout, a step in chunks equals the step of the whole batch, for any chunk size."""
     model = _all_at_random().eval()
     for own, expected in zip(tree_leaves(_step(model, chunk_size)), tree_leaves(_step(model, None))):
         torch.testing.assert_close(own, expected, atol=1e-6, rtol=1e-4)
 
 
 def test_chunks_keep_autocast() -> None:
-    """The second pass runs in the precision of the first, long after the `with` block was left."""
+    """The second pass uses the precision of the first, after the end of the `with` block."""
     model = _all_at_random().eval()
     gradients = []
     for chunk_size in (None, 2):
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(tones(110, 330, 990, 2970), TEXTS, clip_index=OWNERS, chunk_size=chunk_size)
+            loss = model(tones(110, 330, 990, 2970), TEXTS, clip_index=CLIP_INDEX, chunk_size=chunk_size)
         loss.backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
     assert torch.cosine_similarity(*gradients, dim=0) > 0.999

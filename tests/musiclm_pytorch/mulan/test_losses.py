@@ -90,7 +90,7 @@ def test_loss_is_symmetric(loss: nn.Module) -> None:
 
 @every_loss
 def test_order_of_texts_does_not_matter(loss: nn.Module) -> None:
-    """Texts of a clip need not be neighbours: the clip_index say whose they are."""
+    """Texts of a clip need not be neighbours; `clip_index` assigns them."""
     clip_index, captions = (torch.tensor(numbers) for numbers in TEXTS["several equal"])
     audio, text = _latents(5, len(clip_index))
     order = torch.randperm(len(clip_index), generator=torch.Generator().manual_seed(1))
@@ -100,7 +100,7 @@ def test_order_of_texts_does_not_matter(loss: nn.Module) -> None:
 
 @every_loss
 def test_captions_of_a_clip_do_not_push_each_other_away(loss: nn.Module) -> None:
-    """A clip alone with three texts has only matches: softmax has nothing to lose, every gradient draws closer."""
+    """A single clip with three texts has only matches: the softmax loss is 0, and gradients only attract."""
     audio, text = (latents.requires_grad_() for latents in _latents(1, 3))
     value = loss(audio, text, None, torch.zeros(3, dtype=torch.long))
     value.backward()
@@ -183,7 +183,7 @@ def test_temperature_starts_learns_and_stays_in_bounds() -> None:
 
 
 def test_chance_of_softmax_is_the_log_of_the_batch() -> None:
-    """Identical latents cannot be told apart: ln(b), and with c texts a clip also ln(1 + c (b - 1))."""
+    """Identical latents: ln(b), and with c texts per clip also ln(1 + c (b - 1))."""
     latents = F.normalize(torch.ones(48, 4), dim=-1)
     loss = SoftmaxContrastiveLearning()
     assert loss(latents[:16], latents[:16]).item() == pytest.approx(math.log(16), abs=1e-5)
@@ -217,7 +217,7 @@ def test_loss_is_float32_under_autocast(loss: nn.Module) -> None:
 def test_loss_rejects_what_does_not_fit(
     sizes: tuple[int, int], captions: Tensor | None, clip_index: Tensor | None, words: str
 ) -> None:
-    """Errors name what was given and what is needed."""
+    """Error messages name the input and the requirement."""
     audio, text = torch.randn(sizes[0], 4), torch.randn(sizes[1], 4)
     with pytest.raises(ValueError, match=words):
         SoftmaxContrastiveLearning()(audio, text, captions, clip_index)

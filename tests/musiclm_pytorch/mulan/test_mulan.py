@@ -63,7 +63,7 @@ def test_equal_texts_are_not_held_against_each_other() -> None:
 
 
 def test_several_texts_a_clip_are_all_matches() -> None:
-    """Oracle: the loss of the latents with the clip_index given; one text each in order needs no clip_index."""
+    """Oracle: the loss of the latents with `clip_index`, which one text per clip in order does not need."""
     mulan, wavs = tiny_mulan(), tones(110, 330, 990)
     texts, clip_index = ["low", "deep", "high", "middle"], torch.tensor([0, 0, 2, 1])
     expected = mulan.loss(mulan.get_audio_latents(wavs), mulan.get_text_latents(texts), None, clip_index)
@@ -87,7 +87,7 @@ def test_mulan_learns_from_several_texts_a_clip() -> None:
 
 
 def test_two_calls_are_bit_identical() -> None:
-    """In eval mode nothing is drawn: latents of clips, of texts and of long audio, and the loss, with all noise on."""
+    """Eval mode uses no random numbers, for latents of clips, texts and long audio, and for the loss."""
     sizes = {"dim": 32, "depth": 1, "heads": 2, "dim_head": 16, "dropout": 0.5}
     noise = {"spec_aug_stretch_factor": 0.8, "spec_aug_freq_mask": 0.5, "spec_aug_time_mask": 0.5, "patch_dropout": 0.5}
     audio = AudioSpectrogramTransformer(**sizes, **noise, patch_size=8, sample_hz=8000, num_mels=24, spec_n_fft=256)
@@ -107,7 +107,7 @@ def test_two_calls_are_bit_identical() -> None:
 
 
 def test_strings_lists_and_ids_agree() -> None:
-    """A text is the same as a string, in a list, as ids, and as ids with padding."""
+    """A text has one latent as a string, in a list, as ids, and as ids with padding."""
     mulan = tiny_mulan()
     expected = mulan.get_text_latents(TEXTS[0])
     ids = mulan.text.tokenize(TEXTS[0])
@@ -193,7 +193,7 @@ def test_long_audio_is_averaged_over_windows() -> None:
 
 
 def test_mulan_survives_saving(tmp_path: Path) -> None:
-    """save_module / load_module gives the same latents, the same loss and the same windows."""
+    """A saved and loaded model has the same latents, loss and windows."""
     mulan, wavs = tiny_mulan(loss=SigmoidContrastiveLearning(init_bias=-3.0)), torch.randn(4, 3000)
     save_module(mulan, tmp_path)
     again = load_module(tmp_path, MuLaN)
@@ -203,7 +203,7 @@ def test_mulan_survives_saving(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_mulan_runs_with_weights_of_another_precision(dtype: torch.dtype) -> None:
-    """Moved as a whole, it gives nearly the same latents and loss, in float32."""
+    """A converted model has nearly the same latents and loss, in float32."""
     mulan, wavs = _layered(), tones(110, 330, 990, 2970)
     expected = mulan.get_audio_latents(wavs), mulan.get_text_latents(TEXTS), mulan(wavs, TEXTS)
     mulan.to(dtype)
@@ -214,7 +214,7 @@ def test_mulan_runs_with_weights_of_another_precision(dtype: torch.dtype) -> Non
 
 
 def test_mulan_trains_in_bfloat16() -> None:
-    """Autocast gives nearly the loss of float32, and unit latents in float32."""
+    """Under autocast the loss is close to that in float32, and latents are float32 unit vectors."""
     mulan, wavs = tiny_mulan(), tones(110, 330, 990, 2970)
     with torch.autocast("cpu", torch.bfloat16):
         loss, latents = mulan(wavs, TEXTS), mulan.get_audio_latents(wavs)
@@ -242,14 +242,14 @@ def test_mulan_trains_in_bfloat16() -> None:
         (lambda: LayerContrast(weight=0.0), "positive weight"),
     ],
 )
-def test_mulan_rejects_what_does_not_fit(call: Callable[[], object], words: str) -> None:
-    """Errors name what was given and what is needed."""
+def test_mulan_rejects_wrong_inputs(call: Callable[[], object], words: str) -> None:
+    """Error messages name the input and the requirement."""
     with pytest.raises(ValueError, match=words):
         call()
 
 
 def test_a_text_tower_must_be_a_module() -> None:
-    """Anything else would look right and never be trained, moved or saved."""
+    """Other objects would not be trained, moved or saved."""
     text = tiny_mulan().text
     names = ("dim", "depth", "tokenize", "embed_layers", "forward")
     with pytest.raises(BeartypeCallHintViolation, match="TextTower"):

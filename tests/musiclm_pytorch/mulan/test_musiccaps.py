@@ -57,7 +57,7 @@ def test_a_table_and_its_clips_become_items(tmp_path, write_tone, caplog):
 
 
 def test_items_written_as_a_manifest_read_the_same(tmp_path, write_tone):
-    """What the table says survives the manifest that trainers read, and an epoch's words with it."""
+    """Items read from the written manifest equal those of the table, and so do the texts of an epoch."""
     write_tone(f"clips/{IDS[0]}.wav")
     rows = [row(IDS[0]), row(IDS[0], caption='Another "one",\nlonger.', aspects="['loud']")]
     found = musiccaps_items(write_table(tmp_path / "table.csv", rows), tmp_path / "clips")
@@ -71,8 +71,8 @@ def test_items_written_as_a_manifest_read_the_same(tmp_path, write_tone):
     ]
 
 
-def test_stretches_of_one_video_are_not_mixed_up(tmp_path, write_tone):
-    """Two stretches of a video: only names that tell them apart count, since the bare name may be either."""
+def test_parts_of_one_video_are_not_mixed_up(tmp_path, write_tone):
+    """For two parts of a video only names with their start are used, since the id alone is ambiguous."""
     table = write_table(tmp_path / "table.csv", [row(IDS[0]), row(IDS[0], start=60.5)])
     write_tone(f"clips/{IDS[0]}.wav")
     second = write_tone(f"clips/{IDS[0]}-60.5.wav")
@@ -82,7 +82,7 @@ def test_stretches_of_one_video_are_not_mixed_up(tmp_path, write_tone):
 
 
 def test_whole_videos_and_damaged_clips_are_rejected(tmp_path, write_tone, caplog):
-    """A file of minutes is no clip of a second: its caption is of another part; a damaged file is named."""
+    """A file much longer than the described part is rejected, and a damaged file is named."""
     table = write_table(tmp_path / "table.csv", [row(ytid) for ytid in IDS[:3]])
     whole, _ = write_tone(f"clips/{IDS[0]}.wav", seconds=4), write_tone(f"clips/{IDS[2]}.wav", seconds=1.1)
     (tmp_path / "clips" / f"{IDS[1]}.wav").write_text("no sound" * 20)
@@ -98,7 +98,7 @@ def test_whole_videos_and_damaged_clips_are_rejected(tmp_path, write_tone, caplo
 
 
 def test_a_folder_without_the_clips_is_an_error(tmp_path, write_tone):
-    """The wrong folder, or names of another tool: what the first clip should be called is said."""
+    """A wrong folder or other file names: the message has the expected name of the first clip."""
     table = write_table(tmp_path / "table.csv", [row(IDS[0])])
     with pytest.raises(ValueError, match="clips: no such folder"):
         musiccaps_items(table, tmp_path / "clips")
@@ -147,8 +147,8 @@ def test_hostile_rows_are_named(tmp_path, change, message):
         (",".join(COLUMNS) + "\nAAAAAAAAAAA,30,40,,[],fl\xf6te,4,,\n", "behind line [12]: not UTF-8"),
     ],
 )
-def test_tables_that_are_none_are_named(tmp_path, text, message):
-    """Cut, re-encoded and foreign tables: what is wrong, and in which line."""
+def test_malformed_tables_are_named(tmp_path, text, message):
+    """Truncated, re-encoded and other tables: the message has the fault and the line."""
     path = tmp_path / "table.csv"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=f"table.csv(:|,) {message}"):
@@ -166,7 +166,7 @@ def test_tables_of_hostile_size_are_not_read(tmp_path):
 
 
 def test_items_split_by_a_column(tmp_path, write_tone):
-    """Clips of AudioSet's evaluation part on one side; a table that does not say is an error."""
+    """Clips of AudioSet's evaluation part are the second half; a table without values raises an error."""
     rows = [row(IDS[0]), row(IDS[1], is_audioset_eval=False), row(IDS[2], is_balanced_subset="")]
     for ytid in IDS[:3]:
         write_tone(f"clips/{ytid}.wav", seconds=0.1)
@@ -234,7 +234,7 @@ def test_the_command_trains_mulan_on_what_it_wrote(convert, tmp_path):
     ],
 )
 def test_the_command_refuses_in_one_line(convert, tmp_path, monkeypatch, words, message, capsys):
-    """Exit status 2, what is wrong and the mend in one line, nothing written and nothing of the user's touched."""
+    """Exit status 2, one line with fault and fix, and no file is written or changed."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "mine.jsonl").write_text('{"audio": "mine.wav"}')
     (tmp_path / "notes.txt").write_text("mine")

@@ -58,7 +58,7 @@ def test_embeddings_are_the_means_of_transformers_hidden_states(folders, kind):
     expected = torch.stack([(state * mask).sum(1) / mask.sum(1) for state in states])
     torch.testing.assert_close(encoder.embed_layers(TEXTS, layers=(0, 1, 2)), expected, rtol=0, atol=1e-5)
     assert torch.equal(encoder(TEXTS), encoder.embed_layers(TEXTS, layers=(2,))[0]), "forward is the last layer"
-    assert (expected[2, 0] - expected[2, 1]).abs().max() > 0.01, "the oracle tells texts apart"
+    assert (expected[2, 0] - expected[2, 1]).abs().max() > 0.01, "the oracle distinguishes texts"
     with pytest.raises(ValueError, match=r"0\.\.2"):
         encoder.embed_layers(TEXTS, layers=(3,))
 
@@ -132,7 +132,7 @@ def test_frozen_stays_frozen_in_train_mode(folders):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_encoder_needs_no_files_of_others(folders, kind, tmp_path, monkeypatch):
-    """Tokenizer, weights and settings travel with the model, alone and in a MuLaN, and nothing asks a hub."""
+    """Tokenizer, weights and settings are saved with the model, alone and in a MuLaN; no hub is needed."""
     monkeypatch.setattr(socket, "socket", None)
     monkeypatch.setattr(socket, "getaddrinfo", None)
     copied = shutil.copytree(folders[kind], tmp_path / "copied")
@@ -162,7 +162,7 @@ def test_fingerprint_names_what_embeddings_depend_on(folders, folder, tmp_path):
 
 
 def test_without_transformers_the_extra_is_named(folders, monkeypatch):
-    """A missing extra must say which line installs it."""
+    """A missing package names the install command."""
     monkeypatch.setitem(sys.modules, "transformers", None)
     for source in (folders["t5"], "google/flan-t5-small"):
         with pytest.raises(ImportError, match=r'pip install "musiclm-pytorch\[pretrained\]"'):
@@ -191,8 +191,8 @@ def test_a_hub_id_takes_weights_and_tokenizer_of_one_commit(folders, tmp_path, m
     }
 
 
-def test_what_does_not_fit_is_refused(folders, folder, tmp_path):
-    """Each of these says what is wrong, and what would do."""
+def test_wrong_inputs_are_refused(folders, folder, tmp_path):
+    """Each error names the fault and the fix."""
     with pytest.raises(ValueError, match=r"3\.\.40"):
         TransformersTextEncoder(folder, max_seq_len=41)
     with pytest.raises(ValueError, match=r"got 2"):
@@ -220,7 +220,7 @@ def test_what_does_not_fit_is_refused(folders, folder, tmp_path):
 
 
 def test_our_own_tower_is_a_text_tower():
-    """The contract that MuLaN takes: whoever has it may stand in its place."""
+    """`TextTransformer` derives from the base class that MuLaN requires."""
     tower = TextTransformer(dim=8, depth=1, heads=1, dim_head=8, num_tokens=256)
     assert isinstance(tower, TextTower) and not isinstance(torch.nn.Linear(2, 2), TextTower)
     assert CAPTIONS[0] == TextTokenizer().decode(tower.tokenize(CAPTIONS[0]))[0]

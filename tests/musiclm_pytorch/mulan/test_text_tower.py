@@ -22,7 +22,7 @@ def tokenizer() -> TextTokenizer:
 
 
 def test_str_list_and_ids_agree(tokenizer: TextTokenizer) -> None:
-    """One text as str, in a list, as ids, and padded among longer ones is the same embedding."""
+    """A text has one embedding as str, in a list, as ids, and padded in a batch of longer ones."""
     tower = _tower(tokenizer)
     alone = tower("slow harp")
     torch.testing.assert_close(tower(["slow harp"]), alone)
@@ -33,13 +33,13 @@ def test_str_list_and_ids_agree(tokenizer: TextTokenizer) -> None:
 
 
 def test_word_order_matters(tokenizer: TextTokenizer) -> None:
-    """The tower is no bag of words."""
+    """The order of words changes the embedding."""
     tower = _tower(tokenizer)
     assert (tower("fast drums slow piano") - tower("slow drums fast piano")).abs().max() > 1e-3
 
 
 def test_long_text_is_truncated_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    """What is read is exactly the first max_seq_len tokens, and the log says so."""
+    """Exactly the first max_seq_len tokens are read, and the log reports it."""
     tower = _tower()
     with caplog.at_level(logging.WARNING):
         long = tower("x" * 1000)
@@ -48,7 +48,7 @@ def test_long_text_is_truncated_with_a_warning(caplog: pytest.LogCaptureFixture)
 
 
 def test_tower_rejects_what_it_cannot_use() -> None:
-    """Errors name what was given and what is needed."""
+    """Error messages name the input and the requirement."""
     tower = _tower()
     for empty in ("", "  \n", ["piano", ""]):
         with pytest.raises(ValueError, match="empty"):
@@ -67,7 +67,7 @@ def test_tower_rejects_what_it_cannot_use() -> None:
 
 
 def test_tower_survives_saving_with_its_tokenizer(tokenizer: TextTokenizer, tmp_path) -> None:
-    """save_module / load_module gives the same embedding of the same string."""
+    """A saved and loaded tower has the same embedding of a string."""
     tower = _tower(tokenizer)
     save_module(tower, tmp_path / "tower")
     again = load_module(tmp_path / "tower", TextTransformer)
@@ -75,7 +75,7 @@ def test_tower_survives_saving_with_its_tokenizer(tokenizer: TextTokenizer, tmp_
 
 
 def test_layers_are_the_means_of_the_encoders_states(tokenizer: TextTokenizer) -> None:
-    """Guards every row of embed_layers, in any order, and that the last layer is what forward gives."""
+    """Every row of `embed_layers`, in any order; the last layer equals `forward`."""
     tower = _tower(tokenizer)
     assert tower.depth == 2
     texts = ["slow harp", "fast violin jig with drums"]
@@ -92,7 +92,7 @@ def test_layers_are_the_means_of_the_encoders_states(tokenizer: TextTokenizer) -
 
 
 def test_words_of_captions_are_the_most_frequent_ones() -> None:
-    """Case, composition, digits and single letters make no words of their own; ties and order are fixed."""
+    """Case, Unicode composition, digits and single letters are not new words; ties and order are fixed."""
     captions = ["A slow Caf\u00e9 waltz, 120 bpm", "slow cafe\u0301 drums!", "Slow DRUMS_x", "STRASSE straße"]
     assert words_of(captions) == ["bpm", "café", "drums", "slow", "strasse", "waltz"]
     assert words_of(captions, limit=2) == ["café", "slow"] and words_of([]) == []
@@ -101,31 +101,31 @@ def test_words_of_captions_are_the_most_frequent_ones() -> None:
 
 
 def test_text_of_unseen_words_is_reported_once(tokenizer: TextTokenizer, caplog: pytest.LogCaptureFixture) -> None:
-    """A prompt that means nothing to the model sounds like any other: the log has to tell, once, with the words."""
+    """A prompt of unknown words is reported once, with the words."""
     tower = _tower(tokenizer)
     tower.known_words = words_of(CAPTIONS)
 
-    def told(texts: str | list[str] | torch.Tensor) -> list[str]:
+    def reports(texts: str | list[str] | torch.Tensor) -> list[str]:
         caplog.clear()
         with caplog.at_level(logging.WARNING, logger="musiclm_pytorch"):
             tower(texts)
         return [record.getMessage() for record in caplog.records]
 
-    messages = told(["slow piano", "Shoegaze wall of guitars, slow"])
+    messages = reports(["slow piano", "Shoegaze wall of guitars, slow"])
     assert len(messages) == 1 and all(word in messages[0] for word in ("4 of the 5", "shoegaze", "guitars"))
-    assert told("Shoegaze wall of guitars, slow") == [], "once a text"
-    assert told("slow fast gabber techno") == [], "half of them are known"
-    assert told(tokenizer.encode(["gabber techno"])) == [] and told("120 4/4 !") == []
-    assert len(told("gabber techno drums")) == 1 and len(told("日本の音楽")) == 1
+    assert reports("Shoegaze wall of guitars, slow") == [], "once a text"
+    assert reports("slow fast gabber techno") == [], "half of them are known"
+    assert reports(tokenizer.encode(["gabber techno"])) == [] and reports("120 4/4 !") == []
+    assert len(reports("gabber techno drums")) == 1 and len(reports("日本の音楽")) == 1
     tower.train()
-    assert told("vaporwave") == [], "training captions are what words are known from"
+    assert reports("vaporwave") == [], "only texts in eval mode are reported"
     tower.eval().known_words = None
-    assert told("vaporwave") == [], "not known is not unseen"
-    assert len(told("x" * 200)) == 1, "the log is heard: this one is cut off"
+    assert reports("vaporwave") == [], "without known words there is no report"
+    assert len(reports("x" * 200)) == 1, "the truncation is reported"
 
 
 def test_known_words_are_saved_and_old_files_have_none(tokenizer: TextTokenizer, tmp_path) -> None:
-    """Words travel in the config; a config without them loads, and stays as it was."""
+    """Words are saved in the config; a config without them loads."""
     tower = _tower(tokenizer)
     assert "known_words" not in tower.config
     save_module(tower, tmp_path / "old")

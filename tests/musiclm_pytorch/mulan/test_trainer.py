@@ -100,8 +100,8 @@ def test_training_learns_to_retrieve(corpus: Path, tmp_path: Path) -> None:
     assert rows[0]["chance"] == pytest.approx(math.log(8)) and "temperature" in rows[0]
 
 
-def test_every_figure_stands_beside_its_chance(corpus: Path, tmp_path: Path) -> None:
-    """Loss, recalls and precisions of both directions, and tagging: each with what guessing gives, in each row."""
+def test_every_metric_has_its_chance(corpus: Path, tmp_path: Path) -> None:
+    """Loss, recalls and precisions of both directions, and tagging have their chance in each row."""
     trainer = _trainer(corpus, tmp_path, steps=1)
     trainer.train()
     train_row, valid_row = _rows(tmp_path)
@@ -114,7 +114,7 @@ def test_every_figure_stands_beside_its_chance(corpus: Path, tmp_path: Path) -> 
 
 
 def test_killed_run_resumes_exactly(corpus: Path, tmp_path: Path) -> None:
-    """Killed in step 4 after a checkpoint at 2: the same bits as at once, with texts drawn, chunks and dropout."""
+    """Killed in step 4 after a checkpoint at 2: the same bits as without interruption, with texts and dropout."""
 
     def make(name: str) -> MuLaNTrainer:
         sampler = CaptionSampler(captions_per_clip=2, aspect_prob=0.5, caption_dropout=0.3)
@@ -145,7 +145,7 @@ def test_killed_run_resumes_exactly(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_run_is_not_continued_with_other_texts_or_chunks(corpus: Path, tmp_path: Path) -> None:
-    """What decides the weights belongs to the run; a checkpoint of the defaults says nothing of them, as of old."""
+    """Settings that change the weights belong to the run; defaults are not stored in a checkpoint."""
     trainer = _trainer(corpus, tmp_path)
     assert trainer.task.config == {}
     trainer.train(stop_after_steps=1)
@@ -157,7 +157,7 @@ def test_run_is_not_continued_with_other_texts_or_chunks(corpus: Path, tmp_path:
 
 
 def test_chunks_do_not_change_the_weights(corpus: Path, tmp_path: Path) -> None:
-    """Three steps with clips embedded 3 at a time and all at once end at the same weights."""
+    """Three steps with chunks of 3 clips and with one chunk end at the same weights."""
     ends = []
     for chunk_size in (None, 3):
         sampler = CaptionSampler(captions_per_clip=2)
@@ -188,7 +188,7 @@ def test_chance_counts_the_layers_that_are_contrasted_too(corpus: Path, tmp_path
 
 
 def test_batch_holds_every_text_with_its_clip(corpus: Path, tmp_path: Path) -> None:
-    """Several texts a clip, one where there is no more; aspects alone will do; clip_index name the row of the batch."""
+    """Several texts per clip, fewer if it has fewer, aspects too; `clip_index` is the row of the batch."""
     items, _ = load_split(corpus)
     first = replace(items[0], labels={"captions": ["second"]})
     third = replace(items[2], caption=None, labels={"aspects": ["soft"]})
@@ -200,11 +200,11 @@ def test_batch_holds_every_text_with_its_clip(corpus: Path, tmp_path: Path) -> N
     texts = task.mulan.text.tokenizer.decode(batch["ids"])
     assert texts == ["soft", first.caption, "second", items[1].caption] and batch["clip_index"].tolist() == [0, 1, 1, 2]
     assert batch["wavs"].shape == (3, 3200) and batch["lengths"].tolist() == [3200] * 3
-    # four texts of three clips: each text is told from two other clips, and from three or two other texts
+    # four texts of three clips: each text is contrasted with two other clips, and with three or two other texts
     assert task.chance["loss"] == pytest.approx(math.log(8), rel=0.2)
 
 
-def test_several_captions_of_a_file_take_turns(corpus: Path, tmp_path: Path) -> None:
+def test_several_captions_of_a_file_alternate(corpus: Path, tmp_path: Path) -> None:
     """Without a sampler every caption has its epoch, and a batch is a pure function of epochs and indices."""
     items, _ = load_split(corpus)
     item = replace(items[0], labels={"captions": [items[0].caption, "second", " ", "third"]})
@@ -216,7 +216,7 @@ def test_several_captions_of_a_file_take_turns(corpus: Path, tmp_path: Path) -> 
 def test_validation_counts_every_clip_of_a_caption(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two clips of one caption: a query that finds the other one has found it, ties count against, chance knows."""
+    """Two clips with one caption: either clip is correct, ties count against the model, also in chance."""
     items, valid = load_split(corpus)
     held_out = [replace(valid[0], caption="same"), replace(valid[1], caption="same"), replace(valid[3], caption="b")]
     mulan = tiny_mulan()
@@ -238,7 +238,7 @@ def test_validation_counts_every_clip_of_a_caption(
 
 
 def test_held_out_clips_are_described_by_their_first_caption(corpus: Path, tmp_path: Path) -> None:
-    """Further captions are for training; without captions the aspects are the words."""
+    """Only the first caption is used; without captions, the aspects."""
     items, valid = load_split(corpus)
     held_out = [replace(valid[0], labels={"captions": ["another"]}), replace(valid[1], caption=None)]
     task = _trainer(corpus, tmp_path, folder=None, items=(items, held_out)).task
@@ -257,7 +257,7 @@ def test_held_out_clips_are_described_by_their_first_caption(corpus: Path, tmp_p
 def test_validation_keeps_close_clips_apart_in_bfloat16(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under autocast similarities are still of float32: rounded to bfloat16, clips that are near would tie."""
+    """Similarities are float32 also under autocast; in bfloat16, near clips would tie."""
     trainer = _trainer(corpus, tmp_path, precision="bf16", labels=())
     angles = torch.arange(4) * 1e-3
     latents = torch.stack([angles.cos(), angles.sin()], dim=1)
@@ -271,7 +271,7 @@ def test_validation_keeps_close_clips_apart_in_bfloat16(
 def test_tagging_names_the_labels_of_held_out_clips(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A model whose clips lie at the words for their register gets 1, one that mixes them up 0."""
+    """A model with clips at the words of their register scores 1, one that exchanges them scores 0."""
     task = _trainer(corpus, tmp_path, labels=["register"]).task
     assert task.chance["register_auc"] == task.chance["register_accuracy"] == 0.5
     low, high = torch.eye(2)
@@ -305,10 +305,10 @@ def _freeze(mulan: MuLaN) -> None:
 
 
 @pytest.mark.parametrize("fault", ["silent files", "frozen towers", "no learning rate", None])
-def test_loss_stuck_at_the_batch_size_alarms(
+def test_loss_stuck_at_chance_warns(
     fault: str | None, corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A user's loss sat at ln(batch) for the whole run and nothing said so; a run that learns is left alone."""
+    """A loss that stays at ln(batch) is reported, and a loss that falls is not."""
     mulan = tiny_mulan()
     if fault == "silent files":
         _silence(corpus)
@@ -328,7 +328,7 @@ def test_loss_stuck_at_the_batch_size_alarms(
 
 
 def test_trainer_rejects_what_it_cannot_use(corpus: Path, tmp_path: Path) -> None:
-    """Errors name what was given and what is needed."""
+    """Error messages name the input and the requirement."""
     with pytest.raises(ValueError, match="either"):
         MuLaNTrainer(mulan=tiny_mulan(), batch_size=2, num_train_steps=1)
     silent = AudioItem(corpus / "silent.wav", None, {}, 8000, 3200)
@@ -348,8 +348,8 @@ def test_trainer_rejects_what_it_cannot_use(corpus: Path, tmp_path: Path) -> Non
         _trainer(corpus, tmp_path, mulan=Pretrained(dim_latent=2, sample_hz=8000))
 
 
-def test_model_remembers_the_words_it_was_trained_on(corpus: Path, tmp_path: Path) -> None:
-    """Words of captions and aspects are saved with the model, beside those it knew before."""
+def test_model_saves_the_words_of_its_training(corpus: Path, tmp_path: Path) -> None:
+    """Words of captions and aspects are saved with the model, together with earlier ones."""
     mulan = tiny_mulan()
     mulan.text.known_words = ["flute"]
     _trainer(corpus, tmp_path, steps=1, mulan=mulan, folder=None, items=_with_several_texts(corpus)).train()
@@ -358,7 +358,7 @@ def test_model_remembers_the_words_it_was_trained_on(corpus: Path, tmp_path: Pat
 
 
 def test_any_joint_embedding_with_a_loss_can_be_trained(corpus: Path, tmp_path: Path) -> None:
-    """Another class than MuLaN trains, if it is called alike and says how it reads texts; a loss module need not be."""
+    """Another class than MuLaN trains if it has the same `forward` and a tokenizer; it needs no loss module."""
     inner = tiny_mulan()
 
     class Wrapped(JointEmbedding):
@@ -406,8 +406,8 @@ def _write_pairs(folder: Path, seed: int) -> list[AudioItem]:
 
 
 @pytest.mark.slow
-def test_mulan_tells_256_sounds_apart_within_100_steps(tmp_path: Path) -> None:
-    """A small MuLaN of usual shape, trained on 256 pairs, finds over 90% in batches of 64 sounds it never heard."""
+def test_mulan_distinguishes_256_sounds_after_100_steps(tmp_path: Path) -> None:
+    """A small MuLaN of usual shape, trained on 256 pairs, retrieves over 90% in batches of 64 held-out sounds."""
     train, valid = _write_pairs(tmp_path / "train", seed=0), _write_pairs(tmp_path / "valid", seed=1)
     tokenizer = TextTokenizer.train([item.caption for item in train if item.caption], vocab_size=320)
     sizes = {"dim": 64, "depth": 2, "heads": 4, "dim_head": 16}

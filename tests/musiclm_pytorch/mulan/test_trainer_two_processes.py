@@ -1,4 +1,4 @@
-"""Training of MuLaN with two processes on the CPU (gloo), judged by the files that they write."""
+"""Training of MuLaN with two processes on the CPU (gloo), checked by the files that they write."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def run_two(folder: Path, results: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_equal_one_with_the_joined_batch(tmp_path: Path) -> None:
-    """Three steps of two times 4 clips end at the weights of 8 clips at once, for every loss; so do loss and chance."""
+    """Three steps with two processes of 4 clips end at the weights, loss and chance of one process with 8 clips."""
     for clip, hz in enumerate(PITCHES_HZ):
         write_audio(tmp_path / f"{clip}.wav", tones(hz, seconds=0.6)[0], 8000)
     train(tmp_path, tmp_path / "one", batch_size=8)

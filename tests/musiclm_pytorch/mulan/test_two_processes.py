@@ -20,7 +20,7 @@ from tests.helpers.tiny_mulan import tiny_mulan, tones
 
 WAVS = tones(110, 180, 300, 500, 800, 1300, 2100)
 LENGTHS = torch.tensor([3200, 1500, 3000, 2000, 3100, 1800, 2500])
-OWNERS = torch.tensor([0, 1, 1, 2, 3, 3, 3, 4, 5, 6])
+CLIP_INDEX = torch.tensor([0, 1, 1, 2, 3, 3, 3, 4, 5, 6])
 # equal texts of clips that are not on the same process
 TEXTS = "deep,dull,a tone,low,a tone,middle,in between,high,deep,very high indeed".split(",")
 # clips of each process in two steps, of which the second is the short end of an epoch
@@ -49,13 +49,13 @@ def _trained(model: torch.nn.Module, rows: list[slice], chunk_size: int | None) 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     result = {}
     for step, own in enumerate(rows):
-        texts = [index for index, owner in enumerate(OWNERS.tolist()) if own.start <= owner < own.stop]
+        texts = [index for index, owner in enumerate(CLIP_INDEX.tolist()) if own.start <= owner < own.stop]
         optimizer.zero_grad()
         loss = model(
             WAVS[own],
             [TEXTS[index] for index in texts],
             LENGTHS[own],
-            clip_index=OWNERS[texts] - own.start,
+            clip_index=CLIP_INDEX[texts] - own.start,
             chunk_size=chunk_size,
         )
         loss.backward()

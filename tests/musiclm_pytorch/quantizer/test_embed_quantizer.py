@@ -40,7 +40,7 @@ def test_snippet_of_the_design_runs() -> None:
 
 
 def test_unfitted_quantizer_warns_once_and_is_fixed(caplog: pytest.LogCaptureFixture) -> None:
-    """Random codebooks are the same in every object, and only the first use says that they are random."""
+    """Random codebooks are the same in every object, and only the first use warns."""
     quantizer, latents = _quantizer(), _latents()
     with caplog.at_level(logging.WARNING):
         codes = quantizer.codes(latents=latents)
@@ -177,7 +177,7 @@ def test_the_map_of_texts_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
     assert agreements[0] < 0.5 and agreements[1] > 0.95
 
 
-def test_texts_are_of_the_audio_that_owns_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clip_index_assigns_texts_to_audio(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two texts of each clip in any order teach the map; with the wrong clip_index nothing is learned."""
     monkeypatch.setattr(modality_gap, "_PRIOR_CLIPS", 1)
     audio, generator = _latents(), torch.Generator().manual_seed(0)
@@ -302,8 +302,8 @@ def test_fingerprint_is_of_what_codes_depend_on(tmp_path: Path) -> None:
     assert len(seen) == 4 + len(names)
 
 
-def test_fingerprint_asks_a_published_model_who_it_is() -> None:
-    """Names of its weights change from release to release, so that it knows better."""
+def test_fingerprint_uses_that_of_a_published_model() -> None:
+    """Names of its weights change between releases, so that its own fingerprint is used."""
     quantizer = _quantizer(mulan=_Planted())
     first = quantizer.fingerprint()
     quantizer.mulan.fingerprint = lambda: "the published one"
@@ -313,8 +313,8 @@ def test_fingerprint_asks_a_published_model_who_it_is() -> None:
     assert quantizer.fingerprint() == named
 
 
-def test_quantizer_rejects_what_does_not_fit() -> None:
-    """Errors name what was given and what is needed."""
+def test_quantizer_rejects_wrong_inputs() -> None:
+    """Error messages name the input and the requirement."""
     quantizer, latents = _quantizer(), _latents()
     with pytest.raises(ValueError, match="more audio"):
         quantizer.fit(latents[:7])

@@ -104,7 +104,7 @@ def test_metrics_have_names() -> None:
 
 
 def test_files_are_fitted_and_their_captions_agree(tmp_path: Path) -> None:
-    """Captions that name what is heard get the codes of their windows, across the gap, in long files too."""
+    """Captions that match the audio have the codes of its windows, despite the modality gap, also in long files."""
     items = _steps(tmp_path, 12, seconds=1.2)
     quantizer = _quantizer()
     report = fit_quantizer(quantizer, items)
@@ -144,7 +144,7 @@ def test_every_window_is_embedded_as_mulan_does(tmp_path: Path, monkeypatch: pyt
 
 
 def test_held_out_files_are_what_is_measured(tmp_path: Path) -> None:
-    """Agreement is of held-out captions; what was fitted says how codes are used; without captions nothing is lost."""
+    """Agreement is measured on held-out captions, usage on the fitted files; captions are optional."""
     items, others = _steps(tmp_path / "train", 12), _steps(tmp_path / "valid", 5)
     wrong = [replace(item, labels={"captions": ["loudness of 0.05"]}) for item in others]
     fitted = fit_quantizer(_quantizer(), items)
@@ -158,7 +158,7 @@ def test_held_out_files_are_what_is_measured(tmp_path: Path) -> None:
 
 
 def test_captions_of_some_files_count_only_if_they_are_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mean of a few captions is no mean of texts: they are left out, until enough files have some."""
+    """Captions are used only if enough files have some, since the mean of a few is not the mean of texts."""
     items = _steps(tmp_path, 12)
     some = [item if index % 2 else replace(item, labels={}) for index, item in enumerate(items)]
     assert fit_quantizer(_quantizer(), some).agreement == ()
@@ -207,7 +207,7 @@ def test_nothing_is_read_for_a_fit_that_cannot_be(tmp_path: Path, monkeypatch: p
 
 
 def test_unused_codes_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Alike recordings leave most codes of a later level unused, and the log says which level and what to do."""
+    """Similar recordings leave most codes of a later level unused, and the log reports the level and a fix."""
     items = _steps(tmp_path, 4)
     with caplog.at_level(logging.WARNING):
         fit_quantizer(_quantizer(levels=1), items)

@@ -84,8 +84,8 @@ def test_repeated_rows_are_several_texts_of_a_clip(monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
-def test_what_does_not_fit_is_refused() -> None:
-    """Errors name what was given."""
+def test_wrong_inputs_are_refused() -> None:
+    """Error messages name the input."""
     audio, text, clip_index = _pairs()
     with pytest.raises(ValueError, match="one of 60 audio latents"):
         align_texts(audio, text, clip_index + 1)

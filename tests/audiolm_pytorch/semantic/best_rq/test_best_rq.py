@@ -277,7 +277,7 @@ def test_learns_far_below_chance():
     ],
 )
 def test_bad_waves_are_refused(wave, lengths, message):
-    """Guards the messages: what was given, and the least number of samples where a wave is too short."""
+    """Error messages have the input, and the minimum number of samples if a wave is too short."""
     with pytest.raises(ValueError, match=message):
         tiny_encoder().features(wave, lengths)
 
