@@ -92,9 +92,7 @@ def find_folder(
 
     Args:
         source: A folder, or a hub id (owner/name).
-        offline: Do not use the network; a hub id must be in the local cache.
-        revision: Branch, tag or commit of the hub.
-        cache_dir: Folder of downloads; None = the cache of Hugging Face.
+        offline: Use only local files and the local cache of the hub.
 
     Raises:
         ImportError: If transformers is not installed, which needs the client of the hub.
@@ -117,7 +115,7 @@ def find_folder(
     except (OSError, ValueError) as error:
         where = "the local cache (offline: nothing is downloaded)" if offline else "the Hugging Face hub"
         raise ValueError(
-            f"{source} is no folder here, and {where} has no {source}"
+            f"there is no folder {source}, and {where} has no {source}"
             f"{f' at revision {revision}' if revision else ''}; check the name, "
             f"{'allow the download once' if offline else 'the connection'}, or give a local folder ({error})"
         ) from error
@@ -154,9 +152,7 @@ def load_model(
     Args:
         source: A folder, or a hub id.
         model_classes: Accepted classes of transformers by their `model_type`.
-        offline: Do not use the network; a hub id must be in the local cache.
-        revision: Branch, tag or commit of the hub.
-        cache_dir: Folder of downloads.
+        offline: Use only local files and the local cache of the hub.
         unneeded: Prefixes of weights that may be missing, since the caller drops these parts.
 
     Raises:
@@ -175,8 +171,8 @@ def load_model(
     if not any(folder.glob("*.safetensors")):
         pickles = ", ".join(sorted(file.name for file in folder.glob("*.bin")))
         raise ValueError(
-            f"{folder} has no *.safetensors{f', only {pickles}, which unpickles code' if pickles else ''}; where you "
-            f"trust it, write it again: transformers.{model_class}.from_pretrained(…).save_pretrained(…)"
+            f"{folder} has no *.safetensors{f', only {pickles}, which unpickles code' if pickles else ''}; if you trust "
+            f"it, write it again with transformers.{model_class}.from_pretrained(…).save_pretrained(…)"
         )
     try:
         model, report = getattr(transformers, model_class).from_pretrained(
@@ -192,7 +188,9 @@ def load_model(
     absent = [*sorted(missing), *sorted(map(str, report["mismatched_keys"]))]
     if absent:
         # transformers only warns and leaves them random.
-        raise ValueError(f"the weights in {folder} do not fit {model_class}: missing or of another shape: {absent[:8]}")
+        raise ValueError(
+            f"the weights in {folder} do not fit {model_class}; missing or of another shape are {absent[:8]}"
+        )
     if report["unexpected_keys"]:
         logger.warning("%s: %d weights are not used", folder, len(report["unexpected_keys"]))
     licence = _licence_in(folder) or _LICENCES.get(str(source), LoadedModel.licence)
@@ -208,9 +206,7 @@ def load_tokenizer(
 
     Args:
         source: A folder, or a hub id.
-        offline: Do not use the network; a hub id must be in the local cache.
-        revision: Branch, tag or commit of the hub.
-        cache_dir: Folder of downloads.
+        offline: Use only local files and the local cache of the hub.
 
     Raises:
         ImportError: If transformers is not installed.

@@ -81,9 +81,7 @@ class TransformersEncoder(FrameEncoder):
             whatever their `preprocessor_config.json` says.
         window_seconds: Length of a window without its context.
         context_seconds: Context on each side of a window.
-        offline: Do not use the network; a hub id must be in the local cache.
-        revision: Branch, tag or commit of the hub.
-        cache_dir: Folder of downloads; None = the cache of Hugging Face.
+        offline: Use only local files and the local cache of the hub.
 
     Raises:
         ImportError: If transformers is not installed.
@@ -309,9 +307,7 @@ def open_encoder(
     Args:
         source: A folder written by `save_module` (an encoder, or a tokenizer, whose encoder is returned), or any source
             of `open_published`. Local files come before the hub.
-        offline: Do not use the network; a hub id must be in the local cache.
-        revision: Branch, tag or commit of the hub.
-        cache_dir: Folder of downloads; None = the cache of Hugging Face.
+        offline: Use only local files and the local cache of the hub.
 
     Raises:
         ImportError: If a published encoder is opened and transformers is not installed.

@@ -37,9 +37,7 @@ class HubertWithKmeans(KMeansTokenizer):
         output_layer: The layer that the centroids were fitted to, 1-based; later blocks are dropped.
         seq_len_multiple_of: Samples: waves are cut to a multiple of it. None = no cut.
         normalise_wave: Whether items are normalised to zero mean and unit variance; None = as the model was trained.
-        offline: Do not use the network; a hub id must be in the local cache.
-        revision: Branch, tag or commit of the hub.
-        cache_dir: Folder of downloads; None = the cache of Hugging Face.
+        offline: Use only local files and the local cache of the hub.
 
     Raises:
         ImportError: If transformers is not installed.
