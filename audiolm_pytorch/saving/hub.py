@@ -171,8 +171,8 @@ def load_model(
     if not any(folder.glob("*.safetensors")):
         pickles = ", ".join(sorted(file.name for file in folder.glob("*.bin")))
         raise ValueError(
-            f"{folder} has no *.safetensors{f', only {pickles}, which unpickles code' if pickles else ''}; if you trust "
-            f"it, write it again with transformers.{model_class}.from_pretrained(…).save_pretrained(…)"
+            f"{folder} has no *.safetensors{f', only {pickles}, which unpickles code' if pickles else ''}; if you "
+            f"trust it, write it again with transformers.{model_class}.from_pretrained(…).save_pretrained(…)"
         )
     try:
         model, report = getattr(transformers, model_class).from_pretrained(
