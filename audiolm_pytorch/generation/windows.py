@@ -18,7 +18,6 @@ from audiolm_pytorch.tokens.streams import Stream, frame_counts
 __all__ = ["SlidingWindowDecoder", "decode_in_windows", "plan_windows"]
 
 
-@beartype
 def plan_windows(num_frames: int, window_frames: int | None, alignment: int = 1) -> list[range]:
     """Cover a sequence with windows, each of which starts in the middle of the one before (MusicLM, sec. 5.4).
 

@@ -26,7 +26,6 @@ class CachePositions:
     start: int | None
 
     @classmethod
-    @beartype
     def after(cls, starts: Sequence[int], count: int, device: torch.device | str = "cpu") -> "CachePositions":
         """Positions of the next `count` rows of items that have `starts` rows."""
         positions = torch.tensor(starts).unsqueeze(1) + torch.arange(count)
