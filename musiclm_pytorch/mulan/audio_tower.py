@@ -41,7 +41,7 @@ class AudioSpectrogramTransformer(nn.Module):
             Captions that distinguish fast and slow need 1.
         spec_aug_freq_mask: In training, up to this fraction of the bins is masked; 0 = off.
         spec_aug_time_mask: In training, up to this fraction of the frames is masked; 0 = off.
-        patch_dropout: Fraction of patches that are left out in training to save time (FLIP, arXiv:2212.00794).
+        patch_dropout: Fraction of patches that are left out in training, which saves time (arXiv:2212.00794).
         position_waves: Waves per head of the bias by distance (`WavePositionBias`); 0 = no bias.
         ff_mult: Width of the feed-forward over `dim`.
     """

@@ -47,17 +47,17 @@ class MuLaNTask:
     @beartype
     def __init__(
         self,
-        *,
         mulan: JointEmbedding,
         train_items: Sequence[AudioItem],
         valid_items: Sequence[AudioItem],
+        *,
         seconds: float | int,
         batch_size: int,
-        captions: CaptionSampler | None = None,
-        chunk_size: int | None = None,
-        labels: Sequence[str] | None = None,
-        seed: int = 0,
-        cache_bytes: int = 2**30,
+        captions: CaptionSampler,
+        chunk_size: int | None,
+        labels: Sequence[str] | None,
+        seed: int,
+        cache_bytes: int,
     ) -> None:
         self._tokenize = _tokenizer_of(mulan)
         if chunk_size is not None and chunk_size < 1:
@@ -74,7 +74,7 @@ class MuLaNTask:
         self.module: nn.Module = mulan
         self.mulan = mulan
         self.batch_size, self.chunk_size = batch_size, chunk_size
-        self.captions = CaptionSampler(seed=seed) if captions is None else captions
+        self.captions = captions
         self.dataset = CropDataset(captioned, seconds, (mulan.sample_hz,), seed, cache_bytes)
         self.num_items = len(captioned)
         self.phases = (Phase("mulan", (mulan,), self.loss),)
@@ -189,12 +189,12 @@ class MuLaNTrainer:
         loop_settings = LoopSettings(num_train_steps=num_train_steps, batch_size=batch_size, **settings)
         train_items, valid_items = load_split(folder, valid_fraction) if folder is not None else items or ((), ())
         self.task = MuLaNTask(
-            mulan=mulan,
-            train_items=train_items,
-            valid_items=valid_items,
+            mulan,
+            train_items,
+            valid_items,
             seconds=seconds,
             batch_size=batch_size,
-            captions=captions,
+            captions=CaptionSampler(seed=loop_settings.seed) if captions is None else captions,
             chunk_size=chunk_size,
             labels=labels,
             seed=loop_settings.seed,
