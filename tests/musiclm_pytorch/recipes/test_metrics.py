@@ -181,7 +181,9 @@ class FakeMusicLM:
 
     def __init__(self) -> None:
         self.mulan_embed_quantizer = self
-        self.mulan = SimpleNamespace(sample_hz=SAMPLE_HZ, get_long_audio_latents=self.hear, get_text_latents=self.read)
+        self.mulan = SimpleNamespace(
+            sample_hz=SAMPLE_HZ, get_long_audio_latents=self.audio_latents, get_text_latents=self.text_latents
+        )
         self.audio_lm = self.AudioLM()
 
     class AudioLM:
@@ -194,13 +196,18 @@ class FakeMusicLM:
             words = [(list(PITCHES_HZ)[a], list(BEATS_HZ)[b]) for a, b in codes.tolist()]
             return torch.stack([played(*pair, torch.Generator().manual_seed(s)) for pair, s in zip(words, seeds)])
 
-    def hear(self, waves):
+    def parameters(self):
+        return iter(())
+
+    buffers = parameters
+
+    def audio_latents(self, waves):
         crossings = (waves[:, 1:].sign() != waves[:, :-1].sign()).float().mean(dim=1)
         envelope = waves.abs().unfold(1, 400, 400).amax(dim=2)
         rises = ((envelope[:, 1:] > 2 * envelope[:, :-1]) & (envelope[:, 1:] > 0.02)).sum(dim=1)
         return self.latents(crossings < 0.08, rises > 8)
 
-    def read(self, texts):
+    def text_latents(self, texts):
         cello, fast = (torch.tensor([word in text for text in texts]) for word in ("cello", "fast"))
         return self.latents(cello, fast)
 
