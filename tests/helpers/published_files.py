@@ -1,8 +1,7 @@
-"""Small random files in the layouts of the published ones: fairseq's HuBERT checkpoint and joblib's k-means.
+"""Write small random files in the layouts of fairseq's HuBERT checkpoint and joblib's k-means.
 
-The classes of fairseq and omegaconf that such files name are made up here and lie in `sys.modules` only while a file is
-written, so that whoever reads it has neither. The names of weights are written down from fairseq's side on purpose: the
-map in the library is not used.
+Stubs of the classes of fairseq and omegaconf are in `sys.modules` only while a file is written. The names of weights are
+those of fairseq's sources, and are independent of the table in the library.
 """
 
 import argparse
@@ -53,7 +52,7 @@ _NAMES = (
 def tiny_hubert(seed: int = 0, *, num_layers: int = 10, large: bool = False, **changes: Any) -> nn.Module:
     """A HubertModel in eval mode with the published strides (400 samples of context, a frame every 320), width 16.
 
-    Every parameter is random, norms and biases too, so that a weight in the wrong place shows. `large` gives the
+    Every parameter is random, norms and biases too, so that a misplaced weight changes the output. `large` selects the
     variant of the large checkpoints: layer norms in the extractor, convolutions with biases, norms before the blocks.
     """
     from transformers import HubertConfig, HubertModel
@@ -82,7 +81,7 @@ def tiny_hubert(seed: int = 0, *, num_layers: int = 10, large: bool = False, **c
             if is_scale:
                 tensor.copy_(1 + 0.2 * noise)
             elif tensor.ndim > 1:
-                # what blocks add is kept small: else ten of them leave every frame of a wave alike
+                # Small outputs of blocks, since otherwise ten blocks make all frames of a wave alike.
                 is_added = name.endswith(("out_proj.weight", "output_dense.weight", "v_proj.weight"))
                 tensor.copy_(noise * ((0.6 if is_added else 1.5) / tensor[0].numel() ** 0.5))
             else:
@@ -112,7 +111,7 @@ def hubert_state(model: nn.Module, seed: int = 1) -> "OrderedDict[str, Tensor]":
 
 
 def hubert_settings(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """The `cfg` that fairseq's trainer writes beside the weights, as far as a reader may look into it."""
+    """The `cfg` that fairseq's trainer writes beside the weights, with the entries that a reader may use."""
     config = model.config
     layered = config.feat_extract_norm == "layer"
     convolutions = list(zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True))
@@ -239,7 +238,7 @@ def write_kmeans(
 
 @contextmanager
 def fairseq_classes() -> Iterator[dict[str, type]]:
-    """Put modules with the names of fairseq and omegaconf into `sys.modules`, for as long as the block lasts."""
+    """Put stub modules of fairseq and omegaconf into `sys.modules` within the block."""
     places = {
         "fairseq.data.dictionary": ["Dictionary"],
         "fairseq.models.hubert.hubert": ["HubertConfig"],
@@ -280,7 +279,7 @@ def dictionary(classes: dict[str, type]) -> Any:
 
 
 def omegaconf_tree(value: Any, classes: dict[str, type], parent: Any = None, key: Any = None) -> Any:
-    """What omegaconf pickles for plain settings: containers with metadata, references to their parents, leaf nodes."""
+    """What omegaconf pickles for plain settings, namely containers and leaf nodes with metadata and parents."""
     kinds = {dict: ("DictConfig", "ContainerMetadata"), list: ("ListConfig", "ContainerMetadata")}
     node_name, metadata_name = kinds.get(type(value), ("AnyNode", "Metadata"))
     node, metadata = classes[node_name](), classes[metadata_name]()

@@ -1,7 +1,7 @@
-"""Small random files in the layout of `vq-wav2vec.pt` and `vq-wav2vec_kmeans.pt`, and what codes they stand for.
+"""Write small random files in the layout of `vq-wav2vec.pt` and `vq-wav2vec_kmeans.pt`, and compute their codes.
 
-The names of weights are written down from fairseq's side, and the codes are computed in float64 from these weights by
-the formulas of the paper: nothing of the library is used.
+The names of weights are those of fairseq's sources. The codes are computed in float64 by the formulas of the paper,
+without the library.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def vq_state(settings: dict[str, Any], seed: int = 0) -> "OrderedDict[str, Tenso
         put_norm(f"feature_aggregator.conv_layers.{place}.3", WIDTH)
     put("wav2vec_predictions.project_to_steps.weight", WIDTH, WIDTH, 1, 12)
     put("wav2vec_predictions.project_to_steps.bias", WIDTH)
-    # what is the same in all channels says nothing: without it, more than a few codes are in use
+    # Without the mean over channels, more than a few codes are used.
     for name in state:
         if name.startswith(("vector_quantizer.weight_proj", "vector_quantizer.projection.0")) and "weight" in name[-6:]:
             state[name] -= state[name].mean(dim=1, keepdim=True)
