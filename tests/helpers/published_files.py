@@ -1,7 +1,7 @@
 """Write small random files in the layouts of fairseq's HuBERT checkpoint and joblib's k-means.
 
-Stubs of the classes of fairseq and omegaconf are in `sys.modules` only while a file is written. The names of weights are
-those of fairseq's sources, and are independent of the table in the library.
+Stubs of the classes of fairseq and omegaconf are in `sys.modules` only while a file is written. The names of weights
+are those of fairseq's sources, and are independent of the table in the library.
 """
 
 import argparse
