@@ -12,11 +12,10 @@ from audiolm_pytorch.codecs.quantizers.base import ResidualLevels
 from audiolm_pytorch.codecs.quantizers.distributed import distributed_sample, from_first_process, sum_over_processes
 from audiolm_pytorch.nn.kmeans import nearest_centroid
 from audiolm_pytorch.saving.modules import register
+from audiolm_pytorch.training.rng import preserve_rng
 
 __all__ = ["ResidualQuantizer"]
 
-_COMMITMENT_WEIGHT = 0.25
-_SMOOTHING = 1e-5
 # Ratio of code to residual length above which the gradient passes straight through: the rotation trick scales the
 # gradient by this ratio, which reaches thousands in silence.
 _MAX_ROTATED_RATIO = 4.0
@@ -37,16 +36,6 @@ class _Codebook(nn.Module):
         self.register_buffer("embed_avg", embed.clone())
         self.register_buffer("embed", embed)
 
-    def update(self, frames: Tensor, index: Tensor, decay: float) -> None:
-        """Move codes towards the mean of their frames `[n, d]` with index `[n]` (VQ-VAE, arXiv 1711.00937, A.1)."""
-        one_hot = F.one_hot(index, self.cluster_size.shape[1]).to(frames.dtype)
-        uses, sums = one_hot.sum(dim=0), (frames.t() @ one_hot).t().contiguous()
-        self.cluster_size[0].lerp_(sum_over_processes(uses), 1 - decay)
-        self.embed_avg[0].lerp_(sum_over_processes(sums), 1 - decay)
-        total = self.cluster_size.sum()
-        smoothed = (self.cluster_size + _SMOOTHING) / (total + self.cluster_size.numel() * _SMOOTHING) * total
-        self.embed.copy_(self.embed_avg / rearrange(smoothed, "one v -> one v 1"))
-
     def revive(self, frames: Tensor, dead_below_share: float) -> None:
         """Replace dead codes by random frames `[n, d]`, with averages that keep them until they can be used."""
         uses = self.cluster_size[0]
@@ -64,7 +53,7 @@ class _Codebook(nn.Module):
 class _Levels(nn.Module):
     """Projections and levels with the state of `vector_quantize_pytorch.ResidualVQ`, which saved codecs contain.
 
-    The package itself is not needed to load a codec; its import takes more than a second.
+    The package trains the levels (`trained_layers`). Loading a codec does not import it, since that takes a second.
     """
 
     def __init__(self, dim: int, codebook_dim: int, codebook_size: int, num_quantizers: int) -> None:
@@ -75,6 +64,33 @@ class _Levels(nn.Module):
         self.layers = nn.ModuleList(
             nn.ModuleDict({"_codebook": _Codebook(codebook_size, codebook_dim)}) for _ in range(num_quantizers)
         )
+        self._trained_layers: tuple[Any, ...] = ()  # a tuple is not registered: the state is in `layers`
+
+    def trained_layers(self, decay: float) -> tuple[Any, ...]:
+        """The levels as `VectorQuantize` layers that train the codebooks of `layers` in place."""
+        if not self._trained_layers:
+            from vector_quantize_pytorch import VectorQuantize
+
+            codebook_size, dim = self.layers[0].get_buffer("_codebook.embed").shape[1:]
+            with preserve_rng():
+                self._trained_layers = tuple(
+                    VectorQuantize(
+                        dim=dim,
+                        codebook_size=codebook_size,
+                        decay=decay,
+                        threshold_ema_dead_code=0,
+                        rotation_trick=True,
+                        commitment_weight=0.25,
+                        sync_codebook=False,
+                    )
+                    for _ in self.layers
+                )
+        for layer, trained in zip(self.layers, self._trained_layers):
+            trained.train()
+            # the tensors may have moved to another device since the last step
+            trained._codebook._buffers.update(layer.get_submodule("_codebook")._buffers)
+            trained._codebook.all_reduce_fn = sum_over_processes
+        return self._trained_layers
 
 
 @register
@@ -157,33 +173,21 @@ class ResidualQuantizer(ResidualLevels):
 
     def _quantize_in_training(self, projected: Tensor, num_levels: int) -> tuple[Tensor, Tensor, Tensor]:
         residual, total, loss, codes = projected, torch.zeros_like(projected), projected.new_zeros(()), []
-        for level, layer in enumerate(self.rvq.layers[:num_levels]):
-            codes.append(self._nearest(residual.detach(), level))
-            code = F.embedding(codes[-1], self.codebook(level))
+        trained_layers = self.rvq.trained_layers(self.config["decay"])
+        for layer, trained in zip(self.rvq.layers[:num_levels], trained_layers):
+            codebook = layer["_codebook"].embed[0].clone()  # the layer moves its codes after it has selected them
+            rotated, index, commitment_loss = trained(residual)
+            code = F.embedding(index, codebook)
+            is_steep = code.norm(dim=-1, keepdim=True) > _MAX_ROTATED_RATIO * residual.norm(dim=-1, keepdim=True)
+            passed = torch.where(is_steep, residual, rotated)
+            total = total + passed + (code - passed).detach()
             with torch.no_grad():
                 frames = rearrange(residual, "b f d -> (b f) d")
-                layer._codebook.update(frames, rearrange(codes[-1], "b f -> (b f)"), self.config["decay"])
-                layer._codebook.revive(frames, self.config["dead_below_share"])
-            passed = _rotated(residual, code)
-            total = total + passed + (code - passed).detach()
-            loss = loss + _COMMITMENT_WEIGHT * F.mse_loss(residual, code)
+                layer["_codebook"].revive(frames, self.config["dead_below_share"])
+            loss = loss + commitment_loss
             residual = residual - code
+            codes.append(index)
         return total, torch.stack(codes, dim=-1), loss
-
-
-def _rotated(residual: Tensor, code: Tensor) -> Tensor:
-    """The residual `[b, f, d]` rotated and scaled to the code, with constant rotation (arXiv 2410.06424, section 4.2).
-
-    Where the code is much longer, the residual itself.
-    """
-    length, code_length = (x.norm(dim=-1, keepdim=True) for x in (residual, code))
-    u, q = (residual / length.clamp(min=1e-6)).detach(), code / code_length.clamp(min=1e-6)
-    w = F.normalize(u + q, dim=-1, eps=1e-6)
-    row = residual.unsqueeze(-2)
-    reflected = row @ w.unsqueeze(-1) @ w.unsqueeze(-2)
-    turned = row @ u.unsqueeze(-1) @ q.unsqueeze(-2)
-    rotated = (row - 2 * reflected + 2 * turned).squeeze(-2) * (code_length / length.clamp(min=1e-6)).detach()
-    return torch.where(code_length > _MAX_ROTATED_RATIO * length, residual, rotated)
 
 
 def _kmeans(points: Tensor, num_clusters: int, iterations: int) -> tuple[Tensor, Tensor]:
