@@ -82,7 +82,7 @@ def require_transformers() -> Any:
     try:
         return import_module("transformers")
     except ImportError as error:
-        raise ImportError('published models need transformers: pip install "musiclm-pytorch[pretrained]"') from error
+        raise ImportError('published models need transformers: pip install "musiclm[pretrained]"') from error
 
 
 def find_folder(

@@ -23,7 +23,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "musiclm-pytorch[plot]"') from error
+        raise ImportError('plots need matplotlib: pip install "musiclm[plot]"') from error
 
 
 def _new_figure(inches: tuple[float, float]) -> Any:

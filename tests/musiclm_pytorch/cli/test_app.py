@@ -345,7 +345,7 @@ def test_missing_packages_are_named(musiclm_command, model, tmp_path, monkeypatc
     picture = tmp_path / "x.png"
     assert musiclm_command("generate", "x", "--model", model, "--out", tmp_path / "x.wav", "--plot", picture) == 2
     printed = capsys.readouterr().err
-    assert 'pip install "musiclm-pytorch[plot]"' in printed and printed.count("\n") == 1
+    assert 'pip install "musiclm[plot]"' in printed and printed.count("\n") == 1
     assert listing(tmp_path) == set()
 
 

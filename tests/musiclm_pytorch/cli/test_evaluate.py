@@ -227,7 +227,7 @@ def test_plots_need_matplotlib(musiclm_command, planted, tmp_path, capsys, monke
     """Said before anything is computed, with what to install."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert musiclm_command(*planted) == 2
-    assert 'pip install "musiclm-pytorch[plot]"' in capsys.readouterr().err
+    assert 'pip install "musiclm[plot]"' in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
