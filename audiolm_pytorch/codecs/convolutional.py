@@ -166,11 +166,6 @@ class _ConvNetwork(nn.Module, ABC):
     def _attention(self, dim: int) -> LocalTransformer:
         return LocalTransformer(dim, self.config["attn_depth"], self.config["attn_window_size"])
 
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "_ConvNetwork":
-        """Build the network from its `config`."""
-        return cls(**config)
-
     def _budget_frames(self) -> int:
         is_on_cpu = next(self.parameters()).device.type == "cpu"
         return max(1, (_CHUNK_SAMPLES_CPU if is_on_cpu else _CHUNK_SAMPLES_GPU) // self._samples_per_frame)

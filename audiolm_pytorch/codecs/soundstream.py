@@ -20,11 +20,9 @@ from audiolm_pytorch.codecs.spectral import SpectralDecoder, SpectralEncoder
 from audiolm_pytorch.codecs.streaming import DecoderStream, EncoderStream
 from audiolm_pytorch.nn.film import FiLM
 from audiolm_pytorch.saving.fingerprint import fingerprint_of
-from audiolm_pytorch.saving.modules import build_module, load_module, module_spec, register
+from audiolm_pytorch.saving.modules import load_module, module_spec, register
 
 __all__ = ["AudioLMSoundStream", "CodecOutput", "MusicLMSoundStream", "SoundStream", "SpectralSoundStream"]
-
-_PARTS = ("encoder", "decoder", "quantizer", "denoising")
 
 
 class CodecOutput(NamedTuple):
@@ -144,19 +142,13 @@ class SoundStream(StreamingCodec):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The JSON-compatible arguments of `from_config`."""
-        parts = {name: getattr(self, name) for name in _PARTS}
+        """Constructor arguments, JSON-able."""
+        parts = {name: getattr(self, name) for name in ("encoder", "decoder", "quantizer", "denoising")}
         return dict(
             **{name: module_spec(part) for name, part in parts.items() if part is not None},
             audio_channels=self.channels,
             target_sample_hz=self.target_sample_hz,
         )
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "SoundStream":
-        """Build the codec from its `config`."""
-        parts: dict[str, Any] = {name: build_module(config[name]) for name in _PARTS if name in config}
-        return cls(**parts, audio_channels=config["audio_channels"], target_sample_hz=config["target_sample_hz"])
 
     @classmethod
     def init_and_load_from(cls, path: str | Path) -> "SoundStream":

@@ -5,7 +5,7 @@ codec of the same width, and two CPU cores train it in minutes. The design follo
 ConvNeXt blocks, and a head that predicts magnitude and phase of every STFT frame.
 """
 
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +28,6 @@ _MAX_MAGNITUDE = 1e2
 _CHUNK_FRAMES = 250
 # ConvNeXt blocks: frames of the convolution, MLP width as a multiple of the width, initial weight of the branch
 _KERNEL_FRAMES, _EXPANSION, _BRANCH_SCALE = 7, 3, 0.2
-
-Network = TypeVar("Network", bound="_SpectralNetwork")
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -66,11 +64,6 @@ class _SpectralNetwork(nn.Module):
         self.embed = embed
         self.blocks = nn.ModuleList([ConvNeXtBlock(dim) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim)
-
-    @classmethod
-    def from_config(cls: type[Network], config: dict[str, Any]) -> Network:
-        """Build the network from its `config`."""
-        return cls(**config)
 
     def _budget_frames(self) -> int:
         return _CHUNK_FRAMES

@@ -27,11 +27,6 @@ class FiLM(nn.Module):
         # gamma - 1 and beta for each flag; equal to a linear layer on a one-hot flag
         self.table = nn.Parameter(torch.zeros(2, 2 * dim))
 
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "FiLM":
-        """Build the module from its `config`."""
-        return cls(**config)
-
     def forward(self, frames: Tensor, denoise: Tensor) -> Tensor:
         """Frames `[b, f, d]` and flags `[b]` (True: remove noise) to frames `[b, f, d]`."""
         scale, shift = self.table[denoise.long()].unsqueeze(1).chunk(2, dim=-1)

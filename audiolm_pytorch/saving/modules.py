@@ -1,8 +1,8 @@
 """Saved modules: weights as safetensors, everything else as JSON, no pickle.
 
-A module class that can be saved has `config` (JSON-able constructor arguments; parts as nested specs) and a classmethod
-`from_config(config)`, and is registered with `register`. A saved module is a folder with `model.safetensors` and
-`config.json`.
+A module class that can be saved is registered with `register` and has `config`, the JSON-able constructor arguments;
+parts are nested specs (`module_spec`). Where `config` differs from the arguments, a classmethod `from_config(config)`
+builds the module. A saved module is a folder with `model.safetensors` and `config.json`.
 """
 
 from collections.abc import Mapping
@@ -31,14 +31,7 @@ _registry: dict[str, type[nn.Module]] = {}
 
 
 def register(cls: ModuleClass) -> ModuleClass:
-    """Class decorator: let `build_module` and `load_module` find an `nn.Module` class by its name.
-
-    Raises:
-        TypeError: If the class has no `from_config`.
-        ValueError: If another class of the same name is registered.
-    """
-    if not callable(getattr(cls, "from_config", None)):
-        raise TypeError(f"{cls.__qualname__} cannot be registered: it needs a classmethod from_config(config)")
+    """Class decorator: let `build_module` and `load_module` find an `nn.Module` class by its name, which is unique."""
     known = _registry.get(cls.__name__)
     # The same class may be defined again, by a reloaded module or a notebook cell.
     if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
@@ -52,11 +45,7 @@ def register(cls: ModuleClass) -> ModuleClass:
 
 @beartype
 def module_spec(module: nn.Module) -> dict[str, Any]:
-    """Describe how to build a module: `{"class": name, "config": config}`, JSON-able.
-
-    Raises:
-        TypeError: If its class is not registered, or the module has no `config`.
-    """
+    """Describe how to build a module of a registered class: `{"class": name, "config": config}`, JSON-able."""
     cls = type(module)
     if _registry.get(cls.__name__) is not cls:
         raise TypeError(
@@ -70,11 +59,7 @@ def module_spec(module: nn.Module) -> dict[str, Any]:
 
 @beartype
 def build_module(spec: Mapping[str, Any]) -> nn.Module:
-    """Build a module from a spec of `module_spec`, with fresh weights.
-
-    Raises:
-        ValueError: If a key is missing, the class is not registered, or the class does not accept the config.
-    """
+    """Build a module from a spec of `module_spec`, with fresh weights; ValueError if the config is not accepted."""
     missing = [key for key in ("class", "config") if key not in spec]
     if missing:
         raise ValueError(f"a module spec needs the keys 'class' and 'config'; {missing} missing in {sorted(spec)}")
@@ -85,12 +70,21 @@ def build_module(spec: Mapping[str, Any]) -> nn.Module:
             "Import the package that defines it before loading"
         )
     try:
-        return cls.from_config(spec["config"])  # type: ignore[attr-defined]
+        if hasattr(cls, "from_config"):
+            return cls.from_config(spec["config"])
+        return cls(**{name: _built_parts(value) for name, value in spec["config"].items()})
     except (TypeError, KeyError, AttributeError, BeartypeCallHintViolation) as error:
         raise ValueError(
             f"the config of {spec['class']} does not fit this release ({type(error).__name__}: {error}); it was "
             "altered, or written by another release: install that release, or save the module again"
         ) from error
+
+
+def _built_parts(value: Any) -> Any:
+    """Replace a spec, or the specs in a list, by the modules that they describe."""
+    if isinstance(value, list):
+        return [_built_parts(item) for item in value]
+    return build_module(value) if isinstance(value, dict) and value.keys() == {"class", "config"} else value
 
 
 @beartype
@@ -101,13 +95,9 @@ def save_module(
 
     Args:
         module: A module of a registered class.
-        folder: Created where missing.
         extra: More JSON-able entries for `config.json`, which `read_config` returns.
-        dtype: Floating type of the stored weights, e.g. `torch.float16` for half the size; None keeps the dtypes.
-
-    Raises:
-        TypeError: If the class is not registered.
-        ValueError: If `extra` uses a reserved key, something is not JSON-able, or a weight overflows in `dtype`.
+        dtype: Floating type of the stored weights, e.g. `torch.float16` for half the size; None keeps the dtypes. A
+            weight that overflows in it raises a ValueError.
     """
     folder, extra = Path(folder), dict(extra or {})
     reserved = [key for key in _RESERVED_KEYS if key in extra]
@@ -129,13 +119,8 @@ def load_module(folder: str | Path, expect: type | None = None, device: str | to
     """Build a saved module and load its weights; the module is in eval mode and has its own dtypes (float32).
 
     Args:
-        folder: A folder written by `save_module`.
+        folder: A folder written by `save_module`. A damaged one raises a ValueError that names it.
         expect: The class (or a base of it) that the caller needs; None accepts any.
-        device: Device of the module.
-
-    Raises:
-        ValueError: If a file is missing or damaged, or the format, class or weights differ; the message names the
-            folder.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -157,11 +142,7 @@ def load_module(folder: str | Path, expect: type | None = None, device: str | to
 
 @beartype
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """Read `config.json` of a saved module: `format_version`, `class`, `config` and the extra entries.
-
-    Raises:
-        ValueError: If the file is missing, damaged, or of an unknown format version.
-    """
+    """Read `config.json` of a saved module: `format_version`, `class`, `config` and the extra entries."""
     path = Path(folder) / _CONFIG_FILE
     if not path.is_file():
         raise ValueError(f"{folder} holds no saved module: there is no {_CONFIG_FILE} in it")

@@ -10,7 +10,7 @@ from torch import Tensor
 from audiolm_pytorch.audio.padding import checked_lengths
 from audiolm_pytorch.nn.kmeans import nearest_centroid
 from audiolm_pytorch.saving.fingerprint import digest_of, part_fingerprint
-from audiolm_pytorch.saving.modules import build_module, module_spec, register
+from audiolm_pytorch.saving.modules import module_spec, register
 from audiolm_pytorch.semantic.base import FrameEncoder, SemanticTokenizer
 
 __all__ = ["KMeansTokenizer"]
@@ -79,11 +79,6 @@ class KMeansTokenizer(SemanticTokenizer):
         """Constructor arguments, JSON-able; centroids and statistics are weights."""
         config = {"encoder": module_spec(self.encoder), "layer": self.layer, "num_clusters": self.codebook_size}
         return config | ({"seq_len_multiple_of": self.seq_len_multiple_of} if self.seq_len_multiple_of else {})
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "KMeansTokenizer":
-        """Build a tokenizer whose weights and centroids are loaded later."""
-        return cls(**{**config, "encoder": build_module(config["encoder"])})
 
     def fingerprint(self) -> str:
         """Hash of encoder, layer, normalisation, centroids and the cut of lengths."""

@@ -89,11 +89,6 @@ class AudioSpectrogramTransformer(nn.Module):
         bias = WavePositionBias(heads, num_axes=2, num_waves=position_waves) if position_waves else None
         self.encoder = TransformerEncoder(dim, depth, heads, dim_head, ff_mult, float(dropout), position_bias=bias)
 
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "AudioSpectrogramTransformer":
-        """Build from `config`, with new weights."""
-        return cls(**config)
-
     def forward(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Embed clips.
 

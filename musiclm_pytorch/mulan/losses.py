@@ -55,11 +55,6 @@ class ContrastiveLoss(nn.Module, ABC):
         self.min_temperature = min_temperature
         self.log_temperature = nn.Parameter(torch.tensor(math.log(init_temperature)))
 
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "ContrastiveLoss":
-        """Build from `config`, with the initial temperature."""
-        return cls(**config)
-
     @property
     def temperature(self) -> Tensor:
         """The current temperature, a scalar in [min_temperature, 1 / min_temperature]."""

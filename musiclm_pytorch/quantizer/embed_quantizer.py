@@ -12,7 +12,7 @@ from audiolm_pytorch.conditioning.base import Conditioner
 from audiolm_pytorch.conditioning.tensors import ConditionTensor
 from audiolm_pytorch.nn.kmeans import nearest_centroid
 from audiolm_pytorch.saving.fingerprint import digest_of, part_fingerprint
-from audiolm_pytorch.saving.modules import build_module, module_spec, register
+from audiolm_pytorch.saving.modules import module_spec, register
 from audiolm_pytorch.saving.weights import weights_of
 from musiclm_pytorch.mulan.joint import JointEmbedding
 from musiclm_pytorch.quantizer.modality_gap import align_texts
@@ -99,11 +99,6 @@ class MuLaNEmbedQuantizer(Conditioner):
             "rq_num_quantizers": self.num_quantizers,
             "codebook_size": self.codebook_size,
         }
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "MuLaNEmbedQuantizer":
-        """Build from `config`, not fitted."""
-        return cls(**{**config, "mulan": build_module(config["mulan"])})
 
     @property
     def sample_hz(self) -> int:

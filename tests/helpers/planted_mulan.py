@@ -36,11 +36,6 @@ class PlantedMuLaN(JointEmbedding):
         """Constructor arguments."""
         return {"gap": self.gap}
 
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "PlantedMuLaN":
-        """Build from `config`."""
-        return cls(**config)
-
     def get_audio_latents(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
         """The first samples are the latent."""
         return normalize(torch.nn.functional.pad(wavs[:, :HEADER].float(), (0, 1)), dim=-1)

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,8 +10,6 @@ from torch import Tensor, nn
 __all__ = ["Discriminator", "ScaleOutput", "leaky_relu_", "run_layers"]
 
 _SLOPE = 0.2  # MelGAN (arXiv 1910.06711, appendix A) and EnCodec's published discriminator
-
-Network = TypeVar("Network", bound="Discriminator")
 
 
 class ScaleOutput(NamedTuple):
@@ -33,11 +31,6 @@ class Discriminator(nn.Module, ABC):
         super().__init__()
         self.config = config
         self.channels: int = config["channels"]
-
-    @classmethod
-    def from_config(cls: type[Network], config: dict[str, Any]) -> Network:
-        """Build the discriminator from its `config`."""
-        return cls(**config)
 
     def forward(self, wave: Tensor) -> list[ScaleOutput]:
         """Outputs of all scales for waves `[b, c, n]` with any n > 0."""

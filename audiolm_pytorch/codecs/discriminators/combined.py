@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from audiolm_pytorch.codecs.discriminators.base import ScaleOutput
 from audiolm_pytorch.codecs.discriminators.spectral import ComplexSTFTDiscriminator, MultiScaleSTFTDiscriminator
 from audiolm_pytorch.codecs.discriminators.wave import MultiScaleWaveDiscriminator
-from audiolm_pytorch.saving.modules import build_module, module_spec, register
+from audiolm_pytorch.saving.modules import module_spec, register
 
 __all__ = ["Discriminators", "encodec_discriminators", "soundstream_discriminators"]
 
@@ -27,13 +27,8 @@ class Discriminators(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The JSON-compatible arguments of `from_config`."""
+        """Constructor arguments, JSON-able."""
         return {"parts": [module_spec(part) for part in self.parts]}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "Discriminators":
-        """Build the discriminators from their `config`."""
-        return cls([build_module(spec) for spec in config["parts"]])
 
     def forward(self, wave: Tensor) -> list[ScaleOutput]:
         """Outputs of all scales of all parts for waves `[b, c, n]`, in order."""

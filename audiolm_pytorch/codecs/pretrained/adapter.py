@@ -112,7 +112,7 @@ class PretrainedCodec(Codec):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The JSON-compatible arguments of `from_config`."""
+        """Description of the model from which `from_config` builds the codec, JSON-able."""
         return dict(model=model_settings(self.model), options=self.options, origin=portable_origin(self.origin))
 
     @classmethod

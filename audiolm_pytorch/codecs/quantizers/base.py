@@ -84,11 +84,6 @@ class ResidualLevels(FrameQuantizer):
         self.dim, self.codebook_size = config["dim"], config["codebook_size"]
         self.num_quantizers, self.level_dropout = config["num_quantizers"], config["level_dropout"]
 
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "ResidualLevels":
-        """Build the quantizer from its `config`."""
-        return cls(**config)
-
     def forward(self, frames: Tensor, num_levels: int | None = None) -> Quantized:
         """Quantize frames `[b, f, d]` (see `FrameQuantizer.forward`)."""
         if not self.training:

@@ -1,6 +1,6 @@
 """Group-residual quantization: equal parts of a frame with a residual quantizer each (arXiv 2305.02765)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from audiolm_pytorch.codecs.quantizers.base import FrameQuantizer, Quantized, ResidualLevels
 from audiolm_pytorch.codecs.quantizers.fixed_grid import ResidualFiniteScalarQuantizer, ResidualLookupFreeQuantizer
 from audiolm_pytorch.codecs.quantizers.vector import ResidualQuantizer
-from audiolm_pytorch.saving.modules import build_module, module_spec, register
+from audiolm_pytorch.saving.modules import module_spec, register
 
 __all__ = ["GroupedQuantizer", "make_quantizer"]
 
@@ -44,14 +44,8 @@ class GroupedQuantizer(FrameQuantizer):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The JSON-compatible arguments of `from_config`."""
+        """Constructor arguments, JSON-able."""
         return {"quantizers": [module_spec(part) for part in self.quantizers]}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "GroupedQuantizer":
-        """Build the quantizer from its `config`."""
-        parts: list[Any] = [build_module(spec) for spec in config["quantizers"]]
-        return cls(quantizers=parts)
 
     def forward(self, frames: Tensor, num_levels: int | None = None) -> Quantized:
         """Quantize frames `[b, f, d]` (see `FrameQuantizer.forward`); all groups leave the same levels out."""
@@ -115,11 +109,10 @@ def make_quantizer(
         raise ValueError("a quantizer is either lookup-free or finite-scalar: switch one of the two off")
     if groups < 1 or dim % groups:
         raise ValueError(f"frames of width {dim} have no {groups} equal groups; choose a divisor of {dim}")
-    kind: type[ResidualLevels] = ResidualQuantizer
+    kind: Callable[..., ResidualLevels] = ResidualQuantizer
     if lookup_free:
         kind = ResidualLookupFreeQuantizer
     elif finite_scalar:
         kind = ResidualFiniteScalarQuantizer
-    sizes: dict[str, Any] = dict(dim=dim // groups, codebook_size=codebook_size, num_quantizers=num_quantizers)
-    parts = [kind.from_config(sizes) for _ in range(groups)]
+    parts = [kind(dim=dim // groups, codebook_size=codebook_size, num_quantizers=num_quantizers) for _ in range(groups)]
     return parts[0] if groups == 1 else GroupedQuantizer(quantizers=parts)

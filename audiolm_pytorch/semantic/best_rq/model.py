@@ -71,11 +71,6 @@ class BestRQEncoder(FrameEncoder):
         self.to_tokens = nn.Linear(self.front_end.dim, dim)
         self.transformer = TransformerEncoder(dim, depth, heads, dim_head=dim_head, ff_mult=ff_mult, dropout=dropout)
 
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "BestRQEncoder":
-        """Build an untrained encoder."""
-        return cls(**config)
-
     def num_frames(self, num_samples: int) -> int:
         """`ceil(num_samples / downsample_factor)`; ValueError if the wave is shorter than one token."""
         return self.front_end.num_frames(num_samples)

@@ -36,10 +36,6 @@ class Leaf(nn.Module):
     def config(self) -> dict[str, Any]:
         return {"width": self.width}
 
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "Leaf":
-        return cls(**config)
-
 
 @register
 class Tree(nn.Module):
@@ -55,20 +51,12 @@ class Tree(nn.Module):
     def config(self) -> dict[str, Any]:
         return {"leaf": module_spec(self.leaf), "sizes": self.sizes}
 
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "Tree":
-        return cls(build_module(config["leaf"]), config["sizes"])
-
 
 @register
 class Bush(nn.Module):
     """Another registered class."""
 
     config: dict[str, Any] = {}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "Bush":
-        return cls()
 
 
 def assert_same_state(one: nn.Module, other: nn.Module) -> None:
@@ -255,14 +243,10 @@ def test_only_registered_modules_with_a_config_are_saved(tmp_path: Path) -> None
         pass
 
     class Silent(nn.Module):
-        @classmethod
-        def from_config(cls, config: dict[str, Any]) -> "Silent":
-            return cls()
+        pass
 
     with pytest.raises(TypeError, match="Homeless is not a registered module class"):
         save_module(Homeless(), tmp_path)
-    with pytest.raises(TypeError, match="from_config"):
-        register(Homeless)
     with pytest.raises(TypeError, match="needs an attribute or property `config`"):
         save_module(register(Silent)(), tmp_path)
     with pytest.raises(ValueError, match="may not be called \\['class'\\]"):

@@ -46,10 +46,6 @@ class SampleEncoder(FrameEncoder):
         self.gain = nn.Parameter(torch.tensor(gain))
         self.calls: list[int] = []
 
-    @classmethod
-    def from_config(cls, config: dict) -> "SampleEncoder":
-        return cls(**config)
-
     def num_frames(self, num_samples: int) -> int:
         if num_samples < DIM:
             raise ValueError(f"at least {DIM} samples are needed")
