@@ -19,11 +19,7 @@ __all__ = ["differences", "read_json", "read_weights", "staged_files", "sync_to_
 
 @beartype
 def write_json(path: str | Path, obj: Any) -> None:
-    """Write an object as JSON; a reader sees the old file or the new one. Missing folders are created.
-
-    Raises:
-        ValueError: If the object is not JSON-able; NaN and infinities are not.
-    """
+    """Write an object as JSON (no NaN); a reader sees the old file or the new one. Missing folders are created."""
     path = Path(path)
     try:
         text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)
@@ -35,11 +31,7 @@ def write_json(path: str | Path, obj: Any) -> None:
 
 @beartype
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        ValueError: If the file is missing or not JSON; the message names it.
-    """
+    """Read a JSON file; ValueError if it is missing or damaged."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -70,20 +62,13 @@ def write_weights(path: str | Path, weights: Mapping[str, Tensor], metadata: Map
     """
     path = Path(path)
     with staged_files(path.parent) as stage:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in weights.items()},
-            stage / path.name,
-            metadata=dict(metadata or {}),
-        )
+        contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
+        save_file(contiguous, stage / path.name, metadata=dict(metadata or {}))
 
 
 @beartype
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file: its tensors, on the CPU, and the strings of its header.
-
-    Raises:
-        ValueError: If the file is missing or damaged; the message names it.
-    """
+    """Read a safetensors file: its tensors, on the CPU, and the strings of its header; ValueError if it is damaged."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no file {path}")

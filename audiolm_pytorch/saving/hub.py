@@ -54,10 +54,9 @@ class LoadedModel:
     """A model of transformers and its origin.
 
     Attributes:
-        model: The model.
         source: Folder or hub id.
         revision: Commit of the hub; None for a local folder.
-        licence: Licence of the weights, as far as it is known.
+        licence: Licence of the weights.
         preprocessor: Settings of the feature extractor; empty where the folder has none.
     """
 
@@ -74,11 +73,7 @@ class LoadedModel:
 
 
 def require_transformers() -> Any:
-    """Import transformers.
-
-    Raises:
-        ImportError: If it is not installed; the message names the `pip install` line.
-    """
+    """Import transformers; an ImportError names the `pip install` line."""
     try:
         return import_module("transformers")
     except ImportError as error:
@@ -93,10 +88,6 @@ def find_folder(
     Args:
         source: A folder, or a hub id (owner/name).
         offline: Use only local files and the local cache of the hub.
-
-    Raises:
-        ImportError: If transformers is not installed, which needs the client of the hub.
-        ValueError: If the folder does not exist and the hub does not have it.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -123,11 +114,7 @@ def find_folder(
 
 
 def model_type_of(folder: Path) -> str:
-    """Read the `model_type` of a folder in transformers' format.
-
-    Raises:
-        ValueError: If its `config.json` is missing or damaged, or has no `model_type`.
-    """
+    """Read the `model_type` of a folder in transformers' format."""
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no model: there is no config.json in it")
@@ -150,15 +137,9 @@ def load_model(
     """Load a model of transformers in float32, with every weight from safetensors.
 
     Args:
-        source: A folder, or a hub id.
+        source: See `find_folder`.
         model_classes: Accepted classes of transformers by their `model_type`.
-        offline: Use only local files and the local cache of the hub.
         unneeded: Prefixes of weights that may be missing, since the caller drops these parts.
-
-    Raises:
-        ImportError: If transformers is not installed.
-        ValueError: If the folder is of another architecture, has no safetensors, or weights are missing or of another
-            shape.
     """
     transformers = require_transformers()
     folder, commit = find_folder(source, offline=offline, revision=revision, cache_dir=cache_dir)
@@ -202,15 +183,8 @@ def load_tokenizer(
 ) -> Tokenizer:
     """Load the tokenizer of a model of transformers as a `tokenizers.Tokenizer`, which can be saved as one JSON string.
 
-    Its post-processor adds the special tokens of the model. Truncation and padding are switched off.
-
-    Args:
-        source: A folder, or a hub id.
-        offline: Use only local files and the local cache of the hub.
-
-    Raises:
-        ImportError: If transformers is not installed.
-        ValueError: If the folder has no tokenizer, or only one that is written in Python.
+    Its post-processor adds the special tokens of the model. Truncation and padding are switched off. The arguments are
+    those of `find_folder`. A tokenizer that is written in Python raises a ValueError.
     """
     transformers = require_transformers()
     folder, _ = find_folder(source, offline=offline, revision=revision, cache_dir=cache_dir)

@@ -53,7 +53,7 @@ class DataUnpickler(_Unpickler):
     """Python's unpickler with a list of allowed instructions and names; every object becomes a `StandIn`.
 
     Args:
-        file: The pickle (binary, with `read` and `readline`); its position is behind the pickle after `load`.
+        file: The pickle; its position is behind the pickle after `load`.
         names: Full names of the classes and functions that the file may name.
         roots: Modules and packages all of whose classes it may name.
     """
@@ -64,11 +64,7 @@ class DataUnpickler(_Unpickler):
         self.dispatch = _Instructions()
 
     def find_class(self, module: str, name: str) -> ClassName:
-        """Return the stand-in of a class, without looking it up.
-
-        Raises:
-            RefusedFileError: If the name is not allowed.
-        """
+        """Return the stand-in of a class, without looking it up."""
         if max(len(module), len(name)) > _MAX_NAME_LENGTH:
             raise RefusedFileError("is refused: it names a class by a text of more than 256 letters")
         full_name = f"{module}.{name}"

@@ -72,7 +72,7 @@ _NAMES = (
 
 
 class _Storage(NamedTuple):
-    """Reference to a storage: its key in the file, the type of its numbers, and how many there are."""
+    """Reference to a storage in the file."""
 
     key: str
     dtype: torch.dtype
@@ -80,18 +80,13 @@ class _Storage(NamedTuple):
 
 
 class TorchCheckpoint:
-    """The content of a file written by `torch.save`, of any release since 0.4; nothing in it is run.
+    """The dictionary in a file written by `torch.save`, of any release since 0.4; nothing in it is run.
 
-    Args:
-        path: The file.
+    A ValueError is raised if it names anything but tensors, plain data and objects of fairseq, omegaconf and argparse.
 
     Attributes:
         content: The saved dictionary: plain containers, numbers, text, and a `StandIn` for everything else. `tensor`
             turns the stand-in of a tensor into the tensor.
-
-    Raises:
-        ValueError: If the file is missing, damaged, holds no dictionary, or names anything else than tensors, plain
-            data and objects of fairseq, omegaconf and argparse; one line with advice.
     """
 
     @beartype
@@ -113,11 +108,7 @@ class TorchCheckpoint:
 
     @beartype
     def tensor(self, value: Any) -> Tensor:
-        """Return the tensor of a stand-in in `content`, on the CPU; it may share memory with other tensors.
-
-        Raises:
-            ValueError: If it is no tensor, or does not lie within its storage.
-        """
+        """Return the tensor of a stand-in in `content`, on the CPU; it may share memory with other tensors."""
         with one_line_errors(self.path, _ADVICE):
             if type(value) is StandIn and value.name == _PARAMETER:
                 value = value.arguments[0]
@@ -125,9 +116,7 @@ class TorchCheckpoint:
                 raise RefusedFileError(f"is refused: it has a {type(value).__name__} where a tensor belongs")
             storage, offset, size, stride, *more = value.arguments
             if len(more) > 2 and more[2]:
-                raise RefusedFileError(
-                    "holds a conjugated or negated view; it must be saved again after resolve_conj()"
-                )
+                raise RefusedFileError("holds a conjugated or negated view; save it again after resolve_conj()")
             numbers = (offset, *size, *stride)
             if type(storage) is not _Storage or not all(type(number) is int and number >= 0 for number in numbers):
                 raise ValueError("it holds a tensor without a proper size")

@@ -17,9 +17,6 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 
     Tied tensors (the same memory under two names) appear under the first name only; `load_weights` fills both. Views
     that only overlap are copied.
-
-    Raises:
-        ValueError: If the state contains something that is not a tensor.
     """
     weights: dict[str, Tensor] = {}
     views: set[tuple[Any, ...]] = set()
@@ -42,15 +39,9 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 
 @beartype
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], where: str = "the weights") -> None:
-    """Copy weights into a module, which keeps its own dtypes and device.
+    """Copy weights, as `weights_of` returns them, into a module, which keeps its own dtypes and device.
 
-    Args:
-        module: The module to fill.
-        weights: Tensors by name, as `weights_of` returns them.
-        where: Name of the source in error messages.
-
-    Raises:
-        ValueError: If names or shapes differ; the message lists them.
+    A ValueError lists the names and shapes that differ; `where` is the source in this message.
     """
     own = module.state_dict()
     filled_views = {_view_of(own[name]) for name in weights if name in own}

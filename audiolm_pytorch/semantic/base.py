@@ -43,9 +43,6 @@ class SemanticTokenizer(nn.Module, ABC):
         Returns:
             Ids `[b, t]` int64 in `[0, codebook_size)`, -1 past an item's own `num_frames`. An item has the same ids
             alone and in a batch.
-
-        Raises:
-            ValueError: If shapes or devices do not match, samples are not finite, or an item is shorter than one token.
         """
 
     @abstractmethod
@@ -100,9 +97,6 @@ class FrameEncoder(nn.Module, ABC):
 
         Returns:
             Features `[b, t, d]` and the mask `[b, t]` bool of real frames. Padding does not change real frames.
-
-        Raises:
-            ValueError: If shapes do not match, an item is shorter than one frame, or there is no such layer.
         """
 
     @abstractmethod
@@ -114,6 +108,6 @@ class FrameEncoder(nn.Module, ABC):
         return self.features(wave, lengths, layer)
 
     def check_layer(self, layer: int) -> None:
-        """Raise a ValueError if there is no such layer."""
+        """Check that the encoder has a layer."""
         if not 0 <= layer <= self.depth:
             raise ValueError(f"layer must be in 0..{self.depth}, the layers of this {type(self).__name__}; got {layer}")

@@ -92,9 +92,6 @@ def write_features(
         encoder: In eval mode.
         origin: Identity of the features, see `write_shards`.
         advance: Called after every crop.
-
-    Raises:
-        ValueError: If features are not finite, or their number is not `num_frames` of the encoder; names the file.
     """
     # Batches start at fixed places of the plan, so that an interruption does not change which crops share a batch.
     batch_crops = min(_MAX_CROPS_PER_BATCH, max(1, int(_SECONDS_PER_BATCH / (dataset.seconds or _SECONDS_PER_BATCH))))
@@ -140,13 +137,9 @@ def _encode(encoder: FrameEncoder, dataset: CropDataset, crops: Sequence[Planned
 
 
 class FeatureShards:
-    """The frames that `write_features` wrote, as a `VectorSource`.
+    """The `num_frames` frames of width `dim` that `write_features` wrote, as a `VectorSource`.
 
-    Args:
-        origin: As it was written.
-        num_frames: Of all crops together.
-        dim: Width of a frame.
-        min_rows: Rows of a portion (except the last one) at least.
+    Portions (except the last one) have at least `min_rows` rows.
     """
 
     def __init__(self, folder: Path, origin: dict[str, Any], num_frames: int, dim: int, min_rows: int) -> None:

@@ -68,17 +68,11 @@ class KMeansTrainer:
         encoder: Of a registered class. It stays on its device and is not changed.
         layer: Layer whose hidden states are clustered.
         folder: Folder or manifest of audio; its training part is used, see `load_split`.
-        items: Files, instead of a folder.
         results_folder: Holds one run; other settings raise a ValueError.
         seconds: Length of the crops that are encoded; longer files have several.
         max_tokens: Vectors to fit on at most.
         num_epochs: Passes over the vectors; small data has more.
-        seed: Of the crops, the first centroids and the order.
         accelerator: Its processes share the encoding. None = a new one.
-
-    Raises:
-        TypeError: If the class of the encoder is not registered.
-        ValueError: If there are fewer tokens than clusters.
     """
 
     @beartype
@@ -136,12 +130,7 @@ class KMeansTrainer:
         return "usage" in self._record() and (self.results_folder / "tokenizer" / "config.json").is_file()
 
     def train(self) -> KMeansFit:
-        """Run the job from where it was interrupted; return the saved result if it is finished.
-
-        Raises:
-            ValueError: If the folder holds a run of other settings (the message has the difference), or features
-                are not finite.
-        """
+        """Run the job from where it was interrupted; return the saved result if it is finished."""
         accelerator = self._accelerator = self._accelerator or create_accelerator()
         self._check_run_folder(accelerator)
         if not self.is_finished:

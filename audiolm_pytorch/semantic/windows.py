@@ -15,11 +15,7 @@ __all__ = ["ReceptiveField", "Windows", "features_in_windows"]
 class ReceptiveField:
     """Receptive field of the frames of convolutions without padding: frame i covers `[i * stride, i * stride + reach)`.
 
-    Positions are samples, or vectors of a front end.
-
-    Attributes:
-        reach: Positions of one frame; HuBERT's seven convolutions have 400 samples together.
-        stride: Positions from one frame to the next; 320 samples in HuBERT.
+    Positions are samples, or vectors of a front end. In HuBERT, reach is 400 samples and stride 320.
     """
 
     reach: int = 1
@@ -50,12 +46,7 @@ class ReceptiveField:
 @beartype
 @dataclass(frozen=True)
 class Windows:
-    """Sizes of windows in frames: window w computes frames `[w * keep, (w + 1) * keep)`.
-
-    Attributes:
-        keep: Frames of a window.
-        context: Frames on each side that are encoded with them.
-    """
+    """Window w computes frames `[w * keep, (w + 1) * keep)`; `context` frames on each side are encoded with them."""
 
     keep: int
     context: int
@@ -75,12 +66,8 @@ def features_in_windows(
     frames near the ends of a window are approximate.
 
     Args:
-        encode: `[b, m, ...]` to `[b, frames.num_frames(m), d]`.
+        encode: Function of `[b, m, ...]` with the receptive field `frames` that returns `[b, frames.num_frames(m), d]`.
         inputs: `[b, n, ...]`, samples or vectors of a front end.
-        frames: The receptive field of `encode`.
-
-    Returns:
-        Features `[b, frames.num_frames(n), d]`.
     """
     total = frames.num_frames(inputs.shape[1])
     if total <= windows.keep:

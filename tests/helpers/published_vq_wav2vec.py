@@ -33,11 +33,9 @@ def vq_settings(**changes: Any) -> dict[str, Any]:
         conv_feature_layers=str(LAYERS),
         log_compression=True,
         no_conv_bias=False,
-        non_affine_group_norm=False,
         offset="auto",
         prediction_steps=12,
         project_features="none",
-        residual_scale=0.5,
         skip_connections_agg=True,
         skip_connections_feat=False,
         vq_depth=2,
@@ -64,9 +62,8 @@ def vq_state(settings: dict[str, Any], seed: int = 0) -> "OrderedDict[str, Tenso
         put(f"{name}.bias", after)
 
     def put_norm(name: str, width: int) -> None:
-        if not settings["non_affine_group_norm"]:
-            put(f"{name}.weight", width, around=1.0)
-            put(f"{name}.bias", width)
+        put(f"{name}.weight", width, around=1.0)
+        put(f"{name}.bias", width)
 
     before = 1
     for place, (width, kernel, _) in enumerate(LAYERS):
@@ -145,17 +142,13 @@ def naive_codes(state: dict[str, Tensor], settings: dict[str, Any], wave: Tensor
     def normalised(x: Tensor, name: str) -> Tensor:
         centred = x - x.mean()
         x = centred / (centred.pow(2).mean() + 1e-5).sqrt()
-        return x * weights[f"{name}.weight"][:, None] + weights[f"{name}.bias"][:, None] if name else x
+        return x * weights[f"{name}.weight"][:, None] + weights[f"{name}.bias"][:, None]
 
     x = wave.double()[None]
     for place, (_, kernel, stride) in enumerate(LAYERS):
         name = f"feature_extractor.conv_layers.{place}"
         y = torch.einsum("ock,ctk->ot", weights[f"{name}.0.weight"], x.unfold(1, kernel, stride))
-        y = activation(normalised(y, "" if settings["non_affine_group_norm"] else f"{name}.2"))
-        if settings["skip_connections_feat"] and place > 0:
-            step = x.shape[1] // y.shape[1]
-            y = sqrt(settings["residual_scale"]) * (y + x[:, [frame * step for frame in range(y.shape[1])]])
-        x = y
+        x = activation(normalised(y, f"{name}.2"))
     if settings["log_compression"]:
         x = (1 + x.abs()).log()
     groups = settings["vq_groups"]

@@ -21,8 +21,8 @@ class StackedLogMel(nn.Module):
     """Log-mel frames, normalised by fixed statistics of the corpus and stacked into one vector per token.
 
     Token i covers samples `[i * downsample_factor, (i + 1) * downsample_factor)`. The last token is padded with zeros,
-    so that a wave of n samples has `ceil(n / downsample_factor)` tokens. The statistics
-    are fitted once, and samples past an item's length count as zero, so that an item has the same tokens in any batch.
+    so that a wave of n samples has `ceil(n / downsample_factor)` tokens. The statistics are fitted once, and samples
+    past an item's length count as zero, so that an item has the same tokens in any batch.
 
     Args:
         n_fft: Samples of the analysis window.

@@ -29,9 +29,7 @@ class BestRQEncoder(FrameEncoder):
 
     Args:
         ff_mult: Inner width of the feed-forward over `dim`.
-        n_fft: Samples of the analysis window.
-        hop_length: Samples between mel frames (10 ms by default).
-        frames_per_token: Mel frames that are stacked into a token.
+        num_mels: See `StackedLogMel`, as for the next three arguments.
         window_tokens: Tokens that a window encodes (6 s by default); about a training crop.
         context_tokens: Tokens on each side of a window that its attention also reaches.
     """
@@ -72,7 +70,7 @@ class BestRQEncoder(FrameEncoder):
         self.transformer = TransformerEncoder(dim, depth, heads, dim_head=dim_head, ff_mult=ff_mult, dropout=dropout)
 
     def num_frames(self, num_samples: int) -> int:
-        """`ceil(num_samples / downsample_factor)`; ValueError if the wave is shorter than one token."""
+        """`ceil(num_samples / downsample_factor)`."""
         return self.front_end.num_frames(num_samples)
 
     def encode(self, frames: Tensor, mask: Tensor, layer: int | None = None) -> Tensor:
@@ -144,17 +142,10 @@ class BestRQ(nn.Module):
 
     Args:
         encoder: The encoder to train.
-        codebook_size: Codes per codebook, V.
-        codebook_dim: Width of the random projection.
-        num_targets: Codebooks that are predicted in parallel.
-        reach_tokens: Tokens on each side of a token that its targets also describe.
-        num_directions: Decorrelated directions that remain of these before the random projection. None = all of them,
-            not decorrelated.
+        codebook_size: See `TokenTargets`, as for the next four arguments and `seed`.
         seen_weight: Weight of the loss at tokens that were not hidden.
         start_prob: Probability that a hidden span starts at a token.
-        span_tokens: Length of a span.
         noise_std: Standard deviation of the noise that replaces hidden tokens.
-        seed: Seed of the frozen targets.
     """
 
     @beartype
@@ -201,8 +192,8 @@ class BestRQ(nn.Module):
 
         Args:
             wave: `[b, n]`, float, at the encoder's rate.
-            lengths: `[b]` int, samples of each item. None = no padding.
-            generator: CPU generator of masks and noise. None = the global one.
+            lengths: `[b]` int, samples of each item.
+            generator: CPU generator of masks and noise.
         """
         frames, valid = self.encoder.front_end(wave, lengths)
         hidden = sample_span_mask(valid, self.start_prob, self.span_tokens, generator)

@@ -19,12 +19,6 @@ class RandomProjectionQuantizer(nn.Module):
     """Frozen targets by a random projection and the index of the nearest random code (arXiv:2202.01855, eq. 1).
 
     Only `seed` determines the targets. The input must be normalised, or most codes stay unused (sec. 3.1).
-
-    Args:
-        dim: Width of the input vectors.
-        codebook_size: Codes per codebook, V.
-        codebook_dim: Width of the projection.
-        num_targets: Codebooks, each with its own projection.
     """
 
     @beartype
@@ -164,12 +158,7 @@ def sample_span_mask(
 ) -> Tensor:
     """Draw the tokens to hide: spans, which may overlap, start at each real token with probability `start_prob`.
 
-    Args:
-        valid: `[b, t]` bool, True where a token is real; every item has at least one.
-        generator: CPU generator; None = the global one.
-
-    Returns:
-        `[b, t]` bool, a subset of `valid` with at least one token in each item.
+    `valid` and the result are `[b, t]` bool, True where a token is real or hidden. Every item has at least one of both.
     """
     num_items, num_tokens = valid.shape
     starts = torch.rand(num_items, num_tokens, generator=generator) < start_prob

@@ -100,8 +100,6 @@ class SemanticTokenizerTrainer:
         folder: Folder or manifest of audio (`load_split`).
         items: Training items and held-out items, instead of `folder`.
         batch_size: Crops per step and process.
-        num_train_steps: Optimizer steps.
-        seconds: Length of a crop.
         results_folder: Folder of checkpoints, metrics and the tokenizer. A run in it is continued.
         objective: Masked prediction with this encoder. None = `BestRQ(encoder)`.
         **loop_settings: Further fields of `LoopSettings`, such as `learning_rate` or `precision`.
@@ -160,8 +158,6 @@ class SemanticTokenizerTrainer:
         Args:
             layer: None = three quarters of the depth, whose tokens describe melody and words best on music and spoken
                 digits.
-            num_clusters: Size of the token vocabulary.
-            max_tokens: Maximum of tokens of training audio to fit on.
             results_folder: Folder of the job. None = that of the training.
         """
         if not self.loop.is_finished:

@@ -15,12 +15,7 @@ from beartype import beartype
 from torch import Tensor
 
 from audiolm_pytorch.saving.files import read_weights
-from audiolm_pytorch.saving.restricted_pickle import (
-    DataUnpickler,
-    RefusedFileError,
-    StandIn,
-    one_line_errors,
-)
+from audiolm_pytorch.saving.restricted_pickle import DataUnpickler, RefusedFileError, StandIn, one_line_errors
 
 __all__ = ["read_centroids"]
 
@@ -56,9 +51,6 @@ def read_centroids(path: str | Path) -> dict[str, Tensor]:
 
     Returns:
         `centroids [k, d]`, and `mean` and `std` where the file has them, float32.
-
-    Raises:
-        ValueError: If the file is missing, damaged, or holds anything else; one line with advice.
     """
     path = Path(path).expanduser()
     if path.suffix == ".safetensors":

@@ -54,13 +54,7 @@ def group_norm_moments(extractor: Any, wave: Tensor, chunk_samples: int) -> Mome
 
 
 def convolved(extractor: Any, wave: Tensor, moments: Moments | None = None) -> Tensor:
-    """Vectors `[b, t, d]` of the front end.
-
-    Args:
-        extractor: `feature_extractor` of a model of transformers.
-        wave: `[b, n]` without padding.
-        moments: Moments for the group norm; None = those of this wave.
-    """
+    """Vectors `[b, t, d]` of the front end for waves `[b, n]`; `moments` None = those of these waves."""
     if moments is None:
         return rearrange(extractor(wave), "b d t -> b t d")
     first = extractor.conv_layers[0]

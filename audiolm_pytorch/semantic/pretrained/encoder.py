@@ -80,13 +80,7 @@ class TransformersEncoder(FrameEncoder):
             models with layer norm in their convolutions were trained so, those with group norm (HuBERT base) were not,
             whatever their `preprocessor_config.json` says.
         window_seconds: Length of a window without its context.
-        context_seconds: Context on each side of a window.
         offline: Use only local files and the local cache of the hub.
-
-    Raises:
-        ImportError: If transformers is not installed.
-        ValueError: If the source is missing, incomplete, not in safetensors, of another architecture, or has fewer
-            blocks; or if a number is out of range.
     """
 
     @beartype
@@ -148,7 +142,7 @@ class TransformersEncoder(FrameEncoder):
 
     @property
     def config(self) -> dict[str, Any]:
-        """Constructor arguments for `from_config`, JSON-able."""
+        """Description of the model and the other constructor arguments, JSON-able."""
         options = {
             "normalise_wave": self.normalise_wave,
             "window_seconds": self.window_seconds,
@@ -175,17 +169,12 @@ class TransformersEncoder(FrameEncoder):
         return nameless_fingerprint(self.model, facts)
 
     def num_frames(self, num_samples: int) -> int:
-        """Exact number of frames of a wave at `sample_hz`; HuBERT has 49 in a second.
-
-        Raises:
-            ValueError: If the wave is shorter than one frame.
-        """
+        """Exact number of frames of a wave at `sample_hz`; HuBERT has 49 in a second."""
         frames = self._frames.num_frames(num_samples)
         if not frames:
-            reach = self._frames.reach
             raise ValueError(
-                f"audio of {num_samples} samples is too short: a frame needs {reach} samples "
-                f"({1000 * reach / self.sample_hz:g} ms at {self.sample_hz} Hz); pass a longer wave, or add silence"
+                f"audio of {num_samples} samples is too short: a frame needs {self._frames.reach} samples at "
+                f"{self.sample_hz} Hz; pass a longer wave, or add silence"
             )
         return frames
 
@@ -278,10 +267,6 @@ def open_published(
     """Open a HuBERT checkpoint of fairseq, a folder in transformers' format, or a hub id.
 
     The arguments are those of `TransformersEncoder`. A checkpoint of fairseq has its own default of `normalise_wave`.
-
-    Raises:
-        ImportError: If transformers is not installed.
-        ValueError: If the source is missing, is no encoder that is read here, or has fewer blocks.
     """
     path = Path(source).expanduser()
     options: dict[str, Any] = {"layer_count": layer_count, "normalise_wave": normalise_wave}
@@ -308,10 +293,6 @@ def open_encoder(
         source: A folder written by `save_module` (an encoder, or a tokenizer, whose encoder is returned), or any source
             of `open_published`. Local files come before the hub.
         offline: Use only local files and the local cache of the hub.
-
-    Raises:
-        ImportError: If a published encoder is opened and transformers is not installed.
-        ValueError: If the source is missing, or is no encoder that is read here.
     """
     path = Path(source).expanduser()
     if path.is_file() or (path.suffix in _CHECKPOINT_SUFFIXES and not path.is_dir()):

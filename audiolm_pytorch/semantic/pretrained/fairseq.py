@@ -84,9 +84,6 @@ def read_fairseq(path: str | Path) -> FairseqCheckpoint:
     """Read a checkpoint of fairseq's trainer, e.g. `hubert_base_ls960.pt`; nothing in the file is run.
 
     Settings are read from `cfg` (a dictionary, or containers of omegaconf) or from `args`.
-
-    Raises:
-        ValueError: If the file is missing or damaged, names anything but data, or is no checkpoint of fairseq.
     """
     checkpoint = TorchCheckpoint(path)
     content, advice = checkpoint.content, "give a file as published, e.g. hubert_base_ls960.pt"
@@ -135,8 +132,7 @@ def renamed(name: str, patterns: tuple[tuple[str, str], ...]) -> str:
 def build_for(weights: dict[str, Tensor], build: Callable[[], nn.Module]) -> Any:
     """Build a module that weights will be loaded into, without using the caller's random numbers.
 
-    Raises:
-        ValueError: If the module has more than twice as many numbers as the weights.
+    A module of more than twice as many numbers as the weights raises a ValueError, before memory is used.
     """
     with torch.random.fork_rng(devices=[]):
         with torch.device("meta"):
@@ -149,11 +145,7 @@ def build_for(weights: dict[str, Tensor], build: Callable[[], nn.Module]) -> Any
 
 @beartype
 def conv_layers_of(setting: Any) -> list[list[int]]:
-    """Read fairseq's text of convolutions, like "[(512,10,5)] + [(512,3,2)] * 4": `[width, kernel, stride]` of each.
-
-    Raises:
-        ValueError: If it is anything else.
-    """
+    """Read fairseq's text of convolutions, like "[(512,10,5)] + [(512,3,2)] * 4": `[width, kernel, stride]` of each."""
     text = "".join(setting.split()) if isinstance(setting, str) and len(setting) <= 1000 else ""
     layers: list[list[int]] = []
     if re.fullmatch(rf"{_CONV_LAYERS}(?:\+{_CONV_LAYERS})*", text):
@@ -173,10 +165,6 @@ def hubert_from_fairseq(checkpoint: FairseqCheckpoint) -> Any:
 
     The base models and the large ones are read. The large ones have layer norms in the extractor, biases in the
     convolutions, and norms before the blocks. Masking is off.
-
-    Raises:
-        ImportError: If transformers is not installed.
-        ValueError: If the checkpoint is of another model, or its weights are missing, unknown or of other shapes.
     """
     transformers = require_transformers()
     _check_hubert(checkpoint)

@@ -27,12 +27,7 @@ class Filterbank:
     pairs it with zeros and masks the pair.
 
     Args:
-        num_mels: Mel bands.
         stride: Frames stacked into one vector, at least 2.
-
-    Raises:
-        ImportError: If transformers is not installed.
-        ValueError: If a number is out of range.
     """
 
     @beartype

@@ -38,11 +38,6 @@ class HubertWithKmeans(KMeansTokenizer):
         seq_len_multiple_of: Samples: waves are cut to a multiple of it. None = no cut.
         normalise_wave: Whether items are normalised to zero mean and unit variance; None = as the model was trained.
         offline: Use only local files and the local cache of the hub.
-
-    Raises:
-        ImportError: If transformers is not installed.
-        ValueError: If a file is missing, damaged or of another kind, the two files do not match, or the model has
-            another rate or fewer layers.
     """
 
     @beartype

@@ -39,7 +39,7 @@ __all__ = ["FairseqVQWav2Vec", "vq_wav2vec_from_fairseq"]
 _UNUSED = ("feature_aggregator.", "project_features.", "wav2vec_predictions.", "vector_quantizer.vars")
 # Defaults of all releases of fairseq. A checkpoint must have `log_compression`, whose default differs between releases,
 # and the strides, which no shape shows.
-_DEFAULTS = {"activation": "relu", "residual_scale": 0.5, "skip_connections_feat": False, "vq_groups": 2}
+_DEFAULTS = {"activation": "relu", "skip_connections_feat": False, "vq_groups": 2}
 _NAMES = (
     (r"feature_extractor\.conv_layers\.(\d+)\.0\.(weight)", r"features.layers.\1.conv.\2"),
     (r"feature_extractor\.conv_layers\.(\d+)\.2\.(weight|bias)", r"features.layers.\1.norm.\2"),
@@ -70,9 +70,6 @@ class FairseqVQWav2Vec(SemanticTokenizer):
         checkpoint_path: fairseq's checkpoint, or a network.
         target_sample_hz: Rate of the model, which its file decides; any other rate raises a ValueError.
         seq_len_multiple_of: Samples at `target_sample_hz`: waves are cut to a multiple of it. None = no cut.
-
-    Raises:
-        ValueError: If the file is missing, damaged or of another model, or a number is out of range.
     """
 
     @beartype
@@ -108,7 +105,7 @@ class FairseqVQWav2Vec(SemanticTokenizer):
 
     @property
     def config(self) -> dict[str, Any]:
-        """Constructor arguments for `from_config`, JSON-able."""
+        """Description of the network and the other constructor arguments, JSON-able."""
         return {
             "network": self.network.config,
             "target_sample_hz": self.target_sample_hz,
@@ -125,21 +122,14 @@ class FairseqVQWav2Vec(SemanticTokenizer):
         return fingerprint_of(self)
 
     def num_frames(self, num_samples: int) -> int:
-        """Exact number of tokens of a wave at `target_sample_hz`: the published models have 194 in a second.
-
-        Raises:
-            ValueError: If the wave is shorter than one frame.
-        """
+        """Exact number of tokens of a wave at `target_sample_hz`: the published models have 194 in a second."""
         frames = self.network.frames
         num_tokens = self.groups * frames.num_frames(self.cut_samples(num_samples))
         if not num_tokens:
-            cut = (
-                f", and lengths are cut to multiples of {self.seq_len_multiple_of}" if self.seq_len_multiple_of else ""
-            )
+            cut = f" (lengths are cut to multiples of {self.seq_len_multiple_of})" if self.seq_len_multiple_of else ""
             raise ValueError(
-                f"audio of {num_samples} samples is too short: a frame needs {frames.reach} samples "
-                f"({1000 * frames.reach / self.target_sample_hz:g} ms at {self.target_sample_hz} Hz){cut}; pass a "
-                "longer wave, or add silence"
+                f"audio of {num_samples} samples is too short: a frame needs {frames.reach} samples at "
+                f"{self.target_sample_hz} Hz{cut}; pass a longer wave, or add silence"
             )
         return num_tokens
 
@@ -160,12 +150,7 @@ class FairseqVQWav2Vec(SemanticTokenizer):
 
 @beartype
 def vq_wav2vec_from_fairseq(checkpoint: FairseqCheckpoint) -> VQWav2Vec:
-    """Build the network of a published checkpoint, in eval mode and float32, without the parts that make no codes.
-
-    Raises:
-        ValueError: If the checkpoint is of another model, lacks a setting, or its weights are missing, unknown or of
-            other shapes.
-    """
+    """Build the network of a published checkpoint, in eval mode and float32, without the parts that make no codes."""
     weights = {
         renamed(name, _NAMES): tensor for name, tensor in checkpoint.weights.items() if not name.startswith(_UNUSED)
     }
@@ -198,9 +183,8 @@ def _build_network(weights: dict[str, Tensor], settings: dict[str, Any]) -> VQWa
         layers=conv_layers_of(settings.get("conv_feature_layers")),
         activation=activation,
         log_compression=setting("log_compression", bool),
-        skip_scale=setting("residual_scale", float) if setting("skip_connections_feat", bool) else None,
-        affine_norm="features.layers.0.norm.weight" in weights,
     )
+    setting("skip_connections_feat", bool, (False,))  # no published model has them
     dim, groups = features.dim, setting("vq_groups", int, range(1, features.dim + 1))
     codebook = weights.get("quantizer.codebook")
     if codebook is not None:

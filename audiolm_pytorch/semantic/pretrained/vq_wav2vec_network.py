@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from math import prod, sqrt
+from math import prod
 from typing import Any, cast
 
 import torch
@@ -25,15 +25,12 @@ _SAMPLES_PER_CHUNK = 480_000
 class _ConvLayer(nn.Module):
     """A convolution without padding and bias, a norm over all channels and all time, and an activation."""
 
-    def __init__(
-        self, dim_in: int, layer: list[int], *, activation: str, skip_scale: float | None, affine: bool
-    ) -> None:
+    def __init__(self, dim_in: int, layer: list[int], activation: str) -> None:
         super().__init__()
         dim, kernel, stride = layer
         self.conv = nn.Conv1d(dim_in, dim, kernel, stride, bias=False)
-        self.norm = nn.GroupNorm(1, dim, affine=affine)
+        self.norm = nn.GroupNorm(1, dim)
         self.activation = ACTIVATIONS[activation]
-        self.skip_scale = skip_scale if dim_in == dim else None
         self.kernel, self.stride = kernel, stride
 
     def forward(self, x: Tensor, moments: Moments | None = None) -> Tensor:
@@ -43,14 +40,8 @@ class _ConvLayer(nn.Module):
             y = self.norm(y)
         else:
             y = (y - moments.mean) * (moments.variance + self.norm.eps).rsqrt()
-            if self.norm.affine:
-                y = y * rearrange(self.norm.weight, "d -> d 1") + rearrange(self.norm.bias, "d -> d 1")
-        y = self.activation(y)
-        if self.skip_scale is None:
-            return y
-        # The published rule, which differs from the stride in inputs of a few frames.
-        step = x.shape[-1] // y.shape[-1] if moments is None else self.stride
-        return (y + x[..., ::step][..., : y.shape[-1]]) * sqrt(self.skip_scale)
+            y = y * rearrange(self.norm.weight, "d -> d 1") + rearrange(self.norm.bias, "d -> d 1")
+        return self.activation(y)
 
 
 class ConvFeatures(nn.Module):
@@ -61,47 +52,25 @@ class ConvFeatures(nn.Module):
 
     Args:
         layers: Width, kernel and stride of every convolution.
-        activation: "relu" or "gelu".
         log_compression: Whether the features are `log(1 + |x|)`.
-        skip_scale: Square of the factor on the sum of a layer's input and output; None = no skip connections.
-        affine_norm: Whether the norms have weights and biases.
     """
 
     @beartype
-    def __init__(
-        self,
-        *,
-        layers: list[list[int]],
-        activation: str,
-        log_compression: bool,
-        skip_scale: float | None = None,
-        affine_norm: bool = True,
-    ) -> None:
+    def __init__(self, *, layers: list[list[int]], activation: str, log_compression: bool) -> None:
         super().__init__()
-        self.config = dict(
-            layers=layers,
-            activation=activation,
-            log_compression=log_compression,
-            skip_scale=skip_scale,
-            affine_norm=affine_norm,
-        )
+        self.config = dict(layers=layers, activation=activation, log_compression=log_compression)
         widths, kernels, strides = zip(*layers)
         self.dim: int = widths[-1]
         self.frames = ReceptiveField.of_convolutions(kernels, strides)
         self.log_compression = log_compression
         self.layers = nn.ModuleList(
-            _ConvLayer(dim_in, layer, activation=activation, skip_scale=skip_scale, affine=affine_norm)
-            for dim_in, layer in zip((1, *widths), layers)
+            _ConvLayer(dim_in, layer, activation) for dim_in, layer in zip((1, *widths), layers)
         )
 
     def forward(self, wave: Tensor) -> Tensor:
         """Waves `[b, n]` without padding to features `[b, d, t]`."""
         x = rearrange(wave, "b n -> b 1 n")
-        if wave.shape[1] > _SAMPLES_PER_CHUNK:
-            x = self._in_chunks(x)
-        else:
-            for layer in self.layers:
-                x = layer(x)
+        x = self._in_chunks(x) if wave.shape[1] > _SAMPLES_PER_CHUNK else nn.Sequential(*self.layers)(x)
         return x.abs().log1p() if self.log_compression else x
 
     def _in_chunks(self, x: Tensor) -> Tensor:
@@ -147,8 +116,7 @@ class GumbelQuantizer(nn.Module):
         dim: Width of the features.
         groups: Codes of a frame.
         codes: Number of different codes in a group.
-        depth: Linear layers; those before the last are twice as wide as the features.
-        activation: "relu" or "gelu", between the layers.
+        depth: Linear layers, with activations between them; all but the last are twice as wide as the features.
     """
 
     @beartype
@@ -175,11 +143,7 @@ class GumbelQuantizer(nn.Module):
 class KMeansQuantizer(nn.Module):
     """The nearest entries of a codebook (sec. 3.2), for each group of the projected, normalised features.
 
-    Args:
-        dim: Width of the features.
-        groups: Codes of a frame.
-        codes: Number of different codes in a group.
-        shared: Whether all groups use one codebook.
+    The arguments are those of `GumbelQuantizer`; `shared` means that all groups use one codebook.
     """
 
     @beartype
@@ -217,7 +181,7 @@ class VQWav2Vec(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """Constructor arguments for `from_config`, JSON-able."""
+        """Arguments of the parts, JSON-able."""
         kind = next(name for name, cls in _QUANTIZERS.items() if isinstance(self.quantizer, cls))
         return {"features": self.features.config, "kind": kind, "quantizer": self.quantizer.config}
 
