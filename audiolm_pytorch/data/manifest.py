@@ -238,7 +238,7 @@ def _manifest_line(item: AudioItem | ItemEntry, folder: Path) -> str:
 
 @beartype
 def split_items(
-    items: Sequence[AudioItem], valid_fraction: float = 0.05, seed: int = 0
+    items: Sequence[AudioItem], valid_fraction: float | int = 0.05, seed: int = 0
 ) -> tuple[list[AudioItem], list[AudioItem]]:
     """Split items into training and validation items by a hash of their names.
 
@@ -279,7 +279,7 @@ def _uniform_hash(name: str, seed: int) -> float:
 
 @beartype
 def load_split(
-    source: str | Path, valid_fraction: float = 0.05, seed: int = 0, min_seconds: float | int = 0.0
+    source: str | Path, valid_fraction: float | int = 0.05, seed: int = 0, min_seconds: float | int = 0.0
 ) -> tuple[list[AudioItem], list[AudioItem]]:
     """Load training and validation items, see `load_items` and `split_items`.
 
@@ -291,6 +291,13 @@ def load_split(
         train, valid = (load_items(manifest, min_seconds).items for manifest in manifests)
         return train, valid
     return split_items(load_items(source, min_seconds).items, valid_fraction, seed)
+
+
+def check_one_source(folder: str | Path | None, items: Sequence[Any] | None) -> None:
+    """Check that a trainer received either a folder or items."""
+    if (folder is None) == (items is None):
+        received = "neither folder nor items" if folder is None else "both folder and items"
+        raise ValueError(f"got {received}; pass either a folder (or manifest) of audio or items")
 
 
 @beartype
@@ -306,8 +313,7 @@ def training_items(
     Args:
         min_seconds: Length of one token. Shorter files of a folder are left out, shorter items raise a ValueError.
     """
-    if (folder is None) == (items is None):
-        raise ValueError("give either a folder (or manifest) of audio or (train, valid) items")
+    check_one_source(folder, items)
     train, valid = items if items is not None else load_split(folder or "", min_seconds=min_seconds)
     if not train:
         raise ValueError("there is no audio to learn from: the training items are empty")

@@ -21,6 +21,7 @@ from audiolm_pytorch.saving.modules import save_module
 from audiolm_pytorch.saving.weights import weights_of
 from audiolm_pytorch.semantic.base import SemanticTokenizer
 from audiolm_pytorch.training import LoopSettings, TrainLoop, TrainResult
+from audiolm_pytorch.training.arguments import trainer_arguments
 
 if TYPE_CHECKING:
     import accelerate
@@ -30,6 +31,7 @@ __all__ = ["CoarseTransformerTrainer", "FineTransformerTrainer", "SemanticTransf
 TABLE_FILE = "conditioning_table.safetensors"
 
 
+@trainer_arguments(LoopSettings)
 class StageTrainer:
     """Trains a stage on audio files or on token shards, resumably.
 
@@ -57,7 +59,7 @@ class StageTrainer:
         level_drop_prob: See `StageTask`.
         text_prob: Probability that a captioned recording is conditioned on the codes of its caption, not on its own, as
             in generation. Validation always uses codes of audio.
-        **settings: Further fields of `LoopSettings`, e.g. `learning_rate`.
+        **settings: Further fields of `LoopSettings`, e.g. `learning_rate` or `optimizer`.
     """
 
     @beartype

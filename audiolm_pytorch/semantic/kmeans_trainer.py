@@ -15,6 +15,7 @@ import torch
 from beartype import beartype
 
 from audiolm_pytorch.data import AudioItem, CropDataset, load_split
+from audiolm_pytorch.data.manifest import check_one_source
 from audiolm_pytorch.nn.kmeans import (
     ClusterUsage,
     Normalised,
@@ -29,6 +30,7 @@ from audiolm_pytorch.saving.modules import load_module, module_spec, read_config
 from audiolm_pytorch.semantic.base import FrameEncoder
 from audiolm_pytorch.semantic.features import FeatureShards, plan_crops, write_features
 from audiolm_pytorch.semantic.tokenizer import KMeansTokenizer
+from audiolm_pytorch.training.arguments import trainer_arguments
 from audiolm_pytorch.training.distributed import create_accelerator
 from audiolm_pytorch.training.tracking import progress_bar
 
@@ -55,6 +57,7 @@ class KMeansFit:
     usage: ClusterUsage
 
 
+@trainer_arguments()
 class KMeansTrainer:
     """Clusters the hidden states of one layer into semantic tokens (AudioLM, arXiv:2209.03143, sec. III-B).
 
@@ -97,8 +100,7 @@ class KMeansTrainer:
                 "need num_clusters, max_tokens and num_epochs of 1 or more, seed of 0 or more and seconds above 0, got "
                 f"{num_clusters}, {max_tokens}, {num_epochs}, {seed} and {seconds}"
             )
-        if (folder is None) == (items is None):
-            raise ValueError("pass either a folder (or manifest) of audio or a list of items")
+        check_one_source(folder, items)
         self._encoder = encoder.truncated(layer).eval().requires_grad_(False)
         module_spec(self._encoder)  # raises here, before the work, if the tokenizer could not be saved at the end
         self._layer, self._num_clusters, self._num_epochs = layer, num_clusters, num_epochs

@@ -23,7 +23,7 @@ __all__ = ["TrainLoop", "TrainResult"]
 class TrainLoop:
     """Trains a task in a folder, from the checkpoint of the folder if there is one.
 
-    Data order, noise and learning rate are pure functions of the seed and the step. A run that was killed and resumed
+    Data order and noise are pure functions of the seed and the step. A run that was killed and resumed
     has the same weights, bit for bit, as one that was not (same machine, same number of processes and threads). All
     processes need access to the folder; the first one writes it.
 
@@ -49,6 +49,10 @@ class TrainLoop:
     ) -> None:
         self.task, self.settings, self.folder, self._on_row = task, settings, Path(folder), on_row
         _check_phases(task.phases)
+        names = {phase.name for phase in task.phases}
+        for choice in (settings.optimizer, settings.schedule):
+            if isinstance(choice, dict) and not names.issuperset(choice):
+                raise ValueError(f"{task.name} has the phases {sorted(names)}, but the settings name {sorted(choice)}")
         if accelerator is not None:
             _check_accelerator(accelerator)
         self._accelerator = accelerator

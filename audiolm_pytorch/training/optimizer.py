@@ -1,22 +1,28 @@
-"""The optimizer step of one phase: backward, averaging over processes, clipping, AdamW, a guard against NaN."""
+"""The optimizer step of one phase: backward, averaging over processes, clipping, a guard against NaN."""
 
+import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from audiolm_pytorch.training.distributed import PersistentBuffers, average_gradients, broadcast_tensors
-from audiolm_pytorch.training.task import LoopSettings, LossOutput, Phase
+from audiolm_pytorch.training.task import LoopSettings, LossOutput, OptimizerChoice, Phase, ScheduleChoice
 
 if TYPE_CHECKING:
     import accelerate
 
-__all__ = ["PhaseOptimizer"]
+__all__ = ["PhaseOptimizer", "learning_rate_at"]
 
 
 class PhaseOptimizer:
-    """AdamW (arXiv:1711.05101) over the parameters of one phase, and its step.
+    """The optimizer of one phase, its learning rate, and its step.
+
+    Without another choice in the settings this is AdamW (arXiv:1711.05101) with a linear warm-up and half a cosine.
 
     Args:
         phase: Its parameters are on their device already.
@@ -24,7 +30,7 @@ class PhaseOptimizer:
         buffers: Buffers of the task's module.
 
     Raises:
-        ValueError: If the phase trains nothing, or parameters that are not in the task's module.
+        ValueError: If the phase trains nothing, or parameters outside the task's module or the optimizer.
     """
 
     def __init__(
@@ -46,22 +52,61 @@ class PhaseOptimizer:
                 "the task's module; it needs at least one, and all inside, since only that module is checkpointed"
             )
         self._names = [names[parameter] for parameter in self._parameters]
-        self.optimizer = torch.optim.AdamW(
-            self._groups(),
-            lr=settings.learning_rate,
-            betas=settings.betas,
+        choices: list[Any] = [settings.optimizer, settings.schedule]
+        optimizer, schedule = [item.get(phase.name) if isinstance(item, dict) else item for item in choices]
+        self._is_default = optimizer is None and schedule is None
+        self.optimizer = self._create_optimizer(optimizer)
+        self._scheduler = None if schedule is None else self._create_scheduler(schedule)
+
+    def _create_optimizer(self, choice: OptimizerChoice | None) -> Optimizer:
+        if choice is None:
             # one elementwise kernel for all tensors, hence deterministic; on other devices torch chooses
-            fused=True if accelerator.device.type in ("cpu", "cuda") else None,
-        )
+            fused = True if self._accelerator.device.type in ("cpu", "cuda") else None
+            settings = self._settings
+            choice = partial(
+                AdamW, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=fused
+            )
+        optimizer = choice if isinstance(choice, Optimizer) else choice(self._groups())
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must return a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        members = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        if {parameter for parameter in members if parameter.requires_grad} != set(self._parameters):
+            raise ValueError(
+                f"the {type(optimizer).__name__} of phase {self.phase.name!r} has other parameters than the trainable "
+                f"ones of the phase ({', '.join(self._names[:3])}, ...); with several phases pass a dict by phase"
+            )
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        return optimizer
 
     def _groups(self) -> list[dict[str, Any]]:
         """Weight decay on matrices and filters only, not on gains and biases."""
         matrices = [parameter for parameter in self._parameters if parameter.ndim >= 2]
         vectors = [parameter for parameter in self._parameters if parameter.ndim < 2]
-        groups = [(matrices, self._settings.weight_decay), (vectors, 0.0)]
-        return [{"params": members, "weight_decay": decay} for members, decay in groups if members]
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        return [group for group in groups if group["params"]]
 
-    def step(self, batches: Sequence[Any], step: int, learning_rate: float) -> list[dict[str, Tensor | float]] | None:
+    def _create_scheduler(self, choice: ScheduleChoice) -> LRScheduler:
+        scheduler = choice if isinstance(choice, LRScheduler) else choice(self.optimizer)
+        if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
+            name = type(scheduler).__name__
+            raise TypeError(f"schedule must return an LRScheduler whose step() needs no metric, got {name}")
+        if scheduler.optimizer is not self.optimizer:
+            raise ValueError(f"schedule changes another optimizer than that of phase {self.phase.name!r}; pass both")
+        return scheduler
+
+    def _set_learning_rate(self, step: int) -> None:
+        if self._scheduler is not None:
+            if step > self.phase.first_step:
+                self._scheduler.step()
+            return
+        settings = self._settings
+        limits: dict[str, Any] = {"warmup_steps": settings.warmup_steps, "num_train_steps": settings.num_train_steps}
+        for group in self.optimizer.param_groups:
+            peak, final_fraction = group["initial_lr"], settings.final_lr_fraction
+            group["lr"] = learning_rate_at(step, peak=peak, final_fraction=final_fraction, **limits)
+
+    def step(self, batches: Sequence[Any], step: int) -> list[dict[str, Tensor | float]] | None:
         """Train the phase's parameters for one step.
 
         Args:
@@ -72,6 +117,7 @@ class PhaseOptimizer:
             The metrics of each batch. None if the loss or the gradients were not finite; then parameters and buffers
             are as before the step.
         """
+        self._set_learning_rate(step)
         before = self._buffers.copy()
         metrics: list[dict[str, Tensor | float]] = []
         self.optimizer.zero_grad(set_to_none=True)
@@ -89,8 +135,6 @@ class PhaseOptimizer:
             self.optimizer.zero_grad(set_to_none=True)
             self._buffers.restore(before)
             return None
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         broadcast_tensors(self._accelerator, self._buffers.tensors())
@@ -103,34 +147,86 @@ class PhaseOptimizer:
         with torch.autocast(self._accelerator.device.type, dtype=torch.bfloat16, enabled=enabled):
             return self.phase.loss(batch, step)
 
-    def state(self) -> dict[str, Tensor]:
-        """Tensors of the optimizer as `parameter name/state name`."""
-        return {
-            f"{name}/{state_name}": value.detach()
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors as `parameter name/state name`; what else a custom optimizer or schedule has, as JSON holds it."""
+        states = {
+            f"{name}/{state_name}": value.detach() if isinstance(value, Tensor) else value
             for name, parameter in zip(self._names, self._parameters, strict=True)
             for state_name, value in self.optimizer.state.get(parameter, {}).items()
         }
+        tensors = {name: value for name, value in states.items() if isinstance(value, Tensor)}
+        if self._is_default:
+            return tensors, {}
+        name = f"the {type(self.optimizer).__name__} of phase {self.phase.name!r}"
+        state_dict = self.optimizer.state_dict()
+        if len(state_dict) > 2 or not all(isinstance(key, int) for key in state_dict["state"]):
+            raise ValueError(f"a checkpoint cannot hold {name}: it has a state that belongs to no parameter")
+        rest = {
+            "values": {key: value for key, value in states.items() if key not in tensors},
+            "groups": [{**group, "params": None} for group in state_dict["param_groups"]],
+            "schedule": None if self._scheduler is None else self._scheduler.state_dict(),
+        }
+        return tensors, _encoded(rest, name)
 
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore the tensors of `state`; those of other phases are ignored."""
-        state: dict[nn.Parameter, dict[str, Tensor]] = {}
+    def load_state(self, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
+        """Restore `state`; tensors of other phases are ignored."""
+        state: dict[nn.Parameter, dict[str, Any]] = {}
         parameters = dict(zip(self._names, self._parameters, strict=True))
-        for key, value in tensors.items():
+        saved = _decoded(rest) if rest else {}
+        for key, value in {**tensors, **saved.get("values", {})}.items():
             name, _, state_name = key.rpartition("/")
             if name in parameters:
                 parameter = parameters[name]
-                if value.shape == parameter.shape:
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
                     # files hold contiguous tensors, the fused step needs the memory order of the parameter
                     value = torch.empty_like(parameter, dtype=value.dtype).detach().copy_(value)
                 state.setdefault(parameter, {})[state_name] = value
         ordered = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        groups = self.optimizer.state_dict()["param_groups"]
+        for group, of_checkpoint in zip(groups, saved.get("groups", groups), strict=True):
+            group.update(of_checkpoint, params=group["params"])
         # load_state_dict moves tensors to the device, apart from those that stay on the CPU
         self.optimizer.load_state_dict(
             {
                 "state": {index: state[parameter] for index, parameter in enumerate(ordered) if parameter in state},
-                "param_groups": self.optimizer.state_dict()["param_groups"],
+                "param_groups": groups,
             }
         )
+        if self._scheduler is not None:
+            self._scheduler.load_state_dict(saved["schedule"])
+
+
+def learning_rate_at(
+    step: int, *, peak: float, warmup_steps: int, num_train_steps: int, final_fraction: float = 0.0
+) -> float:
+    """Linear warm-up, then half a cosine down to a fraction of the peak (SGDR without restarts, 1608.03983, eq. 5).
+
+    Steps count from 0. Step 0 has `peak / warmup_steps`, not 0, so that no step is idle. From the last step on the
+    rate stays at `peak * final_fraction`.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    last_step = max(num_train_steps - 1, warmup_steps + 1)
+    progress = min(1.0, (step - warmup_steps) / (last_step - warmup_steps))
+    return peak * (final_fraction + (1.0 - final_fraction) * 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+def _encoded(value: Any, name: str) -> Any:
+    """Encode a state for JSON, whose keys are texts: a dict becomes `{"items": [[key, value], ...]}`."""
+    if isinstance(value, Mapping):
+        return {"items": [[key, _encoded(item, f"{key} of {name}")] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        return [_encoded(item, name) for item in value]
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise ValueError(f"a checkpoint cannot hold {name}: it is a {type(value).__name__}, not a number or a text")
+
+
+def _decoded(value: Any) -> Any:
+    """Decode what `_encoded` returned."""
+    if isinstance(value, dict):
+        return dict(_decoded(value["items"]))
+    return [_decoded(item) for item in value] if isinstance(value, list) else value
 
 
 def _scalars(metrics: Mapping[str, Tensor | float]) -> dict[str, Tensor | float]:

@@ -18,7 +18,6 @@ from audiolm_pytorch.training.distributed import PersistentBuffers, broadcast_te
 from audiolm_pytorch.training.ema import WeightEMA
 from audiolm_pytorch.training.optimizer import PhaseOptimizer
 from audiolm_pytorch.training.rng import seed_rng
-from audiolm_pytorch.training.schedule import learning_rate_at
 from audiolm_pytorch.training.task import LoopSettings, Task
 from audiolm_pytorch.training.tracking import MetricsFile, MetricWindow, finite_or_none, progress_bar
 
@@ -146,15 +145,8 @@ class TrainingRun:
         micro_steps = range(step * settings.grad_accum_every, (step + 1) * settings.grad_accum_every)
         indices = [self.plan.indices(micro_step) for micro_step in micro_steps]
         batches = [to_device(self.task.batch(pairs), self.accelerator.device) for pairs in indices]
-        learning_rate = learning_rate_at(
-            step,
-            peak=settings.learning_rate,
-            warmup_steps=settings.warmup_steps,
-            num_train_steps=settings.num_train_steps,
-            final_fraction=settings.final_lr_fraction,
-        )
         for optimizer in self._begun(step):
-            metrics = optimizer.step(batches, step, learning_rate)
+            metrics = optimizer.step(batches, step)
             for batch_metrics in metrics or []:
                 self.window.add(optimizer.phase.name, batch_metrics)
             self._count_skip(optimizer.phase.name, metrics is None, indices)
@@ -243,17 +235,25 @@ class TrainingRun:
         if not self.accelerator.is_main_process:
             return
         tensors = {"model": weights_of(self.task.module), "optimizer": {}}
+        optimizers = {}
         for optimizer in self.optimizers:
-            tensors["optimizer"].update(optimizer.state())
+            of_phase, optimizers[optimizer.phase.name] = optimizer.state()
+            tensors["optimizer"].update(of_phase)
         if self.ema is not None:
             tensors["ema"] = self.ema.weights()
-        state = {"run": self.config, "progress": vars(self.progress), "window": self.window.state()}
+        state = {
+            "run": self.config,
+            "progress": vars(self.progress),
+            "window": self.window.state(),
+            "optimizers": optimizers,
+        }
         self.checkpoints.write(Checkpoint(self.progress.step, tensors, state))
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Restore everything but the module's weights from a checkpoint."""
         for optimizer in self.optimizers:
-            optimizer.load_state(checkpoint.tensors["optimizer"])
+            rest = checkpoint.state.get("optimizers", {}).get(optimizer.phase.name, {})
+            optimizer.load_state(checkpoint.tensors["optimizer"], rest)
         if self.ema is not None:
             self.ema.load(checkpoint.tensors["ema"])
         self.progress = _Progress(**checkpoint.state["progress"])

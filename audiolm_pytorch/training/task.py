@@ -2,19 +2,33 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from beartype import beartype
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from audiolm_pytorch.training.arguments import trainer_arguments
 
 __all__ = ["LoopSettings", "LossOutput", "Phase", "Task"]
 
 # These settings decide when files are written, and have no influence on the weights.
 _FREE_TO_CHANGE = ("checkpoint_every_seconds", "checkpoint_every_steps", "validate_every", "log_every")
 
+_REPLACED_BY = {
+    "optimizer": ("learning_rate", "weight_decay", "betas"),
+    "schedule": ("warmup_steps", "final_lr_fraction"),
+}
 
+OptimizerChoice = Optimizer | Callable[[list[dict[str, Any]]], Optimizer]
+ScheduleChoice = LRScheduler | Callable[[Optimizer], LRScheduler]
+
+
+@trainer_arguments()
 @beartype
 @dataclass(frozen=True)
 class LoopSettings:
@@ -28,6 +42,11 @@ class LoopSettings:
         final_lr_fraction: Learning rate of the last step as a fraction of the peak.
         weight_decay: Decoupled decay (AdamW, arXiv 1711.05101), on tensors of two or more dimensions only.
         betas: Decay rates of AdamW.
+        optimizer: Replaces AdamW, e.g. `partial(torch.optim.SGD, lr=0.1)`. It receives two parameter groups: tensors of
+            two or more dimensions, and vectors with `weight_decay=0`. Or an optimizer object, or a dict by phase.
+        schedule: Replaces warm-up and cosine, e.g. `partial(OneCycleLR, max_lr=0.1, total_steps=1000)`; it advances
+            once per step of the phase. Or an LRScheduler object, or a dict by phase. The default schedule has the
+            optimizer's own learning rates as its peaks.
         grad_accum_every: Batches whose gradients are averaged into one step.
         max_grad_norm: Gradients of a phase are scaled down to this norm.
         precision: "fp32", or "bf16" for autocast around the loss.
@@ -41,17 +60,19 @@ class LoopSettings:
 
     num_train_steps: int
     batch_size: int
-    learning_rate: float = 3e-4
+    learning_rate: float | int = 3e-4
     warmup_steps: int = 100
-    final_lr_fraction: float = 0.05
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.99)
+    final_lr_fraction: float | int = 0.05
+    weight_decay: float | int = 0.01
+    betas: tuple[float | int, float | int] = (0.9, 0.99)
+    optimizer: OptimizerChoice | dict[str, OptimizerChoice] | None = None
+    schedule: ScheduleChoice | dict[str, ScheduleChoice] | None = None
     grad_accum_every: int = 1
-    max_grad_norm: float = 1.0
+    max_grad_norm: float | int = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
     ema_decay: float | None = None
     seed: int = 0
-    checkpoint_every_seconds: float = 120.0
+    checkpoint_every_seconds: float | int = 120.0
     checkpoint_every_steps: int | None = None
     validate_every: int = 500
     log_every: int = 20
@@ -68,11 +89,27 @@ class LoopSettings:
         _need(0 <= self.final_lr_fraction <= 1, "final_lr_fraction", self.final_lr_fraction, "from 0 to 1")
         _need(all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "two numbers from 0 to below 1")
         _need(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "between 0 and 1, or None")
+        for choice, names in _REPLACED_BY.items():
+            is_replaced = getattr(self, choice) is not None and not isinstance(getattr(self, choice), dict)
+            for name in names if is_replaced else ():
+                value = getattr(self, name)
+                _need(value == getattr(LoopSettings, name), name, value, f"left out, because {choice} replaces it")
 
     def fixed(self) -> dict[str, Any]:
         """Settings that a resumed run must not change, as JSON holds them."""
-        values = {name: value for name, value in asdict(self).items() if name not in _FREE_TO_CHANGE}
-        return dict(json.loads(json.dumps(values)))
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in _FREE_TO_CHANGE}
+        for name in [name for name in ("optimizer", "schedule") if values[name] is None]:
+            del values[name]
+        return dict(json.loads(json.dumps(values, default=_described)))
+
+
+def _described(value: Any) -> Any:
+    """Describe an optimizer or a schedule by its name and arguments."""
+    if isinstance(value, partial):
+        return {"function": value.func, "args": value.args, **value.keywords}
+    if isinstance(value, Optimizer):
+        return {"class": type(value), **value.defaults}
+    return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def _need(holds: bool, name: str, value: object, range_text: str) -> None:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.data.batches import collate_crops
 from audiolm_pytorch.data.crops import CropDataset
-from audiolm_pytorch.data.manifest import AudioItem, captions_of, load_split
+from audiolm_pytorch.data.manifest import AudioItem, captions_of, check_one_source, load_split
 from audiolm_pytorch.saving.modules import save_module
 from audiolm_pytorch.training import LoopSettings, LossOutput, Phase, TrainLoop, TrainResult
+from audiolm_pytorch.training.arguments import trainer_arguments
 from musiclm_pytorch.mulan.captions import CaptionSampler, aspects_of, texts_of
 from musiclm_pytorch.mulan.chance_watch import ChanceWatch
 from musiclm_pytorch.mulan.held_out import HeldOutClips
@@ -142,6 +143,7 @@ class MuLaNTask:
         """Nothing is fitted before training."""
 
 
+@trainer_arguments(LoopSettings)
 class MuLaNTrainer:
     """Trains a MuLaN on captioned audio files, resumably.
 
@@ -178,16 +180,15 @@ class MuLaNTrainer:
         captions: CaptionSampler | None = None,
         chunk_size: int | None = None,
         labels: Sequence[str] | None = None,
-        valid_fraction: float = 0.05,
+        valid_fraction: float | int = 0.05,
         results_folder: str | Path = "./results/mulan",
         accelerator: "accelerate.Accelerator | None" = None,
         cache_bytes: int = 2**30,
         **settings: Any,
     ) -> None:
-        if (folder is None) == (items is None):
-            raise ValueError("pass either a folder (or manifest) or items")
+        check_one_source(folder, items)
         loop_settings = LoopSettings(num_train_steps=num_train_steps, batch_size=batch_size, **settings)
-        train_items, valid_items = load_split(folder, valid_fraction) if folder is not None else items or ((), ())
+        train_items, valid_items = load_split(folder or "", valid_fraction) if items is None else items
         self.task = MuLaNTask(
             mulan,
             train_items,

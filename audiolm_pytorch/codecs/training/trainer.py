@@ -15,6 +15,7 @@ from audiolm_pytorch.data.crops import CropDataset, crop_seconds
 from audiolm_pytorch.data.manifest import AudioItem, training_items
 from audiolm_pytorch.saving.modules import module_spec, save_module
 from audiolm_pytorch.training import LoopSettings, TrainLoop, TrainResult
+from audiolm_pytorch.training.arguments import trainer_arguments
 
 if TYPE_CHECKING:
     import accelerate
@@ -25,6 +26,7 @@ _MIN_VALIDATION_SECONDS = 3.0
 _MAX_LEAD_STEPS = 200
 
 
+@trainer_arguments(LoopSettings)
 class SoundStreamTrainer:
     """Trains a SoundStream on a folder of audio, resumably.
 
@@ -55,7 +57,7 @@ class SoundStreamTrainer:
         noise_items: Training noise and validation noise, instead of `noise_folder`.
         noise_snr_db: Lowest and highest ratio of clean audio to noise (dB).
         accelerator: Shared by all trainings of a program; None creates one.
-        **settings: Further fields of `LoopSettings`, e.g. `learning_rate`.
+        **settings: Further fields of `LoopSettings`, e.g. `learning_rate`. Phases: "generator", "discriminator".
 
     Raises:
         ValueError: If the audio, the crop length or the parts are missing, given twice, or incompatible.
@@ -88,7 +90,9 @@ class SoundStreamTrainer:
         rate_hz = soundstream.target_sample_hz
         seconds = crop_seconds(data_max_length, data_max_length_seconds, rate_hz)
         seconds = 1.0 if seconds is None else float(seconds)
-        defaults = {"learning_rate": 3e-4, "betas": (0.8, 0.99), "max_grad_norm": 5.0}
+        defaults: dict[str, Any] = {"max_grad_norm": 5.0}
+        if isinstance(settings.get("optimizer"), dict | None):
+            defaults["betas"] = 0.8, 0.99
         loop_settings = LoopSettings(**{**defaults, **settings}, num_train_steps=num_train_steps, batch_size=batch_size)
         data = training_items(folder, items, min_seconds=soundstream.downsample_factor / rate_hz)
         crop_settings: dict[str, Any] = dict(rates_hz=[rate_hz], seed=loop_settings.seed, channels=soundstream.channels)

@@ -14,6 +14,7 @@ from audiolm_pytorch.data.manifest import training_items
 from audiolm_pytorch.semantic.best_rq.model import BestRQ, BestRQEncoder, MaskedPrediction
 from audiolm_pytorch.semantic.kmeans_trainer import KMeansFit, KMeansTrainer
 from audiolm_pytorch.training import LoopSettings, LossOutput, Phase, TrainLoop, TrainResult
+from audiolm_pytorch.training.arguments import trainer_arguments
 
 if TYPE_CHECKING:
     import accelerate
@@ -92,6 +93,7 @@ class BestRQTask:
         return LossOutput(out.loss, {"accuracy": out.accuracy, "majority": out.majority})
 
 
+@trainer_arguments(LoopSettings)
 class SemanticTokenizerTrainer:
     """Trains a BEST-RQ encoder on audio, and fits a k-means tokenizer to one of its layers.
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from audiolm_pytorch.saving.files import read_weights
 from audiolm_pytorch.training import LoopSettings, LossOutput, Phase, Task, TrainLoop
 from audiolm_pytorch.training.ema import WeightEMA
+from audiolm_pytorch.training.optimizer import learning_rate_at
 from audiolm_pytorch.training.rng import preserve_rng, seed_rng
-from audiolm_pytorch.training.schedule import learning_rate_at
 from tests.helpers.toy_training import SETTINGS, Tiny, ToyTask, assert_same_run, linear_task, rows_of
 
 CPU = torch.device("cpu")
