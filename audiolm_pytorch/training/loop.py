@@ -23,9 +23,9 @@ __all__ = ["TrainLoop", "TrainResult"]
 class TrainLoop:
     """Trains a task in a folder, from the checkpoint of the folder if there is one.
 
-    Data order and noise are pure functions of the seed and the step. A run that was killed and resumed
-    has the same weights, bit for bit, as one that was not (same machine, same number of processes and threads). All
-    processes need access to the folder; the first one writes it.
+    Data order and noise are pure functions of the seed and the step. A run that was killed and resumed has the same
+    weights, bit for bit, as one that was not (same machine, same number of processes and threads). All processes need
+    access to the folder; the first one writes it.
 
     Args:
         folder: Receives `metrics.jsonl`, `checkpoint/`, `samples/`, and at the end `model.safetensors` and

@@ -1,6 +1,8 @@
 """The optimizer step of one phase: backward, averaging over processes, clipping, a guard against NaN."""
 
 import math
+import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -53,7 +55,7 @@ class PhaseOptimizer:
             )
         self._names = [names[parameter] for parameter in self._parameters]
         choices: list[Any] = [settings.optimizer, settings.schedule]
-        optimizer, schedule = [item.get(phase.name) if isinstance(item, dict) else item for item in choices]
+        optimizer, schedule = [choice.get(phase.name) if isinstance(choice, dict) else choice for choice in choices]
         self._is_default = optimizer is None and schedule is None
         self.optimizer = self._create_optimizer(optimizer)
         self._scheduler = None if schedule is None else self._create_scheduler(schedule)
@@ -69,11 +71,12 @@ class PhaseOptimizer:
         optimizer = choice if isinstance(choice, Optimizer) else choice(self._groups())
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must return a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        optimizer.load_state_dict(optimizer.state_dict())  # moves the state of an optimizer object to the device
         members = {parameter for group in optimizer.param_groups for parameter in group["params"]}
         if {parameter for parameter in members if parameter.requires_grad} != set(self._parameters):
             raise ValueError(
-                f"the {type(optimizer).__name__} of phase {self.phase.name!r} has other parameters than the trainable "
-                f"ones of the phase ({', '.join(self._names[:3])}, ...); with several phases pass a dict by phase"
+                f"the {type(optimizer).__name__} of phase {self.phase.name!r} must have the trainable parameters of "
+                f"its modules ({', '.join(self._names[:3])}, ...) and no others; with several, pass a dict by phase"
             )
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
@@ -98,7 +101,10 @@ class PhaseOptimizer:
     def _set_learning_rate(self, step: int) -> None:
         if self._scheduler is not None:
             if step > self.phase.first_step:
-                self._scheduler.step()
+                with warnings.catch_warnings():
+                    # a resumed optimizer has not stepped yet
+                    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+                    self._scheduler.step()
             return
         settings = self._settings
         limits: dict[str, Any] = {"warmup_steps": settings.warmup_steps, "num_train_steps": settings.num_train_steps}
@@ -212,9 +218,10 @@ def learning_rate_at(
 
 
 def _encoded(value: Any, name: str) -> Any:
-    """Encode a state for JSON, whose keys are texts: a dict becomes `{"items": [[key, value], ...]}`."""
-    if isinstance(value, Mapping):
-        return {"items": [[key, _encoded(item, f"{key} of {name}")] for key, item in value.items()]}
+    """Encode a state for JSON, whose keys are texts: a dict becomes `{"dict": [[key, value], ...]}`."""
+    if isinstance(value, dict):
+        kind = "Counter" if isinstance(value, Counter) else "dict"  # MultiStepLR has a Counter
+        return {kind: [[key, _encoded(item, f"{key} of {name}")] for key, item in value.items()]}
     if isinstance(value, list | tuple):
         return [_encoded(item, name) for item in value]
     if value is None or isinstance(value, str | int | float):
@@ -225,7 +232,8 @@ def _encoded(value: Any, name: str) -> Any:
 def _decoded(value: Any) -> Any:
     """Decode what `_encoded` returned."""
     if isinstance(value, dict):
-        return dict(_decoded(value["items"]))
+        [(kind, items)] = value.items()
+        return Counter(dict(items)) if kind == "Counter" else dict(_decoded(items))
     return [_decoded(item) for item in value] if isinstance(value, list) else value
 
 

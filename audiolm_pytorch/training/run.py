@@ -237,16 +237,12 @@ class TrainingRun:
         tensors = {"model": weights_of(self.task.module), "optimizer": {}}
         optimizers = {}
         for optimizer in self.optimizers:
-            of_phase, optimizers[optimizer.phase.name] = optimizer.state()
-            tensors["optimizer"].update(of_phase)
+            phase_tensors, optimizers[optimizer.phase.name] = optimizer.state()
+            tensors["optimizer"].update(phase_tensors)
         if self.ema is not None:
             tensors["ema"] = self.ema.weights()
-        state = {
-            "run": self.config,
-            "progress": vars(self.progress),
-            "window": self.window.state(),
-            "optimizers": optimizers,
-        }
+        run = {"run": self.config, "progress": vars(self.progress), "window": self.window.state()}
+        state = {**run, "optimizers": optimizers}
         self.checkpoints.write(Checkpoint(self.progress.step, tensors, state))
 
     def _restore(self, checkpoint: Checkpoint) -> None:

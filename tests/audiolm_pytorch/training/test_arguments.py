@@ -1,0 +1,101 @@
+"""Arguments of trainers and settings: numpy numbers, lists, whole numbers, and errors for unknown names."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from beartype.roar import BeartypeCallHintViolation
+
+from audiolm_pytorch import SemanticTransformerTrainer, SoundStreamTrainer
+from audiolm_pytorch.semantic.best_rq.training import SemanticTokenizerTrainer
+from audiolm_pytorch.training import LoopSettings
+from audiolm_pytorch.training.arguments import _FORMER_NAMES
+from musiclm_pytorch import MuLaNTrainer
+from tests.helpers.fakes import SAMPLE_HZ, FakeSemanticTokenizer, tiny_stages
+
+SIZES = {"num_train_steps": 1, "batch_size": 1}
+
+
+def test_settings_accept_whole_numbers_numpy_numbers_and_lists() -> None:
+    """They are stored as Python's own types, which JSON holds."""
+    settings = LoopSettings(
+        num_train_steps=np.int64(7),
+        batch_size=np.int32(2),
+        learning_rate=np.float32(0.5),
+        weight_decay=0,
+        max_grad_norm=1,
+        betas=[0.9, np.float64(0.99)],
+        seed=np.int64(3),
+        checkpoint_every_seconds=10,
+    )
+    plain = LoopSettings(
+        num_train_steps=7, batch_size=2, learning_rate=0.5, weight_decay=0.0, betas=(0.9, 0.99), seed=3
+    )
+    assert settings.fixed() == plain.fixed()
+    assert type(settings.seed) is int and type(settings.betas) is tuple and type(settings.learning_rate) is float
+
+
+@pytest.mark.parametrize("wrong", [{"seed": 1.5}, {"seed": np.float32(1)}, {"betas": [0.9]}, {"learning_rate": "1"}])
+def test_other_types_raise_errors(wrong: dict[str, Any]) -> None:
+    """A conversion does not hide a mistake."""
+    with pytest.raises(BeartypeCallHintViolation):
+        LoopSettings(**SIZES, **wrong)
+
+
+def test_trainers_accept_numpy_numbers_and_lists(tmp_path: Path, write_folder: Any) -> None:
+    """Lengths, probabilities and the settings behind them."""
+    trainer = SemanticTransformerTrainer(
+        transformer=tiny_stages()["semantic"],
+        wav2vec=FakeSemanticTokenizer(),
+        folder=write_folder(num_files=4, sample_hz=SAMPLE_HZ),
+        results_folder=tmp_path / "run",
+        num_train_steps=np.int64(1),
+        batch_size=np.int64(2),
+        data_max_length_seconds=np.float32(0.5),
+        text_prob=0,
+        betas=[0.9, 0.99],
+        seed=np.int64(3),
+    )
+    assert trainer.train().step == 1
+
+
+@pytest.mark.parametrize(
+    "trainer", [SemanticTransformerTrainer, SoundStreamTrainer, MuLaNTrainer, SemanticTokenizerTrainer]
+)
+def test_unknown_names_raise_an_error_with_advice(trainer: Any) -> None:
+    """The error names the trainer, and the name here of an argument of lucidrains' trainers, or similar names."""
+    for name, advice in [
+        ("lr", "learning_rate$"),
+        ("save_model_every", "checkpoint_every_steps$"),
+        ("valid_frac", "items=.train, valid., or valid_fraction of MuLaNTrainer$"),
+        ("dataset", "folder or items=.train, valid.$"),
+        ("learning_rates", "learning_rate"),
+        ("num_steps", "num_train_steps"),
+        ("zzz", "folder, .*num_train_steps, .*seed"),
+    ]:
+        stage = {"transformer": tiny_stages()["semantic"]} if trainer is SemanticTransformerTrainer else {}
+        with pytest.raises(TypeError, match=f"^{trainer.__name__} has no argument '{name}'; use .*{advice}"):
+            trainer(**stage, **{name: 1}, **SIZES)
+    with pytest.raises(TypeError, match="^LoopSettings has no argument 'weight_deca'; use weight_decay"):
+        LoopSettings(**SIZES, weight_deca=0.1)
+
+
+def test_every_former_name_has_a_replacement_here() -> None:
+    """The advice names arguments that exist."""
+    known = {*LoopSettings.__dataclass_fields__, *inspect.signature(MuLaNTrainer).parameters}
+    for former, advice in _FORMER_NAMES.items():
+        assert former not in known
+        assert any(name in advice for name in known), advice
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["neither", "both"])
+def test_one_source_of_audio_is_needed(both: bool, tmp_path: Path) -> None:
+    """The message states whether neither or both were passed."""
+    source = {"folder": tmp_path, "items": ([], [])} if both else {}
+    message = "got both folder and items" if both else "got neither folder nor items"
+    with pytest.raises(ValueError, match=message):
+        SemanticTransformerTrainer(
+            transformer=tiny_stages()["semantic"], wav2vec=FakeSemanticTokenizer(), **SIZES, **source
+        )
