@@ -154,7 +154,7 @@ class PhaseOptimizer:
             return self.phase.loss(batch, step)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors as `parameter name/state name`; what else a custom optimizer or schedule has, as JSON holds it."""
+        """Tensors as `parameter name/state name`, and the rest of a custom optimizer and schedule as JSON holds it."""
         states = {
             f"{name}/{state_name}": value.detach() if isinstance(value, Tensor) else value
             for name, parameter in zip(self._names, self._parameters, strict=True)

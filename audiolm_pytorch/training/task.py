@@ -19,7 +19,8 @@ __all__ = ["LoopSettings", "LossOutput", "Phase", "Task"]
 # These settings decide when files are written, and have no influence on the weights.
 _FREE_TO_CHANGE = ("checkpoint_every_seconds", "checkpoint_every_steps", "validate_every", "log_every")
 
-_REPLACED_BY = {
+# Settings that have no effect beside an optimizer or a schedule.
+_REPLACED = {
     "optimizer": ("learning_rate", "weight_decay", "betas"),
     "schedule": ("warmup_steps", "final_lr_fraction"),
 }
@@ -89,7 +90,7 @@ class LoopSettings:
         _need(0 <= self.final_lr_fraction <= 1, "final_lr_fraction", self.final_lr_fraction, "from 0 to 1")
         _need(all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "two numbers from 0 to below 1")
         _need(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "between 0 and 1, or None")
-        for choice, names in _REPLACED_BY.items():
+        for choice, names in _REPLACED.items():
             is_replaced = getattr(self, choice) is not None and not isinstance(getattr(self, choice), dict)
             for name in names if is_replaced else ():
                 value = getattr(self, name)
