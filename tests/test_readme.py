@@ -56,9 +56,9 @@ def test_table_of_rates():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) == 7 and cells[1][:1].isdigit():
             rows[cells[0]] = tuple(float(cell) for cell in cells[1:])
-    assert len(rows) == 10
+    assert len(rows) == 11
     for _, frames_hz, codebooks, size, tokens_hz, kbps in rows.values():
-        assert tokens_hz == frames_hz * codebooks
+        assert tokens_hz == pytest.approx(frames_hz * codebooks, abs=0.5)
         assert kbps == pytest.approx(tokens_hz * math.log2(size) / 1000, abs=0.005)
     musiclm = load_musiclm("tiny")
     codecs = {
