@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -327,9 +328,15 @@ def test_loss_stuck_at_chance_warns(
         assert result.metrics["mulan.loss"] == pytest.approx(math.log(8), rel=0.01)
 
 
+def test_trainer_accepts_whole_numbers_and_numpy_numbers(corpus: Path, tmp_path: Path) -> None:
+    """The fraction without a split in manifests, and a crop length of numpy."""
+    trainer = _trainer(corpus / "train.jsonl", tmp_path, valid_fraction=0, seconds=np.float32(0.5), seed=np.int64(3))
+    assert trainer.task.num_items == 7 and trainer.loop.settings.seed == 3
+
+
 def test_trainer_rejects_what_it_cannot_use(corpus: Path, tmp_path: Path) -> None:
     """Error messages name the input and the requirement."""
-    with pytest.raises(ValueError, match="either"):
+    with pytest.raises(ValueError, match="got neither folder nor items"):
         MuLaNTrainer(mulan=tiny_mulan(), batch_size=2, num_train_steps=1)
     silent = AudioItem(corpus / "silent.wav", None, {}, 8000, 3200)
     with pytest.raises(ValueError, match="caption"):

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -107,6 +108,20 @@ def test_codebooks_are_initialised_in_either_precision(folder, tmp_path, precisi
     after = codebooks_of(trainer.task.codec)
     assert after.dtype == torch.float32
     assert not torch.equal(before, after)
+
+
+def test_optimizers_of_the_phases_can_be_chosen(folder, tmp_path):
+    """A function is called for both phases; a dict chooses for some, and the others keep the defaults of a codec."""
+    rmsprop = partial(torch.optim.RMSprop, lr=np.float64(1e-3))
+    trainer = trainer_of(folder, tmp_path / "both", 4, loss_weights=ALL_LOSSES, optimizer=rmsprop, max_grad_norm=1)
+    assert [type(phase.optimizer) for phase in optimizers_of(trainer)] == [torch.optim.RMSprop] * 2
+    trainer.train(stop_after_steps=2)
+    assert trainer.train().step == 4
+    trainer = trainer_of(folder, tmp_path / "one", 4, loss_weights=ALL_LOSSES, optimizer={"discriminator": rmsprop})
+    generator, discriminator = (phase.optimizer for phase in optimizers_of(trainer))
+    assert generator.defaults["betas"] == (0.8, 0.99) and type(discriminator) is torch.optim.RMSprop
+    with pytest.raises(ValueError, match="has the phases .'discriminator', 'generator'., but .*'critic'"):
+        trainer_of(folder, tmp_path / "none", 4, loss_weights=ALL_LOSSES, optimizer={"critic": rmsprop})
 
 
 @pytest.mark.slow
