@@ -64,3 +64,12 @@ def write_folder(tmp_path: Path, write_tone: WriteTone) -> WriteFolder:
         return tmp_path / name
 
     return write
+
+
+@pytest.fixture(scope="session")
+def encoder_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of tiny text encoders in published formats, by kind; read only."""
+    from tests.helpers.published_texts import KINDS, write_text_encoder
+
+    root = tmp_path_factory.mktemp("published")
+    return {kind: write_text_encoder(root / kind, kind) for kind in KINDS}

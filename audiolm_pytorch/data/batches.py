@@ -29,7 +29,6 @@ class BatchPlan:
 
     Args:
         num_items: Items in the data set; fewer than a batch are repeated, each time in a later epoch (another crop).
-        batch_size: Items per step and process.
     """
 
     num_items: int

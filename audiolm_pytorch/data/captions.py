@@ -44,11 +44,7 @@ def _leaves(value: Any) -> list[Any]:
 @beartype
 def is_encodable(text: str) -> bool:
     """Whether a text can be encoded: JSON may hold half of a surrogate pair, which tokenizers do not accept."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 @beartype
@@ -77,9 +73,6 @@ def caption_and_labels(fields: dict[str, Any]) -> tuple[str | None, dict[str, An
 
     `caption` and `captions` hold captions, each a text, a list of texts, or texts and lists by name. All other fields
     are labels. Further captions become the label `captions`, a list.
-
-    Raises:
-        ValueError: If a caption is not a text.
     """
     for name in ("caption", "captions"):
         leaves = [leaf for leaf in _leaves(fields.get(name)) if leaf is not None]
@@ -100,10 +93,7 @@ def read_sidecar(path: Path) -> tuple[str | None, dict[str, Any]]:
     """Read the caption and the labels of a clip from a file beside it, as `caption_and_labels` returns them.
 
     Each line of a `.txt` file is a caption. A `.json` file is an object like a line of a manifest; its `audio` is
-    ignored.
-
-    Raises:
-        ValueError: If the file cannot be read; the message does not name it.
+    ignored. Error messages do not name the file.
     """
     num_bytes = path.stat().st_size
     if num_bytes > _MAX_SIDECAR_BYTES:
@@ -118,15 +108,9 @@ def read_sidecar(path: Path) -> tuple[str | None, dict[str, Any]]:
 
 @beartype
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the number of each line of a JSONL file, from 1, and its object; blank lines are skipped.
-
-    Raises:
-        ValueError: If a line is not an object; the message names file and line.
-    """
-    with path.open("rb") as lines:
-        number = 0
-        while line := lines.readline(_MAX_LINE_BYTES + 1):
-            number += 1
+    """Yield the number of each line of a JSONL file, from 1, and its object; blank lines are skipped."""
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE_BYTES + 1), b""), start=1):
             try:
                 if len(line) > _MAX_LINE_BYTES:
                     raise ValueError(f"longer than {_MAX_LINE_BYTES} bytes; write one object a line")

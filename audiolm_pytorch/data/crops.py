@@ -125,7 +125,10 @@ class CropDataset:
             span = dict(start_seconds=start / hz, duration_seconds=(stop - start) / hz)
             return self._shaped(read_audio(item.path, hz, self.channels, **span)[0])
         if index not in self._cache:
-            self._cache[index] = _to_int16(self._shaped(read_audio(item.path, hz, self.channels)[0]).numpy())
+            wave = self._shaped(read_audio(item.path, hz, self.channels)[0]).numpy()
+            # exact for 16-bit files at their own rate, without clipping of others
+            scale = max(float(np.abs(wave).max(initial=0.0)) / (_FULL_SCALE - 1), 1 / _FULL_SCALE)
+            self._cache[index] = np.round(wave / scale).astype(np.int16), scale
         samples, scale = self._cache[index]
         return torch.from_numpy(samples[..., start:stop] * np.float32(scale))
 
@@ -133,21 +136,11 @@ class CropDataset:
         return wave[0] if self.channels == 1 else wave
 
 
-def _to_int16(wave: np.ndarray) -> tuple[np.ndarray, float]:
-    """16-bit samples and their scale; exact for 16-bit files at their own rate, without clipping."""
-    peak = float(np.abs(wave).max(initial=0.0))
-    scale = max(peak / (_FULL_SCALE - 1), 1 / _FULL_SCALE)
-    return np.round(wave / scale).astype(np.int16), scale
-
-
 @beartype
 def crop_seconds(
     data_max_length: int | None, data_max_length_seconds: float | int | None, sample_hz: int | None
 ) -> float | int | None:
-    """Length of a trainer's crops in seconds, from samples at `sample_hz` or from seconds; None without both.
-
-    `sample_hz` is the rate of the tokenizer, None without one.
-    """
+    """Length of a trainer's crops in seconds, from samples of a tokenizer or from seconds; None without both."""
     if data_max_length is None:
         return data_max_length_seconds
     if data_max_length_seconds is not None:

@@ -94,13 +94,15 @@ def load_items(source: str | Path, min_seconds: float | int = 0.0) -> ItemReport
 
     Returns:
         Usable items, and rejected ones with reasons, which are also logged in one warning. A caption file that cannot
-        be read is rejected, with a second warning, and its clip has no caption.
-
-    Raises:
-        ValueError: If the source does not exist, a manifest line is malformed, or no file can be used.
+        be read is rejected, with a second warning, and its clip has no caption. If no file can be used, a ValueError
+        is raised.
     """
     source = Path(source)
-    manifest = _manifest_of(source)
+    manifest: Path | None = source
+    if source.is_dir() or source.suffix.lower() != ".jsonl":
+        manifest = source / _TRAIN_MANIFEST
+        if not manifest.is_file():
+            manifest = None
     entries, unreadable = _folder_entries(source) if manifest is None else (_manifest_entries(manifest), [])
     report = check_entries(entries, source, min_seconds)
     if unreadable:
@@ -110,10 +112,7 @@ def load_items(source: str | Path, min_seconds: float | int = 0.0) -> ItemReport
 
 @beartype
 def check_entries(entries: Sequence[ItemEntry], source: Path, min_seconds: float | int = 0.0) -> ItemReport:
-    """Decode files once to check that they can be used; messages begin with `source`.
-
-    Rejected files are logged in one warning. If no file can be used, a ValueError is raised.
-    """
+    """Decode files once to check that they can be used, as `load_items` describes; messages begin with `source`."""
     with ThreadPoolExecutor(min(_MAX_READERS, os.cpu_count() or 1)) as readers:
         checked = list(readers.map(lambda entry: _checked(entry, min_seconds), entries))
     report = ItemReport(
@@ -144,14 +143,6 @@ def _summary(rejected: Sequence[Rejected]) -> str:
     shown = [f"{item.path} ({item.reason})" for item in rejected[:_MAX_REJECTED_IN_LOG]]
     more = len(rejected) - len(shown)
     return "; ".join(shown) + (f"; and {more} more" if more else "")
-
-
-def _manifest_of(source: Path) -> Path | None:
-    """The manifest of a source; None for a folder without one."""
-    if source.suffix.lower() == ".jsonl" and not source.is_dir():
-        return source
-    manifest = source / _TRAIN_MANIFEST
-    return manifest if manifest.is_file() else None
 
 
 @beartype
@@ -201,20 +192,18 @@ def _folder_entries(folder: Path) -> tuple[list[ItemEntry], list[Rejected]]:
 def _manifest_entries(manifest: Path) -> list[ItemEntry]:
     if not manifest.is_file():
         raise ValueError(f"{manifest}: no such manifest")
-    entries = [_manifest_entry(fields, manifest, number) for number, fields in json_lines(manifest)]
+    entries = []
+    for number, fields in json_lines(manifest):
+        audio = fields.pop("audio", None)
+        try:
+            if not isinstance(audio, str) or not audio:
+                raise ValueError(f"'audio' must be a path, got {audio!r}")
+            entries.append(ItemEntry(manifest.parent / audio, *caption_and_labels(fields)))
+        except ValueError as error:
+            raise ValueError(f"{manifest}, line {number}: {error}") from error
     if not entries:
         raise ValueError(f"{manifest}: holds no lines")
     return entries
-
-
-def _manifest_entry(fields: dict[str, Any], manifest: Path, number: int) -> ItemEntry:
-    audio = fields.pop("audio", None)
-    try:
-        if not isinstance(audio, str) or not audio:
-            raise ValueError(f"'audio' must be a path, got {audio!r}")
-        return ItemEntry(manifest.parent / audio, *caption_and_labels(fields))
-    except ValueError as error:
-        raise ValueError(f"{manifest}, line {number}: {error}") from error
 
 
 @beartype
@@ -223,17 +212,16 @@ def manifest_text(items: Sequence[AudioItem | ItemEntry], folder: str | Path) ->
 
     Files below the folder are named relative to it, so that all can move together.
     """
-    return "".join(f"{_manifest_line(item, Path(folder).absolute())}\n" for item in items)
-
-
-def _manifest_line(item: AudioItem | ItemEntry, folder: Path) -> str:
-    audio = item.path.absolute()
-    name = audio.relative_to(folder) if audio.is_relative_to(folder) else audio
-    try:
+    folder, lines = Path(folder).absolute(), []
+    for item in items:
+        audio = item.path.absolute()
+        name = audio.relative_to(folder) if audio.is_relative_to(folder) else audio
         first = {"audio": name.as_posix(), "caption": item.caption}
-        return json.dumps(first | item.labels | first, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{item.path}: its labels cannot be JSON ({error})") from error
+        try:
+            lines.append(json.dumps(first | item.labels | first, allow_nan=False) + "\n")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{item.path}: its labels cannot be JSON ({error})") from error
+    return "".join(lines)
 
 
 @beartype

@@ -10,7 +10,6 @@ import os
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,6 @@ _MAX_OPEN_CHUNKS = 64
 Record = dict[str, np.ndarray]
 
 
-@dataclass(frozen=True)
-class _OpenChunk:
-    """Arrays of one chunk: `values [rows, ...]` and `offsets [records + 1]` of every field."""
-
-    values: Record
-    offsets: Record
-
-
 @beartype
 def write_shards(
     folder: str | Path,
@@ -48,23 +39,17 @@ def write_shards(
     rank: int = 0,
     world_size: int = 1,
 ) -> int:
-    """Compute records and store them; chunks that are complete already are not computed again.
+    """Compute records and store them, and return the number of chunks that this call computed.
 
-    Any number of processes may write one folder, each with its rank; one that finds all chunks complete writes the
-    index.
+    Chunks that are complete are not computed again. Any number of processes may write one folder, each with its rank.
+    A process that finds all chunks complete writes the index.
 
     Args:
         make_record: Returns record `i`: named arrays, with the same names and the same shapes apart from the first
             dimension (time) in every record. Whole numbers are stored as int16 or int32, real ones as float16 or
             float32; an array without dimensions is one number and keeps its precision.
-        fingerprint: JSON-able origin of the records (encoders, crops, source); a folder belongs to one fingerprint.
+        fingerprint: JSON-able origin of the records. A folder with another origin raises a ValueError.
         records_per_chunk: Records that are lost at most when the process is killed.
-
-    Returns:
-        Number of chunks that this call computed.
-
-    Raises:
-        ValueError: If the folder was begun with another fingerprint or size, or a record cannot be stored.
     """
     if min(num_records, records_per_chunk) < 1 or not 0 <= rank < world_size:
         raise ValueError(
@@ -104,13 +89,13 @@ def _storable(record: Record, number: int) -> Record:
         array = np.asarray(value)
         if array.dtype.kind not in "biuf":
             raise ValueError(f"record {number}, field {name!r}: cannot store {array.dtype}; give whole or real numbers")
-        if array.dtype.kind == "f":
-            if not np.isfinite(array).all():
-                raise ValueError(f"record {number}, field {name!r}: holds NaN or infinite values")
-            keeps_type = array.dtype in _FLOAT_TYPES or not array.ndim
-            stored[name] = array if keeps_type else array.astype(np.float32)
-        else:
-            stored[name] = array.astype(_integer_type(array, number, name))
+        if array.dtype.kind != "f":
+            array = array.astype(_integer_type(array, number, name))
+        elif not np.isfinite(array).all():
+            raise ValueError(f"record {number}, field {name!r}: holds NaN or infinite values")
+        elif array.dtype not in _FLOAT_TYPES and array.ndim:
+            array = array.astype(np.float32)
+        stored[name] = array
     return stored
 
 
@@ -187,11 +172,7 @@ class TokenShards:
 
     Args:
         expect_fingerprint: Required origin of the records; None accepts any.
-        max_open_chunks: Chunks that stay mapped (pages that were read count as memory of this process); None = as many
-            as is safe.
-
-    Raises:
-        ValueError: If the folder is missing, unfinished or of another format, or the fingerprint differs.
+        max_open_chunks: Chunks that stay mapped. Pages that were read count as memory of this process.
     """
 
     @beartype
@@ -199,7 +180,7 @@ class TokenShards:
         self,
         folder: str | Path,
         expect_fingerprint: dict[str, Any] | None = None,
-        max_open_chunks: int | None = None,
+        max_open_chunks: int = _MAX_OPEN_CHUNKS,
     ) -> None:
         self.folder = Path(folder)
         if not (self.folder / _INDEX_NAME).is_file():
@@ -220,8 +201,8 @@ class TokenShards:
         self._num_records: int = index["num_records"]
         self._records_per_chunk: int = index["records_per_chunk"]
         self._fields: dict[str, dict[str, Any]] = index["fields"]
-        self._max_open_chunks = _MAX_OPEN_CHUNKS if max_open_chunks is None else max_open_chunks
-        self._open: OrderedDict[int, _OpenChunk] = OrderedDict()
+        self._max_open_chunks = max_open_chunks
+        self._open: OrderedDict[int, dict[str, tuple[np.ndarray, np.ndarray]]] = OrderedDict()
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -243,22 +224,21 @@ class TokenShards:
         if not 0 <= index < len(self):
             raise IndexError(f"there is no record {index} among {len(self)} of {self.folder}")
         number, row = divmod(index, self._records_per_chunk)
-        chunk = self._chunk(number)
         record = {}
-        for name, field in self._fields.items():
-            start, stop = chunk.offsets[name][row : row + 2]
-            values = np.array(chunk.values[name][start:stop], dtype=field["dtype"])
+        for name, (rows, offsets) in self._chunk(number).items():
+            field, (start, stop) = self._fields[name], offsets[row : row + 2]
+            values = np.array(rows[start:stop], dtype=field["dtype"])
             record[name] = values.reshape(()) if field["scalar"] else values
         return record
 
-    def _chunk(self, number: int) -> _OpenChunk:
-        """Open a chunk, or reuse one of the last chunks."""
+    def _chunk(self, number: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Rows and offsets `[records + 1]` of every field of a chunk; the last chunks stay open."""
         if number not in self._open:
             folder = self.folder / f"chunk-{number:05d}"
-            self._open[number] = _OpenChunk(
-                values={name: _load(folder / f"{name}.npy") for name in self._fields},
-                offsets={name: np.load(folder / f"{name}.offsets.npy", allow_pickle=False) for name in self._fields},
-            )
+            self._open[number] = {
+                name: (_load(folder / f"{name}.npy"), np.load(folder / f"{name}.offsets.npy", allow_pickle=False))
+                for name in self._fields
+            }
             if len(self._open) > self._max_open_chunks:
                 self._open.popitem(last=False)
         self._open.move_to_end(number)

@@ -18,12 +18,11 @@ from musiclm_pytorch.cli.train import Train, run_train
 __all__ = ["main"]
 
 Command = (
-    Annotated[Generate, tyro.conf.subcommand("generate")]
-    | Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Export, tyro.conf.subcommand("export")]
+    Generate
+    | Train
+    | Export
     | Annotated[
-        CodecCommand,
-        tyro.conf.subcommand("codec", description="Encode, decode and evaluate audio with a codec."),
+        CodecCommand, tyro.conf.subcommand("codec", description="Encode, decode and evaluate audio with a codec.")
     ]
     | Annotated[
         ConvertCommand,

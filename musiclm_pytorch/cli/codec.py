@@ -30,6 +30,8 @@ _CODES_SUFFIXES = (".safetensors",)
 class _WithCodec:
     """The options of every command."""
 
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INPUT")]
+    """A sound file (for decode a file written by `musiclm codec encode`), or a folder of them."""
     codec: str = DEFAULT_CODEC
     """Name of a bundled codec, the folder of a codec, or the id of a published one, e.g. facebook/encodec_24khz."""
     offline: bool = False
@@ -46,8 +48,6 @@ class _WithCodec:
 class Encode(_WithCodec):
     """Encode sounds of any rate, channels and length to codes: one small .safetensors file each."""
 
-    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INPUT")]
-    """A sound file, or a folder of them."""
     out: Path
     """File to write (.safetensors); for a folder the folder to write, with the same tree."""
     levels: int | None = None
@@ -58,8 +58,6 @@ class Encode(_WithCodec):
 class Decode(_WithCodec):
     """Decode codes to sounds, with the codec that encoded them."""
 
-    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INPUT")]
-    """A file written by `musiclm codec encode`, or a folder of them."""
     out: Path
     """File to write (.wav, .flac or .ogg); for a folder the folder to write, with the same tree."""
     levels: int | None = None
@@ -74,8 +72,6 @@ class Decode(_WithCodec):
 class Evaluate(_WithCodec):
     """Measure a codec on sounds: distances to the original, bitrate, use of the codes."""
 
-    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INPUT")]
-    """A sound file, or a folder of them."""
     levels: tuple[int, ...] = ()
     """Numbers of code levels to measure besides all levels."""
     seconds: float = 30.0
@@ -84,27 +80,19 @@ class Evaluate(_WithCodec):
     """Also write the results into this file (.json)."""
 
 
-CodecCommand = (
-    Annotated[Encode, tyro.conf.subcommand("encode")]
-    | Annotated[Decode, tyro.conf.subcommand("decode")]
-    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-)
+CodecCommand = Encode | Decode | Evaluate
 
 
-def run_codec(command: Encode | Decode | Evaluate) -> int:
+def run_codec(command: CodecCommand) -> int:
     """Run a command and return the exit status: 0, or 2 if some files of a folder failed.
 
     Failed files are named on standard error. A ValueError is raised if nothing could be done.
     """
     if not command.source.exists():
         raise ValueError(f"{command.source}: no such file or folder")
-    match command:
-        case Encode():
-            return _encode(command)
-        case Decode():
-            return _decode(command)
-        case Evaluate():
-            return _evaluate(command)
+    if isinstance(command, Encode):
+        return _encode(command)
+    return _decode(command) if isinstance(command, Decode) else _evaluate(command)
 
 
 def _encode(command: Encode) -> int:

@@ -56,11 +56,7 @@ class MusicCaps:
     """Also write the ids of the clips that are not in the folder, one a line."""
 
 
-ConvertCommand = (
-    Annotated[Hubert, tyro.conf.subcommand("hubert")]
-    | Annotated[VqWav2vec, tyro.conf.subcommand("vq-wav2vec")]
-    | Annotated[MusicCaps, tyro.conf.subcommand("musiccaps")]
-)
+ConvertCommand = Hubert | VqWav2vec | Annotated[MusicCaps, tyro.conf.subcommand("musiccaps")]
 
 
 def run_convert(command: Hubert | VqWav2vec | MusicCaps) -> int:

@@ -51,17 +51,14 @@ def run_train_kmeans(command: TrainKmeans) -> int:
     from musiclm_pytorch.pretrained.bundled import encoder_named
 
     accelerator = create_accelerator()
-    encoder = encoder_named(command.encoder, offline=command.offline)
+    device = accelerator.device if command.device == "auto" else device_named(command.device)
+    settings = {name: getattr(command, name) for name in ("layer", "num_clusters", "seconds", "max_tokens", "seed")}
     trainer = KMeansTrainer(
-        encoder=encoder.to(accelerator.device if command.device == "auto" else device_named(command.device)),
-        layer=command.layer,
-        num_clusters=command.num_clusters,
+        encoder=encoder_named(command.encoder, offline=command.offline).to(device),
         folder=command.data,
         results_folder=command.out,
-        seconds=command.seconds,
-        max_tokens=command.max_tokens,
-        seed=command.seed,
         accelerator=accelerator,
+        **settings,
     )
     done_before = " (done before)" if trainer.is_finished else ""
     with lock_folder(command.out) if accelerator.is_main_process else nullcontext():

@@ -44,16 +44,9 @@ _TARGET_REACH_SECONDS = 0.16
 def build_codec(preset: Preset) -> SoundStream:
     """Build the codec."""
     c = preset.codec
-    return SpectralSoundStream(
-        dim=c.dim,
-        encoder_depth=c.encoder_depth,
-        decoder_depth=c.decoder_depth,
-        target_sample_hz=c.sample_hz,
-        hop_samples=c.hop_samples,
-        codebook_size=c.codebook_size,
-        rq_num_quantizers=c.num_quantizers,
-        code_dim=c.code_dim,
-    )
+    codes = {"codebook_size": c.codebook_size, "rq_num_quantizers": c.num_quantizers, "code_dim": c.code_dim}
+    sizes = {"dim": c.dim, "encoder_depth": c.encoder_depth, "decoder_depth": c.decoder_depth}
+    return SpectralSoundStream(target_sample_hz=c.sample_hz, hop_samples=c.hop_samples, **sizes, **codes)
 
 
 @beartype
@@ -125,9 +118,6 @@ def build_stage(preset: Preset, stage: str, *, codec: Codec, tokenizer: Semantic
 
     Vocabularies and rates are those of the codec and the tokenizer, which may differ from the preset's. The number of
     codec levels is that of the preset: if the codec has more, its first levels are modelled.
-
-    Raises:
-        ValueError: If the codec has fewer levels than the preset.
     """
     levels, config = preset.codec.num_quantizers, getattr(preset, stage)
     if levels > codec.num_quantizers:

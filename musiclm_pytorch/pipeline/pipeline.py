@@ -37,12 +37,7 @@ from musiclm_pytorch.pipeline.run_folder import (
     remove_partial_files,
 )
 from musiclm_pytorch.pipeline.token_shards import compute_tokens
-from musiclm_pytorch.pipeline.trainers import (
-    codec_trainer,
-    mulan_trainer,
-    semantic_tokenizer_trainer,
-    stage_trainer,
-)
+from musiclm_pytorch.pipeline.trainers import codec_trainer, mulan_trainer, semantic_tokenizer_trainer, stage_trainer
 from musiclm_pytorch.pretrained.model_folder import CARD, PARTS, exact_dtype, save_parts
 from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.quantizer.fit import fit_quantizer
@@ -93,9 +88,6 @@ class Pipeline:
         seed: Seed of initial weights, data order and noise.
         pretrained: Modules that replace the training of the steps "codec", "semantic-tokenizer" and "mulan", by step.
             They are saved as results of these steps without rounding.
-
-    Raises:
-        ValueError: If the data cannot be read, `out` is a file, or the preset cannot use a pretrained part.
     """
 
     @beartype
@@ -159,8 +151,6 @@ class Pipeline:
             return [self.out / step / part / "index.json" for part in ("train", "valid")]
         return [self.out / step / "model" / file for file in ("config.json", "model.safetensors")]
 
-    # order of the steps
-
     @beartype
     def run(self, step: str = "all", announce: Callable[[str], None] | None = None) -> Iterator[StepReport]:
         """Run one step, or all, and yield a report of each. Steps that are done are not run again.
@@ -168,9 +158,6 @@ class Pipeline:
         Args:
             step: Name of a step, or "all". A step also computes the tokens and saves the pretrained parts it needs.
             announce: Called with the name of each step that starts.
-
-        Raises:
-            ValueError: If there is no such step, its input is missing, or the folder holds another run.
         """
         check_step(step)
         names = self._steps_to_run(step)
@@ -214,25 +201,27 @@ class Pipeline:
         with preserve_rng():
             # the initial weights depend on seed and step only, not on earlier steps of this process
             seed_rng(self.seed, step, device=self.accelerator.device)
+            metrics: dict[str, Any] = {}
             if step in self.pretrained:
-                metrics = self._save_pretrained(step)
+                self._save(step, self.pretrained[step], frozen=self.pretrained[step])
             elif step in STAGES:
                 metrics = self._train_stage(step)
+            elif step == "tokens":
+                self.tokens()
             else:
                 metrics = getattr(self, f"_run_{step.replace('-', '_')}")()
         seconds = time.monotonic() - started + metrics.pop("earlier_seconds", 0.0)
         if self.accelerator.is_main_process:
             report = {"seconds": seconds, "metrics": metrics, "made_from": self._hashes(STEPS[step])}
             write_json(self.out / step / "report.json", report)
+        if step in self.pretrained:
+            return StepReport(step, seconds, f"pretrained: {type(self.pretrained[step]).__name__}")
         values = [
             f"{key.partition('.')[2]} {value:.4g}"
             for key, value in metrics.items()
             if key.startswith(("valid.", "fitted.")) and value is not None
         ]
-        summary = "  ".join(values[:4])
-        if step in self.pretrained:
-            summary = f"pretrained: {type(self.pretrained[step]).__name__}"
-        return StepReport(step, seconds, summary)
+        return StepReport(step, seconds, "  ".join(values[:4]))
 
     # the folder of the run
 
@@ -292,10 +281,6 @@ class Pipeline:
 
     # the steps
 
-    def _save_pretrained(self, step: str) -> dict[str, Any]:
-        self._save(step, self.pretrained[step], frozen=self.pretrained[step])
-        return {}
-
     def _run_codec(self) -> dict[str, Any]:
         trainer = codec_trainer(self.preset, self.items, **self._loop("codec"))
         metrics = self._train(trainer)
@@ -323,10 +308,6 @@ class Pipeline:
         report = fit_quantizer(quantizer, self.train_items, held_out=self.valid_items, seed=self.seed)
         self._save("quantizer", quantizer, frozen=quantizer.mulan)
         return {f"fitted.{name}": value for name, value in report.metrics.items()}
-
-    def _run_tokens(self) -> dict[str, Any]:
-        self.tokens()
-        return {}
 
     @beartype
     def tokens(self) -> list[TokenShards]:
@@ -384,12 +365,7 @@ class Pipeline:
                 load_weights(parts["quantizer"].table(stage), read_weights(file)[0], where=str(file))
                 config = getattr(self.preset, stage)
                 sampling[stage] = {"temperature": config.temperature, "guidance_scale": config.guidance_scale}
-            about = {
-                "preset": self.preset.name,
-                "seed": self.seed,
-                "sampling": sampling,
-                "made_from": self._hashes(STEPS),
-            }
-            save_parts(self.model_folder, parts, about, dtype=torch.float16)
+            about = {"preset": self.preset.name, "seed": self.seed, "sampling": sampling}
+            save_parts(self.model_folder, parts, {**about, "made_from": self._hashes(STEPS)}, dtype=torch.float16)
         self.accelerator.wait_for_everyone()
         return self.model_folder

@@ -23,14 +23,10 @@ _MIN_STEPS = 10
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Training of one model.
+    """Training of one model, with crops of `seconds` and the peak of the schedule as `learning_rate`.
 
-    Attributes:
-        batch_size: Crops per step and process.
-        seconds: Length of a crop.
-        learning_rate: Peak of the schedule.
-        precision: "fp32", or "bf16" for autocast.
-        checkpoint_every_steps: Steps between checkpoints, in addition to one every two minutes.
+    `precision` is "fp32", or "bf16" for autocast. Checkpoints are written every two minutes, and after every
+    `checkpoint_every_steps`.
     """
 
     num_train_steps: int

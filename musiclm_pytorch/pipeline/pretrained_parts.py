@@ -24,12 +24,7 @@ PRETRAINED_KINDS: dict[str, Any] = {"codec": Codec, "semantic-tokenizer": Semant
 
 @beartype
 def check_pretrained(preset: Preset, parts: Mapping[str, nn.Module]) -> None:
-    """Check that a run can use pretrained parts (by step), before anything is trained.
-
-    Raises:
-        ValueError: If a part is for another step, of another class, cannot be saved, or the stages of the preset are
-            not compatible with its tokens.
-    """
+    """Check that a run can train on and save pretrained parts (by step), before anything is trained."""
     for step, module in parts.items():
         if step not in PRETRAINED_KINDS:
             raise ValueError(f"{step} cannot be a pretrained part; these can: {', '.join(PRETRAINED_KINDS)}")

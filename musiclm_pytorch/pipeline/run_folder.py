@@ -21,11 +21,7 @@ _MAX_SHOWN = 3
 
 @beartype
 def check_run_folder(folder: Path, facts: Mapping[str, Any], write: bool = True) -> None:
-    """Write the JSON-able facts of a new run into its folder, or check that the folder holds a run with equal facts.
-
-    Raises:
-        ValueError: If the folder holds another run. The message shows the differences.
-    """
+    """Write the JSON-able facts of a new run into its folder, or check that the folder holds a run with equal facts."""
     facts = json.loads(json.dumps({"format_version": _FORMAT_VERSION, **facts}))
     file = folder / _RUN_FILE
     if not file.is_file():
@@ -58,11 +54,7 @@ def hash_of(content: bytes) -> str:
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Lock the folder of a run, which is created if missing. The lock ends with the process.
-
-    Raises:
-        ValueError: If another program has locked the folder.
-    """
+    """Lock the folder of a run, which is created if missing. The lock ends with the process."""
     try:
         import fcntl
     except ImportError:  # Windows

@@ -40,13 +40,7 @@ def compute_tokens(
 
     A record has `semantic [t]`, `acoustic [f, q]`, `latents [w, d]` of the windows, `captions` (see `encode_texts`),
     their `text_latents [k, d]`, and `duration_seconds`. The codec receives all its channels, the others their mean.
-
-    Args:
-        origin: More facts that the fingerprint of the shards includes.
-        accelerator: Its processes share the work.
-
-    Raises:
-        ValueError: If the folder holds tokens of other models, or of another number of files.
+    The fingerprint of the shards includes `origin`. The processes of the accelerator share the work.
     """
     fingerprint = {**shard_fingerprint(semantic_tokenizer, codec), "mulan": part_fingerprint(mulan), **origin}
     codec_hz, semantic_hz, mulan_hz = codec.target_sample_hz, semantic_tokenizer.target_sample_hz, mulan.sample_hz

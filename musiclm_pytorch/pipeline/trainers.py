@@ -6,25 +6,16 @@ from typing import Any
 from audiolm_pytorch.codecs.training import MEL_ONLY, SoundStreamTrainer
 from audiolm_pytorch.data.manifest import AudioItem
 from audiolm_pytorch.lm.stage_transformer import StageTransformer
-from audiolm_pytorch.lm.trainers import (
-    CoarseTransformerTrainer,
-    FineTransformerTrainer,
-    SemanticTransformerTrainer,
-)
+from audiolm_pytorch.lm.trainers import CoarseTransformerTrainer, FineTransformerTrainer, SemanticTransformerTrainer
 from audiolm_pytorch.semantic.best_rq.training import SemanticTokenizerTrainer
 from musiclm_pytorch.mulan.captions import CaptionSampler
 from musiclm_pytorch.mulan.trainer import MuLaNTrainer
-from musiclm_pytorch.pipeline.builders import (
-    build_codec,
-    build_mulan,
-    build_semantic_encoder,
-    build_semantic_objective,
-)
+from musiclm_pytorch.pipeline.builders import build_codec, build_mulan, build_semantic_encoder, build_semantic_objective
 from musiclm_pytorch.pipeline.presets import Preset, RunConfig
 
-__all__ = ["NUM_VALIDATIONS", "codec_trainer", "mulan_trainer", "semantic_tokenizer_trainer", "stage_trainer"]
+__all__ = ["codec_trainer", "mulan_trainer", "semantic_tokenizer_trainer", "stage_trainer"]
 
-NUM_VALIDATIONS = 8
+_NUM_VALIDATIONS = 8
 _STAGE_TRAINERS: dict[str, Any] = {
     "semantic": SemanticTransformerTrainer,
     "coarse": CoarseTransformerTrainer,
@@ -90,12 +81,5 @@ def stage_trainer(preset: Preset, transformer: StageTransformer, stage: str, **d
 
 
 def _loop_settings(run: RunConfig) -> dict[str, Any]:
-    return dict(
-        batch_size=run.batch_size,
-        num_train_steps=run.num_train_steps,
-        learning_rate=run.learning_rate,
-        warmup_steps=run.warmup_steps,
-        precision=run.precision,
-        validate_every=max(1, run.num_train_steps // NUM_VALIDATIONS),
-        checkpoint_every_steps=run.checkpoint_every_steps,
-    )
+    settings = {name: value for name, value in vars(run).items() if name != "seconds"}
+    return {**settings, "validate_every": max(1, run.num_train_steps // _NUM_VALIDATIONS)}

@@ -1,4 +1,8 @@
-"""Open codecs, semantic tokenizers, encoders and joint embeddings: bundled ones by name, others by folder or hub id."""
+"""Open codecs, semantic tokenizers, encoders and joint embeddings: bundled ones by name, others by folder or hub id.
+
+All are returned in eval mode. `offline` uses only the local cache for a hub id. Without such a model a ValueError lists
+the bundled ones. If a published model needs transformers and it is not installed, an ImportError is raised.
+"""
 
 from collections.abc import Callable, Mapping
 from importlib.resources import files
@@ -18,10 +22,8 @@ from musiclm_pytorch.mulan.joint import JointEmbedding
 
 __all__ = [
     "BUNDLED_CODECS",
-    "BUNDLED_MULANS",
     "BUNDLED_TOKENIZERS",
     "DEFAULT_CODEC",
-    "DEFAULT_TOKENIZER",
     "bundled_folder",
     "codec_named",
     "encoder_named",
@@ -33,38 +35,21 @@ __all__ = [
 BUNDLED_CODECS = {"16khz": "codec_16khz"}
 DEFAULT_CODEC = "16khz"
 BUNDLED_TOKENIZERS = {"16khz": "semantic_16khz"}
-DEFAULT_TOKENIZER = "16khz"
-BUNDLED_MULANS = {"tiny": "tiny/quantizer"}
+_BUNDLED_MULANS = {"tiny": "tiny/quantizer"}
 # Folders of a joint embedding below a model, a finished run, and a run whose MuLaN is trained.
 _MULAN_FOLDERS = ("", "quantizer", "model/quantizer", "mulan/model", "mulan", "model")
 
 
 @beartype
 def codec_named(name: str, device: str | torch.device = "cpu", offline: bool = False) -> Codec:
-    """Open a codec in eval mode.
-
-    Args:
-        name: Name of a bundled codec, a folder, or a hub id (see `open_codec`).
-        offline: Whether to use only the local cache for a hub id.
-
-    Raises:
-        ImportError: If a published codec needs transformers and it is not installed.
-        ValueError: If there is no such codec. The message lists the bundled ones.
-    """
+    """Open a bundled codec, a folder, or a hub id (see `open_codec`)."""
     codec: Codec = _open(name, BUNDLED_CODECS, "codecs", lambda source: open_codec(source, offline=offline))
     return codec.to(device).eval()
 
 
 @beartype
-def tokenizer_named(name: str = DEFAULT_TOKENIZER, device: str | torch.device = "cpu") -> SemanticTokenizer:
-    """Open a semantic tokenizer in eval mode.
-
-    Args:
-        name: Name of a bundled tokenizer, or the folder of a trained or converted one.
-
-    Raises:
-        ValueError: If there is no such tokenizer. The message lists the bundled ones.
-    """
+def tokenizer_named(name: str = "16khz", device: str | torch.device = "cpu") -> SemanticTokenizer:
+    """Open a bundled semantic tokenizer, or the folder of a trained or converted one."""
     tokenizer = _open(name, BUNDLED_TOKENIZERS, "tokenizers", lambda source: load_module(source, device=device))
     if not isinstance(tokenizer, SemanticTokenizer):
         raise ValueError(f"{name} holds a {type(tokenizer).__name__}, which is not a semantic tokenizer")
@@ -73,16 +58,7 @@ def tokenizer_named(name: str = DEFAULT_TOKENIZER, device: str | torch.device = 
 
 @beartype
 def encoder_named(name: str, offline: bool = False) -> FrameEncoder:
-    """Open an encoder whose layers can be clustered into semantic tokens, in eval mode on the CPU.
-
-    Args:
-        name: Name of a bundled tokenizer, or a source of `audiolm_pytorch.open_encoder`.
-        offline: Whether to use only the local cache for a hub id.
-
-    Raises:
-        ImportError: If a published encoder needs transformers and it is not installed.
-        ValueError: If there is no such encoder. The message lists the bundled ones.
-    """
+    """Open an encoder whose layers can be clustered, that of a bundled tokenizer or a source of `open_encoder`."""
     from audiolm_pytorch.semantic.pretrained import open_encoder
 
     encoder = _open(name, BUNDLED_TOKENIZERS, "encoders", lambda source: open_encoder(source, offline=offline))
@@ -93,18 +69,12 @@ def encoder_named(name: str, offline: bool = False) -> FrameEncoder:
 
 @beartype
 def mulan_named(name: str, device: str | torch.device = "cpu", offline: bool = False) -> JointEmbedding:
-    """Open a joint embedding of audio and text in eval mode.
+    """Open a joint embedding of audio and text.
 
-    Args:
-        name: Name of a bundled model; or the folder of a saved MuLaN, CLAP or `MuLaNEmbedQuantizer`, of a model, or of
-            a run; or a folder or hub id of CLAP in transformers' format, e.g. laion/larger_clap_music.
-        offline: Whether to use only the local cache for a hub id.
-
-    Raises:
-        ImportError: If CLAP needs transformers and it is not installed.
-        ValueError: If there is no such joint embedding. The message lists the bundled ones.
+    The name is that of a bundled model; or the folder of a saved MuLaN, CLAP or `MuLaNEmbedQuantizer`, of a model, or
+    of a run; or a folder or hub id of CLAP in transformers' format, e.g. laion/larger_clap_music.
     """
-    module = _open(name, BUNDLED_MULANS, "models", lambda source: _open_mulan(source, offline))
+    module = _open(name, _BUNDLED_MULANS, "models", lambda source: _open_mulan(source, offline))
     mulan = getattr(module, "mulan", module)  # a quantizer holds its MuLaN
     if not isinstance(mulan, JointEmbedding):
         raise ValueError(f"{name} holds a {type(mulan).__name__}, which is not a joint embedding of audio and text")

@@ -63,9 +63,8 @@ def load_musiclm(name_or_folder: str | Path = "tiny", device: str | torch.device
         name_or_folder: Name of a bundled model, or a folder that `musiclm train all` or `musiclm export` wrote.
 
     Raises:
-        ValueError: If there is no such model, a file of it is missing or of another format, or its parts are not
-            compatible: they have other sizes, or the stages were trained with another codec, semantic tokenizer or
-            quantizer.
+        ValueError: If there is no such model, a file of it is missing, or its parts are not compatible: they have other
+            sizes, or the stages were trained with another codec, semantic tokenizer or quantizer.
     """
     folder = model_folder(name_or_folder)
     card = _read_card(folder)
@@ -81,9 +80,6 @@ def export_musiclm(run: str | Path, out: str | Path, settings: Mapping[str, Any]
         out: Folder to write. It must be new or empty, or hold a model, which is replaced.
         settings: Fields of `musiclm.json` to set, e.g. `{"num_levels": 2}` or
             `{"sampling": {"coarse": {"temperature": 0.8}}}`.
-
-    Raises:
-        ValueError: If the run is not finished, the model refuses the settings, or `out` holds other files.
     """
     folder, out = model_folder(run), Path(out)
     if out.exists() and not _may_be_replaced(out):
@@ -105,9 +101,9 @@ def save_parts(
     Args:
         parts: A module for each of `PARTS`.
         about: More JSON-able fields of `musiclm.json`.
-        dtype: Type of the stored weights, e.g. `torch.float16`. None keeps the type of each. The codec, the semantic
-            tokenizer and the quantizer without its tables keep their type if `dtype` would round them, because the
-            stages accept only the parts that they were trained with.
+        dtype: Type of the stored weights; None keeps the type of each. The codec, the semantic tokenizer and the
+            quantizer without its tables keep their type if `dtype` would round them, because the stages accept only the
+            parts that they were trained with.
     """
     folder = Path(folder)
     (folder / CARD).unlink(missing_ok=True)
@@ -130,14 +126,7 @@ def exact_dtype(module: nn.Module, dtype: torch.dtype, *, but: Sequence[str] = (
 
 @beartype
 def model_folder(name_or_folder: str | Path) -> Path:
-    """Find the folder of a model.
-
-    Args:
-        name_or_folder: A model folder, the folder of a finished run, or the name of a bundled model.
-
-    Raises:
-        ValueError: If there is no such model. The message lists the bundled ones.
-    """
+    """Find the folder of a model, of a finished run, or of a bundled model by its name."""
     path = Path(name_or_folder)
     for folder in (path, path / "model"):
         if (folder / CARD).is_file():

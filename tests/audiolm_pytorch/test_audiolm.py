@@ -13,16 +13,7 @@ from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.generation.wrappers import StageWrapper
 from audiolm_pytorch.lm.stage_transformer import AudioTokens
 from audiolm_pytorch.lm.stages import SemanticTransformer
-from tests.helpers.fakes import (
-    CONDITION,
-    SAMPLE_HZ,
-    SIZES,
-    FakeCodec,
-    FakeConditioner,
-    FakeSemanticTokenizer,
-    random_conditions,
-    tiny_stages,
-)
+from tests.helpers import fakes
 from tests.helpers.toy_audiolm import audiolm_of
 
 
@@ -30,7 +21,7 @@ def check_lengths(audio_lm):
     """Semantic, coarse and fine tokens and the wave last the same seconds, rounded up to whole frames."""
     for seconds, samples in ((0.02, 16), (0.33, 272), (1.0, 800), (1.001, 816)):
         result = audio_lm.generate(batch_size=2, seconds=seconds, seeds=0)
-        assert result.wave.shape == (2, samples) and result.sample_hz == SAMPLE_HZ
+        assert result.wave.shape == (2, samples) and result.sample_hz == fakes.SAMPLE_HZ
         assert result.acoustic.shape == (2, samples // 16, 4)
         assert result.semantic.shape == (2, -(-samples // 32))
         assert result.acoustic.min() >= 0 and result.acoustic.max() < 16
@@ -100,12 +91,12 @@ def test_conditions_of_the_caller_equal_those_of_the_conditioner():
     assert not torch.equal(by_text, audio_lm(seconds=0.3, seeds=1, batch_size=2))
 
 
-@pytest.mark.parametrize("input_hz", [SAMPLE_HZ, 1600])
+@pytest.mark.parametrize("input_hz", [fakes.SAMPLE_HZ, 1600])
 def test_a_prompt_is_continued_in_all_tokens(input_hz):
     """The result starts with the semantic and acoustic tokens of the prompt; the seconds include it."""
     audio_lm = audiolm_of()
     prompt = torch.rand(2, input_hz // 2 + 6) * 0.9
-    resampled = resample(prompt, input_hz, SAMPLE_HZ)
+    resampled = resample(prompt, input_hz, fakes.SAMPLE_HZ)
     result = audio_lm.generate(prime_wave=prompt, prime_wave_input_sample_hz=input_hz, seconds=1.0, seeds=[1, 2])
     assert result.wave.shape == (2, 800)
     assert torch.equal(result.acoustic[:, :25], audio_lm.codec.tokenize(resampled)[:, :25])
@@ -129,7 +120,7 @@ def test_default_length_is_five_seconds_after_the_prompt():
     audio_lm = audiolm_of()
     whole = {"allow_eos": False, "sampling": {name: {"temperature": 0} for name in audio_lm.stages}}
     assert audio_lm(batch_size=1, **whole).shape == (1, 4000)
-    assert audio_lm(prime_wave=torch.rand(800), prime_wave_input_sample_hz=SAMPLE_HZ, **whole).shape == (1, 4800)
+    assert audio_lm(prime_wave=torch.rand(800), prime_wave_input_sample_hz=fakes.SAMPLE_HZ, **whole).shape == (1, 4800)
     with pytest.raises(ValueError, match="longer than the requested"):
         audio_lm(prime_wave=torch.rand(1600), seconds=1.0)
 
@@ -207,10 +198,10 @@ def test_sampling_is_set_by_stage():
 
 def test_without_a_fine_stage_coarse_levels_are_decoded():
     """As in AudioLM's piano model, which had no third stage."""
-    stages = tiny_stages()
+    stages = fakes.tiny_stages()
     audio_lm = AudioLM(
-        wav2vec=FakeSemanticTokenizer(),
-        codec=FakeCodec(),
+        wav2vec=fakes.FakeSemanticTokenizer(),
+        codec=fakes.FakeCodec(),
         semantic_transformer=stages["semantic"],
         coarse_transformer=stages["coarse"],
     )
@@ -221,11 +212,13 @@ def test_without_a_fine_stage_coarse_levels_are_decoded():
 
 def test_incompatible_parts_raise_errors():
     """Vocabularies, levels and batch sizes are checked before generation."""
-    stages = {f"{name}_transformer": stage for name, stage in tiny_stages().items()}
-    parts = {"wav2vec": FakeSemanticTokenizer(), "codec": FakeCodec()}
+    stages = {f"{name}_transformer": stage for name, stage in fakes.tiny_stages().items()}
+    parts = {"wav2vec": fakes.FakeSemanticTokenizer(), "codec": fakes.FakeCodec()}
     with pytest.raises(ValueError, match="its tokenizer 12"):
-        AudioLM(**parts, **{**stages, "semantic_transformer": SemanticTransformer(num_semantic_tokens=9, **SIZES)})
-    small = FakeCodec()
+        AudioLM(
+            **parts, **{**stages, "semantic_transformer": SemanticTransformer(num_semantic_tokens=9, **fakes.SIZES)}
+        )
+    small = fakes.FakeCodec()
     small.num_quantizers = 3
     with pytest.raises(ValueError, match="the codec has 3"):
         AudioLM(**{**parts, "codec": small}, **stages)
@@ -274,16 +267,16 @@ def test_guidance_of_the_model_is_off_without_a_condition():
 
 def test_a_text_conditions_the_stages_that_accept_it():
     """Unconditional stages ignore it; conditions of an unknown stage raise an error."""
-    conditioned, plain = tiny_stages(**CONDITION), tiny_stages()
+    conditioned, plain = fakes.tiny_stages(**fakes.CONDITION), fakes.tiny_stages()
     audio_lm = AudioLM(
-        wav2vec=FakeSemanticTokenizer(),
-        codec=FakeCodec(),
+        wav2vec=fakes.FakeSemanticTokenizer(),
+        codec=fakes.FakeCodec(),
         semantic_transformer=conditioned["semantic"],
         coarse_transformer=plain["coarse"],
         fine_transformer=plain["fine"],
-        audio_conditioner=FakeConditioner(),
+        audio_conditioner=fakes.FakeConditioner(),
     )
     assert audio_lm(text=["one", "three"], seconds=0.2).shape == (2, 160)
     assert audio_lm.audio_conditioner.asked == ["semantic"]
     with pytest.raises(ValueError, match=r"conditioning is by stage, of \['semantic', 'coarse', 'fine'\]; got"):
-        audio_lm(conditioning={"semantics": random_conditions(1)}, seconds=0.2)
+        audio_lm(conditioning={"semantics": fakes.random_conditions(1)}, seconds=0.2)

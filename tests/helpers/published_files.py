@@ -26,27 +26,21 @@ NUM_LABELS = 500
 FINAL_DIM = 8
 
 # transformers' name -> fairseq's name
-_NAMES = (
-    (r"feature_extractor\.conv_layers\.(\d+)\.conv\.(.+)", r"feature_extractor.conv_layers.\1.0.\2"),
-    (r"feature_projection\.layer_norm\.(.+)", r"layer_norm.\1"),
-    (r"feature_projection\.projection\.(.+)", r"post_extract_proj.\1"),
-    (r"masked_spec_embed", r"mask_emb"),
-    (r"encoder\.pos_conv_embed\.conv\.bias", r"encoder.pos_conv.0.bias"),
-    (
-        r"encoder\.pos_conv_embed\.conv\.(?:weight_g|parametrizations\.weight\.original0)",
-        r"encoder.pos_conv.0.weight_g",
-    ),
-    (
-        r"encoder\.pos_conv_embed\.conv\.(?:weight_v|parametrizations\.weight\.original1)",
-        r"encoder.pos_conv.0.weight_v",
-    ),
-    (r"(encoder\.layers\.\d+)\.attention\.(.+)", r"\1.self_attn.\2"),
-    (r"(encoder\.layers\.\d+)\.layer_norm\.(.+)", r"\1.self_attn_layer_norm.\2"),
-    (r"(encoder\.layers\.\d+)\.feed_forward\.intermediate_dense\.(.+)", r"\1.fc1.\2"),
-    (r"(encoder\.layers\.\d+)\.feed_forward\.output_dense\.(.+)", r"\1.fc2.\2"),
-    (r"(encoder\.layers\.\d+\.final_layer_norm\..+)", r"\1"),
-    (r"(encoder\.layer_norm\..+)", r"\1"),
-)
+_NAMES = {
+    r"feature_extractor\.conv_layers\.(\d+)\.conv\.(.+)": r"feature_extractor.conv_layers.\1.0.\2",
+    r"feature_projection\.layer_norm\.(.+)": r"layer_norm.\1",
+    r"feature_projection\.projection\.(.+)": r"post_extract_proj.\1",
+    r"masked_spec_embed": r"mask_emb",
+    r"encoder\.pos_conv_embed\.conv\.bias": r"encoder.pos_conv.0.bias",
+    r"encoder\.pos_conv_embed\.conv\.(?:weight_g|parametrizations\.weight\.original0)": r"encoder.pos_conv.0.weight_g",
+    r"encoder\.pos_conv_embed\.conv\.(?:weight_v|parametrizations\.weight\.original1)": r"encoder.pos_conv.0.weight_v",
+    r"(encoder\.layers\.\d+)\.attention\.(.+)": r"\1.self_attn.\2",
+    r"(encoder\.layers\.\d+)\.layer_norm\.(.+)": r"\1.self_attn_layer_norm.\2",
+    r"(encoder\.layers\.\d+)\.feed_forward\.intermediate_dense\.(.+)": r"\1.fc1.\2",
+    r"(encoder\.layers\.\d+)\.feed_forward\.output_dense\.(.+)": r"\1.fc2.\2",
+    r"(encoder\.layers\.\d+\.final_layer_norm\..+)": r"\1",
+    r"(encoder\.layer_norm\..+)": r"\1",
+}
 
 
 def tiny_hubert(seed: int = 0, *, num_layers: int = 10, large: bool = False, **changes: Any) -> nn.Module:
@@ -95,7 +89,7 @@ def hubert_state(model: nn.Module, seed: int = 1) -> "OrderedDict[str, Tensor]":
     layered = model.config.feat_extract_norm == "layer"
     norms = r"feature_extractor\.conv_layers\.(\d+)\.layer_norm\.(.+)"
     names = (
-        *_NAMES,
+        *_NAMES.items(),
         (norms, r"feature_extractor.conv_layers.\1.2.1.\2" if layered else r"feature_extractor.conv_layers.\1.2.\2"),
     )
     weights = OrderedDict()

@@ -23,29 +23,29 @@ CODES = 12
 
 def vq_settings(**changes: Any) -> dict[str, Any]:
     """The `args` of the published models (vq_type "gumbel" or "kmeans"), narrow."""
-    settings = dict(
-        _name="wav2vec",
-        activation="gelu",
-        agg_zero_pad=False,
-        aggregator="cnn",
-        combine_groups=True,
-        conv_aggregator_layers=f"[({WIDTH}, 2, 1), ({WIDTH}, 3, 1)]",
-        conv_feature_layers=str(LAYERS),
-        log_compression=True,
-        no_conv_bias=False,
-        offset="auto",
-        prediction_steps=12,
-        project_features="none",
-        skip_connections_agg=True,
-        skip_connections_feat=False,
-        vq_depth=2,
-        vq_dim=0,
-        vq_gamma=0.25,
-        vq_groups=2,
-        vq_temp="(2.0,0.5,0.999995)",
-        vq_type="gumbel",
-        vq_vars=CODES,
-    )
+    settings = {
+        "_name": "wav2vec",
+        "activation": "gelu",
+        "agg_zero_pad": False,
+        "aggregator": "cnn",
+        "combine_groups": True,
+        "conv_aggregator_layers": f"[({WIDTH}, 2, 1), ({WIDTH}, 3, 1)]",
+        "conv_feature_layers": str(LAYERS),
+        "log_compression": True,
+        "no_conv_bias": False,
+        "offset": "auto",
+        "prediction_steps": 12,
+        "project_features": "none",
+        "skip_connections_agg": True,
+        "skip_connections_feat": False,
+        "vq_depth": 2,
+        "vq_dim": 0,
+        "vq_gamma": 0.25,
+        "vq_groups": 2,
+        "vq_temp": "(2.0,0.5,0.999995)",
+        "vq_type": "gumbel",
+        "vq_vars": CODES,
+    }
     return settings | changes
 
 

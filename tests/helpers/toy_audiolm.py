@@ -4,32 +4,24 @@ import torch
 
 from audiolm_pytorch.audiolm import AudioLM
 from audiolm_pytorch.codecs import SoundStream, SpectralSoundStream
-from tests.helpers.fakes import (
-    CONDITION,
-    SAMPLE_HZ,
-    FakeCodec,
-    FakeConditioner,
-    FakeSemanticTokenizer,
-    FakeTextConditioner,
-    tiny_stages,
-)
+from tests.helpers import fakes
 
 
 def audiolm_of(conditioned=False, hears_text=False, lost_frames=0, codec=None, ends=False, **changes):
     """An AudioLM. With `ends`, about every twentieth semantic token ends the item."""
-    changes = {**(CONDITION if conditioned else {}), **({"text_dim": 6} if hears_text else {}), **changes}
-    stages = tiny_stages(**changes)
+    changes = {**(fakes.CONDITION if conditioned else {}), **({"text_dim": 6} if hears_text else {}), **changes}
+    stages = fakes.tiny_stages(**changes)
     for stage in stages.values():
         for weight in stage.heads.parameters():
             weight.data.mul_(40)
     if ends:
         stages["semantic"].heads[0].weight.data.zero_()
     return AudioLM(
-        wav2vec=FakeSemanticTokenizer(lost_frames),
-        codec=FakeCodec() if codec is None else codec,
+        wav2vec=fakes.FakeSemanticTokenizer(lost_frames),
+        codec=fakes.FakeCodec() if codec is None else codec,
         **{f"{name}_transformer": stage for name, stage in stages.items()},
-        audio_conditioner=FakeConditioner() if conditioned else None,
-        text_conditioner=FakeTextConditioner() if hears_text else None,
+        audio_conditioner=fakes.FakeConditioner() if conditioned else None,
+        text_conditioner=fakes.FakeTextConditioner() if hears_text else None,
     )
 
 
@@ -37,7 +29,7 @@ def streaming_codec(kind="causal", audio_channels=1):
     """A tiny codec with the sizes of `FakeCodec`. The spectral codec has a look-ahead, the causal one has none."""
     torch.manual_seed(5)
     sizes = {
-        "target_sample_hz": SAMPLE_HZ,
+        "target_sample_hz": fakes.SAMPLE_HZ,
         "codebook_size": 16,
         "rq_num_quantizers": 4,
         "audio_channels": audio_channels,

@@ -24,9 +24,7 @@ class LossBalancer(nn.Module):
     The running means are buffers. They are corrected for their start, like those of Adam. Steps without a gradient, or
     with one that is not finite, do not change them.
 
-    Args:
-        weights: Name of each loss to its share; only their ratios matter. A loss of weight 0 is not differentiated.
-        decay: Decay of the running means.
+    Only the ratios of the `weights` matter. A loss of weight 0 is not differentiated.
     """
 
     norm_sums: Tensor
@@ -46,14 +44,11 @@ class LossBalancer(nn.Module):
 
     @beartype
     def forward(self, losses: Mapping[str, Tensor], wave: Tensor) -> Tensor:
-        """Return a scalar loss whose gradient with respect to `wave` is the mix.
+        """Return a scalar whose gradient with respect to `wave` is the mix, and whose value is the mean of the losses.
 
         Args:
             losses: Scalars, functions of `wave` or constants. Names that are missing leave their share to the others.
             wave: Output `[b, ...]` of the generator, with a gradient.
-
-        Returns:
-            Scalar to differentiate once. Its value is the weighted mean of the losses.
         """
         unknown = sorted(set(losses) - set(self.weights))
         active = {name: loss for name, loss in losses.items() if self.weights.get(name)}

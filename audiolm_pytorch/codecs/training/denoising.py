@@ -17,14 +17,9 @@ _NOISE_DRAWS = 4
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """One item of training or validation; waves are `[n]` or `[c, n]`.
+    """Input, target and `denoise` flag of a codec; waves are `[n]` or `[c, n]`.
 
-    Attributes:
-        wave: Input of the codec.
-        target: Target of the codec.
-        denoise: Flag of the codec.
-        clean: The wave without noise, at its level in the mixture.
-        snr_db: Ratio of clean to noise; infinite without noise.
+    `clean` is the wave without noise, at its level in the mixture. `snr_db` is infinite without noise.
     """
 
     wave: Tensor

@@ -52,12 +52,8 @@ class MultiScaleMelLoss(nn.Module):
 def discriminator_hinge(real: Sequence[ScaleOutput], fake: Sequence[ScaleOutput]) -> Tensor:
     """Hinge loss of the discriminators (SoundStream, arXiv 2107.03312, eq. 3; EnCodec, arXiv 2210.13438, section 3.4).
 
-    Args:
-        real: Outputs for real waves, one per scale.
-        fake: Outputs for decoded waves that are detached from the codec.
-
-    Returns:
-        Scalar float32, the mean over scales, items and times: 2 for constant zero logits, 0 for perfect separation.
+    The decoded waves of `fake` must be detached from the codec. Scalar float32, the mean over scales, items and times:
+    2 for constant zero logits, 0 for perfect separation.
     """
     scales = _paired(real, fake)
     hinges = [F.relu(1 - r.logits.float()).mean() + F.relu(1 + f.logits.float()).mean() for r, f in scales]
@@ -76,17 +72,13 @@ def feature_matching(real: Sequence[ScaleOutput], fake: Sequence[ScaleOutput]) -
     """Relative L1 distance between the features of real and decoded waves (EnCodec, eq. 2).
 
     Each layer's distance is divided by the mean magnitude of its real features, so that layers of any scale count the
-    same and the discriminators cannot change the weight of the loss. No gradient flows into the real features.
-
-    Returns:
-        Scalar float32: mean over the features of a layer, then over the layers of a scale, then over scales.
+    same and the discriminators cannot change the weight of the loss. No gradient flows into the real features. Scalar
+    float32: mean over the features of a layer, then over the layers of a scale, then over scales.
     """
-    means = [
-        torch.stack(
-            [_layer_distance(r, f) for r, f in zip(real_scale.features, fake_scale.features, strict=True)]
-        ).mean()
-        for real_scale, fake_scale in _paired(real, fake)
-    ]
+    means = []
+    for r, f in _paired(real, fake):
+        distances = [_layer_distance(*features) for features in zip(r.features, f.features, strict=True)]
+        means.append(torch.stack(distances).mean())
     return torch.stack(means).mean()
 
 

@@ -40,8 +40,7 @@ class CodeUsage(nn.Module):
     def forward(self, codes: Tensor) -> dict[str, Tensor]:
         """Count the codes `[b, f, q]` of a batch (-1 where a level was left out).
 
-        Returns:
-            Scalars, as shares of the codebook: `usage_level_1, …`, the codes in use, and `perplexity_level_1, …`.
+        Returns the codes in use and the perplexity as shares of the codebook: `usage_level_1`, `perplexity_level_1`, …
         """
         num_quantizers = len(self.counts)
         levels = rearrange(codes, "b f q -> (b f) q")
@@ -60,18 +59,13 @@ class CodeUsage(nn.Module):
 
 def _by_level(values: dict[str, Tensor]) -> dict[str, Tensor]:
     """`name [q]` to scalars `name_level_1, …`."""
-    return {
-        f"{name}_level_{number}": value
-        for name, levels in values.items()
-        for number, value in enumerate(levels, start=1)
-    }
+    return {f"{name}_level_{k}": value for name, levels in values.items() for k, value in enumerate(levels, start=1)}
 
 
 def reconstruct(codec: SoundStream, wave: Tensor, quantize: bool = True, denoise: bool = False) -> Tensor:
     """Decode the codes of waves `[b, c, n]`, or the frames before quantization."""
     if not quantize:
-        output: Tensor = codec(wave, return_recons_only=True, quantize=False, denoise=denoise)
-        return output
+        return codec(wave, return_recons_only=True, quantize=False, denoise=denoise)
     return codec.decode_from_codebook_indices(codec.tokenize(wave, denoise=denoise), num_samples=wave.shape[-1])
 
 
@@ -81,9 +75,8 @@ def reconstruction_metrics(
 ) -> dict[str, float]:
     """Distances between waves `[1, c, n]` and their reconstructions, and the use of the codes.
 
-    Returns:
-        `mel_distance`; `si_sdr_db`, over the waves that are not silent; with codes also `mel_distance_half_levels` (the
-        first half of the levels decoded), `usage_level_<k>` and `perplexity_level_<k>`.
+    `si_sdr_db` is over the waves that are not silent. `mel_distance_half_levels` is that of the first half of the
+    levels.
     """
     rows: dict[str, list[float]] = {}
     codes: list[Tensor] = []
@@ -112,9 +105,7 @@ def denoising_metrics(
 ) -> dict[str, float]:
     """Distances to the clean wave of the mixture itself, and of its reconstructions with the flag off and on.
 
-    Returns:
-        `si_sdr_db_<kind>` and `mel_distance_<kind>` for the kinds `noisy`, `denoise_off` and `denoise_on`; silent clean
-        waves are left out.
+    Silent clean waves are left out.
     """
     rows: dict[str, list[float]] = {}
     for mixture in mixtures:
@@ -156,8 +147,8 @@ def write_pairs(
 class MelWarning:
     """Logs one warning if the mel distance in validation has not fallen after a quarter of the run.
 
-    Called with every row of metrics. The distance is compared with that of the first validation, and later
-    with that of the first validation with codes, because the distance jumps when quantization begins.
+    The distance is compared with that of the first validation, and later with that of the first validation with codes,
+    because the distance jumps when quantization begins.
     """
 
     def __init__(self, num_train_steps: int) -> None:

@@ -52,13 +52,6 @@ class CodecLossWeights:
     The mel distance leads, as in arXiv 2306.06546 (15 mel, 2 feature matching, 1 adversarial). EnCodec (arXiv
     2210.13438, 24 kHz) uses `CodecLossWeights(adversarial=3, feature_matching=3)`, for long runs with large batches:
     there six sevenths of the gradient come from discriminators, which are untrained at first.
-
-    Args:
-        mel: Multi-scale mel distance.
-        waveform: L1 distance of the waves.
-        adversarial: Hinge loss of the generator.
-        feature_matching: Distance between the features of the discriminators.
-        commitment: Commitment loss of the quantizer.
     """
 
     mel: float | int = 1.0
@@ -89,13 +82,9 @@ MEL_ONLY = CodecLossWeights(waveform=0.0, adversarial=0.0, feature_matching=0.0)
 
 @dataclass(eq=False)
 class CodecBatch:
-    """A training batch.
+    """Input and target `[b, c, n]` of a step, and the flags `[b]` bool of a denoising condition.
 
-    Attributes:
-        wave: Input `[b, c, n]`.
-        target: Target `[b, c, n]`.
-        denoise: Flags `[b]` bool of the denoising condition; False without one.
-        decoded: Reconstruction of the generator phase, for the discriminator phase of the same step.
+    The generator phase sets `decoded`, its reconstruction, for the discriminator phase of the same step.
     """
 
     wave: Tensor
@@ -117,7 +106,7 @@ class CodecTask:
         discriminator_lead_steps: Steps that they learn before the codec uses their losses. The balancer gives untrained
             discriminators as much of the gradient as trained ones, which would damage a trained codec.
         unquantized_steps: Steps before quantization begins, and untrained codebooks are initialised.
-        noise: For a codec with a denoising condition: mixtures over `train`, and for validation.
+        noise: For a codec with a denoising condition, mixtures over `train` and for validation.
     """
 
     name = "codec"
@@ -146,18 +135,16 @@ class CodecTask:
         self.mel_loss = MultiScaleMelLoss(codec.target_sample_hz)
         self.balancer = LossBalancer(weights.on_wave) if len(weights.on_wave) > 1 else None
         self.code_usage = CodeUsage(codec.num_quantizers, codec.codebook_size)
-        parts = {
-            "codec": codec,
-            "discriminators": discriminators,
-            "balancer": self.balancer,
-            "code_usage": self.code_usage,
-        }
-        self.module: nn.Module = nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
+        parts = nn.ModuleDict({"codec": codec})
         self.phases: tuple[Phase, ...] = (Phase("generator", (codec,), self._generator_loss),)
         if discriminators is not None:
-            self.phases += (
-                Phase("discriminator", (discriminators,), self._discriminator_loss, adversarial_start_step),
-            )
+            parts["discriminators"] = discriminators
+            phase = Phase("discriminator", (discriminators,), self._discriminator_loss, adversarial_start_step)
+            self.phases += (phase,)
+        if self.balancer is not None:
+            parts["balancer"] = self.balancer
+        parts["code_usage"] = self.code_usage
+        self.module: nn.Module = parts
         # Validation quantizes as the last training step did; without one it is that of a finished codec.
         self._quantizes = True
         self.num_items = len(train)
@@ -294,7 +281,6 @@ def _check(
     discriminator_lead_steps: int,
     noise: tuple[NoiseMixer, NoiseMixer] | None,
 ) -> None:
-    """Check that the parts go together."""
     if (discriminators is not None) != (weights.adversarial > 0):
         passed = "no discriminators" if discriminators is None else "discriminators"
         raise ValueError(f"got {passed} and an adversarial weight of {weights.adversarial}; give both or neither")
@@ -319,14 +305,12 @@ def _check(
 @contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
     """Let gradients flow through a module but not into its parameters."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
+    parameters = nn.ParameterList(parameter for parameter in module.parameters() if parameter.requires_grad)
+    parameters.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
+        parameters.requires_grad_(True)
 
 
 def _padded(waves: list[Tensor]) -> Tensor:

@@ -35,12 +35,11 @@ class SoundStreamTrainer:
     `adversarial_start_step=0` and `discriminator_lead_steps=0`; the optimizers start from zero.
 
     Args:
-        soundstream: The codec, `SoundStream` or `SpectralSoundStream`; trained in place.
-        folder: Folder of audio files or JSONL manifest; None when `items` is given.
+        soundstream: Trained in place.
+        folder: Folder of audio files or JSONL manifest.
         items: Training items and validation items, instead of `folder`.
-        batch_size: Crops per step and process.
-        data_max_length: Samples of a crop at the codec's rate; exclusive with `data_max_length_seconds`.
-        data_max_length_seconds: Seconds of a crop; 1 if neither is given.
+        data_max_length: Samples of a crop at the codec's rate, instead of `data_max_length_seconds`.
+        data_max_length_seconds: Seconds of a crop; 1 if neither is passed.
         results_folder: Folder of checkpoints, metrics and samples, and at the end of the codec
             (`results_folder/codec`) and the discriminators (`results_folder/discriminators`).
         loss_weights: `CodecLossWeights()` if not given, and its `reconstruction_only` without discriminators.

@@ -23,15 +23,9 @@ from audiolm_pytorch.saving.modules import load_module, save_module
 from tests.helpers.published_texts import CLEAN, FAMILIES, KINDS, ORACLES, TEXTS, randomised, write_text_encoder
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("published")
-    return {kind: write_text_encoder(root / kind, kind) for kind in KINDS}
-
-
 @pytest.fixture
-def folder(folders, tmp_path):
-    return Path(shutil.copytree(folders["t5"], tmp_path / "t5"))
+def folder(encoder_folders, tmp_path):
+    return Path(shutil.copytree(encoder_folders["t5"], tmp_path / "t5"))
 
 
 @pytest.fixture(autouse=True)
@@ -46,14 +40,14 @@ def close(found, expected, atol=1e-5):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_states_equal_those_of_transformers(folders, kind):
+def test_states_equal_those_of_transformers(encoder_folders, kind):
     """Tokens, special tokens, padding, mask and eval mode are right on the path from files to states."""
-    conditioner = TextConditioner(folders[kind])
+    conditioner = TextConditioner(encoder_folders[kind])
     found = conditioner(TEXTS)
     assert isinstance(found, ConditionTensor) and conditioner.dim == found.embeddings.shape[-1] == 16
     length = found.mask.shape[1]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folders[kind])
-    model = getattr(transformers, ORACLES[kind]).from_pretrained(folders[kind]).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(encoder_folders[kind])
+    model = getattr(transformers, ORACLES[kind]).from_pretrained(encoder_folders[kind]).eval()
     inputs = tokenizer(CLEAN, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     with torch.no_grad():
         expected = model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask).last_hidden_state
@@ -88,17 +82,17 @@ def test_states_of_every_architecture_do_not_depend_on_the_batch(name):
     close(further.embeddings[:1, : lengths[2]], together.embeddings[2:, : lengths[2]])
 
 
-def test_a_str_is_one_text(folders):
+def test_a_str_is_one_text(encoder_folders):
     """A str is one text, not a list of letters."""
-    conditioner = TextConditioner(folders["t5"])
+    conditioner = TextConditioner(encoder_folders["t5"])
     one, listed = conditioner("slow piano"), conditioner(("slow piano",))
     assert len(one) == 1 and torch.equal(one.mask, listed.mask)
     close(one.embeddings, listed.embeddings, atol=1e-6)
 
 
-def test_stays_frozen_and_in_eval_mode(folders):
+def test_stays_frozen_and_in_eval_mode(encoder_folders):
     """In a model that trains, the encoder has no dropout, no gradients, and float32 states under autocast."""
-    conditioner = TextConditioner(folders["bert"])
+    conditioner = TextConditioner(encoder_folders["bert"])
     before = conditioner(TEXTS).embeddings
     reader = nn.ModuleDict({"conditioner": conditioner, "head": nn.Linear(16, 1)}).train().requires_grad_(True)
     assert reader.training and not any(part.training for part in conditioner.modules())
@@ -108,16 +102,16 @@ def test_stays_frozen_and_in_eval_mode(folders):
     assert states.dtype == torch.float32 and not states.requires_grad
     reader["head"](states).sum().backward()
     assert all(weight.grad is None for weight in conditioner.parameters()) and reader["head"].weight.grad is not None
-    assert not any(weight.requires_grad for weight in TextConditioner(folders["bert"]).parameters())
+    assert not any(weight.requires_grad for weight in TextConditioner(encoder_folders["bert"]).parameters())
     halved = conditioner.to(torch.bfloat16)(TEXTS).embeddings
     assert halved.dtype == torch.float32
     close(halved, before, atol=0.2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_saved_conditioner_is_self_contained(folders, kind, tmp_path):
+def test_saved_conditioner_is_self_contained(encoder_folders, kind, tmp_path):
     """A saved conditioner loads without the source folder and without a network."""
-    copied = shutil.copytree(folders[kind], tmp_path / "copied")
+    copied = shutil.copytree(encoder_folders[kind], tmp_path / "copied")
     conditioner = TextConditioner(copied, max_tokens=12)
     save_module(conditioner, tmp_path / "saved")
     shutil.rmtree(copied)
@@ -129,12 +123,12 @@ def test_saved_conditioner_is_self_contained(folders, kind, tmp_path):
     assert not any(weight.requires_grad for weight in again.parameters()) and not again.train().training
 
 
-def test_special_tokens_option_is_saved(folders, tmp_path):
+def test_special_tokens_option_is_saved(encoder_folders, tmp_path):
     """Whether texts have special tokens is saved and is part of the fingerprint."""
-    bare = TextTokenizer(load_tokenizer(folders["bert"]))
-    loaded = load_model(folders["bert"], {"bert": "BertModel"}, unneeded=("pooler.",))
+    bare = TextTokenizer(load_tokenizer(encoder_folders["bert"]))
+    loaded = load_model(encoder_folders["bert"], {"bert": "BertModel"}, unneeded=("pooler.",))
     conditioner = TextConditioner(loaded, tokenizer=bare)
-    framed = TextConditioner(folders["bert"])
+    framed = TextConditioner(encoder_folders["bert"])
     assert framed("drums").mask.sum() == conditioner("drums").mask.sum() + 2
     save_module(conditioner, tmp_path / "bare")
     again = load_module(tmp_path / "bare", TextConditioner)
@@ -142,16 +136,16 @@ def test_special_tokens_option_is_saved(folders, tmp_path):
     assert again.fingerprint() == conditioner.fingerprint() != framed.fingerprint()
 
 
-def test_fingerprint_depends_on_everything_that_changes_states(folders, folder, tmp_path):
+def test_fingerprint_depends_on_everything_that_changes_states(encoder_folders, folder, tmp_path):
     """A weight, a setting or the token limit changes the fingerprint; the folder does not."""
-    known = TextConditioner(folders["t5"])
+    known = TextConditioner(encoder_folders["t5"])
     assert TextConditioner(folder).fingerprint() == known.fingerprint()
     other = TextConditioner(write_text_encoder(tmp_path / "other", "t5", seed=1))
     shorter = TextConditioner(folder, max_tokens=9)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "relative_attention_max_distance": 7}))
     nearer = TextConditioner(folder)
-    changed = TextConditioner(folders["t5"])
+    changed = TextConditioner(encoder_folders["t5"])
     with torch.no_grad():
         changed.model.encoder.final_layer_norm.weight[0] += 1e-3
     every = [known, other, shorter, nearer, changed]
@@ -159,9 +153,9 @@ def test_fingerprint_depends_on_everything_that_changes_states(folders, folder, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_truncated_text_logs_a_warning(folders, kind, caplog):
+def test_truncated_text_logs_a_warning(encoder_folders, kind, caplog):
     """The first tokens are kept, with special tokens around them."""
-    conditioner = TextConditioner(folders[kind], max_tokens=9)
+    conditioner = TextConditioner(encoder_folders[kind], max_tokens=9)
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="audiolm_pytorch"):
         conditioner("drums")
@@ -169,7 +163,7 @@ def test_truncated_text_logs_a_warning(folders, kind, caplog):
         cut = conditioner(["drums", "drums " * 40])
     assert [record.levelname for record in caplog.records] == ["WARNING"] and "truncated to 9" in caplog.text
     assert cut.mask.shape == (2, 9)
-    wanted = transformers.AutoTokenizer.from_pretrained(folders[kind])(
+    wanted = transformers.AutoTokenizer.from_pretrained(encoder_folders[kind])(
         " ".join(["drums"] * 40), truncation=True, max_length=9, padding=False
     )
     with torch.no_grad():
@@ -184,9 +178,9 @@ def refused(match, *args, **kwargs):
     assert "\n" not in str(caught.value)
 
 
-def test_wrong_texts_raise_errors(folders):
+def test_wrong_texts_raise_errors(encoder_folders):
     """Errors name the text and what is needed."""
-    conditioner = TextConditioner(folders["t5"])
+    conditioner = TextConditioner(encoder_folders["t5"])
     for texts, match in (
         ("", "index 0 of 1 is empty"),
         (["drums", " \n"], "index 1 of 2 is empty"),
@@ -202,14 +196,16 @@ def test_wrong_texts_raise_errors(folders):
             conditioner(["drums", None, "harp"])
 
 
-def test_wrong_sources_raise_errors(folders, folder, tmp_path):
+def test_wrong_sources_raise_errors(encoder_folders, folder, tmp_path):
     """Each error is one line with the problem and the fix."""
     refused("no folder .*nowhere", tmp_path / "nowhere")
     refused("offline: nothing is downloaded", "owner/name", offline=True, cache_dir=tmp_path)
     refused("2 or more for this model, got 1", folder, max_tokens=1)
-    refused(r"3\.\.40 for this model, got 41", folders["bert"], max_tokens=41)
+    refused(r"3\.\.40 for this model, got 41", encoder_folders["bert"], max_tokens=41)
     refused(
-        "pass the tokenizer of this model", folders["bert"], tokenizer=TextTokenizer(load_tokenizer(folders["roberta"]))
+        "pass the tokenizer of this model",
+        encoder_folders["bert"],
+        tokenizer=TextTokenizer(load_tokenizer(encoder_folders["roberta"])),
     )
     refused("tokenizer=", load_model(folder, {"t5": "T5EncoderModel"}))
     gpt = LoadedModel(transformers.GPT2Model(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=300)))
@@ -241,9 +237,9 @@ def test_damaged_folders_raise_errors(folder):
 
 
 @pytest.mark.parametrize("text_as", ["cross", "prefix"])
-def test_stage_with_text_dim_needs_no_text_encoder(folders, text_as, monkeypatch):
+def test_stage_with_text_dim_needs_no_text_encoder(encoder_folders, text_as, monkeypatch):
     """A stage is built from the width of its text states alone, and its loss depends on the texts."""
-    conditioner = TextConditioner(folders["t5"])
+    conditioner = TextConditioner(encoder_folders["t5"])
     said = Conditions(text=conditioner(["slow piano", "a fast jig, with drums"]))
     monkeypatch.setitem(sys.modules, "transformers", None)
     stage = SemanticTransformer(

@@ -161,10 +161,9 @@ def test_folders_that_are_no_shards_are_refused(tmp_path: Path) -> None:
         write_shards(tmp_path / "t", make_record, 0, {})
 
 
-def test_many_chunks_do_not_keep_many_files_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_chunks_do_not_keep_many_files_open(tmp_path: Path) -> None:
     """Guards the limit of open files on a large corpus."""
-    monkeypatch.setattr("audiolm_pytorch.data.shards._MAX_OPEN_CHUNKS", 3)
     write_shards(tmp_path / "s", lambda number: {"a": np.array([number])}, 8, {}, records_per_chunk=1)
-    shards = TokenShards(tmp_path / "s")
+    shards = TokenShards(tmp_path / "s", max_open_chunks=3)
     assert [shards[number]["a"].item() for number in [*range(8), 0]] == [*range(8), 0]
     assert sorted(shards._open) == [0, 6, 7]

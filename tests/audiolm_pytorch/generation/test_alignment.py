@@ -13,9 +13,8 @@ from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.generation.windows import decode_in_windows
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.lm.training_data import ShardSource, WaveSource
-from audiolm_pytorch.semantic import SemanticTokenizer
 from audiolm_pytorch.tokens.streams import Stream
-from tests.helpers.fakes import SIZES
+from tests.helpers.fakes import SIZES, FakeSemanticTokenizer
 
 PATTERNS = ["flat", "delayed", "parallel"]
 FILE_HZ, TOKENIZER_HZ, CODEC_HZ = 8000, 1600, 3200  # different rates
@@ -63,20 +62,13 @@ class ClickCodec(Codec):
         return wave[:, None, :num_samples]
 
 
-class ClickTokenizer(SemanticTokenizer):
+class ClickTokenizer(FakeSemanticTokenizer):
     """25 tokens per second with the eighth of the frame that has the click; drops frames at the end, like HuBERT."""
 
     target_sample_hz, downsample_factor, codebook_size = TOKENIZER_HZ, TOKEN_FRAME, 9
 
-    def __init__(self, lost_frames: int = 0) -> None:
-        super().__init__()
-        self.lost_frames = lost_frames
-
     def fingerprint(self) -> str:
         return "eighths"
-
-    def num_frames(self, num_samples: int) -> int:
-        return -(-num_samples // TOKEN_FRAME) - self.lost_frames
 
     def forward(self, wave: Tensor, input_sample_hz: int | None = None, lengths: Tensor | None = None) -> Tensor:
         place = peaks(wave, TOKEN_FRAME)[:, : self.num_frames(wave.shape[-1])]

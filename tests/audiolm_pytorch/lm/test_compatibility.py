@@ -15,43 +15,35 @@ from audiolm_pytorch.lm.task import _chance
 from audiolm_pytorch.lm.token_model import TokenTransformer
 from audiolm_pytorch.tokens.layout import TokenLayout
 from audiolm_pytorch.tokens.streams import Stream
-from tests.helpers.fakes import (
-    CONDITION,
-    SIZES,
-    FakeCodec,
-    FakeConditioner,
-    FakeSemanticTokenizer,
-    FakeTextConditioner,
-    tiny_stages,
-)
+from tests.helpers import fakes
 
 PATTERNS = ["flat", "delayed", "parallel"]
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS)
 
 
 def semantic(**changes):
-    return SemanticTransformer(**{"num_semantic_tokens": 12, **SIZES, **changes})
+    return SemanticTransformer(**{"num_semantic_tokens": 12, **fakes.SIZES, **changes})
 
 
 def coarse(**changes):
     sizes = {"num_semantic_tokens": 12, "codebook_size": 16, "num_coarse_quantizers": 2}
-    return CoarseTransformer(**{**sizes, **SIZES, **changes})
+    return CoarseTransformer(**{**sizes, **fakes.SIZES, **changes})
 
 
 def fine(**changes):
     sizes = {"num_coarse_quantizers": 2, "num_fine_quantizers": 2, "codebook_size": 16}
-    return FineTransformer(**{**sizes, **SIZES, **changes})
+    return FineTransformer(**{**sizes, **fakes.SIZES, **changes})
 
 
 def codec_of(**changes):
-    codec = FakeCodec()
+    codec = fakes.FakeCodec()
     for name, value in changes.items():
         setattr(codec, name, value)
     return codec
 
 
 def tokenizer_of(**changes):
-    tokenizer = FakeSemanticTokenizer()
+    tokenizer = fakes.FakeSemanticTokenizer()
     for name, value in changes.items():
         setattr(tokenizer, name, value)
     return tokenizer
@@ -60,10 +52,16 @@ def tokenizer_of(**changes):
 @every_pattern
 def test_compatible_parts_are_accepted(pattern, caplog):
     """Stages and modules with equal numbers raise no error and log no warning, in every pattern."""
-    sizes = {**CONDITION, "text_dim": 6}
+    sizes = {**fakes.CONDITION, "text_dim": 6}
     parts = semantic(**sizes), coarse(pattern=pattern, **sizes), fine(pattern=pattern, **sizes)
     for stage in parts:
-        check_compatible(stage, FakeSemanticTokenizer(), FakeCodec(), FakeConditioner(), FakeTextConditioner())
+        check_compatible(
+            stage,
+            fakes.FakeSemanticTokenizer(),
+            fakes.FakeCodec(),
+            fakes.FakeConditioner(),
+            fakes.FakeTextConditioner(),
+        )
         check_compatible(stage)
     check_stages_compatible(*parts)
     check_stages_compatible(*parts[::-1])
@@ -86,13 +84,13 @@ def test_compatible_parts_are_accepted(pattern, caplog):
         ),
         (lambda: fine(num_groups=2), {"codec": codec_of(num_groups=1)}, "stream 'fine' has 2 groups, the codec 1"),
         (
-            lambda: semantic(**CONDITION),
-            {"audio_conditioner": FakeConditioner(9)},
+            lambda: semantic(**fakes.CONDITION),
+            {"audio_conditioner": fakes.FakeConditioner(9)},
             "the conditioner has width 9, the stage 8; set cond_dim=9",
         ),
         (
             lambda: fine(text_dim=5),
-            {"text_conditioner": FakeTextConditioner()},
+            {"text_conditioner": fakes.FakeTextConditioner()},
             "the text conditioner has width 6, the stage 5; set text_dim=6",
         ),
     ],
@@ -108,10 +106,10 @@ def test_one_error_lists_all_differences():
     """The user can fix all differences together."""
     with pytest.raises(ValueError) as raised:
         check_compatible(
-            coarse(num_groups=2, **CONDITION),
+            coarse(num_groups=2, **fakes.CONDITION),
             tokenizer_of(codebook_size=13, downsample_factor=16),
             codec_of(codebook_size=32, num_quantizers=1, num_groups=4),
-            FakeConditioner(9),
+            fakes.FakeConditioner(9),
         )
     for part in ("tokens, its tokenizer 13", "its tokenizer 32", "needs 2 levels", "2 groups", "rates", "cond_dim=9"):
         assert part in str(raised.value)
@@ -125,8 +123,8 @@ def test_other_ratios_of_rates_raise_errors(pattern):
         r"'semantic': 25\.0, 'coarse': 50\.0.* frames per second, .*'semantic': 50\.0, 'coarse': 50\.0.*the rates of"
     )
     with pytest.raises(ValueError, match=message):
-        check_compatible(coarse(pattern=pattern), fast, FakeCodec())
-    check_compatible(coarse(pattern=pattern, semantic_rate_hz=50), fast, FakeCodec())
+        check_compatible(coarse(pattern=pattern), fast, fakes.FakeCodec())
+    check_compatible(coarse(pattern=pattern, semantic_rate_hz=50), fast, fakes.FakeCodec())
     check_compatible(coarse(pattern=pattern), fast)  # without the codec there is no ratio
 
 
@@ -195,7 +193,7 @@ def test_stages_with_different_fingerprints_raise_errors():
         "coarse": {"semantic": "one", "acoustic": "two", **shared},
         "fine": {"acoustic": "two", **shared},
     }
-    stages = tiny_stages(**CONDITION, text_dim=6)
+    stages = fakes.tiny_stages(**fakes.CONDITION, text_dim=6)
     for name, stage in stages.items():
         stage.token_fingerprints = dict(known[name])
     check_stages_compatible(*stages.values())
@@ -224,7 +222,7 @@ def test_loss_of_every_stream_counts_its_own_tokens(pattern):
         ],
         pattern,
     )
-    model = TokenTransformer(layout=layout, **{**SIZES, "dim": 16}).eval()
+    model = TokenTransformer(layout=layout, **{**fakes.SIZES, "dim": 16}).eval()
     for weight in model.parameters():
         weight.data = weight.data + 0.3 * torch.randn_like(weight)
     streams = {

@@ -16,15 +16,7 @@ from audiolm_pytorch.lm.trainers import CoarseTransformerTrainer, FineTransforme
 from audiolm_pytorch.saving.files import read_json
 from audiolm_pytorch.saving.modules import load_module, save_module
 from audiolm_pytorch.tokens.streams import Stream
-from tests.helpers.fakes import (
-    CONDITION,
-    SAMPLE_HZ,
-    SIZES,
-    FakeCodec,
-    FakeConditioner,
-    FakeSemanticTokenizer,
-    tiny_stages,
-)
+from tests.helpers import fakes
 
 TRAINERS = {
     "semantic": SemanticTransformerTrainer,
@@ -53,7 +45,7 @@ every_source = pytest.mark.parametrize("source", ["waves", "shards"])
 
 def makers_of(name, **fingerprints):
     """The tokenizers of a stage; `fingerprints` replaces some of their fingerprints."""
-    makers = {"wav2vec": FakeSemanticTokenizer(), "codec": FakeCodec()}
+    makers = {"wav2vec": fakes.FakeSemanticTokenizer(), "codec": fakes.FakeCodec()}
     for maker, fingerprint in fingerprints.items():
         makers[maker].fingerprint = lambda fingerprint=fingerprint: fingerprint
     return {maker: makers[maker] for maker in MAKERS[name]}
@@ -65,7 +57,7 @@ def shards_of(folder, **changes):
     def make_record(index):
         return {"semantic": np.arange(25) % 12, "acoustic": np.repeat(np.arange(50)[:, None] % 16, 4, axis=1)}
 
-    said = {**shard_fingerprint(FakeSemanticTokenizer(), FakeCodec()), **changes}
+    said = {**shard_fingerprint(fakes.FakeSemanticTokenizer(), fakes.FakeCodec()), **changes}
     write_shards(folder, make_record, 3, {key: value for key, value in said.items() if value is not None})
     return TokenShards(folder)
 
@@ -74,7 +66,7 @@ def trainer_of(name, source, tmp_path, write_folder, *, stage=None, other=None, 
     """A trainer from waves or shards; the tokenizer of argument `other` has another fingerprint."""
     if source == "waves":
         folder = tmp_path / "corpus"
-        data = {"folder": folder if folder.exists() else write_folder(num_files=4, sample_hz=SAMPLE_HZ)}
+        data = {"folder": folder if folder.exists() else write_folder(num_files=4, sample_hz=fakes.SAMPLE_HZ)}
         data.update(makers_of(name, **({} if other is None else {other: "another"})))
     else:
         data = {
@@ -82,7 +74,7 @@ def trainer_of(name, source, tmp_path, write_folder, *, stage=None, other=None, 
                 tmp_path / f"shards {other}", **({} if other is None else {IN_SHARDS[other]: "another"})
             )
         }
-    stage = tiny_stages()[name] if stage is None else stage
+    stage = fakes.tiny_stages()[name] if stage is None else stage
     return TRAINERS[name](transformer=stage, **data, **{"results_folder": tmp_path / "run", **QUICK, **changes})
 
 
@@ -128,15 +120,15 @@ def test_shards_of_another_tokenizer_raise_errors(name, maker, tmp_path):
     theirs = shards_of(tmp_path / "theirs", **{IN_SHARDS[maker]: "another"})
     common = {"results_folder": tmp_path / "run", **QUICK}
     build, own = TRAINERS[name], KNOWN[name][kind]
-    build(transformer=tiny_stages()[name], shards=ours, **makers_of(name), **common)
+    build(transformer=fakes.tiny_stages()[name], shards=ours, **makers_of(name), **common)
     with pytest.raises(
         ValueError, match=rf"the {kind} tokens .*ours were made with {own}, the passed Fake\w+ is another; pass the"
     ):
-        build(transformer=tiny_stages()[name], shards=ours, **makers_of(name, **{maker: "another"}), **common)
+        build(transformer=fakes.tiny_stages()[name], shards=ours, **makers_of(name, **{maker: "another"}), **common)
     with pytest.raises(
         ValueError, match=rf"the {kind} tokens .*ours were made with {own}, .*theirs were made with another"
     ):
-        build(transformer=tiny_stages()[name], shards=ours, valid_shards=theirs, **common)
+        build(transformer=fakes.tiny_stages()[name], shards=ours, valid_shards=theirs, **common)
     assert not (tmp_path / "run").exists()
 
 
@@ -144,7 +136,7 @@ def test_shards_of_another_tokenizer_raise_errors(name, maker, tmp_path):
 def test_a_trained_stage_accepts_no_other_tokenizer(name, maker, tmp_path):
     """Wrappers, AudioLM and trainers raise an error with both fingerprints and the fix."""
     kind = KINDS[maker]
-    stages = tiny_stages()
+    stages = fakes.tiny_stages()
     config = {**stages[name].config, "token_fingerprints": KNOWN[name]}
     stages[name] = trained = type(stages[name]).from_config(config)
     right, wrong = makers_of("coarse"), makers_of("coarse", **{maker: "another"})
@@ -170,7 +162,7 @@ def test_a_trained_stage_accepts_no_other_tokenizer(name, maker, tmp_path):
 @every_stage
 def test_unknown_fingerprints_are_not_checked(name, tmp_path):
     """Stages and shards without fingerprints accept any tokenizer."""
-    stage = tiny_stages()[name]
+    stage = fakes.tiny_stages()[name]
     assert "token_fingerprints" not in stage.config
     save_module(stage, tmp_path / "old")
     WRAPPERS[name](load_module(tmp_path / "old"), **makers_of(name, **dict.fromkeys(MAKERS[name], "another")))
@@ -180,7 +172,11 @@ def test_unknown_fingerprints_are_not_checked(name, tmp_path):
     assert stage.token_fingerprints == {} and "token_fingerprints" not in stage.config
     assert read_json(tmp_path / "run" / "finished.json")["run"]["token_fingerprints"] == {}
     informed = TRAINERS[name](
-        transformer=tiny_stages()[name], shards=shards, results_folder=tmp_path / "informed", **makers_of(name), **QUICK
+        transformer=fakes.tiny_stages()[name],
+        shards=shards,
+        results_folder=tmp_path / "informed",
+        **makers_of(name),
+        **QUICK,
     )
     informed.train(stop_after_steps=1)
     assert informed.transformer.token_fingerprints == KNOWN[name]
@@ -189,12 +185,12 @@ def test_unknown_fingerprints_are_not_checked(name, tmp_path):
 def test_fingerprints_of_unused_kinds_raise_errors():
     """A misspelt kind would never be compared."""
     with pytest.raises(ValueError, match="got fingerprints of {'acoustic'}"):
-        SemanticTransformer(num_semantic_tokens=12, token_fingerprints={"acoustic": "codec"}, **SIZES)
+        SemanticTransformer(num_semantic_tokens=12, token_fingerprints={"acoustic": "codec"}, **fakes.SIZES)
 
 
 def conditioner_of(fingerprint=None):
     """A conditioner with a fingerprint, or without one."""
-    conditioner = FakeConditioner()
+    conditioner = fakes.FakeConditioner()
     if fingerprint is not None:
         conditioner.fingerprint = lambda: fingerprint
     return conditioner
@@ -202,7 +198,7 @@ def conditioner_of(fingerprint=None):
 
 def conditioned_trainer(tmp_path, write_folder, conditioner, stage=None, **changes):
     """A trainer of the semantic stage from waves, with a conditioner."""
-    stage = tiny_stages(**CONDITION)["semantic"] if stage is None else stage
+    stage = fakes.tiny_stages(**fakes.CONDITION)["semantic"] if stage is None else stage
     parts = {"stage": stage, "audio_conditioner": conditioner, **changes}
     return trainer_of("semantic", "waves", tmp_path, write_folder, **parts)
 
@@ -215,14 +211,14 @@ def test_a_stage_stores_the_fingerprint_of_its_conditioner(tmp_path, write_folde
     trained = load_module(tmp_path / "run" / "semantic")
     assert trained.token_fingerprints == trainer.transformer.token_fingerprints == known
     assert finished["token_fingerprints"] == known
-    stages = {f"{name}_transformer": stage for name, stage in tiny_stages(**CONDITION).items()}
+    stages = {f"{name}_transformer": stage for name, stage in fakes.tiny_stages(**fakes.CONDITION).items()}
     parts = {**makers_of("coarse"), **stages, "semantic_transformer": trained}
     for other in (conditioner_of("A"), conditioner_of(), None):
         AudioLM(**parts, audio_conditioner=other)
         SemanticTransformerWrapper(trained, audio_conditioner=other)
     message = (
         "the conditioning codes have different fingerprints: the semantic transformer was trained with A, the passed "
-        r"FakeConditioner is B; pass the conditioner \(audio_conditioner\) that .* remove 'conditioner' from"
+        r"fakes.FakeConditioner is B; pass the conditioner \(audio_conditioner\) that .* remove 'conditioner' from"
     )
     with pytest.raises(ValueError, match=message):
         AudioLM(**parts, audio_conditioner=conditioner_of("B"))
@@ -237,14 +233,14 @@ def test_a_stage_stores_the_fingerprint_of_its_conditioner(tmp_path, write_folde
 
 def test_an_unconditional_stage_has_no_conditioner_fingerprint(tmp_path):
     """An unconditional stage ignores the conditioner, and no extra stream may have its name."""
-    stage = tiny_stages()["semantic"]
+    stage = fakes.tiny_stages()["semantic"]
     SemanticTransformerWrapper(stage, audio_conditioner=conditioner_of("A"))
     assert "conditioner" not in stage.fingerprinted
     with pytest.raises(ValueError, match="got fingerprints of {'conditioner'}"):
-        SemanticTransformer(num_semantic_tokens=12, token_fingerprints={"conditioner": "A"}, **SIZES)
+        SemanticTransformer(num_semantic_tokens=12, token_fingerprints={"conditioner": "A"}, **fakes.SIZES)
     with pytest.raises(ValueError, match="cannot be named 'conditioner'"):
         extra = [Stream("conditioner", 5, rate_hz=10, is_input=True)]
-        SemanticTransformer(num_semantic_tokens=12, extra_streams=extra, **SIZES)
+        SemanticTransformer(num_semantic_tokens=12, extra_streams=extra, **fakes.SIZES)
 
 
 @pytest.mark.parametrize("finished", [False, True])
@@ -263,15 +259,15 @@ def test_fingerprints_are_computed_once_per_run(tmp_path, write_folder):
     """A fingerprint hashes all weights, so training steps must not compute it."""
     asked = []
 
-    class CountingCodec(FakeCodec):
+    class CountingCodec(fakes.FakeCodec):
         def fingerprint(self):
             asked.append(1)
             return "codec"
 
-    folder, counts = write_folder(num_files=4, sample_hz=SAMPLE_HZ), []
+    folder, counts = write_folder(num_files=4, sample_hz=fakes.SAMPLE_HZ), []
     for steps in (1, 6):
         FineTransformerTrainer(
-            transformer=tiny_stages()["fine"],
+            transformer=fakes.tiny_stages()["fine"],
             codec=CountingCodec(),
             folder=folder,
             results_folder=tmp_path / f"run {steps}",

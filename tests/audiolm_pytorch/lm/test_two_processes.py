@@ -1,7 +1,5 @@
 """Training of a stage with both kinds of conditions by two processes on the CPU (gloo)."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,9 +12,11 @@ from audiolm_pytorch.data.captions import encode_texts
 from audiolm_pytorch.lm.trainers import SemanticTransformerTrainer
 from audiolm_pytorch.saving.files import read_weights
 from tests.helpers.fakes import CONDITION, FakeConditioner, FakeTextConditioner, tiny_stages
+from tests.helpers.processes import run_two_processes
 
 # In the last two steps one process has only items without captions and does not use parts of the stage.
 CAPTIONS = [["aa"], [], [], ["b", "cccc"]]
+RUN = {"num_train_steps": 4, "warmup_steps": 0, "validate_every": 2, "ema_decay": 0.9}
 
 
 def make_record(index: int) -> dict[str, np.ndarray]:
@@ -39,10 +39,7 @@ def train(folder: Path, batch_size: int) -> None:
         shards=TokenShards(folder.parent / "shards"),
         results_folder=folder,
         batch_size=batch_size,
-        num_train_steps=4,
-        warmup_steps=0,
-        validate_every=2,
-        ema_decay=0.9,
+        **RUN,
     ).train()
 
 
@@ -50,13 +47,7 @@ def train(folder: Path, batch_size: int) -> None:
 def test_two_processes_equal_one_process_with_twice_the_batch(tmp_path: Path) -> None:
     """Weights are equal on both processes, also if only one has captions, and equal those of one process."""
     write_shards(tmp_path / "shards", make_record, 4, {})
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[3]), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, __file__, str(tmp_path / "two")], env=environment, capture_output=True, text=True, timeout=120
-    )
-    # gloo may abort at exit after all work is done, so the exit status is not checked
+    done = run_two_processes(__file__, tmp_path / "two")
     assert (tmp_path / "two" / "semantic" / "config.json").exists(), done.stderr[-3000:]
     train(tmp_path / "one", batch_size=4)
     for file in ("semantic/model.safetensors", "conditioning_table.safetensors"):

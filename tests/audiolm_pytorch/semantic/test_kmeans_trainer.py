@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from audiolm_pytorch.semantic import (
     kmeans_trainer,
 )
 from audiolm_pytorch.semantic.features import PlannedCrop, plan_crops
+from tests.helpers.processes import run_python, run_two_processes
 
 RATE_HZ, DIM = 1000, 20
 
@@ -384,19 +384,12 @@ def test_broken_features_name_the_file(tmp_path, monkeypatch):
         job(folder, tmp_path / "other").train()
 
 
-def run_as_program(arguments: list[str], **named) -> subprocess.CompletedProcess:
-    """This file as a program, on the CPU and one thread."""
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[3]), environment.get("PYTHONPATH", "")])
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, timeout=120, **named)
-
-
 @pytest.mark.slow
 def test_killed_and_run_again_is_the_same(sounds, straight, tmp_path, small_chunks):
     """Guards against kill -9, which no clean-up survives: in a chunk, an epoch, the last save, a file."""
     for number, where in enumerate(("rename 2", "epoch 7", "save 1", "replace 9")):
         out = tmp_path / str(number)
-        killed = run_as_program([__file__, str(sounds), str(out), where])
+        killed = run_python(__file__, sounds, out, where)
         assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
         assert not job(sounds, out).is_finished
         assert result(job(sounds, out).train()) == straight
@@ -405,8 +398,7 @@ def test_killed_and_run_again_is_the_same(sounds, straight, tmp_path, small_chun
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives(sounds, straight, tmp_path):
     """Guards shared encoding: each process writes its chunks, the first one clusters, both end with the same bits."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = run_as_program([*launcher, __file__, str(sounds), str(tmp_path), "report 0"])
+    done = run_two_processes(__file__, sounds, tmp_path, "report 0")
     found = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert found[0]["result"] == found[1]["result"] == repr(straight), done.stderr[-3000:]
     assert min(sum(one["calls"]) for one in found) >= 4 and sum(sum(one["calls"]) for one in found) == 20

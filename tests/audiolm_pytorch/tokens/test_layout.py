@@ -52,6 +52,13 @@ def random_batch(mix):
     return streams, handed, lengths
 
 
+def packed_batch(mix, pattern):
+    """The layout of a random batch, its tokens and lengths, and its packed form."""
+    streams, handed, lengths = random_batch(mix)
+    layout = TokenLayout(streams, pattern)
+    return layout, handed, lengths, layout.pack(handed, lengths)
+
+
 def naive_ids(streams):
     """First id of every (stream, level), of ends `(stream, "end")` and of `null`, by counting."""
     found, next_id = {"start": 0}, 1
@@ -161,9 +168,7 @@ def test_unpack_undoes_pack_for_items_of_any_length(mix, pattern):
 @every_pattern
 def test_packing_does_not_depend_on_other_items(mix, pattern):
     """A short item in a batch is packed as if it were alone, and padded on the right."""
-    streams, handed, lengths = random_batch(mix)
-    layout = TokenLayout(streams, pattern)
-    packed = layout.pack(handed, lengths)
+    layout, handed, lengths, packed = packed_batch(mix, pattern)
     for item in range(2):
         alone = layout.pack({name: found[item : item + 1, : lengths[name][item]] for name, found in handed.items()})
         rows = alone.ids.shape[1]
@@ -177,13 +182,11 @@ def test_packing_does_not_depend_on_other_items(mix, pattern):
 @every_pattern
 def test_every_predicted_token_is_in_the_range_of_its_head(mix, pattern):
     """The head of a cell covers exactly the ids of one level, and the end id if the stream has one."""
-    streams, handed, lengths = random_batch(mix)
-    layout = TokenLayout(streams, pattern)
-    packed = layout.pack(handed, lengths)
+    layout, handed, lengths, packed = packed_batch(mix, pattern)
     wanted = {stream.name: lengths[stream.name] for stream in layout.predicted}
     grid = layout.grid(handed, wanted, 2, {**lengths, **dict.fromkeys(wanted, 0)})
     assert torch.equal(grid.packed.loss_mask, packed.loss_mask) and torch.equal(grid.head >= 0, packed.loss_mask)
-    first_id, sizes = naive_ids(streams)[0], {stream.name: stream.vocab_size for stream in streams}
+    first_id, sizes = naive_ids(layout.streams)[0], {stream.name: stream.vocab_size for stream in layout.streams}
     for head in layout.heads:
         first = first_id[head.stream, head.level]
         assert head.ids(allow_eos=False) == range(first, first + sizes[head.stream])

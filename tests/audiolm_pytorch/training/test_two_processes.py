@@ -1,7 +1,6 @@
 """Training with two processes on the CPU (gloo), judged by the files that they write."""
 
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from audiolm_pytorch.saving.files import read_weights, write_weights
 from audiolm_pytorch.saving.weights import weights_of
 from audiolm_pytorch.training import LoopSettings, LossOutput, Phase, TrainLoop
+from tests.helpers.processes import run_two_processes
 
 SETTINGS = LoopSettings(
     num_train_steps=8,
@@ -77,12 +77,8 @@ def main(folder: Path, poisoned: bool) -> None:
 
 
 def run_two(folder: Path, poisoned: bool) -> None:
-    """Start two processes; gloo may abort at exit after all work is done, so the exit status is ignored."""
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[3]), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    arguments = [__file__, str(folder), str(int(poisoned))]
-    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=120)
+    """Train in two processes, and check that both write their results."""
+    done = run_two_processes(__file__, folder, str(int(poisoned)))
     wanted = [folder / f"{name}-{rank}.safetensors" for name in ("straight", "parts") for rank in (0, 1)]
     assert all(path.exists() for path in wanted), done.stderr[-3000:]
 

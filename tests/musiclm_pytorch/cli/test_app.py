@@ -3,7 +3,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import soundfile
@@ -12,14 +11,10 @@ import torch
 from musiclm_pytorch.cli import app as cli
 from musiclm_pytorch.cli import train as train_command
 from musiclm_pytorch.evaluation.plots import plot_wave
+from tests.helpers.bad_input import bad_input, check_bad_input, listing
 from tests.helpers.micro import write_clips
 
 SHORT = ("--seconds", "0.5", "--num-samples", "2")
-
-
-def listing(folder: Path) -> set[str]:
-    """Everything below a folder."""
-    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
 @pytest.fixture
@@ -134,7 +129,7 @@ def test_train_with_bundled_parts(musiclm_command, micro_data, tmp_path, capsys,
     words = ("train", "tokens", "--preset", "micro", "--data", micro_data, "--out", tmp_path / "run")
     options = ("--codec", "16khz", "--semantic-tokenizer", "16khz", "--mulan", "tiny", "--offline")
     assert musiclm_command(*words, *options, "--dry-run") == 0
-    assert "tokens" in capsys.readouterr().out and listing(tmp_path) == set()
+    assert "tokens" in capsys.readouterr().out and listing(tmp_path) == {}
     assert musiclm_command(*words, *options) == 0
     printed = capsys.readouterr().out
     for stage, kind in (("semantic-tokenizer", "KMeansTokenizer"), ("codec", "SoundStream"), ("mulan", "MuLaN")):
@@ -168,7 +163,7 @@ def test_dry_run_measures_and_writes_nothing(musiclm_command, micro_data, tmp_pa
     # 12 steps of 4 crops of half a second, at 50 frames a second and 3 levels
     assert "3,600" in rows["codec"] and re.search(r"\d+ s$|\d\.\d s$", rows["codec"])
     assert "total" in rows
-    assert listing(tmp_path) == set() and listing(micro_data) == before
+    assert listing(tmp_path) == {} and listing(micro_data) == before
 
 
 def test_dry_run_skips_finished_steps(musiclm_command, micro_data, micro_run, capsys):
@@ -201,109 +196,83 @@ def test_export(musiclm_command, micro_run, tmp_path, capsys):
 
 
 # Arguments that cannot be parsed, with a pattern of tyro's message.
-BAD_ARGUMENTS = {
-    "no command": ("", "Expected one of .*generate.*train"),
-    "unknown command": ("sing", "sing.*Available subcommands: generate, train, export, codec, convert, evaluate"),
-    "missing text": ("generate", "TEXT.*musiclm generate --help"),
-    "unknown option": ("generate x --secnds 3", "--secnds.*Perhaps you meant: --seconds"),
-    "no number": ("generate x --seconds abc", "--seconds.*'abc'"),
-    "missing options": ("train all", "--data PATH.*--out PATH"),
-    "kmeans without options": (
-        "train kmeans",
-        "--encoder STR.*--layer INT.*--data PATH.*--out PATH.*train kmeans --help",
-    ),
-    "kmeans, unknown option": (
-        "train kmeans --encoder E --layer 1 --data D --out O --preset x",
-        "Unrecognized.*--preset",
-    ),
-    "kmeans, no number": ("train kmeans --encoder E --layer x --data D --out O", "--layer.*'x'"),
-    "convert without a word": ("convert hubert", "--checkpoint.*--kmeans.*--out"),
-    "vq-wav2vec without options": ("convert vq-wav2vec", "--checkpoint.*--out"),
-    "no codec command": ("codec", "Expected one of .*encode, decode, evaluate"),
-    "unknown codec command": ("codec play TONE", "play.*Available subcommands: encode, decode, evaluate"),
-    "no codec input": ("codec encode --out TMP/a.safetensors", "INPUT"),
-    "no codec output": ("codec encode TONE", "--out PATH"),
-    "semantic without options": ("evaluate semantic", "--encoder.*--out"),
-}
+BAD_ARGUMENTS = r"""
+no command |  | Expected one of .*generate.*train
+unknown command | sing | sing.*Available subcommands: generate, train, export, codec, convert, evaluate
+missing text | generate | TEXT.*musiclm generate --help
+unknown option | generate x --secnds 3 | --secnds.*Perhaps you meant: --seconds
+no number | generate x --seconds abc | --seconds.*'abc'
+missing options | train all | --data PATH.*--out PATH
+kmeans without options | train kmeans | --encoder STR.*--layer INT.*--data PATH.*--out PATH.*train kmeans --help
+kmeans, unknown option | train kmeans --encoder E --layer 1 --data D --out O --preset x | Unrecognized.*--preset
+kmeans, no number | train kmeans --encoder E --layer x --data D --out O | --layer.*'x'
+convert without a word | convert hubert | --checkpoint.*--kmeans.*--out
+vq-wav2vec without options | convert vq-wav2vec | --checkpoint.*--out
+no codec command | codec | Expected one of .*encode, decode, evaluate
+unknown codec command | codec play TONE | play.*Available subcommands: encode, decode, evaluate
+no codec input | codec encode --out TMP/a.safetensors | INPUT
+no codec output | codec encode TONE | --out PATH
+semantic without options | evaluate semantic | --encoder.*--out
+"""
 
 
-@pytest.mark.parametrize(("words", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
+@bad_input(BAD_ARGUMENTS)
 def test_arguments_that_cannot_be_parsed_are_explained(words, message, musiclm_command, capfd, tmp_path, monkeypatch):
     """tyro's message on standard error names the argument, the exit status is 2, and nothing is written."""
     monkeypatch.chdir(tmp_path)
-    assert musiclm_command(*words.split()) == 2
+    assert musiclm_command(*words) == 2
     printed = capfd.readouterr()
-    assert printed.out == "" and listing(tmp_path) == set()
+    assert printed.out == "" and listing(tmp_path) == {}
     assert re.search(message, " ".join(re.sub("[│╭╰╮╯─]", "", printed.err).split()))
 
 
 # Each with a pattern of the message. DATA, BARE, EMPTY, JUNK, MODEL, RUN and TMP are folders.
-BAD_INPUT = {
-    "no data folder": ("train all --data TMP/none --out TMP/out", "TMP/none: no such folder"),
-    "empty data folder": ("train all --data EMPTY --out TMP/out", "EMPTY: holds no .wav"),
-    "nothing readable": ("train codec --data JUNK --out TMP/out", "JUNK: none of 1 audio files can be used.*noise.wav"),
-    "no captions": ("train mulan --data BARE --out TMP/out", "BARE has no captions.*give a train.jsonl"),
-    "no captions, all": ("train all --data BARE --out TMP/out", "BARE has no captions.*give a train.jsonl"),
-    "no captions, dry": ("train mulan --data BARE --out TMP/out --dry-run", "BARE has no captions"),
-    "unknown preset": ("train all --preset tinny --data DATA --out TMP/out", "'tinny'; choose one of: tiny, small"),
-    "unknown stage": ("train codek --data DATA --out TMP/out", "'codek'; choose all or one of: codec"),
-    "scale": ("train all --scale nan --data DATA --out TMP/out", "scale must be positive, got nan"),
-    "negative seed": ("train all --seed -1 --data DATA --out TMP/out", "seed must not be negative, got -1"),
-    "no codec": ("train all --data DATA --out TMP/out --codec tinny", "tinny.*bundled codecs: 16khz"),
-    "codec elsewhere": ("train all --data DATA --out TMP/out --codec a/b --offline", "a/b.*; bundled codecs: 16khz"),
-    "no tokenizer": (
-        "train all --data DATA --out TMP/out --semantic-tokenizer EMPTY",
-        "EMPTY.*bundled tokenizers: 16k",
-    ),
-    "codec as tokens": (
-        "train all --data DATA --out TMP/out --semantic-tokenizer MODEL/codec",
-        "MODEL/codec holds a SoundStream, which is not a semantic tokenizer",
-    ),
-    "no mulan": ("train all --data DATA --out TMP/out --mulan EMPTY", "EMPTY holds no MuLaN.*bundled models: tiny"),
-    "few levels": (
-        "train all --preset small --data DATA --out TMP/out --codec MODEL/codec",
-        r"the preset small models 8 levels of codes, and the codec has \d; give a codec with more",
-    ),
-    "pretrained, another run": (
-        "train all --preset micro --data DATA --out RUN --codec MODEL/codec",
-        "pretrained.codec: found none",
-    ),
-    "missing stage": ("train fine --data DATA --out TMP/out", "first: musiclm train semantic-tokenizer"),
-    "out is a file": ("train codec --data DATA --out DATA/00.wav", "00.wav is a file"),
-    "out in a file": ("train codec --preset micro --data DATA --out DATA/00.wav/run", "00.wav is a file"),
-    "another run": ("train all --data DATA --out RUN", "RUN holds another run.*another --out"),
-    "no model": ("generate x --model nobody --out TMP/x.wav", "no model 'nobody': give the folder"),
-    "run without model": (
-        "generate x --model EMPTY --out TMP/x.wav",
-        "EMPTY holds no complete model.*musiclm train all",
-    ),
-    "model in part": ("generate x --model MODEL --out TMP/x.wav", "MODEL lacks coarse/model.safetensors; copy"),
-    "empty text": ("generate | --out TMP/x.wav", "text is empty; describe the music"),
-    "negative seconds": ("generate x --seconds -1 --out TMP/x.wav", "--seconds must be above 0 .*-1"),
-    "seconds nan": ("generate x --seconds nan --out TMP/x.wav", "--seconds must be above 0 .*nan"),
-    "seconds inf": ("generate x --seconds inf --out TMP/x.wav", "--seconds must be above 0 and at most 3600, got inf"),
-    "no samples": ("generate x --num-samples 0 --out TMP/x.wav", "--num-samples must be at least 1, got 0"),
-    "seed below 0": ("generate x --seed -3 --out TMP/x.wav", "--seed must not be negative"),
-    "nothing to continue": (
-        "generate x --model RUN/model --continue-from TMP/none.wav --out TMP/x.wav",
-        "TMP/none.wav",
-    ),
-    "no audio to continue": (
-        "generate x --model RUN/model --continue-from JUNK/noise.wav --out TMP/x.wav",
-        "noise.wav",
-    ),
-    "longer than requested": (
-        "generate x --model RUN/model --seconds 0.1 --continue-from DATA/00.wav --out TMP/x.wav",
-        "longer than",
-    ),
-    "unknown suffix": ("generate x --out TMP/new/x.xyz", "cannot write TMP/new/x.xyz: name a file that ends in .wav"),
-    "no suffix": ("generate x --out TMP/new", "cannot write TMP/new: name a file that ends in .wav"),
-    "wave in a file": ("generate x --out DATA/00.wav/x.wav", "00.wav is a file"),
-    "wave is a folder": ("generate x --out TMP/folder.wav", "folder.wav: it is a folder"),
-    "plot suffix": ("generate x --out TMP/new/x.wav --plot TMP/new/x.xyz", "x.xyz: name a file that ends in .png"),
-    "export of nothing": ("export --run EMPTY --out TMP/out", "EMPTY holds no complete model"),
-    "export over data": ("export --run RUN --out DATA", "DATA holds something else than a model"),
-}
+BAD_INPUT = r"""
+no data folder | train all --data TMP/none --out TMP/out | TMP/none: no such folder
+empty data folder | train all --data EMPTY --out TMP/out | EMPTY: holds no .wav
+nothing readable | train codec --data JUNK --out TMP/out | JUNK: none of 1 audio files can be used.*noise.wav
+no captions | train mulan --data BARE --out TMP/out | BARE has no captions.*give a train.jsonl
+no captions, all | train all --data BARE --out TMP/out | BARE has no captions.*give a train.jsonl
+no captions, dry | train mulan --data BARE --out TMP/out --dry-run | BARE has no captions
+unknown preset | train all --preset tinny --data DATA --out TMP/out | 'tinny'; choose one of: tiny, small
+unknown stage | train codek --data DATA --out TMP/out | 'codek'; choose all or one of: codec
+scale | train all --scale nan --data DATA --out TMP/out | scale must be positive, got nan
+negative seed | train all --seed -1 --data DATA --out TMP/out | seed must not be negative, got -1
+no codec | train all --data DATA --out TMP/out --codec tinny | tinny.*bundled codecs: 16khz
+codec elsewhere | train all --data DATA --out TMP/out --codec a/b --offline | a/b.*; bundled codecs: 16khz
+no tokenizer | train all --data DATA --out TMP/out --semantic-tokenizer EMPTY | EMPTY.*bundled tokenizers: 16k
+codec as tokens | train all --data DATA --out TMP/out --semantic-tokenizer MODEL/codec |
+    MODEL/codec holds a SoundStream, which is not a semantic tokenizer
+no mulan | train all --data DATA --out TMP/out --mulan EMPTY | EMPTY holds no MuLaN.*bundled models: tiny
+few levels | train all --preset small --data DATA --out TMP/out --codec MODEL/codec |
+    the preset small models 8 levels of codes, and the codec has \d; give a codec with more
+pretrained, another run | train all --preset micro --data DATA --out RUN --codec MODEL/codec |
+    pretrained.codec: found none
+missing stage | train fine --data DATA --out TMP/out | first: musiclm train semantic-tokenizer
+out is a file | train codec --data DATA --out DATA/00.wav | 00.wav is a file
+out in a file | train codec --preset micro --data DATA --out DATA/00.wav/run | 00.wav is a file
+another run | train all --data DATA --out RUN | RUN holds another run.*another --out
+no model | generate x --model nobody --out TMP/x.wav | no model 'nobody': give the folder
+run without model | generate x --model EMPTY --out TMP/x.wav | EMPTY holds no complete model.*musiclm train all
+model in part | generate x --model MODEL --out TMP/x.wav | MODEL lacks coarse/model.safetensors; copy
+empty text | generate '' --out TMP/x.wav | text is empty; describe the music
+negative seconds | generate x --seconds -1 --out TMP/x.wav | --seconds must be above 0 .*-1
+seconds nan | generate x --seconds nan --out TMP/x.wav | --seconds must be above 0 .*nan
+seconds inf | generate x --seconds inf --out TMP/x.wav | --seconds must be above 0 and at most 3600, got inf
+no samples | generate x --num-samples 0 --out TMP/x.wav | --num-samples must be at least 1, got 0
+seed below 0 | generate x --seed -3 --out TMP/x.wav | --seed must not be negative
+nothing to continue | generate x --model RUN/model --continue-from TMP/none.wav --out TMP/x.wav | TMP/none.wav
+no audio to continue | generate x --model RUN/model --continue-from JUNK/noise.wav --out TMP/x.wav | noise.wav
+longer than requested | generate x --model RUN/model --seconds 0.1 --continue-from DATA/00.wav --out TMP/x.wav |
+    longer than
+unknown suffix | generate x --out TMP/new/x.xyz | cannot write TMP/new/x.xyz: name a file that ends in .wav
+no suffix | generate x --out TMP/new | cannot write TMP/new: name a file that ends in .wav
+wave in a file | generate x --out DATA/00.wav/x.wav | 00.wav is a file
+wave is a folder | generate x --out TMP/folder.wav | folder.wav: it is a folder
+plot suffix | generate x --out TMP/new/x.wav --plot TMP/new/x.xyz | x.xyz: name a file that ends in .png
+export of nothing | export --run EMPTY --out TMP/out | EMPTY holds no complete model
+export over data | export --run RUN --out DATA | DATA holds something else than a model
+"""
 
 
 @pytest.fixture
@@ -320,22 +289,10 @@ def places(micro_run, micro_data, tmp_path):
     return {**found, "DATA": micro_data, "RUN": micro_run}
 
 
-@pytest.mark.parametrize(("words", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
-def test_bad_input_is_one_line_and_leaves_nothing(words, message, musiclm_command, places, capfd, tmp_path):
-    """Exit status 2, one line on stderr with the reason and what to do, and nothing is written."""
-
-    def filled(text):
-        for name, folder in places.items():
-            text = re.sub(rf"\b{name}\b", str(folder), text)
-        return text
-
-    before = {folder: listing(folder) for folder in (tmp_path, places["DATA"], places["RUN"])}
-    assert musiclm_command(*("" if word == "|" else filled(word) for word in words.split())) == 2
-    printed = capfd.readouterr()
-    assert printed.out == ""
-    assert printed.err.startswith("musiclm: ") and printed.err.count("\n") == 1 and printed.err.endswith("\n")
-    assert re.search(filled(message), printed.err), printed.err
-    assert {folder: listing(folder) for folder in before} == before
+@bad_input(BAD_INPUT)
+def test_bad_input_is_one_line_and_leaves_nothing(words, message, musiclm_command, places, capfd):
+    """Every error has one line with the reason and what to do, and nothing is written."""
+    check_bad_input(musiclm_command, words, message, places, capfd)
 
 
 def test_missing_packages_are_named(musiclm_command, model, tmp_path, monkeypatch, capsys):
@@ -346,7 +303,7 @@ def test_missing_packages_are_named(musiclm_command, model, tmp_path, monkeypatc
     assert musiclm_command("generate", "x", "--model", model, "--out", tmp_path / "x.wav", "--plot", picture) == 2
     printed = capsys.readouterr().err
     assert 'pip install "musiclm[plot]"' in printed and printed.count("\n") == 1
-    assert listing(tmp_path) == set()
+    assert listing(tmp_path) == {}
 
 
 def test_help_and_interruption(musiclm_command, monkeypatch, capsys):
@@ -374,7 +331,7 @@ def test_nan_samples_are_not_written(musiclm_command, model, tmp_path, monkeypat
     monkeypatch.setattr(MusicLM, "_generate", lambda *args, **named: generate(*args, **named) * torch.nan)
     assert musiclm_command("generate", "x", "--model", model, *SHORT, "--out", tmp_path / "x.wav") == 2
     assert "NaN" in capsys.readouterr().err
-    assert listing(tmp_path) == set()
+    assert listing(tmp_path) == {}
 
 
 def test_as_a_process(tmp_path):

@@ -9,11 +9,7 @@ import torch
 from audiolm_pytorch.saving.modules import load_module, read_config, save_module
 from audiolm_pytorch.semantic import BestRQEncoder, KMeansTokenizer
 from musiclm_pytorch.cli import app as cli
-
-
-def listing(folder):
-    """Everything below a folder, with modification times."""
-    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*")}
+from tests.helpers.bad_input import bad_input, check_bad_input, listing
 
 
 @pytest.fixture(scope="module")
@@ -97,40 +93,26 @@ def test_kmeans_of_a_published_checkpoint(musiclm_command, write_folder, tmp_pat
 
 
 # Each with a pattern of the message. SOUNDS, ENCODER, EMPTY and TMP are folders.
-BAD_INPUT = {
-    "no data": ("--encoder ENCODER --layer 1 --data TMP/none --out TMP/out", "TMP/none: no such folder"),
-    "empty data": ("--encoder ENCODER --layer 1 --data EMPTY --out TMP/out", "EMPTY: holds no .wav"),
-    "no encoder": ("--encoder TMP/none/model --layer 1 --data SOUNDS --out TMP/out --offline", "none/model"),
-    "no layer": ("--encoder ENCODER --layer 3 --data SOUNDS --out TMP/out", r"layer must be in 0\.\.2.*got 3"),
-    "few tokens": (
-        "--encoder ENCODER --layer 1 --data SOUNDS --out TMP/out",
-        "65 tokens cannot fill 500 clusters; use more audio or fewer clusters",
-    ),
-    "no clusters": ("--encoder ENCODER --layer 1 --data SOUNDS --out TMP/out --num-clusters 0", "num_clusters"),
-    "seconds nan": ("--encoder ENCODER --layer 1 --data SOUNDS --out TMP/out --seconds nan", "seconds above 0"),
-    "out is a file": ("--encoder ENCODER --layer 1 --data SOUNDS --out SOUNDS/000.wav", "000.wav is a file"),
-    "device": ("--encoder ENCODER --layer 1 --data SOUNDS --out TMP/out --device gpu", "--device gpu cannot be used"),
-}
+BAD_INPUT = r"""
+no data | --encoder ENCODER --layer 1 --data TMP/none --out TMP/out | TMP/none: no such folder
+empty data | --encoder ENCODER --layer 1 --data EMPTY --out TMP/out | EMPTY: holds no .wav
+no encoder | --encoder TMP/none/model --layer 1 --data SOUNDS --out TMP/out --offline | none/model
+no layer | --encoder ENCODER --layer 3 --data SOUNDS --out TMP/out | layer must be in 0\.\.2.*got 3
+few tokens | --encoder ENCODER --layer 1 --data SOUNDS --out TMP/out |
+    65 tokens cannot fill 500 clusters; use more audio or fewer clusters
+no clusters | --encoder ENCODER --layer 1 --data SOUNDS --out TMP/out --num-clusters 0 | num_clusters
+seconds nan | --encoder ENCODER --layer 1 --data SOUNDS --out TMP/out --seconds nan | seconds above 0
+out is a file | --encoder ENCODER --layer 1 --data SOUNDS --out SOUNDS/000.wav | 000.wav is a file
+device | --encoder ENCODER --layer 1 --data SOUNDS --out TMP/out --device gpu | --device gpu cannot be used
+"""
 
 
-@pytest.mark.parametrize(("options", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
-def test_bad_input_is_one_line_and_leaves_nothing(options, message, musiclm_command, encoder, sounds, tmp_path, capfd):
-    """Exit status 2, one line on stderr with the reason and what to do, and nothing is written."""
+@bad_input(BAD_INPUT)
+def test_bad_input_is_one_line_and_leaves_nothing(words, message, musiclm_command, encoder, sounds, tmp_path, capfd):
+    """Every error has one line with the reason and what to do, and nothing is written."""
     (tmp_path / "empty").mkdir()
     places = {"SOUNDS": sounds, "ENCODER": encoder, "EMPTY": tmp_path / "empty", "TMP": tmp_path}
-
-    def filled(text):
-        for name, folder in places.items():
-            text = re.sub(rf"\b{name}\b", str(folder), text)
-        return text
-
-    before = listing(tmp_path), listing(encoder)
-    assert musiclm_command("train", "kmeans", *(filled(word) for word in options.split())) == 2
-    printed = capfd.readouterr()
-    assert printed.out == ""
-    assert printed.err.startswith("musiclm: ") and printed.err.count("\n") == 1 and printed.err.endswith("\n")
-    assert re.search(filled(message), printed.err), printed.err
-    assert (listing(tmp_path), listing(encoder)) == before
+    check_bad_input(musiclm_command, ["train", "kmeans", *words], message, places, capfd)
 
 
 def test_another_run_is_refused(musiclm_command, words, tmp_path, capsys):

@@ -12,28 +12,17 @@ from tests.helpers.tiny_mulan import tiny_mulan, tones
 
 TEXTS = ["low tone", "a deep one", "middle tone", "high tone", "very high tone", "like a bat"]
 CLIP_INDEX = torch.tensor([0, 0, 1, 2, 3, 3])
+SIZES = {"dim": 32, "depth": 2, "heads": 2, "dim_head": 16}
 CHUNKS = "musiclm_pytorch.mulan.mulan.checkpoint"
 
 
 def _all_at_random() -> MuLaN:
     """A MuLaN in training mode with everything in it that draws random numbers."""
     torch.manual_seed(0)
-    audio = AudioSpectrogramTransformer(
-        dim=32,
-        depth=2,
-        heads=2,
-        dim_head=16,
-        patch_size=8,
-        sample_hz=8000,
-        num_mels=24,
-        spec_n_fft=256,
-        spec_aug_stretch_factor=0.8,
-        spec_aug_freq_mask=0.3,
-        spec_aug_time_mask=0.3,
-        patch_dropout=0.3,
-        dropout=0.2,
-    )
-    text = TextTransformer(dim=32, depth=2, heads=2, dim_head=16, num_tokens=256, dropout=0.2)
+    mel = {"patch_size": 8, "sample_hz": 8000, "num_mels": 24, "spec_n_fft": 256}
+    changes = {"spec_aug_stretch_factor": 0.8, "spec_aug_freq_mask": 0.3, "spec_aug_time_mask": 0.3}
+    audio = AudioSpectrogramTransformer(**SIZES, **mel, **changes, patch_dropout=0.3, dropout=0.2)
+    text = TextTransformer(**SIZES, num_tokens=256, dropout=0.2)
     return tiny_mulan(audio_transformer=audio, text_transformer=text).train()
 
 

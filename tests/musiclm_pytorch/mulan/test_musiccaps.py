@@ -111,16 +111,14 @@ def test_a_folder_without_the_clips_is_an_error(tmp_path, write_tone):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ytid": "../../secret"}, "'ytid' must be 11 letters"),
-        ({"ytid": "/etc/passwd"}, "'ytid' must be 11 letters"),
-        ({"ytid": "..\\..\\secre"}, "'ytid' must be 11 letters"),
-        ({"ytid": "AAAAAAAAAAA/../x"}, "'ytid' must be 11 letters"),
-        ({"ytid": "AAAAAAAAAAA\n"}, "'ytid' must be 11 letters"),
-        ({"ytid": "#NAME?"}, "'ytid' must be 11 letters"),
-        ({"start_s": "x"}, "'start_s' and 'end_s' must be seconds"),
-        ({"start_s": "40"}, "'start_s' and 'end_s' must be seconds"),
-        ({"end_s": "inf"}, "'start_s' and 'end_s' must be seconds"),
-        ({"end_s": "nan"}, "'start_s' and 'end_s' must be seconds"),
+        *[
+            ({"ytid": ytid}, "'ytid' must be 11 letters")
+            for ytid in ("../../secret", "/etc/passwd", "..\\..\\secre", "AAAAAAAAAAA/../x", "AAAAAAAAAAA\n", "#NAME?")
+        ],
+        *[
+            (cells, "'start_s' and 'end_s' must be seconds")
+            for cells in ({"start_s": "x"}, {"start_s": "40"}, {"end_s": "inf"}, {"end_s": "nan"})
+        ],
         ({"aspect_list": "[__import__('os').abort()]"}, "'aspect_list' is not a list of texts"),
         ({"aspect_list": "[" * 70_000}, "'aspect_list' is an aspect list of 70000 characters"),
         ({"aspect_list": "[]", "caption": " "}, "neither a caption nor aspects; remove the row"),

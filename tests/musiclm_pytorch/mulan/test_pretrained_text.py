@@ -29,24 +29,18 @@ from tests.helpers.published_texts import (
 from tests.helpers.tiny_mulan import tiny_mulan, tones
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("published")
-    return {kind: write_text_encoder(root / kind, kind) for kind in KINDS}
-
-
 @pytest.fixture
-def folder(folders, tmp_path):
-    return Path(shutil.copytree(folders["bert"], tmp_path / "bert"))
+def folder(encoder_folders, tmp_path):
+    return Path(shutil.copytree(encoder_folders["bert"], tmp_path / "bert"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_embeddings_are_the_means_of_transformers_hidden_states(folders, kind):
+def test_embeddings_are_the_means_of_transformers_hidden_states(encoder_folders, kind):
     """Guards the whole path from files to embeddings: tokens, special tokens, padding, mask, every layer."""
-    encoder = TransformersTextEncoder(folders[kind])
+    encoder = TransformersTextEncoder(encoder_folders[kind])
     assert isinstance(encoder, TextTower) and (encoder.dim, encoder.depth) == (16, 2) and not encoder.training
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folders[kind])
-    model = getattr(transformers, ORACLES[kind]).from_pretrained(folders[kind]).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(encoder_folders[kind])
+    model = getattr(transformers, ORACLES[kind]).from_pretrained(encoder_folders[kind]).eval()
     inputs = tokenizer(
         CLEAN, padding=True, truncation=True, max_length=encoder.tokenize(TEXTS).shape[1], return_tensors="pt"
     )
@@ -64,10 +58,10 @@ def test_embeddings_are_the_means_of_transformers_hidden_states(folders, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tokens_are_those_of_transformers(folders, kind, caplog):
+def test_tokens_are_those_of_transformers(encoder_folders, kind, caplog):
     """Guards special tokens at both ends, also of a text that is cut, and padding and truncation in the files."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folders[kind])
-    encoder = TransformersTextEncoder(folders[kind], max_seq_len=9)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(encoder_folders[kind])
+    encoder = TransformersTextEncoder(encoder_folders[kind], max_seq_len=9)
     wanted = tokenizer(CLEAN, truncation=True, max_length=9, padding=False).input_ids
     with caplog.at_level(logging.WARNING):
         ids = encoder.tokenize(TEXTS)
@@ -112,9 +106,9 @@ def test_fine_tuned_encoders_learn_with_every_weight(name):
     assert not [name for name, weight in encoder.named_parameters() if weight.grad is None]
 
 
-def test_frozen_stays_frozen_in_train_mode(folders):
+def test_frozen_stays_frozen_in_train_mode(encoder_folders):
     """Guards dropout and gradients in a MuLaN that trains: the frozen tower stays as it is."""
-    encoder = TransformersTextEncoder(folders["bert"])
+    encoder = TransformersTextEncoder(encoder_folders["bert"])
     before = encoder(TEXTS)
     mulan = tiny_mulan(text_transformer=encoder)
     mulan.train()
@@ -125,17 +119,17 @@ def test_frozen_stays_frozen_in_train_mode(folders):
     assert mulan.text_to_latent.weight.grad.abs().max() > 0
     mulan.requires_grad_(True)
     assert not encoder(TEXTS).requires_grad, "not even when somebody wakes all weights of a model"
-    tuned = TransformersTextEncoder(folders["bert"], frozen=False)
+    tuned = TransformersTextEncoder(encoder_folders["bert"], frozen=False)
     assert not torch.equal(tuned(TEXTS), tuned(TEXTS)), "dropout of the model's own settings"
     torch.testing.assert_close(tuned.eval()(TEXTS), before, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_saved_encoder_needs_no_files_of_others(folders, kind, tmp_path, monkeypatch):
+def test_saved_encoder_needs_no_files_of_others(encoder_folders, kind, tmp_path, monkeypatch):
     """Tokenizer, weights and settings are saved with the model, alone and in a MuLaN; no hub is needed."""
     monkeypatch.setattr(socket, "socket", None)
     monkeypatch.setattr(socket, "getaddrinfo", None)
-    copied = shutil.copytree(folders[kind], tmp_path / "copied")
+    copied = shutil.copytree(encoder_folders[kind], tmp_path / "copied")
     encoder = TransformersTextEncoder(copied, max_seq_len=12)
     mulan = tiny_mulan(text_transformer=encoder)
     save_module(encoder, tmp_path / "encoder")
@@ -152,28 +146,28 @@ def test_saved_encoder_needs_no_files_of_others(folders, kind, tmp_path, monkeyp
     torch.testing.assert_close(whole.get_text_latents(TEXTS), mulan.get_text_latents(TEXTS), rtol=0, atol=1e-6)
 
 
-def test_fingerprint_names_what_embeddings_depend_on(folders, folder, tmp_path):
+def test_fingerprint_names_what_embeddings_depend_on(encoder_folders, folder, tmp_path):
     """Another place is the same model; other weights or another cut are others."""
-    known = TransformersTextEncoder(folders["bert"])
+    known = TransformersTextEncoder(encoder_folders["bert"])
     assert TransformersTextEncoder(folder, frozen=False).fingerprint() == known.fingerprint()
     other = TransformersTextEncoder(write_text_encoder(tmp_path / "other", "bert", seed=1))
     shorter = TransformersTextEncoder(folder, max_seq_len=9)
     assert len({known.fingerprint(), other.fingerprint(), shorter.fingerprint()}) == 3
 
 
-def test_without_transformers_the_extra_is_named(folders, monkeypatch):
+def test_without_transformers_the_extra_is_named(encoder_folders, monkeypatch):
     """A missing package names the install command."""
     monkeypatch.setitem(sys.modules, "transformers", None)
-    for source in (folders["t5"], "google/flan-t5-small"):
+    for source in (encoder_folders["t5"], "google/flan-t5-small"):
         with pytest.raises(ImportError, match=r'pip install "musiclm-pytorch\[pretrained\]"'):
             TransformersTextEncoder(source)
     with pytest.raises(ImportError, match="pretrained"):
-        load_tokenizer(folders["t5"])
+        load_tokenizer(encoder_folders["t5"])
 
 
-def test_a_hub_id_takes_weights_and_tokenizer_of_one_commit(folders, tmp_path, monkeypatch):
+def test_a_hub_id_takes_weights_and_tokenizer_of_one_commit(encoder_folders, tmp_path, monkeypatch):
     """Tokenizer files are among what is fetched, at the commit of the weights; offline is handed on."""
-    snapshot = shutil.copytree(folders["bert"], tmp_path / "snapshots" / "0abc")
+    snapshot = shutil.copytree(encoder_folders["bert"], tmp_path / "snapshots" / "0abc")
     asked = []
 
     def fetch(name, **settings):
@@ -191,15 +185,17 @@ def test_a_hub_id_takes_weights_and_tokenizer_of_one_commit(folders, tmp_path, m
     }
 
 
-def test_wrong_inputs_are_refused(folders, folder, tmp_path):
+def test_wrong_inputs_are_refused(encoder_folders, folder, tmp_path):
     """Each error names the fault and the fix."""
     with pytest.raises(ValueError, match=r"3\.\.40"):
         TransformersTextEncoder(folder, max_seq_len=41)
     with pytest.raises(ValueError, match=r"got 2"):
         TransformersTextEncoder(folder, max_seq_len=2)
-    assert TransformersTextEncoder(folders["roberta"]).tokenize("x" * 500).shape == (1, 40), "pads take two positions"
+    assert TransformersTextEncoder(encoder_folders["roberta"]).tokenize("x" * 500).shape == (1, 40), (
+        "pads take two positions"
+    )
     with pytest.raises(ValueError, match="pass the tokenizer of this model"):
-        TransformersTextEncoder(folder, tokenizer=TextTokenizer(load_tokenizer(folders["roberta"])))
+        TransformersTextEncoder(folder, tokenizer=TextTokenizer(load_tokenizer(encoder_folders["roberta"])))
     with pytest.raises(ValueError, match="empty"):
         TransformersTextEncoder(folder)(["drums", "  "])
     loaded = load_model(folder, {"bert": "BertModel"}, unneeded=("pooler.",))

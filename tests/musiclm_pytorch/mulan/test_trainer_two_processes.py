@@ -1,8 +1,6 @@
 """Training of MuLaN with two processes on the CPU (gloo), checked by the files that they write."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from musiclm_pytorch.mulan import MuLaN, SigmoidContrastiveLearning, SoftmaxCont
 from musiclm_pytorch.mulan.captions import CaptionSampler
 from musiclm_pytorch.mulan.layers import LayerContrast
 from musiclm_pytorch.mulan.trainer import MuLaNTrainer
+from tests.helpers.processes import run_two_processes
 from tests.helpers.tiny_mulan import tiny_mulan, tones
 
 # Eleven clips with one, two or three captions, some of them shared: processes have unequal numbers of texts.
@@ -58,12 +57,8 @@ def train(folder: Path, results: Path, batch_size: int) -> None:
 
 
 def run_two(folder: Path, results: Path) -> None:
-    """Start two processes; gloo may abort at exit after all work is done, so the exit status is not asked."""
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[3]), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    arguments = [__file__, str(folder), str(results)]
-    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=120)
+    """Train in two processes, and check that both runs finish."""
+    done = run_two_processes(__file__, folder, results)
     assert all((results / name / "finished.json").is_file() for name in models()), done.stderr[-3000:]
 
 

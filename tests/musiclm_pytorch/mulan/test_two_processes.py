@@ -7,15 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from musiclm_pytorch.mulan import (
-    AudioSpectrogramTransformer,
-    LayerContrast,
-    MuLaN,
-    SigmoidContrastiveLearning,
-    SoftmaxContrastiveLearning,
-    TextTransformer,
-    losses,
-)
+from musiclm_pytorch import mulan
 from tests.helpers.tiny_mulan import tiny_mulan, tones
 
 WAVS = tones(110, 180, 300, 500, 800, 1300, 2100)
@@ -27,20 +19,20 @@ TEXTS = "deep,dull,a tone,low,a tone,middle,in between,high,deep,very high indee
 SIZES = ((4, 3), (1, 2))
 
 
-def _model(kind: str) -> MuLaN:
-    """A MuLaN of two blocks, with the loss of that name; "layers" = softmax with layers contrasted too."""
+def _model(kind: str) -> mulan.MuLaN:
+    """A mulan.MuLaN of two blocks, with the loss of that name; "layers" = softmax with layers contrasted too."""
     torch.manual_seed(0)
     sizes = {"dim": 32, "depth": 2, "heads": 2, "dim_head": 16}
-    audio = AudioSpectrogramTransformer(**sizes, patch_size=8, sample_hz=8000, num_mels=24, spec_n_fft=256)
+    audio = mulan.AudioSpectrogramTransformer(**sizes, patch_size=8, sample_hz=8000, num_mels=24, spec_n_fft=256)
     loss = {
-        "decoupled": SoftmaxContrastiveLearning(decoupled=True),
-        "sigmoid": SigmoidContrastiveLearning(init_bias=-2.0),
-    }.get(kind, SoftmaxContrastiveLearning())
+        "decoupled": mulan.SoftmaxContrastiveLearning(decoupled=True),
+        "sigmoid": mulan.SigmoidContrastiveLearning(init_bias=-2.0),
+    }.get(kind, mulan.SoftmaxContrastiveLearning())
     return tiny_mulan(
         audio_transformer=audio,
-        text_transformer=TextTransformer(**sizes, num_tokens=256),
+        text_transformer=mulan.TextTransformer(**sizes, num_tokens=256),
         loss=loss,
-        layer_contrast=LayerContrast(((0, 1), (1, 2)), weight=0.5) if kind == "layers" else None,
+        layer_contrast=mulan.LayerContrast(((0, 1), (1, 2)), weight=0.5) if kind == "layers" else None,
     ).train()
 
 
@@ -71,7 +63,7 @@ def _process(rank: int, folder: str, kinds: list[str]) -> None:
     rows = [slice(sum(sizes[:rank]), sum(sizes[: rank + 1])) for sizes in SIZES]
     for kind in kinds:
         if kind == "fault":
-            losses.own_rank = lambda: 0
+            mulan.losses.own_rank = lambda: 0
         result = _trained(DistributedDataParallel(_model(kind)), rows, chunk_size=2)
         save_file({name.replace("module.", ""): tensor for name, tensor in result.items()}, f"{folder}/{kind}-{rank}")
     dist.destroy_process_group()
@@ -86,7 +78,7 @@ def _assert_as_one_process(own: dict[str, Tensor], kind: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_the_joined_batch(tmp_path: Path) -> None:
-    """Fault 11: loss, gradients and weights of a whole MuLaN after two steps in chunks, the last one short."""
+    """Fault 11: loss, gradients and weights of a whole mulan.MuLaN after two steps in chunks, the last one short."""
     kinds = ["softmax", "decoupled", "sigmoid", "layers", "fault"]
     torch.multiprocessing.spawn(_process, (str(tmp_path), kinds), nprocs=2)
     for rank in range(2):

@@ -105,16 +105,8 @@ def test_semantic_encoder_of_every_rate_trains(sample_hz, token_hz, micro_data, 
     encoder = builders.build_semantic_encoder(preset)
     objective = builders.build_semantic_objective(preset, encoder)
     assert objective.span_tokens / token_hz == 0.16
-    trainer = SemanticTokenizerTrainer(
-        encoder=encoder,
-        objective=objective,
-        folder=micro_data,
-        batch_size=4,
-        num_train_steps=2,
-        warmup_steps=1,
-        seconds=1.0,
-        results_folder=tmp_path,
-    )
+    run = {"batch_size": 4, "num_train_steps": 2, "warmup_steps": 1, "seconds": 1.0, "results_folder": tmp_path}
+    trainer = SemanticTokenizerTrainer(encoder=encoder, objective=objective, folder=micro_data, **run)
     before = encoder.to_tokens.weight.detach().clone()
     result = trainer.train()
     assert result.step == 2 and math.isfinite(result.metrics["valid.loss"])

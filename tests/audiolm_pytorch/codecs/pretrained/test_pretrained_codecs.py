@@ -21,51 +21,21 @@ from tests.helpers.fakes import SIZES, FakeSemanticTokenizer
 
 transformers = pytest.importorskip("transformers")
 
-ENCODEC = dict(
-    sampling_rate=800,
-    num_filters=4,
-    hidden_size=8,
-    upsampling_ratios=[4, 2],
-    num_lstm_layers=1,
-    codebook_size=1024,
-    target_bandwidths=[2.0, 4.0],
-)
-STEREO = dict(
-    audio_channels=2,
-    normalize=True,
-    chunk_length_s=0.5,
-    overlap=0.01,
-    use_causal_conv=False,
-    norm_type="time_group_norm",
-)
+ENCODEC = {"sampling_rate": 800, "num_filters": 4, "hidden_size": 8, "upsampling_ratios": [4, 2]}
+ENCODEC |= {"num_lstm_layers": 1, "codebook_size": 1024, "target_bandwidths": [2.0, 4.0]}
+STEREO = {"audio_channels": 2, "normalize": True, "chunk_length_s": 0.5, "overlap": 0.01}
+STEREO |= {"use_causal_conv": False, "norm_type": "time_group_norm"}
+DAC = {"sampling_rate": 800, "encoder_hidden_size": 4, "downsampling_ratios": [2, 5], "decoder_hidden_size": 16}
+DAC |= {"n_codebooks": 4, "codebook_size": 16, "codebook_dim": 4}
+MIMI = {"sampling_rate": 800, "num_filters": 2, "hidden_size": 16, "upsampling_ratios": [4, 2]}
+MIMI |= {"codebook_size": 16, "codebook_dim": 8, "vector_quantization_hidden_dimension": 8, "num_quantizers": 4}
+MIMI |= {"upsample_groups": 16, "num_hidden_layers": 2, "intermediate_size": 16, "sliding_window": 5}
+MIMI |= {"num_attention_heads": 2, "num_key_value_heads": 2}
 CONFIGS = {
     "encodec_mono": lambda: transformers.EncodecConfig(**ENCODEC),
     "encodec_stereo": lambda: transformers.EncodecConfig(**ENCODEC, **STEREO),
-    "dac": lambda: transformers.DacConfig(
-        sampling_rate=800,
-        encoder_hidden_size=4,
-        downsampling_ratios=[2, 5],
-        decoder_hidden_size=16,
-        n_codebooks=4,
-        codebook_size=16,
-        codebook_dim=4,
-    ),
-    "mimi": lambda: transformers.MimiConfig(
-        sampling_rate=800,
-        num_filters=2,
-        hidden_size=16,
-        upsampling_ratios=[4, 2],
-        codebook_size=16,
-        codebook_dim=8,
-        vector_quantization_hidden_dimension=8,
-        num_quantizers=4,
-        upsample_groups=16,
-        num_hidden_layers=2,
-        intermediate_size=16,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        sliding_window=5,
-    ),
+    "dac": lambda: transformers.DacConfig(**DAC),
+    "mimi": lambda: transformers.MimiConfig(**MIMI),
 }
 MODELS = {"encodec": "EncodecModel", "dac": "DacModel", "mimi": "MimiModel"}
 every_codec = pytest.mark.parametrize("name", list(CONFIGS))

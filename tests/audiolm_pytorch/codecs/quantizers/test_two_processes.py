@@ -1,7 +1,6 @@
 """Quantizers on two processes (gloo) against one process that holds the joined batch."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.codecs.quantizers import make_quantizer
 from audiolm_pytorch.saving.files import read_weights, write_weights
+from tests.helpers.processes import run_two_processes
 
 KINDS = {"residual": {}, "groups": {"groups": 2}, "lookup_free": {"lookup_free": True}}
 DIM, LEVELS, STEPS = 8, 3, 20
@@ -86,13 +86,7 @@ def main(folder: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_equal_one_with_both_batches(tmp_path: Path) -> None:
     """Start, averages, revival, dropped levels and entropy loss are equal to those of one process."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[4]), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    # gloo may abort at exit after all work is done, so the exit status is not asked
-    done = subprocess.run(
-        [*command, __file__, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=120
-    )
+    done = run_two_processes(__file__, tmp_path)
     for name, kind in KINDS.items():
         paths = [tmp_path / f"{name}-{rank}.safetensors" for rank in (0, 1)]
         assert all(path.exists() for path in paths), done.stderr[-3000:]
