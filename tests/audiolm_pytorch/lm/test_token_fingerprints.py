@@ -218,7 +218,7 @@ def test_a_stage_stores_the_fingerprint_of_its_conditioner(tmp_path, write_folde
         SemanticTransformerWrapper(trained, audio_conditioner=other)
     message = (
         "the conditioning codes have different fingerprints: the semantic transformer was trained with A, the passed "
-        r"fakes.FakeConditioner is B; pass the conditioner \(audio_conditioner\) that .* remove 'conditioner' from"
+        r"FakeConditioner is B; pass the conditioner \(audio_conditioner\) that .* remove 'conditioner' from"
     )
     with pytest.raises(ValueError, match=message):
         AudioLM(**parts, audio_conditioner=conditioner_of("B"))

@@ -159,7 +159,7 @@ def test_without_transformers_the_extra_is_named(encoder_folders, monkeypatch):
     """A missing package names the install command."""
     monkeypatch.setitem(sys.modules, "transformers", None)
     for source in (encoder_folders["t5"], "google/flan-t5-small"):
-        with pytest.raises(ImportError, match=r'pip install "musiclm-pytorch\[pretrained\]"'):
+        with pytest.raises(ImportError, match=r'pip install "musiclm\[pretrained\]"'):
             TransformersTextEncoder(source)
     with pytest.raises(ImportError, match="pretrained"):
         load_tokenizer(encoder_folders["t5"])

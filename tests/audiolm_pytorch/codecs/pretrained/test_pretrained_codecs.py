@@ -295,7 +295,7 @@ def test_without_transformers_the_extra_is_named(models, monkeypatch):
     """The message holds the pip command."""
     monkeypatch.setitem(sys.modules, "transformers", None)
     for source in (models["dac"][1], "facebook/encodec_24khz"):
-        with pytest.raises(ImportError, match=r'pip install "musiclm-pytorch\[pretrained\]"'):
+        with pytest.raises(ImportError, match=r'pip install "musiclm\[pretrained\]"'):
             open_codec(source)
 
 
