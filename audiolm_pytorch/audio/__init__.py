@@ -1,4 +1,4 @@
-"""Audio: files, streams, resampling, mel spectrograms, units of time, padding."""
+"""Audio files, streams, resampling, mel spectrograms, units of time and padding."""
 
 from audiolm_pytorch.audio.files import peak_safe, read_audio, write_audio
 from audiolm_pytorch.audio.mel import MelSpectrogram

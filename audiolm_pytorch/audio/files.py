@@ -1,4 +1,4 @@
-"""Reading and writing of whole audio files; longer ones go block by block through `stream`."""
+"""Reading and writing of whole audio files; `audio.stream` processes long files block by block."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ __all__ = ["decoded_info", "peak_safe", "read_audio", "write_audio"]
 
 @beartype
 def decoded_info(path: str | Path) -> AudioInfo:
-    """Decode a whole audio file in little memory and return its rate, its channels and the samples that it really has.
+    """Decode an audio file block by block; return its rate, channels and decoded samples (its header can be wrong).
 
     Raises:
         ValueError: If the file cannot be decoded, is damaged or empty, or holds NaN or infinite samples.
@@ -43,21 +43,23 @@ def read_audio(
     start_seconds: float | int = 0.0,
     duration_seconds: float | int | None = None,
 ) -> tuple[Tensor, int]:
-    """Read an audio file, or a part of it, at a given rate.
+    """Read an audio file, or a part of it, and resample it to `sample_hz`.
 
-    A part equals the same slice of the whole file, because it is read with the context of the resampling filter. Times
-    are rounded to the nearest sample of the returned rate.
+    A part equals the same slice of the whole resampled file, because the filter also reads the samples around the part.
+    Start and duration are rounded to the nearest sample of the result.
 
     Args:
         sample_hz: Rate of the result (Hz); None keeps the rate of the file.
-        channels: 1 averages all channels, None keeps them; another number must be that of the file (mono is repeated).
-        duration_seconds: None reads to the end; a file that ends earlier returns less.
+        channels: 1 averages all channels, None keeps them. Another number must equal the channels of the file; a mono
+            file is repeated.
+        duration_seconds: None reads to the end of the file. The result is shorter if the file ends earlier.
 
     Returns:
         `wave [c, n]` float32 and its sample rate (Hz).
 
     Raises:
-        ValueError: If the file cannot be read, holds NaN, ends before `start_seconds`, or has other channels.
+        ValueError: If the file cannot be read, contains NaN or infinite samples, ends before `start_seconds`, or has a
+            number of channels other than `channels`.
     """
     path = Path(path)
     if start_seconds < 0 or (duration_seconds is not None and duration_seconds <= 0):
@@ -69,7 +71,9 @@ def read_audio(
         total = resampled_length(file.frames, from_hz, to_hz)
         start = round(start_seconds * to_hz)
         if start >= total:
-            raise ValueError(f"{path}: {start_seconds} s is at or after its end ({file.frames / from_hz:.3f} s)")
+            raise ValueError(
+                f"{path}: start_seconds={start_seconds} is not before the end ({file.frames / from_hz:.3f} s)"
+            )
         count = total - start if duration_seconds is None else min(round(duration_seconds * to_hz), total - start)
         first, last, skip = resample_source_span(start, count, from_hz, to_hz)
         file.seek(first)
@@ -79,7 +83,10 @@ def read_audio(
             for block in sound_blocks(file, min(last, file.frames) - first)
         ]
     if not blocks:
-        raise ValueError(f"{path}: has no samples at {start_seconds} s, unlike its header; the file is damaged")
+        raise ValueError(
+            f"{path}: no samples can be decoded at {start_seconds} s, although the header counts them; the "
+            "file is damaged"
+        )
     wave = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
     check_finite(wave, path)
     return resample(torch.from_numpy(wave), from_hz, to_hz)[:, skip : skip + count], to_hz
@@ -87,14 +94,15 @@ def read_audio(
 
 @beartype
 def write_audio(path: str | Path, wave: Tensor, sample_hz: int) -> None:
-    """Write `wave [n]` or `[c, n]` to an audio file, which appears under its name only when it is complete.
+    """Write `wave [n]` or `[c, n]` to an audio file; the file appears at `path` only when it is complete.
 
     Args:
-        path: Name ending in .wav (16-bit), .flac (16-bit) or .ogg (Vorbis); missing folders are created.
-        wave: Samples in -1..1; louder ones are clipped (see `peak_safe`).
+        path: File name ending in .wav (16-bit), .flac (16-bit) or .ogg (Vorbis). Missing folders are created.
+        wave: Samples in -1..1; samples outside are clipped; `peak_safe` scales them instead.
 
     Raises:
-        ValueError: If the suffix or the shape is another, a sample is not finite, or the format refuses the rate.
+        ValueError: If the suffix or the shape is not supported, a sample is not finite, or the format does not support
+            the sample rate.
     """
     if wave.ndim not in (1, 2) or wave.numel() == 0:
         raise ValueError(f"{path}: wave must be [n] or [c, n] with at least one sample, got shape {tuple(wave.shape)}")
@@ -105,6 +113,6 @@ def write_audio(path: str | Path, wave: Tensor, sample_hz: int) -> None:
 
 @beartype
 def peak_safe(wave: Tensor, ceiling: float = 0.99) -> Tensor:
-    """Scale a wave of any shape down to a peak of `ceiling`, if its peak is higher."""
+    """Scale a wave of any shape down so that its peak is at most `ceiling`."""
     peak = wave.detach().abs().amax() if wave.numel() else wave.new_zeros(())
     return wave * (ceiling / peak) if peak > ceiling else wave

@@ -18,22 +18,23 @@ def mel_filterbank(
 ) -> Tensor:
     """Build triangular filters `[num_mels, n_fft // 2 + 1]` with a peak of 1, equally spaced on the HTK mel scale.
 
-    mel(f) = 2595 log10(1 + f / 700), see the HTK Book, sec. 5.4 (Young et al.). `f_max_hz=None` is half the sample
+    mel(f) = 2595 log10(1 + f / 700), see the HTK Book, sec. 5.4 (Young et al.). `f_max_hz=None` means half the sample
     rate.
 
     Raises:
-        ValueError: If the edges are out of order, or a filter lies between two bins and would always be zero.
+        ValueError: If `f_min_hz` is not below `f_max_hz`, or a filter lies between two bins and would always be zero.
     """
     top_hz = sample_hz / 2 if f_max_hz is None else f_max_hz
     if num_mels < 1 or not 0 <= f_min_hz < top_hz <= sample_hz / 2:
         raise ValueError(
-            f"need num_mels >= 1 and 0 <= f_min_hz < f_max_hz <= {sample_hz / 2}, got {num_mels}, {f_min_hz}, {top_hz}"
+            f"need num_mels >= 1 and 0 <= f_min_hz < f_max_hz <= {sample_hz / 2}, got num_mels={num_mels}, "
+            f"f_min_hz={f_min_hz}, f_max_hz={top_hz}"
         )
     filters = triangular_filters(mel_edges(f_min_hz, top_hz, num_mels), sample_hz, n_fft)
     empty = np.flatnonzero(filters.max(axis=1) <= 0.0)
     if len(empty):
         raise ValueError(
-            f"{len(empty)} of {num_mels} mel filters would be empty (the first is number {empty[0]}): too many for "
+            f"{len(empty)} of {num_mels} mel filters would be empty, the first is number {empty[0]}, with "
             f"n_fft={n_fft} at {sample_hz} Hz; use fewer mels, a larger n_fft or a higher f_min_hz"
         )
     return torch.from_numpy(filters).float()
@@ -42,14 +43,14 @@ def mel_filterbank(
 def mel_edges(
     f_min_hz: float, f_max_hz: float, num_mels: int, scale: Literal["htk", "slaney"] = "htk"
 ) -> "np.ndarray[Any, Any]":
-    """Place the edges of overlapping bands at equal distances on a mel scale.
+    """Compute the edges of overlapping frequency bands, equally spaced on a mel scale.
 
     Args:
-        scale: "htk", see `mel_filterbank`; "slaney", that of the Auditory Toolbox (Slaney, 1998) and of librosa: 200/3
-            Hz a mel up to 1 kHz, above it a factor of 6.4 every 27 mels.
+        scale: "htk" is the scale of `mel_filterbank`. "slaney" is the scale of the Auditory Toolbox (Slaney, 1998) and
+            of librosa, with 200/3 Hz per mel up to 1 kHz and a factor of 6.4 every 27 mels above.
 
     Returns:
-        `[num_mels + 2]` Hz, float64; band i extends from i to i + 2 and has its centre at i + 1.
+        Edges `[num_mels + 2]` in Hz, float64. Band i extends from edge i to edge i + 2; its centre is edge i + 1.
     """
     span_hz = np.array([f_min_hz, f_max_hz], dtype=np.float64)
     if scale == "htk":
@@ -66,9 +67,10 @@ def mel_edges(
 
 
 def triangular_filters(edges_hz: "np.ndarray[Any, Any]", sample_hz: int, n_fft: int) -> "np.ndarray[Any, Any]":
-    """Build triangles over the bins of a Fourier transform: filter i rises from edge i to i + 1 and falls to i + 2.
+    """Build triangular filters over FFT bins; filter i rises from edge i to edge i + 1 and falls to edge i + 2.
 
-    Edges `[m + 2]` ascend; returns `[m, n_fft // 2 + 1]` float64, each with a peak of 1 (between two bins, or on one).
+    The edges `[m + 2]` must ascend. The filters `[m, n_fft // 2 + 1]` are float64. The peak of each triangle is 1; it
+    may lie between two bins.
     """
     lower, centre, upper = (rearrange(edges_hz[i : len(edges_hz) - 2 + i], "m -> m 1") for i in range(3))
     bins_hz = np.arange(n_fft // 2 + 1) * sample_hz / n_fft
@@ -81,11 +83,11 @@ class MelSpectrogram(nn.Module):
     Args:
         n_fft: Size of the Fourier transform (samples).
         hop_length: Samples per frame.
-        win_length: Samples of the window, centred in the transform; None = `n_fft`.
+        win_length: Length of the window (samples), which is centred in the transform; None = `n_fft`.
         f_max_hz: Upper edge of the highest band; None = half the sample rate.
         power: 1 for magnitudes, 2 for energies.
-        center: Frame i is centred on sample `i * hop_length`; the wave is reflected at its ends, or padded with zeros
-            if it is too short to reflect. Otherwise frame i begins at that sample.
+        center: If True, frame i is centred on sample `i * hop_length`; the wave is padded by reflection, or with zeros
+            if it is too short to reflect. If False, frame i begins at sample `i * hop_length`.
     """
 
     filters: Tensor
@@ -107,8 +109,8 @@ class MelSpectrogram(nn.Module):
         super().__init__()
         if not 1 <= (win_length or n_fft) <= n_fft or hop_length < 1 or power <= 0:
             raise ValueError(
-                "need 1 <= win_length <= n_fft, hop_length >= 1 and power > 0, "
-                f"got {win_length}, {n_fft}, {hop_length}, {power}"
+                "need 1 <= win_length <= n_fft, hop_length >= 1 and power > 0, got win_length={win_length}, "
+                f"n_fft={n_fft}, hop_length={hop_length}, power={power}"
             )
         self.n_fft, self.hop_length, self.win_length = n_fft, hop_length, win_length or n_fft
         self.power, self.center = float(power), center
@@ -116,11 +118,11 @@ class MelSpectrogram(nn.Module):
         self.register_buffer("filters", filters, persistent=False)
 
     def num_frames(self, num_samples: int) -> int:
-        """Frames of a wave of `num_samples` samples."""
+        """Number of frames of a wave of `num_samples` samples."""
         return 1 + (num_samples if self.center else num_samples - self.n_fft) // self.hop_length
 
     def forward(self, wave: Tensor) -> Tensor:
-        """`[..., n]` to `[..., num_mels, f]` float32, not negative, with `f = num_frames(n)`."""
+        """Compute the spectrogram `[..., num_mels, f]` (float32, >= 0) of `wave [..., n]`; f is `num_frames(n)`."""
         num_samples = wave.shape[-1]
         if num_samples < (1 if self.center else self.n_fft):
             raise ValueError(f"wave has {num_samples} samples, need at least {1 if self.center else self.n_fft}")

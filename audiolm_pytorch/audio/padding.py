@@ -1,4 +1,4 @@
-"""Batches of waves of unequal length: checked, split and resampled, without influence of the padding."""
+"""Checks, splits and resamples padded batches of waves of unequal length."""
 
 from collections.abc import Iterator
 
@@ -16,8 +16,9 @@ def check_waves(wave: Tensor, lengths: Tensor | None = None, device: torch.devic
     """Check that `wave` is a mono batch `[b, n]` of finite floats.
 
     Args:
-        lengths: Samples of each item `[b]`; samples behind them may have any value. None = all n.
-        device: Where the wave has to be; None = anywhere.
+        lengths: Number of samples of each item `[b]`; later samples are padding of any value. None: all items have n
+            samples.
+        device: Device on which the wave must be; None = any device.
     """
     if wave.ndim != 2 or not wave.is_floating_point() or not wave.numel():
         raise ValueError(
@@ -25,18 +26,18 @@ def check_waves(wave: Tensor, lengths: Tensor | None = None, device: torch.devic
             "a batch axis"
         )
     if device is not None and wave.device != device:
-        raise ValueError(f"wave is on {wave.device}, the model on {device}: move one of them with .to(...)")
+        raise ValueError(f"wave is on {wave.device}, the model on {device}; move one of them with .to(...)")
     if lengths is not None:
         wave = wave.masked_fill(~length_mask(checked_lengths(lengths, wave), wave.shape[1]), 0.0)
     if not all(extreme.isfinite() for extreme in torch.aminmax(wave)):
-        raise ValueError("wave holds NaN or infinite samples; clean it first, e.g. with torch.nan_to_num")
+        raise ValueError("wave contains NaN or infinite samples; replace them first, e.g. with torch.nan_to_num")
 
 
 def checked_lengths(lengths: Tensor, wave: Tensor) -> Tensor:
-    """Check that `lengths [b]` are whole numbers in 1..n of `wave [b, n]` or `[b, c, n]`; as int64 on its device."""
+    """Check that `lengths [b]` are integers in 1..n for `wave [b, (c,) n]`; return them as int64 on its device."""
     if lengths.shape != wave.shape[:1] or lengths.is_floating_point() or lengths.is_complex():
         raise ValueError(
-            f"lengths must be {wave.shape[0]} whole numbers, one an item, got {lengths.dtype} {list(lengths.shape)}"
+            f"lengths must be {wave.shape[0]} whole numbers, one per item, got {lengths.dtype} {list(lengths.shape)}"
         )
     if lengths.numel() and not 1 <= int(lengths.min()) <= int(lengths.max()) <= wave.shape[-1]:
         raise ValueError(f"lengths must lie in 1..{wave.shape[-1]}, got {lengths.tolist()}")
@@ -44,15 +45,15 @@ def checked_lengths(lengths: Tensor, wave: Tensor) -> Tensor:
 
 
 def length_mask(lengths: Tensor, num_positions: int) -> Tensor:
-    """Mark the positions within their item: lengths `[b]` int64 -> `[b, num_positions]` bool."""
+    """Build the mask `[b, num_positions]` of lengths `[b]`: True before the end of each item."""
     return torch.arange(num_positions, device=lengths.device) < rearrange(lengths, "b -> b 1")
 
 
 def items_by_length(wave: Tensor, lengths: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Split a padded batch `[b, n]` or `[b, c, n]` into batches of equal length, which have no padding.
+    """Split a padded batch `[b, n]` or `[b, c, n]` into batches of items of equal length, without padding.
 
     Yields:
-        Rows `[r]` of one length, and their waves `[r, length]` or `[r, c, length]`.
+        Indices `[r]` of the items of one length, and their waves `[r, length]` or `[r, c, length]`.
     """
     if lengths is None:
         yield torch.arange(len(wave), device=wave.device), wave
@@ -64,10 +65,10 @@ def items_by_length(wave: Tensor, lengths: Tensor | None) -> Iterator[tuple[Tens
 
 
 def resampled_items(wave: Tensor, from_hz: int, to_hz: int, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Resample every item of `wave [b, n]` alone, so that padding does not change the result.
+    """Resample every item of `wave [b, n]` without its padding, so that padding does not change the result.
 
     Returns:
-        The waves `[b, m]` at `to_hz`, padded with zeros, and the samples of each item `[b]`.
+        The waves `[b, m]` at `to_hz`, padded with zeros, and the number of samples of each item `[b]`.
     """
     if from_hz < 1:
         raise ValueError(f"input_sample_hz must be positive, got {from_hz}")

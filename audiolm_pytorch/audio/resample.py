@@ -1,4 +1,4 @@
-"""Resampling of whole waves, of parts of them and of streams, with soxr at high quality."""
+"""Resampling of whole waves, of parts of waves and of streams, with the high quality of soxr."""
 
 from math import gcd
 from typing import Any
@@ -20,18 +20,18 @@ _REACH_SAMPLES = 256
 
 
 def resampled_length(num_samples: int, from_hz: int, to_hz: int) -> int:
-    """Length of a wave after resampling, rounded up."""
+    """Number of samples of a wave after resampling, rounded up."""
     return -(-num_samples * to_hz // from_hz)
 
 
 def _flush_samples(from_hz: int, to_hz: int) -> int:
-    """Number of zeros to append: soxr rounds the length of its output, and these let it be cut to the ceiling."""
+    """Number of zeros to append, so that the output of soxr is never shorter than the rounded-up length."""
     return from_hz // to_hz + 2
 
 
 @beartype
 def resample(wave: Tensor, from_hz: int, to_hz: int) -> Tensor:
-    """Resample `wave [..., n]` without delay; no gradient flows through it.
+    """Resample `wave [..., n]` without delay. The result has no gradient.
 
     Returns:
         `[..., ceil(n * to_hz / from_hz)]` float32 on the device of `wave`; `wave` itself when the rates are equal.
@@ -50,15 +50,15 @@ def resample(wave: Tensor, from_hz: int, to_hz: int) -> Tensor:
 
 @beartype
 def resample_source_span(start: int, count: int, from_hz: int, to_hz: int) -> tuple[int, int, int]:
-    """Find the source samples that a part of a resampled wave depends on.
+    """Find the source samples from which a part of a resampled wave is computed.
 
     Args:
-        start: First sample of the part, at `to_hz`.
-        count: Samples of the part, at `to_hz`.
+        start: Index of the first sample of the part, counted at `to_hz`.
+        count: Number of samples of the part, counted at `to_hz`.
 
     Returns:
-        `(first, last, skip)`. The source samples `first <= i < last`, resampled and without the first `skip` samples of
-        the result, equal the same slice of the whole wave resampled. `last` may lie behind the end of the source.
+        `(first, last, skip)`. Resample the source samples `first <= i < last` and drop the first `skip` samples of the
+        result; the rest equals the part of the whole resampled wave. `last` may be larger than the source length.
     """
     if from_hz == to_hz:
         return start, start + count, 0
@@ -83,14 +83,14 @@ class StreamingResampler:
             self._stream = soxr.ResampleStream(from_hz, to_hz, channels, dtype="float32", quality=_QUALITY)
 
     def push(self, wave: Tensor) -> Tensor:
-        """Resample a chunk `[c, n]`; returns the samples that are complete, `[c, m]` with m >= 0."""
+        """Resample a chunk `[c, n]`; return the samples `[c, m]`, m >= 0, that later chunks cannot change."""
         self.num_received += wave.shape[-1]
         output = wave if self._stream is None else self._resample(wave)
         self.num_returned += output.shape[-1]
         return output
 
     def finish(self) -> Tensor:
-        """Return the remaining samples `[c, m]`; `push` must not be called afterwards."""
+        """Return the remaining samples `[c, m]` after the last chunk; `push` must not be called afterwards."""
         remaining = resampled_length(self.num_received, self.from_hz, self.to_hz) - self.num_returned
         if self._stream is None or remaining <= 0:
             return torch.zeros(self.channels, 0)

@@ -1,4 +1,4 @@
-"""Audio files of any length, read, resampled and written block by block in little memory."""
+"""Reading, resampling and writing of audio files block by block, in memory that does not grow with their length."""
 
 import os
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ WRITABLE_SUFFIXES = tuple(_SUBTYPES)
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """Rate, length (samples per channel) and channels of an audio file."""
+    """Sample rate, length (samples per channel) and number of channels of an audio file."""
 
     sample_hz: int
     num_samples: int
@@ -43,7 +43,7 @@ class AudioInfo:
 
 @contextmanager
 def open_sound(path: Path) -> Iterator[soundfile.SoundFile]:
-    """Open an audio file; libsndfile's errors, also those inside the block, become ValueErrors that name the path."""
+    """Open an audio file; errors of libsndfile, also inside the `with` block, become ValueErrors with the path."""
     if not path.is_file():
         raise ValueError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
     if path.stat().st_size == 0:
@@ -56,10 +56,10 @@ def open_sound(path: Path) -> Iterator[soundfile.SoundFile]:
 
 
 def sound_blocks(file: soundfile.SoundFile, num_frames: int) -> Iterator[np.ndarray]:
-    """Read up to `num_frames` from the current position, in blocks `[n, c]` float32.
+    """Read up to `num_frames` samples per channel from the current position, in blocks `[n, c]` float32.
 
-    One long read stops at the first hole of a damaged file, and `SoundFile.blocks` repeats old samples in a file that
-    is shorter than in its header; this does neither.
+    A single long read would stop at the first undecodable part of a damaged file. `SoundFile.blocks` would repeat old
+    samples if a file is shorter than its header says.
     """
     while num_frames > 0 and len(block := file.read(min(num_frames, _BLOCK_FRAMES), dtype="float32", always_2d=True)):
         num_frames -= len(block)
@@ -67,9 +67,9 @@ def sound_blocks(file: soundfile.SoundFile, num_frames: int) -> Iterator[np.ndar
 
 
 def check_finite(samples: np.ndarray, path: Path) -> None:
-    """Raise a ValueError that names the file if a sample is NaN or infinite."""
+    """Raise a ValueError with the path if a sample is NaN or infinite."""
     if not np.isfinite(samples).all():
-        raise ValueError(f"{path}: holds NaN or infinite samples")
+        raise ValueError(f"{path}: the file contains NaN or infinite samples")
 
 
 def with_channels(wave: np.ndarray, channels: int | None, path: Path) -> np.ndarray:
@@ -81,22 +81,23 @@ def with_channels(wave: np.ndarray, channels: int | None, path: Path) -> np.ndar
     if len(wave) == 1:
         return np.repeat(wave, channels, axis=0)
     raise ValueError(
-        f"{path}: has {len(wave)} channels, {channels} were asked for; use channels=1 (average) or None (keep)"
+        f"{path}: the file has {len(wave)} channels, got channels={channels}; use 1 (average) or None (keep)"
     )
 
 
 class AudioSource:
-    """An audio file as blocks `[c, n]` float32 at a given rate, whose concatenation equals `read_audio`.
+    """An audio file as an iterable of blocks `[c, n]` float32; the blocks, concatenated, equal `read_audio`.
 
-    `info` is that of the header; after one iteration its `num_samples` is the number of samples that were decoded, and
-    the attribute `num_samples` the total length of the blocks.
+    `info` is read from the file header. After one iteration `info.num_samples` is the number of samples that were
+    decoded, and the attribute `num_samples` is the total length of the blocks.
 
     Args:
         sample_hz: Rate of the blocks (Hz); None keeps the rate of the file.
-        channels: 1 averages all channels, None keeps them; another number must be that of the file (mono is repeated).
+        channels: 1 averages all channels, None keeps them. Another number must equal the channels of the file; a mono
+            file is repeated.
 
     Raises:
-        ValueError: If the file cannot be read; during iteration if it is damaged, empty, or holds NaN.
+        ValueError: If the file cannot be read. During iteration, if the file is damaged, empty, or contains NaN.
     """
 
     @beartype
@@ -120,11 +121,11 @@ class AudioSource:
                 if chunk.shape[-1]:
                     yield chunk
             if num_samples == 0:
-                raise ValueError(f"{self.path}: the file holds no samples")
+                raise ValueError(f"{self.path}: the file contains no samples")
             # An MP3 without an index (Xing header) only estimates its length; every other format knows it.
             if num_samples < file.frames and file.format != "MP3":
                 raise ValueError(
-                    f"{self.path}: the file is damaged, {num_samples} of {file.frames} samples can be decoded"
+                    f"{self.path}: the file is damaged; only {num_samples} of {file.frames} samples can be decoded"
                 )
         self.info = replace(self.info, num_samples=num_samples)
         chunk = resampler.finish()
@@ -139,14 +140,14 @@ class AudioWriter:
         with AudioWriter("music.wav", sample_hz=16000, channels=1) as writer:
             writer.write(wave)
 
-    The file and missing folders are created with the first chunk; an error inside the block leaves nothing behind.
+    The first chunk creates the file and missing folders. After an error inside the `with` block there is no file.
 
     Args:
-        path: Name ending in .wav (16-bit), .flac (16-bit) or .ogg (Vorbis).
+        path: File name ending in .wav (16-bit), .flac (16-bit) or .ogg (Vorbis).
 
     Raises:
-        ValueError: If the suffix is another; later if a sample is not finite, the format refuses the rate or the
-            channels, or nothing was written.
+        ValueError: If the suffix is not supported. Later, if a sample is not finite, the format does not support the
+            sample rate or the number of channels, or no samples were written.
     """
 
     @beartype
@@ -155,7 +156,7 @@ class AudioWriter:
         suffix = self.path.suffix.lower()
         if suffix not in _SUBTYPES:
             raise ValueError(
-                f"{path}: cannot write {suffix or 'a name without suffix'}; use one of {', '.join(_SUBTYPES)}"
+                f"{path}: cannot write {suffix or 'a file without a suffix'}; use one of {', '.join(_SUBTYPES)}"
             )
         self._subtype = _SUBTYPES[suffix]
         self._partial = self.path.with_name(f".{self.path.stem}.{os.getpid()}.partial{suffix}")
@@ -166,7 +167,7 @@ class AudioWriter:
 
     @beartype
     def write(self, wave: Tensor) -> None:
-        """Append `wave [c, n]` in -1..1; louder samples are clipped."""
+        """Append `wave [c, n]` in -1..1; samples outside are clipped."""
         samples = wave.detach().to("cpu", torch.float32).numpy()
         check_finite(samples, self.path)
         columns = rearrange(samples, "c n -> n c")
@@ -187,16 +188,18 @@ class AudioWriter:
                     self._file.close()
             if kind is None:
                 if self._file is None:
-                    raise ValueError(f"{self.path}: there are no samples to write")
+                    raise ValueError(
+                        f"{self.path}: no samples were written; call write before the end of the with block"
+                    )
                 os.replace(self._partial, self.path)
         finally:
             self._partial.unlink(missing_ok=True)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """Turn libsndfile's errors into ValueErrors that name the path."""
+        """Convert errors of libsndfile into ValueErrors with the path."""
         try:
             yield
         except soundfile.LibsndfileError as error:
             shape = f"{self.channels} channels at {self.sample_hz} Hz"
-            raise ValueError(f"{self.path}: cannot be written ({shape}: {error.error_string})") from error
+            raise ValueError(f"{self.path}: the file cannot be written ({shape}: {error.error_string})") from error

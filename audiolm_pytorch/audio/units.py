@@ -1,4 +1,4 @@
-"""Conversion between seconds, samples and frames, exact or with a ValueError."""
+"""Conversion between seconds, samples and frames."""
 
 from fractions import Fraction
 from math import ceil, inf
@@ -12,7 +12,7 @@ TOLERANCE_SAMPLES = 1e-6
 
 
 def _check(amount: float, name_of_amount: str, **divisors: int) -> None:
-    """Check that an amount is finite and not negative, and that divisors are 1 or more."""
+    """Check that `amount` is finite and not negative, and that the other numbers are 1 or more."""
     if not 0 <= amount < inf:
         raise ValueError(f"{name_of_amount} must be finite and not negative, got {amount}")
     for name, value in divisors.items():
@@ -22,7 +22,7 @@ def _check(amount: float, name_of_amount: str, **divisors: int) -> None:
 
 @beartype
 def exact_div(a: int, b: int, what: str) -> int:
-    """Return `a / b`; raises a ValueError that names the quantity `what` if there is a remainder."""
+    """Return `a / b`; raise a ValueError about the quantity `what` if there is a remainder."""
     _check(0, what, divisor=b)
     if a % b:
         raise ValueError(
@@ -33,21 +33,21 @@ def exact_div(a: int, b: int, what: str) -> int:
 
 @beartype
 def samples_in(seconds: float | int | Fraction, sample_hz: int) -> int:
-    """Return the samples of a duration; raises a ValueError if it does not end on a sample (to 1e-6 samples)."""
+    """Number of samples in a duration; raise a ValueError if it is not whole (to 1e-6 samples)."""
     _check(float(seconds), "seconds", sample_hz=sample_hz)
     exact_samples = Fraction(seconds) * sample_hz
     num_samples = round(exact_samples)
     if abs(exact_samples - num_samples) > TOLERANCE_SAMPLES:
         raise ValueError(
-            f"{float(seconds)} s at {sample_hz} Hz is {float(exact_samples)} samples, not a whole number; "
-            f"give e.g. {num_samples}/{sample_hz} s, or round up with samples_covering"
+            f"{float(seconds)} s at {sample_hz} Hz is {float(exact_samples)} samples, "
+            f"not a whole number; use e.g. {num_samples}/{sample_hz} s, or round up with samples_covering"
         )
     return num_samples
 
 
 @beartype
 def samples_covering(seconds: float | int | Fraction, multiple_samples: int, sample_hz: int) -> int:
-    """Return the smallest multiple of `multiple_samples` that is not shorter than a duration."""
+    """Smallest multiple of `multiple_samples` that is at least as long as a duration (samples)."""
     _check(float(seconds), "seconds", multiple_samples=multiple_samples, sample_hz=sample_hz)
     exact_samples = Fraction(seconds) * sample_hz
     nearest = round(exact_samples)
@@ -58,12 +58,12 @@ def samples_covering(seconds: float | int | Fraction, multiple_samples: int, sam
 
 @beartype
 def frames_covering(num_samples: int, samples_per_frame: int) -> int:
-    """Return the number of frames that cover a length, rounded up."""
+    """Number of frames that cover a length, rounded up."""
     _check(num_samples, "num_samples", samples_per_frame=samples_per_frame)
     return -(-num_samples // samples_per_frame)
 
 
 @beartype
 def frames_inside(seconds: float | int | Fraction, rate_hz: int | Fraction) -> int:
-    """Return the whole frames inside a duration; one that is too short by at most 1e-6 frames counts as whole."""
+    """Number of whole frames in a duration; a last frame that lacks at most 1e-6 of its length counts."""
     return int(seconds * rate_hz + Fraction(1, 10**6))

@@ -1,4 +1,4 @@
-"""Tokens of one stream as a list of items of unequal length, which grows at the end while decoding."""
+"""Tokens of one stream as a list of items of unequal length; decoding appends frames to the items."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,10 +12,10 @@ __all__ = ["ItemTokens", "items_of_streams", "padded"]
 
 
 class ItemTokens:
-    """The known tokens of one stream, item by item. Old frames can be dropped; frame numbers do not change by that.
+    """The known tokens of one stream, item by item. Old frames can be dropped; later frames keep their numbers.
 
     Args:
-        items: Tokens `[f_i, levels]` of every item.
+        items: Tokens `[f_i, levels]` of each item i.
     """
 
     def __init__(self, items: Sequence[Tensor]) -> None:
@@ -24,7 +24,7 @@ class ItemTokens:
 
     @property
     def counts(self) -> list[int]:
-        """Frames of every item, dropped frames included."""
+        """Number of frames of every item, dropped frames included."""
         return [first + len(tokens) for first, tokens in zip(self._first, self._items)]
 
     def append(self, item: int, tokens: Tensor) -> None:
@@ -33,15 +33,15 @@ class ItemTokens:
             self._items[item] = torch.cat((self._items[item], tokens.to(self._items[item])))
 
     def between(self, items: Sequence[int], start: int, stops: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Select the frames from `start` to one stop per item; an item that ends before `start` repeats its last frame.
+        """Select frames `start` to `stops` of some items; an item that ends before `start` repeats its last frame.
 
         Args:
-            items: Indices of the items k.
-            start: First frame.
-            stops: Frame after the last one, per item.
+            items: Indices of the k items.
+            start: Number of the first frame.
+            stops: Number of the frame after the last selected frame, per item.
 
         Returns:
-            Tokens `[k, f, levels]`, padded with -1, and the true frames `[k]`.
+            Tokens `[k, f, levels]`, padded with -1, and the number of frames of each item `[k]`.
         """
         parts = []
         for item, stop in zip(items, stops, strict=True):
@@ -51,7 +51,7 @@ class ItemTokens:
         return padded(parts), torch.tensor([len(tokens) for tokens in parts])
 
     def forget_before(self, frame: int) -> None:
-        """Drop the frames before `frame`; the last frame of an item stays, because `between` may repeat it."""
+        """Drop the frames before `frame`, but keep the last frame of each item, because `between` may repeat it."""
         for item, (first, tokens) in enumerate(zip(self._first, self._items)):
             dropped = min(frame, first + len(tokens) - 1) - first
             if dropped > 0:
@@ -67,10 +67,10 @@ def items_of_streams(
     Args:
         streams: Streams of a layout.
         tokens: Tokens `[b, f, levels]` (or `[b, f]` for one level) of some of the streams, by name.
-        lengths: True frames of these streams, `[b]` or one int; a stream without an entry has no padding.
+        lengths: Unpadded frames by stream name, `[b]` or one int; a stream without an entry has no padding.
 
     Returns:
-        Tokens `[f_i, levels]` of every item, by stream name.
+        Tokens `[f_i, levels]` of each item i, by stream name.
     """
     if not tokens and not lengths:
         return {}
@@ -84,5 +84,5 @@ def items_of_streams(
 
 
 def padded(items: Sequence[Tensor]) -> Tensor:
-    """Pad sequences `[f_i, ...]` with -1 and stack them as `[b, f, ...]`."""
+    """Pad sequences `[f_i, ...]` with -1 to equal length and stack them to `[b, f, ...]`."""
     return pad_sequence(list(items), batch_first=True, padding_value=-1)

@@ -1,4 +1,4 @@
-"""The layout of a language model: how token streams become rows of ids, and rows of ids become streams again."""
+"""The layout of a language model: packs token streams into rows of ids, and unpacks rows of ids into streams."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -21,25 +21,27 @@ __all__ = ["TokenLayout"]
 class TokenLayout:
     """An arrangement of token streams in rows (steps of a language model) and columns (tokens read in one step).
 
-    Row `r` is the input that predicts row `r + 1`. The id ranges of streams, levels and ends are disjoint. Padding is a
-    mask, never an id.
+    Row `r` is the input that predicts row `r + 1`. Every level of every stream, and every end of a stream, has an id
+    range that overlaps no other. Padding is marked by a mask and has no id.
 
-    Streams that are not in time (`rate_hz=None`) come first, one token a row, level by level inside each frame; an item
-    without tokens of such a stream has one null token there. The start row follows, and then the pattern:
+    The first rows hold the streams without a frame rate (`rate_hz=None`), one token per row, level by level inside each
+    frame. If an item has no tokens of such a stream, one null token replaces them. The next row is the start row. The
+    other rows follow one of three patterns:
 
-    - `flat`: one column; input streams first, then every predicted stream, level by level inside each frame.
-    - `delayed`: one row per predicted frame and one column per level; residual level `k`, with all its groups, is
-      delayed by `k` rows. Input streams are aligned in time: the token that covers predicted frame `f` is in the row
-      that predicts frame `f`. A stream of lower rate is repeated, one of higher rate uses several columns, one that is
-      too short repeats its last frame.
-    - `parallel`: like `delayed`, but without delays.
+    - `flat` has one column, with the input streams first and then every predicted stream, level by level inside each
+        frame.
+    - `delayed` has one row per predicted frame and one column per level. Residual level `k`, with all its groups, is
+        delayed by `k` rows. Input streams are aligned in time; the token that covers predicted frame `f` is in the row
+        that predicts frame `f`. An input stream of a lower rate is repeated. An input stream of a higher rate uses
+        several columns. An input stream that is too short repeats its last frame.
+    - `parallel` equals `delayed` without delays.
 
     Attributes:
-        inputs: Streams that are only read.
+        inputs: Streams that the model reads and does not predict.
         predicted: Streams that the model predicts, at least one.
-        heads: Outputs of a model, one per level of each predicted stream.
+        heads: Outputs of the model, one per level of each predicted stream.
         num_ids: Number of ids.
-        null_id: Id of the null token; None if all streams are in time.
+        null_id: Id of the null token; None if every stream has a frame rate.
     """
 
     @beartype
@@ -52,9 +54,12 @@ class TokenLayout:
         if len(set(self._names)) != len(self._names):
             raise ValueError(f"stream names must differ, got {self._names}")
         if not self.predicted:
-            raise ValueError(f"a layout needs a predicted stream, got only input streams: {self._names}")
+            raise ValueError(
+                f"a layout needs a predicted stream, got only input streams {self._names}; pass a Stream with "
+                "is_input=False"
+            )
         if pattern not in PATTERNS:
-            raise ValueError(f"unknown pattern '{pattern}', known are {sorted(PATTERNS)}")
+            raise ValueError(f"unknown pattern '{pattern}'; use one of {sorted(PATTERNS)}")
         rates_hz = {stream.name: str(stream.exact_hz) for stream in self.predicted}
         if pattern != "flat" and len(set(rates_hz.values())) > 1:
             raise ValueError(
@@ -70,24 +75,24 @@ class TokenLayout:
 
     @property
     def frame_alignment(self) -> int:
-        """Number of predicted frames after which frames of all input streams start too; windows start at multiples."""
+        """Smallest number of predicted frames that lasts a whole number of frames of every input stream."""
         rate_hz = self.predicted[0].exact_hz
         return lcm(*((stream.exact_hz / rate_hz).denominator for stream in self.streams if stream.is_in_time))
 
     def to_dict(self) -> dict[str, Any]:
-        """Describe the layout as JSON-able data."""
+        """Convert the layout to data that JSON can store."""
         return {"streams": [stream.to_dict() for stream in self.streams], "pattern": self.pattern}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "TokenLayout":
-        """Build the layout that `to_dict` described."""
+        """Build a layout from the result of `to_dict`."""
         return cls([Stream.from_dict(stream) for stream in data["streams"]], data["pattern"])
 
     @beartype
     def table(self, num_frames: Mapping[str, int], ends: bool = False) -> CellTable:
-        """Return the contents of every cell for `num_frames` by stream name; the table is cached, do not write to it.
+        """Contents of every cell, for the numbers of frames `num_frames`. The table is cached; do not modify it.
 
-        With `ends`, streams that have an end id hold it after their last frame.
+        With `ends`, every stream with an end id has it after the last frame.
         """
         counts = frame_counts(self.streams, num_frames, 1)[0].tolist()
         return cell_table(self.streams, self.pattern, tuple(counts), ends)
@@ -99,16 +104,16 @@ class TokenLayout:
         lengths: Mapping[str, int | Tensor] | None = None,
         ends: Tensor | None = None,
     ) -> PackedTokens:
-        """Pack streams into rows. Every item is packed as if it were alone, and padded on the right.
+        """Pack streams into rows. Every item is packed independently of the other items and padded on the right.
 
         Args:
             streams: Tokens `[b, f, levels]` (or `[b, f]` for one level) of every stream, by name.
-            lengths: True frames by stream name, `[b]` or one int; a stream without an entry has no padding.
-            ends: `[b]` bool, whether the item's file ends after its last frame; None = nowhere.
+            lengths: Unpadded frames by stream name, `[b]` or one int; a stream without an entry has no padding.
+            ends: `[b]` bool, whether the recording of the item ends after the last frame; None = for no item.
         """
         tokens, counts = checked_streams(self.streams, streams, lengths or {})
         if ends is not None and ends.shape != (len(counts),):
-            raise ValueError(f"ends must be [b] bool for {len(counts)} items, got {tuple(ends.shape)}")
+            raise ValueError(f"ends must be bool [{len(counts)}], one per item, got shape {tuple(ends.shape)}")
         return self._fill(tokens, *self._stacked_tables(counts, ends))
 
     @beartype
@@ -122,11 +127,11 @@ class TokenLayout:
         """Arrange input streams and prompts in a grid that decoding completes.
 
         Args:
-            streams: Tokens `[b, f, levels]` by name: input streams (those that are not in time may be absent), and
-                prompts of predicted streams (may be absent).
+            streams: Tokens `[b, f, levels]` by name, of input streams and of the prompts of predicted streams. Prompts
+                and input streams without a frame rate may be absent.
             num_frames: Requested frames of every predicted stream, its prompt included, `[b]` or one int.
             batch_size: Number of items b.
-            lengths: True frames of `streams`, `[b]` or one int; a stream without an entry has no padding.
+            lengths: Unpadded frames of `streams`, `[b]` or one int; a stream without an entry has no padding.
         """
         optional = [stream for stream in self.streams if not (stream.is_input and stream.is_in_time)]
         nothing = {one.name: torch.zeros(batch_size, 0, one.num_levels, dtype=torch.long) for one in optional}
@@ -136,7 +141,8 @@ class TokenLayout:
         for index in (known > requested).any(dim=0).nonzero().flatten().tolist():
             raise ValueError(
                 f"the prompt of '{self._names[index]}' has {known[:, index].tolist()} frames, longer than the "
-                f"requested {requested[:, index].tolist()}: shorten the prompt or request more frames"
+                f"requested {requested[:, index].tolist()}; shorten the prompt or "
+                "request more frames"
             )
         device = next((ids.device for ids in streams.values()), torch.device("cpu"))
         for index, (name, ids) in enumerate(tokens.items()):
@@ -157,21 +163,21 @@ class TokenLayout:
     def unpack(
         self, ids: Tensor, num_frames: Mapping[str, int | Tensor], names: Sequence[str] | None = None
     ) -> dict[str, Tensor]:
-        """Read streams back from packed rows.
+        """Extract the token streams from packed rows.
 
         Args:
-            ids: `[b, rows, columns]` as packed.
-            num_frames: Frames of every stream, `[b]` or one int.
-            names: Streams to read; None = the predicted ones.
+            ids: Ids `[b, rows, columns]`, arranged as by `pack`.
+            num_frames: Number of frames by stream name, `[b]` or one int.
+            names: Names of the streams to extract; None = the predicted streams.
 
         Returns:
-            Tokens `[b, f, levels]` int64 by name; -1 past the frames of an item, for frames that no cell holds, and for
-            null tokens.
+            Tokens `[b, f, levels]` int64 by name. They are -1 after the last frame of an item, in frames that are not
+            in the rows, and for null tokens.
         """
         names = [stream.name for stream in self.predicted] if names is None else names
         unknown = set(names) - set(self._names)
         if unknown:
-            raise ValueError(f"there is no stream {sorted(unknown)}, only {self._names}")
+            raise ValueError(f"unknown streams {sorted(unknown)}; the layout has {self._names}")
         counts = frame_counts(self.streams, num_frames, len(ids))
         block, frame = (part.to(ids.device) for part in self._stacked_tables(counts, None))
         num_rows, num_columns = block.shape[1:]
@@ -197,9 +203,10 @@ class TokenLayout:
 
     @beartype
     def without_conditions(self, packed: PackedTokens, drop: Tensor) -> PackedTokens:
-        """Replace all tokens that are not in time by the null token, for the items marked in `drop [b]` (bool).
+        """Replace the tokens of streams without a frame rate by null tokens in the items where `drop [b]` is True.
 
-        Every row keeps its place, so that the two halves of a guided batch have equal rows.
+        Rows do not move. The conditional and the unconditional half of a batch for classifier-free guidance have equal
+        rows.
         """
         if drop.shape != packed.ids.shape[:1] or drop.dtype != torch.bool:
             raise ValueError(f"drop must be bool [{len(packed.ids)}], got {drop.dtype} {tuple(drop.shape)}")
@@ -214,7 +221,7 @@ class TokenLayout:
         return replace(packed, ids=packed.ids.masked_fill(is_dropped, self.null_id))
 
     def _stacked_tables(self, counts: Tensor, ends: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Block and frame of every cell of every item, padded on the right, `[b, rows, columns]` on the CPU."""
+        """Id block and frame of every cell of every item, padded on the right, `[b, rows, columns]` on the CPU."""
         flags = [False] * len(counts) if ends is None else ends.tolist()
         tables = [
             cell_table(self.streams, self.pattern, tuple(row), bool(end))
@@ -224,7 +231,7 @@ class TokenLayout:
         return block, pad_sequence([table.frame for table in tables], True)
 
     def _fill(self, tokens: Mapping[str, Tensor], block: Tensor, frame: Tensor) -> PackedTokens:
-        """Look up the token of every cell in one gather; `block` and `frame` are `[b, rows, columns]`."""
+        """Look up the id of every cell by its id block and frame; `block` and `frame` are `[b, rows, columns]`."""
         flat = [rearrange(tokens[name], "b f q -> b (f q)") for name in self._names]
         # Position 0 holds the 0 that is added to the id of a start, an end or a null token.
         values = torch.cat([flat[0].new_zeros(len(flat[0]), 1), *flat], dim=1)

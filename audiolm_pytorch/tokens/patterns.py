@@ -1,7 +1,7 @@
-"""Patterns: the arrangement of the tokens of several streams in rows and columns.
+"""Patterns that arrange the tokens of several streams in rows and columns.
 
-`flat` is the order of AudioLM (arXiv:2209.03143, sec. III-C). `delayed` and `parallel` are MusicGen's patterns of these
-names (arXiv:2306.05284, sec. 2.2), extended by input streams that are aligned in time.
+`flat` is the order of AudioLM (arXiv:2209.03143, sec. III-C). `delayed` and `parallel` are the patterns of MusicGen
+(arXiv:2306.05284, sec. 2.2), with the addition of input streams that are aligned in time.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -25,10 +25,10 @@ _Blocks = Mapping[tuple[int, int, bool], int]  # (stream, level, is_token) -> in
 
 
 class CellTable(NamedTuple):
-    """Contents of every cell for certain numbers of frames.
+    """Id block and frame of every cell (row and column) of a layout.
 
     Attributes:
-        block: `[rows, columns]` int64, index of the id block of the cell's token; -1 for an empty cell.
+        block: `[rows, columns]` int64, index of the `IdBlock` of the token in the cell; -1 for an empty cell.
         frame: `[rows, columns]` int64, frame of the stream that the token belongs to; 0 for an empty cell.
     """
 
@@ -37,7 +37,7 @@ class CellTable(NamedTuple):
 
 
 class _Cells(NamedTuple):
-    """Cells of one column that hold frames of one block; `rows` and `frames` have equal length."""
+    """Cells of one column with tokens of one id block; `rows` and `frames` have equal length."""
 
     column: int
     block: int
@@ -47,18 +47,20 @@ class _Cells(NamedTuple):
 
 @lru_cache(maxsize=512)
 def cell_table(streams: tuple[Stream, ...], pattern: str, counts: tuple[int, ...], ends: bool) -> CellTable:
-    """Build the table of a layout; cached, because the batches of a training repeat few tables. Do not write to it.
+    """Build the cell table of a layout. Training batches need few different tables, so it is cached; do not modify it.
 
     Args:
         streams: Streams of the layout.
         pattern: Key of `PATTERNS`.
         counts: Number of frames of every stream.
-        ends: Whether streams with an end id hold it after their last frame.
+        ends: Whether every stream with an end id has it after the last frame.
     """
     num_frames = {stream.name: count for stream, count in zip(streams, counts, strict=True)}
     empty = [s.name for s in streams if s.is_input and s.is_in_time and not num_frames[s.name]]
     if empty:
-        raise ValueError(f"input streams in time need at least one frame, {empty} have none; frames are {num_frames}")
+        raise ValueError(
+            f"input streams with a rate_hz need at least one frame; {empty} have none (all frames: {num_frames})"
+        )
     id_blocks = number_ids(streams)[0]
     blocks = {(block.stream, block.level, block.is_token): i for i, block in enumerate(id_blocks)}
     cells = list(_out_of_time(streams, blocks, counts, null=len(id_blocks) - 1))
@@ -75,7 +77,7 @@ def cell_table(streams: tuple[Stream, ...], pattern: str, counts: tuple[int, ...
 
 
 def _out_of_time(streams: tuple[Stream, ...], blocks: _Blocks, counts: tuple[int, ...], null: int) -> Iterator[_Cells]:
-    """Streams that are not in time: one token a row, or one null token for an empty stream."""
+    """Cells of the streams without a frame rate: one token per row, or one null token for an empty stream."""
     row = 0
     for index, (stream, count) in enumerate(zip(streams, counts)):
         if stream.is_in_time:
@@ -88,14 +90,14 @@ def _out_of_time(streams: tuple[Stream, ...], blocks: _Blocks, counts: tuple[int
 
 
 def _level_by_level(index: int, stream: Stream, count: int, row: int, blocks: _Blocks) -> Iterator[_Cells]:
-    """All tokens of a stream in column 0 from `row` on, level by level inside each frame."""
+    """Cells of all tokens of a stream, in column 0 from `row` on, level by level inside each frame."""
     frames = torch.arange(count)
     for level in range(stream.num_levels):
         yield _Cells(0, blocks[index, level, True], row + frames * stream.num_levels + level, frames)
 
 
 def _flat(streams: tuple[Stream, ...], blocks: _Blocks, counts: tuple[int, ...], ends: bool) -> Iterator[_Cells]:
-    """One column: input streams first, then predicted ones, level by level inside each frame."""
+    """Cells of the flat pattern: one column, inputs before predicted streams, level by level inside each frame."""
     yield _Cells(0, _START, _ZERO, _ZERO)
     row = 1
     in_time = [index for index, stream in enumerate(streams) if stream.is_in_time]
@@ -111,9 +113,9 @@ def _flat(streams: tuple[Stream, ...], blocks: _Blocks, counts: tuple[int, ...],
 def _framewise(
     streams: tuple[Stream, ...], blocks: _Blocks, counts: tuple[int, ...], ends: bool, level_delay: int
 ) -> Iterator[_Cells]:
-    """One row per predicted frame, residual level k delayed by `k * level_delay` rows.
+    """Cells with one row per predicted frame; residual level k is delayed by `k * level_delay` rows.
 
-    A token of an input stream is in the row that predicts the frame it covers.
+    A token of an input stream is in the row that predicts the frame at the same time.
     """
     predicted = [index for index, stream in enumerate(streams) if not stream.is_input]
     if len({counts[index] for index in predicted}) > 1:
@@ -141,7 +143,7 @@ def _framewise(
 
 
 def _covering_frames(source: Stream, predicted: Stream, frames: Tensor) -> Iterator[Tensor]:
-    """Frames of an input stream that cover predicted frames: one per row, or several if its rate is higher."""
+    """Frames of an input stream at the time of each predicted frame: one per row, or several if its rate is higher."""
     ratio = source.exact_hz / predicted.exact_hz
     per_row = max(1, ceil(ratio))
     for part in range(per_row):

@@ -1,4 +1,4 @@
-"""Streams of tokens, their ranges of ids, checks of their values, and the tensors that a layout packs them into."""
+"""Token streams, their id ranges, checks of their tokens, and the tensors into which a layout packs them."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,18 +16,18 @@ __all__ = ["Grid", "Head", "IdBlock", "PackedTokens", "Stream", "checked_streams
 @beartype
 @dataclass(frozen=True)
 class Stream:
-    """The vocabulary, the levels and the rate of one kind of token.
+    """Description of a token stream: its vocabulary, its levels and its frame rate.
 
     Args:
         name: Key of the stream in dictionaries of tokens and lengths.
         vocab_size: Number of different tokens of every level.
-        num_levels: Tokens per frame; 1 for semantic tokens, or the residual levels of a codec, with the groups of a
-            level side by side.
-        rate_hz: Frames per second. None = not in time (ids of a text, codes of a whole recording). Such a stream is an
-            input and may be empty.
-        is_input: Whether the model only reads the stream. Otherwise it predicts the stream.
-        eos: Whether the stream may end early. It then has an end-of-sequence id.
-        num_groups: Codes per residual level. The delayed pattern delays levels, not groups.
+        num_levels: Tokens per frame. Semantic tokens have 1. A codec has its number of residual levels times
+            `num_groups`.
+        rate_hz: Frames per second. None: the tokens have no time (ids of a text, codes of a whole recording); the
+            stream must be an input and may be empty.
+        is_input: True if the model only reads the stream, False if the model predicts it.
+        eos: Whether the stream has an end-of-sequence id, so that the model can end it early.
+        num_groups: Codes per residual level. The delayed pattern gives all groups of a level the same delay.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Stream:
     num_groups: int = 1
 
     def __post_init__(self) -> None:
-        """Check the numbers and their combination."""
+        """Check the values and their combination."""
         numbers = {name: getattr(self, name) for name in ("vocab_size", "num_levels", "rate_hz", "num_groups")}
         wrong = {name: number for name, number in numbers.items() if number is not None and number <= 0}
         if wrong:
@@ -50,31 +50,31 @@ class Stream:
                 f"num_groups={self.num_groups}; num_levels counts the codes of all groups"
             )
         if self.is_input and self.eos:
-            raise ValueError(f"stream '{self.name}' is an input, so the model cannot predict its end: set eos=False")
+            raise ValueError(f"stream '{self.name}' is an input, so the model cannot predict its end; set eos=False")
         if not self.is_input and self.rate_hz is None:
             raise ValueError(f"stream '{self.name}' is predicted, so it needs a rate_hz (frames per second)")
 
     @property
     def is_in_time(self) -> bool:
-        """Whether the frames have a rate."""
+        """Whether the stream has a frame rate."""
         return self.rate_hz is not None
 
     @property
     def exact_hz(self) -> Fraction:
-        """Frames per second; ValueError for a stream that is not in time."""
+        """Frames per second; raise a ValueError for a stream without a frame rate."""
         if self.rate_hz is None:
-            raise ValueError(f"stream '{self.name}' is not in time: it has no rate_hz")
+            raise ValueError(f"stream '{self.name}' is not in time, because it has no frame rate; pass rate_hz")
         return Fraction(self.rate_hz)
 
     def to_dict(self) -> dict[str, Any]:
-        """Describe the stream as JSON-able data."""
+        """Convert the stream to data that JSON can store."""
         fields = {**asdict(self), "rate_hz": str(self.exact_hz) if self.is_in_time else None}
         fields["given"] = fields.pop("is_input")  # the key in saved files
         return fields
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Stream":
-        """Build the stream that `to_dict` described."""
+        """Build a stream from the result of `to_dict`."""
         fields = {**data, "rate_hz": None if data["rate_hz"] is None else Fraction(data["rate_hz"])}
         return cls(**{"is_input" if key == "given" else key: value for key, value in fields.items()})
 
@@ -86,8 +86,8 @@ class Head:
     Attributes:
         stream: Name of the predicted stream.
         level: Level inside the frame, from 0.
-        first_id: Id of token 0 of this level. Logit k belongs to id `first_id + k`.
-        has_eos: Whether there is one more logit after the tokens, for the end of the stream.
+        first_id: Id of token 0 of the level. Logit k belongs to id `first_id + k`.
+        has_eos: Whether the last logit, after those of the tokens, predicts the end of the stream.
     """
 
     stream: str
@@ -98,23 +98,23 @@ class Head:
 
     @property
     def num_logits(self) -> int:
-        """Number of outputs, the end id included."""
+        """Number of logits, including the logit of the end id."""
         return self.vocab_size + int(self.has_eos)
 
     def ids(self, allow_eos: bool) -> range:
-        """Ids that the head may produce."""
+        """Ids that the head can predict."""
         return range(self.first_id, self.first_id + (self.num_logits if allow_eos else self.vocab_size))
 
 
 @dataclass(frozen=True)
 class IdBlock:
-    """The ids of the tokens of a level, or the single id of an end, of the start or of the null token.
+    """A range of ids for the tokens of one level, or the single id of an end, of the start or of the null token.
 
     Attributes:
         stream: Index of the stream; -1 for the start and the null token.
         level: Level inside the frame.
-        first_id: First id of the range.
-        is_token: True for the tokens of a level.
+        first_id: Smallest id of the range.
+        is_token: True for the tokens of a level, False for a single id.
         head: Index of the head that predicts these ids; -1 for ids that are never predicted.
     """
 
@@ -129,8 +129,8 @@ def number_ids(streams: Sequence[Stream]) -> tuple[tuple[IdBlock, ...], tuple[He
     """Assign disjoint ranges of ids to the start, to every level and end of every stream, and to the null token.
 
     Returns:
-        The blocks, the heads and the number of ids. The first block is the start. If a stream is not in time, the last
-        block is the null token, which replaces such a stream where it is empty.
+        The id blocks, the heads and the number of ids. The first block is the start. If a stream has no frame rate, the
+        last block is the null token, which replaces the stream in items where it is empty.
     """
     blocks = [IdBlock(stream=-1, level=0, first_id=0, is_token=False, head=-1)]
     heads: list[Head] = []
@@ -157,7 +157,7 @@ class PackedTokens:
     """Streams packed into the rows and columns of a layout.
 
     Attributes:
-        ids: `[b, rows, columns]` int64 ids of the layout; meaningless where `input_mask` is False.
+        ids: `[b, rows, columns]` int64 ids of the layout; undefined where `input_mask` is False.
         input_mask: `[b, rows, columns]` bool, True where a cell holds a token.
         loss_mask: `[b, rows, columns]` bool, True where the model has to predict the token.
     """
@@ -167,19 +167,19 @@ class PackedTokens:
     loss_mask: Tensor
 
     def to(self, device: torch.device | str) -> "PackedTokens":
-        """Copy to a device."""
+        """Copy all tensors to a device."""
         return PackedTokens(self.ids.to(device), self.input_mask.to(device), self.loss_mask.to(device))
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A partly filled grid that decoding completes.
+    """Packed rows in which the ids of inputs and prompts are known, and decoding predicts the other ids.
 
     Attributes:
-        packed: The known ids; `packed.loss_mask` marks the cells that are still to be predicted.
+        packed: The known ids; `packed.loss_mask` is True in the cells that decoding predicts.
         head: `[b, rows, columns]` int64 on the CPU, index of the head that predicts the cell; -1 elsewhere.
         frame: `[b, rows, columns]` int64 on the CPU, frame of the stream that the cell belongs to.
-        num_frames: Frames `[b]` int64 of every stream by name, on the CPU.
+        num_frames: Number of frames `[b]` int64 of every stream by name, on the CPU.
     """
 
     packed: PackedTokens
@@ -189,7 +189,7 @@ class Grid:
 
 
 def frame_counts(streams: Sequence[Stream], num_frames: Mapping[str, int | Tensor], batch_size: int) -> Tensor:
-    """Collect the frames of every stream, `[b]` integers or one int each, as `[b, streams]` int64 on the CPU."""
+    """Stack the numbers of frames of all streams, `[b]` or one int each, to `[b, streams]` int64 on the CPU."""
     _check_names(streams, num_frames, "the number of frames")
     columns = []
     for stream in streams:
@@ -209,16 +209,16 @@ def checked_streams(
     lengths: Mapping[str, int | Tensor],
     batch_size: int | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Check the tokens of all streams and bring them into one form.
+    """Check the tokens of all streams, and convert them to int64 `[b, f, levels]`.
 
     Args:
         streams: Streams of a layout.
         tokens: Tokens `[b, f, levels]` (or `[b, f]` for one level) of every stream, by name.
-        lengths: True frames by stream name, `[b]` or one int; a stream without an entry has no padding.
+        lengths: Unpadded frames by stream name, `[b]` or one int; a stream without an entry has no padding.
         batch_size: Expected number of items b; None = any number.
 
     Returns:
-        Tokens `[b, f, levels]` int64 by name in the order of `streams`, and true frames `[b, streams]` int64.
+        Tokens `[b, f, levels]` by name in the order of `streams`, and numbers of frames `[b, streams]` int64.
     """
     _check_names(streams, tokens, "tokens")
     checked: dict[str, Tensor] = {}
@@ -229,7 +229,7 @@ def checked_streams(
         is_integer = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
         if ids.ndim != 3 or ids.shape[-1] != stream.num_levels or not is_integer:
             raise ValueError(
-                f"stream '{stream.name}' must be integers [b, f, {stream.num_levels}], "
+                f"tokens of stream '{stream.name}' must be integers [b, f, {stream.num_levels}], "
                 f"got {ids.dtype} {tuple(tokens[stream.name].shape)}"
             )
         checked[stream.name] = ids.long()
@@ -237,7 +237,7 @@ def checked_streams(
     batch = next(iter(sizes.values())) if batch_size is None else batch_size
     if set(sizes.values()) != {batch}:
         needed = "the same number of items" if batch_size is None else f"{batch} items"
-        raise ValueError(f"all streams need {needed} (their first dimension), got {sizes}")
+        raise ValueError(f"the tokens of all streams need {needed} (first dimension), got {sizes}")
     counts = frame_counts(streams, {**{name: ids.shape[1] for name, ids in checked.items()}, **lengths}, batch)
     for stream, count in zip(streams, counts.T):
         _check_values(stream, checked[stream.name], count)
@@ -245,26 +245,28 @@ def checked_streams(
 
 
 def _check_values(stream: Stream, ids: Tensor, count: Tensor) -> None:
-    """Check that `ids [b, f, levels]` has `count [b]` frames, all inside the vocabulary."""
+    """Check that item i of `ids [b, f, levels]` has `count[i]` frames, with ids inside the vocabulary."""
     longest = int(count.max()) if len(count) else 0
     if longest > ids.shape[1]:
-        raise ValueError(f"the length of '{stream.name}' is {longest} frames, but its tokens have {ids.shape[1]}")
+        raise ValueError(
+            f"lengths of stream '{stream.name}' contain {longest} frames, but its tokens have only {ids.shape[1]}"
+        )
     is_real = rearrange(torch.arange(ids.shape[1]) < count.unsqueeze(1), "b f -> b f 1").to(ids.device)
     wrong = ((ids < 0) | (ids >= stream.vocab_size)) & is_real
     if wrong.any():
         item, frame, level = wrong.nonzero()[0].tolist()
         raise ValueError(
             f"stream '{stream.name}' has token {int(ids[item, frame, level])} at item {item}, frame {frame}, level "
-            f"{level}, outside [0, {stream.vocab_size}); if this is padding, pass the true lengths"
+            f"{level}, outside [0, {stream.vocab_size}); if this is padding, pass lengths"
         )
 
 
 def _check_names(streams: Sequence[Stream], names: Collection[str], what: str) -> None:
-    """Check that there is an entry for every stream and no other one."""
+    """Check that `names` are exactly the names of the streams."""
     needed = [stream.name for stream in streams]
     missing = [name for name in needed if name not in names]
     unknown = [name for name in names if name not in needed]
     if missing:
-        raise ValueError(f"{what} of {missing} missing: the streams are {needed}, got {list(names)}")
+        raise ValueError(f"{what} of streams {missing} are missing; the streams are {needed}, got {list(names)}")
     if unknown:
-        raise ValueError(f"{what} of unknown streams {unknown}: the streams are {needed}")
+        raise ValueError(f"got {what} of unknown streams {unknown}; the streams are {needed}")

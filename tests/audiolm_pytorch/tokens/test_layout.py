@@ -316,19 +316,19 @@ def test_wrong_tokens_raise_errors():
     wrong[1, 2] = 17
     for changed, match in {
         r"'s' has token 17 at item 1, frame 2, level 0, outside \[0, 10\)": {"s": wrong},
-        r"has token -1 .* true lengths": {"s": torch.where(wrong == 17, -1, wrong)},
+        r"has token -1 .* pass lengths": {"s": torch.where(wrong == 17, -1, wrong)},
         r"\[b, f, 3\], got torch.int64 \(2, 6, 2\)": {"a": streams["a"][..., :2]},
         r"integers \[b, f, 1\], got torch.float32": {"s": streams["s"].float()},
         r"same number of items .*'s': 1, 'a': 2": {"s": streams["s"][:1]},
-        r"unknown streams \['b'\]: the streams are \['s', 'a'\]": {"b": streams["a"]},
-        r"input streams in time need at least one frame, \['s'\] have none": {"s": streams["s"][:, :0]},
+        r"unknown streams \['b'\]; the streams are \['s', 'a'\]": {"b": streams["a"]},
+        r"input streams with a rate_hz need at least one frame; \['s'\] have none": {"s": streams["s"][:, :0]},
     }.items():
         with pytest.raises(ValueError, match=changed):
             layout.pack({**streams, **match})
-    with pytest.raises(ValueError, match=r"tokens of \['s'\] missing"):
+    with pytest.raises(ValueError, match=r"tokens of streams \['s'\] are missing"):
         layout.pack({"a": streams["a"]})
     for lengths, match in [
-        ({"a": 9}, r"'a' is 9 frames, but its tokens have 6"),
+        ({"a": 9}, r"'a' contain 9 frames, but its tokens have only 6"),
         ({"a": torch.tensor([1, 2, 3])}, r"one integer or 2 integers, 0 or more; got \[1, 2, 3\]"),
         ({"a": -1}, "got -1"),
         ({"a": torch.tensor([2.5, 3.0])}, "one integer"),
@@ -345,7 +345,7 @@ def test_wrong_tokens_raise_errors():
     packed = layout.pack(streams)
     with pytest.raises(ValueError, match=r"need ids \[b, 12, 4\], got \(2, 9, 4\)"):
         layout.unpack(packed.ids, {"s": 3, "a": 9})
-    with pytest.raises(ValueError, match="no stream"):
+    with pytest.raises(ValueError, match="unknown streams"):
         layout.unpack(packed.ids, {"s": 3, "a": 6}, ["x"])
     with pytest.raises(ValueError, match="same number of frames of each predicted stream"):
         TokenLayout([Stream("b", 5), Stream("c", 5)], "parallel").table({"b": 2, "c": 3})
@@ -353,7 +353,7 @@ def test_wrong_tokens_raise_errors():
 
 def test_impossible_layouts_raise_errors():
     """Errors name the stream, the value and what is needed."""
-    with pytest.raises(ValueError, match="unknown pattern 'spiral', known are"):
+    with pytest.raises(ValueError, match="unknown pattern 'spiral'; use one of"):
         TokenLayout([TARGET], "spiral")
     with pytest.raises(ValueError, match="predicted"):
         TokenLayout([INPUT])
