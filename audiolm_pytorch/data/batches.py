@@ -56,10 +56,7 @@ class BatchPlan:
 class CropBatch:
     """Crops of several files, padded with zeros to the longest.
 
-    Attributes:
-        waves: By sample rate in Hz, `[b, n]` float32.
-        lengths: By sample rate, `[b]` int64, samples of each item without padding.
-        ends_file: `[b]` bool, whether the file really ends where the crop ends.
+    `waves [b, n]` and `lengths [b]` in samples are by sample rate in Hz. `ends_file [b]` is that of the crops.
     """
 
     waves: dict[int, Tensor]

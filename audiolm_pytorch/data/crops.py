@@ -21,13 +21,9 @@ _FULL_SCALE = 32768
 
 @dataclass(frozen=True)
 class Crop:
-    """A part of one file.
+    """A part of one file as waves by sample rate in Hz, `[n]` float32 mono, or `[c, n]`, without padding.
 
-    Attributes:
-        waves: By sample rate in Hz, `[n]` float32 mono, or `[c, n]` of a data set with several channels. All hold the
-            same instants, without padding.
-        start_seconds: Position of the crop in the file.
-        ends_file: Whether it ends where the file ends, to within 40 ms (less than a frame of tokens).
+    `ends_file` is True if it ends where the file ends, to within 40 ms (less than a frame of tokens).
     """
 
     waves: dict[int, Tensor]

@@ -39,6 +39,15 @@ _MAX_READERS = 8
 
 
 @dataclass(frozen=True)
+class ItemEntry:
+    """A file before its check, with its caption and labels."""
+
+    path: Path
+    caption: str | None = None
+    labels: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class AudioItem:
     """One usable audio file, with the caption and labels of its manifest; `num_samples` can really be decoded."""
 
@@ -63,15 +72,6 @@ class ItemReport:
 
     items: list[AudioItem]
     rejected: list[Rejected]
-
-
-@dataclass(frozen=True)
-class ItemEntry:
-    """A file before its check, with its caption and labels."""
-
-    path: Path
-    caption: str | None = None
-    labels: dict[str, Any] = field(default_factory=dict)
 
 
 @beartype

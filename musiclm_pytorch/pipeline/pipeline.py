@@ -85,7 +85,6 @@ class Pipeline:
     Args:
         data: Folder of audio files, or a folder or file with a JSONL manifest.
         out: Folder of the run. It belongs to one preset, seed, list of files and set of pretrained parts.
-        seed: Seed of initial weights, data order and noise.
         pretrained: Modules that replace the training of the steps "codec", "semantic-tokenizer" and "mulan", by step.
             They are saved as results of these steps without rounding.
     """

@@ -108,13 +108,10 @@ class QuantizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig(TransformerConfig):
-    """The language model of one stage.
+    """The language model of one stage, with probabilities for training and defaults for generation.
 
-    Attributes:
-        cond_drop_prob: Probability that training drops the condition of an item.
-        level_drop_prob: Probability that training drops trailing levels of the condition.
-        text_prob: Probability that training uses the codes of a caption instead of those of the recording.
-        temperature, guidance_scale: Defaults for generation. A scale of 1 is no guidance.
+    Training drops the condition of an item (`cond_drop_prob`) or its trailing levels (`level_drop_prob`), or uses the
+    codes of a caption instead of those of the recording (`text_prob`).
     """
 
     dropout: float

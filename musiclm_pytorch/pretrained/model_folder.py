@@ -61,10 +61,6 @@ def load_musiclm(name_or_folder: str | Path = "tiny", device: str | torch.device
 
     Args:
         name_or_folder: Name of a bundled model, or a folder that `musiclm train all` or `musiclm export` wrote.
-
-    Raises:
-        ValueError: If there is no such model, a file of it is missing, or its parts are not compatible: they have other
-            sizes, or the stages were trained with another codec, semantic tokenizer or quantizer.
     """
     folder = model_folder(name_or_folder)
     card = _read_card(folder)

@@ -57,10 +57,6 @@ class SoundStreamTrainer:
         noise_snr_db: Lowest and highest ratio of clean audio to noise (dB).
         accelerator: Shared by all trainings of a program; None creates one.
         **settings: Further fields of `LoopSettings`, e.g. `learning_rate`. Phases: "generator", "discriminator".
-
-    Raises:
-        ValueError: If the audio, the crop length or the parts are missing, given twice, or incompatible.
-        TypeError: If the class of `discriminators` is not registered.
     """
 
     @beartype

@@ -259,7 +259,7 @@ def test_other_models_are_refused(folders, tmp_path, monkeypatch):
         ClapMuLaN(LoadedModel(copy.deepcopy(loaded.model), preprocessor=loaded.preprocessor))
     save_module(ClapMuLaN(folders[False]), tmp_path / "ours")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r'pip install "musiclm-pytorch\[pretrained\]"'):
+    with pytest.raises(ImportError, match=r'pip install "musiclm\[pretrained\]"'):
         ClapMuLaN.from_pretrained(folders[False])
     with pytest.raises(ImportError, match="pretrained"):
         ClapMuLaN.from_pretrained(tmp_path / "ours")
