@@ -8,7 +8,6 @@ at 100 to 120 GMAC/s per core for any length, against 60 to 100 with time innerm
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from audiolm_pytorch.codecs.networks import WaveDecoder, WaveEncoder
 from audiolm_pytorch.nn.local_attention import LocalTransformer
 from audiolm_pytorch.nn.streaming import StreamState
-from audiolm_pytorch.saving.modules import register
+from audiolm_pytorch.saving.modules import constructor_arguments, register
 
 __all__ = ["CausalConv1d", "CausalConvTranspose1d", "ConvDecoder", "ConvEncoder", "ResidualUnit"]
 
@@ -147,15 +146,8 @@ class _ConvNetwork(nn.Module, ABC):
         attn_window_size: int = 128,
         attn_depth: int = 0,
     ) -> None:
+        self.config = {**constructor_arguments(locals()), "strides": list(strides)}
         super().__init__()
-        self.config: dict[str, Any] = dict(
-            channels=channels,
-            base_dim=base_dim,
-            strides=list(strides),
-            dim=dim,
-            attn_window_size=attn_window_size,
-            attn_depth=attn_depth,
-        )
         self.channels, self._samples_per_frame = channels, math.prod(strides)
         self._build([base_dim * 2**level for level in range(len(strides) + 1)], list(strides), dim)
 

@@ -19,7 +19,15 @@ from audiolm_pytorch.saving.files import read_json, read_weights, staged_files, 
 from audiolm_pytorch.saving.fingerprint import digest_of
 from audiolm_pytorch.saving.weights import load_weights, weights_of
 
-__all__ = ["build_module", "load_module", "module_spec", "read_config", "register", "save_module"]
+__all__ = [
+    "build_module",
+    "constructor_arguments",
+    "load_module",
+    "module_spec",
+    "read_config",
+    "register",
+    "save_module",
+]
 
 _FORMAT_VERSION = 1
 _WEIGHTS_FILE = "model.safetensors"
@@ -41,6 +49,11 @@ def register(cls: ModuleClass) -> ModuleClass:
         )
     _registry[cls.__name__] = cls
     return cls
+
+
+def constructor_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a constructor as a config; `values` is `locals()` in its first line."""
+    return {name: value for name, value in values.items() if name not in ("self", "__class__")}
 
 
 @beartype

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.audio.padding import check_waves, checked_lengths, length_mask
 from audiolm_pytorch.nn.encoder import TransformerEncoder, WavePositionBias
-from audiolm_pytorch.saving.modules import register
+from audiolm_pytorch.saving.modules import constructor_arguments, register
 from musiclm_pytorch.mulan.layers import pooled_layers
 from musiclm_pytorch.mulan.spectrogram import SpecAugment, log_spectrogram
 
@@ -69,7 +69,7 @@ class AudioSpectrogramTransformer(nn.Module):
         ff_mult: int = 4,
         dropout: float | int = 0.0,
     ) -> None:
-        self.config: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.config = constructor_arguments(locals())
         super().__init__()
         stride = patch_size if patch_stride is None else patch_stride
         if not (1 <= stride <= patch_size and sample_hz >= 1 and position_waves >= 0):

@@ -3,7 +3,6 @@
 import math
 from abc import abstractmethod
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from audiolm_pytorch.codecs.quantizers.base import ResidualLevels
 from audiolm_pytorch.codecs.quantizers.distributed import distributed_mean
-from audiolm_pytorch.saving.modules import register
+from audiolm_pytorch.saving.modules import constructor_arguments, register
 
 __all__ = ["ResidualFiniteScalarQuantizer", "ResidualLookupFreeQuantizer", "grid_steps"]
 
@@ -84,6 +83,7 @@ class ResidualLookupFreeQuantizer(_GridLevels):
         temperature: float = 1.0,
         level_dropout: float = 0.5,
     ) -> None:
+        config = constructor_arguments(locals())
         from vector_quantize_pytorch import ResidualLFQ
 
         if codebook_size < 2 or codebook_size & (codebook_size - 1):
@@ -92,14 +92,6 @@ class ResidualLookupFreeQuantizer(_GridLevels):
                 f"a lookup-free codebook needs a power of 2 as its size, got {codebook_size}; the nearest are {lower} "
                 f"or {2 * lower}"
             )
-        config: dict[str, Any] = dict(
-            dim=dim,
-            codebook_size=codebook_size,
-            num_quantizers=num_quantizers,
-            entropy_weight=entropy_weight,
-            temperature=temperature,
-            level_dropout=level_dropout,
-        )
         super().__init__(ResidualLFQ(dim=dim, codebook_size=codebook_size, num_quantizers=num_quantizers), config)
         self.train()
 
@@ -156,11 +148,9 @@ class ResidualFiniteScalarQuantizer(_GridLevels):
     def __init__(
         self, *, dim: int, codebook_size: int = 1024, num_quantizers: int = 8, level_dropout: float = 0.5
     ) -> None:
+        config = constructor_arguments(locals())
         from vector_quantize_pytorch import ResidualFSQ
 
-        config: dict[str, Any] = dict(
-            dim=dim, codebook_size=codebook_size, num_quantizers=num_quantizers, level_dropout=level_dropout
-        )
         levels = list(grid_steps(codebook_size))
         super().__init__(ResidualFSQ(dim=dim, levels=levels, num_quantizers=num_quantizers), config)
 

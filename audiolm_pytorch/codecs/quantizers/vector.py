@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from audiolm_pytorch.codecs.quantizers.base import ResidualLevels
 from audiolm_pytorch.codecs.quantizers.distributed import distributed_sample, from_first_process, sum_over_processes
 from audiolm_pytorch.nn.kmeans import nearest_centroid
-from audiolm_pytorch.saving.modules import register
+from audiolm_pytorch.saving.modules import constructor_arguments, register
 from audiolm_pytorch.training.rng import preserve_rng
 
 __all__ = ["ResidualQuantizer"]
@@ -127,16 +127,7 @@ class ResidualQuantizer(ResidualLevels):
         expected_frames: int = 1600,
     ) -> None:
         codebook_dim = codebook_dim or dim
-        config: dict[str, Any] = dict(
-            dim=dim,
-            codebook_size=codebook_size,
-            num_quantizers=num_quantizers,
-            codebook_dim=codebook_dim,
-            decay=decay,
-            dead_below_share=dead_below_share,
-            level_dropout=level_dropout,
-            expected_frames=expected_frames,
-        )
+        config = constructor_arguments(locals())
         super().__init__(_Levels(dim, codebook_dim, codebook_size, num_quantizers), config)
 
     def codebook(self, level: int) -> Tensor:

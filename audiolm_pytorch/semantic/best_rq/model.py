@@ -1,6 +1,6 @@
 """BEST-RQ: a self-supervised encoder that predicts randomly projected, quantized mel frames (arXiv:2202.01855)."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from audiolm_pytorch.nn.encoder import TransformerEncoder
-from audiolm_pytorch.saving.modules import register
+from audiolm_pytorch.saving.modules import constructor_arguments, register
 from audiolm_pytorch.semantic.base import FrameEncoder
 from audiolm_pytorch.semantic.best_rq.frontend import StackedLogMel
 from audiolm_pytorch.semantic.best_rq.targets import TokenTargets, sample_span_mask
@@ -52,7 +52,7 @@ class BestRQEncoder(FrameEncoder):
         window_tokens: int = 150,
         context_tokens: int = 25,
     ) -> None:
-        self.config: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.config = constructor_arguments(locals())
         super().__init__()
         if window_tokens < 1 or context_tokens < 0:
             raise ValueError(f"need window_tokens >= 1 and context_tokens >= 0, got {window_tokens}, {context_tokens}")

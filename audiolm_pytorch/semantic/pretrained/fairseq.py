@@ -47,7 +47,7 @@ _HUBERT_NAMES = (
     (r"encoder\.layers\.(\d+)\.fc1\.(weight|bias)", r"encoder.layers.\1.feed_forward.intermediate_dense.\2"),
     (r"encoder\.layers\.(\d+)\.fc2\.(weight|bias)", r"encoder.layers.\1.feed_forward.output_dense.\2"),
 )
-# Weight norm has two names, depending on the releases of torch and transformers.
+# Names of weight norm in older and later releases of torch.
 _WEIGHT_NORM = (("weight_g", "parametrizations.weight.original0"), ("weight_v", "parametrizations.weight.original1"))
 
 
@@ -179,12 +179,10 @@ def hubert_from_fairseq(checkpoint: FairseqCheckpoint) -> Any:
     except (TypeError, ValueError, RuntimeError, ZeroDivisionError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{checkpoint.source} has settings or shapes that no HuBERT has: {reason}") from error
-    own = model.state_dict()
-    for names in _WEIGHT_NORM:
-        full_names = [f"encoder.pos_conv_embed.conv.{name}" for name in names]
-        for target in [name for name in full_names if name in own]:
-            for source in [name for name in full_names if name in weights]:
-                weights[target] = weights.pop(source)
+    conv = "encoder.pos_conv_embed.conv."
+    for old, new in _WEIGHT_NORM:
+        if conv + new in model.state_dict() and conv + old in weights:
+            weights[conv + new] = weights.pop(conv + old)
     load_weights(model, weights, checkpoint.source)
     return model.eval()
 
@@ -232,8 +230,7 @@ def _hubert_config(checkpoint: FairseqCheckpoint) -> dict[str, Any]:
     if mode not in ("default", "layer_norm") or activation not in ("gelu", "relu"):
         raise ValueError(f"extractor_mode {mode[:40]!r} with activation_fn {activation[:40]!r}")
     (width,) = shape("encoder.layer_norm.weight", 1)
-    direction = next((name for name in _WEIGHT_NORM[1] if f"encoder.pos_conv.0.{name}" in weights), "weight_v")
-    _, group_width, num_positions = shape(f"encoder.pos_conv.0.{direction}", 3)
+    _, group_width, num_positions = shape("encoder.pos_conv.0.weight_v", 3)
     return dict(
         hidden_size=width,
         num_hidden_layers=num_layers,
