@@ -10,20 +10,27 @@ from audiolm_pytorch.nn.streaming import FrameStream, StreamState
 __all__ = ["WaveDecoder", "WaveEncoder"]
 
 
-class WaveEncoder(nn.Module, ABC):
-    """Encodes waves `[b, c, n]` as frames `[b, f, d]`; without gradients in chunks, so that memory is bounded.
+class _WaveNetwork(nn.Module, ABC):
+    """A network that runs in chunks where no gradients are needed, so that memory is bounded.
 
     Attributes:
         channels: Audio channels.
-        dim: Width d of the frames.
-        downsample_factor: Samples per frame.
-        lookahead_frames: Frames on either side that a frame depends on; 0 for a causal encoder with a state.
+        lookahead_frames: Frames on either side that a frame depends on; 0 for a causal network with a state.
     """
 
     channels: int
+    lookahead_frames: int = 0
+
+    @abstractmethod
+    def _budget_frames(self) -> int:
+        """Frames per chunk, summed over the batch."""
+
+
+class WaveEncoder(_WaveNetwork):
+    """Encodes waves `[b, c, n]` as frames `[b, f, d]` of `downsample_factor` samples and width d = `dim`."""
+
     dim: int
     downsample_factor: int
-    lookahead_frames: int = 0
 
     def forward(self, wave: Tensor, mask: Tensor | None = None) -> Tensor:
         """Encode `[b, c, n]` with n a multiple of `downsample_factor`; `mask [b, f]` is True for real frames."""
@@ -52,25 +59,12 @@ class WaveEncoder(nn.Module, ABC):
     def _encode(self, wave: Tensor, mask: Tensor | None, state: StreamState | None) -> Tensor:
         """Encode a wave or a chunk of it; causal layers continue from `state` and need no mask."""
 
-    @abstractmethod
-    def _budget_frames(self) -> int:
-        """Frames per chunk, summed over the batch."""
 
+class WaveDecoder(_WaveNetwork):
+    """Decodes quantized frames `[b, f, d]`, d = `input_dim`, to waves of `upsample_factor` samples per frame."""
 
-class WaveDecoder(nn.Module, ABC):
-    """Decodes quantized frames `[b, f, d]` to waves `[b, c, n]`; without gradients in chunks.
-
-    Attributes:
-        channels: Audio channels.
-        input_dim: Width d of the frames.
-        upsample_factor: Samples per frame.
-        lookahead_frames: Frames on either side that a frame depends on; 0 for a causal decoder with a state.
-    """
-
-    channels: int
     input_dim: int
     upsample_factor: int
-    lookahead_frames: int = 0
 
     def forward(self, frames: Tensor) -> Tensor:
         """Decode `[b, f, d]` to `[b, c, f * upsample_factor]`."""
@@ -93,7 +87,3 @@ class WaveDecoder(nn.Module, ABC):
     @abstractmethod
     def _decode(self, frames: Tensor, state: StreamState | None) -> Tensor:
         """Decode all frames or a chunk of them; causal layers continue from `state`."""
-
-    @abstractmethod
-    def _budget_frames(self) -> int:
-        """Frames per chunk, summed over the batch."""

@@ -66,9 +66,6 @@ class SoundStream(StreamingCodec):
         decoder: Likewise.
         quantizer: Replaces the quantizer of `codebook_size` and `rq_...`.
         denoising: Condition of the frames before quantization; without it the codec cannot remove noise.
-
-    Raises:
-        ValueError: If the parts are not compatible.
     """
 
     @beartype
@@ -93,24 +90,13 @@ class SoundStream(StreamingCodec):
         denoising: FiLM | None = None,
     ) -> None:
         super().__init__()
-        conv: dict[str, Any] = dict(
-            channels=audio_channels,
-            base_dim=channels,
-            strides=strides,
-            dim=codebook_dim,
-            attn_window_size=attn_window_size,
-            attn_depth=attn_depth,
-        )
+        conv: dict[str, Any] = dict(channels=audio_channels, base_dim=channels, strides=strides, dim=codebook_dim)
+        conv |= dict(attn_window_size=attn_window_size, attn_depth=attn_depth)
         self.encoder: WaveEncoder = encoder or ConvEncoder(**conv)
         self.decoder: WaveDecoder = decoder or ConvDecoder(**conv)
-        self.quantizer: FrameQuantizer = quantizer or make_quantizer(
-            dim=codebook_dim,
-            codebook_size=codebook_size,
-            num_quantizers=rq_num_quantizers,
-            groups=rq_groups,
-            lookup_free=use_lookup_free_quantizer,
-            finite_scalar=use_finite_scalar_quantizer,
-        )
+        sizes: dict[str, Any] = dict(dim=codebook_dim, codebook_size=codebook_size, num_quantizers=rq_num_quantizers)
+        kind = dict(lookup_free=use_lookup_free_quantizer, finite_scalar=use_finite_scalar_quantizer)
+        self.quantizer: FrameQuantizer = quantizer or make_quantizer(**sizes, groups=rq_groups, **kind)
         self.denoising = denoising
         self.target_sample_hz, self.channels = target_sample_hz, audio_channels
         self.downsample_factor = self.encoder.downsample_factor

@@ -101,9 +101,6 @@ class CausalSelfAttention(nn.Module):
         heads: Number of attention heads h.
         dim_head: Width of a head.
         kv_heads: Number of heads of keys and values, a divisor of `heads`; 1 = multi-query, None = `heads`.
-
-    Raises:
-        ValueError: If `kv_heads` does not divide `heads`.
     """
 
     @beartype
@@ -151,11 +148,7 @@ class CrossAttention(nn.Module):
         self.to_out = Projection(heads * dim_head, dim)
 
     def forward(self, x: Tensor, context: AttentionContext, layer: int = 0) -> Tensor:
-        """Attend from rows `[b, n, d]` to the states of `context`, or to those that its cache stored in the first call.
-
-        Raises:
-            ValueError: If there are no states.
-        """
+        """Attend from rows `[b, n, d]` to the states of `context`, or to those that its cache stored first."""
         if context.states is not None:
             kv = rearrange(self.to_kv(context.states).to(x.dtype), "b s (two h d) -> two b h s d", two=2, h=self.heads)
             keys, values = kv[0].contiguous(), kv[1].contiguous()

@@ -28,9 +28,6 @@ class WavePositionBias(nn.Module):
         heads: Attention heads.
         num_axes: Axes of a position.
         num_waves: Waves per head.
-
-    Raises:
-        ValueError: If a number is below 1.
     """
 
     @beartype
@@ -138,9 +135,6 @@ class TransformerEncoder(nn.Module):
         dropout: Dropout probability of the outputs of attention and feed-forward layers.
         rotary_theta: Base of the rotary positions; None = no rotary positions, the caller adds positions to the tokens.
         position_bias: Attention bias by the offset of two positions, the same in all blocks.
-
-    Raises:
-        ValueError: If a number is out of range.
     """
 
     @beartype
@@ -184,9 +178,6 @@ class TransformerEncoder(nn.Module):
                 finite and must not be used.
             positions: Positions of the tokens in any order, `[t]`, `[b, t]` or `[b, t, axes]`; None = 0..t-1. Rotary
                 positions use the first axis, the position bias uses all axes.
-
-        Raises:
-            ValueError: If shapes do not fit.
         """
         return self.hidden_states(x, mask, positions=positions, layers=(None,))[0]
 
@@ -207,9 +198,6 @@ class TransformerEncoder(nn.Module):
             positions: See there.
             layers: Numbers of blocks in 0..depth, 0 = the input, without the final normalisation. None = the output of
                 `forward`.
-
-        Raises:
-            ValueError: If shapes do not fit, or a layer is not in 0..depth.
         """
         self._check(x, mask, layers)
         context = self._attention_context(x, mask, positions)

@@ -87,9 +87,6 @@ class Transformer(nn.Module):
             This needs the memory of one block instead of `depth`, and a third more time.
         forget_prob: In training, each item hides every past row with one probability drawn from 0..`forget_prob`
             (forgetful causal masking, arXiv:2210.13432).
-
-    Raises:
-        ValueError: If a number is out of range, or `dim_head` is odd for rotary positions.
     """
 
     @beartype
@@ -158,9 +155,6 @@ class Transformer(nn.Module):
             condition_tensors: Prefix and states; with a cache, in its first call only.
             cache: Cache from `new_cache`, written in place.
             cache_positions: Positions of prefix and rows in `cache`.
-
-        Raises:
-            ValueError: If only one of `cache` and `cache_positions` is passed, or cross-attention has no states.
         """
         if (cache is None) != (cache_positions is None):
             raise ValueError("pass `cache` and `cache_positions` together, or neither")

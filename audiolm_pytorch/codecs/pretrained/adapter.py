@@ -42,10 +42,6 @@ class PretrainedCodec(Codec):
         offline: Whether to use only the local cache for a hub id.
         revision: Branch, tag or commit on the hub.
         cache_dir: Folder for downloads; None for Hugging Face's default.
-
-    Raises:
-        ImportError: If transformers is not installed.
-        ValueError: If the source is missing, of another architecture, not in safetensors, or incomplete.
     """
 
     model_type: ClassVar[str]

@@ -31,10 +31,6 @@ def open_codec(
         offline: Whether to use only the local cache for a hub id.
         revision: Branch, tag or commit on the hub.
         cache_dir: Folder for downloads; None for Hugging Face's default.
-
-    Raises:
-        ImportError: If a published codec needs transformers and it is not installed.
-        ValueError: If the source holds no readable codec.
     """
     folder, _ = find_folder(source, offline=offline, revision=revision, cache_dir=cache_dir)
     config_file = folder / "config.json"

@@ -62,9 +62,7 @@ class ResidualLookupFreeQuantizer(_GridLevels):
     used. It is computed here because vector-quantize-pytorch 1.32 ignores the batches of the other processes.
 
     Args:
-        dim: Width of the frames.
         codebook_size: Codes per level, a power of 2.
-        num_quantizers: Levels.
         entropy_weight: Weight of the entropy loss, which is the unused share of a codebook's information, 0..1.
         temperature: Distance from zero, in units of the level's step, at which the sign of a coordinate is certain.
         level_dropout: Share of the training batches in which trailing levels are left out at random.
@@ -138,9 +136,7 @@ class ResidualFiniteScalarQuantizer(_GridLevels):
     """Residual FSQ: coordinates are rounded to a grid whose sides multiply to the codebook size; no codebook, no loss.
 
     Args:
-        dim: Width of the frames.
         codebook_size: Codes per level, a product of numbers from 3 to 8 (see `grid_steps`).
-        num_quantizers: Levels.
         level_dropout: Share of the training batches in which trailing levels are left out at random.
     """
 

@@ -102,9 +102,6 @@ class ResidualQuantizer(ResidualLevels):
     K-means, averages and revival of dead codes use the frames of all processes.
 
     Args:
-        dim: Width of the frames.
-        codebook_size: Codes per level.
-        num_quantizers: Levels.
         codebook_dim: Width of the codes; frames are projected down to it and back.
         decay: Decay of the exponential averages.
         dead_below_share: A code used less often than this share of the mean use is replaced by a random frame.

@@ -1,6 +1,6 @@
 """BEST-RQ: a self-supervised encoder that predicts randomly projected, quantized mel frames (arXiv:2202.01855)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,13 +58,8 @@ class BestRQEncoder(FrameEncoder):
             raise ValueError(f"need window_tokens >= 1 and context_tokens >= 0, got {window_tokens}, {context_tokens}")
         self.dim, self.depth, self.sample_hz = dim, depth, sample_hz
         self.window_tokens, self.context_tokens = window_tokens, context_tokens
-        self.front_end = StackedLogMel(
-            sample_hz=sample_hz,
-            num_mels=num_mels,
-            n_fft=n_fft,
-            hop_length=hop_length,
-            frames_per_token=frames_per_token,
-        )
+        mel: dict[str, Any] = dict(sample_hz=sample_hz, num_mels=num_mels, n_fft=n_fft, hop_length=hop_length)
+        self.front_end = StackedLogMel(**mel, frames_per_token=frames_per_token)
         self.downsample_factor = self.front_end.downsample_factor
         self.to_tokens = nn.Linear(self.front_end.dim, dim)
         self.transformer = TransformerEncoder(dim, depth, heads, dim_head=dim_head, ff_mult=ff_mult, dropout=dropout)
@@ -174,14 +169,9 @@ class BestRQ(nn.Module):
         self.codebook_size, self.num_targets = codebook_size, num_targets
         self.seen_weight = seen_weight
         self.start_prob, self.span_tokens, self.noise_std = start_prob, span_tokens, noise_std
+        sizes: dict[str, Any] = dict(codebook_dim=codebook_dim, num_targets=num_targets, reach_tokens=reach_tokens)
         self.targets = TokenTargets(
-            encoder.front_end.dim,
-            codebook_size,
-            codebook_dim=codebook_dim,
-            num_targets=num_targets,
-            reach_tokens=reach_tokens,
-            num_directions=num_directions,
-            seed=seed,
+            encoder.front_end.dim, codebook_size, **sizes, num_directions=num_directions, seed=seed
         )
         self.to_logits = nn.Linear(encoder.dim, num_targets * codebook_size)
 

@@ -15,15 +15,7 @@ from audiolm_pytorch.saving.restricted_pickle import RefusedFileError, StandIn, 
 from audiolm_pytorch.saving.torch_checkpoint import TorchCheckpoint
 from audiolm_pytorch.saving.weights import load_weights
 
-__all__ = [
-    "FairseqCheckpoint",
-    "build_for",
-    "conv_layers_of",
-    "hubert_from_fairseq",
-    "quoted",
-    "read_fairseq",
-    "renamed",
-]
+__all__ = ["FairseqCheckpoint", "build_for", "conv_layers_of", "hubert_from_fairseq", "quoted", "read_fairseq"]
 
 _MAX_NESTED = 32
 _MAX_LAYERS = 64
@@ -66,6 +58,11 @@ class FairseqCheckpoint:
     model: dict[str, Any]
     task: dict[str, Any]
     source: str = "the checkpoint"
+
+    def renamed_weights(self, patterns: tuple[tuple[str, str], ...], unused: tuple[str, ...]) -> dict[str, Tensor]:
+        """The weights, renamed by `renamed`, without those whose names start with a prefix in `unused`."""
+        used = {name: tensor for name, tensor in self.weights.items() if not name.startswith(unused)}
+        return {renamed(name, patterns): tensor for name, tensor in used.items()}
 
     @property
     def normalise_wave(self) -> bool:
@@ -168,11 +165,7 @@ def hubert_from_fairseq(checkpoint: FairseqCheckpoint) -> Any:
     """
     transformers = require_transformers()
     _check_hubert(checkpoint)
-    weights = {
-        renamed(name, _HUBERT_NAMES): tensor
-        for name, tensor in checkpoint.weights.items()
-        if not name.startswith(_HUBERT_UNUSED)
-    }
+    weights = checkpoint.renamed_weights(_HUBERT_NAMES, _HUBERT_UNUSED)
     try:
         config = transformers.HubertConfig(**_hubert_config(checkpoint))
         model: nn.Module = build_for(checkpoint.weights, lambda: transformers.HubertModel(config))

@@ -54,15 +54,9 @@ class HubertWithKmeans(KMeansTokenizer):
         revision: str | None = None,
         cache_dir: str | Path | None = None,
     ) -> None:
-        tensors = read_centroids(kmeans_path)
-        encoder = open_published(
-            checkpoint_path,
-            layer_count=output_layer,
-            normalise_wave=normalise_wave,
-            offline=offline,
-            revision=revision,
-            cache_dir=cache_dir,
-        )
+        tensors: dict[str, Any] = dict(read_centroids(kmeans_path))
+        hub: dict[str, Any] = dict(offline=offline, revision=revision, cache_dir=cache_dir)
+        encoder = open_published(checkpoint_path, layer_count=output_layer, normalise_wave=normalise_wave, **hub)
         if encoder.sample_hz != target_sample_hz:
             raise ValueError(
                 f"{checkpoint_path} reads {encoder.sample_hz} Hz, target_sample_hz is {target_sample_hz}: leave it at "
@@ -74,14 +68,7 @@ class HubertWithKmeans(KMeansTokenizer):
                 f"centroids of {kmeans_path} are {width} wide, features of {checkpoint_path} {encoder.dim}: they were "
                 "fitted to another model; give the file that belongs to this one"
             )
-        super().__init__(
-            encoder=encoder,
-            layer=output_layer,
-            seq_len_multiple_of=seq_len_multiple_of,
-            centroids=tensors["centroids"],
-            mean=tensors.get("mean"),
-            std=tensors.get("std"),
-        )
+        super().__init__(encoder=encoder, layer=output_layer, seq_len_multiple_of=seq_len_multiple_of, **tensors)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "HubertWithKmeans":

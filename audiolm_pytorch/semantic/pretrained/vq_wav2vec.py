@@ -22,7 +22,6 @@ from audiolm_pytorch.semantic.pretrained.fairseq import (
     conv_layers_of,
     quoted,
     read_fairseq,
-    renamed,
 )
 from audiolm_pytorch.semantic.pretrained.vq_wav2vec_network import (
     ACTIVATIONS,
@@ -151,9 +150,7 @@ class FairseqVQWav2Vec(SemanticTokenizer):
 @beartype
 def vq_wav2vec_from_fairseq(checkpoint: FairseqCheckpoint) -> VQWav2Vec:
     """Build the network of a published checkpoint, in eval mode and float32, without the parts that make no codes."""
-    weights = {
-        renamed(name, _NAMES): tensor for name, tensor in checkpoint.weights.items() if not name.startswith(_UNUSED)
-    }
+    weights = checkpoint.renamed_weights(_NAMES, _UNUSED)
     if not any(name.startswith("quantizer.") for name in weights):
         raise ValueError(
             f"{checkpoint.source} holds no vq-wav2vec: it has no weights vector_quantizer.* that make codes; give "

@@ -178,6 +178,7 @@ class VQWav2Vec(nn.Module):
         super().__init__()
         self.features = features
         self.quantizer = quantizer
+        self.frames = features.frames
 
     @property
     def config(self) -> dict[str, Any]:
@@ -189,11 +190,6 @@ class VQWav2Vec(nn.Module):
     def from_config(cls, config: dict[str, Any]) -> "VQWav2Vec":
         """Build a network with random weights."""
         return cls(ConvFeatures(**config["features"]), _QUANTIZERS[config["kind"]](**config["quantizer"]))
-
-    @property
-    def frames(self) -> ReceptiveField:
-        """Receptive field of a frame."""
-        return self.features.frames
 
     def vectors(self, wave: Tensor) -> Tensor:
         """Vectors `[b, t, d]` that decide the codes of waves `[b, n]` without padding."""
