@@ -90,11 +90,9 @@ def _config(channels: int, **config: Any) -> dict[str, Any]:
 
 @register
 class SpectralEncoder(_SpectralNetwork, WaveEncoder):
-    """Log-magnitude STFT frames through ConvNeXt blocks.
+    """Log-magnitude STFT frames through ConvNeXt blocks of width `dim`, which is also that of the resulting frames.
 
     Args:
-        dim: Width of the blocks and of the resulting frames.
-        depth: Number of blocks.
         hop_samples: Samples per frame.
         window_samples: STFT window; None for `4 * hop_samples`.
         channels: Audio channels; the first layer receives their spectra side by side.
@@ -141,12 +139,9 @@ class SpectralDecoder(_SpectralNetwork, WaveDecoder):
     """ConvNeXt blocks and an inverse-STFT head (Vocos, arXiv 2306.00814, section 3.2).
 
     Args:
-        dim: Width of the blocks.
-        depth: Number of blocks.
         hop_samples: Samples per frame.
         window_samples: STFT window; None for `4 * hop_samples`.
         input_dim: Width of the quantized frames; None for `dim`.
-        channels: Audio channels.
     """
 
     @beartype

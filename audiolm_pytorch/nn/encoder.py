@@ -21,13 +21,8 @@ class WavePositionBias(nn.Module):
     A dynamic position bias (CrossFormer, arXiv:2108.00154, sec. 3.3) evaluates a small network for every pair of
     tokens. Here the function is a sum of cosine waves with learned amplitudes, frequencies and phases,
     `bias(p - q) = sum_r a_r cos(f_r (p - q) + o_r)`. Because `cos(x - y) = cos x cos y + sin x sin y`, it is an inner
-    product of a vector of the query and a vector of the key. It therefore needs `2 waves` more values per head instead
-    of a matrix of all pairs, it works in fused attention, and every item can have other positions (dropped patches).
-
-    Args:
-        heads: Attention heads.
-        num_axes: Axes of a position.
-        num_waves: Waves per head.
+    product of a vector of the query and a vector of the key. It therefore needs `2 num_waves` more values per head
+    instead of a matrix of all pairs, works in fused attention, and items can have other positions (dropped patches).
     """
 
     @beartype
@@ -127,9 +122,6 @@ class TransformerEncoder(nn.Module):
     """A stack of bidirectional pre-norm blocks. Padding does not change the result.
 
     Args:
-        dim: Width of the tokens.
-        depth: Number of blocks.
-        heads: Attention heads.
         dim_head: Width of a head; even with rotary positions.
         ff_mult: Width of a feed-forward layer without a gate and of equal cost, divided by `dim`.
         dropout: Dropout probability of the outputs of attention and feed-forward layers.
@@ -192,12 +184,8 @@ class TransformerEncoder(nn.Module):
     ) -> list[Tensor]:
         """Return the tokens `[b, t, dim]` after each block of `layers`; later blocks are not computed.
 
-        Args:
-            x: As in `forward`, like `mask` and `positions`.
-            mask: See there.
-            positions: See there.
-            layers: Numbers of blocks in 0..depth, 0 = the input, without the final normalisation. None = the output of
-                `forward`.
+        Layers are numbers of blocks in 0..depth (0 = the input), without the final normalisation. None = the output of
+        `forward`, whose arguments are the same.
         """
         self._check(x, mask, layers)
         context = self._attention_context(x, mask, positions)

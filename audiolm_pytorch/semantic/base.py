@@ -103,10 +103,6 @@ class FrameEncoder(nn.Module, ABC):
     def truncated(self, layer: int) -> "FrameEncoder":
         """An independent copy that ends after `layer` (0..depth) and has the same hidden states up to there."""
 
-    def forward(self, wave: Tensor, lengths: Tensor | None = None, layer: int | None = None) -> tuple[Tensor, Tensor]:
-        """Same as `features`."""
-        return self.features(wave, lengths, layer)
-
     def check_layer(self, layer: int) -> None:
         """Check that the encoder has a layer."""
         if not 0 <= layer <= self.depth:

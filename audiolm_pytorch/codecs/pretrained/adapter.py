@@ -40,8 +40,6 @@ class PretrainedCodec(Codec):
     Args:
         source: Folder in transformers' format, hub id, or a loaded model.
         offline: Whether to use only the local cache for a hub id.
-        revision: Branch, tag or commit on the hub.
-        cache_dir: Folder for downloads; None for Hugging Face's default.
     """
 
     model_type: ClassVar[str]

@@ -29,8 +29,6 @@ def open_codec(
         source: A folder written by `save_module`, a folder in transformers' format, or a hub id. An existing folder has
             precedence over a hub id.
         offline: Whether to use only the local cache for a hub id.
-        revision: Branch, tag or commit on the hub.
-        cache_dir: Folder for downloads; None for Hugging Face's default.
     """
     folder, _ = find_folder(source, offline=offline, revision=revision, cache_dir=cache_dir)
     config_file = folder / "config.json"

@@ -49,12 +49,8 @@ class StackedLogMel(nn.Module):
             raise ValueError(
                 f"n_fft {n_fft} is shorter than hop_length {hop_length}: samples would be skipped; raise n_fft"
             )
-        self.sample_hz = sample_hz
-        self.num_mels = num_mels
-        self.n_fft = n_fft
-        self.hop_length = hop_length
-        self.frames_per_token = frames_per_token
-        self.floor = floor
+        self.sample_hz, self.num_mels, self.floor = sample_hz, num_mels, floor
+        self.n_fft, self.hop_length, self.frames_per_token = n_fft, hop_length, frames_per_token
         self.mel = MelSpectrogram(
             sample_hz=sample_hz, n_fft=n_fft, hop_length=hop_length, num_mels=num_mels, power=1.0, center=False
         )

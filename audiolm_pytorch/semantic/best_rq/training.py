@@ -43,9 +43,7 @@ class BestRQTask:
         chance_loss = (1 + model.seen_weight) * math.log(model.codebook_size)
         self.chance = {"loss": chance_loss, "accuracy": 1 / model.codebook_size}
         self._model = model
-        self._train = train
-        self._valid = valid
-        self._valid_batch_size = valid_batch_size
+        self._train, self._valid, self._valid_batch_size = train, valid, valid_batch_size
 
     def batch(self, indices: list[tuple[int, int]]) -> CropBatch:
         """Crops of (epoch, index) pairs, padded to the longest."""

@@ -270,7 +270,7 @@ def open_published(
     """
     path = Path(source).expanduser()
     options: dict[str, Any] = {"layer_count": layer_count, "normalise_wave": normalise_wave}
-    if path.is_dir() or (not path.is_file() and path.suffix not in _CHECKPOINT_SUFFIXES):
+    if not _is_checkpoint_file(path):
         return TransformersEncoder(source, offline=offline, revision=revision, cache_dir=cache_dir, **options)
     if not path.is_file():
         raise ValueError(f"there is no file {path}: give the path of a checkpoint, a folder, or a hub id (owner/name)")
@@ -281,6 +281,11 @@ def open_published(
     model = hubert_from_fairseq(checkpoint)
     loaded = LoadedModel(model, str(path), licence="MIT (fairseq, code and models)", preprocessor=preprocessor)
     return TransformersEncoder(loaded, **options)
+
+
+def _is_checkpoint_file(path: Path) -> bool:
+    """Whether a path is, or is named like, a file instead of a folder or a hub id."""
+    return path.is_file() or (path.suffix in _CHECKPOINT_SUFFIXES and not path.is_dir())
 
 
 @beartype
@@ -294,8 +299,7 @@ def open_encoder(
             of `open_published`. Local files come before the hub.
         offline: Use only local files and the local cache of the hub.
     """
-    path = Path(source).expanduser()
-    if path.is_file() or (path.suffix in _CHECKPOINT_SUFFIXES and not path.is_dir()):
+    if _is_checkpoint_file(Path(source).expanduser()):
         return open_published(source)
     folder, _ = find_folder(source, offline=offline, revision=revision, cache_dir=cache_dir)
     config_file = folder / "config.json"

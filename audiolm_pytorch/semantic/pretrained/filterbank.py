@@ -34,9 +34,7 @@ class Filterbank:
     def __init__(self, *, sample_hz: int = 16_000, num_mels: int = 80, stride: int = 2) -> None:
         if min(sample_hz, num_mels) < 1 or stride < 2:
             raise ValueError(f"need sample_hz, num_mels >= 1 and stride >= 2, got {sample_hz}, {num_mels}, {stride}")
-        self.sample_hz = sample_hz
-        self.num_mels = num_mels
-        self.stride = stride
+        self.sample_hz, self.num_mels, self.stride = sample_hz, num_mels, stride
         self.dim = num_mels * stride
         # Frames are stacked here, after the normalisation over the whole wave.
         self._extractor = require_transformers().SeamlessM4TFeatureExtractor(
