@@ -25,10 +25,7 @@ class CodecRow:
     """Distances of reconstructed clips to their originals.
 
     Attributes:
-        name: Name of the codec and its levels.
-        num_clips: Number of clips.
-        seconds: Their total length.
-        si_sdr_db: See `si_sdr_db`.
+        seconds: Total length of the clips.
         stft: See `stft_distance`.
         mel_nepers: See `MultiScaleMelLoss`.
         kbps: Bitrate; None without compression.
@@ -74,14 +71,7 @@ class _Distances:
 def distance_row(
     name: str, pairs: Iterable[tuple[Tensor, Tensor]], sample_hz: int, kbps: float | None = None
 ) -> CodecRow:
-    """Compare clips with their originals.
-
-    Args:
-        name: Name of the row.
-        pairs: Reconstruction and original of each clip, both `[c, n]`; iterated once.
-        sample_hz: Sample rate of both.
-        kbps: Bitrate of the row.
-    """
+    """Compare pairs of a reconstruction and its original, both `[c, n]`; the pairs are iterated once."""
     distances = _Distances(sample_hz)
     for estimate, target in pairs:
         distances.add(estimate, target)
@@ -96,10 +86,8 @@ def codec_report(
     """Encode clips one by one, decode them from several numbers of levels, and compare.
 
     Args:
-        codec: A codec on any device.
         clips: Waves `[c, n]` at the codec's rate and channels; iterated once, one in memory at a time.
         levels: One row for each number of levels; None for all.
-        name: Beginning of the rows' names.
     """
     counts = [codec.check_num_levels(num_levels) for num_levels in levels]
     device = device_of(codec)

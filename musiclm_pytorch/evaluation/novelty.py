@@ -39,14 +39,9 @@ def _check_shapes(queries: Tensor, references: Tensor, num_axes: int) -> None:
 @beartype
 @torch.no_grad()
 def melody_spectrogram(waves: Tensor, sample_hz: int) -> Tensor:
-    """Coarse log-mel spectrogram without its mean spectrum: it holds the notes and little of the timbre.
+    """Coarse log-mel spectrograms without their mean spectrum, which hold the notes and little of the timbre.
 
-    Args:
-        waves: `[b, n]`.
-        sample_hz: Rate of the waves.
-
-    Returns:
-        `[b, m, f]` of unit norm, ten frames per second; zero for silence.
+    Waves `[b, n]` become `[b, m, f]` of unit norm, with ten frames per second; silence becomes zeros.
     """
     mel = MelSpectrogram(
         sample_hz=SAMPLE_HZ, n_fft=2 * HOP_SAMPLES, hop_length=HOP_SAMPLES, num_mels=NUM_MELS, f_min_hz=60, power=2.0
@@ -65,11 +60,8 @@ def melody_similarity(queries: Tensor, references: Tensor, max_shift_frames: int
     """Correlation `[a]` of each melody with its nearest reference, at the best shift in time.
 
     No model is involved. A copy of a training clip has similarity 1 even if it starts a little earlier or later.
-
-    Args:
-        queries: `[a, m, f]` of `melody_spectrogram`.
-        references: `[r, m, f]`.
-        max_shift_frames: Largest shift in both directions. Frames outside the overlap are left out.
+    Queries `[a, m, f]` and references `[r, m, f]` are those of `melody_spectrogram`. Frames outside the overlap are
+    left out.
     """
     _check_shapes(queries, references, num_axes=3)
     num_frames = queries.shape[2]
@@ -86,12 +78,9 @@ def melody_similarity(queries: Tensor, references: Tensor, max_shift_frames: int
 
 @beartype
 def novelty_metrics(name: str, generated: Tensor, held_out: Tensor) -> list[Metric]:
-    """Mean and 95th percentile of the nearest similarities of generated clips and of real held-out clips.
+    """Mean and 95th percentile of the nearest similarities of generated clips `[a]` and of real held-out clips `[b]`.
 
-    Args:
-        name: Prefix of the metric names.
-        generated: `[a]` similarities of generated clips. The notes compare them with the real clips.
-        held_out: `[b]` similarities of real clips that were not trained on.
+    The notes of the generated clips compare them with the real clips.
     """
     generated_values, real_values = generated.double().cpu().numpy(), held_out.double().cpu().numpy()
     metrics = []

@@ -51,11 +51,9 @@ class Metric:
     Attributes:
         name: What was measured, as `group / condition / measure`.
         value: Fractions are in 0..1.
-        low: Lower end of the 95% bootstrap interval.
-        high: Upper end of the interval.
+        low, high: Ends of the 95% bootstrap interval.
         chance: Expected value of a random answer; None if that has no meaning.
         count: Number of measured items.
-        note: Further information for the reader.
     """
 
     name: str
@@ -98,10 +96,7 @@ class Metric:
 def accuracy_statistic(truth: Sequence[str], answers: Sequence[str], balanced: bool = False) -> Statistic:
     """Accuracy of answers as a function of the items, for resampling.
 
-    Args:
-        truth: True class of each item.
-        answers: Predicted class of each item.
-        balanced: Average the recall of the true classes, so that a rare class counts as much as a frequent one.
+    `balanced` averages the recall of the true classes, so that a rare class counts as much as a frequent one.
     """
     if len(truth) != len(answers) or not truth:
         raise ValueError(f"need one answer per true class and at least one, got {len(answers)} and {len(truth)}")
@@ -127,16 +122,7 @@ def accuracy_metric(
     note: str = "",
     chance: float | None = None,
 ) -> Metric:
-    """Accuracy of answers, see `accuracy_statistic`.
-
-    Args:
-        name: Name of the metric.
-        truth: True class of each item.
-        answers: Predicted class of each item.
-        balanced: Average over classes.
-        note: Note of the metric.
-        chance: By default that of a uniform guess among the classes in `truth`.
-    """
+    """Accuracy of answers, see `accuracy_statistic`; by default chance is a uniform guess among the true classes."""
     statistic = accuracy_statistic(truth, answers, balanced)
     chance = 1 / len(set(truth)) if chance is None else chance
     return Metric.measured(name, statistic, len(truth), chance=chance, note=note)
@@ -170,14 +156,7 @@ def _three_digits(value: float | None) -> str:
 def write_report(
     path: str | Path, metrics: Sequence[Metric], settings: dict[str, Any], table: str | None = None
 ) -> None:
-    """Write metrics as JSON, and as markdown into a file of the same name with the suffix `.md`.
-
-    Args:
-        path: JSON file to write.
-        metrics: All values must be finite.
-        settings: JSON-able description of the measurement.
-        table: Content of the markdown file; by default `markdown_table`.
-    """
+    """Write finite metrics as JSON, and `table` (by default `markdown_table`) into the same name with suffix `.md`."""
     path = Path(path)
     if path.suffix != ".json":
         raise ValueError(f"cannot write a report to {path}; use a name that ends in .json")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from musiclm_pytorch.evaluation.report import Metric
 
-__all__ = ["Retrieval", "different_captions", "relevance_of", "retrieval"]
+__all__ = ["Retrieval", "different_captions", "retrieval"]
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,8 @@ class Retrieval:
 
     Attributes:
         ranks: `[t]` rank of the best relevant candidate of each query; 1 is the top.
-        average_precisions: `[t]` average precision of each query.
+        average_precisions: `[t]`.
         num_relevant: `[t]` number of relevant candidates of each query.
-        num_candidates: Number of ranked candidates.
     """
 
     ranks: np.ndarray
@@ -30,20 +29,19 @@ class Retrieval:
     num_relevant: np.ndarray
     num_candidates: int
 
-    def metrics(self, name: str, cutoffs: Sequence[int] = (1, 5, 10)) -> list[Metric]:
-        """Recall at each cutoff, median rank and mean average precision, named `NAME / R@1` and so on."""
-        metrics = [
-            Metric.mean(f"{name} / R@{cutoff}", self.ranks <= cutoff, self.chance_recall(cutoff)) for cutoff in cutoffs
-        ]
+    def metrics(self, name: str) -> list[Metric]:
+        """Recall at ranks 1, 5 and 10, median rank and mean average precision, named `NAME / R@1` and so on."""
+
+        def median_rank(rows: np.ndarray) -> float:
+            return float(np.median(self.ranks[rows]))
+
         # In a random order the first of r relevant candidates among n has rank (n + 1) / (r + 1) on average.
         random_rank = float(np.median((self.num_candidates + 1) / (self.num_relevant + 1)))
-        metrics.append(
-            Metric.measured(
-                f"{name} / median rank", lambda rows: float(np.median(self.ranks[rows])), len(self.ranks), random_rank
-            )
-        )
-        metrics.append(Metric.mean(f"{name} / mAP", self.average_precisions, self.chance_precision()))
-        return metrics
+        return [
+            *(Metric.mean(f"{name} / R@{k}", self.ranks <= k, self.chance_recall(k)) for k in (1, 5, 10)),
+            Metric.measured(f"{name} / median rank", median_rank, len(self.ranks), random_rank),
+            Metric.mean(f"{name} / mAP", self.average_precisions, self.chance_precision()),
+        ]
 
     def chance_recall(self, cutoff: int) -> float:
         """Expected recall of a random order."""
@@ -63,20 +61,10 @@ class Retrieval:
 
 
 @beartype
-def relevance_of(captions: Sequence[str]) -> Tensor:
-    """`[n, n]` bool, captions by clips, for one caption per clip: equal captions describe each other's clips."""
-    _, ids = np.unique(np.asarray(captions), return_inverse=True)
-    return torch.from_numpy(ids[:, None] == ids[None, :])
-
-
-@beartype
 def different_captions(captions: Sequence[Sequence[str]]) -> tuple[list[str], Tensor]:
     """List every caption once, with the clips that it describes.
 
     A caption of several clips is one query with several right answers. As a candidate it is ranked once.
-
-    Args:
-        captions: All captions of each clip. A clip may have none.
 
     Returns:
         The t different captions in the order of their first clips, and `[t, clips]` bool.
@@ -91,13 +79,9 @@ def different_captions(captions: Sequence[Sequence[str]]) -> tuple[list[str], Te
 
 @beartype
 def retrieval(similarities: Tensor, relevant: Tensor) -> Retrieval:
-    """Rank candidates for each query.
+    """Rank candidates for each query. Both tensors are `[t, c]`, queries by candidates; larger is nearer.
 
     A tie counts against the query, so that a model with constant similarities retrieves nothing.
-
-    Args:
-        similarities: `[t, c]`, queries by candidates, larger is nearer.
-        relevant: `[t, c]` bool, at least one True per row.
     """
     if similarities.ndim != 2 or similarities.shape != relevant.shape or relevant.dtype != torch.bool:
         raise ValueError(

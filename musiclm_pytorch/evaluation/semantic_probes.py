@@ -66,14 +66,7 @@ class Features:
 
 @beartype
 def load_probe_clips(data: str | Path, min_seconds: float, limit: int, seed: int = 0) -> ProbeClips:
-    """Load clips, split into training and held-out clips as in `load_split`.
-
-    Args:
-        data: Folder or manifest.
-        min_seconds: Shorter clips are left out.
-        limit: Largest number of clips of each side, drawn at random.
-        seed: Seed of the draw.
-    """
+    """Load clips of at least `min_seconds`, split as in `load_split`; at most `limit` random ones of each side."""
     rng = Random(seed)
     train, test = (rng.sample(side, min(limit, len(side))) for side in load_split(data, min_seconds=min_seconds))
     if not train or not test:
@@ -94,18 +87,15 @@ def evaluate_semantic(
 ) -> list[Metric]:
     """Probe log-mel frames, layers of an encoder, k-means tokens of both, and the tokens of a tokenizer.
 
+    The metrics have names `FEATURES / LABEL`.
+
     Args:
-        clips: Clips with labels.
         labels: Names of labels in the manifest, see `probe`.
         encoder: None for a tokenizer without layers.
         tokenizer: None for an encoder without tokens.
         layers: Layers of the encoder; 0 is the input of the first.
         clusters: Numbers of k-means clusters.
-        seed: Seed of k-means.
         announce: Receives the name of the features that are probed.
-
-    Returns:
-        Metrics `FEATURES / LABEL`.
     """
     metrics: list[Metric] = []
 
@@ -215,10 +205,7 @@ def probe(features: Features, clips: ProbeClips, label: str) -> Metric:
 
     A text, number or boolean is a label of the clip. It is read from the mean of the frames; for tokens these are
     their frequencies. A list of events `[start_seconds, end_seconds, name]` is a label of frames, see `event_classes`.
-    Clips without the label are left out.
-
-    Returns:
-        Metric with the share of the most frequent held-out class as chance, and an interval over held-out clips.
+    Clips without the label are left out. Chance is the share of the most frequent held-out class.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -276,10 +263,7 @@ def _examples(
 def event_classes(events: Sequence[Any], num_frames: int, seconds_per_frame: float) -> np.ndarray:
     """Name `[f]` of the event at the middle of each frame, "" without one. Of several events the last start counts.
 
-    Args:
-        events: `[start_seconds, end_seconds, name]` each.
-        num_frames: Number of frames, f.
-        seconds_per_frame: Time between frames.
+    An event is `[start_seconds, end_seconds, name]`.
     """
     middles = (np.arange(num_frames) + 0.5) * seconds_per_frame
     classes = np.full(num_frames, "", dtype=object)

@@ -3,9 +3,8 @@
 The labels of a manifest are the ground truth (MuLan, arXiv:2208.12415, sec. 4.2.1).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,28 +16,17 @@ from audiolm_pytorch.data.captions import is_encodable
 from audiolm_pytorch.data.manifest import AudioItem
 from musiclm_pytorch.evaluation.report import Metric, accuracy_metric
 
-__all__ = [
-    "TEMPLATES",
-    "TagScores",
-    "TagTest",
-    "tag_labels",
-    "tag_metrics",
-    "tag_prompts",
-    "tag_scores",
-    "tag_tests",
-]
+__all__ = ["TagScores", "TagTest", "tag_labels", "tag_metrics", "tag_prompts", "tag_scores", "tag_tests"]
 
 # Prompts of labels whose values are unclear without the name of the label.
-TEMPLATES: Mapping[str, str] = MappingProxyType(
-    {
-        "tempo": "{value} music",
-        "genre": "{value} music",
-        "mood": "{value} music",
-        "register": "music in a {value} register",
-        "mode": "music in {value}",
-        "key": "music in {value}",
-    }
-)
+_TEMPLATES = {
+    "tempo": "{value} music",
+    "genre": "{value} music",
+    "mood": "{value} music",
+    "register": "music in a {value} register",
+    "mode": "music in {value}",
+    "key": "music in {value}",
+}
 _YES, _NO, _NONE = "yes", "no", "none"
 _MAX_VALUES = 50
 # A label with fewer clips per value identifies clips (a title, an id) and does not describe them.
@@ -53,12 +41,10 @@ class TagScores:
 
     Attributes:
         auc: Area under the ROC curve of each class against the other classes; chance is 0.5.
-        average_precision: Clips ranked by the similarity to the prompt of a class; chance is the share of the class.
         balanced_accuracy: Recall of the nearest prompt; chance is one over the number of prompts.
     """
 
     auc: float
-    average_precision: float
     balanced_accuracy: float
 
 
@@ -67,8 +53,6 @@ class TagTest:
     """A label of a set of clips as a classification task.
 
     Attributes:
-        label: Its name in the manifest.
-        values: The classes.
         prompts: One text per class.
         truth: `[n]` int64 class of each clip; -1 = unknown.
     """
@@ -102,7 +86,8 @@ def _values_of(items: Sequence[AudioItem], name: str) -> list[str | None] | None
     is_text = all(isinstance(value, str) and value.strip() and is_encodable(value) for value in present)
     if not is_boolean and not is_text:
         return None
-    values = [_as_text(item.labels[name], is_boolean) if name in item.labels else None for item in items]
+    texts: dict[Any, str | None] = {True: _YES, False: _NO, None: None} if is_boolean else {None: _NONE}
+    values = [texts.get(item.labels[name], item.labels[name]) if name in item.labels else None for item in items]
     known = [value for value in values if value is not None]
     num_values = len(set(known))
     if not 2 <= num_values <= _MAX_VALUES or len(known) < _MIN_CLIPS_PER_VALUE * num_values:
@@ -110,59 +95,41 @@ def _values_of(items: Sequence[AudioItem], name: str) -> list[str | None] | None
     return values
 
 
-def _as_text(value: Any, is_boolean: bool) -> str | None:
-    if isinstance(value, bool):
-        return _YES if value else _NO
-    return (None if is_boolean else _NONE) if value is None else str(value)
-
-
 @beartype
-def tag_prompts(label: str, values: Sequence[str], templates: Mapping[str, str] = TEMPLATES) -> list[str]:
-    """Write a text prompt for each value of a label.
+def tag_prompts(label: str, values: Sequence[str]) -> list[str]:
+    """Write a text prompt for each value of a label, as in `tag_labels`.
 
-    Args:
-        label: Its name, such as "drums".
-        values: As in `tag_labels`. "yes" becomes "music with drums", "no" and "none" become "music without drums".
-        templates: Sentence for each label with "{value}" in it; by default the prompt is the value itself.
+    "yes" becomes "music with drums", "no" and "none" become "music without drums". Other values are put into the
+    template of the label, if there is one.
     """
     thing = label.replace("_", " ")
     fixed = {_YES: f"music with {thing}", _NO: f"music without {thing}", _NONE: f"music without {thing}"}
-    template = templates.get(label, "{value}")
+    template = _TEMPLATES.get(label, "{value}")
     return [fixed.get(value) or template.replace("{value}", value.replace("_", " ")) for value in values]
 
 
 @beartype
-def tag_tests(items: Sequence[AudioItem], templates: Mapping[str, str] = TEMPLATES) -> list[TagTest]:
+def tag_tests(items: Sequence[AudioItem]) -> list[TagTest]:
     """Make a classification task of every label that is a tag, with classes in alphabetical order."""
     tests = []
     for label, values in tag_labels(items).items():
         classes = sorted({value for value in values if value is not None})
         truth = torch.tensor([-1 if value is None else classes.index(value) for value in values])
-        tests.append(TagTest(label, tuple(classes), tuple(tag_prompts(label, classes, templates)), truth))
+        tests.append(TagTest(label, tuple(classes), tuple(tag_prompts(label, classes)), truth))
     return tests
 
 
 @beartype
 def tag_scores(similarities: Tensor, truth: Tensor) -> TagScores:
-    """Score the similarities of clips to the prompts of one label.
+    """Score the similarities `[n, classes]` of clips to the prompts of one label.
 
-    Args:
-        similarities: `[n, classes]`, larger is nearer.
-        truth: `[n]` int class of each clip; clips of class -1 are left out.
-
-    Raises:
-        ValueError: If shapes are wrong, a similarity is NaN, or the clips are not of at least two classes.
+    Clips of class -1 in `truth [n]` are left out. The others must be of at least two classes.
     """
-    from sklearn.metrics import average_precision_score, recall_score, roc_auc_score
+    from sklearn.metrics import recall_score, roc_auc_score
 
     scores, classes = _known_rows(similarities, truth)
-    return TagScores(
-        auc=_class_mean(roc_auc_score, scores, classes),
-        average_precision=_class_mean(average_precision_score, scores, classes),
-        balanced_accuracy=float(
-            recall_score(classes, scores.argmax(axis=1), labels=np.unique(classes), average="macro")
-        ),
-    )
+    recall = recall_score(classes, scores.argmax(axis=1), labels=np.unique(classes), average="macro")
+    return TagScores(auc=_class_mean(roc_auc_score, scores, classes), balanced_accuracy=float(recall))
 
 
 @beartype
@@ -181,11 +148,10 @@ def tag_metrics(name: str, similarities: Tensor, truth: Tensor) -> list[Metric]:
         return Metric.measured(f"{name} / {measure}", statistic, len(classes), chance, note, _BOOTSTRAP_ROUNDS)
 
     truths, answers = classes.astype(str).tolist(), scores.argmax(axis=1).astype(str).tolist()
-    accuracy = accuracy_metric(f"{name} / balanced accuracy", truths, answers, True, note, chance=1 / num_classes)
     return [
         metric("AUC", roc_auc_score, 0.5),
         metric("average precision", average_precision_score, 1 / len(np.unique(classes))),
-        accuracy,
+        accuracy_metric(f"{name} / balanced accuracy", truths, answers, True, note, chance=1 / num_classes),
     ]
 
 

@@ -43,7 +43,6 @@ class AudioSpectrogramTransformer(nn.Module):
         spec_aug_time_mask: In training, up to this fraction of the frames is masked; 0 = off.
         patch_dropout: Fraction of patches that are left out in training, which saves time (arXiv:2212.00794).
         position_waves: Waves per head of the bias by distance (`WavePositionBias`); 0 = no bias.
-        ff_mult: Width of the feed-forward over `dim`.
     """
 
     @beartype
@@ -90,14 +89,10 @@ class AudioSpectrogramTransformer(nn.Module):
         self.encoder = TransformerEncoder(dim, depth, heads, dim_head, ff_mult, float(dropout), position_bias=bias)
 
     def forward(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Embed clips.
+        """Embed clips as `[b, dim]` float32, not normalised.
 
-        Args:
-            wavs: `[b, n]` float in about -1..1 at `sample_hz`.
-            lengths: `[b]` samples of each clip, 1..n; what follows them is padding. None = all `n`.
-
-        Returns:
-            `[b, dim]` float32, not normalised. In eval mode a row does not depend on the rest of the batch.
+        `wavs [b, n]` at `sample_hz` have values in about -1..1, and `lengths [b]` are samples in 1..n (None = all `n`).
+        In eval mode a row does not depend on the rest of the batch.
         """
         return self.embed_layers(wavs, lengths, layers=(self.depth,))[0]
 

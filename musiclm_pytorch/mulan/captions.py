@@ -94,10 +94,7 @@ class CaptionSampler:
     - If the clip has aspects, a text is with probability `aspect_prob` a random subset of them in random order,
       separated by commas. A clip without captions always has such texts.
 
-    Attributes:
-        captions_per_clip: Different texts per clip and epoch; fewer if the clip has fewer.
-        aspect_prob: Probability of aspects instead of a caption.
-        caption_dropout: Probability of leaving out a part of a caption.
+    A clip with fewer than `captions_per_clip` different texts has fewer texts in an epoch.
     """
 
     captions_per_clip: int = 1
@@ -116,12 +113,8 @@ class CaptionSampler:
     def sample(self, item: AudioItem, epoch: int, index: int) -> list[str]:
         """Up to `captions_per_clip` different texts of a clip; none if it has neither captions nor aspects.
 
-        Args:
-            epoch: Pass over the data, from 0.
-            index: Index of the clip in the data.
+        `epoch` is the pass over the data and `index` the place of the clip in the data, both from 0.
         """
-        if epoch < 0 or index < 0:
-            raise ValueError(f"need epoch >= 0 and index >= 0, got {epoch}, {index}")
         captions, aspects = captions_of(item), aspects_of(item)
         rng = np.random.default_rng([self.seed, epoch, index, _TEXT_STREAM])
         texts = []

@@ -17,7 +17,7 @@ _WINDOW_STEPS = 100
 class ChanceWatch:
     """Logs one warning if the mean loss of the last 100 steps is at least 98% of the row's `chance`.
 
-    It is called with each row of metrics (`TrainLoop(on_row=...)`), and compares from 100 steps after the warm-up on.
+    It is called with each row of metrics (`TrainLoop(on_row=...)`). It starts 100 steps after the warm-up.
     """
 
     def __init__(self, warmup_steps: int, phase: str) -> None:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from beartype import beartype
@@ -55,8 +54,7 @@ class ClapSpectrogram:
     A shorter clip is repeated a whole number of times and padded with zeros. The extractor's random crops of longer
     clips are not supported, since one sound must have one embedding.
 
-    Args:
-        preprocessor: Content of `preprocessor_config.json`; missing entries have the defaults of the extractor.
+    Entries that `preprocessor_config.json` lacks have the defaults of the extractor.
     """
 
     def __init__(self, preprocessor: dict[str, Any]) -> None:
@@ -78,17 +76,14 @@ class ClapSpectrogram:
         self.sample_hz: int = self.settings["sampling_rate"]
         self.seconds: float = self.settings["max_length_s"]
         self.num_samples = round(self.seconds * self.sample_hz)
-        self._filters = torch.from_numpy(self._mel_filters())
-
-    def _mel_filters(self) -> "np.ndarray[Any, Any]":
-        """`[m, bins]` float64: filters of torchaudio for the models that fuse, of librosa for the others."""
-        settings = self.settings
-        slaney = settings["truncation"] != "fusion"
-        span = settings["frequency_min"], settings["frequency_max"]
-        edges_hz = mel_edges(*span, settings["feature_size"], scale="slaney" if slaney else "htk")
-        filters = triangular_filters(edges_hz, self.sample_hz, settings["fft_window_size"])
-        # The filters of librosa have an area of 1, those of torchaudio a peak of 1.
-        return filters * rearrange(2 / (edges_hz[2:] - edges_hz[:-2]), "m -> m 1") if slaney else filters
+        # Filters of torchaudio (peak 1) for the models that fuse, of librosa (area 1) for the others.
+        slaney = self.settings["truncation"] != "fusion"
+        span = self.settings["frequency_min"], self.settings["frequency_max"]
+        edges_hz = mel_edges(*span, self.settings["feature_size"], scale="slaney" if slaney else "htk")
+        filters = triangular_filters(edges_hz, self.sample_hz, self.settings["fft_window_size"])
+        if slaney:
+            filters = filters * rearrange(2 / (edges_hz[2:] - edges_hz[:-2]), "m -> m 1")
+        self._filters = torch.from_numpy(filters)
 
     def __call__(self, wave: Tensor) -> Tensor:
         """Transform clips `[b, n]` without padding, n at most `num_samples`, to `[b, f, m]` float32 in dB."""
@@ -118,11 +113,9 @@ class ClapMuLaN(JointEmbedding):
 
     Args:
         source: Folder in transformers' format, hub id, or a loaded model, which is not copied.
-        tokenizer: The model's tokenizer; None = the one in `source`.
-        window_stride_seconds: Time between the starts of two windows of longer audio.
+        tokenizer: None = the one in `source`.
         offline: Whether to use only local folders and the local cache of the hub.
-        revision: Branch, tag or commit of the hub.
-        cache_dir: Folder of downloads; None = Hugging Face's own cache.
+        cache_dir: None = Hugging Face's own cache.
     """
 
     @beartype
@@ -173,8 +166,7 @@ class ClapMuLaN(JointEmbedding):
         folder, _ = find_folder(source, offline=offline, revision=revision, cache_dir=cache_dir)
         config_file = folder / "config.json"
         if config_file.is_file() and "class" in read_json(config_file):
-            saved = load_module(folder, expect=cls)
-            return saved  # type: ignore[return-value]
+            return load_module(folder, expect=cls)  # type: ignore[return-value]
         return cls(source, offline=offline, revision=revision, cache_dir=cache_dir)
 
     @property

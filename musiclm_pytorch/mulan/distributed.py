@@ -20,7 +20,7 @@ def own_rank() -> int:
 
 
 def gather_counts(*parts: Tensor) -> list[list[int]]:
-    """For each of the tensors `[b, ...]`, the number of its rows on every process, by rank."""
+    """Count the rows of each of the tensors `[b, ...]` on every process."""
     counts = torch.tensor([len(part) for part in parts], device=parts[0].device)
     if not _has_other_processes():
         return [[count] for count in counts.tolist()]
@@ -47,11 +47,6 @@ class _GatherRows(torch.autograd.Function):
         return gradient.split(ctx.counts)[dist.get_rank()], None
 
 
-def gather_batch(rows: Tensor, counts: list[int] | None = None) -> Tensor:
-    """Concatenate the rows `[b, ...]` of all processes by rank; differentiable, see `_GatherRows`.
-
-    `b` may differ between processes. `counts` are the rows of each process; None = they are exchanged first.
-    """
-    if not _has_other_processes():
-        return rows
-    return _GatherRows.apply(rows, gather_counts(rows)[0] if counts is None else counts)
+def gather_batch(rows: Tensor, counts: list[int]) -> Tensor:
+    """Concatenate the rows `[b, ...]` of all processes, of which each has another of the `counts`; differentiable."""
+    return _GatherRows.apply(rows, counts) if _has_other_processes() else rows

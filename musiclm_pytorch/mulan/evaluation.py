@@ -42,8 +42,6 @@ class EmbeddedClips:
         texts: The t different captions; the prompts of the first label if the clips have no captions.
         similarities: `[t, c]` cosines of texts and clips.
         relevant: `[t, c]` bool, whether a text describes a clip.
-        are_captions: Whether the texts are captions.
-        tests: The labels that are tags, with the true class of every clip.
         prompted: `[c, classes]` cosines of clips with the prompts of each of the tests.
     """
 
@@ -57,12 +55,9 @@ class EmbeddedClips:
 
 @beartype
 def held_out_items(data: str | Path, limit: int | None = None, seed: int = 0) -> list[AudioItem]:
-    """Load the clips to measure, in the order of their manifest.
+    """Load the clips to measure, at most `limit` random ones, in the order of their manifest.
 
-    Args:
-        data: Folder with a `valid.jsonl`, which is used then, or any other source of `load_items`.
-        limit: Use only this number of clips, drawn at random.
-        seed: Seed of the draw.
+    `data` is a folder with a `valid.jsonl`, which is used then, or any other source of `load_items`.
     """
     data = Path(data)
     if limit is not None and limit < 2:
@@ -81,13 +76,7 @@ def held_out_items(data: str | Path, limit: int | None = None, seed: int = 0) ->
 def embed_clips(
     mulan: JointEmbedding, items: Sequence[AudioItem], announce: Callable[[str], None] = lambda words: None
 ) -> EmbeddedClips:
-    """Embed clips, their captions, and prompts for their labels.
-
-    Args:
-        mulan: In eval mode.
-        items: Held-out clips of any length.
-        announce: Receives progress messages.
-    """
+    """Embed clips of any length, their captions, and prompts for their labels. `announce` receives progress."""
     tests = tag_tests(items)
     texts, relevant = different_captions([texts_of(item) for item in items])
     are_captions = len(texts) > 1
@@ -150,14 +139,9 @@ def joint_embedding_metrics(clips: EmbeddedClips) -> list[Metric]:
 
 @beartype
 def text_classes(truth: Tensor, relevant: Tensor) -> Tensor:
-    """Class of the clips that each text describes.
+    """Class `[t]` of the clips that each text describes; -1 if they have different classes or one is unknown.
 
-    Args:
-        truth: `[c]` int64 class of each clip; -1 = unknown.
-        relevant: `[t, c]` bool, whether a text describes a clip.
-
-    Returns:
-        `[t]` int64; -1 if the clips of a text have different classes or one is unknown.
+    `truth [c]` is the class of each clip, -1 if unknown. `relevant [t, c]` marks the clips of a text.
     """
     highest = truth.expand_as(relevant).masked_fill(~relevant, -1).amax(dim=1)
     lowest = truth.expand_as(relevant).masked_fill(~relevant, int(truth.max())).amin(dim=1)
@@ -169,13 +153,8 @@ def top_clip_metrics(name: str, similarities: Tensor, relevant: Tensor, tests: S
     """Balanced accuracy of each attribute of the clip that is nearest to a caption.
 
     The right class is that of the clips which the caption describes. Captions without a single class are left out, and
-    so are labels with fewer than two classes. Chance is that of a random clip.
-
-    Args:
-        name: Prefix of the metric names.
-        similarities: `[t, c]`, captions by clips.
-        relevant: `[t, c]` bool, whether a caption describes a clip.
-        tests: Labels with the class of every clip.
+    so are labels with fewer than two classes. Chance is that of a random clip. `similarities` and `relevant` are
+    `[t, c]`, captions by clips.
     """
     top = similarities.argmax(dim=1)
     metrics = []
@@ -195,23 +174,18 @@ def top_clip_metrics(name: str, similarities: Tensor, relevant: Tensor, tests: S
 
 @beartype
 def ordered_similarities(clips: EmbeddedClips, label: str | None = None) -> tuple[Tensor, list[str], list[str]]:
-    """Order texts and clips by a label, so that right pairs are near the diagonal.
+    """Order texts and clips by a label, by default the first of `tests`, so that right pairs are near the diagonal.
 
-    Args:
-        clips: Embedded clips and texts.
-        label: By default the first label of the manifest. Without labels the order of the manifest is kept.
+    Without labels the order of the manifest is kept.
 
     Returns:
         Cosines `[t, c]`, the class of each text, and the class of each clip.
     """
-    names = [test.label for test in clips.tests]
-    if label is not None and label not in names:
-        raise ValueError(f"there is no label {label!r} of a few values; available: {', '.join(names) or 'none'}")
     num_clips = clips.relevant.shape[1]
     truth = torch.full((num_clips,), -1)
     values: tuple[str, ...] = ()
-    if names:
-        test = clips.tests[0 if label is None else names.index(label)]
+    if clips.tests:
+        test = next(test for test in clips.tests if label in (None, test.label))
         truth, values = test.truth, test.values
     columns = truth.masked_fill(truth < 0, len(values)).argsort(stable=True)
     ranks = columns.argsort().expand_as(clips.relevant)

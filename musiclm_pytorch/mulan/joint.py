@@ -18,8 +18,6 @@ class JointEmbedding(nn.Module, ABC):
     """Audio and text in one space of unit vectors; the base of `MuLaN` and of pretrained models.
 
     Args:
-        dim_latent: Width of the common space.
-        sample_hz: Sample rate of the waves.
         window_seconds: Longer audio is embedded in windows (MusicLM, arXiv:2301.11325, sec. 3.2: 10 s); a whole number
             of samples.
         window_stride_seconds: Time between the starts of two windows; 1 s in MusicLM.
@@ -47,21 +45,16 @@ class JointEmbedding(nn.Module, ABC):
 
     @abstractmethod
     def get_audio_latents(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Embed clips without windows.
+        """Embed clips `[b, n]` at `sample_hz` without windows, as `[b, dim_latent]` float32 of unit norm.
 
-        Args:
-            wavs: `[b, n]` float at `sample_hz`.
-            lengths: `[b]` samples of each clip, 1..n. None = all `n`.
-
-        Returns:
-            `[b, dim_latent]` float32, unit norm.
+        `lengths [b]` are samples in 1..n; None = all `n`.
         """
 
     @abstractmethod
     def get_text_latents(self, texts: str | Sequence[str] | Tensor) -> Tensor:
-        """Embed one text, several, or ids `[b, t]` (-1 past the end of a text).
+        """Embed one text, several, or ids `[b, t]` (-1 past the end of a text), as `[b, dim_latent]` of unit norm.
 
-        Returns `[b, dim_latent]` float32, unit norm. An empty text raises a ValueError.
+        An empty text raises a ValueError.
         """
 
     @beartype
@@ -79,10 +72,7 @@ class JointEmbedding(nn.Module, ABC):
 
     @beartype
     def get_long_audio_latents(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Embed recordings of any length as the average over their windows (MusicLM, sec. 3.2).
-
-        Arguments and result are those of `get_audio_latents`.
-        """
+        """Embed recordings of any length, as the average over their windows; otherwise like `get_audio_latents`."""
         if wavs.ndim != 2:
             raise ValueError(f"wavs must be recordings [b, n], got {tuple(wavs.shape)}")
         if wavs.shape[1] <= self.window_samples:

@@ -67,13 +67,9 @@ class LayerContrast:
 
 
 class LayerHeads(nn.Module):
-    """For every pair of layers, projections of both to a common space, and a loss with its own temperature.
+    """For every pair of layers, projections of both to a common space, and a copy of the loss of the outputs.
 
-    Args:
-        layers: Pairs (blocks of the audio tower, blocks of the text tower).
-        dims: Width of the audio tower and of the text tower.
-        dim_latent: Width of the common spaces.
-        loss: The loss of the outputs, which is copied for each pair.
+    Each of `layers` and `dims` is a pair of (audio tower, text tower).
     """
 
     def __init__(

@@ -37,11 +37,8 @@ class ContrastiveLoss(nn.Module, ABC):
 
     Every process computes the loss of the batch of all processes, so that either all or none must call it. Gradients of
     gathered latents are summed over processes, and data parallelism averages the gradients of parameters. Together this
-    equals the gradient of one process for the whole batch.
-
-    Args:
-        init_temperature: Initial temperature, which is learned.
-        min_temperature: Lower bound of the temperature; its inverse bounds the similarities.
+    equals the gradient of one process for the whole batch. The temperature has the bounds `min_temperature` and its
+    inverse.
     """
 
     @beartype
@@ -74,11 +71,9 @@ class ContrastiveLoss(nn.Module, ABC):
         """Loss (nats) of clips and the texts that describe them, the same scalar on every process.
 
         All texts of a clip are its matches. A text of another clip that equals one of them is neither match nor
-        contrast.
+        contrast. The latents `[b, d]` and `[k, d]` have unit norm.
 
         Args:
-            audio_latents: `[b, d]` unit norm.
-            text_latents: `[k, d]` unit norm.
             captions: `[k]` integers, equal where two texts are the same. None = all differ.
             clip_index: `[k]` integers, the row in `audio_latents` that a text describes; every row needs at least one.
                 None = one text a clip, in the same order.
@@ -100,7 +95,9 @@ class ContrastiveLoss(nn.Module, ABC):
         clips, texts = gather_counts(audio, text)
         if sum(clips) == 0:
             raise ValueError("a batch without clips has no loss")
-        audio, text = gather_batch(_at_least_float32(audio), clips), gather_batch(_at_least_float32(text), texts)
+        # Half precision becomes float32; float64 stays.
+        audio, text = (part if part.dtype == torch.float64 else part.float() for part in (audio, text))
+        audio, text = gather_batch(audio, clips), gather_batch(text, texts)
         similarities = audio @ text.T / self.temperature.to(audio.dtype)
         # Rows count from the first clip of the first process.
         clip_index = gather_batch(clip_index + sum(clips[: own_rank()]), texts)
@@ -122,7 +119,6 @@ class SoftmaxContrastiveLearning(ContrastiveLoss):
     averages over texts. The loss is the mean of both directions.
 
     Args:
-        init_temperature: Initial temperature, which is learned; 0.1 in MuLan.
         decoupled: Leave the match out of the denominator (arXiv:2110.06848, eq. 5), which helps small batches. Items
             without any contrast then count 0.
     """
@@ -166,7 +162,6 @@ class SigmoidContrastiveLearning(ContrastiveLoss):
     The losses of all pairs are summed and divided by the number of clips.
 
     Args:
-        init_temperature: Initial temperature, which is learned; 0.1 in SigLIP.
         init_bias: Initial bias, which is learned; -10 in SigLIP, since almost all pairs do not match.
     """
 
@@ -217,8 +212,3 @@ def _checked_clip_index(audio: Tensor, text: Tensor, captions: Tensor | None, cl
             f"got {clip_index.tolist()}"
         )
     return clip_index.to(audio.device, torch.int64)
-
-
-def _at_least_float32(latents: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return latents if latents.dtype == torch.float64 else latents.float()

@@ -24,11 +24,10 @@ __all__ = ["MuLaN"]
 class MuLaN(JointEmbedding):
     """Two towers with a common space of unit vectors (MuLan, arXiv:2208.12415).
 
+    Windows are those of `JointEmbedding`.
+
     Args:
-        dim_latent: Width of the common space; 128 in MuLan.
         loss: Called as `loss(audio_latents, text_latents, captions, clip_index)`. None = `SoftmaxContrastiveLearning`.
-        window_seconds: See `JointEmbedding`.
-        window_stride_seconds: See `JointEmbedding`.
         layer_contrast: Contrast of inner layers of the towers in training.
     """
 
@@ -110,8 +109,6 @@ class MuLaN(JointEmbedding):
                 caching, arXiv:2101.06983). The memory of a chunk then suffices for the loss of the whole batch. None =
                 one chunk.
         """
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
         ids = self.text.tokenize(texts)
         captions = _caption_numbers(ids)
         clips = (wavs,) if lengths is None else (wavs, lengths)
@@ -150,6 +147,8 @@ def _unit_rows(states: Tensor, heads: Sequence[Any]) -> Tensor:
 
 def _in_chunks(embed: Callable[..., Tensor], chunk_size: int | None, *rows: Tensor) -> Tensor:
     """Embed `chunk_size` rows at a time; backward computes the chunks again, with the same random numbers."""
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, or None for one chunk; got {chunk_size}")
     if chunk_size is None or chunk_size >= len(rows[0]):
         return embed(*rows)
     chunks = zip(*(part.split(chunk_size) for part in rows), strict=True)

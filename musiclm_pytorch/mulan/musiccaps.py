@@ -25,8 +25,6 @@ __all__ = ["CaptionedClip", "MusicCapsItems", "musiccaps_items", "read_musiccaps
 logger = logging.getLogger(__name__)
 
 _NEEDED_COLUMNS = ("ytid", "start_s", "end_s", "aspect_list", "caption")
-# The published table has 3 MB.
-_MAX_TABLE_BYTES = 2**28
 _MAX_NAMES_IN_LOG = 20
 # Tools that cut clips add a fraction of a second. A whole video is much longer.
 _MAX_EXCESS_SECONDS = 2.0
@@ -40,7 +38,6 @@ class CaptionedClip:
     """A described part of a video.
 
     Attributes:
-        ytid: Id of the video.
         captions: One for each row of the table.
         aspects: Short phrases.
         about: The other columns of the table.
@@ -91,15 +88,10 @@ class MusicCapsItems:
 
 @beartype
 def musiccaps_items(table: str | Path, clips: str | Path) -> MusicCapsItems:
-    """Find the clips of a table in a folder.
+    """Find the clips of a table (see `read_musiccaps`) in a folder; ValueError if no clip can be used.
 
-    Args:
-        table: `musiccaps-public.csv`, or another table with its columns; rows of the same clip are further captions.
-        clips: Folder of audio files (also in subfolders), named `{ytid}`, `{ytid}-{start}` or
-            `[{ytid}]-[{start}-{end}]`, in seconds as in the table. The first of several files of one name is used.
-
-    Raises:
-        ValueError: If the table is malformed (names the line), the folder does not exist, or no clip can be used.
+    The files, also in subfolders, are named `{ytid}`, `{ytid}-{start}` or `[{ytid}]-[{start}-{end}]`, in seconds as in
+    the table. The first of several files of one name is used.
     """
     table, clips = Path(table), Path(clips)
     described = read_musiccaps(table)
@@ -164,8 +156,6 @@ def read_musiccaps(table: str | Path) -> list[CaptionedClip]:
     table = Path(table)
     if not table.is_file():
         raise ValueError(f"{table}: no such file; download musiccaps-public.csv and name it here")
-    if table.stat().st_size > _MAX_TABLE_BYTES:
-        raise ValueError(f"{table}: has {table.stat().st_size} bytes, more than the limit of {_MAX_TABLE_BYTES}")
     clips: dict[tuple[str, float, float], CaptionedClip] = {}
     for line, cells in _rows(table):
         try:
@@ -191,15 +181,13 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
             missing = [name for name in _NEEDED_COLUMNS if columns.count(name) != 1]
             if columns and missing:
                 raise ValueError(f"{table}, line 1: needs each of the columns {missing} once, got {columns[:20]}")
-            while True:
-                line = reader.line_num + 1
-                row = next(reader, None)
-                if row is None:
-                    return
+            line = reader.line_num + 1
+            for row in reader:
                 cells = [cell for cell in row.values() if cell is not None]
                 if len(cells) != len(columns) or None in row:
                     raise ValueError(f"{table}, line {line}: {len(cells)} cells, but there are {len(columns)} columns")
                 yield line, row
+                line = reader.line_num + 1
         except csv.Error as error:
             raise ValueError(f"{table}, line {line}: no row of a CSV table ({error}); check its quotes") from error
         except UnicodeDecodeError as error:

@@ -22,13 +22,9 @@ _MIN_SPREAD = 0.5
 
 
 class LogSpectrogram(nn.Module):
-    """Log (mel) spectrogram of clips of unequal length; padding does not change the result.
+    """Log spectrogram of clips of unequal length, in mel bands or, for `num_mels` None, in the linear bins.
 
-    Args:
-        num_mels: Mel bands; None = the linear bins of the Fourier transform.
-        n_fft: Samples of the Fourier transform.
-        win_length: Samples of the window.
-        hop_length: Samples per frame.
+    Padding does not change the result.
     """
 
     def __init__(self, sample_hz: int, num_mels: int | None, n_fft: int, win_length: int, hop_length: int) -> None:
@@ -46,13 +42,9 @@ class LogSpectrogram(nn.Module):
                 center=False,
             )
 
-    def num_frames(self, num_samples: Tensor) -> Tensor:
-        """Frames `[b]` of clips of `num_samples [b]`; the last one may be partly filled."""
-        return (num_samples + self.hop_length - 1) // self.hop_length
-
     def forward(self, wavs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Natural logs `[b, bins, f]` float32 of waves `[b, n]` with lengths `[b]`, and frames per clip `[b]`."""
-        num_frames = self.num_frames(lengths)
+        num_frames = (lengths + self.hop_length - 1) // self.hop_length  # the last one may be partly filled
         with torch.autocast(device_type=wavs.device.type, enabled=False):
             real = torch.arange(wavs.shape[-1], device=wavs.device) < lengths.unsqueeze(-1)
             # Padding with zeros, not by reflection, does not depend on the length of the batch.
@@ -92,10 +84,7 @@ class SpecAugment(nn.Module):
 
     The stretch is a linear interpolation of the log magnitudes, since no phase is kept.
 
-    Args:
-        stretch_factor: The speed of each clip is drawn between `stretch_factor` and its inverse; 1 = off.
-        freq_mask_fraction: Maximum share of the bins that is masked; 0 = off.
-        time_mask_fraction: Maximum share of the frames of a clip that is masked; 0 = off.
+    See `AudioSpectrogramTransformer` for the arguments.
     """
 
     def __init__(self, stretch_factor: float, freq_mask_fraction: float, time_mask_fraction: float) -> None:

@@ -26,22 +26,16 @@ _WORDS_IN_WARNING = 8
 
 
 class TextTower(nn.Module, ABC):
-    """A module that embeds texts.
-
-    Attributes:
-        dim: Width of the embeddings.
-        depth: Number of blocks.
-    """
+    """A module of `depth` blocks that embeds texts in `dim` dimensions."""
 
     dim: int
     depth: int
 
     @abstractmethod
     def tokenize(self, texts: str | Sequence[str] | Tensor) -> Tensor:
-        """Return the ids `[b, t]` int64 of texts, -1 past the end; ids are only checked.
+        """Return the ids `[b, t]` int64 of texts, -1 past the end. An empty text raises a ValueError.
 
-        Raises:
-            ValueError: If a text is empty, or ids are out of range, too long or all padding.
+        Ids are only checked.
         """
 
     @abstractmethod
@@ -64,7 +58,6 @@ class TextTransformer(TextTower):
         num_tokens: Size of the embedding table; at least the tokenizer's vocabulary.
         max_seq_len: Tokens of a text that are read; longer texts are truncated with a warning.
         tokenizer: None = plain bytes (256 tokens, not trained).
-        ff_mult: Width of the feed-forward over `dim`.
         known_words: Words of the training captions (see `words_of`). In eval mode a text of mostly other words is
             reported in the log. None = no such report.
     """

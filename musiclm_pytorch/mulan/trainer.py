@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from beartype import beartype
-from torch import Tensor, nn
+from torch import Tensor
 
 from audiolm_pytorch.data.batches import collate_crops
 from audiolm_pytorch.data.crops import CropDataset
@@ -72,8 +72,7 @@ class MuLaNTask:
         num_left_out = len(train_items) - len(captioned)
         if num_left_out:
             logger.warning("%d of %d files have no caption or aspects and are left out", num_left_out, len(train_items))
-        self.module: nn.Module = mulan
-        self.mulan = mulan
+        self.module = self.mulan = mulan
         self.batch_size, self.chunk_size = batch_size, chunk_size
         self.captions = captions
         self.dataset = CropDataset(captioned, seconds, (mulan.sample_hz,), seed, cache_bytes)
@@ -156,14 +155,12 @@ class MuLaNTrainer:
             `valid.jsonl`; or a `.jsonl` file; or a folder of audio files with a text file beside each.
         items: Training items and held-out items, instead of `folder`. Items without a caption are left out.
         batch_size: Clips per step and process, which are contrasted with each other.
-        num_train_steps: Optimizer steps of the whole run.
         seconds: Length of the crops; shorter files are used whole.
         captions: Draws the texts of a clip. None = one caption, the next one in every epoch.
         chunk_size: Clips and texts that are embedded at a time; see `MuLaN.forward`.
         labels: Labels of the held-out files for zero-shot tagging. None = those that look like tags.
         valid_fraction: Share of held-out files, if the folder does not define them.
         results_folder: Folder of checkpoints and metrics, and finally of the model (`results_folder/mulan`).
-        cache_bytes: Memory for decoded audio.
         **settings: Further fields of `LoopSettings`.
     """
 

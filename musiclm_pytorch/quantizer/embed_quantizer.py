@@ -34,11 +34,10 @@ class MuLaNEmbedQuantizer(Conditioner):
     the table of its namespace.
 
     Args:
-        mulan: Embeds audio and text. It stays in eval mode and receives no gradients.
+        mulan: Stays in eval mode and receives no gradients.
         conditioning_dims: Width of the embeddings of each namespace.
-        namespaces: Names, one for each language model.
+        namespaces: One for each language model.
         rq_num_quantizers: Levels, that is codes per recording.
-        codebook_size: Codes per level.
     """
 
     codebooks: Tensor
@@ -65,16 +64,12 @@ class MuLaNEmbedQuantizer(Conditioner):
             )
         if min(*conditioning_dims, rq_num_quantizers, codebook_size) < 1:
             raise ValueError("conditioning_dims, rq_num_quantizers and codebook_size must be positive")
-        self.namespaces = tuple(namespaces)
-        self.conditioning_dims = tuple(conditioning_dims)
-        self.num_quantizers = rq_num_quantizers
-        self.codebook_size = codebook_size
+        self.namespaces, self.conditioning_dims = tuple(namespaces), tuple(conditioning_dims)
+        self.num_quantizers, self.codebook_size = rq_num_quantizers, codebook_size
         self.mulan = mulan.eval()
+        num_codes = rq_num_quantizers * codebook_size
         self.tables = nn.ModuleDict(
-            {
-                name: nn.Embedding(rq_num_quantizers * codebook_size, dim)
-                for name, dim in zip(namespaces, conditioning_dims)
-            }
+            {name: nn.Embedding(num_codes, dim) for name, dim in zip(namespaces, conditioning_dims)}
         )
         for parameter in self.tables.parameters():
             nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
@@ -108,8 +103,8 @@ class MuLaNEmbedQuantizer(Conditioner):
     def fingerprint(self) -> str:
         """Hash of everything that codes depend on: MuLaN, codebooks, means and map of texts, but not the tables.
 
-        It is the same on every device. A quantizer rounded to half precision has other codes and another fingerprint;
-        `save_parts` stores it in full precision then.
+        A quantizer rounded to half precision has other codes and another fingerprint; `save_parts` stores it in full
+        precision then.
         """
         buffers = {name: value for name, value in weights_of(self).items() if "." not in name and name != "fitted"}
         return digest_of({"mulan": part_fingerprint(self.mulan)}, buffers)
@@ -160,7 +155,6 @@ class MuLaNEmbedQuantizer(Conditioner):
             text_latents: `[k, d]` of texts that describe some of the audio, from which the alignment of texts is
                 learned (see `align_texts`). None = texts are not aligned.
             clip_index: `[k]` int, the audio row of each text. None = k is n, and text i describes audio i.
-            seed: Seed of the k-means.
         """
         self._check_latents(audio_latents)
         self.check_can_fit(len(audio_latents))
@@ -215,13 +209,9 @@ class MuLaNEmbedQuantizer(Conditioner):
         latents: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
-        """Codes `[b, q]` int64 of exactly one of waves, texts and latents of audio.
+        """Codes `[b, q]` int64 of exactly one of waves `[b, n]`, texts (or ids) and latents `[b, d]` of audio.
 
-        Args:
-            wavs: `[b, n]` float at `sample_hz`; audio longer than MuLaN's window is averaged over windows.
-            texts: One text, several, or ids.
-            latents: `[b, d]` of audio.
-            lengths: `[b]` samples of each wave. None = all `n`.
+        Waves longer than MuLaN's window are averaged over windows. `lengths [b]` are their samples; None = all `n`.
         """
         if sum(source is not None for source in (wavs, texts, latents)) == 1:
             if texts is not None:

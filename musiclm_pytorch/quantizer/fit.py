@@ -119,11 +119,7 @@ def fit_quantizer(
     Args:
         quantizer: Not fitted yet, with a trained MuLaN.
         held_out: Files for the metrics. Without any, the metrics are of the files that were fitted.
-        seed: Seed of the k-means and of the choice of windows.
         max_windows: Maximum of windows, and of captions, that are embedded; more are sampled at random.
-
-    Raises:
-        ValueError: If there are fewer windows than codes per level, or the quantizer is fitted already.
     """
     windows = _draw_windows(quantizer.mulan, items, max_windows, seed)
     quantizer.check_can_fit(sum(len(numbers) for numbers in windows))

@@ -32,9 +32,6 @@ def align_texts(audio: Tensor, text: Tensor, clip_index: Tensor) -> Alignment:
     Each modality has its own mean. Texts are scaled to the spread of audio, for which the codebooks are fitted, and
     mapped by a ridge regression to their audio. The regression shrinks towards the scale alone, not towards zero, since
     texts have less information than audio, and few pairs would move all of them to the mean.
-
-    Raises:
-        ValueError: If there is no text, or a row does not exist.
     """
     if (
         not len(text)

@@ -23,7 +23,7 @@ from musiclm_pytorch.evaluation.novelty import (
     novelty_metrics,
 )
 from musiclm_pytorch.evaluation.report import Metric, markdown_table, write_report
-from musiclm_pytorch.evaluation.retrieval import relevance_of, retrieval
+from musiclm_pytorch.evaluation.retrieval import retrieval
 from musiclm_pytorch.recipes.metrics.classifier import AttributeClassifier, fitted_classifier
 from musiclm_pytorch.recipes.metrics.clips import labels_of, load_clips
 from musiclm_pytorch.recipes.metrics.generation_metrics import (
@@ -148,7 +148,9 @@ def _retrieval_and_codes(model: "MusicLM", clips: ClipSet, waves: Tensor) -> lis
     quantizer = model.mulan_embed_quantizer
     audio = audio_latents(quantizer, waves, model.sample_hz)
     text = text_latents(quantizer, clips.captions)
-    ranked = retrieval(text @ audio.T, relevance_of(clips.captions))
+    # Equal captions describe each other's clips.
+    relevant = torch.tensor([[caption == other for other in clips.captions] for caption in clips.captions])
+    ranked = retrieval(text @ audio.T, relevant)
     audio_codes = quantizer.codes_from_latents(audio, "audio")
     text_codes = quantizer.codes_from_latents(text, "text")
     return [
