@@ -14,11 +14,9 @@ from musiclm_pytorch.evaluation.report import Metric
 
 __all__ = ["melody_similarity", "melody_spectrogram", "nearest_similarity", "novelty_metrics"]
 
-SAMPLE_HZ = 16_000
-HOP_SAMPLES = 1600
-NUM_MELS = 48
-DYNAMIC_RANGE_DB = 30.0
-CLIPS_PER_BATCH = 50
+_SAMPLE_HZ, _HOP_SAMPLES, _NUM_MELS = 16_000, 1600, 48
+_DYNAMIC_RANGE_DB = 30.0
+_CLIPS_PER_BATCH = 50
 
 
 @beartype
@@ -44,13 +42,18 @@ def melody_spectrogram(waves: Tensor, sample_hz: int) -> Tensor:
     Waves `[b, n]` become `[b, m, f]` of unit norm, with ten frames per second; silence becomes zeros.
     """
     mel = MelSpectrogram(
-        sample_hz=SAMPLE_HZ, n_fft=2 * HOP_SAMPLES, hop_length=HOP_SAMPLES, num_mels=NUM_MELS, f_min_hz=60, power=2.0
+        sample_hz=_SAMPLE_HZ,
+        n_fft=2 * _HOP_SAMPLES,
+        hop_length=_HOP_SAMPLES,
+        num_mels=_NUM_MELS,
+        f_min_hz=60,
+        power=2.0,
     )
     parts = []
-    for part in waves.split(CLIPS_PER_BATCH):
-        energy = mel(resample(part.float(), sample_hz, SAMPLE_HZ))
+    for part in waves.split(_CLIPS_PER_BATCH):
+        energy = mel(resample(part.float(), sample_hz, _SAMPLE_HZ))
         peak = energy.amax(dim=(1, 2), keepdim=True).clamp_min(1e-12)
-        levels = (energy / peak + 10 ** (-DYNAMIC_RANGE_DB / 10)).log10()
+        levels = (energy / peak + 10 ** (-_DYNAMIC_RANGE_DB / 10)).log10()
         parts.append(F.normalize((levels - levels.mean(dim=2, keepdim=True)).flatten(1), dim=1).view_as(levels))
     return torch.cat(parts)
 

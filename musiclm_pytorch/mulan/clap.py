@@ -15,16 +15,10 @@ from audiolm_pytorch.audio.padding import check_waves, items_by_length
 from audiolm_pytorch.conditioning.published_text import PublishedText, tokenizer_of
 from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer
 from audiolm_pytorch.nn.module_state import device_of
+from audiolm_pytorch.saving import hub
 from audiolm_pytorch.saving.files import read_json
 from audiolm_pytorch.saving.fingerprint import nameless_fingerprint
-from audiolm_pytorch.saving.hub import (
-    LoadedModel,
-    find_folder,
-    load_model,
-    model_settings,
-    portable_origin,
-    require_transformers,
-)
+from audiolm_pytorch.saving.hub import LoadedModel
 from audiolm_pytorch.saving.modules import load_module, register
 from musiclm_pytorch.mulan.joint import JointEmbedding, average_latents
 
@@ -132,7 +126,7 @@ class ClapMuLaN(JointEmbedding):
         where: dict[str, Any] = {"offline": offline, "revision": revision, "cache_dir": cache_dir}
         loaded = source
         if not isinstance(loaded, LoadedModel):
-            loaded = load_model(loaded, {"clap": "ClapModel"}, **where)
+            loaded = hub.load_model(loaded, {"clap": "ClapModel"}, **where)
         if not loaded.preprocessor:
             raise ValueError(
                 f"{loaded.source} has no preprocessor_config.json, which describes the spectrogram; copy it from the "
@@ -163,7 +157,7 @@ class ClapMuLaN(JointEmbedding):
         cache_dir: str | Path | None = None,
     ) -> "ClapMuLaN":
         """Load a CLAP from a folder of `save_module`, a folder in transformers' format, or the hub."""
-        folder, _ = find_folder(source, offline=offline, revision=revision, cache_dir=cache_dir)
+        folder, _ = hub.find_folder(source, offline=offline, revision=revision, cache_dir=cache_dir)
         config_file = folder / "config.json"
         if config_file.is_file() and "class" in read_json(config_file):
             return load_module(folder, expect=cls)  # type: ignore[return-value]
@@ -173,17 +167,17 @@ class ClapMuLaN(JointEmbedding):
     def config(self) -> dict[str, Any]:
         """Description of model and tokenizer from which `from_config` rebuilds the model, JSON-able."""
         return {
-            "model": model_settings(self.model),
+            "model": hub.model_settings(self.model),
             "tokenizer": self._text.tokenizer.to_json(),
             "options": {"window_stride_seconds": self.window_stride_seconds},
-            "origin": portable_origin(self.origin),
+            "origin": hub.portable_origin(self.origin),
             "preprocessor": self._spectrogram.settings,
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "ClapMuLaN":
         """Build from `config`, with new weights."""
-        transformers = require_transformers()
+        transformers = hub.require_transformers()
         model = transformers.ClapModel(transformers.ClapConfig.from_dict(dict(config["model"])))
         loaded = LoadedModel(model, preprocessor=config["preprocessor"], **config["origin"])
         tokenizer = TextTokenizer.from_json(config["tokenizer"], special_tokens=True)

@@ -25,6 +25,8 @@ __all__ = ["CaptionedClip", "MusicCapsItems", "musiccaps_items", "read_musiccaps
 logger = logging.getLogger(__name__)
 
 _NEEDED_COLUMNS = ("ytid", "start_s", "end_s", "aspect_list", "caption")
+# The published table has 3 MB.
+_MAX_TABLE_BYTES = 2**28
 _MAX_NAMES_IN_LOG = 20
 # Tools that cut clips add a fraction of a second. A whole video is much longer.
 _MAX_EXCESS_SECONDS = 2.0
@@ -156,6 +158,8 @@ def read_musiccaps(table: str | Path) -> list[CaptionedClip]:
     table = Path(table)
     if not table.is_file():
         raise ValueError(f"{table}: no such file; download musiccaps-public.csv and name it here")
+    if table.stat().st_size > _MAX_TABLE_BYTES:
+        raise ValueError(f"{table}: has {table.stat().st_size} bytes, more than the limit of {_MAX_TABLE_BYTES}")
     clips: dict[tuple[str, float, float], CaptionedClip] = {}
     for line, cells in _rows(table):
         try:

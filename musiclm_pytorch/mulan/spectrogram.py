@@ -1,6 +1,6 @@
 """Input of the audio tower: standardised log spectrograms, and their augmentation in training."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,14 +33,8 @@ class LogSpectrogram(nn.Module):
         self.num_bins = n_fft // 2 + 1 if num_mels is None else num_mels
         self.mel = None
         if num_mels is not None:
-            self.mel = MelSpectrogram(
-                sample_hz=sample_hz,
-                n_fft=n_fft,
-                win_length=win_length,
-                hop_length=hop_length,
-                num_mels=num_mels,
-                center=False,
-            )
+            sizes: dict[str, Any] = {"n_fft": n_fft, "win_length": win_length, "hop_length": hop_length}
+            self.mel = MelSpectrogram(sample_hz=sample_hz, num_mels=num_mels, center=False, **sizes)
 
     def forward(self, wavs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Natural logs `[b, bins, f]` float32 of waves `[b, n]` with lengths `[b]`, and frames per clip `[b]`."""
@@ -54,16 +48,9 @@ class LogSpectrogram(nn.Module):
             if self.mel is not None:
                 magnitudes = self.mel(padded)
             else:
-                spectrum = torch.stft(
-                    padded,
-                    self.n_fft,
-                    self.hop_length,
-                    self.win_length,
-                    torch.hann_window(self.win_length, dtype=torch.float32, device=wavs.device),
-                    center=False,
-                    return_complex=True,
-                )
-                magnitudes = spectrum.abs()
+                window = torch.hann_window(self.win_length, dtype=torch.float32, device=wavs.device)
+                sizes = self.n_fft, self.hop_length, self.win_length
+                magnitudes = torch.stft(padded, *sizes, window, center=False, return_complex=True).abs()
             return torch.log(magnitudes[..., : int(num_frames.max())] + _LOG_FLOOR), num_frames
 
     def standardise(self, logs: Tensor, num_frames: Tensor) -> Tensor:

@@ -18,23 +18,14 @@ from audiolm_pytorch.lm.stages import SemanticTransformer
 from audiolm_pytorch.lm.trainers import SemanticTransformerTrainer
 from audiolm_pytorch.lm.training_data import ShardSource, WaveSource
 from audiolm_pytorch.tokens.streams import Stream
-from tests.helpers.fakes import (
-    CONDITION,
-    SAMPLE_HZ,
-    SIZES,
-    FakeCodec,
-    FakeConditioner,
-    FakeSemanticTokenizer,
-    FakeTextConditioner,
-    tiny_stages,
-)
+from tests.helpers import fakes
 
 DRAWS = [(epoch, index) for epoch in range(50) for index in range(4)]
 TEXT = {"text_dim": 6}
 RUN = {"batch_size": 2, "num_train_steps": 2, "warmup_steps": 0}
 
 
-class MarkingConditioner(FakeConditioner):
+class MarkingConditioner(fakes.FakeConditioner):
     """Codes of audio begin with 1; codes of texts begin with 2 and contain the length of the text."""
 
     def codes(self, *, texts: list[str] | None = None, wavs: Tensor | None = None, lengths=None) -> Tensor:
@@ -80,7 +71,7 @@ def shards(tmp_path: Path) -> TokenShards:
 
 
 def _source(shards: TokenShards, **arguments: float) -> ShardSource:
-    stage = tiny_stages(**CONDITION)["semantic"]
+    stage = fakes.tiny_stages(**fakes.CONDITION)["semantic"]
     return ShardSource(shards, stage, seconds=1.0, audio_conditioner=MarkingConditioner(), **arguments)
 
 
@@ -106,14 +97,14 @@ def test_caption_draws_are_deterministic_and_do_not_change_crops(shards: TokenSh
 
 def wave_source(folder: Path, **arguments: object) -> WaveSource:
     """Crops of files for a stage with captions as codes and as states."""
-    stage = tiny_stages(**CONDITION, **TEXT)["semantic"]
-    made = {"wav2vec": FakeSemanticTokenizer(), "codec": None, "audio_conditioner": MarkingConditioner()}
+    stage = fakes.tiny_stages(**fakes.CONDITION, **TEXT)["semantic"]
+    made = {"wav2vec": fakes.FakeSemanticTokenizer(), "codec": None, "audio_conditioner": MarkingConditioner()}
     return WaveSource(load_items(folder).items, stage, seconds=0.4, **{**made, **arguments})
 
 
 def test_captions_of_files_replace_codes_too(tmp_path: Path, write_folder) -> None:
     """Training from waves uses all captions of a manifest in turns."""
-    folder = write_captions(write_folder(num_files=4, sample_hz=SAMPLE_HZ))
+    folder = write_captions(write_folder(num_files=4, sample_hz=fakes.SAMPLE_HZ))
     source = wave_source(folder, text_prob=0.5)
     batch = source.batch(DRAWS)
     given = source.read(batch)
@@ -136,7 +127,7 @@ def test_captions_of_files_replace_codes_too(tmp_path: Path, write_folder) -> No
 def test_validation_uses_codes_of_audio(shards: TokenShards, tmp_path: Path) -> None:
     """The held-out loss does not depend on captions; shards without caption latents raise an error."""
     run = {"batch_size": 2, "num_train_steps": 2, "warmup_steps": 0, "results_folder": tmp_path / "run"}
-    stage = tiny_stages(**CONDITION)["semantic"]
+    stage = fakes.tiny_stages(**fakes.CONDITION)["semantic"]
     trainer = SemanticTransformerTrainer(
         transformer=stage, audio_conditioner=MarkingConditioner(), shards=shards, text_prob=1.0, **run
     )
@@ -151,7 +142,7 @@ def test_validation_uses_codes_of_audio(shards: TokenShards, tmp_path: Path) -> 
     with pytest.raises(ValueError, match="probability"):
         _source(shards, text_prob=1.5)
     with pytest.raises(ValueError, match="audio_conditioner"):
-        ShardSource(shards, tiny_stages()["semantic"], seconds=1.0, audio_conditioner=None, text_prob=0.5)
+        ShardSource(shards, fakes.tiny_stages()["semantic"], seconds=1.0, audio_conditioner=None, text_prob=0.5)
     write_shards(tmp_path / "bare", lambda _: {"semantic": np.arange(50) % 12, "latents": np.ones((1, 2))}, 2, {})
     with pytest.raises(ValueError, match="text_latents"):
         _source(TokenShards(tmp_path / "bare"), text_prob=0.5)
@@ -160,7 +151,7 @@ def test_validation_uses_codes_of_audio(shards: TokenShards, tmp_path: Path) -> 
 def test_another_number_of_null_tokens_logs_one_warning(shards: TokenShards, tmp_path: Path, caplog) -> None:
     """A stage with 8 null tokens for 3 codes logs a warning in training; one with 3 does not."""
     for null_tokens, count in ((8, 1), (3, 0)):
-        stage = tiny_stages(**CONDITION, null_tokens=null_tokens)["semantic"]
+        stage = fakes.tiny_stages(**fakes.CONDITION, null_tokens=null_tokens)["semantic"]
         caplog.clear()
         SemanticTransformerTrainer(
             transformer=stage,
@@ -174,7 +165,7 @@ def test_another_number_of_null_tokens_logs_one_warning(shards: TokenShards, tmp
 
 def test_captions_and_codes_of_shards_take_the_same_turns(shards: TokenShards) -> None:
     """Each epoch uses the next caption of a record, for codes and for states."""
-    stage = tiny_stages(**CONDITION, **TEXT)["semantic"]
+    stage = fakes.tiny_stages(**fakes.CONDITION, **TEXT)["semantic"]
     source = ShardSource(shards, stage, seconds=1.0, audio_conditioner=MarkingConditioner(), text_prob=1.0)
     given = source.read(source.batch(DRAWS))
     assert given.texts == [caption_of(index, epoch % index) if index else None for epoch, index in DRAWS]
@@ -200,12 +191,15 @@ def test_every_item_is_conditioned_on_its_own_caption(
     origin: str, both: bool, shards: TokenShards, tmp_path: Path, write_folder
 ) -> None:
     """From waves and from shards, states do not depend on the batch; an item without a caption has none."""
-    stage, texts = tiny_stages(**(CONDITION if both else {}), **TEXT)["semantic"].eval(), FakeTextConditioner()
+    stage, texts = (
+        fakes.tiny_stages(**(fakes.CONDITION if both else {}), **TEXT)["semantic"].eval(),
+        fakes.FakeTextConditioner(),
+    )
     data = {"shards": shards}
     if origin == "waves":
-        folder = write_captions(write_folder(num_files=4, sample_hz=SAMPLE_HZ))
-        data = {"items": (load_items(folder).items,) * 2, "wav2vec": FakeSemanticTokenizer()}
-    conditioner = FakeConditioner() if both else None
+        folder = write_captions(write_folder(num_files=4, sample_hz=fakes.SAMPLE_HZ))
+        data = {"items": (load_items(folder).items,) * 2, "wav2vec": fakes.FakeSemanticTokenizer()}
+    conditioner = fakes.FakeConditioner() if both else None
     trainer = SemanticTransformerTrainer(
         transformer=stage,
         audio_conditioner=conditioner,
@@ -221,7 +215,7 @@ def test_every_item_is_conditioned_on_its_own_caption(
     states = received[0].text
     assert (received[0].codes is not None) == both and states.embeddings.shape == (4, 4, 6)
     for item, caption in enumerate((caption_of(3, 1), None, caption_of(2, 1), caption_of(1, 0))):
-        alone = None if caption is None else FakeTextConditioner()(caption)
+        alone = None if caption is None else fakes.FakeTextConditioner()(caption)
         assert states.mask[item].sum() == (0 if caption is None else len(caption))
         assert caption is None or torch.equal(states.embeddings[item][states.mask[item]], alone.embeddings[0])
     received.clear()
@@ -240,15 +234,15 @@ def test_a_stage_follows_captions(tmp_path: Path) -> None:
 
     write_shards(tmp_path / "shards", make_record, 4, {})
     torch.manual_seed(0)
-    stage = SemanticTransformer(num_semantic_tokens=12, eos=False, cond_drop_prob=0.1, **TEXT, **SIZES)
+    stage = SemanticTransformer(num_semantic_tokens=12, eos=False, cond_drop_prob=0.1, **TEXT, **fakes.SIZES)
     SemanticTransformerTrainer(
         transformer=stage,
-        text_conditioner=FakeTextConditioner(),
+        text_conditioner=fakes.FakeTextConditioner(),
         shards=TokenShards(tmp_path / "shards"),
         results_folder=tmp_path / "run",
         **{**RUN, "batch_size": 4, "num_train_steps": 80, "learning_rate": 1e-2},
     ).train()
-    wrapper = SemanticTransformerWrapper(stage, text_conditioner=FakeTextConditioner())
+    wrapper = SemanticTransformerWrapper(stage, text_conditioner=fakes.FakeTextConditioner())
     conditions = wrapper.condition(text=captions)
     greedy = SamplingSettings(temperature=0.0)
     drawn = wrapper.generate(10, conditioning=conditions, batch_size=4, settings=greedy)
@@ -257,13 +251,13 @@ def test_a_stage_follows_captions(tmp_path: Path) -> None:
 
 def test_a_text_conditions_codes_and_states() -> None:
     """A stage gets the codes and states that it accepts; codes of a wave replace those of the text."""
-    own = {"audio_conditioner": FakeConditioner(), "text_conditioner": FakeTextConditioner()}
+    own = {"audio_conditioner": fakes.FakeConditioner(), "text_conditioner": fakes.FakeTextConditioner()}
     codes = torch.tensor([[1, 2, 3]])
 
     def wrapper_of(sizes: dict, **parts: object) -> SemanticTransformerWrapper:
-        return SemanticTransformerWrapper(tiny_stages(**sizes)["semantic"], **parts)
+        return SemanticTransformerWrapper(fakes.tiny_stages(**sizes)["semantic"], **parts)
 
-    both = wrapper_of({**CONDITION, **TEXT}, **own)
+    both = wrapper_of({**fakes.CONDITION, **TEXT}, **own)
     assert both.condition() is None
     spoken = both.condition(text=["a", "bb"])
     assert len(spoken.codes) == 2 and spoken.text.mask.sum(1).tolist() == [1, 2]
@@ -272,15 +266,20 @@ def test_a_text_conditions_codes_and_states() -> None:
     assert torch.equal(beside.codes.embeddings, both.condition(codes=codes).codes.embeddings)
     assert both.condition(codes=codes).text is None
     assert wrapper_of(TEXT, **own).condition(text="a").codes is None
-    assert wrapper_of(CONDITION, **own).condition(text="a").text is None
+    assert wrapper_of(fakes.CONDITION, **own).condition(text="a").text is None
     for sizes, parts, given, message in [
         ({}, own, {"text": "a"}, "does not accept such a condition: it needs an audio_conditioner"),
         (TEXT, own, {"codes": codes}, "does not accept such a condition"),
         (TEXT, {}, {"text": "a"}, "needs a text_conditioner"),
-        (CONDITION, {}, {"codes": codes}, "needs an audio_conditioner"),
-        ({**CONDITION, **TEXT}, {"text_conditioner": own["text_conditioner"]}, {"text": "a"}, "an audio_conditioner"),
-        ({**CONDITION, "text_dim": 5}, own, None, "set text_dim=6"),
-        ({**CONDITION, "cond_dim": 5}, own, None, "set cond_dim=8"),
+        (fakes.CONDITION, {}, {"codes": codes}, "needs an audio_conditioner"),
+        (
+            {**fakes.CONDITION, **TEXT},
+            {"text_conditioner": own["text_conditioner"]},
+            {"text": "a"},
+            "an audio_conditioner",
+        ),
+        ({**fakes.CONDITION, "text_dim": 5}, own, None, "set text_dim=6"),
+        ({**fakes.CONDITION, "cond_dim": 5}, own, None, "set cond_dim=8"),
     ]:
         with pytest.raises(ValueError, match=message):
             wrapper_of(sizes, **parts).condition(**(given or {}))
@@ -289,8 +288,8 @@ def test_a_text_conditions_codes_and_states() -> None:
 def test_missing_captions_or_text_encoders_raise_errors(shards: TokenShards, tmp_path: Path, write_folder) -> None:
     """Missing captions, a missing encoder, or an encoder for a stage without a text_dim is an error."""
     common = {"results_folder": tmp_path / "run", **RUN}
-    with_texts, without_texts = tiny_stages(**TEXT)["semantic"], tiny_stages()["semantic"]
-    reader = {"text_conditioner": FakeTextConditioner()}
+    with_texts, without_texts = fakes.tiny_stages(**TEXT)["semantic"], fakes.tiny_stages()["semantic"]
+    reader = {"text_conditioner": fakes.FakeTextConditioner()}
     with pytest.raises(ValueError, match="text_conditioner and a transformer with a text_dim need each other"):
         SemanticTransformerTrainer(transformer=with_texts, shards=shards, **common)
     with pytest.raises(ValueError, match="text_conditioner and a transformer with a text_dim need each other"):
@@ -298,10 +297,10 @@ def test_missing_captions_or_text_encoders_raise_errors(shards: TokenShards, tmp
     write_shards(tmp_path / "bare", lambda _: {"semantic": np.arange(50) % 12}, 2, {})
     with pytest.raises(ValueError, match=r"the stage needs \['captions', 'semantic'\]"):
         SemanticTransformerTrainer(transformer=with_texts, shards=TokenShards(tmp_path / "bare"), **reader, **common)
-    folder = write_folder(num_files=4, sample_hz=SAMPLE_HZ)
+    folder = write_folder(num_files=4, sample_hz=fakes.SAMPLE_HZ)
     with pytest.raises(ValueError, match="none of 3 recordings has one; write captions in a manifest"):
         SemanticTransformerTrainer(
-            transformer=with_texts, wav2vec=FakeSemanticTokenizer(), folder=folder, **reader, **common
+            transformer=with_texts, wav2vec=fakes.FakeSemanticTokenizer(), folder=folder, **reader, **common
         )
     silent = {"semantic": np.arange(50) % 12, "captions": encode_texts([])}
     write_shards(tmp_path / "silent", lambda _: silent, 2, {})
@@ -320,7 +319,7 @@ def test_extra_streams_come_from_shards(tmp_path: Path) -> None:
 
     write_shards(tmp_path, make_record, 2, {})
     extra = [Stream("melody", 7, rate_hz=10, is_input=True), Stream("words", 5, rate_hz=None, is_input=True)]
-    stage = tiny_stages()["fine"]
+    stage = fakes.tiny_stages()["fine"]
     stage = type(stage)(**{**stage.config, "extra_streams": extra})
     source = ShardSource(TokenShards(tmp_path), stage, seconds=0.5, audio_conditioner=None)
     batch = source.batch([(epoch, index) for epoch in range(8) for index in (0, 1)])
@@ -334,4 +333,4 @@ def test_extra_streams_come_from_shards(tmp_path: Path) -> None:
     assert set(zip(starts.tolist(), batch.tokens["melody"][:, 0].tolist())) <= beginnings
     assert stage(stage.packed(given.tokens)).loss.isfinite()
     with pytest.raises(ValueError, match="'melody' tokens cannot be computed from waves"):
-        WaveSource([], stage, seconds=1.0, wav2vec=None, codec=FakeCodec(), audio_conditioner=None)
+        WaveSource([], stage, seconds=1.0, wav2vec=None, codec=fakes.FakeCodec(), audio_conditioner=None)

@@ -21,6 +21,7 @@ from audiolm_pytorch.saving.modules import load_module
 from musiclm_pytorch.pipeline.pipeline import STEPS, Pipeline
 from musiclm_pytorch.pretrained.model_folder import PARTS, load_musiclm
 from tests.helpers import micro
+from tests.helpers.bad_input import listing
 from tests.helpers.micro import MICRO, write_clips
 
 MODEL_FILES = [f"{part}/{file}" for part in PARTS for file in ("config.json", "model.safetensors")]
@@ -29,11 +30,6 @@ MODEL_FILES = [f"{part}/{file}" for part in PARTS for file in ("config.json", "m
 def content(folder: Path) -> dict[str, bytes]:
     """The files of an assembled model."""
     return {name: (folder / "model" / name).read_bytes() for name in MODEL_FILES}
-
-
-def listing(folder: Path) -> set[str]:
-    """Everything below a folder."""
-    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
 def test_the_model_of_a_run_generates(micro_run):
