@@ -248,7 +248,7 @@ class TrainingRun:
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Restore everything but the module's weights from a checkpoint."""
         for optimizer in self.optimizers:
-            rest = checkpoint.state.get("optimizers", {}).get(optimizer.phase.name, {})
+            rest = checkpoint.state["optimizers"][optimizer.phase.name]
             optimizer.load_state(checkpoint.tensors["optimizer"], rest)
         if self.ema is not None:
             self.ema.load(checkpoint.tensors["ema"])
