@@ -35,10 +35,8 @@ class CropDataset:
     """Crops of audio files, decoded once and cached in memory as 16-bit samples as far as they fit.
 
     Args:
-        items: Files, as checked by `load_items`.
         seconds: Length of a crop; a shorter file is returned whole. None returns whole files.
         rates_hz: Sample rates of the crops, multiples of 25 Hz.
-        seed: Seed of the positions.
         cache_bytes: Memory for decoded audio (16-bit at the highest rate). The first files that fit are cached and the
             others are read from disk for every crop. The choice does not depend on the order of use, so that a resumed
             run receives the same bits.

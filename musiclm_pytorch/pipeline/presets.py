@@ -80,13 +80,10 @@ class SemanticConfig(TransformerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class MuLaNConfig(TransformerConfig):
-    """Both towers of a MuLaN, which have the same size.
+    """Both towers of a MuLaN, which have the same size. The FFT length `n_fft` is in samples at 16 kHz.
 
-    Attributes:
-        n_fft: FFT length of the audio tower in samples at 16 kHz.
-        patch_dropout: Share of the audio patches that training leaves out.
-        caption_dropout: Probability that training leaves out a part of a caption.
-        chunk_size: Clips that are embedded in one forward pass; None for the whole batch.
+    Training leaves out a share of the audio patches (`patch_dropout`) and parts of captions (`caption_dropout`). It
+    embeds `chunk_size` clips in one forward pass, or the whole batch.
     """
 
     num_mels: int

@@ -61,13 +61,7 @@ def compute_tokens(
             "duration_seconds": np.asarray(item.num_samples / item.sample_hz, dtype=np.float32),
         }
 
-    write_shards(
-        folder,
-        make_record,
-        len(items),
-        fingerprint,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-    )
+    processes = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    write_shards(folder, make_record, len(items), fingerprint, **processes)
     accelerator.wait_for_everyone()
     return TokenShards(folder, fingerprint)

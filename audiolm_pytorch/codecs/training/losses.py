@@ -28,10 +28,8 @@ class MultiScaleMelLoss(nn.Module):
     def __init__(self, sample_hz: int) -> None:
         super().__init__()
         self.scales = nn.ModuleList(
-            [
-                MelSpectrogram(sample_hz=sample_hz, n_fft=window, hop_length=window // 4, num_mels=num_mels)
-                for window, num_mels in _WINDOWS_AND_MELS
-            ]
+            MelSpectrogram(sample_hz=sample_hz, n_fft=window, hop_length=window // 4, num_mels=num_mels)
+            for window, num_mels in _WINDOWS_AND_MELS
         )
         # a full-scale sine has magnitude window / 4 under a Hann window
         self.gains = [4.0 / window for window, _ in _WINDOWS_AND_MELS]

@@ -100,13 +100,9 @@ class CodecTask:
     for the codebooks than those of an untrained one, and no code dies while the encoder still moves fast. Codebooks
     that are trained already, as in fine-tuning, are not initialised again.
 
-    Args:
-        discriminators: Module `wave [b, c, n] -> list of ScaleOutput`; needed if the adversarial weight is above 0.
-        adversarial_start_step: Step at which the discriminators begin to learn.
-        discriminator_lead_steps: Steps that they learn before the codec uses their losses. The balancer gives untrained
-            discriminators as much of the gradient as trained ones, which would damage a trained codec.
-        unquantized_steps: Steps before quantization begins, and untrained codebooks are initialised.
-        noise: For a codec with a denoising condition, mixtures over `train` and for validation.
+    The discriminators learn for `discriminator_lead_steps` before the codec uses their losses, because the balancer
+    gives untrained discriminators as much of the gradient as trained ones, which would damage a trained codec. `noise`
+    holds mixtures over `train` and for validation. `SoundStreamTrainer` describes the other arguments.
     """
 
     name = "codec"
