@@ -1,4 +1,4 @@
-"""Neural audio codecs: waves to discrete codes and back."""
+"""Neural audio codecs, which encode waves as discrete codes and decode the codes."""
 
 from audiolm_pytorch.codecs.base import Codec, StreamingCodec
 from audiolm_pytorch.codecs.pretrained import DacWrapper, EncodecWrapper, MimiWrapper, open_codec

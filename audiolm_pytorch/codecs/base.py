@@ -1,4 +1,4 @@
-"""The interfaces of audio codecs, and the checks of their inputs."""
+"""The interfaces of audio codecs, and checks of their inputs."""
 
 import math
 from abc import ABC, abstractmethod
@@ -15,11 +15,11 @@ __all__ = ["Codec", "EncodedWave", "StreamingCodec"]
 
 
 class EncodedWave(NamedTuple):
-    """Codes of waves, with the loudness of their segments if the codec normalises segments.
+    """Codes of a batch of waves, and the loudness of their segments if the codec normalises segments.
 
     Attributes:
-        codes: `[b, f, q]` int64, -1 past an item's own frames.
-        scales: RMS of each segment `[b, s]`, 0 past an item's own segments; None without normalisation.
+        codes: `[b, f, q]` int64; -1 after the last frame of an item.
+        scales: RMS of each segment `[b, s]`; 0 after the last segment of an item. None if the codec does not normalise.
     """
 
     codes: Tensor
@@ -27,15 +27,16 @@ class EncodedWave(NamedTuple):
 
 
 class Codec(nn.Module, ABC):
-    """A neural audio codec: waves to frames of discrete codes and back.
+    """A neural audio codec, which encodes waves as frames of discrete codes and decodes the codes.
 
     Attributes:
         target_sample_hz: Sample rate of the waves.
         downsample_factor: Samples per frame.
-        channels: Audio channels.
-        num_quantizers: Codes per frame, coarse to fine; with groups, levels times groups.
-        codebook_size: Codes per level.
-        has_scales: Whether `encode` returns the loudness of segments beside the codes.
+        channels: Number of audio channels.
+        num_quantizers: Codes per frame, from coarse to fine. With groups, it is the number of levels times the number
+            of groups.
+        codebook_size: Size of a codebook: the number of different codes in a column.
+        has_scales: Whether `encode` also returns the loudness of segments.
     """
 
     target_sample_hz: int
@@ -47,57 +48,59 @@ class Codec(nn.Module, ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hash of everything that the codes depend on."""
+        """Hash of the weights and settings that determine the codes."""
 
     @abstractmethod
     def tokenize(self, wave: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Encode waves.
+        """Encode waves as codes.
 
         Args:
             wave: `[b, n]` or `[b, c, n]` in [-1, 1] at `target_sample_hz`; any number of samples.
-            lengths: Samples of each item `[b]`; None if no item is padded.
+            lengths: Number of samples of each item `[b]`; None if no item is padded.
 
         Returns:
-            Codes `[b, f, q]` int64, coarse level first; -1 past an item's own frames.
+            Codes `[b, f, q]` int64, coarse level first; -1 after the last frame of an item.
         """
 
     @abstractmethod
     def decode_from_codebook_indices(self, codes: Tensor, num_samples: int | None = None) -> Tensor:
-        """Decode codes.
+        """Decode codes to waves.
 
         Args:
-            codes: `[b, f, q']`, the first q' columns; q' may be any number from 1 to q.
-            num_samples: Length of the result; None for all samples that the frames cover.
+            codes: `[b, f, q']`, the first q' of q columns; q' can be 1 to q.
+            num_samples: Number of samples of the result; None for all samples that the frames cover.
 
         Returns:
             Waves `[b, c, n]` at `target_sample_hz`.
         """
 
     def encode(self, wave: Tensor, lengths: Tensor | None = None) -> EncodedWave:
-        """Like `tokenize`, with the loudness of the segments if the codec normalises them."""
+        """Encode waves as `tokenize` does, and also return the loudness of segments if the codec uses it."""
         return EncodedWave(self.tokenize(wave, lengths))
 
     def decode(self, codes: Tensor, scales: Tensor | None = None, num_samples: int | None = None) -> Tensor:
-        """Like `decode_from_codebook_indices`, with the scales `[b, s]` that `encode` returned."""
+        """Decode codes as `decode_from_codebook_indices` does, with the scales `[b, s]` that `encode` returned."""
         if scales is not None:
-            raise ValueError(f"{type(self).__name__} does not normalise segments and has no scales; leave them out")
+            raise ValueError(
+                f"{type(self).__name__} does not normalise segments and has no scales; call decode without scales"
+            )
         return self.decode_from_codebook_indices(codes, num_samples)
 
     def num_frames(self, num_samples: int) -> int:
-        """Frames that cover `num_samples` samples; the last frame may be partly silence."""
+        """Number of frames that cover `num_samples` samples; the last frame can be partly silence."""
         return frames_covering(num_samples, self.downsample_factor)
 
     def covered_samples(self, num_frames: int) -> int:
-        """Samples that `num_frames` frames decode to."""
+        """Number of samples to which `num_frames` frames decode."""
         return num_frames * self.downsample_factor
 
     def bitrate_kbps(self, num_levels: int | None = None) -> float:
-        """Bitrate of the first `num_levels` codes of each frame (None: all), without entropy coding."""
+        """Bitrate of the first `num_levels` codes of each frame (None: of all codes), without entropy coding."""
         num_levels = self.check_num_levels(num_levels)
         return num_levels * math.log2(self.codebook_size) * self.target_sample_hz / self.downsample_factor / 1000
 
     def check_num_levels(self, num_levels: int | None) -> int:
-        """Check that the codec has `num_levels` codes per frame and return the number; None means all."""
+        """Check that the codec has `num_levels` codes per frame, and return the number; None means all codes."""
         if num_levels is None:
             return self.num_quantizers
         if not 1 <= num_levels <= self.num_quantizers:
@@ -112,7 +115,7 @@ class Codec(nn.Module, ABC):
         if wave.ndim != 3 or wave.shape[1] != self.channels or not (may_be_empty or wave.shape[-1]):
             shapes = "[b, n] or [b, 1, n]" if self.channels == 1 else f"[b, {self.channels}, n]"
             raise ValueError(
-                f"audio must be {shapes} with n > 0 samples at {self.target_sample_hz} Hz, got {shape}"
+                f"audio must be {shapes} with n > 0 samples at {self.target_sample_hz} Hz, got shape {shape}"
                 f"{_shape_advice(shape, self.channels)}"
             )
         if not wave.is_floating_point():
@@ -121,15 +124,17 @@ class Codec(nn.Module, ABC):
             )
         # Unlike isfinite().all(), the two extremes need no second copy of a long recording.
         if wave.numel() and not all(extreme.isfinite() for extreme in torch.aminmax(wave.detach())):
-            raise ValueError("audio holds NaN or infinite samples; clean it first, e.g. with torch.nan_to_num")
+            raise ValueError("audio contains NaN or infinite samples; replace them first, e.g. with torch.nan_to_num")
         return wave.to(next(self.parameters()).dtype)
 
     def _check_codes(self, codes: Tensor) -> Tensor:
         """Check that codes are integers `[b, f, q']` in the range of the codebooks, and return them."""
         if codes.ndim != 3 or not 1 <= codes.shape[-1] <= self.num_quantizers:
-            raise ValueError(f"codes must be [b, f, 1..{self.num_quantizers}], got {list(codes.shape)}")
+            raise ValueError(
+                f"codes must be [b, f, q] with q in 1..{self.num_quantizers}, got shape {list(codes.shape)}"
+            )
         if codes.is_floating_point() or codes.dtype == torch.bool:
-            raise ValueError(f"codes must be integers, got {codes.dtype}")
+            raise ValueError(f"codes must be integers, got {codes.dtype}; convert them with .long()")
         if codes.numel() and (codes.min() < 0 or codes.max() >= self.codebook_size):
             raise ValueError(
                 f"codes must lie in 0..{self.codebook_size - 1}, got {int(codes.min())}..{int(codes.max())}; cut off "
@@ -141,7 +146,10 @@ class Codec(nn.Module, ABC):
         """Check that `num_frames` frames decode to at least `num_samples` samples."""
         covered = self.covered_samples(num_frames)
         if num_samples is not None and not 0 <= num_samples <= covered:
-            raise ValueError(f"{num_frames} frames cover {covered} samples, num_samples is {num_samples}")
+            raise ValueError(
+                f"{num_frames} frames of codes cover only {covered} samples, got num_samples={num_samples}; "
+                "request fewer samples"
+            )
 
 
 class StreamingCodec(Codec):
@@ -150,24 +158,24 @@ class StreamingCodec(Codec):
     @property
     @abstractmethod
     def encoder_latency_seconds(self) -> float:
-        """Longest time from a sample to the code of its frame: the frame itself and the look-ahead."""
+        """Longest time from a sample to the codes of its frame: one frame plus the look-ahead of the encoder."""
 
     @property
     @abstractmethod
     def decoder_latency_seconds(self) -> float:
-        """Duration of the codes after a frame that the decoder needs before it returns the frame's samples."""
+        """Duration of the later codes that the decoder needs before it returns the samples of a frame."""
 
     @abstractmethod
     def encoder_stream(self) -> EncoderStream:
-        """A new stream from waves to the codes that `tokenize` returns for the whole wave."""
+        """Create a stream that encodes a wave chunk by chunk; the codes, concatenated, equal `tokenize(wave)`."""
 
     @abstractmethod
     def decoder_stream(self) -> DecoderStream:
-        """A new stream from codes to the waves that `decode_from_codebook_indices` returns for all codes."""
+        """Create a decoder stream; its chunks, concatenated, equal `decode_from_codebook_indices(codes)`."""
 
 
 def _shape_advice(shape: list[int], channels: int) -> str:
-    """How to turn audio of this shape into the right shape, to end an error message; empty if that is unclear."""
+    """End of an error message that explains how to correct the shape of a wave; empty if this is unclear."""
     if len(shape) == 1:
         return "; add the batch axis: wave.unsqueeze(0)"
     if len(shape) == 3 and shape[2] == channels != shape[1]:

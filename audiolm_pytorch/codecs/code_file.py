@@ -1,4 +1,4 @@
-"""The codes of a sound in a safetensors file, with everything that decoding needs."""
+"""Reading and writing of safetensors files with the codes of a sound and the information for decoding."""
 
 import json
 import math
@@ -22,18 +22,18 @@ _CODES, _SCALES, _HEADER = "codes", "scales", "audio_codes"
 
 @dataclass(frozen=True)
 class CodesInfo:
-    """The codec and the sound that codes belong to.
+    """Description of the codec and of the encoded sound in a code file.
 
     Attributes:
         codec_class: Class name of the codec.
-        codec_fingerprint: Its fingerprint.
-        codebook_size: Codes per level (v).
-        sample_hz: The codec's sample rate.
-        num_samples: Samples of the sound at the codec's rate.
-        channels: The codec's audio channels.
+        codec_fingerprint: Fingerprint of the codec.
+        codebook_size: Number of different codes per level (v).
+        sample_hz: Sample rate of the codec.
+        num_samples: Samples per channel of the sound at `sample_hz`.
+        channels: Number of audio channels of the codec.
         original_sample_hz: Sample rate of the encoded file.
-        original_num_samples: Its samples per channel.
-        original_channels: Its channels.
+        original_num_samples: Samples per channel of the encoded file.
+        original_channels: Number of channels of the encoded file.
     """
 
     codec_class: str
@@ -57,12 +57,12 @@ class CodesInfo:
 
 @dataclass(frozen=True)
 class StoredCodes:
-    """The codes of one sound.
+    """The codes of one sound, with the information for decoding.
 
     Attributes:
         codes: `[f, q]` int64, coarse level first.
-        info: Codec and sound.
-        scales: Loudness of each segment `[s]` float32, if the codec has scales.
+        info: Description of the codec and of the sound.
+        scales: Loudness of each segment `[s]` float32; None if the codec has no scales.
     """
 
     codes: Tensor
@@ -72,7 +72,9 @@ class StoredCodes:
     def __post_init__(self) -> None:
         codes, largest = self.codes, self.info.codebook_size - 1
         if codes.ndim != 2 or codes.numel() == 0 or codes.dtype != torch.int64:
-            raise ValueError(f"codes must be int64 [f, q] with at least one frame, got {codes.dtype} {[*codes.shape]}")
+            raise ValueError(
+                f"codes must be int64 [f, q] with at least one frame, got {codes.dtype} with shape {[*codes.shape]}"
+            )
         if codes.min() < 0 or codes.max() > largest:
             raise ValueError(f"codes must lie in 0..{largest}, got {int(codes.min())}..{int(codes.max())}")
         scales = self.scales
@@ -80,23 +82,23 @@ class StoredCodes:
             scales.ndim == 1 and scales.dtype == torch.float32 and (scales.isfinite() & (scales >= 0)).all()
         ):
             raise ValueError(
-                f"scales must be float32 [s], finite and not negative, got {scales.dtype} {[*scales.shape]}"
+                f"scales must be float32 [s], finite and not negative, got {scales.dtype} with shape {[*scales.shape]}"
             )
 
     @property
     def seconds(self) -> float:
-        """Length of the sound."""
+        """Duration of the sound."""
         return self.info.num_samples / self.info.sample_hz
 
     @property
     def kbps(self) -> float:
-        """Bitrate of codes and scales, without entropy coding."""
+        """Bitrate of codes and scales together, without entropy coding."""
         bits = self.codes.numel() * math.log2(self.info.codebook_size)
         bits += 0 if self.scales is None else 32 * self.scales.numel()
         return bits / self.seconds / 1000
 
     def check_codec(self, codec: Codec, fingerprint: str) -> None:
-        """Check that `codec`, which has this fingerprint, made these codes; another codec would decode noise."""
+        """Check that a codec with this fingerprint encoded the sound; another codec would decode noise."""
         info, (num_frames, num_levels) = self.info, self.codes.shape
         if fingerprint != info.codec_fingerprint:
             raise ValueError(
@@ -108,8 +110,9 @@ class StoredCodes:
         codec_sizes = (codec.target_sample_hz, codec.channels, codec.codebook_size, num_expected)
         if sizes != codec_sizes or num_levels > codec.num_quantizers:
             raise ValueError(
-                f"the codes (Hz, channels, codebook size, frames: {sizes}; {num_levels} levels) do not fit their codec "
-                f"({codec_sizes}; at most {codec.num_quantizers} levels); encode the sound again"
+                f"the file contradicts its codec: (Hz, channels, codebook size, frames) are {sizes} with "
+                f"{num_levels} levels, the codec has {codec_sizes} with at most {codec.num_quantizers} levels; "
+                "encode the sound again"
             )
         if (self.scales is not None) != codec.has_scales:
             raise ValueError(
@@ -120,14 +123,14 @@ class StoredCodes:
 
 @beartype
 def write_codes(path: str | Path, stored: StoredCodes) -> None:
-    """Write codes to a safetensors file (atomically); missing folders are created.
+    """Write codes to a safetensors file, which appears only when it is complete; missing folders are created.
 
     The tensor `codes [f, q]` is int16, or int32 for more than 2^15 codes; `scales [s]` is float32. The header entry
     `audio_codes` is a JSON object with `format_version` and the fields of `CodesInfo`.
     """
     path = Path(path)
     if path.suffix != _SUFFIX:
-        raise ValueError(f"cannot write codes to {path}; use a name that ends in {_SUFFIX}")
+        raise ValueError(f"cannot write codes to {path}; use a file name that ends in {_SUFFIX}")
     dtype = torch.int16 if stored.info.codebook_size <= 2**15 else torch.int32
     header = json.dumps({"format_version": _FORMAT_VERSION, **asdict(stored.info)})
     tensors = {_CODES: stored.codes.to(dtype)}
@@ -138,10 +141,10 @@ def write_codes(path: str | Path, stored: StoredCodes) -> None:
 
 @beartype
 def read_codes(path: str | Path) -> StoredCodes:
-    """Read and check a file of `write_codes`; any fault raises a ValueError that names the file."""
+    """Read and check a file that `write_codes` wrote; a damaged or different file raises a ValueError with its path."""
     tensors, metadata = read_weights(path)
     if _CODES not in tensors or tensors.keys() - {_CODES, _SCALES} or _HEADER not in metadata:
-        raise ValueError(f"{path} does not hold the codes of a sound; create such files with write_codes")
+        raise ValueError(f"{path} is not a file of codes; create such files with write_codes")
     try:
         header = json.loads(metadata[_HEADER])
     except json.JSONDecodeError as error:
@@ -166,6 +169,7 @@ def _read_info(header: dict[str, Any]) -> CodesInfo:
     names = {field.name for field in fields(CodesInfo)}
     if header.keys() != names:
         raise ValueError(
-            f"the header lacks {sorted(names - header.keys())} or has unknown entries {sorted(header.keys() - names)}"
+            f"the header lacks entries {sorted(names - header.keys())} or has unknown entries "
+            f"{sorted(header.keys() - names)}"
         )
     return CodesInfo(**header)

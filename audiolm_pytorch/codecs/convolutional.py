@@ -1,8 +1,8 @@
 """The causal convolutional encoder and decoder of SoundStream (arXiv 2107.03312, sections III-A and III-B).
 
-Layers work on images of one row, `[b, d, 1, n]`, in channels-last memory. In this layout torch 2.13 on a CPU convolves
-at 100 to 120 GMAC/s per core for any length, against 60 to 100 with time innermost. Every causal layer accepts the
-`StreamState` of a stream; without a state it starts from silence.
+Layers work on images of one row, `[b, d, 1, n]`, in channels-last memory. In this layout torch 2.13 on a CPU computes
+100 to 120 GMAC/s per core for any length; with time as the last dimension in memory it computes 60 to 100 GMAC/s. Every
+causal layer accepts a `StreamState`; without a state, the layer assumes silence before its input.
 """
 
 import math
@@ -33,7 +33,7 @@ _CHUNK_SAMPLES_CPU, _CHUNK_SAMPLES_GPU = 48_000, 1_000_000
 
 
 class CausalConv1d(nn.Module):
-    """A convolution padded on the left only: output step i depends on input steps up to `(i + 1) * stride - 1`."""
+    """A convolution padded only on the left: output step i depends on input steps up to `(i + 1) * stride - 1`."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class CausalConv1d(nn.Module):
         self.num_past = dilation * (kernel_size - 1) + 1 - stride
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
-        """`[b, d, 1, n]` to `[b, d', 1, n / stride]`; with a state, n must be a multiple of the stride."""
+        """Convolve `[b, d, 1, n]` to `[b, d', 1, n / stride]`; with a state, n must be a multiple of the stride."""
         if self.num_past == 0:
             return self.conv(x)
         past = None if state is None else state.past(self)
@@ -70,8 +70,9 @@ class CausalConv1d(nn.Module):
 class CausalConvTranspose1d(nn.Module):
     """A transposed convolution of kernel `2 * stride` without the last `stride` output steps.
 
-    An output step depends on its own input step and the one before. The layer is therefore a convolution of two taps
-    with `stride` output steps per input step (as in arXiv 1609.05158, with a bias for each output step).
+    An output step depends on two input steps, the one at the same time and the previous one. The layer is therefore
+    computed as a convolution of two taps with `stride` output steps per input step (as in arXiv 1609.05158, with a bias
+    for each output step).
     """
 
     def __init__(self, dim_in: int, dim_out: int, stride: int) -> None:
@@ -80,15 +81,15 @@ class CausalConvTranspose1d(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
-        """`[b, d, 1, n]` to `[b, d', 1, n * stride]`."""
+        """Convolve `[b, d, 1, n]` to `[b, d', 1, n * stride]`."""
         return rearrange(self.to_steps(x, state), "b (s d) 1 n -> b d 1 (n s)", s=self.stride)
 
 
 def elu(x: Tensor, overwrite: bool = False) -> Tensor:
-    """ELU; with `overwrite` the result may reuse the memory of `x` where no gradient needs it.
+    """Apply ELU. With `overwrite`, the result can reuse the memory of `x` if no gradient needs `x`.
 
-    Inference on a CPU computes `2 ** (x log2 e)`, in half the time of torch 2.13's ELU, which would be a quarter of the
-    encoder's time.
+    Inference on a CPU computes `2 ** (x log2 e)` in half the time of the ELU of torch 2.13, which would take a quarter
+    of the time of the encoder.
     """
     if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
         return F.elu(x)
@@ -97,7 +98,7 @@ def elu(x: Tensor, overwrite: bool = False) -> Tensor:
 
 
 class ResidualUnit(nn.Module):
-    """Dilated kernel-7 and kernel-1 convolutions with a skip connection (SoundStream, fig. 3)."""
+    """Residual unit: a dilated convolution of kernel 7, one of kernel 1, a skip connection (SoundStream, fig. 3)."""
 
     def __init__(self, dim: int, dilation: int) -> None:
         super().__init__()
@@ -105,13 +106,13 @@ class ResidualUnit(nn.Module):
         self.pointwise = CausalConv1d(dim, dim, 1, weight_scale=_BRANCH_SCALE)
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
-        """`[b, d, 1, n]` to `[b, d, 1, n]`."""
+        """Apply the unit to `x [b, d, 1, n]`; the shape stays the same."""
         y = self.dilated(elu(x), state)
         return self.pointwise(elu(y, overwrite=True)).add_(x)
 
 
 class _Block(nn.Module):
-    """Three residual units of growing dilation."""
+    """Sequence of three residual units with growing dilation."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -124,15 +125,16 @@ class _Block(nn.Module):
 
 
 class _ConvNetwork(nn.Module, ABC):
-    """Convolutions with local attention at the frame rate: the common part of encoder and decoder.
+    """Base class of encoder and decoder: convolutions, and local attention at the frame rate.
 
     Args:
         channels: Audio channels.
-        base_dim: Channels of the convolution next to the wave (C_enc and C_dec of the paper, 32 there).
-        strides: Downsampling of each block, seen from the encoder; their product is the samples per frame.
+        base_dim: Channels of the convolution next to the wave (C_enc and C_dec in the paper, with value 32).
+        strides: Downsampling factors of the blocks, in the order of the encoder; their product is the number of samples
+            per frame.
         dim: Width D of the frames.
-        attn_window_size: Frames that a frame attends to, itself and those before.
-        attn_depth: Blocks of attention; the paper has none.
+        attn_window_size: Number of frames to which a frame attends: itself and the frames before it.
+        attn_depth: Number of attention blocks; the paper has no attention.
     """
 
     @beartype
@@ -165,7 +167,7 @@ class _ConvNetwork(nn.Module, ABC):
 
 @register
 class ConvEncoder(_ConvNetwork, WaveEncoder):
-    """Strided causal convolutions that double the channels at every stride, then optional local attention."""
+    """Encoder: strided causal convolutions that double the channels at every stride, then optional local attention."""
 
     def _build(self, widths: list[int], strides: list[int], dim: int) -> None:
         self.dim, self.downsample_factor = dim, self._samples_per_frame
@@ -188,7 +190,7 @@ class ConvEncoder(_ConvNetwork, WaveEncoder):
 
 @register
 class ConvDecoder(_ConvNetwork, WaveDecoder):
-    """The mirror of `ConvEncoder`: optional local attention, then convolutions that undo its strides."""
+    """Mirror of `ConvEncoder`: optional local attention, then transposed convolutions with the same strides."""
 
     def _build(self, widths: list[int], strides: list[int], dim: int) -> None:
         self.input_dim, self.upsample_factor = dim, self._samples_per_frame

@@ -1,4 +1,4 @@
-"""The interfaces of a codec's encoder and decoder."""
+"""The interfaces of the encoder and the decoder of a codec."""
 
 from abc import ABC, abstractmethod
 
@@ -11,11 +11,11 @@ __all__ = ["WaveDecoder", "WaveEncoder"]
 
 
 class _WaveNetwork(nn.Module, ABC):
-    """A network that runs in chunks where no gradients are needed, so that memory is bounded.
+    """A network that processes long inputs in chunks if no gradients are needed, to limit the memory.
 
     Attributes:
         channels: Audio channels.
-        lookahead_frames: Frames on either side that a frame depends on; 0 for a causal network with a state.
+        lookahead_frames: Frames on each side on which a frame depends; 0 for a causal network with a state.
     """
 
     channels: int
@@ -37,7 +37,7 @@ class WaveEncoder(_WaveNetwork):
         return self._encode(wave, mask, None) if torch.is_grad_enabled() else self.stream(mask).push_last(wave)
 
     def stream(self, mask: Tensor | None = None) -> FrameStream:
-        """A stream of waves `[b, c, n]` (any n) to frames; `mask [b, f]` is that of the whole wave."""
+        """Create a stream that encodes chunks `[b, c, n]` of any length; `mask [b, f]` covers the whole wave."""
         state = StreamState()
 
         def run(wave: Tensor, first_frame: int) -> Tensor:
@@ -57,7 +57,7 @@ class WaveEncoder(_WaveNetwork):
 
     @abstractmethod
     def _encode(self, wave: Tensor, mask: Tensor | None, state: StreamState | None) -> Tensor:
-        """Encode a wave or a chunk of it; causal layers continue from `state` and need no mask."""
+        """Encode a whole wave or a chunk; causal layers continue from `state` and need no mask."""
 
 
 class WaveDecoder(_WaveNetwork):
@@ -71,7 +71,7 @@ class WaveDecoder(_WaveNetwork):
         return self._decode(frames, None) if torch.is_grad_enabled() else self.stream().push_last(frames)
 
     def stream(self) -> FrameStream:
-        """A stream of frames to waves."""
+        """Create a stream that decodes chunks of frames to waves."""
         state = StreamState()
         return FrameStream(
             lambda frames, first_frame: self._decode(frames, state),
@@ -86,4 +86,4 @@ class WaveDecoder(_WaveNetwork):
 
     @abstractmethod
     def _decode(self, frames: Tensor, state: StreamState | None) -> Tensor:
-        """Decode all frames or a chunk of them; causal layers continue from `state`."""
+        """Decode all frames or a chunk; causal layers continue from `state`."""

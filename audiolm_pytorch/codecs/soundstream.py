@@ -1,4 +1,4 @@
-"""SoundStream: encoder, residual quantizer and decoder as one codec (arXiv 2107.03312)."""
+"""The SoundStream codec, which combines encoder, residual quantizer and decoder (arXiv 2107.03312)."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -26,13 +26,13 @@ __all__ = ["AudioLMSoundStream", "CodecOutput", "MusicLMSoundStream", "SoundStre
 
 
 class CodecOutput(NamedTuple):
-    """Output of `SoundStream.forward` for training.
+    """Output of `SoundStream.forward` that training needs.
 
     Attributes:
-        wave: Reconstruction `[b, c, n]`.
-        codes: `[b, f, q]` int64, -1 where quantizer dropout left a level out.
+        wave: Reconstructed waves `[b, c, n]`.
+        codes: `[b, f, q]` int64; -1 in levels that level dropout skipped.
         frames: Frames before quantization, `[b, f, d]`.
-        commitment_loss: Scalar.
+        commitment_loss: Scalar loss of the quantizer.
     """
 
     wave: Tensor
@@ -45,27 +45,28 @@ class CodecOutput(NamedTuple):
 class SoundStream(StreamingCodec):
     """A neural audio codec (SoundStream, arXiv 2107.03312).
 
-    By default encoder and decoder are the paper's causal convolutions; another pair can be passed in (see
-    `SpectralSoundStream`). With groups, the codes of a frame run level by level, all groups of level 1
-    first, so that any prefix is a coarser version of the same sound. `num_quantizers` is levels times groups.
+    By default encoder and decoder are the causal convolutions of the paper; other networks can be passed (see
+    `SpectralSoundStream`). With groups, the codes of a frame are ordered level by level, with all groups of level 1
+    first. The first codes of a frame therefore describe a coarser version of the sound. `num_quantizers` is the number
+    of levels times the number of groups.
 
     Args:
-        codebook_size: Codes per level.
-        rq_num_quantizers: Levels of the residual quantizer.
-        rq_groups: Equal parts of a frame; each has its own `rq_num_quantizers` codes.
+        codebook_size: Number of different codes per level.
+        rq_num_quantizers: Number of levels of the residual quantizer.
+        rq_groups: Number of equal parts of a frame; each part has `rq_num_quantizers` codes.
         use_lookup_free_quantizer: Whether codes are signs (LFQ) instead of learnt vectors.
         use_finite_scalar_quantizer: Whether codes are rounded numbers (FSQ) instead of learnt vectors.
         codebook_dim: Width of the frames between encoder and decoder.
-        channels: Channels of the first convolution (C of the paper).
-        strides: Downsampling of the encoder's blocks; their product is the samples per frame.
-        attn_window_size: Frames of context of the local attention.
-        attn_depth: Blocks of local causal attention after the encoder's and before the decoder's convolutions; the
-            paper has none.
+        channels: Number of channels of the first convolution (C of the paper).
+        strides: Downsampling factors of the encoder blocks; their product is the number of samples per frame.
+        attn_window_size: Number of frames to which a frame attends in local attention, including itself.
+        attn_depth: Number of local attention blocks after the convolutions of the encoder and before those of the
+            decoder; the paper has no attention.
         audio_channels: 1 mono, 2 stereo.
-        encoder: Replaces the convolutions of `channels`, `strides` and `attn_...`.
-        decoder: Likewise.
-        quantizer: Replaces the quantizer of `codebook_size` and `rq_...`.
-        denoising: Condition of the frames before quantization; without it the codec cannot remove noise.
+        encoder: Network that replaces the encoder of `channels`, `strides` and `attn_...`.
+        decoder: Network that replaces the decoder of `channels`, `strides` and `attn_...`.
+        quantizer: Quantizer that replaces the one of `codebook_size` and `rq_...`.
+        denoising: FiLM layer before quantization that switches noise removal; None = the codec cannot remove noise.
     """
 
     @beartype
@@ -112,8 +113,8 @@ class SoundStream(StreamingCodec):
             )
         if not self.encoder.dim == self.quantizer.dim == self.decoder.input_dim:
             raise ValueError(
-                f"widths differ: encoder {self.encoder.dim}, quantizer {self.quantizer.dim}, decoder "
-                f"{self.decoder.input_dim}; all three need the same width"
+                f"the parts of a codec need equal widths, got encoder {self.encoder.dim}, quantizer "
+                f"{self.quantizer.dim}, decoder {self.decoder.input_dim}; pass parts of equal width"
             )
         if self.denoising is not None and self.denoising.dim != self.encoder.dim:
             raise ValueError(
@@ -122,13 +123,13 @@ class SoundStream(StreamingCodec):
             )
         if not self.encoder.channels == self.decoder.channels == self.channels:
             raise ValueError(
-                f"audio channels differ: encoder {self.encoder.channels}, decoder {self.decoder.channels}, codec "
-                f"{self.channels}; all three need the same number"
+                f"the parts of a codec need equal audio channels, got encoder {self.encoder.channels}, decoder "
+                f"{self.decoder.channels}, codec {self.channels}; pass parts with equal channels"
             )
 
     @property
     def config(self) -> dict[str, Any]:
-        """Constructor arguments, JSON-able."""
+        """Constructor arguments as data that JSON can store."""
         parts = {name: getattr(self, name) for name in ("encoder", "decoder", "quantizer", "denoising")}
         return dict(
             **{name: module_spec(part) for name, part in parts.items() if part is not None},
@@ -138,7 +139,7 @@ class SoundStream(StreamingCodec):
 
     @classmethod
     def init_and_load_from(cls, path: str | Path) -> "SoundStream":
-        """Load a codec saved with `audiolm_pytorch.saving.modules.save_module`, in eval mode."""
+        """Load a codec that `audiolm_pytorch.saving.modules.save_module` saved, in eval mode."""
         module: Any = load_module(path, expect=cls)
         return module
 
@@ -148,12 +149,12 @@ class SoundStream(StreamingCodec):
 
     @property
     def encoder_latency_seconds(self) -> float:
-        """Longest time from a sample to the code of its frame: the frame itself and the look-ahead."""
+        """Longest time from a sample to the codes of its frame: one frame plus the look-ahead of the encoder."""
         return (1 + self.encoder.lookahead_frames) * self.downsample_factor / self.target_sample_hz
 
     @property
     def decoder_latency_seconds(self) -> float:
-        """Duration of the codes after a frame that the decoder needs before it returns the frame's samples."""
+        """Duration of the later codes that the decoder needs before it returns the samples of a frame."""
         return self.decoder.lookahead_frames * self.downsample_factor / self.target_sample_hz
 
     def forward(
@@ -163,17 +164,18 @@ class SoundStream(StreamingCodec):
         quantize: bool = True,
         denoise: bool | Tensor = False,
     ) -> CodecOutput | Tensor:
-        """Reconstruct waves.
+        """Encode, quantize and decode waves.
 
         Args:
             audio: `[b, n]` or `[b, c, n]` in [-1, 1] at `target_sample_hz`; any number of samples.
-            return_recons_only: Whether to return only the wave. It equals the decoded codes of `tokenize`: in training
-                mode too, all levels are used and no codebook is updated.
-            quantize: False replaces quantization by `FrameQuantizer.bypass` (for the first training steps).
-            denoise: Whether to remove noise, for all items or bool `[b]`; needs a codec with `denoising`.
+            return_recons_only: Whether to return only the waves that the codes of `tokenize` decode to. All levels are
+                used and no codebook is updated, also in training mode.
+            quantize: Whether to quantize. False calls `FrameQuantizer.bypass` instead (for the first training steps).
+            denoise: Whether to remove noise, one bool for all items or a bool tensor `[b]`; True needs a codec with
+                `denoising`.
 
         Returns:
-            The reconstruction, as long as the input, alone or inside a `CodecOutput`.
+            The reconstructed waves with as many samples as the input, or a `CodecOutput` that contains them.
         """
         wave = self._check_wave(audio)
         self._check_denoise(denoise)
@@ -191,12 +193,12 @@ class SoundStream(StreamingCodec):
 
     @torch.no_grad()
     def tokenize(self, wave: Tensor, lengths: Tensor | None = None, denoise: bool | Tensor = False) -> Tensor:
-        """Encode waves (see `Codec.tokenize`), in memory that does not grow with their length.
+        """Encode waves as `Codec.tokenize` describes, in memory that does not grow with their length.
 
         Args:
             wave: `[b, n]` or `[b, c, n]` in [-1, 1] at `target_sample_hz`.
-            lengths: Samples of each item `[b]`; None if no item is padded.
-            denoise: Whether to encode the sound without its noise, for all items or bool `[b]`.
+            lengths: Number of samples of each item `[b]`; None if no item is padded.
+            denoise: Whether to remove noise from the encoded sound, one bool for all items or a bool tensor `[b]`.
         """
         wave = self._check_wave(wave)
         if lengths is None:
@@ -210,17 +212,17 @@ class SoundStream(StreamingCodec):
 
     @torch.no_grad()
     def decode_from_codebook_indices(self, codes: Tensor, num_samples: int | None = None) -> Tensor:
-        """Decode codes (see `Codec.decode_from_codebook_indices`), in memory that does not grow with their length."""
+        """Decode codes as `Codec` describes, in memory that does not grow with their length."""
         codes = self._check_codes(codes)
         self._check_num_samples(num_samples, codes.shape[1])
         return self.decoder_stream().decode_checked(codes)[..., :num_samples]
 
     def encoder_stream(self, denoise: bool | Tensor = False) -> EncoderStream:
-        """A new stream from waves to the codes of `tokenize` for the whole wave; `denoise` as in `tokenize`."""
+        """Create an encoder stream; its codes, concatenated, equal `tokenize(wave, denoise=denoise)`."""
         return self._encoder_stream(None, denoise)
 
     def decoder_stream(self) -> DecoderStream:
-        """A new stream from codes to the waves that `decode_from_codebook_indices` returns for all codes."""
+        """Create a decoder stream; its chunks, concatenated, equal `decode_from_codebook_indices(codes)`."""
         return DecoderStream(self.decoder.stream(), self.quantizer.decode, self._check_codes)
 
     def _encoder_stream(self, mask: Tensor | None, denoise: bool | Tensor) -> EncoderStream:
@@ -234,12 +236,13 @@ class SoundStream(StreamingCodec):
     def _check_denoise(self, denoise: bool | Tensor) -> None:
         if self.denoising is None and torch.as_tensor(denoise).any():
             raise ValueError(
-                "this codec cannot remove noise; build one with SoundStream(..., "
+                "got denoise=True, but this codec cannot remove noise; create a codec with SoundStream(..., "
                 f"denoising=FiLM(dim={self.encoder.dim})) and train it on noisy mixtures"
             )
         if isinstance(denoise, Tensor) and (denoise.dtype != torch.bool or denoise.ndim > 1):
             raise ValueError(
-                f"denoise must be one bool, or bool [b], got {denoise.dtype} {list(denoise.shape)}; e.g. flags.bool()"
+                f"denoise must be one bool or a bool tensor [b], got {denoise.dtype} {list(denoise.shape)}; "
+                "convert with .bool()"
             )
 
     def _condition(self, frames: Tensor, denoise: bool | Tensor) -> Tensor:
@@ -247,7 +250,7 @@ class SoundStream(StreamingCodec):
             return frames
         flags = torch.as_tensor(denoise, device=frames.device)
         if flags.ndim == 1 and len(flags) != len(frames):
-            raise ValueError(f"denoise must hold one flag per item, got {len(flags)} flags for {len(frames)} items")
+            raise ValueError(f"denoise must contain one flag per item, got {len(flags)} flags for {len(frames)} items")
         return self.denoising(frames, flags.expand(len(frames)))
 
 
@@ -259,7 +262,7 @@ def AudioLMSoundStream(**kwargs: Any) -> SoundStream:
 def MusicLMSoundStream(**kwargs: Any) -> SoundStream:
     """The codec of MusicLM (arXiv 2301.11325, section 3.1): 24 kHz, 50 frames/s, 12 levels of 1024 codes.
 
-    The paper states only the total stride of 480; the factors (3, 4, 5, 8) are ours.
+    The paper defines only the total stride of 480. Its factors (3, 4, 5, 8) are a choice of this library.
     """
     return SoundStream(**{"target_sample_hz": 24000, "strides": (3, 4, 5, 8), "rq_num_quantizers": 12, **kwargs})
 
@@ -277,15 +280,15 @@ def SpectralSoundStream(
     code_dim: int = 16,
     audio_channels: int = 1,
 ) -> SoundStream:
-    """A SoundStream whose encoder and decoder run at the frame rate; two CPU cores can train it.
+    """A SoundStream whose encoder and decoder run once per frame, so that two CPU cores can train it.
 
     Args:
         dim: Width of both networks.
-        encoder_depth: ConvNeXt blocks of the encoder.
-        decoder_depth: ConvNeXt blocks of the decoder.
+        encoder_depth: Number of ConvNeXt blocks of the encoder.
+        decoder_depth: Number of ConvNeXt blocks of the decoder.
         hop_samples: Samples per frame.
-        rq_num_quantizers: Levels.
-        code_dim: Width of the codes; frames are projected down to it and back.
+        rq_num_quantizers: Number of levels of the residual quantizer.
+        code_dim: Width of the code vectors; frames are projected to this width and back.
         audio_channels: 1 mono, 2 stereo.
     """
     sizes: dict[str, Any] = dict(dim=dim, hop_samples=hop_samples, channels=audio_channels)

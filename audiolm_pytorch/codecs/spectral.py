@@ -1,8 +1,8 @@
-"""An encoder and a decoder that run at the frame rate, on the spectrum of the wave.
+"""An encoder and a decoder that process the spectrum of the wave once per frame.
 
-All layers run once per frame (50 Hz) instead of once per sample. The pair costs about a hundredth of a convolutional
-codec of the same width, and two CPU cores train it in minutes. The design follows Vocos (arXiv 2306.00814, section 3):
-ConvNeXt blocks, and a head that predicts magnitude and phase of every STFT frame.
+All layers run once per frame (50 Hz) instead of once per sample. Encoder and decoder cost about a hundredth of a
+convolutional codec of the same width, and two CPU cores train them in minutes. The design follows Vocos (arXiv
+2306.00814, section 3), which has ConvNeXt blocks and a head that predicts magnitude and phase of every STFT frame.
 """
 
 from typing import Any
@@ -35,7 +35,7 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class ConvNeXtBlock(nn.Module):
-    """The 1-D ConvNeXt block: a depthwise convolution over time, then an MLP (arXiv 2201.03545, fig. 4)."""
+    """1-D ConvNeXt block: a depthwise convolution over time, followed by an MLP (arXiv 2201.03545, fig. 4)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -45,13 +45,13 @@ class ConvNeXtBlock(nn.Module):
         self.scale = nn.Parameter(torch.full((dim,), _BRANCH_SCALE))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Frames `[b, f, d]` and an optional mask `[b, f]` (True = real) to frames `[b, f, d]`."""
+        """Apply the block to frames `[b, f, d]`; the optional `mask [b, f]` is False at padding."""
         y = rearrange(self.depthwise(rearrange(x, "b f d -> b d f")), "b d f -> b f d")
         return _masked(x + self.scale * self.mlp(self.norm(y)), mask)
 
 
 class _SpectralNetwork(nn.Module):
-    """STFT window, ConvNeXt blocks and final norm: the common part of encoder and decoder."""
+    """Base class of encoder and decoder, with STFT window, ConvNeXt blocks and final norm."""
 
     window: Tensor
 
@@ -69,7 +69,7 @@ class _SpectralNetwork(nn.Module):
         return _CHUNK_FRAMES
 
     def _reach_frames(self, num_convolutions: int) -> int:
-        """Frames on either side that a frame depends on, through convolutions and overlapping windows."""
+        """Number of frames on each side on which a frame depends, through convolutions and overlapping windows."""
         overlap_samples = (self.window_samples - self.hop_samples) // 2
         return num_convolutions * (_KERNEL_FRAMES // 2) + -(-overlap_samples // self.hop_samples)
 
@@ -78,13 +78,14 @@ def _checked_window(hop_samples: int, window_samples: int | None) -> int:
     window_samples = window_samples or hop_samples * 4
     if window_samples < hop_samples or (window_samples - hop_samples) % 2:
         raise ValueError(
-            f"window_samples must be hop_samples plus an even number, got {window_samples} and {hop_samples}"
+            f"window_samples must be hop_samples plus an even number, got window_samples={window_samples} and "
+            f"hop_samples={hop_samples}"
         )
     return window_samples
 
 
 def _config(channels: int, **config: Any) -> dict[str, Any]:
-    """The constructor arguments without `channels=1`, so that models saved before stereo keep their fingerprint."""
+    """Constructor arguments without `channels=1`, which older saved models lack; fingerprints stay equal."""
     return config if channels == 1 else {**config, "channels": channels}
 
 
@@ -94,8 +95,8 @@ class SpectralEncoder(_SpectralNetwork, WaveEncoder):
 
     Args:
         hop_samples: Samples per frame.
-        window_samples: STFT window; None for `4 * hop_samples`.
-        channels: Audio channels; the first layer receives their spectra side by side.
+        window_samples: Length of the STFT window; None for `4 * hop_samples`.
+        channels: Number of audio channels; the first layer receives their concatenated spectra.
     """
 
     @beartype
@@ -115,7 +116,7 @@ class SpectralEncoder(_SpectralNetwork, WaveEncoder):
         return _masked(self.norm(x), mask)
 
     def features(self, wave: Tensor) -> Tensor:
-        """Normalised log-magnitudes `[b, f, c * bins]` of waves `[b, c, n]`, in float32 under autocast too."""
+        """Compute normalised log-magnitudes `[b, f, c * bins]` of waves `[b, c, n]`, in float32 also under autocast."""
         with torch.autocast(wave.device.type, enabled=False):
             # same-padding: frame k is centred on samples [k * hop, (k + 1) * hop)
             pad = (self.window_samples - self.hop_samples) // 2
@@ -136,11 +137,11 @@ class SpectralEncoder(_SpectralNetwork, WaveEncoder):
 
 @register
 class SpectralDecoder(_SpectralNetwork, WaveDecoder):
-    """ConvNeXt blocks and an inverse-STFT head (Vocos, arXiv 2306.00814, section 3.2).
+    """Decoder of ConvNeXt blocks and an inverse-STFT head (Vocos, arXiv 2306.00814, section 3.2).
 
     Args:
         hop_samples: Samples per frame.
-        window_samples: STFT window; None for `4 * hop_samples`.
+        window_samples: Length of the STFT window; None for `4 * hop_samples`.
         input_dim: Width of the quantized frames; None for `dim`.
     """
 
@@ -177,7 +178,7 @@ class SpectralDecoder(_SpectralNetwork, WaveDecoder):
             return rearrange(self._overlap_add(spectrum), "(b c) n -> b c n", c=self.channels)
 
     def _overlap_add(self, spectrum: Tensor) -> Tensor:
-        """Inverse STFT with same-padding: `[b, bins, f]` to `[b, f * hop]`, divided by the window's envelope."""
+        """Inverse STFT from `[b, bins, f]` to `[b, f * hop]` by overlap-add, divided by the envelope of the windows."""
         hop, window_samples, num_frames = self.hop_samples, self.window_samples, spectrum.shape[-1]
         frames = torch.fft.irfft(spectrum, n=window_samples, dim=1) * rearrange(self.window, "w -> w 1")
         squares = (self.window**2).view(1, -1, 1).expand(1, -1, num_frames)

@@ -1,4 +1,4 @@
-"""Streams of a codec: waves to codes and codes to waves, chunk by chunk."""
+"""Streams of a codec that encode waves or decode codes chunk by chunk."""
 
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -15,9 +15,9 @@ class EncoderStream:
     """Encodes one wave chunk by chunk; `Codec.encoder_stream` creates it. Streams of one codec are independent.
 
     Args:
-        frames: The encoder's stream.
-        to_codes: Quantizes frames `[b, f, d]` to codes `[b, f, q]`.
-        check: Checks a wave and returns it as `[b, c, n]`.
+        frames: Stream of the encoder network, from waves to frames.
+        to_codes: Function that quantizes frames `[b, f, d]` to codes `[b, f, q]`.
+        check: Function that checks a wave and returns it as `[b, c, n]`.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class EncoderStream:
         self._frames, self._to_codes, self._check = frames, to_codes, check
 
     def push(self, wave: Tensor) -> Tensor:
-        """Add samples `[b, n]` or `[b, c, n]`; return the codes `[b, f, q]` that are complete, possibly none."""
+        """Add samples `[b, n]` or `[b, c, n]`; return the codes `[b, f, q]` of complete frames, which can be empty."""
         return self._codes(self._check(wave), is_last=False)
 
     def finish(self) -> Tensor:
@@ -34,7 +34,7 @@ class EncoderStream:
         return self._to_codes(self._frames.finish())
 
     def encode_checked(self, wave: Tensor) -> Tensor:
-        """Encode a whole wave `[b, c, n]` that was checked before, in bounded memory."""
+        """Encode a whole wave `[b, c, n]` without checking it, in limited memory."""
         return self._codes(wave, is_last=True)
 
     def _codes(self, wave: Tensor, is_last: bool) -> Tensor:
@@ -45,9 +45,9 @@ class DecoderStream:
     """Decodes one sequence of codes chunk by chunk; `Codec.decoder_stream` creates it.
 
     Args:
-        waves: The decoder's stream.
-        to_frames: Looks up codes `[b, f, q']` as frames `[b, f, d]`.
-        check: Checks codes and returns them.
+        waves: Stream of the decoder network, from frames to waves.
+        to_frames: Function that converts codes `[b, f, q']` to frames `[b, f, d]`.
+        check: Function that checks codes and returns them.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class DecoderStream:
         self._waves, self._to_frames, self._check = waves, to_frames, check
 
     def push(self, codes: Tensor) -> Tensor:
-        """Add codes `[b, f, q']`; return the samples `[b, c, n]` that later codes cannot change, possibly none."""
+        """Add codes `[b, f, q']`; return the samples `[b, c, n]` that later codes cannot change; they can be empty."""
         return torch.cat(list(self._chunks(self._check(codes), is_last=False)), dim=-1)
 
     def finish(self) -> Tensor:
@@ -64,7 +64,7 @@ class DecoderStream:
         return self._waves.finish()
 
     def decode_checked(self, codes: Tensor) -> Tensor:
-        """Decode all codes `[b, f, q']`, checked before, in bounded memory beside the wave."""
+        """Decode all codes `[b, f, q']` without checking them, in limited memory besides the wave."""
         chunks = self._chunks(codes, is_last=True)
         first = next(chunks)
         # One buffer: a list of chunks and their concatenation would need more than twice the memory of the wave.

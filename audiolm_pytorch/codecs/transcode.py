@@ -1,4 +1,4 @@
-"""Sound files to stored codes and back, for any sample rate, channels and length."""
+"""Encoding of sound files as stored codes, and decoding, for any sample rate, number of channels and length."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +21,10 @@ _FRAMES_PER_CHUNK = 500
 
 
 class FileCodec:
-    """Encodes and decodes files with a codec on any device.
+    """Encodes sound files as codes, and decodes codes to sound files, with a codec on any device.
 
-    A `StreamingCodec` runs chunk by chunk, in memory that does not grow with the length; another codec runs on the
-    whole file. In both cases the codes are those of `tokenize` on the whole wave.
+    A `StreamingCodec` runs chunk by chunk, in memory that does not grow with the length of the file. Other codecs run
+    on the whole file. In both cases the codes equal those of `tokenize` on the whole wave.
     """
 
     @beartype
@@ -36,10 +36,10 @@ class FileCodec:
     @beartype
     @torch.no_grad()
     def encode(self, path: str | Path, num_levels: int | None = None) -> StoredCodes:
-        """Encode a sound file, and keep the first `num_levels` levels (None: all).
+        """Encode a sound file, and keep the first `num_levels` levels (None: all levels).
 
-        The sound is resampled to the codec's rate; channels are averaged to mono, or mono is repeated. A file with
-        another number of channels than the codec raises a ValueError.
+        The sound is resampled to the rate of the codec. Channels are averaged for a mono codec, and a mono file is
+        repeated for a stereo codec. Other files whose number of channels differs from the codec raise a ValueError.
         """
         codec = self.codec
         num_levels = codec.check_num_levels(num_levels)
@@ -65,11 +65,11 @@ class FileCodec:
     def decode(
         self, stored: StoredCodes, path: str | Path, num_levels: int | None = None, original_rate: bool = False
     ) -> None:
-        """Decode into a sound file with exactly as many samples as were encoded.
+        """Decode codes to a sound file with exactly as many samples as were encoded.
 
         Args:
-            stored: Codes of this codec.
-            path: Name ending in .wav, .flac or .ogg.
+            stored: Codes that this codec encoded.
+            path: File name ending in .wav, .flac or .ogg.
             num_levels: Number of levels to decode; None for all stored levels.
             original_rate: Whether to resample to the rate of the encoded file.
         """
@@ -77,7 +77,7 @@ class FileCodec:
         stored.check_codec(self.codec, self.fingerprint)
         num_stored = stored.codes.shape[1]
         if num_levels is not None and not 1 <= num_levels <= num_stored:
-            raise ValueError(f"the number of levels must be in 1..{num_stored}, got {num_levels}")
+            raise ValueError(f"num_levels must be in 1..{num_stored}, the number of stored levels; got {num_levels}")
         to_hz, remaining = info.sample_hz, info.num_samples
         if original_rate:
             to_hz, remaining = info.original_sample_hz, info.original_num_samples
@@ -89,7 +89,7 @@ class FileCodec:
             _write(writer, resampler.finish(), remaining)
 
     def _encoded(self, source: AudioSource) -> Iterator[EncodedWave]:
-        """Codes `[1, f, q]` of a file, chunk by chunk; a codec with scales returns one chunk."""
+        """Yield the codes `[1, f, q]` of a file chunk by chunk; a codec with scales yields one chunk."""
         codec = self.codec
         waves = (rearrange(block, "c n -> 1 c n").to(self.device) for block in source)
         if not isinstance(codec, StreamingCodec):
@@ -101,7 +101,7 @@ class FileCodec:
         yield EncodedWave(stream.finish())
 
     def _decoded(self, codes: Tensor, stored: StoredCodes) -> Iterator[Tensor]:
-        """Waves `[c, n]` of codes `[1, f, q]`, chunk by chunk."""
+        """Decode codes `[1, f, q]` chunk by chunk; yield waves `[c, n]`."""
         codec, num_samples = self.codec, stored.info.num_samples
         if not isinstance(codec, StreamingCodec):
             scales = None if stored.scales is None else rearrange(stored.scales, "s -> 1 s").to(self.device)

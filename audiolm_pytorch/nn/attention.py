@@ -26,15 +26,15 @@ _PLAIN_PRODUCT_MAX_ROWS = 1024
 
 @dataclass(frozen=True, eq=False)
 class AttentionContext:
-    """Inputs of attention that are the same in every block.
+    """Positions, masks, cache and states for the attention of a transformer, equal in all blocks.
 
     Attributes:
-        angles: Factors of rotary positions, `[b or 1, n, dim_head]` each; None = no rotary positions.
-        bias: `[b or 1, h or 1, n, k]`, float added to the scores, or a bool mask; None = see `is_causal`.
-        is_causal: Whether row i attends to keys 0..i. Otherwise it attends to all keys that `bias` allows.
-        cache: Keys and values of earlier rows; None = the rows are whole sequences.
+        angles: Cosines and sines of rotary positions, `[b or 1, n, dim_head]` each; None = no rotary positions.
+        bias: `[b or 1, h or 1, n, k]`, float that is added to the attention scores, or a bool mask; None = no bias.
+        is_causal: True: row i attends to keys 0..i. False: every row attends to all keys that `bias` allows.
+        cache: Keys and values of earlier rows; None = there are no earlier rows.
         cache_positions: Positions of the rows in `cache`.
-        states: `[b, s, d]` for cross-attention; with a cache, in its first call only.
+        states: `[b, s, d]` states for cross-attention; with a cache, only in the first call.
         cross_mask: `[b, 1, 1, s]` bool, False where `states` are padding.
     """
 
@@ -48,7 +48,7 @@ class AttentionContext:
 
 
 def prefers_plain_product(queries: Tensor) -> bool:
-    """Whether plain matrix products are faster than torch's fused attention for queries `[b, h, n, d]`."""
+    """Whether attention by plain matrix products is faster than torch's fused attention for queries `[b, h, n, d]`."""
     is_cpu_bf16 = queries.device.type == "cpu" and queries.dtype == torch.bfloat16
     return is_cpu_bf16 and queries.shape[2] <= _PLAIN_PRODUCT_MAX_ROWS
 
@@ -56,14 +56,14 @@ def prefers_plain_product(queries: Tensor) -> bool:
 def attend(
     queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
-    """Return attention `[b, h, n, d]`, by the fastest method of the device.
+    """Compute scaled dot-product attention `[b, h, n, d]` with the fastest method for the device.
 
     Args:
         queries: `[b, h, n, d]`.
-        keys: `[b, g, k, d]`; g divides h, and h / g consecutive heads of queries share a head of keys and values.
+        keys: `[b, g, k, d]`; g divides h. Each head of keys and values serves h / g consecutive heads of queries.
         values: `[b, g, k, d]`.
-        bias: Float added to the scores, or a bool mask; broadcastable to `[b, h, n, k]`.
-        is_causal: Row i attends to keys 0..i; `bias` must be None.
+        bias: Float that is added to the scores, or a bool mask; broadcastable to `[b, h, n, k]`.
+        is_causal: True: row i attends to keys 0..i, and `bias` must be None.
     """
     shared = queries.shape[1] != keys.shape[1]
     if shared and queries.shape[2] == 1:
@@ -94,7 +94,7 @@ def attend(
 
 
 class CausalSelfAttention(nn.Module):
-    """Causal self-attention, multi-head, grouped-query (arXiv 2305.13245) or multi-query (arXiv 1911.02150).
+    """Causal self-attention: multi-head, grouped-query (arXiv 2305.13245) or multi-query (arXiv 1911.02150).
 
     Args:
         dim: Width of inputs and outputs.
@@ -108,12 +108,12 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads = heads, heads if kv_heads is None else kv_heads
         if self.kv_heads < 1 or heads % self.kv_heads:
-            raise ValueError(f"kv_heads must divide heads, got {kv_heads} and {heads}")
+            raise ValueError(f"kv_heads must divide heads, got kv_heads={kv_heads} and heads={heads}")
         self.to_qkv = Projection(dim, (heads + 2 * self.kv_heads) * dim_head)
         self.to_out = Projection(heads * dim_head, dim)
 
     def forward(self, x: Tensor, context: AttentionContext, layer: int = 0) -> Tensor:
-        """Attend from every row of `x [b, n, d]` to itself and earlier rows; `layer` is its number in the cache."""
+        """Attend from rows `x [b, n, d]` to themselves and earlier rows; `layer` is the index in the cache."""
         num_rotated = self.heads + self.kv_heads
         # With half weights a projection returns a lower precision than its input.
         qkv = self.to_qkv(x).to(x.dtype).unflatten(-1, (num_rotated + self.kv_heads, -1))  # b n (p d) -> b n p d
@@ -131,7 +131,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from every row to the states of a text encoder.
+    """Multi-head attention from every row to conditioning states, for example those of a text encoder.
 
     Args:
         dim: Width of inputs, outputs and states.

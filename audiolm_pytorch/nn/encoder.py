@@ -1,4 +1,4 @@
-"""The bidirectional transformer encoder, and a learned position bias for it."""
+"""A bidirectional transformer encoder with an optional learned position bias."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ __all__ = ["TransformerEncoder", "WavePositionBias"]
 
 
 class WavePositionBias(nn.Module):
-    """Learned attention bias by the offset of two positions, for any number of axes and any length.
+    """Learned attention bias that depends on the offset of two positions, for any number of axes and any length.
 
     A dynamic position bias (CrossFormer, arXiv:2108.00154, sec. 3.3) evaluates a small network for every pair of
     tokens. Here the function is a sum of cosine waves with learned amplitudes, frequencies and phases,
@@ -29,7 +29,10 @@ class WavePositionBias(nn.Module):
     def __init__(self, heads: int, num_axes: int = 1, num_waves: int = 8) -> None:
         super().__init__()
         if min(heads, num_axes, num_waves) < 1:
-            raise ValueError(f"heads, num_axes and num_waves must be >= 1, got {heads}, {num_axes}, {num_waves}")
+            raise ValueError(
+                f"heads, num_axes and num_waves must be >= 1, got heads={heads}, num_axes={num_axes}, "
+                f"num_waves={num_waves}"
+            )
         self.num_axes = num_axes
         # Wavelengths from 2 to 128 positions in random directions. The bias starts at 0.
         directions = F.normalize(torch.randn(heads, num_waves, num_axes), dim=-1)
@@ -39,9 +42,9 @@ class WavePositionBias(nn.Module):
         self.amplitudes = nn.Parameter(torch.zeros(heads, num_waves))
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Two factors `[b or 1, h, t, 2 waves]` float32 of positions `[b or 1, t, axes]`.
+        """Compute two factors `[b or 1, h, t, 2 waves]` float32 from positions `[b or 1, t, axes]`.
 
-        Their inner product over the last axis is the bias `[t, t]` of queries (first) and keys (second).
+        The inner products of the first factor (queries) and the second factor (keys) are the bias `[b or 1, h, t, t]`.
         """
         phases = torch.einsum("b t a, h w a -> b h t w", positions.float(), self.frequencies.float())
         shifted = phases + rearrange(self.phases.float(), "h w -> h 1 w")
@@ -52,12 +55,12 @@ class WavePositionBias(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class _AttentionContext:
-    """Inputs of attention that are the same in every block.
+    """Masks and position factors of attention, equal in all blocks.
 
     Attributes:
         key_mask: `[b, 1, 1, t]` bool, False at padding; None = no padding.
-        angles: Factors of rotary positions, `[b or 1, 1, t, d]` each; None = no rotary positions.
-        waves: Factors from `WavePositionBias.forward`; None = no bias.
+        angles: Cosines and sines of rotary positions, `[b or 1, 1, t, d]` each; None = no rotary positions.
+        waves: The two factors that `WavePositionBias.forward` returns; None = no bias.
     """
 
     key_mask: Tensor | None
@@ -66,7 +69,7 @@ class _AttentionContext:
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
-    """Attention `[b, h, t, d]` over the keys that `key_mask [b, 1, 1, t]` allows, by the fastest method."""
+    """Compute attention `[b, h, t, d]` over the keys where `key_mask [b, 1, 1, t]` is True, with the fastest method."""
     if not prefers_plain_product(queries):
         width = values.shape[-1]
         # Fused kernels need values as wide as the keys. Other kernels store the matrix of all pairs.
@@ -80,7 +83,7 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, key_mask: Tensor | No
 
 
 class _Attention(nn.Module):
-    """Multi-head self-attention over every position that the mask allows."""
+    """Multi-head self-attention over all positions where the mask is True."""
 
     def __init__(self, dim: int, heads: int, dim_head: int) -> None:
         super().__init__()
@@ -122,11 +125,12 @@ class TransformerEncoder(nn.Module):
     """A stack of bidirectional pre-norm blocks. Padding does not change the result.
 
     Args:
-        dim_head: Width of a head; even with rotary positions.
-        ff_mult: Width of a feed-forward layer without a gate and of equal cost, divided by `dim`.
+        dim_head: Width of a head; must be even with rotary positions.
+        ff_mult: Size of the gated feed-forward layer, which costs as much as one without a gate and of width `ff_mult *
+            dim`.
         dropout: Dropout probability of the outputs of attention and feed-forward layers.
-        rotary_theta: Base of the rotary positions; None = no rotary positions, the caller adds positions to the tokens.
-        position_bias: Attention bias by the offset of two positions, the same in all blocks.
+        rotary_theta: Base of the rotary positions. None = no rotary positions; the caller adds positions to the tokens.
+        position_bias: Attention bias by the offset of two positions, shared by all blocks.
     """
 
     @beartype
@@ -155,19 +159,19 @@ class TransformerEncoder(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """Draw normal weights. Outputs of the branches shrink with depth, so that their sum starts near 1."""
+        """Draw normal weights; those of branch outputs are smaller in deeper encoders, so that sums start near 1."""
         for name, parameter in self.blocks.named_parameters():
             if parameter.ndim == 2:
                 scale = (2 * self.depth) ** -0.5 if name.endswith(("to_out.weight", "down.weight")) else 1.0
                 nn.init.normal_(parameter, std=scale * parameter.shape[1] ** -0.5)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, *, positions: Tensor | None = None) -> Tensor:
-        """Encode tokens `[b, t, dim]` to normalised tokens `[b, t, dim]`.
+        """Encode tokens `[b, t, dim]`; return the normalised outputs `[b, t, dim]`.
 
         Args:
-            x: The tokens, float.
+            x: Token embeddings, float.
             mask: `[b, t]` bool, False at padding, at least one True per item; None = no padding. Outputs at padding are
-                finite and must not be used.
+                finite but have no meaning.
             positions: Positions of the tokens in any order, `[t]`, `[b, t]` or `[b, t, axes]`; None = 0..t-1. Rotary
                 positions use the first axis, the position bias uses all axes.
         """
@@ -198,16 +202,16 @@ class TransformerEncoder(nn.Module):
         return [self.norm(states[self.depth]) if layer is None else states[layer] for layer in layers]
 
     def _check(self, x: Tensor, mask: Tensor | None, layers: Sequence[int | None]) -> None:
-        """Check shapes and layer numbers."""
+        """Check the shapes of `x` and `mask`, and the layer numbers."""
         if x.ndim != 3 or x.shape[-1] != self.dim:
-            raise ValueError(f"x must be [b, t, {self.dim}], got {tuple(x.shape)}")
+            raise ValueError(f"x must be [b, t, {self.dim}], got shape {tuple(x.shape)}")
         if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
             raise ValueError(f"mask must be bool {tuple(x.shape[:2])}, got {mask.dtype} {tuple(mask.shape)}")
         if not all(layer is None or 0 <= layer <= self.depth for layer in layers):
             raise ValueError(f"layers must be in 0..{self.depth}, got {tuple(layers)}")
 
     def _attention_context(self, x: Tensor, mask: Tensor | None, positions: Tensor | None) -> _AttentionContext:
-        """Mask, positions and bias, which are the same in every block."""
+        """Prepare mask, position factors and bias once for all blocks."""
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)
         if positions.ndim == 1:

@@ -1,4 +1,4 @@
-"""Feature-wise scale and shift (FiLM) for the denoising condition of a codec."""
+"""Feature-wise linear modulation (FiLM), with which a codec switches noise removal on and off."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ __all__ = ["FiLM"]
 
 @register
 class FiLM(nn.Module):
-    """Scales and shifts every channel of frames by a flag (SoundStream, arXiv 2107.03312, section III-F).
+    """Scale and shift of each channel, selected by a denoising flag (SoundStream, arXiv 2107.03312, section III-F).
 
-    SoundStream applies it between encoder and quantizer, so that the codes are those of the clean sound. Initially both
-    flags leave the frames unchanged.
+    SoundStream applies it between encoder and quantizer, so that the codes describe the sound without noise. Before
+    training, the frames do not change for either value of the flag.
     """
 
     @beartype
@@ -28,6 +28,6 @@ class FiLM(nn.Module):
         self.table = nn.Parameter(torch.zeros(2, 2 * dim))
 
     def forward(self, frames: Tensor, denoise: Tensor) -> Tensor:
-        """Frames `[b, f, d]` and flags `[b]` (True: remove noise) to frames `[b, f, d]`."""
+        """Scale and shift frames `[b, f, d]` by flags `[b]` (True: remove noise); return frames `[b, f, d]`."""
         scale, shift = self.table[denoise.long()].unsqueeze(1).chunk(2, dim=-1)
         return frames * (1 + scale) + shift

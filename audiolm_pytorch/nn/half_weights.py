@@ -20,11 +20,12 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 def with_half_weights(model: ModuleT) -> ModuleT:
     """Return a copy of a model for decoding, in eval mode and with bfloat16 weights.
 
-    It needs half the memory, and is faster where reading the weights limits the speed. On a CPU the weights of
-    projections are also stored in the layout of oneDNN (one row, 512 x 2730, two cores: 30 us; bfloat16 in the layout
-    of torch 86 us; float32 95 us). Norms, sums of branches and attention stay in float32 there, which is faster too.
+    The copy needs half the memory. It is faster if reading the weights takes most of the time. On a CPU, the weights of
+    projections are also stored in the layout of oneDNN. For one row, 512 x 2730 weights and two cores, a projection
+    takes 30 us in this layout, 86 us in bfloat16 in the layout of torch, and 95 us in float32. On a CPU, norms, sums of
+    branches and attention stay in float32, because this is faster.
 
-    The copy cannot be trained. On a CPU it cannot be saved or moved to another device either, and raises a ValueError.
+    The copy cannot be trained. On a CPU it cannot be saved or moved to another device either; both raise a ValueError.
     """
     half = copy.deepcopy(model).to(torch.bfloat16).eval().requires_grad_(False)
     if device_of(half).type == "cpu" and torch.backends.mkldnn.is_available() and _can_pack():
@@ -38,7 +39,7 @@ def with_half_weights(model: ModuleT) -> ModuleT:
 
 
 def _can_pack() -> bool:
-    """Whether this torch has the private operators with which its compiler packs weights."""
+    """Whether the installed torch has the private oneDNN operators that pack weights."""
     return hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
@@ -47,7 +48,7 @@ def _unsupported(action: str) -> ValueError:
 
 
 class _PackedProjection(nn.Module):
-    """A projection with weights in the layout of oneDNN, an opaque tensor that only operators of oneDNN can read."""
+    """A projection whose weights are in the layout of oneDNN; only operators of oneDNN can read this tensor."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -56,7 +57,7 @@ class _PackedProjection(nn.Module):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_PackedProjection":
-        """Copy everything except the weights, which never change."""
+        """Return a copy that shares the packed weights, because they never change."""
         memo[id(self)] = twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
         return twin
@@ -66,7 +67,7 @@ class _PackedProjection(nn.Module):
         raise _unsupported("pickled")
 
     def _save_to_state_dict(self, *args: Any, **options: Any) -> NoReturn:
-        """Raise an error. Otherwise files would lack the weights."""
+        """Raise an error, because the saved state would lack the packed weights."""
         raise _unsupported("saved")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_PackedProjection":

@@ -34,9 +34,9 @@ _MAX_ROWS, _MAX_DISTANCES = 2**15, 2**25
 
 
 def nearest_centroid(points: Tensor, centroids: Tensor) -> Tensor:
-    """Index `[m]` int64 of the centroid of `[k, d]` that is nearest to each point of `[m, d]`, by Euclidean distance.
+    """Find the nearest of `centroids [k, d]` by Euclidean distance for each of `points [m, d]`; indices `[m]` int64.
 
-    Computes `|c|^2 - 2 x.c` in float32, also under autocast, since bfloat16 would select other centroids.
+    Distances are computed in float32 also under autocast, because bfloat16 would select other centroids.
     """
     with torch.autocast(points.device.type, enabled=False):
         centroids = centroids.float()
@@ -46,30 +46,30 @@ def nearest_centroid(points: Tensor, centroids: Tensor) -> Tensor:
 
 
 class VectorSource(Protocol):
-    """Vectors that are read in portions."""
+    """A collection of vectors that are read in portions, because they can exceed the memory."""
 
     @property
     def num_vectors(self) -> int:
-        """Number of all vectors."""
+        """Total number of vectors."""
         ...
 
     def portions(self, order: tuple[int, ...] | None = None) -> Iterator[np.ndarray]:
-        """All vectors in portions `[m, d]` float32, which the caller may change.
+        """Yield all vectors in portions `[m, d]` float32, which the caller may modify.
 
-        `order` is the seed of a random order. None is the order in which the vectors are stored.
+        `order` is the seed of a random order. None selects the order in which the vectors are stored.
         """
         ...
 
 
 class ArrayVectors:
-    """The rows of an array `[n, d]` float32 as a `VectorSource`."""
+    """A `VectorSource` of the rows of an array `[n, d]` float32."""
 
     def __init__(self, vectors: np.ndarray) -> None:
         self._vectors = vectors
         self.num_vectors = len(vectors)
 
     def portions(self, order: tuple[int, ...] | None = None) -> Iterator[np.ndarray]:
-        """All rows; see `VectorSource`."""
+        """Yield all rows in portions; see `VectorSource`."""
         count = self.num_vectors
         rows = np.arange(count) if order is None else np.random.default_rng(order).permutation(count)
         for start in range(0, count, _ARRAY_ROWS_PER_PORTION):
@@ -77,14 +77,14 @@ class ArrayVectors:
 
 
 class Normalised:
-    """A `VectorSource` that subtracts `mean [d]` from the vectors of another one and divides them by `std [d]`."""
+    """A `VectorSource` of the vectors of `source` minus `mean [d]`, divided by `std [d]`."""
 
     def __init__(self, source: VectorSource, mean: np.ndarray, std: np.ndarray) -> None:
         self._source, self._mean, self._std = source, mean, std
         self.num_vectors = source.num_vectors
 
     def portions(self, order: tuple[int, ...] | None = None) -> Iterator[np.ndarray]:
-        """All normalised vectors; see `VectorSource`."""
+        """Yield all normalised vectors in portions; see `VectorSource`."""
         for portion in self._source.portions(order):
             portion -= self._mean
             portion /= self._std
@@ -92,12 +92,12 @@ class Normalised:
 
 
 class VectorStatistics(NamedTuple):
-    """Result of one pass over all vectors.
+    """Statistics of all vectors, and sampled vectors, from one pass over a `VectorSource`.
 
     Attributes:
-        mean: `[d]` float32.
-        std: `[d]` float32, 1 in dimensions that hardly vary.
-        start: `[m, d]` float32, vectors from all over the data for the choice of the first centroids; not normalised.
+        mean: Mean of the vectors, `[d]` float32.
+        std: Standard deviation of the vectors, `[d]` float32; 1 in dimensions that are almost constant.
+        start: Randomly drawn vectors for the choice of the first centroids, `[m, d]` float32; not normalised.
     """
 
     mean: np.ndarray
@@ -106,7 +106,7 @@ class VectorStatistics(NamedTuple):
 
 
 def vector_statistics(source: VectorSource, num_clusters: int, seed: int) -> VectorStatistics:
-    """Compute mean and standard deviation in float64, and draw the vectors for the choice of the first centroids."""
+    """Compute mean and standard deviation in float64, and draw vectors from which to choose the first centroids."""
     num_vectors = source.num_vectors
     num_start = start_size(num_vectors, num_clusters)
     drawn = np.sort(np.random.default_rng([seed, 0]).choice(num_vectors, num_start, replace=False, shuffle=False))
@@ -130,17 +130,17 @@ def vector_statistics(source: VectorSource, num_clusters: int, seed: int) -> Vec
 
 
 def start_size(num_vectors: int, num_clusters: int) -> int:
-    """Number of vectors from which the first centroids are chosen."""
+    """Number of vectors from which the `num_clusters` first centroids are chosen."""
     return min(num_vectors, max(_START_VECTORS_PER_CLUSTER * num_clusters, _MIN_START_VECTORS))
 
 
 def mini_batch_size(num_clusters: int) -> int:
-    """Number of vectors in a mini-batch."""
+    """Number of vectors in a mini-batch of k-means."""
     return max(_MIN_BATCH, _BATCH_PER_CLUSTER * num_clusters)
 
 
 def first_centroids(vectors: np.ndarray, num_clusters: int, seed: int) -> np.ndarray:
-    """Choose centroids `[k, d]` float32 among vectors `[m, d]` (m >= k) by k-means++."""
+    """Choose the first centroids `[k, d]` float32 among vectors `[m, d]` (m >= k) by k-means++."""
     from sklearn.cluster import kmeans_plusplus
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
@@ -150,12 +150,12 @@ def first_centroids(vectors: np.ndarray, num_clusters: int, seed: int) -> np.nda
 
 
 def cluster_epoch(source: VectorSource, centroids: np.ndarray, order: tuple[int, ...]) -> np.ndarray:
-    """Centroids `[k, d]` float32 after one epoch of mini-batch k-means (Sculley 2010).
+    """Update centroids `[k, d]` by one epoch of mini-batch k-means (Sculley 2010); return the new centroids, float32.
 
-    A pure function of the vectors, the centroids before and the seed `order` of the order of the vectors. Each centroid
-    starts with the weight of its share of one batch, so that assignments to earlier centroids do not count any more.
-    Compared with `MiniBatchKMeans.fit`, this leaves 1 to 9% less distortion on hidden states (k = 64 to 1024), and up
-    to 38% less if clusters differ much in size.
+    The result depends only on the vectors, the old centroids and `order`, the seed of the order of the vectors. At the
+    start of the epoch, each centroid has the weight of its share of one batch; assignments of earlier epochs do not
+    count. Compared with `MiniBatchKMeans.fit` of scikit-learn, the distortion is 1 to 9% lower on hidden states (k = 64
+    to 1024), and up to 38% lower if clusters differ much in size.
     """
     from sklearn.cluster import MiniBatchKMeans
     from threadpoolctl import threadpool_limits
@@ -173,12 +173,12 @@ def cluster_epoch(source: VectorSource, centroids: np.ndarray, order: tuple[int,
 
 @dataclass(frozen=True)
 class ClusterUsage:
-    """Usage of the clusters by the vectors that they were fitted to.
+    """How the vectors to which k-means was fitted use the clusters.
 
     Attributes:
-        used: Clusters to which at least one vector is assigned.
-        perplexity: `exp(entropy)` of the usage: the number of equally used clusters of the same diversity.
-        explained: Share of the variance of the normalised vectors that the centroids explain, 0..1.
+        used: Number of clusters to which at least one vector is assigned.
+        perplexity: `exp(entropy)` of the usage; n if n clusters are used equally often.
+        explained: Share of the variance of the normalised vectors that the centroids explain, in 0..1.
     """
 
     num_tokens: int
@@ -189,7 +189,7 @@ class ClusterUsage:
 
     @classmethod
     def of(cls, source: VectorSource, centroids: np.ndarray) -> "ClusterUsage":
-        """Assign every vector to its nearest centroid of `[k, d]`, and count."""
+        """Assign every vector to the nearest of `centroids [k, d]`, and compute the usage."""
         table = torch.from_numpy(centroids)
         counts = torch.zeros(len(table), dtype=torch.int64)
         error = spread = 0.0

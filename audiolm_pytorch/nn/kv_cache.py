@@ -1,4 +1,4 @@
-"""Cache of attention keys and values that decoding writes in place."""
+"""Cache of attention keys and values; decoding writes into it in place."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ __all__ = ["CachePositions", "KVCache", "visible_positions"]
 
 @dataclass(frozen=True)
 class CachePositions:
-    """Positions of the rows of one call in the cache; they can differ between items.
+    """Cache positions of the rows that one call of a transformer adds; they can differ between items.
 
     Attributes:
-        positions: `[b, n]` int64, position of each row in the sequence of its item.
-        extent: Largest position + 1, the number of positions in use after the call.
+        positions: `[b, n]` int64, position of each row in the sequence of the item.
+        extent: Largest position + 1: the number of cache positions in use after the call.
         start: Position of the first row if it is the same for all items, else None.
     """
 
@@ -27,19 +27,19 @@ class CachePositions:
 
     @classmethod
     def after(cls, starts: Sequence[int], count: int, device: torch.device | str = "cpu") -> "CachePositions":
-        """Positions of the next `count` rows of items that have `starts` rows."""
+        """Positions of the next `count` rows, if item i already has `starts[i]` rows."""
         positions = torch.tensor(starts).unsqueeze(1) + torch.arange(count)
         start = starts[0] if min(starts) == max(starts) else None
         return cls(positions.to(device), max(starts) + count, start)
 
 
 def visible_positions(positions: Tensor, num_keys: int, padding: Tensor | None = None) -> Tensor:
-    """Mask `[b or 1, 1, n, num_keys]` bool of causal attention: each row attends to itself and the rows before it.
+    """Mask of causal attention, `[b or 1, 1, n, num_keys]` bool: each row attends to itself and to earlier rows.
 
     Args:
         positions: `[b or 1, n]` int64, position of each row.
         num_keys: Number of keys.
-        padding: `[b]` int64, number of padding rows in front of each item. They attend to themselves alone.
+        padding: `[b]` int64, number of padding rows in front of each item. A padding row attends only to itself.
     """
     keys = torch.arange(num_keys, device=positions.device)
     rows = rearrange(positions, "b n -> b 1 n 1")
@@ -49,13 +49,13 @@ def visible_positions(positions: Tensor, num_keys: int, padding: Tensor | None =
 
 
 class KVCache:
-    """Keys and values of all layers, allocated once and written in place.
+    """Keys and values of all layers; the memory is allocated once and written in place.
 
     Args:
         depth: Number of layers.
         batch: Number of items b.
         heads: Number of heads of keys and values g.
-        num_positions: Longest sequence.
+        num_positions: Length of the longest sequence.
         dim_head: Width of a head.
         device: Device of the model.
         dtype: Data type of keys and values.

@@ -1,4 +1,4 @@
-"""Layers of the transformers: projection, normalisation, gated feed-forward layer, positions. None has a bias."""
+"""Layers of the transformers, all without biases: projection, normalisation, gated feed-forward layer, positions."""
 
 import math
 from typing import Any
@@ -19,7 +19,7 @@ _MAX_PARTS = 32
 
 
 class Projection(nn.Linear):
-    """A linear map without bias. A CPU uses all its cores also for a single row."""
+    """A linear layer without bias that uses all CPU cores also for a single row."""
 
     @beartype
     def __init__(self, dim_in: int, dim_out: int) -> None:
@@ -37,12 +37,12 @@ class Projection(nn.Linear):
 
 
 def _is_differentiated_eagerly() -> bool:
-    """Whether to use our backward passes. torch.compile derives faster ones, and cannot trace all of ours."""
+    """Whether to use the backward passes of this file; torch.compile cannot trace them and has faster ones."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class _RootMeanSquareNorm(torch.autograd.Function):
-    """`x / rms(x) * weight`. Its backward pass takes less than half the time of autograd's on a CPU."""
+    """`x / rms(x) * weight` with a backward pass that takes less than half the time of autograd on a CPU."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -74,7 +74,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise `[..., d]` over its last axis."""
+        """Normalise `x [..., d]` over the last axis."""
         if not _is_differentiated_eagerly():
             return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
         return _RootMeanSquareNorm.apply(x, self.weight, self.eps)
@@ -87,7 +87,7 @@ def _gated(halves: Tensor) -> Tensor:
 
 
 class _GatedProjection(torch.autograd.Function):
-    """Projects `value * silu(gate)`, and stores half of the memory that autograd would store for the backward pass."""
+    """Projection of `value * silu(gate)` that stores half as much for the backward pass as autograd."""
 
     @staticmethod
     def forward(ctx: Any, halves: Tensor, weight: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class GatedFeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `[..., d]` to `[..., d]`."""
+        """Apply the layer to `x [..., d]`; the shape stays the same."""
         halves = self.up(x)
         # `_GatedProjection` cannot reproduce dropout in its backward pass, and packed weights have no gradient.
         is_dropping = self.dropout.p > 0 and self.training
@@ -138,10 +138,10 @@ class GatedFeedForward(nn.Module):
 
 
 class RotaryPositions(nn.Module):
-    """Angles of rotary position embedding (RoFormer, arXiv:2104.09864, eq. 15).
+    """Cosines and sines of rotary position embeddings (RoFormer, arXiv:2104.09864, eq. 15).
 
     Args:
-        dim_head: Width of a head; ValueError if it is odd.
+        dim_head: Width of a head; must be even.
         base: Longest wavelength in positions, divided by 2 pi.
     """
 
@@ -149,12 +149,12 @@ class RotaryPositions(nn.Module):
     def __init__(self, dim_head: int, base: float = 10000.0) -> None:
         super().__init__()
         if dim_head % 2:
-            raise ValueError(f"rotary positions rotate pairs of values: dim_head must be even, got {dim_head}")
+            raise ValueError(f"rotary positions rotate pairs of values, so dim_head must be even; got {dim_head}")
         self.dim_head = dim_head
         self.base = base
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors `[..., n, dim_head]` float32 for `rotate`, of integer positions `[..., n]`."""
+        """Compute the cosines and sines `[..., n, dim_head]` float32 of integer positions `[..., n]`, for `rotate`."""
         exponents = torch.arange(0, self.dim_head, 2, device=positions.device, dtype=torch.float32) / self.dim_head
         angles = positions.unsqueeze(-1).float() * self.base**-exponents
         cos, sin = angles.cos(), angles.sin()
@@ -162,15 +162,16 @@ class RotaryPositions(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (value i, value i + d / 2) of `x [..., d]` by the factors of `RotaryPositions`."""
+    """Rotate each pair (value i, value i + d / 2) of `x [..., d]` with the cosines and sines of `RotaryPositions`."""
     return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, dims=-1), sin.to(x.dtype))
 
 
 class RelativePositions(nn.Module):
-    """Learned attention bias by the distance of a key (T5, arXiv:1910.10683, sec. 2.1), for causal attention.
+    """Learned bias for causal attention by the distance from row to key (T5, arXiv:1910.10683, sec. 2.1).
 
-    Half of the buckets hold one distance each, the others hold logarithmically growing ranges.
-    As in T5, there are 32 buckets, and all distances from 128 on share the last one.
+    Distances are grouped into buckets; all distances in a bucket share a bias per head. Half of the buckets contain one
+    distance each, the others contain logarithmically growing ranges. As in T5, there are 32 buckets, and the last one
+    contains all distances from 128 on.
     """
 
     num_buckets = 32
@@ -182,7 +183,7 @@ class RelativePositions(nn.Module):
         self.bias = nn.Embedding(self.num_buckets, heads)
 
     def buckets(self, distances: Tensor) -> Tensor:
-        """Bucket of each distance, int64; negative distances count as 0."""
+        """Index of the bucket of each distance, int64; negative distances count as 0."""
         exact = self.num_buckets // 2
         distances = distances.clamp(min=0)
         scale = (self.num_buckets - exact) / math.log(self.max_distance / exact)
@@ -190,7 +191,7 @@ class RelativePositions(nn.Module):
         return torch.where(distances < exact, distances, far.clamp(max=self.num_buckets - 1))
 
     def forward(self, positions: Tensor, num_keys: int) -> Tensor:
-        """Bias `[b or 1, h, n, num_keys]` of queries at `positions [b or 1, n]` for keys at 0..num_keys - 1."""
+        """Compute the bias `[b or 1, h, n, num_keys]` of rows at `positions [b or 1, n]` for keys from 0 on."""
         by_distance = self.bias(self.buckets(torch.arange(num_keys, device=positions.device)))
         distances = positions.unsqueeze(-1) - torch.arange(num_keys, device=positions.device)
         # All distances are below the number of keys. The caller masks later keys.

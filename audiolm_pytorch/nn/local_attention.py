@@ -1,4 +1,4 @@
-"""Causal attention over a window of recent frames."""
+"""Causal attention of each frame to a window of recent frames."""
 
 import torch
 import torch.nn.functional as F
@@ -15,29 +15,29 @@ _DIM_HEAD = 64
 
 
 class LocalAttention(nn.Module):
-    """Causal self-attention of a frame to itself and the `window - 1` frames before it.
+    """Causal self-attention of each frame to itself and to the `window - 1` frames before it.
 
-    Rotary positions affect the scores only as differences, and restart in every chunk of `window` frames. The output
-    of a frame therefore depends neither on its position in a recording nor on how the recording is chunked.
+    Rotary positions affect the scores only by the distance of two frames. The output of a frame therefore does not
+    depend on its position in a recording or on the division of the recording into chunks.
 
     Args:
         dim: Width of input and output.
-        window: Frames that a frame attends to.
-        heads: Number of heads of width 64; None for `dim // 64`.
+        window: Number of frames to which a frame attends, including itself.
+        heads: Number of heads of width 64; None = `dim // 64`.
     """
 
     @beartype
     def __init__(self, dim: int, window: int, heads: int | None = None) -> None:
         super().__init__()
         if window < 1:
-            raise ValueError(f"window must be at least 1 (the frame itself), got {window}")
+            raise ValueError(f"window must be at least 1 (only the frame itself), got {window}")
         self.window, self.heads = window, heads or max(1, dim // _DIM_HEAD)
         self.to_qkv = nn.Linear(dim, 3 * self.heads * _DIM_HEAD, bias=False)
         self.to_out = nn.Linear(self.heads * _DIM_HEAD, dim, bias=False)
         self.positions = RotaryPositions(_DIM_HEAD)
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
-        """Frames `[b, f, d]` to `[b, f, d]`; `state` holds the frames before, None at the start."""
+        """Attend from frames `[b, f, d]` to their windows; `state` contains the frames of earlier chunks."""
         qkv = rearrange(self.to_qkv(x), "b f (three h d) -> three b h f d", three=3, h=self.heads)
         queries, memory = qkv[0], qkv[1:]
         if state is not None:
@@ -54,7 +54,7 @@ class LocalAttention(nn.Module):
         return self.to_out(rearrange(torch.cat(outputs, dim=2), "b h f d -> b f (h d)"))
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attend from queries `[b, h, n, d]` to keys `[b, h, m, d]`; the last n keys belong to the same frames."""
+        """Attend from queries `[b, h, n, d]` of the last n frames to keys `[b, h, m, d]` of all m frames."""
         key_positions = torch.arange(keys.shape[2], device=keys.device)
         query_positions = key_positions[-queries.shape[2] :]
         distance = rearrange(query_positions, "n -> n 1") - key_positions
@@ -69,7 +69,7 @@ class LocalAttention(nn.Module):
 
 
 class _Block(nn.Module):
-    """Pre-norm attention and gated feed-forward with residual connections."""
+    """Transformer block: pre-norm local attention and gated feed-forward layer with residual connections."""
 
     def __init__(self, dim: int, window: int) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class _Block(nn.Module):
 
 
 class LocalTransformer(nn.Module):
-    """Blocks of local causal attention; `depth=0` returns the frames unchanged."""
+    """Stack of transformer blocks with local causal attention; with `depth=0` the frames do not change."""
 
     @beartype
     def __init__(self, dim: int, depth: int, window: int) -> None:
@@ -90,7 +90,7 @@ class LocalTransformer(nn.Module):
         self.blocks = nn.ModuleList([_Block(dim, window) for _ in range(depth)])
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
-        """Frames `[b, f, d]` to `[b, f, d]`."""
+        """Apply all blocks to frames `[b, f, d]`; `state` contains the frames of earlier chunks."""
         for block in self.blocks:
             x = block(x, state)
         return x

@@ -1,4 +1,4 @@
-"""Networks that run chunk by chunk: the state of causal layers, and streams of complete frames."""
+"""Chunk-by-chunk execution of networks: the state of causal layers, and streams of frames."""
 
 from collections.abc import Callable, Iterator
 
@@ -10,17 +10,17 @@ __all__ = ["FrameStream", "StreamState"]
 
 
 class StreamState:
-    """The past inputs that the causal layers of a network need to continue one stream."""
+    """Past inputs of the causal layers of a network, which the next chunk of a stream needs."""
 
     def __init__(self) -> None:
         self._pasts: dict[nn.Module, Tensor] = {}
 
     def past(self, layer: nn.Module) -> Tensor | None:
-        """The past of the layer, None at the beginning of the stream."""
+        """Return the stored past inputs of a layer; None at the beginning of the stream."""
         return self._pasts.get(layer)
 
     def keep(self, layer: nn.Module, past: Tensor) -> None:
-        """Store `past` until the layer's next call."""
+        """Store the past inputs of a layer for its next call."""
         # A slice would keep the memory of the whole chunk.
         self._pasts[layer] = past.clone()
 
@@ -28,19 +28,19 @@ class StreamState:
 class FrameStream:
     """Runs a network on chunks of whole frames and returns the frames that later input cannot change.
 
-    A network that looks ahead runs on every chunk together with the neighbouring frames that it depends on; their
-    outputs are cut off. A causal network has `reach_frames = 0` and keeps its past in a `StreamState`.
+    A network with look-ahead runs on each chunk together with `reach_frames` neighbouring frames on both sides, and
+    their outputs are dropped. A causal network has `reach_frames = 0` and stores its past inputs in a `StreamState`.
 
     Args:
-        run: `(chunk, first_frame) -> output` with as many frames; `first_frame` is the index of the chunk's first frame
-            in the stream.
+        run: Function `(chunk, first_frame) -> output` that runs the network. The output has as many frames as the
+            chunk, and `first_frame` is the index of the first frame in the stream.
         in_axis: Time axis of the input.
-        in_steps: Input steps per frame.
+        in_steps: Input steps per frame, for example samples.
         out_axis: Time axis of the output, 1 for `[b, f, width]` and -1 for `[b, width, n]`.
         out_steps: Output steps per frame.
         out_width: Width of the output.
-        reach_frames: Frames before and after an output frame that it depends on.
-        budget_frames: New frames per run, summed over the batch; bounds the memory.
+        reach_frames: Number of frames before and after an output frame on which it depends.
+        budget_frames: Largest number of new frames per run, summed over the batch; limits the memory.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class FrameStream:
         self._is_finished = False
 
     def push(self, x: Tensor) -> Tensor:
-        """Add any number of input steps; return the output of the frames that are complete, possibly none."""
+        """Add any number of input steps; return the output that later input cannot change, which can be empty."""
         return torch.cat(list(self.chunks(x)), dim=self._out_axis)
 
     def push_last(self, x: Tensor) -> Tensor:
@@ -74,16 +74,16 @@ class FrameStream:
     def finish(self) -> Tensor:
         """Return the output of all remaining frames; zeros fill the last frame."""
         if self._pending is None:
-            raise ValueError("nothing was pushed into this stream; push at least one chunk before finish()")
+            raise ValueError("the stream received no input; push at least one chunk before finish()")
         return self.push_last(self._pending.narrow(self._in_axis, 0, 0))
 
     def max_frames(self, batch: int) -> int:
-        """Most new frames per run, at least 8 times the reach so that little is computed twice."""
+        """Largest number of new frames per run; at least 8 times the reach, so that few frames are computed twice."""
         return max(1, 8 * self._reach, self._budget // max(1, batch))
 
     @torch.no_grad()
     def chunks(self, x: Tensor, is_last: bool = False) -> Iterator[Tensor]:
-        """The output of `push`, or of `push_last` if `is_last`, chunk by chunk."""
+        """Yield the output of `push`, or of `push_last` if `is_last`, chunk by chunk."""
         if self._is_finished:
             raise ValueError("this stream is finished; open a new one")
         parts = x.split(self.max_frames(len(x)) * self._in_steps, dim=self._in_axis)
@@ -123,6 +123,6 @@ class FrameStream:
             del shape[self._in_axis]
         if shapes[0] != shapes[1] or part.device != pending.device:
             raise ValueError(
-                f"every chunk of a stream needs the shape {shapes[1]} apart from its length, on {pending.device}; got "
+                f"all chunks of a stream need the shape {shapes[1]} apart from the time axis, on {pending.device}; got "
                 f"{shapes[0]} on {part.device}"
             )

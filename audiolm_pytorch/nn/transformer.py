@@ -1,4 +1,4 @@
-"""The causal transformer of all language models."""
+"""The causal transformer that all language models use."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -20,7 +20,7 @@ INIT_STD = 0.02  # of GPT-2; the first logits are near zero, so that training st
 
 @dataclass(frozen=True, eq=False)
 class ConditionTensors:
-    """Conditions of a transformer as tensors. Attention ignores their padding.
+    """Conditioning inputs of a transformer as tensors. Attention ignores their padding.
 
     Attributes:
         prefix: `[b, m, d]` embeddings in front of the rows, with padding in front; None = no prefix.
@@ -36,12 +36,12 @@ class ConditionTensors:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the prefix."""
+        """Number of rows of the prefix."""
         return 0 if self.prefix is None else self.prefix.shape[1]
 
 
 class _Block(nn.Module):
-    """Self-attention, optional cross-attention, and feed-forward; each normalises its input and adds its output."""
+    """Pre-norm block of self-attention, optional cross-attention and feed-forward layer with residual connections."""
 
     def __init__(
         self, dim: int, heads: int, dim_head: int, kv_heads: int | None, ff_dim: int, dropout: float, cross: bool
@@ -62,7 +62,7 @@ class _Block(nn.Module):
         return x + self._dropped(self.feed_forward(self.feed_forward_norm(x)))
 
     def _dropped(self, branch: Tensor) -> Tensor:
-        """Apply dropout. Calls of an idle dropout module take 5 % of the time of a decoded row, apart from weights."""
+        """Apply dropout. Skip the module in eval mode, where its calls would take 5 % of the time of a decoded row."""
         return self.dropout(branch) if self.training and self.dropout.p > 0 else branch
 
 
@@ -76,17 +76,17 @@ class Transformer(nn.Module):
         dim: Width d.
         depth: Number of blocks.
         heads: Attention heads of a block.
-        dim_head: Width of a head; even for rotary positions.
+        dim_head: Width of a head; must be even for rotary positions.
         ff_mult: Width of the gated feed-forward layer divided by `dim`.
         dropout: Dropout probability of the residual branches and inside the feed-forward layer. Attention weights have
             no dropout, because fused kernels do not support it.
-        positions: `rotary`, or `relative` (buckets of T5, one table for all blocks).
+        positions: `rotary`, or `relative` (biases of T5 by distance, shared by all blocks).
         kv_heads: Heads of keys and values, a divisor of `heads`; 1 = multi-query, None = `heads`.
         cross: Whether every block also attends to the states of `ConditionTensors`.
-        checkpoint_blocks: Store only the input of each block for the backward pass, and compute the block again there.
-            This needs the memory of one block instead of `depth`, and a third more time.
-        forget_prob: In training, each item hides every past row with one probability drawn from 0..`forget_prob`
-            (forgetful causal masking, arXiv:2210.13432).
+        checkpoint_blocks: Whether to store only the input of each block, and to compute the block again in the backward
+            pass. This needs the memory of one block instead of `depth` blocks, and a third more time.
+        forget_prob: Largest probability with which training hides past rows from attention. The probability is drawn
+            for each item from 0..`forget_prob` (forgetful causal masking, arXiv:2210.13432).
     """
 
     @beartype
@@ -109,7 +109,9 @@ class Transformer(nn.Module):
         if min(dim, depth, heads, dim_head, ff_mult) <= 0:
             raise ValueError(f"sizes must be positive, got {dim=} {depth=} {heads=} {dim_head=} {ff_mult=}")
         if not 0 <= forget_prob < 1 or not 0 <= dropout < 1:
-            raise ValueError(f"forget_prob and dropout must be in [0, 1), got {forget_prob} and {dropout}")
+            raise ValueError(
+                f"forget_prob and dropout must be in [0, 1), got forget_prob={forget_prob} and dropout={dropout}"
+            )
         self.dim, self.depth, self.dim_head = dim, depth, dim_head
         self.kv_heads = heads if kv_heads is None else kv_heads
         self.checkpoint_blocks, self.forget_prob = checkpoint_blocks, forget_prob
@@ -148,16 +150,16 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         cache_positions: CachePositions | None = None,
     ) -> Tensor:
-        """Return normalised rows `[b, n, d]`, without the rows of the prefix.
+        """Apply all blocks; return normalised rows `[b, n, d]`, without the rows of the prefix.
 
         Args:
-            x: Rows `[b, n, d]`: whole sequences, or with a cache the next rows.
-            condition_tensors: Prefix and states; with a cache, in its first call only.
+            x: Rows `[b, n, d]`. Without a cache they are whole sequences, with a cache they are the next rows.
+            condition_tensors: Prefix and states; with a cache, only in the first call.
             cache: Cache from `new_cache`, written in place.
             cache_positions: Positions of prefix and rows in `cache`.
         """
         if (cache is None) != (cache_positions is None):
-            raise ValueError("pass `cache` and `cache_positions` together, or neither")
+            raise ValueError("got only one of `cache` and `cache_positions`; pass both or neither")
         conditions = ConditionTensors() if condition_tensors is None else condition_tensors
         x = x.to(self.norm.weight.dtype)  # with half weights, norms and sums of branches can have full precision
         if conditions.prefix is not None:
@@ -175,7 +177,7 @@ class Transformer(nn.Module):
     def _attention_context(
         self, x: Tensor, conditions: ConditionTensors, cache: KVCache | None, cache_positions: CachePositions | None
     ) -> AttentionContext:
-        """Positions, mask and states, which are the same in every block."""
+        """Prepare positions, mask and states once for all blocks."""
         if cache_positions is None or cache is None:
             positions = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
             num_keys, is_first, padding = x.shape[1], True, conditions.prefix_padding
@@ -213,7 +215,7 @@ class Transformer(nn.Module):
         )
 
     def _forgotten(self, x: Tensor, num_prefix: int) -> Tensor | None:
-        """`[b, 1, n, n]` bool, keys that training hides; never the prefix, the first row, or a row from itself."""
+        """Draw the keys to hide, `[b, 1, n, n]` bool; never the prefix, the first row, or a row from itself."""
         if not self.training or self.forget_prob == 0:
             return None
         batch, num_rows, _ = x.shape

@@ -29,11 +29,11 @@ class TokenLayout:
     other rows follow one of three patterns:
 
     - `flat` has one column, with the input streams first and then every predicted stream, level by level inside each
-        frame.
+      frame.
     - `delayed` has one row per predicted frame and one column per level. Residual level `k`, with all its groups, is
-        delayed by `k` rows. Input streams are aligned in time; the token that covers predicted frame `f` is in the row
-        that predicts frame `f`. An input stream of a lower rate is repeated. An input stream of a higher rate uses
-        several columns. An input stream that is too short repeats its last frame.
+      delayed by `k` rows. Input streams are aligned in time; the token that covers predicted frame `f` is in the row
+      that predicts frame `f`. An input stream of a lower rate is repeated. An input stream of a higher rate uses
+      several columns. An input stream that is too short repeats its last frame.
     - `parallel` equals `delayed` without delays.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Discriminators of codecs: networks that classify audio as real or decoded, at several scales."""
+"""Discriminators for the training of codecs: networks that classify audio as real or decoded, at several scales."""
 
 from audiolm_pytorch.codecs.discriminators.base import Discriminator, ScaleOutput
 from audiolm_pytorch.codecs.discriminators.combined import (

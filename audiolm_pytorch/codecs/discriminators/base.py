@@ -1,4 +1,4 @@
-"""The base class of discriminators, and the parts that they share."""
+"""The base class of discriminators, and layers that they share."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -16,8 +16,8 @@ class ScaleOutput(NamedTuple):
     """Output of a discriminator at one scale.
 
     Attributes:
-        logits: `[b, 1, ...]`, positive for real audio.
-        features: Outputs `[b, d, ...]` of all layers before the last.
+        logits: `[b, 1, ...]`; positive values classify audio as real.
+        features: Outputs `[b, d, ...]` of all layers except the last.
     """
 
     logits: Tensor
@@ -33,21 +33,21 @@ class Discriminator(nn.Module, ABC):
         self.channels: int = config["channels"]
 
     def forward(self, wave: Tensor) -> list[ScaleOutput]:
-        """Outputs of all scales for waves `[b, c, n]` with any n > 0."""
+        """Compute the outputs of all scales for waves `[b, c, n]` with any n > 0."""
         if wave.ndim != 3 or wave.shape[1] != self.channels or wave.shape[2] == 0:
             raise ValueError(
-                f"waves must be [b, {self.channels}, n] with n > 0, got {tuple(wave.shape)}; build the discriminator "
-                "with the `channels` of the waves"
+                f"waves must be [b, {self.channels}, n] with n > 0, got shape {tuple(wave.shape)}; create the "
+                "discriminator with the `channels` of the waves"
             )
         return self._outputs(wave)
 
     @abstractmethod
     def _outputs(self, wave: Tensor) -> list[ScaleOutput]:
-        """Outputs of all scales for checked waves."""
+        """Compute the outputs of all scales for waves of a checked shape."""
 
 
 def run_layers(layers: Iterable[nn.Module], last: nn.Module, x: Tensor) -> ScaleOutput:
-    """Run layers with leaky ReLUs, then the last layer; the features are taken after each leaky ReLU."""
+    """Run layers, each with a leaky ReLU, then the last layer; the features are the outputs of the leaky ReLUs."""
     features = []
     for layer in layers:
         x = leaky_relu_(layer(x))
@@ -56,5 +56,5 @@ def run_layers(layers: Iterable[nn.Module], last: nn.Module, x: Tensor) -> Scale
 
 
 def leaky_relu_(x: Tensor) -> Tensor:
-    """Leaky ReLU of a convolution's output, in place; the convolution's gradient does not need its output."""
+    """Apply leaky ReLU in place to the output of a convolution, whose gradient does not need this output."""
     return F.leaky_relu(x, _SLOPE, inplace=True)

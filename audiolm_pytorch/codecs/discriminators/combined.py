@@ -1,4 +1,4 @@
-"""Several discriminators as one, and the sets of the SoundStream and EnCodec papers."""
+"""Combinations of discriminators, including those of the SoundStream and EnCodec papers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,34 +16,36 @@ __all__ = ["Discriminators", "encodec_discriminators", "soundstream_discriminato
 
 @register
 class Discriminators(nn.Module):
-    """Several discriminators as one; each part returns a list of `ScaleOutput` for waves `[b, c, n]`."""
+    """Combination of discriminators; each part returns a list of `ScaleOutput` for waves `[b, c, n]`."""
 
     @beartype
     def __init__(self, parts: Sequence[nn.Module]) -> None:
         super().__init__()
         if not parts:
-            raise ValueError("parts is empty; pass at least one discriminator")
+            raise ValueError("got an empty list of parts; pass at least one discriminator")
         self.parts = nn.ModuleList(parts)
 
     @property
     def config(self) -> dict[str, Any]:
-        """Constructor arguments, JSON-able."""
+        """Constructor arguments as data that JSON can store."""
         return {"parts": [module_spec(part) for part in self.parts]}
 
     def forward(self, wave: Tensor) -> list[ScaleOutput]:
-        """Outputs of all scales of all parts for waves `[b, c, n]`, in order."""
+        """Compute the outputs of all scales of all parts for waves `[b, c, n]`, in order."""
         return [output for part in self.parts for output in part(wave)]
 
 
 @beartype
 def soundstream_discriminators(channels: int = 1, width: int = 32) -> Discriminators:
-    """Three resolutions of the wave and one complex STFT: four scales (SoundStream, arXiv 2107.03312, section III-D).
+    """Create three resolutions of the wave and one complex STFT (SoundStream, arXiv 2107.03312, section III-D).
 
-    `width` is the first number of channels of the STFT discriminator (32 in the paper), a multiple of 8; the wave
-    discriminator has half of it.
+    `width` is the number of channels of the first STFT layer (32 in the paper), a multiple of 8. The first layer of the
+    wave discriminator has half as many.
     """
     if width < 8 or width % 8:
-        raise ValueError(f"width must be a multiple of 8 (half of it is divided into groups of 4), got {width}")
+        raise ValueError(
+            f"width must be a multiple of 8 (half of it is divided into groups of 4 channels), got {width}"
+        )
     return Discriminators(
         [
             MultiScaleWaveDiscriminator(channels=channels, width=width // 2),
@@ -54,5 +56,5 @@ def soundstream_discriminators(channels: int = 1, width: int = 32) -> Discrimina
 
 @beartype
 def encodec_discriminators(channels: int = 1, width: int = 32) -> Discriminators:
-    """Complex STFTs with five windows and `width` filters per layer (EnCodec, arXiv 2210.13438, section 3.4)."""
+    """Create complex STFTs with five windows and `width` filters per layer (EnCodec, arXiv 2210.13438, section 3.4)."""
     return Discriminators([MultiScaleSTFTDiscriminator(channels=channels, width=width)])

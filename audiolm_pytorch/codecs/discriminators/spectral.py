@@ -32,17 +32,17 @@ _FRAMES_PER_LOGIT = 8
 class ComplexSTFTDiscriminator(Discriminator):
     """Residual units on the complex spectrogram at one resolution (SoundStream, section III-D and figure 4).
 
-    From the paper: window and hop, a 7x7 convolution, six residual units with strides (1, 2) and (2, 2) in turn (time,
-    frequency), each a 3x3 and a strided 3x4 or 4x4 convolution, their channels, and a last convolution over all
-    remaining frequencies. Not from the paper: leaky ReLU and weight norm (as in the wave discriminator), real and
-    imaginary parts as input channels, a 1x1 convolution as skip connection, which changes shape. The highest of the
-    `window / 2 + 1` bins is left out, because the paper has `window / 2`. The logits are `[b, 1, f]`, one per 8 frames
-    of the spectrogram.
+    The paper defines window and hop, a 7x7 convolution, six residual units with alternating strides (1, 2) and (2, 2)
+    in time and frequency, and a last convolution over all remaining frequencies. A residual unit has a 3x3 and a
+    strided 3x4 or 4x4 convolution; the channels are also from the paper. The paper does not define leaky ReLU and
+    weight norm (as in the wave discriminator), real and imaginary parts as input channels, and strided 1x1 convolutions
+    as skip connections. The highest of the `window / 2 + 1` bins is dropped, because the paper has `window / 2` bins.
+    The logits are `[b, 1, f]`, one per 8 frames of the spectrogram.
 
     Args:
         channels: Audio channels, processed together.
-        width: Channels C after the first convolution; the last unit has 16 times as many.
-        window_samples: STFT window, a multiple of 128.
+        width: Number of channels C after the first convolution; the last unit has 16 C channels.
+        window_samples: Length of the STFT window, a multiple of 128.
         hop_samples: STFT hop.
     """
 
@@ -77,12 +77,13 @@ class ComplexSTFTDiscriminator(Discriminator):
 class MultiScaleSTFTDiscriminator(Discriminator):
     """Equal networks on complex spectrograms with several windows (EnCodec, arXiv 2210.13438, section 3.4).
 
-    From the paper: windows, real and imaginary parts as input channels, 32 filters per layer, one convolution, three
-    with dilations 1, 2, 4 in time and stride 2 in frequency, a 3x3 one for the logits, leaky ReLU, weight norm. From
-    the published code: kernels 3x9 (3x8 in the text), one more 3x3 convolution before the last, the slope, and the
-    normalised STFT. Hops are a quarter of the window. The paper processes stereo channels separately and doubles the
-    windows at 48 kHz; here channels are processed together, so that their differences count, and the windows are an
-    argument. The logits of a window are `[b, 1, f, k]`, one per frame and 8 bins.
+    The paper defines the windows, real and imaginary parts as input channels, 32 filters per layer, leaky ReLU, weight
+    norm and the convolutions: a first one, three with dilations 1, 2, 4 in time and stride 2 in frequency, and a 3x3
+    one for the logits. The published code defines kernels of 3x9 (3x8 in the text), one more 3x3 convolution before the
+    last, the slope of the leaky ReLU, and the normalised STFT. Hops are a quarter of the window. The paper processes
+    stereo channels separately and doubles the windows at 48 kHz. This class processes the channels together, so that
+    their differences matter, and the windows are an argument. The logits of a window are `[b, 1, f, k]`, one per frame
+    and 8 bins.
 
     Args:
         channels: Audio channels.
@@ -111,7 +112,7 @@ class MultiScaleSTFTDiscriminator(Discriminator):
 
 
 class _OneWindow(nn.Module):
-    """The network of one window."""
+    """The network for one STFT window."""
 
     def __init__(self, channels: int, width: int, window_samples: int) -> None:
         super().__init__()
@@ -130,7 +131,7 @@ class _OneWindow(nn.Module):
 
 
 class _ResidualUnit(nn.Module):
-    """A 3x3 and a strided convolution with a strided 1x1 convolution as skip connection (SoundStream, figure 4)."""
+    """Residual unit: a 3x3 and a strided convolution, with a strided 1x1 skip connection (SoundStream, figure 4)."""
 
     def __init__(self, dim_in: int, dim_inner: int, dim_out: int, stride: tuple[int, int]) -> None:
         super().__init__()
@@ -141,7 +142,7 @@ class _ResidualUnit(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[b, d, f, k]` to `[b, d', f / stride, k / stride]`."""
+        """Apply the unit to `[b, d, f, k]`; return `[b, d', f / stride, k / stride]`."""
         # A strided 1x1 convolution of fewer than 16 channels in channels-last memory writes past its memory in backward
         # on a CPU (torch 2.13, github.com/uxlfoundation/oneDNN/issues/6035), so the stride is applied before.
         strided = x[..., :: self.stride[0], :: self.stride[1]]
@@ -149,7 +150,7 @@ class _ResidualUnit(nn.Module):
 
 
 class _ComplexSpectrogram(nn.Module):
-    """STFT with a Hann window as real channels, in float32 under autocast too; white noise keeps its variance."""
+    """STFT with a Hann window, computed in float32 also under autocast. White noise keeps its variance."""
 
     window: Tensor
 
@@ -159,7 +160,7 @@ class _ComplexSpectrogram(nn.Module):
         self.register_buffer("window", torch.hann_window(window_samples), persistent=False)
 
     def forward(self, wave: Tensor) -> Tensor:
-        """`[b, c, n]` to `[b, 2c, f, k]`: f frames centred on every hop, k bins; silence pads short waves."""
+        """Compute real and imaginary parts `[b, 2c, f, k]` of `[b, c, n]`; silence pads short waves."""
         with torch.autocast(wave.device.type, enabled=False):
             window = self.window.float()
             size = len(window)

@@ -1,4 +1,4 @@
-"""A discriminator of waves at several resolutions."""
+"""A discriminator for waves at several resolutions."""
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +20,15 @@ _GROUP_SIZE = 4
 class MultiScaleWaveDiscriminator(Discriminator):
     """Equal networks on the wave and on average-pooled versions of it (SoundStream, section III-D).
 
-    From SoundStream: three resolutions (x1, x1/2, x1/4); at each a plain convolution, four grouped ones (groups of 4
-    channels, stride 4, 4 times the channels up to 1024) and two plain ones. From MelGAN (arXiv 1910.06711, appendix A):
-    kernels (15, 41, 5, 3), 16 first channels, pooling and weight norm. The ends are padded with zeros. A resolution of
-    n samples has logits `[b, 1, ceil(n / 256)]`.
+    SoundStream defines three resolutions (x1, x1/2, x1/4). The network of a resolution has a plain convolution, four
+    grouped convolutions (groups of 4 channels, stride 4, 4 times the channels up to 1024) and two plain convolutions.
+    MelGAN (arXiv 1910.06711, appendix A) defines kernels (15, 41, 5, 3), 16 channels after the first convolution,
+    pooling and weight norm. Waves are padded with zeros. A resolution of n samples has logits `[b, 1, ceil(n / 256)]`.
 
     Args:
         channels: Audio channels, processed together.
-        width: Channels after the first convolution, a multiple of 4; the others scale with it (up to 64 times).
-        scales: Number of resolutions, each half of the one before; outputs start with the full resolution.
+        width: Channels after the first convolution, a multiple of 4; later layers have up to 64 times as many.
+        scales: Number of resolutions, each half of the previous one; the first output has the full resolution.
     """
 
     @beartype
@@ -53,10 +53,11 @@ class MultiScaleWaveDiscriminator(Discriminator):
 
 
 class _GroupedConv1d(nn.Conv1d):
-    """A strided convolution in groups of 4 channels, in float32 under autocast too.
+    """A strided convolution in groups of 4 channels, computed in float32 also under autocast.
 
-    On Xeons with AMX, oneDNN's bfloat16 kernels multiply unwritten memory by zero if a length is not a multiple of 32
-    (github.com/uxlfoundation/oneDNN/issues/5717): gradients of short waves are NaN in some runs.
+    On Xeons with AMX, the bfloat16 kernels of oneDNN multiply uninitialised memory by zero if a length is not a
+    multiple of 32 (github.com/uxlfoundation/oneDNN/issues/5717). Gradients of short waves would then be NaN in some
+    runs.
     """
 
     def __init__(self, dim_in: int, dim_out: int) -> None:
@@ -69,7 +70,7 @@ class _GroupedConv1d(nn.Conv1d):
 
 
 class _OneScale(nn.Module):
-    """The network of one resolution."""
+    """The network for one resolution of the wave."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Published codecs as `Codec` modules."""
+"""Published codecs (EnCodec, DAC, Mimi) with the interface of `Codec`."""
 
 from audiolm_pytorch.codecs.pretrained.adapter import PretrainedCodec
 from audiolm_pytorch.codecs.pretrained.dac import DacWrapper

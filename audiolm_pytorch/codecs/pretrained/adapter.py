@@ -1,4 +1,4 @@
-"""The common part of the published codecs."""
+"""Base classes of the published codecs."""
 
 import logging
 from abc import abstractmethod
@@ -31,10 +31,10 @@ Wrapper = TypeVar("Wrapper", bound="PretrainedCodec")
 
 
 class PretrainedCodec(Codec):
-    """A codec of transformers: frozen, always in eval mode, float32 until it is moved.
+    """A codec from transformers: frozen, always in eval mode, and in float32 until it is moved to another precision.
 
-    Items of unequal length are encoded in groups of equal length, so that padding changes no code; convolutions that
-    look ahead and reflections at the end of a wave depend on it. A subclass sets the class attributes, calls
+    Items of unequal length are encoded in groups of equal length. Padding would change codes, because convolutions with
+    look-ahead and reflection at the end of a wave depend on it. A subclass sets the class attributes, calls
     `_set_sizes` in its constructor and implements `options`, `_encode` and `_decode`.
 
     Args:
@@ -75,14 +75,14 @@ class PretrainedCodec(Codec):
     def _set_sizes(
         self, *, sample_hz: int, downsample_factor: int, channels: int, num_quantizers: int, codebook_size: int
     ) -> None:
-        """Set the attributes of the codec contract and log the codec."""
+        """Set the attributes of `Codec` and log the description."""
         self.target_sample_hz, self.downsample_factor, self.channels = sample_hz, downsample_factor, channels
         self.num_quantizers, self.codebook_size = num_quantizers, codebook_size
         logger.info("codec %s", self.description)
 
     @property
     def description(self) -> str:
-        """Source, revision, sizes, bitrate and licence in one line."""
+        """Source, revision, sizes, bitrate and licence of the codec in one line."""
         origin = self.origin
         return (
             f"{origin['source']} (revision {origin['revision'] or 'none: local'}): {self.model_type}, "
@@ -97,39 +97,39 @@ class PretrainedCodec(Codec):
 
     @abstractmethod
     def _decode(self, codes: Tensor, scales: Tensor | None) -> Tensor:
-        """Decode `[b, f, q']` to waves `[b, c, n]`; n may be a few samples short of what the frames cover."""
+        """Decode `[b, f, q']` to waves `[b, c, n]`; n can be a few samples less than the frames cover."""
 
     @property
     @abstractmethod
     def options(self) -> dict[str, Any]:
-        """Constructor arguments besides the source, JSON-compatible."""
+        """Constructor arguments without the source, as data that JSON can store."""
 
     @property
     def config(self) -> dict[str, Any]:
-        """Description of the model from which `from_config` builds the codec, JSON-able."""
+        """Data for `from_config` that JSON can store."""
         return dict(model=model_settings(self.model), options=self.options, origin=portable_origin(self.origin))
 
     @classmethod
     def from_config(cls: type[Wrapper], config: dict[str, Any]) -> Wrapper:
-        """Build the codec from its `config`, with fresh weights."""
+        """Build the codec from its `config`, with random weights."""
         transformers = require_transformers()
         model_config = getattr(transformers, cls.config_class).from_dict(dict(config["model"]))
         model = getattr(transformers, cls.model_class)(model_config)
         return cls(LoadedModel(model, **config["origin"]), **config["options"])
 
     def fingerprint(self) -> str:
-        """Hash of weights, settings and levels; independent of device, folder and version of transformers."""
+        """Hash of weights, settings and levels; it does not depend on device, folder or version of transformers."""
         settings = {name: getattr(self.model.config, name, None) for name in self.code_settings}
         facts = [self.model_type, self.target_sample_hz, self.downsample_factor, self.num_quantizers, settings]
         return nameless_fingerprint(self.model, facts)
 
     def train(self: Wrapper, mode: bool = True) -> Wrapper:
-        """Stay in eval mode: the codec is frozen, and level dropout would change codes."""
+        """Keep eval mode, because the codec is frozen and level dropout would change codes."""
         return super().train(False)
 
     @torch.no_grad()
     def encode(self, wave: Tensor, lengths: Tensor | None = None) -> EncodedWave:
-        """Encode waves as `tokenize` does, and return the scales too if the model normalises segments."""
+        """Encode waves as `tokenize` does, and also return the scales if the model normalises segments."""
         wave = self._check_wave(wave)
         batch, num_samples = len(wave), wave.shape[-1]
         codes = torch.full((batch, self.num_frames(num_samples), self.num_quantizers), -1, device=wave.device)
@@ -150,7 +150,7 @@ class PretrainedCodec(Codec):
     def decode(self, codes: Tensor, scales: Tensor | None = None, num_samples: int | None = None) -> Tensor:
         """Decode codes as `decode_from_codebook_indices` does, with the scales `[b, s]` that `encode` returned."""
         if scales is not None and not self.has_scales:
-            raise ValueError("this model does not normalise segments and has no scales; leave them out")
+            raise ValueError("this model does not normalise segments and has no scales; call decode without scales")
         codes = self._check_codes(codes)
         num_frames = codes.shape[1]
         self._check_num_samples(num_samples, num_frames)
@@ -165,17 +165,16 @@ class PretrainedCodec(Codec):
         return self.decode(codes, num_samples=num_samples)
 
     def _num_segments(self, num_samples: int) -> int:
-        """Segments of a wave that have a scale."""
+        """Number of segments of a wave; each has one scale."""
         return 0
 
 
 class PretrainedLevelsCodec(PretrainedCodec):
-    """A published codec that is used with its first levels; a subclass implements `_sizes`, `_encode` and `_decode`.
+    """A published codec that uses the first levels of a model; a subclass implements `_sizes`, `_encode` and `_decode`.
 
     Args:
         source: Folder in transformers' format, hub id, or a loaded model; None for `default_source`.
-        num_quantizers: Number of levels to use; None for `default_levels` if the model has as many,
-            otherwise for all.
+        num_quantizers: Number of levels to use. None: `default_levels`, or all levels if the model has fewer.
         offline: Whether to use only the local cache for a hub id.
         revision: Branch, tag or commit on the hub.
         cache_dir: Folder for downloads; None for Hugging Face's default.
@@ -205,9 +204,9 @@ class PretrainedLevelsCodec(PretrainedCodec):
 
     @abstractmethod
     def _sizes(self, config: Any) -> dict[str, int]:
-        """The arguments of `_set_sizes` with all levels, from the model's configuration."""
+        """Arguments of `_set_sizes` for all levels, from the configuration of the model."""
 
     @property
     def options(self) -> dict[str, Any]:
-        """Constructor arguments besides the source, JSON-compatible."""
+        """Constructor arguments without the source, as data that JSON can store."""
         return dict(num_quantizers=self.num_quantizers)

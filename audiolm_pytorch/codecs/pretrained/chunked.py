@@ -1,8 +1,8 @@
-"""Runs the convolutions of published models on chunks of long audio: equal results, in bounded memory.
+"""Execution of the convolutions of published models on chunks of long audio, with equal results and limited memory.
 
-An output of a stack of convolutions depends on a bounded range of inputs. A chunk is therefore computed together with
-this range on either side, whose outputs are cut off. Recurrent layers and norms over time depend on the whole input and
-run on all of it.
+An output of a stack of convolutions depends on a limited range of inputs. A chunk is therefore computed together with
+this range on each side, and the outputs of the range are dropped. Recurrent layers and norms over time depend on the
+whole input, so they run on the whole input.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,11 +21,11 @@ CHUNK_SAMPLES = 2**18
 
 
 class Span(NamedTuple):
-    """How the outputs of a stack of convolutions relate to its inputs.
+    """Range and scale of the inputs on which an output of a stack of convolutions depends.
 
     Attributes:
-        reach: Upper bound of the distance, in inputs, from an output to the inputs that it depends on.
-        scale: Inputs per output, for example 320 for an encoder and 1/320 for its decoder.
+        reach: Upper bound of the distance from an output to the inputs on which it depends, in input steps.
+        scale: Input steps per output step, for example 320 for an encoder and 1/320 for a decoder.
     """
 
     reach: Fraction
@@ -36,9 +36,9 @@ FRAMEWISE = Span(Fraction(0), Fraction(1))
 
 
 def span_of(layers: Iterable[nn.Module]) -> Span:
-    """The span of layers that run one after another.
+    """Compute the span of layers that run one after another.
 
-    Parallel residual branches are counted as if they ran in sequence, which only increases the bound.
+    Parallel residual branches are counted as a sequence, which only increases the bound.
     """
     reach, scale = Fraction(0), Fraction(1)
     for layer in layers:
@@ -55,13 +55,13 @@ def span_of(layers: Iterable[nn.Module]) -> Span:
 def apply_chunked(
     function: Callable[[Tensor], Tensor], inputs: Tensor, span: Span, chunk_samples: int | None = None
 ) -> Tensor:
-    """Apply a function along the last axis, in chunks if the input is long; equal to `function(inputs)` up to rounding.
+    """Compute `function(inputs)` in chunks of the last axis if the input is long; the results are equal up to rounding.
 
     Args:
-        function: `[..., n] -> [..., m]` with the given span; it may pad both ends.
-        inputs: `[..., n]`.
-        span: Span of the function.
-        chunk_samples: Samples per chunk, on the side of the function that has more; None for `CHUNK_SAMPLES`.
+        function: `[..., n] -> [..., m]`; it can pad both ends.
+        inputs: Tensor `[..., n]`.
+        span: Range of inputs on which an output of the function depends.
+        chunk_samples: Steps per chunk, counted in inputs or outputs, whichever are more; None for `CHUNK_SAMPLES`.
     """
     unit, out = span.scale.numerator, span.scale.denominator
     chunk = max(1, (chunk_samples or CHUNK_SAMPLES) // max(unit, out))
@@ -80,9 +80,9 @@ def apply_chunked(
 
 
 def run_layers(stack: nn.Module, hidden: Tensor) -> Tensor:
-    """Run a stack on `[b, d, n]`: its convolutions in chunks, recurrent layers and norms over time on the whole input.
+    """Run layers on `[b, d, n]`; convolutions run in chunks, recurrent layers and norms over time on the whole input.
 
-    The stack's forward must be its `layers` one after another; a stack without `layers` is called directly.
+    The forward of the stack must run its `layers` one after another. A stack without `layers` is called directly.
     """
     layers = getattr(stack, "layers", None)
     if not isinstance(layers, nn.ModuleList):
@@ -94,7 +94,7 @@ def run_layers(stack: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def chunked_forward(stack: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Replace the forward of a stack by `run_layers`; calls with more arguments use the original forward."""
+    """Make a forward function that calls `run_layers`; calls with more arguments use the original forward."""
     if args or any(value is not None for value in kwargs.values()):
         return type(stack).forward(stack, hidden_states, *args, **kwargs)
     return run_layers(stack, hidden_states)

@@ -1,4 +1,4 @@
-"""DAC (arXiv 2306.06546) of transformers as a `Codec`."""
+"""The DAC codec (arXiv 2306.06546) from transformers, with the interface of `Codec`."""
 
 from math import prod
 from typing import Any
@@ -17,10 +17,11 @@ __all__ = ["DacWrapper"]
 
 @register
 class DacWrapper(PretrainedLevelsCodec):
-    """The Descript Audio Codec (arXiv 2306.06546): 44.1 kHz mono, 86.1 frames a second, 9 levels of 1024 codes.
+    """The Descript Audio Codec (arXiv 2306.06546): 44.1 kHz mono, 86.1 frames per second, 9 levels of 1024 codes.
 
-    Long files run in chunks of 6 s with the same result, in about 0.8 GB above the model. The models of 16 and 24 kHz
-    have a stride of 5, for which the decoder returns 8 samples too few; silence fills them, so that lengths are exact.
+    Long files are processed in chunks of 6 s with equal results; this needs about 0.8 GB besides the model. The models
+    of 16 and 24 kHz have a stride of 5, for which the decoder returns 8 samples too few. Silence replaces these
+    samples, so that lengths are exact.
     """
 
     model_type, model_class, config_class = "dac", "DacModel", "DacConfig"

@@ -1,4 +1,4 @@
-"""EnCodec (arXiv 2210.13438) of transformers as a `Codec`: 24 kHz mono, 32 kHz mono, 48 kHz stereo."""
+"""EnCodec (arXiv 2210.13438) from transformers, with the interface of `Codec`: 24 or 32 kHz mono, 48 kHz stereo."""
 
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -28,26 +28,28 @@ _QUANTIZER_CHUNK_FRAMES = 4096
 
 @register
 class EncodecWrapper(PretrainedCodec):
-    """EnCodec (arXiv 2210.13438): 24 kHz mono with 75 frames a second, or 48 kHz stereo with 150.
+    """EnCodec (arXiv 2210.13438): 24 kHz mono with 75 frames per second, or 48 kHz stereo with 150 frames per second.
 
-    The 24 kHz model is causal, with an LSTM before and after its codes. The convolutions of a long file run in chunks
-    with the same result, the LSTMs on the whole file at the frame rate: 0.4 GB above the model for a minute and 1.0 GB
-    for ten (without chunks 1.0 GB a minute). The 48 kHz model runs 4 segments at a time: 0.4 GB for a minute.
+    The 24 kHz model is causal, with LSTMs in encoder and decoder. On a long file the convolutions run in chunks with
+    equal results, and the LSTMs run on the whole file at the frame rate. Besides the model this needs 0.4 GB for 1
+    minute and 1.0 GB for 10 minutes (without chunks 1.0 GB per minute). The 48 kHz model runs 4 segments in a batch and
+    needs 0.4 GB for 1 minute.
 
-    The 48 kHz model codes segments of 1 s that overlap by 1%, and divides each by its loudness:
-    - The codes hold the frames of the first segment, then of the second, and so on. A segment has 150 frames, the last
-      fewer if it is shorter; the last but one has 149 if at most 160 samples are left for the last, as in the original.
-      A frame advances 316.8 samples on average, so use `num_frames`, not `downsample_factor`. To shorten codes, cut the
-      decoded wave.
-    - `encode` and `decode` keep the loudness of each segment as scales beside the codes. `tokenize` and
-      `decode_from_codebook_indices` use codes only: every segment is decoded with the loudness `codes_only_rms`, and
-      silence becomes faint sound. A language model over the codes has no more information than this.
+    The 48 kHz model encodes segments of 1 s that overlap by 1%, and divides each segment by its loudness:
+    - The codes contain the frames of the first segment, then of the second segment, and so on. A segment has 150
+      frames; the last segment has fewer if it is shorter. The last but one has 149 frames if at most 160 samples
+      remain for the last, as in the original model. A frame advances by 316.8 samples on average; use `num_frames`
+      instead of `downsample_factor`. Do not cut codes; cut the decoded wave.
+    - `encode` returns the loudness of each segment as scales, and `decode` uses the scales. `tokenize` and
+      `decode_from_codebook_indices` use only codes. Every segment is then decoded with the loudness `codes_only_rms`,
+      and silence becomes faint sound. A language model over the codes has only this information.
 
     Args:
         source: Folder in transformers' format, or hub id.
-        bandwidth_kbps: One of the model's bitrates; None for 6, or for the highest if the model has no 6.
-        codes_only_rms: Loudness (RMS of the mono mix) of segments decoded without scales; only for models that
-            normalise.
+        bandwidth_kbps: Bitrate, one of those of the model. None: 6 kbps, or the highest bitrate if the model does not
+            have 6.
+        codes_only_rms: Loudness (RMS of the mono mix) of segments that are decoded without scales; used only by models
+            with scales.
         offline: Whether to use only the local cache for a hub id.
         revision: Branch, tag or commit on the hub.
         cache_dir: Folder for downloads; None for Hugging Face's default.
@@ -106,11 +108,11 @@ class EncodecWrapper(PretrainedCodec):
         return dict(bandwidth_kbps=self.bandwidth_kbps, codes_only_rms=self.codes_only_rms)
 
     def num_frames(self, num_samples: int) -> int:
-        """Frames of a wave of `num_samples` samples, over all segments."""
+        """Number of frames of a wave of `num_samples` samples, summed over all segments."""
         return sum(frames_covering(length, self.downsample_factor) for _, length in self._segments(num_samples))
 
     def covered_samples(self, num_frames: int) -> int:
-        """Samples that `num_frames` frames decode to."""
+        """Number of samples to which `num_frames` frames decode."""
         frames = self._frames_of_segments(num_frames)
         if not frames:
             return 0
@@ -141,7 +143,9 @@ class EncodecWrapper(PretrainedCodec):
     def _decode(self, codes: Tensor, scales: Tensor | None) -> Tensor:
         frames = self._frames_of_segments(codes.shape[1])
         if scales is not None and scales.shape != (len(codes), len(frames)):
-            raise ValueError(f"scales must be {[len(codes), len(frames)]}, one a segment, got {list(scales.shape)}")
+            raise ValueError(
+                f"scales must have shape {[len(codes), len(frames)]}, one per segment, got {list(scales.shape)}"
+            )
         if scales is None and self.has_scales:
             scales = torch.full((len(codes), len(frames)), self.codes_only_rms, device=codes.device)
         segments = self._decode_segments(codes, frames, scales)
@@ -150,7 +154,7 @@ class EncodecWrapper(PretrainedCodec):
         return _overlap_add(segments, self.segment_stride_samples, self.covered_samples(codes.shape[1]))
 
     def _decode_segments(self, codes: Tensor, frames: list[int], scales: Tensor | None) -> Iterator[Tensor]:
-        """Waves `[b, c, n]` of the segments, in order."""
+        """Decode all segments; return their waves `[b, c, n]` in order."""
         first_frame = 0
         for run in _runs(frames):
             run_codes = codes[:, first_frame : first_frame + run.number * run.size]
@@ -163,30 +167,31 @@ class EncodecWrapper(PretrainedCodec):
             yield from waves
 
     def _segments(self, num_samples: int) -> list[tuple[int, int]]:
-        """Start and length, in samples, of the segments of a wave."""
+        """Start and length of each segment of a wave, in samples."""
         if self.segment_samples is None or self.segment_stride_samples is None:
             return [(0, num_samples)] if num_samples else []
         starts = range(0, num_samples, self.segment_stride_samples)
         return [(start, min(self.segment_samples, num_samples - start)) for start in starts]
 
     def _frames_of_segments(self, num_frames: int) -> list[int]:
-        """Frames of each segment of a wave with `num_frames` frames.
+        """Number of frames of each segment of a wave with `num_frames` frames.
 
-        A longer wave has at least as many frames in every segment, so all waves with `num_frames` frames have the same
-        segments.
+        A longer wave has at least as many frames in every segment. All waves with `num_frames` frames therefore have
+        segments with equal numbers of frames.
         """
         longest = range(num_frames * self.downsample_factor + 1)
         num_samples = bisect_left(longest, num_frames, key=self.num_frames)
         frames = [frames_covering(length, self.downsample_factor) for _, length in self._segments(num_samples)]
         if sum(frames) != num_frames:
             raise ValueError(
-                f"no wave has {num_frames} frames in this codec; use num_frames, and cut the wave instead of the codes"
+                f"this codec encodes no wave as {num_frames} frames; compute frames with num_frames(), and cut "
+                "waves instead of codes"
             )
         return frames
 
 
 class _Run(NamedTuple):
-    """Neighbouring segments of equal size that are computed in one batch."""
+    """Consecutive segments of equal size that are computed in one batch."""
 
     first: int
     number: int
@@ -194,7 +199,7 @@ class _Run(NamedTuple):
 
 
 def _runs(sizes: list[int]) -> Iterator[_Run]:
-    """Group neighbours of equal size, at most `_SEGMENTS_PER_BATCH` per group."""
+    """Group consecutive segments of equal size, at most `_SEGMENTS_PER_BATCH` per group."""
     first = 0
     for size, group in groupby(sizes):
         remaining = len(list(group))
@@ -205,7 +210,7 @@ def _runs(sizes: list[int]) -> Iterator[_Run]:
 
 
 def _overlap_add(segments: Iterator[Tensor], stride_samples: int, num_samples: int) -> Tensor:
-    """Crossfade overlapping segments `[b, c, n]`, each weighted by a triangle over a full segment."""
+    """Crossfade overlapping segments `[b, c, n]`; the weights are a triangle over a full segment."""
     wave = weights = triangle = torch.zeros(0)
     for index, segment in enumerate(segments):
         if index == 0:

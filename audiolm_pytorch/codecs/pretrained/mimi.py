@@ -1,4 +1,4 @@
-"""Mimi (arXiv 2410.00037) of transformers as a `Codec`."""
+"""The Mimi codec (arXiv 2410.00037) from transformers, with the interface of `Codec`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,14 +16,14 @@ __all__ = ["MimiWrapper"]
 
 @register
 class MimiWrapper(PretrainedLevelsCodec):
-    """Mimi (arXiv 2410.00037, section 3.3): 24 kHz mono, 12.5 frames a second, levels of 2048 codes, causal.
+    """Mimi (arXiv 2410.00037, section 3.3): 24 kHz mono, 12.5 frames per second, levels of 2048 codes, causal.
 
-    The first level was distilled from a speech model, the others hold the sound. The published model has 32 levels; the
-    paper's 1.1 kbps are the first 8.
+    The first level is distilled from a speech model, the other levels describe the sound. The published model has 32
+    levels; the 1.1 kbps of the paper are the first 8 levels.
 
-    The convolutions of a long file run in chunks with the same result, the transformers on the whole file at 25 Hz:
-    0.6 GB above the model for 1 and for 2.5 minutes (without chunks 1.9 GB a minute). The transformer's mask grows with
-    the square of the length, to 225 MB at ten minutes.
+    On a long file the convolutions run in chunks with equal results, and the transformers run on the whole file at 25
+    Hz. Besides the model this needs 0.6 GB for 1 and for 2.5 minutes (without chunks 1.9 GB per minute). The attention
+    mask grows with the square of the length, to 225 MB at 10 minutes.
     """
 
     model_type, model_class, config_class = "mimi", "MimiModel", "MimiConfig"

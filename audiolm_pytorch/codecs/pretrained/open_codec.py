@@ -1,4 +1,4 @@
-"""One function that opens any codec."""
+"""A function that opens codecs of this library and published codecs."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ _ADAPTERS: dict[str, type[PretrainedCodec]] = {"encodec": EncodecWrapper, "dac":
 def open_codec(
     source: str | Path, *, offline: bool = False, revision: str | None = None, cache_dir: str | Path | None = None
 ) -> Codec:
-    """Open one of our codecs, or a published EnCodec, DAC or Mimi in transformers' format, in eval mode.
+    """Open a codec of this library, or a published EnCodec, DAC or Mimi in the format of transformers, in eval mode.
 
     Args:
         source: A folder written by `save_module`, a folder in transformers' format, or a hub id. An existing folder has
@@ -37,5 +37,5 @@ def open_codec(
         return codec
     model_type = model_type_of(folder)
     if model_type not in _ADAPTERS:
-        raise ValueError(f"{source} holds a model of type {model_type!r}; supported codecs: {sorted(_ADAPTERS)}")
+        raise ValueError(f"{source} contains a model of type {model_type!r}; supported types are {sorted(_ADAPTERS)}")
     return _ADAPTERS[model_type](source, offline=offline, revision=revision, cache_dir=cache_dir)

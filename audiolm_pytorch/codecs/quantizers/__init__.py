@@ -1,4 +1,4 @@
-"""Quantizers: frames of a codec to discrete codes and back."""
+"""Quantizers, which convert frames of a codec to discrete codes and codes to frames."""
 
 from audiolm_pytorch.codecs.quantizers.base import FrameQuantizer, Quantized, code_usage
 from audiolm_pytorch.codecs.quantizers.fixed_grid import ResidualFiniteScalarQuantizer, ResidualLookupFreeQuantizer

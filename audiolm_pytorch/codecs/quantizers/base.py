@@ -1,4 +1,4 @@
-"""The interface of frame quantizers, the common part of residual quantizers, and the usage of codes."""
+"""The interface of frame quantizers, the base class of residual quantizers, and a measure of code usage."""
 
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
@@ -17,9 +17,9 @@ class Quantized(NamedTuple):
     """Output of a quantizer.
 
     Attributes:
-        frames: Quantized frames `[b, f, d]`; gradients pass straight through.
-        codes: `[b, f, q]` int64; -1 where quantizer dropout left a level out.
-        loss: Scalar that keeps frames and codes together in training; zero in eval mode.
+        frames: Quantized frames `[b, f, d]`, with straight-through gradients.
+        codes: `[b, f, q]` int64; -1 in levels that level dropout skipped.
+        loss: Scalar training loss that pulls frames towards their codes; zero in eval mode.
     """
 
     frames: Tensor
@@ -32,9 +32,9 @@ class FrameQuantizer(nn.Module, ABC):
 
     Attributes:
         dim: Width of the frames.
-        num_quantizers: Codes per frame (columns); with groups, levels times groups.
-        codebook_size: Codes per column.
-        num_groups: Parts of a frame with their own codes.
+        num_quantizers: Codes per frame (columns). With groups, it is the number of levels times the number of groups.
+        codebook_size: Number of different codes per column.
+        num_groups: Number of equal parts of a frame that are quantized separately.
     """
 
     dim: int
@@ -44,33 +44,33 @@ class FrameQuantizer(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, frames: Tensor, num_levels: int | None = None) -> Quantized:
-        """Quantize frames `[b, f, d]`; in training mode this updates codebooks and may leave trailing levels out.
+        """Quantize frames `[b, f, d]`; training mode also updates codebooks and can skip the last levels.
 
-        `num_levels` sets the number of levels in training mode; None draws it at random.
+        `num_levels` is the number of levels in training mode; None draws it at random.
         """
 
     @abstractmethod
     def bypass(self, frames: Tensor) -> Tensor:
-        """Frames `[b, f, d]` through the projections to the space of the codes and back, without codes."""
+        """Project frames `[b, f, d]` to the space of the codes and back, without quantization."""
 
     @abstractmethod
     def encode(self, frames: Tensor) -> Tensor:
-        """Codes `[b, f, q]` int64 of frames `[b, f, d]`, coarse level first."""
+        """Encode frames `[b, f, d]` as codes `[b, f, q]` int64, coarse level first."""
 
     @abstractmethod
     def decode(self, codes: Tensor) -> Tensor:
-        """Frames `[b, f, d]` of codes `[b, f, q']`, the first q' columns."""
+        """Decode codes `[b, f, q']`, the first q' columns, to frames `[b, f, d]`."""
 
     @abstractmethod
     def initialise(self, frames: Tensor) -> None:
-        """Fit the codebooks to frames `[n, d]` of many batches."""
+        """Fit the codebooks to frames `[n, d]` from many batches."""
 
 
 class ResidualLevels(FrameQuantizer):
     """A residual quantizer: each level quantizes the residual of the levels before.
 
-    Any prefix of the levels decodes, and level dropout leaves out the same levels on every process and in every group.
-    Everything runs in float32 under autocast too, because distances in bfloat16 select other codes.
+    Codes can be decoded from any number of first levels. Level dropout skips the same levels on every process and in
+    every group. All computations are in float32 also under autocast, because distances in bfloat16 select other codes.
 
     Args:
         rvq: Module with `project_in`, `project_out` and one entry per level in `layers`.
@@ -102,7 +102,7 @@ class ResidualLevels(FrameQuantizer):
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
-        """Codes `[b, f, q]` int64 of frames `[b, f, d]`: the nearest code of each level to its residual."""
+        """Encode frames `[b, f, d]` as codes `[b, f, q]` int64: each level selects the code nearest to its residual."""
         with torch.autocast(frames.device.type, enabled=False):
             residual = self._project(frames)
             codes = []
@@ -112,7 +112,7 @@ class ResidualLevels(FrameQuantizer):
         return torch.stack(codes, dim=-1)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Frames `[b, f, d]`: the sum of the vectors of codes `[b, f, q']`; the mean frame for q' = 0."""
+        """Decode codes `[b, f, q']` to frames `[b, f, d]` by summing code vectors; q' = 0 returns mean frames."""
         with torch.autocast(codes.device.type, enabled=False):
             total = self._mean_code().expand(*codes.shape[:2], -1)
             for level, column in enumerate(codes.unbind(dim=-1)):
@@ -121,34 +121,34 @@ class ResidualLevels(FrameQuantizer):
             return self.rvq.project_out(total)
 
     def bypass(self, frames: Tensor) -> Tensor:
-        """Frames `[b, f, d]` through the projections to the space of the codes and back, without codes."""
+        """Project frames `[b, f, d]` to the space of the codes and back, without quantization."""
         with torch.autocast(frames.device.type, enabled=False):
             return self.rvq.project_out(self._project(frames))
 
     @abstractmethod
     def codebook(self, level: int) -> Tensor:
-        """Code vectors of a level, `[v, codebook_dim]`."""
+        """Return the code vectors `[v, codebook_dim]` of a level."""
 
     def _project(self, frames: Tensor) -> Tensor:
-        """Frames `[..., d]` in the space of the codes, `[..., codebook_dim]`."""
+        """Project frames `[..., d]` to the space of the codes, `[..., codebook_dim]`."""
         with torch.autocast(frames.device.type, enabled=False):
             return self.rvq.project_in(frames.float())
 
     def _mean_code(self) -> Tensor:
-        """The vector `[codebook_dim]` of a frame without codes."""
+        """Vector `[codebook_dim]` that represents a frame without codes."""
         return self.codebook(0).mean(dim=0)
 
     @abstractmethod
     def _nearest(self, residual: Tensor, level: int) -> Tensor:
-        """Codes `[b, f]` int64 of a level for the residual `[b, f, codebook_dim]` of the levels before."""
+        """Select the codes `[b, f]` int64 of a level for the residual `[b, f, codebook_dim]` of the earlier levels."""
 
     @abstractmethod
     def _quantize_in_training(self, projected: Tensor, num_levels: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantized vectors, codes `[b, f, num_levels]` and loss of projected frames; may update codebooks."""
+        """Quantize projected frames; return vectors, codes `[b, f, num_levels]` and loss. This can update codebooks."""
 
 
 def code_usage(codes: Tensor, codebook_size: int) -> dict[str, Tensor]:
-    """Used share of each codebook (`usage [q]`) and perplexity as a share of its size (`perplexity [q]`), in 0..1.
+    """Compute the used share of each codebook, `usage [q]`, and its perplexity divided by its size, `perplexity [q]`.
 
     Negative entries of `codes [..., q]` are ignored.
     """

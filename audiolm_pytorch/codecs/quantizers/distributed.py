@@ -1,4 +1,4 @@
-"""Random draws, sums and samples over the batches of all processes, as if one process held them."""
+"""Broadcast, sums, means and random samples over the batches of all processes of a distributed training."""
 
 import torch
 import torch.distributed as dist
@@ -8,7 +8,7 @@ __all__ = ["distributed_mean", "distributed_sample", "from_first_process", "rank
 
 
 def rank_and_count() -> tuple[int, int]:
-    """Index of this process and the number of processes; (0, 1) without `torch.distributed`."""
+    """Return the index of this process and the number of processes; (0, 1) without `torch.distributed`."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
@@ -27,10 +27,10 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
 
 
 def distributed_mean(total: Tensor, count: int) -> Tensor:
-    """Mean over the rows of all processes, from the sum and the number of this process's rows.
+    """Compute the mean over the rows of all processes, from the sum and the number of rows of each process.
 
-    The gradient is that of the process's own mean. Data-parallel training averages it over the processes, which is the
-    gradient of the mean over all rows; no collective runs in the backward pass.
+    The gradient is that of the mean over the rows of this process. Data-parallel training averages the gradients of all
+    processes, which results in the gradient of the mean over all rows. The backward pass needs no communication.
     """
     own = total / count
     if rank_and_count()[1] == 1:
@@ -40,14 +40,14 @@ def distributed_mean(total: Tensor, count: int) -> Tensor:
 
 
 def distributed_sample(rows: Tensor, count: int) -> Tensor:
-    """Different random rows of all processes, equal on every process.
+    """Draw distinct random rows from all processes; every process receives the same rows.
 
     Args:
-        rows: `[n, d]`, the rows of this process; n may differ between processes.
+        rows: Rows `[n, d]` of this process; n can differ between processes.
         count: Number of rows to draw.
 
     Returns:
-        `[m, d]` with m <= count; fewer if there are too few different rows.
+        Rows `[m, d]`; m is less than `count` if there are too few distinct rows.
     """
     rank, num_processes = rank_and_count()
     sizes = torch.zeros(num_processes, dtype=torch.long, device=rows.device)

@@ -1,4 +1,4 @@
-"""Residual quantizers on a fixed grid: lookup-free (arXiv 2310.05737) and finite scalar (arXiv 2309.15505)."""
+"""Residual quantizers with fixed grids: lookup-free (arXiv 2310.05737) and finite scalar (arXiv 2309.15505)."""
 
 import math
 from abc import abstractmethod
@@ -20,23 +20,23 @@ _MIN_STEPS, _MAX_STEPS = 3, 8
 
 
 class _GridLevels(ResidualLevels):
-    """Levels that round every coordinate, each level on a finer grid.
+    """Residual quantizer whose levels round every coordinate; each level has a finer grid than the previous one.
 
-    Coordinates are bounded softly, by `bound * tanh(x / bound)`, to the range of the first level. Every further level
-    covers the residual exactly. Gradients pass straight through all levels.
+    `bound * tanh(x / bound)` limits coordinates to the range of the first level. The grid of each later level covers
+    all possible residuals. All levels use straight-through gradients.
     """
 
     @property
     @abstractmethod
     def bound(self) -> Tensor | float:
-        """Largest coordinate that the levels can approach, a number or `[codebook_dim]`."""
+        """Largest coordinate that all levels together can represent, a number or `[codebook_dim]`."""
 
     def level_loss(self, residual: Tensor, level: int) -> Tensor | float:
-        """Loss of a level with the residual `[b, f, codebook_dim]`."""
+        """Compute the training loss of a level from its residual `[b, f, codebook_dim]`."""
         return 0.0
 
     def initialise(self, frames: Tensor) -> None:
-        """Do nothing: the grid is fixed, and the projections are trained."""
+        """Do nothing, because the grid is fixed and gradients train the projections."""
 
     def _project(self, frames: Tensor) -> Tensor:
         projected = super()._project(frames)
@@ -55,17 +55,20 @@ class _GridLevels(ResidualLevels):
 
 @register
 class ResidualLookupFreeQuantizer(_GridLevels):
-    """Residual quantization by signs: level k adds or subtracts `2**-k` in each of `log2(codebook_size)` coordinates.
+    """Lookup-free residual quantizer; level k adds or subtracts `2**-k` in each of `log2(codebook_size)` coordinates.
 
-    Encoding needs no lookup and no code can die, but coordinates can have equal signs in all frames. The entropy loss
-    of arXiv 2310.05737 (section 3.1) prevents this: frames should be certain of their code, and all codes should be
-    used. It is computed here because vector-quantize-pytorch 1.32 ignores the batches of the other processes.
+    Encoding needs no codebook search. A coordinate could have the same sign in all frames, so that codes are unused.
+    The entropy loss of arXiv 2310.05737 (section 3.1) prevents this; it rewards a clear choice for each frame and equal
+    use of all codes. This class computes the loss itself, because vector-quantize-pytorch 1.32 ignores the batches of
+    other processes.
 
     Args:
-        codebook_size: Codes per level, a power of 2.
-        entropy_weight: Weight of the entropy loss, which is the unused share of a codebook's information, 0..1.
-        temperature: Distance from zero, in units of the level's step, at which the sign of a coordinate is certain.
-        level_dropout: Share of the training batches in which trailing levels are left out at random.
+        codebook_size: Number of different codes per level, a power of 2.
+        entropy_weight: Weight of the entropy loss. The loss is the unused share of the information of a codebook, in
+            0..1.
+        temperature: Distance from zero at which the sign of a coordinate counts as certain, in units of the step of the
+            level.
+        level_dropout: Share of the training batches in which a random number of the last levels is skipped.
     """
 
     bound = 2.0
@@ -87,14 +90,14 @@ class ResidualLookupFreeQuantizer(_GridLevels):
         if codebook_size < 2 or codebook_size & (codebook_size - 1):
             lower = 2 ** max(1, codebook_size.bit_length() - 1)
             raise ValueError(
-                f"a lookup-free codebook needs a power of 2 as its size, got {codebook_size}; the nearest are {lower} "
-                f"or {2 * lower}"
+                f"a lookup-free codebook needs a power of 2 as its size, got {codebook_size}; use {lower} or "
+                f"{2 * lower}"
             )
         super().__init__(ResidualLFQ(dim=dim, codebook_size=codebook_size, num_quantizers=num_quantizers), config)
         self.train()
 
     def train(self, mode: bool = True) -> "ResidualLookupFreeQuantizer":
-        """Set the mode; the layers stay in eval mode, in which they compute signs only."""
+        """Set the mode; the layers stay in eval mode, in which they only compute signs."""
         super().train(mode)
         self.rvq.eval()
         return self
@@ -104,7 +107,7 @@ class ResidualLookupFreeQuantizer(_GridLevels):
         return self.rvq.layers[level].codebook
 
     def level_loss(self, residual: Tensor, level: int) -> Tensor | float:
-        """Weighted entropy loss; 0 if all frames are certain of their code and all codes are equally frequent."""
+        """Compute the weighted entropy loss; 0 if each frame has a certain code and codes are equally frequent."""
         if self.config["entropy_weight"] == 0:
             return 0.0
         logits = rearrange(residual, "b f d -> (b f) d") * (2 ** (level + 1) / self.config["temperature"])
@@ -124,7 +127,7 @@ class ResidualLookupFreeQuantizer(_GridLevels):
 
 
 def _code_probabilities(positive: Tensor) -> Tensor:
-    """Probabilities `[n, 2**d]` of all sign patterns, from the probability of a plus in each coordinate, `[n, d]`."""
+    """Compute probabilities `[n, 2**d]` of all sign patterns from those of a positive sign per coordinate, `[n, d]`."""
     patterns = positive.new_ones(len(positive), 1)
     for plus in positive.split(1, dim=-1):
         patterns = torch.cat([patterns * (1 - plus), patterns * plus], dim=-1)
@@ -133,11 +136,11 @@ def _code_probabilities(positive: Tensor) -> Tensor:
 
 @register
 class ResidualFiniteScalarQuantizer(_GridLevels):
-    """Residual FSQ: coordinates are rounded to a grid whose sides multiply to the codebook size; no codebook, no loss.
+    """Residual finite scalar quantizer, which rounds coordinates to a grid of `codebook_size` points and has no loss.
 
     Args:
-        codebook_size: Codes per level, a product of numbers from 3 to 8 (see `grid_steps`).
-        level_dropout: Share of the training batches in which trailing levels are left out at random.
+        codebook_size: Number of different codes per level; must be a product of numbers from 3 to 8 (see `grid_steps`).
+        level_dropout: Share of the training batches in which a random number of the last levels is skipped.
     """
 
     @beartype
@@ -152,7 +155,7 @@ class ResidualFiniteScalarQuantizer(_GridLevels):
 
     @property
     def bound(self) -> Tensor:
-        """Largest coordinates `[codebook_dim]`, half a step outside the first level's grid."""
+        """Largest coordinates `[codebook_dim]`, half a step outside the grid of the first level."""
         return self.rvq.soft_clamp_input_value
 
     def codebook(self, level: int) -> Tensor:
@@ -165,9 +168,9 @@ class ResidualFiniteScalarQuantizer(_GridLevels):
 
 
 def grid_steps(codebook_size: int) -> tuple[int, ...]:
-    """Sides of a grid with `codebook_size` points, each 3 to 8 steps: as many sides, then as equal sides, as possible.
+    """Find the sides of a grid with `codebook_size` points: as many sides of 3 to 8 steps as possible, of similar size.
 
-    Many sides are best because all levels refine the same coordinates.
+    A large number of sides is best, because all levels refine the same coordinates.
     """
     steps = _factors(codebook_size)
     if steps is None:
@@ -175,15 +178,16 @@ def grid_steps(codebook_size: int) -> tuple[int, ...]:
         higher = next(size for size in range(max(codebook_size, 1) + 1, 2**40) if _factors(size))
         nearest = " or ".join(str(size) for size in (lower, higher) if size)
         raise ValueError(
-            f"a finite-scalar codebook of {codebook_size} codes is not possible: the size must be a product of numbers "
-            f"from {_MIN_STEPS} to {_MAX_STEPS}; the nearest are {nearest}, others are 256, 1000, 1024 and 4096"
+            f"a finite-scalar codebook of {codebook_size} codes is not possible, because the size must be a "
+            f"product of numbers from {_MIN_STEPS} to {_MAX_STEPS}; the nearest sizes are {nearest}, common "
+            "sizes are 256, 1000, 1024 and 4096"
         )
     return steps
 
 
 @cache
 def _factors(size: int, largest: int = _MAX_STEPS) -> tuple[int, ...] | None:
-    """The sides in falling order, at most `largest`; None if there is no such grid."""
+    """Find the sides of a grid in falling order, each at most `largest`; None if they do not exist."""
     if _MIN_STEPS <= size <= largest:
         return (size,)
     candidates = [

@@ -1,4 +1,4 @@
-"""Group-residual quantization: equal parts of a frame with a residual quantizer each (arXiv 2305.02765)."""
+"""Group-residual quantization, with a separate residual quantizer for each equal part of a frame (arXiv 2305.02765)."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,13 +18,13 @@ __all__ = ["GroupedQuantizer", "make_quantizer"]
 
 @register
 class GroupedQuantizer(FrameQuantizer):
-    """Several residual quantizers side by side, each for its own part of the frame.
+    """Divides a frame into equal parts and quantizes each part with a separate residual quantizer.
 
-    The codes run level by level, all groups of level 1 first, so that any prefix of the columns is a coarser version of
-    the same frames; a prefix may end inside a level.
+    The columns of codes are ordered level by level, with all groups of level 1 first. The first columns are therefore a
+    coarser version of the frames; their number need not be a multiple of the number of groups.
 
     Args:
-        quantizers: One per part, in order, with equal numbers of levels and codes.
+        quantizers: One quantizer per part of the frame, in order, with equal numbers of levels and codes.
     """
 
     @beartype
@@ -33,7 +33,7 @@ class GroupedQuantizer(FrameQuantizer):
         sizes = sorted({(part.num_quantizers, part.codebook_size) for part in quantizers})
         if len(sizes) != 1:
             raise ValueError(
-                f"groups need equal numbers of levels and codes, got (levels, codes) {sizes or 'no group'}"
+                f"all groups need equal numbers of levels and codes, got (levels, codes) {sizes or 'of no group'}"
             )
         self.quantizers = nn.ModuleList(quantizers)
         self.widths = [part.dim for part in quantizers]
@@ -44,11 +44,11 @@ class GroupedQuantizer(FrameQuantizer):
 
     @property
     def config(self) -> dict[str, Any]:
-        """Constructor arguments, JSON-able."""
+        """Constructor arguments as data that JSON can store."""
         return {"quantizers": [module_spec(part) for part in self.quantizers]}
 
     def forward(self, frames: Tensor, num_levels: int | None = None) -> Quantized:
-        """Quantize frames `[b, f, d]` (see `FrameQuantizer.forward`); all groups leave the same levels out."""
+        """Quantize frames `[b, f, d]` (see `FrameQuantizer.forward`); all groups skip the same levels."""
         if self.training and num_levels is None:
             num_levels = self._parts[0].draw_num_levels(frames.device)
         outputs = [part(part_frames, num_levels) for part, part_frames in zip(self._parts, self._split(frames))]
@@ -56,20 +56,20 @@ class GroupedQuantizer(FrameQuantizer):
         return Quantized(torch.cat(quantized, dim=-1), _interleave(codes), torch.stack(losses).mean())
 
     def bypass(self, frames: Tensor) -> Tensor:
-        """Frames `[b, f, d]` through the projections to the space of the codes and back, without codes."""
+        """Project frames `[b, f, d]` to the space of the codes and back, without quantization."""
         return torch.cat([part.bypass(x) for part, x in zip(self._parts, self._split(frames))], dim=-1)
 
     def encode(self, frames: Tensor) -> Tensor:
-        """Codes `[b, f, q]` int64 of frames `[b, f, d]`, level by level and in each level group by group."""
+        """Encode frames `[b, f, d]` as codes `[b, f, q]` int64, level by level, and group by group in each level."""
         return _interleave([part.encode(x) for part, x in zip(self._parts, self._split(frames))])
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Frames `[b, f, d]` of codes `[b, f, q']`; a group without any codes has its mean."""
+        """Decode codes `[b, f, q']` to frames `[b, f, d]`; a group without codes is decoded to its mean."""
         groups = self.num_groups
         return torch.cat([part.decode(codes[..., group::groups]) for group, part in enumerate(self._parts)], dim=-1)
 
     def initialise(self, frames: Tensor) -> None:
-        """Fit every group to its part of frames `[n, d]`."""
+        """Fit the quantizer of every group to its part of frames `[n, d]`."""
         for part, part_frames in zip(self._parts, self._split(frames)):
             part.initialise(part_frames)
 
@@ -95,20 +95,20 @@ def make_quantizer(
     lookup_free: bool = False,
     finite_scalar: bool = False,
 ) -> FrameQuantizer:
-    """Create a quantizer with learnt codebooks, or a lookup-free (LFQ) or finite scalar (FSQ) one.
+    """Create a quantizer with learnt codebooks, a lookup-free (LFQ) quantizer, or a finite scalar (FSQ) quantizer.
 
     Args:
         dim: Width of the frames.
-        codebook_size: Codes per level and group.
-        num_quantizers: Levels; a frame has `num_quantizers * groups` codes.
-        groups: Number of equal parts of a frame, each with its own quantizer.
-        lookup_free: Whether codes are signs.
-        finite_scalar: Whether codes are rounded numbers.
+        codebook_size: Number of different codes per level and group.
+        num_quantizers: Number of levels; a frame has `num_quantizers * groups` codes.
+        groups: Number of equal parts of a frame, which have separate quantizers.
+        lookup_free: Whether to create an LFQ quantizer, whose codes are the signs of coordinates.
+        finite_scalar: Whether to create an FSQ quantizer, whose codes are rounded coordinates.
     """
     if lookup_free and finite_scalar:
-        raise ValueError("a quantizer is either lookup-free or finite-scalar: switch one of the two off")
+        raise ValueError("got lookup_free=True and finite_scalar=True; set at most one of them")
     if groups < 1 or dim % groups:
-        raise ValueError(f"frames of width {dim} have no {groups} equal groups; choose a divisor of {dim}")
+        raise ValueError(f"frames of width {dim} cannot be divided into {groups} equal groups; use a divisor of {dim}")
     kind: Callable[..., ResidualLevels] = ResidualQuantizer
     if lookup_free:
         kind = ResidualLookupFreeQuantizer

@@ -1,4 +1,4 @@
-"""Residual vector quantization with learnt codebooks, the default of codecs."""
+"""Residual vector quantization with learnt codebooks, the default quantizer of codecs."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ _MAX_ROTATED_RATIO = 4.0
 
 
 class _Codebook(nn.Module):
-    """A codebook with the exponential averages that move it: uses of every code, and sum of the frames it received."""
+    """A codebook and its exponential averages: how often each code is used, and the sum of its frames."""
 
     embed: Tensor
     embed_avg: Tensor
@@ -37,7 +37,7 @@ class _Codebook(nn.Module):
         self.register_buffer("embed", embed)
 
     def revive(self, frames: Tensor, dead_below_share: float) -> None:
-        """Replace dead codes by random frames `[n, d]`, with averages that keep them until they can be used."""
+        """Replace unused codes by random frames `[n, d]`; their averages keep them until they can be used."""
         uses = self.cluster_size[0]
         uniform_use = uses.mean()
         dead = (uses < dead_below_share * uniform_use).nonzero().flatten()
@@ -51,9 +51,10 @@ class _Codebook(nn.Module):
 
 
 class _Levels(nn.Module):
-    """Projections and levels with the state of `vector_quantize_pytorch.ResidualVQ`, which saved codecs contain.
+    """Projections and codebooks, stored in the layout of `vector_quantize_pytorch.ResidualVQ`, as in saved codecs.
 
-    The package trains the levels (`trained_layers`). Loading a codec does not import it, since that takes a second.
+    The package vector-quantize-pytorch trains the levels (`trained_layers`). Loading a codec does not import the
+    package, because the import takes a second.
     """
 
     def __init__(self, dim: int, codebook_dim: int, codebook_size: int, num_quantizers: int) -> None:
@@ -67,7 +68,7 @@ class _Levels(nn.Module):
         self._trained_layers: tuple[Any, ...] = ()  # a tuple is not registered: the state is in `layers`
 
     def trained_layers(self, decay: float) -> tuple[Any, ...]:
-        """The levels as `VectorQuantize` layers that train the codebooks of `layers` in place."""
+        """`VectorQuantize` layers, one per level, that train the codebooks of `layers` in place."""
         if not self._trained_layers:
             from vector_quantize_pytorch import VectorQuantize
 
@@ -95,19 +96,20 @@ class _Levels(nn.Module):
 
 @register
 class ResidualQuantizer(ResidualLevels):
-    """Residual VQ in a narrow space (SoundStream, Algorithm 1; narrow codes as in arXiv 2306.06546, section 3.2).
+    """Residual VQ (SoundStream, Algorithm 1) of frames projected to few dimensions (arXiv 2306.06546, section 3.2).
 
-    Codebooks are exponential averages of the frames nearest to their codes. They start from k-means over many batches
-    (`initialise`), because one batch has fewer frames than a codebook has codes and would leave most codes dead.
-    K-means, averages and revival of dead codes use the frames of all processes.
+    Each code vector is an exponential average of the frames nearest to it. Codebooks are initialised by k-means over
+    many batches (`initialise`); one batch has fewer frames than a codebook has codes, so most codes would stay unused.
+    K-means, averages and the replacement of unused codes use the frames of all processes.
 
     Args:
-        codebook_dim: Width of the codes; frames are projected down to it and back.
+        codebook_dim: Width of the code vectors; frames are projected to this width and back.
         decay: Decay of the exponential averages.
-        dead_below_share: A code used less often than this share of the mean use is replaced by a random frame.
-        level_dropout: Share of the training batches in which trailing levels are left out at random, so that any number
-            of levels decodes (0.5 as in arXiv 2306.06546, section 3.4; 1 would cost quality with all levels).
-        expected_frames: Frames in a training batch; scales the averages after `initialise`.
+        dead_below_share: A code is replaced by a random frame if it is used less often than this share of the mean.
+        level_dropout: Share of the training batches in which a random number of the last levels is skipped, so that any
+            number of levels can be decoded (0.5 as in arXiv 2306.06546, section 3.4; 1 reduces the quality with all
+            levels).
+        expected_frames: Number of frames in a training batch; `initialise` scales the averages to it.
     """
 
     @beartype
@@ -135,7 +137,7 @@ class ResidualQuantizer(ResidualLevels):
     def initialise(self, frames: Tensor, iterations: int = 10) -> None:
         """Set every codebook by k-means over the residuals of frames `[n, d]` from many batches.
 
-        With several processes, each passes its own frames; all have equal codebooks afterwards.
+        With several processes, each process passes different frames; afterwards all processes have equal codebooks.
         """
         residual = self._project(frames)
         for level, layer in enumerate(self.rvq.layers):
@@ -179,7 +181,7 @@ class ResidualQuantizer(ResidualLevels):
 
 
 def _kmeans(points: Tensor, num_clusters: int, iterations: int) -> tuple[Tensor, Tensor]:
-    """Centroids and sizes by Lloyd's algorithm from random points; an empty cluster restarts at a random point."""
+    """Compute centroids and cluster sizes by Lloyd's algorithm; an empty cluster restarts at a random point."""
     start = distributed_sample(points, num_clusters)
     centroids = start.repeat(-(-num_clusters // len(start)), 1)[:num_clusters]
     for _ in range(iterations):

@@ -68,9 +68,9 @@ def damaged_files(folder):
     header = {"format_version": 1, **vars(INFO)}
     codes = torch.zeros(10, 4, dtype=torch.int16)
     cases = {
-        "other tensor": ({"weights": codes}, header, "does not hold the codes"),
-        "two tensors": ({"codes": codes, "more": codes.clone()}, header, "does not hold the codes"),
-        "no header": ({"codes": codes}, None, "does not hold the codes"),
+        "other tensor": ({"weights": codes}, header, "is not a file of codes"),
+        "two tensors": ({"codes": codes, "more": codes.clone()}, header, "is not a file of codes"),
+        "no header": ({"codes": codes}, None, "is not a file of codes"),
         "no json": ({"codes": codes}, "{", "header is damaged"),
         "list": ({"codes": codes}, [1], "format_version None"),
         "version": ({"codes": codes}, {**header, "format_version": 2}, "format_version 2, this release reads 1"),
@@ -115,9 +115,9 @@ def test_codes_of_another_codec_raise():
         stored(codec_fingerprint="other").check_codec(codec, "codec")
     changes = ({"num_samples": 10**12}, {"num_samples": 161}, {"channels": 2}, {"sample_hz": 16000})
     for one in changes:
-        with pytest.raises(ValueError, match="do not fit their codec"):
+        with pytest.raises(ValueError, match="contradicts its codec"):
             stored(**one).check_codec(codec, "codec")
-    with pytest.raises(ValueError, match="do not fit their codec"):
+    with pytest.raises(ValueError, match="contradicts its codec"):
         StoredCodes(torch.zeros(10, 5, dtype=torch.long), INFO).check_codec(codec, "codec")
 
 

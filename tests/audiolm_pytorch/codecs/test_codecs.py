@@ -379,7 +379,7 @@ def test_bad_codes_raise():
         codec.decode_from_codebook_indices(torch.zeros(1, 4, 4, dtype=torch.long))
     with pytest.raises(ValueError, match="integers"):
         codec.decode_from_codebook_indices(torch.zeros(1, 4, 3))
-    with pytest.raises(ValueError, match="num_samples is 10000"):
+    with pytest.raises(ValueError, match="num_samples=10000"):
         codec.decode_from_codebook_indices(torch.zeros(1, 4, 3, dtype=torch.long), num_samples=10_000)
 
 

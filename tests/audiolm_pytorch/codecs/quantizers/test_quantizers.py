@@ -408,7 +408,7 @@ def test_grid_steps_multiply_to_the_codebook_size():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"lookup_free": True, "finite_scalar": True}, "switch one of the two off"),
+        ({"lookup_free": True, "finite_scalar": True}, "set at most one of them"),
         ({"groups": 3}, "divisor of 16"),
         ({"groups": 0}, "divisor of 16"),
         ({"lookup_free": True, "codebook_size": 1000}, "512 or 1024"),
