@@ -81,6 +81,7 @@ def test_audiolm_never_names_musiclm():
     assert [file for file in lower if "musiclm_pytorch" in file.read_text()] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["audiolm_pytorch", "musiclm_pytorch"])
 def test_import_needs_no_optional_package(package):
     """transformers, torchaudio, fairseq, matplotlib and a network are not needed to import."""
@@ -95,6 +96,7 @@ import {package}
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_import_of_both_packages_leaves_heavy_packages_out():
     """accelerate and others cost seconds and are imported where they are used."""
     program = """

@@ -30,6 +30,7 @@ def test_readme_is_short():
     assert len(README.read_text(encoding="utf-8").splitlines()) < 150
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("page", "block"), BLOCKS, ids=[f"{page.parent.name}-{n}" for n, (page, _) in enumerate(BLOCKS)]
 )

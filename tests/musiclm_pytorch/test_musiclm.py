@@ -314,6 +314,7 @@ def test_real_stages_generate_the_same_alone_and_in_batches(trained: MuLaN) -> N
     assert torch.equal(alone[0], whole.waves[1, 1])
 
 
+@pytest.mark.slow
 def test_waves_to_continue_belong_to_their_texts(trained: MuLaN) -> None:
     """For all batch sizes, every candidate continues the wave of its own text."""
     musiclm = _real_musiclm(trained)

@@ -57,6 +57,7 @@ def test_codec_meets_the_contract(make_codec):
     assert 0 <= codes.min() and codes.max() < codec.codebook_size
 
 
+@pytest.mark.slow
 @both_codecs
 def test_any_number_of_samples_is_restored(make_codec):
     """200 lengths from one sample to several frames are restored exactly."""
@@ -102,6 +103,7 @@ def test_the_spectral_pair_supports_stereo():
     assert "channels" not in tiny_spectral().encoder.config  # saved models keep their hash
 
 
+@pytest.mark.slow
 def test_snippet_of_the_design():
     """The constructor call of the design, with its audio: the decoded codes are the reconstruction."""
     soundstream = SoundStream(

@@ -225,6 +225,7 @@ def test_every_item_is_conditioned_on_its_own_caption(
     assert result.step == 2 and stage.token_fingerprints["text_encoder"] == "text encoder"
 
 
+@pytest.mark.slow
 def test_a_stage_follows_captions(tmp_path: Path) -> None:
     """A stage learns tokens that depend on the caption only, with a loss far below that without captions."""
     captions = ["aaa", "cc", "b", "dddd"]

@@ -369,6 +369,7 @@ def test_the_fine_stage_completes_its_own_frame_across_windows(pattern, window):
         assert close(acoustic_times(whole), CLICKS[CLICKS < count * 0.02], 4 / CODEC_HZ)
 
 
+@pytest.mark.slow
 @every_pattern
 def test_a_continuation_keeps_the_beat_through_all_stages(pattern):
     """An AudioLM continues a prompt for 3 s with a different window length per stage: all clicks are on the beat."""

@@ -27,6 +27,7 @@ def same(one, other, item=0):
     )
 
 
+@pytest.mark.slow
 def test_audiolm_equals_its_stage_wrappers():
     """Three calls of the stage wrappers return the same tokens as AudioLM."""
     audio_lm = audiolm_of(**WINDOWS)
@@ -40,6 +41,7 @@ def test_audiolm_equals_its_stage_wrappers():
     assert torch.equal(result.acoustic, torch.cat((coarse, fine), dim=-1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file_hz", [SAMPLE_HZ, 1200])
 def test_a_file_is_continued_like_its_wave(tmp_path, file_hz):
     """A file of any rate and channels, alone and in a list with a wave; channels are averaged."""
@@ -74,6 +76,7 @@ def test_prompts_of_unequal_length_are_extended_by_five_seconds(monkeypatch):
     assert audio_lm(prime_wave=prompts, seeds=[1, 2], seconds=0.7).shape == (2, 560)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("samples", [0, 15])
 def test_a_prompt_shorter_than_a_frame_is_ignored(samples):
     """Alone, next to a longer prompt, and in a padded batch."""
@@ -118,6 +121,7 @@ def test_a_codec_of_several_channels_continues_prompts():
         audio_lm(prime_wave=torch.rand(1, 3, 160), seconds=0.4)
 
 
+@pytest.mark.slow
 def test_semantic_tokens_of_the_request_replace_the_first_stage(monkeypatch):
     """The semantic tokens of a result generate its audio again, for items of unequal length as for single items."""
     audio_lm = audiolm_of(**WINDOWS)
@@ -157,6 +161,7 @@ def test_coarse_only_skips_the_fine_stage():
     assert torch.equal(coarse.wave[:, None], audio_lm.codec.decode_from_codebook_indices(whole.acoustic[..., :2]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("windows", [{}, WINDOWS])
 def test_items_can_end_by_themselves_without_seconds(windows):
     """Every item ends at its own time, as if it were alone; with `seconds` all items have this length."""
@@ -174,6 +179,7 @@ def test_items_can_end_by_themselves_without_seconds(windows):
     assert audio_lm(seeds=[0], allow_eos=False).shape == (1, 5 * SAMPLE_HZ)
 
 
+@pytest.mark.slow
 def test_an_early_end_keeps_the_whole_prompt():
     """The result keeps all prompt frames, also if the semantic tokens cover fewer frames."""
     audio_lm = audiolm_of(lost_frames=1)
@@ -186,6 +192,7 @@ def test_an_early_end_keeps_the_whole_prompt():
         assert torch.equal(result.acoustic[:, :25], audio_lm.codec.tokenize(prompt))
 
 
+@pytest.mark.slow
 def test_allow_eos_needs_a_stage_trained_with_ends():
     """Without trained ends the default length is five seconds, and `allow_eos` raises an error."""
     audio_lm = audiolm_of()
@@ -196,6 +203,7 @@ def test_allow_eos_needs_a_stage_trained_with_ends():
         audio_lm(allow_eos=True)
 
 
+@pytest.mark.slow
 def test_texts_are_used_by_both_conditioners():
     """States of a text encoder, codes, and both together; each stage uses the conditions that it accepts."""
     both, states = audiolm_of(conditioned=True, hears_text=True), audiolm_of(hears_text=True)
@@ -211,6 +219,7 @@ def test_texts_are_used_by_both_conditioners():
             states(codes=torch.zeros(1, 3).long(), seconds=0.2, **texts)
 
 
+@pytest.mark.slow
 def test_extra_input_streams_reach_their_stages():
     """A melody, and ids of a text that some items do not have; single items equal batches, also in windows."""
     melody, ids = Stream("melody", 5, rate_hz=25, is_input=True), Stream("text", 7, rate_hz=None, is_input=True)
@@ -246,6 +255,7 @@ def test_results_are_ordinary_tensors():
         assert not result.semantic.is_inference() and not result.acoustic.is_inference()
 
 
+@pytest.mark.slow
 def test_selected_items_of_a_request_equal_those_items_of_the_result():
     """Inputs of several items are selected, inputs of one item stay."""
     audio_lm = audiolm_of(conditioned=True)
@@ -298,6 +308,7 @@ def test_signatures_show_the_fields_of_a_request(name):
     assert shown["coarse_only"].default is False and ("chunk_seconds" in shown) == (name == "stream")
 
 
+@pytest.mark.slow
 def test_callback_and_progress_bars(monkeypatch, capsys):
     """The callback receives the progress of all stages to their end; bars appear only with `progress=True`."""
     bars = []

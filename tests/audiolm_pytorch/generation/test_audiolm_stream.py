@@ -30,6 +30,7 @@ def check_stream(audio_lm, chunk_seconds, **request):
     return chunks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", ["causal", "spectral"])
 @pytest.mark.parametrize("pattern", ["windows", "no windows"])
 def test_a_stream_equals_generate(codec, pattern):
@@ -49,6 +50,7 @@ def test_a_stream_equals_generate(codec, pattern):
         check_stream(audio_lm, rng.uniform(0.02, 0.3), **request)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fine", [True, False])
 def test_items_stream_to_their_own_end(fine):
     """Items end at different times, some in the first window, and the others continue."""
@@ -90,6 +92,7 @@ def test_tiny_chunks_have_one_frame():
     assert [next(chunks).acoustic.shape[1] for _ in range(5)] == [1] * 5 and not list(chunks)
 
 
+@pytest.mark.slow
 def test_streams_and_calls_of_one_model_are_independent():
     """Two streams alternate, with a call between their chunks."""
     audio_lm = audiolm_of(conditioned=True, codec=streaming_codec(), **WINDOWS)
@@ -160,6 +163,7 @@ def peak_of_stream(audio_lm, seconds):
     return alive.peak_bytes
 
 
+@pytest.mark.slow
 def test_memory_of_a_stream_does_not_grow(small_chunks, monkeypatch):
     """A stream of twice the length has the same peak; stages that keep all tokens fail the check."""
     assert peak_of_stream(small_chunks, 0.96) <= peak_of_stream(small_chunks, 0.48)
@@ -167,6 +171,7 @@ def test_memory_of_a_stream_does_not_grow(small_chunks, monkeypatch):
     assert peak_of_stream(small_chunks, 0.96) > peak_of_stream(small_chunks, 0.48)
 
 
+@pytest.mark.slow
 def test_memory_of_generate_grows_by_tokens_and_waves_alone(small_chunks):
     """Parts of the result exist twice while they are concatenated."""
     peaks, given_out = [], []

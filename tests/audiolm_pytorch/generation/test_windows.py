@@ -92,6 +92,7 @@ def decoder_of(model, expected, inputs, prompt, seeds, conditioning=None, **opti
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("eos", [False, True])
 def test_an_item_is_the_same_alone_and_in_a_batch(pattern, eos):
@@ -259,6 +260,7 @@ def peak_of(num_frames):
     return alive.peak_bytes
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_length(monkeypatch):
     """Twice as many frames have the same peak; a decoder that keeps all tokens fails the check."""
     assert peak_of(64) <= peak_of(32)

@@ -204,6 +204,7 @@ def test_default_run_covers_all_pairs_of_options():
     assert len(quick) == 18 and len(CASES) == 108
 
 
+@pytest.mark.slow
 @every_case(lambda case: not is_ambiguous(case))
 def test_the_condition_decides_the_sequence(case):
     """Without a prompt each condition generates its sequence, in any order and with unequal lengths."""
@@ -211,6 +212,7 @@ def test_the_condition_decides_the_sequence(case):
     assert not torch.equal(straight[0][:SHORT], swapped[0][:SHORT])
 
 
+@pytest.mark.slow
 @every_case()
 def test_prompts_of_any_and_of_unequal_length_are_continued(case):
     """Prompts of 1 frame, half, all but one and all frames, also of unequal length in one batch."""

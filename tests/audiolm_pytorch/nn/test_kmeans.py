@@ -203,6 +203,7 @@ def test_assignment_is_the_nearest_in_float64(num_points, num_centroids, offset,
         assert torch.equal(ids[clear], distances.argmin(dim=1)[clear])
 
 
+@pytest.mark.slow
 def test_vectors_on_disk_are_read_once_in_a_seeded_order_and_little_memory(tmp_path, monkeypatch):
     """Guards portions: every vector once, orders by seed, crops mixed; memory does not hold all of them at once."""
     dim, frames, num_crops = 32, 100, 400

@@ -301,6 +301,7 @@ def test_an_item_has_at_least_one_frame() -> None:
     assert result.lengths["a"].tolist() == [1, 1] and (result.streams["a"] >= 0).all()
 
 
+@pytest.mark.slow
 def test_transformer_compiles_without_a_graph_break() -> None:
     """One graph for a whole pass, few graphs for all rows of decoding, and the same numbers."""
     counter = CompileCounter()
@@ -320,6 +321,7 @@ def test_transformer_compiles_without_a_graph_break() -> None:
     assert counter.frame_count <= 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"kv_heads": 1}, {"positions": "relative", "checkpoint_blocks": True}], ids=str)
 def test_training_compiles_without_a_graph_break(options: dict) -> None:
     """One forward and one backward graph, with the gradients of the eager pass."""

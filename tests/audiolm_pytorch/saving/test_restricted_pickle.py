@@ -257,6 +257,7 @@ def test_files_of_many_steps_end(tmp_path, monkeypatch):
     assert "2000 steps" in refusal(TorchCheckpoint, path)
 
 
+@pytest.mark.slow
 def test_marks_are_bounded(tmp_path):
     """A few kB that unpack to 2^27 instructions end after the largest number of steps, in bounded memory."""
     path = tmp_path / "k.bin"
@@ -286,6 +287,7 @@ def copying_pickle(callee, step, times):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", COPIES)
 def test_one_dictionary_is_not_copied_again_and_again(tmp_path, kind):
     """Guards case E9: a file of 1 MB that would copy 30,000 entries 100,000 times needs less than 256 MB and 60 s."""

@@ -117,6 +117,7 @@ def published(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_published_files_open_without_the_packages_that_made_them(published):
     """Every way to open a file gives the tokens of transformers and scikit-learn."""
     model, wave = tiny_hubert(), torch.randn(2, 9000)
@@ -143,6 +144,7 @@ def test_published_files_open_without_the_packages_that_made_them(published):
         torch.testing.assert_close(features, frames, atol=1e-5, rtol=1e-5, msg=lambda text, way=way: f"{way}: {text}")
 
 
+@pytest.mark.slow
 def test_training_and_measuring_need_none_of_the_three(published, tmp_path):
     """Training an encoder, k-means and the semantic evaluation need only scikit-learn, for k-means."""
     written_corpus(tmp_path / "music")
@@ -153,6 +155,7 @@ def test_training_and_measuring_need_none_of_the_three(published, tmp_path):
     assert said.count("of 8 clusters used") == 2 and "Linear probes" in said
 
 
+@pytest.mark.slow
 def test_without_scikit_learn_training_k_means_alone_fails(published, tmp_path):
     """Features are stored before the import of scikit-learn fails with an error of one line."""
     for name in ("tone", "noise"):

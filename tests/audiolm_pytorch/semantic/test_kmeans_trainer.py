@@ -176,6 +176,7 @@ class Interrupted(BaseException):
     """Not an `Exception`, so that no handler catches it, as for a kill."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "times"),
     [

@@ -63,6 +63,7 @@ def die_at(call: int) -> None:
         setattr(module, name, dying(getattr(module, name)))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_death_between_any_two_changes_of_the_disk_leaves_a_whole_generation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -35,6 +35,7 @@ def offline(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
+@pytest.mark.slow
 def test_generate_writes_music_without_network(musiclm_command, model, tmp_path, capsys, offline):
     """The music is written into a new folder, the similarity of every candidate is printed, and a plot is written."""
     out, plot = tmp_path / "new" / "folder" / "jig.wav", tmp_path / "pictures" / "jig.png"
@@ -106,6 +107,7 @@ def test_train_reports_every_step_and_continues(musiclm_command, micro_data, mic
     assert first.err == second.err == ""
 
 
+@pytest.mark.slow
 def test_scaled_training(musiclm_command, micro_data, tmp_path, capsys):
     """--scale shortens a run, and a folder belongs to one scale."""
     words = ("train", "codec", "--preset", "micro", "--data", micro_data, "--out", tmp_path / "run")
@@ -334,6 +336,7 @@ def test_nan_samples_are_not_written(musiclm_command, model, tmp_path, monkeypat
     assert listing(tmp_path) == {}
 
 
+@pytest.mark.slow
 def test_as_a_process(tmp_path):
     """A process ends with the exit status and one line on stderr; imports print no warnings."""
     program = "import sys; from musiclm_pytorch.cli import main; sys.exit(main())"

@@ -48,6 +48,7 @@ def words(places, out, **changes):
     return words
 
 
+@pytest.mark.slow
 def test_the_whole_command(musiclm_command, places, tmp_path, capsys):
     """One table on stdout and in metrics.md, every number with its interval in metrics.json."""
     out = tmp_path / "new" / "report"
@@ -71,6 +72,7 @@ def test_the_whole_command(musiclm_command, places, tmp_path, capsys):
     assert metrics["log-mel / digit"]["value"] > 0.9
 
 
+@pytest.mark.slow
 def test_the_command_in_the_report_repeats_it(musiclm_command, places, tmp_path):
     """Metrics can be computed again from the report alone."""
     options = words(places, tmp_path / "out", layers="1", clusters="4", seed=2, limit=20)
@@ -83,6 +85,7 @@ def test_the_command_in_the_report_repeats_it(musiclm_command, places, tmp_path)
     assert json.loads((tmp_path / "again" / "metrics.json").read_text())["metrics"] == written["metrics"]
 
 
+@pytest.mark.slow
 def test_a_tokenizer_is_measured_with_its_encoder(musiclm_command, places, tmp_path, capsys):
     """The folder of a k-means tokenizer: layers of its encoder and its tokens; without clusters no k-means."""
     encoder = load_module(places["--encoder"])
@@ -94,6 +97,7 @@ def test_a_tokenizer_is_measured_with_its_encoder(musiclm_command, places, tmp_p
     assert "| tokens " in printed
 
 
+@pytest.mark.slow
 def test_a_bundled_tokenizer_by_name(musiclm_command, places, tmp_path):
     """Its tokens are measured beside a layer."""
     options = words({**places, "--encoder": "16khz"}, tmp_path / "out", labels="digit", layers="1", limit=20)
@@ -151,6 +155,7 @@ def test_another_thing_to_evaluate_is_refused(musiclm_command, places, tmp_path,
     assert "semantic" in said and "mulan" in said
 
 
+@pytest.mark.slow
 def test_an_encoder_in_transformers_format(musiclm_command, places, tmp_path, capsys):
     """HuBERT has 49 frames in a second, and 50 per second on average."""
     pytest.importorskip("transformers")
@@ -175,6 +180,7 @@ def planted(tmp_path):
     return ["evaluate", "mulan", "--model", tmp_path / "mulan", "--data", tmp_path, "--out", tmp_path / "out"]
 
 
+@pytest.mark.slow
 def test_a_joint_embedding_is_measured_and_plotted(musiclm_command, planted, tmp_path, capsys):
     """A table on stdout and in metrics.md, metrics in metrics.json, one plot; the reported command is complete."""
     pytest.importorskip("matplotlib")

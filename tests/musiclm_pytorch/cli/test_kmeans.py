@@ -33,6 +33,7 @@ def words(encoder, sounds, tmp_path):
     return ("train", "kmeans", "--encoder", encoder, "--layer", 1, "--data", sounds, "--out", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_kmeans_from_a_folder_to_a_tokenizer(musiclm_command, words, tmp_path, capsys):
     """The command writes a tokenizer and prints the use of its clusters; a second call changes nothing."""
     assert musiclm_command(*words, "--num-clusters", 8) == 0
@@ -55,6 +56,7 @@ def test_kmeans_from_a_folder_to_a_tokenizer(musiclm_command, words, tmp_path, c
     assert {name: after[name] for name in after if name != ".lock"} == before
 
 
+@pytest.mark.slow
 def test_an_encoder_is_found_in_a_tokenizer(musiclm_command, words, tmp_path, capsys):
     """A tokenizer folder is accepted as encoder, and every option has its effect."""
     assert musiclm_command(*words, "--num-clusters", 8) == 0
@@ -76,6 +78,7 @@ def test_an_encoder_is_found_in_a_tokenizer(musiclm_command, words, tmp_path, ca
     }
 
 
+@pytest.mark.slow
 def test_kmeans_of_a_published_checkpoint(musiclm_command, write_folder, tmp_path, capsys):
     """A HuBERT checkpoint of fairseq is accepted, and the tokenizer opens without the checkpoint."""
     pytest.importorskip("transformers")
@@ -115,6 +118,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(words, message, musiclm_comman
     check_bad_input(musiclm_command, ["train", "kmeans", *words], message, places, capfd)
 
 
+@pytest.mark.slow
 def test_another_run_is_refused(musiclm_command, words, tmp_path, capsys):
     """A folder belongs to one run: the message shows the difference, and the tokenizer is not changed."""
     assert musiclm_command(*words, "--num-clusters", 8) == 0
@@ -175,6 +179,7 @@ def test_exit_status_and_errors_of_commands(name, musiclm_command, tmp_path, mon
     assert capsys.readouterr().err == "musiclm: no such file\n"
 
 
+@pytest.mark.slow
 def test_help_imports_nothing_heavy():
     """The command line starts without scikit-learn, transformers, accelerate and matplotlib."""
     program = """

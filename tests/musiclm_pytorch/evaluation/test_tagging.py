@@ -21,6 +21,7 @@ def items_of(*labels: dict) -> list[AudioItem]:
     return [AudioItem(Path(f"{i}.wav"), None, own, 8000, 8) for i, own in enumerate(labels)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("levels", [None, 3])
 def test_areas_are_those_of_scikit_learn(rng, levels):
     """Macro one-vs-rest AUC, also where most similarities are tied."""
@@ -37,6 +38,7 @@ def test_areas_are_those_of_scikit_learn(rng, levels):
     assert metric.low < oracle < metric.high
 
 
+@pytest.mark.slow
 def test_balanced_accuracy_is_that_of_scikit_learn(rng):
     """Of the nearest prompt, with equal weight for each class."""
     from sklearn.metrics import balanced_accuracy_score

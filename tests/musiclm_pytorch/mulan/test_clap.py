@@ -122,6 +122,7 @@ def test_other_settings_of_the_extractor_are_followed():
         ClapSpectrogram({"padding": "mirror"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fused", [False, True])
 def test_latents_are_those_of_transformers(folders, fused):
     """Guards both towers from files to unit vectors, of models that fuse and that do not."""

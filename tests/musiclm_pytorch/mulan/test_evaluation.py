@@ -22,6 +22,7 @@ def metrics_of(clips) -> dict:
     return {metric.name: metric for metric in joint_embedding_metrics(clips)}
 
 
+@pytest.mark.slow
 def test_metrics_of_a_perfect_model(tmp_path):
     """Every metric has its best value, with chance and an interval that contains it."""
     metrics = metrics_of(embed_clips(PlantedMuLaN(), planted_items(tmp_path)))
@@ -41,6 +42,7 @@ def test_metrics_of_a_perfect_model(tmp_path):
     assert all(metric.low <= metric.value + 1e-9 and metric.value <= metric.high + 1e-9 for metric in metrics.values())
 
 
+@pytest.mark.slow
 def test_metrics_of_a_model_that_confuses_instruments(tmp_path):
     """Nothing is found by instrument, everything by tempo and drums."""
     confused = {"flute": "cello", "cello": "organ", "organ": "flute"}
@@ -52,6 +54,7 @@ def test_metrics_of_a_model_that_confuses_instruments(tmp_path):
         assert metrics[f"top clip / {label} / balanced accuracy"].value == accuracy
 
 
+@pytest.mark.slow
 def test_captions_of_several_clips_are_one_query(tmp_path):
     """Two clips per caption: twelve queries with two right clips, and twelve candidates with one right caption."""
     clips = embed_clips(PlantedMuLaN(), planted_items(tmp_path, copies=2))
@@ -62,6 +65,7 @@ def test_captions_of_several_clips_are_one_query(tmp_path):
     assert found.chance == pytest.approx(2 / 24) and back.chance == pytest.approx(1 / 12)
 
 
+@pytest.mark.slow
 def test_clips_without_captions_are_candidates_only(tmp_path):
     """They are ranked and tagged, but are no queries; each of several captions of a clip is a query."""
     items = planted_items(tmp_path)
@@ -74,6 +78,7 @@ def test_clips_without_captions_are_candidates_only(tmp_path):
     assert metrics["tagging / instrument / AUC"].count == 12
 
 
+@pytest.mark.slow
 def test_labels_alone_are_enough(tmp_path):
     """Without captions the prompts of the first label are the queries; without labels there is only retrieval."""
     items = [replace(item, caption=None) for item in planted_items(tmp_path)]
@@ -153,6 +158,7 @@ def test_texts_and_clips_are_ordered_by_a_label(tmp_path):
     assert torch.equal(ordered_similarities(bare)[0], bare.similarities)
 
 
+@pytest.mark.slow
 def test_the_plot_shows_what_is_measured(tmp_path):
     """Plots of two models differ, and so do plots by another label."""
     imread = pytest.importorskip("matplotlib.image").imread

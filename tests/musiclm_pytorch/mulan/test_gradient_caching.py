@@ -90,6 +90,7 @@ def _peak_bytes(model: MuLaN, num_clips: int, chunk_size: int | None) -> int:
     return alive.peak_bytes - wavs.nbytes - ids.nbytes
 
 
+@pytest.mark.slow
 def test_activations_of_one_chunk_are_alive_at_a_time() -> None:
     """Four times the batch takes the same memory in chunks, and about four times as much when all is kept."""
     model = tiny_mulan().train()

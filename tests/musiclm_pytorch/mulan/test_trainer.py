@@ -86,6 +86,7 @@ def _rows(results: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (results / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_training_learns_to_retrieve(corpus: Path, tmp_path: Path) -> None:
     """From chance (ln 8) to finding held-out tones by their captions; the model is written and loads."""
     trainer = _trainer(corpus, tmp_path / "run", steps=60)
@@ -114,6 +115,7 @@ def test_every_metric_has_its_chance(corpus: Path, tmp_path: Path) -> None:
     assert valid_row["map_chance"] == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_exactly(corpus: Path, tmp_path: Path) -> None:
     """Killed in step 4 after a checkpoint at 2: the same bits as without interruption, with texts and dropout."""
 

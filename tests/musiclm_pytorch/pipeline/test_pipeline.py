@@ -97,6 +97,7 @@ def test_steps_one_by_one_and_in_another_order_give_the_same_model(micro_data, m
     assert pipeline.is_complete and content(tmp_path) == content(micro_run)
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_codec(micro_data, micro_run, tmp_path):
     """The seed changes the weights."""
     list(Pipeline(MICRO, data=micro_data, out=tmp_path, seed=1).run("codec"))
@@ -165,6 +166,7 @@ def test_corpus_may_move(micro_data, micro_run, tmp_path, monkeypatch):
     assert {report.summary for report in Pipeline(MICRO, data="moved", out="run").run()} == {"done before"}
 
 
+@pytest.mark.slow
 def test_two_programs_do_not_share_a_folder(micro_data, tmp_path):
     """A second training in the same folder raises an error."""
     first = Pipeline(MICRO, data=micro_data, out=tmp_path).run()
@@ -197,6 +199,7 @@ def test_missing_input_is_reported_before_anything_is_written(micro_data, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_mixed_and_damaged_files(tmp_path, caplog):
     """A 44.1 kHz stereo mp3 is used beside 24 kHz files; damaged, empty and short files are reported and skipped."""
     data = write_clips(tmp_path / "data", 4, captions=False)
@@ -215,6 +218,7 @@ def test_mixed_and_damaged_files(tmp_path, caplog):
     assert all(name in caplog.text for name in ("corrupt.wav", "empty.flac", "short.wav"))
 
 
+@pytest.mark.slow
 def test_a_single_file_is_enough(tmp_path):
     """One file is enough to train a model."""
     pipeline = Pipeline(MICRO, data=write_clips(tmp_path / "data", 1), out=tmp_path / "run")
@@ -274,6 +278,7 @@ def test_only_the_first_process_assembles(micro_data, micro_run, tmp_path, monke
     assert waits == [before, before] and listing(run) == before
 
 
+@pytest.mark.slow
 def test_result_of_another_tokenizer_is_refused(micro_data, micro_run, tmp_path):
     """A step whose input has changed since raises an error; a repeated step updates the model."""
     run = shutil.copytree(micro_run, tmp_path / "run")

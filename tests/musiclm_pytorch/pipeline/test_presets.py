@@ -32,6 +32,7 @@ def test_preset_is_consistent(name):
         assert config.run.warmup_steps < config.run.num_train_steps
 
 
+@pytest.mark.slow
 @every_preset
 def test_preset_can_be_built(name):
     """All modules of a preset can be built, and they are compatible."""
@@ -98,6 +99,7 @@ def test_semantic_tokens_have_the_rate_of_the_preset(sample_hz, token_hz):
         assert torch.equal(in_batch[: len(alone)], alone) and (in_batch[len(alone) :] == -1).all()
 
 
+@pytest.mark.slow
 @every_rate
 def test_semantic_encoder_of_every_rate_trains(sample_hz, token_hz, micro_data, tmp_path):
     """The encoder trains at every rate, with masked spans of 160 ms and the same share of masked audio."""

@@ -90,6 +90,7 @@ def test_tokens_are_those_of_the_pretrained_parts(parts, pretrained_run, micro_d
     torch.testing.assert_close(torch.from_numpy(record["text_latents"]).float(), texts, atol=1e-3, rtol=0.0)
 
 
+@pytest.mark.slow
 def test_fewer_levels_than_the_codec_has_are_modelled_decoded_and_exported(parts, pretrained_run, tmp_path):
     """With a preset of 3 levels and a codec of 5, the first 3 are generated, equally by the run and by its export."""
     out, _ = pretrained_run

@@ -55,6 +55,7 @@ class LevelCodec(Codec):
         return ((codes[..., 0] * 256 + low - 32_768) / 32_767)[:, None, :num_samples]
 
 
+@pytest.mark.slow
 def test_metrics_of_transparent_coarse_and_silent_copies(classifier):
     """The unquantized copy has distance 0, a silent copy has the accuracy of a constant answer."""
     waves, truth = tones(8, seed=5)
@@ -83,6 +84,7 @@ def test_kept_is_the_ratio_of_the_accuracies(classifier):
     assert (kept.value, kept.low, kept.high) == (1.0, 1.0, 1.0)
 
 
+@pytest.mark.slow
 def test_table_and_report(classifier, tmp_path):
     """One line per copy with intervals; the JSON file has every metric, the markdown file the table."""
     waves, truth = tones(4, seed=5)

@@ -228,6 +228,7 @@ class FakeMusicLM:
         return SimpleNamespace(waves=rows, best=rows[:, -1])
 
 
+@pytest.mark.slow
 def test_metrics_of_a_model_that_follows_its_prompts(classifier, tmp_path):
     """A fake model that follows every prompt has accuracy 1, and its shuffled control has not."""
     clips = ClipSet("toy", written_items(tmp_path, 8, seed=6), written_items(tmp_path, 16, seed=7, held_out_pair=True))

@@ -200,6 +200,7 @@ def test_plans_are_deterministic_and_split_by_tune() -> None:
     assert not melodies["train"] & melodies["valid"]
 
 
+@pytest.mark.slow
 def test_held_out_pairs_are_held_out_and_tested() -> None:
     """No training clip has a held-out pair; valid clips with one are marked; the tempo label fits the bpm."""
     for split, count in (("train", 400), ("valid", 100)):
@@ -258,6 +259,7 @@ def test_make_corpus_continues_an_interrupted_run(tmp_path: Path, monkeypatch: p
         make_corpus(tmp_path / "foreign", 4, 2)
 
 
+@pytest.mark.slow
 @needs_synthesizer
 def test_render_is_deterministic_and_starts_on_time() -> None:
     """Two clips in one run: equal to a second run, with the requested peak, on time, and silent without notes."""

@@ -135,6 +135,7 @@ def trainer_of(data, results, steps, codec, **settings):
     )
 
 
+@pytest.mark.slow
 def test_denoising_run_resumes_bit_for_bit_and_reports(data, tmp_path):
     """A resumed run has the mixtures, flags and codebooks of a straight one; validation reports all three kinds."""
     settings = dict(unquantized_steps=1, log_every=1, validate_every=2)

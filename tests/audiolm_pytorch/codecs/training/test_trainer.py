@@ -153,6 +153,7 @@ def test_codec_learns_a_few_clips(folder, tmp_path, weights, steps, gain, caplog
         assert not [record for record in caplog.records if "codec training" in record.message]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adversarial", [False, True])
 def test_resumed_codec_is_bit_identical(folder, tmp_path, adversarial):
     """Codebooks and discriminators begin in the middle of the run; resume restores them and the balancer."""
@@ -317,6 +318,7 @@ def test_codebooks_start_again_when_a_run_returns_to_its_checkpoint(folder, tmp_
     assert same_state(state_of(straight.task.codec), trainer.task.codec.state_dict())
 
 
+@pytest.mark.slow
 def test_skipped_generator_step_does_not_skip_the_discriminators(folder, tmp_path):
     """A NaN in one phase skips that phase; the other uses the reconstruction of the same step."""
     trainer = trainer_of(
@@ -356,6 +358,7 @@ def test_discriminators_begin_at_their_step(folder, tmp_path, precision):
     assert not same_state(before, trainer.task.discriminators.state_dict())
 
 
+@pytest.mark.slow
 def test_fine_tuning_continues_with_codebooks_and_discriminators(folder, tmp_path):
     """A second run loads the result of the first, and does not initialise the codebooks again."""
     weights = dict(loss_weights=ALL_LOSSES, adversarial_start_step=1)
@@ -459,6 +462,7 @@ def test_one_warning_if_the_mel_distance_does_not_fall(distances, codes_from, nu
     assert all("has not fallen" in record.getMessage() for record in caplog.records)
 
 
+@pytest.mark.slow
 def test_training_warns_if_the_mel_distance_does_not_fall(folder, tmp_path, caplog):
     """A learning rate of nearly 0, over the loop and after a resume: one warning in the log."""
     settings = dict(learning_rate=1e-20, unquantized_steps=0, validate_every=50, data_max_length=1600, batch_size=1)
@@ -468,6 +472,7 @@ def test_training_warns_if_the_mel_distance_does_not_fall(folder, tmp_path, capl
     assert sum("has not fallen" in record.getMessage() for record in caplog.records) == 1
 
 
+@pytest.mark.slow
 def test_stereo_codec_trains_from_stereo_and_mono_files(tmp_path):
     """Channels reach the codec as they are in the file, through the cache and without it; mono is copied."""
     data = tmp_path / "data"
@@ -518,6 +523,7 @@ def test_unusable_files_are_named(folder, tmp_path):
         trainer_of(tmp_path / "empty", tmp_path / "none", 2)
 
 
+@pytest.mark.slow
 def test_silent_crops_keep_the_losses_finite(tmp_path):
     """Silence alone: no loss, metric or weight may become NaN, with discriminators and balancer."""
     data = tmp_path / "data"
@@ -583,6 +589,7 @@ def test_incompatible_discriminators_are_refused_at_the_start(folder, tmp_path):
         trainer_of(folder, tmp_path, 8, loss_weights=ALL_LOSSES, adversarial_start_step=8)
 
 
+@pytest.mark.slow
 def test_discriminators_lead_before_the_codec_uses_them(folder, tmp_path):
     """Discriminators begin at a quarter of the run, and the codec uses their losses some steps later."""
     trainer = trainer_of(folder, tmp_path, 48, loss_weights=ALL_LOSSES, unquantized_steps=1, log_every=1)

@@ -402,6 +402,7 @@ def test_wrong_safetensors(tmp_path):
         read_centroids(path)
 
 
+@pytest.mark.slow
 def test_published_files_are_read_without_their_makers(tmp_path, rng):
     """Both files are read without fairseq, omegaconf, torchaudio, joblib and scikit-learn."""
     model, centroids = tiny_hubert(num_layers=2), rng.normal(size=(7, 16))
