@@ -12,7 +12,7 @@ __all__ = ["Conditioner", "TextEncoder"]
 
 
 class Conditioner(nn.Module, ABC):
-    """A module that describes texts and waves by the same codes, and embeds codes with one table per namespace.
+    """A module that computes codes of texts and waves in one vocabulary, and embeds codes with one table per namespace.
 
     Every stage of a language model has its own namespace.
     """
@@ -20,21 +20,21 @@ class Conditioner(nn.Module, ABC):
     @property
     @abstractmethod
     def sample_hz(self) -> int:
-        """Sample rate of the waves."""
+        """Sample rate in Hz that `wavs` must have."""
 
     def fingerprint(self) -> str | None:
-        """Hash of everything that the codes depend on; None = unknown, then nothing is compared."""
+        """Hash of the weights and settings that determine the codes; None = unknown, so it is not compared."""
         return None
 
     @abstractmethod
     def codes(
         self, *, texts: str | Sequence[str] | None = None, wavs: Tensor | None = None, lengths: Tensor | None = None
     ) -> Tensor:
-        """Return the codes `[b, q]` of either texts or waves `[b, n]` with true lengths `[b]` in samples."""
+        """Return codes `[b, q]` of texts or of waves `[b, n]`; `lengths [b]` are samples without padding."""
 
     @abstractmethod
     def codes_from_latents(self, latents: Tensor, modality: Literal["audio", "text"] = "audio") -> Tensor:
-        """Return the codes `[b, q]` of precomputed latents `[b, d]` of audio or texts."""
+        """Return codes `[b, q]` of precomputed latents `[b, d]` of audio or texts."""
 
     @abstractmethod
     def conditioning(
@@ -46,9 +46,9 @@ class Conditioner(nn.Module, ABC):
         lengths: Tensor | None = None,
         namespace: str,
     ) -> ConditionTensor:
-        """Embed exactly one of texts, waves `[b, n]` (with true lengths `[b]`) and codes `[b, q]`.
+        """Embed texts, waves `[b, n]` or codes `[b, q]`; exactly one of these arguments must be passed.
 
-        Only the table of the namespace receives gradients.
+        Only the embedding table of `namespace` receives gradients.
         """
 
     @abstractmethod
@@ -57,7 +57,7 @@ class Conditioner(nn.Module, ABC):
 
     @abstractmethod
     def dim(self, namespace: str) -> int:
-        """Width of the embeddings of a namespace."""
+        """Return the width of the embeddings in a namespace."""
 
 
 class TextEncoder(nn.Module, ABC):
@@ -71,8 +71,8 @@ class TextEncoder(nn.Module, ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hash of everything that the states depend on."""
+        """Hash of the weights and settings that determine the states."""
 
     @abstractmethod
     def forward(self, texts: str | Sequence[str]) -> ConditionTensor:
-        """Return the states `[b, t, dim]` float32 of one text or several, without gradients."""
+        """Return states `[b, t, dim]` float32 of one or several texts, without gradients."""

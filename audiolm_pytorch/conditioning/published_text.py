@@ -1,4 +1,4 @@
-"""Published text encoders of the transformers library (T5, BERT, RoBERTa and similar) with their tokenizers."""
+"""Published text encoders of the transformers library (T5, BERT, RoBERTa and similar), with their tokenizers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,12 +60,12 @@ _UNLIMITED = 2**31
 
 
 class PublishedText:
-    """The tokenizer of a published text model, its limits, and the inputs of the model's `forward`.
+    """Tokenizes texts for a published text model, and builds the arguments of its `forward`.
 
     Args:
         model: The transformers model.
-        tokenizer: Its tokenizer.
-        max_tokens: Most tokens of a text; None = all that the model has positions for, at most 512.
+        tokenizer: The tokenizer of `model`.
+        max_tokens: Maximum tokens per text; None = number of positions of the model, at most 512.
     """
 
     def __init__(self, model: Any, tokenizer: TextTokenizer, max_tokens: int | None = None) -> None:
@@ -73,8 +73,8 @@ class PublishedText:
         self.num_tokens: int = model.get_input_embeddings().num_embeddings
         if tokenizer.vocab_size > self.num_tokens:
             raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {self.num_tokens}: pass the "
-                "tokenizer of this model"
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the model has {self.num_tokens} embeddings; pass "
+                "the tokenizer of this model"
             )
         positions = _num_positions(model)
         if max_tokens is None:
@@ -82,15 +82,15 @@ class PublishedText:
         fewest = tokenizer.num_special_tokens + 1
         if not fewest <= max_tokens <= positions:
             span = f"{fewest} or more" if positions == _UNLIMITED else f"in {fewest}..{positions}"
-            raise ValueError(f"the most tokens of a text must be {span} for this model, got {max_tokens}")
+            raise ValueError(f"max_tokens must be {span} for this model, got {max_tokens}")
         self.max_tokens = max_tokens
 
     def tokenize(self, texts: str | Sequence[str] | Tensor) -> Tensor:
-        """Return the ids `[b, t]` int64 of texts, -1 past the end; ids are only checked."""
+        """Return ids `[b, t]` int64 of texts, with -1 past the end. Passed ids are only checked."""
         return ids_of(texts, self.tokenizer, self.num_tokens, self.max_tokens)
 
     def inputs(self, ids: Tensor) -> dict[str, Tensor]:
-        """Arguments of the model's `forward` for ids `[b, t]` with -1 past the end of a text."""
+        """Return the arguments of the model's `forward` for ids `[b, t]`, where -1 is padding."""
         # Any id will do as padding: the mask hides it.
         return {"input_ids": ids.clamp(min=0), "attention_mask": (ids >= 0).long()}
 
@@ -99,17 +99,17 @@ class PublishedTextEncoder(nn.Module):
     """A published text encoder with its tokenizer, saved as one module. Subclasses define `forward`.
 
     Reads the encoders of T5 (arXiv:1910.10683), mT5 and UMT5, BERT (arXiv:1810.04805), RoBERTa and XLM-RoBERTa,
-    CamemBERT, DistilBERT, ALBERT, ELECTRA, DeBERTa v2 and v3, MPNet and ModernBERT in the format of transformers. The
-    pooling layer that some models have after their first token is removed.
+    CamemBERT, DistilBERT, ALBERT, ELECTRA, DeBERTa v2 and v3, MPNet and ModernBERT in the format of transformers. Some
+    models have a pooling layer on the first token; this layer is removed.
 
     Args:
-        source: Folder in transformers' format, hub id, or a loaded model, which is not copied.
-        tokenizer: The model's tokenizer; None = the one in `source`.
-        max_tokens: Most tokens of a text, special tokens included; longer texts are truncated with a warning. None =
-            all that the model has positions for, at most 512.
-        offline: Whether to use only local folders and the local cache of the hub.
-        revision: Branch, tag or commit of the hub.
-        cache_dir: Folder of downloads; None = Hugging Face's own cache.
+        source: Folder in the format of transformers, model id on the Hugging Face hub, or loaded model (not copied).
+        tokenizer: Tokenizer of the model; None = loaded from `source`.
+        max_tokens: Maximum tokens per text, special tokens included; longer texts are truncated with a warning. None =
+            number of positions of the model, at most 512.
+        offline: Whether to use only local folders and the local cache of the hub, without downloads.
+        revision: Branch, tag or commit to load from the hub.
+        cache_dir: Folder for downloaded files; None = the default cache of Hugging Face.
 
     Attributes:
         frozen: Whether the weights never change. A frozen encoder is always in eval mode.
@@ -137,7 +137,9 @@ class PublishedTextEncoder(nn.Module):
         settings: Any = loaded.model.config
         self.model_type: str = settings.model_type
         if self.model_type not in _CLASSES:
-            raise ValueError(f"models of type {self.model_type!r} are not supported, these are: {sorted(_CLASSES)}")
+            raise ValueError(
+                f"models of type {self.model_type!r} are not supported; use one of the types {sorted(_CLASSES)}"
+            )
         tokenizer = tokenizer_of(loaded, source, tokenizer, **where)
         self.origin = loaded.origin
         self.model: Any = loaded.model.requires_grad_(False)
@@ -149,17 +151,17 @@ class PublishedTextEncoder(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> "PublishedTextEncoder":
-        """Set the training mode, except for a frozen encoder: dropout would change states that nothing adapts to."""
+        """Set the training mode. A frozen encoder stays in eval mode, because dropout would change its states."""
         return super().train(mode and not self.frozen)
 
     @property
     def options(self) -> dict[str, Any]:
-        """Arguments of the constructor besides the model and its tokenizer, JSON-able."""
+        """Constructor arguments except the model and the tokenizer, as JSON-able data."""
         return {"max_tokens": self._text.max_tokens}
 
     @property
     def config(self) -> dict[str, Any]:
-        """Description of model and tokenizer from which `from_config` rebuilds the encoder, JSON-able."""
+        """Description of the model and the tokenizer for `from_config`, as JSON-able data."""
         return {
             "model": model_settings(self.model),
             "tokenizer": self._text.tokenizer.to_json(),
@@ -177,7 +179,7 @@ class PublishedTextEncoder(nn.Module):
         return cls(LoadedModel(model, **config["origin"]), tokenizer=tokenizer, **config["options"])
 
     def fingerprint(self) -> str:
-        """Hash of everything that embeddings depend on; equal on every device and for every file of the same model."""
+        """Hash of weights, tokenizer and settings. It does not depend on the device or on the file format."""
         settings = {name: getattr(self.model.config, name, None) for name in _SETTINGS}
         tokenizer = self._text.tokenizer
         facts = [self.model_type, self._text.max_tokens, tokenizer.to_json(), settings]
@@ -187,24 +189,24 @@ class PublishedTextEncoder(nn.Module):
 
     @beartype
     def tokenize(self, texts: str | Sequence[str] | Tensor) -> Tensor:
-        """Return the ids `[b, t]` int64 of texts, special tokens included, -1 past the end; ids are only checked."""
+        """Return ids `[b, t]` int64 of texts, with special tokens and -1 past the end. Passed ids are only checked."""
         return self._text.tokenize(texts)
 
 
 def tokenizer_of(
     loaded: LoadedModel, source: str | Path | LoadedModel, tokenizer: TextTokenizer | None, **where: Any
 ) -> TextTokenizer:
-    """Return `tokenizer` or, by default, the tokenizer in `source`, from the same commit as the weights."""
+    """Return `tokenizer`; if it is None, load the tokenizer in `source` from the same commit as the weights."""
     if tokenizer is not None:
         return tokenizer
     if isinstance(source, LoadedModel):
-        raise ValueError("a loaded model comes without a tokenizer: pass tokenizer=")
+        raise ValueError("got a loaded model without a tokenizer; pass tokenizer=TextTokenizer(...)")
     where["revision"] = loaded.revision or where["revision"]
     return TextTokenizer(load_tokenizer(source, **where), special_tokens=True)
 
 
 def _num_positions(model: nn.Module) -> int:
-    """Number of tokens that a model has positions for; unlimited for relative positions."""
+    """Number of positions of a model; a very large number if positions are relative."""
     for name, table in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(table, nn.Embedding):
             # RoBERTa's position numbers start after the index of the padding token

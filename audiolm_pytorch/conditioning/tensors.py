@@ -12,10 +12,11 @@ __all__ = ["ConditionTensor", "Conditions", "guide"]
 @beartype
 @dataclass(frozen=True)
 class ConditionTensor:
-    """Embeddings of one kind of condition.
+    """Embeddings of codes or text states, with a mask.
 
     Attributes:
-        embeddings: `[b, m, d]` with m >= 1; levels of codes from coarse to fine.
+        embeddings: `[b, m, d]` with m >= 1. For codes, the m embeddings are ordered from the coarsest level to the
+            finest.
         mask: `[b, m]` bool, False for padding. An item whose mask is all False is unconditional: the model replaces its
             embeddings by a learned null embedding.
     """
@@ -29,8 +30,8 @@ class ConditionTensor:
         if not has_shapes or self.mask.dtype != torch.bool or self.mask.shape[1] == 0:
             raise ValueError(
                 "a condition tensor needs embeddings [b, m, d] with m >= 1 and a bool mask [b, m], got "
-                f"{tuple(self.embeddings.shape)} and {tuple(self.mask.shape)} {self.mask.dtype}; an unconditional item "
-                "has a mask that is all False"
+                f"{tuple(self.embeddings.shape)} and {tuple(self.mask.shape)} {self.mask.dtype}; for an unconditional "
+                "item pass a mask that is all False"
             )
 
     def __len__(self) -> int:
@@ -42,7 +43,7 @@ class ConditionTensor:
         return ConditionTensor(self.embeddings, self.mask & ~drop.to(self.mask.device).unsqueeze(1))
 
     def without_trailing(self, keep: Tensor) -> "ConditionTensor":
-        """Keep the first `keep [b]` (int64) embeddings of every item."""
+        """Mask all embeddings of item i after its first `keep[i]` embeddings (`keep [b]`, int64)."""
         levels = torch.arange(self.mask.shape[1], device=self.mask.device)
         return ConditionTensor(self.embeddings, self.mask & (levels < keep.to(self.mask.device).unsqueeze(1)))
 
@@ -54,22 +55,22 @@ class ConditionTensor:
         )
 
     def expand(self, batch: int) -> "ConditionTensor":
-        """Expand a single item to `batch` items; `batch` items are returned as they are."""
+        """Repeat a single item `batch` times; a tensor of `batch` items is returned unchanged."""
         if len(self) == batch:
             return self
         if len(self) != 1:
-            raise ValueError(f"conditions of {len(self)} items for a batch of {batch}: pass 1 or {batch} items")
+            raise ValueError(f"got conditions of {len(self)} items, the batch has {batch}; pass 1 or {batch} items")
         return ConditionTensor(self.embeddings.expand(batch, -1, -1), self.mask.expand(batch, -1))
 
 
 @beartype
 @dataclass(frozen=True)
 class Conditions:
-    """All conditions of a model, at least one, each of 1 or b items.
+    """All conditions of a language model. At least one is set; each has 1 or b items.
 
     Attributes:
-        codes: Embeddings of codes (MuLan codes of texts or audio) from the table of the model's namespace.
-        text: States of a text encoder.
+        codes: Embeddings of MuLan codes of texts or audio, from the embedding table of the stage.
+        text: Hidden states of a text encoder.
     """
 
     codes: ConditionTensor | None = None
@@ -79,7 +80,9 @@ class Conditions:
         """Check the numbers of items."""
         sizes = {name: len(part) for name, part in self.parts.items()}
         if not sizes or len({size for size in sizes.values() if size != 1}) > 1:
-            raise ValueError(f"pass codes, text or both, each of 1 item or of an equal number of items; got {sizes}")
+            raise ValueError(
+                f"got conditions with numbers of items {sizes}; pass codes, text or both, with 1 or equally many items"
+            )
 
     @property
     def parts(self) -> dict[str, ConditionTensor]:
@@ -102,13 +105,14 @@ class Conditions:
         return Conditions(**{name: part.select(items) for name, part in parts.items()})
 
     def expand(self, batch: int) -> "Conditions":
-        """Expand single items to `batch` items."""
+        """Repeat conditions of a single item `batch` times."""
         return Conditions(**{name: part.expand(batch) for name, part in self.parts.items()})
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance (arXiv:2207.12598, eq. 6, w = scale - 1) of logits.
+    """Apply classifier-free guidance (arXiv:2207.12598, eq. 6, w = scale - 1) to logits.
 
-    A scale of 0 returns the unconditional logits, 1 the conditional ones; larger scales follow the condition more.
+    A scale of 0 returns the unconditional logits and 1 the conditional logits. Larger scales follow the condition more
+    closely.
     """
     return unconditional + scale * (conditional - unconditional)

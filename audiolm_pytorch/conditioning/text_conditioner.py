@@ -1,4 +1,4 @@
-"""Texts as conditions: the states of a published text encoder, one per token."""
+"""Conditioning on texts through the states of a published text encoder."""
 
 from collections.abc import Sequence
 
@@ -16,15 +16,16 @@ __all__ = ["TextConditioner"]
 
 @register
 class TextConditioner(PublishedTextEncoder, TextEncoder):
-    """The last hidden states of a published text encoder, as MusicGen uses those of T5 (arXiv:2306.05284, sec. 2.3).
+    """Computes the last hidden states of a published text encoder, as MusicGen (arXiv:2306.05284, sec. 2.3) with T5.
 
-    The encoder is frozen. A text has the same states in any batch, in float32 also under autocast.
+    The encoder is frozen. The states of a text do not depend on the rest of the batch. They are float32, also under
+    autocast.
     """
 
     @beartype
     @torch.no_grad()
     def forward(self, texts: str | Sequence[str]) -> ConditionTensor:
-        """Return the states `[b, t, dim]` float32 of texts, t = tokens of the longest text; 0 past the end."""
+        """Return states `[b, t, dim]` float32 of texts; t is the length of the longest text, and padding is 0."""
         device = device_of(self.model)
         ids = self.tokenize(texts).to(device)
         mask = ids >= 0

@@ -1,4 +1,4 @@
-"""Text tokenizers: a trainable byte-level BPE for captions, and those of published text encoders."""
+"""Text tokenizers: a trainable byte-level BPE for captions, and the tokenizers of published text encoders."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -20,15 +20,15 @@ _NUM_BYTES = 256
 
 
 class TextTokenizer:
-    """A tokenizer of captions; runs of white space count as one space.
+    """Tokenizes captions; consecutive white space becomes one space.
 
-    `TextTokenizer.train` makes a byte-level byte-pair encoder (arXiv:1508.07909, on bytes) of lower-cased,
-    NFC-normalised text. Its vocabulary contains all 256 bytes, so no text has unknown tokens.
+    `TextTokenizer.train` returns a byte-level byte-pair encoder (arXiv:1508.07909). Text is lower-cased and
+    NFC-normalised first. The vocabulary contains all 256 bytes, so no text has unknown tokens.
 
     Args:
-        tokenizer: A tokenizer of the `tokenizers` library; None = bytes without merges.
-        special_tokens: Whether to add the special tokens of the tokenizer's post-processor ([CLS] and [SEP] of BERT,
-            </s> of T5), with which published encoders were trained.
+        tokenizer: A tokenizer of the `tokenizers` library; None = every byte is one token.
+        special_tokens: Whether to add the special tokens that a published encoder was trained with, e.g. [CLS] and
+            [SEP] for BERT or </s> for T5.
     """
 
     @beartype
@@ -39,18 +39,18 @@ class TextTokenizer:
     @classmethod
     @beartype
     def train(cls, captions: Iterable[str], vocab_size: int = 4096, min_frequency: int = 2) -> "TextTokenizer":
-        """Learn merges from captions; equal captions give equal tokenizers on every machine.
+        """Train a tokenizer on captions. Equal captions result in equal tokenizers on every machine.
 
         Args:
-            captions: Texts to learn from, at least one of them not empty.
+            captions: Training texts; at least one must not be empty.
             vocab_size: Largest size of the vocabulary, at least 256 (the bytes).
-            min_frequency: Occurrences that a pair needs to be merged.
+            min_frequency: Pairs of tokens that occur less often are not merged.
         """
         if vocab_size < _NUM_BYTES:
             raise ValueError(f"vocab_size must be at least {_NUM_BYTES}, the number of bytes; got {vocab_size}")
         texts = [_clean(caption) for caption in captions]
         if not any(texts):
-            raise ValueError("no text to train a tokenizer on: pass at least one caption that is not empty")
+            raise ValueError("got no caption to train a tokenizer on; pass at least one caption that is not empty")
         tokenizer = _untrained()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
@@ -64,33 +64,34 @@ class TextTokenizer:
     @classmethod
     @beartype
     def from_json(cls, text: str, *, special_tokens: bool = False) -> "TextTokenizer":
-        """Build the tokenizer that `to_json` described."""
+        """Build a tokenizer from the string that `to_json` returned."""
         try:
             return cls(Tokenizer.from_str(text), special_tokens=special_tokens)
         except Exception as error:  # `tokenizers` raises bare Exception
-            raise ValueError(f"not the JSON of a tokenizer: {error}") from error
+            raise ValueError(f"this text is not a tokenizer in JSON ({error}); pass the result of to_json") from error
 
     def to_json(self) -> str:
-        """The whole tokenizer as one JSON string."""
+        """Return the tokenizer as a JSON string for `from_json`."""
         return self._tokenizer.to_str()
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens; ids are in [0, vocab_size)."""
+        """Size of the vocabulary; ids are in [0, vocab_size)."""
         return self._tokenizer.get_vocab_size()
 
     @property
     def num_special_tokens(self) -> int:
-        """Number of special tokens added to a text."""
+        """Number of special tokens that are added to every text."""
         return self._tokenizer.num_special_tokens_to_add(False) if self.special_tokens else 0
 
     @beartype
     def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> Tensor:
-        """Return the ids `[b, t]` int64 of texts, t = tokens of the longest text, padded with -1 (`PADDING`).
+        """Return ids `[b, t]` int64 of texts; t is the length of the longest text, and padding is -1 (`PADDING`).
 
         Args:
-            texts: At least one text, none of them empty or blank.
-            max_tokens: Longer texts are truncated with a warning; special tokens stay. None = no limit.
+            texts: One or more texts; no text may be empty or only white space.
+            max_tokens: Maximum tokens per text. Longer texts are truncated with a warning, but keep their special
+                tokens. None = no limit.
         """
         if isinstance(texts, str):
             texts = [texts]
@@ -99,15 +100,15 @@ class TextTokenizer:
                 raise TypeError(f"texts must be str, got {type(text).__name__} at index {index} of {len(texts)}")
         cleaned = [_clean(text) for text in texts]
         if not cleaned:
-            raise ValueError("got an empty list of texts, pass at least one")
+            raise ValueError("got an empty list of texts; pass at least one text")
         empty = [index for index, text in enumerate(cleaned) if not text]
         if empty:
-            raise ValueError(f"text at index {empty[0]} of {len(cleaned)} is empty: pass at least one word")
+            raise ValueError(f"text {empty[0]} of {len(cleaned)} is empty; every text needs at least one word")
         encodings = self._tokenizer.encode_batch(cleaned, add_special_tokens=False)
         num_special = self.num_special_tokens
         longest = num_special + max(map(len, encodings))
         if max_tokens is not None and longest > max_tokens:
-            logger.warning("text of %d tokens truncated to %d tokens", longest, max_tokens)
+            logger.warning("a text of %d tokens is truncated to max_tokens=%d", longest, max_tokens)
             for encoding in encodings:
                 encoding.truncate(max_tokens - num_special)
         if self.special_tokens:
@@ -117,18 +118,18 @@ class TextTokenizer:
 
     @beartype
     def decode(self, ids: Tensor) -> list[str]:
-        """Return the normalised texts of ids `[b, t]`, without padding; bytes that are not UTF-8 become U+FFFD."""
+        """Return the normalised texts of ids `[b, t]`, without padding. Bytes that are not UTF-8 become U+FFFD."""
         return [self._tokenizer.decode(row[row >= 0].tolist()).strip() for row in ids]
 
 
 def ids_of(texts: str | Sequence[str] | Tensor, tokenizer: TextTokenizer, num_tokens: int, max_tokens: int) -> Tensor:
-    """Return the ids `[b, t]` int64 of one text or several; ids `[b, t]` are checked and returned.
+    """Return ids `[b, t]` int64 of one or several texts. A tensor of ids `[b, t]` is checked and returned.
 
     Args:
-        texts: One text, several, or ids with -1 past the end of a text.
+        texts: One text, several texts, or a tensor of ids with -1 past the end of a text.
         tokenizer: The tokenizer of the text encoder.
         num_tokens: Size of the encoder's embedding table.
-        max_tokens: Most tokens of a text that the encoder reads.
+        max_tokens: Maximum number of tokens per text.
     """
     if isinstance(texts, Tensor):
         return _checked_ids(texts, num_tokens, max_tokens)
@@ -136,26 +137,26 @@ def ids_of(texts: str | Sequence[str] | Tensor, tokenizer: TextTokenizer, num_to
 
 
 def _checked_ids(ids: Tensor, num_tokens: int, max_tokens: int) -> Tensor:
-    """Check ids `[b, t]` in [0, num_tokens), at least one per text, with -1 past the end of a text."""
+    """Check that every row of ids `[b, t]` has at least one id in [0, num_tokens), then only -1."""
     if ids.ndim != 2 or ids.is_floating_point() or ids.shape[1] > max_tokens:
         raise ValueError(f"ids must be integers [b, t <= {max_tokens}], got {ids.dtype} {tuple(ids.shape)}")
     if ids.numel() == 0 or not (ids >= 0).any(dim=1).all():
-        raise ValueError("every text needs at least one token, got a row of ids that are all -1")
+        raise ValueError("got a row of ids that are all -1; pass at least one token per text")
     if int(ids.max()) >= num_tokens or int(ids.min()) < PADDING:
         span = f"{int(ids.min())}..{int(ids.max())}"
         raise ValueError(f"ids must be in 0..{num_tokens - 1}, or -1 past the end; got {span}")
     if bool(((ids[:, :-1] < 0) & (ids[:, 1:] >= 0)).any()):
-        raise ValueError("ids follow a -1, which marks the end of a text: pad on the right")
+        raise ValueError("got ids after a -1, which marks the end of a text; pad on the right")
     return ids.long()
 
 
 def _clean(text: str) -> str:
-    """Collapse white space, and replace lone surrogates, which UTF-8 cannot encode."""
+    """Collapse white space in a text, and replace lone surrogates, which UTF-8 cannot encode."""
     return " ".join(text.encode("utf-8", errors="replace").decode("utf-8").split())
 
 
 def _untrained() -> Tokenizer:
-    """Build the tokenizer of bytes without merges. Lower-casing is first, because it can undo NFC compositions."""
+    """Build a tokenizer without merges: every byte is one token. It lower-cases first, because that can undo NFC."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.NFC()])

@@ -161,7 +161,7 @@ def test_truncated_text_logs_a_warning(encoder_folders, kind, caplog):
         conditioner("drums")
         assert not caplog.records
         cut = conditioner(["drums", "drums " * 40])
-    assert [record.levelname for record in caplog.records] == ["WARNING"] and "truncated to 9" in caplog.text
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "truncated to max_tokens=9" in caplog.text
     assert cut.mask.shape == (2, 9)
     wanted = transformers.AutoTokenizer.from_pretrained(encoder_folders[kind])(
         " ".join(["drums"] * 40), truncation=True, max_length=9, padding=False
@@ -209,7 +209,7 @@ def test_wrong_sources_raise_errors(encoder_folders, folder, tmp_path):
     )
     refused("tokenizer=", load_model(folder, {"t5": "T5EncoderModel"}))
     gpt = LoadedModel(transformers.GPT2Model(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=300)))
-    refused("'gpt2' are not supported, these are: .*'t5'", gpt, tokenizer=TextTokenizer())
+    refused("'gpt2' are not supported; use one of the types .*'t5'", gpt, tokenizer=TextTokenizer())
     transformers.GPT2Config().save_pretrained(tmp_path / "gpt2")
     refused("'gpt2'.*'t5'", tmp_path / "gpt2")
 

@@ -65,7 +65,11 @@ def test_tokens_are_those_of_transformers(encoder_folders, kind, caplog):
     wanted = tokenizer(CLEAN, truncation=True, max_length=9, padding=False).input_ids
     with caplog.at_level(logging.WARNING):
         ids = encoder.tokenize(TEXTS)
-    assert [row[row >= 0].tolist() for row in ids] == wanted and ids.shape[1] == 9 and "truncated to 9" in caplog.text
+    assert (
+        [row[row >= 0].tolist() for row in ids] == wanted
+        and ids.shape[1] == 9
+        and "truncated to max_tokens=9" in caplog.text
+    )
     assert any(len(row) < 9 for row in wanted), "a row is padded"
     assert torch.equal(encoder.tokenize(ids), ids) and torch.equal(
         encoder.tokenize("drums"), encoder.tokenize(["drums"])
