@@ -1,3 +1,3 @@
-"""How the bundled models were made and measured: a toy corpus, training runs, metrics. Nothing imports this package."""
+"""Recipes that train and measure the bundled models, and their toy corpus. The library does not import this package."""
 
 __all__: list[str] = []

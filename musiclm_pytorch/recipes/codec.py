@@ -1,7 +1,7 @@
-"""How the bundled 16 kHz codec was trained: `python -m musiclm_pytorch.recipes.codec --data corpus --out run`.
+"""Training of the bundled 16 kHz codec: `python -m musiclm_pytorch.recipes.codec --data corpus --out run`.
 
-Two trainings, the second from the weights of the first, take 80 minutes on one CPU core. The same command continues an
-interrupted run.
+The codec is trained twice; the second training starts from the weights of the first. Both take 80 minutes on one CPU
+core. The same command continues an interrupted run.
 """
 
 import sys
@@ -21,7 +21,7 @@ __all__ = ["build_codec", "main"]
 
 @dataclass(frozen=True)
 class _Round:
-    """One training: number of steps, steps before quantization starts, and peak learning rate."""
+    """Settings of one training: number of steps, steps before quantization starts, and peak learning rate."""
 
     name: str
     num_steps: int
@@ -34,7 +34,7 @@ _ROUNDS = (_Round("first", 10_000, 600, 1e-3), _Round("second", 3_000, 0, 5e-4))
 
 @beartype
 def build_codec(seed: int = 0) -> SoundStream:
-    """The codec with random weights: 16 kHz, 50 frames per second, 8 levels of 1024 codes (4 kbps)."""
+    """Create the codec with random weights: 16 kHz, 50 frames per second, 8 levels of 1024 codes (4 kbps)."""
     torch.manual_seed(seed)
     return SpectralSoundStream(dim=320, encoder_depth=4, decoder_depth=8, rq_num_quantizers=8, code_dim=128)
 
@@ -44,10 +44,11 @@ def main(data: Path, out: Path, seed: int = 0, scale: float = 1.0) -> None:
     """Train the codec and write it as fp16 weights into OUT/codec_16khz.
 
     Args:
-        data: Folder of audio; the bundled codec was trained on a folder of `python -m musiclm_pytorch.recipes.corpus`.
-        out: Folder of the run.
+        data: Folder of audio files. The bundled codec is trained on a folder that `python -m
+            musiclm_pytorch.recipes.corpus` wrote.
+        out: Folder for the checkpoints and the codec.
         seed: Seed of weights, data order and noise.
-        scale: Multiplies the number of steps.
+        scale: Factor of the number of steps; less than 1 for a quick test.
     """
     codec = build_codec(seed)
     for number, training in enumerate(_ROUNDS):

@@ -1,4 +1,4 @@
-"""Peak memory of a job in a separate process."""
+"""Measurement of the peak memory of a function in a separate process."""
 
 import resource
 import sys
@@ -15,7 +15,7 @@ __all__ = ["peak_bytes", "peak_bytes_of"]
 
 @beartype
 def peak_bytes() -> int:
-    """Largest resident size of this process so far, including interpreter and libraries."""
+    """Largest resident memory of this process so far, including interpreter and libraries, in bytes."""
     status = Path("/proc/self/status")
     if status.exists():
         # getrusage is wrong here: on Linux a new process inherits the peak of its parent
@@ -26,7 +26,7 @@ def peak_bytes() -> int:
 
 @beartype
 def peak_bytes_of(job: Callable[..., Any], *arguments: Any) -> int:
-    """Call a function of a module in a new process, and return the largest resident size of that process."""
+    """Call a function of a module in a new process; return the largest resident memory of the process in bytes."""
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_peak_after, job, arguments).result()
 

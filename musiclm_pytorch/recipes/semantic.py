@@ -1,9 +1,10 @@
-"""How the bundled semantic tokenizer was trained, on music and on speech.
+"""Training of the bundled semantic tokenizer, on music and on speech.
 
 `python -m musiclm_pytorch.recipes.semantic --music corpus --speech speech_digits --out run`
 
 `corpus` is a folder that `python -m musiclm_pytorch.recipes.corpus` wrote. `speech_digits` is a folder of spoken digits
-with a manifest (`digit`, `speaker`); its held-out takes are not used. The same command continues an interrupted run.
+with a manifest that has the fields `digit` and `speaker`; held-out takes are not used for training. The same command
+continues an interrupted run.
 """
 
 import re
@@ -39,14 +40,15 @@ FIRST_TRAINING_TAKE = 10
 
 @beartype
 def is_held_out(item: AudioItem) -> bool:
-    """Whether a recording of a spoken digit is held out: takes 0 to 9 of each digit and speaker.
+    """Whether a recording of a spoken digit is held out, which means takes 0 to 9 of each digit and speaker.
 
-    The file must be called `digit_speaker_take`. The data here begins with take 5; takes 0 to 4 are the test set of the
-    full collection.
+    The file name must be `digit_speaker_take`. Takes 0 to 4 are the test set of the Free Spoken Digit Dataset.
     """
     match = re.fullmatch(r"\d_[^_]+_(\d+)", item.path.stem)
     if match is None:
-        raise ValueError(f"{item.path}: expected a name like 7_jackson_12.wav (digit, speaker, take)")
+        raise ValueError(
+            f"{item.path}: got an unknown file name, expected one like 7_jackson_12.wav (digit, speaker, take)"
+        )
     return int(match[1]) < FIRST_TRAINING_TAKE
 
 
@@ -63,7 +65,7 @@ def write_probe_manifests(music: Path, speech: Path, out: Path) -> None:
 
 @beartype
 def build_encoder(seed: int = 0) -> BestRQEncoder:
-    """The encoder with random weights: 16 kHz, 25 tokens per second."""
+    """Create the encoder with random weights: 16 kHz, 25 tokens per second."""
     torch.manual_seed(seed)
     return BestRQEncoder(dim=384, depth=4, heads=6)
 
@@ -78,8 +80,8 @@ def join_words(
 ) -> list[AudioItem]:
     """Join recorded words of one speaker into clips of the length of a crop, with short pauses between them.
 
-    Single words are much shorter than a crop, so that batches would be mostly padding. Pauses are digital silence,
-    which does not depend on the speaker.
+    Single words are much shorter than a training crop, so batches of them would be mostly padding. Pauses are digital
+    silence, which does not depend on the speaker.
 
     Args:
         words: Spoken words with the label `speaker`.
@@ -89,7 +91,7 @@ def join_words(
         pause_seconds: Shortest and longest pause before a word.
 
     Returns:
-        The clips, with the label `speaker`.
+        The joined clips as items with the label `speaker`.
     """
     by_speaker: dict[str, list[AudioItem]] = {}
     for item in words:
@@ -116,11 +118,11 @@ def main(music: Path, speech: Path, out: Path, seed: int = 0, scale: float = 1.0
     """Train the encoder, fit k-means to one of its layers, and write the tokenizer as fp16 into OUT/semantic_16khz.
 
     Args:
-        music: Folder of `python -m musiclm_pytorch.recipes.corpus`.
-        speech: Folder of spoken digits.
-        out: Folder of the run.
+        music: Folder that `python -m musiclm_pytorch.recipes.corpus` wrote.
+        speech: Folder of spoken digits with a manifest.
+        out: Folder for the checkpoints and the tokenizer.
         seed: Seed of weights, data order and noise.
-        scale: Multiplies the number of steps.
+        scale: Factor of the number of steps; less than 1 for a quick test.
     """
     write_probe_manifests(music, speech, out / "probes")
     words = [item for item in load_items(speech).items if not is_held_out(item)]

@@ -1,14 +1,14 @@
-"""An AudioLM on spoken digits, trained and measured in about an hour on one CPU core.
+"""Training and measurement of an AudioLM on spoken digits, in about an hour on one CPU core.
 
 `python -m musiclm_pytorch.recipes.spoken_digits --data speech_digits --out run`
 
-`speech_digits` is a folder of recorded digits with a manifest (`digit`, `speaker`): the Free Spoken Digit Dataset. The
-recordings here begin with take 5. Takes 5 to 9 of each digit and speaker (`is_held_out`) are used for no training:
-prompts are cut from them, and they test the classifier. Takes 48 and 49 are for validation losses. All others are for
-training. The codec and the semantic tokenizer are trained on all takes from 10 on.
+`speech_digits` is a folder of the Free Spoken Digit Dataset with a manifest that has the fields `digit` and `speaker`.
+Takes 5 to 9 of each digit and speaker (`is_held_out`) are not used for training. They are prompts and test the
+classifier. Takes 48 and 49 are for validation losses, and takes 10 to 47 are for training. The codec and the semantic
+tokenizer are trained on all takes from 10 on.
 
 A word of half a second is too short for a continuation. Words of one speaker are therefore joined into clips of 5 s,
-with pauses of 0.15 to 0.4 s of digital silence. Stages are trained on 3 s at a time. The same command continues an
+with pauses of 0.15 to 0.4 s of digital silence. Stages are trained on crops of 3 s. The same command continues an
 interrupted run. Results are in `OUT/metrics.json` and `OUT/metrics.md`.
 """
 
@@ -85,7 +85,7 @@ MEMORY_SECONDS, MEMORY_RUNS = (10, 60), 3
 
 @dataclass(frozen=True)
 class _Stage:
-    """Training of one stage: number of steps, clips per step and their length."""
+    """Settings of the training of one stage: number of steps, clips per step and their length."""
 
     num_steps: int
     batch_size: int
@@ -98,7 +98,7 @@ _SIZES: dict[str, Any] = dict(dim=192, depth=6, heads=3, dim_head=64, dropout=0.
 
 @dataclass(frozen=True)
 class Words:
-    """Recorded words for training, validation and test."""
+    """Recorded words, split into training, validation and test words."""
 
     train: list[AudioItem]
     valid: list[AudioItem]
@@ -107,7 +107,7 @@ class Words:
 
 @beartype
 def split_words(items: Sequence[AudioItem]) -> Words:
-    """Split recordings called `digit_speaker_take`: takes 10 to 47, takes from 48 on, and takes below 10."""
+    """Split recordings by the take in their names: 10 to 47 for training, from 48 for validation, below 10 for test."""
     not_held_out = [item for item in items if not is_held_out(item)]
     is_valid = [int(item.path.stem.rpartition("_")[2]) >= FIRST_VALID_TAKE for item in not_held_out]
     words = Words(
@@ -117,15 +117,15 @@ def split_words(items: Sequence[AudioItem]) -> Words:
     )
     if not (words.train and words.valid and words.test):
         raise ValueError(
-            f"need takes 0 to 9, 10 to {FIRST_VALID_TAKE - 1} and from {FIRST_VALID_TAKE} on, got "
-            f"{len(words.test)}, {len(words.train)} and {len(words.valid)} recordings of them"
+            f"need recordings of takes 0 to 9, 10 to {FIRST_VALID_TAKE - 1} and from {FIRST_VALID_TAKE} on; "
+            f"got {len(words.test)}, {len(words.train)} and {len(words.valid)} recordings"
         )
     return words
 
 
 @beartype
 def build_stages(codec: Codec, tokenizer: SemanticTokenizer, seed: int = 0) -> dict[str, StageTransformer]:
-    """Unconditional stages with random weights, for the tokens of `codec` and `tokenizer`."""
+    """Create unconditional stages with random weights for the tokens of `codec` and `tokenizer`."""
     torch.manual_seed(seed)
     semantic_hz = Fraction(tokenizer.target_sample_hz, tokenizer.downsample_factor)
     frame_hz = Fraction(codec.target_sample_hz, codec.downsample_factor)
@@ -144,11 +144,11 @@ def build_stages(codec: Codec, tokenizer: SemanticTokenizer, seed: int = 0) -> d
 
 
 def _train_codec(words: Sequence[AudioItem], out: Path, seed: int, scale: float) -> SoundStream:
-    """Train the bundled codec, which was trained on music alone, further on joined words."""
+    """Continue the training of the bundled codec, which was trained only on music, with joined words."""
     clips = join_words(words, out / "codec_clips", NUM_CODEC_CLIPS, seed)
     codec = codec_named("16khz")
     if not isinstance(codec, SoundStream):
-        raise ValueError(f"the bundled codec is a {type(codec).__name__}, but a SoundStream is needed")
+        raise ValueError(f"the bundled codec is a {type(codec).__name__}, but this recipe needs a SoundStream")
     codec.train().requires_grad_(True)
     SoundStreamTrainer(
         codec,
@@ -163,7 +163,7 @@ def _train_codec(words: Sequence[AudioItem], out: Path, seed: int, scale: float)
 
 
 def _schedule(num_steps: float, seed: int) -> dict[str, Any]:
-    """Options that all trainings share."""
+    """Training options that all stages and the codec share."""
     steps = max(10, round(num_steps))
     return {
         "num_train_steps": steps,
@@ -178,7 +178,7 @@ def _schedule(num_steps: float, seed: int) -> dict[str, Any]:
 
 @torch.inference_mode()
 def _tokens(clips: Sequence[AudioItem], codec: Codec, tokenizer: SemanticTokenizer, folder: Path) -> TokenShards:
-    """Write the semantic and acoustic tokens of clips."""
+    """Write the semantic and acoustic tokens of clips to files."""
 
     def make_record(index: int) -> dict[str, np.ndarray]:
         wave = read_audio(clips[index].path, codec.target_sample_hz)[0]
@@ -195,7 +195,7 @@ def _tokens(clips: Sequence[AudioItem], codec: Codec, tokenizer: SemanticTokeniz
 def _train_stages(
     stages: dict[str, StageTransformer], shards: tuple[TokenShards, TokenShards], out: Path, seed: int, scale: float
 ) -> None:
-    """Train the stages one after another and save them."""
+    """Train the stages one after another, and save the stages."""
     trainers: dict[str, Any] = {
         "semantic": SemanticTransformerTrainer,
         "coarse": CoarseTransformerTrainer,
@@ -228,13 +228,13 @@ def evaluate(audiolm: AudioLM, words: Words, out: Path, seed: int = 0) -> tuple[
     """Measure continuations of held-out prompts and unconditional samples with a classifier of recorded words.
 
     Args:
-        audiolm: The model.
-        words: The classifier is fitted to `train`; prompts are joined from `test`.
+        audiolm: Model to measure.
+        words: Recorded words. The classifier is fitted to `words.train`, and prompts are joined from `words.test`.
         out: Folder for the joined clips.
-        seed: Seed of the clips.
+        seed: Seed of the choice of words and pauses in the joined clips.
 
     Returns:
-        The metrics, and the distribution of the confidences as markdown.
+        The metrics, and the distribution of the confidences as Markdown.
     """
     hz, codec = audiolm.codec.target_sample_hz, audiolm.codec
     classifier = fit_word_classifier(words.train)
@@ -263,7 +263,7 @@ def evaluate(audiolm: AudioLM, words: Words, out: Path, seed: int = 0) -> tuple[
 
 
 def _generate(folder: Path, seconds: int, in_chunks: bool) -> None:
-    """Generate in a process whose memory is measured."""
+    """Generate audio in the process whose memory is measured."""
     audiolm = open_audiolm(folder)
     if in_chunks:
         for _ in audiolm.stream(seconds=seconds, seeds=0):
@@ -274,10 +274,10 @@ def _generate(folder: Path, seconds: int, in_chunks: bool) -> None:
 
 @beartype
 def memory_metrics(folder: Path, sample_hz: int) -> list[Metric]:
-    """Peak memory (MiB) of fresh processes that generate 10 and 60 s, as a whole and as a stream of chunks.
+    """Measure the peak memory (MiB) of new processes that generate 10 and 60 s, as one wave and as a stream of chunks.
 
-    Each metric is the median of three runs with the smallest and the largest. The difference between the two lengths
-    and the size of the longer audio are included.
+    Each metric is the median of three runs, with the smallest and the largest value. The result also contains the
+    difference between the two lengths and the size of the longer audio.
     """
     metrics = []
     for name, in_chunks in (("generate", False), ("stream", True)):
@@ -299,13 +299,13 @@ def _memory_metric(name: str, num_bytes: np.ndarray) -> Metric:
 
 @beartype
 def main(data: Path, out: Path, seed: int = 0, scale: float = 1.0) -> None:
-    """Train codec and stages, and write metrics to OUT/metrics.json and OUT/metrics.md.
+    """Train codec and stages, measure the model, and write OUT/metrics.json and OUT/metrics.md.
 
     Args:
-        data: Folder of spoken digits.
-        out: Folder of the run.
+        data: Folder of spoken digits with a manifest.
+        out: Folder for checkpoints, models and metrics.
         seed: Seed of weights, data order and joined clips.
-        scale: Multiplies the numbers of steps.
+        scale: Factor of the numbers of steps; less than 1 for a quick test.
     """
     items = load_items(data).items
     words = split_words(items)

@@ -1,7 +1,8 @@
-"""The toy corpus: tunes of our own, played by FluidSynth, with captions.
+"""The toy corpus: generated tunes with captions, played by FluidSynth.
 
-`theory` and `dances` -> `composition` (tunes) -> `performance` (notes of each player) -> `midi` and `render` (sound);
-`wordings` -> `captions` (sentences); `corpus` writes a folder of clips with manifests.
+`composition` generates tunes with `theory` and `dances`. `performance` converts a tune to MIDI events, and `midi` and
+`render` convert the events to sound. `captions` writes sentences with `wordings`. `corpus` writes a folder of clips
+with manifests.
 """
 
 __all__: list[str] = []

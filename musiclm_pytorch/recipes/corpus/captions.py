@@ -1,4 +1,4 @@
-"""Captions of clips, written from their labels."""
+"""Generation of captions from the labels of clips."""
 
 import re
 import string
@@ -33,7 +33,7 @@ def _slots(template: str) -> list[str]:
 
 
 def _suits(template: str, labels: Mapping[str, Any]) -> bool:
-    """Whether every slot has its label, and a template with the word solo is used for a solo only."""
+    """Whether the labels fill every slot; a template with the word solo needs a clip without accompaniment."""
     needed = [_LABEL_OF_SLOT[slot] for slot in _slots(template) if slot in _LABEL_OF_SLOT]
     if any(labels.get(label) is None for label in needed):
         return False
@@ -41,12 +41,12 @@ def _suits(template: str, labels: Mapping[str, Any]) -> bool:
 
 
 def _is_solo(labels: Mapping[str, Any]) -> bool:
-    """Whether the labels state that there is no accompaniment."""
+    """Whether the labels describe a clip without accompaniment."""
     return "chords" in labels and labels["chords"] is None and labels.get("drums") is False
 
 
 def _backing(labels: Mapping[str, Any], words: Wordings, rng: Random) -> str:
-    """The accompaniment: " with string chords and drums", " solo", or nothing without labels."""
+    """Wording of the accompaniment, such as " with string chords and drums" or " solo"; empty without labels."""
     players = []
     if labels.get("chords") is not None:
         players.append(rng.choice(words.chords[labels["chords"]]))
@@ -65,7 +65,7 @@ def _articles(sentence: str) -> str:
 
 
 def _fill(template: str, labels: Mapping[str, Any], words: Wordings, rng: Random) -> str:
-    """Fill all slots of a template."""
+    """Replace all slots of a template by words."""
     values = {}
     for slot in _slots(template):
         if slot == "backing":
@@ -78,7 +78,7 @@ def _fill(template: str, labels: Mapping[str, Any], words: Wordings, rng: Random
 
 
 def _check(labels: Mapping[str, Any]) -> None:
-    """Check that every value has a wording."""
+    """Check that a wording exists for every value of a label."""
     known_values = {
         "instrument": TRAINING.instrument,
         "tempo": TRAINING.tempo,
@@ -95,14 +95,15 @@ def _check(labels: Mapping[str, Any]) -> None:
 
 @beartype
 def caption_variants(labels: Mapping[str, Any], rng: Random, count: int, held_out: bool = False) -> list[str]:
-    """Write different captions of one clip, in lower case without a full stop.
+    """Generate different captions of one clip, in lower case without a full stop.
 
     Args:
-        labels: Any of `instrument, tempo, dance, mode, chords, drums, register`, with the values of a manifest. A label
-            that is missing or None is not mentioned, but `chords: None` means a clip without chords.
-        rng: Source of the choices.
+        labels: Any of `instrument, tempo, dance, mode, chords, drums, register`, with the values of a manifest.
+            Captions do not mention a label that is missing or None, except `chords: None`, which means a clip without
+            chords.
+        rng: Random generator of the choices.
         count: Number of captions. Fewer are returned if the labels allow fewer.
-        held_out: Use the wordings of held-out captions.
+        held_out: Whether to use the wordings of held-out captions.
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
@@ -112,7 +113,8 @@ def caption_variants(labels: Mapping[str, Any], rng: Random, count: int, held_ou
     partial = [template for template in words.partial if _suits(template, labels)]
     if not full and not partial:
         raise ValueError(
-            f"no template fits the labels {sorted(labels)}; need an instrument, or a tempo, mode and dance"
+            f"no caption template exists for the labels {sorted(labels)}; pass an instrument, or a tempo, a "
+            "mode and a dance"
         )
     captions: list[str] = []
     # Twenty attempts per caption, since few templates fit sparse labels.

@@ -1,8 +1,8 @@
-"""Composition of tunes: eight-bar parts of two four-bar phrases, built from motifs over a harmonic progression.
+"""Composition of tunes from eight-bar parts of two phrases, which repeat motifs over a harmonic progression.
 
-The first phrase of a part ends on an open cadence. The second repeats its first two bars and ends on the tonic. Strong
-beats have chord tones, the notes between them move along the scale or the chord. A repeated motif is transposed along
-the scale to the new chord.
+The first phrase of a part ends on an open cadence. The second phrase repeats the first two bars of the first phrase and
+ends on the tonic. Notes on strong beats are chord tones; the notes between them move along the scale or the chord. A
+repeated motif is transposed along the scale to the new chord.
 """
 
 import math
@@ -31,7 +31,7 @@ _PHRASE_PLANS = ("abaz", "aabz", "abcz", "abbz")
 
 @dataclass(frozen=True)
 class MelodyNote:
-    """A note of the melody: start and duration in quarters, MIDI pitch, whether it is on a strong beat."""
+    """A note of the melody, with start and duration in quarters, MIDI pitch, and whether it is on a strong beat."""
 
     start_quarters: float
     duration_quarters: float
@@ -41,7 +41,7 @@ class MelodyNote:
 
 @dataclass(frozen=True)
 class ChordSpan:
-    """An accompanying chord: start and duration in quarters (from the start of the tune), MIDI pitches, root first."""
+    """An accompanying chord, with start in the tune and duration in quarters, and MIDI pitches (root first)."""
 
     start_quarters: float
     duration_quarters: float
@@ -50,16 +50,16 @@ class ChordSpan:
 
 @dataclass(frozen=True)
 class Tune:
-    """A composed tune.
+    """A composed tune, with melody and chords.
 
     Args:
         dance: Value of the label `dance`.
         mode: "major" or "minor".
         scale: Scale of the notes.
-        metre: Metre of all bars.
-        num_bars: Length in bars.
-        notes: The melody, in order, in the middle register; a note starts with every bar.
-        chords: The accompaniment, in order, without gaps.
+        metre: Metre of every bar.
+        num_bars: Length of the tune in bars.
+        notes: Notes of the melody in order, in the middle register. A note starts at the start of every bar.
+        chords: Chords of the accompaniment in order, without gaps.
     """
 
     dance: str
@@ -72,13 +72,13 @@ class Tune:
 
     @property
     def quarters(self) -> float:
-        """Length of the tune, in quarters."""
+        """Length of the tune in quarters."""
         return self.num_bars * self.metre.quarters_per_bar
 
 
 @dataclass(frozen=True)
 class _Bar:
-    """A bar: per group its rhythm, its chord and the scale degrees of its notes."""
+    """A bar of the melody; each group of notes has a rhythm, a chord and the scale degrees of its notes."""
 
     rhythms: tuple[tuple[float, ...], ...]
     chords: tuple[Chord, ...]
@@ -89,7 +89,7 @@ _Choice = TypeVar("_Choice")
 
 
 def _pick(rng: Random, weighted: dict[_Choice, float]) -> _Choice:
-    """Draw a key with its weight."""
+    """Draw a key of a dictionary with the probability that its weight defines."""
     return rng.choices(list(weighted), weights=list(weighted.values()))[0]
 
 
@@ -104,7 +104,7 @@ class _Composer:
         self.last = self.centre
 
     def part(self) -> list[_Bar]:
-        """Eight bars: a phrase with an open cadence and one with a closed cadence."""
+        """Compose eight bars: a phrase with an open cadence, then a phrase with a closed cadence."""
         rng = self.rng
         opening = rng.choice(OPENINGS[self.mode])
         plan = rng.choice(_PHRASE_PLANS)
@@ -133,14 +133,14 @@ class _Composer:
         return bars
 
     def _chords_of_groups(self, names: tuple[Chord, ...]) -> tuple[Chord, ...]:
-        """One chord per group; a bar with a single group has the last chord."""
+        """Select one chord per group of a bar; a bar with a single group has the last chord."""
         count = len(self.metre.groups)
         if count == 1:
             return (names[-1],)
         return tuple(names[min(group * len(names) // count, len(names) - 1)] for group in range(count))
 
     def _rhythms(self, motifs: dict[str, _Bar]) -> tuple[tuple[float, ...], ...]:
-        """Rhythm of a bar, often that of an earlier bar of the phrase."""
+        """Draw the rhythm of a bar; it is often the rhythm of an earlier bar of the phrase."""
         if motifs and self.rng.random() < 0.4:
             return self.rng.choice(list(motifs.values())).rhythms
         return tuple(_pick(self.rng, self.metre.figures) for _ in self.metre.groups)
@@ -148,7 +148,7 @@ class _Composer:
     def _new_bar(
         self, rhythms: tuple[tuple[float, ...], ...], chords: tuple[Chord, ...], end: int | None = None
     ) -> _Bar:
-        """A bar whose groups start on chord tones; with `end`, its last group starts on that degree."""
+        """Compose a bar whose groups start on chord tones; with `end`, the last group starts on the degree `end`."""
         anchors: list[int] = []
         for chord in chords:
             anchors.append(self._anchor(chord, anchors[-1] if anchors else self.last))
@@ -161,7 +161,7 @@ class _Composer:
         return _Bar(rhythms, chords, tuple(degrees))
 
     def _anchor(self, chord: Chord, near: int) -> int:
-        """A random chord tone close to `near` and to the middle of the range."""
+        """Draw a chord tone close to `near` and to the middle of the range."""
         tones = [degree for degree in range(self.lowest, self.highest + 1) if chord.has(degree)]
         weights = [
             math.exp(-abs(tone - near) / 1.6 - abs(tone - self.centre) / 5.0) * (0.4 if tone == near else 1.0)
@@ -170,7 +170,7 @@ class _Composer:
         return self.rng.choices(tones, weights=weights)[0]
 
     def _walk(self, start: int, target: int | None, length: int, chord: Chord) -> tuple[int, ...]:
-        """`length` degrees from `start`, by steps and broken chords, that lead to `target`."""
+        """Draw `length` degrees from `start` on, by steps and broken chords, that lead to `target`."""
         degrees = [start]
         for left in range(length - 1, 0, -1):
             here = degrees[-1]
@@ -193,7 +193,7 @@ class _Composer:
         return tuple(degrees)
 
     def _returning(self, motif: _Bar, chords: tuple[Chord, ...]) -> _Bar:
-        """The motif transposed along the scale to the chords, or a new melody with its rhythm if that is impossible."""
+        """Transpose a motif along the scale to new chords; if this is impossible, compose a melody with its rhythm."""
         shift = (chords[0].degree - motif.chords[0].degree) % 7
         notes = [degree for group in motif.degrees for degree in group]
         shifts = [shift + octave for octave in (-14, -7, 0) if min(notes) + shift + octave >= self.lowest]
@@ -205,7 +205,7 @@ class _Composer:
         return _Bar(motif.rhythms, chords, tuple(tuple(degree + move for degree in group) for group in motif.degrees))
 
     def _cadence(self, chords: tuple[Chord, ...], closed: bool) -> _Bar:
-        """The last bar of a phrase: its last group starts on the root of the chord (closed: on the tonic)."""
+        """Compose the last bar of a phrase; its last group starts on the chord root (on the tonic if `closed`)."""
         rhythms = self.rng.choice(self.metre.closing)
         goal = 0 if closed else chords[-1].degree
         homes = [degree for degree in range(self.lowest, self.highest + 1) if degree % 7 == goal]
@@ -213,7 +213,7 @@ class _Composer:
 
 
 def _score(bars: list[_Bar], scale: Scale, metre: Metre, busy: bool) -> tuple[list[MelodyNote], list[ChordSpan]]:
-    """Notes and chords of bars. If `busy`, a chord is repeated in every group, otherwise it is held."""
+    """Convert bars to notes and chords. If `busy`, a chord is repeated in every group; if not, the chord is held."""
     notes: list[MelodyNote] = []
     spans: list[ChordSpan] = []
     for index, bar in enumerate(bars):
@@ -235,17 +235,17 @@ def _score(bars: list[_Bar], scale: Scale, metre: Metre, busy: bool) -> tuple[li
 
 @beartype
 def compose_tune(dance: str, mode: str, rng: Random) -> Tune:
-    """Compose a tune of 32 bars: two eight-bar parts in the order of a form of the dance, such as AABB.
+    """Compose a tune of 32 bars from two eight-bar parts, in an order of the dance such as AABB.
 
     Args:
         dance: A key of `DANCES`.
         mode: "major" or "minor".
-        rng: Source of every choice; the same state gives the same tune.
+        rng: Random generator of all choices; equal states create equal tunes.
     """
     if dance not in DANCES:
-        raise ValueError(f"unknown dance {dance!r}; known dances are {', '.join(sorted(DANCES))}")
+        raise ValueError(f"unknown dance {dance!r}; use one of {', '.join(sorted(DANCES))}")
     if mode not in SCALES:
-        raise ValueError(f"unknown mode {mode!r}; known modes are {', '.join(sorted(SCALES))}")
+        raise ValueError(f"unknown mode {mode!r}; use one of {', '.join(sorted(SCALES))}")
     kind = DANCES[dance]
     metre = rng.choices([metre for metre, _ in kind.metres], weights=[weight for _, weight in kind.metres])[0]
     scale = Scale(_pick(rng, KEYS[mode]), _pick(rng, SCALES[mode]))

@@ -1,6 +1,6 @@
-"""The corpus: short clips of composed tunes, with labels and captions.
+"""Generation of the corpus, which contains short clips of composed tunes with labels and captions.
 
-A clip depends only on the seed, the split and its number. An interrupted run can therefore be continued.
+A clip depends only on the seed, the split and the clip number. An interrupted run can therefore be continued.
 """
 
 import json
@@ -76,7 +76,7 @@ _PEAKS = (0.5, 0.9)
 
 @dataclass(frozen=True)
 class ClipPlan:
-    """A clip before it is rendered: its row of the manifest, and the performance."""
+    """A clip that is not rendered yet: its row of the manifest, and its MIDI events."""
 
     row: dict[str, Any]
     tune: Tune
@@ -91,7 +91,7 @@ def _holds(labels: dict[str, Any], pair: tuple[tuple[str, str], tuple[str, str]]
 
 
 def _draw_labels(rng: Random, dance: str, split: str) -> dict[str, Any]:
-    """Draw the labels of a clip; a fixed share of the valid clips has a held-out pair, and no training clip."""
+    """Draw the labels of a clip; a fixed share of valid clips, but no training clip, has a held-out pair of labels."""
     pairs = [pair for pair in HELD_OUT_PAIRS if ("dance", dance) in pair or all(name != "dance" for name, _ in pair)]
     pair = rng.choice(pairs) if split == "valid" and rng.random() < _HELD_OUT_VALID_FRACTION else None
     while True:
@@ -104,7 +104,7 @@ def _draw_labels(rng: Random, dance: str, split: str) -> dict[str, Any]:
 
 
 def _captions(labels: dict[str, Any], split: str, rng: Random) -> dict[str, Any]:
-    """Caption fields of a row: training wordings, and for valid clips also held-out wordings."""
+    """Generate the caption fields of a manifest row; valid clips also have captions with held-out wordings."""
     seen = caption_variants(labels, rng, CAPTIONS_PER_CLIP)
     if split == "train":
         return {"caption": seen[0], "captions": seen}
@@ -114,7 +114,7 @@ def _captions(labels: dict[str, Any], split: str, rng: Random) -> dict[str, Any]
 
 @beartype
 def plan_clip(split: str, index: int, seed: int) -> ClipPlan:
-    """Draw everything about clip number `index` of a split ("train" or "valid"). The splits have different tunes."""
+    """Draw labels, captions and music of clip `index` of a split, "train" or "valid"; tunes differ between splits."""
     if split not in ("train", "valid"):
         raise ValueError(f"split must be 'train' or 'valid', got {split!r}")
     name = f"recipe-{split}-{index // CLIPS_PER_TUNE:05d}"
@@ -149,7 +149,7 @@ def _perform(plan: ClipPlan) -> list[Note | ProgramChange | ControlChange]:
 
 
 def _melody_events(plan: ClipPlan) -> list[list[Any]]:
-    """`[start_seconds, end_seconds, pitch class]` of each note of the melody."""
+    """Return `[start_seconds, end_seconds, pitch class]` of each note of the melody."""
     events = []
     for note in _perform(plan):
         if isinstance(note, Note) and note.channel == MELODY_CHANNEL:
@@ -159,7 +159,7 @@ def _melody_events(plan: ClipPlan) -> list[list[Any]]:
 
 
 def _render(plans: Sequence[ClipPlan], out: Path) -> None:
-    """Render clips in one run of the synthesizer and write them."""
+    """Render clips in one run of the synthesizer, and write the audio files."""
     waves = render_performances(
         [_perform(plan) for plan in plans], [plan.peak for plan in plans], CLIP_SECONDS, SAMPLE_HZ
     )
@@ -168,7 +168,7 @@ def _render(plans: Sequence[ClipPlan], out: Path) -> None:
 
 
 def _missing_runs(plans: Sequence[ClipPlan], out: Path) -> Iterator[Sequence[ClipPlan]]:
-    """The runs of `CLIPS_PER_RUN` clips that are not complete.
+    """Find the runs of `CLIPS_PER_RUN` clips that are not complete.
 
     A run is rendered as a whole, so that its sound does not depend on an earlier interruption.
     """
@@ -179,16 +179,17 @@ def _missing_runs(plans: Sequence[ClipPlan], out: Path) -> Iterator[Sequence[Cli
 
 
 def _check_folder(out: Path, recipe: dict[str, Any]) -> None:
-    """Write `recipe.json` into an empty folder, or check that a folder holds the same corpus."""
+    """Write `recipe.json` into an empty folder, or check that the folder contains a corpus with equal arguments."""
     note = out / "recipe.json"
     if note.is_file():
         present = read_json(note)
         if present != recipe:
             raise ValueError(
-                f"{out} holds a corpus with {present}, not with {recipe}; use another folder, or remove this one"
+                f"{out} contains a corpus with the settings {present}, got {recipe}; use another folder, or "
+                "remove this folder"
             )
     elif any(out.iterdir()):
-        raise ValueError(f"{out} is not empty and holds no corpus; use a new folder")
+        raise ValueError(f"{out} is not empty and does not contain a corpus; use a new folder")
     else:
         write_json(note, recipe)
 
@@ -198,14 +199,15 @@ def make_corpus(out: str | Path, num_train: int, num_valid: int, seed: int = 0) 
     """Compose, render and write the corpus.
 
     Args:
-        out: Folder for `clips/*.ogg` (Vorbis, 24 kHz, mono, 5 s), `train.jsonl`, `valid.jsonl` and `recipe.json`. An
-            interrupted corpus with equal arguments is completed.
+        out: Folder for `clips/*.ogg` (Vorbis, 24 kHz, mono, 5 s), `train.jsonl`, `valid.jsonl` and `recipe.json`. A
+            second call with equal arguments completes an interrupted corpus.
         num_train: Number of training clips.
-        num_valid: Number of valid clips. Their `caption` has held-out wording, their `caption_seen` training wording.
-        seed: Seed of every choice.
+        num_valid: Number of valid clips. Their field `caption` has held-out wording, and their field `caption_seen` has
+            training wording.
+        seed: Seed of all random choices.
 
     Returns:
-        The folder.
+        The folder of the corpus.
 
     Raises:
         RuntimeError: If FluidSynth or its soundfont is missing.

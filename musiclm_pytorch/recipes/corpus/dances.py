@@ -1,4 +1,4 @@
-"""Rhythms of the dances: metre, groups inside a bar, and rhythmic figures of a group.
+"""Rhythms of the dances, with metres, groups of notes inside a bar, and rhythms of a group.
 
 Durations are in quarter notes. A bar of a jig (6/8) has three quarters, in two groups of three eighths.
 """
@@ -12,14 +12,14 @@ Figure = tuple[float, ...]
 
 @dataclass(frozen=True)
 class Metre:
-    """Rhythm of the bars of one kind of tune.
+    """Rhythms that the bars of a tune can have.
 
     Args:
-        groups: Length in quarters of each group of a bar; a group starts on a strong beat.
-        figures: Rhythms of one group, with their relative frequency.
+        groups: Length in quarters of each group of notes in a bar; a group starts on a strong beat.
+        figures: Rhythms of one group, with weights.
         closing: Rhythms of the last bar of a phrase, one figure per group.
-        kick: Positions of the bass drum inside the bar, in quarters.
-        snare: Positions of the snare drum.
+        kick: Positions of bass drum hits inside the bar, in quarters.
+        snare: Positions of snare drum hits inside the bar, in quarters.
     """
 
     groups: tuple[float, ...]
@@ -30,13 +30,13 @@ class Metre:
 
     @property
     def quarters_per_bar(self) -> float:
-        """Length of a bar, in quarters."""
+        """Length of a bar in quarters."""
         return sum(self.groups)
 
 
 @dataclass(frozen=True)
 class Dance:
-    """A kind of tune: its metres with weights, and the orders of its eight-bar parts."""
+    """A type of dance: metres with weights, and possible orders of the two eight-bar parts."""
 
     metres: tuple[tuple[Metre, float], ...]
     forms: tuple[str, ...]

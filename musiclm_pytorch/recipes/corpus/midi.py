@@ -20,7 +20,7 @@ TICKS_PER_SECOND = TICKS_PER_QUARTER * 1_000_000 // MICROSECONDS_PER_QUARTER
 
 @dataclass(frozen=True)
 class Note:
-    """A note: `pitch` is a MIDI note number (60 is middle C, 261.6 Hz), `velocity` the strength in 1..127."""
+    """A MIDI note; `pitch` is a note number (60 is middle C, 261.6 Hz) and `velocity` is the loudness in 1..127."""
 
     start_seconds: float
     duration_seconds: float
@@ -31,7 +31,7 @@ class Note:
 
 @dataclass(frozen=True)
 class ProgramChange:
-    """From `start_seconds` on, a channel (0..15) has the General MIDI program `program` (0..127)."""
+    """Change of a channel (0..15) to the General MIDI program `program` (0..127) at `start_seconds`."""
 
     start_seconds: float
     program: int
@@ -40,7 +40,7 @@ class ProgramChange:
 
 @dataclass(frozen=True)
 class ControlChange:
-    """At `start_seconds`, a controller (0..127) of a channel is set to `value` (0..127)."""
+    """Change of a controller (0..127) of a channel to `value` (0..127) at `start_seconds`."""
 
     start_seconds: float
     controller: int
@@ -49,7 +49,7 @@ class ControlChange:
 
 
 def _variable_length(value: int) -> bytes:
-    """A MIDI variable-length quantity: seven bits per byte, the high bit is set in all bytes but the last."""
+    """Encode a MIDI variable-length quantity: seven bits per byte; the high bit is set in all bytes except the last."""
     digits = [value & 0x7F]
     while value := value >> 7:
         digits.append(0x80 | (value & 0x7F))
@@ -61,17 +61,17 @@ def _tick(seconds: float) -> int:
 
 
 def _messages(event: Note | ProgramChange | ControlChange) -> list[tuple[int, int, bytes]]:
-    """(tick, order, bytes) of one event; at equal ticks note-offs come first, then settings, then note-ons."""
+    """Convert an event to (tick, order, bytes); at equal ticks the order is note-offs, settings, note-ons."""
     if not 0 <= event.channel <= 15:
-        raise ValueError(f"a MIDI channel is 0..15, got {event.channel} in {event}")
+        raise ValueError(f"a MIDI channel must be in 0..15, got {event.channel} in {event}")
     if event.start_seconds < 0:
-        raise ValueError(f"an event must not start before 0 s, got {event}")
+        raise ValueError(f"a MIDI event must start at 0 s or later, got {event}")
     start = _tick(event.start_seconds)
     values = [
         value for name, value in vars(event).items() if name in ("pitch", "velocity", "program", "controller", "value")
     ]
     if any(not 0 <= value <= 127 for value in values):
-        raise ValueError(f"MIDI numbers are 0..127, got {event}")
+        raise ValueError(f"MIDI numbers must be in 0..127, got {event}")
     if isinstance(event, ProgramChange):
         return [(start, 1, bytes((0xC0 | event.channel, event.program)))]
     if isinstance(event, ControlChange):
@@ -86,7 +86,7 @@ def _messages(event: Note | ProgramChange | ControlChange) -> list[tuple[int, in
 
 
 def midi_bytes(events: Sequence[Note | ProgramChange | ControlChange], end_seconds: float = 0.0) -> bytes:
-    """A complete MIDI file (format 0, one track) of at least `end_seconds`.
+    """Encode events as a complete MIDI file (format 0, one track) of at least `end_seconds`.
 
     Standard MIDI File 1.0 (MIDI Manufacturers Association, 1988), chunks `MThd` and `MTrk`.
     """

@@ -1,4 +1,4 @@
-"""MIDI events of a clip, from an excerpt of a tune and the labels of the clip."""
+"""Conversion of an excerpt of a tune to the MIDI events of a clip, as the labels of the clip require."""
 
 from dataclasses import dataclass
 from random import Random
@@ -45,7 +45,7 @@ _HELD_FRACTION = 0.97
 
 @dataclass(frozen=True)
 class ClipLabels:
-    """Labels of the manifest that the sound depends on.
+    """Labels of the manifest that determine the sound of a clip.
 
     Args:
         instrument: A key of `INSTRUMENTS`.
@@ -65,7 +65,7 @@ class ClipLabels:
 
 
 def _excerpt(start_quarters: float, duration_quarters: float, bpm: float, seconds: float) -> tuple[float, float] | None:
-    """Start and duration in seconds of a note of the score, cut at the end of the clip; None outside the clip."""
+    """Compute start and duration of a note in a clip, in seconds; None for a note outside the clip."""
     seconds_per_quarter = 60.0 / bpm
     start = start_quarters * seconds_per_quarter
     end = min(seconds, start + duration_quarters * seconds_per_quarter)
@@ -74,7 +74,7 @@ def _excerpt(start_quarters: float, duration_quarters: float, bpm: float, second
 
 
 def _drum_notes(tune: Tune, bpm: float, seconds: float) -> list[Note]:
-    """Hi-hat on every eighth, bass and snare drum at the positions of the metre."""
+    """Create the drum notes: hi-hat on every eighth, bass and snare drum at the positions of the metre."""
     metre = tune.metre
     num_bars = int(seconds * bpm / 60.0 / metre.quarters_per_bar) + 1
     eighths = [eighth / 2 for eighth in range(round(metre.quarters_per_bar * 2))]
@@ -97,14 +97,14 @@ def _drum_notes(tune: Tune, bpm: float, seconds: float) -> list[Note]:
 def perform(
     tune: Tune, labels: ClipLabels, start_bar: int, seconds: float, rng: Random
 ) -> list[Note | ProgramChange | ControlChange]:
-    """MIDI events of an excerpt of a tune, with silence on every channel just after `seconds`.
+    """Create the MIDI events of an excerpt of a tune; every channel is silenced just after `seconds`.
 
     Args:
-        tune: The tune; it is repeated from its first bar at its end.
-        labels: Instrument, tempo, accompaniment and register.
+        tune: Tune that is played. After its last bar, it is repeated from its first bar.
+        labels: Labels of the clip: instrument, tempo, accompaniment and register.
         start_bar: First bar of the excerpt.
-        seconds: Length of the excerpt; notes are cut at its end.
-        rng: Source of small differences of velocity.
+        seconds: Length of the excerpt; notes are cut at the end.
+        rng: Random generator of small differences in velocity.
     """
     if not 0 <= start_bar < tune.num_bars:
         raise ValueError(f"start_bar must lie in 0..{tune.num_bars - 1}, got {start_bar}")

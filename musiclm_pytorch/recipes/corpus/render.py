@@ -1,7 +1,7 @@
 """Rendering of MIDI events with FluidSynth and the FluidR3 General MIDI soundfont.
 
 Starting the synthesizer and loading the soundfont of 148 MB takes longer than rendering a clip. One run therefore
-renders many clips from one MIDI file, with a silence between them in which the reverb decays.
+renders many clips from one MIDI file; the reverb decays in silence between the clips.
 """
 
 import shutil
@@ -33,21 +33,23 @@ FADE_SECONDS = 0.02
 
 @beartype
 def find_synthesizer(soundfont: Path = SOUNDFONT) -> str:
-    """Path of the `fluidsynth` command; a RuntimeError names the package if it or the soundfont is missing."""
+    """Find the path of the `fluidsynth` command; raise a RuntimeError if the command or the soundfont is missing."""
     command = shutil.which("fluidsynth")
     if command is None:
         raise RuntimeError(
-            "the command `fluidsynth` is missing; on Debian or Ubuntu: apt-get install fluidsynth fluid-soundfont-gm"
+            "the command `fluidsynth` is missing; install it, on Debian or Ubuntu with apt-get install "
+            "fluidsynth fluid-soundfont-gm"
         )
     if not soundfont.is_file():
         raise RuntimeError(
-            f"the soundfont {soundfont} is missing; on Debian or Ubuntu: apt-get install fluid-soundfont-gm"
+            f"the soundfont {soundfont} is missing; install it, on Debian or Ubuntu with apt-get install "
+            "fluid-soundfont-gm"
         )
     return command
 
 
 def _synthesize(events: Sequence[Event], seconds: float, sample_hz: int, soundfont: Path, folder: Path) -> Path:
-    """Render events to a stereo float WAV file of at least `seconds`."""
+    """Render MIDI events to a stereo float WAV file of at least `seconds`."""
     command = find_synthesizer(soundfont)
     score, sound = folder / "score.mid", folder / "sound.wav"
     score.write_bytes(midi_bytes(events, end_seconds=seconds))
@@ -60,7 +62,7 @@ def _synthesize(events: Sequence[Event], seconds: float, sample_hz: int, soundfo
 
 
 def _finish(wave: np.ndarray, peak: float, sample_hz: int) -> np.ndarray:
-    """Mono, faded at the end, scaled to a peak."""
+    """Convert a wave to mono, fade it out at the end, and scale it to a peak."""
     mono = wave.mean(axis=1)
     fade = round(FADE_SECONDS * sample_hz)
     mono[-fade:] *= np.linspace(1.0, 0.0, fade, dtype=np.float32)
@@ -79,13 +81,13 @@ def render_performances(
 
     Args:
         performances: MIDI events of each clip, from 0 s on.
-        peaks: Largest absolute sample of each clip, 0..1.
+        peaks: Requested largest absolute sample of each clip, in 0..1.
         seconds: Length of a clip.
-        sample_hz: Sample rate.
+        sample_hz: Sample rate of the clips.
         soundfont: General MIDI soundfont (.sf2).
 
     Returns:
-        One mono float32 array `[n]` per clip.
+        A mono float32 array `[n]` for each clip.
     """
     import soundfile
 

@@ -23,10 +23,10 @@ KEYS: dict[str, dict[int, float]] = {
 
 @dataclass(frozen=True)
 class Chord:
-    """A triad on a degree of a scale.
+    """A triad whose root is a degree of a scale.
 
     Args:
-        degree: Degree of its root, 0..6.
+        degree: Scale degree of the root, 0..6.
         leading: Whether the seventh degree of the scale is raised (the major dominant of a minor key).
     """
 
@@ -34,13 +34,13 @@ class Chord:
     leading: bool = False
 
     def has(self, degree: int) -> bool:
-        """Whether the note on `degree` (any octave) belongs to the chord."""
+        """Whether the note on `degree` (in any octave) belongs to the chord."""
         return (degree - self.degree) % 7 in (0, 2, 4)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """A seven-note scale.
+    """A scale of seven notes.
 
     Args:
         tonic: MIDI pitch of degree 0.
@@ -51,20 +51,20 @@ class Scale:
     steps: tuple[int, ...]
 
     def pitch(self, degree: int, leading: bool = False) -> int:
-        """MIDI pitch of a degree; `leading` raises a minor seventh degree by a semitone."""
+        """MIDI pitch of a scale degree; `leading` raises a minor seventh degree by a semitone."""
         octave, step = divmod(degree, 7)
         raised = int(leading and step == 6 and self.steps[6] == 10)
         return self.tonic + 12 * octave + self.steps[step] + raised
 
     def triad(self, chord: Chord, lowest: int) -> tuple[int, int, int]:
-        """MIDI pitches of a chord in root position, with the root in the octave from `lowest` upwards."""
+        """MIDI pitches of a chord in root position; the root is in the octave that starts at `lowest`."""
         root, third, fifth = (self.pitch(chord.degree + offset, chord.leading) for offset in (0, 2, 4))
         shift = lowest + (root - lowest) % 12 - root
         return root + shift, third + shift, fifth + shift
 
 
 def _bars(*bars: str) -> tuple[tuple[Chord, ...], ...]:
-    """Bars of chords by degrees counted from 1: "1 5" is a bar with two chords, "5+" has the leading note."""
+    """Parse bars of chord degrees counted from 1: "1 5" is a bar with two chords, "5+" has the leading note."""
     return tuple(tuple(Chord(int(name[0]) - 1, name.endswith("+")) for name in bar.split()) for bar in bars)
 
 

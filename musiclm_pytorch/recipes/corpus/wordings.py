@@ -1,12 +1,12 @@
-"""Words and templates of captions, for training and held out.
+"""Words and templates of captions, separately for training captions and held-out captions.
 
 A held-out wording recombines words of the training wordings: "at a quick pace" is held out, "quick" and "at a brisk
-pace" are in training captions. It tests new phrases and not unknown words. Instruments and dances have the same names
-in both.
+pace" are in training captions. Held-out wordings test new phrases, not unknown words. Names of instruments and dances
+are equal in both.
 
-Templates are sentences with slots. `{instrument} {tempo} {pace} {dance} {mode} {key}` are replaced by a word for a
-label, `{backing}` by the accompaniment, `{register}` by the register of the melody (mostly nothing for the middle
-register), and `a(n)` by the right article.
+Templates are sentences with slots. A word for the label replaces `{instrument} {tempo} {pace} {dance} {mode} {key}`.
+The accompaniment replaces `{backing}`. The register of the melody replaces `{register}`; for the middle register it is
+usually empty. "a" or "an" replaces `a(n)`.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ __all__ = ["HELD_OUT", "TRAINING", "Wordings"]
 
 
 class Wordings(NamedTuple):
-    """Words for every value of every label, and templates. A word that is listed twice is drawn twice as often."""
+    """Words for every value of every label, and sentence templates. A word that is listed twice has double weight."""
 
     instrument: dict[str, tuple[str, ...]]
     tempo: dict[str, tuple[str, ...]]

@@ -1,3 +1,3 @@
-"""Metrics of the toy corpora: classifiers of real clips, and what they find in generated ones."""
+"""Metrics for the toy corpora: classifiers that are fitted to real clips and applied to generated clips."""
 
 __all__: list[str] = []

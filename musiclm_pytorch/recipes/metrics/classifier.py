@@ -34,7 +34,7 @@ _FEATURES: dict[str, type[ClipFeatures] | type[WordFeatures]] = {
 
 @register
 class AttributeClassifier(nn.Module):
-    """One linear classifier per attribute, on standardised features."""
+    """Set of linear classifiers, one per attribute, of standardised features."""
 
     mean: Tensor
     scale: Tensor
@@ -43,7 +43,7 @@ class AttributeClassifier(nn.Module):
     def __init__(
         self, *, classes: Mapping[str, Sequence[str]], num_features: int, features: ClipFeatures | WordFeatures
     ) -> None:
-        """Build a classifier that is not fitted, see `fit`.
+        """Create a classifier without weights; call `fit` before use.
 
         Args:
             classes: Class names of each attribute, in the order of the outputs.
@@ -66,7 +66,7 @@ class AttributeClassifier(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "AttributeClassifier":
-        """Build from `config`; the result is not fitted."""
+        """Create a classifier without weights from its `config`."""
         return cls(
             classes=config["classes"],
             num_features=config["num_features"],
@@ -82,20 +82,20 @@ class AttributeClassifier(nn.Module):
         features: ClipFeatures | WordFeatures,
         inverse_regularisation: float = INVERSE_REGULARISATION,
     ) -> "AttributeClassifier":
-        """Fit one multinomial logistic regression per attribute, with equal weight for each class. Deterministic.
+        """Fit one multinomial logistic regression per attribute, with equal weight for each class, deterministically.
 
         Args:
             inputs: `[b, d]` features of the clips.
             labels: Class name of each clip, for each attribute.
             features: Module that computed `inputs`; it is used for prediction.
-            inverse_regularisation: C of scikit-learn.
+            inverse_regularisation: Argument C of LogisticRegression in scikit-learn.
         """
         from sklearn.linear_model import LogisticRegression
 
         for name, names in labels.items():
             if len(names) != len(inputs) or len(set(names)) < 2:
                 raise ValueError(
-                    f"{name!r} needs a label for each of {len(inputs)} clips and at least two classes, "
+                    f"the attribute {name!r} needs a label for each of {len(inputs)} clips and at least two classes, "
                     f"got {len(names)} labels of {len(set(names))} classes"
                 )
         classes = {name: sorted(set(names)) for name, names in labels.items()}
@@ -114,21 +114,21 @@ class AttributeClassifier(nn.Module):
         return classifier.eval().requires_grad_(False)
 
     def _standardise(self, inputs: Tensor) -> Tensor:
-        """Deviations from the training mean, limited so that no single feature decides."""
+        """Standardise features with the training statistics, and limit them, so that no single feature decides."""
         return ((inputs - self.mean) / self.scale).clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS)
 
     def describe(self, waves: Tensor, sample_hz: int) -> Tensor:
-        """Standardised features `[b, d]` of clips or words `[b, n]`."""
+        """Compute standardised features `[b, d]` of clips or words `[b, n]`."""
         return self._standardise(self.features(waves.to(self.mean.device), sample_hz))
 
     @torch.no_grad()
     def predict_proba(self, waves: Tensor, sample_hz: int) -> dict[str, Tensor]:
-        """Class probabilities `[b, k]` of each attribute, in the order of `classes[attribute]`."""
+        """Compute class probabilities `[b, k]` of each attribute, in the order of `classes[attribute]`."""
         inputs = self.describe(waves, sample_hz)
         return {name: head(inputs).softmax(dim=-1) for name, head in self.heads.items()}
 
     def predict(self, waves: Tensor, sample_hz: int) -> dict[str, list[str]]:
-        """Most probable class of each clip, for each attribute."""
+        """Predict the most probable class of each clip, for each attribute."""
         return {
             name: [self.classes[name][best] for best in probabilities.argmax(dim=-1).tolist()]
             for name, probabilities in self.predict_proba(waves, sample_hz).items()
@@ -141,7 +141,7 @@ def fit_attribute_classifier(
     attributes: Sequence[str] = ATTRIBUTES,
     features: ClipFeatures | WordFeatures | None = None,
 ) -> AttributeClassifier:
-    """Fit a classifier of some labels to real clips; `features` are `ClipFeatures` by default."""
+    """Fit an attribute classifier to labels of real clips; `features` is `ClipFeatures` by default."""
     features = features or ClipFeatures()
     labels = {name: labels_of(items, name) for name in attributes}
     parts = [
@@ -153,11 +153,15 @@ def fit_attribute_classifier(
 
 @beartype
 def fitted_classifier(data: str | Path, folder: str | Path | None = None) -> AttributeClassifier:
-    """Load the classifier in `folder`, or fit one to the clips of `data/train.jsonl` and save it there."""
+    """Load the classifier in `folder`, or fit one to the clips of `data/train.jsonl` and save it in `folder`."""
     if folder is not None and Path(folder, "config.json").is_file():
         classifier = load_module(folder, expect=AttributeClassifier)
         if not isinstance(classifier, AttributeClassifier):
-            raise ValueError(f"{folder} holds a {type(classifier).__name__}, but an AttributeClassifier is needed")
+            raise ValueError(
+                f"{folder} contains a {type(classifier).__name__}, but an AttributeClassifier is "
+                "needed; use "
+                "another folder"
+            )
         return classifier.requires_grad_(False)
     classifier = fit_attribute_classifier(load_items(Path(data, "train.jsonl")).items)
     if folder is not None:

@@ -1,4 +1,4 @@
-"""Features of music clips: statistics of the log-mel spectrogram, and the rhythm of its onsets."""
+"""Features of music clips, from statistics of the log-mel spectrogram and from the rhythm of note onsets."""
 
 from typing import Any
 
@@ -32,14 +32,15 @@ CLIPS_PER_BATCH = 50
 
 
 class ClipFeatures(nn.Module):
-    """About a thousand features of a clip that are robust to a change of level, faint noise and a codec.
+    """About a thousand features of a clip that hardly change with its level, with faint noise or after a codec.
 
-    Levels are in bels below the loudest mel cell of the clip, above a floor `dynamic_range_db` below it. A plain
-    logarithm would give full weight to sounds that are hardly audible. Of floors from 30 to 60 dB, 30 is best on
-    disturbed training clips and costs less than a point on clean ones.
+    Levels are in bels relative to the loudest value of the mel spectrogram, and not less than a floor
+    `dynamic_range_db` below it. Without the floor, inaudible sounds would have full weight. Of floors from 30 to 60 dB,
+    30 dB has the highest accuracy on disturbed training clips, and loses less than one percentage point on clean clips.
 
-    Each mel band has mean, deviation, quantiles and size of its changes over time. Rhythm is the autocorrelation and
-    the modulation spectrum of the onset strength (rectified change of level), in four frequency regions and in all.
+    The features of a mel band are mean, deviation, quantiles and size of changes over time. The features of rhythm are
+    the autocorrelation and the modulation spectrum of the onset strength (rectified change of level), in four frequency
+    regions and in their sum.
     """
 
     @beartype
@@ -51,13 +52,13 @@ class ClipFeatures(nn.Module):
         dynamic_range_db: float | int = 30.0,
         window_seconds: float | int = 5.0,
     ) -> None:
-        """Build the features.
+        """Create a module that computes clip features.
 
         Args:
             sample_hz: Waves are resampled to this rate.
             num_mels: Mel bands between 40 and 7600 Hz; a multiple of 4.
-            dynamic_range_db: Depth of the floor.
-            window_seconds: Of longer waves the middle is used; at most 5 s.
+            dynamic_range_db: Distance of the floor from the loudest value, in dB.
+            window_seconds: Longest part of a wave that is used, at most 5 s; longer waves are cut to their middle.
         """
         super().__init__()
         if sample_hz < 2 * F_MAX_HZ or num_mels % NUM_ONSET_BANDS or dynamic_range_db <= 0:
@@ -88,9 +89,9 @@ class ClipFeatures(nn.Module):
 
     @torch.no_grad()
     def forward(self, waves: Tensor, sample_hz: int | None = None) -> Tensor:
-        """Features `[b, d]` float32 of waves `[b, n]` of at least 2.5 s, at `sample_hz` (None = the module's rate).
+        """Compute features `[b, d]` float32 of waves `[b, n]` of at least 2.5 s; `sample_hz` is the rate of the waves.
 
-        Each row depends on its own wave alone, and not on its level.
+        A row depends only on one wave, and not on its level.
         """
         if waves.ndim != 2 or not torch.isfinite(waves).all():
             raise ValueError(f"waves must be finite and of shape [b, n], got shape {tuple(waves.shape)}")
@@ -100,13 +101,16 @@ class ClipFeatures(nn.Module):
     def _describe(self, waves: Tensor, sample_hz: int) -> Tensor:
         waves = resample(waves.float(), sample_hz, self.sample_hz)
         if waves.shape[-1] < MIN_SECONDS * self.sample_hz:
-            raise ValueError(f"clips of {waves.shape[-1] / self.sample_hz:.2f} s are too short, need {MIN_SECONDS} s")
+            raise ValueError(
+                f"clips of {waves.shape[-1] / self.sample_hz:.2f} s are too short; pass clips of at least "
+                f"{MIN_SECONDS} s"
+            )
         start = max(waves.shape[-1] - self.window_samples, 0) // 2
         levels = self._levels(waves[:, start : start + self.window_samples])
         return torch.cat([self._band_statistics(levels), self._rhythm(levels)], dim=1)
 
     def _levels(self, waves: Tensor) -> Tensor:
-        """Smoothed levels `[b, m, f]` in bels relative to the loudest cell."""
+        """Compute smoothed levels `[b, m, f]` in bels relative to the loudest value."""
         energy = self.mel(waves)
         peak = reduce(energy, "b m f -> b 1 1", "max").clamp_min(1e-12)
         levels = (energy / peak + 10.0 ** (-self.dynamic_range_db / 10)).log10()
@@ -114,7 +118,7 @@ class ClipFeatures(nn.Module):
 
     @staticmethod
     def _band_statistics(levels: Tensor) -> Tensor:
-        """Distribution of each band over time, and size of its changes."""
+        """Compute the distribution of the level of each band over time, and the size of its changes."""
         quantiles = levels.quantile(levels.new_tensor(QUANTILES), dim=2)
         parts = [levels.mean(2), levels.std(2), rearrange(quantiles, "q b m -> b (m q)")]
         for lag in CHANGE_LAGS_FRAMES:
@@ -124,7 +128,7 @@ class ClipFeatures(nn.Module):
 
     @staticmethod
     def _rhythm(levels: Tensor) -> Tensor:
-        """Pulse and modulation of the onset strength, per frequency region."""
+        """Compute autocorrelation and modulation spectrum of the onset strength in each frequency region."""
         rises = (levels[:, :, ONSET_LAG_FRAMES:] - levels[:, :, :-ONSET_LAG_FRAMES]).clamp_min(0)
         regions = reduce(rises, "b (r m) f -> b r f", "mean", r=NUM_ONSET_BANDS)
         onsets = torch.cat([regions, reduce(rises, "b m f -> b 1 f", "mean")], dim=1)

@@ -1,4 +1,4 @@
-"""Clips of a manifest as one batch, and their labels."""
+"""Reading of the clips and labels of a manifest."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ __all__ = ["labels_of", "load_clips"]
 def load_clips(items: Sequence[AudioItem], sample_hz: int, seconds: float | int = 5.0) -> Tensor:
     """Read the first `seconds` of audio files as one mono batch `[b, n]`; shorter files are padded with silence."""
     if not items:
-        raise ValueError("no clips to read")
+        raise ValueError("got an empty list of clips; pass at least one clip")
     num_samples = round(seconds * sample_hz)
     waves = [read_audio(item.path, sample_hz, duration_seconds=seconds)[0][0, :num_samples] for item in items]
     return torch.stack([F.pad(wave, (0, num_samples - len(wave))) for wave in waves])
@@ -25,7 +25,7 @@ def load_clips(items: Sequence[AudioItem], sample_hz: int, seconds: float | int 
 
 @beartype
 def labels_of(items: Sequence[AudioItem], name: str) -> list[str]:
-    """One label of every item as text; booleans become "yes" and "no"."""
+    """Return the label `name` of every item as text; booleans become "yes" and "no"."""
     missing = [item.path for item in items if item.labels.get(name) is None]
     if missing:
         raise ValueError(f"{len(missing)} of {len(items)} clips have no label {name!r}; the first is {missing[0]}")

@@ -1,4 +1,4 @@
-"""Attributes that a classifier finds in copies of clips after a codec or Opus, with distances and bitrate.
+"""Metrics of clips after a codec or Opus: accuracy of a classifier of attributes, distances and bitrate.
 
 Run as `python -m musiclm_pytorch.recipes.metrics.codec_metrics --codec DIR --data TUNES --json metrics.json`.
 """
@@ -38,7 +38,7 @@ __all__ = ["CopyMetrics", "Copy", "measure_copies", "copies_table", "codec_copie
 
 @dataclass(frozen=True)
 class Copy:
-    """Decoded clips `[b, n]`, and their bitrate; None without compression."""
+    """Decoded clips `[b, n]`, and their bitrate (None if they are not compressed)."""
 
     name: str
     waves: Tensor
@@ -47,12 +47,12 @@ class Copy:
 
 @dataclass(frozen=True)
 class CopyMetrics:
-    """Quality of a copy.
+    """Quality of a decoded copy of clips.
 
     Attributes:
-        row: Distances to the real clips.
-        accuracy: Accuracy of each attribute.
-        kept: The accuracy of each attribute, divided by that on the real clips.
+        row: Distances between the copy and the real clips.
+        accuracy: Accuracy of the classifier for each attribute.
+        kept: Accuracy for each attribute, divided by the accuracy on the real clips.
     """
 
     row: CodecRow
@@ -61,7 +61,7 @@ class CopyMetrics:
 
     @property
     def metrics(self) -> list[Metric]:
-        """All numbers as metrics."""
+        """Convert all numbers to metrics."""
         row, note = self.row, "" if self.row.kbps is None else f"{self.row.kbps:.2f} kbps"
         distances = {
             "mel distance (nepers)": row.mel_nepers,
@@ -87,15 +87,15 @@ def measure_copies(
     """Measure copies of real clips.
 
     Args:
-        classifier: Fitted to real clips.
+        classifier: Classifier that is fitted to real clips.
         waves: Real clips `[b, n]`.
-        waves_hz: Their rate.
+        waves_hz: Sample rate of the real clips.
         truth: True class of each clip, for each attribute.
-        copies: Copies at `sample_hz`, iterated once.
-        sample_hz: Rate at which copies are compared with the clips.
+        copies: Decoded copies at `sample_hz`; the iterable is read once.
+        sample_hz: Sample rate at which copies are compared with the clips.
 
     Returns:
-        The real clips themselves, then one entry per copy.
+        Metrics of the unchanged real clips, then of each copy.
     """
     on_real = classifier.predict(waves, waves_hz)
     target = resample(waves, waves_hz, sample_hz)
@@ -114,7 +114,7 @@ def _measure_copy(
     target: Tensor,
     sample_hz: int,
 ) -> CopyMetrics:
-    """Distances to the real clips `target`, and accuracies of the answers compared with those on the real clips."""
+    """Measure distances of a copy to the real clips `target`, and accuracies relative to those on the real clips."""
     accuracy, kept = {}, {}
     for attribute, classes in truth.items():
         balanced = attribute not in PLAIN_ACCURACY
@@ -128,7 +128,7 @@ def _measure_copy(
 def _kept_metric(
     name: str, classes: list[str], answers: list[str], answers_on_real: list[str], balanced: bool
 ) -> Metric:
-    """Ratio of the two accuracies; 1 if no answer on the real clips is right."""
+    """Compute the ratio of two accuracies; 1 if all predictions for the real clips are wrong."""
     on_copy = accuracy_statistic(classes, answers, balanced)
     on_real = accuracy_statistic(classes, answers_on_real, balanced)
 
@@ -141,7 +141,7 @@ def _kept_metric(
 
 @beartype
 def codec_copies(codec: Codec, waves: Tensor, levels: Sequence[int | None] = (None,)) -> Iterator[Copy]:
-    """Yield the clips `[b, n]` themselves as "unquantized copy", then one copy per number of levels (None = all)."""
+    """Yield a copy of clips `[b, n]` without quantization, then one copy per number of levels (None = all levels)."""
     yield Copy("unquantized copy", waves)
     for num_levels in levels:
         count = num_levels or codec.num_quantizers
@@ -154,9 +154,9 @@ def opus_copies(waves: Tensor, waves_hz: int, sample_hz: int, bitrates_kbps: Seq
     """Yield one Opus copy per requested bitrate, with the bitrate of its packets.
 
     Args:
-        waves: `[b, n]`.
-        waves_hz: Rate of the waves, at which Opus encodes them.
-        sample_hz: Rate of the copies.
+        waves: Clips `[b, n]`.
+        waves_hz: Sample rate of the clips, at which Opus encodes them.
+        sample_hz: Sample rate of the copies.
         bitrates_kbps: Requested bitrates.
     """
     seconds = waves.numel() / waves_hz
@@ -169,7 +169,7 @@ def opus_copies(waves: Tensor, waves_hz: int, sample_hz: int, bitrates_kbps: Seq
 
 @beartype
 def copies_table(measured: Sequence[CopyMetrics]) -> str:
-    """Markdown table with one line per copy and 95% intervals in brackets."""
+    """Create a Markdown table with one line per copy and 95% confidence intervals in brackets."""
     names = [metric.name.partition(" / ")[2] for metric in measured[0].accuracy.values()] if measured else []
     cells = [["", "kbps", "mel (nepers)", "SI-SDR (dB)"]]
     cells[0] += [cell for name in names for cell in (f"{name}, %", "% of real")]
@@ -198,13 +198,13 @@ def main(
     Args:
         codec: Name of a bundled codec, its folder, or the id of a published one.
         data: Folder with train.jsonl and valid.jsonl.
-        classifier: Folder of a fitted classifier; it is fitted and saved there if missing.
-        levels: Additional numbers of code levels.
-        opus: Bitrates of Opus (kbps); needs opus-tools.
-        limit: Use only this number of clips, the first ones.
-        json: File for the metrics; the table is written with the suffix .md.
+        classifier: Folder of a fitted classifier. If it is missing, a classifier is fitted and saved in the folder.
+        levels: Additional numbers of code levels to measure.
+        opus: Bitrates of Opus to measure (kbps); needs opus-tools.
+        limit: Number of clips to use, from the first on.
+        json: File for the metrics; the table is written to a file with the suffix .md.
         device: Device of the codec.
-        offline: Do not use a model hub.
+        offline: Whether to work without a model hub.
     """
     if opus:
         require_opus()

@@ -1,4 +1,4 @@
-"""Reconstructions, generations and latents of clips, and metrics of their attributes and codes."""
+"""Reconstructions, generated waves and latents of clips, and metrics of their attributes and codes."""
 
 import logging
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ PLAIN_ACCURACY = ("instrument",)
 
 @dataclass(frozen=True)
 class Generations:
-    """Waves `[b, n]` for a list of prompts: the best of several candidates, and the first candidate."""
+    """Generated waves `[b, n]` for b prompts: the best of several candidates, and the first candidate."""
 
     best: Tensor
     first: Tensor
@@ -51,18 +51,18 @@ class Generations:
 def reconstruct(
     codec: Codec, waves: Tensor, batch_size: int = 10, num_levels: int | None = None, codes_alone: bool = True
 ) -> Tensor:
-    """Encode and decode mono waves.
+    """Encode and decode mono waves with a codec.
 
     Args:
-        codec: Any codec.
-        waves: `[b, n]` at the codec's rate.
+        codec: Codec of any class.
+        waves: Waves `[b, n]` at the sample rate of the codec.
         batch_size: Clips per batch.
-        num_levels: Code levels to keep; None keeps all.
-        codes_alone: Drop the scales that the codec returns besides the codes (EnCodec at 48 kHz), as a language model
-            does.
+        num_levels: Number of code levels to keep; None keeps all levels.
+        codes_alone: Whether to drop the scales that the codec returns besides the codes (EnCodec at 48 kHz), as a
+            language model does.
 
     Returns:
-        `[b, n]` on the CPU, the mean of the channels.
+        Reconstructed waves `[b, n]` on the CPU, averaged over channels.
     """
     device = device_of(codec)
     parts = []
@@ -76,7 +76,7 @@ def reconstruct(
 
 @torch.no_grad()
 def audio_latents(quantizer: "MuLaNEmbedQuantizer", waves: Tensor, sample_hz: int, batch_size: int = 20) -> Tensor:
-    """MuLaN latents `[b, d]` of clips `[b, n]` of any length, on the CPU."""
+    """Compute MuLaN latents `[b, d]` of clips `[b, n]` of any length; the result is on the CPU."""
     mulan, device = quantizer.mulan, device_of(quantizer)
     parts = [resample(part, sample_hz, mulan.sample_hz).to(device) for part in waves.split(batch_size)]
     return torch.cat([mulan.get_long_audio_latents(part).float().cpu() for part in parts])
@@ -84,7 +84,7 @@ def audio_latents(quantizer: "MuLaNEmbedQuantizer", waves: Tensor, sample_hz: in
 
 @torch.no_grad()
 def text_latents(quantizer: "MuLaNEmbedQuantizer", captions: Sequence[str], batch_size: int = 50) -> Tensor:
-    """MuLaN latents `[b, d]` of captions, on the CPU."""
+    """Compute MuLaN latents `[b, d]` of captions; the result is on the CPU."""
     parts = [captions[first : first + batch_size] for first in range(0, len(captions), batch_size)]
     return torch.cat([quantizer.mulan.get_text_latents(part).float().cpu() for part in parts])
 
@@ -96,15 +96,15 @@ def from_audio(
     """Generate from the conditioning codes of real audio, which measures the language models without the text tower.
 
     Args:
-        model: The MusicLM.
+        model: MusicLM that generates.
         waves: `[b, n]`.
-        sample_hz: Rate of the waves.
-        seconds: Length to generate.
+        sample_hz: Sample rate of the waves.
+        seconds: Length of a generated wave.
         seed: Clip i is generated with `seed + i`.
         batch_size: Clips per batch.
 
     Returns:
-        `[b, m]` at the model's rate, on the CPU.
+        Generated waves `[b, m]` at the sample rate of the model, on the CPU.
     """
     quantizer = model.mulan_embed_quantizer
     codes = quantizer.codes_from_latents(audio_latents(quantizer, waves, sample_hz, batch_size), "audio")
@@ -128,14 +128,14 @@ def from_captions(
     seed: int = 0,
     batch_size: int = 16,
 ) -> Generations:
-    """Generate several candidates for each caption.
+    """Generate several candidate waves for each caption.
 
     Args:
-        model: The MusicLM.
-        captions: Prompts.
-        seconds: Length to generate.
-        num_samples: Candidates per prompt; they have the seeds `seed`, `seed + 1`, ....
-        seed: Seed of the first candidate, which is the result for `num_samples=1`.
+        model: MusicLM that generates.
+        captions: Texts from which to generate.
+        seconds: Length of a generated wave.
+        num_samples: Number of candidates per caption; their seeds are `seed`, `seed + 1`, ....
+        seed: Seed of the first candidate.
         batch_size: Candidates per batch.
     """
     best, first = [], []
@@ -155,17 +155,19 @@ def from_captions(
 
 
 def _silence_if_not_finite(waves: Tensor) -> Tensor:
-    """Replace waves `[b, n]` that are not finite, so that one failure does not end hours of work."""
+    """Replace waves `[b, n]` that are not finite by silence, so that one failure does not end hours of work."""
     failed = ~torch.isfinite(waves).all(dim=1)
     if failed.any():
-        logger.warning("%d of %d generations are not finite and count as silence", int(failed.sum()), len(waves))
+        logger.warning(
+            "%d of %d generated waves are not finite and are replaced by silence", int(failed.sum()), len(waves)
+        )
     return waves.masked_fill(failed[:, None], 0.0)
 
 
 def other_clips(count: int, seed: int = 0) -> list[int]:
-    """For each of `count` clips the index of another clip, for controls with exchanged prompts."""
+    """Draw the index of another clip for each of `count` clips, for controls with exchanged prompts."""
     if count < 2:
-        raise ValueError(f"need at least 2 clips to exchange them, got {count}")
+        raise ValueError(f"need at least 2 clips to exchange prompts, got {count}")
     order = np.random.default_rng(seed).permutation(count)
     other = np.empty(count, dtype=int)
     other[order] = np.roll(order, 1)
@@ -180,18 +182,18 @@ def attribute_metrics(
     truth: dict[str, list[str]],
     note: str = "",
 ) -> list[Metric]:
-    """Accuracy with which a classifier finds the requested attributes in clips.
+    """Measure how often a classifier predicts the requested attributes of generated clips.
 
     Args:
         name: Prefix of the metric names.
-        classifier: Fitted to real training clips.
+        classifier: Classifier that is fitted to real training clips.
         waves: `[b, n]`.
-        sample_hz: Rate of the waves.
+        sample_hz: Sample rate of the waves.
         truth: Requested class of each clip, for each attribute.
-        note: Note of the metrics.
+        note: Remark that is stored with the metrics.
 
     Returns:
-        Accuracy of the instrument, balanced accuracy of the other attributes.
+        Accuracy for the instrument, balanced accuracy for the other attributes.
     """
     answers = classifier.predict(waves, sample_hz)
     metrics = []
@@ -203,9 +205,9 @@ def attribute_metrics(
 
 
 def code_agreement_metrics(name: str, audio_codes: Tensor, text_codes: Tensor) -> list[Metric]:
-    """Share of captions that have the code of their clip, for each level of codes `[b, q]`.
+    """Measure for each level of codes `[b, q]` how often a caption has the same code as its clip.
 
-    Chance is the share over all pairs of a caption and a clip.
+    The chance level is the share of equal codes over all pairs of a caption and a clip.
     """
     metrics = []
     for level, (audio, text) in enumerate(zip(audio_codes.T.cpu().numpy(), text_codes.T.cpu().numpy()), start=1):

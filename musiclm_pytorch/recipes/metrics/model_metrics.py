@@ -1,4 +1,4 @@
-"""Metrics of a MusicLM: attributes, retrieval, codes and novelty of its generations, with chance and real music.
+"""Metrics of a MusicLM: attributes, retrieval, codes and novelty of generated music, with chance level and real music.
 
 Run as `python -m musiclm_pytorch.recipes.metrics.model_metrics --model DIR --data TUNES --out metrics.json`.
 """
@@ -49,7 +49,7 @@ CLIPS_PER_BATCH = 200
 
 @dataclass(frozen=True)
 class Settings:
-    """Options of a measurement."""
+    """Settings of a measurement of a MusicLM."""
 
     seconds: float = 5.0
     """Length of clips and generations (seconds)."""
@@ -71,7 +71,7 @@ class ClipSet:
 
     @classmethod
     def load(cls, name: str, folder: Path, limit: int | None = None) -> "ClipSet":
-        """Read `train.jsonl`, and at most `limit` clips with captions of `valid.jsonl`."""
+        """Read all clips of `train.jsonl`, and at most `limit` clips with captions of `valid.jsonl`."""
         valid = [item for item in load_items(folder / "valid.jsonl").items if item.caption][:limit]
         if len(valid) < 2:
             raise ValueError(f"{folder / 'valid.jsonl'}: need at least 2 clips with captions, got {len(valid)}")
@@ -83,17 +83,19 @@ class ClipSet:
         return [item.caption or "" for item in self.valid]
 
     def truth(self, classifier: AttributeClassifier) -> dict[str, list[str]]:
-        """Labels of the held-out clips, for the attributes without a value that the classifier lacks."""
+        """Labels of the held-out clips; attributes with values that the classifier does not know are left out."""
         truth = {name: labels_of(self.valid, name) for name in classifier.classes}
         unknown = [name for name, names in truth.items() if set(names) - set(classifier.classes[name])]
         if unknown:
-            logger.warning("%s: the classifier lacks values of %s; left out", self.name, unknown)
+            logger.warning(
+                "%s: the classifier does not know all values of %s; these attributes are left out", self.name, unknown
+            )
         return {name: names for name, names in truth.items() if name not in unknown}
 
 
 @torch.no_grad()
 def measure(model: "MusicLM", classifier: AttributeClassifier, clips: ClipSet, settings: Settings) -> list[Metric]:
-    """Measure a model on one set of clips; the classifier is fitted to real training clips."""
+    """Measure a model on one set of clips, with a classifier that is fitted to real training clips."""
     waves = load_clips(clips.valid, model.sample_hz, settings.seconds)
     logger.info("%s: generating from %d real clips", clips.name, len(waves))
     from_real = from_audio(model, waves, model.sample_hz, settings.seconds, settings.seed, settings.batch_size)
@@ -120,7 +122,7 @@ def measure(model: "MusicLM", classifier: AttributeClassifier, clips: ClipSet, s
 def _attributes(
     classifier: AttributeClassifier, clips: ClipSet, conditions: dict[str, Tensor], sample_hz: int
 ) -> list[Metric]:
-    """Attributes of all held-out clips, and of those with a pair of attributes that no training clip has."""
+    """Measure attributes for all held-out clips, and for clips with a pair of attributes that no training clip has."""
     truth = clips.truth(classifier)
     metrics = []
     for condition, waves in conditions.items():
@@ -135,7 +137,7 @@ def _attributes(
 
 
 def _shuffled(classifier: AttributeClassifier, clips: ClipSet, generations: Tensor, sample_hz: int) -> list[Metric]:
-    """Control: each generation is compared with the attributes of another caption."""
+    """Measure a control in which each generated clip is compared with the attributes of another caption."""
     other = other_clips(len(clips.valid))
     truth = {name: [names[index] for index in other] for name, names in clips.truth(classifier).items()}
     return attribute_metrics(
@@ -144,7 +146,7 @@ def _shuffled(classifier: AttributeClassifier, clips: ClipSet, generations: Tens
 
 
 def _retrieval_and_codes(model: "MusicLM", clips: ClipSet, waves: Tensor) -> list[Metric]:
-    """Retrieval by MuLaN, and agreement of its codes of captions and clips."""
+    """Measure retrieval by MuLaN, and the agreement of MuLaN codes of captions and clips."""
     quantizer = model.mulan_embed_quantizer
     audio = audio_latents(quantizer, waves, model.sample_hz)
     text = text_latents(quantizer, clips.captions)
@@ -162,7 +164,7 @@ def _retrieval_and_codes(model: "MusicLM", clips: ClipSet, waves: Tensor) -> lis
 def _novelty(
     model: "MusicLM", classifier: AttributeClassifier, clips: ClipSet, waves: Tensor, generations: Tensor
 ) -> list[Metric]:
-    """Similarity of generations and of real held-out clips to the nearest training clip, in three embeddings."""
+    """Measure the similarity of generated and held-out clips to the nearest training clip, in three embeddings."""
     rate_hz, quantizer = model.sample_hz, model.mulan_embed_quantizer
     kinds: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
         "MuLaN": (lambda batch: audio_latents(quantizer, batch, rate_hz), nearest_similarity),
@@ -198,12 +200,12 @@ def main(
     Args:
         model: Folder of a model, or the name of a bundled one.
         data: Folder of real clips with train.jsonl and valid.jsonl; the classifier is fitted to its training clips.
-        corpus: Folder of the clips that the model was trained on; it is measured too.
+        corpus: Folder of the clips on which the model was trained; the model is measured on these clips too.
         out: File to write; the table is written with the suffix .md.
-        classifier: Folder of a fitted classifier; it is fitted and saved there if missing.
-        limit: Use only this number of held-out clips.
+        classifier: Folder of a fitted classifier. If it is missing, a classifier is fitted and saved in the folder.
+        limit: Number of held-out clips to use.
         device: Device of the model.
-        settings: Lengths, candidates, seeds.
+        settings: Lengths, numbers of candidates, and seeds.
     """
     from musiclm_pytorch.pretrained.model_folder import load_musiclm
 

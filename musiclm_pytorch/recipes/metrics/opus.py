@@ -1,4 +1,4 @@
-"""Opus at a given bitrate, through opusenc and opusdec (opus-tools)."""
+"""Encoding and decoding with Opus at a given bitrate, with the programs opusenc and opusdec (opus-tools)."""
 
 import shutil
 import struct
@@ -24,17 +24,17 @@ _HEADER_PACKETS = 2
 
 
 class OpusCopy(NamedTuple):
-    """A decoded wave `[c, n]`, aligned with the original, and the bits of its audio packets without container."""
+    """A decoded wave `[c, n]` that is aligned with the original, and its size in bits without the container."""
 
     wave: Tensor
     num_bits: int
 
 
 def require_opus() -> None:
-    """Check that the programs are installed."""
+    """Check that opusenc and opusdec are installed."""
     missing = [name for name in _PROGRAMS if shutil.which(name) is None]
     if missing:
-        raise ValueError(f"{' and '.join(missing)} not found; install with: apt-get install opus-tools")
+        raise ValueError(f"{' and '.join(missing)} not found; install them with apt-get install opus-tools")
 
 
 @beartype
@@ -42,7 +42,7 @@ def opus_copy(wave: Tensor, sample_hz: int, kbps: float | int) -> OpusCopy:
     """Encode and decode a wave `[c, n]` in -1..1 with Opus (variable bitrate, highest complexity).
 
     `kbps` is the requested bitrate of all channels together. opusdec removes the look-ahead of the encoder and cuts the
-    end, so the copy is aligned.
+    end, so the copy is aligned with the original.
     """
     require_opus()
     if not _MIN_KBPS <= kbps <= _MAX_KBPS:
@@ -61,14 +61,14 @@ def opus_copy(wave: Tensor, sample_hz: int, kbps: float | int) -> OpusCopy:
 
 
 def _run(*words: str) -> None:
-    """Run a program; a failure raises a ValueError with its error output."""
+    """Run a program; raise a ValueError with its error output if it fails."""
     ended = subprocess.run(words, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)
     if ended.returncode:
         raise ValueError(f"{words[0]} failed: {' '.join(ended.stderr.split()) or ended.returncode}")
 
 
 def _audio_bytes(packed: bytes) -> int:
-    """Sum the packets of an Ogg stream after its two headers (RFC 3533, section 6: pages and their lacing values)."""
+    """Sum the packet sizes of an Ogg stream after its two headers (RFC 3533, section 6: pages and lacing values)."""
     sizes, size, position = [], 0, 0
     while position < len(packed):
         (num_segments,) = struct.unpack_from("B", packed, position + 26)

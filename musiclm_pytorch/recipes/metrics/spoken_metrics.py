@@ -1,4 +1,4 @@
-"""Metrics of an AudioLM on spoken digits: the speaker of continuations, and the digits in what is generated."""
+"""Metrics of an AudioLM on spoken digits: the speaker of continuations, and the digits in generated speech."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -52,14 +52,14 @@ def generated_waves(
     prompts_hz: int | None = None,
     batch_size: int = 40,
 ) -> Tensor:
-    """Sample waves `[b, n]` from an AudioLM; wave i has seed i.
+    """Generate waves `[b, n]` with an AudioLM; wave i has seed i.
 
     Args:
-        audiolm: The model.
+        audiolm: Model that generates.
         num_waves: Number of waves b.
-        seconds: Length of each, including its prompt.
-        prompts: Waves `[b, n]` to continue; None = unconditional.
-        prompts_hz: Rate of the prompts; None = that of the codec.
+        seconds: Length of each wave, including its prompt.
+        prompts: Waves `[b, n]` to continue; None = generate without prompts.
+        prompts_hz: Sample rate of the prompts; None = rate of the codec.
         batch_size: Waves per batch.
     """
     waves = []
@@ -75,7 +75,7 @@ def generated_waves(
 
 @beartype
 def speakers_of(classifier: AttributeClassifier, waves: Tensor, sample_hz: int) -> list[str]:
-    """Speaker of each recording `[b, n]`: mean log probability over its words; "nobody" without a word."""
+    """Predict the speaker of each recording `[b, n]` by mean log probability over words; "nobody" without words."""
     names = []
     for wave in waves:
         words = cut_words(wave, sample_hz)
@@ -90,12 +90,12 @@ def speakers_of(classifier: AttributeClassifier, waves: Tensor, sample_hz: int) 
 
 @dataclass(frozen=True)
 class RecognizedWords:
-    """Words cut out of recordings, as classified.
+    """Digits that a classifier predicts for the k words in recordings.
 
     Attributes:
         digits: Most probable digit of each word.
-        confidences: Its probability, `[k]`.
-        num_seconds: Total length of the recordings.
+        confidences: Probability of the most probable digit of each word, `[k]`.
+        num_seconds: Total length of the recordings in seconds.
     """
 
     digits: list[str]
@@ -109,11 +109,13 @@ def recognized_words(
 ) -> RecognizedWords:
     """Cut recordings `[b, n]` at their pauses and classify the digit of each whole word.
 
-    `backwards` reverses the words in time: a control with the sounds of a voice and without digits.
+    `backwards` reverses the words in time. This control has the sounds of a voice but no digits.
     """
     words = [word for wave in waves for word in cut_words(wave, sample_hz, whole_only=True)]
     if not words:
-        raise ValueError(f"no sound as long as a word in {len(waves)} recordings; are they silent?")
+        raise ValueError(
+            f"found no word in {len(waves)} recordings, which are silent or shorter than a word; pass speech"
+        )
     inputs = padded([word.flip(0) for word in words] if backwards else words)
     best, index = classifier.predict_proba(inputs, sample_hz)["digit"].max(dim=-1)
     digits = [classifier.classes["digit"][i] for i in index.tolist()]
@@ -122,7 +124,7 @@ def recognized_words(
 
 @beartype
 def classifier_metrics(classifier: AttributeClassifier, audiolm: AudioLM, words: Sequence[AudioItem]) -> list[Metric]:
-    """Accuracy of the classifier on held-out words, and on their copies by the code levels that the stages predict."""
+    """Measure the classifier on held-out words, and on their copies from the code levels that the stages predict."""
     codec = audiolm.codec
     waves = load_clips(words, codec.target_sample_hz, _WORD_SECONDS)
     copies = reconstruct(codec, waves, num_levels=_predicted_levels(audiolm))
@@ -136,21 +138,21 @@ def classifier_metrics(classifier: AttributeClassifier, audiolm: AudioLM, words:
 
 
 def _predicted_levels(audiolm: AudioLM) -> int:
-    """Code levels that the stages of a model predict together."""
+    """Number of code levels that all stages of a model together predict."""
     last = audiolm.coarse if audiolm.fine is None else audiolm.fine
     return max(source.first_level + source.num_levels for source in last.transformer.sources.values())
 
 
 @beartype
 def speaker_metrics(truth: Sequence[str], answers: Mapping[str, Sequence[str]]) -> list[Metric]:
-    """Share of waves with the speaker of their prompt.
+    """Measure the share of waves that have the same speaker as their prompt.
 
     Args:
-        truth: Speaker of each prompt.
-        answers: Speaker of each wave, for each kind of waves.
+        truth: True speaker of each prompt.
+        answers: Predicted speaker of each wave, for each set of waves.
 
     Returns:
-        One metric for each kind, and a control for the first kind: each wave compared with the prompt of another one.
+        One metric per set of waves, and a control that compares each wave of the first set with the prompt of another.
     """
     metrics = [accuracy_metric(f"speaker kept / {name}", truth, speakers) for name, speakers in answers.items()]
     name, speakers = next(iter(answers.items()))
@@ -160,10 +162,10 @@ def speaker_metrics(truth: Sequence[str], answers: Mapping[str, Sequence[str]]) 
 
 @beartype
 def confidence_metrics(words: Mapping[str, RecognizedWords], reference: str) -> list[Metric]:
-    """Share of words with a confidence that 95% of the reference words reach.
+    """Measure the share of words with a confidence that 95% of the reference words reach.
 
     Args:
-        words: Words of each source.
+        words: Recognized words of each source.
         reference: Name of the source that sets the limit.
     """
     limit = float(np.quantile(words[reference].confidences, 0.05))
@@ -178,7 +180,7 @@ def confidence_metrics(words: Mapping[str, RecognizedWords], reference: str) -> 
 
 @beartype
 def confidence_table(words: Mapping[str, RecognizedWords]) -> str:
-    """Percentiles and histograms of the confidences, and shares of the digits, as markdown."""
+    """Format percentiles and histograms of the confidences, and the shares of the digits, as Markdown."""
     percentiles = [["confidence", *(f"{percent}%" for percent in _PERCENTILES)]]
     digits = sorted({digit for recognized in words.values() for digit in recognized.digits})
     shares = [["share of digits", *digits]]
@@ -195,7 +197,7 @@ def confidence_table(words: Mapping[str, RecognizedWords]) -> str:
 
 @beartype
 def histogram(shares: np.ndarray) -> list[str]:
-    """Text histogram of numbers in 0..1: one line per tenth, the lowest first."""
+    """Format a text histogram of numbers in 0..1, with one line per tenth and the lowest first."""
     counts, edges = np.histogram(shares, bins=_NUM_BINS, range=(0.0, 1.0))
     parts = counts / counts.sum()
     return [

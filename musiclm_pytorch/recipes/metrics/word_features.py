@@ -1,4 +1,4 @@
-"""Spoken words: cut out of a recording at its pauses, and features that do not depend on their length."""
+"""Cutting of recordings into spoken words at pauses, and features of words that do not depend on their length."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,8 +28,9 @@ _WORDS_PER_BATCH = 200
 class WordFeatures(nn.Module):
     """Log-mel spectrogram of a word in a fixed number of segments, with its mean and deviation over time.
 
-    Silence around the word and its level have no influence: the spectrogram has a floor `dynamic_range_db` below its
-    loudest cell. Bands end at 3.8 kHz, which a recording of 8 kHz contains.
+    Silence around the word and its level do not change the features, because the spectrogram has a floor
+    `dynamic_range_db` below its loudest value. The highest band ends at 3.8 kHz, so that recordings at 8 kHz contain
+    all bands.
     """
 
     @beartype
@@ -41,13 +42,13 @@ class WordFeatures(nn.Module):
         num_segments: int = 16,
         dynamic_range_db: float | int = 40.0,
     ) -> None:
-        """Build the features.
+        """Create a module that computes word features.
 
         Args:
             sample_hz: Words are resampled to this rate.
-            num_mels: Bands between 80 and 3800 Hz.
-            num_segments: Equal parts of a word.
-            dynamic_range_db: Depth of the floor.
+            num_mels: Number of mel bands between 80 and 3800 Hz.
+            num_segments: Number of equal parts into which a word is divided.
+            dynamic_range_db: Distance of the floor from the loudest value, in dB.
         """
         super().__init__()
         if sample_hz < 2 * _F_MAX_HZ or min(num_mels, num_segments) < 1 or dynamic_range_db <= 0:
@@ -74,15 +75,15 @@ class WordFeatures(nn.Module):
 
     @torch.no_grad()
     def forward(self, waves: Tensor, sample_hz: int | None = None) -> Tensor:
-        """Features `[b, d]` float32 of words `[b, n]`, one per row, at `sample_hz` (None = the rate of the module)."""
+        """Compute features `[b, d]` float32 of words `[b, n]`, one per row; `sample_hz` is their rate."""
         if waves.ndim != 2 or not torch.isfinite(waves).all():
-            raise ValueError(f"words must be finite and of shape [b, n], got shape {tuple(waves.shape)}")
+            raise ValueError(f"words must be [b, n] without NaN or infinite samples, got shape {tuple(waves.shape)}")
         waves = resample(waves.float(), sample_hz or self.sample_hz, self.sample_hz)
         rows = [self._describe(energy) for part in waves.split(_WORDS_PER_BATCH) for energy in self.mel(part)]
         return torch.stack(rows)
 
     def _describe(self, energy: Tensor) -> Tensor:
-        """Features of one spectrogram `[m, f]`."""
+        """Compute the features of one spectrogram `[m, f]`."""
         level = reduce(energy, "m f -> f", "sum")
         loud = (level >= level.max() * 10.0 ** (-_PAUSE_DB / 10)).nonzero()
         word = energy[:, int(loud[0]) : int(loud[-1]) + 1]
@@ -96,16 +97,17 @@ class WordFeatures(nn.Module):
 def cut_words(wave: Tensor, sample_hz: int, whole_only: bool = False) -> list[Tensor]:
     """Cut a recording `[n]` at its pauses into words `[n_i]`.
 
-    A pause is at least 0.12 s that is more than 35 dB below the loudest 10 ms. Sounds shorter than 0.15 s are left out.
+    A pause lasts at least 0.12 s and is more than 35 dB below the loudest 10 ms. Sounds shorter than 0.15 s are left
+    out.
 
     Args:
-        wave: The recording.
-        sample_hz: Rate of the recording.
-        whole_only: Also leave out sounds that touch an end of the recording, which may be cut words, and sounds longer
-            than 1.2 s, which are several words.
+        wave: Recording `[n]`.
+        sample_hz: Sample rate of the recording.
+        whole_only: Whether to leave out sounds at the start or end of the recording, which can be incomplete words, and
+            sounds longer than 1.2 s, which are several words.
     """
     if wave.ndim != 1 or not torch.isfinite(wave).all():
-        raise ValueError(f"a recording must be finite and of shape [n], got shape {tuple(wave.shape)}")
+        raise ValueError(f"a recording must be [n] without NaN or infinite samples, got shape {tuple(wave.shape)}")
     hop = round(_HOP_SECONDS * sample_hz)
     num_hops = len(wave) // hop
     if num_hops == 0:
@@ -128,5 +130,5 @@ def cut_words(wave: Tensor, sample_hz: int, whole_only: bool = False) -> list[Te
 
 @beartype
 def padded(waves: Sequence[Tensor]) -> Tensor:
-    """Waves `[n_i]` of any lengths as one batch `[b, n]`, padded with silence."""
+    """Pad waves `[n_i]` of any lengths with silence and stack them to a batch `[b, n]`."""
     return pad_sequence(list(waves), batch_first=True)

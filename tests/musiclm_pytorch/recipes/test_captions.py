@@ -99,7 +99,7 @@ def test_partial_labels_give_partial_captions() -> None:
 
 @pytest.mark.parametrize(
     ("labels", "count", "message"),
-    [({"instrument": "kazoo"}, 1, "kazoo"), (LABELS, 0, "count"), ({"dance": "jig"}, 1, "no template fits")],
+    [({"instrument": "kazoo"}, 1, "kazoo"), (LABELS, 0, "count"), ({"dance": "jig"}, 1, "no caption template exists")],
 )
 def test_captions_of_unknown_values_are_an_error(labels: dict, count: int, message: str) -> None:
     """The message names the unknown value."""
