@@ -1,1 +1,1 @@
-"""Saved modules, files that are replaced atomically, models of a hub, and a safe reader of pickled files."""
+"""Saving and loading: modules, files replaced atomically, models from the Hugging Face hub, safely read pickles."""

@@ -1,4 +1,4 @@
-"""JSON and safetensors files that are replaced as a whole: written beside, synced to the disk, then renamed."""
+"""JSON and safetensors files, replaced atomically: a temporary file is written, synced to disk, then renamed."""
 
 import json
 import os
@@ -19,12 +19,12 @@ __all__ = ["differences", "read_json", "read_weights", "staged_files", "sync_to_
 
 @beartype
 def write_json(path: str | Path, obj: Any) -> None:
-    """Write an object as JSON (no NaN); a reader sees the old file or the new one. Missing folders are created."""
+    """Replace a JSON file atomically; missing folders are created. NaN raises a ValueError."""
     path = Path(path)
     try:
         text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"cannot write {path}: not JSON-able ({error})") from error
+        raise ValueError(f"cannot write {path}: the object cannot be stored as JSON ({error})") from error
     with staged_files(path.parent) as stage:
         (stage / path.name).write_text(text + "\n", encoding="utf-8")
 
@@ -53,12 +53,12 @@ def differences(found: Any, expected: Any, path: str = "") -> list[str]:
 
 @beartype
 def write_weights(path: str | Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors by name as a safetensors file; a reader sees the old file or the new one.
+    """Replace a safetensors file by named tensors, atomically.
 
     Args:
-        path: The file; missing folders are created.
-        weights: Tensors on any device, of which no two share memory (as from `weights_of`).
-        metadata: Strings for the header of the file.
+        path: File to write; missing folders are created.
+        weights: Named tensors on any device; no two may share memory (`weights_of` returns such tensors).
+        metadata: Names and strings for the header of the file.
     """
     path = Path(path)
     with staged_files(path.parent) as stage:
@@ -68,7 +68,7 @@ def write_weights(path: str | Path, weights: Mapping[str, Tensor], metadata: Map
 
 @beartype
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file: its tensors, on the CPU, and the strings of its header; ValueError if it is damaged."""
+    """Read the tensors (on the CPU) and the header strings of a safetensors file; ValueError if it is damaged."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
@@ -82,7 +82,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 @contextmanager
 def staged_files(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder in `folder`; its files are synced and moved out when the block ends without an error."""
+    """Yield a temporary folder; if the block ends without an error, its files are synced and moved to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as name:
         stage = Path(name)
@@ -98,7 +98,7 @@ def staged_files(folder: Path) -> Iterator[Path]:
 
 
 def _usual_mode(folder: Path) -> int:
-    """Permissions of a new file; only their owner can read the files that safetensors writes."""
+    """Default permissions of a new file; safetensors writes files that only their owner can read."""
     sample = folder / ".mode"
     sample.touch()
     mode = stat.S_IMODE(sample.stat().st_mode)
@@ -108,7 +108,7 @@ def _usual_mode(folder: Path) -> int:
 
 @beartype
 def sync_to_disk(path: str | Path) -> None:
-    """Wait until the content of a file, or the list of names of a folder, is on the disk."""
+    """Wait until the content of a file, or the list of files in a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

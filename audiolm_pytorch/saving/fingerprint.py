@@ -1,4 +1,4 @@
-"""Fingerprints: short hashes of everything that a module computes with."""
+"""Fingerprints: short hashes of the class, config and weights of a module."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ _cache: WeakKeyDictionary[nn.Module, tuple[str, list[tuple[ref[Tensor], tuple[in
 def fingerprint_of(module: nn.Module) -> str:
     """Hash the class, config, parameters and persistent buffers of a module into 16 hexadecimal digits.
 
-    The result does not depend on the device, nor on train or eval mode.
+    The hash does not depend on the device or on train or eval mode.
     """
     spec = {"class": type(module).__name__, "config": getattr(module, "config", {})}
     return cached_fingerprint(module, json.dumps(spec, sort_keys=True), lambda: digest_of(spec, weights_of(module)))
@@ -30,15 +30,15 @@ def fingerprint_of(module: nn.Module) -> str:
 
 @beartype
 def part_fingerprint(module: nn.Module) -> str:
-    """Return `module.fingerprint()` where the module has that method, else `fingerprint_of(module)`."""
+    """Return `module.fingerprint()` if the module has this method, else `fingerprint_of(module)`."""
     fingerprint: Any = getattr(module, "fingerprint", None)
     return fingerprint_of(module) if fingerprint is None else fingerprint()
 
 
 def nameless_fingerprint(model: nn.Module, facts: list[Any]) -> str:
-    """Hash the weights of a model, without their names, together with JSON-able facts.
+    """Hash the weights of a model, without the names of the weights, together with a JSON-able description.
 
-    Releases of transformers rename weights (weight norm, the halves of Mimi), so names are left out.
+    Names are left out because releases of transformers rename weights (weight norm, encoder and decoder of Mimi).
     """
 
     def digest() -> str:
@@ -60,10 +60,10 @@ def digest_of(spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
 
 
 def cached_fingerprint(module: nn.Module, facts: str, compute: Callable[[], str]) -> str:
-    """Return the fingerprint of a module, and compute it only if its weights or the facts have changed.
+    """Return the fingerprint of a module; it is recomputed only if the weights or the facts have changed.
 
-    Hashing 95 million weights takes half a second. In-place writes and exchanged memory (`module.half()`, EMA weights)
-    are noticed. Like autograd, this does not notice writes through `tensor.data`.
+    Hashing 95 million weights takes half a second. In-place writes and replaced memory (`module.half()`, EMA weights)
+    are detected. Writes through `tensor.data` are not detected, as in autograd.
     """
     tensors = [value for value in module.state_dict(keep_vars=True).values() if isinstance(value, Tensor)]
     if any(tensor.is_inference() for tensor in tensors):  # inference tensors do not count writes
@@ -81,10 +81,10 @@ def cached_fingerprint(module: nn.Module, facts: str, compute: Callable[[], str]
 
 
 def _state_of(tensor: Tensor) -> tuple[int, int]:
-    """The number of writes to a tensor, and a hash of its address and dtype."""
+    """Return the number of writes to a tensor, and a hash of its memory address and dtype."""
     return tensor._version, hash((tensor.data_ptr(), tensor.dtype))
 
 
 def _bytes_of(tensor: Tensor) -> Any:
-    """The bytes of a tensor, as a buffer."""
+    """Return the bytes of a tensor as a buffer."""
     return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""

@@ -1,4 +1,4 @@
-"""Load models and tokenizers in the format of transformers, from a local folder or the hub, safetensors only."""
+"""Load models and tokenizers in transformers' format from a local folder or the hub; weights only from safetensors."""
 
 import logging
 import re
@@ -51,13 +51,13 @@ _LICENCES = {
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model of transformers and its origin.
+    """A model loaded with transformers, and its origin.
 
     Attributes:
-        source: Folder or hub id.
-        revision: Commit of the hub; None for a local folder.
-        licence: Licence of the weights.
-        preprocessor: Settings of the feature extractor; empty where the folder has none.
+        source: Local folder or hub id that the model was loaded from.
+        revision: Commit on the hub; None for a local folder.
+        licence: Licence of the weights, from the model card; None if unknown.
+        preprocessor: Settings of the feature extractor; empty if the folder has no file of these settings.
     """
 
     model: nn.Module
@@ -68,12 +68,12 @@ class LoadedModel:
 
     @property
     def origin(self) -> dict[str, Any]:
-        """Source, revision and licence, JSON-able."""
+        """Source, revision and licence of the model as a JSON-able dict."""
         return {"source": self.source, "revision": self.revision, "licence": self.licence}
 
 
 def require_transformers() -> Any:
-    """Import transformers; an ImportError names the `pip install` line."""
+    """Import transformers; if it is missing, an ImportError names the `pip install` command."""
     try:
         return import_module("transformers")
     except ImportError as error:
@@ -83,17 +83,17 @@ def require_transformers() -> Any:
 def find_folder(
     source: str | Path, *, offline: bool = False, revision: str | None = None, cache_dir: str | Path | None = None
 ) -> tuple[Path, str | None]:
-    """Find the folder of a model, and its commit where it is from the hub. A local folder comes first.
+    """Find the local folder of a model, and its hub commit (None if `source` is itself a local folder).
 
     Args:
-        source: A folder, or a hub id (owner/name).
+        source: A local folder, or a hub id (owner/name); an existing folder is used before the hub.
         offline: Use only local files and the local cache of the hub.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder, None
     if isinstance(source, Path) or not _HUB_ID.fullmatch(source):
-        raise ValueError(f"there is no folder {source}; give a folder, or a hub id like owner/name")
+        raise ValueError(f"there is no folder {source}; pass an existing folder, or a hub id like owner/name")
     require_transformers()
     try:
         snapshot = import_module("huggingface_hub").snapshot_download(
@@ -114,14 +114,14 @@ def find_folder(
 
 
 def model_type_of(folder: Path) -> str:
-    """Read the `model_type` of a folder in transformers' format."""
+    """Read `model_type` from the `config.json` of a folder in transformers' format."""
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"{folder} holds no model: there is no config.json in it")
+        raise ValueError(f"{folder} has no config.json; pass a model folder written by save_pretrained")
     config = read_json(path)
     model_type = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(model_type, str):
-        raise ValueError(f"{path} has no model_type: it is not in the format of save_pretrained of transformers")
+        raise ValueError(f"{path} has no model_type; pass a folder written by save_pretrained of transformers")
     return model_type
 
 
@@ -134,19 +134,19 @@ def load_model(
     cache_dir: str | Path | None = None,
     unneeded: Sequence[str] = (),
 ) -> LoadedModel:
-    """Load a model of transformers in float32, with every weight from safetensors.
+    """Load a model with transformers in float32; every weight must be in the safetensors files.
 
     Args:
         source: See `find_folder`.
-        model_classes: Accepted classes of transformers by their `model_type`.
-        unneeded: Prefixes of weights that may be missing, since the caller drops these parts.
+        model_classes: Class of transformers for each accepted `model_type`.
+        unneeded: Name prefixes of weights that may be missing, because the caller drops these parts of the model.
     """
     transformers = require_transformers()
     folder, commit = find_folder(source, offline=offline, revision=revision, cache_dir=cache_dir)
     model_type = model_type_of(folder)
     if model_type not in model_classes:
         raise ValueError(
-            f"{source} holds a model of type {model_type!r}, {' or '.join(map(repr, model_classes))} is needed here"
+            f"{source} holds a model of type {model_type!r}; pass one of type {' or '.join(map(repr, model_classes))}"
         )
     model_class = model_classes[model_type]
     if not any(folder.glob("*.safetensors")):
@@ -169,11 +169,9 @@ def load_model(
     absent = [*sorted(missing), *sorted(map(str, report["mismatched_keys"]))]
     if absent:
         # transformers only warns and leaves them random.
-        raise ValueError(
-            f"the weights in {folder} do not fit {model_class}; missing or of another shape are {absent[:8]}"
-        )
+        raise ValueError(f"the weights in {folder} do not fit {model_class}; missing or of another shape: {absent[:8]}")
     if report["unexpected_keys"]:
-        logger.warning("%s: %d weights are not used", folder, len(report["unexpected_keys"]))
+        logger.warning("%s: %d weights of the file are not used by the model", folder, len(report["unexpected_keys"]))
     licence = _licence_in(folder) or _LICENCES.get(str(source), LoadedModel.licence)
     return LoadedModel(model.to(torch.float32), str(source), commit, licence, _preprocessor_in(folder))
 
@@ -181,22 +179,22 @@ def load_model(
 def load_tokenizer(
     source: str | Path, *, offline: bool = False, revision: str | None = None, cache_dir: str | Path | None = None
 ) -> Tokenizer:
-    """Load the tokenizer of a model of transformers as a `tokenizers.Tokenizer`, which can be saved as one JSON string.
+    """Load a text tokenizer of transformers as a `tokenizers.Tokenizer`, which can be saved as one JSON string.
 
-    Its post-processor adds the special tokens of the model. Truncation and padding are switched off. The arguments are
-    those of `find_folder`. A tokenizer that is written in Python raises a ValueError.
+    The tokenizer adds the special tokens of the model. Truncation and padding are switched off. For the arguments see
+    `find_folder`. A tokenizer that exists only in Python code (not as a fast tokenizer) raises a ValueError.
     """
     transformers = require_transformers()
     folder, _ = find_folder(source, offline=offline, revision=revision, cache_dir=cache_dir)
     # Without a vocabulary, transformers makes an empty tokenizer and does not warn.
     if not any((folder / name).is_file() for name in _VOCABULARIES):
-        raise ValueError(f"{folder} has no tokenizer: one of {_VOCABULARIES} belongs beside the weights")
+        raise ValueError(f"{folder} has no tokenizer; it needs one of the files {_VOCABULARIES}")
     try:
         loaded = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         tokenizer = Tokenizer.from_str(loaded.backend_tokenizer.to_str())
     except Exception as error:
         raise ValueError(
-            f"the tokenizer in {folder} cannot be read ({_one_line(error)}); save it as tokenizer.json, with "
+            f"the tokenizer in {folder} cannot be read ({_one_line(error)}); save it as tokenizer.json with "
             "save_pretrained of a fast tokenizer"
         ) from error
     tokenizer.no_truncation()
@@ -205,23 +203,23 @@ def load_tokenizer(
 
 
 def model_settings(model: nn.Module) -> dict[str, Any]:
-    """The config of a model of transformers, JSON-able, without what changes from release to release."""
+    """Config of a transformers model, JSON-able, without entries that differ between releases of transformers."""
     config: Any = model.config
     return {name: value for name, value in config.to_dict().items() if name not in _VOLATILE}
 
 
 def portable_origin(origin: Mapping[str, Any]) -> dict[str, Any]:
-    """An origin for a saved file: a local folder is reduced to its name."""
+    """Prepare the origin of a model for a saved file: the path of a local folder is reduced to its name."""
     return {**origin, "source": origin["source"] if origin["revision"] else Path(origin["source"]).name}
 
 
 def _one_line(error: Exception) -> str:
-    """Type and message of an error, without line breaks."""
+    """Format type and message of an error without line breaks."""
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _preprocessor_in(folder: Path) -> dict[str, Any]:
-    """Settings of the feature extractor, from the file that this release of transformers wrote; empty if missing."""
+    """Read the settings of the feature extractor of a model folder; empty if no file has them."""
     if (folder / _PREPROCESSOR).is_file():
         return dict(read_json(folder / _PREPROCESSOR))
     if (folder / _PROCESSOR).is_file():
@@ -230,7 +228,7 @@ def _preprocessor_in(folder: Path) -> dict[str, Any]:
 
 
 def _licence_in(folder: Path) -> str | None:
-    """The licence in the header of the model card; None if missing."""
+    """Read the licence from the header of the model card; None if missing."""
     card = folder / "README.md"
     if not card.is_file():
         return None

@@ -1,8 +1,9 @@
 """Saved modules: weights as safetensors, everything else as JSON, no pickle.
 
-A module class that can be saved is registered with `register` and has `config`, the JSON-able constructor arguments;
-parts are nested specs (`module_spec`). Where `config` differs from the arguments, a classmethod `from_config(config)`
-builds the module. A saved module is a folder with `model.safetensors` and `config.json`.
+A class whose modules can be saved is registered with `register`. Its attribute `config` holds the constructor
+arguments, JSON-able; submodules are stored in it as nested specs (`module_spec`). If `config` differs from the
+constructor arguments, a classmethod `from_config(config)` builds the module. A saved module is a folder with
+`model.safetensors` and `config.json`.
 """
 
 from collections.abc import Mapping
@@ -39,7 +40,7 @@ _registry: dict[str, type[nn.Module]] = {}
 
 
 def register(cls: ModuleClass) -> ModuleClass:
-    """Class decorator: let `build_module` and `load_module` find an `nn.Module` class by its name, which is unique."""
+    """Class decorator: register an `nn.Module` class by its (unique) name for `build_module` and `load_module`."""
     known = _registry.get(cls.__name__)
     # The same class may be defined again, by a reloaded module or a notebook cell.
     if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
@@ -52,13 +53,13 @@ def register(cls: ModuleClass) -> ModuleClass:
 
 
 def constructor_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a constructor as a config; `values` is `locals()` in its first line."""
+    """Return the arguments of a constructor as a config; pass `locals()` from its first line as `values`."""
     return {name: value for name, value in values.items() if name not in ("self", "__class__")}
 
 
 @beartype
 def module_spec(module: nn.Module) -> dict[str, Any]:
-    """Describe how to build a module of a registered class: `{"class": name, "config": config}`, JSON-able."""
+    """Return the JSON-able spec of a module of a registered class: `{"class": name, "config": config}`."""
     cls = type(module)
     if _registry.get(cls.__name__) is not cls:
         raise TypeError(
@@ -72,14 +73,14 @@ def module_spec(module: nn.Module) -> dict[str, Any]:
 
 @beartype
 def build_module(spec: Mapping[str, Any]) -> nn.Module:
-    """Build a module from a spec of `module_spec`, with fresh weights; ValueError if the config is not accepted."""
+    """Build a module with random weights from a spec of `module_spec`; ValueError if the class rejects the config."""
     missing = [key for key in ("class", "config") if key not in spec]
     if missing:
-        raise ValueError(f"a module spec needs the keys 'class' and 'config'; {missing} missing in {sorted(spec)}")
+        raise ValueError(f"a module spec needs the keys 'class' and 'config'; got {sorted(spec)} without {missing}")
     cls = _registry.get(spec["class"])
     if cls is None:
         raise ValueError(
-            f"unknown module class {spec['class']!r}; known are {sorted(_registry)}. "
+            f"unknown module class {spec['class']!r}; registered classes are {sorted(_registry)}. "
             "Import the package that defines it before loading"
         )
     try:
@@ -94,7 +95,7 @@ def build_module(spec: Mapping[str, Any]) -> nn.Module:
 
 
 def _built_parts(value: Any) -> Any:
-    """Replace a spec, or the specs in a list, by the modules that they describe."""
+    """Replace a module spec, or every spec in a list, by a module built from it."""
     if isinstance(value, list):
         return [_built_parts(item) for item in value]
     return build_module(value) if isinstance(value, dict) and value.keys() == {"class", "config"} else value
@@ -104,18 +105,18 @@ def _built_parts(value: Any) -> Any:
 def save_module(
     module: nn.Module, folder: str | Path, extra: dict[str, Any] | None = None, dtype: torch.dtype | None = None
 ) -> None:
-    """Write a module as `model.safetensors` and `config.json`; other files in the folder are left alone.
+    """Write a module as `model.safetensors` and `config.json`; other files in the folder are not changed.
 
     Args:
         module: A module of a registered class.
-        extra: More JSON-able entries for `config.json`, which `read_config` returns.
+        extra: Additional JSON-able entries for `config.json`; `read_config` returns them.
         dtype: Floating type of the stored weights, e.g. `torch.float16` for half the size; None keeps the dtypes. A
-            weight that overflows in it raises a ValueError.
+            value too large for this type raises a ValueError.
     """
     folder, extra = Path(folder), dict(extra or {})
     reserved = [key for key in _RESERVED_KEYS if key in extra]
     if reserved:
-        raise ValueError(f"extra entries may not be called {reserved}; these keys belong to the format")
+        raise ValueError(f"extra entries may not be called {reserved}, which the format reserves; rename them")
     weights = weights_of(module)
     if dtype is not None:
         weights = {name: _converted(name, tensor, dtype) for name, tensor in weights.items()}
@@ -129,11 +130,11 @@ def save_module(
 
 @beartype
 def load_module(folder: str | Path, expect: type | None = None, device: str | torch.device = "cpu") -> nn.Module:
-    """Build a saved module and load its weights; the module is in eval mode and has its own dtypes (float32).
+    """Load a saved module in eval mode; its dtypes are those of its constructor (float32), not those of the file.
 
     Args:
-        folder: A folder written by `save_module`. A damaged one raises a ValueError that names it.
-        expect: The class (or a base of it) that the caller needs; None accepts any.
+        folder: A folder written by `save_module`; if its files are damaged, a ValueError names the folder.
+        expect: Required class or base class of the module; None accepts any class.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -158,7 +159,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """Read `config.json` of a saved module: `format_version`, `class`, `config` and the extra entries."""
     path = Path(folder) / _CONFIG_FILE
     if not path.is_file():
-        raise ValueError(f"{folder} holds no saved module: there is no {_CONFIG_FILE} in it")
+        raise ValueError(f"{folder} is not a saved module: it has no {_CONFIG_FILE}; pass a folder of save_module")
     config = read_json(path)
     version = config.get("format_version") if isinstance(config, dict) else None
     if version != _FORMAT_VERSION:
@@ -168,17 +169,17 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         )
     missing = [key for key in ("class", "config") if key not in config]
     if missing:
-        raise ValueError(f"{path} lacks the keys {missing}")
+        raise ValueError(f"{path} lacks the keys {missing}; save the module again")
     return dict(config)
 
 
 def _converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert a floating tensor; ValueError where a finite value becomes infinite."""
+    """Convert a floating tensor to a dtype; ValueError if a finite value becomes infinite."""
     if not tensor.is_floating_point():
         return tensor
     converted = tensor.to(dtype)
     if not torch.equal(torch.isfinite(converted), torch.isfinite(tensor)):
         raise ValueError(
-            f"{name} has values up to {tensor.abs().max():.3g}, too large for {dtype}; store it as float32"
+            f"{name} has values up to {tensor.abs().max():.3g}, too large for {dtype}; save the module as float32"
         )
     return converted

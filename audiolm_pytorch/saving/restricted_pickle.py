@@ -1,8 +1,8 @@
-"""Read a pickle as plain data: nothing that it names is imported, looked up or called.
+"""Read a pickle as plain data: no class or function that the file names is imported or called.
 
-Published checkpoints and k-means files are pickles. torch's own weights-only loader refuses calls, but it copies
-containers as often as the file asks, so that a file of 1 MB can take 8 GB. Here every object of a class becomes an
-inert `StandIn`, and no instruction copies anything, so time and memory are bounded by the number of instructions.
+Published checkpoints and k-means files are pickles. torch's weights-only loader rejects calls, but a file can make it
+copy containers many times, so that a file of 1 MB can use 8 GB of memory. This reader replaces every object of a class
+by a `StandIn` and copies nothing, so the number of instructions limits time and memory.
 """
 
 import pickle
@@ -30,18 +30,18 @@ _Unpickler: Any = pickle._Unpickler  # the unpickler of pickle that is written i
 
 
 class RefusedFileError(ValueError):
-    """A file holds something that is not read; `one_line_errors` adds the name of the file and what to do."""
+    """A file has content that this reader rejects; `one_line_errors` adds the file name and advice to the message."""
 
 
 class ClassName:
-    """Stand-in of a class or function: its module and name, joined by a dot."""
+    """Placeholder for a class or function: its module and name, joined by a dot."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
 
 class StandIn:
-    """Stand-in of an object: the name of its class, its constructor arguments, and its pickled state."""
+    """Placeholder for a pickled object: the name of its class, its constructor arguments, and its pickled state."""
 
     def __init__(self, name: str, arguments: tuple[Any, ...]) -> None:
         self.name = name
@@ -53,9 +53,9 @@ class DataUnpickler(_Unpickler):
     """Python's unpickler with a list of allowed instructions and names; every object becomes a `StandIn`.
 
     Args:
-        file: The pickle; its position is behind the pickle after `load`.
-        names: Full names of the classes and functions that the file may name.
-        roots: Modules and packages all of whose classes it may name.
+        file: Binary file with a pickle; after `load`, the file position is behind the pickle.
+        names: Full names of the allowed classes and functions.
+        roots: Modules and packages whose classes are all allowed.
     """
 
     def __init__(self, file: Any, names: Collection[str], roots: Collection[str]) -> None:
@@ -64,9 +64,9 @@ class DataUnpickler(_Unpickler):
         self.dispatch = _Instructions()
 
     def find_class(self, module: str, name: str) -> ClassName:
-        """Return the stand-in of a class, without looking it up."""
+        """Return a `ClassName` for a class, without importing it."""
         if max(len(module), len(name)) > _MAX_NAME_LENGTH:
-            raise RefusedFileError("is refused: it names a class by a text of more than 256 letters")
+            raise RefusedFileError("is refused: it has a class name of more than 256 characters")
         full_name = f"{module}.{name}"
         parts = full_name.split(".")
         is_class = all(part.isidentifier() for part in parts) and not any(map(_DUNDER.fullmatch, parts))
@@ -77,11 +77,11 @@ class DataUnpickler(_Unpickler):
         return ClassName(full_name)
 
     def finish(self, stand_in: StandIn) -> Any:
-        """Return the value for an object whose state was read; a subclass may read more of the file here."""
+        """Return the value for an object whose state was read; a subclass may read more bytes of the file."""
         return stand_in
 
     def load_reduce(self) -> None:
-        """Replace a callable and its arguments by a stand-in of the result, without a call."""
+        """Replace a callable and its arguments by a `StandIn` for the result; nothing is called."""
         arguments = self.stack.pop()
         callee = self.stack.pop()
         if type(callee) is not ClassName or type(arguments) is not tuple:
@@ -94,28 +94,28 @@ class DataUnpickler(_Unpickler):
     load_newobj = load_reduce
 
     def load_build(self) -> None:
-        """Keep the state of a stand-in; the attributes of an OrderedDict (versions of modules) are dropped."""
+        """Store the pickled state in a `StandIn`; attributes of an OrderedDict (versions of modules) are dropped."""
         state = self.stack.pop()
         target = self.stack[-1]
         if type(target) is StandIn:
             target.state = state
             self.stack[-1] = self.finish(target)
         elif type(target) is not dict:
-            raise RefusedFileError(f"is refused: it gives a state to a {type(target).__name__}")
+            raise RefusedFileError(f"is refused: it sets the state of a {type(target).__name__}")
 
     def load_setitem(self) -> None:
-        """Set one entry of a dictionary."""
+        """Set one entry of a dictionary after a check of its key."""
         _check_keys(self.stack[-2:-1])
         super().load_setitem()
 
     def load_setitems(self) -> None:
-        """Set the entries of a dictionary."""
+        """Set several entries of a dictionary after a check of their keys."""
         _check_keys(self.stack[::2])
         super().load_setitems()
 
 
 def _check_keys(keys: list[Any]) -> None:
-    """Refuse keys that may take long to hash or to compare: tuples and large integers."""
+    """Reject dictionary keys that may take long to hash or to compare: tuples and large integers."""
     for key in keys:
         is_number = isinstance(key, float) or (isinstance(key, int) and key.bit_length() <= 64)
         if not is_number and key is not None and not isinstance(key, str | bytes | StandIn | ClassName):
@@ -123,7 +123,7 @@ def _check_keys(keys: list[Any]) -> None:
 
 
 class _Instructions:
-    """The allowed instructions by code; counts how often one is looked up."""
+    """Allowed pickle instructions by code; the number of lookups is limited."""
 
     def __init__(self) -> None:
         self._left = _MAX_INSTRUCTIONS
@@ -143,7 +143,7 @@ _LOADERS = {code: getattr(DataUnpickler, _Unpickler.dispatch[code].__name__) for
 
 @contextmanager
 def one_line_errors(source: str | Path, advice: str) -> Iterator[None]:
-    """Turn any error while a file is read into a ValueError of one line: the file, the reason, and advice."""
+    """Convert any error in the block into a ValueError whose message has one line: file, reason and advice."""
     try:
         yield
     except RefusedFileError as error:
@@ -156,5 +156,5 @@ def one_line_errors(source: str | Path, advice: str) -> Iterator[None]:
 
 
 def _one_line(message: object) -> str:
-    """A message without line breaks and control characters."""
+    """Format a message without line breaks and control characters."""
     return " ".join("".join(letter if letter.isprintable() else " " for letter in str(message)[:2000]).split())

@@ -1,6 +1,6 @@
-"""Checkpoints of torch that hold other objects beside tensors, read as data (see `restricted_pickle`).
+"""Read torch checkpoints that also hold objects of other classes, without running code (see `restricted_pickle`).
 
-Both formats of `torch.save` are read: the zip archive since torch 1.6, and the plain file before it, which published
+Both formats of `torch.save` are read: the zip archive since torch 1.6, and the older plain file, which published
 wav2vec models use.
 """
 
@@ -72,7 +72,7 @@ _NAMES = (
 
 
 class _Storage(NamedTuple):
-    """Reference to a storage in the file."""
+    """Reference to a tensor storage in a checkpoint file."""
 
     key: str
     dtype: torch.dtype
@@ -80,13 +80,13 @@ class _Storage(NamedTuple):
 
 
 class TorchCheckpoint:
-    """The dictionary in a file written by `torch.save`, of any release since 0.4; nothing in it is run.
+    """The dictionary in a file written by `torch.save` (torch 0.4 or later); no code in the file is run.
 
-    A ValueError is raised if it names anything but tensors, plain data and objects of fairseq, omegaconf and argparse.
+    A ValueError is raised if the file names classes other than tensors, plain data, fairseq, omegaconf and argparse.
 
     Attributes:
-        content: The saved dictionary: plain containers, numbers, text, and a `StandIn` for everything else. `tensor`
-            turns the stand-in of a tensor into the tensor.
+        content: The saved dictionary: plain containers, numbers, text, and a `StandIn` for every other object. The
+            method `tensor` converts the `StandIn` of a tensor into the tensor.
     """
 
     @beartype
@@ -99,16 +99,16 @@ class TorchCheckpoint:
             if start.startswith(_ZIP_START):
                 self.content = self._read_archive()
             elif start[_TAR_OFFSET:] == _TAR_MARK:
-                raise RefusedFileError("is a tar archive, as torch before 0.4 wrote")
+                raise RefusedFileError("is a tar archive, the format of torch before 0.4")
             else:
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
                     self.content = self._read_legacy(mapped)
             if type(self.content) is not dict:
-                raise RefusedFileError("is no checkpoint of torch: it holds no dictionary")
+                raise RefusedFileError("is not a checkpoint of torch: its object is not a dictionary")
 
     @beartype
     def tensor(self, value: Any) -> Tensor:
-        """Return the tensor of a stand-in in `content`, on the CPU; it may share memory with other tensors."""
+        """Return the tensor, on the CPU, of a `StandIn` in `content`; it may share memory with other tensors."""
         with one_line_errors(self.path, _ADVICE):
             if type(value) is StandIn and value.name == _PARAMETER:
                 value = value.arguments[0]
@@ -119,23 +119,23 @@ class TorchCheckpoint:
                 raise RefusedFileError("holds a conjugated or negated view; save it again after resolve_conj()")
             numbers = (offset, *size, *stride)
             if type(storage) is not _Storage or not all(type(number) is int and number >= 0 for number in numbers):
-                raise ValueError("it holds a tensor without a proper size")
+                raise ValueError("a tensor has no valid size, stride and offset")
             last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
             is_inside = 0 in size or (last < storage.num_values and prod(size) <= storage.num_values)
             if not is_inside or len(size) > 64:
-                raise ValueError("it holds a tensor that is larger than its storage")
+                raise ValueError("a tensor is larger than its storage")
             values = self._storages[storage.key].view(storage.dtype)
             return values.new_empty(size) if 0 in size else values.as_strided(size, stride, offset)
 
     def _read_archive(self) -> Any:
-        """Read the zip format: `name/data.pkl`, and a record `name/data/key` for each storage."""
+        """Read the zip format: a pickle `name/data.pkl`, and a record `name/data/key` for each tensor storage."""
         with zipfile.ZipFile(self.path) as archive:
             records = {info.filename: info for info in archive.infolist()}
             if any(name.endswith("/constants.pkl") or "/code/" in name for name in records):
-                raise RefusedFileError("is a TorchScript archive, which is a program")
+                raise RefusedFileError("is a TorchScript archive, which contains code")
             pickles = [name for name in records if name.endswith("/data.pkl")]
             if len(pickles) != 1:
-                raise RefusedFileError("is a zip archive, but no checkpoint of torch")
+                raise RefusedFileError("is a zip archive, but not a checkpoint of torch")
             prefix = pickles[0].removesuffix("data.pkl")
 
             def record(name: str) -> bytearray:
@@ -144,7 +144,7 @@ class TorchCheckpoint:
                     raise ValueError(f"record {name[:80]!r} is missing or compressed")
                 self._record_bytes_left -= info.file_size
                 if self._record_bytes_left < 0:
-                    raise ValueError("it declares more bytes than it has")
+                    raise ValueError("the records are larger than the file")
                 return bytearray(archive.read(info))
 
             if f"{prefix}byteorder" in records and record(f"{prefix}byteorder") != b"little":
@@ -156,13 +156,13 @@ class TorchCheckpoint:
         return content
 
     def _read_legacy(self, mapped: mmap.mmap) -> Any:
-        """Read the format before torch 1.6: start, machine, object, keys, then size and bytes of each storage."""
+        """Read the format before torch 1.6: header, machine, object, keys, then size and bytes of each storage."""
         try:
             start = [DataUnpickler(mapped, (), ()).load() for _ in _LEGACY_START]
         except Exception as error:
-            raise RefusedFileError(f"is no checkpoint of torch ({error})") from error
+            raise RefusedFileError(f"is not a checkpoint of torch ({error})") from error
         if start != _LEGACY_START:
-            raise RefusedFileError("is no checkpoint of torch")
+            raise RefusedFileError("is not a checkpoint of torch")
         machine = DataUnpickler(mapped, (), ()).load()
         if not isinstance(machine, dict) or machine.get("little_endian") is not True:
             raise RefusedFileError("was written on a big-endian machine")
@@ -171,7 +171,7 @@ class TorchCheckpoint:
         keys = DataUnpickler(mapped, (), ()).load()
         are_names = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
         if not are_names or sorted(keys) != sorted(unpickler.storages):
-            raise ValueError("the storages that follow are not those that it refers to")
+            raise ValueError("the storages that follow are not those that the object refers to")
         for key in keys:
             storage = unpickler.storages[key]
             num_bytes = storage.num_values * storage.dtype.itemsize
@@ -187,20 +187,20 @@ class TorchCheckpoint:
 
 
 class _TensorUnpickler(DataUnpickler):
-    """Unpickler of the object in a checkpoint; `storages` are the storages that it refers to, by key."""
+    """Unpickler of the object in a checkpoint; `storages` collects the referenced tensor storages by key."""
 
     def __init__(self, file: Any) -> None:
         super().__init__(file, _NAMES, _ROOTS)
         self.storages: dict[str, _Storage] = {}
 
     def persistent_load(self, reference: Any) -> _Storage:
-        """Return the storage of a reference ("storage", type, key, device, count[, view])."""
+        """Return the storage of a pickled reference ("storage", type, key, device, count[, view])."""
         if type(reference) is not tuple or len(reference) not in (5, 6) or reference[0] != "storage":
-            raise RefusedFileError("is refused: it refers to something that is no storage of numbers")
+            raise RefusedFileError("is refused: a reference in it is no storage of numbers")
         _, kind, key, _, count, *view = reference
         dtype = _STORAGE_DTYPES.get(kind.name.rpartition(".")[2]) if type(kind) is ClassName else None
         if dtype is None or type(key) is not str or type(count) is not int or count < 0 or view not in ([], [None]):
-            raise ValueError("it refers to a storage without a proper type, key and size")
+            raise ValueError("a reference to a storage has no valid type, key and size")
         storage = _Storage(key, dtype, count)
         if self.storages.setdefault(key, storage) != storage:
             raise ValueError(f"storage {key[:40]!r} has two sizes or types")

@@ -1,4 +1,4 @@
-"""The weights of a module as named tensors for a file, and back."""
+"""Collect the weights of a module as named tensors for a file, and load them again."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,10 +13,10 @@ _MAX_LISTED = 8
 
 @beartype
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    """Collect the parameters and persistent buffers of a module, detached, without shared memory.
+    """Return the parameters and persistent buffers of a module by name, detached; no two share memory.
 
-    Tied tensors (the same memory under two names) appear under the first name only; `load_weights` fills both. Views
-    that only overlap are copied.
+    Tied tensors (two names for one memory) are returned under the first name only; `load_weights` sets both. Tensors
+    that overlap in part are copied.
     """
     weights: dict[str, Tensor] = {}
     views: set[tuple[Any, ...]] = set()
@@ -39,9 +39,9 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 
 @beartype
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], where: str = "the weights") -> None:
-    """Copy weights, as `weights_of` returns them, into a module, which keeps its own dtypes and device.
+    """Copy the weights that `weights_of` returned into a module; dtypes and device of the module do not change.
 
-    A ValueError lists the names and shapes that differ; `where` is the source in this message.
+    A ValueError lists the names and shapes that differ; its message begins with `where`, the source of the weights.
     """
     own = module.state_dict()
     filled_views = {_view_of(own[name]) for name in weights if name in own}
@@ -60,13 +60,13 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], where: str = 
 
 
 def _view_of(tensor: Tensor) -> tuple[Any, ...]:
-    """A key that is equal for tied tensors; an empty tensor is tied to no other."""
+    """Return a key that is equal for tied tensors; every empty tensor has a different key."""
     if tensor.numel() == 0:
         return (id(tensor),)
     return (tensor.device, tensor.dtype, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
 
 
 def _shortened(names: list[str]) -> str:
-    """The first names, and how many more there are."""
+    """Format the first names of a list, and the number of the remaining names."""
     rest = len(names) - _MAX_LISTED
     return ", ".join(names[:_MAX_LISTED]) + (f" and {rest} more" if rest > 0 else "")

@@ -12,19 +12,19 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 class LossBalancer(nn.Module):
-    """Mixes losses by their gradients with respect to a wave (EnCodec, arXiv 2210.13438, section 3.4, eq. 4).
+    """Combines losses by their gradients with respect to a wave (EnCodec, arXiv 2210.13438, section 3.4, eq. 4).
 
-    The gradient of each loss is divided by a running mean of its norm; the mix is the weighted mean of these. A loss
-    that is not a function of the wave (such as a commitment loss) is added outside.
+    The gradient of each loss is divided by a running mean of its norm; the result is the weighted mean of the scaled
+    gradients. A loss that does not depend on the wave (such as a commitment loss) is added by the caller.
 
-    The norm is that of the gradient of an item's own loss, root mean square over the batch (for losses that are means
-    over the batch). This is eq. 4 with R = 1 / sqrt(b), so accumulated batches count as one large batch. With several
-    processes, each one divides by its own norms, and the checkpoint holds those of the first.
+    Losses must be means over the batch. The norm of a loss is the root mean square of the gradient norms of the
+    single items. This is eq. 4 with R = 1 / sqrt(b), so accumulated batches count as one large batch. Each process of
+    a distributed run has separate norms; the checkpoint stores those of the first process.
 
-    The running means are buffers. They are corrected for their start, like those of Adam. Steps without a gradient, or
-    with one that is not finite, do not change them.
+    The running means are buffers with the bias correction of Adam. A step whose gradient is missing or not finite does
+    not change them.
 
-    Only the ratios of the `weights` matter. A loss of weight 0 is not differentiated.
+    Only the ratios of the `weights` matter. No gradient is computed for a loss of weight 0.
     """
 
     norm_sums: Tensor
@@ -35,7 +35,7 @@ class LossBalancer(nn.Module):
         super().__init__()
         if not any(weights.values()) or min(weights.values()) < 0 or not 0 <= decay < 1:
             raise ValueError(
-                f"need weights of 0 or more, one of them above 0, and 0 <= decay < 1; got {dict(weights)} and {decay}"
+                f"need weights of 0 or more, at least one above 0, and 0 <= decay < 1; got {dict(weights)} and {decay}"
             )
         self.weights = {name: float(weight) for name, weight in weights.items()}
         self.decay = decay
@@ -44,11 +44,11 @@ class LossBalancer(nn.Module):
 
     @beartype
     def forward(self, losses: Mapping[str, Tensor], wave: Tensor) -> Tensor:
-        """Return a scalar whose gradient with respect to `wave` is the mix, and whose value is the mean of the losses.
+        """Return the weighted mean of the losses; its gradient with respect to `wave` is the combined gradient.
 
         Args:
-            losses: Scalars, functions of `wave` or constants. Names that are missing leave their share to the others.
-            wave: Output `[b, ...]` of the generator, with a gradient.
+            losses: Scalars by name, functions of `wave` or constants. Missing names leave their weight to the others.
+            wave: Output `[b, ...]` of the generator; it must require a gradient.
         """
         unknown = sorted(set(losses) - set(self.weights))
         active = {name: loss for name, loss in losses.items() if self.weights.get(name)}
@@ -58,7 +58,7 @@ class LossBalancer(nn.Module):
                 f"{self.weights}"
             )
         if not wave.requires_grad:
-            raise ValueError("the wave needs no gradient; call the balancer where the generator is differentiated")
+            raise ValueError("the wave needs no gradient; call the balancer with gradients enabled")
         share = 1.0 / sum(self.weights[name] for name in active)
         with torch.autocast(wave.device.type, enabled=False):
             mix = torch.zeros_like(wave, dtype=torch.float32)
@@ -73,7 +73,7 @@ class LossBalancer(nn.Module):
 
     @torch.no_grad()
     def _running_norm(self, name: str, gradient: Tensor) -> Tensor:
-        """Update the running mean of a loss's gradient norm, and return it."""
+        """Update and return the running mean of the gradient norm of a loss."""
         index = list(self.weights).index(name)
         norm = gradient.norm() * len(gradient) ** 0.5
         counts = torch.isfinite(norm) & (norm > 0)
@@ -85,7 +85,7 @@ class LossBalancer(nn.Module):
 
 
 def _gradient(name: str, loss: Tensor, wave: Tensor) -> Tensor | None:
-    """Differentiate a loss with respect to the wave alone; None for a constant."""
+    """Return the gradient of a loss with respect to the wave; None if the loss is a constant."""
     if not loss.requires_grad:
         return None
     (gradient,) = torch.autograd.grad(loss, wave, retain_graph=True, allow_unused=True)

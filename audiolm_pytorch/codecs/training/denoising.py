@@ -1,4 +1,4 @@
-"""Mixtures of clean audio with recorded noise, for a codec that can denoise (SoundStream, arXiv 2107.03312, III-F)."""
+"""Mixtures of clean audio and recorded noise that train a codec to denoise (SoundStream, arXiv 2107.03312, III-F)."""
 
 from dataclasses import dataclass
 
@@ -17,9 +17,9 @@ _NOISE_DRAWS = 4
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """Input, target and `denoise` flag of a codec; waves are `[n]` or `[c, n]`.
+    """Training example of a denoising codec: input, target and `denoise` flag; waves are `[n]` or `[c, n]`.
 
-    `clean` is the wave without noise, at its level in the mixture. `snr_db` is infinite without noise.
+    `clean` is the wave without noise, with the same gain as in the mixture. `snr_db` is infinite if no noise is added.
     """
 
     wave: Tensor
@@ -32,14 +32,14 @@ class Mixture:
 class NoiseMixer:
     """Adds a random part of a random noise recording to each clean crop, at a random level.
 
-    An item whose `denoise` flag is set has the clean wave as target, any other the mixture itself, so that one codec
-    learns both (SoundStream, section III-F). Everything is a pure function of the seed, the epoch and the index.
+    The target is the clean wave if the `denoise` flag is set, else the mixture, so that one codec learns both tasks
+    (SoundStream, section III-F). Each example is a pure function of the seed, the epoch and the index.
 
     Args:
-        noise: Crops of noise at the same rate; shorter ones are repeated.
-        snr_db: Lowest and highest ratio of clean to noise (dB), drawn uniformly.
-        denoise_share: Share of the items whose flag is set.
-        clean_share: Share of the items without noise, whose target is the clean audio with the flag and without.
+        noise: Crops of noise at the sample rate of the clean crops; noise shorter than a clean crop is repeated.
+        snr_db: Lowest and highest signal-to-noise ratio (dB); each item draws a ratio uniformly.
+        denoise_share: Share of the items (0 to 1) whose `denoise` flag is set.
+        clean_share: Share of the items (0 to 1) without noise; their target is the clean audio for either flag.
     """
 
     @beartype
@@ -61,13 +61,13 @@ class NoiseMixer:
             )
         for name, crops in (("clean", clean), ("noise", noise)):
             if sample_hz not in crops.rates_hz:
-                raise ValueError(f"the {name} crops are at {crops.rates_hz} Hz, {sample_hz} Hz are needed")
+                raise ValueError(f"the {name} crops are at {crops.rates_hz} Hz; pass crops at {sample_hz} Hz only")
         self.clean, self.noise, self.sample_hz = clean, noise, sample_hz
         self.snr_db, self.denoise_share, self.clean_share, self.seed = snr_db, denoise_share, clean_share, seed
 
     @beartype
     def get(self, epoch: int, index: int) -> Mixture:
-        """Mix one clean file with noise; silent audio stays as it is, also if only silent noise is found."""
+        """Mix one clean crop with noise; the crop is not changed if it, or all noise that is drawn, is silent."""
         rng = np.random.default_rng([self.seed, 1, epoch, index])
         denoise = bool(rng.random() < self.denoise_share)
         is_clean = bool(rng.random() < self.clean_share)
@@ -83,7 +83,7 @@ class NoiseMixer:
         return Mixture(mixture, clean if denoise else mixture, denoise, clean, snr_db)
 
     def _draw_noise(self, rng: np.random.Generator, num_samples: int) -> Tensor | None:
-        """Noise of that length; None if a few draws return only silence."""
+        """Draw noise of `num_samples` samples; None if a few draws are all silent."""
         for _ in range(_NOISE_DRAWS):
             # each epoch has another position in the file
             crop = self.noise.get(int(rng.integers(2**31)), int(rng.integers(len(self.noise))))
@@ -95,5 +95,5 @@ class NoiseMixer:
 
 
 def _level(wave: Tensor) -> float:
-    """Root mean square of a wave."""
+    """Return the root mean square of a wave."""
     return float(wave.double().square().mean().sqrt())

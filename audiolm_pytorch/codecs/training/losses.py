@@ -20,8 +20,8 @@ _FLOOR = 1e-4  # magnitudes below it count as silence: -80 dB of full scale, so 
 class MultiScaleMelLoss(nn.Module):
     """L1 between log-mel spectrograms of several windows (SoundStream, eq. 6; number of mels as in arXiv 2306.06546).
 
-    SoundStream uses 64 mels for every window, which leaves empty bands in the short ones; here the number of mels grows
-    with the window. Hops are a quarter of the window.
+    SoundStream uses 64 mel bands for every window, so that short windows have empty bands. Here the number of bands
+    grows with the window. The hop is a quarter of the window.
     """
 
     @beartype
@@ -35,7 +35,7 @@ class MultiScaleMelLoss(nn.Module):
         self.gains = [4.0 / window for window, _ in _WINDOWS_AND_MELS]
 
     def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
-        """Mean over the scales of the L1 distance (nepers) of waves `[b, c, n]`; a scalar float32."""
+        """Return the L1 distance (nepers) of waves `[b, c, n]`, averaged over the windows, as a float32 scalar."""
         total = reconstruction.new_zeros((), dtype=torch.float32)
         for scale in range(len(self.scales)):
             with torch.no_grad():
@@ -50,8 +50,8 @@ class MultiScaleMelLoss(nn.Module):
 def discriminator_hinge(real: Sequence[ScaleOutput], fake: Sequence[ScaleOutput]) -> Tensor:
     """Hinge loss of the discriminators (SoundStream, arXiv 2107.03312, eq. 3; EnCodec, arXiv 2210.13438, section 3.4).
 
-    The decoded waves of `fake` must be detached from the codec. Scalar float32, the mean over scales, items and times:
-    2 for constant zero logits, 0 for perfect separation.
+    `fake` must come from decoded waves that are detached from the codec. Returns a float32 scalar, the mean over
+    scales, items and times: 2 if all logits are zero, 0 for perfect separation.
     """
     scales = _paired(real, fake)
     hinges = [F.relu(1 - r.logits.float()).mean() + F.relu(1 + f.logits.float()).mean() for r, f in scales]
@@ -59,9 +59,9 @@ def discriminator_hinge(real: Sequence[ScaleOutput], fake: Sequence[ScaleOutput]
 
 
 def generator_hinge(fake: Sequence[ScaleOutput]) -> Tensor:
-    """Hinge loss of the codec on the outputs for decoded waves (SoundStream, eq. 4; EnCodec, section 3.4).
+    """Adversarial hinge loss of the codec on logits for decoded waves (SoundStream, eq. 4; EnCodec, section 3.4).
 
-    Scalar float32, the mean over scales, items and times; no gradient where the logits exceed 1.
+    Returns a float32 scalar, the mean over scales, items and times; logits above 1 have no gradient.
     """
     return torch.stack([F.relu(1 - f.logits.float()).mean() for f, _ in _paired(fake, fake)]).mean()
 
@@ -69,9 +69,9 @@ def generator_hinge(fake: Sequence[ScaleOutput]) -> Tensor:
 def feature_matching(real: Sequence[ScaleOutput], fake: Sequence[ScaleOutput]) -> Tensor:
     """Relative L1 distance between the features of real and decoded waves (EnCodec, eq. 2).
 
-    Each layer's distance is divided by the mean magnitude of its real features, so that layers of any scale count the
-    same and the discriminators cannot change the weight of the loss. No gradient flows into the real features. Scalar
-    float32: mean over the features of a layer, then over the layers of a scale, then over scales.
+    The distance of each layer is divided by the mean magnitude of its real features, so that layers have equal weight
+    and the discriminators cannot change the weight of the loss. Real features receive no gradient. Returns a float32
+    scalar, the mean over the features of a layer, then over the layers of a scale, then over the scales.
     """
     means = []
     for r, f in _paired(real, fake):
@@ -87,10 +87,10 @@ def _layer_distance(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def _paired(real: Sequence[ScaleOutput], fake: Sequence[ScaleOutput]) -> list[tuple[ScaleOutput, ScaleOutput]]:
-    """Pair the scales of two outputs of the same discriminators."""
+    """Pair the outputs for real and decoded waves, scale by scale."""
     if not real or len(real) != len(fake):
         raise ValueError(
-            f"got {len(real)} scales of real and {len(fake)} of decoded waves; need the outputs of the same "
-            "discriminators for both, at least one"
+            f"got {len(real)} scales of real and {len(fake)} of decoded waves; pass the outputs of the same "
+            "discriminators for both, with at least one scale"
         )
     return list(zip(real, fake))

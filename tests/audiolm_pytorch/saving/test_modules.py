@@ -134,7 +134,7 @@ def test_fingerprint_survives_the_file(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     """Missing folder, wrong class, unknown class or format, damaged JSON: the message names the folder."""
-    with pytest.raises(ValueError, match="nowhere holds no saved module"):
+    with pytest.raises(ValueError, match="nowhere is not a saved module"):
         load_module(tmp_path / "nowhere")
     save_module(Leaf(), tmp_path)
     with pytest.raises(ValueError, match=f"{tmp_path} holds a Leaf, but a Tree is needed"):
@@ -278,7 +278,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     write_json(path, {"ä": [1, 2.5, None]})
     assert read_json(path) == {"ä": [1, 2.5, None]}
     for bad in (float("nan"), {1, 2}, Path("x")):
-        with pytest.raises(ValueError, match="x.json: not JSON-able"):
+        with pytest.raises(ValueError, match="x.json: the object cannot be stored as JSON"):
             write_json(path, {"bad": bad})
     assert json.loads(path.read_text(encoding="utf-8")) == {"ä": [1, 2.5, None]}
     assert [entry.name for entry in path.parent.iterdir()] == ["x.json"]

@@ -396,7 +396,7 @@ def test_storages_that_are_not_in_an_older_file(tmp_path):
     for count in (10, 10**10):
         content = pickled({"a": TensorOf(Reference(count), 0, (1,), (1,))})
         path = legacy_checkpoint(tmp_path / "a.pt", content)
-        assert "not those that it refers to" in refusal(TorchCheckpoint, path)
+        assert "not those that the object refers to" in refusal(TorchCheckpoint, path)
         path = legacy_checkpoint(
             tmp_path / "a.pt", content, pickle.dumps(["0"], 2) + struct.pack("<q", count) + b"abcd"
         )
@@ -414,7 +414,7 @@ def test_records_are_as_torch_writes_them(tmp_path):
     zip_checkpoint(path, value, extra={"archive/byteorder": "little"})
     assert TorchCheckpoint(path).content == {"a": 1}
     zip_checkpoint(path, value, extra={"other/data.pkl": value})
-    assert "no checkpoint of torch" in refusal(TorchCheckpoint, path)
+    assert "not a checkpoint of torch" in refusal(TorchCheckpoint, path)
 
 
 @pytest.mark.parametrize("legacy", [False, True])

@@ -368,7 +368,7 @@ def test_other_objects_in_a_kmeans_file(tmp_path):
     with pytest.raises(ValueError, match=r"a\.pt"):
         read_centroids(checkpoint)
     write_kmeans(path, np.eye(3))
-    with pytest.raises(ValueError, match="no checkpoint of torch"):
+    with pytest.raises(ValueError, match="not a checkpoint of torch"):
         read_fairseq(path)
 
 
