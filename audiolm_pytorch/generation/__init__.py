@@ -1,1 +1,1 @@
-"""Generation: sampling, decode session, sliding windows, prompts, and the pipeline of the stages."""
+"""Generation: requests, prompts, sampling, decoding in sliding windows, and the pipeline of the stages."""

@@ -22,11 +22,11 @@ _ROWS_BETWEEN_CHECKS = 64
 
 @dataclass(frozen=True)
 class Decoded:
-    """Decoded streams, prompts included.
+    """Tokens of the predicted streams, prompts included.
 
     Attributes:
-        streams: Tokens `[b, f, levels]` int64 of every predicted stream by name; -1 past the length of an item.
-        lengths: Frames `[b]` int64 of each stream, on the CPU.
+        streams: Tokens `[b, f, levels]` int64 by name of the predicted stream; -1 past the length of an item.
+        lengths: Number of frames `[b]` int64 by name of the stream, on the CPU.
     """
 
     streams: dict[str, Tensor]
@@ -34,28 +34,30 @@ class Decoded:
 
 
 class DecodeSession:
-    """Decodes the predicted streams of a layout row by row; can pause between frames.
+    """Decodes the predicted streams of a model row by row. Decoding can pause between frames.
 
-    Every item has its own position, so prompts and input streams may differ in length. A row costs one call of the
-    model on that row, and the cache is written in place. Guidance doubles the batch, and both halves receive the same
-    sampled tokens. Noise is drawn in advance, per item and row: the tokens of an item do not depend on the other items,
-    on the device or on pauses.
+    Every item has its own position, so prompts and input streams may differ in length. The model is called once per
+    row, with a cache that is written in place. Guidance doubles the batch, and both halves receive the same sampled
+    tokens. Noise is drawn in advance per item and row, so the tokens of an item do not depend on the other items, on
+    the device or on pauses.
 
     Args:
-        model: Predicts the rows; it is in eval mode while it decodes.
-        streams: Input streams, and prompts of predicted streams, `[b, f, levels]`.
+        model: The language model; set to eval mode while it decodes.
+        streams: Tokens `[b, f, levels]` of input streams and prompts of predicted streams, by stream name.
         num_frames: Requested frames of every predicted stream, prompts included, `[b]` or one int.
         batch_size: Number of items b, used if `streams` is empty.
-        lengths: Frames of `streams` without padding, `[b]` or one int; streams that are not named have no padding.
+        lengths: Number of frames without padding by stream name, `[b]` or one int; a stream without an entry has no
+            padding.
         conditioning: Conditions of 1 or b items; None = unconditional.
-        settings: How tokens are sampled; None = temperature 1.
+        settings: Sampling settings; None = temperature 1.
         seeds: Seed or generator of every item; None draws seeds from torch's global generator.
-        callback: Called after every row with the number of finished rows and the largest possible number of rows.
-        allow_eos: Whether an item may end early, after at least one frame. Otherwise the end id is never sampled.
+        callback: Called after every row as `callback(finished_rows, max_rows)`.
+        allow_eos: Whether an item may end early, after at least one frame. If False, the end token is never sampled.
 
     Raises:
-        ValueError: If the inputs do not fit the layout, the number of seeds is wrong, guidance has no condition, or
-            early ends are allowed and several streams share one column.
+        ValueError: If the inputs do not fit the layout of the model, the number of seeds differs from the number of
+            items, guidance is on without `conditioning`, or `allow_eos` is set and several predicted streams share one
+            column.
     """
 
     @beartype
@@ -79,11 +81,11 @@ class DecodeSession:
             raise ValueError(f"batch_size must be at least 1, got {batch}")
         layout, scale = model.layout, self.settings.guidance_scale
         if scale != 1 and conditioning is None and layout.null_id is None:
-            raise ValueError(f"guidance_scale {scale} needs `conditioning`; without conditions leave it at 1")
+            raise ValueError(f"guidance_scale {scale} needs `conditioning`; pass it, or set guidance_scale to 1")
         if allow_eos and layout.pattern == "flat" and len(layout.predicted) > 1:
             raise ValueError(
-                "allow_eos is not possible with several predicted streams in one column, because the early end of one "
-                "stream would move the others; use the delayed or the parallel pattern"
+                "got allow_eos=True for a flat layout with several predicted streams, in which an early end would move "
+                "the other streams; use the delayed or the parallel pattern"
             )
         grid = layout.grid(streams, num_frames, batch, lengths)
         self.model, self.conditioning, self.callback, self.allow_eos = model, conditioning, callback, allow_eos
@@ -108,22 +110,22 @@ class DecodeSession:
 
     @property
     def is_done(self) -> bool:
-        """Whether no cell is missing."""
+        """Whether all tokens of all items are known."""
         return not any(self.pending)
 
     @property
     def known_frames(self) -> Tensor:
-        """Complete frames `[b]` int64 of every item, prompts included.
+        """Number of complete frames `[b]` int64, prompts included.
 
-        With several predicted streams, each stream has this many complete frames, or all of its frames.
+        If there are several predicted streams, each of them has at least this many complete frames or is finished.
         """
         return torch.tensor(self.known)
 
     def advance(self, until_frames: int | None = None) -> None:
-        """Decode until every item has `until_frames` frames (prompts included; None = all) or is complete.
+        """Decode until every item has `until_frames` frames (prompts included; None = all frames) or is complete.
 
         Raises:
-            ValueError: If logits are not finite.
+            ValueError: If the model returns logits that are not finite.
         """
         with eval_mode(self.model), torch.inference_mode():
             while any(
@@ -159,7 +161,7 @@ class DecodeSession:
         return Decoded(streams, lengths)
 
     def _prefill(self) -> None:
-        """Run the model on the conditions and on all rows before the first missing row of each item."""
+        """Fill the cache with the conditions and all rows before the first row to decode of each item."""
         count, device = max(self.rows), self.model.device
         conditions = self.model.condition_tensors(self._doubled_conditions(), self.copies * self.batch)
         self.offset = conditions.num_rows
@@ -176,14 +178,14 @@ class DecodeSession:
         self.has_read = True
 
     def _doubled_conditions(self) -> Conditions | None:
-        """Conditions of the batch. Guidance appends unconditional copies of all items."""
+        """Conditions of the batch; with guidance, followed by unconditional copies of all items."""
         if self.conditioning is None or self.copies == 1:
             return self.conditioning
         doubled = self.conditioning.expand(self.batch).select(torch.arange(self.batch).repeat(2))
         return doubled.without_items(torch.arange(2 * self.batch) >= self.batch)
 
     def _read_row(self) -> None:
-        """Run the model on the current rows, and move on by one row. Complete items repeat their last row."""
+        """Run the model on the current row of each item and go to the next row. Complete items repeat a row."""
         self.rows = [row + 1 if cells else row for row, cells in zip(self.rows, self.pending)]
         read_rows, device = [row - 1 for row in self.rows], self.ids.device
         positions = [row + self.offset for row in read_rows] * self.copies
@@ -199,7 +201,7 @@ class DecodeSession:
         self.has_read = True
 
     def _fill_row(self) -> None:
-        """Sample the missing cells in the current row of each item."""
+        """Sample the missing tokens in the current row of each item."""
         items_of_cell: dict[tuple[int, int], list[int]] = {}  # (head, column) -> items
         for item, (pending, row) in enumerate(zip(self.pending, self.rows)):
             for cell in pending.pop(row, ()):
@@ -220,7 +222,7 @@ class DecodeSession:
         return len(self.model.layout.heads[head].ids(self.allow_eos))
 
     def _sample(self, items: list[int], heads: list[int], columns: list[int]) -> dict[int, int]:
-        """Sample one token per item and head into `columns`; return the frames of the items that end, by item."""
+        """Sample one token per item and head into `columns`. Return `{item: frames}` for the items that end."""
         device, layout_heads = self.ids.device, [self.model.layout.heads[head] for head in heads]
         rows = [self.rows[item] for item in items]
         copied_items = [item + self.batch for item in items] if self.copies == 2 else []
@@ -248,7 +250,7 @@ class DecodeSession:
         return ends
 
     def _end(self, item: int, num_frames: int) -> None:
-        """Shorten an item to `num_frames` frames in all streams, because streams end together in training too."""
+        """Shorten all streams of an item to `num_frames` frames, because all streams end together in training."""
         layout = self.model.layout
         for stream in layout.predicted:
             self.num_frames[stream.name][item] = num_frames
@@ -267,14 +269,14 @@ class DecodeSession:
         self.frames_after_row[item] = self._count_frames_after_rows(item)
 
     def _count_frames_after_rows(self, item: int) -> list[int]:
-        """Number of complete frames after each row is filled."""
+        """Number of complete frames after each row."""
         total = max(int(self.num_frames[stream.name][item]) for stream in self.model.layout.predicted)
         first_missing = torch.where(self.missing[item], self.frame[item], total).amin(dim=-1)
         later = first_missing.flip(0).cummin(0).values.flip(0).clamp(max=total)
         return [*later[1:].tolist(), total]
 
     def _check_finite(self, logits: Tensor, items: list[int], rows: list[int]) -> None:
-        """Raise if logits are not finite. On a GPU, record the row for `_raise_recorded_error` without a wait."""
+        """Raise if logits are not finite. On a GPU, only record the row for `_raise_recorded_error`: no wait."""
         finite = logits.isfinite().all()
         if logits.device.type != "cpu":
             self.bad_row = torch.where(finite | (self.bad_row >= 0), self.bad_row, max(rows))
@@ -295,7 +297,7 @@ class DecodeSession:
 
 
 def _missing_cells(missing: Tensor, head: Tensor) -> dict[int, list[tuple[int, int]]]:
-    """The (head, column) pairs of the missing cells `[rows, columns]` of one item, by row."""
+    """For each row of one item, the (head, column) pairs of its missing tokens; `missing` is `[rows, columns]`."""
     cells: dict[int, list[tuple[int, int]]] = {}
     for row, column in missing.nonzero().tolist():
         cells.setdefault(row, []).append((int(head[row, column]), column))

@@ -22,15 +22,15 @@ DEFAULT_SECONDS = 5.0
 
 @dataclass(frozen=True, eq=False)
 class GenerationLengths:
-    """Requested lengths and first tokens of all items. A sampled end can make an item shorter.
+    """Requested lengths and prompt tokens of all items. A sampled end token can make an item shorter.
 
     Attributes:
-        num_samples: Samples of every item.
-        num_semantic: Semantic tokens, `[b]`.
-        num_frames: Acoustic frames, `[b]`.
-        semantic: First semantic tokens `[t_i, 1]` of every item, or all of them if the request contains them.
-        acoustic: First acoustic tokens `[f_i, q]` of every item.
-        frames_per_token: Acoustic frames per semantic token.
+        num_samples: Number of audio samples of every item.
+        num_semantic: Number of semantic tokens, `[b]`.
+        num_frames: Number of acoustic frames, `[b]`.
+        semantic: Prompt of semantic tokens `[t_i, 1]` of every item; all semantic tokens if the request contains them.
+        acoustic: Prompt of acoustic tokens `[f_i, q]` of every item.
+        frames_per_token: Number of acoustic frames per semantic token.
     """
 
     num_samples: list[int]
@@ -46,7 +46,7 @@ class GenerationLengths:
         return len(self.num_samples)
 
     def frames_for(self, num_semantic: Tensor) -> Tensor:
-        """Acoustic frames `[b]` of items with `num_semantic [b]` semantic tokens; fewer for items that ended early."""
+        """Return the number of acoustic frames `[b]` of items with `num_semantic [b]` semantic tokens."""
         frames = _covering_frames(num_semantic, self.frames_per_token)
         return torch.where(num_semantic < self.num_semantic, frames.minimum(self.num_frames), self.num_frames)
 
@@ -61,8 +61,8 @@ def plan_lengths(
     """Compute the lengths of all items, and tokenize their prompts on `device`.
 
     Raises:
-        ValueError: If prompts or semantic tokens are invalid, a prompt is longer than the request, or there are too few
-            semantic tokens.
+        ValueError: If prompts or semantic tokens are invalid, a prompt is longer than the requested seconds, or the
+            request has too few semantic tokens.
     """
     factor = codec.downsample_factor
     frames_per_token = Fraction(codec.target_sample_hz, factor) / Fraction(
@@ -84,8 +84,8 @@ def plan_lengths(
     if input_semantic is not None:
         if any(len(tokens) < count for tokens, count in zip(input_semantic, num_semantic.tolist())):
             raise ValueError(
-                f"{request.seconds} s need {num_semantic.tolist()} semantic tokens, the items have "
-                f"{[len(tokens) for tokens in input_semantic]}: request fewer seconds, or leave seconds out"
+                f"seconds={request.seconds} needs {num_semantic.tolist()} semantic tokens per item, the request has "
+                f"{[len(tokens) for tokens in input_semantic]}; pass fewer seconds, or seconds=None"
             )
         semantic = [tokens[:count] for tokens, count in zip(input_semantic, num_semantic.tolist())]
     num_frames = torch.tensor([codec.num_frames(n) for n in num_samples])
@@ -93,8 +93,7 @@ def plan_lengths(
         if len(prompt.acoustic[item]) > num_frames[item] or len(semantic[item]) > num_semantic[item]:
             raise ValueError(
                 f"the prompt of item {item} lasts {prompt.seconds[item]:.2f} s, longer than the requested "
-                f"{requested / codec.target_sample_hz:.2f} s, which include the prompt: request more seconds, or "
-                "shorten the prompt"
+                f"{requested / codec.target_sample_hz:.2f} s (prompt included); request more, or shorten the prompt"
             )
     return GenerationLengths(num_samples, num_semantic, num_frames, semantic, prompt.acoustic, frames_per_token)
 
@@ -102,15 +101,16 @@ def plan_lengths(
 def extra_input_tokens(
     inputs: AudioTokens | None, stages: Sequence[StageTransformer], batch: int
 ) -> dict[str, dict[str, list[Tensor]]]:
-    """Tokens `[f_i, levels]` of the extra input streams of stages, by namespace and stream, for all items.
+    """Return the tokens `[f_i, levels]` of extra input streams for all items, by stage name and stream name.
 
     Args:
-        inputs: Tokens of 1 or b items by stream name. Streams without a rate may be absent.
+        inputs: Tokens of 1 or b items by stream name. A stream without a rate is optional.
         stages: The stages.
         batch: Number of items b.
 
     Raises:
-        ValueError: If a stream is unknown, a stream with a rate is missing, or tokens do not fit the stream.
+        ValueError: If `inputs` has an unknown stream, lacks a stream with a rate, or has tokens that do not fit their
+            stream.
     """
     inputs = AudioTokens({}, {}) if inputs is None else inputs
     extra = {
@@ -124,7 +124,7 @@ def extra_input_tokens(
     known = {stream.name for streams in extra.values() for stream in streams}
     if set(inputs.tokens) - known:
         raise ValueError(
-            f"input_streams has tokens of {sorted(inputs.tokens)}, the stages have extra streams {sorted(known)}"
+            f"input_streams has streams {sorted(inputs.tokens)}, the stages have {sorted(known)}; remove the others"
         )
     tokens: dict[str, dict[str, list[Tensor]]] = {}
     for stage in stages:
@@ -136,7 +136,7 @@ def extra_input_tokens(
 
 
 def _input_semantic_tokens(request: GenerationRequest, stage: StageTransformer) -> list[Tensor] | None:
-    """The semantic tokens `[t_i, 1]` of the request for all items, or None."""
+    """Semantic tokens `[t_i, 1]` of the request for all items; None if the request has none."""
     if request.semantic_tokens is None:
         return None
     name = stage.layout.predicted[0].name
@@ -144,12 +144,12 @@ def _input_semantic_tokens(request: GenerationRequest, stage: StageTransformer) 
     items = items_of_streams(stage.layout.streams, {name: request.semantic_tokens}, lengths)[name]
     counts = [len(tokens) for tokens in items]
     if not all(counts):
-        raise ValueError(f"semantic_tokens have {counts} tokens: each item needs one or more")
+        raise ValueError(f"semantic_tokens has items of {counts} tokens; pass at least one token per item")
     return items * (request.num_items // len(items))
 
 
 def _num_semantic(num_samples: int, wav2vec: SemanticTokenizer, sample_hz: int) -> int:
-    """Number of semantic tokens for `num_samples` at another rate; at least 1."""
+    """Number of semantic tokens of a wave of `num_samples` at `sample_hz`; at least 1."""
     tokenizer_samples = frames_covering(num_samples * wav2vec.target_sample_hz, sample_hz)
     try:
         return max(1, wav2vec.num_frames(tokenizer_samples))
@@ -158,5 +158,5 @@ def _num_semantic(num_samples: int, wav2vec: SemanticTokenizer, sample_hz: int) 
 
 
 def _covering_frames(num_semantic: Tensor, frames_per_token: Fraction) -> Tensor:
-    """Smallest number of acoustic frames that last as long as the semantic tokens."""
+    """Smallest number of acoustic frames that last at least as long as the semantic tokens."""
     return -(-num_semantic * frames_per_token.numerator // frames_per_token.denominator)

@@ -1,4 +1,4 @@
-"""Prompts: waves and files that generation continues, as tokens."""
+"""Prompts: reads the waves or files that generation continues, and tokenizes them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class PromptTokens:
     Attributes:
         semantic: Semantic tokens `[t_i, 1]` of every item.
         acoustic: Acoustic tokens `[f_i, q]` of every item.
-        seconds: Length of every prompt; 0 if it is shorter than a frame and therefore ignored.
+        seconds: Duration of every prompt; 0 for a prompt that is ignored because it is shorter than a frame.
     """
 
     semantic: list[Tensor]
@@ -37,12 +37,13 @@ class PromptTokens:
 def tokenize_prompts(
     request: GenerationRequest, wav2vec: SemanticTokenizer, codec: Codec, device: torch.device
 ) -> PromptTokens:
-    """Tokenize the prompts of all items of a request on `device`; the tokens are empty without prompts.
+    """Tokenize the prompts of a request on `device`. A request without prompts has empty tokens.
 
-    The last frame is left out if the prompt covers only a part of it: its token would contain the end of the sound.
+    A last frame that the prompt covers only partly is dropped, because its token would encode the end of the sound.
 
     Raises:
-        ValueError: If a file cannot be read, shapes, lengths or channels do not fit, or samples are not finite floats.
+        ValueError: If a file cannot be read, shape, length or number of channels of a prompt is wrong, or its samples
+            are not finite floats.
     """
     batch, waves = request.num_items, _read_prompts(request, codec.target_sample_hz)
     semantic = _tokens_of_items("semantic", waves, wav2vec, codec, device)
@@ -56,7 +57,7 @@ def tokenize_prompts(
 
 
 def _read_prompts(request: GenerationRequest, codec_hz: int) -> list[tuple[Tensor, int]]:
-    """Wave `[c, n]` and rate in Hz of every prompt; one empty wave without prompts."""
+    """Wave `[c, n]` and sample rate in Hz of every prompt; one empty wave if the request has no prompts."""
     prompts, lengths = request.prime_wave, request.prime_lengths
     if prompts is None:
         return [(torch.zeros(1, 0), codec_hz)]
@@ -66,12 +67,14 @@ def _read_prompts(request: GenerationRequest, codec_hz: int) -> list[tuple[Tenso
         waves: list[Prompt] = list(prompts.unsqueeze(0) if prompts.ndim == 1 else prompts)
         if lengths is not None:
             if lengths.shape != (len(waves),) or lengths.is_floating_point():
-                raise ValueError(f"prime_lengths must be {len(waves)} whole numbers, one per item, got {lengths}")
+                raise ValueError(f"prime_lengths must have {len(waves)} integers, one per item, got {lengths}")
             if not 0 <= int(lengths.min()) <= int(lengths.max()) <= prompts.shape[-1]:
                 raise ValueError(f"prime_lengths must lie in 0..{prompts.shape[-1]}, got {lengths.tolist()}")
             waves = [wave[..., :count] for wave, count in zip(waves, lengths.tolist()) if isinstance(wave, Tensor)]
     elif lengths is not None:
-        raise ValueError("prime_lengths needs prime_wave as one padded tensor; waves in a list have no padding")
+        raise ValueError(
+            "got prime_lengths with a list of prompts, which has no padding; pass prime_wave as one padded tensor"
+        )
     else:
         waves = [prompts] if isinstance(prompts, (str, Path)) else list(prompts)
     sample_hz = request.prime_wave_input_sample_hz or codec_hz
@@ -81,7 +84,7 @@ def _read_prompts(request: GenerationRequest, codec_hz: int) -> list[tuple[Tenso
 def _tokens_of_items(
     kind: str, waves: Sequence[tuple[Tensor, int]], wav2vec: SemanticTokenizer, codec: Codec, device: torch.device
 ) -> list[Tensor]:
-    """Tokens `[f_i, levels]` of the whole frames of every wave."""
+    """Tokens `[f_i, levels]` of all complete frames of every wave."""
     is_acoustic = kind == "acoustic"
     tokenizer: SemanticTokenizer | Codec = codec if is_acoustic else wav2vec
     channels, levels = (codec.channels, codec.num_quantizers) if is_acoustic else (1, 1)
@@ -102,32 +105,32 @@ def _tokens_of_items(
 
 
 def _read(item: int, prompt: Prompt, sample_hz: int) -> tuple[Tensor, int]:
-    """Wave `[c, n]` of one prompt, and its rate in Hz."""
+    """Wave `[c, n]` and sample rate in Hz of one prompt."""
     if not isinstance(prompt, Tensor):
         return read_audio(prompt, channels=None)
     wave = rearrange(prompt, "n -> 1 n") if prompt.ndim == 1 else prompt
     if wave.ndim != 2 or not wave.is_floating_point():
         raise ValueError(
-            f"prompt {item} must be floating point [n] or [c, n] in [-1, 1], got {prompt.dtype} {tuple(prompt.shape)}"
+            f"prompt {item} must be a float tensor [n] or [c, n] in [-1, 1], got {prompt.dtype} {tuple(prompt.shape)}"
         )
     if not wave.isfinite().all():
-        raise ValueError(f"prompt {item} holds NaN or infinite samples; clean it first, e.g. with torch.nan_to_num")
+        raise ValueError(f"prompt {item} contains NaN or infinite samples; clean it first, e.g. with torch.nan_to_num")
     return wave, sample_hz
 
 
 def _of_channels(wave: Tensor, channels: int) -> Tensor:
-    """Average the channels of `[c, n]`, or repeat a single one."""
+    """Convert a wave `[c, n]` to `channels` channels: average all channels, or repeat a single channel."""
     if len(wave) == channels:
         return wave
     if channels == 1:
         return reduce(wave, "c n -> 1 n", "mean")
     if len(wave) == 1:
         return wave.expand(channels, -1)
-    raise ValueError(f"a prompt has {len(wave)} channels, the codec {channels}: pass one channel or {channels}")
+    raise ValueError(f"got a prompt of {len(wave)} channels, the codec has {channels}; pass 1 or {channels} channels")
 
 
 def _whole_frames(tokenizer: SemanticTokenizer | Codec, num_samples: int) -> int:
-    """Number of frames that lie completely inside a wave."""
+    """Number of frames that lie completely inside a wave of `num_samples`."""
     if num_samples < tokenizer.downsample_factor:
         return 0
     try:

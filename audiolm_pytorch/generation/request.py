@@ -24,38 +24,39 @@ Prompt = Tensor | str | Path
 @beartype
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GenerationRequest:
-    """Keyword arguments of `AudioLM.generate` and `AudioLM.stream`. All kinds of inputs can be combined.
+    """Keyword arguments of `AudioLM.generate` and `AudioLM.stream`. All inputs can be combined.
 
     Attributes:
-        batch_size: Number of items b. Texts, waves, codes, conditions, prompts, semantic tokens and seeds belong to 1
-            or b items, and also set b.
-        seconds: Length of every result, prompt included, rounded up to whole codec frames. None = the length of
-            `semantic_tokens`. Without them it is 5 s, or 5 s more than the prompt, or less where the model samples the
-            end.
-        text: Texts to condition on, through the audio conditioner (codes) and the text conditioner (states).
-        wavs: Waves `[b, n]` to condition on, at the rate of the audio conditioner.
-        codes: Codes `[b, q]` of the audio conditioner to condition on.
-        conditioning: Computed conditions by stage name. Each must come from the namespace of its stage. Other stages
-            use `text`, `wavs` and `codes`.
-        input_streams: Tokens `[b, f, levels]` of the extra input streams of stages, by name, with their lengths.
-        prime_wave: Prompts to continue, as waves `[n]`, `[b, n]` or `[b, c, n]`, as a file of any rate, or as a list of
-            files and waves `[n]` or `[c, n]`. The prompt of a stage is the tokens of all whole frames.
-        prime_wave_input_sample_hz: Rate of the waves in `prime_wave` in Hz; None = the rate of the codec.
-        prime_lengths: Samples `[b]` of each wave in `prime_wave` without padding.
-        semantic_tokens: Semantic tokens `[b, t]` of the whole result. The semantic stage is then not used.
-        semantic_lengths: Tokens `[b]` of each item in `semantic_tokens` without padding.
-        coarse_only: Whether to decode the coarse levels only, without the fine stage.
-        allow_eos: Whether the model may sample the end of an item. None = only if it was trained to, and neither
+        batch_size: Number of items b. Every other input has 1 or b items. If it is 1, the number of items of the other
+            inputs is used.
+        seconds: Duration of every result, prompt included, rounded up to whole codec frames. None = the duration of
+            `semantic_tokens`, or without them 5 s more than the prompt; items with a sampled end are shorter.
+        text: Texts to condition on; the audio conditioner computes their codes and the text conditioner their states.
+        wavs: Waves `[b, n]` to condition on, at the sample rate of the audio conditioner.
+        codes: Codes `[b, q]` to condition on, computed by the audio conditioner.
+        conditioning: Precomputed conditions by stage name, from the namespace of that stage. A stage without an entry
+            uses `text`, `wavs` and `codes`.
+        input_streams: Tokens `[b, f, levels]` and lengths of the extra input streams of the stages, by stream name.
+        prime_wave: Prompts to continue: a tensor of waves `[n]`, `[b, n]` or `[b, c, n]`, the path of an audio file, or
+            a list of paths and waves `[n]` or `[c, n]`. Only complete frames of a prompt are used.
+        prime_wave_input_sample_hz: Sample rate in Hz of the waves in `prime_wave`; None = the rate of the codec.
+        prime_lengths: Number of samples `[b]` of each wave in `prime_wave`, without padding.
+        semantic_tokens: Semantic tokens `[b, t]` of the whole result. If they are passed, the semantic stage is not
+            used.
+        semantic_lengths: Number of tokens `[b]` of each item in `semantic_tokens`, without padding.
+        coarse_only: Whether to skip the fine stage and decode the wave from the coarse levels alone.
+        allow_eos: Whether the model may end an item early. None = only if it was trained with ends, and neither
             `seconds` nor `semantic_tokens` is set.
-        seeds: Seed of every item; an int n means n, n + 1, ... An item depends on its own seed and inputs alone. None
-            draws seeds from torch's global generator.
-        sampling: Sampling by stage name, as settings or as the fields that differ from those of the model. The guidance
-            of the model is off for stages without a condition.
-        callback: Called as `callback(stage, known_frames, requested_frames)` with the frames of the longest item.
+        seeds: Seed of every item; an int n stands for n, n + 1, ... A result depends only on the seed and the inputs of
+            its item. None draws seeds from torch's global generator.
+        sampling: Sampling settings by stage name, or a dict of the fields that differ from the settings of the model.
+            Guidance set in the model is off for stages without a condition.
+        callback: Called as `callback(stage, known_frames, requested_frames)`, with the numbers of frames of the longest
+            item.
         progress: Whether to show a progress bar per stage on the terminal.
 
     Raises:
-        ValueError: If a number is out of range, or inputs exclude each other.
+        ValueError: If a number is out of range, or lengths are passed without their tensor.
     """
 
     batch_size: int = 1
@@ -78,7 +79,7 @@ class GenerationRequest:
     progress: bool = False
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Check ranges, and that no lengths are passed without their tensor."""
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         if self.seconds is not None and not 0 < self.seconds < float("inf"):
@@ -87,14 +88,14 @@ class GenerationRequest:
             raise ValueError(f"prime_wave_input_sample_hz must be positive, got {self.prime_wave_input_sample_hz}")
         for name, lengths in (("prime_wave", "prime_lengths"), ("semantic_tokens", "semantic_lengths")):
             if getattr(self, name) is None and getattr(self, lengths) is not None:
-                raise ValueError(f"{lengths} needs {name}: pass both or neither")
+                raise ValueError(f"got {lengths} without {name}; pass both or neither")
         if self.wavs is not None and not self.wavs.isfinite().all():
-            raise ValueError("wavs hold NaN or infinite samples; clean them first, e.g. with torch.nan_to_num")
+            raise ValueError("wavs contain NaN or infinite samples; clean them first, e.g. with torch.nan_to_num")
 
     def select(self, items: Sequence[int]) -> "GenerationRequest":
-        """Return a request of the numbered items, in this order; an item may occur several times.
+        """Return a request for the items with these indices, in this order. An index may occur several times.
 
-        An input of one item stays as it is, because it is used for all items.
+        An input of one item is unchanged, because it is used for all items.
         """
         inputs, prompts, seeds = self.input_streams, self.prime_wave, self.seeds
         return replace(
@@ -116,7 +117,7 @@ class GenerationRequest:
 
     @property
     def num_items(self) -> int:
-        """Number of items b; ValueError if inputs disagree or are empty."""
+        """Number of items b. Raises ValueError if inputs have different numbers of items or are empty."""
         prompts = self.prime_wave
         extra = {} if self.input_streams is None else self.input_streams.tokens
         inputs: dict[str, Any] = {
@@ -132,11 +133,11 @@ class GenerationRequest:
         sizes = {name: len(value) for name, value in inputs.items() if value is not None}
         empty = [name for name, size in sizes.items() if size < 1]
         if empty:
-            raise ValueError(f"{empty} hold no items: leave them out, or pass 1 item or one per item of the batch")
+            raise ValueError(f"{empty} have no items; omit them, or pass 1 item or one per item of the batch")
         several = {size for size in (self.batch_size, *sizes.values()) if size != 1}
         if len(several) > 1:
             sizes = {"batch_size": self.batch_size, **sizes}
-            raise ValueError(f"inputs have different numbers of items, {sizes}: pass 1 or the same number everywhere")
+            raise ValueError(f"inputs have different numbers of items, {sizes}; pass 1 or the same number for each")
         return several.pop() if several else 1
 
 
@@ -145,7 +146,7 @@ def _is_one_wave(prompts: object) -> bool:
 
 
 def _select(value: Any, items: Sequence[int]) -> Any:
-    """Select items of an input; an input of one item is returned unchanged."""
+    """Select items of an input. An input of one item is returned unchanged."""
     if value is None or isinstance(value, (str, Path)) or (isinstance(value, Tensor) and value.ndim == 0):
         return value
     if len(value) == 1:
@@ -163,7 +164,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def with_request_signature(method: Method) -> Method:
-    """Replace `**request` in the signature of a method by the fields of `GenerationRequest`, for `help`."""
+    """Replace `**request` in the signature of a method by the fields of `GenerationRequest` (for `help`)."""
     shown = signature(method)
     named = [parameter for parameter in shown.parameters.values() if parameter.kind is not Parameter.VAR_KEYWORD]
     fields = signature(GenerationRequest).parameters.values()
@@ -173,15 +174,15 @@ def with_request_signature(method: Method) -> Method:
 
 @dataclass(frozen=True, eq=False)
 class GeneratedAudio:
-    """The result of one call, or the new part of it in one chunk of a stream.
+    """Generated waves and tokens: the result of `AudioLM.generate`, or one chunk of `AudioLM.stream`.
 
     Attributes:
-        waves: A float wave `[n_i]` per item, or `[c, n_i]` for a codec of several channels.
+        waves: One float wave `[n_i]` per item, or `[c, n_i]` if the codec has several channels.
         sample_hz: Sample rate of the waves in Hz.
         semantic: Semantic tokens `[b, t]` int64, -1 past the length of an item.
-        semantic_lengths: Semantic tokens of each item, `[b]` int64.
+        semantic_lengths: Number of semantic tokens of each item, `[b]` int64.
         acoustic: Acoustic tokens `[b, f, q]` int64, -1 past the length of an item.
-        acoustic_lengths: Acoustic frames of each item, `[b]` int64.
+        acoustic_lengths: Number of acoustic frames of each item, `[b]` int64.
     """
 
     waves: list[Tensor]
@@ -198,10 +199,10 @@ class GeneratedAudio:
 
     @property
     def wave(self) -> Tensor:
-        """The waves as one tensor `[b, n]` or `[b, c, n]`; ValueError if their lengths differ."""
+        """All waves as one tensor `[b, n]` or `[b, c, n]`. Raises ValueError if their lengths differ."""
         if not self.have_one_length:
             raise ValueError(
-                f"the items have {[wave.shape[-1] for wave in self.waves]} samples: use the list `waves`, or request "
+                f"the items have {[wave.shape[-1] for wave in self.waves]} samples; use the list `waves`, or request "
                 "`seconds`, so that all items have the same length"
             )
         return torch.stack(self.waves)
@@ -210,7 +211,7 @@ class GeneratedAudio:
     def of_items(
         cls, waves: Sequence[Tensor], sample_hz: int, semantic: Sequence[Tensor], acoustic: Sequence[Tensor]
     ) -> "GeneratedAudio":
-        """Batch waves `[n_i]` or `[c, n_i]`, semantic tokens `[t_i]` and acoustic tokens `[f_i, q]` of items."""
+        """Build the result from the waves `[n_i]` or `[c, n_i]` and tokens `[t_i]`, `[f_i, q]` of each item."""
         lengths = [torch.tensor([len(tokens) for tokens in kind]) for kind in (semantic, acoustic)]
         return cls(list(waves), sample_hz, padded(semantic), lengths[0], padded(acoustic), lengths[1])
 
@@ -218,7 +219,7 @@ class GeneratedAudio:
     def concatenate(cls, chunks: Sequence["GeneratedAudio"]) -> "GeneratedAudio":
         """Concatenate the chunks of a stream in time."""
         if not chunks:
-            raise ValueError("concatenate needs at least one chunk")
+            raise ValueError("got no chunks to concatenate; pass at least one")
 
         def tokens_of_items(kind: str) -> list[Tensor]:
             rows = [
@@ -238,7 +239,7 @@ class ProgressBars:
         self._bars: dict[str, Any] = {}
 
     def __call__(self, stage: str, known_frames: int, requested_frames: int) -> None:
-        """Update the bar of a stage."""
+        """Update the progress bar of `stage`."""
         if stage not in self._bars:
             self._bars[stage] = progress_bar(stage, 0, requested_frames, shown=True)
         bar = self._bars[stage]
@@ -246,6 +247,6 @@ class ProgressBars:
         bar.update(known_frames - bar.n)
 
     def close(self) -> None:
-        """Remove all bars."""
+        """Remove all progress bars from the terminal."""
         while self._bars:
             self._bars.popitem()[1].close()

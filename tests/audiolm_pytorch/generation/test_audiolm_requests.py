@@ -117,7 +117,7 @@ def test_a_codec_of_several_channels_continues_prompts():
     assert torch.equal(result.semantic[:, :5], audio_lm.wav2vec(stereo.mean(dim=1)))
     mono = audio_lm.generate(prime_wave=stereo[:, 0], seconds=0.4, seeds=1)
     assert torch.equal(mono.acoustic[:, :10], audio_lm.codec.tokenize(stereo[:, :1].expand(-1, 2, -1)))
-    with pytest.raises(ValueError, match="3 channels, the codec 2"):
+    with pytest.raises(ValueError, match="3 channels, the codec has 2"):
         audio_lm(prime_wave=torch.rand(1, 3, 160), seconds=0.4)
 
 
@@ -142,9 +142,9 @@ def test_semantic_tokens_of_the_request_replace_the_first_stage(monkeypatch):
 def test_invalid_semantic_tokens_raise_errors():
     """Too few tokens for the seconds, no tokens, and tokens outside the vocabulary."""
     audio_lm = audiolm_of()
-    with pytest.raises(ValueError, match="need .25. semantic tokens, the items have .5."):
+    with pytest.raises(ValueError, match="needs .25. semantic tokens per item, the request has .5."):
         audio_lm(semantic_tokens=torch.zeros(1, 5).long(), seconds=1.0)
-    with pytest.raises(ValueError, match="each item needs one"):
+    with pytest.raises(ValueError, match="at least one token per item"):
         audio_lm(semantic_tokens=torch.zeros(1, 0).long())
     with pytest.raises(ValueError, match="outside"):
         audio_lm(semantic_tokens=torch.full((1, 5), 12))
@@ -295,7 +295,7 @@ def test_selected_items_of_a_request_equal_those_items_of_the_result():
 def test_a_prompt_that_is_too_long_raises_an_error():
     """The message contains the item, its seconds, and that the requested seconds include the prompt."""
     with pytest.raises(
-        ValueError, match=r"prompt of item 1 lasts 1.00 s, longer than the requested 0.50 s.*: request more"
+        ValueError, match=r"prompt of item 1 lasts 1.00 s, longer than the requested 0.50 s.*; request more"
     ):
         audiolm_of()(prime_wave=[torch.rand(10), torch.rand(800)], seconds=0.5)
 
@@ -343,13 +343,13 @@ NONSENSE = {
     "seconds must be positive": [{"seconds": value} for value in (-1.0, 0, float("nan"), float("inf"))],
     "batch_size must be at least 1": [{"batch_size": 0}, {"batch_size": -2}],
     "top_k": [{"seconds": 0.1, "sampling": {"fine": {"top_k": 0}}}],
-    "hold no items": [{"text": []}, {"seeds": []}, {"prime_wave": []}, {"prime_wave": torch.zeros(0, 100)}],
+    "have no items": [{"text": []}, {"seeds": []}, {"prime_wave": []}, {"prime_wave": torch.zeros(0, 100)}],
     "NaN or infinite": [
         {"prime_wave": torch.tensor([0.0, float("nan")])},
         {"prime_wave": [torch.zeros(100), torch.tensor([float("inf")])]},
         {"wavs": torch.full((1, 100), float("nan"))},
     ],
-    "must be floating point": [
+    "must be a float tensor": [
         {"prime_wave": torch.zeros(100, dtype=torch.int16)},
         {"prime_wave": [torch.tensor(1.0)]},
     ],
