@@ -77,7 +77,7 @@ def read_audio(
         count = total - start if duration_seconds is None else min(round(duration_seconds * to_hz), total - start)
         first, last, skip = resample_source_span(start, count, from_hz, to_hz)
         file.seek(first)
-        # mixed block by block: all channels of an hour together would need several times the memory of the result
+        # Channels are mixed block by block, because all channels of a long file would need several times the memory.
         blocks = [
             with_channels(np.ascontiguousarray(block.T), channels, path)
             for block in sound_blocks(file, min(last, file.frames) - first)

@@ -131,7 +131,7 @@ class MelSpectrogram(nn.Module):
             if self.center:
                 half = self.n_fft // 2
                 flat = F.pad(flat, (half, half), mode="reflect" if num_samples > half else "constant")
-            # not a buffer: rounded with a model of half precision it would leak tones into all bands
+            # Not a buffer, because in half precision the rounded window would leak tones into all bands.
             window = torch.hann_window(self.win_length, dtype=torch.float32, device=wave.device)
             spectrum = torch.stft(
                 flat, self.n_fft, self.hop_length, self.win_length, window, center=False, return_complex=True

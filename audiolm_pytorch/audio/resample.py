@@ -14,8 +14,8 @@ from torch.nn import functional as F
 __all__ = ["StreamingResampler", "resample", "resample_source_span", "resampled_length"]
 
 _QUALITY = "HQ"
-# Reach of the soxr HQ filter, in samples of the lower of the two rates: beyond 160 nothing changes in float32 (measured
-# over eleven pairs of rates between 8 and 96 kHz); the rest is margin.
+# Reach of the soxr HQ filter, in samples of the lower of the two rates. Samples at a distance of more than 160 do not
+# change float32 results (measured for eleven pairs of rates between 8 and 96 kHz); the rest is a margin.
 _REACH_SAMPLES = 256
 
 
@@ -65,7 +65,7 @@ def resample_source_span(start: int, count: int, from_hz: int, to_hz: int) -> tu
     common = gcd(from_hz, to_hz)
     source_step, target_step = from_hz // common, to_hz // common
     reach = _REACH_SAMPLES * from_hz // min(from_hz, to_hz) + 1
-    # the first sample has to fall on an instant that is a sample at both rates
+    # The first sample must be at a time that is a sample at both rates.
     first = max(start * from_hz // to_hz - reach, 0) // source_step * source_step
     last = -(-(start + count) * from_hz // to_hz) + reach
     return first, last, start - first // source_step * target_step

@@ -59,7 +59,7 @@ def sound_blocks(file: soundfile.SoundFile, num_frames: int) -> Iterator[np.ndar
     """Read up to `num_frames` samples per channel from the current position, in blocks `[n, c]` float32.
 
     A single long read would stop at the first undecodable part of a damaged file. `SoundFile.blocks` would repeat old
-    samples if a file is shorter than its header says.
+    samples if the length in the header is too large.
     """
     while num_frames > 0 and len(block := file.read(min(num_frames, _BLOCK_FRAMES), dtype="float32", always_2d=True)):
         num_frames -= len(block)
@@ -122,7 +122,7 @@ class AudioSource:
                     yield chunk
             if num_samples == 0:
                 raise ValueError(f"{self.path}: the file contains no samples")
-            # An MP3 without an index (Xing header) only estimates its length; every other format knows it.
+            # The header of an MP3 without an index (Xing header) only estimates the length; other formats store it.
             if num_samples < file.frames and file.format != "MP3":
                 raise ValueError(
                     f"{self.path}: the file is damaged; only {num_samples} of {file.frames} samples can be decoded"
@@ -140,7 +140,7 @@ class AudioWriter:
         with AudioWriter("music.wav", sample_hz=16000, channels=1) as writer:
             writer.write(wave)
 
-    The first chunk creates the file and missing folders. After an error inside the `with` block there is no file.
+    The first chunk creates the file and missing folders. An error inside the `with` block leaves no partial file.
 
     Args:
         path: File name ending in .wav (16-bit), .flac (16-bit) or .ogg (Vorbis).
@@ -177,7 +177,8 @@ class AudioWriter:
                 self._file = soundfile.SoundFile(
                     self._partial, "w", samplerate=self.sample_hz, channels=self.channels, subtype=self._subtype
                 )
-            # libsndfile's Vorbis encoder keeps the samples of one call on the stack, which long files overflow
+            # The Vorbis encoder of libsndfile stores the samples of one call on the stack, which a long call would
+            # overflow.
             for begin in range(0, len(columns), _BLOCK_FRAMES):
                 self._file.write(columns[begin : begin + _BLOCK_FRAMES])
 

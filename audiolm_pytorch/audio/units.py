@@ -7,7 +7,7 @@ from beartype import beartype
 
 __all__ = ["exact_div", "frames_covering", "frames_inside", "samples_covering", "samples_in"]
 
-# A float of seconds times a rate is off by about 1e-8 samples in an hour of audio; more than this is a real remainder.
+# The rounding error of seconds as a float is about 1e-8 samples in an hour of audio; a larger difference is real.
 TOLERANCE_SAMPLES = 1e-6
 
 
@@ -51,7 +51,7 @@ def samples_covering(seconds: float | int | Fraction, multiple_samples: int, sam
     _check(float(seconds), "seconds", multiple_samples=multiple_samples, sample_hz=sample_hz)
     exact_samples = Fraction(seconds) * sample_hz
     nearest = round(exact_samples)
-    # without the snap, 0.1 s + 0.2 s as floats would need one frame more
+    # Without rounding to whole samples, 0.1 s + 0.2 s as floats would need one more frame.
     whole_samples = nearest if abs(exact_samples - nearest) <= TOLERANCE_SAMPLES else ceil(exact_samples)
     return frames_covering(whole_samples, multiple_samples) * multiple_samples
 

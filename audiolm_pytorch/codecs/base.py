@@ -35,7 +35,7 @@ class Codec(nn.Module, ABC):
         channels: Number of audio channels.
         num_quantizers: Codes per frame, from coarse to fine. With groups, it is the number of levels times the number
             of groups.
-        codebook_size: Size of a codebook: the number of different codes in a column.
+        codebook_size: Number of different codes in each column.
         has_scales: Whether `encode` also returns the loudness of segments.
     """
 
@@ -183,5 +183,5 @@ def _shape_advice(shape: list[int], channels: int) -> str:
     if len(shape) == 3 and channels == 1 and shape[1] > 1:
         return "; mix the channels down: wave.mean(dim=1)"
     if channels > 1 and (len(shape) == 2 or shape[1:2] == [1]):
-        return f"; repeat the channel: wave.view(len(wave), 1, -1).repeat(1, {channels}, 1)"
+        return f"; repeat the channel with wave.view(len(wave), 1, -1).repeat(1, {channels}, 1)"
     return ""

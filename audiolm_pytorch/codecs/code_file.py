@@ -116,7 +116,7 @@ class StoredCodes:
             )
         if (self.scales is not None) != codec.has_scales:
             raise ValueError(
-                f"the codes come {'without' if self.scales is None else 'with'} scales, but the codec has "
+                f"the codes are stored {'without' if self.scales is None else 'with'} scales, but the codec has "
                 f"{'one per segment' if codec.has_scales else 'none'}; encode the sound again"
             )
 

@@ -23,8 +23,8 @@ from audiolm_pytorch.saving.modules import constructor_arguments, register
 __all__ = ["CausalConv1d", "CausalConvTranspose1d", "ConvDecoder", "ConvEncoder", "ResidualUnit"]
 
 _DILATIONS = (1, 3, 9)  # SoundStream, section III-A
-# Initial scale of the residual branches and of the output. Units start near the identity and the wave quiet, because
-# the model unlearns a loud start slowly: with torch's own initialisation it is no better than silence after 100 steps.
+# Initial scale of the residual branches and of the output. Units start near the identity, and the wave starts quiet.
+# With the initialisation of torch the wave starts loud, and after 100 steps the model is no better than silence.
 _BRANCH_SCALE, _WAVE_SCALE = 0.3, 0.05
 _LOG2_E = math.log2(math.e)
 # Samples per chunk outside of training. With 32 channels, a layer's output has 6 MB on a CPU; longer chunks only cause
@@ -133,7 +133,7 @@ class _ConvNetwork(nn.Module, ABC):
         strides: Downsampling factors of the blocks, in the order of the encoder; their product is the number of samples
             per frame.
         dim: Width D of the frames.
-        attn_window_size: Number of frames to which a frame attends: itself and the frames before it.
+        attn_window_size: Number of frames to which a frame attends, including itself.
         attn_depth: Number of attention blocks; the paper has no attention.
     """
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 __all__ = ["si_sdr_db", "stft_distance", "zero_mean"]
 
 _SI_SDR_LIMIT_DB = 100.0
-# -80 dB of full scale, as in MultiScaleMelLoss: quieter parts are inaudible and count as equal
+# -80 dB of full scale, as in MultiScaleMelLoss, because quieter parts are inaudible
 _FLOOR = 1e-4
 # FFT, window and hop (samples): table 1 of arXiv 1910.11480
 _FFTS_WINDOWS_AND_HOPS = ((512, 240, 50), (1024, 600, 120), (2048, 1200, 240))
@@ -41,7 +41,7 @@ def si_sdr_db(estimate: Tensor, target: Tensor) -> Tensor:
     signal, distortion = projection.square().sum(dim=-1), (estimate - projection).square().sum(dim=-1)
     ratio_db = 10 * (signal / distortion).log10()
     both_silent = (signal == 0) & (distortion == 0) & (power[..., 0] == 0)
-    # the remaining 0 / 0 is a silent estimate of a target that is not silent
+    # The remaining 0 / 0 occurs if only the estimate is silent.
     ratio_db = ratio_db.nan_to_num(nan=-_SI_SDR_LIMIT_DB).clamp(-_SI_SDR_LIMIT_DB, _SI_SDR_LIMIT_DB)
     return ratio_db.masked_fill(both_silent, _SI_SDR_LIMIT_DB)
 

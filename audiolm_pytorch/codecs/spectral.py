@@ -22,7 +22,7 @@ __all__ = ["ConvNeXtBlock", "SpectralDecoder", "SpectralEncoder"]
 # Log-magnitudes of 16-bit audio run from about -11 (silence) to 3; this maps them to about [-1.5, 1.5].
 _LOG_FLOOR = 1e-5
 _LOG_CENTRE, _LOG_SCALE = -5.0, 4.0
-# Bound of the predicted magnitude: an extreme value early in training would reach the wave (as in Vocos' code).
+# Upper bound of predicted magnitudes, as in the code of Vocos; it limits extreme values early in training.
 _MAX_MAGNITUDE = 1e2
 # Frames per chunk outside of training: 250 need about 30 MB; 3000 need 120 MB and 10% less time per frame.
 _CHUNK_FRAMES = 250
@@ -118,7 +118,7 @@ class SpectralEncoder(_SpectralNetwork, WaveEncoder):
     def features(self, wave: Tensor) -> Tensor:
         """Compute normalised log-magnitudes `[b, f, c * bins]` of waves `[b, c, n]`, in float32 also under autocast."""
         with torch.autocast(wave.device.type, enabled=False):
-            # same-padding: frame k is centred on samples [k * hop, (k + 1) * hop)
+            # With same-padding, frame k is centred on samples [k * hop, (k + 1) * hop).
             pad = (self.window_samples - self.hop_samples) // 2
             padded = F.pad(rearrange(wave.float(), "b c n -> (b c) n"), (pad, pad))
             spectrum = torch.stft(

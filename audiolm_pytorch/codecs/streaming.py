@@ -67,7 +67,7 @@ class DecoderStream:
         """Decode all codes `[b, f, q']` without checking them, in limited memory besides the wave."""
         chunks = self._chunks(codes, is_last=True)
         first = next(chunks)
-        # One buffer: a list of chunks and their concatenation would need more than twice the memory of the wave.
+        # One buffer is used, because chunks and their concatenation would need more than twice the memory of the wave.
         wave = first.new_empty(*first.shape[:2], self._waves.out_steps * codes.shape[1])
         num_done = 0
         for chunk in chain([first], chunks):

@@ -194,7 +194,7 @@ class TransformerEncoder(nn.Module):
         self._check(x, mask, layers)
         context = self._attention_context(x, mask, positions)
         blocks = {self.depth if layer is None else layer for layer in layers}
-        states = {0: x}  # of the requested layers only, to save memory without gradients
+        states = {0: x}  # only of the requested layers, to save memory without gradients
         for layer, block in enumerate(list(self.blocks)[: max(blocks, default=0)], start=1):
             x = block(x, context)
             if layer in blocks:

@@ -23,7 +23,7 @@ __all__ = [
     "vector_statistics",
 ]
 
-# k-means++ on a few vectors per cluster is as good as on all vectors, and much faster.
+# k-means++ on a few vectors per cluster is as good as k-means++ on all vectors, and much faster.
 _START_VECTORS_PER_CLUSTER, _MIN_START_VECTORS = 16, 20_000
 _MIN_BATCH, _BATCH_PER_CLUSTER = 1024, 2
 # A standard deviation below this share of the values is rounding noise, which a division would amplify.
@@ -144,7 +144,7 @@ def first_centroids(vectors: np.ndarray, num_clusters: int, seed: int) -> np.nda
     from sklearn.cluster import kmeans_plusplus
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-    with threadpool_limits(limits=1):  # one thread adds in one order
+    with threadpool_limits(limits=1):  # one thread adds in a fixed order
         centroids, _ = kmeans_plusplus(vectors, num_clusters, random_state=seed)
     return np.asarray(centroids, dtype=np.float32)
 

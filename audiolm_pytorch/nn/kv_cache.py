@@ -17,7 +17,7 @@ class CachePositions:
 
     Attributes:
         positions: `[b, n]` int64, position of each row in the sequence of the item.
-        extent: Largest position + 1: the number of cache positions in use after the call.
+        extent: Number of cache positions in use after the call, which is the largest position + 1.
         start: Position of the first row if it is the same for all items, else None.
     """
 
@@ -81,7 +81,7 @@ class KVCache:
         self.cross_mask: Tensor | None = None
 
     def write(self, layer: int, keys: Tensor, values: Tensor, cache_positions: CachePositions) -> tuple[Tensor, Tensor]:
-        """Store keys and values `[b, g, n, d]` of a layer, and return views of all keys and values of the layer."""
+        """Store keys and values `[b, g, n, d]` of a layer; return all keys and values of the layer, not copied."""
         for cached, new in ((self.keys[layer], keys), (self.values[layer], values)):
             if cache_positions.start is not None:
                 cached[:, :, cache_positions.start : cache_positions.extent] = new

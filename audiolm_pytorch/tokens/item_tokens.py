@@ -55,7 +55,7 @@ class ItemTokens:
         for item, (first, tokens) in enumerate(zip(self._first, self._items)):
             dropped = min(frame, first + len(tokens) - 1) - first
             if dropped > 0:
-                # a copy, because a slice keeps the whole tensor in memory
+                # Copy, because a slice would keep the whole tensor in memory.
                 self._items[item], self._first[item] = tokens[dropped:].clone(), first + dropped
 
 
@@ -75,7 +75,7 @@ def items_of_streams(
     if not tokens and not lengths:
         return {}
     present = [stream for stream in streams if stream.name in tokens]
-    # all streams, if some tokens belong to none of them, for an error that names the choice
+    # If names are unknown, check against all streams, so that the error lists the possible names.
     checked, counts = checked_streams(present if len(present) == len(tokens) > 0 else streams, tokens, lengths)
     return {
         name: [row[:count] for row, count in zip(ids, counts[:, index].tolist())]

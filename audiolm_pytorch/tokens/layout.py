@@ -68,7 +68,7 @@ class TokenLayout:
             )
         self._blocks, self.heads, self.num_ids = number_ids(self.streams)
         self.null_id = None if all(s.is_in_time for s in self.streams) else self._blocks[-1].first_id
-        # Each of these has one more entry for empty cells, whose block is -1.
+        # Each tensor has one more entry at the end, for empty cells with block -1.
         self._first_id_of_block = torch.tensor([block.first_id for block in self._blocks] + [0])
         self._head_of_block = torch.tensor([block.head for block in self._blocks] + [-1])
         self._stream_of_block = torch.tensor([max(block.stream, 0) for block in self._blocks] + [0])
@@ -233,7 +233,7 @@ class TokenLayout:
     def _fill(self, tokens: Mapping[str, Tensor], block: Tensor, frame: Tensor) -> PackedTokens:
         """Look up the id of every cell by its id block and frame; `block` and `frame` are `[b, rows, columns]`."""
         flat = [rearrange(tokens[name], "b f q -> b (f q)") for name in self._names]
-        # Position 0 holds the 0 that is added to the id of a start, an end or a null token.
+        # Position 0 contains the 0 that is added to the id of a start, an end or a null token.
         values = torch.cat([flat[0].new_zeros(len(flat[0]), 1), *flat], dim=1)
         first_position = [1]
         for part in flat:

@@ -143,7 +143,7 @@ def number_ids(streams: Sequence[Stream]) -> tuple[tuple[IdBlock, ...], tuple[He
                 heads.append(Head(stream.name, level, next_id, stream.vocab_size, has_eos))
             blocks.append(IdBlock(index, level, next_id, True, head))
             next_id += stream.vocab_size
-            if has_eos:  # directly after its level, so that the ids of a head are one range
+            if has_eos:  # directly after the level, so that the ids of a head are contiguous
                 blocks.append(IdBlock(index, level, next_id, False, head))
                 next_id += 1
     if not all(stream.is_in_time for stream in streams):

@@ -18,7 +18,7 @@ def peak_bytes() -> int:
     """Largest resident memory of this process so far, including interpreter and libraries, in bytes."""
     status = Path("/proc/self/status")
     if status.exists():
-        # getrusage is wrong here: on Linux a new process inherits the peak of its parent
+        # getrusage cannot be used, because on Linux a new process inherits the peak of its parent.
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -65,7 +65,7 @@ from musiclm_pytorch.recipes.semantic import is_held_out, join_words
 
 __all__ = ["Words", "build_stages", "evaluate", "main", "memory_metrics", "open_audiolm", "split_words"]
 
-# Longer than a stop inside a word, see `cut_words`.
+# Pauses are longer than a stop inside a word, see `cut_words`.
 PAUSE_SECONDS = (0.15, 0.4)
 FIRST_VALID_TAKE = 48
 NUM_CODEC_CLIPS, NUM_CODEC_VALID = 1200, 16

@@ -67,7 +67,7 @@ class ComplexSTFTDiscriminator(Discriminator):
 
     def _outputs(self, wave: Tensor) -> list[ScaleOutput]:
         spectrum = self.spectrogram(wave)
-        # without the highest bin, and padded to a multiple of the strides in time
+        # Drop the highest bin, and pad to a multiple of the strides in time.
         spectrum = F.pad(spectrum, (0, -1, 0, -spectrum.shape[2] % _FRAMES_PER_LOGIT))
         logits, features = run_layers(self.layers, self.last, spectrum)
         return [ScaleOutput(rearrange(logits, "b 1 f 1 -> b 1 f"), features)]

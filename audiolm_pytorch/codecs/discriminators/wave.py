@@ -11,7 +11,7 @@ from audiolm_pytorch.saving.modules import register
 
 __all__ = ["MultiScaleWaveDiscriminator"]
 
-_STRIDE = 4  # of each grouped convolution: SoundStream, section III-D
+_STRIDE = 4  # of each grouped convolution (SoundStream, section III-D)
 _GROUPED_LAYERS = 4
 _GROUP_SIZE = 4
 
@@ -42,7 +42,7 @@ class MultiScaleWaveDiscriminator(Discriminator):
         self.scales = nn.ModuleList([_OneScale(channels, width) for _ in range(scales)])
 
     def _outputs(self, wave: Tensor) -> list[ScaleOutput]:
-        # shorter waves would be pooled to nothing
+        # Pooling shorter waves would leave no samples.
         wave = F.pad(wave, (0, max(0, 2 ** (len(self.scales) - 1) - wave.shape[-1])))
         outputs = []
         for number, scale in enumerate(self.scales):

@@ -65,7 +65,7 @@ def apply_chunked(
     """
     unit, out = span.scale.numerator, span.scale.denominator
     chunk = max(1, (chunk_samples or CHUNK_SAMPLES) // max(unit, out))
-    # one unit more: chunks begin on whole units, the inputs that they depend on may begin inside a unit
+    # Add one unit, because chunks begin on whole units, but the inputs that they need can begin inside a unit.
     reach = ceil(span.reach / unit) + 1 if span.reach else 0
     total = ceil(Fraction(inputs.shape[-1], unit))
     if total <= chunk + reach:

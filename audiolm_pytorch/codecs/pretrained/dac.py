@@ -38,7 +38,7 @@ class DacWrapper(PretrainedLevelsCodec):
         )
 
     def _encode(self, wave: Tensor) -> EncodedWave:
-        # DAC drops an incomplete last frame; like its own feature extractor, pad it with silence
+        # DAC drops an incomplete last frame, so pad it with silence, as the feature extractor of DAC does.
         wave = F.pad(wave, (0, -wave.shape[-1] % self.downsample_factor))
         codes = apply_chunked(
             lambda chunk: self.model.encode(chunk, n_quantizers=self.num_quantizers, return_dict=True).audio_codes,

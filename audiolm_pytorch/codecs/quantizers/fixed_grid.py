@@ -112,9 +112,9 @@ class ResidualLookupFreeQuantizer(_GridLevels):
             return 0.0
         logits = rearrange(residual, "b f d -> (b f) d") * (2 ** (level + 1) / self.config["temperature"])
         positive = logits.sigmoid()
-        # signs are independent: the entropy of a frame is the sum over its coordinates
+        # Signs are independent, so the entropy of a frame is the sum over coordinates.
         frame_entropy = positive * F.softplus(-logits) + (1 - positive) * F.softplus(logits)
-        # the probability of a code is a product over coordinates, so the mean over frames is one matrix product
+        # The probability of a code is a product over coordinates, so the mean over frames is one matrix product.
         half = logits.shape[-1] // 2
         total = _code_probabilities(positive[:, :half]).t() @ _code_probabilities(positive[:, half:])
         probability = distributed_mean(total, len(logits))

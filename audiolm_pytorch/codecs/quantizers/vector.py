@@ -16,8 +16,8 @@ from audiolm_pytorch.training.rng import preserve_rng
 
 __all__ = ["ResidualQuantizer"]
 
-# Ratio of code to residual length above which the gradient passes straight through: the rotation trick scales the
-# gradient by this ratio, which reaches thousands in silence.
+# Ratio of code length to residual length above which gradients are straight-through. The rotation trick scales the
+# gradient by this ratio, which can be thousands in silence.
 _MAX_ROTATED_RATIO = 4.0
 
 
@@ -65,7 +65,7 @@ class _Levels(nn.Module):
         self.layers = nn.ModuleList(
             nn.ModuleDict({"_codebook": _Codebook(codebook_size, codebook_dim)}) for _ in range(num_quantizers)
         )
-        self._trained_layers: tuple[Any, ...] = ()  # a tuple is not registered: the state is in `layers`
+        self._trained_layers: tuple[Any, ...] = ()  # a tuple is not registered, because the state is in `layers`
 
     def trained_layers(self, decay: float) -> tuple[Any, ...]:
         """`VectorQuantize` layers, one per level, that train the codebooks of `layers` in place."""
@@ -88,7 +88,7 @@ class _Levels(nn.Module):
                 )
         for layer, trained in zip(self.layers, self._trained_layers):
             trained.train()
-            # the tensors may have moved to another device since the last step
+            # The tensors can have moved to another device since the last step.
             trained._codebook._buffers.update(layer.get_submodule("_codebook")._buffers)
             trained._codebook.all_reduce_fn = sum_over_processes
         return self._trained_layers
@@ -142,7 +142,7 @@ class ResidualQuantizer(ResidualLevels):
         residual = self._project(frames)
         for level, layer in enumerate(self.rvq.layers):
             centroids, counts = _kmeans(residual, self.codebook_size, iterations)
-            # the averages start as after a typical batch
+            # The averages start as they are after a typical batch.
             counts = counts * (self.config["expected_frames"] / counts.sum())
             codebook = layer._codebook
             for buffer, value in (

@@ -101,7 +101,7 @@ def perform(
 
     Args:
         tune: Tune that is played. After its last bar, it is repeated from its first bar.
-        labels: Labels of the clip: instrument, tempo, accompaniment and register.
+        labels: Instrument, tempo, accompaniment and register of the clip.
         start_bar: First bar of the excerpt.
         seconds: Length of the excerpt; notes are cut at the end.
         rng: Random generator of small differences in velocity.

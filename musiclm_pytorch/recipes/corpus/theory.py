@@ -68,7 +68,7 @@ def _bars(*bars: str) -> tuple[tuple[Chord, ...], ...]:
     return tuple(tuple(Chord(int(name[0]) - 1, name.endswith("+")) for name in bar.split()) for bar in bars)
 
 
-# The first two bars of a phrase, by mode.
+# First two bars of a phrase, by mode.
 OPENINGS = {
     "major": [
         _bars(*pair)
@@ -90,7 +90,7 @@ OPENINGS = {
     ],
 }
 
-# The last two bars of a phrase: open, or closed on the tonic.
+# Last two bars of a phrase, with an open cadence, or with a closed cadence on the tonic.
 CADENCES = {
     ("major", "open"): [_bars(*pair) for pair in (("1", "5"), ("4", "5"), ("2", "5"), ("1 4", "5"), ("6", "5"))],
     ("major", "closed"): [

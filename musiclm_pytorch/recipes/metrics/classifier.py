@@ -1,4 +1,4 @@
-"""Linear classifiers of clips: instrument, tempo, drums and register of music, or digit and speaker of words."""
+"""Linear classifiers of music (instrument, tempo, drums, register) and of spoken words (digit, speaker)."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -107,7 +107,7 @@ class AttributeClassifier(nn.Module):
             regression = LogisticRegression(C=inverse_regularisation, max_iter=500, class_weight="balanced")
             regression.fit(standardised, np.asarray(names))
             weight, bias = regression.coef_, regression.intercept_
-            if len(classes[name]) == 2:  # scikit-learn has one row for two classes: the log-odds of the second
+            if len(classes[name]) == 2:  # scikit-learn has one row for two classes, the log-odds of the second class
                 weight, bias = np.stack([0 * weight[0], weight[0]]), np.array([0.0, bias[0]])
             head = classifier.heads[name]
             head.load_state_dict({"weight": torch.from_numpy(weight).float(), "bias": torch.from_numpy(bias).float()})
@@ -158,9 +158,7 @@ def fitted_classifier(data: str | Path, folder: str | Path | None = None) -> Att
         classifier = load_module(folder, expect=AttributeClassifier)
         if not isinstance(classifier, AttributeClassifier):
             raise ValueError(
-                f"{folder} contains a {type(classifier).__name__}, but an AttributeClassifier is "
-                "needed; use "
-                "another folder"
+                f"{folder} contains a {type(classifier).__name__}, not an AttributeClassifier; use another folder"
             )
         return classifier.requires_grad_(False)
     classifier = fit_attribute_classifier(load_items(Path(data, "train.jsonl")).items)

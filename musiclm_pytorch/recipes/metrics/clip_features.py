@@ -13,7 +13,7 @@ from audiolm_pytorch.audio.resample import resample
 
 __all__ = ["ClipFeatures"]
 
-# 64 ms every 10 ms: long enough to separate neighbouring low notes, short enough for onsets.
+# Windows of 64 ms every 10 ms are long enough to separate neighbouring low notes, and short enough for onsets.
 FFT_SECONDS = 0.064
 FRAMES_PER_SECOND = 100
 F_MIN_HZ, F_MAX_HZ = 40.0, 7600.0
@@ -22,7 +22,7 @@ QUANTILES = (0.1, 0.5, 0.9)
 CHANGE_LAGS_FRAMES = (2, 8)
 ONSET_LAG_FRAMES = 3
 NUM_ONSET_BANDS = 4
-# Pulse: lags of 0.08 to 2 s (30 to 750 beats per minute). Modulations: 0.4 to 16 Hz. Both are pooled by four.
+# The pulse has lags of 0.08 to 2 s (30 to 750 beats per minute). Modulations are 0.4 to 16 Hz. Both are pooled by 4.
 PULSE_LAGS_FRAMES = (8, 200)
 RHYTHM_FFT_FRAMES = 1024
 RHYTHM_BINS = (4, 164)
@@ -40,7 +40,7 @@ class ClipFeatures(nn.Module):
 
     The features of a mel band are mean, deviation, quantiles and size of changes over time. The features of rhythm are
     the autocorrelation and the modulation spectrum of the onset strength (rectified change of level), in four frequency
-    regions and in their sum.
+    regions and in the whole spectrum.
     """
 
     @beartype
@@ -91,7 +91,7 @@ class ClipFeatures(nn.Module):
     def forward(self, waves: Tensor, sample_hz: int | None = None) -> Tensor:
         """Compute features `[b, d]` float32 of waves `[b, n]` of at least 2.5 s; `sample_hz` is the rate of the waves.
 
-        A row depends only on one wave, and not on its level.
+        A row depends only on one wave, and not on its level. `sample_hz=None` means the rate of the module.
         """
         if waves.ndim != 2 or not torch.isfinite(waves).all():
             raise ValueError(f"waves must be finite and of shape [b, n], got shape {tuple(waves.shape)}")

@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 LABELS = ("digit", "speaker")
-# Longer than any word of the collection.
+# Limit that is longer than any word of the dataset.
 _WORD_SECONDS = 2.5
 _NO_SPEAKER = "nobody"
 _PERCENTILES = (5, 25, 50, 75, 95)

@@ -15,7 +15,7 @@ from audiolm_pytorch.audio.resample import resample
 
 __all__ = ["WordFeatures", "cut_words", "padded"]
 
-# A frame so far below the loudest 10 ms is a pause. The noise of a quiet recording is about 40 dB below the voice.
+# A frame that is this far below the loudest 10 ms is a pause. In quiet recordings, noise is about 40 dB below speech.
 _PAUSE_DB = 35.0
 _HOP_SECONDS = 0.01
 # Stops inside a word ("six", "eight") are shorter than this, pauses between words are longer.
@@ -75,7 +75,7 @@ class WordFeatures(nn.Module):
 
     @torch.no_grad()
     def forward(self, waves: Tensor, sample_hz: int | None = None) -> Tensor:
-        """Compute features `[b, d]` float32 of words `[b, n]`, one per row; `sample_hz` is their rate."""
+        """Compute features `[b, d]` float32 of words `[b, n]`, one per row; `sample_hz=None` is `self.sample_hz`."""
         if waves.ndim != 2 or not torch.isfinite(waves).all():
             raise ValueError(f"words must be [b, n] without NaN or infinite samples, got shape {tuple(waves.shape)}")
         waves = resample(waves.float(), sample_hz or self.sample_hz, self.sample_hz)

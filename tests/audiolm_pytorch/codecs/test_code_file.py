@@ -216,9 +216,9 @@ def test_scales_are_stored(tmp_path, write_tone):
     wanted = codec.decode(got.codes[None], got.scales[None], num_samples=800)[0, 0]
     back = soundfile.read(tmp_path / "back.wav", dtype="float32")[0]
     assert np.abs(back - wanted.numpy()).max() < 1 / 16000
-    with pytest.raises(ValueError, match="come without scales, but the codec has one per segment"):
+    with pytest.raises(ValueError, match="are stored without scales, but the codec has one per segment"):
         replace(got, scales=None).check_codec(codec, "codec")
-    with pytest.raises(ValueError, match="come with scales, but the codec has none"):
+    with pytest.raises(ValueError, match="are stored with scales, but the codec has none"):
         got.check_codec(FakeCodec(), "codec")
     for scales in (torch.ones(1, 1), torch.ones(1).double(), torch.tensor([torch.nan]), -torch.ones(1)):
         with pytest.raises(ValueError, match="scales must be float32"):
