@@ -27,6 +27,7 @@ __all__ = [
     "module_spec",
     "read_config",
     "register",
+    "registered_class",
     "save_module",
 ]
 
@@ -50,6 +51,11 @@ def register(cls: ModuleClass) -> ModuleClass:
         )
     _registry[cls.__name__] = cls
     return cls
+
+
+def registered_class(name: str) -> type[nn.Module] | None:
+    """The registered class with this name, or None."""
+    return _registry.get(name)
 
 
 def constructor_arguments(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The `musiclm` command: parse the arguments and run one of the commands."""
+"""The `musiclm` command: parse the arguments, and call `execute` of the command."""
 
 import logging
 import sys
@@ -7,13 +7,13 @@ from typing import Annotated, Any
 
 import tyro
 
-from musiclm_pytorch.cli.codec import CodecCommand, run_codec
-from musiclm_pytorch.cli.convert import ConvertCommand, Hubert, MusicCaps, VqWav2vec, run_convert
-from musiclm_pytorch.cli.evaluate import EvaluateCommand, EvaluateMuLaN, EvaluateSemantic, run_evaluate
-from musiclm_pytorch.cli.export import Export, run_export
-from musiclm_pytorch.cli.generate import Generate, run_generate
-from musiclm_pytorch.cli.kmeans import TrainKmeans, run_train_kmeans
-from musiclm_pytorch.cli.train import Train, run_train
+from musiclm_pytorch.cli.codec import CodecCommand
+from musiclm_pytorch.cli.convert import ConvertCommand
+from musiclm_pytorch.cli.evaluate import EvaluateCommand
+from musiclm_pytorch.cli.export import Export
+from musiclm_pytorch.cli.generate import Generate
+from musiclm_pytorch.cli.kmeans import TrainKmeans
+from musiclm_pytorch.cli.train import Train
 
 __all__ = ["main"]
 
@@ -44,9 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if words[:2] == ["train", "kmeans"]:  # `train` expects a step there, and kmeans has other options
-            return run_train_kmeans(tyro.cli(TrainKmeans, prog="musiclm train kmeans", args=words[2:]))
+            return tyro.cli(TrainKmeans, prog="musiclm train kmeans", args=words[2:]).execute()
         description = "Generate music from text, and train, convert and evaluate the models for it."
-        return _run(tyro.cli(Command, prog="musiclm", description=description, args=words))
+        command: Any = tyro.cli(Command, prog="musiclm", description=description, args=words)
+        return int(command.execute())
     except SystemExit as stop:  # tyro has printed the help text, or what is wrong with the arguments
         return int(stop.code or 0)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
@@ -56,19 +57,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("musiclm: interrupted; run the same command again, and training continues", file=sys.stderr)
         return 130
-
-
-def _run(command: Any) -> int:
-    match command:
-        case Generate():
-            return run_generate(command)
-        case Train():
-            return run_train(command)
-        case Export():
-            return run_export(command)
-        case Hubert() | VqWav2vec() | MusicCaps():
-            return run_convert(command)
-        case EvaluateSemantic() | EvaluateMuLaN():
-            return run_evaluate(command)
-        case _:
-            return run_codec(command)

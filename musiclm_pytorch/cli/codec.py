@@ -20,7 +20,7 @@ from musiclm_pytorch.cli.checks import check_file, check_folder, device_named
 from musiclm_pytorch.evaluation.codec_report import codec_report, rows_table
 from musiclm_pytorch.pretrained.bundled import DEFAULT_CODEC, codec_named
 
-__all__ = ["CodecCommand", "Decode", "Encode", "Evaluate", "run_codec"]
+__all__ = ["CodecCommand", "Decode", "Encode", "Evaluate"]
 
 _SOUND_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif")
 _CODES_SUFFIXES = (".safetensors",)
@@ -43,6 +43,11 @@ class _WithCodec:
         """Load the codec onto the device."""
         return codec_named(self.codec, device_named(self.device), self.offline)
 
+    def check_source(self) -> None:
+        """Raise a ValueError if the input does not exist."""
+        if not self.source.exists():
+            raise ValueError(f"{self.source}: no such file or folder; give sounds, or files of codes to decode")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Encode(_WithCodec):
@@ -52,6 +57,11 @@ class Encode(_WithCodec):
     """File to write (.safetensors); for a folder the folder to write, with the same tree."""
     levels: int | None = None
     """Keep only the first code levels; default: all."""
+
+    def execute(self) -> int:
+        """Run the command and return its exit status."""
+        self.check_source()
+        return _encode(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +77,11 @@ class Decode(_WithCodec):
     suffix: str = ".wav"
     """Format of the files in a folder: .wav, .flac or .ogg."""
 
+    def execute(self) -> int:
+        """Run the command and return its exit status."""
+        self.check_source()
+        return _decode(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(_WithCodec):
@@ -79,20 +94,13 @@ class Evaluate(_WithCodec):
     json: Path | None = None
     """Also write the results into this file (.json)."""
 
+    def execute(self) -> int:
+        """Run the command and return its exit status."""
+        self.check_source()
+        return _evaluate(self)
+
 
 CodecCommand = Encode | Decode | Evaluate
-
-
-def run_codec(command: CodecCommand) -> int:
-    """Run a command and return the exit status: 0, or 2 if some files of a folder failed.
-
-    Failed files are named on standard error. A ValueError is raised if nothing could be done.
-    """
-    if not command.source.exists():
-        raise ValueError(f"{command.source}: no such file or folder")
-    if isinstance(command, Encode):
-        return _encode(command)
-    return _decode(command) if isinstance(command, Decode) else _evaluate(command)
 
 
 def _encode(command: Encode) -> int:

@@ -11,7 +11,7 @@ from musiclm_pytorch.cli.checks import check_file, check_folder
 if TYPE_CHECKING:
     from audiolm_pytorch.data.manifest import AudioItem
 
-__all__ = ["ConvertCommand", "Hubert", "MusicCaps", "VqWav2vec", "run_convert"]
+__all__ = ["ConvertCommand", "Hubert", "MusicCaps", "VqWav2vec"]
 
 _SPLIT_COLUMNS = {"eval": "is_audioset_eval", "balanced": "is_balanced_subset"}
 
@@ -29,6 +29,11 @@ class Hubert:
     output_layer: int = 9
     """The layer that the k-means was fitted on."""
 
+    def execute(self) -> int:
+        """Convert. Results of an earlier call are kept, and other files are never overwritten."""
+        _convert_checkpoint(self)
+        return 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class VqWav2vec:
@@ -38,6 +43,11 @@ class VqWav2vec:
     """The published checkpoint, e.g. vq-wav2vec.pt or vq-wav2vec_kmeans.pt."""
     out: Path
     """Folder to write, new or empty."""
+
+    def execute(self) -> int:
+        """Convert. Results of an earlier call are kept, and other files are never overwritten."""
+        _convert_checkpoint(self)
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,17 +65,13 @@ class MusicCaps:
     missing: Path | None = None
     """Also write the ids of the clips that are not in the folder, one a line."""
 
+    def execute(self) -> int:
+        """Convert. Results of an earlier call are kept, and other files are never overwritten."""
+        _convert_musiccaps(self)
+        return 0
+
 
 ConvertCommand = Hubert | VqWav2vec | Annotated[MusicCaps, tyro.conf.subcommand("musiccaps")]
-
-
-def run_convert(command: Hubert | VqWav2vec | MusicCaps) -> int:
-    """Convert. What an earlier call wrote is left as it is, and other files are never overwritten."""
-    if isinstance(command, MusicCaps):
-        _convert_musiccaps(command)
-    else:
-        _convert_checkpoint(command)
-    return 0
 
 
 def _convert_checkpoint(command: Hubert | VqWav2vec) -> None:

@@ -10,11 +10,10 @@ import tyro
 
 from musiclm_pytorch.cli.checks import check_folder, device_named
 
-__all__ = ["EvaluateCommand", "EvaluateMuLaN", "EvaluateSemantic", "run_evaluate"]
+__all__ = ["EvaluateCommand", "EvaluateMuLaN", "EvaluateSemantic"]
 
 _REPORT_FILE = "metrics.json"
 _PLOT_FILE = "similarities.png"
-_TOKENIZER_CLASSES = ("KMeansTokenizer", "HubertWithKmeans", "FairseqVQWav2Vec")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +42,13 @@ class EvaluateSemantic:
     device: str = "auto"
     """Device of the encoder: cpu, cuda, mps, ..., or auto, which uses a GPU if there is one."""
 
+    def execute(self) -> int:
+        """Evaluate, print a table and write a report."""
+        if self.seed < 0:
+            raise ValueError(f"--seed must be at least 0, got {self.seed}")
+        _evaluate_semantic(self)
+        return 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateMuLaN:
@@ -70,22 +76,18 @@ class EvaluateMuLaN:
     device: str = "auto"
     """Device of the model: cpu, cuda, mps, ..., or auto, which uses a GPU if there is one."""
 
+    def execute(self) -> int:
+        """Evaluate, print a table and write a report."""
+        if self.seed < 0:
+            raise ValueError(f"--seed must be at least 0, got {self.seed}")
+        _evaluate_mulan(self)
+        return 0
+
 
 EvaluateCommand = (
     Annotated[EvaluateSemantic, tyro.conf.subcommand("semantic")]
     | Annotated[EvaluateMuLaN, tyro.conf.subcommand("mulan")]
 )
-
-
-def run_evaluate(command: EvaluateSemantic | EvaluateMuLaN) -> int:
-    """Run a command and return exit status 0."""
-    if command.seed < 0:
-        raise ValueError(f"--seed must be at least 0, got {command.seed}")
-    if isinstance(command, EvaluateMuLaN):
-        _evaluate_mulan(command)
-    else:
-        _evaluate_semantic(command)
-    return 0
 
 
 def _command_line(name: str, command: EvaluateSemantic | EvaluateMuLaN) -> str:
@@ -141,18 +143,18 @@ def _evaluate_semantic(command: EvaluateSemantic) -> None:
 
 def _open_encoder(command: EvaluateSemantic) -> tuple[Any, Any]:
     """The encoder, None for tokens without layers, and the tokenizer, None for an encoder without tokens."""
-    from audiolm_pytorch.saving.modules import read_config
-    from audiolm_pytorch.semantic.base import FrameEncoder
+    from audiolm_pytorch.saving.modules import read_config, registered_class
+    from audiolm_pytorch.semantic.base import FrameEncoder, SemanticTokenizer
     from musiclm_pytorch.pretrained.bundled import BUNDLED_TOKENIZERS, encoder_named, tokenizer_named
 
     device, source = device_named(command.device), command.encoder
     if source not in BUNDLED_TOKENIZERS:
         source = str(Path(source).expanduser())
         try:
-            saved_class = read_config(source)["class"]
+            saved_class = registered_class(read_config(source)["class"])
         except ValueError:  # not saved by this library, or missing: encoder_named reports what is wrong
             saved_class = None
-        if saved_class not in _TOKENIZER_CLASSES:
+        if saved_class is None or not issubclass(saved_class, SemanticTokenizer):
             return encoder_named(command.encoder, offline=command.offline).to(device), None
     tokenizer = tokenizer_named(source, device)
     encoder = getattr(tokenizer, "encoder", None)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Export", "run_export"]
+__all__ = ["Export"]
 
 
 @dataclass(frozen=True)
@@ -15,11 +15,10 @@ class Export:
     out: Path
     """Folder to write."""
 
+    def execute(self) -> int:
+        """Write the model and print its size."""
+        from musiclm_pytorch.pretrained.model_folder import export_musiclm
 
-def run_export(command: Export) -> int:
-    """Write the model and print its size."""
-    from musiclm_pytorch.pretrained.model_folder import export_musiclm
-
-    num_bytes = export_musiclm(command.run, command.out)
-    print(f"wrote {command.out}, {num_bytes / 1e6:.1f} MB")
-    return 0
+        num_bytes = export_musiclm(self.run, self.out)
+        print(f"wrote {self.out}, {num_bytes / 1e6:.1f} MB")
+        return 0

@@ -8,7 +8,7 @@ import tyro
 
 from musiclm_pytorch.cli.checks import check_file, device_named
 
-__all__ = ["Generate", "run_generate"]
+__all__ = ["Generate"]
 
 _AUDIO_SUFFIXES = (".wav", ".flac", ".ogg")
 _MAX_SECONDS = 3600
@@ -37,38 +37,37 @@ class Generate:
     plot: Path | None = None
     """Plot the wave and its mel spectrogram into this picture file (needs the [plot] extra)."""
 
+    def execute(self) -> int:
+        """Write the best candidate to a file and print the similarity of each to the text."""
+        _check(self)
 
-def run_generate(command: Generate) -> int:
-    """Write the best candidate to a file and print the similarity of each to the text."""
-    _check(command)
+        from audiolm_pytorch.audio.files import write_audio
+        from musiclm_pytorch.pretrained.model_folder import load_musiclm
 
-    from audiolm_pytorch.audio.files import write_audio
-    from musiclm_pytorch.pretrained.model_folder import load_musiclm
+        musiclm = load_musiclm(self.model, device=device_named(self.device))
+        candidates = musiclm(
+            self.text,
+            num_samples=self.num_samples,
+            seconds=self.seconds,
+            seed=self.seed,
+            return_all=True,
+            progress=True,
+            prime_wave=self.continue_from,
+        )
+        best = int(candidates.order[0, 0])
+        wave = candidates.waves[0, best]
+        if not wave.isfinite().all():
+            raise RuntimeError(f"the model {self.model} generated NaN samples; train it longer or use another model")
+        write_audio(self.out, wave, candidates.sample_hz)
+        for number, (score, seed) in enumerate(zip(candidates.scores[0].tolist(), candidates.seeds[0])):
+            print(f"candidate {number + 1}  seed {seed}  similarity {score:.3f}{'  <- kept' if number == best else ''}")
+        print(f"wrote {self.out}")
+        if self.plot is not None:
+            from musiclm_pytorch.evaluation.plots import plot_wave
 
-    musiclm = load_musiclm(command.model, device=device_named(command.device))
-    candidates = musiclm(
-        command.text,
-        num_samples=command.num_samples,
-        seconds=command.seconds,
-        seed=command.seed,
-        return_all=True,
-        progress=True,
-        prime_wave=command.continue_from,
-    )
-    best = int(candidates.order[0, 0])
-    wave = candidates.waves[0, best]
-    if not wave.isfinite().all():
-        raise RuntimeError(f"the model {command.model} generated NaN samples; train it longer or use another model")
-    write_audio(command.out, wave, candidates.sample_hz)
-    for number, (score, seed) in enumerate(zip(candidates.scores[0].tolist(), candidates.seeds[0])):
-        print(f"candidate {number + 1}  seed {seed}  similarity {score:.3f}{'  <- kept' if number == best else ''}")
-    print(f"wrote {command.out}")
-    if command.plot is not None:
-        from musiclm_pytorch.evaluation.plots import plot_wave
-
-        plot_wave(wave, candidates.sample_hz, command.plot, title=command.text)
-        print(f"wrote {command.plot}")
-    return 0
+            plot_wave(wave, candidates.sample_hz, self.plot, title=self.text)
+            print(f"wrote {self.plot}")
+        return 0
 
 
 def _check(command: Generate) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from musiclm_pytorch.cli.checks import check_folder, device_named
 
-__all__ = ["TrainKmeans", "run_train_kmeans"]
+__all__ = ["TrainKmeans"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,47 +38,46 @@ class TrainKmeans:
     device: str = "auto"
     """Device of the encoder: cpu, cuda, mps, ... or auto, which selects a GPU if there is one."""
 
+    def execute(self) -> int:
+        """Train the tokenizer and print how its clusters are used."""
+        if not self.data.exists():
+            raise ValueError(f"{self.data}: no such folder or manifest; give a folder of audio files as --data")
+        check_folder(self.out)
 
-def run_train_kmeans(command: TrainKmeans) -> int:
-    """Train the tokenizer and print how its clusters are used."""
-    if not command.data.exists():
-        raise ValueError(f"{command.data}: no such folder or manifest; give a folder of audio files as --data")
-    check_folder(command.out)
+        from audiolm_pytorch.semantic import KMeansTrainer
+        from audiolm_pytorch.training.distributed import create_accelerator
+        from musiclm_pytorch.pipeline.run_folder import lock_folder, remove_partial_files
+        from musiclm_pytorch.pretrained.bundled import encoder_named
 
-    from audiolm_pytorch.semantic import KMeansTrainer
-    from audiolm_pytorch.training.distributed import create_accelerator
-    from musiclm_pytorch.pipeline.run_folder import lock_folder, remove_partial_files
-    from musiclm_pytorch.pretrained.bundled import encoder_named
-
-    accelerator = create_accelerator()
-    device = accelerator.device if command.device == "auto" else device_named(command.device)
-    settings = {name: getattr(command, name) for name in ("layer", "num_clusters", "seconds", "max_tokens", "seed")}
-    trainer = KMeansTrainer(
-        encoder=encoder_named(command.encoder, offline=command.offline).to(device),
-        folder=command.data,
-        results_folder=command.out,
-        accelerator=accelerator,
-        **settings,
-    )
-    done_before = " (done before)" if trainer.is_finished else ""
-    with lock_folder(command.out) if accelerator.is_main_process else nullcontext():
-        if accelerator.is_main_process:
-            remove_partial_files(command.out)
-        accelerator.wait_for_everyone()
-        fit = trainer.train()
-    if not accelerator.is_main_process:
+        accelerator = create_accelerator()
+        device = accelerator.device if self.device == "auto" else device_named(self.device)
+        settings = {name: getattr(self, name) for name in ("layer", "num_clusters", "seconds", "max_tokens", "seed")}
+        trainer = KMeansTrainer(
+            encoder=encoder_named(self.encoder, offline=self.offline).to(device),
+            folder=self.data,
+            results_folder=self.out,
+            accelerator=accelerator,
+            **settings,
+        )
+        done_before = " (done before)" if trainer.is_finished else ""
+        with lock_folder(self.out) if accelerator.is_main_process else nullcontext():
+            if accelerator.is_main_process:
+                remove_partial_files(self.out)
+            accelerator.wait_for_everyone()
+            fit = trainer.train()
+        if not accelerator.is_main_process:
+            return 0
+        usage, tokenizer = fit.usage, fit.tokenizer
+        print(
+            f"{usage.num_tokens:,} tokens: {usage.used:,} of {usage.num_clusters:,} clusters used, perplexity "
+            f"{usage.perplexity:.1f}, {100 * usage.explained:.1f}% of the variance explained{done_before}"
+        )
+        rate_hz = tokenizer.target_sample_hz / tokenizer.downsample_factor
+        print(
+            f"tokenizer in {self.out / 'tokenizer'}: layer {tokenizer.layer}, {rate_hz:g} tokens a second, "
+            f"fingerprint {tokenizer.fingerprint()}"
+        )
+        if trainer.features_folder.is_dir():
+            num_bytes = sum(file.stat().st_size for file in trainer.features_folder.rglob("*") if file.is_file())
+            print(f"{trainer.features_folder} ({num_bytes / 1e6:,.1f} MB) is no longer needed")
         return 0
-    usage, tokenizer = fit.usage, fit.tokenizer
-    print(
-        f"{usage.num_tokens:,} tokens: {usage.used:,} of {usage.num_clusters:,} clusters used, perplexity "
-        f"{usage.perplexity:.1f}, {100 * usage.explained:.1f}% of the variance explained{done_before}"
-    )
-    rate_hz = tokenizer.target_sample_hz / tokenizer.downsample_factor
-    print(
-        f"tokenizer in {command.out / 'tokenizer'}: layer {tokenizer.layer}, {rate_hz:g} tokens a second, "
-        f"fingerprint {tokenizer.fingerprint()}"
-    )
-    if trainer.features_folder.is_dir():
-        num_bytes = sum(file.stat().st_size for file in trainer.features_folder.rglob("*") if file.is_file())
-        print(f"{trainer.features_folder} ({num_bytes / 1e6:,.1f} MB) is no longer needed")
-    return 0

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-__all__ = ["Train", "run_train"]
+__all__ = ["Train"]
 
 
 @dataclass(frozen=True)
@@ -41,35 +41,34 @@ class Train:
     dry_run: bool = False
     """Print parameters, tokens, disk space and estimated time. Nothing is written."""
 
+    def execute(self) -> int:
+        """Run the steps and print a line for each."""
+        from musiclm_pytorch.pipeline.pipeline import Pipeline, check_step
+        from musiclm_pytorch.pipeline.presets import preset_named
 
-def run_train(command: Train) -> int:
-    """Run the steps and print a line for each."""
-    from musiclm_pytorch.pipeline.pipeline import Pipeline, check_step
-    from musiclm_pytorch.pipeline.presets import preset_named
+        if self.step == "kmeans":
+            raise ValueError("write kmeans directly after train; see musiclm train kmeans --help")
+        check_step(self.step)
+        preset = preset_named(self.preset).scaled(self.scale)
+        parts = _pretrained_parts(self)
+        pipeline = Pipeline(preset, data=self.data, out=self.out, seed=self.seed, pretrained=parts)
+        if self.dry_run:
+            from musiclm_pytorch.pipeline.estimate import estimate
 
-    if command.step == "kmeans":
-        raise ValueError("write kmeans directly after train; see musiclm train kmeans --help")
-    check_step(command.step)
-    preset = preset_named(command.preset).scaled(command.scale)
-    parts = _pretrained_parts(command)
-    pipeline = Pipeline(preset, data=command.data, out=command.out, seed=command.seed, pretrained=parts)
-    if command.dry_run:
-        from musiclm_pytorch.pipeline.estimate import estimate
-
-        print(estimate(pipeline, command.step))
+            print(estimate(pipeline, self.step))
+            return 0
+        total_seconds = 0.0
+        for report in pipeline.run(self.step, announce=_announce):
+            total_seconds += report.seconds
+            if pipeline.accelerator.is_main_process:
+                print(f"{report.step:20} {_duration(report.seconds)}  {report.summary}".rstrip(), flush=True)
+        if not pipeline.accelerator.is_main_process:
+            return 0
+        print(f"{'total':20} {_duration(total_seconds)}")
+        if pipeline.is_complete:
+            folder = shlex.quote(str(pipeline.model_folder))
+            print(f'model in {pipeline.model_folder}; try: musiclm generate "a slow waltz" --model {folder}')
         return 0
-    total_seconds = 0.0
-    for report in pipeline.run(command.step, announce=_announce):
-        total_seconds += report.seconds
-        if pipeline.accelerator.is_main_process:
-            print(f"{report.step:20} {_duration(report.seconds)}  {report.summary}".rstrip(), flush=True)
-    if not pipeline.accelerator.is_main_process:
-        return 0
-    print(f"{'total':20} {_duration(total_seconds)}")
-    if pipeline.is_complete:
-        folder = shlex.quote(str(pipeline.model_folder))
-        print(f'model in {pipeline.model_folder}; try: musiclm generate "a slow waltz" --model {folder}')
-    return 0
 
 
 def _pretrained_parts(command: Train) -> dict[str, Any]:

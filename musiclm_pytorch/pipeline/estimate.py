@@ -15,7 +15,7 @@ from audiolm_pytorch.training.distributed import to_device
 from audiolm_pytorch.training.rng import preserve_rng
 from musiclm_pytorch.pipeline.builders import STAGES, build_codec, build_mulan, build_semantic_tokenizer, build_stage
 from musiclm_pytorch.pipeline.pipeline import STEPS, Pipeline, check_step
-from musiclm_pytorch.pipeline.trainers import codec_trainer, mulan_trainer, semantic_tokenizer_trainer
+from musiclm_pytorch.pipeline.trainers import NUM_VALIDATIONS, codec_trainer, mulan_trainer, semantic_tokenizer_trainer
 
 __all__ = ["StepEstimate", "estimate", "estimate_steps"]
 
@@ -58,7 +58,7 @@ def estimate(pipeline: Pipeline, step: str = "all") -> str:
 
 @beartype
 def estimate_steps(pipeline: Pipeline, step: str = "all") -> list[StepEstimate]:
-    """Estimate one step, or all, without validation. Nothing is written."""
+    """Estimate one step, or all. Nothing is written."""
     check_step(step)
     with preserve_rng():
         probe = _Probe(pipeline)
@@ -97,9 +97,16 @@ class _Probe:
             optimizer.zero_grad()
             value.item()  # waits for the device
 
+        @torch.no_grad()
+        def validate() -> None:
+            loss().item()
+
         num_parameters = sum(parameter.numel() for parameter in parameters)
         total_seconds = run.num_train_steps * run.batch_size * run.seconds
-        seconds = self._seconds(step, train_step) / (num_crops * crop_seconds) * total_seconds
+        valid_seconds = NUM_VALIDATIONS * len(self.pipeline.valid_items) * run.seconds
+        timed_seconds = num_crops * crop_seconds
+        seconds = self._seconds(step, train_step) * total_seconds / timed_seconds
+        seconds += self._seconds(step, validate) * valid_seconds / timed_seconds
         num_tokens = round(total_seconds * token_hz)
         return StepEstimate(step, num_parameters, num_tokens, num_parameters * _BYTES_PER_PARAMETER, seconds)
 

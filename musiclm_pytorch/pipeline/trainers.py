@@ -13,9 +13,9 @@ from musiclm_pytorch.mulan.trainer import MuLaNTrainer
 from musiclm_pytorch.pipeline.builders import build_codec, build_mulan, build_semantic_encoder, build_semantic_objective
 from musiclm_pytorch.pipeline.presets import Preset, RunConfig
 
-__all__ = ["codec_trainer", "mulan_trainer", "semantic_tokenizer_trainer", "stage_trainer"]
+__all__ = ["NUM_VALIDATIONS", "codec_trainer", "mulan_trainer", "semantic_tokenizer_trainer", "stage_trainer"]
 
-_NUM_VALIDATIONS = 8
+NUM_VALIDATIONS = 8
 _STAGE_TRAINERS: dict[str, Any] = {
     "semantic": SemanticTransformerTrainer,
     "coarse": CoarseTransformerTrainer,
@@ -82,4 +82,4 @@ def stage_trainer(preset: Preset, transformer: StageTransformer, stage: str, **d
 
 def _loop_settings(run: RunConfig) -> dict[str, Any]:
     settings = {name: value for name, value in vars(run).items() if name != "seconds"}
-    return {**settings, "validate_every": max(1, run.num_train_steps // _NUM_VALIDATIONS)}
+    return {**settings, "validate_every": max(1, run.num_train_steps // NUM_VALIDATIONS)}

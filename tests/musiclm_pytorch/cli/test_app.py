@@ -320,7 +320,7 @@ def test_help_and_interruption(musiclm_command, monkeypatch, capsys):
     def interrupted(command):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run_generate", interrupted)
+    monkeypatch.setattr(cli.Generate, "execute", interrupted)
     assert musiclm_command("generate", "x") == 130
     assert "same command" in capsys.readouterr().err
 

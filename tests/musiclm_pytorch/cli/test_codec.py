@@ -140,7 +140,7 @@ no codec in folder | encode TONE --out TMP/a.safetensors --codec EMPTY | empty.*
 no such levels | encode TONE --out TMP/a.safetensors --codec CODEC --levels 4 | tone.wav: .* 1..3, got 4
 device | encode TONE --out TMP/a.safetensors --codec CODEC --device tpu9 | --device tpu9 cannot be used
 no codes | decode TONE --out TMP/a.wav --codec CODEC | tone.wav is not a readable safetensors file
-weights | decode CODEC/model.safetensors --out TMP/a.wav --codec CODEC | does not hold the codes
+weights | decode CODEC/model.safetensors --out TMP/a.wav --codec CODEC | is not a file of codes
 codes of another | decode CODES --out TMP/a.wav --codec OTHER |
     are from SoundStream .*decode with the codec that encoded them
 decode suffix | decode CODES --out TMP/a.mp3 --codec CODEC | a.mp3: name a file that ends in .wav, .flac

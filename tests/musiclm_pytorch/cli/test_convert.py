@@ -116,9 +116,7 @@ def faulty(case, published, tmp_path):
 
 
 FOLDERS = {
-    "gumbel": lambda published, out: convert_cli.run_convert(
-        convert_cli.VqWav2vec(checkpoint=published / "gumbel.pt", out=out)
-    )
+    "gumbel": lambda published, out: convert_cli.VqWav2vec(checkpoint=published / "gumbel.pt", out=out).execute()
 }
 CASES = {
     "no file": "nowhere.pt: no such file",
