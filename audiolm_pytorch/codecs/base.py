@@ -33,8 +33,7 @@ class Codec(nn.Module, ABC):
         target_sample_hz: Sample rate of the waves.
         downsample_factor: Samples per frame.
         channels: Number of audio channels.
-        num_quantizers: Codes per frame, from coarse to fine. With groups, it is the number of levels times the number
-            of groups.
+        num_quantizers: Codes per frame, from coarse to fine: the number of levels times the number of groups.
         codebook_size: Number of different codes in each column.
         has_scales: Whether `encode` also returns the loudness of segments.
     """
@@ -68,7 +67,7 @@ class Codec(nn.Module, ABC):
 
         Args:
             codes: `[b, f, q']`, the first q' of q columns; q' can be 1 to q.
-            num_samples: Number of samples of the result; None for all samples that the frames cover.
+            num_samples: Number of samples of the decoded waves; None for all samples that the frames cover.
 
         Returns:
             Waves `[b, c, n]` at `target_sample_hz`.
@@ -104,7 +103,7 @@ class Codec(nn.Module, ABC):
         if num_levels is None:
             return self.num_quantizers
         if not 1 <= num_levels <= self.num_quantizers:
-            raise ValueError(f"the number of levels must be in 1..{self.num_quantizers}, got {num_levels}")
+            raise ValueError(f"num_levels must be in 1..{self.num_quantizers}, got {num_levels}")
         return num_levels
 
     def _check_wave(self, wave: Tensor, may_be_empty: bool = False) -> Tensor:
@@ -153,7 +152,7 @@ class Codec(nn.Module, ABC):
 
 
 class StreamingCodec(Codec):
-    """A codec that also encodes and decodes chunk by chunk, with the same result."""
+    """A codec that also encodes and decodes chunk by chunk, with results equal to those for whole waves."""
 
     @property
     @abstractmethod

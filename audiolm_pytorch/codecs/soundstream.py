@@ -47,8 +47,8 @@ class SoundStream(StreamingCodec):
 
     By default encoder and decoder are the causal convolutions of the paper; other networks can be passed (see
     `SpectralSoundStream`). With groups, the codes of a frame are ordered level by level, with all groups of level 1
-    first. The first codes of a frame therefore describe a coarser version of the sound. `num_quantizers` is the number
-    of levels times the number of groups.
+    first. The first codes of a frame therefore describe a coarser version of the sound. The codec has `num_quantizers`
+    codes per frame, the number of levels times the number of groups.
 
     Args:
         codebook_size: Number of different codes per level.

@@ -77,7 +77,9 @@ class FileCodec:
         stored.check_codec(self.codec, self.fingerprint)
         num_stored = stored.codes.shape[1]
         if num_levels is not None and not 1 <= num_levels <= num_stored:
-            raise ValueError(f"num_levels must be in 1..{num_stored}, the number of stored levels; got {num_levels}")
+            raise ValueError(
+                f"num_levels must be in 1..{num_stored}, got {num_levels}; the codes have {num_stored} levels"
+            )
         to_hz, remaining = info.sample_hz, info.num_samples
         if original_rate:
             to_hz, remaining = info.original_sample_hz, info.original_num_samples

@@ -104,11 +104,11 @@ class _Attention(nn.Module):
 
 
 class _Block(nn.Module):
-    """`x + attention(norm(x))`, then `x + feed_forward(norm(x))`."""
+    """Pre-norm transformer block: `x + attention(norm(x))`, then `x + feed_forward(norm(x))`."""
 
     def __init__(self, dim: int, heads: int, dim_head: int, ff_mult: int, dropout: float) -> None:
         super().__init__()
-        # 2 / 3 gives a gated layer the cost of one without a gate.
+        # With the factor 2 / 3, a gated layer costs as much as a layer without a gate.
         hidden_dim = max(8, 8 * round(dim * ff_mult * 2 / 3 / 8))
         self.attention_norm = RMSNorm(dim)
         self.attention = _Attention(dim, heads, dim_head)
@@ -126,8 +126,7 @@ class TransformerEncoder(nn.Module):
 
     Args:
         dim_head: Width of a head; must be even with rotary positions.
-        ff_mult: Size of the gated feed-forward layer, which costs as much as one without a gate and of width `ff_mult *
-            dim`.
+        ff_mult: Size of feed-forward layers. They cost as much as layers of width `ff_mult * dim` without a gate.
         dropout: Dropout probability of the outputs of attention and feed-forward layers.
         rotary_theta: Base of the rotary positions. None = no rotary positions; the caller adds positions to the tokens.
         position_bias: Attention bias by the offset of two positions, shared by all blocks.
@@ -149,7 +148,7 @@ class TransformerEncoder(nn.Module):
         super().__init__()
         sizes = {"dim": dim, "depth": depth, "heads": heads, "dim_head": dim_head, "ff_mult": ff_mult}
         if min(sizes.values()) < 1:
-            raise ValueError(f"all sizes of the encoder must be >= 1, got {sizes}")
+            raise ValueError(f"dim, depth, heads, dim_head and ff_mult must be >= 1, got {sizes}")
         self.dim = dim
         self.depth = depth
         self.rotary = None if rotary_theta is None else RotaryPositions(dim_head, rotary_theta)
@@ -188,8 +187,8 @@ class TransformerEncoder(nn.Module):
     ) -> list[Tensor]:
         """Return the tokens `[b, t, dim]` after each block of `layers`; later blocks are not computed.
 
-        Layers are numbers of blocks in 0..depth (0 = the input), without the final normalisation. None = the output of
-        `forward`, whose arguments are the same.
+        `layers` are numbers of blocks in 0..depth. Layer 0 is the input of the first block. Layers are not normalised.
+        `layers=None` returns the output of `forward`. The other arguments are those of `forward`.
         """
         self._check(x, mask, layers)
         context = self._attention_context(x, mask, positions)

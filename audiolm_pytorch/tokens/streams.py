@@ -158,7 +158,7 @@ class PackedTokens:
 
     Attributes:
         ids: `[b, rows, columns]` int64 ids of the layout; undefined where `input_mask` is False.
-        input_mask: `[b, rows, columns]` bool, True where a cell holds a token.
+        input_mask: `[b, rows, columns]` bool, True where a cell contains a token.
         loss_mask: `[b, rows, columns]` bool, True where the model has to predict the token.
     """
 

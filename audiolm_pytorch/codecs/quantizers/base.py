@@ -32,7 +32,7 @@ class FrameQuantizer(nn.Module, ABC):
 
     Attributes:
         dim: Width of the frames.
-        num_quantizers: Codes per frame (columns). With groups, it is the number of levels times the number of groups.
+        num_quantizers: Codes per frame (columns): the number of levels times the number of groups.
         codebook_size: Number of different codes per column.
         num_groups: Number of equal parts of a frame that are quantized separately.
     """
