@@ -1,4 +1,4 @@
-"""Quality of a codec: distances to the original with intervals, bitrate, use of the codes."""
+"""Quality of a codec: distances to the original with confidence intervals, bitrate and codebook usage."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -26,10 +26,10 @@ class CodecRow:
 
     Attributes:
         seconds: Total length of the clips.
-        stft: See `stft_distance`.
-        mel_nepers: See `MultiScaleMelLoss`.
-        kbps: Bitrate; None without compression.
-        usage: Share of the codebook that occurs in these clips, per level.
+        stft: Spectral distance, see `stft_distance`.
+        mel_nepers: Mel distance in nepers, see `MultiScaleMelLoss`.
+        kbps: Bitrate in kbit/s; None if the waves were not encoded.
+        usage: For each level, the share of its codebook that occurs in the clips.
     """
 
     name: str
@@ -43,7 +43,7 @@ class CodecRow:
 
 
 class _Distances:
-    """Distances of reconstructions, collected clip by clip."""
+    """Collects the distances of reconstructed clips to their originals."""
 
     def __init__(self, sample_hz: int) -> None:
         self.sample_hz, self.num_samples = sample_hz, 0
@@ -52,7 +52,7 @@ class _Distances:
 
     @torch.no_grad()
     def add(self, estimate: Tensor, target: Tensor) -> None:
-        """Compare waves `[c, n]`; SI-SDR treats all channels as one signal."""
+        """Add the distances of two waves `[c, n]`; SI-SDR treats all channels as one signal."""
         self.num_samples += target.shape[-1]
         signals = [rearrange(zero_mean(wave.double()), "c n -> (c n)") for wave in (estimate, target)]
         self.values["si_sdr_db"].append(float(si_sdr_db(*signals)))
@@ -71,7 +71,7 @@ class _Distances:
 def distance_row(
     name: str, pairs: Iterable[tuple[Tensor, Tensor]], sample_hz: int, kbps: float | None = None
 ) -> CodecRow:
-    """Compare pairs of a reconstruction and its original, both `[c, n]`; the pairs are iterated once."""
+    """Measure the distances of pairs (reconstruction, original) of waves `[c, n]`."""
     distances = _Distances(sample_hz)
     for estimate, target in pairs:
         distances.add(estimate, target)
@@ -83,11 +83,11 @@ def distance_row(
 def codec_report(
     codec: Codec, clips: Iterable[Tensor], levels: Sequence[int | None] = (None,), name: str = "codec"
 ) -> list[CodecRow]:
-    """Encode clips one by one, decode them from several numbers of levels, and compare.
+    """Encode clips, decode each from several numbers of codebook levels, and measure the distances to the original.
 
     Args:
-        clips: Waves `[c, n]` at the codec's rate and channels; iterated once, one in memory at a time.
-        levels: One row for each number of levels; None for all.
+        clips: Waves `[c, n]` with the sample rate and channels of the codec. They are read once, one at a time.
+        levels: Numbers of levels to decode from; each has a row in the report. None = all levels of the codec.
     """
     counts = [codec.check_num_levels(num_levels) for num_levels in levels]
     device = device_of(codec)
@@ -110,7 +110,7 @@ def codec_report(
 
 @beartype
 def rows_table(rows: Sequence[CodecRow]) -> str:
-    """A markdown table with one line per row; intervals in brackets, usage in per cent of the codebook, per level."""
+    """Markdown table of codec rows: intervals in brackets, and the used percentage of the codebook of each level."""
     cells = [["", "kbps", "SI-SDR (dB)", "MR-STFT", "mel (nepers)", "codes used (%)"]]
     for row in rows:
         kbps = "" if row.kbps is None else f"{row.kbps:.2f}"

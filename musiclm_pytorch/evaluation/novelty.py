@@ -21,7 +21,7 @@ _CLIPS_PER_BATCH = 50
 
 @beartype
 def nearest_similarity(queries: Tensor, references: Tensor) -> Tensor:
-    """Cosine `[a]` of each query `[a, d]` with its nearest reference `[r, d]`."""
+    """Cosine similarity `[a]` of each query `[a, d]` with the most similar of the references `[r, d]`."""
     _check_shapes(queries, references, num_axes=2)
     return (F.normalize(queries, dim=1) @ F.normalize(references, dim=1).T).amax(dim=1)
 
@@ -29,15 +29,15 @@ def nearest_similarity(queries: Tensor, references: Tensor) -> Tensor:
 def _check_shapes(queries: Tensor, references: Tensor, num_axes: int) -> None:
     if queries.ndim != num_axes or queries.shape[1:] != references.shape[1:] or not len(references):
         raise ValueError(
-            f"queries and references need {num_axes} axes, equal after the first, and at least one reference; got "
-            f"{tuple(queries.shape)} and {tuple(references.shape)}"
+            f"queries and references need {num_axes} axes, of equal sizes after the first, and at least one reference; "
+            f"got {tuple(queries.shape)} and {tuple(references.shape)}"
         )
 
 
 @beartype
 @torch.no_grad()
 def melody_spectrogram(waves: Tensor, sample_hz: int) -> Tensor:
-    """Coarse log-mel spectrograms without their mean spectrum, which hold the notes and little of the timbre.
+    """Compute coarse log-mel spectrograms minus their mean spectrum; they keep the notes and little of the timbre.
 
     Waves `[b, n]` become `[b, m, f]` of unit norm, with ten frames per second; silence becomes zeros.
     """
@@ -60,11 +60,11 @@ def melody_spectrogram(waves: Tensor, sample_hz: int) -> Tensor:
 
 @beartype
 def melody_similarity(queries: Tensor, references: Tensor, max_shift_frames: int = 10) -> Tensor:
-    """Correlation `[a]` of each melody with its nearest reference, at the best shift in time.
+    """Correlation `[a]` of each melody with the most similar reference melody, at the best time shift.
 
-    No model is involved. A copy of a training clip has similarity 1 even if it starts a little earlier or later.
-    Queries `[a, m, f]` and references `[r, m, f]` are those of `melody_spectrogram`. Frames outside the overlap are
-    left out.
+    The measure uses no trained model. A copy of a training clip has similarity 1 even if it starts a little earlier or
+    later. Queries `[a, m, f]` and references `[r, m, f]` are outputs of `melody_spectrogram`. Frames that do not
+    overlap after the shift are left out.
     """
     _check_shapes(queries, references, num_axes=3)
     num_frames = queries.shape[2]
@@ -81,9 +81,9 @@ def melody_similarity(queries: Tensor, references: Tensor, max_shift_frames: int
 
 @beartype
 def novelty_metrics(name: str, generated: Tensor, held_out: Tensor) -> list[Metric]:
-    """Mean and 95th percentile of the nearest similarities of generated clips `[a]` and of real held-out clips `[b]`.
+    """Mean and 95th percentile of the nearest similarity of generated clips `[a]` and of real held-out clips `[b]`.
 
-    The notes of the generated clips compare them with the real clips.
+    The `note` of each metric of generated clips states whether they are nearer to the training clips than real clips.
     """
     generated_values, real_values = generated.double().cpu().numpy(), held_out.double().cpu().numpy()
     metrics = []
@@ -95,7 +95,7 @@ def novelty_metrics(name: str, generated: Tensor, held_out: Tensor) -> list[Metr
 
 
 def _metric(name: str, values: np.ndarray, share: float | None) -> Metric:
-    """A quantile, or the mean for None."""
+    """Metric of the `share` quantile of the values, or of their mean if `share` is None."""
     if share is None:
         return Metric.mean(name, values)
     return Metric.measured(name, lambda rows: float(np.quantile(values[rows], share)), len(values))

@@ -27,7 +27,7 @@ def require_matplotlib() -> None:
 
 
 def _new_figure(inches: tuple[float, float]) -> Any:
-    """A figure without display and without the global state of pyplot."""
+    """Create a figure that needs no display and does not use the global state of pyplot."""
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -44,13 +44,13 @@ def _write_figure(figure: Any, path: str | Path) -> None:
 
 
 def _title_line(text: str) -> str:
-    """One line of at most 90 characters; lone surrogates (broken shell input) are replaced."""
+    """Shorten a title to one line of at most 90 characters, and replace characters that cannot be encoded."""
     return " ".join(text.encode("utf-8", errors="replace").decode("utf-8").split())[:90]
 
 
 @beartype
 def plot_wave(wave: Tensor, sample_hz: int, path: str | Path, title: str = "") -> None:
-    """Plot a wave `[n]` in [-1, 1] and its log-mel spectrogram into a file; the suffix selects the format."""
+    """Plot a wave `[n]` in [-1, 1] and its log-mel spectrogram into a file; its suffix selects the image format."""
     figure = _new_figure((9, 5))
     seconds = wave.shape[-1] / sample_hz
     mel = MelSpectrogram(sample_hz=sample_hz, n_fft=1024, hop_length=256, num_mels=80)(wave)
@@ -89,7 +89,7 @@ def plot_similarities(
 
 
 def _class_ticks(classes: list[str]) -> tuple[list[float], list[str]]:
-    """Middle and name of each run of equal classes that is long enough for its name."""
+    """Position and name of each group of neighbouring equal classes; groups too short for a label are left out."""
     middles, names = [], []
     start = 0
     for name, run in groupby(classes):

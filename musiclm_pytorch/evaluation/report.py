@@ -32,12 +32,12 @@ Statistic = Callable[[np.ndarray], float]
 def bootstrap_interval(
     statistic: Statistic, count: int, rounds: int = BOOTSTRAP_ROUNDS, seed: int = 0
 ) -> tuple[float, float]:
-    """95% interval of a statistic over `count` items.
+    """95% confidence interval of a statistic of `count` items.
 
-    Percentile bootstrap: Efron & Tibshirani, An Introduction to the Bootstrap, sec. 13.3.
+    The method is the percentile bootstrap (Efron & Tibshirani, An Introduction to the Bootstrap, sec. 13.3).
     """
     if count < 1:
-        raise ValueError("an interval needs at least one item, got none")
+        raise ValueError("a confidence interval needs at least one item, got none")
     rng = np.random.default_rng(seed)
     values = [statistic(rng.integers(count, size=count)) for _ in range(rounds)]
     low, high = np.quantile(values, [0.025, 0.975])
@@ -50,9 +50,9 @@ class Metric:
 
     Attributes:
         name: What was measured, as `group / condition / measure`.
-        value: Fractions are in 0..1.
+        value: The result. Fractions are in 0..1, not in per cent.
         low, high: Ends of the 95% bootstrap interval.
-        chance: Expected value of a random answer; None if that has no meaning.
+        chance: Expected result of random answers; None if random answers are not possible for this metric.
         count: Number of measured items.
     """
 
@@ -75,31 +75,31 @@ class Metric:
         note: str = "",
         rounds: int = BOOTSTRAP_ROUNDS,
     ) -> "Metric":
-        """Evaluate a statistic on all `count` items, and on resampled items for the interval."""
+        """Build a metric from a statistic of `count` items; resampled items determine its interval."""
         low, high = bootstrap_interval(statistic, count, rounds)
         return cls(name, float(statistic(np.arange(count))), low, high, chance, count, note)
 
     @classmethod
     @beartype
     def mean(cls, name: str, values: Sequence[float] | np.ndarray, chance: float | None = None) -> "Metric":
-        """Average one value per item."""
+        """Build a metric from the mean of one value per item."""
         known = np.asarray(values, dtype=float)
         return cls.measured(name, lambda rows: float(known[rows].mean()), len(known), chance)
 
     def text(self, digits: int, scale: float = 1.0) -> str:
-        """The scaled value with the interval in brackets."""
+        """Format the value, multiplied by `scale`, with its interval in brackets."""
         value, low, high = (f"{scale * number:.{digits}f}" for number in (self.value, self.low, self.high))
         return f"{value} [{low}, {high}]"
 
 
 @beartype
 def accuracy_statistic(truth: Sequence[str], answers: Sequence[str], balanced: bool = False) -> Statistic:
-    """Accuracy of answers as a function of the items, for resampling.
+    """Build a function that returns the accuracy of the answers for some items, for resampling.
 
     `balanced` averages the recall of the true classes, so that a rare class counts as much as a frequent one.
     """
     if len(truth) != len(answers) or not truth:
-        raise ValueError(f"need one answer per true class and at least one, got {len(answers)} and {len(truth)}")
+        raise ValueError(f"need one answer per true class, got {len(answers)} answers and {len(truth)} classes")
     _, class_of = np.unique(np.asarray(truth), return_inverse=True)
     is_right = np.asarray(truth) == np.asarray(answers)
 
@@ -122,7 +122,7 @@ def accuracy_metric(
     note: str = "",
     chance: float | None = None,
 ) -> Metric:
-    """Accuracy of answers, see `accuracy_statistic`; by default chance is a uniform guess among the true classes."""
+    """Accuracy of answers (see `accuracy_statistic`). By default, chance is a uniform guess among the true classes."""
     statistic = accuracy_statistic(truth, answers, balanced)
     chance = 1 / len(set(truth)) if chance is None else chance
     return Metric.measured(name, statistic, len(truth), chance=chance, note=note)
@@ -130,7 +130,7 @@ def accuracy_metric(
 
 @beartype
 def aligned_table(cells: Sequence[Sequence[str]]) -> str:
-    """Markdown table with columns aligned for a terminal. The first line of `cells` is the head."""
+    """Markdown table with columns aligned for a terminal. The first row of `cells` is the header."""
     widths = [max(map(len, column)) for column in zip(*cells)]
     head, *lines = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in cells]
     rule = ["-" * width for width in widths]
@@ -156,7 +156,7 @@ def _three_digits(value: float | None) -> str:
 def write_report(
     path: str | Path, metrics: Sequence[Metric], settings: dict[str, Any], table: str | None = None
 ) -> None:
-    """Write finite metrics as JSON, and `table` (by default `markdown_table`) into the same name with suffix `.md`."""
+    """Write finite metrics as JSON, and `table` (by default `markdown_table`) into a file `.md` beside it."""
     path = Path(path)
     if path.suffix != ".json":
         raise ValueError(f"cannot write a report to {path}; use a name that ends in .json")

@@ -16,11 +16,11 @@ __all__ = ["Retrieval", "different_captions", "retrieval"]
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Result of a set of t queries.
+    """Result of retrieval with t queries.
 
     Attributes:
         ranks: `[t]` rank of the best relevant candidate of each query; 1 is the top.
-        average_precisions: `[t]`.
+        average_precisions: `[t]` average precision of each query.
         num_relevant: `[t]` number of relevant candidates of each query.
     """
 
@@ -44,15 +44,15 @@ class Retrieval:
         ]
 
     def chance_recall(self, cutoff: int) -> float:
-        """Expected recall of a random order."""
+        """Expected recall at rank `cutoff` if the candidates are in random order."""
         n, k = self.num_candidates, min(cutoff, self.num_candidates)
         return float(np.mean([1 - comb(n - int(r), k) / comb(n, k) for r in self.num_relevant]))
 
     def chance_precision(self) -> float:
-        """Expected average precision of a random order.
+        """Expected average precision if the candidates are in random order.
 
-        Rank k holds a relevant candidate with probability r / n. Of the k - 1 candidates before it, (r - 1) / (n - 1)
-        are relevant on average. The sum over ranks is divided by r.
+        If r of n candidates are relevant, rank k holds a relevant one with probability r / n. Of the k - 1 candidates
+        before it, (r - 1) / (n - 1) are relevant on average. The sum over ranks is divided by r.
         """
         n = self.num_candidates
         harmonic = float((1 / np.arange(1, n + 1)).sum())
@@ -79,9 +79,10 @@ def different_captions(captions: Sequence[Sequence[str]]) -> tuple[list[str], Te
 
 @beartype
 def retrieval(similarities: Tensor, relevant: Tensor) -> Retrieval:
-    """Rank candidates for each query. Both tensors are `[t, c]`, queries by candidates; larger is nearer.
+    """Rank candidates for each query; those of larger similarity first. Tensors are `[t, c]`, queries by candidates.
 
-    A tie counts against the query, so that a model with constant similarities retrieves nothing.
+    Among equal similarities the relevant candidates rank last, so that a model with constant similarities retrieves
+    nothing.
     """
     if similarities.ndim != 2 or similarities.shape != relevant.shape or relevant.dtype != torch.bool:
         raise ValueError(
@@ -89,7 +90,7 @@ def retrieval(similarities: Tensor, relevant: Tensor) -> Retrieval:
             f"{relevant.dtype} {tuple(relevant.shape)}"
         )
     if torch.isnan(similarities).any() or not relevant.any(dim=1).all():
-        raise ValueError("similarities must not be NaN, and each query needs at least one relevant candidate")
+        raise ValueError("similarities must not contain NaN, and each query needs at least one relevant candidate")
     # Stable sorts, the least significant key first: among equal similarities the irrelevant candidates come first.
     by_relevance = relevant.long().argsort(dim=1, stable=True)
     by_similarity = similarities.gather(1, by_relevance).argsort(dim=1, descending=True, stable=True)

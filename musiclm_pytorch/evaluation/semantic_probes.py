@@ -47,7 +47,7 @@ _MAX_ITERATIONS = 500
 
 @dataclass(frozen=True)
 class ProbeClips:
-    """Clips that probes are trained on, and held-out clips that they are tested on."""
+    """Training clips and held-out test clips of linear probes."""
 
     train: list[AudioItem]
     test: list[AudioItem]
@@ -55,7 +55,7 @@ class ProbeClips:
 
 @dataclass(frozen=True)
 class Features:
-    """Frames of all clips: `[f, d]` float32 for each clip, or token ids `[f]` below `num_tokens`."""
+    """Features of all clips; for each clip frames `[f, d]` float32, or token ids `[f]` below `num_tokens`."""
 
     name: str
     train: list[np.ndarray]
@@ -66,11 +66,11 @@ class Features:
 
 @beartype
 def load_probe_clips(data: str | Path, min_seconds: float, limit: int, seed: int = 0) -> ProbeClips:
-    """Load clips of at least `min_seconds`, split as in `load_split`; at most `limit` random ones of each side."""
+    """Load clips of at least `min_seconds`, split as in `load_split`; at most `limit` random ones per side."""
     rng = Random(seed)
     train, test = (rng.sample(side, min(limit, len(side))) for side in load_split(data, min_seconds=min_seconds))
     if not train or not test:
-        raise ValueError(f"{data}: need training and held-out clips, got {len(train)} and {len(test)}")
+        raise ValueError(f"{data}: need at least 1 training and 1 held-out clip, got {len(train)} and {len(test)}")
     return ProbeClips(train, test)
 
 
@@ -85,17 +85,17 @@ def evaluate_semantic(
     seed: int = 0,
     announce: Callable[[str], None] = lambda words: None,
 ) -> list[Metric]:
-    """Probe log-mel frames, layers of an encoder, k-means tokens of both, and the tokens of a tokenizer.
+    """Train linear probes on log-mel frames, encoder layers, k-means tokens of both, and tokens of a tokenizer.
 
     The metrics have names `FEATURES / LABEL`.
 
     Args:
         labels: Names of labels in the manifest, see `probe`.
-        encoder: None for a tokenizer without layers.
-        tokenizer: None for an encoder without tokens.
-        layers: Layers of the encoder; 0 is the input of the first.
-        clusters: Numbers of k-means clusters.
-        announce: Receives the name of the features that are probed.
+        encoder: The encoder whose layers are probed; None = no layers are probed.
+        tokenizer: The tokenizer whose tokens are probed; None = no tokens are probed.
+        layers: Numbers of encoder layers; 0 is the input of the first layer.
+        clusters: Cluster counts for k-means; the frames are clustered once for each count.
+        announce: Called with the name of the features before they are probed.
     """
     metrics: list[Metric] = []
 
@@ -120,7 +120,7 @@ def evaluate_semantic(
 
 @torch.no_grad()
 def log_mel_features(clips: ProbeClips, sample_hz: int, hop_samples: int) -> Features:
-    """One log-mel frame around the middle of every hop."""
+    """Compute one log-mel frame around the middle of every hop."""
     window_samples = 2 * round(_MEL_WINDOW_SECONDS * sample_hz / 2)
     mel = MelSpectrogram(
         sample_hz=sample_hz, n_fft=window_samples, hop_length=hop_samples, num_mels=_MEL_BANDS, center=False
@@ -135,7 +135,7 @@ def log_mel_features(clips: ProbeClips, sample_hz: int, hop_samples: int) -> Fea
 
 @torch.no_grad()
 def layer_features(encoder: FrameEncoder, clips: ProbeClips, layer: int) -> Features:
-    """Hidden states of a layer."""
+    """Compute the hidden states of all clips after one encoder layer."""
     device = device_of(encoder)
     with eval_mode(encoder):
         return _features(
@@ -149,7 +149,7 @@ def layer_features(encoder: FrameEncoder, clips: ProbeClips, layer: int) -> Feat
 
 @torch.no_grad()
 def token_features(tokenizer: SemanticTokenizer, clips: ProbeClips) -> Features:
-    """Ids of a tokenizer, without its cut of the length to a multiple."""
+    """Compute the token ids of all clips, without cutting their number to a multiple of `seq_len_multiple_of`."""
     tokenizer = copy.copy(tokenizer)
     tokenizer.seq_len_multiple_of = None
     device = device_of(tokenizer)
@@ -177,20 +177,22 @@ def _features(
         [frames(read_audio(item.path, sample_hz)[0][0]).numpy() for item in side] for side in (clips.train, clips.test)
     )
     if not all(np.isfinite(part).all() for part in (*train, *test)):
-        raise ValueError(f"{name}: the features hold NaN or infinity; train the encoder again")
+        raise ValueError(f"{name}: the features contain NaN or infinity; train the encoder again")
     return Features(name, train, test, hop_samples / sample_hz, num_tokens)
 
 
 @beartype
 def kmeans_features(features: Features, num_clusters: int, seed: int = 0) -> Features:
-    """Ids of k-means clusters of standardised features, fitted to frames of the training clips."""
+    """Compute cluster ids of standardised features by k-means, fitted to frames of the training clips."""
     from sklearn.cluster import MiniBatchKMeans
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     frames = np.concatenate(features.train)
     if num_clusters > len(frames):
-        raise ValueError(f"{num_clusters} clusters need as many training frames, got {len(frames)}; use more clips")
+        raise ValueError(
+            f"{num_clusters} clusters need at least {num_clusters} training frames, got {len(frames)}; use more clips"
+        )
     rows = np.random.default_rng(seed).permutation(len(frames))[:_MAX_KMEANS_FRAMES]
     kmeans = make_pipeline(StandardScaler(), MiniBatchKMeans(num_clusters, n_init=1, random_state=seed))
     kmeans.fit(frames[rows])
@@ -203,8 +205,8 @@ def kmeans_features(features: Features, num_clusters: int, seed: int = 0) -> Fea
 def probe(features: Features, clips: ProbeClips, label: str) -> Metric:
     """Train a linear classifier of a label on the training clips, and measure its accuracy on the held-out clips.
 
-    A text, number or boolean is a label of the clip. It is read from the mean of the frames; for tokens these are
-    their frequencies. A list of events `[start_seconds, end_seconds, name]` is a label of frames, see `event_classes`.
+    A text, number or boolean is a label of the clip. Its classifier receives the mean of the frames, or the frequencies
+    of the tokens. A list of events `[start_seconds, end_seconds, name]` is a label of frames, see `event_classes`.
     Clips without the label are left out. Chance is the share of the most frequent held-out class.
     """
     from sklearn.linear_model import LogisticRegression
@@ -236,7 +238,7 @@ def probe(features: Features, clips: ProbeClips, label: str) -> Metric:
 def _examples(
     features: Features, frames: list[np.ndarray], items: list[AudioItem], label: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Inputs `[m, d]`, their classes `[m]` as texts, and the clip `[m]` of each."""
+    """Classifier inputs `[m, d]`, their classes `[m]` as texts, and the clip index `[m]` of each input."""
     inputs: list[np.ndarray] = [np.zeros((0, 0))]
     truth: list[str] = []
     clip_index: list[int] = []
@@ -261,7 +263,7 @@ def _examples(
 
 @beartype
 def event_classes(events: Sequence[Any], num_frames: int, seconds_per_frame: float) -> np.ndarray:
-    """Name `[f]` of the event at the middle of each frame, "" without one. Of several events the last start counts.
+    """Event name `[f]` at the middle of each frame, "" without an event; of several events the one that started last.
 
     An event is `[start_seconds, end_seconds, name]`.
     """
@@ -271,7 +273,7 @@ def event_classes(events: Sequence[Any], num_frames: int, seconds_per_frame: flo
         for start, end, name in sorted(events, key=lambda event: float(event[0])):
             classes[(middles >= start) & (middles < end)] = str(name)
     except (TypeError, ValueError, IndexError) as error:
-        raise ValueError(f"events must be [start_seconds, end_seconds, name], got {events[:3]}") from error
+        raise ValueError(f"events must be lists [start_seconds, end_seconds, name], got {events[:3]}") from error
     return classes
 
 

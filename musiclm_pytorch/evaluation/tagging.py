@@ -41,7 +41,8 @@ class TagScores:
 
     Attributes:
         auc: Area under the ROC curve of each class against the other classes; chance is 0.5.
-        balanced_accuracy: Recall of the nearest prompt; chance is one over the number of prompts.
+        balanced_accuracy: Recall of each class if a clip gets the class of its most similar prompt; chance is 1 /
+            number of prompts.
     """
 
     auc: float
@@ -50,7 +51,7 @@ class TagScores:
 
 @dataclass(frozen=True)
 class TagTest:
-    """A label of a set of clips as a classification task.
+    """Classification of a set of clips by the values of one label.
 
     Attributes:
         prompts: One text per class.
@@ -67,12 +68,13 @@ class TagTest:
 def tag_labels(items: Sequence[AudioItem]) -> dict[str, list[str | None]]:
     """Find the labels of a manifest that describe clips: text or boolean, with few values that recur.
 
-    Numbers (a tempo in beats per minute), lists, texts that are different for nearly every clip and texts that cannot
-    be encoded are no tags.
+    Numbers (a tempo in beats per minute), lists, texts that differ for nearly every clip, and texts that cannot be
+    encoded are not tags.
 
     Returns:
-        The value of every clip as text, for each label in the order of the manifest. A boolean is "yes" or "no". A
-        null in a text label is "none": `"chords": null` means no chords. None = the manifest has no value.
+        The value of every clip as text, for each label in the order of the manifest. A boolean is "yes" or "no". A null
+        in a text label is "none", since `"chords": null` means that there are no chords. None = the manifest has no
+        value for the clip.
     """
     names = dict.fromkeys(name for item in items for name in item.labels if is_encodable(name))
     values = {name: _values_of(items, name) for name in names}
@@ -80,7 +82,7 @@ def tag_labels(items: Sequence[AudioItem]) -> dict[str, list[str | None]]:
 
 
 def _values_of(items: Sequence[AudioItem], name: str) -> list[str | None] | None:
-    """The values of a label as texts, or None if it is no tag."""
+    """The values of a label as texts, or None if the label is not a tag."""
     present = [item.labels[name] for item in items if item.labels.get(name) is not None]
     is_boolean = all(isinstance(value, bool) for value in present)
     is_text = all(isinstance(value, str) and value.strip() and is_encodable(value) for value in present)
@@ -99,8 +101,8 @@ def _values_of(items: Sequence[AudioItem], name: str) -> list[str | None] | None
 def tag_prompts(label: str, values: Sequence[str]) -> list[str]:
     """Write a text prompt for each value of a label, as in `tag_labels`.
 
-    "yes" becomes "music with drums", "no" and "none" become "music without drums". Other values are put into the
-    template of the label, if there is one.
+    For the label "drums", "yes" becomes "music with drums", "no" and "none" become "music without drums". Other values
+    are inserted into the template of the label, or are the prompt if the label has no template.
     """
     thing = label.replace("_", " ")
     fixed = {_YES: f"music with {thing}", _NO: f"music without {thing}", _NONE: f"music without {thing}"}
@@ -123,7 +125,7 @@ def tag_tests(items: Sequence[AudioItem]) -> list[TagTest]:
 def tag_scores(similarities: Tensor, truth: Tensor) -> TagScores:
     """Score the similarities `[n, classes]` of clips to the prompts of one label.
 
-    Clips of class -1 in `truth [n]` are left out. The others must be of at least two classes.
+    Clips of class -1 in `truth [n]` are left out. The remaining clips must have at least two classes.
     """
     from sklearn.metrics import recall_score, roc_auc_score
 
@@ -134,7 +136,7 @@ def tag_scores(similarities: Tensor, truth: Tensor) -> TagScores:
 
 @beartype
 def tag_metrics(name: str, similarities: Tensor, truth: Tensor) -> list[Metric]:
-    """The scores of `tag_scores` with chance and interval."""
+    """Compute the scores of `tag_scores` as metrics with chance and interval."""
     from sklearn.metrics import average_precision_score, roc_auc_score
 
     scores, classes = _known_rows(similarities, truth)

@@ -51,7 +51,7 @@ def build_codec(preset: Preset) -> SoundStream:
 
 @beartype
 def build_semantic_encoder(preset: Preset) -> BestRQEncoder:
-    """Build the semantic encoder; ValueError if a mel frame of 10 ms is not a whole number of samples and tokens."""
+    """Build the semantic encoder; 10 ms must be a whole number of samples, and a token a multiple of 10 ms."""
     s = preset.semantic_tokenizer
     return BestRQEncoder(
         **s.sizes,
@@ -102,7 +102,7 @@ def build_mulan(preset: Preset, captions: Sequence[str]) -> MuLaN:
 
 @beartype
 def build_quantizer(preset: Preset, mulan: JointEmbedding, num_clips: int) -> MuLaNEmbedQuantizer:
-    """Build a quantizer to be fitted to `num_clips` clips, with at most one code a level for each."""
+    """Build a quantizer for fitting to `num_clips` clips, with at most `num_clips` codes per level."""
     return MuLaNEmbedQuantizer(
         mulan=mulan,
         conditioning_dims=[getattr(preset, stage).dim for stage in STAGES],
@@ -122,8 +122,8 @@ def build_stage(preset: Preset, stage: str, *, codec: Codec, tokenizer: Semantic
     levels, config = preset.codec.num_quantizers, getattr(preset, stage)
     if levels > codec.num_quantizers:
         raise ValueError(
-            f"the preset {preset.name} models {levels} levels of codes, and the codec has {codec.num_quantizers}; "
-            "give a codec with more levels, or a preset with a smaller codec.num_quantizers"
+            f"the preset {preset.name} models {levels} levels of codes, but the codec has {codec.num_quantizers}; "
+            "pass a codec with more levels, or a preset with a smaller codec.num_quantizers"
         )
     semantic_hz = Fraction(tokenizer.target_sample_hz, tokenizer.downsample_factor)
     sizes: dict[str, Any] = dict(

@@ -1,4 +1,4 @@
-"""The training pipeline: all steps of a preset in order, each of which continues where it was interrupted."""
+"""The training pipeline, which runs all steps of a preset in order and continues interrupted steps."""
 
 import os
 import time
@@ -71,9 +71,9 @@ class StepReport:
 
 @beartype
 def check_step(step: str) -> None:
-    """Check that this is "all" or the name of a step."""
+    """Check that `step` is "all" or the name of a step."""
     if step != "all" and step not in STEPS:
-        raise ValueError(f"there is no step {step!r}; choose all or one of: {', '.join(STEPS)}")
+        raise ValueError(f"there is no step {step!r}; pass all or one of: {', '.join(STEPS)}")
 
 
 class Pipeline:
@@ -85,8 +85,8 @@ class Pipeline:
     Args:
         data: Folder of audio files, or a folder or file with a JSONL manifest.
         out: Folder of the run. It belongs to one preset, seed, list of files and set of pretrained parts.
-        pretrained: Modules that replace the training of the steps "codec", "semantic-tokenizer" and "mulan", by step.
-            They are saved as results of these steps without rounding.
+        pretrained: Modules by the name of the step that they replace ("codec", "semantic-tokenizer" or "mulan"). Each
+            is saved as the result of the step, without rounding.
     """
 
     @beartype
@@ -105,7 +105,7 @@ class Pipeline:
             raise ValueError(f"seed must not be negative, got {seed}")
         existing = next(place for place in (self.out.absolute(), *self.out.absolute().parents) if place.exists())
         if not existing.is_dir():
-            raise ValueError(f"{existing} is a file; name a folder with --out")
+            raise ValueError(f"{existing} is a file; pass a folder with --out")
         self.items = self.train_items, self.valid_items = training_items(self.data, None, min_seconds=1.0)
         self.pretrained = dict(pretrained or {})
         check_pretrained(preset, self.pretrained)
@@ -135,7 +135,7 @@ class Pipeline:
         """Raise a ValueError if there are no captions to train MuLaN."""
         if not self.captions:
             raise ValueError(
-                f"{self.data} has no captions, and mulan learns from them; give a train.jsonl with 'audio' and "
+                f"{self.data} has no captions, but the step mulan needs them; pass a train.jsonl with 'audio' and "
                 "'caption' in every line"
             )
 
@@ -152,10 +152,11 @@ class Pipeline:
 
     @beartype
     def run(self, step: str = "all", announce: Callable[[str], None] | None = None) -> Iterator[StepReport]:
-        """Run one step, or all, and yield a report of each. Steps that are done are not run again.
+        """Run one step, or all steps, and yield a report of each. Finished steps are not run again.
 
         Args:
-            step: Name of a step, or "all". A step also computes the tokens and saves the pretrained parts it needs.
+            step: Name of a step, or "all". A single step first computes the tokens and saves the pretrained parts that
+                it needs.
             announce: Called with the name of each step that starts.
         """
         check_step(step)
@@ -182,12 +183,13 @@ class Pipeline:
         return [*dict.fromkeys(needs), *names]
 
     def _check_needs(self, names: list[str]) -> None:
-        """Check that all steps can run, before anything is written and the first ones take hours."""
+        """Check that the results that the steps need exist, before the first step starts."""
         for name in names:
             missing = [need for need in STEPS[name] if need not in names and not self.is_done(need)]
             if missing:
                 raise ValueError(
-                    f"{name} needs {' and '.join(missing)} first: musiclm train {missing[0]} with this --out"
+                    f"{name} needs the result of {' and '.join(missing)}; "
+                    f"first run musiclm train {missing[0]} with this --out"
                 )
         if "mulan" in names and not self.is_done("mulan") and "mulan" not in self.pretrained:
             self.require_captions()
@@ -250,24 +252,24 @@ class Pipeline:
         return {step: hash_of(b"".join(file.read_bytes() for file in self._files(step))) for step in steps}
 
     def _check_fresh(self, step: str) -> None:
-        """Check that the results that a step was computed from have not changed since."""
+        """Check that the results from which a step was computed have not changed."""
         made_from = self._report(step).get("made_from", {})
         now = self._hashes(name for name in made_from if self.is_done(name))
         changed = [name for name, digest in now.items() if digest != made_from[name]]
         if changed:
             raise ValueError(
-                f"{self.out / step} was made from another {' and '.join(changed)} than there is now; "
-                "remove that folder to make it again, or use another --out"
+                f"the result of {' and '.join(changed)} has changed since {self.out / step} was computed from it; "
+                f"delete {self.out / step} to compute it again, or use another --out"
             )
 
     def _is_up_to_date(self) -> bool:
-        """Whether the model is assembled from the present results."""
+        """Whether the assembled model was computed from the current results of all steps."""
         return self.is_complete and read_record(self.model_folder / CARD).get("made_from") == self._hashes(STEPS)
 
     def _save(self, step: str, module: nn.Module, frozen: nn.Module | None = None) -> None:
-        """Save a result as fp16, like the exported model, so that later steps are computed with the same weights.
+        """Save the result of a step as fp16, so that later steps use the weights of the exported model.
 
-        A result with a `frozen` part that fp16 would round is saved in its own type.
+        If fp16 would round the `frozen` part, the result keeps its type.
         """
         if self.accelerator.is_main_process:
             dtype = torch.float16 if frozen is None else exact_dtype(frozen, torch.float16)
@@ -310,7 +312,7 @@ class Pipeline:
 
     @beartype
     def tokens(self) -> list[TokenShards]:
-        """Tokens and MuLaN latents of the training and of the held-out files, which are computed once."""
+        """Tokens and MuLaN latents of the training files and of the held-out files; stored results are used again."""
         models = {
             "codec": self._load("codec", Codec),
             "semantic_tokenizer": self._load("semantic-tokenizer", SemanticTokenizer),
@@ -344,7 +346,7 @@ class Pipeline:
         return dict(results_folder=self.out / step, accelerator=self.accelerator, seed=self.seed)
 
     def _train(self, trainer: Any) -> dict[str, Any]:
-        """Train to the end and return the last metrics, and the seconds of earlier sessions."""
+        """Train to the end and return the last metrics, with the training time of earlier sessions in seconds."""
         started = time.monotonic()
         result = trainer.train()
         total = float(read_json(trainer.results_folder / "finished.json")["seconds"])

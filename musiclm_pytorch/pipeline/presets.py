@@ -23,10 +23,10 @@ _MIN_STEPS = 10
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Training of one model, with crops of `seconds` and the peak of the schedule as `learning_rate`.
+    """Training settings of one model; crops last `seconds`, and `learning_rate` is the peak of the schedule.
 
-    `precision` is "fp32", or "bf16" for autocast. Checkpoints are written every two minutes, and after every
-    `checkpoint_every_steps`.
+    `precision` is "fp32", or "bf16" for autocast. Checkpoints are written every two minutes, and every
+    `checkpoint_every_steps` steps.
     """
 
     num_train_steps: int
@@ -64,7 +64,7 @@ class TransformerConfig:
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """Arguments for constructors of transformers."""
+        """Keyword arguments of transformer constructors."""
         return {"dim": self.dim, "depth": self.depth, "heads": self.heads, "dim_head": self.dim // self.heads}
 
 
@@ -97,7 +97,7 @@ class MuLaNConfig(TransformerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizerConfig:
-    """MuLaN conditioning codes. MusicLM has 12 levels of 1024 codes, more than a few thousand clips can fill."""
+    """Sizes of the MuLaN quantizer. MusicLM uses 12 levels of 1024 codes, which need more than a few thousand clips."""
 
     num_quantizers: int
     codebook_size: int
@@ -108,7 +108,7 @@ class StageConfig(TransformerConfig):
     """The language model of one stage, with probabilities for training and defaults for generation.
 
     Training drops the condition of an item (`cond_drop_prob`) or its trailing levels (`level_drop_prob`), or uses the
-    codes of a caption instead of those of the recording (`text_prob`).
+    codes of a caption instead of the codes of the recording (`text_prob`).
     """
 
     dropout: float
@@ -135,7 +135,7 @@ class Preset:
 
     @beartype
     def scaled(self, scale: float | int) -> "Preset":
-        """Return the same model with every step count multiplied by `scale`, at least ten steps each."""
+        """Copy the preset with every number of training steps multiplied by `scale`, but at least ten steps each."""
         if not 0 < scale < math.inf:
             raise ValueError(f"scale must be positive, got {scale}; 1 is the full run")
         if scale == 1:

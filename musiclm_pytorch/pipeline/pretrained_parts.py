@@ -24,17 +24,17 @@ PRETRAINED_KINDS: dict[str, Any] = {"codec": Codec, "semantic-tokenizer": Semant
 
 @beartype
 def check_pretrained(preset: Preset, parts: Mapping[str, nn.Module]) -> None:
-    """Check that a run can train on and save pretrained parts (by step), before anything is trained."""
+    """Check that pretrained parts (by step) can be saved and that the other steps can use them."""
     for step, module in parts.items():
         if step not in PRETRAINED_KINDS:
-            raise ValueError(f"{step} cannot be a pretrained part; these can: {', '.join(PRETRAINED_KINDS)}")
+            raise ValueError(f"the step {step} accepts no pretrained part; pass one for: {', '.join(PRETRAINED_KINDS)}")
         kind = PRETRAINED_KINDS[step]
         if not isinstance(module, kind):
-            raise ValueError(f"a {kind.__name__} is needed for {step}, got a {type(module).__name__}")
+            raise ValueError(f"the pretrained part for {step} must be a {kind.__name__}, got a {type(module).__name__}")
         try:
             module_spec(module)
         except TypeError as error:
-            raise ValueError(f"the {type(module).__name__} for {step} cannot be saved: {error}") from error
+            raise ValueError(f"the pretrained {type(module).__name__} for {step} cannot be saved: {error}") from error
     if "codec" in parts or "semantic-tokenizer" in parts:
         with preserve_rng():
             codec = parts.get("codec") or build_codec(preset)
@@ -44,14 +44,14 @@ def check_pretrained(preset: Preset, parts: Mapping[str, nn.Module]) -> None:
 
 
 def _check_stage(preset: Preset, stage: str, codec: Any, tokenizer: Any) -> None:
-    """Check that a crop is long enough to hold frames of all streams that start at the same time."""
+    """Check that a training crop of a stage is long enough to contain frames of all streams that start together."""
     with torch.device("meta"):
         layout = build_stage(preset, stage, codec=codec, tokenizer=tokenizer).layout
     frame_hz, seconds = layout.predicted[0].exact_hz, getattr(preset, stage).run.seconds
     if frames_inside(seconds, frame_hz) < layout.frame_alignment:
         rates_hz = {stream.name: float(stream.exact_hz) for stream in layout.streams}
         raise ValueError(
-            f"tokens of {rates_hz} frames a second start together every {float(layout.frame_alignment / frame_hz):g} s "
-            f"only, but {stage} learns from {seconds:g} s at a time; give a codec and a semantic tokenizer whose rates "
-            "have a larger common divisor, or a preset with longer crops"
+            f"token streams of {rates_hz} frames per second start together only every "
+            f"{float(layout.frame_alignment / frame_hz):g} s, but {stage} is trained on crops of {seconds:g} s; pass a "
+            "codec and a semantic tokenizer whose rates have a larger common divisor, or a preset with longer crops"
         )

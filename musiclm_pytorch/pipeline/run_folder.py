@@ -32,7 +32,7 @@ def check_run_folder(folder: Path, facts: Mapping[str, Any], write: bool = True)
     if lines:
         more = f"; and {len(lines) - _MAX_SHOWN} more" if len(lines) > _MAX_SHOWN else ""
         raise ValueError(
-            f"{folder} holds another run ({'; '.join(lines[:_MAX_SHOWN])}{more}); "
+            f"{folder} contains a run with other settings ({'; '.join(lines[:_MAX_SHOWN])}{more}); "
             "use the same settings or another --out"
         )
 
@@ -48,13 +48,13 @@ def read_record(file: Path) -> dict[str, Any]:
 
 @beartype
 def hash_of(content: bytes) -> str:
-    """Hash of some bytes, 16 hexadecimal digits."""
+    """Hash of bytes as 16 hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()[:16]
 
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Lock the folder of a run, which is created if missing. The lock ends with the process."""
+    """Lock the folder of a run, which is created if missing. The lock is released when the process ends."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -66,7 +66,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(
-                f"{folder} is in use by another musiclm train; wait for it or use another --out"
+                f"{folder} is in use by another musiclm train; wait until it ends, or use another --out"
             ) from error
         yield
 

@@ -39,8 +39,9 @@ def compute_tokens(
     """Write one record for each file into shards. Complete chunks of an interrupted call are not computed again.
 
     A record has `semantic [t]`, `acoustic [f, q]`, `latents [w, d]` of the windows, `captions` (see `encode_texts`),
-    their `text_latents [k, d]`, and `duration_seconds`. The codec receives all its channels, the others their mean.
-    The fingerprint of the shards includes `origin`. The processes of the accelerator share the work.
+    their `text_latents [k, d]`, and `duration_seconds`. The codec receives all channels of a wave, the other models
+    receive their mean. The fingerprint of the shards includes `origin`. The processes of the accelerator share the
+    work.
     """
     fingerprint = {**shard_fingerprint(semantic_tokenizer, codec), "mulan": part_fingerprint(mulan), **origin}
     codec_hz, semantic_hz, mulan_hz = codec.target_sample_hz, semantic_tokenizer.target_sample_hz, mulan.sample_hz

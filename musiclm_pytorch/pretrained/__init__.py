@@ -1,1 +1,1 @@
-"""Model folders and the parts that ship with the package."""
+"""Model folders, and the trained parts that the package contains."""

@@ -1,7 +1,7 @@
 """Open codecs, semantic tokenizers, encoders and joint embeddings: bundled ones by name, others by folder or hub id.
 
-All are returned in eval mode. `offline` uses only the local cache for a hub id. Without such a model a ValueError lists
-the bundled ones. If a published model needs transformers and it is not installed, an ImportError is raised.
+All models are returned in eval mode. With `offline`, a hub id is loaded from the local cache only. For an unknown name,
+a ValueError lists the bundled models. If a model needs transformers and it is not installed, an ImportError is raised.
 """
 
 from collections.abc import Callable, Mapping
@@ -52,18 +52,18 @@ def tokenizer_named(name: str = "16khz", device: str | torch.device = "cpu") -> 
     """Open a bundled semantic tokenizer, or the folder of a trained or converted one."""
     tokenizer = _open(name, BUNDLED_TOKENIZERS, "tokenizers", lambda source: load_module(source, device=device))
     if not isinstance(tokenizer, SemanticTokenizer):
-        raise ValueError(f"{name} holds a {type(tokenizer).__name__}, which is not a semantic tokenizer")
+        raise ValueError(f"{name} contains a {type(tokenizer).__name__}, which is not a semantic tokenizer")
     return tokenizer
 
 
 @beartype
 def encoder_named(name: str, offline: bool = False) -> FrameEncoder:
-    """Open an encoder whose layers can be clustered, that of a bundled tokenizer or a source of `open_encoder`."""
+    """Open an encoder with layers: the encoder of a bundled tokenizer, or any source that `open_encoder` accepts."""
     from audiolm_pytorch.semantic.pretrained import open_encoder
 
     encoder = _open(name, BUNDLED_TOKENIZERS, "encoders", lambda source: open_encoder(source, offline=offline))
     if not isinstance(encoder, FrameEncoder):
-        raise ValueError(f"{name} holds a {type(encoder).__name__}, but an encoder with layers is needed")
+        raise ValueError(f"{name} contains a {type(encoder).__name__}, but an encoder with layers is needed")
     return encoder
 
 
@@ -71,23 +71,23 @@ def encoder_named(name: str, offline: bool = False) -> FrameEncoder:
 def mulan_named(name: str, device: str | torch.device = "cpu", offline: bool = False) -> JointEmbedding:
     """Open a joint embedding of audio and text.
 
-    The name is that of a bundled model; or the folder of a saved MuLaN, CLAP or `MuLaNEmbedQuantizer`, of a model, or
-    of a run; or a folder or hub id of CLAP in transformers' format, e.g. laion/larger_clap_music.
+    `name` is a bundled model; the folder of a saved MuLaN, CLAP or `MuLaNEmbedQuantizer`; a model folder; a run folder;
+    or a folder or hub id of CLAP in transformers' format, e.g. laion/larger_clap_music.
     """
     module = _open(name, _BUNDLED_MULANS, "models", lambda source: _open_mulan(source, offline))
     mulan = getattr(module, "mulan", module)  # a quantizer holds its MuLaN
     if not isinstance(mulan, JointEmbedding):
-        raise ValueError(f"{name} holds a {type(mulan).__name__}, which is not a joint embedding of audio and text")
+        raise ValueError(f"{name} contains a {type(mulan).__name__}, which is not a joint embedding of audio and text")
     return mulan.to(device).eval()
 
 
 def bundled_folder(name: str) -> Path:
-    """A folder below musiclm_pytorch/bundled."""
+    """Path of a folder below musiclm_pytorch/bundled."""
     return Path(str(files("musiclm_pytorch") / "bundled" / name))
 
 
 def _open(name: str, bundled: Mapping[str, str], kind: str, open_source: Callable[[str | Path], Any]) -> Any:
-    """Open a bundled folder by its name, or else the name as a source."""
+    """Open a bundled folder by its name; other names are passed to `open_source`."""
     try:
         return open_source(bundled_folder(bundled[name]) if name in bundled else name)
     except ValueError as error:
@@ -105,7 +105,7 @@ def _open_mulan(source: str | Path, offline: bool) -> nn.Module:
             is_published = isinstance(config, dict) and "model_type" in config
             return ClapMuLaN.from_pretrained(folder, offline=offline) if is_published else load_module(folder)
     if path.exists():
-        raise ValueError(f"{path} holds no MuLaN; give a folder that musiclm train mulan or musiclm train all wrote")
+        raise ValueError(f"{path} contains no MuLaN; pass a folder that musiclm train mulan or musiclm train all wrote")
     if len(path.parts) == 2 and not path.is_absolute():  # owner/name
         return ClapMuLaN.from_pretrained(str(source), offline=offline)
-    raise ValueError(f"there is no model {str(source)!r}; give the folder of a trained one, or a hub id of CLAP")
+    raise ValueError(f"there is no model {str(source)!r}; pass the folder of a trained model, or a hub id of CLAP")

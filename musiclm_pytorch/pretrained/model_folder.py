@@ -57,7 +57,7 @@ _FINGERPRINTED_PARTS = {"codec": (), "semantic_tokenizer": (), "quantizer": ("ta
 
 @beartype
 def load_musiclm(name_or_folder: str | Path = "tiny", device: str | torch.device = "cpu") -> MusicLM:
-    """Load a model in eval mode, without network. Sampling settings of its `musiclm.json` are its defaults.
+    """Load a model in eval mode, without network access. Sampling settings in its `musiclm.json` become its defaults.
 
     Args:
         name_or_folder: Name of a bundled model, or a folder that `musiclm train all` or `musiclm export` wrote.
@@ -79,7 +79,7 @@ def export_musiclm(run: str | Path, out: str | Path, settings: Mapping[str, Any]
     """
     folder, out = model_folder(run), Path(out)
     if out.exists() and not _may_be_replaced(out):
-        raise ValueError(f"{out} holds something else than a model; name a new folder to write to")
+        raise ValueError(f"{out} contains files that do not belong to a model; pass a new or empty folder")
     card = _read_card(folder)
     parts = _load_parts(folder, card)
     card.update({**(settings or {}), "weights": "float16"})
@@ -97,7 +97,7 @@ def save_parts(
     Args:
         parts: A module for each of `PARTS`.
         about: More JSON-able fields of `musiclm.json`.
-        dtype: Type of the stored weights; None keeps the type of each. The codec, the semantic tokenizer and the
+        dtype: Type of the stored weights; None keeps the type of each weight. The codec, the semantic tokenizer and the
             quantizer without its tables keep their type if `dtype` would round them, because the stages accept only the
             parts that they were trained with.
     """
@@ -114,7 +114,7 @@ def save_parts(
 
 @beartype
 def exact_dtype(module: nn.Module, dtype: torch.dtype, *, but: Sequence[str] = ()) -> torch.dtype | None:
-    """Return `dtype` if it holds all weights of a module without rounding, else None. Submodules `but` are ignored."""
+    """Return `dtype` if it stores all weights of a module, except submodules `but`, without rounding; else None."""
     weights = {name: weight for name, weight in weights_of(module).items() if name.partition(".")[0] not in but}
     floats = [weight for weight in weights.values() if weight.is_floating_point()]
     return dtype if all(torch.equal(weight.to(dtype).to(weight.dtype), weight) for weight in floats) else None
@@ -131,15 +131,15 @@ def model_folder(name_or_folder: str | Path) -> Path:
     if str(name_or_folder) in names:
         return bundled_folder(str(name_or_folder))
     if path.is_dir():
-        raise ValueError(f"{path} holds no complete model: there is no {CARD} in it; finish it with musiclm train all")
+        raise ValueError(f"{path} contains no complete model: no {CARD}; finish it with musiclm train all")
     raise ValueError(
-        f"there is no model {str(name_or_folder)!r}: give the folder of a trained one or a bundled name: "
+        f"there is no model {str(name_or_folder)!r}; pass the folder of a trained model or a bundled name: "
         f"{', '.join(names)}"
     )
 
 
 def _may_be_replaced(folder: Path) -> bool:
-    """Whether a folder is empty, or holds a model or a part of one that an interrupted export left."""
+    """Whether a folder is empty, or contains only a model or the remains of an interrupted export."""
     if not folder.is_dir():
         return False
     return (folder / CARD).is_file() or all(
@@ -153,8 +153,8 @@ def _read_card(folder: Path) -> dict[str, Any]:
     version = card.get("format_version") if isinstance(card, dict) else None
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"{folder / CARD} has format version {version!r}, this library reads {FORMAT_VERSION}; install the release "
-            "that wrote it"
+            f"{folder / CARD} has format version {version!r}, but this library reads {FORMAT_VERSION}; install the "
+            "release that wrote it"
         )
     return dict(card)
 
@@ -170,15 +170,15 @@ def _load_parts(folder: Path, card: Mapping[str, Any]) -> dict[str, nn.Module]:
 
 
 def _bundled_parts(card: Mapping[str, Any], file: Path) -> dict[str, Path]:
-    """Folders of the parts that a card takes from the package. Only plain names are accepted."""
+    """Folders of the bundled parts that `musiclm.json` (`card`) names, by part."""
     named = card.get("bundled_parts", {})
     if not isinstance(named, dict) or not set(named) <= set(PARTS):
-        raise ValueError(f"bundled_parts in {file} must name parts of {', '.join(PARTS)}, got {named!r}")
+        raise ValueError(f"bundled_parts in {file} must be a dict with keys from {', '.join(PARTS)}, got {named!r}")
     available = {place.parent.name: place.parent for place in sorted(bundled_folder("").glob("*/config.json"))}
     for name in named.values():
         if name not in list(available):
             raise ValueError(
-                f"{file} takes the part {name!r} from the package, and this installation has "
+                f"{file} needs the bundled part {name!r}, but this installation has "
                 f"{', '.join(available) or 'none'}; install the release that wrote the model, or export it again with "
                 "its parts"
             )
@@ -198,4 +198,4 @@ def _compose(parts: Mapping[str, Any], card: Mapping[str, Any], folder: Path) ->
         )
         return MusicLM(audio_lm=audio_lm, mulan_embed_quantizer=parts["quantizer"], num_levels=card.get("num_levels"))
     except (TypeError, ValueError, BeartypeCallHintViolation) as error:
-        raise ValueError(f"the parts in {folder} do not make a model: {error}") from error
+        raise ValueError(f"the parts in {folder} are not compatible: {error}") from error

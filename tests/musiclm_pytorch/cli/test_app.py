@@ -142,7 +142,7 @@ def test_train_with_bundled_parts(musiclm_command, micro_data, tmp_path, capsys,
     assert TokenShards(tmp_path / "run" / "tokens" / "train").fingerprint["codec"] == codec_named("16khz").fingerprint()
     assert musiclm_command(*words) == 2
     assert re.fullmatch(
-        r"musiclm: .*holds another run \(pretrained.codec: found \w+, expected none.*\n", capsys.readouterr().err
+        r"musiclm: .*run with other settings \(pretrained.codec: found \w+, expected none.*\n", capsys.readouterr().err
     )
 
 
@@ -233,29 +233,29 @@ BAD_INPUT = r"""
 no data folder | train all --data TMP/none --out TMP/out | TMP/none: no such folder
 empty data folder | train all --data EMPTY --out TMP/out | EMPTY: holds no .wav
 nothing readable | train codec --data JUNK --out TMP/out | JUNK: none of 1 audio files can be used.*noise.wav
-no captions | train mulan --data BARE --out TMP/out | BARE has no captions.*give a train.jsonl
-no captions, all | train all --data BARE --out TMP/out | BARE has no captions.*give a train.jsonl
+no captions | train mulan --data BARE --out TMP/out | BARE has no captions.*pass a train.jsonl
+no captions, all | train all --data BARE --out TMP/out | BARE has no captions.*pass a train.jsonl
 no captions, dry | train mulan --data BARE --out TMP/out --dry-run | BARE has no captions
 unknown preset | train all --preset tinny --data DATA --out TMP/out | 'tinny'; choose one of: tiny, small
-unknown stage | train codek --data DATA --out TMP/out | 'codek'; choose all or one of: codec
+unknown stage | train codek --data DATA --out TMP/out | 'codek'; pass all or one of: codec
 scale | train all --scale nan --data DATA --out TMP/out | scale must be positive, got nan
 negative seed | train all --seed -1 --data DATA --out TMP/out | seed must not be negative, got -1
 no codec | train all --data DATA --out TMP/out --codec tinny | tinny.*bundled codecs: 16khz
 codec elsewhere | train all --data DATA --out TMP/out --codec a/b --offline | a/b.*; bundled codecs: 16khz
 no tokenizer | train all --data DATA --out TMP/out --semantic-tokenizer EMPTY | EMPTY.*bundled tokenizers: 16k
 codec as tokens | train all --data DATA --out TMP/out --semantic-tokenizer MODEL/codec |
-    MODEL/codec holds a SoundStream, which is not a semantic tokenizer
-no mulan | train all --data DATA --out TMP/out --mulan EMPTY | EMPTY holds no MuLaN.*bundled models: tiny
+    MODEL/codec contains a SoundStream, which is not a semantic tokenizer
+no mulan | train all --data DATA --out TMP/out --mulan EMPTY | EMPTY contains no MuLaN.*bundled models: tiny
 few levels | train all --preset small --data DATA --out TMP/out --codec MODEL/codec |
-    the preset small models 8 levels of codes, and the codec has \d; give a codec with more
+    the preset small models 8 levels of codes, but the codec has \d; pass a codec with more
 pretrained, another run | train all --preset micro --data DATA --out RUN --codec MODEL/codec |
     pretrained.codec: found none
 missing stage | train fine --data DATA --out TMP/out | first: musiclm train semantic-tokenizer
 out is a file | train codec --data DATA --out DATA/00.wav | 00.wav is a file
 out in a file | train codec --preset micro --data DATA --out DATA/00.wav/run | 00.wav is a file
-another run | train all --data DATA --out RUN | RUN holds another run.*another --out
-no model | generate x --model nobody --out TMP/x.wav | no model 'nobody': give the folder
-run without model | generate x --model EMPTY --out TMP/x.wav | EMPTY holds no complete model.*musiclm train all
+another run | train all --data DATA --out RUN | RUN contains a run with other settings.*another --out
+no model | generate x --model nobody --out TMP/x.wav | no model 'nobody'; pass the folder
+run without model | generate x --model EMPTY --out TMP/x.wav | EMPTY contains no complete model.*musiclm train all
 model in part | generate x --model MODEL --out TMP/x.wav | MODEL lacks coarse/model.safetensors; copy
 empty text | generate '' --out TMP/x.wav | text is empty; describe the music
 negative seconds | generate x --seconds -1 --out TMP/x.wav | --seconds must be above 0 .*-1
@@ -272,8 +272,8 @@ no suffix | generate x --out TMP/new | cannot write TMP/new: name a file that en
 wave in a file | generate x --out DATA/00.wav/x.wav | 00.wav is a file
 wave is a folder | generate x --out TMP/folder.wav | folder.wav: it is a folder
 plot suffix | generate x --out TMP/new/x.wav --plot TMP/new/x.xyz | x.xyz: name a file that ends in .png
-export of nothing | export --run EMPTY --out TMP/out | EMPTY holds no complete model
-export over data | export --run RUN --out DATA | DATA holds something else than a model
+export of nothing | export --run EMPTY --out TMP/out | EMPTY contains no complete model
+export over data | export --run RUN --out DATA | DATA contains files that do not belong to a model
 """
 
 

@@ -127,7 +127,7 @@ def test_tokens_are_read_by_their_frequencies(clips):
     assert probe(clusters, clips, "kind").value == 1.0
     again = kmeans_features(layer_features(CodedEncoder(), clips, 1), 12)
     assert all(np.array_equal(one, other) for one, other in zip(clusters.test, again.test))
-    with pytest.raises(ValueError, match="1000 clusters need as many training frames, got 600"):
+    with pytest.raises(ValueError, match="1000 clusters need at least 1000 training frames, got 600"):
         kmeans_features(layer_features(CodedEncoder(), clips, 1), 1000)
 
 
@@ -163,7 +163,7 @@ def test_broken_features_are_an_error(clips):
     """NaN is an error, not a metric."""
     encoder = CodedEncoder()
     encoder.features = lambda wave, lengths, layer: (torch.full((1, 25, 32), float("nan")), None)
-    with pytest.raises(ValueError, match="layer 1: the features hold NaN"):
+    with pytest.raises(ValueError, match="layer 1: the features contain NaN"):
         layer_features(encoder, clips, 1)
 
 

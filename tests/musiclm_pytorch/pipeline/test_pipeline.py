@@ -143,7 +143,7 @@ def test_folder_of_another_run_is_refused(micro_data, micro_run, tmp_path):
         "num_files: found 10, expected 8": Pipeline(MICRO, data=write_clips(tmp_path / "other", 8), out=run),
     }
     for difference, pipeline in others.items():
-        with pytest.raises(ValueError, match=f"holds another run .*{difference}.*another --out"):
+        with pytest.raises(ValueError, match=f"contains a run with other settings .*{difference}.*another --out"):
             list(pipeline.run())
     assert listing(run) == before
 
@@ -181,12 +181,12 @@ def test_missing_input_is_reported_before_anything_is_written(micro_data, tmp_pa
     """A step without its input raises an error at the start, not after hours of training."""
     bare = write_clips(tmp_path / "bare", 4, captions=False)
     cases = {
-        "all": "has no captions, and mulan learns from them; give a train.jsonl",
+        "all": "has no captions, but the step mulan needs them; pass a train.jsonl",
         "mulan": "has no captions",
-        "quantizer": "quantizer needs mulan first: musiclm train mulan",
+        "quantizer": "quantizer needs the result of mulan; first run musiclm train mulan",
         "fine": "first: musiclm train semantic-tokenizer",
         "tokens": "first",
-        "fien": "there is no step 'fien'; choose all or one of: codec, .*, fine",
+        "fien": "there is no step 'fien'; pass all or one of: codec, .*, fine",
     }
     for stage, message in cases.items():
         with pytest.raises(ValueError, match=message):
@@ -194,7 +194,7 @@ def test_missing_input_is_reported_before_anything_is_written(micro_data, tmp_pa
     with pytest.raises(ValueError, match="seed must not be negative"):
         Pipeline(MICRO, data=micro_data, out=tmp_path / "out", seed=-1)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="file is a file; name a folder with --out"):
+    with pytest.raises(ValueError, match="file is a file; pass a folder with --out"):
         Pipeline(MICRO, data=micro_data, out=tmp_path / "file")
     assert not (tmp_path / "out").exists()
 
@@ -288,5 +288,5 @@ def test_result_of_another_tokenizer_is_refused(micro_data, micro_run, tmp_path)
     assert content(run) == content(micro_run)
     weights = run / "codec" / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\x00\x00\x80\x3f")
-    with pytest.raises(ValueError, match="tokens was made from another codec"):
+    with pytest.raises(ValueError, match="the result of codec has changed since .*tokens was computed"):
         list(pipeline.run("fine"))

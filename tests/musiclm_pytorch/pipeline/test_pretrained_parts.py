@@ -126,7 +126,7 @@ def test_a_run_belongs_to_its_pretrained_parts(parts, pretrained_run, micro_data
         "pretrained.mulan: found none, expected .*": (micro_run, {"mulan": parts["mulan"]}),
     }
     for message, (folder, passed) in others.items():
-        with pytest.raises(ValueError, match=f"holds another run .*{message}"):
+        with pytest.raises(ValueError, match=f"contains a run with other settings .*{message}"):
             list(Pipeline(MICRO, data=micro_data, out=folder, pretrained=passed).run())
     assert set(read_json(micro_run / "run.json")["pretrained"].values()) == {"none"}
 
@@ -181,15 +181,15 @@ def test_incompatible_parts_are_refused_before_training(parts, micro_data, tmp_p
     # frames of 322 samples at 16 kHz and tokens of 25 Hz begin together every 6.44 s
     odd = build_codec(replace(MICRO, codec=replace(MICRO.codec, hop_samples=322)))
     cases = [
-        ({"coarse": codec}, "coarse cannot be a pretrained part; these can: codec, semantic-tokenizer, mulan"),
-        ({"codec": tokenizer}, "a Codec is needed for codec, got a KMeansTokenizer"),
-        ({"semantic-tokenizer": codec}, "a SemanticTokenizer is needed for semantic-tokenizer, got a SoundStream"),
-        ({"mulan": codec}, "a JointEmbedding is needed for mulan, got a SoundStream"),
+        ({"coarse": codec}, "coarse accepts no pretrained part; pass one for: codec, semantic-tokenizer, mulan"),
+        ({"codec": tokenizer}, "part for codec must be a Codec, got a KMeansTokenizer"),
+        ({"semantic-tokenizer": codec}, "part for semantic-tokenizer must be a SemanticTokenizer, got a SoundStream"),
+        ({"mulan": codec}, "part for mulan must be a JointEmbedding, got a SoundStream"),
         ({"codec": Unregistered()}, "Unregistered for codec cannot be saved"),
-        ({"codec": thin}, "models 3 levels of codes, and the codec has 2; give a codec with more levels"),
+        ({"codec": thin}, "models 3 levels of codes, but the codec has 2; pass a codec with more levels"),
         (
             {"codec": odd},
-            "every 6.44 s only, but coarse learns from 1 s at a time; give a codec and a semantic tokenizer whose",
+            "every 6.44 s, but coarse is trained on crops of 1 s; pass a codec and a semantic tokenizer whose",
         ),
     ]
     for passed, message in cases:

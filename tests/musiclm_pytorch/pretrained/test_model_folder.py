@@ -87,11 +87,11 @@ def test_settings_of_the_card_are_the_defaults(micro_run, tmp_path):
 )
 def test_invalid_settings_are_refused(micro_run, model, tmp_path, settings):
     """Invalid settings raise an error in the export, and when a model is loaded."""
-    with pytest.raises(ValueError, match="do not make a model"):
+    with pytest.raises(ValueError, match="are not compatible"):
         export_musiclm(micro_run, tmp_path / "out", settings)
     assert not (tmp_path / "out").exists()
     change_card(model, **settings)
-    with pytest.raises(ValueError, match="do not make a model"):
+    with pytest.raises(ValueError, match="are not compatible"):
         load_musiclm(model)
 
 
@@ -115,7 +115,7 @@ def test_damaged_or_replaced_files_are_named(model):
     with pytest.raises(ValueError, match="fine holds a CoarseTransformer, but a FineTransformer is needed"):
         load_musiclm(model)
     change_card(model, format_version=2)
-    with pytest.raises(ValueError, match=r"musiclm.json has format version 2, this library reads 1"):
+    with pytest.raises(ValueError, match=r"musiclm.json has format version 2, but this library reads 1"):
         load_musiclm(model)
     (model / "musiclm.json").write_text("[]")
     with pytest.raises(ValueError, match="format version None"):
@@ -147,7 +147,7 @@ def test_parts_of_different_models_are_refused(model, tmp_path, part, kind, stag
     assert load_module(model / part).fingerprint() == known
     other = exchange(model, part)
     codes = "conditioning codes" if kind == "conditioner" else f"{kind} tokens"
-    message = f"do not make a model: the {codes} .* {stage} transformer was trained with {known}, .* is {other}"
+    message = f"are not compatible: the {codes} .* {stage} transformer was trained with {known}, .* is {other}"
     with pytest.raises(ValueError, match=message):
         load_musiclm(model)
     with pytest.raises(ValueError, match=message):
@@ -268,7 +268,7 @@ def test_export_destroys_nothing(micro_run, tmp_path):
     """A folder with other files is refused; an older model is replaced."""
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "me.jpg").write_bytes(b"")
-    with pytest.raises(ValueError, match="photos holds something else than a model"):
+    with pytest.raises(ValueError, match="photos contains files that do not belong to a model"):
         export_musiclm(micro_run, tmp_path / "photos")
     assert [file.name for file in (tmp_path / "photos").iterdir()] == ["me.jpg"]
     assert export_musiclm(micro_run, tmp_path / "new") == export_musiclm(micro_run, tmp_path / "new")
