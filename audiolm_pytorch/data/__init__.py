@@ -1,4 +1,4 @@
-"""Training data: manifests of audio files, aligned crops, batches, token shards."""
+"""Training data: manifests of audio files, crops at several sample rates, batches, token shards."""
 
 from audiolm_pytorch.data.batches import BatchPlan, CropBatch, collate_crops
 from audiolm_pytorch.data.crops import Crop, CropDataset

@@ -1,4 +1,4 @@
-"""Order and collation of crops: the batch of a step is a pure function of the step, so that resuming needs no state."""
+"""Order and collation of crops; the batch is a pure function of the step, so a checkpoint holds no data state."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,18 +17,19 @@ __all__ = ["BatchPlan", "CropBatch", "collate_crops"]
 
 @lru_cache(maxsize=4)
 def _permutation(num_items: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of one epoch; cached, because a step uses only a few epochs."""
+    """Return the item order of an epoch; cached, because the batches of a step use only a few epochs."""
     return np.random.default_rng([seed, epoch]).permutation(num_items)
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The order of the items: every epoch is a new permutation, and epochs follow without a gap.
+    """Order of the items: every epoch is a new permutation, and a batch may span two epochs.
 
-    The processes of a run share one order: rank r of w receives the r-th part of every global batch.
+    All processes have the same order; process r of w receives the r-th part of every global batch.
 
     Args:
-        num_items: Items in the data set; fewer than a batch are repeated, each time in a later epoch (another crop).
+        num_items: Number of items in the data set. If it is less than a batch, items repeat with the next epoch number,
+            which selects another crop.
     """
 
     num_items: int
@@ -44,7 +45,7 @@ class BatchPlan:
             raise ValueError(f"need seed >= 0 and 0 <= rank < world_size, got {self}")
 
     def indices(self, step: int) -> list[tuple[int, int]]:
-        """`batch_size` pairs of epoch and item index for a step, from 0."""
+        """Return the `batch_size` pairs (epoch, item index) of a step, counted from 0."""
         if step < 0:
             raise ValueError(f"step must not be negative, got {step}")
         first = (step * self.world_size + self.rank) * self.batch_size
@@ -54,9 +55,9 @@ class BatchPlan:
 
 @dataclass(frozen=True)
 class CropBatch:
-    """Crops of several files, padded with zeros to the longest.
+    """Crops of several files, padded with zeros to the longest crop.
 
-    `waves [b, n]` and `lengths [b]` in samples are by sample rate in Hz. `ends_file [b]` is that of the crops.
+    `waves` (`[b, n]` each) and `lengths` (`[b]` samples each) are keyed by the sample rate in Hz. `ends_file` is `[b]`.
     """
 
     waves: dict[int, Tensor]
@@ -66,9 +67,9 @@ class CropBatch:
 
 @beartype
 def collate_crops(crops: Sequence[Crop]) -> CropBatch:
-    """Collate crops of equal sample rates into one batch, in their order."""
+    """Collate crops into one batch and keep their order; all crops need the same sample rates."""
     if not crops:
-        raise ValueError("cannot collate an empty list of crops")
+        raise ValueError("cannot collate an empty list of crops; pass at least one")
     rates_hz = list(crops[0].waves)
     if any(list(crop.waves) != rates_hz for crop in crops):
         raise ValueError(f"crops have different sample rates: {sorted({tuple(crop.waves) for crop in crops})}")

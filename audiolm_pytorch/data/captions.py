@@ -1,4 +1,4 @@
-"""Captions as users write them: in lines of a manifest, and in files beside the audio."""
+"""Read captions and labels of audio files from manifest lines and from `.txt` and `.json` files beside the audio."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -26,15 +26,15 @@ _MAX_LINE_BYTES, _MAX_SIDECAR_BYTES = 2**24, 2**20
 
 @beartype
 def texts_in(value: Any) -> list[str]:
-    """List the texts of a value as users write captions: a text, a list of texts, or texts and lists by name.
+    """List the texts in a caption value, which may be a text, a list of texts, or a dict of texts and lists.
 
-    Each text once, in order; other values and blank texts are left out.
+    Each text is listed once, in order; blank texts and values of other types are left out.
     """
     return list(dict.fromkeys(leaf for leaf in _leaves(value) if isinstance(leaf, str) and leaf.strip()))
 
 
 def _leaves(value: Any) -> list[Any]:
-    """The value itself, or the entries of a list or a dict, and of lists directly inside."""
+    """Yield the value itself, or the entries of a list or dict and of the lists directly inside it."""
     if not isinstance(value, list | tuple | dict):
         return [value]
     entries = value.values() if isinstance(value, dict) else value
@@ -43,19 +43,19 @@ def _leaves(value: Any) -> list[Any]:
 
 @beartype
 def is_encodable(text: str) -> bool:
-    """Whether a text can be encoded: JSON may hold half of a surrogate pair, which tokenizers do not accept."""
+    """Return whether a text can be encoded as UTF-8; JSON may hold half of a surrogate pair, which cannot."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 @beartype
 def encode_texts(texts: Sequence[str]) -> np.ndarray:
-    """Encode texts as an array for token shards: the bytes `[n]` of a JSON list in UTF-8."""
+    """Encode texts as an array `[n]` for token shards: the UTF-8 bytes of a JSON list."""
     return np.frombuffer(json.dumps(list(texts)).encode(), dtype=np.uint8)
 
 
 @beartype
 def decode_texts(data: np.ndarray) -> list[str]:
-    """Decode the texts of `encode_texts` from an array of any integer type."""
+    """Decode an array of `encode_texts`, of any integer type, into the texts."""
     try:
         texts = json.loads(data.astype(np.uint8).tobytes())
     except (ValueError, RecursionError):
@@ -69,10 +69,10 @@ def decode_texts(data: np.ndarray) -> list[str]:
 
 @beartype
 def caption_and_labels(fields: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
-    """Split the fields of a clip into its first caption (or None) and its labels.
+    """Split the fields of an audio clip into its first caption (None if it has none) and its labels.
 
-    `caption` and `captions` hold captions, each a text, a list of texts, or texts and lists by name. All other fields
-    are labels. Further captions become the label `captions`, a list.
+    The fields `caption` and `captions` hold captions: a text, a list of texts, or a dict of texts and lists. All other
+    fields are labels. Captions after the first one become the label `captions`, a list.
     """
     for name in ("caption", "captions"):
         leaves = [leaf for leaf in _leaves(fields.get(name)) if leaf is not None]
@@ -90,14 +90,14 @@ def caption_and_labels(fields: dict[str, Any]) -> tuple[str | None, dict[str, An
 
 @beartype
 def read_sidecar(path: Path) -> tuple[str | None, dict[str, Any]]:
-    """Read the caption and the labels of a clip from a file beside it, as `caption_and_labels` returns them.
+    """Read caption and labels of an audio clip from the file beside it; the result is that of `caption_and_labels`.
 
-    Each line of a `.txt` file is a caption. A `.json` file is an object like a line of a manifest; its `audio` is
-    ignored. Error messages do not name the file.
+    Each line of a `.txt` file is a caption. A `.json` file is an object like a manifest line; its field `audio` is
+    ignored. Error messages do not name the file; the caller adds the name.
     """
     num_bytes = path.stat().st_size
     if num_bytes > _MAX_SIDECAR_BYTES:
-        raise ValueError(f"has {num_bytes} bytes, at most {_MAX_SIDECAR_BYTES} are read")
+        raise ValueError(f"has {num_bytes} bytes; shorten it to {_MAX_SIDECAR_BYTES} bytes or fewer")
     text = _decoded(path.read_bytes())
     if path.suffix.lower() == ".json":
         fields = _json_object(text)
@@ -108,7 +108,7 @@ def read_sidecar(path: Path) -> tuple[str | None, dict[str, Any]]:
 
 @beartype
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the number of each line of a JSONL file, from 1, and its object; blank lines are skipped."""
+    """Yield (line number from 1, object) for each line of a JSONL file; blank lines are skipped."""
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE_BYTES + 1), b""), start=1):
             try:
@@ -127,7 +127,7 @@ def _json_object(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and thousands of brackets
         raise ValueError(f"not JSON ({error}); it must be one object") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"must be an object, {{...}}, got {type(fields).__name__}")
+        raise ValueError(f"must be a JSON object, {{...}}, got {type(fields).__name__}")
     return fields
 
 
@@ -136,4 +136,4 @@ def _decoded(data: bytes) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 ({error}); save it in this encoding") from error
+        raise ValueError(f"not UTF-8 ({error}); save it as UTF-8") from error

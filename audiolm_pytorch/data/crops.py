@@ -1,4 +1,4 @@
-"""Random crops of audio files: the same instants at every sample rate of a training stage."""
+"""Random crops of audio files; a crop covers the same time at every sample rate that training needs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ _FULL_SCALE = 32768
 
 @dataclass(frozen=True)
 class Crop:
-    """A part of one file as waves by sample rate in Hz, `[n]` float32 mono, or `[c, n]`, without padding.
+    """Part of an audio file: `waves` maps the sample rate in Hz to float32 `[n]` (mono) or `[c, n]`, without padding.
 
-    `ends_file` is True if it ends where the file ends, to within 40 ms (less than a frame of tokens).
+    `ends_file` is True if the crop ends at most 40 ms before the end of the file.
     """
 
     waves: dict[int, Tensor]
@@ -32,15 +32,16 @@ class Crop:
 
 
 class CropDataset:
-    """Crops of audio files, decoded once and cached in memory as 16-bit samples as far as they fit.
+    """Random crops of audio files; decoded files are cached in memory as 16-bit samples up to `cache_bytes`.
 
     Args:
-        seconds: Length of a crop; a shorter file is returned whole. None returns whole files.
+        seconds: Length of a crop; shorter files are returned whole. None returns whole files.
         rates_hz: Sample rates of the crops, multiples of 25 Hz.
-        cache_bytes: Memory for decoded audio (16-bit at the highest rate). The first files that fit are cached and the
-            others are read from disk for every crop. The choice does not depend on the order of use, so that a resumed
-            run receives the same bits.
-        channels: 1 averages the channels of a file. Another number must be that of the files; mono is repeated.
+        cache_bytes: Memory for decoded audio (16-bit at the highest rate). The first files that fit are cached; all
+            others are read from disk for every crop. The choice depends on the list of files only, so that a resumed
+            run has identical data.
+        channels: Number of channels of a crop. 1 averages the channels of a file. Otherwise files need this number of
+            channels or are mono; a mono channel is repeated.
     """
 
     @beartype
@@ -78,9 +79,9 @@ class CropDataset:
 
     @beartype
     def get(self, epoch: int, index: int) -> Crop:
-        """Crop of one file in one epoch, from 0; a pure function of the seed and the arguments.
+        """Return the crop of file `index` in an epoch, both from 0; a pure function of the seed and the arguments.
 
-        Returns `round(seconds * rate)` samples at every rate, or fewer if the file is shorter.
+        The crop has `round(seconds * rate)` samples at every rate, or fewer if the file is shorter.
         """
         if not 0 <= index < len(self.items):
             raise IndexError(f"index {index} is outside of the {len(self.items)} files")
@@ -96,7 +97,7 @@ class CropDataset:
         )
 
     def _waves(self, index: int, step: int) -> dict[int, Tensor]:
-        """The crop that begins at a step of the 40 ms grid, at every rate."""
+        """Return the waves of a crop, at every rate, that starts at a given step of the 40 ms grid."""
         spans = {}
         for hz in self.rates_hz:
             available = -(-self._lengths[index] * hz // self._decode_hz)
@@ -112,7 +113,7 @@ class CropDataset:
         }
 
     def _decoded(self, index: int, start: int, stop: int) -> Tensor:
-        """Samples `start <= i < stop` of a file at the decoded rate, `[n]` or `[c, n]`, or fewer at its end."""
+        """Return samples `start <= i < stop` of a file at the decoded rate, `[n]` or `[c, n]`; fewer at its end."""
         item, hz = self.items[index], self._decode_hz
         stop = min(stop, self._lengths[index])
         if index >= self._num_cached:
@@ -134,11 +135,11 @@ class CropDataset:
 def crop_seconds(
     data_max_length: int | None, data_max_length_seconds: float | int | None, sample_hz: int | None
 ) -> float | int | None:
-    """Length of a trainer's crops in seconds, from samples of a tokenizer or from seconds; None without both."""
+    """Return the crop length in seconds, from a length in samples or in seconds; None if neither is passed."""
     if data_max_length is None:
         return data_max_length_seconds
     if data_max_length_seconds is not None:
-        raise ValueError("give data_max_length (samples) or data_max_length_seconds, not both")
+        raise ValueError("pass data_max_length (samples) or data_max_length_seconds, not both")
     if sample_hz is None:
-        raise ValueError("data_max_length counts samples of a tokenizer; with shards give data_max_length_seconds")
+        raise ValueError("data_max_length counts samples of a tokenizer; with shards pass data_max_length_seconds")
     return data_max_length / sample_hz

@@ -1,4 +1,4 @@
-"""Audio files of a training run: folders and JSON-lines manifests, checked file by file before training."""
+"""List the audio files of a folder or a JSON-lines manifest, and check each file before training."""
 
 import hashlib
 import json
@@ -40,7 +40,7 @@ _MAX_READERS = 8
 
 @dataclass(frozen=True)
 class ItemEntry:
-    """A file before its check, with its caption and labels."""
+    """An audio file that is not checked yet, with its caption and labels."""
 
     path: Path
     caption: str | None = None
@@ -49,7 +49,7 @@ class ItemEntry:
 
 @dataclass(frozen=True)
 class AudioItem:
-    """One usable audio file, with the caption and labels of its manifest; `num_samples` can really be decoded."""
+    """A usable audio file, with its caption and labels; `num_samples` is the number of samples that can be decoded."""
 
     path: Path
     caption: str | None
@@ -60,7 +60,7 @@ class AudioItem:
 
 @dataclass(frozen=True)
 class Rejected:
-    """One file that is left out, and the reason."""
+    """A file that cannot be used, and the reason."""
 
     path: Path
     reason: str
@@ -68,7 +68,7 @@ class Rejected:
 
 @dataclass(frozen=True)
 class ItemReport:
-    """Usable items of a folder or manifest, in order, and the files that are left out."""
+    """Usable audio files of a folder or manifest, in order, and the rejected files."""
 
     items: list[AudioItem]
     rejected: list[Rejected]
@@ -76,26 +76,25 @@ class ItemReport:
 
 @beartype
 def captions_of(item: AudioItem) -> list[str]:
-    """List every caption of an item, each once: its `caption`, then the texts of its label `captions`."""
+    """List the captions of an item without repetitions: its `caption`, then the texts of its label `captions`."""
     return texts_in([item.caption, *texts_in(item.labels.get("captions"))])
 
 
 @beartype
 def load_items(source: str | Path, min_seconds: float | int = 0.0) -> ItemReport:
-    """List the audio files of a folder or a manifest, and decode each once to check that it can be used.
+    """List the audio files of a folder or manifest, and decode each file to check that it can be used.
 
     Args:
-        source: A folder (all .wav, .flac, .mp3 and .ogg files below it, in order of their names, without hidden files),
-            a folder with a `train.jsonl` (then only the files of that manifest), or a `.jsonl` file. In a folder,
-            `x.txt` beside `x.wav` holds its captions, one per line, and `x.json` the fields of a manifest line. A
-            manifest line is an object with `audio` (path, relative to the manifest), and optionally `caption` and
-            `captions` (see `caption_and_labels`); all other fields become labels.
+        source: A folder or a `.jsonl` manifest. Of a folder with a `train.jsonl`, only the files in this manifest are
+            used. Of any other folder, all .wav, .flac, .mp3 and .ogg files below it are used, sorted by name, without
+            hidden files; `x.txt` beside `x.wav` holds captions, one per line, and `x.json` the fields of a manifest
+            line. A manifest line is an object with `audio` (path, relative to the manifest), and optionally
+            `caption` and `captions` (see `caption_and_labels`). All other fields become labels.
         min_seconds: Shorter files are rejected.
 
     Returns:
-        Usable items, and rejected ones with reasons, which are also logged in one warning. A caption file that cannot
-        be read is rejected, with a second warning, and its clip has no caption. If no file can be used, a ValueError
-        is raised.
+        Usable and rejected files. The rejected files are logged in a warning, and so are caption files that cannot be
+        read; audio files are used without them. If no audio file can be used, a ValueError is raised.
     """
     source = Path(source)
     manifest: Path | None = source
@@ -112,7 +111,7 @@ def load_items(source: str | Path, min_seconds: float | int = 0.0) -> ItemReport
 
 @beartype
 def check_entries(entries: Sequence[ItemEntry], source: Path, min_seconds: float | int = 0.0) -> ItemReport:
-    """Decode files once to check that they can be used, as `load_items` describes; messages begin with `source`."""
+    """Decode files to check that they can be used, like `load_items`; error messages begin with `source`."""
     with ThreadPoolExecutor(min(_MAX_READERS, os.cpu_count() or 1)) as readers:
         checked = list(readers.map(lambda entry: _checked(entry, min_seconds), entries))
     report = ItemReport(
@@ -139,7 +138,7 @@ def _checked(entry: ItemEntry, min_seconds: float) -> AudioItem | Rejected:
 
 
 def _summary(rejected: Sequence[Rejected]) -> str:
-    """Rejected files with their reasons, in one line of limited length."""
+    """Format rejected files and their reasons as one line of limited length."""
     shown = [f"{item.path} ({item.reason})" for item in rejected[:_MAX_REJECTED_IN_LOG]]
     more = len(rejected) - len(shown)
     return "; ".join(shown) + (f"; and {more} more" if more else "")
@@ -147,7 +146,7 @@ def _summary(rejected: Sequence[Rejected]) -> str:
 
 @beartype
 def audio_files(folder: Path) -> dict[Path, list[Path]]:
-    """Find the audio files below a folder, each with its `.json` and `.txt` files; hidden files are skipped.
+    """Find the audio files below a folder, each with its `.json` and `.txt` caption files; hidden files are skipped.
 
     The order does not depend on the file system.
     """
@@ -169,7 +168,7 @@ def audio_files(folder: Path) -> dict[Path, list[Path]]:
 
 
 def _folder_entries(folder: Path) -> tuple[list[ItemEntry], list[Rejected]]:
-    """Audio files below a folder with their captions, and the caption files that cannot be read."""
+    """List the audio files below a folder with their captions, and the caption files that cannot be read."""
     files = audio_files(folder)
     if not files:
         raise ValueError(f"{folder}: holds no {', '.join(_SUFFIXES)} files and no {_TRAIN_MANIFEST}")
@@ -191,7 +190,7 @@ def _folder_entries(folder: Path) -> tuple[list[ItemEntry], list[Rejected]]:
 
 def _manifest_entries(manifest: Path) -> list[ItemEntry]:
     if not manifest.is_file():
-        raise ValueError(f"{manifest}: no such manifest")
+        raise ValueError(f"{manifest}: no such manifest; pass an existing .jsonl file")
     entries = []
     for number, fields in json_lines(manifest):
         audio = fields.pop("audio", None)
@@ -202,15 +201,15 @@ def _manifest_entries(manifest: Path) -> list[ItemEntry]:
         except ValueError as error:
             raise ValueError(f"{manifest}, line {number}: {error}") from error
     if not entries:
-        raise ValueError(f"{manifest}: holds no lines")
+        raise ValueError(f"{manifest}: holds no lines; write one JSON object per audio file")
     return entries
 
 
 @beartype
 def manifest_text(items: Sequence[AudioItem | ItemEntry], folder: str | Path) -> str:
-    """Format items as the manifest of a folder, one JSON object per line.
+    """Format items as a JSON-lines manifest for a folder.
 
-    Files below the folder are named relative to it, so that all can move together.
+    Paths of files below the folder are relative to it, so that folder and manifest can be moved together.
     """
     folder, lines = Path(folder).absolute(), []
     for item in items:
@@ -220,7 +219,7 @@ def manifest_text(items: Sequence[AudioItem | ItemEntry], folder: str | Path) ->
         try:
             lines.append(json.dumps(first | item.labels | first, allow_nan=False) + "\n")
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{item.path}: its labels cannot be JSON ({error})") from error
+            raise ValueError(f"{item.path}: its labels cannot be JSON ({error}); pass plain values") from error
     return "".join(lines)
 
 
@@ -230,8 +229,8 @@ def split_items(
 ) -> tuple[list[AudioItem], list[AudioItem]]:
     """Split items into training and validation items by a hash of their names.
 
-    An item keeps its side when others are added, when the folder moves, and on every machine. Of two or more items each
-    side receives at least one.
+    An item stays in its part when other items are added, when the folder is moved, and on every machine. With two or
+    more items, each part has at least one.
     """
     if not 0.0 <= valid_fraction <= 1.0 or not items:
         raise ValueError(
@@ -250,7 +249,7 @@ def split_items(
 
 
 def _distinct_names(paths: Sequence[Path]) -> list[str]:
-    """File names, or paths below the common folder if file names repeat (song1/mix.wav, song2/mix.wav)."""
+    """Return a distinct name per file: the file name, or the path below the common folder if file names repeat."""
     names = [path.name for path in paths]
     if len(set(names)) == len(names):
         return names
@@ -260,7 +259,7 @@ def _distinct_names(paths: Sequence[Path]) -> list[str]:
 
 
 def _uniform_hash(name: str, seed: int) -> float:
-    """A number in 0..1 that depends on nothing but its arguments."""
+    """Hash the arguments to a number in 0..1; equal arguments have equal numbers on every machine."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
@@ -269,9 +268,9 @@ def _uniform_hash(name: str, seed: int) -> float:
 def load_split(
     source: str | Path, valid_fraction: float | int = 0.05, seed: int = 0, min_seconds: float | int = 0.0
 ) -> tuple[list[AudioItem], list[AudioItem]]:
-    """Load training and validation items, see `load_items` and `split_items`.
+    """Load training and validation items of a folder or manifest; see `load_items` and `split_items`.
 
-    A folder with both `train.jsonl` and `valid.jsonl` is split by these manifests.
+    If a folder has both `train.jsonl` and `valid.jsonl`, these manifests define the two parts.
     """
     source = Path(source)
     manifests = [source / _TRAIN_MANIFEST, source / _VALID_MANIFEST]
@@ -282,7 +281,7 @@ def load_split(
 
 
 def check_one_source(folder: str | Path | None, items: Sequence[Any] | None) -> None:
-    """Check that a trainer received either a folder or items."""
+    """Check that a trainer received either a folder or items, not both."""
     if (folder is None) == (items is None):
         received = "neither folder nor items" if folder is None else "both folder and items"
         raise ValueError(f"got {received}; pass either a folder (or manifest) of audio or items")
@@ -294,17 +293,17 @@ def training_items(
     items: tuple[Sequence[AudioItem], Sequence[AudioItem]] | None,
     min_seconds: float | int = 0.0,
 ) -> tuple[list[AudioItem], list[AudioItem]]:
-    """Training and validation items of a trainer, from a folder (see `load_split`) or from loaded items.
+    """Return training and validation items for a trainer, from a folder (see `load_split`) or from loaded items.
 
-    Without validation items, the training items are used for validation too.
+    If there are no validation items, the training items are also used for validation.
 
     Args:
-        min_seconds: Length of one token. Shorter files of a folder are left out, shorter items raise a ValueError.
+        min_seconds: Length of a token. Shorter files in a folder are left out; shorter loaded items raise a ValueError.
     """
     check_one_source(folder, items)
     train, valid = items if items is not None else load_split(folder or "", min_seconds=min_seconds)
     if not train:
-        raise ValueError("there is no audio to learn from: the training items are empty")
+        raise ValueError("there is no audio to learn from, the training items are empty; pass at least one item")
     short = [str(item.path) for item in (*train, *valid) if item.num_samples < min_seconds * item.sample_hz]
     if short:
         raise ValueError(f"{len(short)} files are shorter than one token ({min_seconds} s); drop them: {short[:5]}")

@@ -1,8 +1,8 @@
-"""Token shards: records of frozen encoders for a corpus, computed once by any number of processes, then memory-mapped.
+"""Token shards: arrays that frozen encoders compute once for a corpus, stored in files that are memory-mapped.
 
-A folder holds `plan.json` (the arguments of the writing), `chunk-00000/` and so on (each field as one flat array and
-the offsets of its records, all plain `.npy`), and `index.json` when every chunk is complete. A chunk appears under its
-name only when it is complete, so that a run that was killed continues where it stopped.
+A folder holds `plan.json` (the arguments of `write_shards`), the chunks `chunk-00000/` and so on, and `index.json` once
+every chunk is complete. A chunk holds each field as one flat `.npy` array and a `.npy` array of record offsets. A chunk
+is renamed to its final name when it is complete, so that an interrupted run continues with the first missing chunk.
 """
 
 import json
@@ -39,17 +39,17 @@ def write_shards(
     rank: int = 0,
     world_size: int = 1,
 ) -> int:
-    """Compute records and store them, and return the number of chunks that this call computed.
+    """Compute and store records; return the number of chunks that this call computed.
 
-    Chunks that are complete are not computed again. Any number of processes may write one folder, each with its rank.
-    A process that finds all chunks complete writes the index.
+    Complete chunks are not computed again. Any number of processes, each with its rank, may write to the same folder.
+    A process that finds all chunks complete writes `index.json`.
 
     Args:
-        make_record: Returns record `i`: named arrays, with the same names and the same shapes apart from the first
-            dimension (time) in every record. Whole numbers are stored as int16 or int32, real ones as float16 or
-            float32; an array without dimensions is one number and keeps its precision.
-        fingerprint: JSON-able origin of the records. A folder with another origin raises a ValueError.
-        records_per_chunk: Records that are lost at most when the process is killed.
+        make_record: Function that returns record `i` as named arrays. All records need equal names and equal shapes,
+            apart from the first dimension (time). Integers are stored as int16 or int32, floats as float16 or
+            float32. An array without dimensions is a single number and keeps its precision.
+        fingerprint: JSON-able origin of the records. A folder with records of another origin raises a ValueError.
+        records_per_chunk: Number of records in a chunk; a process that is killed loses at most one chunk.
     """
     if min(num_records, records_per_chunk) < 1 or not 0 <= rank < world_size:
         raise ValueError(
@@ -83,12 +83,12 @@ def write_shards(
 
 
 def _storable(record: Record, number: int) -> Record:
-    """Convert a record's arrays to the stored types."""
+    """Convert the arrays of a record to the stored types."""
     stored = {}
     for name, value in record.items():
         array = np.asarray(value)
         if array.dtype.kind not in "biuf":
-            raise ValueError(f"record {number}, field {name!r}: cannot store {array.dtype}; give whole or real numbers")
+            raise ValueError(f"record {number}, field {name!r}: cannot store {array.dtype}; return integers or floats")
         if array.dtype.kind != "f":
             array = array.astype(_integer_type(array, number, name))
         elif not np.isfinite(array).all():
@@ -100,7 +100,7 @@ def _storable(record: Record, number: int) -> Record:
 
 
 def _integer_type(array: np.ndarray, number: int, name: str) -> type:
-    """The smaller of int16 and int32 that holds all values."""
+    """Return the smaller of int16 and int32 that can hold all values."""
     low, high = int(array.min(initial=0)), int(array.max(initial=0))
     for integer in (np.int16, np.int32):
         if np.iinfo(integer).min <= low and high <= np.iinfo(integer).max:
@@ -109,7 +109,7 @@ def _integer_type(array: np.ndarray, number: int, name: str) -> type:
 
 
 def _write_chunk(chunk: Path, records: list[Record], first: int) -> None:
-    """Write a chunk beside its place and rename it; the first process to finish wins."""
+    """Write a chunk to a temporary folder and rename it; if several processes write it, the first result is kept."""
     fields = {}
     partial = chunk.with_name(f".{chunk.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -134,7 +134,7 @@ def _write_chunk(chunk: Path, records: list[Record], first: int) -> None:
 
 
 def _column(records: list[Record], name: str, first: int) -> list[np.ndarray]:
-    """One field of all records, checked for equal names and shapes."""
+    """Collect one field of all records; check for equal names and shapes."""
     names, shape = records[0].keys(), records[0][name].shape
     for number, record in enumerate(records, first):
         if record.keys() != names:
@@ -148,7 +148,7 @@ def _column(records: list[Record], name: str, first: int) -> list[np.ndarray]:
 
 
 def _joint_fields(chunks: list[Path]) -> dict[str, dict[str, Any]]:
-    """Fields of all chunks, each with a type that holds the values of every chunk."""
+    """Return the fields of all chunks, each with a type that can hold the values of every chunk."""
     joint: dict[str, dict[str, Any]] = read_json(chunks[0] / _FIELDS_NAME)
     for chunk in chunks:
         fields = read_json(chunk / _FIELDS_NAME)
@@ -162,7 +162,7 @@ def _joint_fields(chunks: list[Path]) -> dict[str, dict[str, Any]]:
 
 
 def _require_equal(found: dict[str, Any], expected: dict[str, Any], complaint: str) -> None:
-    """Raise a ValueError that shows where two nested descriptions differ."""
+    """Raise a ValueError that lists the differences of two nested dicts, if there are any."""
     if lines := differences(found, expected):
         raise ValueError(f"{complaint}: " + "; ".join(lines))
 
@@ -171,8 +171,8 @@ class TokenShards:
     """Records written by `write_shards`, read one by one from memory maps.
 
     Args:
-        expect_fingerprint: Required origin of the records; None accepts any.
-        max_open_chunks: Chunks that stay mapped. Pages that were read count as memory of this process.
+        expect_fingerprint: Required origin of the records; None accepts any origin.
+        max_open_chunks: Number of chunks that stay memory-mapped; pages that were read count as memory of the process.
     """
 
     @beartype
@@ -214,15 +214,15 @@ class TokenShards:
         return self._num_records
 
     def longest(self, field: str) -> int:
-        """Largest number of rows of a field in one record; reads no values."""
+        """Largest number of rows of a field in any record; only record offsets are read."""
         numbers = range(-(-self._num_records // self._records_per_chunk))
         files = (self.folder / f"chunk-{number:05d}" / f"{field}.offsets.npy" for number in numbers)
         return max(int(np.diff(np.load(file, allow_pickle=False)).max()) for file in files)
 
     def __getitem__(self, index: int) -> Record:
-        """Read one record; its arrays are copies in memory."""
+        """Read a record; its arrays are copies in memory."""
         if not 0 <= index < len(self):
-            raise IndexError(f"there is no record {index} among {len(self)} of {self.folder}")
+            raise IndexError(f"record {index} is out of range; {self.folder} has {len(self)} records")
         number, row = divmod(index, self._records_per_chunk)
         record = {}
         for name, (rows, offsets) in self._chunk(number).items():
@@ -232,7 +232,7 @@ class TokenShards:
         return record
 
     def _chunk(self, number: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Rows and offsets `[records + 1]` of every field of a chunk; the last chunks stay open."""
+        """Return the rows and the offsets `[records + 1]` of every field of a chunk; recently used chunks stay open."""
         if number not in self._open:
             folder = self.folder / f"chunk-{number:05d}"
             self._open[number] = {
@@ -246,7 +246,7 @@ class TokenShards:
 
 
 def _load(path: Path) -> np.ndarray:
-    """Map an array, or read it if it is empty, which cannot be mapped."""
+    """Memory-map an array from a file; an empty array, which cannot be mapped, is read."""
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError:

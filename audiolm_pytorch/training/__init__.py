@@ -1,4 +1,4 @@
-"""One training loop, and a task object for each thing that is trained."""
+"""The training loop of all models; a task object describes the model, data and losses."""
 
 from audiolm_pytorch.training.loop import TrainLoop, TrainResult
 from audiolm_pytorch.training.task import LoopSettings, LossOutput, Phase, Task

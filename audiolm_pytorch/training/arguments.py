@@ -1,4 +1,4 @@
-"""Arguments of trainers: advice for unknown names, conversion of numpy numbers and lists."""
+"""Check keyword names of trainers, suggest a similar name for an unknown one, and convert numpy numbers and lists."""
 
 import functools
 import inspect
@@ -56,7 +56,7 @@ def trainer_arguments(settings: type | None = None) -> Callable[[Class], Class]:
 
 
 def _plain(value: Any) -> Any:
-    """Convert numpy numbers to Python's and lists to tuples."""
+    """Convert numpy numbers to Python numbers, and lists to tuples."""
     if isinstance(value, list | tuple):
         return tuple(_plain(item) if isinstance(item, np.generic) else item for item in value)
     return value.item() if isinstance(value, np.generic) else value

@@ -1,4 +1,4 @@
-"""Checkpoints that survive an interruption at any instant: safetensors and JSON, replaced by renaming."""
+"""Checkpoints as safetensors and JSON files; replacing a checkpoint can be interrupted at any instant without loss."""
 
 import os
 import shutil
@@ -19,12 +19,12 @@ _STATE_FILE = "state.json"
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """The state that a run needs to continue.
+    """State of a training run in a checkpoint; a run continues from it.
 
     Attributes:
-        step: Number of steps done.
-        tensors: File name without suffix ("model", "optimizer", "ema") to its named tensors.
-        state: Everything else, JSON-able.
+        step: Number of completed steps.
+        tensors: Named tensors of each file, by file name without suffix ("model", "optimizer", "ema").
+        state: All other state, JSON-able.
     """
 
     step: int
@@ -33,10 +33,10 @@ class Checkpoint:
 
 
 class CheckpointFolder:
-    """The checkpoint of one run.
+    """Folder of the checkpoint of a training run.
 
-    A new checkpoint is written beside the present one, its `state.json` last, so that a `state.json` means a complete
-    checkpoint. Then two renames swap them. At whatever instant a process dies, one complete checkpoint is left and
+    A new checkpoint is written to a second folder, its `state.json` last; a checkpoint with a `state.json` is complete.
+    Then two renames exchange the folders. If the process dies at any instant, a complete checkpoint is left and
     `recover` finds it. The names `checkpoint`, `checkpoint.new` and `checkpoint.old` in the folder are reserved.
     """
 
@@ -48,7 +48,7 @@ class CheckpointFolder:
         self._old = self._folder / "checkpoint.old"
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint that replaces the present one; its tensors may belong to a running training."""
+        """Write a checkpoint that replaces the present one; its tensors may be those of a training in progress."""
         self.recover()
         for name, tensors in checkpoint.tensors.items():
             write_weights(self._new / f"{name}.safetensors", tensors, {"step": str(checkpoint.step)})
@@ -61,7 +61,7 @@ class CheckpointFolder:
         _remove(self._old)
 
     def recover(self) -> bool:
-        """Finish or undo an interrupted `write`, on one process; returns whether there is a checkpoint."""
+        """Finish or undo an interrupted `write`; return whether there is a checkpoint. Call it on one process only."""
         if not self.path.exists():
             if (self._new / _STATE_FILE).is_file():
                 os.replace(self._new, self.path)
@@ -73,10 +73,10 @@ class CheckpointFolder:
         return self.path.exists()
 
     def read(self) -> Checkpoint:
-        """Read the checkpoint, its tensors on the CPU.
+        """Read the checkpoint; its tensors are on the CPU.
 
         Raises:
-            ValueError: If a file is missing, damaged, of another format or of another step; the message names it.
+            ValueError: If a file is missing, is damaged, or has another format or step; the message names the file.
         """
         path = self.path / _STATE_FILE
         state = read_json(path)

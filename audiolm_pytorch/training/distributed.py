@@ -1,4 +1,4 @@
-"""Operations over the processes of a run: averages of gradients and metrics, equal buffers."""
+"""Operations across the processes of a run: average gradients and metrics, broadcast tensors."""
 
 import atexit
 import os
@@ -25,10 +25,10 @@ _BUCKET_NUMEL = 2**25  # 128 MiB of float32: few collectives, and little memory 
 
 
 def create_accelerator() -> "accelerate.Accelerator":
-    """Create the Accelerator of a loop that received none; its process group ends with the process.
+    """Create an Accelerator for a training loop; its process group stays open until the process ends.
 
-    If the group ended with the training, a second training of the same process would have none. Several processes on a
-    machine without a GPU form a group too; accelerate alone would run each of them as a single one.
+    A second training in the same process needs the group again, so it is not closed after training. Several processes
+    on a machine without a GPU also form a group; accelerate alone would treat each as a run with a single process.
     """
     from accelerate import Accelerator
 
@@ -40,9 +40,10 @@ def create_accelerator() -> "accelerate.Accelerator":
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Move every tensor of a nesting of dataclasses, dicts, lists and tuples.
+    """Move every tensor in nested dataclasses, dicts, lists and tuples to a device.
 
-    Unlike accelerate's `send_to_device` this enters dataclasses. On a CPU the batch itself is returned.
+    Unlike `send_to_device` of accelerate, this function also moves tensors in dataclasses. On a CPU it returns the
+    batch itself.
     """
     if device.type == "cpu":
         return batch
@@ -63,11 +64,11 @@ def to_device(batch: Any, device: torch.device) -> Any:
 def average_gradients(
     accelerator: "accelerate.Accelerator", parameters: Sequence[nn.Parameter], loss: Tensor
 ) -> Tensor:
-    """Replace each gradient by its mean over the processes, and return the mean of their scalar losses.
+    """Replace each gradient by its mean over the processes, and return the mean of the scalar losses.
 
-    DistributedDataParallel averages inside the forward of the module that it wraps. A phase's loss is any closure over
-    raw modules, so gradients are averaged explicitly, after the backward pass. A missing gradient counts as zero if
-    another process has one, and stays missing otherwise. Parameters have the same order on every process.
+    DistributedDataParallel needs a single module with one forward, but the loss of a phase may call several modules in
+    any way. Gradients are therefore averaged explicitly after the backward pass. If a parameter has no gradient on some
+    processes, a zero gradient is used there. All processes must pass the parameters in the same order.
     """
     if accelerator.num_processes == 1:
         return loss
@@ -87,7 +88,7 @@ def average_gradients(
 
 
 def broadcast_tensors(accelerator: "accelerate.Accelerator", tensors: Sequence[Tensor]) -> None:
-    """Overwrite tensors by those of the first process, bit for bit; order and shapes are equal on every process."""
+    """Overwrite tensors with those of the first process; order and shapes must be equal on every process."""
     if accelerator.num_processes == 1:
         return
     from accelerate.utils import broadcast
@@ -102,7 +103,7 @@ def broadcast_tensors(accelerator: "accelerate.Accelerator", tensors: Sequence[T
 
 
 class PersistentBuffers:
-    """The checkpointed buffers of a module, which its forward may change (codebooks, running statistics)."""
+    """Persistent buffers of a module, which its forward may change (codebooks, running statistics)."""
 
     def __init__(self, module: nn.Module) -> None:
         saved = set(module.state_dict())
@@ -110,22 +111,22 @@ class PersistentBuffers:
         self._slots = [(module.get_submodule(parent), name) for parent, _, name in paths]
 
     def tensors(self) -> list[Tensor]:
-        """Present buffers; looked up each time, because a forward may assign another tensor."""
+        """Return the present buffers; they are looked up in each call, because a forward may assign a new tensor."""
         return [getattr(parent, name) for parent, name in self._slots]
 
     def copy(self) -> list[Tensor]:
-        """Copy the values."""
+        """Return copies of the buffers."""
         return [tensor.detach().clone() for tensor in self.tensors()]
 
     def restore(self, values: Sequence[Tensor]) -> None:
-        """Write the values of `copy` back."""
+        """Write the values that `copy` returned back to the buffers."""
         with torch.no_grad():
             for tensor, value in zip(self.tensors(), values, strict=True):
                 tensor.copy_(value)
 
 
 def merge_means(accelerator: "accelerate.Accelerator", values: dict[str, list[float]]) -> dict[str, float]:
-    """Mean of every metric over all its values on all processes; the names may differ between processes."""
+    """Return the mean of every metric over its values on all processes; processes may have different metrics."""
     per_process = [values]
     if accelerator.num_processes > 1:
         from accelerate.utils import gather_object
@@ -139,7 +140,7 @@ def merge_means(accelerator: "accelerate.Accelerator", values: dict[str, list[fl
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Group neighbouring tensors of one type up to a size."""
+    """Group neighbouring tensors of equal dtype into buckets of limited size."""
     bucket: list[Tensor] = []
     numel = 0
     for tensor in tensors:

@@ -10,15 +10,15 @@ __all__ = ["WeightEMA"]
 
 
 class WeightEMA:
-    """EMA of parameters, kept by ema-pytorch, which can take the place of the weights for a while.
+    """EMA of parameters, computed by ema-pytorch; it can temporarily replace the weights of a module.
 
-    ema-pytorch receives a list of the trained parameters and not the module, since it copies what it averages, and
-    frozen parts must not be copied. Buffers are not averaged; those that training changes are averages already.
+    ema-pytorch receives a list of the trained parameters instead of the module, because it copies the whole module and
+    frozen parts must not be copied. Buffers are not averaged; buffers that training changes are already averages.
 
     Args:
-        parameters: Name to parameter.
-        decay: Weight of the past, 0 to 1. Early on it is `(1 + step) / (10 + step)` where that is lower, so that the
-            untrained weights are forgotten.
+        parameters: Trained parameters by name.
+        decay: Weight of the previous average, 0 to 1. In early steps `(1 + step) / (10 + step)` is used if it is lower,
+            so that the untrained weights lose their influence.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
@@ -30,24 +30,24 @@ class WeightEMA:
         self._ema = EMA(trained, beta=decay, include_online_model=False, use_foreach=True)
 
     def update(self, step: int) -> None:
-        """Move the average towards the present weights, after `step` steps."""
+        """Move the average towards the present weights; `step` is the number of completed steps."""
         decay = min(self.decay, (1 + step) / (10 + step))
         self._ema.update_moving_average(self._ema.ema_model, self._ema.model, decay)
 
     def weights(self) -> dict[str, Tensor]:
-        """Averaged weights by parameter name; they share memory with the average."""
+        """Averaged weights by parameter name; the tensors share memory with the average."""
         return {name: weight.detach() for name, weight in zip(self._names, self._ema.ema_model, strict=True)}
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Restore checkpointed weights; raises a ValueError if the names differ."""
+        """Restore averaged weights of a checkpoint; ValueError if the names differ."""
         if set(weights) != set(self._names):
-            raise ValueError(f"the averaged weights differ in {sorted(set(weights) ^ set(self._names))[:8]}")
+            raise ValueError(f"names of EMA and parameters differ in {sorted(set(weights) ^ set(self._names))[:8]}")
         for name, weight in self.weights().items():
             weight.copy_(weights[name])
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Let the module compute with the average inside the block; memory is exchanged, not copied."""
+        """Use the average as the weights of the module inside the block; the memory is exchanged, not copied."""
         self._exchange()
         try:
             yield

@@ -1,4 +1,4 @@
-"""The training loop: it runs, resumes and finishes a task in a folder."""
+"""The training loop: trains a task, writes checkpoints to a folder, and resumes from them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,21 +21,22 @@ __all__ = ["TrainLoop", "TrainResult"]
 
 
 class TrainLoop:
-    """Trains a task in a folder, from the checkpoint of the folder if there is one.
+    """Trains a task; checkpoints and results are in a folder, and an earlier run in the folder is resumed.
 
-    Data order and noise are pure functions of the seed and the step. A run that was killed and resumed has the same
-    weights, bit for bit, as one that was not (same machine, same number of processes and threads). All processes need
-    access to the folder; the first one writes it.
+    Data order and noise are pure functions of the seed and the step. A resumed run has the same weights, bit for bit,
+    as an uninterrupted run (same machine, same number of processes and threads). All processes need access to the
+    folder; only the first process writes to it.
 
     Args:
         folder: Receives `metrics.jsonl`, `checkpoint/`, `samples/`, and at the end `model.safetensors` and
             `finished.json`. Nothing is written before `train`.
-        accelerator: Shared by all trainings of a program, which then calls `end_training`; None creates one in `train`.
-        on_row: Called with every row of metrics on the first process, e.g. to warn; after a resume first with the
-            earlier rows.
+        accelerator: Accelerator that several trainings can share; the caller then calls `end_training`. None creates
+            one in `train`.
+        on_row: Called with every row of metrics, on the first process. When a run is resumed, it is first called with
+            the earlier rows.
 
     Raises:
-        ValueError: If phases share names or parameters, or the Accelerator repeats what the settings do.
+        ValueError: If phases share names or parameters, or the Accelerator also accumulates gradients or uses fp16.
     """
 
     @beartype
@@ -52,7 +53,7 @@ class TrainLoop:
         names = {phase.name for phase in task.phases}
         for choice in (settings.optimizer, settings.schedule):
             if isinstance(choice, dict) and not names.issuperset(choice):
-                raise ValueError(f"{task.name} has the phases {sorted(names)}, but the settings name {sorted(choice)}")
+                raise ValueError(f"{task.name} has the phases {sorted(names)}, but the settings have {sorted(choice)}")
         if accelerator is not None:
             _check_accelerator(accelerator)
         self._accelerator = accelerator
@@ -60,15 +61,15 @@ class TrainLoop:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run in the folder has done all its steps."""
+        """Whether the run in the folder has completed all its steps."""
         return (self.folder / "finished.json").is_file()
 
     @beartype
     def train(self, stop_after_steps: int | None = None) -> TrainResult:
-        """Train to the end, or for at most `stop_after_steps` steps, then write a checkpoint.
+        """Train to the end of the run, or for at most `stop_after_steps` steps, then write a checkpoint.
 
         Raises:
-            ValueError: If the folder holds a run of other settings; the message shows the difference.
+            ValueError: If the folder holds a run with other settings; the message lists the differences.
             RuntimeError: If the loss was not finite in 10 steps in a row.
         """
         if stop_after_steps is not None and stop_after_steps < 1:
@@ -93,7 +94,7 @@ class TrainLoop:
         return result
 
     def train_and_save(self, save: Callable[[], object], stop_after_steps: int | None = None) -> TrainResult:
-        """Train as `train` does; at the end of the run load its final weights and call `save` on the first process."""
+        """Train like `train`; at the end of the run, load its final weights and call `save` on the first process."""
         result = self.train(stop_after_steps)
         if self.is_finished:
             self.final_module()
@@ -101,7 +102,7 @@ class TrainLoop:
         return result
 
     def final_module(self) -> nn.Module:
-        """Load the final weights of a finished run (the EMA if there is one) into the task's module, in eval mode."""
+        """Return the task's module in eval mode with the final weights of a finished run (the EMA if there is one)."""
         if not self.is_finished:
             raise ValueError(f"the run in {self.folder} is not finished; call train() until it is")
         path = self.folder / "model.safetensors"
@@ -126,7 +127,7 @@ def _check_phases(phases: tuple[Phase, ...]) -> None:
     names = [phase.name for phase in phases]
     if not names or len(set(names)) < len(names) or "valid" in names or any("/" in name for name in names):
         raise ValueError(
-            f"a task needs one or more phases of different names other than 'valid', without '/'; got {names}"
+            f"a task needs at least one phase, with distinct names other than 'valid' and without '/'; got {names}"
         )
     phase_of: dict[nn.Parameter, str] = {}
     for phase in phases:
@@ -140,7 +141,7 @@ def _check_phases(phases: tuple[Phase, ...]) -> None:
 
 
 def _check_accelerator(accelerator: "accelerate.Accelerator") -> None:
-    """Check that an Accelerator leaves accumulation and precision to the settings."""
+    """Check that an Accelerator does not accumulate gradients or use fp16, which `LoopSettings` controls."""
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(
             f"the Accelerator accumulates over {accelerator.gradient_accumulation_steps} steps; leave it at 1 and set "

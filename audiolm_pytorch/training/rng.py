@@ -1,4 +1,4 @@
-"""Random numbers of a run as a pure function of (seed, step, rank), so that checkpoints hold no generator states."""
+"""Seeding by (seed, step, rank), so that checkpoints need no states of random generators."""
 
 import hashlib
 import random
@@ -12,9 +12,9 @@ __all__ = ["preserve_rng", "seed_rng"]
 
 
 def seed_rng(seed: int, *position: int | str, device: torch.device) -> None:
-    """Seed the global generators of torch (CPU and `device`), numpy and `random`.
+    """Seed the global random generators of torch (CPU and `device`), numpy and `random`.
 
-    `position`, e.g. step and rank, is hashed together with the seed, so that neighbours are unrelated.
+    `position`, e.g. step and rank, is hashed together with the seed, so that successive steps have unrelated numbers.
     """
     name = "/".join(str(part) for part in (seed, *position))
     digest = hashlib.sha256(name.encode()).digest()
@@ -29,7 +29,7 @@ def seed_rng(seed: int, *position: int | str, device: torch.device) -> None:
 
 @contextmanager
 def preserve_rng() -> Iterator[None]:
-    """Restore the global generators after the block: a training run must not seed the program around it."""
+    """Restore the global random generators after the block, so that training does not affect the caller."""
     numpy_state, python_state = np.random.get_state(), random.getstate()
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:

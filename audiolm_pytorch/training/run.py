@@ -1,4 +1,4 @@
-"""State of a training run in memory: its steps, validations, metrics and checkpoints."""
+"""Execution of a training run: steps, validations, metrics and checkpoints."""
 
 import logging
 import time
@@ -39,8 +39,8 @@ class TrainResult:
     """State of a run at the end of a call of `train`.
 
     Attributes:
-        step: Number of steps done since the run began.
-        metrics: Newest value of every metric, as `<phase>.<name>` and `valid.<name>`; None where it was not finite.
+        step: Number of completed steps since the run began.
+        metrics: Latest value of every metric, as `<phase>.<name>` and `valid.<name>`; None if it was not finite.
     """
 
     step: int
@@ -49,7 +49,7 @@ class TrainResult:
 
 @dataclass(eq=False)
 class _Progress:
-    """JSON-able state of a run."""
+    """State of a run for a checkpoint, JSON-able."""
 
     step: int = 0
     seconds: float = 0.0
@@ -59,7 +59,7 @@ class _Progress:
 
 
 class TrainingRun:
-    """A run in memory: new, or restored from the checkpoint of its folder. `TrainLoop` creates it."""
+    """A training run, new or restored from a checkpoint. `TrainLoop` creates it."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class TrainingRun:
             self._restore(checkpoint)
 
     def advance(self, stop_after_steps: int | None) -> TrainResult:
-        """Do the steps of one call of `train`."""
+        """Run the steps of one call of `train`, and write a checkpoint."""
         settings, progress = self.settings, self.progress
         end = settings.num_train_steps
         if stop_after_steps is not None:
@@ -139,7 +139,7 @@ class TrainingRun:
         return TrainResult(progress.step, dict(progress.metrics))
 
     def _step(self) -> None:
-        """Do one step of every phase that has begun, on the same batches."""
+        """Run one step of every phase that has begun; all phases use the same batches."""
         settings, step = self.settings, self.progress.step
         seed_rng(settings.seed, step, self.accelerator.process_index, device=self.accelerator.device)
         micro_steps = range(step * settings.grad_accum_every, (step + 1) * settings.grad_accum_every)
@@ -158,7 +158,7 @@ class TrainingRun:
         return [optimizer for optimizer in self.optimizers if step >= optimizer.phase.first_step]
 
     def _count_skip(self, phase: str, skipped: bool, indices: list[list[tuple[int, int]]]) -> None:
-        """Count steps whose loss or gradients were not finite; too many in a row end the run."""
+        """Count a skipped step (loss or gradients not finite), and raise a RuntimeError after too many in a row."""
         if not skipped:
             self.progress.skips_in_a_row[phase] = 0
             return
@@ -170,17 +170,17 @@ class TrainingRun:
         )
         if in_a_row >= _MAX_SKIPS_IN_A_ROW:
             raise RuntimeError(
-                f"{reason}; the same in the {_MAX_SKIPS_IN_A_ROW - 1} steps before. Lower the learning rate or check "
+                f"{reason}, as in the {_MAX_SKIPS_IN_A_ROW - 1} steps before. Lower the learning rate or check "
                 f"these items; {self.checkpoints.path} holds the last checkpoint"
             )
         logger.warning("%s; the step is skipped", reason)
 
     def _is_due(self, every: int) -> bool:
-        """Whether something that happens every few steps, and at the end, happens at this step."""
+        """Return whether an action that is due every few steps, and after the last step, is due at this step."""
         return self.progress.step % every == 0 or self.progress.step == self.settings.num_train_steps
 
     def _log(self) -> None:
-        """Write a row for each phase that has begun: means since the last row, over all processes."""
+        """Write a row of metrics for each phase that has begun: means since the last row over all processes."""
         means = merge_means(self.accelerator, self.window.read())
         self.window = MetricWindow()
         for optimizer in self._begun(self.progress.step - 1):
@@ -191,7 +191,7 @@ class TrainingRun:
             self._report(optimizer.phase.name, values, extra)
 
     def _validate(self) -> None:
-        """Validate with the EMA, on every process, because a validation may hold collective calls."""
+        """Validate with the EMA; every process validates, because a validation may use collective operations."""
         self.task.module.eval()
         seed_rng(self.settings.seed, "validate", device=self.accelerator.device)
         precision = torch.autocast(
@@ -210,11 +210,11 @@ class TrainingRun:
         self.task.module.train()
 
     def _ema_weights(self) -> Any:
-        """Context in which the module has the EMA as its weights, if there is one."""
+        """Return a context in which the EMA, if there is one, replaces the weights of the module."""
         return nullcontext() if self.ema is None else self.ema.in_place()
 
     def _report(self, phase: str, values: dict[str, float], extra: dict[str, Any]) -> None:
-        """Store the newest values and write them as a row, each beside its chance level."""
+        """Store the latest metrics and write them, with their chance levels, as a row."""
         self.progress.metrics.update({f"{phase}.{name}": finite_or_none(value) for name, value in values.items()})
         if not self.accelerator.is_main_process:
             return
@@ -246,7 +246,7 @@ class TrainingRun:
         self.checkpoints.write(Checkpoint(self.progress.step, tensors, state))
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        """Restore everything but the module's weights from a checkpoint."""
+        """Restore all state except for the weights of the module from a checkpoint."""
         for optimizer in self.optimizers:
             rest = checkpoint.state["optimizers"][optimizer.phase.name]
             optimizer.load_state(checkpoint.tensors["optimizer"], rest)
@@ -272,7 +272,7 @@ class TrainingRun:
 
 
 def run_config(task: Task, settings: LoopSettings, accelerator: "accelerate.Accelerator") -> dict[str, Any]:
-    """What must not change when a run is resumed, as JSON holds it."""
+    """Return the settings that a resumed run must not change, JSON-able."""
     phases = [
         phase.name if phase.first_step == 0 else f"{phase.name} from step {phase.first_step}" for phase in task.phases
     ]
@@ -287,7 +287,7 @@ def run_config(task: Task, settings: LoopSettings, accelerator: "accelerate.Acce
 
 
 def check_same_run(folder: Path, step: int, found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Raise a ValueError if a folder holds a run of another `run_config`."""
+    """Raise a ValueError if the folder holds a run with another `run_config`."""
     lines = differences(found, expected)
     if lines:
         raise ValueError(

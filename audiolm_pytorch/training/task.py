@@ -1,4 +1,4 @@
-"""What the training loop needs: a task (a module, its data and its losses) and the settings of the run."""
+"""Inputs of the training loop: a task (module, data and losses) and the settings of the run."""
 
 import json
 from collections.abc import Callable
@@ -33,30 +33,31 @@ ScheduleChoice = LRScheduler | Callable[[Optimizer], LRScheduler]
 @beartype
 @dataclass(frozen=True)
 class LoopSettings:
-    """Settings of one training run.
+    """Settings of a training run.
 
     Args:
         num_train_steps: Optimizer steps of the whole run.
-        batch_size: Items per forward and process; a step has `batch_size * grad_accum_every * processes` items.
-        learning_rate: Peak of the schedule (see `learning_rate_at`).
-        warmup_steps: Steps of linear warm-up.
+        batch_size: Items per forward pass and process; a step has `batch_size * grad_accum_every * processes` items.
+        learning_rate: Peak learning rate of the schedule (see `learning_rate_at`).
+        warmup_steps: Number of steps of linear warm-up.
         final_lr_fraction: Learning rate of the last step as a fraction of the peak.
-        weight_decay: Decoupled decay (AdamW, arXiv 1711.05101), on tensors of two or more dimensions only.
+        weight_decay: Decoupled weight decay (AdamW, arXiv 1711.05101) of tensors with two or more dimensions.
         betas: Decay rates of AdamW.
-        optimizer: Replaces AdamW, e.g. `partial(torch.optim.SGD, lr=0.1)`. It receives two parameter groups: tensors of
-            two or more dimensions, and vectors with `weight_decay=0`. Or an optimizer object, or a dict by phase.
-        schedule: Replaces warm-up and cosine, e.g. `partial(OneCycleLR, max_lr=0.1, total_steps=1000)`; it advances
-            once per step of the phase. Or an LRScheduler object, or a dict by phase. The default schedule has the
-            optimizer's own learning rates as its peaks.
-        grad_accum_every: Batches whose gradients are averaged into one step.
-        max_grad_norm: Gradients of a phase are scaled down to this norm.
-        precision: "fp32", or "bf16" for autocast around the loss.
-        ema_decay: Decay of the EMA of the weights; None keeps no average.
-        seed: Seed of the data order and of all noise in training.
-        checkpoint_every_seconds: Time between checkpoints.
-        checkpoint_every_steps: Steps between checkpoints, in addition.
+        optimizer: Replacement for AdamW: a function like `partial(torch.optim.SGD, lr=0.1)`, an optimizer object, or a
+            dict of these by phase name. A function receives two parameter groups, tensors of two or more dimensions
+            and vectors with `weight_decay=0`.
+        schedule: Replacement for warm-up and cosine: a function like `partial(OneCycleLR, max_lr=0.1,
+            total_steps=1000)`, an LRScheduler object, or a dict of these by phase name. It advances once per step of
+            the phase. The peaks of the default schedule are the learning rates of the optimizer.
+        grad_accum_every: Number of batches whose gradients are averaged in a step.
+        max_grad_norm: Maximum norm of the gradients of a phase; larger gradients are scaled down.
+        precision: "fp32", or "bf16" to compute the loss under bfloat16 autocast.
+        ema_decay: Decay of the EMA of the weights; None disables the EMA.
+        seed: Seed of the data order and of all random numbers in training.
+        checkpoint_every_seconds: Seconds between checkpoints.
+        checkpoint_every_steps: Steps between further checkpoints; None writes them by time only.
         validate_every: Steps between validations.
-        log_every: Steps between rows of metrics.
+        log_every: Steps between rows in the metrics file.
     """
 
     num_train_steps: int
@@ -97,7 +98,7 @@ class LoopSettings:
                 _need(value == getattr(LoopSettings, name), name, value, f"left out, because {choice} replaces it")
 
     def fixed(self) -> dict[str, Any]:
-        """Settings that a resumed run must not change, as JSON holds them."""
+        """Return the settings that a resumed run must not change, JSON-able."""
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in _FREE_TO_CHANGE}
         for name in [name for name in ("optimizer", "schedule") if values[name] is None]:
             del values[name]
@@ -105,7 +106,7 @@ class LoopSettings:
 
 
 def _described(value: Any) -> Any:
-    """Describe an optimizer or a schedule by its name and arguments."""
+    """Describe an optimizer or a schedule by its name and arguments, JSON-able."""
     if isinstance(value, partial):
         return {"function": value.func, "args": value.args, **value.keywords}
     if isinstance(value, Optimizer):
@@ -120,11 +121,11 @@ def _need(holds: bool, name: str, value: object, range_text: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class LossOutput:
-    """Result of a phase's loss.
+    """Result of the loss function of a phase.
 
     Args:
-        loss: Scalar to differentiate; the mean over the batch.
-        metrics: Further scalars for the metrics; tensors are detached, and read only when a row is written.
+        loss: Scalar to minimise, the mean over the batch.
+        metrics: Additional scalars for the metrics; tensors are detached, and read only when a row is written.
     """
 
     loss: Tensor
@@ -133,13 +134,13 @@ class LossOutput:
 
 @dataclass(frozen=True, eq=False)
 class Phase:
-    """One optimizer of a task, the modules that it trains, and their loss.
+    """Phase of a training step: the modules that it trains with an optimizer of their own, and their loss.
 
     Args:
-        name: Name in metrics and messages.
-        modules: Parts of the task's module; their trainable parameters belong to this phase alone.
-        loss: Called as `loss(batch, step)`; any closure over the raw modules.
-        first_step: Step at which the phase begins; its optimizer has no state before.
+        name: Name of the phase in metrics and messages.
+        modules: Parts of the task's module; only this phase trains their parameters.
+        loss: Function of `(batch, step)` that computes the loss; it may call the modules in any way.
+        first_step: Step at which the phase begins.
     """
 
     name: str
@@ -153,9 +154,9 @@ class Phase:
 
 @runtime_checkable
 class Task(Protocol):
-    """What `TrainLoop` trains: a module, its data, its losses and its validation.
+    """Task of `TrainLoop`: a module to train, its data, losses and validation.
 
-    A task may have an attribute `config`, with JSON-able values that must not change when a run is resumed.
+    A task may have an attribute `config`, a JSON-able description that must not change when a run is resumed.
     """
 
     @property
@@ -164,38 +165,38 @@ class Task(Protocol):
 
     @property
     def module(self) -> nn.Module:
-        """One container of everything that is trained and checkpointed.
+        """Module with all parts that are trained and checkpointed.
 
-        The loop moves it to its device and calls its `train()` and `eval()`; a frozen part overrides `train` to stay in
-        eval mode.
+        The training loop moves the module to the device and calls its `train()` and `eval()`. A frozen part overrides
+        `train` to stay in eval mode.
         """
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """Phases of each step, in order, on the same batch objects: one for a language model, two for a GAN codec.
+        """Phases of each step, in order: one for a language model, two for a codec with discriminators.
 
-        A later phase may use what an earlier one computed from a batch.
+        All phases receive the same batch objects, so that a phase can store results in a batch for a later phase.
         """
 
     @property
     def num_items(self) -> int:
-        """Size of the data set, for the order of the data."""
+        """Number of items in the data set."""
 
     @property
     def chance(self) -> dict[str, float]:
-        """Values of metrics at chance level, e.g. `{"loss": math.log(512)}`; written beside the metrics."""
+        """Values of metrics at chance level, e.g. `{"loss": math.log(512)}`, which are written with the metrics."""
 
     def batch(self, indices: list[tuple[int, int]]) -> Any:
-        """Build a batch from (epoch, index) pairs; a pure function of them and of the seeded global generators.
+        """Build a batch from (epoch, index) pairs; a pure function of the pairs and the global random generators.
 
-        Returns tensors on the CPU, in any nesting of dataclasses, dicts, lists and tuples.
+        Returns tensors on the CPU in nested dataclasses, dicts, lists and tuples.
         """
 
     def validate(self) -> dict[str, float]:
-        """Compute metrics; called on every process, in eval mode, without gradients, with the EMA if there is one."""
+        """Compute validation metrics; called on every process in eval mode, without gradients, with the EMA."""
 
     def samples(self, folder: Path, step: int) -> None:
-        """Write audio or pictures into an existing folder after each validation; called on the first process only."""
+        """Write example outputs (audio, images) to a folder after each validation; called on the first process only."""
 
     def before_training(self) -> None:
         """Prepare `module` from the data before step 0, e.g. by k-means; not called when a run is resumed."""

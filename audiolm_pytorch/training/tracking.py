@@ -1,4 +1,4 @@
-"""Metrics of a run: rows in a JSONL file, and a progress bar on a terminal."""
+"""Metrics of a training run: rows in a JSONL file, and a progress bar on a terminal."""
 
 import json
 import math
@@ -16,20 +16,20 @@ __all__ = ["MetricWindow", "MetricsFile", "finite_or_none", "progress_bar"]
 
 
 class MetricsFile:
-    """Rows of metrics, one JSON object per line."""
+    """File of metrics; each row is a JSON object on a line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append a row; numbers that JSON cannot hold become null."""
+        """Append a row; NaN and infinities become null."""
         values = {name: finite_or_none(value) for name, value in row.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
-        """Read all rows, except for a line that an interruption cut."""
+        """Read all rows; a last line that is incomplete after an interruption is skipped."""
         if not self.path.is_file():
             return []
         rows = []
@@ -41,7 +41,7 @@ class MetricsFile:
         return rows
 
     def remove_after(self, step: int) -> None:
-        """Remove the rows after a step; a resumed run writes them again."""
+        """Remove the rows after a step, because a resumed run writes them again."""
         if not self.path.is_file():
             return
         kept = [row for row in self.rows() if row.get("step", 0) <= step]
@@ -51,7 +51,7 @@ class MetricsFile:
 
 
 class MetricWindow:
-    """Metrics since the last row; tensors are not read before, because that would wait for the device at every step."""
+    """Metrics since the last row; tensors are read only for a row, because reading waits for the device."""
 
     def __init__(self) -> None:
         self._values: dict[str, list[Tensor | float]] = {}
@@ -66,7 +66,7 @@ class MetricWindow:
         return {name: _numbers(values) for name, values in self._values.items()}
 
     def state(self) -> dict[str, list[float | None]]:
-        """Values as JSON can hold them."""
+        """Return the values, JSON-able."""
         return {name: [finite_or_none(value) for value in values] for name, values in self.read().items()}
 
     def load_state(self, state: Mapping[str, list[float | None]]) -> None:
@@ -77,17 +77,17 @@ class MetricWindow:
 
 
 def finite_or_none(value: Any) -> Any:
-    """Replace a number that JSON cannot hold (NaN, infinities) by None."""
+    """Return None for a number that JSON cannot represent (NaN, infinities), else the number."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def progress_bar(name: str, done: int, total: int, shown: bool) -> tqdm:
-    """Progress bar on the terminal, removed at the end; no output if standard error is a file or a pipe."""
+    """Create a progress bar on the terminal; it has no output if standard error is a file or a pipe."""
     return tqdm(desc=name, initial=done, total=total, leave=False, disable=not (shown and sys.stderr.isatty()))
 
 
 def _numbers(values: list[Tensor | float]) -> list[float]:
-    """Read scalars, those on a device in one transfer."""
+    """Read scalars as numbers; all scalars on a device are read in one transfer."""
     on_device = [value.detach() for value in values if isinstance(value, Tensor) and value.device.type != "cpu"]
     read = iter(torch.stack([tensor.float() for tensor in on_device]).tolist() if on_device else [])
     return [

@@ -1,4 +1,4 @@
-"""Validation of a codec in training: distances, use of the codes, pairs of audio, and one warning."""
+"""Validation of a codec in training: distances, codebook usage, pairs of audio files, and a warning."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class CodeUsage(nn.Module):
-    """Use of the codes over about the last hundred training batches, in a buffer so that a resumed run agrees."""
+    """Codebook usage over about the last hundred training batches; checkpoints hold the counts as a buffer."""
 
     counts: Tensor
 
@@ -38,9 +38,10 @@ class CodeUsage(nn.Module):
 
     @torch.no_grad()
     def forward(self, codes: Tensor) -> dict[str, Tensor]:
-        """Count the codes `[b, f, q]` of a batch (-1 where a level was left out).
+        """Count the codes `[b, f, q]` of a batch (-1 where a level is left out), and return the usage by level.
 
-        Returns the codes in use and the perplexity as shares of the codebook: `usage_level_1`, `perplexity_level_1`, …
+        The number of used codes and the perplexity are divided by the codebook size: `usage_level_1`,
+        `perplexity_level_1`, …
         """
         num_quantizers = len(self.counts)
         levels = rearrange(codes, "b f q -> (b f) q")
@@ -58,12 +59,12 @@ class CodeUsage(nn.Module):
 
 
 def _by_level(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`name [q]` to scalars `name_level_1, …`."""
+    """Split each tensor `name [q]` into scalars `name_level_1, …`."""
     return {f"{name}_level_{k}": value for name, levels in values.items() for k, value in enumerate(levels, start=1)}
 
 
 def reconstruct(codec: SoundStream, wave: Tensor, quantize: bool = True, denoise: bool = False) -> Tensor:
-    """Decode the codes of waves `[b, c, n]`, or the frames before quantization."""
+    """Reconstruct waves `[b, c, n]` with a codec, with or without quantization."""
     if not quantize:
         return codec(wave, return_recons_only=True, quantize=False, denoise=denoise)
     return codec.decode_from_codebook_indices(codec.tokenize(wave, denoise=denoise), num_samples=wave.shape[-1])
@@ -73,10 +74,10 @@ def reconstruct(codec: SoundStream, wave: Tensor, quantize: bool = True, denoise
 def reconstruction_metrics(
     codec: SoundStream, waves: Sequence[Tensor], mel_loss: MultiScaleMelLoss, quantize: bool = True
 ) -> dict[str, float]:
-    """Distances between waves `[1, c, n]` and their reconstructions, and the use of the codes.
+    """Compute distances between waves `[1, c, n]` and their reconstructions, and the codebook usage.
 
-    `si_sdr_db` is over the waves that are not silent. `mel_distance_half_levels` is that of the first half of the
-    levels.
+    `si_sdr_db` is the mean over the waves that are not silent. `mel_distance_half_levels` is the mel distance of waves
+    that are decoded from the first half of the levels.
     """
     rows: dict[str, list[float]] = {}
     codes: list[Tensor] = []
@@ -103,9 +104,9 @@ def reconstruction_metrics(
 def denoising_metrics(
     codec: SoundStream, mixtures: Sequence[Mixture], mel_loss: MultiScaleMelLoss, quantize: bool = True
 ) -> dict[str, float]:
-    """Distances to the clean wave of the mixture itself, and of its reconstructions with the flag off and on.
+    """Compute distances from the clean wave to the mixture and to its reconstructions with and without `denoise`.
 
-    Silent clean waves are left out.
+    Items with a silent clean wave are left out.
     """
     rows: dict[str, list[float]] = {}
     for mixture in mixtures:
@@ -128,7 +129,7 @@ def _means(rows: Mapping[str, list[float]]) -> dict[str, float]:
 
 
 def _si_sdr_db(estimate: Tensor, target: Tensor) -> float:
-    """SI-SDR of waves `[1, c, n]`, all channels as one signal."""
+    """Return the SI-SDR (dB) of waves `[1, c, n]`; all channels are concatenated into one signal."""
     return float(si_sdr_db(rearrange(estimate, "1 c n -> (c n)"), rearrange(target, "1 c n -> (c n)")))
 
 
@@ -136,7 +137,7 @@ def _si_sdr_db(estimate: Tensor, target: Tensor) -> float:
 def write_pairs(
     folder: Path, step: int, originals: Sequence[Tensor], reconstructions: Sequence[Tensor], sample_hz: int
 ) -> None:
-    """Write waves `[1, c, n]` and their reconstructions as WAV; files of the same names are replaced."""
+    """Write waves `[1, c, n]` and their reconstructions as WAV files; existing files are replaced."""
     for number, (original, reconstruction) in enumerate(zip(originals, reconstructions, strict=True), start=1):
         # a diverged codec may return NaN, which no file can hold
         finite = torch.nan_to_num(reconstruction[0].float(), posinf=0.0, neginf=0.0)
@@ -145,10 +146,10 @@ def write_pairs(
 
 
 class MelWarning:
-    """Logs one warning if the mel distance in validation has not fallen after a quarter of the run.
+    """Logs a warning, once, if the mel distance in validation has not fallen after a quarter of the run.
 
-    The distance is compared with that of the first validation, and later with that of the first validation with codes,
-    because the distance jumps when quantization begins.
+    The reference is the distance of the first validation. Once quantization begins, it is the distance of the first
+    validation with quantization, because quantization raises the distance.
     """
 
     def __init__(self, num_train_steps: int) -> None:
@@ -157,7 +158,7 @@ class MelWarning:
         self._first: dict[bool, float] = {}
 
     def __call__(self, row: Mapping[str, Any]) -> None:
-        """Check a row of metrics."""
+        """Check a row of metrics of the training loop."""
         distance = row.get("mel_distance")
         if row["phase"] != "valid" or distance is None:
             return

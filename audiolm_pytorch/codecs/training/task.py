@@ -1,4 +1,4 @@
-"""The codec's task of the training loop: reconstruction, and discriminators."""
+"""Task of the training loop for codecs: reconstruction losses and discriminators."""
 
 import itertools
 from collections.abc import Iterator
@@ -43,15 +43,15 @@ _FRAMES_PER_CODE = 25  # frames that initialise the codebooks, for each of their
 @beartype
 @dataclass(frozen=True)
 class CodecLossWeights:
-    """Weights of a codec's losses.
+    """Weights of the losses of a codec.
 
-    If more than one of the losses on the wave has a weight, `LossBalancer` mixes them: a weight is then the share of
-    the gradient, independent of the loss's scale. The weight of a single loss is a plain factor. The commitment loss is
-    not a function of the wave and is added outside.
+    If several losses on the wave have weights above 0, `LossBalancer` combines them. The weight of a loss is then its
+    share of the gradient, independent of the scale of the loss. The weight of a single loss is a plain factor. The
+    commitment loss does not depend on the wave and is added without balancing.
 
-    The mel distance leads, as in arXiv 2306.06546 (15 mel, 2 feature matching, 1 adversarial). EnCodec (arXiv
-    2210.13438, 24 kHz) uses `CodecLossWeights(adversarial=3, feature_matching=3)`, for long runs with large batches:
-    there six sevenths of the gradient come from discriminators, which are untrained at first.
+    The mel distance weighs most, as in arXiv 2306.06546 (15 mel, 2 feature matching, 1 adversarial). EnCodec (arXiv
+    2210.13438, 24 kHz) uses `CodecLossWeights(adversarial=3, feature_matching=3)`, for long runs with large batches.
+    Discriminators, which are untrained at first, then contribute six sevenths of the gradient.
     """
 
     mel: float | int = 1.0
@@ -62,18 +62,18 @@ class CodecLossWeights:
 
     def __post_init__(self) -> None:
         if min(asdict(self).values()) < 0 or not self.on_wave:
-            raise ValueError(f"weights must be 0 or more, and one of those on the wave above 0, got {self}")
+            raise ValueError(f"weights must be 0 or more, and mel, waveform or adversarial above 0; got {self}")
         if self.feature_matching and not self.adversarial:
-            raise ValueError("feature_matching needs adversarial > 0: without it the discriminators stay untrained")
+            raise ValueError("feature_matching > 0 needs adversarial > 0; otherwise the discriminators are not trained")
 
     @property
     def reconstruction_only(self) -> "CodecLossWeights":
-        """The same weights without those of the discriminators."""
+        """These weights with the weights of the discriminator losses set to 0."""
         return replace(self, adversarial=0.0, feature_matching=0.0)
 
     @property
     def on_wave(self) -> dict[str, float]:
-        """Names and weights above 0 of the losses on the wave."""
+        """Weights by name of the losses on the wave, without losses of weight 0."""
         return {name: float(value) for name, value in asdict(self).items() if value > 0 and name != "commitment"}
 
 
@@ -82,9 +82,9 @@ MEL_ONLY = CodecLossWeights(waveform=0.0, adversarial=0.0, feature_matching=0.0)
 
 @dataclass(eq=False)
 class CodecBatch:
-    """Input and target `[b, c, n]` of a step, and the flags `[b]` bool of a denoising condition.
+    """Batch of a codec: inputs and targets `[b, c, n]`, and the flags `[b]` bool of a denoising condition.
 
-    The generator phase sets `decoded`, its reconstruction, for the discriminator phase of the same step.
+    The generator phase stores its reconstruction in `decoded`; the discriminator phase of that step uses it.
     """
 
     wave: Tensor
@@ -94,15 +94,15 @@ class CodecBatch:
 
 
 class CodecTask:
-    """Phases "generator" (the codec) and, with discriminators, "discriminator".
+    """Trains a codec in the phase "generator", and its discriminators, if any, in the phase "discriminator".
 
-    In the first steps the codec trains without quantization. Frames of a trained encoder are a far better k-means start
-    for the codebooks than those of an untrained one, and no code dies while the encoder still moves fast. Codebooks
-    that are trained already, as in fine-tuning, are not initialised again.
+    In the first steps the codec trains without quantization. Then k-means on encoded frames initialises the codebooks,
+    which works far better with a trained encoder than with an untrained one. No code becomes unused while the encoder
+    changes fast. Codebooks that are already trained, as in fine-tuning, are not initialised again.
 
-    The discriminators learn for `discriminator_lead_steps` before the codec uses their losses, because the balancer
-    gives untrained discriminators as much of the gradient as trained ones, which would damage a trained codec. `noise`
-    holds mixtures over `train` and for validation. `SoundStreamTrainer` describes the other arguments.
+    The discriminators train for `discriminator_lead_steps` before the codec uses their losses. Untrained discriminators
+    would damage a trained codec, because the balancer weights them like trained ones. `noise` holds the mixtures for
+    training and for validation. `SoundStreamTrainer` describes the other arguments.
     """
 
     name = "codec"
@@ -154,7 +154,7 @@ class CodecTask:
         }
 
     def batch(self, indices: list[tuple[int, int]]) -> CodecBatch:
-        """Waves of (epoch, index) pairs, the shorter ones padded with zeros."""
+        """Load the waves of (epoch, index) pairs; shorter waves are padded with zeros."""
         if self.noise is None:
             crops = [self.train.get(epoch, index) for epoch, index in indices]
             wave = _padded([crop.waves[self.codec.target_sample_hz] for crop in crops])
@@ -167,16 +167,16 @@ class CodecTask:
         )
 
     def before_training(self) -> None:
-        """Do nothing: the codebooks are initialised at step `unquantized_steps`, from a trained encoder."""
+        """Do nothing; the codebooks are initialised at step `unquantized_steps`, from the then trained encoder."""
 
     def samples(self, folder: Path, step: int) -> None:
-        """Write the first validation crops and their reconstructions."""
+        """Write the first validation crops and their reconstructions as WAV files."""
         waves = self._validation_waves(min(_NUM_PAIRS, self.num_validation_crops))
         decoded = [reconstruct(self.codec, wave, self._quantizes) for wave in waves]
         write_pairs(folder, step, waves, decoded, self.codec.target_sample_hz)
 
     def validate(self) -> dict[str, float]:
-        """Metrics of `reconstruction_metrics` and, with noise, `denoising_metrics` on the first validation crops."""
+        """Compute `reconstruction_metrics` and, with noise, `denoising_metrics` on the first validation crops."""
         self.mel_loss.to(device_of(self.codec))
         waves = self._validation_waves(self.num_validation_crops)
         metrics = reconstruction_metrics(self.codec, waves, self.mel_loss, self._quantizes)
@@ -225,7 +225,7 @@ class CodecTask:
 
     def _discriminator_loss(self, batch: CodecBatch, step: int) -> LossOutput:
         if self.discriminators is None:
-            raise RuntimeError("this codec is trained without discriminators")
+            raise RuntimeError("the task has no discriminators; pass them to the constructor to train them")
         if batch.decoded is None:
             raise RuntimeError("the discriminator phase must follow the generator phase of the same step and batches")
         real, fake = self.discriminators(batch.target), self.discriminators(batch.decoded)
@@ -238,9 +238,9 @@ class CodecTask:
 
     @torch.no_grad()
     def _initialise_codebooks(self) -> None:
-        """Run k-means over the frames of a fixed set of crops, so that a resumed run has the same codebooks.
+        """Initialise the codebooks by k-means on a fixed set of crops, so that a resumed run has the same codebooks.
 
-        Every process encodes its share of the crops.
+        Every process encodes a share of the crops.
         """
         rank, num_processes = rank_and_count()
         num_missing, frames = _FRAMES_PER_CODE * self.codec.codebook_size / num_processes, []
@@ -254,16 +254,16 @@ class CodecTask:
         self.codec.quantizer.initialise(torch.cat(frames))
 
     def _validation_waves(self, count: int) -> list[Tensor]:
-        """The first validation crops, `[1, c, n]` each."""
+        """Load the first validation crops, each `[1, c, n]`."""
         waves = [self.valid.get(0, index).waves[self.codec.target_sample_hz] for index in range(count)]
         return [torch.atleast_2d(wave)[None].to(device_of(self.codec)) for wave in waves]
 
 
 def codebooks_are_untrained(codec: SoundStream) -> bool:
-    """Whether a codec has codebooks that were never initialised; False for quantizers without codebooks.
+    """Return whether a codec has codebooks that were never initialised; False for quantizers without codebooks.
 
-    The buffers of codebooks hold the use of every code. These counts are all 1 until the codebooks are initialised, or
-    loaded from a trained codec, and not afterwards.
+    Codebooks count the use of every code in a buffer. All counts are 1 until the codebooks are initialised or loaded
+    from a trained codec.
     """
     counts = [buffer for name, buffer in codec.quantizer.named_buffers() if name.endswith("cluster_size")]
     return bool(counts) and bool((counts[0] == 1).all())
@@ -288,19 +288,19 @@ def _check(
     steps_before = adversarial_start_step + discriminator_lead_steps
     if steps_before and not (weights.mel or weights.waveform):
         raise ValueError(
-            f"the codec has no loss in the {steps_before} steps before the adversarial losses begin: give mel or "
-            "waveform a weight, or adversarial_start_step=0 and discriminator_lead_steps=0"
+            f"the codec has no loss in the {steps_before} steps before the adversarial losses begin; set a "
+            "weight for mel or waveform, or adversarial_start_step=0 and discriminator_lead_steps=0"
         )
     if discriminators is not None:
         with torch.no_grad():
             discriminators(next(discriminators.parameters()).new_zeros(1, codec.channels, codec.target_sample_hz // 4))
     if noise is not None and getattr(codec, "denoising", None) is None:
-        raise ValueError("noise is given, but the codec has no denoising condition; build it with denoising=FiLM(...)")
+        raise ValueError("got noise, but the codec has no denoising condition; build it with denoising=FiLM(...)")
 
 
 @contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
-    """Let gradients flow through a module but not into its parameters."""
+    """Within the block, gradients flow through a module but its parameters receive none."""
     parameters = nn.ParameterList(parameter for parameter in module.parameters() if parameter.requires_grad)
     parameters.requires_grad_(False)
     try:
@@ -310,6 +310,6 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 
 
 def _padded(waves: list[Tensor]) -> Tensor:
-    """Waves `[n]` or `[c, n]` of several lengths to `[b, c, n]`."""
+    """Pad waves `[n]` or `[c, n]` of several lengths with zeros, and stack them to `[b, c, n]`."""
     columns = [torch.atleast_2d(wave).T for wave in waves]
     return pad_sequence(columns, batch_first=True).transpose(1, 2).contiguous()

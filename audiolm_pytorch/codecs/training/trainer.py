@@ -1,4 +1,4 @@
-"""Training a codec on a folder of audio: `SoundStreamTrainer`."""
+"""Trainer of a codec on a folder of audio."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,34 +28,34 @@ _MAX_LEAD_STEPS = 200
 
 @trainer_arguments(LoopSettings)
 class SoundStreamTrainer:
-    """Trains a SoundStream on a folder of audio, resumably.
+    """Trains a SoundStream on a folder of audio; an interrupted run can be resumed.
 
-    To fine-tune, pass a codec and discriminators that were loaded from the `results_folder` of an earlier run
-    (`SoundStream.init_and_load_from(folder / "codec")`, `load_module(folder / "discriminators")`), with
-    `adversarial_start_step=0` and `discriminator_lead_steps=0`; the optimizers start from zero.
+    To fine-tune, load the codec and the discriminators from the `results_folder` of an earlier run
+    (`SoundStream.init_and_load_from(folder / "codec")`, `load_module(folder / "discriminators")`), and
+    pass them with `adversarial_start_step=0` and `discriminator_lead_steps=0`. The optimizer state starts empty.
 
     Args:
-        soundstream: Trained in place.
+        soundstream: Codec to train; its weights are changed in place.
         folder: Folder of audio files or JSONL manifest.
         items: Training items and validation items, instead of `folder`.
-        data_max_length: Samples of a crop at the codec's rate, instead of `data_max_length_seconds`.
-        data_max_length_seconds: Seconds of a crop; 1 if neither is passed.
-        results_folder: Folder of checkpoints, metrics and samples, and at the end of the codec
-            (`results_folder/codec`) and the discriminators (`results_folder/discriminators`).
-        loss_weights: `CodecLossWeights()` if not given, and its `reconstruction_only` without discriminators.
-            `MEL_ONLY` trains by the mel distance alone.
-        discriminators: Trained in place, e.g. `soundstream_discriminators(channels=1)`. On a CPU these take longer than
-            a small codec; with `width=8` a fifth of that. None trains by reconstruction alone. Their class must be
-            registered (`audiolm_pytorch.saving.modules.register`), because they are saved.
-        adversarial_start_step: Step at which they begin to learn; a quarter of the run if not given.
-        discriminator_lead_steps: Steps that they learn before the codec uses their losses; a tenth of their steps, at
-            most 200, if not given.
-        unquantized_steps: Steps before quantization begins. If not given, a tenth of the run for a codec with untrained
-            codebooks, otherwise 0. Trained codebooks are not initialised again.
+        data_max_length: Length of a crop in samples at the codec's rate, instead of `data_max_length_seconds`.
+        data_max_length_seconds: Length of a crop in seconds; 1 if neither length is passed.
+        results_folder: Receives checkpoints, metrics and samples. At the end of the run the codec is saved in
+            `results_folder/codec`, the discriminators in `results_folder/discriminators`.
+        loss_weights: Default `CodecLossWeights()`; without discriminators its `reconstruction_only`. `MEL_ONLY` uses
+            the mel distance as the only loss.
+        discriminators: Trained in place, e.g. `soundstream_discriminators(channels=1)`, which need more time on a CPU
+            than a small codec (with `width=8` a fifth of that time). None trains with reconstruction losses only. The
+            class must be registered (`audiolm_pytorch.saving.modules.register`), because the module is saved.
+        adversarial_start_step: First training step of the discriminators; by default after a quarter of the run.
+        discriminator_lead_steps: Steps of the discriminators before the codec uses their losses; by default a tenth of
+            the steps of the discriminators, at most 200.
+        unquantized_steps: Steps before quantization begins; by default a tenth of the run if the codebooks are
+            untrained, else 0. Trained codebooks are not initialised again.
         noise_folder: Folder or manifest of noise recordings, for a codec with a denoising condition.
         noise_items: Training noise and validation noise, instead of `noise_folder`.
-        noise_snr_db: Lowest and highest ratio of clean audio to noise (dB).
-        accelerator: Shared by all trainings of a program; None creates one.
+        noise_snr_db: Lowest and highest signal-to-noise ratio (dB).
+        accelerator: Accelerator to use, e.g. shared by several trainers; None creates one.
         **settings: Further fields of `LoopSettings`, e.g. `learning_rate`. Phases: "generator", "discriminator".
     """
 
@@ -130,7 +130,7 @@ class SoundStreamTrainer:
 
     @beartype
     def train(self, stop_after_steps: int | None = None) -> TrainResult:
-        """Train from the checkpoint of the folder to the end, or for at most `stop_after_steps` steps.
+        """Train to the end, or for at most `stop_after_steps` steps, from the last checkpoint if there is one.
 
         At the end of the run the codec holds the final weights, in eval mode.
         """
@@ -145,7 +145,7 @@ class SoundStreamTrainer:
 def _crops(
     data: tuple[Sequence[AudioItem], Sequence[AudioItem]], seconds: float, settings: dict[str, Any]
 ) -> tuple[CropDataset, CropDataset]:
-    """Crops to train on, and longer ones for validation."""
+    """Create the training crops, and the longer validation crops."""
     train, valid = data
     longer = max(seconds, _MIN_VALIDATION_SECONDS)
     return CropDataset(train, seconds, **settings), CropDataset(valid, longer, **settings)
@@ -156,6 +156,6 @@ def _mixers(
     noise: tuple[CropDataset, CropDataset],
     snr_db: tuple[float | int, float | int],
 ) -> tuple[NoiseMixer, NoiseMixer]:
-    """Mixtures to train on, and for validation, where every item has noise."""
+    """Create the mixtures for training and for validation; in validation every item has noise."""
     settings: dict[str, Any] = dict(sample_hz=clean[0].rates_hz[0], snr_db=snr_db, seed=clean[0].seed)
     return NoiseMixer(clean[0], noise[0], **settings), NoiseMixer(clean[1], noise[1], clean_share=0.0, **settings)

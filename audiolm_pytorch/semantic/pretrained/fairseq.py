@@ -87,11 +87,11 @@ def read_fairseq(path: str | Path) -> FairseqCheckpoint:
     weights = content.get("model")
     if type(weights) is not dict or not weights:
         keys = ", ".join(quoted(key) for key in list(content)[:8])
-        raise ValueError(f"{path} is no checkpoint of fairseq: it has no 'model' with weights, but {keys}; {advice}")
+        raise ValueError(f"{path} is not a checkpoint of fairseq: it has no 'model' with weights, but {keys}; {advice}")
     for name in weights:
         if not isinstance(name, str) or len(name) > _MAX_NAME_LENGTH or not name.isprintable():
             raise ValueError(
-                f"{path} is no checkpoint of fairseq: {quoted(name)} in its 'model' is not the name of a tensor"
+                f"{path} is not a checkpoint of fairseq: {quoted(name)} in its 'model' is not the name of a tensor"
             )
     tensors = {name: checkpoint.tensor(value) for name, value in weights.items()}
     storage_bytes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()}

@@ -197,13 +197,13 @@ def test_a_folder_reads_the_files_beside_its_clips(
 
 BAD_SIDECARS = {
     "json": ("a.json", b'{"caption":\n "a" "b"}', "not JSON (Expecting ',' delimiter: line 2 column 6"),
-    "list": ("a.json", b'["a"]', "must be an object, {...}, got list"),
+    "list": ("a.json", b'["a"]', "must be a JSON object, {...}, got list"),
     "number": ("a.json", b'{"caption": [1]}', "'caption' must be a text"),
     "deep": ("a.json", b"[" * 100_000, "not JSON"),
     "long number": ("a.json", b'{"bpm": ' + b"1" * 10_000 + b"}", "not JSON"),
     "surrogate": ("a.json", b'{"caption": "\\ud83d"}', "'caption' must be a text"),
     "latin": ("a.txt", "flöte".encode("latin-1"), "not UTF-8"),
-    "large": ("a.txt", b"la " * 2**19, "at most 1048576 are read"),
+    "large": ("a.txt", b"la " * 2**19, "shorten it to 1048576 bytes or fewer"),
 }
 
 
@@ -274,7 +274,7 @@ def test_a_missing_file_of_a_manifest_is_rejected(tmp_path: Path, write_tone: Ca
     ("line", "message"),
     [
         ('{"audio": "a.wav"', "line 2: not JSON"),
-        ('["a.wav"]', "line 2: must be an object, {...}, got list"),
+        ('["a.wav"]', "line 2: must be a JSON object, {...}, got list"),
         ('{"file": "a.wav"}', "line 2: 'audio' must be a path, got None"),
         (
             '{"audio": "a.wav", "caption": 3}',

@@ -52,7 +52,7 @@ def test_records_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert kinds == {"semantic": "int16", "acoustic": "int16", "latents": "float16", "duration_seconds": "float64"}
     assert record["duration_seconds"].shape == () and shards[5]["acoustic"].shape == (0, 4)
     assert shards.fingerprint["semantic"]["layer"] == 7
-    with pytest.raises(IndexError, match="no record 11 among 11"):
+    with pytest.raises(IndexError, match="record 11 is out of range"):
         shards[11]
 
 

@@ -350,7 +350,7 @@ def test_impossible_phases_and_accelerators_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="share a parameter"):
         TrainLoop(task, SETTINGS, tmp_path)
     task.phases = (main, Phase("main", (task.module["critic"],), task.critic_loss))
-    with pytest.raises(ValueError, match="different names"):
+    with pytest.raises(ValueError, match="distinct names"):
         TrainLoop(task, SETTINGS, tmp_path)
     task.phases = (Phase("main", (nn.Linear(2, 2),), task.main_loss),)
     with pytest.raises(ValueError, match="2 of them outside"):
