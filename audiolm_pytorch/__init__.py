@@ -15,7 +15,8 @@ from audiolm_pytorch.codecs import (
     open_codec,
 )
 from audiolm_pytorch.codecs.training import SoundStreamTrainer
-from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
+from audiolm_pytorch.conditioning.fuser import ConditionSpec
+from audiolm_pytorch.conditioning.tensors import ConditionTensor
 from audiolm_pytorch.conditioning.text_conditioner import TextConditioner
 from audiolm_pytorch.generation.request import GeneratedAudio, GenerationRequest
 from audiolm_pytorch.generation.wrappers import (
@@ -47,8 +48,8 @@ __all__ = [
     "CoarseTransformer",
     "CoarseTransformerTrainer",
     "CoarseTransformerWrapper",
+    "ConditionSpec",
     "ConditionTensor",
-    "Conditions",
     "DacWrapper",
     "EncodecWrapper",
     "FairseqVQWav2Vec",

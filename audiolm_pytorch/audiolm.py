@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from audiolm_pytorch.audio.units import samples_covering
 from audiolm_pytorch.codecs.base import Codec, StreamingCodec
 from audiolm_pytorch.conditioning.base import Conditioner, TextEncoder
-from audiolm_pytorch.conditioning.tensors import Conditions
+from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
 from audiolm_pytorch.generation.lengths import GenerationLengths, extra_input_tokens, plan_lengths
 from audiolm_pytorch.generation.request import GeneratedAudio, GenerationRequest, ProgressBars, with_request_signature
 from audiolm_pytorch.generation.sampling import DEFAULT_SAMPLING, SamplingSettings, stage_generator, update_sampling
@@ -238,8 +238,8 @@ class AudioLM(nn.Module):
             return has_eos and request.seconds is None and request.semantic_tokens is None
         return request.allow_eos
 
-    def _conditions(self, request: GenerationRequest) -> dict[str, Conditions | None]:
-        """Conditions of every stage, of the request or computed in the namespace of the stage; None = unconditional."""
+    def _conditions(self, request: GenerationRequest) -> dict[str, Conditions]:
+        """Conditions of every stage, of the request or computed in the namespace of the stage."""
         finished, stages = request.conditioning or {}, self.stages
         unknown = set(finished) - set(stages)
         if unknown:
@@ -248,24 +248,27 @@ class AudioLM(nn.Module):
         needs_states = any(stage.transformer.text_dim and name not in finished for name, stage in stages.items())
         if request.text is not None and self.text_conditioner is not None and needs_states:
             states = self.text_conditioner.forward(request.text)  # once, because all stages use the same states
-        all_inputs = {"text": request.text, "wavs": request.wavs, "codes": request.codes, "states": states}
-        conditioner_inputs: dict[str, dict[str, Any]] = {}
+        inputs: dict[str, Any] = {"text": request.text, "wavs": request.wavs, "codes": request.codes, "states": states}
+        further = {name: ConditionTensor.of(value) for name, value in (request.conditions or {}).items()}
+        accepted = {name for stage in stages.values() for name in stage.transformer.fuser.specs}
+        if not further.keys() <= accepted:
+            raise ValueError(f"the stages accept the conditions {sorted(accepted)}, got {sorted(further)}")
+        if "codes" not in accepted and (
+            "text" not in accepted or request.wavs is not None or request.codes is not None
+        ):
+            self.semantic.condition(**inputs)  # raises an error if there are inputs, because no stage uses them
+        conditions: dict[str, Conditions] = {}
         for name, stage in stages.items():
-            if stage.transformer.cond_dim is not None:
-                conditioner_inputs[name] = all_inputs
-            elif stage.transformer.text_dim is not None and request.text is not None:
-                conditioner_inputs[name] = {"text": request.text, "states": states}
-        accepts_codes = any(stage.transformer.cond_dim is not None for stage in stages.values())
-        has_wavs_or_codes = request.wavs is not None or request.codes is not None
-        if not conditioner_inputs or (has_wavs_or_codes and not accepts_codes):
-            # No stage uses these inputs. `StageWrapper.condition` then raises an error.
-            conditioner_inputs = dict.fromkeys(stages, all_inputs)
-        computed = {
-            name: stages[name].condition(**inputs)
-            for name, inputs in conditioner_inputs.items()
-            if name not in finished
-        }
-        return {**dict.fromkeys(stages), **computed, **finished}
+            names = stage.transformer.fuser.specs.keys()
+            of_stage: Conditions | None = None
+            if name in finished:
+                of_stage = finished[name]
+            elif "codes" in names:
+                of_stage = stage.condition(**inputs)
+            elif "text" in names:
+                of_stage = stage.condition(text=request.text, states=states)
+            conditions[name] = {key: further[key] for key in names & further.keys()} | dict(of_stage or {})
+        return conditions
 
 
 def _chunks(
@@ -290,10 +293,10 @@ def _chunks(
         bars.close()
 
 
-def _can_be_guided(stage: StageWrapper, conditions: Conditions | None, inputs: Mapping[str, list[Tensor]]) -> bool:
+def _can_be_guided(stage: StageWrapper, conditions: Conditions, inputs: Mapping[str, list[Tensor]]) -> bool:
     """Whether the unconditional copy of a stage lacks any input. It keeps input streams that have a rate."""
     droppable = [stream for stream in stage.transformer.layout.inputs if not stream.is_in_time]
-    return conditions is not None or any(stream.name in inputs for stream in droppable)
+    return bool(conditions) or any(stream.name in inputs for stream in droppable)
 
 
 def _predicted_levels(stage: StageWrapper, tokens: list[Tensor]) -> list[Tensor]:

@@ -184,9 +184,9 @@ class MusicLM(nn.Module):
         codes = self.mulan_embed_quantizer.codes(texts=prompts)
         keep = torch.full((len(codes),), num_levels)
         return {
-            stage: Conditions(
-                codes=self.mulan_embed_quantizer.conditioning(codes=codes, namespace=stage).without_trailing(keep)
-            )
+            stage: {
+                "codes": self.mulan_embed_quantizer.conditioning(codes=codes, namespace=stage).without_trailing(keep)
+            }
             for stage in self.conditioned
         }
 

@@ -455,7 +455,6 @@ def layers(_: Path) -> dict:
     """Small stages of each kind, pattern, position and condition."""
     from audiolm_pytorch import (
         CoarseTransformerWrapper,
-        Conditions,
         ConditionTensor,
         FineTransformerWrapper,
         SemanticTransformerWrapper,
@@ -469,9 +468,9 @@ def layers(_: Path) -> dict:
     tokens = AudioTokens(ids, {"semantic": torch.tensor([5, 4]), "acoustic": torch.tensor([10, 8])})
     kept = torch.tensor([[True, True, True], [True, True, False]])
     codes = ConditionTensor(torch.randn(2, 3, 8, generator=draws), kept)
-    variants = {"none": ({}, None), "codes": (CODES, Conditions(codes=codes))}
+    variants = {"none": ({}, None), "codes": (CODES, {"codes": codes})}
     for way in ("cross", "prefix"):
-        said = Conditions(codes=codes, text=letter_conditioner().forward(["ab c", "longer text"]))
+        said = {"codes": codes, "text": letter_conditioner().forward(["ab c", "longer text"])}
         variants[way] = ({**CODES, "text_dim": 6, "text_as": way}, said)
     plans = {
         f"{pattern}.{positions}.{condition}": ({"pattern": pattern, "positions": positions, **changes}, said)

@@ -1,5 +1,6 @@
 """Condition tensors: embeddings that a language model is conditioned on."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,14 @@ class ConditionTensor:
         """Number of items."""
         return len(self.embeddings)
 
+    @classmethod
+    def of(cls, value: "Tensor | ConditionTensor") -> "ConditionTensor":
+        """Make a condition without padding of embeddings `[b, d]` (one per item) or `[b, m, d]`."""
+        if isinstance(value, ConditionTensor):
+            return value
+        embeddings = value.unsqueeze(1) if value.ndim == 2 else value
+        return cls(embeddings, torch.ones(embeddings.shape[:2], dtype=torch.bool, device=value.device))
+
     def without_items(self, drop: Tensor) -> "ConditionTensor":
         """Make the items marked in `drop [b]` (bool) unconditional."""
         return ConditionTensor(self.embeddings, self.mask & ~drop.to(self.mask.device).unsqueeze(1))
@@ -63,50 +72,8 @@ class ConditionTensor:
         return ConditionTensor(self.embeddings.expand(batch, -1, -1), self.mask.expand(batch, -1))
 
 
-@beartype
-@dataclass(frozen=True)
-class Conditions:
-    """All conditions of a language model. At least one is set; each has 1 or b items.
-
-    Attributes:
-        codes: Embeddings of MuLan codes of texts or audio, from the embedding table of the stage.
-        text: Hidden states of a text encoder.
-    """
-
-    codes: ConditionTensor | None = None
-    text: ConditionTensor | None = None
-
-    def __post_init__(self) -> None:
-        """Check the numbers of items."""
-        sizes = {name: len(part) for name, part in self.parts.items()}
-        if not sizes or len({size for size in sizes.values() if size != 1}) > 1:
-            raise ValueError(
-                f"got conditions with numbers of items {sizes}; pass codes, text or both, with 1 or equally many items"
-            )
-
-    @property
-    def parts(self) -> dict[str, ConditionTensor]:
-        """The conditions that are present, by name."""
-        named = {"codes": self.codes, "text": self.text}
-        return {name: part for name, part in named.items() if part is not None}
-
-    def __len__(self) -> int:
-        """Number of items."""
-        return max(len(part) for part in self.parts.values())
-
-    def without_items(self, drop: Tensor) -> "Conditions":
-        """Make the items marked in `drop [b]` (bool) unconditional."""
-        parts = self.expand(len(drop)).parts
-        return Conditions(**{name: part.without_items(drop) for name, part in parts.items()})
-
-    def select(self, items: Tensor) -> "Conditions":
-        """Select items by their indices `[k]` (int64)."""
-        parts = self.expand(len(self)).parts
-        return Conditions(**{name: part.select(items) for name, part in parts.items()})
-
-    def expand(self, batch: int) -> "Conditions":
-        """Repeat conditions of a single item `batch` times."""
-        return Conditions(**{name: part.expand(batch) for name, part in self.parts.items()})
+# Conditions of a model by name, each of 1 or b items.
+Conditions = Mapping[str, ConditionTensor]
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:

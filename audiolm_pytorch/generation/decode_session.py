@@ -48,7 +48,7 @@ class DecodeSession:
         batch_size: Number of items b, used if `streams` is empty.
         lengths: Number of frames without padding by stream name, `[b]` or one int; a stream without an entry has no
             padding.
-        conditioning: Conditions of 1 or b items; None = unconditional.
+        conditioning: Conditions by name, of 1 or b items; None = unconditional.
         settings: Sampling settings; None = temperature 1.
         seeds: Seed or generator of every item; None draws seeds from torch's global generator.
         callback: Called after every row as `callback(finished_rows, max_rows)`.
@@ -80,7 +80,7 @@ class DecodeSession:
         if batch < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch}")
         layout, scale = model.layout, self.settings.guidance_scale
-        if scale != 1 and conditioning is None and layout.null_id is None:
+        if scale != 1 and not conditioning and layout.null_id is None:
             raise ValueError(f"guidance_scale {scale} needs `conditioning`; pass it, or set guidance_scale to 1")
         if allow_eos and layout.pattern == "flat" and len(layout.predicted) > 1:
             raise ValueError(
@@ -181,8 +181,11 @@ class DecodeSession:
         """Conditions of the batch; with guidance, followed by unconditional copies of all items."""
         if self.conditioning is None or self.copies == 1:
             return self.conditioning
-        doubled = self.conditioning.expand(self.batch).select(torch.arange(self.batch).repeat(2))
-        return doubled.without_items(torch.arange(2 * self.batch) >= self.batch)
+        items, is_copy = torch.arange(self.batch).repeat(2), torch.arange(2 * self.batch) >= self.batch
+        return {
+            name: condition.expand(self.batch).select(items).without_items(is_copy)
+            for name, condition in self.conditioning.items()
+        }
 
     def _read_row(self) -> None:
         """Run the model on the current row of each item and go to the next row. Complete items repeat a row."""

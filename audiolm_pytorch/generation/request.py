@@ -10,7 +10,7 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
-from audiolm_pytorch.conditioning.tensors import Conditions
+from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
 from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.lm.stage_transformer import AudioTokens
 from audiolm_pytorch.tokens.item_tokens import padded
@@ -34,8 +34,10 @@ class GenerationRequest:
         text: Texts to condition on; the audio conditioner computes their codes and the text conditioner their states.
         wavs: Waves `[b, n]` to condition on, at the sample rate of the audio conditioner.
         codes: Codes `[b, q]` to condition on, computed by the audio conditioner.
-        conditioning: Precomputed conditions by stage name, from the namespace of that stage. A stage without an entry
-            uses `text`, `wavs` and `codes`.
+        conditions: Further conditions by name, as embeddings `[b, d]` or `[b, m, d]`, for every stage that has such a
+            condition.
+        conditioning: Precomputed conditions by stage name, then by name of the condition. Codes come from the namespace
+            of their stage. A stage without an entry uses `text`, `wavs` and `codes`.
         input_streams: Tokens `[b, f, levels]` and lengths of the extra input streams of the stages, by stream name.
         prime_wave: Prompts to continue: a tensor of waves `[n]`, `[b, n]` or `[b, c, n]`, the path of an audio file, or
             a list of paths and waves `[n]` or `[c, n]`. Only complete frames of a prompt are used.
@@ -64,6 +66,7 @@ class GenerationRequest:
     text: str | Sequence[str] | None = None
     wavs: Tensor | None = None
     codes: Tensor | None = None
+    conditions: Mapping[str, Tensor | ConditionTensor] | None = None
     conditioning: Mapping[str, Conditions] | None = None
     input_streams: AudioTokens | None = None
     prime_wave: Prompt | Sequence[Prompt] | None = None
@@ -104,7 +107,10 @@ class GenerationRequest:
             text=_select(self.text, items),
             wavs=_select(self.wavs, items),
             codes=_select(self.codes, items),
-            conditioning=None if self.conditioning is None else _select_each(self.conditioning, items),
+            conditions=None if self.conditions is None else _select_each(self.conditions, items),
+            conditioning=None
+            if self.conditioning is None
+            else {stage: _select_each(conditions, items) for stage, conditions in self.conditioning.items()},
             input_streams=None
             if inputs is None
             else AudioTokens(_select_each(inputs.tokens, items), _select_each(inputs.lengths, items)),
@@ -124,7 +130,12 @@ class GenerationRequest:
             "text": None if isinstance(self.text, str) else self.text,
             "wavs": self.wavs,
             "codes": self.codes,
-            **{f"conditioning of {stage}": conditions for stage, conditions in (self.conditioning or {}).items()},
+            **{f"conditions {name}": condition for name, condition in (self.conditions or {}).items()},
+            **{
+                f"conditioning of {stage} ({name})": condition
+                for stage, conditions in (self.conditioning or {}).items()
+                for name, condition in conditions.items()
+            },
             **{f"input_streams {name}": tokens for name, tokens in extra.items()},
             "prime_wave": None if isinstance(prompts, (str, Path)) or _is_one_wave(prompts) else prompts,
             "semantic_tokens": self.semantic_tokens,
@@ -151,7 +162,7 @@ def _select(value: Any, items: Sequence[int]) -> Any:
         return value
     if len(value) == 1:
         return value
-    if isinstance(value, Conditions):
+    if isinstance(value, ConditionTensor):
         return value.select(torch.tensor(items))
     return value[torch.tensor(items)] if isinstance(value, Tensor) else [value[item] for item in items]
 

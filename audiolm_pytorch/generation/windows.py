@@ -8,7 +8,7 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
-from audiolm_pytorch.conditioning.tensors import Conditions
+from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
 from audiolm_pytorch.generation.decode_session import Decoded, DecodeSession
 from audiolm_pytorch.generation.sampling import SamplingSettings, item_generators
 from audiolm_pytorch.lm.token_model import TokenTransformer
@@ -95,7 +95,8 @@ class SlidingWindowDecoder:
         prompt: First tokens `[f_i, levels]` of every item; None = no prompts.
         window_frames: Longest window; None = one window.
         batch_size: Number of items b.
-        conditioning: Conditions of 1 or b items, the same in every window.
+        conditioning: Conditions by name, of 1 or b items. With one embedding per frame, embedding i belongs to frame i
+            of the whole sequence; all other conditions are the same in every window.
         settings: As in `DecodeSession`, like `seeds` and `allow_eos`.
         callback: Called after every row with the known and the requested frames of the longest item.
 
@@ -142,7 +143,8 @@ class SlidingWindowDecoder:
         self._inputs: dict[str, ItemTokens] = {}
         self._are_inputs_complete: dict[str, list[bool]] = {}
         self._options: dict[str, Any] = {"settings": settings, "allow_eos": allow_eos}
-        self._conditioning = None if conditioning is None else conditioning.expand(batch_size)
+        model.fuser.check(conditioning or {})
+        self._conditioning = {name: part.expand(batch_size) for name, part in (conditioning or {}).items()}
         self._generators = item_generators(seeds, batch_size)
 
     @property
@@ -267,12 +269,24 @@ class SlidingWindowDecoder:
             {self.name: torch.tensor(self._stops(items, window)) - window.start},
             batch_size=len(items),
             lengths=lengths,
-            conditioning=None if self._conditioning is None else self._conditioning.select(torch.tensor(items)),
+            conditioning=self._conditions_of(items, window),
             seeds=[self._generators[item] for item in items],
             callback=None if self._callback is None else lambda row, num_rows: self._report(window),
             **self._options,
         )
         return self._session
+
+    def _conditions_of(self, items: list[int], window: range) -> Conditions:
+        """Conditions of some items in a window."""
+        selected = {name: part.select(torch.tensor(items)) for name, part in self._conditioning.items()}
+        for name, part in selected.items():
+            if self._model.fuser.specs[name].way == "sum" and part.mask.shape[1] > 1:
+                # At least two embeddings: a single one would be added to all rows.
+                frames = torch.arange(window.start, max(window.start + 2, part.mask.shape[1]))
+                known = frames.clamp(max=part.mask.shape[1] - 1)
+                mask = part.mask[:, known] & (frames == known).to(part.mask.device)
+                selected[name] = ConditionTensor(part.embeddings[:, known], mask)
+        return selected
 
     def _store_frames(self, session: DecodeSession, window: range) -> None:
         """Keep the new frames of the current window, and close the window after its last frame."""

@@ -79,7 +79,7 @@ class StageWrapper(nn.Module):
         codes: Tensor | None = None,
         states: ConditionTensor | None = None,
     ) -> Conditions | None:
-        """Compute the conditions of the stage; None without inputs.
+        """Compute the conditions `codes` and `text` of the stage; None without inputs.
 
         A text is used for the states and, without `wavs` and `codes`, also for the codes.
 
@@ -102,21 +102,20 @@ class StageWrapper(nn.Module):
                 "text_dim"
             )
         texts = [text] if isinstance(text, str) else text
-        states = states if accepts_states else None
+        conditions: dict[str, ConditionTensor] = {}
         if accepts_states and texts is not None:
             if self.text_conditioner is None:
                 raise ValueError(f"the {self.namespace} stage is conditioned on texts: it needs a text_conditioner")
-            states = self.text_conditioner.forward(texts) if states is None else states
+            conditions["text"] = self.text_conditioner.forward(texts) if states is None else states
             if wavs is not None or codes is not None:
                 texts = None
-        code_tensor = None
         if accepts_codes:
             if self.audio_conditioner is None:
                 raise ValueError(f"the {self.namespace} stage is conditioned on codes: it needs an audio_conditioner")
-            code_tensor = self.audio_conditioner.conditioning(
+            conditions["codes"] = self.audio_conditioner.conditioning(
                 texts=texts, wavs=wavs, codes=codes, namespace=self.namespace
             )
-        return Conditions(codes=code_tensor, text=states)
+        return conditions
 
     @beartype
     def forward(
@@ -134,7 +133,7 @@ class StageWrapper(nn.Module):
             wave: `[b, n]`. Without `conditioning`, the wave itself is the input of the audio conditioner.
             input_sample_hz: Rate of `wave` in Hz; None = the rate of the tokenizers.
             tokens: Tokens, instead of a wave.
-            conditioning: The conditions.
+            conditioning: The conditions by name.
             ends: `[b]` bool, whether the file really ends after the tokens.
 
         Raises:

@@ -14,6 +14,7 @@ from audiolm_pytorch.tokens.streams import PackedTokens, Stream
 
 __all__ = ["AudioTokens", "StageTransformer", "TokenSource"]
 
+_SHARD_FIELDS = ("latents", "text_latents", "captions", "duration_seconds")
 _RESERVED = ("semantic", "acoustic", "conditioner", "text_encoder")
 
 
@@ -101,6 +102,9 @@ class StageTransformer(TokenTransformer):
         unused = set(self.token_fingerprints) - set(self.fingerprinted)
         if unused:
             raise ValueError(f"the {self.namespace} stage uses {self.fingerprinted}, but got fingerprints of {unused}")
+        taken = {*self.kinds, *_RESERVED, *_SHARD_FIELDS} & set(self.further_conditions)
+        if taken:
+            raise ValueError(f"conditions cannot be named {sorted(taken)}: choose other names")
         layout_config: dict[str, Any] = {"pattern": pattern}
         if extra:
             layout_config["extra_streams"] = [stream.to_dict() for stream in extra]
@@ -122,6 +126,11 @@ class StageTransformer(TokenTransformer):
     def kinds(self) -> tuple[str, ...]:
         """Kinds of tokens that the stage needs."""
         return tuple(dict.fromkeys(source.kind for source in self.sources.values()))
+
+    @property
+    def further_conditions(self) -> tuple[str, ...]:
+        """Names of the conditions other than `codes` and `text`."""
+        return tuple(name for name in self.fuser.specs if name not in ("codes", "text"))
 
     @property
     def fingerprinted(self) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from beartype import beartype
 from torch import Tensor, nn
 
 from audiolm_pytorch.conditioning.base import Conditioner, TextEncoder
-from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
+from audiolm_pytorch.conditioning.tensors import ConditionTensor
 from audiolm_pytorch.lm.stage_transformer import StageTransformer
 from audiolm_pytorch.lm.token_model import TokenLoss
 from audiolm_pytorch.lm.training_data import StageSource
@@ -123,8 +123,8 @@ class StageTask:
         inputs = source.read(batch)
         # Without autocast, so that conditions are the same as in generation.
         with torch.autocast(self.transformer.device.type, enabled=False):
-            codes, states = self._codes(inputs.condition), self._states(inputs.texts)
-        conditions = None if codes is None and states is None else Conditions(codes=codes, text=states)
+            computed = {"codes": self._codes(inputs.condition), "text": self._states(inputs.texts)}
+        conditions = {name: part for name, part in computed.items() if part is not None} | inputs.conditions
         loss: TokenLoss = self.transformer(self.transformer.packed(inputs.tokens, inputs.ends), conditions)
         return loss
 

@@ -1,18 +1,19 @@
 """The language model over a token layout, of which every stage is a special case."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from beartype import beartype
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 
-from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
+from audiolm_pytorch.conditioning.fuser import ConditionFuser, ConditionSpec
+from audiolm_pytorch.conditioning.tensors import Conditions
 from audiolm_pytorch.nn.kv_cache import CachePositions, KVCache
-from audiolm_pytorch.nn.layers import Projection, RMSNorm
+from audiolm_pytorch.nn.layers import Projection
 from audiolm_pytorch.nn.transformer import INIT_STD, ConditionTensors, Transformer
 from audiolm_pytorch.saving.modules import register
 from audiolm_pytorch.tokens.layout import TokenLayout
@@ -41,9 +42,9 @@ class TokenLoss:
 class TokenTransformer(nn.Module):
     """Decoder-only language model over the rows of a token layout.
 
-    A row is embedded as the sum of its tokens. Every level of every predicted stream has its own linear head. The codes
-    of a condition are a prefix of the sequence; text states are a prefix too, or cross-attention reads them. A learned
-    null embedding replaces a missing condition.
+    A row is embedded as the sum of its tokens. Every level of every predicted stream has its own linear head. A
+    `ConditionFuser` adds the conditions `codes` (prepended), `text` and further ones. Null embeddings replace missing
+    conditions.
 
     Args:
         layout: The streams and their arrangement.
@@ -59,6 +60,7 @@ class TokenTransformer(nn.Module):
         max_seconds: Longest duration that the model was trained on; generation of more uses windows. None = no limit.
         text_dim: Width of the text states; None = no such condition.
         text_as: Use of the text states: `cross` (cross-attention in every block) or `prefix` (before the codes).
+        conditions: Further conditions by name, as specs or as their fields.
         **stack: Further arguments of `Transformer`: positions, kv_heads, checkpoint_blocks, forget_prob.
     """
 
@@ -79,6 +81,7 @@ class TokenTransformer(nn.Module):
         max_seconds: float | int | None = None,
         text_dim: int | None = None,
         text_as: Literal["cross", "prefix"] = "cross",
+        conditions: Mapping[str, ConditionSpec | Mapping[str, Any]] | None = None,
         **stack: Any,
     ) -> None:
         super().__init__()
@@ -94,7 +97,21 @@ class TokenTransformer(nn.Module):
             **{"cond_dim": cond_dim, "cond_drop_prob": cond_drop_prob, "null_tokens": null_tokens},
             **({} if text_dim is None else {"text_dim": text_dim, "text_as": text_as}),
         }
-        cross = text_dim is not None and text_as == "cross"
+        specs: dict[str, ConditionSpec] = {}
+        if cond_dim is not None:
+            specs["codes"] = ConditionSpec(cond_dim, null_tokens=null_tokens)
+        if text_dim is not None:
+            specs["text"] = ConditionSpec(text_dim, "cross" if text_as == "cross" else "prepend")
+        further = {
+            name: spec if isinstance(spec, ConditionSpec) else ConditionSpec(**spec)
+            for name, spec in (conditions or {}).items()
+        }
+        if further:
+            self._config["conditions"] = {name: asdict(spec) for name, spec in further.items()}
+        if further.keys() & {"codes", "text"}:
+            raise ValueError("the conditions codes and text are set by cond_dim and text_dim; rename the others")
+        specs |= further
+        cross = any(spec.way == "cross" for spec in specs.values())
         self.transformer = Transformer(**sizes, dropout=dropout, cross=cross, **stack)
         # The last embedding is that of empty cells; it is zero and has no gradient.
         self.embedding = nn.Embedding(layout.num_ids + 1, dim, padding_idx=layout.num_ids)
@@ -102,18 +119,7 @@ class TokenTransformer(nn.Module):
         for weight in (self.embedding.weight, *self.heads.parameters()):
             nn.init.normal_(weight, std=INIT_STD)
         nn.init.zeros_(self.embedding.weight[layout.num_ids])
-        # The norms bring conditions to the scale of token embeddings.
-        if cond_dim is not None:
-            self.cond_projection = nn.Linear(cond_dim, dim, bias=False)
-            self.cond_norm = RMSNorm(dim)
-            self.null_embedding = nn.Parameter(torch.randn(dim) * INIT_STD)
-            nn.init.constant_(self.cond_norm.weight, INIT_STD)
-        if text_dim is not None:
-            self.text_projection = nn.Linear(text_dim, dim, bias=False)
-            self.text_norm = RMSNorm(dim)
-            scale = 1.0 if cross else INIT_STD  # cross-attention does not normalise states
-            self.null_text = nn.Parameter(torch.randn(dim) * scale)
-            nn.init.constant_(self.text_norm.weight, scale)
+        self.fuser = ConditionFuser(specs, dim)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -136,18 +142,22 @@ class TokenTransformer(nn.Module):
 
         Args:
             packed: Tokens, as packed by `layout`.
-            conditioning: Conditions of 1 or b items. In training they are dropped item by item.
+            conditioning: Conditions by name, of 1 or b items. In training they are dropped item by item.
 
         Returns:
             The loss, in float32.
         """
         batch = len(packed.ids)
-        is_conditioned = conditioning is not None or self.layout.null_id is not None
-        if is_conditioned and self.training and self.cond_drop_prob > 0:
+        conditions = dict(conditioning or {})
+        if self.training and self.cond_drop_prob > 0 and (conditions or self.layout.null_id is not None):
             dropped = torch.rand(batch) < self.cond_drop_prob
-            conditioning = None if conditioning is None else conditioning.expand(batch).without_items(dropped)
             packed = self.layout.without_conditions(packed, dropped)
-        condition_tensors = self.condition_tensors(conditioning, batch)
+            conditions = {name: part.expand(batch).without_items(dropped) for name, part in conditions.items()}
+        for name, spec in self.fuser.specs.items():
+            if self.training and spec.drop_prob > 0 and name in conditions:
+                dropped = torch.rand(batch) < spec.drop_prob
+                conditions[name] = conditions[name].expand(batch).without_items(dropped)
+        condition_tensors = self.condition_tensors(conditions, batch)
         hidden = self.hidden(packed.ids[:, :-1], packed.input_mask[:, :-1], condition_tensors)
         return self._loss(hidden, packed.ids[:, 1:], packed.loss_mask[:, 1:])
 
@@ -181,45 +191,13 @@ class TokenTransformer(nn.Module):
 
     def condition_tensors(self, conditioning: Conditions | None, batch: int) -> ConditionTensors:
         """Project conditions of 1 or `batch` items for the transformer; null embeddings replace missing conditions."""
-        codes = None if conditioning is None else conditioning.codes
-        text = None if conditioning is None else conditioning.text
-        parts: list[Tensor] = []
-        prefix_padding = states = states_mask = None
-        _check_width("codes", codes, self.cond_dim, "audio_text_condition=True or a cond_dim")
-        _check_width("text", text, self.text_dim, "a text_dim")
-        if self.cond_dim is not None:
-            parts.append(self._codes(codes, batch))
-        if self.text_dim is not None:
-            states, states_mask = self._states(text, batch)
-            if self.text_as == "prefix":
-                states, prefix_padding = _padded_in_front(states, states_mask)
-                parts.insert(0, states)
-                states = states_mask = None
-        prefix = torch.cat(parts, dim=1) if parts else None
-        return ConditionTensors(prefix, prefix_padding, states, states_mask)
-
-    def _codes(self, codes: ConditionTensor | None, batch: int) -> Tensor:
-        """Projected codes `[b, m, d]`, with the null embedding where the mask is False."""
-        if codes is None:
-            return repeat(self.null_embedding, "d -> b m d", b=batch, m=self.null_tokens)
-        codes = codes.expand(batch)
-        weight = self.cond_projection.weight
-        mask = codes.mask.to(weight.device).unsqueeze(-1)
-        embedded = self.cond_norm(self.cond_projection(_zero_padding(codes.embeddings.to(weight), mask)))
-        return torch.where(mask, embedded, self.null_embedding)
-
-    def _states(self, text: ConditionTensor | None, batch: int) -> tuple[Tensor, Tensor]:
-        """Projected text states `[b, s, d]` and their mask `[b, s]`; an item without text has one null state."""
-        weight = self.text_projection.weight
-        if text is None:
-            nothing = torch.zeros(batch, 1, weight.shape[1], device=weight.device)
-            text = ConditionTensor(nothing, torch.zeros(batch, 1, dtype=torch.bool))
-        text = text.expand(batch)
-        mask = text.mask.to(weight.device)
-        states = self.text_norm(self.text_projection(_zero_padding(text.embeddings.to(weight), mask.unsqueeze(-1))))
-        states = torch.where(mask.unsqueeze(-1), states, self.null_text)
-        is_first = torch.arange(mask.shape[1], device=mask.device) == 0
-        return states, mask | (is_first & ~mask.any(dim=1, keepdim=True))
+        tensors: ConditionTensors = self.fuser(conditioning or {}, batch)
+        if tensors.row_sums is not None and tensors.row_sums.shape[1] > 1 and not self.layout.has_row_per_frame:
+            raise ValueError(
+                "a condition with one embedding per frame needs a layout with one row per frame: use the delayed or "
+                "the parallel pattern, without streams that are not in time, or pass one embedding per item"
+            )
+        return tensors
 
     def hidden(
         self,
@@ -246,30 +224,3 @@ class TokenTransformer(nn.Module):
     def logits(self, hidden: Tensor, head: int) -> Tensor:
         """Logits `[..., num_logits]` float32 of one head for states `[..., d]`."""
         return self.heads[head](hidden).float()
-
-
-def _check_width(name: str, condition: ConditionTensor | None, width: int | None, needed: str) -> None:
-    """Check that a model of condition width `width` (None = no such condition) accepts a condition."""
-    if condition is None:
-        return
-    if width is None:
-        raise ValueError(f"this model does not accept {name} conditions; build it with {needed}")
-    if condition.embeddings.shape[-1] != width:
-        raise ValueError(f"the model needs {name} conditions of width {width}, got {condition.embeddings.shape[-1]}")
-
-
-def _zero_padding(embeddings: Tensor, mask: Tensor) -> Tensor:
-    """Set padding to zero. NaN in padding would reach the gradients of the weights, because 0 * NaN is NaN."""
-    return embeddings.masked_fill(~mask, 0)
-
-
-def _padded_in_front(states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Move the padding of `states [b, s, d]` to the front; also return its length per item (None = no padding).
-
-    The distance from a state to the rows after it must not depend on the length of other texts of the batch.
-    """
-    num_padding = (~mask).sum(dim=1)
-    if not num_padding.any():
-        return states, None
-    order = mask.int().argsort(dim=1, stable=True)
-    return states.gather(1, order.unsqueeze(-1).expand_as(states)), num_padding

@@ -1,6 +1,6 @@
 """Trainers of stages."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from audiolm_pytorch.lm.compatibility import agreed_fingerprints, check_compatib
 from audiolm_pytorch.lm.stage_transformer import StageTransformer
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.lm.task import StageTask
-from audiolm_pytorch.lm.training_data import ShardSource, StageSource, WaveSource
+from audiolm_pytorch.lm.training_data import ConditionFunction, ShardSource, StageSource, WaveSource
 from audiolm_pytorch.saving.files import write_weights
 from audiolm_pytorch.saving.modules import save_module
 from audiolm_pytorch.saving.weights import weights_of
@@ -59,6 +59,8 @@ class StageTrainer:
         level_drop_prob: See `StageTask`.
         text_prob: Probability that a captioned recording is conditioned on the codes of its caption, not on its own, as
             in generation. Validation always uses codes of audio.
+        conditioners: Function of a `WaveBatch` for each further condition of the stage, by name. Shards hold the
+            embeddings themselves.
         **settings: Further fields of `LoopSettings`, e.g. `learning_rate` or `optimizer`.
     """
 
@@ -83,6 +85,7 @@ class StageTrainer:
         accelerator: "accelerate.Accelerator | None" = None,
         level_drop_prob: float | int = 0.0,
         text_prob: float | int = 0.0,
+        conditioners: Mapping[str, ConditionFunction] | None = None,
         **settings: Any,
     ) -> None:
         modules = wav2vec, codec, audio_conditioner, text_conditioner
@@ -101,6 +104,8 @@ class StageTrainer:
         if shards is not None:
             if folder is not None or items is not None:
                 raise ValueError("pass one source of data: a folder, items or shards")
+            if conditioners:
+                raise ValueError("conditioners compute conditions of audio files; store the embeddings in the shards")
             train = ShardSource(shards, transformer, text_prob=text_prob, **options)
             valid = ShardSource(valid_shards or shards, transformer, **options)
         else:
@@ -111,7 +116,7 @@ class StageTrainer:
             if seconds is not None and not seconds >= shortest:
                 raise ValueError(f"crops of {seconds} s are shorter than a token of {shortest} s; make them longer")
             train_items, valid_items = training_items(folder, items, min_seconds=shortest)
-            options |= {"wav2vec": wav2vec, "codec": codec}
+            options |= {"wav2vec": wav2vec, "codec": codec, "conditioners": conditioners}
             train = WaveSource(train_items, transformer, text_prob=text_prob, **options)
             valid = WaveSource(valid_items, transformer, **options)
         if transformer.text_dim is not None and not train.has_captions:

@@ -1,8 +1,8 @@
 """Training data of stages: audio files that are tokenized on the fly, and shards of precomputed tokens."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from math import ceil
 from typing import Any
@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from audiolm_pytorch.audio.units import frames_inside
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.base import Conditioner
+from audiolm_pytorch.conditioning.tensors import ConditionTensor
 from audiolm_pytorch.data.batches import CropBatch, collate_crops
 from audiolm_pytorch.data.captions import decode_texts
 from audiolm_pytorch.data.crops import CropDataset
@@ -24,6 +25,7 @@ from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.lm.stage_transformer import AudioTokens, StageTransformer
 from audiolm_pytorch.lm.tokenizing import sample_rates, tokenize
 from audiolm_pytorch.semantic.base import SemanticTokenizer
+from audiolm_pytorch.training.distributed import to_device
 
 __all__ = ["ShardSource", "StageInput", "StageSource", "WaveSource"]
 
@@ -42,12 +44,14 @@ class StageInput:
         ends: `[b]` bool, whether the file ends with the crop.
         condition: Arguments for the conditioner: `wavs` and `lengths`, or `codes`; empty without a conditioner.
         texts: Caption of every item, None for an item without one; None for a stage without a `text_dim`.
+        conditions: Further conditions by name.
     """
 
     tokens: AudioTokens
     ends: Tensor
     condition: dict[str, Any]
     texts: list[str | None] | None = None
+    conditions: dict[str, ConditionTensor] = field(default_factory=dict)
 
 
 class StageSource(ABC):
@@ -104,12 +108,23 @@ def _caption_in_turn(captions: Sequence[str], epoch: int) -> str | None:
 
 
 @dataclass(frozen=True)
-class _WaveBatch:
-    """Crops of files, their captions, and the indices `[k]` of items that are conditioned on their caption."""
+class WaveBatch:
+    """Crops of files, from which conditioners compute conditions.
+
+    Attributes:
+        crops: Waves and their lengths by sample rate.
+        captions: Caption of every item in this epoch; None for an item without one.
+        labels: Fields of every item's line in the manifest.
+        captioned: Indices `[k]` of the items whose codes are those of their caption.
+    """
 
     crops: CropBatch
     captions: list[str | None]
+    labels: list[dict[str, Any]]
     captioned: Tensor
+
+
+ConditionFunction = Callable[[WaveBatch], Tensor | ConditionTensor]
 
 
 class WaveSource(StageSource):
@@ -121,6 +136,8 @@ class WaveSource(StageSource):
         seconds: Length of a crop; None = whole files.
         wav2vec: Semantic tokenizer, for a stage with semantic tokens.
         codec: Codec, for a stage with acoustic tokens.
+        conditioners: Function of a `WaveBatch` for each further condition, by name. It returns embeddings `[b, d]` or
+            `[b, m, d]`. One with an attribute `sample_hz` also receives waves of that rate.
     """
 
     @beartype
@@ -133,14 +150,22 @@ class WaveSource(StageSource):
         wav2vec: SemanticTokenizer | None,
         codec: Codec | None,
         audio_conditioner: Conditioner | None,
+        conditioners: Mapping[str, ConditionFunction] | None = None,
         text_prob: float | int = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__(transformer, audio_conditioner, text_prob, seed)
         self.wav2vec, self.codec = wav2vec, codec
         self.rates_hz = sample_rates(transformer.kinds, wav2vec, codec)
-        conditioner_hz = [] if audio_conditioner is None else [audio_conditioner.sample_hz]
-        self.crops = CropDataset(items, seconds, [*self.rates_hz.values(), *conditioner_hz], seed)
+        self.conditioners = dict(conditioners or {})
+        if set(self.conditioners) != set(transformer.further_conditions):
+            raise ValueError(
+                f"the {transformer.namespace} transformer has the conditions {sorted(transformer.further_conditions)}, "
+                f"but got conditioners of {sorted(self.conditioners)}: pass one for each"
+            )
+        rates_hz = (getattr(one, "sample_hz", None) for one in (audio_conditioner, *self.conditioners.values()))
+        conditioners_hz = [rate_hz for rate_hz in rates_hz if rate_hz is not None]
+        self.crops = CropDataset(items, seconds, [*self.rates_hz.values(), *conditioners_hz], seed)
         self.captions = [captions_of(item) for item in items]
 
     def __len__(self) -> int:
@@ -158,27 +183,34 @@ class WaveSource(StageSource):
         """Whether any file has a caption."""
         return any(self.captions)
 
-    def batch(self, indices: Sequence[tuple[int, int]]) -> _WaveBatch:
+    def batch(self, indices: Sequence[tuple[int, int]]) -> WaveBatch:
         """Return waves of (epoch, index) pairs at every rate that tokenizers and conditioner need."""
         crops = collate_crops([self.crops.get(epoch, index) for epoch, index in indices])
         captions = [_caption_in_turn(self.captions[index], epoch) for epoch, index in indices]
+        labels = [self.crops.items[index].labels for _, index in indices]
         captioned = [
             number
             for number, (epoch, index) in enumerate(indices)
             if captions[number] is not None and self.draws_text(epoch, index)
         ]
-        return _WaveBatch(crops, captions, torch.tensor(captioned, dtype=torch.long))
+        return WaveBatch(crops, captions, labels, torch.tensor(captioned, dtype=torch.long))
 
-    def read(self, batch: _WaveBatch) -> StageInput:
+    def read(self, batch: WaveBatch) -> StageInput:
         """Tokenize the crops."""
         crops = batch.crops
         waves = {kind: crops.waves[rate_hz] for kind, rate_hz in self.rates_hz.items()}
         lengths = {kind: crops.lengths[rate_hz] for kind, rate_hz in self.rates_hz.items()}
         tokens = tokenize(waves, lengths, self.wav2vec, self.codec)
         texts = batch.captions if self.uses_captions else None
-        return StageInput(tokens, crops.ends_file, self._condition(batch), texts)
+        device = crops.ends_file.device
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            conditions = {
+                name: ConditionTensor.of(to_device(conditioner, device)(batch))
+                for name, conditioner in self.conditioners.items()
+            }
+        return StageInput(tokens, crops.ends_file, self._condition(batch), texts, conditions)
 
-    def _condition(self, batch: _WaveBatch) -> dict[str, Any]:
+    def _condition(self, batch: WaveBatch) -> dict[str, Any]:
         """Arguments for the conditioner: the waves, or codes of waves and captions."""
         if self.conditioner is None:
             return {}
@@ -205,6 +237,7 @@ class _TokenBatch:
     latents: Tensor | None
     is_text: Tensor
     captions: list[str | None] | None
+    conditions: dict[str, ConditionTensor]
 
 
 @dataclass(frozen=True)
@@ -216,6 +249,7 @@ class _TokenCrop:
     is_text: bool
     caption: str | None
     ends: bool
+    conditions: dict[str, Tensor]
 
 
 class ShardSource(StageSource):
@@ -225,7 +259,8 @@ class ShardSource(StageSource):
         shards: Records with the tokens that the stage needs: `semantic [t]`, `acoustic [f, q]`, and extra streams by
             name (those not in time are not cropped). A conditioner needs `latents [w, d]` of windows evenly spread over
             the recording, `text_prob` needs `text_latents [k, d]` of its captions (k may be 0), and a stage with a
-            `text_dim` needs `captions` (see `encode_texts`).
+            `text_dim` needs `captions` (see `encode_texts`). Further conditions are embeddings `[d]` or `[m, d]` by
+            name.
         transformer: The stage; its streams declare the rate of each kind of token.
         seconds: Length of a crop; None = whole records.
     """
@@ -247,7 +282,8 @@ class ShardSource(StageSource):
             "text_latents": text_prob > 0,
             "captions": self.uses_captions,
         }
-        needed = {*transformer.kinds, *(field for field, is_needed in optional.items() if is_needed)}
+        self.ways = {name: transformer.fuser.specs[name].way for name in transformer.further_conditions}
+        needed = {*transformer.kinds, *self.ways, *(field for field, is_needed in optional.items() if is_needed)}
         if not needed <= set(shards.fields):
             raise ValueError(f"{shards.folder} has fields {sorted(shards.fields)}, the stage needs {sorted(needed)}")
         layout = transformer.layout
@@ -294,6 +330,7 @@ class ShardSource(StageSource):
             latents=None if self.conditioner is None else torch.stack([crop.latent for crop in crops]),
             is_text=torch.tensor([crop.is_text for crop in crops]),
             captions=[crop.caption for crop in crops] if self.uses_captions else None,
+            conditions={name: _padded_condition([crop.conditions[name] for crop in crops]) for name in self.ways},
         )
 
     def read(self, batch: _TokenBatch) -> StageInput:
@@ -305,7 +342,8 @@ class ShardSource(StageSource):
             if batch.is_text.any():
                 codes[batch.is_text] = self.conditioner.codes_from_latents(batch.latents[batch.is_text], "text")
             condition = {"codes": codes}
-        return StageInput(AudioTokens(batch.tokens, batch.lengths), batch.ends, condition, batch.captions)
+        tokens = AudioTokens(batch.tokens, batch.lengths)
+        return StageInput(tokens, batch.ends, condition, batch.captions, batch.conditions)
 
     def _crop(self, epoch: int, index: int) -> _TokenCrop:
         """Crop one record."""
@@ -330,7 +368,12 @@ class ShardSource(StageSource):
                 number = round(position * (len(latents) - 1))
             latent = torch.from_numpy(latents[number].astype(np.float32))
         caption = _caption_in_turn(decode_texts(record["captions"]), epoch) if self.uses_captions else None
-        return _TokenCrop(tokens, latent, is_text, caption, start + count == num_frames)
+        conditions: dict[str, Tensor] = {}
+        for name, way in self.ways.items():
+            embeddings = torch.from_numpy(np.atleast_2d(record[name]).astype(np.float32))
+            is_per_frame = way == "sum" and len(embeddings) > 1
+            conditions[name] = embeddings[start : start + count] if is_per_frame else embeddings
+        return _TokenCrop(tokens, latent, is_text, caption, start + count == num_frames, conditions)
 
     def _num_frames(self, record: dict[str, np.ndarray], index: int) -> int:
         """Number of predicted frames that all kinds of tokens cover."""
@@ -347,3 +390,10 @@ class ShardSource(StageSource):
                 f"tokens last {seconds} s; build the stage with the rates of the tokenizers"
             )
         return int(shortest)
+
+
+def _padded_condition(embeddings: Sequence[Tensor]) -> ConditionTensor:
+    """Batch embeddings `[m_i, d]`; an item may have none."""
+    counts = torch.tensor([len(item) for item in embeddings])
+    padded = pad_sequence([item if len(item) else item.new_zeros(1, item.shape[1]) for item in embeddings], True)
+    return ConditionTensor(padded, torch.arange(padded.shape[1]) < counts.unsqueeze(1))

@@ -79,6 +79,8 @@ class KVCache:
         self.prefix_padding: Tensor | None = None
         self.cross_keys_values: dict[int, tuple[Tensor, Tensor]] = {}  # by layer
         self.cross_mask: Tensor | None = None
+        self.row_sums: Tensor | None = None
+        self.num_prefix = 0
 
     def write(self, layer: int, keys: Tensor, values: Tensor, cache_positions: CachePositions) -> tuple[Tensor, Tensor]:
         """Store keys and values `[b, g, n, d]` of a layer; return all keys and values of the layer, not copied."""

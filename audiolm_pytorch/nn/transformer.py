@@ -27,12 +27,14 @@ class ConditionTensors:
         prefix_padding: `[b]` int64, number of padding embeddings in `prefix`; None = no padding.
         states: `[b, s, d]` states for cross-attention, with padding at the end; None = no states.
         states_mask: `[b, s]` bool, False at padding; at least one state of each item is not padding.
+        row_sums: `[b, r, d]`, added to the first r rows, the last one also to all rows after them; None = no sum.
     """
 
     prefix: Tensor | None = None
     prefix_padding: Tensor | None = None
     states: Tensor | None = None
     states_mask: Tensor | None = None
+    row_sums: Tensor | None = None
 
     @property
     def num_rows(self) -> int:
@@ -162,6 +164,7 @@ class Transformer(nn.Module):
             raise ValueError("got only one of `cache` and `cache_positions`; pass both or neither")
         conditions = ConditionTensors() if condition_tensors is None else condition_tensors
         x = x.to(self.norm.weight.dtype)  # with half weights, norms and sums of branches can have full precision
+        x = _with_row_sums(x, conditions, cache, cache_positions)
         if conditions.prefix is not None:
             x = torch.cat((conditions.prefix.to(x.dtype), x), dim=1)
         if cache is not None and conditions.prefix is not None:
@@ -224,3 +227,21 @@ class Transformer(nn.Module):
         hidden[:, : num_prefix + 1] = False
         is_own_row = torch.eye(num_rows, dtype=torch.bool, device=x.device)
         return rearrange(hidden, "b k -> b 1 1 k") & ~is_own_row
+
+
+def _with_row_sums(
+    x: Tensor, conditions: ConditionTensors, cache: KVCache | None, cache_positions: CachePositions | None
+) -> Tensor:
+    """Add the embeddings of conditions to rows `[b, n, d]`; the cache keeps them for the next rows."""
+    sums = conditions.row_sums
+    if cache is not None:
+        if sums is not None:
+            cache.row_sums, cache.num_prefix = sums, conditions.num_rows
+        sums = cache.row_sums
+    if sums is None:
+        return x
+    rows = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
+    if cache is not None and cache_positions is not None:
+        rows = cache_positions.positions[:, -x.shape[1] :] - cache.num_prefix
+    items = torch.arange(len(x), device=x.device).unsqueeze(1)
+    return x + sums[items, rows.clamp(max=sums.shape[1] - 1)].to(x.dtype)

@@ -79,6 +79,12 @@ class TokenLayout:
         rate_hz = self.predicted[0].exact_hz
         return lcm(*((stream.exact_hz / rate_hz).denominator for stream in self.streams if stream.is_in_time))
 
+    @property
+    def has_row_per_frame(self) -> bool:
+        """Whether row i predicts predicted frame i, for every i."""
+        is_one_column = len(self.streams) == self.streams[0].num_levels == 1
+        return self.null_id is None and (self.pattern != "flat" or is_one_column)
+
     def to_dict(self) -> dict[str, Any]:
         """Convert the layout to data that JSON can store."""
         return {"streams": [stream.to_dict() for stream in self.streams], "pattern": self.pattern}

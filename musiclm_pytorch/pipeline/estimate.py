@@ -9,7 +9,7 @@ import torch
 from beartype import beartype
 from torch import Tensor, nn
 
-from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
+from audiolm_pytorch.conditioning.tensors import ConditionTensor
 from audiolm_pytorch.lm.stage_transformer import AudioTokens
 from audiolm_pytorch.training.distributed import to_device
 from audiolm_pytorch.training.rng import preserve_rng
@@ -140,8 +140,7 @@ class _Probe:
             "acoustic": torch.randint(codec.codebook_size, acoustic, device=device),
         }
         embeddings = torch.randn(num_crops, self.preset.quantizer.num_quantizers, config.dim, device=device)
-        mask = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=device)
-        conditions = Conditions(codes=ConditionTensor(embeddings, mask))
+        conditions = {"codes": ConditionTensor.of(embeddings)}
         token_hz = sum(stream.num_levels * float(stream.exact_hz) for stream in transformer.layout.predicted)
         return transformer, token_hz, lambda: transformer(transformer.packed(AudioTokens(tokens, {})), conditions).loss
 

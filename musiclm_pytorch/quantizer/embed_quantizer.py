@@ -259,9 +259,7 @@ class MuLaNEmbedQuantizer(Conditioner):
         namespace: str,
     ) -> ConditionTensor:
         """The embeddings of `forward` as a condition of a language model, with a mask that is all True."""
-        embeddings = self(wavs=wavs, texts=texts, codes=codes, lengths=lengths, namespace=namespace)
-        mask = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
-        return ConditionTensor(embeddings, mask)
+        return ConditionTensor.of(self(wavs=wavs, texts=texts, codes=codes, lengths=lengths, namespace=namespace))
 
     def centred(self, latents: Tensor, modality: Modality = "audio") -> Tensor:
         """Subtract the mean of the modality from latents `[..., d]`, and map texts to audio; float32."""

@@ -8,7 +8,6 @@ import torch
 from audiolm_pytorch import audiolm
 from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.audiolm import AudioLM
-from audiolm_pytorch.conditioning.tensors import Conditions
 from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.generation.wrappers import StageWrapper
 from audiolm_pytorch.lm.stage_transformer import AudioTokens
@@ -50,7 +49,7 @@ def check_namespaces(audio_lm):
         original = stage.transformer.condition_tensors
 
         def spied(conditioning, batch, name=name, original=original):
-            prefixes[name] = conditioning.codes.embeddings
+            prefixes[name] = conditioning["codes"].embeddings
             return original(conditioning, batch)
 
         stage.transformer.condition_tensors = spied
@@ -71,7 +70,7 @@ def test_every_stage_is_conditioned_through_its_own_namespace(monkeypatch):
     assert audio_lm.audio_conditioner.asked == ["semantic", "coarse", "fine"]
 
     def condition(self, text, **nothing):
-        return Conditions(codes=self.audio_conditioner.conditioning(texts=text, namespace="semantic"))
+        return {"codes": self.audio_conditioner.conditioning(texts=text, namespace="semantic")}
 
     monkeypatch.setattr(StageWrapper, "condition", condition)
     with pytest.raises(AssertionError):
@@ -82,7 +81,7 @@ def test_conditions_of_the_caller_equal_those_of_the_conditioner():
     """Conditions that the caller computes give the same audio."""
     audio_lm = audiolm_of(conditioned=True)
     conditions = {
-        name: Conditions(codes=audio_lm.audio_conditioner.conditioning(texts=["four", "seventy"], namespace=name))
+        name: {"codes": audio_lm.audio_conditioner.conditioning(texts=["four", "seventy"], namespace=name)}
         for name in audio_lm.stages
     }
     by_text = audio_lm(text=["four", "seventy"], seconds=0.3, seeds=1)

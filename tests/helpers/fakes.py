@@ -134,9 +134,12 @@ def tiny_stages(**changes: object) -> dict[str, TokenTransformer]:
 
 def random_conditions(batch: int, levels: int = 3, dim: int = 8) -> Conditions:
     """Random conditions."""
-    return Conditions(
-        codes=ConditionTensor(torch.randn(batch, levels, dim), torch.ones(batch, levels, dtype=torch.bool))
-    )
+    return {"codes": ConditionTensor.of(torch.randn(batch, levels, dim))}
+
+
+def select(conditions: Conditions | None, items: Tensor) -> Conditions | None:
+    """Select items of all conditions."""
+    return None if conditions is None else {name: condition.select(items) for name, condition in conditions.items()}
 
 
 def memorise(

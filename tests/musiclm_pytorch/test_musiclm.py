@@ -54,9 +54,11 @@ class FakeAudioLM(AudioLM):
         self, batch_size: int, seconds: float, conditioning: dict[str, Conditions], seeds: list[int], **settings: Any
     ) -> Tensor:
         self.calls.append({"size": batch_size, "conditioning": conditioning, "seeds": seeds, **settings})
-        assert batch_size == len(seeds) and all(len(conditioning[stage]) in (1, batch_size) for stage in STAGES)
+        assert batch_size == len(seeds) and all(
+            len(conditioning[stage]["codes"]) in (1, batch_size) for stage in STAGES
+        )
         waves = 4 * tones(*(PITCHES_HZ[seed % 4] for seed in seeds), seconds=seconds, sample_hz=12000)
-        embeddings = [conditioning[stage].codes.embeddings for stage in STAGES]
+        embeddings = [conditioning[stage]["codes"].embeddings for stage in STAGES]
         trace = torch.stack([one.flatten(1).mean(dim=1) for one in embeddings]).sum(dim=0)
         return self.dropout(waves + 0.01 * trace.unsqueeze(1))
 
@@ -118,7 +120,7 @@ def _every_stage_gets_its_own_condition(musiclm: MusicLM) -> bool:
     musiclm("low tone", num_samples=1, seconds=0.4, seed=0)
     codes = quantizer.codes(texts="low tone") + quantizer.codebook_size * torch.arange(2)
     inputs = fake.calls[-1]["conditioning"]
-    return all(torch.equal(inputs[stage].codes.embeddings, quantizer.table(stage)(codes)) for stage in STAGES)
+    return all(torch.equal(inputs[stage]["codes"].embeddings, quantizer.table(stage)(codes)) for stage in STAGES)
 
 
 def test_every_stage_has_its_own_namespace(musiclm: MusicLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,12 +221,20 @@ def test_settings_reach_the_audio_lm(musiclm: MusicLM) -> None:
     assert musiclm.audio_lm.calls[-1]["sampling"] == {"fine": {"temperature": 0.1}}
 
 
+def test_further_conditions_belong_to_their_texts(musiclm: MusicLM) -> None:
+    """Every candidate receives the tempo of its text, and the codes of the text."""
+    musiclm(TEXTS[:2], num_samples=2, seconds=0.4, seed=0, conditions={"tempo": torch.tensor([[90.0], [120.0]])})
+    call = musiclm.audio_lm.calls[-1]
+    assert call["conditions"]["tempo"].tolist() == [[90.0], [90.0], [120.0], [120.0]]
+    assert all(list(call["conditioning"][stage]) == ["codes"] for stage in STAGES)
+
+
 def test_num_levels_masks_later_levels(musiclm: MusicLM) -> None:
     """The codes are masked, as in training."""
     for num_levels, expected in ((None, [True, True]), (1, [True, False])):
         musiclm("low tone", num_samples=1, seconds=0.4, num_levels=num_levels)
         inputs = musiclm.audio_lm.calls[-1]["conditioning"]
-        assert all(inputs[stage].codes.mask.tolist() == [expected] for stage in STAGES)
+        assert all(inputs[stage]["codes"].mask.tolist() == [expected] for stage in STAGES)
     with pytest.raises(ValueError, match="num_levels"):
         musiclm("low tone", num_levels=3)
 

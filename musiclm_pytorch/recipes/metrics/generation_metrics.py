@@ -12,7 +12,6 @@ from torch import Tensor
 
 from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.codecs.base import Codec
-from audiolm_pytorch.conditioning.tensors import Conditions
 from audiolm_pytorch.nn.module_state import device_of
 from musiclm_pytorch.evaluation.report import Metric, accuracy_metric
 from musiclm_pytorch.recipes.metrics.classifier import AttributeClassifier
@@ -112,7 +111,7 @@ def from_audio(
     for first in range(0, len(codes), batch_size):
         part = codes[first : first + batch_size]
         conditioning = {
-            name: Conditions(codes=quantizer.conditioning(codes=part, namespace=name)) for name in model.conditioned
+            name: {"codes": quantizer.conditioning(codes=part, namespace=name)} for name in model.conditioned
         }
         seeds = [seed + first + index for index in range(len(part))]
         wave = model.audio_lm(batch_size=len(part), seconds=seconds, conditioning=conditioning, seeds=seeds)

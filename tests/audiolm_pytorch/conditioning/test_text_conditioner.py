@@ -16,7 +16,7 @@ import transformers
 from beartype.roar import BeartypeCallHintViolation
 
 from audiolm_pytorch import SemanticTransformer, TextConditioner
-from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
+from audiolm_pytorch.conditioning.tensors import ConditionTensor
 from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer
 from audiolm_pytorch.saving.hub import LoadedModel, load_model, load_tokenizer
 from audiolm_pytorch.saving.modules import load_module, save_module
@@ -240,7 +240,7 @@ def test_damaged_folders_raise_errors(folder):
 def test_stage_with_text_dim_needs_no_text_encoder(encoder_folders, text_as, monkeypatch):
     """A stage is built from the width of its text states alone, and its loss depends on the texts."""
     conditioner = TextConditioner(encoder_folders["t5"])
-    said = Conditions(text=conditioner(["slow piano", "a fast jig, with drums"]))
+    said = {"text": conditioner(["slow piano", "a fast jig, with drums"])}
     monkeypatch.setitem(sys.modules, "transformers", None)
     stage = SemanticTransformer(
         num_semantic_tokens=8, dim=16, depth=1, heads=1, dim_head=16, text_dim=conditioner.dim, text_as=text_as
@@ -248,5 +248,7 @@ def test_stage_with_text_dim_needs_no_text_encoder(encoder_folders, text_as, mon
     for weight in stage.parameters():
         nn.init.normal_(weight, std=0.3)
     packed = stage.layout.pack({"semantic": torch.randint(0, 8, (2, 5, 1))})
-    losses = [stage(packed, conditions).loss for conditions in (said, said.select(torch.tensor([1, 0])))]
+    losses = [
+        stage(packed, conditions).loss for conditions in (said, {"text": said["text"].select(torch.tensor([1, 0]))})
+    ]
     assert losses[0].isfinite() and (losses[0] - losses[1]).abs() > 1e-4

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor, guide
+from audiolm_pytorch.conditioning.tensors import ConditionTensor, guide
 from audiolm_pytorch.generation.decode_session import DecodeSession
 from audiolm_pytorch.generation.sampling import SamplingSettings, filter_logits, sample_tokens
 from audiolm_pytorch.lm.token_model import TokenTransformer
@@ -13,7 +13,7 @@ from audiolm_pytorch.tokens.layout import TokenLayout
 from audiolm_pytorch.tokens.patterns import cell_table
 from audiolm_pytorch.tokens.streams import Stream
 from tests.helpers.decoding import decode
-from tests.helpers.fakes import SIZES, random_conditions
+from tests.helpers.fakes import SIZES, random_conditions, select
 
 GREEDY = SamplingSettings(temperature=0)
 GIVEN = torch.randint(0, 10, (3, 5, 1), generator=torch.Generator().manual_seed(1))
@@ -68,7 +68,7 @@ def test_greedy_decoding_equals_a_loop_without_cache(pattern, scale):
     ids, mask = grid.packed.ids, grid.packed.input_mask
     both_conditions = [
         model.condition_tensors(conditioning, 2),
-        ConditionTensors(model.null_embedding.expand(2, 3, -1)),
+        ConditionTensors(model.fuser.entries["codes"].null.expand(2, 3, -1)),
     ]
     for row in range(1, ids.shape[1]):
         for item, column in grid.packed.loss_mask[:, row].nonzero().tolist():
@@ -113,7 +113,7 @@ def test_an_item_depends_on_its_seed_and_inputs_alone(pattern):
             {"s": GIVEN[items], "a": prompt[items]},
             {"a": expected[items]},
             lengths={"a": known[items]},
-            conditioning=conditioning.select(torch.tensor(items)),
+            conditioning=select(conditioning, torch.tensor(items)),
             settings=settings,
             seeds=[100 + i for i in items],
         )
@@ -316,10 +316,10 @@ def test_a_model_can_be_trained_after_decoding(pattern):
     """Decoding leaves no inference tensors where gradients need tensors, and keeps the modes of submodules."""
     cell_table.cache_clear()
     model = model_of(pattern).train()
-    model.cond_norm.eval()
+    model.fuser.eval()
     with torch.inference_mode():
         decode(model, {"s": GIVEN}, {"a": 8}, seeds=[1, 2, 3], allow_eos=True)
-    assert model.training and model.transformer.blocks[0].training and not model.cond_norm.training
+    assert model.training and model.transformer.blocks[0].training and not model.fuser.training
     packed = model.layout.pack({"s": GIVEN, "a": torch.randint(0, 20, (3, 8, 2))})
     model(packed, random_conditions(3)).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -351,10 +351,10 @@ def test_an_item_is_the_same_alone_with_texts_ends_and_groups(pattern, scale):
             {name: part[items, : cut[name]] for name, part in tokens.items()},
             {"a": expected[items]},
             lengths={name: torch.tensor([counts[name][item] for item in items]) for name in tokens},
-            conditioning=Conditions(
-                ConditionTensor(codes[items], torch.ones(len(items), 3).bool()),
-                ConditionTensor(states[items, : mask.shape[1]], mask),
-            ),
+            conditioning={
+                "codes": ConditionTensor.of(codes[items]),
+                "text": ConditionTensor(states[items, : mask.shape[1]], mask),
+            },
             settings=SamplingSettings(guidance_scale=scale),
             seeds=[100 + item for item in items],
             allow_eos=True,

@@ -14,7 +14,7 @@ from audiolm_pytorch.tokens.layout import TokenLayout
 from audiolm_pytorch.tokens.streams import Stream
 from tests.helpers.alive_tensors import AliveTensors
 from tests.helpers.decoding import decode
-from tests.helpers.fakes import SIZES, random_conditions
+from tests.helpers.fakes import SIZES, random_conditions, select
 
 GREEDY = SamplingSettings(temperature=0)
 PATTERNS = ["flat", "delayed", "parallel"]
@@ -107,7 +107,7 @@ def test_an_item_is_the_same_alone_and_in_a_batch(pattern, eos):
         for item, result in enumerate(together.take()):
             alone = decoder_of(
                 model, [expected[item]], [inputs[item]], [prompt[item]], [seeds[item]],
-                conditions.select(torch.tensor([item])), **options,
+                select(conditions, torch.tensor([item])), **options,
             )  # fmt: skip
             alone.advance()
             assert torch.equal(alone.take()[0], result)

@@ -22,7 +22,7 @@ from audiolm_pytorch.lm.token_model import TokenTransformer
 from audiolm_pytorch.tokens.layout import TokenLayout
 from audiolm_pytorch.tokens.streams import Stream
 from tests.helpers.decoding import decode
-from tests.helpers.fakes import SIZES, memorise, tiny_stages
+from tests.helpers.fakes import SIZES, memorise, select, tiny_stages
 
 STAGES = ["semantic", "coarse", "fine"]
 PATTERNS = ["flat", "delayed", "parallel"]
@@ -101,11 +101,11 @@ def conditions_of(kind: str) -> Conditions | None:
     codes = ConditionTensor(torch.randn(2, 3, 8), torch.ones(2, 3, dtype=torch.bool))
     text = text_states(2, [5, 3])
     if kind == "codes":
-        return Conditions(codes=codes)
+        return {"codes": codes}
     if kind in ("text cross", "text prefix"):
-        return Conditions(text=text)
+        return {"text": text}
     if kind == "both":
-        return Conditions(codes=codes.select(torch.tensor([0, 0, 1])), text=text.select(torch.tensor([0, 1, 0])))
+        return {"codes": codes.select(torch.tensor([0, 0, 1])), "text": text.select(torch.tensor([0, 1, 0]))}
     return None
 
 
@@ -146,7 +146,7 @@ def memorised(case: Case) -> Memorised:
     packed = model.layout.pack({name: tokens[items] for name, tokens in streams.items()}, lengths, ends)
     # The first semantic token of an unconditional stage is not predictable: its entropy remains.
     unknowable = num_items * log(num_items) / int(packed.loss_mask.sum()) if is_ambiguous(case) else 0.0
-    conditions = None if own.conditions is None else own.conditions.select(items)
+    conditions = select(own.conditions, items)
     assert memorise(model, packed, conditions, steps=500, floor=unknowable) < unknowable + 0.02
     return own
 
@@ -175,7 +175,7 @@ def complete(case: Case, prompts: list[int], order: list[int], **options) -> tup
         {name: tokens[items] for name, tokens in own.streams.items()},
         {own.target: wanted},
         **{"lengths": lengths, "settings": GREEDY, **options},
-        conditioning=None if own.conditions is None else own.conditions.select(items),
+        conditioning=select(own.conditions, items),
     )
     assert torch.equal(found.lengths[own.target], wanted)
     return found, [own.streams[own.target][item, :count] for item, count in zip(order, wanted.tolist())]
@@ -252,7 +252,7 @@ def test_teacher_forced_logits_equal_those_of_decoding(case, monkeypatch):
     lengths = {stream.name: own.frames(stream, wanted, items) for stream in model.layout.streams}
     packed = model.layout.pack({name: tokens[items] for name, tokens in own.streams.items()}, lengths)
     with torch.inference_mode():
-        conditions = None if own.conditions is None else own.conditions.select(items)
+        conditions = select(own.conditions, items)
         whole = model.hidden(packed.ids, packed.input_mask, model.condition_tensors(conditions, len(items)))
         found = torch.stack(list(read.values()))
         right = torch.stack([whole[place] for place in read])
@@ -272,7 +272,7 @@ def test_the_end_is_learned_where_the_file_ends(case):
         {name: tokens[order, : 4 if name == own.target else None] for name, tokens in own.streams.items()},
         {own.target: LONG + 6},
         lengths={"words": own.words[order]} if case.condition == "not in time" else None,
-        conditioning=None if own.conditions is None else own.conditions.select(order),
+        conditioning=select(own.conditions, order),
         settings=GREEDY,
         allow_eos=True,
     )

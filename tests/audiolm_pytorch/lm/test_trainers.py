@@ -195,12 +195,12 @@ def test_resumed_run_equals_an_unbroken_one(tmp_path):
 
 def test_only_trailing_levels_are_dropped():
     """The first level is never dropped, and probability 0 drops nothing."""
-    conditioning = random_conditions(200, levels=4).codes
+    conditioning = random_conditions(200, levels=4)["codes"]
     masks = _drop_levels(conditioning, 1.0).mask.int()
     assert set(masks.sum(1).tolist()) == {1, 2, 3}
     assert (masks.diff(dim=1) <= 0).all() and masks[:, 0].all()
     assert _drop_levels(conditioning, 0.0).mask.all()
-    assert _drop_levels(random_conditions(5, levels=1).codes, 1.0).mask.all()
+    assert _drop_levels(random_conditions(5, levels=1)["codes"], 1.0).mask.all()
 
 
 def test_incompatible_arguments_raise_errors(tmp_path):

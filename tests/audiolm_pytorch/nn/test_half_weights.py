@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from audiolm_pytorch.audiolm import AudioLM
-from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
+from audiolm_pytorch.conditioning.tensors import ConditionTensor
 from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.nn import half_weights
 from audiolm_pytorch.nn.half_weights import with_half_weights
@@ -28,8 +28,8 @@ def test_half_weights_give_nearly_the_same_logits(packs: bool, options: dict, mo
     half = with_half_weights(stage)
     packed = stage.layout.pack({"semantic": torch.randint(0, 12, (2, 4, 1)), "coarse": torch.randint(0, 16, (2, 8, 2))})
     mask = torch.ones(2, 3, dtype=torch.bool)
-    text = ConditionTensor(torch.randn(2, 3, 6), mask) if "text_dim" in options else None
-    conditions = Conditions(ConditionTensor(torch.randn(2, 3, 8), mask), text)
+    conditions = {"text": ConditionTensor(torch.randn(2, 3, 6), mask)} if "text_dim" in options else {}
+    conditions["codes"] = ConditionTensor(torch.randn(2, 3, 8), mask)
     with torch.no_grad():
         hidden, near = (
             model.hidden(packed.ids, packed.input_mask, model.condition_tensors(conditions, 2))
@@ -49,7 +49,7 @@ def test_half_weights_decode_with_every_option(packs: bool, options: dict, monke
         monkeypatch.setattr(half_weights, "_can_pack", lambda: False)
     half = with_half_weights(tiny_stages(**options)["semantic"])
     text = ConditionTensor(torch.randn(2, 3, 6), torch.tensor([[True] * 3, [True, False, False]]))
-    conditions = Conditions(text=text) if "text_dim" in options else None
+    conditions = {"text": text} if "text_dim" in options else None
     for lengths in ([2, 2], [0, 2]):
         result = decode(
             half,
@@ -67,7 +67,7 @@ def test_half_weights_decode_nearly_the_same_tokens() -> None:
     stage = tiny_stages(**CONDITION)["semantic"].eval()
     for weight in stage.heads.parameters():
         weight.data.mul_(40)
-    conditions = Conditions(ConditionTensor(torch.randn(4, 3, 8), torch.ones(4, 3, dtype=torch.bool)))
+    conditions = {"codes": ConditionTensor.of(torch.randn(4, 3, 8))}
     settings = SamplingSettings(temperature=0, guidance_scale=1.5)
     result = [
         decode(model, {}, {"semantic": 8}, batch_size=4, conditioning=conditions, settings=settings).streams["semantic"]

@@ -6,7 +6,7 @@ import socket
 import pytest
 import torch
 
-from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
+from audiolm_pytorch.conditioning.tensors import ConditionTensor
 from audiolm_pytorch.lm.stages import SemanticTransformer
 from audiolm_pytorch.lm.token_model import TokenTransformer
 from audiolm_pytorch.nn.kv_cache import CachePositions
@@ -122,7 +122,7 @@ def test_conditions_are_dropped_per_item_in_training_only():
     packed = type(packed)(*(part.expand(64, -1, -1) for part in vars(packed).values()))
     seen = []
     model.condition_tensors, original = (
-        lambda c, b: seen.append(c.codes.mask.any(1)) or original(c, b),
+        lambda c, b: seen.append(c["codes"].mask.any(1)) or original(c, b),
         model.condition_tensors,
     )
     model.eval()(packed, conditioning)
@@ -134,13 +134,15 @@ def test_conditions_are_dropped_per_item_in_training_only():
 def test_masked_conditions_become_the_null_embedding():
     """Masked embeddings have no influence; an item without embeddings is unconditional."""
     model = model_of()
-    codes = random_conditions(2).codes
+    codes = random_conditions(2)["codes"]
     hidden = codes.without_trailing(torch.tensor([1, 0]))
     other = ConditionTensor(torch.where(hidden.mask[..., None], hidden.embeddings, torch.randn(2, 3, 8)), hidden.mask)
     torch.testing.assert_close(
-        model.condition_tensors(Conditions(hidden), 2).prefix, model.condition_tensors(Conditions(other), 2).prefix
+        model.condition_tensors({"codes": hidden}, 2).prefix, model.condition_tensors({"codes": other}, 2).prefix
     )
-    assert torch.equal(model.condition_tensors(Conditions(hidden), 2).prefix[1], model.null_embedding.expand(3, -1))
+    assert torch.equal(
+        model.condition_tensors({"codes": hidden}, 2).prefix[1], model.fuser.entries["codes"].null.expand(3, -1)
+    )
     assert model.condition_tensors(None, 2).prefix.shape == (2, model.null_tokens, 32)
 
 

@@ -19,7 +19,7 @@ from audiolm_pytorch.nn.transformer import ConditionTensors, Transformer
 from audiolm_pytorch.tokens.layout import TokenLayout
 from audiolm_pytorch.tokens.streams import Stream
 from tests.helpers.decoding import decode
-from tests.helpers.fakes import SIZES
+from tests.helpers.fakes import SIZES, select
 
 GREEDY = SamplingSettings(temperature=0)
 OPTIONS = [
@@ -55,7 +55,7 @@ def conditions_of(model: TokenTransformer, lengths: tuple[int, ...] = (4, 2, 0))
     if model.text_dim is not None:
         mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         parts["text"] = ConditionTensor(torch.randn(len(lengths), max(lengths), model.text_dim), mask)
-    return Conditions(**parts) if parts else None
+    return parts or None
 
 
 def inputs(batch: int) -> dict[str, Tensor]:
@@ -95,10 +95,10 @@ def test_logits_of_an_item_do_not_depend_on_its_batch(options: dict) -> None:
     conditions = conditions_of(model)
     both = model.hidden(packed.ids, packed.input_mask, model.condition_tensors(conditions, 3))
     for item, length in enumerate((4, 2, 0)):
-        one = None if conditions is None else conditions.select(torch.tensor([item]))
-        if one is not None and one.text is not None:
-            text = ConditionTensor(one.text.embeddings[:, : max(length, 1)], one.text.mask[:, : max(length, 1)])
-            one = Conditions(one.codes, text)
+        one = select(conditions, torch.tensor([item]))
+        if one is not None and "text" in one:
+            text = one["text"]
+            one["text"] = ConditionTensor(text.embeddings[:, : max(length, 1)], text.mask[:, : max(length, 1)])
         alone = model.hidden(
             packed.ids[item : item + 1], packed.input_mask[item : item + 1], model.condition_tensors(one, 1)
         )
@@ -116,7 +116,7 @@ def test_decoding_equals_a_loop_without_cache(options: dict) -> None:
     grid = model.layout.grid(inputs(2), {"a": 5}, 2)
     ids, mask = grid.packed.ids, grid.packed.input_mask
     everybody = torch.ones(2, dtype=torch.bool)
-    nothing = None if conditions is None else conditions.without_items(everybody)
+    nothing = {name: part.without_items(everybody) for name, part in (conditions or {}).items()}
     for row in range(1, ids.shape[1]):
         for item, column in grid.packed.loss_mask[:, row].nonzero().tolist():
             head = int(grid.head[item, row, column])
@@ -352,7 +352,7 @@ def test_nan_in_padding_reaches_no_weight(text_as: str) -> None:
     """Padding has no influence on the loss or on gradients; 0 times NaN would be NaN."""
     model = model_of(text_dim=6, text_as=text_as, cond_dim=8).train()
     conditions = conditions_of(model)
-    for part in conditions.parts.values():
+    for part in conditions.values():
         part.mask[1, 1:] = False
         part.embeddings[~part.mask] = float("nan")
     loss = model(model.layout.pack({**inputs(3), "a": torch.randint(0, 20, (3, 6, 2))}), conditions).loss
@@ -412,11 +412,9 @@ def test_invalid_options_raise_errors() -> None:
         with pytest.raises(ValueError, match="with m >= 1 and a bool mask"):
             ConditionTensor(torch.zeros(embeddings), mask)
     with pytest.raises(ValueError, match="does not accept text conditions"):
-        model_of().condition_tensors(Conditions(text=ConditionTensor(torch.randn(1, 2, 6), torch.ones(1, 2).bool())), 1)
+        model_of().condition_tensors({"text": ConditionTensor.of(torch.randn(1, 2, 6))}, 1)
     with pytest.raises(ValueError, match="text conditions of width 6, got 5"):
-        model_of(text_dim=6).condition_tensors(
-            Conditions(text=ConditionTensor(torch.randn(1, 2, 5), torch.ones(1, 2).bool())), 1
-        )
+        model_of(text_dim=6).condition_tensors({"text": ConditionTensor.of(torch.randn(1, 2, 5))}, 1)
 
 
 @pytest.mark.gpu

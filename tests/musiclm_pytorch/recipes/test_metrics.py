@@ -192,7 +192,7 @@ class FakeMusicLM:
         def __call__(self, batch_size, seconds, conditioning, seeds):
             assert set(conditioning) == {"semantic", "coarse", "fine"}
             assert len(set(seeds)) == batch_size
-            codes = conditioning["coarse"].codes.embeddings[:, 0].long()
+            codes = conditioning["coarse"]["codes"].embeddings[:, 0].long()
             words = [(list(PITCHES_HZ)[a], list(BEATS_HZ)[b]) for a, b in codes.tolist()]
             return torch.stack([played(*pair, torch.Generator().manual_seed(s)) for pair, s in zip(words, seeds)])
 

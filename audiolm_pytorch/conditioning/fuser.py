@@ -1,0 +1,138 @@
+"""The ways in which conditions enter a language model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from beartype import beartype
+from torch import Tensor, nn
+
+from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
+from audiolm_pytorch.nn.layers import RMSNorm
+from audiolm_pytorch.nn.transformer import INIT_STD, ConditionTensors
+
+__all__ = ["ConditionFuser", "ConditionSpec"]
+
+# Constructor arguments that add the conditions of every stage, for messages.
+_ARGUMENTS = {"codes": "audio_text_condition=True or a cond_dim", "text": "a text_dim"}
+
+
+@beartype
+@dataclass(frozen=True)
+class ConditionSpec:
+    """How a model uses one condition.
+
+    Attributes:
+        dim: Width of the embeddings.
+        way: `prepend` (in front of the rows), `cross` (cross-attention in every block) or `sum` (a single embedding is
+            added to every row; of several, embedding i is added to the row that predicts frame i).
+        null: Embedding that replaces a missing condition: `learned` or `zero`.
+        null_tokens: Number of null embeddings of an unconditional batch. Null embeddings then also replace masked
+            embeddings. None = masked embeddings are hidden, and an item without any has one null embedding.
+        drop_prob: Probability that training drops this condition alone, besides the `cond_drop_prob` of the model.
+    """
+
+    dim: int
+    way: Literal["prepend", "cross", "sum"] = "prepend"
+    null: Literal["learned", "zero"] = "learned"
+    null_tokens: int | None = None
+    drop_prob: float | int = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.dim < 1 or (self.null_tokens is not None and self.null_tokens < 1) or not 0 <= self.drop_prob <= 1:
+            raise ValueError(f"need dim >= 1, null_tokens >= 1 and 0 <= drop_prob <= 1, got {self}")
+
+
+class _Condition(nn.Module):
+    """Projection, norm and null embedding of one condition."""
+
+    def __init__(self, spec: ConditionSpec, dim: int) -> None:
+        super().__init__()
+        self.spec = spec
+        # The norm brings embeddings to the scale of token embeddings. Cross-attention does not normalise states.
+        scale = 1.0 if spec.way == "cross" else INIT_STD
+        self.projection = nn.Linear(spec.dim, dim, bias=False)
+        self.norm = RMSNorm(dim)
+        nn.init.constant_(self.norm.weight, scale)
+        if spec.null == "learned":
+            self.null = nn.Parameter(torch.randn(dim) * scale)
+        else:
+            self.register_buffer("null", torch.zeros(dim), persistent=False)
+
+    def forward(self, condition: ConditionTensor | None, batch: int) -> tuple[Tensor, Tensor]:
+        """Embeddings `[b, m, d]`, and a mask `[b, m]` that is False where they are hidden."""
+        weight = self.projection.weight
+        if condition is None:
+            nothing = torch.zeros(batch, self.spec.null_tokens or 1, self.spec.dim, device=weight.device)
+            condition = ConditionTensor(nothing, torch.zeros(nothing.shape[:2], dtype=torch.bool))
+        condition = condition.expand(batch)
+        mask = condition.mask.to(weight.device)
+        # NaN in padding would reach the gradients of the weights, because 0 * NaN is NaN.
+        embeddings = condition.embeddings.to(weight).masked_fill(~mask.unsqueeze(-1), 0)
+        embedded = torch.where(mask.unsqueeze(-1), self.norm(self.projection(embeddings)), self.null)
+        if self.spec.way == "sum" and mask.shape[1] > 1:  # rows after the last embedding receive the null embedding
+            embedded = torch.cat((embedded, self.null.expand(batch, 1, -1)), dim=1)
+        if self.spec.null_tokens is not None:
+            return embedded, torch.ones_like(mask)
+        is_first = torch.arange(mask.shape[1], device=mask.device) == 0
+        return embedded, mask | (is_first & ~mask.any(dim=1, keepdim=True))
+
+
+class ConditionFuser(nn.Module):
+    """Projects the conditions of a model and prepares their ways into its transformer.
+
+    Args:
+        specs: The conditions by name. Later conditions are prepended before earlier ones.
+        dim: Width d of the transformer.
+    """
+
+    def __init__(self, specs: dict[str, ConditionSpec], dim: int) -> None:
+        super().__init__()
+        self.specs = specs
+        self.entries = nn.ModuleDict({name: _Condition(spec, dim) for name, spec in specs.items()})
+
+    def forward(self, conditions: Conditions, batch: int) -> ConditionTensors:
+        """Prepare conditions of 1 or `batch` items; null embeddings replace those that are missing."""
+        self.check(conditions)
+        parts: dict[str, list[tuple[Tensor, Tensor]]] = {"prepend": [], "cross": [], "sum": []}
+        for name, entry in self.entries.items():
+            parts[self.specs[name].way].append(entry(conditions.get(name), batch))
+        prefix, padding = _padded_in_front(*_concatenated(parts["prepend"][::-1])) if parts["prepend"] else (None, None)
+        states, states_mask = _concatenated(parts["cross"]) if parts["cross"] else (None, None)
+        row_sums = _summed([embeddings for embeddings, _ in parts["sum"]]) if parts["sum"] else None
+        return ConditionTensors(prefix, padding, states, states_mask, row_sums)
+
+    def check(self, conditions: Conditions) -> None:
+        """Check names and widths of conditions."""
+        for name, condition in conditions.items():
+            if name not in self.specs:
+                needed = _ARGUMENTS.get(name, f"conditions={{'{name}': ConditionSpec(...)}}")
+                raise ValueError(f"this model does not accept {name} conditions; build it with {needed}")
+            width, needed_width = condition.embeddings.shape[-1], self.specs[name].dim
+            if width != needed_width:
+                raise ValueError(f"the model needs {name} conditions of width {needed_width}, got {width}")
+
+
+def _concatenated(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    embeddings, masks = zip(*parts)
+    return torch.cat(embeddings, dim=1), torch.cat(masks, dim=1)
+
+
+def _summed(parts: Sequence[Tensor]) -> Tensor:
+    """Sum of embeddings `[b, m_i, d]`, of which the shorter ones are extended by their last row."""
+    rows = torch.arange(max(part.shape[1] for part in parts), device=parts[0].device)
+    return torch.stack([part[:, rows.clamp(max=part.shape[1] - 1)] for part in parts]).sum(dim=0)
+
+
+def _padded_in_front(embeddings: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Move the padding of `embeddings [b, m, d]` to the front; also return its length per item (None = no padding).
+
+    The distance from an embedding to the rows after it must not depend on the length of other texts of the batch.
+    """
+    num_padding = (~mask).sum(dim=1)
+    if not num_padding.any():
+        return embeddings, None
+    order = mask.int().argsort(dim=1, stable=True)
+    return embeddings.gather(1, order.unsqueeze(-1).expand_as(embeddings)), num_padding
