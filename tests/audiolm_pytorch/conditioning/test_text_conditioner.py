@@ -182,8 +182,8 @@ def test_wrong_texts_raise_errors(encoder_folders):
     """Errors name the text and what is needed."""
     conditioner = TextConditioner(encoder_folders["t5"])
     for texts, match in (
-        ("", "index 0 of 1 is empty"),
-        (["drums", " \n"], "index 1 of 2 is empty"),
+        ("", "text 0 of 1 is empty"),
+        (["drums", " \n"], "text 1 of 2 is empty"),
         ([], "empty list"),
     ):
         with pytest.raises(ValueError, match=match):
