@@ -21,28 +21,29 @@ __all__ = ["AudioSpectrogramTransformer"]
 
 @register
 class AudioSpectrogramTransformer(nn.Module):
-    """One embedding per clip: the mean of a transformer's outputs over patches of a log spectrogram.
+    """Embeds clips: the mean of a transformer's outputs over patches of the log spectrogram.
 
-    AST (arXiv:2104.01778) as in MuLan (arXiv:2208.12415, sec. 3.1), for clips of any length. The time of a patch is
-    encoded by rotary positions, its band by a learned embedding, and the distance of two patches in time and frequency
-    by a learned bias of attention. Clips shorter than a patch are padded.
+    The architecture is AST (arXiv:2104.01778) as in MuLan (arXiv:2208.12415, sec. 3.1), but for clips of any length.
+    Rotary positions encode the time of a patch, a learned embedding its frequency band, and a learned attention bias
+    the distance of two patches in time and frequency. Clips shorter than a patch are padded.
 
-    By default the front end is MuLan's: 128 mel bands, windows of 25 ms every 10 ms. With `spec_n_fft` alone, it uses
-    the linear bins of that Fourier transform.
+    By default the front end is MuLan's: 128 mel bands, windows of 25 ms every 10 ms. If only `spec_n_fft` is set, the
+    front end uses the linear bins of that Fourier transform.
 
     Args:
-        patch_size: Bins and frames of a (square) patch.
+        patch_size: Side of a square patch, in bins and in frames.
         patch_stride: Bins and frames from one patch to the next (AST: 10); None = `patch_size`, no overlap.
-        num_mels: Mel bands; None = the linear bins of the Fourier transform; "auto" = see above.
-        spec_n_fft: Samples of the Fourier transform; None = 64 ms.
-        spec_win_length: Samples of the window; by default `spec_n_fft` if it is set, else 25 ms.
-        spec_hop_length: Samples per frame; None = 2/5 of the window, which is 10 ms for 25 ms.
+        num_mels: Mel bands; None = the linear bins of the Fourier transform; "auto" = 128, or None if only `spec_n_fft`
+            is set.
+        spec_n_fft: Length of the Fourier transform in samples; None = 64 ms.
+        spec_win_length: Length of the window in samples; None = `spec_n_fft` if it is set, else 25 ms.
+        spec_hop_length: Samples from one frame to the next; None = 2/5 of the window, which is 10 ms for 25 ms.
         spec_aug_stretch_factor: In training, the speed of each clip is drawn between this and its inverse; 1 = off.
             Captions that distinguish fast and slow need 1.
         spec_aug_freq_mask: In training, up to this fraction of the bins is masked; 0 = off.
         spec_aug_time_mask: In training, up to this fraction of the frames is masked; 0 = off.
         patch_dropout: Fraction of patches that are left out in training, which saves time (arXiv:2212.00794).
-        position_waves: Waves per head of the bias by distance (`WavePositionBias`); 0 = no bias.
+        position_waves: Number of waves per head in the attention bias (`WavePositionBias`); 0 = no bias.
     """
 
     @beartype
@@ -89,18 +90,18 @@ class AudioSpectrogramTransformer(nn.Module):
         self.encoder = TransformerEncoder(dim, depth, heads, dim_head, ff_mult, float(dropout), position_bias=bias)
 
     def forward(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Embed clips as `[b, dim]` float32, not normalised.
+        """Embed clips as `[b, dim]` float32, not of unit norm.
 
-        `wavs [b, n]` at `sample_hz` have values in about -1..1, and `lengths [b]` are samples in 1..n (None = all `n`).
-        In eval mode a row does not depend on the rest of the batch.
+        `wavs [b, n]` at `sample_hz` have values in about -1..1, and `lengths [b]` count the samples of each clip, 1..n
+        (None = all `n`). In eval mode the embedding of a clip does not depend on the other clips.
         """
         return self.embed_layers(wavs, lengths, layers=(self.depth,))[0]
 
     @beartype
     def embed_layers(self, wavs: Tensor, lengths: Tensor | None = None, *, layers: Sequence[int]) -> Tensor:
-        """Embed clips as means over the patches after some blocks, `[l, b, dim]` float32, not normalised.
+        """Embed clips as means over the patches after `layers` blocks, `[l, b, dim]` float32, not of unit norm.
 
-        Layers are numbers of blocks, 0..depth; `depth` is the normalised output.
+        Each of `layers` is a number of blocks in 0..depth; `depth` is the output after the final normalisation.
         """
         check_waves(wavs)
         if lengths is None:
@@ -113,11 +114,11 @@ class AudioSpectrogramTransformer(nn.Module):
         return pooled_layers(self.encoder, tokens, mask, layers, places)
 
     def _num_patches(self, size: int) -> int:
-        """Number of patches along one axis that cover `size` bins or frames; at least one."""
+        """Number of patches (at least one) that cover `size` bins or frames along one axis."""
         return 1 + max(0, math.ceil((size - self.patch_size) / self.patch_stride))
 
     def _patches(self, image: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens `[b, t, d]` of patches, their positions `[b, t, 2]` (time, frequency), and the mask `[b, t]`."""
+        """Patch embeddings `[b, t, d]`, positions `[b, t, 2]` (time, frequency), and mask `[b, t]` of real patches."""
         size, stride = self.patch_size, self.patch_stride
         num_columns = self._num_patches(image.shape[2])
         covered = [(count - 1) * stride + size for count in (num_columns, self.num_bands)]

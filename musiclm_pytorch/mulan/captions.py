@@ -29,9 +29,9 @@ _TEXT_STREAM = 0x776F7264
 
 @beartype
 def aspects_of(item: AudioItem) -> list[str]:
-    """The different aspects of an item, such as "slow tempo" or "piano": its labels `aspects` and `aspect_list`.
+    """Different aspects of an item, such as "slow tempo" or "piano", from its labels `aspects` and `aspect_list`.
 
-    A label is a list of texts, or one text for `parse_aspects`.
+    Each label is a list of texts, or one text that `parse_aspects` splits.
     """
     aspects: list[str] = []
     for name in _ASPECT_LABELS:
@@ -45,7 +45,7 @@ def aspects_of(item: AudioItem) -> list[str]:
 
 @beartype
 def texts_of(item: AudioItem) -> list[str]:
-    """The captions of an item; without captions, all its aspects in one text; without aspects, an empty list."""
+    """Captions of an item; without captions, all its aspects in one text; without aspects, an empty list."""
     return captions_of(item) or texts_in(", ".join(aspects_of(item)))
 
 
@@ -58,7 +58,7 @@ def parse_aspects(text: str) -> list[str]:
     """
     text = text.strip()
     if len(text) > _MAX_ASPECT_CHARACTERS:
-        raise ValueError(f"an aspect list of {len(text)} characters; the limit is {_MAX_ASPECT_CHARACTERS}")
+        raise ValueError(f"a text of {len(text)} characters, but the limit is {_MAX_ASPECT_CHARACTERS}")
     aspects = _list_entries(text) if text.startswith("[") else text.split(",")
     if not all(isinstance(aspect, str) and is_encodable(aspect) for aspect in aspects):
         raise ValueError(f"not a list of texts: {ascii(text)[:100]}; write ['slow tempo', 'piano']")
@@ -66,7 +66,7 @@ def parse_aspects(text: str) -> list[str]:
 
 
 def _list_entries(text: str) -> list[Any]:
-    """Entries of a list in JSON or Python syntax; [None] for other texts."""
+    """Entries of a list in JSON or Python syntax; `[None]` if the text has neither syntax."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -84,7 +84,7 @@ def _list_entries(text: str) -> list[Any]:
 @beartype
 @dataclass(frozen=True, kw_only=True)
 class CaptionSampler:
-    """Selects the texts of a clip for an epoch: a pure function of the seed, the epoch and the index of the clip.
+    """Selects the texts of a clip for an epoch, depending only on the seed, the epoch and the index of the clip.
 
     Each text is either a caption or a list of aspects:
 
@@ -111,7 +111,7 @@ class CaptionSampler:
             )
 
     def sample(self, item: AudioItem, epoch: int, index: int) -> list[str]:
-        """Up to `captions_per_clip` different texts of a clip; none if it has neither captions nor aspects.
+        """Select up to `captions_per_clip` different texts of a clip; none if it has neither captions nor aspects.
 
         `epoch` is the pass over the data and `index` the place of the clip in the data, both from 0.
         """
@@ -130,13 +130,13 @@ class CaptionSampler:
 
 
 def _random_aspects(aspects: list[str], rng: np.random.Generator) -> str:
-    """At least one of the aspects, in random order."""
+    """Select a random subset of the aspects (at least one) in random order."""
     count = int(rng.integers(1, len(aspects) + 1))
     return ", ".join(aspects[place] for place in rng.permutation(len(aspects))[:count])
 
 
 def _shortened(caption: str, dropout: float, rng: np.random.Generator) -> str:
-    """A caption without some of its parts. A part whose successors are left out ends like the last of them."""
+    """Leave out some parts of a caption; the punctuation at its end stays."""
     parts = _BETWEEN_PARTS.split(caption.strip()) if dropout > 0 else []
     if len(parts) < 2:
         return caption

@@ -1,4 +1,4 @@
-"""CLAP models of transformers (arXiv:2211.06687) as a joint embedding: deterministic, for audio of any length."""
+"""CLAP models (arXiv:2211.06687) of the transformers library as a deterministic joint embedding of long audio."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,9 +46,9 @@ class ClapSpectrogram:
     """Log-mel spectrograms (dB) of clips of up to `num_samples`, as computed by transformers' `ClapFeatureExtractor`.
 
     A shorter clip is repeated a whole number of times and padded with zeros. The extractor's random crops of longer
-    clips are not supported, since one sound must have one embedding.
+    clips are not supported, since a clip must always have the same embedding.
 
-    Entries that `preprocessor_config.json` lacks have the defaults of the extractor.
+    Settings that `preprocessor_config.json` lacks have the defaults of the extractor.
     """
 
     def __init__(self, preprocessor: dict[str, Any]) -> None:
@@ -88,7 +88,7 @@ class ClapSpectrogram:
         return torch.cat([self._log_mel(part) for part in wave.split(_CLIPS_PER_CHUNK)])
 
     def _log_mel(self, wave: Tensor) -> Tensor:
-        """Spectrograms `[b, f, m]` of waves of full length, computed in float64 if the device has it."""
+        """Compute spectrograms `[b, f, m]` of waves of `num_samples`, in float64 if the device supports it."""
         wide = torch.float32 if wave.device.type == "mps" else torch.float64
         n_fft, hop = self.settings["fft_window_size"], self.settings["hop_length"]
         window = torch.hann_window(n_fft, dtype=wide, device=wave.device)
@@ -100,14 +100,14 @@ class ClapSpectrogram:
 
 @register
 class ClapMuLaN(JointEmbedding):
-    """CLAP as a joint embedding: frozen, always in eval mode, float32 unless moved.
+    """CLAP as a joint embedding: frozen and always in eval mode; its weights are float32.
 
     A clip longer than `window_seconds` is embedded as the mean over windows at fixed positions. Models that were
     trained to fuse crops of long audio (laion/clap-htsat-fused) can be loaded; their fusion is not used.
 
     Args:
         source: Folder in transformers' format, hub id, or a loaded model, which is not copied.
-        tokenizer: None = the one in `source`.
+        tokenizer: Tokenizer of the texts; None = the tokenizer in `source`.
         offline: Whether to use only local folders and the local cache of the hub.
         cache_dir: None = Hugging Face's own cache.
     """
@@ -156,7 +156,7 @@ class ClapMuLaN(JointEmbedding):
         revision: str | None = None,
         cache_dir: str | Path | None = None,
     ) -> "ClapMuLaN":
-        """Load a CLAP from a folder of `save_module`, a folder in transformers' format, or the hub."""
+        """Load a CLAP model from a folder of `save_module`, a folder in transformers' format, or the hub."""
         folder, _ = hub.find_folder(source, offline=offline, revision=revision, cache_dir=cache_dir)
         config_file = folder / "config.json"
         if config_file.is_file() and "class" in read_json(config_file):
@@ -165,7 +165,7 @@ class ClapMuLaN(JointEmbedding):
 
     @property
     def config(self) -> dict[str, Any]:
-        """Description of model and tokenizer from which `from_config` rebuilds the model, JSON-able."""
+        """JSON-able description of the model and its tokenizer, for `from_config`."""
         return {
             "model": hub.model_settings(self.model),
             "tokenizer": self._text.tokenizer.to_json(),
@@ -176,7 +176,7 @@ class ClapMuLaN(JointEmbedding):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "ClapMuLaN":
-        """Build from `config`, with new weights."""
+        """Build a model with random weights from `config`."""
         transformers = hub.require_transformers()
         model = transformers.ClapModel(transformers.ClapConfig.from_dict(dict(config["model"])))
         loaded = LoadedModel(model, preprocessor=config["preprocessor"], **config["origin"])
@@ -184,7 +184,7 @@ class ClapMuLaN(JointEmbedding):
         return cls(loaded, tokenizer=tokenizer, **config["options"])
 
     def fingerprint(self) -> str:
-        """Hash of everything that embeddings depend on; equal on every device and for every file of the same model."""
+        """Hash of weights and settings that embeddings depend on; equal on every device and for every copy."""
         parts = (self.model.config.text_config, _TEXT_SETTINGS), (self.model.config.audio_config, _AUDIO_SETTINGS)
         settings = [[getattr(part, name, None) for name in names] for part, names in parts]
         windows = [self.window_seconds, self.window_stride_seconds, self._text.max_tokens]
@@ -192,17 +192,17 @@ class ClapMuLaN(JointEmbedding):
         return nameless_fingerprint(self.model, facts)
 
     def train(self, mode: bool = True) -> "ClapMuLaN":
-        """Stay in eval mode; in training mode, norms would use the statistics of the batch."""
+        """Stay in eval mode, since in training mode the normalisation layers use statistics of the batch."""
         return super().train(False)
 
     @beartype
     def tokenize(self, texts: str | Sequence[str] | Tensor) -> Tensor:
-        """Return the ids `[b, t]` int64 of texts, special tokens included, -1 past the end; ids are only checked."""
+        """Return the ids `[b, t]` int64 of texts, with special tokens, -1 past the end. Ids are only checked."""
         return self._text.tokenize(texts)
 
     @torch.no_grad()
     def get_audio_latents(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Embed clips; longer ones than a window are the mean over their windows. See `JointEmbedding`."""
+        """Embed clips (see `JointEmbedding`); a clip longer than a window is embedded as the mean over its windows."""
         check_waves(wavs, lengths, device_of(self.model))
         latents = torch.empty(len(wavs), self.dim_latent, device=wavs.device)
         spectrograms, short_rows = [], []
@@ -218,7 +218,7 @@ class ClapMuLaN(JointEmbedding):
         return latents
 
     def _embed(self, spectrograms: Tensor) -> Tensor:
-        """Latents `[b, d]` of spectrograms `[b, f, m]`."""
+        """Compute latents `[b, d]` of spectrograms `[b, f, m]`."""
         features = rearrange(spectrograms, "b f m -> b 1 f m").to(next(self.model.parameters()).dtype)
         # Input of models that fuse: no clip is a crop of a longer one.
         is_longer = torch.zeros(len(spectrograms), 1, dtype=torch.bool, device=spectrograms.device)

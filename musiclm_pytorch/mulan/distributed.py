@@ -1,4 +1,4 @@
-"""The batch of all processes: rows are gathered so that gradients reach the process that they belong to."""
+"""Gathering of the batch of all processes; in backward, each process receives the gradients of its rows."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def own_rank() -> int:
 
 
 def gather_counts(*parts: Tensor) -> list[list[int]]:
-    """Count the rows of each of the tensors `[b, ...]` on every process."""
+    """Count the rows of each tensor `[b, ...]` on every process."""
     counts = torch.tensor([len(part) for part in parts], device=parts[0].device)
     if not _has_other_processes():
         return [[count] for count in counts.tolist()]
@@ -48,5 +48,5 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_batch(rows: Tensor, counts: list[int]) -> Tensor:
-    """Concatenate the rows `[b, ...]` of all processes, of which each has another of the `counts`; differentiable."""
+    """Concatenate the rows `[b, ...]` of all processes, which may have different `counts` of rows; differentiable."""
     return _GatherRows.apply(rows, counts) if _has_other_processes() else rows

@@ -1,4 +1,4 @@
-"""Evaluation of a joint embedding on held-out clips: retrieval both ways, zero-shot tags, attributes of top clips."""
+"""Evaluation of a joint embedding on held-out clips: retrieval, zero-shot tagging, attributes of the top clips."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -39,10 +39,10 @@ class EmbeddedClips:
     """Similarities of clips with captions and with the prompts of their labels.
 
     Attributes:
-        texts: The t different captions; the prompts of the first label if the clips have no captions.
+        texts: The t different captions, or the prompts of the first label if the clips have no captions.
         similarities: `[t, c]` cosines of texts and clips.
         relevant: `[t, c]` bool, whether a text describes a clip.
-        prompted: `[c, classes]` cosines of clips with the prompts of each of the tests.
+        prompted: For each of `tests`, the cosines `[c, classes]` of clips and its prompts.
     """
 
     texts: list[str]
@@ -55,9 +55,9 @@ class EmbeddedClips:
 
 @beartype
 def held_out_items(data: str | Path, limit: int | None = None, seed: int = 0) -> list[AudioItem]:
-    """Load the clips to measure, at most `limit` random ones, in the order of their manifest.
+    """Load the clips for evaluation (at most `limit` random ones) in the order of their manifest.
 
-    `data` is a folder with a `valid.jsonl`, which is used then, or any other source of `load_items`.
+    `data` is any source of `load_items`; of a folder with a `valid.jsonl`, only that file is read.
     """
     data = Path(data)
     if limit is not None and limit < 2:
@@ -83,7 +83,7 @@ def embed_clips(
     if not are_captions:
         if not tests:
             raise ValueError(
-                f"{len(items)} clips have neither two different captions nor a label of a few values; use a manifest "
+                f"{len(items)} clips have neither two different captions nor a label with few values; use a manifest "
                 "with 'caption', or with a label such as 'instrument'"
             )
         texts = list(tests[0].prompts)
@@ -103,7 +103,7 @@ def embed_clips(
 @torch.no_grad()
 @beartype
 def zero_shot_similarities(mulan: JointEmbedding, audio_latents: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Cosines `[n, classes]` of clips (`[n, d]` latents of unit norm) with prompts."""
+    """Cosines `[n, classes]` of clips (`[n, d]` latents of unit norm) and text prompts."""
     texts = mulan.get_text_latents(list(prompts))
     return audio_latents.float() @ texts.float().to(audio_latents.device).T
 
@@ -125,7 +125,7 @@ def _embed_audio(mulan: JointEmbedding, items: Sequence[AudioItem]) -> Tensor:
 
 @beartype
 def joint_embedding_metrics(clips: EmbeddedClips) -> list[Metric]:
-    """`retrieval / ...` in both directions, `tagging / LABEL / ...` and `top clip / LABEL / ...`."""
+    """Compute metrics `retrieval / ...` in both directions, `tagging / LABEL / ...` and `top clip / LABEL / ...`."""
     described = clips.relevant.any(dim=0)
     text_to_audio = retrieval(clips.similarities, clips.relevant)
     audio_to_text = retrieval(clips.similarities.T[described], clips.relevant.T[described])
@@ -139,7 +139,7 @@ def joint_embedding_metrics(clips: EmbeddedClips) -> list[Metric]:
 
 @beartype
 def text_classes(truth: Tensor, relevant: Tensor) -> Tensor:
-    """Class `[t]` of the clips that each text describes; -1 if they have different classes or one is unknown.
+    """Class `[t]` of the clips that each text describes; -1 if these clips have different or unknown classes.
 
     `truth [c]` is the class of each clip, -1 if unknown. `relevant [t, c]` marks the clips of a text.
     """
@@ -150,11 +150,11 @@ def text_classes(truth: Tensor, relevant: Tensor) -> Tensor:
 
 @beartype
 def top_clip_metrics(name: str, similarities: Tensor, relevant: Tensor, tests: Sequence[TagTest]) -> list[Metric]:
-    """Balanced accuracy of each attribute of the clip that is nearest to a caption.
+    """Measure the balanced accuracy of each attribute of the clip that is nearest to a caption.
 
-    The right class is that of the clips which the caption describes. Captions without a single class are left out, and
-    so are labels with fewer than two classes. Chance is that of a random clip. `similarities` and `relevant` are
-    `[t, c]`, captions by clips.
+    The right class is the class of the clips that the caption describes. Captions whose clips have no common class are
+    left out, and so are labels with fewer than two classes. Chance is the result of selecting a random clip.
+    `similarities` and `relevant` are `[t, c]`, captions by clips.
     """
     top = similarities.argmax(dim=1)
     metrics = []
@@ -174,7 +174,7 @@ def top_clip_metrics(name: str, similarities: Tensor, relevant: Tensor, tests: S
 
 @beartype
 def ordered_similarities(clips: EmbeddedClips, label: str | None = None) -> tuple[Tensor, list[str], list[str]]:
-    """Order texts and clips by a label, by default the first of `tests`, so that right pairs are near the diagonal.
+    """Order texts and clips by a label, by default the first of `tests`, so that matching pairs are near the diagonal.
 
     Without labels the order of the manifest is kept.
 

@@ -22,12 +22,12 @@ _RECALL_AT = (1, 5, 10)
 
 
 class HeldOutClips:
-    """Held-out clips with their first captions and labels.
+    """Measures a joint embedding on the first captions and the labels of held-out clips.
 
     Args:
-        dataset: Their crops; each item has a caption, or aspects.
+        dataset: Crops of the held-out clips; each item has a caption or aspects.
         labels: Labels for zero-shot tagging; None = those that look like tags (see `tag_tests`).
-        max_batch: Clips or captions that are embedded at a time.
+        max_batch: Number of clips, or of captions, that are embedded in one batch.
     """
 
     @beartype
@@ -39,7 +39,7 @@ class HeldOutClips:
 
     @cached_property
     def chance(self) -> dict[str, float]:
-        """Each metric of `measure` for a model that guesses."""
+        """The value of each metric of `measure` for a model that guesses."""
         directions = self._retrieval(torch.zeros(self._describes.shape))
         chance = {"map": directions[""].chance_precision(), "audio_map": directions["audio_"].chance_precision()}
         for prefix, direction in directions.items():
@@ -51,11 +51,11 @@ class HeldOutClips:
     @torch.no_grad()
     @beartype
     def measure(self, mulan: JointEmbedding) -> dict[str, float]:
-        """Compute the metrics of a model in eval mode.
+        """Measure a model in eval mode.
 
         Returns:
-            `recall_at_<k>` and `map` (mean average precision) of text to audio; the same with the prefix `audio_` of
-            audio to text; for each label `<label>_auc` (area under the ROC curve, mean over values) and
+            `recall_at_<k>` and `map` (mean average precision) of retrieval of audio by text, and with the prefix
+            `audio_` of text by audio; for each label `<label>_auc` (area under the ROC curve, mean over values) and
             `<label>_accuracy` (balanced).
         """
         audio = self._audio_latents(mulan)
@@ -85,7 +85,7 @@ class HeldOutClips:
         return torch.cat(latents)
 
     def _retrieval(self, similarities: Tensor) -> dict[str, Retrieval]:
-        """Retrieval of audio by text ("") and of text by audio ("audio_") by similarities `[captions, clips]`."""
+        """Rank clips for each caption ("") and captions for each clip ("audio_"), by `[captions, clips]`."""
         describes = self._describes.to(similarities.device)
         # One query for each pair of clip and caption, as in the literature.
         caption_of_clip = describes.long().argmax(dim=0)
@@ -96,7 +96,7 @@ class HeldOutClips:
 
 
 def _select_tests(tests: Sequence[TagTest], labels: Sequence[str] | None) -> list[TagTest]:
-    """The tests of some labels; None = all tests."""
+    """Select the tests of some labels; all tests if `labels` is None."""
     by_label = {test.label: test for test in tests}
     unknown = sorted(set(labels or ()) - set(by_label))
     if unknown:

@@ -18,8 +18,8 @@ class JointEmbedding(nn.Module, ABC):
     """Audio and text in one space of unit vectors; the base of `MuLaN` and of pretrained models.
 
     Args:
-        window_seconds: Longer audio is embedded in windows (MusicLM, arXiv:2301.11325, sec. 3.2: 10 s); a whole number
-            of samples.
+        window_seconds: Length of the windows in which longer audio is embedded, a whole number of samples; 10 s in
+            MusicLM (arXiv:2301.11325, sec. 3.2).
         window_stride_seconds: Time between the starts of two windows; 1 s in MusicLM.
     """
 
@@ -47,19 +47,19 @@ class JointEmbedding(nn.Module, ABC):
     def get_audio_latents(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Embed clips `[b, n]` at `sample_hz` without windows, as `[b, dim_latent]` float32 of unit norm.
 
-        `lengths [b]` are samples in 1..n; None = all `n`.
+        `lengths [b]` count the samples of each clip, 1..n; None = all `n`.
         """
 
     @abstractmethod
     def get_text_latents(self, texts: str | Sequence[str] | Tensor) -> Tensor:
-        """Embed one text, several, or ids `[b, t]` (-1 past the end of a text), as `[b, dim_latent]` of unit norm.
+        """Embed one text, several texts, or token ids `[b, t]` (-1 past the end), as `[b, dim_latent]` of unit norm.
 
         An empty text raises a ValueError.
         """
 
     @beartype
     def window_latents(self, wav: Tensor, *, max_batch: int = 32) -> Tensor:
-        """Embed every window of one recording `[n]` as `[w, dim_latent]` float32, unit norm; `max_batch` at a time.
+        """Embed every window of one recording `[n]` as `[w, dim_latent]` of unit norm, `max_batch` windows at a time.
 
         A recording shorter than a window is one window. Audio after the last full window is left out.
         """
@@ -72,7 +72,7 @@ class JointEmbedding(nn.Module, ABC):
 
     @beartype
     def get_long_audio_latents(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Embed recordings of any length, as the average over their windows; otherwise like `get_audio_latents`."""
+        """Embed recordings of any length as the average over their windows; arguments as in `get_audio_latents`."""
         if wavs.ndim != 2:
             raise ValueError(f"wavs must be recordings [b, n], got {tuple(wavs.shape)}")
         if wavs.shape[1] <= self.window_samples:
@@ -82,5 +82,5 @@ class JointEmbedding(nn.Module, ABC):
 
 
 def average_latents(latents: Tensor) -> Tensor:
-    """Average of unit vectors `[..., w, d]` over windows, normalised again: `[..., d]`."""
+    """Average unit vectors `[..., w, d]` over windows, and normalise the result `[..., d]`."""
     return F.normalize(latents.mean(dim=-2), dim=-1)

@@ -1,4 +1,4 @@
-"""Embeddings of the layers of a tower: mean pooling, and the contrast of inner layers."""
+"""Embeddings from inner layers of the towers: mean pooling, and their contrastive losses."""
 
 import copy
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ __all__ = ["LayerContrast", "LayerHeads", "pooled_layers", "token_means"]
 
 
 def token_means(states: Sequence[Tensor], mask: Tensor) -> Tensor:
-    """Mean over the real tokens: `l` states `[b, t, d]` and mask `[b, t]` bool -> `[l, b, d]` float32."""
+    """Average each of `l` states `[b, t, d]` over the real tokens (mask `[b, t]` bool); returns `[l, b, d]` float32."""
     count = mask.sum(dim=1, keepdim=True)
     real = rearrange(mask, "b t -> b t 1")
     return torch.stack([reduce(state.float() * real, "b t d -> b d", "sum") / count for state in states])
@@ -25,9 +25,10 @@ def token_means(states: Sequence[Tensor], mask: Tensor) -> Tensor:
 def pooled_layers(
     encoder: TransformerEncoder, tokens: Tensor, mask: Tensor, layers: Sequence[int], positions: Tensor | None = None
 ) -> Tensor:
-    """Encode tokens `[b, t, d]` and return the means `[l, b, d]` float32 of the hidden states after some blocks.
+    """Encode tokens `[b, t, d]` and return the means `[l, b, d]` float32 of the hidden states after `layers` blocks.
 
-    Layers are numbers of blocks, 0..depth; `depth` is the normalised output. The mask `[b, t]` marks real tokens.
+    Each of `layers` is in 0..depth; `depth` is the output after the final normalisation. The mask `[b, t]` marks real
+    tokens.
     """
     states = encoder.hidden_states(
         tokens,
@@ -41,7 +42,7 @@ def pooled_layers(
 @beartype
 @dataclass(frozen=True)
 class LayerContrast:
-    """Contrast of layers inside the towers, beside the contrast of their outputs (ViCHA, arXiv:2208.13628).
+    """Settings of contrastive losses between inner layers of both towers (ViCHA, arXiv:2208.13628).
 
     Attributes:
         layers: Pairs (blocks of the audio tower, blocks of the text tower); 0 = the input of the first block.
@@ -57,17 +58,17 @@ class LayerContrast:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Constructor arguments, JSON-able."""
+        """JSON-able constructor arguments."""
         return {"layers": [list(pair) for pair in self.layers], "weight": self.weight}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "LayerContrast":
-        """Build from `config`."""
+        """Build the settings from `config`."""
         return cls(**{**config, "layers": tuple((audio, text) for audio, text in config["layers"])})
 
 
 class LayerHeads(nn.Module):
-    """For every pair of layers, projections of both to a common space, and a copy of the loss of the outputs.
+    """Projections of each pair of layers to a common space, and a contrastive loss for each pair.
 
     Each of `layers` and `dims` is a pair of (audio tower, text tower).
     """

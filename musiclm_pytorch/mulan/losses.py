@@ -22,7 +22,7 @@ class _Pairs(NamedTuple):
     """All pairs of the `b` clips and `k` texts of all processes.
 
     Attributes:
-        similarities: `[b, k]` over the temperature.
+        similarities: `[b, k]` cosines divided by the temperature.
         clip_index: `[k]` int64, the row of the clip that a text describes.
         contrast: `[b, k]` bool, True where the text differs from every text of the clip.
     """
@@ -33,12 +33,12 @@ class _Pairs(NamedTuple):
 
 
 class ContrastiveLoss(nn.Module, ABC):
-    """A learned temperature, and the similarities of all pairs of the global batch.
+    """Base class of the losses: a learned temperature, and the similarities of all pairs in the global batch.
 
-    Every process computes the loss of the batch of all processes, so that either all or none must call it. Gradients of
-    gathered latents are summed over processes, and data parallelism averages the gradients of parameters. Together this
-    equals the gradient of one process for the whole batch. The temperature has the bounds `min_temperature` and its
-    inverse.
+    Every process computes the loss of the batch of all processes, so that all processes must call it together.
+    Gradients of gathered latents are summed over processes, and data parallelism averages the gradients of parameters.
+    The result equals the gradient of one process for the whole batch. The temperature has the bounds `min_temperature`
+    and its inverse.
     """
 
     @beartype
@@ -54,7 +54,7 @@ class ContrastiveLoss(nn.Module, ABC):
 
     @property
     def temperature(self) -> Tensor:
-        """The current temperature, a scalar in [min_temperature, 1 / min_temperature]."""
+        """Current temperature, a scalar in [min_temperature, 1 / min_temperature]."""
         bound = abs(math.log(self.min_temperature))
         bounded = self.log_temperature.clamp(-bound, bound)
         # The gradient ignores the bounds, so that the temperature can leave them again.
@@ -68,15 +68,15 @@ class ContrastiveLoss(nn.Module, ABC):
         captions: Tensor | None = None,
         clip_index: Tensor | None = None,
     ) -> Tensor:
-        """Loss (nats) of clips and the texts that describe them, the same scalar on every process.
+        """Compute the loss (nats) of clips and the texts that describe them, a scalar that is equal on all processes.
 
-        All texts of a clip are its matches. A text of another clip that equals one of them is neither match nor
-        contrast. The latents `[b, d]` and `[k, d]` have unit norm.
+        All texts of a clip match it. A pair of a clip and a text of another clip is ignored if the clip has an equal
+        text. The latents `[b, d]` and `[k, d]` have unit norm.
 
         Args:
-            captions: `[k]` integers, equal where two texts are the same. None = all differ.
+            captions: `[k]` integers that are equal for equal texts. None = all texts differ.
             clip_index: `[k]` integers, the row in `audio_latents` that a text describes; every row needs at least one.
-                None = one text a clip, in the same order.
+                None = one text per clip, in the same order.
         """
         clip_index = _checked_clip_index(audio_latents, text_latents, captions, clip_index)
         with torch.autocast(device_type=audio_latents.device.type, enabled=False):
@@ -84,17 +84,17 @@ class ContrastiveLoss(nn.Module, ABC):
 
     @abstractmethod
     def chance(self, num_clips: int, texts_per_clip: float) -> float:
-        """Loss (nats) of latents that are all equal, for a batch of different texts; 0 for one clip."""
+        """Loss (nats) if all latents are equal, for a batch of different texts; 0 for one clip."""
 
     @abstractmethod
     def _loss(self, pairs: _Pairs) -> Tensor:
-        """The loss of similarities of at least float32."""
+        """Compute the loss from similarities, which are at least float32."""
 
     def _pairs(self, audio: Tensor, text: Tensor, captions: Tensor | None, clip_index: Tensor) -> _Pairs:
         """Gather the batch of all processes, and mark the contrasts."""
         clips, texts = gather_counts(audio, text)
         if sum(clips) == 0:
-            raise ValueError("a batch without clips has no loss")
+            raise ValueError("the batch has no clips; the loss needs at least one")
         # Half precision becomes float32; float64 stays.
         audio, text = (part if part.dtype == torch.float64 else part.float() for part in (audio, text))
         audio, text = gather_batch(audio, clips), gather_batch(text, texts)
@@ -114,13 +114,13 @@ class ContrastiveLoss(nn.Module, ABC):
 class SoftmaxContrastiveLearning(ContrastiveLoss):
     """Cross entropy over the batch in both directions (MuLan, arXiv:2208.12415, sec. 3.4).
 
-    Audio to text classifies each text of a clip among the texts of other clips, and averages over the texts of a clip,
-    then over clips; the other texts of the clip are no contrasts. Text to audio classifies the clip of each text, and
-    averages over texts. The loss is the mean of both directions.
+    The audio-to-text loss classifies each text of a clip among the texts of other clips; it is averaged over the texts
+    of a clip, then over clips. The text-to-audio loss classifies the clip of each text; it is averaged over texts. The
+    loss is the mean of both directions.
 
     Args:
-        decoupled: Leave the match out of the denominator (arXiv:2110.06848, eq. 5), which helps small batches. Items
-            without any contrast then count 0.
+        decoupled: Whether to leave the matching pair out of the denominator (arXiv:2110.06848, eq. 5), which helps
+            small batches. The loss of an item without contrasts is then 0.
     """
 
     @beartype
@@ -132,7 +132,7 @@ class SoftmaxContrastiveLearning(ContrastiveLoss):
         self.decoupled = decoupled
 
     def chance(self, num_clips: int, texts_per_clip: float) -> float:
-        """Loss (nats) of latents that are all equal: `ln num_clips` with one text a clip."""
+        """Loss (nats) if all latents are equal; with one text per clip this is `ln num_clips`."""
         if num_clips < 2:
             return 0.0
         match, other_clips = 0 if self.decoupled else 1, num_clips - 1
@@ -149,7 +149,7 @@ class SoftmaxContrastiveLearning(ContrastiveLoss):
         return ((to_text / texts_of_clip).sum() / num_clips + to_audio.mean()) / 2
 
     def _cross_entropy(self, excess: Tensor, has_contrast: Tensor) -> Tensor:
-        """Negative log-probability of matches, from the log-sum of their contrasts minus the match `[k]`."""
+        """Negative log-probability of matches, from the log-sum-exp of their contrasts minus the match `[k]`."""
         if self.decoupled:
             return excess.where(has_contrast, 0.0)
         return -F.logsigmoid(-excess)
@@ -174,7 +174,7 @@ class SigmoidContrastiveLearning(ContrastiveLoss):
         self.bias = nn.Parameter(torch.tensor(init_bias))
 
     def chance(self, num_clips: int, texts_per_clip: float) -> float:
-        """Loss (nats) of latents that are all equal, with the best bias."""
+        """Loss (nats) if all latents are equal and the bias is optimal."""
         if num_clips < 2:
             return 0.0
         contrasts = texts_per_clip * (num_clips - 1)
@@ -190,25 +190,25 @@ class SigmoidContrastiveLearning(ContrastiveLoss):
 
 
 def _checked_clip_index(audio: Tensor, text: Tensor, captions: Tensor | None, clip_index: Tensor | None) -> Tensor:
-    """`clip_index [k]` int64 on the device of the latents, or ValueError."""
+    """Check the shapes, and return `clip_index [k]` int64 on the device of the latents."""
     if audio.ndim != 2 or text.ndim != 2 or audio.shape[1] != text.shape[1]:
         raise ValueError(
             f"audio and text latents must be [b, d] and [k, d], got {tuple(audio.shape)} and {tuple(text.shape)}"
         )
     if captions is not None and captions.shape != text.shape[:1]:
-        raise ValueError(f"captions must be [{len(text)}] numbers, one a text, got {tuple(captions.shape)}")
+        raise ValueError(f"captions must be [{len(text)}] numbers, one per text, got {tuple(captions.shape)}")
     if clip_index is None:
         if len(audio) != len(text):
             raise ValueError(
-                f"got {len(audio)} clips and {len(text)} texts, need one text a clip; "
-                "with several, pass clip_index, the row of the clip that each text describes"
+                f"got {len(audio)} clips and {len(text)} texts, need one text per clip; "
+                "with several texts per clip, pass clip_index, the row of the clip that each text describes"
             )
         return torch.arange(len(text), device=audio.device)
     if clip_index.shape != text.shape[:1] or clip_index.is_floating_point():
         raise ValueError(f"clip_index must be [{len(text)}] integers, got {clip_index.dtype} {tuple(clip_index.shape)}")
     if sorted(set(clip_index.tolist())) != list(range(len(audio))):
         raise ValueError(
-            f"clip_index must name rows 0..{len(audio) - 1}, each at least once, since every clip needs a text; "
+            f"clip_index must contain each of 0..{len(audio) - 1} at least once, since every clip needs a text; "
             f"got {clip_index.tolist()}"
         )
     return clip_index.to(audio.device, torch.int64)

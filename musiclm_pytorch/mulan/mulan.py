@@ -1,4 +1,4 @@
-"""MuLaN: a joint embedding of audio and text, trained by contrast."""
+"""MuLaN: a joint embedding of audio and text, trained with a contrastive loss."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ class MuLaN(JointEmbedding):
 
     Args:
         loss: Called as `loss(audio_latents, text_latents, captions, clip_index)`. None = `SoftmaxContrastiveLearning`.
-        layer_contrast: Contrast of inner layers of the towers in training.
+        layer_contrast: Contrastive losses between inner layers of the towers; None = only the outputs are trained.
     """
 
     @beartype
@@ -58,13 +58,13 @@ class MuLaN(JointEmbedding):
         layers = () if layer_contrast is None else layer_contrast.layers
         if any(pair[0] > audio_transformer.depth or pair[1] > text_transformer.depth for pair in layers):
             depths = f"{audio_transformer.depth} and {text_transformer.depth}"
-            raise ValueError(f"layer_contrast names layers {layers}, the towers for audio and text have {depths}")
+            raise ValueError(f"layer_contrast has layers {layers}, but the depths of the towers are {depths}")
         dims = (audio_transformer.dim, text_transformer.dim)
         self.layer_heads = LayerHeads(layers, dims, dim_latent, self.loss)
 
     @property
     def config(self) -> dict[str, Any]:
-        """Constructor arguments, JSON-able, with a spec for every part."""
+        """JSON-able constructor arguments, with a spec for every submodule."""
         config = {
             "audio_transformer": module_spec(self.audio),
             "text_transformer": module_spec(self.text),
@@ -77,7 +77,7 @@ class MuLaN(JointEmbedding):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "MuLaN":
-        """Build from `config`, with new weights."""
+        """Build a model with random weights from `config`."""
         parts: dict[str, Any] = {
             name: build_module(config[name]) for name in ("audio_transformer", "text_transformer", "loss")
         }
@@ -95,19 +95,18 @@ class MuLaN(JointEmbedding):
         clip_index: Tensor | None = None,
         chunk_size: int | None = None,
     ) -> Tensor:
-        """Contrastive loss (nats) of clips and the texts that describe them.
+        """Compute the contrastive loss (nats) of clips and the texts that describe them.
 
-        Clips with an equal text, and all texts of one clip, are not contrasted with each other.
+        Clips with a common text are not contrasted with each other, and neither are the texts of one clip.
 
         Args:
             wavs: `[b, n]` float at `sample_hz`.
             texts: `k` texts, or ids `[k, t]` with -1 past the end of a text.
-            lengths: `[b]` samples of each clip, 1..n. None = all `n`.
-            clip_index: `[k]` integers, the row in `wavs` of the clip that a text describes; every clip needs one.
-                None = one text a clip, in the same order.
+            lengths: `[b]` number of samples of each clip, 1..n. None = all `n`.
+            clip_index: `[k]` integers, the row in `wavs` of the clip that a text describes; every clip needs one. None
+                = one text per clip, in the same order.
             chunk_size: Number of clips, and of texts, that are embedded at a time, and again in backward (gradient
-                caching, arXiv:2101.06983). The memory of a chunk then suffices for the loss of the whole batch. None =
-                one chunk.
+                caching, arXiv:2101.06983). The whole batch then needs only the memory of one chunk. None = one chunk.
         """
         ids = self.text.tokenize(texts)
         captions = _caption_numbers(ids)
@@ -146,7 +145,7 @@ def _unit_rows(states: Tensor, heads: Sequence[Any]) -> Tensor:
 
 
 def _in_chunks(embed: Callable[..., Tensor], chunk_size: int | None, *rows: Tensor) -> Tensor:
-    """Embed `chunk_size` rows at a time; backward computes the chunks again, with the same random numbers."""
+    """Embed `chunk_size` rows at a time; backward computes each chunk again with the same random numbers."""
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, or None for one chunk; got {chunk_size}")
     if chunk_size is None or chunk_size >= len(rows[0]):
@@ -156,7 +155,7 @@ def _in_chunks(embed: Callable[..., Tensor], chunk_size: int | None, *rows: Tens
 
 
 def _caption_numbers(ids: Tensor) -> Tensor:
-    """A hash `[k]` int64 of each text, equal for equal texts on every process."""
+    """Hash `[k]` int64 of each text; equal texts have equal hashes on every process."""
     rows = (row[row >= 0] for row in ids.cpu())
     digests = (hashlib.blake2b(row.numpy().astype("<i8").tobytes(), digest_size=8).digest() for row in rows)
     return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests], device=ids.device)

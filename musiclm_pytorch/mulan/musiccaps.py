@@ -1,7 +1,7 @@
 """The table of captions of MusicCaps (MusicLM, arXiv:2301.11325), and its clips in a folder.
 
-The table (google/MusicCaps, `musiccaps-public.csv`) describes ten seconds of each of 5,521 videos. It has no audio, and
-some videos do not exist any more, so that every copy of the data set lacks some clips.
+The table (google/MusicCaps, `musiccaps-public.csv`) describes ten seconds of each of 5,521 videos. It contains no
+audio. Some videos were deleted, so that copies of the data set lack clips.
 """
 
 import csv
@@ -42,7 +42,7 @@ class CaptionedClip:
     Attributes:
         captions: One for each row of the table.
         aspects: Short phrases.
-        about: The other columns of the table.
+        about: Values of the other columns of the table.
     """
 
     ytid: str
@@ -64,7 +64,8 @@ class MusicCapsItems:
     """The described clips of a table in a folder.
 
     Attributes:
-        items: Usable clips in the order of the table. The label `aspects` is a list, `musiccaps` the rest of the row.
+        items: Usable clips in the order of the table, with labels `aspects` (a list) and `musiccaps` (the rest of the
+            row).
         rejected: Files that cannot be used, with reasons.
         missing: Clips without a file.
     """
@@ -75,7 +76,7 @@ class MusicCapsItems:
 
     @beartype
     def split(self, column: str) -> tuple[list[AudioItem], list[AudioItem]]:
-        """Items for which a column of the table is False, and those for which it is True.
+        """Split the items into those for which a column of the table is False and those for which it is True.
 
         The published table has `is_audioset_eval` and `is_balanced_subset` (1,000 clips balanced over genres).
         """
@@ -93,7 +94,7 @@ def musiccaps_items(table: str | Path, clips: str | Path) -> MusicCapsItems:
     """Find the clips of a table (see `read_musiccaps`) in a folder; ValueError if no clip can be used.
 
     The files, also in subfolders, are named `{ytid}`, `{ytid}-{start}` or `[{ytid}]-[{start}-{end}]`, in seconds as in
-    the table. The first of several files of one name is used.
+    the table. If several files have the same name, the first is used.
     """
     table, clips = Path(table), Path(clips)
     described = read_musiccaps(table)
@@ -113,7 +114,7 @@ def musiccaps_items(table: str | Path, clips: str | Path) -> MusicCapsItems:
             found.append((clip, file))
     if not found:
         first = " or ".join(f"{name}.wav" for name in described[0].file_names)
-        raise ValueError(f"{clips}: holds none of the {len(described)} clips of {table}; name the first one {first}")
+        raise ValueError(f"{clips}: contains none of the {len(described)} clips of {table}; the first is named {first}")
     if missing:
         ids = _list_names([clip.ytid for clip in missing])
         logger.warning("%s: %d of %d clips of %s are missing: %s", clips, len(missing), len(described), table, ids)
@@ -122,7 +123,7 @@ def musiccaps_items(table: str | Path, clips: str | Path) -> MusicCapsItems:
 
 
 def _entry(clip: CaptionedClip, path: Path) -> ItemEntry:
-    """A clip as a line of a manifest."""
+    """Convert a clip to an entry of a manifest."""
     # The other columns are one label; single columns such as is_audioset_eval would look like tags.
     about = {"ytid": clip.ytid, "start_s": clip.start_seconds, "end_s": clip.end_seconds, **clip.about}
     labels = {"aspects": list(clip.aspects), "musiccaps": about}
@@ -157,7 +158,7 @@ def read_musiccaps(table: str | Path) -> list[CaptionedClip]:
     """
     table = Path(table)
     if not table.is_file():
-        raise ValueError(f"{table}: no such file; download musiccaps-public.csv and name it here")
+        raise ValueError(f"{table}: no such file; download musiccaps-public.csv and pass its path")
     if table.stat().st_size > _MAX_TABLE_BYTES:
         raise ValueError(f"{table}: has {table.stat().st_size} bytes, more than the limit of {_MAX_TABLE_BYTES}")
     clips: dict[tuple[str, float, float], CaptionedClip] = {}
@@ -171,7 +172,7 @@ def read_musiccaps(table: str | Path) -> list[CaptionedClip]:
         captions, aspects = known.captions + clip.captions, known.aspects + clip.aspects
         clips[key] = replace(known, captions=tuple(dict.fromkeys(captions)), aspects=tuple(dict.fromkeys(aspects)))
     if not clips:
-        raise ValueError(f"{table}: holds no rows")
+        raise ValueError(f"{table}: the table has no rows")
     return list(clips.values())
 
 
@@ -184,22 +185,22 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
             columns = list(reader.fieldnames or [])
             missing = [name for name in _NEEDED_COLUMNS if columns.count(name) != 1]
             if columns and missing:
-                raise ValueError(f"{table}, line 1: needs each of the columns {missing} once, got {columns[:20]}")
+                raise ValueError(f"{table}, line 1: must have each of the columns {missing} once, got {columns[:20]}")
             line = reader.line_num + 1
             for row in reader:
                 cells = [cell for cell in row.values() if cell is not None]
                 if len(cells) != len(columns) or None in row:
-                    raise ValueError(f"{table}, line {line}: {len(cells)} cells, but there are {len(columns)} columns")
+                    raise ValueError(f"{table}, line {line}: got {len(cells)} cells, need {len(columns)} as in line 1")
                 yield line, row
                 line = reader.line_num + 1
         except csv.Error as error:
-            raise ValueError(f"{table}, line {line}: no row of a CSV table ({error}); check its quotes") from error
+            raise ValueError(f"{table}, line {line}: not a row of a CSV table ({error}); check its quotes") from error
         except UnicodeDecodeError as error:
-            raise ValueError(f"{table}, behind line {line}: not UTF-8 ({error}); save it as UTF-8") from error
+            raise ValueError(f"{table}, after line {line}: not UTF-8 ({error}); save it as UTF-8") from error
 
 
 def _clip(cells: dict[str, str]) -> CaptionedClip:
-    """The clip of a row."""
+    """Parse a row of the table into a clip."""
     ytid, caption = cells["ytid"], cells["caption"].strip()
     if not _VIDEO_ID.fullmatch(ytid):
         raise ValueError(f"'ytid' must be 11 letters, digits, - or _, got {ytid[:50]!r}")
@@ -215,13 +216,13 @@ def _clip(cells: dict[str, str]) -> CaptionedClip:
     except ValueError as error:
         raise ValueError(f"'aspect_list' is {error}") from error
     if not caption and not aspects:
-        raise ValueError("neither a caption nor aspects; remove the row")
+        raise ValueError("the row has neither a caption nor aspects; remove it")
     about = {name: _value(name, cell) for name, cell in cells.items() if name not in _NEEDED_COLUMNS}
     return CaptionedClip(ytid, start, end, (caption,) if caption else (), tuple(aspects), about)
 
 
 def _value(name: str, cell: str) -> Any:
-    """A cell as a bool, a number, a list of AudioSet classes, or a text."""
+    """Parse a cell of the table as a bool, a number, a list of AudioSet classes, or a text."""
     if name.startswith("is_"):
         if cell.lower() not in _TRUTHS:
             raise ValueError(f"{name!r} must be True or False, got {cell[:20]!r}")
@@ -232,11 +233,11 @@ def _value(name: str, cell: str) -> Any:
 
 
 def _plain(seconds: float) -> str:
-    """Seconds as in the table and in file names: 30, not 30.0."""
+    """Format seconds as in the table and in file names (30, not 30.0)."""
     return str(int(seconds)) if seconds.is_integer() else str(seconds)
 
 
 def _list_names(names: Sequence[str]) -> str:
-    """Some names in one line."""
+    """Join the first names into one line, with the number of the others."""
     more = len(names) - _MAX_NAMES_IN_LOG
     return ", ".join(names[:_MAX_NAMES_IN_LOG]) + (f" and {more} more" if more > 0 else "")

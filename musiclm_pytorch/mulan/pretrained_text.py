@@ -21,12 +21,12 @@ __all__ = ["TransformersTextEncoder"]
 
 @register
 class TransformersTextEncoder(PublishedTextEncoder, TextTower):
-    """A published encoder (see `PublishedTextEncoder`), pooled by the mean over all tokens, special tokens included.
+    """Text tower from a published encoder: the mean over all tokens, special tokens included.
 
     Args:
-        frozen: Whether the weights never change. Otherwise they are trained with the MuLaN, with the dropout of the
-            model's own settings.
-        max_seq_len: The `max_tokens` of `PublishedTextEncoder`; the other arguments have the same names there.
+        frozen: Whether the weights never change. If False, they are trained with the MuLaN, with the dropout of the
+            published model.
+        max_seq_len: `max_tokens` of `PublishedTextEncoder`, which describes the other arguments.
     """
 
     @beartype
@@ -49,7 +49,7 @@ class TransformersTextEncoder(PublishedTextEncoder, TextTower):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Arguments of the constructor besides the model and its tokenizer, JSON-able."""
+        """JSON-able constructor arguments, except the model and its tokenizer."""
         return {"frozen": self.frozen, "max_seq_len": self._text.max_tokens}
 
     @beartype

@@ -22,9 +22,9 @@ _MIN_SPREAD = 0.5
 
 
 class LogSpectrogram(nn.Module):
-    """Log spectrogram of clips of unequal length, in mel bands or, for `num_mels` None, in the linear bins.
+    """Computes log spectrograms of clips of unequal length, in mel bands, or in linear bins if `num_mels` is None.
 
-    Padding does not change the result.
+    Padding of a clip does not change its spectrogram.
     """
 
     def __init__(self, sample_hz: int, num_mels: int | None, n_fft: int, win_length: int, hop_length: int) -> None:
@@ -54,9 +54,9 @@ class LogSpectrogram(nn.Module):
             return torch.log(magnitudes[..., : int(num_frames.max())] + _LOG_FLOOR), num_frames
 
     def standardise(self, logs: Tensor, num_frames: Tensor) -> Tensor:
-        """Normalise every clip of `[b, bins, f]` to mean 0 and standard deviation 1 over its frames; zeros elsewhere.
+        """Normalise each clip of `[b, bins, f]` to mean 0 and standard deviation 1 over its frames; padding is 0.
 
-        Captions do not describe the recording level.
+        The recording level is removed, since captions do not describe it.
         """
         real = length_mask(num_frames, logs.shape[-1]).unsqueeze(1)
         count = (num_frames * self.num_bins).clamp(min=1).view(-1, 1, 1)
@@ -67,9 +67,9 @@ class LogSpectrogram(nn.Module):
 
 
 class SpecAugment(nn.Module):
-    """Time stretch and masked bands of log spectrograms, in training only (SpecAugment, arXiv:1904.08779).
+    """Stretches log spectrograms in time and masks parts of them, in training only (SpecAugment, arXiv:1904.08779).
 
-    The stretch is a linear interpolation of the log magnitudes, since no phase is kept.
+    The stretch is a linear interpolation of the log magnitudes, since the phase is unknown.
 
     See `AudioSpectrogramTransformer` for the arguments.
     """
@@ -131,7 +131,7 @@ def log_spectrogram(
 
 
 def _random_span(sizes: Tensor, fraction: float, size: int) -> Tensor:
-    """Mask `[b, size]` of one random span in the first `sizes [b]` positions, of at most `fraction` of them."""
+    """Mask `[b, size]` of one random span in the first `sizes [b]` positions; it covers at most `fraction` of them."""
     width, start = torch.rand(2, len(sizes), device=sizes.device)
     widths = (width * (sizes * fraction + 1)).long().clamp(max=(sizes * fraction).long())
     starts = (start * (sizes - widths + 1)).long()

@@ -1,4 +1,4 @@
-"""MuLan's text tower: the base class, a small transformer over byte-pair tokens, and a warning of unknown words."""
+"""MuLan's text tower: the base class, and a small transformer over byte-pair tokens."""
 
 import logging
 import re
@@ -26,7 +26,7 @@ _WORDS_IN_WARNING = 8
 
 
 class TextTower(nn.Module, ABC):
-    """A module of `depth` blocks that embeds texts in `dim` dimensions."""
+    """Base class of text towers: a module of `depth` blocks that embeds texts in `dim` dimensions."""
 
     dim: int
     depth: int
@@ -35,31 +35,31 @@ class TextTower(nn.Module, ABC):
     def tokenize(self, texts: str | Sequence[str] | Tensor) -> Tensor:
         """Return the ids `[b, t]` int64 of texts, -1 past the end. An empty text raises a ValueError.
 
-        Ids are only checked.
+        Ids are checked and returned.
         """
 
     @abstractmethod
     def embed_layers(self, texts: str | Sequence[str] | Tensor, *, layers: Sequence[int]) -> Tensor:
-        """Embed texts (or their ids) as means over the tokens after some blocks, `[l, b, dim]` float32, not normalised.
+        """Embed texts or ids as means over the tokens after `layers` blocks, `[l, b, dim]` float32, not of unit norm.
 
-        Layers are numbers of blocks: 0 is the input of the first block, `depth` the normalised output.
+        Layer 0 is the input of the first block, layer `depth` is the output after the final normalisation.
         """
 
     def forward(self, texts: str | Sequence[str] | Tensor) -> Tensor:
-        """Embed texts (or their ids) as `[b, dim]` float32, not normalised, independent of the rest of the batch."""
+        """Embed texts or ids as `[b, dim]` float32, not of unit norm. Other texts in the batch have no influence."""
         return self.embed_layers(texts, layers=(self.depth,))[0]
 
 
 @register
 class TextTransformer(TextTower):
-    """A bidirectional transformer in the place of MuLan's BERT (arXiv:2208.12415, sec. 3.2), trained from scratch.
+    """Bidirectional transformer, trained from scratch, that replaces MuLan's BERT (arXiv:2208.12415, sec. 3.2).
 
     Args:
         num_tokens: Size of the embedding table; at least the tokenizer's vocabulary.
-        max_seq_len: Tokens of a text that are read; longer texts are truncated with a warning.
+        max_seq_len: Maximum number of tokens of a text; longer texts are truncated with a warning.
         tokenizer: None = plain bytes (256 tokens, not trained).
-        known_words: Words of the training captions (see `words_of`). In eval mode a text of mostly other words is
-            reported in the log. None = no such report.
+        known_words: Words of the training captions (see `words_of`). In eval mode a warning is logged for a text that
+            has mostly other words. None = no warning.
     """
 
     @beartype
@@ -81,7 +81,7 @@ class TextTransformer(TextTower):
         super().__init__()
         self.tokenizer = TextTokenizer() if tokenizer is None else tokenizer
         if self.tokenizer.vocab_size > num_tokens:
-            raise ValueError(f"the tokenizer has {self.tokenizer.vocab_size} tokens, num_tokens is only {num_tokens}")
+            raise ValueError(f"the tokenizer has {self.tokenizer.vocab_size} tokens, but num_tokens is {num_tokens}")
         if max_seq_len < 1:
             raise ValueError(f"max_seq_len must be at least 1 token, got {max_seq_len}")
         self.dim, self.depth = dim, depth
@@ -93,13 +93,13 @@ class TextTransformer(TextTower):
 
     @property
     def config(self) -> dict[str, Any]:
-        """Constructor arguments, JSON-able; the tokenizer as its JSON string."""
+        """JSON-able constructor arguments, with the tokenizer as a JSON string."""
         words = {} if self.known_words is None else {"known_words": self.known_words}
         return {**self._sizes, "tokenizer": self.tokenizer.to_json(), **words}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "TextTransformer":
-        """Build from `config`, with new weights."""
+        """Build a tower with random weights from `config`."""
         return cls(**{**config, "tokenizer": TextTokenizer.from_json(config["tokenizer"])})
 
     @beartype
@@ -117,7 +117,7 @@ class TextTransformer(TextTower):
         return pooled_layers(self.encoder, self.embedding(ids.clamp(min=0)), ids >= 0, layers)
 
     def _report_unknown_words(self, texts: Sequence[str]) -> None:
-        """Warn of each text, once, if most of its words are not in the training captions."""
+        """Log one warning for each text most of whose words are not in the training captions."""
         known = frozenset(self.known_words or ())
         for text in texts:
             words = list(dict.fromkeys(_words(text)))

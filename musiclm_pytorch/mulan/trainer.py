@@ -62,7 +62,7 @@ class MuLaNTask:
     ) -> None:
         self._tokenize = _tokenizer_of(mulan)
         if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size must be 1 or more, or None for one chunk; got {chunk_size}")
+            raise ValueError(f"chunk_size must be at least 1, or None for one chunk; got {chunk_size}")
         captioned = [item for item in train_items if texts_of(item)]
         if not captioned:
             raise ValueError(
@@ -88,14 +88,14 @@ class MuLaNTask:
         held_out = [item for item in valid_items if texts_of(item)]
         self.held_out: HeldOutClips | None = None
         if labels and not held_out:
-            raise ValueError(f"labels {list(labels)} need held-out files with a caption or aspects; add such files")
+            raise ValueError(f"labels {list(labels)} need held-out files with a caption or aspects, got none")
         if held_out:
             crops = CropDataset(held_out, seconds, (mulan.sample_hz,), seed, cache_bytes // 4)
             self.held_out = HeldOutClips(crops, labels=labels, max_batch=min(batch_size, chunk_size or batch_size))
 
     @property
     def chance(self) -> dict[str, float]:
-        """Loss, and metrics of held-out clips, of a model that guesses."""
+        """Loss, and metrics of held-out clips, that a model reaches by guessing."""
         chance: dict[str, float] = {} if self.held_out is None else self.held_out.chance
         loss = getattr(self.mulan, "loss", None)
         if not isinstance(loss, ContrastiveLoss):
@@ -107,7 +107,7 @@ class MuLaNTask:
         return {"loss": value, **chance}
 
     def batch(self, indices: list[tuple[int, int]]) -> dict[str, Tensor]:
-        """Crops and texts of the clips of (epoch, index) pairs.
+        """Load the crops and texts of clips, given as (epoch, index) pairs.
 
         Returns:
             `wavs [b, n]`, their `lengths [b]` in samples, `ids [k, t]` of all texts and `clip_index [k]`, the row of
@@ -124,7 +124,7 @@ class MuLaNTask:
         }
 
     def loss(self, batch: dict[str, Tensor], step: int) -> LossOutput:
-        """Contrastive loss of a batch, with the current temperature."""
+        """Contrastive loss of a batch, and the current temperature."""
         loss = self.mulan(
             batch["wavs"], batch["ids"], batch["lengths"], clip_index=batch["clip_index"], chunk_size=self.chunk_size
         )
@@ -136,30 +136,30 @@ class MuLaNTask:
         return {} if self.held_out is None else self.held_out.measure(self.mulan)
 
     def samples(self, folder: Path, step: int) -> None:
-        """There are no samples: latents are not audible."""
+        """Write no samples, since a joint embedding generates no audio."""
 
     def before_training(self) -> None:
-        """Nothing is fitted before training."""
+        """Do nothing, since MuLaN has no parts that are fitted before training."""
 
 
 @trainer_arguments(LoopSettings)
 class MuLaNTrainer:
-    """Trains a MuLaN on captioned audio files, resumably.
+    """Trains a MuLaN on captioned audio files; training can be interrupted and resumed.
 
-    A loss that does not fall below the loss of guessing is reported in the log (see `ChanceWatch`).
+    A warning is logged if the loss does not fall below the loss of guessing (see `ChanceWatch`).
 
     Args:
-        mulan: Its tokenizer should be trained on the captions (`TextTokenizer.train`). Any joint embedding with a
-            `forward` and a text tower like those of `MuLaN` can be trained.
+        mulan: A MuLaN whose tokenizer was trained on the captions (`TextTokenizer.train`), or any joint embedding with
+            a `forward` and a text tower like those of `MuLaN`.
         folder: Folder with `train.jsonl` (`audio`, `caption`, optionally a list `captions`), and optionally
             `valid.jsonl`; or a `.jsonl` file; or a folder of audio files with a text file beside each.
         items: Training items and held-out items, instead of `folder`. Items without a caption are left out.
         batch_size: Clips per step and process, which are contrasted with each other.
         seconds: Length of the crops; shorter files are used whole.
-        captions: Draws the texts of a clip. None = one caption, the next one in every epoch.
-        chunk_size: Clips and texts that are embedded at a time; see `MuLaN.forward`.
+        captions: Selects the texts of a clip. None = one caption, in each epoch the next of the clip.
+        chunk_size: Number of clips, and of texts, that are embedded at a time; see `MuLaN.forward`.
         labels: Labels of the held-out files for zero-shot tagging. None = those that look like tags.
-        valid_fraction: Share of held-out files, if the folder does not define them.
+        valid_fraction: Share of the files that are held out if the folder has no `valid.jsonl`.
         results_folder: Folder of checkpoints and metrics, and finally of the model (`results_folder/mulan`).
         **settings: Further fields of `LoopSettings`.
     """
@@ -215,7 +215,7 @@ class MuLaNTrainer:
 
 
 def _tokenizer_of(mulan: JointEmbedding) -> Callable[[list[str]], Tensor]:
-    """The tokenizer of a model that can be trained; ValueError for another one."""
+    """Tokenizer of a model; ValueError if the model cannot be trained."""
     tokenize = getattr(getattr(mulan, "text", None), "tokenize", None)
     known = inspect.signature(mulan.forward).parameters
     if tokenize is None or not {"clip_index", "chunk_size"} <= set(known):

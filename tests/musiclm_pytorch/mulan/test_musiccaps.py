@@ -104,7 +104,7 @@ def test_a_folder_without_the_clips_is_an_error(tmp_path, write_tone):
         musiccaps_items(table, tmp_path / "clips")
     write_tone("clips/song.wav")
     names = rf"{IDS[0]}\]-\[30-31\].wav or {IDS[0]}-30.wav or {IDS[0]}.wav"
-    with pytest.raises(ValueError, match=rf"holds none of the 1 clips of .*table.csv; name the first one \[{names}"):
+    with pytest.raises(ValueError, match=rf"contains none of the 1 clips of .*table.csv; the first is named \[{names}"):
         musiccaps_items(table, tmp_path / "clips")
 
 
@@ -120,9 +120,9 @@ def test_a_folder_without_the_clips_is_an_error(tmp_path, write_tone):
             for cells in ({"start_s": "x"}, {"start_s": "40"}, {"end_s": "inf"}, {"end_s": "nan"})
         ],
         ({"aspect_list": "[__import__('os').abort()]"}, "'aspect_list' is not a list of texts"),
-        ({"aspect_list": "[" * 70_000}, "'aspect_list' is an aspect list of 70000 characters"),
-        ({"aspect_list": "[]", "caption": " "}, "neither a caption nor aspects; remove the row"),
-        ({"caption": "la " * 50_000}, "no row of a CSV table .field larger than field limit"),
+        ({"aspect_list": "[" * 70_000}, "'aspect_list' is a text of 70000 characters"),
+        ({"aspect_list": "[]", "caption": " "}, "the row has neither a caption nor aspects; remove it"),
+        ({"caption": "la " * 50_000}, "not a row of a CSV table .field larger than field limit"),
         ({"is_audioset_eval": "maybe"}, "'is_audioset_eval' must be True or False"),
     ],
 )
@@ -136,13 +136,13 @@ def test_hostile_rows_are_named(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "holds no rows"),
-        (",".join(COLUMNS) + "\n", "holds no rows"),
-        ("ytid,caption\nx,y\n", r"line 1: needs each of the columns \['start_s', 'end_s', 'aspect_list'\] once"),
-        (",".join([*COLUMNS, "ytid"]) + "\n", r"line 1: needs each of the columns \['ytid'\] once"),
-        (",".join(COLUMNS) + "\nAAAAAAAAAAA,30,40,x\n", "line 2: 4 cells, but there are 9 columns"),
-        (",".join(COLUMNS) + '\nAAAAAAAAAAA,30,40,"/m,[],open,4,True,True\n' * 9, "line 2: no row of a CSV table"),
-        (",".join(COLUMNS) + "\nAAAAAAAAAAA,30,40,,[],fl\xf6te,4,,\n", "behind line [12]: not UTF-8"),
+        ("", "the table has no rows"),
+        (",".join(COLUMNS) + "\n", "the table has no rows"),
+        ("ytid,caption\nx,y\n", r"line 1: must have each of the columns \['start_s', 'end_s', 'aspect_list'\] once"),
+        (",".join([*COLUMNS, "ytid"]) + "\n", r"line 1: must have each of the columns \['ytid'\] once"),
+        (",".join(COLUMNS) + "\nAAAAAAAAAAA,30,40,x\n", "line 2: got 4 cells, need 9"),
+        (",".join(COLUMNS) + '\nAAAAAAAAAAA,30,40,"/m,[],open,4,True,True\n' * 9, "line 2: not a row of a CSV table"),
+        (",".join(COLUMNS) + "\nAAAAAAAAAAA,30,40,,[],fl\xf6te,4,,\n", "after line [12]: not UTF-8"),
     ],
 )
 def test_malformed_tables_are_named(tmp_path, text, message):

@@ -343,7 +343,7 @@ def test_trainer_rejects_what_it_cannot_use(corpus: Path, tmp_path: Path) -> Non
     silent = AudioItem(corpus / "silent.wav", None, {}, 8000, 3200)
     with pytest.raises(ValueError, match="caption"):
         MuLaNTrainer(mulan=tiny_mulan(), items=([silent], []), batch_size=2, num_train_steps=1)
-    with pytest.raises(ValueError, match="chunk_size must be 1 or more.*got 0"):
+    with pytest.raises(ValueError, match="chunk_size must be at least 1.*got 0"):
         _trainer(corpus, tmp_path, chunk_size=0)
     with pytest.raises(ValueError, match="frozen"):
         _trainer(corpus, tmp_path, mulan=tiny_mulan().requires_grad_(False))
