@@ -94,7 +94,7 @@ class ContrastiveLoss(nn.Module, ABC):
         """Gather the batch of all processes, and mark the contrasts."""
         clips, texts = gather_counts(audio, text)
         if sum(clips) == 0:
-            raise ValueError("the batch has no clips; the loss needs at least one")
+            raise ValueError("the batch has no clips; the loss needs at least one clip")
         # Half precision becomes float32; float64 stays.
         audio, text = (part if part.dtype == torch.float64 else part.float() for part in (audio, text))
         audio, text = gather_batch(audio, clips), gather_batch(text, texts)

@@ -205,12 +205,12 @@ def test_loss_is_float32_under_autocast(loss: nn.Module) -> None:
     ("sizes", "captions", "clip_index", "words"),
     [
         ((2, 3), None, None, "2 clips and 3 texts, need one text per clip"),
-        ((0, 0), None, None, "without clips"),
+        ((0, 0), None, None, "no clips"),
         ((2, 2), torch.zeros(3), None, "captions"),
         ((2, 3), None, torch.tensor([0, 1]), r"clip_index must be \[3\]"),
         ((2, 3), None, torch.tensor([0.0, 1.0, 1.0]), "clip_index must be"),
-        ((2, 3), None, torch.tensor([0, 1, 2]), "rows 0..1"),
-        ((2, 3), None, torch.tensor([0, -1, 1]), "rows 0..1"),
+        ((2, 3), None, torch.tensor([0, 1, 2]), "each of 0..1"),
+        ((2, 3), None, torch.tensor([0, -1, 1]), "each of 0..1"),
         ((3, 3), None, torch.tensor([0, 0, 2]), "each at least once"),
     ],
 )

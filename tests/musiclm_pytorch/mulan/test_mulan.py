@@ -226,7 +226,7 @@ def test_mulan_trains_in_bfloat16() -> None:
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: tiny_mulan()(torch.randn(3, 1000), TEXTS), "one text a clip"),
+        (lambda: tiny_mulan()(torch.randn(3, 1000), TEXTS), "one text per clip"),
         (lambda: tiny_mulan()(torch.randn(3, 1000), TEXTS, clip_index=torch.tensor([0, 1, 1, 0])), "at least once"),
         (lambda: tiny_mulan()(torch.randn(1, 1000), ""), "empty"),
         (lambda: tiny_mulan()(torch.randn(1, 1000), "a", chunk_size=0), "chunk_size"),
