@@ -8,7 +8,8 @@ import torch
 
 from audiolm_pytorch.saving.modules import load_module, read_config, save_module
 from audiolm_pytorch.semantic import BestRQEncoder, KMeansTokenizer
-from musiclm_pytorch.cli import app as cli
+from musiclm_pytorch.cli.convert import VqWav2vec
+from musiclm_pytorch.cli.evaluate import EvaluateSemantic
 from tests.helpers.bad_input import bad_input, check_bad_input, listing
 
 
@@ -167,14 +168,14 @@ def test_exit_status_and_errors_of_commands(name, musiclm_command, tmp_path, mon
         "convert": ("convert", "vq-wav2vec", "--checkpoint", "x.pt", "--out", tmp_path),
         "evaluate": ("evaluate", "semantic", "--encoder", "e", "--data", "d", "--labels", "l", "--out", tmp_path),
     }[name]
-    seen = []
-    monkeypatch.setattr(cli, f"run_{name}", lambda command: seen.append(command) or 7)
+    seen, commands = [], {"convert": VqWav2vec, "evaluate": EvaluateSemantic}
+    monkeypatch.setattr(commands[name], "execute", lambda command: seen.append(command) or 7)
     assert musiclm_command(*words) == 7 and str(seen[0].out) == str(tmp_path)
 
     def refuse(command):
         raise ValueError("no such\nfile")
 
-    monkeypatch.setattr(cli, f"run_{name}", refuse)
+    monkeypatch.setattr(commands[name], "execute", refuse)
     assert musiclm_command(*words) == 2
     assert capsys.readouterr().err == "musiclm: no such file\n"
 
