@@ -1,4 +1,4 @@
-"""AudioLM (arXiv:2209.03143): codecs, semantic tokenizers, language models over their tokens, and their training."""
+"""AudioLM (arXiv:2209.03143): codecs, semantic tokenizers, language models of their tokens, and the training of all."""
 
 import warnings
 from importlib.metadata import PackageNotFoundError, version
@@ -80,7 +80,7 @@ __all__ = [
 
 
 def _warn_of_other_distribution() -> None:
-    """Warn if the distribution of another project overwrites files of this package."""
+    """Warn if a distribution of another project is installed whose files overwrite files of this package."""
     try:
         other = version("audiolm-pytorch")  # its musiclm-pytorch depends on it
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""AudioLM (arXiv:2209.03143, sec. III): semantic tokens, coarse and fine acoustic tokens, then the codec decoder."""
+"""AudioLM (arXiv:2209.03143, sec. III): generates semantic tokens, then acoustic tokens, and decodes them to waves."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -33,17 +33,18 @@ __all__ = ["AudioLM", "GeneratedAudio"]
 
 
 class AudioLM(nn.Module):
-    """Generates audio through semantic tokens, coarse and fine acoustic tokens and a codec.
+    """Generates semantic tokens, then coarse and fine acoustic tokens, and decodes them to waves with a codec.
 
     Args:
         wav2vec: The semantic tokenizer that the stages were trained with.
         codec: The codec that the stages were trained with.
-        semantic_transformer: First stage.
-        coarse_transformer: Second stage.
-        fine_transformer: Third stage; None = the coarse stage predicts all levels.
-        audio_conditioner: Computes codes of texts or waves, in one namespace per stage, for stages with `cond_dim`.
-        text_conditioner: Computes states of texts, for stages with `text_dim`.
-        sampling: Sampling by stage name, as settings or as the fields that differ from `DEFAULT_SAMPLING`.
+        semantic_transformer: Stage that predicts semantic tokens.
+        coarse_transformer: Stage that predicts the coarse acoustic levels from semantic tokens.
+        fine_transformer: Stage that predicts the remaining acoustic levels; None = the coarse stage predicts all
+            levels.
+        audio_conditioner: Computes codes of texts or waves; needed by stages with `audio_text_condition`.
+        text_conditioner: Computes states of texts; needed by stages with `text_dim`.
+        sampling: Sampling settings by stage name, or a dict of the fields that differ from `DEFAULT_SAMPLING`.
 
     Raises:
         ValueError: If stages, tokenizers and conditioners are not compatible.
@@ -78,28 +79,28 @@ class AudioLM(nn.Module):
 
     @property
     def stages(self) -> dict[str, StageWrapper]:
-        """The stages by name, in order."""
+        """The stages by name, in the order of the pipeline."""
         stages: tuple[StageWrapper | None, ...] = (self.semantic, self.coarse, self.fine)
         return {stage.namespace: stage for stage in stages if stage is not None}
 
     @property
     def semantic_transformer(self) -> StageTransformer:
-        """The first stage."""
+        """The stage that predicts semantic tokens."""
         return self.semantic.transformer
 
     @property
     def coarse_transformer(self) -> StageTransformer:
-        """The second stage."""
+        """The stage that predicts coarse acoustic levels."""
         return self.coarse.transformer
 
     @property
     def fine_transformer(self) -> StageTransformer | None:
-        """The third stage, if there is one."""
+        """The stage that predicts fine acoustic levels; None if the model has no fine stage."""
         return None if self.fine is None else self.fine.transformer
 
     @property
     def device(self) -> torch.device:
-        """Device of the stages."""
+        """Device of the weights."""
         return self.semantic_transformer.device
 
     def with_half_weights(self) -> "AudioLM":
@@ -118,7 +119,7 @@ class AudioLM(nn.Module):
 
     @with_request_signature
     def forward(self, **request: Any) -> Tensor | list[Tensor]:
-        """Generate waves at the rate of the codec.
+        """Generate waves at the sample rate of the codec.
 
         Args:
             **request: See `GenerationRequest`.
@@ -132,7 +133,7 @@ class AudioLM(nn.Module):
     @with_request_signature
     @torch.no_grad()
     def generate(self, **request: Any) -> GeneratedAudio:
-        """Generate audio and its tokens, all items in one batch.
+        """Generate audio and its tokens for all items in one batch.
 
         Args:
             **request: See `GenerationRequest`.
@@ -157,24 +158,25 @@ class AudioLM(nn.Module):
 
     @with_request_signature
     def stream(self, *, chunk_seconds: float | int = 1.0, **request: Any) -> Iterator[GeneratedAudio]:
-        """Generate audio in chunks; the stages decode only what the next chunk needs.
+        """Generate audio in chunks. The stages decode only the tokens that the next chunk needs.
 
         Args:
-            chunk_seconds: Smallest length of new audio in a chunk. Chunks can be longer where a window ends or the
-                codec needs later frames; the last one can be shorter.
+            chunk_seconds: Minimum duration of a chunk. A chunk can be longer at the end of a window or if the codec
+                needs later frames; the last chunk can be shorter.
             **request: See `GenerationRequest`.
 
         Returns:
-            The chunks. Concatenated (see `GeneratedAudio.concatenate`) they equal the result of `generate`. Semantic
-            tokens precede the audio, because the coarse stage waits for all semantic tokens of its window.
+            An iterator of chunks. `GeneratedAudio.concatenate` of all chunks equals the result of `generate`. A chunk
+            can contain semantic tokens of later audio, because the coarse stage needs all semantic tokens of its
+            window.
 
         Raises:
-            ValueError: If the codec cannot decode streams, or as in `generate`.
+            ValueError: If the codec has no `decoder_stream`, or for the reasons listed in `generate`.
         """
         codec = self.codec
         if not isinstance(codec, StreamingCodec):
             raise ValueError(
-                f"{type(codec).__name__} does not decode streams: use generate, or a codec with a decoder_stream, "
+                f"{type(codec).__name__} has no decoder_stream; call generate, or use a codec with a decoder_stream, "
                 "such as SoundStream"
             )
         if not 0 < chunk_seconds < float("inf"):
@@ -191,7 +193,7 @@ class AudioLM(nn.Module):
         return plan_lengths(request, self.wav2vec, self.codec, self.semantic_transformer, self.device)
 
     def _pipeline(self, request: GenerationRequest, lengths: GenerationLengths, bars: ProgressBars) -> StagePipeline:
-        """Set up the decoders of all stages."""
+        """Build the pipeline of all stages for a request."""
         conditions = self._conditions(request)
         transformers = [stage.transformer for stage in self.stages.values()]
         inputs = extra_input_tokens(request.input_streams, transformers, lengths.batch)
@@ -230,20 +232,20 @@ class AudioLM(nn.Module):
         return StagePipeline(semantic, acoustic)
 
     def _allows_eos(self, request: GenerationRequest) -> bool:
-        """Whether the semantic stage may sample the end of an item."""
+        """Whether the semantic stage may sample the end token."""
         has_eos = self.semantic_transformer.layout.predicted[0].eos
         if request.allow_eos and not has_eos:
-            raise ValueError("allow_eos needs a semantic stage that has learned ends: train one with eos=True")
+            raise ValueError("got allow_eos=True, the semantic stage was trained without ends; train it with eos=True")
         if request.allow_eos is None:
             return has_eos and request.seconds is None and request.semantic_tokens is None
         return request.allow_eos
 
     def _conditions(self, request: GenerationRequest) -> dict[str, Conditions]:
-        """Conditions of every stage, of the request or computed in the namespace of the stage."""
+        """Conditions by stage name, from the request or computed from its inputs."""
         finished, stages = request.conditioning or {}, self.stages
         unknown = set(finished) - set(stages)
         if unknown:
-            raise ValueError(f"conditioning is by stage, of {list(stages)}; got {sorted(unknown)}")
+            raise ValueError(f"got conditioning for unknown stages {sorted(unknown)}; the stages are {list(stages)}")
         states = None
         needs_states = any(stage.transformer.text_dim and name not in finished for name, stage in stages.items())
         if request.text is not None and self.text_conditioner is not None and needs_states:
@@ -252,7 +254,7 @@ class AudioLM(nn.Module):
         further = {name: ConditionTensor.of(value) for name, value in (request.conditions or {}).items()}
         accepted = {name for stage in stages.values() for name in stage.transformer.fuser.specs}
         if not further.keys() <= accepted:
-            raise ValueError(f"the stages accept the conditions {sorted(accepted)}, got {sorted(further)}")
+            raise ValueError(f"got the conditions {sorted(further)}, the stages accept {sorted(accepted)}")
         if "codes" not in accepted and (
             "text" not in accepted or request.wavs is not None or request.codes is not None
         ):
@@ -274,7 +276,7 @@ class AudioLM(nn.Module):
 def _chunks(
     pipeline: StagePipeline, waves: WaveStreams, bars: ProgressBars, chunk_frames: int, sample_hz: int
 ) -> Iterator[GeneratedAudio]:
-    """Advance the pipeline chunk by chunk, and yield chunks that contain audio."""
+    """Advance the pipeline by `chunk_frames` frames at a time, and yield every chunk that contains audio."""
     pending: list[GeneratedAudio] = []  # tokens that the codec has not turned into audio yet
     is_done = False
     try:
@@ -294,19 +296,19 @@ def _chunks(
 
 
 def _can_be_guided(stage: StageWrapper, conditions: Conditions, inputs: Mapping[str, list[Tensor]]) -> bool:
-    """Whether the unconditional copy of a stage lacks any input. It keeps input streams that have a rate."""
+    """Whether guidance changes the logits of a stage: it drops conditions and input streams without a rate."""
     droppable = [stream for stream in stage.transformer.layout.inputs if not stream.is_in_time]
     return bool(conditions) or any(stream.name in inputs for stream in droppable)
 
 
 def _predicted_levels(stage: StageWrapper, tokens: list[Tensor]) -> list[Tensor]:
-    """The levels of `[f_i, q]` that a stage predicts."""
+    """Select the acoustic levels that a stage predicts from tokens `[f_i, q]`."""
     source = stage.transformer.sources[stage.transformer.layout.predicted[0].name]
     return [of_item[:, source.first_level : source.first_level + source.num_levels] for of_item in tokens]
 
 
 def _callback_of(stage: str, request: GenerationRequest, bars: ProgressBars) -> Callable[[int, int], None] | None:
-    """Callback of one stage for its known and requested frames."""
+    """Build the callback of one stage from the callback of the request."""
     callbacks: list[Callable[[str, int, int], None]] = [bars] if request.progress else []
     if request.callback is not None:
         callbacks.append(request.callback)

@@ -1,4 +1,4 @@
-"""The ways in which conditions enter a language model."""
+"""Projects conditions and adds them to a language model: prepended, as cross-attention states, or summed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,16 +21,16 @@ _ARGUMENTS = {"codes": "audio_text_condition=True or a cond_dim", "text": "a tex
 @beartype
 @dataclass(frozen=True)
 class ConditionSpec:
-    """How a model uses one condition.
+    """Settings of one condition of a language model.
 
     Attributes:
         dim: Width of the embeddings.
-        way: `prepend` (in front of the rows), `cross` (cross-attention in every block) or `sum` (a single embedding is
-            added to every row; of several, embedding i is added to the row that predicts frame i).
-        null: Embedding that replaces a missing condition: `learned` or `zero`.
-        null_tokens: Number of null embeddings of an unconditional batch. Null embeddings then also replace masked
-            embeddings. None = masked embeddings are hidden, and an item without any has one null embedding.
-        drop_prob: Probability that training drops this condition alone, besides the `cond_drop_prob` of the model.
+        way: `prepend` (before the rows), `cross` (cross-attention in every block) or `sum` (a single embedding is added
+            to every row; if there are several, embedding i is added to the row that predicts frame i).
+        null: Embedding that replaces a missing condition, `learned` or `zero`.
+        null_tokens: Number of null embeddings that replace a missing condition; null embeddings also replace masked
+            embeddings. None = masked embeddings are ignored, and one null embedding replaces a missing condition.
+        drop_prob: Probability that training drops this condition, in addition to the `cond_drop_prob` of the model.
     """
 
     dim: int
@@ -40,7 +40,7 @@ class ConditionSpec:
     drop_prob: float | int = 0.0
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Check the ranges of all fields."""
         if self.dim < 1 or (self.null_tokens is not None and self.null_tokens < 1) or not 0 <= self.drop_prob <= 1:
             raise ValueError(f"need dim >= 1, null_tokens >= 1 and 0 <= drop_prob <= 1, got {self}")
 
@@ -62,7 +62,7 @@ class _Condition(nn.Module):
             self.register_buffer("null", torch.zeros(dim), persistent=False)
 
     def forward(self, condition: ConditionTensor | None, batch: int) -> tuple[Tensor, Tensor]:
-        """Embeddings `[b, m, d]`, and a mask `[b, m]` that is False where they are hidden."""
+        """Compute embeddings `[b, m, d]`, and a mask `[b, m]` that is False for embeddings to ignore."""
         weight = self.projection.weight
         if condition is None:
             nothing = torch.zeros(batch, self.spec.null_tokens or 1, self.spec.dim, device=weight.device)
@@ -81,10 +81,10 @@ class _Condition(nn.Module):
 
 
 class ConditionFuser(nn.Module):
-    """Projects the conditions of a model and prepares their ways into its transformer.
+    """Projects the conditions of a model to inputs of its transformer.
 
     Args:
-        specs: The conditions by name. Later conditions are prepended before earlier ones.
+        specs: Settings of the conditions by name. A later condition is prepended before an earlier one.
         dim: Width d of the transformer.
     """
 
@@ -94,7 +94,7 @@ class ConditionFuser(nn.Module):
         self.entries = nn.ModuleDict({name: _Condition(spec, dim) for name, spec in specs.items()})
 
     def forward(self, conditions: Conditions, batch: int) -> ConditionTensors:
-        """Prepare conditions of 1 or `batch` items; null embeddings replace those that are missing."""
+        """Project conditions of 1 or `batch` items. Null embeddings replace missing conditions."""
         self.check(conditions)
         parts: dict[str, list[tuple[Tensor, Tensor]]] = {"prepend": [], "cross": [], "sum": []}
         for name, entry in self.entries.items():
@@ -105,7 +105,7 @@ class ConditionFuser(nn.Module):
         return ConditionTensors(prefix, padding, states, states_mask, row_sums)
 
     def check(self, conditions: Conditions) -> None:
-        """Check names and widths of conditions."""
+        """Check the names and widths of conditions."""
         for name, condition in conditions.items():
             if name not in self.specs:
                 needed = _ARGUMENTS.get(name, f"conditions={{'{name}': ConditionSpec(...)}}")
@@ -121,15 +121,15 @@ def _concatenated(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tenso
 
 
 def _summed(parts: Sequence[Tensor]) -> Tensor:
-    """Sum of embeddings `[b, m_i, d]`, of which the shorter ones are extended by their last row."""
+    """Sum embeddings `[b, m_i, d]` of several conditions. The last embedding of a shorter one is repeated."""
     rows = torch.arange(max(part.shape[1] for part in parts), device=parts[0].device)
     return torch.stack([part[:, rows.clamp(max=part.shape[1] - 1)] for part in parts]).sum(dim=0)
 
 
 def _padded_in_front(embeddings: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Move the padding of `embeddings [b, m, d]` to the front; also return its length per item (None = no padding).
+    """Move the padding of `embeddings [b, m, d]` to the front. Also return its length per item (None = no padding).
 
-    The distance from an embedding to the rows after it must not depend on the length of other texts of the batch.
+    The distance from an embedding to the rows must not depend on the length of other texts in the batch.
     """
     num_padding = (~mask).sum(dim=1)
     if not num_padding.any():

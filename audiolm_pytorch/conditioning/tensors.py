@@ -41,7 +41,7 @@ class ConditionTensor:
 
     @classmethod
     def of(cls, value: "Tensor | ConditionTensor") -> "ConditionTensor":
-        """Make a condition without padding of embeddings `[b, d]` (one per item) or `[b, m, d]`."""
+        """Build a condition without padding from embeddings `[b, d]` (one per item) or `[b, m, d]`."""
         if isinstance(value, ConditionTensor):
             return value
         embeddings = value.unsqueeze(1) if value.ndim == 2 else value

@@ -34,8 +34,8 @@ class GenerationRequest:
         text: Texts to condition on; the audio conditioner computes their codes and the text conditioner their states.
         wavs: Waves `[b, n]` to condition on, at the sample rate of the audio conditioner.
         codes: Codes `[b, q]` to condition on, computed by the audio conditioner.
-        conditions: Further conditions by name, as embeddings `[b, d]` or `[b, m, d]`, for every stage that has such a
-            condition.
+        conditions: Embeddings `[b, d]` or `[b, m, d]` of further conditions by name. Each stage uses the conditions
+            that it was built with.
         conditioning: Precomputed conditions by stage name, then by name of the condition. Codes come from the namespace
             of their stage. A stage without an entry uses `text`, `wavs` and `codes`.
         input_streams: Tokens `[b, f, levels]` and lengths of the extra input streams of the stages, by stream name.

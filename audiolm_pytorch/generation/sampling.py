@@ -1,4 +1,4 @@
-"""Sampling of tokens: settings, logit filters, and one random generator per item."""
+"""Sampling of tokens: settings, filters of logits, and one random generator per item."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -27,13 +27,13 @@ _MIN_TEMPERATURE = 1e-6
 @beartype
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How tokens are sampled.
+    """Sampling settings of one stage.
 
     Args:
-        temperature: Divides the logits. Below 1e-6 the most likely token is selected.
-        top_k: Sample from the k most likely tokens only; None = all.
-        top_p: Sample from the smallest set of most likely tokens with this total probability; None = all.
-        guidance_scale: Classifier-free guidance. 1 turns it off and halves the cost.
+        temperature: Divisor of the logits. Below 1e-6, the most likely token is selected.
+        top_k: Number of most likely tokens to sample from; None = all tokens.
+        top_p: Total probability of the smallest set of most likely tokens to sample from; None = all tokens.
+        guidance_scale: Scale of classifier-free guidance; 1 = no guidance, which halves the cost.
 
     Raises:
         ValueError: If a number is out of range.
@@ -45,7 +45,7 @@ class SamplingSettings:
     guidance_scale: float | int = 1.0
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Check the ranges of all fields."""
         if not 0 <= self.temperature < inf:
             raise ValueError(f"temperature must be finite and not negative, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
@@ -67,19 +67,19 @@ DEFAULT_SAMPLING = {
 def update_sampling(
     settings: Mapping[str, SamplingSettings], changes: Mapping[str, SamplingSettings | Mapping[str, Any]]
 ) -> dict[str, SamplingSettings]:
-    """Replace the settings of some stages, or single fields of them.
+    """Return `settings` with `changes` applied.
 
     Args:
         settings: Settings of all stages by name.
-        changes: For some stages, whole settings or the fields that differ.
+        changes: New settings by stage name, or a dict of the fields that change.
 
     Raises:
-        ValueError: If a stage is unknown or a number is out of range.
-        TypeError: If a field is unknown.
+        ValueError: If `changes` has an unknown stage or a number that is out of range.
+        TypeError: If `changes` has an unknown field.
     """
     unknown = set(changes) - set(DEFAULT_SAMPLING)
     if unknown:
-        raise ValueError(f"sampling is by stage, of {sorted(DEFAULT_SAMPLING)}; got {sorted(unknown)}")
+        raise ValueError(f"got sampling of unknown stages {sorted(unknown)}; use names of {sorted(DEFAULT_SAMPLING)}")
     changed = {
         name: change if isinstance(change, SamplingSettings) else replace(settings[name], **change)
         for name, change in changes.items()
@@ -91,7 +91,7 @@ def item_generators(seeds: Sequence[int | torch.Generator] | None, batch: int) -
     """Return one CPU generator per item, so that the noise of an item depends on its seed alone.
 
     Args:
-        seeds: A seed, or a generator to continue, per item. None draws seeds from torch's global generator.
+        seeds: One seed or one generator per item. None draws seeds from torch's global generator.
         batch: Number of items.
 
     Raises:
@@ -99,20 +99,20 @@ def item_generators(seeds: Sequence[int | torch.Generator] | None, batch: int) -
     """
     item_seeds = torch.randint(2**62, (batch,)).tolist() if seeds is None else list(seeds)
     if len(item_seeds) != batch:
-        raise ValueError(f"need one seed per item: {batch} items, {len(item_seeds)} seeds")
+        raise ValueError(f"got {len(item_seeds)} seeds for {batch} items; pass one seed per item")
     return [seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed) for seed in item_seeds]
 
 
 def stage_generator(seed: int, stage: str) -> torch.Generator:
-    """Return the generator of one item in one stage. Shared noise would correlate the tokens of the stages."""
+    """Return a generator for one item in one stage. The same noise in all stages would correlate their tokens."""
     digest = hashlib.sha256(f"{stage}:{seed}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def filter_logits(logits: Tensor, settings: SamplingSettings) -> Tensor:
-    """Set excluded logits of `[..., v]` to minus infinity: first top-k, then top-p of the rest.
+    """Apply top-k, then top-p to logits `[..., v]`: set the logits of excluded tokens to minus infinity.
 
-    The temperature must have been applied. The most likely token is never excluded.
+    Divide the logits by the temperature before. The most likely token is never excluded.
     """
     if settings.top_k is not None and settings.top_k < logits.shape[-1]:
         kept = logits.topk(settings.top_k, dim=-1).indices
@@ -126,11 +126,11 @@ def filter_logits(logits: Tensor, settings: SamplingSettings) -> Tensor:
 
 
 def sample_tokens(logits: Tensor, noise: Tensor, settings: SamplingSettings) -> Tensor:
-    """Sample tokens `[n]` int64 from logits `[n, v]` by inverting the cumulative distribution.
+    """Sample tokens `[n]` int64 from logits `[n, v]` with uniform noise (inverse transform sampling).
 
     Args:
-        logits: `[n, v]`.
-        noise: `[n]`, uniform in [0, 1).
+        logits: Unscaled logits `[n, v]`.
+        noise: Uniform noise `[n]` in [0, 1).
         settings: Temperature and filters.
     """
     logits = logits.float()

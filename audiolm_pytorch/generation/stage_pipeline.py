@@ -1,4 +1,4 @@
-"""The semantic, coarse and fine stage in a row: each stage decodes from the tokens of the stage before."""
+"""The pipeline of the semantic, coarse and fine stages. The tokens of each stage are input of the next stage."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,13 +11,14 @@ __all__ = ["PipelineStep", "StagePipeline"]
 
 
 class PipelineStep:
-    """One stage of a pipeline.
+    """One stage of the pipeline: its decoder and the stage that its input comes from.
 
     Args:
-        decoder: Decodes the tokens of the stage.
-        source: The stage before; None = the decoder has all its inputs.
-        input_name: Name of the input stream that the tokens of `source` belong to.
-        frames_for: Maps the final frames `[b]` of the source to the frames `[b]` of this stage; None = equal.
+        decoder: Decoder of this stage.
+        source: The previous stage; None = the decoder already has all its inputs.
+        input_name: Name of the input stream that receives the tokens of `source`.
+        frames_for: Function from the final number of frames `[b]` of `source` to that of this stage; None = equal
+            numbers.
     """
 
     def __init__(
@@ -32,18 +33,18 @@ class PipelineStep:
         self.kept: list[Tensor] = []  # tokens of every item that `take` has returned and `collect` has not
 
     def advance(self, until_frames: int | None = None) -> None:
-        """Decode as `SlidingWindowDecoder.advance` does. Earlier stages decode only what the windows need."""
+        """Decode like `SlidingWindowDecoder.advance`. Previous stages decode only the frames that the windows need."""
         while self.decoder.is_behind(until_frames):
             awaited = self.decoder.awaited
             if awaited:
                 if self._source is None or set(awaited) != {self._input_name}:
-                    raise ValueError(f"no stage of the pipeline predicts the input streams {sorted(awaited)}")
+                    raise ValueError(f"got no tokens for the input streams {sorted(awaited)}; feed them to the decoder")
                 self._source.advance(awaited[self._input_name])
                 self.read()
             self.decoder.advance(until_frames)
 
     def read(self) -> None:
-        """Feed the new tokens of the stage before into the decoder."""
+        """Pass the new tokens of the previous stage to the decoder."""
         if self._source is None:
             return
         are_done = self._source.decoder.are_done
@@ -53,13 +54,13 @@ class PipelineStep:
         self.decoder.limit([count if is_done else None for count, is_done in zip(frames.tolist(), are_done.tolist())])
 
     def take(self) -> list[Tensor]:
-        """Return the new tokens `[f_i, levels]` of every item since the last call, and keep them for `collect`."""
+        """Return the new tokens `[f_i, levels]` of every item since the last call, and buffer them for `collect`."""
         new = self.decoder.take()
         self.kept = [torch.cat(pair) for pair in zip(self.kept, new)] if self.kept else new
         return new
 
     def collect(self, num_frames: Sequence[int] | None = None) -> list[Tensor]:
-        """Return the first `num_frames` (None = all) of the kept tokens of every item, and forget these."""
+        """Remove the first `num_frames` tokens (None = all) of every item from the buffer, and return them."""
         counts = [len(tokens) for tokens in self.kept] if num_frames is None else num_frames
         collected = [tokens[:count] for tokens, count in zip(self.kept, counts)]
         self.kept = [tokens[count:].clone() for tokens, count in zip(self.kept, counts)]
@@ -67,7 +68,7 @@ class PipelineStep:
 
 
 class StagePipeline:
-    """The semantic, the coarse and, optionally, the fine stage.
+    """The semantic stage, the coarse stage and, optionally, the fine stage.
 
     Args:
         semantic: The first stage.
@@ -79,20 +80,20 @@ class StagePipeline:
 
     @property
     def known_frames(self) -> Tensor:
-        """Acoustic frames `[b]` of which all levels are known."""
+        """Number of acoustic frames `[b]` with all levels known."""
         return self._acoustic[-1].decoder.known_frames
 
     @property
     def are_done(self) -> Tensor:
-        """`[b]` bool, which items have all their acoustic frames."""
+        """Mask `[b]` of the items that have all their acoustic frames."""
         return self._acoustic[-1].decoder.are_done
 
     def advance(self, until_frames: int) -> None:
-        """Decode until every item that is not done has `until_frames` acoustic frames, and as little else as needed."""
+        """Decode until every item has `until_frames` acoustic frames or is complete, and no more than needed."""
         self._acoustic[-1].advance(until_frames)
 
     def finish(self) -> None:
-        """Decode everything, one stage after the other, so that there is one cache at a time."""
+        """Decode all frames, one stage after the other, so that only one cache is in memory at a time."""
         for step in (self._semantic, *self._acoustic):
             step.advance()
 

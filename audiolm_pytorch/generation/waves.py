@@ -1,4 +1,4 @@
-"""Acoustic tokens of items of different lengths to waves."""
+"""Decoding of acoustic tokens to waves, for items of different lengths."""
 
 from collections.abc import Sequence
 
@@ -29,11 +29,11 @@ def decode_items(codec: Codec, acoustic: Sequence[Tensor], num_samples: Sequence
 
 
 class WaveStreams:
-    """One decoder stream per item, because items end at different times.
+    """Decoder streams of a codec, one per item, because items end at different times.
 
     Args:
-        codec: The codec.
-        num_samples: Largest number of samples of every item.
+        codec: A codec with a `decoder_stream`.
+        num_samples: Maximum number of samples of every item.
     """
 
     def __init__(self, codec: StreamingCodec, num_samples: Sequence[int]) -> None:
@@ -41,11 +41,11 @@ class WaveStreams:
         self._streams: list[DecoderStream | None] = [codec.decoder_stream() for _ in num_samples]
 
     def push(self, acoustic: Sequence[Tensor], are_last: Sequence[bool]) -> list[Tensor]:
-        """Decode the next tokens `[f_i, q]` of every item, as far as later tokens cannot change the wave.
+        """Decode the next tokens `[f_i, q]` of every item. A later call returns samples that depend on later tokens.
 
         Args:
-            acoustic: The tokens.
-            are_last: Whether these are the last tokens of an item.
+            acoustic: Next tokens of every item.
+            are_last: For every item, whether these tokens are its last ones.
 
         Returns:
             Waves `[n_i]`, or `[c, n_i]` for a codec of several channels.

@@ -19,21 +19,21 @@ __all__ = ["SlidingWindowDecoder", "decode_in_windows", "plan_windows"]
 
 
 def plan_windows(num_frames: int, window_frames: int | None, alignment: int = 1) -> list[range]:
-    """Cover a sequence with windows, each of which starts in the middle of the one before (MusicLM, sec. 5.4).
+    """Cover a sequence with windows. Each window starts in the middle of the previous one (MusicLM, sec. 5.4).
 
     Args:
-        num_frames: Frames to cover. The starts of the windows do not depend on it.
-        window_frames: Frames of a window; None = one window over everything.
+        num_frames: Number of frames to cover. It does not change where windows start.
+        window_frames: Number of frames of a window; None = one window over all frames.
         alignment: Windows start at multiples of this number of frames.
 
     Raises:
-        ValueError: If half a window is shorter than `alignment` frames.
+        ValueError: If half of `window_frames` is less than `alignment`.
     """
     if window_frames is None or num_frames <= window_frames:
         return [range(num_frames)]
     hop = window_frames // 2 // alignment * alignment
     if hop < 1:
-        raise ValueError(f"windows of {window_frames} frames cannot advance by half, in steps of {alignment} frames")
+        raise ValueError(f"got window_frames={window_frames}, half a window must have at least {alignment} frames")
     num_windows = 1 + ceil((num_frames - window_frames) / hop)
     return [range(i * hop, min(i * hop + window_frames, num_frames)) for i in range(num_windows)]
 
@@ -48,18 +48,20 @@ def decode_in_windows(
     lengths: Mapping[str, int | Tensor] | None = None,
     **options: Any,
 ) -> Decoded:
-    """Decode the predicted stream of a model to its end.
+    """Decode all requested frames of the predicted stream in sliding windows.
 
     Args:
         model: A model with one predicted stream.
         streams: Input streams and the prompt, `[b, f, levels]` by name.
         num_frames: Requested frames, prompt included, `[b]` or one int.
         batch_size: Number of items b, used if `streams` is empty.
-        lengths: Frames of `streams` without padding, `[b]` or one int; streams that are not named have no padding.
+        lengths: Number of frames without padding by stream name, `[b]` or one int; a stream without an entry has no
+            padding.
         **options: Further arguments of `SlidingWindowDecoder`.
 
     Raises:
-        ValueError: If the streams do not fit the layout, or as in `SlidingWindowDecoder` and `DecodeSession`.
+        ValueError: If `streams` does not fit the layout of the model, or for the reasons listed in
+            `SlidingWindowDecoder`.
     """
     items = items_of_streams(model.layout.streams, streams, lengths or {})
     batch = len(next(iter(streams.values()))) if streams else batch_size
@@ -68,7 +70,7 @@ def decode_in_windows(
     for input_name, tokens in items.items():
         decoder.feed(input_name, tokens)
     if decoder.awaited:
-        raise ValueError(f"input streams {sorted(decoder.awaited)} are missing, got {sorted(streams)}")
+        raise ValueError(f"got streams {sorted(streams)}; {sorted(decoder.awaited)} are missing or have too few frames")
     decoder.advance()
     decoded = decoder.take()
     return Decoded({name: padded(decoded)}, {name: torch.tensor([len(tokens) for tokens in decoded])})
@@ -76,33 +78,33 @@ def decode_in_windows(
 
 def _predicted_stream(model: TokenTransformer) -> Stream:
     if len(model.layout.predicted) != 1:
-        raise ValueError(f"windows need one predicted stream, got {[s.name for s in model.layout.predicted]}")
+        raise ValueError(f"the model must predict one stream, it predicts {[s.name for s in model.layout.predicted]}")
     return model.layout.predicted[0]
 
 
 class SlidingWindowDecoder:
-    """Decodes one predicted stream of any length; can pause between frames and receive input frames later.
+    """Decodes one predicted stream of any length. It can pause between frames and receive input frames later.
 
-    The prompt of a window is the second half of the window before (MusicLM, arXiv:2301.11325, sec. 5.4). A window
-    starts when the input streams cover it. Input streams without a rate belong whole to every window. All items have
-    the same window positions and each item has its own random generator, so the tokens of an item do not depend on the
-    other items, on pauses, or on when inputs arrive. Memory is bounded: there is one cache at a time, and tokens that
-    no later window needs are dropped once `take` has returned them.
+    The prompt of a window is the second half of the previous window (MusicLM, arXiv:2301.11325, sec. 5.4). A window
+    starts when the input streams cover it. Every window receives the whole of each input stream without a rate. All
+    items have the same window positions and each item has its own random generator, so the tokens of an item do not
+    depend on the other items, on pauses, or on when inputs arrive. Memory is bounded, because there is one cache at a
+    time, and tokens that no later window needs are dropped after `take` has returned them.
 
     Args:
         model: A model with one predicted stream.
         num_frames: Requested frames, prompt included, `[b]` or one int.
-        prompt: First tokens `[f_i, levels]` of every item; None = no prompts.
-        window_frames: Longest window; None = one window.
+        prompt: Prompt tokens `[f_i, levels]` of every item; None = no prompts.
+        window_frames: Maximum number of frames of a window; None = one window over all frames.
         batch_size: Number of items b.
-        conditioning: Conditions by name, of 1 or b items. With one embedding per frame, embedding i belongs to frame i
-            of the whole sequence; all other conditions are the same in every window.
-        settings: As in `DecodeSession`, like `seeds` and `allow_eos`.
-        callback: Called after every row with the known and the requested frames of the longest item.
+        conditioning: Conditions by name, of 1 or b items. In a condition with one embedding per frame, embedding i
+            belongs to frame i of the whole sequence. All other conditions are the same in every window.
+        settings: Sampling settings, as in `DecodeSession`; the same holds for `seeds` and `allow_eos`.
+        callback: Called after every row as `callback(known_frames, requested_frames)`, for the longest item.
 
     Raises:
-        ValueError: If the model predicts several streams, a prompt is longer than `num_frames`, or windows are too
-            short.
+        ValueError: If the model predicts several streams, a prompt is longer than `num_frames`, or `window_frames` is
+            too small.
     """
 
     @beartype
@@ -132,7 +134,7 @@ class SlidingWindowDecoder:
         if len(prompts) != batch_size or any(a > b for a, b in zip(prompt_frames, self._num_frames)):
             raise ValueError(
                 f"the prompt of '{stream.name}' has {prompt_frames} frames, longer than the requested "
-                f"{self._num_frames} frames: shorten it or request more"
+                f"{self._num_frames} frames; shorten it or request more"
             )
         self._windows = plan_windows(max(self._num_frames), window_frames, model.layout.frame_alignment)
         self._window_index = 0  # of the current or, between windows, of the next window
@@ -149,16 +151,16 @@ class SlidingWindowDecoder:
 
     @property
     def known_frames(self) -> Tensor:
-        """Complete frames `[b]` int64 of every item, prompts included."""
+        """Number of complete frames `[b]` int64, prompts included."""
         return torch.tensor(self._tokens.counts)
 
     @property
     def are_done(self) -> Tensor:
-        """`[b]` bool, which items have ended or have all requested frames."""
+        """Mask `[b]` of the items that have ended or have all requested frames."""
         return self.known_frames >= torch.tensor(self._num_frames)
 
     def is_behind(self, until_frames: int | None) -> bool:
-        """Whether an item that is not done has fewer than `until_frames` frames (None = than requested)."""
+        """Whether any incomplete item has fewer than `until_frames` frames (None = the requested frames)."""
         return any(
             count < (requested if until_frames is None else min(requested, until_frames))
             for count, requested in zip(self._tokens.counts, self._num_frames)
@@ -166,7 +168,7 @@ class SlidingWindowDecoder:
 
     @property
     def awaited(self) -> dict[str, int]:
-        """Frames of input streams that the next window needs and `feed` has not received; empty = it can start."""
+        """Total frames that the next window needs, by name of each input stream that is too short; empty if none is."""
         window, items = self._current_window()
         if window is None or self._session is not None:
             return {}
@@ -185,18 +187,18 @@ class SlidingWindowDecoder:
         """Append frames to an input stream.
 
         Args:
-            name: The stream.
-            tokens: Next frames `[f_i, levels]` of every item; may be empty.
-            are_complete: `[b]` bool, for which items these are the last frames; None = for all.
+            name: Name of the input stream.
+            tokens: Next frames `[f_i, levels]` of every item. Some or all may have 0 frames.
+            are_complete: Mask `[b]` of the items for which `tokens` are the last frames; None = all items.
 
         Raises:
-            ValueError: If there is no such input stream, or the number of items is wrong.
+            ValueError: If the model has no input stream `name`, or `tokens` has a wrong number of items.
         """
         names = [stream.name for stream in self._model.layout.inputs]
         if name not in names:
-            raise ValueError(f"'{name}' is not an input stream of the model, which has {names}")
+            raise ValueError(f"got tokens for {name!r}, the input streams of the model are {names}")
         if len(tokens) != len(self._num_frames):
-            raise ValueError(f"'{name}' needs tokens of {len(self._num_frames)} items, got {len(tokens)}")
+            raise ValueError(f"got {name!r} tokens of {len(tokens)} items, the decoder has {len(self._num_frames)}")
         if name not in self._inputs:
             self._inputs[name] = ItemTokens([item_tokens[:0].to(self._model.device) for item_tokens in tokens])
         for item, item_tokens in enumerate(tokens):
@@ -204,13 +206,13 @@ class SlidingWindowDecoder:
         self._are_inputs_complete[name] = [True] * len(tokens) if are_complete is None else are_complete.tolist()
 
     def limit(self, num_frames: Sequence[int | None]) -> None:
-        """Lower the requested frames of items (None = no change). Known frames are kept."""
+        """Reduce the number of requested frames per item (None = no change). Known frames are kept."""
         for item, count in enumerate(num_frames):
             if count is not None:
                 self._num_frames[item] = min(self._num_frames[item], count)
 
     def advance(self, until_frames: int | None = None) -> None:
-        """Decode until every item has `until_frames` frames (prompts included; None = all), or inputs are missing."""
+        """Decode until every item has `until_frames` frames (prompts included; None = all) or input frames lack."""
         while self.is_behind(until_frames) and not self.awaited:
             window, items = self._current_window()
             if window is None:
@@ -220,13 +222,13 @@ class SlidingWindowDecoder:
             self._store_frames(session, window)
 
     def take(self) -> list[Tensor]:
-        """Return the new frames `[f_i, levels]` of every item since the last call, prompts included."""
+        """Return the frames `[f_i, levels]` of every item that are new since the last call, prompts included."""
         taken = [torch.cat(parts) for parts in self._untaken]
         self._untaken = [[tokens[:0]] for tokens in taken]
         return taken
 
     def _current_window(self) -> tuple[range | None, list[int]]:
-        """The current window, or the next one in which an item has missing frames, and the items to decode in it."""
+        """Find the current or the next window with missing frames, and the items to decode in it."""
         while self._session is None and self._window_index < len(self._windows):
             stop, counts = self._windows[self._window_index].stop, self._tokens.counts
             self._window_items = [i for i, count in enumerate(counts) if count < min(self._num_frames[i], stop)]
@@ -238,16 +240,16 @@ class SlidingWindowDecoder:
         return self._windows[self._window_index], self._window_items
 
     def _stops(self, items: Sequence[int], window: range) -> list[int]:
-        """Last frame + 1 of each item in a window."""
+        """End of each item in a window: the index of its last frame, plus 1."""
         return [min(self._num_frames[item], window.stop) for item in items]
 
     def _covering_frames(self, stream: Stream, items: Sequence[int], window: range) -> list[int]:
-        """Frames of an input stream that last until the stop of each item."""
+        """Number of frames of an input stream that cover each item up to its stop."""
         ratio = stream.exact_hz / _predicted_stream(self._model).exact_hz
         return [ceil(stop * ratio) for stop in self._stops(items, window)]
 
     def _start_session(self, window: range, items: list[int]) -> DecodeSession:
-        """Start the decoding of a window, and drop the tokens before it."""
+        """Create the decode session of a window, and drop the tokens before the window."""
         streams, lengths = {}, {}
         for stream in self._model.layout.inputs:
             if stream.name in self._inputs:
@@ -277,7 +279,7 @@ class SlidingWindowDecoder:
         return self._session
 
     def _conditions_of(self, items: list[int], window: range) -> Conditions:
-        """Conditions of some items in a window."""
+        """Select the conditions of `items` for a window."""
         selected = {name: part.select(torch.tensor(items)) for name, part in self._conditioning.items()}
         for name, part in selected.items():
             if self._model.fuser.specs[name].way == "sum" and part.mask.shape[1] > 1:
@@ -289,7 +291,7 @@ class SlidingWindowDecoder:
         return selected
 
     def _store_frames(self, session: DecodeSession, window: range) -> None:
-        """Keep the new frames of the current window, and close the window after its last frame."""
+        """Store the new frames of the current window, and close the session after the last frame."""
         decoded = session.decoded()
         for row, (item, stop) in enumerate(zip(self._window_items, self._stops(self._window_items, window))):
             known = self._tokens.counts[item] - window.start

@@ -1,4 +1,4 @@
-"""A stage together with its tokenizers and conditioners, for losses of waves and for sampling."""
+"""Wrappers of a stage with its tokenizers and conditioners, which compute losses of waves and sample tokens."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
@@ -31,17 +31,17 @@ __all__ = [
 
 
 class StageWrapper(nn.Module):
-    """One stage with the tokenizers of its waves and the conditioners of its namespace.
+    """A stage with the tokenizers and conditioners that compute its inputs.
 
     Args:
         transformer: The stage.
-        wav2vec: Needed to compute semantic tokens of waves.
-        codec: Needed to compute acoustic tokens of waves.
-        audio_conditioner: Computes codes of texts or waves, for a stage with `cond_dim`.
-        text_conditioner: Computes states of texts, for a stage with `text_dim`.
+        wav2vec: Semantic tokenizer; needed to compute semantic tokens of waves.
+        codec: Codec; needed to compute acoustic tokens of waves.
+        audio_conditioner: Computes codes of texts or waves; needed by a stage with `audio_text_condition`.
+        text_conditioner: Computes states of texts; needed by a stage with `text_dim`.
 
     Raises:
-        TypeError: If the stage is of another class.
+        TypeError: If `transformer` is a stage of another class.
         ValueError: If a tokenizer or a conditioner is not compatible with the stage.
     """
 
@@ -79,25 +79,25 @@ class StageWrapper(nn.Module):
         codes: Tensor | None = None,
         states: ConditionTensor | None = None,
     ) -> Conditions | None:
-        """Compute the conditions `codes` and `text` of the stage; None without inputs.
+        """Compute the conditions `codes` and `text` of the stage. Return None if no argument is passed.
 
-        A text is used for the states and, without `wavs` and `codes`, also for the codes.
+        States are computed from the text. Codes are also computed from it, unless `wavs` or `codes` is passed.
 
         Args:
-            text: Texts, one per item or one for all.
-            wavs: Waves `[b, n]` at the rate of the audio conditioner.
+            text: One text per item, or one text for all items.
+            wavs: Waves `[b, n]` at the sample rate of the audio conditioner.
             codes: Codes `[b, q]` of the audio conditioner.
-            states: States of the texts, if they were computed before; they are the same for all stages.
+            states: Precomputed states of the texts, which all stages share; None = computed from `text`.
 
         Raises:
-            ValueError: If a conditioner is missing, or the stage does not accept such a condition.
+            ValueError: If the stage lacks a conditioner, or does not accept the passed conditions.
         """
         if text is None and wavs is None and codes is None:
             return None
         accepts_codes, accepts_states = self.transformer.cond_dim is not None, self.transformer.text_dim is not None
         if not (accepts_codes or (accepts_states and wavs is None and codes is None)):
             raise ValueError(
-                f"the {self.namespace} stage does not accept such a condition: it needs an audio_conditioner and a "
+                f"the {self.namespace} stage does not accept such conditions: it needs an audio_conditioner and a "
                 "transformer with audio_text_condition=True, or for texts a text_conditioner and a transformer with a "
                 "text_dim"
             )
@@ -105,13 +105,13 @@ class StageWrapper(nn.Module):
         conditions: dict[str, ConditionTensor] = {}
         if accepts_states and texts is not None:
             if self.text_conditioner is None:
-                raise ValueError(f"the {self.namespace} stage is conditioned on texts: it needs a text_conditioner")
+                raise ValueError(f"the {self.namespace} stage is conditioned on texts; pass a text_conditioner")
             conditions["text"] = self.text_conditioner.forward(texts) if states is None else states
             if wavs is not None or codes is not None:
                 texts = None
         if accepts_codes:
             if self.audio_conditioner is None:
-                raise ValueError(f"the {self.namespace} stage is conditioned on codes: it needs an audio_conditioner")
+                raise ValueError(f"the {self.namespace} stage is conditioned on codes; pass an audio_conditioner")
             conditions["codes"] = self.audio_conditioner.conditioning(
                 texts=texts, wavs=wavs, codes=codes, namespace=self.namespace
             )
@@ -127,17 +127,17 @@ class StageWrapper(nn.Module):
         conditioning: Conditions | None = None,
         ends: Tensor | None = None,
     ) -> TokenLoss:
-        """Return the loss of waves or tokens.
+        """Compute the loss of waves or tokens.
 
         Args:
-            wave: `[b, n]`. Without `conditioning`, the wave itself is the input of the audio conditioner.
-            input_sample_hz: Rate of `wave` in Hz; None = the rate of the tokenizers.
-            tokens: Tokens, instead of a wave.
-            conditioning: The conditions by name.
-            ends: `[b]` bool, whether the file really ends after the tokens.
+            wave: Waves `[b, n]`. If `conditioning` is None, the codes of these waves are the condition.
+            input_sample_hz: Sample rate of `wave` in Hz; None = the rate of the tokenizers.
+            tokens: Tokens of the stage, instead of `wave`.
+            conditioning: Conditions by name, of 1 or b items.
+            ends: Mask `[b]` of the items whose file ends after the tokens.
 
         Raises:
-            ValueError: If not exactly one of wave and tokens is passed, or a tokenizer is missing.
+            ValueError: If not exactly one of `wave` and `tokens` is passed, or a tokenizer is missing.
         """
         if wave is not None and tokens is None:
             rates_hz = sample_rates(self.transformer.kinds, self.wav2vec, self.codec)
@@ -165,9 +165,9 @@ class StageWrapper(nn.Module):
         callback: Callable[[int, int], None] | None = None,
         allow_eos: bool = False,
     ) -> Decoded:
-        """Sample the tokens of the stage, in windows of the length that it was trained on.
+        """Sample the tokens of the stage in windows of the longest training sequence.
 
-        See `decode_in_windows` and `SlidingWindowDecoder` for the arguments.
+        The arguments are those of `decode_in_windows` and `SlidingWindowDecoder`.
         """
         return decode_in_windows(
             self.transformer,
@@ -185,7 +185,7 @@ class StageWrapper(nn.Module):
 
     @property
     def window_frames(self) -> int | None:
-        """Longest training sequence in predicted frames; None = no limit."""
+        """Length of the longest training sequence in predicted frames; None = no limit."""
         if self.transformer.max_seconds is None:
             return None
         return frames_inside(self.transformer.max_seconds, self.transformer.layout.predicted[0].exact_hz)

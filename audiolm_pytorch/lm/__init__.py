@@ -1,4 +1,4 @@
-"""Language models over token layouts, the three stages of AudioLM, and their training."""
+"""Token language models: the three stages of AudioLM and their training."""
 
 from audiolm_pytorch.lm.stage_transformer import AudioTokens, StageTransformer
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer

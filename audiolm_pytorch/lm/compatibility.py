@@ -1,8 +1,8 @@
-"""Checks that stages, tokenizers and conditioners belong together.
+"""Checks that a stage is used with the tokenizers and conditioners that it was trained with.
 
-Two tokenizers may have equally many tokens with different meanings. A stage that reads tokens of another tokenizer than
-in training runs without an error and produces noise. Shards and stages therefore store the fingerprints of the
-tokenizers, of the conditioner and of the text encoder, and these checks compare them.
+Two tokenizers can have vocabularies of the same size, but tokens of different meaning. A stage that receives tokens of
+another tokenizer than in training runs without an error and produces noise. Shards and stages therefore store the
+fingerprints of tokenizer, conditioner and text encoder, and the checks compare them.
 """
 
 import logging
@@ -44,11 +44,11 @@ def check_compatible(
     audio_conditioner: Conditioner | None = None,
     text_conditioner: TextEncoder | None = None,
 ) -> None:
-    """Check that a stage can use tokenizers and conditioners; modules that it does not need are not checked.
+    """Check that a stage can use the passed tokenizers and conditioners. Modules that it does not need are ignored.
 
     Raises:
-        ValueError: If vocabulary, levels, groups, ratio of rates, or width of conditions differ (the message lists all
-            differences), or if a fingerprint is not the one that the stage was trained with.
+        ValueError: If vocabularies, levels, groups, ratios of rates or widths of conditions differ (the message lists
+            all differences), or if the stage was trained with another fingerprint.
     """
     tokenizers = {"semantic": wav2vec, "acoustic": codec}
     differences = [
@@ -65,14 +65,14 @@ def check_compatible(
 
 @beartype
 def check_stages_compatible(*transformers: StageTransformer) -> None:
-    """Check that the stages of one model, in any order, declare shared streams alike and have equal fingerprints."""
+    """Check that all stages of a model have equal declarations of shared streams and equal fingerprints."""
     differences = [line for pair in combinations(transformers, 2) for line in _stage_differences(*pair)]
     if differences:
         raise ValueError(f"the stages are not compatible: {'; '.join(differences)}")
 
 
 def shard_fingerprint(wav2vec: SemanticTokenizer, codec: Codec) -> dict[str, str]:
-    """Entries for the `fingerprint` of `write_shards` that name the tokenizers of the shards."""
+    """Build the entries of the tokenizers for the `fingerprint` argument of `write_shards`."""
     return {_SHARD_KEYS["semantic"]: wav2vec.fingerprint(), _SHARD_KEYS["acoustic"]: codec.fingerprint()}
 
 
@@ -85,16 +85,17 @@ def agreed_fingerprints(
     shards: Sequence[TokenShards] = (),
     kinds: Collection[str] | None = None,
 ) -> dict[str, str]:
-    """Collect the fingerprints that the stage, its shards and its modules know, and check that they agree.
+    """Collect the fingerprints stored in stage and shards and those of the modules, and check that they are equal.
 
     Args:
         transformer: The stage.
-        wav2vec: Semantic tokenizer; None = unknown, also for the other modules.
+        wav2vec: Semantic tokenizer. For this and the other modules, None = not compared.
         shards: Token shards that the stage is trained on.
-        kinds: Kinds to compare; None = all that the stage uses.
+        kinds: Fingerprints to compare (see the returned keys); None = all that the stage uses.
 
     Returns:
-        The known fingerprints by kind: `semantic`, `acoustic`, `conditioner`, `text_encoder`, or an extra stream.
+        The known fingerprints; keys are `semantic`, `acoustic`, `conditioner`, `text_encoder` and names of extra
+        streams.
     """
     modules = {
         "semantic": wav2vec,
@@ -127,12 +128,12 @@ def agreed_fingerprints(
 
 
 def _words(kind: str) -> tuple[str, str]:
-    """What a stage reads of a kind, and the module that computes it, for messages."""
+    """Names of the tokens and of the module that computes them, for error messages."""
     return _IN_WORDS.get(kind, (f"{kind} tokens", f"tokenizer of {kind!r}"))
 
 
 def _token_differences(transformer: StageTransformer, tokenizers: _Tokenizers) -> Iterator[str]:
-    """Differences of vocabularies, levels and groups."""
+    """Messages about different vocabularies, levels and groups."""
     for stream in transformer.layout.streams:
         source = transformer.sources[stream.name]
         tokenizer = tokenizers.get(source.kind)
@@ -140,7 +141,7 @@ def _token_differences(transformer: StageTransformer, tokenizers: _Tokenizers) -
             continue
         where = f"stream '{stream.name}'"
         if tokenizer.codebook_size != stream.vocab_size:
-            yield f"{where} has {stream.vocab_size} tokens, its tokenizer {tokenizer.codebook_size}"
+            yield f"{where} has {stream.vocab_size} tokens, its tokenizer has {tokenizer.codebook_size}"
         last_level = source.first_level + source.num_levels
         num_levels = getattr(tokenizer, "num_quantizers", last_level)
         if last_level > num_levels:
@@ -148,11 +149,11 @@ def _token_differences(transformer: StageTransformer, tokenizers: _Tokenizers) -
         # A stream of one group can read any codec; not every codec has the attribute.
         num_groups = getattr(tokenizer, "num_groups", stream.num_groups)
         if stream.num_groups not in (1, num_groups):
-            yield f"{where} has {stream.num_groups} groups, the codec {num_groups}"
+            yield f"{where} has {stream.num_groups} groups, the codec has {num_groups}"
 
 
 def _rate_differences(transformer: StageTransformer, tokenizers: _Tokenizers) -> Iterator[str]:
-    """Differences of the ratios of rates; if all rates differ by one factor, only warn."""
+    """Messages about different ratios of rates. If all rates differ by the same factor, only warn."""
     declared_hz: dict[str, Fraction] = {}
     actual_hz: dict[str, Fraction] = {}
     for stream in transformer.layout.streams:
@@ -163,12 +164,12 @@ def _rate_differences(transformer: StageTransformer, tokenizers: _Tokenizers) ->
     if declared_hz == actual_hz:
         return
     declared, actual = ({name: float(hz) for name, hz in rates.items()} for rates in (declared_hz, actual_hz))
-    difference = f"its streams have {declared} frames per second, the tokenizers {actual}"
+    difference = f"its streams have {declared} frames per second, the tokenizers have {actual}"
     if len({actual_hz[name] / hz for name, hz in declared_hz.items()}) > 1:
         yield f"{difference}; build the stage with the rates of the tokenizers"
     else:
         logger.warning(
-            "the %s transformer: %s; its durations will be wrong, build it with the rates of the tokenizers",
+            "the %s transformer: %s; durations will be wrong; build the stage with the rates of the tokenizers",
             transformer.namespace,
             difference,
         )
@@ -177,18 +178,18 @@ def _rate_differences(transformer: StageTransformer, tokenizers: _Tokenizers) ->
 def _width_differences(
     transformer: StageTransformer, audio_conditioner: Conditioner | None, text_conditioner: TextEncoder | None
 ) -> Iterator[str]:
-    """Differences of the widths of conditions."""
+    """Messages about different widths of conditions."""
     if audio_conditioner is not None and transformer.cond_dim is not None:
         width = audio_conditioner.dim(transformer.namespace)
         if width != transformer.cond_dim:
-            yield f"the conditioner has width {width}, the stage {transformer.cond_dim}; set cond_dim={width}"
+            yield f"the conditioner has width {width}, the stage needs {transformer.cond_dim}; set cond_dim={width}"
     if text_conditioner is not None and transformer.text_dim not in (None, text_conditioner.dim):
         width = text_conditioner.dim
-        yield f"the text conditioner has width {width}, the stage {transformer.text_dim}; set text_dim={width}"
+        yield f"the text conditioner has width {width}, the stage needs {transformer.text_dim}; set text_dim={width}"
 
 
 def _stage_differences(first: StageTransformer, second: StageTransformer) -> Iterator[str]:
-    """Differences between two stages in shared streams and fingerprints."""
+    """Messages about different declarations of shared streams, and different fingerprints, of two stages."""
     names = f"the {first.namespace} transformer", f"the {second.namespace} transformer"
     declared = _declarations(first), _declarations(second)
     for stream in [name for name in declared[0] if name in declared[1]]:
@@ -206,7 +207,7 @@ def _stage_differences(first: StageTransformer, second: StageTransformer) -> Ite
 
 
 def _declarations(transformer: StageTransformer) -> dict[str, dict[str, Any]]:
-    """Facts about each stream by name, with the words of messages as keys."""
+    """Declared properties of each stream by its name. The keys of the properties are used in error messages."""
     declared: dict[str, dict[str, Any]] = {}
     for stream in transformer.layout.streams:
         source = transformer.sources[stream.name]

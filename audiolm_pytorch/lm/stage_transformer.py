@@ -1,4 +1,4 @@
-"""The base class of the stages, and the tokens of recordings that stages read and predict."""
+"""The base class of the stages, and the container of the tokens that stages receive and predict."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ _RESERVED = ("semantic", "acoustic", "conditioner", "text_encoder")
 
 @dataclass(frozen=True)
 class TokenSource:
-    """The source of a stream: some levels of one kind of token.
+    """The tokens that a stream of a stage consists of.
 
     Attributes:
         kind: `semantic`, `acoustic`, or the name of an extra stream.
-        first_level: First of the levels, from 0.
+        first_level: Index of the first level; the first level of the tokenizer is 0.
         num_levels: Number of levels.
     """
 
@@ -35,39 +35,41 @@ class TokenSource:
 
 @dataclass(frozen=True)
 class AudioTokens:
-    """Tokens of some recordings.
+    """Semantic, acoustic and extra tokens of a batch of recordings.
 
     Attributes:
-        tokens: By kind, int64, -1 past an item's length: `semantic [b, t]`, `acoustic [b, f, q]`, and `[b, f]` or
-            `[b, f, levels]` of extra streams.
-        lengths: True frames `[b]` int64 by kind; a kind without an entry has no padding.
+        tokens: int64 tokens `semantic [b, t]`, `acoustic [b, f, q]`, and `[b, f]` or `[b, f, levels]` for each extra
+            stream by name; -1 past the length of an item.
+        lengths: Number of frames without padding `[b]` int64, with the keys of `tokens`; tokens without an entry have
+            no padding.
     """
 
     tokens: Mapping[str, Tensor]
     lengths: Mapping[str, Tensor]
 
     def __post_init__(self) -> None:
-        """Check that there are tokens for every length."""
+        """Check that every key of `lengths` is also a key of `tokens`."""
         unknown = set(self.lengths) - set(self.tokens)
         if unknown:
-            raise ValueError(f"got lengths of {sorted(unknown)}, but only tokens of {sorted(self.tokens)}")
+            raise ValueError(f"got lengths for {sorted(unknown)} without tokens; pass tokens, or remove the lengths")
 
 
 class StageTransformer(TokenTransformer):
-    """A token model of one stage of a chain: it selects its streams from the tokens of recordings.
+    """Base class of the stages: a token model that selects its streams from the tokens of recordings.
 
     Args:
-        sources: Source of every own stream, by stream name.
-        config: The part of `config` that a subclass adds.
-        streams: The stage's own streams.
+        sources: Source of the tokens of each stream in `streams`, by stream name.
+        config: Constructor arguments of the subclass, as part of `config`.
+        streams: Semantic and acoustic streams of the stage.
         pattern: `flat`, `delayed` or `parallel`, see `TokenLayout`.
-        extra_streams: Further input streams (as objects, or as `Stream.to_dict` describes them). The name of a stream
-            is its kind of token, e.g. ids of a text (not in time) or a melody (in time).
+        extra_streams: Further input streams, as `Stream` or as the dict of `Stream.to_dict`, e.g. ids of a text
+            (without a rate) or a melody (with a rate). The name of a stream is also the key of its tokens in
+            `AudioTokens`.
         audio_text_condition: Whether the model is conditioned on codes.
         cond_dim: Width of the embeddings of codes; None = `dim`.
-        token_fingerprints: Fingerprints of the modules that the stage was trained with, by kind: of tokenizers
-            (`semantic`, `acoustic`), of the `conditioner` and of the `text_encoder`. Trainers set the attribute. A kind
-            without an entry is unknown and not checked.
+        token_fingerprints: Fingerprints of the tokenizers (keys `semantic`, `acoustic`), the `conditioner` and the
+            `text_encoder` that the stage was trained with. Trainers set this attribute. A missing fingerprint is not
+            checked.
         **stack: Further arguments of `TokenTransformer`.
     """
 
@@ -93,18 +95,18 @@ class StageTransformer(TokenTransformer):
         extra = [stream if isinstance(stream, Stream) else Stream.from_dict(stream) for stream in extra_streams]
         for stream in extra:
             if not stream.is_input:
-                raise ValueError(f"extra stream '{stream.name}' must be an input: set is_input=True")
+                raise ValueError(f"extra stream '{stream.name}' must be an input; set is_input=True")
             if stream.name in _RESERVED:
-                raise ValueError(f"extra streams cannot be named {stream.name!r}: choose another name")
+                raise ValueError(f"extra streams cannot be named {stream.name!r}, a reserved name; choose another name")
         super().__init__(layout=TokenLayout([*streams, *extra], pattern), dim=dim, depth=depth, cond_dim=width, **stack)
         self.sources = {**sources, **{stream.name: TokenSource(stream.name, 0, stream.num_levels) for stream in extra}}
         self.token_fingerprints: dict[str, str] = dict(token_fingerprints or {})
         unused = set(self.token_fingerprints) - set(self.fingerprinted)
         if unused:
-            raise ValueError(f"the {self.namespace} stage uses {self.fingerprinted}, but got fingerprints of {unused}")
+            raise ValueError(f"got fingerprints of {unused}, the {self.namespace} stage only has {self.fingerprinted}")
         taken = {*self.kinds, *_RESERVED, *_SHARD_FIELDS} & set(self.further_conditions)
         if taken:
-            raise ValueError(f"conditions cannot be named {sorted(taken)}: choose other names")
+            raise ValueError(f"conditions cannot be named {sorted(taken)} (reserved); choose other names")
         layout_config: dict[str, Any] = {"pattern": pattern}
         if extra:
             layout_config["extra_streams"] = [stream.to_dict() for stream in extra]
@@ -119,27 +121,27 @@ class StageTransformer(TokenTransformer):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "StageTransformer":
-        """Build the model that `config` describes, with fresh weights."""
+        """Build a model from `config`, with newly initialised weights."""
         return cls(**config)
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Kinds of tokens that the stage needs."""
+        """Keys of `AudioTokens` that the stage needs: `semantic`, `acoustic`, and names of extra streams."""
         return tuple(dict.fromkeys(source.kind for source in self.sources.values()))
 
     @property
     def further_conditions(self) -> tuple[str, ...]:
-        """Names of the conditions other than `codes` and `text`."""
+        """Names of all conditions of the stage except `codes` and `text`."""
         return tuple(name for name in self.fuser.specs if name not in ("codes", "text"))
 
     @property
     def fingerprinted(self) -> tuple[str, ...]:
-        """Possible keys of `token_fingerprints`: the kinds of tokens, and the modules of the stage's conditions."""
+        """Allowed keys of `token_fingerprints`: the tokens that the stage needs, and the modules of its conditions."""
         widths = {"conditioner": self.cond_dim, "text_encoder": self.text_dim}
         return (*self.kinds, *(kind for kind, width in widths.items() if width is not None))
 
     def packed(self, tokens: AudioTokens, ends: Tensor | None = None) -> PackedTokens:
-        """Pack the stage's streams; `ends [b]` (bool) marks items whose file ends with the tokens."""
+        """Pack the streams of the stage. `ends [b]` (bool) marks the items whose file ends after the tokens."""
         streams, lengths = self.streams_of(tokens)
         return self.layout.pack(streams, lengths, ends)
 
@@ -147,10 +149,10 @@ class StageTransformer(TokenTransformer):
     def streams_of(
         self, tokens: AudioTokens, names: tuple[str, ...] | None = None
     ) -> tuple[dict[str, Tensor], dict[str, int | Tensor]]:
-        """Select streams (None = all) from tokens.
+        """Select the tokens of streams of the stage (None = all streams).
 
         Returns:
-            Tokens `[b, f, levels]` and true frames by stream name, the arguments of `layout.pack`.
+            Tokens `[b, f, levels]` and numbers of frames `[b]` by stream name: the arguments of `layout.pack`.
         """
         streams: dict[str, Tensor] = {}
         lengths: dict[str, int | Tensor] = {}

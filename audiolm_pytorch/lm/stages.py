@@ -15,14 +15,14 @@ __all__ = ["CoarseTransformer", "FineTransformer", "SemanticTransformer"]
 
 @register
 class SemanticTransformer(StageTransformer):
-    """First stage: predicts semantic tokens.
+    """The first stage: predicts semantic tokens.
 
     Args:
         num_semantic_tokens: Vocabulary of the semantic tokenizer.
         rate_hz: Semantic tokens per second.
-        eos: Whether the model learns where files end.
-        pattern: `flat`, or another pattern to align extra streams that are in time.
-        **options: Further arguments of `StageTransformer` (audio_text_condition, cond_dim, extra_streams) and of
+        eos: Whether the model learns to predict the end of files.
+        pattern: `flat`; with extra streams that have a rate also `delayed` or `parallel`, which align them in time.
+        **options: Further arguments of `StageTransformer` (audio_text_condition, cond_dim, extra_streams) and
             `TokenTransformer` (heads, dropout, text_dim, ...).
     """
 
@@ -55,13 +55,13 @@ class SemanticTransformer(StageTransformer):
 
 @register
 class CoarseTransformer(StageTransformer):
-    """Second stage: predicts the first acoustic levels from semantic tokens.
+    """The second stage: predicts the first acoustic levels from semantic tokens.
 
     Args:
         num_semantic_tokens: Vocabulary of the semantic tokenizer.
         codebook_size: Vocabulary of every acoustic level.
-        num_coarse_quantizers: Number of predicted levels, with all groups.
-        pattern: `delayed`, `parallel`, or `flat`, AudioLM's (all semantic tokens first).
+        num_coarse_quantizers: Number of predicted levels, counted over all groups.
+        pattern: `delayed`, `parallel`, or the pattern of AudioLM, `flat` (all semantic tokens come first).
         semantic_rate_hz: Semantic tokens per second.
         rate_hz: Acoustic frames per second.
         num_groups: Codes per residual level of the codec.
@@ -112,13 +112,13 @@ class CoarseTransformer(StageTransformer):
 
 @register
 class FineTransformer(StageTransformer):
-    """Third stage: predicts the remaining acoustic levels from the first ones.
+    """The third stage: predicts the remaining acoustic levels from the first levels.
 
     Args:
-        num_coarse_quantizers: Number of input levels, with all groups.
-        num_fine_quantizers: Number of predicted levels, with all groups.
+        num_coarse_quantizers: Number of input levels, counted over all groups.
+        num_fine_quantizers: Number of predicted levels, counted over all groups.
         codebook_size: Vocabulary of every acoustic level.
-        pattern: `delayed`, `parallel`, or `flat`, AudioLM's (all coarse levels first).
+        pattern: `delayed`, `parallel`, or the pattern of AudioLM, `flat` (all coarse levels come first).
         rate_hz: Acoustic frames per second.
         num_groups: Codes per residual level of the codec.
     """

@@ -1,4 +1,4 @@
-"""The training task of a stage."""
+"""Training task of a stage: batches, loss and validation."""
 
 import json
 import logging
@@ -29,21 +29,21 @@ _NOT_DECISIVE = ("max_seconds", "token_fingerprints", "checkpoint_blocks")
 
 
 class StageTask:
-    """Trains any stage in a `TrainLoop`, together with the table of its namespace in the conditioner.
+    """Trains a stage, and its embedding table in the conditioner, in a `TrainLoop`.
 
     Args:
         transformer: The stage.
         train: Training data.
         valid: Held-out data.
-        audio_conditioner: Conditioner, for a stage that is conditioned on codes.
-        text_conditioner: Text encoder, for a stage with a `text_dim`. Items without a caption have no text states.
-        level_drop_prob: Probability that training drops the conditioning levels of an item from a random level on. The
-            stage then also learns to follow the first levels alone.
-        batch_size: Items of a validation batch.
-        token_fingerprints: Known fingerprints of the modules that compute tokens and conditions.
+        audio_conditioner: Conditioner; needed by a stage that is conditioned on codes.
+        text_conditioner: Text encoder; needed by a stage with a `text_dim`. An item without a caption is unconditional.
+        level_drop_prob: Probability that training drops the last levels of the codes of an item, from a random level.
+            The stage then also learns to use only the first levels.
+        batch_size: Number of items of a validation batch.
+        token_fingerprints: Fingerprints of the modules that compute tokens and conditions.
 
     Attributes:
-        config: Values that must not change when a run is resumed. Callers add those of the sources.
+        config: Values that must be equal when a run is resumed. The caller adds the values of its data sources.
     """
 
     @beartype
@@ -69,7 +69,7 @@ class StageTask:
                 "a text_conditioner and a transformer with a text_dim need each other: pass both or neither"
             )
         if not 0 <= level_drop_prob <= 1:
-            raise ValueError(f"level_drop_prob is a probability, between 0 and 1; got {level_drop_prob}")
+            raise ValueError(f"level_drop_prob must be in [0, 1], got {level_drop_prob}")
         self.transformer, self.train, self.valid = transformer, train, valid
         self.conditioner, self.text_conditioner = audio_conditioner, text_conditioner
         self.level_drop_prob, self.batch_size = level_drop_prob, batch_size
@@ -91,17 +91,17 @@ class StageTask:
         }
 
     def batch(self, indices: list[tuple[int, int]]) -> Any:
-        """Return training crops of (epoch, index) pairs."""
+        """Return the training crops of pairs of epoch and index."""
         return self.train.batch(indices)
 
     def loss(self, batch: Any, step: int) -> LossOutput:
-        """Cross-entropy of a batch, in nats per token."""
+        """Return the cross-entropy of a batch in nats per token."""
         prediction = self._predict(self.train, batch)
         return LossOutput(prediction.loss, _metrics(prediction))
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Compute loss and accuracy on the first held-out items, without dropped conditions."""
+        """Compute loss and accuracy on the first validation items, with all conditions."""
         num_items = min(_MAX_VALID_ITEMS, len(self.valid))
         totals: dict[str, float] = {}
         for first in range(0, num_items, self.batch_size):
@@ -113,13 +113,13 @@ class StageTask:
         return totals
 
     def samples(self, folder: Path, step: int) -> None:
-        """Write nothing: one stage cannot generate audio."""
+        """Do nothing, because a single stage cannot generate audio."""
 
     def before_training(self) -> None:
-        """Do nothing: no weights depend on the data before training."""
+        """Do nothing, because no weights are initialised from the data."""
 
     def _predict(self, source: StageSource, batch: Any) -> TokenLoss:
-        """Loss of a batch under its conditions."""
+        """Compute the loss of a batch with its conditions."""
         inputs = source.read(batch)
         # Without autocast, so that conditions are the same as in generation.
         with torch.autocast(self.transformer.device.type, enabled=False):
@@ -129,7 +129,7 @@ class StageTask:
         return loss
 
     def _codes(self, conditioner_inputs: Mapping[str, Any]) -> ConditionTensor | None:
-        """Embedded codes of a batch; training drops trailing levels."""
+        """Embedded codes of a batch. In training, the last levels of random items are dropped."""
         if self.conditioner is None:
             return None
         codes = self.conditioner.conditioning(namespace=self.transformer.namespace, **conditioner_inputs)
@@ -145,7 +145,7 @@ class StageTask:
         return _drop_levels(codes, self.level_drop_prob) if drops else codes
 
     def _states(self, texts: Sequence[str | None] | None) -> ConditionTensor | None:
-        """Text states of a batch; None if no item has a text."""
+        """Text states of a batch; None if no item has a caption."""
         present = [(item, text) for item, text in enumerate(texts or []) if text is not None]
         if self.text_conditioner is None or texts is None or not present:
             return None
@@ -160,7 +160,7 @@ class StageTask:
 
 
 def _drop_levels(conditioning: ConditionTensor, probability: float) -> ConditionTensor:
-    """Drop trailing levels of random items, but never the first level."""
+    """Drop the last levels of random items. The first level is never dropped."""
     num_levels = conditioning.mask.shape[1]
     kept = torch.randint(1, num_levels, (len(conditioning),)) if num_levels > 1 else torch.ones(len(conditioning))
     is_cut = torch.rand(len(conditioning)) < probability
@@ -173,7 +173,7 @@ def _metrics(prediction: TokenLoss) -> dict[str, Tensor | float]:
 
 
 def _chance(transformer: StageTransformer) -> dict[str, float]:
-    """Losses at chance level: the logarithm of each vocabulary, for `loss` weighted by tokens per second."""
+    """Losses of uniform predictions: logarithms of vocabulary sizes, for `loss` weighted by tokens per second."""
     streams = transformer.layout.predicted
     weights = [float(stream.exact_hz) * stream.num_levels for stream in streams]
     chances = [math.log(stream.vocab_size) for stream in streams]

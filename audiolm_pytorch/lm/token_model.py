@@ -1,4 +1,4 @@
-"""The language model over a token layout, of which every stage is a special case."""
+"""The token language model that is the base of every stage."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -28,9 +28,9 @@ class TokenLoss:
 
     Attributes:
         loss: `[]`, mean cross-entropy of all predicted tokens, in nats.
-        per_stream: The mean cross-entropy of each predicted stream by name, and of each level as `name.level` for a
-            stream of several levels. The chance level is the logarithm of the vocabulary size.
-        accuracy: `[]`, share of tokens with the highest logit.
+        per_stream: Mean cross-entropy by name of each predicted stream. A stream of several levels also has an entry
+            `name.level` for each level. Uniform predictions have the logarithm of the vocabulary size.
+        accuracy: `[]`, share of predicted tokens for which the true token has the highest logit.
     """
 
     loss: Tensor
@@ -43,24 +43,26 @@ class TokenTransformer(nn.Module):
     """Decoder-only language model over the rows of a token layout.
 
     A row is embedded as the sum of its tokens. Every level of every predicted stream has its own linear head. A
-    `ConditionFuser` adds the conditions `codes` (prepended), `text` and further ones. Null embeddings replace missing
-    conditions.
+    `ConditionFuser` adds the conditions: `codes` (prepended), `text` and those in `conditions`. Null embeddings replace
+    missing conditions.
 
     Args:
-        layout: The streams and their arrangement.
+        layout: Layout of the streams in rows and columns.
         dim: Width d.
-        depth: Number of blocks.
+        depth: Number of transformer blocks.
         heads: Attention heads per block.
         dim_head: Width of a head.
         ff_mult: Inner width of the gated feed-forward, as a multiple of `dim`.
         dropout: Dropout probability.
-        cond_dim: Width of the embeddings of conditioning codes; None = no such condition.
+        cond_dim: Width of the embeddings of codes; None = the model is not conditioned on codes.
         cond_drop_prob: Probability that training drops all conditions of an item, for classifier-free guidance.
-        null_tokens: Number of null embeddings of an unconditional batch, normally the number of codes.
-        max_seconds: Longest duration that the model was trained on; generation of more uses windows. None = no limit.
-        text_dim: Width of the text states; None = no such condition.
-        text_as: Use of the text states: `cross` (cross-attention in every block) or `prefix` (before the codes).
-        conditions: Further conditions by name, as specs or as their fields.
+        null_tokens: Number of null embeddings that replace missing codes, normally the number of codes.
+        max_seconds: Longest duration that the model was trained on. Longer generation uses sliding windows. None = no
+            limit.
+        text_dim: Width of the text states; None = the model is not conditioned on text states.
+        text_as: How text states enter the model: `cross` (cross-attention in every block) or `prefix` (before the
+            codes).
+        conditions: Further conditions by name, as `ConditionSpec` or as a dict of its fields.
         **stack: Further arguments of `Transformer`: positions, kv_heads, checkpoint_blocks, forget_prob.
     """
 
@@ -128,7 +130,7 @@ class TokenTransformer(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "TokenTransformer":
-        """Build the model that `config` describes, with fresh weights."""
+        """Build a model from `config`, with newly initialised weights."""
         return cls(**{**config, "layout": TokenLayout.from_dict(config["layout"])})
 
     @property
@@ -138,11 +140,11 @@ class TokenTransformer(nn.Module):
 
     @beartype
     def forward(self, packed: PackedTokens, conditioning: Conditions | None = None) -> TokenLoss:
-        """Predict every token of the loss mask from the rows before it.
+        """Compute the loss of the tokens in the loss mask. Each token is predicted from the rows before it.
 
         Args:
             packed: Tokens, as packed by `layout`.
-            conditioning: Conditions by name, of 1 or b items. In training they are dropped item by item.
+            conditioning: Conditions by name, of 1 or b items. In training, the conditions of random items are dropped.
 
         Returns:
             The loss, in float32.
@@ -162,9 +164,9 @@ class TokenTransformer(nn.Module):
         return self._loss(hidden, packed.ids[:, 1:], packed.loss_mask[:, 1:])
 
     def _loss(self, hidden: Tensor, targets: Tensor, loss_mask: Tensor) -> TokenLoss:
-        """Loss of final states `[b, rows, d]` for the ids `[b, rows, columns]` of the next rows.
+        """Compute the loss of final states `[b, rows, d]`, for the ids `[b, rows, columns]` of the next rows.
 
-        Logits are computed only for cells of the loss mask.
+        Logits are computed only where the loss mask is True.
         """
         sums: dict[str, Tensor] = {}  # by name: nats, hits, tokens
         for index, head in enumerate(self.layout.heads):
@@ -210,10 +212,10 @@ class TokenTransformer(nn.Module):
         """Return the final state `[b, n, d]` of every row, from which the next row is predicted.
 
         Args:
-            ids: `[b, n, columns]` ids.
-            mask: `[b, n, columns]` bool, True where a cell holds a token.
-            condition_tensors: Conditions; with a cache, only in its first call.
-            cache: Cache of the rows before, written in place.
+            ids: Token ids `[b, n, columns]`.
+            mask: `[b, n, columns]` bool, False where a row has no token in a column.
+            condition_tensors: Projected conditions. With a cache, pass them only in the first call.
+            cache: Cache of the previous rows, written in place.
             cache_positions: Positions of prefix and rows in the cache.
         """
         cells = rearrange(ids.masked_fill(~mask, self.layout.num_ids), "b n c -> (b n) c")
@@ -222,5 +224,5 @@ class TokenTransformer(nn.Module):
         return self.transformer(x, condition_tensors, cache=cache, cache_positions=cache_positions)
 
     def logits(self, hidden: Tensor, head: int) -> Tensor:
-        """Logits `[..., num_logits]` float32 of one head for states `[..., d]`."""
+        """Return the logits `[..., num_logits]` float32 of one head for final states `[..., d]`."""
         return self.heads[head](hidden).float()

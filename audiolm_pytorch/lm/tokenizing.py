@@ -1,4 +1,4 @@
-"""From waves to the tokens of stages."""
+"""Tokenization of waves for the stages."""
 
 from collections.abc import Collection, Mapping
 
@@ -13,14 +13,14 @@ __all__ = ["sample_rates", "tokenize"]
 
 
 def sample_rates(kinds: Collection[str], wav2vec: SemanticTokenizer | None, codec: Codec | None) -> dict[str, int]:
-    """Return the sample rate (Hz) that each kind of token needs; ValueError if its tokenizer is missing."""
+    """Sample rate in Hz of the tokenizer of each kind of token. Raises ValueError if a tokenizer is missing."""
     rates_hz: dict[str, int] = {}
     for kind in kinds:
         if kind not in ("semantic", "acoustic"):
-            raise ValueError(f"'{kind}' tokens cannot be computed from waves: pass the tokens, or shards with them")
+            raise ValueError(f"'{kind}' tokens cannot be computed from waves; pass tokens, or shards that contain them")
         name, tokenizer = {"semantic": ("wav2vec", wav2vec), "acoustic": ("codec", codec)}[kind]
         if tokenizer is None:
-            raise ValueError(f"{kind} tokens of a wave need a {name}: pass one, or pass the tokens")
+            raise ValueError(f"the argument {name} is missing; pass the tokenizer of {kind} tokens, or the tokens")
         rates_hz[kind] = tokenizer.target_sample_hz
     return rates_hz
 
@@ -32,13 +32,13 @@ def tokenize(
     wav2vec: SemanticTokenizer | None,
     codec: Codec | None,
 ) -> AudioTokens:
-    """Tokenize waves, without autocast, so that tokens do not depend on the precision of training.
+    """Tokenize waves without autocast, so that tokens do not depend on the precision of training.
 
     Args:
-        waves: `[b, n]` by kind of token (`semantic`, `acoustic`), at the rate of its tokenizer.
-        lengths: True samples `[b]` by kind.
-        wav2vec: Semantic tokenizer, for `semantic`.
-        codec: Codec, for `acoustic`.
+        waves: Waves `[b, n]` by kind of token (`semantic`, `acoustic`), at the sample rate of the tokenizer.
+        lengths: Number of samples without padding `[b]`, with the same keys.
+        wav2vec: Semantic tokenizer; needed for `semantic`.
+        codec: Codec; needed for `acoustic`.
     """
     sample_rates(waves, wav2vec, codec)
     tokens: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Trainers of stages."""
+"""Trainers of the three stages."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,34 +33,37 @@ TABLE_FILE = "conditioning_table.safetensors"
 
 @trainer_arguments(LoopSettings)
 class StageTrainer:
-    """Trains a stage on audio files or on token shards, resumably.
+    """Trains a stage on audio files or on token shards. An interrupted run can be resumed.
 
-    At the end `results_folder` holds the stage (`<namespace>/`, a saved module) and, with a conditioner, the trained
-    table of its namespace (`conditioning_table.safetensors`). Stage and checkpoints store the known fingerprints of
-    tokenizers and conditioners (`token_fingerprints`).
+    At the end `results_folder` contains the stage (`<namespace>/`, a saved module) and, with a conditioner, its trained
+    embedding table (`conditioning_table.safetensors`). Stage and checkpoints store the fingerprints of tokenizers and
+    conditioners (`token_fingerprints`).
 
     Args:
         transformer: The stage; trained in place.
-        wav2vec: Semantic tokenizer, for a stage with semantic tokens. With shards it is only compared with theirs.
-        codec: Codec, for a stage with acoustic tokens. With shards it is only compared with theirs.
-        audio_conditioner: Conditioner, for a stage with `audio_text_condition`.
-        text_conditioner: Text encoder, for a stage with a `text_dim`; frozen. The captions of a recording take turns,
-            one per epoch.
-        folder: Folder of audio files, or JSONL manifest.
+        wav2vec: Semantic tokenizer; needed by a stage with semantic tokens. With shards, only its fingerprint is
+            compared.
+        codec: Codec; needed by a stage with acoustic tokens. With shards, only its fingerprint is compared.
+        audio_conditioner: Conditioner; needed by a stage with `audio_text_condition`.
+        text_conditioner: Frozen text encoder; needed by a stage with a `text_dim`. If a recording has several captions,
+            each epoch uses the next caption.
+        folder: Folder of audio files, or path of a JSONL manifest.
         items: Training and validation items, instead of `folder`.
-        shards: Token shards, instead of both.
+        shards: Token shards, instead of `folder` and `items`.
         valid_shards: Held-out token shards; None = validate on `shards`.
-        data_max_length: Length of a crop in samples of the codec (of the semantic tokenizer for the semantic stage).
-        data_max_length_seconds: Length of a crop in seconds, instead. None for both = whole recordings.
-        batch_size: Crops per step and process.
-        num_train_steps: Optimizer steps of the whole run.
-        results_folder: Folder of checkpoints, metrics and the result.
-        accelerator: For several trainings in one program; None = a new one.
+        data_max_length: Length of a crop in samples, at the rate of the codec (semantic stage: of the semantic
+            tokenizer).
+        data_max_length_seconds: Length of a crop in seconds, instead of `data_max_length`. If both are None, crops are
+            whole recordings.
+        batch_size: Number of crops per optimizer step and process.
+        num_train_steps: Number of optimizer steps of the whole run.
+        results_folder: Folder of checkpoints, metrics and the trained stage.
+        accelerator: Accelerator to share between trainers in one program; None = a new one.
         level_drop_prob: See `StageTask`.
-        text_prob: Probability that a captioned recording is conditioned on the codes of its caption, not on its own, as
-            in generation. Validation always uses codes of audio.
-        conditioners: Function of a `WaveBatch` for each further condition of the stage, by name. Shards hold the
-            embeddings themselves.
+        text_prob: Probability that the codes of a recording with a caption are computed from the caption, as in
+            generation, not from the audio. Validation always uses the audio.
+        conditioners: For each further condition of the stage, a function that computes it from a `WaveBatch`. Not used
+            with shards, which store the embeddings.
         **settings: Further fields of `LoopSettings`, e.g. `learning_rate` or `optimizer`.
     """
 
@@ -103,14 +106,14 @@ class StageTrainer:
         valid: StageSource
         if shards is not None:
             if folder is not None or items is not None:
-                raise ValueError("pass one source of data: a folder, items or shards")
+                raise ValueError("pass only one source of data: folder, items or shards")
             if conditioners:
-                raise ValueError("conditioners compute conditions of audio files; store the embeddings in the shards")
+                raise ValueError("got conditioners with shards; store the embeddings of the conditions in the shards")
             train = ShardSource(shards, transformer, text_prob=text_prob, **options)
             valid = ShardSource(valid_shards or shards, transformer, **options)
         else:
             if valid_shards is not None:
-                raise ValueError("valid_shards need shards; pass held-out files in items or in a manifest")
+                raise ValueError("valid_shards need shards; pass validation files in items or in a manifest")
             tokenizers = [tokenizer for tokenizer in (wav2vec, codec) if tokenizer is not None]
             shortest = max((one.downsample_factor / one.target_sample_hz for one in tokenizers), default=0.0)
             if seconds is not None and not seconds >= shortest:
@@ -145,20 +148,20 @@ class StageTrainer:
 
     @beartype
     def train(self, stop_after_steps: int | None = None) -> TrainResult:
-        """Train to the end, or for at most `stop_after_steps` steps, from the checkpoint in the folder if there is one.
+        """Train to the end, or for at most `stop_after_steps` steps. Resume from the checkpoint in the folder, if any.
 
-        At the end of the run the transformer and the conditioner's table hold the final weights.
+        At the end of the run, the stage and its embedding table in the conditioner have the final weights.
         """
         result = self.loop.train_and_save(self._save, stop_after_steps)
         self._set_fingerprints()
         return result
 
     def _set_fingerprints(self) -> None:
-        """Store the fingerprints in the stage; only after training, because the loop may refuse to resume the run."""
+        """Store the fingerprints in the stage. Called after training, because resuming the run can raise an error."""
         self.transformer.token_fingerprints = dict(self.task.token_fingerprints)
 
     def _save(self) -> None:
-        """Write the table, then the stage: a saved stage means that the result is complete."""
+        """Write the table before the stage, so that the result is complete if the stage is saved."""
         self._set_fingerprints()
         namespace = self.transformer.namespace
         if self.conditioner is not None:

@@ -37,14 +37,15 @@ _LOST_FRAMES, _LOST_SHARE = 3, Fraction(1, 10)
 
 @dataclass(frozen=True)
 class StageInput:
-    """One batch of a stage.
+    """Inputs of a stage for one batch.
 
     Attributes:
         tokens: Tokens of the crops.
-        ends: `[b]` bool, whether the file ends with the crop.
-        condition: Arguments for the conditioner: `wavs` and `lengths`, or `codes`; empty without a conditioner.
-        texts: Caption of every item, None for an item without one; None for a stage without a `text_dim`.
-        conditions: Further conditions by name.
+        ends: Mask `[b]` of the items whose file ends with the crop.
+        condition: Arguments of `Conditioner.conditioning`: `wavs` and `lengths`, or `codes`; empty without a
+            conditioner.
+        texts: Caption of every item (None: the item has no caption); None for a stage without a `text_dim`.
+        conditions: Further conditions of the stage by name, besides codes and texts.
     """
 
     tokens: AudioTokens
@@ -55,20 +56,21 @@ class StageInput:
 
 
 class StageSource(ABC):
-    """Training data of a stage. The captions of a recording take turns, one per epoch.
+    """Training data of a stage. If a recording has several captions, each epoch uses the next caption.
 
     Args:
         transformer: The stage.
-        audio_conditioner: Its conditioner.
-        text_prob: Probability that a captioned recording is conditioned on the codes of its caption, not on its own.
-        seed: Seed of crops and of the choice between captions and audio.
+        audio_conditioner: Conditioner; needed by a stage that is conditioned on codes.
+        text_prob: Probability that the codes of a recording with a caption are computed from the caption, not from the
+            audio.
+        seed: Seed of the crops and of the selection of caption or audio.
     """
 
     def __init__(
         self, transformer: StageTransformer, audio_conditioner: Conditioner | None, text_prob: float | int, seed: int
     ) -> None:
         if not 0 <= text_prob <= 1:
-            raise ValueError(f"text_prob is a probability, between 0 and 1; got {text_prob}")
+            raise ValueError(f"text_prob must be a probability in [0, 1], got {text_prob}")
         if text_prob > 0 and audio_conditioner is None:
             raise ValueError(f"text_prob={text_prob} needs an audio_conditioner, which computes the codes of captions")
         self.conditioner, self.text_prob, self.seed = audio_conditioner, text_prob, seed
@@ -90,32 +92,32 @@ class StageSource(ABC):
 
     @abstractmethod
     def batch(self, indices: Sequence[tuple[int, int]]) -> Any:
-        """Return the crops of (epoch, index) pairs as tensors on the CPU; a pure function of the pairs and the seed."""
+        """Return the crops of pairs of epoch and index as CPU tensors. Equal pairs and seeds return equal crops."""
 
     @abstractmethod
     def read(self, batch: Any) -> StageInput:
-        """Return tokens and conditions of a batch, on the device of the batch."""
+        """Compute the inputs of the stage for a batch, on the device of the batch."""
 
     def draws_text(self, epoch: int, index: int) -> bool:
-        """Whether a captioned recording is conditioned on its caption in an epoch."""
+        """Whether the codes of a recording with a caption are computed from the caption in this epoch."""
         draw = np.random.default_rng([self.seed, epoch, index, _TEXT_DRAW]).random()
         return bool(draw < self.text_prob)
 
 
 def _caption_in_turn(captions: Sequence[str], epoch: int) -> str | None:
-    """Caption of a recording in an epoch."""
+    """Select the caption of a recording for an epoch; None if it has no captions."""
     return captions[epoch % len(captions)] if captions else None
 
 
 @dataclass(frozen=True)
 class WaveBatch:
-    """Crops of files, from which conditioners compute conditions.
+    """A batch of crops of audio files, with captions and labels. Conditioners compute conditions from it.
 
     Attributes:
-        crops: Waves and their lengths by sample rate.
-        captions: Caption of every item in this epoch; None for an item without one.
-        labels: Fields of every item's line in the manifest.
-        captioned: Indices `[k]` of the items whose codes are those of their caption.
+        crops: Waves and lengths of the crops by sample rate in Hz.
+        captions: Caption of every item for this epoch; None for an item without captions.
+        labels: For every item, the fields of its line in the manifest.
+        captioned: Indices `[k]` of the items whose codes are computed from their caption.
     """
 
     crops: CropBatch
@@ -128,16 +130,16 @@ ConditionFunction = Callable[[WaveBatch], Tensor | ConditionTensor]
 
 
 class WaveSource(StageSource):
-    """Crops of audio files, tokenized when they are read.
+    """Random crops of audio files, which are tokenized during training.
 
     Args:
-        items: The files.
+        items: The audio files.
         transformer: The stage.
-        seconds: Length of a crop; None = whole files.
-        wav2vec: Semantic tokenizer, for a stage with semantic tokens.
-        codec: Codec, for a stage with acoustic tokens.
-        conditioners: Function of a `WaveBatch` for each further condition, by name. It returns embeddings `[b, d]` or
-            `[b, m, d]`. One with an attribute `sample_hz` also receives waves of that rate.
+        seconds: Duration of a crop; None = whole files.
+        wav2vec: Semantic tokenizer; needed by a stage with semantic tokens.
+        codec: Codec; needed by a stage with acoustic tokens.
+        conditioners: For each further condition, a function that returns its embeddings `[b, d]` or `[b, m, d]` for a
+            `WaveBatch`. If the function has an attribute `sample_hz`, the batch also contains waves of that rate.
     """
 
     @beartype
@@ -184,7 +186,7 @@ class WaveSource(StageSource):
         return any(self.captions)
 
     def batch(self, indices: Sequence[tuple[int, int]]) -> WaveBatch:
-        """Return waves of (epoch, index) pairs at every rate that tokenizers and conditioner need."""
+        """Return the crops of pairs of epoch and index, at every sample rate that tokenizers and conditioners need."""
         crops = collate_crops([self.crops.get(epoch, index) for epoch, index in indices])
         captions = [_caption_in_turn(self.captions[index], epoch) for epoch, index in indices]
         labels = [self.crops.items[index].labels for _, index in indices]
@@ -196,7 +198,7 @@ class WaveSource(StageSource):
         return WaveBatch(crops, captions, labels, torch.tensor(captioned, dtype=torch.long))
 
     def read(self, batch: WaveBatch) -> StageInput:
-        """Tokenize the crops."""
+        """Compute the tokens and conditions of the crops."""
         crops = batch.crops
         waves = {kind: crops.waves[rate_hz] for kind, rate_hz in self.rates_hz.items()}
         lengths = {kind: crops.lengths[rate_hz] for kind, rate_hz in self.rates_hz.items()}
@@ -211,7 +213,7 @@ class WaveSource(StageSource):
         return StageInput(tokens, crops.ends_file, self._condition(batch), texts, conditions)
 
     def _condition(self, batch: WaveBatch) -> dict[str, Any]:
-        """Arguments for the conditioner: the waves, or codes of waves and captions."""
+        """Arguments of the conditioner: waves or, if the batch uses captions, codes of waves and captions."""
         if self.conditioner is None:
             return {}
         sample_hz = self.conditioner.sample_hz
@@ -229,7 +231,7 @@ class WaveSource(StageSource):
 
 @dataclass(frozen=True)
 class _TokenBatch:
-    """Crops of token records, padded on the right."""
+    """A batch of crops of token records, padded on the right."""
 
     tokens: dict[str, Tensor]
     lengths: dict[str, Tensor]
@@ -242,7 +244,7 @@ class _TokenBatch:
 
 @dataclass(frozen=True)
 class _TokenCrop:
-    """One crop of a record, with a latent `[d]` of its audio or, if `is_text`, of its caption."""
+    """One crop of a token record. `latent [d]` is that of its audio or, if `is_text`, of its caption."""
 
     tokens: dict[str, Tensor]
     latent: Tensor
@@ -253,16 +255,16 @@ class _TokenCrop:
 
 
 class ShardSource(StageSource):
-    """Random crops of token records; all kinds of tokens of a crop cover the same stretch of time.
+    """Random crops of token records. All tokens of a crop cover the same time span.
 
     Args:
         shards: Records with the tokens that the stage needs: `semantic [t]`, `acoustic [f, q]`, and extra streams by
-            name (those not in time are not cropped). A conditioner needs `latents [w, d]` of windows evenly spread over
-            the recording, `text_prob` needs `text_latents [k, d]` of its captions (k may be 0), and a stage with a
-            `text_dim` needs `captions` (see `encode_texts`). Further conditions are embeddings `[d]` or `[m, d]` by
+            name (streams without a rate are not cropped). A conditioner needs the field `latents [w, d]`, of windows
+            evenly spread over the recording; `text_prob` needs `text_latents [k, d]`, of its k >= 0 captions; a
+            `text_dim` needs `captions` (see `encode_texts`). Further conditions need embeddings `[d]` or `[m, d]` by
             name.
-        transformer: The stage; its streams declare the rate of each kind of token.
-        seconds: Length of a crop; None = whole records.
+        transformer: The stage. Its streams declare the rates of the tokens.
+        seconds: Duration of a crop; None = whole records.
     """
 
     @beartype
@@ -314,13 +316,13 @@ class ShardSource(StageSource):
 
     @property
     def has_captions(self) -> bool:
-        """Whether any record has a caption; reads all records."""
+        """Whether any record has a caption. All records are read."""
         if "captions" not in self.shards.fields:
             return False
         return any(decode_texts(self.shards[index]["captions"]) for index in range(len(self)))
 
     def batch(self, indices: Sequence[tuple[int, int]]) -> _TokenBatch:
-        """Return crops of (epoch, index) pairs."""
+        """Return the crops of pairs of epoch and index."""
         crops = [self._crop(epoch, index) for epoch, index in indices]
         kinds = [*self.ratios, *self.timeless]
         return _TokenBatch(
@@ -334,7 +336,7 @@ class ShardSource(StageSource):
         )
 
     def read(self, batch: _TokenBatch) -> StageInput:
-        """Compute codes from the latents of a batch; the tokens stay as they are."""
+        """Compute the codes from the latents of a batch. The tokens are not changed."""
         condition: dict[str, Any] = {}
         if self.conditioner is not None and batch.latents is not None:
             self.conditioner.to(batch.latents.device)
@@ -346,7 +348,7 @@ class ShardSource(StageSource):
         return StageInput(tokens, batch.ends, condition, batch.captions, batch.conditions)
 
     def _crop(self, epoch: int, index: int) -> _TokenCrop:
-        """Crop one record."""
+        """Select a random crop of one record."""
         record = self.shards[index]
         num_frames = self._num_frames(record, index)
         count = num_frames if self.crop_frames is None else min(self.crop_frames, num_frames)
@@ -376,11 +378,11 @@ class ShardSource(StageSource):
         return _TokenCrop(tokens, latent, is_text, caption, start + count == num_frames, conditions)
 
     def _num_frames(self, record: dict[str, np.ndarray], index: int) -> int:
-        """Number of predicted frames that all kinds of tokens cover."""
+        """Number of frames of the predicted stream for which all tokens exist."""
         covered = {kind: len(record[kind]) / ratio for kind, ratio in self.ratios.items()}
         shortest, longest = min(covered.values()), max(covered.values())
         if shortest < 1:
-            raise ValueError(f"record {index} of {self.shards.folder} is shorter than one frame")
+            raise ValueError(f"record {index} of {self.shards.folder} is shorter than one frame; remove it")
         lost = max(_LOST_FRAMES * max(Fraction(1), 1 / ratio) for ratio in self.ratios.values())
         if longest - shortest > lost + _LOST_SHARE * longest:
             seconds = {kind: round(float(frames / self.rate_hz), 2) for kind, frames in covered.items()}
@@ -393,7 +395,7 @@ class ShardSource(StageSource):
 
 
 def _padded_condition(embeddings: Sequence[Tensor]) -> ConditionTensor:
-    """Batch embeddings `[m_i, d]`; an item may have none."""
+    """Pad the embeddings `[m_i, d]` of all items to one batch. An item may have no embeddings (m_i = 0)."""
     counts = torch.tensor([len(item) for item in embeddings])
     padded = pad_sequence([item if len(item) else item.new_zeros(1, item.shape[1]) for item in embeddings], True)
     return ConditionTensor(padded, torch.arange(padded.shape[1]) < counts.unsqueeze(1))

@@ -214,7 +214,7 @@ def test_wrong_conditions_raise_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="need dim >= 1"):
         ConditionSpec(0)
     stage = stage_with_tempo("sum")
-    with pytest.raises(ValueError, match=r"the stages accept the conditions \[\], got \['tempo'\]"):
+    with pytest.raises(ValueError, match=r"got the conditions \['tempo'\], the stages accept \[\]"):
         generated(tiny_stages()["semantic"])
     with pytest.raises(ValueError, match="tempo conditions of width 3, got 2"):
         generated(stage, torch.zeros(1, 2))

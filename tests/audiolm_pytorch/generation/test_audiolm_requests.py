@@ -215,7 +215,7 @@ def test_texts_are_used_by_both_conditioners():
         assert not torch.equal(result.acoustic, audio_lm.generate(seconds=0.2, seeds=[1, 2]).acoustic)
     assert both.audio_conditioner.asked[:3] == ["semantic", "coarse", "fine"]
     for texts in ({}, {"text": "one"}):  # also together with a text
-        with pytest.raises(ValueError, match="does not accept such a condition"):
+        with pytest.raises(ValueError, match="does not accept such conditions"):
             states(codes=torch.zeros(1, 3).long(), seconds=0.2, **texts)
 
 

@@ -121,7 +121,7 @@ def test_errors_are_raised_before_the_first_chunk():
     for wrong in ({"seconds": -1.0}, {"chunk_seconds": 0.0}, {"prime_wave": torch.rand(1600), "seconds": 1.0}):
         with pytest.raises(ValueError, match="positive|longer than the requested"):
             audio_lm.stream(**wrong)
-    with pytest.raises(ValueError, match="FakeCodec does not decode streams: use generate"):
+    with pytest.raises(ValueError, match="FakeCodec has no decoder_stream; call generate"):
         audiolm_of().stream(seconds=1.0)
 
 

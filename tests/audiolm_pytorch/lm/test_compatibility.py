@@ -72,26 +72,30 @@ def test_compatible_parts_are_accepted(pattern, caplog):
 @pytest.mark.parametrize(
     ("build", "parts", "message"),
     [
-        (semantic, {"wav2vec": tokenizer_of(codebook_size=13)}, "stream 'semantic' has 12 tokens, its tokenizer 13"),
-        (coarse, {"wav2vec": tokenizer_of(codebook_size=13)}, "stream 'semantic' has 12 tokens, its tokenizer 13"),
-        (coarse, {"codec": codec_of(codebook_size=32)}, "stream 'coarse' has 16 tokens, its tokenizer 32"),
+        (
+            semantic,
+            {"wav2vec": tokenizer_of(codebook_size=13)},
+            "stream 'semantic' has 12 tokens, its tokenizer has 13",
+        ),
+        (coarse, {"wav2vec": tokenizer_of(codebook_size=13)}, "stream 'semantic' has 12 tokens, its tokenizer has 13"),
+        (coarse, {"codec": codec_of(codebook_size=32)}, "stream 'coarse' has 16 tokens, its tokenizer has 32"),
         (coarse, {"codec": codec_of(num_quantizers=1)}, "stream 'coarse' needs 2 levels, the codec has 1"),
         (fine, {"codec": codec_of(num_quantizers=3)}, "stream 'fine' needs 4 levels, the codec has 3"),
         (
             lambda: coarse(num_groups=2),
             {"codec": codec_of(num_groups=4)},
-            "stream 'coarse' has 2 groups, the codec 4",
+            "stream 'coarse' has 2 groups, the codec has 4",
         ),
-        (lambda: fine(num_groups=2), {"codec": codec_of(num_groups=1)}, "stream 'fine' has 2 groups, the codec 1"),
+        (lambda: fine(num_groups=2), {"codec": codec_of(num_groups=1)}, "stream 'fine' has 2 groups, the codec has 1"),
         (
             lambda: semantic(**fakes.CONDITION),
             {"audio_conditioner": fakes.FakeConditioner(9)},
-            "the conditioner has width 9, the stage 8; set cond_dim=9",
+            "the conditioner has width 9, the stage needs 8; set cond_dim=9",
         ),
         (
             lambda: fine(text_dim=5),
             {"text_conditioner": fakes.FakeTextConditioner()},
-            "the text conditioner has width 6, the stage 5; set text_dim=6",
+            "the text conditioner has width 6, the stage needs 5; set text_dim=6",
         ),
     ],
 )
@@ -111,7 +115,14 @@ def test_one_error_lists_all_differences():
             codec_of(codebook_size=32, num_quantizers=1, num_groups=4),
             fakes.FakeConditioner(9),
         )
-    for part in ("tokens, its tokenizer 13", "its tokenizer 32", "needs 2 levels", "2 groups", "rates", "cond_dim=9"):
+    for part in (
+        "tokens, its tokenizer has 13",
+        "its tokenizer has 32",
+        "needs 2 levels",
+        "2 groups",
+        "rates",
+        "cond_dim=9",
+    ):
         assert part in str(raised.value)
 
 
@@ -142,7 +153,7 @@ def test_stages_of_one_group_accept_codecs_with_groups():
     assert grouped.num_quantizers == 4
     check_compatible(coarse(), codec=grouped)
     check_compatible(coarse(num_groups=2), codec=grouped)
-    with pytest.raises(ValueError, match="4 groups, the codec 2"):
+    with pytest.raises(ValueError, match="4 groups, the codec has 2"):
         check_compatible(coarse(num_groups=4, num_coarse_quantizers=4), codec=grouped)
 
 

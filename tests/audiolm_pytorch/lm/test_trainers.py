@@ -217,7 +217,7 @@ def test_incompatible_arguments_raise_errors(tmp_path):
         )
     other = FakeSemanticTokenizer()
     other.codebook_size = 13
-    with pytest.raises(ValueError, match="12 tokens, its tokenizer 13"):
+    with pytest.raises(ValueError, match="12 tokens, its tokenizer has 13"):
         SemanticTransformerTrainer(transformer=stages["semantic"], wav2vec=other, shards=shards, **common)
     other = FakeSemanticTokenizer()
     other.downsample_factor = 16
@@ -430,7 +430,7 @@ def test_wrong_arguments_raise_errors(tmp_path, write_folder):
     for wrong, message in [
         ({"valid_shards": shards}, "valid_shards need shards"),
         ({"data_max_length_seconds": 0.03}, "crops of 0.03 s are shorter than a token of 0.04 s"),
-        ({"level_drop_prob": 2.0}, "level_drop_prob is a probability"),
+        ({"level_drop_prob": 2.0}, "level_drop_prob must be in"),
     ]:
         with pytest.raises(ValueError, match=message):
             SemanticTransformerTrainer(
