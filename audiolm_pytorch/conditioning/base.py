@@ -12,7 +12,7 @@ __all__ = ["Conditioner", "TextEncoder"]
 
 
 class Conditioner(nn.Module, ABC):
-    """A module that computes codes of texts and waves in one vocabulary, and embeds codes with one table per namespace.
+    """A module that maps texts and waves to codes of one vocabulary, and embeds codes with one table per namespace.
 
     Every stage of a language model has its own namespace.
     """

@@ -65,7 +65,7 @@ class PublishedText:
     Args:
         model: The transformers model.
         tokenizer: The tokenizer of `model`.
-        max_tokens: Maximum tokens per text; None = number of positions of the model, at most 512.
+        max_tokens: Maximum number of tokens per text; None = number of positions of the model, at most 512.
     """
 
     def __init__(self, model: Any, tokenizer: TextTokenizer, max_tokens: int | None = None) -> None:
@@ -105,8 +105,8 @@ class PublishedTextEncoder(nn.Module):
     Args:
         source: Folder in the format of transformers, model id on the Hugging Face hub, or loaded model (not copied).
         tokenizer: Tokenizer of the model; None = loaded from `source`.
-        max_tokens: Maximum tokens per text, special tokens included; longer texts are truncated with a warning. None =
-            number of positions of the model, at most 512.
+        max_tokens: Maximum number of tokens per text, special tokens included; longer texts are truncated with a
+            warning. None = number of positions of the model, at most 512.
         offline: Whether to use only local folders and the local cache of the hub, without downloads.
         revision: Branch, tag or commit to load from the hub.
         cache_dir: Folder for downloaded files; None = the default cache of Hugging Face.
@@ -172,7 +172,7 @@ class PublishedTextEncoder(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "PublishedTextEncoder":
-        """Build the encoder that `config` describes, with fresh weights."""
+        """Build an encoder from `config`, with newly initialised weights."""
         model_class = getattr(require_transformers(), _CLASSES[config["model"]["model_type"]])
         model = model_class(model_class.config_class.from_dict(dict(config["model"])))
         tokenizer = TextTokenizer.from_json(config["tokenizer"], special_tokens=config.get("special_tokens", True))

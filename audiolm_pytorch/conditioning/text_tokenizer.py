@@ -90,8 +90,8 @@ class TextTokenizer:
 
         Args:
             texts: One or more texts; no text may be empty or only white space.
-            max_tokens: Maximum tokens per text. Longer texts are truncated with a warning, but keep their special
-                tokens. None = no limit.
+            max_tokens: Maximum number of tokens per text. Longer texts are truncated with a warning, but keep their
+                special tokens. None = no limit.
         """
         if isinstance(texts, str):
             texts = [texts]

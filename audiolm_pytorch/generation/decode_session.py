@@ -188,7 +188,7 @@ class DecodeSession:
         }
 
     def _read_row(self) -> None:
-        """Run the model on the current row of each item and go to the next row. Complete items repeat a row."""
+        """Run the model on the current row of each item and go to the next. Complete items stay at their last row."""
         self.rows = [row + 1 if cells else row for row, cells in zip(self.rows, self.pending)]
         read_rows, device = [row - 1 for row in self.rows], self.ids.device
         positions = [row + self.offset for row in read_rows] * self.copies
@@ -272,14 +272,14 @@ class DecodeSession:
         self.frames_after_row[item] = self._count_frames_after_rows(item)
 
     def _count_frames_after_rows(self, item: int) -> list[int]:
-        """Number of complete frames after each row."""
+        """Number of complete frames of an item after each of its rows."""
         total = max(int(self.num_frames[stream.name][item]) for stream in self.model.layout.predicted)
         first_missing = torch.where(self.missing[item], self.frame[item], total).amin(dim=-1)
         later = first_missing.flip(0).cummin(0).values.flip(0).clamp(max=total)
         return [*later[1:].tolist(), total]
 
     def _check_finite(self, logits: Tensor, items: list[int], rows: list[int]) -> None:
-        """Raise if logits are not finite. On a GPU, only record the row for `_raise_recorded_error`: no wait."""
+        """Raise if logits are not finite. On a GPU, record the row instead, for `_raise_recorded_error`."""
         finite = logits.isfinite().all()
         if logits.device.type != "cpu":
             self.bad_row = torch.where(finite | (self.bad_row >= 0), self.bad_row, max(rows))

@@ -212,7 +212,7 @@ class SlidingWindowDecoder:
                 self._num_frames[item] = min(self._num_frames[item], count)
 
     def advance(self, until_frames: int | None = None) -> None:
-        """Decode until every item has `until_frames` frames (prompts included; None = all) or input frames lack."""
+        """Decode until every item has `until_frames` frames (prompts included; None = all) or inputs are missing."""
         while self.is_behind(until_frames) and not self.awaited:
             window, items = self._current_window()
             if window is None:

@@ -148,7 +148,7 @@ class StageWrapper(nn.Module):
             if conditioning is None and self.audio_conditioner is not None and self.transformer.cond_dim is not None:
                 conditioning = self.condition(wavs=resample(wave, wave_hz, self.audio_conditioner.sample_hz))
         elif wave is not None or tokens is None:
-            raise ValueError("pass either a wave or tokens")
+            raise ValueError("got both or neither of wave and tokens; pass exactly one of them")
         return self.transformer(self.transformer.packed(tokens, ends), conditioning)
 
     @beartype

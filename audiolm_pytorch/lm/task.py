@@ -34,7 +34,7 @@ class StageTask:
     Args:
         transformer: The stage.
         train: Training data.
-        valid: Held-out data.
+        valid: Validation data.
         audio_conditioner: Conditioner; needed by a stage that is conditioned on codes.
         text_conditioner: Text encoder; needed by a stage with a `text_dim`. An item without a caption is unconditional.
         level_drop_prob: Probability that training drops the last levels of the codes of an item, from a random level.
@@ -61,12 +61,12 @@ class StageTask:
     ) -> None:
         if (transformer.cond_dim is None) != (audio_conditioner is None):
             raise ValueError(
-                "an audio_conditioner and a transformer with audio_text_condition=True need each other: pass both or "
+                "got only one of an audio_conditioner and a transformer with audio_text_condition=True; pass both or "
                 "neither"
             )
         if (transformer.text_dim is None) != (text_conditioner is None):
             raise ValueError(
-                "a text_conditioner and a transformer with a text_dim need each other: pass both or neither"
+                "got only one of a text_conditioner and a transformer with a text_dim; pass both or neither"
             )
         if not 0 <= level_drop_prob <= 1:
             raise ValueError(f"level_drop_prob must be in [0, 1], got {level_drop_prob}")

@@ -197,7 +197,7 @@ class TokenTransformer(nn.Module):
         if tensors.row_sums is not None and tensors.row_sums.shape[1] > 1 and not self.layout.has_row_per_frame:
             raise ValueError(
                 "a condition with one embedding per frame needs a layout with one row per frame: use the delayed or "
-                "the parallel pattern, without streams that are not in time, or pass one embedding per item"
+                "the parallel pattern, without streams that have no rate, or pass one embedding per item"
             )
         return tensors
 

@@ -50,7 +50,7 @@ class StageTrainer:
         folder: Folder of audio files, or path of a JSONL manifest.
         items: Training and validation items, instead of `folder`.
         shards: Token shards, instead of `folder` and `items`.
-        valid_shards: Held-out token shards; None = validate on `shards`.
+        valid_shards: Validation shards; None = validate on `shards`.
         data_max_length: Length of a crop in samples, at the rate of the codec (semantic stage: of the semantic
             tokenizer).
         data_max_length_seconds: Length of a crop in seconds, instead of `data_max_length`. If both are None, crops are
@@ -59,7 +59,7 @@ class StageTrainer:
         num_train_steps: Number of optimizer steps of the whole run.
         results_folder: Folder of checkpoints, metrics and the trained stage.
         accelerator: Accelerator to share between trainers in one program; None = a new one.
-        level_drop_prob: See `StageTask`.
+        level_drop_prob: Probability of dropped levels of codes, see `StageTask`.
         text_prob: Probability that the codes of a recording with a caption are computed from the caption, as in
             generation, not from the audio. Validation always uses the audio.
         conditioners: For each further condition of the stage, a function that computes it from a `WaveBatch`. Not used
@@ -108,7 +108,7 @@ class StageTrainer:
             if folder is not None or items is not None:
                 raise ValueError("pass only one source of data: folder, items or shards")
             if conditioners:
-                raise ValueError("got conditioners with shards; store the embeddings of the conditions in the shards")
+                raise ValueError("got conditioners with token shards; store the embeddings in the shards")
             train = ShardSource(shards, transformer, text_prob=text_prob, **options)
             valid = ShardSource(valid_shards or shards, transformer, **options)
         else:

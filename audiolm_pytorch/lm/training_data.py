@@ -72,7 +72,9 @@ class StageSource(ABC):
         if not 0 <= text_prob <= 1:
             raise ValueError(f"text_prob must be a probability in [0, 1], got {text_prob}")
         if text_prob > 0 and audio_conditioner is None:
-            raise ValueError(f"text_prob={text_prob} needs an audio_conditioner, which computes the codes of captions")
+            raise ValueError(
+                f"text_prob={text_prob} needs an audio_conditioner, which computes codes of captions; pass one"
+            )
         self.conditioner, self.text_prob, self.seed = audio_conditioner, text_prob, seed
         self.uses_captions = transformer.text_dim is not None
 
@@ -163,7 +165,7 @@ class WaveSource(StageSource):
         if set(self.conditioners) != set(transformer.further_conditions):
             raise ValueError(
                 f"the {transformer.namespace} transformer has the conditions {sorted(transformer.further_conditions)}, "
-                f"but got conditioners of {sorted(self.conditioners)}: pass one for each"
+                f"but got conditioners of {sorted(self.conditioners)}; pass one per condition"
             )
         rates_hz = (getattr(one, "sample_hz", None) for one in (audio_conditioner, *self.conditioners.values()))
         conditioners_hz = [rate_hz for rate_hz in rates_hz if rate_hz is not None]
@@ -300,7 +302,7 @@ class ShardSource(StageSource):
             self.crop_frames = frames_inside(seconds, self.rate_hz) // self.alignment * self.alignment
             if self.crop_frames < 1:
                 raise ValueError(
-                    f"crops of {seconds} s are shorter than {self.alignment} frames at {float(self.rate_hz)} Hz"
+                    f"crops of {seconds} s are shorter than {self.alignment} frames at {float(self.rate_hz)} Hz; make them longer"
                 )
 
     def __len__(self) -> int:

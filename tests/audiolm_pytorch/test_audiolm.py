@@ -239,7 +239,7 @@ def test_wrapper_computes_losses_of_waves_and_tokens(name):
     assert by_wave.loss.item() == pytest.approx(by_tokens.loss.item(), abs=1e-6)
     by_wave.loss.backward()
     assert audio_lm.audio_conditioner.table(name).weight.grad.abs().sum() > 0
-    with pytest.raises(ValueError, match="either a wave or tokens"):
+    with pytest.raises(ValueError, match="both or neither of wave and tokens"):
         stage()
 
 
