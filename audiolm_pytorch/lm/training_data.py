@@ -302,7 +302,8 @@ class ShardSource(StageSource):
             self.crop_frames = frames_inside(seconds, self.rate_hz) // self.alignment * self.alignment
             if self.crop_frames < 1:
                 raise ValueError(
-                    f"crops of {seconds} s are shorter than {self.alignment} frames at {float(self.rate_hz)} Hz; make them longer"
+                    f"crops of {seconds} s are shorter than {self.alignment} frames at {float(self.rate_hz)} Hz; "
+                    "make them longer"
                 )
 
     def __len__(self) -> int:

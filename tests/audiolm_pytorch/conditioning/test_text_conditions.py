@@ -271,8 +271,8 @@ def test_a_text_conditions_codes_and_states() -> None:
     for sizes, parts, given, message in [
         ({}, own, {"text": "a"}, "does not accept such conditions: it needs an audio_conditioner"),
         (TEXT, own, {"codes": codes}, "does not accept such conditions"),
-        (TEXT, {}, {"text": "a"}, "needs a text_conditioner"),
-        (fakes.CONDITION, {}, {"codes": codes}, "needs an audio_conditioner"),
+        (TEXT, {}, {"text": "a"}, "pass a text_conditioner"),
+        (fakes.CONDITION, {}, {"codes": codes}, "pass an audio_conditioner"),
         (
             {**fakes.CONDITION, **TEXT},
             {"text_conditioner": own["text_conditioner"]},
