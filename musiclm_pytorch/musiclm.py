@@ -23,13 +23,13 @@ __all__ = ["Candidates", "MusicLM"]
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """All candidates of some prompts.
+    """Generated candidates for one or several text prompts, with scores.
 
     Attributes:
         waves: `[prompts, candidates, n]` (`[prompts, candidates, c, n]` for a codec of several channels) float32 in
             -1..1, in the order of `seeds`.
-        scores: `[prompts, candidates]`, cosine of the MuLaN embeddings of prompt and candidate.
-        seeds: The seeds of the candidates, for each prompt. `seeds=[seed]` generates one candidate again.
+        scores: `[prompts, candidates]`, cosine similarity of the MuLaN embeddings of prompt and candidate.
+        seeds: Seeds of the candidates, equal for all prompts. `seeds=[seed]` generates one candidate again.
         order: `[prompts, candidates]` int64, indices of candidates, best first.
         sample_hz: Sample rate of the waves in Hz.
     """
@@ -42,7 +42,7 @@ class Candidates:
 
     @property
     def best(self) -> Tensor:
-        """Best candidate of each prompt, `[prompts, n]` (`[prompts, c, n]`)."""
+        """Best candidate of each prompt, `[prompts, n]` (`[prompts, c, n]` for several channels)."""
         return self.waves[torch.arange(len(self.waves)), self.order[:, 0].to(self.waves.device)]
 
 
@@ -50,12 +50,12 @@ class MusicLM(nn.Module):
     """Text to music with an AudioLM that is conditioned on MuLaN codes of the text (arXiv:2301.11325).
 
     Args:
-        audio_lm: Trained on codes of audio from the same quantizer.
-        mulan_embed_quantizer: Computes codes of texts; has a namespace for each conditioned stage.
-        num_levels: Levels of codes to condition on by default; None = all.
+        audio_lm: AudioLM that was trained with codes of the same quantizer.
+        mulan_embed_quantizer: Quantizer of texts, with a namespace for each conditioned stage.
+        num_levels: Default number of levels of codes to condition on; None = all levels.
 
     Raises:
-        ValueError: If no stage is conditioned, the namespaces do not fit the stages, a stage was trained with another
+        ValueError: If no stage is conditioned, the namespaces differ from the stages, a stage was trained with another
             quantizer, or `num_levels` is out of range.
     """
 
@@ -67,13 +67,13 @@ class MusicLM(nn.Module):
         widths = {name: stage.transformer.cond_dim for name, stage in audio_lm.stages.items()}
         self.conditioned = tuple(name for name, width in widths.items() if width is not None)
         if not self.conditioned:
-            raise ValueError("no stage is conditioned: build transformers with audio_text_condition=True")
+            raise ValueError("no stage is conditioned; build transformers with audio_text_condition=True")
         namespaces = dict(zip(mulan_embed_quantizer.namespaces, mulan_embed_quantizer.conditioning_dims))
         wrong = [name for name in self.conditioned if namespaces.get(name) != widths[name]]
         if wrong:
             raise ValueError(
-                "every stage needs the namespace that it was trained with: the quantizer has namespaces of widths "
-                f"{namespaces}, the stages have widths {widths}, which differ for {wrong}"
+                f"the quantizer has namespaces with widths {namespaces}, but the stages need {widths}; they differ for "
+                f"{wrong}; pass the quantizer that the stages were trained with"
             )
         for name in self.conditioned:
             check_compatible(audio_lm.stages[name].transformer, audio_conditioner=mulan_embed_quantizer)
@@ -103,27 +103,28 @@ class MusicLM(nn.Module):
     ) -> Tensor | Candidates:
         """Generate music for one or several texts.
 
-        A candidate depends on its text and its seed alone, not on the other candidates.
+        A candidate depends only on its text and its seed, not on the other candidates.
 
         Args:
-            text: A text, or several.
-            num_samples: Candidates per text.
-            seconds: Length of the music, a prompt to continue included.
-            seed: Candidates have the seeds `seed`, `seed + 1`, ...; None = drawn from torch's global generator.
+            text: One text, or a list of texts.
+            num_samples: Number of candidates per text.
+            seconds: Length of the music, including an audio prompt that is continued.
+            seed: First seed; the candidates use `seed`, `seed + 1`, ...; None = drawn from torch's global generator.
             seeds: One seed per candidate, instead of `seed`.
-            num_levels: Number of first levels of codes to condition on. Codes of text and audio agree far more often on
-                the first levels, and models trained with dropped levels do not need the last ones. None = as built.
-            max_batch: Candidates, of all texts together, in one batch; more candidates are faster and need more memory.
+            num_levels: Condition only on the first `num_levels` levels of codes, on which text and audio agree more
+                often. Models trained with dropped levels do not need the last levels. None = default of the model.
+            max_batch: Number of candidates, of all texts together, in one batch; larger is faster and needs more
+                memory.
             return_all: Whether to return all candidates with their scores.
-            **generation: Further fields of `GenerationRequest`, e.g. `prime_wave` or `sampling`. Inputs have 1 item or
-                one item per text.
+            **generation: Further fields of `GenerationRequest`, e.g. `prime_wave` or `sampling`. Input waves and tokens
+                have 1 item, or 1 item per text.
 
         Returns:
             The best candidate of each text, `[prompts, n]` float32 (prompts = 1 for a str; `[prompts, c, n]` for a
             codec of several channels) at `sample_hz`, with peaks below 1; `Candidates` if `return_all` is set.
 
         Raises:
-            ValueError: If a text is empty, a number is out of range, or inputs have another number of items.
+            ValueError: If a text is empty, a number is out of range, or inputs have neither 1 item nor 1 item per text.
         """
         prompts = [text] if isinstance(text, str) else list(text)
         candidate_seeds = _candidate_seeds(num_samples, seed, seeds)
@@ -138,7 +139,7 @@ class MusicLM(nn.Module):
             )
             if request.num_items != len(prompts):
                 raise ValueError(
-                    f"pass inputs once for all, or once for each of {len(prompts)} prompts, not more often"
+                    f"inputs must have 1 item, or 1 item per text ({len(prompts)}); got {request.num_items} items"
                 )
             waves = self._generate(request, candidate_seeds, max_batch)
             waves = rearrange(waves, "(p k) ... -> p k ...", p=len(prompts))
@@ -152,14 +153,14 @@ class MusicLM(nn.Module):
 
     @torch.no_grad()
     def scores(self, prompts: Sequence[str], waves: Tensor, *, max_batch: int = 16) -> Tensor:
-        """Cosine of the MuLaN embeddings of each prompt and its candidates, `[prompts, candidates]`.
+        """Cosine similarity `[prompts, candidates]` of the MuLaN embeddings of each prompt and its candidates.
 
         The score of a wave that is not finite is NaN.
 
         Args:
             prompts: Texts.
             waves: `[prompts, candidates, n]` or `[prompts, candidates, c, n]` at `sample_hz`.
-            max_batch: Candidates embedded in one batch.
+            max_batch: Number of candidates that are embedded in one batch.
         """
         mulan = self.mulan_embed_quantizer.mulan
         text_latents = mulan.get_text_latents(prompts)
@@ -172,7 +173,7 @@ class MusicLM(nn.Module):
         return rearrange(scores, "(p k) -> p k", p=len(prompts))
 
     def _checked_levels(self, num_levels: int | None) -> int:
-        """Check `num_levels`; None = all levels."""
+        """Check `num_levels` and return it; None becomes the number of all levels."""
         max_levels = self.mulan_embed_quantizer.num_quantizers
         levels = max_levels if num_levels is None else num_levels
         if not 1 <= levels <= max_levels:
@@ -180,7 +181,7 @@ class MusicLM(nn.Module):
         return levels
 
     def _conditions(self, prompts: list[str], num_levels: int) -> dict[str, Conditions]:
-        """Conditions of every stage, one item per prompt, from the table of the stage."""
+        """Compute the conditions of every stage, one item per prompt."""
         codes = self.mulan_embed_quantizer.codes(texts=prompts)
         keep = torch.full((len(codes),), num_levels)
         return {
@@ -191,7 +192,7 @@ class MusicLM(nn.Module):
         }
 
     def _generate(self, request: GenerationRequest, seeds: list[int], max_batch: int) -> Tensor:
-        """Waves `[b, ...]` with safe peaks, one per item and seed, in batches of at most `max_batch`."""
+        """Generate waves `[b, ...]` with peaks below 1, one per item and seed, in batches of at most `max_batch`."""
         candidates = [(item, seed) for item in range(request.num_items) for seed in seeds]
         waves: list[Tensor] = []
         for start in range(0, len(candidates), max_batch):
@@ -206,13 +207,13 @@ def _check_generation(generation: Mapping[str, Any]) -> None:
     conflicts = {"batch_size", "conditioning", "wavs", "codes", "allow_eos"} & set(generation)
     if conflicts:
         raise ValueError(
-            f"{sorted(conflicts)} cannot be set here: the texts are the conditions, and each text gets num_samples "
-            "candidates of the requested seconds; for anything else call audio_lm"
+            f"MusicLM sets {sorted(conflicts)} from the texts, num_samples and seconds, and does not accept them; "
+            "call audio_lm to set them"
         )
 
 
 def _candidate_seeds(num_samples: int, seed: int | None, seeds: Sequence[int] | None) -> list[int]:
-    """One seed per candidate of a prompt."""
+    """Return one seed per candidate of a prompt."""
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     if seeds is not None:

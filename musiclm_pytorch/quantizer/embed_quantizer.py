@@ -1,4 +1,4 @@
-"""Conditioning codes: MuLaN latents, quantized by frozen residual codebooks, and a trainable table per namespace."""
+"""Conditioning codes: MuLaN latents quantized by frozen residual codebooks, and trainable tables of embeddings."""
 
 import logging
 from collections.abc import Sequence
@@ -27,17 +27,16 @@ Modality = Literal["audio", "text"]
 
 @register
 class MuLaNEmbedQuantizer(Conditioner):
-    """Turns audio or text into a few discrete codes, and codes into embeddings for each language model.
+    """Quantizes the MuLaN embedding of audio or text to codes, and embeds the codes for each language model.
 
-    Residual quantization of MuLan's embedding as in MusicLM (arXiv:2301.11325, sec. 4.1). The codebooks are random
-    until `fit` fits them once. Nothing else changes them, also not in training mode. Each language model trains only
-    the table of its namespace.
+    The residual quantization is that of MusicLM (arXiv:2301.11325, sec. 4.1). The codebooks are random until `fit` fits
+    them; training never changes them. Each language model trains only the table of its namespace.
 
     Args:
-        mulan: Stays in eval mode and receives no gradients.
-        conditioning_dims: Width of the embeddings of each namespace.
-        namespaces: One for each language model.
-        rq_num_quantizers: Levels, that is codes per recording.
+        mulan: Joint embedding; it stays in eval mode and receives no gradients.
+        conditioning_dims: For each namespace, the width of its embeddings.
+        namespaces: Names of the tables, one for each language model.
+        rq_num_quantizers: Number of levels, which is the number of codes per recording.
     """
 
     codebooks: Tensor
@@ -59,11 +58,14 @@ class MuLaNEmbedQuantizer(Conditioner):
         super().__init__()
         if len(conditioning_dims) != len(namespaces) or len(set(namespaces)) != len(namespaces) or not namespaces:
             raise ValueError(
-                "need one conditioning dim for each namespace, and different names, got "
+                "need one conditioning dim for each namespace, and distinct namespaces, got "
                 f"{tuple(conditioning_dims)} and {tuple(namespaces)}"
             )
         if min(*conditioning_dims, rq_num_quantizers, codebook_size) < 1:
-            raise ValueError("conditioning_dims, rq_num_quantizers and codebook_size must be positive")
+            raise ValueError(
+                "conditioning_dims, rq_num_quantizers and codebook_size must be positive, got "
+                f"{tuple(conditioning_dims)}, {rq_num_quantizers} and {codebook_size}"
+            )
         self.namespaces, self.conditioning_dims = tuple(namespaces), tuple(conditioning_dims)
         self.num_quantizers, self.codebook_size = rq_num_quantizers, codebook_size
         self.mulan = mulan.eval()
@@ -86,7 +88,7 @@ class MuLaNEmbedQuantizer(Conditioner):
 
     @property
     def config(self) -> dict[str, Any]:
-        """Constructor arguments, JSON-able, with the spec of the MuLaN."""
+        """JSON-able constructor arguments, with the spec of the MuLaN."""
         return {
             "mulan": module_spec(self.mulan),
             "conditioning_dims": list(self.conditioning_dims),
@@ -97,14 +99,14 @@ class MuLaNEmbedQuantizer(Conditioner):
 
     @property
     def sample_hz(self) -> int:
-        """Sample rate of the waves."""
+        """Sample rate of input waves in Hz."""
         return self.mulan.sample_hz
 
     def fingerprint(self) -> str:
-        """Hash of everything that codes depend on: MuLaN, codebooks, means and map of texts, but not the tables.
+        """Hash of everything that codes depend on: MuLaN, codebooks and alignment of texts, but not the tables.
 
-        A quantizer rounded to half precision has other codes and another fingerprint; `save_parts` stores it in full
-        precision then.
+        Rounding to half precision changes codes and fingerprint; `save_parts` then stores the quantizer in full
+        precision.
         """
         buffers = {name: value for name, value in weights_of(self).items() if "." not in name and name != "fitted"}
         return digest_of({"mulan": part_fingerprint(self.mulan)}, buffers)
@@ -116,9 +118,9 @@ class MuLaNEmbedQuantizer(Conditioner):
         return self
 
     def table(self, namespace: str) -> nn.Module:
-        """The trainable table of a namespace, with an embedding for each code of each level."""
+        """Trainable table of a namespace, with an embedding for each code of each level."""
         if namespace not in self.tables:
-            raise ValueError(f"there is no namespace {namespace!r} among {self.namespaces}")
+            raise ValueError(f"there is no namespace {namespace!r}; choose one of {self.namespaces}")
         return self.tables[namespace]
 
     def dim(self, namespace: str) -> int:
@@ -127,14 +129,14 @@ class MuLaNEmbedQuantizer(Conditioner):
         return self.conditioning_dims[self.namespaces.index(namespace)]
 
     def check_can_fit(self, num_latents: int) -> None:
-        """Raise a ValueError if the quantizer is fitted already, or there are too few audio latents to fit it."""
+        """Check that the quantizer is not fitted yet, and that `num_latents` audio latents are enough to fit it."""
         if bool(self.fitted):
             raise ValueError(
                 "this quantizer is fitted already and models may depend on its codes; create a new one to fit"
             )
         if num_latents < self.codebook_size:
             raise ValueError(
-                f"{num_latents} latents cannot fill {self.codebook_size} codes a level; use more audio "
+                f"{num_latents} latents are too few for {self.codebook_size} codes per level; use more audio "
                 "or a smaller codebook_size"
             )
 
@@ -154,7 +156,7 @@ class MuLaNEmbedQuantizer(Conditioner):
             audio_latents: `[n, d]`, with n at least `codebook_size`.
             text_latents: `[k, d]` of texts that describe some of the audio, from which the alignment of texts is
                 learned (see `align_texts`). None = texts are not aligned.
-            clip_index: `[k]` int, the audio row of each text. None = k is n, and text i describes audio i.
+            clip_index: `[k]` int, the row in `audio_latents` that each text describes. None = text i describes row i.
         """
         self._check_latents(audio_latents)
         self.check_can_fit(len(audio_latents))
@@ -166,12 +168,13 @@ class MuLaNEmbedQuantizer(Conditioner):
             clip_index = torch.arange(len(audio)) if clip_index is None else clip_index.cpu().long()
             if audio.ndim != 2 or clip_index.shape != text_latents.shape[:-1]:
                 raise ValueError(
-                    f"texts must pair with audio latents {tuple(audio_latents.shape)}, or have a clip_index each; "
-                    f"got {tuple(text_latents.shape)} and clip_index {tuple(clip_index.shape)}"
+                    "need audio latents [n, d], and text latents [k, d] with clip_index [k], or k = n without it; got "
+                    f"{tuple(audio_latents.shape)}, {tuple(text_latents.shape)} and clip_index "
+                    f"{tuple(clip_index.shape)}"
                 )
             audio_mean, text_mean, text_map = align_texts(audio, text_latents.float().cpu(), clip_index)
         elif clip_index is not None:
-            raise ValueError("clip_index is the audio row of each text: pass text_latents too")
+            raise ValueError("got clip_index, the audio row of each text, without text_latents; pass both")
         codebooks = residual_kmeans((audio - audio_mean).float(), self.num_quantizers, self.codebook_size, seed)
         self.codebooks.copy_(codebooks)
         self.audio_mean.copy_(audio_mean)
@@ -184,12 +187,12 @@ class MuLaNEmbedQuantizer(Conditioner):
     def codes_from_latents(self, latents: Tensor, modality: Modality = "audio") -> Tensor:
         """Quantize MuLaN latents `[..., d]` of a modality to codes `[..., q]` int64 in [0, codebook_size).
 
-        At each level the code is the nearest one to the residual of the levels before.
+        At each level, the code is the centroid that is nearest to the residual of the previous levels.
         """
         self._check_latents(latents)
         if not bool(self.fitted) and not self._has_warned:
             self._has_warned = True
-            logger.warning("the quantizer is not fitted and has random codebooks: call fit() before training with it")
+            logger.warning("the quantizer has random codebooks; call fit() before training with its codes")
         device = self.codebooks.device
         with torch.autocast(device_type=device.type, enabled=False):
             residual = self.centred(latents.to(device), modality).reshape(-1, latents.shape[-1])
@@ -209,9 +212,10 @@ class MuLaNEmbedQuantizer(Conditioner):
         latents: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
-        """Codes `[b, q]` int64 of exactly one of waves `[b, n]`, texts (or ids) and latents `[b, d]` of audio.
+        """Compute codes `[b, q]` int64 of exactly one of waves `[b, n]`, texts (or ids), or audio latents `[b, d]`.
 
-        Waves longer than MuLaN's window are averaged over windows. `lengths [b]` are their samples; None = all `n`.
+        The latents of waves longer than MuLaN's window are averaged over windows. `lengths [b]` count samples; None =
+        all `n`.
         """
         if sum(source is not None for source in (wavs, texts, latents)) == 1:
             if texts is not None:
@@ -232,7 +236,7 @@ class MuLaNEmbedQuantizer(Conditioner):
         lengths: Tensor | None = None,
         namespace: str,
     ) -> Tensor:
-        """Embed exactly one of waves, texts and codes `[b, q]` as `[b, q, dim]`; see `codes`.
+        """Embed exactly one of waves, texts, or codes `[b, q]` as `[b, q, dim]`; see `codes`.
 
         Gradients flow into the table of the namespace.
         """
@@ -244,7 +248,8 @@ class MuLaNEmbedQuantizer(Conditioner):
         if codes.ndim != 2 or codes.shape[1] != self.num_quantizers or codes.is_floating_point():
             raise ValueError(f"codes must be int [b, {self.num_quantizers}], got {codes.dtype} {tuple(codes.shape)}")
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.codebook_size:
-            raise ValueError(f"codes must be in 0..{self.codebook_size - 1}")
+            largest = self.codebook_size - 1
+            raise ValueError(f"codes must be in 0..{largest}, got {int(codes.min())}..{int(codes.max())}")
         codes = codes.to(self.codebooks.device).long()
         return table(codes + self.codebook_size * torch.arange(self.num_quantizers, device=codes.device))
 
@@ -258,11 +263,11 @@ class MuLaNEmbedQuantizer(Conditioner):
         lengths: Tensor | None = None,
         namespace: str,
     ) -> ConditionTensor:
-        """The embeddings of `forward` as a condition of a language model, with a mask that is all True."""
+        """Return the embeddings of `forward` as a condition of a language model; its mask is all True."""
         return ConditionTensor.of(self(wavs=wavs, texts=texts, codes=codes, lengths=lengths, namespace=namespace))
 
     def centred(self, latents: Tensor, modality: Modality = "audio") -> Tensor:
-        """Subtract the mean of the modality from latents `[..., d]`, and map texts to audio; float32."""
+        """Subtract the mean of the modality from latents `[..., d]`, and map texts to audio; returns float32."""
         if modality == "audio":
             return latents.float() - self.audio_mean.float()
         return (latents.float() - self.text_mean.float()) @ self.text_map.float()

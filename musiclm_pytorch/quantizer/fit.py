@@ -1,4 +1,4 @@
-"""Fitting of the conditioning quantizer to audio files and their captions, and metrics of the result."""
+"""Fitting of the conditioning quantizer to audio files and their captions, and metrics of the fitted quantizer."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -33,17 +33,17 @@ _MIN_USAGE = 0.5
 
 @dataclass(frozen=True)
 class QuantizerReport:
-    """Metrics of the codes of a quantizer; tuples have one number per level, the first level first.
+    """Metrics of the codes of a quantizer; tuples have one number per level.
 
     Attributes:
-        num_windows: Audio latents on which usage is counted.
-        num_pairs: Texts on which agreement is counted.
-        is_held_out: Whether `explained`, `agreement` and `chance` are of files that were not fitted.
-        usage: Share of the codes that are used.
-        perplexity: `exp(entropy)` of the usage: the number of equally used codes of the same diversity.
-        explained: Share of the variance of audio that the codes up to this level explain.
-        agreement: How often a text has the code of its audio; empty without texts.
-        chance: How often a text has the code of random audio.
+        num_windows: Number of audio latents on which usage is measured.
+        num_pairs: Number of texts on which agreement is measured.
+        is_held_out: Whether `explained`, `agreement` and `chance` are measured on files that were not used in fitting.
+        usage: Share of the codes of a level that are used.
+        perplexity: `exp(entropy)` of the frequencies of the codes.
+        explained: Share of the variance of audio latents that the codes up to this level explain.
+        agreement: Share of the texts that have the same code as their audio; empty without texts.
+        chance: Share of the texts that have the same code as random audio.
     """
 
     num_windows: int
@@ -57,7 +57,7 @@ class QuantizerReport:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Every number by its name, the most important ones first."""
+        """All metrics by name, the most important ones first."""
         first = {"agreement_level_1": self.agreement[0], "chance_level_1": self.chance[0]} if self.agreement else {}
         levels = {
             f"{name}_level_{level}": value
@@ -114,12 +114,12 @@ def fit_quantizer(
 ) -> QuantizerReport:
     """Fit a quantizer's codebooks once to windows of files.
 
-    Captions are used to align texts with audio if all files, or at least 32 of them, have some.
+    Captions are used to align texts with audio if all files, or at least 32 files, have captions.
 
     Args:
-        quantizer: Not fitted yet, with a trained MuLaN.
-        held_out: Files for the metrics. Without any, the metrics are of the files that were fitted.
-        max_windows: Maximum of windows, and of captions, that are embedded; more are sampled at random.
+        quantizer: Quantizer with a trained MuLaN that is not fitted yet.
+        held_out: Files for the metrics. If empty, the metrics are computed on the fitted files.
+        max_windows: Maximum number of windows, and of captions, that are embedded; of more, a random sample is used.
     """
     windows = _draw_windows(quantizer.mulan, items, max_windows, seed)
     quantizer.check_can_fit(sum(len(numbers) for numbers in windows))
@@ -154,7 +154,7 @@ class _Latents(NamedTuple):
 
 
 def _draw_windows(mulan: JointEmbedding, items: Sequence[AudioItem], limit: int, seed: int) -> list[np.ndarray]:
-    """Numbers of the windows of every file that are embedded, in order; all of them if there are at most `limit`."""
+    """Select the windows of every file that are embedded (their numbers in order); at most `limit` in total."""
     window, stride = mulan.window_samples, mulan.window_stride_samples
     lengths = [-(-item.num_samples * mulan.sample_hz // item.sample_hz) for item in items]
     counts = np.array([1 + max(0, length - window) // stride for length in lengths])
@@ -170,7 +170,7 @@ def _draw_windows(mulan: JointEmbedding, items: Sequence[AudioItem], limit: int,
 def _embed(
     mulan: JointEmbedding, items: Sequence[AudioItem], windows: Sequence[np.ndarray], max_texts: int
 ) -> _Latents:
-    """Latents of the drawn windows and of the files' captions."""
+    """Compute latents of the selected windows and of the captions of the files."""
     device = device_of(mulan)
     audio = []
     for waves in _batches(_window_waves(mulan, items, windows)):
@@ -185,7 +185,7 @@ def _embed(
 
 
 def _window_waves(mulan: JointEmbedding, items: Sequence[AudioItem], windows: Sequence[np.ndarray]) -> Iterator[Tensor]:
-    """Waves `[n]` of the drawn windows, file by file; files without any are not read."""
+    """Read the waves `[n]` of the selected windows, file by file; files without selected windows are not read."""
     window, stride = mulan.window_samples, mulan.window_stride_samples
     dataset = CropDataset(items, None, (mulan.sample_hz,), cache_bytes=0)
     for index, numbers in enumerate(windows):
@@ -195,7 +195,7 @@ def _window_waves(mulan: JointEmbedding, items: Sequence[AudioItem], windows: Se
 
 
 def _captions(items: Sequence[AudioItem], num_windows: Sequence[int], limit: int) -> tuple[list[str], list[int]]:
-    """Captions of the files with drawn windows, and the row of a window for each; none if too few files have some."""
+    """Captions of files with selected windows, and the window row of each; empty if too few files have captions."""
     files = [(texts_of(item), count) for item, count in zip(items, num_windows) if count]
     num_captioned = sum(bool(captions) for captions, _ in files)
     if num_captioned < min(len(files), _MIN_CAPTIONED_FILES):
@@ -214,11 +214,11 @@ def _captions(items: Sequence[AudioItem], num_windows: Sequence[int], limit: int
 
 
 def _batches(values: Iterator[_T]) -> Iterator[list[_T]]:
-    """Lists of up to `_BATCH_SIZE` values."""
+    """Split values into lists of up to `_BATCH_SIZE`."""
     while batch := list(islice(values, _BATCH_SIZE)):
         yield batch
 
 
 def _shares(codes: Tensor, size: int) -> Tensor:
-    """Shares `[size]` of the codes 0..size - 1 in all codes."""
+    """Relative frequencies `[size]` of the codes 0..size - 1."""
     return codes.cpu().bincount(minlength=size).double() / len(codes)

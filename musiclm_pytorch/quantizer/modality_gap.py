@@ -18,7 +18,7 @@ _MIN_RELATIVE_VARIANCE = 1e-9
 
 
 class Alignment(NamedTuple):
-    """Audio `a` is compared with texts `t` as `a - audio_mean` and `(t - text_mean) @ text_map`; all float64."""
+    """Means and map that make audio `a` and texts `t` comparable: `a - audio_mean` and `(t - text_mean) @ text_map`."""
 
     audio_mean: Tensor
     text_mean: Tensor
@@ -29,9 +29,9 @@ class Alignment(NamedTuple):
 def align_texts(audio: Tensor, text: Tensor, clip_index: Tensor) -> Alignment:
     """Learn the alignment from audio latents `[n, d]`, text latents `[k, d]` and the audio row `[k]` of each text.
 
-    Each modality has its own mean. Texts are scaled to the spread of audio, for which the codebooks are fitted, and
-    mapped by a ridge regression to their audio. The regression shrinks towards the scale alone, not towards zero, since
-    texts have less information than audio, and few pairs would move all of them to the mean.
+    Each modality has its own mean. Text latents are scaled to the spread of audio latents, because the codebooks are
+    fitted to audio, and a ridge regression maps them to their audio. It is regularised towards the scaling alone, not
+    towards zero; otherwise few pairs would move all texts to the mean.
     """
     if (
         not len(text)
@@ -39,7 +39,7 @@ def align_texts(audio: Tensor, text: Tensor, clip_index: Tensor) -> Alignment:
         or not 0 <= int(clip_index.min()) <= int(clip_index.max()) < len(audio)
     ):
         raise ValueError(
-            f"need texts, each of one of {len(audio)} audio latents; got clip_index {tuple(clip_index.shape)}"
+            f"need at least one text, with clip_index in 0..{len(audio) - 1}; got clip_index {tuple(clip_index.shape)}"
         )
     audio_mean, text_mean = (latents.mean(dim=0, dtype=torch.float64) for latents in (audio, text))
     audio_variance = sum(float((part.double() - audio_mean).square().sum()) for part in audio.split(_ROWS_PER_CHUNK))
@@ -60,7 +60,7 @@ def align_texts(audio: Tensor, text: Tensor, clip_index: Tensor) -> Alignment:
 def _second_moments(
     audio: Tensor, audio_mean: Tensor, text: Tensor, text_mean: Tensor, clip_index: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Mean products `[d, d]` of centred texts with themselves and with their audio, in float64."""
+    """Covariances `[d, d]` of centred texts with themselves and with their audio, in float64."""
     within = torch.zeros(text.shape[1], text.shape[1], dtype=torch.float64)
     across = torch.zeros_like(within)
     for texts, rows in zip(text.split(_ROWS_PER_CHUNK), clip_index.split(_ROWS_PER_CHUNK)):

@@ -87,9 +87,9 @@ def test_repeated_rows_are_several_texts_of_a_clip(monkeypatch: pytest.MonkeyPat
 def test_wrong_inputs_are_refused() -> None:
     """Error messages name the input."""
     audio, text, clip_index = _pairs()
-    with pytest.raises(ValueError, match="one of 60 audio latents"):
+    with pytest.raises(ValueError, match=r"clip_index in 0\.\.59"):
         align_texts(audio, text, clip_index + 1)
-    with pytest.raises(ValueError, match="one of 60 audio latents"):
+    with pytest.raises(ValueError, match=r"clip_index in 0\.\.59"):
         align_texts(audio, text, clip_index[1:])
-    with pytest.raises(ValueError, match="need texts"):
+    with pytest.raises(ValueError, match="need at least one text"):
         align_texts(audio, text[:0], clip_index[:0])
