@@ -156,7 +156,7 @@ def _three_digits(value: float | None) -> str:
 def write_report(
     path: str | Path, metrics: Sequence[Metric], settings: dict[str, Any], table: str | None = None
 ) -> None:
-    """Write finite metrics as JSON, and `table` (by default `markdown_table`) into a file `.md` beside it."""
+    """Write finite metrics as JSON, and `table` (by default `markdown_table`) as a file with the suffix `.md`."""
     path = Path(path)
     if path.suffix != ".json":
         raise ValueError(f"cannot write a report to {path}; use a name that ends in .json")

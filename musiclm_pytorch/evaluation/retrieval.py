@@ -67,7 +67,8 @@ def different_captions(captions: Sequence[Sequence[str]]) -> tuple[list[str], Te
     A caption of several clips is one query with several right answers. As a candidate it is ranked once.
 
     Returns:
-        The t different captions in the order of their first clips, and `[t, clips]` bool.
+        The t different captions in the order of their first clips, and `[t, clips]` bool, which marks the clips of each
+        caption.
     """
     unique = list(dict.fromkeys(caption for of_clip in captions for caption in of_clip))
     index = {caption: number for number, caption in enumerate(unique)}

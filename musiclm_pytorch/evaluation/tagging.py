@@ -66,7 +66,7 @@ class TagTest:
 
 @beartype
 def tag_labels(items: Sequence[AudioItem]) -> dict[str, list[str | None]]:
-    """Find the labels of a manifest that describe clips: text or boolean, with few values that recur.
+    """Find the labels of a manifest that describe clips: texts or booleans with few values, each of several clips.
 
     Numbers (a tempo in beats per minute), lists, texts that differ for nearly every clip, and texts that cannot be
     encoded are not tags.
@@ -99,7 +99,7 @@ def _values_of(items: Sequence[AudioItem], name: str) -> list[str | None] | None
 
 @beartype
 def tag_prompts(label: str, values: Sequence[str]) -> list[str]:
-    """Write a text prompt for each value of a label, as in `tag_labels`.
+    """Write a text prompt for each value of a label (see `tag_labels`).
 
     For the label "drums", "yes" becomes "music with drums", "no" and "none" become "music without drums". Other values
     are inserted into the template of the label, or are the prompt if the label has no template.

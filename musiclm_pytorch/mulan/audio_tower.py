@@ -38,8 +38,8 @@ class AudioSpectrogramTransformer(nn.Module):
         spec_n_fft: Length of the Fourier transform in samples; None = 64 ms.
         spec_win_length: Length of the window in samples; None = `spec_n_fft` if it is set, else 25 ms.
         spec_hop_length: Samples from one frame to the next; None = 2/5 of the window, which is 10 ms for 25 ms.
-        spec_aug_stretch_factor: In training, the speed of each clip is drawn between this and its inverse; 1 = off.
-            Captions that distinguish fast and slow need 1.
+        spec_aug_stretch_factor: In training, the speed of each clip is drawn between this and its inverse; 1 = off. Use
+            1 if captions distinguish fast and slow music.
         spec_aug_freq_mask: In training, up to this fraction of the bins is masked; 0 = off.
         spec_aug_time_mask: In training, up to this fraction of the frames is masked; 0 = off.
         patch_dropout: Fraction of patches that are left out in training, which saves time (arXiv:2212.00794).

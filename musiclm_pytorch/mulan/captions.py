@@ -58,10 +58,10 @@ def parse_aspects(text: str) -> list[str]:
     """
     text = text.strip()
     if len(text) > _MAX_ASPECT_CHARACTERS:
-        raise ValueError(f"a text of {len(text)} characters, but the limit is {_MAX_ASPECT_CHARACTERS}")
+        raise ValueError(f"a text of {len(text)} characters; aspects may have {_MAX_ASPECT_CHARACTERS} in total")
     aspects = _list_entries(text) if text.startswith("[") else text.split(",")
     if not all(isinstance(aspect, str) and is_encodable(aspect) for aspect in aspects):
-        raise ValueError(f"not a list of texts: {ascii(text)[:100]}; write ['slow tempo', 'piano']")
+        raise ValueError(f"not a list of texts: {ascii(text)[:100]}; write for example ['slow tempo', 'piano']")
     return [aspect.strip() for aspect in aspects if aspect.strip()]
 
 
@@ -91,8 +91,8 @@ class CaptionSampler:
     - Captions alternate: text j of epoch e is caption `(e * captions_per_clip + j) % number of captions`. Parts of a
       caption between punctuation marks are left out with probability `caption_dropout` (one always stays), so that
       short prompts are learned too.
-    - If the clip has aspects, a text is with probability `aspect_prob` a random subset of them in random order,
-      separated by commas. A clip without captions always has such texts.
+    - If the clip has aspects, a text is, with probability `aspect_prob`, a random subset of the aspects in random
+      order, separated by commas. For a clip without captions, every text is a list of aspects.
 
     A clip with fewer than `captions_per_clip` different texts has fewer texts in an epoch.
     """
@@ -113,7 +113,7 @@ class CaptionSampler:
     def sample(self, item: AudioItem, epoch: int, index: int) -> list[str]:
         """Select up to `captions_per_clip` different texts of a clip; none if it has neither captions nor aspects.
 
-        `epoch` is the pass over the data and `index` the place of the clip in the data, both from 0.
+        `epoch` (number of the pass over the data) and `index` (number of the clip) count from 0.
         """
         captions, aspects = captions_of(item), aspects_of(item)
         rng = np.random.default_rng([self.seed, epoch, index, _TEXT_STREAM])

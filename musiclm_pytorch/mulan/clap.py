@@ -43,7 +43,7 @@ _CLIPS_PER_CHUNK = 8
 
 
 class ClapSpectrogram:
-    """Log-mel spectrograms (dB) of clips of up to `num_samples`, as computed by transformers' `ClapFeatureExtractor`.
+    """Computes log-mel spectrograms (dB) of clips of up to `num_samples` like transformers' `ClapFeatureExtractor`.
 
     A shorter clip is repeated a whole number of times and padded with zeros. The extractor's random crops of longer
     clips are not supported, since a clip must always have the same embedding.
@@ -100,7 +100,7 @@ class ClapSpectrogram:
 
 @register
 class ClapMuLaN(JointEmbedding):
-    """CLAP as a joint embedding: frozen and always in eval mode; its weights are float32.
+    """CLAP as a joint embedding: frozen and always in eval mode; float32 unless converted.
 
     A clip longer than `window_seconds` is embedded as the mean over windows at fixed positions. Models that were
     trained to fuse crops of long audio (laion/clap-htsat-fused) can be loaded; their fusion is not used.
@@ -109,7 +109,7 @@ class ClapMuLaN(JointEmbedding):
         source: Folder in transformers' format, hub id, or a loaded model, which is not copied.
         tokenizer: Tokenizer of the texts; None = the tokenizer in `source`.
         offline: Whether to use only local folders and the local cache of the hub.
-        cache_dir: None = Hugging Face's own cache.
+        cache_dir: Folder for downloads; None = the default cache of Hugging Face.
     """
 
     @beartype
@@ -197,7 +197,7 @@ class ClapMuLaN(JointEmbedding):
 
     @beartype
     def tokenize(self, texts: str | Sequence[str] | Tensor) -> Tensor:
-        """Return the ids `[b, t]` int64 of texts, with special tokens, -1 past the end. Ids are only checked."""
+        """Token ids `[b, t]` int64 of texts, with special tokens, -1 past the end; ids are checked and returned."""
         return self._text.tokenize(texts)
 
     @torch.no_grad()

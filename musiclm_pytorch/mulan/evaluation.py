@@ -61,7 +61,7 @@ def held_out_items(data: str | Path, limit: int | None = None, seed: int = 0) ->
     """
     data = Path(data)
     if limit is not None and limit < 2:
-        raise ValueError(f"the limit must be at least 2 clips, got {limit}")
+        raise ValueError(f"limit must be at least 2 clips, got {limit}")
     held_out = data / "valid.jsonl"
     items = load_items(held_out if held_out.is_file() else data).items
     if len(items) < 2:
@@ -76,7 +76,7 @@ def held_out_items(data: str | Path, limit: int | None = None, seed: int = 0) ->
 def embed_clips(
     mulan: JointEmbedding, items: Sequence[AudioItem], announce: Callable[[str], None] = lambda words: None
 ) -> EmbeddedClips:
-    """Embed clips of any length, their captions, and prompts for their labels. `announce` receives progress."""
+    """Embed clips of any length, their captions, and prompts for their labels. `announce` receives messages."""
     tests = tag_tests(items)
     texts, relevant = different_captions([texts_of(item) for item in items])
     are_captions = len(texts) > 1

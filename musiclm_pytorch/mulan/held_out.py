@@ -54,9 +54,9 @@ class HeldOutClips:
         """Measure a model in eval mode.
 
         Returns:
-            `recall_at_<k>` and `map` (mean average precision) of retrieval of audio by text, and with the prefix
-            `audio_` of text by audio; for each label `<label>_auc` (area under the ROC curve, mean over values) and
-            `<label>_accuracy` (balanced).
+            `recall_at_<k>` and `map` (mean average precision) for text queries, and with the prefix `audio_` for audio
+            queries; for each label `<label>_auc` (area under the ROC curve, mean over values) and `<label>_accuracy`
+            (balanced accuracy).
         """
         audio = self._audio_latents(mulan)
         parts = range(0, len(self._captions), self.max_batch)
@@ -85,7 +85,7 @@ class HeldOutClips:
         return torch.cat(latents)
 
     def _retrieval(self, similarities: Tensor) -> dict[str, Retrieval]:
-        """Rank clips for each caption ("") and captions for each clip ("audio_"), by `[captions, clips]`."""
+        """Rank clips per caption ("") and captions per clip ("audio_") by `similarities [captions, clips]`."""
         describes = self._describes.to(similarities.device)
         # One query for each pair of clip and caption, as in the literature.
         caption_of_clip = describes.long().argmax(dim=0)
@@ -101,7 +101,7 @@ def _select_tests(tests: Sequence[TagTest], labels: Sequence[str] | None) -> lis
     unknown = sorted(set(labels or ()) - set(by_label))
     if unknown:
         raise ValueError(
-            f"{unknown} are no labels of the held-out files by which clips can be tagged (texts or truth values, 2 to "
-            f"50 of them, each of several clips); available are {sorted(by_label)}"
+            f"the labels {unknown} cannot be used for tagging, which needs texts or booleans with 2 to 50 values, each "
+            f"of several held-out clips; available are {sorted(by_label)}"
         )
     return list(tests) if labels is None else [by_label[label] for label in dict.fromkeys(labels)]

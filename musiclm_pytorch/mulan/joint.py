@@ -15,7 +15,7 @@ __all__ = ["JointEmbedding", "average_latents"]
 
 
 class JointEmbedding(nn.Module, ABC):
-    """Audio and text in one space of unit vectors; the base of `MuLaN` and of pretrained models.
+    """Base class of models that embed audio and text as unit vectors in one space, such as `MuLaN`.
 
     Args:
         window_seconds: Length of the windows in which longer audio is embedded, a whole number of samples; 10 s in

@@ -45,7 +45,7 @@ class LayerContrast:
     """Settings of contrastive losses between inner layers of both towers (ViCHA, arXiv:2208.13628).
 
     Attributes:
-        layers: Pairs (blocks of the audio tower, blocks of the text tower); 0 = the input of the first block.
+        layers: Pairs (audio layer, text layer) of numbers of blocks; 0 = the input of the first block.
         weight: Factor of the sum of the losses of all pairs; the loss of the outputs has factor 1.
     """
 
@@ -70,7 +70,7 @@ class LayerContrast:
 class LayerHeads(nn.Module):
     """Projections of each pair of layers to a common space, and a contrastive loss for each pair.
 
-    Each of `layers` and `dims` is a pair of (audio tower, text tower).
+    `dims`, and each pair in `layers`, is ordered (audio tower, text tower).
     """
 
     def __init__(

@@ -22,9 +22,9 @@ __all__ = ["MuLaN"]
 
 @register
 class MuLaN(JointEmbedding):
-    """Two towers with a common space of unit vectors (MuLan, arXiv:2208.12415).
+    """Audio tower and text tower that embed into one space of unit vectors (MuLan, arXiv:2208.12415).
 
-    Windows are those of `JointEmbedding`.
+    `JointEmbedding` describes the arguments for windows.
 
     Args:
         loss: Called as `loss(audio_latents, text_latents, captions, clip_index)`. None = `SoftmaxContrastiveLearning`.

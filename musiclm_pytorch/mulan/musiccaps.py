@@ -37,11 +37,11 @@ _TRUTHS = {"true": True, "false": False, "1": True, "0": False, "": None}
 
 @dataclass(frozen=True)
 class CaptionedClip:
-    """A described part of a video.
+    """Part of a video with its descriptions in the table.
 
     Attributes:
-        captions: One for each row of the table.
-        aspects: Short phrases.
+        captions: One caption for each row of the table about this part.
+        aspects: Short phrases that describe the part.
         about: Values of the other columns of the table.
     """
 
@@ -54,14 +54,14 @@ class CaptionedClip:
 
     @property
     def file_names(self) -> tuple[str, ...]:
-        """File names, without suffix, that download tools use; the most precise first."""
+        """File names, without suffix, that download tools use for the clip; the most precise first."""
         start, end = _plain(self.start_seconds), _plain(self.end_seconds)
         return f"[{self.ytid}]-[{start}-{end}]", f"{self.ytid}-{start}", self.ytid
 
 
 @dataclass(frozen=True)
 class MusicCapsItems:
-    """The described clips of a table in a folder.
+    """Clips of a table and their files in a folder.
 
     Attributes:
         items: Usable clips in the order of the table, with labels `aspects` (a list) and `musiccaps` (the rest of the
@@ -131,7 +131,7 @@ def _entry(clip: CaptionedClip, path: Path) -> ItemEntry:
 
 
 def _without_whole_videos(report: ItemReport, clips: Path) -> tuple[list[AudioItem], list[Rejected]]:
-    """Usable and rejected clips; a file that is much longer than the described part is rejected."""
+    """Split into usable and rejected clips; a file that is much longer than the described part is rejected."""
     items: list[AudioItem] = []
     whole: list[Rejected] = []
     for item in report.items:
@@ -177,7 +177,7 @@ def read_musiccaps(table: str | Path) -> list[CaptionedClip]:
 
 
 def _rows(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Rows of a table with the number of their first line; a quoted text may have several lines."""
+    """Read the rows of a table, with the line at which each starts; a quoted text may span several lines."""
     with table.open(encoding="utf-8-sig", newline="") as text:
         reader = csv.DictReader(text, strict=True)
         line = 1

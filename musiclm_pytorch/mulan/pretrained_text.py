@@ -49,7 +49,7 @@ class TransformersTextEncoder(PublishedTextEncoder, TextTower):
 
     @property
     def options(self) -> dict[str, Any]:
-        """JSON-able constructor arguments, except the model and its tokenizer."""
+        """JSON-able constructor arguments that are not settings of the model or its tokenizer."""
         return {"frozen": self.frozen, "max_seq_len": self._text.max_tokens}
 
     @beartype

@@ -37,7 +37,7 @@ class LogSpectrogram(nn.Module):
             self.mel = MelSpectrogram(sample_hz=sample_hz, num_mels=num_mels, center=False, **sizes)
 
     def forward(self, wavs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Natural logs `[b, bins, f]` float32 of waves `[b, n]` with lengths `[b]`, and frames per clip `[b]`."""
+        """Compute spectrograms `[b, bins, f]` (natural log, float32) of waves `[b, n]`, and their frames `[b]`."""
         num_frames = (lengths + self.hop_length - 1) // self.hop_length  # the last one may be partly filled
         with torch.autocast(device_type=wavs.device.type, enabled=False):
             real = torch.arange(wavs.shape[-1], device=wavs.device) < lengths.unsqueeze(-1)
@@ -116,7 +116,7 @@ def log_spectrogram(
     win_length: int | None,
     hop_length: int | None,
 ) -> LogSpectrogram:
-    """Build the front end with the defaults of `AudioSpectrogramTransformer`, whose arguments these are."""
+    """Build the spectrogram from arguments of `AudioSpectrogramTransformer`, with the defaults documented there."""
     if num_mels == "auto":
         num_mels = _NUM_MELS if n_fft is None else None
     if win_length is None:

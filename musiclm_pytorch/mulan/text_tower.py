@@ -35,7 +35,7 @@ class TextTower(nn.Module, ABC):
     def tokenize(self, texts: str | Sequence[str] | Tensor) -> Tensor:
         """Return the ids `[b, t]` int64 of texts, -1 past the end. An empty text raises a ValueError.
 
-        Ids are checked and returned.
+        If `texts` are ids, they are checked and returned.
         """
 
     @abstractmethod
@@ -57,7 +57,7 @@ class TextTransformer(TextTower):
     Args:
         num_tokens: Size of the embedding table; at least the tokenizer's vocabulary.
         max_seq_len: Maximum number of tokens of a text; longer texts are truncated with a warning.
-        tokenizer: None = plain bytes (256 tokens, not trained).
+        tokenizer: Byte-pair tokenizer; None = plain bytes (256 tokens, not trained).
         known_words: Words of the training captions (see `words_of`). In eval mode a warning is logged for a text that
             has mostly other words. None = no warning.
     """
@@ -117,7 +117,7 @@ class TextTransformer(TextTower):
         return pooled_layers(self.encoder, self.embedding(ids.clamp(min=0)), ids >= 0, layers)
 
     def _report_unknown_words(self, texts: Sequence[str]) -> None:
-        """Log one warning for each text most of whose words are not in the training captions."""
+        """Log one warning for each text if most of its words are not in the training captions."""
         known = frozenset(self.known_words or ())
         for text in texts:
             words = list(dict.fromkeys(_words(text)))

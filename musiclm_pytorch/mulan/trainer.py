@@ -38,7 +38,7 @@ _CLIPS_COUNTED = 10_000
 
 
 class MuLaNTask:
-    """The task that `TrainLoop` trains: random crops of captioned files, and metrics on held-out files.
+    """Training task of MuLaN for `TrainLoop`: random crops of captioned files, and metrics on held-out files.
 
     Each clip of a batch has one text or several, drawn again in every epoch. See `MuLaNTrainer` for the arguments.
     """
@@ -205,7 +205,7 @@ class MuLaNTrainer:
 
     @beartype
     def train(self, stop_after_steps: int | None = None) -> TrainResult:
-        """Train from the checkpoint in the folder to the end, or for at most `stop_after_steps` steps.
+        """Train from the last checkpoint to the end, or for at most `stop_after_steps` steps.
 
         At the end `mulan` has the final weights and is in eval mode.
         """

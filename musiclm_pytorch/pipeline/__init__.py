@@ -1,1 +1,1 @@
-"""Training of all stages: presets, builders, and the run that continues where it was interrupted."""
+"""Training of all parts of a model: presets, builders, and a pipeline that continues interrupted runs."""

@@ -1,4 +1,4 @@
-"""Untrained modules of a preset."""
+"""Functions that build the untrained modules of a preset."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -116,8 +116,8 @@ def build_quantizer(preset: Preset, mulan: JointEmbedding, num_clips: int) -> Mu
 def build_stage(preset: Preset, stage: str, *, codec: Codec, tokenizer: SemanticTokenizer) -> StageTransformer:
     """Build the language model of a stage ("semantic", "coarse" or "fine").
 
-    Vocabularies and rates are those of the codec and the tokenizer, which may differ from the preset's. The number of
-    codec levels is that of the preset: if the codec has more, its first levels are modelled.
+    Vocabularies and rates are those of the codec and the tokenizer, which may differ from the preset's. If the codec
+    has more levels than the preset, only its first levels are modelled.
     """
     levels, config = preset.codec.num_quantizers, getattr(preset, stage)
     if levels > codec.num_quantizers:

@@ -84,7 +84,7 @@ class Pipeline:
 
     Args:
         data: Folder of audio files, or a folder or file with a JSONL manifest.
-        out: Folder of the run. It belongs to one preset, seed, list of files and set of pretrained parts.
+        out: Folder of the run. It can be used with one preset, seed, list of files and set of pretrained parts only.
         pretrained: Modules by the name of the step that they replace ("codec", "semantic-tokenizer" or "mulan"). Each
             is saved as the result of the step, without rounding.
     """
@@ -145,7 +145,7 @@ class Pipeline:
         return all(file.is_file() for file in self._files(step))
 
     def _files(self, step: str) -> list[Path]:
-        """Files that identify the result of a step."""
+        """Files whose contents identify the result of a step."""
         if step == "tokens":
             return [self.out / step / part / "index.json" for part in ("train", "valid")]
         return [self.out / step / "model" / file for file in ("config.json", "model.safetensors")]
@@ -312,7 +312,7 @@ class Pipeline:
 
     @beartype
     def tokens(self) -> list[TokenShards]:
-        """Tokens and MuLaN latents of the training files and of the held-out files; stored results are used again."""
+        """Tokens and MuLaN latents of the training and held-out files; stored tokens are not computed again."""
         models = {
             "codec": self._load("codec", Codec),
             "semantic_tokenizer": self._load("semantic-tokenizer", SemanticTokenizer),

@@ -1,4 +1,4 @@
-"""Presets: the sizes and step counts of a whole model."""
+"""Presets: the sizes of all parts of a model and the settings of their training."""
 
 import math
 from dataclasses import dataclass, replace
@@ -40,7 +40,7 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CodecConfig:
-    """A `SpectralSoundStream` and its training."""
+    """Settings of a `SpectralSoundStream` and its training."""
 
     sample_hz: int
     hop_samples: int
@@ -70,7 +70,7 @@ class TransformerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SemanticConfig(TransformerConfig):
-    """A BEST-RQ encoder, and the k-means of its layer `layer`."""
+    """Settings of a BEST-RQ encoder, and of the k-means on the outputs of its layer `layer`."""
 
     layer: int
     num_clusters: int
@@ -80,7 +80,7 @@ class SemanticConfig(TransformerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class MuLaNConfig(TransformerConfig):
-    """Both towers of a MuLaN, which have the same size. The FFT length `n_fft` is in samples at 16 kHz.
+    """Settings of a MuLaN, with two towers of equal size. The FFT length `n_fft` is in samples at 16 kHz.
 
     Training leaves out a share of the audio patches (`patch_dropout`) and parts of captions (`caption_dropout`). It
     embeds `chunk_size` clips in one forward pass, or the whole batch.
@@ -105,7 +105,7 @@ class QuantizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig(TransformerConfig):
-    """The language model of one stage, with probabilities for training and defaults for generation.
+    """Settings of the language model of one stage, with probabilities for training and defaults for generation.
 
     Training drops the condition of an item (`cond_drop_prob`) or its trailing levels (`level_drop_prob`), or uses the
     codes of a caption instead of the codes of the recording (`text_prob`).
@@ -121,7 +121,7 @@ class StageConfig(TransformerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A whole model. The coarse stage predicts `num_coarse_quantizers` codec levels, the fine stage the others."""
+    """Settings of a model. The coarse stage predicts `num_coarse_quantizers` levels, the fine stage the others."""
 
     name: str
     codec: CodecConfig

@@ -1,4 +1,4 @@
-"""The folder of a run: it belongs to one run, one program uses it at a time, and partial files are removed."""
+"""Functions for the folder of a run: a check of its settings, a lock, and the removal of partial files."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ _MAX_SHOWN = 3
 
 @beartype
 def check_run_folder(folder: Path, facts: Mapping[str, Any], write: bool = True) -> None:
-    """Write the JSON-able facts of a new run into its folder, or check that the folder holds a run with equal facts."""
+    """Write the settings of a new run (`facts`, JSON-able) into its folder, or check that its run has the same."""
     facts = json.loads(json.dumps({"format_version": _FORMAT_VERSION, **facts}))
     file = folder / _RUN_FILE
     if not file.is_file():
@@ -39,10 +39,10 @@ def check_run_folder(folder: Path, facts: Mapping[str, Any], write: bool = True)
 
 @beartype
 def read_record(file: Path) -> dict[str, Any]:
-    """Read a JSON object that a run wrote; ValueError if the file holds anything else."""
+    """Read a JSON object that a run wrote; ValueError if the file contains anything else."""
     record = read_json(file)
     if not isinstance(record, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {type(record).__name__}; fix it or use another --out")
+        raise ValueError(f"{file} must contain a JSON object, got {type(record).__name__}; fix it or use another --out")
     return record
 
 
@@ -73,7 +73,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 @beartype
 def remove_partial_files(folder: Path) -> None:
-    """Remove the partial files of a killed process below a locked folder."""
+    """Remove partial files that a killed process left in a locked folder."""
     for pattern in (".writing-*", ".chunk-*.partial"):
         for path in list(folder.rglob(pattern)):
             shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Trainers of a preset."""
+"""Functions that build the trainers of a preset."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Open codecs, semantic tokenizers, encoders and joint embeddings: bundled ones by name, others by folder or hub id.
+"""Functions that open codecs, tokenizers, encoders and joint embeddings by bundled name, folder or hub id.
 
 All models are returned in eval mode. With `offline`, a hub id is loaded from the local cache only. For an unknown name,
 a ValueError lists the bundled models. If a model needs transformers and it is not installed, an ImportError is raised.
@@ -42,14 +42,14 @@ _MULAN_FOLDERS = ("", "quantizer", "model/quantizer", "mulan/model", "mulan", "m
 
 @beartype
 def codec_named(name: str, device: str | torch.device = "cpu", offline: bool = False) -> Codec:
-    """Open a bundled codec, a folder, or a hub id (see `open_codec`)."""
+    """Open a codec by its bundled name, folder or hub id (see `open_codec`)."""
     codec: Codec = _open(name, BUNDLED_CODECS, "codecs", lambda source: open_codec(source, offline=offline))
     return codec.to(device).eval()
 
 
 @beartype
 def tokenizer_named(name: str = "16khz", device: str | torch.device = "cpu") -> SemanticTokenizer:
-    """Open a bundled semantic tokenizer, or the folder of a trained or converted one."""
+    """Open a semantic tokenizer by its bundled name, or from the folder of a trained or converted tokenizer."""
     tokenizer = _open(name, BUNDLED_TOKENIZERS, "tokenizers", lambda source: load_module(source, device=device))
     if not isinstance(tokenizer, SemanticTokenizer):
         raise ValueError(f"{name} contains a {type(tokenizer).__name__}, which is not a semantic tokenizer")

@@ -73,7 +73,7 @@ def export_musiclm(run: str | Path, out: str | Path, settings: Mapping[str, Any]
 
     Args:
         run: Folder of `musiclm train all`, or a model folder.
-        out: Folder to write. It must be new or empty, or hold a model, which is replaced.
+        out: Folder to write. It must be new or empty, or contain a model, which is replaced.
         settings: Fields of `musiclm.json` to set, e.g. `{"num_levels": 2}` or
             `{"sampling": {"coarse": {"temperature": 0.8}}}`.
     """
@@ -92,10 +92,10 @@ def export_musiclm(run: str | Path, out: str | Path, settings: Mapping[str, Any]
 def save_parts(
     folder: str | Path, parts: Mapping[str, nn.Module], about: Mapping[str, Any], dtype: torch.dtype | None = None
 ) -> list[Path]:
-    """Write a model folder and return its files. `musiclm.json` is written last: only a complete model has it.
+    """Write a model folder and return its files. `musiclm.json` is written last, so only a complete model has it.
 
     Args:
-        parts: A module for each of `PARTS`.
+        parts: The module of each part in `PARTS`.
         about: More JSON-able fields of `musiclm.json`.
         dtype: Type of the stored weights; None keeps the type of each weight. The codec, the semantic tokenizer and the
             quantizer without its tables keep their type if `dtype` would round them, because the stages accept only the
@@ -122,7 +122,7 @@ def exact_dtype(module: nn.Module, dtype: torch.dtype, *, but: Sequence[str] = (
 
 @beartype
 def model_folder(name_or_folder: str | Path) -> Path:
-    """Find the folder of a model, of a finished run, or of a bundled model by its name."""
+    """Find the model folder of a model, of a finished run, or of a bundled model by its name."""
     path = Path(name_or_folder)
     for folder in (path, path / "model"):
         if (folder / CARD).is_file():
@@ -131,7 +131,7 @@ def model_folder(name_or_folder: str | Path) -> Path:
     if str(name_or_folder) in names:
         return bundled_folder(str(name_or_folder))
     if path.is_dir():
-        raise ValueError(f"{path} contains no complete model: no {CARD}; finish it with musiclm train all")
+        raise ValueError(f"{path} contains no complete model ({CARD} is missing); finish it with musiclm train all")
     raise ValueError(
         f"there is no model {str(name_or_folder)!r}; pass the folder of a trained model or a bundled name: "
         f"{', '.join(names)}"

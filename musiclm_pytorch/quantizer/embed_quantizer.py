@@ -248,8 +248,9 @@ class MuLaNEmbedQuantizer(Conditioner):
         if codes.ndim != 2 or codes.shape[1] != self.num_quantizers or codes.is_floating_point():
             raise ValueError(f"codes must be int [b, {self.num_quantizers}], got {codes.dtype} {tuple(codes.shape)}")
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.codebook_size:
-            largest = self.codebook_size - 1
-            raise ValueError(f"codes must be in 0..{largest}, got {int(codes.min())}..{int(codes.max())}")
+            raise ValueError(
+                f"codes must be in 0..{self.codebook_size - 1}, got {int(codes.min())}..{int(codes.max())}"
+            )
         codes = codes.to(self.codebooks.device).long()
         return table(codes + self.codebook_size * torch.arange(self.num_quantizers, device=codes.device))
 

@@ -154,7 +154,7 @@ def test_a_damaged_record_of_a_run_is_named(micro_data, micro_run, tmp_path, fil
     """A file that is not a JSON object raises a ValueError with its name."""
     shutil.copytree(micro_run, tmp_path / "run")
     (tmp_path / "run" / file).write_text(content)
-    with pytest.raises(ValueError, match=f"{file} (must hold a JSON object|is not a JSON file)"):
+    with pytest.raises(ValueError, match=f"{file} (must contain a JSON object|is not a JSON file)"):
         list(Pipeline(MICRO, data=micro_data, out=tmp_path / "run").run("codec"))
 
 
