@@ -23,7 +23,7 @@ class Conditioner(nn.Module, ABC):
         """Sample rate in Hz that `wavs` must have."""
 
     def fingerprint(self) -> str | None:
-        """Hash of the weights and settings that determine the codes; None = unknown, so it is not compared."""
+        """Hash of the weights and settings that determine the codes; None = unknown (not compared)."""
         return None
 
     @abstractmethod

@@ -14,7 +14,7 @@ from audiolm_pytorch.nn.transformer import INIT_STD, ConditionTensors
 
 __all__ = ["ConditionFuser", "ConditionSpec"]
 
-# Constructor arguments that add the conditions of every stage, for messages.
+# For error messages: the constructor arguments of a stage that add these conditions.
 _ARGUMENTS = {"codes": "audio_text_condition=True or a cond_dim", "text": "a text_dim"}
 
 

@@ -91,7 +91,7 @@ class PublishedText:
 
     def inputs(self, ids: Tensor) -> dict[str, Tensor]:
         """Return the arguments of the model's `forward` for ids `[b, t]`, where -1 is padding."""
-        # Any id will do as padding: the mask hides it.
+        # The id of padding does not matter, because padding is masked.
         return {"input_ids": ids.clamp(min=0), "attention_mask": (ids >= 0).long()}
 
 

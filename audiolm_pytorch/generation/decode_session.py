@@ -16,7 +16,7 @@ from audiolm_pytorch.tokens.streams import PackedTokens
 
 __all__ = ["DecodeSession", "Decoded"]
 
-# Reading a result back stalls a GPU, so that it is checked for NaN only after this many rows.
+# Number of rows between checks for NaN on a GPU, because copying a result to the CPU stalls the GPU.
 _ROWS_BETWEEN_CHECKS = 64
 
 

@@ -20,7 +20,7 @@ __all__ = [
     "update_sampling",
 ]
 
-# Logits of a few thousand overflow float32 when they are divided by less than this.
+# Smallest divisor of logits: a smaller one would overflow float32 for logits of a few thousand.
 _MIN_TEMPERATURE = 1e-6
 
 

@@ -23,7 +23,7 @@ __all__ = ["agreed_fingerprints", "check_compatible", "check_stages_compatible",
 
 logger = logging.getLogger(__name__)
 
-# By kind: what the stage reads and the module that computes it, for messages. Extra streams have other kinds.
+# For error messages: the name of the tokens and of the module that computes them. Extra streams are not listed.
 _IN_WORDS = {
     "semantic": ("semantic tokens", "semantic tokenizer (wav2vec)"),
     "acoustic": ("acoustic tokens", "codec"),
@@ -31,7 +31,7 @@ _IN_WORDS = {
     "text_encoder": ("text states", "text encoder (text_conditioner)"),
 }
 _CONDITIONS = ("conditioner", "text_encoder")  # computed in training, not stored in shards
-# Keys in the fingerprint of shards. Tokens of other kinds have their own name there.
+# Keys of the tokenizers in the fingerprint of shards. The key of an extra stream is its name.
 _SHARD_KEYS = {"semantic": "semantic_tokenizer", "acoustic": "codec"}
 _Tokenizers = Mapping[str, SemanticTokenizer | Codec | None]
 
@@ -58,7 +58,7 @@ def check_compatible(
     ]
     if differences:
         raise ValueError(f"the {transformer.namespace} transformer is not compatible: {'; '.join(differences)}")
-    # Last, because fingerprints are expensive. Only kinds that the stage has a fingerprint of can differ.
+    # Fingerprints are compared last, because they are expensive. Only those stored in the stage can differ.
     kinds = transformer.token_fingerprints
     agreed_fingerprints(transformer, wav2vec, codec, audio_conditioner, text_conditioner, kinds=kinds)
 
@@ -113,7 +113,7 @@ def agreed_fingerprints(
         module = modules.get(kind)
         if module is not None:
             claims[f"the passed {type(module).__name__} is"] = module.fingerprint()
-        # The fingerprint of shards may hold anything; only texts are fingerprints of tokenizers.
+        # The fingerprint of shards can contain any JSON; only strings are fingerprints of tokenizers.
         known = {claim: value for claim, value in claims.items() if isinstance(value, str)}
         if len(set(known.values())) > 1:
             tokens, module_name = _words(kind)
@@ -146,7 +146,7 @@ def _token_differences(transformer: StageTransformer, tokenizers: _Tokenizers) -
         num_levels = getattr(tokenizer, "num_quantizers", last_level)
         if last_level > num_levels:
             yield f"{where} needs {last_level} levels, the codec has {num_levels}"
-        # A stream of one group can read any codec; not every codec has the attribute.
+        # A stream of one group fits any codec. Not every codec has the attribute `num_groups`.
         num_groups = getattr(tokenizer, "num_groups", stream.num_groups)
         if stream.num_groups not in (1, num_groups):
             yield f"{where} has {stream.num_groups} groups, the codec has {num_groups}"

@@ -115,7 +115,7 @@ class TokenTransformer(nn.Module):
         specs |= further
         cross = any(spec.way == "cross" for spec in specs.values())
         self.transformer = Transformer(**sizes, dropout=dropout, cross=cross, **stack)
-        # The last embedding is that of empty cells; it is zero and has no gradient.
+        # The last embedding is used for empty cells of the layout. It is zero and has no gradient.
         self.embedding = nn.Embedding(layout.num_ids + 1, dim, padding_idx=layout.num_ids)
         self.heads = nn.ModuleList(Projection(dim, head.num_logits) for head in layout.heads)
         for weight in (self.embedding.weight, *self.heads.parameters()):

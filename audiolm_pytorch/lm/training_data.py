@@ -29,7 +29,7 @@ from audiolm_pytorch.training.distributed import to_device
 
 __all__ = ["ShardSource", "StageInput", "StageSource", "WaveSource"]
 
-# Part of the seed: the draw of captions must differ from the draw of crops, which uses the same numbers.
+# Added to the seed, so that the random numbers for captions differ from those for crops.
 _TEXT_DRAW = 1
 # A tokenizer loses or adds a few frames at the ends of a recording (HuBERT has 49 per second instead of 50).
 _LOST_FRAMES, _LOST_SHARE = 3, Fraction(1, 10)
@@ -365,9 +365,9 @@ class ShardSource(StageSource):
             is_text = self.draws_text(epoch, index) and len(record["text_latents"]) > 0
             if is_text:
                 latents = record["text_latents"]
-                number = epoch % len(latents)  # the same turn as the captions
+                number = epoch % len(latents)  # the latent of the current caption
             else:
-                # The window at the same relative position as the crop: the shorter of the two lies inside the other.
+                # The window at the same relative position as the crop, so that the shorter one lies inside the longer one.
                 latents = record["latents"]
                 position = start / (num_frames - count) if num_frames > count else 0.5
                 number = round(position * (len(latents) - 1))

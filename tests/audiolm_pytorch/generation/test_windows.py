@@ -281,7 +281,7 @@ def test_invalid_inputs_raise_errors():
         decode_in_windows(model, {"s": inputs, "t": inputs}, 8)
     with pytest.raises(ValueError, match="the input streams of the model are"):
         SlidingWindowDecoder(model, 8).feed("a", [inputs[0]])
-    with pytest.raises(ValueError, match="of 1 items, got 2"):
+    with pytest.raises(ValueError, match="tokens of 2 items, the decoder has 1"):
         SlidingWindowDecoder(model, 8).feed("s", list(inputs))
     with pytest.raises(ValueError, match="0 or more"):
         SlidingWindowDecoder(model, -1)
