@@ -367,7 +367,7 @@ class ShardSource(StageSource):
                 latents = record["text_latents"]
                 number = epoch % len(latents)  # the latent of the current caption
             else:
-                # The window at the same relative position as the crop, so that the shorter one lies inside the longer one.
+                # The window at the same relative position as the crop, so that the shorter lies inside the longer.
                 latents = record["latents"]
                 position = start / (num_frames - count) if num_frames > count else 0.5
                 number = round(position * (len(latents) - 1))

@@ -223,7 +223,7 @@ def test_incompatible_parts_raise_errors():
         AudioLM(**{**parts, "codec": small}, **stages)
     with pytest.raises(ValueError, match="numbers of items"):
         AudioLM(**parts, **stages)(batch_size=3, seeds=[1, 2])
-    with pytest.raises(ValueError, match="pass an audio_conditioner"):
+    with pytest.raises(ValueError, match="needs an audio_conditioner"):
         AudioLM(**parts, **stages)(text="anything")
 
 

@@ -286,5 +286,5 @@ def test_invalid_inputs_raise_errors():
     with pytest.raises(ValueError, match="0 or more"):
         SlidingWindowDecoder(model, -1)
     two = TokenTransformer(layout=TokenLayout([Stream("a", 7), Stream("b", 7)]), **SIZES)
-    with pytest.raises(ValueError, match="one predicted stream"):
+    with pytest.raises(ValueError, match="must predict one stream"):
         decode_in_windows(two, {}, 8)
