@@ -124,7 +124,7 @@ def extra_input_tokens(
     known = {stream.name for streams in extra.values() for stream in streams}
     if set(inputs.tokens) - known:
         raise ValueError(
-            f"input_streams has streams {sorted(inputs.tokens)}, the stages have {sorted(known)}; remove the others"
+            f"input_streams has streams {sorted(inputs.tokens)}, the stages have extra streams {sorted(known)}"
         )
     tokens: dict[str, dict[str, list[Tensor]]] = {}
     for stage in stages:

@@ -51,7 +51,7 @@ class AudioTokens:
         """Check that every key of `lengths` is also a key of `tokens`."""
         unknown = set(self.lengths) - set(self.tokens)
         if unknown:
-            raise ValueError(f"got lengths for {sorted(unknown)} without tokens; pass tokens, or remove the lengths")
+            raise ValueError(f"got lengths of {sorted(unknown)} without tokens; pass tokens, or remove the lengths")
 
 
 class StageTransformer(TokenTransformer):
