@@ -119,7 +119,8 @@ def fit_quantizer(
     Args:
         quantizer: Quantizer with a trained MuLaN that is not fitted yet.
         held_out: Files for the metrics. If empty, the metrics are computed on the fitted files.
-        max_windows: Maximum number of windows, and of captions, that are embedded; of more, a random sample is used.
+        max_windows: Maximum number of windows, and of captions, that are embedded; if there are more, a random sample
+            is used.
     """
     windows = _draw_windows(quantizer.mulan, items, max_windows, seed)
     quantizer.check_can_fit(sum(len(numbers) for numbers in windows))

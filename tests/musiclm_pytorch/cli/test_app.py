@@ -250,7 +250,7 @@ few levels | train all --preset small --data DATA --out TMP/out --codec MODEL/co
     the preset small models 8 levels of codes, but the codec has \d; pass a codec with more
 pretrained, another run | train all --preset micro --data DATA --out RUN --codec MODEL/codec |
     pretrained.codec: found none
-missing stage | train fine --data DATA --out TMP/out | first: musiclm train semantic-tokenizer
+missing stage | train fine --data DATA --out TMP/out | first run musiclm train semantic-tokenizer
 out is a file | train codec --data DATA --out DATA/00.wav | 00.wav is a file
 out in a file | train codec --preset micro --data DATA --out DATA/00.wav/run | 00.wav is a file
 another run | train all --data DATA --out RUN | RUN contains a run with other settings.*another --out

@@ -211,7 +211,7 @@ def test_loss_is_float32_under_autocast(loss: nn.Module) -> None:
         ((2, 3), None, torch.tensor([0.0, 1.0, 1.0]), "clip_index must be"),
         ((2, 3), None, torch.tensor([0, 1, 2]), "each of 0..1"),
         ((2, 3), None, torch.tensor([0, -1, 1]), "each of 0..1"),
-        ((3, 3), None, torch.tensor([0, 0, 2]), "each at least once"),
+        ((3, 3), None, torch.tensor([0, 0, 2]), "at least once"),
     ],
 )
 def test_loss_rejects_what_does_not_fit(

@@ -184,7 +184,7 @@ def test_missing_input_is_reported_before_anything_is_written(micro_data, tmp_pa
         "all": "has no captions, but the step mulan needs them; pass a train.jsonl",
         "mulan": "has no captions",
         "quantizer": "quantizer needs the result of mulan; first run musiclm train mulan",
-        "fine": "first: musiclm train semantic-tokenizer",
+        "fine": "first run musiclm train semantic-tokenizer",
         "tokens": "first",
         "fien": "there is no step 'fien'; pass all or one of: codec, .*, fine",
     }

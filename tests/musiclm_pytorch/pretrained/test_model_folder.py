@@ -236,13 +236,13 @@ def test_parts_of_the_package_are_loaded(model, packaged, tmp_path):
 @pytest.mark.parametrize(
     ("named", "message"),
     [
-        ({"codec": "codec_24khz"}, "'codec_24khz' from the package.* has codec_another, codec_micro, semantic_micro;"),
-        ({"codec": "../packaged/codec_micro"}, "'../packaged/codec_micro' from the package"),
-        ({"codec": "whole/codec"}, "'whole/codec' from the package"),
-        ({"codec": "whole"}, "'whole' from the package"),
+        ({"codec": "codec_24khz"}, "bundled part 'codec_24khz', but.* has codec_another, codec_micro, semantic_micro;"),
+        ({"codec": "../packaged/codec_micro"}, "bundled part '../packaged/codec_micro', but"),
+        ({"codec": "whole/codec"}, "bundled part 'whole/codec', but"),
+        ({"codec": "whole"}, "bundled part 'whole', but"),
         ({"codec": ["codec_micro"]}, "install the release that wrote the model, or export it again with its parts"),
-        ({"codek": "codec_micro"}, "must name parts of codec, semantic_tokenizer, quantizer"),
-        (["codec_micro"], "must name parts of codec"),
+        ({"codek": "codec_micro"}, "must be a dict with keys from codec, semantic_tokenizer, quantizer"),
+        (["codec_micro"], "must be a dict with keys from codec"),
         ({"codec": "semantic_micro"}, "semantic_micro holds a KMeansTokenizer, but a Codec is needed"),
         ({"codec": "codec_another"}, "acoustic tokens have different fingerprints"),
     ],
@@ -260,7 +260,7 @@ def test_names_and_folders_of_models(micro_run, tmp_path):
     assert model_folder(micro_run) == model_folder(micro_run / "model") == micro_run / "model"
     with pytest.raises(ValueError, match="there is no model 'nobody'"):
         model_folder("nobody")
-    with pytest.raises(ValueError, match=r"no musiclm.json in it; finish it with musiclm train all"):
+    with pytest.raises(ValueError, match=r"musiclm.json is missing.; finish it with musiclm train all"):
         model_folder(tmp_path)
 
 
