@@ -17,17 +17,11 @@ _SPLIT_COLUMNS = {"eval": "is_audioset_eval", "balanced": "is_balanced_subset"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hubert:
-    """Convert HuBERT and its k-means, two pickles, to one folder of safetensors."""
-
+class _Checkpoint:
     checkpoint: Path
-    """The published checkpoint, e.g. hubert_base_ls960.pt, or a folder in transformers' format."""
-    kmeans: Path
-    """The published k-means of one layer, e.g. hubert_base_ls960_L9_km500.bin, or centroids as .safetensors."""
+    """The published checkpoint (hubert_base_ls960.pt, vq-wav2vec.pt, ...), or for HuBERT a folder of transformers."""
     out: Path
     """Folder to write, new or empty."""
-    output_layer: int = 9
-    """The layer that the k-means was fitted on."""
 
     def execute(self) -> int:
         """Convert. Results of an earlier call are kept, and other files are never overwritten."""
@@ -36,18 +30,18 @@ class Hubert:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VqWav2vec:
+class Hubert(_Checkpoint):
+    """Convert HuBERT and its k-means, two pickles, to one folder of safetensors."""
+
+    kmeans: Path
+    """The published k-means of one layer, e.g. hubert_base_ls960_L9_km500.bin, or centroids as .safetensors."""
+    output_layer: int = 9
+    """The layer that the k-means was fitted on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VqWav2vec(_Checkpoint):
     """Convert a vq-wav2vec checkpoint, a pickle, to a folder of safetensors."""
-
-    checkpoint: Path
-    """The published checkpoint, e.g. vq-wav2vec.pt or vq-wav2vec_kmeans.pt."""
-    out: Path
-    """Folder to write, new or empty."""
-
-    def execute(self) -> int:
-        """Convert. Results of an earlier call are kept, and other files are never overwritten."""
-        _convert_checkpoint(self)
-        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +68,7 @@ class MusicCaps:
 ConvertCommand = Hubert | VqWav2vec | Annotated[MusicCaps, tyro.conf.subcommand("musiccaps")]
 
 
-def _convert_checkpoint(command: Hubert | VqWav2vec) -> None:
+def _convert_checkpoint(command: _Checkpoint) -> None:
     from audiolm_pytorch.saving.fingerprint import part_fingerprint
     from audiolm_pytorch.saving.modules import load_module, save_module
     from audiolm_pytorch.semantic.pretrained import FairseqVQWav2Vec, HubertWithKmeans

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +18,28 @@ _PLOT_FILE = "similarities.png"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateSemantic:
+class _Evaluation(ABC):
+    seed: int = 0
+    """Seed of the choice of clips, and of k-means."""
+    offline: bool = False
+    """Do not use a model hub."""
+    device: str = "auto"
+    """Device of the model: cpu, cuda, mps, ..., or auto, which uses a GPU if there is one."""
+
+    def execute(self) -> int:
+        """Check the seed and evaluate."""
+        if self.seed < 0:
+            raise ValueError(f"--seed must be at least 0, got {self.seed}")
+        self.evaluate()
+        return 0
+
+    @abstractmethod
+    def evaluate(self) -> None:
+        """Evaluate, print a table and write a report."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSemantic(_Evaluation):
     """Measure which labels a linear probe reads from the layers of an encoder, from log-mel frames, and from tokens."""
 
     encoder: str
@@ -35,23 +57,14 @@ class EvaluateSemantic:
     """Also probe k-means tokens of log-mel frames and layers, with these numbers of clusters."""
     limit: int = 500
     """Largest number of training clips, and of held-out clips."""
-    seed: int = 0
-    """Seed of the choice of clips and of k-means."""
-    offline: bool = False
-    """Do not use a model hub."""
-    device: str = "auto"
-    """Device of the encoder: cpu, cuda, mps, ..., or auto, which uses a GPU if there is one."""
 
-    def execute(self) -> int:
+    def evaluate(self) -> None:
         """Evaluate, print a table and write a report."""
-        if self.seed < 0:
-            raise ValueError(f"--seed must be at least 0, got {self.seed}")
         _evaluate_semantic(self)
-        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateMuLaN:
+class EvaluateMuLaN(_Evaluation):
     """Measure a joint embedding of audio and text on held-out clips.
 
     Retrieval in both directions, zero-shot tagging with the labels of the manifest, and attributes of the top clips,
@@ -69,19 +82,10 @@ class EvaluateMuLaN:
     """Label that orders the plot; the first of the manifest if not given."""
     limit: int | None = None
     """Use only this number of clips, drawn at random."""
-    seed: int = 0
-    """Seed of the draw."""
-    offline: bool = False
-    """Do not use a model hub."""
-    device: str = "auto"
-    """Device of the model: cpu, cuda, mps, ..., or auto, which uses a GPU if there is one."""
 
-    def execute(self) -> int:
+    def evaluate(self) -> None:
         """Evaluate, print a table and write a report."""
-        if self.seed < 0:
-            raise ValueError(f"--seed must be at least 0, got {self.seed}")
         _evaluate_mulan(self)
-        return 0
 
 
 EvaluateCommand = (
