@@ -1,4 +1,4 @@
-"""Semantic tokens: base classes, published encoders, and an encoder trained on audio alone (BEST-RQ, k-means)."""
+"""Semantic tokenizers: base classes, published encoders, and BEST-RQ with k-means, trained on audio alone."""
 
 from audiolm_pytorch.semantic.base import FrameEncoder, SemanticTokenizer
 from audiolm_pytorch.semantic.best_rq.model import BestRQ, BestRQEncoder

@@ -1,4 +1,4 @@
-"""Hidden states of a corpus on disk: which crops are encoded, written as shards, read in portions."""
+"""Hidden states of a corpus for k-means: plan crops, encode them, write the frames to shards, read them in portions."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +27,7 @@ _MAX_CROPS_PER_BATCH, _SECONDS_PER_BATCH = 8, 60
 
 
 class PlannedCrop(NamedTuple):
-    """A crop to encode: pass over the files, index of the file, and frames to keep (all, except in the last crop)."""
+    """A crop to encode: epoch and file index, and number of frames to keep (only the last crop may be shortened)."""
 
     epoch: int
     item: int
@@ -35,13 +35,13 @@ class PlannedCrop(NamedTuple):
 
 
 def plan_crops(encoder: FrameEncoder, dataset: CropDataset, max_frames: int) -> list[PlannedCrop]:
-    """Plan crops of `max_frames` frames together, or fewer if the files have fewer.
+    """Plan crops with `max_frames` frames in total, or fewer if the files are too short.
 
-    The plan has one crop of every file in random order, then a second one of every file that is long enough, and so on.
+    The plan has a crop of every file in random order, then a second crop of every file that is long enough, and so on.
     """
     items, seconds, rate_hz = dataset.items, dataset.seconds, encoder.sample_hz
     if seconds is None:
-        raise ValueError("the dataset has whole files; pass one with crops of a fixed length")
+        raise ValueError("the dataset returns whole files; pass a CropDataset with `seconds`")
     lengths = [-(-item.num_samples * rate_hz // item.sample_hz) for item in items]
     frames = [_count_frames(encoder, min(length, round(seconds * rate_hz))) for length in lengths]
     passes = [int(length / (seconds * rate_hz) + 1e-6) or 1 if count else 0 for length, count in zip(lengths, frames)]
@@ -67,7 +67,7 @@ def plan_crops(encoder: FrameEncoder, dataset: CropDataset, max_frames: int) -> 
 
 
 def _count_frames(encoder: FrameEncoder, num_samples: int) -> int:
-    """Frames of a wave; 0 if it is too short for one."""
+    """Return the number of frames of a wave; 0 if it is too short for one frame."""
     try:
         return encoder.num_frames(num_samples)
     except ValueError:
@@ -86,12 +86,12 @@ def write_features(
     rank: int = 0,
     world_size: int = 1,
 ) -> None:
-    """Write the hidden states of every planned crop; chunks that are already on disk are kept.
+    """Write the hidden states of every planned crop to shards; chunks that are already on disk are not computed again.
 
     Args:
-        encoder: In eval mode.
-        origin: Identity of the features, see `write_shards`.
-        advance: Called after every crop.
+        encoder: Encoder in eval mode.
+        origin: Description of encoder, layer and data, the `fingerprint` of `write_shards`.
+        advance: Function that is called after every crop, e.g. of a progress bar.
     """
     # Batches start at fixed places of the plan, so that an interruption does not change which crops share a batch.
     batch_crops = min(_MAX_CROPS_PER_BATCH, max(1, int(_SECONDS_PER_BATCH / (dataset.seconds or _SECONDS_PER_BATCH))))
@@ -113,7 +113,7 @@ def write_features(
 
 @torch.no_grad()
 def _encode(encoder: FrameEncoder, dataset: CropDataset, crops: Sequence[PlannedCrop], layer: int) -> list[np.ndarray]:
-    """Frames `[t, d]` float32 of each crop, encoded in one batch without autocast."""
+    """Encode crops in one batch, without autocast, and return the frames `[t, d]` float32 of each crop."""
     batch = collate_crops([dataset.get(crop.epoch, crop.item) for crop in crops])
     device = device_of(encoder)
     wave, lengths = batch.waves[encoder.sample_hz].to(device), batch.lengths[encoder.sample_hz]
@@ -124,22 +124,22 @@ def _encode(encoder: FrameEncoder, dataset: CropDataset, crops: Sequence[Planned
         frames, path = row[real].float().cpu(), dataset.items[crop.item].path
         if not frames.isfinite().all():
             raise ValueError(
-                f"{path}: layer {layer} returns NaN or infinity; the encoder or the file is broken: leave the file out"
+                f"{path}: layer {layer} returns NaN or infinity; the encoder or the file is broken; leave the file out"
             )
         expected = (encoder.num_frames(length), encoder.dim)
         if frames.shape != expected:
             raise ValueError(
                 f"{path}: layer {layer} of {type(encoder).__name__} returns features {tuple(frames.shape)}, not "
-                f"{expected} as its num_frames and dim promise; fix the encoder"
+                f"{expected}, which its num_frames and dim require; correct the encoder"
             )
         records.append(frames[: crop.num_frames].numpy())
     return records
 
 
 class FeatureShards:
-    """The `num_frames` frames of width `dim` that `write_features` wrote, as a `VectorSource`.
+    """`VectorSource` of the `num_frames` frames, each of width `dim`, that `write_features` wrote.
 
-    Portions (except the last one) have at least `min_rows` rows.
+    Each portion, except the last one, has at least `min_rows` frames.
     """
 
     def __init__(self, folder: Path, origin: dict[str, Any], num_frames: int, dim: int, min_rows: int) -> None:
@@ -149,7 +149,7 @@ class FeatureShards:
         self._rows = max(min_rows, _PORTION_BYTES // (dim * np.dtype(np.float32).itemsize))
 
     def portions(self, order: tuple[int, ...] | None = None) -> Iterator[np.ndarray]:
-        """All frames; see `VectorSource`. A random order mixes the crops, then the frames of each portion."""
+        """Yield all frames; see `VectorSource`. Random order shuffles the crops, then the frames of each portion."""
         rng = None if order is None else np.random.default_rng(order)
         numbers = np.arange(len(self._shards)) if rng is None else rng.permutation(len(self._shards))
         waiting: list[np.ndarray] = []

@@ -1,4 +1,4 @@
-"""Training of a k-means tokenizer: clusters of the hidden states of one layer of an encoder."""
+"""Trainer of a k-means tokenizer, which clusters the hidden states of an encoder layer."""
 
 import hashlib
 import json
@@ -45,13 +45,13 @@ _FORMAT_VERSION = 1
 # With few vectors, epochs have few batches; more epochs follow until this number of batches is reached.
 _MIN_BATCHES = 100
 _MAX_EMPTY_SHARE = 0.1
-# Work of the clustering that a kill loses at most, or one epoch if that is longer.
+# Clustering time that is lost at most if the process is killed, or one epoch if an epoch is longer.
 _SECONDS_BETWEEN_STATES = 5.0
 
 
 @dataclass(frozen=True)
 class KMeansFit:
-    """Result of a `KMeansTrainer`: the tokenizer, on the CPU, and the usage of its clusters."""
+    """Result of `KMeansTrainer`: the tokenizer, on the CPU, and the usage of its clusters."""
 
     tokenizer: KMeansTokenizer
     usage: ClusterUsage
@@ -59,23 +59,23 @@ class KMeansFit:
 
 @trainer_arguments()
 class KMeansTrainer:
-    """Clusters the hidden states of one layer into semantic tokens (AudioLM, arXiv:2209.03143, sec. III-B).
+    """Trains a tokenizer by k-means on the hidden states of an encoder layer (AudioLM, arXiv:2209.03143, sec. III-B).
 
     As in AudioLM, each dimension is normalised to zero mean and unit variance first. Memory does not grow with the
-    data, since hidden states are written to disk once (`features/`, 4 bytes a number) and read in portions. A run that
-    was killed continues and ends at the same centroids bit for bit (on the same machine). The result in
-    `results_folder` is `tokenizer/`, a `KMeansTokenizer` whose encoder ends at `layer`, and `kmeans.json`, the settings
-    and the usage of the clusters. `features/` and `kmeans.safetensors` may be removed then.
+    data, because hidden states are written to disk once (`features/`, 4 bytes per number) and read in portions. A run
+    that was interrupted continues and has the same centroids, bit for bit, on the same machine. `results_folder`
+    receives `tokenizer/`, a `KMeansTokenizer` whose encoder ends at `layer`, and `kmeans.json` with the settings and
+    the usage of the clusters. After training, `features/` and `kmeans.safetensors` may be deleted.
 
     Args:
-        encoder: Of a registered class. It stays on its device and is not changed.
-        layer: Layer whose hidden states are clustered.
-        folder: Folder or manifest of audio; its training part is used, see `load_split`.
-        results_folder: Holds one run; other settings raise a ValueError.
-        seconds: Length of the crops that are encoded; longer files have several.
-        max_tokens: Vectors to fit on at most.
-        num_epochs: Passes over the vectors; small data has more.
-        accelerator: Its processes share the encoding. None = a new one.
+        encoder: Encoder of a registered class; it is not changed or moved to another device.
+        layer: Encoder layer whose hidden states are clustered.
+        folder: Folder or manifest of audio; only its training part is used, see `load_split`.
+        results_folder: Folder of the run; if it has a run with other settings, a ValueError is raised.
+        seconds: Length of the encoded crops; longer files have several crops.
+        max_tokens: Maximum number of frames for k-means.
+        num_epochs: Passes over the frames; a small data set has more passes.
+        accelerator: Accelerator whose processes share the encoding. None creates one.
     """
 
     @beartype
@@ -128,11 +128,11 @@ class KMeansTrainer:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the folder holds a finished run. `train` checks that it is a run of these settings."""
+        """Whether the folder holds a finished run; `train` checks that its settings are equal."""
         return "usage" in self._record() and (self.results_folder / "tokenizer" / "config.json").is_file()
 
     def train(self) -> KMeansFit:
-        """Run the job from where it was interrupted; return the saved result if it is finished."""
+        """Train, or continue an interrupted run; if the run is finished, return its saved result."""
         accelerator = self._accelerator = self._accelerator or create_accelerator()
         self._check_run_folder(accelerator)
         if not self.is_finished:
@@ -145,16 +145,16 @@ class KMeansTrainer:
 
     @property
     def _identity(self) -> dict[str, Any]:
-        """Settings that must be the same when a run continues."""
+        """Return the settings that must not change when a run is continued."""
         return {**self._origin, "num_clusters": self._num_clusters, "num_epochs": self._num_epochs}
 
     def _record(self) -> dict[str, Any]:
-        """Content of `kmeans.json`; empty if there is no such file."""
+        """Read `kmeans.json`; empty if the file is missing."""
         path = self.results_folder / "kmeans.json"
         return dict(read_json(path)) if path.is_file() else {}
 
     def _check_run_folder(self, accelerator: "accelerate.Accelerator") -> None:
-        """Write the settings into a new folder, or check that they are those of the run in it."""
+        """Write the settings to a new folder, or check that the run in the folder has equal settings."""
         settings = json.loads(json.dumps({"format_version": _FORMAT_VERSION, "run": self._identity}))
         record = self._record()
         if not record and accelerator.is_main_process:
@@ -168,7 +168,7 @@ class KMeansTrainer:
         accelerator.wait_for_everyone()
 
     def _write_features(self, accelerator: "accelerate.Accelerator") -> None:
-        """Write the share of this process of the hidden states."""
+        """Encode and write the hidden states that this process is responsible for."""
         total = -(-len(self._plan) // accelerator.num_processes)
         with closing(progress_bar("features", 0, total, shown=accelerator.is_main_process)) as bar:
             write_features(
@@ -185,7 +185,7 @@ class KMeansTrainer:
         accelerator.wait_for_everyone()
 
     def _fit(self) -> None:
-        """Cluster the hidden states on disk, and save the tokenizer. Every few seconds the state is written."""
+        """Cluster the hidden states on disk, and save the tokenizer. The k-means state is written every few seconds."""
         k, min_rows = self._num_clusters, mini_batch_size(self._num_clusters)
         shards = FeatureShards(self.features_folder, self._origin, self.num_tokens, self._encoder.dim, min_rows)
         path = self.results_folder / "kmeans.safetensors"
@@ -210,7 +210,7 @@ class KMeansTrainer:
         self._save(state, ClusterUsage.of(vectors, state["centroids"]))
 
     def _save(self, state: dict[str, np.ndarray], usage: ClusterUsage) -> None:
-        """Write the tokenizer, and then the usage, which marks the run as finished."""
+        """Write the tokenizer, then the cluster usage, which marks the run as finished."""
         logger.info("k-means of layer %d: %s", self._layer, usage)
         if usage.used < (1 - _MAX_EMPTY_SHARE) * usage.num_clusters:
             logger.warning(
@@ -230,6 +230,6 @@ class KMeansTrainer:
 
 
 def _digest_of(items: Sequence[AudioItem]) -> str:
-    """Identity of the data by names, rates and lengths of the files, since the folder may move."""
+    """Hash names, rates and lengths of the files; paths are not hashed, because the folder may be moved."""
     facts = [(item.path.name, item.sample_hz, item.num_samples) for item in items]
     return f"{len(facts)} files, {hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"

@@ -1,4 +1,4 @@
-"""De-duplication of semantic tokens with run lengths, and its exact inverse."""
+"""Removal of repeated semantic tokens (run-length coding), and its exact inverse."""
 
 from dataclasses import dataclass
 
@@ -15,12 +15,12 @@ PADDING = -1
 
 @dataclass(frozen=True)
 class Runs:
-    """Tokens without immediate repetitions (AudioLM, arXiv:2209.03143, sec. III-B), with the length of each run.
+    """Tokens without consecutive repetitions (AudioLM, arXiv:2209.03143, sec. III-B), with the length of each run.
 
     Attributes:
-        ids: `[b, r]` int64, -1 past an item's own runs.
-        run_lengths: `[b, r]` int64, 0 past an item's own runs.
-        num_tokens: Columns of the padded batch of tokens. None = the number that the longest item needs.
+        ids: `[b, r]` int64, the token of each run; -1 at padding.
+        run_lengths: `[b, r]` int64, the number of tokens of each run; 0 at padding.
+        num_tokens: Number of columns of the original padded tokens. None = the length of the longest item.
     """
 
     ids: Tensor
@@ -30,9 +30,9 @@ class Runs:
 
 @beartype
 def deduplicate(ids: Tensor) -> Runs:
-    """Merge equal neighbours of the ids `[b, t]` of a `SemanticTokenizer` into runs; `expand` is the inverse.
+    """Merge equal consecutive ids of a `SemanticTokenizer`, `[b, t]`, into runs; `expand` is the inverse.
 
-    Without the run lengths, tokens do not have a constant rate any more.
+    The merged ids have no constant rate; only the run lengths hold the times.
     """
     _check_integers("ids", ids)
     real = ids >= 0
@@ -54,15 +54,15 @@ def deduplicate(ids: Tensor) -> Runs:
 
 @beartype
 def expand(runs: Runs) -> Tensor:
-    """Repeat every token by its run length: ids `[b, t]` int64, -1 past an item's own tokens.
+    """Repeat every token by its run length; return ids `[b, t]` int64, -1 at padding.
 
-    Neighbouring runs may be equal. More tokens than `num_tokens` raise a ValueError.
+    Consecutive runs may have equal tokens. If the runs hold more tokens than `num_tokens`, a ValueError is raised.
     """
     ids, run_lengths = runs.ids, runs.run_lengths
     _check_integers("ids", ids)
     _check_integers("run_lengths", run_lengths)
     if ids.shape != run_lengths.shape:
-        raise ValueError(f"ids {tuple(ids.shape)} and run_lengths {tuple(run_lengths.shape)} must be of one shape")
+        raise ValueError(f"ids {tuple(ids.shape)} and run_lengths {tuple(run_lengths.shape)} must have equal shapes")
     if not torch.equal(ids >= 0, run_lengths > 0) or bool((run_lengths < 0).any()) or bool((ids < PADDING).any()):
         raise ValueError("every id (0 or more) needs a run length of 1 or more, and padding (-1) one of 0")
     totals = run_lengths.sum(dim=1)
@@ -76,6 +76,6 @@ def expand(runs: Runs) -> Tensor:
 
 
 def _check_integers(name: str, value: Tensor) -> None:
-    """Check that a tensor is `[b, t]` of integers."""
+    """Check that a tensor has shape `[b, t]` and an integer type."""
     if value.ndim != 2 or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise ValueError(f"{name} must be int [b, t], got {value.dtype} {tuple(value.shape)}")

@@ -1,4 +1,4 @@
-"""Semantic tokens: the nearest k-means centroid of the normalised hidden states of one encoder layer."""
+"""Semantic tokenizer: the token is the k-means centroid nearest to the normalised hidden state of an encoder layer."""
 
 from typing import Any
 
@@ -21,15 +21,16 @@ _FRAMES_PER_CHUNK = 32_768
 
 @register
 class KMeansTokenizer(SemanticTokenizer):
-    """A frozen encoder and k-means centroids of one of its layers (AudioLM, arXiv:2209.03143, sec. III-B).
+    """Tokenizer with a frozen encoder and k-means centroids of one layer (AudioLM, arXiv:2209.03143, sec. III-B).
 
-    As in AudioLM, hidden states are normalised to zero mean and unit variance per dimension first.
+    As in AudioLM, hidden states are first normalised to zero mean and unit variance per dimension.
 
     Args:
-        encoder: Its parameters stop requiring gradients.
-        layer: Layer whose hidden states are compared with the centroids, 0..encoder.depth.
+        encoder: Audio encoder; `requires_grad` of its parameters is set to False.
+        layer: Encoder layer (0..encoder.depth) whose hidden states are compared with the centroids.
         num_clusters: Number of centroids; not needed if `centroids` is passed.
-        centroids: `[k, d]` in normalised space. None = to be loaded; tokenizing raises a RuntimeError until then.
+        centroids: `[k, d]`, of normalised hidden states. None = they are loaded later; until then `forward` raises a
+            RuntimeError.
         mean: `[d]` mean of the hidden states. None = 0.
         std: `[d]` standard deviation of the hidden states, positive. None = 1.
     """
@@ -76,12 +77,12 @@ class KMeansTokenizer(SemanticTokenizer):
 
     @property
     def config(self) -> dict[str, Any]:
-        """Constructor arguments, JSON-able; centroids and statistics are weights."""
+        """Constructor arguments, JSON-able, without centroids and statistics, which are saved as weights."""
         config = {"encoder": module_spec(self.encoder), "layer": self.layer, "num_clusters": self.codebook_size}
         return config | ({"seq_len_multiple_of": self.seq_len_multiple_of} if self.seq_len_multiple_of else {})
 
     def fingerprint(self) -> str:
-        """Hash of encoder, layer, normalisation, centroids and the cut of lengths."""
+        """Hash of encoder, layer, normalisation, centroids and `seq_len_multiple_of`."""
         facts = {
             "encoder": part_fingerprint(self.encoder),
             "layer": self.layer,
@@ -90,7 +91,7 @@ class KMeansTokenizer(SemanticTokenizer):
         return digest_of(facts, {"centroids": self.centroids, "mean": self.mean, "std": self.std})
 
     def num_frames(self, num_samples: int) -> int:
-        """Tokens of a wave of `num_samples` samples at `target_sample_hz`; ValueError if shorter than one token."""
+        """Number of tokens of a wave of `num_samples` samples at `target_sample_hz`; ValueError if it is 0."""
         cut_samples = self.cut_samples(num_samples)
         try:
             return self.encoder.num_frames(cut_samples)
@@ -98,7 +99,7 @@ class KMeansTokenizer(SemanticTokenizer):
             if cut_samples == num_samples:
                 raise
             raise ValueError(
-                f"{num_samples} samples, cut to a multiple of {self.seq_len_multiple_of}, leave {cut_samples}: {error}"
+                f"{num_samples} samples are cut to {cut_samples}, a multiple of {self.seq_len_multiple_of}: {error}"
             ) from error
 
     @beartype

@@ -1,4 +1,4 @@
-"""Features of long waves in bounded memory, computed in overlapping windows at fixed positions."""
+"""Compute features of long waves in bounded memory, in overlapping windows at fixed positions."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ __all__ = ["ReceptiveField", "Windows", "features_in_windows"]
 class ReceptiveField:
     """Receptive field of the frames of convolutions without padding: frame i covers `[i * stride, i * stride + reach)`.
 
-    Positions are samples, or vectors of a front end. In HuBERT, reach is 400 samples and stride 320.
+    Positions are samples or vectors of a front end. For HuBERT, reach is 400 samples and stride is 320.
     """
 
     reach: int = 1
@@ -27,7 +27,7 @@ class ReceptiveField:
 
     @classmethod
     def of_convolutions(cls, kernels: Iterable[int], strides: Iterable[int]) -> "ReceptiveField":
-        """Receptive field of a stack of convolutions, from the first to the last layer."""
+        """Return the receptive field of a stack of convolutions, listed from the first to the last layer."""
         reach, stride = 1, 1
         for kernel, step in zip(kernels, strides):
             reach += (kernel - 1) * stride
@@ -35,18 +35,18 @@ class ReceptiveField:
         return cls(reach, stride)
 
     def num_frames(self, num_positions: int) -> int:
-        """Frames of that many positions; 0 if there are too few for one."""
+        """Return the number of frames of `num_positions` positions; 0 if they are too few for one frame."""
         return max(0, (num_positions - self.reach) // self.stride + 1)
 
     def span(self, first: int, last: int) -> slice:
-        """The positions of frames `first <= i < last`."""
+        """Return the slice of positions that frames `first <= i < last` cover."""
         return slice(first * self.stride, (last - 1) * self.stride + self.reach)
 
 
 @beartype
 @dataclass(frozen=True)
 class Windows:
-    """Window w computes frames `[w * keep, (w + 1) * keep)`; `context` frames on each side are encoded with them."""
+    """Window sizes: window w returns frames `[w * keep, (w + 1) * keep)` and encodes `context` more on each side."""
 
     keep: int
     context: int
@@ -61,13 +61,13 @@ def features_in_windows(
 ) -> Tensor:
     """Encode a batch without padding, in windows if it has more than `windows.keep` frames.
 
-    The positions of the windows depend only on the start of an item, so that its features do not depend on the batch or
-    on later audio. The result equals that of the whole input if the encoder reaches at most `context` frames; otherwise
+    Window positions count from the start of an item, so that its features do not depend on the batch. If a frame
+    depends on at most `context` neighbours on each side, the result equals that without windows. If it depends on more,
     frames near the ends of a window are approximate.
 
     Args:
         encode: Function of `[b, m, ...]` with the receptive field `frames` that returns `[b, frames.num_frames(m), d]`.
-        inputs: `[b, n, ...]`, samples or vectors of a front end.
+        inputs: Samples or vectors of a front end, `[b, n, ...]`.
     """
     total = frames.num_frames(inputs.shape[1])
     if total <= windows.keep:

@@ -1,4 +1,4 @@
-"""The optimizer step of one phase: backward, averaging over processes, clipping, a guard against NaN."""
+"""Optimizer step of a phase: backward, mean of gradients over processes, gradient clipping, skipping of NaN steps."""
 
 import math
 import warnings
@@ -22,17 +22,18 @@ __all__ = ["PhaseOptimizer", "learning_rate_at"]
 
 
 class PhaseOptimizer:
-    """The optimizer of one phase, its learning rate, and its step.
+    """Optimizer and learning rate schedule of a training phase.
 
-    Without another choice in the settings this is AdamW (arXiv:1711.05101) with a linear warm-up and half a cosine.
+    The default is AdamW (arXiv:1711.05101) with linear warm-up and cosine decay.
 
     Args:
-        phase: Its parameters are on their device already.
-        names: Name of every trainable parameter in the task's module.
+        phase: Phase whose parameters are already on their device.
+        names: Names of the trainable parameters of the task's module, by parameter.
         buffers: Buffers of the task's module.
 
     Raises:
-        ValueError: If the phase trains nothing, or parameters outside the task's module or the optimizer.
+        ValueError: If the phase has no trainable parameters, or some of them are missing in the task's module or in
+            a custom optimizer.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class PhaseOptimizer:
         if num_outside or not self._parameters:
             raise ValueError(
                 f"phase {phase.name!r} has {len(self._parameters)} trainable parameters, {num_outside} of them outside "
-                "the task's module; it needs at least one, and all inside, since only that module is checkpointed"
+                "the task's module; it needs at least one, and all inside, because only that module is checkpointed"
             )
         self._names = [names[parameter] for parameter in self._parameters]
         choices: list[Any] = [settings.optimizer, settings.schedule]
@@ -76,14 +77,14 @@ class PhaseOptimizer:
         if {parameter for parameter in members if parameter.requires_grad} != set(self._parameters):
             raise ValueError(
                 f"the {type(optimizer).__name__} of phase {self.phase.name!r} must have the trainable parameters of "
-                f"its modules ({', '.join(self._names[:3])}, ...) and no others; with several, pass a dict by phase"
+                f"its modules ({', '.join(self._names[:3])}, ...) and no others; with more phases, pass a dict by phase"
             )
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         return optimizer
 
     def _groups(self) -> list[dict[str, Any]]:
-        """Weight decay on matrices and filters only, not on gains and biases."""
+        """Return parameter groups in which only matrices and filters, not gains and biases, have weight decay."""
         matrices = [parameter for parameter in self._parameters if parameter.ndim >= 2]
         vectors = [parameter for parameter in self._parameters if parameter.ndim < 2]
         groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
@@ -113,15 +114,15 @@ class PhaseOptimizer:
             group["lr"] = learning_rate_at(step, peak=peak, final_fraction=final_fraction, **limits)
 
     def step(self, batches: Sequence[Any], step: int) -> list[dict[str, Tensor | float]] | None:
-        """Train the phase's parameters for one step.
+        """Train the parameters of the phase for one step.
 
         Args:
-            batches: Their gradients are averaged with equal weights.
-            step: Number of steps done before this one.
+            batches: Batches whose gradients are averaged with equal weights.
+            step: Number of completed steps before this step.
 
         Returns:
-            The metrics of each batch. None if the loss or the gradients were not finite; then parameters and buffers
-            are as before the step.
+            The metrics of each batch, or None if the loss or the gradients are not finite. Parameters and buffers are
+            then as before the step.
         """
         self._set_learning_rate(step)
         before = self._buffers.copy()
@@ -148,13 +149,13 @@ class PhaseOptimizer:
         return metrics
 
     def _loss(self, batch: Any, step: int) -> LossOutput:
-        """Loss in the precision of the run."""
+        """Compute the loss in the precision of the run."""
         enabled = self._settings.precision == "bf16"
         with torch.autocast(self._accelerator.device.type, dtype=torch.bfloat16, enabled=enabled):
             return self.phase.loss(batch, step)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors as `parameter name/state name`, and the rest of a custom optimizer and schedule as JSON holds it."""
+        """Return tensors by `parameter name/state name`, and other state of custom optimizers and schedules as JSON."""
         states = {
             f"{name}/{state_name}": value.detach() if isinstance(value, Tensor) else value
             for name, parameter in zip(self._names, self._parameters, strict=True)
@@ -175,7 +176,7 @@ class PhaseOptimizer:
         return tensors, _encoded(rest, name)
 
     def load_state(self, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
-        """Restore `state`; tensors of other phases are ignored."""
+        """Restore the state that `state` returned; tensors of other phases are ignored."""
         state: dict[nn.Parameter, dict[str, Any]] = {}
         parameters = dict(zip(self._names, self._parameters, strict=True))
         saved = _decoded(rest) if rest else {}
@@ -205,10 +206,10 @@ class PhaseOptimizer:
 def learning_rate_at(
     step: int, *, peak: float, warmup_steps: int, num_train_steps: int, final_fraction: float = 0.0
 ) -> float:
-    """Linear warm-up, then half a cosine down to a fraction of the peak (SGDR without restarts, 1608.03983, eq. 5).
+    """Learning rate: linear warm-up, cosine decay to a fraction of the peak (SGDR without restarts, 1608.03983, eq. 5).
 
-    Steps count from 0. Step 0 has `peak / warmup_steps`, not 0, so that no step is idle. From the last step on the
-    rate stays at `peak * final_fraction`.
+    Steps count from 0. The rate of step 0 is `peak / warmup_steps`, not 0, so that every step has an effect. From the
+    last step on the rate stays at `peak * final_fraction`.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
@@ -218,7 +219,7 @@ def learning_rate_at(
 
 
 def _encoded(value: Any, name: str) -> Any:
-    """Encode a state for JSON, whose keys are texts: a dict becomes `{"dict": [[key, value], ...]}`."""
+    """Encode a state for JSON, which allows only strings as keys: a dict becomes `{"dict": [[key, value], ...]}`."""
     if isinstance(value, dict):
         kind = "Counter" if isinstance(value, Counter) else "dict"  # MultiStepLR has a Counter
         return {kind: [[key, _encoded(item, f"{key} of {name}")] for key, item in value.items()]}
@@ -226,11 +227,11 @@ def _encoded(value: Any, name: str) -> Any:
         return [_encoded(item, name) for item in value]
     if value is None or isinstance(value, str | int | float):
         return value
-    raise ValueError(f"a checkpoint cannot hold {name}: it is a {type(value).__name__}, not a number or a text")
+    raise ValueError(f"a checkpoint cannot hold {name}: it is a {type(value).__name__}; use a number or a string")
 
 
 def _decoded(value: Any) -> Any:
-    """Decode what `_encoded` returned."""
+    """Decode a state that `_encoded` encoded."""
     if isinstance(value, dict):
         [(kind, items)] = value.items()
         return Counter(dict(items)) if kind == "Counter" else dict(_decoded(items))
@@ -238,7 +239,7 @@ def _decoded(value: Any) -> Any:
 
 
 def _scalars(metrics: Mapping[str, Tensor | float]) -> dict[str, Tensor | float]:
-    """Metrics as scalars without their graphs; `[1]` counts as a scalar."""
+    """Convert metrics to detached scalars; the shape `[1]` is accepted."""
     scalars: dict[str, Tensor | float] = {}
     for name, value in metrics.items():
         if isinstance(value, Tensor) and value.numel() != 1:

@@ -1,4 +1,4 @@
-"""Front end of the self-supervised encoder: normalised log-mel tokens that do not depend on padding."""
+"""Front end of BEST-RQ: normalised log-mel vectors, one per token, that do not depend on padding."""
 
 from collections.abc import Iterable
 
@@ -18,17 +18,17 @@ _FRAMES_PER_CHUNK = 30_000
 
 
 class StackedLogMel(nn.Module):
-    """Log-mel frames, normalised by fixed statistics of the corpus and stacked into one vector per token.
+    """Log-mel frames, normalised by statistics of the corpus; several frames are stacked into a vector per token.
 
     Token i covers samples `[i * downsample_factor, (i + 1) * downsample_factor)`. The last token is padded with zeros,
-    so that a wave of n samples has `ceil(n / downsample_factor)` tokens. The statistics are fitted once, and samples
-    past an item's length count as zero, so that an item has the same tokens in any batch.
+    so that a wave of n samples has `ceil(n / downsample_factor)` tokens. The statistics are fitted once and samples
+    after the end of an item are set to zero, so that the vectors of an item do not depend on the batch.
 
     Args:
-        n_fft: Samples of the analysis window.
+        n_fft: Length of the analysis window in samples.
         hop_length: Samples between mel frames.
-        frames_per_token: Mel frames stacked into a token.
-        floor: Lower bound of the magnitudes; 1e-2 is 88 dB below a full-scale sine at n_fft 1024.
+        frames_per_token: Number of mel frames in the vector of a token.
+        floor: Lower bound of the mel magnitudes; 1e-2 is 88 dB below a full-scale sine at n_fft 1024.
     """
 
     @beartype
@@ -47,7 +47,7 @@ class StackedLogMel(nn.Module):
             raise ValueError("sample_hz, num_mels, hop_length, frames_per_token and floor must be positive")
         if n_fft < hop_length:
             raise ValueError(
-                f"n_fft {n_fft} is shorter than hop_length {hop_length}: samples would be skipped; raise n_fft"
+                f"n_fft {n_fft} is shorter than hop_length {hop_length}; raise n_fft, or samples are skipped"
             )
         self.sample_hz, self.num_mels, self.floor = sample_hz, num_mels, floor
         self.n_fft, self.hop_length, self.frames_per_token = n_fft, hop_length, frames_per_token
@@ -61,7 +61,7 @@ class StackedLogMel(nn.Module):
 
     @property
     def dim(self) -> int:
-        """Numbers per token."""
+        """Width of the vector of a token."""
         return self.num_mels * self.frames_per_token
 
     @property
@@ -70,7 +70,7 @@ class StackedLogMel(nn.Module):
         return self.hop_length * self.frames_per_token
 
     def num_frames(self, num_samples: int) -> int:
-        """`ceil(num_samples / downsample_factor)`; ValueError if the wave is shorter than one token."""
+        """Number of tokens, `ceil(num_samples / downsample_factor)`; ValueError if the wave is shorter than a token."""
         if num_samples < self.downsample_factor:
             raise ValueError(
                 f"a wave of {num_samples} samples is shorter than one token: at least {self.downsample_factor} samples "
@@ -79,7 +79,7 @@ class StackedLogMel(nn.Module):
         return frames_covering(num_samples, self.downsample_factor)
 
     def checked_lengths(self, wave: Tensor, lengths: Tensor | None) -> Tensor:
-        """Lengths `[b]` int64 (samples) on the wave's device, None = the whole wave; ValueError for short items."""
+        """Return lengths `[b]` int64 (samples) on the wave's device; ValueError if an item is shorter than a token."""
         if wave.ndim != 2 or not wave.is_floating_point():
             raise ValueError(f"wave must be float [b, n], got {wave.dtype} {tuple(wave.shape)}")
         if lengths is None:
@@ -89,7 +89,7 @@ class StackedLogMel(nn.Module):
         return lengths
 
     def log_mel(self, wave: Tensor, lengths: Tensor) -> Tensor:
-        """Log-mel frames of whole tokens before normalisation: wave `[b, n]`, lengths `[b]` -> `[b, f, m]`."""
+        """Compute log-mel frames of whole tokens, not normalised: wave `[b, n]`, lengths `[b]` -> `[b, f, m]`."""
         num_mel_frames = self.num_frames(wave.shape[-1]) * self.frames_per_token
         wave = wave.float().masked_fill(~length_mask(lengths, wave.shape[-1]), 0.0)
         # Window i is centred on hop i. Items in a longer batch have zeros on the right too.
@@ -105,9 +105,9 @@ class StackedLogMel(nn.Module):
             return rearrange(torch.cat(parts, dim=-1), "b m f -> b f m")
 
     def forward(self, wave: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Turn waves `[b, n]` with lengths `[b]` (None = no padding) into vectors `[b, t, dim]` float32.
+        """Convert waves `[b, n]` with lengths `[b]` (None = no padding) to vectors `[b, t, dim]` float32 and a mask.
 
-        Vectors are zero where the mask `[b, t]` bool, which is also returned, is False.
+        The mask `[b, t]` bool is False at padding; vectors at padding are zero.
         """
         lengths = self.checked_lengths(wave, lengths)
         frames = (self.log_mel(wave, lengths) - self.mean) / self.std
@@ -117,9 +117,9 @@ class StackedLogMel(nn.Module):
 
     @torch.no_grad()
     def fit(self, waves: Iterable[Tensor]) -> None:
-        """Set the statistics to mean and standard deviation of every band over waves `[n]` or `[b, n]` without padding.
+        """Set mean and standard deviation of every mel band from waves `[n]` or `[b, n]` without padding.
 
-        A few minutes of sound are enough.
+        A few minutes of audio are enough.
         """
         count = 0
         total = torch.zeros(self.num_mels, dtype=torch.float64, device=self.mean.device)
@@ -131,7 +131,7 @@ class StackedLogMel(nn.Module):
             total += frames.sum(dim=0)
             squares += frames.square().sum(dim=0)
         if not count:
-            raise ValueError("statistics need at least one wave, got none")
+            raise ValueError("got no waves; pass at least one wave for the statistics")
         mean = total / count
         # A silent band varies by rounding noise only, which a division would amplify.
         std = (squares / count - mean.square()).clamp(min=0.0).sqrt().clamp(min=1e-2)

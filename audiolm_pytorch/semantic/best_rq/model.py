@@ -22,16 +22,16 @@ _WINDOWS_PER_BATCH = 64
 
 @register
 class BestRQEncoder(FrameEncoder):
-    """Log-mel tokens and a bidirectional transformer. One token covers 40 ms by default (25 Hz).
+    """Encoder with a log-mel front end and a bidirectional transformer; by default a token covers 40 ms (25 Hz).
 
-    Long waves are encoded in windows at fixed positions. The cost per second is then the same for waves of any length,
-    and attention never reaches further than in training.
+    Long waves are encoded in windows at fixed positions. The cost per second then does not depend on the length of the
+    wave, and the attention span is about that of training.
 
     Args:
-        ff_mult: Inner width of the feed-forward over `dim`.
-        num_mels: See `StackedLogMel`, as for the next three arguments.
-        window_tokens: Tokens that a window encodes (6 s by default); about a training crop.
-        context_tokens: Tokens on each side of a window that its attention also reaches.
+        ff_mult: Inner width of the feed-forward layers, as a multiple of `dim`.
+        num_mels: Argument of `StackedLogMel`, like the next three arguments.
+        window_tokens: Number of tokens that a window returns (6 s by default); set it to about a training crop.
+        context_tokens: Number of further tokens on each side of a window that attention uses.
     """
 
     @beartype
@@ -65,27 +65,27 @@ class BestRQEncoder(FrameEncoder):
         self.transformer = TransformerEncoder(dim, depth, heads, dim_head=dim_head, ff_mult=ff_mult, dropout=dropout)
 
     def num_frames(self, num_samples: int) -> int:
-        """`ceil(num_samples / downsample_factor)`."""
+        """Number of tokens, `ceil(num_samples / downsample_factor)`."""
         return self.front_end.num_frames(num_samples)
 
     def encode(self, frames: Tensor, mask: Tensor, layer: int | None = None) -> Tensor:
         """Run the transformer over front-end vectors `[b, t, front_end.dim]` with a mask `[b, t]` of real tokens.
 
-        `layer` is the number of blocks that run (0 = none); None = all, and the final norm. Returns `[b, t, d]`.
+        Only the first `layer` blocks run; None = all blocks and the final norm. Returns `[b, t, d]`.
         """
         # The front end computes in float32, also if the weights have half precision.
         tokens = self.to_tokens(frames.to(self.to_tokens.weight.dtype))
         return self.transformer.hidden_states(tokens, mask, layers=(layer,))[0]
 
     def features(self, wave: Tensor, lengths: Tensor | None = None, layer: int | None = None) -> tuple[Tensor, Tensor]:
-        """Hidden states of a layer; see `FrameEncoder`. None is the output of all blocks, after the final norm."""
+        """Hidden states of a layer; see `FrameEncoder`. For layer None the final norm is applied after all blocks."""
         frames, mask = self.front_end(wave, lengths)
         if frames.shape[1] <= self.window_tokens:
             return self.encode(frames, mask, layer), mask
         return self._encode_windows(frames, mask, layer), mask
 
     def _encode_windows(self, frames: Tensor, mask: Tensor, layer: int | None) -> Tensor:
-        """`encode` in windows, whose positions depend on the start of an item only."""
+        """Run `encode` in windows; window positions count from the start of an item."""
         num_items, num_tokens, _ = frames.shape
         keep, context = self.window_tokens, self.context_tokens
         sides = (context, -num_tokens % keep + context)
@@ -101,7 +101,7 @@ class BestRQEncoder(FrameEncoder):
         return rearrange(features, "(b w) s d -> b (w s) d", b=num_items)[:, :num_tokens]
 
     def truncated(self, layer: int) -> "BestRQEncoder":
-        """An independent copy of the first `layer` blocks; for layer 0, one block is kept and not used."""
+        """Return an independent copy with the first `layer` blocks; for layer 0, an unused block is kept."""
         self.check_layer(layer)
         short = type(self)(**{**self.config, "depth": max(1, layer)})
         kept = short.state_dict().keys()
@@ -113,10 +113,10 @@ class MaskedPrediction(NamedTuple):
     """Result of a training step of BEST-RQ.
 
     Attributes:
-        loss: Scalar, mean cross-entropy (nats) over hidden tokens, plus the weighted one over visible tokens.
-        accuracy: Scalar, share of hidden targets predicted; chance is 1 / codebook_size.
-        majority: Scalar, accuracy of always predicting the most frequent target of these tokens.
-        hidden: `[b, t]` bool, the tokens that were hidden.
+        loss: Scalar, mean cross-entropy (nats) of hidden tokens, plus the weighted mean of visible tokens.
+        accuracy: Scalar, share of hidden targets that are predicted correctly; chance is 1 / codebook_size.
+        majority: Scalar, accuracy on hidden tokens if the most frequent target is always predicted.
+        hidden: `[b, t]` bool, True at hidden tokens.
     """
 
     loss: Tensor
@@ -126,19 +126,19 @@ class MaskedPrediction(NamedTuple):
 
 
 class BestRQ(nn.Module):
-    """Masked prediction of frozen random targets with an encoder (arXiv:2202.01855, sec. 3).
+    """Trains an encoder by masked prediction of frozen random targets (arXiv:2202.01855, sec. 3).
 
     Spans of the normalised mel tokens are replaced by noise. The encoder predicts the codes of the original tokens.
 
-    Three defaults differ from the paper, which is about speech recognition. The recipe of the bundled tokenizer has the
-    measurements. Targets are computed from decorrelated frames, since they would otherwise describe mostly loudness.
-    They describe the neighbours of a token too, since layers would otherwise be no better than mel frames. Visible
-    tokens are predicted too, as in HuBERT (arXiv:2106.07447, sec. II-B).
+    Three defaults differ from the paper, which is about speech recognition; the recipe of the bundled tokenizer has
+    measurements. Targets are computed from decorrelated frames; without decorrelation they describe mostly loudness.
+    Targets also describe the neighbours of a token; without neighbours, hidden states are no better than mel frames.
+    Visible tokens are also predicted, as in HuBERT (arXiv:2106.07447, sec. II-B).
 
     Args:
-        encoder: The encoder to train.
-        codebook_size: See `TokenTargets`, as for the next four arguments and `seed`.
-        seen_weight: Weight of the loss at tokens that were not hidden.
+        encoder: Encoder to train.
+        codebook_size: Argument of `TokenTargets`, like the next four arguments and `seed`.
+        seen_weight: Weight of the loss of tokens that are not hidden.
         start_prob: Probability that a hidden span starts at a token.
         noise_std: Standard deviation of the noise that replaces hidden tokens.
     """
@@ -178,12 +178,12 @@ class BestRQ(nn.Module):
     def forward(
         self, wave: Tensor, lengths: Tensor | None = None, generator: torch.Generator | None = None
     ) -> MaskedPrediction:
-        """Loss and accuracy of one masked batch. Padding counts in neither, only hidden tokens count in the accuracy.
+        """Compute loss and accuracy of a masked batch. Padding is ignored; the accuracy is that of hidden tokens.
 
         Args:
             wave: `[b, n]`, float, at the encoder's rate.
-            lengths: `[b]` int, samples of each item.
-            generator: CPU generator of masks and noise.
+            lengths: `[b]` int, number of samples of each item.
+            generator: CPU random generator for masks and noise.
         """
         frames, valid = self.encoder.front_end(wave, lengths)
         hidden = sample_span_mask(valid, self.start_prob, self.span_tokens, generator)
@@ -198,7 +198,7 @@ class BestRQ(nn.Module):
         return MaskedPrediction(loss, accuracy, most_frequent.float().mean() / len(targets), hidden)
 
     def _predict(self, features: Tensor, frames: Tensor, selected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Cross-entropy (nats), predicted codes `[m, q]` and true codes `[m, q]` at the selected tokens `[b, t]`."""
+        """Return cross-entropy (nats), predicted and target codes `[m, q]` of the selected tokens `[b, t]`."""
         targets = self.targets(frames, selected)
         logits = rearrange(self.to_logits(features[selected]), "m (q v) -> m q v", q=self.num_targets)
         loss = F.cross_entropy(rearrange(logits.float(), "m q v -> (m q) v"), rearrange(targets, "m q -> (m q)"))

@@ -1,4 +1,4 @@
-"""Targets and masks of BEST-RQ (arXiv:2202.01855)."""
+"""Targets and masks of BEST-RQ training (arXiv:2202.01855)."""
 
 from collections.abc import Iterable
 
@@ -16,9 +16,9 @@ _SUBSPACE_ROUNDS = 8
 
 
 class RandomProjectionQuantizer(nn.Module):
-    """Frozen targets by a random projection and the index of the nearest random code (arXiv:2202.01855, eq. 1).
+    """Frozen quantizer: random projection, then index of the nearest random code (arXiv:2202.01855, eq. 1).
 
-    Only `seed` determines the targets. The input must be normalised, or most codes stay unused (sec. 3.1).
+    Projection and codes depend on `seed` only. If the input is not normalised, most codes are unused (sec. 3.1).
     """
 
     @beartype
@@ -39,7 +39,7 @@ class RandomProjectionQuantizer(nn.Module):
 
     @torch.no_grad()
     def forward(self, frames: Tensor) -> Tensor:
-        """Codes of vectors, `[..., dim]` -> `[..., num_targets]` int64. In float32; bfloat16 has other targets."""
+        """Quantize vectors, `[..., dim]` -> `[..., num_targets]` int64; float32, as bfloat16 changes the targets."""
         with torch.autocast(frames.device.type, enabled=False):
             # The nearest unit vector has the largest inner product, whatever the norm of the projection.
             projected = torch.einsum("... d, q d e -> ... q e", frames.float(), self.projection)
@@ -47,13 +47,13 @@ class RandomProjectionQuantizer(nn.Module):
 
 
 class Decorrelation(nn.Module):
-    """Whitened principal components of vectors: the directions of largest variance, each with unit variance.
+    """Whitened principal components: projects vectors on the directions of largest variance, each with unit variance.
 
     Neighbouring mel bands and frames are correlated, so that a random projection of them depends mostly on loudness.
-    After whitening, differences of pitch have the same weight.
+    After whitening, differences in pitch have as much weight as differences in loudness.
 
     Args:
-        num_directions: Directions kept, at most `dim`. Until `fit`, they are random orthonormal directions.
+        num_directions: Number of directions, at most `dim`. Before `fit`, the directions are random and orthonormal.
     """
 
     @beartype
@@ -69,13 +69,13 @@ class Decorrelation(nn.Module):
         self.register_buffer("basis", basis)
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """Decorrelate, `[..., dim]` -> `[..., num_directions]`, in float32."""
+        """Decorrelate vectors, `[..., dim]` -> `[..., num_directions]`, in float32."""
         with torch.autocast(vectors.device.type, enabled=False):
             return (vectors.float() - self.mean) @ self.basis
 
     @torch.no_grad()
     def fit(self, batches: Iterable[Tensor]) -> None:
-        """Compute the directions from batches of vectors `[m, dim]`, in one pass."""
+        """Compute the directions from batches of vectors `[m, dim]`, in one pass over the batches."""
         count = 0
         total = torch.zeros_like(self.mean, dtype=torch.float64)
         products = total.new_zeros(len(total), len(total))
@@ -85,7 +85,7 @@ class Decorrelation(nn.Module):
             total += vectors.sum(dim=0, dtype=torch.float64)
             products += vectors.T @ vectors
         if not count:
-            raise ValueError("decorrelation needs at least one vector, got none")
+            raise ValueError("got no vectors; decorrelation needs at least one vector")
         mean = total / count
         covariance = products / count - torch.outer(mean, mean)
         # Subspace iteration finds the few directions; a full decomposition of a few thousand takes half a minute.
@@ -99,15 +99,15 @@ class Decorrelation(nn.Module):
 
 
 class TokenTargets(nn.Module):
-    """Targets of masked prediction: codes of a token and its neighbours, decorrelated.
+    """Targets of masked prediction: random codes of the decorrelated vectors of a token and its neighbours.
 
     Args:
-        dim: Width of the vectors of the front end.
-        codebook_size: Codes per codebook, V.
+        dim: Width of the front-end vectors.
+        codebook_size: Number of codes in a codebook, v.
         codebook_dim: Width of the random projection.
-        num_targets: Codebooks, q.
-        reach_tokens: Neighbours on each side that a target also describes; 0 in the paper.
-        num_directions: Directions that remain (see `Decorrelation`). None = no decorrelation, as in the paper.
+        num_targets: Number of codebooks, q, each with a target per token.
+        reach_tokens: Number of neighbours on each side that a target also describes; 0 in the paper.
+        num_directions: Number of directions of `Decorrelation`. None = no decorrelation, as in the paper.
     """
 
     @beartype
@@ -135,14 +135,14 @@ class TokenTargets(nn.Module):
     def neighbourhoods(self, frames: Tensor, selected: Tensor) -> Tensor:
         """Vectors `[m, (2 * reach_tokens + 1) * dim]` of the selected tokens `[b, t]` (bool) and their neighbours.
 
-        Frames `[b, t, dim]` are zero, the mean of the corpus, where there is no token.
+        Neighbours outside of the frames `[b, t, dim]` are zero, which is the mean of the corpus.
         """
         reach = self.reach_tokens
         around = F.pad(frames, (0, 0, reach, reach)).unfold(1, 2 * reach + 1, 1)
         return rearrange(around[selected], "m d r -> m (r d)")
 
     def fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Fit the decorrelation, if there is one, to frames `[b, t, dim]` and masks `[b, t]` of real tokens."""
+        """Fit the decorrelation, if it is used, to frames `[b, t, dim]` and masks `[b, t]` of real tokens."""
         if self.decorrelation is not None:
             self.decorrelation.fit(self.neighbourhoods(frames, mask) for frames, mask in batches)
 
@@ -156,9 +156,10 @@ class TokenTargets(nn.Module):
 def sample_span_mask(
     valid: Tensor, start_prob: float, span_tokens: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Draw the tokens to hide: spans, which may overlap, start at each real token with probability `start_prob`.
+    """Draw the tokens to hide: a span starts at each real token with probability `start_prob`; spans may overlap.
 
-    `valid` and the result are `[b, t]` bool, True where a token is real or hidden. Every item has at least one of both.
+    `valid` (`[b, t]` bool) is True at real tokens, the result (`[b, t]` bool) at hidden tokens. Every item needs a
+    real token and has at least one hidden token.
     """
     num_items, num_tokens = valid.shape
     starts = torch.rand(num_items, num_tokens, generator=generator) < start_prob

@@ -1,4 +1,4 @@
-"""Training of a semantic tokenizer: BEST-RQ with the training loop, then k-means of one layer."""
+"""Trainer of a semantic tokenizer: BEST-RQ with the training loop, then k-means on a layer."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -27,9 +27,9 @@ _VALIDATION_SEED = 0
 
 
 class BestRQTask:
-    """The task of training a `BestRQ` on crops at the encoder's rate.
+    """Task of the training loop that trains a `BestRQ` on crops at the encoder's sample rate.
 
-    Validation hides the same tokens of the same held-out crops every time.
+    Every validation uses the same held-out crops and hides the same tokens.
     """
 
     name = "best_rq"
@@ -46,11 +46,11 @@ class BestRQTask:
         self._train, self._valid, self._valid_batch_size = train, valid, valid_batch_size
 
     def batch(self, indices: list[tuple[int, int]]) -> CropBatch:
-        """Crops of (epoch, index) pairs, padded to the longest."""
+        """Load the crops of (epoch, index) pairs, padded to the longest crop."""
         return collate_crops([self._train.get(epoch, index) for epoch, index in indices])
 
     def validate(self) -> dict[str, float]:
-        """Mean loss, accuracy and majority-class accuracy over the held-out crops."""
+        """Compute mean loss, accuracy and majority-class accuracy on the held-out crops."""
         generator = torch.Generator().manual_seed(_VALIDATION_SEED)
         sums = torch.zeros(3, dtype=torch.float64)
         weight = 0
@@ -65,17 +65,17 @@ class BestRQTask:
         return dict(zip(("loss", "accuracy", "majority"), (sums / weight).tolist()))
 
     def samples(self, folder: Path, step: int) -> None:
-        """There are no samples: targets are not audible."""
+        """Do nothing; this task has no audio output."""
 
     def before_training(self) -> None:
-        """Fit the statistics of front end and targets on crops from all over the training files."""
+        """Fit the statistics of front end and targets on crops that are spread over all training files."""
         front_end = self._model.encoder.front_end
         front_end.fit(self._statistics_waves())
         with torch.no_grad():
             self._model.targets.fit(front_end(wave) for wave in self._statistics_waves())
 
     def _statistics_waves(self) -> Iterator[Tensor]:
-        """Waves `[1, n]` on the device of the model."""
+        """Yield waves `[1, n]`, on the device of the model, to fit statistics on."""
         count = min(_STATISTICS_CROPS, self.num_items)
         for place in range(count):
             crop = self._train.get(0, place * self.num_items // count)
@@ -93,15 +93,15 @@ class BestRQTask:
 
 @trainer_arguments(LoopSettings)
 class SemanticTokenizerTrainer:
-    """Trains a BEST-RQ encoder on audio, and fits a k-means tokenizer to one of its layers.
+    """Trains a BEST-RQ encoder on audio, and fits a k-means tokenizer to a layer of the encoder.
 
     Args:
-        encoder: Trained in place.
-        folder: Folder or manifest of audio (`load_split`).
-        items: Training items and held-out items, instead of `folder`.
-        batch_size: Crops per step and process.
-        results_folder: Folder of checkpoints, metrics and the tokenizer. A run in it is continued.
-        objective: Masked prediction with this encoder. None = `BestRQ(encoder)`.
+        encoder: Encoder to train; its weights are changed in place.
+        folder: Folder or manifest of audio, see `load_split`.
+        items: Training items and validation items, instead of `folder`.
+        batch_size: Number of crops per step and process.
+        results_folder: Receives checkpoints, metrics and the tokenizer; an unfinished run in it is continued.
+        objective: Masked prediction module with `encoder` as its encoder. None = `BestRQ(encoder)`.
         **loop_settings: Further fields of `LoopSettings`, such as `learning_rate` or `precision`.
     """
 
@@ -138,7 +138,7 @@ class SemanticTokenizerTrainer:
         self.loop = TrainLoop(self.task, settings, self.results_folder, accelerator)
 
     def train(self, stop_after_steps: int | None = None) -> TrainResult:
-        """Train from the checkpoint in the results folder; see `TrainLoop.train`."""
+        """Train, from the checkpoint in the results folder if there is one; see `TrainLoop.train`."""
         return self.loop.train(stop_after_steps)
 
     @beartype
@@ -150,15 +150,15 @@ class SemanticTokenizerTrainer:
         max_tokens: int = 200_000,
         results_folder: str | Path | None = None,
     ) -> KMeansFit:
-        """Fit k-means to a layer of the trained encoder, and save the tokenizer in `results_folder / "tokenizer"`.
+        """Fit k-means to a layer of the trained encoder, and save the tokenizer to `results_folder / "tokenizer"`.
 
-        The job can be interrupted and continued; see `KMeansTrainer`. It raises a RuntimeError before training is
-        finished.
+        An interrupted call can be repeated and continues; see `KMeansTrainer`. If training of the encoder is not
+        finished, a RuntimeError is raised.
 
         Args:
-            layer: None = three quarters of the depth, whose tokens describe melody and words best on music and spoken
-                digits.
-            results_folder: Folder of the job. None = that of the training.
+            layer: Encoder layer. None = three quarters of the depth, whose tokens describe melody and words best in
+                experiments with music and spoken digits.
+            results_folder: Folder of the k-means run. None = the results folder of the training.
         """
         if not self.loop.is_finished:
             raise RuntimeError("training of the encoder is not finished; call train() before fitting the tokenizer")

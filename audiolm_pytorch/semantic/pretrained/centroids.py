@@ -1,4 +1,4 @@
-"""Published centroids: a k-means of scikit-learn as joblib wrote it, or a safetensors file."""
+"""Read published k-means centroids from a scikit-learn k-means saved by joblib, or from a safetensors file."""
 
 import bz2
 import io
@@ -45,19 +45,19 @@ def read_centroids(path: str | Path) -> dict[str, Tensor]:
     """Read centroids from a file.
 
     Args:
-        path: A (MiniBatch)KMeans of scikit-learn as joblib wrote it, plain or compressed (zlib, gzip, bz2, lzma, xz).
-            Neither package is imported and nothing in the file is run. Or a `.safetensors` file with `centroids
-            [k, d]` and, where features are normalised first, `mean [d]` and `std [d]`.
+        path: A KMeans or MiniBatchKMeans of scikit-learn, saved by joblib, plain or compressed (zlib, gzip, bz2, lzma,
+            xz); neither package is imported and no code in the file is run. Or a `.safetensors` file with `centroids
+            [k, d]` and, if features are normalised first, `mean [d]` and `std [d]`.
 
     Returns:
-        `centroids [k, d]`, and `mean` and `std` where the file has them, float32.
+        `centroids [k, d]`, and `mean` and `std` if the file has them, float32.
     """
     path = Path(path).expanduser()
     if path.suffix == ".safetensors":
         tensors, _ = read_weights(path)
         if "centroids" not in tensors or set(tensors) - {"centroids", "mean", "std"}:
             raise ValueError(
-                f"{path} has tensors {sorted(tensors)[:8]}; centroids [k, d], mean [d] and std [d] are read"
+                f"{path} has tensors {sorted(tensors)[:8]}; it needs centroids [k, d], optionally mean and std [d]"
             )
     else:
         with one_line_errors(path, _ADVICE):
@@ -69,7 +69,7 @@ def read_centroids(path: str | Path) -> dict[str, Tensor]:
 
 
 def _kmeans_centroids(data: bytes) -> Tensor:
-    """The centroids of a pickled k-means."""
+    """Return the centroids of a pickled k-means."""
     kmeans = _JoblibUnpickler(data).load()
     state = kmeans.state if isinstance(kmeans, StandIn) else None
     centroids = state.get("cluster_centers_") if isinstance(state, dict) else None
@@ -82,14 +82,14 @@ def _kmeans_centroids(data: bytes) -> Tensor:
 
 
 class _JoblibUnpickler(DataUnpickler):
-    """Unpickler of joblib >= 0.10, which writes the bytes of an array right behind the pickled description of it."""
+    """Unpickler of files of joblib >= 0.10, in which the bytes of an array follow its pickled description."""
 
     def __init__(self, data: bytes) -> None:
         self._stream = io.BytesIO(data)
         super().__init__(self._stream, _NAMES, _ROOTS)
 
     def finish(self, stand_in: StandIn) -> Any:
-        """Replace the description of an array by the array."""
+        """Replace the description of an array by the array that follows it in the file."""
         if stand_in.name not in _WRAPPERS:
             return stand_in
         shape, order = stand_in.state["shape"], stand_in.state["order"]
@@ -98,27 +98,27 @@ class _JoblibUnpickler(DataUnpickler):
             padding = int.from_bytes(self._stream.read(1), "little")
             self._stream.read(padding)
         if type(shape) is not tuple or not all(type(size) is int and size >= 0 for size in shape):
-            raise ValueError("it holds an array without a proper shape")
+            raise ValueError("an array has no valid shape")
         num_bytes = prod(shape) * dtype.itemsize
         if num_bytes > len(self._stream.getbuffer()) - self._stream.tell():
-            raise ValueError("it declares an array and does not hold its bytes")
+            raise ValueError("the bytes of an array are missing")
         numbers = np.frombuffer(self._stream.read(num_bytes), dtype=dtype)
         return numbers.reshape(shape[::-1]).transpose() if order == "F" else numbers.reshape(shape)
 
 
 def _number_type(stand_in: Any) -> "np.dtype[Any]":
-    """The dtype of a pickled `numpy.dtype`; only numbers are accepted, since object arrays are pickles themselves."""
+    """Return the dtype of a pickled `numpy.dtype`; only numbers are accepted, because object arrays contain pickles."""
     code = stand_in.arguments[0]
     if isinstance(code, str) and code.lstrip("|<>=").startswith("O"):
         raise RefusedFileError("is refused: it holds an array of Python objects, which is a pickle of its own")
     _, byte_order, *structure = stand_in.state
     if not isinstance(code, str) or not _NUMBER_TYPE.fullmatch(code) or structure[:3] != [None, None, None]:
-        raise RefusedFileError("is refused: it holds an array of something else than numbers, such as records")
+        raise RefusedFileError("is refused: it holds an array whose values are not numbers")
     return np.dtype(code).newbyteorder(byte_order)
 
 
 def _unpacked(path: Path) -> bytes:
-    """The content of a file, decompressed, at most `_MAX_BYTES`."""
+    """Read and decompress a file; its content may have at most `_MAX_BYTES` bytes."""
     too_large = RefusedFileError(f"is refused: it holds more than {_MAX_BYTES} bytes unpacked")
     if path.stat().st_size > _MAX_BYTES:
         raise too_large
@@ -126,7 +126,7 @@ def _unpacked(path: Path) -> bytes:
     if data.startswith(_TORCH_START):
         raise RefusedFileError("is a checkpoint of torch: are checkpoint and k-means exchanged?")
     if data.startswith((b"ZF", b"\x04\x22\x4d\x18")):
-        raise RefusedFileError("is compressed by joblib before 0.10, or by lz4, which are not read")
+        raise RefusedFileError("is compressed by joblib before 0.10 or by lz4, which cannot be read")
     decompressor: Any = None
     if data.startswith((b"\x78", b"\x1f\x8b")):
         decompressor = zlib.decompressobj(wbits=_ZLIB_OR_GZIP)

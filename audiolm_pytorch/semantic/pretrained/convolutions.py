@@ -13,14 +13,14 @@ __all__ = ["Moments", "convolved", "group_norm_moments", "moments_of"]
 
 
 class Moments(NamedTuple):
-    """Mean and (biased) variance, which broadcast with `[b, c, t]`."""
+    """Mean and (biased) variance of features, which broadcast with `[b, c, t]`."""
 
     mean: Tensor
     variance: Tensor
 
 
 def moments_of(chunks: Iterable[Tensor], dims: tuple[int, ...]) -> Moments:
-    """Moments over `dims` of a tensor `[b, c, t]` that comes in chunks along time, float32."""
+    """Compute mean and variance over `dims` of a tensor `[b, c, t]` that is passed in chunks along time; float32."""
     num_frames: int = 0
     total: Any = 0.0
     squares: Any = 0.0
@@ -34,15 +34,15 @@ def moments_of(chunks: Iterable[Tensor], dims: tuple[int, ...]) -> Moments:
 
 
 def group_norm_moments(extractor: Any, wave: Tensor, chunk_samples: int) -> Moments | None:
-    """Moments `[b, c, 1]` of the first convolution over whole waves; None where it has no group norm (HuBERT large).
+    """Compute moments `[b, c, 1]` of the first convolution over whole waves; None without group norm (HuBERT large).
 
-    With a small random HuBERT and windows of 30 s, 66% and 77% of the tokens of two pieces of music equal those of the
-    whole file; with the moments of each window, 54% and 67% did. The other differences come from attention.
+    With a small random HuBERT, 66% and 77% of the tokens of two pieces of music in windows of 30 s equal those without
+    windows. With separate moments for each window, it is 54% and 67%. Attention causes the other differences.
 
     Args:
-        extractor: `feature_extractor` of a model of transformers.
-        wave: `[b, n]` without padding.
-        chunk_samples: Samples that are convolved at a time.
+        extractor: `feature_extractor` of a transformers model.
+        wave: Waves `[b, n]` without padding.
+        chunk_samples: Number of samples in a chunk of the convolution.
     """
     first = extractor.conv_layers[0]
     if not isinstance(getattr(first, "layer_norm", None), nn.GroupNorm):
@@ -54,7 +54,7 @@ def group_norm_moments(extractor: Any, wave: Tensor, chunk_samples: int) -> Mome
 
 
 def convolved(extractor: Any, wave: Tensor, moments: Moments | None = None) -> Tensor:
-    """Vectors `[b, t, d]` of the front end for waves `[b, n]`; `moments` None = those of these waves."""
+    """Compute front-end vectors `[b, t, d]` of waves `[b, n]`; `moments` None = the moments of these waves are used."""
     if moments is None:
         return rearrange(extractor(wave), "b d t -> b t d")
     first = extractor.conv_layers[0]

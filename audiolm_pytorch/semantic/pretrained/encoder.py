@@ -1,4 +1,4 @@
-"""Published self-supervised encoders (HuBERT, WavLM, wav2vec 2.0, w2v-BERT and others), and how to open an encoder."""
+"""Published self-supervised encoders (HuBERT, WavLM, wav2vec 2.0, w2v-BERT and others), and functions to open them."""
 
 import copy
 from pathlib import Path
@@ -65,20 +65,20 @@ class TransformersEncoder(FrameEncoder):
     """A published audio encoder in the format of transformers, frozen, in float32 unless moved.
 
     Reads HuBERT (arXiv:2106.07447), WavLM (arXiv:2110.13900), wav2vec 2.0 and its conformer, data2vec-audio,
-    UniSpeech(-SAT), and w2v-BERT 2.0. Layer k is the output of block k (1-based), layer 0 the input of the first block:
-    `hidden_states[k]` of transformers. The norm that some models have behind their last block is left out, so that
-    hidden states do not depend on `layer_count`.
+    UniSpeech(-SAT), and w2v-BERT 2.0. Layer k is the output of block k (1-based), layer 0 the input of the first block,
+    like `hidden_states[k]` of transformers. If a model has a norm after its last block, the norm is not applied, so
+    that hidden states do not depend on `layer_count`.
 
     Items of equal length are encoded in one batch, so that padding does not change the result. Waves longer than
-    `window_seconds` are encoded in windows at fixed places, in which attention sees `context_seconds` on each side.
+    `window_seconds` are encoded in windows at fixed positions, with a context of `context_seconds` on each side.
     Norms over time always use the whole wave.
 
     Args:
         source: Folder in transformers' format, hub id, or a loaded model (which is changed).
-        layer_count: Number of blocks to keep, from the first; None = all.
-        normalise_wave: Whether each item is normalised to zero mean and unit variance. None = as the model was trained:
-            models with layer norm in their convolutions were trained so, those with group norm (HuBERT base) were not,
-            whatever their `preprocessor_config.json` says.
+        layer_count: Number of blocks to keep, counted from the first; None = all.
+        normalise_wave: Whether each item is normalised to zero mean and unit variance. None = as in the
+            training of the model: True for models with layer norm in their convolutions, False for models with group
+            norm (HuBERT base). `preprocessor_config.json` is not used for this.
         window_seconds: Length of a window without its context.
         offline: Use only local files and the local cache of the hub.
     """
@@ -104,17 +104,17 @@ class TransformersEncoder(FrameEncoder):
         self.origin = loaded.origin
         self.model_type: str = settings.model_type
         if self.model_type not in _CLASSES:
-            raise ValueError(f"models of type {self.model_type!r} are not read; these are: {sorted(_CLASSES)}")
+            raise ValueError(f"models of type {self.model_type!r} are not supported; pass one of {sorted(_CLASSES)}")
         depth = len(loaded.model.encoder.layers)  # type: ignore[union-attr,arg-type]
         if layer_count is not None and not 0 <= layer_count <= depth:
-            raise ValueError(f"{loaded.source} has {depth} layers: give one of 0..{depth}, not {layer_count}")
+            raise ValueError(f"{loaded.source} has {depth} layers; pass one of 0..{depth}, not {layer_count}")
         self.model: Any = _first_blocks(loaded.model, depth if layer_count is None else layer_count)
         self.model.requires_grad_(False)
         self.depth, self.dim = len(self.model.encoder.layers), settings.hidden_size
         self._read_front(loaded)
         self.downsample_factor = self._frames.stride
         if normalise_wave and self._filterbank:
-            raise ValueError(f"{self.model_type} normalises its filterbanks: leave normalise_wave out")
+            raise ValueError(f"{self.model_type} normalises its filterbanks, not the wave; leave out normalise_wave")
         is_trained_so = not self._filterbank and getattr(settings, "feat_extract_norm", "layer") == "layer"
         self.normalise_wave = is_trained_so if normalise_wave is None else normalise_wave
         self.window_seconds, self.context_seconds = float(window_seconds), float(context_seconds)
@@ -123,7 +123,7 @@ class TransformersEncoder(FrameEncoder):
         self.train(False)
 
     def _read_front(self, loaded: LoadedModel) -> None:
-        """Set the sample rate, the receptive field of a frame, and the filterbank where the model has one."""
+        """Set the sample rate, the receptive field of a frame, and the filterbank if the model uses one."""
         settings, preprocessor = self.model.config, loaded.preprocessor
         self.sample_hz = int(preprocessor.get("sampling_rate", 16_000))
         self._filterbank: Filterbank | None = None
@@ -137,7 +137,7 @@ class TransformersEncoder(FrameEncoder):
         if self._filterbank.dim != settings.feature_projection_input_dim:
             raise ValueError(
                 f"{loaded.source} needs vectors of width {settings.feature_projection_input_dim}, its "
-                f"preprocessor_config.json makes {self._filterbank.dim}: the files are not of one model"
+                f"preprocessor_config.json has {self._filterbank.dim}; use files of one model"
             )
 
     @property
@@ -162,14 +162,14 @@ class TransformersEncoder(FrameEncoder):
         return cls(LoadedModel(model, preprocessor=config["preprocessor"], **config["origin"]), **config["options"])
 
     def fingerprint(self) -> str:
-        """Hash of everything that features depend on; equal for all files of one model with the same `layer_count`."""
+        """Hash of everything that features depend on; equal for all file formats of a model with one `layer_count`."""
         settings = {name: getattr(self.model.config, name, None) for name in _FEATURE_SETTINGS}
         front = [self.sample_hz, self._frames.reach, self._frames.stride, self.normalise_wave]
         facts = [self.model_type, front, [self._windows.keep, self._windows.context], settings]
         return nameless_fingerprint(self.model, facts)
 
     def num_frames(self, num_samples: int) -> int:
-        """Exact number of frames of a wave at `sample_hz`; HuBERT has 49 in a second."""
+        """Exact number of frames of a wave at `sample_hz`; for one second, HuBERT has 49 frames."""
         frames = self._frames.num_frames(num_samples)
         if not frames:
             raise ValueError(
@@ -179,7 +179,7 @@ class TransformersEncoder(FrameEncoder):
         return frames
 
     def train(self, mode: bool = True) -> "TransformersEncoder":
-        """Stay in eval mode: masks and dropout would change the features."""
+        """Stay in eval mode, because masks and dropout would change the features."""
         return super().train(False)
 
     @torch.no_grad()
@@ -204,7 +204,7 @@ class TransformersEncoder(FrameEncoder):
         return found, length_mask(counts, num_frames)
 
     def _encode(self, wave: Tensor, encoder: nn.Module, dtype: torch.dtype) -> Tensor:
-        """Hidden states `[r, t, d]` of waves `[r, n]` without padding, after the blocks of `encoder`."""
+        """Compute hidden states `[r, t, d]` of waves `[r, n]` without padding, after all blocks of `encoder`."""
         wave = wave.float()
         if self._filterbank:
             vectors = self._filterbank(wave).to(dtype)
@@ -224,13 +224,13 @@ class TransformersEncoder(FrameEncoder):
         return features_in_windows(of_waves, wave, self._frames, self._windows)
 
     def _run(self, vectors: Tensor, encoder: nn.Module) -> Tensor:
-        """Hidden states of the vectors `[r, t, d']` of the front end, without the masked spans of training."""
+        """Compute hidden states from front-end vectors `[r, t, d']`, without the masked spans of training."""
         projected = self.model.feature_projection(vectors)
         return encoder(projected[0] if isinstance(projected, tuple) else projected)[0]
 
     @beartype
     def truncated(self, layer: int) -> "TransformersEncoder":
-        """An independent copy of the first `layer` blocks (0..depth), with the same hidden states."""
+        """Return an independent copy with the first `layer` blocks (0..depth) and equal hidden states."""
         self.check_layer(layer)
         short = copy.copy(self)
         short._modules = {**self._modules, "model": _first_blocks(self.model, layer)}
@@ -239,7 +239,7 @@ class TransformersEncoder(FrameEncoder):
 
 
 def _first_blocks(model: Any, count: int) -> Any:
-    """A model that shares the first blocks of another and ends with them."""
+    """Return a model that shares the first blocks of another model and has no further blocks."""
     short, encoder = copy.copy(model), copy.copy(model.encoder)
     encoder._modules = {**encoder._modules, "layers": encoder.layers[:count]}
     if type(encoder).__name__.endswith(("StableLayerNorm", "ConformerEncoder")):
@@ -266,14 +266,15 @@ def open_published(
 ) -> TransformersEncoder:
     """Open a HuBERT checkpoint of fairseq, a folder in transformers' format, or a hub id.
 
-    The arguments are those of `TransformersEncoder`. A checkpoint of fairseq has its own default of `normalise_wave`.
+    The arguments are those of `TransformersEncoder`. For a fairseq checkpoint, its settings are the default of
+    `normalise_wave`.
     """
     path = Path(source).expanduser()
     options: dict[str, Any] = {"layer_count": layer_count, "normalise_wave": normalise_wave}
     if not _is_checkpoint_file(path):
         return TransformersEncoder(source, offline=offline, revision=revision, cache_dir=cache_dir, **options)
     if not path.is_file():
-        raise ValueError(f"there is no file {path}: give the path of a checkpoint, a folder, or a hub id (owner/name)")
+        raise ValueError(f"there is no file {path}; pass the path of a checkpoint, a folder, or a hub id (owner/name)")
     checkpoint = read_fairseq(path)
     if normalise_wave is None:
         options["normalise_wave"] = checkpoint.normalise_wave
@@ -284,7 +285,7 @@ def open_published(
 
 
 def _is_checkpoint_file(path: Path) -> bool:
-    """Whether a path is, or is named like, a file instead of a folder or a hub id."""
+    """Return whether a path is a file, or has the name of a file, and is not a folder or a hub id."""
     return path.is_file() or (path.suffix in _CHECKPOINT_SUFFIXES and not path.is_dir())
 
 
@@ -295,8 +296,8 @@ def open_encoder(
     """Open any encoder, in eval mode.
 
     Args:
-        source: A folder written by `save_module` (an encoder, or a tokenizer, whose encoder is returned), or any source
-            of `open_published`. Local files come before the hub.
+        source: A folder of `save_module` with an encoder or a tokenizer (its encoder is returned), or any source of
+            `open_published`. Local files are used before the hub.
         offline: Use only local files and the local cache of the hub.
     """
     if _is_checkpoint_file(Path(source).expanduser()):

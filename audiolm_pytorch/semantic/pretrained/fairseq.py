@@ -1,4 +1,4 @@
-"""Checkpoints of fairseq, read without fairseq: weights, settings, and the HuBERT that they hold."""
+"""Read fairseq checkpoints without fairseq: weights and settings, and HuBERT models built from them."""
 
 import re
 from collections.abc import Callable
@@ -45,7 +45,7 @@ _WEIGHT_NORM = (("weight_g", "parametrizations.weight.original0"), ("weight_v", 
 
 @dataclass(frozen=True, eq=False)
 class FairseqCheckpoint:
-    """One model of a checkpoint of fairseq.
+    """Weights and settings of the model in a fairseq checkpoint.
 
     Attributes:
         weights: Tensors by fairseq's names.
@@ -60,7 +60,7 @@ class FairseqCheckpoint:
     source: str = "the checkpoint"
 
     def renamed_weights(self, patterns: tuple[tuple[str, str], ...], unused: tuple[str, ...]) -> dict[str, Tensor]:
-        """The weights, renamed by `renamed`, without those whose names start with a prefix in `unused`."""
+        """Return the weights with names of `renamed`, without weights whose names start with a prefix in `unused`."""
         used = {name: tensor for name, tensor in self.weights.items() if not name.startswith(unused)}
         return {renamed(name, patterns): tensor for name, tensor in used.items()}
 
@@ -78,9 +78,9 @@ class FairseqCheckpoint:
 
 @beartype
 def read_fairseq(path: str | Path) -> FairseqCheckpoint:
-    """Read a checkpoint of fairseq's trainer, e.g. `hubert_base_ls960.pt`; nothing in the file is run.
+    """Read a checkpoint of the fairseq trainer, e.g. `hubert_base_ls960.pt`; no code in the file is run.
 
-    Settings are read from `cfg` (a dictionary, or containers of omegaconf) or from `args`.
+    Settings are read from the entry `cfg` (a dictionary, or omegaconf containers) or from the entry `args`.
     """
     checkpoint = TorchCheckpoint(path)
     content, advice = checkpoint.content, "give a file as published, e.g. hubert_base_ls960.pt"
@@ -109,7 +109,7 @@ def read_fairseq(path: str | Path) -> FairseqCheckpoint:
 
 @beartype
 def quoted(value: Any) -> str:
-    """Text and numbers for a message, shortened and in quotes; the type of any other value, which may be huge."""
+    """Format a value for a message: text and numbers shortened and in quotes; of any other value only the type."""
     if isinstance(value, str):
         return repr(value[:60])
     is_short = value is None or isinstance(value, float) or (isinstance(value, int) and value.bit_length() <= 64)
@@ -118,7 +118,7 @@ def quoted(value: Any) -> str:
 
 @beartype
 def renamed(name: str, patterns: tuple[tuple[str, str], ...]) -> str:
-    """Rename a weight by the first pattern that matches; other names stay, and `load_weights` refuses them."""
+    """Rename a weight by the first pattern that matches; other names stay, and `load_weights` rejects them."""
     for pattern, replacement in patterns:
         if re.fullmatch(pattern, name):
             return re.sub(pattern, replacement, name)
@@ -127,9 +127,9 @@ def renamed(name: str, patterns: tuple[tuple[str, str], ...]) -> str:
 
 @beartype
 def build_for(weights: dict[str, Tensor], build: Callable[[], nn.Module]) -> Any:
-    """Build a module that weights will be loaded into, without using the caller's random numbers.
+    """Build a module for given weights, without changing the global random generator.
 
-    A module of more than twice as many numbers as the weights raises a ValueError, before memory is used.
+    If the module needs more than twice as many numbers as the weights, a ValueError is raised before memory is used.
     """
     with torch.random.fork_rng(devices=[]):
         with torch.device("meta"):
@@ -142,7 +142,7 @@ def build_for(weights: dict[str, Tensor], build: Callable[[], nn.Module]) -> Any
 
 @beartype
 def conv_layers_of(setting: Any) -> list[list[int]]:
-    """Read fairseq's text of convolutions, like "[(512,10,5)] + [(512,3,2)] * 4": `[width, kernel, stride]` of each."""
+    """Parse fairseq's text of convolutions, e.g. "[(512,10,5)] + [(512,3,2)] * 4", to [width, kernel, stride] each."""
     text = "".join(setting.split()) if isinstance(setting, str) and len(setting) <= 1000 else ""
     layers: list[list[int]] = []
     if re.fullmatch(rf"{_CONV_LAYERS}(?:\+{_CONV_LAYERS})*", text):
@@ -160,8 +160,8 @@ def conv_layers_of(setting: Any) -> list[list[int]]:
 def hubert_from_fairseq(checkpoint: FairseqCheckpoint) -> Any:
     """Build the HuBERT (arXiv:2106.07447) of a checkpoint: a `transformers.HubertModel` in eval mode, float32.
 
-    The base models and the large ones are read. The large ones have layer norms in the extractor, biases in the
-    convolutions, and norms before the blocks. Masking is off.
+    Base and large models can be read. Large models have layer norms in the extractor, biases in the convolutions, and
+    norms before the blocks. The masking of training is switched off.
     """
     transformers = require_transformers()
     _check_hubert(checkpoint)
@@ -181,13 +181,13 @@ def hubert_from_fairseq(checkpoint: FairseqCheckpoint) -> Any:
 
 
 def _check_hubert(checkpoint: FairseqCheckpoint) -> None:
-    """Raise a ValueError where a checkpoint is not of a pretrained HuBERT."""
+    """Raise a ValueError if a checkpoint does not hold a pretrained HuBERT."""
     name = checkpoint.model.get("_name") or checkpoint.model.get("arch")
     advice = "give a pretrained HuBERT, e.g. hubert_base_ls960.pt"
     if any(weight.startswith("w2v_encoder.") for weight in checkpoint.weights):
-        raise ValueError(f"{checkpoint.source} is a fine-tuned model, whose encoder differs; {advice}")
+        raise ValueError(f"{checkpoint.source} is a fine-tuned model, which has another encoder; {advice}")
     if not any(weight.startswith("encoder.layers.") for weight in checkpoint.weights):
-        raise ValueError(f"{checkpoint.source} holds no HuBERT: it has no weights encoder.layers.*; {advice}")
+        raise ValueError(f"{checkpoint.source} holds no HuBERT: the weights encoder.layers.* are missing; {advice}")
     if isinstance(name, str) and not name.startswith("hubert"):
         raise ValueError(f"{checkpoint.source} holds a {quoted(name)}, not a HuBERT; {advice}")
     if not checkpoint.model:
@@ -195,33 +195,33 @@ def _check_hubert(checkpoint: FairseqCheckpoint) -> None:
 
 
 def _hubert_config(checkpoint: FairseqCheckpoint) -> dict[str, Any]:
-    """Settings of transformers' HuBERT: sizes from the shapes of the weights, everything else from the settings."""
+    """Return the config of transformers' HuBERT: sizes from the weights, other values from the fairseq settings."""
     weights = checkpoint.weights
 
     def setting(name: str, default: Any) -> Any:
         value = checkpoint.model.get(name)
         value = default if value is None else value
         if type(value) is not type(default) or (type(value) is int and not 1 <= value < 2**20):
-            raise ValueError(f"{name} is {quoted(value)}")
+            raise ValueError(f"setting {name} is {quoted(value)}")
         return value
 
     def shape(name: str, num_axes: int) -> tuple[int, ...]:
         if name not in weights or weights[name].ndim != num_axes:
-            raise ValueError(f"missing or of another shape: {renamed(name, _HUBERT_NAMES)}")
+            raise ValueError(f"a weight is missing or of another shape: {renamed(name, _HUBERT_NAMES)}")
         return tuple(weights[name].shape)
 
     num_layers = len({*re.findall(r"^encoder\.layers\.(\d+)\.", "\n".join(weights), re.MULTILINE)})
     expected_layers = setting("encoder_layers", num_layers)
     if expected_layers != num_layers or num_layers > _MAX_LAYERS:
         raise ValueError(
-            f"encoder_layers is {expected_layers}, the weights are of {num_layers} (at most {_MAX_LAYERS})"
+            f"encoder_layers is {expected_layers}, but there are weights of {num_layers} layers (at most {_MAX_LAYERS})"
         )
     conv_layers = conv_layers_of(checkpoint.model.get("conv_feature_layers") or _HUBERT_CONVOLUTIONS)
     is_layer_norm = "feature_extractor.conv_layers.0.2.1.weight" in weights
     mode = setting("extractor_mode", "layer_norm" if is_layer_norm else "default")
     activation = setting("activation_fn", "gelu")
     if mode not in ("default", "layer_norm") or activation not in ("gelu", "relu"):
-        raise ValueError(f"extractor_mode {mode[:40]!r} with activation_fn {activation[:40]!r}")
+        raise ValueError(f"unknown extractor_mode {mode[:40]!r} or activation_fn {activation[:40]!r}")
     (width,) = shape("encoder.layer_norm.weight", 1)
     _, group_width, num_positions = shape("encoder.pos_conv.0.weight_v", 3)
     return dict(
@@ -246,10 +246,10 @@ def _hubert_config(checkpoint: FairseqCheckpoint) -> dict[str, Any]:
 
 
 def _plain(value: Any, seen: dict[int, Any] | None = None, depth: int = 0) -> Any:
-    """Convert settings to plain values: containers of omegaconf, Namespaces and members of enums are unwrapped.
+    """Convert settings to plain values: omegaconf containers, Namespaces and enum members are unwrapped.
 
-    What is missing ("???"), refers to other settings ("${...}") or is no setting becomes None. Each object is converted
-    once, since a small file can hold a tree with more leaves than fit into memory.
+    Missing values ("???"), references ("${...}") and objects that are not settings become None. Each object is
+    converted once, because a small file can describe a tree with more leaves than fit into memory.
     """
     seen = {} if seen is None else seen
     if value is None or isinstance(value, bool | int | float | str):

@@ -20,14 +20,14 @@ _FRAMES_PER_CHUNK = 6000
 
 
 class Filterbank:
-    """Vectors of transformers' `SeamlessM4TFeatureExtractor`, in bounded memory and without padding.
+    """Computes the vectors of transformers' `SeamlessM4TFeatureExtractor`, in bounded memory and without padding.
 
-    A frame depends on its own 400 samples only, so long waves are extracted in chunks with the same result. Mean and
-    variance of every band are those of the whole wave. A last frame without a partner is dropped, where the extractor
-    pairs it with zeros and masks the pair.
+    A frame depends only on its 400 samples, so long waves are processed in chunks with the same result. Mean and
+    variance of every band are those of the whole wave. If the last vector is incomplete, it is dropped; transformers
+    fills it with zeros and masks it.
 
     Args:
-        stride: Frames stacked into one vector, at least 2.
+        stride: Number of frames stacked into a vector, at least 2.
     """
 
     @beartype
@@ -43,12 +43,12 @@ class Filterbank:
         self.frames = ReceptiveField.of_convolutions((_WINDOW_SAMPLES, stride), (_HOP_SAMPLES, stride))
 
     def __call__(self, wave: Tensor) -> Tensor:
-        """Vectors `[b, frames.num_frames(n), dim]` float32 of waves `[b, n]` without padding."""
+        """Compute vectors `[b, frames.num_frames(n), dim]` float32 of waves `[b, n]` without padding."""
         vectors = [self._vectors_of(item) for item in wave.detach().float().cpu().numpy()]
         return torch.from_numpy(np.stack(vectors)).to(wave.device)
 
     def _vectors_of(self, item: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
-        """Vectors `[t, dim]` of one wave `[n]`."""
+        """Compute vectors `[t, dim]` of a wave `[n]`."""
         frames = ReceptiveField(_WINDOW_SAMPLES, _HOP_SAMPLES)
         total = frames.num_frames(len(item))
         spans = [frames.span(at, min(at + _FRAMES_PER_CHUNK, total)) for at in range(0, total, _FRAMES_PER_CHUNK)]
@@ -58,7 +58,7 @@ class Filterbank:
         return rearrange(mels[: total // self.stride * self.stride], "(t k) m -> t (k m)", k=self.stride)
 
     def _log_mel(self, part: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
-        """Log-mel frames `[f, m]` of a part, not normalised."""
+        """Compute log-mel frames `[f, m]` of a part of a wave, not normalised."""
         extracted = self._extractor(
             part, sampling_rate=self.sample_hz, do_normalize_per_mel_bins=False, padding=False, return_tensors="np"
         )

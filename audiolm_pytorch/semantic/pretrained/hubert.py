@@ -1,4 +1,4 @@
-"""HuBERT with k-means, from the two published files: the semantic tokens of most open replicas of AudioLM."""
+"""HuBERT with k-means from the two published files, the usual semantic tokenizer of open AudioLM implementations."""
 
 from pathlib import Path
 from typing import Any
@@ -15,28 +15,28 @@ __all__ = ["HubertWithKmeans"]
 
 @register
 class HubertWithKmeans(KMeansTokenizer):
-    """Tokens of HuBERT (arXiv:2106.07447): the nearest k-means centroid of the hidden states of one layer.
+    """HuBERT tokenizer (arXiv:2106.07447): a token is the k-means centroid nearest to the hidden state of a layer.
 
-    The published `hubert_base_ls960.pt` and `hubert_base_ls960_L9_km500.bin` have 500 tokens and 49 tokens in a second,
-    from layer 9. Neither fairseq nor joblib nor scikit-learn is needed, and no code in the files is run. `save_module`
-    writes encoder and centroids as safetensors.
+    The published `hubert_base_ls960.pt` and `hubert_base_ls960_L9_km500.bin` have 500 token ids, 49 tokens in a wave of
+    one second, and use layer 9. fairseq, joblib and scikit-learn are not needed, and no code in the files is run.
+    `save_module` writes encoder and centroids as safetensors.
 
-    Model card. HuBERT base was trained on English audiobooks (LibriSpeech), so how much of music its tokens keep must
-    be measured (`musiclm evaluate semantic`). Waves are not normalised, since the model was trained so. The reader was
-    compared with transformers' HubertModel and scikit-learn's predict on files of the published layout with random
-    weights; THE PUBLISHED FILES THEMSELVES WERE NOT AT HAND. Licence: MIT (fairseq, code and models).
+    Model card. HuBERT base was trained on English audiobooks (LibriSpeech); measure how well its tokens describe music
+    with `musiclm evaluate semantic`. Waves are not normalised, as in the training of the model. The reader was compared
+    with transformers' HubertModel and scikit-learn's predict on files of the published layout with random weights; THE
+    PUBLISHED FILES THEMSELVES WERE NOT AT HAND. Licence: MIT (fairseq, code and models).
 
     Waves longer than 30 s are encoded in windows (see `TransformersEncoder`). With random weights, two thirds to three
-    quarters of the tokens equal those of the whole wave.
+    quarters of these tokens equal those without windows.
 
     Args:
-        checkpoint_path: fairseq's checkpoint, a folder in transformers' format (any model that `TransformersEncoder`
-            reads), or a hub id.
-        kmeans_path: A file that `read_centroids` reads: joblib's file of a (MiniBatch)KMeans, or safetensors.
-        target_sample_hz: Rate of the model, which its files decide; any other rate raises a ValueError.
-        output_layer: The layer that the centroids were fitted to, 1-based; later blocks are dropped.
-        seq_len_multiple_of: Samples: waves are cut to a multiple of it. None = no cut.
-        normalise_wave: Whether items are normalised to zero mean and unit variance; None = as the model was trained.
+        checkpoint_path: A fairseq checkpoint, a folder in transformers' format (any model that `TransformersEncoder`
+            can read), or a hub id.
+        kmeans_path: A file for `read_centroids`: a k-means of scikit-learn saved by joblib, or safetensors.
+        target_sample_hz: Sample rate of the model; if it is not that of the files, a ValueError is raised.
+        output_layer: Layer (1-based) that the centroids were fitted to; later blocks are dropped.
+        seq_len_multiple_of: Waves are cut to a multiple of this number of samples. None = no cut.
+        normalise_wave: Whether items are normalised to zero mean and unit variance; None = as in training of the model.
         offline: Use only local files and the local cache of the hub.
     """
 
@@ -66,7 +66,7 @@ class HubertWithKmeans(KMeansTokenizer):
         if width != encoder.dim:
             raise ValueError(
                 f"centroids of {kmeans_path} are {width} wide, features of {checkpoint_path} {encoder.dim}: they were "
-                "fitted to another model; give the file that belongs to this one"
+                "fitted to another model; pass the k-means file of this model"
             )
         super().__init__(encoder=encoder, layer=output_layer, seq_len_multiple_of=seq_len_multiple_of, **tensors)
 

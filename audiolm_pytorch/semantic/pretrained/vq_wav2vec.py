@@ -1,4 +1,4 @@
-"""vq-wav2vec (arXiv:1910.05453): semantic tokens from its published checkpoints."""
+"""Semantic tokenizer vq-wav2vec (arXiv:1910.05453), from its published checkpoints."""
 
 import re
 from pathlib import Path
@@ -53,22 +53,23 @@ _NAMES = (
 
 @register
 class FairseqVQWav2Vec(SemanticTokenizer):
-    """Tokens of vq-wav2vec (arXiv:1910.05453): a few codes every 10 ms, from convolutions alone.
+    """vq-wav2vec tokenizer (arXiv:1910.05453): a convolutional network with two codes every 10 ms.
 
-    The published `vq-wav2vec.pt` (Gumbel softmax) and `vq-wav2vec_kmeans.pt` have two groups of 320 codes and one frame
-    in 160 samples at 16 kHz. The codes of a frame follow each other in time, and code v of group g has the id
-    `g * 320 + v`. So there are 640 tokens, one in 80 samples. fairseq is not needed, and no code in the file is run.
+    The published `vq-wav2vec.pt` (Gumbel softmax) and `vq-wav2vec_kmeans.pt` have two groups of 320 codes, and a frame
+    every 160 samples at 16 kHz. Each frame becomes two successive tokens; code v of group g has the id `g * 320 + v`.
+    So there are 640 token ids, and a token every 80 samples. fairseq is not needed, and no code in the file is run.
     `save_module` writes the network as safetensors.
 
-    Model card. The model was trained on crops of up to 9.4 s of English audiobooks (LibriSpeech), so how much of music
-    its tokens keep must be measured. Its norms use the whole item, so tokens depend slightly on the length. The codes
-    were compared with a second implementation of the paper on files of the published layout with random weights; THE
+    Model card. The model was trained on crops of up to 9.4 s of English audiobooks (LibriSpeech); measure how well its
+    tokens describe music. Its norms use the whole item, so tokens depend slightly on the length. The codes were
+    compared with a second implementation of the paper on files of the published layout with random weights; THE
     PUBLISHED FILES THEMSELVES WERE NOT AT HAND. Licence: MIT (fairseq, code and models).
 
     Args:
-        checkpoint_path: fairseq's checkpoint, or a network.
-        target_sample_hz: Rate of the model, which its file decides; any other rate raises a ValueError.
-        seq_len_multiple_of: Samples at `target_sample_hz`: waves are cut to a multiple of it. None = no cut.
+        checkpoint_path: A fairseq checkpoint, or a `VQWav2Vec` network.
+        target_sample_hz: Sample rate of the model; if it is not that of the file, a ValueError is raised.
+        seq_len_multiple_of: Waves are cut to a multiple of this number of samples (at `target_sample_hz`). None = no
+            cut.
     """
 
     @beartype
@@ -121,7 +122,7 @@ class FairseqVQWav2Vec(SemanticTokenizer):
         return fingerprint_of(self)
 
     def num_frames(self, num_samples: int) -> int:
-        """Exact number of tokens of a wave at `target_sample_hz`: the published models have 194 in a second."""
+        """Exact number of tokens of a wave at `target_sample_hz`; 194 for one second in the published models."""
         frames = self.network.frames
         num_tokens = self.groups * frames.num_frames(self.cut_samples(num_samples))
         if not num_tokens:
@@ -134,7 +135,7 @@ class FairseqVQWav2Vec(SemanticTokenizer):
 
     @torch.no_grad()
     def forward(self, wave: Tensor, input_sample_hz: int | None = None, lengths: Tensor | None = None) -> Tensor:
-        """Tokenize waves, frame by frame and in each frame group by group; see `SemanticTokenizer`."""
+        """Tokenize waves; tokens are ordered by frame, then by group. See `SemanticTokenizer`."""
         wave, lengths = self.checked_waves(wave, input_sample_hz, lengths, device_of(self.network))
         wave = wave.to(next(self.network.parameters()).dtype)
         ids = torch.full((len(wave), self.num_frames(wave.shape[1])), -1, dtype=torch.int64, device=wave.device)
@@ -149,11 +150,11 @@ class FairseqVQWav2Vec(SemanticTokenizer):
 
 @beartype
 def vq_wav2vec_from_fairseq(checkpoint: FairseqCheckpoint) -> VQWav2Vec:
-    """Build the network of a published checkpoint, in eval mode and float32, without the parts that make no codes."""
+    """Build the network of a published checkpoint, in eval mode and float32, with only the parts that compute codes."""
     weights = checkpoint.renamed_weights(_NAMES, _UNUSED)
     if not any(name.startswith("quantizer.") for name in weights):
         raise ValueError(
-            f"{checkpoint.source} holds no vq-wav2vec: it has no weights vector_quantizer.* that make codes; give "
+            f"{checkpoint.source} holds no vq-wav2vec: it has no weights vector_quantizer.*; pass "
             "vq-wav2vec.pt or vq-wav2vec_kmeans.pt"
         )
     settings = _DEFAULTS | {name: value for name, value in checkpoint.model.items() if value is not None}
@@ -161,18 +162,18 @@ def vq_wav2vec_from_fairseq(checkpoint: FairseqCheckpoint) -> VQWav2Vec:
         network = build_for(weights, lambda: _build_network(weights, settings))
     except (ValueError, RuntimeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{checkpoint.source}: {reason}; give the file as published") from error
+        raise ValueError(f"{checkpoint.source}: {reason}; pass the file as published") from error
     load_weights(network, weights, checkpoint.source)
     return network.eval()
 
 
 def _build_network(weights: dict[str, Tensor], settings: dict[str, Any]) -> VQWav2Vec:
-    """The network of these settings; the sizes of the quantizer are those of its weights."""
+    """Build the network from the settings; the sizes of the quantizer are taken from the shapes of its weights."""
 
     def setting(name: str, kind: type, allowed: Any = None) -> Any:
         value = settings.get(name)
         if type(value) is not kind or (allowed is not None and value not in allowed):
-            raise ValueError(f"codes depend on the setting {name}, which is {quoted(value)} in its args or cfg")
+            raise ValueError(f"unsupported value of the setting {name}, which is {quoted(value)} in its args or cfg")
         return value
 
     activation = setting("activation", str, ACTIVATIONS)
@@ -186,7 +187,7 @@ def _build_network(weights: dict[str, Tensor], settings: dict[str, Any]) -> VQWa
     codebook = weights.get("quantizer.codebook")
     if codebook is not None:
         if codebook.ndim != 3 or dim % groups or not codebook.numel():
-            raise ValueError(f"a codebook {tuple(codebook.shape)} does not belong to {groups} groups of {dim} channels")
+            raise ValueError(f"a codebook {tuple(codebook.shape)} does not fit {groups} groups of {dim} channels")
         is_shared = codebook.shape[1] == 1
         return VQWav2Vec(features, KMeansQuantizer(dim=dim, groups=groups, codes=len(codebook), shared=is_shared))
     depth = sum(re.fullmatch(r"quantizer\.layers\.\d+\.bias", name) is not None for name in weights)

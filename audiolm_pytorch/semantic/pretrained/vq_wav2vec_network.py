@@ -1,4 +1,4 @@
-"""The part of vq-wav2vec (arXiv:1910.05453) that makes codes: convolutions and a quantizer."""
+"""Network of vq-wav2vec (arXiv:1910.05453) up to the codes: convolutions and a quantizer."""
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -23,7 +23,7 @@ _SAMPLES_PER_CHUNK = 480_000
 
 
 class _ConvLayer(nn.Module):
-    """A convolution without padding and bias, a norm over all channels and all time, and an activation."""
+    """Convolution without padding and bias, then a norm over all channels and the whole wave, then an activation."""
 
     def __init__(self, dim_in: int, layer: list[int], activation: str) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class _ConvLayer(nn.Module):
         self.kernel, self.stride = kernel, stride
 
     def forward(self, x: Tensor, moments: Moments | None = None) -> Tensor:
-        """`[b, c, n]` to `[b, d, t]`. A chunk of a wave needs the moments of the whole wave."""
+        """Convert `[b, c, n]` to `[b, d, t]`. For a chunk of a wave, pass the moments of the whole wave."""
         y = self.conv(x)
         if moments is None:
             y = self.norm(y)
@@ -47,11 +47,11 @@ class _ConvLayer(nn.Module):
 class ConvFeatures(nn.Module):
     """Convolutions over the wave (wav2vec, arXiv:1904.05862, sec. 2.1).
 
-    Every layer is normalised over the whole wave. Long waves are processed in chunks, first for the moments of each
-    layer, so features are those of the whole wave. This takes three to six times the computation.
+    Every layer is normalised over the whole wave. Long waves are processed in chunks, first to compute the moments of
+    each layer, then the features. The result equals that without chunks, at three to six times the computation.
 
     Args:
-        layers: Width, kernel and stride of every convolution.
+        layers: Width, kernel size and stride of every convolution.
         log_compression: Whether the features are `log(1 + |x|)`.
     """
 
@@ -68,16 +68,16 @@ class ConvFeatures(nn.Module):
         )
 
     def forward(self, wave: Tensor) -> Tensor:
-        """Waves `[b, n]` without padding to features `[b, d, t]`."""
+        """Convert waves `[b, n]` without padding to features `[b, d, t]`."""
         x = rearrange(wave, "b n -> b 1 n")
         x = self._in_chunks(x) if wave.shape[1] > _SAMPLES_PER_CHUNK else nn.Sequential(*self.layers)(x)
         return x.abs().log1p() if self.log_compression else x
 
     def _in_chunks(self, x: Tensor) -> Tensor:
-        """All layers over a long wave `[b, 1, n]`.
+        """Compute the features of a long wave `[b, 1, n]` in chunks.
 
-        The output of a layer is kept if it is the last one, or takes no more memory than a chunk of the first layer.
-        Other outputs are computed again, from the last one that was kept.
+        The output of a layer is kept if the layer is the last one, or if its output needs no more memory than a chunk
+        of the first layer. Outputs that are not kept are computed again, from the last kept output.
         """
         layers = cast(list[_ConvLayer], list(self.layers))
         before: list[tuple[_ConvLayer, Moments]] = []  # the layers since the kept output, which is x
@@ -98,7 +98,7 @@ class ConvFeatures(nn.Module):
 def _chunks(
     x: Tensor, before: list[tuple[_ConvLayer, Moments]], layer: _ConvLayer, chunk_frames: int
 ) -> Iterator[Tensor]:
-    """The input of a layer in chunks, computed from x by the layers before it; outputs of the layer do not overlap."""
+    """Yield the input of a layer in chunks, computed from x by the previous layers; output chunks do not overlap."""
     layers = [*(other for other, _ in before), layer]
     frames = ReceptiveField.of_convolutions([each.kernel for each in layers], [each.stride for each in layers])
     total, step = frames.num_frames(x.shape[-1]), max(1, frames.num_frames(chunk_frames))
@@ -110,13 +110,13 @@ def _chunks(
 
 
 class GumbelQuantizer(nn.Module):
-    """The codes with the largest logits (sec. 3.1), which are those of the Gumbel softmax without noise.
+    """Selects the codes with the largest logits (sec. 3.1), like the Gumbel softmax without noise.
 
     Args:
         dim: Width of the features.
-        groups: Codes of a frame.
-        codes: Number of different codes in a group.
-        depth: Linear layers, with activations between them; all but the last are twice as wide as the features.
+        groups: Number of groups; a frame has a code of each group.
+        codes: Number of codes in a group.
+        depth: Number of linear layers, with activations between them; hidden layers are twice as wide as the features.
     """
 
     @beartype
@@ -141,9 +141,9 @@ class GumbelQuantizer(nn.Module):
 
 
 class KMeansQuantizer(nn.Module):
-    """The nearest entries of a codebook (sec. 3.2), for each group of the projected, normalised features.
+    """Selects the nearest codebook entry (sec. 3.2) for each group of the projected, normalised features.
 
-    The arguments are those of `GumbelQuantizer`; `shared` means that all groups use one codebook.
+    The arguments are those of `GumbelQuantizer`; if `shared` is True, all groups use one codebook.
     """
 
     @beartype
@@ -171,7 +171,7 @@ _QUANTIZERS = {"gumbel": GumbelQuantizer, "kmeans": KMeansQuantizer}
 
 
 class VQWav2Vec(nn.Module):
-    """The part of vq-wav2vec that makes codes: waves to features to codes."""
+    """vq-wav2vec up to the codes: waves to features to codes."""
 
     @beartype
     def __init__(self, features: ConvFeatures, quantizer: GumbelQuantizer | KMeansQuantizer) -> None:
@@ -182,7 +182,7 @@ class VQWav2Vec(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """Arguments of the parts, JSON-able."""
+        """Constructor arguments of feature extractor and quantizer, JSON-able."""
         kind = next(name for name, cls in _QUANTIZERS.items() if isinstance(self.quantizer, cls))
         return {"features": self.features.config, "kind": kind, "quantizer": self.quantizer.config}
 
@@ -192,9 +192,9 @@ class VQWav2Vec(nn.Module):
         return cls(ConvFeatures(**config["features"]), _QUANTIZERS[config["kind"]](**config["quantizer"]))
 
     def vectors(self, wave: Tensor) -> Tensor:
-        """Vectors `[b, t, d]` that decide the codes of waves `[b, n]` without padding."""
+        """Compute the input `[b, t, d]` of the quantizer for waves `[b, n]` without padding."""
         return self.quantizer.vectors(self.features(wave))
 
     def forward(self, wave: Tensor) -> Tensor:
-        """Waves `[b, n]` without padding to codes `[b, t, g]` int64 in [0, codes)."""
+        """Convert waves `[b, n]` without padding to codes `[b, t, g]` int64 in [0, codes)."""
         return self.quantizer.assign(self.vectors(wave))

@@ -97,7 +97,7 @@ def test_what_are_no_ids_is_refused(ids, message):
         ([[1, 2]], [[1, 0]], None, "run length of 1 or more"),
         ([[1, -1]], [[1, 2]], None, "padding"),
         ([[1, -1]], [[1, -1]], None, "padding"),
-        ([[1, 2]], [[1]], None, "one shape"),
+        ([[1, 2]], [[1]], None, "equal shapes"),
         ([[1, 2]], [[2, 3]], 4, "5 tokens, more than num_tokens = 4"),
     ],
 )

@@ -173,7 +173,7 @@ def test_wrong_weights(tmp_path, change, words):
         ({"encoder_attention_heads": 3}, "no HuBERT has"),
         ({"encoder_attention_heads": 0}, "encoder_attention_heads"),
         ({"encoder_layers": 10**9}, "encoder_layers"),
-        ({"encoder_layers": 2}, "encoder_layers is 2, the weights are of 1 "),
+        ({"encoder_layers": 2}, "encoder_layers is 2, but there are weights of 1 "),
         ({"_name": "\x1b[2J\n"}, r"holds a '\\x1b\[2J\\n'"),
         ({"conv_feature_layers": {"a": 1}}, "conv_feature_layers a dict"),
         ({"conv_feature_layers": [(1, 1, 1)] * 2 + [1]}, "conv_feature_layers a list"),

@@ -249,7 +249,7 @@ CASES = {
     "cut short": "999 samples is too short.*multiples of 1000",
     "shape": "add a batch axis",
     "infinite": "nan_to_num",
-    "no quantizer": "holds no vq-wav2vec.*give vq-wav2vec.pt",
+    "no quantizer": "holds no vq-wav2vec.*pass vq-wav2vec.pt",
     "lacking": "missing: features.layers.2.norm.bias",
     "unknown": "not known to the module: feature_extractor.mystery",
     "other layers": "settings ask for a model of",
