@@ -105,7 +105,7 @@ def extra_input_tokens(
 
     Args:
         inputs: Tokens of 1 or b items by stream name. A stream without a rate is optional.
-        stages: The stages.
+        stages: Stages that can have extra input streams.
         batch: Number of items b.
 
     Raises:

@@ -99,7 +99,7 @@ class SlidingWindowDecoder:
         batch_size: Number of items b.
         conditioning: Conditions by name, of 1 or b items. In a condition with one embedding per frame, embedding i
             belongs to frame i of the whole sequence. All other conditions are the same in every window.
-        settings: Sampling settings, as in `DecodeSession`; the same holds for `seeds` and `allow_eos`.
+        settings: Sampling settings. `settings`, `seeds` and `allow_eos` are the same as in `DecodeSession`.
         callback: Called after every row as `callback(known_frames, requested_frames)`, for the longest item.
 
     Raises:

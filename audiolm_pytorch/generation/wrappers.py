@@ -34,7 +34,7 @@ class StageWrapper(nn.Module):
     """A stage with the tokenizers and conditioners that compute its inputs.
 
     Args:
-        transformer: The stage.
+        transformer: Language model of the stage.
         wav2vec: Semantic tokenizer; needed to compute semantic tokens of waves.
         codec: Codec; needed to compute acoustic tokens of waves.
         audio_conditioner: Computes codes of texts or waves; needed by a stage with `audio_text_condition`.

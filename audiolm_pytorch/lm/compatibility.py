@@ -88,7 +88,7 @@ def agreed_fingerprints(
     """Collect the fingerprints stored in stage and shards and those of the modules, and check that they are equal.
 
     Args:
-        transformer: The stage.
+        transformer: Language model of the stage.
         wav2vec: Semantic tokenizer. For this and the other modules, None = not compared.
         shards: Token shards that the stage is trained on.
         kinds: Fingerprints to compare (see the returned keys); None = all that the stage uses.

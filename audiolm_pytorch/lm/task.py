@@ -32,7 +32,7 @@ class StageTask:
     """Trains a stage, and its embedding table in the conditioner, in a `TrainLoop`.
 
     Args:
-        transformer: The stage.
+        transformer: Language model of the stage.
         train: Training data.
         valid: Validation data.
         audio_conditioner: Conditioner; needed by a stage that is conditioned on codes.

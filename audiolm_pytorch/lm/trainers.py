@@ -40,7 +40,7 @@ class StageTrainer:
     conditioners (`token_fingerprints`).
 
     Args:
-        transformer: The stage; trained in place.
+        transformer: Language model of the stage; trained in place.
         wav2vec: Semantic tokenizer; needed by a stage with semantic tokens. With shards, only its fingerprint is
             compared.
         codec: Codec; needed by a stage with acoustic tokens. With shards, only its fingerprint is compared.

@@ -59,7 +59,7 @@ class StageSource(ABC):
     """Training data of a stage. If a recording has several captions, each epoch uses the next caption.
 
     Args:
-        transformer: The stage.
+        transformer: Language model of the stage.
         audio_conditioner: Conditioner; needed by a stage that is conditioned on codes.
         text_prob: Probability that the codes of a recording with a caption are computed from the caption, not from the
             audio.
@@ -136,7 +136,7 @@ class WaveSource(StageSource):
 
     Args:
         items: The audio files.
-        transformer: The stage.
+        transformer: Language model of the stage.
         seconds: Duration of a crop; None = whole files.
         wav2vec: Semantic tokenizer; needed by a stage with semantic tokens.
         codec: Codec; needed by a stage with acoustic tokens.
@@ -265,7 +265,7 @@ class ShardSource(StageSource):
             evenly spread over the recording; `text_prob` needs `text_latents [k, d]`, of its k >= 0 captions; a
             `text_dim` needs `captions` (see `encode_texts`). Further conditions need embeddings `[d]` or `[m, d]` by
             name.
-        transformer: The stage. Its streams declare the rates of the tokens.
+        transformer: Language model of the stage. Its streams declare the rates of the tokens.
         seconds: Duration of a crop; None = whole records.
     """
 
