@@ -192,7 +192,7 @@ class MuLaNEmbedQuantizer(Conditioner):
         self._check_latents(latents)
         if not bool(self.fitted) and not self._has_warned:
             self._has_warned = True
-            logger.warning("the quantizer has random codebooks; call fit() before training with its codes")
+            logger.warning("the quantizer is not fitted and has random codebooks; call fit() before training")
         device = self.codebooks.device
         with torch.autocast(device_type=device.type, enabled=False):
             residual = self.centred(latents.to(device), modality).reshape(-1, latents.shape[-1])
