@@ -64,7 +64,7 @@ class CodecLossWeights:
         if min(asdict(self).values()) < 0 or not self.on_wave:
             raise ValueError(f"weights must be 0 or more, and mel, waveform or adversarial above 0; got {self}")
         if self.feature_matching and not self.adversarial:
-            raise ValueError("feature_matching > 0 needs adversarial > 0; otherwise the discriminators are not trained")
+            raise ValueError("feature_matching needs adversarial > 0; otherwise the discriminators are not trained")
 
     @property
     def reconstruction_only(self) -> "CodecLossWeights":
