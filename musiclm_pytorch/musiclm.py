@@ -112,9 +112,9 @@ class MusicLM(nn.Module):
             seed: First seed; the candidates use `seed`, `seed + 1`, ...; None = drawn from torch's global generator.
             seeds: One seed per candidate, instead of `seed`.
             num_levels: Condition only on the first `num_levels` levels of codes, on which text and audio agree more
-                often. Models trained with dropped levels do not need the last levels. None = default of the model.
-            max_batch: Number of candidates, of all texts together, in one batch; larger is faster and needs more
-                memory.
+                often. Models trained with quantizer dropout (random removal of the last quantizer levels) can also
+                generate without the last levels. None = default of the model.
+            max_batch: Number of candidates, of all texts together, in one batch; larger needs more memory.
             return_all: Whether to return all candidates with their scores.
             **generation: Further fields of `GenerationRequest`, e.g. `prime_wave` or `sampling`. Input waves and tokens
                 have 1 item, or 1 item per text.

@@ -86,7 +86,7 @@ def codec_report(
     """Encode clips, decode each from several numbers of codebook levels, and measure the distances to the original.
 
     Args:
-        clips: Waves `[c, n]` with the sample rate and channels of the codec. They are read once, one at a time.
+        clips: Waves `[c, n]` with the sample rate and channels of the codec. The clips are read once, one at a time.
         levels: Numbers of levels to decode from; each has a row in the report. None = all levels of the codec.
     """
     counts = [codec.check_num_levels(num_levels) for num_levels in levels]

@@ -46,7 +46,7 @@ def bootstrap_interval(
 
 @dataclass(frozen=True)
 class Metric:
-    """One measured number.
+    """Result of a measurement, with confidence interval and chance level.
 
     Attributes:
         name: What was measured, as `group / condition / measure`.

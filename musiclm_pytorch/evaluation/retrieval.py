@@ -51,8 +51,8 @@ class Retrieval:
     def chance_precision(self) -> float:
         """Expected average precision if the candidates are in random order.
 
-        If r of n candidates are relevant, rank k holds a relevant one with probability r / n. Of the k - 1 candidates
-        before it, (r - 1) / (n - 1) are relevant on average. The sum over ranks is divided by r.
+        If r of n candidates are relevant, rank k holds a relevant candidate with probability r / n. Of the k - 1
+        candidates before it, (r - 1) / (n - 1) are relevant on average. The sum over ranks is divided by r.
         """
         n = self.num_candidates
         harmonic = float((1 / np.arange(1, n + 1)).sum())
@@ -64,7 +64,7 @@ class Retrieval:
 def different_captions(captions: Sequence[Sequence[str]]) -> tuple[list[str], Tensor]:
     """List every caption once, with the clips that it describes.
 
-    A caption of several clips is one query with several right answers. As a candidate it is ranked once.
+    A caption of several clips is one query with several right answers. As a candidate, a caption is ranked once.
 
     Returns:
         The t different captions in the order of their first clips, and `[t, clips]` bool, which marks the clips of each
@@ -80,7 +80,7 @@ def different_captions(captions: Sequence[Sequence[str]]) -> tuple[list[str], Te
 
 @beartype
 def retrieval(similarities: Tensor, relevant: Tensor) -> Retrieval:
-    """Rank candidates for each query; those of larger similarity first. Tensors are `[t, c]`, queries by candidates.
+    """Rank candidates for each query, most similar first. Tensors are `[t, c]`, queries by candidates.
 
     Among equal similarities the relevant candidates rank last, so that a model with constant similarities retrieves
     nothing.

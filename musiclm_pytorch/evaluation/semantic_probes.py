@@ -66,7 +66,7 @@ class Features:
 
 @beartype
 def load_probe_clips(data: str | Path, min_seconds: float, limit: int, seed: int = 0) -> ProbeClips:
-    """Load clips of at least `min_seconds`, split as in `load_split`; at most `limit` random ones per side."""
+    """Load clips of at least `min_seconds`, split as in `load_split`; at most `limit` random clips per split."""
     rng = Random(seed)
     train, test = (rng.sample(side, min(limit, len(side))) for side in load_split(data, min_seconds=min_seconds))
     if not train or not test:
@@ -205,9 +205,9 @@ def kmeans_features(features: Features, num_clusters: int, seed: int = 0) -> Fea
 def probe(features: Features, clips: ProbeClips, label: str) -> Metric:
     """Train a linear classifier of a label on the training clips, and measure its accuracy on the held-out clips.
 
-    A text, number or boolean is a label of the clip. Its classifier receives the mean of the frames, or the frequencies
-    of the tokens. A list of events `[start_seconds, end_seconds, name]` is a label of frames, see `event_classes`.
-    Clips without the label are left out. Chance is the share of the most frequent held-out class.
+    Each field of a manifest entry whose value is a text, number or boolean is a label of the clip. The classifier of
+    a clip label receives mean frames or token frequencies. A list of events `[start_seconds, end_seconds, name]` is a
+    label of frames. Clips without the label are left out. Chance is the share of the most frequent held-out class.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -263,7 +263,7 @@ def _examples(
 
 @beartype
 def event_classes(events: Sequence[Any], num_frames: int, seconds_per_frame: float) -> np.ndarray:
-    """Event name `[f]` at the middle of each frame, "" without an event; of several events the one that started last.
+    """Event name `[f]` at the middle of each frame, "" without an event; if events overlap, the latest start counts.
 
     An event is `[start_seconds, end_seconds, name]`.
     """

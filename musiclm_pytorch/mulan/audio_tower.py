@@ -21,11 +21,11 @@ __all__ = ["AudioSpectrogramTransformer"]
 
 @register
 class AudioSpectrogramTransformer(nn.Module):
-    """Embeds clips: the mean of a transformer's outputs over patches of the log spectrogram.
+    """Embeds a clip as the mean of a transformer's outputs over the patches of the log spectrogram of the clip.
 
     The architecture is AST (arXiv:2104.01778) as in MuLan (arXiv:2208.12415, sec. 3.1), but for clips of any length.
-    Rotary positions encode the time of a patch, a learned embedding its frequency band, and a learned attention bias
-    the distance of two patches in time and frequency. Clips shorter than a patch are padded.
+    Rotary positions encode the time of a patch, and a learned embedding encodes its frequency band. A learned
+    attention bias depends on the distance of two patches in time and frequency. Clips shorter than a patch are padded.
 
     By default the front end is MuLan's: 128 mel bands, windows of 25 ms every 10 ms. If only `spec_n_fft` is set, the
     front end uses the linear bins of that Fourier transform.
@@ -33,13 +33,13 @@ class AudioSpectrogramTransformer(nn.Module):
     Args:
         patch_size: Side of a square patch, in bins and in frames.
         patch_stride: Bins and frames from one patch to the next (AST: 10); None = `patch_size`, no overlap.
-        num_mels: Mel bands; None = the linear bins of the Fourier transform; "auto" = 128, or None if only `spec_n_fft`
-            is set.
+        num_mels: Number of mel bands; None = the linear bins of the Fourier transform; "auto" = 128, or None if only
+            `spec_n_fft` is set.
         spec_n_fft: Length of the Fourier transform in samples; None = 64 ms.
         spec_win_length: Length of the window in samples; None = `spec_n_fft` if it is set, else 25 ms.
         spec_hop_length: Samples from one frame to the next; None = 2/5 of the window, which is 10 ms for 25 ms.
-        spec_aug_stretch_factor: In training, the speed of each clip is drawn between this and its inverse; 1 = off. Use
-            1 if captions distinguish fast and slow music.
+        spec_aug_stretch_factor: In training, the speed of each clip is drawn between this factor and its inverse;
+            1 = off. Use 1 if captions distinguish fast and slow music.
         spec_aug_freq_mask: In training, up to this fraction of the bins is masked; 0 = off.
         spec_aug_time_mask: In training, up to this fraction of the frames is masked; 0 = off.
         patch_dropout: Fraction of patches that are left out in training, which saves time (arXiv:2212.00794).

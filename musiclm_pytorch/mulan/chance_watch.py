@@ -17,7 +17,7 @@ _WINDOW_STEPS = 100
 class ChanceWatch:
     """Logs one warning if the mean loss of the last 100 steps is at least 98% of `chance`, the loss of guessing.
 
-    `TrainLoop(on_row=...)` calls it with each row of metrics. It starts 100 steps after the warm-up.
+    `TrainLoop(on_row=...)` calls it with each row of metrics. The check starts 100 steps after the warm-up.
     """
 
     def __init__(self, warmup_steps: int, phase: str) -> None:

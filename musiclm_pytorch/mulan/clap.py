@@ -45,8 +45,8 @@ _CLIPS_PER_CHUNK = 8
 class ClapSpectrogram:
     """Computes log-mel spectrograms (dB) of clips of up to `num_samples` like transformers' `ClapFeatureExtractor`.
 
-    A shorter clip is repeated a whole number of times and padded with zeros. The extractor's random crops of longer
-    clips are not supported, since a clip must always have the same embedding.
+    A clip shorter than `num_samples` is repeated a whole number of times and padded with zeros. The extractor's random
+    crops of longer clips are not supported, since a clip must always have the same embedding.
 
     Settings that `preprocessor_config.json` lacks have the defaults of the extractor.
     """
@@ -197,7 +197,7 @@ class ClapMuLaN(JointEmbedding):
 
     @beartype
     def tokenize(self, texts: str | Sequence[str] | Tensor) -> Tensor:
-        """Token ids `[b, t]` int64 of texts, with special tokens, -1 past the end; ids are checked and returned."""
+        """Token ids `[b, t]` int64 of texts, special tokens included, -1 past the end. Input ids are only checked."""
         return self._text.tokenize(texts)
 
     @torch.no_grad()

@@ -42,7 +42,7 @@ class EmbeddedClips:
         texts: The t different captions, or the prompts of the first label if the clips have no captions.
         similarities: `[t, c]` cosines of texts and clips.
         relevant: `[t, c]` bool, whether a text describes a clip.
-        prompted: For each of `tests`, the cosines `[c, classes]` of clips and its prompts.
+        prompted: For each of `tests`, the cosines `[c, classes]` of clips and the prompts of the test.
     """
 
     texts: list[str]
@@ -57,7 +57,7 @@ class EmbeddedClips:
 def held_out_items(data: str | Path, limit: int | None = None, seed: int = 0) -> list[AudioItem]:
     """Load the clips for evaluation (at most `limit` random ones) in the order of their manifest.
 
-    `data` is any source of `load_items`; of a folder with a `valid.jsonl`, only that file is read.
+    `data` is any source that `load_items` accepts; in a folder with a `valid.jsonl`, only that file is read.
     """
     data = Path(data)
     if limit is not None and limit < 2:
@@ -150,7 +150,7 @@ def text_classes(truth: Tensor, relevant: Tensor) -> Tensor:
 
 @beartype
 def top_clip_metrics(name: str, similarities: Tensor, relevant: Tensor, tests: Sequence[TagTest]) -> list[Metric]:
-    """Measure the balanced accuracy of each attribute of the clip that is nearest to a caption.
+    """Measure, for each label, the balanced accuracy of the class of the clip that is most similar to a caption.
 
     The right class is the class of the clips that the caption describes. Captions whose clips have no common class are
     left out, and so are labels with fewer than two classes. Chance is the result of selecting a random clip.

@@ -22,11 +22,11 @@ _RECALL_AT = (1, 5, 10)
 
 
 class HeldOutClips:
-    """Measures a joint embedding on the first captions and the labels of held-out clips.
+    """Evaluates a joint embedding on held-out clips, with the first caption and the labels of each clip.
 
     Args:
         dataset: Crops of the held-out clips; each item has a caption or aspects.
-        labels: Labels for zero-shot tagging; None = those that look like tags (see `tag_tests`).
+        labels: Labels for zero-shot tagging; None = all labels that look like tags (see `tag_tests`).
         max_batch: Number of clips, or of captions, that are embedded in one batch.
     """
 
@@ -96,7 +96,7 @@ class HeldOutClips:
 
 
 def _select_tests(tests: Sequence[TagTest], labels: Sequence[str] | None) -> list[TagTest]:
-    """Select the tests of some labels; all tests if `labels` is None."""
+    """Return the zero-shot tests of the given labels; all tests if `labels` is None."""
     by_label = {test.label: test for test in tests}
     unknown = sorted(set(labels or ()) - set(by_label))
     if unknown:

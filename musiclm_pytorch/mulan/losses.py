@@ -120,7 +120,7 @@ class SoftmaxContrastiveLearning(ContrastiveLoss):
 
     Args:
         decoupled: Whether to leave the matching pair out of the denominator (arXiv:2110.06848, eq. 5), which helps
-            small batches. The loss of an item without contrasts is then 0.
+            small batches. Then a clip or text without non-matching pairs has loss 0.
     """
 
     @beartype

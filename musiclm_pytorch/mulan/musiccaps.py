@@ -76,7 +76,7 @@ class MusicCapsItems:
 
     @beartype
     def split(self, column: str) -> tuple[list[AudioItem], list[AudioItem]]:
-        """Split the items into those for which a column of the table is False and those for which it is True.
+        """Split the items into items with False and items with True in a boolean column of the table.
 
         The published table has `is_audioset_eval` and `is_balanced_subset` (1,000 clips balanced over genres).
         """
@@ -131,7 +131,7 @@ def _entry(clip: CaptionedClip, path: Path) -> ItemEntry:
 
 
 def _without_whole_videos(report: ItemReport, clips: Path) -> tuple[list[AudioItem], list[Rejected]]:
-    """Split into usable and rejected clips; a file that is much longer than the described part is rejected."""
+    """Separate usable from rejected clips; a file that is much longer than the described part is rejected."""
     items: list[AudioItem] = []
     whole: list[Rejected] = []
     for item in report.items:
@@ -238,6 +238,6 @@ def _plain(seconds: float) -> str:
 
 
 def _list_names(names: Sequence[str]) -> str:
-    """Join the first names into one line, with the number of the others."""
+    """Join the first names into one line, and append the number of names that are left out."""
     more = len(names) - _MAX_NAMES_IN_LOG
     return ", ".join(names[:_MAX_NAMES_IN_LOG]) + (f" and {more} more" if more > 0 else "")

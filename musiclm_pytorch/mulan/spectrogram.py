@@ -37,7 +37,7 @@ class LogSpectrogram(nn.Module):
             self.mel = MelSpectrogram(sample_hz=sample_hz, num_mels=num_mels, center=False, **sizes)
 
     def forward(self, wavs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute spectrograms `[b, bins, f]` (natural log, float32) of waves `[b, n]`, and their frames `[b]`."""
+        """Compute spectrograms `[b, bins, f]` (natural log, float32) of waves `[b, n]`, and the frame counts `[b]`."""
         num_frames = (lengths + self.hop_length - 1) // self.hop_length  # the last one may be partly filled
         with torch.autocast(device_type=wavs.device.type, enabled=False):
             real = torch.arange(wavs.shape[-1], device=wavs.device) < lengths.unsqueeze(-1)

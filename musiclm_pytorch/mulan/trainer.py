@@ -156,9 +156,9 @@ class MuLaNTrainer:
         items: Training items and held-out items, instead of `folder`. Items without a caption are left out.
         batch_size: Clips per step and process, which are contrasted with each other.
         seconds: Length of the crops; shorter files are used whole.
-        captions: Selects the texts of a clip. None = one caption, in each epoch the next of the clip.
+        captions: Selects the texts of a clip. None = one caption per epoch, in turn.
         chunk_size: Number of clips, and of texts, that are embedded at a time; see `MuLaN.forward`.
-        labels: Labels of the held-out files for zero-shot tagging. None = those that look like tags.
+        labels: Labels of the held-out files for zero-shot tagging. None = all labels that look like tags.
         valid_fraction: Share of the files that are held out if the folder has no `valid.jsonl`.
         results_folder: Folder of checkpoints and metrics, and finally of the model (`results_folder/mulan`).
         **settings: Further fields of `LoopSettings`.

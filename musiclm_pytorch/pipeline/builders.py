@@ -51,7 +51,7 @@ def build_codec(preset: Preset) -> SoundStream:
 
 @beartype
 def build_semantic_encoder(preset: Preset) -> BestRQEncoder:
-    """Build the semantic encoder; 10 ms must be a whole number of samples, and a token a multiple of 10 ms."""
+    """Build the semantic encoder; 10 ms must be a whole number of samples. A token must last a multiple of 10 ms."""
     s = preset.semantic_tokenizer
     return BestRQEncoder(
         **s.sizes,

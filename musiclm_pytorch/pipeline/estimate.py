@@ -28,7 +28,7 @@ _BYTES_PER_TOKEN = 2
 
 @dataclass(frozen=True)
 class StepEstimate:
-    """Estimate of one step. Steps that are done and pretrained parts need no time."""
+    """Estimated cost of one pipeline step. Steps that are done and pretrained parts need no time."""
 
     step: str
     num_parameters: int = 0
@@ -39,7 +39,7 @@ class StepEstimate:
 
 @beartype
 def estimate(pipeline: Pipeline, step: str = "all") -> str:
-    """Return `estimate_steps` as a table."""
+    """Format the result of `estimate_steps` as a table."""
     rows = estimate_steps(pipeline, step)
     totals = {name: sum(getattr(row, name) for row in rows) for name in vars(rows[0]) if name != "step"}
     lines = [f"{'step':20}{'parameters':>12}{'tokens':>15}{'disk':>14}{'time':>12}"]
@@ -58,7 +58,7 @@ def estimate(pipeline: Pipeline, step: str = "all") -> str:
 
 @beartype
 def estimate_steps(pipeline: Pipeline, step: str = "all") -> list[StepEstimate]:
-    """Estimate one step, or all. Nothing is written."""
+    """Estimate the cost of one pipeline step, or of all steps, without writing files."""
     check_step(step)
     with preserve_rng():
         probe = _Probe(pipeline)
@@ -66,7 +66,7 @@ def estimate_steps(pipeline: Pipeline, step: str = "all") -> list[StepEstimate]:
 
 
 class _Probe:
-    """Estimates steps with the pretrained parts of a pipeline, and with untrained ones for the others."""
+    """Estimates steps with the pretrained parts of a pipeline, and with untrained modules for all other parts."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self.pipeline, self.preset, self.device = pipeline, pipeline.preset, pipeline.accelerator.device
@@ -111,7 +111,7 @@ class _Probe:
         return StepEstimate(step, num_parameters, num_tokens, num_parameters * _BYTES_PER_PARAMETER, seconds)
 
     def _tokenizer_or_mulan(self, step: str, config: Any, num_crops: int) -> tuple[nn.Module, float, Any]:
-        """The module, tokens in a second of audio, and the loss on a batch of crops."""
+        """Return the module, tokens per second of audio, and a function that computes the loss on a batch of crops."""
         preset, items = replace(self.preset, **{step.replace("-", "_"): config}), self.pipeline.items
         loop: dict[str, Any] = dict(results_folder=self.pipeline.out / step, seed=self.pipeline.seed)
         trainer: Any
@@ -130,7 +130,7 @@ class _Probe:
         return task.module, token_hz, lambda: task.phases[0].loss(to_device(task.batch(indices), self.device), 0).loss
 
     def _stage(self, step: str, config: Any, num_crops: int) -> tuple[nn.Module, float, Any]:
-        """As `_tokenizer_or_mulan`, with random tokens and conditions."""
+        """Return the values that `_tokenizer_or_mulan` returns, for a language model, random tokens and conditions."""
         codec, tokenizer, device, seconds = self.codec, self.tokenizer, self.device, config.run.seconds
         transformer = build_stage(self.preset, step, codec=codec, tokenizer=tokenizer).to(device)
         semantic = (num_crops, max(1, int(seconds * _frame_hz(tokenizer))))
@@ -176,7 +176,7 @@ class _Probe:
         return StepEstimate(step, 0, num_tokens, disk_bytes, seconds)
 
     def _seconds(self, step: str, work: Callable[[], None]) -> float:
-        """Shortest of three times of some work, 0 for a step that is done."""
+        """Shortest duration of three calls of a function; 0 for a step that is done."""
         if self.pipeline.is_done(step):
             return 0.0
         seconds = []

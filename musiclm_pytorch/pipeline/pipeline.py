@@ -77,7 +77,7 @@ def check_step(step: str) -> None:
 
 
 class Pipeline:
-    """A run of all steps over one folder of audio, in one output folder. Only `run` and `assemble` write.
+    """A run of all steps over one folder of audio, in one output folder. Only `run` and `assemble` write files.
 
     Each step writes its result to `OUT/<step>/model`, except for the tokens in `OUT/tokens`. The assembled model is in
     `OUT/model`.

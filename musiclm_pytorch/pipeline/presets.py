@@ -121,7 +121,7 @@ class StageConfig(TransformerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """Settings of a model. The coarse stage predicts `num_coarse_quantizers` levels, the fine stage the others."""
+    """All settings of a model. The coarse stage predicts the first `num_coarse_quantizers` levels of the codec."""
 
     name: str
     codec: CodecConfig

@@ -21,7 +21,7 @@ _MAX_SHOWN = 3
 
 @beartype
 def check_run_folder(folder: Path, facts: Mapping[str, Any], write: bool = True) -> None:
-    """Write the settings of a new run (`facts`, JSON-able) into its folder, or check that its run has the same."""
+    """Write the settings `facts` of a run into its new folder, or check that they equal the settings in the folder."""
     facts = json.loads(json.dumps({"format_version": _FORMAT_VERSION, **facts}))
     file = folder / _RUN_FILE
     if not file.is_file():

@@ -92,7 +92,7 @@ def export_musiclm(run: str | Path, out: str | Path, settings: Mapping[str, Any]
 def save_parts(
     folder: str | Path, parts: Mapping[str, nn.Module], about: Mapping[str, Any], dtype: torch.dtype | None = None
 ) -> list[Path]:
-    """Write a model folder and return its files. `musiclm.json` is written last, so only a complete model has it.
+    """Write a model folder and return its files. `musiclm.json` is written last, so only a complete folder contains it.
 
     Args:
         parts: The module of each part in `PARTS`.
@@ -114,7 +114,7 @@ def save_parts(
 
 @beartype
 def exact_dtype(module: nn.Module, dtype: torch.dtype, *, but: Sequence[str] = ()) -> torch.dtype | None:
-    """Return `dtype` if it stores all weights of a module, except submodules `but`, without rounding; else None."""
+    """Return `dtype` if it represents all weights of a module, outside the submodules `but`, exactly; else None."""
     weights = {name: weight for name, weight in weights_of(module).items() if name.partition(".")[0] not in but}
     floats = [weight for weight in weights.values() if weight.is_floating_point()]
     return dtype if all(torch.equal(weight.to(dtype).to(weight.dtype), weight) for weight in floats) else None
@@ -122,7 +122,7 @@ def exact_dtype(module: nn.Module, dtype: torch.dtype, *, but: Sequence[str] = (
 
 @beartype
 def model_folder(name_or_folder: str | Path) -> Path:
-    """Find the model folder of a model, of a finished run, or of a bundled model by its name."""
+    """Find a model folder by its path, the folder of a finished run, or the name of a bundled model."""
     path = Path(name_or_folder)
     for folder in (path, path / "model"):
         if (folder / CARD).is_file():

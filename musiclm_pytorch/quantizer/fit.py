@@ -155,7 +155,7 @@ class _Latents(NamedTuple):
 
 
 def _draw_windows(mulan: JointEmbedding, items: Sequence[AudioItem], limit: int, seed: int) -> list[np.ndarray]:
-    """Select the windows of every file that are embedded (their numbers in order); at most `limit` in total."""
+    """Choose which windows of each file to embed, at most `limit` over all files; return ascending indices per file."""
     window, stride = mulan.window_samples, mulan.window_stride_samples
     lengths = [-(-item.num_samples * mulan.sample_hz // item.sample_hz) for item in items]
     counts = np.array([1 + max(0, length - window) // stride for length in lengths])

@@ -29,9 +29,9 @@ class Alignment(NamedTuple):
 def align_texts(audio: Tensor, text: Tensor, clip_index: Tensor) -> Alignment:
     """Learn the alignment from audio latents `[n, d]`, text latents `[k, d]` and the audio row `[k]` of each text.
 
-    Each modality has its own mean. Text latents are scaled to the spread of audio latents, because the codebooks are
-    fitted to audio, and a ridge regression maps them to their audio. It is regularised towards the scaling alone, not
-    towards zero; otherwise few pairs would move all texts to the mean.
+    A ridge regression maps centred text latents to the centred latents of their audio. With few pairs, the
+    regularisation pulls the linear map towards a plain scaling, not towards zero. The mapped text latents have the
+    variance of the audio latents, because the quantizer's codebooks are fitted to audio latents.
     """
     if (
         not len(text)
