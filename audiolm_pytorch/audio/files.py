@@ -24,7 +24,7 @@ __all__ = ["decoded_info", "peak_safe", "read_audio", "write_audio"]
 
 @beartype
 def decoded_info(path: str | Path) -> AudioInfo:
-    """Decode an audio file block by block; return its rate, channels and decoded samples (its header can be wrong).
+    """Decode an audio file, because its header can be wrong; return sample rate, length and number of channels.
 
     Raises:
         ValueError: If the file cannot be decoded, is damaged or empty, or holds NaN or infinite samples.
@@ -98,7 +98,7 @@ def write_audio(path: str | Path, wave: Tensor, sample_hz: int) -> None:
 
     Args:
         path: File name ending in .wav (16-bit), .flac (16-bit) or .ogg (Vorbis). Missing folders are created.
-        wave: Samples in -1..1; samples outside are clipped; `peak_safe` scales them instead.
+        wave: Samples in -1..1. Larger samples are clipped; scale the wave with `peak_safe` to avoid clipping.
 
     Raises:
         ValueError: If the suffix or the shape is not supported, a sample is not finite, or the format does not support

@@ -69,7 +69,7 @@ def mel_edges(
 def triangular_filters(edges_hz: "np.ndarray[Any, Any]", sample_hz: int, n_fft: int) -> "np.ndarray[Any, Any]":
     """Build triangular filters over FFT bins; filter i rises from edge i to edge i + 1 and falls to edge i + 2.
 
-    The edges `[m + 2]` must ascend. The filters `[m, n_fft // 2 + 1]` are float64. The peak of each triangle is 1; it
+    The edges `[m + 2]` must ascend. The filters `[m, n_fft // 2 + 1]` are float64. The peak of each triangle is 1 and
     may lie between two bins.
     """
     lower, centre, upper = (rearrange(edges_hz[i : len(edges_hz) - 2 + i], "m -> m 1") for i in range(3))

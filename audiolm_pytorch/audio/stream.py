@@ -109,7 +109,7 @@ class AudioSource:
         self.num_samples = resampled_length(self.info.num_samples, self.info.sample_hz, self.sample_hz)
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Yield the blocks, each with at least one sample."""
+        """Yield the blocks of the audio file, each with at least one sample."""
         resampler = StreamingResampler(self.info.sample_hz, self.sample_hz, self.channels)
         num_samples = 0
         with open_sound(self.path) as file:
@@ -146,8 +146,8 @@ class AudioWriter:
         path: File name ending in .wav (16-bit), .flac (16-bit) or .ogg (Vorbis).
 
     Raises:
-        ValueError: If the suffix is not supported. Later, if a sample is not finite, the format does not support the
-            sample rate or the number of channels, or no samples were written.
+        ValueError: If the suffix is not supported. While writing, if a sample is not finite, the format does not
+            support the sample rate or the number of channels, or no samples were written.
     """
 
     @beartype
@@ -167,7 +167,7 @@ class AudioWriter:
 
     @beartype
     def write(self, wave: Tensor) -> None:
-        """Append `wave [c, n]` in -1..1; samples outside are clipped."""
+        """Append `wave [c, n]` to the file; samples outside -1..1 are clipped."""
         samples = wave.detach().to("cpu", torch.float32).numpy()
         check_finite(samples, self.path)
         columns = rearrange(samples, "c n -> n c")

@@ -33,7 +33,7 @@ def exact_div(a: int, b: int, what: str) -> int:
 
 @beartype
 def samples_in(seconds: float | int | Fraction, sample_hz: int) -> int:
-    """Number of samples in a duration; raise a ValueError if it is not whole (to 1e-6 samples)."""
+    """Number of samples in a duration; raise a ValueError if it is not an integer (to 1e-6 samples)."""
     _check(float(seconds), "seconds", sample_hz=sample_hz)
     exact_samples = Fraction(seconds) * sample_hz
     num_samples = round(exact_samples)
@@ -58,12 +58,12 @@ def samples_covering(seconds: float | int | Fraction, multiple_samples: int, sam
 
 @beartype
 def frames_covering(num_samples: int, samples_per_frame: int) -> int:
-    """Number of frames that cover a length, rounded up."""
+    """Number of frames that cover `num_samples` samples, rounded up."""
     _check(num_samples, "num_samples", samples_per_frame=samples_per_frame)
     return -(-num_samples // samples_per_frame)
 
 
 @beartype
 def frames_inside(seconds: float | int | Fraction, rate_hz: int | Fraction) -> int:
-    """Number of whole frames in a duration; a last frame that lacks at most 1e-6 of its length counts."""
+    """Number of whole frames in a duration; the last one may lack up to 1e-6 of its length."""
     return int(seconds * rate_hz + Fraction(1, 10**6))

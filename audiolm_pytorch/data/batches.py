@@ -57,7 +57,7 @@ class BatchPlan:
 class CropBatch:
     """Crops of several files, padded with zeros to the longest crop.
 
-    `waves` (`[b, n]` each) and `lengths` (`[b]` samples each) are keyed by the sample rate in Hz. `ends_file` is `[b]`.
+    `waves` (`[b, n]`) and `lengths` (`[b]`, samples) are keyed by the sample rate in Hz. `ends_file` is `[b]` bool.
     """
 
     waves: dict[int, Tensor]

@@ -34,7 +34,7 @@ def texts_in(value: Any) -> list[str]:
 
 
 def _leaves(value: Any) -> list[Any]:
-    """Yield the value itself, or the entries of a list or dict and of the lists directly inside it."""
+    """List a value that is no list or dict, or the entries of a list or dict and of lists directly inside it."""
     if not isinstance(value, list | tuple | dict):
         return [value]
     entries = value.values() if isinstance(value, dict) else value
@@ -43,7 +43,7 @@ def _leaves(value: Any) -> list[Any]:
 
 @beartype
 def is_encodable(text: str) -> bool:
-    """Return whether a text can be encoded as UTF-8; JSON may hold half of a surrogate pair, which cannot."""
+    """Return whether a text can be encoded as UTF-8; a text with a lone half of a surrogate pair cannot be encoded."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
@@ -132,7 +132,7 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def _decoded(data: bytes) -> str:
-    """Decode UTF-8, with or without a byte order mark."""
+    """Decode UTF-8 bytes, with or without a byte order mark."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -38,10 +38,10 @@ class CropDataset:
         seconds: Length of a crop; shorter files are returned whole. None returns whole files.
         rates_hz: Sample rates of the crops, multiples of 25 Hz.
         cache_bytes: Memory for decoded audio (16-bit at the highest rate). The first files that fit are cached; all
-            others are read from disk for every crop. The choice depends on the list of files only, so that a resumed
-            run has identical data.
-        channels: Number of channels of a crop. 1 averages the channels of a file. Otherwise files need this number of
-            channels or are mono; a mono channel is repeated.
+            other files are read from disk for every crop. The choice of cached files depends only on the list of files,
+            so that a resumed run has identical data.
+        channels: Number of channels of a crop. 1 averages the channels of a file. With another number, a file must have
+            this number of channels or be mono; a mono channel is repeated.
     """
 
     @beartype
@@ -113,7 +113,7 @@ class CropDataset:
         }
 
     def _decoded(self, index: int, start: int, stop: int) -> Tensor:
-        """Return samples `start <= i < stop` of a file at the decoded rate, `[n]` or `[c, n]`; fewer at its end."""
+        """Return samples `start <= i < stop` of a file at the decoded rate, `[n]` or `[c, n]`; fewer at the end."""
         item, hz = self.items[index], self._decode_hz
         stop = min(stop, self._lengths[index])
         if index >= self._num_cached:

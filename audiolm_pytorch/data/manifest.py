@@ -94,7 +94,7 @@ def load_items(source: str | Path, min_seconds: float | int = 0.0) -> ItemReport
 
     Returns:
         Usable and rejected files. The rejected files are logged in a warning, and so are caption files that cannot be
-        read; audio files are used without them. If no audio file can be used, a ValueError is raised.
+        read; audio files are used without these caption files. If no audio file can be used, a ValueError is raised.
     """
     source = Path(source)
     manifest: Path | None = source
@@ -298,7 +298,7 @@ def training_items(
     If there are no validation items, the training items are also used for validation.
 
     Args:
-        min_seconds: Length of a token. Shorter files in a folder are left out; shorter loaded items raise a ValueError.
+        min_seconds: Token duration. Shorter files in a folder are left out; shorter loaded items raise a ValueError.
     """
     check_one_source(folder, items)
     train, valid = items if items is not None else load_split(folder or "", min_seconds=min_seconds)

@@ -109,7 +109,7 @@ def _integer_type(array: np.ndarray, number: int, name: str) -> type:
 
 
 def _write_chunk(chunk: Path, records: list[Record], first: int) -> None:
-    """Write a chunk to a temporary folder and rename it; if several processes write it, the first result is kept."""
+    """Write a chunk to a temporary folder, then rename the folder; a chunk that another process stored is kept."""
     fields = {}
     partial = chunk.with_name(f".{chunk.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -246,7 +246,7 @@ class TokenShards:
 
 
 def _load(path: Path) -> np.ndarray:
-    """Memory-map an array from a file; an empty array, which cannot be mapped, is read."""
+    """Memory-map an array from a file; an empty array cannot be mapped and is read instead."""
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError:

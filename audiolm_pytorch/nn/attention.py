@@ -26,7 +26,7 @@ _PLAIN_PRODUCT_MAX_ROWS = 1024
 
 @dataclass(frozen=True, eq=False)
 class AttentionContext:
-    """Positions, masks, cache and states for the attention of a transformer, equal in all blocks.
+    """Positions, masks, cache and states for the attention of a transformer; all blocks share them.
 
     Attributes:
         angles: Cosines and sines of rotary positions, `[b or 1, n, dim_head]` each; None = no rotary positions.
@@ -148,7 +148,7 @@ class CrossAttention(nn.Module):
         self.to_out = Projection(heads * dim_head, dim)
 
     def forward(self, x: Tensor, context: AttentionContext, layer: int = 0) -> Tensor:
-        """Attend from rows `[b, n, d]` to the states of `context`, or to those that its cache stored first."""
+        """Attend from rows `[b, n, d]` to conditioning states: those of `context` or, if cached, of the cache."""
         if context.states is not None:
             kv = rearrange(self.to_kv(context.states).to(x.dtype), "b s (two h d) -> two b h s d", two=2, h=self.heads)
             keys, values = kv[0].contiguous(), kv[1].contiguous()

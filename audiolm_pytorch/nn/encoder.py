@@ -21,8 +21,8 @@ class WavePositionBias(nn.Module):
     A dynamic position bias (CrossFormer, arXiv:2108.00154, sec. 3.3) evaluates a small network for every pair of
     tokens. Here the function is a sum of cosine waves with learned amplitudes, frequencies and phases,
     `bias(p - q) = sum_r a_r cos(f_r (p - q) + o_r)`. Because `cos(x - y) = cos x cos y + sin x sin y`, it is an inner
-    product of a vector of the query and a vector of the key. It therefore needs `2 num_waves` more values per head
-    instead of a matrix of all pairs, works in fused attention, and items can have other positions (dropped patches).
+    product of a vector of the query and a vector of the key. The bias therefore needs `2 num_waves` more values per
+    head, not a matrix of all pairs, works in fused attention, and allows other positions per item (dropped patches).
     """
 
     @beartype
@@ -55,7 +55,7 @@ class WavePositionBias(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class _AttentionContext:
-    """Masks and position factors of attention, equal in all blocks.
+    """Masks and position factors of attention; all blocks of an encoder share them.
 
     Attributes:
         key_mask: `[b, 1, 1, t]` bool, False at padding; None = no padding.
@@ -158,7 +158,7 @@ class TransformerEncoder(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """Draw normal weights; those of branch outputs are smaller in deeper encoders, so that sums start near 1."""
+        """Draw normal weights; weights of branch outputs are smaller in deeper encoders, to limit residual sums."""
         for name, parameter in self.blocks.named_parameters():
             if parameter.ndim == 2:
                 scale = (2 * self.depth) ** -0.5 if name.endswith(("to_out.weight", "down.weight")) else 1.0

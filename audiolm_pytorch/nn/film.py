@@ -15,8 +15,8 @@ __all__ = ["FiLM"]
 class FiLM(nn.Module):
     """Scale and shift of each channel, selected by a denoising flag (SoundStream, arXiv 2107.03312, section III-F).
 
-    SoundStream applies it between encoder and quantizer, so that the codes describe the sound without noise. Before
-    training, the frames do not change for either value of the flag.
+    SoundStream applies FiLM between encoder and quantizer, so that the codes describe the sound without noise. Before
+    training, FiLM returns the frames unchanged for both values of the flag.
     """
 
     @beartype

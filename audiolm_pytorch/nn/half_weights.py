@@ -20,12 +20,12 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 def with_half_weights(model: ModuleT) -> ModuleT:
     """Return a copy of a model for decoding, in eval mode and with bfloat16 weights.
 
-    The copy needs half the memory. It is faster if reading the weights takes most of the time. On a CPU, the weights of
-    projections are also stored in the layout of oneDNN. For one row, 512 x 2730 weights and two cores, a projection
-    takes 30 us in this layout, 86 us in bfloat16 in the layout of torch, and 95 us in float32. On a CPU, norms, sums of
-    branches and attention stay in float32, because this is faster.
+    The copy needs half the memory of the model. The copy is faster if reading the weights takes most of the time. On a
+    CPU, the weights of projections are also stored in the layout of oneDNN. For one row, 512 x 2730 weights and two
+    cores, a projection takes 30 us in this layout, 86 us in bfloat16 in the layout of torch, and 95 us in float32. On a
+    CPU, norms, sums of branches and attention stay in float32, because this is faster.
 
-    The copy cannot be trained. On a CPU it cannot be saved or moved to another device either; both raise a ValueError.
+    The copy cannot be trained. On a CPU, saving the copy or moving it to another device raises a ValueError.
     """
     half = copy.deepcopy(model).to(torch.bfloat16).eval().requires_grad_(False)
     if device_of(half).type == "cpu" and torch.backends.mkldnn.is_available() and _can_pack():
@@ -48,7 +48,7 @@ def _unsupported(action: str) -> ValueError:
 
 
 class _PackedProjection(nn.Module):
-    """A projection whose weights are in the layout of oneDNN; only operators of oneDNN can read this tensor."""
+    """A projection whose weights are in the layout of oneDNN; only operators of oneDNN can read these weights."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()

@@ -46,7 +46,7 @@ def nearest_centroid(points: Tensor, centroids: Tensor) -> Tensor:
 
 
 class VectorSource(Protocol):
-    """A collection of vectors that are read in portions, because they can exceed the memory."""
+    """A collection of vectors, read in portions because all vectors together can exceed the memory."""
 
     @property
     def num_vectors(self) -> int:
@@ -56,7 +56,7 @@ class VectorSource(Protocol):
     def portions(self, order: tuple[int, ...] | None = None) -> Iterator[np.ndarray]:
         """Yield all vectors in portions `[m, d]` float32, which the caller may modify.
 
-        `order` is the seed of a random order. None selects the order in which the vectors are stored.
+        `order` is the seed for shuffling the vectors. None yields the vectors in their stored order.
         """
         ...
 
@@ -189,7 +189,7 @@ class ClusterUsage:
 
     @classmethod
     def of(cls, source: VectorSource, centroids: np.ndarray) -> "ClusterUsage":
-        """Assign every vector to the nearest of `centroids [k, d]`, and compute the usage."""
+        """Assign every vector to the nearest of `centroids [k, d]`, and compute the cluster usage."""
         table = torch.from_numpy(centroids)
         counts = torch.zeros(len(table), dtype=torch.int64)
         error = spread = 0.0

@@ -1,4 +1,4 @@
-"""Cache of attention keys and values; decoding writes into it in place."""
+"""Cache of attention keys and values; decoding writes into the cache in place."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ __all__ = ["CachePositions", "KVCache", "visible_positions"]
 
 @dataclass(frozen=True)
 class CachePositions:
-    """Cache positions of the rows that one call of a transformer adds; they can differ between items.
+    """Cache positions of the rows that one call of a transformer adds; items can have different positions.
 
     Attributes:
         positions: `[b, n]` int64, position of each row in the sequence of the item.
@@ -83,7 +83,7 @@ class KVCache:
         self.num_prefix = 0
 
     def write(self, layer: int, keys: Tensor, values: Tensor, cache_positions: CachePositions) -> tuple[Tensor, Tensor]:
-        """Store keys and values `[b, g, n, d]` of a layer; return all keys and values of the layer, not copied."""
+        """Store keys and values `[b, g, n, d]` of a layer; return all keys and values of the layer, without a copy."""
         for cached, new in ((self.keys[layer], keys), (self.values[layer], values)):
             if cache_positions.start is not None:
                 cached[:, :, cache_positions.start : cache_positions.extent] = new

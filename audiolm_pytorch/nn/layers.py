@@ -37,7 +37,7 @@ class Projection(nn.Linear):
 
 
 def _is_differentiated_eagerly() -> bool:
-    """Whether to use the backward passes of this file; torch.compile cannot trace them and has faster ones."""
+    """Whether to use the backward passes of this file; torch.compile has its own."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
@@ -170,8 +170,8 @@ class RelativePositions(nn.Module):
     """Learned bias for causal attention by the distance from row to key (T5, arXiv:1910.10683, sec. 2.1).
 
     Distances are grouped into buckets; all distances in a bucket share a bias per head. Half of the buckets contain one
-    distance each, the others contain logarithmically growing ranges. As in T5, there are 32 buckets, and the last one
-    contains all distances from 128 on.
+    distance each, the other buckets contain logarithmically growing ranges. As in T5, there are 32 buckets, and the
+    last one contains all distances from 128 on.
     """
 
     num_buckets = 32

@@ -22,7 +22,7 @@ class LocalAttention(nn.Module):
 
     Args:
         dim: Width of input and output.
-        window: Number of frames to which a frame attends, including itself.
+        window: Number of frames to which each frame attends; the frame itself is included.
         heads: Number of heads of width 64; None = `dim // 64`.
     """
 

@@ -11,7 +11,7 @@ __all__ = ["device_of", "eval_mode"]
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Device of the first parameter or buffer of a module; the CPU if it has neither."""
+    """Device of the first parameter or buffer of a module; the CPU if the module has none."""
     tensors = chain(module.parameters(), module.buffers())
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
 

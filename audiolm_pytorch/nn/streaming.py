@@ -28,8 +28,8 @@ class StreamState:
 class FrameStream:
     """Runs a network on chunks of whole frames and returns the frames that later input cannot change.
 
-    A network with look-ahead runs on each chunk together with `reach_frames` neighbouring frames on both sides, and
-    their outputs are dropped. A causal network has `reach_frames = 0` and stores its past inputs in a `StreamState`.
+    A network with look-ahead runs on each chunk together with `reach_frames` neighbouring frames on both sides; outputs
+    of neighbours are dropped. A causal network has `reach_frames = 0` and stores its past inputs in a `StreamState`.
 
     Args:
         run: Function `(chunk, first_frame) -> output` that runs the network. The output has as many frames as the
@@ -39,7 +39,7 @@ class FrameStream:
         out_axis: Time axis of the output, 1 for `[b, f, width]` and -1 for `[b, width, n]`.
         out_steps: Output steps per frame.
         out_width: Width of the output.
-        reach_frames: Number of frames before and after an output frame on which it depends.
+        reach_frames: Each output frame depends on this number of frames before it and after it.
         budget_frames: Largest number of new frames per run, summed over the batch; limits the memory.
     """
 
@@ -78,7 +78,7 @@ class FrameStream:
         return self.push_last(self._pending.narrow(self._in_axis, 0, 0))
 
     def max_frames(self, batch: int) -> int:
-        """Largest number of new frames per run; at least 8 times the reach, so that few frames are computed twice."""
+        """Largest number of new frames per run; at least `8 * reach_frames`, to compute few frames twice."""
         return max(1, 8 * self._reach, self._budget // max(1, batch))
 
     @torch.no_grad()

@@ -23,11 +23,11 @@ class ConditionTensors:
     """Conditioning inputs of a transformer as tensors. Attention ignores their padding.
 
     Attributes:
-        prefix: `[b, m, d]` embeddings in front of the rows, with padding in front; None = no prefix.
+        prefix: `[b, m, d]` embeddings in front of the rows, padded on the left; None = no prefix.
         prefix_padding: `[b]` int64, number of padding embeddings in `prefix`; None = no padding.
-        states: `[b, s, d]` states for cross-attention, with padding at the end; None = no states.
+        states: `[b, s, d]` states for cross-attention, padded on the right; None = no states.
         states_mask: `[b, s]` bool, False at padding; at least one state of each item is not padding.
-        row_sums: `[b, r, d]`, added to the first r rows, the last one also to all rows after them; None = no sum.
+        row_sums: `[b, r, d]`, added to the first r rows; the last one is also added to later rows. None = no sum.
     """
 
     prefix: Tensor | None = None
@@ -64,7 +64,7 @@ class _Block(nn.Module):
         return x + self._dropped(self.feed_forward(self.feed_forward_norm(x)))
 
     def _dropped(self, branch: Tensor) -> Tensor:
-        """Apply dropout. Skip the module in eval mode, where its calls would take 5 % of the time of a decoded row."""
+        """Apply dropout. Skip it in eval mode, where calls of dropout modules would take 5 % of the decoding time."""
         return self.dropout(branch) if self.training and self.dropout.p > 0 else branch
 
 
@@ -218,7 +218,7 @@ class Transformer(nn.Module):
         )
 
     def _forgotten(self, x: Tensor, num_prefix: int) -> Tensor | None:
-        """Draw the keys to hide, `[b, 1, n, n]` bool; never the prefix, the first row, or a row from itself."""
+        """Draw the keys to hide, `[b, 1, n, n]` bool; the prefix, the first row and a row itself stay visible."""
         if not self.training or self.forget_prob == 0:
             return None
         batch, num_rows, _ = x.shape
@@ -232,7 +232,7 @@ class Transformer(nn.Module):
 def _with_row_sums(
     x: Tensor, conditions: ConditionTensors, cache: KVCache | None, cache_positions: CachePositions | None
 ) -> Tensor:
-    """Add the embeddings of conditions to rows `[b, n, d]`; the cache keeps them for the next rows."""
+    """Add the embeddings of conditions to rows `[b, n, d]`; the cache stores the embeddings for the next rows."""
     sums = conditions.row_sums
     if cache is not None:
         if sums is not None:

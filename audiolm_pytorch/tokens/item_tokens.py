@@ -12,7 +12,7 @@ __all__ = ["ItemTokens", "items_of_streams", "padded"]
 
 
 class ItemTokens:
-    """The known tokens of one stream, item by item. Old frames can be dropped; later frames keep their numbers.
+    """The known tokens of one stream, item by item. Old frames can be dropped; other frames keep their indices.
 
     Args:
         items: Tokens `[f_i, levels]` of each item i.
@@ -51,7 +51,7 @@ class ItemTokens:
         return padded(parts), torch.tensor([len(tokens) for tokens in parts])
 
     def forget_before(self, frame: int) -> None:
-        """Drop the frames before `frame`, but keep the last frame of each item, because `between` may repeat it."""
+        """Drop the frames before `frame`, but keep each item's last frame, because `between` may repeat that frame."""
         for item, (first, tokens) in enumerate(zip(self._first, self._items)):
             dropped = min(frame, first + len(tokens) - 1) - first
             if dropped > 0:

@@ -81,7 +81,7 @@ class TokenLayout:
 
     @property
     def has_row_per_frame(self) -> bool:
-        """Whether row i predicts predicted frame i, for every i."""
+        """Whether row i predicts frame i of the predicted streams, for every i."""
         is_one_column = len(self.streams) == self.streams[0].num_levels == 1
         return self.null_id is None and (self.pattern != "flat" or is_one_column)
 
@@ -96,9 +96,9 @@ class TokenLayout:
 
     @beartype
     def table(self, num_frames: Mapping[str, int], ends: bool = False) -> CellTable:
-        """Contents of every cell, for the numbers of frames `num_frames`. The table is cached; do not modify it.
+        """Id block and frame of every cell, for streams of `num_frames` frames. The table is cached; do not modify it.
 
-        With `ends`, every stream with an end id has it after the last frame.
+        With `ends`, every stream that has an end id contains this id after its last frame.
         """
         counts = frame_counts(self.streams, num_frames, 1)[0].tolist()
         return cell_table(self.streams, self.pattern, tuple(counts), ends)
@@ -115,7 +115,7 @@ class TokenLayout:
         Args:
             streams: Tokens `[b, f, levels]` (or `[b, f]` for one level) of every stream, by name.
             lengths: Unpadded frames by stream name, `[b]` or one int; a stream without an entry has no padding.
-            ends: `[b]` bool, whether the recording of the item ends after the last frame; None = for no item.
+            ends: `[b]` bool, whether the recording of the item ends after the last frame; None = False for all items.
         """
         tokens, counts = checked_streams(self.streams, streams, lengths or {})
         if ends is not None and ends.shape != (len(counts),):
@@ -177,7 +177,7 @@ class TokenLayout:
             names: Names of the streams to extract; None = the predicted streams.
 
         Returns:
-            Tokens `[b, f, levels]` int64 by name. They are -1 after the last frame of an item, in frames that are not
+            Tokens `[b, f, levels]` int64 by name. Tokens are -1 after the last frame of an item, in frames that are not
             in the rows, and for null tokens.
         """
         names = [stream.name for stream in self.predicted] if names is None else names
@@ -211,8 +211,8 @@ class TokenLayout:
     def without_conditions(self, packed: PackedTokens, drop: Tensor) -> PackedTokens:
         """Replace the tokens of streams without a frame rate by null tokens in the items where `drop [b]` is True.
 
-        Rows do not move. The conditional and the unconditional half of a batch for classifier-free guidance have equal
-        rows.
+        The positions of the rows do not change. The conditional and the unconditional half of a batch for
+        classifier-free guidance have equal rows.
         """
         if drop.shape != packed.ids.shape[:1] or drop.dtype != torch.bool:
             raise ValueError(f"drop must be bool [{len(packed.ids)}], got {drop.dtype} {tuple(drop.shape)}")

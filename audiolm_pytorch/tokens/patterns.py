@@ -47,13 +47,13 @@ class _Cells(NamedTuple):
 
 @lru_cache(maxsize=512)
 def cell_table(streams: tuple[Stream, ...], pattern: str, counts: tuple[int, ...], ends: bool) -> CellTable:
-    """Build the cell table of a layout. Training batches need few different tables, so it is cached; do not modify it.
+    """Build the cell table of a layout. Tables are cached, because batches need few different ones; do not modify them.
 
     Args:
         streams: Streams of the layout.
         pattern: Key of `PATTERNS`.
         counts: Number of frames of every stream.
-        ends: Whether every stream with an end id has it after the last frame.
+        ends: Whether every stream that has an end id contains this id after its last frame.
     """
     num_frames = {stream.name: count for stream, count in zip(streams, counts, strict=True)}
     empty = [s.name for s in streams if s.is_input and s.is_in_time and not num_frames[s.name]]

@@ -21,10 +21,10 @@ class Stream:
     Args:
         name: Key of the stream in dictionaries of tokens and lengths.
         vocab_size: Number of different tokens of every level.
-        num_levels: Tokens per frame. Semantic tokens have 1. A codec has its number of residual levels times
-            `num_groups`.
-        rate_hz: Frames per second. None: the tokens have no time (ids of a text, codes of a whole recording); the
-            stream must be an input and may be empty.
+        num_levels: Tokens per frame. Semantic tokens have 1 level. A codec has `num_groups` times its number of
+            residual levels.
+        rate_hz: Frames per second. None: the tokens are not a time series (ids of a text, codes of a whole recording);
+            the stream must be an input and may be empty.
         is_input: True if the model only reads the stream, False if the model predicts it.
         eos: Whether the stream has an end-of-sequence id, so that the model can end it early.
         num_groups: Codes per residual level. The delayed pattern gives all groups of a level the same delay.
@@ -39,7 +39,7 @@ class Stream:
     num_groups: int = 1
 
     def __post_init__(self) -> None:
-        """Check the values and their combination."""
+        """Check the values of all fields, and the combination of these values."""
         numbers = {name: getattr(self, name) for name in ("vocab_size", "num_levels", "rate_hz", "num_groups")}
         wrong = {name: number for name, number in numbers.items() if number is not None and number <= 0}
         if wrong:

@@ -35,7 +35,7 @@ class Checkpoint:
 class CheckpointFolder:
     """Folder of the checkpoint of a training run.
 
-    A new checkpoint is written to a second folder, its `state.json` last; a checkpoint with a `state.json` is complete.
+    A new checkpoint is written to a second folder, `state.json` last; a checkpoint with a `state.json` is complete.
     Then two renames exchange the folders. If the process dies at any instant, a complete checkpoint is left and
     `recover` finds it. The names `checkpoint`, `checkpoint.new` and `checkpoint.old` in the folder are reserved.
     """
@@ -48,7 +48,7 @@ class CheckpointFolder:
         self._old = self._folder / "checkpoint.old"
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint that replaces the present one; its tensors may be those of a training in progress."""
+        """Write a checkpoint that replaces the present one; its tensors may belong to a model in training."""
         self.recover()
         for name, tensors in checkpoint.tensors.items():
             write_weights(self._new / f"{name}.safetensors", tensors, {"step": str(checkpoint.step)})
@@ -61,7 +61,7 @@ class CheckpointFolder:
         _remove(self._old)
 
     def recover(self) -> bool:
-        """Finish or undo an interrupted `write`; return whether there is a checkpoint. Call it on one process only."""
+        """On one process only, finish or undo an interrupted `write`; return whether there is a checkpoint."""
         if not self.path.exists():
             if (self._new / _STATE_FILE).is_file():
                 os.replace(self._new, self.path)

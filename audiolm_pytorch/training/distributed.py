@@ -27,8 +27,8 @@ _BUCKET_NUMEL = 2**25  # 128 MiB of float32: few collectives, and little memory 
 def create_accelerator() -> "accelerate.Accelerator":
     """Create an Accelerator for a training loop; its process group stays open until the process ends.
 
-    A second training in the same process needs the group again, so it is not closed after training. Several processes
-    on a machine without a GPU also form a group; accelerate alone would treat each as a run with a single process.
+    A second training in the same process needs the group again, so the group stays open. Several processes on a machine
+    without a GPU also form a group; accelerate alone would treat each process as a separate run.
     """
     from accelerate import Accelerator
 
@@ -103,7 +103,7 @@ def broadcast_tensors(accelerator: "accelerate.Accelerator", tensors: Sequence[T
 
 
 class PersistentBuffers:
-    """Persistent buffers of a module, which its forward may change (codebooks, running statistics)."""
+    """Persistent buffers of a module (codebooks, running statistics); the forward pass may change them."""
 
     def __init__(self, module: nn.Module) -> None:
         saved = set(module.state_dict())

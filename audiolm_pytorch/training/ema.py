@@ -10,15 +10,15 @@ __all__ = ["WeightEMA"]
 
 
 class WeightEMA:
-    """EMA of parameters, computed by ema-pytorch; it can temporarily replace the weights of a module.
+    """EMA of parameters, computed by ema-pytorch; the EMA can temporarily replace the weights of a module.
 
-    ema-pytorch receives a list of the trained parameters instead of the module, because it copies the whole module and
-    frozen parts must not be copied. Buffers are not averaged; buffers that training changes are already averages.
+    ema-pytorch receives a list of the trained parameters because a copy of the module would contain frozen parts.
+    Buffers are not averaged; buffers that training changes are already averages.
 
     Args:
         parameters: Trained parameters by name.
-        decay: Weight of the previous average, 0 to 1. In early steps `(1 + step) / (10 + step)` is used if it is lower,
-            so that the untrained weights lose their influence.
+        decay: Weight of the previous average, 0 to 1. In early steps `(1 + step) / (10 + step)` is used if this value
+            is lower than `decay`, so that the untrained weights lose their influence.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
@@ -39,7 +39,7 @@ class WeightEMA:
         return {name: weight.detach() for name, weight in zip(self._names, self._ema.ema_model, strict=True)}
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Restore averaged weights of a checkpoint; ValueError if the names differ."""
+        """Restore averaged weights of a checkpoint; raise a ValueError if the parameter names differ."""
         if set(weights) != set(self._names):
             raise ValueError(f"names of EMA and parameters differ in {sorted(set(weights) ^ set(self._names))[:8]}")
         for name, weight in self.weights().items():

@@ -32,8 +32,8 @@ class TrainLoop:
             `finished.json`. Nothing is written before `train`.
         accelerator: Accelerator that several trainings can share; the caller then calls `end_training`. None creates
             one in `train`.
-        on_row: Called with every row of metrics, on the first process. When a run is resumed, it is first called with
-            the earlier rows.
+        on_row: Function that receives every row of metrics, on the first process. When a run is resumed, the function
+            first receives the earlier rows.
 
     Raises:
         ValueError: If phases share names or parameters, or the Accelerator also accumulates gradients or uses fp16.
@@ -110,7 +110,7 @@ class TrainLoop:
         return self.task.module.eval()
 
     def on_main_process(self, job: Callable[[], object]) -> None:
-        """Call `job` on the first process while the others wait; every process must call this."""
+        """Call `job` on the first process while the other processes wait; every process must call this method."""
         accelerator = self._running_accelerator()
         if accelerator.is_main_process:
             job()
@@ -141,7 +141,7 @@ def _check_phases(phases: tuple[Phase, ...]) -> None:
 
 
 def _check_accelerator(accelerator: "accelerate.Accelerator") -> None:
-    """Check that an Accelerator does not accumulate gradients or use fp16, which `LoopSettings` controls."""
+    """Check that an Accelerator does not use fp16 or accumulate gradients; `grad_accum_every` does this instead."""
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(
             f"the Accelerator accumulates over {accelerator.gradient_accumulation_steps} steps; leave it at 1 and set "

@@ -32,8 +32,8 @@ class PhaseOptimizer:
         buffers: Buffers of the task's module.
 
     Raises:
-        ValueError: If the phase has no trainable parameters, or some of them are missing in the task's module or in
-            a custom optimizer.
+        ValueError: If the phase has no trainable parameters, or some of its parameters are missing in the task's module
+            or in a custom optimizer.
     """
 
     def __init__(

@@ -29,7 +29,7 @@ def seed_rng(seed: int, *position: int | str, device: torch.device) -> None:
 
 @contextmanager
 def preserve_rng() -> Iterator[None]:
-    """Restore the global random generators after the block, so that training does not affect the caller."""
+    """Restore the global random generators after a `with` block, so that training does not change them."""
     numpy_state, python_state = np.random.get_state(), random.getstate()
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:

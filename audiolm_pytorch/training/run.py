@@ -40,7 +40,7 @@ class TrainResult:
 
     Attributes:
         step: Number of completed steps since the run began.
-        metrics: Latest value of every metric, as `<phase>.<name>` and `valid.<name>`; None if it was not finite.
+        metrics: Latest value of every metric, as `<phase>.<name>` and `valid.<name>`; None if the value was not finite.
     """
 
     step: int

@@ -47,8 +47,8 @@ class LoopSettings:
             dict of these by phase name. A function receives two parameter groups, tensors of two or more dimensions
             and vectors with `weight_decay=0`.
         schedule: Replacement for warm-up and cosine: a function like `partial(OneCycleLR, max_lr=0.1,
-            total_steps=1000)`, an LRScheduler object, or a dict of these by phase name. It advances once per step of
-            the phase. The peaks of the default schedule are the learning rates of the optimizer.
+            total_steps=1000)`, an LRScheduler object, or a dict of these by phase name. The schedule advances once per
+            step of the phase. The peaks of the default schedule are the learning rates of the optimizer.
         grad_accum_every: Number of batches whose gradients are averaged in a step.
         max_grad_norm: Maximum norm of the gradients of a phase; larger gradients are scaled down.
         precision: "fp32", or "bf16" to compute the loss under bfloat16 autocast.
@@ -134,7 +134,7 @@ class LossOutput:
 
 @dataclass(frozen=True, eq=False)
 class Phase:
-    """Phase of a training step: the modules that it trains with an optimizer of their own, and their loss.
+    """Phase of a training step: the modules that one optimizer trains, and the loss of these modules.
 
     Args:
         name: Name of the phase in metrics and messages.
