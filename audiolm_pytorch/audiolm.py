@@ -296,7 +296,7 @@ def _chunks(
 
 
 def _can_be_guided(stage: StageWrapper, conditions: Conditions, inputs: Mapping[str, list[Tensor]]) -> bool:
-    """Whether guidance changes the logits of a stage: it drops conditions and input streams without a rate."""
+    """Whether guidance changes the logits of a stage; guidance drops conditions and input streams without a rate."""
     droppable = [stream for stream in stage.transformer.layout.inputs if not stream.is_in_time]
     return bool(conditions) or any(stream.name in inputs for stream in droppable)
 

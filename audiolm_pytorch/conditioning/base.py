@@ -30,7 +30,7 @@ class Conditioner(nn.Module, ABC):
     def codes(
         self, *, texts: str | Sequence[str] | None = None, wavs: Tensor | None = None, lengths: Tensor | None = None
     ) -> Tensor:
-        """Return codes `[b, q]` of texts or of waves `[b, n]`; `lengths [b]` are samples without padding."""
+        """Return codes `[b, q]` of texts or of waves `[b, n]`; `lengths [b]` are numbers of samples without padding."""
 
     @abstractmethod
     def codes_from_latents(self, latents: Tensor, modality: Literal["audio", "text"] = "audio") -> Tensor:

@@ -121,13 +121,13 @@ def _concatenated(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tenso
 
 
 def _summed(parts: Sequence[Tensor]) -> Tensor:
-    """Sum embeddings `[b, m_i, d]` of several conditions. The last embedding of a shorter one is repeated."""
+    """Sum embeddings `[b, m_i, d]` of several conditions. The last embedding of a shorter condition is repeated."""
     rows = torch.arange(max(part.shape[1] for part in parts), device=parts[0].device)
     return torch.stack([part[:, rows.clamp(max=part.shape[1] - 1)] for part in parts]).sum(dim=0)
 
 
 def _padded_in_front(embeddings: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Move the padding of `embeddings [b, m, d]` to the front. Also return its length per item (None = no padding).
+    """Move the padding of `embeddings [b, m, d]` to the front. Also return the padding per item (None = no padding).
 
     The distance from an embedding to the rows must not depend on the length of other texts in the batch.
     """

@@ -86,7 +86,7 @@ class PublishedText:
         self.max_tokens = max_tokens
 
     def tokenize(self, texts: str | Sequence[str] | Tensor) -> Tensor:
-        """Return ids `[b, t]` int64 of texts, with -1 past the end. Passed ids are only checked."""
+        """Return ids `[b, t]` int64 of texts, with -1 past the end. Ids passed instead of texts are checked."""
         return ids_of(texts, self.tokenizer, self.num_tokens, self.max_tokens)
 
     def inputs(self, ids: Tensor) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ __all__ = ["TextConditioner"]
 
 @register
 class TextConditioner(PublishedTextEncoder, TextEncoder):
-    """Computes the last hidden states of a published text encoder, as MusicGen (arXiv:2306.05284, sec. 2.3) with T5.
+    """Computes the last hidden states of a published text encoder, like MusicGen with T5 (arXiv:2306.05284, sec. 2.3).
 
     The encoder is frozen. The states of a text do not depend on the rest of the batch. They are float32, also under
     autocast.

@@ -44,7 +44,7 @@ class TextTokenizer:
         Args:
             captions: Training texts; at least one must not be empty.
             vocab_size: Largest size of the vocabulary, at least 256 (the bytes).
-            min_frequency: Pairs of tokens that occur less often are not merged.
+            min_frequency: Minimum number of occurrences of a pair of tokens; rarer pairs are not merged.
         """
         if vocab_size < _NUM_BYTES:
             raise ValueError(f"vocab_size must be at least {_NUM_BYTES}, the number of bytes; got {vocab_size}")
@@ -156,7 +156,7 @@ def _clean(text: str) -> str:
 
 
 def _untrained() -> Tokenizer:
-    """Build a tokenizer without merges: every byte is one token. It lower-cases first, because that can undo NFC."""
+    """Build a tokenizer without merges: every byte is one token. Lower-casing comes first, because it can undo NFC."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.NFC()])

@@ -110,7 +110,7 @@ class DecodeSession:
 
     @property
     def is_done(self) -> bool:
-        """Whether all tokens of all items are known."""
+        """Whether all requested tokens of all items are decoded."""
         return not any(self.pending)
 
     @property
@@ -279,7 +279,7 @@ class DecodeSession:
         return [*later[1:].tolist(), total]
 
     def _check_finite(self, logits: Tensor, items: list[int], rows: list[int]) -> None:
-        """Raise if logits are not finite. On a GPU, record the row instead, for `_raise_recorded_error`."""
+        """Raise ValueError if logits are not finite; on a GPU, `_raise_recorded_error` raises the error later."""
         finite = logits.isfinite().all()
         if logits.device.type != "cpu":
             self.bad_row = torch.where(finite | (self.bad_row >= 0), self.bad_row, max(rows))

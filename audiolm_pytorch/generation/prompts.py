@@ -39,7 +39,7 @@ def tokenize_prompts(
 ) -> PromptTokens:
     """Tokenize the prompts of a request on `device`. A request without prompts has empty tokens.
 
-    A last frame that the prompt covers only partly is dropped, because its token would encode the end of the sound.
+    A last frame that is only partly inside the prompt is dropped, because its token would encode the end of the sound.
 
     Raises:
         ValueError: If a file cannot be read, shape, length or number of channels of a prompt is wrong, or its samples

@@ -27,17 +27,17 @@ class GenerationRequest:
     """Keyword arguments of `AudioLM.generate` and `AudioLM.stream`. All inputs can be combined.
 
     Attributes:
-        batch_size: Number of items b. Every other input has 1 or b items. If it is 1, the number of items of the other
-            inputs is used.
+        batch_size: Number of items b. Every other input has 1 or b items. If `batch_size` is 1, the other inputs
+            determine b.
         seconds: Duration of every result, prompt included, rounded up to whole codec frames. None = the duration of
-            `semantic_tokens`, or without them 5 s more than the prompt; items with a sampled end are shorter.
+            `semantic_tokens` or, if None, 5 s more than the prompt. Items with a sampled end token are shorter.
         text: Texts to condition on; the audio conditioner computes their codes and the text conditioner their states.
         wavs: Waves `[b, n]` to condition on, at the sample rate of the audio conditioner.
         codes: Codes `[b, q]` to condition on, computed by the audio conditioner.
         conditions: Embeddings `[b, d]` or `[b, m, d]` of further conditions by name. Each stage uses the conditions
             that it was built with.
-        conditioning: Precomputed conditions by stage name, then by name of the condition. Codes come from the namespace
-            of their stage. A stage without an entry uses `text`, `wavs` and `codes`.
+        conditioning: Precomputed conditions by stage name, then by name of the condition. Codes must be embedded in the
+            namespace of the stage. A stage without an entry uses `text`, `wavs` and `codes`.
         input_streams: Tokens `[b, f, levels]` and lengths of the extra input streams of the stages, by stream name.
         prime_wave: Prompts to continue: a tensor of waves `[n]`, `[b, n]` or `[b, c, n]`, the path of an audio file, or
             a list of paths and waves `[n]` or `[c, n]`. Only complete frames of a prompt are used.
@@ -47,12 +47,12 @@ class GenerationRequest:
             used.
         semantic_lengths: Number of tokens `[b]` of each item in `semantic_tokens`, without padding.
         coarse_only: Whether to skip the fine stage and decode the wave from the coarse levels alone.
-        allow_eos: Whether the model may end an item early. None = only if it was trained with ends, and neither
-            `seconds` nor `semantic_tokens` is set.
+        allow_eos: Whether the model may end an item early. None = only if the model was trained with end tokens, and
+            neither `seconds` nor `semantic_tokens` is set.
         seeds: Seed of every item; an int n stands for n, n + 1, ... A result depends only on the seed and the inputs of
             its item. None draws seeds from torch's global generator.
-        sampling: Sampling settings by stage name, or a dict of the fields that differ from the settings of the model.
-            Guidance set in the model is off for stages without a condition.
+        sampling: Sampling settings by stage name, or a dict of the fields that differ from the settings of the model. A
+            guidance scale set in the model has no effect on stages without a condition.
         callback: Called as `callback(stage, known_frames, requested_frames)`, with the numbers of frames of the longest
             item.
         progress: Whether to show a progress bar per stage on the terminal.
@@ -98,7 +98,7 @@ class GenerationRequest:
     def select(self, items: Sequence[int]) -> "GenerationRequest":
         """Return a request for the items with these indices, in this order. An index may occur several times.
 
-        An input of one item is unchanged, because it is used for all items.
+        An input with a single item is not changed, because it applies to all items.
         """
         inputs, prompts, seeds = self.input_streams, self.prime_wave, self.seeds
         return replace(

@@ -112,7 +112,7 @@ def stage_generator(seed: int, stage: str) -> torch.Generator:
 def filter_logits(logits: Tensor, settings: SamplingSettings) -> Tensor:
     """Apply top-k, then top-p to logits `[..., v]`: set the logits of excluded tokens to minus infinity.
 
-    Divide the logits by the temperature before. The most likely token is never excluded.
+    The caller must already have divided the logits by the temperature. The most likely token is never excluded.
     """
     if settings.top_k is not None and settings.top_k < logits.shape[-1]:
         kept = logits.topk(settings.top_k, dim=-1).indices

@@ -17,8 +17,8 @@ class PipelineStep:
         decoder: Decoder of this stage.
         source: The previous stage; None = the decoder already has all its inputs.
         input_name: Name of the input stream that receives the tokens of `source`.
-        frames_for: Function from the final number of frames `[b]` of `source` to that of this stage; None = equal
-            numbers.
+        frames_for: Function that converts the final number of frames `[b]` of `source` to that of this stage. None =
+            both stages have equal numbers of frames.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class PipelineStep:
         self.kept: list[Tensor] = []  # tokens of every item that `take` has returned and `collect` has not
 
     def advance(self, until_frames: int | None = None) -> None:
-        """Decode like `SlidingWindowDecoder.advance`. Previous stages decode only the frames that the windows need."""
+        """Decode like `SlidingWindowDecoder.advance`. Previous stages decode only the frames that this stage needs."""
         while self.decoder.is_behind(until_frames):
             awaited = self.decoder.awaited
             if awaited:

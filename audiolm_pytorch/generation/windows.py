@@ -22,7 +22,7 @@ def plan_windows(num_frames: int, window_frames: int | None, alignment: int = 1)
     """Cover a sequence with windows. Each window starts in the middle of the previous one (MusicLM, sec. 5.4).
 
     Args:
-        num_frames: Number of frames to cover. It does not change where windows start.
+        num_frames: Number of frames to cover. The start positions of windows do not depend on it.
         window_frames: Number of frames of a window; None = one window over all frames.
         alignment: Windows start at multiples of this number of frames.
 
@@ -83,13 +83,13 @@ def _predicted_stream(model: TokenTransformer) -> Stream:
 
 
 class SlidingWindowDecoder:
-    """Decodes one predicted stream of any length. It can pause between frames and receive input frames later.
+    """Decodes one predicted stream of any length. Decoding can pause, and input frames can arrive later.
 
-    The prompt of a window is the second half of the previous window (MusicLM, arXiv:2301.11325, sec. 5.4). A window
-    starts when the input streams cover it. Every window receives the whole of each input stream without a rate. All
-    items have the same window positions and each item has its own random generator, so the tokens of an item do not
-    depend on the other items, on pauses, or on when inputs arrive. Memory is bounded, because there is one cache at a
-    time, and tokens that no later window needs are dropped after `take` has returned them.
+    The prompt of a window is the second half of the previous window (MusicLM, arXiv:2301.11325, sec. 5.4). Decoding of
+    a window starts when the input streams contain all its frames. Every window receives all tokens of the input streams
+    that have no rate. All items have the same window positions and each item has its own random generator, so the
+    tokens of an item do not depend on the other items, on pauses, or on when inputs arrive. Memory is bounded, because
+    there is one cache at a time, and tokens that no later window needs are dropped after `take` has returned them.
 
     Args:
         model: A model with one predicted stream.
@@ -100,7 +100,7 @@ class SlidingWindowDecoder:
         conditioning: Conditions by name, of 1 or b items. In a condition with one embedding per frame, embedding i
             belongs to frame i of the whole sequence. All other conditions are the same in every window.
         settings: Sampling settings. `settings`, `seeds` and `allow_eos` are the same as in `DecodeSession`.
-        callback: Called after every row as `callback(known_frames, requested_frames)`, for the longest item.
+        callback: Called after every row as `callback(known_frames, requested_frames)` of the longest item.
 
     Raises:
         ValueError: If the model predicts several streams, a prompt is longer than `num_frames`, or `window_frames` is
@@ -168,7 +168,7 @@ class SlidingWindowDecoder:
 
     @property
     def awaited(self) -> dict[str, int]:
-        """Total frames that the next window needs, by name of each input stream that is too short; empty if none is."""
+        """Total frames that the next window needs from each input stream that is too short, by stream name."""
         window, items = self._current_window()
         if window is None or self._session is not None:
             return {}
@@ -206,7 +206,7 @@ class SlidingWindowDecoder:
         self._are_inputs_complete[name] = [True] * len(tokens) if are_complete is None else are_complete.tolist()
 
     def limit(self, num_frames: Sequence[int | None]) -> None:
-        """Reduce the number of requested frames per item (None = no change). Known frames are kept."""
+        """Reduce the number of requested frames per item (None = no change). Frames already decoded are kept."""
         for item, count in enumerate(num_frames):
             if count is not None:
                 self._num_frames[item] = min(self._num_frames[item], count)

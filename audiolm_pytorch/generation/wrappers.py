@@ -81,7 +81,7 @@ class StageWrapper(nn.Module):
     ) -> Conditions | None:
         """Compute the conditions `codes` and `text` of the stage. Return None if no argument is passed.
 
-        States are computed from the text. Codes are also computed from it, unless `wavs` or `codes` is passed.
+        States are computed from the text. Codes are also computed from the text, unless `wavs` or `codes` is passed.
 
         Args:
             text: One text per item, or one text for all items.
@@ -165,7 +165,7 @@ class StageWrapper(nn.Module):
         callback: Callable[[int, int], None] | None = None,
         allow_eos: bool = False,
     ) -> Decoded:
-        """Sample the tokens of the stage in windows of the longest training sequence.
+        """Sample the tokens of the stage in windows as long as the longest training sequence.
 
         The arguments are those of `decode_in_windows` and `SlidingWindowDecoder`.
         """

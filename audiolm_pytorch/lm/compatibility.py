@@ -44,7 +44,7 @@ def check_compatible(
     audio_conditioner: Conditioner | None = None,
     text_conditioner: TextEncoder | None = None,
 ) -> None:
-    """Check that a stage can use the passed tokenizers and conditioners. Modules that it does not need are ignored.
+    """Check that a stage can use the passed tokenizers and conditioners. Unneeded modules are ignored.
 
     Raises:
         ValueError: If vocabularies, levels, groups, ratios of rates or widths of conditions differ (the message lists
@@ -89,9 +89,9 @@ def agreed_fingerprints(
 
     Args:
         transformer: Language model of the stage.
-        wav2vec: Semantic tokenizer. For this and the other modules, None = not compared.
+        wav2vec: Semantic tokenizer. For this and the other modules, None = the fingerprint is not compared.
         shards: Token shards that the stage is trained on.
-        kinds: Fingerprints to compare (see the returned keys); None = all that the stage uses.
+        kinds: Keys of the fingerprints to compare (see the returned keys); None = all that the stage uses.
 
     Returns:
         The known fingerprints; keys are `semantic`, `acoustic`, `conditioner`, `text_encoder` and names of extra

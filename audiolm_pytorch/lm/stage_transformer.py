@@ -59,7 +59,7 @@ class StageTransformer(TokenTransformer):
 
     Args:
         sources: Source of the tokens of each stream in `streams`, by stream name.
-        config: Constructor arguments of the subclass, as part of `config`.
+        config: Constructor arguments of the subclass, which the attribute `config` includes.
         streams: Semantic and acoustic streams of the stage.
         pattern: `flat`, `delayed` or `parallel`, see `TokenLayout`.
         extra_streams: Further input streams, as `Stream` or as the dict of `Stream.to_dict`, e.g. ids of a text
@@ -141,7 +141,7 @@ class StageTransformer(TokenTransformer):
         return (*self.kinds, *(kind for kind, width in widths.items() if width is not None))
 
     def packed(self, tokens: AudioTokens, ends: Tensor | None = None) -> PackedTokens:
-        """Pack the streams of the stage. `ends [b]` (bool) marks the items whose file ends after the tokens."""
+        """Pack the tokens into rows. `ends [b]` (bool) marks the items whose file ends after the tokens."""
         streams, lengths = self.streams_of(tokens)
         return self.layout.pack(streams, lengths, ends)
 

@@ -37,8 +37,8 @@ class StageTask:
         valid: Validation data.
         audio_conditioner: Conditioner; needed by a stage that is conditioned on codes.
         text_conditioner: Text encoder; needed by a stage with a `text_dim`. An item without a caption is unconditional.
-        level_drop_prob: Probability that training drops the last levels of the codes of an item, from a random level.
-            The stage then also learns to use only the first levels.
+        level_drop_prob: Probability that training drops the last levels of the codes of an item, starting at a random
+            level. The stage then also learns to use only the first levels.
         batch_size: Number of items of a validation batch.
         token_fingerprints: Fingerprints of the modules that compute tokens and conditions.
 
@@ -91,7 +91,7 @@ class StageTask:
         }
 
     def batch(self, indices: list[tuple[int, int]]) -> Any:
-        """Return the training crops of pairs of epoch and index."""
+        """Return the training crops of the passed (epoch, index) pairs."""
         return self.train.batch(indices)
 
     def loss(self, batch: Any, step: int) -> LossOutput:
@@ -173,7 +173,7 @@ def _metrics(prediction: TokenLoss) -> dict[str, Tensor | float]:
 
 
 def _chance(transformer: StageTransformer) -> dict[str, float]:
-    """Losses of uniform predictions: logarithms of vocabulary sizes, for `loss` weighted by tokens per second."""
+    """Losses of uniform predictions: logarithms of vocabulary sizes; `loss` is weighted by tokens per second."""
     streams = transformer.layout.predicted
     weights = [float(stream.exact_hz) * stream.num_levels for stream in streams]
     chances = [math.log(stream.vocab_size) for stream in streams]

@@ -29,7 +29,7 @@ class TokenLoss:
     Attributes:
         loss: `[]`, mean cross-entropy of all predicted tokens, in nats.
         per_stream: Mean cross-entropy by name of each predicted stream. A stream of several levels also has an entry
-            `name.level` for each level. Uniform predictions have the logarithm of the vocabulary size.
+            `name.level` for each level. The loss of uniform predictions is the logarithm of the vocabulary size.
         accuracy: `[]`, share of predicted tokens for which the true token has the highest logit.
     """
 
@@ -60,8 +60,8 @@ class TokenTransformer(nn.Module):
         max_seconds: Longest duration that the model was trained on. Longer generation uses sliding windows. None = no
             limit.
         text_dim: Width of the text states; None = the model is not conditioned on text states.
-        text_as: How text states enter the model: `cross` (cross-attention in every block) or `prefix` (before the
-            codes).
+        text_as: How text states enter the model: `cross` (cross-attention in every block) or `prefix` (prepended before
+            the codes).
         conditions: Further conditions by name, as `ConditionSpec` or as a dict of its fields.
         **stack: Further arguments of `Transformer`: positions, kv_heads, checkpoint_blocks, forget_prob.
     """

@@ -58,7 +58,7 @@ class StageTrainer:
         batch_size: Number of crops per optimizer step and process.
         num_train_steps: Number of optimizer steps of the whole run.
         results_folder: Folder of checkpoints, metrics and the trained stage.
-        accelerator: Accelerator to share between trainers in one program; None = a new one.
+        accelerator: Accelerator to share between trainers in one program; None = a new accelerator.
         level_drop_prob: Probability of dropped levels of codes, see `StageTask`.
         text_prob: Probability that the codes of a recording with a caption are computed from the caption, as in
             generation, not from the audio. Validation always uses the audio.
@@ -148,7 +148,7 @@ class StageTrainer:
 
     @beartype
     def train(self, stop_after_steps: int | None = None) -> TrainResult:
-        """Train to the end, or for at most `stop_after_steps` steps. Resume from the checkpoint in the folder, if any.
+        """Train to the end, or for at most `stop_after_steps` steps. Resume from a checkpoint in `results_folder`.
 
         At the end of the run, the stage and its embedding table in the conditioner have the final weights.
         """
@@ -161,7 +161,7 @@ class StageTrainer:
         self.transformer.token_fingerprints = dict(self.task.token_fingerprints)
 
     def _save(self) -> None:
-        """Write the table before the stage, so that the result is complete if the stage is saved."""
+        """Save the embedding table before the stage, so that the table exists whenever the stage exists."""
         self._set_fingerprints()
         namespace = self.transformer.namespace
         if self.conditioner is not None:

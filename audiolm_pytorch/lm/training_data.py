@@ -85,7 +85,7 @@ class StageSource(ABC):
     @property
     @abstractmethod
     def crop_seconds(self) -> float:
-        """Length of the longest crop of a batch."""
+        """Length of the longest crop of a batch, in seconds."""
 
     @property
     @abstractmethod
@@ -94,7 +94,7 @@ class StageSource(ABC):
 
     @abstractmethod
     def batch(self, indices: Sequence[tuple[int, int]]) -> Any:
-        """Return the crops of pairs of epoch and index as CPU tensors. Equal pairs and seeds return equal crops."""
+        """Return the crops of (epoch, index) pairs as CPU tensors. Equal pairs and seeds return equal crops."""
 
     @abstractmethod
     def read(self, batch: Any) -> StageInput:
@@ -178,7 +178,7 @@ class WaveSource(StageSource):
 
     @property
     def crop_seconds(self) -> float:
-        """Length of the longest crop of a batch."""
+        """Length of the longest crop of a batch, in seconds."""
         longest = max(item.num_samples / item.sample_hz for item in self.crops.items)
         return longest if self.crops.seconds is None else min(float(self.crops.seconds), longest)
 
@@ -188,7 +188,7 @@ class WaveSource(StageSource):
         return any(self.captions)
 
     def batch(self, indices: Sequence[tuple[int, int]]) -> WaveBatch:
-        """Return the crops of pairs of epoch and index, at every sample rate that tokenizers and conditioners need."""
+        """Return the crops of (epoch, index) pairs, at every sample rate that tokenizers and conditioners need."""
         crops = collate_crops([self.crops.get(epoch, index) for epoch, index in indices])
         captions = [_caption_in_turn(self.captions[index], epoch) for epoch, index in indices]
         labels = [self.crops.items[index].labels for _, index in indices]
@@ -246,7 +246,7 @@ class _TokenBatch:
 
 @dataclass(frozen=True)
 class _TokenCrop:
-    """One crop of a token record. `latent [d]` is that of its audio or, if `is_text`, of its caption."""
+    """One crop of a token record. `latent [d]` is computed from its audio or, if `is_text`, from its caption."""
 
     tokens: dict[str, Tensor]
     latent: Tensor
@@ -312,7 +312,7 @@ class ShardSource(StageSource):
 
     @property
     def crop_seconds(self) -> float:
-        """Length of the longest crop of a batch."""
+        """Length of the longest crop of a batch, in seconds."""
         kind, ratio = next(iter(self.ratios.items()))
         longest = float(self.shards.longest(kind) / (ratio * self.rate_hz))
         return longest if self.seconds is None else min(float(self.seconds), longest)
@@ -325,7 +325,7 @@ class ShardSource(StageSource):
         return any(decode_texts(self.shards[index]["captions"]) for index in range(len(self)))
 
     def batch(self, indices: Sequence[tuple[int, int]]) -> _TokenBatch:
-        """Return the crops of pairs of epoch and index."""
+        """Return the crops of the passed (epoch, index) pairs."""
         crops = [self._crop(epoch, index) for epoch, index in indices]
         kinds = [*self.ratios, *self.timeless]
         return _TokenBatch(
@@ -381,7 +381,7 @@ class ShardSource(StageSource):
         return _TokenCrop(tokens, latent, is_text, caption, start + count == num_frames, conditions)
 
     def _num_frames(self, record: dict[str, np.ndarray], index: int) -> int:
-        """Number of frames of the predicted stream for which all tokens exist."""
+        """Number of frames of the predicted stream for which all tokens of the stage exist."""
         covered = {kind: len(record[kind]) / ratio for kind, ratio in self.ratios.items()}
         shortest, longest = min(covered.values()), max(covered.values())
         if shortest < 1:

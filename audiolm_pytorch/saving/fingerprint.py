@@ -60,7 +60,7 @@ def digest_of(spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
 
 
 def cached_fingerprint(module: nn.Module, facts: str, compute: Callable[[], str]) -> str:
-    """Return the fingerprint of a module; it is recomputed only if the weights or the facts have changed.
+    """Return the fingerprint of a module; it is recomputed only if the weights or `facts` have changed.
 
     Hashing 95 million weights takes half a second. In-place writes and replaced memory (`module.half()`, EMA weights)
     are detected. Writes through `tensor.data` are not detected, as in autograd.

@@ -219,7 +219,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _preprocessor_in(folder: Path) -> dict[str, Any]:
-    """Read the settings of the feature extractor of a model folder; empty if no file has them."""
+    """Read the settings of the feature extractor of a model folder; empty if no file has these settings."""
     if (folder / _PREPROCESSOR).is_file():
         return dict(read_json(folder / _PREPROCESSOR))
     if (folder / _PROCESSOR).is_file():
@@ -228,7 +228,7 @@ def _preprocessor_in(folder: Path) -> dict[str, Any]:
 
 
 def _licence_in(folder: Path) -> str | None:
-    """Read the licence from the header of the model card; None if missing."""
+    """Read the licence from the header of the model card; None if the header names no licence."""
     card = folder / "README.md"
     if not card.is_file():
         return None

@@ -1,8 +1,8 @@
 """Read a pickle as plain data: no class or function that the file names is imported or called.
 
-Published checkpoints and k-means files are pickles. torch's weights-only loader rejects calls, but a file can make it
-copy containers many times, so that a file of 1 MB can use 8 GB of memory. This reader replaces every object of a class
-by a `StandIn` and copies nothing, so the number of instructions limits time and memory.
+Published checkpoints and k-means files are pickles. torch's weights-only loader rejects calls, but a file can make this
+loader copy containers many times, so that a file of 1 MB can use 8 GB of memory. This reader replaces every object of a
+class by a `StandIn` and copies nothing, so the number of instructions limits time and memory.
 """
 
 import pickle

@@ -13,7 +13,7 @@ _MAX_LISTED = 8
 
 @beartype
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and persistent buffers of a module by name, detached; no two share memory.
+    """Return the parameters and persistent buffers of a module by name, detached; no two of them share memory.
 
     Tied tensors (two names for one memory) are returned under the first name only; `load_weights` sets both. Tensors
     that overlap in part are copied.

@@ -39,7 +39,7 @@ class SemanticTokenizer(nn.Module, ABC):
         Args:
             wave: `[b, n]`, float.
             input_sample_hz: Sample rate of `wave`, which is resampled if necessary. None = `target_sample_hz`.
-            lengths: `[b]` int, samples of each item; what follows them is padding. None = no padding.
+            lengths: `[b]` int, number of samples of each item without padding. None = no padding.
 
         Returns:
             Token ids `[b, t]` int64 in `[0, codebook_size)`, and -1 at padding after the tokens of an item. The ids of
@@ -51,7 +51,7 @@ class SemanticTokenizer(nn.Module, ABC):
         """Hash of everything that the tokens depend on; models that are trained on the tokens store it."""
 
     def train(self, mode: bool = True) -> "SemanticTokenizer":
-        """Stay in eval mode."""
+        """Keep the tokenizer in eval mode; the argument is ignored."""
         return super().train(False)
 
     def cut_samples(self, num_samples: int) -> int:
@@ -93,11 +93,11 @@ class FrameEncoder(nn.Module, ABC):
 
         Args:
             wave: `[b, n]`, float, at `sample_hz`.
-            lengths: `[b]` int, samples of each item; what follows them is padding. None = no padding.
+            lengths: `[b]` int, number of samples of each item without padding. None = no padding.
             layer: 0..depth, where 0 is the input of the first layer. None = the last layer.
 
         Returns:
-            Features `[b, t, d]`, and a mask `[b, t]` bool, False at padding. Padding does not change other frames.
+            Features `[b, t, d]`, and a mask `[b, t]` bool, False at padding. Padding does not change other features.
         """
 
     @abstractmethod

@@ -149,7 +149,7 @@ class KMeansTrainer:
         return {**self._origin, "num_clusters": self._num_clusters, "num_epochs": self._num_epochs}
 
     def _record(self) -> dict[str, Any]:
-        """Read `kmeans.json`; empty if the file is missing."""
+        """Read `kmeans.json`; return an empty dict if the file is missing."""
         path = self.results_folder / "kmeans.json"
         return dict(read_json(path)) if path.is_file() else {}
 

@@ -32,7 +32,7 @@ class Runs:
 def deduplicate(ids: Tensor) -> Runs:
     """Merge equal consecutive ids of a `SemanticTokenizer`, `[b, t]`, into runs; `expand` is the inverse.
 
-    The merged ids have no constant rate; only the run lengths hold the times.
+    The merged ids have no constant rate; only the run lengths contain the durations.
     """
     _check_integers("ids", ids)
     real = ids >= 0

@@ -46,7 +46,7 @@ class ReceptiveField:
 @beartype
 @dataclass(frozen=True)
 class Windows:
-    """Window sizes: window w returns frames `[w * keep, (w + 1) * keep)` and encodes `context` more on each side."""
+    """Sizes: window w returns frames `[w * keep, (w + 1) * keep)` and encodes `context` more frames on each side."""
 
     keep: int
     context: int
@@ -62,8 +62,8 @@ def features_in_windows(
     """Encode a batch without padding, in windows if it has more than `windows.keep` frames.
 
     Window positions count from the start of an item, so that its features do not depend on the batch. If a frame
-    depends on at most `context` neighbours on each side, the result equals that without windows. If it depends on more,
-    frames near the ends of a window are approximate.
+    depends on at most `context` neighbours on each side, the result equals that without windows. If a frame depends on
+    more neighbours, frames near the ends of a window are approximate.
 
     Args:
         encode: Function of `[b, m, ...]` with the receptive field `frames` that returns `[b, frames.num_frames(m), d]`.

@@ -130,10 +130,10 @@ class BestRQ(nn.Module):
 
     Spans of the normalised mel tokens are replaced by noise. The encoder predicts the codes of the original tokens.
 
-    Three defaults differ from the paper, which is about speech recognition; the recipe of the bundled tokenizer has
-    measurements. Targets are computed from decorrelated frames; without decorrelation they describe mostly loudness.
-    Targets also describe the neighbours of a token; without neighbours, hidden states are no better than mel frames.
-    Visible tokens are also predicted, as in HuBERT (arXiv:2106.07447, sec. II-B).
+    Three defaults differ from the paper, which is about speech recognition; measurements are in the recipe of the
+    bundled tokenizer. Targets are computed from decorrelated frames; without decorrelation they describe mostly
+    loudness. Targets also describe the neighbours of a token; without neighbours, hidden states are no better than mel
+    frames. Visible tokens are also predicted, as in HuBERT (arXiv:2106.07447, sec. II-B).
 
     Args:
         encoder: Encoder to train.

@@ -39,7 +39,7 @@ class RandomProjectionQuantizer(nn.Module):
 
     @torch.no_grad()
     def forward(self, frames: Tensor) -> Tensor:
-        """Quantize vectors, `[..., dim]` -> `[..., num_targets]` int64; float32, as bfloat16 changes the targets."""
+        """Quantize vectors, `[..., dim]` -> `[..., num_targets]` int64, in float32 (bfloat16 changes the codes)."""
         with torch.autocast(frames.device.type, enabled=False):
             # The nearest unit vector has the largest inner product, whatever the norm of the projection.
             projected = torch.einsum("... d, q d e -> ... q e", frames.float(), self.projection)

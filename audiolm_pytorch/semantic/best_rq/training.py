@@ -100,7 +100,7 @@ class SemanticTokenizerTrainer:
         folder: Folder or manifest of audio, see `load_split`.
         items: Training items and validation items, instead of `folder`.
         batch_size: Number of crops per step and process.
-        results_folder: Receives checkpoints, metrics and the tokenizer; an unfinished run in it is continued.
+        results_folder: Folder of checkpoints, metrics and the tokenizer; an unfinished run in this folder is continued.
         objective: Masked prediction module with `encoder` as its encoder. None = `BestRQ(encoder)`.
         **loop_settings: Further fields of `LoopSettings`, such as `learning_rate` or `precision`.
     """

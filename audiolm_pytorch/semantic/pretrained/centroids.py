@@ -46,8 +46,8 @@ def read_centroids(path: str | Path) -> dict[str, Tensor]:
 
     Args:
         path: A KMeans or MiniBatchKMeans of scikit-learn, saved by joblib, plain or compressed (zlib, gzip, bz2, lzma,
-            xz); neither package is imported and no code in the file is run. Or a `.safetensors` file with `centroids
-            [k, d]` and, if features are normalised first, `mean [d]` and `std [d]`.
+            xz); neither package is imported and no code in the file is run. The path can also be that of a
+            `.safetensors` file with `centroids [k, d]` and, if features are normalised first, `mean [d]` and `std [d]`.
 
     Returns:
         `centroids [k, d]`, and `mean` and `std` if the file has them, float32.

@@ -37,7 +37,7 @@ def group_norm_moments(extractor: Any, wave: Tensor, chunk_samples: int) -> Mome
     """Compute moments `[b, c, 1]` of the first convolution over whole waves; None without group norm (HuBERT large).
 
     With a small random HuBERT, 66% and 77% of the tokens of two pieces of music in windows of 30 s equal those without
-    windows. With separate moments for each window, it is 54% and 67%. Attention causes the other differences.
+    windows. With separate moments for each window, 54% and 67% are equal. Attention causes the other differences.
 
     Args:
         extractor: `feature_extractor` of a transformers model.

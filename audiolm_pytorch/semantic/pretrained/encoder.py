@@ -62,7 +62,7 @@ _FEATURE_SETTINGS = (
 
 @register
 class TransformersEncoder(FrameEncoder):
-    """A published audio encoder in the format of transformers, frozen, in float32 unless moved.
+    """A published audio encoder in the format of transformers, frozen and loaded in float32.
 
     Reads HuBERT (arXiv:2106.07447), WavLM (arXiv:2110.13900), wav2vec 2.0 and its conformer, data2vec-audio,
     UniSpeech(-SAT), and w2v-BERT 2.0. Layer k is the output of block k (1-based), layer 0 the input of the first block,

@@ -118,7 +118,7 @@ def quoted(value: Any) -> str:
 
 @beartype
 def renamed(name: str, patterns: tuple[tuple[str, str], ...]) -> str:
-    """Rename a weight by the first pattern that matches; other names stay, and `load_weights` rejects them."""
+    """Rename a weight by the first matching pattern; a name without a match stays, and `load_weights` rejects it."""
     for pattern, replacement in patterns:
         if re.fullmatch(pattern, name):
             return re.sub(pattern, replacement, name)

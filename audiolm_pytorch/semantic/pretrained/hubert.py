@@ -22,9 +22,9 @@ class HubertWithKmeans(KMeansTokenizer):
     `save_module` writes encoder and centroids as safetensors.
 
     Model card. HuBERT base was trained on English audiobooks (LibriSpeech); measure how well its tokens describe music
-    with `musiclm evaluate semantic`. Waves are not normalised, as in the training of the model. The reader was compared
-    with transformers' HubertModel and scikit-learn's predict on files of the published layout with random weights; THE
-    PUBLISHED FILES THEMSELVES WERE NOT AT HAND. Licence: MIT (fairseq, code and models).
+    with `musiclm evaluate semantic`. Waves are not normalised, as in the training of the model. The code that reads the
+    files was compared with transformers' HubertModel and scikit-learn's predict on files of the published layout with
+    random weights; THE PUBLISHED FILES THEMSELVES WERE NOT AT HAND. Licence: MIT (fairseq, code and models).
 
     Waves longer than 30 s are encoded in windows (see `TransformersEncoder`). With random weights, two thirds to three
     quarters of these tokens equal those without windows.
@@ -33,7 +33,7 @@ class HubertWithKmeans(KMeansTokenizer):
         checkpoint_path: A fairseq checkpoint, a folder in transformers' format (any model that `TransformersEncoder`
             can read), or a hub id.
         kmeans_path: A file for `read_centroids`: a k-means of scikit-learn saved by joblib, or safetensors.
-        target_sample_hz: Sample rate of the model; if it is not that of the files, a ValueError is raised.
+        target_sample_hz: Sample rate of the model; if it differs from the rate in the files, a ValueError is raised.
         output_layer: Layer (1-based) that the centroids were fitted to; later blocks are dropped.
         seq_len_multiple_of: Waves are cut to a multiple of this number of samples. None = no cut.
         normalise_wave: Whether items are normalised to zero mean and unit variance; None = as in training of the model.

@@ -61,13 +61,13 @@ class FairseqVQWav2Vec(SemanticTokenizer):
     `save_module` writes the network as safetensors.
 
     Model card. The model was trained on crops of up to 9.4 s of English audiobooks (LibriSpeech); measure how well its
-    tokens describe music. Its norms use the whole item, so tokens depend slightly on the length. The codes were
-    compared with a second implementation of the paper on files of the published layout with random weights; THE
+    tokens describe music. The norms of the model use the whole item, so tokens depend slightly on its length. The codes
+    were compared with a second implementation of the paper on files of the published layout with random weights; THE
     PUBLISHED FILES THEMSELVES WERE NOT AT HAND. Licence: MIT (fairseq, code and models).
 
     Args:
         checkpoint_path: A fairseq checkpoint, or a `VQWav2Vec` network.
-        target_sample_hz: Sample rate of the model; if it is not that of the file, a ValueError is raised.
+        target_sample_hz: Sample rate of the model; if it differs from the rate in the file, a ValueError is raised.
         seq_len_multiple_of: Waves are cut to a multiple of this number of samples (at `target_sample_hz`). None = no
             cut.
     """

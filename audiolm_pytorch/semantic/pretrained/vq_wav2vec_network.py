@@ -48,7 +48,7 @@ class ConvFeatures(nn.Module):
     """Convolutions over the wave (wav2vec, arXiv:1904.05862, sec. 2.1).
 
     Every layer is normalised over the whole wave. Long waves are processed in chunks, first to compute the moments of
-    each layer, then the features. The result equals that without chunks, at three to six times the computation.
+    each layer, then the features. The result equals that without chunks, but needs three to six times the computation.
 
     Args:
         layers: Width, kernel size and stride of every convolution.
@@ -129,7 +129,7 @@ class GumbelQuantizer(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
 
     def vectors(self, features: Tensor) -> Tensor:
-        """Input of `assign`: features `[b, d, t]` -> `[b, t, d]`."""
+        """Convert features `[b, d, t]` to the input `[b, t, d]` of `assign`."""
         return rearrange(features, "b d t -> b t d")
 
     def assign(self, vectors: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class KMeansQuantizer(nn.Module):
         self.codebook = nn.Parameter(torch.zeros(codes, 1 if shared else groups, dim // groups))
 
     def vectors(self, features: Tensor) -> Tensor:
-        """Input of `assign`: features `[b, d, t]` -> `[b, t, d]`, normalised over time."""
+        """Convert features `[b, d, t]` to the input `[b, t, d]` of `assign`, normalised over time."""
         return rearrange(self.norm(self.projection(features)), "b d t -> b t d")
 
     def assign(self, vectors: Tensor) -> Tensor:
