@@ -19,7 +19,7 @@ class EncodedWave(NamedTuple):
 
     Attributes:
         codes: `[b, f, q]` int64; -1 after the last frame of an item.
-        scales: RMS of each segment `[b, s]`; 0 after the last segment of an item. None if the codec does not normalise.
+        scales: RMS of each segment `[b, s]`; 0 after the last segment of an item. None if the codec has no scales.
     """
 
     codes: Tensor
@@ -33,8 +33,8 @@ class Codec(nn.Module, ABC):
         target_sample_hz: Sample rate of the waves.
         downsample_factor: Samples per frame.
         channels: Number of audio channels.
-        num_quantizers: Codes per frame, from coarse to fine: the number of levels times the number of groups.
-        codebook_size: Number of different codes in each column.
+        num_quantizers: Number of codes per frame (levels times groups of the quantizer), from coarse to fine.
+        codebook_size: Number of different values that a code can have.
         has_scales: Whether `encode` also returns the loudness of segments.
     """
 
@@ -66,7 +66,7 @@ class Codec(nn.Module, ABC):
         """Decode codes to waves.
 
         Args:
-            codes: `[b, f, q']`, the first q' of q columns; q' can be 1 to q.
+            codes: Codes `[b, f, q']` of the first q' of the q quantizers; q' can be 1 to q.
             num_samples: Number of samples of the decoded waves; None for all samples that the frames cover.
 
         Returns:
@@ -74,7 +74,7 @@ class Codec(nn.Module, ABC):
         """
 
     def encode(self, wave: Tensor, lengths: Tensor | None = None) -> EncodedWave:
-        """Encode waves as `tokenize` does, and also return the loudness of segments if the codec uses it."""
+        """Encode waves as `tokenize` does, and also return the loudness of segments if the codec normalises them."""
         return EncodedWave(self.tokenize(wave, lengths))
 
     def decode(self, codes: Tensor, scales: Tensor | None = None, num_samples: int | None = None) -> Tensor:
@@ -86,7 +86,7 @@ class Codec(nn.Module, ABC):
         return self.decode_from_codebook_indices(codes, num_samples)
 
     def num_frames(self, num_samples: int) -> int:
-        """Number of frames that cover `num_samples` samples; the last frame can be partly silence."""
+        """Number of frames that cover `num_samples` samples; silence fills the last frame."""
         return frames_covering(num_samples, self.downsample_factor)
 
     def covered_samples(self, num_frames: int) -> int:
@@ -152,7 +152,7 @@ class Codec(nn.Module, ABC):
 
 
 class StreamingCodec(Codec):
-    """A codec that also encodes and decodes chunk by chunk, with results equal to those for whole waves."""
+    """A codec that also encodes and decodes chunk by chunk, with the same results as for whole waves."""
 
     @property
     @abstractmethod
@@ -162,7 +162,7 @@ class StreamingCodec(Codec):
     @property
     @abstractmethod
     def decoder_latency_seconds(self) -> float:
-        """Duration of the later codes that the decoder needs before it returns the samples of a frame."""
+        """Duration of the following frames that the decoder must receive before it can decode a frame."""
 
     @abstractmethod
     def encoder_stream(self) -> EncoderStream:
@@ -174,7 +174,7 @@ class StreamingCodec(Codec):
 
 
 def _shape_advice(shape: list[int], channels: int) -> str:
-    """End of an error message that explains how to correct the shape of a wave; empty if this is unclear."""
+    """End of an error message that explains how to correct the shape of a wave; empty if the mistake is unclear."""
     if len(shape) == 1:
         return "; add the batch axis: wave.unsqueeze(0)"
     if len(shape) == 3 and shape[2] == channels != shape[1]:

@@ -1,4 +1,4 @@
-"""Reading and writing of safetensors files with the codes of a sound and the information for decoding."""
+"""Read and write safetensors files that contain the codes of a sound and the information to decode them."""
 
 import json
 import math
@@ -57,7 +57,7 @@ class CodesInfo:
 
 @dataclass(frozen=True)
 class StoredCodes:
-    """The codes of one sound, with the information for decoding.
+    """The codes of one sound, with the information to decode them.
 
     Attributes:
         codes: `[f, q]` int64, coarse level first.
@@ -98,7 +98,7 @@ class StoredCodes:
         return bits / self.seconds / 1000
 
     def check_codec(self, codec: Codec, fingerprint: str) -> None:
-        """Check that a codec with this fingerprint encoded the sound; another codec would decode noise."""
+        """Check that a codec with this fingerprint encoded the sound; any other codec decodes the codes to noise."""
         info, (num_frames, num_levels) = self.info, self.codes.shape
         if fingerprint != info.codec_fingerprint:
             raise ValueError(
@@ -123,10 +123,10 @@ class StoredCodes:
 
 @beartype
 def write_codes(path: str | Path, stored: StoredCodes) -> None:
-    """Write codes to a safetensors file, which appears only when it is complete; missing folders are created.
+    """Write codes to a safetensors file; no partly written file appears at its path. Missing folders are created.
 
-    The tensor `codes [f, q]` is int16, or int32 for more than 2^15 codes; `scales [s]` is float32. The header entry
-    `audio_codes` is a JSON object with `format_version` and the fields of `CodesInfo`.
+    The tensor `codes [f, q]` is int16, or int32 for codebooks of more than 2^15 codes; `scales [s]` is float32. The
+    header entry `audio_codes` is a JSON object with `format_version` and the fields of `CodesInfo`.
     """
     path = Path(path)
     if path.suffix != _SUFFIX:
@@ -141,7 +141,7 @@ def write_codes(path: str | Path, stored: StoredCodes) -> None:
 
 @beartype
 def read_codes(path: str | Path) -> StoredCodes:
-    """Read and check a file that `write_codes` wrote; a damaged or different file raises a ValueError with its path."""
+    """Read and check a file of `write_codes`; a damaged file, or a file of another format, raises a ValueError."""
     tensors, metadata = read_weights(path)
     if _CODES not in tensors or tensors.keys() - {_CODES, _SCALES} or _HEADER not in metadata:
         raise ValueError(f"{path} is not a file of codes; create such files with write_codes")

@@ -68,11 +68,11 @@ class CausalConv1d(nn.Module):
 
 
 class CausalConvTranspose1d(nn.Module):
-    """A transposed convolution of kernel `2 * stride` without the last `stride` output steps.
+    """A transposed convolution with kernel size `2 * stride`, without the last `stride` output steps.
 
     An output step depends on two input steps, the one at the same time and the previous one. The layer is therefore
-    computed as a convolution of two taps with `stride` output steps per input step (as in arXiv 1609.05158, with a bias
-    for each output step).
+    computed as a convolution of kernel size 2 with `stride` output steps per input step (as in arXiv 1609.05158, with a
+    bias for each output step).
     """
 
     def __init__(self, dim_in: int, dim_out: int, stride: int) -> None:
@@ -86,10 +86,10 @@ class CausalConvTranspose1d(nn.Module):
 
 
 def elu(x: Tensor, overwrite: bool = False) -> Tensor:
-    """Apply ELU. With `overwrite`, the result can reuse the memory of `x` if no gradient needs `x`.
+    """Apply ELU to `x`; if `overwrite` is True and gradients are disabled, the result can overwrite `x`.
 
-    Inference on a CPU computes `2 ** (x log2 e)` in half the time of the ELU of torch 2.13, which would take a quarter
-    of the time of the encoder.
+    Without gradients on a CPU, `2 ** (x log2 e)` replaces `exp(x)`. This takes half the time of the ELU of torch 2.13,
+    whose share of the time of the encoder would be a quarter.
     """
     if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
         return F.elu(x)
@@ -98,7 +98,7 @@ def elu(x: Tensor, overwrite: bool = False) -> Tensor:
 
 
 class ResidualUnit(nn.Module):
-    """Residual unit: a dilated convolution of kernel 7, one of kernel 1, a skip connection (SoundStream, fig. 3)."""
+    """Residual unit: dilated convolution (size 7), convolution (size 1), skip connection (SoundStream, fig. 3)."""
 
     def __init__(self, dim: int, dilation: int) -> None:
         super().__init__()
@@ -125,16 +125,16 @@ class _Block(nn.Module):
 
 
 class _ConvNetwork(nn.Module, ABC):
-    """Base class of encoder and decoder: convolutions, and local attention at the frame rate.
+    """Base class of `ConvEncoder` and `ConvDecoder`, with convolutions and local attention at the frame rate.
 
     Args:
         channels: Audio channels.
-        base_dim: Channels of the convolution next to the wave (C_enc and C_dec in the paper, with value 32).
+        base_dim: Number of channels of the convolution next to the wave (SoundStream: C_enc = C_dec = 32).
         strides: Downsampling factors of the blocks, in the order of the encoder; their product is the number of samples
             per frame.
         dim: Width D of the frames.
         attn_window_size: Number of frames to which a frame attends, including itself.
-        attn_depth: Number of attention blocks; the paper has no attention.
+        attn_depth: Number of attention blocks; SoundStream has no attention.
     """
 
     @beartype

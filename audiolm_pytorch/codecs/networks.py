@@ -11,11 +11,11 @@ __all__ = ["WaveDecoder", "WaveEncoder"]
 
 
 class _WaveNetwork(nn.Module, ABC):
-    """A network that processes long inputs in chunks if no gradients are needed, to limit the memory.
+    """Base class of encoders and decoders; without gradients, they process long inputs in chunks to limit the memory.
 
     Attributes:
         channels: Audio channels.
-        lookahead_frames: Frames on each side on which a frame depends; 0 for a causal network with a state.
+        lookahead_frames: Frames before and after a frame on which it depends; 0 for a causal network with a state.
     """
 
     channels: int
@@ -23,7 +23,7 @@ class _WaveNetwork(nn.Module, ABC):
 
     @abstractmethod
     def _budget_frames(self) -> int:
-        """Frames per chunk, summed over the batch."""
+        """Largest number of frames in a chunk, summed over the items of the batch."""
 
 
 class WaveEncoder(_WaveNetwork):
@@ -33,7 +33,7 @@ class WaveEncoder(_WaveNetwork):
     downsample_factor: int
 
     def forward(self, wave: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Encode `[b, c, n]` with n a multiple of `downsample_factor`; `mask [b, f]` is True for real frames."""
+        """Encode waves `[b, c, n]`, n a multiple of `downsample_factor`; `mask [b, f]` is False for padding frames."""
         return self._encode(wave, mask, None) if torch.is_grad_enabled() else self.stream(mask).push_last(wave)
 
     def stream(self, mask: Tensor | None = None) -> FrameStream:
@@ -67,7 +67,7 @@ class WaveDecoder(_WaveNetwork):
     upsample_factor: int
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Decode `[b, f, d]` to `[b, c, f * upsample_factor]`."""
+        """Decode frames `[b, f, d]` to waves `[b, c, f * upsample_factor]`."""
         return self._decode(frames, None) if torch.is_grad_enabled() else self.stream().push_last(frames)
 
     def stream(self) -> FrameStream:

@@ -63,10 +63,10 @@ class SoundStream(StreamingCodec):
         attn_depth: Number of local attention blocks after the convolutions of the encoder and before those of the
             decoder; the paper has no attention.
         audio_channels: 1 mono, 2 stereo.
-        encoder: Network that replaces the encoder of `channels`, `strides` and `attn_...`.
-        decoder: Network that replaces the decoder of `channels`, `strides` and `attn_...`.
-        quantizer: Quantizer that replaces the one of `codebook_size` and `rq_...`.
-        denoising: FiLM layer before quantization that switches noise removal; None = the codec cannot remove noise.
+        encoder: Network that replaces the default encoder, which `channels`, `strides` and `attn_...` define.
+        decoder: Network that replaces the default decoder, which `channels`, `strides` and `attn_...` define.
+        quantizer: Quantizer that replaces the default quantizer, which `codebook_size` and `rq_...` define.
+        denoising: FiLM layer before quantization that switches noise removal; None if the codec cannot remove noise.
     """
 
     @beartype
@@ -154,7 +154,7 @@ class SoundStream(StreamingCodec):
 
     @property
     def decoder_latency_seconds(self) -> float:
-        """Duration of the later codes that the decoder needs before it returns the samples of a frame."""
+        """Duration of the following frames that the decoder must receive before it can decode a frame."""
         return self.decoder.lookahead_frames * self.downsample_factor / self.target_sample_hz
 
     def forward(
@@ -262,7 +262,7 @@ def AudioLMSoundStream(**kwargs: Any) -> SoundStream:
 def MusicLMSoundStream(**kwargs: Any) -> SoundStream:
     """The codec of MusicLM (arXiv 2301.11325, section 3.1): 24 kHz, 50 frames/s, 12 levels of 1024 codes.
 
-    The paper defines only the total stride of 480. Its factors (3, 4, 5, 8) are a choice of this library.
+    The paper defines only the total stride of 480. The strides (3, 4, 5, 8) are a choice of this library.
     """
     return SoundStream(**{"target_sample_hz": 24000, "strides": (3, 4, 5, 8), "rq_num_quantizers": 12, **kwargs})
 

@@ -26,7 +26,7 @@ class EncoderStream:
         self._frames, self._to_codes, self._check = frames, to_codes, check
 
     def push(self, wave: Tensor) -> Tensor:
-        """Add samples `[b, n]` or `[b, c, n]`; return the codes `[b, f, q]` of complete frames, which can be empty."""
+        """Add samples `[b, n]` or `[b, c, n]`; return the codes `[b, f, q]` of the complete frames; f can be 0."""
         return self._codes(self._check(wave), is_last=False)
 
     def finish(self) -> Tensor:
@@ -56,7 +56,7 @@ class DecoderStream:
         self._waves, self._to_frames, self._check = waves, to_frames, check
 
     def push(self, codes: Tensor) -> Tensor:
-        """Add codes `[b, f, q']`; return the samples `[b, c, n]` that later codes cannot change; they can be empty."""
+        """Add codes `[b, f, q']`; return the samples `[b, c, n]` that later codes cannot change; n can be 0."""
         return torch.cat(list(self._chunks(self._check(codes), is_last=False)), dim=-1)
 
     def finish(self) -> Tensor:

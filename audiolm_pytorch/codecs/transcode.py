@@ -1,4 +1,4 @@
-"""Encoding of sound files as stored codes, and decoding, for any sample rate, number of channels and length."""
+"""Encode sound files as stored codes, and decode stored codes to sound files, with a codec."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +39,7 @@ class FileCodec:
         """Encode a sound file, and keep the first `num_levels` levels (None: all levels).
 
         The sound is resampled to the rate of the codec. Channels are averaged for a mono codec, and a mono file is
-        repeated for a stereo codec. Other files whose number of channels differs from the codec raise a ValueError.
+        repeated for a stereo codec. A file with any other number of channels raises a ValueError.
         """
         codec = self.codec
         num_levels = codec.check_num_levels(num_levels)

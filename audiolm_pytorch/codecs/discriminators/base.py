@@ -1,4 +1,4 @@
-"""The base class of discriminators, and layers that they share."""
+"""The base class of discriminators, and functions that several discriminators use."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -43,7 +43,7 @@ class Discriminator(nn.Module, ABC):
 
     @abstractmethod
     def _outputs(self, wave: Tensor) -> list[ScaleOutput]:
-        """Compute the outputs of all scales for waves of a checked shape."""
+        """Compute the outputs of all scales for waves `[b, c, n]`, whose shape `forward` checked."""
 
 
 def run_layers(layers: Iterable[nn.Module], last: nn.Module, x: Tensor) -> ScaleOutput:
@@ -56,5 +56,5 @@ def run_layers(layers: Iterable[nn.Module], last: nn.Module, x: Tensor) -> Scale
 
 
 def leaky_relu_(x: Tensor) -> Tensor:
-    """Apply leaky ReLU in place to the output of a convolution, whose gradient does not need this output."""
+    """Apply leaky ReLU in place to a convolution's output, which the backward pass of the convolution does not need."""
     return F.leaky_relu(x, _SLOPE, inplace=True)

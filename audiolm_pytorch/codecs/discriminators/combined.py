@@ -31,16 +31,16 @@ class Discriminators(nn.Module):
         return {"parts": [module_spec(part) for part in self.parts]}
 
     def forward(self, wave: Tensor) -> list[ScaleOutput]:
-        """Compute the outputs of all scales of all parts for waves `[b, c, n]`, in order."""
+        """Compute the outputs of all scales of all discriminators, in order, for waves `[b, c, n]`."""
         return [output for part in self.parts for output in part(wave)]
 
 
 @beartype
 def soundstream_discriminators(channels: int = 1, width: int = 32) -> Discriminators:
-    """Create three resolutions of the wave and one complex STFT (SoundStream, arXiv 2107.03312, section III-D).
+    """Create discriminators of three wave resolutions and of one complex STFT (SoundStream, arXiv 2107.03312, III-D).
 
     `width` is the number of channels of the first STFT layer (32 in the paper), a multiple of 8. The first layer of the
-    wave discriminator has half as many.
+    wave discriminator has `width / 2` channels.
     """
     if width < 8 or width % 8:
         raise ValueError(
@@ -56,5 +56,5 @@ def soundstream_discriminators(channels: int = 1, width: int = 32) -> Discrimina
 
 @beartype
 def encodec_discriminators(channels: int = 1, width: int = 32) -> Discriminators:
-    """Create complex STFTs with five windows and `width` filters per layer (EnCodec, arXiv 2210.13438, section 3.4)."""
+    """Create a discriminator of five STFTs, `width` filters per layer (EnCodec, arXiv 2210.13438, section 3.4)."""
     return Discriminators([MultiScaleSTFTDiscriminator(channels=channels, width=width)])

@@ -30,7 +30,7 @@ _FRAMES_PER_LOGIT = 8
 
 @register
 class ComplexSTFTDiscriminator(Discriminator):
-    """Residual units on the complex spectrogram at one resolution (SoundStream, section III-D and figure 4).
+    """Discriminator of one complex spectrogram, with residual units (SoundStream, section III-D and figure 4).
 
     The paper defines window and hop, a 7x7 convolution, six residual units with alternating strides (1, 2) and (2, 2)
     in time and frequency, and a last convolution over all remaining frequencies. A residual unit has a 3x3 and a
@@ -40,7 +40,7 @@ class ComplexSTFTDiscriminator(Discriminator):
     The logits are `[b, 1, f]`, one per 8 frames of the spectrogram.
 
     Args:
-        channels: Audio channels, processed together.
+        channels: Number of audio channels; one network processes all channels together.
         width: Number of channels C after the first convolution; the last unit has 16 C channels.
         window_samples: Length of the STFT window, a multiple of 128.
         hop_samples: STFT hop.
@@ -75,20 +75,20 @@ class ComplexSTFTDiscriminator(Discriminator):
 
 @register
 class MultiScaleSTFTDiscriminator(Discriminator):
-    """Equal networks on complex spectrograms with several windows (EnCodec, arXiv 2210.13438, section 3.4).
+    """Discriminator with one network per STFT window, all of the same design (EnCodec, arXiv 2210.13438, section 3.4).
 
     The paper defines the windows, real and imaginary parts as input channels, 32 filters per layer, leaky ReLU, weight
     norm and the convolutions: a first one, three with dilations 1, 2, 4 in time and stride 2 in frequency, and a 3x3
     one for the logits. The published code defines kernels of 3x9 (3x8 in the text), one more 3x3 convolution before the
-    last, the slope of the leaky ReLU, and the normalised STFT. Hops are a quarter of the window. The paper processes
-    stereo channels separately and doubles the windows at 48 kHz. This class processes the channels together, so that
-    their differences matter, and the windows are an argument. The logits of a window are `[b, 1, f, k]`, one per frame
-    and 8 bins.
+    last, the slope of the leaky ReLU, and the normalised STFT. The STFT hop is a quarter of the window. The paper
+    processes stereo channels separately and doubles the windows at 48 kHz. This class processes the channels together,
+    so that differences between channels influence the logits; the windows are an argument. The logits of a window are
+    `[b, 1, f, k]`, one per frame and per 8 frequency bins.
 
     Args:
         channels: Audio channels.
         width: Filters per layer.
-        windows_samples: STFT windows.
+        windows_samples: Lengths of the STFT windows.
     """
 
     @beartype

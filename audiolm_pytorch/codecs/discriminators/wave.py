@@ -18,7 +18,7 @@ _GROUP_SIZE = 4
 
 @register
 class MultiScaleWaveDiscriminator(Discriminator):
-    """Equal networks on the wave and on average-pooled versions of it (SoundStream, section III-D).
+    """Discriminator with one network for the wave and one for each average-pooled version (SoundStream, section III-D).
 
     SoundStream defines three resolutions (x1, x1/2, x1/4). The network of a resolution has a plain convolution, four
     grouped convolutions (groups of 4 channels, stride 4, 4 times the channels up to 1024) and two plain convolutions.
@@ -26,7 +26,7 @@ class MultiScaleWaveDiscriminator(Discriminator):
     pooling and weight norm. Waves are padded with zeros. A resolution of n samples has logits `[b, 1, ceil(n / 256)]`.
 
     Args:
-        channels: Audio channels, processed together.
+        channels: Number of audio channels; one network processes all channels together.
         width: Channels after the first convolution, a multiple of 4; later layers have up to 64 times as many.
         scales: Number of resolutions, each half of the previous one; the first output has the full resolution.
     """

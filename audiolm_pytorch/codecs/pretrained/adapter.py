@@ -31,10 +31,10 @@ Wrapper = TypeVar("Wrapper", bound="PretrainedCodec")
 
 
 class PretrainedCodec(Codec):
-    """A codec from transformers: frozen, always in eval mode, and in float32 until it is moved to another precision.
+    """Base class of frozen codecs from transformers, always in eval mode; weights are loaded in float32.
 
-    Items of unequal length are encoded in groups of equal length. Padding would change codes, because convolutions with
-    look-ahead and reflection at the end of a wave depend on it. A subclass sets the class attributes, calls
+    Items of unequal length are encoded in groups of equal length. Padding would change the codes, because convolutions
+    with look-ahead, and reflection at the end of a wave, use the padding. A subclass sets the class attributes, calls
     `_set_sizes` in its constructor and implements `options`, `_encode` and `_decode`.
 
     Args:
@@ -75,14 +75,14 @@ class PretrainedCodec(Codec):
     def _set_sizes(
         self, *, sample_hz: int, downsample_factor: int, channels: int, num_quantizers: int, codebook_size: int
     ) -> None:
-        """Set the attributes of `Codec` and log the description."""
+        """Set the attributes that `Codec` declares, and log `description`."""
         self.target_sample_hz, self.downsample_factor, self.channels = sample_hz, downsample_factor, channels
         self.num_quantizers, self.codebook_size = num_quantizers, codebook_size
         logger.info("codec %s", self.description)
 
     @property
     def description(self) -> str:
-        """Source, revision, sizes, bitrate and licence of the codec in one line."""
+        """Text of one line with source, revision, sizes, bitrate and licence of the codec."""
         origin = self.origin
         return (
             f"{origin['source']} (revision {origin['revision'] or 'none: local'}): {self.model_type}, "
@@ -97,16 +97,16 @@ class PretrainedCodec(Codec):
 
     @abstractmethod
     def _decode(self, codes: Tensor, scales: Tensor | None) -> Tensor:
-        """Decode `[b, f, q']` to waves `[b, c, n]`; n can be a few samples less than the frames cover."""
+        """Decode codes `[b, f, q']` to waves `[b, c, n]`; n can be a few samples less than the frames cover."""
 
     @property
     @abstractmethod
     def options(self) -> dict[str, Any]:
-        """Constructor arguments without the source, as data that JSON can store."""
+        """Constructor arguments except `source`, as data that JSON can store."""
 
     @property
     def config(self) -> dict[str, Any]:
-        """Data for `from_config` that JSON can store."""
+        """Data from which `from_config` builds the codec; JSON can store the data."""
         return dict(model=model_settings(self.model), options=self.options, origin=portable_origin(self.origin))
 
     @classmethod
@@ -124,7 +124,7 @@ class PretrainedCodec(Codec):
         return nameless_fingerprint(self.model, facts)
 
     def train(self: Wrapper, mode: bool = True) -> Wrapper:
-        """Keep eval mode, because the codec is frozen and level dropout would change codes."""
+        """Ignore `mode` and keep eval mode, because the codec is frozen and level dropout would change codes."""
         return super().train(False)
 
     @torch.no_grad()
@@ -204,9 +204,9 @@ class PretrainedLevelsCodec(PretrainedCodec):
 
     @abstractmethod
     def _sizes(self, config: Any) -> dict[str, int]:
-        """Arguments of `_set_sizes` for all levels, from the configuration of the model."""
+        """Arguments of `_set_sizes` for a codec with all levels, from the configuration of the model."""
 
     @property
     def options(self) -> dict[str, Any]:
-        """Constructor arguments without the source, as data that JSON can store."""
+        """Constructor arguments except `source`, as data that JSON can store."""
         return dict(num_quantizers=self.num_quantizers)

@@ -1,7 +1,7 @@
 """Execution of the convolutions of published models on chunks of long audio, with equal results and limited memory.
 
-An output of a stack of convolutions depends on a limited range of inputs. A chunk is therefore computed together with
-this range on each side, and the outputs of the range are dropped. Recurrent layers and norms over time depend on the
+An output of a stack of convolutions depends on a limited range of inputs. Each chunk is therefore extended by this
+range on each side, and the outputs for the extension are dropped. Recurrent layers and norms over time depend on the
 whole input, so they run on the whole input.
 """
 
@@ -38,7 +38,7 @@ FRAMEWISE = Span(Fraction(0), Fraction(1))
 def span_of(layers: Iterable[nn.Module]) -> Span:
     """Compute the span of layers that run one after another.
 
-    Parallel residual branches are counted as a sequence, which only increases the bound.
+    Parallel residual branches are counted as if they ran one after another, which can only increase `reach`.
     """
     reach, scale = Fraction(0), Fraction(1)
     for layer in layers:
@@ -58,10 +58,10 @@ def apply_chunked(
     """Compute `function(inputs)` in chunks of the last axis if the input is long; the results are equal up to rounding.
 
     Args:
-        function: `[..., n] -> [..., m]`; it can pad both ends.
+        function: Function from `[..., n]` to `[..., m]`, which can pad both ends of the input.
         inputs: Tensor `[..., n]`.
         span: Range of inputs on which an output of the function depends.
-        chunk_samples: Steps per chunk, counted in inputs or outputs, whichever are more; None for `CHUNK_SAMPLES`.
+        chunk_samples: Input steps or output steps per chunk, whichever are more; None for `CHUNK_SAMPLES`.
     """
     unit, out = span.scale.numerator, span.scale.denominator
     chunk = max(1, (chunk_samples or CHUNK_SAMPLES) // max(unit, out))
@@ -94,7 +94,7 @@ def run_layers(stack: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def chunked_forward(stack: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Make a forward function that calls `run_layers`; calls with more arguments use the original forward."""
+    """Forward that replaces `stack.forward`: call `run_layers`, or with extra arguments the original forward."""
     if args or any(value is not None for value in kwargs.values()):
         return type(stack).forward(stack, hidden_states, *args, **kwargs)
     return run_layers(stack, hidden_states)

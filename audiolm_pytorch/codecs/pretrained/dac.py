@@ -21,7 +21,7 @@ class DacWrapper(PretrainedLevelsCodec):
 
     Long files are processed in chunks of 6 s with equal results; this needs about 0.8 GB besides the model. The models
     of 16 and 24 kHz have a stride of 5, for which the decoder returns 8 samples too few. Silence replaces these
-    samples, so that lengths are exact.
+    samples, so that decoded waves have the exact length.
     """
 
     model_type, model_class, config_class = "dac", "DacModel", "DacConfig"

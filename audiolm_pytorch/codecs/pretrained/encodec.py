@@ -37,16 +37,16 @@ class EncodecWrapper(PretrainedCodec):
 
     The 48 kHz model encodes segments of 1 s that overlap by 1%, and divides each segment by its loudness:
     - The codes contain the frames of the first segment, then of the second segment, and so on. A segment has 150
-      frames; the last segment has fewer if it is shorter. The last but one has 149 frames if at most 160 samples
-      remain for the last, as in the original model. A frame advances by 316.8 samples on average; use `num_frames`
-      instead of `downsample_factor`. Do not cut codes; cut the decoded wave.
+      frames; the last segment has fewer if it is shorter. The second-last segment has 149 frames if at most 160 samples
+      remain for the last segment, as in the original model. A frame advances by 316.8 samples on average; use
+      `num_frames` instead of `downsample_factor`. Do not cut codes; cut the decoded wave.
     - `encode` returns the loudness of each segment as scales, and `decode` uses the scales. `tokenize` and
       `decode_from_codebook_indices` use only codes. Every segment is then decoded with the loudness `codes_only_rms`,
       and silence becomes faint sound. A language model over the codes has only this information.
 
     Args:
         source: Folder in transformers' format, or hub id.
-        bandwidth_kbps: Bitrate, one of those of the model. None: 6 kbps, or the highest bitrate if the model does not
+        bandwidth_kbps: Bitrate that the model supports. None: 6 kbps, or the highest bitrate if the model does not
             have 6.
         codes_only_rms: Loudness (RMS of the mono mix) of segments that are decoded without scales; used only by models
             with scales.

@@ -19,7 +19,7 @@ class MimiWrapper(PretrainedLevelsCodec):
     """Mimi (arXiv 2410.00037, section 3.3): 24 kHz mono, 12.5 frames per second, levels of 2048 codes, causal.
 
     The first level is distilled from a speech model, the other levels describe the sound. The published model has 32
-    levels; the 1.1 kbps of the paper are the first 8 levels.
+    levels; its first 8 levels have the 1.1 kbps of the paper.
 
     On a long file the convolutions run in chunks with equal results, and the transformers run on the whole file at 25
     Hz. Besides the model this needs 0.6 GB for 1 and for 2.5 minutes (without chunks 1.9 GB per minute). The attention

@@ -19,7 +19,7 @@ class Quantized(NamedTuple):
     Attributes:
         frames: Quantized frames `[b, f, d]`, with straight-through gradients.
         codes: `[b, f, q]` int64; -1 in levels that level dropout skipped.
-        loss: Scalar training loss that pulls frames towards their codes; zero in eval mode.
+        loss: Scalar training loss that pulls frames towards their code vectors; zero in eval mode.
     """
 
     frames: Tensor
@@ -46,7 +46,7 @@ class FrameQuantizer(nn.Module, ABC):
     def forward(self, frames: Tensor, num_levels: int | None = None) -> Quantized:
         """Quantize frames `[b, f, d]`; training mode also updates codebooks and can skip the last levels.
 
-        `num_levels` is the number of levels in training mode; None draws it at random.
+        `num_levels` is the number of levels in training mode; None draws this number at random.
         """
 
     @abstractmethod
@@ -67,9 +67,9 @@ class FrameQuantizer(nn.Module, ABC):
 
 
 class ResidualLevels(FrameQuantizer):
-    """A residual quantizer: each level quantizes the residual of the levels before.
+    """A residual quantizer: each level quantizes the remaining error of the previous levels.
 
-    Codes can be decoded from any number of first levels. Level dropout skips the same levels on every process and in
+    Codes of any number of first levels can be decoded. Level dropout skips the same levels on every process and in
     every group. All computations are in float32 also under autocast, because distances in bfloat16 select other codes.
 
     Args:
@@ -148,7 +148,7 @@ class ResidualLevels(FrameQuantizer):
 
 
 def code_usage(codes: Tensor, codebook_size: int) -> dict[str, Tensor]:
-    """Compute the used share of each codebook, `usage [q]`, and its perplexity divided by its size, `perplexity [q]`.
+    """Compute for each codebook the share of used codes, `usage [q]`, and perplexity / codebook size, `perplexity [q]`.
 
     Negative entries of `codes [..., q]` are ignored.
     """

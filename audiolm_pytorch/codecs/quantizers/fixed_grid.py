@@ -57,15 +57,15 @@ class _GridLevels(ResidualLevels):
 class ResidualLookupFreeQuantizer(_GridLevels):
     """Lookup-free residual quantizer; level k adds or subtracts `2**-k` in each of `log2(codebook_size)` coordinates.
 
-    Encoding needs no codebook search. A coordinate could have the same sign in all frames, so that codes are unused.
-    The entropy loss of arXiv 2310.05737 (section 3.1) prevents this; it rewards a clear choice for each frame and equal
-    use of all codes. This class computes the loss itself, because vector-quantize-pytorch 1.32 ignores the batches of
-    other processes.
+    Encoding needs no codebook search. Without a loss, a coordinate can get the same sign in all frames, which leaves
+    codes unused. The entropy loss of arXiv 2310.05737 (section 3.1) prevents this; the loss is low if each frame has a
+    certain code and all codes are used equally. This class computes the loss itself, because vector-quantize-pytorch
+    1.32 ignores the batches of other processes.
 
     Args:
         codebook_size: Number of different codes per level, a power of 2.
-        entropy_weight: Weight of the entropy loss. The loss is the unused share of the information of a codebook, in
-            0..1.
+        entropy_weight: Weight of the entropy loss. The loss is the unused share (0 to 1) of the information that a
+            codebook can carry.
         temperature: Distance from zero at which the sign of a coordinate counts as certain, in units of the step of the
             level.
         level_dropout: Share of the training batches in which a random number of the last levels is skipped.
@@ -97,7 +97,7 @@ class ResidualLookupFreeQuantizer(_GridLevels):
         self.train()
 
     def train(self, mode: bool = True) -> "ResidualLookupFreeQuantizer":
-        """Set the mode; the layers stay in eval mode, in which they only compute signs."""
+        """Set the mode of this module; its layers stay in eval mode, in which they only compute signs."""
         super().train(mode)
         self.rvq.eval()
         return self
@@ -127,7 +127,7 @@ class ResidualLookupFreeQuantizer(_GridLevels):
 
 
 def _code_probabilities(positive: Tensor) -> Tensor:
-    """Compute probabilities `[n, 2**d]` of all sign patterns from those of a positive sign per coordinate, `[n, d]`."""
+    """Compute the probabilities `[n, 2**d]` of all sign patterns from the probabilities `[n, d]` of positive signs."""
     patterns = positive.new_ones(len(positive), 1)
     for plus in positive.split(1, dim=-1):
         patterns = torch.cat([patterns * (1 - plus), patterns * plus], dim=-1)
@@ -136,7 +136,7 @@ def _code_probabilities(positive: Tensor) -> Tensor:
 
 @register
 class ResidualFiniteScalarQuantizer(_GridLevels):
-    """Residual finite scalar quantizer, which rounds coordinates to a grid of `codebook_size` points and has no loss.
+    """Residual finite scalar quantizer, which rounds coordinates to `codebook_size` grid points; it needs no loss.
 
     Args:
         codebook_size: Number of different codes per level; must be a product of numbers from 3 to 8 (see `grid_steps`).
@@ -168,9 +168,9 @@ class ResidualFiniteScalarQuantizer(_GridLevels):
 
 
 def grid_steps(codebook_size: int) -> tuple[int, ...]:
-    """Find the sides of a grid with `codebook_size` points: as many sides of 3 to 8 steps as possible, of similar size.
+    """Split `codebook_size` into as many similar factors from 3 to 8 as possible: the points per dimension of a grid.
 
-    A large number of sides is best, because all levels refine the same coordinates.
+    A large number of dimensions is best, because all levels refine the same coordinates.
     """
     steps = _factors(codebook_size)
     if steps is None:
@@ -187,7 +187,7 @@ def grid_steps(codebook_size: int) -> tuple[int, ...]:
 
 @cache
 def _factors(size: int, largest: int = _MAX_STEPS) -> tuple[int, ...] | None:
-    """Find the sides of a grid in falling order, each at most `largest`; None if they do not exist."""
+    """Split `size` into factors from 3 to `largest`, in falling order; None if this is not possible."""
     if _MIN_STEPS <= size <= largest:
         return (size,)
     candidates = [

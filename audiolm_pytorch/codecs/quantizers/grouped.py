@@ -20,8 +20,8 @@ __all__ = ["GroupedQuantizer", "make_quantizer"]
 class GroupedQuantizer(FrameQuantizer):
     """Divides a frame into equal parts and quantizes each part with a separate residual quantizer.
 
-    The columns of codes are ordered level by level, with all groups of level 1 first. The first columns are therefore a
-    coarser version of the frames; their number need not be a multiple of the number of groups.
+    The columns of codes are ordered level by level, with all groups of level 1 first. Any number of first columns is
+    therefore a coarser version of the frames, also if it is not a multiple of the number of groups.
 
     Args:
         quantizers: One quantizer per part of the frame, in order, with equal numbers of levels and codes.
@@ -64,7 +64,7 @@ class GroupedQuantizer(FrameQuantizer):
         return _interleave([part.encode(x) for part, x in zip(self._parts, self._split(frames))])
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Decode codes `[b, f, q']` to frames `[b, f, d]`; a group without codes is decoded to its mean."""
+        """Decode codes `[b, f, q']` to frames `[b, f, d]`; a group without codes is decoded to its mean vector."""
         groups = self.num_groups
         return torch.cat([part.decode(codes[..., group::groups]) for group, part in enumerate(self._parts)], dim=-1)
 

@@ -22,7 +22,7 @@ _MAX_ROTATED_RATIO = 4.0
 
 
 class _Codebook(nn.Module):
-    """A codebook and its exponential averages: how often each code is used, and the sum of its frames."""
+    """A codebook, with exponential averages of the number and of the sum of the frames that select each code."""
 
     embed: Tensor
     embed_avg: Tensor
@@ -37,7 +37,7 @@ class _Codebook(nn.Module):
         self.register_buffer("embed", embed)
 
     def revive(self, frames: Tensor, dead_below_share: float) -> None:
-        """Replace unused codes by random frames `[n, d]`; their averages keep them until they can be used."""
+        """Replace rarely used codes by random frames `[n, d]`, and set the averages of these codes to mean use."""
         uses = self.cluster_size[0]
         uniform_use = uses.mean()
         dead = (uses < dead_below_share * uniform_use).nonzero().flatten()
@@ -51,7 +51,7 @@ class _Codebook(nn.Module):
 
 
 class _Levels(nn.Module):
-    """Projections and codebooks, stored in the layout of `vector_quantize_pytorch.ResidualVQ`, as in saved codecs.
+    """Projections and codebooks, in the layout of `vector_quantize_pytorch.ResidualVQ`, which saved codecs use.
 
     The package vector-quantize-pytorch trains the levels (`trained_layers`). Loading a codec does not import the
     package, because the import takes a second.
@@ -68,7 +68,7 @@ class _Levels(nn.Module):
         self._trained_layers: tuple[Any, ...] = ()  # a tuple is not registered, because the state is in `layers`
 
     def trained_layers(self, decay: float) -> tuple[Any, ...]:
-        """`VectorQuantize` layers, one per level, that train the codebooks of `layers` in place."""
+        """Make one `VectorQuantize` per level; training them updates the codebooks of `layers`, which they share."""
         if not self._trained_layers:
             from vector_quantize_pytorch import VectorQuantize
 
@@ -105,11 +105,11 @@ class ResidualQuantizer(ResidualLevels):
     Args:
         codebook_dim: Width of the code vectors; frames are projected to this width and back.
         decay: Decay of the exponential averages.
-        dead_below_share: A code is replaced by a random frame if it is used less often than this share of the mean.
+        dead_below_share: A code is replaced by a random frame if its use is below this share of the mean use.
         level_dropout: Share of the training batches in which a random number of the last levels is skipped, so that any
             number of levels can be decoded (0.5 as in arXiv 2306.06546, section 3.4; 1 reduces the quality with all
             levels).
-        expected_frames: Number of frames in a training batch; `initialise` scales the averages to it.
+        expected_frames: Number of frames in a training batch; `initialise` scales the averages to this number.
     """
 
     @beartype

@@ -1,4 +1,4 @@
-"""The loss balancer of EnCodec: the weight of a loss is its share of the gradient, independent of its scale."""
+"""The loss balancer of EnCodec: a weight is the share of a loss in the gradient, for any scale of the loss."""
 
 from collections.abc import Mapping
 
@@ -15,14 +15,14 @@ class LossBalancer(nn.Module):
     """Combines losses by their gradients with respect to a wave (EnCodec, arXiv 2210.13438, section 3.4, eq. 4).
 
     The gradient of each loss is divided by a running mean of its norm; the result is the weighted mean of the scaled
-    gradients. A loss that does not depend on the wave (such as a commitment loss) is added by the caller.
+    gradients. The caller adds a loss that does not depend on the wave (such as a commitment loss).
 
-    Losses must be means over the batch. The norm of a loss is the root mean square of the gradient norms of the
-    single items. This is eq. 4 with R = 1 / sqrt(b), so accumulated batches count as one large batch. Each process of
-    a distributed run has separate norms; the checkpoint stores those of the first process.
+    Losses must be means over the batch. The gradient norm of a loss is the root mean square of the gradient norms of
+    the batch items. This is eq. 4 with R = 1 / sqrt(b), so accumulated batches count as one large batch. Each process
+    of a distributed run has separate norms; the checkpoint stores the norms of the first process.
 
     The running means are buffers with the bias correction of Adam. A step whose gradient is missing or not finite does
-    not change them.
+    not change the running means.
 
     Only the ratios of the `weights` matter. No gradient is computed for a loss of weight 0.
     """
@@ -44,10 +44,10 @@ class LossBalancer(nn.Module):
 
     @beartype
     def forward(self, losses: Mapping[str, Tensor], wave: Tensor) -> Tensor:
-        """Return the weighted mean of the losses; its gradient with respect to `wave` is the combined gradient.
+        """Return the weighted mean of the losses, whose gradient is the weighted mean of their rescaled gradients.
 
         Args:
-            losses: Scalars by name, functions of `wave` or constants. Missing names leave their weight to the others.
+            losses: Scalars by name, functions of `wave` or constants. Other losses share the weight of a missing loss.
             wave: Output `[b, ...]` of the generator; it must require a gradient.
         """
         unknown = sorted(set(losses) - set(self.weights))

@@ -32,8 +32,8 @@ class Mixture:
 class NoiseMixer:
     """Adds a random part of a random noise recording to each clean crop, at a random level.
 
-    The target is the clean wave if the `denoise` flag is set, else the mixture, so that one codec learns both tasks
-    (SoundStream, section III-F). Each example is a pure function of the seed, the epoch and the index.
+    The target is the clean wave if the `denoise` flag is set, else the mixture, so that one codec learns to keep and to
+    remove noise (SoundStream, section III-F). Each example is a pure function of the seed, the epoch and the index.
 
     Args:
         noise: Crops of noise at the sample rate of the clean crops; noise shorter than a clean crop is repeated.
@@ -67,7 +67,7 @@ class NoiseMixer:
 
     @beartype
     def get(self, epoch: int, index: int) -> Mixture:
-        """Mix one clean crop with noise; the crop is not changed if it, or all noise that is drawn, is silent."""
+        """Mix one clean crop with noise; no noise is added if the crop, or all drawn noise, is silent."""
         rng = np.random.default_rng([self.seed, 1, epoch, index])
         denoise = bool(rng.random() < self.denoise_share)
         is_clean = bool(rng.random() < self.clean_share)
@@ -83,7 +83,7 @@ class NoiseMixer:
         return Mixture(mixture, clean if denoise else mixture, denoise, clean, snr_db)
 
     def _draw_noise(self, rng: np.random.Generator, num_samples: int) -> Tensor | None:
-        """Draw noise of `num_samples` samples; None if a few draws are all silent."""
+        """Draw noise of `num_samples` samples; None if all of several drawn noises are silent."""
         for _ in range(_NOISE_DRAWS):
             # each epoch has another position in the file
             crop = self.noise.get(int(rng.integers(2**31)), int(rng.integers(len(self.noise))))

@@ -51,7 +51,7 @@ def discriminator_hinge(real: Sequence[ScaleOutput], fake: Sequence[ScaleOutput]
     """Hinge loss of the discriminators (SoundStream, arXiv 2107.03312, eq. 3; EnCodec, arXiv 2210.13438, section 3.4).
 
     `fake` must come from decoded waves that are detached from the codec. Returns a float32 scalar, the mean over
-    scales, items and times: 2 if all logits are zero, 0 for perfect separation.
+    scales, items and times: 2 if all logits are zero, 0 if real and decoded waves are separated perfectly.
     """
     scales = _paired(real, fake)
     hinges = [F.relu(1 - r.logits.float()).mean() + F.relu(1 + f.logits.float()).mean() for r, f in scales]

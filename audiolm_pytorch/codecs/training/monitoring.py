@@ -1,4 +1,4 @@
-"""Validation of a codec in training: distances, codebook usage, pairs of audio files, and a warning."""
+"""Validation of a codec in training: distances, codebook usage, audio files, and a warning if nothing improves."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -148,8 +148,8 @@ def write_pairs(
 class MelWarning:
     """Logs a warning, once, if the mel distance in validation has not fallen after a quarter of the run.
 
-    The reference is the distance of the first validation. Once quantization begins, it is the distance of the first
-    validation with quantization, because quantization raises the distance.
+    The distance is compared with that of the first validation. After quantization begins, it is compared with that of
+    the first validation with quantization, because quantization raises the distance.
     """
 
     def __init__(self, num_train_steps: int) -> None:
@@ -158,7 +158,7 @@ class MelWarning:
         self._first: dict[bool, float] = {}
 
     def __call__(self, row: Mapping[str, Any]) -> None:
-        """Check a row of metrics of the training loop."""
+        """Log the warning if the metrics `row` of the training loop shows no progress; later calls log nothing."""
         distance = row.get("mel_distance")
         if row["phase"] != "valid" or distance is None:
             return

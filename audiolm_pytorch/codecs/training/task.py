@@ -68,12 +68,12 @@ class CodecLossWeights:
 
     @property
     def reconstruction_only(self) -> "CodecLossWeights":
-        """These weights with the weights of the discriminator losses set to 0."""
+        """Copy of these loss weights in which the weights of the discriminator losses are 0."""
         return replace(self, adversarial=0.0, feature_matching=0.0)
 
     @property
     def on_wave(self) -> dict[str, float]:
-        """Weights by name of the losses on the wave, without losses of weight 0."""
+        """Weights above 0, by name, of the losses that depend on the decoded wave."""
         return {name: float(value) for name, value in asdict(self).items() if value > 0 and name != "commitment"}
 
 
@@ -84,7 +84,7 @@ MEL_ONLY = CodecLossWeights(waveform=0.0, adversarial=0.0, feature_matching=0.0)
 class CodecBatch:
     """Batch of a codec: inputs and targets `[b, c, n]`, and the flags `[b]` bool of a denoising condition.
 
-    The generator phase stores its reconstruction in `decoded`; the discriminator phase of that step uses it.
+    The generator phase stores its reconstruction in `decoded` for the discriminator phase of the same step.
     """
 
     wave: Tensor
@@ -97,12 +97,12 @@ class CodecTask:
     """Trains a codec in the phase "generator", and its discriminators, if any, in the phase "discriminator".
 
     In the first steps the codec trains without quantization. Then k-means on encoded frames initialises the codebooks,
-    which works far better with a trained encoder than with an untrained one. No code becomes unused while the encoder
-    changes fast. Codebooks that are already trained, as in fine-tuning, are not initialised again.
+    which works far better with a trained encoder than with an untrained one. Fast changes of the early encoder cannot
+    leave codes unused. Codebooks that are already trained, as in fine-tuning, are not initialised again.
 
     The discriminators train for `discriminator_lead_steps` before the codec uses their losses. Untrained discriminators
-    would damage a trained codec, because the balancer weights them like trained ones. `noise` holds the mixtures for
-    training and for validation. `SoundStreamTrainer` describes the other arguments.
+    would damage a trained codec, because the balancer gives untrained and trained discriminators the same weight.
+    `noise` holds the mixtures for training and for validation. `SoundStreamTrainer` describes the other arguments.
     """
 
     name = "codec"
@@ -167,7 +167,7 @@ class CodecTask:
         )
 
     def before_training(self) -> None:
-        """Do nothing; the codebooks are initialised at step `unquantized_steps`, from the then trained encoder."""
+        """Do nothing; the codebooks are initialised at step `unquantized_steps`, when the encoder is trained."""
 
     def samples(self, folder: Path, step: int) -> None:
         """Write the first validation crops and their reconstructions as WAV files."""
@@ -300,7 +300,7 @@ def _check(
 
 @contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
-    """Within the block, gradients flow through a module but its parameters receive none."""
+    """Context manager: gradients flow through a module, but the parameters of the module receive no gradients."""
     parameters = nn.ParameterList(parameter for parameter in module.parameters() if parameter.requires_grad)
     parameters.requires_grad_(False)
     try:

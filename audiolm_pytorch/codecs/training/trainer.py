@@ -40,13 +40,13 @@ class SoundStreamTrainer:
         items: Training items and validation items, instead of `folder`.
         data_max_length: Length of a crop in samples at the codec's rate, instead of `data_max_length_seconds`.
         data_max_length_seconds: Length of a crop in seconds; 1 if neither length is passed.
-        results_folder: Receives checkpoints, metrics and samples. At the end of the run the codec is saved in
+        results_folder: Folder for checkpoints, metrics and samples. At the end of the run the codec is saved in
             `results_folder/codec`, the discriminators in `results_folder/discriminators`.
         loss_weights: Default `CodecLossWeights()`; without discriminators its `reconstruction_only`. `MEL_ONLY` uses
             the mel distance as the only loss.
-        discriminators: Trained in place, e.g. `soundstream_discriminators(channels=1)`, which need more time on a CPU
-            than a small codec (with `width=8` a fifth of that time). None trains with reconstruction losses only. The
-            class must be registered (`audiolm_pytorch.saving.modules.register`), because the module is saved.
+        discriminators: Discriminators to train, e.g. `soundstream_discriminators(channels=1)`, which need more time on
+            a CPU than a small codec (with `width=8` a fifth of that time). None trains with reconstruction losses only.
+            The class must be registered (`audiolm_pytorch.saving.modules.register`), because the module is saved.
         adversarial_start_step: First training step of the discriminators; by default after a quarter of the run.
         discriminator_lead_steps: Steps of the discriminators before the codec uses their losses; by default a tenth of
             the steps of the discriminators, at most 200.
