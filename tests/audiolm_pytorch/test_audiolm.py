@@ -191,7 +191,7 @@ def test_sampling_is_set_by_stage():
     )
     audio_lm.sampling = {name: SamplingSettings(temperature=0) for name in audio_lm.stages}
     assert torch.equal(audio_lm(seconds=0.3, seeds=[1]), audio_lm(seconds=0.3, sampling=greedy, seeds=[2]))
-    with pytest.raises(ValueError, match="by stage"):
+    with pytest.raises(ValueError, match="unknown stages"):
         audio_lm(sampling={"midfine": {}})
 
 

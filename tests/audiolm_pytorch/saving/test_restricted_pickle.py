@@ -119,7 +119,7 @@ def test_object_array_in_a_checkpoint(tmp_path):
         path = zip_checkpoint(tmp_path / "a.pt", pickle.dumps({"model": value}, 2))
         assert isinstance(TorchCheckpoint(path).content["model"], StandIn)
         write_kmeans(tmp_path / "k.bin", np.eye(4), init=value)
-        assert "something else than numbers" in refusal(read_centroids, tmp_path / "k.bin")
+        assert "values are not numbers" in refusal(read_centroids, tmp_path / "k.bin")
     assert not marker.exists()
 
 
@@ -132,7 +132,7 @@ def test_types_that_turn_into_others(tmp_path):
     ):
         wrapper = NumpyArrayWrapper(np.ndarray, (1,), "C", TypeWithState(*state))
         (tmp_path / "k.bin").write_bytes(pickle.dumps(wrapper, 4) + bytes(100))
-        assert re.search("records|damaged", refusal(read_centroids, tmp_path / "k.bin"))
+        assert re.search("values are not numbers|damaged", refusal(read_centroids, tmp_path / "k.bin"))
 
 
 def test_torchscript_archive_is_refused(tmp_path):

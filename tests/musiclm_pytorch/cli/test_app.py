@@ -208,7 +208,7 @@ missing options | train all | --data PATH.*--out PATH
 kmeans without options | train kmeans | --encoder STR.*--layer INT.*--data PATH.*--out PATH.*train kmeans --help
 kmeans, unknown option | train kmeans --encoder E --layer 1 --data D --out O --preset x | Unrecognized.*--preset
 kmeans, no number | train kmeans --encoder E --layer x --data D --out O | --layer.*'x'
-convert without a word | convert hubert | --checkpoint.*--kmeans.*--out
+convert without a word | convert hubert | --checkpoint.*--out.*--kmeans
 vq-wav2vec without options | convert vq-wav2vec | --checkpoint.*--out
 no codec command | codec | Expected one of .*encode, decode, evaluate
 unknown codec command | codec play TONE | play.*Available subcommands: encode, decode, evaluate
