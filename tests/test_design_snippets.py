@@ -97,6 +97,7 @@ def test_quantizer_snippet(mulan):
     assert conds.shape == (2, 8, 1024)
 
 
+@pytest.mark.slow
 def test_soundstream_snippet(soundstream, tmp_path):
     """Tokenize, decode, compare with the reconstruction; save and load."""
     audio = torch.randn(1, 512 * 320)
@@ -108,6 +109,7 @@ def test_soundstream_snippet(soundstream, tmp_path):
     assert torch.equal(loaded.tokenize(audio), codes)
 
 
+@pytest.mark.slow
 def test_soundstream_trainer_snippet(audio_folder, tmp_path):
     """A codec trains from a folder, with the paper's convolutions."""
     soundstream = SoundStream(codebook_size=16, rq_num_quantizers=2, channels=2, codebook_dim=8)
@@ -143,6 +145,7 @@ def stages(wav2vec):
     )
 
 
+@pytest.mark.slow
 def test_stage_trainer_snippets(stages, wav2vec, soundstream, quantizer, audio_folder, tmp_path):
     """Each stage trains one step from waves, with any semantic tokenizer."""
     semantic_transformer, coarse_transformer, fine_transformer = stages
@@ -172,6 +175,7 @@ def test_stage_trainer_snippets(stages, wav2vec, soundstream, quantizer, audio_f
         assert trainer.train().step == 1
 
 
+@pytest.mark.slow
 def test_audiolm_and_musiclm_snippets(stages, wav2vec, soundstream, quantizer):
     """Unconditional, primed and text-conditioned generation; the best of four candidates."""
     semantic_transformer, coarse_transformer, fine_transformer = stages

@@ -50,6 +50,7 @@ def test_links_exist(page):
             assert page != README and (page.parent / link.partition("#")[0]).exists(), link
 
 
+@pytest.mark.slow
 def test_table_of_rates():
     """Tokens per second and bitrates follow from the other columns; rows of own codecs and stages equal the modules."""
     rows = {}

@@ -26,6 +26,7 @@ def check_lengths(audio_lm):
         assert result.acoustic.min() >= 0 and result.acoustic.max() < 16
 
 
+@pytest.mark.slow
 def test_lengths_follow_the_seconds(monkeypatch):
     """Fault 4: no stage has a fixed number of steps; 512 steps for all stages fail the check."""
     audio_lm = audiolm_of()
@@ -114,6 +115,7 @@ def test_prompts_of_unequal_length_are_independent():
     assert torch.equal(together.acoustic[0, :30], audio_lm.codec.tokenize(prompts[:1])[0])
 
 
+@pytest.mark.slow
 def test_default_length_is_five_seconds_after_the_prompt():
     """Without `seconds`; a prompt longer than `seconds` raises an error."""
     audio_lm = audiolm_of()

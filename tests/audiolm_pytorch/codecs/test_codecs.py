@@ -322,6 +322,7 @@ def test_saved_codec_loads_equal(make_codec, tmp_path):
     assert codec.fingerprint() == loaded.fingerprint()
 
 
+@pytest.mark.slow
 def test_published_presets_have_their_rates():
     """Numbers of the papers: 50 frames a second, 12 levels of 1024 codes."""
     for codec, sample_hz in ((AudioLMSoundStream(channels=2), 16000), (MusicLMSoundStream(channels=2), 24000)):

@@ -191,6 +191,7 @@ def test_local_attention_streams(window):
 # --- streams ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @each_codec
 def test_streams_equal_the_whole(kind):
     """Any chunking of a batch of two, with two alternating streams of one codec: codes equal, waves to 1e-5."""
@@ -275,6 +276,7 @@ def test_misused_streams_raise():
 # --- long recordings --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @each_codec
 def test_long_recordings_run_in_chunks(kind, monkeypatch):
     """Chunks have equal codes and samples, also for padded items; a long recording in one run would need gigabytes."""
@@ -309,6 +311,7 @@ def test_long_recordings_run_in_chunks(kind, monkeypatch):
         )
 
 
+@pytest.mark.slow
 def test_a_stream_keeps_no_more_than_it_needs():
     """Memory does not grow with the stream: state and pending samples are small and own their storage."""
     encoder = ConvEncoder(base_dim=4, strides=(2, 4), dim=8, attn_window_size=6, attn_depth=1)

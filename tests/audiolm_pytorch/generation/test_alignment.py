@@ -292,6 +292,7 @@ def tokens_of(times: Tensor, seconds: float) -> tuple[Tensor, Tensor]:
     return semantic, ClickCodec().tokenize(click_track(times, seconds, CODEC_HZ)[None])
 
 
+@pytest.mark.slow
 def test_the_semantic_stage_keeps_the_beat_across_windows():
     """75 tokens in windows of even and odd sizes, with prompts of 8 and 10 tokens: all clicks are on the beat."""
     right, _ = tokens_of(beats(3.0), 3.0)
@@ -308,6 +309,7 @@ def test_the_semantic_stage_keeps_the_beat_across_windows():
             assert torch.equal(tokens[:count], right[0, :count])
 
 
+@pytest.mark.slow
 @every_pattern
 @pytest.mark.parametrize("window", [10, 11, 24, None])
 def test_the_coarse_stage_follows_semantic_tokens_across_windows(pattern, window):
@@ -329,6 +331,7 @@ def test_the_coarse_stage_follows_semantic_tokens_across_windows(pattern, window
         assert torch.equal(tokens[known:, 1], 2 * (codes[0, known:count, 0] > 0))
 
 
+@pytest.mark.slow
 @every_pattern
 def test_streams_without_a_rate_are_whole_in_every_window(pattern):
     """Every window has all words of its item; an item can have no words."""
@@ -350,6 +353,7 @@ def test_streams_without_a_rate_are_whole_in_every_window(pattern):
         assert torch.equal(result[item, :, 1], reports * (codes[0, :, 0] > 0))
 
 
+@pytest.mark.slow
 @every_pattern
 @pytest.mark.parametrize("window", [6, 9, None])
 def test_the_fine_stage_completes_its_own_frame_across_windows(pattern, window):

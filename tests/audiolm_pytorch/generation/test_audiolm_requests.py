@@ -59,6 +59,7 @@ def test_a_file_is_continued_like_its_wave(tmp_path, file_hz):
         audio_lm(prime_wave=tmp_path / "nowhere.wav")
 
 
+@pytest.mark.slow
 def test_prompts_of_unequal_length_are_extended_by_five_seconds(monkeypatch):
     """The result is then a list of waves. With `seconds` all waves have this length, prompt included."""
     monkeypatch.setattr("audiolm_pytorch.generation.lengths.DEFAULT_SECONDS", 0.2)
@@ -237,6 +238,7 @@ def test_extra_input_streams_reach_their_stages():
         audio_lm(seconds=1.0, input_streams=AudioTokens({"chords": tokens["melody"]}, {}))
 
 
+@pytest.mark.slow
 def test_guidance_of_the_model_is_off_with_a_melody_only():
     """The unconditional copy keeps streams that have a rate, so guidance would have no effect."""
     audio_lm = audiolm_of(extra_streams=[Stream("melody", 5, rate_hz=25, is_input=True)])
@@ -246,6 +248,7 @@ def test_guidance_of_the_model_is_off_with_a_melody_only():
     assert torch.equal(audio_lm(input_streams=inputs, seconds=0.3, seeds=1), plain)
 
 
+@pytest.mark.slow
 def test_results_are_ordinary_tensors():
     """Gradients can flow through values that are computed from waves and tokens."""
     audio_lm = audiolm_of(codec=streaming_codec())

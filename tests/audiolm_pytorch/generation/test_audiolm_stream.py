@@ -62,6 +62,7 @@ def test_items_stream_to_their_own_end(fine):
     assert len(result) > 4 and min(result) < 16 < max(result)
 
 
+@pytest.mark.slow
 def test_streams_of_several_channels_and_of_semantic_tokens():
     """Chunks are `[c, n_i]`; the semantic tokens of the request have unequal lengths."""
     audio_lm = audiolm_of(codec=streaming_codec(audio_channels=2), **WINDOWS)
@@ -108,6 +109,7 @@ def test_streams_and_calls_of_one_model_are_independent():
         assert torch.equal(GeneratedAudio.concatenate(result).acoustic, whole.acoustic)
 
 
+@pytest.mark.slow
 def test_the_first_chunk_contains_the_prompt():
     """The prompt and the first new audio are one chunk."""
     audio_lm = audiolm_of(codec=streaming_codec(), **WINDOWS)
@@ -136,6 +138,7 @@ def test_closing_a_stream_closes_its_progress_bars(monkeypatch):
     assert closed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", ["causal", "spectral"])
 def test_chunked_codec_decoding_does_not_change_the_wave(codec, monkeypatch):
     """A codec that decodes few frames at a time returns the same waves, for several items of two lengths."""

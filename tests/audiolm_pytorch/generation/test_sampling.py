@@ -56,6 +56,7 @@ def test_sampled_tokens_follow_the_distribution():
     assert extremes.tolist() == [0, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["flat", "delayed"])
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_greedy_decoding_equals_a_loop_without_cache(pattern, scale):
@@ -99,6 +100,7 @@ def test_guidance_follows_its_formula():
         decode(model, {"s": GIVEN}, {"a": 4}, settings=SamplingSettings(guidance_scale=2.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["flat", "delayed"])
 def test_an_item_depends_on_its_seed_and_inputs_alone(pattern):
     """An item is the same alone, in another order, and next to items of other lengths and prompts."""
@@ -253,6 +255,7 @@ def test_streams_end_together():
             assert torch.equal(run.ids[item, :rows][run.mask[item, :rows]], trained.ids[trained.input_mask])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["flat", "delayed", "parallel"])
 def test_decoding_fills_the_cells_that_packing_fills(pattern):
     """With prompts and texts of several lengths, groups and early ends, the grid equals the packed result."""
@@ -285,6 +288,7 @@ def test_decoded_lengths_are_copies():
     assert run.decoded().lengths["a"].tolist() == [4, 4, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["flat", "delayed", "parallel"])
 @pytest.mark.parametrize("rates_hz", [(50, 50), (25, 50), (50, 25)])
 def test_known_frames_are_complete_in_all_streams(pattern, rates_hz):
@@ -325,6 +329,7 @@ def test_a_model_can_be_trained_after_decoding(pattern):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["flat", "delayed", "parallel"])
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_an_item_is_the_same_alone_with_texts_ends_and_groups(pattern, scale):

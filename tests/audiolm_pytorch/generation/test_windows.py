@@ -116,6 +116,7 @@ def test_an_item_is_the_same_alone_and_in_a_batch(pattern, eos):
             assert ((result >= 0) & (result < 20)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("eos", [False, True])
 def test_pauses_and_late_inputs_change_no_token(pattern, eos):
@@ -177,6 +178,7 @@ def test_inputs_beyond_the_requested_frames_are_not_used(monkeypatch):
     assert seen == [([4, 4], [8, 8]), ([4, 3], [8, 5]), ([3], [6])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["delayed", "parallel"])
 def test_inputs_that_are_too_short_repeat_their_last_frame(pattern):
     """Also in windows that start after the inputs, as with a tokenizer that drops frames at the end."""
@@ -200,6 +202,7 @@ def test_a_prompt_longer_than_the_window():
     assert torch.equal(result[:, 17:], last[:, 5:])
 
 
+@pytest.mark.slow
 def test_empty_and_complete_prompts(monkeypatch):
     """An empty prompt equals no prompt. A prompt of all requested frames needs no call of the model."""
     model, inputs = model_of(), torch.randint(0, 10, (2, 8, 1))

@@ -282,6 +282,7 @@ def test_the_end_is_learned_where_the_file_ends(case):
     assert (found.streams[own.target][0, SHORT:] == -1).all() and found.lengths[own.target][1] >= LONG
 
 
+@pytest.mark.slow
 def test_windows_continue_memorised_sequences():
     """A window that starts with half of the previous one continues a sequence learned from random crops."""
     torch.manual_seed(0)

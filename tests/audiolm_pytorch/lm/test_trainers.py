@@ -410,6 +410,7 @@ def test_generation_after_training_equals_that_of_a_new_process(tmp_path):
     assert json.loads(fresh) == found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
 def test_generation_between_steps_changes_nothing(ema_decay, tmp_path):
     """Generation during a training does not change the training, and has no dropout."""

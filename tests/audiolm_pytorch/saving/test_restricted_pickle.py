@@ -324,6 +324,7 @@ def test_conjugated_and_negated_views_are_refused(tmp_path):
         assert "resolve_conj" in refusal(read_fairseq, tmp_path / name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", ["zlib", "gzip", "bz2", "xz", "lzma"])
 def test_bombs_are_not_unpacked(tmp_path, monkeypatch, packing):
     """A small compressed file with large content is refused before the content is in memory."""

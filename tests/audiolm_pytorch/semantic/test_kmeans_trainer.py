@@ -165,6 +165,7 @@ def test_what_is_saved_is_what_is_given(sounds, tmp_path):
     assert record["usage"]["used"] == fit.usage.used and record["run"]["layer"] == 2
 
 
+@pytest.mark.slow
 def test_the_seed_decides(sounds, straight, tmp_path):
     """Guards determinism: the same seed gives the same bits wherever the files lie, another one others."""
     shutil.copytree(sounds, tmp_path / "moved")

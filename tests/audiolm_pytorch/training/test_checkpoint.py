@@ -94,6 +94,7 @@ def test_death_between_any_two_changes_of_the_disk_leaves_a_whole_generation(
     assert call > 12
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_death_while_recovering_is_recovered_from(tmp_path: Path) -> None:
     """A second kill, during the clean-up after the first, loses nothing."""

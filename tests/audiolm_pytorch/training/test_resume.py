@@ -31,6 +31,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("critic", "critic_from"), [(False, 0), (True, 0), (True, 7)])
 def test_resumed_run_is_bit_for_bit_the_straight_one(tmp_path: Path, critic: bool, critic_from: int) -> None:
     """N steps equal k steps, a resume and the rest, from other initial weights and other global noise."""
@@ -53,6 +54,7 @@ def test_same_loop_continues_in_memory(tmp_path: Path) -> None:
     assert_same_run(tmp_path / "straight", tmp_path / "parts")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", [1, 6, 11])
 def test_exception_in_a_step_resumes_from_the_checkpoint(tmp_path: Path, when: int) -> None:
     """The state of a half-done step is dropped: the same loop object continues from the checkpoint."""
@@ -123,6 +125,7 @@ def test_killed_process_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert_same_run(tmp_path / "straight", folder)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_fork_killed_in_a_step_resumes_bit_for_bit(tmp_path: Path) -> None:
     """A child process dies by SIGKILL in the middle of a step."""
@@ -141,6 +144,7 @@ def test_fork_killed_in_a_step_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert_same_run(tmp_path / "straight", tmp_path / "killed")
 
 
+@pytest.mark.slow
 def test_codebooks_that_training_moves_resume_exactly(tmp_path: Path) -> None:
     """Buffers of vector-quantize-pytorch (k-means start, EMA codebooks, dead codes) are part of the checkpoint."""
 
@@ -188,6 +192,7 @@ def test_resuming_with_other_settings_is_refused(
     assert tensors_in(tmp_path) == files
 
 
+@pytest.mark.slow
 def test_reporting_settings_may_change(tmp_path: Path) -> None:
     """The intervals of reports and checkpoints have no influence on the weights."""
     TrainLoop(ToyTask(), SETTINGS, tmp_path / "straight").train()
@@ -247,6 +252,7 @@ def test_metrics_file_survives_a_cut_line(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "straight")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["noise", "data", "schedule", "optimizer"])
 def test_state_missing_from_the_checkpoint_is_detected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str

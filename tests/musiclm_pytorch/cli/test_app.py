@@ -84,6 +84,7 @@ def test_long_and_foreign_texts_are_accepted(musiclm_command, model, tmp_path, c
     assert musiclm_command("generate", "une gigue à la flûte 笛子 🎶\n\0", "--model", model, *SHORT, "--out", out) == 0
 
 
+@pytest.mark.slow
 def test_any_text_is_a_title(tmp_path):
     """Formula signs, line breaks and invalid characters in a title are plain text."""
     for number, text in enumerate(("costs $\\q$ and $x", "two\nlines", "\ud800 broken", "long " * 500)):
@@ -291,6 +292,7 @@ def places(micro_run, micro_data, tmp_path):
     return {**found, "DATA": micro_data, "RUN": micro_run}
 
 
+@pytest.mark.slow
 @bad_input(BAD_INPUT)
 def test_bad_input_is_one_line_and_leaves_nothing(words, message, musiclm_command, places, capfd):
     """Every error has one line with the reason and what to do, and nothing is written."""

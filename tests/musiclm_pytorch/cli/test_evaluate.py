@@ -106,6 +106,7 @@ def test_a_bundled_tokenizer_by_name(musiclm_command, places, tmp_path):
     assert [metric["name"] for metric in written["metrics"]] == ["log-mel / digit", "layer 1 / digit", "tokens / digit"]
 
 
+@pytest.mark.slow
 def test_a_tokenizer_without_layers(musiclm_command, places, tmp_path, capsys):
     """vq-wav2vec has tokens alone; layers cannot be selected."""
     from tests.helpers.published_vq_wav2vec import vq_settings, write_vq_wav2vec
@@ -120,6 +121,7 @@ def test_a_tokenizer_without_layers(musiclm_command, places, tmp_path, capsys):
     assert "vq has no layers, only tokens; leave --layers out" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -24,6 +24,7 @@ def test_row_has_all_distances():
     assert quiet.mel_nepers.value == pytest.approx(1.0, abs=0.05) and quiet.si_sdr_db.value == 100
 
 
+@pytest.mark.slow
 def test_report_of_a_codec():
     """One row per number of levels: distances of the decoded codes, usage of the codes."""
     codec = FakeCodec()

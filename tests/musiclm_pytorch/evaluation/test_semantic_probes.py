@@ -95,6 +95,7 @@ def test_events_label_the_frames_whose_middle_they_cover():
             event_classes(broken, 4, 0.1)
 
 
+@pytest.mark.slow
 def test_a_layer_with_the_label_is_read_and_noise_is_not(clips):
     """Frame labels and clip labels; a number is a class like a text."""
     metrics = {
@@ -150,6 +151,7 @@ def test_log_mel_frames_lie_in_the_middle_of_the_hops(tmp_path):
     assert frames.shape == (50, 80) and frames.mean(axis=1).argmax() == 30
 
 
+@pytest.mark.slow
 def test_the_pitch_of_a_melody_is_read_from_log_mel_frames(tmp_path):
     """The corpus has the notes of its melodies in the manifest."""
     clips = load_probe_clips(written_corpus(tmp_path), 0.1, limit=10)

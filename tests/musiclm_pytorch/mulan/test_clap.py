@@ -160,6 +160,7 @@ def test_alone_in_batch_and_padded_are_the_same(clap):
         clap.get_text_latents(" ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_same_sound_has_the_same_embedding(folders, fused):
     """The complaint of CLAP's users (LAION-AI/CLAP issues 90 and 166): two calls are bit-identical, at any length."""
@@ -174,6 +175,7 @@ def test_the_same_sound_has_the_same_embedding(folders, fused):
     assert torch.equal(clap.get_text_latents(TEXTS), clap.get_text_latents(TEXTS))
 
 
+@pytest.mark.slow
 def test_long_audio_is_the_mean_over_fixed_windows(clap):
     """Long audio is the mean of all windows of 10 s, 1 s apart, as a clip and as a recording."""
     wave = sound(12.3)
@@ -219,6 +221,7 @@ def test_saved_clap_needs_no_files_of_others(folders, tmp_path, monkeypatch):
     torch.testing.assert_close(whole.get_text_latents(TEXTS), again.get_text_latents(TEXTS), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_fingerprint_names_what_embeddings_depend_on(folders, clap, tmp_path):
     """Another place is the same model; other weights, windows or front ends are others."""
     copied = Path(shutil.copytree(folders[False], tmp_path / "copied"))
@@ -229,6 +232,7 @@ def test_fingerprint_names_what_embeddings_depend_on(folders, clap, tmp_path):
     assert len({one.fingerprint() for one in found}) == 4
 
 
+@pytest.mark.slow
 def test_processor_files_of_any_release_are_read(folders, tmp_path):
     """Releases from 5 on write the front end into processor_config.json; both files are read alike."""
     copied = Path(shutil.copytree(folders[False], tmp_path / "copied"))

@@ -175,6 +175,7 @@ def test_the_plot_shows_what_is_measured(tmp_path):
     assert not torch.equal(pixels[0], pixels[1]) and not torch.equal(pixels[0], pixels[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lacking", ["nothing", "labels", "captions"])
 def test_the_plot_of_unusual_manifests(tmp_path, lacking):
     """Names that look like formulas, many classes, clips without a class; no labels; no captions."""

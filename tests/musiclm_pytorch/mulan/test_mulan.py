@@ -37,6 +37,7 @@ def test_snippet_of_the_design_runs() -> None:
         torch.testing.assert_close(latents.norm(dim=-1), torch.ones(2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [None, SigmoidContrastiveLearning()])
 def test_mulan_learns_which_text_belongs_to_which_sound(loss: torch.nn.Module | None) -> None:
     """Memorisation: every text finds its tone after few steps, from about the loss of chance."""
@@ -73,6 +74,7 @@ def test_several_texts_a_clip_are_all_matches() -> None:
     assert mulan(wavs, same, clip_index=clip_index) < mulan(wavs, texts, clip_index=clip_index) - 0.1
 
 
+@pytest.mark.slow
 def test_mulan_learns_from_several_texts_a_clip() -> None:
     """Memorisation: every one of two texts finds its tone."""
     mulan, wavs = tiny_mulan(), tones(110, 990, 2970)

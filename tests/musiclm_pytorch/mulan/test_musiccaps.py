@@ -243,6 +243,7 @@ def test_the_command_refuses_in_one_line(convert, tmp_path, monkeypatch, words, 
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not PUBLISHED.is_file(), reason="the published table is not here")
 def test_the_published_table(tmp_path):
     """5,521 clips of ten seconds, 2,858 of AudioSet's evaluation part and 1,000 balanced; every aspect list is read."""

@@ -159,6 +159,7 @@ def test_run_is_not_continued_with_other_texts_or_chunks(corpus: Path, tmp_path:
     assert _trainer(corpus, tmp_path, captions=CaptionSampler()).train(stop_after_steps=1).step == 2
 
 
+@pytest.mark.slow
 def test_chunks_do_not_change_the_weights(corpus: Path, tmp_path: Path) -> None:
     """Three steps with chunks of 3 clips and with one chunk end at the same weights."""
     ends = []

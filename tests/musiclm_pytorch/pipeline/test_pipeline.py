@@ -265,6 +265,7 @@ def test_two_processes_train_all_steps(micro_data, tmp_path):
     assert torch.isfinite(wave).all()
 
 
+@pytest.mark.slow
 def test_only_the_first_process_assembles(micro_data, micro_run, tmp_path, monkeypatch):
     """Another process neither writes the model nor removes the partial files of the first one."""
     run = shutil.copytree(micro_run, tmp_path / "run")

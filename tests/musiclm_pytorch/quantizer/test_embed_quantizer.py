@@ -82,6 +82,7 @@ def test_every_size_is_the_nearest_code_level_by_level(levels: int, size: int) -
     assert all(now >= before - 1e-9 for before, now in zip((0.0, *explained), explained))
 
 
+@pytest.mark.slow
 def test_size_of_the_paper_codes_many_latents_in_little_memory() -> None:
     """12 x 1024: codes do not depend on how many latents are coded at once, nor on autocast, nor on the shape."""
     quantizer = _quantizer(rq_num_quantizers=12, codebook_size=1024)

@@ -73,6 +73,7 @@ def test_metrics_of_transparent_coarse_and_silent_copies(classifier):
     assert dead.row.si_sdr_db.value == -100.0
 
 
+@pytest.mark.slow
 def test_kept_is_the_ratio_of_the_accuracies(classifier):
     """The share is paired by clip: wrong answers on real clips do not count against the copy."""
     waves, truth = tones(8, seed=5)
@@ -114,6 +115,7 @@ def test_opus_is_aligned(sample_hz, channels):
     assert float((copy.wave - wave).abs().mean()) < 0.02
 
 
+@pytest.mark.slow
 @needs_opus
 def test_opus_has_the_requested_bitrate():
     """The packets have about the requested bitrate; a higher bitrate has a smaller distance."""

@@ -132,6 +132,7 @@ def test_adapter_meets_the_contract(models, name):
     assert codec.decode_from_codebook_indices(codes[:, :0]).shape == (3, codec.channels, 0)
 
 
+@pytest.mark.slow
 @every_codec
 def test_any_number_of_samples_is_restored(models, name):
     """Lengths that are no multiple of a stride, shorter than a kernel, and around the ends of segments."""
@@ -346,6 +347,7 @@ def test_weights_of_older_releases_and_of_half_precision_load(models, folder):
     assert next(open_codec(folder).parameters()).dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_fingerprint_depends_on_the_codec_only(models, folder):
     """Codecs with other codes have other fingerprints; the same codec in another folder has an equal one."""
     codec = EncodecWrapper(folder)
@@ -365,6 +367,7 @@ def test_fingerprint_depends_on_the_codec_only(models, folder):
     assert len({open_codec(models[name][1]).fingerprint() for name in CONFIGS}) == 4
 
 
+@pytest.mark.slow
 @every_codec
 def test_codec_is_frozen_and_stays_in_eval_mode(models, name):
     """train() of a parent module neither enables level dropout nor gradients."""
@@ -416,6 +419,7 @@ def test_bad_audio_raises(models, wave, message):
             open_codec(models[name][1]).tokenize(wave)
 
 
+@pytest.mark.slow
 def test_bad_requests_raise(models):
     """Wrong channels, lengths, codes and bitrates; the message states valid values."""
     codec = open_codec(models["encodec_stereo"][1])
@@ -438,6 +442,7 @@ def test_bad_requests_raise(models):
         EncodecWrapper(models["encodec_stereo"][1], codes_only_rms=0.0)
 
 
+@pytest.mark.slow
 def test_silence_and_extremes_stay_finite(models):
     """The 48 kHz model divides by the loudness of a segment, which is zero for silence."""
     for name in CONFIGS:

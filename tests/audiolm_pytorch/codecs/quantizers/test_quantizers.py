@@ -352,6 +352,7 @@ def trained(quantizer: nn.Module, steps: int) -> tuple[dict[str, Tensor], list[f
     return code_usage(codes, quantizer.codebook_size), errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [{"lookup_free": True}, {"finite_scalar": True}], ids=["lookup_free", "finite_scalar"])
 @pytest.mark.parametrize("start", ["default", "collinear"])
 def test_fixed_grids_are_used_after_training(kind, start):

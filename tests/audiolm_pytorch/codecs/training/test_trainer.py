@@ -210,6 +210,7 @@ def spread_logits(discriminators, wave):
         module.parametrizations.weight.original0 *= 3 / scale.logits.std()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make_codec", [tiny_codec, convolutional_codec])
 def test_phases_do_not_leak_and_reach_every_parameter(folder, tmp_path, make_codec):
     """A step of one phase changes all weights of its module and none of the other."""
@@ -253,6 +254,7 @@ def test_a_plain_backward_does_not_leak_either(folder, tmp_path):
     assert all(parameter.requires_grad for parameter in task.discriminators.parameters())
 
 
+@pytest.mark.slow
 def test_one_reconstruction_serves_both_phases(folder, tmp_path):
     """With several batches per step, the discriminators receive the reconstruction of each batch, computed once."""
     trainer = trainer_of(
@@ -285,6 +287,7 @@ def poison(task, bad_steps):
     task.phases = (type(task.phases[0])("generator", (task.codec,), loss), *task.phases[1:])
 
 
+@pytest.mark.slow
 def test_skipped_step_while_codebooks_start(folder, tmp_path):
     """A skipped step restores the untrained codebooks; the next step initialises them again."""
     trainer = trainer_of(folder, tmp_path, 5, unquantized_steps=2, log_every=1)
@@ -298,6 +301,7 @@ def test_skipped_step_while_codebooks_start(folder, tmp_path):
     assert len(starts) == 2 and not codebooks_are_untrained(trainer.task.codec)
 
 
+@pytest.mark.slow
 def test_codebooks_start_again_when_a_run_returns_to_its_checkpoint(folder, tmp_path):
     """An error after the initialisation drops the codebooks with the state in memory."""
     trainer = trainer_of(folder, tmp_path / "returned", 4, unquantized_steps=1)
@@ -332,6 +336,7 @@ def test_skipped_generator_step_does_not_skip_the_discriminators(folder, tmp_pat
     assert all(torch.isfinite(value).all() for value in trainer.task.module.state_dict().values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_discriminators_begin_at_their_step(folder, tmp_path, precision):
     """Before that step the loss is reconstruction alone; from it on both phases write metrics, in either precision."""
@@ -389,6 +394,7 @@ def test_quantizers_without_codebooks_are_never_untrained():
     assert not codebooks_are_untrained(grouped)
 
 
+@pytest.mark.slow
 def test_validation_reports_distances_and_use_of_the_codes(folder, tmp_path):
     """Oracle: the distances by hand; there are no metrics of codes before quantization begins."""
     trainer = trainer_of(folder, tmp_path, 4, unquantized_steps=2, validate_every=1)
@@ -420,6 +426,7 @@ def test_training_rows_report_the_use_of_the_codes():
     assert torch.equal(usage.counts[1], kept)
 
 
+@pytest.mark.slow
 def test_samples_are_pairs_of_original_and_reconstruction(folder, tmp_path):
     """WAV files of the same length; the reconstructions carry their step."""
     trainer_of(folder, tmp_path / "run", 2, unquantized_steps=0, validate_every=1).train()

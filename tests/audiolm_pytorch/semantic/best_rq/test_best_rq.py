@@ -241,6 +241,7 @@ def test_hidden_tokens_are_not_seen_and_others_weigh_as_asked(seen_weight):
     torch.testing.assert_close(out.accuracy, hits[out.hidden].mean())
 
 
+@pytest.mark.slow
 def test_learns_far_below_chance():
     """Guards learning: on two melodies the loss falls far below chance, and accuracy beats the majority class."""
     torch.manual_seed(0)
@@ -294,6 +295,7 @@ def test_bad_numbers_are_refused():
         BestRQ(tiny_encoder(), start_prob=1.5)
 
 
+@pytest.mark.slow
 def test_trainer_trains_resumes_and_fits_a_tokenizer(tmp_path: Path):
     """Guards the way from a folder to a saved tokenizer: statistics set, chance reported, resumed, ids usable."""
     from audiolm_pytorch.saving.modules import load_module

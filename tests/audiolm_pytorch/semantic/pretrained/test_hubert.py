@@ -97,6 +97,7 @@ def test_layout_of_the_tokens(tokenizer):
     assert ids.shape == (2, 49) and ids.dtype == torch.int64 and ids.unique().numel() > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 @pytest.mark.parametrize(("layer", "large"), [(9, False), (1, False), (10, False), (5, True), (10, True)])
 def test_ids_are_those_of_transformers_and_scikit_learn(tmp_path, compression, layer, large):
@@ -178,6 +179,7 @@ def test_a_checkpoint_says_whether_waves_are_normalised(tmp_path):
             assert found.encoder.normalise_wave is (said if asked is None else asked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("multiple", [None, 320, 1000])
 def test_counts_are_exact_for_200_lengths(published, multiple):
     """The number of frames is (n - 400) // 320 + 1 after the cut, as in the model."""

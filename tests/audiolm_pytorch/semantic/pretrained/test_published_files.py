@@ -81,6 +81,7 @@ def test_weights_are_what_was_written(tmp_path):
     assert got["label_embs_concat"].shape[0] == 504
 
 
+@pytest.mark.slow
 def test_every_weight_has_its_own_place():
     """A change of any used weight in the checkpoint changes the features, so no weight is lost."""
     model = tiny_hubert(num_layers=2)
@@ -119,6 +120,7 @@ def test_silent_settings_are_seen_in_the_shapes(variant):
     assert same_weights(hubert_from_fairseq(in_memory(model, **silent)), model)
 
 
+@pytest.mark.slow
 def test_half_precision_becomes_float32(tmp_path):
     """Weights that were stored in float16 fill a float32 model."""
     model = tiny_hubert(num_layers=1)
