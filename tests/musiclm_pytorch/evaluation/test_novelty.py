@@ -32,7 +32,6 @@ def test_melody_similarity_finds_a_shifted_copy_and_not_another_tune():
     assert new < 0.5
 
 
-@pytest.mark.slow
 def test_novelty_of_copies_and_of_new_clips():
     """Copies of training clips are nearer than real clips, new clips are not."""
     generator = torch.Generator().manual_seed(0)
