@@ -1,6 +1,7 @@
 """`musiclm codec encode | decode | evaluate`: use a codec on files and folders."""
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ _CODES_SUFFIXES = (".safetensors",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _WithCodec:
+class _WithCodec(ABC):
     """The options of every command."""
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INPUT")]
@@ -43,10 +44,15 @@ class _WithCodec:
         """Load the codec onto the device."""
         return codec_named(self.codec, device_named(self.device), self.offline)
 
-    def check_source(self) -> None:
-        """Raise a ValueError if the input does not exist."""
+    def execute(self) -> int:
+        """Check that the input exists, run the command and return its exit status."""
         if not self.source.exists():
             raise ValueError(f"{self.source}: no such file or folder; give sounds, or files of codes to decode")
+        return self.run()
+
+    @abstractmethod
+    def run(self) -> int:
+        """Run the command and return its exit status."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +64,8 @@ class Encode(_WithCodec):
     levels: int | None = None
     """Keep only the first code levels; default: all."""
 
-    def execute(self) -> int:
-        """Run the command and return its exit status."""
-        self.check_source()
+    def run(self) -> int:
+        """Encode the files and return the exit status."""
         return _encode(self)
 
 
@@ -77,9 +82,8 @@ class Decode(_WithCodec):
     suffix: str = ".wav"
     """Format of the files in a folder: .wav, .flac or .ogg."""
 
-    def execute(self) -> int:
-        """Run the command and return its exit status."""
-        self.check_source()
+    def run(self) -> int:
+        """Decode the files and return the exit status."""
         return _decode(self)
 
 
@@ -94,9 +98,8 @@ class Evaluate(_WithCodec):
     json: Path | None = None
     """Also write the results into this file (.json)."""
 
-    def execute(self) -> int:
-        """Run the command and return its exit status."""
-        self.check_source()
+    def run(self) -> int:
+        """Measure the codec on the files and return the exit status."""
         return _evaluate(self)
 
 
