@@ -1,1 +1,1 @@
-"""Saving and loading: modules, files replaced atomically, models from the Hugging Face hub, safely read pickles."""
+"""Saving and loading of modules, JSON and safetensors files, models from the Hugging Face hub, and pickles."""

@@ -1,4 +1,4 @@
-"""JSON and safetensors files, replaced atomically: a temporary file is written, synced to disk, then renamed."""
+"""Read JSON and safetensors files, and replace them atomically: write a temporary file, sync it to disk, rename it."""
 
 import json
 import os
@@ -19,7 +19,7 @@ __all__ = ["differences", "read_json", "read_weights", "staged_files", "sync_to_
 
 @beartype
 def write_json(path: str | Path, obj: Any) -> None:
-    """Replace a JSON file atomically; missing folders are created. NaN raises a ValueError."""
+    """Write a JSON-able object to a file, which is replaced atomically; NaN is a ValueError. Folders are created."""
     path = Path(path)
     try:
         text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)
@@ -31,7 +31,7 @@ def write_json(path: str | Path, obj: Any) -> None:
 
 @beartype
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file; ValueError if it is missing or damaged."""
+    """Read a JSON file; raise a ValueError if the file is missing or damaged."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -41,7 +41,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def differences(found: Any, expected: Any, path: str = "") -> list[str]:
-    """List where two JSON values differ, one line each, e.g. `settings.seed: found 0, expected 1`."""
+    """Return one line for each difference of two JSON values, such as `settings.seed: found 0, expected 1`."""
     if not isinstance(found, dict) or not isinstance(expected, dict):
         return [] if found == expected else [f"{path}: found {found}, expected {expected}"]
     lines = []
@@ -53,12 +53,12 @@ def differences(found: Any, expected: Any, path: str = "") -> list[str]:
 
 @beartype
 def write_weights(path: str | Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Replace a safetensors file by named tensors, atomically.
+    """Write named tensors to a safetensors file, which is replaced atomically.
 
     Args:
         path: File to write; missing folders are created.
-        weights: Named tensors on any device; no two may share memory (`weights_of` returns such tensors).
-        metadata: Names and strings for the header of the file.
+        weights: Tensors by name, on any device; no two tensors may share memory, as in the result of `weights_of`.
+        metadata: Strings by name for the header of the file.
     """
     path = Path(path)
     with staged_files(path.parent) as stage:
@@ -68,7 +68,7 @@ def write_weights(path: str | Path, weights: Mapping[str, Tensor], metadata: Map
 
 @beartype
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors (on the CPU) and the header strings of a safetensors file; ValueError if it is damaged."""
+    """Read tensors (on the CPU) and header strings of a safetensors file; raise a ValueError if the file is damaged."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
@@ -82,7 +82,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 @contextmanager
 def staged_files(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder; if the block ends without an error, its files are synced and moved to `folder`."""
+    """Yield a temporary folder; after a `with` block without errors, sync its files and move the files to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as name:
         stage = Path(name)
@@ -98,7 +98,7 @@ def staged_files(folder: Path) -> Iterator[Path]:
 
 
 def _usual_mode(folder: Path) -> int:
-    """Default permissions of a new file; safetensors writes files that only their owner can read."""
+    """Return the default permissions of a new file, because safetensors writes files that only their owner can read."""
     sample = folder / ".mode"
     sample.touch()
     mode = stat.S_IMODE(sample.stat().st_mode)

@@ -36,9 +36,9 @@ def part_fingerprint(module: nn.Module) -> str:
 
 
 def nameless_fingerprint(model: nn.Module, facts: list[Any]) -> str:
-    """Hash the weights of a model, without the names of the weights, together with a JSON-able description.
+    """Hash the weights of a model and the JSON-able description `facts` into 16 hexadecimal digits.
 
-    Names are left out because releases of transformers rename weights (weight norm, encoder and decoder of Mimi).
+    The names of the weights are not hashed, because releases of transformers differ in these names.
     """
 
     def digest() -> str:
@@ -60,10 +60,10 @@ def digest_of(spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
 
 
 def cached_fingerprint(module: nn.Module, facts: str, compute: Callable[[], str]) -> str:
-    """Return the fingerprint of a module; it is recomputed only if the weights or `facts` have changed.
+    """Return the fingerprint of a module; `compute` is called only if the weights or `facts` have changed.
 
-    Hashing 95 million weights takes half a second. In-place writes and replaced memory (`module.half()`, EMA weights)
-    are detected. Writes through `tensor.data` are not detected, as in autograd.
+    Without this cache, hashing 95 million weights takes half a second per call. The cache detects in-place writes to
+    weights and replaced weights (`module.half()`, EMA). Like autograd, it does not detect writes to `tensor.data`.
     """
     tensors = [value for value in module.state_dict(keep_vars=True).values() if isinstance(value, Tensor)]
     if any(tensor.is_inference() for tensor in tensors):  # inference tensors do not count writes

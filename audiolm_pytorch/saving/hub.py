@@ -1,4 +1,4 @@
-"""Load models and tokenizers in transformers' format from a local folder or the hub; weights only from safetensors."""
+"""Load models and tokenizers of transformers from a folder or the Hugging Face hub; weights only from safetensors."""
 
 import logging
 import re
@@ -55,9 +55,9 @@ class LoadedModel:
 
     Attributes:
         source: Local folder or hub id that the model was loaded from.
-        revision: Commit on the hub; None for a local folder.
-        licence: Licence of the weights, from the model card; None if unknown.
-        preprocessor: Settings of the feature extractor; empty if the folder has no file of these settings.
+        revision: Commit of the model on the hub; None for a local folder.
+        licence: Licence of the weights; the text "unknown: see the model card" if the licence is not known.
+        preprocessor: Settings of the feature extractor; an empty dict if the model has no file of these settings.
     """
 
     model: nn.Module
@@ -68,12 +68,12 @@ class LoadedModel:
 
     @property
     def origin(self) -> dict[str, Any]:
-        """Source, revision and licence of the model as a JSON-able dict."""
+        """Return the source, revision and licence of the model as a JSON-able dict."""
         return {"source": self.source, "revision": self.revision, "licence": self.licence}
 
 
 def require_transformers() -> Any:
-    """Import transformers; if it is missing, an ImportError names the `pip install` command."""
+    """Import the package transformers; if it is not installed, raise an ImportError with the `pip install` command."""
     try:
         return import_module("transformers")
     except ImportError as error:
@@ -83,10 +83,10 @@ def require_transformers() -> Any:
 def find_folder(
     source: str | Path, *, offline: bool = False, revision: str | None = None, cache_dir: str | Path | None = None
 ) -> tuple[Path, str | None]:
-    """Find the local folder of a model, and its hub commit (None if `source` is itself a local folder).
+    """Return the local folder of a model, downloaded if necessary, and its commit on the hub (None for a local folder).
 
     Args:
-        source: A local folder, or a hub id (owner/name); an existing folder is used before the hub.
+        source: A local folder, or a hub id (owner/name); if a folder of this name exists, the hub is not used.
         offline: Use only local files and the local cache of the hub.
     """
     folder = Path(source).expanduser()
@@ -105,10 +105,11 @@ def find_folder(
         )
     except (OSError, ValueError) as error:
         where = "the local cache (offline: nothing is downloaded)" if offline else "the Hugging Face hub"
+        model = f"{source} at revision {revision}" if revision else source
+        advice = "allow the download once" if offline else "check the connection"
         raise ValueError(
-            f"there is no folder {source}, and {where} has no {source}"
-            f"{f' at revision {revision}' if revision else ''}; check the name, "
-            f"{'allow the download once' if offline else 'the connection'}, or give a local folder ({error})"
+            f"there is no folder {source}, and {where} has no model {model}; check the name, {advice}, "
+            f"or pass a local folder ({error})"
         ) from error
     return Path(snapshot), Path(snapshot).name
 
@@ -121,7 +122,7 @@ def model_type_of(folder: Path) -> str:
     config = read_json(path)
     model_type = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(model_type, str):
-        raise ValueError(f"{path} has no model_type; pass a folder written by save_pretrained of transformers")
+        raise ValueError(f"{path} has no entry model_type; pass a model folder written by save_pretrained")
     return model_type
 
 
@@ -134,26 +135,27 @@ def load_model(
     cache_dir: str | Path | None = None,
     unneeded: Sequence[str] = (),
 ) -> LoadedModel:
-    """Load a model with transformers in float32; every weight must be in the safetensors files.
+    """Load a model of transformers in float32; every weight must be in the safetensors files.
 
     Args:
-        source: See `find_folder`.
-        model_classes: Class of transformers for each accepted `model_type`.
-        unneeded: Name prefixes of weights that may be missing, because the caller drops these parts of the model.
+        source: Local folder or hub id, as in `find_folder`.
+        model_classes: Name of the transformers class for each accepted `model_type`.
+        unneeded: Prefixes of names of weights that may be missing, because the caller does not use these weights.
     """
     transformers = require_transformers()
     folder, commit = find_folder(source, offline=offline, revision=revision, cache_dir=cache_dir)
     model_type = model_type_of(folder)
     if model_type not in model_classes:
         raise ValueError(
-            f"{source} holds a model of type {model_type!r}; pass one of type {' or '.join(map(repr, model_classes))}"
+            f"{source} has the model type {model_type!r}; pass a model of type {' or '.join(map(repr, model_classes))}"
         )
     model_class = model_classes[model_type]
     if not any(folder.glob("*.safetensors")):
         pickles = ", ".join(sorted(file.name for file in folder.glob("*.bin")))
+        found = f", only {pickles}, which can run code" if pickles else ""
         raise ValueError(
-            f"{folder} has no *.safetensors{f', only {pickles}, which unpickles code' if pickles else ''}; if you "
-            f"trust it, write it again with transformers.{model_class}.from_pretrained(…).save_pretrained(…)"
+            f"{folder} has no file *.safetensors{found}; if you trust the model, write it again with "
+            f"transformers.{model_class}.from_pretrained(…).save_pretrained(…)"
         )
     try:
         model, report = getattr(transformers, model_class).from_pretrained(
@@ -169,7 +171,9 @@ def load_model(
     absent = [*sorted(missing), *sorted(map(str, report["mismatched_keys"]))]
     if absent:
         # transformers only warns and leaves them random.
-        raise ValueError(f"the weights in {folder} do not fit {model_class}; missing or of another shape: {absent[:8]}")
+        raise ValueError(
+            f"the weights in {folder} do not fit {model_class}; some are missing or of another shape: {absent[:8]}"
+        )
     if report["unexpected_keys"]:
         logger.warning("%s: %d weights of the file are not used by the model", folder, len(report["unexpected_keys"]))
     licence = _licence_in(folder) or _LICENCES.get(str(source), LoadedModel.licence)
@@ -181,14 +185,14 @@ def load_tokenizer(
 ) -> Tokenizer:
     """Load a text tokenizer of transformers as a `tokenizers.Tokenizer`, which can be saved as one JSON string.
 
-    The tokenizer adds the special tokens of the model. Truncation and padding are switched off. For the arguments see
-    `find_folder`. A tokenizer that exists only in Python code (not as a fast tokenizer) raises a ValueError.
+    The tokenizer adds the special tokens of the model, and does not truncate or pad. The arguments are those of
+    `find_folder`. A ValueError is raised for a tokenizer that is not a fast tokenizer of transformers.
     """
     transformers = require_transformers()
     folder, _ = find_folder(source, offline=offline, revision=revision, cache_dir=cache_dir)
     # Without a vocabulary, transformers makes an empty tokenizer and does not warn.
     if not any((folder / name).is_file() for name in _VOCABULARIES):
-        raise ValueError(f"{folder} has no tokenizer; it needs one of the files {_VOCABULARIES}")
+        raise ValueError(f"{folder} has no tokenizer; the folder needs one of the files {_VOCABULARIES}")
     try:
         loaded = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         tokenizer = Tokenizer.from_str(loaded.backend_tokenizer.to_str())
@@ -203,23 +207,23 @@ def load_tokenizer(
 
 
 def model_settings(model: nn.Module) -> dict[str, Any]:
-    """Config of a transformers model, JSON-able, without entries that differ between releases of transformers."""
+    """Return the JSON-able config of a model, without entries that differ between releases of transformers."""
     config: Any = model.config
     return {name: value for name, value in config.to_dict().items() if name not in _VOLATILE}
 
 
 def portable_origin(origin: Mapping[str, Any]) -> dict[str, Any]:
-    """Prepare the origin of a model for a saved file: the path of a local folder is reduced to its name."""
+    """Return the origin of a model for a saved file; the path of a local folder is replaced by the folder's name."""
     return {**origin, "source": origin["source"] if origin["revision"] else Path(origin["source"]).name}
 
 
 def _one_line(error: Exception) -> str:
-    """Format type and message of an error without line breaks."""
+    """Return the type and the message of an error as one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _preprocessor_in(folder: Path) -> dict[str, Any]:
-    """Read the settings of the feature extractor of a model folder; empty if no file has these settings."""
+    """Read the settings of the feature extractor in a model folder; return an empty dict if no file has them."""
     if (folder / _PREPROCESSOR).is_file():
         return dict(read_json(folder / _PREPROCESSOR))
     if (folder / _PROCESSOR).is_file():
@@ -228,7 +232,7 @@ def _preprocessor_in(folder: Path) -> dict[str, Any]:
 
 
 def _licence_in(folder: Path) -> str | None:
-    """Read the licence from the header of the model card; None if the header names no licence."""
+    """Read the licence from the header of the model card; return None if the header names no licence."""
     card = folder / "README.md"
     if not card.is_file():
         return None

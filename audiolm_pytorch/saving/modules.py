@@ -1,9 +1,9 @@
-"""Saved modules: weights as safetensors, everything else as JSON, no pickle.
+"""Save and load modules: weights as safetensors, everything else as JSON, without pickle.
 
-A class whose modules can be saved is registered with `register`. Its attribute `config` holds the constructor
-arguments, JSON-able; submodules are stored in it as nested specs (`module_spec`). If `config` differs from the
-constructor arguments, a classmethod `from_config(config)` builds the module. A saved module is a folder with
-`model.safetensors` and `config.json`.
+A saved module is a folder with `model.safetensors` and `config.json`. Only modules of classes that are registered with
+`register` can be saved. The attribute `config` of a module contains its JSON-able constructor arguments; a submodule is
+written as the spec that `module_spec` returns. If `config` differs from the constructor arguments, the class needs a
+classmethod `from_config(config)`.
 """
 
 from collections.abc import Mapping
@@ -41,25 +41,25 @@ _registry: dict[str, type[nn.Module]] = {}
 
 
 def register(cls: ModuleClass) -> ModuleClass:
-    """Class decorator: register an `nn.Module` class by its (unique) name for `build_module` and `load_module`."""
+    """Class decorator that registers an `nn.Module` class by its unique name for `build_module` and `load_module`."""
     known = _registry.get(cls.__name__)
     # The same class may be defined again, by a reloaded module or a notebook cell.
     if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
         raise ValueError(
-            f"the name {cls.__name__} is taken by {known.__module__}.{known.__qualname__}; "
-            f"rename {cls.__module__}.{cls.__qualname__}"
+            f"the name {cls.__name__} is taken by the class {known.__module__}.{known.__qualname__}; "
+            f"rename the class {cls.__module__}.{cls.__qualname__}"
         )
     _registry[cls.__name__] = cls
     return cls
 
 
 def registered_class(name: str) -> type[nn.Module] | None:
-    """The registered class with this name, or None."""
+    """Return the registered class with this name, or None if there is no such class."""
     return _registry.get(name)
 
 
 def constructor_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a constructor as a config; pass `locals()` from its first line as `values`."""
+    """Return the arguments of a constructor as a dict; `values` must be `locals()` in the constructor's first line."""
     return {name: value for name, value in values.items() if name not in ("self", "__class__")}
 
 
@@ -79,15 +79,15 @@ def module_spec(module: nn.Module) -> dict[str, Any]:
 
 @beartype
 def build_module(spec: Mapping[str, Any]) -> nn.Module:
-    """Build a module with random weights from a spec of `module_spec`; ValueError if the class rejects the config."""
+    """Build a module with random weights from a spec of `module_spec`; raise a ValueError if the config is wrong."""
     missing = [key for key in ("class", "config") if key not in spec]
     if missing:
         raise ValueError(f"a module spec needs the keys 'class' and 'config'; got {sorted(spec)} without {missing}")
     cls = _registry.get(spec["class"])
     if cls is None:
         raise ValueError(
-            f"unknown module class {spec['class']!r}; registered classes are {sorted(_registry)}. "
-            "Import the package that defines it before loading"
+            f"unknown module class {spec['class']!r}; import the package that defines this class before loading "
+            f"(registered classes: {sorted(_registry)})"
         )
     try:
         if hasattr(cls, "from_config"):
@@ -95,13 +95,13 @@ def build_module(spec: Mapping[str, Any]) -> nn.Module:
         return cls(**{name: _built_parts(value) for name, value in spec["config"].items()})
     except (TypeError, KeyError, AttributeError, BeartypeCallHintViolation) as error:
         raise ValueError(
-            f"the config of {spec['class']} does not fit this release ({type(error).__name__}: {error}); it was "
-            "altered, or written by another release: install that release, or save the module again"
+            f"the config of {spec['class']} does not fit this release of the library "
+            f"({type(error).__name__}: {error}); install the release that wrote the config, or save the module again"
         ) from error
 
 
 def _built_parts(value: Any) -> Any:
-    """Replace a module spec, or every spec in a list, by a module built from it."""
+    """Build the module of a module spec, or the modules of a list of specs; return other values unchanged."""
     if isinstance(value, list):
         return [_built_parts(item) for item in value]
     return build_module(value) if isinstance(value, dict) and value.keys() == {"class", "config"} else value
@@ -116,13 +116,13 @@ def save_module(
     Args:
         module: A module of a registered class.
         extra: Additional JSON-able entries for `config.json`; `read_config` returns them.
-        dtype: Floating type of the stored weights, e.g. `torch.float16` for half the size; None keeps the dtypes. A
-            value too large for this type raises a ValueError.
+        dtype: Floating type of the stored weights, such as `torch.float16` for half the size; None keeps the dtypes.
+            A weight with a value too large for `dtype` raises a ValueError.
     """
     folder, extra = Path(folder), dict(extra or {})
     reserved = [key for key in _RESERVED_KEYS if key in extra]
     if reserved:
-        raise ValueError(f"extra entries may not be called {reserved}, which the format reserves; rename them")
+        raise ValueError(f"entries of extra may not be called {reserved}, which are reserved names; rename the entries")
     weights = weights_of(module)
     if dtype is not None:
         weights = {name: _converted(name, tensor, dtype) for name, tensor in weights.items()}
@@ -136,7 +136,7 @@ def save_module(
 
 @beartype
 def load_module(folder: str | Path, expect: type | None = None, device: str | torch.device = "cpu") -> nn.Module:
-    """Load a saved module in eval mode; its dtypes are those of its constructor (float32), not those of the file.
+    """Load a saved module in eval mode; its weights have the dtypes of its constructor (float32), not of the file.
 
     Args:
         folder: A folder written by `save_module`; if its files are damaged, a ValueError names the folder.
@@ -165,7 +165,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """Read `config.json` of a saved module: `format_version`, `class`, `config` and the extra entries."""
     path = Path(folder) / _CONFIG_FILE
     if not path.is_file():
-        raise ValueError(f"{folder} is not a saved module: it has no {_CONFIG_FILE}; pass a folder of save_module")
+        raise ValueError(f"{folder} is not a saved module: {_CONFIG_FILE} is missing; pass a folder of save_module")
     config = read_json(path)
     version = config.get("format_version") if isinstance(config, dict) else None
     if version != _FORMAT_VERSION:
@@ -180,7 +180,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def _converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert a floating tensor to a dtype; ValueError if a finite value becomes infinite."""
+    """Convert a floating tensor to a dtype; raise a ValueError if a finite value becomes infinite."""
     if not tensor.is_floating_point():
         return tensor
     converted = tensor.to(dtype)

@@ -1,8 +1,8 @@
-"""Read a pickle as plain data: no class or function that the file names is imported or called.
+"""Read a pickle as data only: no class or function that the file names is imported or called.
 
-Published checkpoints and k-means files are pickles. torch's weights-only loader rejects calls, but a file can make this
-loader copy containers many times, so that a file of 1 MB can use 8 GB of memory. This reader replaces every object of a
-class by a `StandIn` and copies nothing, so the number of instructions limits time and memory.
+Published checkpoints and k-means files are pickles. The weights-only loader of torch rejects calls, but a file of 1 MB
+can make the loader of torch fill 8 GB with copies of containers. This module replaces every object of a class by a
+`StandIn`, copies nothing, and limits the number of pickle instructions, which bounds time and memory.
 """
 
 import pickle
@@ -30,11 +30,11 @@ _Unpickler: Any = pickle._Unpickler  # the unpickler of pickle that is written i
 
 
 class RefusedFileError(ValueError):
-    """A file has content that this reader rejects; `one_line_errors` adds the file name and advice to the message."""
+    """Error for a file with content that is not allowed; `one_line_errors` adds the file name and advice."""
 
 
 class ClassName:
-    """Placeholder for a class or function: its module and name, joined by a dot."""
+    """Placeholder for a pickled class or function; `name` is its full name with the module."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -53,7 +53,7 @@ class DataUnpickler(_Unpickler):
     """Python's unpickler with a list of allowed instructions and names; every object becomes a `StandIn`.
 
     Args:
-        file: Binary file with a pickle; after `load`, the file position is behind the pickle.
+        file: Binary file with a pickle; after `load`, the file position is at the end of the pickle.
         names: Full names of the allowed classes and functions.
         roots: Modules and packages whose classes are all allowed.
     """
@@ -66,26 +66,26 @@ class DataUnpickler(_Unpickler):
     def find_class(self, module: str, name: str) -> ClassName:
         """Return a `ClassName` for a class, without importing it."""
         if max(len(module), len(name)) > _MAX_NAME_LENGTH:
-            raise RefusedFileError("is refused: it has a class name of more than 256 characters")
+            raise RefusedFileError("the file is refused: it has a class name of more than 256 characters")
         full_name = f"{module}.{name}"
         parts = full_name.split(".")
         is_class = all(part.isidentifier() for part in parts) and not any(map(_DUNDER.fullmatch, parts))
         if full_name not in self._names and not (is_class and full_name.startswith(self._roots)):
             raise RefusedFileError(
-                f"is refused: it names {full_name[:160]!r}, which is not data (nothing of it was run)"
+                f"the file is refused: it names {full_name[:160]!r}, which is not data (nothing of it was run)"
             )
         return ClassName(full_name)
 
     def finish(self, stand_in: StandIn) -> Any:
-        """Return the value for an object whose state was read; a subclass may read more bytes of the file."""
+        """Return the value that replaces a `StandIn` after its state was read; a subclass may read more of the file."""
         return stand_in
 
     def load_reduce(self) -> None:
-        """Replace a callable and its arguments by a `StandIn` for the result; nothing is called."""
+        """Replace a pickled call by a `StandIn` with the name and the arguments of the call; nothing is called."""
         arguments = self.stack.pop()
         callee = self.stack.pop()
         if type(callee) is not ClassName or type(arguments) is not tuple:
-            raise RefusedFileError(f"is refused: it calls a {type(callee).__name__}")
+            raise RefusedFileError(f"the file is refused: it has an invalid call of a {type(callee).__name__}")
         if callee.name in _DICTIONARIES and (not arguments or callee.name == _DICTIONARIES[1]):
             self.append({})
         else:
@@ -94,22 +94,22 @@ class DataUnpickler(_Unpickler):
     load_newobj = load_reduce
 
     def load_build(self) -> None:
-        """Store the pickled state in a `StandIn`; attributes of an OrderedDict (versions of modules) are dropped."""
+        """Store the pickled state of an object in its `StandIn`; the state of an OrderedDict is dropped."""
         state = self.stack.pop()
         target = self.stack[-1]
         if type(target) is StandIn:
             target.state = state
             self.stack[-1] = self.finish(target)
         elif type(target) is not dict:
-            raise RefusedFileError(f"is refused: it sets the state of a {type(target).__name__}")
+            raise RefusedFileError(f"the file is refused: it sets the state of a {type(target).__name__}")
 
     def load_setitem(self) -> None:
-        """Set one entry of a dictionary after a check of its key."""
+        """Check the key of one entry, and set the entry of a dictionary."""
         _check_keys(self.stack[-2:-1])
         super().load_setitem()
 
     def load_setitems(self) -> None:
-        """Set several entries of a dictionary after a check of their keys."""
+        """Check the keys of several entries, and set the entries of a dictionary."""
         _check_keys(self.stack[::2])
         super().load_setitems()
 
@@ -119,11 +119,11 @@ def _check_keys(keys: list[Any]) -> None:
     for key in keys:
         is_number = isinstance(key, float) or (isinstance(key, int) and key.bit_length() <= 64)
         if not is_number and key is not None and not isinstance(key, str | bytes | StandIn | ClassName):
-            raise RefusedFileError(f"is refused: it has a {type(key).__name__} as a key of a dictionary")
+            raise RefusedFileError(f"the file is refused: it has a {type(key).__name__} as a key of a dictionary")
 
 
 class _Instructions:
-    """Allowed pickle instructions by code; the number of lookups is limited."""
+    """Functions that execute the allowed pickle instructions, by instruction code; the number of lookups is limited."""
 
     def __init__(self) -> None:
         self._left = _MAX_INSTRUCTIONS
@@ -131,9 +131,9 @@ class _Instructions:
     def __getitem__(self, code: int) -> Callable[[DataUnpickler], None]:
         self._left -= 1
         if self._left < 0:
-            raise RefusedFileError(f"is refused: reading it takes more than {_MAX_INSTRUCTIONS} steps")
+            raise RefusedFileError(f"the file is refused: reading it takes more than {_MAX_INSTRUCTIONS} steps")
         if code not in _LOADERS:
-            raise RefusedFileError(f"is refused: it uses the pickle instruction {code:#04x}, which is not for data")
+            raise RefusedFileError(f"the file is refused: its pickle instruction {code:#04x} is not allowed for data")
         return _LOADERS[code]
 
 
@@ -143,11 +143,11 @@ _LOADERS = {code: getattr(DataUnpickler, _Unpickler.dispatch[code].__name__) for
 
 @contextmanager
 def one_line_errors(source: str | Path, advice: str) -> Iterator[None]:
-    """Convert any error in the block into a ValueError whose message has one line: file, reason and advice."""
+    """Convert any error in a `with` block into a ValueError with a message of one line: file, reason and advice."""
     try:
         yield
     except RefusedFileError as error:
-        raise ValueError(f"{source} {_one_line(error)}; {advice}") from error
+        raise ValueError(f"{source}: {_one_line(error)}; {advice}") from error
     except Exception as error:
         if isinstance(error, OSError) and error.strerror:
             raise ValueError(f"{source} cannot be read ({error.strerror}); {advice}") from error
@@ -156,5 +156,5 @@ def one_line_errors(source: str | Path, advice: str) -> Iterator[None]:
 
 
 def _one_line(message: object) -> str:
-    """Format a message without line breaks and control characters."""
+    """Return a message without line breaks and control characters."""
     return " ".join("".join(letter if letter.isprintable() else " " for letter in str(message)[:2000]).split())

@@ -1,6 +1,6 @@
-"""Read torch checkpoints that also hold objects of other classes, without running code (see `restricted_pickle`).
+"""Read torch checkpoints that contain objects of any class, without running code (see `restricted_pickle`).
 
-Both formats of `torch.save` are read: the zip archive since torch 1.6, and the older plain file, which published
+Both formats of `torch.save` can be read: the zip archive since torch 1.6, and the older format, which published
 wav2vec models use.
 """
 
@@ -85,8 +85,8 @@ class TorchCheckpoint:
     A ValueError is raised if the file names classes other than tensors, plain data, fairseq, omegaconf and argparse.
 
     Attributes:
-        content: The saved dictionary: plain containers, numbers, text, and a `StandIn` for every other object. The
-            method `tensor` converts the `StandIn` of a tensor into the tensor.
+        content: The saved dictionary. It contains dictionaries, lists, tuples, numbers, text, and a `StandIn` for
+            every other object. The method `tensor` converts the `StandIn` of a tensor into the tensor.
     """
 
     @beartype
@@ -99,56 +99,56 @@ class TorchCheckpoint:
             if start.startswith(_ZIP_START):
                 self.content = self._read_archive()
             elif start[_TAR_OFFSET:] == _TAR_MARK:
-                raise RefusedFileError("is a tar archive, the format of torch before 0.4")
+                raise RefusedFileError("the file is a tar archive of torch before 0.4, which cannot be read")
             else:
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
                     self.content = self._read_legacy(mapped)
             if type(self.content) is not dict:
-                raise RefusedFileError("is not a checkpoint of torch: its object is not a dictionary")
+                raise RefusedFileError("the file is not a checkpoint of torch: the saved object is not a dictionary")
 
     @beartype
     def tensor(self, value: Any) -> Tensor:
-        """Return the tensor, on the CPU, of a `StandIn` in `content`; it may share memory with other tensors."""
+        """Convert a `StandIn` in `content` to a tensor on the CPU, which may share memory with other tensors."""
         with one_line_errors(self.path, _ADVICE):
             if type(value) is StandIn and value.name == _PARAMETER:
                 value = value.arguments[0]
             if type(value) is not StandIn or value.name not in _TENSORS:
-                raise RefusedFileError(f"is refused: it has a {type(value).__name__} where a tensor belongs")
+                raise RefusedFileError(f"the file is refused: it has a {type(value).__name__} where a tensor belongs")
             storage, offset, size, stride, *more = value.arguments
             if len(more) > 2 and more[2]:
-                raise RefusedFileError("holds a conjugated or negated view; save it again after resolve_conj()")
+                raise RefusedFileError("the file has a conjugated or negated tensor; save it after resolve_conj()")
             numbers = (offset, *size, *stride)
             if type(storage) is not _Storage or not all(type(number) is int and number >= 0 for number in numbers):
-                raise ValueError("a tensor has no valid size, stride and offset")
+                raise ValueError("a tensor in the file has no valid size, stride and offset")
             last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
             is_inside = 0 in size or (last < storage.num_values and prod(size) <= storage.num_values)
             if not is_inside or len(size) > 64:
-                raise ValueError("a tensor is larger than its storage")
+                raise ValueError("a tensor in the file is larger than its storage")
             values = self._storages[storage.key].view(storage.dtype)
             return values.new_empty(size) if 0 in size else values.as_strided(size, stride, offset)
 
     def _read_archive(self) -> Any:
-        """Read the zip format: a pickle `name/data.pkl`, and a record `name/data/key` for each tensor storage."""
+        """Read a zip archive with a pickle `name/data.pkl` and a record `name/data/key` for each tensor storage."""
         with zipfile.ZipFile(self.path) as archive:
             records = {info.filename: info for info in archive.infolist()}
             if any(name.endswith("/constants.pkl") or "/code/" in name for name in records):
-                raise RefusedFileError("is a TorchScript archive, which contains code")
+                raise RefusedFileError("the file is refused: it is a TorchScript archive, which contains code")
             pickles = [name for name in records if name.endswith("/data.pkl")]
             if len(pickles) != 1:
-                raise RefusedFileError("is a zip archive, but not a checkpoint of torch")
+                raise RefusedFileError("the file is a zip archive, but not a checkpoint of torch")
             prefix = pickles[0].removesuffix("data.pkl")
 
             def record(name: str) -> bytearray:
                 info = records.get(name)
                 if info is None or info.compress_type != zipfile.ZIP_STORED:
-                    raise ValueError(f"record {name[:80]!r} is missing or compressed")
+                    raise ValueError(f"the record {name[:80]!r} of the zip archive is missing or compressed")
                 self._record_bytes_left -= info.file_size
                 if self._record_bytes_left < 0:
-                    raise ValueError("the records are larger than the file")
+                    raise ValueError("the records of the zip archive are larger than the file")
                 return bytearray(archive.read(info))
 
             if f"{prefix}byteorder" in records and record(f"{prefix}byteorder") != b"little":
-                raise RefusedFileError("was written on a big-endian machine")
+                raise RefusedFileError("the file was written on a big-endian machine, which is not supported")
             unpickler = _TensorUnpickler(io.BytesIO(record(pickles[0])))
             content = unpickler.load()
             for key, storage in unpickler.storages.items():
@@ -156,33 +156,33 @@ class TorchCheckpoint:
         return content
 
     def _read_legacy(self, mapped: mmap.mmap) -> Any:
-        """Read the format before torch 1.6: header, machine, object, keys, then size and bytes of each storage."""
+        """Read the format before torch 1.6, which has header, machine, object, keys, and the data of each storage."""
         try:
             start = [DataUnpickler(mapped, (), ()).load() for _ in _LEGACY_START]
         except Exception as error:
-            raise RefusedFileError(f"is not a checkpoint of torch ({error})") from error
+            raise RefusedFileError(f"the file is not a checkpoint of torch ({error})") from error
         if start != _LEGACY_START:
-            raise RefusedFileError("is not a checkpoint of torch")
+            raise RefusedFileError("the file is not a checkpoint of torch")
         machine = DataUnpickler(mapped, (), ()).load()
         if not isinstance(machine, dict) or machine.get("little_endian") is not True:
-            raise RefusedFileError("was written on a big-endian machine")
+            raise RefusedFileError("the file was written on a big-endian machine, which is not supported")
         unpickler = _TensorUnpickler(mapped)
         content = unpickler.load()
         keys = DataUnpickler(mapped, (), ()).load()
         are_names = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
         if not are_names or sorted(keys) != sorted(unpickler.storages):
-            raise ValueError("the storages that follow are not those that the object refers to")
+            raise ValueError("the file lists other tensor storages than its tensors use")
         for key in keys:
             storage = unpickler.storages[key]
             num_bytes = storage.num_values * storage.dtype.itemsize
             if int.from_bytes(mapped.read(8), "little") != storage.num_values:
-                raise ValueError(f"storage {key[:40]!r} is not of the size that it declares")
+                raise ValueError(f"the tensor storage {key[:40]!r} has another size than its tensors declare")
             self._add_storage(storage, bytearray(mapped.read(num_bytes)))
         return content
 
     def _add_storage(self, storage: _Storage, data: bytearray) -> None:
         if len(data) != storage.num_values * storage.dtype.itemsize:
-            raise ValueError(f"storage {storage.key[:40]!r} is not of the size that it declares")
+            raise ValueError(f"the tensor storage {storage.key[:40]!r} has another size than its tensors declare")
         self._storages[storage.key] = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0).byte()
 
 
@@ -196,12 +196,12 @@ class _TensorUnpickler(DataUnpickler):
     def persistent_load(self, reference: Any) -> _Storage:
         """Return the storage of a pickled reference ("storage", type, key, device, count[, view])."""
         if type(reference) is not tuple or len(reference) not in (5, 6) or reference[0] != "storage":
-            raise RefusedFileError("is refused: a reference in it is no storage of numbers")
+            raise RefusedFileError("the file is refused: it has a reference to an object that is not a tensor storage")
         _, kind, key, _, count, *view = reference
         dtype = _STORAGE_DTYPES.get(kind.name.rpartition(".")[2]) if type(kind) is ClassName else None
         if dtype is None or type(key) is not str or type(count) is not int or count < 0 or view not in ([], [None]):
-            raise ValueError("a reference to a storage has no valid type, key and size")
+            raise ValueError("a reference to a tensor storage has no valid type, key and size")
         storage = _Storage(key, dtype, count)
         if self.storages.setdefault(key, storage) != storage:
-            raise ValueError(f"storage {key[:40]!r} has two sizes or types")
+            raise ValueError(f"the tensor storage {key[:40]!r} has two different sizes or types")
         return storage

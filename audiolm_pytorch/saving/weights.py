@@ -1,4 +1,4 @@
-"""Collect the weights of a module as named tensors for a file, and load them again."""
+"""Collect the weights of a module as named tensors, and load named tensors into a module."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,8 +15,8 @@ _MAX_LISTED = 8
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and persistent buffers of a module by name, detached; no two of them share memory.
 
-    Tied tensors (two names for one memory) are returned under the first name only; `load_weights` sets both. Tensors
-    that overlap in part are copied.
+    Tied tensors (two names for one memory) are returned under the first name only; `load_weights` sets both names.
+    Tensors whose memory overlaps in part are copied.
     """
     weights: dict[str, Tensor] = {}
     views: set[tuple[Any, ...]] = set()
@@ -41,14 +41,14 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], where: str = "the weights") -> None:
     """Copy the weights that `weights_of` returned into a module; dtypes and device of the module do not change.
 
-    A ValueError lists the names and shapes that differ; its message begins with `where`, the source of the weights.
+    If names or shapes differ, a ValueError lists them after the text `where`, which names the source of the weights.
     """
     own = module.state_dict()
     filled_views = {_view_of(own[name]) for name in weights if name in own}
     missing = [name for name in own if name not in weights and _view_of(own[name]) not in filled_views]
     unexpected = [name for name in weights if name not in own]
     shapes = [
-        f"{name} {tuple(tensor.shape)} there, {tuple(own[name].shape)} here"
+        f"{name} {tuple(tensor.shape)} instead of {tuple(own[name].shape)}"
         for name, tensor in weights.items()
         if name in own and tensor.shape != own[name].shape
     ]

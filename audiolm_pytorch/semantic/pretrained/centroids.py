@@ -75,9 +75,9 @@ def _kmeans_centroids(data: bytes) -> Tensor:
     centroids = state.get("cluster_centers_") if isinstance(state, dict) else None
     if not isinstance(centroids, np.ndarray):
         name = kmeans.name[:80] if isinstance(kmeans, StandIn) else type(kmeans).__name__
-        raise RefusedFileError(f"holds a {name} without cluster_centers_, not a fitted k-means")
+        raise RefusedFileError(f"the file has a {name} without cluster_centers_, but a fitted k-means is needed")
     if centroids.dtype.kind != "f":
-        raise RefusedFileError(f"has centroids of type {centroids.dtype}, floats are needed")
+        raise RefusedFileError(f"the file has centroids of type {centroids.dtype}, but floats are needed")
     return torch.from_numpy(centroids.astype("float32", order="C"))
 
 
@@ -110,23 +110,23 @@ def _number_type(stand_in: Any) -> "np.dtype[Any]":
     """Return the dtype of a pickled `numpy.dtype`; only numbers are accepted, because object arrays contain pickles."""
     code = stand_in.arguments[0]
     if isinstance(code, str) and code.lstrip("|<>=").startswith("O"):
-        raise RefusedFileError("is refused: it holds an array of Python objects, which is a pickle of its own")
+        raise RefusedFileError("the file is refused: it has an array of Python objects, which contains a pickle")
     _, byte_order, *structure = stand_in.state
     if not isinstance(code, str) or not _NUMBER_TYPE.fullmatch(code) or structure[:3] != [None, None, None]:
-        raise RefusedFileError("is refused: it holds an array whose values are not numbers")
+        raise RefusedFileError("the file is refused: it has an array whose values are not numbers")
     return np.dtype(code).newbyteorder(byte_order)
 
 
 def _unpacked(path: Path) -> bytes:
     """Read and decompress a file; its content may have at most `_MAX_BYTES` bytes."""
-    too_large = RefusedFileError(f"is refused: it holds more than {_MAX_BYTES} bytes unpacked")
+    too_large = RefusedFileError(f"the file is refused: it has more than {_MAX_BYTES} bytes unpacked")
     if path.stat().st_size > _MAX_BYTES:
         raise too_large
     data = path.read_bytes()
     if data.startswith(_TORCH_START):
-        raise RefusedFileError("is a checkpoint of torch: are checkpoint and k-means exchanged?")
+        raise RefusedFileError("the file is a torch checkpoint, not a k-means; check the order of the two paths")
     if data.startswith((b"ZF", b"\x04\x22\x4d\x18")):
-        raise RefusedFileError("is compressed by joblib before 0.10 or by lz4, which cannot be read")
+        raise RefusedFileError("the file is compressed by joblib before 0.10 or by lz4, which cannot be read")
     decompressor: Any = None
     if data.startswith((b"\x78", b"\x1f\x8b")):
         decompressor = zlib.decompressobj(wbits=_ZLIB_OR_GZIP)

@@ -98,7 +98,7 @@ def read_fairseq(path: str | Path) -> FairseqCheckpoint:
     with one_line_errors(path, advice):
         # Twice the bytes are accepted, since a weight may have two names.
         if sum(tensor.nbytes for tensor in tensors.values()) > 2 * sum(storage_bytes.values()):
-            raise RefusedFileError("is refused: many of its weights share the same bytes")
+            raise RefusedFileError("the file is refused: many of its weights share the same bytes")
         settings = _plain(content.get("cfg")) or _plain(content.get("args"))
     settings = settings if isinstance(settings, dict) else {}
     model, task = settings.get("model"), settings.get("task")
@@ -255,7 +255,7 @@ def _plain(value: Any, seen: dict[int, Any] | None = None, depth: int = 0) -> An
     if value is None or isinstance(value, bool | int | float | str):
         return None if isinstance(value, str) and (value == "???" or value.startswith("${")) else value
     if depth > _MAX_NESTED:
-        raise RefusedFileError("is refused: its settings are nested too deeply")
+        raise RefusedFileError("the file is refused: its settings are nested too deeply")
     if id(value) in seen:
         return seen[id(value)]
     seen[id(value)] = None

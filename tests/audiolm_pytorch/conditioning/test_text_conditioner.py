@@ -233,7 +233,7 @@ def test_damaged_folders_raise_errors(folder):
     (folder / "model.safetensors").write_bytes(files["model.safetensors"][:-100])
     refused("cannot be loaded as T5EncoderModel", folder)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    refused("only pytorch_model.bin, which unpickles", folder)
+    refused("only pytorch_model.bin, which can run code", folder)
 
 
 @pytest.mark.parametrize("text_as", ["cross", "prefix"])

@@ -144,7 +144,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         ({"class": "Weed"}, "unknown module class 'Weed'"),
         ({"format_version": 2}, "format_version 2, this program reads 1"),
         ({"save_id": "other"}, "not of the same save"),
-        ({"config": {"width": 9}}, r"weight \(3, 2\) there, \(9, 2\) here"),
+        ({"config": {"width": 9}}, r"weight \(3, 2\) instead of \(9, 2\)"),
     ]:
         write_json(tmp_path / "config.json", config | change)
         with pytest.raises(ValueError, match=message):

@@ -309,7 +309,7 @@ def test_unreadable_models_raise(models, folder, tmp_path):
     with pytest.raises(ValueError, match="'bert'.*'dac', 'encodec', 'mimi'"):
         open_codec(folder)
     (folder / "config.json").write_text(json.dumps({"sampling_rate": 1}))
-    with pytest.raises(ValueError, match="no model_type"):
+    with pytest.raises(ValueError, match="no entry model_type"):
         open_codec(folder)
     (folder / "config.json").write_text(json.dumps(config))
     weights = load_file(folder / "model.safetensors")

@@ -150,7 +150,7 @@ def without(weights, name):
         (lambda w: without(w, "encoder.layers.1.fc2.bias"), "missing.*layers.1.feed_forward.output_dense.bias"),
         (lambda w: without(w, "encoder.pos_conv.0.weight_g"), "missing.*pos_conv"),
         (lambda w: w | {"encoder.odd": torch.ones(1)}, "not known.*encoder.odd"),
-        (lambda w: w | {"layer_norm.bias": torch.ones(3)}, r"another shape.*layer_norm.bias \(3,\) there"),
+        (lambda w: w | {"layer_norm.bias": torch.ones(3)}, r"another shape.*layer_norm.bias \(3,\) instead of"),
         (lambda w: w | {"encoder.pos_conv.0.weight_v": torch.ones(())}, "another shape"),
         (lambda w: w | {"encoder.layer_norm.weight": torch.ones(2**14)}, "settings ask for a model of"),
         (lambda w: {"w2v_encoder.w2v_model." + name: tensor for name, tensor in w.items()}, "fine-tuned"),
