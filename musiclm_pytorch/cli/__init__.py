@@ -1,4 +1,4 @@
-"""The `musiclm` command; one file per command."""
+"""The `musiclm` command-line program, with one file for each subcommand."""
 
 from musiclm_pytorch.cli.app import main
 

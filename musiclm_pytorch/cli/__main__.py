@@ -1,4 +1,4 @@
-"""`python -m musiclm_pytorch.cli` is the `musiclm` command."""
+"""Run the `musiclm` command as `python -m musiclm_pytorch.cli`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The `musiclm` command: parse the arguments, and call `execute` of the command."""
+"""The `musiclm` command, which parses its arguments and runs the selected subcommand."""
 
 import logging
 import sys
@@ -36,9 +36,9 @@ Command = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line with `arguments`, by default those of the process.
+    """Run the `musiclm` command with `arguments`, by default the command-line arguments of the process.
 
-    Returns the exit status: 0, 2 after an error with its reason on standard error, or 130 after Ctrl-C.
+    The returned exit status is 0 after success, 2 after an error that is printed on standard error, 130 after Ctrl-C.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     words = list(sys.argv[1:] if arguments is None else arguments)

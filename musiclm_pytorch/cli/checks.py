@@ -9,7 +9,7 @@ __all__ = ["check_file", "check_folder", "device_named"]
 
 
 def device_named(name: str) -> torch.device:
-    """The device with this name; "auto" is the GPU if there is one."""
+    """Return the device with this name; "auto" selects the GPU if there is one, else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -20,7 +20,7 @@ def device_named(name: str) -> torch.device:
 
 
 def check_file(path: Path, suffixes: Sequence[str]) -> None:
-    """Check that a file of this name can be written."""
+    """Check that the file `path` ends in one of `suffixes` and can be written."""
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"cannot write {path}: name a file that ends in {', '.join(suffixes)}")
     if path.is_dir():
@@ -29,7 +29,7 @@ def check_file(path: Path, suffixes: Sequence[str]) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Check that this folder exists or can be created."""
+    """Check that the folder `path` exists or can be created."""
     existing = next((place for place in (path, *path.parents) if place.exists()), None)
     if existing is not None and not existing.is_dir():
         raise ValueError(f"cannot write to {path}: {existing} is a file; name another folder")

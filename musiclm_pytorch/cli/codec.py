@@ -29,7 +29,7 @@ _CODES_SUFFIXES = (".safetensors",)
 
 @dataclass(frozen=True, kw_only=True)
 class _WithCodec(ABC):
-    """The options of every command."""
+    """Options that all `musiclm codec` commands have: input, codec and device."""
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INPUT")]
     """A sound file (for decode a file written by `musiclm codec encode`), or a folder of them."""
@@ -41,7 +41,7 @@ class _WithCodec(ABC):
     """Device of the codec: cpu, cuda, mps, ... or auto for a GPU if there is one."""
 
     def open_codec(self) -> Codec:
-        """Load the codec onto the device."""
+        """Load the selected codec onto the selected device."""
         return codec_named(self.codec, device_named(self.device), self.offline)
 
     def execute(self) -> int:
@@ -57,7 +57,7 @@ class _WithCodec(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Encode(_WithCodec):
-    """Encode sounds of any rate, channels and length to codes: one small .safetensors file each."""
+    """Encode sounds of any sample rate, channel count and length to one .safetensors file of codes per sound."""
 
     out: Path
     """File to write (.safetensors); for a folder the folder to write, with the same tree."""
@@ -71,7 +71,7 @@ class Encode(_WithCodec):
 
 @dataclass(frozen=True, kw_only=True)
 class Decode(_WithCodec):
-    """Decode codes to sounds, with the codec that encoded them."""
+    """Decode files of codes to sounds, with the codec that encoded the sounds."""
 
     out: Path
     """File to write (.wav, .flac or .ogg); for a folder the folder to write, with the same tree."""
@@ -89,7 +89,7 @@ class Decode(_WithCodec):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(_WithCodec):
-    """Measure a codec on sounds: distances to the original, bitrate, use of the codes."""
+    """Measure a codec on sounds: distance between decoded and original sound, bitrate, and codebook usage."""
 
     levels: tuple[int, ...] = ()
     """Numbers of code levels to measure besides all levels."""
@@ -127,7 +127,7 @@ def _decode(command: Decode) -> int:
     if command.suffix not in WRITABLE_SUFFIXES:
         raise ValueError(f"--suffix must be one of {', '.join(WRITABLE_SUFFIXES)}, got {command.suffix}")
     if command.source.is_dir() and command.source.resolve() == command.out.resolve():
-        raise ValueError(f"{command.out} may hold the sounds that were encoded; use another --out")
+        raise ValueError(f"--out {command.out} is the input folder, and may contain other sounds; use another --out")
     suffixes = (command.suffix, *(suffix for suffix in WRITABLE_SUFFIXES if suffix != command.suffix))
     pairs = _pairs(command.source, command.out, _CODES_SUFFIXES, suffixes)
     file_codec = FileCodec(command.open_codec())
@@ -184,7 +184,7 @@ def _evaluate(command: Evaluate) -> int:
 def _pairs(
     source: Path, out: Path, suffixes: Sequence[str], out_suffixes: Sequence[str]
 ) -> list[tuple[Path, Path | None]]:
-    """Every file to read with the file to write, None if another file of the folder has the same target."""
+    """List the pairs (input file, output file); the output file is None if an earlier pair already has its name."""
     if not source.is_dir():
         check_file(out, out_suffixes)
         return [(source, out)]
@@ -199,7 +199,7 @@ def _pairs(
 
 
 def _files_below(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    """All files with these suffixes below a folder, sorted, without hidden ones."""
+    """List the files with one of the `suffixes` below a folder, sorted by path, without hidden files."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
     visible = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if not visible:
@@ -208,12 +208,12 @@ def _files_below(folder: Path, suffixes: Sequence[str]) -> list[Path]:
 
 
 def _for_each(pairs: Sequence[tuple[Path, Path | None]], work: Callable[[Path, Path], str]) -> int:
-    """Run `work` on every pair of input and output, print its summaries, and return the exit status."""
+    """Call `work` for every pair of input and output file, print its summaries, and return the exit status."""
     num_failed = 0
     for source, target in pairs:
         try:
             if target is None:
-                raise ValueError(f"{source}: another file of this name was written before; rename one of them")
+                raise ValueError(f"{source}: another input file has the same output name; rename one of the two files")
             summary = work(source, target)
         except (ValueError, OSError, RuntimeError) as error:
             _fail(source, error, is_only_file=len(pairs) == 1)
@@ -227,7 +227,7 @@ def _for_each(pairs: Sequence[tuple[Path, Path | None]], work: Callable[[Path, P
 
 
 def _fail(path: Path, error: Exception, is_only_file: bool) -> None:
-    """Raise the error of the only file, or print the error of one of several files, in one line with its name."""
+    """Report an error with `path` in one line: raise a ValueError if `path` is the only file, else print the line."""
     message = " ".join(str(error).split()) or type(error).__name__
     message = message if str(path) in message else f"{path}: {message}"
     if is_only_file:

@@ -1,4 +1,4 @@
-"""`musiclm convert hubert | vq-wav2vec | musiccaps`: published files in the formats of this library."""
+"""`musiclm convert hubert | vq-wav2vec | musiccaps`: convert published files to the formats of this library."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +24,14 @@ class _Checkpoint:
     """Folder to write, new or empty."""
 
     def execute(self) -> int:
-        """Convert. Results of an earlier call are kept, and other files are never overwritten."""
+        """Convert the checkpoint, and never overwrite an existing file."""
         _convert_checkpoint(self)
         return 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hubert(_Checkpoint):
-    """Convert HuBERT and its k-means, two pickles, to one folder of safetensors."""
+    """Convert a HuBERT checkpoint and its k-means model, which are pickle files, to one folder of safetensors files."""
 
     kmeans: Path
     """The published k-means of one layer, e.g. hubert_base_ls960_L9_km500.bin, or centroids as .safetensors."""
@@ -41,12 +41,12 @@ class Hubert(_Checkpoint):
 
 @dataclass(frozen=True, kw_only=True)
 class VqWav2vec(_Checkpoint):
-    """Convert a vq-wav2vec checkpoint, a pickle, to a folder of safetensors."""
+    """Convert a vq-wav2vec checkpoint, which is a pickle file, to a folder of safetensors files."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MusicCaps:
-    """Write a training manifest from the table of MusicCaps and a folder of its clips."""
+    """Write a training manifest from the MusicCaps table and a folder of MusicCaps clips."""
 
     csv: Path
     """The published table, musiccaps-public.csv, or another one with its columns."""
@@ -60,7 +60,7 @@ class MusicCaps:
     """Also write the ids of the clips that are not in the folder, one a line."""
 
     def execute(self) -> int:
-        """Convert. Results of an earlier call are kept, and other files are never overwritten."""
+        """Write the manifests of the clips, and never overwrite an existing file."""
         _convert_musiccaps(self)
         return 0
 
@@ -76,12 +76,12 @@ def _convert_checkpoint(command: _Checkpoint) -> None:
     sources = [command.checkpoint, command.kmeans] if isinstance(command, Hubert) else [command.checkpoint]
     for source in sources:
         if not source.exists():
-            raise ValueError(f"{source}: no such file; download the published one and name it here")
+            raise ValueError(f"{source}: no such file; download the published checkpoint and pass its path")
     check_folder(command.out)
     # an interrupted conversion leaves hidden files
     is_taken = command.out.is_dir() and any(not file.name.startswith(".") for file in command.out.iterdir())
     if is_taken and not (command.out / "config.json").is_file():
-        raise ValueError(f"{command.out} holds other files; give a folder that is new or empty as --out")
+        raise ValueError(f"--out {command.out} contains other files; pass a new or empty folder")
     tokenizer: HubertWithKmeans | FairseqVQWav2Vec
     if isinstance(command, Hubert):
         tokenizer = HubertWithKmeans(command.checkpoint, command.kmeans, output_layer=command.output_layer)
@@ -92,12 +92,12 @@ def _convert_checkpoint(command: _Checkpoint) -> None:
             fingerprint = part_fingerprint(load_module(command.out))
         except ValueError as error:
             raise ValueError(
-                f"{command.out} holds another config.json; give a new folder as --out ({error})"
+                f"--out {command.out} contains a config.json of another model ({error}); pass a new folder"
             ) from error
         if fingerprint != tokenizer.fingerprint():
             raise ValueError(
-                f"{command.out} holds another model (fingerprint {fingerprint}, that of the files is "
-                f"{tokenizer.fingerprint()}); give a new folder as --out"
+                f"--out {command.out} contains a model with fingerprint {fingerprint}, the checkpoint has fingerprint "
+                f"{tokenizer.fingerprint()}; pass a new folder"
             )
     else:
         save_module(tokenizer, command.out, extra={"converted_from": [source.name for source in sources]})
@@ -112,7 +112,7 @@ def _convert_musiccaps(command: MusicCaps) -> None:
     check_file(command.out, (".jsonl",))
     if command.split != "none" and command.out.name != "train.jsonl":
         raise ValueError(
-            f"--split writes train.jsonl and valid.jsonl; name --out {command.out.with_name('train.jsonl')}"
+            f"with --split, --out must be called train.jsonl; pass --out {command.out.with_name('train.jsonl')}"
         )
     if command.missing is not None:
         check_file(command.missing, (".txt", ".csv"))
@@ -126,7 +126,9 @@ def _convert_musiccaps(command: MusicCaps) -> None:
     if command.split != "none":
         train, valid = clips.split(_SPLIT_COLUMNS[command.split])
         if not (train and valid):
-            raise ValueError(f"--split {command.split} gives {len(train)} and {len(valid)} clips; leave it out")
+            raise ValueError(
+                f"--split {command.split} leaves {len(train)} training and {len(valid)} held-out clips; omit --split"
+            )
         manifests = {command.out: train, command.out.with_name("valid.jsonl"): valid}
     texts = {path: manifest_text(items, path.parent) for path, items in manifests.items()}
     if command.missing is not None:
@@ -134,7 +136,7 @@ def _convert_musiccaps(command: MusicCaps) -> None:
     existing = {path: path.read_bytes() for path in texts if path.exists()}
     for path, content in existing.items():
         if content != texts[path].encode():
-            raise ValueError(f"{path} exists and holds something else; move it away or name another file")
+            raise ValueError(f"{path} exists with other contents; move that file away or name another file")
     for path, text in texts.items():
         if path not in existing:
             with staged_files(path.parent) as staging:

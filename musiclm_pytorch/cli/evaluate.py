@@ -1,4 +1,4 @@
-"""`musiclm evaluate semantic | mulan`: probes of semantic encoders and tokens, metrics of a joint embedding."""
+"""`musiclm evaluate semantic | mulan`: measure a semantic encoder or tokenizer, or a joint embedding."""
 
 import shlex
 import sys
@@ -27,7 +27,7 @@ class _Evaluation(ABC):
     """Device of the model: cpu, cuda, mps, ..., or auto, which uses a GPU if there is one."""
 
     def execute(self) -> int:
-        """Check the seed and evaluate."""
+        """Check the seed, evaluate the model and return the exit status 0."""
         if self.seed < 0:
             raise ValueError(f"--seed must be at least 0, got {self.seed}")
         self.evaluate()
@@ -35,12 +35,12 @@ class _Evaluation(ABC):
 
     @abstractmethod
     def evaluate(self) -> None:
-        """Evaluate, print a table and write a report."""
+        """Evaluate the model, print a table and write a report."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSemantic(_Evaluation):
-    """Measure which labels a linear probe reads from the layers of an encoder, from log-mel frames, and from tokens."""
+    """Measure how well a linear classifier predicts labels from encoder layers, semantic tokens and log-mel frames."""
 
     encoder: str
     """Bundled one (16khz), folder of a saved encoder or semantic tokenizer, a HuBERT checkpoint of fairseq (.pt),
@@ -59,7 +59,7 @@ class EvaluateSemantic(_Evaluation):
     """Largest number of training clips, and of held-out clips."""
 
     def evaluate(self) -> None:
-        """Evaluate, print a table and write a report."""
+        """Evaluate the encoder or tokenizer, print a table and write a report."""
         _evaluate_semantic(self)
 
 
@@ -67,8 +67,8 @@ class EvaluateSemantic(_Evaluation):
 class EvaluateMuLaN(_Evaluation):
     """Measure a joint embedding of audio and text on held-out clips.
 
-    Retrieval in both directions, zero-shot tagging with the labels of the manifest, and attributes of the top clips,
-    with chance and interval. The matrix of similarities is plotted (needs the extra [plot]).
+    The metrics are retrieval in both directions, zero-shot tagging with the labels of the manifest, and the labels of
+    the best clip for each caption. The similarities of captions and clips are plotted (needs the extra [plot]).
     """
 
     model: str
@@ -84,7 +84,7 @@ class EvaluateMuLaN(_Evaluation):
     """Use only this number of clips, drawn at random."""
 
     def evaluate(self) -> None:
-        """Evaluate, print a table and write a report."""
+        """Evaluate the joint embedding, print a table and write a report."""
         _evaluate_mulan(self)
 
 
@@ -95,7 +95,7 @@ EvaluateCommand = (
 
 
 def _command_line(name: str, command: EvaluateSemantic | EvaluateMuLaN) -> str:
-    """The command line that repeats a command."""
+    """Return the command line that runs `command` again."""
     words = ["musiclm", "evaluate", name]
     for option, value in asdict(command).items():
         if value is None or value is False or value == ():
@@ -106,7 +106,7 @@ def _command_line(name: str, command: EvaluateSemantic | EvaluateMuLaN) -> str:
 
 
 def _announce(message: str) -> None:
-    """Show progress on a terminal."""
+    """Print a progress message on standard error if that is a terminal."""
     if sys.stderr.isatty():
         sys.stderr.write(f"{message}\n")
 
@@ -117,8 +117,8 @@ def _evaluate_semantic(command: EvaluateSemantic) -> None:
 
     if command.limit < 2 or not command.labels or min(command.clusters, default=2) < 2:
         raise ValueError(
-            "need --labels, a --limit of at least 2 and --clusters of at least 2 each, "
-            f"got {command.labels}, {command.limit} and {command.clusters}"
+            "need at least one label, and at least 2 as --limit and as each of --clusters, "
+            f"got --labels {command.labels}, --limit {command.limit} and --clusters {command.clusters}"
         )
     check_folder(command.out)
     encoder, tokenizer = _open_encoder(command)
@@ -126,7 +126,7 @@ def _evaluate_semantic(command: EvaluateSemantic) -> None:
     depth = -1 if encoder is None else encoder.depth
     if not all(0 <= layer <= depth for layer in layers):
         available = "no layers, only tokens; leave --layers out" if encoder is None else f"layers 0..{depth}"
-        raise ValueError(f"--layers: got {layers}, but {command.encoder} has {available}")
+        raise ValueError(f"got --layers {layers}, but the encoder {command.encoder} has {available}")
     sample_hz = encoder.sample_hz if encoder is not None else tokenizer.target_sample_hz
     hop_samples = (encoder if encoder is not None else tokenizer).downsample_factor
     clips = load_probe_clips(command.data, 2 * hop_samples / sample_hz, command.limit, command.seed)
@@ -146,7 +146,7 @@ def _evaluate_semantic(command: EvaluateSemantic) -> None:
 
 
 def _open_encoder(command: EvaluateSemantic) -> tuple[Any, Any]:
-    """The encoder, None for tokens without layers, and the tokenizer, None for an encoder without tokens."""
+    """Load the encoder (None if a tokenizer has no layers) and the tokenizer (None if an encoder has no tokens)."""
     from audiolm_pytorch.saving.modules import read_config, registered_class
     from audiolm_pytorch.semantic.base import FrameEncoder, SemanticTokenizer
     from musiclm_pytorch.pretrained.bundled import BUNDLED_TOKENIZERS, encoder_named, tokenizer_named
@@ -179,7 +179,7 @@ def _evaluate_mulan(command: EvaluateMuLaN) -> None:
     items = evaluation.held_out_items(command.data, command.limit, command.seed)
     labels = list(tag_labels(items))
     if command.label is not None and command.label not in labels:
-        raise ValueError(f"no label {command.label!r} of a few values; available: {', '.join(labels) or 'none'}")
+        raise ValueError(f"got --label {command.label}; the labels with few values are: {', '.join(labels) or 'none'}")
     clips = evaluation.embed_clips(mulan, items, _announce)
     _announce("computing metrics")
     metrics = evaluation.joint_embedding_metrics(clips)
@@ -199,7 +199,7 @@ def _evaluate_mulan(command: EvaluateMuLaN) -> None:
 
 
 def _report(out: Path, title: str, settings: dict[str, Any], metrics: list[Any], table: str) -> None:
-    """Write the report and print it."""
+    """Write a report of the metrics as .json and .md files, and print the text of the .md file."""
     from musiclm_pytorch.evaluation.report import write_report
 
     lines = [f"- {name}: {value}\n" for name, value in settings.items()]

@@ -1,4 +1,4 @@
-"""`musiclm export`: the model of a finished run, for inference."""
+"""`musiclm export`: write the model of a finished training run for inference."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ __all__ = ["Export"]
 
 @dataclass(frozen=True)
 class Export:
-    """Write the model of a finished run with fp16 weights, for inference."""
+    """Write the model of a finished training run with fp16 weights, for inference."""
 
     run: Path
     """Folder of the run, the --out of `musiclm train all`."""
@@ -16,7 +16,7 @@ class Export:
     """Folder to write."""
 
     def execute(self) -> int:
-        """Write the model and print its size."""
+        """Write the model folder and print its size."""
         from musiclm_pytorch.pretrained.model_folder import export_musiclm
 
         num_bytes = export_musiclm(self.run, self.out)

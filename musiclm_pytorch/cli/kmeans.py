@@ -1,4 +1,4 @@
-"""`musiclm train kmeans`: a semantic tokenizer from a layer of any encoder."""
+"""`musiclm train kmeans`: train a semantic tokenizer on a layer of any encoder."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ __all__ = ["TrainKmeans"]
 class TrainKmeans:
     """Train a semantic tokenizer by k-means on a layer of any encoder.
 
-    An interrupted run continues with the same command.
+    To continue an interrupted training, run the same command again.
     """
 
     encoder: str
@@ -39,7 +39,7 @@ class TrainKmeans:
     """Device of the encoder: cpu, cuda, mps, ... or auto, which selects a GPU if there is one."""
 
     def execute(self) -> int:
-        """Train the tokenizer and print how its clusters are used."""
+        """Train the tokenizer and print how many of its clusters are used."""
         if not self.data.exists():
             raise ValueError(f"{self.data}: no such folder or manifest; give a folder of audio files as --data")
         check_folder(self.out)

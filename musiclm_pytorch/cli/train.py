@@ -1,4 +1,4 @@
-"""`musiclm train STEP`: the training pipeline."""
+"""`musiclm train STEP`: run one step, or all steps, of the training pipeline."""
 
 import shlex
 import sys
@@ -13,9 +13,10 @@ __all__ = ["Train"]
 
 @dataclass(frozen=True)
 class Train:
-    """Run one step of the training pipeline, or all in order. An interrupted run continues with the same command.
+    """Run one step of the training pipeline, or all steps in order.
 
-    To train semantic tokens from any encoder, see `musiclm train kmeans --help`.
+    To continue an interrupted training, run the same command again. To train a semantic tokenizer on a layer of any
+    encoder, see `musiclm train kmeans --help`.
     """
 
     step: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STEP")]
@@ -42,12 +43,12 @@ class Train:
     """Print parameters, tokens, disk space and estimated time. Nothing is written."""
 
     def execute(self) -> int:
-        """Run the steps and print a line for each."""
+        """Run the selected steps and print a line for each step."""
         from musiclm_pytorch.pipeline.pipeline import Pipeline, check_step
         from musiclm_pytorch.pipeline.presets import preset_named
 
         if self.step == "kmeans":
-            raise ValueError("write kmeans directly after train; see musiclm train kmeans --help")
+            raise ValueError("kmeans must be the first word after train; see musiclm train kmeans --help")
         check_step(self.step)
         preset = preset_named(self.preset).scaled(self.scale)
         parts = _pretrained_parts(self)

@@ -1,4 +1,4 @@
-"""Evaluation: retrieval, zero-shot tagging, linear probes, novelty, and reports with chance levels and intervals."""
+"""Evaluation of models: retrieval, zero-shot tagging, linear probes, novelty, and reports of metrics."""
 
 from musiclm_pytorch.evaluation.novelty import melody_similarity, nearest_similarity
 from musiclm_pytorch.evaluation.report import Metric, write_report

@@ -1,4 +1,4 @@
-"""Quality of a codec: distances to the original with confidence intervals, bitrate and codebook usage."""
+"""Report of the quality of a codec: distances between decoded and original clips, bitrate and codebook usage."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,14 +22,14 @@ _DISTANCES = ("si_sdr_db", "stft", "mel_nepers")
 
 @dataclass(frozen=True)
 class CodecRow:
-    """Distances of reconstructed clips to their originals.
+    """Row of a codec report: mean distances between reconstructed and original clips, bitrate, codebook usage.
 
     Attributes:
         seconds: Total length of the clips.
         stft: Spectral distance, see `stft_distance`.
         mel_nepers: Mel distance in nepers, see `MultiScaleMelLoss`.
         kbps: Bitrate in kbit/s; None if the waves were not encoded.
-        usage: For each level, the share of its codebook that occurs in the clips.
+        usage: For each codebook level, the share of the codes that occur in the clips.
     """
 
     name: str
@@ -43,7 +43,7 @@ class CodecRow:
 
 
 class _Distances:
-    """Collects the distances of reconstructed clips to their originals."""
+    """Collects the distances between reconstructed and original clips."""
 
     def __init__(self, sample_hz: int) -> None:
         self.sample_hz, self.num_samples = sample_hz, 0
@@ -52,7 +52,7 @@ class _Distances:
 
     @torch.no_grad()
     def add(self, estimate: Tensor, target: Tensor) -> None:
-        """Add the distances of two waves `[c, n]`; SI-SDR treats all channels as one signal."""
+        """Measure the distances between two waves `[c, n]`; for SI-SDR the channels are concatenated."""
         self.num_samples += target.shape[-1]
         signals = [rearrange(zero_mean(wave.double()), "c n -> (c n)") for wave in (estimate, target)]
         self.values["si_sdr_db"].append(float(si_sdr_db(*signals)))
@@ -71,7 +71,7 @@ class _Distances:
 def distance_row(
     name: str, pairs: Iterable[tuple[Tensor, Tensor]], sample_hz: int, kbps: float | None = None
 ) -> CodecRow:
-    """Measure the distances of pairs (reconstruction, original) of waves `[c, n]`."""
+    """Measure the distances between the waves `[c, n]` in each pair (reconstruction, original)."""
     distances = _Distances(sample_hz)
     for estimate, target in pairs:
         distances.add(estimate, target)
@@ -83,11 +83,11 @@ def distance_row(
 def codec_report(
     codec: Codec, clips: Iterable[Tensor], levels: Sequence[int | None] = (None,), name: str = "codec"
 ) -> list[CodecRow]:
-    """Encode clips, decode each from several numbers of codebook levels, and measure the distances to the original.
+    """Measure how well a codec reconstructs clips, once for each number of codebook levels in `levels`.
 
     Args:
-        clips: Waves `[c, n]` with the sample rate and channels of the codec. The clips are read once, one at a time.
-        levels: Numbers of levels to decode from; each has a row in the report. None = all levels of the codec.
+        clips: Waves `[c, n]` with the sample rate and channels of the codec, read once, one at a time.
+        levels: Numbers of codebook levels to decode from, one row of the report each; None = all levels of the codec.
     """
     counts = [codec.check_num_levels(num_levels) for num_levels in levels]
     device = device_of(codec)
@@ -110,7 +110,7 @@ def codec_report(
 
 @beartype
 def rows_table(rows: Sequence[CodecRow]) -> str:
-    """Markdown table of codec rows: intervals in brackets, and the used percentage of the codebook of each level."""
+    """Format rows of a codec report as a Markdown table, with confidence intervals in brackets."""
     cells = [["", "kbps", "SI-SDR (dB)", "MR-STFT", "mel (nepers)", "codes used (%)"]]
     for row in rows:
         kbps = "" if row.kbps is None else f"{row.kbps:.2f}"

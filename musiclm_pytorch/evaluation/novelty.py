@@ -1,4 +1,4 @@
-"""Novelty of generated music: similarity to the nearest training clip, compared with real held-out clips."""
+"""Novelty metrics: whether generated music is more similar to the training clips than real held-out music is."""
 
 from dataclasses import replace
 
@@ -29,17 +29,17 @@ def nearest_similarity(queries: Tensor, references: Tensor) -> Tensor:
 def _check_shapes(queries: Tensor, references: Tensor, num_axes: int) -> None:
     if queries.ndim != num_axes or queries.shape[1:] != references.shape[1:] or not len(references):
         raise ValueError(
-            f"queries and references need {num_axes} axes, of equal sizes after the first, and at least one reference; "
-            f"got {tuple(queries.shape)} and {tuple(references.shape)}"
+            f"queries and references must have {num_axes} axes and equal sizes after the first axis, with at least one "
+            f"reference; got queries {tuple(queries.shape)} and references {tuple(references.shape)}"
         )
 
 
 @beartype
 @torch.no_grad()
 def melody_spectrogram(waves: Tensor, sample_hz: int) -> Tensor:
-    """Compute coarse log-mel spectrograms minus their mean spectrum; they keep the notes and little of the timbre.
+    """Compute coarse log-mel spectrograms minus their mean spectrum, which keeps the notes and little of the timbre.
 
-    Waves `[b, n]` become `[b, m, f]` of unit norm, with ten frames per second; silence becomes zeros.
+    The spectrograms `[b, m, f]` of waves `[b, n]` have unit norm and ten frames per second; silence becomes zeros.
     """
     mel = MelSpectrogram(
         sample_hz=_SAMPLE_HZ,
@@ -62,9 +62,9 @@ def melody_spectrogram(waves: Tensor, sample_hz: int) -> Tensor:
 def melody_similarity(queries: Tensor, references: Tensor, max_shift_frames: int = 10) -> Tensor:
     """Correlation `[a]` of each melody with the most similar reference melody, at the best time shift.
 
-    The measure uses no trained model. A copy of a training clip has similarity 1 even if it starts a little earlier or
-    later. Queries `[a, m, f]` and references `[r, m, f]` are outputs of `melody_spectrogram`. Frames that do not
-    overlap after the shift are left out.
+    The correlation is computed without a trained model. A copy of a training clip has similarity 1 even if the copy
+    starts a little earlier or later. Queries `[a, m, f]` and references `[r, m, f]` are outputs of
+    `melody_spectrogram`. Frames of a query that do not overlap with the shifted reference are left out.
     """
     _check_shapes(queries, references, num_axes=3)
     num_frames = queries.shape[2]
@@ -81,9 +81,9 @@ def melody_similarity(queries: Tensor, references: Tensor, max_shift_frames: int
 
 @beartype
 def novelty_metrics(name: str, generated: Tensor, held_out: Tensor) -> list[Metric]:
-    """Mean and 95th percentile of the nearest similarity of generated clips `[a]` and of real held-out clips `[b]`.
+    """Mean and 95th percentile of the similarity to the nearest training clip, for generated and real held-out clips.
 
-    The `note` of each metric of generated clips states whether they are nearer to the training clips than real clips.
+    The `note` of a metric states whether generated clips are nearer to the training clips than real clips are.
     """
     generated_values, real_values = generated.double().cpu().numpy(), held_out.double().cpu().numpy()
     metrics = []
@@ -95,7 +95,7 @@ def novelty_metrics(name: str, generated: Tensor, held_out: Tensor) -> list[Metr
 
 
 def _metric(name: str, values: np.ndarray, share: float | None) -> Metric:
-    """Metric of the `share` quantile of the values, or of their mean if `share` is None."""
+    """Build a metric from the quantile `share` (0..1) of the values, or from their mean if `share` is None."""
     if share is None:
         return Metric.mean(name, values)
     return Metric.measured(name, lambda rows: float(np.quantile(values[rows], share)), len(values))

@@ -1,4 +1,4 @@
-"""Plots of a sound and of a similarity matrix (matplotlib, extra [plot])."""
+"""Plots of a sound and of a similarity matrix, drawn with matplotlib (extra [plot])."""
 
 from itertools import groupby
 from pathlib import Path
@@ -19,7 +19,7 @@ _MIN_NAMED_SHARE = 0.014
 
 
 def require_matplotlib() -> None:
-    """Raise an ImportError with the `pip install` line if matplotlib is missing."""
+    """Raise an ImportError that contains the `pip install` command if matplotlib is missing."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -50,7 +50,7 @@ def _title_line(text: str) -> str:
 
 @beartype
 def plot_wave(wave: Tensor, sample_hz: int, path: str | Path, title: str = "") -> None:
-    """Plot a wave `[n]` in [-1, 1] and its log-mel spectrogram into a file; its suffix selects the image format."""
+    """Plot a wave `[n]` in [-1, 1] and its log-mel spectrogram into an image file (.png, .svg, .pdf or .jpg)."""
     figure = _new_figure((9, 5))
     seconds = wave.shape[-1] / sample_hz
     mel = MelSpectrogram(sample_hz=sample_hz, n_fft=1024, hop_length=256, num_mels=80)(wave)
@@ -76,7 +76,7 @@ def plot_wave(wave: Tensor, sample_hz: int, path: str | Path, title: str = "") -
 def plot_similarities(
     cosines: Tensor, text_classes: list[str], clip_classes: list[str], path: str | Path, title: str = ""
 ) -> None:
-    """Plot the cosines `[t, c]` of texts and clips, with the class of each row and column, into a file."""
+    """Plot the cosines `[t, c]` of texts and clips into an image file, with class names along both axes."""
     figure = _new_figure((10.5, 9))
     axes = figure.subplots()
     image = axes.imshow(cosines, cmap="magma", aspect="auto")
@@ -89,7 +89,7 @@ def plot_similarities(
 
 
 def _class_ticks(classes: list[str]) -> tuple[list[float], list[str]]:
-    """Position and name of each group of neighbouring equal classes; groups too short for a label are left out."""
+    """Return the middle and the name of each run of equal classes; runs that are too short for a label are left out."""
     middles, names = [], []
     start = 0
     for name, run in groupby(classes):

@@ -1,4 +1,4 @@
-"""Metrics with chance level and confidence interval, and the reports that list them."""
+"""Metrics with chance levels and confidence intervals, and reports that list metrics."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ Statistic = Callable[[np.ndarray], float]
 def bootstrap_interval(
     statistic: Statistic, count: int, rounds: int = BOOTSTRAP_ROUNDS, seed: int = 0
 ) -> tuple[float, float]:
-    """95% confidence interval of a statistic of `count` items.
+    """Compute the 95% confidence interval of a statistic of `count` items.
 
     The method is the percentile bootstrap (Efron & Tibshirani, An Introduction to the Bootstrap, sec. 13.3).
     """
@@ -50,7 +50,7 @@ class Metric:
 
     Attributes:
         name: What was measured, as `group / condition / measure`.
-        value: The result. Fractions are in 0..1, not in per cent.
+        value: The measured value; fractions are in 0..1, not in per cent.
         low, high: Ends of the 95% bootstrap interval.
         chance: Expected result of random answers; None if random answers are not possible for this metric.
         count: Number of measured items.
@@ -75,7 +75,7 @@ class Metric:
         note: str = "",
         rounds: int = BOOTSTRAP_ROUNDS,
     ) -> "Metric":
-        """Build a metric from a statistic of `count` items; resampled items determine its interval."""
+        """Build a metric from a statistic of `count` items, with a bootstrap confidence interval."""
         low, high = bootstrap_interval(statistic, count, rounds)
         return cls(name, float(statistic(np.arange(count))), low, high, chance, count, note)
 
@@ -87,19 +87,20 @@ class Metric:
         return cls.measured(name, lambda rows: float(known[rows].mean()), len(known), chance)
 
     def text(self, digits: int, scale: float = 1.0) -> str:
-        """Format the value, multiplied by `scale`, with its interval in brackets."""
+        """Format the value and, in brackets, the confidence interval, both multiplied by `scale`."""
         value, low, high = (f"{scale * number:.{digits}f}" for number in (self.value, self.low, self.high))
         return f"{value} [{low}, {high}]"
 
 
 @beartype
 def accuracy_statistic(truth: Sequence[str], answers: Sequence[str], balanced: bool = False) -> Statistic:
-    """Build a function that returns the accuracy of the answers for some items, for resampling.
+    """Build a function that returns the accuracy of the answers at the item indices that it receives.
 
-    `balanced` averages the recall of the true classes, so that a rare class counts as much as a frequent one.
+    If `balanced` is True, the accuracy is the mean recall of all classes, so that rare and frequent classes count
+    equally.
     """
     if len(truth) != len(answers) or not truth:
-        raise ValueError(f"need one answer per true class, got {len(answers)} answers and {len(truth)} classes")
+        raise ValueError(f"need one answer per true class, got {len(answers)} answers and {len(truth)} true classes")
     _, class_of = np.unique(np.asarray(truth), return_inverse=True)
     is_right = np.asarray(truth) == np.asarray(answers)
 
@@ -122,7 +123,10 @@ def accuracy_metric(
     note: str = "",
     chance: float | None = None,
 ) -> Metric:
-    """Accuracy of answers (see `accuracy_statistic`). By default, chance is a uniform guess among the true classes."""
+    """Build a metric from the accuracy of answers (see `accuracy_statistic`).
+
+    The default chance level is the accuracy of a uniform guess among the classes in `truth`.
+    """
     statistic = accuracy_statistic(truth, answers, balanced)
     chance = 1 / len(set(truth)) if chance is None else chance
     return Metric.measured(name, statistic, len(truth), chance=chance, note=note)
@@ -130,7 +134,7 @@ def accuracy_metric(
 
 @beartype
 def aligned_table(cells: Sequence[Sequence[str]]) -> str:
-    """Markdown table with columns aligned for a terminal. The first row of `cells` is the header."""
+    """Format rows of cells as a Markdown table with aligned columns; the first row is the header."""
     widths = [max(map(len, column)) for column in zip(*cells)]
     head, *lines = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in cells]
     rule = ["-" * width for width in widths]
@@ -139,7 +143,7 @@ def aligned_table(cells: Sequence[Sequence[str]]) -> str:
 
 @beartype
 def markdown_table(metrics: Sequence[Metric]) -> str:
-    """Markdown table with one line per metric."""
+    """Format metrics as a Markdown table with one line per metric."""
     cells = [["metric", "value", "95% interval", "chance", "n", "note"]]
     for metric in metrics:
         interval = f"{_three_digits(metric.low)} to {_three_digits(metric.high)}"
@@ -156,7 +160,7 @@ def _three_digits(value: float | None) -> str:
 def write_report(
     path: str | Path, metrics: Sequence[Metric], settings: dict[str, Any], table: str | None = None
 ) -> None:
-    """Write finite metrics as JSON, and `table` (by default `markdown_table`) as a file with the suffix `.md`."""
+    """Write finite metrics to a JSON file, and `table` (by default `markdown_table`) to a `.md` file of equal name."""
     path = Path(path)
     if path.suffix != ".json":
         raise ValueError(f"cannot write a report to {path}; use a name that ends in .json")

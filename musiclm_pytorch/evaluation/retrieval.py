@@ -1,4 +1,4 @@
-"""Retrieval of clips by captions and of captions by clips: rank, recall, average precision, each with chance."""
+"""Retrieval of clips by captions and of captions by clips: rank, recall and average precision with chance levels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ __all__ = ["Retrieval", "different_captions", "retrieval"]
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Result of retrieval with t queries.
+    """Ranks and precisions of a retrieval test with t queries.
 
     Attributes:
-        ranks: `[t]` rank of the best relevant candidate of each query; 1 is the top.
+        ranks: `[t]` rank of the relevant candidate that is ranked best for each query; 1 is the best rank.
         average_precisions: `[t]` average precision of each query.
         num_relevant: `[t]` number of relevant candidates of each query.
     """
@@ -30,7 +30,7 @@ class Retrieval:
     num_candidates: int
 
     def metrics(self, name: str) -> list[Metric]:
-        """Recall at ranks 1, 5 and 10, median rank and mean average precision, named `NAME / R@1` and so on."""
+        """Compute recall at ranks 1, 5 and 10, median rank and mean average precision, named `NAME / R@1` and so on."""
 
         def median_rank(rows: np.ndarray) -> float:
             return float(np.median(self.ranks[rows]))
@@ -51,8 +51,8 @@ class Retrieval:
     def chance_precision(self) -> float:
         """Expected average precision if the candidates are in random order.
 
-        If r of n candidates are relevant, rank k holds a relevant candidate with probability r / n. Of the k - 1
-        candidates before it, (r - 1) / (n - 1) are relevant on average. The sum over ranks is divided by r.
+        The rank k of a relevant candidate is uniform in 1..n. If r of n candidates are relevant, on average
+        (k - 1) (r - 1) / (n - 1) other relevant candidates are ranked before rank k.
         """
         n = self.num_candidates
         harmonic = float((1 / np.arange(1, n + 1)).sum())
@@ -62,13 +62,13 @@ class Retrieval:
 
 @beartype
 def different_captions(captions: Sequence[Sequence[str]]) -> tuple[list[str], Tensor]:
-    """List every caption once, with the clips that it describes.
+    """List every different caption once, and mark the clips that each caption describes.
 
-    A caption of several clips is one query with several right answers. As a candidate, a caption is ranked once.
+    In retrieval, a caption of several clips is one query with several right answers.
 
     Returns:
-        The t different captions in the order of their first clips, and `[t, clips]` bool, which marks the clips of each
-        caption.
+        The t different captions in the order of their first clips, and `[t, clips]` bool, True where a caption
+        describes a clip.
     """
     unique = list(dict.fromkeys(caption for of_clip in captions for caption in of_clip))
     index = {caption: number for number, caption in enumerate(unique)}
@@ -80,15 +80,15 @@ def different_captions(captions: Sequence[Sequence[str]]) -> tuple[list[str], Te
 
 @beartype
 def retrieval(similarities: Tensor, relevant: Tensor) -> Retrieval:
-    """Rank candidates for each query, most similar first. Tensors are `[t, c]`, queries by candidates.
+    """Rank the candidates of each query by similarity, the most similar candidate first.
 
-    Among equal similarities the relevant candidates rank last, so that a model with constant similarities retrieves
-    nothing.
+    `similarities` and `relevant` are `[t, c]`, with a row per query and a column per candidate. Among candidates of
+    equal similarity, relevant candidates are ranked last, so that constant similarities retrieve nothing.
     """
     if similarities.ndim != 2 or similarities.shape != relevant.shape or relevant.dtype != torch.bool:
         raise ValueError(
-            f"similarities and relevant (bool) must both be [t, c], got {tuple(similarities.shape)} and "
-            f"{relevant.dtype} {tuple(relevant.shape)}"
+            f"similarities and relevant (bool) must both be [t, c], got similarities {tuple(similarities.shape)} and "
+            f"relevant {relevant.dtype} {tuple(relevant.shape)}"
         )
     if torch.isnan(similarities).any() or not relevant.any(dim=1).all():
         raise ValueError("similarities must not contain NaN, and each query needs at least one relevant candidate")

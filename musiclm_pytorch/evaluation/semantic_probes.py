@@ -1,7 +1,7 @@
-"""Linear probes of an encoder's layers and of semantic tokens, on the labels of any manifest.
+"""Linear probes of encoder layers and of semantic tokens, with labels from any manifest.
 
 A linear probe measures which labels a linear classifier can read from frozen features (Alain & Bengio,
-arXiv:1610.01644). Log-mel frames are the baseline.
+arXiv:1610.01644). Log-mel frames are the baseline features of the probes.
 """
 
 import copy
@@ -47,7 +47,7 @@ _MAX_ITERATIONS = 500
 
 @dataclass(frozen=True)
 class ProbeClips:
-    """Training clips and held-out test clips of linear probes."""
+    """Training clips and held-out test clips for linear probes."""
 
     train: list[AudioItem]
     test: list[AudioItem]
@@ -55,7 +55,7 @@ class ProbeClips:
 
 @dataclass(frozen=True)
 class Features:
-    """Features of all clips; for each clip frames `[f, d]` float32, or token ids `[f]` below `num_tokens`."""
+    """Features of all clips, one array per clip: frames `[f, d]` float32, or token ids `[f]` below `num_tokens`."""
 
     name: str
     train: list[np.ndarray]
@@ -66,11 +66,11 @@ class Features:
 
 @beartype
 def load_probe_clips(data: str | Path, min_seconds: float, limit: int, seed: int = 0) -> ProbeClips:
-    """Load clips of at least `min_seconds`, split as in `load_split`; at most `limit` random clips per split."""
+    """Select up to `limit` random training clips and `limit` test clips of `min_seconds` or more (see `load_split`)."""
     rng = Random(seed)
     train, test = (rng.sample(side, min(limit, len(side))) for side in load_split(data, min_seconds=min_seconds))
     if not train or not test:
-        raise ValueError(f"{data}: need at least 1 training and 1 held-out clip, got {len(train)} and {len(test)}")
+        raise ValueError(f"{data}: need training and test clips, got {len(train)} training and {len(test)} test clips")
     return ProbeClips(train, test)
 
 
@@ -85,9 +85,9 @@ def evaluate_semantic(
     seed: int = 0,
     announce: Callable[[str], None] = lambda words: None,
 ) -> list[Metric]:
-    """Train linear probes on log-mel frames, encoder layers, k-means tokens of both, and tokens of a tokenizer.
+    """Measure linear probes of log-mel frames, of encoder layers, of k-means clusters of both, and of semantic tokens.
 
-    The metrics have names `FEATURES / LABEL`.
+    Each metric is named `FEATURES / LABEL`, e.g. `layer 9 / genre`.
 
     Args:
         labels: Names of labels in the manifest, see `probe`.
@@ -95,7 +95,7 @@ def evaluate_semantic(
         tokenizer: The tokenizer whose tokens are probed; None = no tokens are probed.
         layers: Numbers of encoder layers; 0 is the input of the first layer.
         clusters: Cluster counts for k-means; the frames are clustered once for each count.
-        announce: Called with the name of the features before they are probed.
+        announce: Function that is called with the name of each set of features before the features are probed.
     """
     metrics: list[Metric] = []
 
@@ -120,7 +120,7 @@ def evaluate_semantic(
 
 @torch.no_grad()
 def log_mel_features(clips: ProbeClips, sample_hz: int, hop_samples: int) -> Features:
-    """Compute one log-mel frame around the middle of every hop."""
+    """Compute the log-mel frames of all clips, one frame for every `hop_samples` samples."""
     window_samples = 2 * round(_MEL_WINDOW_SECONDS * sample_hz / 2)
     mel = MelSpectrogram(
         sample_hz=sample_hz, n_fft=window_samples, hop_length=hop_samples, num_mels=_MEL_BANDS, center=False
@@ -149,7 +149,7 @@ def layer_features(encoder: FrameEncoder, clips: ProbeClips, layer: int) -> Feat
 
 @torch.no_grad()
 def token_features(tokenizer: SemanticTokenizer, clips: ProbeClips) -> Features:
-    """Compute the token ids of all clips, without cutting their number to a multiple of `seq_len_multiple_of`."""
+    """Compute all token ids of all clips; the tokenizer's `seq_len_multiple_of` is ignored."""
     tokenizer = copy.copy(tokenizer)
     tokenizer.seq_len_multiple_of = None
     device = device_of(tokenizer)
@@ -172,7 +172,7 @@ def _features(
     hop_samples: int,
     num_tokens: int | None = None,
 ) -> Features:
-    """Read the clips at `sample_hz` and compute the frames of each wave `[n]`."""
+    """Read the clips at `sample_hz`, and call `frames` with the wave `[n]` of each clip."""
     train, test = (
         [frames(read_audio(item.path, sample_hz)[0][0]).numpy() for item in side] for side in (clips.train, clips.test)
     )
@@ -183,7 +183,7 @@ def _features(
 
 @beartype
 def kmeans_features(features: Features, num_clusters: int, seed: int = 0) -> Features:
-    """Compute cluster ids of standardised features by k-means, fitted to frames of the training clips."""
+    """Replace frames by cluster ids of a k-means model that is fitted to standardised frames of the training clips."""
     from sklearn.cluster import MiniBatchKMeans
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -205,9 +205,9 @@ def kmeans_features(features: Features, num_clusters: int, seed: int = 0) -> Fea
 def probe(features: Features, clips: ProbeClips, label: str) -> Metric:
     """Train a linear classifier of a label on the training clips, and measure its accuracy on the held-out clips.
 
-    Each field of a manifest entry whose value is a text, number or boolean is a label of the clip. The classifier of
-    a clip label receives mean frames or token frequencies. A list of events `[start_seconds, end_seconds, name]` is a
-    label of frames. Clips without the label are left out. Chance is the share of the most frequent held-out class.
+    A text, number or boolean in the manifest labels a whole clip, whose classifier receives the mean frame or the token
+    frequencies of the clip. A list of events `[start_seconds, end_seconds, name]` in the manifest labels frames. Clips
+    without the label are left out. The chance level is the share of the most frequent class in the held-out clips.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -217,8 +217,8 @@ def probe(features: Features, clips: ProbeClips, label: str) -> Metric:
     test_inputs, test_truth, clip_index = _examples(features, features.test, clips.test, label)
     if len(set(truth)) < 2 or not len(test_truth):
         raise ValueError(
-            f"label {label!r} needs two classes in the training clips and one held-out clip, got classes "
-            f"{sorted(set(truth))[:10]} and {len(test_truth)} held-out examples; labels of the manifest are "
+            f"label {label!r} needs two classes in the training clips and one held-out example, got classes "
+            f"{sorted(set(truth))[:10]} and {len(test_truth)} held-out examples; the manifest has the labels "
             f"{sorted(set().union(*(item.labels for item in clips.train)))}"
         )
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=_MAX_ITERATIONS))
@@ -238,7 +238,7 @@ def probe(features: Features, clips: ProbeClips, label: str) -> Metric:
 def _examples(
     features: Features, frames: list[np.ndarray], items: list[AudioItem], label: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Classifier inputs `[m, d]`, their classes `[m]` as texts, and the clip index `[m]` of each input."""
+    """Return classifier inputs `[m, d]`, with the class `[m]` (a text) and the clip index `[m]` of each input."""
     inputs: list[np.ndarray] = [np.zeros((0, 0))]
     truth: list[str] = []
     clip_index: list[int] = []
@@ -263,9 +263,9 @@ def _examples(
 
 @beartype
 def event_classes(events: Sequence[Any], num_frames: int, seconds_per_frame: float) -> np.ndarray:
-    """Event name `[f]` at the middle of each frame, "" without an event; if events overlap, the latest start counts.
+    """Return the name `[f]` of the event at the middle of each frame, or "" for a frame without an event.
 
-    An event is `[start_seconds, end_seconds, name]`.
+    An event is `[start_seconds, end_seconds, name]`; if events overlap, the event that starts last is used.
     """
     middles = (np.arange(num_frames) + 0.5) * seconds_per_frame
     classes = np.full(num_frames, "", dtype=object)
@@ -279,7 +279,7 @@ def event_classes(events: Sequence[Any], num_frames: int, seconds_per_frame: flo
 
 @beartype
 def probe_table(metrics: Sequence[Metric]) -> str:
-    """Markdown table of accuracies in percent with intervals: one line per kind of features, one column per label."""
+    """Format probe accuracies in percent as a Markdown table, with a row per feature set and a column per label."""
     names = [metric.name.split(" / ", 1) for metric in metrics]
     labels = list(dict.fromkeys(label for _, label in names))
     chance = {label: f"{100 * (metric.chance or 0):.1f}" for (_, label), metric in zip(names, metrics)}

@@ -37,12 +37,12 @@ _BOOTSTRAP_ROUNDS = 200
 
 @dataclass(frozen=True)
 class TagScores:
-    """Zero-shot classification of one label, averaged over the classes that occur.
+    """Scores of the zero-shot classification of one label, averaged over the classes that occur in the clips.
 
     Attributes:
         auc: Area under the ROC curve of each class against the other classes; chance is 0.5.
-        balanced_accuracy: Recall of each class if a clip gets the class of its most similar prompt; chance is 1 /
-            number of prompts.
+        balanced_accuracy: Mean recall of the classes, where a clip is assigned to the class of its most similar prompt;
+            chance is 1 / number of prompts.
     """
 
     auc: float
@@ -51,7 +51,7 @@ class TagScores:
 
 @dataclass(frozen=True)
 class TagTest:
-    """Classification of a set of clips by the values of one label.
+    """Zero-shot classification task: assign each clip of a set to one of the values of a label.
 
     Attributes:
         prompts: One text per class.
@@ -66,15 +66,14 @@ class TagTest:
 
 @beartype
 def tag_labels(items: Sequence[AudioItem]) -> dict[str, list[str | None]]:
-    """Find the labels of a manifest that describe clips: texts or booleans with few values, each of several clips.
+    """Find the labels that can be used for tagging: texts or booleans with few values, each shared by several clips.
 
-    Numbers (a tempo in beats per minute), lists, texts that differ for nearly every clip, and texts that cannot be
-    encoded are not tags.
+    Numbers (e.g. beats per minute), lists, texts that differ for nearly every clip, and texts that cannot be encoded as
+    UTF-8 are not tags.
 
     Returns:
-        The value of every clip as text, for each label in the order of the manifest. A boolean is "yes" or "no". A null
-        in a text label is "none", since `"chords": null` means that there are no chords. None = the manifest has no
-        value for the clip.
+        For each label in the order of the manifest, the value of every clip as text: "yes" or "no" for a boolean,
+        "none" for a null in a text label (`"chords": null` means no chords), None for a clip without the label.
     """
     names = dict.fromkeys(name for item in items for name in item.labels if is_encodable(name))
     values = {name: _values_of(items, name) for name in names}
@@ -82,7 +81,7 @@ def tag_labels(items: Sequence[AudioItem]) -> dict[str, list[str | None]]:
 
 
 def _values_of(items: Sequence[AudioItem], name: str) -> list[str | None] | None:
-    """The values of a label as texts, or None if the label is not a tag."""
+    """Return the value of a label for every clip as text, or None if the label cannot be used for tagging."""
     present = [item.labels[name] for item in items if item.labels.get(name) is not None]
     is_boolean = all(isinstance(value, bool) for value in present)
     is_text = all(isinstance(value, str) and value.strip() and is_encodable(value) for value in present)
@@ -101,8 +100,8 @@ def _values_of(items: Sequence[AudioItem], name: str) -> list[str | None] | None
 def tag_prompts(label: str, values: Sequence[str]) -> list[str]:
     """Write a text prompt for each value of a label (see `tag_labels`).
 
-    For the label "drums", "yes" becomes "music with drums", "no" and "none" become "music without drums". Other values
-    are inserted into the template of the label, or are the prompt if the label has no template.
+    For the label "drums", the prompt of "yes" is "music with drums", and that of "no" and "none" is "music without
+    drums". Values other than "yes", "no" and "none" are inserted into the template of the label, if there is one.
     """
     thing = label.replace("_", " ")
     fixed = {_YES: f"music with {thing}", _NO: f"music without {thing}", _NONE: f"music without {thing}"}
@@ -112,7 +111,7 @@ def tag_prompts(label: str, values: Sequence[str]) -> list[str]:
 
 @beartype
 def tag_tests(items: Sequence[AudioItem]) -> list[TagTest]:
-    """Make a classification task of every label that is a tag, with classes in alphabetical order."""
+    """Build a classification task for every label that can be used for tagging, with classes in alphabetical order."""
     tests = []
     for label, values in tag_labels(items).items():
         classes = sorted({value for value in values if value is not None})
@@ -123,9 +122,9 @@ def tag_tests(items: Sequence[AudioItem]) -> list[TagTest]:
 
 @beartype
 def tag_scores(similarities: Tensor, truth: Tensor) -> TagScores:
-    """Score the similarities `[n, classes]` of clips to the prompts of one label.
+    """Compute scores from the similarities `[n, classes]` of clips and the prompts of one label.
 
-    Clips of class -1 in `truth [n]` are left out. The remaining clips must have at least two classes.
+    Clips with class -1 in `truth [n]` are left out; the other clips must have at least two different classes.
     """
     from sklearn.metrics import recall_score, roc_auc_score
 
@@ -136,7 +135,7 @@ def tag_scores(similarities: Tensor, truth: Tensor) -> TagScores:
 
 @beartype
 def tag_metrics(name: str, similarities: Tensor, truth: Tensor) -> list[Metric]:
-    """Compute the scores of `tag_scores` as metrics with chance and interval."""
+    """Compute AUC, average precision and balanced accuracy as metrics; see `tag_scores` for the arguments."""
     from sklearn.metrics import average_precision_score, roc_auc_score
 
     scores, classes = _known_rows(similarities, truth)
@@ -158,7 +157,7 @@ def tag_metrics(name: str, similarities: Tensor, truth: Tensor) -> list[Metric]:
 
 
 def _class_mean(score: Callable[..., float], scores: np.ndarray, classes: np.ndarray) -> float:
-    """Mean of a one-against-rest score over the classes that occur; 0.5 if only one class occurs."""
+    """Average the scores of one class against all other classes over the classes that occur; 0.5 for a single class."""
     occurring = np.unique(classes)
     if len(occurring) < 2:
         return 0.5
@@ -166,18 +165,18 @@ def _class_mean(score: Callable[..., float], scores: np.ndarray, classes: np.nda
 
 
 def _known_rows(similarities: Tensor, truth: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Similarities `[m, classes]` and classes `[m]` of the clips whose class is known."""
+    """Return the similarities `[m, classes]` and classes `[m]` of the clips whose class is known."""
     if similarities.ndim != 2 or truth.shape != similarities.shape[:1] or truth.is_floating_point():
         raise ValueError(
             "similarities must be [n, classes] and truth int [n], got "
-            f"{tuple(similarities.shape)} and {truth.dtype} {tuple(truth.shape)}"
+            f"similarities {tuple(similarities.shape)} and truth {truth.dtype} {tuple(truth.shape)}"
         )
     scores, classes = similarities.detach().double().cpu().numpy(), truth.cpu().numpy()
     known = classes >= 0
     scores, classes = scores[known], classes[known]
     if len(np.unique(classes)) < 2 or classes.max() >= scores.shape[1] or np.isnan(scores).any():
         raise ValueError(
-            f"need similarities without NaN and clips of at least two of the {scores.shape[1]} classes, got clips of "
-            f"classes {np.unique(classes).tolist()[:10]}"
+            f"similarities must not contain NaN, and truth must contain at least two classes below {scores.shape[1]}; "
+            f"got the classes {np.unique(classes).tolist()[:10]}"
         )
     return scores, classes

@@ -1,4 +1,4 @@
-"""MuLan's audio tower: an audio spectrogram transformer over log-(mel-)spectrogram patches of any length."""
+"""MuLan's audio tower: a transformer over patches of log spectrograms, for clips of any length."""
 
 import math
 from collections.abc import Sequence
@@ -21,25 +21,23 @@ __all__ = ["AudioSpectrogramTransformer"]
 
 @register
 class AudioSpectrogramTransformer(nn.Module):
-    """Embeds a clip as the mean of a transformer's outputs over the patches of the log spectrogram of the clip.
+    """Embeds a clip as the mean of the outputs of a transformer, whose tokens are patches of the log spectrogram.
 
     The architecture is AST (arXiv:2104.01778) as in MuLan (arXiv:2208.12415, sec. 3.1), but for clips of any length.
-    Rotary positions encode the time of a patch, and a learned embedding encodes its frequency band. A learned
-    attention bias depends on the distance of two patches in time and frequency. Clips shorter than a patch are padded.
-
-    By default the front end is MuLan's: 128 mel bands, windows of 25 ms every 10 ms. If only `spec_n_fft` is set, the
-    front end uses the linear bins of that Fourier transform.
+    Rotary positions encode the time of a patch, and a learned embedding encodes the frequency band of a patch. A
+    learned attention bias depends on the distance of two patches in time and frequency. Clips shorter than a patch are
+    padded. The default spectrogram is MuLan's: 128 mel bands, windows of 25 ms every 10 ms.
 
     Args:
         patch_size: Side of a square patch, in bins and in frames.
-        patch_stride: Bins and frames from one patch to the next (AST: 10); None = `patch_size`, no overlap.
+        patch_stride: Bins and frames from one patch to the next; 10 in AST; None = `patch_size`, without overlap.
         num_mels: Number of mel bands; None = the linear bins of the Fourier transform; "auto" = 128, or None if only
             `spec_n_fft` is set.
         spec_n_fft: Length of the Fourier transform in samples; None = 64 ms.
         spec_win_length: Length of the window in samples; None = `spec_n_fft` if it is set, else 25 ms.
         spec_hop_length: Samples from one frame to the next; None = 2/5 of the window, which is 10 ms for 25 ms.
         spec_aug_stretch_factor: In training, the speed of each clip is drawn between this factor and its inverse;
-            1 = off. Use 1 if captions distinguish fast and slow music.
+            1 = off, which is needed if captions distinguish fast and slow music.
         spec_aug_freq_mask: In training, up to this fraction of the bins is masked; 0 = off.
         spec_aug_time_mask: In training, up to this fraction of the frames is masked; 0 = off.
         patch_dropout: Fraction of patches that are left out in training, which saves time (arXiv:2212.00794).
@@ -74,8 +72,8 @@ class AudioSpectrogramTransformer(nn.Module):
         stride = patch_size if patch_stride is None else patch_stride
         if not (1 <= stride <= patch_size and sample_hz >= 1 and position_waves >= 0):
             raise ValueError(
-                "need 1 <= patch_stride <= patch_size, sample_hz >= 1 and position_waves >= 0, got "
-                f"{stride}, {patch_size}, {sample_hz}, {position_waves}"
+                "need 1 <= patch_stride <= patch_size, sample_hz >= 1 and position_waves >= 0, got patch_stride "
+                f"{stride}, patch_size {patch_size}, sample_hz {sample_hz}, position_waves {position_waves}"
             )
         if not 0 <= patch_dropout < 1:
             raise ValueError(f"patch_dropout must be in [0, 1), got {patch_dropout}")
@@ -99,9 +97,9 @@ class AudioSpectrogramTransformer(nn.Module):
 
     @beartype
     def embed_layers(self, wavs: Tensor, lengths: Tensor | None = None, *, layers: Sequence[int]) -> Tensor:
-        """Embed clips as means over the patches after `layers` blocks, `[l, b, dim]` float32, not of unit norm.
+        """Embed clips as means over the patches in several layers, `[l, b, dim]` float32, not of unit norm.
 
-        Each of `layers` is a number of blocks in 0..depth; `depth` is the output after the final normalisation.
+        Each of `layers` is a number of transformer blocks in 0..depth; `depth` includes the final normalisation.
         """
         check_waves(wavs)
         if lengths is None:
@@ -114,11 +112,11 @@ class AudioSpectrogramTransformer(nn.Module):
         return pooled_layers(self.encoder, tokens, mask, layers, places)
 
     def _num_patches(self, size: int) -> int:
-        """Number of patches (at least one) that cover `size` bins or frames along one axis."""
+        """Return how many patches (at least one) cover `size` bins or frames along one axis."""
         return 1 + max(0, math.ceil((size - self.patch_size) / self.patch_stride))
 
     def _patches(self, image: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Patch embeddings `[b, t, d]`, positions `[b, t, 2]` (time, frequency), and mask `[b, t]` of real patches."""
+        """Embed patches as `[b, t, d]`; also return positions `[b, t, 2]` (time, frequency) and the mask `[b, t]`."""
         size, stride = self.patch_size, self.patch_stride
         num_columns = self._num_patches(image.shape[2])
         covered = [(count - 1) * stride + size for count in (num_columns, self.num_bands)]

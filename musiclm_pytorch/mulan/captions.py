@@ -29,9 +29,9 @@ _TEXT_STREAM = 0x776F7264
 
 @beartype
 def aspects_of(item: AudioItem) -> list[str]:
-    """Different aspects of an item, such as "slow tempo" or "piano", from its labels `aspects` and `aspect_list`.
+    """List the different aspects of an item (e.g. "slow tempo", "piano") in its labels `aspects` and `aspect_list`.
 
-    Each label is a list of texts, or one text that `parse_aspects` splits.
+    The value of each of the two labels is a list of texts, or one text that `parse_aspects` splits.
     """
     aspects: list[str] = []
     for name in _ASPECT_LABELS:
@@ -45,7 +45,7 @@ def aspects_of(item: AudioItem) -> list[str]:
 
 @beartype
 def texts_of(item: AudioItem) -> list[str]:
-    """Captions of an item; without captions, all its aspects in one text; without aspects, an empty list."""
+    """List the captions of an item, or else one text with all its aspects, or else nothing."""
     return captions_of(item) or texts_in(", ".join(aspects_of(item)))
 
 
@@ -53,12 +53,12 @@ def texts_of(item: AudioItem) -> list[str]:
 def parse_aspects(text: str) -> list[str]:
     """Parse a list in JSON or Python syntax (`['slow tempo', "children's song"]`), or texts separated by commas.
 
-    Nothing in the text is executed. Blank aspects are left out. Raises a ValueError if the text starts like a list and
-    is not a list of texts.
+    No code in the text is executed. Blank aspects are left out. A text that starts with "[" and is not a list of texts
+    raises a ValueError.
     """
     text = text.strip()
     if len(text) > _MAX_ASPECT_CHARACTERS:
-        raise ValueError(f"a text of {len(text)} characters; aspects may have {_MAX_ASPECT_CHARACTERS} in total")
+        raise ValueError(f"the aspects have {len(text)} characters, the limit is {_MAX_ASPECT_CHARACTERS} in total")
     aspects = _list_entries(text) if text.startswith("[") else text.split(",")
     if not all(isinstance(aspect, str) and is_encodable(aspect) for aspect in aspects):
         raise ValueError(f"not a list of texts: {ascii(text)[:100]}; write for example ['slow tempo', 'piano']")
@@ -66,7 +66,7 @@ def parse_aspects(text: str) -> list[str]:
 
 
 def _list_entries(text: str) -> list[Any]:
-    """Entries of a list in JSON or Python syntax; `[None]` if the text has neither syntax."""
+    """Parse a list in JSON or Python syntax; return `[None]` if the text has neither syntax."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -88,9 +88,9 @@ class CaptionSampler:
 
     Each text is either a caption or a list of aspects:
 
-    - Captions alternate: text j of epoch e is caption `(e * captions_per_clip + j) % number of captions`. Parts of a
-      caption between punctuation marks are left out with probability `caption_dropout` (one always stays), so that
-      short prompts are learned too.
+    - Captions alternate: text j of epoch e is caption `(e * captions_per_clip + j) % number of captions`. Each part of
+      a caption between punctuation marks is left out with probability `caption_dropout`, but one part always stays.
+      Shortened captions teach the model short prompts.
     - If the clip has aspects, a text is, with probability `aspect_prob`, a random subset of the aspects in random
       order, separated by commas. For a clip without captions, every text is a list of aspects.
 
@@ -104,16 +104,16 @@ class CaptionSampler:
 
     def __post_init__(self) -> None:
         if self.captions_per_clip < 1 or self.seed < 0:
-            raise ValueError(f"need captions_per_clip >= 1 and seed >= 0, got {self.captions_per_clip}, {self.seed}")
+            raise ValueError(f"need captions_per_clip >= 1 and seed >= 0, got {self.captions_per_clip} and {self.seed}")
         if not (0 <= self.aspect_prob <= 1 and 0 <= self.caption_dropout <= 1):
             raise ValueError(
-                f"need aspect_prob and caption_dropout in 0..1, got {self.aspect_prob}, {self.caption_dropout}"
+                f"need aspect_prob and caption_dropout in 0..1, got {self.aspect_prob} and {self.caption_dropout}"
             )
 
     def sample(self, item: AudioItem, epoch: int, index: int) -> list[str]:
-        """Select up to `captions_per_clip` different texts of a clip; none if it has neither captions nor aspects.
+        """Select up to `captions_per_clip` different texts of a clip; none for a clip without captions and aspects.
 
-        `epoch` (number of the pass over the data) and `index` (number of the clip) count from 0.
+        `epoch` is the number of the pass over the data, and `index` is the number of the clip; both count from 0.
         """
         captions, aspects = captions_of(item), aspects_of(item)
         rng = np.random.default_rng([self.seed, epoch, index, _TEXT_STREAM])
@@ -136,7 +136,7 @@ def _random_aspects(aspects: list[str], rng: np.random.Generator) -> str:
 
 
 def _shortened(caption: str, dropout: float, rng: np.random.Generator) -> str:
-    """Leave out some parts of a caption; the punctuation at its end stays."""
+    """Leave out random parts of a caption, but keep the punctuation at the end of the caption."""
     parts = _BETWEEN_PARTS.split(caption.strip()) if dropout > 0 else []
     if len(parts) < 2:
         return caption

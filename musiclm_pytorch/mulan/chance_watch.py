@@ -1,4 +1,4 @@
-"""A warning if the loss of contrastive training does not fall below the loss of a model that guesses."""
+"""Warning if the loss of contrastive training does not fall below the loss of a model that guesses."""
 
 import logging
 from collections import deque
@@ -15,9 +15,9 @@ _WINDOW_STEPS = 100
 
 
 class ChanceWatch:
-    """Logs one warning if the mean loss of the last 100 steps is at least 98% of `chance`, the loss of guessing.
+    """Logs one warning if the mean loss of the last 100 training steps is at least 98% of the loss of guessing.
 
-    `TrainLoop(on_row=...)` calls it with each row of metrics. The check starts 100 steps after the warm-up.
+    A `ChanceWatch` is passed to `TrainLoop` as `on_row`. The first check is 100 steps after the warm-up.
     """
 
     def __init__(self, warmup_steps: int, phase: str) -> None:
@@ -28,7 +28,7 @@ class ChanceWatch:
         self._rows: deque[tuple[int, int, float]] = deque()
 
     def __call__(self, row: Mapping[str, Any]) -> None:
-        """Compare the loss of a row of metrics with its chance level, if the row contains both."""
+        """Compare the loss in a row of metrics with the loss of guessing, if the row contains both."""
         loss, chance, step = row.get("loss"), row.get("chance"), int(row["step"])
         if row["phase"] != self.phase or loss is None or chance is None or step <= self._step:
             return

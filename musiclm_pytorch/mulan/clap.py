@@ -45,10 +45,9 @@ _CLIPS_PER_CHUNK = 8
 class ClapSpectrogram:
     """Computes log-mel spectrograms (dB) of clips of up to `num_samples` like transformers' `ClapFeatureExtractor`.
 
-    A clip shorter than `num_samples` is repeated a whole number of times and padded with zeros. The extractor's random
-    crops of longer clips are not supported, since a clip must always have the same embedding.
-
-    Settings that `preprocessor_config.json` lacks have the defaults of the extractor.
+    A clip shorter than `num_samples` is repeated a whole number of times and padded with zeros. Random crops of longer
+    clips are not supported, since a clip must always have the same embedding. Settings that are missing in
+    `preprocessor_config.json` have the defaults of `ClapFeatureExtractor`.
     """
 
     def __init__(self, preprocessor: dict[str, Any]) -> None:
@@ -65,7 +64,9 @@ class ClapSpectrogram:
         }
         repeats = {"repeatpad": 0, "repeat": 1, "pad": None}
         if self.settings["padding"] not in repeats:
-            raise ValueError(f"padding must be one of {sorted(repeats)}, got {self.settings['padding']!r}")
+            raise ValueError(
+                f"padding of the preprocessor must be in {sorted(repeats)}, got {self.settings['padding']!r}"
+            )
         self._repeats = repeats[self.settings["padding"]]
         self.sample_hz: int = self.settings["sampling_rate"]
         self.seconds: float = self.settings["max_length_s"]
@@ -80,7 +81,7 @@ class ClapSpectrogram:
         self._filters = torch.from_numpy(filters)
 
     def __call__(self, wave: Tensor) -> Tensor:
-        """Transform clips `[b, n]` without padding, n at most `num_samples`, to `[b, f, m]` float32 in dB."""
+        """Compute spectrograms `[b, f, m]` float32 in dB of clips `[b, n]`, where n is at most `num_samples`."""
         missing = self.num_samples - wave.shape[1]
         if missing > 0 and self._repeats is not None:
             wave = wave.repeat(1, self.num_samples // wave.shape[1] + self._repeats)[:, : self.num_samples]
@@ -100,10 +101,10 @@ class ClapSpectrogram:
 
 @register
 class ClapMuLaN(JointEmbedding):
-    """CLAP as a joint embedding: frozen and always in eval mode; float32 unless converted.
+    """Joint embedding by a published CLAP model with frozen weights, which is always in eval mode.
 
-    A clip longer than `window_seconds` is embedded as the mean over windows at fixed positions. Models that were
-    trained to fuse crops of long audio (laion/clap-htsat-fused) can be loaded; their fusion is not used.
+    A clip longer than `window_seconds` is embedded as the mean over windows at fixed positions. CLAP models that fuse
+    crops of long audio (laion/clap-htsat-fused) can be loaded, but the fusion is not used.
 
     Args:
         source: Folder in transformers' format, hub id, or a loaded model, which is not copied.
@@ -129,8 +130,8 @@ class ClapMuLaN(JointEmbedding):
             loaded = hub.load_model(loaded, {"clap": "ClapModel"}, **where)
         if not loaded.preprocessor:
             raise ValueError(
-                f"{loaded.source} has no preprocessor_config.json, which describes the spectrogram; copy it from the "
-                "source of the weights"
+                f"{loaded.source} has no preprocessor_config.json with the settings of the spectrogram; copy that file "
+                "from where the weights were published"
             )
         spectrogram = ClapSpectrogram(loaded.preprocessor)
         settings: Any = loaded.model.config
@@ -156,7 +157,7 @@ class ClapMuLaN(JointEmbedding):
         revision: str | None = None,
         cache_dir: str | Path | None = None,
     ) -> "ClapMuLaN":
-        """Load a CLAP model from a folder of `save_module`, a folder in transformers' format, or the hub."""
+        """Load a CLAP model from a folder that `save_module` wrote, a folder in transformers' format, or the hub."""
         folder, _ = hub.find_folder(source, offline=offline, revision=revision, cache_dir=cache_dir)
         config_file = folder / "config.json"
         if config_file.is_file() and "class" in read_json(config_file):
@@ -165,7 +166,7 @@ class ClapMuLaN(JointEmbedding):
 
     @property
     def config(self) -> dict[str, Any]:
-        """JSON-able description of the model and its tokenizer, for `from_config`."""
+        """JSON-able settings of the model and its tokenizer, from which `from_config` builds a copy."""
         return {
             "model": hub.model_settings(self.model),
             "tokenizer": self._text.tokenizer.to_json(),
@@ -184,7 +185,7 @@ class ClapMuLaN(JointEmbedding):
         return cls(loaded, tokenizer=tokenizer, **config["options"])
 
     def fingerprint(self) -> str:
-        """Hash of weights and settings that embeddings depend on; equal on every device and for every copy."""
+        """Hash of the weights and settings on which embeddings depend, equal on every device and for every copy."""
         parts = (self.model.config.text_config, _TEXT_SETTINGS), (self.model.config.audio_config, _AUDIO_SETTINGS)
         settings = [[getattr(part, name, None) for name in names] for part, names in parts]
         windows = [self.window_seconds, self.window_stride_seconds, self._text.max_tokens]
@@ -192,12 +193,12 @@ class ClapMuLaN(JointEmbedding):
         return nameless_fingerprint(self.model, facts)
 
     def train(self, mode: bool = True) -> "ClapMuLaN":
-        """Stay in eval mode, since in training mode the normalisation layers use statistics of the batch."""
+        """Keep the model in eval mode, since its normalisation layers use batch statistics in training mode."""
         return super().train(False)
 
     @beartype
     def tokenize(self, texts: str | Sequence[str] | Tensor) -> Tensor:
-        """Token ids `[b, t]` int64 of texts, special tokens included, -1 past the end. Input ids are only checked."""
+        """Return token ids `[b, t]` int64 of texts, with special tokens and -1 past the end; ids are only checked."""
         return self._text.tokenize(texts)
 
     @torch.no_grad()
@@ -218,7 +219,7 @@ class ClapMuLaN(JointEmbedding):
         return latents
 
     def _embed(self, spectrograms: Tensor) -> Tensor:
-        """Compute latents `[b, d]` of spectrograms `[b, f, m]`."""
+        """Embed spectrograms `[b, f, m]` as latents `[b, d]`."""
         features = rearrange(spectrograms, "b f m -> b 1 f m").to(next(self.model.parameters()).dtype)
         # Input of models that fuse: no clip is a crop of a longer one.
         is_longer = torch.zeros(len(spectrograms), 1, dtype=torch.bool, device=spectrograms.device)

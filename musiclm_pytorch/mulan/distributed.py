@@ -1,4 +1,4 @@
-"""Gathering of the batch of all processes; in backward, each process receives the gradients of its rows."""
+"""Functions that concatenate the batches of all processes, with gradients for the rows of each process."""
 
 from typing import Any
 
@@ -15,12 +15,12 @@ def _has_other_processes() -> bool:
 
 
 def own_rank() -> int:
-    """Rank of this process; 0 if it is the only one."""
+    """Return the rank of this process, which is 0 if there is only one process."""
     return dist.get_rank() if _has_other_processes() else 0
 
 
 def gather_counts(*parts: Tensor) -> list[list[int]]:
-    """Count the rows of each tensor `[b, ...]` on every process."""
+    """Return, for each tensor `[b, ...]`, the number of rows on every process."""
     counts = torch.tensor([len(part) for part in parts], device=parts[0].device)
     if not _has_other_processes():
         return [[count] for count in counts.tolist()]
@@ -30,7 +30,7 @@ def gather_counts(*parts: Tensor) -> list[list[int]]:
 
 
 class _GatherRows(torch.autograd.Function):
-    """Concatenate the rows of all processes; in backward each process receives the summed gradient of its rows."""
+    """Concatenates the rows of all processes; in backward each process receives the summed gradient of its rows."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: list[int]) -> Tensor:
@@ -48,5 +48,5 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_batch(rows: Tensor, counts: list[int]) -> Tensor:
-    """Concatenate the rows `[b, ...]` of all processes, which may have different `counts` of rows; differentiable."""
+    """Concatenate the rows `[b, ...]` of all processes with gradients; process `i` has `counts[i]` rows."""
     return _GatherRows.apply(rows, counts) if _has_other_processes() else rows

@@ -1,4 +1,4 @@
-"""Evaluation of a joint embedding on held-out clips: retrieval, zero-shot tagging, attributes of the top clips."""
+"""Evaluation of a joint embedding on held-out clips: retrieval, zero-shot tagging, labels of the best clips."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -36,13 +36,13 @@ _TEXTS_PER_BATCH = 50
 
 @dataclass(frozen=True)
 class EmbeddedClips:
-    """Similarities of clips with captions and with the prompts of their labels.
+    """Similarities of clips to captions, and of clips to the prompts of their labels.
 
     Attributes:
         texts: The t different captions, or the prompts of the first label if the clips have no captions.
         similarities: `[t, c]` cosines of texts and clips.
-        relevant: `[t, c]` bool, whether a text describes a clip.
-        prompted: For each of `tests`, the cosines `[c, classes]` of clips and the prompts of the test.
+        relevant: `[t, c]` bool, True where a text describes a clip.
+        prompted: For each of `tests`, the cosines `[c, classes]` of clips and of the prompts of the test.
     """
 
     texts: list[str]
@@ -55,9 +55,9 @@ class EmbeddedClips:
 
 @beartype
 def held_out_items(data: str | Path, limit: int | None = None, seed: int = 0) -> list[AudioItem]:
-    """Load the clips for evaluation (at most `limit` random ones) in the order of their manifest.
+    """Load at most `limit` random clips for evaluation, in the order of their manifest.
 
-    `data` is any source that `load_items` accepts; in a folder with a `valid.jsonl`, only that file is read.
+    `data` is a folder or manifest that `load_items` accepts; in a folder with `valid.jsonl`, only this file is read.
     """
     data = Path(data)
     if limit is not None and limit < 2:
@@ -65,7 +65,7 @@ def held_out_items(data: str | Path, limit: int | None = None, seed: int = 0) ->
     held_out = data / "valid.jsonl"
     items = load_items(held_out if held_out.is_file() else data).items
     if len(items) < 2:
-        raise ValueError(f"{data}: need at least 2 clips, got {len(items)}")
+        raise ValueError(f"{data}: need at least 2 clips for evaluation, got {len(items)}")
     if limit is not None and limit < len(items):
         items = [items[index] for index in sorted(random.Random(seed).sample(range(len(items)), limit))]
     return items
@@ -76,15 +76,15 @@ def held_out_items(data: str | Path, limit: int | None = None, seed: int = 0) ->
 def embed_clips(
     mulan: JointEmbedding, items: Sequence[AudioItem], announce: Callable[[str], None] = lambda words: None
 ) -> EmbeddedClips:
-    """Embed clips of any length, their captions, and prompts for their labels. `announce` receives messages."""
+    """Embed clips of any length, their captions, and prompts for their labels; `announce` receives progress texts."""
     tests = tag_tests(items)
     texts, relevant = different_captions([texts_of(item) for item in items])
     are_captions = len(texts) > 1
     if not are_captions:
         if not tests:
             raise ValueError(
-                f"{len(items)} clips have neither two different captions nor a label with few values; use a manifest "
-                "with 'caption', or with a label such as 'instrument'"
+                f"the {len(items)} clips have neither two different captions nor a label with few values; use a "
+                "manifest with 'caption', or with a label such as 'instrument'"
             )
         texts = list(tests[0].prompts)
         relevant = torch.arange(len(texts))[:, None] == tests[0].truth[None, :]
@@ -96,20 +96,20 @@ def embed_clips(
     prompted = [zero_shot_similarities(mulan, audio, test.prompts) for test in tests]
     for name, latents in (("clips", audio), ("texts", text)):
         if not latents.isfinite().all():
-            raise ValueError(f"the model returns NaN or infinity for {name}; train it again")
+            raise ValueError(f"the model returns NaN or infinity for {name}; train the model again")
     return EmbeddedClips(texts, text @ audio.T, relevant, are_captions, tests, prompted)
 
 
 @torch.no_grad()
 @beartype
 def zero_shot_similarities(mulan: JointEmbedding, audio_latents: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Cosines `[n, classes]` of clips (`[n, d]` latents of unit norm) and text prompts."""
+    """Compute cosines `[n, classes]` of clips, whose latents `[n, d]` have unit norm, and of text prompts."""
     texts = mulan.get_text_latents(list(prompts))
     return audio_latents.float() @ texts.float().to(audio_latents.device).T
 
 
 def _embed_audio(mulan: JointEmbedding, items: Sequence[AudioItem]) -> Tensor:
-    """Latents `[c, d]` float32 of audio files, on the CPU."""
+    """Embed audio files as latents `[c, d]` float32 on the CPU."""
     device = device_of(mulan)
     latents = torch.empty(len(items), mulan.dim_latent)
     # Batches of clips of similar length have little padding.
@@ -125,7 +125,7 @@ def _embed_audio(mulan: JointEmbedding, items: Sequence[AudioItem]) -> Tensor:
 
 @beartype
 def joint_embedding_metrics(clips: EmbeddedClips) -> list[Metric]:
-    """Compute metrics `retrieval / ...` in both directions, `tagging / LABEL / ...` and `top clip / LABEL / ...`."""
+    """Compute metrics of retrieval in both directions, of zero-shot tagging, and of the best clip of each caption."""
     described = clips.relevant.any(dim=0)
     text_to_audio = retrieval(clips.similarities, clips.relevant)
     audio_to_text = retrieval(clips.similarities.T[described], clips.relevant.T[described])
@@ -139,9 +139,9 @@ def joint_embedding_metrics(clips: EmbeddedClips) -> list[Metric]:
 
 @beartype
 def text_classes(truth: Tensor, relevant: Tensor) -> Tensor:
-    """Class `[t]` of the clips that each text describes; -1 if these clips have different or unknown classes.
+    """Return the common class `[t]` of the clips that each text describes, or -1 if they have no common class.
 
-    `truth [c]` is the class of each clip, -1 if unknown. `relevant [t, c]` marks the clips of a text.
+    `truth [c]` is the class of each clip, or -1 if unknown. `relevant [t, c]` is True where a text describes a clip.
     """
     highest = truth.expand_as(relevant).masked_fill(~relevant, -1).amax(dim=1)
     lowest = truth.expand_as(relevant).masked_fill(~relevant, int(truth.max())).amin(dim=1)
@@ -150,11 +150,11 @@ def text_classes(truth: Tensor, relevant: Tensor) -> Tensor:
 
 @beartype
 def top_clip_metrics(name: str, similarities: Tensor, relevant: Tensor, tests: Sequence[TagTest]) -> list[Metric]:
-    """Measure, for each label, the balanced accuracy of the class of the clip that is most similar to a caption.
+    """Measure how often the clip that is most similar to a caption has the right class, for each label.
 
-    The right class is the class of the clips that the caption describes. Captions whose clips have no common class are
-    left out, and so are labels with fewer than two classes. Chance is the result of selecting a random clip.
-    `similarities` and `relevant` are `[t, c]`, captions by clips.
+    The right class is the class of the clips that the caption describes. Captions whose clips have no common class and
+    labels with fewer than two classes are left out. The chance level is the balanced accuracy of a random clip.
+    `similarities` and `relevant` are `[t, c]`, with a row per caption and a column per clip.
     """
     top = similarities.argmax(dim=1)
     metrics = []
@@ -174,9 +174,9 @@ def top_clip_metrics(name: str, similarities: Tensor, relevant: Tensor, tests: S
 
 @beartype
 def ordered_similarities(clips: EmbeddedClips, label: str | None = None) -> tuple[Tensor, list[str], list[str]]:
-    """Order texts and clips by a label, by default the first of `tests`, so that matching pairs are near the diagonal.
+    """Order texts and clips by a label (default: the label of the first test), so that matches are near the diagonal.
 
-    Without labels the order of the manifest is kept.
+    Clips without labels stay in the order of the manifest.
 
     Returns:
         Cosines `[t, c]`, the class of each text, and the class of each clip.

@@ -1,4 +1,4 @@
-"""Metrics of a joint embedding on held-out files during training: retrieval in both directions, zero-shot tagging."""
+"""Metrics of a joint embedding on held-out files during training: retrieval and zero-shot tagging."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -25,8 +25,8 @@ class HeldOutClips:
     """Evaluates a joint embedding on held-out clips, with the first caption and the labels of each clip.
 
     Args:
-        dataset: Crops of the held-out clips; each item has a caption or aspects.
-        labels: Labels for zero-shot tagging; None = all labels that look like tags (see `tag_tests`).
+        dataset: Crops of the held-out clips, each of which has a caption or aspects.
+        labels: Labels for zero-shot tagging; None = all labels that can be used for tagging (see `tag_labels`).
         max_batch: Number of clips, or of captions, that are embedded in one batch.
     """
 
@@ -39,7 +39,7 @@ class HeldOutClips:
 
     @cached_property
     def chance(self) -> dict[str, float]:
-        """The value of each metric of `measure` for a model that guesses."""
+        """Expected value of each metric of `measure` for a model that guesses."""
         directions = self._retrieval(torch.zeros(self._describes.shape))
         chance = {"map": directions[""].chance_precision(), "audio_map": directions["audio_"].chance_precision()}
         for prefix, direction in directions.items():
@@ -51,7 +51,7 @@ class HeldOutClips:
     @torch.no_grad()
     @beartype
     def measure(self, mulan: JointEmbedding) -> dict[str, float]:
-        """Measure a model in eval mode.
+        """Compute the retrieval and tagging metrics of a model in eval mode.
 
         Returns:
             `recall_at_<k>` and `map` (mean average precision) for text queries, and with the prefix `audio_` for audio
@@ -74,7 +74,7 @@ class HeldOutClips:
         return values
 
     def _audio_latents(self, mulan: JointEmbedding) -> Tensor:
-        """Latents `[n, d]` of the first crop of every clip."""
+        """Embed the first crop of every clip as latents `[n, d]`."""
         device, rate_hz, count = device_of(mulan), mulan.sample_hz, len(self.dataset)
         latents = []
         for start in range(0, count, self.max_batch):
@@ -85,7 +85,7 @@ class HeldOutClips:
         return torch.cat(latents)
 
     def _retrieval(self, similarities: Tensor) -> dict[str, Retrieval]:
-        """Rank clips per caption ("") and captions per clip ("audio_") by `similarities [captions, clips]`."""
+        """Rank clips for each caption (key "") and captions for each clip (key "audio_") by similarity."""
         describes = self._describes.to(similarities.device)
         # One query for each pair of clip and caption, as in the literature.
         caption_of_clip = describes.long().argmax(dim=0)
@@ -96,12 +96,12 @@ class HeldOutClips:
 
 
 def _select_tests(tests: Sequence[TagTest], labels: Sequence[str] | None) -> list[TagTest]:
-    """Return the zero-shot tests of the given labels; all tests if `labels` is None."""
+    """Return the zero-shot tests of the labels in `labels`, or all tests if `labels` is None."""
     by_label = {test.label: test for test in tests}
     unknown = sorted(set(labels or ()) - set(by_label))
     if unknown:
         raise ValueError(
-            f"the labels {unknown} cannot be used for tagging, which needs texts or booleans with 2 to 50 values, each "
-            f"of several held-out clips; available are {sorted(by_label)}"
+            f"the labels {unknown} cannot be used for tagging; use labels with 2 to 50 different texts or booleans in "
+            f"the held-out files, here {sorted(by_label)}"
         )
     return list(tests) if labels is None else [by_label[label] for label in dict.fromkeys(labels)]

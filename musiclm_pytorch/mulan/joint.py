@@ -1,4 +1,4 @@
-"""Base class of joint embeddings of audio and text: unit vectors of clips, texts, and audio of any length."""
+"""Base class of joint embeddings, which embed audio of any length and texts as unit vectors."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ class JointEmbedding(nn.Module, ABC):
     """Base class of models that embed audio and text as unit vectors in one space, such as `MuLaN`.
 
     Args:
-        window_seconds: Length of the windows in which longer audio is embedded, a whole number of samples; 10 s in
+        window_seconds: Length of the windows into which longer audio is divided, a whole number of samples; 10 s in
             MusicLM (arXiv:2301.11325, sec. 3.2).
         window_stride_seconds: Time between the starts of two windows; 1 s in MusicLM.
     """
@@ -35,8 +35,8 @@ class JointEmbedding(nn.Module, ABC):
         super().__init__()
         if dim_latent < 1 or window_seconds <= 0 or window_stride_seconds <= 0:
             raise ValueError(
-                "dim_latent, window_seconds and window_stride_seconds must be positive, got "
-                f"{dim_latent}, {window_seconds}, {window_stride_seconds}"
+                f"dim_latent, window_seconds and window_stride_seconds must be positive, got {dim_latent}, "
+                f"{window_seconds} and {window_stride_seconds}"
             )
         self.dim_latent, self.sample_hz = dim_latent, sample_hz
         self.window_seconds, self.window_stride_seconds = float(window_seconds), float(window_stride_seconds)
@@ -45,9 +45,9 @@ class JointEmbedding(nn.Module, ABC):
 
     @abstractmethod
     def get_audio_latents(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Embed clips `[b, n]` at `sample_hz` without windows, as `[b, dim_latent]` float32 of unit norm.
+        """Embed clips `[b, n]` at `sample_hz`, without windows, as `[b, dim_latent]` float32 of unit norm.
 
-        `lengths [b]` count the samples of each clip, 1..n; None = all `n`.
+        `lengths [b]` are the numbers of samples of the clips, 1..n; None = every clip has `n` samples.
         """
 
     @abstractmethod
@@ -61,7 +61,7 @@ class JointEmbedding(nn.Module, ABC):
     def window_latents(self, wav: Tensor, *, max_batch: int = 32) -> Tensor:
         """Embed every window of one recording `[n]` as `[w, dim_latent]` of unit norm, `max_batch` windows at a time.
 
-        A recording shorter than a window is one window. Audio after the last full window is left out.
+        A recording shorter than a window is embedded as one window. Samples after the last full window are left out.
         """
         if wav.ndim != 1:
             raise ValueError(f"wav must be one recording [n], got {tuple(wav.shape)}")
@@ -72,7 +72,7 @@ class JointEmbedding(nn.Module, ABC):
 
     @beartype
     def get_long_audio_latents(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Embed recordings of any length as the average over their windows; arguments as in `get_audio_latents`."""
+        """Embed recordings `[b, n]` of any length as the average over their windows; see `get_audio_latents`."""
         if wavs.ndim != 2:
             raise ValueError(f"wavs must be recordings [b, n], got {tuple(wavs.shape)}")
         if wavs.shape[1] <= self.window_samples:
@@ -82,5 +82,5 @@ class JointEmbedding(nn.Module, ABC):
 
 
 def average_latents(latents: Tensor) -> Tensor:
-    """Average unit vectors `[..., w, d]` over windows, and normalise the result `[..., d]`."""
+    """Average unit vectors `[..., w, d]` over windows, and normalise the average `[..., d]` to unit norm."""
     return F.normalize(latents.mean(dim=-2), dim=-1)

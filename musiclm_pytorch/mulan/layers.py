@@ -1,4 +1,4 @@
-"""Embeddings from inner layers of the towers: mean pooling, and their contrastive losses."""
+"""Embeddings from inner layers of the towers: mean pooling, and contrastive losses of inner layers."""
 
 import copy
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ __all__ = ["LayerContrast", "LayerHeads", "pooled_layers", "token_means"]
 
 
 def token_means(states: Sequence[Tensor], mask: Tensor) -> Tensor:
-    """Average each of `l` states `[b, t, d]` over the real tokens (mask `[b, t]` bool); returns `[l, b, d]` float32."""
+    """Average `l` hidden states `[b, t, d]` over the tokens that `mask [b, t]` marks; return `[l, b, d]` float32."""
     count = mask.sum(dim=1, keepdim=True)
     real = rearrange(mask, "b t -> b t 1")
     return torch.stack([reduce(state.float() * real, "b t d -> b d", "sum") / count for state in states])
@@ -25,10 +25,10 @@ def token_means(states: Sequence[Tensor], mask: Tensor) -> Tensor:
 def pooled_layers(
     encoder: TransformerEncoder, tokens: Tensor, mask: Tensor, layers: Sequence[int], positions: Tensor | None = None
 ) -> Tensor:
-    """Encode tokens `[b, t, d]` and return the means `[l, b, d]` float32 of the hidden states after `layers` blocks.
+    """Encode tokens `[b, t, d]` and return the means `[l, b, d]` float32 of the hidden states of several layers.
 
-    Each of `layers` is in 0..depth; `depth` is the output after the final normalisation. The mask `[b, t]` marks real
-    tokens.
+    Each of `layers` is a number of transformer blocks in 0..depth; `depth` includes the final normalisation. The mask
+    `[b, t]` is True for real tokens and False for padding.
     """
     states = encoder.hidden_states(
         tokens,
@@ -45,8 +45,8 @@ class LayerContrast:
     """Settings of contrastive losses between inner layers of both towers (ViCHA, arXiv:2208.13628).
 
     Attributes:
-        layers: Pairs (audio layer, text layer) of numbers of blocks; 0 = the input of the first block.
-        weight: Factor of the sum of the losses of all pairs; the loss of the outputs has factor 1.
+        layers: Pairs (audio layer, text layer), each layer as a number of blocks; 0 = the input of the first block.
+        weight: Factor of the summed losses of all pairs of layers; the loss of the outputs has factor 1.
     """
 
     layers: tuple[tuple[int, int], ...] = ((2, 2), (4, 4))
@@ -54,7 +54,7 @@ class LayerContrast:
 
     def __post_init__(self) -> None:
         if not self.layers or min(map(min, self.layers)) < 0 or not self.weight > 0:
-            raise ValueError(f"need pairs of layers >= 0 and a positive weight, got {self.layers} and {self.weight}")
+            raise ValueError(f"need layers >= 0 and weight > 0, got layers {self.layers} and weight {self.weight}")
 
     @property
     def config(self) -> dict[str, Any]:
@@ -63,14 +63,14 @@ class LayerContrast:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "LayerContrast":
-        """Build the settings from `config`."""
+        """Build the settings of the losses from `config`."""
         return cls(**{**config, "layers": tuple((audio, text) for audio, text in config["layers"])})
 
 
 class LayerHeads(nn.Module):
-    """Projections of each pair of layers to a common space, and a contrastive loss for each pair.
+    """Projections of each pair of layers to a common space, and a contrastive loss for each pair of layers.
 
-    `dims`, and each pair in `layers`, is ordered (audio tower, text tower).
+    In `dims` and in each pair of `layers`, the audio tower is before the text tower.
     """
 
     def __init__(

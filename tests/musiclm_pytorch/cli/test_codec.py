@@ -92,7 +92,7 @@ def test_two_sounds_of_one_name_do_not_overwrite_each_other(musiclm_command, cod
         write_tone(f"sounds/{name}", 0.1, 8000)
     assert musiclm_command("codec", "encode", tmp_path / "sounds", "--out", tmp_path / "o", "--codec", codec) == 2
     said = capsys.readouterr()
-    assert re.search("song.wav: another file of this name.*rename", said.err) and said.err.count("\n") == 1
+    assert re.search("song.wav: another input file has the same.*rename", said.err) and said.err.count("\n") == 1
     assert read_codes(tmp_path / "o" / "song.safetensors").info.num_samples == 800
 
 
@@ -145,7 +145,7 @@ codes of another | decode CODES --out TMP/a.wav --codec OTHER |
     are from SoundStream .*decode with the codec that encoded them
 decode suffix | decode CODES --out TMP/a.mp3 --codec CODEC | a.mp3: name a file that ends in .wav, .flac
 folder suffix | decode FOLDER --out TMP/out --suffix mp3 | --suffix must be one of .wav, .flac, .ogg
-decode in place | decode FOLDER --out FOLDER --codec CODEC | may hold the sounds .*use another --out
+decode in place | decode FOLDER --out FOLDER --codec CODEC | is the input folder, .*use another --out
 evaluate levels | evaluate TONE --codec CODEC --levels 9 | 1..3, got 9
 evaluate json | evaluate TONE --codec CODEC --json TMP/a.txt | a.txt: name a file that ends in .json
 evaluate seconds | evaluate TONE --codec CODEC --seconds 0 | --seconds must be above 0, got 0

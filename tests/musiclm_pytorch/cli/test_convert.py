@@ -125,9 +125,9 @@ CASES = {
     "layer": "99",
     "of another": "no vq-wav2vec",
     "out is a file": "km.bin is a file",
-    "other files": "holds other files; give a folder that is new or empty as --out",
-    "other config": "give a new folder as --out",
-    "other model": "another model .*give a new folder as --out",
+    "other files": "contains other files; pass a new or empty folder",
+    "other config": "contains a config.json of another model .*; pass a new folder",
+    "other model": "contains a model with fingerprint .*; pass a new folder",
 }
 
 

@@ -125,7 +125,7 @@ def test_a_tokenizer_without_layers(musiclm_command, places, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layers": "1,9"}, r"--layers: got \(1, 9\), but .*encoder has layers 0\.\.2"),
+        ({"layers": "1,9"}, r"got --layers \(1, 9\), but the encoder .*encoder has layers 0\.\.2"),
         ({"clusters": "1"}, r"--clusters of at least 2 each"),
         ({"clusters": "4,100000"}, r"100000 clusters need at least \d+ training frames.*more clips"),
         ({"limit": 0}, r"--limit of at least 2"),
@@ -212,7 +212,7 @@ def test_a_joint_embedding_is_measured_and_plotted(musiclm_command, planted, tmp
         ("--model", "BARE", "bare contains no MuLaN"),
         ("--model", "16khz", "no model '16khz'.* bundled models: tiny"),
         ("--data", "nowhere", "nowhere: no such folder"),
-        ("--label", "mood", "no label 'mood'.* available: instrument, tempo, drums"),
+        ("--label", "mood", "got --label mood; the labels with few values are: instrument, tempo, drums"),
         ("--limit", 1, "at least 2 clips"),
         ("--seed", -1, "--seed must be at least 0"),
         ("--device", "abacus", "--device abacus cannot be used"),

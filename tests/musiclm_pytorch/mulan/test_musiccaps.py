@@ -222,10 +222,16 @@ def test_the_command_trains_mulan_on_what_it_wrote(convert, tmp_path):
     ("words", "message"),
     [
         (["--out", "data/songs.txt"], "name a file that ends in .jsonl"),
-        (["--out", "data/all.jsonl", "--split", "eval"], "--split writes train.jsonl and valid.jsonl; name --out"),
-        (["--out", "data/train.jsonl", "--split", "balanced"], "--split balanced gives 3 and 0 clips; leave it out"),
-        (["--out", "data/mine.jsonl"], "data/mine.jsonl exists and holds something else; move it away or name another"),
-        (["--out", "data/new.jsonl", "--missing", "notes.txt"], "notes.txt exists and holds something else"),
+        (["--out", "data/all.jsonl", "--split", "eval"], "with --split, --out must be called train.jsonl; pass --out"),
+        (
+            ["--out", "data/train.jsonl", "--split", "balanced"],
+            "--split balanced leaves 3 training and 0 held-out clips",
+        ),
+        (
+            ["--out", "data/mine.jsonl"],
+            "data/mine.jsonl exists with other contents; move that file away",
+        ),
+        (["--out", "data/new.jsonl", "--missing", "notes.txt"], "notes.txt exists with other contents"),
         (["--out", "data/new.jsonl", "--missing", "table.wav"], "name a file that ends in .txt, .csv"),
         (["--out", "data/new.jsonl", "--csv", "gone.csv"], "gone.csv: no such file"),
         (["--out", "data/new.jsonl", "--clips", "gone"], "gone: no such folder"),
