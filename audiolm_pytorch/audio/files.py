@@ -1,4 +1,4 @@
-"""Reading and writing of whole audio files; `audio.stream` processes long files block by block."""
+"""Read and write whole audio files; the module `audio.stream` processes long files in chunks."""
 
 from pathlib import Path
 
@@ -24,10 +24,10 @@ __all__ = ["decoded_info", "peak_safe", "read_audio", "write_audio"]
 
 @beartype
 def decoded_info(path: str | Path) -> AudioInfo:
-    """Decode an audio file, because its header can be wrong; return sample rate, length and number of channels.
+    """Return sample rate, length and number of channels of an audio file, after decoding the whole file.
 
     Raises:
-        ValueError: If the file cannot be decoded, is damaged or empty, or holds NaN or infinite samples.
+        ValueError: If the file cannot be decoded, is damaged or empty, or contains NaN or infinite samples.
     """
     source = AudioSource(path, channels=None)
     for _ in source:
@@ -45,26 +45,26 @@ def read_audio(
 ) -> tuple[Tensor, int]:
     """Read an audio file, or a part of it, and resample it to `sample_hz`.
 
-    A part equals the same slice of the whole resampled file, because the filter also reads the samples around the part.
-    Start and duration are rounded to the nearest sample of the result.
+    A part has the same samples as this slice of the whole resampled file, because the filter also uses the samples
+    around the part. `start_seconds` and `duration_seconds` are rounded to the nearest sample at `sample_hz`.
 
     Args:
-        sample_hz: Rate of the result (Hz); None keeps the rate of the file.
-        channels: 1 averages all channels, None keeps them. Another number must equal the channels of the file; a mono
-            file is repeated.
-        duration_seconds: None reads to the end of the file. The result is shorter if the file ends earlier.
+        sample_hz: Sample rate of the returned wave (Hz); None keeps the rate of the file.
+        channels: Number of returned channels, to which a mono file is repeated; 1 averages all channels, None keeps all
+            channels.
+        duration_seconds: Duration to read, or less if the file ends earlier; None reads to the end of the file.
 
     Returns:
         `wave [c, n]` float32 and its sample rate (Hz).
 
     Raises:
-        ValueError: If the file cannot be read, contains NaN or infinite samples, ends before `start_seconds`, or has a
-            number of channels other than `channels`.
+        ValueError: If the file cannot be read, contains NaN or infinite samples, ends before `start_seconds`, or cannot
+            be converted to `channels` channels.
     """
     path = Path(path)
     if start_seconds < 0 or (duration_seconds is not None and duration_seconds <= 0):
         raise ValueError(
-            f"{path}: start_seconds must be >= 0 and duration_seconds > 0, got {start_seconds}, {duration_seconds}"
+            f"{path}: start_seconds must be >= 0 and duration_seconds > 0, got {start_seconds} and {duration_seconds}"
         )
     with open_sound(path) as file:
         from_hz, to_hz = file.samplerate, sample_hz or file.samplerate
@@ -72,7 +72,7 @@ def read_audio(
         start = round(start_seconds * to_hz)
         if start >= total:
             raise ValueError(
-                f"{path}: start_seconds={start_seconds} is not before the end ({file.frames / from_hz:.3f} s)"
+                f"{path}: start_seconds={start_seconds} must be less than the {file.frames / from_hz:.3f} s of the file"
             )
         count = total - start if duration_seconds is None else min(round(duration_seconds * to_hz), total - start)
         first, last, skip = resample_source_span(start, count, from_hz, to_hz)
@@ -84,8 +84,8 @@ def read_audio(
         ]
     if not blocks:
         raise ValueError(
-            f"{path}: no samples can be decoded at {start_seconds} s, although the header counts them; the "
-            "file is damaged"
+            f"{path}: the file is damaged; its header contains a longer duration, but no samples can be decoded at "
+            f"{start_seconds} s"
         )
     wave = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
     check_finite(wave, path)
@@ -97,12 +97,12 @@ def write_audio(path: str | Path, wave: Tensor, sample_hz: int) -> None:
     """Write `wave [n]` or `[c, n]` to an audio file; the file appears at `path` only when it is complete.
 
     Args:
-        path: File name ending in .wav (16-bit), .flac (16-bit) or .ogg (Vorbis). Missing folders are created.
-        wave: Samples in -1..1. Larger samples are clipped; scale the wave with `peak_safe` to avoid clipping.
+        path: File name ending in .wav (16-bit), .flac (16-bit) or .ogg (Vorbis); missing folders are created.
+        wave: Samples in -1..1; samples outside this range are clipped, unless `peak_safe` scales the wave first.
 
     Raises:
-        ValueError: If the suffix or the shape is not supported, a sample is not finite, or the format does not support
-            the sample rate.
+        ValueError: If the suffix, the sample rate or the shape of the wave is not supported, or if a sample is not
+            finite.
     """
     if wave.ndim not in (1, 2) or wave.numel() == 0:
         raise ValueError(f"{path}: wave must be [n] or [c, n] with at least one sample, got shape {tuple(wave.shape)}")
@@ -113,6 +113,6 @@ def write_audio(path: str | Path, wave: Tensor, sample_hz: int) -> None:
 
 @beartype
 def peak_safe(wave: Tensor, ceiling: float = 0.99) -> Tensor:
-    """Scale a wave of any shape down so that its peak is at most `ceiling`."""
+    """Scale down a wave of any shape, so that its peak is at most `ceiling`."""
     peak = wave.detach().abs().amax() if wave.numel() else wave.new_zeros(())
     return wave * (ceiling / peak) if peak > ceiling else wave

@@ -22,7 +22,8 @@ def mel_filterbank(
     rate.
 
     Raises:
-        ValueError: If `f_min_hz` is not below `f_max_hz`, or a filter lies between two bins and would always be zero.
+        ValueError: If `f_min_hz` is not below `f_max_hz`, or if a filter lies between two FFT bins, so that all its
+            weights are zero.
     """
     top_hz = sample_hz / 2 if f_max_hz is None else f_max_hz
     if num_mels < 1 or not 0 <= f_min_hz < top_hz <= sample_hz / 2:
@@ -34,8 +35,8 @@ def mel_filterbank(
     empty = np.flatnonzero(filters.max(axis=1) <= 0.0)
     if len(empty):
         raise ValueError(
-            f"{len(empty)} of {num_mels} mel filters would be empty, the first is number {empty[0]}, with "
-            f"n_fft={n_fft} at {sample_hz} Hz; use fewer mels, a larger n_fft or a higher f_min_hz"
+            f"{len(empty)} of {num_mels} mel filters would be empty (the first is filter {empty[0]}) for n_fft={n_fft} "
+            f"at {sample_hz} Hz; use fewer mels, a larger n_fft or a higher f_min_hz"
         )
     return torch.from_numpy(filters).float()
 
@@ -69,8 +70,8 @@ def mel_edges(
 def triangular_filters(edges_hz: "np.ndarray[Any, Any]", sample_hz: int, n_fft: int) -> "np.ndarray[Any, Any]":
     """Build triangular filters over FFT bins; filter i rises from edge i to edge i + 1 and falls to edge i + 2.
 
-    The edges `[m + 2]` must ascend. The filters `[m, n_fft // 2 + 1]` are float64. The peak of each triangle is 1 and
-    may lie between two bins.
+    The edges `[m + 2]` of the filters must be in ascending order. The filters `[m, n_fft // 2 + 1]` are float64. The
+    peak of each filter is 1, at a frequency that can lie between two FFT bins.
     """
     lower, centre, upper = (rearrange(edges_hz[i : len(edges_hz) - 2 + i], "m -> m 1") for i in range(3))
     bins_hz = np.arange(n_fft // 2 + 1) * sample_hz / n_fft
@@ -78,16 +79,16 @@ def triangular_filters(edges_hz: "np.ndarray[Any, Any]", sample_hz: int, n_fft: 
 
 
 class MelSpectrogram(nn.Module):
-    """Mel spectrogram with a Hann window; computed in float32 under autocast too.
+    """Mel spectrogram with a Hann window, computed in float32 even under autocast.
 
     Args:
         n_fft: Size of the Fourier transform (samples).
         hop_length: Samples per frame.
-        win_length: Length of the window (samples), which is centred in the transform; None = `n_fft`.
+        win_length: Length of the window (samples), which is centred in the Fourier transform; None = `n_fft`.
         f_max_hz: Upper edge of the highest band; None = half the sample rate.
         power: 1 for magnitudes, 2 for energies.
-        center: If True, frame i is centred on sample `i * hop_length`; the wave is padded by reflection, or with zeros
-            if it is too short to reflect. If False, frame i begins at sample `i * hop_length`.
+        center: True centres frame i on sample `i * hop_length` and pads the wave by reflection, or with zeros if the
+            wave is too short; False begins frame i at sample `i * hop_length`, without padding.
     """
 
     filters: Tensor
@@ -109,7 +110,7 @@ class MelSpectrogram(nn.Module):
         super().__init__()
         if not 1 <= (win_length or n_fft) <= n_fft or hop_length < 1 or power <= 0:
             raise ValueError(
-                "need 1 <= win_length <= n_fft, hop_length >= 1 and power > 0, got win_length={win_length}, "
+                f"need 1 <= win_length <= n_fft, hop_length >= 1 and power > 0, got win_length={win_length}, "
                 f"n_fft={n_fft}, hop_length={hop_length}, power={power}"
             )
         self.n_fft, self.hop_length, self.win_length = n_fft, hop_length, win_length or n_fft
@@ -118,14 +119,14 @@ class MelSpectrogram(nn.Module):
         self.register_buffer("filters", filters, persistent=False)
 
     def num_frames(self, num_samples: int) -> int:
-        """Number of frames of a wave of `num_samples` samples."""
+        """Number of spectrogram frames of a wave of `num_samples` samples."""
         return 1 + (num_samples if self.center else num_samples - self.n_fft) // self.hop_length
 
     def forward(self, wave: Tensor) -> Tensor:
         """Compute the spectrogram `[..., num_mels, f]` (float32, >= 0) of `wave [..., n]`; f is `num_frames(n)`."""
         num_samples = wave.shape[-1]
         if num_samples < (1 if self.center else self.n_fft):
-            raise ValueError(f"wave has {num_samples} samples, need at least {1 if self.center else self.n_fft}")
+            raise ValueError(f"wave has {num_samples} samples, must have at least {1 if self.center else self.n_fft}")
         with torch.autocast(device_type=wave.device.type, enabled=False):
             flat, leading = pack([wave.float()], "* n")
             if self.center:

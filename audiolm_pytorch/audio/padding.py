@@ -1,4 +1,4 @@
-"""Checks, splits and resamples padded batches of waves of unequal length."""
+"""Functions that check, split and resample padded batches of waves of unequal length."""
 
 from collections.abc import Iterator
 
@@ -16,14 +16,14 @@ def check_waves(wave: Tensor, lengths: Tensor | None = None, device: torch.devic
     """Check that `wave` is a mono batch `[b, n]` of finite floats.
 
     Args:
-        lengths: Number of samples of each item `[b]`; later samples are padding of any value. None: all items have n
-            samples.
-        device: Device on which the wave must be; None = any device.
+        lengths: Number of samples of each item `[b]`, after which the item has padding of any value; None if no item is
+            padded.
+        device: Device on which `wave` must be; None for any device.
     """
     if wave.ndim != 2 or not wave.is_floating_point() or not wave.numel():
         raise ValueError(
-            f"wave must be float [b, n] and not empty, got {wave.dtype} {tuple(wave.shape)}; mix channels down and add "
-            "a batch axis"
+            f"wave must be float [b, n] and not empty, got {wave.dtype} with shape {tuple(wave.shape)}; mix channels "
+            "down and add a batch axis"
         )
     if device is not None and wave.device != device:
         raise ValueError(f"wave is on {wave.device}, the model on {device}; move one of them with .to(...)")
@@ -34,18 +34,19 @@ def check_waves(wave: Tensor, lengths: Tensor | None = None, device: torch.devic
 
 
 def checked_lengths(lengths: Tensor, wave: Tensor) -> Tensor:
-    """Check that `lengths [b]` are integers in 1..n for `wave [b, (c,) n]`; return them as int64 on its device."""
+    """Check that `lengths [b]` are integers in 1..n for `wave [b, (c,) n]`, and convert them to int64 on its device."""
     if lengths.shape != wave.shape[:1] or lengths.is_floating_point() or lengths.is_complex():
         raise ValueError(
-            f"lengths must be {wave.shape[0]} whole numbers, one per item, got {lengths.dtype} {list(lengths.shape)}"
+            f"lengths must be {wave.shape[0]} integers, one per item of the batch, got {lengths.dtype} with shape "
+            f"{list(lengths.shape)}"
         )
     if lengths.numel() and not 1 <= int(lengths.min()) <= int(lengths.max()) <= wave.shape[-1]:
-        raise ValueError(f"lengths must lie in 1..{wave.shape[-1]}, got {lengths.tolist()}")
+        raise ValueError(f"lengths must lie in 1..{wave.shape[-1]}, the samples of the wave, got {lengths.tolist()}")
     return lengths.to(wave.device, torch.long)
 
 
 def length_mask(lengths: Tensor, num_positions: int) -> Tensor:
-    """Build the mask `[b, num_positions]` of lengths `[b]`: True before the end of each item."""
+    """Build a mask `[b, num_positions]` that is True at the first `lengths[i]` positions of item i."""
     return torch.arange(num_positions, device=lengths.device) < rearrange(lengths, "b -> b 1")
 
 
@@ -53,7 +54,7 @@ def items_by_length(wave: Tensor, lengths: Tensor | None) -> Iterator[tuple[Tens
     """Split a padded batch `[b, n]` or `[b, c, n]` into batches of items of equal length, without padding.
 
     Yields:
-        Indices `[r]` of the items of one length, and their waves `[r, length]` or `[r, c, length]`.
+        Indices `[r]` of all items of equal length, and the waves `[r, length]` or `[r, c, length]` of these items.
     """
     if lengths is None:
         yield torch.arange(len(wave), device=wave.device), wave

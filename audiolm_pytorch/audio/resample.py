@@ -1,4 +1,4 @@
-"""Resampling of whole waves, of parts of waves and of streams, with the high quality of soxr."""
+"""Resampling of whole waves, of parts of waves and of streams, with the quality "HQ" of the soxr library."""
 
 from math import gcd
 from typing import Any
@@ -25,16 +25,16 @@ def resampled_length(num_samples: int, from_hz: int, to_hz: int) -> int:
 
 
 def _flush_samples(from_hz: int, to_hz: int) -> int:
-    """Number of zeros to append, so that the output of soxr is never shorter than the rounded-up length."""
+    """Number of zeros to append to a wave, so that soxr returns at least `resampled_length` samples."""
     return from_hz // to_hz + 2
 
 
 @beartype
 def resample(wave: Tensor, from_hz: int, to_hz: int) -> Tensor:
-    """Resample `wave [..., n]` without delay. The result has no gradient.
+    """Resample `wave [..., n]` without delay. The resampled wave has no gradient.
 
     Returns:
-        `[..., ceil(n * to_hz / from_hz)]` float32 on the device of `wave`; `wave` itself when the rates are equal.
+        Wave `[..., ceil(n * to_hz / from_hz)]` float32 on the device of `wave`; `wave` itself if both rates are equal.
     """
     if min(from_hz, to_hz) < 1:
         raise ValueError(f"sample rates must be at least 1 Hz, got {from_hz} and {to_hz}")
@@ -50,15 +50,15 @@ def resample(wave: Tensor, from_hz: int, to_hz: int) -> Tensor:
 
 @beartype
 def resample_source_span(start: int, count: int, from_hz: int, to_hz: int) -> tuple[int, int, int]:
-    """Find the source samples from which a part of a resampled wave is computed.
+    """Find the samples of a wave from which a part of the resampled wave can be computed.
 
     Args:
-        start: Index of the first sample of the part, counted at `to_hz`.
-        count: Number of samples of the part, counted at `to_hz`.
+        start: Index of the first sample of the part in the resampled wave.
+        count: Number of samples of the part in the resampled wave.
 
     Returns:
-        `(first, last, skip)`. Resample the source samples `first <= i < last` and drop the first `skip` samples of the
-        result; the rest equals the part of the whole resampled wave. `last` may be larger than the source length.
+        Indices `(first, last, skip)`; the part is `resample(wave[first:last], from_hz, to_hz)[skip : skip + count]`.
+        The index `last` can be larger than the length of the wave.
     """
     if from_hz == to_hz:
         return start, start + count, 0

@@ -1,4 +1,4 @@
-"""Reading, resampling and writing of audio files block by block, in memory that does not grow with their length."""
+"""Read, resample and write audio files in chunks, with memory that does not grow with the length of the files."""
 
 import os
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ class AudioInfo:
 
 @contextmanager
 def open_sound(path: Path) -> Iterator[soundfile.SoundFile]:
-    """Open an audio file; errors of libsndfile, also inside the `with` block, become ValueErrors with the path."""
+    """Open an audio file for a `with` statement; errors of libsndfile become ValueErrors that name the path."""
     if not path.is_file():
         raise ValueError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
     if path.stat().st_size == 0:
@@ -56,10 +56,10 @@ def open_sound(path: Path) -> Iterator[soundfile.SoundFile]:
 
 
 def sound_blocks(file: soundfile.SoundFile, num_frames: int) -> Iterator[np.ndarray]:
-    """Read up to `num_frames` samples per channel from the current position, in blocks `[n, c]` float32.
+    """Read up to `num_frames` samples per channel from the current file position, in float32 blocks `[n, c]`.
 
-    A single long read would stop at the first undecodable part of a damaged file. `SoundFile.blocks` would repeat old
-    samples if the length in the header is too large.
+    A single long read would stop at the first undecodable position of a damaged file. `SoundFile.blocks` is not used,
+    because it repeats old samples if the length in the file header is too large.
     """
     while num_frames > 0 and len(block := file.read(min(num_frames, _BLOCK_FRAMES), dtype="float32", always_2d=True)):
         num_frames -= len(block)
@@ -67,13 +67,13 @@ def sound_blocks(file: soundfile.SoundFile, num_frames: int) -> Iterator[np.ndar
 
 
 def check_finite(samples: np.ndarray, path: Path) -> None:
-    """Raise a ValueError with the path if a sample is NaN or infinite."""
+    """Raise a ValueError that names the path if a sample is NaN or infinite."""
     if not np.isfinite(samples).all():
         raise ValueError(f"{path}: the file contains NaN or infinite samples")
 
 
 def with_channels(wave: np.ndarray, channels: int | None, path: Path) -> np.ndarray:
-    """Average, keep or repeat the channels of `wave [c, n]`."""
+    """Average, keep or repeat the channels of `wave [c, n]` to obtain `channels` channels."""
     if channels is None or channels == len(wave):
         return wave
     if channels == 1:
@@ -81,23 +81,23 @@ def with_channels(wave: np.ndarray, channels: int | None, path: Path) -> np.ndar
     if len(wave) == 1:
         return np.repeat(wave, channels, axis=0)
     raise ValueError(
-        f"{path}: the file has {len(wave)} channels, got channels={channels}; use 1 (average) or None (keep)"
+        f"{path}: the file has {len(wave)} channels, got channels={channels}; use channels=1 (average) or None (all)"
     )
 
 
 class AudioSource:
-    """An audio file as an iterable of blocks `[c, n]` float32; the blocks, concatenated, equal `read_audio`.
+    """Audio file that yields float32 blocks `[c, n]`; the concatenated blocks equal the wave of `read_audio`.
 
-    `info` is read from the file header. After one iteration `info.num_samples` is the number of samples that were
-    decoded, and the attribute `num_samples` is the total length of the blocks.
+    The attribute `info` has the values of the file header. After a complete iteration, `info.num_samples` is the number
+    of decoded samples, and the attribute `num_samples` is the total length of the blocks.
 
     Args:
-        sample_hz: Rate of the blocks (Hz); None keeps the rate of the file.
-        channels: 1 averages all channels, None keeps them. Another number must equal the channels of the file; a mono
-            file is repeated.
+        sample_hz: Sample rate of the blocks (Hz); None keeps the rate of the file.
+        channels: Number of channels of the blocks, to which a mono file is repeated; 1 averages all channels, None
+            keeps all channels.
 
     Raises:
-        ValueError: If the file cannot be read. During iteration, if the file is damaged, empty, or contains NaN.
+        ValueError: If the file cannot be read, or, during iteration, if the file is damaged, empty or contains NaN.
     """
 
     @beartype
@@ -135,19 +135,19 @@ class AudioSource:
 
 
 class AudioWriter:
-    """Writes an audio file chunk by chunk; the file appears under its name only when it is complete.
+    """Writer of an audio file in chunks; the file appears at `path` only when it is complete.
+
+    The first chunk creates the file and missing folders. An error in the `with` block leaves no partial file. Example:
 
         with AudioWriter("music.wav", sample_hz=16000, channels=1) as writer:
             writer.write(wave)
-
-    The first chunk creates the file and missing folders. An error inside the `with` block leaves no partial file.
 
     Args:
         path: File name ending in .wav (16-bit), .flac (16-bit) or .ogg (Vorbis).
 
     Raises:
-        ValueError: If the suffix is not supported. While writing, if a sample is not finite, the format does not
-            support the sample rate or the number of channels, or no samples were written.
+        ValueError: If the suffix, the sample rate or the number of channels is not supported, if a sample is not
+            finite, or if no samples are written.
     """
 
     @beartype
@@ -189,9 +189,7 @@ class AudioWriter:
                     self._file.close()
             if kind is None:
                 if self._file is None:
-                    raise ValueError(
-                        f"{self.path}: no samples were written; call write before the end of the with block"
-                    )
+                    raise ValueError(f"{self.path}: no samples were written; call write inside the `with` block")
                 os.replace(self._partial, self.path)
         finally:
             self._partial.unlink(missing_ok=True)

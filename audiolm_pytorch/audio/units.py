@@ -12,7 +12,7 @@ TOLERANCE_SAMPLES = 1e-6
 
 
 def _check(amount: float, name_of_amount: str, **divisors: int) -> None:
-    """Check that `amount` is finite and not negative, and that the other numbers are 1 or more."""
+    """Check that `amount` is finite and not negative, and that every number in `divisors` is at least 1."""
     if not 0 <= amount < inf:
         raise ValueError(f"{name_of_amount} must be finite and not negative, got {amount}")
     for name, value in divisors.items():
@@ -22,18 +22,18 @@ def _check(amount: float, name_of_amount: str, **divisors: int) -> None:
 
 @beartype
 def exact_div(a: int, b: int, what: str) -> int:
-    """Return `a / b`; raise a ValueError about the quantity `what` if there is a remainder."""
+    """Return `a / b`; if there is a remainder, raise a ValueError that contains `what`, the name of `a`."""
     _check(0, what, divisor=b)
     if a % b:
         raise ValueError(
-            f"{what}: {a} is not a multiple of {b} (remainder {a % b}); nearest are {a - a % b}, {a - a % b + b}"
+            f"{what}: {a} is not a multiple of {b}; the nearest multiples are {a - a % b} and {a - a % b + b}"
         )
     return a // b
 
 
 @beartype
 def samples_in(seconds: float | int | Fraction, sample_hz: int) -> int:
-    """Number of samples in a duration; raise a ValueError if it is not an integer (to 1e-6 samples)."""
+    """Return the number of samples in a duration; raise a ValueError if it is not a whole number (within 1e-6)."""
     _check(float(seconds), "seconds", sample_hz=sample_hz)
     exact_samples = Fraction(seconds) * sample_hz
     num_samples = round(exact_samples)
@@ -47,7 +47,7 @@ def samples_in(seconds: float | int | Fraction, sample_hz: int) -> int:
 
 @beartype
 def samples_covering(seconds: float | int | Fraction, multiple_samples: int, sample_hz: int) -> int:
-    """Smallest multiple of `multiple_samples` that is at least as long as a duration (samples)."""
+    """Return the smallest number of samples that covers a duration and is a multiple of `multiple_samples`."""
     _check(float(seconds), "seconds", multiple_samples=multiple_samples, sample_hz=sample_hz)
     exact_samples = Fraction(seconds) * sample_hz
     nearest = round(exact_samples)
@@ -65,5 +65,5 @@ def frames_covering(num_samples: int, samples_per_frame: int) -> int:
 
 @beartype
 def frames_inside(seconds: float | int | Fraction, rate_hz: int | Fraction) -> int:
-    """Number of whole frames in a duration; the last one may lack up to 1e-6 of its length."""
+    """Number of whole frames in a duration; the last frame counts as whole if at most 1e-6 of it is missing."""
     return int(seconds * rate_hz + Fraction(1, 10**6))

@@ -53,7 +53,7 @@ def test_frames_cover_a_length_or_lie_inside_a_duration() -> None:
 def test_exact_division_names_the_quantity_and_its_neighbours() -> None:
     """Guards the message, which proposes valid lengths."""
     assert exact_div(12, 4, "tokens") == 3
-    with pytest.raises(ValueError, match="tokens: 13 is not a multiple of 4 .* 12, 16"):
+    with pytest.raises(ValueError, match="tokens: 13 is not a multiple of 4; .* 12 and 16"):
         exact_div(13, 4, "tokens")
 
 
