@@ -303,7 +303,7 @@ def test_without_transformers_the_extra_is_named(models, monkeypatch):
 def test_unreadable_models_raise(models, folder, tmp_path):
     """Missing weights and pickles never load."""
     config = json.loads((folder / "config.json").read_text())
-    with pytest.raises(ValueError, match="'encodec'; pass one of type 'dac'"):
+    with pytest.raises(ValueError, match="'encodec'; pass a model of type 'dac'"):
         DacWrapper(folder)
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
     with pytest.raises(ValueError, match="'bert'.*'dac', 'encodec', 'mimi'"):
