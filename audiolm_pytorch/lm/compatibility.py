@@ -1,8 +1,8 @@
-"""Checks that a stage is used with the tokenizers and conditioners that it was trained with.
+"""Checks that a language model is used with the tokenizers and conditioners from its training.
 
-Two tokenizers can have vocabularies of the same size, but tokens of different meaning. A stage that receives tokens of
-another tokenizer than in training runs without an error and produces noise. Shards and stages therefore store the
-fingerprints of tokenizer, conditioner and text encoder, and the checks compare them.
+Two tokenizers can have vocabularies of the same size, but tokens of different meaning. A language model accepts tokens
+of a wrong tokenizer without an error, but then generates noise. Token shards and saved stages therefore store the
+fingerprints of their tokenizers and conditioners.
 """
 
 import logging
@@ -47,8 +47,7 @@ def check_compatible(
     """Check that a stage can use the passed tokenizers and conditioners. Unneeded modules are ignored.
 
     Raises:
-        ValueError: If vocabularies, levels, groups, ratios of rates or widths of conditions differ (the message lists
-            all differences), or if the stage was trained with another fingerprint.
+        ValueError: If a tokenizer or conditioner has other sizes, frame rate ratios or fingerprints than the stage.
     """
     tokenizers = {"semantic": wav2vec, "acoustic": codec}
     differences = [
@@ -57,7 +56,7 @@ def check_compatible(
         *_width_differences(transformer, audio_conditioner, text_conditioner),
     ]
     if differences:
-        raise ValueError(f"the {transformer.namespace} transformer is not compatible: {'; '.join(differences)}")
+        raise ValueError(f"the {transformer.namespace} transformer cannot use these modules: {'; '.join(differences)}")
     # Fingerprints are compared last, because they are expensive. Only those stored in the stage can differ.
     kinds = transformer.token_fingerprints
     agreed_fingerprints(transformer, wav2vec, codec, audio_conditioner, text_conditioner, kinds=kinds)
@@ -65,14 +64,14 @@ def check_compatible(
 
 @beartype
 def check_stages_compatible(*transformers: StageTransformer) -> None:
-    """Check that all stages of a model have equal declarations of shared streams and equal fingerprints."""
+    """Check that all stages of a model declare equal properties of shared streams and have equal fingerprints."""
     differences = [line for pair in combinations(transformers, 2) for line in _stage_differences(*pair)]
     if differences:
-        raise ValueError(f"the stages are not compatible: {'; '.join(differences)}")
+        raise ValueError(f"the stages of the model are not compatible with each other: {'; '.join(differences)}")
 
 
 def shard_fingerprint(wav2vec: SemanticTokenizer, codec: Codec) -> dict[str, str]:
-    """Build the entries of the tokenizers for the `fingerprint` argument of `write_shards`."""
+    """Return the fingerprints of both tokenizers as the `fingerprint` argument of `write_shards`."""
     return {_SHARD_KEYS["semantic"]: wav2vec.fingerprint(), _SHARD_KEYS["acoustic"]: codec.fingerprint()}
 
 
@@ -85,17 +84,15 @@ def agreed_fingerprints(
     shards: Sequence[TokenShards] = (),
     kinds: Collection[str] | None = None,
 ) -> dict[str, str]:
-    """Collect the fingerprints stored in stage and shards and those of the modules, and check that they are equal.
+    """Check that the fingerprints of the modules equal the fingerprints stored in the stage and in the shards.
 
     Args:
-        transformer: Language model of the stage.
-        wav2vec: Semantic tokenizer. For this and the other modules, None = the fingerprint is not compared.
+        wav2vec: Semantic tokenizer; None = its fingerprint is not compared (also for the other modules).
         shards: Token shards that the stage is trained on.
-        kinds: Keys of the fingerprints to compare (see the returned keys); None = all that the stage uses.
+        kinds: Keys of the fingerprints to compare; None = all fingerprints that the stage uses.
 
     Returns:
-        The known fingerprints; keys are `semantic`, `acoustic`, `conditioner`, `text_encoder` and names of extra
-        streams.
+        The known fingerprints by key (`semantic`, `acoustic`, `conditioner`, `text_encoder`, names of extra streams).
     """
     modules = {
         "semantic": wav2vec,
@@ -117,10 +114,10 @@ def agreed_fingerprints(
         known = {claim: value for claim, value in claims.items() if isinstance(value, str)}
         if len(set(known.values())) > 1:
             tokens, module_name = _words(kind)
+            fingerprints = ", ".join(f"{claim} {value}" for claim, value in known.items())
             raise ValueError(
-                f"the {tokens} have different fingerprints: {', '.join(f'{claim} {v}' for claim, v in known.items())}; "
-                f"pass the {module_name} that the stage was trained with, or train the stage again with this one (if "
-                f"both give equal {tokens}, remove {kind!r} from the transformer's token_fingerprints)"
+                f"the {tokens} have different fingerprints: {fingerprints}; pass the {module_name} that the stage was "
+                f"trained with, or remove {kind!r} from token_fingerprints if both modules compute equal {tokens}"
             )
         if known:
             agreed[kind] = next(iter(known.values()))
@@ -128,12 +125,12 @@ def agreed_fingerprints(
 
 
 def _words(kind: str) -> tuple[str, str]:
-    """Names of the tokens and of the module that computes them, for error messages."""
+    """Return a name of the tokens and a name of the module that computes the tokens, for error messages."""
     return _IN_WORDS.get(kind, (f"{kind} tokens", f"tokenizer of {kind!r}"))
 
 
 def _token_differences(transformer: StageTransformer, tokenizers: _Tokenizers) -> Iterator[str]:
-    """Messages about different vocabularies, levels and groups."""
+    """Yield a message for each vocabulary, number of levels or number of groups in which stage and tokenizer differ."""
     for stream in transformer.layout.streams:
         source = transformer.sources[stream.name]
         tokenizer = tokenizers.get(source.kind)
@@ -153,7 +150,7 @@ def _token_differences(transformer: StageTransformer, tokenizers: _Tokenizers) -
 
 
 def _rate_differences(transformer: StageTransformer, tokenizers: _Tokenizers) -> Iterator[str]:
-    """Messages about different ratios of rates. If all rates differ by the same factor, only warn."""
+    """Yield a message for unequal ratios of frame rates; log a warning if all frame rates differ by one factor."""
     declared_hz: dict[str, Fraction] = {}
     actual_hz: dict[str, Fraction] = {}
     for stream in transformer.layout.streams:
@@ -178,7 +175,7 @@ def _rate_differences(transformer: StageTransformer, tokenizers: _Tokenizers) ->
 def _width_differences(
     transformer: StageTransformer, audio_conditioner: Conditioner | None, text_conditioner: TextEncoder | None
 ) -> Iterator[str]:
-    """Messages about different widths of conditions."""
+    """Yield a message for each condition whose embeddings have another width than the stage needs."""
     if audio_conditioner is not None and transformer.cond_dim is not None:
         width = audio_conditioner.dim(transformer.namespace)
         if width != transformer.cond_dim:
@@ -189,7 +186,7 @@ def _width_differences(
 
 
 def _stage_differences(first: StageTransformer, second: StageTransformer) -> Iterator[str]:
-    """Messages about different declarations of shared streams, and different fingerprints, of two stages."""
+    """Yield a message for each shared stream and each fingerprint in which two stages differ."""
     names = f"the {first.namespace} transformer", f"the {second.namespace} transformer"
     declared = _declarations(first), _declarations(second)
     for stream in [name for name in declared[0] if name in declared[1]]:
@@ -207,7 +204,7 @@ def _stage_differences(first: StageTransformer, second: StageTransformer) -> Ite
 
 
 def _declarations(transformer: StageTransformer) -> dict[str, dict[str, Any]]:
-    """Declared properties of each stream by its name. The keys of the properties are used in error messages."""
+    """Return the properties of each stream by stream name. The names of the properties appear in error messages."""
     declared: dict[str, dict[str, Any]] = {}
     for stream in transformer.layout.streams:
         source = transformer.sources[stream.name]

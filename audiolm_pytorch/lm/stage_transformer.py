@@ -1,4 +1,4 @@
-"""The base class of the stages, and the container of the tokens that stages receive and predict."""
+"""Base class of the three AudioLM stages, and container of the tokens that the stages receive and predict."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ _RESERVED = ("semantic", "acoustic", "conditioner", "text_encoder")
 
 @dataclass(frozen=True)
 class TokenSource:
-    """The tokens that a stream of a stage consists of.
+    """Type and codebook levels of the tokens in one stream of a stage.
 
     Attributes:
-        kind: `semantic`, `acoustic`, or the name of an extra stream.
+        kind: Type of the tokens: `semantic`, `acoustic`, or the name of an extra stream.
         first_level: Index of the first level; the first level of the tokenizer is 0.
-        num_levels: Number of levels.
+        num_levels: Number of levels in the stream.
     """
 
     kind: str
@@ -38,9 +38,9 @@ class AudioTokens:
     """Semantic, acoustic and extra tokens of a batch of recordings.
 
     Attributes:
-        tokens: int64 tokens `semantic [b, t]`, `acoustic [b, f, q]`, and `[b, f]` or `[b, f, levels]` for each extra
-            stream by name; -1 past the length of an item.
-        lengths: Number of frames without padding `[b]` int64, with the keys of `tokens`; tokens without an entry have
+        tokens: int64 tokens by name, which are `semantic [b, t]`, `acoustic [b, f, q]`, and `[b, f]` or
+            `[b, f, levels]` for an extra stream; -1 in the padding.
+        lengths: Number of frames without padding, `[b]` int64, by the names in `tokens`; tokens without a length have
             no padding.
     """
 
@@ -51,25 +51,23 @@ class AudioTokens:
         """Check that every key of `lengths` is also a key of `tokens`."""
         unknown = set(self.lengths) - set(self.tokens)
         if unknown:
-            raise ValueError(f"got lengths of {sorted(unknown)} without tokens; pass tokens, or remove the lengths")
+            raise ValueError(f"got lengths without tokens for {sorted(unknown)}; pass the tokens or remove the lengths")
 
 
 class StageTransformer(TokenTransformer):
-    """Base class of the stages: a token model that selects its streams from the tokens of recordings.
+    """Base class of the AudioLM stages, a language model that selects the tokens of its streams from `AudioTokens`.
 
     Args:
-        sources: Source of the tokens of each stream in `streams`, by stream name.
-        config: Constructor arguments of the subclass, which the attribute `config` includes.
+        sources: For each stream in `streams`, the type and levels of its tokens, by stream name.
+        config: Constructor arguments of the subclass, which are added to the attribute `config`.
         streams: Semantic and acoustic streams of the stage.
-        pattern: `flat`, `delayed` or `parallel`, see `TokenLayout`.
+        pattern: Order of the tokens: `flat`, `delayed` or `parallel`, see `TokenLayout`.
         extra_streams: Further input streams, as `Stream` or as the dict of `Stream.to_dict`, e.g. ids of a text
-            (without a rate) or a melody (with a rate). The name of a stream is also the key of its tokens in
-            `AudioTokens`.
-        audio_text_condition: Whether the model is conditioned on codes.
+            (without a rate) or a melody (with a rate); `AudioTokens` holds their tokens under the name of the stream.
+        audio_text_condition: Whether the model is conditioned on codes of audio or captions.
         cond_dim: Width of the embeddings of codes; None = `dim`.
-        token_fingerprints: Fingerprints of the tokenizers (keys `semantic`, `acoustic`), the `conditioner` and the
-            `text_encoder` that the stage was trained with. Trainers set this attribute. A missing fingerprint is not
-            checked.
+        token_fingerprints: Fingerprints, set by the trainer, of the tokenizers (keys `semantic`, `acoustic`), the
+            `conditioner` and the `text_encoder` of the training; a missing fingerprint is not checked.
         **stack: Further arguments of `TokenTransformer`.
     """
 
@@ -95,7 +93,7 @@ class StageTransformer(TokenTransformer):
         extra = [stream if isinstance(stream, Stream) else Stream.from_dict(stream) for stream in extra_streams]
         for stream in extra:
             if not stream.is_input:
-                raise ValueError(f"extra stream '{stream.name}' must be an input; set is_input=True")
+                raise ValueError(f"extra stream '{stream.name}' must be an input stream; set is_input=True")
             if stream.name in _RESERVED:
                 raise ValueError(f"extra streams cannot be named {stream.name!r}, a reserved name; choose another name")
         super().__init__(layout=TokenLayout([*streams, *extra], pattern), dim=dim, depth=depth, cond_dim=width, **stack)
@@ -103,7 +101,7 @@ class StageTransformer(TokenTransformer):
         self.token_fingerprints: dict[str, str] = dict(token_fingerprints or {})
         unused = set(self.token_fingerprints) - set(self.fingerprinted)
         if unused:
-            raise ValueError(f"got fingerprints of {unused}, the {self.namespace} stage only has {self.fingerprinted}")
+            raise ValueError(f"got unused token_fingerprints {unused}; pass only fingerprints of {self.fingerprinted}")
         taken = {*self.kinds, *_RESERVED, *_SHARD_FIELDS} & set(self.further_conditions)
         if taken:
             raise ValueError(f"conditions cannot be named {sorted(taken)} (reserved); choose other names")
@@ -115,18 +113,18 @@ class StageTransformer(TokenTransformer):
 
     @property
     def config(self) -> dict[str, Any]:
-        """Constructor arguments as JSON-able data."""
+        """Constructor arguments of the stage, in a form that JSON can store."""
         fingerprints = {"token_fingerprints": dict(self.token_fingerprints)} if self.token_fingerprints else {}
         return {**self._config, "max_seconds": self.max_seconds, **fingerprints}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "StageTransformer":
-        """Build a model from `config`, with newly initialised weights."""
+        """Build a stage from its `config`, with newly initialised weights."""
         return cls(**config)
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Keys of `AudioTokens` that the stage needs: `semantic`, `acoustic`, and names of extra streams."""
+        """Names of the tokens that the stage needs: `semantic`, `acoustic`, and names of extra streams."""
         return tuple(dict.fromkeys(source.kind for source in self.sources.values()))
 
     @property
@@ -136,12 +134,12 @@ class StageTransformer(TokenTransformer):
 
     @property
     def fingerprinted(self) -> tuple[str, ...]:
-        """Allowed keys of `token_fingerprints`: the tokens that the stage needs, and the modules of its conditions."""
+        """Keys that `token_fingerprints` may have: names of the tokens and condition modules that the stage uses."""
         widths = {"conditioner": self.cond_dim, "text_encoder": self.text_dim}
         return (*self.kinds, *(kind for kind, width in widths.items() if width is not None))
 
     def packed(self, tokens: AudioTokens, ends: Tensor | None = None) -> PackedTokens:
-        """Pack the tokens into rows. `ends [b]` (bool) marks the items whose file ends after the tokens."""
+        """Pack tokens into model inputs. `ends [b]` (bool) marks items whose tokens reach the end of their file."""
         streams, lengths = self.streams_of(tokens)
         return self.layout.pack(streams, lengths, ends)
 
@@ -149,10 +147,10 @@ class StageTransformer(TokenTransformer):
     def streams_of(
         self, tokens: AudioTokens, names: tuple[str, ...] | None = None
     ) -> tuple[dict[str, Tensor], dict[str, int | Tensor]]:
-        """Select the tokens of streams of the stage (None = all streams).
+        """Select the tokens of the streams `names`, or of all streams of the stage if `names` is None.
 
         Returns:
-            Tokens `[b, f, levels]` and numbers of frames `[b]` by stream name: the arguments of `layout.pack`.
+            Tokens `[b, f, levels]` by stream name, and numbers of frames `[b]` by stream name.
         """
         streams: dict[str, Tensor] = {}
         lengths: dict[str, int | Tensor] = {}
@@ -160,12 +158,12 @@ class StageTransformer(TokenTransformer):
             if names is not None and name not in names:
                 continue
             if source.kind not in tokens.tokens:
-                raise ValueError(f"the {self.namespace} stage needs {source.kind} tokens, got {sorted(tokens.tokens)}")
+                raise ValueError(f"got {sorted(tokens.tokens)}, the {self.namespace} stage needs {source.kind} tokens")
             ids = tokens.tokens[source.kind]
             ids = ids.unsqueeze(-1) if ids.ndim == 2 else ids
             last_level = source.first_level + source.num_levels
             if ids.shape[-1] < last_level:
-                raise ValueError(f"stream '{name}' needs {last_level} {source.kind} levels, got {ids.shape[-1]}")
+                raise ValueError(f"stream '{name}' needs {last_level} {source.kind} levels, got {ids.shape[-1]} levels")
             streams[name] = ids[..., source.first_level : last_level]
             lengths[name] = tokens.lengths.get(source.kind, torch.tensor(ids.shape[1]))
         return streams, lengths

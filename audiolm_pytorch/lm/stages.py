@@ -1,4 +1,4 @@
-"""The three stages of AudioLM (arXiv:2209.03143, sec. III-C), with the conditions of MusicLM (arXiv:2301.11325)."""
+"""The three stages of AudioLM (arXiv:2209.03143, section III-C) with the conditions of MusicLM (arXiv:2301.11325)."""
 
 from dataclasses import replace
 from fractions import Fraction
@@ -15,13 +15,14 @@ __all__ = ["CoarseTransformer", "FineTransformer", "SemanticTransformer"]
 
 @register
 class SemanticTransformer(StageTransformer):
-    """The first stage: predicts semantic tokens.
+    """The first stage of AudioLM, which predicts semantic tokens.
 
     Args:
-        num_semantic_tokens: Vocabulary of the semantic tokenizer.
+        num_semantic_tokens: Vocabulary size of the semantic tokenizer.
         rate_hz: Semantic tokens per second.
-        eos: Whether the model learns to predict the end of files.
-        pattern: `flat`; with extra streams that have a rate also `delayed` or `parallel`, which align them in time.
+        eos: Whether the model learns to predict where a recording ends.
+        pattern: Order of the tokens: `flat`, or `delayed` or `parallel` to align extra streams in time with semantic
+            tokens.
         **options: Further arguments of `StageTransformer` (audio_text_condition, cond_dim, extra_streams) and
             `TokenTransformer` (heads, dropout, text_dim, ...).
     """
@@ -55,16 +56,16 @@ class SemanticTransformer(StageTransformer):
 
 @register
 class CoarseTransformer(StageTransformer):
-    """The second stage: predicts the first acoustic levels from semantic tokens.
+    """The second stage of AudioLM, which predicts the first levels of acoustic tokens from semantic tokens.
 
     Args:
-        num_semantic_tokens: Vocabulary of the semantic tokenizer.
-        codebook_size: Vocabulary of every acoustic level.
-        num_coarse_quantizers: Number of predicted levels, counted over all groups.
-        pattern: `delayed`, `parallel`, or the pattern of AudioLM, `flat` (all semantic tokens come first).
+        num_semantic_tokens: Vocabulary size of the semantic tokenizer.
+        codebook_size: Number of codes of every acoustic level.
+        num_coarse_quantizers: Number of predicted tokens per frame (residual levels times `num_groups`).
+        pattern: Order of the tokens: `delayed`, `parallel`, or `flat` as in AudioLM (all semantic tokens come first).
         semantic_rate_hz: Semantic tokens per second.
         rate_hz: Acoustic frames per second.
-        num_groups: Codes per residual level of the codec.
+        num_groups: Number of codes per residual level of the codec.
     """
 
     namespace = "coarse"
@@ -112,15 +113,15 @@ class CoarseTransformer(StageTransformer):
 
 @register
 class FineTransformer(StageTransformer):
-    """The third stage: predicts the remaining acoustic levels from the first levels.
+    """The third stage of AudioLM, which predicts the remaining levels of acoustic tokens from the first levels.
 
     Args:
-        num_coarse_quantizers: Number of input levels, counted over all groups.
-        num_fine_quantizers: Number of predicted levels, counted over all groups.
-        codebook_size: Vocabulary of every acoustic level.
-        pattern: `delayed`, `parallel`, or the pattern of AudioLM, `flat` (all coarse levels come first).
+        num_coarse_quantizers: Number of input tokens per frame (residual levels times `num_groups`).
+        num_fine_quantizers: Number of predicted tokens per frame (residual levels times `num_groups`).
+        codebook_size: Number of codes of every acoustic level.
+        pattern: Order of the tokens: `delayed`, `parallel`, or `flat` as in AudioLM (all coarse levels come first).
         rate_hz: Acoustic frames per second.
-        num_groups: Codes per residual level of the codec.
+        num_groups: Number of codes per residual level of the codec.
     """
 
     namespace = "fine"

@@ -1,4 +1,4 @@
-"""Training task of a stage: batches, loss and validation."""
+"""Training task of a stage, with its batches, loss and validation."""
 
 import json
 import logging
@@ -29,21 +29,22 @@ _NOT_DECISIVE = ("max_seconds", "token_fingerprints", "checkpoint_blocks")
 
 
 class StageTask:
-    """Trains a stage, and its embedding table in the conditioner, in a `TrainLoop`.
+    """Task of a `TrainLoop` that trains a stage and its table of condition embeddings.
 
     Args:
         transformer: Language model of the stage.
         train: Training data.
         valid: Validation data.
         audio_conditioner: Conditioner; needed by a stage that is conditioned on codes.
-        text_conditioner: Text encoder; needed by a stage with a `text_dim`. An item without a caption is unconditional.
-        level_drop_prob: Probability that training drops the last levels of the codes of an item, starting at a random
-            level. The stage then also learns to use only the first levels.
+        text_conditioner: Text encoder; needed by a stage with a `text_dim`; items without a caption are trained
+            unconditionally.
+        level_drop_prob: Probability that training drops the last levels of the conditioning codes of an item, from a
+            random level on, so that the stage learns to use only the first levels.
         batch_size: Number of items of a validation batch.
-        token_fingerprints: Fingerprints of the modules that compute tokens and conditions.
+        token_fingerprints: Fingerprints of the tokenizers and conditioners.
 
     Attributes:
-        config: Values that must be equal when a run is resumed. The caller adds the values of its data sources.
+        config: Settings that must not change when a run is resumed; the trainer adds the settings of its data.
     """
 
     @beartype
@@ -91,17 +92,17 @@ class StageTask:
         }
 
     def batch(self, indices: list[tuple[int, int]]) -> Any:
-        """Return the training crops of the passed (epoch, index) pairs."""
+        """Return training crops for pairs of an epoch and a recording index."""
         return self.train.batch(indices)
 
     def loss(self, batch: Any, step: int) -> LossOutput:
-        """Return the cross-entropy of a batch in nats per token."""
+        """Return the cross-entropy of a training batch in nats per token."""
         prediction = self._predict(self.train, batch)
         return LossOutput(prediction.loss, _metrics(prediction))
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Compute loss and accuracy on the first validation items, with all conditions."""
+        """Compute loss and accuracy on the first validation items."""
         num_items = min(_MAX_VALID_ITEMS, len(self.valid))
         totals: dict[str, float] = {}
         for first in range(0, num_items, self.batch_size):
@@ -116,10 +117,10 @@ class StageTask:
         """Do nothing, because a single stage cannot generate audio."""
 
     def before_training(self) -> None:
-        """Do nothing, because no weights are initialised from the data."""
+        """Do nothing, because a stage has no weights that are initialised from data."""
 
     def _predict(self, source: StageSource, batch: Any) -> TokenLoss:
-        """Compute the loss of a batch with its conditions."""
+        """Compute the loss of the stage for the tokens and conditions of a batch."""
         inputs = source.read(batch)
         # Without autocast, so that conditions are the same as in generation.
         with torch.autocast(self.transformer.device.type, enabled=False):
@@ -129,7 +130,7 @@ class StageTask:
         return loss
 
     def _codes(self, conditioner_inputs: Mapping[str, Any]) -> ConditionTensor | None:
-        """Embedded codes of a batch. In training, the last levels of random items are dropped."""
+        """Embed the conditioning codes of a batch. Training drops the last code levels of random items."""
         if self.conditioner is None:
             return None
         codes = self.conditioner.conditioning(namespace=self.transformer.namespace, **conditioner_inputs)
@@ -145,7 +146,7 @@ class StageTask:
         return _drop_levels(codes, self.level_drop_prob) if drops else codes
 
     def _states(self, texts: Sequence[str | None] | None) -> ConditionTensor | None:
-        """Text states of a batch; None if no item has a caption."""
+        """Encode the captions of a batch with the text encoder; return None if no item has a caption."""
         present = [(item, text) for item, text in enumerate(texts or []) if text is not None]
         if self.text_conditioner is None or texts is None or not present:
             return None
@@ -160,7 +161,7 @@ class StageTask:
 
 
 def _drop_levels(conditioning: ConditionTensor, probability: float) -> ConditionTensor:
-    """Drop the last levels of random items. The first level is never dropped."""
+    """Drop the last levels of the conditioning codes of random items. The first code level is never dropped."""
     num_levels = conditioning.mask.shape[1]
     kept = torch.randint(1, num_levels, (len(conditioning),)) if num_levels > 1 else torch.ones(len(conditioning))
     is_cut = torch.rand(len(conditioning)) < probability
@@ -173,7 +174,7 @@ def _metrics(prediction: TokenLoss) -> dict[str, Tensor | float]:
 
 
 def _chance(transformer: StageTransformer) -> dict[str, float]:
-    """Losses of uniform predictions: logarithms of vocabulary sizes; `loss` is weighted by tokens per second."""
+    """Compute the losses of uniform predictions; `loss` is the mean over streams, weighted by tokens per second."""
     streams = transformer.layout.predicted
     weights = [float(stream.exact_hz) * stream.num_levels for stream in streams]
     chances = [math.log(stream.vocab_size) for stream in streams]

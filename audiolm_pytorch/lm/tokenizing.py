@@ -1,4 +1,4 @@
-"""Tokenization of waves for the stages."""
+"""Conversion of waves to the tokens of the AudioLM stages."""
 
 from collections.abc import Collection, Mapping
 
@@ -13,14 +13,14 @@ __all__ = ["sample_rates", "tokenize"]
 
 
 def sample_rates(kinds: Collection[str], wav2vec: SemanticTokenizer | None, codec: Codec | None) -> dict[str, int]:
-    """Sample rate in Hz of the tokenizer of each kind of token. Raises ValueError if a tokenizer is missing."""
+    """Return the sample rate (Hz) of the tokenizer of each token type; raise a ValueError if a tokenizer is missing."""
     rates_hz: dict[str, int] = {}
     for kind in kinds:
         if kind not in ("semantic", "acoustic"):
-            raise ValueError(f"'{kind}' tokens cannot be computed from waves; pass tokens, or shards that contain them")
+            raise ValueError(f"'{kind}' tokens cannot be computed from waves; pass the tokens, or token shards")
         name, tokenizer = {"semantic": ("wav2vec", wav2vec), "acoustic": ("codec", codec)}[kind]
         if tokenizer is None:
-            raise ValueError(f"the argument {name} is missing; pass the tokenizer of {kind} tokens, or the tokens")
+            raise ValueError(f"the argument {name} is missing; pass a tokenizer of {kind} tokens, or {kind} tokens")
         rates_hz[kind] = tokenizer.target_sample_hz
     return rates_hz
 
@@ -35,10 +35,10 @@ def tokenize(
     """Tokenize waves without autocast, so that tokens do not depend on the precision of training.
 
     Args:
-        waves: Waves `[b, n]` by kind of token (`semantic`, `acoustic`), at the sample rate of the tokenizer.
-        lengths: Number of samples without padding `[b]`, with the same keys.
-        wav2vec: Semantic tokenizer; needed for `semantic`.
-        codec: Codec; needed for `acoustic`.
+        waves: Waves `[b, n]` by token type (`semantic`, `acoustic`), at the sample rate of the tokenizer.
+        lengths: Number of samples without padding, `[b]`, by token type.
+        wav2vec: Semantic tokenizer; needed if `waves` has the key `semantic`.
+        codec: Codec; needed if `waves` has the key `acoustic`.
     """
     sample_rates(waves, wav2vec, codec)
     tokens: dict[str, Tensor] = {}

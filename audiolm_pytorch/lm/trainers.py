@@ -1,4 +1,4 @@
-"""Trainers of the three stages."""
+"""Trainers of the three stages of AudioLM."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,38 +33,37 @@ TABLE_FILE = "conditioning_table.safetensors"
 
 @trainer_arguments(LoopSettings)
 class StageTrainer:
-    """Trains a stage on audio files or on token shards. An interrupted run can be resumed.
+    """Trainer of one AudioLM stage on audio files or on token shards. An interrupted training run can be resumed.
 
-    At the end `results_folder` contains the stage (`<namespace>/`, a saved module) and, with a conditioner, its trained
-    embedding table (`conditioning_table.safetensors`). Stage and checkpoints store the fingerprints of tokenizers and
-    conditioners (`token_fingerprints`).
+    After training, `results_folder` contains the trained stage as a saved module in the folder `<namespace>/`. The
+    trained table of condition embeddings, if there is one, is in `conditioning_table.safetensors`. The stage and its
+    checkpoints store the fingerprints of tokenizers and conditioners in `token_fingerprints`.
 
     Args:
         transformer: Language model of the stage; trained in place.
-        wav2vec: Semantic tokenizer; needed by a stage with semantic tokens. With shards, only its fingerprint is
-            compared.
-        codec: Codec; needed by a stage with acoustic tokens. With shards, only its fingerprint is compared.
+        wav2vec: Semantic tokenizer; needed by a stage with semantic tokens; with `shards`, only its fingerprint is
+            used.
+        codec: Codec; needed by a stage with acoustic tokens; with `shards`, only its fingerprint is used.
         audio_conditioner: Conditioner; needed by a stage with `audio_text_condition`.
-        text_conditioner: Frozen text encoder; needed by a stage with a `text_dim`. If a recording has several captions,
-            each epoch uses the next caption.
+        text_conditioner: Frozen text encoder; needed by a stage with a `text_dim`; each epoch uses the next caption of
+            a recording.
         folder: Folder of audio files, or path of a JSONL manifest.
         items: Training and validation items, instead of `folder`.
         shards: Token shards, instead of `folder` and `items`.
         valid_shards: Validation shards; None = validate on `shards`.
-        data_max_length: Length of a crop in samples, at the rate of the codec (semantic stage: of the semantic
-            tokenizer).
-        data_max_length_seconds: Length of a crop in seconds, instead of `data_max_length`. If both are None, crops are
+        data_max_length: Length of a crop in samples, at the sample rate of the codec or, without a codec, of `wav2vec`.
+        data_max_length_seconds: Length of a crop in seconds, instead of `data_max_length`; if both are None, crops are
             whole recordings.
         batch_size: Number of crops per optimizer step and process.
         num_train_steps: Number of optimizer steps of the whole run.
-        results_folder: Folder of checkpoints, metrics and the trained stage.
-        accelerator: Accelerator to share between trainers in one program; None = a new accelerator.
-        level_drop_prob: Probability of dropped levels of codes, see `StageTask`.
-        text_prob: Probability that the codes of a recording with a caption are computed from the caption, as in
-            generation, not from the audio. Validation always uses the audio.
-        conditioners: For each further condition of the stage, a function that computes it from a `WaveBatch`. Not used
-            with shards, which store the embeddings.
-        **settings: Further fields of `LoopSettings`, e.g. `learning_rate` or `optimizer`.
+        results_folder: Folder for checkpoints, metrics and the trained stage.
+        accelerator: Accelerator that several trainers of one program share; None = a new accelerator.
+        level_drop_prob: Probability that the last levels of the conditioning codes of a training item are dropped.
+        text_prob: Probability that training computes the codes of a recording from its caption, as in generation,
+            instead of its audio.
+        conditioners: Functions that compute further conditions of the stage from a `WaveBatch`, by condition name; not
+            allowed with `shards`, which store the condition embeddings.
+        **settings: Further fields of `LoopSettings`, such as `learning_rate` or `optimizer`.
     """
 
     @beartype
@@ -106,27 +105,26 @@ class StageTrainer:
         valid: StageSource
         if shards is not None:
             if folder is not None or items is not None:
-                raise ValueError("pass only one source of data: folder, items or shards")
+                raise ValueError("got shards and audio files; pass only one of folder, items and shards")
             if conditioners:
-                raise ValueError("got conditioners with token shards; store the embeddings in the shards")
+                raise ValueError("got conditioners and shards; store the condition embeddings in the shards instead")
             train = ShardSource(shards, transformer, text_prob=text_prob, **options)
             valid = ShardSource(valid_shards or shards, transformer, **options)
         else:
             if valid_shards is not None:
-                raise ValueError("valid_shards need shards; pass validation files in items or in a manifest")
+                raise ValueError("got valid_shards without shards; pass validation files in items or in a manifest")
             tokenizers = [tokenizer for tokenizer in (wav2vec, codec) if tokenizer is not None]
-            shortest = max((one.downsample_factor / one.target_sample_hz for one in tokenizers), default=0.0)
-            if seconds is not None and not seconds >= shortest:
-                raise ValueError(f"crops of {seconds} s are shorter than a token of {shortest} s; make them longer")
-            train_items, valid_items = training_items(folder, items, min_seconds=shortest)
+            token_seconds = max((one.downsample_factor / one.target_sample_hz for one in tokenizers), default=0.0)
+            if seconds is not None and not seconds >= token_seconds:
+                raise ValueError(f"got crops of {seconds} s, a token lasts {token_seconds} s; use longer crops")
+            train_items, valid_items = training_items(folder, items, min_seconds=token_seconds)
             options |= {"wav2vec": wav2vec, "codec": codec, "conditioners": conditioners}
             train = WaveSource(train_items, transformer, text_prob=text_prob, **options)
             valid = WaveSource(valid_items, transformer, **options)
         if transformer.text_dim is not None and not train.has_captions:
             raise ValueError(
-                f"the {transformer.namespace} transformer needs captions (text_dim), but none of {len(train)} "
-                "recordings has one; write captions in a manifest or beside the files, or build the stage without a "
-                "text_dim"
+                f"the {transformer.namespace} transformer has a text_dim, but none of {len(train)} recordings has a "
+                "caption; add captions to the manifest, or build the stage without a text_dim"
             )
         self.transformer, self.conditioner = transformer, audio_conditioner
         all_shards = [part for part in (shards, valid_shards) if part is not None]
@@ -148,20 +146,21 @@ class StageTrainer:
 
     @beartype
     def train(self, stop_after_steps: int | None = None) -> TrainResult:
-        """Train to the end, or for at most `stop_after_steps` steps. Resume from a checkpoint in `results_folder`.
+        """Train the stage to the end of the run, or for at most `stop_after_steps` steps.
 
-        At the end of the run, the stage and its embedding table in the conditioner have the final weights.
+        Training continues from the checkpoint in `results_folder`, if there is one. After the last step, the stage and
+        its table of condition embeddings have the final weights.
         """
         result = self.loop.train_and_save(self._save, stop_after_steps)
         self._set_fingerprints()
         return result
 
     def _set_fingerprints(self) -> None:
-        """Store the fingerprints in the stage. Called after training, because resuming the run can raise an error."""
+        """Store the fingerprints of tokenizers and conditioners in the trained stage."""
         self.transformer.token_fingerprints = dict(self.task.token_fingerprints)
 
     def _save(self) -> None:
-        """Save the embedding table before the stage, so that the table exists whenever the stage exists."""
+        """Save the table of condition embeddings, and then the stage, so that a saved stage always has its table."""
         self._set_fingerprints()
         namespace = self.transformer.namespace
         if self.conditioner is not None:
@@ -170,7 +169,7 @@ class StageTrainer:
 
 
 class SemanticTransformerTrainer(StageTrainer):
-    """Trains the semantic stage; all arguments are those of `StageTrainer`."""
+    """Trainer of the semantic stage, with the arguments of `StageTrainer`."""
 
     @beartype
     def __init__(
@@ -180,7 +179,7 @@ class SemanticTransformerTrainer(StageTrainer):
 
 
 class CoarseTransformerTrainer(StageTrainer):
-    """Trains the coarse stage; all arguments are those of `StageTrainer`."""
+    """Trainer of the coarse stage, with the arguments of `StageTrainer`."""
 
     @beartype
     def __init__(
@@ -195,7 +194,7 @@ class CoarseTransformerTrainer(StageTrainer):
 
 
 class FineTransformerTrainer(StageTrainer):
-    """Trains the fine stage; all arguments are those of `StageTrainer`."""
+    """Trainer of the fine stage, with the arguments of `StageTrainer`."""
 
     @beartype
     def __init__(self, *, transformer: FineTransformer, codec: Codec | None = None, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""Training data of stages: audio files that are tokenized on the fly, and shards of precomputed tokens."""
+"""Training data of the AudioLM stages, from audio files (tokenized during training) or from shards of stored tokens."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -37,15 +37,16 @@ _LOST_FRAMES, _LOST_SHARE = 3, Fraction(1, 10)
 
 @dataclass(frozen=True)
 class StageInput:
-    """Inputs of a stage for one batch.
+    """Inputs of a stage for one training batch.
 
     Attributes:
         tokens: Tokens of the crops.
-        ends: Mask `[b]` of the items whose file ends with the crop.
-        condition: Arguments of `Conditioner.conditioning`: `wavs` and `lengths`, or `codes`; empty without a
+        ends: Mask `[b]` of the items whose crop reaches the end of the file.
+        condition: Arguments for `Conditioner.conditioning` (`wavs` and `lengths`, or `codes`); empty without a
             conditioner.
-        texts: Caption of every item (None: the item has no caption); None for a stage without a `text_dim`.
-        conditions: Further conditions of the stage by name, besides codes and texts.
+        texts: Caption of every item, or None for an item without a caption; `texts` is None for a stage without a
+            `text_dim`.
+        conditions: Further conditions of the stage, by condition name.
     """
 
     tokens: AudioTokens
@@ -56,14 +57,13 @@ class StageInput:
 
 
 class StageSource(ABC):
-    """Training data of a stage. If a recording has several captions, each epoch uses the next caption.
+    """Base class of the training data of a stage. Each epoch uses the next caption of a recording.
 
     Args:
-        transformer: Language model of the stage.
         audio_conditioner: Conditioner; needed by a stage that is conditioned on codes.
-        text_prob: Probability that the codes of a recording with a caption are computed from the caption, not from the
+        text_prob: Probability that the conditioning codes of a recording are computed from its caption instead of its
             audio.
-        seed: Seed of the crops and of the selection of caption or audio.
+        seed: Seed of the random crops and of the random choice between caption and audio.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class StageSource(ABC):
             raise ValueError(f"text_prob must be a probability in [0, 1], got {text_prob}")
         if text_prob > 0 and audio_conditioner is None:
             raise ValueError(
-                f"text_prob={text_prob} needs an audio_conditioner, which computes codes of captions; pass one"
+                f"text_prob={text_prob} needs an audio_conditioner; pass an audio_conditioner, or set text_prob=0"
             )
         self.conditioner, self.text_prob, self.seed = audio_conditioner, text_prob, seed
         self.uses_captions = transformer.text_dim is not None
@@ -85,7 +85,7 @@ class StageSource(ABC):
     @property
     @abstractmethod
     def crop_seconds(self) -> float:
-        """Length of the longest crop of a batch, in seconds."""
+        """Length of the longest training crop in seconds."""
 
     @property
     @abstractmethod
@@ -94,32 +94,32 @@ class StageSource(ABC):
 
     @abstractmethod
     def batch(self, indices: Sequence[tuple[int, int]]) -> Any:
-        """Return the crops of (epoch, index) pairs as CPU tensors. Equal pairs and seeds return equal crops."""
+        """Return crops on the CPU for pairs of an epoch and a recording index. Equal seeds lead to equal crops."""
 
     @abstractmethod
     def read(self, batch: Any) -> StageInput:
-        """Compute the inputs of the stage for a batch, on the device of the batch."""
+        """Compute the inputs of the stage from a batch of crops, on the device of the batch."""
 
     def draws_text(self, epoch: int, index: int) -> bool:
-        """Whether the codes of a recording with a caption are computed from the caption in this epoch."""
+        """Choose at random whether the codes of a recording are from its caption (True) or its audio in an epoch."""
         draw = np.random.default_rng([self.seed, epoch, index, _TEXT_DRAW]).random()
         return bool(draw < self.text_prob)
 
 
 def _caption_in_turn(captions: Sequence[str], epoch: int) -> str | None:
-    """Select the caption of a recording for an epoch; None if it has no captions."""
+    """Select the caption of a recording for an epoch; return None if the recording has no caption."""
     return captions[epoch % len(captions)] if captions else None
 
 
 @dataclass(frozen=True)
 class WaveBatch:
-    """A batch of crops of audio files, with captions and labels. Conditioners compute conditions from it.
+    """Batch of crops of audio files with captions and labels, from which functions compute further conditions.
 
     Attributes:
         crops: Waves and lengths of the crops by sample rate in Hz.
         captions: Caption of every item for this epoch; None for an item without captions.
-        labels: For every item, the fields of its line in the manifest.
-        captioned: Indices `[k]` of the items whose codes are computed from their caption.
+        labels: Fields of the manifest line of every item.
+        captioned: Indices `[k]` of the items whose conditioning codes are computed from the caption.
     """
 
     crops: CropBatch
@@ -135,13 +135,14 @@ class WaveSource(StageSource):
     """Random crops of audio files, which are tokenized during training.
 
     Args:
-        items: The audio files.
+        items: Audio files with captions and labels.
         transformer: Language model of the stage.
-        seconds: Duration of a crop; None = whole files.
+        seconds: Length of a crop in seconds; None = crops are whole files.
         wav2vec: Semantic tokenizer; needed by a stage with semantic tokens.
         codec: Codec; needed by a stage with acoustic tokens.
-        conditioners: For each further condition, a function that returns its embeddings `[b, d]` or `[b, m, d]` for a
-            `WaveBatch`. If the function has an attribute `sample_hz`, the batch also contains waves of that rate.
+        conditioners: Functions that compute the embeddings `[b, d]` or `[b, m, d]` of a further condition from a
+            `WaveBatch`, by condition name; an optional attribute `sample_hz` of a function is the sample rate of its
+            input waves.
     """
 
     @beartype
@@ -165,7 +166,7 @@ class WaveSource(StageSource):
         if set(self.conditioners) != set(transformer.further_conditions):
             raise ValueError(
                 f"the {transformer.namespace} transformer has the conditions {sorted(transformer.further_conditions)}, "
-                f"but got conditioners of {sorted(self.conditioners)}; pass one per condition"
+                f"but got conditioners of {sorted(self.conditioners)}; pass one conditioner per condition"
             )
         rates_hz = (getattr(one, "sample_hz", None) for one in (audio_conditioner, *self.conditioners.values()))
         conditioners_hz = [rate_hz for rate_hz in rates_hz if rate_hz is not None]
@@ -178,7 +179,7 @@ class WaveSource(StageSource):
 
     @property
     def crop_seconds(self) -> float:
-        """Length of the longest crop of a batch, in seconds."""
+        """Length of the longest training crop in seconds."""
         longest = max(item.num_samples / item.sample_hz for item in self.crops.items)
         return longest if self.crops.seconds is None else min(float(self.crops.seconds), longest)
 
@@ -188,7 +189,7 @@ class WaveSource(StageSource):
         return any(self.captions)
 
     def batch(self, indices: Sequence[tuple[int, int]]) -> WaveBatch:
-        """Return the crops of (epoch, index) pairs, at every sample rate that tokenizers and conditioners need."""
+        """Return crops for pairs of an epoch and a file index, at the rates of the tokenizers and conditioners."""
         crops = collate_crops([self.crops.get(epoch, index) for epoch, index in indices])
         captions = [_caption_in_turn(self.captions[index], epoch) for epoch, index in indices]
         labels = [self.crops.items[index].labels for _, index in indices]
@@ -200,7 +201,7 @@ class WaveSource(StageSource):
         return WaveBatch(crops, captions, labels, torch.tensor(captioned, dtype=torch.long))
 
     def read(self, batch: WaveBatch) -> StageInput:
-        """Compute the tokens and conditions of the crops."""
+        """Compute the tokens and the conditions of a batch of crops."""
         crops = batch.crops
         waves = {kind: crops.waves[rate_hz] for kind, rate_hz in self.rates_hz.items()}
         lengths = {kind: crops.lengths[rate_hz] for kind, rate_hz in self.rates_hz.items()}
@@ -215,7 +216,7 @@ class WaveSource(StageSource):
         return StageInput(tokens, crops.ends_file, self._condition(batch), texts, conditions)
 
     def _condition(self, batch: WaveBatch) -> dict[str, Any]:
-        """Arguments of the conditioner: waves or, if the batch uses captions, codes of waves and captions."""
+        """Return the arguments of the conditioner: waves, or codes if some items use the codes of their caption."""
         if self.conditioner is None:
             return {}
         sample_hz = self.conditioner.sample_hz
@@ -233,7 +234,7 @@ class WaveSource(StageSource):
 
 @dataclass(frozen=True)
 class _TokenBatch:
-    """A batch of crops of token records, padded on the right."""
+    """Batch of crops of stored token sequences, padded on the right."""
 
     tokens: dict[str, Tensor]
     lengths: dict[str, Tensor]
@@ -246,7 +247,7 @@ class _TokenBatch:
 
 @dataclass(frozen=True)
 class _TokenCrop:
-    """One crop of a token record. `latent [d]` is computed from its audio or, if `is_text`, from its caption."""
+    """Crop of a stored token sequence. `latent [d]` is computed from the caption if `is_text`, else from the audio."""
 
     tokens: dict[str, Tensor]
     latent: Tensor
@@ -257,16 +258,16 @@ class _TokenCrop:
 
 
 class ShardSource(StageSource):
-    """Random crops of token records. All tokens of a crop cover the same time span.
+    """Random crops of token sequences that are stored in shards.
+
+    Shards need the tokens of the stage, `semantic [t]`, `acoustic [f, q]`, and extra streams by name. A conditioner
+    needs the field `latents [w, d]`, of w windows at equal distances in the recording. `text_prob` needs the field
+    `text_latents [k, d]`, of the k captions. A `text_dim` needs the field `captions`, see `encode_texts`. A further
+    condition needs a field `[d]` or `[m, d]` of its name. Extra streams without a rate are not cropped.
 
     Args:
-        shards: Records with the tokens that the stage needs: `semantic [t]`, `acoustic [f, q]`, and extra streams by
-            name (streams without a rate are not cropped). A conditioner needs the field `latents [w, d]`, of windows
-            evenly spread over the recording; `text_prob` needs `text_latents [k, d]`, of its k >= 0 captions; a
-            `text_dim` needs `captions` (see `encode_texts`). Further conditions need embeddings `[d]` or `[m, d]` by
-            name.
-        transformer: Language model of the stage. Its streams declare the rates of the tokens.
-        seconds: Duration of a crop; None = whole records.
+        transformer: Language model of the stage; its streams declare the rates of the tokens.
+        seconds: Length of a crop in seconds; None = crops are whole recordings.
     """
 
     @beartype
@@ -302,8 +303,8 @@ class ShardSource(StageSource):
             self.crop_frames = frames_inside(seconds, self.rate_hz) // self.alignment * self.alignment
             if self.crop_frames < 1:
                 raise ValueError(
-                    f"crops of {seconds} s are shorter than {self.alignment} frames at {float(self.rate_hz)} Hz; "
-                    "make them longer"
+                    f"got crops of {seconds} s, a crop needs at least {self.alignment} frames at "
+                    f"{float(self.rate_hz)} frames per second; use longer crops"
                 )
 
     def __len__(self) -> int:
@@ -312,20 +313,20 @@ class ShardSource(StageSource):
 
     @property
     def crop_seconds(self) -> float:
-        """Length of the longest crop of a batch, in seconds."""
+        """Length of the longest training crop in seconds."""
         kind, ratio = next(iter(self.ratios.items()))
         longest = float(self.shards.longest(kind) / (ratio * self.rate_hz))
         return longest if self.seconds is None else min(float(self.seconds), longest)
 
     @property
     def has_captions(self) -> bool:
-        """Whether any record has a caption. All records are read."""
+        """Whether any recording in the shards has a caption."""
         if "captions" not in self.shards.fields:
             return False
         return any(decode_texts(self.shards[index]["captions"]) for index in range(len(self)))
 
     def batch(self, indices: Sequence[tuple[int, int]]) -> _TokenBatch:
-        """Return the crops of the passed (epoch, index) pairs."""
+        """Return crops for pairs of an epoch and a record index."""
         crops = [self._crop(epoch, index) for epoch, index in indices]
         kinds = [*self.ratios, *self.timeless]
         return _TokenBatch(
@@ -339,7 +340,7 @@ class ShardSource(StageSource):
         )
 
     def read(self, batch: _TokenBatch) -> StageInput:
-        """Compute the codes from the latents of a batch. The tokens are not changed."""
+        """Return the tokens of a batch, and the conditioning codes computed from its latents."""
         condition: dict[str, Any] = {}
         if self.conditioner is not None and batch.latents is not None:
             self.conditioner.to(batch.latents.device)
@@ -351,7 +352,7 @@ class ShardSource(StageSource):
         return StageInput(tokens, batch.ends, condition, batch.captions, batch.conditions)
 
     def _crop(self, epoch: int, index: int) -> _TokenCrop:
-        """Select a random crop of one record."""
+        """Cut a random crop out of one stored token sequence."""
         record = self.shards[index]
         num_frames = self._num_frames(record, index)
         count = num_frames if self.crop_frames is None else min(self.crop_frames, num_frames)
@@ -381,24 +382,24 @@ class ShardSource(StageSource):
         return _TokenCrop(tokens, latent, is_text, caption, start + count == num_frames, conditions)
 
     def _num_frames(self, record: dict[str, np.ndarray], index: int) -> int:
-        """Number of frames of the predicted stream for which all tokens of the stage exist."""
+        """Return the number of frames of the predicted stream for which all streams of the stage have tokens."""
         covered = {kind: len(record[kind]) / ratio for kind, ratio in self.ratios.items()}
         shortest, longest = min(covered.values()), max(covered.values())
         if shortest < 1:
-            raise ValueError(f"record {index} of {self.shards.folder} is shorter than one frame; remove it")
+            raise ValueError(f"record {index} of {self.shards.folder} is shorter than one frame; remove the record")
         lost = max(_LOST_FRAMES * max(Fraction(1), 1 / ratio) for ratio in self.ratios.values())
         if longest - shortest > lost + _LOST_SHARE * longest:
-            seconds = {kind: round(float(frames / self.rate_hz), 2) for kind, frames in covered.items()}
+            durations_seconds = {kind: round(float(frames / self.rate_hz), 2) for kind, frames in covered.items()}
             rates_hz = {kind: float(ratio * self.rate_hz) for kind, ratio in self.ratios.items()}
             raise ValueError(
-                f"record {index} of {self.shards.folder}: at the rates of the stage, {rates_hz} tokens per second, its "
-                f"tokens last {seconds} s; build the stage with the rates of the tokenizers"
+                f"the tokens of record {index} of {self.shards.folder} have different durations {durations_seconds} at "
+                f"the rates of the stage {rates_hz}; build the stage with the rates of the tokenizers"
             )
         return int(shortest)
 
 
 def _padded_condition(embeddings: Sequence[Tensor]) -> ConditionTensor:
-    """Pad the embeddings `[m_i, d]` of all items to one batch. An item may have no embeddings (m_i = 0)."""
+    """Pad the embeddings `[m_i, d]` of all items to one batch. The number of embeddings m_i of an item may be 0."""
     counts = torch.tensor([len(item) for item in embeddings])
     padded = pad_sequence([item if len(item) else item.new_zeros(1, item.shape[1]) for item in embeddings], True)
     return ConditionTensor(padded, torch.arange(padded.shape[1]) < counts.unsqueeze(1))

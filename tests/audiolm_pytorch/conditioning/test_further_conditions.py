@@ -228,5 +228,5 @@ def test_wrong_conditions_raise_errors(tmp_path: Path) -> None:
     shards = TokenShards(tmp_path / "shards")
     with pytest.raises(ValueError, match="the stage needs .*tempo"):
         SemanticTransformerTrainer(shards=shards, **common)
-    with pytest.raises(ValueError, match="store the embeddings in the shards"):
+    with pytest.raises(ValueError, match="store the condition embeddings in the shards"):
         SemanticTransformerTrainer(shards=shards, conditioners={"tempo": len}, **common)

@@ -299,13 +299,13 @@ def test_missing_captions_or_text_encoders_raise_errors(shards: TokenShards, tmp
     with pytest.raises(ValueError, match=r"the stage needs \['captions', 'semantic'\]"):
         SemanticTransformerTrainer(transformer=with_texts, shards=TokenShards(tmp_path / "bare"), **reader, **common)
     folder = write_folder(num_files=4, sample_hz=fakes.SAMPLE_HZ)
-    with pytest.raises(ValueError, match="none of 3 recordings has one; write captions in a manifest"):
+    with pytest.raises(ValueError, match="none of 3 recordings has a caption; add captions to the manifest"):
         SemanticTransformerTrainer(
             transformer=with_texts, wav2vec=fakes.FakeSemanticTokenizer(), folder=folder, **reader, **common
         )
     silent = {"semantic": np.arange(50) % 12, "captions": encode_texts([])}
     write_shards(tmp_path / "silent", lambda _: silent, 2, {})
-    with pytest.raises(ValueError, match="none of 2 recordings has one; write captions in a manifest"):
+    with pytest.raises(ValueError, match="none of 2 recordings has a caption; add captions to the manifest"):
         SemanticTransformerTrainer(transformer=with_texts, shards=TokenShards(tmp_path / "silent"), **reader, **common)
     assert not (tmp_path / "run").exists()
 

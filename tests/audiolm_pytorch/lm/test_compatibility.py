@@ -102,7 +102,7 @@ def test_compatible_parts_are_accepted(pattern, caplog):
 def test_differences_from_modules_raise_errors(build, parts, message):
     """The message names the stage and both sides of the difference."""
     stage = build()
-    with pytest.raises(ValueError, match=rf"the {stage.namespace} transformer is not compatible: .*{message}"):
+    with pytest.raises(ValueError, match=rf"the {stage.namespace} transformer cannot use these modules: .*{message}"):
         check_compatible(stage, **parts)
 
 
@@ -190,7 +190,7 @@ def test_stages_of_one_group_accept_codecs_with_groups():
 def test_stages_with_different_declarations_raise_errors(stages, message):
     """Shared streams must be declared alike; the order of the stages does not matter."""
     stages = [build() for build in stages]
-    with pytest.raises(ValueError, match=f"the stages are not compatible: .*{message}"):
+    with pytest.raises(ValueError, match=f"not compatible with each other: .*{message}"):
         check_stages_compatible(*stages)
     with pytest.raises(ValueError, match="not compatible"):
         check_stages_compatible(*stages[::-1])

@@ -438,7 +438,7 @@ def test_wrong_extra_streams_raise_errors():
             stages(extra_streams=[wrong])["coarse"]
     with pytest.raises(ValueError, match="not a multiple of num_groups=3"):
         FineTransformer(num_coarse_quantizers=4, num_fine_quantizers=2, codebook_size=16, num_groups=3, **SIZES)
-    with pytest.raises(ValueError, match="lengths of"):
+    with pytest.raises(ValueError, match="got lengths without tokens"):
         AudioTokens({"semantic": torch.zeros(1, 2)}, {"acoustic": torch.tensor([1])})
     model = stages(extra_streams=[WORDS])["semantic"]
     with pytest.raises(ValueError, match="needs words tokens"):
