@@ -15,11 +15,11 @@ __all__ = ["Codec", "EncodedWave", "StreamingCodec"]
 
 
 class EncodedWave(NamedTuple):
-    """Codes of a batch of waves, and the loudness of their segments if the codec normalises segments.
+    """Codes of a batch of waves, and the loudness of each wave segment if the codec normalises segments.
 
     Attributes:
-        codes: `[b, f, q]` int64; -1 after the last frame of an item.
-        scales: RMS of each segment `[b, s]`; 0 after the last segment of an item. None if the codec has no scales.
+        codes: Codes `[b, f, q]` int64; -1 after the last frame of an item.
+        scales: RMS of each segment `[b, s]`, 0 after the last segment of an item; None if the codec has no scales.
     """
 
     codes: Tensor
@@ -47,14 +47,14 @@ class Codec(nn.Module, ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hash of the weights and settings that determine the codes."""
+        """Hash of the weights and settings of the codec that determine its codes."""
 
     @abstractmethod
     def tokenize(self, wave: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Encode waves as codes.
 
         Args:
-            wave: `[b, n]` or `[b, c, n]` in [-1, 1] at `target_sample_hz`; any number of samples.
+            wave: Waves `[b, n]` or `[b, c, n]` in [-1, 1] at `target_sample_hz`, of any length.
             lengths: Number of samples of each item `[b]`; None if no item is padded.
 
         Returns:
@@ -66,7 +66,7 @@ class Codec(nn.Module, ABC):
         """Decode codes to waves.
 
         Args:
-            codes: Codes `[b, f, q']` of the first q' of the q quantizers; q' can be 1 to q.
+            codes: Codes `[b, f, q']` of the first q' quantizers; q' can be 1 to `num_quantizers`.
             num_samples: Number of samples of the decoded waves; None for all samples that the frames cover.
 
         Returns:
@@ -74,7 +74,7 @@ class Codec(nn.Module, ABC):
         """
 
     def encode(self, wave: Tensor, lengths: Tensor | None = None) -> EncodedWave:
-        """Encode waves as `tokenize` does, and also return the loudness of segments if the codec normalises them."""
+        """Encode waves as `tokenize` does, and return codes and, if the codec normalises segments, their loudness."""
         return EncodedWave(self.tokenize(wave, lengths))
 
     def decode(self, codes: Tensor, scales: Tensor | None = None, num_samples: int | None = None) -> Tensor:
@@ -99,7 +99,7 @@ class Codec(nn.Module, ABC):
         return num_levels * math.log2(self.codebook_size) * self.target_sample_hz / self.downsample_factor / 1000
 
     def check_num_levels(self, num_levels: int | None) -> int:
-        """Check that the codec has `num_levels` codes per frame, and return the number; None means all codes."""
+        """Check that the codec has `num_levels` codes per frame, and return this number; None means all codes."""
         if num_levels is None:
             return self.num_quantizers
         if not 1 <= num_levels <= self.num_quantizers:
@@ -136,7 +136,7 @@ class Codec(nn.Module, ABC):
             raise ValueError(f"codes must be integers, got {codes.dtype}; convert them with .long()")
         if codes.numel() and (codes.min() < 0 or codes.max() >= self.codebook_size):
             raise ValueError(
-                f"codes must lie in 0..{self.codebook_size - 1}, got {int(codes.min())}..{int(codes.max())}; cut off "
+                f"codes must lie in 0..{self.codebook_size - 1}, got {int(codes.min())}..{int(codes.max())}; remove "
                 "padding (-1) first"
             )
         return codes
@@ -157,24 +157,24 @@ class StreamingCodec(Codec):
     @property
     @abstractmethod
     def encoder_latency_seconds(self) -> float:
-        """Longest time from a sample to the codes of its frame: one frame plus the look-ahead of the encoder."""
+        """Longest delay of the encoder from a sample to its codes, the duration of one frame plus the look-ahead."""
 
     @property
     @abstractmethod
     def decoder_latency_seconds(self) -> float:
-        """Duration of the following frames that the decoder must receive before it can decode a frame."""
+        """Duration of the later frames that the decoder must receive before it can decode a frame."""
 
     @abstractmethod
     def encoder_stream(self) -> EncoderStream:
-        """Create a stream that encodes a wave chunk by chunk; the codes, concatenated, equal `tokenize(wave)`."""
+        """Create a stream that encodes chunks of a wave as the codes of `tokenize(wave)`."""
 
     @abstractmethod
     def decoder_stream(self) -> DecoderStream:
-        """Create a decoder stream; its chunks, concatenated, equal `decode_from_codebook_indices(codes)`."""
+        """Create a stream that decodes chunks of codes to the wave of `decode_from_codebook_indices(codes)`."""
 
 
 def _shape_advice(shape: list[int], channels: int) -> str:
-    """End of an error message that explains how to correct the shape of a wave; empty if the mistake is unclear."""
+    """Return advice for an error message about the shape of a wave, or an empty text if the mistake is unclear."""
     if len(shape) == 1:
         return "; add the batch axis: wave.unsqueeze(0)"
     if len(shape) == 3 and shape[2] == channels != shape[1]:

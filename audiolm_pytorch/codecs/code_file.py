@@ -26,8 +26,8 @@ class CodesInfo:
 
     Attributes:
         codec_class: Class name of the codec.
-        codec_fingerprint: Fingerprint of the codec.
-        codebook_size: Number of different codes per level (v).
+        codec_fingerprint: Hash of the weights and settings of the codec.
+        codebook_size: Number of different codes per level.
         sample_hz: Sample rate of the codec.
         num_samples: Samples per channel of the sound at `sample_hz`.
         channels: Number of audio channels of the codec.
@@ -60,7 +60,7 @@ class StoredCodes:
     """The codes of one sound, with the information to decode them.
 
     Attributes:
-        codes: `[f, q]` int64, coarse level first.
+        codes: Codes `[f, q]` int64, coarse level first.
         info: Description of the codec and of the sound.
         scales: Loudness of each segment `[s]` float32; None if the codec has no scales.
     """
@@ -98,26 +98,25 @@ class StoredCodes:
         return bits / self.seconds / 1000
 
     def check_codec(self, codec: Codec, fingerprint: str) -> None:
-        """Check that a codec with this fingerprint encoded the sound; any other codec decodes the codes to noise."""
+        """Check that the codec with `fingerprint` encoded the sound; other codecs would decode its codes to noise."""
         info, (num_frames, num_levels) = self.info, self.codes.shape
         if fingerprint != info.codec_fingerprint:
             raise ValueError(
-                f"the codes are from {info.codec_class} {info.codec_fingerprint}, got the codec "
-                f"{type(codec).__name__} {fingerprint}; decode with the codec that encoded them"
+                f"the codes are from the codec {info.codec_class} {info.codec_fingerprint}, got the codec "
+                f"{type(codec).__name__} {fingerprint}; decode with the codec that encoded the sound"
             )
         sizes = (info.sample_hz, info.channels, info.codebook_size, num_frames)
         num_expected = codec.num_frames(info.num_samples)
         codec_sizes = (codec.target_sample_hz, codec.channels, codec.codebook_size, num_expected)
         if sizes != codec_sizes or num_levels > codec.num_quantizers:
             raise ValueError(
-                f"the file contradicts its codec: (Hz, channels, codebook size, frames) are {sizes} with "
-                f"{num_levels} levels, the codec has {codec_sizes} with at most {codec.num_quantizers} levels; "
-                "encode the sound again"
+                f"the file needs (Hz, channels, codebook size, frames, levels) {(*sizes, num_levels)}, the codec has "
+                f"{(*codec_sizes, codec.num_quantizers)}; encode the sound again"
             )
         if (self.scales is not None) != codec.has_scales:
             raise ValueError(
-                f"the codes are stored {'without' if self.scales is None else 'with'} scales, but the codec has "
-                f"{'one per segment' if codec.has_scales else 'none'}; encode the sound again"
+                f"the file contains {'no scales' if self.scales is None else 'scales'}, but the codec needs "
+                f"{'one scale per segment' if codec.has_scales else 'no scales'}; encode the sound again"
             )
 
 
@@ -141,7 +140,7 @@ def write_codes(path: str | Path, stored: StoredCodes) -> None:
 
 @beartype
 def read_codes(path: str | Path) -> StoredCodes:
-    """Read and check a file of `write_codes`; a damaged file, or a file of another format, raises a ValueError."""
+    """Read and check a file that `write_codes` wrote; raise a ValueError if it is damaged or of another format."""
     tensors, metadata = read_weights(path)
     if _CODES not in tensors or tensors.keys() - {_CODES, _SCALES} or _HEADER not in metadata:
         raise ValueError(f"{path} is not a file of codes; create such files with write_codes")
@@ -169,7 +168,7 @@ def _read_info(header: dict[str, Any]) -> CodesInfo:
     names = {field.name for field in fields(CodesInfo)}
     if header.keys() != names:
         raise ValueError(
-            f"the header lacks entries {sorted(names - header.keys())} or has unknown entries "
-            f"{sorted(header.keys() - names)}"
+            f"the header lacks the entries {sorted(names - header.keys())} and has the unknown entries "
+            f"{sorted(header.keys() - names)}; encode the sound again"
         )
     return CodesInfo(**header)

@@ -1,7 +1,7 @@
 """The causal convolutional encoder and decoder of SoundStream (arXiv 2107.03312, sections III-A and III-B).
 
-Layers work on images of one row, `[b, d, 1, n]`, in channels-last memory. In this layout torch 2.13 on a CPU computes
-100 to 120 GMAC/s per core for any length; with time as the last dimension in memory it computes 60 to 100 GMAC/s. Every
+The convolutions process features as images of one row, `[b, d, 1, n]`, in channels-last memory. Torch 2.13 computes 100
+to 120 GMAC/s per CPU core in channels-last memory, and 60 to 100 GMAC/s if time is the last dimension in memory. Every
 causal layer accepts a `StreamState`; without a state, the layer assumes silence before its input.
 """
 
@@ -57,7 +57,7 @@ class CausalConv1d(nn.Module):
         self.num_past = dilation * (kernel_size - 1) + 1 - stride
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
-        """Convolve `[b, d, 1, n]` to `[b, d', 1, n / stride]`; with a state, n must be a multiple of the stride."""
+        """Convolve `x [b, d, 1, n]` to `[b, d', 1, n / stride]`; with a `state`, n must be a multiple of the stride."""
         if self.num_past == 0:
             return self.conv(x)
         past = None if state is None else state.past(self)
@@ -70,9 +70,9 @@ class CausalConv1d(nn.Module):
 class CausalConvTranspose1d(nn.Module):
     """A transposed convolution with kernel size `2 * stride`, without the last `stride` output steps.
 
-    An output step depends on two input steps, the one at the same time and the previous one. The layer is therefore
-    computed as a convolution of kernel size 2 with `stride` output steps per input step (as in arXiv 1609.05158, with a
-    bias for each output step).
+    An output step depends on two input steps, the current one and the previous one. A convolution of kernel size 2
+    therefore computes `stride` output steps per input step (as in arXiv 1609.05158), with a separate bias for each of
+    the `stride` steps.
     """
 
     def __init__(self, dim_in: int, dim_out: int, stride: int) -> None:
@@ -81,15 +81,15 @@ class CausalConvTranspose1d(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
-        """Convolve `[b, d, 1, n]` to `[b, d', 1, n * stride]`."""
+        """Apply the transposed convolution to `x [b, d, 1, n]`; return `[b, d', 1, n * stride]`."""
         return rearrange(self.to_steps(x, state), "b (s d) 1 n -> b d 1 (n s)", s=self.stride)
 
 
 def elu(x: Tensor, overwrite: bool = False) -> Tensor:
     """Apply ELU to `x`; if `overwrite` is True and gradients are disabled, the result can overwrite `x`.
 
-    Without gradients on a CPU, `2 ** (x log2 e)` replaces `exp(x)`. This takes half the time of the ELU of torch 2.13,
-    whose share of the time of the encoder would be a quarter.
+    On a CPU without gradients, `2 ** (x log2 e)` replaces `exp(x)`. The ELU of torch 2.13 takes twice as long and would
+    need a quarter of the time of the encoder.
     """
     if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
         return F.elu(x)
@@ -98,7 +98,7 @@ def elu(x: Tensor, overwrite: bool = False) -> Tensor:
 
 
 class ResidualUnit(nn.Module):
-    """Residual unit: dilated convolution (size 7), convolution (size 1), skip connection (SoundStream, fig. 3)."""
+    """Residual unit of a dilated convolution of size 7 and a convolution of size 1 (SoundStream, figure 3)."""
 
     def __init__(self, dim: int, dilation: int) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class ResidualUnit(nn.Module):
         self.pointwise = CausalConv1d(dim, dim, 1, weight_scale=_BRANCH_SCALE)
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
-        """Apply the unit to `x [b, d, 1, n]`; the shape stays the same."""
+        """Apply the residual unit to `x [b, d, 1, n]`; the output has the same shape."""
         y = self.dilated(elu(x), state)
         return self.pointwise(elu(y, overwrite=True)).add_(x)
 
@@ -125,16 +125,16 @@ class _Block(nn.Module):
 
 
 class _ConvNetwork(nn.Module, ABC):
-    """Base class of `ConvEncoder` and `ConvDecoder`, with convolutions and local attention at the frame rate.
+    """Base class of `ConvEncoder` and `ConvDecoder`, with causal convolutions and local attention between frames.
 
     Args:
         channels: Audio channels.
-        base_dim: Number of channels of the convolution next to the wave (SoundStream: C_enc = C_dec = 32).
-        strides: Downsampling factors of the blocks, in the order of the encoder; their product is the number of samples
-            per frame.
+        base_dim: Number of channels after the first convolution of the encoder and before the last convolution of the
+            decoder.
+        strides: Downsampling factors in the order of the encoder; their product is the number of samples per frame.
         dim: Width D of the frames.
         attn_window_size: Number of frames to which a frame attends, including itself.
-        attn_depth: Number of attention blocks; SoundStream has no attention.
+        attn_depth: Number of local attention layers; the SoundStream paper has no attention.
     """
 
     @beartype
@@ -155,7 +155,7 @@ class _ConvNetwork(nn.Module, ABC):
 
     @abstractmethod
     def _build(self, widths: list[int], strides: list[int], dim: int) -> None:
-        """Create the layers; `widths` are the channels before the first and after every stride of the encoder."""
+        """Create the layers; `widths` are the numbers of channels before the first and after every encoder stride."""
 
     def _attention(self, dim: int) -> LocalTransformer:
         return LocalTransformer(dim, self.config["attn_depth"], self.config["attn_window_size"])
@@ -167,7 +167,7 @@ class _ConvNetwork(nn.Module, ABC):
 
 @register
 class ConvEncoder(_ConvNetwork, WaveEncoder):
-    """Encoder: strided causal convolutions that double the channels at every stride, then optional local attention."""
+    """Encoder of causal convolutions that double the channels at every stride, and optional local attention."""
 
     def _build(self, widths: list[int], strides: list[int], dim: int) -> None:
         self.dim, self.downsample_factor = dim, self._samples_per_frame
@@ -190,7 +190,7 @@ class ConvEncoder(_ConvNetwork, WaveEncoder):
 
 @register
 class ConvDecoder(_ConvNetwork, WaveDecoder):
-    """Mirror of `ConvEncoder`: optional local attention, then transposed convolutions with the same strides."""
+    """Decoder of optional local attention and transposed convolutions, a mirror image of `ConvEncoder`."""
 
     def _build(self, widths: list[int], strides: list[int], dim: int) -> None:
         self.input_dim, self.upsample_factor = dim, self._samples_per_frame

@@ -19,15 +19,15 @@ _FFTS_WINDOWS_AND_HOPS = ((512, 240, 50), (1024, 600, 120), (2048, 1200, 240))
 def si_sdr_db(estimate: Tensor, target: Tensor) -> Tensor:
     """Scale-invariant signal-to-distortion ratio of zero-mean signals (arXiv 1811.02508, eq. 4 and 5).
 
-    The signal is the projection of the estimate onto the target. The distortion is the rest of the estimate.
+    The signal is the projection of the estimate onto the target, and the distortion is the rest of the estimate.
 
     Args:
         estimate: Waves `[..., n]`; their means are removed first.
         target: Waves `[..., n]`; their means are removed first.
 
     Returns:
-        Ratios `[...]` float64 in dB, limited to -100..100. The ratio is 100 for a copy of any volume, also if both
-        waves are silent, and -100 if only one wave is silent.
+        Ratios `[...]` float64 in dB, limited to -100..100. The ratio is 100 dB for a scaled copy of the target or for
+        two silent waves, and -100 dB if only one wave is silent.
     """
     if estimate.shape != target.shape or estimate.shape[-1:].numel() == 0:
         raise ValueError(
@@ -57,10 +57,10 @@ def zero_mean(wave: Tensor) -> Tensor:
 def stft_distance(estimate: Tensor, target: Tensor) -> Tensor:
     """Multi-resolution STFT distance `[...]` of waves `[..., n]` (Parallel WaveGAN, arXiv 1910.11480, eq. 3 to 6).
 
-    Let S and T be the magnitude spectrograms of estimate and target. The distance at one resolution is the spectral
-    convergence `|T - S| / |T|` (Frobenius norms) plus the mean of `|log T - log S|` in nepers. The result is the mean
-    over all resolutions. The STFT uses a Hann window, a full-scale sine has magnitude 1, and smaller magnitudes than
-    -80 dB count as -80 dB. Frames are centred on every hop, and waves are padded by reflection.
+    The distance of a magnitude spectrogram S from the target T is `|T - S| / |T|` (Frobenius norms) plus the mean of
+    `|log T - log S|` in nepers. The STFT distance is the mean of the distances at three STFT resolutions. The STFT uses
+    a Hann window and is scaled so that a full-scale sine has magnitude 1; magnitudes below -80 dB count as -80 dB. STFT
+    frames are centred on multiples of the hop size, and waves are padded by reflection.
     """
     distances = []
     for n_fft, window_samples, hop_samples in _FFTS_WINDOWS_AND_HOPS:
@@ -71,7 +71,7 @@ def stft_distance(estimate: Tensor, target: Tensor) -> Tensor:
 
 
 def _magnitudes(wave: Tensor, n_fft: int, window_samples: int, hop_samples: int) -> Tensor:
-    """Compute STFT magnitudes `[..., bins, f]` of waves `[..., n]`, at least `_FLOOR`."""
+    """Compute STFT magnitudes `[..., bins, f]` of waves `[..., n]`, with `_FLOOR` as the lowest magnitude."""
     flat, leading = pack([wave.float()], "* n")
     half = n_fft // 2
     flat = F.pad(flat, (half, half), mode="reflect" if wave.shape[-1] > half else "constant")

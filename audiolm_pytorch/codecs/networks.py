@@ -11,11 +11,11 @@ __all__ = ["WaveDecoder", "WaveEncoder"]
 
 
 class _WaveNetwork(nn.Module, ABC):
-    """Base class of encoders and decoders; without gradients, they process long inputs in chunks to limit the memory.
+    """Base class of encoders and decoders; without gradients, long inputs are processed in chunks to limit the memory.
 
     Attributes:
         channels: Audio channels.
-        lookahead_frames: Frames before and after a frame on which it depends; 0 for a causal network with a state.
+        lookahead_frames: Number of frames on each side that influence the output for a frame; 0 if causal.
     """
 
     channels: int
@@ -57,7 +57,7 @@ class WaveEncoder(_WaveNetwork):
 
     @abstractmethod
     def _encode(self, wave: Tensor, mask: Tensor | None, state: StreamState | None) -> Tensor:
-        """Encode a whole wave or a chunk; causal layers continue from `state` and need no mask."""
+        """Encode a whole wave or a chunk of a wave; causal layers continue from `state` and need no mask."""
 
 
 class WaveDecoder(_WaveNetwork):
@@ -86,4 +86,4 @@ class WaveDecoder(_WaveNetwork):
 
     @abstractmethod
     def _decode(self, frames: Tensor, state: StreamState | None) -> Tensor:
-        """Decode all frames or a chunk; causal layers continue from `state`."""
+        """Decode all frames of a wave or a chunk of frames; causal layers continue from `state`."""

@@ -26,11 +26,11 @@ __all__ = ["AudioLMSoundStream", "CodecOutput", "MusicLMSoundStream", "SoundStre
 
 
 class CodecOutput(NamedTuple):
-    """Output of `SoundStream.forward` that training needs.
+    """Output of `SoundStream.forward`, with the values that training needs.
 
     Attributes:
         wave: Reconstructed waves `[b, c, n]`.
-        codes: `[b, f, q]` int64; -1 in levels that level dropout skipped.
+        codes: Codes `[b, f, q]` int64; -1 in levels that level dropout skipped.
         frames: Frames before quantization, `[b, f, d]`.
         commitment_loss: Scalar loss of the quantizer.
     """
@@ -45,10 +45,10 @@ class CodecOutput(NamedTuple):
 class SoundStream(StreamingCodec):
     """A neural audio codec (SoundStream, arXiv 2107.03312).
 
-    By default encoder and decoder are the causal convolutions of the paper; other networks can be passed (see
-    `SpectralSoundStream`). With groups, the codes of a frame are ordered level by level, with all groups of level 1
-    first. The first codes of a frame therefore describe a coarser version of the sound. The codec has `num_quantizers`
-    codes per frame, the number of levels times the number of groups.
+    The default encoder and decoder are the causal convolutional networks of the paper; other networks can be passed
+    (see `SpectralSoundStream`). The codec has `num_quantizers` codes per frame, the number of levels times the number
+    of groups. The codes of a frame are ordered level by level, with all groups of level 1 first, so that the first
+    codes of a frame describe a coarser version of the sound.
 
     Args:
         codebook_size: Number of different codes per level.
@@ -60,9 +60,9 @@ class SoundStream(StreamingCodec):
         channels: Number of channels of the first convolution (C of the paper).
         strides: Downsampling factors of the encoder blocks; their product is the number of samples per frame.
         attn_window_size: Number of frames to which a frame attends in local attention, including itself.
-        attn_depth: Number of local attention blocks after the convolutions of the encoder and before those of the
-            decoder; the paper has no attention.
-        audio_channels: 1 mono, 2 stereo.
+        attn_depth: Number of local attention layers after the encoder convolutions and before the decoder convolutions;
+            the paper has no attention.
+        audio_channels: 1 for mono, 2 for stereo.
         encoder: Network that replaces the default encoder, which `channels`, `strides` and `attn_...` define.
         decoder: Network that replaces the default decoder, which `channels`, `strides` and `attn_...` define.
         quantizer: Quantizer that replaces the default quantizer, which `codebook_size` and `rq_...` define.
@@ -108,23 +108,23 @@ class SoundStream(StreamingCodec):
     def _check_compatible(self) -> None:
         if self.encoder.downsample_factor != self.decoder.upsample_factor:
             raise ValueError(
-                f"the encoder has {self.encoder.downsample_factor} samples per frame, the decoder "
+                f"the encoder has {self.encoder.downsample_factor} samples per frame, the decoder has "
                 f"{self.decoder.upsample_factor}; use the same strides for both"
             )
         if not self.encoder.dim == self.quantizer.dim == self.decoder.input_dim:
             raise ValueError(
-                f"the parts of a codec need equal widths, got encoder {self.encoder.dim}, quantizer "
-                f"{self.quantizer.dim}, decoder {self.decoder.input_dim}; pass parts of equal width"
+                f"encoder, quantizer and decoder must have equal widths, got encoder width {self.encoder.dim}, "
+                f"quantizer width {self.quantizer.dim} and decoder width {self.decoder.input_dim}"
             )
         if self.denoising is not None and self.denoising.dim != self.encoder.dim:
             raise ValueError(
-                f"the denoising condition has width {self.denoising.dim}, the encoder {self.encoder.dim}; use "
-                f"FiLM(dim={self.encoder.dim})"
+                f"the denoising condition has width {self.denoising.dim}, the encoder has width {self.encoder.dim}; "
+                f"use FiLM(dim={self.encoder.dim})"
             )
         if not self.encoder.channels == self.decoder.channels == self.channels:
             raise ValueError(
-                f"the parts of a codec need equal audio channels, got encoder {self.encoder.channels}, decoder "
-                f"{self.decoder.channels}, codec {self.channels}; pass parts with equal channels"
+                f"encoder and decoder need audio_channels={self.channels} audio channels, got {self.encoder.channels} "
+                f"in the encoder and {self.decoder.channels} in the decoder"
             )
 
     @property
@@ -144,17 +144,17 @@ class SoundStream(StreamingCodec):
         return module
 
     def fingerprint(self) -> str:
-        """Hash of weights and configuration."""
+        """Hash of the weights and the configuration of the codec."""
         return fingerprint_of(self)
 
     @property
     def encoder_latency_seconds(self) -> float:
-        """Longest time from a sample to the codes of its frame: one frame plus the look-ahead of the encoder."""
+        """Longest delay of the encoder from a sample to its codes, the duration of one frame plus the look-ahead."""
         return (1 + self.encoder.lookahead_frames) * self.downsample_factor / self.target_sample_hz
 
     @property
     def decoder_latency_seconds(self) -> float:
-        """Duration of the following frames that the decoder must receive before it can decode a frame."""
+        """Duration of the later frames that the decoder must receive before it can decode a frame."""
         return self.decoder.lookahead_frames * self.downsample_factor / self.target_sample_hz
 
     def forward(
@@ -167,11 +167,11 @@ class SoundStream(StreamingCodec):
         """Encode, quantize and decode waves.
 
         Args:
-            audio: `[b, n]` or `[b, c, n]` in [-1, 1] at `target_sample_hz`; any number of samples.
-            return_recons_only: Whether to return only the waves that the codes of `tokenize` decode to. All levels are
-                used and no codebook is updated, also in training mode.
-            quantize: Whether to quantize. False calls `FrameQuantizer.bypass` instead (for the first training steps).
-            denoise: Whether to remove noise, one bool for all items or a bool tensor `[b]`; True needs a codec with
+            audio: Waves `[b, n]` or `[b, c, n]` in [-1, 1] at `target_sample_hz`, of any length.
+            return_recons_only: Whether to return only the waves to which the codes of `tokenize` decode; training mode
+                has no effect on these waves and updates no codebook.
+            quantize: Whether to quantize frames; False calls `FrameQuantizer.bypass` instead (first training steps).
+            denoise: Whether to remove noise, as one bool for all items or a bool tensor `[b]`; True needs a codec with
                 `denoising`.
 
         Returns:
@@ -193,12 +193,12 @@ class SoundStream(StreamingCodec):
 
     @torch.no_grad()
     def tokenize(self, wave: Tensor, lengths: Tensor | None = None, denoise: bool | Tensor = False) -> Tensor:
-        """Encode waves as `Codec.tokenize` describes, in memory that does not grow with their length.
+        """Encode waves as `Codec.tokenize` does, with memory that does not grow with the length of the waves.
 
         Args:
-            wave: `[b, n]` or `[b, c, n]` in [-1, 1] at `target_sample_hz`.
+            wave: Waves `[b, n]` or `[b, c, n]` in [-1, 1] at `target_sample_hz`.
             lengths: Number of samples of each item `[b]`; None if no item is padded.
-            denoise: Whether to remove noise from the encoded sound, one bool for all items or a bool tensor `[b]`.
+            denoise: Whether to remove noise from the encoded sound, as one bool for all items or a bool tensor `[b]`.
         """
         wave = self._check_wave(wave)
         if lengths is None:
@@ -212,17 +212,17 @@ class SoundStream(StreamingCodec):
 
     @torch.no_grad()
     def decode_from_codebook_indices(self, codes: Tensor, num_samples: int | None = None) -> Tensor:
-        """Decode codes as `Codec` describes, in memory that does not grow with their length."""
+        """Decode codes as `Codec.decode_from_codebook_indices` does, with little memory in addition to the waves."""
         codes = self._check_codes(codes)
         self._check_num_samples(num_samples, codes.shape[1])
         return self.decoder_stream().decode_checked(codes)[..., :num_samples]
 
     def encoder_stream(self, denoise: bool | Tensor = False) -> EncoderStream:
-        """Create an encoder stream; its codes, concatenated, equal `tokenize(wave, denoise=denoise)`."""
+        """Create a stream that encodes chunks of a wave as the codes of `tokenize(wave, denoise=denoise)`."""
         return self._encoder_stream(None, denoise)
 
     def decoder_stream(self) -> DecoderStream:
-        """Create a decoder stream; its chunks, concatenated, equal `decode_from_codebook_indices(codes)`."""
+        """Create a stream that decodes chunks of codes to the wave of `decode_from_codebook_indices(codes)`."""
         return DecoderStream(self.decoder.stream(), self.quantizer.decode, self._check_codes)
 
     def _encoder_stream(self, mask: Tensor | None, denoise: bool | Tensor) -> EncoderStream:
@@ -241,7 +241,7 @@ class SoundStream(StreamingCodec):
             )
         if isinstance(denoise, Tensor) and (denoise.dtype != torch.bool or denoise.ndim > 1):
             raise ValueError(
-                f"denoise must be one bool or a bool tensor [b], got {denoise.dtype} {list(denoise.shape)}; "
+                f"denoise must be one bool or a bool tensor [b], got {denoise.dtype} with shape {list(denoise.shape)}; "
                 "convert with .bool()"
             )
 
@@ -262,7 +262,7 @@ def AudioLMSoundStream(**kwargs: Any) -> SoundStream:
 def MusicLMSoundStream(**kwargs: Any) -> SoundStream:
     """The codec of MusicLM (arXiv 2301.11325, section 3.1): 24 kHz, 50 frames/s, 12 levels of 1024 codes.
 
-    The paper defines only the total stride of 480. The strides (3, 4, 5, 8) are a choice of this library.
+    The MusicLM paper defines only the total stride of 480; the strides (3, 4, 5, 8) are a choice of this library.
     """
     return SoundStream(**{"target_sample_hz": 24000, "strides": (3, 4, 5, 8), "rq_num_quantizers": 12, **kwargs})
 
@@ -283,13 +283,13 @@ def SpectralSoundStream(
     """A SoundStream whose encoder and decoder run once per frame, so that two CPU cores can train it.
 
     Args:
-        dim: Width of both networks.
+        dim: Width of the layers of encoder and decoder.
         encoder_depth: Number of ConvNeXt blocks of the encoder.
         decoder_depth: Number of ConvNeXt blocks of the decoder.
         hop_samples: Samples per frame.
         rq_num_quantizers: Number of levels of the residual quantizer.
         code_dim: Width of the code vectors; frames are projected to this width and back.
-        audio_channels: 1 mono, 2 stereo.
+        audio_channels: 1 for mono, 2 for stereo.
     """
     sizes: dict[str, Any] = dict(dim=dim, hop_samples=hop_samples, channels=audio_channels)
     return SoundStream(

@@ -1,7 +1,7 @@
 """An encoder and a decoder that process the spectrum of the wave once per frame.
 
-All layers run once per frame (50 Hz) instead of once per sample. Encoder and decoder need about 1% of the operations of
-a convolutional codec of the same width; two CPU cores train them in minutes. The design follows Vocos (arXiv
+All layers run once per frame (50 Hz), not once per sample. Encoder and decoder need about 1% of the operations of a
+convolutional codec of the same width, so that two CPU cores train them in minutes. The design follows Vocos (arXiv
 2306.00814, section 3), with ConvNeXt blocks and a head that predicts magnitude and phase of every STFT frame.
 """
 
@@ -51,7 +51,7 @@ class ConvNeXtBlock(nn.Module):
 
 
 class _SpectralNetwork(nn.Module):
-    """Base class of encoder and decoder, with STFT window, ConvNeXt blocks and final norm."""
+    """Base class of `SpectralEncoder` and `SpectralDecoder`, with STFT window, ConvNeXt blocks and final norm."""
 
     window: Tensor
 
@@ -69,7 +69,7 @@ class _SpectralNetwork(nn.Module):
         return _CHUNK_FRAMES
 
     def _reach_frames(self, num_convolutions: int) -> int:
-        """Number of frames before and after a frame on which it depends (convolutions and overlapping windows)."""
+        """Number of frames on each side that influence the output for a frame (convolutions, overlapping windows)."""
         overlap_samples = (self.window_samples - self.hop_samples) // 2
         return num_convolutions * (_KERNEL_FRAMES // 2) + -(-overlap_samples // self.hop_samples)
 
@@ -85,7 +85,7 @@ def _checked_window(hop_samples: int, window_samples: int | None) -> int:
 
 
 def _config(channels: int, **config: Any) -> dict[str, Any]:
-    """Constructor arguments; `channels=1` is left out, so that fingerprints equal those of older saved models."""
+    """Return the constructor arguments without `channels=1`, so that fingerprints equal those of older models."""
     return config if channels == 1 else {**config, "channels": channels}
 
 
@@ -178,7 +178,7 @@ class SpectralDecoder(_SpectralNetwork, WaveDecoder):
             return rearrange(self._overlap_add(spectrum), "(b c) n -> b c n", c=self.channels)
 
     def _overlap_add(self, spectrum: Tensor) -> Tensor:
-        """Inverse STFT from `[b, bins, f]` to `[b, f * hop]` by overlap-add, divided by the envelope of the windows."""
+        """Compute waves `[b, f * hop]` of an STFT `[b, bins, f]` by overlap-add and division by the window envelope."""
         hop, window_samples, num_frames = self.hop_samples, self.window_samples, spectrum.shape[-1]
         frames = torch.fft.irfft(spectrum, n=window_samples, dim=1) * rearrange(self.window, "w -> w 1")
         squares = (self.window**2).view(1, -1, 1).expand(1, -1, num_frames)

@@ -12,7 +12,7 @@ __all__ = ["DecoderStream", "EncoderStream"]
 
 
 class EncoderStream:
-    """Encodes one wave chunk by chunk; `Codec.encoder_stream` creates it. Streams of one codec are independent.
+    """Encodes one wave in chunks, created by `StreamingCodec.encoder_stream`. Streams of one codec are independent.
 
     Args:
         frames: Stream of the encoder network, from waves to frames.
@@ -34,7 +34,7 @@ class EncoderStream:
         return self._to_codes(self._frames.finish())
 
     def encode_checked(self, wave: Tensor) -> Tensor:
-        """Encode a whole wave `[b, c, n]` without checking it, in limited memory."""
+        """Encode a whole wave `[b, c, n]` without checking the wave, with limited memory."""
         return self._codes(wave, is_last=True)
 
     def _codes(self, wave: Tensor, is_last: bool) -> Tensor:
@@ -42,7 +42,7 @@ class EncoderStream:
 
 
 class DecoderStream:
-    """Decodes one sequence of codes chunk by chunk; `Codec.decoder_stream` creates it.
+    """Decodes one sequence of codes in chunks, created by `StreamingCodec.decoder_stream`.
 
     Args:
         waves: Stream of the decoder network, from frames to waves.
@@ -64,7 +64,7 @@ class DecoderStream:
         return self._waves.finish()
 
     def decode_checked(self, codes: Tensor) -> Tensor:
-        """Decode all codes `[b, f, q']` without checking them, in limited memory besides the wave."""
+        """Decode all codes `[b, f, q']` without checking the codes, with limited memory in addition to the wave."""
         chunks = self._chunks(codes, is_last=True)
         first = next(chunks)
         # One buffer is used, because chunks and their concatenation would need more than twice the memory of the wave.

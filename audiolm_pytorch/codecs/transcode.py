@@ -23,8 +23,8 @@ _FRAMES_PER_CHUNK = 500
 class FileCodec:
     """Encodes sound files as codes, and decodes codes to sound files, with a codec on any device.
 
-    A `StreamingCodec` runs chunk by chunk, in memory that does not grow with the length of the file. Other codecs run
-    on the whole file. In both cases the codes equal those of `tokenize` on the whole wave.
+    A `StreamingCodec` runs in chunks, with memory that does not grow with the length of the file. Codecs that are not a
+    `StreamingCodec` run on the whole file. The codes of a file always equal those of `tokenize` on its whole wave.
     """
 
     @beartype
@@ -39,7 +39,7 @@ class FileCodec:
         """Encode a sound file, and keep the first `num_levels` levels (None: all levels).
 
         The sound is resampled to the rate of the codec. Channels are averaged for a mono codec, and a mono file is
-        repeated for a stereo codec. A file with any other number of channels raises a ValueError.
+        repeated for a stereo codec. A stereo codec raises a ValueError for a file with more than two channels.
         """
         codec = self.codec
         num_levels = codec.check_num_levels(num_levels)
@@ -91,7 +91,7 @@ class FileCodec:
             _write(writer, resampler.finish(), remaining)
 
     def _encoded(self, source: AudioSource) -> Iterator[EncodedWave]:
-        """Yield the codes `[1, f, q]` of a file chunk by chunk; a codec with scales yields one chunk."""
+        """Yield the codes `[1, f, q]` of a file in chunks; a codec with scales yields one chunk."""
         codec = self.codec
         waves = (rearrange(block, "c n -> 1 c n").to(self.device) for block in source)
         if not isinstance(codec, StreamingCodec):
