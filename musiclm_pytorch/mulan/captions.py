@@ -61,7 +61,7 @@ def parse_aspects(text: str) -> list[str]:
         raise ValueError(f"the aspects have {len(text)} characters, the limit is {_MAX_ASPECT_CHARACTERS} in total")
     aspects = _list_entries(text) if text.startswith("[") else text.split(",")
     if not all(isinstance(aspect, str) and is_encodable(aspect) for aspect in aspects):
-        raise ValueError(f"not a list of texts: {ascii(text)[:100]}; write for example ['slow tempo', 'piano']")
+        raise ValueError(f"need a list of texts, e.g. ['slow tempo', 'piano'], got {ascii(text)[:100]}")
     return [aspect.strip() for aspect in aspects if aspect.strip()]
 
 

@@ -64,9 +64,7 @@ class ClapSpectrogram:
         }
         repeats = {"repeatpad": 0, "repeat": 1, "pad": None}
         if self.settings["padding"] not in repeats:
-            raise ValueError(
-                f"padding of the preprocessor must be in {sorted(repeats)}, got {self.settings['padding']!r}"
-            )
+            raise ValueError(f"padding must be one of {sorted(repeats)}, got {self.settings['padding']!r}")
         self._repeats = repeats[self.settings["padding"]]
         self.sample_hz: int = self.settings["sampling_rate"]
         self.seconds: float = self.settings["max_length_s"]

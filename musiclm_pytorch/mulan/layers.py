@@ -54,7 +54,7 @@ class LayerContrast:
 
     def __post_init__(self) -> None:
         if not self.layers or min(map(min, self.layers)) < 0 or not self.weight > 0:
-            raise ValueError(f"need layers >= 0 and weight > 0, got layers {self.layers} and weight {self.weight}")
+            raise ValueError(f"need layers >= 0 and weight > 0, got layers {self.layers}, weight {self.weight}")
 
     @property
     def config(self) -> dict[str, Any]:

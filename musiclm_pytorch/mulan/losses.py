@@ -1,4 +1,4 @@
-"""Contrastive losses of audio and text latents over the batch of all processes: softmax, decoupled softmax, sigmoid."""
+"""Contrastive losses (softmax, decoupled softmax, sigmoid) of audio and text latents in the batch of all processes."""
 
 import math
 from abc import ABC, abstractmethod
@@ -19,11 +19,11 @@ _EXCLUDED = -1e30
 
 
 class _Pairs(NamedTuple):
-    """All pairs of the `b` clips and `k` texts of all processes.
+    """Similarities of all pairs of the `b` clips and `k` texts of all processes.
 
     Attributes:
         similarities: `[b, k]` cosines divided by the temperature.
-        clip_index: `[k]` int64, the row of the clip that a text describes.
+        clip_index: `[k]` int64, for each text the row of the clip that the text describes.
         contrast: `[b, k]` bool, True where the text differs from every text of the clip.
     """
 
@@ -33,21 +33,19 @@ class _Pairs(NamedTuple):
 
 
 class ContrastiveLoss(nn.Module, ABC):
-    """Base class of the losses: a learned temperature, and the similarities of all pairs in the global batch.
+    """Base class of contrastive losses, which computes the scaled similarities of all pairs in the global batch.
 
-    Every process computes the loss of the batch of all processes, so that all processes must call it together.
+    Every process computes the loss of the batch of all processes, so all processes must call the loss together.
     Gradients of gathered latents are summed over processes, and data parallelism averages the gradients of parameters.
-    The result equals the gradient of one process for the whole batch. The temperature has the bounds `min_temperature`
-    and its inverse.
+    The averaged gradient equals the gradient of one process for the whole batch. The learned temperature is limited to
+    the range from `min_temperature` to `1 / min_temperature`.
     """
 
     @beartype
     def __init__(self, init_temperature: float = 0.1, min_temperature: float = 0.01) -> None:
         super().__init__()
         if not 0 < min_temperature <= init_temperature < math.inf:
-            raise ValueError(
-                f"need 0 < min_temperature <= init_temperature, got {min_temperature} and {init_temperature}"
-            )
+            raise ValueError(f"need 0 < min_temperature ({min_temperature}) <= init_temperature ({init_temperature})")
         self.config: dict[str, Any] = {"init_temperature": init_temperature, "min_temperature": min_temperature}
         self.min_temperature = min_temperature
         self.log_temperature = nn.Parameter(torch.tensor(math.log(init_temperature)))
@@ -70,13 +68,13 @@ class ContrastiveLoss(nn.Module, ABC):
     ) -> Tensor:
         """Compute the loss (nats) of clips and the texts that describe them, a scalar that is equal on all processes.
 
-        All texts of a clip match it. A pair of a clip and a text of another clip is ignored if the clip has an equal
-        text. The latents `[b, d]` and `[k, d]` have unit norm.
+        A clip matches all its texts. A pair of a clip and a text of another clip is ignored if the clip has an equal
+        text. The latents `[b, d]` of clips and `[k, d]` of texts have unit norm.
 
         Args:
-            captions: `[k]` integers that are equal for equal texts. None = all texts differ.
-            clip_index: `[k]` integers, the row in `audio_latents` that a text describes; every row needs at least one.
-                None = one text per clip, in the same order.
+            captions: `[k]` integers that are equal for equal texts; None = all texts differ.
+            clip_index: `[k]` integers, the row in `audio_latents` that each text describes, with at least one text for
+                every row; None = one text per clip, in the order of the clips.
         """
         clip_index = _checked_clip_index(audio_latents, text_latents, captions, clip_index)
         with torch.autocast(device_type=audio_latents.device.type, enabled=False):
@@ -84,14 +82,14 @@ class ContrastiveLoss(nn.Module, ABC):
 
     @abstractmethod
     def chance(self, num_clips: int, texts_per_clip: float) -> float:
-        """Loss (nats) if all latents are equal, for a batch of different texts; 0 for one clip."""
+        """Loss (nats) of guessing, when all latents are equal and all texts differ; 0 for one clip."""
 
     @abstractmethod
     def _loss(self, pairs: _Pairs) -> Tensor:
-        """Compute the loss from similarities, which are at least float32."""
+        """Compute the loss from similarities in float32 or float64."""
 
     def _pairs(self, audio: Tensor, text: Tensor, captions: Tensor | None, clip_index: Tensor) -> _Pairs:
-        """Gather the batch of all processes, and mark the contrasts."""
+        """Gather the latents of all processes, and mark the pairs of clips and texts that must not match."""
         clips, texts = gather_counts(audio, text)
         if sum(clips) == 0:
             raise ValueError("the batch has no clips; the loss needs at least one clip")
@@ -112,15 +110,15 @@ class ContrastiveLoss(nn.Module, ABC):
 
 @register
 class SoftmaxContrastiveLearning(ContrastiveLoss):
-    """Cross entropy over the batch in both directions (MuLan, arXiv:2208.12415, sec. 3.4).
+    """Contrastive loss by cross entropy in both directions, audio to text and text to audio (arXiv:2208.12415).
 
-    The audio-to-text loss classifies each text of a clip among the texts of other clips; it is averaged over the texts
-    of a clip, then over clips. The text-to-audio loss classifies the clip of each text; it is averaged over texts. The
-    loss is the mean of both directions.
+    The audio-to-text loss classifies each text of a clip among the texts of other clips, averaged over the texts of a
+    clip and then over clips. The text-to-audio loss classifies the clip of each text, averaged over texts. The total
+    loss is the mean of the audio-to-text loss and the text-to-audio loss.
 
     Args:
         decoupled: Whether to leave the matching pair out of the denominator (arXiv:2110.06848, eq. 5), which helps
-            small batches. Then a clip or text without non-matching pairs has loss 0.
+            small batches; a clip or text without non-matching pairs has loss 0 if True.
     """
 
     @beartype
@@ -132,7 +130,7 @@ class SoftmaxContrastiveLearning(ContrastiveLoss):
         self.decoupled = decoupled
 
     def chance(self, num_clips: int, texts_per_clip: float) -> float:
-        """Loss (nats) if all latents are equal; with one text per clip this is `ln num_clips`."""
+        """Loss (nats) of guessing, when all latents are equal; `ln num_clips` for one text per clip."""
         if num_clips < 2:
             return 0.0
         match, other_clips = 0 if self.decoupled else 1, num_clips - 1
@@ -149,7 +147,7 @@ class SoftmaxContrastiveLearning(ContrastiveLoss):
         return ((to_text / texts_of_clip).sum() / num_clips + to_audio.mean()) / 2
 
     def _cross_entropy(self, excess: Tensor, has_contrast: Tensor) -> Tensor:
-        """Negative log-probability of matches, from the log-sum-exp of their contrasts minus the match `[k]`."""
+        """Compute the negative log-probability `[k]` of each match; `excess` is log-sum-exp(contrasts) - match."""
         if self.decoupled:
             return excess.where(has_contrast, 0.0)
         return -F.logsigmoid(-excess)
@@ -157,12 +155,12 @@ class SoftmaxContrastiveLearning(ContrastiveLoss):
 
 @register
 class SigmoidContrastiveLearning(ContrastiveLoss):
-    """Binary classification of every pair of a clip and a text (SigLIP, arXiv:2303.15343, algorithm 1).
+    """Contrastive loss by binary classification of every pair of clip and text (SigLIP, arXiv:2303.15343).
 
     The losses of all pairs are summed and divided by the number of clips.
 
     Args:
-        init_bias: Initial bias, which is learned; -10 in SigLIP, since almost all pairs do not match.
+        init_bias: Initial value of the learned bias; -10 in SigLIP, since almost all pairs do not match.
     """
 
     @beartype
@@ -174,7 +172,7 @@ class SigmoidContrastiveLearning(ContrastiveLoss):
         self.bias = nn.Parameter(torch.tensor(init_bias))
 
     def chance(self, num_clips: int, texts_per_clip: float) -> float:
-        """Loss (nats) if all latents are equal and the bias is optimal."""
+        """Loss (nats) of guessing, when all latents are equal and the bias is optimal."""
         if num_clips < 2:
             return 0.0
         contrasts = texts_per_clip * (num_clips - 1)
@@ -193,15 +191,15 @@ def _checked_clip_index(audio: Tensor, text: Tensor, captions: Tensor | None, cl
     """Check the shapes, and return `clip_index [k]` int64 on the device of the latents."""
     if audio.ndim != 2 or text.ndim != 2 or audio.shape[1] != text.shape[1]:
         raise ValueError(
-            f"audio and text latents must be [b, d] and [k, d], got {tuple(audio.shape)} and {tuple(text.shape)}"
+            f"need audio latents [b, d] and text latents [k, d], got {tuple(audio.shape)} and {tuple(text.shape)}"
         )
     if captions is not None and captions.shape != text.shape[:1]:
         raise ValueError(f"captions must be [{len(text)}] numbers, one per text, got {tuple(captions.shape)}")
     if clip_index is None:
         if len(audio) != len(text):
             raise ValueError(
-                f"got {len(audio)} clips and {len(text)} texts, need one text per clip; "
-                "with several texts per clip, pass clip_index, the row of the clip that each text describes"
+                f"got {len(audio)} clips and {len(text)} texts without clip_index; pass one text per clip, or pass "
+                "clip_index with the row of the clip that each text describes"
             )
         return torch.arange(len(text), device=audio.device)
     if clip_index.shape != text.shape[:1] or clip_index.is_floating_point():

@@ -22,12 +22,12 @@ __all__ = ["MuLaN"]
 
 @register
 class MuLaN(JointEmbedding):
-    """Audio tower and text tower that embed into one space of unit vectors (MuLan, arXiv:2208.12415).
+    """Joint embedding by an audio tower and a text tower, trained with a contrastive loss (MuLan, arXiv:2208.12415).
 
-    `JointEmbedding` describes the arguments for windows.
+    See `JointEmbedding` for `window_seconds` and `window_stride_seconds`.
 
     Args:
-        loss: Called as `loss(audio_latents, text_latents, captions, clip_index)`. None = `SoftmaxContrastiveLearning`.
+        loss: Loss `(audio_latents, text_latents, captions, clip_index)`; None = `SoftmaxContrastiveLearning`.
         layer_contrast: Contrastive losses between inner layers of the towers; None = only the outputs are trained.
     """
 
@@ -58,13 +58,13 @@ class MuLaN(JointEmbedding):
         layers = () if layer_contrast is None else layer_contrast.layers
         if any(pair[0] > audio_transformer.depth or pair[1] > text_transformer.depth for pair in layers):
             depths = f"{audio_transformer.depth} and {text_transformer.depth}"
-            raise ValueError(f"layer_contrast has layers {layers}, but the depths of the towers are {depths}")
+            raise ValueError(f"got layer_contrast with layers {layers}, the audio and text towers have depths {depths}")
         dims = (audio_transformer.dim, text_transformer.dim)
         self.layer_heads = LayerHeads(layers, dims, dim_latent, self.loss)
 
     @property
     def config(self) -> dict[str, Any]:
-        """JSON-able constructor arguments, with a spec for every submodule."""
+        """JSON-able constructor arguments, in which a class name and a config describe every submodule."""
         config = {
             "audio_transformer": module_spec(self.audio),
             "text_transformer": module_spec(self.text),
@@ -97,16 +97,16 @@ class MuLaN(JointEmbedding):
     ) -> Tensor:
         """Compute the contrastive loss (nats) of clips and the texts that describe them.
 
-        Clips with a common text are not contrasted with each other, and neither are the texts of one clip.
+        Clips with a common text are not contrasted with each other. The texts of one clip are not contrasted either.
 
         Args:
             wavs: `[b, n]` float at `sample_hz`.
             texts: `k` texts, or ids `[k, t]` with -1 past the end of a text.
-            lengths: `[b]` number of samples of each clip, 1..n. None = all `n`.
-            clip_index: `[k]` integers, the row in `wavs` of the clip that a text describes; every clip needs one. None
-                = one text per clip, in the same order.
-            chunk_size: Number of clips, and of texts, that are embedded at a time, and again in backward (gradient
-                caching, arXiv:2101.06983). The whole batch then needs only the memory of one chunk. None = one chunk.
+            lengths: `[b]` number of samples of each clip, 1..n; None = `n` for every clip.
+            clip_index: `[k]` integers, the row in `wavs` of the clip that each text describes, with at least one text
+                for every clip; None = one text per clip, in the order of the clips.
+            chunk_size: Number of clips, and of texts, in each forward pass of a tower, which is repeated in backward,
+                so that the batch needs the memory of one chunk (arXiv:2101.06983); None = the whole batch at once.
         """
         ids = self.text.tokenize(texts)
         captions = _caption_numbers(ids)
@@ -120,12 +120,12 @@ class MuLaN(JointEmbedding):
         return outputs if self.layer_contrast is None else outputs + self.layer_contrast.weight * sum(layers)
 
     def _audio_levels(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Unit vectors `[b, 1 + pairs, dim_latent]` of the output and the contrasted layers of the audio tower."""
+        """Embed clips as unit vectors `[b, 1 + pairs, dim_latent]`: the output and all layers in `layer_contrast`."""
         states = self.audio.embed_layers(wavs, lengths, layers=[self.audio.depth, *self.layer_heads.audio_layers])
         return _unit_rows(states, [self.audio_to_latent, *self.layer_heads.audio_to_latent])
 
     def _text_levels(self, ids: Tensor) -> Tensor:
-        """Unit vectors `[k, 1 + pairs, dim_latent]` of the output and the contrasted layers of the text tower."""
+        """Embed texts as unit vectors `[k, 1 + pairs, dim_latent]`: the output and all layers in `layer_contrast`."""
         states = self.text.embed_layers(ids, layers=[self.text.depth, *self.layer_heads.text_layers])
         return _unit_rows(states, [self.text_to_latent, *self.layer_heads.text_to_latent])
 
@@ -139,13 +139,13 @@ class MuLaN(JointEmbedding):
 
 
 def _unit_rows(states: Tensor, heads: Sequence[Any]) -> Tensor:
-    """Project each of `states [l, b, dim]` by its head to unit vectors `[b, l, dim_latent]` float32."""
+    """Project `l` states `[l, b, dim]` with one head per state to unit vectors `[b, l, dim_latent]` float32."""
     projected = [head(state.to(head.weight.dtype)).float() for head, state in zip(heads, states)]
     return F.normalize(torch.stack(projected, dim=1), dim=-1)
 
 
 def _in_chunks(embed: Callable[..., Tensor], chunk_size: int | None, *rows: Tensor) -> Tensor:
-    """Embed `chunk_size` rows at a time; backward computes each chunk again with the same random numbers."""
+    """Call `embed` for chunks of `chunk_size` rows; backward computes each chunk again with equal random numbers."""
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, or None for one chunk; got {chunk_size}")
     if chunk_size is None or chunk_size >= len(rows[0]):
@@ -155,7 +155,7 @@ def _in_chunks(embed: Callable[..., Tensor], chunk_size: int | None, *rows: Tens
 
 
 def _caption_numbers(ids: Tensor) -> Tensor:
-    """Hash `[k]` int64 of each text; equal texts have equal hashes on every process."""
+    """Hash the token ids of each text to int64 `[k]`; equal texts have equal hashes on every process."""
     rows = (row[row >= 0] for row in ids.cpu())
     digests = (hashlib.blake2b(row.numpy().astype("<i8").tobytes(), digest_size=8).digest() for row in rows)
     return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests], device=ids.device)

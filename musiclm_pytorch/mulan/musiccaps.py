@@ -1,7 +1,7 @@
-"""The table of captions of MusicCaps (MusicLM, arXiv:2301.11325), and its clips in a folder.
+"""Reader of the MusicCaps table of captions (MusicLM, arXiv:2301.11325) and of a folder with MusicCaps clips.
 
-The table (google/MusicCaps, `musiccaps-public.csv`) describes ten seconds of each of 5,521 videos. It contains no
-audio. Some videos were deleted, so that copies of the data set lack clips.
+The MusicCaps table (google/MusicCaps, `musiccaps-public.csv`) describes ten seconds of each of 5,521 videos, without
+audio. Some of the videos were deleted, so that copies of MusicCaps lack clips.
 """
 
 import csv
@@ -37,11 +37,11 @@ _TRUTHS = {"true": True, "false": False, "1": True, "0": False, "": None}
 
 @dataclass(frozen=True)
 class CaptionedClip:
-    """Part of a video with its descriptions in the table.
+    """Clip of a video with its descriptions in the MusicCaps table.
 
     Attributes:
-        captions: One caption for each row of the table about this part.
-        aspects: Short phrases that describe the part.
+        captions: One caption for each row of the table that describes this clip.
+        aspects: Short phrases that describe the clip.
         about: Values of the other columns of the table.
     """
 
@@ -54,18 +54,18 @@ class CaptionedClip:
 
     @property
     def file_names(self) -> tuple[str, ...]:
-        """File names, without suffix, that download tools use for the clip; the most precise first."""
+        """File names without suffix that download tools use for the clip, the most precise name first."""
         start, end = _plain(self.start_seconds), _plain(self.end_seconds)
         return f"[{self.ytid}]-[{start}-{end}]", f"{self.ytid}-{start}", self.ytid
 
 
 @dataclass(frozen=True)
 class MusicCapsItems:
-    """Clips of a table and their files in a folder.
+    """Clips of the MusicCaps table, grouped by whether their files in a folder can be used.
 
     Attributes:
-        items: Usable clips in the order of the table, with labels `aspects` (a list) and `musiccaps` (the rest of the
-            row).
+        items: Usable clips in the order of the table, with the labels `aspects` (a list) and `musiccaps` (the values of
+            all other columns).
         rejected: Files that cannot be used, with reasons.
         missing: Clips without a file.
     """
@@ -76,9 +76,9 @@ class MusicCapsItems:
 
     @beartype
     def split(self, column: str) -> tuple[list[AudioItem], list[AudioItem]]:
-        """Split the items into items with False and items with True in a boolean column of the table.
+        """Split the items by a boolean column of the table into (items with False, items with True).
 
-        The published table has `is_audioset_eval` and `is_balanced_subset` (1,000 clips balanced over genres).
+        The boolean columns are `is_audioset_eval` and `is_balanced_subset` (1,000 clips balanced over genres).
         """
         sides: tuple[list[AudioItem], list[AudioItem]] = [], []
         for item in self.items:
@@ -91,10 +91,10 @@ class MusicCapsItems:
 
 @beartype
 def musiccaps_items(table: str | Path, clips: str | Path) -> MusicCapsItems:
-    """Find the clips of a table (see `read_musiccaps`) in a folder; ValueError if no clip can be used.
+    """Find the clips of the MusicCaps table in a folder; raise a ValueError if no clip can be used.
 
-    The files, also in subfolders, are named `{ytid}`, `{ytid}-{start}` or `[{ytid}]-[{start}-{end}]`, in seconds as in
-    the table. If several files have the same name, the first is used.
+    The files in the folder and its subfolders are named `{ytid}`, `{ytid}-{start}` or `[{ytid}]-[{start}-{end}]`, with
+    seconds as in the table. If several files have the same name, the first file is used.
     """
     table, clips = Path(table), Path(clips)
     described = read_musiccaps(table)
@@ -123,7 +123,7 @@ def musiccaps_items(table: str | Path, clips: str | Path) -> MusicCapsItems:
 
 
 def _entry(clip: CaptionedClip, path: Path) -> ItemEntry:
-    """Convert a clip to an entry of a manifest."""
+    """Convert a clip and the path of its file to an entry of a manifest."""
     # The other columns are one label; single columns such as is_audioset_eval would look like tags.
     about = {"ytid": clip.ytid, "start_s": clip.start_seconds, "end_s": clip.end_seconds, **clip.about}
     labels = {"aspects": list(clip.aspects), "musiccaps": about}
@@ -131,7 +131,7 @@ def _entry(clip: CaptionedClip, path: Path) -> ItemEntry:
 
 
 def _without_whole_videos(report: ItemReport, clips: Path) -> tuple[list[AudioItem], list[Rejected]]:
-    """Separate usable from rejected clips; a file that is much longer than the described part is rejected."""
+    """Separate usable from rejected clips; a file that is much longer than the described clip is rejected."""
     items: list[AudioItem] = []
     whole: list[Rejected] = []
     for item in report.items:
@@ -144,7 +144,7 @@ def _without_whole_videos(report: ItemReport, clips: Path) -> tuple[list[AudioIt
             whole.append(Rejected(item.path, reason))
     names = _list_names([f"{item.path} ({item.reason})" for item in whole])
     if not items:
-        raise ValueError(f"{clips}: no clip can be used: {names}")
+        raise ValueError(f"no clip in {clips} can be used: {names}")
     if whole:
         logger.warning("%s: %d files are longer than their clips and are left out: %s", clips, len(whole), names)
     return items, [*report.rejected, *whole]
@@ -154,13 +154,13 @@ def _without_whole_videos(report: ItemReport, clips: Path) -> tuple[list[AudioIt
 def read_musiccaps(table: str | Path) -> list[CaptionedClip]:
     """Read a CSV table with the columns `ytid`, `start_s`, `end_s`, `aspect_list`, `caption` and possibly others.
 
-    Rows about the same part of a video are one clip with several captions.
+    Table rows with equal video and equal times become one clip with several captions.
     """
     table = Path(table)
     if not table.is_file():
         raise ValueError(f"{table}: no such file; download musiccaps-public.csv and pass its path")
     if table.stat().st_size > _MAX_TABLE_BYTES:
-        raise ValueError(f"{table}: has {table.stat().st_size} bytes, more than the limit of {_MAX_TABLE_BYTES}")
+        raise ValueError(f"{table}: has {table.stat().st_size} bytes, the limit is {_MAX_TABLE_BYTES}")
     clips: dict[tuple[str, float, float], CaptionedClip] = {}
     for line, cells in _rows(table):
         try:
@@ -172,12 +172,12 @@ def read_musiccaps(table: str | Path) -> list[CaptionedClip]:
         captions, aspects = known.captions + clip.captions, known.aspects + clip.aspects
         clips[key] = replace(known, captions=tuple(dict.fromkeys(captions)), aspects=tuple(dict.fromkeys(aspects)))
     if not clips:
-        raise ValueError(f"{table}: the table has no rows")
+        raise ValueError(f"{table}: the table has no rows after the header")
     return list(clips.values())
 
 
 def _rows(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Read the rows of a table, with the line at which each starts; a quoted text may span several lines."""
+    """Read the rows of a CSV table, each with the number of its first line; a quoted text may span several lines."""
     with table.open(encoding="utf-8-sig", newline="") as text:
         reader = csv.DictReader(text, strict=True)
         line = 1
@@ -185,22 +185,22 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
             columns = list(reader.fieldnames or [])
             missing = [name for name in _NEEDED_COLUMNS if columns.count(name) != 1]
             if columns and missing:
-                raise ValueError(f"{table}, line 1: must have each of the columns {missing} once, got {columns[:20]}")
+                raise ValueError(f"{table}, line 1: need one each of the columns {missing}, got columns {columns[:20]}")
             line = reader.line_num + 1
             for row in reader:
                 cells = [cell for cell in row.values() if cell is not None]
                 if len(cells) != len(columns) or None in row:
-                    raise ValueError(f"{table}, line {line}: got {len(cells)} cells, need {len(columns)} as in line 1")
+                    raise ValueError(f"{table}, line {line}: got {len(cells)} values, need {len(columns)} as in line 1")
                 yield line, row
                 line = reader.line_num + 1
         except csv.Error as error:
-            raise ValueError(f"{table}, line {line}: not a row of a CSV table ({error}); check its quotes") from error
+            raise ValueError(f"{table}, line {line}: not a row of a CSV table ({error}); check the quotes") from error
         except UnicodeDecodeError as error:
-            raise ValueError(f"{table}, after line {line}: not UTF-8 ({error}); save it as UTF-8") from error
+            raise ValueError(f"{table}, after line {line}: not UTF-8 ({error}); save the table as UTF-8") from error
 
 
 def _clip(cells: dict[str, str]) -> CaptionedClip:
-    """Parse a row of the table into a clip."""
+    """Convert a row of the MusicCaps table to a clip."""
     ytid, caption = cells["ytid"], cells["caption"].strip()
     if not _VIDEO_ID.fullmatch(ytid):
         raise ValueError(f"'ytid' must be 11 letters, digits, - or _, got {ytid[:50]!r}")
@@ -210,11 +210,11 @@ def _clip(cells: dict[str, str]) -> CaptionedClip:
         start = end = math.nan
     if not 0 <= start < end < math.inf:
         cells_text = f"{cells['start_s'][:20]!r} and {cells['end_s'][:20]!r}"
-        raise ValueError(f"'start_s' and 'end_s' must be seconds, the first before the second, got {cells_text}")
+        raise ValueError(f"'start_s' and 'end_s' must be seconds, with start before end, got {cells_text}")
     try:
         aspects = parse_aspects(cells["aspect_list"])
     except ValueError as error:
-        raise ValueError(f"'aspect_list' is {error}") from error
+        raise ValueError(f"'aspect_list': {error}") from error
     if not caption and not aspects:
         raise ValueError("the row has neither a caption nor aspects; remove it")
     about = {name: _value(name, cell) for name, cell in cells.items() if name not in _NEEDED_COLUMNS}
@@ -222,7 +222,7 @@ def _clip(cells: dict[str, str]) -> CaptionedClip:
 
 
 def _value(name: str, cell: str) -> Any:
-    """Parse a cell of the table as a bool, a number, a list of AudioSet classes, or a text."""
+    """Convert a value of the MusicCaps table to a bool, a number, a list of AudioSet classes, or a text."""
     if name.startswith("is_"):
         if cell.lower() not in _TRUTHS:
             raise ValueError(f"{name!r} must be True or False, got {cell[:20]!r}")
@@ -233,11 +233,11 @@ def _value(name: str, cell: str) -> Any:
 
 
 def _plain(seconds: float) -> str:
-    """Format seconds as in the table and in file names (30, not 30.0)."""
+    """Format a number of seconds as in the MusicCaps table and in file names (30, not 30.0)."""
     return str(int(seconds)) if seconds.is_integer() else str(seconds)
 
 
 def _list_names(names: Sequence[str]) -> str:
-    """Join the first names into one line, and append the number of names that are left out."""
+    """Join the first few names into one line, and append the number of names that are left out."""
     more = len(names) - _MAX_NAMES_IN_LOG
     return ", ".join(names[:_MAX_NAMES_IN_LOG]) + (f" and {more} more" if more > 0 else "")

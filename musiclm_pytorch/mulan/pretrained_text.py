@@ -1,4 +1,4 @@
-"""Published text encoders of transformers (T5, BERT, RoBERTa and similar) as MuLaN's text tower."""
+"""MuLaN's text tower from a published text encoder of the transformers library (T5, BERT, RoBERTa and similar)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,12 +21,11 @@ __all__ = ["TransformersTextEncoder"]
 
 @register
 class TransformersTextEncoder(PublishedTextEncoder, TextTower):
-    """Text tower from a published encoder: the mean over all tokens, special tokens included.
+    """Text tower from a published encoder, which embeds a text as the mean over all tokens with special tokens.
 
     Args:
-        frozen: Whether the weights never change. If False, they are trained with the MuLaN, with the dropout of the
-            published model.
-        max_seq_len: `max_tokens` of `PublishedTextEncoder`, which describes the other arguments.
+        frozen: Whether the weights never change; if False, the encoder is trained with the MuLaN and with dropout.
+        max_seq_len: Maximum number of tokens of a text; `PublishedTextEncoder` describes the other arguments.
     """
 
     @beartype

@@ -24,7 +24,7 @@ _MIN_SPREAD = 0.5
 class LogSpectrogram(nn.Module):
     """Computes log spectrograms of clips of unequal length, in mel bands, or in linear bins if `num_mels` is None.
 
-    Padding of a clip does not change its spectrogram.
+    The spectrogram of a clip does not depend on the padding of the clip.
     """
 
     def __init__(self, sample_hz: int, num_mels: int | None, n_fft: int, win_length: int, hop_length: int) -> None:
@@ -54,9 +54,9 @@ class LogSpectrogram(nn.Module):
             return torch.log(magnitudes[..., : int(num_frames.max())] + _LOG_FLOOR), num_frames
 
     def standardise(self, logs: Tensor, num_frames: Tensor) -> Tensor:
-        """Normalise each clip of `[b, bins, f]` to mean 0 and standard deviation 1 over its frames; padding is 0.
+        """Normalise each spectrogram of `[b, bins, f]` to mean 0 and standard deviation 1; padding frames become 0.
 
-        The recording level is removed, since captions do not describe it.
+        The normalisation removes the loudness of the recording, which captions do not describe.
         """
         real = length_mask(num_frames, logs.shape[-1]).unsqueeze(1)
         count = (num_frames * self.num_bins).clamp(min=1).view(-1, 1, 1)
@@ -69,9 +69,8 @@ class LogSpectrogram(nn.Module):
 class SpecAugment(nn.Module):
     """Stretches log spectrograms in time and masks parts of them, in training only (SpecAugment, arXiv:1904.08779).
 
-    The stretch is a linear interpolation of the log magnitudes, since the phase is unknown.
-
-    See `AudioSpectrogramTransformer` for the arguments.
+    Log magnitudes are stretched by linear interpolation, since the phase is unknown. See `AudioSpectrogramTransformer`
+    for the arguments.
     """
 
     def __init__(self, stretch_factor: float, freq_mask_fraction: float, time_mask_fraction: float) -> None:
@@ -85,7 +84,7 @@ class SpecAugment(nn.Module):
         self.time_mask_fraction = time_mask_fraction
 
     def stretch(self, logs: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Change the speed of each clip of `[b, bins, f]` at random; clips are cut to `f` frames."""
+        """Change the speed of each spectrogram of `[b, bins, f]` at random, and cut slower ones to `f` frames."""
         if not self.training or self.stretch_factor == 1:
             return logs, num_frames
         exponent = torch.empty(len(logs), 1, device=logs.device).uniform_(-1, 1)
@@ -100,7 +99,7 @@ class SpecAugment(nn.Module):
         return torch.lerp(below, above, (at - lower).unsqueeze(1)), stretched
 
     def mask(self, image: Tensor, num_frames: Tensor) -> Tensor:
-        """Set one band of bins and one span of frames of each standardised clip `[b, bins, f]` to 0, its mean."""
+        """Set one band of bins and one span of frames in each standardised spectrogram of `[b, bins, f]` to 0."""
         if not self.training:
             return image
         bins = torch.full_like(num_frames, image.shape[1])
@@ -116,7 +115,7 @@ def log_spectrogram(
     win_length: int | None,
     hop_length: int | None,
 ) -> LogSpectrogram:
-    """Build the spectrogram from arguments of `AudioSpectrogramTransformer`, with the defaults documented there."""
+    """Build the spectrogram of an `AudioSpectrogramTransformer` from the arguments that its docstring explains."""
     if num_mels == "auto":
         num_mels = _NUM_MELS if n_fft is None else None
     if win_length is None:
@@ -125,13 +124,14 @@ def log_spectrogram(
     hop_length = max(1, 2 * win_length // 5) if hop_length is None else hop_length
     if not (1 <= win_length <= n_fft and hop_length >= 1):
         raise ValueError(
-            f"need 1 <= spec_win_length <= spec_n_fft and a hop >= 1, got {win_length}, {n_fft}, {hop_length}"
+            "need 1 <= spec_win_length <= spec_n_fft and spec_hop_length >= 1, got "
+            f"spec_win_length {win_length}, spec_n_fft {n_fft} and spec_hop_length {hop_length}"
         )
     return LogSpectrogram(sample_hz, num_mels, n_fft, win_length, hop_length)
 
 
 def _random_span(sizes: Tensor, fraction: float, size: int) -> Tensor:
-    """Mask `[b, size]` of one random span in the first `sizes [b]` positions; it covers at most `fraction` of them."""
+    """Mask `[b, size]` of one random span per row, which covers up to `fraction` of the first `sizes [b]` positions."""
     width, start = torch.rand(2, len(sizes), device=sizes.device)
     widths = (width * (sizes * fraction + 1)).long().clamp(max=(sizes * fraction).long())
     starts = (start * (sizes - widths + 1)).long()

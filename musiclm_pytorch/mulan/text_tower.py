@@ -33,33 +33,33 @@ class TextTower(nn.Module, ABC):
 
     @abstractmethod
     def tokenize(self, texts: str | Sequence[str] | Tensor) -> Tensor:
-        """Return the ids `[b, t]` int64 of texts, -1 past the end. An empty text raises a ValueError.
+        """Return the token ids `[b, t]` int64 of texts, -1 past the end. An empty text raises a ValueError.
 
-        If `texts` are ids, they are checked and returned.
+        If `texts` are already token ids, the ids are checked and returned.
         """
 
     @abstractmethod
     def embed_layers(self, texts: str | Sequence[str] | Tensor, *, layers: Sequence[int]) -> Tensor:
-        """Embed texts or ids as means over the tokens after `layers` blocks, `[l, b, dim]` float32, not of unit norm.
+        """Embed texts or ids as means over the tokens in several layers, `[l, b, dim]` float32, not of unit norm.
 
         Layer 0 is the input of the first block, layer `depth` is the output after the final normalisation.
         """
 
     def forward(self, texts: str | Sequence[str] | Tensor) -> Tensor:
-        """Embed texts or ids as `[b, dim]` float32, not of unit norm. Other texts in the batch have no influence."""
+        """Embed each text (or its ids), independently of the other texts, as `[b, dim]` float32, not of unit norm."""
         return self.embed_layers(texts, layers=(self.depth,))[0]
 
 
 @register
 class TextTransformer(TextTower):
-    """Bidirectional transformer, trained from scratch, that replaces MuLan's BERT (arXiv:2208.12415, sec. 3.2).
+    """Text tower by a bidirectional transformer, trained from scratch, where MuLan uses BERT (arXiv:2208.12415).
 
     Args:
         num_tokens: Size of the embedding table; at least the tokenizer's vocabulary.
         max_seq_len: Maximum number of tokens of a text; longer texts are truncated with a warning.
         tokenizer: Byte-pair tokenizer; None = plain bytes (256 tokens, not trained).
-        known_words: Words of the training captions (see `words_of`). In eval mode a warning is logged for a text that
-            has mostly other words. None = no warning.
+        known_words: Words of the training captions (see `words_of`), used in eval mode for a warning about texts with
+            mostly unknown words; None = no warning.
     """
 
     @beartype
@@ -104,7 +104,7 @@ class TextTransformer(TextTower):
 
     @beartype
     def tokenize(self, texts: str | Sequence[str] | Tensor) -> Tensor:
-        """Return the ids `[b, t]` int64 of texts, -1 past the end; see `TextTower`."""
+        """Return the token ids `[b, t]` int64 of texts, -1 past the end; see `TextTower`."""
         ids = ids_of(texts, self.tokenizer, self.num_tokens, self.max_seq_len)
         if self.known_words is not None and not self.training and not isinstance(texts, Tensor):
             self._report_unknown_words([texts] if isinstance(texts, str) else texts)
@@ -134,7 +134,7 @@ class TextTransformer(TextTower):
 
 @beartype
 def words_of(captions: Iterable[str], limit: int = 50_000) -> list[str]:
-    """The `limit` most frequent words of captions, case-folded and sorted, for `TextTransformer.known_words`."""
+    """List the `limit` most frequent words of captions, case-folded and sorted, for `TextTransformer.known_words`."""
     if limit < 1:
         raise ValueError(f"limit must be at least 1 word, got {limit}")
     counts = Counter(word for caption in captions for word in _words(caption))
@@ -142,5 +142,5 @@ def words_of(captions: Iterable[str], limit: int = 50_000) -> list[str]:
 
 
 def _words(text: str) -> list[str]:
-    """Case-folded words of at least two letters."""
+    """List the case-folded words of at least two letters in a text."""
     return _WORD.findall(unicodedata.normalize("NFC", text).casefold())

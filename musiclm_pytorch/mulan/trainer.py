@@ -38,9 +38,9 @@ _CLIPS_COUNTED = 10_000
 
 
 class MuLaNTask:
-    """Training task of MuLaN for `TrainLoop`: random crops of captioned files, and metrics on held-out files.
+    """Training task of MuLaN for `TrainLoop`, with random crops of captioned files and metrics on held-out files.
 
-    Each clip of a batch has one text or several, drawn again in every epoch. See `MuLaNTrainer` for the arguments.
+    Each clip of a batch has one or several texts, drawn again in every epoch. See `MuLaNTrainer` for the arguments.
     """
 
     name = "mulan"
@@ -88,14 +88,14 @@ class MuLaNTask:
         held_out = [item for item in valid_items if texts_of(item)]
         self.held_out: HeldOutClips | None = None
         if labels and not held_out:
-            raise ValueError(f"labels {list(labels)} need held-out files with a caption or aspects, got none")
+            raise ValueError(f"labels {list(labels)} need held-out files with captions or aspects, got no such file")
         if held_out:
             crops = CropDataset(held_out, seconds, (mulan.sample_hz,), seed, cache_bytes // 4)
             self.held_out = HeldOutClips(crops, labels=labels, max_batch=min(batch_size, chunk_size or batch_size))
 
     @property
     def chance(self) -> dict[str, float]:
-        """Loss, and metrics of held-out clips, that a model reaches by guessing."""
+        """Expected loss and held-out metrics of a model that guesses."""
         chance: dict[str, float] = {} if self.held_out is None else self.held_out.chance
         loss = getattr(self.mulan, "loss", None)
         if not isinstance(loss, ContrastiveLoss):
@@ -107,11 +107,11 @@ class MuLaNTask:
         return {"loss": value, **chance}
 
     def batch(self, indices: list[tuple[int, int]]) -> dict[str, Tensor]:
-        """Load the crops and texts of clips, given as (epoch, index) pairs.
+        """Load the crops and texts of clips; `indices` contains a pair (epoch, index of the clip) for each clip.
 
         Returns:
-            `wavs [b, n]`, their `lengths [b]` in samples, `ids [k, t]` of all texts and `clip_index [k]`, the row of
-            the clip that a text describes.
+            `wavs [b, n]`, `lengths [b]` in samples, token ids `ids [k, t]` of all texts, and `clip_index [k]`, the row
+            of the clip that each text describes.
         """
         crops = collate_crops([self.dataset.get(epoch, index) for epoch, index in indices])
         texts = [self.captions.sample(self.dataset.items[index], epoch, index) for epoch, index in indices]
@@ -124,7 +124,7 @@ class MuLaNTask:
         }
 
     def loss(self, batch: dict[str, Tensor], step: int) -> LossOutput:
-        """Contrastive loss of a batch, and the current temperature."""
+        """Compute the contrastive loss of a batch, with the current temperature as a metric."""
         loss = self.mulan(
             batch["wavs"], batch["ids"], batch["lengths"], clip_index=batch["clip_index"], chunk_size=self.chunk_size
         )
@@ -132,14 +132,14 @@ class MuLaNTask:
         return LossOutput(loss, {} if temperature is None else {"temperature": temperature})
 
     def validate(self) -> dict[str, float]:
-        """Metrics of the held-out clips."""
+        """Compute the metrics of the held-out clips."""
         return {} if self.held_out is None else self.held_out.measure(self.mulan)
 
     def samples(self, folder: Path, step: int) -> None:
         """Write no samples, since a joint embedding generates no audio."""
 
     def before_training(self) -> None:
-        """Do nothing, since MuLaN has no parts that are fitted before training."""
+        """Do nothing, since no module of a MuLaN is fitted before training."""
 
 
 @trainer_arguments(LoopSettings)
@@ -152,13 +152,13 @@ class MuLaNTrainer:
         mulan: A MuLaN whose tokenizer was trained on the captions (`TextTokenizer.train`), or any joint embedding with
             a `forward` and a text tower like those of `MuLaN`.
         folder: Folder with `train.jsonl` (`audio`, `caption`, optionally a list `captions`), and optionally
-            `valid.jsonl`; or a `.jsonl` file; or a folder of audio files with a text file beside each.
-        items: Training items and held-out items, instead of `folder`. Items without a caption are left out.
+            `valid.jsonl`; or a `.jsonl` file; or a folder of audio files with a text file beside each audio file.
+        items: Training items and held-out items, instead of `folder`; items without captions and aspects are left out.
         batch_size: Clips per step and process, which are contrasted with each other.
-        seconds: Length of the crops; shorter files are used whole.
-        captions: Selects the texts of a clip. None = one caption per epoch, in turn.
+        seconds: Length of the crops; files that are shorter are used whole.
+        captions: Sampler of the texts of a clip; None = the default `CaptionSampler` with the seed of the training.
         chunk_size: Number of clips, and of texts, that are embedded at a time; see `MuLaN.forward`.
-        labels: Labels of the held-out files for zero-shot tagging. None = all labels that look like tags.
+        labels: Labels of the held-out files for zero-shot tagging; None = all labels that can be used for tagging.
         valid_fraction: Share of the files that are held out if the folder has no `valid.jsonl`.
         results_folder: Folder of checkpoints and metrics, and finally of the model (`results_folder/mulan`).
         **settings: Further fields of `LoopSettings`.
@@ -207,7 +207,7 @@ class MuLaNTrainer:
     def train(self, stop_after_steps: int | None = None) -> TrainResult:
         """Train from the last checkpoint to the end, or for at most `stop_after_steps` steps.
 
-        At the end `mulan` has the final weights and is in eval mode.
+        After the last step, `mulan` has the final weights and is in eval mode.
         """
         return self.loop.train_and_save(
             lambda: save_module(self.task.mulan, self.results_folder / "mulan"), stop_after_steps
@@ -215,13 +215,13 @@ class MuLaNTrainer:
 
 
 def _tokenizer_of(mulan: JointEmbedding) -> Callable[[list[str]], Tensor]:
-    """Tokenizer of a model; ValueError if the model cannot be trained."""
+    """Return the tokenize function of a model, or raise a ValueError if the model cannot be trained."""
     tokenize = getattr(getattr(mulan, "text", None), "tokenize", None)
     known = inspect.signature(mulan.forward).parameters
     if tokenize is None or not {"clip_index", "chunk_size"} <= set(known):
         raise ValueError(
-            f"{type(mulan).__name__} cannot be trained: it needs `text.tokenize(texts)` and a loss from "
-            "`forward(wavs, ids, lengths, clip_index=..., chunk_size=...)`, as MuLaN has"
+            f"{type(mulan).__name__} cannot be trained; add the methods `text.tokenize(texts)` and "
+            "`forward(wavs, ids, lengths, clip_index=..., chunk_size=...)` of MuLaN"
         )
     if not any(parameter.requires_grad for parameter in mulan.parameters()):
         raise ValueError(f"all parameters of {type(mulan).__name__} are frozen; call requires_grad_() to train some")
@@ -229,7 +229,7 @@ def _tokenizer_of(mulan: JointEmbedding) -> Callable[[list[str]], Tensor]:
 
 
 def _add_known_words(mulan: JointEmbedding, items: Sequence[AudioItem]) -> None:
-    """Add the words of the captions to the known words of a text tower that is trained from scratch."""
+    """Add the words of the training captions to the known words of a text tower that is trained from scratch."""
     tower = getattr(mulan, "text", None)
     if isinstance(tower, TextTransformer):
         words = words_of(text for item in items for text in (*captions_of(item), *aspects_of(item)))

@@ -93,7 +93,7 @@ def test_whole_videos_and_damaged_clips_are_rejected(tmp_path, write_tone, caplo
     assert "cannot be read as audio" in reasons[IDS[1]] and IDS[0] in caplog.text and IDS[1] in caplog.text
     (tmp_path / "clips" / f"{IDS[2]}.wav").unlink()
     (tmp_path / "clips" / f"{IDS[1]}.wav").unlink()
-    with pytest.raises(ValueError, match=f"no clip can be used: {whole} .lasts 4.0 s"):
+    with pytest.raises(ValueError, match=f"no clip in .* can be used: {whole} .lasts 4.0 s"):
         musiccaps_items(table, tmp_path / "clips")
 
 
@@ -119,8 +119,8 @@ def test_a_folder_without_the_clips_is_an_error(tmp_path, write_tone):
             (cells, "'start_s' and 'end_s' must be seconds")
             for cells in ({"start_s": "x"}, {"start_s": "40"}, {"end_s": "inf"}, {"end_s": "nan"})
         ],
-        ({"aspect_list": "[__import__('os').abort()]"}, "'aspect_list' is not a list of texts"),
-        ({"aspect_list": "[" * 70_000}, "'aspect_list' is a text of 70000 characters"),
+        ({"aspect_list": "[__import__('os').abort()]"}, "'aspect_list': need a list of texts"),
+        ({"aspect_list": "[" * 70_000}, "'aspect_list': the aspects have 70000 characters"),
         ({"aspect_list": "[]", "caption": " "}, "the row has neither a caption nor aspects; remove it"),
         ({"caption": "la " * 50_000}, "not a row of a CSV table .field larger than field limit"),
         ({"is_audioset_eval": "maybe"}, "'is_audioset_eval' must be True or False"),
@@ -138,9 +138,9 @@ def test_hostile_rows_are_named(tmp_path, change, message):
     [
         ("", "the table has no rows"),
         (",".join(COLUMNS) + "\n", "the table has no rows"),
-        ("ytid,caption\nx,y\n", r"line 1: must have each of the columns \['start_s', 'end_s', 'aspect_list'\] once"),
-        (",".join([*COLUMNS, "ytid"]) + "\n", r"line 1: must have each of the columns \['ytid'\] once"),
-        (",".join(COLUMNS) + "\nAAAAAAAAAAA,30,40,x\n", "line 2: got 4 cells, need 9"),
+        ("ytid,caption\nx,y\n", r"line 1: need one each of the columns \['start_s', 'end_s', 'aspect_list'\]"),
+        (",".join([*COLUMNS, "ytid"]) + "\n", r"line 1: need one each of the columns \['ytid'\]"),
+        (",".join(COLUMNS) + "\nAAAAAAAAAAA,30,40,x\n", "line 2: got 4 values, need 9"),
         (",".join(COLUMNS) + '\nAAAAAAAAAAA,30,40,"/m,[],open,4,True,True\n' * 9, "line 2: not a row of a CSV table"),
         (",".join(COLUMNS) + "\nAAAAAAAAAAA,30,40,,[],fl\xf6te,4,,\n", "after line [12]: not UTF-8"),
     ],
