@@ -1,4 +1,4 @@
-"""Semantic tokenizers: base classes, published encoders, and BEST-RQ with k-means, trained on audio alone."""
+"""Semantic tokenizers: base classes, published encoders, and BEST-RQ with k-means, which is trained on audio only."""
 
 from audiolm_pytorch.semantic.base import FrameEncoder, SemanticTokenizer
 from audiolm_pytorch.semantic.best_rq.model import BestRQ, BestRQEncoder

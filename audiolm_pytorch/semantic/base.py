@@ -11,16 +11,15 @@ __all__ = ["FrameEncoder", "SemanticTokenizer"]
 
 
 class SemanticTokenizer(nn.Module, ABC):
-    """Converts waves to tokens that describe content rather than sound (AudioLM, arXiv:2209.03143, sec. III-B).
+    """Base class of tokenizers that convert waves to ids of their content (AudioLM, arXiv:2209.03143, section III-B).
 
-    A tokenizer is always in eval mode, also as a part of a module that trains.
+    A tokenizer is always in eval mode, also if it is a submodule of a module in train mode.
 
     Attributes:
-        target_sample_hz: Sample rate that the tokenizer works at.
+        target_sample_hz: Sample rate of the waves that are converted to tokens.
         downsample_factor: Samples per token at `target_sample_hz`; `num_frames` returns the exact number of tokens.
         codebook_size: Number of possible token ids.
-        seq_len_multiple_of: Waves are cut to a multiple of this number of samples (at `target_sample_hz`). None = no
-            cut.
+        seq_len_multiple_of: Waves are cut to a multiple of this number of samples; None means no cut.
     """
 
     target_sample_hz: int
@@ -30,7 +29,7 @@ class SemanticTokenizer(nn.Module, ABC):
 
     @abstractmethod
     def num_frames(self, num_samples: int) -> int:
-        """Number of tokens of a wave of `num_samples` samples at `target_sample_hz`; ValueError if it is 0."""
+        """Return the number of tokens of a wave of `num_samples` samples; raise a ValueError if the number is 0."""
 
     @abstractmethod
     def forward(self, wave: Tensor, input_sample_hz: int | None = None, lengths: Tensor | None = None) -> Tensor:
@@ -38,20 +37,20 @@ class SemanticTokenizer(nn.Module, ABC):
 
         Args:
             wave: `[b, n]`, float.
-            input_sample_hz: Sample rate of `wave`, which is resampled if necessary. None = `target_sample_hz`.
-            lengths: `[b]` int, number of samples of each item without padding. None = no padding.
+            input_sample_hz: Sample rate of `wave`, which is resampled if necessary; None means `target_sample_hz`.
+            lengths: `[b]` int, number of samples of each item without padding; None means no padding.
 
         Returns:
-            Token ids `[b, t]` int64 in `[0, codebook_size)`, and -1 at padding after the tokens of an item. The ids of
-            an item do not depend on the other items of the batch.
+            Token ids `[b, t]` int64 in `[0, codebook_size)`, and -1 at padding after the last token of an item. The
+            ids of an item do not depend on the other items of the batch.
         """
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hash of everything that the tokens depend on; models that are trained on the tokens store it."""
+        """Return a hash of everything that the tokens depend on; models trained on the tokens store this hash."""
 
     def train(self, mode: bool = True) -> "SemanticTokenizer":
-        """Keep the tokenizer in eval mode; the argument is ignored."""
+        """Keep the tokenizer in eval mode and ignore `mode`."""
         return super().train(False)
 
     def cut_samples(self, num_samples: int) -> int:
@@ -61,7 +60,7 @@ class SemanticTokenizer(nn.Module, ABC):
     def checked_waves(
         self, wave: Tensor, input_sample_hz: int | None, lengths: Tensor | None, device: torch.device
     ) -> tuple[Tensor, Tensor | None]:
-        """Check the arguments of `forward`; return the waves resampled to `target_sample_hz` and their lengths."""
+        """Check the arguments of `forward`; return the waves, resampled to `target_sample_hz`, and their lengths."""
         check_waves(wave, lengths, device)
         if input_sample_hz is None or input_sample_hz == self.target_sample_hz:
             return wave, lengths
@@ -69,12 +68,12 @@ class SemanticTokenizer(nn.Module, ABC):
 
 
 class FrameEncoder(nn.Module, ABC):
-    """Audio encoder whose hidden states `KMeansTokenizer` converts to tokens.
+    """Base class of audio encoders whose hidden states `KMeansTokenizer` converts to tokens.
 
     Attributes:
         sample_hz: Sample rate of the input waves.
         downsample_factor: Samples per frame at `sample_hz`; `num_frames` returns the exact number of frames.
-        dim: Width of the features.
+        dim: Width of the hidden states.
         depth: Number of layers.
     """
 
@@ -85,7 +84,7 @@ class FrameEncoder(nn.Module, ABC):
 
     @abstractmethod
     def num_frames(self, num_samples: int) -> int:
-        """Number of frames of a wave of `num_samples` samples; ValueError if it is too short for one frame."""
+        """Return the number of frames of a wave of `num_samples` samples; raise a ValueError if the number is 0."""
 
     @abstractmethod
     def features(self, wave: Tensor, lengths: Tensor | None = None, layer: int | None = None) -> tuple[Tensor, Tensor]:
@@ -93,11 +92,11 @@ class FrameEncoder(nn.Module, ABC):
 
         Args:
             wave: `[b, n]`, float, at `sample_hz`.
-            lengths: `[b]` int, number of samples of each item without padding. None = no padding.
-            layer: 0..depth, where 0 is the input of the first layer. None = the last layer.
+            lengths: `[b]` int, number of samples of each item without padding; None means no padding.
+            layer: Number of the layer, 0..depth, where 0 is the input of the first layer; None means the last layer.
 
         Returns:
-            Features `[b, t, d]`, and a mask `[b, t]` bool, False at padding. Padding does not change other features.
+            Hidden states `[b, t, d]`, which do not depend on padding, and a mask `[b, t]` bool, False at padding.
         """
 
     @abstractmethod
@@ -105,6 +104,6 @@ class FrameEncoder(nn.Module, ABC):
         """Return an independent copy of the encoder that ends after `layer` (0..depth), with equal hidden states."""
 
     def check_layer(self, layer: int) -> None:
-        """Check that a layer is in 0..depth."""
+        """Check that the number of a layer is in 0..depth."""
         if not 0 <= layer <= self.depth:
             raise ValueError(f"layer must be in 0..{self.depth}, the layers of this {type(self).__name__}; got {layer}")

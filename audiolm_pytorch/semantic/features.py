@@ -1,4 +1,4 @@
-"""Hidden states of a corpus for k-means: plan crops, encode them, write the frames to shards, read them in portions."""
+"""Hidden states of a corpus for k-means: plan crops, encode the crops, write the frames to shards, read the shards."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +27,7 @@ _MAX_CROPS_PER_BATCH, _SECONDS_PER_BATCH = 8, 60
 
 
 class PlannedCrop(NamedTuple):
-    """A crop to encode: epoch and file index, and number of frames to keep (only the last crop may be shortened)."""
+    """Crop to encode: epoch, file index, and number of frames that are used (all frames, except in the last crop)."""
 
     epoch: int
     item: int
@@ -35,9 +35,9 @@ class PlannedCrop(NamedTuple):
 
 
 def plan_crops(encoder: FrameEncoder, dataset: CropDataset, max_frames: int) -> list[PlannedCrop]:
-    """Plan crops with `max_frames` frames in total, or fewer if the files are too short.
+    """List the crops to encode, with `max_frames` frames in total, or fewer frames if the files are too short.
 
-    The plan has a crop of every file in random order, then a second crop of every file that is long enough, and so on.
+    The list has a first crop of every file in random order, then a second crop of every long file, then a third.
     """
     items, seconds, rate_hz = dataset.items, dataset.seconds, encoder.sample_hz
     if seconds is None:
@@ -48,7 +48,7 @@ def plan_crops(encoder: FrameEncoder, dataset: CropDataset, max_frames: int) -> 
     short = [str(item.path) for item, count in zip(items, frames) if not count]
     if len(short) == len(items):
         raise ValueError(
-            f"none of {len(items)} files has a frame in crops of {seconds:g} s at {rate_hz} Hz; "
+            f"crops of {seconds:g} s of all {len(items)} files are shorter than a frame of the encoder; "
             "use longer crops or longer files"
         )
     if short:
@@ -67,7 +67,7 @@ def plan_crops(encoder: FrameEncoder, dataset: CropDataset, max_frames: int) -> 
 
 
 def _count_frames(encoder: FrameEncoder, num_samples: int) -> int:
-    """Return the number of frames of a wave; 0 if it is too short for one frame."""
+    """Return the number of frames of a wave, or 0 if the wave is too short for one frame."""
     try:
         return encoder.num_frames(num_samples)
     except ValueError:
@@ -90,8 +90,8 @@ def write_features(
 
     Args:
         encoder: Encoder in eval mode.
-        origin: Description of encoder, layer and data, the `fingerprint` of `write_shards`.
-        advance: Function that is called after every crop, e.g. of a progress bar.
+        origin: Description of encoder, layer and data; the argument `fingerprint` of `write_shards`.
+        advance: Function that is called after every crop, for example to advance a progress bar.
     """
     # Batches start at fixed places of the plan, so that an interruption does not change which crops share a batch.
     batch_crops = min(_MAX_CROPS_PER_BATCH, max(1, int(_SECONDS_PER_BATCH / (dataset.seconds or _SECONDS_PER_BATCH))))
@@ -124,22 +124,22 @@ def _encode(encoder: FrameEncoder, dataset: CropDataset, crops: Sequence[Planned
         frames, path = row[real].float().cpu(), dataset.items[crop.item].path
         if not frames.isfinite().all():
             raise ValueError(
-                f"{path}: layer {layer} returns NaN or infinity; the encoder or the file is broken; leave the file out"
+                f"{path}: layer {layer} of the encoder returns NaN or infinity; check the encoder, or remove the file"
             )
         expected = (encoder.num_frames(length), encoder.dim)
         if frames.shape != expected:
             raise ValueError(
-                f"{path}: layer {layer} of {type(encoder).__name__} returns features {tuple(frames.shape)}, not "
-                f"{expected}, which its num_frames and dim require; correct the encoder"
+                f"{path}: layer {layer} of {type(encoder).__name__} returns features of shape {tuple(frames.shape)}, "
+                f"but its num_frames and dim require {expected}; correct the encoder"
             )
         records.append(frames[: crop.num_frames].numpy())
     return records
 
 
 class FeatureShards:
-    """`VectorSource` of the `num_frames` frames, each of width `dim`, that `write_features` wrote.
+    """Vectors for k-means: the `num_frames` frames of width `dim` that `write_features` wrote.
 
-    Each portion, except the last one, has at least `min_rows` frames.
+    Every array that `portions` yields has at least `min_rows` frames, except the last array.
     """
 
     def __init__(self, folder: Path, origin: dict[str, Any], num_frames: int, dim: int, min_rows: int) -> None:
@@ -149,7 +149,7 @@ class FeatureShards:
         self._rows = max(min_rows, _PORTION_BYTES // (dim * np.dtype(np.float32).itemsize))
 
     def portions(self, order: tuple[int, ...] | None = None) -> Iterator[np.ndarray]:
-        """Yield all frames; see `VectorSource`. Random order shuffles the crops, then the frames of each portion."""
+        """Yield all frames in several arrays; if `order` (a seed) is passed, shuffle the crops and each array."""
         rng = None if order is None else np.random.default_rng(order)
         numbers = np.arange(len(self._shards)) if rng is None else rng.permutation(len(self._shards))
         waiting: list[np.ndarray] = []

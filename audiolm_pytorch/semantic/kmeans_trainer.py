@@ -51,7 +51,7 @@ _SECONDS_BETWEEN_STATES = 5.0
 
 @dataclass(frozen=True)
 class KMeansFit:
-    """Result of `KMeansTrainer`: the tokenizer, on the CPU, and the usage of its clusters."""
+    """Result of `KMeansTrainer`: the tokenizer (on the CPU) and statistics of the usage of its clusters."""
 
     tokenizer: KMeansTokenizer
     usage: ClusterUsage
@@ -59,23 +59,24 @@ class KMeansFit:
 
 @trainer_arguments()
 class KMeansTrainer:
-    """Trains a tokenizer by k-means on the hidden states of an encoder layer (AudioLM, arXiv:2209.03143, sec. III-B).
+    """Trainer of a tokenizer by k-means on an encoder layer's hidden states (AudioLM, arXiv:2209.03143, section III-B).
 
-    As in AudioLM, each dimension is normalised to zero mean and unit variance first. Memory does not grow with the
-    data, because hidden states are written to disk once (`features/`, 4 bytes per number) and read in portions. A run
-    that was interrupted continues and has the same centroids, bit for bit, on the same machine. `results_folder`
-    receives `tokenizer/`, a `KMeansTokenizer` whose encoder ends at `layer`, and `kmeans.json` with the settings and
-    the usage of the clusters. After training, `features/` and `kmeans.safetensors` may be deleted.
+    As in AudioLM, each dimension of the hidden states is first normalised to zero mean and unit variance. Memory does
+    not grow with the data, because hidden states are written to disk (`features/`, 4 bytes per number). A run that was
+    interrupted can be continued, and on the same machine its centroids are bit-exact those of an uninterrupted run.
+
+    The result in `results_folder` is `tokenizer/`, a `KMeansTokenizer` whose encoder ends at `layer`, and `kmeans.json`
+    with settings and cluster usage. After training, `features/` and `kmeans.safetensors` may be deleted.
 
     Args:
-        encoder: Encoder of a registered class; it is not changed or moved to another device.
-        layer: Encoder layer whose hidden states are clustered.
-        folder: Folder or manifest of audio; only its training part is used, see `load_split`.
-        results_folder: Folder of the run; if it has a run with other settings, a ValueError is raised.
+        encoder: Encoder of a registered class; the trainer uses a copy of it.
+        layer: Number of the encoder layer whose hidden states are clustered.
+        folder: Folder or manifest of audio; only its training files are used (see `load_split`).
+        results_folder: Folder of the run; a folder that has a run with other settings raises a ValueError.
         seconds: Length of the encoded crops; longer files have several crops.
         max_tokens: Maximum number of frames for k-means.
-        num_epochs: Passes over the frames; a small data set has more passes.
-        accelerator: Accelerator whose processes share the encoding. None creates one.
+        num_epochs: Minimum number of passes over the frames; for a small data set there are more passes.
+        accelerator: Accelerator whose processes share the encoding; None creates an accelerator.
     """
 
     @beartype
@@ -97,8 +98,8 @@ class KMeansTrainer:
         encoder.check_layer(layer)
         if min(num_clusters, max_tokens, num_epochs) < 1 or seed < 0 or not 0 < seconds < float("inf"):
             raise ValueError(
-                "need num_clusters, max_tokens and num_epochs of 1 or more, seed of 0 or more and seconds above 0, got "
-                f"{num_clusters}, {max_tokens}, {num_epochs}, {seed} and {seconds}"
+                f"num_clusters {num_clusters}, max_tokens {max_tokens} and num_epochs {num_epochs} must be at least 1, "
+                f"seed {seed} at least 0, and seconds {seconds} positive"
             )
         check_one_source(folder, items)
         self._encoder = encoder.truncated(layer).eval().requires_grad_(False)
@@ -107,13 +108,14 @@ class KMeansTrainer:
         self._seed, self._accelerator = seed, accelerator
         items = load_split(folder)[0] if folder is not None else list(items or ())
         if not items:
-            raise ValueError("there is no audio to learn from: the list of files is empty")
+            raise ValueError("got an empty list of audio files; pass at least one file to train on")
         self._dataset = CropDataset(items, seconds, (encoder.sample_hz,), seed, cache_bytes=0)
         self._plan = plan_crops(encoder, self._dataset, max_tokens)
         self.num_tokens = sum(crop.num_frames for crop in self._plan)
         if self.num_tokens < num_clusters:
             raise ValueError(
-                f"{self.num_tokens} tokens cannot fill {num_clusters} clusters; use more audio or fewer clusters"
+                f"the audio has {self.num_tokens} tokens, too few for {num_clusters} clusters; "
+                "use more audio or fewer clusters"
             )
         self.results_folder = Path(results_folder)
         self.features_folder = self.results_folder / "features"
@@ -128,11 +130,11 @@ class KMeansTrainer:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the folder holds a finished run; `train` checks that its settings are equal."""
+        """Whether the results folder has a finished run; `train` checks that the settings of the run are equal."""
         return "usage" in self._record() and (self.results_folder / "tokenizer" / "config.json").is_file()
 
     def train(self) -> KMeansFit:
-        """Train, or continue an interrupted run; if the run is finished, return its saved result."""
+        """Train a tokenizer, or continue an interrupted run; return the saved result of a finished run."""
         accelerator = self._accelerator = self._accelerator or create_accelerator()
         self._check_run_folder(accelerator)
         if not self.is_finished:
@@ -145,7 +147,7 @@ class KMeansTrainer:
 
     @property
     def _identity(self) -> dict[str, Any]:
-        """Return the settings that must not change when a run is continued."""
+        """Settings that must not change when a run is continued."""
         return {**self._origin, "num_clusters": self._num_clusters, "num_epochs": self._num_epochs}
 
     def _record(self) -> dict[str, Any]:
@@ -162,7 +164,7 @@ class KMeansTrainer:
         record.pop("usage", None)
         if record and (lines := differences(record, settings)):
             raise ValueError(
-                f"{self.results_folder} holds a k-means run of other settings "
+                f"{self.results_folder} has a k-means run with other settings "
                 f"({'; '.join(lines).replace('run.', '')}); use the same settings or another folder"
             )
         accelerator.wait_for_everyone()
@@ -185,7 +187,7 @@ class KMeansTrainer:
         accelerator.wait_for_everyone()
 
     def _fit(self) -> None:
-        """Cluster the hidden states on disk, and save the tokenizer. The k-means state is written every few seconds."""
+        """Cluster the hidden states on disk, write the centroids every few seconds, and save the final tokenizer."""
         k, min_rows = self._num_clusters, mini_batch_size(self._num_clusters)
         shards = FeatureShards(self.features_folder, self._origin, self.num_tokens, self._encoder.dim, min_rows)
         path = self.results_folder / "kmeans.safetensors"
@@ -210,7 +212,7 @@ class KMeansTrainer:
         self._save(state, ClusterUsage.of(vectors, state["centroids"]))
 
     def _save(self, state: dict[str, np.ndarray], usage: ClusterUsage) -> None:
-        """Write the tokenizer, then the cluster usage, which marks the run as finished."""
+        """Write the tokenizer, and then the cluster usage, whose presence marks a run as finished."""
         logger.info("k-means of layer %d: %s", self._layer, usage)
         if usage.used < (1 - _MAX_EMPTY_SHARE) * usage.num_clusters:
             logger.warning(
@@ -230,6 +232,6 @@ class KMeansTrainer:
 
 
 def _digest_of(items: Sequence[AudioItem]) -> str:
-    """Hash names, rates and lengths of the files; paths are not hashed, because the folder may be moved."""
+    """Hash names, rates and lengths of audio files; paths are not hashed, because the folder may be moved."""
     facts = [(item.path.name, item.sample_hz, item.num_samples) for item in items]
     return f"{len(facts)} files, {hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"

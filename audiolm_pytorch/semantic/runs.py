@@ -15,12 +15,12 @@ PADDING = -1
 
 @dataclass(frozen=True)
 class Runs:
-    """Tokens without consecutive repetitions (AudioLM, arXiv:2209.03143, sec. III-B), with the length of each run.
+    """Tokens without consecutive repetitions, with the length of each run (AudioLM, arXiv:2209.03143, section III-B).
 
     Attributes:
         ids: `[b, r]` int64, the token of each run; -1 at padding.
         run_lengths: `[b, r]` int64, the number of tokens of each run; 0 at padding.
-        num_tokens: Number of columns of the original padded tokens. None = the length of the longest item.
+        num_tokens: Number of columns of the original padded tokens; None means the length of the longest item.
     """
 
     ids: Tensor
@@ -32,12 +32,12 @@ class Runs:
 def deduplicate(ids: Tensor) -> Runs:
     """Merge equal consecutive ids of a `SemanticTokenizer`, `[b, t]`, into runs; `expand` is the inverse.
 
-    The merged ids have no constant rate; only the run lengths contain the durations.
+    The merged ids have no constant frame rate; only the run lengths contain the durations.
     """
     _check_integers("ids", ids)
     real = ids >= 0
     if bool((ids < PADDING).any()) or bool((real[:, 1:] & ~real[:, :-1]).any()):
-        raise ValueError("ids must be 0 or more, and -1 past the end of an item; got an id after padding, or below -1")
+        raise ValueError("ids must be at least 0, or -1 at padding at the end; got an id after padding, or below -1")
     is_start = real.clone()
     is_start[:, 1:] &= ids[:, 1:] != ids[:, :-1]
     num_runs = int(is_start.sum(dim=1).max()) if is_start.numel() else 0
@@ -54,9 +54,9 @@ def deduplicate(ids: Tensor) -> Runs:
 
 @beartype
 def expand(runs: Runs) -> Tensor:
-    """Repeat every token by its run length; return ids `[b, t]` int64, -1 at padding.
+    """Repeat the token of every run by the run length; return ids `[b, t]` int64, -1 at padding.
 
-    Consecutive runs may have equal tokens. If the runs hold more tokens than `num_tokens`, a ValueError is raised.
+    Consecutive runs may have equal tokens. If the runs have more tokens than `num_tokens`, a ValueError is raised.
     """
     ids, run_lengths = runs.ids, runs.run_lengths
     _check_integers("ids", ids)
@@ -64,12 +64,12 @@ def expand(runs: Runs) -> Tensor:
     if ids.shape != run_lengths.shape:
         raise ValueError(f"ids {tuple(ids.shape)} and run_lengths {tuple(run_lengths.shape)} must have equal shapes")
     if not torch.equal(ids >= 0, run_lengths > 0) or bool((run_lengths < 0).any()) or bool((ids < PADDING).any()):
-        raise ValueError("every id (0 or more) needs a run length of 1 or more, and padding (-1) one of 0")
+        raise ValueError("ids of 0 or more need a run length of 1 or more, and padding (id -1) needs run length 0")
     totals = run_lengths.sum(dim=1)
     longest = int(totals.max()) if totals.numel() else 0
     num_tokens = longest if runs.num_tokens is None else runs.num_tokens
     if longest > num_tokens:
-        raise ValueError(f"the runs hold {longest} tokens, more than num_tokens = {num_tokens}")
+        raise ValueError(f"the runs have {longest} tokens, more than num_tokens = {num_tokens}")
     expanded = torch.full((len(ids), num_tokens), PADDING, dtype=torch.int64, device=ids.device)
     expanded[length_mask(totals, num_tokens)] = ids.reshape(-1).long().repeat_interleave(run_lengths.reshape(-1))
     return expanded

@@ -1,4 +1,4 @@
-"""Semantic tokenizer: the token is the k-means centroid nearest to the normalised hidden state of an encoder layer."""
+"""Semantic tokenizer whose tokens are the k-means centroids nearest to the hidden states of an encoder layer."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ _FRAMES_PER_CHUNK = 32_768
 
 @register
 class KMeansTokenizer(SemanticTokenizer):
-    """Tokenizer with a frozen encoder and k-means centroids of one layer (AudioLM, arXiv:2209.03143, sec. III-B).
+    """Tokenizer with a frozen encoder and k-means centroids of one layer (AudioLM, arXiv:2209.03143, section III-B).
 
     As in AudioLM, hidden states are first normalised to zero mean and unit variance per dimension.
 
@@ -29,10 +29,10 @@ class KMeansTokenizer(SemanticTokenizer):
         encoder: Audio encoder; `requires_grad` of its parameters is set to False.
         layer: Encoder layer (0..encoder.depth) whose hidden states are compared with the centroids.
         num_clusters: Number of centroids; not needed if `centroids` is passed.
-        centroids: `[k, d]`, of normalised hidden states. None = they are loaded later; until then `forward` raises a
-            RuntimeError.
-        mean: `[d]` mean of the hidden states. None = 0.
-        std: `[d]` standard deviation of the hidden states, positive. None = 1.
+        centroids: Centroids `[k, d]` of normalised hidden states. If None, `forward` raises a RuntimeError until
+            centroids are loaded.
+        mean: Mean `[d]` of the hidden states; None means 0.
+        std: Standard deviation `[d]` of the hidden states, positive; None means 1.
     """
 
     @beartype
@@ -54,13 +54,13 @@ class KMeansTokenizer(SemanticTokenizer):
         if num_clusters is None:
             num_clusters = 0 if centroids is None else len(centroids)
         if num_clusters < 1:
-            raise ValueError(f"pass centroids [k, d], or num_clusters >= 1 to load them later; got {num_clusters}")
+            raise ValueError(f"got {num_clusters} clusters; pass centroids [k, d], or num_clusters of at least 1")
         shapes = {"centroids": (num_clusters, encoder.dim), "mean": (encoder.dim,), "std": (encoder.dim,)}
         for name, value in (("centroids", centroids), ("mean", mean), ("std", std)):
             if value is not None and (value.shape != shapes[name] or not value.isfinite().all()):
-                raise ValueError(f"{name} must be finite {shapes[name]}, got {tuple(value.shape)}")
+                raise ValueError(f"{name} must be finite and of shape {shapes[name]}, got shape {tuple(value.shape)}")
         if std is not None and not (std > 0).all():
-            raise ValueError("std must be positive in every dimension")
+            raise ValueError(f"std must be positive in every dimension, got values down to {std.min():g}")
         self.layer = layer
         self.seq_len_multiple_of = seq_len_multiple_of
         self.encoder = encoder.eval().requires_grad_(False)
@@ -77,12 +77,12 @@ class KMeansTokenizer(SemanticTokenizer):
 
     @property
     def config(self) -> dict[str, Any]:
-        """Constructor arguments, JSON-able, without centroids and statistics, which are saved as weights."""
+        """JSON-able constructor arguments, without centroids and statistics, which are saved as weights."""
         config = {"encoder": module_spec(self.encoder), "layer": self.layer, "num_clusters": self.codebook_size}
         return config | ({"seq_len_multiple_of": self.seq_len_multiple_of} if self.seq_len_multiple_of else {})
 
     def fingerprint(self) -> str:
-        """Hash of encoder, layer, normalisation, centroids and `seq_len_multiple_of`."""
+        """Return a hash of encoder, layer, normalisation, centroids and `seq_len_multiple_of`."""
         facts = {
             "encoder": part_fingerprint(self.encoder),
             "layer": self.layer,
@@ -91,7 +91,7 @@ class KMeansTokenizer(SemanticTokenizer):
         return digest_of(facts, {"centroids": self.centroids, "mean": self.mean, "std": self.std})
 
     def num_frames(self, num_samples: int) -> int:
-        """Number of tokens of a wave of `num_samples` samples at `target_sample_hz`; ValueError if it is 0."""
+        """Return the number of tokens of a wave of `num_samples` samples; raise a ValueError if the number is 0."""
         cut_samples = self.cut_samples(num_samples)
         try:
             return self.encoder.num_frames(cut_samples)
@@ -99,7 +99,8 @@ class KMeansTokenizer(SemanticTokenizer):
             if cut_samples == num_samples:
                 raise
             raise ValueError(
-                f"{num_samples} samples are cut to {cut_samples}, a multiple of {self.seq_len_multiple_of}: {error}"
+                f"a wave of {num_samples} samples is cut to {cut_samples} samples, a multiple of "
+                f"seq_len_multiple_of={self.seq_len_multiple_of}: {error}"
             ) from error
 
     @beartype
@@ -108,7 +109,7 @@ class KMeansTokenizer(SemanticTokenizer):
         """Tokenize waves; see `SemanticTokenizer`."""
         if self.centroids[:1, :1].isnan().any():
             raise RuntimeError(
-                "this tokenizer has no centroids yet: fit them with KMeansTrainer, or load a saved tokenizer"
+                "this tokenizer has no centroids; fit centroids with KMeansTrainer, or load a saved tokenizer"
             )
         wave, lengths = self.checked_waves(wave, input_sample_hz, lengths, self.centroids.device)
         if self.seq_len_multiple_of:

@@ -15,7 +15,7 @@ __all__ = ["ReceptiveField", "Windows", "features_in_windows"]
 class ReceptiveField:
     """Receptive field of the frames of convolutions without padding: frame i covers `[i * stride, i * stride + reach)`.
 
-    Positions are samples or vectors of a front end. For HuBERT, reach is 400 samples and stride is 320.
+    Positions count samples, or vectors of a front end. For HuBERT, `reach` is 400 samples and `stride` is 320 samples.
     """
 
     reach: int = 1
@@ -35,25 +35,25 @@ class ReceptiveField:
         return cls(reach, stride)
 
     def num_frames(self, num_positions: int) -> int:
-        """Return the number of frames of `num_positions` positions; 0 if they are too few for one frame."""
+        """Return the number of frames of `num_positions` input positions, or 0 if the input is too short."""
         return max(0, (num_positions - self.reach) // self.stride + 1)
 
     def span(self, first: int, last: int) -> slice:
-        """Return the slice of positions that frames `first <= i < last` cover."""
+        """Return the slice of input positions that the frames `first <= i < last` cover."""
         return slice(first * self.stride, (last - 1) * self.stride + self.reach)
 
 
 @beartype
 @dataclass(frozen=True)
 class Windows:
-    """Sizes: window w returns frames `[w * keep, (w + 1) * keep)` and encodes `context` more frames on each side."""
+    """Sizes of windows: window w returns frames `[w * keep, (w + 1) * keep)`, with `context` frames on each side."""
 
     keep: int
     context: int
 
     def __post_init__(self) -> None:
         if self.keep < 1 or self.context < 0:
-            raise ValueError(f"a window needs keep >= 1 and context >= 0 frames, got {self.keep} and {self.context}")
+            raise ValueError(f"a window needs keep >= 1 and context >= 0, got keep {self.keep}, context {self.context}")
 
 
 def features_in_windows(
@@ -62,8 +62,8 @@ def features_in_windows(
     """Encode a batch without padding, in windows if it has more than `windows.keep` frames.
 
     Window positions count from the start of an item, so that its features do not depend on the batch. If a frame
-    depends on at most `context` neighbours on each side, the result equals that without windows. If a frame depends on
-    more neighbours, frames near the ends of a window are approximate.
+    depends on at most `context` neighbours on each side, the result is equal to that without windows. If a frame
+    depends on more than `context` neighbours, frames near the ends of a window are approximate.
 
     Args:
         encode: Function of `[b, m, ...]` with the receptive field `frames` that returns `[b, frames.num_frames(m), d]`.

@@ -18,11 +18,11 @@ _FRAMES_PER_CHUNK = 30_000
 
 
 class StackedLogMel(nn.Module):
-    """Log-mel frames, normalised by statistics of the corpus; several frames are stacked into a vector per token.
+    """Front end that normalises log-mel frames by statistics of the corpus, and stacks them to one vector per token.
 
     Token i covers samples `[i * downsample_factor, (i + 1) * downsample_factor)`. The last token is padded with zeros,
-    so that a wave of n samples has `ceil(n / downsample_factor)` tokens. The statistics are fitted once and samples
-    after the end of an item are set to zero, so that the vectors of an item do not depend on the batch.
+    so that a wave of n samples has `ceil(n / downsample_factor)` tokens. Samples after the end of an item are set to
+    zero, so that the vectors of an item do not depend on the batch.
 
     Args:
         n_fft: Length of the analysis window in samples.
@@ -46,9 +46,7 @@ class StackedLogMel(nn.Module):
         if min(sample_hz, num_mels, hop_length, frames_per_token) < 1 or floor <= 0:
             raise ValueError("sample_hz, num_mels, hop_length, frames_per_token and floor must be positive")
         if n_fft < hop_length:
-            raise ValueError(
-                f"n_fft {n_fft} is shorter than hop_length {hop_length}; raise n_fft, or samples are skipped"
-            )
+            raise ValueError(f"n_fft {n_fft} is smaller than hop_length {hop_length}, which skips samples; raise n_fft")
         self.sample_hz, self.num_mels, self.floor = sample_hz, num_mels, floor
         self.n_fft, self.hop_length, self.frames_per_token = n_fft, hop_length, frames_per_token
         self.mel = MelSpectrogram(
@@ -70,7 +68,7 @@ class StackedLogMel(nn.Module):
         return self.hop_length * self.frames_per_token
 
     def num_frames(self, num_samples: int) -> int:
-        """Number of tokens, `ceil(num_samples / downsample_factor)`; ValueError if the wave is shorter than a token."""
+        """Return the number of tokens of a wave; raise a ValueError if the wave is shorter than a token."""
         if num_samples < self.downsample_factor:
             raise ValueError(
                 f"a wave of {num_samples} samples is shorter than one token: at least {self.downsample_factor} samples "
@@ -79,7 +77,7 @@ class StackedLogMel(nn.Module):
         return frames_covering(num_samples, self.downsample_factor)
 
     def checked_lengths(self, wave: Tensor, lengths: Tensor | None) -> Tensor:
-        """Return lengths `[b]` int64 (samples) on the wave's device; ValueError if an item is shorter than a token."""
+        """Return lengths in samples, `[b]` int64; raise a ValueError if an item is shorter than a token."""
         if wave.ndim != 2 or not wave.is_floating_point():
             raise ValueError(f"wave must be float [b, n], got {wave.dtype} {tuple(wave.shape)}")
         if lengths is None:
@@ -89,7 +87,7 @@ class StackedLogMel(nn.Module):
         return lengths
 
     def log_mel(self, wave: Tensor, lengths: Tensor) -> Tensor:
-        """Compute log-mel frames of whole tokens, not normalised: wave `[b, n]`, lengths `[b]` -> `[b, f, m]`."""
+        """Compute log-mel frames `[b, f, m]`, not normalised, of waves `[b, n]` that are padded to whole tokens."""
         num_mel_frames = self.num_frames(wave.shape[-1]) * self.frames_per_token
         wave = wave.float().masked_fill(~length_mask(lengths, wave.shape[-1]), 0.0)
         # Window i is centred on hop i. Items in a longer batch have zeros on the right too.
@@ -105,9 +103,9 @@ class StackedLogMel(nn.Module):
             return rearrange(torch.cat(parts, dim=-1), "b m f -> b f m")
 
     def forward(self, wave: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Convert waves `[b, n]` with lengths `[b]` (None = no padding) to vectors `[b, t, dim]` float32 and a mask.
+        """Convert waves `[b, n]` to normalised vectors `[b, t, dim]` float32 and a mask `[b, t]` bool.
 
-        The mask `[b, t]` bool is False at padding; vectors at padding are zero.
+        The mask is False at padding, where the vectors are zero. If `lengths [b]` is None, waves have no padding.
         """
         lengths = self.checked_lengths(wave, lengths)
         frames = (self.log_mel(wave, lengths) - self.mean) / self.std
@@ -117,9 +115,9 @@ class StackedLogMel(nn.Module):
 
     @torch.no_grad()
     def fit(self, waves: Iterable[Tensor]) -> None:
-        """Set mean and standard deviation of every mel band from waves `[n]` or `[b, n]` without padding.
+        """Compute mean and standard deviation of every mel band from waves `[n]` or `[b, n]` without padding.
 
-        A few minutes of audio are enough.
+        A few minutes of audio are enough for the statistics.
         """
         count = 0
         total = torch.zeros(self.num_mels, dtype=torch.float64, device=self.mean.device)

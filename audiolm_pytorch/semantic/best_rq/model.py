@@ -24,14 +24,14 @@ _WINDOWS_PER_BATCH = 64
 class BestRQEncoder(FrameEncoder):
     """Encoder with a log-mel front end and a bidirectional transformer; by default a token covers 40 ms (25 Hz).
 
-    Long waves are encoded in windows at fixed positions. The cost per second then does not depend on the length of the
-    wave, and the attention span is about that of training.
+    Long waves are encoded in windows at fixed positions. With windows, the computation per second of audio does not
+    depend on the length of the wave, and attention covers about as many tokens as in training.
 
     Args:
         ff_mult: Inner width of the feed-forward layers, as a multiple of `dim`.
-        num_mels: Argument of `StackedLogMel`, like the next three arguments.
-        window_tokens: Number of tokens that a window returns (6 s by default); set it to about a training crop.
-        context_tokens: Number of further tokens on each side of a window that attention uses.
+        num_mels: Argument of `StackedLogMel`, like `n_fft`, `hop_length` and `frames_per_token`.
+        window_tokens: Number of tokens that a window returns (6 s by default), about the length of a training crop.
+        context_tokens: Number of additional tokens on each side of a window that attention uses.
     """
 
     @beartype
@@ -55,7 +55,7 @@ class BestRQEncoder(FrameEncoder):
         self.config = constructor_arguments(locals())
         super().__init__()
         if window_tokens < 1 or context_tokens < 0:
-            raise ValueError(f"need window_tokens >= 1 and context_tokens >= 0, got {window_tokens}, {context_tokens}")
+            raise ValueError(f"window_tokens {window_tokens} must be >= 1 and context_tokens {context_tokens} >= 0")
         self.dim, self.depth, self.sample_hz = dim, depth, sample_hz
         self.window_tokens, self.context_tokens = window_tokens, context_tokens
         mel: dict[str, Any] = dict(sample_hz=sample_hz, num_mels=num_mels, n_fft=n_fft, hop_length=hop_length)
@@ -65,27 +65,27 @@ class BestRQEncoder(FrameEncoder):
         self.transformer = TransformerEncoder(dim, depth, heads, dim_head=dim_head, ff_mult=ff_mult, dropout=dropout)
 
     def num_frames(self, num_samples: int) -> int:
-        """Number of tokens, `ceil(num_samples / downsample_factor)`."""
+        """Return the number of tokens, `ceil(num_samples / downsample_factor)`."""
         return self.front_end.num_frames(num_samples)
 
     def encode(self, frames: Tensor, mask: Tensor, layer: int | None = None) -> Tensor:
-        """Run the transformer over front-end vectors `[b, t, front_end.dim]` with a mask `[b, t]` of real tokens.
+        """Run the transformer on front-end vectors `[b, t, front_end.dim]`; the mask `[b, t]` is True at real tokens.
 
-        Only the first `layer` blocks run; None = all blocks and the final norm. Returns `[b, t, d]`.
+        Return the output `[b, t, d]` of transformer layer number `layer`; None means all layers and the final norm.
         """
         # The front end computes in float32, also if the weights have half precision.
         tokens = self.to_tokens(frames.to(self.to_tokens.weight.dtype))
         return self.transformer.hidden_states(tokens, mask, layers=(layer,))[0]
 
     def features(self, wave: Tensor, lengths: Tensor | None = None, layer: int | None = None) -> tuple[Tensor, Tensor]:
-        """Hidden states of a layer; see `FrameEncoder`. For layer None the final norm is applied after all blocks."""
+        """Compute the hidden states of a layer; `layer` None means the last layer with the final norm."""
         frames, mask = self.front_end(wave, lengths)
         if frames.shape[1] <= self.window_tokens:
             return self.encode(frames, mask, layer), mask
         return self._encode_windows(frames, mask, layer), mask
 
     def _encode_windows(self, frames: Tensor, mask: Tensor, layer: int | None) -> Tensor:
-        """Run `encode` in windows; window positions count from the start of an item."""
+        """Run `encode` in windows, whose positions count from the start of an item."""
         num_items, num_tokens, _ = frames.shape
         keep, context = self.window_tokens, self.context_tokens
         sides = (context, -num_tokens % keep + context)
@@ -101,7 +101,7 @@ class BestRQEncoder(FrameEncoder):
         return rearrange(features, "(b w) s d -> b (w s) d", b=num_items)[:, :num_tokens]
 
     def truncated(self, layer: int) -> "BestRQEncoder":
-        """Return an independent copy with the first `layer` blocks; for layer 0, an unused block is kept."""
+        """Return an independent copy of the encoder with the first `layer` layers (at least one layer)."""
         self.check_layer(layer)
         short = type(self)(**{**self.config, "depth": max(1, layer)})
         kept = short.state_dict().keys()
@@ -113,9 +113,9 @@ class MaskedPrediction(NamedTuple):
     """Result of a training step of BEST-RQ.
 
     Attributes:
-        loss: Scalar, mean cross-entropy (nats) of hidden tokens, plus the weighted mean of visible tokens.
-        accuracy: Scalar, share of hidden targets that are predicted correctly; chance is 1 / codebook_size.
-        majority: Scalar, accuracy on hidden tokens if the most frequent target is always predicted.
+        loss: Scalar, mean cross-entropy (nats) at hidden tokens plus the weighted mean cross-entropy at visible tokens.
+        accuracy: Scalar, share of correct predictions at hidden tokens; random guesses reach 1 / codebook_size.
+        majority: Scalar, accuracy at hidden tokens if the most frequent target is always predicted.
         hidden: `[b, t]` bool, True at hidden tokens.
     """
 
@@ -126,18 +126,18 @@ class MaskedPrediction(NamedTuple):
 
 
 class BestRQ(nn.Module):
-    """Trains an encoder by masked prediction of frozen random targets (arXiv:2202.01855, sec. 3).
+    """Training objective of BEST-RQ: masked prediction of frozen random targets (arXiv:2202.01855, section 3).
 
-    Spans of the normalised mel tokens are replaced by noise. The encoder predicts the codes of the original tokens.
+    Spans of the front end's vectors are replaced by noise. The encoder predicts the codes of the replaced vectors.
 
-    Three defaults differ from the paper, which is about speech recognition; measurements are in the recipe of the
-    bundled tokenizer. Targets are computed from decorrelated frames; without decorrelation they describe mostly
-    loudness. Targets also describe the neighbours of a token; without neighbours, hidden states are no better than mel
-    frames. Visible tokens are also predicted, as in HuBERT (arXiv:2106.07447, sec. II-B).
+    Three defaults of `BestRQ` differ from the paper, which is about speech recognition. Targets are computed from
+    decorrelated frames, because without decorrelation targets describe mostly loudness. A target describes a token and
+    its neighbours; with targets of single tokens, hidden states are no better than mel frames. Codes of visible tokens
+    are predicted, too, as in HuBERT (arXiv:2106.07447, section II-B).
 
     Args:
         encoder: Encoder to train.
-        codebook_size: Argument of `TokenTargets`, like the next four arguments and `seed`.
+        codebook_size: Argument of `TokenTargets`, like `codebook_dim`, `num_targets`, `reach_tokens` and `seed`.
         seen_weight: Weight of the loss of tokens that are not hidden.
         start_prob: Probability that a hidden span starts at a token.
         noise_std: Standard deviation of the noise that replaces hidden tokens.
@@ -162,8 +162,8 @@ class BestRQ(nn.Module):
         super().__init__()
         if not 0 <= start_prob <= 1 or span_tokens < 1 or noise_std < 0 or seen_weight < 0:
             raise ValueError(
-                "need 0 <= start_prob <= 1, span_tokens >= 1, noise_std >= 0, seen_weight >= 0; "
-                f"got {start_prob, span_tokens, noise_std, seen_weight}"
+                f"start_prob {start_prob} must be in 0..1, span_tokens {span_tokens} at least 1, "
+                f"noise_std {noise_std} and seen_weight {seen_weight} at least 0"
             )
         self.encoder = encoder
         self.codebook_size, self.num_targets = codebook_size, num_targets
@@ -178,11 +178,11 @@ class BestRQ(nn.Module):
     def forward(
         self, wave: Tensor, lengths: Tensor | None = None, generator: torch.Generator | None = None
     ) -> MaskedPrediction:
-        """Compute loss and accuracy of a masked batch. Padding is ignored; the accuracy is that of hidden tokens.
+        """Replace random spans of a batch by noise, and compute loss and accuracy of the prediction without padding.
 
         Args:
-            wave: `[b, n]`, float, at the encoder's rate.
-            lengths: `[b]` int, number of samples of each item.
+            wave: `[b, n]`, float, at the sample rate of the encoder.
+            lengths: `[b]` int, number of samples of each item without padding.
             generator: CPU random generator for masks and noise.
         """
         frames, valid = self.encoder.front_end(wave, lengths)
@@ -198,7 +198,7 @@ class BestRQ(nn.Module):
         return MaskedPrediction(loss, accuracy, most_frequent.float().mean() / len(targets), hidden)
 
     def _predict(self, features: Tensor, frames: Tensor, selected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return cross-entropy (nats), predicted and target codes `[m, q]` of the selected tokens `[b, t]`."""
+        """Return cross-entropy (nats), predicted codes and target codes `[m, q]` of the selected tokens `[b, t]`."""
         targets = self.targets(frames, selected)
         logits = rearrange(self.to_logits(features[selected]), "m (q v) -> m q v", q=self.num_targets)
         loss = F.cross_entropy(rearrange(logits.float(), "m q v -> (m q) v"), rearrange(targets, "m q -> (m q)"))

@@ -1,4 +1,4 @@
-"""Targets and masks of BEST-RQ training (arXiv:2202.01855)."""
+"""Prediction targets and random masks for training BEST-RQ (arXiv:2202.01855)."""
 
 from collections.abc import Iterable
 
@@ -16,9 +16,9 @@ _SUBSPACE_ROUNDS = 8
 
 
 class RandomProjectionQuantizer(nn.Module):
-    """Frozen quantizer: random projection, then index of the nearest random code (arXiv:2202.01855, eq. 1).
+    """Frozen quantizer: a random projection, then the index of the nearest random code (arXiv:2202.01855, equation 1).
 
-    Projection and codes depend on `seed` only. If the input is not normalised, most codes are unused (sec. 3.1).
+    Projection and codes depend on `seed` only. Without normalisation of the input, most codes are unused.
     """
 
     @beartype
@@ -27,7 +27,10 @@ class RandomProjectionQuantizer(nn.Module):
     ) -> None:
         super().__init__()
         if min(dim, codebook_dim, num_targets) < 1 or codebook_size < 2:
-            raise ValueError("dim, codebook_dim and num_targets must be >= 1 and codebook_size >= 2")
+            raise ValueError(
+                f"dim {dim}, codebook_dim {codebook_dim} and num_targets {num_targets} must be >= 1, "
+                f"codebook_size {codebook_size} must be >= 2"
+            )
         generator = torch.Generator().manual_seed(seed)
         bound = (6 / (dim + codebook_dim)) ** 0.5  # Xavier uniform, as in the paper
         projection = (torch.rand(num_targets, dim, codebook_dim, generator=generator) * 2 - 1) * bound
@@ -39,7 +42,7 @@ class RandomProjectionQuantizer(nn.Module):
 
     @torch.no_grad()
     def forward(self, frames: Tensor) -> Tensor:
-        """Quantize vectors, `[..., dim]` -> `[..., num_targets]` int64, in float32 (bfloat16 changes the codes)."""
+        """Quantize vectors `[..., dim]` to codes `[..., num_targets]` in float32; bfloat16 changes the codes."""
         with torch.autocast(frames.device.type, enabled=False):
             # The nearest unit vector has the largest inner product, whatever the norm of the projection.
             projected = torch.einsum("... d, q d e -> ... q e", frames.float(), self.projection)
@@ -47,13 +50,13 @@ class RandomProjectionQuantizer(nn.Module):
 
 
 class Decorrelation(nn.Module):
-    """Whitened principal components: projects vectors on the directions of largest variance, each with unit variance.
+    """PCA whitening: a projection on the directions of largest variance, scaled to unit variance.
 
-    Neighbouring mel bands and frames are correlated, so that a random projection of them depends mostly on loudness.
+    Neighbouring mel bands and frames are correlated, so that a random projection of frames depends mostly on loudness.
     After whitening, differences in pitch have as much weight as differences in loudness.
 
     Args:
-        num_directions: Number of directions, at most `dim`. Before `fit`, the directions are random and orthonormal.
+        num_directions: Number of directions, at most `dim`; before `fit`, the directions are random and orthonormal.
     """
 
     @beartype
@@ -69,13 +72,13 @@ class Decorrelation(nn.Module):
         self.register_buffer("basis", basis)
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """Decorrelate vectors, `[..., dim]` -> `[..., num_directions]`, in float32."""
+        """Project vectors `[..., dim]` to decorrelated vectors `[..., num_directions]` in float32."""
         with torch.autocast(vectors.device.type, enabled=False):
             return (vectors.float() - self.mean) @ self.basis
 
     @torch.no_grad()
     def fit(self, batches: Iterable[Tensor]) -> None:
-        """Compute the directions from batches of vectors `[m, dim]`, in one pass over the batches."""
+        """Compute the directions of largest variance from batches of vectors `[m, dim]`, in one pass."""
         count = 0
         total = torch.zeros_like(self.mean, dtype=torch.float64)
         products = total.new_zeros(len(total), len(total))
@@ -99,15 +102,15 @@ class Decorrelation(nn.Module):
 
 
 class TokenTargets(nn.Module):
-    """Targets of masked prediction: random codes of the decorrelated vectors of a token and its neighbours.
+    """Module for the targets of masked prediction: random codes of the decorrelated vectors of a token and neighbours.
 
     Args:
         dim: Width of the front-end vectors.
         codebook_size: Number of codes in a codebook, v.
         codebook_dim: Width of the random projection.
-        num_targets: Number of codebooks, q, each with a target per token.
+        num_targets: Number of codebooks, q; every codebook has a target for each token.
         reach_tokens: Number of neighbours on each side that a target also describes; 0 in the paper.
-        num_directions: Number of directions of `Decorrelation`. None = no decorrelation, as in the paper.
+        num_directions: Number of directions of `Decorrelation`; None means no decorrelation, as in the paper.
     """
 
     @beartype
@@ -133,7 +136,7 @@ class TokenTargets(nn.Module):
         )
 
     def neighbourhoods(self, frames: Tensor, selected: Tensor) -> Tensor:
-        """Vectors `[m, (2 * reach_tokens + 1) * dim]` of the selected tokens `[b, t]` (bool) and their neighbours.
+        """Concatenate each selected token (`[b, t]` bool) and its neighbours to `[m, (2 * reach_tokens + 1) * dim]`.
 
         Neighbours outside of the frames `[b, t, dim]` are zero, which is the mean of the corpus.
         """
@@ -142,13 +145,13 @@ class TokenTargets(nn.Module):
         return rearrange(around[selected], "m d r -> m (r d)")
 
     def fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Fit the decorrelation, if it is used, to frames `[b, t, dim]` and masks `[b, t]` of real tokens."""
+        """Fit the decorrelation, if it is used, to pairs of frames `[b, t, dim]` and masks `[b, t]` of real tokens."""
         if self.decorrelation is not None:
             self.decorrelation.fit(self.neighbourhoods(frames, mask) for frames, mask in batches)
 
     @torch.no_grad()
     def forward(self, frames: Tensor, selected: Tensor) -> Tensor:
-        """Targets of the selected tokens: frames `[b, t, dim]`, selected `[b, t]` bool -> `[m, q]` int64."""
+        """Compute the targets `[m, q]` of the selected tokens (`[b, t]` bool) in frames `[b, t, dim]`."""
         vectors = self.neighbourhoods(frames, selected)
         return self.quantizer(vectors if self.decorrelation is None else self.decorrelation(vectors))
 
@@ -156,10 +159,10 @@ class TokenTargets(nn.Module):
 def sample_span_mask(
     valid: Tensor, start_prob: float, span_tokens: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Draw the tokens to hide: a span starts at each real token with probability `start_prob`; spans may overlap.
+    """Draw a mask of tokens to hide; a hidden span starts at each real token with probability `start_prob`.
 
-    `valid` (`[b, t]` bool) is True at real tokens, the result (`[b, t]` bool) at hidden tokens. Every item needs a
-    real token and has at least one hidden token.
+    `valid` is True at real tokens, the returned mask is True at hidden tokens, and both are `[b, t]` bool. Every item
+    must have a real token; at least one token of every item is hidden.
     """
     num_items, num_tokens = valid.shape
     starts = torch.rand(num_items, num_tokens, generator=generator) < start_prob

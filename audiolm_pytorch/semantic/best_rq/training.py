@@ -1,4 +1,4 @@
-"""Trainer of a semantic tokenizer: BEST-RQ with the training loop, then k-means on a layer."""
+"""Trainer of a semantic tokenizer: BEST-RQ training of an encoder, and k-means on a layer of the encoder."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ _VALIDATION_SEED = 0
 
 
 class BestRQTask:
-    """Task of the training loop that trains a `BestRQ` on crops at the encoder's sample rate.
+    """Task for `TrainLoop` that trains a `BestRQ` on crops at the encoder's sample rate.
 
     Every validation uses the same held-out crops and hides the same tokens.
     """
@@ -46,7 +46,7 @@ class BestRQTask:
         self._train, self._valid, self._valid_batch_size = train, valid, valid_batch_size
 
     def batch(self, indices: list[tuple[int, int]]) -> CropBatch:
-        """Load the crops of (epoch, index) pairs, padded to the longest crop."""
+        """Load the crops of the pairs (epoch, file index), padded to the length of the longest crop."""
         return collate_crops([self._train.get(epoch, index) for epoch, index in indices])
 
     def validate(self) -> dict[str, float]:
@@ -65,17 +65,17 @@ class BestRQTask:
         return dict(zip(("loss", "accuracy", "majority"), (sums / weight).tolist()))
 
     def samples(self, folder: Path, step: int) -> None:
-        """Do nothing; this task has no audio output."""
+        """Do nothing, because BEST-RQ has no audio output."""
 
     def before_training(self) -> None:
-        """Fit the statistics of front end and targets on crops that are spread over all training files."""
+        """Fit the statistics of the front end and of the targets on crops that are spread over all training files."""
         front_end = self._model.encoder.front_end
         front_end.fit(self._statistics_waves())
         with torch.no_grad():
             self._model.targets.fit(front_end(wave) for wave in self._statistics_waves())
 
     def _statistics_waves(self) -> Iterator[Tensor]:
-        """Yield waves `[1, n]`, on the device of the model, to fit statistics on."""
+        """Yield training waves `[1, n]`, on the device of the model, for the statistics."""
         count = min(_STATISTICS_CROPS, self.num_items)
         for place in range(count):
             crop = self._train.get(0, place * self.num_items // count)
@@ -93,15 +93,15 @@ class BestRQTask:
 
 @trainer_arguments(LoopSettings)
 class SemanticTokenizerTrainer:
-    """Trains a BEST-RQ encoder on audio, and fits a k-means tokenizer to a layer of the encoder.
+    """Trainer of a BEST-RQ encoder on audio, and of a k-means tokenizer on a layer of the encoder.
 
     Args:
         encoder: Encoder to train; its weights are changed in place.
-        folder: Folder or manifest of audio, see `load_split`.
-        items: Training items and validation items, instead of `folder`.
+        folder: Folder or manifest of audio files (see `load_split`).
+        items: Training files and validation files, instead of `folder`.
         batch_size: Number of crops per step and process.
         results_folder: Folder of checkpoints, metrics and the tokenizer; an unfinished run in this folder is continued.
-        objective: Masked prediction module with `encoder` as its encoder. None = `BestRQ(encoder)`.
+        objective: `BestRQ` module whose encoder is `encoder`; None means `BestRQ(encoder)`.
         **loop_settings: Further fields of `LoopSettings`, such as `learning_rate` or `precision`.
     """
 
@@ -122,7 +122,7 @@ class SemanticTokenizerTrainer:
     ) -> None:
         objective = BestRQ(encoder) if objective is None else objective
         if objective.encoder is not encoder:
-            raise ValueError("objective must have the encoder that is trained; pass BestRQ(encoder, ...)")
+            raise ValueError("objective has another encoder than the argument encoder; pass BestRQ(encoder, ...)")
         train, valid = training_items(folder, items, min_seconds=encoder.downsample_factor / encoder.sample_hz)
         settings = LoopSettings(num_train_steps=num_train_steps, batch_size=batch_size, **loop_settings)
         rates_hz = (encoder.sample_hz,)
@@ -138,7 +138,7 @@ class SemanticTokenizerTrainer:
         self.loop = TrainLoop(self.task, settings, self.results_folder, accelerator)
 
     def train(self, stop_after_steps: int | None = None) -> TrainResult:
-        """Train, from the checkpoint in the results folder if there is one; see `TrainLoop.train`."""
+        """Train the encoder with `TrainLoop.train`, which continues from a checkpoint in the results folder."""
         return self.loop.train(stop_after_steps)
 
     @beartype
@@ -152,13 +152,13 @@ class SemanticTokenizerTrainer:
     ) -> KMeansFit:
         """Fit k-means to a layer of the trained encoder, and save the tokenizer to `results_folder / "tokenizer"`.
 
-        An interrupted call can be repeated and continues; see `KMeansTrainer`. If training of the encoder is not
-        finished, a RuntimeError is raised.
+        An interrupted fit continues when the call is repeated. If training of the encoder is not finished, a
+        RuntimeError is raised.
 
         Args:
-            layer: Encoder layer. None = three quarters of the depth, whose tokens describe melody and words best in
-                experiments with music and spoken digits.
-            results_folder: Folder of the k-means run. None = the results folder of the training.
+            layer: Number of the encoder layer; None means the layer at three quarters of the depth, whose tokens
+                describe melody and words best in experiments with music and spoken digits.
+            results_folder: Folder of the k-means run; None means the results folder of the training.
         """
         if not self.loop.is_finished:
             raise RuntimeError("training of the encoder is not finished; call train() before fitting the tokenizer")

@@ -198,7 +198,7 @@ def test_bad_input_is_refused(tokenizer):
     cutting = KMeansTokenizer(
         encoder=tokenizer.encoder, layer=2, centroids=tokenizer.centroids, seq_len_multiple_of=1000
     )
-    with pytest.raises(ValueError, match="^300 samples are cut to 0, a multiple of 1000: .*at least 160 samples"):
+    with pytest.raises(ValueError, match="^a wave of 300 samples is cut to 0 samples, .*=1000: .*at least 160 samples"):
         cutting(torch.zeros(1, 300))
 
 

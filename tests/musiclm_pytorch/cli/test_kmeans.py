@@ -103,9 +103,9 @@ empty data | --encoder ENCODER --layer 1 --data EMPTY --out TMP/out | EMPTY: hol
 no encoder | --encoder TMP/none/model --layer 1 --data SOUNDS --out TMP/out --offline | none/model
 no layer | --encoder ENCODER --layer 3 --data SOUNDS --out TMP/out | layer must be in 0\.\.2.*got 3
 few tokens | --encoder ENCODER --layer 1 --data SOUNDS --out TMP/out |
-    65 tokens cannot fill 500 clusters; use more audio or fewer clusters
+    65 tokens, too few for 500 clusters; use more audio or fewer clusters
 no clusters | --encoder ENCODER --layer 1 --data SOUNDS --out TMP/out --num-clusters 0 | num_clusters
-seconds nan | --encoder ENCODER --layer 1 --data SOUNDS --out TMP/out --seconds nan | seconds above 0
+seconds nan | --encoder ENCODER --layer 1 --data SOUNDS --out TMP/out --seconds nan | seconds nan positive
 out is a file | --encoder ENCODER --layer 1 --data SOUNDS --out SOUNDS/000.wav | 000.wav is a file
 device | --encoder ENCODER --layer 1 --data SOUNDS --out TMP/out --device gpu | --device gpu cannot be used
 """
