@@ -16,7 +16,7 @@ class ScaleOutput(NamedTuple):
     """Output of a discriminator at one scale.
 
     Attributes:
-        logits: `[b, 1, ...]`; positive values classify audio as real.
+        logits: Logits `[b, 1, ...]`; positive values classify audio as real.
         features: Outputs `[b, d, ...]` of all layers except the last.
     """
 
@@ -25,7 +25,7 @@ class ScaleOutput(NamedTuple):
 
 
 class Discriminator(nn.Module, ABC):
-    """A discriminator with one or several scales, built from `config`."""
+    """Base class of discriminators with one or several scales, such as resolutions or STFT windows."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()

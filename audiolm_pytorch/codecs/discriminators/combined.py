@@ -16,13 +16,13 @@ __all__ = ["Discriminators", "encodec_discriminators", "soundstream_discriminato
 
 @register
 class Discriminators(nn.Module):
-    """Combination of discriminators; each part returns a list of `ScaleOutput` for waves `[b, c, n]`."""
+    """Combination of discriminators, each of which returns a list of `ScaleOutput` for waves `[b, c, n]`."""
 
     @beartype
     def __init__(self, parts: Sequence[nn.Module]) -> None:
         super().__init__()
         if not parts:
-            raise ValueError("got an empty list of parts; pass at least one discriminator")
+            raise ValueError("got an empty list of discriminators; pass at least one")
         self.parts = nn.ModuleList(parts)
 
     @property
@@ -56,5 +56,5 @@ def soundstream_discriminators(channels: int = 1, width: int = 32) -> Discrimina
 
 @beartype
 def encodec_discriminators(channels: int = 1, width: int = 32) -> Discriminators:
-    """Create a discriminator of five STFTs, `width` filters per layer (EnCodec, arXiv 2210.13438, section 3.4)."""
+    """Create a discriminator of five STFTs with `width` filters per layer (EnCodec, arXiv 2210.13438, section 3.4)."""
     return Discriminators([MultiScaleSTFTDiscriminator(channels=channels, width=width)])

@@ -32,18 +32,17 @@ _FRAMES_PER_LOGIT = 8
 class ComplexSTFTDiscriminator(Discriminator):
     """Discriminator of one complex spectrogram, with residual units (SoundStream, section III-D and figure 4).
 
-    The paper defines window and hop, a 7x7 convolution, six residual units with alternating strides (1, 2) and (2, 2)
-    in time and frequency, and a last convolution over all remaining frequencies. A residual unit has a 3x3 and a
-    strided 3x4 or 4x4 convolution; the channels are also from the paper. The paper does not define leaky ReLU and
-    weight norm (as in the wave discriminator), real and imaginary parts as input channels, and strided 1x1 convolutions
-    as skip connections. The highest of the `window / 2 + 1` bins is dropped, because the paper has `window / 2` bins.
-    The logits are `[b, 1, f]`, one per 8 frames of the spectrogram.
+    The paper defines the STFT, a 7x7 convolution, six residual units, and a last convolution over all remaining
+    frequencies. A residual unit has a 3x3 convolution and a convolution with alternating strides (1, 2) and (2, 2) in
+    time and frequency. The paper does not define leaky ReLU, weight norm, real and imaginary parts as input channels,
+    and strided 1x1 convolutions as skip connections. The highest of the `window / 2 + 1` bins is dropped, because the
+    paper has `window / 2` bins. The logits are `[b, 1, f]`, one per 8 frames of the spectrogram.
 
     Args:
         channels: Number of audio channels; one network processes all channels together.
         width: Number of channels C after the first convolution; the last unit has 16 C channels.
         window_samples: Length of the STFT window, a multiple of 128.
-        hop_samples: STFT hop.
+        hop_samples: Hop size of the STFT.
     """
 
     @beartype
@@ -53,8 +52,8 @@ class ComplexSTFTDiscriminator(Discriminator):
         super().__init__(dict(channels=channels, width=width, window_samples=window_samples, hop_samples=hop_samples))
         if min(channels, width, hop_samples, window_samples) < 1 or window_samples % (2 * _BINS_PER_LOGIT):
             raise ValueError(
-                f"need channels, width, hop_samples >= 1 and window_samples a multiple of {2 * _BINS_PER_LOGIT} (its "
-                f"bins are halved {len(_UNITS)} times); got {channels}, {width}, {hop_samples} and {window_samples}"
+                f"need channels, width, hop_samples >= 1 and window_samples a multiple of {2 * _BINS_PER_LOGIT}, got "
+                f"{channels=}, {width=}, {hop_samples=} and {window_samples=}"
             )
         self.spectrogram = _ComplexSpectrogram(window_samples, hop_samples)
         layers: list[nn.Module] = [weight_norm(nn.Conv2d(2 * channels, width, 7, padding=3))]
@@ -75,20 +74,20 @@ class ComplexSTFTDiscriminator(Discriminator):
 
 @register
 class MultiScaleSTFTDiscriminator(Discriminator):
-    """Discriminator with one network per STFT window, all of the same design (EnCodec, arXiv 2210.13438, section 3.4).
+    """Discriminator with one network of equal design per STFT window (EnCodec, arXiv 2210.13438, section 3.4).
 
-    The paper defines the windows, real and imaginary parts as input channels, 32 filters per layer, leaky ReLU, weight
-    norm and the convolutions: a first one, three with dilations 1, 2, 4 in time and stride 2 in frequency, and a 3x3
-    one for the logits. The published code defines kernels of 3x9 (3x8 in the text), one more 3x3 convolution before the
-    last, the slope of the leaky ReLU, and the normalised STFT. The STFT hop is a quarter of the window. The paper
-    processes stereo channels separately and doubles the windows at 48 kHz. This class processes the channels together,
-    so that differences between channels influence the logits; the windows are an argument. The logits of a window are
-    `[b, 1, f, k]`, one per frame and per 8 frequency bins.
+    The EnCodec paper defines the windows, real and imaginary parts as input channels, 32 filters per layer, leaky ReLU
+    and weight norm. After a first convolution, three convolutions have dilations 1, 2, 4 in time and stride 2 in
+    frequency, and a 3x3 convolution computes the logits. The code of EnCodec defines kernels of 3x9 (3x8 in the paper),
+    a further 3x3 convolution before the last, the slope of the leaky ReLU, and the normalised STFT. The STFT hop is a
+    quarter of the window. EnCodec processes stereo channels separately; this library processes stereo channels
+    together, so that their differences influence the logits. The logits of an STFT window are `[b, 1, f, k]`, one per
+    frame and per 8 frequency bins.
 
     Args:
         channels: Audio channels.
         width: Filters per layer.
-        windows_samples: Lengths of the STFT windows.
+        windows_samples: Lengths of the STFT windows, which EnCodec doubles at 48 kHz.
     """
 
     @beartype
@@ -102,8 +101,8 @@ class MultiScaleSTFTDiscriminator(Discriminator):
         super().__init__(dict(channels=channels, width=width, windows_samples=list(windows_samples)))
         if channels < 1 or width < 1 or not windows_samples or min(windows_samples) < 4:
             raise ValueError(
-                f"need channels and width >= 1 and windows of at least 4 samples, got {channels}, {width} and "
-                f"{tuple(windows_samples)}"
+                f"need channels and width >= 1 and windows of at least 4 samples, got {channels=}, {width=} and "
+                f"{windows_samples=}"
             )
         self.scales = nn.ModuleList([_OneWindow(channels, width, window) for window in windows_samples])
 
@@ -112,7 +111,7 @@ class MultiScaleSTFTDiscriminator(Discriminator):
 
 
 class _OneWindow(nn.Module):
-    """The network for one STFT window."""
+    """Discriminator network for one STFT window."""
 
     def __init__(self, channels: int, width: int, window_samples: int) -> None:
         super().__init__()
@@ -131,7 +130,7 @@ class _OneWindow(nn.Module):
 
 
 class _ResidualUnit(nn.Module):
-    """Residual unit: a 3x3 and a strided convolution, with a strided 1x1 skip connection (SoundStream, figure 4)."""
+    """Residual unit of a 3x3 convolution, a strided convolution and a skip connection (SoundStream, figure 4)."""
 
     def __init__(self, dim_in: int, dim_inner: int, dim_out: int, stride: tuple[int, int]) -> None:
         super().__init__()
@@ -142,7 +141,7 @@ class _ResidualUnit(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the unit to `[b, d, f, k]`; return `[b, d', f / stride, k / stride]`."""
+        """Apply the residual unit to `x [b, d, f, k]`; return `[b, d', f / stride, k / stride]`."""
         # A strided 1x1 convolution of fewer than 16 channels in channels-last memory writes past its memory in backward
         # on a CPU (torch 2.13, github.com/uxlfoundation/oneDNN/issues/6035), so the stride is applied before.
         strided = x[..., :: self.stride[0], :: self.stride[1]]
@@ -150,7 +149,7 @@ class _ResidualUnit(nn.Module):
 
 
 class _ComplexSpectrogram(nn.Module):
-    """STFT with a Hann window, computed in float32 also under autocast. White noise keeps its variance."""
+    """STFT with a Hann window, computed in float32 even under autocast. The STFT keeps the variance of white noise."""
 
     window: Tensor
 
@@ -160,7 +159,7 @@ class _ComplexSpectrogram(nn.Module):
         self.register_buffer("window", torch.hann_window(window_samples), persistent=False)
 
     def forward(self, wave: Tensor) -> Tensor:
-        """Compute real and imaginary parts `[b, 2c, f, k]` of `[b, c, n]`; silence pads short waves."""
+        """Compute real and imaginary STFT parts `[b, 2c, f, k]` of `wave [b, c, n]`; pad a short wave with zeros."""
         with torch.autocast(wave.device.type, enabled=False):
             window = self.window.float()
             size = len(window)

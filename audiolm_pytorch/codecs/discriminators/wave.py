@@ -20,10 +20,11 @@ _GROUP_SIZE = 4
 class MultiScaleWaveDiscriminator(Discriminator):
     """Discriminator with one network for the wave and one for each average-pooled version (SoundStream, section III-D).
 
-    SoundStream defines three resolutions (x1, x1/2, x1/4). The network of a resolution has a plain convolution, four
-    grouped convolutions (groups of 4 channels, stride 4, 4 times the channels up to 1024) and two plain convolutions.
-    MelGAN (arXiv 1910.06711, appendix A) defines kernels (15, 41, 5, 3), 16 channels after the first convolution,
-    pooling and weight norm. Waves are padded with zeros. A resolution of n samples has logits `[b, 1, ceil(n / 256)]`.
+    SoundStream defines three resolutions (x1, x1/2, x1/4). Each network has an ordinary convolution, four grouped
+    convolutions, and two ordinary convolutions. A grouped convolution has groups of 4 channels, stride 4, and 4 times
+    as many output channels as input channels, up to 1024. MelGAN (arXiv 1910.06711, appendix A) defines kernels (15,
+    41, 5, 3), 16 channels after the first convolution, pooling and weight norm. The logits for a resolution with n
+    samples are `[b, 1, ceil(n / 256)]`.
 
     Args:
         channels: Number of audio channels; one network processes all channels together.
@@ -36,8 +37,8 @@ class MultiScaleWaveDiscriminator(Discriminator):
         super().__init__(dict(channels=channels, width=width, scales=scales))
         if channels < 1 or scales < 1 or width < 1 or width % _GROUP_SIZE:
             raise ValueError(
-                f"need channels >= 1, scales >= 1 and a width that is a multiple of {_GROUP_SIZE} (the channels of a "
-                f"group), got {channels}, {scales} and {width}"
+                f"need channels >= 1, scales >= 1 and a width that is a multiple of {_GROUP_SIZE}, got {channels=}, "
+                f"{scales=} and {width=}"
             )
         self.scales = nn.ModuleList([_OneScale(channels, width) for _ in range(scales)])
 
@@ -53,11 +54,10 @@ class MultiScaleWaveDiscriminator(Discriminator):
 
 
 class _GroupedConv1d(nn.Conv1d):
-    """A strided convolution in groups of 4 channels, computed in float32 also under autocast.
+    """A strided convolution in groups of 4 channels, computed in float32 even under autocast.
 
-    On Xeons with AMX, the bfloat16 kernels of oneDNN multiply uninitialised memory by zero if a length is not a
-    multiple of 32 (github.com/uxlfoundation/oneDNN/issues/5717). Gradients of short waves would then be NaN in some
-    runs.
+    On Xeons with AMX, bfloat16 gradients of short waves can be NaN. The kernels of oneDNN multiply uninitialised memory
+    by zero if a length is not a multiple of 32 (github.com/uxlfoundation/oneDNN/issues/5717).
     """
 
     def __init__(self, dim_in: int, dim_out: int) -> None:
@@ -70,7 +70,7 @@ class _GroupedConv1d(nn.Conv1d):
 
 
 class _OneScale(nn.Module):
-    """The network for one resolution of the wave."""
+    """Discriminator network for one resolution of the wave."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Base classes of the published codecs."""
+"""Base classes of codecs that load published models from transformers."""
 
 import logging
 from abc import abstractmethod
@@ -33,13 +33,13 @@ Wrapper = TypeVar("Wrapper", bound="PretrainedCodec")
 class PretrainedCodec(Codec):
     """Base class of frozen codecs from transformers, always in eval mode; weights are loaded in float32.
 
-    Items of unequal length are encoded in groups of equal length. Padding would change the codes, because convolutions
-    with look-ahead, and reflection at the end of a wave, use the padding. A subclass sets the class attributes, calls
-    `_set_sizes` in its constructor and implements `options`, `_encode` and `_decode`.
+    Items of a batch are encoded in groups of equal length without padding. Padding would change the codes, because
+    convolutions with look-ahead, and reflection at the end of a wave, use the samples of the padding. Subclasses set
+    the class attributes, call `_set_sizes` in the constructor and implement `options`, `_encode` and `_decode`.
 
     Args:
         source: Folder in transformers' format, hub id, or a loaded model.
-        offline: Whether to use only the local cache for a hub id.
+        offline: Whether to load a hub model only from the local cache.
     """
 
     model_type: ClassVar[str]
@@ -75,7 +75,7 @@ class PretrainedCodec(Codec):
     def _set_sizes(
         self, *, sample_hz: int, downsample_factor: int, channels: int, num_quantizers: int, codebook_size: int
     ) -> None:
-        """Set the attributes that `Codec` declares, and log `description`."""
+        """Set the size attributes that `Codec` declares, and log the description of the codec."""
         self.target_sample_hz, self.downsample_factor, self.channels = sample_hz, downsample_factor, channels
         self.num_quantizers, self.codebook_size = num_quantizers, codebook_size
         logger.info("codec %s", self.description)
@@ -93,7 +93,7 @@ class PretrainedCodec(Codec):
 
     @abstractmethod
     def _encode(self, wave: Tensor) -> EncodedWave:
-        """Encode waves `[b, c, n]` without padding."""
+        """Encode waves `[b, c, n]` of a batch in which no item is padded."""
 
     @abstractmethod
     def _decode(self, codes: Tensor, scales: Tensor | None) -> Tensor:
@@ -165,7 +165,7 @@ class PretrainedCodec(Codec):
         return self.decode(codes, num_samples=num_samples)
 
     def _num_segments(self, num_samples: int) -> int:
-        """Number of segments of a wave; each has one scale."""
+        """Number of segments of a wave; each segment has one scale."""
         return 0
 
 
@@ -174,8 +174,8 @@ class PretrainedLevelsCodec(PretrainedCodec):
 
     Args:
         source: Folder in transformers' format, hub id, or a loaded model; None for `default_source`.
-        num_quantizers: Number of levels to use. None: `default_levels`, or all levels if the model has fewer.
-        offline: Whether to use only the local cache for a hub id.
+        num_quantizers: Number of levels to use; None for `default_levels`, or all levels of a model with fewer levels.
+        offline: Whether to load a hub model only from the local cache.
         revision: Branch, tag or commit on the hub.
         cache_dir: Folder for downloads; None for Hugging Face's default.
     """
@@ -204,7 +204,7 @@ class PretrainedLevelsCodec(PretrainedCodec):
 
     @abstractmethod
     def _sizes(self, config: Any) -> dict[str, int]:
-        """Arguments of `_set_sizes` for a codec with all levels, from the configuration of the model."""
+        """Return the arguments of `_set_sizes` for all levels of the model, from the configuration of the model."""
 
     @property
     def options(self) -> dict[str, Any]:

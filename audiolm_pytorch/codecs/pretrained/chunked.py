@@ -1,8 +1,8 @@
-"""Execution of the convolutions of published models on chunks of long audio, with equal results and limited memory.
+"""Run the convolutions of published models on chunks of long audio, with equal results and limited memory.
 
-An output of a stack of convolutions depends on a limited range of inputs. Each chunk is therefore extended by this
-range on each side, and the outputs for the extension are dropped. Recurrent layers and norms over time depend on the
-whole input, so they run on the whole input.
+Each chunk is extended on both sides by the range of inputs on which an output of the convolutions depends, and the
+outputs for the extension are dropped. Recurrent layers and norms over time run on the whole input, because their
+outputs depend on the whole input.
 """
 
 from collections.abc import Callable, Iterable
@@ -24,7 +24,7 @@ class Span(NamedTuple):
     """Range and scale of the inputs on which an output of a stack of convolutions depends.
 
     Attributes:
-        reach: Upper bound of the distance from an output to the inputs on which it depends, in input steps.
+        reach: Upper bound of the distance in input steps from an output to the inputs that influence the output.
         scale: Input steps per output step, for example 320 for an encoder and 1/320 for a decoder.
     """
 
@@ -36,7 +36,7 @@ FRAMEWISE = Span(Fraction(0), Fraction(1))
 
 
 def span_of(layers: Iterable[nn.Module]) -> Span:
-    """Compute the span of layers that run one after another.
+    """Compute the `Span` of layers that run one after another.
 
     Parallel residual branches are counted as if they ran one after another, which can only increase `reach`.
     """
@@ -61,7 +61,7 @@ def apply_chunked(
         function: Function from `[..., n]` to `[..., m]`, which can pad both ends of the input.
         inputs: Tensor `[..., n]`.
         span: Range of inputs on which an output of the function depends.
-        chunk_samples: Input steps or output steps per chunk, whichever are more; None for `CHUNK_SAMPLES`.
+        chunk_samples: Largest number of input steps and of output steps per chunk; None for `CHUNK_SAMPLES`.
     """
     unit, out = span.scale.numerator, span.scale.denominator
     chunk = max(1, (chunk_samples or CHUNK_SAMPLES) // max(unit, out))
@@ -80,7 +80,7 @@ def apply_chunked(
 
 
 def run_layers(stack: nn.Module, hidden: Tensor) -> Tensor:
-    """Run layers on `[b, d, n]`; convolutions run in chunks, recurrent layers and norms over time on the whole input.
+    """Run the layers of a stack on `hidden [b, d, n]`, with all layers except norms over time and RNNs in chunks.
 
     The forward of the stack must run its `layers` one after another. A stack without `layers` is called directly.
     """
@@ -94,7 +94,7 @@ def run_layers(stack: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def chunked_forward(stack: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Forward that replaces `stack.forward`: call `run_layers`, or with extra arguments the original forward."""
+    """Replace `stack.forward`: call `run_layers`, or the original forward method if there are further arguments."""
     if args or any(value is not None for value in kwargs.values()):
         return type(stack).forward(stack, hidden_states, *args, **kwargs)
     return run_layers(stack, hidden_states)

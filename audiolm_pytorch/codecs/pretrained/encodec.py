@@ -31,26 +31,26 @@ class EncodecWrapper(PretrainedCodec):
     """EnCodec (arXiv 2210.13438): 24 kHz mono with 75 frames per second, or 48 kHz stereo with 150 frames per second.
 
     The 24 kHz model is causal, with LSTMs in encoder and decoder. On a long file the convolutions run in chunks with
-    equal results, and the LSTMs run on the whole file at the frame rate. Besides the model this needs 0.4 GB for 1
-    minute and 1.0 GB for 10 minutes (without chunks 1.0 GB per minute). The 48 kHz model runs 4 segments in a batch and
-    needs 0.4 GB for 1 minute.
+    equal results, and the LSTMs run on the whole file at the frame rate. In addition to its weights, the 24 kHz model
+    needs 0.4 GB for 1 minute of audio and 1.0 GB for 10 minutes (without chunks 1.0 GB per minute). The 48 kHz model
+    runs 4 segments in a batch and needs 0.4 GB for 1 minute of audio.
 
     The 48 kHz model encodes segments of 1 s that overlap by 1%, and divides each segment by its loudness:
     - The codes contain the frames of the first segment, then of the second segment, and so on. A segment has 150
-      frames; the last segment has fewer if it is shorter. The second-last segment has 149 frames if at most 160 samples
-      remain for the last segment, as in the original model. A frame advances by 316.8 samples on average; use
-      `num_frames` instead of `downsample_factor`. Do not cut codes; cut the decoded wave.
+      frames, or fewer at the end of the wave. The second-last segment has 149 frames if at most 160 samples remain for
+      the last segment, as in the original model. A frame of the 48 kHz model advances by 316.8 samples on average; use
+      `num_frames` instead of `downsample_factor`. Do not shorten codes of the 48 kHz model; shorten the decoded wave.
     - `encode` returns the loudness of each segment as scales, and `decode` uses the scales. `tokenize` and
-      `decode_from_codebook_indices` use only codes. Every segment is then decoded with the loudness `codes_only_rms`,
-      and silence becomes faint sound. A language model over the codes has only this information.
+      `decode_from_codebook_indices` use only codes, as language models do. Without scales, every segment is decoded
+      with the loudness `codes_only_rms`, and silence becomes faint sound.
 
     Args:
         source: Folder in transformers' format, or hub id.
-        bandwidth_kbps: Bitrate that the model supports. None: 6 kbps, or the highest bitrate if the model does not
-            have 6.
+        bandwidth_kbps: Bitrate that the model supports; None for 6 kbps, or for the highest bitrate of a model without
+            6 kbps.
         codes_only_rms: Loudness (RMS of the mono mix) of segments that are decoded without scales; used only by models
             with scales.
-        offline: Whether to use only the local cache for a hub id.
+        offline: Whether to load a hub model only from the local cache.
         revision: Branch, tag or commit on the hub.
         cache_dir: Folder for downloads; None for Hugging Face's default.
     """
@@ -104,7 +104,7 @@ class EncodecWrapper(PretrainedCodec):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Constructor arguments besides the source, JSON-compatible."""
+        """Constructor arguments except `source`, as data that JSON can store."""
         return dict(bandwidth_kbps=self.bandwidth_kbps, codes_only_rms=self.codes_only_rms)
 
     def num_frames(self, num_samples: int) -> int:
@@ -154,7 +154,7 @@ class EncodecWrapper(PretrainedCodec):
         return _overlap_add(segments, self.segment_stride_samples, self.covered_samples(codes.shape[1]))
 
     def _decode_segments(self, codes: Tensor, frames: list[int], scales: Tensor | None) -> Iterator[Tensor]:
-        """Decode all segments; return their waves `[b, c, n]` in order."""
+        """Decode all segments, and yield the wave `[b, c, n]` of each segment in order."""
         first_frame = 0
         for run in _runs(frames):
             run_codes = codes[:, first_frame : first_frame + run.number * run.size]
@@ -176,16 +176,16 @@ class EncodecWrapper(PretrainedCodec):
     def _frames_of_segments(self, num_frames: int) -> list[int]:
         """Number of frames of each segment of a wave with `num_frames` frames.
 
-        A longer wave has at least as many frames in every segment. All waves with `num_frames` frames therefore have
-        segments with equal numbers of frames.
+        All waves with `num_frames` frames have equal frames per segment, because a longer wave never has fewer frames
+        in a segment.
         """
         longest = range(num_frames * self.downsample_factor + 1)
         num_samples = bisect_left(longest, num_frames, key=self.num_frames)
         frames = [frames_covering(length, self.downsample_factor) for _, length in self._segments(num_samples)]
         if sum(frames) != num_frames:
             raise ValueError(
-                f"this codec encodes no wave as {num_frames} frames; compute frames with num_frames(), and cut "
-                "waves instead of codes"
+                f"no wave has {num_frames} frames in this codec; compute frames with num_frames(), and shorten waves "
+                "instead of codes"
             )
         return frames
 

@@ -18,7 +18,7 @@ class Quantized(NamedTuple):
 
     Attributes:
         frames: Quantized frames `[b, f, d]`, with straight-through gradients.
-        codes: `[b, f, q]` int64; -1 in levels that level dropout skipped.
+        codes: Codes `[b, f, q]` int64; -1 in levels that level dropout skipped.
         loss: Scalar training loss that pulls frames towards their code vectors; zero in eval mode.
     """
 
@@ -28,11 +28,11 @@ class Quantized(NamedTuple):
 
 
 class FrameQuantizer(nn.Module, ABC):
-    """Quantizes the frames of a codec.
+    """Base class of quantizers, which convert frames of a codec to discrete codes and back.
 
     Attributes:
         dim: Width of the frames.
-        num_quantizers: Codes per frame (columns): the number of levels times the number of groups.
+        num_quantizers: Number of codes per frame (columns), the number of levels times the number of groups.
         codebook_size: Number of different codes per column.
         num_groups: Number of equal parts of a frame that are quantized separately.
     """
@@ -51,7 +51,7 @@ class FrameQuantizer(nn.Module, ABC):
 
     @abstractmethod
     def bypass(self, frames: Tensor) -> Tensor:
-        """Project frames `[b, f, d]` to the space of the codes and back, without quantization."""
+        """Project frames `[b, f, d]` to the space of the code vectors and back, without quantization."""
 
     @abstractmethod
     def encode(self, frames: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class FrameQuantizer(nn.Module, ABC):
 
     @abstractmethod
     def decode(self, codes: Tensor) -> Tensor:
-        """Decode codes `[b, f, q']`, the first q' columns, to frames `[b, f, d]`."""
+        """Decode codes `[b, f, q']` of the first q' columns to frames `[b, f, d]`."""
 
     @abstractmethod
     def initialise(self, frames: Tensor) -> None:
@@ -67,10 +67,11 @@ class FrameQuantizer(nn.Module, ABC):
 
 
 class ResidualLevels(FrameQuantizer):
-    """A residual quantizer: each level quantizes the remaining error of the previous levels.
+    """Base class of residual quantizers, in which each level quantizes the remaining error of the previous levels.
 
-    Codes of any number of first levels can be decoded. Level dropout skips the same levels on every process and in
-    every group. All computations are in float32 also under autocast, because distances in bfloat16 select other codes.
+    The codes of the first levels can be decoded without the codes of later levels. Level dropout skips the same levels
+    on every process and in every group. Residual quantizers compute in float32 even under autocast, because distances
+    in bfloat16 would select other codes.
 
     Args:
         rvq: Module with `project_in`, `project_out` and one entry per level in `layers`.
@@ -96,7 +97,7 @@ class ResidualLevels(FrameQuantizer):
         return Quantized(quantized, F.pad(codes, (0, self.num_quantizers - num_levels), value=-1), loss)
 
     def draw_num_levels(self, device: torch.device) -> int:
-        """Draw the number of levels of a training batch; equal on every process."""
+        """Draw a random number of levels for a training batch; every process receives the same number."""
         coin, share = from_first_process(torch.rand(2, device=device)).tolist()
         return 1 + int(share * self.num_quantizers) if coin < self.level_dropout else self.num_quantizers
 
@@ -112,7 +113,7 @@ class ResidualLevels(FrameQuantizer):
         return torch.stack(codes, dim=-1)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Decode codes `[b, f, q']` to frames `[b, f, d]` by summing code vectors; q' = 0 returns mean frames."""
+        """Decode codes `[b, f, q']` to frames `[b, f, d]` by summing code vectors; for q' = 0, return mean frames."""
         with torch.autocast(codes.device.type, enabled=False):
             total = self._mean_code().expand(*codes.shape[:2], -1)
             for level, column in enumerate(codes.unbind(dim=-1)):
@@ -121,7 +122,7 @@ class ResidualLevels(FrameQuantizer):
             return self.rvq.project_out(total)
 
     def bypass(self, frames: Tensor) -> Tensor:
-        """Project frames `[b, f, d]` to the space of the codes and back, without quantization."""
+        """Project frames `[b, f, d]` to the space of the code vectors and back, without quantization."""
         with torch.autocast(frames.device.type, enabled=False):
             return self.rvq.project_out(self._project(frames))
 
@@ -130,12 +131,12 @@ class ResidualLevels(FrameQuantizer):
         """Return the code vectors `[v, codebook_dim]` of a level."""
 
     def _project(self, frames: Tensor) -> Tensor:
-        """Project frames `[..., d]` to the space of the codes, `[..., codebook_dim]`."""
+        """Project frames `[..., d]` to the space of the code vectors, `[..., codebook_dim]`."""
         with torch.autocast(frames.device.type, enabled=False):
             return self.rvq.project_in(frames.float())
 
     def _mean_code(self) -> Tensor:
-        """Vector `[codebook_dim]` that represents a frame without codes."""
+        """Mean code vector `[codebook_dim]`, which represents a frame without codes."""
         return self.codebook(0).mean(dim=0)
 
     @abstractmethod
@@ -144,11 +145,11 @@ class ResidualLevels(FrameQuantizer):
 
     @abstractmethod
     def _quantize_in_training(self, projected: Tensor, num_levels: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantize projected frames; return vectors, codes `[b, f, num_levels]` and loss. This can update codebooks."""
+        """Quantize projected frames and update codebooks; return code vectors, codes `[b, f, num_levels]` and loss."""
 
 
 def code_usage(codes: Tensor, codebook_size: int) -> dict[str, Tensor]:
-    """Compute for each codebook the share of used codes, `usage [q]`, and perplexity / codebook size, `perplexity [q]`.
+    """Compute `usage [q]`, the share of used codes, and `perplexity [q]`, the perplexity divided by the codebook size.
 
     Negative entries of `codes [..., q]` are ignored.
     """

@@ -13,14 +13,14 @@ def rank_and_count() -> tuple[int, int]:
 
 
 def from_first_process(tensor: Tensor) -> Tensor:
-    """Overwrite the tensor with the values of the first process."""
+    """Overwrite a tensor with the values that the tensor has on the first process."""
     if rank_and_count()[1] > 1:
         dist.broadcast(tensor, src=0)
     return tensor
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
-    """Overwrite the tensor with its sum over all processes."""
+    """Overwrite a tensor with its sum over all processes."""
     if rank_and_count()[1] > 1:
         dist.all_reduce(tensor)
     return tensor
@@ -29,8 +29,8 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
 def distributed_mean(total: Tensor, count: int) -> Tensor:
     """Compute the mean over the rows of all processes, from the sum and the number of rows of each process.
 
-    The gradient is that of the mean over the rows of this process. Data-parallel training averages the gradients of all
-    processes, which results in the gradient of the mean over all rows. The backward pass needs no communication.
+    Each process receives the gradient of the mean over its rows, without communication. Data-parallel training averages
+    the gradients of all processes, which results in the gradient of the mean over all rows.
     """
     own = total / count
     if rank_and_count()[1] == 1:

@@ -23,7 +23,7 @@ class _GridLevels(ResidualLevels):
     """Residual quantizer whose levels round every coordinate; each level has a finer grid than the previous one.
 
     `bound * tanh(x / bound)` limits coordinates to the range of the first level. The grid of each later level covers
-    all possible residuals. All levels use straight-through gradients.
+    all possible residuals of the previous level. All levels use straight-through gradients.
     """
 
     @property
@@ -57,17 +57,16 @@ class _GridLevels(ResidualLevels):
 class ResidualLookupFreeQuantizer(_GridLevels):
     """Lookup-free residual quantizer; level k adds or subtracts `2**-k` in each of `log2(codebook_size)` coordinates.
 
-    Encoding needs no codebook search. Without a loss, a coordinate can get the same sign in all frames, which leaves
-    codes unused. The entropy loss of arXiv 2310.05737 (section 3.1) prevents this; the loss is low if each frame has a
-    certain code and all codes are used equally. This class computes the loss itself, because vector-quantize-pytorch
-    1.32 ignores the batches of other processes.
+    The signs of the coordinates select the code, without a search in a codebook. Without a loss, a coordinate can have
+    the same sign in all frames, which leaves codes unused. The entropy loss of arXiv 2310.05737 (section 3.1) is low if
+    each frame selects one code with certainty and all codes are used equally. The entropy loss of
+    vector-quantize-pytorch 1.32 is not used, because it ignores the batches of other processes.
 
     Args:
         codebook_size: Number of different codes per level, a power of 2.
-        entropy_weight: Weight of the entropy loss. The loss is the unused share (0 to 1) of the information that a
-            codebook can carry.
-        temperature: Distance from zero at which the sign of a coordinate counts as certain, in units of the step of the
-            level.
+        entropy_weight: Weight of the entropy loss, which is the unused share (0 to 1) of the capacity of a codebook.
+        temperature: Distance from zero, in grid steps of the level, at which the sign of a coordinate counts as
+            certain.
         level_dropout: Share of the training batches in which a random number of the last levels is skipped.
     """
 
@@ -97,17 +96,17 @@ class ResidualLookupFreeQuantizer(_GridLevels):
         self.train()
 
     def train(self, mode: bool = True) -> "ResidualLookupFreeQuantizer":
-        """Set the mode of this module; its layers stay in eval mode, in which they only compute signs."""
+        """Set training or eval mode; the layers stay in eval mode, in which they only compute signs."""
         super().train(mode)
         self.rvq.eval()
         return self
 
     def codebook(self, level: int) -> Tensor:
-        """Code vectors of a level, `[v, codebook_dim]`."""
+        """Return the code vectors `[v, codebook_dim]` of a level."""
         return self.rvq.layers[level].codebook
 
     def level_loss(self, residual: Tensor, level: int) -> Tensor | float:
-        """Compute the weighted entropy loss; 0 if each frame has a certain code and codes are equally frequent."""
+        """Compute the weighted entropy loss, 0 if each frame has one certain code and codes are equally frequent."""
         if self.config["entropy_weight"] == 0:
             return 0.0
         logits = rearrange(residual, "b f d -> (b f) d") * (2 ** (level + 1) / self.config["temperature"])
@@ -155,11 +154,11 @@ class ResidualFiniteScalarQuantizer(_GridLevels):
 
     @property
     def bound(self) -> Tensor:
-        """Largest coordinates `[codebook_dim]`, half a step outside the grid of the first level."""
+        """Largest coordinates `[codebook_dim]`, half a grid step above the largest point of the first level."""
         return self.rvq.soft_clamp_input_value
 
     def codebook(self, level: int) -> Tensor:
-        """Code vectors of a level, `[v, codebook_dim]`."""
+        """Return the code vectors `[v, codebook_dim]` of a level."""
         return self.rvq.layers[level].implicit_codebook * self.rvq.scales[level]
 
     def _nearest(self, residual: Tensor, level: int) -> Tensor:
@@ -168,9 +167,9 @@ class ResidualFiniteScalarQuantizer(_GridLevels):
 
 
 def grid_steps(codebook_size: int) -> tuple[int, ...]:
-    """Split `codebook_size` into as many similar factors from 3 to 8 as possible: the points per dimension of a grid.
+    """Split `codebook_size` into the numbers of grid points per dimension, which are similar factors from 3 to 8.
 
-    A large number of dimensions is best, because all levels refine the same coordinates.
+    The grid has as many dimensions as possible, because all levels refine the same coordinates.
     """
     steps = _factors(codebook_size)
     if steps is None:
@@ -178,16 +177,15 @@ def grid_steps(codebook_size: int) -> tuple[int, ...]:
         higher = next(size for size in range(max(codebook_size, 1) + 1, 2**40) if _factors(size))
         nearest = " or ".join(str(size) for size in (lower, higher) if size)
         raise ValueError(
-            f"a finite-scalar codebook of {codebook_size} codes is not possible, because the size must be a "
-            f"product of numbers from {_MIN_STEPS} to {_MAX_STEPS}; the nearest sizes are {nearest}, common "
-            "sizes are 256, 1000, 1024 and 4096"
+            f"a finite-scalar codebook of {codebook_size} codes is not possible; use a product of numbers from "
+            f"{_MIN_STEPS} to {_MAX_STEPS}, for example {nearest}"
         )
     return steps
 
 
 @cache
 def _factors(size: int, largest: int = _MAX_STEPS) -> tuple[int, ...] | None:
-    """Split `size` into factors from 3 to `largest`, in falling order; None if this is not possible."""
+    """Split `size` into factors from 3 to `largest` in decreasing order; return None if no such factors exist."""
     if _MIN_STEPS <= size <= largest:
         return (size,)
     candidates = [

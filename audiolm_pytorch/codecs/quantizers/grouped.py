@@ -18,10 +18,10 @@ __all__ = ["GroupedQuantizer", "make_quantizer"]
 
 @register
 class GroupedQuantizer(FrameQuantizer):
-    """Divides a frame into equal parts and quantizes each part with a separate residual quantizer.
+    """Quantizer that divides a frame into equal parts, and quantizes each part with a separate residual quantizer.
 
-    The columns of codes are ordered level by level, with all groups of level 1 first. Any number of first columns is
-    therefore a coarser version of the frames, also if it is not a multiple of the number of groups.
+    The columns of codes are ordered level by level, with all groups of level 1 first. The first columns of the codes,
+    in any number, decode to a coarser version of the frames.
 
     Args:
         quantizers: One quantizer per part of the frame, in order, with equal numbers of levels and codes.
@@ -32,9 +32,7 @@ class GroupedQuantizer(FrameQuantizer):
         super().__init__()
         sizes = sorted({(part.num_quantizers, part.codebook_size) for part in quantizers})
         if len(sizes) != 1:
-            raise ValueError(
-                f"all groups need equal numbers of levels and codes, got (levels, codes) {sizes or 'of no group'}"
-            )
+            raise ValueError(f"all groups need equal numbers (levels, codes), got {sizes or 'no groups'}")
         self.quantizers = nn.ModuleList(quantizers)
         self.widths = [part.dim for part in quantizers]
         self.dim = sum(self.widths)
@@ -56,11 +54,11 @@ class GroupedQuantizer(FrameQuantizer):
         return Quantized(torch.cat(quantized, dim=-1), _interleave(codes), torch.stack(losses).mean())
 
     def bypass(self, frames: Tensor) -> Tensor:
-        """Project frames `[b, f, d]` to the space of the codes and back, without quantization."""
+        """Project frames `[b, f, d]` to the space of the code vectors and back, without quantization."""
         return torch.cat([part.bypass(x) for part, x in zip(self._parts, self._split(frames))], dim=-1)
 
     def encode(self, frames: Tensor) -> Tensor:
-        """Encode frames `[b, f, d]` as codes `[b, f, q]` int64, level by level, and group by group in each level."""
+        """Encode frames `[b, f, d]` as codes `[b, f, q]` int64, ordered by level, and by group in each level."""
         return _interleave([part.encode(x) for part, x in zip(self._parts, self._split(frames))])
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -69,7 +67,7 @@ class GroupedQuantizer(FrameQuantizer):
         return torch.cat([part.decode(codes[..., group::groups]) for group, part in enumerate(self._parts)], dim=-1)
 
     def initialise(self, frames: Tensor) -> None:
-        """Fit the quantizer of every group to its part of frames `[n, d]`."""
+        """Fit the codebooks of every group to the columns of the group in frames `[n, d]`."""
         for part, part_frames in zip(self._parts, self._split(frames)):
             part.initialise(part_frames)
 

@@ -22,7 +22,7 @@ _MAX_ROTATED_RATIO = 4.0
 
 
 class _Codebook(nn.Module):
-    """A codebook, with exponential averages of the number and of the sum of the frames that select each code."""
+    """A codebook, with exponential averages of the number and of the sum of the frames that select a code."""
 
     embed: Tensor
     embed_avg: Tensor
@@ -37,7 +37,7 @@ class _Codebook(nn.Module):
         self.register_buffer("embed", embed)
 
     def revive(self, frames: Tensor, dead_below_share: float) -> None:
-        """Replace rarely used codes by random frames `[n, d]`, and set the averages of these codes to mean use."""
+        """Replace rarely used codes by random frames `[n, d]`, and set the use counts of these codes to the mean."""
         uses = self.cluster_size[0]
         uniform_use = uses.mean()
         dead = (uses < dead_below_share * uniform_use).nonzero().flatten()
@@ -53,8 +53,8 @@ class _Codebook(nn.Module):
 class _Levels(nn.Module):
     """Projections and codebooks, in the layout of `vector_quantize_pytorch.ResidualVQ`, which saved codecs use.
 
-    The package vector-quantize-pytorch trains the levels (`trained_layers`). Loading a codec does not import the
-    package, because the import takes a second.
+    The package vector-quantize-pytorch trains the codebooks (`trained_layers`). Loading a codec does not import
+    vector-quantize-pytorch, because the import takes a second.
     """
 
     def __init__(self, dim: int, codebook_dim: int, codebook_size: int, num_quantizers: int) -> None:
@@ -68,7 +68,7 @@ class _Levels(nn.Module):
         self._trained_layers: tuple[Any, ...] = ()  # a tuple is not registered, because the state is in `layers`
 
     def trained_layers(self, decay: float) -> tuple[Any, ...]:
-        """Make one `VectorQuantize` per level; training them updates the codebooks of `layers`, which they share."""
+        """Return one `VectorQuantize` per level, which shares and trains the codebook of the level in `layers`."""
         if not self._trained_layers:
             from vector_quantize_pytorch import VectorQuantize
 
@@ -96,19 +96,19 @@ class _Levels(nn.Module):
 
 @register
 class ResidualQuantizer(ResidualLevels):
-    """Residual VQ (SoundStream, Algorithm 1) of frames projected to few dimensions (arXiv 2306.06546, section 3.2).
+    """Residual vector quantizer (SoundStream, Algorithm 1) of projected frames (arXiv 2306.06546, section 3.2).
 
     Each code vector is an exponential average of the frames nearest to it. Codebooks are initialised by k-means over
-    many batches (`initialise`); one batch has fewer frames than a codebook has codes, so most codes would stay unused.
-    K-means, averages and the replacement of unused codes use the frames of all processes.
+    many batches (`initialise`), because one batch can have fewer frames than a codebook has codes. K-means, averages
+    and the replacement of unused codes use the frames of all processes.
 
     Args:
         codebook_dim: Width of the code vectors; frames are projected to this width and back.
         decay: Decay of the exponential averages.
-        dead_below_share: A code is replaced by a random frame if its use is below this share of the mean use.
-        level_dropout: Share of the training batches in which a random number of the last levels is skipped, so that any
-            number of levels can be decoded (0.5 as in arXiv 2306.06546, section 3.4; 1 reduces the quality with all
-            levels).
+        dead_below_share: Share of the mean use count below which a code is replaced by a random frame.
+        level_dropout: Share of the training batches in which a random number of the last levels is skipped (0.5 in
+            arXiv 2306.06546, section 3.4), so that any number of levels can be decoded; 1 reduces the quality with all
+            levels.
         expected_frames: Number of frames in a training batch; `initialise` scales the averages to this number.
     """
 
@@ -130,7 +130,7 @@ class ResidualQuantizer(ResidualLevels):
         super().__init__(_Levels(dim, codebook_dim, codebook_size, num_quantizers), config)
 
     def codebook(self, level: int) -> Tensor:
-        """Code vectors of a level, `[v, codebook_dim]`."""
+        """Return the code vectors `[v, codebook_dim]` of a level."""
         return self.rvq.layers[level]._codebook.embed[0]
 
     @torch.no_grad()
