@@ -12,29 +12,29 @@ __all__ = ["Conditioner", "TextEncoder"]
 
 
 class Conditioner(nn.Module, ABC):
-    """A module that maps texts and waves to codes of one vocabulary, and embeds codes with one table per namespace.
+    """Base class of conditioners, which turn texts or waves into integer codes and embed the codes for language models.
 
-    Every stage of a language model has its own namespace.
+    A conditioner has one embedding table per language model stage; `namespace` is the name of the stage.
     """
 
     @property
     @abstractmethod
     def sample_hz(self) -> int:
-        """Sample rate in Hz that `wavs` must have."""
+        """Sample rate in Hz of the waves that the conditioner accepts."""
 
     def fingerprint(self) -> str | None:
-        """Hash of the weights and settings that determine the codes; None = unknown (not compared)."""
+        """Return a hash of the weights and settings that determine the codes, or None if no hash is available."""
         return None
 
     @abstractmethod
     def codes(
         self, *, texts: str | Sequence[str] | None = None, wavs: Tensor | None = None, lengths: Tensor | None = None
     ) -> Tensor:
-        """Return codes `[b, q]` of texts or of waves `[b, n]`; `lengths [b]` are numbers of samples without padding."""
+        """Return codes `[b, q]` of texts or waves `[b, n]`; `lengths [b]` are unpadded wave lengths in samples."""
 
     @abstractmethod
     def codes_from_latents(self, latents: Tensor, modality: Literal["audio", "text"] = "audio") -> Tensor:
-        """Return codes `[b, q]` of precomputed latents `[b, d]` of audio or texts."""
+        """Quantize precomputed embeddings `[b, d]` of audio or texts to codes `[b, q]`."""
 
     @abstractmethod
     def conditioning(
@@ -46,33 +46,33 @@ class Conditioner(nn.Module, ABC):
         lengths: Tensor | None = None,
         namespace: str,
     ) -> ConditionTensor:
-        """Embed texts, waves `[b, n]` or codes `[b, q]`; exactly one of these arguments must be passed.
+        """Return the condition tensor of `texts`, `wavs [b, n]` or `codes [b, q]`, of which only one may be passed.
 
-        Only the embedding table of `namespace` receives gradients.
+        Only the embedding table that `namespace` selects receives gradients.
         """
 
     @abstractmethod
     def table(self, namespace: str) -> nn.Module:
-        """Return the trainable embedding table of a namespace, which is trained and saved with its stage."""
+        """Return the embedding table of a namespace, which is trained and saved with its language model stage."""
 
     @abstractmethod
     def dim(self, namespace: str) -> int:
-        """Return the width of the embeddings in a namespace."""
+        """Return the width of the embeddings in the table of a namespace."""
 
 
 class TextEncoder(nn.Module, ABC):
-    """A frozen module that turns texts into condition tensors, with one state per token.
+    """Base class of frozen text encoders, which return one hidden state per text token as a condition tensor.
 
     Attributes:
-        dim: Width of the states.
+        dim: Width of the hidden states.
     """
 
     dim: int
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hash of the weights and settings that determine the states."""
+        """Return a hash of the weights and settings that determine the hidden states."""
 
     @abstractmethod
     def forward(self, texts: str | Sequence[str]) -> ConditionTensor:
-        """Return states `[b, t, dim]` float32 of one or several texts, without gradients."""
+        """Return hidden states `[b, t, dim]` float32 of one or several texts, without gradients."""

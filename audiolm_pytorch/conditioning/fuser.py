@@ -1,4 +1,4 @@
-"""Projects conditions and adds them to a language model: prepended, as cross-attention states, or summed."""
+"""Projection of condition tensors to inputs of a language model: prepended, summed, or for cross-attention."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,12 +25,15 @@ class ConditionSpec:
 
     Attributes:
         dim: Width of the embeddings.
-        way: `prepend` (before the rows), `cross` (cross-attention in every block) or `sum` (a single embedding is added
-            to every row; if there are several, embedding i is added to the row that predicts frame i).
+        way: `prepend` places the embeddings before the tokens, and `cross` uses cross-attention in every layer. With
+            `sum`, a single embedding is added to every row of tokens; of several embeddings, embedding i is added to
+            the row that predicts frame i.
         null: Embedding that replaces a missing condition, `learned` or `zero`.
-        null_tokens: Number of null embeddings that replace a missing condition; null embeddings also replace masked
-            embeddings. None = masked embeddings are ignored, and one null embedding replaces a missing condition.
-        drop_prob: Probability that training drops this condition, in addition to the `cond_drop_prob` of the model.
+        null_tokens: Number of null embeddings that replace a missing condition; a null embedding also replaces each
+            masked embedding. If `null_tokens` is None, one null embedding replaces a missing condition, and masked
+            embeddings are ignored.
+        drop_prob: Probability that training drops only this condition; `cond_drop_prob` of the model drops all
+            conditions.
     """
 
     dim: int
@@ -40,13 +43,12 @@ class ConditionSpec:
     drop_prob: float | int = 0.0
 
     def __post_init__(self) -> None:
-        """Check the ranges of all fields."""
         if self.dim < 1 or (self.null_tokens is not None and self.null_tokens < 1) or not 0 <= self.drop_prob <= 1:
-            raise ValueError(f"need dim >= 1, null_tokens >= 1 and 0 <= drop_prob <= 1, got {self}")
+            raise ValueError(f"a condition needs dim >= 1, null_tokens >= 1 and 0 <= drop_prob <= 1, got {self}")
 
 
 class _Condition(nn.Module):
-    """Projection, norm and null embedding of one condition."""
+    """Projection of one condition to the width of a transformer, with the null embedding for a missing condition."""
 
     def __init__(self, spec: ConditionSpec, dim: int) -> None:
         super().__init__()
@@ -62,7 +64,7 @@ class _Condition(nn.Module):
             self.register_buffer("null", torch.zeros(dim), persistent=False)
 
     def forward(self, condition: ConditionTensor | None, batch: int) -> tuple[Tensor, Tensor]:
-        """Compute embeddings `[b, m, d]`, and a mask `[b, m]` that is False for embeddings to ignore."""
+        """Return projected embeddings `[b, m, d]` and a mask `[b, m]`, which is False for embeddings to ignore."""
         weight = self.projection.weight
         if condition is None:
             nothing = torch.zeros(batch, self.spec.null_tokens or 1, self.spec.dim, device=weight.device)
@@ -81,11 +83,12 @@ class _Condition(nn.Module):
 
 
 class ConditionFuser(nn.Module):
-    """Projects the conditions of a model to inputs of its transformer.
+    """Module that projects the conditions of a language model to inputs of its transformer.
 
     Args:
-        specs: Settings of the conditions by name. A later condition is prepended before an earlier one.
-        dim: Width d of the transformer.
+        specs: Settings of each condition by name. If several conditions are prepended, the last condition in `specs`
+            comes first.
+        dim: Width of the transformer.
     """
 
     def __init__(self, specs: dict[str, ConditionSpec], dim: int) -> None:
@@ -94,7 +97,7 @@ class ConditionFuser(nn.Module):
         self.entries = nn.ModuleDict({name: _Condition(spec, dim) for name, spec in specs.items()})
 
     def forward(self, conditions: Conditions, batch: int) -> ConditionTensors:
-        """Project conditions of 1 or `batch` items. Null embeddings replace missing conditions."""
+        """Project conditions of 1 or `batch` items; null embeddings replace missing conditions."""
         self.check(conditions)
         parts: dict[str, list[tuple[Tensor, Tensor]]] = {"prepend": [], "cross": [], "sum": []}
         for name, entry in self.entries.items():
@@ -105,14 +108,14 @@ class ConditionFuser(nn.Module):
         return ConditionTensors(prefix, padding, states, states_mask, row_sums)
 
     def check(self, conditions: Conditions) -> None:
-        """Check the names and widths of conditions."""
+        """Check that the model accepts the names and widths of the conditions."""
         for name, condition in conditions.items():
             if name not in self.specs:
-                needed = _ARGUMENTS.get(name, f"conditions={{'{name}': ConditionSpec(...)}}")
-                raise ValueError(f"this model does not accept {name} conditions; build it with {needed}")
+                arguments = _ARGUMENTS.get(name, f"conditions={{'{name}': ConditionSpec(...)}}")
+                raise ValueError(f"the model does not accept {name} conditions; build the model with {arguments}")
             width, needed_width = condition.embeddings.shape[-1], self.specs[name].dim
             if width != needed_width:
-                raise ValueError(f"the model needs {name} conditions of width {needed_width}, got {width}")
+                raise ValueError(f"the model needs {name} conditions of width {needed_width}, got width {width}")
 
 
 def _concatenated(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -121,15 +124,15 @@ def _concatenated(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tenso
 
 
 def _summed(parts: Sequence[Tensor]) -> Tensor:
-    """Sum embeddings `[b, m_i, d]` of several conditions. The last embedding of a shorter condition is repeated."""
+    """Add embeddings `[b, m_i, d]` of several conditions; shorter conditions repeat their last embedding."""
     rows = torch.arange(max(part.shape[1] for part in parts), device=parts[0].device)
     return torch.stack([part[:, rows.clamp(max=part.shape[1] - 1)] for part in parts]).sum(dim=0)
 
 
 def _padded_in_front(embeddings: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Move the padding of `embeddings [b, m, d]` to the front. Also return the padding per item (None = no padding).
+    """Return embeddings `[b, m, d]` with padding in front, and the number of padding embeddings per item (or None).
 
-    The distance from an embedding to the rows must not depend on the length of other texts in the batch.
+    With padding in front, the distance from an embedding to the tokens does not depend on other items of the batch.
     """
     num_padding = (~mask).sum(dim=1)
     if not num_padding.any():

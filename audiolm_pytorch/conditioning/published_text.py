@@ -60,12 +60,12 @@ _UNLIMITED = 2**31
 
 
 class PublishedText:
-    """Tokenizes texts for a published text model, and builds the arguments of its `forward`.
+    """Text input of a published text model: tokenizes texts, and builds the arguments of the model's `forward`.
 
     Args:
-        model: The transformers model.
+        model: A text model of the transformers library.
         tokenizer: The tokenizer of `model`.
-        max_tokens: Maximum number of tokens per text; None = number of positions of the model, at most 512.
+        max_tokens: Maximum number of tokens per text; None = the limit of `model`, but not more than 512.
     """
 
     def __init__(self, model: Any, tokenizer: TextTokenizer, max_tokens: int | None = None) -> None:
@@ -81,16 +81,16 @@ class PublishedText:
             max_tokens = min(_DEFAULT_MAX_TOKENS, positions)
         fewest = tokenizer.num_special_tokens + 1
         if not fewest <= max_tokens <= positions:
-            span = f"{fewest} or more" if positions == _UNLIMITED else f"in {fewest}..{positions}"
-            raise ValueError(f"max_tokens must be {span} for this model, got {max_tokens}")
+            allowed = f"{fewest} or more" if positions == _UNLIMITED else f"in {fewest}..{positions}"
+            raise ValueError(f"max_tokens must be {allowed} for this model, got {max_tokens}")
         self.max_tokens = max_tokens
 
     def tokenize(self, texts: str | Sequence[str] | Tensor) -> Tensor:
-        """Return ids `[b, t]` int64 of texts, with -1 past the end. Ids passed instead of texts are checked."""
+        """Return token ids `[b, t]` int64 of texts, padded with -1; token ids instead of texts are only checked."""
         return ids_of(texts, self.tokenizer, self.num_tokens, self.max_tokens)
 
     def inputs(self, ids: Tensor) -> dict[str, Tensor]:
-        """Return the arguments of the model's `forward` for ids `[b, t]`, where -1 is padding."""
+        """Return the `forward` arguments of the text model for token ids `[b, t]` padded with -1."""
         # The id of padding does not matter, because padding is masked.
         return {"input_ids": ids.clamp(min=0), "attention_mask": (ids >= 0).long()}
 
@@ -98,21 +98,21 @@ class PublishedText:
 class PublishedTextEncoder(nn.Module):
     """A published text encoder with its tokenizer, saved as one module. Subclasses define `forward`.
 
-    Reads the encoders of T5 (arXiv:1910.10683), mT5 and UMT5, BERT (arXiv:1810.04805), RoBERTa and XLM-RoBERTa,
-    CamemBERT, DistilBERT, ALBERT, ELECTRA, DeBERTa v2 and v3, MPNet and ModernBERT in the format of transformers. Some
-    models have a pooling layer on the first token; this layer is removed.
+    The class loads encoders in the format of the transformers library: T5 (arXiv:1910.10683), mT5, UMT5, BERT
+    (arXiv:1810.04805), RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT, ALBERT, ELECTRA, DeBERTa v2 and v3, MPNet and
+    ModernBERT. If a model has a pooling layer on the first token, the pooling layer is removed.
 
     Args:
-        source: Folder in the format of transformers, model id on the Hugging Face hub, or loaded model (not copied).
+        source: Folder of a model in the format of transformers, model id on the Hugging Face hub, or loaded model.
         tokenizer: Tokenizer of the model; None = loaded from `source`.
         max_tokens: Maximum number of tokens per text, special tokens included; longer texts are truncated with a
-            warning. None = number of positions of the model, at most 512.
+            warning. If `max_tokens` is None, the limit is that of the model, but not more than 512.
         offline: Whether to use only local folders and the local cache of the hub, without downloads.
         revision: Branch, tag or commit to load from the hub.
         cache_dir: Folder for downloaded files; None = the default cache of Hugging Face.
 
     Attributes:
-        frozen: Whether the weights never change. A frozen encoder is always in eval mode.
+        frozen: Whether the weights never change; a frozen encoder is always in eval mode.
     """
 
     frozen: bool = True
@@ -138,7 +138,7 @@ class PublishedTextEncoder(nn.Module):
         self.model_type: str = settings.model_type
         if self.model_type not in _CLASSES:
             raise ValueError(
-                f"models of type {self.model_type!r} are not supported; use one of the types {sorted(_CLASSES)}"
+                f"models of type {self.model_type!r} are not supported; use a model of type {sorted(_CLASSES)}"
             )
         tokenizer = tokenizer_of(loaded, source, tokenizer, **where)
         self.origin = loaded.origin
@@ -151,17 +151,17 @@ class PublishedTextEncoder(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> "PublishedTextEncoder":
-        """Set the training mode. A frozen encoder stays in eval mode, because dropout would change its states."""
+        """Set the training mode. A frozen encoder stays in eval mode, because dropout would change its outputs."""
         return super().train(mode and not self.frozen)
 
     @property
     def options(self) -> dict[str, Any]:
-        """Constructor arguments except the model and the tokenizer, as JSON-able data."""
+        """Constructor arguments, except the model and the tokenizer, as JSON-compatible data."""
         return {"max_tokens": self._text.max_tokens}
 
     @property
     def config(self) -> dict[str, Any]:
-        """Description of the model and the tokenizer for `from_config`, as JSON-able data."""
+        """JSON-compatible description of the model and the tokenizer, from which `from_config` builds an encoder."""
         return {
             "model": model_settings(self.model),
             "tokenizer": self._text.tokenizer.to_json(),
@@ -172,14 +172,14 @@ class PublishedTextEncoder(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "PublishedTextEncoder":
-        """Build an encoder from `config`, with newly initialised weights."""
+        """Build an encoder with newly initialised weights from the value of the property `config`."""
         model_class = getattr(require_transformers(), _CLASSES[config["model"]["model_type"]])
         model = model_class(model_class.config_class.from_dict(dict(config["model"])))
         tokenizer = TextTokenizer.from_json(config["tokenizer"], special_tokens=config.get("special_tokens", True))
         return cls(LoadedModel(model, **config["origin"]), tokenizer=tokenizer, **config["options"])
 
     def fingerprint(self) -> str:
-        """Hash of weights, tokenizer and settings. It does not depend on the device or on the file format."""
+        """Return a hash of weights, tokenizer and settings that does not depend on the device or the file format."""
         settings = {name: getattr(self.model.config, name, None) for name in _SETTINGS}
         tokenizer = self._text.tokenizer
         facts = [self.model_type, self._text.max_tokens, tokenizer.to_json(), settings]
@@ -189,14 +189,14 @@ class PublishedTextEncoder(nn.Module):
 
     @beartype
     def tokenize(self, texts: str | Sequence[str] | Tensor) -> Tensor:
-        """Return ids `[b, t]` int64 of texts, with special tokens and -1 past the end. Passed ids are only checked."""
+        """Return token ids `[b, t]` int64 of texts, padded with -1; token ids instead of texts are only checked."""
         return self._text.tokenize(texts)
 
 
 def tokenizer_of(
     loaded: LoadedModel, source: str | Path | LoadedModel, tokenizer: TextTokenizer | None, **where: Any
 ) -> TextTokenizer:
-    """Return `tokenizer`; if it is None, load the tokenizer in `source` from the same commit as the weights."""
+    """Return `tokenizer`; if `tokenizer` is None, load it from `source` at the commit of the weights."""
     if tokenizer is not None:
         return tokenizer
     if isinstance(source, LoadedModel):
@@ -206,7 +206,7 @@ def tokenizer_of(
 
 
 def _num_positions(model: nn.Module) -> int:
-    """Number of positions of a model; a very large number if positions are relative."""
+    """Return the number of positions of a model, or a very large number if the positions are relative."""
     for name, table in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(table, nn.Embedding):
             # RoBERTa's position numbers start after the index of the padding token

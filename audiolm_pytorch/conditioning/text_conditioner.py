@@ -1,4 +1,4 @@
-"""Conditioning on texts through the states of a published text encoder."""
+"""Conditioning on texts by the hidden states of a published text encoder."""
 
 from collections.abc import Sequence
 
@@ -16,16 +16,15 @@ __all__ = ["TextConditioner"]
 
 @register
 class TextConditioner(PublishedTextEncoder, TextEncoder):
-    """Computes the last hidden states of a published text encoder, like MusicGen with T5 (arXiv:2306.05284, sec. 2.3).
+    """Frozen text encoder whose last hidden states are conditions, as T5 in MusicGen (arXiv:2306.05284, sec. 2.3).
 
-    The encoder is frozen. The states of a text do not depend on the rest of the batch. They are float32, also under
-    autocast.
+    The hidden states of a text do not depend on other texts in the batch, and are float32 even under autocast.
     """
 
     @beartype
     @torch.no_grad()
     def forward(self, texts: str | Sequence[str]) -> ConditionTensor:
-        """Return states `[b, t, dim]` float32 of texts; t is the length of the longest text, and padding is 0."""
+        """Return hidden states `[b, t, dim]` float32 of texts, padded with zeros to the length of the longest text."""
         device = device_of(self.model)
         ids = self.tokenize(texts).to(device)
         mask = ids >= 0

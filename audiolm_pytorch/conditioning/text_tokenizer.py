@@ -20,15 +20,15 @@ _NUM_BYTES = 256
 
 
 class TextTokenizer:
-    """Tokenizes captions; consecutive white space becomes one space.
+    """Tokenizer of texts that first replaces consecutive white space by one space.
 
-    `TextTokenizer.train` returns a byte-level byte-pair encoder (arXiv:1508.07909). Text is lower-cased and
-    NFC-normalised first. The vocabulary contains all 256 bytes, so no text has unknown tokens.
+    `TextTokenizer.train` trains a byte-level byte-pair encoding (arXiv:1508.07909) of texts in lower case and Unicode
+    form NFC. The trained vocabulary contains all 256 bytes, so that no text has unknown tokens.
 
     Args:
         tokenizer: A tokenizer of the `tokenizers` library; None = every byte is one token.
-        special_tokens: Whether to add the special tokens that a published encoder was trained with, e.g. [CLS] and
-            [SEP] for BERT or </s> for T5.
+        special_tokens: Whether to add the special tokens of a published text encoder (`[CLS]` and `[SEP]` for BERT,
+            `</s>` for T5).
     """
 
     @beartype
@@ -43,7 +43,7 @@ class TextTokenizer:
 
         Args:
             captions: Training texts; at least one must not be empty.
-            vocab_size: Largest size of the vocabulary, at least 256 (the bytes).
+            vocab_size: Maximum size of the vocabulary, at least 256, because every byte is a token.
             min_frequency: Minimum number of occurrences of a pair of tokens; rarer pairs are not merged.
         """
         if vocab_size < _NUM_BYTES:
@@ -68,7 +68,7 @@ class TextTokenizer:
         try:
             return cls(Tokenizer.from_str(text), special_tokens=special_tokens)
         except Exception as error:  # `tokenizers` raises bare Exception
-            raise ValueError(f"this text is not a tokenizer in JSON ({error}); pass the result of to_json") from error
+            raise ValueError(f"the text is not a tokenizer in JSON ({error}); pass the result of to_json") from error
 
     def to_json(self) -> str:
         """Return the tokenizer as a JSON string for `from_json`."""
@@ -86,12 +86,12 @@ class TextTokenizer:
 
     @beartype
     def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> Tensor:
-        """Return ids `[b, t]` int64 of texts; t is the length of the longest text, and padding is -1 (`PADDING`).
+        """Return token ids `[b, t]` int64 of texts, padded with -1 (`PADDING`) to the length t of the longest text.
 
         Args:
             texts: One or more texts; no text may be empty or only white space.
-            max_tokens: Maximum number of tokens per text. Longer texts are truncated with a warning, but keep their
-                special tokens. None = no limit.
+            max_tokens: Maximum number of tokens per text, or None for no limit. A longer text is truncated to
+                `max_tokens` with a warning; its special tokens are kept.
         """
         if isinstance(texts, str):
             texts = [texts]
@@ -118,17 +118,17 @@ class TextTokenizer:
 
     @beartype
     def decode(self, ids: Tensor) -> list[str]:
-        """Return the normalised texts of ids `[b, t]`, without padding. Bytes that are not UTF-8 become U+FFFD."""
+        """Decode token ids `[b, t]`, padded with -1, to normalised texts. Bytes that are not UTF-8 become U+FFFD."""
         return [self._tokenizer.decode(row[row >= 0].tolist()).strip() for row in ids]
 
 
 def ids_of(texts: str | Sequence[str] | Tensor, tokenizer: TextTokenizer, num_tokens: int, max_tokens: int) -> Tensor:
-    """Return ids `[b, t]` int64 of one or several texts. A tensor of ids `[b, t]` is checked and returned.
+    """Return token ids `[b, t]` int64 of one or several texts; token ids instead of texts are only checked.
 
     Args:
-        texts: One text, several texts, or a tensor of ids with -1 past the end of a text.
+        texts: One text, several texts, or a tensor of token ids `[b, t]` padded with -1.
         tokenizer: The tokenizer of the text encoder.
-        num_tokens: Size of the encoder's embedding table.
+        num_tokens: Number of token embeddings of the text encoder.
         max_tokens: Maximum number of tokens per text.
     """
     if isinstance(texts, Tensor):
@@ -137,16 +137,16 @@ def ids_of(texts: str | Sequence[str] | Tensor, tokenizer: TextTokenizer, num_to
 
 
 def _checked_ids(ids: Tensor, num_tokens: int, max_tokens: int) -> Tensor:
-    """Check that every row of ids `[b, t]` has at least one id in [0, num_tokens), then only -1."""
+    """Check that each row of ids `[b, t]` has one or more ids in [0, num_tokens), followed only by -1."""
     if ids.ndim != 2 or ids.is_floating_point() or ids.shape[1] > max_tokens:
-        raise ValueError(f"ids must be integers [b, t <= {max_tokens}], got {ids.dtype} {tuple(ids.shape)}")
+        raise ValueError(f"text ids must be integers [b, t <= {max_tokens}], got {ids.dtype} {tuple(ids.shape)}")
     if ids.numel() == 0 or not (ids >= 0).any(dim=1).all():
-        raise ValueError("got a row of ids that are all -1; pass at least one token per text")
+        raise ValueError("got a row of text ids that are all -1 (padding); pass at least one id per text")
     if int(ids.max()) >= num_tokens or int(ids.min()) < PADDING:
-        span = f"{int(ids.min())}..{int(ids.max())}"
-        raise ValueError(f"ids must be in 0..{num_tokens - 1}, or -1 past the end; got {span}")
+        id_range = f"{int(ids.min())}..{int(ids.max())}"
+        raise ValueError(f"text ids must be in 0..{num_tokens - 1}, or -1 for padding; got ids in {id_range}")
     if bool(((ids[:, :-1] < 0) & (ids[:, 1:] >= 0)).any()):
-        raise ValueError("got ids after a -1, which marks the end of a text; pad on the right")
+        raise ValueError("got text ids after a -1, which is padding; pad on the right")
     return ids.long()
 
 
@@ -156,9 +156,10 @@ def _clean(text: str) -> str:
 
 
 def _untrained() -> Tokenizer:
-    """Build a tokenizer without merges: every byte is one token. Lower-casing comes first, because it can undo NFC."""
+    """Build a tokenizer without merges, so that every byte is one token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
+    # lower-casing comes before NFC, because lower-casing can undo NFC
     tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.NFC()])
     # a leading space gives a word the same tokens at the start of a text as inside
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)

@@ -1,4 +1,4 @@
-"""Order and collation of crops; the batch is a pure function of the step, so a checkpoint holds no data state."""
+"""Order of training items, which depends only on the seed and the step, and collation of crops to batches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,19 +17,19 @@ __all__ = ["BatchPlan", "CropBatch", "collate_crops"]
 
 @lru_cache(maxsize=4)
 def _permutation(num_items: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the item order of an epoch; cached, because the batches of a step use only a few epochs."""
+    """Return the random order of the items in an epoch, as an array of item indices."""
     return np.random.default_rng([seed, epoch]).permutation(num_items)
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Order of the items: every epoch is a new permutation, and a batch may span two epochs.
+    """Random order of training items; every epoch is a new permutation, and a batch may contain items of two epochs.
 
-    All processes have the same order; process r of w receives the r-th part of every global batch.
+    All processes use the same order; in each step, the items of process `rank` follow the items of process `rank - 1`.
 
     Args:
-        num_items: Number of items in the data set. If it is less than a batch, items repeat with the next epoch number,
-            which selects another crop.
+        num_items: Number of items in the data set. If the data set is smaller than a batch, an item occurs in the batch
+            several times, with different epoch numbers and therefore different crops.
     """
 
     num_items: int
@@ -42,10 +42,10 @@ class BatchPlan:
         if min(self.num_items, self.batch_size, self.world_size) < 1:
             raise ValueError(f"num_items, batch_size and world_size must be at least 1, got {self}")
         if self.seed < 0 or not 0 <= self.rank < self.world_size:
-            raise ValueError(f"need seed >= 0 and 0 <= rank < world_size, got {self}")
+            raise ValueError(f"the order of items needs seed >= 0 and 0 <= rank < world_size, got {self}")
 
     def indices(self, step: int) -> list[tuple[int, int]]:
-        """Return the `batch_size` pairs (epoch, item index) of a step, counted from 0."""
+        """Return the `batch_size` pairs (epoch, item index) for the batch of a step; steps count from 0."""
         if step < 0:
             raise ValueError(f"step must not be negative, got {step}")
         first = (step * self.world_size + self.rank) * self.batch_size
@@ -55,9 +55,10 @@ class BatchPlan:
 
 @dataclass(frozen=True)
 class CropBatch:
-    """Crops of several files, padded with zeros to the longest crop.
+    """Batch of crops of several audio files, padded with zeros to the length of the longest crop.
 
-    `waves` (`[b, n]`) and `lengths` (`[b]`, samples) are keyed by the sample rate in Hz. `ends_file` is `[b]` bool.
+    `waves` and `lengths` map each sample rate in Hz to waves `[b, n]` and to lengths `[b]` in samples. `ends_file [b]`
+    is True for crops that end where their file ends.
     """
 
     waves: dict[int, Tensor]
@@ -67,12 +68,12 @@ class CropBatch:
 
 @beartype
 def collate_crops(crops: Sequence[Crop]) -> CropBatch:
-    """Collate crops into one batch and keep their order; all crops need the same sample rates."""
+    """Collate crops into one batch in the same order; all crops need the same sample rates."""
     if not crops:
-        raise ValueError("cannot collate an empty list of crops; pass at least one")
+        raise ValueError("cannot collate an empty list of crops; pass at least one crop")
     rates_hz = list(crops[0].waves)
     if any(list(crop.waves) != rates_hz for crop in crops):
-        raise ValueError(f"crops have different sample rates: {sorted({tuple(crop.waves) for crop in crops})}")
+        raise ValueError(f"all crops need the same sample rates, got {sorted({tuple(crop.waves) for crop in crops})}")
     return CropBatch(
         waves={hz: pad_sequence([crop.waves[hz] for crop in crops], batch_first=True) for hz in rates_hz},
         lengths={hz: torch.tensor([len(crop.waves[hz]) for crop in crops]) for hz in rates_hz},

@@ -26,15 +26,15 @@ _MAX_LINE_BYTES, _MAX_SIDECAR_BYTES = 2**24, 2**20
 
 @beartype
 def texts_in(value: Any) -> list[str]:
-    """List the texts in a caption value, which may be a text, a list of texts, or a dict of texts and lists.
+    """Return the texts in a caption value, which may be a text, a list of texts, or a dict of texts and lists.
 
-    Each text is listed once, in order; blank texts and values of other types are left out.
+    The result keeps the order, without repeated texts, blank texts and values of other types.
     """
     return list(dict.fromkeys(leaf for leaf in _leaves(value) if isinstance(leaf, str) and leaf.strip()))
 
 
 def _leaves(value: Any) -> list[Any]:
-    """List a value that is no list or dict, or the entries of a list or dict and of lists directly inside it."""
+    """Return the entries of a list or dict, with inner lists flattened; another value becomes a list of one entry."""
     if not isinstance(value, list | tuple | dict):
         return [value]
     entries = value.values() if isinstance(value, dict) else value
@@ -43,42 +43,42 @@ def _leaves(value: Any) -> list[Any]:
 
 @beartype
 def is_encodable(text: str) -> bool:
-    """Return whether a text can be encoded as UTF-8; a text with a lone half of a surrogate pair cannot be encoded."""
+    """Return whether UTF-8 can encode a text; UTF-8 cannot encode lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 @beartype
 def encode_texts(texts: Sequence[str]) -> np.ndarray:
-    """Encode texts as an array `[n]` for token shards: the UTF-8 bytes of a JSON list."""
+    """Encode texts for token shards as a JSON list, in an array `[n]` of UTF-8 bytes."""
     return np.frombuffer(json.dumps(list(texts)).encode(), dtype=np.uint8)
 
 
 @beartype
 def decode_texts(data: np.ndarray) -> list[str]:
-    """Decode an array of `encode_texts`, of any integer type, into the texts."""
+    """Decode texts from the byte array that `encode_texts` returned; any integer type is accepted."""
     try:
         texts = json.loads(data.astype(np.uint8).tobytes())
     except (ValueError, RecursionError):
         texts = None
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError(
-            f"the texts of a record must be the bytes of a JSON list of texts, got {data[:20].tolist()}..."
+            f"the array must contain the bytes of a JSON list of texts, but begins with {data[:20].tolist()}"
         )
     return texts
 
 
 @beartype
 def caption_and_labels(fields: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
-    """Split the fields of an audio clip into its first caption (None if it has none) and its labels.
+    """Split the manifest fields of an audio clip into the first caption (or None) and the labels.
 
-    The fields `caption` and `captions` hold captions: a text, a list of texts, or a dict of texts and lists. All other
-    fields are labels. Captions after the first one become the label `captions`, a list.
+    The fields `caption` and `captions` may be a text, a list of texts, or a dict of texts and lists. All fields except
+    `caption` and `captions` are labels. The label `captions` lists the captions after the first caption.
     """
     for name in ("caption", "captions"):
         leaves = [leaf for leaf in _leaves(fields.get(name)) if leaf is not None]
         if not all(isinstance(leaf, str) and is_encodable(leaf) for leaf in leaves):
             raise ValueError(
-                f"{name!r} must be a text, a list of texts, or texts by name, got {ascii(fields[name])[:100]}"
+                f"{name!r} must be a text, a list of texts, or a dict of texts, got {ascii(fields[name])[:100]}"
             )
     caption, further = fields.get("caption"), texts_in(fields.get("captions"))
     if not isinstance(caption, str) or not caption.strip():
@@ -90,14 +90,14 @@ def caption_and_labels(fields: dict[str, Any]) -> tuple[str | None, dict[str, An
 
 @beartype
 def read_sidecar(path: Path) -> tuple[str | None, dict[str, Any]]:
-    """Read caption and labels of an audio clip from the file beside it; the result is that of `caption_and_labels`.
+    """Read the first caption and the labels of an audio clip from the `.txt` or `.json` file beside the audio file.
 
-    Each line of a `.txt` file is a caption. A `.json` file is an object like a manifest line; its field `audio` is
-    ignored. Error messages do not name the file; the caller adds the name.
+    Each line of a `.txt` file is a caption. A `.json` file contains the fields of a manifest line; the field `audio` is
+    ignored. Error messages do not contain the file name; the caller must add the file name.
     """
     num_bytes = path.stat().st_size
     if num_bytes > _MAX_SIDECAR_BYTES:
-        raise ValueError(f"has {num_bytes} bytes; shorten it to {_MAX_SIDECAR_BYTES} bytes or fewer")
+        raise ValueError(f"the file has {num_bytes} bytes; shorten it to {_MAX_SIDECAR_BYTES} bytes or fewer")
     text = _decoded(path.read_bytes())
     if path.suffix.lower() == ".json":
         fields = _json_object(text)
@@ -108,12 +108,12 @@ def read_sidecar(path: Path) -> tuple[str | None, dict[str, Any]]:
 
 @beartype
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number from 1, object) for each line of a JSONL file; blank lines are skipped."""
+    """Yield the line number (from 1) and the JSON object of each line of a JSONL file; blank lines are skipped."""
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE_BYTES + 1), b""), start=1):
             try:
                 if len(line) > _MAX_LINE_BYTES:
-                    raise ValueError(f"longer than {_MAX_LINE_BYTES} bytes; write one object a line")
+                    raise ValueError(f"the line is longer than {_MAX_LINE_BYTES} bytes; write one JSON object per line")
                 text = _decoded(line)
                 if text.strip():
                     yield number, _json_object(text)
@@ -125,9 +125,9 @@ def _json_object(text: str) -> dict[str, Any]:
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and thousands of brackets
-        raise ValueError(f"not JSON ({error}); it must be one object") from error
+        raise ValueError(f"the text is not JSON ({error}); write one JSON object") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"must be a JSON object, {{...}}, got {type(fields).__name__}")
+        raise ValueError(f"the text must be a JSON object, {{...}}, got {type(fields).__name__}")
     return fields
 
 
@@ -136,4 +136,4 @@ def _decoded(data: bytes) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 ({error}); save it as UTF-8") from error
+        raise ValueError(f"the text is not UTF-8 ({error}); save the file as UTF-8") from error

@@ -21,7 +21,7 @@ _FULL_SCALE = 32768
 
 @dataclass(frozen=True)
 class Crop:
-    """Part of an audio file: `waves` maps the sample rate in Hz to float32 `[n]` (mono) or `[c, n]`, without padding.
+    """Crop of an audio file; `waves` maps each sample rate in Hz to a float32 wave `[n]` (mono) or `[c, n]`.
 
     `ends_file` is True if the crop ends at most 40 ms before the end of the file.
     """
@@ -32,16 +32,16 @@ class Crop:
 
 
 class CropDataset:
-    """Random crops of audio files; decoded files are cached in memory as 16-bit samples up to `cache_bytes`.
+    """Data set of random crops of audio files; a part of the decoded files is cached in memory.
 
     Args:
-        seconds: Length of a crop; shorter files are returned whole. None returns whole files.
+        seconds: Length of a crop, or None for whole files; a shorter file is returned whole.
         rates_hz: Sample rates of the crops, multiples of 25 Hz.
-        cache_bytes: Memory for decoded audio (16-bit at the highest rate). The first files that fit are cached; all
-            other files are read from disk for every crop. The choice of cached files depends only on the list of files,
-            so that a resumed run has identical data.
-        channels: Number of channels of a crop. 1 averages the channels of a file. With another number, a file must have
-            this number of channels or be mono; a mono channel is repeated.
+        cache_bytes: Maximum size of the cache of decoded audio (16-bit samples at the highest sample rate). The first
+            files of `items` that fit into `cache_bytes` are cached; all other files are read from disk for every crop.
+            The choice of cached files depends only on `items`, so that a resumed run has identical data.
+        channels: Number of channels of a crop; 1 averages the channels of a file. If `channels` is more than 1, a file
+            must have `channels` channels or be mono; a mono channel is repeated.
     """
 
     @beartype
@@ -55,13 +55,13 @@ class CropDataset:
         channels: int = 1,
     ) -> None:
         if not items or not rates_hz:
-            raise ValueError(f"need at least one item and one sample rate, got {len(items)} and {len(rates_hz)}")
+            raise ValueError("crops need at least one item and one sample rate, got an empty list")
         if any(hz < _STARTS_PER_SECOND or hz % _STARTS_PER_SECOND for hz in rates_hz):
             raise ValueError(f"sample rates must be multiples of {_STARTS_PER_SECOND} Hz, got {list(rates_hz)}")
         if seed < 0 or cache_bytes < 0 or channels < 1 or (seconds is not None and round(seconds * min(rates_hz)) < 1):
             raise ValueError(
-                "need seed >= 0, cache_bytes >= 0, channels >= 1, seconds > 0, got "
-                f"{seed}, {cache_bytes}, {channels}, {seconds}"
+                "crops need seed >= 0, cache_bytes >= 0, channels >= 1 and seconds > 0, got "
+                f"{seed=}, {cache_bytes=}, {channels=}, {seconds=}"
             )
         self.items = list(items)
         self.seconds = seconds
@@ -79,12 +79,12 @@ class CropDataset:
 
     @beartype
     def get(self, epoch: int, index: int) -> Crop:
-        """Return the crop of file `index` in an epoch, both from 0; a pure function of the seed and the arguments.
+        """Return the crop of file number `index` in an epoch; `epoch`, `index` and the seed determine the crop.
 
-        The crop has `round(seconds * rate)` samples at every rate, or fewer if the file is shorter.
+        At each sample rate, the crop has `round(seconds * sample_hz)` samples, or fewer if the file is shorter.
         """
         if not 0 <= index < len(self.items):
-            raise IndexError(f"index {index} is outside of the {len(self.items)} files")
+            raise IndexError(f"index {index} is out of range; the data set has {len(self.items)} files")
         length, hz = self._lengths[index], self._decode_hz
         count = length if self.seconds is None else min(round(self.seconds * hz), length)
         grid = hz // _STARTS_PER_SECOND
@@ -97,7 +97,7 @@ class CropDataset:
         )
 
     def _waves(self, index: int, step: int) -> dict[int, Tensor]:
-        """Return the waves of a crop, at every rate, that starts at a given step of the 40 ms grid."""
+        """Return the waves of the crop that starts at `step * 40 ms`, by sample rate in Hz."""
         spans = {}
         for hz in self.rates_hz:
             available = -(-self._lengths[index] * hz // self._decode_hz)
@@ -113,7 +113,7 @@ class CropDataset:
         }
 
     def _decoded(self, index: int, start: int, stop: int) -> Tensor:
-        """Return samples `start <= i < stop` of a file at the decoded rate, `[n]` or `[c, n]`; fewer at the end."""
+        """Return samples `start <= i < stop` of a file at the highest sample rate, `[n]` or `[c, n]`."""
         item, hz = self.items[index], self._decode_hz
         stop = min(stop, self._lengths[index])
         if index >= self._num_cached:
@@ -135,11 +135,11 @@ class CropDataset:
 def crop_seconds(
     data_max_length: int | None, data_max_length_seconds: float | int | None, sample_hz: int | None
 ) -> float | int | None:
-    """Return the crop length in seconds, from a length in samples or in seconds; None if neither is passed."""
+    """Return the crop length in seconds, from a length in samples or in seconds, or None if no length is passed."""
     if data_max_length is None:
         return data_max_length_seconds
     if data_max_length_seconds is not None:
         raise ValueError("pass data_max_length (samples) or data_max_length_seconds, not both")
     if sample_hz is None:
-        raise ValueError("data_max_length counts samples of a tokenizer; with shards pass data_max_length_seconds")
+        raise ValueError("got token shards and data_max_length in samples; pass data_max_length_seconds instead")
     return data_max_length / sample_hz

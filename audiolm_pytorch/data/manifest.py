@@ -40,7 +40,7 @@ _MAX_READERS = 8
 
 @dataclass(frozen=True)
 class ItemEntry:
-    """An audio file that is not checked yet, with its caption and labels."""
+    """Path, caption and labels of an audio file that is not checked yet."""
 
     path: Path
     caption: str | None = None
@@ -49,7 +49,7 @@ class ItemEntry:
 
 @dataclass(frozen=True)
 class AudioItem:
-    """A usable audio file, with its caption and labels; `num_samples` is the number of samples that can be decoded."""
+    """Audio file that can be decoded, with caption and labels; `num_samples` is the number of decoded samples."""
 
     path: Path
     caption: str | None
@@ -60,7 +60,7 @@ class AudioItem:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A file that cannot be used, and the reason."""
+    """Audio or caption file that cannot be used, and the reason."""
 
     path: Path
     reason: str
@@ -76,7 +76,7 @@ class ItemReport:
 
 @beartype
 def captions_of(item: AudioItem) -> list[str]:
-    """List the captions of an item without repetitions: its `caption`, then the texts of its label `captions`."""
+    """Return the captions of an item without repetitions: `item.caption`, then the texts of the label `captions`."""
     return texts_in([item.caption, *texts_in(item.labels.get("captions"))])
 
 
@@ -85,16 +85,17 @@ def load_items(source: str | Path, min_seconds: float | int = 0.0) -> ItemReport
     """List the audio files of a folder or manifest, and decode each file to check that it can be used.
 
     Args:
-        source: A folder or a `.jsonl` manifest. Of a folder with a `train.jsonl`, only the files in this manifest are
-            used. Of any other folder, all .wav, .flac, .mp3 and .ogg files below it are used, sorted by name, without
-            hidden files; `x.txt` beside `x.wav` holds captions, one per line, and `x.json` the fields of a manifest
-            line. A manifest line is an object with `audio` (path, relative to the manifest), and optionally
-            `caption` and `captions` (see `caption_and_labels`). All other fields become labels.
-        min_seconds: Shorter files are rejected.
+        source: A folder or a `.jsonl` manifest. If a folder contains a `train.jsonl`, only the files in this manifest
+            are used. In a folder without `train.jsonl`, all .wav, .flac, .mp3 and .ogg files are used, also those in
+            subfolders, sorted by name; hidden files are skipped. The captions of `x.wav` may be in `x.txt`, one caption
+            per line, or in `x.json`, with the fields of a manifest line. A manifest line is a JSON object with the
+            field `audio` (path relative to the manifest), and optionally `caption` and `captions` (see
+            `caption_and_labels`). All other fields of a manifest line become labels.
+        min_seconds: Minimum duration of an audio file; shorter files are rejected.
 
     Returns:
-        Usable and rejected files. The rejected files are logged in a warning, and so are caption files that cannot be
-        read; audio files are used without these caption files. If no audio file can be used, a ValueError is raised.
+        Usable and rejected files. A warning lists rejected audio files and caption files that cannot be read. An audio
+        file is used even if its caption file cannot be read. If no audio file can be used, a ValueError is raised.
     """
     source = Path(source)
     manifest: Path | None = source
@@ -111,7 +112,7 @@ def load_items(source: str | Path, min_seconds: float | int = 0.0) -> ItemReport
 
 @beartype
 def check_entries(entries: Sequence[ItemEntry], source: Path, min_seconds: float | int = 0.0) -> ItemReport:
-    """Decode files to check that they can be used, like `load_items`; error messages begin with `source`."""
+    """Decode the audio files of `entries` to check that they can be used; error messages begin with `source`."""
     with ThreadPoolExecutor(min(_MAX_READERS, os.cpu_count() or 1)) as readers:
         checked = list(readers.map(lambda entry: _checked(entry, min_seconds), entries))
     report = ItemReport(
@@ -148,11 +149,11 @@ def _summary(rejected: Sequence[Rejected]) -> str:
 def audio_files(folder: Path) -> dict[Path, list[Path]]:
     """Find the audio files below a folder, each with its `.json` and `.txt` caption files; hidden files are skipped.
 
-    The order does not depend on the file system.
+    The audio files are sorted by path, independently of the file system.
     """
     if not folder.is_dir():
         reason = (
-            "is a file; give its folder, or a .jsonl manifest" if folder.is_file() else "no such folder or manifest"
+            "is a file; pass its folder, or a .jsonl manifest" if folder.is_file() else "no such folder or manifest"
         )
         raise ValueError(f"{folder}: {reason}")
     sidecars: dict[Path, list[Path]] = {}
@@ -171,7 +172,7 @@ def _folder_entries(folder: Path) -> tuple[list[ItemEntry], list[Rejected]]:
     """List the audio files below a folder with their captions, and the caption files that cannot be read."""
     files = audio_files(folder)
     if not files:
-        raise ValueError(f"{folder}: holds no {', '.join(_SUFFIXES)} files and no {_TRAIN_MANIFEST}")
+        raise ValueError(f"{folder}: the folder has no {', '.join(_SUFFIXES)} files and no {_TRAIN_MANIFEST}")
     entries, unreadable = [], []
     for path, sidecars in files.items():
         captions: list[str | None] = []
@@ -190,26 +191,26 @@ def _folder_entries(folder: Path) -> tuple[list[ItemEntry], list[Rejected]]:
 
 def _manifest_entries(manifest: Path) -> list[ItemEntry]:
     if not manifest.is_file():
-        raise ValueError(f"{manifest}: no such manifest; pass an existing .jsonl file")
+        raise ValueError(f"{manifest}: the manifest does not exist; pass an existing .jsonl file")
     entries = []
     for number, fields in json_lines(manifest):
         audio = fields.pop("audio", None)
         try:
             if not isinstance(audio, str) or not audio:
-                raise ValueError(f"'audio' must be a path, got {audio!r}")
+                raise ValueError(f"the field 'audio' must be a path, got {audio!r}")
             entries.append(ItemEntry(manifest.parent / audio, *caption_and_labels(fields)))
         except ValueError as error:
             raise ValueError(f"{manifest}, line {number}: {error}") from error
     if not entries:
-        raise ValueError(f"{manifest}: holds no lines; write one JSON object per audio file")
+        raise ValueError(f"{manifest}: the manifest has no lines; write one JSON object per audio file")
     return entries
 
 
 @beartype
 def manifest_text(items: Sequence[AudioItem | ItemEntry], folder: str | Path) -> str:
-    """Format items as a JSON-lines manifest for a folder.
+    """Return the text of a JSON-lines manifest of the items, for a manifest file in `folder`.
 
-    Paths of files below the folder are relative to it, so that folder and manifest can be moved together.
+    Audio files below `folder` have relative paths, so that the folder can be moved together with the manifest.
     """
     folder, lines = Path(folder).absolute(), []
     for item in items:
@@ -219,7 +220,7 @@ def manifest_text(items: Sequence[AudioItem | ItemEntry], folder: str | Path) ->
         try:
             lines.append(json.dumps(first | item.labels | first, allow_nan=False) + "\n")
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{item.path}: its labels cannot be JSON ({error}); pass plain values") from error
+            raise ValueError(f"{item.path}: JSON cannot store the labels ({error}); use strings and numbers") from error
     return "".join(lines)
 
 
@@ -227,14 +228,14 @@ def manifest_text(items: Sequence[AudioItem | ItemEntry], folder: str | Path) ->
 def split_items(
     items: Sequence[AudioItem], valid_fraction: float | int = 0.05, seed: int = 0
 ) -> tuple[list[AudioItem], list[AudioItem]]:
-    """Split items into training and validation items by a hash of their names.
+    """Split items into training and validation items by a hash of the file names.
 
-    An item stays in its part when other items are added, when the folder is moved, and on every machine. With two or
-    more items, each part has at least one.
+    The choice for an item does not change if other items are added, if the folder is moved, or on another machine. Of
+    two or more items, at least one is for training and at least one is for validation.
     """
     if not 0.0 <= valid_fraction <= 1.0 or not items:
         raise ValueError(
-            f"need 0 <= valid_fraction <= 1 and at least one item, got {valid_fraction} and {len(items)} items"
+            f"need 0 <= valid_fraction <= 1 and one or more items, got {valid_fraction=} and {len(items)} items"
         )
     hashes = [_uniform_hash(name, seed) for name in _distinct_names([item.path for item in items])]
     is_valid = [value < valid_fraction for value in hashes]
@@ -249,7 +250,7 @@ def split_items(
 
 
 def _distinct_names(paths: Sequence[Path]) -> list[str]:
-    """Return a distinct name per file: the file name, or the path below the common folder if file names repeat."""
+    """Return different names for all files: the file names, or paths below the common folder if file names repeat."""
     names = [path.name for path in paths]
     if len(set(names)) == len(names):
         return names
@@ -259,7 +260,7 @@ def _distinct_names(paths: Sequence[Path]) -> list[str]:
 
 
 def _uniform_hash(name: str, seed: int) -> float:
-    """Hash the arguments to a number in 0..1; equal arguments have equal numbers on every machine."""
+    """Hash a name and a seed to a number in [0, 1), which is equal on all machines."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
@@ -268,9 +269,9 @@ def _uniform_hash(name: str, seed: int) -> float:
 def load_split(
     source: str | Path, valid_fraction: float | int = 0.05, seed: int = 0, min_seconds: float | int = 0.0
 ) -> tuple[list[AudioItem], list[AudioItem]]:
-    """Load training and validation items of a folder or manifest; see `load_items` and `split_items`.
+    """Load the training items and the validation items of a folder or manifest (see `load_items` and `split_items`).
 
-    If a folder has both `train.jsonl` and `valid.jsonl`, these manifests define the two parts.
+    If a folder contains `train.jsonl` and `valid.jsonl`, the two manifests list the training and validation items.
     """
     source = Path(source)
     manifests = [source / _TRAIN_MANIFEST, source / _VALID_MANIFEST]
@@ -284,7 +285,7 @@ def check_one_source(folder: str | Path | None, items: Sequence[Any] | None) -> 
     """Check that a trainer received either a folder or items, not both."""
     if (folder is None) == (items is None):
         received = "neither folder nor items" if folder is None else "both folder and items"
-        raise ValueError(f"got {received}; pass either a folder (or manifest) of audio or items")
+        raise ValueError(f"got {received}; pass either a folder (or a manifest) or items")
 
 
 @beartype
@@ -293,18 +294,19 @@ def training_items(
     items: tuple[Sequence[AudioItem], Sequence[AudioItem]] | None,
     min_seconds: float | int = 0.0,
 ) -> tuple[list[AudioItem], list[AudioItem]]:
-    """Return training and validation items for a trainer, from a folder (see `load_split`) or from loaded items.
+    """Return the training and validation items of a trainer, from a folder (see `load_split`) or from loaded items.
 
     If there are no validation items, the training items are also used for validation.
 
     Args:
-        min_seconds: Token duration. Shorter files in a folder are left out; shorter loaded items raise a ValueError.
+        min_seconds: Duration of one token. Files of `folder` that are shorter than one token are left out; an item of
+            `items` that is shorter than one token raises a ValueError.
     """
     check_one_source(folder, items)
     train, valid = items if items is not None else load_split(folder or "", min_seconds=min_seconds)
     if not train:
-        raise ValueError("there is no audio to learn from, the training items are empty; pass at least one item")
-    short = [str(item.path) for item in (*train, *valid) if item.num_samples < min_seconds * item.sample_hz]
-    if short:
-        raise ValueError(f"{len(short)} files are shorter than one token ({min_seconds} s); drop them: {short[:5]}")
+        raise ValueError("got an empty list of training items; pass at least one audio item")
+    too_short = [str(item.path) for item in (*train, *valid) if item.num_samples < min_seconds * item.sample_hz]
+    if too_short:
+        raise ValueError(f"{len(too_short)} files are shorter than one token ({min_seconds} s); remove {too_short[:5]}")
     return list(train), list(valid) or list(train)

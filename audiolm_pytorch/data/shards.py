@@ -1,8 +1,9 @@
 """Token shards: arrays that frozen encoders compute once for a corpus, stored in files that are memory-mapped.
 
-A folder holds `plan.json` (the arguments of `write_shards`), the chunks `chunk-00000/` and so on, and `index.json` once
-every chunk is complete. A chunk holds each field as one flat `.npy` array and a `.npy` array of record offsets. A chunk
-is renamed to its final name when it is complete, so that an interrupted run continues with the first missing chunk.
+A shard folder contains `plan.json` (arguments of `write_shards`), the folders `chunk-00000`, `chunk-00001` and so on,
+and `index.json` once all chunks are complete. For each field, a chunk folder contains one `.npy` file of all values and
+one `.npy` file of record offsets. A chunk folder gets its final name when the chunk is complete, so that an interrupted
+run continues with the first missing chunk.
 """
 
 import json
@@ -39,22 +40,22 @@ def write_shards(
     rank: int = 0,
     world_size: int = 1,
 ) -> int:
-    """Compute and store records; return the number of chunks that this call computed.
+    """Compute the records of a corpus and store them in chunks; return the number of chunks that this call computed.
 
-    Complete chunks are not computed again. Any number of processes, each with its rank, may write to the same folder.
-    A process that finds all chunks complete writes `index.json`.
+    Complete chunks are not computed again. Any number of processes, each with its rank, may write to the same folder. A
+    process that finds all chunks complete writes the file `index.json`.
 
     Args:
-        make_record: Function that returns record `i` as named arrays. All records need equal names and equal shapes,
-            apart from the first dimension (time). Integers are stored as int16 or int32, floats as float16 or
-            float32. An array without dimensions is a single number and keeps its precision.
-        fingerprint: JSON-able origin of the records. A folder with records of another origin raises a ValueError.
-        records_per_chunk: Number of records in a chunk; a process that is killed loses at most one chunk.
+        make_record: Function that returns record number `i` as a dict of arrays. All records need the same names, and
+            arrays of the same shape apart from the first dimension (time). Integers are stored as int16 or int32, and
+            floats as float16 or float32. Floats in arrays without dimensions are stored in their precision.
+        fingerprint: JSON-compatible description of the records; another fingerprint in `folder` raises a ValueError.
+        records_per_chunk: Number of records per chunk; an interrupted process loses at most one chunk.
     """
     if min(num_records, records_per_chunk) < 1 or not 0 <= rank < world_size:
         raise ValueError(
-            "need num_records >= 1, records_per_chunk >= 1 and 0 <= rank < world_size, "
-            f"got {num_records}, {records_per_chunk}, {rank}, {world_size}"
+            "shards need num_records >= 1, records_per_chunk >= 1 and 0 <= rank < world_size, "
+            f"got {num_records=}, {records_per_chunk=}, {rank=}, {world_size=}"
         )
     folder = Path(folder)
     plan = {
@@ -65,7 +66,7 @@ def write_shards(
     }
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / _PLAN_NAME).is_file():
-        complaint = f"{folder} was begun with another plan; use another folder, or remove it"
+        complaint = f"{folder} contains records of other arguments; use another folder, or remove {folder}"
         _require_equal(read_json(folder / _PLAN_NAME), plan, complaint)
     else:
         write_json(folder / _PLAN_NAME, plan)
@@ -83,16 +84,16 @@ def write_shards(
 
 
 def _storable(record: Record, number: int) -> Record:
-    """Convert the arrays of a record to the stored types."""
+    """Convert the arrays of a record to the number types that shards can store."""
     stored = {}
     for name, value in record.items():
         array = np.asarray(value)
         if array.dtype.kind not in "biuf":
-            raise ValueError(f"record {number}, field {name!r}: cannot store {array.dtype}; return integers or floats")
+            raise ValueError(f"record {number}, field {name!r} has type {array.dtype}; return integers or floats")
         if array.dtype.kind != "f":
             array = array.astype(_integer_type(array, number, name))
         elif not np.isfinite(array).all():
-            raise ValueError(f"record {number}, field {name!r}: holds NaN or infinite values")
+            raise ValueError(f"record {number}, field {name!r} contains NaN or infinite values")
         elif array.dtype not in _FLOAT_TYPES and array.ndim:
             array = array.astype(np.float32)
         stored[name] = array
@@ -100,16 +101,16 @@ def _storable(record: Record, number: int) -> Record:
 
 
 def _integer_type(array: np.ndarray, number: int, name: str) -> type:
-    """Return the smaller of int16 and int32 that can hold all values."""
+    """Return int16 if this type can store all values of an array, or else int32."""
     low, high = int(array.min(initial=0)), int(array.max(initial=0))
     for integer in (np.int16, np.int32):
         if np.iinfo(integer).min <= low and high <= np.iinfo(integer).max:
             return integer
-    raise ValueError(f"record {number}, field {name!r}: {low}..{high} does not fit into 32 bits")
+    raise ValueError(f"record {number}, field {name!r} has values {low}..{high}, which int32 cannot store")
 
 
 def _write_chunk(chunk: Path, records: list[Record], first: int) -> None:
-    """Write a chunk to a temporary folder, then rename the folder; a chunk that another process stored is kept."""
+    """Write a chunk to a temporary folder, then rename the folder; a chunk of another process is not replaced."""
     fields = {}
     partial = chunk.with_name(f".{chunk.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -134,21 +135,21 @@ def _write_chunk(chunk: Path, records: list[Record], first: int) -> None:
 
 
 def _column(records: list[Record], name: str, first: int) -> list[np.ndarray]:
-    """Collect one field of all records; check for equal names and shapes."""
+    """Return the arrays of one field from all records, after a check of names and shapes."""
     names, shape = records[0].keys(), records[0][name].shape
     for number, record in enumerate(records, first):
         if record.keys() != names:
-            raise ValueError(f"record {number} has fields {sorted(record)}, record {first} has {sorted(names)}")
+            raise ValueError(f"record {number} needs fields {sorted(names)} of record {first}, got {sorted(record)}")
         other = record[name].shape
         if other[1:] != shape[1:] or len(other) != len(shape):
             raise ValueError(
-                f"record {number}, field {name!r}: shape {other} does not go with {shape} of record {first}"
+                f"field {name!r} of record {number} has shape {other}, which may differ from {shape} only in dimension 0"
             )
     return [record[name] for record in records]
 
 
 def _joint_fields(chunks: list[Path]) -> dict[str, dict[str, Any]]:
-    """Return the fields of all chunks, each with a type that can hold the values of every chunk."""
+    """Return shape and number type of each field, with a type that can store the values of all chunks."""
     joint: dict[str, dict[str, Any]] = read_json(chunks[0] / _FIELDS_NAME)
     for chunk in chunks:
         fields = read_json(chunk / _FIELDS_NAME)
@@ -162,17 +163,17 @@ def _joint_fields(chunks: list[Path]) -> dict[str, dict[str, Any]]:
 
 
 def _require_equal(found: dict[str, Any], expected: dict[str, Any], complaint: str) -> None:
-    """Raise a ValueError that lists the differences of two nested dicts, if there are any."""
+    """Check that two nested dicts are equal; the error message lists the differences."""
     if lines := differences(found, expected):
         raise ValueError(f"{complaint}: " + "; ".join(lines))
 
 
 class TokenShards:
-    """Records written by `write_shards`, read one by one from memory maps.
+    """Sequence of the records that `write_shards` stored, read from memory-mapped files.
 
     Args:
-        expect_fingerprint: Required origin of the records; None accepts any origin.
-        max_open_chunks: Number of chunks that stay memory-mapped; pages that were read count as memory of the process.
+        expect_fingerprint: Required fingerprint of the records; None accepts any fingerprint.
+        max_open_chunks: Maximum number of chunks that stay memory-mapped; more chunks use more memory.
     """
 
     @beartype
@@ -188,10 +189,8 @@ class TokenShards:
             state = "unfinished: run write_shards again" if is_begun else "not a shard folder"
             raise ValueError(f"{self.folder}: no {_INDEX_NAME} ({state})")
         index = read_json(self.folder / _INDEX_NAME)
-        if index.get("format_version") != _FORMAT_VERSION:
-            raise ValueError(
-                f"{self.folder}: format version {index.get('format_version')}, this code reads {_FORMAT_VERSION}"
-            )
+        if (version := index.get("format_version")) != _FORMAT_VERSION:
+            raise ValueError(f"{self.folder}: format version {version}, need {_FORMAT_VERSION}; write the shards again")
         self.fingerprint: dict[str, Any] = index["fingerprint"]
         if expect_fingerprint is not None:
             expected = json.loads(json.dumps(expect_fingerprint))
@@ -214,13 +213,13 @@ class TokenShards:
         return self._num_records
 
     def longest(self, field: str) -> int:
-        """Largest number of rows of a field in any record; only record offsets are read."""
+        """Return the largest number of rows of a field in any record; only record offsets are read from disk."""
         numbers = range(-(-self._num_records // self._records_per_chunk))
         files = (self.folder / f"chunk-{number:05d}" / f"{field}.offsets.npy" for number in numbers)
         return max(int(np.diff(np.load(file, allow_pickle=False)).max()) for file in files)
 
     def __getitem__(self, index: int) -> Record:
-        """Read a record; its arrays are copies in memory."""
+        """Read a record as a dict of arrays, which are copies in memory."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} is out of range; {self.folder} has {len(self)} records")
         number, row = divmod(index, self._records_per_chunk)
@@ -232,7 +231,7 @@ class TokenShards:
         return record
 
     def _chunk(self, number: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Return the rows and the offsets `[records + 1]` of every field of a chunk; recently used chunks stay open."""
+        """Return values and record offsets of each field of a chunk; recently used chunks stay memory-mapped."""
         if number not in self._open:
             folder = self.folder / f"chunk-{number:05d}"
             self._open[number] = {

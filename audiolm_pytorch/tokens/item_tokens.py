@@ -1,4 +1,4 @@
-"""Tokens of one stream as a list of items of unequal length; decoding appends frames to the items."""
+"""Tokens of one stream for the items of a batch, which have unequal lengths; decoding appends frames."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,7 +12,7 @@ __all__ = ["ItemTokens", "items_of_streams", "padded"]
 
 
 class ItemTokens:
-    """The known tokens of one stream, item by item. Old frames can be dropped; other frames keep their indices.
+    """Known tokens of one stream, as one tensor per item. Dropped frames do not change the indices of other frames.
 
     Args:
         items: Tokens `[f_i, levels]` of each item i.
@@ -24,7 +24,7 @@ class ItemTokens:
 
     @property
     def counts(self) -> list[int]:
-        """Number of frames of every item, dropped frames included."""
+        """Number of frames of every item, including dropped frames."""
         return [first + len(tokens) for first, tokens in zip(self._first, self._items)]
 
     def append(self, item: int, tokens: Tensor) -> None:
@@ -33,15 +33,15 @@ class ItemTokens:
             self._items[item] = torch.cat((self._items[item], tokens.to(self._items[item])))
 
     def between(self, items: Sequence[int], start: int, stops: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Select frames `start` to `stops` of some items; an item that ends before `start` repeats its last frame.
+        """Return frames `start <= i < stop` of selected items; an item that ends before `start` returns its last frame.
 
         Args:
-            items: Indices of the k items.
-            start: Number of the first frame.
-            stops: Number of the frame after the last selected frame, per item.
+            items: Indices of the k selected items.
+            start: Index of the first frame.
+            stops: Index after the last frame, for each selected item.
 
         Returns:
-            Tokens `[k, f, levels]`, padded with -1, and the number of frames of each item `[k]`.
+            Tokens `[k, f, levels]`, padded with -1, and the number of frames `[k]` of each selected item.
         """
         parts = []
         for item, stop in zip(items, stops, strict=True):
@@ -51,7 +51,7 @@ class ItemTokens:
         return padded(parts), torch.tensor([len(tokens) for tokens in parts])
 
     def forget_before(self, frame: int) -> None:
-        """Drop the frames before `frame`, but keep each item's last frame, because `between` may repeat that frame."""
+        """Drop the frames before `frame`, but keep each item's last frame, because `between` may return that frame."""
         for item, (first, tokens) in enumerate(zip(self._first, self._items)):
             dropped = min(frame, first + len(tokens) - 1) - first
             if dropped > 0:
@@ -62,15 +62,15 @@ class ItemTokens:
 def items_of_streams(
     streams: Sequence[Stream], tokens: Mapping[str, Tensor], lengths: Mapping[str, int | Tensor]
 ) -> dict[str, list[Tensor]]:
-    """Split padded batches of tokens into items.
+    """Split the padded token batches of streams into one tensor without padding per item.
 
     Args:
-        streams: Streams of a layout.
-        tokens: Tokens `[b, f, levels]` (or `[b, f]` for one level) of some of the streams, by name.
-        lengths: Unpadded frames by stream name, `[b]` or one int; a stream without an entry has no padding.
+        streams: Token streams of a layout.
+        tokens: Padded tokens `[b, f, levels]` (or `[b, f]` for one level) of some of the streams, by stream name.
+        lengths: Numbers of unpadded frames by stream name, `[b]` or one int; no entry means no padding.
 
     Returns:
-        Tokens `[f_i, levels]` of each item i, by stream name.
+        A dict from stream name to the list of tokens `[f_i, levels]` of all items i.
     """
     if not tokens and not lengths:
         return {}

@@ -19,28 +19,28 @@ __all__ = ["TokenLayout"]
 
 
 class TokenLayout:
-    """An arrangement of token streams in rows (steps of a language model) and columns (tokens read in one step).
+    """Arrangement of token streams in rows (steps of a language model) and columns (tokens that are read in one step).
 
-    Row `r` is the input that predicts row `r + 1`. Every level of every stream, and every end of a stream, has an id
-    range that overlaps no other. Padding is marked by a mask and has no id.
+    The language model reads row `r` and predicts row `r + 1`. The id ranges of all levels of all streams, and of their
+    end-of-sequence tokens, do not overlap. Padding is marked by a mask and has no id.
 
-    The first rows hold the streams without a frame rate (`rate_hz=None`), one token per row, level by level inside each
-    frame. If an item has no tokens of such a stream, one null token replaces them. The next row is the start row. The
-    other rows follow one of three patterns:
+    The first rows contain the streams without a frame rate (`rate_hz=None`), one token per row, ordered by frame and
+    then by level. If an item has no tokens of a stream without a frame rate, one null token replaces the stream. The
+    start row follows the streams without a frame rate. The rows after the start row follow one of three patterns:
 
-    - `flat` has one column, with the input streams first and then every predicted stream, level by level inside each
-      frame.
+    - `flat` has one column, which contains the streams one after another (input streams first), each stream ordered by
+      frame and then by level.
     - `delayed` has one row per predicted frame and one column per level. Residual level `k`, with all its groups, is
-      delayed by `k` rows. Input streams are aligned in time; the token that covers predicted frame `f` is in the row
-      that predicts frame `f`. An input stream of a lower rate is repeated. An input stream of a higher rate uses
-      several columns. An input stream that is too short repeats its last frame.
-    - `parallel` equals `delayed` without delays.
+      delayed by `k` rows. Input streams are aligned in time; the input token at the time of predicted frame `f` is in
+      the row that predicts frame `f`. The tokens of an input stream with a lower frame rate are repeated, and an input
+      stream with a higher frame rate uses several columns. If an input stream is too short, its last frame is repeated.
+    - `parallel` is the pattern `delayed` without delays.
 
     Attributes:
         inputs: Streams that the model reads and does not predict.
         predicted: Streams that the model predicts, at least one.
-        heads: Outputs of the model, one per level of each predicted stream.
-        num_ids: Number of ids.
+        heads: Output heads of the language model, one per level of each predicted stream.
+        num_ids: Number of ids of all streams and special tokens.
         null_id: Id of the null token; None if every stream has a frame rate.
     """
 
@@ -62,10 +62,7 @@ class TokenLayout:
             raise ValueError(f"unknown pattern '{pattern}'; use one of {sorted(PATTERNS)}")
         rates_hz = {stream.name: str(stream.exact_hz) for stream in self.predicted}
         if pattern != "flat" and len(set(rates_hz.values())) > 1:
-            raise ValueError(
-                f"the {pattern} pattern has one row per predicted frame, so all predicted streams need one rate_hz, "
-                f"got {rates_hz}"
-            )
+            raise ValueError(f"with the {pattern} pattern, all predicted streams need the same rate_hz, got {rates_hz}")
         self._blocks, self.heads, self.num_ids = number_ids(self.streams)
         self.null_id = None if all(s.is_in_time for s in self.streams) else self._blocks[-1].first_id
         # Each tensor has one more entry at the end, for empty cells with block -1.
@@ -75,7 +72,7 @@ class TokenLayout:
 
     @property
     def frame_alignment(self) -> int:
-        """Smallest number of predicted frames that lasts a whole number of frames of every input stream."""
+        """Smallest number of predicted frames whose duration is a whole number of frames in every input stream."""
         rate_hz = self.predicted[0].exact_hz
         return lcm(*((stream.exact_hz / rate_hz).denominator for stream in self.streams if stream.is_in_time))
 
@@ -96,9 +93,10 @@ class TokenLayout:
 
     @beartype
     def table(self, num_frames: Mapping[str, int], ends: bool = False) -> CellTable:
-        """Id block and frame of every cell, for streams of `num_frames` frames. The table is cached; do not modify it.
+        """Return the id range and the frame of each token in the rows and columns, for streams of `num_frames` frames.
 
-        With `ends`, every stream that has an end id contains this id after its last frame.
+        If `ends` is True, each stream with an end-of-sequence id has this id after its last frame. The returned tensors
+        are cached; callers must not modify the tensors.
         """
         counts = frame_counts(self.streams, num_frames, 1)[0].tolist()
         return cell_table(self.streams, self.pattern, tuple(counts), ends)
@@ -110,16 +108,16 @@ class TokenLayout:
         lengths: Mapping[str, int | Tensor] | None = None,
         ends: Tensor | None = None,
     ) -> PackedTokens:
-        """Pack streams into rows. Every item is packed independently of the other items and padded on the right.
+        """Pack token streams into rows of ids; each item is packed independently and padded on the right.
 
         Args:
-            streams: Tokens `[b, f, levels]` (or `[b, f]` for one level) of every stream, by name.
-            lengths: Unpadded frames by stream name, `[b]` or one int; a stream without an entry has no padding.
-            ends: `[b]` bool, whether the recording of the item ends after the last frame; None = False for all items.
+            streams: Tokens `[b, f, levels]` (or `[b, f]` for one level) of every stream, by stream name.
+            lengths: Numbers of unpadded frames by stream name, `[b]` or one int; no entry means no padding.
+            ends: `[b]` bool, True if the recording of an item ends after its last frame; None = False for all items.
         """
         tokens, counts = checked_streams(self.streams, streams, lengths or {})
         if ends is not None and ends.shape != (len(counts),):
-            raise ValueError(f"ends must be bool [{len(counts)}], one per item, got shape {tuple(ends.shape)}")
+            raise ValueError(f"ends must be bool [{len(counts)}], one value per item, got shape {tuple(ends.shape)}")
         return self._fill(tokens, *self._stacked_tables(counts, ends))
 
     @beartype
@@ -130,14 +128,14 @@ class TokenLayout:
         batch_size: int,
         lengths: Mapping[str, int | Tensor] | None = None,
     ) -> Grid:
-        """Arrange input streams and prompts in a grid that decoding completes.
+        """Build the grid for decoding from input streams and prompts; decoding predicts the tokens after the prompts.
 
         Args:
-            streams: Tokens `[b, f, levels]` by name, of input streams and of the prompts of predicted streams. Prompts
-                and input streams without a frame rate may be absent.
-            num_frames: Requested frames of every predicted stream, its prompt included, `[b]` or one int.
+            streams: Tokens `[b, f, levels]` of input streams, and prompts of predicted streams, by stream name.
+                Prompts, and input streams without a frame rate, may be missing.
+            num_frames: Number of frames, including the prompt, of every predicted stream, `[b]` or one int.
             batch_size: Number of items b.
-            lengths: Unpadded frames of `streams`, `[b]` or one int; a stream without an entry has no padding.
+            lengths: Numbers of unpadded frames by stream name, `[b]` or one int; no entry means no padding.
         """
         optional = [stream for stream in self.streams if not (stream.is_input and stream.is_in_time)]
         nothing = {one.name: torch.zeros(batch_size, 0, one.num_levels, dtype=torch.long) for one in optional}
@@ -147,8 +145,7 @@ class TokenLayout:
         for index in (known > requested).any(dim=0).nonzero().flatten().tolist():
             raise ValueError(
                 f"the prompt of '{self._names[index]}' has {known[:, index].tolist()} frames, longer than the "
-                f"requested {requested[:, index].tolist()}; shorten the prompt or "
-                "request more frames"
+                f"requested {requested[:, index].tolist()} frames; shorten the prompt or request more frames"
             )
         device = next((ids.device for ids in streams.values()), torch.device("cpu"))
         for index, (name, ids) in enumerate(tokens.items()):
@@ -169,16 +166,16 @@ class TokenLayout:
     def unpack(
         self, ids: Tensor, num_frames: Mapping[str, int | Tensor], names: Sequence[str] | None = None
     ) -> dict[str, Tensor]:
-        """Extract the token streams from packed rows.
+        """Extract the token streams from packed rows of ids.
 
         Args:
-            ids: Ids `[b, rows, columns]`, arranged as by `pack`.
+            ids: Ids `[b, rows, columns]` in the arrangement that `pack` returns.
             num_frames: Number of frames by stream name, `[b]` or one int.
             names: Names of the streams to extract; None = the predicted streams.
 
         Returns:
-            Tokens `[b, f, levels]` int64 by name. Tokens are -1 after the last frame of an item, in frames that are not
-            in the rows, and for null tokens.
+            Tokens `[b, f, levels]` int64 by stream name. The value -1 marks frames after the end of an item, frames
+            that are not in `ids`, and null tokens.
         """
         names = [stream.name for stream in self.predicted] if names is None else names
         unknown = set(names) - set(self._names)
@@ -189,7 +186,8 @@ class TokenLayout:
         num_rows, num_columns = block.shape[1:]
         if ids.ndim != 3 or ids.shape[1] < num_rows or ids.shape[2] != num_columns:
             raise ValueError(
-                f"frames {dict(num_frames)} need ids [b, {num_rows}, {num_columns}], got {tuple(ids.shape)}"
+                f"ids must be [b, {num_rows}, {num_columns}] for the numbers of frames {dict(num_frames)}, got "
+                f"{tuple(ids.shape)}"
             )
         ids = ids[:, :num_rows]
         local = ids - self._first_id_of_block.to(ids.device)[block]
@@ -211,8 +209,7 @@ class TokenLayout:
     def without_conditions(self, packed: PackedTokens, drop: Tensor) -> PackedTokens:
         """Replace the tokens of streams without a frame rate by null tokens in the items where `drop [b]` is True.
 
-        The positions of the rows do not change. The conditional and the unconditional half of a batch for
-        classifier-free guidance have equal rows.
+        The number of rows stays the same, so that both halves of a batch for classifier-free guidance stay aligned.
         """
         if drop.shape != packed.ids.shape[:1] or drop.dtype != torch.bool:
             raise ValueError(f"drop must be bool [{len(packed.ids)}], got {drop.dtype} {tuple(drop.shape)}")
@@ -227,7 +224,7 @@ class TokenLayout:
         return replace(packed, ids=packed.ids.masked_fill(is_dropped, self.null_id))
 
     def _stacked_tables(self, counts: Tensor, ends: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Id block and frame of every cell of every item, padded on the right, `[b, rows, columns]` on the CPU."""
+        """Return two tensors `[b, rows, columns]` on the CPU with the id range and the frame of each token."""
         flags = [False] * len(counts) if ends is None else ends.tolist()
         tables = [
             cell_table(self.streams, self.pattern, tuple(row), bool(end))
@@ -237,7 +234,7 @@ class TokenLayout:
         return block, pad_sequence([table.frame for table in tables], True)
 
     def _fill(self, tokens: Mapping[str, Tensor], block: Tensor, frame: Tensor) -> PackedTokens:
-        """Look up the id of every cell by its id block and frame; `block` and `frame` are `[b, rows, columns]`."""
+        """Return the packed ids for the id ranges `block` and the frames `frame`, both `[b, rows, columns]`."""
         flat = [rearrange(tokens[name], "b f q -> b (f q)") for name in self._names]
         # Position 0 contains the 0 that is added to the id of a start, an end or a null token.
         values = torch.cat([flat[0].new_zeros(len(flat[0]), 1), *flat], dim=1)

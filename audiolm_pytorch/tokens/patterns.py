@@ -1,7 +1,7 @@
 """Patterns that arrange the tokens of several streams in rows and columns.
 
-`flat` is the order of AudioLM (arXiv:2209.03143, sec. III-C). `delayed` and `parallel` are the patterns of MusicGen
-(arXiv:2306.05284, sec. 2.2), with the addition of input streams that are aligned in time.
+`flat` is the token order of AudioLM (arXiv:2209.03143, section III-C). `delayed` and `parallel` are patterns of
+MusicGen (arXiv:2306.05284, sec. 2.2) extended by input streams that are aligned in time.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -25,11 +25,11 @@ _Blocks = Mapping[tuple[int, int, bool], int]  # (stream, level, is_token) -> in
 
 
 class CellTable(NamedTuple):
-    """Id block and frame of every cell (row and column) of a layout.
+    """Table of a layout with the id range and the frame of the token at each row and column.
 
     Attributes:
-        block: `[rows, columns]` int64, index of the `IdBlock` of the token in the cell; -1 for an empty cell.
-        frame: `[rows, columns]` int64, frame of the stream that the token belongs to; 0 for an empty cell.
+        block: `[rows, columns]` int64, index of the id range (`IdBlock`) of the token; -1 where there is no token.
+        frame: `[rows, columns]` int64, index of the frame that contains the token; 0 where there is no token.
     """
 
     block: Tensor
@@ -37,7 +37,7 @@ class CellTable(NamedTuple):
 
 
 class _Cells(NamedTuple):
-    """Cells of one column with tokens of one id block; `rows` and `frames` have equal length."""
+    """Tokens of one id range in one column; token i is in row `rows[i]` and belongs to frame `frames[i]`."""
 
     column: int
     block: int
@@ -47,19 +47,19 @@ class _Cells(NamedTuple):
 
 @lru_cache(maxsize=512)
 def cell_table(streams: tuple[Stream, ...], pattern: str, counts: tuple[int, ...], ends: bool) -> CellTable:
-    """Build the cell table of a layout. Tables are cached, because batches need few different ones; do not modify them.
+    """Build the table of a layout; the returned tensors are cached, and callers must not modify the tensors.
 
     Args:
         streams: Streams of the layout.
         pattern: Key of `PATTERNS`.
         counts: Number of frames of every stream.
-        ends: Whether every stream that has an end id contains this id after its last frame.
+        ends: Whether the last frame of every stream with an end-of-sequence id is followed by this id.
     """
     num_frames = {stream.name: count for stream, count in zip(streams, counts, strict=True)}
     empty = [s.name for s in streams if s.is_input and s.is_in_time and not num_frames[s.name]]
     if empty:
         raise ValueError(
-            f"input streams with a rate_hz need at least one frame; {empty} have none (all frames: {num_frames})"
+            f"every input stream with a rate_hz needs one or more frames; {empty} have none (frames: {num_frames})"
         )
     id_blocks = number_ids(streams)[0]
     blocks = {(block.stream, block.level, block.is_token): i for i, block in enumerate(id_blocks)}
@@ -77,7 +77,7 @@ def cell_table(streams: tuple[Stream, ...], pattern: str, counts: tuple[int, ...
 
 
 def _out_of_time(streams: tuple[Stream, ...], blocks: _Blocks, counts: tuple[int, ...], null: int) -> Iterator[_Cells]:
-    """Cells of the streams without a frame rate: one token per row, or one null token for an empty stream."""
+    """Yield the tokens of streams without a frame rate: one token per row, or one null token for an empty stream."""
     row = 0
     for index, (stream, count) in enumerate(zip(streams, counts)):
         if stream.is_in_time:
@@ -90,14 +90,14 @@ def _out_of_time(streams: tuple[Stream, ...], blocks: _Blocks, counts: tuple[int
 
 
 def _level_by_level(index: int, stream: Stream, count: int, row: int, blocks: _Blocks) -> Iterator[_Cells]:
-    """Cells of all tokens of a stream, in column 0 from `row` on, level by level inside each frame."""
+    """Yield the tokens of a stream in column 0 from row `row` on, ordered by frame and then by level."""
     frames = torch.arange(count)
     for level in range(stream.num_levels):
         yield _Cells(0, blocks[index, level, True], row + frames * stream.num_levels + level, frames)
 
 
 def _flat(streams: tuple[Stream, ...], blocks: _Blocks, counts: tuple[int, ...], ends: bool) -> Iterator[_Cells]:
-    """Cells of the flat pattern: one column, inputs before predicted streams, level by level inside each frame."""
+    """Yield the tokens of the `flat` pattern: one column, with input streams before predicted streams."""
     yield _Cells(0, _START, _ZERO, _ZERO)
     row = 1
     in_time = [index for index, stream in enumerate(streams) if stream.is_in_time]
@@ -113,15 +113,15 @@ def _flat(streams: tuple[Stream, ...], blocks: _Blocks, counts: tuple[int, ...],
 def _framewise(
     streams: tuple[Stream, ...], blocks: _Blocks, counts: tuple[int, ...], ends: bool, level_delay: int
 ) -> Iterator[_Cells]:
-    """Cells with one row per predicted frame; residual level k is delayed by `k * level_delay` rows.
+    """Yield tokens with one row per predicted frame; residual level k is delayed by `k * level_delay` rows.
 
-    A token of an input stream is in the row that predicts the frame at the same time.
+    The token of an input stream is in the row that predicts the frame at the time of the token.
     """
     predicted = [index for index, stream in enumerate(streams) if not stream.is_input]
     if len({counts[index] for index in predicted}) > 1:
+        frames_by_name = {streams[index].name: counts[index] for index in predicted}
         raise ValueError(
-            "patterns with one row per frame need the same number of frames of each predicted stream, got "
-            f"{ {streams[index].name: counts[index] for index in predicted} }"
+            f"outside of the flat pattern, all predicted streams need equal numbers of frames, got {frames_by_name}"
         )
     num_frames = counts[predicted[0]]
     frames = torch.arange(num_frames)
@@ -143,7 +143,7 @@ def _framewise(
 
 
 def _covering_frames(source: Stream, predicted: Stream, frames: Tensor) -> Iterator[Tensor]:
-    """Frames of an input stream at the time of each predicted frame: one per row, or several if its rate is higher."""
+    """Yield, for each column of an input stream, the input frame at the time of each predicted frame."""
     ratio = source.exact_hz / predicted.exact_hz
     per_row = max(1, ceil(ratio))
     for part in range(per_row):

@@ -1,4 +1,4 @@
-"""Token streams, their id ranges, checks of their tokens, and the tensors into which a layout packs them."""
+"""Descriptions of token streams and their id ranges, checks of tokens, and packed tokens."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,15 +19,15 @@ class Stream:
     """Description of a token stream: its vocabulary, its levels and its frame rate.
 
     Args:
-        name: Key of the stream in dictionaries of tokens and lengths.
-        vocab_size: Number of different tokens of every level.
-        num_levels: Tokens per frame. Semantic tokens have 1 level. A codec has `num_groups` times its number of
-            residual levels.
-        rate_hz: Frames per second. None: the tokens are not a time series (ids of a text, codes of a whole recording);
-            the stream must be an input and may be empty.
+        name: Name of the stream, which is the key in dicts of tokens and lengths.
+        vocab_size: Number of different tokens per level.
+        num_levels: Number of tokens per frame: 1 for semantic tokens, `num_groups` times the number of residual levels
+            for a codec.
+        rate_hz: Frames per second, or None if the tokens are not a time series (ids of a text, codes of a whole
+            recording). A stream without `rate_hz` must be an input and may be empty.
         is_input: True if the model only reads the stream, False if the model predicts it.
-        eos: Whether the stream has an end-of-sequence id, so that the model can end it early.
-        num_groups: Codes per residual level. The delayed pattern gives all groups of a level the same delay.
+        eos: Whether the stream has an end-of-sequence id, with which the model can end the stream early.
+        num_groups: Number of codes per residual level; in the delayed pattern, all groups of a level have equal delays.
     """
 
     name: str
@@ -39,11 +39,10 @@ class Stream:
     num_groups: int = 1
 
     def __post_init__(self) -> None:
-        """Check the values of all fields, and the combination of these values."""
         numbers = {name: getattr(self, name) for name in ("vocab_size", "num_levels", "rate_hz", "num_groups")}
         wrong = {name: number for name, number in numbers.items() if number is not None and number <= 0}
         if wrong:
-            raise ValueError(f"stream '{self.name}' needs positive {', '.join(wrong)}, got {wrong}")
+            raise ValueError(f"stream '{self.name}' needs positive numbers, got {wrong}")
         if self.num_levels % self.num_groups:
             raise ValueError(
                 f"stream '{self.name}' has num_levels={self.num_levels}, which is not a multiple of "
@@ -61,9 +60,9 @@ class Stream:
 
     @property
     def exact_hz(self) -> Fraction:
-        """Frames per second; raise a ValueError for a stream without a frame rate."""
+        """Frames per second as an exact fraction; a stream without a frame rate raises a ValueError."""
         if self.rate_hz is None:
-            raise ValueError(f"stream '{self.name}' is not in time, because it has no frame rate; pass rate_hz")
+            raise ValueError(f"stream '{self.name}' has no frame rate; pass rate_hz")
         return Fraction(self.rate_hz)
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,13 +80,13 @@ class Stream:
 
 @dataclass(frozen=True)
 class Head:
-    """An output of a model, for the tokens of one level of one predicted stream.
+    """Output head of a language model, which predicts the tokens of one level of one stream.
 
     Attributes:
         stream: Name of the predicted stream.
-        level: Level inside the frame, from 0.
-        first_id: Id of token 0 of the level. Logit k belongs to id `first_id + k`.
-        has_eos: Whether the last logit, after those of the tokens, predicts the end of the stream.
+        level: Level of the predicted tokens, counted from 0.
+        first_id: Id of token 0 of the level; logit k is for id `first_id + k`.
+        has_eos: Whether the last logit is for the end-of-sequence id of the stream.
     """
 
     stream: str
@@ -98,24 +97,24 @@ class Head:
 
     @property
     def num_logits(self) -> int:
-        """Number of logits, including the logit of the end id."""
+        """Number of logits, including the logit of the end-of-sequence id."""
         return self.vocab_size + int(self.has_eos)
 
     def ids(self, allow_eos: bool) -> range:
-        """Ids that the head can predict."""
+        """Return the ids that the head can predict, with the end-of-sequence id only if `allow_eos` is True."""
         return range(self.first_id, self.first_id + (self.num_logits if allow_eos else self.vocab_size))
 
 
 @dataclass(frozen=True)
 class IdBlock:
-    """A range of ids for the tokens of one level, or the single id of an end, of the start or of the null token.
+    """Range of ids for the tokens of one level, or the single id of a special token (start, end or null token).
 
     Attributes:
-        stream: Index of the stream; -1 for the start and the null token.
-        level: Level inside the frame.
+        stream: Index of the stream; -1 for the start token and the null token.
+        level: Level of the tokens in a frame.
         first_id: Smallest id of the range.
-        is_token: True for the tokens of a level, False for a single id.
-        head: Index of the head that predicts these ids; -1 for ids that are never predicted.
+        is_token: True for the tokens of a level, False for a special token.
+        head: Index of the output head that predicts the ids of the range; -1 for ids that are never predicted.
     """
 
     stream: int
@@ -126,11 +125,11 @@ class IdBlock:
 
 
 def number_ids(streams: Sequence[Stream]) -> tuple[tuple[IdBlock, ...], tuple[Head, ...], int]:
-    """Assign disjoint ranges of ids to the start, to every level and end of every stream, and to the null token.
+    """Assign id ranges without overlap to the start token, each level and end of each stream, and the null token.
 
     Returns:
-        The id blocks, the heads and the number of ids. The first block is the start. If a stream has no frame rate, the
-        last block is the null token, which replaces the stream in items where it is empty.
+        The id ranges, the output heads and the number of ids. The first id range is that of the start token. If any
+        stream has no frame rate, the last id range is that of the null token, which replaces an empty stream.
     """
     blocks = [IdBlock(stream=-1, level=0, first_id=0, is_token=False, head=-1)]
     heads: list[Head] = []
@@ -154,12 +153,12 @@ def number_ids(streams: Sequence[Stream]) -> tuple[tuple[IdBlock, ...], tuple[He
 
 @dataclass(frozen=True)
 class PackedTokens:
-    """Streams packed into the rows and columns of a layout.
+    """Token streams of a batch, packed into the rows and columns of a layout.
 
     Attributes:
         ids: `[b, rows, columns]` int64 ids of the layout; undefined where `input_mask` is False.
-        input_mask: `[b, rows, columns]` bool, True where a cell contains a token.
-        loss_mask: `[b, rows, columns]` bool, True where the model has to predict the token.
+        input_mask: `[b, rows, columns]` bool, True where a row and column contain a token.
+        loss_mask: `[b, rows, columns]` bool, True where the model must predict the token.
     """
 
     ids: Tensor
@@ -173,12 +172,12 @@ class PackedTokens:
 
 @dataclass(frozen=True)
 class Grid:
-    """Packed rows in which the ids of inputs and prompts are known, and decoding predicts the other ids.
+    """Packed rows for decoding; the ids of inputs and prompts are known, and decoding predicts all other ids.
 
     Attributes:
-        packed: The known ids; `packed.loss_mask` is True in the cells that decoding predicts.
-        head: `[b, rows, columns]` int64 on the CPU, index of the head that predicts the cell; -1 elsewhere.
-        frame: `[b, rows, columns]` int64 on the CPU, frame of the stream that the cell belongs to.
+        packed: Known ids; `packed.loss_mask` is True for the ids that decoding predicts.
+        head: `[b, rows, columns]` int64 on the CPU, index of the output head that predicts the id, or -1.
+        frame: `[b, rows, columns]` int64 on the CPU, index of the frame that contains the token.
         num_frames: Number of frames `[b]` int64 of every stream by name, on the CPU.
     """
 
@@ -189,14 +188,14 @@ class Grid:
 
 
 def frame_counts(streams: Sequence[Stream], num_frames: Mapping[str, int | Tensor], batch_size: int) -> Tensor:
-    """Stack the numbers of frames of all streams, `[b]` or one int each, to `[b, streams]` int64 on the CPU."""
-    _check_names(streams, num_frames, "the number of frames")
+    """Stack the numbers of frames of all streams, each `[b]` or one int, to `[b, streams]` int64 on the CPU."""
+    _check_names(streams, num_frames, "numbers of frames")
     columns = []
     for stream in streams:
         count = torch.as_tensor(num_frames[stream.name]).cpu()
         if count.is_floating_point() or count.ndim > 1 or count.numel() not in (1, batch_size) or (count < 0).any():
             raise ValueError(
-                f"frames of '{stream.name}' must be one integer or {batch_size} integers, 0 or more; "
+                f"the number of frames of '{stream.name}' must be one integer or {batch_size} integers, 0 or more; "
                 f"got {count.tolist()}"
             )
         columns.append(count.long().expand(batch_size))
@@ -212,13 +211,13 @@ def checked_streams(
     """Check the tokens of all streams, and convert them to int64 `[b, f, levels]`.
 
     Args:
-        streams: Streams of a layout.
-        tokens: Tokens `[b, f, levels]` (or `[b, f]` for one level) of every stream, by name.
-        lengths: Unpadded frames by stream name, `[b]` or one int; a stream without an entry has no padding.
+        streams: Token streams of a layout.
+        tokens: Tokens `[b, f, levels]` (or `[b, f]` for one level) of every stream, by stream name.
+        lengths: Numbers of unpadded frames by stream name, `[b]` or one int; no entry means no padding.
         batch_size: Expected number of items b; None = any number.
 
     Returns:
-        Tokens `[b, f, levels]` by name in the order of `streams`, and numbers of frames `[b, streams]` int64.
+        Tokens `[b, f, levels]` by stream name in the order of `streams`, and numbers of frames `[b, streams]` int64.
     """
     _check_names(streams, tokens, "tokens")
     checked: dict[str, Tensor] = {}
@@ -237,7 +236,7 @@ def checked_streams(
     batch = next(iter(sizes.values())) if batch_size is None else batch_size
     if set(sizes.values()) != {batch}:
         needed = "the same number of items" if batch_size is None else f"{batch} items"
-        raise ValueError(f"the tokens of all streams need {needed} (first dimension), got {sizes}")
+        raise ValueError(f"the tokens of all streams need {needed} in the first dimension, got {sizes}")
     counts = frame_counts(streams, {**{name: ids.shape[1] for name, ids in checked.items()}, **lengths}, batch)
     for stream, count in zip(streams, counts.T):
         _check_values(stream, checked[stream.name], count)
@@ -245,11 +244,11 @@ def checked_streams(
 
 
 def _check_values(stream: Stream, ids: Tensor, count: Tensor) -> None:
-    """Check that item i of `ids [b, f, levels]` has `count[i]` frames, with ids inside the vocabulary."""
+    """Check that item i of `ids [b, f, levels]` has `count[i]` frames, whose ids are in the vocabulary."""
     longest = int(count.max()) if len(count) else 0
     if longest > ids.shape[1]:
         raise ValueError(
-            f"lengths of stream '{stream.name}' contain {longest} frames, but its tokens have only {ids.shape[1]}"
+            f"lengths of stream '{stream.name}' must be at most {ids.shape[1]}, the frames of its tokens; got {longest}"
         )
     is_real = rearrange(torch.arange(ids.shape[1]) < count.unsqueeze(1), "b f -> b f 1").to(ids.device)
     wrong = ((ids < 0) | (ids >= stream.vocab_size)) & is_real
@@ -267,6 +266,6 @@ def _check_names(streams: Sequence[Stream], names: Collection[str], what: str) -
     missing = [name for name in needed if name not in names]
     unknown = [name for name in names if name not in needed]
     if missing:
-        raise ValueError(f"{what} of streams {missing} are missing; the streams are {needed}, got {list(names)}")
+        raise ValueError(f"{what} of streams {missing} are missing; pass {what} of {needed}, got only {list(names)}")
     if unknown:
         raise ValueError(f"got {what} of unknown streams {unknown}; the streams are {needed}")
