@@ -235,7 +235,7 @@ def split_items(
     """
     if not 0.0 <= valid_fraction <= 1.0 or not items:
         raise ValueError(
-            f"need 0 <= valid_fraction <= 1 and one or more items, got {valid_fraction=} and {len(items)} items"
+            f"need 0 <= valid_fraction <= 1 and at least one item, got {valid_fraction=} and {len(items)} items"
         )
     hashes = [_uniform_hash(name, seed) for name in _distinct_names([item.path for item in items])]
     is_valid = [value < valid_fraction for value in hashes]

@@ -143,7 +143,7 @@ def _column(records: list[Record], name: str, first: int) -> list[np.ndarray]:
         other = record[name].shape
         if other[1:] != shape[1:] or len(other) != len(shape):
             raise ValueError(
-                f"field {name!r} of record {number} has shape {other}, which may differ from {shape} only in dimension 0"
+                f"field {name!r} of record {number} has shape {other}; it may differ from {shape} in dimension 0 only"
             )
     return [record[name] for record in records]
 

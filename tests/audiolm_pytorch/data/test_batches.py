@@ -94,5 +94,5 @@ def test_crops_that_do_not_go_together_are_refused() -> None:
     """Guards the empty batch and mixed rates."""
     with pytest.raises(ValueError, match="empty list"):
         collate_crops([])
-    with pytest.raises(ValueError, match="different sample rates"):
+    with pytest.raises(ValueError, match="all crops need the same sample rates"):
         collate_crops([crop_of(160), crop_of(160, rates_hz=(24000,))])

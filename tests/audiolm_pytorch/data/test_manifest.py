@@ -112,14 +112,14 @@ def test_sources_without_audio_are_errors(tmp_path: Path, write_tone: Callable[.
     source, message = tmp_path / "corpus", "no such folder or manifest"
     if make == "empty":
         source.mkdir()
-        message = r"holds no \.wav, \.flac, \.mp3, \.ogg files and no train\.jsonl"
+        message = r"the folder has no \.wav, \.flac, \.mp3, \.ogg files and no train\.jsonl"
     elif make == "only_text":
         source.mkdir()
         (source / "a.wav").write_text("text" * 50)
         message = "none of 1 audio files can be used: .*a.wav"
     elif make == "a_file":
         source = write_tone()
-        message = "is a file; give its folder"
+        message = "is a file; pass its folder"
     with pytest.raises(ValueError, match=message):
         load_items(source)
 
@@ -244,7 +244,7 @@ def test_a_manifest_can_be_written_and_moved(tmp_path: Path, write_tone: Callabl
         json.loads(manifest_text([ItemEntry(inside, "a", {"audio": "/etc/passwd"})], tmp_path))["audio"]
         != "/etc/passwd"
     )
-    with pytest.raises(ValueError, match="a.wav: its labels cannot be JSON"):
+    with pytest.raises(ValueError, match="a.wav: JSON cannot store the labels"):
         manifest_text([ItemEntry(inside, None, {"bpm": float("nan")})], tmp_path)
 
 
@@ -273,17 +273,17 @@ def test_a_missing_file_of_a_manifest_is_rejected(tmp_path: Path, write_tone: Ca
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"audio": "a.wav"', "line 2: not JSON"),
-        ('["a.wav"]', "line 2: must be a JSON object, {...}, got list"),
-        ('{"file": "a.wav"}', "line 2: 'audio' must be a path, got None"),
+        ('{"audio": "a.wav"', "line 2: the text is not JSON"),
+        ('["a.wav"]', "line 2: the text must be a JSON object, {...}, got list"),
+        ('{"file": "a.wav"}', "line 2: the field 'audio' must be a path, got None"),
         (
             '{"audio": "a.wav", "caption": 3}',
-            "line 2: 'caption' must be a text, a list of texts, or texts by name, got 3",
+            "line 2: 'caption' must be a text, a list of texts, or a dict of texts, got 3",
         ),
         ('{"audio": "a.wav", "captions": [["a", ["b"]]]}', "line 2: 'captions' must be a text, a list"),
-        ('{"audio": ' + "[" * 100_000, "line 2: not JSON"),
-        ('{"audio": "a.wav", "bpm": ' + "1" * 10_000 + "}", "line 2: not JSON"),
-        ('{"audio": "' + "a" * 2**24 + '"}', "line 2: longer than 16777216 bytes"),
+        ('{"audio": ' + "[" * 100_000, "line 2: the text is not JSON"),
+        ('{"audio": "a.wav", "bpm": ' + "1" * 10_000 + "}", "line 2: the text is not JSON"),
+        ('{"audio": "' + "a" * 2**24 + '"}', "line 2: the line is longer than 16777216 bytes"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path: Path, write_tone: Callable[..., Path], line: str, message: str) -> None:
@@ -298,7 +298,7 @@ def test_a_manifest_in_another_encoding_is_named(tmp_path: Path, write_tone: Cal
     """Guards tables saved by other programs: the message names the line, and an impossible path is a rejected file."""
     write_tone("a.wav")
     (tmp_path / "m.jsonl").write_bytes('{"audio": "a.wav"}\n{"audio": "flöte.wav"}'.encode("latin-1"))
-    with pytest.raises(ValueError, match="m.jsonl, line 2: not UTF-8"):
+    with pytest.raises(ValueError, match="m.jsonl, line 2: the text is not UTF-8"):
         load_items(tmp_path / "m.jsonl")
     report = load_items(write_manifest(tmp_path / "n.jsonl", [{"audio": "a.wav"}, {"audio": "a\0b.wav"}]))
     assert len(report.items) == len(report.rejected) == 1
@@ -310,7 +310,7 @@ def test_a_manifest_without_line_ends_does_not_fill_the_memory(tmp_path: Path) -
         file.truncate(2**28)
     tracemalloc.start()
     try:
-        with pytest.raises(ValueError, match="m.jsonl, line 1: longer than 16777216 bytes; write one object a line"):
+        with pytest.raises(ValueError, match="m.jsonl, line 1: the line is longer than 16777216 bytes"):
             load_items(tmp_path / "m.jsonl")
         assert tracemalloc.get_traced_memory()[1] < 2**26
     finally:
@@ -319,9 +319,9 @@ def test_a_manifest_without_line_ends_does_not_fill_the_memory(tmp_path: Path) -
 
 def test_manifests_that_are_missing_or_empty_are_errors(tmp_path: Path) -> None:
     """Guards the wrong path of a manifest."""
-    with pytest.raises(ValueError, match="gone.jsonl: no such manifest"):
+    with pytest.raises(ValueError, match="gone.jsonl: the manifest does not exist"):
         load_items(tmp_path / "gone.jsonl")
-    with pytest.raises(ValueError, match="holds no lines"):
+    with pytest.raises(ValueError, match="the manifest has no lines"):
         load_items(write_manifest(tmp_path / "m.jsonl", ["", " "]))
 
 

@@ -111,7 +111,7 @@ def test_tokens_of_another_encoder_are_refused_with_the_difference(tmp_path: Pat
     with pytest.raises(ValueError, match=f"tokens of another origin; write them again: {difference}$"):
         TokenShards(tmp_path / "s", other)
     difference = r"fingerprint\.crop: found nothing, expected .*; fingerprint\.semantic\.layer: found 7, expected 9"
-    with pytest.raises(ValueError, match=f"begun with another plan; use another folder, or remove it: {difference}$"):
+    with pytest.raises(ValueError, match=f"contains records of other arguments; use another folder.*: {difference}$"):
         write_shards(tmp_path / "s", make_record, 4, other, records_per_chunk=2)
     with pytest.raises(ValueError, match="num_records: found 4, expected 5"):
         write_shards(tmp_path / "s", make_record, 5, FINGERPRINT, records_per_chunk=2)
@@ -121,11 +121,14 @@ def test_tokens_of_another_encoder_are_refused_with_the_difference(tmp_path: Pat
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ({"a": np.array([np.nan])}, "record 1, field 'a': holds NaN"),
-        ({"a": np.array([2**40])}, "record 1, field 'a': .* does not fit into 32 bits"),
-        ({"a": np.array(["x"])}, "record 1, field 'a': cannot store <U1"),
-        ({"a": np.zeros((2, 3))}, r"record 1, field 'a': shape \(2, 3\) does not go with \(2,\) of record 0"),
-        ({"b": np.zeros(2)}, r"record 1 has fields \['b'\], record 0 has \['a'\]"),
+        ({"a": np.array([np.nan])}, "record 1, field 'a' contains NaN"),
+        ({"a": np.array([2**40])}, "record 1, field 'a' has values .*, which int32 cannot store"),
+        ({"a": np.array(["x"])}, "record 1, field 'a' has type <U1"),
+        (
+            {"a": np.zeros((2, 3))},
+            r"field 'a' of record 1 has shape \(2, 3\); it may differ from \(2,\)",
+        ),
+        ({"b": np.zeros(2)}, r"record 1 needs fields \['a'\] of record 0, got \['b'\]"),
     ],
 )
 def test_records_that_cannot_be_stored_are_named(tmp_path: Path, broken: dict[str, np.ndarray], message: str) -> None:
@@ -155,7 +158,7 @@ def test_folders_that_are_no_shards_are_refused(tmp_path: Path) -> None:
     write_shards(tmp_path / "s", make_record, 2, {})
     index = tmp_path / "s" / "index.json"
     index.write_text(index.read_text().replace('"format_version": 1', '"format_version": 9'))
-    with pytest.raises(ValueError, match="format version 9, this code reads 1"):
+    with pytest.raises(ValueError, match="format version 9, need 1"):
         TokenShards(tmp_path / "s")
     with pytest.raises(ValueError, match="num_records >= 1"):
         write_shards(tmp_path / "t", make_record, 0, {})

@@ -208,7 +208,7 @@ def test_conditions_of_wrong_kind_or_size_raise_errors():
     packed = batch_of(model)
     with pytest.raises(ValueError, match="width"):
         model(packed, random_conditions(2, dim=9))
-    with pytest.raises(ValueError, match="the batch has 2"):
+    with pytest.raises(ValueError, match="for 3 items, need conditions for 1 or 2 items"):
         model(packed, random_conditions(3))
     with pytest.raises(ValueError, match="does not accept codes conditions"):
         model_of(cond_dim=None)(packed, random_conditions(2))

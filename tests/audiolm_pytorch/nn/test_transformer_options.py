@@ -409,11 +409,11 @@ def test_invalid_options_raise_errors() -> None:
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         decode(model_of(), {}, {"a": 6}, batch_size=0)
     for embeddings, mask in (((1, 0, 6), torch.ones(1, 0).bool()), ((1, 2, 6), torch.ones(1, 2))):
-        with pytest.raises(ValueError, match="with m >= 1 and a bool mask"):
+        with pytest.raises(ValueError, match="with m >= 1, and a bool mask"):
             ConditionTensor(torch.zeros(embeddings), mask)
     with pytest.raises(ValueError, match="does not accept text conditions"):
         model_of().condition_tensors({"text": ConditionTensor.of(torch.randn(1, 2, 6))}, 1)
-    with pytest.raises(ValueError, match="text conditions of width 6, got 5"):
+    with pytest.raises(ValueError, match="text conditions of width 6, got width 5"):
         model_of(text_dim=6).condition_tensors({"text": ConditionTensor.of(torch.randn(1, 2, 5))}, 1)
 
 

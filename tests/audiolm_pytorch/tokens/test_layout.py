@@ -321,14 +321,14 @@ def test_wrong_tokens_raise_errors():
         r"integers \[b, f, 1\], got torch.float32": {"s": streams["s"].float()},
         r"same number of items .*'s': 1, 'a': 2": {"s": streams["s"][:1]},
         r"unknown streams \['b'\]; the streams are \['s', 'a'\]": {"b": streams["a"]},
-        r"input streams with a rate_hz need at least one frame; \['s'\] have none": {"s": streams["s"][:, :0]},
+        r"every input stream with a rate_hz needs one or more frames; \['s'\] have none": {"s": streams["s"][:, :0]},
     }.items():
         with pytest.raises(ValueError, match=changed):
             layout.pack({**streams, **match})
     with pytest.raises(ValueError, match=r"tokens of streams \['s'\] are missing"):
         layout.pack({"a": streams["a"]})
     for lengths, match in [
-        ({"a": 9}, r"'a' contain 9 frames, but its tokens have only 6"),
+        ({"a": 9}, r"'a' must be at most 6, the frames of its tokens; got 9"),
         ({"a": torch.tensor([1, 2, 3])}, r"one integer or 2 integers, 0 or more; got \[1, 2, 3\]"),
         ({"a": -1}, "got -1"),
         ({"a": torch.tensor([2.5, 3.0])}, "one integer"),
@@ -343,11 +343,11 @@ def test_wrong_tokens_raise_errors():
     with pytest.raises(ValueError, match="need 3 items"):
         layout.grid(streams, {"a": 9}, 3)
     packed = layout.pack(streams)
-    with pytest.raises(ValueError, match=r"need ids \[b, 12, 4\], got \(2, 9, 4\)"):
+    with pytest.raises(ValueError, match=r"ids must be \[b, 12, 4\] .*, got \(2, 9, 4\)"):
         layout.unpack(packed.ids, {"s": 3, "a": 9})
     with pytest.raises(ValueError, match="unknown streams"):
         layout.unpack(packed.ids, {"s": 3, "a": 6}, ["x"])
-    with pytest.raises(ValueError, match="same number of frames of each predicted stream"):
+    with pytest.raises(ValueError, match="predicted streams need equal numbers of frames"):
         TokenLayout([Stream("b", 5), Stream("c", 5)], "parallel").table({"b": 2, "c": 3})
 
 
@@ -363,9 +363,9 @@ def test_impossible_layouts_raise_errors():
         with pytest.raises(ValueError, match=f"{pattern} pattern .* one rate_hz, got .*'b': '25'"):
             TokenLayout([TARGET, Stream("b", 5, 1, 25)], pattern)
     for wrong, match in [
-        ({"vocab_size": 0}, "'x' needs positive vocab_size"),
-        ({"num_levels": 0}, "'x' needs positive num_levels"),
-        ({"rate_hz": -25}, "'x' needs positive rate_hz"),
+        ({"vocab_size": 0}, "'x' needs positive numbers, got {'vocab_size'"),
+        ({"num_levels": 0}, "'x' needs positive numbers, got {'num_levels'"),
+        ({"rate_hz": -25}, "'x' needs positive numbers, got {'rate_hz'"),
         ({"num_levels": 5, "num_groups": 2}, "num_levels=5, which is not a multiple of num_groups=2"),
         ({"is_input": True, "eos": True}, "cannot predict its end"),
         ({"rate_hz": None}, "needs a rate_hz"),
