@@ -1,6 +1,6 @@
 """AudioLM (arXiv:2209.03143, sec. III): generates semantic tokens, then acoustic tokens, and decodes them to waves."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,20 +11,15 @@ from audiolm_pytorch.audio.units import samples_covering
 from audiolm_pytorch.codecs.base import Codec, StreamingCodec
 from audiolm_pytorch.conditioning.base import Conditioner, TextEncoder
 from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
+from audiolm_pytorch.generation.conditions import request_conditions
 from audiolm_pytorch.generation.lengths import GenerationLengths, extra_input_tokens, plan_lengths
-from audiolm_pytorch.generation.request import GeneratedAudio, GenerationRequest, ProgressBars, with_request_signature
+from audiolm_pytorch.generation.request import GeneratedAudio, GenerationRequest, ProgressBars, Prompt
 from audiolm_pytorch.generation.sampling import DEFAULT_SAMPLING, SamplingSettings, stage_generator, update_sampling
 from audiolm_pytorch.generation.stage_pipeline import PipelineStep, StagePipeline
 from audiolm_pytorch.generation.waves import WaveStreams, decode_items
 from audiolm_pytorch.generation.windows import SlidingWindowDecoder
-from audiolm_pytorch.generation.wrappers import (
-    CoarseTransformerWrapper,
-    FineTransformerWrapper,
-    SemanticTransformerWrapper,
-    StageWrapper,
-)
-from audiolm_pytorch.lm.compatibility import check_stages_compatible
-from audiolm_pytorch.lm.stage_transformer import StageTransformer
+from audiolm_pytorch.lm.compatibility import check_compatible, check_stages_compatible
+from audiolm_pytorch.lm.stage_transformer import AudioTokens, StageTransformer
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.nn.half_weights import with_half_weights
 from audiolm_pytorch.semantic.base import SemanticTokenizer
@@ -66,37 +61,21 @@ class AudioLM(nn.Module):
         super().__init__()
         self.wav2vec = wav2vec
         self.codec = codec
+        self.semantic_transformer = semantic_transformer
+        self.coarse_transformer = coarse_transformer
+        self.fine_transformer = fine_transformer
         self.audio_conditioner = audio_conditioner
         self.text_conditioner = text_conditioner
-        conditioners: dict[str, Any] = {"audio_conditioner": audio_conditioner, "text_conditioner": text_conditioner}
-        self.semantic = SemanticTransformerWrapper(semantic_transformer, wav2vec=wav2vec, **conditioners)
-        self.coarse = CoarseTransformerWrapper(coarse_transformer, codec=codec, wav2vec=wav2vec, **conditioners)
-        self.fine: FineTransformerWrapper | None = None
-        if fine_transformer is not None:
-            self.fine = FineTransformerWrapper(fine_transformer, codec=codec, **conditioners)
-        check_stages_compatible(*(stage.transformer for stage in self.stages.values()))
+        for stage in self.stages.values():
+            check_compatible(stage, wav2vec, codec, audio_conditioner, text_conditioner)
+        check_stages_compatible(*self.stages.values())
         self.sampling = update_sampling(DEFAULT_SAMPLING, sampling or {})
 
     @property
-    def stages(self) -> dict[str, StageWrapper]:
+    def stages(self) -> dict[str, StageTransformer]:
         """The stages by name, in the order of the pipeline."""
-        stages: tuple[StageWrapper | None, ...] = (self.semantic, self.coarse, self.fine)
+        stages = (self.semantic_transformer, self.coarse_transformer, self.fine_transformer)
         return {stage.namespace: stage for stage in stages if stage is not None}
-
-    @property
-    def semantic_transformer(self) -> StageTransformer:
-        """The stage that predicts semantic tokens."""
-        return self.semantic.transformer
-
-    @property
-    def coarse_transformer(self) -> StageTransformer:
-        """The stage that predicts coarse acoustic levels."""
-        return self.coarse.transformer
-
-    @property
-    def fine_transformer(self) -> StageTransformer | None:
-        """The stage that predicts fine acoustic levels; None if the model has no fine stage."""
-        return None if self.fine is None else self.fine.transformer
 
     @property
     def device(self) -> torch.device:
@@ -106,7 +85,7 @@ class AudioLM(nn.Module):
     def with_half_weights(self) -> "AudioLM":
         """Return a copy for generation whose stages have bfloat16 weights; all other parts are shared."""
         stages: dict[str, Any] = {
-            f"{name}_transformer": with_half_weights(stage.transformer) for name, stage in self.stages.items()
+            f"{name}_transformer": with_half_weights(stage) for name, stage in self.stages.items()
         }
         return AudioLM(
             wav2vec=self.wav2vec,
@@ -117,34 +96,69 @@ class AudioLM(nn.Module):
             **stages,
         )
 
-    @with_request_signature
-    def forward(self, **request: Any) -> Tensor | list[Tensor]:
-        """Generate waves at the sample rate of the codec.
-
-        Args:
-            **request: See `GenerationRequest`.
+    def forward(
+        self,
+        *,
+        batch_size: int = 1,
+        seconds: float | int | None = None,
+        text: str | Sequence[str] | None = None,
+        wavs: Tensor | None = None,
+        codes: Tensor | None = None,
+        conditions: Mapping[str, Tensor | ConditionTensor] | None = None,
+        conditioning: Mapping[str, Conditions] | None = None,
+        input_streams: AudioTokens | None = None,
+        prime_wave: Prompt | Sequence[Prompt] | None = None,
+        prime_wave_input_sample_hz: int | None = None,
+        prime_lengths: Tensor | None = None,
+        semantic_tokens: Tensor | None = None,
+        semantic_lengths: Tensor | None = None,
+        coarse_only: bool = False,
+        allow_eos: bool | None = None,
+        seeds: int | Sequence[int] | None = None,
+        sampling: Mapping[str, SamplingSettings | Mapping[str, Any]] | None = None,
+        callback: Callable[[str, int, int], None] | None = None,
+        progress: bool = False,
+    ) -> Tensor | list[Tensor]:
+        """Generate waves at the sample rate of the codec. `GenerationRequest` documents the arguments.
 
         Returns:
             Waves `[b, n]`, or `[b, c, n]` for a codec of several channels; a list of waves if their lengths differ.
         """
-        audio = self.generate(**request)
+        request = GenerationRequest(
+            batch_size=batch_size,
+            seconds=seconds,
+            text=text,
+            wavs=wavs,
+            codes=codes,
+            conditions=conditions,
+            conditioning=conditioning,
+            input_streams=input_streams,
+            prime_wave=prime_wave,
+            prime_wave_input_sample_hz=prime_wave_input_sample_hz,
+            prime_lengths=prime_lengths,
+            semantic_tokens=semantic_tokens,
+            semantic_lengths=semantic_lengths,
+            coarse_only=coarse_only,
+            allow_eos=allow_eos,
+            seeds=seeds,
+            sampling=sampling,
+            callback=callback,
+            progress=progress,
+        )
+        audio = self.generate(request)
         return audio.wave if audio.have_one_length else audio.waves
 
-    @with_request_signature
+    @beartype
     @torch.no_grad()
-    def generate(self, **request: Any) -> GeneratedAudio:
+    def generate(self, request: GenerationRequest) -> GeneratedAudio:
         """Generate audio and its tokens for all items in one batch.
-
-        Args:
-            **request: See `GenerationRequest`.
 
         Raises:
             ValueError: If inputs are not valid for the model, or a prompt is longer than the requested seconds.
         """
-        checked, bars = GenerationRequest(**request), ProgressBars()
-        lengths = self._lengths(checked)
+        bars, lengths = ProgressBars(), self._lengths(request)
         try:
-            pipeline = self._pipeline(checked, lengths, bars)
+            pipeline = self._pipeline(request, lengths, bars)
             pipeline.finish()
             semantic, acoustic = pipeline.take()
         finally:
@@ -156,14 +170,14 @@ class AudioLM(nn.Module):
         waves = decode_items(self.codec, acoustic, num_samples)
         return GeneratedAudio.of_items(waves, self.codec.target_sample_hz, semantic, acoustic)
 
-    @with_request_signature
-    def stream(self, *, chunk_seconds: float | int = 1.0, **request: Any) -> Iterator[GeneratedAudio]:
+    @beartype
+    def stream(self, request: GenerationRequest, *, chunk_seconds: float | int = 1.0) -> Iterator[GeneratedAudio]:
         """Generate audio in chunks. The stages decode only the tokens that the next chunk needs.
 
         Args:
+            request: What to generate.
             chunk_seconds: Minimum duration of a chunk. A chunk can be longer at the end of a window or if the codec
                 needs later frames; the last chunk can be shorter.
-            **request: See `GenerationRequest`.
 
         Returns:
             An iterator of chunks. `GeneratedAudio.concatenate` of all chunks equals the result of `generate`. A chunk
@@ -184,9 +198,8 @@ class AudioLM(nn.Module):
         factor = codec.downsample_factor
         chunk_frames = max(1, samples_covering(chunk_seconds, factor, codec.target_sample_hz) // factor)
         with torch.no_grad():
-            checked, bars = GenerationRequest(**request), ProgressBars()
-            lengths = self._lengths(checked)
-            pipeline, waves = self._pipeline(checked, lengths, bars), WaveStreams(codec, lengths.num_samples)
+            bars, lengths = ProgressBars(), self._lengths(request)
+            pipeline, waves = self._pipeline(request, lengths, bars), WaveStreams(codec, lengths.num_samples)
         return _chunks(pipeline, waves, bars, chunk_frames, codec.target_sample_hz)
 
     def _lengths(self, request: GenerationRequest) -> GenerationLengths:
@@ -194,9 +207,8 @@ class AudioLM(nn.Module):
 
     def _pipeline(self, request: GenerationRequest, lengths: GenerationLengths, bars: ProgressBars) -> StagePipeline:
         """Build the pipeline of all stages for a request."""
-        conditions = self._conditions(request)
-        transformers = [stage.transformer for stage in self.stages.values()]
-        inputs = extra_input_tokens(request.input_streams, transformers, lengths.batch)
+        conditions = request_conditions(request, self.stages, self.audio_conditioner, self.text_conditioner)
+        inputs = extra_input_tokens(request.input_streams, list(self.stages.values()), lengths.batch)
         unguided = [
             name for name, stage in self.stages.items() if not _can_be_guided(stage, conditions[name], inputs[name])
         ]
@@ -205,10 +217,10 @@ class AudioLM(nn.Module):
         first_seed = torch.randint(2**62, (lengths.batch,)).tolist() if request.seeds is None else request.seeds
         seeds = [first_seed + i for i in range(lengths.batch)] if isinstance(first_seed, int) else list(first_seed)
 
-        def decoder_of(stage: StageWrapper, num_frames: Tensor, prompt: list[Tensor]) -> SlidingWindowDecoder:
+        def decoder_of(stage: StageTransformer, num_frames: Tensor, prompt: list[Tensor]) -> SlidingWindowDecoder:
             name = stage.namespace
             decoder = SlidingWindowDecoder(
-                stage.transformer,
+                stage,
                 num_frames,
                 prompt=_predicted_levels(stage, prompt),
                 window_frames=stage.window_frames,
@@ -223,11 +235,11 @@ class AudioLM(nn.Module):
                 decoder.feed(stream, tokens)
             return decoder
 
-        semantic = PipelineStep(decoder_of(self.semantic, lengths.num_semantic, lengths.semantic))
-        coarse_decoder = decoder_of(self.coarse, lengths.num_frames, lengths.acoustic)
+        semantic = PipelineStep(decoder_of(self.semantic_transformer, lengths.num_semantic, lengths.semantic))
+        coarse_decoder = decoder_of(self.coarse_transformer, lengths.num_frames, lengths.acoustic)
         acoustic = [PipelineStep(coarse_decoder, semantic, "semantic", lengths.frames_for)]
-        if self.fine is not None and not request.coarse_only:
-            fine_decoder = decoder_of(self.fine, lengths.num_frames, lengths.acoustic)
+        if self.fine_transformer is not None and not request.coarse_only:
+            fine_decoder = decoder_of(self.fine_transformer, lengths.num_frames, lengths.acoustic)
             acoustic.append(PipelineStep(fine_decoder, acoustic[0], "coarse"))
         return StagePipeline(semantic, acoustic)
 
@@ -239,38 +251,6 @@ class AudioLM(nn.Module):
         if request.allow_eos is None:
             return has_eos and request.seconds is None and request.semantic_tokens is None
         return request.allow_eos
-
-    def _conditions(self, request: GenerationRequest) -> dict[str, Conditions]:
-        """Conditions by stage name, from the request or computed from its inputs."""
-        finished, stages = request.conditioning or {}, self.stages
-        unknown = set(finished) - set(stages)
-        if unknown:
-            raise ValueError(f"got conditioning for unknown stages {sorted(unknown)}; the stages are {list(stages)}")
-        states = None
-        needs_states = any(stage.transformer.text_dim and name not in finished for name, stage in stages.items())
-        if request.text is not None and self.text_conditioner is not None and needs_states:
-            states = self.text_conditioner.forward(request.text)  # once, because all stages use the same states
-        inputs: dict[str, Any] = {"text": request.text, "wavs": request.wavs, "codes": request.codes, "states": states}
-        further = {name: ConditionTensor.of(value) for name, value in (request.conditions or {}).items()}
-        accepted = {name for stage in stages.values() for name in stage.transformer.fuser.specs}
-        if not further.keys() <= accepted:
-            raise ValueError(f"got the conditions {sorted(further)}, the stages accept {sorted(accepted)}")
-        if "codes" not in accepted and (
-            "text" not in accepted or request.wavs is not None or request.codes is not None
-        ):
-            self.semantic.condition(**inputs)  # raises an error if there are inputs, because no stage uses them
-        conditions: dict[str, Conditions] = {}
-        for name, stage in stages.items():
-            names = stage.transformer.fuser.specs.keys()
-            of_stage: Conditions | None = None
-            if name in finished:
-                of_stage = finished[name]
-            elif "codes" in names:
-                of_stage = stage.condition(**inputs)
-            elif "text" in names:
-                of_stage = stage.condition(text=request.text, states=states)
-            conditions[name] = {key: further[key] for key in names & further.keys()} | dict(of_stage or {})
-        return conditions
 
 
 def _chunks(
@@ -295,15 +275,15 @@ def _chunks(
         bars.close()
 
 
-def _can_be_guided(stage: StageWrapper, conditions: Conditions, inputs: Mapping[str, list[Tensor]]) -> bool:
+def _can_be_guided(stage: StageTransformer, conditions: Conditions, inputs: Mapping[str, list[Tensor]]) -> bool:
     """Whether guidance changes the logits of a stage; guidance drops conditions and input streams without a rate."""
-    droppable = [stream for stream in stage.transformer.layout.inputs if not stream.is_in_time]
+    droppable = [stream for stream in stage.layout.inputs if not stream.is_in_time]
     return bool(conditions) or any(stream.name in inputs for stream in droppable)
 
 
-def _predicted_levels(stage: StageWrapper, tokens: list[Tensor]) -> list[Tensor]:
+def _predicted_levels(stage: StageTransformer, tokens: list[Tensor]) -> list[Tensor]:
     """Select the acoustic levels that a stage predicts from tokens `[f_i, q]`."""
-    source = stage.transformer.sources[stage.transformer.layout.predicted[0].name]
+    source = stage.sources[stage.layout.predicted[0].name]
     return [of_item[:, source.first_level : source.first_level + source.num_levels] for of_item in tokens]
 
 

@@ -1,6 +1,6 @@
 """MusicLM: generates several pieces of music for a text and returns the one that matches the text best."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from audiolm_pytorch.audio.files import peak_safe
 from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.audiolm import AudioLM
-from audiolm_pytorch.conditioning.tensors import Conditions
-from audiolm_pytorch.generation.request import GenerationRequest
+from audiolm_pytorch.conditioning.tensors import ConditionTensor
+from audiolm_pytorch.generation.request import GenerationRequest, Prompt
+from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.lm.compatibility import check_compatible
+from audiolm_pytorch.lm.stage_transformer import AudioTokens
 from audiolm_pytorch.nn.module_state import eval_mode
 from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
 
@@ -64,7 +66,7 @@ class MusicLM(nn.Module):
         self, *, audio_lm: AudioLM, mulan_embed_quantizer: MuLaNEmbedQuantizer, num_levels: int | None = None
     ) -> None:
         super().__init__()
-        widths = {name: stage.transformer.cond_dim for name, stage in audio_lm.stages.items()}
+        widths = {name: stage.cond_dim for name, stage in audio_lm.stages.items()}
         self.conditioned = tuple(name for name, width in widths.items() if width is not None)
         if not self.conditioned:
             raise ValueError("no stage is conditioned; build transformers with audio_text_condition=True")
@@ -76,9 +78,13 @@ class MusicLM(nn.Module):
                 f"{wrong}; pass the quantizer that the stages were trained with"
             )
         for name in self.conditioned:
-            check_compatible(audio_lm.stages[name].transformer, audio_conditioner=mulan_embed_quantizer)
+            check_compatible(audio_lm.stages[name], audio_conditioner=mulan_embed_quantizer)
         self.audio_lm = audio_lm
-        self.mulan_embed_quantizer = mulan_embed_quantizer
+        if mulan_embed_quantizer is audio_lm.audio_conditioner:
+            # Not registered a second time, so that `state_dict` contains every tensor once.
+            object.__setattr__(self, "mulan_embed_quantizer", mulan_embed_quantizer)
+        else:
+            self.mulan_embed_quantizer = mulan_embed_quantizer
         self.num_levels = self._checked_levels(num_levels)
 
     @property
@@ -99,11 +105,20 @@ class MusicLM(nn.Module):
         num_levels: int | None = None,
         max_batch: int = 16,
         return_all: bool = False,
-        **generation: Any,
+        prime_wave: Prompt | Sequence[Prompt] | None = None,
+        prime_wave_input_sample_hz: int | None = None,
+        prime_lengths: Tensor | None = None,
+        conditions: Mapping[str, Tensor | ConditionTensor] | None = None,
+        input_streams: AudioTokens | None = None,
+        coarse_only: bool = False,
+        sampling: Mapping[str, SamplingSettings | Mapping[str, Any]] | None = None,
+        callback: Callable[[str, int, int], None] | None = None,
+        progress: bool = False,
     ) -> Tensor | Candidates:
         """Generate music for one or several texts.
 
-        A candidate depends only on its text and its seed, not on the other candidates.
+        A candidate depends only on its text and its seed, not on the other candidates. The arguments without an
+        entry below are those of `GenerationRequest`; their inputs have 1 item, or 1 item per text.
 
         Args:
             text: One text, or a list of texts.
@@ -116,8 +131,6 @@ class MusicLM(nn.Module):
                 generate without the last levels. None = default of the model.
             max_batch: Number of candidates, of all texts together, in one batch; larger needs more memory.
             return_all: Whether to return all candidates with their scores.
-            **generation: Further fields of `GenerationRequest`, e.g. `prime_wave` or `sampling`. Input waves and tokens
-                have 1 item, or 1 item per text.
 
         Returns:
             The best candidate of each text, `[prompts, n]` float32 (prompts = 1 for a str; `[prompts, c, n]` for a
@@ -128,19 +141,22 @@ class MusicLM(nn.Module):
         """
         prompts = [text] if isinstance(text, str) else list(text)
         candidate_seeds = _candidate_seeds(num_samples, seed, seeds)
-        if not seconds > 0 or max_batch < 1:
-            raise ValueError(f"seconds and max_batch must be positive, got {seconds} and {max_batch}")
-        levels = self.num_levels if num_levels is None else self._checked_levels(num_levels)
-        _check_generation(generation)
         with eval_mode(self):
-            conditions = self._conditions(prompts, levels)
-            request = GenerationRequest(
-                batch_size=len(prompts), seconds=seconds, conditioning=conditions, allow_eos=False, **generation
+            request = self._request(
+                prompts,
+                seconds,
+                num_levels,
+                max_batch,
+                prime_wave=prime_wave,
+                prime_wave_input_sample_hz=prime_wave_input_sample_hz,
+                prime_lengths=prime_lengths,
+                conditions=conditions,
+                input_streams=input_streams,
+                coarse_only=coarse_only,
+                sampling=sampling,
+                callback=callback,
+                progress=progress,
             )
-            if request.num_items != len(prompts):
-                raise ValueError(
-                    f"inputs must have 1 item, or 1 item per text ({len(prompts)}); got {request.num_items} items"
-                )
             waves = self._generate(request, candidate_seeds, max_batch)
             waves = rearrange(waves, "(p k) ... -> p k ...", p=len(prompts))
             if num_samples == 1 and not return_all:
@@ -180,16 +196,29 @@ class MusicLM(nn.Module):
             raise ValueError(f"num_levels must be in 1..{max_levels}, got {levels}")
         return levels
 
-    def _conditions(self, prompts: list[str], num_levels: int) -> dict[str, Conditions]:
-        """Compute the conditions of every stage, one item per prompt."""
+    def _request(
+        self, prompts: list[str], seconds: float, num_levels: int | None, max_batch: int, **inputs: Any
+    ) -> GenerationRequest:
+        """Build a request of one item per prompt, conditioned on the codes of the prompts."""
+        if not seconds > 0 or max_batch < 1:
+            raise ValueError(f"seconds and max_batch must be positive, got {seconds} and {max_batch}")
+        levels = self.num_levels if num_levels is None else self._checked_levels(num_levels)
         codes = self.mulan_embed_quantizer.codes(texts=prompts)
-        keep = torch.full((len(codes),), num_levels)
-        return {
+        keep = torch.full((len(codes),), levels)
+        conditioning = {
             stage: {
                 "codes": self.mulan_embed_quantizer.conditioning(codes=codes, namespace=stage).without_trailing(keep)
             }
             for stage in self.conditioned
         }
+        request = GenerationRequest(
+            batch_size=len(prompts), seconds=seconds, conditioning=conditioning, allow_eos=False, **inputs
+        )
+        if request.num_items != len(prompts):
+            raise ValueError(
+                f"inputs must have 1 item, or 1 item per text ({len(prompts)}); got {request.num_items} items"
+            )
+        return request
 
     def _generate(self, request: GenerationRequest, seeds: list[int], max_batch: int) -> Tensor:
         """Generate waves `[b, ...]` with peaks below 1, one per item and seed, in batches of at most `max_batch`."""
@@ -198,18 +227,8 @@ class MusicLM(nn.Module):
         for start in range(0, len(candidates), max_batch):
             items, item_seeds = zip(*candidates[start : start + max_batch])
             part = replace(request.select(items), seeds=item_seeds)
-            waves.extend(peak_safe(wave.float()) for wave in self.audio_lm(**vars(part)))
+            waves.extend(peak_safe(wave.float()) for wave in self.audio_lm.generate(part).waves)
         return torch.stack(waves)
-
-
-def _check_generation(generation: Mapping[str, Any]) -> None:
-    """Check that no argument conflicts with the texts and the candidates."""
-    conflicts = {"batch_size", "conditioning", "wavs", "codes", "allow_eos"} & set(generation)
-    if conflicts:
-        raise ValueError(
-            f"MusicLM sets {sorted(conflicts)} from the texts, num_samples and seconds, and does not accept them; "
-            "call audio_lm to set them"
-        )
 
 
 def _candidate_seeds(num_samples: int, seed: int | None, seeds: Sequence[int] | None) -> list[int]:

@@ -180,6 +180,7 @@ MAY_END = {"seeds": [47, 31, 0], "seconds": 3.0, "allow_eos": True, "sampling": 
 
 
 def generate(_: Path) -> dict:
+    from audiolm_pytorch import GenerationRequest
     from musiclm_pytorch import load_musiclm
 
     model = load_musiclm("tiny")
@@ -187,21 +188,26 @@ def generate(_: Path) -> dict:
     found = of_candidates("musiclm", model(TEXTS[:2], num_samples=4, seconds=2.0, seed=0, return_all=True))
     settings = {"seconds": 1.0, "num_samples": 2, "seeds": [5, 2], "return_all": True}
     found |= of_candidates("musiclm.levels", model(TEXTS[2], num_levels=3, max_batch=1, **settings))
-    plain = audio_lm.generate(batch_size=2, seconds=2.0, seeds=[3, 8])
+    plain = audio_lm.generate(GenerationRequest(batch_size=2, seconds=2.0, seeds=[3, 8]))
     found |= of_audio("unconditional", plain)
     given = {"semantic_tokens": plain.semantic, "semantic_lengths": torch.tensor([40, 23]), "seeds": 4}
-    found |= of_audio("semantic_given", audio_lm.generate(**given))
-    found |= of_audio("coarse_only", audio_lm.generate(seconds=1.5, coarse_only=True, text=TEXTS[0], seeds=1))
+    found |= of_audio("semantic_given", audio_lm.generate(GenerationRequest(**given)))
+    found |= of_audio(
+        "coarse_only", audio_lm.generate(GenerationRequest(seconds=1.5, coarse_only=True, text=TEXTS[0], seeds=1))
+    )
     sampling = {"semantic": {"temperature": 0.8, "top_k": 50, "guidance_scale": 2.0}}
     sampling |= {"coarse": {"top_p": 0.9, "guidance_scale": 1.5}, "fine": {"temperature": 0}}
-    found |= of_audio("guided", audio_lm.generate(text=TEXTS, seconds=1.5, seeds=6, sampling=sampling))
-    found |= of_audio("heard", audio_lm.generate(wavs=sounds(2.0)[:2], seconds=1.0, seeds=2))
-    found |= of_audio("may_end", audio_lm.generate(**MAY_END))
+    found |= of_audio(
+        "guided", audio_lm.generate(GenerationRequest(text=TEXTS, seconds=1.5, seeds=6, sampling=sampling))
+    )
+    found |= of_audio("heard", audio_lm.generate(GenerationRequest(wavs=sounds(2.0)[:2], seconds=1.0, seeds=2)))
+    found |= of_audio("may_end", audio_lm.generate(GenerationRequest(**MAY_END)))
     torch.manual_seed(11)
-    return found | of_audio("without_seeds", audio_lm.generate(seconds=0.5))
+    return found | of_audio("without_seeds", audio_lm.generate(GenerationRequest(seconds=0.5)))
 
 
 def stream(_: Path) -> dict:
+    from audiolm_pytorch import GenerationRequest
     from musiclm_pytorch import load_musiclm
 
     audio_lm = load_musiclm("tiny").audio_lm
@@ -213,7 +219,8 @@ def stream(_: Path) -> dict:
     }
     found = {}
     for name, request in requests.items():
-        chunks = list(audio_lm.stream(**request))
+        chunk_seconds = request.pop("chunk_seconds", 1.0)
+        chunks = list(audio_lm.stream(GenerationRequest(**request), chunk_seconds=chunk_seconds))
         for number, chunk in enumerate(chunks):
             found |= of_audio(f"{name}.chunk{number}", chunk)
         lengths = [[wave.shape[-1] for wave in chunk.waves] for chunk in chunks]
@@ -223,6 +230,7 @@ def stream(_: Path) -> dict:
 
 def continuation(_: Path) -> dict:
     """Longer than the windows of the bundled stages, which are 5, 5 and 2 s."""
+    from audiolm_pytorch import GenerationRequest
     from musiclm_pytorch import load_musiclm
 
     model = load_musiclm("tiny")
@@ -231,9 +239,11 @@ def continuation(_: Path) -> dict:
     found = of_candidates("musiclm", model(TEXTS[:2], seconds=5.7, **settings))
     padded = torch.nn.utils.rnn.pad_sequence(primes, batch_first=True)
     lengths = {"prime_lengths": torch.tensor([len(prime) for prime in primes])}
-    found |= of_audio("padded", model.audio_lm.generate(prime_wave=padded, **lengths, seconds=2.5, seeds=[1, 9]))
+    found |= of_audio(
+        "padded", model.audio_lm.generate(GenerationRequest(prime_wave=padded, **lengths, seconds=2.5, seeds=[1, 9]))
+    )
     other = {"prime_wave": sound(0.8, 44100), "prime_wave_input_sample_hz": 44100}
-    return found | of_audio("other_rate", model.audio_lm.generate(**other, seconds=5.7, seeds=2))
+    return found | of_audio("other_rate", model.audio_lm.generate(GenerationRequest(**other, seconds=5.7, seeds=2)))
 
 
 def latents(_: Path) -> dict:

@@ -76,5 +76,5 @@ def test_table_of_rates():
         "coarse": "coarse stage",
         "fine": "fine stage",
     }.items():
-        stream = musiclm.audio_lm.stages[name].transformer.layout.predicted[0]
+        stream = musiclm.audio_lm.stages[name].layout.predicted[0]
         assert rows[row][1:4] == (float(stream.rate_hz), stream.num_levels, stream.vocab_size)

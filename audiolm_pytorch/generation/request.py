@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from beartype import beartype
@@ -16,7 +15,7 @@ from audiolm_pytorch.lm.stage_transformer import AudioTokens
 from audiolm_pytorch.tokens.item_tokens import padded
 from audiolm_pytorch.training.tracking import progress_bar
 
-__all__ = ["GeneratedAudio", "GenerationRequest", "ProgressBars", "Prompt", "with_request_signature"]
+__all__ = ["GeneratedAudio", "GenerationRequest", "ProgressBars", "Prompt"]
 
 Prompt = Tensor | str | Path
 
@@ -24,7 +23,7 @@ Prompt = Tensor | str | Path
 @beartype
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GenerationRequest:
-    """Keyword arguments of `AudioLM.generate` and `AudioLM.stream`. All inputs can be combined.
+    """What `AudioLM` generates: the arguments of `AudioLM.forward`. All inputs can be combined.
 
     Attributes:
         batch_size: Number of items b. Every other input has 1 or b items. If `batch_size` is 1, the other inputs
@@ -169,18 +168,6 @@ def _select(value: Any, items: Sequence[int]) -> Any:
 
 def _select_each(values: Mapping[str, Any], items: Sequence[int]) -> dict[str, Any]:
     return {name: _select(value, items) for name, value in values.items()}
-
-
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def with_request_signature(method: Method) -> Method:
-    """Replace `**request` in the signature of a method by the fields of `GenerationRequest` (for `help`)."""
-    shown = signature(method)
-    named = [parameter for parameter in shown.parameters.values() if parameter.kind is not Parameter.VAR_KEYWORD]
-    fields = signature(GenerationRequest).parameters.values()
-    vars(method)["__signature__"] = shown.replace(parameters=[*named, *fields])
-    return method
 
 
 @dataclass(frozen=True, eq=False)

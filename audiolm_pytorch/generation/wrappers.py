@@ -8,10 +8,10 @@ from beartype import beartype
 from torch import Tensor, nn
 
 from audiolm_pytorch.audio.resample import resample
-from audiolm_pytorch.audio.units import frames_inside
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.base import Conditioner, TextEncoder
 from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
+from audiolm_pytorch.generation.conditions import stage_conditions
 from audiolm_pytorch.generation.decode_session import Decoded
 from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.generation.windows import decode_in_windows
@@ -79,43 +79,16 @@ class StageWrapper(nn.Module):
         codes: Tensor | None = None,
         states: ConditionTensor | None = None,
     ) -> Conditions | None:
-        """Compute the conditions `codes` and `text` of the stage. Return None if no argument is passed.
-
-        States are computed from the text. Codes are also computed from the text, unless `wavs` or `codes` is passed.
-
-        Args:
-            text: One text per item, or one text for all items.
-            wavs: Waves `[b, n]` at the sample rate of the audio conditioner.
-            codes: Codes `[b, q]` of the audio conditioner.
-            states: Precomputed states of the texts, which all stages share; None = computed from `text`.
-
-        Raises:
-            ValueError: If the stage lacks a conditioner, or does not accept the passed conditions.
-        """
-        if text is None and wavs is None and codes is None:
-            return None
-        accepts_codes, accepts_states = self.transformer.cond_dim is not None, self.transformer.text_dim is not None
-        if not (accepts_codes or (accepts_states and wavs is None and codes is None)):
-            raise ValueError(
-                f"the {self.namespace} stage does not accept such conditions: it needs an audio_conditioner and a "
-                "transformer with audio_text_condition=True, or for texts a text_conditioner and a transformer with a "
-                "text_dim"
-            )
-        texts = [text] if isinstance(text, str) else text
-        conditions: dict[str, ConditionTensor] = {}
-        if accepts_states and texts is not None:
-            if self.text_conditioner is None:
-                raise ValueError(f"the {self.namespace} stage is conditioned on texts; pass a text_conditioner")
-            conditions["text"] = self.text_conditioner.forward(texts) if states is None else states
-            if wavs is not None or codes is not None:
-                texts = None
-        if accepts_codes:
-            if self.audio_conditioner is None:
-                raise ValueError(f"the {self.namespace} stage is conditioned on codes; pass an audio_conditioner")
-            conditions["codes"] = self.audio_conditioner.conditioning(
-                texts=texts, wavs=wavs, codes=codes, namespace=self.namespace
-            )
-        return conditions
+        """Compute the conditions `codes` and `text` of the stage, see `stage_conditions`."""
+        return stage_conditions(
+            self.transformer,
+            audio_conditioner=self.audio_conditioner,
+            text_conditioner=self.text_conditioner,
+            text=text,
+            wavs=wavs,
+            codes=codes,
+            states=states,
+        )
 
     @beartype
     def forward(
@@ -173,7 +146,7 @@ class StageWrapper(nn.Module):
             self.transformer,
             streams or {},
             num_frames,
-            window_frames=self.window_frames,
+            window_frames=self.transformer.window_frames,
             batch_size=batch_size,
             lengths=lengths,
             conditioning=conditioning,
@@ -182,13 +155,6 @@ class StageWrapper(nn.Module):
             callback=callback,
             allow_eos=allow_eos,
         )
-
-    @property
-    def window_frames(self) -> int | None:
-        """Length of the longest training sequence in predicted frames; None = no limit."""
-        if self.transformer.max_seconds is None:
-            return None
-        return frames_inside(self.transformer.max_seconds, self.transformer.layout.predicted[0].exact_hz)
 
 
 class SemanticTransformerWrapper(StageWrapper):

@@ -8,6 +8,7 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
+from audiolm_pytorch.audio.units import frames_inside
 from audiolm_pytorch.lm.token_model import TokenTransformer
 from audiolm_pytorch.tokens.layout import TokenLayout
 from audiolm_pytorch.tokens.streams import PackedTokens, Stream
@@ -126,6 +127,13 @@ class StageTransformer(TokenTransformer):
     def kinds(self) -> tuple[str, ...]:
         """Names of the tokens that the stage needs: `semantic`, `acoustic`, and names of extra streams."""
         return tuple(dict.fromkeys(source.kind for source in self.sources.values()))
+
+    @property
+    def window_frames(self) -> int | None:
+        """Length of the longest training sequence in predicted frames; None = no limit."""
+        if self.max_seconds is None:
+            return None
+        return frames_inside(self.max_seconds, self.layout.predicted[0].exact_hz)
 
     @property
     def further_conditions(self) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ from audiolm_pytorch import (
     CoarseTransformerTrainer,
     FineTransformer,
     FineTransformerTrainer,
+    GenerationRequest,
     SemanticTransformer,
     SemanticTransformerTrainer,
     SoundStream,
@@ -264,12 +265,12 @@ def evaluate(audiolm: AudioLM, words: Words, out: Path, seed: int = 0) -> tuple[
 
 def _generate(folder: Path, seconds: int, in_chunks: bool) -> None:
     """Generate audio in the process whose memory is measured."""
-    audiolm = open_audiolm(folder)
+    audiolm, request = open_audiolm(folder), GenerationRequest(seconds=seconds, seeds=0)
     if in_chunks:
-        for _ in audiolm.stream(seconds=seconds, seeds=0):
+        for _ in audiolm.stream(request):
             pass
     else:
-        audiolm.generate(seconds=seconds, seeds=0)
+        audiolm.generate(request)
 
 
 @beartype

@@ -8,18 +8,18 @@ import torch
 from audiolm_pytorch import audiolm
 from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.audiolm import AudioLM
+from audiolm_pytorch.generation.request import GenerationRequest
 from audiolm_pytorch.generation.sampling import SamplingSettings
-from audiolm_pytorch.generation.wrappers import StageWrapper
 from audiolm_pytorch.lm.stage_transformer import AudioTokens
 from audiolm_pytorch.lm.stages import SemanticTransformer
 from tests.helpers import fakes
-from tests.helpers.toy_audiolm import audiolm_of
+from tests.helpers.toy_audiolm import audiolm_of, wrapped_stages
 
 
 def check_lengths(audio_lm):
     """Semantic, coarse and fine tokens and the wave last the same seconds, rounded up to whole frames."""
     for seconds, samples in ((0.02, 16), (0.33, 272), (1.0, 800), (1.001, 816)):
-        result = audio_lm.generate(batch_size=2, seconds=seconds, seeds=0)
+        result = audio_lm.generate(GenerationRequest(batch_size=2, seconds=seconds, seeds=0))
         assert result.wave.shape == (2, samples) and result.sample_hz == fakes.SAMPLE_HZ
         assert result.acoustic.shape == (2, samples // 16, 4)
         assert result.semantic.shape == (2, -(-samples // 32))
@@ -39,7 +39,7 @@ def test_lengths_follow_the_seconds(monkeypatch):
 
 def test_tokenizer_that_drops_frames_does_not_shorten_the_wave():
     """HuBERT returns 49 tokens per second: the coarse stage repeats the last token, and the wave has all frames."""
-    result = audiolm_of(lost_frames=1).generate(seconds=1.0)
+    result = audiolm_of(lost_frames=1).generate(GenerationRequest(seconds=1.0))
     assert result.semantic.shape == (1, 24) and result.wave.shape == (1, 800)
 
 
@@ -47,18 +47,18 @@ def check_namespaces(audio_lm):
     """Every stage receives embeddings of its resampled table, for the codes of its resampled item."""
     prefixes = {}
     for name, stage in audio_lm.stages.items():
-        original = stage.transformer.condition_tensors
+        original = stage.condition_tensors
 
         def spied(conditioning, batch, name=name, original=original):
             prefixes[name] = conditioning["codes"].embeddings
             return original(conditioning, batch)
 
-        stage.transformer.condition_tensors = spied
+        stage.condition_tensors = spied
     try:
         audio_lm(text=["one", "three"], seconds=0.1)
     finally:
         for stage in audio_lm.stages.values():
-            del stage.transformer.condition_tensors
+            del stage.condition_tensors
     for name, table in audio_lm.audio_conditioner.tables.items():
         codes = torch.tensor([[3, 0, 0], [5, 0, 0]]) + torch.tensor([0, 10, 20])
         assert torch.equal(prefixes[name], table(codes)), name
@@ -70,10 +70,10 @@ def test_every_stage_is_conditioned_through_its_own_namespace(monkeypatch):
     check_namespaces(audio_lm)
     assert audio_lm.audio_conditioner.asked == ["semantic", "coarse", "fine"]
 
-    def condition(self, text, **nothing):
-        return {"codes": self.audio_conditioner.conditioning(texts=text, namespace="semantic")}
+    def stage_conditions(stage, *, audio_conditioner, text, **nothing):
+        return {"codes": audio_conditioner.conditioning(texts=text, namespace="semantic")}
 
-    monkeypatch.setattr(StageWrapper, "condition", condition)
+    monkeypatch.setattr("audiolm_pytorch.generation.conditions.stage_conditions", stage_conditions)
     with pytest.raises(AssertionError):
         check_namespaces(audio_lm)
 
@@ -97,11 +97,13 @@ def test_a_prompt_is_continued_in_all_tokens(input_hz):
     audio_lm = audiolm_of()
     prompt = torch.rand(2, input_hz // 2 + 6) * 0.9
     resampled = resample(prompt, input_hz, fakes.SAMPLE_HZ)
-    result = audio_lm.generate(prime_wave=prompt, prime_wave_input_sample_hz=input_hz, seconds=1.0, seeds=[1, 2])
+    result = audio_lm.generate(
+        GenerationRequest(prime_wave=prompt, prime_wave_input_sample_hz=input_hz, seconds=1.0, seeds=[1, 2])
+    )
     assert result.wave.shape == (2, 800)
     assert torch.equal(result.acoustic[:, :25], audio_lm.codec.tokenize(resampled)[:, :25])
     assert torch.equal(result.semantic[:, :12], audio_lm.wav2vec(resampled)[:, :12])
-    free = audio_lm.generate(seconds=1.0, seeds=[1, 2])
+    free = audio_lm.generate(GenerationRequest(seconds=1.0, seeds=[1, 2]))
     assert not torch.equal(result.acoustic[:, 25:], free.acoustic[:, 25:])
 
 
@@ -109,8 +111,10 @@ def test_prompts_of_unequal_length_are_independent():
     """The padding of a short prompt has no influence."""
     audio_lm = audiolm_of()
     prompts = torch.rand(2, 480) * 0.9
-    together = audio_lm.generate(prime_wave=prompts, prime_lengths=torch.tensor([480, 160]), seconds=1.0, seeds=[1, 2])
-    alone = audio_lm.generate(prime_wave=prompts[1, :160], seconds=1.0, seeds=[2])
+    together = audio_lm.generate(
+        GenerationRequest(prime_wave=prompts, prime_lengths=torch.tensor([480, 160]), seconds=1.0, seeds=[1, 2])
+    )
+    alone = audio_lm.generate(GenerationRequest(prime_wave=prompts[1, :160], seconds=1.0, seeds=[2]))
     assert torch.equal(together.acoustic[1], alone.acoustic[0])
     assert torch.equal(together.acoustic[0, :30], audio_lm.codec.tokenize(prompts[:1])[0])
 
@@ -177,9 +181,9 @@ def test_long_results_are_generated_in_windows():
     audio_lm = audiolm_of(max_seconds=0.5)
     slots = []
     for stage in audio_lm.stages.values():
-        original = stage.transformer.new_cache
-        stage.transformer.new_cache = lambda batch, n, original=original: slots.append(n) or original(batch, n)
-    result = audio_lm.generate(seconds=2.0, seeds=0)
+        original = stage.new_cache
+        stage.new_cache = lambda batch, n, original=original: slots.append(n) or original(batch, n)
+    result = audio_lm.generate(GenerationRequest(seconds=2.0, seeds=0))
     assert result.wave.shape == (1, 1600) and result.acoustic.min() >= 0
     assert max(slots) <= 25 + 2
 
@@ -206,7 +210,7 @@ def test_without_a_fine_stage_coarse_levels_are_decoded():
         semantic_transformer=stages["semantic"],
         coarse_transformer=stages["coarse"],
     )
-    assert audio_lm.generate(seconds=0.2).acoustic.shape == (1, 10, 2)
+    assert audio_lm.generate(GenerationRequest(seconds=0.2)).acoustic.shape == (1, 10, 2)
     assert audio_lm.semantic_transformer is stages["semantic"] and audio_lm.coarse_transformer is stages["coarse"]
     assert audio_lm.fine_transformer is None
 
@@ -233,7 +237,7 @@ def test_incompatible_parts_raise_errors():
 def test_wrapper_computes_losses_of_waves_and_tokens(name):
     """A wave and its tokens have the same loss; a wave is also its resampled condition."""
     audio_lm = audiolm_of(conditioned=True)
-    stage = audio_lm.stages[name].eval()
+    stage = wrapped_stages(audio_lm)[name].eval()
     wave = torch.rand(2, 320) * 0.9
     tokens = AudioTokens({"semantic": audio_lm.wav2vec(wave), "acoustic": audio_lm.codec.tokenize(wave)}, {})
     by_wave = stage(wave)

@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from audiolm_pytorch.generation.request import GenerationRequest  # noqa: E402
 from audiolm_pytorch.lm.stage_transformer import StageTransformer  # noqa: E402
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer  # noqa: E402
 from audiolm_pytorch.nn.half_weights import with_half_weights  # noqa: E402
@@ -206,13 +207,14 @@ def training_results() -> dict[str, float]:
 def stream_results() -> dict[str, dict[str, float]]:
     """Seconds of the bundled model to the first chunk of a stream, to its end, and of `generate`."""
     audio_lm = load_musiclm("tiny").audio_lm
-    audio_lm.generate(seconds=1, seeds=0)  # warm-up
+    audio_lm.generate(GenerationRequest(seconds=1, seeds=0))  # warm-up
     results = {}
     for seconds in (10, 60):
+        request = GenerationRequest(seconds=seconds, seeds=0)
         start = time.perf_counter()
-        ends = [time.perf_counter() - start for _ in audio_lm.stream(seconds=seconds, seeds=0)]
+        ends = [time.perf_counter() - start for _ in audio_lm.stream(request)]
         start = time.perf_counter()
-        audio_lm.generate(seconds=seconds, seeds=0)
+        audio_lm.generate(request)
         results[f"{seconds} s"] = {"first": ends[0], "stream": ends[-1], "generate": time.perf_counter() - start}
     return results
 

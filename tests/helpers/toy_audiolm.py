@@ -4,6 +4,11 @@ import torch
 
 from audiolm_pytorch.audiolm import AudioLM
 from audiolm_pytorch.codecs import SoundStream, SpectralSoundStream
+from audiolm_pytorch.generation.wrappers import (
+    CoarseTransformerWrapper,
+    FineTransformerWrapper,
+    SemanticTransformerWrapper,
+)
 from tests.helpers import fakes
 
 
@@ -23,6 +28,17 @@ def audiolm_of(conditioned=False, hears_text=False, lost_frames=0, codec=None, e
         audio_conditioner=fakes.FakeConditioner() if conditioned else None,
         text_conditioner=fakes.FakeTextConditioner() if hears_text else None,
     )
+
+
+def wrapped_stages(audio_lm):
+    """The stages of an AudioLM by name, each in its wrapper."""
+    parts = {name: getattr(audio_lm, name) for name in ("wav2vec", "codec", "audio_conditioner", "text_conditioner")}
+    wrappers = {
+        "semantic": SemanticTransformerWrapper,
+        "coarse": CoarseTransformerWrapper,
+        "fine": FineTransformerWrapper,
+    }
+    return {name: wrappers[name](stage, **parts) for name, stage in audio_lm.stages.items()}
 
 
 def streaming_codec(kind="causal", audio_channels=1):

@@ -1,3 +1,4 @@
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,13 +10,15 @@ from torch import Tensor, nn
 from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.audiolm import AudioLM
 from audiolm_pytorch.codecs.base import Codec
-from audiolm_pytorch.conditioning.tensors import Conditions
+from audiolm_pytorch.generation.request import GenerationRequest
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.semantic.base import SemanticTokenizer
 from musiclm_pytorch.mulan import MuLaN
 from musiclm_pytorch.musiclm import MusicLM
+from musiclm_pytorch.pretrained.model_folder import load_musiclm
 from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
 from tests.helpers.tiny_mulan import tiny_mulan, tones
+from tests.helpers.toy_audiolm import audiolm_of
 
 PITCHES_HZ = (110, 330, 990, 2970)
 TEXTS = ["low tone", "middle tone", "high tone", "very high tone"]
@@ -41,26 +44,22 @@ class FakeAudioLM(AudioLM):
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
-        self.codec = SimpleNamespace(target_sample_hz=12000)
+        self.codec, self.audio_conditioner = SimpleNamespace(target_sample_hz=12000), None
         self.dropout = nn.Dropout(0.5)
         self.calls: list[dict[str, Any]] = []
         self.transformers = _transformers((6, 6, 6))
 
     @property
     def stages(self) -> dict[str, Any]:
-        return {name: SimpleNamespace(transformer=stage) for name, stage in self.transformers.items()}
+        return dict(self.transformers.items())
 
-    def forward(
-        self, batch_size: int, seconds: float, conditioning: dict[str, Conditions], seeds: list[int], **settings: Any
-    ) -> Tensor:
-        self.calls.append({"size": batch_size, "conditioning": conditioning, "seeds": seeds, **settings})
-        assert batch_size == len(seeds) and all(
-            len(conditioning[stage]["codes"]) in (1, batch_size) for stage in STAGES
-        )
-        waves = 4 * tones(*(PITCHES_HZ[seed % 4] for seed in seeds), seconds=seconds, sample_hz=12000)
-        embeddings = [conditioning[stage]["codes"].embeddings for stage in STAGES]
-        trace = torch.stack([one.flatten(1).mean(dim=1) for one in embeddings]).sum(dim=0)
-        return self.dropout(waves + 0.01 * trace.unsqueeze(1))
+    def generate(self, request: GenerationRequest) -> Any:
+        self.calls.append({"size": request.batch_size, **vars(request)})
+        codes = [request.conditioning[stage]["codes"] for stage in STAGES]
+        assert request.batch_size == len(request.seeds) and all(len(one) in (1, request.batch_size) for one in codes)
+        waves = 4 * tones(*(PITCHES_HZ[seed % 4] for seed in request.seeds), seconds=request.seconds, sample_hz=12000)
+        trace = torch.stack([one.embeddings.flatten(1).mean(dim=1) for one in codes]).sum(dim=0)
+        return SimpleNamespace(waves=self.dropout(waves + 0.01 * trace.unsqueeze(1)))
 
 
 @pytest.fixture(scope="module")
@@ -203,14 +202,14 @@ def test_generation_is_in_eval_mode(musiclm: MusicLM) -> None:
 
 def test_a_candidate_with_nan_is_ranked_last(musiclm: MusicLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other candidates still have scores."""
-    own = FakeAudioLM.forward
+    own = FakeAudioLM.generate
 
-    def broken(self: FakeAudioLM, **inputs: Any) -> Tensor:
-        waves = own(self, **inputs)
-        waves[0, 5] = torch.nan
-        return waves
+    def broken(self: FakeAudioLM, request: GenerationRequest) -> Any:
+        audio = own(self, request)
+        audio.waves[0, 5] = torch.nan
+        return audio
 
-    monkeypatch.setattr(FakeAudioLM, "forward", broken)
+    monkeypatch.setattr(FakeAudioLM, "generate", broken)
     result = musiclm("low tone", num_samples=4, seconds=0.4, seed=0, return_all=True)
     assert result.order[0, -1] == 0 and result.best.isfinite().all() and result.scores[0, 1:].isfinite().all()
 
@@ -343,8 +342,8 @@ def test_waves_to_continue_belong_to_their_texts(trained: MuLaN) -> None:
     assert (one.waves[..., :480] - 0.248).abs().max() < 0.01
     with pytest.raises(ValueError, match="1 item per text .2.; got|different numbers of items"):
         musiclm(TEXTS[:2], num_samples=3, seconds=0.4, prime_wave=[*prompts, prompts[0]])
-    with pytest.raises(ValueError, match=r"sets \['allow_eos', 'batch_size'\] from the texts"):
-        musiclm(TEXTS[0], allow_eos=True, batch_size=2)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'allow_eos'"):
+        musiclm(TEXTS[0], allow_eos=True)
 
 
 def test_incompatible_stages_raise_errors(trained: MuLaN) -> None:
@@ -366,3 +365,33 @@ def test_another_quantizer_than_in_training_raises_an_error(trained: MuLaN) -> N
     message = f"coarse transformer was trained with {ours.fingerprint()}, .* is {other.fingerprint()}"
     with pytest.raises(ValueError, match=message):
         MusicLM(audio_lm=audio_lm, mulan_embed_quantizer=other)
+
+
+def _check_registered_once(model: nn.Module) -> None:
+    """No module and no tensor of a model has two names."""
+    modules = list(model.named_modules(remove_duplicate=False))
+    assert len({id(module) for _, module in modules}) == len(modules)
+    tensors = [tensor for tensor in model.state_dict().values() if tensor.numel()]
+    assert len({tensor.data_ptr() for tensor in tensors}) == len(tensors)
+
+
+def test_state_dict_contains_every_tensor_once(trained: MuLaN) -> None:
+    """The parts are registered under the names of the constructor arguments, also those that several parts use."""
+    parts = ("wav2vec", "codec", "semantic_transformer", "coarse_transformer", "fine_transformer", "audio_conditioner")
+    musiclm = load_musiclm("tiny")
+    _check_registered_once(musiclm)
+    names = {name.split(".")[1] for name in musiclm.state_dict()}
+    assert names == set(parts) and list(dict(musiclm.named_children())) == ["audio_lm"]
+    assert musiclm.mulan_embed_quantizer is musiclm.audio_lm.audio_conditioner
+    copied = copy.deepcopy(musiclm)
+    assert copied.mulan_embed_quantizer is copied.audio_lm.audio_conditioner is not musiclm.mulan_embed_quantizer
+
+    text_and_codes = audiolm_of(conditioned=True, hears_text=True)
+    _check_registered_once(text_and_codes)
+    assert list(dict(text_and_codes.named_children())) == [*parts, "text_conditioner"]
+
+    apart = _real_musiclm(trained)
+    apart.audio_lm.audio_conditioner = None
+    musiclm = MusicLM(audio_lm=apart.audio_lm, mulan_embed_quantizer=apart.mulan_embed_quantizer)
+    _check_registered_once(musiclm)
+    assert list(dict(musiclm.named_children())) == ["audio_lm", "mulan_embed_quantizer"]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from audiolm_pytorch.audiolm import AudioLM
 from audiolm_pytorch.data.manifest import AudioItem
+from audiolm_pytorch.generation.request import GenerationRequest
 from musiclm_pytorch.evaluation.report import Metric, accuracy_metric, aligned_table
 from musiclm_pytorch.recipes.metrics.classifier import AttributeClassifier, fit_attribute_classifier
 from musiclm_pytorch.recipes.metrics.clips import labels_of, load_clips
@@ -66,10 +67,10 @@ def generated_waves(
     for first in range(0, num_waves, batch_size):
         seeds = list(range(first, min(first + batch_size, num_waves)))
         prime = None if prompts is None else prompts[first : first + len(seeds)]
-        generated = audiolm.generate(
+        request = GenerationRequest(
             batch_size=len(seeds), seconds=seconds, seeds=seeds, prime_wave=prime, prime_wave_input_sample_hz=prompts_hz
         )
-        waves.append(generated.wave.float().cpu())
+        waves.append(audiolm.generate(request).wave.float().cpu())
     return torch.cat(waves)
 
 
@@ -139,8 +140,8 @@ def classifier_metrics(classifier: AttributeClassifier, audiolm: AudioLM, words:
 
 def _predicted_levels(audiolm: AudioLM) -> int:
     """Number of code levels that all stages of a model together predict."""
-    last = audiolm.coarse if audiolm.fine is None else audiolm.fine
-    return max(source.first_level + source.num_levels for source in last.transformer.sources.values())
+    last = list(audiolm.stages.values())[-1]
+    return max(source.first_level + source.num_levels for source in last.sources.values())
 
 
 @beartype

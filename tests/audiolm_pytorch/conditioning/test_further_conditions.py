@@ -13,6 +13,7 @@ from audiolm_pytorch.audiolm import AudioLM
 from audiolm_pytorch.conditioning.fuser import ConditionSpec
 from audiolm_pytorch.conditioning.tensors import ConditionTensor
 from audiolm_pytorch.data.shards import TokenShards, write_shards
+from audiolm_pytorch.generation.request import GenerationRequest
 from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.generation.windows import decode_in_windows
 from audiolm_pytorch.lm.stages import SemanticTransformer
@@ -57,7 +58,7 @@ def generated(stage: SemanticTransformer, tempi: Tensor = TEMPI) -> Tensor:
         fine_transformer=stages["fine"],
         sampling={"semantic": GREEDY},
     )
-    return audio_lm.generate(conditions={"tempo": tempi}, seconds=0.4, seeds=0).semantic
+    return audio_lm.generate(GenerationRequest(conditions={"tempo": tempi}, seconds=0.4, seeds=0)).semantic
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from audiolm_pytorch.audiolm import AudioLM
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.data import TokenShards, load_items, write_shards
+from audiolm_pytorch.generation.request import GenerationRequest
 from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.generation.windows import decode_in_windows
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
@@ -389,7 +390,7 @@ def test_a_continuation_keeps_the_beat_through_all_stages(pattern):
     for prime_hz, prime_seconds in ((CODEC_HZ, 0.6), (FILE_HZ, 0.37)):
         prompt = click_track(beats(prime_seconds), prime_seconds, prime_hz)
         wave = audio_lm.generate(
-            prime_wave=prompt[None].repeat(2, 1), prime_wave_input_sample_hz=prime_hz, seconds=3.0
+            GenerationRequest(prime_wave=prompt[None].repeat(2, 1), prime_wave_input_sample_hz=prime_hz, seconds=3.0)
         ).wave
         assert wave.shape == (2, 3 * CODEC_HZ) and (wave >= 0).all()
         for item in wave:

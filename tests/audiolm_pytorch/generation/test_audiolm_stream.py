@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from audiolm_pytorch import audiolm
-from audiolm_pytorch.generation.request import GeneratedAudio
+from audiolm_pytorch.generation.request import GeneratedAudio, GenerationRequest
 from tests.helpers.alive_tensors import AliveTensors
 from tests.helpers.fakes import SAMPLE_HZ
 from tests.helpers.toy_audiolm import audiolm_of, streaming_codec
@@ -17,8 +17,8 @@ WINDOWS = {"max_seconds": 0.32}  # 8 semantic tokens, 16 acoustic frames
 
 def check_stream(audio_lm, chunk_seconds, **request):
     """Return the chunks of a stream, and check that they concatenate to the result of `generate`."""
-    whole = audio_lm.generate(**request)
-    chunks = list(audio_lm.stream(chunk_seconds=chunk_seconds, **request))
+    whole = audio_lm.generate(GenerationRequest(**request))
+    chunks = list(audio_lm.stream(GenerationRequest(**request), chunk_seconds=chunk_seconds))
     joined = GeneratedAudio.concatenate(chunks)
     assert torch.equal(joined.semantic, whole.semantic) and torch.equal(joined.acoustic, whole.acoustic)
     assert torch.equal(joined.semantic_lengths, whole.semantic_lengths)
@@ -77,7 +77,7 @@ def test_the_first_chunk_needs_only_its_own_windows():
     audio_lm = audiolm_of(codec=streaming_codec(), **WINDOWS)
     known = {}
     report = {"callback": lambda stage, *reports: known.update({stage: reports})}
-    stream = audio_lm.stream(chunk_seconds=0.1, seconds=4.0, seeds=0, **report)
+    stream = audio_lm.stream(GenerationRequest(seconds=4.0, seeds=0, **report), chunk_seconds=0.1)
     chunk = next(stream)
     assert known == {"semantic": (8, 100), "coarse": (16, 200), "fine": (5, 200)}
     assert [len(wave) for wave in chunk.waves] == [5 * 16] and chunk.acoustic.shape == (1, 5, 4)
@@ -89,7 +89,7 @@ def test_the_first_chunk_needs_only_its_own_windows():
 def test_tiny_chunks_have_one_frame():
     """A chunk that rounds to no sample has one frame, so the stream ends."""
     audio_lm = audiolm_of(codec=streaming_codec(), **WINDOWS)
-    chunks = audio_lm.stream(chunk_seconds=1e-9, seconds=0.1, seeds=1)
+    chunks = audio_lm.stream(GenerationRequest(seconds=0.1, seeds=1), chunk_seconds=1e-9)
     assert [next(chunks).acoustic.shape[1] for _ in range(5)] == [1] * 5 and not list(chunks)
 
 
@@ -98,14 +98,14 @@ def test_streams_and_calls_of_one_model_are_independent():
     """Two streams alternate, with a call between their chunks."""
     audio_lm = audiolm_of(conditioned=True, codec=streaming_codec(), **WINDOWS)
     requests = [{"text": "one", "seeds": 1}, {"prime_wave": torch.rand(100), "seeds": 2}]
-    streams = [audio_lm.stream(seconds=0.8, chunk_seconds=0.1, **request) for request in requests]
+    streams = [audio_lm.stream(GenerationRequest(seconds=0.8, **request), chunk_seconds=0.1) for request in requests]
     chunks = [[], []]
     for pair in zip_longest(*streams):
-        audio_lm.generate(seconds=0.1)
+        audio_lm.generate(GenerationRequest(seconds=0.1))
         for result, chunk in zip(chunks, pair):
             result += [] if chunk is None else [chunk]
     for result, request in zip(chunks, requests):
-        whole = audio_lm.generate(seconds=0.8, **request)
+        whole = audio_lm.generate(GenerationRequest(seconds=0.8, **request))
         assert torch.equal(GeneratedAudio.concatenate(result).acoustic, whole.acoustic)
 
 
@@ -120,18 +120,21 @@ def test_the_first_chunk_contains_the_prompt():
 def test_errors_are_raised_before_the_first_chunk():
     """Errors of the request appear in the call of `stream`."""
     audio_lm = audiolm_of(codec=streaming_codec())
-    for wrong in ({"seconds": -1.0}, {"chunk_seconds": 0.0}, {"prime_wave": torch.rand(1600), "seconds": 1.0}):
+    for wrong in ({"chunk_seconds": 0.0}, {"prime_wave": torch.rand(1600), "seconds": 1.0}):
+        chunk = {"chunk_seconds": wrong.pop("chunk_seconds", 1.0)}
         with pytest.raises(ValueError, match="positive|longer than the requested"):
-            audio_lm.stream(**wrong)
+            audio_lm.stream(GenerationRequest(**wrong), **chunk)
     with pytest.raises(ValueError, match="FakeCodec has no decoder_stream; call generate"):
-        audiolm_of().stream(seconds=1.0)
+        audiolm_of().stream(GenerationRequest(seconds=1.0))
 
 
 def test_closing_a_stream_closes_its_progress_bars(monkeypatch):
     """Also if the stream is not at its end."""
     closed = []
     monkeypatch.setattr(audiolm.ProgressBars, "close", lambda self: closed.append(1))
-    stream = audiolm_of(codec=streaming_codec()).stream(seconds=1.0, chunk_seconds=0.1, progress=True)
+    stream = audiolm_of(codec=streaming_codec()).stream(
+        GenerationRequest(seconds=1.0, progress=True), chunk_seconds=0.1
+    )
     next(stream)
     assert not closed
     stream.close()
@@ -145,9 +148,9 @@ def test_chunked_codec_decoding_does_not_change_the_wave(codec, monkeypatch):
     audio_lm = audiolm_of(codec=streaming_codec(codec))
     tokens, lengths = torch.randint(0, 12, (3, 20)), torch.tensor([20, 7, 20])
     request = {"semantic_tokens": tokens, "semantic_lengths": lengths, "seeds": 1}
-    whole = audio_lm.generate(**request)
+    whole = audio_lm.generate(GenerationRequest(**request))
     monkeypatch.setattr("audiolm_pytorch.codecs.convolutional._CHUNK_SAMPLES_CPU", 96)
-    for result, expected in zip(audio_lm.generate(**request).waves, whole.waves, strict=True):
+    for result, expected in zip(audio_lm.generate(GenerationRequest(**request)).waves, whole.waves, strict=True):
         torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -161,7 +164,7 @@ def small_chunks(monkeypatch):
 def peak_of_stream(audio_lm, seconds):
     """Largest memory in bytes while a stream is read and its chunks are dropped."""
     with AliveTensors(list(audio_lm.parameters())) as alive:
-        for _ in audio_lm.stream(chunk_seconds=0.16, seconds=seconds, seeds=0):
+        for _ in audio_lm.stream(GenerationRequest(seconds=seconds, seeds=0), chunk_seconds=0.16):
             pass
     return alive.peak_bytes
 
@@ -180,7 +183,7 @@ def test_memory_of_generate_grows_by_tokens_and_waves_alone(small_chunks):
     peaks, given_out = [], []
     for seconds in (0.64, 1.28):
         with AliveTensors(list(small_chunks.parameters())) as alive:
-            audio = small_chunks.generate(seconds=seconds, seeds=0)
+            audio = small_chunks.generate(GenerationRequest(seconds=seconds, seeds=0))
         peaks.append(alive.peak_bytes)
         given_out.append(sum(part.nbytes for part in (*audio.waves, audio.semantic, audio.acoustic)))
     assert peaks[1] - peaks[0] <= 2 * (given_out[1] - given_out[0])

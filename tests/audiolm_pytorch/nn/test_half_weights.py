@@ -8,6 +8,7 @@ import torch
 
 from audiolm_pytorch.audiolm import AudioLM
 from audiolm_pytorch.conditioning.tensors import ConditionTensor
+from audiolm_pytorch.generation.request import GenerationRequest
 from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.nn import half_weights
 from audiolm_pytorch.nn.half_weights import with_half_weights
@@ -98,11 +99,12 @@ def test_an_audiolm_generates_with_half_weights() -> None:
     half = audio_lm.with_half_weights()
     assert half.codec is audio_lm.codec and half.audio_conditioner is audio_lm.audio_conditioner
     assert half.sampling == audio_lm.sampling
-    assert half.semantic.transformer.embedding.weight.dtype == torch.bfloat16
-    assert audio_lm.semantic.transformer.embedding.weight.dtype == torch.float32
-    audio = half.generate(text=["a", "bb"], seconds=0.4, seeds=0)
+    assert half.semantic_transformer.embedding.weight.dtype == torch.bfloat16
+    assert audio_lm.semantic_transformer.embedding.weight.dtype == torch.float32
+    request = GenerationRequest(text=["a", "bb"], seconds=0.4, seeds=0)
+    audio = half.generate(request)
     assert audio.wave.shape == (2, 0.4 * SAMPLE_HZ) and audio.wave.dtype == torch.float32
-    again = half.generate(text=["a", "bb"], seconds=0.4, seeds=0)
+    again = half.generate(request)
     assert torch.equal(audio.wave, again.wave)
 
 

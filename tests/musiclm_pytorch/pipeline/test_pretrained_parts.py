@@ -13,6 +13,7 @@ from audiolm_pytorch.audio.files import read_audio
 from audiolm_pytorch.codecs import Codec, open_codec
 from audiolm_pytorch.data.captions import decode_texts
 from audiolm_pytorch.data.shards import TokenShards
+from audiolm_pytorch.generation.request import GenerationRequest
 from audiolm_pytorch.saving.files import read_json
 from audiolm_pytorch.saving.fingerprint import fingerprint_of
 from audiolm_pytorch.saving.modules import load_module
@@ -95,7 +96,7 @@ def test_fewer_levels_than_the_codec_has_are_modelled_decoded_and_exported(parts
     """With a preset of 3 levels and a codec of 5, the first 3 are generated, equally by the run and by its export."""
     out, _ = pretrained_run
     model = load_musiclm(out)
-    made = model.audio_lm.generate(batch_size=2, seconds=0.5, seeds=3)
+    made = model.audio_lm.generate(GenerationRequest(batch_size=2, seconds=0.5, seeds=3))
     assert made.acoustic.shape == (2, 20, 3) and made.sample_hz == 24000
     assert torch.equal(parts["codec"].decode_from_codebook_indices(made.acoustic)[:, 0], made.wave)
     request = {"num_samples": 2, "seconds": 0.5, "seed": 3, "return_all": True}

@@ -14,10 +14,12 @@ from audiolm_pytorch import AudioLM, CoarseTransformer, FineTransformer, Semanti
 from audiolm_pytorch.codecs import Codec, DacWrapper, EncodecWrapper, MimiWrapper, SoundStream, open_codec
 from audiolm_pytorch.codecs.pretrained import chunked
 from audiolm_pytorch.codecs.pretrained.chunked import Span, apply_chunked, span_of
+from audiolm_pytorch.generation.request import GenerationRequest
 from audiolm_pytorch.saving.fingerprint import fingerprint_of
 from audiolm_pytorch.saving.hub import LoadedModel
 from audiolm_pytorch.saving.modules import save_module
 from tests.helpers.fakes import SIZES, FakeSemanticTokenizer
+from tests.helpers.toy_audiolm import wrapped_stages
 
 transformers = pytest.importorskip("transformers")
 
@@ -479,11 +481,11 @@ def test_audiolm_generates_with_encodec(models):
             num_coarse_quantizers=2, num_fine_quantizers=2, codebook_size=1024, rate_hz=100, **SIZES
         ),
     )
-    made = audio_lm.generate(seconds=0.2, prime_wave=torch.randn(1, 80) * 0.1, seeds=1)
+    made = audio_lm.generate(GenerationRequest(seconds=0.2, prime_wave=torch.randn(1, 80) * 0.1, seeds=1))
     assert made.sample_hz == 800 and made.acoustic.shape[2] == 4
     assert made.wave.shape[-1] >= 160 and torch.isfinite(made.wave).all()
     wave = torch.rand(2, 320)
-    loss = audio_lm.coarse(wave, input_sample_hz=800).loss
+    loss = wrapped_stages(audio_lm)["coarse"](wave, input_sample_hz=800).loss
     assert torch.isfinite(loss)
 
 
