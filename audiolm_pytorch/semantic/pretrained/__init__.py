@@ -1,4 +1,4 @@
-"""Published encoders and semantic tokenizers."""
+"""Published audio encoders and published semantic tokenizers."""
 
 from audiolm_pytorch.semantic.pretrained.encoder import TransformersEncoder, open_encoder
 from audiolm_pytorch.semantic.pretrained.hubert import HubertWithKmeans

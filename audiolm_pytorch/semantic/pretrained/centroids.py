@@ -42,34 +42,34 @@ _ZLIB_OR_GZIP = 32 + 15
 
 @beartype
 def read_centroids(path: str | Path) -> dict[str, Tensor]:
-    """Read centroids from a file.
+    """Read k-means centroids from a file, without running code in the file.
 
     Args:
-        path: A KMeans or MiniBatchKMeans of scikit-learn, saved by joblib, plain or compressed (zlib, gzip, bz2, lzma,
-            xz); neither package is imported and no code in the file is run. The path can also be that of a
-            `.safetensors` file with `centroids [k, d]` and, if features are normalised first, `mean [d]` and `std [d]`.
+        path: File of a KMeans or MiniBatchKMeans of scikit-learn that joblib saved, possibly compressed (zlib, gzip,
+            bz2, lzma, xz), or a `.safetensors` file with `centroids [k, d]`, and with `mean [d]` and `std [d]` if
+            features are normalised.
 
     Returns:
-        `centroids [k, d]`, and `mean` and `std` if the file has them, float32.
+        Tensors float32 by name: `centroids [k, d]`, and `mean [d]` and `std [d]` if the file has them.
     """
     path = Path(path).expanduser()
     if path.suffix == ".safetensors":
         tensors, _ = read_weights(path)
         if "centroids" not in tensors or set(tensors) - {"centroids", "mean", "std"}:
             raise ValueError(
-                f"{path} has tensors {sorted(tensors)[:8]}; it needs centroids [k, d], optionally mean and std [d]"
+                f"{path} has the tensors {sorted(tensors)[:8]}; a file needs centroids, and may have mean and std"
             )
     else:
         with one_line_errors(path, _ADVICE):
             tensors = {"centroids": _kmeans_centroids(_unpacked(path))}
     shape = tuple(tensors["centroids"].shape)
     if len(shape) != 2 or 0 in shape or not tensors["centroids"].isfinite().all():
-        raise ValueError(f"{path}: centroids must be [k, d] and finite, got {shape}; {_ADVICE}")
+        raise ValueError(f"{path}: centroids must be [k, d] and finite, got shape {shape}; {_ADVICE}")
     return {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
 
 
 def _kmeans_centroids(data: bytes) -> Tensor:
-    """Return the centroids of a pickled k-means."""
+    """Return the centroids of a k-means model from the bytes of its pickle."""
     kmeans = _JoblibUnpickler(data).load()
     state = kmeans.state if isinstance(kmeans, StandIn) else None
     centroids = state.get("cluster_centers_") if isinstance(state, dict) else None
@@ -89,7 +89,7 @@ class _JoblibUnpickler(DataUnpickler):
         super().__init__(self._stream, _NAMES, _ROOTS)
 
     def finish(self, stand_in: StandIn) -> Any:
-        """Replace the description of an array by the array that follows it in the file."""
+        """Replace the description of an array by the array, whose bytes follow its description in the file."""
         if stand_in.name not in _WRAPPERS:
             return stand_in
         shape, order = stand_in.state["shape"], stand_in.state["order"]
@@ -98,16 +98,16 @@ class _JoblibUnpickler(DataUnpickler):
             padding = int.from_bytes(self._stream.read(1), "little")
             self._stream.read(padding)
         if type(shape) is not tuple or not all(type(size) is int and size >= 0 for size in shape):
-            raise ValueError("an array has no valid shape")
+            raise ValueError("an array in the file has no valid shape")
         num_bytes = prod(shape) * dtype.itemsize
         if num_bytes > len(self._stream.getbuffer()) - self._stream.tell():
-            raise ValueError("the bytes of an array are missing")
+            raise ValueError("the file ends before the end of an array")
         numbers = np.frombuffer(self._stream.read(num_bytes), dtype=dtype)
         return numbers.reshape(shape[::-1]).transpose() if order == "F" else numbers.reshape(shape)
 
 
 def _number_type(stand_in: Any) -> "np.dtype[Any]":
-    """Return the dtype of a pickled `numpy.dtype`; only numbers are accepted, because object arrays contain pickles."""
+    """Return the dtype of a pickled `numpy.dtype`; object dtypes are rejected, because object arrays are pickles."""
     code = stand_in.arguments[0]
     if isinstance(code, str) and code.lstrip("|<>=").startswith("O"):
         raise RefusedFileError("the file is refused: it has an array of Python objects, which contains a pickle")
@@ -118,7 +118,7 @@ def _number_type(stand_in: Any) -> "np.dtype[Any]":
 
 
 def _unpacked(path: Path) -> bytes:
-    """Read and decompress a file; its content may have at most `_MAX_BYTES` bytes."""
+    """Read and decompress a file; raise an error if the content has more than `_MAX_BYTES` bytes."""
     too_large = RefusedFileError(f"the file is refused: it has more than {_MAX_BYTES} bytes unpacked")
     if path.stat().st_size > _MAX_BYTES:
         raise too_large

@@ -1,4 +1,4 @@
-"""Convolutions over long waves in windows, with norm statistics of the whole wave."""
+"""Convolutions over long waves in windows, with the norm statistics of the whole wave."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -13,14 +13,14 @@ __all__ = ["Moments", "convolved", "group_norm_moments", "moments_of"]
 
 
 class Moments(NamedTuple):
-    """Mean and (biased) variance of features, which broadcast with `[b, c, t]`."""
+    """Mean and (biased) variance of features; both tensors broadcast with `[b, c, t]`."""
 
     mean: Tensor
     variance: Tensor
 
 
 def moments_of(chunks: Iterable[Tensor], dims: tuple[int, ...]) -> Moments:
-    """Compute mean and variance over `dims` of a tensor `[b, c, t]` that is passed in chunks along time; float32."""
+    """Compute float32 mean and variance over `dims` of a tensor `[b, c, t]` that is passed in chunks along time."""
     num_frames: int = 0
     total: Any = 0.0
     squares: Any = 0.0
@@ -34,13 +34,13 @@ def moments_of(chunks: Iterable[Tensor], dims: tuple[int, ...]) -> Moments:
 
 
 def group_norm_moments(extractor: Any, wave: Tensor, chunk_samples: int) -> Moments | None:
-    """Compute moments `[b, c, 1]` of the first convolution over whole waves; None without group norm (HuBERT large).
+    """Compute moments `[b, c, 1]` of the first convolution over whole waves; None if the model has no group norm.
 
-    With a small random HuBERT, 66% and 77% of the tokens of two pieces of music in windows of 30 s equal those without
-    windows. With separate moments for each window, 54% and 67% are equal. Attention causes the other differences.
+    For a small random HuBERT and two recordings, 66% and 77% of the tokens with windows of 30 s equal the tokens
+    without windows. If moments are computed for each window, only 54% and 67% of the tokens are equal.
 
     Args:
-        extractor: `feature_extractor` of a transformers model.
+        extractor: Module `feature_extractor` of a transformers model.
         wave: Waves `[b, n]` without padding.
         chunk_samples: Number of samples in a chunk of the convolution.
     """
@@ -54,7 +54,7 @@ def group_norm_moments(extractor: Any, wave: Tensor, chunk_samples: int) -> Mome
 
 
 def convolved(extractor: Any, wave: Tensor, moments: Moments | None = None) -> Tensor:
-    """Compute front-end vectors `[b, t, d]` of waves `[b, n]`; `moments` None = the moments of these waves are used."""
+    """Compute front-end vectors `[b, t, d]` of waves `[b, n]`; if `moments` is None, use the moments of the waves."""
     if moments is None:
         return rearrange(extractor(wave), "b d t -> b t d")
     first = extractor.conv_layers[0]

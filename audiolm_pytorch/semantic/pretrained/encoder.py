@@ -64,10 +64,10 @@ _FEATURE_SETTINGS = (
 class TransformersEncoder(FrameEncoder):
     """A published audio encoder in the format of transformers, frozen and loaded in float32.
 
-    Reads HuBERT (arXiv:2106.07447), WavLM (arXiv:2110.13900), wav2vec 2.0 and its conformer, data2vec-audio,
-    UniSpeech(-SAT), and w2v-BERT 2.0. Layer k is the output of block k (1-based), layer 0 the input of the first block,
-    like `hidden_states[k]` of transformers. If a model has a norm after its last block, the norm is not applied, so
-    that hidden states do not depend on `layer_count`.
+    Supported models are HuBERT (arXiv:2106.07447), WavLM (arXiv:2110.13900), wav2vec 2.0 and its conformer,
+    data2vec-audio, UniSpeech(-SAT), and w2v-BERT 2.0. Layer k is `hidden_states[k]` of transformers: layer 0 is the
+    input of the first transformer layer. If a model has a norm after its last layer, the norm is not applied, so that
+    hidden states do not depend on `layer_count`.
 
     Items of equal length are encoded in one batch, so that padding does not change the result. Waves longer than
     `window_seconds` are encoded in windows at fixed positions, with a context of `context_seconds` on each side.
@@ -75,10 +75,10 @@ class TransformersEncoder(FrameEncoder):
 
     Args:
         source: Folder in transformers' format, hub id, or a loaded model (which is changed).
-        layer_count: Number of blocks to keep, counted from the first; None = all.
-        normalise_wave: Whether each item is normalised to zero mean and unit variance. None = as in the
-            training of the model: True for models with layer norm in their convolutions, False for models with group
-            norm (HuBERT base). `preprocessor_config.json` is not used for this.
+        layer_count: Number of transformer layers to keep, counted from the first; None means all layers.
+        normalise_wave: Whether each item is normalised to zero mean and unit variance; None means as in the training
+            of the model: True for layer norms in the convolutions, False for group norm. The value in
+            `preprocessor_config.json` is ignored.
         window_seconds: Length of a window without its context.
         offline: Use only local files and the local cache of the hub.
     """
@@ -104,17 +104,19 @@ class TransformersEncoder(FrameEncoder):
         self.origin = loaded.origin
         self.model_type: str = settings.model_type
         if self.model_type not in _CLASSES:
-            raise ValueError(f"models of type {self.model_type!r} are not supported; pass one of {sorted(_CLASSES)}")
+            raise ValueError(
+                f"models of type {self.model_type!r} are not supported; pass a model of a type in {sorted(_CLASSES)}"
+            )
         depth = len(loaded.model.encoder.layers)  # type: ignore[union-attr,arg-type]
         if layer_count is not None and not 0 <= layer_count <= depth:
-            raise ValueError(f"{loaded.source} has {depth} layers; pass one of 0..{depth}, not {layer_count}")
+            raise ValueError(f"{loaded.source} has {depth} layers; pass a layer in 0..{depth}, not {layer_count}")
         self.model: Any = _first_blocks(loaded.model, depth if layer_count is None else layer_count)
         self.model.requires_grad_(False)
         self.depth, self.dim = len(self.model.encoder.layers), settings.hidden_size
         self._read_front(loaded)
         self.downsample_factor = self._frames.stride
         if normalise_wave and self._filterbank:
-            raise ValueError(f"{self.model_type} normalises its filterbanks, not the wave; leave out normalise_wave")
+            raise ValueError(f"{self.model_type} normalises filterbanks, not waves; do not pass normalise_wave=True")
         is_trained_so = not self._filterbank and getattr(settings, "feat_extract_norm", "layer") == "layer"
         self.normalise_wave = is_trained_so if normalise_wave is None else normalise_wave
         self.window_seconds, self.context_seconds = float(window_seconds), float(context_seconds)
@@ -123,7 +125,7 @@ class TransformersEncoder(FrameEncoder):
         self.train(False)
 
     def _read_front(self, loaded: LoadedModel) -> None:
-        """Set the sample rate, the receptive field of a frame, and the filterbank if the model uses one."""
+        """Set the sample rate, the receptive field of a frame, and the filterbank if the model uses a filterbank."""
         settings, preprocessor = self.model.config, loaded.preprocessor
         self.sample_hz = int(preprocessor.get("sampling_rate", 16_000))
         self._filterbank: Filterbank | None = None
@@ -136,13 +138,13 @@ class TransformersEncoder(FrameEncoder):
         self._frames = self._filterbank.frames
         if self._filterbank.dim != settings.feature_projection_input_dim:
             raise ValueError(
-                f"{loaded.source} needs vectors of width {settings.feature_projection_input_dim}, its "
-                f"preprocessor_config.json has {self._filterbank.dim}; use files of one model"
+                f"{loaded.source} needs vectors of width {settings.feature_projection_input_dim}, but the width in "
+                f"preprocessor_config.json is {self._filterbank.dim}; use files of one model"
             )
 
     @property
     def config(self) -> dict[str, Any]:
-        """Description of the model and the other constructor arguments, JSON-able."""
+        """JSON-able description of the model and of the other constructor arguments."""
         options = {
             "normalise_wave": self.normalise_wave,
             "window_seconds": self.window_seconds,
@@ -156,20 +158,20 @@ class TransformersEncoder(FrameEncoder):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "TransformersEncoder":
-        """Build an encoder with random weights from its `config`."""
+        """Build an encoder with random weights from the `config` of an encoder."""
         model_class = getattr(require_transformers(), _CLASSES[config["model"]["model_type"]])
         model = model_class(model_class.config_class.from_dict(dict(config["model"])))
         return cls(LoadedModel(model, preprocessor=config["preprocessor"], **config["origin"]), **config["options"])
 
     def fingerprint(self) -> str:
-        """Hash of everything that features depend on; equal for all file formats of a model with one `layer_count`."""
+        """Return a hash of everything that features depend on; the hash does not depend on the file format."""
         settings = {name: getattr(self.model.config, name, None) for name in _FEATURE_SETTINGS}
         front = [self.sample_hz, self._frames.reach, self._frames.stride, self.normalise_wave]
         facts = [self.model_type, front, [self._windows.keep, self._windows.context], settings]
         return nameless_fingerprint(self.model, facts)
 
     def num_frames(self, num_samples: int) -> int:
-        """Exact number of frames of a wave at `sample_hz`; for one second, HuBERT has 49 frames."""
+        """Return the exact number of frames of a wave at `sample_hz`; for one second, HuBERT has 49 frames."""
         frames = self._frames.num_frames(num_samples)
         if not frames:
             raise ValueError(
@@ -179,12 +181,12 @@ class TransformersEncoder(FrameEncoder):
         return frames
 
     def train(self, mode: bool = True) -> "TransformersEncoder":
-        """Stay in eval mode, because masks and dropout would change the features."""
+        """Keep the encoder in eval mode, because masks and dropout would change the features."""
         return super().train(False)
 
     @torch.no_grad()
     def features(self, wave: Tensor, lengths: Tensor | None = None, layer: int | None = None) -> tuple[Tensor, Tensor]:
-        """Hidden states of a layer (0..depth; None = the last): `[b, t, d]`, zero at padding, and the mask `[b, t]`."""
+        """Compute the hidden states `[b, t, d]` of a layer, which are zero at padding, and the mask `[b, t]`."""
         layer = self.depth if layer is None else layer
         self.check_layer(layer)
         check_waves(wave, lengths, device_of(self.model))
@@ -204,7 +206,7 @@ class TransformersEncoder(FrameEncoder):
         return found, length_mask(counts, num_frames)
 
     def _encode(self, wave: Tensor, encoder: nn.Module, dtype: torch.dtype) -> Tensor:
-        """Compute hidden states `[r, t, d]` of waves `[r, n]` without padding, after all blocks of `encoder`."""
+        """Compute hidden states `[r, t, d]` of waves `[r, n]` without padding, after all layers of `encoder`."""
         wave = wave.float()
         if self._filterbank:
             vectors = self._filterbank(wave).to(dtype)
@@ -224,13 +226,13 @@ class TransformersEncoder(FrameEncoder):
         return features_in_windows(of_waves, wave, self._frames, self._windows)
 
     def _run(self, vectors: Tensor, encoder: nn.Module) -> Tensor:
-        """Compute hidden states from front-end vectors `[r, t, d']`, without the masked spans of training."""
+        """Compute hidden states from front-end vectors `[r, t, d']`, without the random masks of training."""
         projected = self.model.feature_projection(vectors)
         return encoder(projected[0] if isinstance(projected, tuple) else projected)[0]
 
     @beartype
     def truncated(self, layer: int) -> "TransformersEncoder":
-        """Return an independent copy with the first `layer` blocks (0..depth) and equal hidden states."""
+        """Return an independent copy of the encoder with the first `layer` transformer layers."""
         self.check_layer(layer)
         short = copy.copy(self)
         short._modules = {**self._modules, "model": _first_blocks(self.model, layer)}
@@ -239,7 +241,7 @@ class TransformersEncoder(FrameEncoder):
 
 
 def _first_blocks(model: Any, count: int) -> Any:
-    """Return a model that shares the first blocks of another model and has no further blocks."""
+    """Return a model that has only the first `count` layers of `model`, and shares their weights with `model`."""
     short, encoder = copy.copy(model), copy.copy(model.encoder)
     encoder._modules = {**encoder._modules, "layers": encoder.layers[:count]}
     if type(encoder).__name__.endswith(("StableLayerNorm", "ConformerEncoder")):
@@ -264,10 +266,9 @@ def open_published(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
 ) -> TransformersEncoder:
-    """Open a HuBERT checkpoint of fairseq, a folder in transformers' format, or a hub id.
+    """Load an encoder from a HuBERT checkpoint of fairseq, a folder in transformers' format, or a hub id.
 
-    The arguments are those of `TransformersEncoder`. For a fairseq checkpoint, its settings are the default of
-    `normalise_wave`.
+    The arguments are those of `TransformersEncoder`. A fairseq checkpoint sets the default of `normalise_wave`.
     """
     path = Path(source).expanduser()
     options: dict[str, Any] = {"layer_count": layer_count, "normalise_wave": normalise_wave}
@@ -285,7 +286,7 @@ def open_published(
 
 
 def _is_checkpoint_file(path: Path) -> bool:
-    """Return whether a path is a file, or has the name of a file, and is not a folder or a hub id."""
+    """Return whether a path is an existing file, or has the suffix of a checkpoint file and is not a folder."""
     return path.is_file() or (path.suffix in _CHECKPOINT_SUFFIXES and not path.is_dir())
 
 
@@ -293,11 +294,11 @@ def _is_checkpoint_file(path: Path) -> bool:
 def open_encoder(
     source: str | Path, *, offline: bool = False, revision: str | None = None, cache_dir: str | Path | None = None
 ) -> FrameEncoder:
-    """Open any encoder, in eval mode.
+    """Load an audio encoder in eval mode from local files or the hub.
 
     Args:
-        source: A folder of `save_module` with an encoder or a tokenizer (its encoder is returned), or any source of
-            `open_published`. Local files are used before the hub.
+        source: A folder of `save_module` with an encoder, or with a tokenizer whose encoder is returned, or a source
+            of `open_published`; if a local file or folder exists, the hub is not used.
         offline: Use only local files and the local cache of the hub.
     """
     if _is_checkpoint_file(Path(source).expanduser()):
@@ -309,5 +310,5 @@ def open_encoder(
     module = load_module(folder)
     encoder = module.encoder if isinstance(module, KMeansTokenizer) else module
     if not isinstance(encoder, FrameEncoder):
-        raise ValueError(f"{folder} holds a {type(module).__name__}, not an encoder or a tokenizer with an encoder")
+        raise ValueError(f"{folder} has a {type(module).__name__}; an encoder or a tokenizer with an encoder is needed")
     return encoder

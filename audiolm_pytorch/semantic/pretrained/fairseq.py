@@ -1,4 +1,4 @@
-"""Read fairseq checkpoints without fairseq: weights and settings, and HuBERT models built from them."""
+"""Read weights and settings of fairseq checkpoints without fairseq, and build HuBERT models of transformers."""
 
 import re
 from collections.abc import Callable
@@ -48,10 +48,10 @@ class FairseqCheckpoint:
     """Weights and settings of the model in a fairseq checkpoint.
 
     Attributes:
-        weights: Tensors by fairseq's names.
-        model: Settings of the model; in older files, all settings.
-        task: Settings of the task, such as the sample rate; in older files, all settings.
-        source: Name of the file in error messages.
+        weights: Tensors by their names in fairseq.
+        model: Settings of the model; for older files, all settings.
+        task: Settings of the task, such as the sample rate; for older files, all settings.
+        source: Name of the file for error messages.
     """
 
     weights: dict[str, Tensor]
@@ -60,7 +60,7 @@ class FairseqCheckpoint:
     source: str = "the checkpoint"
 
     def renamed_weights(self, patterns: tuple[tuple[str, str], ...], unused: tuple[str, ...]) -> dict[str, Tensor]:
-        """Return the weights with names of `renamed`, without weights whose names start with a prefix in `unused`."""
+        """Return the weights, renamed by `patterns`, except weights whose names start with a prefix in `unused`."""
         used = {name: tensor for name, tensor in self.weights.items() if not name.startswith(unused)}
         return {renamed(name, patterns): tensor for name, tensor in used.items()}
 
@@ -71,14 +71,14 @@ class FairseqCheckpoint:
 
     @property
     def sample_hz(self) -> int:
-        """Rate of the waves that the model was trained on (Hz)."""
+        """Sample rate of the waves that the model was trained on, in Hz."""
         rate_hz = self.task.get("sample_rate")
         return rate_hz if isinstance(rate_hz, int) and 0 < rate_hz <= _MAX_HZ else 16_000
 
 
 @beartype
 def read_fairseq(path: str | Path) -> FairseqCheckpoint:
-    """Read a checkpoint of the fairseq trainer, e.g. `hubert_base_ls960.pt`; no code in the file is run.
+    """Read a checkpoint of the fairseq trainer, such as `hubert_base_ls960.pt`; no code in the file is run.
 
     Settings are read from the entry `cfg` (a dictionary, or omegaconf containers) or from the entry `args`.
     """
@@ -87,11 +87,13 @@ def read_fairseq(path: str | Path) -> FairseqCheckpoint:
     weights = content.get("model")
     if type(weights) is not dict or not weights:
         keys = ", ".join(quoted(key) for key in list(content)[:8])
-        raise ValueError(f"{path} is not a checkpoint of fairseq: it has no 'model' with weights, but {keys}; {advice}")
+        raise ValueError(
+            f"{path} is not a checkpoint of fairseq: it has no 'model' with weights, only {keys}; {advice}"
+        )
     for name in weights:
         if not isinstance(name, str) or len(name) > _MAX_NAME_LENGTH or not name.isprintable():
             raise ValueError(
-                f"{path} is not a checkpoint of fairseq: {quoted(name)} in its 'model' is not the name of a tensor"
+                f"{path} is not a checkpoint of fairseq: the key {quoted(name)} in 'model' is not the name of a tensor"
             )
     tensors = {name: checkpoint.tensor(value) for name, value in weights.items()}
     storage_bytes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()}
@@ -109,7 +111,7 @@ def read_fairseq(path: str | Path) -> FairseqCheckpoint:
 
 @beartype
 def quoted(value: Any) -> str:
-    """Format a value for a message: text and numbers shortened and in quotes; of any other value only the type."""
+    """Format a value for a message: short text and numbers in quotes, any other value by its type."""
     if isinstance(value, str):
         return repr(value[:60])
     is_short = value is None or isinstance(value, float) or (isinstance(value, int) and value.bit_length() <= 64)
@@ -118,7 +120,7 @@ def quoted(value: Any) -> str:
 
 @beartype
 def renamed(name: str, patterns: tuple[tuple[str, str], ...]) -> str:
-    """Rename a weight by the first matching pattern; a name without a match stays, and `load_weights` rejects it."""
+    """Rename a weight by the first matching pattern in `patterns`; a name without a match is returned unchanged."""
     for pattern, replacement in patterns:
         if re.fullmatch(pattern, name):
             return re.sub(pattern, replacement, name)
@@ -127,22 +129,22 @@ def renamed(name: str, patterns: tuple[tuple[str, str], ...]) -> str:
 
 @beartype
 def build_for(weights: dict[str, Tensor], build: Callable[[], nn.Module]) -> Any:
-    """Build a module for given weights, without changing the global random generator.
+    """Build a module for `weights` with the function `build`; the global random generator does not change.
 
-    If the module needs more than twice as many numbers as the weights, a ValueError is raised before memory is used.
+    If the module has more than twice as many parameters as `weights`, a ValueError is raised before memory is used.
     """
     with torch.random.fork_rng(devices=[]):
         with torch.device("meta"):
             needed = sum(parameter.numel() for parameter in build().parameters())
         available = sum(tensor.numel() for tensor in weights.values())
         if needed > 2 * available:
-            raise ValueError(f"the settings ask for a model of {needed} numbers, the weights have {available}")
+            raise ValueError(f"the settings need a model of {needed} parameters, but the file has {available}")
         return build()
 
 
 @beartype
 def conv_layers_of(setting: Any) -> list[list[int]]:
-    """Parse fairseq's text of convolutions, e.g. "[(512,10,5)] + [(512,3,2)] * 4", to [width, kernel, stride] each."""
+    """Parse a fairseq setting like "[(512,10,5)] + [(512,3,2)] * 4" to [width, kernel, stride] of each convolution."""
     text = "".join(setting.split()) if isinstance(setting, str) and len(setting) <= 1000 else ""
     layers: list[list[int]] = []
     if re.fullmatch(rf"{_CONV_LAYERS}(?:\+{_CONV_LAYERS})*", text):
@@ -150,18 +152,17 @@ def conv_layers_of(setting: Any) -> list[list[int]]:
             layers += [[*map(int, layer)] for layer in re.findall(r"(\d+),(\d+),(\d+)", group)] * int(times or 1)
     if not 1 <= len(layers) <= _MAX_LAYERS or not all(min(layer) > 0 for layer in layers):
         raise ValueError(
-            f"conv_feature_layers {quoted(setting)} is not understood; it must be like "
-            "'[(512,10,5)] + [(512,3,2)] * 4': width, kernel and stride of each convolution"
+            f"conv_feature_layers {quoted(setting)} cannot be parsed; width, kernel and stride of each convolution "
+            "are needed, like '[(512,10,5)] + [(512,3,2)] * 4'"
         )
     return layers
 
 
 @beartype
 def hubert_from_fairseq(checkpoint: FairseqCheckpoint) -> Any:
-    """Build the HuBERT (arXiv:2106.07447) of a checkpoint: a `transformers.HubertModel` in eval mode, float32.
+    """Build a `transformers.HubertModel` (arXiv:2106.07447) in eval mode and float32 from a fairseq checkpoint.
 
-    Base and large models can be read. Large models have layer norms in the extractor, biases in the convolutions, and
-    norms before the blocks. The masking of training is switched off.
+    Base and large models are supported. The masking of training is switched off.
     """
     transformers = require_transformers()
     _check_hubert(checkpoint)
@@ -171,7 +172,9 @@ def hubert_from_fairseq(checkpoint: FairseqCheckpoint) -> Any:
         model: nn.Module = build_for(checkpoint.weights, lambda: transformers.HubertModel(config))
     except (TypeError, ValueError, RuntimeError, ZeroDivisionError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{checkpoint.source} has settings or shapes that no HuBERT has: {reason}") from error
+        raise ValueError(
+            f"{checkpoint.source} has settings or shapes that are not valid for HuBERT: {reason}"
+        ) from error
     conv = "encoder.pos_conv_embed.conv."
     for old, new in _WEIGHT_NORM:
         if conv + new in model.state_dict() and conv + old in weights:
@@ -181,17 +184,17 @@ def hubert_from_fairseq(checkpoint: FairseqCheckpoint) -> Any:
 
 
 def _check_hubert(checkpoint: FairseqCheckpoint) -> None:
-    """Raise a ValueError if a checkpoint does not hold a pretrained HuBERT."""
+    """Raise a ValueError if a checkpoint has no pretrained HuBERT."""
     name = checkpoint.model.get("_name") or checkpoint.model.get("arch")
     advice = "give a pretrained HuBERT, e.g. hubert_base_ls960.pt"
     if any(weight.startswith("w2v_encoder.") for weight in checkpoint.weights):
-        raise ValueError(f"{checkpoint.source} is a fine-tuned model, which has another encoder; {advice}")
+        raise ValueError(f"{checkpoint.source} is a fine-tuned model, which is not supported; {advice}")
     if not any(weight.startswith("encoder.layers.") for weight in checkpoint.weights):
-        raise ValueError(f"{checkpoint.source} holds no HuBERT: the weights encoder.layers.* are missing; {advice}")
+        raise ValueError(f"{checkpoint.source} has no HuBERT: the weights encoder.layers.* are missing; {advice}")
     if isinstance(name, str) and not name.startswith("hubert"):
-        raise ValueError(f"{checkpoint.source} holds a {quoted(name)}, not a HuBERT; {advice}")
+        raise ValueError(f"{checkpoint.source} has a model {quoted(name)}, not a HuBERT; {advice}")
     if not checkpoint.model:
-        raise ValueError(f"{checkpoint.source} has neither cfg nor args, so its settings are not known; {advice}")
+        raise ValueError(f"{checkpoint.source} has no settings: the entries cfg and args are missing; {advice}")
 
 
 def _hubert_config(checkpoint: FairseqCheckpoint) -> dict[str, Any]:
@@ -202,26 +205,27 @@ def _hubert_config(checkpoint: FairseqCheckpoint) -> dict[str, Any]:
         value = checkpoint.model.get(name)
         value = default if value is None else value
         if type(value) is not type(default) or (type(value) is int and not 1 <= value < 2**20):
-            raise ValueError(f"setting {name} is {quoted(value)}")
+            raise ValueError(f"the setting {name} has the unsupported value {quoted(value)}")
         return value
 
     def shape(name: str, num_axes: int) -> tuple[int, ...]:
         if name not in weights or weights[name].ndim != num_axes:
-            raise ValueError(f"a weight is missing or of another shape: {renamed(name, _HUBERT_NAMES)}")
+            raise ValueError(f"the weight {renamed(name, _HUBERT_NAMES)} is missing or of another shape")
         return tuple(weights[name].shape)
 
     num_layers = len({*re.findall(r"^encoder\.layers\.(\d+)\.", "\n".join(weights), re.MULTILINE)})
     expected_layers = setting("encoder_layers", num_layers)
     if expected_layers != num_layers or num_layers > _MAX_LAYERS:
         raise ValueError(
-            f"encoder_layers is {expected_layers}, but there are weights of {num_layers} layers (at most {_MAX_LAYERS})"
+            f"the setting encoder_layers is {expected_layers}, but the file has weights of {num_layers} layers "
+            f"(at most {_MAX_LAYERS} are supported)"
         )
     conv_layers = conv_layers_of(checkpoint.model.get("conv_feature_layers") or _HUBERT_CONVOLUTIONS)
     is_layer_norm = "feature_extractor.conv_layers.0.2.1.weight" in weights
     mode = setting("extractor_mode", "layer_norm" if is_layer_norm else "default")
     activation = setting("activation_fn", "gelu")
     if mode not in ("default", "layer_norm") or activation not in ("gelu", "relu"):
-        raise ValueError(f"unknown extractor_mode {mode[:40]!r} or activation_fn {activation[:40]!r}")
+        raise ValueError(f"extractor_mode {mode[:40]!r} or activation_fn {activation[:40]!r} is not supported")
     (width,) = shape("encoder.layer_norm.weight", 1)
     _, group_width, num_positions = shape("encoder.pos_conv.0.weight_v", 3)
     return dict(
@@ -246,7 +250,7 @@ def _hubert_config(checkpoint: FairseqCheckpoint) -> dict[str, Any]:
 
 
 def _plain(value: Any, seen: dict[int, Any] | None = None, depth: int = 0) -> Any:
-    """Convert settings to plain values: omegaconf containers, Namespaces and enum members are unwrapped.
+    """Convert omegaconf containers, Namespaces and enum members in settings to dictionaries, lists and values.
 
     Missing values ("???"), references ("${...}") and objects that are not settings become None. Each object is
     converted once, because a small file can describe a tree with more leaves than fit into memory.

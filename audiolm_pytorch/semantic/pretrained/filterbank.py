@@ -1,4 +1,4 @@
-"""The front end of w2v-BERT 2.0: log-mel filterbanks, normalised over the utterance and stacked in pairs."""
+"""Front end of w2v-BERT 2.0: log-mel filterbanks, normalised over the whole wave and stacked in pairs."""
 
 from typing import Any
 
@@ -20,20 +20,20 @@ _FRAMES_PER_CHUNK = 6000
 
 
 class Filterbank:
-    """Computes the vectors of transformers' `SeamlessM4TFeatureExtractor`, in bounded memory and without padding.
+    """Front end that computes the vectors of transformers' `SeamlessM4TFeatureExtractor` in bounded memory.
 
-    A frame depends only on its 400 samples, so long waves are processed in chunks with the same result. Mean and
-    variance of every band are those of the whole wave. If the last vector is incomplete, it is dropped; transformers
+    A frame depends only on its 400 samples, so that chunks of a long wave have the frames of the whole wave. Mean and
+    variance of every band are computed over the whole wave. An incomplete last vector is dropped, while transformers
     fills it with zeros and masks it.
 
     Args:
-        stride: Number of frames stacked into a vector, at least 2.
+        stride: Number of frames that are stacked into one vector, at least 2.
     """
 
     @beartype
     def __init__(self, *, sample_hz: int = 16_000, num_mels: int = 80, stride: int = 2) -> None:
         if min(sample_hz, num_mels) < 1 or stride < 2:
-            raise ValueError(f"need sample_hz, num_mels >= 1 and stride >= 2, got {sample_hz}, {num_mels}, {stride}")
+            raise ValueError(f"sample_hz {sample_hz} and num_mels {num_mels} must be >= 1, and stride {stride} >= 2")
         self.sample_hz, self.num_mels, self.stride = sample_hz, num_mels, stride
         self.dim = num_mels * stride
         # Frames are stacked here, after the normalisation over the whole wave.
@@ -58,7 +58,7 @@ class Filterbank:
         return rearrange(mels[: total // self.stride * self.stride], "(t k) m -> t (k m)", k=self.stride)
 
     def _log_mel(self, part: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
-        """Compute log-mel frames `[f, m]` of a part of a wave, not normalised."""
+        """Compute log-mel frames `[f, m]` of a chunk of a wave, not normalised."""
         extracted = self._extractor(
             part, sampling_rate=self.sample_hz, do_normalize_per_mel_bins=False, padding=False, return_tensors="np"
         )

@@ -1,4 +1,4 @@
-"""Semantic tokenizer vq-wav2vec (arXiv:1910.05453), from its published checkpoints."""
+"""Semantic tokenizer vq-wav2vec (arXiv:1910.05453), loaded from its published checkpoints."""
 
 import re
 from pathlib import Path
@@ -56,20 +56,19 @@ class FairseqVQWav2Vec(SemanticTokenizer):
     """vq-wav2vec tokenizer (arXiv:1910.05453): a convolutional network with two codes every 10 ms.
 
     The published `vq-wav2vec.pt` (Gumbel softmax) and `vq-wav2vec_kmeans.pt` have two groups of 320 codes, and a frame
-    every 160 samples at 16 kHz. Each frame becomes two successive tokens; code v of group g has the id `g * 320 + v`.
-    So there are 640 token ids, and a token every 80 samples. fairseq is not needed, and no code in the file is run.
-    `save_module` writes the network as safetensors.
+    every 160 samples at 16 kHz. Each frame becomes two successive tokens of 640 token ids: code v of group g has the id
+    `g * 320 + v`. No code in the file is run, and fairseq is not needed. The function `save_module` writes the network
+    as safetensors.
 
     Model card. The model was trained on crops of up to 9.4 s of English audiobooks (LibriSpeech); measure how well its
-    tokens describe music. The norms of the model use the whole item, so tokens depend slightly on its length. The codes
-    were compared with a second implementation of the paper on files of the published layout with random weights; THE
-    PUBLISHED FILES THEMSELVES WERE NOT AT HAND. Licence: MIT (fairseq, code and models).
+    tokens describe music. The norms of the model use the whole item, so tokens depend slightly on its length. Codes
+    were compared with a second implementation of the paper on files with random weights in the published format. THE
+    PUBLISHED FILES THEMSELVES WERE NOT AVAILABLE FOR TESTS. Licence: MIT (fairseq, code and models).
 
     Args:
         checkpoint_path: A fairseq checkpoint, or a `VQWav2Vec` network.
-        target_sample_hz: Sample rate of the model; if it differs from the rate in the file, a ValueError is raised.
-        seq_len_multiple_of: Waves are cut to a multiple of this number of samples (at `target_sample_hz`). None = no
-            cut.
+        target_sample_hz: Sample rate of the model; another rate than that in the file raises a ValueError.
+        seq_len_multiple_of: Waves are cut to a multiple of this number of samples; None means no cut.
     """
 
     @beartype
@@ -90,9 +89,8 @@ class FairseqVQWav2Vec(SemanticTokenizer):
             checkpoint = read_fairseq(network)
             if checkpoint.sample_hz != target_sample_hz:
                 raise ValueError(
-                    f"{network} reads {checkpoint.sample_hz} Hz, target_sample_hz is {target_sample_hz}: leave it at "
-                    f"{checkpoint.sample_hz} and pass input_sample_hz={target_sample_hz} with the waves, which are "
-                    "resampled"
+                    f"target_sample_hz is {target_sample_hz}, but {network} needs {checkpoint.sample_hz} Hz; pass "
+                    f"target_sample_hz={checkpoint.sample_hz}, and input_sample_hz={target_sample_hz} with the waves"
                 )
             network = vq_wav2vec_from_fairseq(checkpoint)
         self.network = network.requires_grad_(False)
@@ -105,7 +103,7 @@ class FairseqVQWav2Vec(SemanticTokenizer):
 
     @property
     def config(self) -> dict[str, Any]:
-        """Description of the network and the other constructor arguments, JSON-able."""
+        """JSON-able description of the network and of the other constructor arguments."""
         return {
             "network": self.network.config,
             "target_sample_hz": self.target_sample_hz,
@@ -114,15 +112,15 @@ class FairseqVQWav2Vec(SemanticTokenizer):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "FairseqVQWav2Vec":
-        """Build a tokenizer with random weights, without the published file."""
+        """Build a tokenizer with random weights from its `config`, without the published file."""
         return cls(VQWav2Vec.from_config(config["network"]), config["target_sample_hz"], config["seq_len_multiple_of"])
 
     def fingerprint(self) -> str:
-        """Hash of everything that the tokens depend on."""
+        """Return a hash of everything that the tokens depend on."""
         return fingerprint_of(self)
 
     def num_frames(self, num_samples: int) -> int:
-        """Exact number of tokens of a wave at `target_sample_hz`; 194 for one second in the published models."""
+        """Return the exact number of tokens of a wave, which is 194 for one second in the published models."""
         frames = self.network.frames
         num_tokens = self.groups * frames.num_frames(self.cut_samples(num_samples))
         if not num_tokens:
@@ -135,7 +133,7 @@ class FairseqVQWav2Vec(SemanticTokenizer):
 
     @torch.no_grad()
     def forward(self, wave: Tensor, input_sample_hz: int | None = None, lengths: Tensor | None = None) -> Tensor:
-        """Tokenize waves; tokens are ordered by frame, then by group. See `SemanticTokenizer`."""
+        """Tokenize waves as in `SemanticTokenizer`; tokens are ordered by frame, then by group."""
         wave, lengths = self.checked_waves(wave, input_sample_hz, lengths, device_of(self.network))
         wave = wave.to(next(self.network.parameters()).dtype)
         ids = torch.full((len(wave), self.num_frames(wave.shape[1])), -1, dtype=torch.int64, device=wave.device)
@@ -150,11 +148,11 @@ class FairseqVQWav2Vec(SemanticTokenizer):
 
 @beartype
 def vq_wav2vec_from_fairseq(checkpoint: FairseqCheckpoint) -> VQWav2Vec:
-    """Build the network of a published checkpoint, in eval mode and float32, with only the parts that compute codes."""
+    """Build the network that computes the codes of a published checkpoint, in eval mode and float32."""
     weights = checkpoint.renamed_weights(_NAMES, _UNUSED)
     if not any(name.startswith("quantizer.") for name in weights):
         raise ValueError(
-            f"{checkpoint.source} holds no vq-wav2vec: it has no weights vector_quantizer.*; pass "
+            f"{checkpoint.source} has no vq-wav2vec: the weights vector_quantizer.* are missing; pass "
             "vq-wav2vec.pt or vq-wav2vec_kmeans.pt"
         )
     settings = _DEFAULTS | {name: value for name, value in checkpoint.model.items() if value is not None}
@@ -168,12 +166,12 @@ def vq_wav2vec_from_fairseq(checkpoint: FairseqCheckpoint) -> VQWav2Vec:
 
 
 def _build_network(weights: dict[str, Tensor], settings: dict[str, Any]) -> VQWav2Vec:
-    """Build the network from the settings; the sizes of the quantizer are taken from the shapes of its weights."""
+    """Build the network for the settings; the sizes of the quantizer are read from the shapes of its weights."""
 
     def setting(name: str, kind: type, allowed: Any = None) -> Any:
         value = settings.get(name)
         if type(value) is not kind or (allowed is not None and value not in allowed):
-            raise ValueError(f"unsupported value of the setting {name}, which is {quoted(value)} in its args or cfg")
+            raise ValueError(f"the setting {name} in args or cfg has the unsupported value {quoted(value)}")
         return value
 
     activation = setting("activation", str, ACTIVATIONS)
@@ -187,12 +185,14 @@ def _build_network(weights: dict[str, Tensor], settings: dict[str, Any]) -> VQWa
     codebook = weights.get("quantizer.codebook")
     if codebook is not None:
         if codebook.ndim != 3 or dim % groups or not codebook.numel():
-            raise ValueError(f"a codebook {tuple(codebook.shape)} does not fit {groups} groups of {dim} channels")
+            raise ValueError(
+                f"a codebook of shape {tuple(codebook.shape)} does not fit {dim} channels in {groups} groups"
+            )
         is_shared = codebook.shape[1] == 1
         return VQWav2Vec(features, KMeansQuantizer(dim=dim, groups=groups, codes=len(codebook), shared=is_shared))
     depth = sum(re.fullmatch(r"quantizer\.layers\.\d+\.bias", name) is not None for name in weights)
     last = weights.get(f"quantizer.layers.{depth - 1}.bias", torch.empty(0))
     if last.ndim != 1 or not last.numel() or len(last) % groups:
-        raise ValueError(f"{last.numel()} logits cannot be divided among {groups} groups of codes")
+        raise ValueError(f"{last.numel()} logits cannot be divided into {groups} groups of codes")
     codes = len(last) // groups
     return VQWav2Vec(features, GumbelQuantizer(dim=dim, groups=groups, codes=codes, depth=depth, activation=activation))

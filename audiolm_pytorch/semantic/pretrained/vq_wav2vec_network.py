@@ -1,4 +1,4 @@
-"""Network of vq-wav2vec (arXiv:1910.05453) up to the codes: convolutions and a quantizer."""
+"""Network of vq-wav2vec (arXiv:1910.05453) that computes codes: convolutions and a quantizer."""
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -23,7 +23,7 @@ _SAMPLES_PER_CHUNK = 480_000
 
 
 class _ConvLayer(nn.Module):
-    """Convolution without padding and bias, then a norm over all channels and the whole wave, then an activation."""
+    """Convolution without padding and bias, followed by a norm over all channels and times, and by an activation."""
 
     def __init__(self, dim_in: int, layer: list[int], activation: str) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class _ConvLayer(nn.Module):
         self.kernel, self.stride = kernel, stride
 
     def forward(self, x: Tensor, moments: Moments | None = None) -> Tensor:
-        """Convert `[b, c, n]` to `[b, d, t]`. For a chunk of a wave, pass the moments of the whole wave."""
+        """Convert features `[b, c, n]` to `[b, d, t]`; for a chunk of a wave, pass the moments of the whole wave."""
         y = self.conv(x)
         if moments is None:
             y = self.norm(y)
@@ -47,12 +47,13 @@ class _ConvLayer(nn.Module):
 class ConvFeatures(nn.Module):
     """Convolutions over the wave (wav2vec, arXiv:1904.05862, sec. 2.1).
 
-    Every layer is normalised over the whole wave. Long waves are processed in chunks, first to compute the moments of
-    each layer, then the features. The result equals that without chunks, but needs three to six times the computation.
+    The output of every layer is normalised over the whole wave. Long waves are processed in chunks, first to compute
+    the moments of each layer, then the features. Chunks do not change the result, but need three to six times the
+    computation.
 
     Args:
         layers: Width, kernel size and stride of every convolution.
-        log_compression: Whether the features are `log(1 + |x|)`.
+        log_compression: Whether features x are replaced by `log(1 + |x|)`.
     """
 
     @beartype
@@ -76,8 +77,8 @@ class ConvFeatures(nn.Module):
     def _in_chunks(self, x: Tensor) -> Tensor:
         """Compute the features of a long wave `[b, 1, n]` in chunks.
 
-        The output of a layer is kept if the layer is the last one, or if its output needs no more memory than a chunk
-        of the first layer. Outputs that are not kept are computed again, from the last kept output.
+        Only small layer outputs and the last output are stored. Outputs that are not stored are computed again from the
+        last stored output.
         """
         layers = cast(list[_ConvLayer], list(self.layers))
         before: list[tuple[_ConvLayer, Moments]] = []  # the layers since the kept output, which is x
@@ -98,7 +99,7 @@ class ConvFeatures(nn.Module):
 def _chunks(
     x: Tensor, before: list[tuple[_ConvLayer, Moments]], layer: _ConvLayer, chunk_frames: int
 ) -> Iterator[Tensor]:
-    """Yield the input of a layer in chunks, computed from x by the previous layers; output chunks do not overlap."""
+    """Yield the input of `layer` in chunks; the input is computed from x by the layers in `before`."""
     layers = [*(other for other, _ in before), layer]
     frames = ReceptiveField.of_convolutions([each.kernel for each in layers], [each.stride for each in layers])
     total, step = frames.num_frames(x.shape[-1]), max(1, frames.num_frames(chunk_frames))
@@ -110,11 +111,11 @@ def _chunks(
 
 
 class GumbelQuantizer(nn.Module):
-    """Selects the codes with the largest logits (sec. 3.1), like the Gumbel softmax without noise.
+    """Quantizer that selects the codes with the largest logits, like a Gumbel softmax without noise.
 
     Args:
         dim: Width of the features.
-        groups: Number of groups; a frame has a code of each group.
+        groups: Number of groups; every frame has one code of each group.
         codes: Number of codes in a group.
         depth: Number of linear layers, with activations between them; hidden layers are twice as wide as the features.
     """
@@ -133,7 +134,7 @@ class GumbelQuantizer(nn.Module):
         return rearrange(features, "b d t -> b t d")
 
     def assign(self, vectors: Tensor) -> Tensor:
-        """Codes of frames: `[b, t, d]` -> `[b, t, g]` int64."""
+        """Compute the codes `[b, t, g]` int64 of frames `[b, t, d]`."""
         *inner, last = self.layers
         for layer in inner:
             vectors = self.activation(layer(vectors))
@@ -141,7 +142,7 @@ class GumbelQuantizer(nn.Module):
 
 
 class KMeansQuantizer(nn.Module):
-    """Selects the nearest codebook entry (sec. 3.2) for each group of the projected, normalised features.
+    """Quantizer that selects the nearest codebook entry for each group of the projected and normalised features.
 
     The arguments are those of `GumbelQuantizer`; if `shared` is True, all groups use one codebook.
     """
@@ -156,11 +157,11 @@ class KMeansQuantizer(nn.Module):
         self.codebook = nn.Parameter(torch.zeros(codes, 1 if shared else groups, dim // groups))
 
     def vectors(self, features: Tensor) -> Tensor:
-        """Convert features `[b, d, t]` to the input `[b, t, d]` of `assign`, normalised over time."""
+        """Project features `[b, d, t]` to the input `[b, t, d]` of `assign`, and normalise the result over time."""
         return rearrange(self.norm(self.projection(features)), "b d t -> b t d")
 
     def assign(self, vectors: Tensor) -> Tensor:
-        """Codes of frames: `[b, t, d]` -> `[b, t, g]` int64."""
+        """Compute the codes `[b, t, g]` int64 of frames `[b, t, d]`."""
         points = rearrange(vectors, "b t (g d) -> g (b t) d", g=self.groups)
         books = rearrange(self.codebook.expand(-1, self.groups, -1), "v g d -> g v d")
         codes = torch.stack([nearest_centroid(part, book) for part, book in zip(points, books)])
@@ -171,7 +172,7 @@ _QUANTIZERS = {"gumbel": GumbelQuantizer, "kmeans": KMeansQuantizer}
 
 
 class VQWav2Vec(nn.Module):
-    """vq-wav2vec up to the codes: waves to features to codes."""
+    """vq-wav2vec network that converts waves to features, and features to codes."""
 
     @beartype
     def __init__(self, features: ConvFeatures, quantizer: GumbelQuantizer | KMeansQuantizer) -> None:
@@ -182,13 +183,13 @@ class VQWav2Vec(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """Constructor arguments of feature extractor and quantizer, JSON-able."""
+        """JSON-able constructor arguments of the feature extractor and the quantizer."""
         kind = next(name for name, cls in _QUANTIZERS.items() if isinstance(self.quantizer, cls))
         return {"features": self.features.config, "kind": kind, "quantizer": self.quantizer.config}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "VQWav2Vec":
-        """Build a network with random weights."""
+        """Build a network with random weights from a `config`."""
         return cls(ConvFeatures(**config["features"]), _QUANTIZERS[config["kind"]](**config["quantizer"]))
 
     def vectors(self, wave: Tensor) -> Tensor:

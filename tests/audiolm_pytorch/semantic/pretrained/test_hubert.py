@@ -236,11 +236,11 @@ def test_what_cannot_be_is_one_line_with_the_mend(published, tokenizer, tmp_path
         return lambda: HubertWithKmeans(*arguments, **keywords)
 
     for attempt, message in [
-        (opening(checkpoint, kmeans_path, target_sample_hz=24_000), "reads 16000 Hz.*input_sample_hz=24000"),
-        (opening(checkpoint, kmeans_path, output_layer=11), r"has 10 layers; pass one of 0\.\.10, not 11"),
+        (opening(checkpoint, kmeans_path, target_sample_hz=24_000), "needs 16000 Hz.*input_sample_hz=24000"),
+        (opening(checkpoint, kmeans_path, output_layer=11), r"has 10 layers; pass a layer in 0\.\.10, not 11"),
         (opening(checkpoint, kmeans_path, output_layer=-1), r"0\.\.10, not -1"),
-        (opening(tmp_path / "short", kmeans_path), r"has 2 layers; pass one of 0\.\.2, not 9"),
-        (opening(checkpoint, tmp_path / "wide.bin"), "17 wide.* 16: .*another model"),
+        (opening(tmp_path / "short", kmeans_path), r"has 2 layers; pass a layer in 0\.\.2, not 9"),
+        (opening(checkpoint, tmp_path / "wide.bin"), "width 17, .* width 16; .*fitted to this model"),
         (opening(checkpoint, kmeans_path, seq_len_multiple_of=0), "at least 1 sample"),
         (opening("./hubert/missing.pt", kmeans_path), "no file hubert/missing.pt"),
         (opening("hubert/missing.pt", kmeans_path), "no file hubert/missing.pt"),
@@ -279,7 +279,7 @@ def test_encoders_open_from_everywhere(published, tokenizer, tmp_path):
     assert isinstance(open_encoder(tmp_path / "own"), BestRQEncoder)
     save_module(SemanticTransformer(num_semantic_tokens=12, **SIZES), tmp_path / "other")
     for source, message in [
-        (tmp_path / "other", "holds a SemanticTransformer, not an encoder"),
+        (tmp_path / "other", "has a SemanticTransformer; an encoder or"),
         (tmp_path / "missing.pt", "there is no file"),
         (tmp_path / "missing", "there is no folder"),
         (tmp_path, "no config.json"),
