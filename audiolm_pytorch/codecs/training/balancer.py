@@ -1,4 +1,4 @@
-"""The loss balancer of EnCodec: a weight is the share of a loss in the gradient, for any scale of the loss."""
+"""Loss balancer of EnCodec, in which the weight of a loss is its share of the gradient, for any scale of the loss."""
 
 from collections.abc import Mapping
 
@@ -15,11 +15,11 @@ class LossBalancer(nn.Module):
     """Combines losses by their gradients with respect to a wave (EnCodec, arXiv 2210.13438, section 3.4, eq. 4).
 
     The gradient of each loss is divided by a running mean of its norm; the result is the weighted mean of the scaled
-    gradients. The caller adds a loss that does not depend on the wave (such as a commitment loss).
+    gradients. A loss that does not depend on the wave, such as a commitment loss, must be added outside the balancer.
 
     Losses must be means over the batch. The gradient norm of a loss is the root mean square of the gradient norms of
-    the batch items. This is eq. 4 with R = 1 / sqrt(b), so accumulated batches count as one large batch. Each process
-    of a distributed run has separate norms; the checkpoint stores the norms of the first process.
+    the batch items. The norm corresponds to eq. 4 with R = 1 / sqrt(b), so that accumulated batches count as one large
+    batch. Each process of a distributed run has separate running means; checkpoints store those of the first process.
 
     The running means are buffers with the bias correction of Adam. A step whose gradient is missing or not finite does
     not change the running means.
@@ -35,7 +35,7 @@ class LossBalancer(nn.Module):
         super().__init__()
         if not any(weights.values()) or min(weights.values()) < 0 or not 0 <= decay < 1:
             raise ValueError(
-                f"need weights of 0 or more, at least one above 0, and 0 <= decay < 1; got {dict(weights)} and {decay}"
+                f"need weights of 0 or more, at least one above 0, and 0 <= decay < 1, got {weights=} and {decay=}"
             )
         self.weights = {name: float(weight) for name, weight in weights.items()}
         self.decay = decay
@@ -47,18 +47,18 @@ class LossBalancer(nn.Module):
         """Return the weighted mean of the losses, whose gradient is the weighted mean of their rescaled gradients.
 
         Args:
-            losses: Scalars by name, functions of `wave` or constants. Other losses share the weight of a missing loss.
+            losses: Scalar losses by name; the weight of a missing loss is distributed over the other losses.
             wave: Output `[b, ...]` of the generator; it must require a gradient.
         """
         unknown = sorted(set(losses) - set(self.weights))
         active = {name: loss for name, loss in losses.items() if self.weights.get(name)}
         if unknown or not active:
             raise ValueError(
-                f"got losses {sorted(losses)}; need at least one with a weight above 0, and only names of "
-                f"{self.weights}"
+                f"got losses {sorted(losses)}; pass at least one loss with a weight above 0, and only losses with "
+                f"weights in {self.weights}"
             )
         if not wave.requires_grad:
-            raise ValueError("the wave needs no gradient; call the balancer with gradients enabled")
+            raise ValueError("wave must require a gradient; call the balancer with gradients enabled")
         share = 1.0 / sum(self.weights[name] for name in active)
         with torch.autocast(wave.device.type, enabled=False):
             mix = torch.zeros_like(wave, dtype=torch.float32)

@@ -17,7 +17,7 @@ _NOISE_DRAWS = 4
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """Training example of a denoising codec: input, target and `denoise` flag; waves are `[n]` or `[c, n]`.
+    """Training example of a denoising codec, with input and target `[n]` or `[c, n]` and the flag `denoise`.
 
     `clean` is the wave without noise, with the same gain as in the mixture. `snr_db` is infinite if no noise is added.
     """
@@ -30,16 +30,16 @@ class Mixture:
 
 
 class NoiseMixer:
-    """Adds a random part of a random noise recording to each clean crop, at a random level.
+    """Adds a random excerpt of a random noise recording to each clean crop, at a random level.
 
     The target is the clean wave if the `denoise` flag is set, else the mixture, so that one codec learns to keep and to
-    remove noise (SoundStream, section III-F). Each example is a pure function of the seed, the epoch and the index.
+    remove noise (SoundStream, section III-F). Each training example depends only on the seed, the epoch and the index.
 
     Args:
         noise: Crops of noise at the sample rate of the clean crops; noise shorter than a clean crop is repeated.
         snr_db: Lowest and highest signal-to-noise ratio (dB); each item draws a ratio uniformly.
         denoise_share: Share of the items (0 to 1) whose `denoise` flag is set.
-        clean_share: Share of the items (0 to 1) without noise; their target is the clean audio for either flag.
+        clean_share: Share of the items (0 to 1) to which no noise is added.
     """
 
     @beartype
@@ -57,17 +57,17 @@ class NoiseMixer:
         if not snr_db[0] <= snr_db[1] or not 0 <= denoise_share <= 1 or not 0 <= clean_share <= 1 or seed < 0:
             raise ValueError(
                 "need snr_db = (lowest, highest), shares from 0 to 1 and seed >= 0, got "
-                f"{snr_db}, {denoise_share}, {clean_share}, {seed}"
+                f"{snr_db=}, {denoise_share=}, {clean_share=} and {seed=}"
             )
         for name, crops in (("clean", clean), ("noise", noise)):
             if sample_hz not in crops.rates_hz:
-                raise ValueError(f"the {name} crops are at {crops.rates_hz} Hz; pass crops at {sample_hz} Hz only")
+                raise ValueError(f"the {name} crops are at {crops.rates_hz} Hz; pass crops at {sample_hz} Hz")
         self.clean, self.noise, self.sample_hz = clean, noise, sample_hz
         self.snr_db, self.denoise_share, self.clean_share, self.seed = snr_db, denoise_share, clean_share, seed
 
     @beartype
     def get(self, epoch: int, index: int) -> Mixture:
-        """Mix one clean crop with noise; no noise is added if the crop, or all drawn noise, is silent."""
+        """Mix one clean crop with noise; add no noise if the clean crop, or all drawn noise, is silent."""
         rng = np.random.default_rng([self.seed, 1, epoch, index])
         denoise = bool(rng.random() < self.denoise_share)
         is_clean = bool(rng.random() < self.clean_share)
@@ -83,7 +83,7 @@ class NoiseMixer:
         return Mixture(mixture, clean if denoise else mixture, denoise, clean, snr_db)
 
     def _draw_noise(self, rng: np.random.Generator, num_samples: int) -> Tensor | None:
-        """Draw noise of `num_samples` samples; None if all of several drawn noises are silent."""
+        """Draw noise of `num_samples` samples; return None if several draws are all silent."""
         for _ in range(_NOISE_DRAWS):
             # each epoch has another position in the file
             crop = self.noise.get(int(rng.integers(2**31)), int(rng.integers(len(self.noise))))

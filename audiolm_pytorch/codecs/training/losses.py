@@ -1,4 +1,4 @@
-"""Losses of codecs: the multi-scale mel distance, and the adversarial losses."""
+"""Losses that train codecs, the multi-scale mel distance and the adversarial losses."""
 
 from collections.abc import Sequence
 
@@ -18,10 +18,10 @@ _FLOOR = 1e-4  # magnitudes below it count as silence: -80 dB of full scale, so 
 
 
 class MultiScaleMelLoss(nn.Module):
-    """L1 between log-mel spectrograms of several windows (SoundStream, eq. 6; number of mels as in arXiv 2306.06546).
+    """L1 distance between log-mel spectrograms of several windows (SoundStream, eq. 6; mels as in arXiv 2306.06546).
 
-    SoundStream uses 64 mel bands for every window, so that short windows have empty bands. Here the number of bands
-    grows with the window. The hop is a quarter of the window.
+    SoundStream uses 64 mel bands for every window, so that short windows have empty bands. In `MultiScaleMelLoss`, the
+    number of mel bands grows with the window. The hop of each spectrogram is a quarter of its window.
     """
 
     @beartype
@@ -50,8 +50,8 @@ class MultiScaleMelLoss(nn.Module):
 def discriminator_hinge(real: Sequence[ScaleOutput], fake: Sequence[ScaleOutput]) -> Tensor:
     """Hinge loss of the discriminators (SoundStream, arXiv 2107.03312, eq. 3; EnCodec, arXiv 2210.13438, section 3.4).
 
-    `fake` must come from decoded waves that are detached from the codec. Returns a float32 scalar, the mean over
-    scales, items and times: 2 if all logits are zero, 0 if real and decoded waves are separated perfectly.
+    The outputs `fake` must come from decoded waves that are detached from the codec. The loss is the float32 mean over
+    scales, items and times, 2 if all logits are zero, and 0 if real and decoded waves are separated perfectly.
     """
     scales = _paired(real, fake)
     hinges = [F.relu(1 - r.logits.float()).mean() + F.relu(1 + f.logits.float()).mean() for r, f in scales]
@@ -61,7 +61,7 @@ def discriminator_hinge(real: Sequence[ScaleOutput], fake: Sequence[ScaleOutput]
 def generator_hinge(fake: Sequence[ScaleOutput]) -> Tensor:
     """Adversarial hinge loss of the codec on logits for decoded waves (SoundStream, eq. 4; EnCodec, section 3.4).
 
-    Returns a float32 scalar, the mean over scales, items and times; logits above 1 have no gradient.
+    The loss is the float32 mean over scales, items and times; logits above 1 have no gradient.
     """
     return torch.stack([F.relu(1 - f.logits.float()).mean() for f, _ in _paired(fake, fake)]).mean()
 
@@ -70,8 +70,8 @@ def feature_matching(real: Sequence[ScaleOutput], fake: Sequence[ScaleOutput]) -
     """Relative L1 distance between the features of real and decoded waves (EnCodec, eq. 2).
 
     The distance of each layer is divided by the mean magnitude of its real features, so that layers have equal weight
-    and the discriminators cannot change the weight of the loss. Real features receive no gradient. Returns a float32
-    scalar, the mean over the features of a layer, then over the layers of a scale, then over the scales.
+    and discriminators cannot change the scale of the loss. The features of real waves receive no gradient. The float32
+    result is averaged over the features of a layer, then over the layers of a scale, then over the scales.
     """
     means = []
     for r, f in _paired(real, fake):
@@ -90,7 +90,7 @@ def _paired(real: Sequence[ScaleOutput], fake: Sequence[ScaleOutput]) -> list[tu
     """Pair the outputs for real and decoded waves, scale by scale."""
     if not real or len(real) != len(fake):
         raise ValueError(
-            f"got {len(real)} scales of real and {len(fake)} of decoded waves; pass the outputs of the same "
-            "discriminators for both, with at least one scale"
+            f"got {len(real)} outputs for real and {len(fake)} for decoded waves; pass equal numbers of outputs, at "
+            "least one"
         )
     return list(zip(real, fake))

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class CodeUsage(nn.Module):
-    """Codebook usage over about the last hundred training batches; checkpoints hold the counts as a buffer."""
+    """Codebook usage over about the last hundred training batches; checkpoints store the counts as a buffer."""
 
     counts: Tensor
 
@@ -38,10 +38,10 @@ class CodeUsage(nn.Module):
 
     @torch.no_grad()
     def forward(self, codes: Tensor) -> dict[str, Tensor]:
-        """Count the codes `[b, f, q]` of a batch (-1 where a level is left out), and return the usage by level.
+        """Count the codes `[b, f, q]` of a batch, where -1 is not counted, and return the codebook usage by level.
 
-        The number of used codes and the perplexity are divided by the codebook size: `usage_level_1`,
-        `perplexity_level_1`, …
+        The metrics of a level k are the number of used codes, `usage_level_k`, and the perplexity,
+        `perplexity_level_k`, both divided by the codebook size.
         """
         num_quantizers = len(self.counts)
         levels = rearrange(codes, "b f q -> (b f) q")
@@ -59,7 +59,7 @@ class CodeUsage(nn.Module):
 
 
 def _by_level(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Split each tensor `name [q]` into scalars `name_level_1, …`."""
+    """Split each tensor `name [q]` into one scalar `name_level_k` for each level k."""
     return {f"{name}_level_{k}": value for name, levels in values.items() for k, value in enumerate(levels, start=1)}
 
 
@@ -106,7 +106,7 @@ def denoising_metrics(
 ) -> dict[str, float]:
     """Compute distances from the clean wave to the mixture and to its reconstructions with and without `denoise`.
 
-    Items with a silent clean wave are left out.
+    Mixtures with a silent clean wave are not evaluated.
     """
     rows: dict[str, list[float]] = {}
     for mixture in mixtures:
@@ -146,10 +146,10 @@ def write_pairs(
 
 
 class MelWarning:
-    """Logs a warning, once, if the mel distance in validation has not fallen after a quarter of the run.
+    """Logs one warning if the mel distance in validation has not decreased after a quarter of the training run.
 
-    The distance is compared with that of the first validation. After quantization begins, it is compared with that of
-    the first validation with quantization, because quantization raises the distance.
+    The mel distance is compared with the mel distance of the first validation. After quantization begins, the mel
+    distance is compared with the first validation with quantization, because quantization increases the distance.
     """
 
     def __init__(self, num_train_steps: int) -> None:
@@ -158,7 +158,7 @@ class MelWarning:
         self._first: dict[bool, float] = {}
 
     def __call__(self, row: Mapping[str, Any]) -> None:
-        """Log the warning if the metrics `row` of the training loop shows no progress; later calls log nothing."""
+        """Log the warning if the metrics in `row` show no progress; after the warning, calls log nothing."""
         distance = row.get("mel_distance")
         if row["phase"] != "valid" or distance is None:
             return

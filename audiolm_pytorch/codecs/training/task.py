@@ -1,4 +1,4 @@
-"""Task of the training loop for codecs: reconstruction losses and discriminators."""
+"""Task that trains codecs in the training loop, with reconstruction losses and discriminators."""
 
 import itertools
 from collections.abc import Iterator
@@ -43,15 +43,15 @@ _FRAMES_PER_CODE = 25  # frames that initialise the codebooks, for each of their
 @beartype
 @dataclass(frozen=True)
 class CodecLossWeights:
-    """Weights of the losses of a codec.
+    """Weights of the losses that train a codec.
 
-    If several losses on the wave have weights above 0, `LossBalancer` combines them. The weight of a loss is then its
-    share of the gradient, independent of the scale of the loss. The weight of a single loss is a plain factor. The
-    commitment loss does not depend on the wave and is added without balancing.
+    If several losses on the wave have weights above 0, `LossBalancer` combines them. With `LossBalancer`, the weight of
+    a loss is its share of the gradient, independent of the scale of the loss. A single loss with a weight above 0 is
+    multiplied by its weight. The commitment loss does not depend on the wave and is added without balancing.
 
-    The mel distance weighs most, as in arXiv 2306.06546 (15 mel, 2 feature matching, 1 adversarial). EnCodec (arXiv
-    2210.13438, 24 kHz) uses `CodecLossWeights(adversarial=3, feature_matching=3)`, for long runs with large batches.
-    Discriminators, which are untrained at first, then contribute six sevenths of the gradient.
+    The mel distance has the largest weight, as in arXiv 2306.06546 (15 mel, 2 feature matching, 1 adversarial). EnCodec
+    (arXiv 2210.13438, 24 kHz) uses `CodecLossWeights(adversarial=3, feature_matching=3)`, for long runs with large
+    batches. With the weights of EnCodec, discriminators contribute six sevenths of the gradient, even if untrained.
     """
 
     mel: float | int = 1.0
@@ -62,9 +62,9 @@ class CodecLossWeights:
 
     def __post_init__(self) -> None:
         if min(asdict(self).values()) < 0 or not self.on_wave:
-            raise ValueError(f"weights must be 0 or more, and mel, waveform or adversarial above 0; got {self}")
+            raise ValueError(f"weights must be 0 or more, and mel, waveform or adversarial above 0, got {self}")
         if self.feature_matching and not self.adversarial:
-            raise ValueError("feature_matching needs adversarial > 0; otherwise the discriminators are not trained")
+            raise ValueError("feature_matching needs adversarial > 0; set feature_matching=0 without discriminators")
 
     @property
     def reconstruction_only(self) -> "CodecLossWeights":
@@ -82,7 +82,7 @@ MEL_ONLY = CodecLossWeights(waveform=0.0, adversarial=0.0, feature_matching=0.0)
 
 @dataclass(eq=False)
 class CodecBatch:
-    """Batch of a codec: inputs and targets `[b, c, n]`, and the flags `[b]` bool of a denoising condition.
+    """Training batch of a codec, with input and target waves `[b, c, n]` and bool flags `denoise [b]`.
 
     The generator phase stores its reconstruction in `decoded` for the discriminator phase of the same step.
     """
@@ -96,13 +96,14 @@ class CodecBatch:
 class CodecTask:
     """Trains a codec in the phase "generator", and its discriminators, if any, in the phase "discriminator".
 
-    In the first steps the codec trains without quantization. Then k-means on encoded frames initialises the codebooks,
-    which works far better with a trained encoder than with an untrained one. Fast changes of the early encoder cannot
-    leave codes unused. Codebooks that are already trained, as in fine-tuning, are not initialised again.
+    In the first `unquantized_steps` steps the codec trains without quantization. After these steps, k-means on encoded
+    frames initialises the codebooks, which works far better with a trained encoder than with an untrained one.
+    Codebooks that are already trained, as in fine-tuning, are not initialised again.
 
     The discriminators train for `discriminator_lead_steps` before the codec uses their losses. Untrained discriminators
-    would damage a trained codec, because the balancer gives untrained and trained discriminators the same weight.
-    `noise` holds the mixtures for training and for validation. `SoundStreamTrainer` describes the other arguments.
+    would damage a trained codec, because the balancer uses equal weights for untrained and trained discriminators. The
+    argument `noise` contains the noise mixers for training and for validation. `SoundStreamTrainer` documents the other
+    arguments of `CodecTask`.
     """
 
     name = "codec"
@@ -154,7 +155,7 @@ class CodecTask:
         }
 
     def batch(self, indices: list[tuple[int, int]]) -> CodecBatch:
-        """Load the waves of (epoch, index) pairs; shorter waves are padded with zeros."""
+        """Load the training examples of (epoch, index) pairs; shorter waves are padded with zeros."""
         if self.noise is None:
             crops = [self.train.get(epoch, index) for epoch, index in indices]
             wave = _padded([crop.waves[self.codec.target_sample_hz] for crop in crops])
@@ -240,7 +241,7 @@ class CodecTask:
     def _initialise_codebooks(self) -> None:
         """Initialise the codebooks by k-means on a fixed set of crops, so that a resumed run has the same codebooks.
 
-        Every process encodes a share of the crops.
+        Every process encodes an equal share of the crops.
         """
         rank, num_processes = rank_and_count()
         num_missing, frames = _FRAMES_PER_CODE * self.codec.codebook_size / num_processes, []
@@ -254,7 +255,7 @@ class CodecTask:
         self.codec.quantizer.initialise(torch.cat(frames))
 
     def _validation_waves(self, count: int) -> list[Tensor]:
-        """Load the first validation crops, each `[1, c, n]`."""
+        """Load the first `count` validation crops as waves `[1, c, n]`."""
         waves = [self.valid.get(0, index).waves[self.codec.target_sample_hz] for index in range(count)]
         return [torch.atleast_2d(wave)[None].to(device_of(self.codec)) for wave in waves]
 
@@ -262,8 +263,7 @@ class CodecTask:
 def codebooks_are_untrained(codec: SoundStream) -> bool:
     """Return whether a codec has codebooks that were never initialised; False for quantizers without codebooks.
 
-    Codebooks count the use of every code in a buffer. All counts are 1 until the codebooks are initialised or loaded
-    from a trained codec.
+    The use counts of all codes are 1 until the codebooks are initialised or loaded from a trained codec.
     """
     counts = [buffer for name, buffer in codec.quantizer.named_buffers() if name.endswith("cluster_size")]
     return bool(counts) and bool((counts[0] == 1).all())
@@ -279,7 +279,7 @@ def _check(
 ) -> None:
     if (discriminators is not None) != (weights.adversarial > 0):
         passed = "no discriminators" if discriminators is None else "discriminators"
-        raise ValueError(f"got {passed} and an adversarial weight of {weights.adversarial}; give both or neither")
+        raise ValueError(f"got {passed} and an adversarial weight of {weights.adversarial}; pass both or neither")
     if min(adversarial_start_step, discriminator_lead_steps) < 0:
         raise ValueError(
             "adversarial_start_step and discriminator_lead_steps must be 0 or more, got "
@@ -288,8 +288,8 @@ def _check(
     steps_before = adversarial_start_step + discriminator_lead_steps
     if steps_before and not (weights.mel or weights.waveform):
         raise ValueError(
-            f"the codec has no loss in the {steps_before} steps before the adversarial losses begin; set a "
-            "weight for mel or waveform, or adversarial_start_step=0 and discriminator_lead_steps=0"
+            f"the codec has no loss in the {steps_before} steps before the adversarial losses begin; set a mel or "
+            "waveform weight, or adversarial_start_step=0 and discriminator_lead_steps=0"
         )
     if discriminators is not None:
         with torch.no_grad():
@@ -300,7 +300,7 @@ def _check(
 
 @contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
-    """Context manager: gradients flow through a module, but the parameters of the module receive no gradients."""
+    """Context manager in which gradients pass through a module, but the parameters of the module receive none."""
     parameters = nn.ParameterList(parameter for parameter in module.parameters() if parameter.requires_grad)
     parameters.requires_grad_(False)
     try:

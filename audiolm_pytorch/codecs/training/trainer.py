@@ -30,9 +30,9 @@ _MAX_LEAD_STEPS = 200
 class SoundStreamTrainer:
     """Trains a SoundStream on a folder of audio; an interrupted run can be resumed.
 
-    To fine-tune, load the codec and the discriminators from the `results_folder` of an earlier run
-    (`SoundStream.init_and_load_from(folder / "codec")`, `load_module(folder / "discriminators")`), and
-    pass them with `adversarial_start_step=0` and `discriminator_lead_steps=0`. The optimizer state starts empty.
+    To fine-tune, load the codec with `SoundStream.init_and_load_from(folder / "codec")` from the `results_folder` of an
+    earlier run. Load the discriminators with `load_module(folder / "discriminators")`, and set
+    `adversarial_start_step=0` and `discriminator_lead_steps=0`. In fine-tuning, the optimizer state starts empty.
 
     Args:
         soundstream: Codec to train; its weights are changed in place.
@@ -40,23 +40,23 @@ class SoundStreamTrainer:
         items: Training items and validation items, instead of `folder`.
         data_max_length: Length of a crop in samples at the codec's rate, instead of `data_max_length_seconds`.
         data_max_length_seconds: Length of a crop in seconds; 1 if neither length is passed.
-        results_folder: Folder for checkpoints, metrics and samples. At the end of the run the codec is saved in
-            `results_folder/codec`, the discriminators in `results_folder/discriminators`.
-        loss_weights: Default `CodecLossWeights()`; without discriminators its `reconstruction_only`. `MEL_ONLY` uses
-            the mel distance as the only loss.
-        discriminators: Discriminators to train, e.g. `soundstream_discriminators(channels=1)`, which need more time on
-            a CPU than a small codec (with `width=8` a fifth of that time). None trains with reconstruction losses only.
-            The class must be registered (`audiolm_pytorch.saving.modules.register`), because the module is saved.
+        results_folder: Folder for checkpoints, metrics, samples, and, at the end of the run, the trained `codec` and
+            `discriminators`.
+        loss_weights: Weights of the losses; by default `CodecLossWeights()`, or its `reconstruction_only` without
+            discriminators.
+        discriminators: Discriminators to train, such as `soundstream_discriminators(channels=1)`, which need more time
+            on a CPU than a small codec (with `width=8` a fifth of that time); their class must be registered with
+            `audiolm_pytorch.saving.modules.register`; None uses only reconstruction losses.
         adversarial_start_step: First training step of the discriminators; by default after a quarter of the run.
         discriminator_lead_steps: Steps of the discriminators before the codec uses their losses; by default a tenth of
             the steps of the discriminators, at most 200.
         unquantized_steps: Steps before quantization begins; by default a tenth of the run if the codebooks are
-            untrained, else 0. Trained codebooks are not initialised again.
+            untrained, else 0.
         noise_folder: Folder or manifest of noise recordings, for a codec with a denoising condition.
         noise_items: Training noise and validation noise, instead of `noise_folder`.
         noise_snr_db: Lowest and highest signal-to-noise ratio (dB).
-        accelerator: Accelerator to use, e.g. shared by several trainers; None creates one.
-        **settings: Further fields of `LoopSettings`, e.g. `learning_rate`. Phases: "generator", "discriminator".
+        accelerator: Accelerator to use, which several trainers can share; None creates an accelerator.
+        **settings: Further fields of `LoopSettings`; the phases are "generator" and "discriminator".
     """
 
     @beartype
@@ -110,8 +110,8 @@ class SoundStreamTrainer:
             discriminator_lead_steps = min(_MAX_LEAD_STEPS, remaining // 10) if has_reconstruction_loss else 0
         if discriminators is not None and adversarial_start_step + discriminator_lead_steps >= num_train_steps:
             raise ValueError(
-                f"the codec would never use the discriminators in {num_train_steps} steps: adversarial_start_step is "
-                f"{adversarial_start_step} and discriminator_lead_steps {discriminator_lead_steps}; lower them"
+                f"the codec would never use the discriminators in {num_train_steps} steps; lower "
+                f"{adversarial_start_step=} or {discriminator_lead_steps=}"
             )
         self.task = CodecTask(
             soundstream,
@@ -132,7 +132,7 @@ class SoundStreamTrainer:
     def train(self, stop_after_steps: int | None = None) -> TrainResult:
         """Train to the end, or for at most `stop_after_steps` steps, from the last checkpoint if there is one.
 
-        At the end of the run the codec holds the final weights, in eval mode.
+        At the end of the run the codec has the final weights and is in eval mode.
         """
         return self.loop.train_and_save(self._save, stop_after_steps)
 
@@ -156,6 +156,6 @@ def _mixers(
     noise: tuple[CropDataset, CropDataset],
     snr_db: tuple[float | int, float | int],
 ) -> tuple[NoiseMixer, NoiseMixer]:
-    """Create the mixtures for training and for validation; in validation every item has noise."""
+    """Create the noise mixers for training and for validation; in validation every item has noise."""
     settings: dict[str, Any] = dict(sample_hz=clean[0].rates_hz[0], snr_db=snr_db, seed=clean[0].seed)
     return NoiseMixer(clean[0], noise[0], **settings), NoiseMixer(clean[1], noise[1], clean_share=0.0, **settings)

@@ -551,7 +551,7 @@ def test_impossible_losses_and_parts_are_refused(folder, tmp_path):
         CodecLossWeights(mel=0.0, waveform=0.0, adversarial=0.0, feature_matching=0.0)
     with pytest.raises(ValueError, match="feature_matching needs adversarial"):
         CodecLossWeights(adversarial=0.0)
-    with pytest.raises(ValueError, match="give both or neither"):
+    with pytest.raises(ValueError, match="pass both or neither"):
         trainer_of(folder, tmp_path, 1, discriminators=tiny_discriminators())
     only_judged = CodecLossWeights(mel=0.0, waveform=0.0)
     assert trainer_of(folder, tmp_path, 8, loss_weights=only_judged).task.adversarial_start_step == 0
@@ -570,7 +570,7 @@ def test_without_discriminators_the_losses_are_reconstruction_only(folder, tmp_p
     )  # fmt: skip
     assert [phase.name for phase in trainer.task.phases] == ["generator"]
     assert set(trainer.task.weights.on_wave) == {"mel", "waveform"}
-    with pytest.raises(ValueError, match="no discriminators and an adversarial weight of 0.1; give both"):
+    with pytest.raises(ValueError, match="no discriminators and an adversarial weight of 0.1; pass both"):
         SoundStreamTrainer(
             tiny_codec(), folder=folder, batch_size=1, num_train_steps=1, loss_weights=CodecLossWeights()
         )  # fmt: skip
