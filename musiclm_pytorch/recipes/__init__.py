@@ -1,3 +1,3 @@
-"""Recipes that train and measure the bundled models, and their toy corpus. The library does not import this package."""
+"""Scripts that train and evaluate the bundled models. The library does not import the recipes."""
 
 __all__: list[str] = []

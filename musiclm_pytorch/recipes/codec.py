@@ -1,7 +1,7 @@
 """Training of the bundled 16 kHz codec: `python -m musiclm_pytorch.recipes.codec --data corpus --out run`.
 
-The codec is trained twice; the second training starts from the weights of the first. Both take 80 minutes on one CPU
-core. The same command continues an interrupted run.
+The codec is trained twice, and the second training starts from the weights of the first training. The two trainings of
+the codec take 80 minutes in total on one CPU core. Running the command again continues an interrupted training.
 """
 
 import sys
@@ -21,7 +21,7 @@ __all__ = ["build_codec", "main"]
 
 @dataclass(frozen=True)
 class _Round:
-    """Settings of one training: number of steps, steps before quantization starts, and peak learning rate."""
+    """Settings of one codec training: number of steps, steps before quantization starts, and peak learning rate."""
 
     name: str
     num_steps: int
@@ -34,21 +34,20 @@ _ROUNDS = (_Round("first", 10_000, 600, 1e-3), _Round("second", 3_000, 0, 5e-4))
 
 @beartype
 def build_codec(seed: int = 0) -> SoundStream:
-    """Create the codec with random weights: 16 kHz, 50 frames per second, 8 levels of 1024 codes (4 kbps)."""
+    """Create the codec with random weights, for 16 kHz audio at 50 frames per second and 8 levels of 1024 codes."""
     torch.manual_seed(seed)
     return SpectralSoundStream(dim=320, encoder_depth=4, decoder_depth=8, rq_num_quantizers=8, code_dim=128)
 
 
 @beartype
 def main(data: Path, out: Path, seed: int = 0, scale: float = 1.0) -> None:
-    """Train the codec and write it as fp16 weights into OUT/codec_16khz.
+    """Train the codec and save its weights as float16 in the folder OUT/codec_16khz.
 
     Args:
-        data: Folder of audio files. The bundled codec is trained on a folder that `python -m
-            musiclm_pytorch.recipes.corpus` wrote.
+        data: Folder of audio files, such as the toy corpus of `python -m musiclm_pytorch.recipes.corpus`.
         out: Folder for the checkpoints and the codec.
         seed: Seed of weights, data order and noise.
-        scale: Factor of the number of steps; less than 1 for a quick test.
+        scale: Factor for the number of training steps; use a factor below 1 for a quick test.
     """
     codec = build_codec(seed)
     for number, training in enumerate(_ROUNDS):

@@ -15,7 +15,7 @@ __all__ = ["peak_bytes", "peak_bytes_of"]
 
 @beartype
 def peak_bytes() -> int:
-    """Largest resident memory of this process so far, including interpreter and libraries, in bytes."""
+    """Return the largest resident memory of this process so far in bytes, including interpreter and libraries."""
     status = Path("/proc/self/status")
     if status.exists():
         # getrusage cannot be used, because on Linux a new process inherits the peak of its parent.
@@ -26,7 +26,7 @@ def peak_bytes() -> int:
 
 @beartype
 def peak_bytes_of(job: Callable[..., Any], *arguments: Any) -> int:
-    """Call a function of a module in a new process; return the largest resident memory of the process in bytes."""
+    """Call a function in a new process, and return the largest resident memory of the process in bytes."""
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_peak_after, job, arguments).result()
 

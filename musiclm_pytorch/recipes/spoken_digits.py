@@ -1,15 +1,14 @@
-"""Training and measurement of an AudioLM on spoken digits, in about an hour on one CPU core.
+"""Training and evaluation of an AudioLM on spoken digits, in about an hour on one CPU core.
 
-`python -m musiclm_pytorch.recipes.spoken_digits --data speech_digits --out run`
+Run as `python -m musiclm_pytorch.recipes.spoken_digits --data speech_digits --out run`.
 
-`speech_digits` is a folder of the Free Spoken Digit Dataset with a manifest that has the fields `digit` and `speaker`.
-Takes 5 to 9 of each digit and speaker (`is_held_out`) are not used for training. They are prompts and test the
-classifier. Takes 48 and 49 are for validation losses, and takes 10 to 47 are for training. The codec and the semantic
-tokenizer are trained on all takes from 10 on.
+The folder `speech_digits` contains the Free Spoken Digit Dataset and a manifest with the fields `digit` and `speaker`.
+Takes 5 to 9 of each digit and speaker are prompts and test words, and are never used for training. The stages are
+trained on takes 10 to 47 and validated on takes 48 and 49. The codec and the semantic tokenizer are trained on takes 10
+to 49.
 
-A word of half a second is too short for a continuation. Words of one speaker are therefore joined into clips of 5 s,
-with pauses of 0.15 to 0.4 s of digital silence. Stages are trained on crops of 3 s. The same command continues an
-interrupted run. Results are in `OUT/metrics.json` and `OUT/metrics.md`.
+Single words are too short for a continuation. Words of one speaker are joined into clips of 5 s, with pauses of 0.15 to
+0.4 s of digital silence. Running the command again continues an interrupted training.
 """
 
 import sys
@@ -86,7 +85,7 @@ MEMORY_SECONDS, MEMORY_RUNS = (10, 60), 3
 
 @dataclass(frozen=True)
 class _Stage:
-    """Settings of the training of one stage: number of steps, clips per step and their length."""
+    """Training settings of one stage: number of steps, clips per step, and length of a clip."""
 
     num_steps: int
     batch_size: int
@@ -99,7 +98,7 @@ _SIZES: dict[str, Any] = dict(dim=192, depth=6, heads=3, dim_head=64, dropout=0.
 
 @dataclass(frozen=True)
 class Words:
-    """Recorded words, split into training, validation and test words."""
+    """Recorded words, split into words for training, validation and test."""
 
     train: list[AudioItem]
     valid: list[AudioItem]
@@ -108,7 +107,7 @@ class Words:
 
 @beartype
 def split_words(items: Sequence[AudioItem]) -> Words:
-    """Split recordings by the take in their names: 10 to 47 for training, from 48 for validation, below 10 for test."""
+    """Split recordings by their takes: 10 to 47 for training, 48 and 49 for validation, and 0 to 9 for test."""
     not_held_out = [item for item in items if not is_held_out(item)]
     is_valid = [int(item.path.stem.rpartition("_")[2]) >= FIRST_VALID_TAKE for item in not_held_out]
     words = Words(
@@ -118,15 +117,15 @@ def split_words(items: Sequence[AudioItem]) -> Words:
     )
     if not (words.train and words.valid and words.test):
         raise ValueError(
-            f"need recordings of takes 0 to 9, 10 to {FIRST_VALID_TAKE - 1} and from {FIRST_VALID_TAKE} on; "
-            f"got {len(words.test)}, {len(words.train)} and {len(words.valid)} recordings"
+            f"got {len(words.test)} recordings of takes 0 to 9, {len(words.train)} of takes 10 to "
+            f"{FIRST_VALID_TAKE - 1} and {len(words.valid)} of later takes; add recordings of the missing takes"
         )
     return words
 
 
 @beartype
 def build_stages(codec: Codec, tokenizer: SemanticTokenizer, seed: int = 0) -> dict[str, StageTransformer]:
-    """Create unconditional stages with random weights for the tokens of `codec` and `tokenizer`."""
+    """Create unconditional AudioLM stages with random weights, for the tokens of `codec` and `tokenizer`."""
     torch.manual_seed(seed)
     semantic_hz = Fraction(tokenizer.target_sample_hz, tokenizer.downsample_factor)
     frame_hz = Fraction(codec.target_sample_hz, codec.downsample_factor)
@@ -145,11 +144,11 @@ def build_stages(codec: Codec, tokenizer: SemanticTokenizer, seed: int = 0) -> d
 
 
 def _train_codec(words: Sequence[AudioItem], out: Path, seed: int, scale: float) -> SoundStream:
-    """Continue the training of the bundled codec, which was trained only on music, with joined words."""
+    """Train the bundled codec, which was trained only on music, on joined words."""
     clips = join_words(words, out / "codec_clips", NUM_CODEC_CLIPS, seed)
     codec = codec_named("16khz")
     if not isinstance(codec, SoundStream):
-        raise ValueError(f"the bundled codec is a {type(codec).__name__}, but this recipe needs a SoundStream")
+        raise ValueError(f"the bundled codec is a {type(codec).__name__}, this script needs a SoundStream")
     codec.train().requires_grad_(True)
     SoundStreamTrainer(
         codec,
@@ -164,7 +163,7 @@ def _train_codec(words: Sequence[AudioItem], out: Path, seed: int, scale: float)
 
 
 def _schedule(num_steps: float, seed: int) -> dict[str, Any]:
-    """Training options that all stages and the codec share."""
+    """Return the training options that the codec and all stages share."""
     steps = max(10, round(num_steps))
     return {
         "num_train_steps": steps,
@@ -179,7 +178,7 @@ def _schedule(num_steps: float, seed: int) -> dict[str, Any]:
 
 @torch.inference_mode()
 def _tokens(clips: Sequence[AudioItem], codec: Codec, tokenizer: SemanticTokenizer, folder: Path) -> TokenShards:
-    """Write the semantic and acoustic tokens of clips to files."""
+    """Write the semantic and acoustic tokens of clips to token shards."""
 
     def make_record(index: int) -> dict[str, np.ndarray]:
         wave = read_audio(clips[index].path, codec.target_sample_hz)[0]
@@ -196,7 +195,7 @@ def _tokens(clips: Sequence[AudioItem], codec: Codec, tokenizer: SemanticTokeniz
 def _train_stages(
     stages: dict[str, StageTransformer], shards: tuple[TokenShards, TokenShards], out: Path, seed: int, scale: float
 ) -> None:
-    """Train the stages one after another, and save the stages."""
+    """Train and save the semantic, the coarse and the fine stage."""
     trainers: dict[str, Any] = {
         "semantic": SemanticTransformerTrainer,
         "coarse": CoarseTransformerTrainer,
@@ -218,7 +217,7 @@ def _train_stages(
 
 @beartype
 def open_audiolm(folder: str | Path) -> AudioLM:
-    """Open the model in `OUT/model`, in eval mode."""
+    """Load the AudioLM in the folder `OUT/model`, in eval mode."""
     parts: dict[str, Any] = {name: load_module(Path(folder) / name) for name in ("codec", *STAGES)}
     stages = {f"{name}_transformer": parts[name] for name in STAGES}
     return AudioLM(wav2vec=tokenizer_named("16khz"), codec=parts["codec"], sampling=SAMPLING, **stages).eval()
@@ -226,16 +225,16 @@ def open_audiolm(folder: str | Path) -> AudioLM:
 
 @beartype
 def evaluate(audiolm: AudioLM, words: Words, out: Path, seed: int = 0) -> tuple[list[Metric], str]:
-    """Measure continuations of held-out prompts and unconditional samples with a classifier of recorded words.
+    """Measure continuations of held-out prompts and unconditional samples with a classifier of spoken words.
 
     Args:
-        audiolm: Model to measure.
-        words: Recorded words. The classifier is fitted to `words.train`, and prompts are joined from `words.test`.
-        out: Folder for the joined clips.
-        seed: Seed of the choice of words and pauses in the joined clips.
+        audiolm: AudioLM to measure.
+        words: Recorded words; the classifier is fitted to `words.train`, and prompts consist of `words.test`.
+        out: Folder for clips of joined words.
+        seed: Seed of the random choice of words and pauses.
 
     Returns:
-        The metrics, and the distribution of the confidences as Markdown.
+        The metrics, and the distribution of the classifier confidences as Markdown text.
     """
     hz, codec = audiolm.codec.target_sample_hz, audiolm.codec
     classifier = fit_word_classifier(words.train)
@@ -264,7 +263,7 @@ def evaluate(audiolm: AudioLM, words: Words, out: Path, seed: int = 0) -> tuple[
 
 
 def _generate(folder: Path, seconds: int, in_chunks: bool) -> None:
-    """Generate audio in the process whose memory is measured."""
+    """Generate audio with a saved AudioLM, in the process whose memory is measured."""
     audiolm, request = open_audiolm(folder), GenerationRequest(seconds=seconds, seeds=0)
     if in_chunks:
         for _ in audiolm.stream(request):
@@ -275,10 +274,10 @@ def _generate(folder: Path, seconds: int, in_chunks: bool) -> None:
 
 @beartype
 def memory_metrics(folder: Path, sample_hz: int) -> list[Metric]:
-    """Measure the peak memory (MiB) of new processes that generate 10 and 60 s, as one wave and as a stream of chunks.
+    """Measure the peak memory (MiB) of processes that generate 10 s and 60 s, as one wave and as a stream of chunks.
 
-    Each metric is the median of three runs, with the smallest and the largest value. The result also contains the
-    difference between the two lengths and the size of the longer audio.
+    Each metric is the median, the smallest and the largest value of three processes. Further metrics are the difference
+    between 10 s and 60 s, and the size of the longer audio.
     """
     metrics = []
     for name, in_chunks in (("generate", False), ("stream", True)):
@@ -300,13 +299,13 @@ def _memory_metric(name: str, num_bytes: np.ndarray) -> Metric:
 
 @beartype
 def main(data: Path, out: Path, seed: int = 0, scale: float = 1.0) -> None:
-    """Train codec and stages, measure the model, and write OUT/metrics.json and OUT/metrics.md.
+    """Train the codec and the stages, measure the AudioLM, and write OUT/metrics.json and OUT/metrics.md.
 
     Args:
-        data: Folder of spoken digits with a manifest.
+        data: Folder of spoken digits with a manifest that has the fields `digit` and `speaker`.
         out: Folder for checkpoints, models and metrics.
         seed: Seed of weights, data order and joined clips.
-        scale: Factor of the numbers of steps; less than 1 for a quick test.
+        scale: Factor for the numbers of training steps; use a factor below 1 for a quick test.
     """
     items = load_items(data).items
     words = split_words(items)

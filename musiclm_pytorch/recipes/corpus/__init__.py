@@ -1,8 +1,8 @@
-"""The toy corpus: generated tunes with captions, played by FluidSynth.
+"""Toy corpus of randomly composed music with captions, synthesized by FluidSynth.
 
-`composition` generates tunes with `theory` and `dances`. `performance` converts a tune to MIDI events, and `midi` and
-`render` convert the events to sound. `captions` writes sentences with `wordings`. `corpus` writes a folder of clips
-with manifests.
+The module `composition` composes tunes from chords in `theory` and rhythms in `dances`. The module `performance`
+converts tunes to MIDI events, which `midi` and `render` convert to sound. The module `captions` generates captions from
+the words in `wordings`. The module `corpus` writes a folder of clips with manifests.
 """
 
 __all__: list[str] = []

@@ -1,6 +1,6 @@
-"""Command that writes the captioned toy corpus (needs fluidsynth and its General MIDI soundfont).
+"""Command that generates the toy corpus of music clips with captions, with FluidSynth and a General MIDI soundfont.
 
-python -m musiclm_pytorch.recipes.corpus --out corpus
+Run as `python -m musiclm_pytorch.recipes.corpus --out corpus`.
 """
 
 import sys
@@ -14,13 +14,13 @@ __all__ = ["main"]
 
 
 def main(out: Path, num_train: int = 4000, num_valid: int = 200, seed: int = 0) -> None:
-    """Compose and render clips of 5 seconds with captions and labels.
+    """Generate music clips of 5 seconds with captions and labels.
 
     Args:
-        out: Folder for clips and manifests. The same command completes an interrupted corpus.
+        out: Folder for clips and manifests; running the command again completes an interrupted corpus.
         num_train: Number of training clips.
         num_valid: Number of held-out clips.
-        seed: Seed of all random choices; equal seeds create equal corpora.
+        seed: Seed of the random generator; equal seeds create equal corpora.
     """
     make_corpus(out, num_train=num_train, num_valid=num_valid, seed=seed)
     sys.stdout.write(f"wrote {num_train} training and {num_valid} held-out clips to {out}\n")

@@ -1,4 +1,4 @@
-"""Generation of captions from the labels of clips."""
+"""Generation of captions from the labels of music clips."""
 
 import re
 import string
@@ -33,7 +33,7 @@ def _slots(template: str) -> list[str]:
 
 
 def _suits(template: str, labels: Mapping[str, Any]) -> bool:
-    """Whether the labels fill every slot; a template with the word solo needs a clip without accompaniment."""
+    """Whether a caption template fits the labels of a clip; the word "solo" needs a clip without accompaniment."""
     needed = [_LABEL_OF_SLOT[slot] for slot in _slots(template) if slot in _LABEL_OF_SLOT]
     if any(labels.get(label) is None for label in needed):
         return False
@@ -46,7 +46,7 @@ def _is_solo(labels: Mapping[str, Any]) -> bool:
 
 
 def _backing(labels: Mapping[str, Any], words: Wordings, rng: Random) -> str:
-    """Wording of the accompaniment, such as " with string chords and drums" or " solo"; empty without labels."""
+    """Draw words for the accompaniment, such as " with string chords and drums"; return "" without labels."""
     players = []
     if labels.get("chords") is not None:
         players.append(rng.choice(words.chords[labels["chords"]]))
@@ -65,7 +65,7 @@ def _articles(sentence: str) -> str:
 
 
 def _fill(template: str, labels: Mapping[str, Any], words: Wordings, rng: Random) -> str:
-    """Replace all slots of a template by words."""
+    """Fill the slots of a caption template with random words for the labels."""
     values = {}
     for slot in _slots(template):
         if slot == "backing":
@@ -78,7 +78,7 @@ def _fill(template: str, labels: Mapping[str, Any], words: Wordings, rng: Random
 
 
 def _check(labels: Mapping[str, Any]) -> None:
-    """Check that a wording exists for every value of a label."""
+    """Check that the value of every label is a known value."""
     known_values = {
         "instrument": TRAINING.instrument,
         "tempo": TRAINING.tempo,
@@ -90,20 +90,19 @@ def _check(labels: Mapping[str, Any]) -> None:
     for label, known in known_values.items():
         value = labels.get(label)
         if value is not None and value not in known:
-            raise ValueError(f"no wording for {label} {value!r}; known values are {', '.join(sorted(known))}")
+            raise ValueError(f"got the unknown {label} {value!r}; use one of {', '.join(sorted(known))}")
 
 
 @beartype
 def caption_variants(labels: Mapping[str, Any], rng: Random, count: int, held_out: bool = False) -> list[str]:
-    """Generate different captions of one clip, in lower case without a full stop.
+    """Generate different captions of one clip, in lower case and without a full stop.
 
     Args:
-        labels: Any of `instrument, tempo, dance, mode, chords, drums, register`, with the values of a manifest.
-            Captions do not mention a label that is missing or None, except `chords: None`, which means a clip without
-            chords.
-        rng: Random generator of the choices.
-        count: Number of captions. Fewer are returned if the labels allow fewer.
-        held_out: Whether to use the wordings of held-out captions.
+        labels: Values of any of the labels `instrument, tempo, dance, mode, chords, drums, register`; captions do not
+            mention missing labels, and `chords: None` means a clip without chords.
+        rng: Random generator.
+        count: Number of captions, or fewer captions if few templates fit the labels.
+        held_out: Whether to use words of held-out captions instead of words of training captions.
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")

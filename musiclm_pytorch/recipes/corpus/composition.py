@@ -1,8 +1,8 @@
-"""Composition of tunes from eight-bar parts of two phrases, which repeat motifs over a harmonic progression.
+"""Random composition of tunes in eight-bar parts, each with two phrases of melody over a chord progression.
 
-The first phrase of a part ends on an open cadence. The second phrase repeats the first two bars of the first phrase and
-ends on the tonic. Notes on strong beats are chord tones; the notes between them move along the scale or the chord. A
-repeated motif is transposed along the scale to the new chord.
+The first phrase of an eight-bar part ends with an open cadence, which needs a continuation. The second phrase repeats
+the first two bars of the first phrase and ends on the tonic. Notes on strong beats belong to the chord; other notes
+move along the scale or the chord. A repeated motif is transposed along the scale to the new chord.
 """
 
 import math
@@ -31,7 +31,7 @@ _PHRASE_PLANS = ("abaz", "aabz", "abcz", "abbz")
 
 @dataclass(frozen=True)
 class MelodyNote:
-    """A note of the melody, with start and duration in quarters, MIDI pitch, and whether it is on a strong beat."""
+    """A melody note, with start and duration in quarter notes, MIDI pitch, and a flag for strong beats."""
 
     start_quarters: float
     duration_quarters: float
@@ -41,7 +41,7 @@ class MelodyNote:
 
 @dataclass(frozen=True)
 class ChordSpan:
-    """An accompanying chord, with start in the tune and duration in quarters, and MIDI pitches (root first)."""
+    """A chord of the accompaniment, with start and duration in quarter notes, and MIDI pitches (root first)."""
 
     start_quarters: float
     duration_quarters: float
@@ -50,16 +50,16 @@ class ChordSpan:
 
 @dataclass(frozen=True)
 class Tune:
-    """A composed tune, with melody and chords.
+    """A composed tune with melody, chords, scale and rhythm.
 
     Args:
-        dance: Value of the label `dance`.
+        dance: Name of the dance, a key of `DANCES`.
         mode: "major" or "minor".
-        scale: Scale of the notes.
-        metre: Metre of every bar.
+        scale: Scale of the melody and the chords.
+        metre: Rhythms and drum positions of every bar.
         num_bars: Length of the tune in bars.
-        notes: Notes of the melody in order, in the middle register. A note starts at the start of every bar.
-        chords: Chords of the accompaniment in order, without gaps.
+        notes: Notes of the melody in order of time, in the middle register; every bar begins with a new note.
+        chords: Chords of the accompaniment in order of time, without gaps.
     """
 
     dance: str
@@ -72,13 +72,13 @@ class Tune:
 
     @property
     def quarters(self) -> float:
-        """Length of the tune in quarters."""
+        """Length of the tune in quarter notes."""
         return self.num_bars * self.metre.quarters_per_bar
 
 
 @dataclass(frozen=True)
 class _Bar:
-    """A bar of the melody; each group of notes has a rhythm, a chord and the scale degrees of its notes."""
+    """A bar of the melody, with the rhythm, the chord and the scale degrees of each group of notes."""
 
     rhythms: tuple[tuple[float, ...], ...]
     chords: tuple[Chord, ...]
@@ -89,12 +89,12 @@ _Choice = TypeVar("_Choice")
 
 
 def _pick(rng: Random, weighted: dict[_Choice, float]) -> _Choice:
-    """Draw a key of a dictionary with the probability that its weight defines."""
+    """Draw a random key of a dictionary whose values are the weights of the keys."""
     return rng.choices(list(weighted), weights=list(weighted.values()))[0]
 
 
 class _Composer:
-    """Composes the bars of one tune."""
+    """Random composer of the bars of one tune."""
 
     def __init__(self, scale: Scale, mode: str, metre: Metre, rng: Random) -> None:
         self.scale, self.mode, self.metre, self.rng = scale, mode, metre, rng
@@ -104,7 +104,7 @@ class _Composer:
         self.last = self.centre
 
     def part(self) -> list[_Bar]:
-        """Compose eight bars: a phrase with an open cadence, then a phrase with a closed cadence."""
+        """Compose eight bars, which are a phrase with an open cadence and a phrase that ends on the tonic."""
         rng = self.rng
         opening = rng.choice(OPENINGS[self.mode])
         plan = rng.choice(_PHRASE_PLANS)
@@ -133,14 +133,14 @@ class _Composer:
         return bars
 
     def _chords_of_groups(self, names: tuple[Chord, ...]) -> tuple[Chord, ...]:
-        """Select one chord per group of a bar; a bar with a single group has the last chord."""
+        """Select a chord for each group of notes in a bar; a bar with only one group uses the last chord."""
         count = len(self.metre.groups)
         if count == 1:
             return (names[-1],)
         return tuple(names[min(group * len(names) // count, len(names) - 1)] for group in range(count))
 
     def _rhythms(self, motifs: dict[str, _Bar]) -> tuple[tuple[float, ...], ...]:
-        """Draw the rhythm of a bar; it is often the rhythm of an earlier bar of the phrase."""
+        """Draw the rhythm of a bar, which is often the rhythm of an earlier bar of the phrase."""
         if motifs and self.rng.random() < 0.4:
             return self.rng.choice(list(motifs.values())).rhythms
         return tuple(_pick(self.rng, self.metre.figures) for _ in self.metre.groups)
@@ -148,7 +148,7 @@ class _Composer:
     def _new_bar(
         self, rhythms: tuple[tuple[float, ...], ...], chords: tuple[Chord, ...], end: int | None = None
     ) -> _Bar:
-        """Compose a bar whose groups start on chord tones; with `end`, the last group starts on the degree `end`."""
+        """Compose a bar whose groups of notes start on chord tones; `end` is the first degree of the last group."""
         anchors: list[int] = []
         for chord in chords:
             anchors.append(self._anchor(chord, anchors[-1] if anchors else self.last))
@@ -161,7 +161,7 @@ class _Composer:
         return _Bar(rhythms, chords, tuple(degrees))
 
     def _anchor(self, chord: Chord, near: int) -> int:
-        """Draw a chord tone close to `near` and to the middle of the range."""
+        """Draw a chord tone close to the degree `near` and to the middle of the pitch range."""
         tones = [degree for degree in range(self.lowest, self.highest + 1) if chord.has(degree)]
         weights = [
             math.exp(-abs(tone - near) / 1.6 - abs(tone - self.centre) / 5.0) * (0.4 if tone == near else 1.0)
@@ -170,7 +170,7 @@ class _Composer:
         return self.rng.choices(tones, weights=weights)[0]
 
     def _walk(self, start: int, target: int | None, length: int, chord: Chord) -> tuple[int, ...]:
-        """Draw `length` degrees from `start` on, by steps and broken chords, that lead to `target`."""
+        """Draw a melody of `length` scale degrees that begins at the degree `start` and moves towards `target`."""
         degrees = [start]
         for left in range(length - 1, 0, -1):
             here = degrees[-1]
@@ -193,7 +193,7 @@ class _Composer:
         return tuple(degrees)
 
     def _returning(self, motif: _Bar, chords: tuple[Chord, ...]) -> _Bar:
-        """Transpose a motif along the scale to new chords; if this is impossible, compose a melody with its rhythm."""
+        """Transpose a motif along the scale to new chords; keep only the rhythm if no transposition is possible."""
         shift = (chords[0].degree - motif.chords[0].degree) % 7
         notes = [degree for group in motif.degrees for degree in group]
         shifts = [shift + octave for octave in (-14, -7, 0) if min(notes) + shift + octave >= self.lowest]
@@ -205,7 +205,7 @@ class _Composer:
         return _Bar(motif.rhythms, chords, tuple(tuple(degree + move for degree in group) for group in motif.degrees))
 
     def _cadence(self, chords: tuple[Chord, ...], closed: bool) -> _Bar:
-        """Compose the last bar of a phrase; its last group starts on the chord root (on the tonic if `closed`)."""
+        """Compose the last bar of a phrase, which leads to the tonic if `closed`, or else to the root of the chord."""
         rhythms = self.rng.choice(self.metre.closing)
         goal = 0 if closed else chords[-1].degree
         homes = [degree for degree in range(self.lowest, self.highest + 1) if degree % 7 == goal]
@@ -213,7 +213,7 @@ class _Composer:
 
 
 def _score(bars: list[_Bar], scale: Scale, metre: Metre, busy: bool) -> tuple[list[MelodyNote], list[ChordSpan]]:
-    """Convert bars to notes and chords. If `busy`, a chord is repeated in every group; if not, the chord is held."""
+    """Convert composed bars to notes and chords. If `busy` is True, every group of notes repeats the chord."""
     notes: list[MelodyNote] = []
     spans: list[ChordSpan] = []
     for index, bar in enumerate(bars):
@@ -235,12 +235,12 @@ def _score(bars: list[_Bar], scale: Scale, metre: Metre, busy: bool) -> tuple[li
 
 @beartype
 def compose_tune(dance: str, mode: str, rng: Random) -> Tune:
-    """Compose a tune of 32 bars from two eight-bar parts, in an order of the dance such as AABB.
+    """Compose a tune of 32 bars from two eight-bar parts A and B, in an order such as AABB.
 
     Args:
-        dance: A key of `DANCES`.
+        dance: Name of the dance, a key of `DANCES`.
         mode: "major" or "minor".
-        rng: Random generator of all choices; equal states create equal tunes.
+        rng: Random generator; equal generator states create equal tunes.
     """
     if dance not in DANCES:
         raise ValueError(f"unknown dance {dance!r}; use one of {', '.join(sorted(DANCES))}")

@@ -1,6 +1,6 @@
-"""Generation of the corpus, which contains short clips of composed tunes with labels and captions.
+"""Generation of the toy corpus, which contains short clips of composed tunes with labels and captions.
 
-A clip depends only on the seed, the split and the clip number. An interrupted run can therefore be continued.
+A clip depends only on the seed, the split and the clip number, so that an interrupted generation can be continued.
 """
 
 import json
@@ -76,7 +76,7 @@ _PEAKS = (0.5, 0.9)
 
 @dataclass(frozen=True)
 class ClipPlan:
-    """A clip that is not rendered yet: its row of the manifest, and its MIDI events."""
+    """Plan of a clip that is not rendered yet, with its manifest row, its tune and its labels."""
 
     row: dict[str, Any]
     tune: Tune
@@ -91,7 +91,7 @@ def _holds(labels: dict[str, Any], pair: tuple[tuple[str, str], tuple[str, str]]
 
 
 def _draw_labels(rng: Random, dance: str, split: str) -> dict[str, Any]:
-    """Draw the labels of a clip; a fixed share of valid clips, but no training clip, has a held-out pair of labels."""
+    """Draw the labels of a clip. Only validation clips can have a pair of labels in `HELD_OUT_PAIRS`."""
     pairs = [pair for pair in HELD_OUT_PAIRS if ("dance", dance) in pair or all(name != "dance" for name, _ in pair)]
     pair = rng.choice(pairs) if split == "valid" and rng.random() < _HELD_OUT_VALID_FRACTION else None
     while True:
@@ -104,7 +104,7 @@ def _draw_labels(rng: Random, dance: str, split: str) -> dict[str, Any]:
 
 
 def _captions(labels: dict[str, Any], split: str, rng: Random) -> dict[str, Any]:
-    """Generate the caption fields of a manifest row; valid clips also have captions with held-out wordings."""
+    """Generate the caption fields of a manifest row; validation clips have phrases that training captions lack."""
     seen = caption_variants(labels, rng, CAPTIONS_PER_CLIP)
     if split == "train":
         return {"caption": seen[0], "captions": seen}
@@ -114,7 +114,7 @@ def _captions(labels: dict[str, Any], split: str, rng: Random) -> dict[str, Any]
 
 @beartype
 def plan_clip(split: str, index: int, seed: int) -> ClipPlan:
-    """Draw labels, captions and music of clip `index` of a split, "train" or "valid"; tunes differ between splits."""
+    """Draw the labels, captions and music of clip number `index` of a split, "train" or "valid"."""
     if split not in ("train", "valid"):
         raise ValueError(f"split must be 'train' or 'valid', got {split!r}")
     name = f"recipe-{split}-{index // CLIPS_PER_TUNE:05d}"
@@ -149,7 +149,7 @@ def _perform(plan: ClipPlan) -> list[Note | ProgramChange | ControlChange]:
 
 
 def _melody_events(plan: ClipPlan) -> list[list[Any]]:
-    """Return `[start_seconds, end_seconds, pitch class]` of each note of the melody."""
+    """Return a list `[start_seconds, end_seconds, pitch class]` for each melody note of a clip."""
     events = []
     for note in _perform(plan):
         if isinstance(note, Note) and note.channel == MELODY_CHANNEL:
@@ -168,9 +168,9 @@ def _render(plans: Sequence[ClipPlan], out: Path) -> None:
 
 
 def _missing_runs(plans: Sequence[ClipPlan], out: Path) -> Iterator[Sequence[ClipPlan]]:
-    """Find the runs of `CLIPS_PER_RUN` clips that are not complete.
+    """Find the groups of `CLIPS_PER_RUN` clips in which an audio file is missing.
 
-    A run is rendered as a whole, so that its sound does not depend on an earlier interruption.
+    A group of clips is rendered as a whole, so that the sound does not depend on an earlier interruption.
     """
     for first in range(0, len(plans), CLIPS_PER_RUN):
         run = plans[first : first + CLIPS_PER_RUN]
@@ -179,32 +179,32 @@ def _missing_runs(plans: Sequence[ClipPlan], out: Path) -> Iterator[Sequence[Cli
 
 
 def _check_folder(out: Path, recipe: dict[str, Any]) -> None:
-    """Write `recipe.json` into an empty folder, or check that the folder contains a corpus with equal arguments."""
+    """Write the settings of the corpus into an empty folder, or check that an existing corpus has equal settings."""
     note = out / "recipe.json"
     if note.is_file():
         present = read_json(note)
         if present != recipe:
             raise ValueError(
-                f"{out} contains a corpus with the settings {present}, got {recipe}; use another folder, or "
-                "remove this folder"
+                f"{out} contains a corpus with the settings {present}, got the settings {recipe}; use another folder, "
+                "or remove the old corpus"
             )
     elif any(out.iterdir()):
-        raise ValueError(f"{out} is not empty and does not contain a corpus; use a new folder")
+        raise ValueError(f"{out} contains files, but no corpus; use an empty folder")
     else:
         write_json(note, recipe)
 
 
 @beartype
 def make_corpus(out: str | Path, num_train: int, num_valid: int, seed: int = 0) -> Path:
-    """Compose, render and write the corpus.
+    """Compose and render the clips of the corpus, and write the audio files and manifests.
 
     Args:
-        out: Folder for `clips/*.ogg` (Vorbis, 24 kHz, mono, 5 s), `train.jsonl`, `valid.jsonl` and `recipe.json`. A
-            second call with equal arguments completes an interrupted corpus.
+        out: Folder for `clips/*.ogg` (Vorbis, 24 kHz, mono, 5 s), `train.jsonl`, `valid.jsonl` and `recipe.json`; a
+            call with equal arguments completes an interrupted corpus.
         num_train: Number of training clips.
-        num_valid: Number of valid clips. Their field `caption` has held-out wording, and their field `caption_seen` has
-            training wording.
-        seed: Seed of all random choices.
+        num_valid: Number of validation clips, which have a held-out phrase in `caption` and a training phrase in
+            `caption_seen`.
+        seed: Seed of the random generator.
 
     Returns:
         The folder of the corpus.
@@ -213,7 +213,7 @@ def make_corpus(out: str | Path, num_train: int, num_valid: int, seed: int = 0) 
         RuntimeError: If FluidSynth or its soundfont is missing.
     """
     if num_train < 1 or num_valid < 1:
-        raise ValueError(f"num_train and num_valid must be at least 1, got {num_train} and {num_valid}")
+        raise ValueError(f"num_train and num_valid must be at least 1, got {num_train=} and {num_valid=}")
     find_synthesizer()
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)

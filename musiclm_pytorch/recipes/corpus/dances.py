@@ -1,6 +1,7 @@
-"""Rhythms of the dances, with metres, groups of notes inside a bar, and rhythms of a group.
+"""Rhythms of the dances of the toy corpus, in which each bar is divided into groups of notes.
 
-Durations are in quarter notes. A bar of a jig (6/8) has three quarters, in two groups of three eighths.
+All durations in the tables of rhythms are in quarter notes. For example, a bar of a jig (6/8) lasts 3 quarter notes, in
+two groups of three eighth notes.
 """
 
 from dataclasses import dataclass
@@ -12,14 +13,14 @@ Figure = tuple[float, ...]
 
 @dataclass(frozen=True)
 class Metre:
-    """Rhythms that the bars of a tune can have.
+    """Rhythms that the bars of a tune can have, with positions of drum hits.
 
     Args:
-        groups: Length in quarters of each group of notes in a bar; a group starts on a strong beat.
-        figures: Rhythms of one group, with weights.
-        closing: Rhythms of the last bar of a phrase, one figure per group.
-        kick: Positions of bass drum hits inside the bar, in quarters.
-        snare: Positions of snare drum hits inside the bar, in quarters.
+        groups: Length in quarter notes of each group of notes in a bar; a group starts on a strong beat.
+        figures: Possible rhythms of one group of notes, with the weight of each rhythm.
+        closing: Possible rhythms of the last bar of a phrase, with one rhythm per group of notes.
+        kick: Positions of bass drum hits in the bar, in quarter notes.
+        snare: Positions of snare drum hits in the bar, in quarter notes.
     """
 
     groups: tuple[float, ...]
@@ -30,13 +31,13 @@ class Metre:
 
     @property
     def quarters_per_bar(self) -> float:
-        """Length of a bar in quarters."""
+        """Length of a bar in quarter notes."""
         return sum(self.groups)
 
 
 @dataclass(frozen=True)
 class Dance:
-    """A type of dance: metres with weights, and possible orders of the two eight-bar parts."""
+    """A dance with its possible rhythms (with weights) and possible orders of two eight-bar parts, such as AABB."""
 
     metres: tuple[tuple[Metre, float], ...]
     forms: tuple[str, ...]

@@ -1,7 +1,6 @@
-"""A minimal writer of Standard MIDI Files for a synthesizer.
+"""Minimal writer of Standard MIDI Files for a synthesizer.
 
-Times are in seconds from the start of the file, rounded to `TICKS_PER_SECOND`. One file can therefore hold excerpts of
-different tempi without tempo changes.
+Times of events are in seconds from the start of the file, so that one file can contain excerpts of different tempi.
 """
 
 import struct
@@ -20,7 +19,7 @@ TICKS_PER_SECOND = TICKS_PER_QUARTER * 1_000_000 // MICROSECONDS_PER_QUARTER
 
 @dataclass(frozen=True)
 class Note:
-    """A MIDI note; `pitch` is a note number (60 is middle C, 261.6 Hz) and `velocity` is the loudness in 1..127."""
+    """A MIDI note. `pitch` is a note number (60 is middle C, 261.6 Hz), and `velocity` is the loudness in 1..127."""
 
     start_seconds: float
     duration_seconds: float
@@ -31,7 +30,7 @@ class Note:
 
 @dataclass(frozen=True)
 class ProgramChange:
-    """Change of a channel (0..15) to the General MIDI program `program` (0..127) at `start_seconds`."""
+    """MIDI event that sets the instrument of a channel (0..15) to the General MIDI program `program` (0..127)."""
 
     start_seconds: float
     program: int
@@ -40,7 +39,7 @@ class ProgramChange:
 
 @dataclass(frozen=True)
 class ControlChange:
-    """Change of a controller (0..127) of a channel to `value` (0..127) at `start_seconds`."""
+    """MIDI event that sets a controller (0..127) of a channel to `value` (0..127)."""
 
     start_seconds: float
     controller: int
@@ -49,7 +48,7 @@ class ControlChange:
 
 
 def _variable_length(value: int) -> bytes:
-    """Encode a MIDI variable-length quantity: seven bits per byte; the high bit is set in all bytes except the last."""
+    """Encode a MIDI variable-length quantity, seven bits per byte, with the high bit set in all but the last byte."""
     digits = [value & 0x7F]
     while value := value >> 7:
         digits.append(0x80 | (value & 0x7F))
@@ -61,23 +60,23 @@ def _tick(seconds: float) -> int:
 
 
 def _messages(event: Note | ProgramChange | ControlChange) -> list[tuple[int, int, bytes]]:
-    """Convert an event to (tick, order, bytes); at equal ticks the order is note-offs, settings, note-ons."""
+    """Convert an event to MIDI messages (tick, order, bytes); `order` lets notes end before other notes start."""
     if not 0 <= event.channel <= 15:
         raise ValueError(f"a MIDI channel must be in 0..15, got {event.channel} in {event}")
     if event.start_seconds < 0:
-        raise ValueError(f"a MIDI event must start at 0 s or later, got {event}")
+        raise ValueError(f"a MIDI event must start at 0 s or later, got the event {event}")
     start = _tick(event.start_seconds)
     values = [
         value for name, value in vars(event).items() if name in ("pitch", "velocity", "program", "controller", "value")
     ]
     if any(not 0 <= value <= 127 for value in values):
-        raise ValueError(f"MIDI numbers must be in 0..127, got {event}")
+        raise ValueError(f"the numbers of a MIDI event must be in 0..127, got the event {event}")
     if isinstance(event, ProgramChange):
         return [(start, 1, bytes((0xC0 | event.channel, event.program)))]
     if isinstance(event, ControlChange):
         return [(start, 1, bytes((0xB0 | event.channel, event.controller, event.value)))]
     if event.duration_seconds <= 0 or event.velocity == 0:
-        raise ValueError(f"a note needs a duration and a velocity above 0, got {event}")
+        raise ValueError(f"a MIDI note needs a duration and a velocity above 0, got the note {event}")
     end = max(start + 1, _tick(event.start_seconds + event.duration_seconds))
     return [
         (start, 2, bytes((0x90 | event.channel, event.pitch, event.velocity))),
@@ -86,9 +85,9 @@ def _messages(event: Note | ProgramChange | ControlChange) -> list[tuple[int, in
 
 
 def midi_bytes(events: Sequence[Note | ProgramChange | ControlChange], end_seconds: float = 0.0) -> bytes:
-    """Encode events as a complete MIDI file (format 0, one track) of at least `end_seconds`.
+    """Encode events as the bytes of a MIDI file (format 0, one track) that lasts at least `end_seconds`.
 
-    Standard MIDI File 1.0 (MIDI Manufacturers Association, 1988), chunks `MThd` and `MTrk`.
+    The format is Standard MIDI File 1.0 (MIDI Manufacturers Association, 1988), with the chunks `MThd` and `MTrk`.
     """
     tempo = b"\xff\x51\x03" + MICROSECONDS_PER_QUARTER.to_bytes(3, "big")
     track = bytearray(b"\x00" + tempo)

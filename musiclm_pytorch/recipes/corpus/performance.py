@@ -1,4 +1,4 @@
-"""Conversion of an excerpt of a tune to the MIDI events of a clip, as the labels of the clip require."""
+"""Conversion of an excerpt of a tune to MIDI events, with the instruments and the tempo in the labels of a clip."""
 
 from dataclasses import dataclass
 from random import Random
@@ -45,15 +45,15 @@ _HELD_FRACTION = 0.97
 
 @dataclass(frozen=True)
 class ClipLabels:
-    """Labels of the manifest that determine the sound of a clip.
+    """Labels of a clip that determine its instruments, tempo and pitch range.
 
     Args:
-        instrument: A key of `INSTRUMENTS`.
-        tempo: A key of `TEMPI_BPM`.
-        chords: A key of `CHORDS`, or None.
-        drums: Whether there is a drum kit.
-        register: A key of `REGISTERS`.
-        bpm: Quarters per minute.
+        instrument: Instrument of the melody, a key of `INSTRUMENTS`.
+        tempo: Name of the tempo, a key of `TEMPI_BPM`.
+        chords: Instrument of the chords, a key of `CHORDS`; None = no chords.
+        drums: Whether the clip has drums.
+        register: Pitch range of the melody, a key of `REGISTERS`.
+        bpm: Tempo in quarter notes per minute.
     """
 
     instrument: str
@@ -65,7 +65,7 @@ class ClipLabels:
 
 
 def _excerpt(start_quarters: float, duration_quarters: float, bpm: float, seconds: float) -> tuple[float, float] | None:
-    """Compute start and duration of a note in a clip, in seconds; None for a note outside the clip."""
+    """Compute start and duration in seconds of a note in a clip; return None for a note outside the clip."""
     seconds_per_quarter = 60.0 / bpm
     start = start_quarters * seconds_per_quarter
     end = min(seconds, start + duration_quarters * seconds_per_quarter)
@@ -74,7 +74,7 @@ def _excerpt(start_quarters: float, duration_quarters: float, bpm: float, second
 
 
 def _drum_notes(tune: Tune, bpm: float, seconds: float) -> list[Note]:
-    """Create the drum notes: hi-hat on every eighth, bass and snare drum at the positions of the metre."""
+    """Create drum notes, with a hi-hat on every eighth note, and bass and snare drum as in `tune.metre`."""
     metre = tune.metre
     num_bars = int(seconds * bpm / 60.0 / metre.quarters_per_bar) + 1
     eighths = [eighth / 2 for eighth in range(round(metre.quarters_per_bar * 2))]
@@ -97,17 +97,17 @@ def _drum_notes(tune: Tune, bpm: float, seconds: float) -> list[Note]:
 def perform(
     tune: Tune, labels: ClipLabels, start_bar: int, seconds: float, rng: Random
 ) -> list[Note | ProgramChange | ControlChange]:
-    """Create the MIDI events of an excerpt of a tune; every channel is silenced just after `seconds`.
+    """Create the MIDI events of an excerpt of a tune; all sound stops shortly after `seconds`.
 
     Args:
-        tune: Tune that is played. After its last bar, it is repeated from its first bar.
+        tune: Tune to play; an excerpt that reaches the last bar continues at the first bar.
         labels: Instrument, tempo, accompaniment and register of the clip.
         start_bar: First bar of the excerpt.
         seconds: Length of the excerpt; notes are cut at the end.
-        rng: Random generator of small differences in velocity.
+        rng: Random generator of small differences in loudness.
     """
     if not 0 <= start_bar < tune.num_bars:
-        raise ValueError(f"start_bar must lie in 0..{tune.num_bars - 1}, got {start_bar}")
+        raise ValueError(f"start_bar must be in 0..{tune.num_bars - 1}, got {start_bar}")
     events: list[Note | ProgramChange | ControlChange] = [
         ProgramChange(0.0, INSTRUMENTS[labels.instrument], MELODY_CHANNEL)
     ]

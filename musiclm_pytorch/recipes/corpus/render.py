@@ -1,7 +1,7 @@
 """Rendering of MIDI events with FluidSynth and the FluidR3 General MIDI soundfont.
 
-Starting the synthesizer and loading the soundfont of 148 MB takes longer than rendering a clip. One run therefore
-renders many clips from one MIDI file; the reverb decays in silence between the clips.
+One run of the synthesizer renders many clips from one MIDI file, because loading the soundfont (148 MB) takes longer
+than rendering a clip. Silence between the clips lets the reverb decay.
 """
 
 import shutil
@@ -37,19 +37,19 @@ def find_synthesizer(soundfont: Path = SOUNDFONT) -> str:
     command = shutil.which("fluidsynth")
     if command is None:
         raise RuntimeError(
-            "the command `fluidsynth` is missing; install it, on Debian or Ubuntu with apt-get install "
+            "the command `fluidsynth` is missing; install FluidSynth, on Debian or Ubuntu with apt-get install "
             "fluidsynth fluid-soundfont-gm"
         )
     if not soundfont.is_file():
         raise RuntimeError(
-            f"the soundfont {soundfont} is missing; install it, on Debian or Ubuntu with apt-get install "
+            f"the soundfont {soundfont} is missing; install the soundfont, on Debian or Ubuntu with apt-get install "
             "fluid-soundfont-gm"
         )
     return command
 
 
 def _synthesize(events: Sequence[Event], seconds: float, sample_hz: int, soundfont: Path, folder: Path) -> Path:
-    """Render MIDI events to a stereo float WAV file of at least `seconds`."""
+    """Render MIDI events to a stereo WAV file that lasts at least `seconds`, and return the path of the file."""
     command = find_synthesizer(soundfont)
     score, sound = folder / "score.mid", folder / "sound.wav"
     score.write_bytes(midi_bytes(events, end_seconds=seconds))
@@ -62,7 +62,7 @@ def _synthesize(events: Sequence[Event], seconds: float, sample_hz: int, soundfo
 
 
 def _finish(wave: np.ndarray, peak: float, sample_hz: int) -> np.ndarray:
-    """Convert a wave to mono, fade it out at the end, and scale it to a peak."""
+    """Convert a stereo wave to mono, fade out its end, and scale its largest absolute sample to `peak`."""
     mono = wave.mean(axis=1)
     fade = round(FADE_SECONDS * sample_hz)
     mono[-fade:] *= np.linspace(1.0, 0.0, fade, dtype=np.float32)
@@ -77,17 +77,17 @@ def render_performances(
     sample_hz: int = 24_000,
     soundfont: Path = SOUNDFONT,
 ) -> list[np.ndarray]:
-    """Render clips in one run of the synthesizer.
+    """Render several clips in one run of the synthesizer.
 
     Args:
-        performances: MIDI events of each clip, from 0 s on.
-        peaks: Requested largest absolute sample of each clip, in 0..1.
-        seconds: Length of a clip.
-        sample_hz: Sample rate of the clips.
+        performances: MIDI events of each clip; every clip starts at 0 s.
+        peaks: Requested largest absolute sample value of each clip, in 0..1.
+        seconds: Length of every clip in seconds.
+        sample_hz: Sample rate of the rendered clips.
         soundfont: General MIDI soundfont (.sf2).
 
     Returns:
-        A mono float32 array `[n]` for each clip.
+        One mono wave per clip, as a float32 array `[n]`.
     """
     import soundfile
 

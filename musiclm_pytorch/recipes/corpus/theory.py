@@ -1,7 +1,7 @@
-"""Scales, chords and harmonic progressions.
+"""Scales, chords and chord progressions of the toy corpus.
 
-Melodies are sequences of scale degrees (0 is the tonic, 7 the tonic an octave above, -1 the note below the tonic). A
-motif can therefore be transposed along the scale and stays in the key.
+Melodies are sequences of scale degrees (0 is the tonic, 7 is the tonic an octave higher, -1 is the note below the
+tonic). A motif of scale degrees stays in the key when it is transposed.
 """
 
 from dataclasses import dataclass
@@ -34,37 +34,37 @@ class Chord:
     leading: bool = False
 
     def has(self, degree: int) -> bool:
-        """Whether the note on `degree` (in any octave) belongs to the chord."""
+        """Whether the scale degree `degree`, in any octave, belongs to the chord."""
         return (degree - self.degree) % 7 in (0, 2, 4)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """A scale of seven notes.
+    """A musical scale of seven notes per octave.
 
     Args:
         tonic: MIDI pitch of degree 0.
-        steps: Semitones of the seven degrees above the tonic, ascending from 0.
+        steps: Semitones from the tonic to each of the seven degrees, in ascending order from 0.
     """
 
     tonic: int
     steps: tuple[int, ...]
 
     def pitch(self, degree: int, leading: bool = False) -> int:
-        """MIDI pitch of a scale degree; `leading` raises a minor seventh degree by a semitone."""
+        """Return the MIDI pitch of a scale degree; `leading` raises a minor seventh degree by a semitone."""
         octave, step = divmod(degree, 7)
         raised = int(leading and step == 6 and self.steps[6] == 10)
         return self.tonic + 12 * octave + self.steps[step] + raised
 
     def triad(self, chord: Chord, lowest: int) -> tuple[int, int, int]:
-        """MIDI pitches of a chord in root position; the root is in the octave that starts at `lowest`."""
+        """Return the MIDI pitches of a chord in root position, with the root in the octave above the pitch `lowest`."""
         root, third, fifth = (self.pitch(chord.degree + offset, chord.leading) for offset in (0, 2, 4))
         shift = lowest + (root - lowest) % 12 - root
         return root + shift, third + shift, fifth + shift
 
 
 def _bars(*bars: str) -> tuple[tuple[Chord, ...], ...]:
-    """Parse bars of chord degrees counted from 1: "1 5" is a bar with two chords, "5+" has the leading note."""
+    """Parse one string of chords per bar; "1 5" means chords on degrees 1 and 5, and "+" raises the seventh degree."""
     return tuple(tuple(Chord(int(name[0]) - 1, name.endswith("+")) for name in bar.split()) for bar in bars)
 
 

@@ -1,12 +1,13 @@
 """Words and templates of captions, separately for training captions and held-out captions.
 
-A held-out wording recombines words of the training wordings: "at a quick pace" is held out, "quick" and "at a brisk
-pace" are in training captions. Held-out wordings test new phrases, not unknown words. Names of instruments and dances
-are equal in both.
+Held-out captions contain new phrases of words that occur in training captions. For example, "at a quick pace" is a
+held-out phrase, and training captions contain "quick" and "at a brisk pace". All captions use the same names of
+instruments and dances.
 
-Templates are sentences with slots. A word for the label replaces `{instrument} {tempo} {pace} {dance} {mode} {key}`.
-The accompaniment replaces `{backing}`. The register of the melody replaces `{register}`; for the middle register it is
-usually empty. "a" or "an" replaces `a(n)`.
+Caption templates are sentences with slots. Words for the labels of a clip fill the slots `{instrument}`, `{tempo}`,
+`{pace}`, `{dance}`, `{mode}` and `{key}`. Words for the accompaniment fill the slot `{backing}`. Words for the pitch
+range of the melody fill the slot `{register}`, which often stays empty. The article "a" or "an" replaces the slot
+`a(n)`.
 """
 
 from typing import NamedTuple
@@ -15,7 +16,7 @@ __all__ = ["HELD_OUT", "TRAINING", "Wordings"]
 
 
 class Wordings(NamedTuple):
-    """Words for every value of every label, and sentence templates. A word that is listed twice has double weight."""
+    """Words for every value of every label, and caption templates. A word listed twice has double probability."""
 
     instrument: dict[str, tuple[str, ...]]
     tempo: dict[str, tuple[str, ...]]

@@ -1,3 +1,3 @@
-"""Metrics for the toy corpora: classifiers that are fitted to real clips and applied to generated clips."""
+"""Metrics of generated clips, such as the accuracy of classifiers that are fitted to real clips."""
 
 __all__: list[str] = []

@@ -1,4 +1,4 @@
-"""Linear classifiers of music (instrument, tempo, drums, register) and of spoken words (digit, speaker)."""
+"""Linear classifiers of music clips (instrument, tempo, drums, register) and of spoken words (digit, speaker)."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,7 +34,7 @@ _FEATURES: dict[str, type[ClipFeatures] | type[WordFeatures]] = {
 
 @register
 class AttributeClassifier(nn.Module):
-    """Set of linear classifiers, one per attribute, of standardised features."""
+    """Set of linear classifiers of standardised audio features, with one classifier per attribute."""
 
     mean: Tensor
     scale: Tensor
@@ -47,8 +47,8 @@ class AttributeClassifier(nn.Module):
 
         Args:
             classes: Class names of each attribute, in the order of the outputs.
-            num_features: Width of the features.
-            features: Module that computes the features.
+            num_features: Number of features per clip.
+            features: Module that computes the features of a clip.
         """
         super().__init__()
         self.features = features
@@ -82,21 +82,21 @@ class AttributeClassifier(nn.Module):
         features: ClipFeatures | WordFeatures,
         inverse_regularisation: float = INVERSE_REGULARISATION,
     ) -> "AttributeClassifier":
-        """Fit one multinomial logistic regression per attribute, with equal weight for each class, deterministically.
+        """Fit one multinomial logistic regression per attribute, with equal weight for each class.
 
         Args:
-            inputs: `[b, d]` features of the clips.
+            inputs: Features of the training clips, `[b, d]`.
             labels: Class name of each clip, for each attribute.
-            features: Module that computed `inputs`; it is used for prediction.
-            inverse_regularisation: Argument C of LogisticRegression in scikit-learn.
+            features: Module that computed `inputs`, and that computes the features of the clips to classify.
+            inverse_regularisation: Argument `C` of `LogisticRegression` in scikit-learn.
         """
         from sklearn.linear_model import LogisticRegression
 
         for name, names in labels.items():
             if len(names) != len(inputs) or len(set(names)) < 2:
                 raise ValueError(
-                    f"the attribute {name!r} needs a label for each of {len(inputs)} clips and at least two classes, "
-                    f"got {len(names)} labels of {len(set(names))} classes"
+                    f"got {len(names)} labels of {len(set(names))} classes for the attribute {name!r}, needs one label "
+                    f"for each of {len(inputs)} clips and at least two classes"
                 )
         classes = {name: sorted(set(names)) for name, names in labels.items()}
         classifier = cls(classes=classes, num_features=inputs.shape[1], features=features)
@@ -114,7 +114,7 @@ class AttributeClassifier(nn.Module):
         return classifier.eval().requires_grad_(False)
 
     def _standardise(self, inputs: Tensor) -> Tensor:
-        """Standardise features with the training statistics, and limit them, so that no single feature decides."""
+        """Standardise features with the training statistics, and limit the influence of single features."""
         return ((inputs - self.mean) / self.scale).clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS)
 
     def describe(self, waves: Tensor, sample_hz: int) -> Tensor:
@@ -128,7 +128,7 @@ class AttributeClassifier(nn.Module):
         return {name: head(inputs).softmax(dim=-1) for name, head in self.heads.items()}
 
     def predict(self, waves: Tensor, sample_hz: int) -> dict[str, list[str]]:
-        """Predict the most probable class of each clip, for each attribute."""
+        """Predict the most probable class of each clip for each attribute."""
         return {
             name: [self.classes[name][best] for best in probabilities.argmax(dim=-1).tolist()]
             for name, probabilities in self.predict_proba(waves, sample_hz).items()
@@ -141,7 +141,7 @@ def fit_attribute_classifier(
     attributes: Sequence[str] = ATTRIBUTES,
     features: ClipFeatures | WordFeatures | None = None,
 ) -> AttributeClassifier:
-    """Fit an attribute classifier to labels of real clips; `features` is `ClipFeatures` by default."""
+    """Fit an attribute classifier to real clips and their labels, by default with the features of `ClipFeatures`."""
     features = features or ClipFeatures()
     labels = {name: labels_of(items, name) for name in attributes}
     parts = [
@@ -153,12 +153,12 @@ def fit_attribute_classifier(
 
 @beartype
 def fitted_classifier(data: str | Path, folder: str | Path | None = None) -> AttributeClassifier:
-    """Load the classifier in `folder`, or fit one to the clips of `data/train.jsonl` and save it in `folder`."""
+    """Load the classifier in `folder`, or fit a classifier to the clips of `data/train.jsonl` and save it there."""
     if folder is not None and Path(folder, "config.json").is_file():
         classifier = load_module(folder, expect=AttributeClassifier)
         if not isinstance(classifier, AttributeClassifier):
             raise ValueError(
-                f"{folder} contains a {type(classifier).__name__}, not an AttributeClassifier; use another folder"
+                f"{folder} contains a {type(classifier).__name__}, needs an AttributeClassifier; use another folder"
             )
         return classifier.requires_grad_(False)
     classifier = fit_attribute_classifier(load_items(Path(data, "train.jsonl")).items)

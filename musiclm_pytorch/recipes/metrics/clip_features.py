@@ -1,4 +1,4 @@
-"""Features of music clips, from statistics of the log-mel spectrogram and from the rhythm of note onsets."""
+"""Features of music clips, computed from the log-mel spectrogram and from the rhythm of note onsets."""
 
 from typing import Any
 
@@ -32,11 +32,11 @@ CLIPS_PER_BATCH = 50
 
 
 class ClipFeatures(nn.Module):
-    """About a thousand features of a clip that hardly change with its level, with faint noise or after a codec.
+    """Module that computes about 1,000 features of a clip, which hardly depend on loudness, faint noise or a codec.
 
-    Levels are in bels relative to the loudest value of the mel spectrogram, and not less than a floor
-    `dynamic_range_db` below it. Without the floor, inaudible sounds would have full weight. Of floors from 30 to 60 dB,
-    30 dB has the highest accuracy on disturbed training clips, and loses less than one percentage point on clean clips.
+    Levels of the mel spectrogram are in bels relative to the loudest value. Levels more than `dynamic_range_db` below
+    the loudest value are raised to this limit, so that inaudible sounds have little weight. A limit of 30 dB is more
+    accurate on disturbed training clips than larger limits, and loses less than one percentage point on clean clips.
 
     The features of a mel band are mean, deviation, quantiles and size of changes over time. The features of rhythm are
     the autocorrelation and the modulation spectrum of the onset strength (rectified change of level), in four frequency
@@ -52,22 +52,22 @@ class ClipFeatures(nn.Module):
         dynamic_range_db: float | int = 30.0,
         window_seconds: float | int = 5.0,
     ) -> None:
-        """Create a module that computes clip features.
+        """Create a module that computes features of music clips.
 
         Args:
-            sample_hz: Waves are resampled to this rate.
-            num_mels: Mel bands between 40 and 7600 Hz; a multiple of 4.
-            dynamic_range_db: Distance of the floor from the loudest value, in dB.
-            window_seconds: Longest part of a wave that is used, at most 5 s; longer waves are cut to their middle.
+            sample_hz: Sample rate in Hz to which waves are resampled.
+            num_mels: Number of mel bands between 40 and 7600 Hz, a multiple of 4.
+            dynamic_range_db: Distance in dB from the loudest value to the lower limit of levels.
+            window_seconds: Largest length of a wave in seconds, at most 5; only the middle of longer waves is used.
         """
         super().__init__()
         if sample_hz < 2 * F_MAX_HZ or num_mels % NUM_ONSET_BANDS or dynamic_range_db <= 0:
             raise ValueError(
-                f"need sample_hz >= {2 * F_MAX_HZ:.0f}, num_mels divisible by {NUM_ONSET_BANDS} and "
-                f"dynamic_range_db > 0, got {sample_hz}, {num_mels}, {dynamic_range_db}"
+                f"sample_hz must be at least {2 * F_MAX_HZ:.0f}, num_mels divisible by {NUM_ONSET_BANDS} and "
+                f"dynamic_range_db positive, got {sample_hz=}, {num_mels=}, {dynamic_range_db=}"
             )
         if not MIN_SECONDS <= window_seconds <= 5.0:
-            raise ValueError(f"window_seconds must lie in {MIN_SECONDS}..5, got {window_seconds}")
+            raise ValueError(f"window_seconds must be in {MIN_SECONDS}..5, got {window_seconds}")
         self.config: dict[str, Any] = {
             "sample_hz": sample_hz,
             "num_mels": num_mels,
@@ -89,12 +89,12 @@ class ClipFeatures(nn.Module):
 
     @torch.no_grad()
     def forward(self, waves: Tensor, sample_hz: int | None = None) -> Tensor:
-        """Compute features `[b, d]` float32 of waves `[b, n]` of at least 2.5 s; `sample_hz` is the rate of the waves.
+        """Compute features `[b, d]` (float32) of waves `[b, n]`, which must last at least 2.5 s.
 
-        A row depends only on one wave, and not on its level. `sample_hz=None` means the rate of the module.
+        `sample_hz` is the sample rate of the waves; None means that waves have the sample rate of the module.
         """
         if waves.ndim != 2 or not torch.isfinite(waves).all():
-            raise ValueError(f"waves must be finite and of shape [b, n], got shape {tuple(waves.shape)}")
+            raise ValueError(f"waves must have the shape [b, n] and finite samples, got the shape {tuple(waves.shape)}")
         rows = [self._describe(part, sample_hz or self.sample_hz) for part in waves.split(CLIPS_PER_BATCH)]
         return torch.cat(rows)
 
@@ -102,15 +102,15 @@ class ClipFeatures(nn.Module):
         waves = resample(waves.float(), sample_hz, self.sample_hz)
         if waves.shape[-1] < MIN_SECONDS * self.sample_hz:
             raise ValueError(
-                f"clips of {waves.shape[-1] / self.sample_hz:.2f} s are too short; pass clips of at least "
-                f"{MIN_SECONDS} s"
+                f"got clips of {waves.shape[-1] / self.sample_hz:.2f} s, features need at least {MIN_SECONDS} s; pass "
+                "longer clips"
             )
         start = max(waves.shape[-1] - self.window_samples, 0) // 2
         levels = self._levels(waves[:, start : start + self.window_samples])
         return torch.cat([self._band_statistics(levels), self._rhythm(levels)], dim=1)
 
     def _levels(self, waves: Tensor) -> Tensor:
-        """Compute smoothed levels `[b, m, f]` in bels relative to the loudest value."""
+        """Compute smoothed levels `[b, m, f]` of mel bands, in bels relative to the loudest value."""
         energy = self.mel(waves)
         peak = reduce(energy, "b m f -> b 1 1", "max").clamp_min(1e-12)
         levels = (energy / peak + 10.0 ** (-self.dynamic_range_db / 10)).log10()
@@ -118,7 +118,7 @@ class ClipFeatures(nn.Module):
 
     @staticmethod
     def _band_statistics(levels: Tensor) -> Tensor:
-        """Compute the distribution of the level of each band over time, and the size of its changes."""
+        """Compute statistics over time of the level of each mel band and of the changes of the level."""
         quantiles = levels.quantile(levels.new_tensor(QUANTILES), dim=2)
         parts = [levels.mean(2), levels.std(2), rearrange(quantiles, "q b m -> b (m q)")]
         for lag in CHANGE_LAGS_FRAMES:
@@ -128,7 +128,7 @@ class ClipFeatures(nn.Module):
 
     @staticmethod
     def _rhythm(levels: Tensor) -> Tensor:
-        """Compute autocorrelation and modulation spectrum of the onset strength in each frequency region."""
+        """Compute the autocorrelation and the modulation spectrum of the onset strength in each frequency region."""
         rises = (levels[:, :, ONSET_LAG_FRAMES:] - levels[:, :, :-ONSET_LAG_FRAMES]).clamp_min(0)
         regions = reduce(rises, "b (r m) f -> b r f", "mean", r=NUM_ONSET_BANDS)
         onsets = torch.cat([regions, reduce(rises, "b m f -> b 1 f", "mean")], dim=1)

@@ -1,4 +1,4 @@
-"""Reading of the clips and labels of a manifest."""
+"""Reading of clips and labels that are listed in a manifest."""
 
 from collections.abc import Sequence
 
@@ -28,6 +28,6 @@ def labels_of(items: Sequence[AudioItem], name: str) -> list[str]:
     """Return the label `name` of every item as text; booleans become "yes" and "no"."""
     missing = [item.path for item in items if item.labels.get(name) is None]
     if missing:
-        raise ValueError(f"{len(missing)} of {len(items)} clips have no label {name!r}; the first is {missing[0]}")
+        raise ValueError(f"{len(missing)} of {len(items)} clips have no label {name!r}, such as {missing[0]}; add it")
     values = (item.labels[name] for item in items)
     return [("yes" if value else "no") if isinstance(value, bool) else str(value) for value in values]

@@ -1,4 +1,4 @@
-"""Metrics of clips after a codec or Opus: accuracy of a classifier of attributes, distances and bitrate.
+"""Quality of music clips that were encoded and decoded, measured by classifiers and distances.
 
 Run as `python -m musiclm_pytorch.recipes.metrics.codec_metrics --codec DIR --data TUNES --json metrics.json`.
 """
@@ -38,7 +38,7 @@ __all__ = ["CopyMetrics", "Copy", "measure_copies", "copies_table", "codec_copie
 
 @dataclass(frozen=True)
 class Copy:
-    """Decoded clips `[b, n]`, and their bitrate (None if they are not compressed)."""
+    """Decoded clips `[b, n]` with their bitrate, which is None for clips without compression."""
 
     name: str
     waves: Tensor
@@ -47,12 +47,12 @@ class Copy:
 
 @dataclass(frozen=True)
 class CopyMetrics:
-    """Quality of a decoded copy of clips.
+    """Quality of clips that were encoded and decoded.
 
     Attributes:
-        row: Distances between the copy and the real clips.
-        accuracy: Accuracy of the classifier for each attribute.
-        kept: Accuracy for each attribute, divided by the accuracy on the real clips.
+        row: Distances between the decoded clips and the original clips.
+        accuracy: Accuracy of the classifier on the decoded clips, for each attribute.
+        kept: Accuracy on the decoded clips divided by the accuracy on the original clips, for each attribute.
     """
 
     row: CodecRow
@@ -61,7 +61,7 @@ class CopyMetrics:
 
     @property
     def metrics(self) -> list[Metric]:
-        """Convert all numbers to metrics."""
+        """All numbers of the codec comparison, as a list of metrics."""
         row, note = self.row, "" if self.row.kbps is None else f"{self.row.kbps:.2f} kbps"
         distances = {
             "mel distance (nepers)": row.mel_nepers,
@@ -84,18 +84,18 @@ def measure_copies(
     copies: Iterable[Copy],
     sample_hz: int,
 ) -> list[CopyMetrics]:
-    """Measure copies of real clips.
+    """Measure the quality of decoded copies of real clips.
 
     Args:
-        classifier: Classifier that is fitted to real clips.
+        classifier: Attribute classifier that is fitted to real clips.
         waves: Real clips `[b, n]`.
         waves_hz: Sample rate of the real clips.
-        truth: True class of each clip, for each attribute.
-        copies: Decoded copies at `sample_hz`; the iterable is read once.
-        sample_hz: Sample rate at which copies are compared with the clips.
+        truth: True class of each real clip, for each attribute.
+        copies: Decoded copies of the real clips, with the sample rate `sample_hz`.
+        sample_hz: Sample rate at which copies and real clips are compared.
 
     Returns:
-        Metrics of the unchanged real clips, then of each copy.
+        Metrics of the real clips, followed by the metrics of each copy.
     """
     on_real = classifier.predict(waves, waves_hz)
     target = resample(waves, waves_hz, sample_hz)
@@ -114,7 +114,7 @@ def _measure_copy(
     target: Tensor,
     sample_hz: int,
 ) -> CopyMetrics:
-    """Measure distances of a copy to the real clips `target`, and accuracies relative to those on the real clips."""
+    """Measure the distance of a copy to the real clips `target`, and the classifier accuracy on the copy."""
     accuracy, kept = {}, {}
     for attribute, classes in truth.items():
         balanced = attribute not in PLAIN_ACCURACY
@@ -128,7 +128,7 @@ def _measure_copy(
 def _kept_metric(
     name: str, classes: list[str], answers: list[str], answers_on_real: list[str], balanced: bool
 ) -> Metric:
-    """Compute the ratio of two accuracies; 1 if all predictions for the real clips are wrong."""
+    """Divide the accuracy on a copy by the accuracy on the real clips; return 1 if the divisor is 0."""
     on_copy = accuracy_statistic(classes, answers, balanced)
     on_real = accuracy_statistic(classes, answers_on_real, balanced)
 
@@ -141,7 +141,7 @@ def _kept_metric(
 
 @beartype
 def codec_copies(codec: Codec, waves: Tensor, levels: Sequence[int | None] = (None,)) -> Iterator[Copy]:
-    """Yield a copy of clips `[b, n]` without quantization, then one copy per number of levels (None = all levels)."""
+    """Yield the clips `[b, n]`, and one decoded copy per number of code levels (None = all levels)."""
     yield Copy("unquantized copy", waves)
     for num_levels in levels:
         count = num_levels or codec.num_quantizers
@@ -151,13 +151,13 @@ def codec_copies(codec: Codec, waves: Tensor, levels: Sequence[int | None] = (No
 
 @beartype
 def opus_copies(waves: Tensor, waves_hz: int, sample_hz: int, bitrates_kbps: Sequence[float]) -> Iterator[Copy]:
-    """Yield one Opus copy per requested bitrate, with the bitrate of its packets.
+    """Yield one copy of the clips per requested Opus bitrate, with the actual bitrate of the packets.
 
     Args:
         waves: Clips `[b, n]`.
-        waves_hz: Sample rate of the clips, at which Opus encodes them.
-        sample_hz: Sample rate of the copies.
-        bitrates_kbps: Requested bitrates.
+        waves_hz: Sample rate of the clips.
+        sample_hz: Sample rate of the decoded copies.
+        bitrates_kbps: Requested bitrates in kbps.
     """
     seconds = waves.numel() / waves_hz
     for kbps in bitrates_kbps:
@@ -169,7 +169,7 @@ def opus_copies(waves: Tensor, waves_hz: int, sample_hz: int, bitrates_kbps: Seq
 
 @beartype
 def copies_table(measured: Sequence[CopyMetrics]) -> str:
-    """Create a Markdown table with one line per copy and 95% confidence intervals in brackets."""
+    """Create a Markdown table with one row per copy of the clips, and 95% confidence intervals in brackets."""
     names = [metric.name.partition(" / ")[2] for metric in measured[0].accuracy.values()] if measured else []
     cells = [["", "kbps", "mel (nepers)", "SI-SDR (dB)"]]
     cells[0] += [cell for name in names for cell in (f"{name}, %", "% of real")]
@@ -193,18 +193,19 @@ def main(
     device: str = "cpu",
     offline: bool = False,
 ) -> None:
-    """Print the attributes and distances of held-out clips after a codec and after Opus.
+    """Measure the quality of held-out clips after a codec and after Opus, and print a table.
 
     Args:
-        codec: Name of a bundled codec, its folder, or the id of a published one.
-        data: Folder with train.jsonl and valid.jsonl.
-        classifier: Folder of a fitted classifier. If it is missing, a classifier is fitted and saved in the folder.
-        levels: Additional numbers of code levels to measure.
-        opus: Bitrates of Opus to measure (kbps); needs opus-tools.
-        limit: Number of clips to use, from the first on.
-        json: File for the metrics; the table is written to a file with the suffix .md.
-        device: Device of the codec.
-        offline: Whether to work without a model hub.
+        codec: Name of a bundled codec, folder of a saved codec, or model hub id of a published codec.
+        data: Folder with the manifests train.jsonl and valid.jsonl.
+        classifier: Folder of a fitted classifier; if the folder is empty, a classifier is fitted and saved in the
+            folder.
+        levels: Numbers of code levels to measure, besides all levels.
+        opus: Opus bitrates to measure in kbps; the programs of opus-tools must be installed.
+        limit: Largest number of clips to use; None = all clips.
+        json: JSON file for the metrics; the table is written to a file with the suffix .md.
+        device: Device on which the codec runs.
+        offline: Whether to use only files on this machine, without a model hub.
     """
     if opus:
         require_opus()

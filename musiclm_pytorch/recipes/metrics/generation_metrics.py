@@ -1,4 +1,4 @@
-"""Reconstructions, generated waves and latents of clips, and metrics of their attributes and codes."""
+"""Generation of clips from captions or audio, and metrics of their attributes and conditioning codes."""
 
 import logging
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ PLAIN_ACCURACY = ("instrument",)
 
 @dataclass(frozen=True)
 class Generations:
-    """Generated waves `[b, n]` for b prompts: the best of several candidates, and the first candidate."""
+    """Generated waves `[b, n]` for b prompts, which are the best of several candidates and the first candidate."""
 
     best: Tensor
     first: Tensor
@@ -55,10 +55,9 @@ def reconstruct(
     Args:
         codec: Codec of any class.
         waves: Waves `[b, n]` at the sample rate of the codec.
-        batch_size: Clips per batch.
-        num_levels: Number of code levels to keep; None keeps all levels.
-        codes_alone: Whether to drop the scales that the codec returns besides the codes (EnCodec at 48 kHz), as a
-            language model does.
+        batch_size: Number of waves per batch.
+        num_levels: Number of code levels to decode; None = all levels.
+        codes_alone: Whether to decode only the codes, without the scales that a codec such as 48 kHz EnCodec adds.
 
     Returns:
         Reconstructed waves `[b, n]` on the CPU, averaged over channels.
@@ -75,7 +74,7 @@ def reconstruct(
 
 @torch.no_grad()
 def audio_latents(quantizer: "MuLaNEmbedQuantizer", waves: Tensor, sample_hz: int, batch_size: int = 20) -> Tensor:
-    """Compute MuLaN latents `[b, d]` of clips `[b, n]` of any length; the result is on the CPU."""
+    """Compute MuLaN latents `[b, d]` on the CPU for clips `[b, n]` of any length."""
     mulan, device = quantizer.mulan, device_of(quantizer)
     parts = [resample(part, sample_hz, mulan.sample_hz).to(device) for part in waves.split(batch_size)]
     return torch.cat([mulan.get_long_audio_latents(part).float().cpu() for part in parts])
@@ -83,7 +82,7 @@ def audio_latents(quantizer: "MuLaNEmbedQuantizer", waves: Tensor, sample_hz: in
 
 @torch.no_grad()
 def text_latents(quantizer: "MuLaNEmbedQuantizer", captions: Sequence[str], batch_size: int = 50) -> Tensor:
-    """Compute MuLaN latents `[b, d]` of captions; the result is on the CPU."""
+    """Compute MuLaN latents `[b, d]` on the CPU for captions."""
     parts = [captions[first : first + batch_size] for first in range(0, len(captions), batch_size)]
     return torch.cat([quantizer.mulan.get_text_latents(part).float().cpu() for part in parts])
 
@@ -92,15 +91,15 @@ def text_latents(quantizer: "MuLaNEmbedQuantizer", captions: Sequence[str], batc
 def from_audio(
     model: "MusicLM", waves: Tensor, sample_hz: int, seconds: float, seed: int = 0, batch_size: int = 16
 ) -> Tensor:
-    """Generate from the conditioning codes of real audio, which measures the language models without the text tower.
+    """Generate waves from MuLaN codes of real audio, to measure the language models without the text tower of MuLaN.
 
     Args:
-        model: MusicLM that generates.
-        waves: `[b, n]`.
-        sample_hz: Sample rate of the waves.
-        seconds: Length of a generated wave.
-        seed: Clip i is generated with `seed + i`.
-        batch_size: Clips per batch.
+        model: MusicLM that generates the waves.
+        waves: Real waves `[b, n]`.
+        sample_hz: Sample rate of the real waves.
+        seconds: Length of a generated wave in seconds.
+        seed: Seed of the first wave; wave i is generated with the seed `seed + i`.
+        batch_size: Number of waves per batch.
 
     Returns:
         Generated waves `[b, m]` at the sample rate of the model, on the CPU.
@@ -130,12 +129,12 @@ def from_captions(
     """Generate several candidate waves for each caption.
 
     Args:
-        model: MusicLM that generates.
-        captions: Texts from which to generate.
-        seconds: Length of a generated wave.
-        num_samples: Number of candidates per caption; their seeds are `seed`, `seed + 1`, ....
-        seed: Seed of the first candidate.
-        batch_size: Candidates per batch.
+        model: MusicLM that generates the waves.
+        captions: Captions of the waves to generate.
+        seconds: Length of a generated wave in seconds.
+        num_samples: Number of candidates per caption.
+        seed: Seed of the first candidate; candidate i is generated with the seed `seed + i`.
+        batch_size: Number of candidates per batch.
     """
     best, first = [], []
     prompts_per_batch = max(batch_size // num_samples, 1)
@@ -154,7 +153,7 @@ def from_captions(
 
 
 def _silence_if_not_finite(waves: Tensor) -> Tensor:
-    """Replace waves `[b, n]` that are not finite by silence, so that one failure does not end hours of work."""
+    """Replace generated waves `[b, n]` with NaN or infinite samples by silence, and log a warning."""
     failed = ~torch.isfinite(waves).all(dim=1)
     if failed.any():
         logger.warning(
@@ -164,9 +163,9 @@ def _silence_if_not_finite(waves: Tensor) -> Tensor:
 
 
 def other_clips(count: int, seed: int = 0) -> list[int]:
-    """Draw the index of another clip for each of `count` clips, for controls with exchanged prompts."""
+    """Draw the index of another clip for each of `count` clips, for control experiments with exchanged prompts."""
     if count < 2:
-        raise ValueError(f"need at least 2 clips to exchange prompts, got {count}")
+        raise ValueError(f"exchanging prompts needs at least 2 clips, got {count} clips")
     order = np.random.default_rng(seed).permutation(count)
     other = np.empty(count, dtype=int)
     other[order] = np.roll(order, 1)
@@ -181,18 +180,18 @@ def attribute_metrics(
     truth: dict[str, list[str]],
     note: str = "",
 ) -> list[Metric]:
-    """Measure how often a classifier predicts the requested attributes of generated clips.
+    """Measure how often a classifier recognises the requested attributes in generated clips.
 
     Args:
         name: Prefix of the metric names.
-        classifier: Classifier that is fitted to real training clips.
-        waves: `[b, n]`.
-        sample_hz: Sample rate of the waves.
+        classifier: Attribute classifier that is fitted to real clips.
+        waves: Generated waves `[b, n]`.
+        sample_hz: Sample rate of the generated waves.
         truth: Requested class of each clip, for each attribute.
         note: Remark that is stored with the metrics.
 
     Returns:
-        Accuracy for the instrument, balanced accuracy for the other attributes.
+        The accuracy for the instrument, and the balanced accuracy for all other attributes.
     """
     answers = classifier.predict(waves, sample_hz)
     metrics = []
@@ -204,9 +203,9 @@ def attribute_metrics(
 
 
 def code_agreement_metrics(name: str, audio_codes: Tensor, text_codes: Tensor) -> list[Metric]:
-    """Measure for each level of codes `[b, q]` how often a caption has the same code as its clip.
+    """Measure for each level of MuLaN codes `[b, q]` how often caption and clip have equal codes.
 
-    The chance level is the share of equal codes over all pairs of a caption and a clip.
+    The chance level is the share of equal codes among all pairs of a caption and a clip.
     """
     metrics = []
     for level, (audio, text) in enumerate(zip(audio_codes.T.cpu().numpy(), text_codes.T.cpu().numpy()), start=1):

@@ -1,4 +1,4 @@
-"""Metrics of a MusicLM: attributes, retrieval, codes and novelty of generated music, with chance level and real music.
+"""Metrics of a MusicLM, with the attributes, retrieval, codes and novelty of generated music.
 
 Run as `python -m musiclm_pytorch.recipes.metrics.model_metrics --model DIR --data TUNES --out metrics.json`.
 """
@@ -49,7 +49,7 @@ CLIPS_PER_BATCH = 200
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a measurement of a MusicLM."""
+    """Settings for generating the clips on which a MusicLM is measured."""
 
     seconds: float = 5.0
     """Length of clips and generations (seconds)."""
@@ -63,7 +63,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class ClipSet:
-    """Real music: training clips, and held-out clips with captions."""
+    """Set of real music clips, with training clips and with held-out clips that have captions."""
 
     name: str
     train: list[AudioItem]
@@ -71,19 +71,19 @@ class ClipSet:
 
     @classmethod
     def load(cls, name: str, folder: Path, limit: int | None = None) -> "ClipSet":
-        """Read all clips of `train.jsonl`, and at most `limit` clips with captions of `valid.jsonl`."""
+        """Read the manifest `train.jsonl`, and at most `limit` clips with captions in the manifest `valid.jsonl`."""
         valid = [item for item in load_items(folder / "valid.jsonl").items if item.caption][:limit]
         if len(valid) < 2:
-            raise ValueError(f"{folder / 'valid.jsonl'}: need at least 2 clips with captions, got {len(valid)}")
+            raise ValueError(f"{folder / 'valid.jsonl'} must list at least 2 clips with captions, got {len(valid)}")
         return cls(name, load_items(folder / "train.jsonl").items, valid)
 
     @property
     def captions(self) -> list[str]:
-        """Caption of each held-out clip."""
+        """Captions of the held-out clips, one per clip."""
         return [item.caption or "" for item in self.valid]
 
     def truth(self, classifier: AttributeClassifier) -> dict[str, list[str]]:
-        """Labels of the held-out clips; attributes with values that the classifier does not know are left out."""
+        """Return the labels of the held-out clips, for the attributes whose values the classifier knows."""
         truth = {name: labels_of(self.valid, name) for name in classifier.classes}
         unknown = [name for name, names in truth.items() if set(names) - set(classifier.classes[name])]
         if unknown:
@@ -95,7 +95,7 @@ class ClipSet:
 
 @torch.no_grad()
 def measure(model: "MusicLM", classifier: AttributeClassifier, clips: ClipSet, settings: Settings) -> list[Metric]:
-    """Measure a model on one set of clips, with a classifier that is fitted to real training clips."""
+    """Measure a MusicLM on one set of clips, with a classifier that is fitted to real clips."""
     waves = load_clips(clips.valid, model.sample_hz, settings.seconds)
     logger.info("%s: generating from %d real clips", clips.name, len(waves))
     from_real = from_audio(model, waves, model.sample_hz, settings.seconds, settings.seed, settings.batch_size)
@@ -122,7 +122,7 @@ def measure(model: "MusicLM", classifier: AttributeClassifier, clips: ClipSet, s
 def _attributes(
     classifier: AttributeClassifier, clips: ClipSet, conditions: dict[str, Tensor], sample_hz: int
 ) -> list[Metric]:
-    """Measure attributes for all held-out clips, and for clips with a pair of attributes that no training clip has."""
+    """Measure attributes of all held-out clips, and of clips with a pair of attributes that no training clip has."""
     truth = clips.truth(classifier)
     metrics = []
     for condition, waves in conditions.items():
@@ -137,7 +137,7 @@ def _attributes(
 
 
 def _shuffled(classifier: AttributeClassifier, clips: ClipSet, generations: Tensor, sample_hz: int) -> list[Metric]:
-    """Measure a control in which each generated clip is compared with the attributes of another caption."""
+    """Compare generated clips with the attributes of other captions, as a control experiment."""
     other = other_clips(len(clips.valid))
     truth = {name: [names[index] for index in other] for name, names in clips.truth(classifier).items()}
     return attribute_metrics(
@@ -146,7 +146,7 @@ def _shuffled(classifier: AttributeClassifier, clips: ClipSet, generations: Tens
 
 
 def _retrieval_and_codes(model: "MusicLM", clips: ClipSet, waves: Tensor) -> list[Metric]:
-    """Measure retrieval by MuLaN, and the agreement of MuLaN codes of captions and clips."""
+    """Measure how well MuLaN finds clips by their captions, and how often MuLaN codes of captions and clips agree."""
     quantizer = model.mulan_embed_quantizer
     audio = audio_latents(quantizer, waves, model.sample_hz)
     text = text_latents(quantizer, clips.captions)
@@ -164,7 +164,7 @@ def _retrieval_and_codes(model: "MusicLM", clips: ClipSet, waves: Tensor) -> lis
 def _novelty(
     model: "MusicLM", classifier: AttributeClassifier, clips: ClipSet, waves: Tensor, generations: Tensor
 ) -> list[Metric]:
-    """Measure the similarity of generated and held-out clips to the nearest training clip, in three embeddings."""
+    """Measure how similar generated clips and held-out clips are to the nearest training clip, in three embeddings."""
     rate_hz, quantizer = model.sample_hz, model.mulan_embed_quantizer
     kinds: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
         "MuLaN": (lambda batch: audio_latents(quantizer, batch, rate_hz), nearest_similarity),
@@ -195,17 +195,17 @@ def main(
     device: str = "cpu",
     settings: tyro.conf.OmitArgPrefixes[Settings] = Settings(),
 ) -> None:
-    """Measure a MusicLM and write the metrics as JSON and as a table.
+    """Measure a MusicLM, and write the metrics as JSON and as a Markdown table.
 
     Args:
-        model: Folder of a model, or the name of a bundled one.
-        data: Folder of real clips with train.jsonl and valid.jsonl; the classifier is fitted to its training clips.
-        corpus: Folder of the clips on which the model was trained; the model is measured on these clips too.
-        out: File to write; the table is written with the suffix .md.
-        classifier: Folder of a fitted classifier. If it is missing, a classifier is fitted and saved in the folder.
-        limit: Number of held-out clips to use.
-        device: Device of the model.
-        settings: Lengths, numbers of candidates, and seeds.
+        model: Folder of a MusicLM, or name of a bundled MusicLM.
+        data: Folder of real clips with the manifests train.jsonl and valid.jsonl, on which the model is measured.
+        corpus: Folder of the clips on which the model was trained, for a second measurement.
+        out: JSON file for the metrics; the table is written to a file with the suffix .md.
+        classifier: Folder of a fitted classifier; if the folder is empty, a classifier is fitted to the training clips.
+        limit: Largest number of held-out clips to use; None = all clips.
+        device: Device on which the model runs.
+        settings: Length, number of candidates and seed of generated clips.
     """
     from musiclm_pytorch.pretrained.model_folder import load_musiclm
 

@@ -1,4 +1,4 @@
-"""Encoding and decoding with Opus at a given bitrate, with the programs opusenc and opusdec (opus-tools)."""
+"""Encoding and decoding of audio with Opus, by the programs opusenc and opusdec (opus-tools)."""
 
 import shutil
 import struct
@@ -24,29 +24,29 @@ _HEADER_PACKETS = 2
 
 
 class OpusCopy(NamedTuple):
-    """A decoded wave `[c, n]` that is aligned with the original, and its size in bits without the container."""
+    """A decoded wave `[c, n]` that is aligned with the original, and the size of its Opus packets in bits."""
 
     wave: Tensor
     num_bits: int
 
 
 def require_opus() -> None:
-    """Check that opusenc and opusdec are installed."""
+    """Check that the programs opusenc and opusdec are installed."""
     missing = [name for name in _PROGRAMS if shutil.which(name) is None]
     if missing:
-        raise ValueError(f"{' and '.join(missing)} not found; install them with apt-get install opus-tools")
+        raise ValueError(f"{' and '.join(missing)} are missing; install them with apt-get install opus-tools")
 
 
 @beartype
 def opus_copy(wave: Tensor, sample_hz: int, kbps: float | int) -> OpusCopy:
     """Encode and decode a wave `[c, n]` in -1..1 with Opus (variable bitrate, highest complexity).
 
-    `kbps` is the requested bitrate of all channels together. opusdec removes the look-ahead of the encoder and cuts the
-    end, so the copy is aligned with the original.
+    `kbps` is the requested bitrate of all channels together. The decoded wave is aligned with the original wave,
+    because opusdec removes the look-ahead of the encoder.
     """
     require_opus()
     if not _MIN_KBPS <= kbps <= _MAX_KBPS:
-        raise ValueError(f"Opus supports {_MIN_KBPS} to {_MAX_KBPS} kbps, got {kbps:g}")
+        raise ValueError(f"Opus supports {_MIN_KBPS} to {_MAX_KBPS} kbps, got {kbps:g} kbps")
     channels, num_samples = wave.shape
     with tempfile.TemporaryDirectory(prefix="opus-") as folder:
         original, packed, copy = (Path(folder) / name for name in ("in.wav", "packed.opus", "out.wav"))
@@ -61,14 +61,14 @@ def opus_copy(wave: Tensor, sample_hz: int, kbps: float | int) -> OpusCopy:
 
 
 def _run(*words: str) -> None:
-    """Run a program; raise a ValueError with its error output if it fails."""
-    ended = subprocess.run(words, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)
-    if ended.returncode:
-        raise ValueError(f"{words[0]} failed: {' '.join(ended.stderr.split()) or ended.returncode}")
+    """Run a program, and raise a ValueError with the error output if the program fails."""
+    program = subprocess.run(words, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)
+    if program.returncode:
+        raise ValueError(f"the program {words[0]} failed: {' '.join(program.stderr.split()) or program.returncode}")
 
 
 def _audio_bytes(packed: bytes) -> int:
-    """Sum the packet sizes of an Ogg stream after its two headers (RFC 3533, section 6: pages and lacing values)."""
+    """Sum the sizes of the packets of an Ogg file, except the two header packets (RFC 3533, section 6)."""
     sizes, size, position = [], 0, 0
     while position < len(packed):
         (num_segments,) = struct.unpack_from("B", packed, position + 26)

@@ -1,4 +1,4 @@
-"""Metrics of an AudioLM on spoken digits: the speaker of continuations, and the digits in generated speech."""
+"""Metrics of an AudioLM on spoken digits, for the speaker of continuations and the digits in generated speech."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -40,7 +40,7 @@ _NUM_BINS, _BAR_LENGTH = 10, 30
 
 @beartype
 def fit_word_classifier(words: Sequence[AudioItem]) -> AttributeClassifier:
-    """Fit a classifier of digit and speaker to recorded words."""
+    """Fit a classifier of the digit and the speaker to recorded words."""
     return fit_attribute_classifier(words, LABELS, WordFeatures())
 
 
@@ -53,15 +53,15 @@ def generated_waves(
     prompts_hz: int | None = None,
     batch_size: int = 40,
 ) -> Tensor:
-    """Generate waves `[b, n]` with an AudioLM; wave i has seed i.
+    """Generate waves `[b, n]` with an AudioLM; the wave number i is generated with the seed i.
 
     Args:
-        audiolm: Model that generates.
-        num_waves: Number of waves b.
-        seconds: Length of each wave, including its prompt.
+        audiolm: AudioLM that generates the waves.
+        num_waves: Number of waves to generate.
+        seconds: Length of each wave in seconds, including the prompt.
         prompts: Waves `[b, n]` to continue; None = generate without prompts.
-        prompts_hz: Sample rate of the prompts; None = rate of the codec.
-        batch_size: Waves per batch.
+        prompts_hz: Sample rate of the prompts; None = sample rate of the codec.
+        batch_size: Number of waves per batch.
     """
     waves = []
     for first in range(0, num_waves, batch_size):
@@ -76,7 +76,7 @@ def generated_waves(
 
 @beartype
 def speakers_of(classifier: AttributeClassifier, waves: Tensor, sample_hz: int) -> list[str]:
-    """Predict the speaker of each recording `[b, n]` by mean log probability over words; "nobody" without words."""
+    """Predict the speaker of each recording `[b, n]` from all words; return "nobody" for a recording without words."""
     names = []
     for wave in waves:
         words = cut_words(wave, sample_hz)
@@ -91,11 +91,11 @@ def speakers_of(classifier: AttributeClassifier, waves: Tensor, sample_hz: int) 
 
 @dataclass(frozen=True)
 class RecognizedWords:
-    """Digits that a classifier predicts for the k words in recordings.
+    """Digits that a classifier recognises in the words of recordings.
 
     Attributes:
         digits: Most probable digit of each word.
-        confidences: Probability of the most probable digit of each word, `[k]`.
+        confidences: Probability of the most probable digit of each word, one value per word.
         num_seconds: Total length of the recordings in seconds.
     """
 
@@ -110,12 +110,12 @@ def recognized_words(
 ) -> RecognizedWords:
     """Cut recordings `[b, n]` at their pauses and classify the digit of each whole word.
 
-    `backwards` reverses the words in time. This control has the sounds of a voice but no digits.
+    `backwards` reverses the words in time, as a control with the sounds of a voice but without digits.
     """
     words = [word for wave in waves for word in cut_words(wave, sample_hz, whole_only=True)]
     if not words:
         raise ValueError(
-            f"found no word in {len(waves)} recordings, which are silent or shorter than a word; pass speech"
+            f"found no word in {len(waves)} recordings, which are silent or too short; pass recordings of words"
         )
     inputs = padded([word.flip(0) for word in words] if backwards else words)
     best, index = classifier.predict_proba(inputs, sample_hz)["digit"].max(dim=-1)
@@ -125,7 +125,7 @@ def recognized_words(
 
 @beartype
 def classifier_metrics(classifier: AttributeClassifier, audiolm: AudioLM, words: Sequence[AudioItem]) -> list[Metric]:
-    """Measure the classifier on held-out words, and on their copies from the code levels that the stages predict."""
+    """Measure the accuracy of the classifier on held-out words, before and after the codec."""
     codec = audiolm.codec
     waves = load_clips(words, codec.target_sample_hz, _WORD_SECONDS)
     copies = reconstruct(codec, waves, num_levels=_predicted_levels(audiolm))
@@ -139,21 +139,21 @@ def classifier_metrics(classifier: AttributeClassifier, audiolm: AudioLM, words:
 
 
 def _predicted_levels(audiolm: AudioLM) -> int:
-    """Number of code levels that all stages of a model together predict."""
+    """Return the number of acoustic code levels that the stages of an AudioLM predict."""
     last = list(audiolm.stages.values())[-1]
     return max(source.first_level + source.num_levels for source in last.sources.values())
 
 
 @beartype
 def speaker_metrics(truth: Sequence[str], answers: Mapping[str, Sequence[str]]) -> list[Metric]:
-    """Measure the share of waves that have the same speaker as their prompt.
+    """Measure the share of generated waves whose speaker is the speaker of the prompt.
 
     Args:
         truth: True speaker of each prompt.
-        answers: Predicted speaker of each wave, for each set of waves.
+        answers: Predicted speaker of each wave, by the name of the set of waves.
 
     Returns:
-        One metric per set of waves, and a control that compares each wave of the first set with the prompt of another.
+        One metric per set of waves, and a control metric that exchanges the prompts of the first set.
     """
     metrics = [accuracy_metric(f"speaker kept / {name}", truth, speakers) for name, speakers in answers.items()]
     name, speakers = next(iter(answers.items()))
@@ -163,11 +163,11 @@ def speaker_metrics(truth: Sequence[str], answers: Mapping[str, Sequence[str]]) 
 
 @beartype
 def confidence_metrics(words: Mapping[str, RecognizedWords], reference: str) -> list[Metric]:
-    """Measure the share of words with a confidence that 95% of the reference words reach.
+    """Measure the share of words whose confidence is at least the 5th percentile of the reference words.
 
     Args:
-        words: Recognized words of each source.
-        reference: Name of the source that sets the limit.
+        words: Recognized words, by the name of the set of recordings.
+        reference: Name of the set of recordings with the reference words.
     """
     limit = float(np.quantile(words[reference].confidences, 0.05))
     metrics = []
@@ -181,7 +181,7 @@ def confidence_metrics(words: Mapping[str, RecognizedWords], reference: str) -> 
 
 @beartype
 def confidence_table(words: Mapping[str, RecognizedWords]) -> str:
-    """Format percentiles and histograms of the confidences, and the shares of the digits, as Markdown."""
+    """Format percentiles and histograms of the confidences, and the frequency of each digit, as Markdown."""
     percentiles = [["confidence", *(f"{percent}%" for percent in _PERCENTILES)]]
     digits = sorted({digit for recognized in words.values() for digit in recognized.digits})
     shares = [["share of digits", *digits]]
@@ -198,7 +198,7 @@ def confidence_table(words: Mapping[str, RecognizedWords]) -> str:
 
 @beartype
 def histogram(shares: np.ndarray) -> list[str]:
-    """Format a text histogram of numbers in 0..1, with one line per tenth and the lowest first."""
+    """Format a text histogram of numbers in 0..1, with ten lines, from the lowest to the highest numbers."""
     counts, edges = np.histogram(shares, bins=_NUM_BINS, range=(0.0, 1.0))
     parts = counts / counts.sum()
     return [

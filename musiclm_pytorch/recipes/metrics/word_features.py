@@ -1,4 +1,4 @@
-"""Cutting of recordings into spoken words at pauses, and features of words that do not depend on their length."""
+"""Cutting of recordings into spoken words at pauses, and features of spoken words of any length."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,11 +26,10 @@ _WORDS_PER_BATCH = 200
 
 
 class WordFeatures(nn.Module):
-    """Log-mel spectrogram of a word in a fixed number of segments, with its mean and deviation over time.
+    """Module that computes the log-mel spectrogram of a word in a fixed number of segments, with mean and deviation.
 
-    Silence around the word and its level do not change the features, because the spectrogram has a floor
-    `dynamic_range_db` below its loudest value. The highest band ends at 3.8 kHz, so that recordings at 8 kHz contain
-    all bands.
+    The features do not depend on the loudness of the word or on silence around the word. The highest mel band ends at
+    3.8 kHz, so that recordings with a sample rate of 8 kHz contain all bands.
     """
 
     @beartype
@@ -42,19 +41,19 @@ class WordFeatures(nn.Module):
         num_segments: int = 16,
         dynamic_range_db: float | int = 40.0,
     ) -> None:
-        """Create a module that computes word features.
+        """Create a module that computes features of spoken words.
 
         Args:
-            sample_hz: Words are resampled to this rate.
+            sample_hz: Sample rate in Hz to which words are resampled.
             num_mels: Number of mel bands between 80 and 3800 Hz.
-            num_segments: Number of equal parts into which a word is divided.
-            dynamic_range_db: Distance of the floor from the loudest value, in dB.
+            num_segments: Number of segments of equal length into which a word is divided.
+            dynamic_range_db: Distance in dB from the loudest value to the lower limit of levels.
         """
         super().__init__()
         if sample_hz < 2 * _F_MAX_HZ or min(num_mels, num_segments) < 1 or dynamic_range_db <= 0:
             raise ValueError(
-                f"need sample_hz >= {2 * _F_MAX_HZ:.0f} and positive numbers, got {sample_hz}, {num_mels}, "
-                f"{num_segments}, {dynamic_range_db}"
+                f"sample_hz must be at least {2 * _F_MAX_HZ:.0f} and the other arguments positive, got {sample_hz=}, "
+                f"{num_mels=}, {num_segments=}, {dynamic_range_db=}"
             )
         self.config: dict[str, Any] = {
             "sample_hz": sample_hz,
@@ -75,15 +74,15 @@ class WordFeatures(nn.Module):
 
     @torch.no_grad()
     def forward(self, waves: Tensor, sample_hz: int | None = None) -> Tensor:
-        """Compute features `[b, d]` float32 of words `[b, n]`, one per row; `sample_hz=None` is `self.sample_hz`."""
+        """Compute features `[b, d]` (float32) of words `[b, n]`; `sample_hz` is the sample rate of the words."""
         if waves.ndim != 2 or not torch.isfinite(waves).all():
-            raise ValueError(f"words must be [b, n] without NaN or infinite samples, got shape {tuple(waves.shape)}")
+            raise ValueError(f"words must have the shape [b, n] and finite samples, got the shape {tuple(waves.shape)}")
         waves = resample(waves.float(), sample_hz or self.sample_hz, self.sample_hz)
         rows = [self._describe(energy) for part in waves.split(_WORDS_PER_BATCH) for energy in self.mel(part)]
         return torch.stack(rows)
 
     def _describe(self, energy: Tensor) -> Tensor:
-        """Compute the features of one spectrogram `[m, f]`."""
+        """Compute the features of the spectrogram `[m, f]` of one word."""
         level = reduce(energy, "m f -> f", "sum")
         loud = (level >= level.max() * 10.0 ** (-_PAUSE_DB / 10)).nonzero()
         word = energy[:, int(loud[0]) : int(loud[-1]) + 1]
@@ -95,19 +94,19 @@ class WordFeatures(nn.Module):
 
 @beartype
 def cut_words(wave: Tensor, sample_hz: int, whole_only: bool = False) -> list[Tensor]:
-    """Cut a recording `[n]` at its pauses into words `[n_i]`.
+    """Cut a recording at its pauses into words `[n_i]`.
 
-    A pause lasts at least 0.12 s and is more than 35 dB below the loudest 10 ms. Sounds shorter than 0.15 s are left
-    out.
+    A pause lasts at least 0.12 s and is more than 35 dB below the loudest 10 ms. Sounds shorter than 0.15 s are not
+    returned.
 
     Args:
         wave: Recording `[n]`.
         sample_hz: Sample rate of the recording.
-        whole_only: Whether to leave out sounds at the start or end of the recording, which can be incomplete words, and
-            sounds longer than 1.2 s, which are several words.
+        whole_only: Whether to return only complete single words, which are sounds of at most 1.2 s that do not touch
+            the start or the end of the recording.
     """
     if wave.ndim != 1 or not torch.isfinite(wave).all():
-        raise ValueError(f"a recording must be [n] without NaN or infinite samples, got shape {tuple(wave.shape)}")
+        raise ValueError(f"a recording must have the shape [n] and finite samples, got the shape {tuple(wave.shape)}")
     hop = round(_HOP_SECONDS * sample_hz)
     num_hops = len(wave) // hop
     if num_hops == 0:
@@ -130,5 +129,5 @@ def cut_words(wave: Tensor, sample_hz: int, whole_only: bool = False) -> list[Te
 
 @beartype
 def padded(waves: Sequence[Tensor]) -> Tensor:
-    """Pad waves `[n_i]` of any lengths with silence and stack them to a batch `[b, n]`."""
+    """Pad waves `[n_i]` of different lengths with silence, and stack the waves to a batch `[b, n]`."""
     return pad_sequence(list(waves), batch_first=True)

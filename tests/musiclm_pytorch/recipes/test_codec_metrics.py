@@ -134,5 +134,5 @@ def test_opus_has_the_requested_bitrate():
 def test_opus_needs_its_programs(monkeypatch, tmp_path):
     """The message names the package to install."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ValueError, match="opusenc and opusdec not found; .* apt-get install opus-tools"):
+    with pytest.raises(ValueError, match="opusenc and opusdec are missing; .* apt-get install opus-tools"):
         opus_copy(torch.zeros(1, 100), SAMPLE_HZ, 8)

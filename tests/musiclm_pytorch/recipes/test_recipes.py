@@ -255,7 +255,7 @@ def test_make_corpus_continues_an_interrupted_run(tmp_path: Path, monkeypatch: p
         make_corpus(tmp_path, 4, 2, seed=1)
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "letter.txt").write_text("mine")
-    with pytest.raises(ValueError, match="not empty"):
+    with pytest.raises(ValueError, match="contains files, but no corpus"):
         make_corpus(tmp_path / "foreign", 4, 2)
 
 
