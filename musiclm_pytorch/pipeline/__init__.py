@@ -1,1 +1,1 @@
-"""Training of all parts of a model: presets, builders, and a pipeline that continues interrupted runs."""
+"""Training of all modules of a MusicLM: presets, builders, and a pipeline that continues interrupted runs."""

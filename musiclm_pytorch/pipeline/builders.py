@@ -1,4 +1,4 @@
-"""Functions that build the untrained modules of a preset."""
+"""Functions that build untrained modules with the sizes of a preset."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -51,7 +51,7 @@ def build_codec(preset: Preset) -> SoundStream:
 
 @beartype
 def build_semantic_encoder(preset: Preset) -> BestRQEncoder:
-    """Build the semantic encoder; 10 ms must be a whole number of samples. A token must last a multiple of 10 ms."""
+    """Build the semantic encoder; 10 ms must be a whole number of samples, and a token must last 10, 20, 30 ... ms."""
     s = preset.semantic_tokenizer
     return BestRQEncoder(
         **s.sizes,
@@ -66,7 +66,7 @@ def build_semantic_encoder(preset: Preset) -> BestRQEncoder:
 
 @beartype
 def build_semantic_objective(preset: Preset, encoder: BestRQEncoder) -> BestRQ:
-    """Build the masked prediction that trains the semantic encoder."""
+    """Build the training objective of the semantic encoder, which is masked prediction (BEST-RQ)."""
     token_hz = preset.semantic_tokenizer.token_hz
     span_tokens = max(1, round(_SPAN_SECONDS * token_hz))
     reach_tokens = round(_TARGET_REACH_SECONDS * token_hz)
@@ -83,7 +83,7 @@ def build_semantic_tokenizer(preset: Preset) -> KMeansTokenizer:
 
 @beartype
 def build_mulan(preset: Preset, captions: Sequence[str]) -> MuLaN:
-    """Build a MuLaN. Its text tokenizer is trained on the captions."""
+    """Build a MuLaN, and train its text tokenizer on the captions."""
     m = preset.mulan
     tokenizer = TextTokenizer.train(captions, vocab_size=m.text_vocab_size)
     audio = AudioSpectrogramTransformer(
@@ -102,7 +102,7 @@ def build_mulan(preset: Preset, captions: Sequence[str]) -> MuLaN:
 
 @beartype
 def build_quantizer(preset: Preset, mulan: JointEmbedding, num_clips: int) -> MuLaNEmbedQuantizer:
-    """Build a quantizer for fitting to `num_clips` clips, with at most `num_clips` codes per level."""
+    """Build an unfitted quantizer for `num_clips` clips, with at most `num_clips` codes per level."""
     return MuLaNEmbedQuantizer(
         mulan=mulan,
         conditioning_dims=[getattr(preset, stage).dim for stage in STAGES],
@@ -116,13 +116,13 @@ def build_quantizer(preset: Preset, mulan: JointEmbedding, num_clips: int) -> Mu
 def build_stage(preset: Preset, stage: str, *, codec: Codec, tokenizer: SemanticTokenizer) -> StageTransformer:
     """Build the language model of a stage ("semantic", "coarse" or "fine").
 
-    Vocabularies and rates are those of the codec and the tokenizer, which may differ from the preset's. If the codec
-    has more levels than the preset, only its first levels are modelled.
+    Vocabulary sizes and token rates are taken from the codec and the tokenizer, not from the preset. If the codec has
+    more levels than the preset, the stages predict only the first levels of the codec.
     """
     levels, config = preset.codec.num_quantizers, getattr(preset, stage)
     if levels > codec.num_quantizers:
         raise ValueError(
-            f"the preset {preset.name} models {levels} levels of codes, but the codec has {codec.num_quantizers}; "
+            f"the codec has {codec.num_quantizers} levels, but the preset {preset.name} needs {levels}; "
             "pass a codec with more levels, or a preset with a smaller codec.num_quantizers"
         )
     semantic_hz = Fraction(tokenizer.target_sample_hz, tokenizer.downsample_factor)

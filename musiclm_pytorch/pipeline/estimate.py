@@ -1,4 +1,4 @@
-"""`musiclm train --dry-run`: parameters, tokens, disk space and time of a run, from a few short timed steps."""
+"""`musiclm train --dry-run`: estimates of parameters, tokens, disk space and time of a training run."""
 
 import time
 from collections.abc import Callable
@@ -28,7 +28,7 @@ _BYTES_PER_TOKEN = 2
 
 @dataclass(frozen=True)
 class StepEstimate:
-    """Estimated cost of one pipeline step. Steps that are done and pretrained parts need no time."""
+    """Estimated cost of one pipeline step; a finished or pretrained step needs no time."""
 
     step: str
     num_parameters: int = 0
@@ -39,7 +39,7 @@ class StepEstimate:
 
 @beartype
 def estimate(pipeline: Pipeline, step: str = "all") -> str:
-    """Format the result of `estimate_steps` as a table."""
+    """Estimate the cost of one pipeline step, or of all steps, and return a table as text."""
     rows = estimate_steps(pipeline, step)
     totals = {name: sum(getattr(row, name) for row in rows) for name in vars(rows[0]) if name != "step"}
     lines = [f"{'step':20}{'parameters':>12}{'tokens':>15}{'disk':>14}{'time':>12}"]
@@ -58,7 +58,7 @@ def estimate(pipeline: Pipeline, step: str = "all") -> str:
 
 @beartype
 def estimate_steps(pipeline: Pipeline, step: str = "all") -> list[StepEstimate]:
-    """Estimate the cost of one pipeline step, or of all steps, without writing files."""
+    """Estimate the cost of one pipeline step, or of all steps, from a few timed training steps; no file is written."""
     check_step(step)
     with preserve_rng():
         probe = _Probe(pipeline)
@@ -66,7 +66,7 @@ def estimate_steps(pipeline: Pipeline, step: str = "all") -> list[StepEstimate]:
 
 
 class _Probe:
-    """Estimates steps with the pretrained parts of a pipeline, and with untrained modules for all other parts."""
+    """Estimates the cost of pipeline steps, with untrained modules where no pretrained module was passed."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self.pipeline, self.preset, self.device = pipeline, pipeline.preset, pipeline.accelerator.device
@@ -111,7 +111,7 @@ class _Probe:
         return StepEstimate(step, num_parameters, num_tokens, num_parameters * _BYTES_PER_PARAMETER, seconds)
 
     def _tokenizer_or_mulan(self, step: str, config: Any, num_crops: int) -> tuple[nn.Module, float, Any]:
-        """Return the module, tokens per second of audio, and a function that computes the loss on a batch of crops."""
+        """Build the module of a step; also return the tokens per second of audio and a function to compute a loss."""
         preset, items = replace(self.preset, **{step.replace("-", "_"): config}), self.pipeline.items
         loop: dict[str, Any] = dict(results_folder=self.pipeline.out / step, seed=self.pipeline.seed)
         trainer: Any
@@ -130,7 +130,7 @@ class _Probe:
         return task.module, token_hz, lambda: task.phases[0].loss(to_device(task.batch(indices), self.device), 0).loss
 
     def _stage(self, step: str, config: Any, num_crops: int) -> tuple[nn.Module, float, Any]:
-        """Return the values that `_tokenizer_or_mulan` returns, for a language model, random tokens and conditions."""
+        """Build a language model; also return the tokens per second of audio and a function to compute a loss."""
         codec, tokenizer, device, seconds = self.codec, self.tokenizer, self.device, config.run.seconds
         transformer = build_stage(self.preset, step, codec=codec, tokenizer=tokenizer).to(device)
         semantic = (num_crops, max(1, int(seconds * _frame_hz(tokenizer))))
@@ -146,7 +146,7 @@ class _Probe:
 
     @torch.no_grad()
     def _encoding(self, step: str) -> StepEstimate:
-        """Estimate a step that encodes every file once."""
+        """Estimate the cost of a step that encodes every audio file once."""
         pipeline, codec, tokenizer = self.pipeline, self.codec, self.tokenizer
         mulan: Any = pipeline.pretrained.get("mulan")
         if mulan is None:
@@ -176,7 +176,7 @@ class _Probe:
         return StepEstimate(step, 0, num_tokens, disk_bytes, seconds)
 
     def _seconds(self, step: str, work: Callable[[], None]) -> float:
-        """Shortest duration of three calls of a function; 0 for a step that is done."""
+        """Measure the shortest duration of three calls of `work`; return 0 for a finished step."""
         if self.pipeline.is_done(step):
             return 0.0
         seconds = []

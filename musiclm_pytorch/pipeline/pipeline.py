@@ -62,7 +62,7 @@ STEPS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class StepReport:
-    """A finished step: its name, its wall time over all sessions, and a line of metrics."""
+    """Name of a finished step, its time in seconds over all sessions, and a line of metrics."""
 
     step: str
     seconds: float
@@ -71,22 +71,22 @@ class StepReport:
 
 @beartype
 def check_step(step: str) -> None:
-    """Check that `step` is "all" or the name of a step."""
+    """Check that `step` is "all" or the name of a pipeline step."""
     if step != "all" and step not in STEPS:
         raise ValueError(f"there is no step {step!r}; pass all or one of: {', '.join(STEPS)}")
 
 
 class Pipeline:
-    """A run of all steps over one folder of audio, in one output folder. Only `run` and `assemble` write files.
+    """Training pipeline, which runs all steps for one folder of audio and writes the results to one output folder.
 
-    Each step writes its result to `OUT/<step>/model`, except for the tokens in `OUT/tokens`. The assembled model is in
-    `OUT/model`.
+    Only the methods `run` and `assemble` write files. Each step writes its result to `OUT/<step>/model`, except for the
+    tokens in `OUT/tokens`. The assembled model is in `OUT/model`.
 
     Args:
         data: Folder of audio files, or a folder or file with a JSONL manifest.
-        out: Folder of the run. It can be used with one preset, seed, list of files and set of pretrained parts only.
-        pretrained: Modules by the name of the step that they replace ("codec", "semantic-tokenizer" or "mulan"). Each
-            is saved as the result of the step, without rounding.
+        out: Output folder, used for only one preset, seed, list of files and set of pretrained modules.
+        pretrained: Modules by the name of the step that they replace ("codec", "semantic-tokenizer" or "mulan"), saved
+            without rounding as the results of the steps.
     """
 
     @beartype
@@ -113,7 +113,7 @@ class Pipeline:
 
     @cached_property
     def accelerator(self) -> "accelerate.Accelerator":
-        """The Accelerator of all steps."""
+        """Accelerator of all training steps, created at the first use."""
         return self._accelerator or create_accelerator()
 
     @property
@@ -128,11 +128,11 @@ class Pipeline:
 
     @property
     def captions(self) -> list[str]:
-        """Every caption and aspect of the training files."""
+        """All captions and aspects of the training files."""
         return [text for item in self.train_items for text in (*captions_of(item), *aspects_of(item))]
 
     def require_captions(self) -> None:
-        """Raise a ValueError if there are no captions to train MuLaN."""
+        """Raise a ValueError if the training files have no captions, which the training of MuLaN needs."""
         if not self.captions:
             raise ValueError(
                 f"{self.data} has no captions, but the step mulan needs them; pass a train.jsonl with 'audio' and "
@@ -145,19 +145,18 @@ class Pipeline:
         return all(file.is_file() for file in self._files(step))
 
     def _files(self, step: str) -> list[Path]:
-        """Files whose contents identify the result of a step."""
+        """List the files whose contents identify the result of a step."""
         if step == "tokens":
             return [self.out / step / part / "index.json" for part in ("train", "valid")]
         return [self.out / step / "model" / file for file in ("config.json", "model.safetensors")]
 
     @beartype
     def run(self, step: str = "all", announce: Callable[[str], None] | None = None) -> Iterator[StepReport]:
-        """Run one step, or all steps, and yield a report of each. Finished steps are not run again.
+        """Run one step, or all steps, and yield a report of each step. Finished steps are not run again.
 
         Args:
-            step: Name of a step, or "all". A single step first computes the tokens and saves the pretrained parts that
-                it needs.
-            announce: Called with the name of each step that starts.
+            step: Name of a step, or "all"; missing tokens and pretrained modules that the step needs are written first.
+            announce: Function that is called with the name of each step that starts.
         """
         check_step(step)
         names = self._steps_to_run(step)
@@ -183,12 +182,12 @@ class Pipeline:
         return [*dict.fromkeys(needs), *names]
 
     def _check_needs(self, names: list[str]) -> None:
-        """Check that the results that the steps need exist, before the first step starts."""
+        """Check, before the first of the steps starts, that all results which these steps need exist."""
         for name in names:
             missing = [need for need in STEPS[name] if need not in names and not self.is_done(need)]
             if missing:
                 raise ValueError(
-                    f"{name} needs the result of {' and '.join(missing)}; "
+                    f"the step {name} needs the result of {' and '.join(missing)}; "
                     f"first run musiclm train {missing[0]} with this --out"
                 )
         if "mulan" in names and not self.is_done("mulan") and "mulan" not in self.pretrained:
@@ -248,18 +247,18 @@ class Pipeline:
         return read_record(file) if file.is_file() else {}
 
     def _hashes(self, steps: Iterable[str]) -> dict[str, str]:
-        """Hashes of the results of finished steps."""
+        """Hash the result files of each of the finished steps."""
         return {step: hash_of(b"".join(file.read_bytes() for file in self._files(step))) for step in steps}
 
     def _check_fresh(self, step: str) -> None:
-        """Check that the results from which a step was computed have not changed."""
+        """Check that the results of earlier steps have not changed since a step used them."""
         made_from = self._report(step).get("made_from", {})
         now = self._hashes(name for name in made_from if self.is_done(name))
         changed = [name for name, digest in now.items() if digest != made_from[name]]
         if changed:
             raise ValueError(
-                f"the result of {' and '.join(changed)} has changed since {self.out / step} was computed from it; "
-                f"delete {self.out / step} to compute it again, or use another --out"
+                f"the result of {' and '.join(changed)} has changed since {self.out / step} was computed; "
+                f"delete {self.out / step} to compute the step again, or use another --out"
             )
 
     def _is_up_to_date(self) -> bool:
@@ -269,7 +268,7 @@ class Pipeline:
     def _save(self, step: str, module: nn.Module, frozen: nn.Module | None = None) -> None:
         """Save the result of a step as fp16, so that later steps use the weights of the exported model.
 
-        If fp16 would round the `frozen` part, the result keeps its type.
+        If fp16 would round the weights of `frozen`, the result is saved without conversion.
         """
         if self.accelerator.is_main_process:
             dtype = torch.float16 if frozen is None else exact_dtype(frozen, torch.float16)
@@ -312,7 +311,7 @@ class Pipeline:
 
     @beartype
     def tokens(self) -> list[TokenShards]:
-        """Tokens and MuLaN latents of the training and held-out files; stored tokens are not computed again."""
+        """Return tokens and MuLaN latents of the training files and the held-out files; compute only missing ones."""
         models = {
             "codec": self._load("codec", Codec),
             "semantic_tokenizer": self._load("semantic-tokenizer", SemanticTokenizer),
@@ -346,7 +345,7 @@ class Pipeline:
         return dict(results_folder=self.out / step, accelerator=self.accelerator, seed=self.seed)
 
     def _train(self, trainer: Any) -> dict[str, Any]:
-        """Train to the end and return the last metrics, with the training time of earlier sessions in seconds."""
+        """Train a model to the end; return the last metrics with the training time of earlier sessions in seconds."""
         started = time.monotonic()
         result = trainer.train()
         total = float(read_json(trainer.results_folder / "finished.json")["seconds"])
@@ -355,7 +354,7 @@ class Pipeline:
     # the model
 
     def assemble(self) -> Path:
-        """Write the model as fp16, with the trained conditioning tables in the quantizer, and return its folder."""
+        """Write the trained modules of all steps as one fp16 model folder, and return the path of the folder."""
         self.accelerator.wait_for_everyone()  # until all processes have found that there is no model
         if self.accelerator.is_main_process:
             remove_partial_files(self.model_folder)

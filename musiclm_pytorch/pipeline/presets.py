@@ -1,4 +1,4 @@
-"""Presets: the sizes of all parts of a model and the settings of their training."""
+"""Presets: the sizes of all modules of a MusicLM, and the settings of their training."""
 
 import math
 from dataclasses import dataclass, replace
@@ -23,9 +23,9 @@ _MIN_STEPS = 10
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Training settings of one model; crops last `seconds`, and `learning_rate` is the peak of the schedule.
+    """Training settings of one model, where `seconds` is the crop length and `learning_rate` the peak learning rate.
 
-    `precision` is "fp32", or "bf16" for autocast. Checkpoints are written every two minutes, and every
+    `precision` is "fp32", or "bf16" for autocast. Checkpoints are written every two minutes, and also every
     `checkpoint_every_steps` steps.
     """
 
@@ -40,7 +40,7 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CodecConfig:
-    """Settings of a `SpectralSoundStream` and its training."""
+    """Sizes and training settings of a `SpectralSoundStream` codec."""
 
     sample_hz: int
     hop_samples: int
@@ -55,7 +55,7 @@ class CodecConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    """Size of a transformer, and its training."""
+    """Sizes and training settings of a transformer."""
 
     dim: int
     depth: int
@@ -64,13 +64,13 @@ class TransformerConfig:
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """Keyword arguments of transformer constructors."""
+        """Sizes of the transformer as keyword arguments of its constructor."""
         return {"dim": self.dim, "depth": self.depth, "heads": self.heads, "dim_head": self.dim // self.heads}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SemanticConfig(TransformerConfig):
-    """Settings of a BEST-RQ encoder, and of the k-means on the outputs of its layer `layer`."""
+    """Settings of a BEST-RQ encoder, and of k-means clustering of the outputs of its layer number `layer`."""
 
     layer: int
     num_clusters: int
@@ -80,10 +80,10 @@ class SemanticConfig(TransformerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class MuLaNConfig(TransformerConfig):
-    """Settings of a MuLaN, with two towers of equal size. The FFT length `n_fft` is in samples at 16 kHz.
+    """Settings of a MuLaN with two towers of equal size. The FFT length `n_fft` is in samples at 16 kHz.
 
-    Training leaves out a share of the audio patches (`patch_dropout`) and parts of captions (`caption_dropout`). It
-    embeds `chunk_size` clips in one forward pass, or the whole batch.
+    Training leaves out random audio patches (`patch_dropout`) and random phrases of captions (`caption_dropout`). A
+    forward pass embeds `chunk_size` clips, or the whole batch if `chunk_size` is None.
     """
 
     num_mels: int
@@ -97,7 +97,7 @@ class MuLaNConfig(TransformerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizerConfig:
-    """Sizes of the MuLaN quantizer. MusicLM uses 12 levels of 1024 codes, which need more than a few thousand clips."""
+    """Sizes of the quantizer of MuLaN embeddings; 12 levels of 1024 codes in MusicLM, for many thousands of clips."""
 
     num_quantizers: int
     codebook_size: int
@@ -107,8 +107,8 @@ class QuantizerConfig:
 class StageConfig(TransformerConfig):
     """Settings of the language model of one stage, with probabilities for training and defaults for generation.
 
-    Training drops the condition of an item (`cond_drop_prob`) or its trailing levels (`level_drop_prob`), or uses the
-    codes of a caption instead of the codes of the recording (`text_prob`).
+    In training, the condition codes of an item are removed with probability `cond_drop_prob`, truncated to the first
+    levels with `level_drop_prob`, and computed from a caption instead of the recording with `text_prob`.
     """
 
     dropout: float
@@ -121,7 +121,7 @@ class StageConfig(TransformerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """All settings of a model. The coarse stage predicts the first `num_coarse_quantizers` levels of the codec."""
+    """All settings of a MusicLM. The coarse stage predicts the first `num_coarse_quantizers` levels of the codec."""
 
     name: str
     codec: CodecConfig
@@ -135,9 +135,9 @@ class Preset:
 
     @beartype
     def scaled(self, scale: float | int) -> "Preset":
-        """Copy the preset with every number of training steps multiplied by `scale`, but at least ten steps each."""
+        """Copy the preset with all numbers of training steps multiplied by `scale`, but at least ten steps a model."""
         if not 0 < scale < math.inf:
-            raise ValueError(f"scale must be positive, got {scale}; 1 is the full run")
+            raise ValueError(f"scale must be positive, got {scale}; use 1 for the full number of steps")
         if scale == 1:
             return self
         parts = {}
@@ -210,7 +210,7 @@ PRESETS = {preset.name: preset for preset in (_TINY, _SMALL)}
 
 @beartype
 def preset_named(name: str) -> Preset:
-    """Return the preset of this name, or raise a ValueError that lists the names."""
+    """Return the preset with this name; raise a ValueError with all preset names for an unknown name."""
     if name not in PRESETS:
         raise ValueError(f"there is no preset {name!r}; choose one of: {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -1,4 +1,4 @@
-"""Checks of the pretrained parts of a run."""
+"""Checks of pretrained modules that replace steps of the training pipeline."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,17 +24,17 @@ PRETRAINED_KINDS: dict[str, Any] = {"codec": Codec, "semantic-tokenizer": Semant
 
 @beartype
 def check_pretrained(preset: Preset, parts: Mapping[str, nn.Module]) -> None:
-    """Check that pretrained parts (by step) can be saved and that the other steps can use them."""
+    """Check that the pretrained module of each step in `parts` can be saved, and that the other steps can use it."""
     for step, module in parts.items():
         if step not in PRETRAINED_KINDS:
-            raise ValueError(f"the step {step} accepts no pretrained part; pass one for: {', '.join(PRETRAINED_KINDS)}")
+            raise ValueError(f"step {step} accepts no pretrained module; pass one for: {', '.join(PRETRAINED_KINDS)}")
         kind = PRETRAINED_KINDS[step]
         if not isinstance(module, kind):
-            raise ValueError(f"the pretrained part for {step} must be a {kind.__name__}, got a {type(module).__name__}")
+            raise ValueError(f"the pretrained {step} must be a {kind.__name__}, got a {type(module).__name__}")
         try:
             module_spec(module)
         except TypeError as error:
-            raise ValueError(f"the pretrained {type(module).__name__} for {step} cannot be saved: {error}") from error
+            raise ValueError(f"the pretrained {step} {type(module).__name__} cannot be saved: {error}") from error
     if "codec" in parts or "semantic-tokenizer" in parts:
         with preserve_rng():
             codec = parts.get("codec") or build_codec(preset)
@@ -44,14 +44,14 @@ def check_pretrained(preset: Preset, parts: Mapping[str, nn.Module]) -> None:
 
 
 def _check_stage(preset: Preset, stage: str, codec: Any, tokenizer: Any) -> None:
-    """Check that a training crop of a stage is long enough to contain frames of all streams that start together."""
+    """Check that a training crop of a stage contains a time at which frames of all token streams start together."""
     with torch.device("meta"):
         layout = build_stage(preset, stage, codec=codec, tokenizer=tokenizer).layout
     frame_hz, seconds = layout.predicted[0].exact_hz, getattr(preset, stage).run.seconds
     if frames_inside(seconds, frame_hz) < layout.frame_alignment:
         rates_hz = {stream.name: float(stream.exact_hz) for stream in layout.streams}
         raise ValueError(
-            f"token streams of {rates_hz} frames per second start together only every "
-            f"{float(layout.frame_alignment / frame_hz):g} s, but {stage} is trained on crops of {seconds:g} s; pass a "
-            "codec and a semantic tokenizer whose rates have a larger common divisor, or a preset with longer crops"
+            f"frames of {rates_hz} Hz start together only every {float(layout.frame_alignment / frame_hz):g} s, but "
+            f"the training crops of {stage} last {seconds:g} s; pass a codec and a semantic tokenizer whose rates have "
+            "a larger common divisor, or a preset with longer crops"
         )

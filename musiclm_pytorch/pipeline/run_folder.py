@@ -1,4 +1,4 @@
-"""Functions for the folder of a run: a check of its settings, a lock, and the removal of partial files."""
+"""Functions for the output folder of a training run: check of the settings, lock, removal of partial files."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ _MAX_SHOWN = 3
 
 @beartype
 def check_run_folder(folder: Path, facts: Mapping[str, Any], write: bool = True) -> None:
-    """Write the settings `facts` of a run into its new folder, or check that they equal the settings in the folder."""
+    """Write the settings `facts` to a new folder, or check that a used folder contains a run with equal settings."""
     facts = json.loads(json.dumps({"format_version": _FORMAT_VERSION, **facts}))
     file = folder / _RUN_FILE
     if not file.is_file():
@@ -39,22 +39,22 @@ def check_run_folder(folder: Path, facts: Mapping[str, Any], write: bool = True)
 
 @beartype
 def read_record(file: Path) -> dict[str, Any]:
-    """Read a JSON object that a run wrote; ValueError if the file contains anything else."""
+    """Read a JSON object from a file of a training run, or raise a ValueError if the file contains anything else."""
     record = read_json(file)
     if not isinstance(record, dict):
-        raise ValueError(f"{file} must contain a JSON object, got {type(record).__name__}; fix it or use another --out")
+        raise ValueError(f"{file} must contain a JSON object, got {type(record).__name__}; use another --out")
     return record
 
 
 @beartype
 def hash_of(content: bytes) -> str:
-    """Hash of bytes as 16 hexadecimal digits."""
+    """Compute a hash of bytes as 16 hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()[:16]
 
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Lock the folder of a run, which is created if missing. The lock is released when the process ends."""
+    """Lock the folder of a training run, and create a missing folder. The lock ends at the latest with the process."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -73,7 +73,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 @beartype
 def remove_partial_files(folder: Path) -> None:
-    """Remove partial files that a killed process left in a locked folder."""
+    """Remove the partial files of a killed process from a folder that this process has locked."""
     for pattern in (".writing-*", ".chunk-*.partial"):
         for path in list(folder.rglob(pattern)):
             shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Tokens and latents of a corpus, computed once and stored in shards."""
+"""Tokens and MuLaN latents of a set of audio files, computed once and stored in shards."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,12 +36,12 @@ def compute_tokens(
     origin: Mapping[str, str],
     accelerator: "accelerate.Accelerator",
 ) -> TokenShards:
-    """Write one record for each file into shards. Complete chunks of an interrupted call are not computed again.
+    """Encode every audio file, and write one record per file into shards; an interrupted call can be continued.
 
-    A record has `semantic [t]`, `acoustic [f, q]`, `latents [w, d]` of the windows, `captions` (see `encode_texts`),
-    their `text_latents [k, d]`, and `duration_seconds`. The codec receives all channels of a wave, the other models
-    receive their mean. The fingerprint of the shards includes `origin`. The processes of the accelerator share the
-    work.
+    A record has the tokens `semantic [t]` and `acoustic [f, q]`, the MuLaN latents `latents [w, d]` of windows and
+    `text_latents [k, d]` of captions, `captions` (see `encode_texts`), and `duration_seconds`. The codec receives all
+    channels of a wave, the other models receive the mean of the channels. The fingerprint of the shards includes
+    `origin`. The processes of the accelerator share the files.
     """
     fingerprint = {**shard_fingerprint(semantic_tokenizer, codec), "mulan": part_fingerprint(mulan), **origin}
     codec_hz, semantic_hz, mulan_hz = codec.target_sample_hz, semantic_tokenizer.target_sample_hz, mulan.sample_hz

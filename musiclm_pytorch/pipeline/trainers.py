@@ -1,4 +1,4 @@
-"""Functions that build the trainers of a preset."""
+"""Functions that build trainers with the settings of a preset."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +27,7 @@ Items = tuple[Sequence[AudioItem], Sequence[AudioItem]]
 
 
 def codec_trainer(preset: Preset, items: Items, **loop: Any) -> SoundStreamTrainer:
-    """Build a codec and its trainer, with the mel distance as the only loss."""
+    """Build an untrained codec and its trainer, which uses the mel distance as the only loss."""
     run = preset.codec.run
     return SoundStreamTrainer(
         build_codec(preset),
@@ -40,7 +40,7 @@ def codec_trainer(preset: Preset, items: Items, **loop: Any) -> SoundStreamTrain
 
 
 def semantic_tokenizer_trainer(preset: Preset, items: Items, **loop: Any) -> SemanticTokenizerTrainer:
-    """Build a semantic encoder and its trainer."""
+    """Build an untrained semantic encoder and its trainer."""
     run, encoder = preset.semantic_tokenizer.run, build_semantic_encoder(preset)
     return SemanticTokenizerTrainer(
         encoder=encoder,
@@ -53,7 +53,7 @@ def semantic_tokenizer_trainer(preset: Preset, items: Items, **loop: Any) -> Sem
 
 
 def mulan_trainer(preset: Preset, items: Items, captions: Sequence[str], *, seed: int, **loop: Any) -> MuLaNTrainer:
-    """Build a MuLaN, with a text tokenizer trained on the captions, and its trainer."""
+    """Build an untrained MuLaN, whose text tokenizer is trained on the captions, and its trainer."""
     m = preset.mulan
     return MuLaNTrainer(
         mulan=build_mulan(preset, captions),
@@ -68,7 +68,7 @@ def mulan_trainer(preset: Preset, items: Items, captions: Sequence[str], *, seed
 
 
 def stage_trainer(preset: Preset, transformer: StageTransformer, stage: str, **data_and_loop: Any) -> Any:
-    """Build the trainer of a stage."""
+    """Build the trainer of the language model of a stage."""
     config = getattr(preset, stage)
     return _STAGE_TRAINERS[stage](
         transformer=transformer,

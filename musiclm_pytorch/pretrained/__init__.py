@@ -1,1 +1,1 @@
-"""Model folders, and the trained parts that the package contains."""
+"""Functions for model folders, and for the trained models that are bundled with the package."""

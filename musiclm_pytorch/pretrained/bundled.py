@@ -1,7 +1,7 @@
 """Functions that open codecs, tokenizers, encoders and joint embeddings by bundled name, folder or hub id.
 
 All models are returned in eval mode. With `offline`, a hub id is loaded from the local cache only. For an unknown name,
-a ValueError lists the bundled models. If a model needs transformers and it is not installed, an ImportError is raised.
+a ValueError lists the bundled models. A model of the transformers library raises an ImportError without that library.
 """
 
 from collections.abc import Callable, Mapping
@@ -42,52 +42,52 @@ _MULAN_FOLDERS = ("", "quantizer", "model/quantizer", "mulan/model", "mulan", "m
 
 @beartype
 def codec_named(name: str, device: str | torch.device = "cpu", offline: bool = False) -> Codec:
-    """Open a codec by its bundled name, folder or hub id (see `open_codec`)."""
+    """Open a codec by a bundled name, a folder, or a hub id (see `open_codec`)."""
     codec: Codec = _open(name, BUNDLED_CODECS, "codecs", lambda source: open_codec(source, offline=offline))
     return codec.to(device).eval()
 
 
 @beartype
 def tokenizer_named(name: str = "16khz", device: str | torch.device = "cpu") -> SemanticTokenizer:
-    """Open a semantic tokenizer by its bundled name, or from the folder of a trained or converted tokenizer."""
+    """Open a semantic tokenizer by a bundled name, or by the folder of a trained or converted tokenizer."""
     tokenizer = _open(name, BUNDLED_TOKENIZERS, "tokenizers", lambda source: load_module(source, device=device))
     if not isinstance(tokenizer, SemanticTokenizer):
-        raise ValueError(f"{name} contains a {type(tokenizer).__name__}, which is not a semantic tokenizer")
+        raise ValueError(f"{name} contains a {type(tokenizer).__name__}, but a semantic tokenizer is needed")
     return tokenizer
 
 
 @beartype
 def encoder_named(name: str, offline: bool = False) -> FrameEncoder:
-    """Open an encoder with layers: the encoder of a bundled tokenizer, or any source that `open_encoder` accepts."""
+    """Open an audio encoder by the name of a bundled semantic tokenizer, a folder, or a hub id (see `open_encoder`)."""
     from audiolm_pytorch.semantic.pretrained import open_encoder
 
     encoder = _open(name, BUNDLED_TOKENIZERS, "encoders", lambda source: open_encoder(source, offline=offline))
     if not isinstance(encoder, FrameEncoder):
-        raise ValueError(f"{name} contains a {type(encoder).__name__}, but an encoder with layers is needed")
+        raise ValueError(f"{name} contains a {type(encoder).__name__}, but an audio encoder with layers is needed")
     return encoder
 
 
 @beartype
 def mulan_named(name: str, device: str | torch.device = "cpu", offline: bool = False) -> JointEmbedding:
-    """Open a joint embedding of audio and text.
+    """Open a joint embedding of audio and text by a bundled name, a folder, or a hub id of CLAP.
 
-    `name` is a bundled model; the folder of a saved MuLaN, CLAP or `MuLaNEmbedQuantizer`; a model folder; a run folder;
-    or a folder or hub id of CLAP in transformers' format, e.g. laion/larger_clap_music.
+    A folder may contain a MuLaN, a CLAP model (also in transformers' format), a `MuLaNEmbedQuantizer`, a MusicLM, or a
+    training run. An example of a hub id is laion/larger_clap_music.
     """
     module = _open(name, _BUNDLED_MULANS, "models", lambda source: _open_mulan(source, offline))
     mulan = getattr(module, "mulan", module)  # a quantizer holds its MuLaN
     if not isinstance(mulan, JointEmbedding):
-        raise ValueError(f"{name} contains a {type(mulan).__name__}, which is not a joint embedding of audio and text")
+        raise ValueError(f"{name} contains a {type(mulan).__name__}, but a joint embedding of audio and text is needed")
     return mulan.to(device).eval()
 
 
 def bundled_folder(name: str) -> Path:
-    """Path of a folder below musiclm_pytorch/bundled."""
+    """Return the path of a folder in musiclm_pytorch/bundled, which contains the bundled models."""
     return Path(str(files("musiclm_pytorch") / "bundled" / name))
 
 
 def _open(name: str, bundled: Mapping[str, str], kind: str, open_source: Callable[[str | Path], Any]) -> Any:
-    """Open a bundled folder by its name; other names are passed to `open_source`."""
+    """Call `open_source` with the folder of the bundled model `name`, or with `name` if it is no bundled name."""
     try:
         return open_source(bundled_folder(bundled[name]) if name in bundled else name)
     except ValueError as error:

@@ -1,11 +1,11 @@
-"""Model folders: all parts of a MusicLM side by side, bundled with the package or anywhere on disk.
+"""Model folders, which contain a whole MusicLM as one saved module per name in `PARTS`.
 
-MODEL/musiclm.json            format version, origin, and two optional defaults for generation:
-                              "sampling" {stage: {temperature, top_k, top_p, guidance_scale}} and "num_levels".
-                              Optional "bundled_parts" {part: name}: parts that the package has in bundled/<name> and
-                              the folder does not have, e.g. {"codec": "codec_16khz"}
-MODEL/<part>/config.json      one saved module for each other part of `PARTS`
-MODEL/<part>/model.safetensors
+MODEL/<part>/config.json       constructor arguments of the module with this name in `PARTS`
+MODEL/<part>/model.safetensors weights of the module with this name in `PARTS`
+MODEL/musiclm.json             format version, origin, and two optional defaults for generation:
+                               "sampling" {stage: {temperature, top_k, top_p, guidance_scale}} and "num_levels".
+                               Optional "bundled_parts", e.g. {"codec": "codec_16khz"}, names the modules that the
+                               package has in bundled/<name> and the model folder does not have.
 """
 
 from collections.abc import Mapping, Sequence
@@ -57,7 +57,7 @@ _FINGERPRINTED_PARTS = {"codec": (), "semantic_tokenizer": (), "quantizer": ("ta
 
 @beartype
 def load_musiclm(name_or_folder: str | Path = "tiny", device: str | torch.device = "cpu") -> MusicLM:
-    """Load a model in eval mode, without network access. Sampling settings in its `musiclm.json` become its defaults.
+    """Load a MusicLM in eval mode, without network access, with the default sampling settings in `musiclm.json`.
 
     Args:
         name_or_folder: Name of a bundled model, or a folder that `musiclm train all` or `musiclm export` wrote.
@@ -73,8 +73,8 @@ def export_musiclm(run: str | Path, out: str | Path, settings: Mapping[str, Any]
 
     Args:
         run: Folder of `musiclm train all`, or a model folder.
-        out: Folder to write. It must be new or empty, or contain a model, which is replaced.
-        settings: Fields of `musiclm.json` to set, e.g. `{"num_levels": 2}` or
+        out: Folder to write, which must be new or empty, or contain a model, which is then replaced.
+        settings: Fields of `musiclm.json` to set, for example `{"num_levels": 2}` or
             `{"sampling": {"coarse": {"temperature": 0.8}}}`.
     """
     folder, out = model_folder(run), Path(out)
@@ -92,14 +92,13 @@ def export_musiclm(run: str | Path, out: str | Path, settings: Mapping[str, Any]
 def save_parts(
     folder: str | Path, parts: Mapping[str, nn.Module], about: Mapping[str, Any], dtype: torch.dtype | None = None
 ) -> list[Path]:
-    """Write a model folder and return its files. `musiclm.json` is written last, so only a complete folder contains it.
+    """Write a model folder and return its files; `musiclm.json` is written last and marks a complete folder.
 
     Args:
-        parts: The module of each part in `PARTS`.
+        parts: Module for each name in `PARTS`.
         about: More JSON-able fields of `musiclm.json`.
-        dtype: Type of the stored weights; None keeps the type of each weight. The codec, the semantic tokenizer and the
-            quantizer without its tables keep their type if `dtype` would round them, because the stages accept only the
-            parts that they were trained with.
+        dtype: Type of the stored weights; None keeps the type of each weight; a codec, tokenizer or quantizer that
+            `dtype` would round keeps its type, because stages accept only the codes with which they were trained.
     """
     folder = Path(folder)
     (folder / CARD).unlink(missing_ok=True)
@@ -114,7 +113,7 @@ def save_parts(
 
 @beartype
 def exact_dtype(module: nn.Module, dtype: torch.dtype, *, but: Sequence[str] = ()) -> torch.dtype | None:
-    """Return `dtype` if it represents all weights of a module, outside the submodules `but`, exactly; else None."""
+    """Return `dtype` if it stores all weights of a module without rounding, else None; ignore the submodules `but`."""
     weights = {name: weight for name, weight in weights_of(module).items() if name.partition(".")[0] not in but}
     floats = [weight for weight in weights.values() if weight.is_floating_point()]
     return dtype if all(torch.equal(weight.to(dtype).to(weight.dtype), weight) for weight in floats) else None
@@ -122,7 +121,7 @@ def exact_dtype(module: nn.Module, dtype: torch.dtype, *, but: Sequence[str] = (
 
 @beartype
 def model_folder(name_or_folder: str | Path) -> Path:
-    """Find a model folder by its path, the folder of a finished run, or the name of a bundled model."""
+    """Find a model folder by its path, by the folder of a finished training run, or by the name of a bundled model."""
     path = Path(name_or_folder)
     for folder in (path, path / "model"):
         if (folder / CARD).is_file():
@@ -139,7 +138,7 @@ def model_folder(name_or_folder: str | Path) -> Path:
 
 
 def _may_be_replaced(folder: Path) -> bool:
-    """Whether a folder is empty, or contains only a model or the remains of an interrupted export."""
+    """Whether a folder is empty, or contains only a model or files of an interrupted export."""
     if not folder.is_dir():
         return False
     return (folder / CARD).is_file() or all(
@@ -153,8 +152,8 @@ def _read_card(folder: Path) -> dict[str, Any]:
     version = card.get("format_version") if isinstance(card, dict) else None
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"{folder / CARD} has format version {version!r}, but this library reads {FORMAT_VERSION}; install the "
-            "release that wrote it"
+            f"{folder / CARD} has format version {version!r}, but this library reads version {FORMAT_VERSION}; install "
+            "the library release that wrote the file"
         )
     return dict(card)
 
@@ -170,7 +169,7 @@ def _load_parts(folder: Path, card: Mapping[str, Any]) -> dict[str, nn.Module]:
 
 
 def _bundled_parts(card: Mapping[str, Any], file: Path) -> dict[str, Path]:
-    """Folders of the bundled parts that `musiclm.json` (`card`) names, by part."""
+    """Return the folders of the bundled modules that `bundled_parts` in `musiclm.json` names, by name in `PARTS`."""
     named = card.get("bundled_parts", {})
     if not isinstance(named, dict) or not set(named) <= set(PARTS):
         raise ValueError(f"bundled_parts in {file} must be a dict with keys from {', '.join(PARTS)}, got {named!r}")
@@ -178,9 +177,8 @@ def _bundled_parts(card: Mapping[str, Any], file: Path) -> dict[str, Path]:
     for name in named.values():
         if name not in list(available):
             raise ValueError(
-                f"{file} needs the bundled part {name!r}, but this installation has "
-                f"{', '.join(available) or 'none'}; install the release that wrote the model, or export it again with "
-                "its parts"
+                f"{file} needs the bundled module {name!r}, but this installation has "
+                f"{', '.join(available) or 'none'}; install the release that wrote the model, or export the model again"
             )
     return {part: available[name] for part, name in named.items()}
 
@@ -198,4 +196,4 @@ def _compose(parts: Mapping[str, Any], card: Mapping[str, Any], folder: Path) ->
         )
         return MusicLM(audio_lm=audio_lm, mulan_embed_quantizer=parts["quantizer"], num_levels=card.get("num_levels"))
     except (TypeError, ValueError, BeartypeCallHintViolation) as error:
-        raise ValueError(f"the parts in {folder} are not compatible: {error}") from error
+        raise ValueError(f"the modules in {folder} are not compatible: {error}") from error

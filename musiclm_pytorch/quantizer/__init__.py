@@ -1,1 +1,1 @@
-"""Conditioning codes: MuLaN embeddings, quantized by residual k-means."""
+"""Conditioning codes for language models, which are MuLaN embeddings quantized by residual k-means."""

@@ -1,4 +1,4 @@
-"""Conditioning codes: MuLaN latents quantized by frozen residual codebooks, and trainable tables of embeddings."""
+"""Conditioning codes: MuLaN latents quantized by frozen codebooks, and trainable embeddings of the codes."""
 
 import logging
 from collections.abc import Sequence
@@ -29,14 +29,14 @@ Modality = Literal["audio", "text"]
 class MuLaNEmbedQuantizer(Conditioner):
     """Quantizes the MuLaN embedding of audio or text to codes, and embeds the codes for each language model.
 
-    The residual quantization is that of MusicLM (arXiv:2301.11325, sec. 4.1). The codebooks are random until `fit` fits
-    them; training never changes them. Each language model trains only the table of its namespace.
+    The residual quantization is that of MusicLM (arXiv:2301.11325, sec. 4.1). The codebooks are random until `fit` is
+    called, and training never changes the codebooks. Each language model trains only its table of code embeddings.
 
     Args:
-        mulan: Joint embedding; it stays in eval mode and receives no gradients.
-        conditioning_dims: For each namespace, the width of its embeddings.
-        namespaces: Names of the tables, one for each language model.
-        rq_num_quantizers: Number of levels, which is the number of codes per recording.
+        mulan: Joint embedding, which stays in eval mode and receives no gradients.
+        conditioning_dims: Width of the code embeddings, for each name in `namespaces`.
+        namespaces: Names of the tables of code embeddings, one for each language model.
+        rq_num_quantizers: Number of quantizer levels, which is the number of codes per recording.
     """
 
     codebooks: Tensor
@@ -58,8 +58,8 @@ class MuLaNEmbedQuantizer(Conditioner):
         super().__init__()
         if len(conditioning_dims) != len(namespaces) or len(set(namespaces)) != len(namespaces) or not namespaces:
             raise ValueError(
-                "need one conditioning dim for each namespace, and distinct namespaces, got "
-                f"{tuple(conditioning_dims)} and {tuple(namespaces)}"
+                "need different namespaces and one conditioning dim for each, got namespaces "
+                f"{tuple(namespaces)} and conditioning_dims {tuple(conditioning_dims)}"
             )
         if min(*conditioning_dims, rq_num_quantizers, codebook_size) < 1:
             raise ValueError(
@@ -88,7 +88,7 @@ class MuLaNEmbedQuantizer(Conditioner):
 
     @property
     def config(self) -> dict[str, Any]:
-        """JSON-able constructor arguments, with the spec of the MuLaN."""
+        """JSON-able constructor arguments, in which a class name and a config describe the MuLaN."""
         return {
             "mulan": module_spec(self.mulan),
             "conditioning_dims": list(self.conditioning_dims),
@@ -99,41 +99,38 @@ class MuLaNEmbedQuantizer(Conditioner):
 
     @property
     def sample_hz(self) -> int:
-        """Sample rate of input waves in Hz."""
+        """Sample rate in Hz that input waves must have."""
         return self.mulan.sample_hz
 
     def fingerprint(self) -> str:
-        """Hash of everything that codes depend on: MuLaN, codebooks and alignment of texts, but not the tables.
+        """Hash of everything on which codes depend: MuLaN, codebooks and alignment of texts, but not the tables.
 
-        Rounding to half precision changes codes and fingerprint; `save_parts` then stores the quantizer in full
-        precision.
+        If rounding to half precision would change the codes, `save_parts` stores the quantizer in full precision.
         """
         buffers = {name: value for name, value in weights_of(self).items() if "." not in name and name != "fitted"}
         return digest_of({"mulan": part_fingerprint(self.mulan)}, buffers)
 
     def train(self, mode: bool = True) -> "MuLaNEmbedQuantizer":
-        """Set the mode; the MuLaN stays in eval mode, so that the codes of a recording never change."""
+        """Set training or eval mode, except for the MuLaN, so that the codes of a recording never change."""
         super().train(mode)
         self.mulan.eval()
         return self
 
     def table(self, namespace: str) -> nn.Module:
-        """Trainable table of a namespace, with an embedding for each code of each level."""
+        """Return the trainable embeddings of the codes of all levels for the language model `namespace`."""
         if namespace not in self.tables:
             raise ValueError(f"there is no namespace {namespace!r}; choose one of {self.namespaces}")
         return self.tables[namespace]
 
     def dim(self, namespace: str) -> int:
-        """Width of the embeddings of a namespace."""
+        """Return the width of the code embeddings for the language model `namespace`."""
         self.table(namespace)
         return self.conditioning_dims[self.namespaces.index(namespace)]
 
     def check_can_fit(self, num_latents: int) -> None:
-        """Check that the quantizer is not fitted yet, and that `num_latents` audio latents are enough to fit it."""
+        """Check that the quantizer is not fitted yet, and that `num_latents` audio latents are enough for `fit`."""
         if bool(self.fitted):
-            raise ValueError(
-                "this quantizer is fitted already and models may depend on its codes; create a new one to fit"
-            )
+            raise ValueError("this quantizer is fitted already and models may depend on its codes; fit a new quantizer")
         if num_latents < self.codebook_size:
             raise ValueError(
                 f"{num_latents} latents are too few for {self.codebook_size} codes per level; use more audio "
@@ -150,13 +147,13 @@ class MuLaNEmbedQuantizer(Conditioner):
         clip_index: Tensor | None = None,
         seed: int = 0,
     ) -> None:
-        """Fit the codebooks once: k-means of the latents, then of the residuals of each level.
+        """Fit the codebooks, once only, by k-means of the latents and of the residuals of each level.
 
         Args:
             audio_latents: `[n, d]`, with n at least `codebook_size`.
             text_latents: `[k, d]` of texts that describe some of the audio, from which the alignment of texts is
-                learned (see `align_texts`). None = texts are not aligned.
-            clip_index: `[k]` int, the row in `audio_latents` that each text describes. None = text i describes row i.
+                learned (see `align_texts`); None = texts are not aligned.
+            clip_index: `[k]` int, the row in `audio_latents` that each text describes; None = text i describes row i.
         """
         self._check_latents(audio_latents)
         self.check_can_fit(len(audio_latents))
@@ -168,13 +165,12 @@ class MuLaNEmbedQuantizer(Conditioner):
             clip_index = torch.arange(len(audio)) if clip_index is None else clip_index.cpu().long()
             if audio.ndim != 2 or clip_index.shape != text_latents.shape[:-1]:
                 raise ValueError(
-                    "need audio latents [n, d], and text latents [k, d] with clip_index [k], or k = n without it; got "
-                    f"{tuple(audio_latents.shape)}, {tuple(text_latents.shape)} and clip_index "
-                    f"{tuple(clip_index.shape)}"
+                    "need audio_latents [n, d], text_latents [k, d] and clip_index [k] (k = n without clip_index), got "
+                    f"{tuple(audio_latents.shape)}, {tuple(text_latents.shape)} and {tuple(clip_index.shape)}"
                 )
             audio_mean, text_mean, text_map = align_texts(audio, text_latents.float().cpu(), clip_index)
         elif clip_index is not None:
-            raise ValueError("got clip_index, the audio row of each text, without text_latents; pass both")
+            raise ValueError("got clip_index (the audio row of each text) without text_latents; pass both or neither")
         codebooks = residual_kmeans((audio - audio_mean).float(), self.num_quantizers, self.codebook_size, seed)
         self.codebooks.copy_(codebooks)
         self.audio_mean.copy_(audio_mean)
@@ -187,7 +183,7 @@ class MuLaNEmbedQuantizer(Conditioner):
     def codes_from_latents(self, latents: Tensor, modality: Modality = "audio") -> Tensor:
         """Quantize MuLaN latents `[..., d]` of a modality to codes `[..., q]` int64 in [0, codebook_size).
 
-        At each level, the code is the centroid that is nearest to the residual of the previous levels.
+        At each level, the code is the index of the centroid that is nearest to the residual of the previous levels.
         """
         self._check_latents(latents)
         if not bool(self.fitted) and not self._has_warned:
@@ -212,10 +208,10 @@ class MuLaNEmbedQuantizer(Conditioner):
         latents: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
-        """Compute codes `[b, q]` int64 of exactly one of waves `[b, n]`, texts (or ids), or audio latents `[b, d]`.
+        """Compute codes `[b, q]` int64 of waves `[b, n]`, of texts (or ids), or of audio latents `[b, d]`.
 
-        The latents of waves longer than MuLaN's window are averaged over windows. `lengths [b]` count samples; None =
-        all `n`.
+        The latents of waves longer than MuLaN's window are averaged over windows. `lengths [b]` are the numbers of
+        samples of the waves (None = all have `n` samples).
         """
         if sum(source is not None for source in (wavs, texts, latents)) == 1:
             if texts is not None:
@@ -236,9 +232,9 @@ class MuLaNEmbedQuantizer(Conditioner):
         lengths: Tensor | None = None,
         namespace: str,
     ) -> Tensor:
-        """Embed exactly one of waves, texts, or codes `[b, q]` as `[b, q, dim]`; see `codes`.
+        """Embed waves, texts or codes `[b, q]` (exactly one of these) as `[b, q, dim]`; see `codes`.
 
-        Gradients flow into the table of the namespace.
+        Gradients flow into the code embeddings of the language model `namespace`.
         """
         table = self.table(namespace)
         if codes is None:
@@ -264,11 +260,11 @@ class MuLaNEmbedQuantizer(Conditioner):
         lengths: Tensor | None = None,
         namespace: str,
     ) -> ConditionTensor:
-        """Return the embeddings of `forward` as a condition of a language model; its mask is all True."""
+        """Return the embeddings of `forward` as a condition of a language model, without masked positions."""
         return ConditionTensor.of(self(wavs=wavs, texts=texts, codes=codes, lengths=lengths, namespace=namespace))
 
     def centred(self, latents: Tensor, modality: Modality = "audio") -> Tensor:
-        """Subtract the mean of the modality from latents `[..., d]`, and map texts to audio; returns float32."""
+        """Subtract the mean of the modality from latents `[..., d]`, map text latents to audio, and return float32."""
         if modality == "audio":
             return latents.float() - self.audio_mean.float()
         return (latents.float() - self.text_mean.float()) @ self.text_map.float()
@@ -278,4 +274,4 @@ class MuLaNEmbedQuantizer(Conditioner):
         if latents.ndim < 1 or latents.shape[-1] != width or not latents.is_floating_point():
             raise ValueError(f"latents must be float [..., {width}], got {latents.dtype} {tuple(latents.shape)}")
         if not torch.isfinite(latents).all():
-            raise ValueError("latents contain NaN or infinite numbers")
+            raise ValueError("latents must be finite, got NaN or infinity")

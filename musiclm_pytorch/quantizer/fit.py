@@ -1,4 +1,4 @@
-"""Fitting of the conditioning quantizer to audio files and their captions, and metrics of the fitted quantizer."""
+"""Fitting of a `MuLaNEmbedQuantizer` to audio files and captions, and metrics of the fitted quantizer."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -33,17 +33,17 @@ _MIN_USAGE = 0.5
 
 @dataclass(frozen=True)
 class QuantizerReport:
-    """Metrics of the codes of a quantizer; tuples have one number per level.
+    """Metrics of the codes of a quantizer, where tuples have one number per level.
 
     Attributes:
         num_windows: Number of audio latents on which usage is measured.
         num_pairs: Number of texts on which agreement is measured.
         is_held_out: Whether `explained`, `agreement` and `chance` are measured on files that were not used in fitting.
-        usage: Share of the codes of a level that are used.
+        usage: Share of the codes of a level that occur for at least one audio latent.
         perplexity: `exp(entropy)` of the frequencies of the codes.
-        explained: Share of the variance of audio latents that the codes up to this level explain.
-        agreement: Share of the texts that have the same code as their audio; empty without texts.
-        chance: Share of the texts that have the same code as random audio.
+        explained: Share of the variance of audio latents that the codes of all levels up to one level explain.
+        agreement: Share of the texts whose code equals the code of their audio; empty without texts.
+        chance: Share of the texts whose code equals the code of random audio.
     """
 
     num_windows: int
@@ -57,7 +57,7 @@ class QuantizerReport:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """All metrics by name, the most important ones first."""
+        """All metrics of the report by name, with the most important metrics first."""
         first = {"agreement_level_1": self.agreement[0], "chance_level_1": self.chance[0]} if self.agreement else {}
         levels = {
             f"{name}_level_{level}": value
@@ -76,7 +76,7 @@ def measure_quantizer(
     *,
     clip_index: Tensor | None = None,
 ) -> QuantizerReport:
-    """Compute the metrics of audio latents `[n, d]` and texts `[k, d]`; see `MuLaNEmbedQuantizer.fit`."""
+    """Measure a quantizer on audio latents `[n, d]` and text latents `[k, d]`; see `MuLaNEmbedQuantizer.fit`."""
     audio = quantizer.codes_from_latents(audio_latents)
     shares = [_shares(level, quantizer.codebook_size) for level in audio.T]
     residual = quantizer.centred(audio_latents.to(quantizer.codebooks.device))
@@ -112,15 +112,14 @@ def fit_quantizer(
     seed: int = 0,
     max_windows: int = 200_000,
 ) -> QuantizerReport:
-    """Fit a quantizer's codebooks once to windows of files.
+    """Fit the codebooks of a quantizer to windows of audio files.
 
     Captions are used to align texts with audio if all files, or at least 32 files, have captions.
 
     Args:
-        quantizer: Quantizer with a trained MuLaN that is not fitted yet.
-        held_out: Files for the metrics. If empty, the metrics are computed on the fitted files.
-        max_windows: Maximum number of windows, and of captions, that are embedded; if there are more, a random sample
-            is used.
+        quantizer: Quantizer that has a trained MuLaN and is not fitted yet.
+        held_out: Files for the metrics; if empty, the metrics are computed on the fitted files.
+        max_windows: Maximum number of windows, and of captions, that are embedded, selected at random from all.
     """
     windows = _draw_windows(quantizer.mulan, items, max_windows, seed)
     quantizer.check_can_fit(sum(len(numbers) for numbers in windows))
@@ -147,7 +146,7 @@ def fit_quantizer(
 
 
 class _Latents(NamedTuple):
-    """Latents of windows `[n, d]`, and of captions `[k, d]` with the row `[k]` of the window that each describes."""
+    """Latents `[n, d]` of windows and `[k, d]` of captions, and the row `[k]` of the window for each caption."""
 
     audio: Tensor
     text: Tensor | None
@@ -155,7 +154,7 @@ class _Latents(NamedTuple):
 
 
 def _draw_windows(mulan: JointEmbedding, items: Sequence[AudioItem], limit: int, seed: int) -> list[np.ndarray]:
-    """Choose which windows of each file to embed, at most `limit` over all files; return ascending indices per file."""
+    """Select at most `limit` random windows from all files; return the ascending window numbers of each file."""
     window, stride = mulan.window_samples, mulan.window_stride_samples
     lengths = [-(-item.num_samples * mulan.sample_hz // item.sample_hz) for item in items]
     counts = np.array([1 + max(0, length - window) // stride for length in lengths])
@@ -171,7 +170,7 @@ def _draw_windows(mulan: JointEmbedding, items: Sequence[AudioItem], limit: int,
 def _embed(
     mulan: JointEmbedding, items: Sequence[AudioItem], windows: Sequence[np.ndarray], max_texts: int
 ) -> _Latents:
-    """Compute latents of the selected windows and of the captions of the files."""
+    """Compute the latents of the selected windows and of the captions of audio files."""
     device = device_of(mulan)
     audio = []
     for waves in _batches(_window_waves(mulan, items, windows)):
@@ -196,7 +195,7 @@ def _window_waves(mulan: JointEmbedding, items: Sequence[AudioItem], windows: Se
 
 
 def _captions(items: Sequence[AudioItem], num_windows: Sequence[int], limit: int) -> tuple[list[str], list[int]]:
-    """Captions of files with selected windows, and the window row of each; empty if too few files have captions."""
+    """List captions and the window row of each caption; return empty lists if too few files have captions."""
     files = [(texts_of(item), count) for item, count in zip(items, num_windows) if count]
     num_captioned = sum(bool(captions) for captions, _ in files)
     if num_captioned < min(len(files), _MIN_CAPTIONED_FILES):
@@ -215,11 +214,11 @@ def _captions(items: Sequence[AudioItem], num_windows: Sequence[int], limit: int
 
 
 def _batches(values: Iterator[_T]) -> Iterator[list[_T]]:
-    """Split values into lists of up to `_BATCH_SIZE`."""
+    """Split values into lists of up to `_BATCH_SIZE` values."""
     while batch := list(islice(values, _BATCH_SIZE)):
         yield batch
 
 
 def _shares(codes: Tensor, size: int) -> Tensor:
-    """Relative frequencies `[size]` of the codes 0..size - 1."""
+    """Compute the relative frequencies `[size]` of the codes 0..size - 1."""
     return codes.cpu().bincount(minlength=size).double() / len(codes)

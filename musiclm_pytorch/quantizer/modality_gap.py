@@ -18,7 +18,7 @@ _MIN_RELATIVE_VARIANCE = 1e-9
 
 
 class Alignment(NamedTuple):
-    """Means and map that make audio `a` and texts `t` comparable: `a - audio_mean` and `(t - text_mean) @ text_map`."""
+    """Tensors that make audio latents `a - audio_mean` comparable with texts `(t - text_mean) @ text_map`."""
 
     audio_mean: Tensor
     text_mean: Tensor
@@ -27,11 +27,11 @@ class Alignment(NamedTuple):
 
 @beartype
 def align_texts(audio: Tensor, text: Tensor, clip_index: Tensor) -> Alignment:
-    """Learn the alignment from audio latents `[n, d]`, text latents `[k, d]` and the audio row `[k]` of each text.
+    """Learn a map of text latents `[k, d]` to audio latents `[n, d]`; text i describes the audio row `clip_index[i]`.
 
-    A ridge regression maps centred text latents to the centred latents of their audio. With few pairs, the
-    regularisation pulls the linear map towards a plain scaling, not towards zero. The mapped text latents have the
-    variance of the audio latents, because the quantizer's codebooks are fitted to audio latents.
+    A ridge regression maps centred text latents to the centred latents of their audio. The regularisation pulls the
+    linear map towards a scaled identity, not towards zero. The mapped text latents have the variance of the audio
+    latents, because the codebooks of the quantizer are fitted to audio latents.
     """
     if (
         not len(text)
@@ -39,7 +39,8 @@ def align_texts(audio: Tensor, text: Tensor, clip_index: Tensor) -> Alignment:
         or not 0 <= int(clip_index.min()) <= int(clip_index.max()) < len(audio)
     ):
         raise ValueError(
-            f"need at least one text, with clip_index in 0..{len(audio) - 1}; got clip_index {tuple(clip_index.shape)}"
+            f"need at least one text, and for each a clip_index in 0..{len(audio) - 1}; "
+            f"got texts {tuple(text.shape)} and clip_index {tuple(clip_index.shape)}"
         )
     audio_mean, text_mean = (latents.mean(dim=0, dtype=torch.float64) for latents in (audio, text))
     audio_variance = sum(float((part.double() - audio_mean).square().sum()) for part in audio.split(_ROWS_PER_CHUNK))
@@ -60,7 +61,7 @@ def align_texts(audio: Tensor, text: Tensor, clip_index: Tensor) -> Alignment:
 def _second_moments(
     audio: Tensor, audio_mean: Tensor, text: Tensor, text_mean: Tensor, clip_index: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Covariances `[d, d]` of centred texts with themselves and with their audio, in float64."""
+    """Compute the covariances `[d, d]` of text latents with themselves and with their audio latents, in float64."""
     within = torch.zeros(text.shape[1], text.shape[1], dtype=torch.float64)
     across = torch.zeros_like(within)
     for texts, rows in zip(text.split(_ROWS_PER_CHUNK), clip_index.split(_ROWS_PER_CHUNK)):

@@ -26,9 +26,10 @@ _MIN_EPOCHS, _MIN_BATCHES = 4, 200
 
 @beartype
 def residual_kmeans(points: Tensor, num_levels: int, codebook_size: int, seed: int = 0) -> Tensor:
-    """Fit codebooks `[num_levels, codebook_size, d]` float32: k-means of the points, then of each level's residuals.
+    """Fit codebooks `[num_levels, codebook_size, d]` float32 by k-means of points and of the residuals of each level.
 
-    `points` are `[n, d]` float32 on the CPU, n at least `codebook_size`. Centroids repeat if fewer points are distinct.
+    `points` are `[n, d]` float32 on the CPU, with n at least `codebook_size`. A codebook contains equal centroids if
+    the points have fewer than `codebook_size` different values.
     """
     cluster = _lloyd if len(points) * codebook_size <= _MAX_LLOYD_DISTANCES else _mini_batches
     residual, codebooks = points, []
@@ -39,7 +40,7 @@ def residual_kmeans(points: Tensor, num_levels: int, codebook_size: int, seed: i
 
 
 def _lloyd(points: np.ndarray, codebook_size: int, seed: int) -> np.ndarray:
-    """Compute centroids `[k, d]` by Lloyd's algorithm."""
+    """Compute k-means centroids `[codebook_size, d]` by Lloyd's algorithm."""
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
@@ -51,7 +52,7 @@ def _lloyd(points: np.ndarray, codebook_size: int, seed: int) -> np.ndarray:
 
 
 def _mini_batches(points: np.ndarray, codebook_size: int, seed: int) -> np.ndarray:
-    """Compute centroids `[k, d]` by epochs of mini-batch k-means."""
+    """Compute k-means centroids `[codebook_size, d]` by epochs of mini-batch k-means."""
     num_start = start_size(len(points), codebook_size)
     start = np.random.default_rng([seed, 0]).choice(len(points), num_start, replace=False)
     centroids = first_centroids(points[start], codebook_size, seed)

@@ -245,10 +245,10 @@ no codec | train all --data DATA --out TMP/out --codec tinny | tinny.*bundled co
 codec elsewhere | train all --data DATA --out TMP/out --codec a/b --offline | a/b.*; bundled codecs: 16khz
 no tokenizer | train all --data DATA --out TMP/out --semantic-tokenizer EMPTY | EMPTY.*bundled tokenizers: 16k
 codec as tokens | train all --data DATA --out TMP/out --semantic-tokenizer MODEL/codec |
-    MODEL/codec contains a SoundStream, which is not a semantic tokenizer
+    MODEL/codec contains a SoundStream, but a semantic tokenizer is needed
 no mulan | train all --data DATA --out TMP/out --mulan EMPTY | EMPTY contains no MuLaN.*bundled models: tiny
 few levels | train all --preset small --data DATA --out TMP/out --codec MODEL/codec |
-    the preset small models 8 levels of codes, but the codec has \d; pass a codec with more
+    the codec has \d levels, but the preset small needs 8; pass a codec with more
 pretrained, another run | train all --preset micro --data DATA --out RUN --codec MODEL/codec |
     pretrained.codec: found none
 missing stage | train fine --data DATA --out TMP/out | first run musiclm train semantic-tokenizer

@@ -152,7 +152,7 @@ def test_stages_have_the_rates_of_the_parts():
     assert stages["coarse"]["rate_hz"] == stages["fine"]["rate_hz"] == "40"
     assert stages["coarse"]["codebook_size"] == stages["fine"]["codebook_size"] == 20
     assert (stages["coarse"]["num_coarse_quantizers"], stages["fine"]["num_fine_quantizers"]) == (1, 2)
-    with pytest.raises(ValueError, match="models 5 levels of codes, but the codec has 3; pass a codec with more"):
+    with pytest.raises(ValueError, match="the codec has 3 levels, but the preset .* needs 5; pass a codec with more"):
         builders.build_stage(others, "fine", codec=builders.build_codec(MICRO), tokenizer=tokenizer)
 
 

@@ -182,15 +182,15 @@ def test_incompatible_parts_are_refused_before_training(parts, micro_data, tmp_p
     # frames of 322 samples at 16 kHz and tokens of 25 Hz begin together every 6.44 s
     odd = build_codec(replace(MICRO, codec=replace(MICRO.codec, hop_samples=322)))
     cases = [
-        ({"coarse": codec}, "coarse accepts no pretrained part; pass one for: codec, semantic-tokenizer, mulan"),
-        ({"codec": tokenizer}, "part for codec must be a Codec, got a KMeansTokenizer"),
-        ({"semantic-tokenizer": codec}, "part for semantic-tokenizer must be a SemanticTokenizer, got a SoundStream"),
-        ({"mulan": codec}, "part for mulan must be a JointEmbedding, got a SoundStream"),
-        ({"codec": Unregistered()}, "Unregistered for codec cannot be saved"),
-        ({"codec": thin}, "models 3 levels of codes, but the codec has 2; pass a codec with more levels"),
+        ({"coarse": codec}, "coarse accepts no pretrained module; pass one for: codec, semantic-tokenizer, mulan"),
+        ({"codec": tokenizer}, "the pretrained codec must be a Codec, got a KMeansTokenizer"),
+        ({"semantic-tokenizer": codec}, "pretrained semantic-tokenizer must be a SemanticTokenizer, got a SoundStream"),
+        ({"mulan": codec}, "pretrained mulan must be a JointEmbedding, got a SoundStream"),
+        ({"codec": Unregistered()}, "codec Unregistered cannot be saved"),
+        ({"codec": thin}, "codec has 2 levels, but the preset .* needs 3; pass a codec with more levels"),
         (
             {"codec": odd},
-            "every 6.44 s, but coarse is trained on crops of 1 s; pass a codec and a semantic tokenizer whose",
+            "every 6.44 s, but the training crops of coarse last 1 s; pass a codec and a semantic tokenizer whose",
         ),
     ]
     for passed, message in cases:

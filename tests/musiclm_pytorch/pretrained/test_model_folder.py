@@ -115,7 +115,7 @@ def test_damaged_or_replaced_files_are_named(model):
     with pytest.raises(ValueError, match="fine holds a CoarseTransformer, but a FineTransformer is needed"):
         load_musiclm(model)
     change_card(model, format_version=2)
-    with pytest.raises(ValueError, match=r"musiclm.json has format version 2, but this library reads 1"):
+    with pytest.raises(ValueError, match=r"musiclm.json has format version 2, but this library reads version 1"):
         load_musiclm(model)
     (model / "musiclm.json").write_text("[]")
     with pytest.raises(ValueError, match="format version None"):
@@ -236,11 +236,14 @@ def test_parts_of_the_package_are_loaded(model, packaged, tmp_path):
 @pytest.mark.parametrize(
     ("named", "message"),
     [
-        ({"codec": "codec_24khz"}, "bundled part 'codec_24khz', but.* has codec_another, codec_micro, semantic_micro;"),
-        ({"codec": "../packaged/codec_micro"}, "bundled part '../packaged/codec_micro', but"),
-        ({"codec": "whole/codec"}, "bundled part 'whole/codec', but"),
-        ({"codec": "whole"}, "bundled part 'whole', but"),
-        ({"codec": ["codec_micro"]}, "install the release that wrote the model, or export it again with its parts"),
+        (
+            {"codec": "codec_24khz"},
+            "bundled module 'codec_24khz', but.* has codec_another, codec_micro, semantic_micro;",
+        ),
+        ({"codec": "../packaged/codec_micro"}, "bundled module '../packaged/codec_micro', but"),
+        ({"codec": "whole/codec"}, "bundled module 'whole/codec', but"),
+        ({"codec": "whole"}, "bundled module 'whole', but"),
+        ({"codec": ["codec_micro"]}, "install the release that wrote the model, or export the model again"),
         ({"codek": "codec_micro"}, "must be a dict with keys from codec, semantic_tokenizer, quantizer"),
         (["codec_micro"], "must be a dict with keys from codec"),
         ({"codec": "semantic_micro"}, "semantic_micro holds a KMeansTokenizer, but a Codec is needed"),

@@ -319,7 +319,7 @@ def test_quantizer_rejects_wrong_inputs() -> None:
     quantizer, latents = _quantizer(), _latents()
     with pytest.raises(ValueError, match="more audio"):
         quantizer.fit(latents[:7])
-    with pytest.raises(ValueError, match="text latents"):
+    with pytest.raises(ValueError, match="text_latents"):
         quantizer.fit(latents, latents[:50])
     with pytest.raises(ValueError, match="text_latents"):
         quantizer.fit(latents, clip_index=torch.arange(120))
