@@ -1,4 +1,4 @@
-"""Check keyword names of trainers, suggest a similar name for an unknown one, and convert numpy numbers and lists."""
+"""Checks of the keyword arguments of trainers, with suggestions for unknown names."""
 
 import functools
 import inspect
@@ -33,7 +33,7 @@ _FORMER_NAMES = {
 
 
 def trainer_arguments(settings: type | None = None) -> Callable[[Class], Class]:
-    """Class decorator: check keyword names (also the fields of `settings`), convert numpy numbers and lists."""
+    """Return a class decorator that checks keyword names in the constructor, and converts numpy numbers and lists."""
 
     def decorate(cls: Class) -> Class:
         init = cls.__init__  # type: ignore[misc]
@@ -45,8 +45,8 @@ def trainer_arguments(settings: type | None = None) -> Callable[[Class], Class]:
         def checked_init(self: Any, *args: Any, **keywords: Any) -> None:
             for name in keywords:
                 if name not in known:
-                    near = _FORMER_NAMES.get(name) or ", ".join(get_close_matches(name, known) or known)
-                    raise TypeError(f"{type(self).__name__} has no argument {name!r}; use {near}")
+                    suggestion = _FORMER_NAMES.get(name) or ", ".join(get_close_matches(name, known) or known)
+                    raise TypeError(f"{type(self).__name__} has no argument {name!r}; use {suggestion}")
             init(self, *map(_plain, args), **{name: _plain(value) for name, value in keywords.items()})
 
         cls.__init__ = checked_init  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Checkpoints as safetensors and JSON files; replacing a checkpoint can be interrupted at any instant without loss."""
+"""Checkpoints in safetensors and JSON files; if writing is interrupted, a complete checkpoint remains."""
 
 import os
 import shutil
@@ -19,12 +19,12 @@ _STATE_FILE = "state.json"
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """State of a training run in a checkpoint; a run continues from it.
+    """Saved state from which a training run can continue.
 
     Attributes:
         step: Number of completed steps.
-        tensors: Named tensors of each file, by file name without suffix ("model", "optimizer", "ema").
-        state: All other state, JSON-able.
+        tensors: Dict of named tensors for each file name without suffix (`model`, `optimizer`, `ema`).
+        state: JSON-compatible state of the run, without tensors.
     """
 
     step: int
@@ -33,11 +33,11 @@ class Checkpoint:
 
 
 class CheckpointFolder:
-    """Folder of the checkpoint of a training run.
+    """Folder with the latest checkpoint of a training run; a new checkpoint replaces the old checkpoint.
 
-    A new checkpoint is written to a second folder, `state.json` last; a checkpoint with a `state.json` is complete.
-    Then two renames exchange the folders. If the process dies at any instant, a complete checkpoint is left and
-    `recover` finds it. The names `checkpoint`, `checkpoint.new` and `checkpoint.old` in the folder are reserved.
+    A new checkpoint is written to a second folder; `state.json` is written last, and marks the checkpoint as complete.
+    Two renames then replace the old checkpoint by the new checkpoint. If the process dies at any time, `recover` finds
+    a complete checkpoint. The names `checkpoint`, `checkpoint.new` and `checkpoint.old` in the folder are reserved.
     """
 
     @beartype
@@ -48,7 +48,7 @@ class CheckpointFolder:
         self._old = self._folder / "checkpoint.old"
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint that replaces the present one; its tensors may belong to a model in training."""
+        """Write a checkpoint that replaces the existing checkpoint; the tensors may belong to a model in training."""
         self.recover()
         for name, tensors in checkpoint.tensors.items():
             write_weights(self._new / f"{name}.safetensors", tensors, {"step": str(checkpoint.step)})
@@ -61,7 +61,7 @@ class CheckpointFolder:
         _remove(self._old)
 
     def recover(self) -> bool:
-        """On one process only, finish or undo an interrupted `write`; return whether there is a checkpoint."""
+        """Finish or undo an interrupted `write`, on one process only; return whether a checkpoint exists."""
         if not self.path.exists():
             if (self._new / _STATE_FILE).is_file():
                 os.replace(self._new, self.path)
@@ -73,25 +73,25 @@ class CheckpointFolder:
         return self.path.exists()
 
     def read(self) -> Checkpoint:
-        """Read the checkpoint; its tensors are on the CPU.
+        """Read the checkpoint, with all tensors on the CPU.
 
         Raises:
-            ValueError: If a file is missing, is damaged, or has another format or step; the message names the file.
+            ValueError: If a file of the checkpoint is missing or damaged, or has another format version or step.
         """
         path = self.path / _STATE_FILE
         state = read_json(path)
         if state.get("format_version") != _FORMAT_VERSION:
             raise ValueError(
-                f"{path} has format_version {state.get('format_version')!r}, this program reads {_FORMAT_VERSION}; "
-                "continue with the release that wrote it, or start in another folder"
+                f"{path} has format_version {state.get('format_version')!r}, this release reads {_FORMAT_VERSION}; "
+                "continue with the release that wrote the checkpoint, or start in another folder"
             )
         tensors = {}
         for name in state["files"]:
             tensors[name], metadata = read_weights(self.path / f"{name}.safetensors")
             if metadata.get("step") != str(state["step"]):
                 raise ValueError(
-                    f"{self.path / name}.safetensors is of step {metadata.get('step')}, but {_STATE_FILE} of step "
-                    f"{state['step']}; another program changed the folder"
+                    f"{self.path / name}.safetensors is from step {metadata.get('step')}, but {_STATE_FILE} is from "
+                    f"step {state['step']}; restore both files from one checkpoint"
                 )
         return Checkpoint(state["step"], tensors, state["state"])
 

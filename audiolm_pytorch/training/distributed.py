@@ -25,10 +25,10 @@ _BUCKET_NUMEL = 2**25  # 128 MiB of float32: few collectives, and little memory 
 
 
 def create_accelerator() -> "accelerate.Accelerator":
-    """Create an Accelerator for a training loop; its process group stays open until the process ends.
+    """Create an Accelerator for a training loop, with a process group that stays open until the process ends.
 
-    A second training in the same process needs the group again, so the group stays open. Several processes on a machine
-    without a GPU also form a group; accelerate alone would treat each process as a separate run.
+    The process group stays open because a second training in the same process needs the group again. Processes on a
+    machine without a GPU also form a process group, while accelerate would treat each process as a separate run.
     """
     from accelerate import Accelerator
 
@@ -42,8 +42,8 @@ def create_accelerator() -> "accelerate.Accelerator":
 def to_device(batch: Any, device: torch.device) -> Any:
     """Move every tensor in nested dataclasses, dicts, lists and tuples to a device.
 
-    Unlike `send_to_device` of accelerate, this function also moves tensors in dataclasses. On a CPU it returns the
-    batch itself.
+    Unlike `send_to_device` of accelerate, this function also moves tensors in dataclasses. If the device is a CPU, the
+    batch is returned unchanged.
     """
     if device.type == "cpu":
         return batch
@@ -66,9 +66,9 @@ def average_gradients(
 ) -> Tensor:
     """Replace each gradient by its mean over the processes, and return the mean of the scalar losses.
 
-    DistributedDataParallel needs a single module with one forward, but the loss of a phase may call several modules in
-    any way. Gradients are therefore averaged explicitly after the backward pass. If a parameter has no gradient on some
-    processes, a zero gradient is used there. All processes must pass the parameters in the same order.
+    DistributedDataParallel cannot be used, because the loss of a phase may call several modules in any way. Gradients
+    are averaged after the backward pass. If a parameter has a gradient on only some processes, the other processes use
+    a zero gradient. All processes must pass the parameters in the same order.
     """
     if accelerator.num_processes == 1:
         return loss
@@ -88,7 +88,7 @@ def average_gradients(
 
 
 def broadcast_tensors(accelerator: "accelerate.Accelerator", tensors: Sequence[Tensor]) -> None:
-    """Overwrite tensors with those of the first process; order and shapes must be equal on every process."""
+    """Overwrite tensors with the tensors of the first process; all processes must pass equal shapes in equal order."""
     if accelerator.num_processes == 1:
         return
     from accelerate.utils import broadcast
@@ -103,7 +103,7 @@ def broadcast_tensors(accelerator: "accelerate.Accelerator", tensors: Sequence[T
 
 
 class PersistentBuffers:
-    """Persistent buffers of a module (codebooks, running statistics); the forward pass may change them."""
+    """Persistent buffers of a module (codebooks, running statistics), which a forward pass may change."""
 
     def __init__(self, module: nn.Module) -> None:
         saved = set(module.state_dict())
@@ -111,22 +111,22 @@ class PersistentBuffers:
         self._slots = [(module.get_submodule(parent), name) for parent, _, name in paths]
 
     def tensors(self) -> list[Tensor]:
-        """Return the present buffers; they are looked up in each call, because a forward may assign a new tensor."""
+        """Return the current buffers; each call looks them up again, because a forward pass may assign a new tensor."""
         return [getattr(parent, name) for parent, name in self._slots]
 
     def copy(self) -> list[Tensor]:
-        """Return copies of the buffers."""
+        """Return a copy of each buffer."""
         return [tensor.detach().clone() for tensor in self.tensors()]
 
     def restore(self, values: Sequence[Tensor]) -> None:
-        """Write the values that `copy` returned back to the buffers."""
+        """Set the buffers to the values that `copy` returned."""
         with torch.no_grad():
             for tensor, value in zip(self.tensors(), values, strict=True):
                 tensor.copy_(value)
 
 
 def merge_means(accelerator: "accelerate.Accelerator", values: dict[str, list[float]]) -> dict[str, float]:
-    """Return the mean of every metric over its values on all processes; processes may have different metrics."""
+    """Return the mean of every metric over all processes; a metric may be missing on some processes."""
     per_process = [values]
     if accelerator.num_processes > 1:
         from accelerate.utils import gather_object

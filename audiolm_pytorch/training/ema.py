@@ -10,15 +10,15 @@ __all__ = ["WeightEMA"]
 
 
 class WeightEMA:
-    """EMA of parameters, computed by ema-pytorch; the EMA can temporarily replace the weights of a module.
+    """Exponential moving average (EMA) of trained parameters, computed by ema-pytorch.
 
-    ema-pytorch receives a list of the trained parameters because a copy of the module would contain frozen parts.
-    Buffers are not averaged; buffers that training changes are already averages.
+    The EMA covers only the trained parameters, because a copy of the module would also contain frozen weights. Buffers
+    are not averaged, because buffers that training changes are already averages.
 
     Args:
         parameters: Trained parameters by name.
-        decay: Weight of the previous average, 0 to 1. In early steps `(1 + step) / (10 + step)` is used if this value
-            is lower than `decay`, so that the untrained weights lose their influence.
+        decay: Weight of the previous average, from 0 to 1. Early steps use the smaller value `(1 + step) / (10 +
+            step)`, so that the initial weights soon lose their influence.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
@@ -30,24 +30,24 @@ class WeightEMA:
         self._ema = EMA(trained, beta=decay, include_online_model=False, use_foreach=True)
 
     def update(self, step: int) -> None:
-        """Move the average towards the present weights; `step` is the number of completed steps."""
+        """Update the EMA with the current weights; `step` is the number of completed steps."""
         decay = min(self.decay, (1 + step) / (10 + step))
         self._ema.update_moving_average(self._ema.ema_model, self._ema.model, decay)
 
     def weights(self) -> dict[str, Tensor]:
-        """Averaged weights by parameter name; the tensors share memory with the average."""
+        """Return the averaged weights by parameter name; the tensors share memory with the EMA."""
         return {name: weight.detach() for name, weight in zip(self._names, self._ema.ema_model, strict=True)}
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Restore averaged weights of a checkpoint; raise a ValueError if the parameter names differ."""
-        if set(weights) != set(self._names):
-            raise ValueError(f"names of EMA and parameters differ in {sorted(set(weights) ^ set(self._names))[:8]}")
+        """Load averaged weights from a checkpoint; raise a ValueError if the parameter names differ."""
+        if differing := sorted(set(weights) ^ set(self._names)):
+            raise ValueError(f"EMA and module need equal parameter names, but differ in {differing[:8]}")
         for name, weight in self.weights().items():
             weight.copy_(weights[name])
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Use the average as the weights of the module inside the block; the memory is exchanged, not copied."""
+        """Use the EMA as the weights of the module inside a `with` statement; memory is exchanged, not copied."""
         self._exchange()
         try:
             yield

@@ -21,22 +21,22 @@ __all__ = ["TrainLoop", "TrainResult"]
 
 
 class TrainLoop:
-    """Trains a task; checkpoints and results are in a folder, and an earlier run in the folder is resumed.
+    """Training loop of a task, which writes checkpoints and results to a folder and can resume an interrupted run.
 
-    Data order and noise are pure functions of the seed and the step. A resumed run has the same weights, bit for bit,
-    as an uninterrupted run (same machine, same number of processes and threads). All processes need access to the
-    folder; only the first process writes to it.
+    Data order and noise depend only on the seed and the step. A resumed run has the same weights, bit for bit, as an
+    uninterrupted run (on the same machine, with the same numbers of processes and threads). All processes need access
+    to the folder; only the first process writes to it.
 
     Args:
-        folder: Receives `metrics.jsonl`, `checkpoint/`, `samples/`, and at the end `model.safetensors` and
-            `finished.json`. Nothing is written before `train`.
-        accelerator: Accelerator that several trainings can share; the caller then calls `end_training`. None creates
-            one in `train`.
-        on_row: Function that receives every row of metrics, on the first process. When a run is resumed, the function
-            first receives the earlier rows.
+        folder: Output folder for `metrics.jsonl`, `checkpoint/`, `samples/`, and at the end `model.safetensors` and
+            `finished.json`. The constructor writes nothing to the folder.
+        accelerator: Accelerator that several trainings can share; the caller must call its `end_training`. If
+            `accelerator` is None, `train` creates an Accelerator.
+        on_row: Function that receives every row of metrics, on the first process. When a run is resumed, `on_row` first
+            receives the rows of earlier steps.
 
     Raises:
-        ValueError: If phases share names or parameters, or the Accelerator also accumulates gradients or uses fp16.
+        ValueError: If phases share a name or a parameter, or if the Accelerator accumulates gradients or uses fp16.
     """
 
     @beartype
@@ -53,7 +53,7 @@ class TrainLoop:
         names = {phase.name for phase in task.phases}
         for choice in (settings.optimizer, settings.schedule):
             if isinstance(choice, dict) and not names.issuperset(choice):
-                raise ValueError(f"{task.name} has the phases {sorted(names)}, but the settings have {sorted(choice)}")
+                raise ValueError(f"{task.name} has phases {sorted(names)}, but settings have phases {sorted(choice)}")
         if accelerator is not None:
             _check_accelerator(accelerator)
         self._accelerator = accelerator
@@ -69,8 +69,8 @@ class TrainLoop:
         """Train to the end of the run, or for at most `stop_after_steps` steps, then write a checkpoint.
 
         Raises:
-            ValueError: If the folder holds a run with other settings; the message lists the differences.
-            RuntimeError: If the loss was not finite in 10 steps in a row.
+            ValueError: If the folder contains a run with other settings; the message lists the differences.
+            RuntimeError: If the loss or its gradients are not finite in 10 steps in a row.
         """
         if stop_after_steps is not None and stop_after_steps < 1:
             raise ValueError(f"stop_after_steps is {stop_after_steps}; it must be 1 or more, or None")
@@ -94,7 +94,7 @@ class TrainLoop:
         return result
 
     def train_and_save(self, save: Callable[[], object], stop_after_steps: int | None = None) -> TrainResult:
-        """Train like `train`; at the end of the run, load its final weights and call `save` on the first process."""
+        """Call `train`; at the end of the run, load the final weights and call `save` on the first process."""
         result = self.train(stop_after_steps)
         if self.is_finished:
             self.final_module()
@@ -104,7 +104,7 @@ class TrainLoop:
     def final_module(self) -> nn.Module:
         """Return the task's module in eval mode with the final weights of a finished run (the EMA if there is one)."""
         if not self.is_finished:
-            raise ValueError(f"the run in {self.folder} is not finished; call train() until it is")
+            raise ValueError(f"the run in {self.folder} is not finished; call train() until the run is finished")
         path = self.folder / "model.safetensors"
         load_weights(self.task.module, read_weights(path)[0], where=str(path))
         return self.task.module.eval()
@@ -127,7 +127,7 @@ def _check_phases(phases: tuple[Phase, ...]) -> None:
     names = [phase.name for phase in phases]
     if not names or len(set(names)) < len(names) or "valid" in names or any("/" in name for name in names):
         raise ValueError(
-            f"a task needs at least one phase, with distinct names other than 'valid' and without '/'; got {names}"
+            f"a task needs phases with distinct names, without '/' and not 'valid'; got phases with the names {names}"
         )
     phase_of: dict[nn.Parameter, str] = {}
     for phase in phases:
@@ -135,17 +135,17 @@ def _check_phases(phases: tuple[Phase, ...]) -> None:
             if parameter.requires_grad and parameter in phase_of:
                 raise ValueError(
                     f"the phases {phase_of[parameter]!r} and {phase.name!r} share a parameter of shape "
-                    f"{tuple(parameter.shape)}; each parameter belongs to one optimizer"
+                    f"{tuple(parameter.shape)}; pass each parameter to one phase"
                 )
             phase_of[parameter] = phase.name
 
 
 def _check_accelerator(accelerator: "accelerate.Accelerator") -> None:
-    """Check that an Accelerator does not use fp16 or accumulate gradients; `grad_accum_every` does this instead."""
+    """Check that an Accelerator neither uses fp16 nor accumulates gradients."""
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(
-            f"the Accelerator accumulates over {accelerator.gradient_accumulation_steps} steps; leave it at 1 and set "
-            "LoopSettings.grad_accum_every"
+            f"the Accelerator has gradient_accumulation_steps={accelerator.gradient_accumulation_steps}; use 1, "
+            "and set LoopSettings.grad_accum_every"
         )
     if accelerator.mixed_precision == "fp16":
-        raise ValueError('the Accelerator uses fp16; leave it at "no" and set LoopSettings.precision to "bf16"')
+        raise ValueError('the Accelerator has mixed_precision="fp16"; pass "no", and set LoopSettings.precision="bf16"')

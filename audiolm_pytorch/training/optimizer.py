@@ -1,4 +1,4 @@
-"""Optimizer step of a phase: backward, mean of gradients over processes, gradient clipping, skipping of NaN steps."""
+"""Optimizer step of a training phase, with gradient averaging over processes, clipping, and skipping of NaN losses."""
 
 import math
 import warnings
@@ -24,12 +24,12 @@ __all__ = ["PhaseOptimizer", "learning_rate_at"]
 class PhaseOptimizer:
     """Optimizer and learning rate schedule of a training phase.
 
-    The default is AdamW (arXiv:1711.05101) with linear warm-up and cosine decay.
+    The default optimizer is AdamW (arXiv:1711.05101), with linear warm-up and cosine decay of the learning rate.
 
     Args:
-        phase: Phase whose parameters are already on their device.
-        names: Names of the trainable parameters of the task's module, by parameter.
-        buffers: Buffers of the task's module.
+        phase: Training phase; the parameters must already be on their device.
+        names: Name of each trainable parameter of the task's module.
+        buffers: Persistent buffers of the task's module.
 
     Raises:
         ValueError: If the phase has no trainable parameters, or some of its parameters are missing in the task's module
@@ -51,8 +51,8 @@ class PhaseOptimizer:
         num_outside = sum(parameter not in names for parameter in self._parameters)
         if num_outside or not self._parameters:
             raise ValueError(
-                f"phase {phase.name!r} has {len(self._parameters)} trainable parameters, {num_outside} of them outside "
-                "the task's module; it needs at least one, and all inside, because only that module is checkpointed"
+                f"phase {phase.name!r} needs one or more trainable parameters, all in the task's module; got "
+                f"{len(self._parameters)} parameters, {num_outside} of them outside of the task's module"
             )
         self._names = [names[parameter] for parameter in self._parameters]
         choices: list[Any] = [settings.optimizer, settings.schedule]
@@ -76,15 +76,15 @@ class PhaseOptimizer:
         members = {parameter for group in optimizer.param_groups for parameter in group["params"]}
         if {parameter for parameter in members if parameter.requires_grad} != set(self._parameters):
             raise ValueError(
-                f"the {type(optimizer).__name__} of phase {self.phase.name!r} must have the trainable parameters of "
-                f"its modules ({', '.join(self._names[:3])}, ...) and no others; with more phases, pass a dict by phase"
+                f"the {type(optimizer).__name__} of phase {self.phase.name!r} must have exactly the trainable "
+                f"parameters of the phase ({', '.join(self._names[:3])}, ...); for several phases, pass a dict"
             )
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         return optimizer
 
     def _groups(self) -> list[dict[str, Any]]:
-        """Return parameter groups in which only matrices and filters, not gains and biases, have weight decay."""
+        """Return two parameter groups: tensors with two or more dimensions, and vectors without weight decay."""
         matrices = [parameter for parameter in self._parameters if parameter.ndim >= 2]
         vectors = [parameter for parameter in self._parameters if parameter.ndim < 2]
         groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
@@ -96,7 +96,7 @@ class PhaseOptimizer:
             name = type(scheduler).__name__
             raise TypeError(f"schedule must return an LRScheduler whose step() needs no metric, got {name}")
         if scheduler.optimizer is not self.optimizer:
-            raise ValueError(f"schedule changes another optimizer than that of phase {self.phase.name!r}; pass both")
+            raise ValueError(f"schedule changes another optimizer; pass it as optimizer of phase {self.phase.name!r}")
         return scheduler
 
     def _set_learning_rate(self, step: int) -> None:
@@ -121,8 +121,8 @@ class PhaseOptimizer:
             step: Number of completed steps before this step.
 
         Returns:
-            The metrics of each batch, or None if the loss or the gradients are not finite. Parameters and buffers are
-            then as before the step.
+            The metrics of each batch, or None if the loss or the gradients are not finite. If the result is None, the
+            step changes neither parameters nor buffers.
         """
         self._set_learning_rate(step)
         before = self._buffers.copy()
@@ -149,13 +149,13 @@ class PhaseOptimizer:
         return metrics
 
     def _loss(self, batch: Any, step: int) -> LossOutput:
-        """Compute the loss in the precision of the run."""
+        """Compute the loss of the phase, under autocast if the precision is bf16."""
         enabled = self._settings.precision == "bf16"
         with torch.autocast(self._accelerator.device.type, dtype=torch.bfloat16, enabled=enabled):
             return self.phase.loss(batch, step)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return tensors by `parameter name/state name`, and other state of custom optimizers and schedules as JSON."""
+        """Return optimizer tensors by `parameter name/state name`, and all other state as JSON-compatible data."""
         states = {
             f"{name}/{state_name}": value.detach() if isinstance(value, Tensor) else value
             for name, parameter in zip(self._names, self._parameters, strict=True)
@@ -167,7 +167,7 @@ class PhaseOptimizer:
         name = f"the {type(self.optimizer).__name__} of phase {self.phase.name!r}"
         state_dict = self.optimizer.state_dict()
         if len(state_dict) > 2 or not all(isinstance(key, int) for key in state_dict["state"]):
-            raise ValueError(f"a checkpoint cannot hold {name}: it has a state that belongs to no parameter")
+            raise ValueError(f"a checkpoint cannot store {name}, because a part of its state belongs to no parameter")
         rest = {
             "values": {key: value for key, value in states.items() if key not in tensors},
             "groups": [{**group, "params": None} for group in state_dict["param_groups"]],
@@ -176,7 +176,7 @@ class PhaseOptimizer:
         return tensors, _encoded(rest, name)
 
     def load_state(self, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
-        """Restore the state that `state` returned; tensors of other phases are ignored."""
+        """Restore the optimizer state that `state` returned; tensors of other phases are ignored."""
         state: dict[nn.Parameter, dict[str, Any]] = {}
         parameters = dict(zip(self._names, self._parameters, strict=True))
         saved = _decoded(rest) if rest else {}
@@ -206,10 +206,10 @@ class PhaseOptimizer:
 def learning_rate_at(
     step: int, *, peak: float, warmup_steps: int, num_train_steps: int, final_fraction: float = 0.0
 ) -> float:
-    """Learning rate: linear warm-up, cosine decay to a fraction of the peak (SGDR without restarts, 1608.03983, eq. 5).
+    """Return the learning rate: linear warm-up, then cosine decay (SGDR without restarts, arXiv:1608.03983, eq. 5).
 
-    Steps count from 0. The rate of step 0 is `peak / warmup_steps`, not 0, so that every step has an effect. From the
-    last step on the rate stays at `peak * final_fraction`.
+    Steps count from 0. The learning rate of step 0 is `peak / warmup_steps`, not 0, so that step 0 has an effect. From
+    the last step on, the learning rate is `peak * final_fraction`.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
@@ -219,7 +219,7 @@ def learning_rate_at(
 
 
 def _encoded(value: Any, name: str) -> Any:
-    """Encode a state for JSON, which allows only strings as keys: a dict becomes `{"dict": [[key, value], ...]}`."""
+    """Encode optimizer state for JSON; a dict becomes `{"dict": [[key, value], ...]}`, as JSON keys must be strings."""
     if isinstance(value, dict):
         kind = "Counter" if isinstance(value, Counter) else "dict"  # MultiStepLR has a Counter
         return {kind: [[key, _encoded(item, f"{key} of {name}")] for key, item in value.items()]}
@@ -227,11 +227,11 @@ def _encoded(value: Any, name: str) -> Any:
         return [_encoded(item, name) for item in value]
     if value is None or isinstance(value, str | int | float):
         return value
-    raise ValueError(f"a checkpoint cannot hold {name}: it is a {type(value).__name__}; use a number or a string")
+    raise ValueError(f"a checkpoint cannot store {name} of type {type(value).__name__}; use a number or a string")
 
 
 def _decoded(value: Any) -> Any:
-    """Decode a state that `_encoded` encoded."""
+    """Decode the optimizer state that `_encoded` returned."""
     if isinstance(value, dict):
         [(kind, items)] = value.items()
         return Counter(dict(items)) if kind == "Counter" else dict(_decoded(items))
@@ -239,10 +239,10 @@ def _decoded(value: Any) -> Any:
 
 
 def _scalars(metrics: Mapping[str, Tensor | float]) -> dict[str, Tensor | float]:
-    """Convert metrics to detached scalars; the shape `[1]` is accepted."""
+    """Convert metrics to scalars without gradients; a tensor of shape `[1]` is also accepted."""
     scalars: dict[str, Tensor | float] = {}
     for name, value in metrics.items():
         if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(f"metric {name!r} has shape {tuple(value.shape)}; a metric is one number, e.g. a mean")
+            raise ValueError(f"metric {name!r} has shape {tuple(value.shape)}; return one number, e.g. the mean")
         scalars[name] = value.detach().reshape(()) if isinstance(value, Tensor) else float(value)
     return scalars

@@ -1,4 +1,4 @@
-"""Seeding by (seed, step, rank), so that checkpoints need no states of random generators."""
+"""Seeding of random generators by seed, step and rank, so that checkpoints need not store generator states."""
 
 import hashlib
 import random
@@ -14,7 +14,7 @@ __all__ = ["preserve_rng", "seed_rng"]
 def seed_rng(seed: int, *position: int | str, device: torch.device) -> None:
     """Seed the global random generators of torch (CPU and `device`), numpy and `random`.
 
-    `position`, e.g. step and rank, is hashed together with the seed, so that successive steps have unrelated numbers.
+    `position`, e.g. step and rank, is hashed together with the seed, so that successive steps have unrelated seeds.
     """
     name = "/".join(str(part) for part in (seed, *position))
     digest = hashlib.sha256(name.encode()).digest()
@@ -29,7 +29,7 @@ def seed_rng(seed: int, *position: int | str, device: torch.device) -> None:
 
 @contextmanager
 def preserve_rng() -> Iterator[None]:
-    """Restore the global random generators after a `with` block, so that training does not change them."""
+    """Restore the states of the global random generators after a `with` statement."""
     numpy_state, python_state = np.random.get_state(), random.getstate()
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:

@@ -36,11 +36,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainResult:
-    """State of a run at the end of a call of `train`.
+    """Result of a call of `TrainLoop.train`.
 
     Attributes:
         step: Number of completed steps since the run began.
-        metrics: Latest value of every metric, as `<phase>.<name>` and `valid.<name>`; None if the value was not finite.
+        metrics: Latest value of every metric by name (`<phase>.<name>` or `valid.<name>`); None replaces NaN.
     """
 
     step: int
@@ -49,7 +49,7 @@ class TrainResult:
 
 @dataclass(eq=False)
 class _Progress:
-    """State of a run for a checkpoint, JSON-able."""
+    """Progress of a training run, which a checkpoint stores as JSON."""
 
     step: int = 0
     seconds: float = 0.0
@@ -59,7 +59,7 @@ class _Progress:
 
 
 class TrainingRun:
-    """A training run, new or restored from a checkpoint. `TrainLoop` creates it."""
+    """Training run of a `TrainLoop`, either new or restored from a checkpoint."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class TrainingRun:
             self._restore(checkpoint)
 
     def advance(self, stop_after_steps: int | None) -> TrainResult:
-        """Run the steps of one call of `train`, and write a checkpoint."""
+        """Train to the end of the run, or for `stop_after_steps` steps, and write a checkpoint."""
         settings, progress = self.settings, self.progress
         end = settings.num_train_steps
         if stop_after_steps is not None:
@@ -158,7 +158,7 @@ class TrainingRun:
         return [optimizer for optimizer in self.optimizers if step >= optimizer.phase.first_step]
 
     def _count_skip(self, phase: str, skipped: bool, indices: list[list[tuple[int, int]]]) -> None:
-        """Count a skipped step (loss or gradients not finite), and raise a RuntimeError after too many in a row."""
+        """Count a step skipped because of NaN or infinity; raise a RuntimeError after 10 skipped steps in a row."""
         if not skipped:
             self.progress.skips_in_a_row[phase] = 0
             return
@@ -170,17 +170,17 @@ class TrainingRun:
         )
         if in_a_row >= _MAX_SKIPS_IN_A_ROW:
             raise RuntimeError(
-                f"{reason}, as in the {_MAX_SKIPS_IN_A_ROW - 1} steps before. Lower the learning rate or check "
-                f"these items; {self.checkpoints.path} holds the last checkpoint"
+                f"{reason}; {_MAX_SKIPS_IN_A_ROW} steps in a row were skipped. Lower the learning rate or check the "
+                f"items; the last checkpoint is {self.checkpoints.path}"
             )
         logger.warning("%s; the step is skipped", reason)
 
     def _is_due(self, every: int) -> bool:
-        """Return whether an action that is due every few steps, and after the last step, is due at this step."""
+        """Return whether the current step is a multiple of `every`, or the last step of the run."""
         return self.progress.step % every == 0 or self.progress.step == self.settings.num_train_steps
 
     def _log(self) -> None:
-        """Write a row of metrics for each phase that has begun: means since the last row over all processes."""
+        """Write a row of metrics per phase that has begun, with means over processes and steps since the last row."""
         means = merge_means(self.accelerator, self.window.read())
         self.window = MetricWindow()
         for optimizer in self._begun(self.progress.step - 1):
@@ -191,7 +191,7 @@ class TrainingRun:
             self._report(optimizer.phase.name, values, extra)
 
     def _validate(self) -> None:
-        """Validate with the EMA; every process validates, because a validation may use collective operations."""
+        """Validate the module with EMA weights on every process, because validation may use collective operations."""
         self.task.module.eval()
         seed_rng(self.settings.seed, "validate", device=self.accelerator.device)
         precision = torch.autocast(
@@ -210,11 +210,11 @@ class TrainingRun:
         self.task.module.train()
 
     def _ema_weights(self) -> Any:
-        """Return a context in which the EMA, if there is one, replaces the weights of the module."""
+        """Return a context manager in which the EMA, if there is one, replaces the weights of the module."""
         return nullcontext() if self.ema is None else self.ema.in_place()
 
     def _report(self, phase: str, values: dict[str, float], extra: dict[str, Any]) -> None:
-        """Store the latest metrics and write them, with their chance levels, as a row."""
+        """Store the latest metrics of a phase, and write a row with the metrics and their chance levels."""
         self.progress.metrics.update({f"{phase}.{name}": finite_or_none(value) for name, value in values.items()})
         if not self.accelerator.is_main_process:
             return
@@ -231,7 +231,7 @@ class TrainingRun:
             self.accelerator.log({f"{phase}/{name}": value for name, value in values.items()}, step=self.progress.step)
 
     def _write_checkpoint(self) -> None:
-        """Write a checkpoint on the first process; all processes hold the same state."""
+        """Write a checkpoint on the first process; the state is equal on all processes."""
         if not self.accelerator.is_main_process:
             return
         tensors = {"model": weights_of(self.task.module), "optimizer": {}}
@@ -246,7 +246,7 @@ class TrainingRun:
         self.checkpoints.write(Checkpoint(self.progress.step, tensors, state))
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        """Restore all state except for the weights of the module from a checkpoint."""
+        """Restore the state of the run from a checkpoint, except for the weights of the module."""
         for optimizer in self.optimizers:
             rest = checkpoint.state["optimizers"][optimizer.phase.name]
             optimizer.load_state(checkpoint.tensors["optimizer"], rest)
@@ -272,7 +272,7 @@ class TrainingRun:
 
 
 def run_config(task: Task, settings: LoopSettings, accelerator: "accelerate.Accelerator") -> dict[str, Any]:
-    """Return the settings that a resumed run must not change, JSON-able."""
+    """Return a JSON-compatible description of a run, which must not change when the run is resumed."""
     phases = [
         phase.name if phase.first_step == 0 else f"{phase.name} from step {phase.first_step}" for phase in task.phases
     ]
@@ -287,10 +287,10 @@ def run_config(task: Task, settings: LoopSettings, accelerator: "accelerate.Acce
 
 
 def check_same_run(folder: Path, step: int, found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Raise a ValueError if the folder holds a run with another `run_config`."""
-    lines = differences(found, expected)
-    if lines:
+    """Check that the run in a folder has the expected `run_config`; the error message lists the differences."""
+    changes = differences(found, expected)
+    if changes:
         raise ValueError(
-            f"{folder} holds a run with other settings (step {step}): {'; '.join(lines)}. "
-            "Use the same settings to continue it, or another folder for a new run"
+            f"{folder} contains a run with other settings (step {step}): {'; '.join(changes)}. "
+            "Use the same settings to continue the run, or another folder for a new run"
         )

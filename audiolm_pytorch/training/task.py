@@ -42,20 +42,20 @@ class LoopSettings:
         warmup_steps: Number of steps of linear warm-up.
         final_lr_fraction: Learning rate of the last step as a fraction of the peak.
         weight_decay: Decoupled weight decay (AdamW, arXiv 1711.05101) of tensors with two or more dimensions.
-        betas: Decay rates of AdamW.
+        betas: Decay rates of the two moments in AdamW.
         optimizer: Replacement for AdamW: a function like `partial(torch.optim.SGD, lr=0.1)`, an optimizer object, or a
-            dict of these by phase name. A function receives two parameter groups, tensors of two or more dimensions
-            and vectors with `weight_decay=0`.
-        schedule: Replacement for warm-up and cosine: a function like `partial(OneCycleLR, max_lr=0.1,
-            total_steps=1000)`, an LRScheduler object, or a dict of these by phase name. The schedule advances once per
-            step of the phase. The peaks of the default schedule are the learning rates of the optimizer.
+            dict of functions or objects by phase name. An optimizer function receives two parameter groups: tensors
+            with two or more dimensions, and vectors with `weight_decay=0`.
+        schedule: Replacement for warm-up and cosine decay: a function like `partial(OneCycleLR, max_lr=0.1,
+            total_steps=1000)`, an LRScheduler object, or a dict of functions or objects by phase name. A schedule
+            advances once per step of its phase. The default schedule uses the learning rates of the optimizer as peaks.
         grad_accum_every: Number of batches whose gradients are averaged in a step.
         max_grad_norm: Maximum norm of the gradients of a phase; larger gradients are scaled down.
         precision: "fp32", or "bf16" to compute the loss under bfloat16 autocast.
         ema_decay: Decay of the EMA of the weights; None disables the EMA.
         seed: Seed of the data order and of all random numbers in training.
         checkpoint_every_seconds: Seconds between checkpoints.
-        checkpoint_every_steps: Steps between further checkpoints; None writes them by time only.
+        checkpoint_every_steps: Steps between additional checkpoints; None writes checkpoints by time only.
         validate_every: Steps between validations.
         log_every: Steps between rows in the metrics file.
     """
@@ -98,7 +98,7 @@ class LoopSettings:
                 _need(value == getattr(LoopSettings, name), name, value, f"left out, because {choice} replaces it")
 
     def fixed(self) -> dict[str, Any]:
-        """Return the settings that a resumed run must not change, JSON-able."""
+        """Return the JSON-compatible settings that must not change when a run is resumed."""
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in _FREE_TO_CHANGE}
         for name in [name for name in ("optimizer", "schedule") if values[name] is None]:
             del values[name]
@@ -106,7 +106,7 @@ class LoopSettings:
 
 
 def _described(value: Any) -> Any:
-    """Describe an optimizer or a schedule by its name and arguments, JSON-able."""
+    """Describe an optimizer or a schedule by name and arguments, as JSON-compatible data."""
     if isinstance(value, partial):
         return {"function": value.func, "args": value.args, **value.keywords}
     if isinstance(value, Optimizer):
@@ -121,11 +121,11 @@ def _need(holds: bool, name: str, value: object, range_text: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class LossOutput:
-    """Result of the loss function of a phase.
+    """Result of the loss function of a training phase.
 
     Args:
         loss: Scalar to minimise, the mean over the batch.
-        metrics: Additional scalars for the metrics; tensors are detached, and read only when a row is written.
+        metrics: Additional metrics by name, one scalar each; gradients of the metrics are not used.
     """
 
     loss: Tensor
@@ -134,13 +134,13 @@ class LossOutput:
 
 @dataclass(frozen=True, eq=False)
 class Phase:
-    """Phase of a training step: the modules that one optimizer trains, and the loss of these modules.
+    """Phase of a training step, with the modules that one optimizer trains and the loss of the modules.
 
     Args:
         name: Name of the phase in metrics and messages.
-        modules: Parts of the task's module; only this phase trains their parameters.
+        modules: Submodules of the task's module, whose parameters no other phase may train.
         loss: Function of `(batch, step)` that computes the loss; it may call the modules in any way.
-        first_step: Step at which the phase begins.
+        first_step: First step in which the phase is trained.
     """
 
     name: str
@@ -154,9 +154,9 @@ class Phase:
 
 @runtime_checkable
 class Task(Protocol):
-    """Task of `TrainLoop`: a module to train, its data, losses and validation.
+    """Interface of a task for `TrainLoop`, which defines a module to train, data, losses and validation.
 
-    A task may have an attribute `config`, a JSON-able description that must not change when a run is resumed.
+    A task may have an attribute `config`, a JSON-compatible description that must not change when a run is resumed.
     """
 
     @property
@@ -165,15 +165,15 @@ class Task(Protocol):
 
     @property
     def module(self) -> nn.Module:
-        """Module with all parts that are trained and checkpointed.
+        """Module that contains all trained parameters; checkpoints store the weights of the module.
 
-        The training loop moves the module to the device and calls its `train()` and `eval()`. A frozen part overrides
-        `train` to stay in eval mode.
+        The training loop moves the module to the device and calls its `train()` and `eval()`. A frozen submodule must
+        override `train` to stay in eval mode.
         """
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """Phases of each step, in order: one for a language model, two for a codec with discriminators.
+        """Phases of each training step in order, e.g. one for a language model, two for a codec with discriminators.
 
         All phases receive the same batch objects, so that a phase can store results in a batch for a later phase.
         """
@@ -184,19 +184,19 @@ class Task(Protocol):
 
     @property
     def chance(self) -> dict[str, float]:
-        """Values of metrics at chance level, e.g. `{"loss": math.log(512)}`, which are written with the metrics."""
+        """Chance levels of metrics, such as `{"loss": math.log(512)}`, which are written beside the metrics."""
 
     def batch(self, indices: list[tuple[int, int]]) -> Any:
-        """Build a batch from (epoch, index) pairs; a pure function of the pairs and the global random generators.
+        """Build the batch for (epoch, item index) pairs, which may depend only on the pairs and the random generators.
 
-        Returns tensors on the CPU in nested dataclasses, dicts, lists and tuples.
+        A batch contains tensors on the CPU in nested dataclasses, dicts, lists and tuples.
         """
 
     def validate(self) -> dict[str, float]:
-        """Compute validation metrics; called on every process in eval mode, without gradients, with the EMA."""
+        """Return validation metrics, computed on every process in eval mode, with EMA weights and without gradients."""
 
     def samples(self, folder: Path, step: int) -> None:
-        """Write example outputs (audio, images) to a folder after each validation; called on the first process only."""
+        """Write example outputs (audio, images) to a folder after each validation, on the first process only."""
 
     def before_training(self) -> None:
-        """Prepare `module` from the data before step 0, e.g. by k-means; not called when a run is resumed."""
+        """Prepare `module` before step 0, e.g. by k-means on the data; a resumed run does not call this method."""

@@ -16,20 +16,20 @@ __all__ = ["MetricWindow", "MetricsFile", "finite_or_none", "progress_bar"]
 
 
 class MetricsFile:
-    """File of metrics; each row is a JSON object on a line."""
+    """File of the metrics of a run, with one JSON object per line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append a row; NaN and infinities become null."""
+        """Append a row of metrics to the file; NaN and infinity become null."""
         values = {name: finite_or_none(value) for name, value in row.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
-        """Read all rows; a last line that is incomplete after an interruption is skipped."""
+        """Read all rows of metrics; a line that is incomplete after an interruption is skipped."""
         if not self.path.is_file():
             return []
         rows = []
@@ -41,7 +41,7 @@ class MetricsFile:
         return rows
 
     def remove_after(self, step: int) -> None:
-        """Remove the rows after a step, because a resumed run writes them again."""
+        """Remove the rows after a step, because a resumed run writes the rows again."""
         if not self.path.is_file():
             return
         kept = [row for row in self.rows() if row.get("step", 0) <= step]
@@ -51,26 +51,26 @@ class MetricsFile:
 
 
 class MetricWindow:
-    """Metrics since the last row; tensors are read only for a row, because reading waits for the device."""
+    """Metrics since the last written row; tensors stay on the device until the next row is written."""
 
     def __init__(self) -> None:
         self._values: dict[str, list[Tensor | float]] = {}
 
     def add(self, prefix: str, metrics: Mapping[str, Tensor | float]) -> None:
-        """Add the metrics of one batch as `prefix/name`."""
+        """Add the metrics of one batch under the names `prefix/name`."""
         for name, value in metrics.items():
             self._values.setdefault(f"{prefix}/{name}", []).append(value)
 
     def read(self) -> dict[str, list[float]]:
-        """Read all values as numbers; this waits for the device."""
+        """Return all collected values as numbers; reading waits for the device."""
         return {name: _numbers(values) for name, values in self._values.items()}
 
     def state(self) -> dict[str, list[float | None]]:
-        """Return the values, JSON-able."""
+        """Return all collected values as JSON-compatible data."""
         return {name: [finite_or_none(value) for value in values] for name, values in self.read().items()}
 
     def load_state(self, state: Mapping[str, list[float | None]]) -> None:
-        """Restore the values of `state`; None becomes NaN."""
+        """Restore the metric values that `state` returned; None becomes NaN."""
         self._values = {
             name: [math.nan if value is None else value for value in values] for name, values in state.items()
         }
@@ -82,12 +82,12 @@ def finite_or_none(value: Any) -> Any:
 
 
 def progress_bar(name: str, done: int, total: int, shown: bool) -> tqdm:
-    """Create a progress bar on the terminal; it has no output if standard error is a file or a pipe."""
+    """Create a progress bar, which has no output if standard error is not a terminal."""
     return tqdm(desc=name, initial=done, total=total, leave=False, disable=not (shown and sys.stderr.isatty()))
 
 
 def _numbers(values: list[Tensor | float]) -> list[float]:
-    """Read scalars as numbers; all scalars on a device are read in one transfer."""
+    """Convert scalars to numbers, with a single transfer for all scalars on a device."""
     on_device = [value.detach() for value in values if isinstance(value, Tensor) and value.device.type != "cpu"]
     read = iter(torch.stack([tensor.float() for tensor in on_device]).tolist() if on_device else [])
     return [

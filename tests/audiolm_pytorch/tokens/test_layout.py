@@ -360,7 +360,7 @@ def test_impossible_layouts_raise_errors():
     with pytest.raises(ValueError, match="must differ"):
         TokenLayout([TARGET, TARGET])
     for pattern in ("delayed", "parallel"):
-        with pytest.raises(ValueError, match=f"{pattern} pattern .* one rate_hz, got .*'b': '25'"):
+        with pytest.raises(ValueError, match=f"{pattern} pattern.* the same rate_hz, got .*'b': '25'"):
             TokenLayout([TARGET, Stream("b", 5, 1, 25)], pattern)
     for wrong, match in [
         ({"vocab_size": 0}, "'x' needs positive numbers, got {'vocab_size'"),

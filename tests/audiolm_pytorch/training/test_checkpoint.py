@@ -134,7 +134,7 @@ def test_mixed_and_damaged_generations_are_refused(tmp_path: Path) -> None:
     old = (tmp_path / "checkpoint" / "model.safetensors").read_bytes()
     checkpoints.write(generation(2))
     (tmp_path / "checkpoint" / "model.safetensors").write_bytes(old)
-    with pytest.raises(ValueError, match="of step 1, but state.json of step 2"):
+    with pytest.raises(ValueError, match="from step 1, but state.json is from step 2"):
         checkpoints.read()
     (tmp_path / "checkpoint" / "model.safetensors").write_bytes(old[:-3])
     with pytest.raises(ValueError, match="model.safetensors is not a readable safetensors file"):

@@ -191,11 +191,11 @@ def test_what_does_not_fit_raises_an_error(tmp_path: Path) -> None:
         with pytest.raises(kind, match=message):
             TrainLoop(ToyTask(critic=True), replace(PLAIN, **choice), tmp_path).train()
 
-    check("the SGD of phase 'main' must have .*model.inner.weight.* dict by phase", optimizer=other)
+    check("the SGD of phase 'main' must have .*model.inner.weight.* pass a dict", optimizer=other)
     check("schedule changes another optimizer", schedule=LinearLR(other))
     check("must return a torch.optim.Optimizer, got list", TypeError, optimizer=lambda groups: groups)
     check("whose step.. needs no metric, got ReduceLROnPlateau", TypeError, schedule=ReduceLROnPlateau)
-    check("has the phases .'critic', 'main'., but .*'discriminator'", optimizer={"discriminator": SGD})
+    check("has phases .'critic', 'main'., but .*'discriminator'", optimizer={"discriminator": SGD})
     assert not (tmp_path / "model.safetensors").exists()
 
 
@@ -228,12 +228,12 @@ def test_state_that_a_checkpoint_cannot_hold_raises_an_error(tmp_path: Path) -> 
     counting = partial(PythonState, lr=0.1, counts=Rates())
     for number, (choice, message) in enumerate(
         [
-            (counting, "model.transposed/count of values of the PythonState of phase 'main': it is a Rates"),
-            (partial(SGD, lr=torch.tensor(0.1)), "lr of groups of the SGD of phase 'main': it is a Tensor"),
-            (Stateful, "the Stateful of phase 'main': it has a state that belongs to no parameter"),
+            (counting, "model.transposed/count of values of the PythonState of phase 'main' of type Rates"),
+            (partial(SGD, lr=torch.tensor(0.1)), "lr of groups of the SGD of phase 'main' of type Tensor"),
+            (Stateful, "the Stateful of phase 'main', because a part of its state belongs to no parameter"),
         ]
     ):
-        with pytest.raises(ValueError, match=f"a checkpoint cannot hold .*{message}"):
+        with pytest.raises(ValueError, match=f"a checkpoint cannot store .*{message}"):
             TrainLoop(ToyTask(), replace(PLAIN, optimizer=choice), tmp_path / str(number)).train()
 
 
