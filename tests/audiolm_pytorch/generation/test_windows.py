@@ -280,7 +280,7 @@ def test_invalid_inputs_raise_errors():
         SlidingWindowDecoder(model, 8, batch_size=0)
     with pytest.raises(ValueError, match="\['s'\] are missing"):
         decode_in_windows(model, {}, 8)
-    with pytest.raises(ValueError, match="the streams are"):
+    with pytest.raises(ValueError, match="are missing; pass tokens of"):
         decode_in_windows(model, {"s": inputs, "t": inputs}, 8)
     with pytest.raises(ValueError, match="the input streams of the model are"):
         SlidingWindowDecoder(model, 8).feed("a", [inputs[0]])
