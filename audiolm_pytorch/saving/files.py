@@ -19,7 +19,7 @@ __all__ = ["differences", "read_json", "read_weights", "staged_files", "sync_to_
 
 @beartype
 def write_json(path: str | Path, obj: Any) -> None:
-    """Write a JSON-able object to a file, which is replaced atomically; NaN is a ValueError. Folders are created."""
+    """Write a JSON-able object to a file, which is replaced atomically; raise a ValueError for NaN and infinity."""
     path = Path(path)
     try:
         text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)

@@ -51,7 +51,7 @@ def nameless_fingerprint(model: nn.Module, facts: list[Any]) -> str:
 
 
 def digest_of(spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
-    """Hash a JSON-able spec and named tensors (name, dtype, shape, bytes) into 16 hexadecimal digits."""
+    """Hash the JSON-able `spec` and named tensors (name, dtype, shape, bytes) into 16 hexadecimal digits."""
     digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode())
     for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -62,8 +62,8 @@ def digest_of(spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
 def cached_fingerprint(module: nn.Module, facts: str, compute: Callable[[], str]) -> str:
     """Return the fingerprint of a module; `compute` is called only if the weights or `facts` have changed.
 
-    Without this cache, hashing 95 million weights takes half a second per call. The cache detects in-place writes to
-    weights and replaced weights (`module.half()`, EMA). Like autograd, it does not detect writes to `tensor.data`.
+    Without the cache, hashing 95 million weights takes half a second per call. The cache detects in-place writes to
+    weights and replaced weights (`module.half()`, EMA), but not writes to `tensor.data`.
     """
     tensors = [value for value in module.state_dict(keep_vars=True).values() if isinstance(value, Tensor)]
     if any(tensor.is_inference() for tensor in tensors):  # inference tensors do not count writes
@@ -86,5 +86,4 @@ def _state_of(tensor: Tensor) -> tuple[int, int]:
 
 
 def _bytes_of(tensor: Tensor) -> Any:
-    """Return the bytes of a tensor as a buffer."""
     return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""

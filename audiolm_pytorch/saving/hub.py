@@ -1,4 +1,4 @@
-"""Load models and tokenizers of transformers from a folder or the Hugging Face hub; weights only from safetensors."""
+"""Load models (only from safetensors) and tokenizers of transformers, from a folder or the Hugging Face hub."""
 
 import logging
 import re
@@ -185,8 +185,8 @@ def load_tokenizer(
 ) -> Tokenizer:
     """Load a text tokenizer of transformers as a `tokenizers.Tokenizer`, which can be saved as one JSON string.
 
-    The tokenizer adds the special tokens of the model, and does not truncate or pad. The arguments are those of
-    `find_folder`. A ValueError is raised for a tokenizer that is not a fast tokenizer of transformers.
+    The tokenizer adds the special tokens of the model, and does not truncate or pad. The arguments of `load_tokenizer`
+    are those of `find_folder`. A ValueError is raised for a tokenizer that is not a fast tokenizer of transformers.
     """
     transformers = require_transformers()
     folder, _ = find_folder(source, offline=offline, revision=revision, cache_dir=cache_dir)
@@ -218,12 +218,10 @@ def portable_origin(origin: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _one_line(error: Exception) -> str:
-    """Return the type and the message of an error as one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _preprocessor_in(folder: Path) -> dict[str, Any]:
-    """Read the settings of the feature extractor in a model folder; return an empty dict if no file has them."""
     if (folder / _PREPROCESSOR).is_file():
         return dict(read_json(folder / _PREPROCESSOR))
     if (folder / _PROCESSOR).is_file():

@@ -82,7 +82,7 @@ def build_module(spec: Mapping[str, Any]) -> nn.Module:
     """Build a module with random weights from a spec of `module_spec`; raise a ValueError if the config is wrong."""
     missing = [key for key in ("class", "config") if key not in spec]
     if missing:
-        raise ValueError(f"a module spec needs the keys 'class' and 'config'; got {sorted(spec)} without {missing}")
+        raise ValueError(f"a module spec needs the keys 'class' and 'config'; got the keys {sorted(spec)}")
     cls = _registry.get(spec["class"])
     if cls is None:
         raise ValueError(

@@ -34,7 +34,7 @@ class RefusedFileError(ValueError):
 
 
 class ClassName:
-    """Placeholder for a pickled class or function; `name` is its full name with the module."""
+    """Placeholder for a pickled class or function; `name` is the full name, including the module."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -101,7 +101,7 @@ class DataUnpickler(_Unpickler):
             target.state = state
             self.stack[-1] = self.finish(target)
         elif type(target) is not dict:
-            raise RefusedFileError(f"the file is refused: it sets the state of a {type(target).__name__}")
+            raise RefusedFileError(f"the file is refused: a {type(target).__name__} in it cannot have a state")
 
     def load_setitem(self) -> None:
         """Check the key of one entry, and set the entry of a dictionary."""
@@ -156,5 +156,4 @@ def one_line_errors(source: str | Path, advice: str) -> Iterator[None]:
 
 
 def _one_line(message: object) -> str:
-    """Return a message without line breaks and control characters."""
     return " ".join("".join(letter if letter.isprintable() else " " for letter in str(message)[:2000]).split())

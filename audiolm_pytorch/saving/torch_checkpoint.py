@@ -82,11 +82,11 @@ class _Storage(NamedTuple):
 class TorchCheckpoint:
     """The dictionary in a file written by `torch.save` (torch 0.4 or later); no code in the file is run.
 
-    A ValueError is raised if the file names classes other than tensors, plain data, fairseq, omegaconf and argparse.
+    A ValueError is raised for other classes than tensors, Python data types, and those of fairseq, omegaconf, argparse.
 
     Attributes:
-        content: The saved dictionary. It contains dictionaries, lists, tuples, numbers, text, and a `StandIn` for
-            every other object. The method `tensor` converts the `StandIn` of a tensor into the tensor.
+        content: The saved dictionary, which contains containers, numbers, text, and a `StandIn` for every other
+            object. The method `tensor` converts the `StandIn` of a tensor into the tensor.
     """
 
     @beartype
@@ -116,7 +116,9 @@ class TorchCheckpoint:
                 raise RefusedFileError(f"the file is refused: it has a {type(value).__name__} where a tensor belongs")
             storage, offset, size, stride, *more = value.arguments
             if len(more) > 2 and more[2]:
-                raise RefusedFileError("the file has a conjugated or negated tensor; save it after resolve_conj()")
+                raise RefusedFileError(
+                    "the file has a conjugated or negated tensor; save it again after resolve_conj()"
+                )
             numbers = (offset, *size, *stride)
             if type(storage) is not _Storage or not all(type(number) is int and number >= 0 for number in numbers):
                 raise ValueError("a tensor in the file has no valid size, stride and offset")
@@ -156,7 +158,7 @@ class TorchCheckpoint:
         return content
 
     def _read_legacy(self, mapped: mmap.mmap) -> Any:
-        """Read the format before torch 1.6, which has header, machine, object, keys, and the data of each storage."""
+        """Read a file of torch before 1.6, which has header, machine type, object, storage keys and storage data."""
         try:
             start = [DataUnpickler(mapped, (), ()).load() for _ in _LEGACY_START]
         except Exception as error:
@@ -187,7 +189,7 @@ class TorchCheckpoint:
 
 
 class _TensorUnpickler(DataUnpickler):
-    """Unpickler of the object in a checkpoint; `storages` collects the referenced tensor storages by key."""
+    """Unpickler for the object in a torch checkpoint; `storages` collects the referenced tensor storages by key."""
 
     def __init__(self, file: Any) -> None:
         super().__init__(file, _NAMES, _ROOTS)

@@ -60,13 +60,12 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], where: str = 
 
 
 def _view_of(tensor: Tensor) -> tuple[Any, ...]:
-    """Return a key that is equal for tied tensors; every empty tensor has a different key."""
+    """Return a key for the memory of a tensor; tied tensors have equal keys, and empty tensors have different keys."""
     if tensor.numel() == 0:
         return (id(tensor),)
     return (tensor.device, tensor.dtype, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
 
 
 def _shortened(names: list[str]) -> str:
-    """Format the first names of a list, and the number of the remaining names."""
     rest = len(names) - _MAX_LISTED
     return ", ".join(names[:_MAX_LISTED]) + (f" and {rest} more" if rest > 0 else "")

@@ -11,7 +11,7 @@ __all__ = ["FrameEncoder", "SemanticTokenizer"]
 
 
 class SemanticTokenizer(nn.Module, ABC):
-    """Base class of tokenizers that convert waves to ids of their content (AudioLM, arXiv:2209.03143, section III-B).
+    """Base class of tokenizers that convert waves to semantic tokens (AudioLM, arXiv:2209.03143, section III-B).
 
     A tokenizer is always in eval mode, also if it is a submodule of a module in train mode.
 

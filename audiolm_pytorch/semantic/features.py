@@ -67,7 +67,6 @@ def plan_crops(encoder: FrameEncoder, dataset: CropDataset, max_frames: int) -> 
 
 
 def _count_frames(encoder: FrameEncoder, num_samples: int) -> int:
-    """Return the number of frames of a wave, or 0 if the wave is too short for one frame."""
     try:
         return encoder.num_frames(num_samples)
     except ValueError:
@@ -149,7 +148,7 @@ class FeatureShards:
         self._rows = max(min_rows, _PORTION_BYTES // (dim * np.dtype(np.float32).itemsize))
 
     def portions(self, order: tuple[int, ...] | None = None) -> Iterator[np.ndarray]:
-        """Yield all frames in several arrays; if `order` (a seed) is passed, shuffle the crops and each array."""
+        """Yield all frames in several arrays; if a seed `order` is passed, shuffle crops and frames of each array."""
         rng = None if order is None else np.random.default_rng(order)
         numbers = np.arange(len(self._shards)) if rng is None else rng.permutation(len(self._shards))
         waiting: list[np.ndarray] = []

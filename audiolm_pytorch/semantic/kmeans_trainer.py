@@ -62,11 +62,11 @@ class KMeansTrainer:
     """Trainer of a tokenizer by k-means on an encoder layer's hidden states (AudioLM, arXiv:2209.03143, section III-B).
 
     As in AudioLM, each dimension of the hidden states is first normalised to zero mean and unit variance. Memory does
-    not grow with the data, because hidden states are written to disk (`features/`, 4 bytes per number). A run that was
-    interrupted can be continued, and on the same machine its centroids are bit-exact those of an uninterrupted run.
+    not grow with the data, because hidden states are written to disk (`features/`, 4 bytes per number). An interrupted
+    run can be continued; on the same machine, interruptions do not change any bit of the centroids.
 
-    The result in `results_folder` is `tokenizer/`, a `KMeansTokenizer` whose encoder ends at `layer`, and `kmeans.json`
-    with settings and cluster usage. After training, `features/` and `kmeans.safetensors` may be deleted.
+    The results in `results_folder` are `tokenizer/` (a `KMeansTokenizer` whose encoder ends at `layer`) and
+    `kmeans.json` (settings and cluster usage). After training, `features/` and `kmeans.safetensors` may be deleted.
 
     Args:
         encoder: Encoder of a registered class; the trainer uses a copy of it.
@@ -147,11 +147,9 @@ class KMeansTrainer:
 
     @property
     def _identity(self) -> dict[str, Any]:
-        """Settings that must not change when a run is continued."""
         return {**self._origin, "num_clusters": self._num_clusters, "num_epochs": self._num_epochs}
 
     def _record(self) -> dict[str, Any]:
-        """Read `kmeans.json`; return an empty dict if the file is missing."""
         path = self.results_folder / "kmeans.json"
         return dict(read_json(path)) if path.is_file() else {}
 
@@ -170,7 +168,6 @@ class KMeansTrainer:
         accelerator.wait_for_everyone()
 
     def _write_features(self, accelerator: "accelerate.Accelerator") -> None:
-        """Encode and write the hidden states that this process is responsible for."""
         total = -(-len(self._plan) // accelerator.num_processes)
         with closing(progress_bar("features", 0, total, shown=accelerator.is_main_process)) as bar:
             write_features(

@@ -76,6 +76,5 @@ def expand(runs: Runs) -> Tensor:
 
 
 def _check_integers(name: str, value: Tensor) -> None:
-    """Check that a tensor has shape `[b, t]` and an integer type."""
     if value.ndim != 2 or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise ValueError(f"{name} must be int [b, t], got {value.dtype} {tuple(value.shape)}")

@@ -29,8 +29,8 @@ class KMeansTokenizer(SemanticTokenizer):
         encoder: Audio encoder; `requires_grad` of its parameters is set to False.
         layer: Encoder layer (0..encoder.depth) whose hidden states are compared with the centroids.
         num_clusters: Number of centroids; not needed if `centroids` is passed.
-        centroids: Centroids `[k, d]` of normalised hidden states. If None, `forward` raises a RuntimeError until
-            centroids are loaded.
+        centroids: Tensor `[k, d]`, compared with normalised hidden states; if None, `forward` raises a RuntimeError
+            until centroids are loaded.
         mean: Mean `[d]` of the hidden states; None means 0.
         std: Standard deviation `[d]` of the hidden states, positive; None means 1.
     """

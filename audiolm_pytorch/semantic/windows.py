@@ -13,9 +13,9 @@ __all__ = ["ReceptiveField", "Windows", "features_in_windows"]
 @beartype
 @dataclass(frozen=True)
 class ReceptiveField:
-    """Receptive field of the frames of convolutions without padding: frame i covers `[i * stride, i * stride + reach)`.
+    """Receptive field of convolutions without padding: frame i covers inputs `[i * stride, i * stride + reach)`.
 
-    Positions count samples, or vectors of a front end. For HuBERT, `reach` is 400 samples and `stride` is 320 samples.
+    An input is a sample, or a vector of a front end. For HuBERT, `reach` is 400 samples and `stride` is 320 samples.
     """
 
     reach: int = 1
@@ -23,7 +23,7 @@ class ReceptiveField:
 
     def __post_init__(self) -> None:
         if min(self.reach, self.stride) < 1:
-            raise ValueError(f"reach and stride must be positive, got {self.reach} and {self.stride}")
+            raise ValueError(f"reach and stride must be positive, got reach {self.reach} and stride {self.stride}")
 
     @classmethod
     def of_convolutions(cls, kernels: Iterable[int], strides: Iterable[int]) -> "ReceptiveField":
@@ -35,18 +35,18 @@ class ReceptiveField:
         return cls(reach, stride)
 
     def num_frames(self, num_positions: int) -> int:
-        """Return the number of frames of `num_positions` input positions, or 0 if the input is too short."""
+        """Return the number of frames of `num_positions` inputs, or 0 if the inputs are too few for one frame."""
         return max(0, (num_positions - self.reach) // self.stride + 1)
 
     def span(self, first: int, last: int) -> slice:
-        """Return the slice of input positions that the frames `first <= i < last` cover."""
+        """Return the slice of the inputs that the frames `first <= i < last` cover."""
         return slice(first * self.stride, (last - 1) * self.stride + self.reach)
 
 
 @beartype
 @dataclass(frozen=True)
 class Windows:
-    """Sizes of windows: window w returns frames `[w * keep, (w + 1) * keep)`, with `context` frames on each side."""
+    """Sizes of windows: window w returns frames `[w * keep, (w + 1) * keep)` and has `context` more on each side."""
 
     keep: int
     context: int
@@ -59,7 +59,7 @@ class Windows:
 def features_in_windows(
     encode: Callable[[Tensor], Tensor], inputs: Tensor, frames: ReceptiveField, windows: Windows
 ) -> Tensor:
-    """Encode a batch without padding, in windows if it has more than `windows.keep` frames.
+    """Encode a batch without padding, in windows if an item has more than `windows.keep` frames.
 
     Window positions count from the start of an item, so that its features do not depend on the batch. If a frame
     depends on at most `context` neighbours on each side, the result is equal to that without windows. If a frame

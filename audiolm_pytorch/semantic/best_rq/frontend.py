@@ -18,7 +18,7 @@ _FRAMES_PER_CHUNK = 30_000
 
 
 class StackedLogMel(nn.Module):
-    """Front end that normalises log-mel frames by statistics of the corpus, and stacks them to one vector per token.
+    """Front end that normalises log-mel frames by corpus statistics, and stacks several frames to a vector per token.
 
     Token i covers samples `[i * downsample_factor, (i + 1) * downsample_factor)`. The last token is padded with zeros,
     so that a wave of n samples has `ceil(n / downsample_factor)` tokens. Samples after the end of an item are set to
@@ -44,7 +44,10 @@ class StackedLogMel(nn.Module):
     ) -> None:
         super().__init__()
         if min(sample_hz, num_mels, hop_length, frames_per_token) < 1 or floor <= 0:
-            raise ValueError("sample_hz, num_mels, hop_length, frames_per_token and floor must be positive")
+            raise ValueError(
+                f"sample_hz {sample_hz}, num_mels {num_mels}, hop_length {hop_length}, frames_per_token "
+                f"{frames_per_token} and floor {floor} must be positive"
+            )
         if n_fft < hop_length:
             raise ValueError(f"n_fft {n_fft} is smaller than hop_length {hop_length}, which skips samples; raise n_fft")
         self.sample_hz, self.num_mels, self.floor = sample_hz, num_mels, floor
@@ -77,7 +80,7 @@ class StackedLogMel(nn.Module):
         return frames_covering(num_samples, self.downsample_factor)
 
     def checked_lengths(self, wave: Tensor, lengths: Tensor | None) -> Tensor:
-        """Return lengths in samples, `[b]` int64; raise a ValueError if an item is shorter than a token."""
+        """Return the lengths of the items in samples, `[b]` int64; raise a ValueError if an item is too short."""
         if wave.ndim != 2 or not wave.is_floating_point():
             raise ValueError(f"wave must be float [b, n], got {wave.dtype} {tuple(wave.shape)}")
         if lengths is None:

@@ -128,12 +128,13 @@ class MaskedPrediction(NamedTuple):
 class BestRQ(nn.Module):
     """Training objective of BEST-RQ: masked prediction of frozen random targets (arXiv:2202.01855, section 3).
 
-    Spans of the front end's vectors are replaced by noise. The encoder predicts the codes of the replaced vectors.
+    Random spans of the front end's vectors are replaced by noise. The encoder predicts the codes of replaced vectors.
 
-    Three defaults of `BestRQ` differ from the paper, which is about speech recognition. Targets are computed from
-    decorrelated frames, because without decorrelation targets describe mostly loudness. A target describes a token and
-    its neighbours; with targets of single tokens, hidden states are no better than mel frames. Codes of visible tokens
-    are predicted, too, as in HuBERT (arXiv:2106.07447, section II-B).
+    Three defaults of `BestRQ` differ from the paper, which is about speech recognition; measurements are in the recipe
+    of the bundled tokenizer. Targets are computed from decorrelated frames, because without decorrelation targets
+    describe mostly loudness. A target describes a token and its neighbours; with targets of single tokens, the encoder
+    learns no better features than mel frames. Codes of visible tokens are also predicted, as in HuBERT
+    (arXiv:2106.07447, section II-B).
 
     Args:
         encoder: Encoder to train.
@@ -178,7 +179,7 @@ class BestRQ(nn.Module):
     def forward(
         self, wave: Tensor, lengths: Tensor | None = None, generator: torch.Generator | None = None
     ) -> MaskedPrediction:
-        """Replace random spans of a batch by noise, and compute loss and accuracy of the prediction without padding.
+        """Replace random spans of tokens by noise, and compute the loss and the accuracy of the predicted codes.
 
         Args:
             wave: `[b, n]`, float, at the sample rate of the encoder.

@@ -75,7 +75,6 @@ class BestRQTask:
             self._model.targets.fit(front_end(wave) for wave in self._statistics_waves())
 
     def _statistics_waves(self) -> Iterator[Tensor]:
-        """Yield training waves `[1, n]`, on the device of the model, for the statistics."""
         count = min(_STATISTICS_CROPS, self.num_items)
         for place in range(count):
             crop = self._train.get(0, place * self.num_items // count)
@@ -152,7 +151,7 @@ class SemanticTokenizerTrainer:
     ) -> KMeansFit:
         """Fit k-means to a layer of the trained encoder, and save the tokenizer to `results_folder / "tokenizer"`.
 
-        An interrupted fit continues when the call is repeated. If training of the encoder is not finished, a
+        After an interruption, another call of `fit_tokenizer` continues. If training of the encoder is not finished, a
         RuntimeError is raised.
 
         Args:

@@ -69,7 +69,6 @@ def read_centroids(path: str | Path) -> dict[str, Tensor]:
 
 
 def _kmeans_centroids(data: bytes) -> Tensor:
-    """Return the centroids of a k-means model from the bytes of its pickle."""
     kmeans = _JoblibUnpickler(data).load()
     state = kmeans.state if isinstance(kmeans, StandIn) else None
     centroids = state.get("cluster_centers_") if isinstance(state, dict) else None
@@ -82,7 +81,7 @@ def _kmeans_centroids(data: bytes) -> Tensor:
 
 
 class _JoblibUnpickler(DataUnpickler):
-    """Unpickler of files of joblib >= 0.10, in which the bytes of an array follow its pickled description."""
+    """Unpickler for files of joblib 0.10 and later, in which the bytes of an array follow its pickled description."""
 
     def __init__(self, data: bytes) -> None:
         self._stream = io.BytesIO(data)

@@ -71,14 +71,14 @@ class TransformersEncoder(FrameEncoder):
 
     Items of equal length are encoded in one batch, so that padding does not change the result. Waves longer than
     `window_seconds` are encoded in windows at fixed positions, with a context of `context_seconds` on each side.
-    Norms over time always use the whole wave.
+    Norms over time use the whole wave, also with windows.
 
     Args:
         source: Folder in transformers' format, hub id, or a loaded model (which is changed).
         layer_count: Number of transformer layers to keep, counted from the first; None means all layers.
         normalise_wave: Whether each item is normalised to zero mean and unit variance; None means as in the training
-            of the model: True for layer norms in the convolutions, False for group norm. The value in
-            `preprocessor_config.json` is ignored.
+            of the model: True for layer norms in the convolutions, False for group norm (the value in
+            `preprocessor_config.json` is ignored).
         window_seconds: Length of a window without its context.
         offline: Use only local files and the local cache of the hub.
     """
@@ -125,7 +125,6 @@ class TransformersEncoder(FrameEncoder):
         self.train(False)
 
     def _read_front(self, loaded: LoadedModel) -> None:
-        """Set the sample rate, the receptive field of a frame, and the filterbank if the model uses a filterbank."""
         settings, preprocessor = self.model.config, loaded.preprocessor
         self.sample_hz = int(preprocessor.get("sampling_rate", 16_000))
         self._filterbank: Filterbank | None = None
@@ -268,7 +267,7 @@ def open_published(
 ) -> TransformersEncoder:
     """Load an encoder from a HuBERT checkpoint of fairseq, a folder in transformers' format, or a hub id.
 
-    The arguments are those of `TransformersEncoder`. A fairseq checkpoint sets the default of `normalise_wave`.
+    The other arguments are those of `TransformersEncoder`. A fairseq checkpoint sets the default of `normalise_wave`.
     """
     path = Path(source).expanduser()
     options: dict[str, Any] = {"layer_count": layer_count, "normalise_wave": normalise_wave}

@@ -138,7 +138,7 @@ def build_for(weights: dict[str, Tensor], build: Callable[[], nn.Module]) -> Any
             needed = sum(parameter.numel() for parameter in build().parameters())
         available = sum(tensor.numel() for tensor in weights.values())
         if needed > 2 * available:
-            raise ValueError(f"the settings need a model of {needed} parameters, but the file has {available}")
+            raise ValueError(f"the settings need a model of {needed} parameters, but the file has {available} numbers")
         return build()
 
 
@@ -184,7 +184,6 @@ def hubert_from_fairseq(checkpoint: FairseqCheckpoint) -> Any:
 
 
 def _check_hubert(checkpoint: FairseqCheckpoint) -> None:
-    """Raise a ValueError if a checkpoint has no pretrained HuBERT."""
     name = checkpoint.model.get("_name") or checkpoint.model.get("arch")
     advice = "give a pretrained HuBERT, e.g. hubert_base_ls960.pt"
     if any(weight.startswith("w2v_encoder.") for weight in checkpoint.weights):

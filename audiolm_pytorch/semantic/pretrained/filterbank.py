@@ -22,9 +22,9 @@ _FRAMES_PER_CHUNK = 6000
 class Filterbank:
     """Front end that computes the vectors of transformers' `SeamlessM4TFeatureExtractor` in bounded memory.
 
-    A frame depends only on its 400 samples, so that chunks of a long wave have the frames of the whole wave. Mean and
-    variance of every band are computed over the whole wave. An incomplete last vector is dropped, while transformers
-    fills it with zeros and masks it.
+    A frame depends only on its 400 samples, so that processing long waves in chunks does not change the frames. Mean
+    and variance of every band are computed over the whole wave. An incomplete last vector is dropped, while
+    transformers fills it with zeros and masks it.
 
     Args:
         stride: Number of frames that are stacked into one vector, at least 2.
@@ -48,7 +48,6 @@ class Filterbank:
         return torch.from_numpy(np.stack(vectors)).to(wave.device)
 
     def _vectors_of(self, item: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
-        """Compute vectors `[t, dim]` of a wave `[n]`."""
         frames = ReceptiveField(_WINDOW_SAMPLES, _HOP_SAMPLES)
         total = frames.num_frames(len(item))
         spans = [frames.span(at, min(at + _FRAMES_PER_CHUNK, total)) for at in range(0, total, _FRAMES_PER_CHUNK)]
@@ -58,7 +57,6 @@ class Filterbank:
         return rearrange(mels[: total // self.stride * self.stride], "(t k) m -> t (k m)", k=self.stride)
 
     def _log_mel(self, part: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
-        """Compute log-mel frames `[f, m]` of a chunk of a wave, not normalised."""
         extracted = self._extractor(
             part, sampling_rate=self.sample_hz, do_normalize_per_mel_bins=False, padding=False, return_tensors="np"
         )

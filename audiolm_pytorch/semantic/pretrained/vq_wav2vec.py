@@ -56,7 +56,7 @@ class FairseqVQWav2Vec(SemanticTokenizer):
     """vq-wav2vec tokenizer (arXiv:1910.05453): a convolutional network with two codes every 10 ms.
 
     The published `vq-wav2vec.pt` (Gumbel softmax) and `vq-wav2vec_kmeans.pt` have two groups of 320 codes, and a frame
-    every 160 samples at 16 kHz. Each frame becomes two successive tokens of 640 token ids: code v of group g has the id
+    every 160 samples at 16 kHz. Each frame becomes two successive tokens; the token id of code v in group g is
     `g * 320 + v`. No code in the file is run, and fairseq is not needed. The function `save_module` writes the network
     as safetensors.
 

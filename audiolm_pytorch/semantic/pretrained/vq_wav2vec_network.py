@@ -45,11 +45,10 @@ class _ConvLayer(nn.Module):
 
 
 class ConvFeatures(nn.Module):
-    """Convolutions over the wave (wav2vec, arXiv:1904.05862, sec. 2.1).
+    """Convolutional feature extractor of wav2vec (arXiv:1904.05862, section 2.1).
 
-    The output of every layer is normalised over the whole wave. Long waves are processed in chunks, first to compute
-    the moments of each layer, then the features. Chunks do not change the result, but need three to six times the
-    computation.
+    The output of every layer is normalised over the whole wave. Long waves are processed in chunks, which does not
+    change the features, but needs three to six times the computation.
 
     Args:
         layers: Width, kernel size and stride of every convolution.
@@ -77,8 +76,7 @@ class ConvFeatures(nn.Module):
     def _in_chunks(self, x: Tensor) -> Tensor:
         """Compute the features of a long wave `[b, 1, n]` in chunks.
 
-        Only small layer outputs and the last output are stored. Outputs that are not stored are computed again from the
-        last stored output.
+        Large outputs of layers are not stored, but computed again from the last stored output.
         """
         layers = cast(list[_ConvLayer], list(self.layers))
         before: list[tuple[_ConvLayer, Moments]] = []  # the layers since the kept output, which is x
@@ -144,7 +142,7 @@ class GumbelQuantizer(nn.Module):
 class KMeansQuantizer(nn.Module):
     """Quantizer that selects the nearest codebook entry for each group of the projected and normalised features.
 
-    The arguments are those of `GumbelQuantizer`; if `shared` is True, all groups use one codebook.
+    The first three arguments are those of `GumbelQuantizer`; if `shared` is True, all groups use one codebook.
     """
 
     @beartype
