@@ -346,7 +346,7 @@ def test_trainer_refuses_what_does_not_fit(tmp_path: Path):
     short = [AudioItem(tmp_path / "short.wav", None, {}, RATE_HZ, TOKEN_SAMPLES - 1)]
     with pytest.raises(ValueError, match="shorter than one token"):
         SemanticTokenizerTrainer(encoder=tiny_encoder(), items=(short, short), **numbers)
-    with pytest.raises(ValueError, match="training items are empty"):
+    with pytest.raises(ValueError, match="empty list of training items"):
         SemanticTokenizerTrainer(encoder=tiny_encoder(), items=([], short), **numbers)
     with pytest.raises(ValueError, match="objective"):
         SemanticTokenizerTrainer(encoder=tiny_encoder(), folder=tmp_path, objective=BestRQ(tiny_encoder()), **numbers)
