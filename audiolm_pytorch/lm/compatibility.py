@@ -204,7 +204,7 @@ def _stage_differences(first: StageTransformer, second: StageTransformer) -> Ite
 
 
 def _declarations(transformer: StageTransformer) -> dict[str, dict[str, Any]]:
-    """Return the properties of each stream by stream name. The names of the properties appear in error messages."""
+    """Return the properties of each stream by stream name. The names of the stream properties are used in messages."""
     declared: dict[str, dict[str, Any]] = {}
     for stream in transformer.layout.streams:
         source = transformer.sources[stream.name]

@@ -130,7 +130,7 @@ class StageTask:
         return loss
 
     def _codes(self, conditioner_inputs: Mapping[str, Any]) -> ConditionTensor | None:
-        """Embed the conditioning codes of a batch. Training drops the last code levels of random items."""
+        """Compute the embeddings of the conditioning codes. Training drops the last code levels of random items."""
         if self.conditioner is None:
             return None
         codes = self.conditioner.conditioning(namespace=self.transformer.namespace, **conditioner_inputs)

@@ -276,8 +276,8 @@ def _generate(folder: Path, seconds: int, in_chunks: bool) -> None:
 def memory_metrics(folder: Path, sample_hz: int) -> list[Metric]:
     """Measure the peak memory (MiB) of processes that generate 10 s and 60 s, as one wave and as a stream of chunks.
 
-    Each metric is the median, the smallest and the largest value of three processes. Further metrics are the difference
-    between 10 s and 60 s, and the size of the longer audio.
+    Each memory metric contains the median, the smallest and the largest value of three processes. Further metrics are
+    the difference in peak memory between 10 s and 60 s, and the size of the audio of 60 s.
     """
     metrics = []
     for name, in_chunks in (("generate", False), ("stream", True)):
