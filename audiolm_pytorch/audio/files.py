@@ -45,8 +45,8 @@ def read_audio(
 ) -> tuple[Tensor, int]:
     """Read an audio file, or a part of it, and resample it to `sample_hz`.
 
-    A part has the same samples as this slice of the whole resampled file, because the filter also uses the samples
-    around the part. `start_seconds` and `duration_seconds` are rounded to the nearest sample at `sample_hz`.
+    A part of a file has the same samples as in the whole resampled file, because the filter also uses the samples
+    around it. `start_seconds` and `duration_seconds` are rounded to the nearest sample at `sample_hz`.
 
     Args:
         sample_hz: Sample rate of the returned wave (Hz); None keeps the rate of the file.

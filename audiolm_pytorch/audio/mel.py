@@ -51,7 +51,7 @@ def mel_edges(
             of librosa, with 200/3 Hz per mel up to 1 kHz and a factor of 6.4 every 27 mels above.
 
     Returns:
-        Edges `[num_mels + 2]` in Hz, float64. Band i extends from edge i to edge i + 2; its centre is edge i + 1.
+        Band edges `[num_mels + 2]` in Hz, float64. Band i extends from edge i to edge i + 2; its centre is edge i + 1.
     """
     span_hz = np.array([f_min_hz, f_max_hz], dtype=np.float64)
     if scale == "htk":

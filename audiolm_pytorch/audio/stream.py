@@ -88,8 +88,8 @@ def with_channels(wave: np.ndarray, channels: int | None, path: Path) -> np.ndar
 class AudioSource:
     """Audio file that yields float32 blocks `[c, n]`; the concatenated blocks equal the wave of `read_audio`.
 
-    The attribute `info` has the values of the file header. After a complete iteration, `info.num_samples` is the number
-    of decoded samples, and the attribute `num_samples` is the total length of the blocks.
+    The attribute `info` contains the values in the file header. After a complete iteration, `info.num_samples` is the
+    number of decoded samples, and the attribute `num_samples` is the total length of the blocks.
 
     Args:
         sample_hz: Sample rate of the blocks (Hz); None keeps the rate of the file.
@@ -196,7 +196,7 @@ class AudioWriter:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """Convert errors of libsndfile into ValueErrors with the path."""
+        """Convert errors of libsndfile into ValueErrors that name the path."""
         try:
             yield
         except soundfile.LibsndfileError as error:

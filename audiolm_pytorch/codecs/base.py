@@ -74,7 +74,7 @@ class Codec(nn.Module, ABC):
         """
 
     def encode(self, wave: Tensor, lengths: Tensor | None = None) -> EncodedWave:
-        """Encode waves as `tokenize` does, and return codes and, if the codec normalises segments, their loudness."""
+        """Encode waves as `tokenize` does; return codes, and the loudness of segments if `has_scales` is True."""
         return EncodedWave(self.tokenize(wave, lengths))
 
     def decode(self, codes: Tensor, scales: Tensor | None = None, num_samples: int | None = None) -> Tensor:
@@ -94,7 +94,7 @@ class Codec(nn.Module, ABC):
         return num_frames * self.downsample_factor
 
     def bitrate_kbps(self, num_levels: int | None = None) -> float:
-        """Bitrate of the first `num_levels` codes of each frame (None: of all codes), without entropy coding."""
+        """Bitrate (kbit/s) of the first `num_levels` codes of each frame (None: all codes), without entropy coding."""
         num_levels = self.check_num_levels(num_levels)
         return num_levels * math.log2(self.codebook_size) * self.target_sample_hz / self.downsample_factor / 1000
 

@@ -57,7 +57,7 @@ class CodesInfo:
 
 @dataclass(frozen=True)
 class StoredCodes:
-    """The codes of one sound, with the information to decode them.
+    """The codes of one sound, with the information to decode the codes.
 
     Attributes:
         codes: Codes `[f, q]` int64, coarse level first.
@@ -143,7 +143,7 @@ def read_codes(path: str | Path) -> StoredCodes:
     """Read and check a file that `write_codes` wrote; raise a ValueError if it is damaged or of another format."""
     tensors, metadata = read_weights(path)
     if _CODES not in tensors or tensors.keys() - {_CODES, _SCALES} or _HEADER not in metadata:
-        raise ValueError(f"{path} is not a file of codes; create such files with write_codes")
+        raise ValueError(f"{path} is not a file of codes; create a file of codes with write_codes")
     try:
         header = json.loads(metadata[_HEADER])
     except json.JSONDecodeError as error:

@@ -70,9 +70,9 @@ class CausalConv1d(nn.Module):
 class CausalConvTranspose1d(nn.Module):
     """A transposed convolution with kernel size `2 * stride`, without the last `stride` output steps.
 
-    An output step depends on two input steps, the current one and the previous one. A convolution of kernel size 2
-    therefore computes `stride` output steps per input step (as in arXiv 1609.05158), with a separate bias for each of
-    the `stride` steps.
+    An output step depends on two input steps, the current one and the previous one. The layer is a convolution of
+    kernel size 2 that computes `stride` output steps per input step (as in arXiv 1609.05158), with a separate bias for
+    each of these output steps.
     """
 
     def __init__(self, dim_in: int, dim_out: int, stride: int) -> None:
@@ -88,8 +88,8 @@ class CausalConvTranspose1d(nn.Module):
 def elu(x: Tensor, overwrite: bool = False) -> Tensor:
     """Apply ELU to `x`; if `overwrite` is True and gradients are disabled, the result can overwrite `x`.
 
-    On a CPU without gradients, `2 ** (x log2 e)` replaces `exp(x)`. The ELU of torch 2.13 takes twice as long and would
-    need a quarter of the time of the encoder.
+    On a CPU without gradients, `2 ** (x log2 e)` replaces `exp(x)`, because the ELU of torch 2.13 takes twice as long
+    and would need a quarter of the time of the encoder.
     """
     if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
         return F.elu(x)
@@ -167,7 +167,7 @@ class _ConvNetwork(nn.Module, ABC):
 
 @register
 class ConvEncoder(_ConvNetwork, WaveEncoder):
-    """Encoder of causal convolutions that double the channels at every stride, and optional local attention."""
+    """Encoder of strided causal convolutions, which double the channels at a stride, and optional local attention."""
 
     def _build(self, widths: list[int], strides: list[int], dim: int) -> None:
         self.dim, self.downsample_factor = dim, self._samples_per_frame

@@ -15,7 +15,7 @@ class _WaveNetwork(nn.Module, ABC):
 
     Attributes:
         channels: Audio channels.
-        lookahead_frames: Number of frames on each side that influence the output for a frame; 0 if causal.
+        lookahead_frames: Number of frames on each side that influence the output for a frame; 0 for causal networks.
     """
 
     channels: int

@@ -1,8 +1,8 @@
 """An encoder and a decoder that process the spectrum of the wave once per frame.
 
-All layers run once per frame (50 Hz), not once per sample. Encoder and decoder need about 1% of the operations of a
-convolutional codec of the same width, so that two CPU cores train them in minutes. The design follows Vocos (arXiv
-2306.00814, section 3), with ConvNeXt blocks and a head that predicts magnitude and phase of every STFT frame.
+All layers of the networks run once per frame (50 Hz), not once per sample. Encoder and decoder need about 1% of the
+operations of a convolutional codec of the same width, so that two CPU cores train them in minutes. The networks follow
+Vocos (arXiv 2306.00814, section 3), with ConvNeXt blocks and a head that predicts magnitude and phase of STFT frames.
 """
 
 from typing import Any
@@ -45,7 +45,7 @@ class ConvNeXtBlock(nn.Module):
         self.scale = nn.Parameter(torch.full((dim,), _BRANCH_SCALE))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Apply the block to frames `[b, f, d]`; the optional `mask [b, f]` is False at padding."""
+        """Apply the ConvNeXt block to frames `[b, f, d]`; the optional `mask [b, f]` is False at padding."""
         y = rearrange(self.depthwise(rearrange(x, "b f d -> b d f")), "b d f -> b f d")
         return _masked(x + self.scale * self.mlp(self.norm(y)), mask)
 

@@ -30,7 +30,7 @@ class EncoderStream:
         return self._codes(self._check(wave), is_last=False)
 
     def finish(self) -> Tensor:
-        """Return the remaining codes `[b, f, q]`; silence fills the last frame."""
+        """Return the remaining codes `[b, f, q]` at the end of the wave; silence fills the last frame."""
         return self._to_codes(self._frames.finish())
 
     def encode_checked(self, wave: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class DecoderStream:
         return torch.cat(list(self._chunks(self._check(codes), is_last=False)), dim=-1)
 
     def finish(self) -> Tensor:
-        """Return the remaining samples `[b, c, n]`."""
+        """Return the remaining samples `[b, c, n]` at the end of the codes."""
         return self._waves.finish()
 
     def decode_checked(self, codes: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ class FileCodec:
     """Encodes sound files as codes, and decodes codes to sound files, with a codec on any device.
 
     A `StreamingCodec` runs in chunks, with memory that does not grow with the length of the file. Codecs that are not a
-    `StreamingCodec` run on the whole file. The codes of a file always equal those of `tokenize` on its whole wave.
+    `StreamingCodec` run on the whole file. The codes of a file always equal `tokenize` of the whole wave.
     """
 
     @beartype

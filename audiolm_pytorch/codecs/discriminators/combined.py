@@ -44,7 +44,7 @@ def soundstream_discriminators(channels: int = 1, width: int = 32) -> Discrimina
     """
     if width < 8 or width % 8:
         raise ValueError(
-            f"width must be a multiple of 8 (half of it is divided into groups of 4 channels), got {width}"
+            f"width must be a multiple of 8, so that width / 2 channels form groups of 4 channels, got {width}"
         )
     return Discriminators(
         [

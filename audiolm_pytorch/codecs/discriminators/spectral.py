@@ -32,11 +32,11 @@ _FRAMES_PER_LOGIT = 8
 class ComplexSTFTDiscriminator(Discriminator):
     """Discriminator of one complex spectrogram, with residual units (SoundStream, section III-D and figure 4).
 
-    The paper defines the STFT, a 7x7 convolution, six residual units, and a last convolution over all remaining
-    frequencies. A residual unit has a 3x3 convolution and a convolution with alternating strides (1, 2) and (2, 2) in
-    time and frequency. The paper does not define leaky ReLU, weight norm, real and imaginary parts as input channels,
-    and strided 1x1 convolutions as skip connections. The highest of the `window / 2 + 1` bins is dropped, because the
-    paper has `window / 2` bins. The logits are `[b, 1, f]`, one per 8 frames of the spectrogram.
+    The SoundStream paper defines the STFT, a 7x7 convolution, six residual units, and a last convolution over all
+    remaining frequencies. A residual unit has a 3x3 convolution and a convolution with alternating strides (1, 2) and
+    (2, 2) in time and frequency. The SoundStream paper does not define leaky ReLU, weight norm, real and imaginary
+    parts as input channels, and strided 1x1 convolutions as skip connections. The highest of the `window / 2 + 1` bins
+    is dropped, because SoundStream uses `window / 2` bins. The logits `[b, 1, f]` have one value per 8 STFT frames.
 
     Args:
         channels: Number of audio channels; one network processes all channels together.

@@ -38,8 +38,8 @@ class PretrainedCodec(Codec):
     the class attributes, call `_set_sizes` in the constructor and implement `options`, `_encode` and `_decode`.
 
     Args:
-        source: Folder in transformers' format, hub id, or a loaded model.
-        offline: Whether to load a hub model only from the local cache.
+        source: Folder in transformers' format, Hugging Face id, or a loaded model.
+        offline: Whether to load Hugging Face models only from the local cache.
     """
 
     model_type: ClassVar[str]
@@ -173,10 +173,10 @@ class PretrainedLevelsCodec(PretrainedCodec):
     """A published codec that uses the first levels of a model; a subclass implements `_sizes`, `_encode` and `_decode`.
 
     Args:
-        source: Folder in transformers' format, hub id, or a loaded model; None for `default_source`.
+        source: Folder in transformers' format, Hugging Face id, or a loaded model; None for `default_source`.
         num_quantizers: Number of levels to use; None for `default_levels`, or all levels of a model with fewer levels.
-        offline: Whether to load a hub model only from the local cache.
-        revision: Branch, tag or commit on the hub.
+        offline: Whether to load Hugging Face models only from the local cache.
+        revision: Branch, tag or commit on the Hugging Face hub.
         cache_dir: Folder for downloads; None for Hugging Face's default.
     """
 

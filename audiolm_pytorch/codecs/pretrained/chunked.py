@@ -80,9 +80,9 @@ def apply_chunked(
 
 
 def run_layers(stack: nn.Module, hidden: Tensor) -> Tensor:
-    """Run the layers of a stack on `hidden [b, d, n]`, with all layers except norms over time and RNNs in chunks.
+    """Run the layers of a stack on `hidden [b, d, n]`; all layers except RNNs and norms over time run in chunks.
 
-    The forward of the stack must run its `layers` one after another. A stack without `layers` is called directly.
+    `stack.forward` must run `stack.layers` one after another. A stack without `layers` is called directly.
     """
     layers = getattr(stack, "layers", None)
     if not isinstance(layers, nn.ModuleList):

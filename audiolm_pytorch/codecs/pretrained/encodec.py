@@ -36,22 +36,23 @@ class EncodecWrapper(PretrainedCodec):
     runs 4 segments in a batch and needs 0.4 GB for 1 minute of audio.
 
     The 48 kHz model encodes segments of 1 s that overlap by 1%, and divides each segment by its loudness:
-    - The codes contain the frames of the first segment, then of the second segment, and so on. A segment has 150
-      frames, or fewer at the end of the wave. The second-last segment has 149 frames if at most 160 samples remain for
-      the last segment, as in the original model. A frame of the 48 kHz model advances by 316.8 samples on average; use
-      `num_frames` instead of `downsample_factor`. Do not shorten codes of the 48 kHz model; shorten the decoded wave.
+    - The codes contain the frames of the first segment, then of the second segment, and so on. A segment of the 48 kHz
+      model has 150 frames, or fewer at the end of the wave. The second-last segment has 149 frames if at most 160
+      samples remain for the last segment, as in the original model. A frame of the 48 kHz model advances by 316.8
+      samples on average; use `num_frames` instead of `downsample_factor`. Shorten decoded waves, not codes of the 48
+      kHz model.
     - `encode` returns the loudness of each segment as scales, and `decode` uses the scales. `tokenize` and
-      `decode_from_codebook_indices` use only codes, as language models do. Without scales, every segment is decoded
-      with the loudness `codes_only_rms`, and silence becomes faint sound.
+      `decode_from_codebook_indices` use only codes and no scales, as language models do. Without scales, every segment
+      is decoded with the loudness `codes_only_rms`, and silence becomes faint sound.
 
     Args:
-        source: Folder in transformers' format, or hub id.
+        source: Folder in transformers' format, or Hugging Face id.
         bandwidth_kbps: Bitrate that the model supports; None for 6 kbps, or for the highest bitrate of a model without
             6 kbps.
         codes_only_rms: Loudness (RMS of the mono mix) of segments that are decoded without scales; used only by models
             with scales.
-        offline: Whether to load a hub model only from the local cache.
-        revision: Branch, tag or commit on the hub.
+        offline: Whether to load Hugging Face models only from the local cache.
+        revision: Branch, tag or commit on the Hugging Face hub.
         cache_dir: Folder for downloads; None for Hugging Face's default.
     """
 
@@ -176,8 +177,8 @@ class EncodecWrapper(PretrainedCodec):
     def _frames_of_segments(self, num_frames: int) -> list[int]:
         """Number of frames of each segment of a wave with `num_frames` frames.
 
-        All waves with `num_frames` frames have equal frames per segment, because a longer wave never has fewer frames
-        in a segment.
+        All waves with `num_frames` frames have equal numbers of frames in each segment, because a longer wave never has
+        fewer frames in a segment.
         """
         longest = range(num_frames * self.downsample_factor + 1)
         num_samples = bisect_left(longest, num_frames, key=self.num_frames)

@@ -26,9 +26,9 @@ def open_codec(
     """Open a codec of this library, or a published EnCodec, DAC or Mimi in the format of transformers, in eval mode.
 
     Args:
-        source: A folder written by `save_module`, a folder in transformers' format, or a hub id; an existing folder has
-            precedence over a hub id.
-        offline: Whether to load a hub model only from the local cache.
+        source: A folder written by `save_module`, a folder in transformers' format, or a Hugging Face id; an existing
+            folder has precedence.
+        offline: Whether to load Hugging Face models only from the local cache.
     """
     folder, _ = find_folder(source, offline=offline, revision=revision, cache_dir=cache_dir)
     config_file = folder / "config.json"

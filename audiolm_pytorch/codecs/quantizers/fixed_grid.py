@@ -36,7 +36,7 @@ class _GridLevels(ResidualLevels):
         return 0.0
 
     def initialise(self, frames: Tensor) -> None:
-        """Do nothing, because the grid is fixed and gradients train the projections."""
+        """Do nothing, because a fixed grid needs no initialisation, and gradients train the projections."""
 
     def _project(self, frames: Tensor) -> Tensor:
         projected = super()._project(frames)

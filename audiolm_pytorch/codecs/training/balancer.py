@@ -18,11 +18,11 @@ class LossBalancer(nn.Module):
     gradients. A loss that does not depend on the wave, such as a commitment loss, must be added outside the balancer.
 
     Losses must be means over the batch. The gradient norm of a loss is the root mean square of the gradient norms of
-    the batch items. The norm corresponds to eq. 4 with R = 1 / sqrt(b), so that accumulated batches count as one large
-    batch. Each process of a distributed run has separate running means; checkpoints store those of the first process.
+    the batch items. With R = 1 / sqrt(b) in eq. 4 of EnCodec, accumulated batches count as one large batch. Each
+    process of a distributed run has separate running means; checkpoints store those of the first process.
 
-    The running means are buffers with the bias correction of Adam. A step whose gradient is missing or not finite does
-    not change the running means.
+    The running means of the norms are buffers, with the bias correction of Adam. A step whose gradient is missing or
+    not finite does not change the running means.
 
     Only the ratios of the `weights` matter. No gradient is computed for a loss of weight 0.
     """

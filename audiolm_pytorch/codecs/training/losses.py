@@ -50,8 +50,8 @@ class MultiScaleMelLoss(nn.Module):
 def discriminator_hinge(real: Sequence[ScaleOutput], fake: Sequence[ScaleOutput]) -> Tensor:
     """Hinge loss of the discriminators (SoundStream, arXiv 2107.03312, eq. 3; EnCodec, arXiv 2210.13438, section 3.4).
 
-    The outputs `fake` must come from decoded waves that are detached from the codec. The loss is the float32 mean over
-    scales, items and times, 2 if all logits are zero, and 0 if real and decoded waves are separated perfectly.
+    The outputs `fake` must come from decoded waves that are detached from the codec. The hinge loss is a float32 mean
+    over scales, items and times, 2 for zero logits, and 0 if real and decoded waves are separated perfectly.
     """
     scales = _paired(real, fake)
     hinges = [F.relu(1 - r.logits.float()).mean() + F.relu(1 + f.logits.float()).mean() for r, f in scales]
@@ -61,7 +61,7 @@ def discriminator_hinge(real: Sequence[ScaleOutput], fake: Sequence[ScaleOutput]
 def generator_hinge(fake: Sequence[ScaleOutput]) -> Tensor:
     """Adversarial hinge loss of the codec on logits for decoded waves (SoundStream, eq. 4; EnCodec, section 3.4).
 
-    The loss is the float32 mean over scales, items and times; logits above 1 have no gradient.
+    The hinge loss is a float32 mean over scales, items and times; logits above 1 have no gradient.
     """
     return torch.stack([F.relu(1 - f.logits.float()).mean() for f, _ in _paired(fake, fake)]).mean()
 
@@ -71,7 +71,7 @@ def feature_matching(real: Sequence[ScaleOutput], fake: Sequence[ScaleOutput]) -
 
     The distance of each layer is divided by the mean magnitude of its real features, so that layers have equal weight
     and discriminators cannot change the scale of the loss. The features of real waves receive no gradient. The float32
-    result is averaged over the features of a layer, then over the layers of a scale, then over the scales.
+    loss is averaged over the features of a layer, then over the layers of a scale, then over the scales.
     """
     means = []
     for r, f in _paired(real, fake):

@@ -76,8 +76,8 @@ def reconstruction_metrics(
 ) -> dict[str, float]:
     """Compute distances between waves `[1, c, n]` and their reconstructions, and the codebook usage.
 
-    `si_sdr_db` is the mean over the waves that are not silent. `mel_distance_half_levels` is the mel distance of waves
-    that are decoded from the first half of the levels.
+    `si_sdr_db` is the mean SI-SDR of the waves that are not silent. `mel_distance_half_levels` is the mel distance of
+    waves that are decoded from the first half of the levels.
     """
     rows: dict[str, list[float]] = {}
     codes: list[Tensor] = []
@@ -148,8 +148,8 @@ def write_pairs(
 class MelWarning:
     """Logs one warning if the mel distance in validation has not decreased after a quarter of the training run.
 
-    The mel distance is compared with the mel distance of the first validation. After quantization begins, the mel
-    distance is compared with the first validation with quantization, because quantization increases the distance.
+    The mel distance is compared with its value in the first validation. After quantization begins, the mel distance is
+    compared with the first validation with quantization, because quantization increases the distance.
     """
 
     def __init__(self, num_train_steps: int) -> None:

@@ -46,12 +46,12 @@ class CodecLossWeights:
     """Weights of the losses that train a codec.
 
     If several losses on the wave have weights above 0, `LossBalancer` combines them. With `LossBalancer`, the weight of
-    a loss is its share of the gradient, independent of the scale of the loss. A single loss with a weight above 0 is
-    multiplied by its weight. The commitment loss does not depend on the wave and is added without balancing.
+    a loss is its share of the gradient, independent of the scale of the loss. If only one loss has a weight above 0, it
+    is multiplied by its weight. The commitment loss is added without balancing.
 
-    The mel distance has the largest weight, as in arXiv 2306.06546 (15 mel, 2 feature matching, 1 adversarial). EnCodec
-    (arXiv 2210.13438, 24 kHz) uses `CodecLossWeights(adversarial=3, feature_matching=3)`, for long runs with large
-    batches. With the weights of EnCodec, discriminators contribute six sevenths of the gradient, even if untrained.
+    The mel distance has the largest default weight, as in arXiv 2306.06546 (15 mel, 2 feature matching, 1 adversarial).
+    EnCodec (arXiv 2210.13438, 24 kHz) uses `CodecLossWeights(adversarial=3, feature_matching=3)`, for long runs with
+    large batches. With the EnCodec weights, even untrained discriminators contribute six sevenths of the gradient.
     """
 
     mel: float | int = 1.0
@@ -96,14 +96,14 @@ class CodecBatch:
 class CodecTask:
     """Trains a codec in the phase "generator", and its discriminators, if any, in the phase "discriminator".
 
-    In the first `unquantized_steps` steps the codec trains without quantization. After these steps, k-means on encoded
-    frames initialises the codebooks, which works far better with a trained encoder than with an untrained one.
-    Codebooks that are already trained, as in fine-tuning, are not initialised again.
+    In the first `unquantized_steps` steps the codec trains without quantization. After `unquantized_steps` steps,
+    k-means on encoded frames initialises the codebooks, which works far better with a trained encoder than with an
+    untrained one. Codebooks that are already trained, as in fine-tuning, are not initialised again.
 
-    The discriminators train for `discriminator_lead_steps` before the codec uses their losses. Untrained discriminators
-    would damage a trained codec, because the balancer uses equal weights for untrained and trained discriminators. The
-    argument `noise` contains the noise mixers for training and for validation. `SoundStreamTrainer` documents the other
-    arguments of `CodecTask`.
+    The discriminators train for `discriminator_lead_steps` steps before the codec uses their losses. Untrained
+    discriminators would damage a trained codec, because the balancer uses equal weights for untrained and trained
+    discriminators. The argument `noise` contains the noise mixers for training and for validation. `SoundStreamTrainer`
+    documents the other arguments of `CodecTask`.
     """
 
     name = "codec"
@@ -295,7 +295,7 @@ def _check(
         with torch.no_grad():
             discriminators(next(discriminators.parameters()).new_zeros(1, codec.channels, codec.target_sample_hz // 4))
     if noise is not None and getattr(codec, "denoising", None) is None:
-        raise ValueError("got noise, but the codec has no denoising condition; build it with denoising=FiLM(...)")
+        raise ValueError("got noise, but the codec has no denoising condition; pass a codec with denoising=FiLM(...)")
 
 
 @contextmanager

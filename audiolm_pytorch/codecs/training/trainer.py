@@ -145,7 +145,7 @@ class SoundStreamTrainer:
 def _crops(
     data: tuple[Sequence[AudioItem], Sequence[AudioItem]], seconds: float, settings: dict[str, Any]
 ) -> tuple[CropDataset, CropDataset]:
-    """Create the training crops, and the longer validation crops."""
+    """Create crops for training, and longer crops for validation."""
     train, valid = data
     longer = max(seconds, _MIN_VALIDATION_SECONDS)
     return CropDataset(train, seconds, **settings), CropDataset(valid, longer, **settings)
