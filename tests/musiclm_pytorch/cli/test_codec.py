@@ -142,7 +142,7 @@ device | encode TONE --out TMP/a.safetensors --codec CODEC --device tpu9 | --dev
 no codes | decode TONE --out TMP/a.wav --codec CODEC | tone.wav is not a readable safetensors file
 weights | decode CODEC/model.safetensors --out TMP/a.wav --codec CODEC | is not a file of codes
 codes of another | decode CODES --out TMP/a.wav --codec OTHER |
-    are from SoundStream .*decode with the codec that encoded them
+    are from the codec SoundStream .*decode with the codec that encoded the sound
 decode suffix | decode CODES --out TMP/a.mp3 --codec CODEC | a.mp3: name a file that ends in .wav, .flac
 folder suffix | decode FOLDER --out TMP/out --suffix mp3 | --suffix must be one of .wav, .flac, .ogg
 decode in place | decode FOLDER --out FOLDER --codec CODEC | is the input folder, .*use another --out
