@@ -127,7 +127,7 @@ def _decode(command: Decode) -> int:
     if command.suffix not in WRITABLE_SUFFIXES:
         raise ValueError(f"--suffix must be one of {', '.join(WRITABLE_SUFFIXES)}, got {command.suffix}")
     if command.source.is_dir() and command.source.resolve() == command.out.resolve():
-        raise ValueError(f"--out {command.out} is the input folder, and may contain other sounds; use another --out")
+        raise ValueError(f"--out {command.out} is the input folder, where sounds may be overwritten; use another --out")
     suffixes = (command.suffix, *(suffix for suffix in WRITABLE_SUFFIXES if suffix != command.suffix))
     pairs = _pairs(command.source, command.out, _CODES_SUFFIXES, suffixes)
     file_codec = FileCodec(command.open_codec())
@@ -184,7 +184,7 @@ def _evaluate(command: Evaluate) -> int:
 def _pairs(
     source: Path, out: Path, suffixes: Sequence[str], out_suffixes: Sequence[str]
 ) -> list[tuple[Path, Path | None]]:
-    """List the pairs (input file, output file); the output file is None if an earlier pair already has its name."""
+    """List the pairs (input file, output file); the output file is None if an earlier pair has the same output."""
     if not source.is_dir():
         check_file(out, out_suffixes)
         return [(source, out)]
@@ -208,7 +208,7 @@ def _files_below(folder: Path, suffixes: Sequence[str]) -> list[Path]:
 
 
 def _for_each(pairs: Sequence[tuple[Path, Path | None]], work: Callable[[Path, Path], str]) -> int:
-    """Call `work` for every pair of input and output file, print its summaries, and return the exit status."""
+    """Call `work` for every pair (input, output), print the returned summaries, and return the exit status."""
     num_failed = 0
     for source, target in pairs:
         try:

@@ -67,8 +67,8 @@ class EvaluateSemantic(_Evaluation):
 class EvaluateMuLaN(_Evaluation):
     """Measure a joint embedding of audio and text on held-out clips.
 
-    The metrics are retrieval in both directions, zero-shot tagging with the labels of the manifest, and the labels of
-    the best clip for each caption. The similarities of captions and clips are plotted (needs the extra [plot]).
+    The metrics are retrieval in both directions, zero-shot tagging with the labels of the manifest, and whether the
+    best clip for a caption has the right labels. The similarities are plotted with matplotlib (extra [plot]).
     """
 
     model: str
@@ -106,7 +106,7 @@ def _command_line(name: str, command: EvaluateSemantic | EvaluateMuLaN) -> str:
 
 
 def _announce(message: str) -> None:
-    """Print a progress message on standard error if that is a terminal."""
+    """Print a progress message on standard error if standard error is a terminal."""
     if sys.stderr.isatty():
         sys.stderr.write(f"{message}\n")
 
@@ -117,8 +117,8 @@ def _evaluate_semantic(command: EvaluateSemantic) -> None:
 
     if command.limit < 2 or not command.labels or min(command.clusters, default=2) < 2:
         raise ValueError(
-            "need at least one label, and at least 2 as --limit and as each of --clusters, "
-            f"got --labels {command.labels}, --limit {command.limit} and --clusters {command.clusters}"
+            "need one or more --labels, and at least 2 for --limit and for each of --clusters; "
+            f"got --labels {command.labels}, --limit {command.limit}, --clusters {command.clusters}"
         )
     check_folder(command.out)
     encoder, tokenizer = _open_encoder(command)

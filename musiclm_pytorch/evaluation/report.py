@@ -94,7 +94,7 @@ class Metric:
 
 @beartype
 def accuracy_statistic(truth: Sequence[str], answers: Sequence[str], balanced: bool = False) -> Statistic:
-    """Build a function that returns the accuracy of the answers at the item indices that it receives.
+    """Build a function that receives indices of items and returns the accuracy of the answers for these items.
 
     If `balanced` is True, the accuracy is the mean recall of all classes, so that rare and frequent classes count
     equally.
@@ -160,7 +160,7 @@ def _three_digits(value: float | None) -> str:
 def write_report(
     path: str | Path, metrics: Sequence[Metric], settings: dict[str, Any], table: str | None = None
 ) -> None:
-    """Write finite metrics to a JSON file, and `table` (by default `markdown_table`) to a `.md` file of equal name."""
+    """Write a report: finite metrics as a JSON file, and a table (default: `markdown_table`) as a Markdown file."""
     path = Path(path)
     if path.suffix != ".json":
         raise ValueError(f"cannot write a report to {path}; use a name that ends in .json")

@@ -51,8 +51,8 @@ class Retrieval:
     def chance_precision(self) -> float:
         """Expected average precision if the candidates are in random order.
 
-        The rank k of a relevant candidate is uniform in 1..n. If r of n candidates are relevant, on average
-        (k - 1) (r - 1) / (n - 1) other relevant candidates are ranked before rank k.
+        In a random order of n candidates, the rank k of a relevant candidate is uniform in 1..n. If r of n candidates
+        are relevant, on average (k - 1) (r - 1) / (n - 1) other relevant candidates are ranked before rank k.
         """
         n = self.num_candidates
         harmonic = float((1 / np.arange(1, n + 1)).sum())

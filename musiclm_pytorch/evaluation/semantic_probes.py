@@ -85,9 +85,9 @@ def evaluate_semantic(
     seed: int = 0,
     announce: Callable[[str], None] = lambda words: None,
 ) -> list[Metric]:
-    """Measure linear probes of log-mel frames, of encoder layers, of k-means clusters of both, and of semantic tokens.
+    """Measure linear probes of log-mel frames, encoder layers, k-means clusters of these features, and semantic tokens.
 
-    Each metric is named `FEATURES / LABEL`, e.g. `layer 9 / genre`.
+    Each metric is named `FEATURES / LABEL`, for example `layer 9 / genre`.
 
     Args:
         labels: Names of labels in the manifest, see `probe`.
@@ -205,9 +205,9 @@ def kmeans_features(features: Features, num_clusters: int, seed: int = 0) -> Fea
 def probe(features: Features, clips: ProbeClips, label: str) -> Metric:
     """Train a linear classifier of a label on the training clips, and measure its accuracy on the held-out clips.
 
-    A text, number or boolean in the manifest labels a whole clip, whose classifier receives the mean frame or the token
-    frequencies of the clip. A list of events `[start_seconds, end_seconds, name]` in the manifest labels frames. Clips
-    without the label are left out. The chance level is the share of the most frequent class in the held-out clips.
+    If the label is a text, number or boolean per clip, the classifier receives the mean frame or the token frequencies
+    of a clip. If the label is a list of events `[start_seconds, end_seconds, name]`, the classifier receives frames.
+    Clips without the label are left out. The chance level is the share of the most frequent class in the test clips.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

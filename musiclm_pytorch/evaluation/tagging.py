@@ -157,7 +157,7 @@ def tag_metrics(name: str, similarities: Tensor, truth: Tensor) -> list[Metric]:
 
 
 def _class_mean(score: Callable[..., float], scores: np.ndarray, classes: np.ndarray) -> float:
-    """Average the scores of one class against all other classes over the classes that occur; 0.5 for a single class."""
+    """Average a binary score (one class against the others) over the classes that occur; 0.5 for a single class."""
     occurring = np.unique(classes)
     if len(occurring) < 2:
         return 0.5

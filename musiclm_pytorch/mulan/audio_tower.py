@@ -90,14 +90,14 @@ class AudioSpectrogramTransformer(nn.Module):
     def forward(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Embed clips as `[b, dim]` float32, not of unit norm.
 
-        `wavs [b, n]` at `sample_hz` have values in about -1..1, and `lengths [b]` count the samples of each clip, 1..n
-        (None = all `n`). In eval mode the embedding of a clip does not depend on the other clips.
+        `wavs [b, n]` at `sample_hz` have values in about -1..1, and `lengths [b]` are the numbers of samples per clip
+        (None = `n` for every clip). In eval mode the embedding of a clip does not depend on the batch.
         """
         return self.embed_layers(wavs, lengths, layers=(self.depth,))[0]
 
     @beartype
     def embed_layers(self, wavs: Tensor, lengths: Tensor | None = None, *, layers: Sequence[int]) -> Tensor:
-        """Embed clips as means over the patches in several layers, `[l, b, dim]` float32, not of unit norm.
+        """Embed clips as the mean over the patches in each of `l` layers, `[l, b, dim]` float32, not of unit norm.
 
         Each of `layers` is a number of transformer blocks in 0..depth; `depth` includes the final normalisation.
         """

@@ -45,7 +45,7 @@ def aspects_of(item: AudioItem) -> list[str]:
 
 @beartype
 def texts_of(item: AudioItem) -> list[str]:
-    """List the captions of an item, or else one text with all its aspects, or else nothing."""
+    """Return the captions of an item, or one text with all aspects if there are no captions, or an empty list."""
     return captions_of(item) or texts_in(", ".join(aspects_of(item)))
 
 
@@ -86,13 +86,12 @@ def _list_entries(text: str) -> list[Any]:
 class CaptionSampler:
     """Selects the texts of a clip for an epoch, depending only on the seed, the epoch and the index of the clip.
 
-    Each text is either a caption or a list of aspects:
+    A text is either a caption or a list of aspects. Captions alternate, so that text j of epoch e is caption
+    `(e * captions_per_clip + j) % number of captions`. Each phrase of a caption between punctuation marks is left out
+    with probability `caption_dropout`, but one phrase always stays, so that the model also learns short prompts.
 
-    - Captions alternate: text j of epoch e is caption `(e * captions_per_clip + j) % number of captions`. Each part of
-      a caption between punctuation marks is left out with probability `caption_dropout`, but one part always stays.
-      Shortened captions teach the model short prompts.
-    - If the clip has aspects, a text is, with probability `aspect_prob`, a random subset of the aspects in random
-      order, separated by commas. For a clip without captions, every text is a list of aspects.
+    For a clip with aspects, a text is, with probability `aspect_prob`, a random subset of the aspects in random order,
+    separated by commas. For a clip without captions, every text is a list of aspects.
 
     A clip with fewer than `captions_per_clip` different texts has fewer texts in an epoch.
     """

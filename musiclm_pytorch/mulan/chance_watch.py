@@ -17,7 +17,7 @@ _WINDOW_STEPS = 100
 class ChanceWatch:
     """Logs one warning if the mean loss of the last 100 training steps is at least 98% of the loss of guessing.
 
-    A `ChanceWatch` is passed to `TrainLoop` as `on_row`. The first check is 100 steps after the warm-up.
+    A `ChanceWatch` is passed to `TrainLoop` as `on_row`. The loss is first checked 100 steps after the warm-up.
     """
 
     def __init__(self, warmup_steps: int, phase: str) -> None:

@@ -196,7 +196,7 @@ class ClapMuLaN(JointEmbedding):
 
     @beartype
     def tokenize(self, texts: str | Sequence[str] | Tensor) -> Tensor:
-        """Return token ids `[b, t]` int64 of texts, with special tokens and -1 past the end; ids are only checked."""
+        """Return token ids `[b, t]` int64 of texts, -1 past the end; token ids as input are checked and returned."""
         return self._text.tokenize(texts)
 
     @torch.no_grad()

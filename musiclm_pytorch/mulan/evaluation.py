@@ -150,10 +150,10 @@ def text_classes(truth: Tensor, relevant: Tensor) -> Tensor:
 
 @beartype
 def top_clip_metrics(name: str, similarities: Tensor, relevant: Tensor, tests: Sequence[TagTest]) -> list[Metric]:
-    """Measure how often the clip that is most similar to a caption has the right class, for each label.
+    """Measure for each label how often the clip most similar to a caption has the right class (balanced accuracy).
 
     The right class is the class of the clips that the caption describes. Captions whose clips have no common class and
-    labels with fewer than two classes are left out. The chance level is the balanced accuracy of a random clip.
+    labels with fewer than two classes are left out. The chance level is the accuracy of selecting a random clip.
     `similarities` and `relevant` are `[t, c]`, with a row per caption and a column per clip.
     """
     top = similarities.argmax(dim=1)
@@ -174,7 +174,7 @@ def top_clip_metrics(name: str, similarities: Tensor, relevant: Tensor, tests: S
 
 @beartype
 def ordered_similarities(clips: EmbeddedClips, label: str | None = None) -> tuple[Tensor, list[str], list[str]]:
-    """Order texts and clips by a label (default: the label of the first test), so that matches are near the diagonal.
+    """Order texts and clips by a label (default: that of the first test), so that matches form a diagonal in the plot.
 
     Clips without labels stay in the order of the manifest.
 

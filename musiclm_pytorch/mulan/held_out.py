@@ -101,7 +101,7 @@ def _select_tests(tests: Sequence[TagTest], labels: Sequence[str] | None) -> lis
     unknown = sorted(set(labels or ()) - set(by_label))
     if unknown:
         raise ValueError(
-            f"the labels {unknown} cannot be used for tagging; use labels with 2 to 50 different texts or booleans in "
-            f"the held-out files, here {sorted(by_label)}"
+            f"the labels {unknown} cannot be used for tagging, which needs 2 to 50 different texts or booleans in the "
+            f"held-out files; labels that can be used: {sorted(by_label)}"
         )
     return list(tests) if labels is None else [by_label[label] for label in dict.fromkeys(labels)]

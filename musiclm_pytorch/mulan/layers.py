@@ -1,4 +1,4 @@
-"""Embeddings from inner layers of the towers: mean pooling, and contrastive losses of inner layers."""
+"""Embeddings from inner layers of the audio and text towers, and contrastive losses between inner layers."""
 
 import copy
 from collections.abc import Sequence

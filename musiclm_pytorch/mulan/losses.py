@@ -118,7 +118,7 @@ class SoftmaxContrastiveLearning(ContrastiveLoss):
 
     Args:
         decoupled: Whether to leave the matching pair out of the denominator (arXiv:2110.06848, eq. 5), which helps
-            small batches; a clip or text without non-matching pairs has loss 0 if True.
+            small batches; if True, a clip or text without non-matching pairs has loss 0.
     """
 
     @beartype
@@ -147,7 +147,7 @@ class SoftmaxContrastiveLearning(ContrastiveLoss):
         return ((to_text / texts_of_clip).sum() / num_clips + to_audio.mean()) / 2
 
     def _cross_entropy(self, excess: Tensor, has_contrast: Tensor) -> Tensor:
-        """Compute the negative log-probability `[k]` of each match; `excess` is log-sum-exp(contrasts) - match."""
+        """Compute the negative log-probability `[k]` of matches; `excess` is log-sum-exp(contrasts) minus match."""
         if self.decoupled:
             return excess.where(has_contrast, 0.0)
         return -F.logsigmoid(-excess)

@@ -27,7 +27,8 @@ class MuLaN(JointEmbedding):
     See `JointEmbedding` for `window_seconds` and `window_stride_seconds`.
 
     Args:
-        loss: Loss `(audio_latents, text_latents, captions, clip_index)`; None = `SoftmaxContrastiveLearning`.
+        loss: Module called as `loss(audio_latents, text_latents, captions, clip_index)`; None =
+            `SoftmaxContrastiveLearning`.
         layer_contrast: Contrastive losses between inner layers of the towers; None = only the outputs are trained.
     """
 
@@ -97,7 +98,7 @@ class MuLaN(JointEmbedding):
     ) -> Tensor:
         """Compute the contrastive loss (nats) of clips and the texts that describe them.
 
-        Clips with a common text are not contrasted with each other. The texts of one clip are not contrasted either.
+        Neither clips with a common text nor the texts of one clip are contrasted with each other.
 
         Args:
             wavs: `[b, n]` float at `sample_hz`.

@@ -185,7 +185,7 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
             columns = list(reader.fieldnames or [])
             missing = [name for name in _NEEDED_COLUMNS if columns.count(name) != 1]
             if columns and missing:
-                raise ValueError(f"{table}, line 1: need one each of the columns {missing}, got columns {columns[:20]}")
+                raise ValueError(f"{table}, line 1: the columns {missing} must occur once each, got {columns[:20]}")
             line = reader.line_num + 1
             for row in reader:
                 cells = [cell for cell in row.values() if cell is not None]

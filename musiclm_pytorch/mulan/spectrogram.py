@@ -84,7 +84,7 @@ class SpecAugment(nn.Module):
         self.time_mask_fraction = time_mask_fraction
 
     def stretch(self, logs: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Change the speed of each spectrogram of `[b, bins, f]` at random, and cut slower ones to `f` frames."""
+        """Change the speed of each spectrogram of `[b, bins, f]` at random, and cut longer results to `f` frames."""
         if not self.training or self.stretch_factor == 1:
             return logs, num_frames
         exponent = torch.empty(len(logs), 1, device=logs.device).uniform_(-1, 1)

@@ -40,7 +40,7 @@ class TextTower(nn.Module, ABC):
 
     @abstractmethod
     def embed_layers(self, texts: str | Sequence[str] | Tensor, *, layers: Sequence[int]) -> Tensor:
-        """Embed texts or ids as means over the tokens in several layers, `[l, b, dim]` float32, not of unit norm.
+        """Embed texts or ids as the mean over the tokens in each of `l` layers, `[l, b, dim]` float32, not normalised.
 
         Layer 0 is the input of the first block, layer `depth` is the output after the final normalisation.
         """
@@ -81,7 +81,7 @@ class TextTransformer(TextTower):
         super().__init__()
         self.tokenizer = TextTokenizer() if tokenizer is None else tokenizer
         if self.tokenizer.vocab_size > num_tokens:
-            raise ValueError(f"the tokenizer has {self.tokenizer.vocab_size} tokens, but num_tokens is {num_tokens}")
+            raise ValueError(f"this tokenizer needs num_tokens >= {self.tokenizer.vocab_size}, got {num_tokens}")
         if max_seq_len < 1:
             raise ValueError(f"max_seq_len must be at least 1 token, got {max_seq_len}")
         self.dim, self.depth = dim, depth
@@ -99,7 +99,7 @@ class TextTransformer(TextTower):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "TextTransformer":
-        """Build a tower with random weights from `config`."""
+        """Build a text tower with random weights from `config`."""
         return cls(**{**config, "tokenizer": TextTokenizer.from_json(config["tokenizer"])})
 
     @beartype

@@ -84,7 +84,7 @@ class Pipeline:
 
     Args:
         data: Folder of audio files, or a folder or file with a JSONL manifest.
-        out: Output folder, used for only one preset, seed, list of files and set of pretrained modules.
+        out: Output folder, which belongs to one preset, seed, list of files and set of pretrained modules.
         pretrained: Modules by the name of the step that they replace ("codec", "semantic-tokenizer" or "mulan"), saved
             without rounding as the results of the steps.
     """
@@ -123,7 +123,7 @@ class Pipeline:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the model is assembled."""
+        """Whether the folder of the assembled model is complete."""
         return (self.model_folder / CARD).is_file()
 
     @property
@@ -182,7 +182,7 @@ class Pipeline:
         return [*dict.fromkeys(needs), *names]
 
     def _check_needs(self, names: list[str]) -> None:
-        """Check, before the first of the steps starts, that all results which these steps need exist."""
+        """Check that all results that the steps in `names` need exist, before the first step starts."""
         for name in names:
             missing = [need for need in STEPS[name] if need not in names and not self.is_done(need)]
             if missing:

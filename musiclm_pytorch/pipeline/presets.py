@@ -107,8 +107,9 @@ class QuantizerConfig:
 class StageConfig(TransformerConfig):
     """Settings of the language model of one stage, with probabilities for training and defaults for generation.
 
-    In training, the condition codes of an item are removed with probability `cond_drop_prob`, truncated to the first
-    levels with `level_drop_prob`, and computed from a caption instead of the recording with `text_prob`.
+    In training, the condition codes of an item are removed with probability `cond_drop_prob`, and truncated to the
+    first levels with probability `level_drop_prob`. With probability `text_prob`, condition codes are computed from a
+    caption instead of the recording.
     """
 
     dropout: float

@@ -54,7 +54,7 @@ def hash_of(content: bytes) -> str:
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Lock the folder of a training run, and create a missing folder. The lock ends at the latest with the process."""
+    """Lock the folder of a training run, and create a missing folder. A lock is released when its process ends."""
     try:
         import fcntl
     except ImportError:  # Windows

@@ -1,7 +1,7 @@
 """Functions that open codecs, tokenizers, encoders and joint embeddings by bundled name, folder or hub id.
 
 All models are returned in eval mode. With `offline`, a hub id is loaded from the local cache only. For an unknown name,
-a ValueError lists the bundled models. A model of the transformers library raises an ImportError without that library.
+a ValueError lists the bundled models. An ImportError is raised if a model needs transformers and it is not installed.
 """
 
 from collections.abc import Callable, Mapping

@@ -138,8 +138,8 @@ def test_hostile_rows_are_named(tmp_path, change, message):
     [
         ("", "the table has no rows"),
         (",".join(COLUMNS) + "\n", "the table has no rows"),
-        ("ytid,caption\nx,y\n", r"line 1: need one each of the columns \['start_s', 'end_s', 'aspect_list'\]"),
-        (",".join([*COLUMNS, "ytid"]) + "\n", r"line 1: need one each of the columns \['ytid'\]"),
+        ("ytid,caption\nx,y\n", r"line 1: the columns \['start_s', 'end_s', 'aspect_list'\] must occur once"),
+        (",".join([*COLUMNS, "ytid"]) + "\n", r"line 1: the columns \['ytid'\] must occur once"),
         (",".join(COLUMNS) + "\nAAAAAAAAAAA,30,40,x\n", "line 2: got 4 values, need 9"),
         (",".join(COLUMNS) + '\nAAAAAAAAAAA,30,40,"/m,[],open,4,True,True\n' * 9, "line 2: not a row of a CSV table"),
         (",".join(COLUMNS) + "\nAAAAAAAAAAA,30,40,,[],fl\xf6te,4,,\n", "after line [12]: not UTF-8"),
