@@ -71,8 +71,8 @@ class CausalConvTranspose1d(nn.Module):
     """A transposed convolution with kernel size `2 * stride`, without the last `stride` output steps.
 
     An output step depends on two input steps, the current one and the previous one. The layer is a convolution of
-    kernel size 2 that computes `stride` output steps per input step (as in arXiv 1609.05158), with a separate bias for
-    each of these output steps.
+    kernel size 2 that computes `stride` output steps per input step (arXiv 1609.05158), with a bias for each output
+    step.
     """
 
     def __init__(self, dim_in: int, dim_out: int, stride: int) -> None:
@@ -88,8 +88,8 @@ class CausalConvTranspose1d(nn.Module):
 def elu(x: Tensor, overwrite: bool = False) -> Tensor:
     """Apply ELU to `x`; if `overwrite` is True and gradients are disabled, the result can overwrite `x`.
 
-    On a CPU without gradients, `2 ** (x log2 e)` replaces `exp(x)`, because the ELU of torch 2.13 takes twice as long
-    and would need a quarter of the time of the encoder.
+    On a CPU without gradients, `2 ** (x log2 e)` replaces `exp(x)`, because ELU in torch 2.13 takes twice as long, a
+    quarter of the time of the encoder.
     """
     if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
         return F.elu(x)

@@ -47,8 +47,8 @@ class SoundStream(StreamingCodec):
 
     The default encoder and decoder are the causal convolutional networks of the paper; other networks can be passed
     (see `SpectralSoundStream`). The codec has `num_quantizers` codes per frame, the number of levels times the number
-    of groups. The codes of a frame are ordered level by level, with all groups of level 1 first, so that the first
-    codes of a frame describe a coarser version of the sound.
+    of groups. The codes of a frame are ordered level by level, with all groups of level 1 first. The first codes of a
+    frame alone describe a coarser version of the sound.
 
     Args:
         codebook_size: Number of different codes per level.
@@ -139,7 +139,7 @@ class SoundStream(StreamingCodec):
 
     @classmethod
     def init_and_load_from(cls, path: str | Path) -> "SoundStream":
-        """Load a codec that `audiolm_pytorch.saving.modules.save_module` saved, in eval mode."""
+        """Load, in eval mode, a codec that `audiolm_pytorch.saving.modules.save_module` saved."""
         module: Any = load_module(path, expect=cls)
         return module
 

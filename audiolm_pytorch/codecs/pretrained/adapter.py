@@ -82,7 +82,7 @@ class PretrainedCodec(Codec):
 
     @property
     def description(self) -> str:
-        """Text of one line with source, revision, sizes, bitrate and licence of the codec."""
+        """Text in one line that contains source, revision, sizes, bitrate and licence of the codec."""
         origin = self.origin
         return (
             f"{origin['source']} (revision {origin['revision'] or 'none: local'}): {self.model_type}, "

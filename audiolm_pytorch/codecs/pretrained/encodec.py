@@ -35,15 +35,14 @@ class EncodecWrapper(PretrainedCodec):
     needs 0.4 GB for 1 minute of audio and 1.0 GB for 10 minutes (without chunks 1.0 GB per minute). The 48 kHz model
     runs 4 segments in a batch and needs 0.4 GB for 1 minute of audio.
 
-    The 48 kHz model encodes segments of 1 s that overlap by 1%, and divides each segment by its loudness:
-    - The codes contain the frames of the first segment, then of the second segment, and so on. A segment of the 48 kHz
-      model has 150 frames, or fewer at the end of the wave. The second-last segment has 149 frames if at most 160
-      samples remain for the last segment, as in the original model. A frame of the 48 kHz model advances by 316.8
-      samples on average; use `num_frames` instead of `downsample_factor`. Shorten decoded waves, not codes of the 48
-      kHz model.
-    - `encode` returns the loudness of each segment as scales, and `decode` uses the scales. `tokenize` and
-      `decode_from_codebook_indices` use only codes and no scales, as language models do. Without scales, every segment
-      is decoded with the loudness `codes_only_rms`, and silence becomes faint sound.
+    The 48 kHz model encodes segments of 1 s that overlap by 1%, and divides each segment by its loudness. The codes
+    contain the frames of the first segment, then of the second segment, and so on. A segment of the 48 kHz model has
+    150 frames, or fewer at the end of the wave. The second-last segment has 149 frames if at most 160 samples remain
+    for the last segment, as in the original model. A frame of the 48 kHz model advances by 316.8 samples on average;
+    use `num_frames` instead of `downsample_factor`. Shorten decoded waves, not codes of the 48 kHz model. `encode`
+    returns the loudness of each segment as scales, and `decode` uses the scales. `tokenize` and
+    `decode_from_codebook_indices` use only codes and no scales, as language models do. Without scales, every segment is
+    decoded with the loudness `codes_only_rms`, and silence becomes faint sound.
 
     Args:
         source: Folder in transformers' format, or Hugging Face id.

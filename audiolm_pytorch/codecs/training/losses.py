@@ -87,7 +87,7 @@ def _layer_distance(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def _paired(real: Sequence[ScaleOutput], fake: Sequence[ScaleOutput]) -> list[tuple[ScaleOutput, ScaleOutput]]:
-    """Pair the outputs for real and decoded waves, scale by scale."""
+    """Pair the discriminator outputs for real and decoded waves, scale by scale."""
     if not real or len(real) != len(fake):
         raise ValueError(
             f"got {len(real)} outputs for real and {len(fake)} for decoded waves; pass equal numbers of outputs, at "
