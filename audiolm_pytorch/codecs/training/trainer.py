@@ -130,8 +130,7 @@ class SoundStreamTrainer:
 
     @beartype
     def train(self, stop_after_steps: int | None = None) -> TrainResult:
-        """Train from the last checkpoint, if there is one, to the end of the run or for at most `stop_after_steps`
-        steps.
+        """Train from the last checkpoint, if there is one, to the end, or for at most `stop_after_steps` steps.
 
         At the end of the run the codec has the final weights and is in eval mode.
         """
