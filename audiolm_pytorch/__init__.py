@@ -2,81 +2,61 @@
 
 import warnings
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
-from audiolm_pytorch.audiolm import AudioLM
-from audiolm_pytorch.codecs import (
-    AudioLMSoundStream,
-    DacWrapper,
-    EncodecWrapper,
-    MimiWrapper,
-    MusicLMSoundStream,
-    SoundStream,
-    SpectralSoundStream,
-    open_codec,
-)
-from audiolm_pytorch.codecs.training import SoundStreamTrainer
-from audiolm_pytorch.conditioning.fuser import ConditionSpec
-from audiolm_pytorch.conditioning.tensors import ConditionTensor
-from audiolm_pytorch.conditioning.text_conditioner import TextConditioner
-from audiolm_pytorch.generation.request import GeneratedAudio, GenerationRequest
-from audiolm_pytorch.generation.wrappers import (
-    CoarseTransformerWrapper,
-    FineTransformerWrapper,
-    SemanticTransformerWrapper,
-)
-from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
-from audiolm_pytorch.lm.trainers import CoarseTransformerTrainer, FineTransformerTrainer, SemanticTransformerTrainer
-from audiolm_pytorch.nn.half_weights import with_half_weights
-from audiolm_pytorch.semantic import (
-    BestRQEncoder,
-    FairseqVQWav2Vec,
-    HubertWithKmeans,
-    KMeansTokenizer,
-    KMeansTrainer,
-    deduplicate,
-    expand,
-    open_encoder,
-)
-from audiolm_pytorch.semantic.best_rq.training import SemanticTokenizerTrainer
+from audiolm_pytorch.saving.lazy_exports import lazy_exports
+
+if TYPE_CHECKING:
+    from audiolm_pytorch.audiolm import AudioLM as AudioLM
+    from audiolm_pytorch.codecs import (
+        AudioLMSoundStream as AudioLMSoundStream,
+        DacWrapper as DacWrapper,
+        EncodecWrapper as EncodecWrapper,
+        MimiWrapper as MimiWrapper,
+        MusicLMSoundStream as MusicLMSoundStream,
+        SoundStream as SoundStream,
+        SpectralSoundStream as SpectralSoundStream,
+        open_codec as open_codec,
+    )
+    from audiolm_pytorch.codecs.training import SoundStreamTrainer as SoundStreamTrainer
+    from audiolm_pytorch.conditioning.fuser import ConditionSpec as ConditionSpec
+    from audiolm_pytorch.conditioning.tensors import ConditionTensor as ConditionTensor
+    from audiolm_pytorch.conditioning.text_conditioner import TextConditioner as TextConditioner
+    from audiolm_pytorch.generation.request import (
+        GeneratedAudio as GeneratedAudio,
+        GenerationRequest as GenerationRequest,
+    )
+    from audiolm_pytorch.generation.wrappers import (
+        CoarseTransformerWrapper as CoarseTransformerWrapper,
+        FineTransformerWrapper as FineTransformerWrapper,
+        SemanticTransformerWrapper as SemanticTransformerWrapper,
+    )
+    from audiolm_pytorch.lm.stages import (
+        CoarseTransformer as CoarseTransformer,
+        FineTransformer as FineTransformer,
+        SemanticTransformer as SemanticTransformer,
+    )
+    from audiolm_pytorch.lm.trainers import (
+        CoarseTransformerTrainer as CoarseTransformerTrainer,
+        FineTransformerTrainer as FineTransformerTrainer,
+        SemanticTransformerTrainer as SemanticTransformerTrainer,
+    )
+    from audiolm_pytorch.nn.half_weights import with_half_weights as with_half_weights
+    from audiolm_pytorch.semantic import (
+        BestRQEncoder as BestRQEncoder,
+        FairseqVQWav2Vec as FairseqVQWav2Vec,
+        HubertWithKmeans as HubertWithKmeans,
+        KMeansTokenizer as KMeansTokenizer,
+        KMeansTrainer as KMeansTrainer,
+        deduplicate as deduplicate,
+        expand as expand,
+        open_encoder as open_encoder,
+    )
+    from audiolm_pytorch.semantic.best_rq.training import SemanticTokenizerTrainer as SemanticTokenizerTrainer
 
 __version__ = "0.2.0"
 
-__all__ = [
-    "AudioLM",
-    "AudioLMSoundStream",
-    "BestRQEncoder",
-    "CoarseTransformer",
-    "CoarseTransformerTrainer",
-    "CoarseTransformerWrapper",
-    "ConditionSpec",
-    "ConditionTensor",
-    "DacWrapper",
-    "EncodecWrapper",
-    "FairseqVQWav2Vec",
-    "FineTransformer",
-    "FineTransformerTrainer",
-    "FineTransformerWrapper",
-    "GeneratedAudio",
-    "GenerationRequest",
-    "HubertWithKmeans",
-    "KMeansTokenizer",
-    "KMeansTrainer",
-    "MimiWrapper",
-    "MusicLMSoundStream",
-    "SemanticTokenizerTrainer",
-    "SemanticTransformer",
-    "SemanticTransformerTrainer",
-    "SemanticTransformerWrapper",
-    "SoundStream",
-    "SoundStreamTrainer",
-    "SpectralSoundStream",
-    "TextConditioner",
-    "deduplicate",
-    "expand",
-    "open_codec",
-    "open_encoder",
-    "with_half_weights",
-]
+__getattr__, __dir__, __all__ = lazy_exports(__name__)
 
 
 def _warn_of_other_distribution() -> None:

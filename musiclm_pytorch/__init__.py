@@ -1,42 +1,32 @@
 """MusicLM (arXiv:2301.11325): music from texts."""
 
-from audiolm_pytorch import __version__
-from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer
-from musiclm_pytorch.mulan import (
-    AudioSpectrogramTransformer,
-    ClapMuLaN,
-    LayerContrast,
-    MuLaN,
-    SigmoidContrastiveLearning,
-    SoftmaxContrastiveLearning,
-    TextTransformer,
-    TransformersTextEncoder,
-)
-from musiclm_pytorch.mulan.captions import CaptionSampler
-from musiclm_pytorch.mulan.trainer import MuLaNTrainer
-from musiclm_pytorch.musiclm import MusicLM
-from musiclm_pytorch.pretrained.bundled import codec_named, encoder_named, mulan_named, tokenizer_named
-from musiclm_pytorch.pretrained.model_folder import load_musiclm
-from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "AudioSpectrogramTransformer",
-    "CaptionSampler",
-    "ClapMuLaN",
-    "LayerContrast",
-    "MuLaN",
-    "MuLaNEmbedQuantizer",
-    "MuLaNTrainer",
-    "MusicLM",
-    "SigmoidContrastiveLearning",
-    "SoftmaxContrastiveLearning",
-    "TextTokenizer",
-    "TextTransformer",
-    "TransformersTextEncoder",
-    "__version__",
-    "codec_named",
-    "encoder_named",
-    "load_musiclm",
-    "mulan_named",
-    "tokenizer_named",
-]
+from audiolm_pytorch.saving.lazy_exports import lazy_exports
+
+if TYPE_CHECKING:
+    from audiolm_pytorch import __version__ as __version__
+    from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer as TextTokenizer
+    from musiclm_pytorch.mulan import (
+        AudioSpectrogramTransformer as AudioSpectrogramTransformer,
+        ClapMuLaN as ClapMuLaN,
+        LayerContrast as LayerContrast,
+        MuLaN as MuLaN,
+        SigmoidContrastiveLearning as SigmoidContrastiveLearning,
+        SoftmaxContrastiveLearning as SoftmaxContrastiveLearning,
+        TextTransformer as TextTransformer,
+        TransformersTextEncoder as TransformersTextEncoder,
+    )
+    from musiclm_pytorch.mulan.captions import CaptionSampler as CaptionSampler
+    from musiclm_pytorch.mulan.trainer import MuLaNTrainer as MuLaNTrainer
+    from musiclm_pytorch.musiclm import MusicLM as MusicLM
+    from musiclm_pytorch.pretrained.bundled import (
+        codec_named as codec_named,
+        encoder_named as encoder_named,
+        mulan_named as mulan_named,
+        tokenizer_named as tokenizer_named,
+    )
+    from musiclm_pytorch.pretrained.model_folder import load_musiclm as load_musiclm
+    from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer as MuLaNEmbedQuantizer
+
+__getattr__, __dir__, __all__ = lazy_exports(__name__)

@@ -1,20 +1,23 @@
 """Neural audio codecs, which encode waves as discrete codes and decode the codes."""
 
-from audiolm_pytorch.codecs.base import Codec, StreamingCodec
-from audiolm_pytorch.codecs.pretrained import DacWrapper, EncodecWrapper, MimiWrapper, open_codec
-from audiolm_pytorch.codecs.soundstream import AudioLMSoundStream, MusicLMSoundStream, SoundStream, SpectralSoundStream
-from audiolm_pytorch.nn.film import FiLM
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "AudioLMSoundStream",
-    "Codec",
-    "DacWrapper",
-    "EncodecWrapper",
-    "FiLM",
-    "MimiWrapper",
-    "MusicLMSoundStream",
-    "SoundStream",
-    "SpectralSoundStream",
-    "StreamingCodec",
-    "open_codec",
-]
+from audiolm_pytorch.saving.lazy_exports import lazy_exports
+
+if TYPE_CHECKING:
+    from audiolm_pytorch.codecs.base import Codec as Codec, StreamingCodec as StreamingCodec
+    from audiolm_pytorch.codecs.pretrained import (
+        DacWrapper as DacWrapper,
+        EncodecWrapper as EncodecWrapper,
+        MimiWrapper as MimiWrapper,
+        open_codec as open_codec,
+    )
+    from audiolm_pytorch.codecs.soundstream import (
+        AudioLMSoundStream as AudioLMSoundStream,
+        MusicLMSoundStream as MusicLMSoundStream,
+        SoundStream as SoundStream,
+        SpectralSoundStream as SpectralSoundStream,
+    )
+    from audiolm_pytorch.nn.film import FiLM as FiLM
+
+__getattr__, __dir__, __all__ = lazy_exports(__name__)

@@ -1,22 +1,24 @@
 """Training data: manifests of audio files, crops at several sample rates, batches, token shards."""
 
-from audiolm_pytorch.data.batches import BatchPlan, CropBatch, collate_crops
-from audiolm_pytorch.data.crops import Crop, CropDataset
-from audiolm_pytorch.data.manifest import AudioItem, ItemReport, Rejected, load_items, load_split, split_items
-from audiolm_pytorch.data.shards import TokenShards, write_shards
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "AudioItem",
-    "BatchPlan",
-    "Crop",
-    "CropBatch",
-    "CropDataset",
-    "ItemReport",
-    "Rejected",
-    "TokenShards",
-    "collate_crops",
-    "load_items",
-    "load_split",
-    "split_items",
-    "write_shards",
-]
+from audiolm_pytorch.saving.lazy_exports import lazy_exports
+
+if TYPE_CHECKING:
+    from audiolm_pytorch.data.batches import (
+        BatchPlan as BatchPlan,
+        CropBatch as CropBatch,
+        collate_crops as collate_crops,
+    )
+    from audiolm_pytorch.data.crops import Crop as Crop, CropDataset as CropDataset
+    from audiolm_pytorch.data.manifest import (
+        AudioItem as AudioItem,
+        ItemReport as ItemReport,
+        Rejected as Rejected,
+        load_items as load_items,
+        load_split as load_split,
+        split_items as split_items,
+    )
+    from audiolm_pytorch.data.shards import TokenShards as TokenShards, write_shards as write_shards
+
+__getattr__, __dir__, __all__ = lazy_exports(__name__)

@@ -15,9 +15,11 @@ from beartype import beartype
 from beartype.roar import BeartypeCallHintViolation
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from audiolm_pytorch.saving.files import read_json, read_weights, staged_files, write_json
 from audiolm_pytorch.saving.fingerprint import digest_of
+from audiolm_pytorch.saving.lazy_exports import import_exports
 from audiolm_pytorch.saving.weights import load_weights, weights_of
 
 __all__ = [
@@ -35,6 +37,8 @@ _FORMAT_VERSION = 1
 _WEIGHTS_FILE = "model.safetensors"
 _CONFIG_FILE = "config.json"
 _RESERVED_KEYS = ("format_version", "class", "config", "save_id")
+
+_RANDOM_INITS = (nn.init.uniform_, nn.init.normal_, nn.init.trunc_normal_, nn.init.kaiming_uniform_)
 
 ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
 _registry: dict[str, type[nn.Module]] = {}
@@ -54,7 +58,11 @@ def register(cls: ModuleClass) -> ModuleClass:
 
 
 def registered_class(name: str) -> type[nn.Module] | None:
-    """Return the registered class with this name, or None if there is no such class."""
+    """Return the registered class with this name, or None; lazy exports of the imported packages are searched too."""
+    if name not in _registry:
+        import_exports(name)
+    if name not in _registry:  # perhaps a class that no package exports, beside one that is exported
+        import_exports()
     return _registry.get(name)
 
 
@@ -83,7 +91,7 @@ def build_module(spec: Mapping[str, Any]) -> nn.Module:
     missing = [key for key in ("class", "config") if key not in spec]
     if missing:
         raise ValueError(f"a module spec needs the keys 'class' and 'config'; got the keys {sorted(spec)}")
-    cls = _registry.get(spec["class"])
+    cls = registered_class(spec["class"])
     if cls is None:
         raise ValueError(
             f"unknown module class {spec['class']!r}; import the package that defines this class before loading "
@@ -145,7 +153,8 @@ def load_module(folder: str | Path, expect: type | None = None, device: str | to
     folder = Path(folder)
     config = read_config(folder)
     try:
-        module = build_module(config)
+        with _SkipRandomInit():
+            module = build_module(config)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     if expect is not None and not isinstance(module, expect):
@@ -177,6 +186,13 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{path} lacks the keys {missing}; save the module again")
     return dict(config)
+
+
+class _SkipRandomInit(TorchFunctionMode):
+    """Context in which weights are not initialized, because random values would take most of the time of loading."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return kwargs["tensor"] if func in _RANDOM_INITS else func(*args, **(kwargs or {}))
 
 
 def _converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

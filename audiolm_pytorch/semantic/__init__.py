@@ -1,29 +1,28 @@
 """Semantic tokenizers: base classes, published encoders, and BEST-RQ with k-means, which is trained on audio only."""
 
-from audiolm_pytorch.semantic.base import FrameEncoder, SemanticTokenizer
-from audiolm_pytorch.semantic.best_rq.model import BestRQ, BestRQEncoder
-from audiolm_pytorch.semantic.best_rq.training import BestRQTask, SemanticTokenizerTrainer
-from audiolm_pytorch.semantic.kmeans_trainer import ClusterUsage, KMeansFit, KMeansTrainer
-from audiolm_pytorch.semantic.pretrained import FairseqVQWav2Vec, HubertWithKmeans, TransformersEncoder, open_encoder
-from audiolm_pytorch.semantic.runs import Runs, deduplicate, expand
-from audiolm_pytorch.semantic.tokenizer import KMeansTokenizer
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "BestRQ",
-    "BestRQEncoder",
-    "BestRQTask",
-    "ClusterUsage",
-    "FairseqVQWav2Vec",
-    "FrameEncoder",
-    "HubertWithKmeans",
-    "KMeansFit",
-    "KMeansTokenizer",
-    "KMeansTrainer",
-    "Runs",
-    "SemanticTokenizer",
-    "SemanticTokenizerTrainer",
-    "TransformersEncoder",
-    "deduplicate",
-    "expand",
-    "open_encoder",
-]
+from audiolm_pytorch.saving.lazy_exports import lazy_exports
+
+if TYPE_CHECKING:
+    from audiolm_pytorch.semantic.base import FrameEncoder as FrameEncoder, SemanticTokenizer as SemanticTokenizer
+    from audiolm_pytorch.semantic.best_rq.model import BestRQ as BestRQ, BestRQEncoder as BestRQEncoder
+    from audiolm_pytorch.semantic.best_rq.training import (
+        BestRQTask as BestRQTask,
+        SemanticTokenizerTrainer as SemanticTokenizerTrainer,
+    )
+    from audiolm_pytorch.semantic.kmeans_trainer import (
+        ClusterUsage as ClusterUsage,
+        KMeansFit as KMeansFit,
+        KMeansTrainer as KMeansTrainer,
+    )
+    from audiolm_pytorch.semantic.pretrained import (
+        FairseqVQWav2Vec as FairseqVQWav2Vec,
+        HubertWithKmeans as HubertWithKmeans,
+        TransformersEncoder as TransformersEncoder,
+        open_encoder as open_encoder,
+    )
+    from audiolm_pytorch.semantic.runs import Runs as Runs, deduplicate as deduplicate, expand as expand
+    from audiolm_pytorch.semantic.tokenizer import KMeansTokenizer as KMeansTokenizer
+
+__getattr__, __dir__, __all__ = lazy_exports(__name__)

@@ -1,6 +1,16 @@
 """The training loop of all models; a task object describes the model, data and losses."""
 
-from audiolm_pytorch.training.loop import TrainLoop, TrainResult
-from audiolm_pytorch.training.task import LoopSettings, LossOutput, Phase, Task
+from typing import TYPE_CHECKING
 
-__all__ = ["LoopSettings", "LossOutput", "Phase", "Task", "TrainLoop", "TrainResult"]
+from audiolm_pytorch.saving.lazy_exports import lazy_exports
+
+if TYPE_CHECKING:
+    from audiolm_pytorch.training.loop import TrainLoop as TrainLoop, TrainResult as TrainResult
+    from audiolm_pytorch.training.task import (
+        LoopSettings as LoopSettings,
+        LossOutput as LossOutput,
+        Phase as Phase,
+        Task as Task,
+    )
+
+__getattr__, __dir__, __all__ = lazy_exports(__name__)

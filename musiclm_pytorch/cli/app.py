@@ -3,36 +3,24 @@
 import logging
 import sys
 from collections.abc import Sequence
+from functools import reduce
+from importlib import import_module
+from operator import or_
 from typing import Annotated, Any
 
 import tyro
 
-from musiclm_pytorch.cli.codec import CodecCommand
-from musiclm_pytorch.cli.convert import ConvertCommand
-from musiclm_pytorch.cli.evaluate import EvaluateCommand
-from musiclm_pytorch.cli.export import Export
-from musiclm_pytorch.cli.generate import Generate
-from musiclm_pytorch.cli.kmeans import TrainKmeans
-from musiclm_pytorch.cli.train import Train
-
 __all__ = ["main"]
 
-Command = (
-    Generate
-    | Train
-    | Export
-    | Annotated[
-        CodecCommand, tyro.conf.subcommand("codec", description="Encode, decode and evaluate audio with a codec.")
-    ]
-    | Annotated[
-        ConvertCommand,
-        tyro.conf.subcommand("convert", description="Convert published checkpoints to safetensors, and MusicCaps."),
-    ]
-    | Annotated[
-        EvaluateCommand,
-        tyro.conf.subcommand("evaluate", description="Evaluate a semantic tokenizer or encoder, or a MuLaN or CLAP."),
-    ]
-)
+# Command (and module of this package) -> class in the module, and a description if the class has none.
+_COMMANDS = {
+    "generate": ("Generate", None),
+    "train": ("Train", None),
+    "export": ("Export", None),
+    "codec": ("CodecCommand", "Encode, decode and evaluate audio with a codec."),
+    "convert": ("ConvertCommand", "Convert published checkpoints to safetensors, and MusicCaps."),
+    "evaluate": ("EvaluateCommand", "Evaluate a semantic tokenizer or encoder, or a MuLaN or CLAP."),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,9 +32,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if words[:2] == ["train", "kmeans"]:  # `train` expects a step there, and kmeans has other options
+            from musiclm_pytorch.cli.kmeans import TrainKmeans
+
             return tyro.cli(TrainKmeans, prog="musiclm train kmeans", args=words[2:]).execute()
-        description = "Generate music from text, and train, convert and evaluate the models for it."
-        command: Any = tyro.cli(Command, prog="musiclm", description=description, args=words)
+        if words and words[0] in _COMMANDS:  # the modules of the other commands are not imported
+            class_, about = _command(words[0])
+            command: Any = tyro.cli(class_, prog=f"musiclm {words[0]}", description=about, args=words[1:])
+        else:
+            subcommands: list[Any] = []
+            for name in _COMMANDS:
+                class_, about = _command(name)
+                subcommands.append(Annotated[class_, tyro.conf.subcommand(name, description=about)])
+            about = "Generate music from text, and train, convert and evaluate the models for it."
+            commands: Any = reduce(or_, subcommands)
+            command = tyro.cli(commands, prog="musiclm", description=about, args=words)
         return int(command.execute())
     except SystemExit as stop:  # tyro has printed the help text, or what is wrong with the arguments
         return int(stop.code or 0)
@@ -57,3 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("musiclm: interrupted; run the same command again, and training continues", file=sys.stderr)
         return 130
+
+
+def _command(name: str) -> tuple[Any, str | None]:
+    """Import the class of a command; return it with its description, which is None if the class has a docstring."""
+    class_name, description = _COMMANDS[name]
+    return getattr(import_module(f"musiclm_pytorch.cli.{name}"), class_name), description

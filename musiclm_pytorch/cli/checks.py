@@ -2,14 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["check_file", "check_folder", "device_named"]
 
 
-def device_named(name: str) -> torch.device:
+def device_named(name: str) -> "torch.device":
     """Return the device with this name; "auto" selects the GPU if there is one, else the CPU."""
+    import torch
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -14,7 +14,6 @@ from beartype import beartype
 from torch import nn
 
 from audiolm_pytorch.codecs.base import Codec
-from audiolm_pytorch.codecs.pretrained.open_codec import open_codec
 from audiolm_pytorch.saving.files import read_json
 from audiolm_pytorch.saving.modules import load_module
 from audiolm_pytorch.semantic.base import FrameEncoder, SemanticTokenizer
@@ -43,6 +42,8 @@ _MULAN_FOLDERS = ("", "quantizer", "model/quantizer", "mulan/model", "mulan", "m
 @beartype
 def codec_named(name: str, device: str | torch.device = "cpu", offline: bool = False) -> Codec:
     """Open a codec by a bundled name, a folder, or a hub id (see `open_codec`)."""
+    from audiolm_pytorch.codecs.pretrained.open_codec import open_codec
+
     codec: Codec = _open(name, BUNDLED_CODECS, "codecs", lambda source: open_codec(source, offline=offline))
     return codec.to(device).eval()
 

@@ -9,6 +9,7 @@ MODEL/musiclm.json             format version, origin, and two optional defaults
 """
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from audiolm_pytorch.audiolm import AudioLM
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.saving.files import read_json, write_json
+from audiolm_pytorch.saving.fingerprint import part_fingerprint
 from audiolm_pytorch.saving.modules import load_module, save_module
 from audiolm_pytorch.saving.weights import weights_of
 from audiolm_pytorch.semantic.base import SemanticTokenizer
@@ -165,7 +167,13 @@ def _load_parts(folder: Path, card: Mapping[str, Any]) -> dict[str, nn.Module]:
     ]
     if missing:
         raise ValueError(f"the model in {folder} lacks {', '.join(missing)}; copy the whole folder again")
-    return {name: load_module(folders[name], expect=kind) for name, kind in PARTS.items()}
+    parts: dict[str, nn.Module] = {}
+    with ThreadPoolExecutor() as pool:
+        for name, kind in PARTS.items():
+            parts[name] = load_module(folders[name], expect=kind)
+            if name in _FINGERPRINTED_PARTS:  # hash the weights, which are compared later, while other parts are loaded
+                pool.submit(part_fingerprint, parts[name])
+    return parts
 
 
 def _bundled_parts(card: Mapping[str, Any], file: Path) -> dict[str, Path]:

@@ -12,8 +12,14 @@ from audiolm_pytorch.nn import kmeans
 from audiolm_pytorch.nn.kmeans import nearest_centroid
 from audiolm_pytorch.saving.fingerprint import part_fingerprint
 from audiolm_pytorch.saving.modules import load_module, save_module
-from audiolm_pytorch.semantic import BestRQEncoder, FrameEncoder, KMeansTokenizer, KMeansTrainer, SemanticTokenizer
-from audiolm_pytorch.semantic import tokenizer as module
+from audiolm_pytorch.semantic import (
+    BestRQEncoder,
+    FrameEncoder,
+    KMeansTokenizer,
+    KMeansTrainer,
+    SemanticTokenizer,
+    tokenizer as module,
+)
 
 RATE_HZ = 4000
 TOKEN_SAMPLES = 160

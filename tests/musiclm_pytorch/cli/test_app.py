@@ -8,8 +8,7 @@ import pytest
 import soundfile
 import torch
 
-from musiclm_pytorch.cli import app as cli
-from musiclm_pytorch.cli import train as train_command
+from musiclm_pytorch.cli import generate as generate_command, train as train_command
 from musiclm_pytorch.evaluation.plots import plot_wave
 from tests.helpers.bad_input import bad_input, check_bad_input, listing
 from tests.helpers.micro import write_clips
@@ -322,7 +321,7 @@ def test_help_and_interruption(musiclm_command, monkeypatch, capsys):
     def interrupted(command):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.Generate, "execute", interrupted)
+    monkeypatch.setattr(generate_command.Generate, "execute", interrupted)
     assert musiclm_command("generate", "x") == 130
     assert "same command" in capsys.readouterr().err
 

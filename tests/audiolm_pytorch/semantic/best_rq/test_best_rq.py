@@ -6,8 +6,7 @@ import torch
 
 from audiolm_pytorch.audio.files import write_audio
 from audiolm_pytorch.audio.padding import length_mask
-from audiolm_pytorch.semantic.best_rq import frontend
-from audiolm_pytorch.semantic.best_rq import model as best_rq
+from audiolm_pytorch.semantic.best_rq import frontend, model as best_rq
 from audiolm_pytorch.semantic.best_rq.frontend import StackedLogMel
 from audiolm_pytorch.semantic.best_rq.model import BestRQ, BestRQEncoder
 from audiolm_pytorch.semantic.best_rq.targets import (

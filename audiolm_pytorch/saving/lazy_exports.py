@@ -1,0 +1,43 @@
+"""Names of a package that are imported on first use, so that a program loads only the modules that it needs."""
+
+import ast
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+__all__ = ["import_exports", "lazy_exports"]
+
+_packages: dict[str, dict[str, str]] = {}  # package -> exported name -> module that defines it
+
+
+def lazy_exports(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """Return `__getattr__`, `__dir__` and `__all__` of a package, for its `__init__.py`.
+
+    The exports are the imports in this file below `if TYPE_CHECKING:`, which type checkers and editors read as well.
+    """
+    module = sys.modules[package]
+    blocks = [node for node in ast.parse(Path(str(module.__file__)).read_text()).body if isinstance(node, ast.If)]
+    imports = [node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom)]
+    exports = _packages[package] = {alias.name: str(node.module) for node in imports for alias in node.names}
+
+    def import_name(name: str) -> Any:
+        if name in exports:
+            value = getattr(import_module(exports[name]), name)
+        elif not name.startswith("_") and find_spec(f"{package}.{name}") is not None:  # a submodule
+            value = import_module(f"{package}.{name}")
+        else:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        setattr(module, name, value)
+        return value
+
+    return import_name, lambda: sorted({*vars(module), *exports}), sorted(exports)
+
+
+def import_exports(name: str | None = None) -> None:
+    """Import the exports with this name of all packages that are already imported; None imports all exports."""
+    for package, exports in list(_packages.items()):
+        for export in exports if name is None else exports.keys() & {name}:
+            getattr(sys.modules[package], export)
