@@ -26,8 +26,8 @@ class ConditionSpec:
     Attributes:
         dim: Width of the embeddings.
         way: `prepend` places the embeddings before the tokens, and `cross` uses cross-attention in every layer. With
-            `sum`, a single embedding is added to every row of tokens; of several embeddings, embedding i is added to
-            the row that predicts frame i.
+            `sum`, an embedding is added to all tokens; if there is one embedding per frame, embedding i is added where
+            frame i is predicted.
         null: Embedding that replaces a missing condition, `learned` or `zero`.
         null_tokens: Number of null embeddings that replace a missing condition; a null embedding also replaces each
             masked embedding. If `null_tokens` is None, one null embedding replaces a missing condition, and masked
@@ -97,7 +97,8 @@ class ConditionFuser(nn.Module):
         self.entries = nn.ModuleDict({name: _Condition(spec, dim) for name, spec in specs.items()})
 
     def forward(self, conditions: Conditions, batch: int) -> ConditionTensors:
-        """Project conditions of 1 or `batch` items; null embeddings replace missing conditions."""
+        """Project conditions of 1 or `batch` items to transformer inputs, with null embeddings if conditions are
+        missing."""
         self.check(conditions)
         parts: dict[str, list[tuple[Tensor, Tensor]]] = {"prepend": [], "cross": [], "sum": []}
         for name, entry in self.entries.items():
@@ -130,7 +131,7 @@ def _summed(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _padded_in_front(embeddings: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return embeddings `[b, m, d]` with padding in front, and the number of padding embeddings per item (or None).
+    """Move padding in `embeddings [b, m, d]` to the front; also return the padding per item, or None without padding.
 
     With padding in front, the distance from an embedding to the tokens does not depend on other items of the batch.
     """

@@ -86,7 +86,7 @@ class PublishedText:
         self.max_tokens = max_tokens
 
     def tokenize(self, texts: str | Sequence[str] | Tensor) -> Tensor:
-        """Return token ids `[b, t]` int64 of texts, padded with -1; token ids instead of texts are only checked."""
+        """Return token ids `[b, t]` int64 of texts, padded with -1; if `texts` are token ids, only check the ids."""
         return ids_of(texts, self.tokenizer, self.num_tokens, self.max_tokens)
 
     def inputs(self, ids: Tensor) -> dict[str, Tensor]:
@@ -189,14 +189,14 @@ class PublishedTextEncoder(nn.Module):
 
     @beartype
     def tokenize(self, texts: str | Sequence[str] | Tensor) -> Tensor:
-        """Return token ids `[b, t]` int64 of texts, padded with -1; token ids instead of texts are only checked."""
+        """Return token ids `[b, t]` int64 of texts, padded with -1; if `texts` are token ids, only check the ids."""
         return self._text.tokenize(texts)
 
 
 def tokenizer_of(
     loaded: LoadedModel, source: str | Path | LoadedModel, tokenizer: TextTokenizer | None, **where: Any
 ) -> TextTokenizer:
-    """Return `tokenizer`; if `tokenizer` is None, load it from `source` at the commit of the weights."""
+    """Return `tokenizer`, or, if it is None, load the tokenizer of `source` from the same commit as the weights."""
     if tokenizer is not None:
         return tokenizer
     if isinstance(source, LoadedModel):

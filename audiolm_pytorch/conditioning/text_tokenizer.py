@@ -123,7 +123,7 @@ class TextTokenizer:
 
 
 def ids_of(texts: str | Sequence[str] | Tensor, tokenizer: TextTokenizer, num_tokens: int, max_tokens: int) -> Tensor:
-    """Return token ids `[b, t]` int64 of one or several texts; token ids instead of texts are only checked.
+    """Return token ids `[b, t]` int64 of one or several texts; if `texts` are token ids, only check the ids.
 
     Args:
         texts: One text, several texts, or a tensor of token ids `[b, t]` padded with -1.
@@ -139,7 +139,7 @@ def ids_of(texts: str | Sequence[str] | Tensor, tokenizer: TextTokenizer, num_to
 def _checked_ids(ids: Tensor, num_tokens: int, max_tokens: int) -> Tensor:
     """Check that each row of ids `[b, t]` has one or more ids in [0, num_tokens), followed only by -1."""
     if ids.ndim != 2 or ids.is_floating_point() or ids.shape[1] > max_tokens:
-        raise ValueError(f"text ids must be integers [b, t <= {max_tokens}], got {ids.dtype} {tuple(ids.shape)}")
+        raise ValueError(f"text ids must be integers [b, t] with t <= {max_tokens}, got {ids.dtype} {tuple(ids.shape)}")
     if ids.numel() == 0 or not (ids >= 0).any(dim=1).all():
         raise ValueError("got a row of text ids that are all -1 (padding); pass at least one id per text")
     if int(ids.max()) >= num_tokens or int(ids.min()) < PADDING:

@@ -32,7 +32,7 @@ class Crop:
 
 
 class CropDataset:
-    """Data set of random crops of audio files; a part of the decoded files is cached in memory.
+    """Data set of random crops of audio files; some of the decoded files are cached in memory.
 
     Args:
         seconds: Length of a crop, or None for whole files; a shorter file is returned whole.

@@ -230,8 +230,8 @@ def split_items(
 ) -> tuple[list[AudioItem], list[AudioItem]]:
     """Split items into training and validation items by a hash of the file names.
 
-    The choice for an item does not change if other items are added, if the folder is moved, or on another machine. Of
-    two or more items, at least one is for training and at least one is for validation.
+    The choice between training and validation does not change if other items are added, if the folder is moved, or on
+    another machine. Of two or more items, at least one is for training and at least one is for validation.
     """
     if not 0.0 <= valid_fraction <= 1.0 or not items:
         raise ValueError(

@@ -48,7 +48,7 @@ def write_shards(
     Args:
         make_record: Function that returns record number `i` as a dict of arrays. All records need the same names, and
             arrays of the same shape apart from the first dimension (time). Integers are stored as int16 or int32, and
-            floats as float16 or float32. Floats in arrays without dimensions are stored in their precision.
+            floats as float16 or float32. A single float (an array without dimensions) keeps its precision.
         fingerprint: JSON-compatible description of the records; another fingerprint in `folder` raises a ValueError.
         records_per_chunk: Number of records per chunk; an interrupted process loses at most one chunk.
     """
@@ -93,7 +93,7 @@ def _storable(record: Record, number: int) -> Record:
         if array.dtype.kind != "f":
             array = array.astype(_integer_type(array, number, name))
         elif not np.isfinite(array).all():
-            raise ValueError(f"record {number}, field {name!r} contains NaN or infinite values")
+            raise ValueError(f"record {number}, field {name!r} contains NaN or infinite values; return finite values")
         elif array.dtype not in _FLOAT_TYPES and array.ndim:
             array = array.astype(np.float32)
         stored[name] = array
@@ -139,7 +139,7 @@ def _column(records: list[Record], name: str, first: int) -> list[np.ndarray]:
     names, shape = records[0].keys(), records[0][name].shape
     for number, record in enumerate(records, first):
         if record.keys() != names:
-            raise ValueError(f"record {number} needs fields {sorted(names)} of record {first}, got {sorted(record)}")
+            raise ValueError(f"record {number} needs fields {sorted(names)} like record {first}, got {sorted(record)}")
         other = record[name].shape
         if other[1:] != shape[1:] or len(other) != len(shape):
             raise ValueError(

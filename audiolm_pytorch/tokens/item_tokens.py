@@ -12,7 +12,7 @@ __all__ = ["ItemTokens", "items_of_streams", "padded"]
 
 
 class ItemTokens:
-    """Known tokens of one stream, as one tensor per item. Dropped frames do not change the indices of other frames.
+    """Known tokens of one stream, one tensor per item; dropping frames does not change the indices of other frames.
 
     Args:
         items: Tokens `[f_i, levels]` of each item i.

@@ -47,7 +47,7 @@ class _Cells(NamedTuple):
 
 @lru_cache(maxsize=512)
 def cell_table(streams: tuple[Stream, ...], pattern: str, counts: tuple[int, ...], ends: bool) -> CellTable:
-    """Build the table of a layout; the returned tensors are cached, and callers must not modify the tensors.
+    """Build the `CellTable` of a layout; the returned tensors are cached, and callers must not modify the tensors.
 
     Args:
         streams: Streams of the layout.

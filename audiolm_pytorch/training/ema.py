@@ -17,8 +17,8 @@ class WeightEMA:
 
     Args:
         parameters: Trained parameters by name.
-        decay: Weight of the previous average, from 0 to 1. Early steps use the smaller value `(1 + step) / (10 +
-            step)`, so that the initial weights soon lose their influence.
+        decay: Weight of the previous average, from 0 to 1. In early steps, the smaller value `(1 + step) / (10 + step)`
+            replaces `decay`, so that the initial weights soon lose their influence.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:

@@ -1,4 +1,4 @@
-"""The training loop: trains a task, writes checkpoints to a folder, and resumes from them."""
+"""The training loop: trains a task, writes checkpoints to a folder, and resumes interrupted runs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +53,9 @@ class TrainLoop:
         names = {phase.name for phase in task.phases}
         for choice in (settings.optimizer, settings.schedule):
             if isinstance(choice, dict) and not names.issuperset(choice):
-                raise ValueError(f"{task.name} has phases {sorted(names)}, but settings have phases {sorted(choice)}")
+                raise ValueError(
+                    f"{task.name} has phases {sorted(names)}, but an optimizer or schedule is set for {sorted(choice)}"
+                )
         if accelerator is not None:
             _check_accelerator(accelerator)
         self._accelerator = accelerator

@@ -77,7 +77,7 @@ class PhaseOptimizer:
         if {parameter for parameter in members if parameter.requires_grad} != set(self._parameters):
             raise ValueError(
                 f"the {type(optimizer).__name__} of phase {self.phase.name!r} must have exactly the trainable "
-                f"parameters of the phase ({', '.join(self._names[:3])}, ...); for several phases, pass a dict"
+                f"parameters of the phase ({', '.join(self._names[:3])}, ...); with more phases, pass a dict by phase"
             )
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])

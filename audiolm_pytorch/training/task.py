@@ -187,7 +187,7 @@ class Task(Protocol):
         """Chance levels of metrics, such as `{"loss": math.log(512)}`, which are written beside the metrics."""
 
     def batch(self, indices: list[tuple[int, int]]) -> Any:
-        """Build the batch for (epoch, item index) pairs, which may depend only on the pairs and the random generators.
+        """Build a batch from (epoch, item index) pairs; only the pairs and the random generators may affect the batch.
 
         A batch contains tensors on the CPU in nested dataclasses, dicts, lists and tuples.
         """

@@ -128,7 +128,7 @@ def test_tokens_of_another_encoder_are_refused_with_the_difference(tmp_path: Pat
             {"a": np.zeros((2, 3))},
             r"field 'a' of record 1 has shape \(2, 3\); it may differ from \(2,\)",
         ),
-        ({"b": np.zeros(2)}, r"record 1 needs fields \['a'\] of record 0, got \['b'\]"),
+        ({"b": np.zeros(2)}, r"record 1 needs fields \['a'\] like record 0, got \['b'\]"),
     ],
 )
 def test_records_that_cannot_be_stored_are_named(tmp_path: Path, broken: dict[str, np.ndarray], message: str) -> None:
