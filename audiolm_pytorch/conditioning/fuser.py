@@ -97,8 +97,7 @@ class ConditionFuser(nn.Module):
         self.entries = nn.ModuleDict({name: _Condition(spec, dim) for name, spec in specs.items()})
 
     def forward(self, conditions: Conditions, batch: int) -> ConditionTensors:
-        """Project conditions of 1 or `batch` items to transformer inputs, with null embeddings if conditions are
-        missing."""
+        """Project conditions of 1 or `batch` items to transformer inputs; a missing condition is a null embedding."""
         self.check(conditions)
         parts: dict[str, list[tuple[Tensor, Tensor]]] = {"prepend": [], "cross": [], "sum": []}
         for name, entry in self.entries.items():
