@@ -1,6 +1,6 @@
 """Zero-shot tagging: clips are classified by their similarity to one text prompt per class.
 
-The labels of a manifest are the ground truth (MuLan, arXiv:2208.12415, sec. 4.2.1).
+Zero-shot tagging uses the labels of a manifest as ground truth (MuLan, arXiv:2208.12415, sec. 4.2.1).
 """
 
 from collections.abc import Callable, Sequence

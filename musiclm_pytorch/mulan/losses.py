@@ -37,15 +37,17 @@ class ContrastiveLoss(nn.Module, ABC):
 
     Every process computes the loss of the batch of all processes, so all processes must call the loss together.
     Gradients of gathered latents are summed over processes, and data parallelism averages the gradients of parameters.
-    The averaged gradient equals the gradient of one process for the whole batch. The learned temperature is limited to
-    the range from `min_temperature` to `1 / min_temperature`.
+    The averaged gradient over processes equals the gradient of a single process that has the whole batch. The learned
+    temperature is limited to the range from `min_temperature` to `1 / min_temperature`.
     """
 
     @beartype
     def __init__(self, init_temperature: float = 0.1, min_temperature: float = 0.01) -> None:
         super().__init__()
         if not 0 < min_temperature <= init_temperature < math.inf:
-            raise ValueError(f"need 0 < min_temperature ({min_temperature}) <= init_temperature ({init_temperature})")
+            raise ValueError(
+                f"min_temperature must be in (0, init_temperature = {init_temperature}], got {min_temperature}"
+            )
         self.config: dict[str, Any] = {"init_temperature": init_temperature, "min_temperature": min_temperature}
         self.min_temperature = min_temperature
         self.log_temperature = nn.Parameter(torch.tensor(math.log(init_temperature)))

@@ -59,7 +59,7 @@ class MuLaN(JointEmbedding):
         layers = () if layer_contrast is None else layer_contrast.layers
         if any(pair[0] > audio_transformer.depth or pair[1] > text_transformer.depth for pair in layers):
             depths = f"{audio_transformer.depth} and {text_transformer.depth}"
-            raise ValueError(f"got layer_contrast with layers {layers}, the audio and text towers have depths {depths}")
+            raise ValueError(f"layer_contrast must have layers up to {depths}, the depths of the towers, got {layers}")
         dims = (audio_transformer.dim, text_transformer.dim)
         self.layer_heads = LayerHeads(layers, dims, dim_latent, self.loss)
 

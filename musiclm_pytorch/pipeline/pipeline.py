@@ -80,7 +80,7 @@ class Pipeline:
     """Training pipeline, which runs all steps for one folder of audio and writes the results to one output folder.
 
     Only the methods `run` and `assemble` write files. Each step writes its result to `OUT/<step>/model`, except for the
-    tokens in `OUT/tokens`. The assembled model is in `OUT/model`.
+    tokens in `OUT/tokens`. The method `assemble` writes the whole model to `OUT/model`.
 
     Args:
         data: Folder of audio files, or a folder or file with a JSONL manifest.
@@ -118,7 +118,7 @@ class Pipeline:
 
     @property
     def model_folder(self) -> Path:
-        """Folder of the assembled model."""
+        """Folder of the model that `assemble` writes."""
         return self.out / "model"
 
     @property

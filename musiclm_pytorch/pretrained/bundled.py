@@ -1,7 +1,7 @@
 """Functions that open codecs, tokenizers, encoders and joint embeddings by bundled name, folder or hub id.
 
 All models are returned in eval mode. With `offline`, a hub id is loaded from the local cache only. For an unknown name,
-a ValueError lists the bundled models. An ImportError is raised if a model needs transformers and it is not installed.
+a ValueError lists the bundled models. A model that needs the package transformers raises an ImportError without it.
 """
 
 from collections.abc import Callable, Mapping
@@ -92,7 +92,7 @@ def _open(name: str, bundled: Mapping[str, str], kind: str, open_source: Callabl
     try:
         return open_source(bundled_folder(bundled[name]) if name in bundled else name)
     except ValueError as error:
-        raise ValueError(f"{error}; bundled {kind}: {', '.join(bundled)}") from error
+        raise ValueError(f"{error}; available as bundled {kind}: {', '.join(bundled)}") from error
 
 
 def _open_mulan(source: str | Path, offline: bool) -> nn.Module:

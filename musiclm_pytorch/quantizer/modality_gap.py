@@ -18,7 +18,7 @@ _MIN_RELATIVE_VARIANCE = 1e-9
 
 
 class Alignment(NamedTuple):
-    """Tensors that make audio latents `a - audio_mean` comparable with texts `(t - text_mean) @ text_map`."""
+    """Means and linear map that align audio latents `a - audio_mean` and text latents `(t - text_mean) @ text_map`."""
 
     audio_mean: Tensor
     text_mean: Tensor

@@ -241,7 +241,7 @@ unknown stage | train codek --data DATA --out TMP/out | 'codek'; pass all or one
 scale | train all --scale nan --data DATA --out TMP/out | scale must be positive, got nan
 negative seed | train all --seed -1 --data DATA --out TMP/out | seed must not be negative, got -1
 no codec | train all --data DATA --out TMP/out --codec tinny | tinny.*bundled codecs: 16khz
-codec elsewhere | train all --data DATA --out TMP/out --codec a/b --offline | a/b.*; bundled codecs: 16khz
+codec elsewhere | train all --data DATA --out TMP/out --codec a/b --offline | a/b.*available as bundled codecs: 16khz
 no tokenizer | train all --data DATA --out TMP/out --semantic-tokenizer EMPTY | EMPTY.*bundled tokenizers: 16k
 codec as tokens | train all --data DATA --out TMP/out --semantic-tokenizer MODEL/codec |
     MODEL/codec contains a SoundStream, but a semantic tokenizer is needed

@@ -238,7 +238,7 @@ def test_mulan_trains_in_bfloat16() -> None:
         (lambda: tiny_mulan().get_long_audio_latents(torch.randn(1, 9000), torch.tensor([-5000])), "1..9000"),
         (lambda: tiny_mulan().get_long_audio_latents(torch.randn(1, 9000), torch.tensor([9001])), "1..9000"),
         (lambda: tiny_mulan().get_long_audio_latents(torch.randn(2, 9000), torch.tensor([9000])), "lengths"),
-        (lambda: tiny_mulan(layer_contrast=LayerContrast(((1, 1), (2, 1)))), "layer_contrast with layers"),
+        (lambda: tiny_mulan(layer_contrast=LayerContrast(((1, 1), (2, 1)))), "layer_contrast must have layers"),
         (lambda: LayerContrast(()), "need layers >= 0"),
         (lambda: LayerContrast(((-1, 0),)), "need layers >= 0"),
         (lambda: LayerContrast(weight=0.0), "weight > 0"),
