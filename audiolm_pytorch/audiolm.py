@@ -11,18 +11,28 @@ from audiolm_pytorch.audio.units import samples_covering
 from audiolm_pytorch.codecs.base import Codec, StreamingCodec
 from audiolm_pytorch.conditioning.base import Conditioner, TextEncoder
 from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
-from audiolm_pytorch.generation.conditions import request_conditions
-from audiolm_pytorch.generation.lengths import GenerationLengths, extra_input_tokens, plan_lengths
-from audiolm_pytorch.generation.request import GeneratedAudio, GenerationRequest, ProgressBars, Prompt
+from audiolm_pytorch.generation.inputs import (
+    GenerationLengths,
+    extra_input_tokens,
+    plan_lengths,
+    request_conditions,
+)
+from audiolm_pytorch.generation.request import (
+    GeneratedAudio,
+    GenerationRequest,
+    ProgressBars,
+    Prompt,
+    WaveStreams,
+    decode_items,
+)
 from audiolm_pytorch.generation.sampling import DEFAULT_SAMPLING, SamplingSettings, stage_generator, update_sampling
-from audiolm_pytorch.generation.stage_pipeline import PipelineStep, StagePipeline
-from audiolm_pytorch.generation.waves import WaveStreams, decode_items
-from audiolm_pytorch.generation.windows import SlidingWindowDecoder
+from audiolm_pytorch.generation.windows import SlidingWindowDecoder, StagePipeline
 from audiolm_pytorch.lm.compatibility import check_compatible, check_stages_compatible
 from audiolm_pytorch.lm.stage_transformer import AudioTokens, StageTransformer
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.nn.half_weights import with_half_weights
 from audiolm_pytorch.semantic.base import SemanticTokenizer
+from audiolm_pytorch.tokens.token_batch import TokenBatch
 
 __all__ = ["AudioLM", "GeneratedAudio"]
 
@@ -163,12 +173,9 @@ class AudioLM(nn.Module):
             semantic, acoustic = pipeline.take()
         finally:
             bars.close()
-        num_samples = [
-            min(requested, len(tokens) * self.codec.downsample_factor)
-            for requested, tokens in zip(lengths.num_samples, acoustic)
-        ]
-        waves = decode_items(self.codec, acoustic, num_samples)
-        return GeneratedAudio.of_items(waves, self.codec.target_sample_hz, semantic, acoustic)
+        longest = (acoustic.lengths * self.codec.downsample_factor).tolist()
+        waves = decode_items(self.codec, acoustic, [min(pair) for pair in zip(lengths.num_samples, longest)])
+        return GeneratedAudio.of_tokens(waves, self.codec.target_sample_hz, semantic, acoustic)
 
     @beartype
     def stream(self, request: GenerationRequest, *, chunk_seconds: float | int = 1.0) -> Iterator[GeneratedAudio]:
@@ -208,39 +215,40 @@ class AudioLM(nn.Module):
     def _pipeline(self, request: GenerationRequest, lengths: GenerationLengths, bars: ProgressBars) -> StagePipeline:
         """Build the pipeline of all stages for a request."""
         conditions = request_conditions(request, self.stages, self.audio_conditioner, self.text_conditioner)
-        inputs = extra_input_tokens(request.input_streams, list(self.stages.values()), lengths.batch)
+        batch = len(lengths.num_samples)
+        inputs = extra_input_tokens(request.input_streams, list(self.stages.values()), batch)
         unguided = [
             name for name, stage in self.stages.items() if not _can_be_guided(stage, conditions[name], inputs[name])
         ]
         settings = update_sampling(self.sampling, dict.fromkeys(unguided, {"guidance_scale": 1.0}))
         settings = update_sampling(settings, request.sampling or {})
-        first_seed = torch.randint(2**62, (lengths.batch,)).tolist() if request.seeds is None else request.seeds
-        seeds = [first_seed + i for i in range(lengths.batch)] if isinstance(first_seed, int) else list(first_seed)
+        first_seed = torch.randint(2**62, (batch,)).tolist() if request.seeds is None else request.seeds
+        seeds = [first_seed + i for i in range(batch)] if isinstance(first_seed, int) else list(first_seed)
 
-        def decoder_of(stage: StageTransformer, num_frames: Tensor, prompt: list[Tensor]) -> SlidingWindowDecoder:
+        def decoder_of(stage: StageTransformer, source: SlidingWindowDecoder | None) -> SlidingWindowDecoder:
             name = stage.namespace
-            decoder = SlidingWindowDecoder(
+            prompt, num_frames = lengths.semantic, lengths.num_semantic
+            if source is not None:
+                prompt, num_frames = _predicted_levels(stage, lengths.acoustic), lengths.num_frames
+            return SlidingWindowDecoder(
                 stage,
                 num_frames,
-                prompt=_predicted_levels(stage, prompt),
+                inputs=inputs[name],
+                sources={} if source is None else {source.name: source},
+                prompt=prompt,
                 window_frames=stage.window_frames,
-                batch_size=lengths.batch,
+                batch_size=batch,
                 conditioning=conditions[name],
                 settings=settings[name],
                 seeds=[stage_generator(seed, name) for seed in seeds],
                 callback=_callback_of(name, request, bars),
                 allow_eos=name == "semantic" and self._allows_eos(request),
             )
-            for stream, tokens in inputs[name].items():
-                decoder.feed(stream, tokens)
-            return decoder
 
-        semantic = PipelineStep(decoder_of(self.semantic_transformer, lengths.num_semantic, lengths.semantic))
-        coarse_decoder = decoder_of(self.coarse_transformer, lengths.num_frames, lengths.acoustic)
-        acoustic = [PipelineStep(coarse_decoder, semantic, "semantic", lengths.frames_for)]
+        semantic = decoder_of(self.semantic_transformer, None)
+        acoustic = [decoder_of(self.coarse_transformer, semantic)]
         if self.fine_transformer is not None and not request.coarse_only:
-            fine_decoder = decoder_of(self.fine_transformer, lengths.num_frames, lengths.acoustic)
-            acoustic.append(PipelineStep(fine_decoder, acoustic[0], "coarse"))
+            acoustic.append(decoder_of(self.fine_transformer, acoustic[0]))
         return StagePipeline(semantic, acoustic)
 
     def _allows_eos(self, request: GenerationRequest) -> bool:
@@ -267,7 +275,7 @@ def _chunks(
                 semantic, acoustic = pipeline.take()
                 is_done = bool(pipeline.are_done.all())
                 new_waves = waves.push(acoustic, pipeline.are_done.tolist())
-                pending.append(GeneratedAudio.of_items(new_waves, sample_hz, semantic, acoustic))
+                pending.append(GeneratedAudio.of_tokens(new_waves, sample_hz, semantic, acoustic))
             if is_done or any(wave.numel() for wave in new_waves):
                 yield GeneratedAudio.concatenate(pending)
                 pending = []
@@ -275,16 +283,16 @@ def _chunks(
         bars.close()
 
 
-def _can_be_guided(stage: StageTransformer, conditions: Conditions, inputs: Mapping[str, list[Tensor]]) -> bool:
+def _can_be_guided(stage: StageTransformer, conditions: Conditions, inputs: Mapping[str, TokenBatch]) -> bool:
     """Whether guidance changes the logits of a stage; guidance drops conditions and input streams without a rate."""
     droppable = [stream for stream in stage.layout.inputs if not stream.is_in_time]
     return bool(conditions) or any(stream.name in inputs for stream in droppable)
 
 
-def _predicted_levels(stage: StageTransformer, tokens: list[Tensor]) -> list[Tensor]:
-    """Select the acoustic levels that a stage predicts from tokens `[f_i, q]`."""
+def _predicted_levels(stage: StageTransformer, acoustic: TokenBatch) -> TokenBatch:
+    """Select the acoustic levels that a stage predicts."""
     source = stage.sources[stage.layout.predicted[0].name]
-    return [of_item[:, source.first_level : source.first_level + source.num_levels] for of_item in tokens]
+    return TokenBatch(acoustic.ids[..., source.first_level : source.first_level + source.num_levels], acoustic.lengths)
 
 
 def _callback_of(stage: str, request: GenerationRequest, bars: ProgressBars) -> Callable[[int, int], None] | None:

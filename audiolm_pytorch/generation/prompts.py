@@ -15,6 +15,7 @@ from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.generation.request import GenerationRequest, Prompt
 from audiolm_pytorch.lm.tokenizing import tokenize
 from audiolm_pytorch.semantic.base import SemanticTokenizer
+from audiolm_pytorch.tokens.token_batch import TokenBatch
 
 __all__ = ["PromptTokens", "tokenize_prompts"]
 
@@ -24,20 +25,20 @@ class PromptTokens:
     """Tokens of the prompts of all items.
 
     Attributes:
-        semantic: Semantic tokens `[t_i, 1]` of every item.
-        acoustic: Acoustic tokens `[f_i, q]` of every item.
+        semantic: Semantic tokens of one level.
+        acoustic: Acoustic tokens of all levels.
         seconds: Duration of every prompt; 0 for a prompt that is ignored because it is shorter than a frame.
     """
 
-    semantic: list[Tensor]
-    acoustic: list[Tensor]
+    semantic: TokenBatch
+    acoustic: TokenBatch
     seconds: list[float]
 
 
 def tokenize_prompts(
     request: GenerationRequest, wav2vec: SemanticTokenizer, codec: Codec, device: torch.device
 ) -> PromptTokens:
-    """Tokenize the prompts of a request on `device`. A request without prompts has empty tokens.
+    """Tokenize the prompts of a request on `device`.
 
     A last frame that is only partly inside the prompt is dropped, because its token would encode the end of the sound.
 
@@ -46,21 +47,18 @@ def tokenize_prompts(
             are not finite floats.
     """
     batch, waves = request.num_items, _read_prompts(request, codec.target_sample_hz)
-    semantic = _tokens_of_items("semantic", waves, wav2vec, codec, device)
-    acoustic = _tokens_of_items("acoustic", waves, wav2vec, codec, device)
+    semantic = _tokens_of_waves("semantic", waves, wav2vec, codec, device)
+    acoustic = _tokens_of_waves("acoustic", waves, wav2vec, codec, device)
     seconds = [
-        wave.shape[-1] / rate_hz if len(semantic[item]) + len(acoustic[item]) else 0.0
-        for item, (wave, rate_hz) in enumerate(waves)
+        wave.shape[-1] / rate_hz if num_tokens else 0.0
+        for (wave, rate_hz), num_tokens in zip(waves, (semantic.lengths + acoustic.lengths).tolist())
     ]
-    copies = batch // len(waves)
-    return PromptTokens(semantic * copies, acoustic * copies, seconds * copies)
+    return PromptTokens(semantic.expand(batch), acoustic.expand(batch), seconds * (batch // len(waves)))
 
 
 def _read_prompts(request: GenerationRequest, codec_hz: int) -> list[tuple[Tensor, int]]:
-    """Wave `[c, n]` and sample rate in Hz of every prompt; one empty wave if the request has no prompts."""
+    """Wave `[c, n]` and sample rate in Hz of every prompt."""
     prompts, lengths = request.prime_wave, request.prime_lengths
-    if prompts is None:
-        return [(torch.zeros(1, 0), codec_hz)]
     if isinstance(prompts, Tensor):
         if prompts.ndim not in (1, 2, 3):
             raise ValueError(f"prime_wave must be [n], [b, n] or [b, c, n], got {tuple(prompts.shape)}")
@@ -76,15 +74,15 @@ def _read_prompts(request: GenerationRequest, codec_hz: int) -> list[tuple[Tenso
             "got prime_lengths with a list of prompts, which has no padding; pass prime_wave as one padded tensor"
         )
     else:
-        waves = [prompts] if isinstance(prompts, (str, Path)) else list(prompts)
+        waves = [prompts] if isinstance(prompts, (str, Path)) else list(prompts or [])
     sample_hz = request.prime_wave_input_sample_hz or codec_hz
     return [_read(item, prompt, sample_hz) for item, prompt in enumerate(waves)]
 
 
-def _tokens_of_items(
+def _tokens_of_waves(
     kind: str, waves: Sequence[tuple[Tensor, int]], wav2vec: SemanticTokenizer, codec: Codec, device: torch.device
-) -> list[Tensor]:
-    """Tokens `[f_i, levels]` of all complete frames of every wave."""
+) -> TokenBatch:
+    """Tokens of all complete frames of every wave."""
     is_acoustic = kind == "acoustic"
     tokenizer: SemanticTokenizer | Codec = codec if is_acoustic else wav2vec
     channels, levels = (codec.channels, codec.num_quantizers) if is_acoustic else (1, 1)
@@ -101,7 +99,7 @@ def _tokens_of_items(
         batch_tokens = tokenize({kind: batch}, {kind: lengths}, wav2vec, codec).tokens[kind]
         for row, item in enumerate(items):
             tokens[item] = batch_tokens[row, : frames[item]].reshape(-1, levels)
-    return tokens
+    return TokenBatch.of_items(tokens)
 
 
 def _read(item: int, prompt: Prompt, sample_hz: int) -> tuple[Tensor, int]:

@@ -1,4 +1,4 @@
-"""The arguments and the results of generation."""
+"""The arguments and the results of generation, and the decoding of acoustic tokens to waves."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,13 +9,16 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
+from audiolm_pytorch.codecs.base import Codec, StreamingCodec
+from audiolm_pytorch.codecs.streaming import DecoderStream
 from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
 from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.lm.stage_transformer import AudioTokens
-from audiolm_pytorch.tokens.item_tokens import padded
+from audiolm_pytorch.nn.module_state import device_of
+from audiolm_pytorch.tokens.token_batch import TokenBatch
 from audiolm_pytorch.training.tracking import progress_bar
 
-__all__ = ["GeneratedAudio", "GenerationRequest", "ProgressBars", "Prompt"]
+__all__ = ["GeneratedAudio", "GenerationRequest", "ProgressBars", "Prompt", "WaveStreams", "decode_items"]
 
 Prompt = Tensor | str | Path
 
@@ -206,12 +209,11 @@ class GeneratedAudio:
         return torch.stack(self.waves)
 
     @classmethod
-    def of_items(
-        cls, waves: Sequence[Tensor], sample_hz: int, semantic: Sequence[Tensor], acoustic: Sequence[Tensor]
+    def of_tokens(
+        cls, waves: list[Tensor], sample_hz: int, semantic: TokenBatch, acoustic: TokenBatch
     ) -> "GeneratedAudio":
-        """Build the result from the waves `[n_i]` or `[c, n_i]` and tokens `[t_i]`, `[f_i, q]` of each item."""
-        lengths = [torch.tensor([len(tokens) for tokens in kind]) for kind in (semantic, acoustic)]
-        return cls(list(waves), sample_hz, padded(semantic), lengths[0], padded(acoustic), lengths[1])
+        """Build the result from waves, semantic tokens of one level, and acoustic tokens."""
+        return cls(waves, sample_hz, semantic.ids[..., 0], semantic.lengths, acoustic.ids, acoustic.lengths)
 
     @classmethod
     def concatenate(cls, chunks: Sequence["GeneratedAudio"]) -> "GeneratedAudio":
@@ -219,15 +221,65 @@ class GeneratedAudio:
         if not chunks:
             raise ValueError("got no chunks to concatenate; pass at least one")
 
-        def tokens_of_items(kind: str) -> list[Tensor]:
-            rows = [
-                [row[:count] for row, count in zip(getattr(chunk, kind), getattr(chunk, f"{kind}_lengths").tolist())]
-                for chunk in chunks
-            ]
-            return [torch.cat(item) for item in zip(*rows)]
+        def joined(kind: str) -> TokenBatch:
+            parts = [TokenBatch(getattr(chunk, kind), getattr(chunk, f"{kind}_lengths")).items() for chunk in chunks]
+            return TokenBatch.of_items([torch.cat(item) for item in zip(*parts)])
 
         waves = [torch.cat(item, dim=-1) for item in zip(*(chunk.waves for chunk in chunks))]
-        return cls.of_items(waves, chunks[0].sample_hz, tokens_of_items("semantic"), tokens_of_items("acoustic"))
+        semantic, acoustic = joined("semantic"), joined("acoustic")
+        return cls(waves, chunks[0].sample_hz, semantic.ids, semantic.lengths, acoustic.ids, acoustic.lengths)
+
+
+def decode_items(codec: Codec, acoustic: TokenBatch, num_samples: Sequence[int]) -> list[Tensor]:
+    """Decode tokens to waves `[n_i]`, or `[c, n_i]` for a codec of several channels.
+
+    Items of equal length are decoded in one batch, so that padding does not change the result.
+    """
+    waves: list[Tensor] = [torch.zeros(0)] * len(acoustic)
+    sizes = list(zip(acoustic.lengths.tolist(), num_samples))
+    for size in dict.fromkeys(sizes):
+        items = [item for item, item_size in enumerate(sizes) if item_size == size]
+        codes = acoustic.ids[items, : size[0]].to(device_of(codec))
+        decoded = codec.decode_from_codebook_indices(codes, num_samples=size[1])
+        for item, wave in zip(items, decoded):
+            waves[item] = wave[0] if len(wave) == 1 else wave
+    return waves
+
+
+class WaveStreams:
+    """Decoder streams of a codec, one per item, because items end at different times.
+
+    Args:
+        codec: A codec with a `decoder_stream`.
+        num_samples: Maximum number of samples of every item.
+    """
+
+    def __init__(self, codec: StreamingCodec, num_samples: Sequence[int]) -> None:
+        self._codec, self._remaining_samples = codec, list(num_samples)
+        self._streams: list[DecoderStream | None] = [codec.decoder_stream() for _ in num_samples]
+
+    def push(self, acoustic: TokenBatch, are_last: Sequence[bool]) -> list[Tensor]:
+        """Decode the next tokens of every item. A later call returns samples that depend on later tokens.
+
+        Args:
+            acoustic: Next tokens of every item.
+            are_last: For every item, whether these tokens are its last ones.
+
+        Returns:
+            Waves `[n_i]`, or `[c, n_i]` for a codec of several channels.
+        """
+        return [self._push(item, *pair) for item, pair in enumerate(zip(acoustic.items(), are_last, strict=True))]
+
+    def _push(self, item: int, tokens: Tensor, is_last: bool) -> Tensor:
+        stream, parts = self._streams[item], [torch.zeros(1, self._codec.channels, 0, device=device_of(self._codec))]
+        if stream is not None and len(tokens):
+            parts.append(stream.push(tokens.unsqueeze(0).to(parts[0].device)))
+        if stream is not None and is_last:
+            parts.append(stream.finish())
+            self._streams[item] = None
+        wave = torch.cat(parts, dim=-1)[0, :, : self._remaining_samples[item]]
+        self._remaining_samples[item] -= wave.shape[-1]
+        return wave[0] if len(wave) == 1 else wave
 
 
 class ProgressBars:

@@ -1,6 +1,7 @@
-"""Decoding in sliding windows, for sequences longer than the training sequences of a model."""
+"""Decoding in sliding windows, for sequences longer than the training sequences, and the pipeline of the stages."""
 
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from math import ceil
 from typing import Any
 
@@ -9,13 +10,13 @@ from beartype import beartype
 from torch import Tensor
 
 from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
-from audiolm_pytorch.generation.decode_session import Decoded, DecodeSession
+from audiolm_pytorch.generation.decode_session import DecodeSession
 from audiolm_pytorch.generation.sampling import SamplingSettings, item_generators
 from audiolm_pytorch.lm.token_model import TokenTransformer
-from audiolm_pytorch.tokens.item_tokens import ItemTokens, items_of_streams, padded
-from audiolm_pytorch.tokens.streams import Stream, frame_counts
+from audiolm_pytorch.tokens.streams import frame_counts
+from audiolm_pytorch.tokens.token_batch import GrowingTokens, TokenBatch
 
-__all__ = ["SlidingWindowDecoder", "decode_in_windows", "plan_windows"]
+__all__ = ["SlidingWindowDecoder", "StagePipeline", "plan_windows"]
 
 
 def plan_windows(num_frames: int, window_frames: int | None, alignment: int = 1) -> list[range]:
@@ -38,63 +39,21 @@ def plan_windows(num_frames: int, window_frames: int | None, alignment: int = 1)
     return [range(i * hop, min(i * hop + window_frames, num_frames)) for i in range(num_windows)]
 
 
-@beartype
-def decode_in_windows(
-    model: TokenTransformer,
-    streams: Mapping[str, Tensor],
-    num_frames: int | Tensor,
-    *,
-    batch_size: int = 1,
-    lengths: Mapping[str, int | Tensor] | None = None,
-    **options: Any,
-) -> Decoded:
-    """Decode all requested frames of the predicted stream in sliding windows.
-
-    Args:
-        model: A model with one predicted stream.
-        streams: Input streams and the prompt, `[b, f, levels]` by name.
-        num_frames: Requested frames, prompt included, `[b]` or one int.
-        batch_size: Number of items b, used if `streams` is empty.
-        lengths: Number of frames without padding by stream name, `[b]` or one int; a stream without an entry has no
-            padding.
-        **options: Further arguments of `SlidingWindowDecoder`.
-
-    Raises:
-        ValueError: If `streams` does not fit the layout of the model, or for the reasons listed in
-            `SlidingWindowDecoder`.
-    """
-    items = items_of_streams(model.layout.streams, streams, lengths or {})
-    batch = len(next(iter(streams.values()))) if streams else batch_size
-    name = _predicted_stream(model).name
-    decoder = SlidingWindowDecoder(model, num_frames, prompt=items.pop(name, None), batch_size=batch, **options)
-    for input_name, tokens in items.items():
-        decoder.feed(input_name, tokens)
-    if decoder.awaited:
-        raise ValueError(f"got streams {sorted(streams)}; {sorted(decoder.awaited)} are missing or have too few frames")
-    decoder.advance()
-    decoded = decoder.take()
-    return Decoded({name: padded(decoded)}, {name: torch.tensor([len(tokens) for tokens in decoded])})
-
-
-def _predicted_stream(model: TokenTransformer) -> Stream:
-    if len(model.layout.predicted) != 1:
-        raise ValueError(f"the model must predict one stream, it predicts {[s.name for s in model.layout.predicted]}")
-    return model.layout.predicted[0]
-
-
 class SlidingWindowDecoder:
-    """Decodes one predicted stream of any length. Decoding can pause, and input frames can arrive later.
+    """Decodes one predicted stream of any length. Decoding can pause.
 
-    The prompt of a window is the second half of the previous window (MusicLM, arXiv:2301.11325, sec. 5.4). Decoding of
-    a window starts when the input streams contain all its frames. Every window receives all tokens of the input streams
-    that have no rate. All items have the same window positions and each item has its own random generator, so the
-    tokens of an item do not depend on the other items, on pauses, or on when inputs arrive. Memory is bounded, because
-    there is one cache at a time, and tokens that no later window needs are dropped after `take` has returned them.
+    The prompt of a window is the second half of the previous window (MusicLM, arXiv:2301.11325, sec. 5.4). The tokens
+    of an input stream are either known, or another decoder predicts them when a window needs them. Every window
+    receives all tokens of the input streams that have no rate. All items have the same window positions and each item
+    has its own random generator, so the tokens of an item do not depend on the other items or on pauses. Memory is
+    bounded, because there is one cache at a time, if `tokens.drop_before` is called from time to time.
 
     Args:
         model: A model with one predicted stream.
         num_frames: Requested frames, prompt included, `[b]` or one int.
-        prompt: Prompt tokens `[f_i, levels]` of every item; None = no prompts.
+        inputs: Tokens of input streams by name.
+        sources: Decoders that predict further input streams, by name. An item that a source ends early is shortened.
+        prompt: Prompt tokens; None = no prompts.
         window_frames: Maximum number of frames of a window; None = one window over all frames.
         batch_size: Number of items b.
         conditioning: Conditions by name, of 1 or b items. In a condition with one embedding per frame, embedding i
@@ -102,9 +61,13 @@ class SlidingWindowDecoder:
         settings: Sampling settings. `settings`, `seeds` and `allow_eos` are the same as in `DecodeSession`.
         callback: Called after every row as `callback(known_frames, requested_frames)` of the longest item.
 
+    Attributes:
+        name: Name of the predicted stream.
+        tokens: The known tokens, prompts included.
+
     Raises:
-        ValueError: If the model predicts several streams, a prompt is longer than `num_frames`, or `window_frames` is
-            too small.
+        ValueError: If the model predicts several streams, input streams are missing or unknown, a prompt is longer than
+            `num_frames`, or `window_frames` is too small.
     """
 
     @beartype
@@ -113,7 +76,9 @@ class SlidingWindowDecoder:
         model: TokenTransformer,
         num_frames: int | Tensor,
         *,
-        prompt: Sequence[Tensor] | None = None,
+        inputs: Mapping[str, TokenBatch] | None = None,
+        sources: Mapping[str, "SlidingWindowDecoder"] | None = None,
+        prompt: TokenBatch | None = None,
         window_frames: int | None = None,
         batch_size: int = 1,
         conditioning: Conditions | None = None,
@@ -122,165 +87,152 @@ class SlidingWindowDecoder:
         callback: Callable[[int, int], None] | None = None,
         allow_eos: bool = False,
     ) -> None:
-        stream = _predicted_stream(model)
+        if len(model.layout.predicted) != 1:
+            names = [stream.name for stream in model.layout.predicted]
+            raise ValueError(f"the model must predict one stream, it predicts {names}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        stream = model.layout.predicted[0]
         self.name, self._model, self._callback = stream.name, model, callback
-        empty = torch.zeros(0, stream.num_levels, dtype=torch.long, device=model.device)
-        prompts = [empty] * batch_size if prompt is None else [tokens.to(empty) for tokens in prompt]
-        # Requested frames of every item. An early end or `limit` lowers them.
-        self._num_frames: list[int] = frame_counts([stream], {stream.name: num_frames}, batch_size)[:, 0].tolist()
-        prompt_frames = [len(tokens) for tokens in prompts]
-        if len(prompts) != batch_size or any(a > b for a, b in zip(prompt_frames, self._num_frames)):
+        if prompt is None:
+            prompt = TokenBatch.empty(batch_size, stream.num_levels)
+        # Requested frames of every item; fewer after the model has ended it.
+        self._num_frames = frame_counts([stream], {stream.name: num_frames}, batch_size)[:, 0].clone()
+        if len(prompt) != batch_size or (prompt.lengths > self._num_frames).any():
             raise ValueError(
-                f"the prompt of '{stream.name}' has {prompt_frames} frames, longer than the requested "
-                f"{self._num_frames} frames; shorten it or request more"
+                f"the prompt of '{stream.name}' has {prompt.lengths.tolist()} frames, longer than the requested "
+                f"{self._num_frames.tolist()} frames; shorten it or request more"
             )
-        self._windows = plan_windows(max(self._num_frames), window_frames, model.layout.frame_alignment)
+        self._requested = self._num_frames.clone()
+        self._sources = dict(sources or {})
+        self._inputs = self._checked_inputs(inputs or {}, batch_size)
+        self.tokens = GrowingTokens(TokenBatch(prompt.ids.to(model.device), prompt.lengths))
+        self._windows = plan_windows(int(self._requested.max()), window_frames, model.layout.frame_alignment)
         self._window_index = 0  # of the current or, between windows, of the next window
-        self._window_items: list[int] = []  # the items that the current window decodes
         self._session: DecodeSession | None = None
-        self._tokens = ItemTokens(prompts)
-        self._untaken = [[tokens] for tokens in prompts]
-        self._inputs: dict[str, ItemTokens] = {}
-        self._are_inputs_complete: dict[str, list[bool]] = {}
+        self._session_items, self._session_stops = torch.empty(2, 0, dtype=torch.long)
         self._options: dict[str, Any] = {"settings": settings, "allow_eos": allow_eos}
         model.fuser.check(conditioning or {})
         self._conditioning = {name: part.expand(batch_size) for name, part in (conditioning or {}).items()}
         self._generators = item_generators(seeds, batch_size)
 
+    def _checked_inputs(self, inputs: Mapping[str, TokenBatch], batch_size: int) -> dict[str, GrowingTokens]:
+        """Check the names and the numbers of items of all input streams, and collect their tokens by name."""
+        streams, names = self._model.layout.inputs, [*inputs, *self._sources]
+        known = [stream.name for stream in streams]
+        missing = [stream.name for stream in streams if stream.is_in_time and stream.name not in names]
+        if missing:
+            raise ValueError(f"got the input streams {sorted(names)}; {missing} are missing")
+        for name in names:
+            if name not in known:
+                raise ValueError(f"got tokens for {name!r}, the input streams of the model are {known}")
+        for name, batch in inputs.items():
+            if len(batch) != batch_size:
+                raise ValueError(f"got {name!r} tokens of {len(batch)} items, the decoder has {batch_size}")
+        fixed = {name: TokenBatch(batch.ids.to(self._model.device), batch.lengths) for name, batch in inputs.items()}
+        growing = {name: source.tokens for name, source in self._sources.items()}
+        return {**{name: GrowingTokens(batch) for name, batch in fixed.items()}, **growing}
+
+    @property
+    def num_frames(self) -> Tensor:
+        """Number of frames `[b]` to decode: the requested frames, or fewer for items that have ended early."""
+        num_frames = self._num_frames
+        for name, source in self._sources.items():
+            known = source.known_frames
+            has_ended_early = source.are_done & (known < source._requested)
+            shortened = num_frames.minimum(_ceil_product(known, 1 / self._ratio(name)))
+            num_frames = torch.where(has_ended_early, shortened, num_frames)
+        return num_frames
+
     @property
     def known_frames(self) -> Tensor:
         """Number of complete frames `[b]` int64, prompts included."""
-        return torch.tensor(self._tokens.counts)
+        return self.tokens.counts
 
     @property
     def are_done(self) -> Tensor:
         """Mask `[b]` of the items that have ended or have all requested frames."""
-        return self.known_frames >= torch.tensor(self._num_frames)
+        return self.known_frames >= self.num_frames
 
-    def is_behind(self, until_frames: int | None) -> bool:
-        """Whether any incomplete item has fewer than `until_frames` frames (None = the requested frames)."""
-        return any(
-            count < (requested if until_frames is None else min(requested, until_frames))
-            for count, requested in zip(self._tokens.counts, self._num_frames)
-        )
-
-    @property
-    def awaited(self) -> dict[str, int]:
-        """Total frames that the next window needs from each input stream that is too short, by stream name."""
-        window, items = self._current_window()
-        if window is None or self._session is not None:
-            return {}
-        awaited: dict[str, int] = {}
-        for stream in self._model.layout.inputs:
-            if stream.is_in_time:
-                known = self._inputs[stream.name].counts if stream.name in self._inputs else [0] * len(self._num_frames)
-                is_complete = self._are_inputs_complete.get(stream.name, [False] * len(known))
-                needed = dict(zip(items, self._covering_frames(stream, items, window)))
-                short = [count for item, count in needed.items() if known[item] < count and not is_complete[item]]
-                awaited |= {stream.name: max(short)} if short else {}
-        return awaited
-
-    @beartype
-    def feed(self, name: str, tokens: Sequence[Tensor], are_complete: Tensor | None = None) -> None:
-        """Append frames to an input stream.
-
-        Args:
-            name: Name of the input stream.
-            tokens: Next frames `[f_i, levels]` of every item. Some or all may have 0 frames.
-            are_complete: Mask `[b]` of the items for which `tokens` are the last frames; None = all items.
-
-        Raises:
-            ValueError: If the model has no input stream `name`, or `tokens` has a wrong number of items.
-        """
-        names = [stream.name for stream in self._model.layout.inputs]
-        if name not in names:
-            raise ValueError(f"got tokens for {name!r}, the input streams of the model are {names}")
-        if len(tokens) != len(self._num_frames):
-            raise ValueError(f"got {name!r} tokens of {len(tokens)} items, the decoder has {len(self._num_frames)}")
-        if name not in self._inputs:
-            self._inputs[name] = ItemTokens([item_tokens[:0].to(self._model.device) for item_tokens in tokens])
-        for item, item_tokens in enumerate(tokens):
-            self._inputs[name].append(item, item_tokens)
-        self._are_inputs_complete[name] = [True] * len(tokens) if are_complete is None else are_complete.tolist()
-
-    def limit(self, num_frames: Sequence[int | None]) -> None:
-        """Reduce the number of requested frames per item (None = no change). Frames already decoded are kept."""
-        for item, count in enumerate(num_frames):
-            if count is not None:
-                self._num_frames[item] = min(self._num_frames[item], count)
+    def first_input_frame(self, name: str | None = None) -> int:
+        """Return the first frame of an input stream (None = the predicted stream) that the current window needs."""
+        start = self._windows[min(self._window_index, len(self._windows) - 1)].start
+        return start if name is None else int(start * self._ratio(name))
 
     def advance(self, until_frames: int | None = None) -> None:
-        """Decode until every item has `until_frames` frames (prompts included; None = all) or inputs are missing."""
-        while self.is_behind(until_frames) and not self.awaited:
-            window, items = self._current_window()
-            if window is None:
-                return
-            session = self._session if self._session is not None else self._start_session(window, items)
-            session.advance(None if until_frames is None else until_frames - window.start)
-            self._store_frames(session, window)
+        """Decode until every item has `until_frames` frames (prompts included; None = all) or is complete."""
+        while self._is_behind(until_frames):
+            if self._session is None:
+                items, stops = self._next_window()
+                if self._advance_sources(items, stops):
+                    continue  # because a source can end items early
+                self._session, self._session_items, self._session_stops = self._new_session(items, stops), items, stops
+            window = self._windows[self._window_index]
+            self._session.advance(None if until_frames is None else until_frames - window.start)
+            self._store_frames(self._session, window)
 
-    def take(self) -> list[Tensor]:
-        """Return the frames `[f_i, levels]` of every item that are new since the last call, prompts included."""
-        taken = [torch.cat(parts) for parts in self._untaken]
-        self._untaken = [[tokens[:0]] for tokens in taken]
-        return taken
+    def _is_behind(self, until_frames: int | None) -> bool:
+        num_frames = self.num_frames if until_frames is None else self.num_frames.clamp(max=until_frames)
+        return bool((self.known_frames < num_frames).any())
 
-    def _current_window(self) -> tuple[range | None, list[int]]:
-        """Find the current or the next window with missing frames, and the items to decode in it."""
-        while self._session is None and self._window_index < len(self._windows):
-            stop, counts = self._windows[self._window_index].stop, self._tokens.counts
-            self._window_items = [i for i, count in enumerate(counts) if count < min(self._num_frames[i], stop)]
-            if self._window_items:
-                break
+    def _next_window(self) -> tuple[Tensor, Tensor]:
+        """Go to the next window with missing frames. Return its items `[k]` and their ends `[k]` in the window."""
+        num_frames, known = self.num_frames, self.known_frames
+        while True:
+            stops = num_frames.clamp(max=self._windows[self._window_index].stop)
+            items = (known < stops).nonzero().flatten()
+            if len(items):
+                return items, stops[items]
             self._window_index += 1
-        if self._window_index == len(self._windows):
-            return None, []
-        return self._windows[self._window_index], self._window_items
 
-    def _stops(self, items: Sequence[int], window: range) -> list[int]:
-        """End of each item in a window: the index of its last frame, plus 1."""
-        return [min(self._num_frames[item], window.stop) for item in items]
+    def _advance_sources(self, items: Tensor, stops: Tensor) -> bool:
+        """Decode the missing input frames of a window. Return whether there were any."""
+        were_behind = False
+        for name, source in self._sources.items():
+            needed = _ceil_product(stops, self._ratio(name))
+            is_behind = (source.known_frames[items] < needed) & ~source.are_done[items]
+            if is_behind.any():
+                source.advance(int(needed[is_behind].max()))
+                were_behind = True
+        return were_behind
 
-    def _covering_frames(self, stream: Stream, items: Sequence[int], window: range) -> list[int]:
-        """Number of frames of an input stream that cover each item up to its stop."""
-        ratio = stream.exact_hz / _predicted_stream(self._model).exact_hz
-        return [ceil(stop * ratio) for stop in self._stops(items, window)]
+    def _ratio(self, name: str) -> Fraction:
+        """Frames of an input stream per predicted frame."""
+        layout = self._model.layout
+        hz = {stream.name: stream.exact_hz for stream in layout.inputs if stream.is_in_time}
+        return hz[name] / layout.predicted[0].exact_hz
 
-    def _start_session(self, window: range, items: list[int]) -> DecodeSession:
-        """Create the decode session of a window, and drop the tokens before the window."""
-        streams, lengths = {}, {}
+    def _new_session(self, items: Tensor, stops: Tensor) -> DecodeSession:
+        """Create the decode session of the current window."""
+        window = self._windows[self._window_index]
+        parts: dict[str, TokenBatch] = {}
         for stream in self._model.layout.inputs:
             if stream.name in self._inputs:
                 tokens = self._inputs[stream.name]
-                start, stops = 0, [max(tokens.counts)] * len(items)
+                counts = tokens.counts[items]
+                starts, ends = torch.zeros_like(counts), counts
                 if stream.is_in_time:
-                    start = int(window.start * stream.exact_hz / _predicted_stream(self._model).exact_hz)
-                    stops = self._covering_frames(stream, items, window)
-                    tokens.forget_before(start)
-                streams[stream.name], lengths[stream.name] = tokens.between(items, start, stops)
-        self._tokens.forget_before(window.start)
-        counts = [self._tokens.counts[item] for item in items]
-        prompt, _ = self._tokens.between(items, window.start, [max(count, 1) for count in counts])
-        lengths[self.name] = torch.tensor(counts) - window.start
-        streams[self.name] = prompt[:, : int(lengths[self.name].max())]
-        self._session = DecodeSession(
+                    # The last frame of an item that ends before the window is repeated.
+                    starts = counts.sub(1).clamp(min=0, max=self.first_input_frame(stream.name))
+                    ends = _ceil_product(stops, self._ratio(stream.name)).maximum(starts + 1).minimum(counts)
+                parts[stream.name] = tokens.between(items, starts, ends)
+        counts = self.known_frames[items]
+        parts[self.name] = self.tokens.between(items, torch.full_like(counts, window.start), counts)
+        return DecodeSession(
             self._model,
-            streams,
-            {self.name: torch.tensor(self._stops(items, window)) - window.start},
+            {name: part.ids for name, part in parts.items()},
+            {self.name: stops - window.start},
             batch_size=len(items),
-            lengths=lengths,
+            lengths={name: part.lengths for name, part in parts.items()},
             conditioning=self._conditions_of(items, window),
-            seeds=[self._generators[item] for item in items],
+            seeds=[self._generators[item] for item in items.tolist()],
             callback=None if self._callback is None else lambda row, num_rows: self._report(window),
             **self._options,
         )
-        return self._session
 
-    def _conditions_of(self, items: list[int], window: range) -> Conditions:
+    def _conditions_of(self, items: Tensor, window: range) -> Conditions:
         """Select the conditions of `items` for a window."""
-        selected = {name: part.select(torch.tensor(items)) for name, part in self._conditioning.items()}
+        selected = {name: part.select(items) for name, part in self._conditioning.items()}
         for name, part in selected.items():
             if self._model.fuser.specs[name].way == "sum" and part.mask.shape[1] > 1:
                 # At least two embeddings: a single one would be added to all rows.
@@ -292,19 +244,69 @@ class SlidingWindowDecoder:
 
     def _store_frames(self, session: DecodeSession, window: range) -> None:
         """Store the new frames of the current window, and close the session after the last frame."""
-        decoded = session.decoded()
-        for row, (item, stop) in enumerate(zip(self._window_items, self._stops(self._window_items, window))):
-            known = self._tokens.counts[item] - window.start
-            tokens = decoded.streams[self.name][row, known : int(decoded.lengths[self.name][row])]
-            self._tokens.append(item, tokens)
-            self._untaken[item].append(tokens)
-            end = window.start + int(session.num_frames[self.name][row])
-            if end < stop:  # the model sampled the end
-                self._num_frames[item] = end
+        decoded, items = session.decoded(), self._session_items
+        known, lengths = self.known_frames[items] - window.start, decoded.lengths[self.name]
+        for row, (item, start, stop) in enumerate(zip(items.tolist(), known.tolist(), lengths.tolist())):
+            self.tokens.append(item, decoded.streams[self.name][row, start:stop])
+        ends = window.start + session.num_frames[self.name]
+        has_ended = ends < self._session_stops  # the model sampled the end
+        self._num_frames[items[has_ended]] = ends[has_ended]
         if session.is_done:
             self._session = None
             self._window_index += 1
 
     def _report(self, window: range) -> None:
         if self._callback is not None and self._session is not None:
-            self._callback(window.start + int(self._session.known_frames.max()), max(self._num_frames))
+            self._callback(window.start + int(self._session.known_frames.max()), int(self.num_frames.max()))
+
+
+class StagePipeline:
+    """The semantic stage, the coarse stage and, optionally, the fine stage.
+
+    Args:
+        semantic: Decoder of the semantic tokens.
+        acoustic: Decoders of acoustic levels, coarse first. The source of each decoder is the decoder before it.
+    """
+
+    def __init__(self, semantic: SlidingWindowDecoder, acoustic: Sequence[SlidingWindowDecoder]) -> None:
+        self._semantic, self._acoustic = semantic, list(acoustic)
+        self._items = torch.arange(len(semantic.known_frames))
+        self._taken_semantic, self._taken_acoustic = torch.zeros(2, len(self._items), dtype=torch.long)
+
+    @property
+    def known_frames(self) -> Tensor:
+        """Number of acoustic frames `[b]` with all levels known."""
+        return self._acoustic[-1].known_frames
+
+    @property
+    def are_done(self) -> Tensor:
+        """Mask `[b]` of the items that have all their acoustic frames."""
+        return self._acoustic[-1].are_done
+
+    def advance(self, until_frames: int) -> None:
+        """Decode until every item has `until_frames` acoustic frames or is complete, and no more than needed."""
+        self._acoustic[-1].advance(until_frames)
+
+    def finish(self) -> None:
+        """Decode all frames, one stage after the other, so that only one cache is in memory at a time."""
+        for stage in (self._semantic, *self._acoustic):
+            stage.advance()
+
+    def take(self) -> tuple[TokenBatch, TokenBatch]:
+        """Return the new semantic tokens (1 level) and acoustic tokens of every item, and drop what is not needed."""
+        new_semantic, new_acoustic = self._semantic.known_frames, self._acoustic[-1].known_frames
+        semantic = self._semantic.tokens.between(self._items, self._taken_semantic, new_semantic)
+        levels = [stage.tokens.between(self._items, self._taken_acoustic, new_acoustic) for stage in self._acoustic]
+        self._taken_semantic, self._taken_acoustic = new_semantic, new_acoustic
+        stages = [self._semantic, *self._acoustic]
+        for stage, later, taken in zip(stages, [*self._acoustic, None], [new_semantic, new_acoustic, new_acoustic]):
+            first_frames = [stage.first_input_frame()]
+            if later is not None:
+                first_frames.append(later.first_input_frame(stage.name))
+            stage.tokens.drop_before(taken.clamp(max=min(first_frames)))
+        return semantic, TokenBatch(torch.cat([part.ids for part in levels], dim=-1), levels[0].lengths)
+
+
+def _ceil_product(counts: Tensor, factor: Fraction) -> Tensor:
+    """Round `counts * factor` up to integers."""
+    return -(-counts * factor.numerator // factor.denominator)

@@ -11,16 +11,17 @@ from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.base import Conditioner, TextEncoder
 from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
-from audiolm_pytorch.generation.conditions import stage_conditions
 from audiolm_pytorch.generation.decode_session import Decoded
+from audiolm_pytorch.generation.inputs import stage_conditions
 from audiolm_pytorch.generation.sampling import SamplingSettings
-from audiolm_pytorch.generation.windows import decode_in_windows
+from audiolm_pytorch.generation.windows import SlidingWindowDecoder
 from audiolm_pytorch.lm.compatibility import check_compatible
 from audiolm_pytorch.lm.stage_transformer import AudioTokens, StageTransformer
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.lm.token_model import TokenLoss
 from audiolm_pytorch.lm.tokenizing import sample_rates, tokenize
 from audiolm_pytorch.semantic.base import SemanticTokenizer
+from audiolm_pytorch.tokens.token_batch import batches_of_streams
 
 __all__ = [
     "CoarseTransformerWrapper",
@@ -140,21 +141,33 @@ class StageWrapper(nn.Module):
     ) -> Decoded:
         """Sample the tokens of the stage in windows as long as the longest training sequence.
 
-        The arguments are those of `decode_in_windows` and `SlidingWindowDecoder`.
+        Args:
+            num_frames: Requested frames, prompt included, `[b]` or one int.
+            streams: Tokens `[b, f, levels]` of the input streams and of the prompt, by stream name.
+            lengths: Number of frames without padding by stream name, `[b]` or one int; a stream without an entry has no
+                padding.
+            batch_size: Number of items b, used if `streams` is empty.
+            conditioning: Conditions by name, of 1 or b items; these and the other arguments are those of
+                `SlidingWindowDecoder`.
         """
-        return decode_in_windows(
+        inputs = batches_of_streams(self.transformer.layout.streams, streams or {}, lengths or {})
+        name = self.transformer.layout.predicted[0].name
+        decoder = SlidingWindowDecoder(
             self.transformer,
-            streams or {},
             num_frames,
+            prompt=inputs.pop(name, None),
+            inputs=inputs,
             window_frames=self.transformer.window_frames,
-            batch_size=batch_size,
-            lengths=lengths,
+            batch_size=len(next(iter(streams.values()))) if streams else batch_size,
             conditioning=conditioning,
             settings=settings,
             seeds=seeds,
             callback=callback,
             allow_eos=allow_eos,
         )
+        decoder.advance()
+        tokens = decoder.tokens.all()
+        return Decoded({name: tokens.ids}, {name: tokens.lengths})
 
 
 class SemanticTransformerWrapper(StageWrapper):

@@ -73,7 +73,7 @@ def test_every_stage_is_conditioned_through_its_own_namespace(monkeypatch):
     def stage_conditions(stage, *, audio_conditioner, text, **nothing):
         return {"codes": audio_conditioner.conditioning(texts=text, namespace="semantic")}
 
-    monkeypatch.setattr("audiolm_pytorch.generation.conditions.stage_conditions", stage_conditions)
+    monkeypatch.setattr("audiolm_pytorch.generation.inputs.stage_conditions", stage_conditions)
     with pytest.raises(AssertionError):
         check_namespaces(audio_lm)
 

@@ -15,7 +15,6 @@ from audiolm_pytorch.conditioning.tensors import ConditionTensor
 from audiolm_pytorch.data.shards import TokenShards, write_shards
 from audiolm_pytorch.generation.request import GenerationRequest
 from audiolm_pytorch.generation.sampling import SamplingSettings
-from audiolm_pytorch.generation.windows import decode_in_windows
 from audiolm_pytorch.lm.stages import SemanticTransformer
 from audiolm_pytorch.lm.token_model import TokenTransformer
 from audiolm_pytorch.lm.trainers import SemanticTransformerTrainer
@@ -23,7 +22,7 @@ from audiolm_pytorch.lm.training_data import WaveBatch
 from audiolm_pytorch.saving.modules import load_module, save_module
 from audiolm_pytorch.tokens.layout import TokenLayout
 from audiolm_pytorch.tokens.streams import Stream
-from tests.helpers.decoding import decode
+from tests.helpers.decoding import decode, decode_in_windows
 from tests.helpers.fakes import (
     CONDITION,
     SAMPLE_HZ,

@@ -11,10 +11,10 @@ from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.data import TokenShards, load_items, write_shards
 from audiolm_pytorch.generation.request import GenerationRequest
 from audiolm_pytorch.generation.sampling import SamplingSettings
-from audiolm_pytorch.generation.windows import decode_in_windows
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.lm.training_data import ShardSource, WaveSource
 from audiolm_pytorch.tokens.streams import Stream
+from tests.helpers.decoding import decode_in_windows
 from tests.helpers.fakes import SIZES, FakeSemanticTokenizer
 
 PATTERNS = ["flat", "delayed", "parallel"]

@@ -1,4 +1,4 @@
-"""Sliding windows: positions, prompts, pauses, feeding, batches, ends and memory."""
+"""Sliding windows: positions, prompts, pauses, sources, batches, ends and memory."""
 
 import random
 
@@ -8,12 +8,13 @@ import torch
 from audiolm_pytorch.generation import windows
 from audiolm_pytorch.generation.decode_session import DecodeSession
 from audiolm_pytorch.generation.sampling import SamplingSettings
-from audiolm_pytorch.generation.windows import SlidingWindowDecoder, decode_in_windows, plan_windows
+from audiolm_pytorch.generation.windows import SlidingWindowDecoder, StagePipeline, plan_windows
 from audiolm_pytorch.lm.token_model import TokenTransformer
 from audiolm_pytorch.tokens.layout import TokenLayout
 from audiolm_pytorch.tokens.streams import Stream
+from audiolm_pytorch.tokens.token_batch import TokenBatch
 from tests.helpers.alive_tensors import AliveTensors
-from tests.helpers.decoding import decode
+from tests.helpers.decoding import decode, decode_in_windows
 from tests.helpers.fakes import SIZES, random_conditions, select
 
 GREEDY = SamplingSettings(temperature=0)
@@ -75,21 +76,25 @@ def request_of(batch, rng):
 
 
 def decoder_of(model, expected, inputs, prompt, seeds, conditioning=None, **options):
-    """A decoder that has received all inputs."""
+    """A decoder with known inputs."""
     if conditioning is not None:
         options["settings"] = SamplingSettings(temperature=0.9, guidance_scale=1.5)
-    run = SlidingWindowDecoder(
+    return SlidingWindowDecoder(
         model,
         torch.tensor(expected),
-        prompt=prompt,
+        inputs={} if inputs is None else {"s": TokenBatch.of_items(inputs)},
+        prompt=None if prompt is None else TokenBatch.of_items(prompt),
         batch_size=len(expected),
         seeds=seeds,
         conditioning=conditioning,
         **options,
     )
-    if inputs is not None:
-        run.feed("s", inputs)
-    return run
+
+
+def decoded(decoder):
+    """Decode to the end, and return the tokens of every item."""
+    decoder.advance()
+    return decoder.tokens.all().items()
 
 
 @pytest.mark.slow
@@ -103,64 +108,102 @@ def test_an_item_is_the_same_alone_and_in_a_batch(pattern, eos):
         conditions = random_conditions(4)
         options = {"window_frames": window, "allow_eos": eos}
         together = decoder_of(model, expected, inputs, prompt, seeds, conditions, **options)
-        together.advance()
-        for item, result in enumerate(together.take()):
+        for item, result in enumerate(decoded(together)):
             alone = decoder_of(
                 model, [expected[item]], [inputs[item]], [prompt[item]], [seeds[item]],
                 select(conditions, torch.tensor([item])), **options,
             )  # fmt: skip
-            alone.advance()
-            assert torch.equal(alone.take()[0], result)
+            assert torch.equal(decoded(alone)[0], result)
             assert torch.equal(result[: len(prompt[item])], prompt[item])
             assert len(result) <= expected[item] and (eos or len(result) == expected[item])
             assert ((result >= 0) & (result < 20)).all()
+
+
+def source_model(eos=False):
+    """A model that predicts the stream "s" without inputs."""
+    model = TokenTransformer(layout=TokenLayout([Stream("s", 10, 1, 25, eos=eos)]), **SIZES).eval()
+    for weight in model.heads.parameters():
+        weight.data.mul_(0 if eos else 40)  # with `eos`, about one token in 11 is the last
+    return model
+
+
+def source_of(model, expected, seeds, **options):
+    """A decoder of the inputs of `expected` frames."""
+    counts = torch.tensor([max(1, -(-count // 2)) for count in expected])
+    return SlidingWindowDecoder(model, counts, batch_size=len(expected), seeds=seeds, **options)
+
+
+def chain_of(model, expected, prompt, seeds, source, **options):
+    """A pipeline of two decoders; the second one reads the tokens of the first one."""
+    prompts = TokenBatch.of_items(prompt)
+    decoder = SlidingWindowDecoder(
+        model,
+        torch.tensor(expected),
+        sources={"s": source},
+        prompt=prompts,
+        batch_size=len(expected),
+        seeds=seeds,
+        **options,
+    )
+    return StagePipeline(source, [decoder])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("eos", [False, True])
 def test_pauses_and_late_inputs_change_no_token(pattern, eos):
-    """`take` returns every frame once."""
-    model, rng = model_of(pattern, eos), random.Random(2)
-    for window in (None, 8):
-        expected, inputs, prompt, seeds = request_of(3, rng)
+    """`take` returns every frame once, also if the inputs arrive window by window."""
+    model, before, rng = model_of(pattern, eos), source_model(eos), random.Random(2)
+    num_shortened = 0
+    for window in (None, 8, 8, 8):
+        expected, _, prompt, seeds = request_of(3, rng)
         options = {"window_frames": window, "allow_eos": eos}
-        whole = decoder_of(model, expected, inputs, prompt, seeds, **options)
-        whole.advance()
-        paused = decoder_of(model, expected, None, prompt, seeds, **options)
-        parts, fed, until = [paused.take()], 0, 0
+        paused = chain_of(model, expected, prompt, seeds, source_of(before, expected, seeds, **options), **options)
+        parts, until = [paused.take()], 0
         while not paused.are_done.all():
             until += rng.randint(0, 5)
             paused.advance(until)
             parts.append(paused.take())
-            if paused.awaited:
-                stop = rng.randint(fed, paused.awaited["s"])
-                paused.feed("s", [one[fed:stop] for one in inputs], torch.tensor([stop >= len(one) for one in inputs]))
-                fed = stop
-        for item, result in enumerate(whole.take()):
-            assert torch.equal(torch.cat([part[item] for part in parts]), result)
+        inputs, results = ([torch.cat(item) for item in zip(*(part.items() for part in kind))] for kind in zip(*parts))
+        source = source_of(before, expected, seeds, **options)
+        known = decoded(source)  # all inputs are known before the decoder begins
+        # If the inputs end early, the decoder stops with them.
+        stops = [min(count, 2 * len(tokens)) for count, tokens in zip(expected, known)]
+        num_shortened += sum(stop < count for stop, count in zip(stops, expected))
+        counts = [max(stop, len(tokens)) for stop, tokens in zip(stops, prompt)]
+        for result, wanted in zip(results, decoded(decoder_of(model, counts, known, prompt, seeds, **options))):
+            assert torch.equal(result, wanted)
+        for read, tokens in zip(inputs, known):
+            assert torch.equal(read, tokens[: len(read)])
+    assert (num_shortened > 0) == eos
 
 
 def test_a_window_waits_only_for_its_own_inputs(monkeypatch):
     """A window needs the inputs up to its own end, and decodes nothing beyond `until_frames`."""
-    model = model_of()
-    rows = []
-    hidden = TokenTransformer.hidden
-    monkeypatch.setattr(TokenTransformer, "hidden", lambda self, *args: rows.append(1) or hidden(self, *args))
-    run = SlidingWindowDecoder(model, 40, window_frames=8)
-    inputs = torch.randint(0, 10, (1, 20, 1))
-    assert run.awaited == {"s": 4}
-    run.feed("s", [inputs[0, :3]], torch.tensor([False]))
-    run.advance()
-    assert not rows and run.known_frames.tolist() == [0] and run.awaited == {"s": 4}
-    run.feed("s", [inputs[0, 3:5]], torch.tensor([False]))
+    model, source = model_of(), source_of(source_model(), [40], [1])
+    rows, requests = [], []
+    hidden, advance = TokenTransformer.hidden, SlidingWindowDecoder.advance
+
+    def counted(self, *args):
+        rows.extend([1] if self is model else [])
+        return hidden(self, *args)
+
+    def recorded(self, until_frames=None):
+        requests.extend([until_frames] if self is source else [])
+        advance(self, until_frames)
+
+    monkeypatch.setattr(TokenTransformer, "hidden", counted)
+    monkeypatch.setattr(SlidingWindowDecoder, "advance", recorded)
+    run = SlidingWindowDecoder(model, 40, sources={"s": source}, window_frames=8)
+    assert not rows and not requests and run.known_frames.tolist() == [0]
     run.advance(5)
-    assert run.known_frames.tolist() == [5] and len(rows) == 6 and run.awaited == {}
-    run.advance()
-    assert run.known_frames.tolist() == [8] and run.awaited == {"s": 6} and not run.are_done.all()
-    run.feed("s", [inputs[0, 5:]])
+    assert run.known_frames.tolist() == [5] and len(rows) == 6
+    assert requests == [4] and source.known_frames.tolist() == [4]
+    run.advance(8)
+    assert run.known_frames.tolist() == [8] and requests == [4] and not run.are_done.all()
     run.advance()
     assert run.are_done.all() and run.known_frames.tolist() == [40]
+    assert requests == [4, 6, 8, 10, 12, 14, 16, 18, 20] and source.are_done.all()
 
 
 def test_inputs_beyond_the_requested_frames_are_not_used(monkeypatch):
@@ -186,9 +229,7 @@ def test_inputs_that_are_too_short_repeat_their_last_frame(pattern):
     inputs = torch.randint(0, 10, (6, 1))
     longer = torch.cat((inputs, inputs[-1:].expand(10, 1)))
     runs = [decoder_of(model, [32], [one], None, [3], window_frames=8) for one in (inputs, longer)]
-    for run in runs:
-        run.advance()
-    assert torch.equal(*(run.take()[0] for run in runs))
+    assert torch.equal(*(decoded(run)[0] for run in runs))
 
 
 def test_a_prompt_longer_than_the_window():
@@ -253,12 +294,12 @@ def test_progress_increases_to_the_end(pattern):
 def peak_of(num_frames):
     """Largest memory in bytes while a long sequence is decoded and taken in parts."""
     model = model_of("parallel", depth=1, dim=8, dim_head=4)
-    with AliveTensors(list(model.parameters())) as alive:
-        run = SlidingWindowDecoder(model, num_frames, window_frames=8)
+    before = source_model()
+    with AliveTensors([*model.parameters(), *before.parameters()]) as alive:
+        source = source_of(before, [num_frames], [1], window_frames=4)
+        run = chain_of(model, [num_frames], [torch.zeros(0, 2).long()], [1], source, window_frames=8)
         while not run.are_done.all():
-            if run.awaited:
-                run.feed("s", [torch.zeros(4, 1, dtype=torch.long)], torch.tensor([False]))
-            run.advance()
+            run.advance(int(run.known_frames) + 4)
             run.take()
     return alive.peak_bytes
 
@@ -266,8 +307,9 @@ def peak_of(num_frames):
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_length(monkeypatch):
     """Twice as many frames have the same peak; a decoder that keeps all tokens fails the check."""
+    peak_of(64)  # fills the caches of layouts
     assert peak_of(64) <= peak_of(32)
-    monkeypatch.setattr(windows.ItemTokens, "forget_before", lambda self, frame: None)
+    monkeypatch.setattr(windows.GrowingTokens, "drop_before", lambda self, frames: None)
     assert peak_of(64) > peak_of(32)
 
 
@@ -278,14 +320,17 @@ def test_invalid_inputs_raise_errors():
         decode_in_windows(model, {"s": inputs, "a": torch.zeros(2, 9, 2).long()}, 8)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         SlidingWindowDecoder(model, 8, batch_size=0)
+    for empty in ({}, {"s": inputs[:0]}):
+        with pytest.raises(ValueError, match=r"\['s'\] are missing|batch_size must be at least 1"):
+            decode_in_windows(model, empty, 8)
     with pytest.raises(ValueError, match="\['s'\] are missing"):
         decode_in_windows(model, {}, 8)
     with pytest.raises(ValueError, match="are missing; pass tokens of"):
         decode_in_windows(model, {"s": inputs, "t": inputs}, 8)
     with pytest.raises(ValueError, match="the input streams of the model are"):
-        SlidingWindowDecoder(model, 8).feed("a", [inputs[0]])
+        SlidingWindowDecoder(model, 8, inputs={name: TokenBatch.of_items([inputs[0]]) for name in ("s", "a")})
     with pytest.raises(ValueError, match="tokens of 2 items, the decoder has 1"):
-        SlidingWindowDecoder(model, 8).feed("s", list(inputs))
+        SlidingWindowDecoder(model, 8, inputs={"s": TokenBatch.of_items(list(inputs))})
     with pytest.raises(ValueError, match="0 or more"):
         SlidingWindowDecoder(model, -1)
     two = TokenTransformer(layout=TokenLayout([Stream("a", 7), Stream("b", 7)]), **SIZES)

@@ -17,11 +17,10 @@ from torch import Tensor
 from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
 from audiolm_pytorch.generation.decode_session import Decoded
 from audiolm_pytorch.generation.sampling import SamplingSettings
-from audiolm_pytorch.generation.windows import decode_in_windows
 from audiolm_pytorch.lm.token_model import TokenTransformer
 from audiolm_pytorch.tokens.layout import TokenLayout
 from audiolm_pytorch.tokens.streams import Stream
-from tests.helpers.decoding import decode
+from tests.helpers.decoding import decode, decode_in_windows
 from tests.helpers.fakes import SIZES, memorise, select, tiny_stages
 
 STAGES = ["semantic", "coarse", "fine"]
