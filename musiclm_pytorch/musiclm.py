@@ -1,6 +1,6 @@
 """MusicLM: generates several pieces of music for a text and returns the one that matches the text best."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,14 +13,14 @@ from audiolm_pytorch.audio.files import peak_safe
 from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.audiolm import AudioLM
 from audiolm_pytorch.conditioning.tensors import ConditionTensor
-from audiolm_pytorch.generation.request import GenerationRequest, Prompt
+from audiolm_pytorch.generation.request import GeneratedAudio, GenerationRequest, Prompt
 from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.lm.compatibility import check_compatible
 from audiolm_pytorch.lm.stage_transformer import AudioTokens
 from audiolm_pytorch.nn.module_state import eval_mode
 from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
 
-__all__ = ["Candidates", "MusicLM"]
+__all__ = ["Candidates", "MusicChunk", "MusicLM"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +46,29 @@ class Candidates:
     def best(self) -> Tensor:
         """Best candidate of each prompt, `[prompts, n]` (`[prompts, c, n]` for several channels)."""
         return self.waves[torch.arange(len(self.waves)), self.order[:, 0].to(self.waves.device)]
+
+
+@dataclass(frozen=True, eq=False)
+class MusicChunk:
+    """Part of the music that `MusicLM.stream` generates.
+
+    Attributes:
+        waves: The next samples of the music of each text, `[n_i]` (`[c, n_i]` for a codec of several channels) float32.
+        sample_hz: Sample rate of the waves in Hz.
+        seeds: Seed of the selected candidate of each text.
+        scores: `[prompts, candidates]`, cosine similarity of the MuLaN embeddings of the text and the first part of
+            each candidate; None for one candidate per text.
+    """
+
+    waves: list[Tensor]
+    sample_hz: int
+    seeds: tuple[int, ...]
+    scores: Tensor | None
+
+    @property
+    def wave(self) -> Tensor:
+        """All waves, `[prompts, n]` or `[prompts, c, n]`. Raises an error after audio prompts of different lengths."""
+        return torch.stack(self.waves)
 
 
 class MusicLM(nn.Module):
@@ -141,12 +164,12 @@ class MusicLM(nn.Module):
         """
         prompts = [text] if isinstance(text, str) else list(text)
         candidate_seeds = _candidate_seeds(num_samples, seed, seeds)
+        _check_positive(seconds=seconds, max_batch=max_batch)
         with eval_mode(self):
             request = self._request(
                 prompts,
                 seconds,
                 num_levels,
-                max_batch,
                 prime_wave=prime_wave,
                 prime_wave_input_sample_hz=prime_wave_input_sample_hz,
                 prime_lengths=prime_lengths,
@@ -162,10 +185,74 @@ class MusicLM(nn.Module):
             if num_samples == 1 and not return_all:
                 return waves[:, 0]
             scores = self.scores(prompts, waves, max_batch=max_batch)
-        # A candidate with NaN is ranked last.
-        order = scores.nan_to_num(nan=-2.0).argsort(dim=1, descending=True, stable=True)
-        candidates = Candidates(waves, scores, (tuple(candidate_seeds),) * len(prompts), order, self.sample_hz)
+        candidates = Candidates(
+            waves, scores, (tuple(candidate_seeds),) * len(prompts), _ranked(scores), self.sample_hz
+        )
         return candidates if return_all else candidates.best
+
+    @beartype
+    @torch.no_grad()
+    def stream(
+        self,
+        text: str | Sequence[str],
+        *,
+        num_samples: int = 4,
+        seconds: float | int = 30.0,
+        seed: int | None = None,
+        seeds: Sequence[int] | None = None,
+        num_levels: int | None = None,
+        chunk_seconds: float | int = 1.0,
+        rank_seconds: float | int = 3.0,
+        prime_wave: Prompt | Sequence[Prompt] | None = None,
+        prime_wave_input_sample_hz: int | None = None,
+        prime_lengths: Tensor | None = None,
+        conditions: Mapping[str, Tensor | ConditionTensor] | None = None,
+        input_streams: AudioTokens | None = None,
+        coarse_only: bool = False,
+        sampling: Mapping[str, SamplingSettings | Mapping[str, Any]] | None = None,
+    ) -> Iterator[MusicChunk]:
+        """Generate one piece of music per text, and return it in chunks while it is generated.
+
+        With several candidates, only a first part of each candidate is generated, and MuLaN ranks these parts. The
+        first chunk is the part of the best candidate, and only the best candidate of each text is continued. Its tokens
+        equal those of `forward` with its seed. The waves are not scaled, because earlier chunks are already returned:
+        samples can exceed 1, where `forward` scales the whole wave. Memory does not grow with `seconds`. The arguments
+        without an entry below are those of `forward`.
+
+        Args:
+            text: One text, or a list of texts.
+            num_samples: Number of candidates per text; 1 = no ranking, and the first chunk is ready sooner.
+            chunk_seconds: Minimum duration of a chunk, see `AudioLM.stream`.
+            rank_seconds: Minimum duration of the first part, after the audio prompt. MuLaN ranks a longer part better.
+
+        Raises:
+            ValueError: If the codec has no `decoder_stream`, or for the reasons listed in `forward`.
+        """
+        prompts = [text] if isinstance(text, str) else list(text)
+        candidate_seeds = _candidate_seeds(num_samples, seed, seeds)
+        _check_positive(seconds=seconds, chunk_seconds=chunk_seconds, rank_seconds=rank_seconds)
+        with eval_mode(self):
+            request = self._request(
+                prompts,
+                seconds,
+                num_levels,
+                prime_wave=prime_wave,
+                prime_wave_input_sample_hz=prime_wave_input_sample_hz,
+                prime_lengths=prime_lengths,
+                conditions=conditions,
+                input_streams=input_streams,
+                coarse_only=coarse_only,
+                sampling=sampling,
+            )
+            if num_samples == 1:
+                selected = replace(request, seeds=candidate_seeds * len(prompts))
+                return self._chunks(self.audio_lm.stream(selected, chunk_seconds=min(chunk_seconds, seconds)), selected)
+            # Texts are ranked one after the other, because their audio prompts can differ in length.
+            candidates = [
+                replace(request.select([item] * num_samples), seeds=candidate_seeds) for item in range(len(prompts))
+            ]
+            first_parts = [self.audio_lm.stream(part, chunk_seconds=min(rank_seconds, seconds)) for part in candidates]
+        return self._ranked_chunks(prompts, request, candidate_seeds, first_parts, min(chunk_seconds, seconds))
 
     @torch.no_grad()
     def scores(self, prompts: Sequence[str], waves: Tensor, *, max_batch: int = 16) -> Tensor:
@@ -196,12 +283,8 @@ class MusicLM(nn.Module):
             raise ValueError(f"num_levels must be in 1..{max_levels}, got {levels}")
         return levels
 
-    def _request(
-        self, prompts: list[str], seconds: float, num_levels: int | None, max_batch: int, **inputs: Any
-    ) -> GenerationRequest:
+    def _request(self, prompts: list[str], seconds: float, num_levels: int | None, **inputs: Any) -> GenerationRequest:
         """Build a request of one item per prompt, conditioned on the codes of the prompts."""
-        if not seconds > 0 or max_batch < 1:
-            raise ValueError(f"seconds and max_batch must be positive, got {seconds} and {max_batch}")
         levels = self.num_levels if num_levels is None else self._checked_levels(num_levels)
         codes = self.mulan_embed_quantizer.codes(texts=prompts)
         keep = torch.full((len(codes),), levels)
@@ -219,6 +302,50 @@ class MusicLM(nn.Module):
                 f"inputs must have 1 item, or 1 item per text ({len(prompts)}); got {request.num_items} items"
             )
         return request
+
+    def _ranked_chunks(
+        self,
+        prompts: list[str],
+        request: GenerationRequest,
+        seeds: list[int],
+        first_parts: list[Iterator[GeneratedAudio]],
+        chunk_seconds: float,
+    ) -> Iterator[MusicChunk]:
+        """Rank the first parts of all candidates, then yield the music of the best candidate of each text."""
+        with eval_mode(self), torch.no_grad():
+            # Each stream is removed from the list, so that the caches of its candidates are freed.
+            parts = [next(first_parts.pop(0)).wave.float() for _ in prompts]
+            peak_safe_parts = [torch.stack([peak_safe(wave) for wave in part]) for part in parts]
+            scores = torch.cat([self.scores([text], part[None]) for text, part in zip(prompts, peak_safe_parts)])
+            best = _ranked(scores)[:, 0].tolist()
+            waves = [part[candidate] for part, candidate in zip(parts, best)]
+            selected = replace(request, seeds=[seeds[candidate] for candidate in best])
+            # The seeds determine the selected candidates, so the stream repeats the first parts, which are skipped.
+            stream = self.audio_lm.stream(selected, chunk_seconds=chunk_seconds)
+        yield from self._chunks(stream, selected, scores, waves)
+
+    def _chunks(
+        self,
+        stream: Iterator[GeneratedAudio],
+        request: GenerationRequest,
+        scores: Tensor | None = None,
+        first_waves: list[Tensor] | None = None,
+    ) -> Iterator[MusicChunk]:
+        """Yield `first_waves`, then the rest of the stream after them."""
+        seeds = tuple(request.seeds) if isinstance(request.seeds, Sequence) else ()
+        skipped = [0] * len(seeds)  # samples of each text to skip
+        if first_waves is not None:
+            yield MusicChunk(first_waves, self.sample_hz, seeds, scores)
+            skipped = [wave.shape[-1] for wave in first_waves]
+        while True:
+            with eval_mode(self), torch.no_grad():  # between chunks, the modules have their own mode
+                chunk = next(stream, None)
+            if chunk is None:
+                return
+            waves = [wave[..., count:].float() for wave, count in zip(chunk.waves, skipped)]
+            skipped = [max(0, count - wave.shape[-1]) for wave, count in zip(chunk.waves, skipped)]
+            if any(wave.numel() for wave in waves):
+                yield MusicChunk(waves, self.sample_hz, seeds, scores)
 
     def _generate(self, request: GenerationRequest, seeds: list[int], max_batch: int) -> Tensor:
         """Generate waves `[b, ...]` with peaks below 1, one per item and seed, in batches of at most `max_batch`."""
@@ -243,3 +370,16 @@ def _candidate_seeds(num_samples: int, seed: int | None, seeds: Sequence[int] | 
         return list(seeds)
     first = int(torch.randint(2**31, ())) if seed is None else seed
     return [first + index for index in range(num_samples)]
+
+
+def _check_positive(**numbers: float) -> None:
+    """Check that the arguments are positive."""
+    if not all(number > 0 for number in numbers.values()):
+        raise ValueError(
+            f"{' and '.join(numbers)} must be positive, got {' and '.join(str(number) for number in numbers.values())}"
+        )
+
+
+def _ranked(scores: Tensor) -> Tensor:
+    """Indices of the candidates `[prompts, candidates]`, best first. A candidate with NaN is ranked last."""
+    return scores.nan_to_num(nan=-2.0).argsort(dim=1, descending=True, stable=True)

@@ -1,0 +1,156 @@
+"""MusicLM.stream: equals the offline music of the selected seed, ranks first parts, needs bounded memory."""
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from audiolm_pytorch.audio.files import peak_safe
+from musiclm_pytorch.musiclm import MusicChunk, MusicLM
+from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
+from tests.helpers.alive_tensors import AliveTensors
+from tests.helpers.fakes import SAMPLE_HZ
+from tests.helpers.tiny_mulan import tiny_mulan
+from tests.helpers.toy_audiolm import audiolm_of, streaming_codec
+
+WINDOWS = {"max_seconds": 0.32}  # 8 semantic tokens, 16 acoustic frames
+STAGES = ("semantic", "coarse", "fine")
+TEXTS = ["low tone", "a very high tone"]
+
+
+def musiclm_of(codec: str = "causal", **changes: Any) -> MusicLM:
+    """A MusicLM of random weights; the frames of its codec have 16 samples."""
+    torch.manual_seed(0)
+    quantizer = MuLaNEmbedQuantizer(
+        mulan=tiny_mulan(), conditioning_dims=(8, 8, 8), namespaces=STAGES, rq_num_quantizers=2, codebook_size=8
+    )
+    quantizer.fit(torch.randn(64, 16), seed=0)
+    audio_lm = audiolm_of(conditioned=True, codec=streaming_codec(codec), **WINDOWS, **changes)
+    return MusicLM(audio_lm=audio_lm, mulan_embed_quantizer=quantizer).eval()
+
+
+def joined(chunks: list[MusicChunk]) -> list[Tensor]:
+    """The whole wave of every text."""
+    return [torch.cat(waves, dim=-1) for waves in zip(*(chunk.waves for chunk in chunks))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("codec", ["causal", "spectral"])
+def test_a_stream_equals_the_offline_music_of_the_selected_seeds(codec: str) -> None:
+    """With several texts, audio prompts of unequal length, and one or several candidates."""
+    musiclm = musiclm_of(codec)
+    primes = [torch.rand(160) * 0.9, torch.rand(410) * 0.9]
+    for num_samples, prime_wave in ((3, None), (3, primes), (1, primes), (1, None)):
+        request = {"num_samples": num_samples, "seconds": 1.3, "prime_wave": prime_wave, "seed": 5}
+        chunks = list(musiclm.stream(TEXTS, rank_seconds=0.3, chunk_seconds=0.1, **request))
+        assert len(chunks) > 4 and len({chunk.seeds for chunk in chunks}) == 1
+        assert (chunks[0].scores is None) == (num_samples == 1)
+        for item, (text, wave) in enumerate(zip(TEXTS, joined(chunks))):
+            seed = chunks[0].seeds[item]
+            assert seed in range(5, 5 + num_samples)
+            prime = None if prime_wave is None else prime_wave[item]
+            offline = musiclm(text, num_samples=1, seconds=1.3, seeds=[seed], prime_wave=prime)
+            torch.testing.assert_close(peak_safe(wave), offline[0], atol=1e-5, rtol=1e-5)
+    assert chunks[1].wave.shape == (2, 80)
+
+
+def test_only_the_best_first_part_is_continued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first parts have the requested length after the prompt; a part with NaN is ranked last."""
+    musiclm, scored, batches = musiclm_of(), [], []
+    fixed = [torch.tensor([[0.1, torch.nan, 0.3, 0.2]]), torch.tensor([[0.4, 0.1, 0.1, 0.2]])]
+    stream = type(musiclm.audio_lm).stream
+
+    def scores(self: MusicLM, prompts: list[str], waves: Tensor) -> Tensor:
+        scored.append((prompts, tuple(waves.shape), waves.abs().max().item()))
+        return fixed[len(scored) - 1]
+
+    def recorded(self: Any, request: Any, **options: Any) -> Any:
+        batches.append((request.batch_size, list(request.seeds)))
+        return stream(self, request, **options)
+
+    monkeypatch.setattr(MusicLM, "scores", scores)
+    monkeypatch.setattr(type(musiclm.audio_lm), "stream", recorded)
+    primes = [torch.rand(80), torch.rand(320)]
+    chunks = musiclm.stream(TEXTS, seeds=[7, 3, 9, 4], seconds=1.0, rank_seconds=0.2, prime_wave=primes)
+    first = next(chunks)
+    assert [(texts, shape) for texts, shape, _ in scored] == [([TEXTS[0]], (1, 4, 240)), ([TEXTS[1]], (1, 4, 480))]
+    assert all(peak <= 0.99 for *_, peak in scored)
+    assert first.seeds == (9, 7) and torch.equal(first.scores.nan_to_num(-2), torch.cat(fixed).nan_to_num(-2))
+    assert [wave.shape[-1] for wave in first.waves] == [240, 480] and first.sample_hz == SAMPLE_HZ
+    assert batches == [(4, [7, 3, 9, 4])] * 2 + [(2, [9, 7])]
+    rest = list(chunks)
+    assert [len(wave) for wave in joined([first, *rest])] == [800, 800] and len(batches) == 3
+
+
+def test_a_first_part_of_the_whole_length_is_the_whole_music() -> None:
+    """`rank_seconds` and `chunk_seconds` can be longer than the music."""
+    musiclm = musiclm_of()
+    chunks = list(musiclm.stream(TEXTS[0], seconds=0.3, rank_seconds=9.0, chunk_seconds=float("inf"), seed=1))
+    assert len(chunks) == 1 and chunks[0].wave.shape == (1, 240)
+    best = musiclm(TEXTS[0], seconds=0.3, seed=1)
+    torch.testing.assert_close(peak_safe(chunks[0].wave), best, atol=1e-5, rtol=1e-5)
+
+
+def peak_of(musiclm: MusicLM, seconds: float) -> int:
+    """Largest memory in bytes while a stream is read and its chunks are dropped."""
+    with AliveTensors([*musiclm.parameters(), *musiclm.buffers()]) as alive:
+        for _ in musiclm.stream(TEXTS[0], seconds=seconds, seed=0, chunk_seconds=0.16, rank_seconds=0.16):
+            pass
+    return alive.peak_bytes
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the music needs as much; caches of candidates that are not selected are freed after the ranking."""
+    monkeypatch.setattr("audiolm_pytorch.codecs.convolutional._CHUNK_SAMPLES_CPU", 80)
+    musiclm = musiclm_of(depth=1, dim=8, dim_head=4, ff_mult=1.0)
+    peak_of(musiclm, 0.96)  # fills the caches of layouts
+    assert peak_of(musiclm, 0.96) <= peak_of(musiclm, 0.48)
+
+
+def test_modules_keep_their_mode_between_chunks() -> None:
+    """A model in training mode generates in eval mode."""
+    musiclm = musiclm_of()
+    request = {"num_samples": 2, "seconds": 0.4, "rank_seconds": 0.1, "chunk_seconds": 0.1, "seed": 1}
+    wanted = joined(list(musiclm.stream(TEXTS[0], **request)))
+    musiclm.audio_lm.train()
+    chunks = []
+    for chunk in musiclm.stream(TEXTS[0], **request):
+        assert musiclm.audio_lm.training and musiclm.audio_lm.codec.training
+        chunks.append(chunk)
+    assert torch.equal(joined(chunks)[0], wanted[0])
+
+
+def test_invalid_arguments_raise_errors_before_the_first_chunk() -> None:
+    """The errors of `forward`, and those of the arguments that only `stream` has."""
+    musiclm = musiclm_of()
+    for message, wrong in {
+        "seconds and chunk_seconds and rank_seconds must be positive, got 0 and": {"seconds": 0},
+        "must be positive, got 30.0 and 0.0": {"chunk_seconds": 0.0},
+        "rank_seconds must be positive, got 30.0 and 1.0 and nan": {"rank_seconds": float("nan")},
+        "num_samples must be at least 1": {"num_samples": 0},
+        "one per candidate; got seed None and 2 seeds": {"seeds": [1, 2]},
+        "num_levels must be in 1..2, got 3": {"num_levels": 3},
+        "longer than the requested": {"prime_wave": torch.rand(1600), "seconds": 1.0},
+        "1 item per text .1.; got 2 items": {"prime_wave": torch.rand(2, 160)},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            musiclm.stream("low tone", **wrong)
+    with pytest.raises(ValueError, match="empty"):
+        musiclm.stream(" ")
+    musiclm.audio_lm.codec = audiolm_of().codec
+    for num_samples in (1, 4):
+        with pytest.raises(ValueError, match="FakeCodec has no decoder_stream"):
+            musiclm.stream("low tone", num_samples=num_samples)
+
+
+def test_without_a_seed_torch_draws_one() -> None:
+    """Every stream has another seed, and torch.manual_seed repeats it."""
+    musiclm, seeds = musiclm_of(), []
+    for seed in (3, None, 3):
+        if seed is not None:
+            torch.manual_seed(seed)
+        seeds.append(next(musiclm.stream(TEXTS[0], num_samples=1, seconds=0.1)).seeds)
+    assert seeds[0] == seeds[2] and all(a != b for a, b in pairwise(seeds))
