@@ -1,16 +1,27 @@
 """`musiclm generate`: music from a text."""
 
+import struct
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import tyro
 
 from musiclm_pytorch.cli.checks import check_file, device_named
 
+if TYPE_CHECKING:
+    from musiclm_pytorch.musiclm import MusicLM
+
 __all__ = ["Generate"]
 
 _AUDIO_SUFFIXES = (".wav", ".flac", ".ogg")
+_STREAM_SUFFIXES = (".wav", ".raw")
+_STANDARD_OUTPUT = Path("-")
+_UNKNOWN_SIZE = 0xFFFFFFFF
 _MAX_SECONDS = 3600
 
 
@@ -33,7 +44,15 @@ class Generate:
     continue_from: Path | None = None
     """Audio file to continue, of any sample rate. Its length counts towards --seconds."""
     out: Path = Path("music.wav")
-    """File to write (.wav, .flac or .ogg). A missing folder is created."""
+    """File to write (.wav, .flac or .ogg; with --stream .wav or .raw, or - for standard output). A missing folder is
+    created."""
+    stream: bool = False
+    """Write 16-bit samples while the music is generated. MuLaN then ranks the first --rank-seconds of each candidate,
+    and only the best candidate is continued; samples outside -1..1 are clipped."""
+    rank_seconds: float = 3.0
+    """With --stream: length of the first part that is ranked. --num-samples 1 starts without ranking."""
+    raw: bool = False
+    """With --stream: write no WAV header, only little-endian samples. A file that ends in .raw never has a header."""
     plot: Path | None = None
     """Plot the wave and its mel spectrogram into this picture file (needs the [plot] extra)."""
 
@@ -45,6 +64,9 @@ class Generate:
         from musiclm_pytorch.pretrained.model_folder import load_musiclm
 
         musiclm = load_musiclm(self.model, device=device_named(self.device))
+        if self.stream:
+            self._stream(musiclm)
+            return 0
         candidates = musiclm(
             self.text,
             num_samples=self.num_samples,
@@ -57,17 +79,77 @@ class Generate:
         best = int(candidates.order[0, 0])
         wave = candidates.waves[0, best]
         if not wave.isfinite().all():
-            raise RuntimeError(f"the model {self.model} generated NaN samples; train it longer or use another model")
+            raise self._nan_error()
         write_audio(self.out, wave, candidates.sample_hz)
-        for number, (score, seed) in enumerate(zip(candidates.scores[0].tolist(), candidates.seeds[0])):
-            print(f"candidate {number + 1}  seed {seed}  similarity {score:.3f}{'  <- kept' if number == best else ''}")
-        print(f"wrote {self.out}")
+        self._report(candidates.scores[0].tolist(), best)
+        self._print(f"wrote {self.out}")
         if self.plot is not None:
             from musiclm_pytorch.evaluation.plots import plot_wave
 
             plot_wave(wave, candidates.sample_hz, self.plot, title=self.text)
             print(f"wrote {self.plot}")
         return 0
+
+    def _stream(self, musiclm: "MusicLM") -> None:
+        """Write the music chunk by chunk, and report the candidates after the first chunk."""
+        chunks = musiclm.stream(
+            self.text,
+            num_samples=self.num_samples,
+            seconds=self.seconds,
+            seed=self.seed,
+            rank_seconds=self.rank_seconds,
+            prime_wave=self.continue_from,
+        )
+        first = next(chunks)  # before the file is created
+        channels = first.wave.shape[1] if first.wave.ndim == 3 else 1
+        if first.scores is not None:
+            self._report(first.scores[0].tolist(), first.seeds[0] - self.seed)
+        has_header = not self.raw and self.out.suffix.lower() != ".raw"
+        with self._opened() as file:
+            if has_header:
+                file.write(_wav_header(first.sample_hz, channels, None))
+            num_bytes = 0
+            for chunk in chain([first], chunks):
+                wave = chunk.waves[0]
+                if not wave.isfinite().all():
+                    raise self._nan_error()
+                samples = (wave.clamp(-1, 1) * 32767).round().cpu().numpy()
+                num_bytes += file.write(samples.T.astype("<i2").tobytes())
+                file.flush()
+            if has_header and self.out != _STANDARD_OUTPUT:
+                file.seek(0)
+                file.write(_wav_header(first.sample_hz, channels, num_bytes))
+        self._print(f"wrote {'standard output' if self.out == _STANDARD_OUTPUT else self.out}")
+
+    @contextmanager
+    def _opened(self) -> Iterator[BinaryIO]:
+        """Open the file to stream into, or standard output."""
+        if self.out == _STANDARD_OUTPUT:
+            with open(sys.stdout.fileno(), "wb", closefd=False) as file:
+                yield file
+        else:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.out, "wb") as file:
+                yield file
+
+    def _report(self, scores: list[float], best: int) -> None:
+        """Print the similarity of every candidate to the text."""
+        for number, score in enumerate(scores):
+            kept = "  <- kept" if number == best else ""
+            self._print(f"candidate {number + 1}  seed {self.seed + number}  similarity {score:.3f}{kept}")
+
+    def _print(self, message: str) -> None:
+        print(message, file=sys.stderr if self.out == _STANDARD_OUTPUT else sys.stdout)
+
+    def _nan_error(self) -> RuntimeError:
+        return RuntimeError(f"the model {self.model} generated NaN samples; train it longer or use another model")
+
+
+def _wav_header(sample_hz: int, channels: int, num_bytes: int | None) -> bytes:
+    """Header of a 16-bit WAV file; None = the number of bytes of samples is unknown, because the file is a stream."""
+    sizes = (_UNKNOWN_SIZE, _UNKNOWN_SIZE) if num_bytes is None else (num_bytes + 36, num_bytes)
+    sound = (16, 1, channels, sample_hz, sample_hz * channels * 2, channels * 2, 16)
+    return struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", sizes[0], b"WAVE", b"fmt ", *sound, b"data", sizes[1])
 
 
 def _check(command: Generate) -> None:
@@ -80,7 +162,16 @@ def _check(command: Generate) -> None:
         raise ValueError(f"--seconds must be above 0 and at most {_MAX_SECONDS}, got {command.seconds:g}")
     if command.seed < 0:
         raise ValueError(f"--seed must not be negative, got {command.seed}")
-    check_file(command.out, _AUDIO_SUFFIXES)
+    if not command.rank_seconds > 0:
+        raise ValueError(f"--rank-seconds must be above 0, got {command.rank_seconds:g}")
+    if command.stream and command.plot is not None:
+        raise ValueError("--plot needs the whole music and cannot be used with --stream")
+    if not command.stream and (command.raw or command.out == _STANDARD_OUTPUT):
+        raise ValueError(f"{'--raw' if command.raw else '--out -'} needs --stream")
+    if command.out != _STANDARD_OUTPUT:
+        check_file(command.out, _STREAM_SUFFIXES if command.stream else _AUDIO_SUFFIXES)
+    elif sys.stdout.isatty():
+        raise ValueError("standard output is a terminal; pipe the samples into a player, or name a file")
     if command.plot is not None:
         from musiclm_pytorch.evaluation.plots import PICTURE_SUFFIXES, require_matplotlib
 
