@@ -30,7 +30,7 @@ ROOMS = {
         "semantic": "audio data nn saving training",
         "lm": "audio codecs conditioning data nn saving semantic tokens training",
         "generation": "audio codecs conditioning lm nn semantic tokens training",
-        "audiolm": "audio codecs conditioning generation lm nn semantic",
+        "audiolm": "audio codecs conditioning generation lm nn semantic tokens",
     },
     "musiclm_pytorch": {
         "evaluation": "",
