@@ -96,8 +96,7 @@ class Metric:
 def accuracy_statistic(truth: Sequence[str], answers: Sequence[str], balanced: bool = False) -> Statistic:
     """Build a function that receives indices of items and returns the accuracy of the answers for these items.
 
-    If `balanced` is True, the accuracy is the mean recall of all classes, so that rare and frequent classes count
-    equally.
+    If `balanced` is True, the accuracy is the mean recall of all classes, so that rare and frequent ones count equally.
     """
     if len(truth) != len(answers) or not truth:
         raise ValueError(f"need one answer per true class, got {len(answers)} answers and {len(truth)} true classes")
@@ -123,10 +122,7 @@ def accuracy_metric(
     note: str = "",
     chance: float | None = None,
 ) -> Metric:
-    """Build a metric from the accuracy of answers (see `accuracy_statistic`).
-
-    The default chance level is the accuracy of a uniform guess among the classes in `truth`.
-    """
+    """Build a metric from the accuracy of answers; the default chance level is the accuracy of a uniform guess."""
     statistic = accuracy_statistic(truth, answers, balanced)
     chance = 1 / len(set(truth)) if chance is None else chance
     return Metric.measured(name, statistic, len(truth), chance=chance, note=note)
