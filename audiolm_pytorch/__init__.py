@@ -41,7 +41,6 @@ if TYPE_CHECKING:
         FineTransformerTrainer as FineTransformerTrainer,
         SemanticTransformerTrainer as SemanticTransformerTrainer,
     )
-    from audiolm_pytorch.nn.half_weights import with_half_weights as with_half_weights
     from audiolm_pytorch.semantic import (
         BestRQEncoder as BestRQEncoder,
         FairseqVQWav2Vec as FairseqVQWav2Vec,

@@ -30,7 +30,6 @@ from audiolm_pytorch.generation.windows import SlidingWindowDecoder, StagePipeli
 from audiolm_pytorch.lm.compatibility import check_compatible, check_stages_compatible
 from audiolm_pytorch.lm.stage_transformer import AudioTokens, StageTransformer
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
-from audiolm_pytorch.nn.half_weights import with_half_weights
 from audiolm_pytorch.semantic.base import SemanticTokenizer
 from audiolm_pytorch.tokens.token_batch import TokenBatch
 
@@ -91,20 +90,6 @@ class AudioLM(nn.Module):
     def device(self) -> torch.device:
         """Device of the weights."""
         return self.semantic_transformer.device
-
-    def with_half_weights(self) -> "AudioLM":
-        """Return a copy for generation whose stages have bfloat16 weights; all other parts are shared."""
-        stages: dict[str, Any] = {
-            f"{name}_transformer": with_half_weights(stage) for name, stage in self.stages.items()
-        }
-        return AudioLM(
-            wav2vec=self.wav2vec,
-            codec=self.codec,
-            audio_conditioner=self.audio_conditioner,
-            text_conditioner=self.text_conditioner,
-            sampling=self.sampling,
-            **stages,
-        )
 
     def forward(
         self,

@@ -134,7 +134,7 @@ def letter_conditioner():
 def logits_of(stage, tokens, conditions) -> list[Tensor]:
     """Logits of every head; the only place that knows the parts of a stage."""
     packed = stage.packed(tokens)
-    hidden = stage.hidden(packed.ids, packed.input_mask, stage.condition_tensors(conditions, len(packed.ids)))
+    hidden = stage.hidden(packed.ids, packed.input_mask, stage.fuse(conditions, len(packed.ids)))
     return [stage.logits(hidden, head) for head in range(len(stage.heads))]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
 from audiolm_pytorch.nn.layers import RMSNorm
-from audiolm_pytorch.nn.transformer import INIT_STD, ConditionTensors
+from audiolm_pytorch.nn.transformer import INIT_STD, FusedConditions
 
 __all__ = ["ConditionFuser", "ConditionSpec"]
 
@@ -96,7 +96,7 @@ class ConditionFuser(nn.Module):
         self.specs = specs
         self.entries = nn.ModuleDict({name: _Condition(spec, dim) for name, spec in specs.items()})
 
-    def forward(self, conditions: Conditions, batch: int) -> ConditionTensors:
+    def forward(self, conditions: Conditions, batch: int) -> FusedConditions:
         """Project conditions of 1 or `batch` items to transformer inputs; a missing condition is a null embedding."""
         self.check(conditions)
         parts: dict[str, list[tuple[Tensor, Tensor]]] = {"prepend": [], "cross": [], "sum": []}
@@ -105,7 +105,7 @@ class ConditionFuser(nn.Module):
         prefix, padding = _padded_in_front(*_concatenated(parts["prepend"][::-1])) if parts["prepend"] else (None, None)
         states, states_mask = _concatenated(parts["cross"]) if parts["cross"] else (None, None)
         row_sums = _summed([embeddings for embeddings, _ in parts["sum"]]) if parts["sum"] else None
-        return ConditionTensors(prefix, padding, states, states_mask, row_sums)
+        return FusedConditions(prefix, padding, states, states_mask, row_sums)
 
     def check(self, conditions: Conditions) -> None:
         """Check that the model accepts the names and widths of the conditions."""

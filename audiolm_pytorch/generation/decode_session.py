@@ -2,16 +2,20 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from beartype import beartype
 from torch import Tensor
 
 from audiolm_pytorch.conditioning.tensors import Conditions, guide
 from audiolm_pytorch.generation.sampling import SamplingSettings, item_generators, sample_tokens
 from audiolm_pytorch.lm.token_model import TokenTransformer
-from audiolm_pytorch.nn.kv_cache import CachePositions, KVCache
+from audiolm_pytorch.nn.cached_transformer import CachedTransformer
 from audiolm_pytorch.nn.module_state import eval_mode
+from audiolm_pytorch.nn.row_products import RowProduct
 from audiolm_pytorch.tokens.streams import PackedTokens
 
 __all__ = ["DecodeSession", "Decoded"]
@@ -31,6 +35,13 @@ class Decoded:
 
     streams: dict[str, Tensor]
     lengths: dict[str, Tensor]
+
+
+class _Cell(NamedTuple):
+    """A column of a row, and the index of the head that predicts its token."""
+
+    head: int
+    column: int
 
 
 class DecodeSession:
@@ -91,7 +102,8 @@ class DecodeSession:
         self.model, self.conditioning, self.callback, self.allow_eos = model, conditioning, callback, allow_eos
         self.batch, self.copies = batch, 1 if scale == 1 else 2
         packed = grid.packed.to(model.device)
-        self.ids, self.mask = packed.ids.clone(), packed.input_mask.clone()
+        # Empty cells contain the id of the zero embedding.
+        self.ids = packed.ids.masked_fill(~packed.input_mask, layout.num_ids)
         # The tensors that control the loop stay on the CPU, so that no row waits for the device.
         self.missing, self.head, self.frame = grid.packed.loss_mask.cpu().clone(), grid.head, grid.frame
         self.num_frames = {name: count.clone() for name, count in grid.num_frames.items()}
@@ -104,7 +116,8 @@ class DecodeSession:
         self.rows = [min(cells, default=1) for cells in self.pending]
         self.frames_after_row = [self._count_frames_after_rows(item) for item in range(batch)]
         self.known = [self.frames_after_row[item][row - 1] for item, row in enumerate(self.rows)]
-        self.cache: KVCache | None = None
+        self.transformer: CachedTransformer | None = None
+        self.heads: dict[tuple[int, ...], _Heads] = {}
         self.has_read = False  # whether `hidden` belongs to the rows before `rows`
         self.bad_row = torch.full((), -1, device=model.device)
 
@@ -132,7 +145,7 @@ class DecodeSession:
                 cells and (until_frames is None or known < until_frames)
                 for cells, known in zip(self.pending, self.known)
             ):
-                if self.cache is None:
+                if self.transformer is None:
                     self._prefill()
                 elif not self.has_read:
                     self._read_row()
@@ -162,18 +175,18 @@ class DecodeSession:
 
     def _prefill(self) -> None:
         """Fill the cache with the conditions and all rows before the first row to decode of each item."""
-        count, device = max(self.rows), self.model.device
-        conditions = self.model.condition_tensors(self._doubled_conditions(), self.copies * self.batch)
-        self.offset = conditions.num_rows
-        self.cache = self.model.new_cache(self.copies * self.batch, self.offset + self.ids.shape[1])
-        cache_positions = CachePositions.after([0] * (self.copies * self.batch), self.offset + count, device)
-        ids, mask = self.ids[:, :count], self.mask[:, :count]
-        if self.copies == 2:
+        model, copies, count = self.model, self.copies, max(self.rows)
+        fused = model.fuse(self._doubled_conditions(), copies * self.batch)
+        ids = self.ids[:, :count]
+        mask = ids != model.layout.num_ids
+        if copies == 2:
             all_items = torch.ones(self.batch, dtype=torch.bool)
-            unconditional = self.model.layout.without_conditions(PackedTokens(ids, mask, mask), all_items)
+            unconditional = model.layout.without_conditions(PackedTokens(ids, mask, mask), all_items)
             ids, mask = torch.cat((ids, unconditional.ids)), mask.repeat(2, 1, 1)
-        hidden = self.model.hidden(ids, mask, conditions, self.cache, cache_positions)
-        last = torch.tensor(self.rows, device=hidden.device).repeat(self.copies) - 1
+        self.transformer = CachedTransformer(model.transformer, copies * self.batch)
+        num_positions = fused.num_rows + self.ids.shape[1]
+        hidden = self.transformer.prefill(model.embed(ids, mask), fused, self.rows * copies, num_positions)
+        last = torch.tensor(self.rows, device=hidden.device).repeat(copies) - 1
         self.hidden = hidden[torch.arange(len(hidden), device=hidden.device), last]
         self.has_read = True
 
@@ -189,67 +202,63 @@ class DecodeSession:
 
     def _read_row(self) -> None:
         """Run the model on the current row of each item and go to the next. Complete items stay at their last row."""
-        self.rows = [row + 1 if cells else row for row, cells in zip(self.rows, self.pending)]
-        read_rows, device = [row - 1 for row in self.rows], self.ids.device
-        positions = [row + self.offset for row in read_rows] * self.copies
-        cache_positions = CachePositions.after(positions, 1, self.model.device)
-        if cache_positions.start is not None:
-            ids, mask = (part[:, read_rows[0]].unsqueeze(1) for part in (self.ids, self.mask))
-        else:
-            cells = torch.arange(self.batch, device=device), torch.tensor(read_rows, device=device)
-            ids, mask = (part[cells].unsqueeze(1) for part in (self.ids, self.mask))
+        rows = [row if cells else row - 1 for row, cells in zip(self.rows, self.pending)]
+        ids = self.ids[_rows_of_items(rows)]
+        x = F.embedding(ids, self.model.embedding.weight).sum(dim=1)
         if self.copies == 2:
-            ids, mask = ids.repeat(2, 1, 1), mask.repeat(2, 1, 1)
-        self.hidden = self.model.hidden(ids, mask, None, self.cache, cache_positions)[:, 0]
+            x = x.repeat(2, 1)
+        if self.transformer is not None:
+            self.hidden = self.transformer.step(x, rows * self.copies)
+        self.rows = [row + 1 for row in rows]
         self.has_read = True
 
     def _fill_row(self) -> None:
         """Sample the missing tokens in the current row of each item."""
-        items_of_cell: dict[tuple[int, int], list[int]] = {}  # (head, column) -> items
+        items_of_cells: dict[tuple[_Cell, ...], list[int]] = {}
         for item, (pending, row) in enumerate(zip(self.pending, self.rows)):
-            for cell in pending.pop(row, ()):
-                items_of_cell.setdefault(cell, []).append(item)
-        # Cells with the same items and the same number of logits are sampled together.
-        groups: dict[tuple[int, tuple[int, ...]], list[tuple[int, int]]] = {}
-        for (head, column), items in items_of_cell.items():
-            groups.setdefault((self._num_logits(head), tuple(items)), []).append((head, column))
+            items_of_cells.setdefault(pending.pop(row, ()), []).append(item)
         ends: dict[int, int] = {}  # item -> frames before its end
-        for (_, group_items), cells in groups.items():
-            ends |= self._sample(list(group_items), [head for head, _ in cells], [column for _, column in cells])
+        for cells, items in items_of_cells.items():
+            # Heads with the same number of logits are sampled together.
+            by_size: dict[int, list[_Cell]] = {}
+            for cell in cells:
+                by_size.setdefault(len(self.model.layout.heads[cell.head].ids(self.allow_eos)), []).append(cell)
+            for cells_of_size in by_size.values():
+                ends |= self._sample(items, cells_of_size)
         for item, num_frames in ends.items():
             self._end(item, num_frames)
         self.known = [frames[row] for frames, row in zip(self.frames_after_row, self.rows)]
         self.has_read = False
 
-    def _num_logits(self, head: int) -> int:
-        return len(self.model.layout.heads[head].ids(self.allow_eos))
-
-    def _sample(self, items: list[int], heads: list[int], columns: list[int]) -> dict[int, int]:
-        """Sample one token per item and head into `columns`. Return `{item: frames}` for the items that end."""
-        device, layout_heads = self.ids.device, [self.model.layout.heads[head] for head in heads]
-        rows = [self.rows[item] for item in items]
-        copied_items = [item + self.batch for item in items] if self.copies == 2 else []
-        hidden = self.hidden if len(items) == self.batch else self.hidden[[*items, *copied_items]]
-        size = self._num_logits(heads[0])
-        logits = torch.stack([self.model.logits(hidden, head)[:, :size] for head in heads], dim=1)
+    def _sample(self, items: list[int], cells: list[_Cell]) -> dict[int, int]:
+        """Sample one token per item into each of `cells`. Return `{item: frames}` for the items that end."""
+        key = tuple(cell.head for cell in cells)
+        if key not in self.heads:
+            self.heads[key] = _Heads(self.model, key, self.allow_eos, self.copies * self.batch)
+        heads, rows = self.heads[key], [self.rows[item] for item in items]
+        if len(items) == self.batch:
+            logits = heads.logits(self.hidden)
+        else:
+            copied_items = [item + self.batch for item in items] if self.copies == 2 else []
+            logits = heads.logits(self.hidden[[*items, *copied_items]])
         if self.copies == 2:
             conditional, unconditional = logits.chunk(2)
             logits = guide(conditional, unconditional, float(self.settings.guidance_scale))
         self._check_finite(logits, items, rows)
-        eos_heads = [(place, head) for place, head in enumerate(layout_heads) if self.allow_eos and head.has_eos]
-        for place, head in eos_heads:  # an item cannot end before its first frame
-            without_frame = (self.frame[items, rows, columns[place]] == 0).nonzero().flatten()
-            if len(without_frame):
-                logits[without_frame, place, head.vocab_size] = float("-inf")
-        item_index = torch.tensor(items, device=device).unsqueeze(1)
-        cells = item_index, torch.tensor(rows, device=device).unsqueeze(1), torch.tensor(columns, device=device)
-        noise = self.noise[cells]
-        tokens = sample_tokens(logits.flatten(0, 1), noise.flatten(), self.settings).view_as(noise)
-        self.ids[cells] = tokens + torch.tensor([head.first_id for head in layout_heads], device=device)
+        for place, (_, column) in enumerate(cells):
+            if heads.has_eos[place]:  # an item cannot end before its first frame
+                without_frame = (self.frame[items, rows, column] == 0).nonzero().flatten()
+                if len(without_frame):
+                    logits[without_frame, place, -1] = float("-inf")
+        index = _cells_of_items(items, rows, [cell.column for cell in cells], self.batch)
+        noise = self.noise[index]
+        tokens = sample_tokens(logits.flatten(0, 1), noise.flatten(), self.settings).view(len(items), -1)
+        self.ids[index] = tokens + heads.first_ids
         ends: dict[int, int] = {}
-        for place, head in eos_heads:
-            for n in (tokens[:, place] == head.vocab_size).nonzero().flatten().tolist():
-                ends[items[n]] = int(self.frame[items[n], rows[n], columns[place]])
+        for place, (_, column) in enumerate(cells):
+            if heads.has_eos[place]:
+                for n in (tokens[:, place] == heads.num_logits - 1).nonzero().flatten().tolist():
+                    ends[items[n]] = int(self.frame[items[n], rows[n], column])
         return ends
 
     def _end(self, item: int, num_frames: int) -> None:
@@ -266,7 +275,7 @@ class DecodeSession:
             if head.has_eos:
                 self.ids[item, row, column] = head.first_id + head.vocab_size
         self.missing[item] &= is_used
-        self.mask[item] &= is_used.to(self.mask.device)
+        self.ids[item].masked_fill_(~is_used.to(self.ids.device), layout.num_ids)
         cells = _missing_cells(self.missing[item], self.head[item])
         self.pending[item] = {later_row: row_cells for later_row, row_cells in cells.items() if later_row > row}
         self.frames_after_row[item] = self._count_frames_after_rows(item)
@@ -280,12 +289,13 @@ class DecodeSession:
 
     def _check_finite(self, logits: Tensor, items: list[int], rows: list[int]) -> None:
         """Raise ValueError if logits are not finite; on a GPU, `_raise_recorded_error` raises the error later."""
-        finite = logits.isfinite().all()
+        total = logits.sum()  # not finite if a logit is not
         if logits.device.type != "cpu":
-            self.bad_row = torch.where(finite | (self.bad_row >= 0), self.bad_row, max(rows))
-        elif not finite:
+            self.bad_row = torch.where(total.isfinite() | (self.bad_row >= 0), self.bad_row, max(rows))
+        elif not isfinite(total.item()):
             bad = [item for item, item_logits in zip(items, logits) if not item_logits.isfinite().all()]
-            raise self._not_finite_error(max(rows), f" of items {bad}")
+            if bad:
+                raise self._not_finite_error(max(rows), f" of items {bad}")
 
     def _raise_recorded_error(self) -> None:
         row = int(self.bad_row)
@@ -299,9 +309,45 @@ class DecodeSession:
         )
 
 
-def _missing_cells(missing: Tensor, head: Tensor) -> dict[int, list[tuple[int, int]]]:
-    """For each row of one item, the (head, column) pairs of its missing tokens; `missing` is `[rows, columns]`."""
-    cells: dict[int, list[tuple[int, int]]] = {}
+def _missing_cells(missing: Tensor, head: Tensor) -> dict[int, tuple[_Cell, ...]]:
+    """For each row of one item, the cells of its missing tokens; `missing` is `[rows, columns]`."""
+    cells: dict[int, tuple[_Cell, ...]] = {}
     for row, column in missing.nonzero().tolist():
-        cells.setdefault(row, []).append((int(head[row, column]), column))
+        cells[row] = (*cells.get(row, ()), _Cell(int(head[row, column]), column))
     return cells
+
+
+def _rows_of_items(rows: Sequence[int]) -> Any:
+    """Index of row `rows[i]` of each item i in a tensor `[b, rows, columns]`; a slice if all are equal."""
+    return (slice(None), rows[0]) if min(rows) == max(rows) else (list(range(len(rows))), list(rows))
+
+
+def _cells_of_items(items: list[int], rows: list[int], columns: list[int], batch: int) -> Any:
+    """Index of cells `[items, columns]` in a tensor `[b, rows, columns]`; slices if that is possible."""
+    if len(items) == batch and min(rows) == max(rows) and columns == list(range(columns[0], columns[-1] + 1)):
+        return slice(None), rows[0], slice(columns[0], columns[-1] + 1)
+    return [[item] for item in items], [[row] for row in rows], columns
+
+
+class _Heads:
+    """Heads of a model that are sampled together, because they have the same number of logits."""
+
+    def __init__(self, model: TokenTransformer, heads: Sequence[int], allow_eos: bool, num_rows: int) -> None:
+        selected = [model.layout.heads[head] for head in heads]
+        self.num_logits = len(selected[0].ids(allow_eos))
+        self.has_eos = [allow_eos and head.has_eos for head in selected]
+        self.first_ids = torch.tensor([head.first_id for head in selected], device=model.device)
+        layers: list[Any] = list(model.heads)
+        weights = [layers[head].weight[: self.num_logits] for head in heads]
+        self._weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        self._product = RowProduct(self._weight, None, num_rows)
+        self._out = torch.zeros(num_rows, len(self._weight), device=model.device, dtype=self._weight.dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits `[n, heads, num_logits]` float32 of final states `[n, d]`."""
+        if len(hidden) == len(self._out):
+            self._product(hidden, self._out)
+            out = self._out
+        else:
+            out = F.linear(hidden, self._weight)
+        return out.view(len(hidden), len(self.has_eos), -1).float()

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.conditioning.fuser import ConditionFuser, ConditionSpec
 from audiolm_pytorch.conditioning.tensors import Conditions
-from audiolm_pytorch.nn.kv_cache import CachePositions, KVCache
-from audiolm_pytorch.nn.layers import Projection
-from audiolm_pytorch.nn.transformer import INIT_STD, ConditionTensors, Transformer
+from audiolm_pytorch.nn.transformer import INIT_STD, FusedConditions, Transformer
 from audiolm_pytorch.saving.modules import register
 from audiolm_pytorch.tokens.layout import TokenLayout
 from audiolm_pytorch.tokens.streams import PackedTokens
@@ -117,7 +115,7 @@ class TokenTransformer(nn.Module):
         self.transformer = Transformer(**sizes, dropout=dropout, cross=cross, **stack)
         # The last embedding is used for empty cells of the layout. It is zero and has no gradient.
         self.embedding = nn.Embedding(layout.num_ids + 1, dim, padding_idx=layout.num_ids)
-        self.heads = nn.ModuleList(Projection(dim, head.num_logits) for head in layout.heads)
+        self.heads = nn.ModuleList(nn.Linear(dim, head.num_logits, bias=False) for head in layout.heads)
         for weight in (self.embedding.weight, *self.heads.parameters()):
             nn.init.normal_(weight, std=INIT_STD)
         nn.init.zeros_(self.embedding.weight[layout.num_ids])
@@ -159,8 +157,7 @@ class TokenTransformer(nn.Module):
             if self.training and spec.drop_prob > 0 and name in conditions:
                 dropped = torch.rand(batch) < spec.drop_prob
                 conditions[name] = conditions[name].expand(batch).without_items(dropped)
-        condition_tensors = self.condition_tensors(conditions, batch)
-        hidden = self.hidden(packed.ids[:, :-1], packed.input_mask[:, :-1], condition_tensors)
+        hidden = self.hidden(packed.ids[:, :-1], packed.input_mask[:, :-1], self.fuse(conditions, batch))
         return self._loss(hidden, packed.ids[:, 1:], packed.loss_mask[:, 1:])
 
     def _loss(self, hidden: Tensor, targets: Tensor, loss_mask: Tensor) -> TokenLoss:
@@ -187,41 +184,32 @@ class TokenTransformer(nn.Module):
             accuracy=hits.detach() / count.clamp(min=1),
         )
 
-    def new_cache(self, batch: int, num_positions: int) -> KVCache:
-        """Allocate an empty cache for `batch` sequences of up to `num_positions` positions, prefix included."""
-        return self.transformer.new_cache(batch, num_positions)
-
-    def condition_tensors(self, conditioning: Conditions | None, batch: int) -> ConditionTensors:
+    def fuse(self, conditions: Conditions | None, batch: int) -> FusedConditions:
         """Project conditions of 1 or `batch` items for the transformer; null embeddings replace missing conditions."""
-        tensors: ConditionTensors = self.fuser(conditioning or {}, batch)
-        if tensors.row_sums is not None and tensors.row_sums.shape[1] > 1 and not self.layout.has_row_per_frame:
+        fused: FusedConditions = self.fuser(conditions or {}, batch)
+        if fused.row_sums is not None and fused.row_sums.shape[1] > 1 and not self.layout.has_row_per_frame:
             raise ValueError(
                 "a condition with one embedding per frame needs a layout with one row per frame: use the delayed or "
                 "the parallel pattern, without streams that have no rate, or pass one embedding per item"
             )
-        return tensors
+        return fused
 
-    def hidden(
-        self,
-        ids: Tensor,
-        mask: Tensor,
-        condition_tensors: ConditionTensors | None = None,
-        cache: KVCache | None = None,
-        cache_positions: CachePositions | None = None,
-    ) -> Tensor:
+    def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Return the sum `[b, n, d]` of the token embeddings of every row; see `hidden`."""
+        cells = rearrange(ids.masked_fill(~mask, self.layout.num_ids), "b n c -> (b n) c")
+        x = F.embedding_bag(cells, self.embedding.weight, mode="sum", padding_idx=self.layout.num_ids)
+        return rearrange(x, "(b n) d -> b n d", b=len(ids))
+
+    def hidden(self, ids: Tensor, mask: Tensor, conditions: FusedConditions | None = None) -> Tensor:
         """Return the final state `[b, n, d]` of every row, from which the next row is predicted.
 
         Args:
             ids: Token ids `[b, n, columns]`.
             mask: `[b, n, columns]` bool, False where a row has no token in a column.
-            condition_tensors: Projected conditions. With a cache, pass them only in the first call.
-            cache: Cache of the previous rows, written in place.
-            cache_positions: Positions of prefix and rows in the cache.
+            conditions: Projected conditions from `fuse`.
         """
-        cells = rearrange(ids.masked_fill(~mask, self.layout.num_ids), "b n c -> (b n) c")
-        x = F.embedding_bag(cells, self.embedding.weight, mode="sum", padding_idx=self.layout.num_ids)
-        x = rearrange(x, "(b n) d -> b n d", b=len(ids))
-        return self.transformer(x, condition_tensors, cache=cache, cache_positions=cache_positions)
+        hidden: Tensor = self.transformer(self.embed(ids, mask), conditions)
+        return hidden
 
     def logits(self, hidden: Tensor, head: int) -> Tensor:
         """Return the logits `[..., num_logits]` float32 of one head for final states `[..., d]`."""

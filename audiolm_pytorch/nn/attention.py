@@ -1,4 +1,4 @@
-"""Causal self-attention and cross-attention."""
+"""Self-attention and cross-attention over whole sequences."""
 
 from dataclasses import dataclass
 
@@ -8,126 +8,121 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
-from audiolm_pytorch.nn.kv_cache import CachePositions, KVCache
-from audiolm_pytorch.nn.layers import Projection, rotate
+from audiolm_pytorch.nn.positions import rotate
 
-__all__ = [
-    "AttentionContext",
-    "CausalSelfAttention",
-    "CrossAttention",
-    "attend",
-    "prefers_plain_product",
-]
+__all__ = ["AttentionContext", "CrossAttention", "SelfAttention", "attend"]
 
-# In bfloat16 on a CPU, plain matrix products are three times as fast as torch 2.13's fused kernel at training lengths
-# (258 rows, batch 16, forward and backward, one core: 12 ms, not 36 ms). Longer sequences need too much memory for it.
+# In bfloat16 on a CPU, plain matrix products are three to four times as fast as torch 2.13's fused kernel at training
+# lengths (258 rows, batch 16, forward and backward, one core: 12 ms, not 36 ms). Longer sequences need too much memory.
 _PLAIN_PRODUCT_MAX_ROWS = 1024
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionContext:
-    """Positions, masks, cache and states for the attention of a transformer; all blocks share them.
+    """Positions, masks and states for the attention of a transformer; all blocks share them.
 
     Attributes:
         angles: Cosines and sines of rotary positions, `[b or 1, n, dim_head]` each; None = no rotary positions.
-        bias: `[b or 1, h or 1, n, k]`, float that is added to the attention scores, or a bool mask; None = no bias.
-        is_causal: True: row i attends to keys 0..i. False: every row attends to all keys that `bias` allows.
-        cache: Keys and values of earlier rows; None = there are no earlier rows.
-        cache_positions: Positions of the rows in `cache`.
-        states: `[b, s, d]` states for cross-attention; with a cache, only in the first call.
+        bias: `[b or 1, h or 1, n or 1, n]`, float that is added to the scores, or a bool mask; None = no bias.
+        is_causal: True: row i attends to rows 0..i, and `bias` is None. False: `bias` alone hides rows.
+        waves: The two factors `[b or 1, h, n, r]` of `WavePositionBias`; None = no such bias.
+        states: `[b, s, d]` states for cross-attention.
         cross_mask: `[b, 1, 1, s]` bool, False where `states` are padding.
+        keys_values: If it is a list, each block appends its keys and values `[b, g, n, dim_head]`, for a cache.
     """
 
-    angles: tuple[Tensor, Tensor] | None
-    bias: Tensor | None
-    is_causal: bool
-    cache: KVCache | None = None
-    cache_positions: CachePositions | None = None
+    angles: tuple[Tensor, Tensor] | None = None
+    bias: Tensor | None = None
+    is_causal: bool = False
+    waves: tuple[Tensor, Tensor] | None = None
     states: Tensor | None = None
     cross_mask: Tensor | None = None
-
-
-def prefers_plain_product(queries: Tensor) -> bool:
-    """Whether attention by plain matrix products is faster than torch's fused attention for queries `[b, h, n, d]`."""
-    is_cpu_bf16 = queries.device.type == "cpu" and queries.dtype == torch.bfloat16
-    return is_cpu_bf16 and queries.shape[2] <= _PLAIN_PRODUCT_MAX_ROWS
+    keys_values: list[tuple[Tensor, Tensor]] | None = None
 
 
 def attend(
-    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None, is_causal: bool = False
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
 ) -> Tensor:
-    """Compute scaled dot-product attention `[b, h, n, d]` with the fastest method for the device.
+    """Compute scaled dot-product attention `[b, h, n, v]` with the fastest method for the device.
 
     Args:
         queries: `[b, h, n, d]`.
         keys: `[b, g, k, d]`; g divides h. Each head of keys and values serves h / g consecutive heads of queries.
-        values: `[b, g, k, d]`.
+        values: `[b, g, k, v]` with v at most d.
         bias: Float that is added to the scores, or a bool mask; broadcastable to `[b, h, n, k]`.
         is_causal: True: row i attends to keys 0..i, and `bias` must be None.
+        scale: Factor of the inner products of queries and keys; None = `d ** -0.5`.
     """
     shared = queries.shape[1] != keys.shape[1]
-    if shared and queries.shape[2] == 1:
-        # Heads that share keys become rows of one head: the kernel then reads the keys once, not once per query head
-        # (2000 keys of 1 head for 8 query heads, one core: 80 us, not 160 us).
-        grouped = rearrange(queries, "b (g r) 1 d -> b g r d", g=keys.shape[1])
-        if bias is not None and bias.shape[1] != 1:
-            bias = rearrange(bias, "b (g r) 1 k -> b g r k", g=keys.shape[1])
-        return rearrange(attend(grouped, keys, values, bias), "b g r d -> b (g r) 1 d")
-    if not prefers_plain_product(queries):
+    scale = queries.shape[-1] ** -0.5 if scale is None else scale
+    num_rows, width = queries.shape[2], values.shape[-1]
+    if queries.device.type != "cpu" or queries.dtype != torch.bfloat16 or num_rows > _PLAIN_PRODUCT_MAX_ROWS:
+        # Fused kernels need values as wide as the keys. Other kernels store the matrix of all pairs.
+        values = F.pad(values, (0, queries.shape[-1] - width)) if width != queries.shape[-1] else values
         return F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=bias, is_causal=is_causal, enable_gqa=shared
-        )
+            queries, keys, values, attn_mask=bias, is_causal=is_causal, scale=scale, enable_gqa=shared
+        )[..., :width]
     if shared:
         keys, values = (part.repeat_interleave(queries.shape[1] // part.shape[1], dim=1) for part in (keys, values))
-    num_rows = queries.shape[2]
     if is_causal:
         bias = torch.full((num_rows, num_rows), float("-inf"), dtype=queries.dtype, device=queries.device).triu(1)
     elif bias is not None and bias.dtype == torch.bool:
-        bias = torch.zeros((), dtype=queries.dtype, device=queries.device).masked_fill(~bias, float("-inf"))
+        # Not minus infinity: a row that attends to nothing is padding, and must stay finite.
+        bias = torch.zeros((), dtype=queries.dtype, device=queries.device).masked_fill(~bias, -1e30)
     if bias is not None and bias.ndim == 2:
         flat = [rearrange(part, "b h n d -> (b h) n d") for part in (queries, keys, values)]
-        scores = torch.baddbmm(bias, flat[0], flat[1].mT, alpha=queries.shape[-1] ** -0.5)
+        scores = torch.baddbmm(bias, flat[0], flat[1].mT, alpha=scale)
         return rearrange(scores.softmax(dim=-1) @ flat[2], "(b h) n d -> b h n d", b=len(queries))
-    scores = (queries * queries.shape[-1] ** -0.5) @ keys.mT
+    scores = (queries * scale) @ keys.mT
     scores = scores if bias is None else scores + bias.to(scores.dtype)
     return scores.softmax(dim=-1) @ values
 
 
-class CausalSelfAttention(nn.Module):
-    """Causal self-attention: multi-head, grouped-query (arXiv 2305.13245) or multi-query (arXiv 1911.02150).
+class SelfAttention(nn.Module):
+    """Self-attention: multi-head, grouped-query (arXiv 2305.13245) or multi-query (arXiv 1911.02150).
 
     Args:
         dim: Width of inputs and outputs.
         heads: Number of attention heads h.
         dim_head: Width of a head.
-        kv_heads: Number of heads of keys and values, a divisor of `heads`; 1 = multi-query, None = `heads`.
+        kv_heads: Number g of heads of keys and values, a divisor of `heads`; 1 = multi-query, None = `heads`.
+        bias: Whether the projections have biases.
     """
 
     @beartype
-    def __init__(self, dim: int, heads: int, dim_head: int, kv_heads: int | None = None) -> None:
+    def __init__(self, dim: int, heads: int, dim_head: int, kv_heads: int | None = None, bias: bool = False) -> None:
         super().__init__()
         self.heads, self.kv_heads = heads, heads if kv_heads is None else kv_heads
         if self.kv_heads < 1 or heads % self.kv_heads:
             raise ValueError(f"kv_heads must divide heads, got kv_heads={kv_heads} and heads={heads}")
-        self.to_qkv = Projection(dim, (heads + 2 * self.kv_heads) * dim_head)
-        self.to_out = Projection(heads * dim_head, dim)
+        self.to_qkv = nn.Linear(dim, (heads + 2 * self.kv_heads) * dim_head, bias=bias)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=bias)
 
-    def forward(self, x: Tensor, context: AttentionContext, layer: int = 0) -> Tensor:
-        """Attend from rows `x [b, n, d]` to themselves and earlier rows; `layer` is the index in the cache."""
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """Attend from rows `x [b, n, d]` to the rows that `context` allows."""
         num_rotated = self.heads + self.kv_heads
-        # With half weights a projection returns a lower precision than its input.
-        qkv = self.to_qkv(x).to(x.dtype).unflatten(-1, (num_rotated + self.kv_heads, -1))  # b n (p d) -> b n p d
+        qkv = self.to_qkv(x).unflatten(-1, (num_rotated + self.kv_heads, -1))  # b n (p d) -> b n p d
         rotated = qkv[:, :, :num_rotated]
         if context.angles is not None:
             cos, sin = context.angles
             rotated = rotate(rotated, cos.unsqueeze(2), sin.unsqueeze(2))
         parts = rotated[:, :, : self.heads], rotated[:, :, self.heads :], qkv[:, :, num_rotated:]
         queries, keys, values = (part.transpose(1, 2) for part in parts)
-        if context.cache is not None and context.cache_positions is not None:
-            keys, values = context.cache.write(layer, keys, values, context.cache_positions)
-            queries = queries.to(keys.dtype)
-        out = attend(queries, keys, values, context.bias, context.is_causal)
-        return self.to_out(out.transpose(1, 2).flatten(2).to(x.dtype))  # b h n d -> b n (h d)
+        if context.keys_values is not None:
+            context.keys_values.append((keys, values))
+        scale = queries.shape[-1] ** -0.5
+        if context.waves is not None:
+            for_queries, for_keys = (part.to(queries.dtype).expand(len(x), -1, -1, -1) for part in context.waves)
+            # `attend` scales the product, and the bias must stay unscaled.
+            queries = torch.cat((queries, for_queries / scale), dim=-1)
+            keys = torch.cat((keys, for_keys), dim=-1)
+        out = attend(queries, keys, values, context.bias, context.is_causal, scale)
+        return self.to_out(out.transpose(1, 2).flatten(2))  # b h n d -> b n (h d)
 
 
 class CrossAttention(nn.Module):
@@ -137,27 +132,26 @@ class CrossAttention(nn.Module):
         dim: Width of inputs, outputs and states.
         heads: Number of attention heads h.
         dim_head: Width of a head.
+        bias: Whether the projections have biases.
     """
 
     @beartype
-    def __init__(self, dim: int, heads: int, dim_head: int) -> None:
+    def __init__(self, dim: int, heads: int, dim_head: int, bias: bool = False) -> None:
         super().__init__()
         self.heads = heads
-        self.to_q = Projection(dim, heads * dim_head)
-        self.to_kv = Projection(dim, 2 * heads * dim_head)
-        self.to_out = Projection(heads * dim_head, dim)
+        self.to_q = nn.Linear(dim, heads * dim_head, bias=bias)
+        self.to_kv = nn.Linear(dim, 2 * heads * dim_head, bias=bias)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=bias)
 
-    def forward(self, x: Tensor, context: AttentionContext, layer: int = 0) -> Tensor:
-        """Attend from rows `[b, n, d]` to conditioning states: those of `context` or, if cached, of the cache."""
-        if context.states is not None:
-            kv = rearrange(self.to_kv(context.states).to(x.dtype), "b s (two h d) -> two b h s d", two=2, h=self.heads)
-            keys, values = kv[0].contiguous(), kv[1].contiguous()
-            if context.cache is not None:
-                context.cache.cross_keys_values[layer] = keys, values
-        elif context.cache is not None and layer in context.cache.cross_keys_values:
-            keys, values = context.cache.cross_keys_values[layer]
-        else:
-            raise ValueError("cross-attention needs states: pass ConditionTensors with states in the first call")
-        queries = rearrange(self.to_q(x).to(x.dtype), "b n (h d) -> b h n d", h=self.heads)
-        out = attend(queries, keys, values, context.cross_mask)
+    def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Project conditioning states `[b, s, d]` to keys and values `[b, h, s, dim_head]`."""
+        kv = rearrange(self.to_kv(states), "b s (two h d) -> two b h s d", two=2, h=self.heads)
+        return kv[0].contiguous(), kv[1].contiguous()
+
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """Attend from rows `x [b, n, d]` to the conditioning states of `context`."""
+        if context.states is None:
+            raise ValueError("cross-attention needs states: pass FusedConditions with states")
+        queries = rearrange(self.to_q(x), "b n (h d) -> b h n d", h=self.heads)
+        out = attend(queries, *self.keys_values(context.states), context.cross_mask)
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))

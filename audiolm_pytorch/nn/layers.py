@@ -1,39 +1,15 @@
-"""Layers of the transformers, all without biases: projection, normalisation, gated feed-forward layer, positions."""
+"""Parts of transformer blocks: root mean square normalisation and feed-forward layers."""
 
-import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from beartype import beartype
-from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["GatedFeedForward", "Projection", "RMSNorm", "RelativePositions", "RotaryPositions", "rotate"]
-
-# A product with at most 16 rows is limited by reading the weights, and torch 2.13's float32 kernel reads them on one
-# core. A batched product of parts of the weights uses all cores (one row, 512 x 2730, two cores: 95 us, not 240 us).
-_MAX_SPLIT_ROWS = 16
-_MAX_PARTS = 32
-
-
-class Projection(nn.Linear):
-    """A linear layer without bias that uses all CPU cores also for a single row."""
-
-    @beartype
-    def __init__(self, dim_in: int, dim_out: int) -> None:
-        super().__init__(dim_in, dim_out, bias=False)
-        self._num_parts = max(parts for parts in range(1, _MAX_PARTS + 1) if dim_out % parts == 0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `[..., dim_in]` to `[..., dim_out]`."""
-        num_rows = x.numel() // self.in_features
-        if num_rows > _MAX_SPLIT_ROWS or torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
-            return F.linear(x, self.weight)
-        parts = self.weight.view(self._num_parts, -1, self.in_features)
-        out = torch.bmm(x.reshape(1, num_rows, self.in_features).expand(self._num_parts, -1, -1), parts.mT)
-        return out.transpose(0, 1).reshape(*x.shape[:-1], self.out_features)
+__all__ = ["FeedForward", "GatedFeedForward", "NormFactory", "RMSNorm", "norm_factory"]
 
 
 def _is_differentiated_eagerly() -> bool:
@@ -80,6 +56,17 @@ class RMSNorm(nn.Module):
         return _RootMeanSquareNorm.apply(x, self.weight, self.eps)
 
 
+# Creates the norm of vectors of a width.
+NormFactory = Callable[[int], nn.Module]
+
+
+def norm_factory(norm: Literal["rms", "layer"] | NormFactory) -> NormFactory:
+    """Return the factory of a norm: `RMSNorm`, `nn.LayerNorm`, or the passed factory."""
+    if norm == "rms":
+        return RMSNorm
+    return nn.LayerNorm if norm == "layer" else norm
+
+
 def _gated(halves: Tensor) -> Tensor:
     """`value * silu(gate)` of the two halves of `[..., 2 h]`."""
     value, gate = halves.chunk(2, dim=-1)
@@ -111,7 +98,7 @@ class _GatedProjection(torch.autograd.Function):
 
 
 class GatedFeedForward(nn.Module):
-    """Feed-forward layer with a SiLU gate (SwiGLU, arXiv:2002.05202, eq. 6).
+    """Feed-forward layer with a SiLU gate and without biases (SwiGLU, arXiv:2002.05202, eq. 6).
 
     Args:
         dim: Width of inputs and outputs.
@@ -122,77 +109,49 @@ class GatedFeedForward(nn.Module):
     @beartype
     def __init__(self, dim: int, hidden_dim: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.up = Projection(dim, 2 * hidden_dim)
-        self.down = Projection(hidden_dim, dim)
+        self.up = nn.Linear(dim, 2 * hidden_dim, bias=False)
+        self.down = nn.Linear(hidden_dim, dim, bias=False)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to `x [..., d]`; the shape stays the same."""
         halves = self.up(x)
-        # `_GatedProjection` cannot reproduce dropout in its backward pass, and packed weights have no gradient.
+        # `_GatedProjection` cannot reproduce dropout in its backward pass.
         is_dropping = self.dropout.p > 0 and self.training
-        if isinstance(self.down, Projection) and _is_differentiated_eagerly() and not is_dropping:
+        if _is_differentiated_eagerly() and not is_dropping:
             return _GatedProjection.apply(halves, self.down.weight)
         gated = _gated(halves)
         return self.down(self.dropout(gated) if is_dropping else gated)
 
 
-class RotaryPositions(nn.Module):
-    """Cosines and sines of rotary position embeddings (RoFormer, arXiv:2104.09864, eq. 15).
+class FeedForward(nn.Module):
+    """Feed-forward layer with one hidden layer, for example that of GPT-2, T5 and MusicGen.
 
     Args:
-        dim_head: Width of a head; must be even.
-        base: Longest wavelength in positions, divided by 2 pi.
+        dim: Width of inputs and outputs.
+        hidden_dim: Width of the hidden layer.
+        activation: `gelu`, `gelu_tanh` (the approximation of GPT-2), or `relu`.
+        bias: Whether both projections have biases.
+        dropout: Dropout probability of hidden values.
     """
 
     @beartype
-    def __init__(self, dim_head: int, base: float = 10000.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        activation: Literal["gelu", "gelu_tanh", "relu"] = "gelu",
+        bias: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
-        if dim_head % 2:
-            raise ValueError(f"rotary positions rotate pairs of values, so dim_head must be even; got {dim_head}")
-        self.dim_head = dim_head
-        self.base = base
+        self.up = nn.Linear(dim, hidden_dim, bias=bias)
+        self.activation = (
+            nn.ReLU() if activation == "relu" else nn.GELU("tanh" if activation == "gelu_tanh" else "none")
+        )
+        self.down = nn.Linear(hidden_dim, dim, bias=bias)
+        self.dropout = nn.Dropout(dropout)
 
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the cosines and sines `[..., n, dim_head]` float32 of integer positions `[..., n]`, for `rotate`."""
-        exponents = torch.arange(0, self.dim_head, 2, device=positions.device, dtype=torch.float32) / self.dim_head
-        angles = positions.unsqueeze(-1).float() * self.base**-exponents
-        cos, sin = angles.cos(), angles.sin()
-        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (value i, value i + d / 2) of `x [..., d]` with the cosines and sines of `RotaryPositions`."""
-    return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, dims=-1), sin.to(x.dtype))
-
-
-class RelativePositions(nn.Module):
-    """Learned bias for causal attention by the distance from row to key (T5, arXiv:1910.10683, sec. 2.1).
-
-    Distances are grouped into buckets; all distances in a bucket share a bias per head. Half of the buckets contain one
-    distance each, the other buckets contain logarithmically growing ranges. As in T5, there are 32 buckets, and the
-    last one contains all distances from 128 on.
-    """
-
-    num_buckets = 32
-    max_distance = 128
-
-    @beartype
-    def __init__(self, heads: int) -> None:
-        super().__init__()
-        self.bias = nn.Embedding(self.num_buckets, heads)
-
-    def buckets(self, distances: Tensor) -> Tensor:
-        """Index of the bucket of each distance, int64; negative distances count as 0."""
-        exact = self.num_buckets // 2
-        distances = distances.clamp(min=0)
-        scale = (self.num_buckets - exact) / math.log(self.max_distance / exact)
-        far = exact + (torch.log(distances.clamp(min=1).float() / exact) * scale).long()
-        return torch.where(distances < exact, distances, far.clamp(max=self.num_buckets - 1))
-
-    def forward(self, positions: Tensor, num_keys: int) -> Tensor:
-        """Compute the bias `[b or 1, h, n, num_keys]` of rows at `positions [b or 1, n]` for keys from 0 on."""
-        by_distance = self.bias(self.buckets(torch.arange(num_keys, device=positions.device)))
-        distances = positions.unsqueeze(-1) - torch.arange(num_keys, device=positions.device)
-        # All distances are below the number of keys. The caller masks later keys.
-        return rearrange(by_distance[distances.clamp(min=0)], "b n k h -> b h n k")
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to `x [..., d]`; the shape stays the same."""
+        return self.down(self.dropout(self.activation(self.up(x))))

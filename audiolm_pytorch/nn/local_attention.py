@@ -6,7 +6,8 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
-from audiolm_pytorch.nn.layers import GatedFeedForward, RMSNorm, RotaryPositions, rotate
+from audiolm_pytorch.nn.layers import GatedFeedForward, RMSNorm
+from audiolm_pytorch.nn.positions import RotaryPositions, rotate
 from audiolm_pytorch.nn.streaming import StreamState
 
 __all__ = ["LocalAttention", "LocalTransformer"]

@@ -1,5 +1,6 @@
-"""The causal transformer that all language models use."""
+"""The transformer that language models and encoders use: a stack of blocks that are built from parts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,18 +10,28 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from audiolm_pytorch.nn.attention import AttentionContext, CausalSelfAttention, CrossAttention
-from audiolm_pytorch.nn.kv_cache import CachePositions, KVCache, visible_positions
-from audiolm_pytorch.nn.layers import GatedFeedForward, RelativePositions, RMSNorm, RotaryPositions
+from audiolm_pytorch.nn.attention import AttentionContext, CrossAttention, SelfAttention
+from audiolm_pytorch.nn.layers import FeedForward, GatedFeedForward, NormFactory, norm_factory
+from audiolm_pytorch.nn.positions import RelativePositions, RotaryPositions, SinusoidalPositions, WavePositionBias
 
-__all__ = ["INIT_STD", "ConditionTensors", "Transformer"]
+__all__ = [
+    "INIT_STD",
+    "Block",
+    "FeedForwardName",
+    "FusedConditions",
+    "Transformer",
+    "build_encoder",
+    "visible_positions",
+]
 
 INIT_STD = 0.02  # of GPT-2; the first logits are near zero, so that training starts at chance level
 
+FeedForwardName = Literal["gated", "gelu", "gelu_tanh", "relu"]
+
 
 @dataclass(frozen=True, eq=False)
-class ConditionTensors:
-    """Conditioning inputs of a transformer as tensors. Attention ignores their padding.
+class FusedConditions:
+    """Projected conditions of a model: the additional inputs of its transformer. Attention ignores their padding.
 
     Attributes:
         prefix: `[b, m, d]` embeddings in front of the rows, padded on the left; None = no prefix.
@@ -42,34 +53,56 @@ class ConditionTensors:
         return 0 if self.prefix is None else self.prefix.shape[1]
 
 
-class _Block(nn.Module):
-    """Pre-norm block of self-attention, optional cross-attention and feed-forward layer with residual connections."""
+def visible_positions(num_rows: int, padding: Tensor | None = None, device: torch.device | str = "cpu") -> Tensor:
+    """Mask of causal attention, `[b or 1, 1, n, n]` bool: each row attends to itself and to earlier rows.
+
+    `padding [b]` int64 is the number of padding rows in front of each item. A padding row attends only to itself.
+    """
+    visible = torch.ones(1, 1, num_rows, num_rows, dtype=torch.bool, device=device).tril()
+    if padding is None:
+        return visible
+    keys = torch.arange(num_rows, device=device)
+    is_own = torch.eye(num_rows, dtype=torch.bool, device=device)
+    return (visible & (keys >= rearrange(padding.to(device), "b -> b 1 1 1"))) | is_own
+
+
+class Block(nn.Module):
+    """Pre-norm block of self-attention, optional cross-attention and feed-forward layer with residual connections.
+
+    Args:
+        attention: Module that receives normalised rows `[b, n, d]` and an `AttentionContext`.
+        feed_forward: Module that receives normalised rows `[b, n, d]`.
+        norm: Factory of the norms.
+        dim: Width d.
+        cross: Cross-attention between both; None = no cross-attention.
+        dropout: Dropout probability of the outputs of all three.
+    """
 
     def __init__(
-        self, dim: int, heads: int, dim_head: int, kv_heads: int | None, ff_dim: int, dropout: float, cross: bool
+        self,
+        attention: SelfAttention,
+        feed_forward: nn.Module,
+        norm: NormFactory,
+        dim: int,
+        cross: CrossAttention | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(dim)
-        self.attention = CausalSelfAttention(dim, heads, dim_head, kv_heads)
-        self.cross_norm = RMSNorm(dim) if cross else None
-        self.cross = CrossAttention(dim, heads, dim_head) if cross else None
-        self.feed_forward_norm = RMSNorm(dim)
-        self.feed_forward = GatedFeedForward(dim, ff_dim, dropout)
+        self.attention_norm, self.attention = norm(dim), attention
+        self.cross_norm, self.cross = None if cross is None else norm(dim), cross
+        self.feed_forward_norm, self.feed_forward = norm(dim), feed_forward
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, context: AttentionContext, layer: int) -> Tensor:
-        x = x + self._dropped(self.attention(self.attention_norm(x), context, layer))
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """Apply the block to rows `[b, n, d]`."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), context))
         if self.cross is not None and self.cross_norm is not None:
-            x = x + self._dropped(self.cross(self.cross_norm(x), context, layer))
-        return x + self._dropped(self.feed_forward(self.feed_forward_norm(x)))
-
-    def _dropped(self, branch: Tensor) -> Tensor:
-        """Apply dropout. Skip it in eval mode, where calls of dropout modules would take 5 % of the decoding time."""
-        return self.dropout(branch) if self.training and self.dropout.p > 0 else branch
+            x = x + self.dropout(self.cross(self.cross_norm(x), context))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
 class Transformer(nn.Module):
-    """Decoder-only stack of pre-norm blocks with rotary or relative positions and a final norm; no biases.
+    """Stack of pre-norm blocks and a final norm, for language models (`causal`) and encoders.
 
     The stages of MusicLM (arXiv:2301.11325, sec. 4.2) have 24 layers of width 1024 with 16 heads, feed-forward layers
     of width 4096, and relative positions of T5.
@@ -79,16 +112,25 @@ class Transformer(nn.Module):
         depth: Number of blocks.
         heads: Attention heads of a block.
         dim_head: Width of a head; must be even for rotary positions.
-        ff_mult: Width of the gated feed-forward layer divided by `dim`.
+        ff_mult: Width of the hidden layer of the feed-forward layer, divided by `dim`.
         dropout: Dropout probability of the residual branches and inside the feed-forward layer. Attention weights have
             no dropout, because fused kernels do not support it.
-        positions: `rotary`, or `relative` (biases of T5 by distance, shared by all blocks).
+        norm: `rms`, `layer`, or a function that creates the norm of a width.
+        feed_forward: `gated` (SwiGLU), `gelu`, `gelu_tanh`, `relu`, or a module class that is created with the width.
+        positions: `rotary`; `relative` (biases of T5 by distance, shared by all blocks; causal only); `sinusoidal`
+            (added to the inputs); or `none` (the caller adds positions to the inputs).
+        position_bias: Bias of self-attention by the offset of two positions, shared by all blocks, in addition to
+            `positions`.
+        rotary_base: Base of rotary positions.
+        causal: Whether each row attends only to itself and to earlier rows.
+        bias: Whether the projections have biases.
         kv_heads: Heads of keys and values, a divisor of `heads`; 1 = multi-query, None = `heads`.
-        cross: Whether every block also attends to the states of `ConditionTensors`.
+        cross: Whether every block also attends to the states of `FusedConditions`.
         checkpoint_blocks: Whether to store only the input of each block, and to compute the block again in the backward
             pass. This needs the memory of one block instead of `depth` blocks, and a third more time.
         forget_prob: Largest probability with which training hides past rows from attention. The probability is drawn
             for each item from 0..`forget_prob` (forgetful causal masking, arXiv:2210.13432).
+        init_std: Standard deviation of initial weights; None = `fan_in ** -0.5`.
     """
 
     @beartype
@@ -101,11 +143,18 @@ class Transformer(nn.Module):
         dim_head: int = 64,
         ff_mult: float | int = 4.0,
         dropout: float | int = 0.0,
-        positions: Literal["rotary", "relative"] = "rotary",
+        norm: Literal["rms", "layer"] | NormFactory = "rms",
+        feed_forward: FeedForwardName | NormFactory = "gated",
+        positions: Literal["rotary", "relative", "sinusoidal", "none"] = "rotary",
+        position_bias: WavePositionBias | None = None,
+        rotary_base: float | int = 10_000.0,
+        causal: bool = True,
+        bias: bool = False,
         kv_heads: int | None = None,
         cross: bool = False,
         checkpoint_blocks: bool = False,
         forget_prob: float | int = 0.0,
+        init_std: float | None = INIT_STD,
     ) -> None:
         super().__init__()
         if min(dim, depth, heads, dim_head, ff_mult) <= 0:
@@ -114,110 +163,160 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"forget_prob and dropout must be in [0, 1), got forget_prob={forget_prob} and dropout={dropout}"
             )
-        self.dim, self.depth, self.dim_head = dim, depth, dim_head
-        self.kv_heads = heads if kv_heads is None else kv_heads
+        if not causal and (positions == "relative" or forget_prob):
+            raise ValueError("relative positions and forget_prob need causal=True; use other positions, or a mask")
+        self.dim, self.depth, self.causal = dim, depth, causal
+        self.heads, self.kv_heads, self.dim_head = heads, heads if kv_heads is None else kv_heads, dim_head
         self.checkpoint_blocks, self.forget_prob = checkpoint_blocks, forget_prob
-        self.rotary = RotaryPositions(dim_head) if positions == "rotary" else None
+        self.rotary = RotaryPositions(dim_head, float(rotary_base)) if positions == "rotary" else None
         self.relative = RelativePositions(heads) if positions == "relative" else None
+        self.sinusoidal = SinusoidalPositions(dim) if positions == "sinusoidal" else None
+        self.position_bias = position_bias
+        make_norm, width = norm_factory(norm), round(dim * ff_mult)
         self.blocks = nn.ModuleList(
-            _Block(dim, heads, dim_head, kv_heads, round(dim * ff_mult), float(dropout), cross) for _ in range(depth)
+            Block(
+                SelfAttention(dim, heads, dim_head, kv_heads, bias),
+                _feed_forward(feed_forward, dim, width, bias, float(dropout)),
+                make_norm,
+                dim,
+                CrossAttention(dim, heads, dim_head, bias) if cross else None,
+                float(dropout),
+            )
+            for _ in range(depth)
         )
-        self.norm = RMSNorm(dim)
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:
-                # Smaller outputs of the branches keep the size of their sum over 2 * depth branches (GPT-2, sec. 2.3).
-                is_branch_output = name.endswith(("to_out.weight", "down.weight"))
-                nn.init.normal_(parameter, std=INIT_STD / ((2 * depth) ** 0.5 if is_branch_output else 1.0))
+        self.norm = make_norm(dim)
+        self._init_weights(init_std)
 
-    def new_cache(self, batch: int, num_positions: int) -> KVCache:
-        """Allocate an empty cache for `batch` sequences of up to `num_positions` rows, prefix included."""
-        weight = self.norm.weight
-        # On a CPU, torch 2.13's attention of a single row is far slower in bfloat16 than in float32.
-        is_cpu_half = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-        return KVCache(
-            depth=self.depth,
-            batch=batch,
-            heads=self.kv_heads,
-            num_positions=num_positions,
-            dim_head=self.dim_head,
-            device=weight.device,
-            dtype=torch.float32 if is_cpu_half else weight.dtype,
-        )
+    def _init_weights(self, std: float | None) -> None:
+        """Draw normal weights. Weights of branch outputs are smaller in deeper stacks (GPT-2, sec. 2.3)."""
+        if self.relative is not None:
+            nn.init.normal_(self.relative.bias.weight, std=INIT_STD if std is None else std)
+        for name, parameter in self.blocks.named_parameters():
+            if parameter.ndim == 2:
+                is_branch_output = name.endswith(("to_out.weight", "down.weight"))
+                scale = (2 * self.depth) ** -0.5 if is_branch_output else 1.0
+                nn.init.normal_(parameter, std=scale * (parameter.shape[1] ** -0.5 if std is None else std))
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def forward(
         self,
         x: Tensor,
-        condition_tensors: ConditionTensors | None = None,
+        conditions: FusedConditions | None = None,
         *,
-        cache: KVCache | None = None,
-        cache_positions: CachePositions | None = None,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        keys_values: list[tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
-        """Apply all blocks; return normalised rows `[b, n, d]`, without the rows of the prefix.
+        """Apply all blocks to sequences `x [b, n, d]`; return normalised rows without the rows of the prefix.
 
         Args:
-            x: Rows `[b, n, d]`. Without a cache they are whole sequences, with a cache they are the next rows.
-            condition_tensors: Prefix and states; with a cache, only in the first call.
-            cache: Cache from `new_cache`, written in place.
-            cache_positions: Positions of prefix and rows in `cache`.
+            x: Rows.
+            conditions: Prefix, states and sums.
+            mask: `[b, n]` bool, False at padding, at least one True per item; None = no padding. Outputs at padding are
+                finite but have no meaning. Causal stacks need no mask, because their padding is on the right.
+            positions: Positions of the rows in any order, `[n]`, `[b, n]` or `[b, n, axes]`; None = 0..n-1. Rotary
+                positions use the first axis, `position_bias` uses all axes.
+            keys_values: A list to which each block appends its keys and values `[b, g, n, dim_head]`, for a cache.
         """
-        if (cache is None) != (cache_positions is None):
-            raise ValueError("got only one of `cache` and `cache_positions`; pass both or neither")
-        conditions = ConditionTensors() if condition_tensors is None else condition_tensors
-        x = x.to(self.norm.weight.dtype)  # with half weights, norms and sums of branches can have full precision
-        x = _with_row_sums(x, conditions, cache, cache_positions)
-        if conditions.prefix is not None:
-            x = torch.cat((conditions.prefix.to(x.dtype), x), dim=1)
-        if cache is not None and conditions.prefix is not None:
-            cache.prefix_padding = conditions.prefix_padding
-        context = self._attention_context(x, conditions, cache, cache_positions)
-        for layer, block in enumerate(self.blocks):
+        conditions = FusedConditions() if conditions is None else conditions
+        x = self._inputs(x, conditions)
+        context = self._attention_context(x, conditions, mask, positions, keys_values)
+        for block in self.blocks:
             if self.checkpoint_blocks and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, context, layer, use_reentrant=False)
+                x = checkpoint(block, x, context, use_reentrant=False)
             else:
-                x = block(x, context, layer)
+                x = block(x, context)
         return self.norm(x[:, conditions.num_rows :])
 
+    @beartype
+    def hidden_states(
+        self, x: Tensor, mask: Tensor | None = None, *, positions: Tensor | None = None, layers: Sequence[int | None]
+    ) -> list[Tensor]:
+        """Return the rows `[b, n, d]` after each block of `layers`; later blocks are not computed.
+
+        `layers` are numbers of blocks in 0..depth. Layer 0 is the input of the first block. Layers are not normalised.
+        `layers=None` returns the output of `forward`. The other arguments are those of `forward`.
+        """
+        if not all(layer is None or 0 <= layer <= self.depth for layer in layers):
+            raise ValueError(f"layers must be in 0..{self.depth}, got {tuple(layers)}")
+        x = self._inputs(x, FusedConditions())
+        context = self._attention_context(x, FusedConditions(), mask, positions, None)
+        blocks = {self.depth if layer is None else layer for layer in layers}
+        states = {0: x}  # only of the requested layers, to save memory without gradients
+        for layer, block in enumerate(list(self.blocks)[: max(blocks, default=0)], start=1):
+            x = block(x, context)
+            if layer in blocks:
+                states[layer] = x
+        return [self.norm(states[self.depth]) if layer is None else states[layer] for layer in layers]
+
+    def _inputs(self, x: Tensor, conditions: FusedConditions) -> Tensor:
+        """Add sums and sinusoidal positions to rows `[b, n, d]`, and prepend the prefix."""
+        if x.ndim != 3 or x.shape[-1] != self.dim:
+            raise ValueError(f"x must be [b, n, {self.dim}], got shape {tuple(x.shape)}")
+        if conditions.row_sums is not None:
+            rows = torch.arange(x.shape[1], device=x.device).clamp(max=conditions.row_sums.shape[1] - 1)
+            x = x + conditions.row_sums[:, rows].to(x.dtype)
+        if conditions.prefix is not None:
+            x = torch.cat((conditions.prefix.to(x.dtype), x), dim=1)
+        if self.sinusoidal is not None:
+            x = x + self.sinusoidal(torch.arange(x.shape[1], device=x.device)).to(x.dtype)
+        return x
+
     def _attention_context(
-        self, x: Tensor, conditions: ConditionTensors, cache: KVCache | None, cache_positions: CachePositions | None
+        self,
+        x: Tensor,
+        conditions: FusedConditions,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        keys_values: list[tuple[Tensor, Tensor]] | None,
     ) -> AttentionContext:
         """Prepare positions, mask and states once for all blocks."""
-        if cache_positions is None or cache is None:
-            positions = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
-            num_keys, is_first, padding = x.shape[1], True, conditions.prefix_padding
-        else:
-            positions, num_keys, padding = cache_positions.positions, cache_positions.extent, cache.prefix_padding
-            is_first = cache_positions.start == 0 and num_keys == x.shape[1]
-        forgotten = self._forgotten(x, conditions.num_rows) if cache is None else None
-        is_one_row = cache_positions is not None and cache_positions.start is not None and x.shape[1] == 1
+        if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
+            raise ValueError(f"mask must be bool {tuple(x.shape[:2])}, got {mask.dtype} {tuple(mask.shape)}")
+        places = self._checked_positions(x, positions)
+        hidden = self._hidden_positions(x, conditions.num_rows)
         is_causal = False
-        if is_first and padding is None and forgotten is None and self.relative is None:
-            is_causal = (
-                True  # in a branch, because torch.compile would otherwise pass a symbol to the kernel, not a bool
-            )
-        bias: Tensor | None = None
-        if not is_causal and not (is_one_row and padding is None):
-            bias = visible_positions(positions, num_keys, padding)
-            bias = bias if forgotten is None else bias & ~forgotten
-        if self.relative is not None:
-            # The cache can be more precise than the rows.
-            by_distance = self.relative(positions, num_keys).to(x.dtype if cache is None else cache.keys.dtype)
-            bias = by_distance if bias is None else by_distance.masked_fill(~bias, float("-inf"))
-        cross_mask = None if conditions.states_mask is None else rearrange(conditions.states_mask, "b s -> b 1 1 s")
-        if cache is not None and conditions.states is None:
-            cross_mask = cache.cross_mask
-        elif cache is not None:
-            cache.cross_mask = cross_mask
+        if (
+            self.causal
+            and conditions.prefix_padding is None
+            and hidden is None
+            and self.relative is None
+            and mask is None
+        ):
+            # In a branch, because torch.compile would otherwise pass a symbol to the kernel, not a bool.
+            is_causal = True
+        bias = None if mask is None else rearrange(mask, "b k -> b 1 1 k")
+        if self.causal and not is_causal:
+            visible = visible_positions(x.shape[1], conditions.prefix_padding, x.device)
+            bias = visible if bias is None else visible & bias
+            bias = bias if hidden is None else bias & ~hidden
+        if self.relative is not None and bias is not None:
+            by_distance = self.relative(places[..., 0], x.shape[1]).to(x.dtype)
+            bias = by_distance.masked_fill(~bias, float("-inf"))
+        states_mask = conditions.states_mask
         return AttentionContext(
-            angles=None if self.rotary is None else self.rotary(positions),
+            angles=None if self.rotary is None else self.rotary(places[..., 0]),
             bias=bias,
             is_causal=is_causal,
-            cache=cache,
-            cache_positions=cache_positions,
+            waves=None if self.position_bias is None else self.position_bias(places),
             states=conditions.states,
-            cross_mask=cross_mask,
+            cross_mask=None if states_mask is None else rearrange(states_mask, "b s -> b 1 1 s"),
+            keys_values=keys_values,
         )
 
-    def _forgotten(self, x: Tensor, num_prefix: int) -> Tensor | None:
+    def _checked_positions(self, x: Tensor, positions: Tensor | None) -> Tensor:
+        """Check the positions of rows `x [b, n, d]`, and return them as `[b or 1, n, axes]`."""
+        places = torch.arange(x.shape[1], device=x.device) if positions is None else positions
+        places = places.unsqueeze(0) if places.ndim == 1 else places
+        places = places.unsqueeze(2) if places.ndim == 2 else places
+        axes = places.shape[-1] if self.position_bias is None else self.position_bias.num_axes
+        if places.shape not in ((1, x.shape[1], axes), (len(x), x.shape[1], axes)):
+            shape = tuple(places.shape)
+            raise ValueError(f"positions of rows {tuple(x.shape)} must be [b or 1, n, {axes}], got {shape}")
+        return places
+
+    def _hidden_positions(self, x: Tensor, num_prefix: int) -> Tensor | None:
         """Draw the keys to hide, `[b, 1, n, n]` bool; the prefix, the first row and a row itself stay visible."""
         if not self.training or self.forget_prob == 0:
             return None
@@ -229,19 +328,45 @@ class Transformer(nn.Module):
         return rearrange(hidden, "b k -> b 1 1 k") & ~is_own_row
 
 
-def _with_row_sums(
-    x: Tensor, conditions: ConditionTensors, cache: KVCache | None, cache_positions: CachePositions | None
-) -> Tensor:
-    """Add the embeddings of conditions to rows `[b, n, d]`; the cache stores the embeddings for the next rows."""
-    sums = conditions.row_sums
-    if cache is not None:
-        if sums is not None:
-            cache.row_sums, cache.num_prefix = sums, conditions.num_rows
-        sums = cache.row_sums
-    if sums is None:
-        return x
-    rows = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
-    if cache is not None and cache_positions is not None:
-        rows = cache_positions.positions[:, -x.shape[1] :] - cache.num_prefix
-    items = torch.arange(len(x), device=x.device).unsqueeze(1)
-    return x + sums[items, rows.clamp(max=sums.shape[1] - 1)].to(x.dtype)
+def _feed_forward(
+    feed_forward: FeedForwardName | NormFactory, dim: int, hidden_dim: int, bias: bool, dropout: float
+) -> nn.Module:
+    """Build the feed-forward layer of a block."""
+    if not isinstance(feed_forward, str):
+        return feed_forward(dim)
+    if feed_forward != "gated":
+        return FeedForward(dim, hidden_dim, feed_forward, bias, dropout)
+    if bias:
+        raise ValueError("the gated feed-forward layer has no biases; set bias=False, or use another feed_forward")
+    return GatedFeedForward(dim, hidden_dim, dropout)
+
+
+@beartype
+def build_encoder(
+    dim: int,
+    depth: int,
+    heads: int,
+    dim_head: int = 64,
+    ff_mult: int = 4,
+    dropout: float = 0.0,
+    position_bias: WavePositionBias | None = None,
+) -> Transformer:
+    """Build a bidirectional stack with rotary positions for an encoder.
+
+    The feed-forward layers cost as much as layers of width `ff_mult * dim` without a gate.
+    """
+    if min(dim, depth, heads, dim_head, ff_mult) < 1:
+        raise ValueError(f"sizes must be at least 1, got {dim=} {depth=} {heads=} {dim_head=} {ff_mult=}")
+    # With the factor 2 / 3, a gated layer costs as much as a layer without a gate.
+    hidden_dim = max(8, 8 * round(dim * ff_mult * 2 / 3 / 8))
+    return Transformer(
+        dim=dim,
+        depth=depth,
+        heads=heads,
+        dim_head=dim_head,
+        ff_mult=hidden_dim / dim,
+        dropout=dropout,
+        position_bias=position_bias,
+        causal=False,
+        init_std=None,
+    )

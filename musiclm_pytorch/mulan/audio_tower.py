@@ -11,7 +11,8 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from audiolm_pytorch.audio.padding import check_waves, checked_lengths, length_mask
-from audiolm_pytorch.nn.encoder import TransformerEncoder, WavePositionBias
+from audiolm_pytorch.nn.positions import WavePositionBias
+from audiolm_pytorch.nn.transformer import build_encoder
 from audiolm_pytorch.saving.modules import constructor_arguments, register
 from musiclm_pytorch.mulan.layers import pooled_layers
 from musiclm_pytorch.mulan.spectrogram import SpecAugment, log_spectrogram
@@ -85,7 +86,7 @@ class AudioSpectrogramTransformer(nn.Module):
         self.to_tokens = nn.Linear(patch_size**2, dim)
         self.band_embedding = nn.Parameter(torch.randn(self.num_bands, dim) * 0.02)
         bias = WavePositionBias(heads, num_axes=2, num_waves=position_waves) if position_waves else None
-        self.encoder = TransformerEncoder(dim, depth, heads, dim_head, ff_mult, float(dropout), position_bias=bias)
+        self.encoder = build_encoder(dim, depth, heads, dim_head, ff_mult, float(dropout), position_bias=bias)
 
     def forward(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Embed clips as `[b, dim]` float32, not of unit norm.

@@ -10,7 +10,7 @@ from beartype import beartype
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from audiolm_pytorch.nn.encoder import TransformerEncoder
+from audiolm_pytorch.nn.transformer import Transformer
 
 __all__ = ["LayerContrast", "LayerHeads", "pooled_layers", "token_means"]
 
@@ -23,7 +23,7 @@ def token_means(states: Sequence[Tensor], mask: Tensor) -> Tensor:
 
 
 def pooled_layers(
-    encoder: TransformerEncoder, tokens: Tensor, mask: Tensor, layers: Sequence[int], positions: Tensor | None = None
+    encoder: Transformer, tokens: Tensor, mask: Tensor, layers: Sequence[int], positions: Tensor | None = None
 ) -> Tensor:
     """Encode tokens `[b, t, d]` and return the means `[l, b, d]` float32 of the hidden states of several layers.
 

@@ -12,7 +12,7 @@ from beartype import beartype
 from torch import Tensor, nn
 
 from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer, ids_of
-from audiolm_pytorch.nn.encoder import TransformerEncoder
+from audiolm_pytorch.nn.transformer import build_encoder
 from audiolm_pytorch.saving.modules import register
 from musiclm_pytorch.mulan.layers import pooled_layers
 
@@ -87,7 +87,7 @@ class TextTransformer(TextTower):
         self.dim, self.depth = dim, depth
         self.num_tokens, self.max_seq_len = num_tokens, max_seq_len
         self.embedding = nn.Embedding(num_tokens, dim)
-        self.encoder = TransformerEncoder(dim, depth, heads, dim_head, ff_mult, dropout)
+        self.encoder = build_encoder(dim, depth, heads, dim_head, ff_mult, dropout)
         self.known_words = None if known_words is None else list(known_words)
         self._reported: set[str] = set()
 

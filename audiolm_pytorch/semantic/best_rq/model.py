@@ -8,7 +8,7 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
-from audiolm_pytorch.nn.encoder import TransformerEncoder
+from audiolm_pytorch.nn.transformer import build_encoder
 from audiolm_pytorch.saving.modules import constructor_arguments, register
 from audiolm_pytorch.semantic.base import FrameEncoder
 from audiolm_pytorch.semantic.best_rq.frontend import StackedLogMel
@@ -62,7 +62,7 @@ class BestRQEncoder(FrameEncoder):
         self.front_end = StackedLogMel(**mel, frames_per_token=frames_per_token)
         self.downsample_factor = self.front_end.downsample_factor
         self.to_tokens = nn.Linear(self.front_end.dim, dim)
-        self.transformer = TransformerEncoder(dim, depth, heads, dim_head=dim_head, ff_mult=ff_mult, dropout=dropout)
+        self.transformer = build_encoder(dim, depth, heads, dim_head, ff_mult, dropout)
 
     def num_frames(self, num_samples: int) -> int:
         """Return the number of tokens, `ceil(num_samples / downsample_factor)`."""

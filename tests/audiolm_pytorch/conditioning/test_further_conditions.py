@@ -131,7 +131,7 @@ def test_cached_decoding_with_guidance_equals_a_loop_without_cache(way: str, pat
     grid = layout.grid(inputs, {"a": 6}, 2, lengths)
     ids, is_token = grid.packed.ids, grid.packed.input_mask
     nothing = {name: part.without_items(torch.tensor([True, True])) for name, part in passed.items()}
-    both = [model.condition_tensors(conditions, 2) for conditions in (passed, nothing)]
+    both = [model.fuse(conditions, 2) for conditions in (passed, nothing)]
     with torch.inference_mode():
         for row in range(1, ids.shape[1]):
             hidden = [model.hidden(ids[:, :row], is_token[:, :row], one)[:, -1] for one in both]
@@ -163,7 +163,7 @@ def test_a_condition_per_frame_is_followed_in_windows_and_from_cropped_shards(tm
     assert torch.equal(decoded.streams["semantic"][..., 0], wanted)
     coarse = tiny_stages(conditions={"tempo": ConditionSpec(3, "sum")}, pattern="flat")["coarse"]
     with pytest.raises(ValueError, match="one embedding per frame needs a layout with one row per frame"):
-        coarse.condition_tensors(passed, 2)
+        coarse.fuse(passed, 2)
 
 
 def test_conditions_are_dropped_by_item_and_where_asked_for_by_name() -> None:
@@ -182,7 +182,7 @@ def test_conditions_are_dropped_by_item_and_where_asked_for_by_name() -> None:
 def test_a_zero_null_is_no_parameter_and_specs_are_saved(tmp_path: Path) -> None:
     """Without a condition, a sum with a zero null adds nothing; a loaded stage has the same conditions."""
     stage = tiny_stages(conditions={"tempo": ConditionSpec(3, "sum", "zero", drop_prob=0.1)})["semantic"].eval()
-    assert not stage.condition_tensors(None, 2).row_sums.any()
+    assert not stage.fuse(None, 2).row_sums.any()
     assert [name for name in stage.state_dict() if "tempo" in name] == [
         "fuser.entries.tempo.projection.weight",
         "fuser.entries.tempo.norm.weight",
@@ -219,7 +219,7 @@ def test_wrong_conditions_raise_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tempo conditions of width 3, got width 2"):
         generated(stage, torch.zeros(1, 2))
     with pytest.raises(ValueError, match=r"does not accept key conditions; build the model with conditions="):
-        stage.condition_tensors({"key": ConditionTensor.of(TEMPI)}, 2)
+        stage.fuse({"key": ConditionTensor.of(TEMPI)}, 2)
     write_audio(tmp_path / "a.wav", torch.zeros(800), SAMPLE_HZ)
     common = {"transformer": stage, "wav2vec": FakeSemanticTokenizer(), "results_folder": tmp_path / "run", **RUN}
     with pytest.raises(ValueError, match=r"conditions \['tempo'\], but got conditioners of \[\]"):

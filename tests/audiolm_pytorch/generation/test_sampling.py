@@ -8,7 +8,7 @@ from audiolm_pytorch.generation.decode_session import DecodeSession
 from audiolm_pytorch.generation.sampling import SamplingSettings, filter_logits, sample_tokens
 from audiolm_pytorch.lm.token_model import TokenTransformer
 from audiolm_pytorch.nn.kv_cache import KVCache
-from audiolm_pytorch.nn.transformer import ConditionTensors
+from audiolm_pytorch.nn.transformer import FusedConditions
 from audiolm_pytorch.tokens.layout import TokenLayout
 from audiolm_pytorch.tokens.patterns import cell_table
 from audiolm_pytorch.tokens.streams import Stream
@@ -68,8 +68,8 @@ def test_greedy_decoding_equals_a_loop_without_cache(pattern, scale):
     grid = model.layout.grid(inputs, {"a": 6}, 2)
     ids, mask = grid.packed.ids, grid.packed.input_mask
     both_conditions = [
-        model.condition_tensors(conditioning, 2),
-        ConditionTensors(model.fuser.entries["codes"].null.expand(2, 3, -1)),
+        model.fuse(conditioning, 2),
+        FusedConditions(model.fuser.entries["codes"].null.expand(2, 3, -1)),
     ]
     for row in range(1, ids.shape[1]):
         for item, column in grid.packed.loss_mask[:, row].nonzero().tolist():

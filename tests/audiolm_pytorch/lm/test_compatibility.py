@@ -246,7 +246,7 @@ def test_loss_of_every_stream_counts_its_own_tokens(pattern):
     packed = layout.pack(streams, lengths, torch.tensor([True, False]))
     with torch.no_grad():
         found = model(packed)
-        hidden = model.hidden(packed.ids[:, :-1], packed.input_mask[:, :-1], model.condition_tensors(None, 2))
+        hidden = model.hidden(packed.ids[:, :-1], packed.input_mask[:, :-1], model.fuse(None, 2))
     nats: dict[str, list[float]] = {}
     for item, row, column in packed.loss_mask.nonzero().tolist():
         target = int(packed.ids[item, row, column])

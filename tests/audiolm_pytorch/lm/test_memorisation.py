@@ -252,7 +252,7 @@ def test_teacher_forced_logits_equal_those_of_decoding(case, monkeypatch):
     packed = model.layout.pack({name: tokens[items] for name, tokens in own.streams.items()}, lengths)
     with torch.inference_mode():
         conditions = select(own.conditions, items)
-        whole = model.hidden(packed.ids, packed.input_mask, model.condition_tensors(conditions, len(items)))
+        whole = model.hidden(packed.ids, packed.input_mask, model.fuse(conditions, len(items)))
         found = torch.stack(list(read.values()))
         right = torch.stack([whole[place] for place in read])
         for head in range(len(model.layout.heads)):

@@ -3,7 +3,7 @@ import weakref
 import pytest
 import torch
 
-from audiolm_pytorch.nn.encoder import TransformerEncoder, WavePositionBias
+from audiolm_pytorch.nn.transformer import WavePositionBias
 
 
 @pytest.fixture

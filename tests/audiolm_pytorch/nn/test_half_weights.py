@@ -33,8 +33,7 @@ def test_half_weights_give_nearly_the_same_logits(packs: bool, options: dict, mo
     conditions["codes"] = ConditionTensor(torch.randn(2, 3, 8), mask)
     with torch.no_grad():
         hidden, near = (
-            model.hidden(packed.ids, packed.input_mask, model.condition_tensors(conditions, 2))
-            for model in (stage, half)
+            model.hidden(packed.ids, packed.input_mask, model.fuse(conditions, 2)) for model in (stage, half)
         )
     assert near.dtype == (torch.float32 if packs else torch.bfloat16) and half.logits(near, 0).dtype == torch.float32
     torch.testing.assert_close(near.float(), hidden, atol=0.06, rtol=0.06)

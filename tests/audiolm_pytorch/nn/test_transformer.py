@@ -44,7 +44,7 @@ def test_cached_logits_equal_uncached_ones(pattern, conditioned):
     """Rows through the cache, at unequal positions, give the logits of one pass over all rows."""
     model = model_of(pattern)
     packed = batch_of(model)
-    condition_tensors = model.condition_tensors(random_conditions(2) if conditioned else None, 2)
+    condition_tensors = model.fuse(random_conditions(2) if conditioned else None, 2)
     whole = model.hidden(packed.ids, packed.input_mask, condition_tensors)
     rows, offset = packed.ids.shape[1], condition_tensors.num_rows
     cache = model.new_cache(2, offset + rows)
@@ -75,7 +75,7 @@ def test_untrained_loss_is_at_chance_level():
     packed = model.layout.pack(streams, lengths, torch.tensor([True, False]))
     result = model(packed)
     assert abs(result.loss.item() - math.log(20)) < 0.2
-    hidden = model.hidden(packed.ids, packed.input_mask, model.condition_tensors(None, 2))
+    hidden = model.hidden(packed.ids, packed.input_mask, model.fuse(None, 2))
     nats = []
     for item, row, column in packed.loss_mask.nonzero().tolist():
         cell = int(packed.ids[item, row, column])
@@ -137,13 +137,9 @@ def test_masked_conditions_become_the_null_embedding():
     codes = random_conditions(2)["codes"]
     hidden = codes.without_trailing(torch.tensor([1, 0]))
     other = ConditionTensor(torch.where(hidden.mask[..., None], hidden.embeddings, torch.randn(2, 3, 8)), hidden.mask)
-    torch.testing.assert_close(
-        model.condition_tensors({"codes": hidden}, 2).prefix, model.condition_tensors({"codes": other}, 2).prefix
-    )
-    assert torch.equal(
-        model.condition_tensors({"codes": hidden}, 2).prefix[1], model.fuser.entries["codes"].null.expand(3, -1)
-    )
-    assert model.condition_tensors(None, 2).prefix.shape == (2, model.null_tokens, 32)
+    torch.testing.assert_close(model.fuse({"codes": hidden}, 2).prefix, model.fuse({"codes": other}, 2).prefix)
+    assert torch.equal(model.fuse({"codes": hidden}, 2).prefix[1], model.fuser.entries["codes"].null.expand(3, -1))
+    assert model.fuse(None, 2).prefix.shape == (2, model.null_tokens, 32)
 
 
 def test_right_padding_changes_nothing():
@@ -152,10 +148,10 @@ def test_right_padding_changes_nothing():
     streams = {"s": torch.randint(0, 10, (2, 5, 1)), "a": torch.randint(0, 20, (2, 10, 2))}
     both = model.layout.pack(streams, {"s": torch.tensor([2, 5]), "a": torch.tensor([4, 10])})
     alone = model.layout.pack({"s": streams["s"][:1, :2], "a": streams["a"][:1, :4]})
-    condition_tensors = model.condition_tensors(None, 2)
+    condition_tensors = model.fuse(None, 2)
     padded = model.hidden(both.ids, both.input_mask, condition_tensors)[0, : alone.ids.shape[1]]
     torch.testing.assert_close(
-        padded, model.hidden(alone.ids, alone.input_mask, model.condition_tensors(None, 1))[0], atol=1e-5, rtol=1e-5
+        padded, model.hidden(alone.ids, alone.input_mask, model.fuse(None, 1))[0], atol=1e-5, rtol=1e-5
     )
 
 

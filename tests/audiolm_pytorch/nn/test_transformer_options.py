@@ -15,7 +15,7 @@ from audiolm_pytorch.lm.token_model import TokenTransformer
 from audiolm_pytorch.nn.attention import AttentionContext, CausalSelfAttention, attend
 from audiolm_pytorch.nn.kv_cache import CachePositions
 from audiolm_pytorch.nn.layers import Projection, RelativePositions
-from audiolm_pytorch.nn.transformer import ConditionTensors, Transformer
+from audiolm_pytorch.nn.transformer import FusedConditions, Transformer
 from audiolm_pytorch.tokens.layout import TokenLayout
 from audiolm_pytorch.tokens.streams import Stream
 from tests.helpers.decoding import decode
@@ -68,7 +68,7 @@ def test_cached_logits_equal_those_of_one_pass(options: dict, pattern: str) -> N
     """Row by row through the cache, with items at unequal positions, to 1e-5."""
     model = model_of(pattern, **options)
     packed = model.layout.pack({**inputs(3), "a": torch.randint(0, 20, (3, 6, 2))})
-    condition_tensors = model.condition_tensors(conditions_of(model), 3)
+    condition_tensors = model.fuse(conditions_of(model), 3)
     whole = model.hidden(packed.ids, packed.input_mask, condition_tensors)
     rows, offset = packed.ids.shape[1], condition_tensors.num_rows
     cache = model.new_cache(3, offset + rows)
@@ -93,15 +93,13 @@ def test_logits_of_an_item_do_not_depend_on_its_batch(options: dict) -> None:
     model = model_of(**options)
     packed = model.layout.pack({**inputs(3), "a": torch.randint(0, 20, (3, 6, 2))})
     conditions = conditions_of(model)
-    both = model.hidden(packed.ids, packed.input_mask, model.condition_tensors(conditions, 3))
+    both = model.hidden(packed.ids, packed.input_mask, model.fuse(conditions, 3))
     for item, length in enumerate((4, 2, 0)):
         one = select(conditions, torch.tensor([item]))
         if one is not None and "text" in one:
             text = one["text"]
             one["text"] = ConditionTensor(text.embeddings[:, : max(length, 1)], text.mask[:, : max(length, 1)])
-        alone = model.hidden(
-            packed.ids[item : item + 1], packed.input_mask[item : item + 1], model.condition_tensors(one, 1)
-        )
+        alone = model.hidden(packed.ids[item : item + 1], packed.input_mask[item : item + 1], model.fuse(one, 1))
         torch.testing.assert_close(both[item], alone[0], atol=1e-5, rtol=1e-5)
 
 
@@ -120,9 +118,7 @@ def test_decoding_equals_a_loop_without_cache(options: dict) -> None:
     for row in range(1, ids.shape[1]):
         for item, column in grid.packed.loss_mask[:, row].nonzero().tolist():
             head = int(grid.head[item, row, column])
-            states = [
-                model.hidden(ids[:, :row], mask[:, :row], model.condition_tensors(c, 2)) for c in (conditions, nothing)
-            ]
+            states = [model.hidden(ids[:, :row], mask[:, :row], model.fuse(c, 2)) for c in (conditions, nothing)]
             with_it, without = (model.logits(state[item, -1], head) for state in states)
             token = (without + scale * (with_it - without))[:20].argmax()
             ids[item, row, column] = model.layout.heads[head].first_id + token
@@ -188,10 +184,10 @@ def test_padding_of_a_prefix_has_no_influence() -> None:
     stack = Transformer(**SIZES).eval()
     x, prefix = torch.randn(2, 5, 32), torch.randn(2, 3, 32)
     skip = torch.tensor([0, 2])
-    out = stack(x, ConditionTensors(prefix, skip))
+    out = stack(x, FusedConditions(prefix, skip))
     prefix[1, :2] = 1e3 * torch.randn(2, 32)
-    torch.testing.assert_close(stack(x, ConditionTensors(prefix, skip)), out)
-    torch.testing.assert_close(stack(x[1:], ConditionTensors(prefix[1:, 2:]))[0], out[1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(stack(x, FusedConditions(prefix, skip)), out)
+    torch.testing.assert_close(stack(x[1:], FusedConditions(prefix[1:, 2:]))[0], out[1], atol=1e-5, rtol=1e-5)
 
 
 def test_forgetful_masking_is_active_in_training_only() -> None:
@@ -200,14 +196,14 @@ def test_forgetful_masking_is_active_in_training_only() -> None:
     x, prefix = torch.randn(1, 30, 32), torch.randn(1, 3, 32)
     plain = Transformer(**SIZES)
     plain.load_state_dict(stack.state_dict())
-    torch.testing.assert_close(stack.eval()(x, ConditionTensors(prefix)), plain(x, ConditionTensors(prefix)))
+    torch.testing.assert_close(stack.eval()(x, FusedConditions(prefix)), plain(x, FusedConditions(prefix)))
     stack.train()
     hidden = stack._forgotten(torch.zeros(200, 33, 32), num_prefix=3)
     assert hidden is not None and not hidden[..., :4].any() and not hidden.diagonal(dim1=-2, dim2=-1).any()
     share = hidden[:, 0, -1, 4:-1].float().mean(dim=-1)
     assert share.min() < 0.2 and 0.6 < share.max() <= 1 and 0.35 < share.mean() < 0.55  # uniform in 0..0.9
-    torch.testing.assert_close(stack(x, ConditionTensors(prefix))[:, 0], plain(x, ConditionTensors(prefix))[:, 0])
-    assert not torch.allclose(stack(x, ConditionTensors(prefix))[:, -1], plain(x, ConditionTensors(prefix))[:, -1])
+    torch.testing.assert_close(stack(x, FusedConditions(prefix))[:, 0], plain(x, FusedConditions(prefix))[:, 0])
+    assert not torch.allclose(stack(x, FusedConditions(prefix))[:, -1], plain(x, FusedConditions(prefix))[:, -1])
 
 
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.3, "forget_prob": 0.3}, {"positions": "relative"}], ids=str)
@@ -389,8 +385,8 @@ def test_a_cache_can_be_used_again() -> None:
     with torch.no_grad():
         for cache in (used, used, stack.new_cache(2, 7)):
             again = cache is used and bool(cache.cross_keys_values)
-            first = ConditionTensors(prefix, torch.tensor([0, 1]), states[0], mask)
-            condition_tensors = ConditionTensors(prefix, None, states[1]) if again or cache is not used else first
+            first = FusedConditions(prefix, torch.tensor([0, 1]), states[0], mask)
+            condition_tensors = FusedConditions(prefix, None, states[1]) if again or cache is not used else first
             stack(x[:, :3], condition_tensors, cache=cache, cache_positions=CachePositions.after([0, 0], 5))
             result = stack(x[:, 3:], cache=cache, cache_positions=CachePositions.after([5, 5], 1))
             if again:
@@ -412,9 +408,15 @@ def test_invalid_options_raise_errors() -> None:
         with pytest.raises(ValueError, match="with m >= 1, and a bool mask"):
             ConditionTensor(torch.zeros(embeddings), mask)
     with pytest.raises(ValueError, match="does not accept text conditions"):
-        model_of().condition_tensors({"text": ConditionTensor.of(torch.randn(1, 2, 6))}, 1)
+<<<<<<< HEAD
+        model_of().fuse({"text": ConditionTensor.of(torch.randn(1, 2, 6))}, 1)
     with pytest.raises(ValueError, match="text conditions of width 6, got width 5"):
-        model_of(text_dim=6).condition_tensors({"text": ConditionTensor.of(torch.randn(1, 2, 5))}, 1)
+        model_of(text_dim=6).fuse({"text": ConditionTensor.of(torch.randn(1, 2, 5))}, 1)
+=======
+        model_of().fuse({"text": ConditionTensor.of(torch.randn(1, 2, 6))}, 1)
+    with pytest.raises(ValueError, match="text conditions of width 6, got 5"):
+        model_of(text_dim=6).fuse({"text": ConditionTensor.of(torch.randn(1, 2, 5))}, 1)
+>>>>>>> 9649e87 (One transformer of parts; decoding by a cached transformer with few operators per row)
 
 
 @pytest.mark.gpu

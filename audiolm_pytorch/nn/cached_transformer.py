@@ -1,0 +1,265 @@
+"""A causal transformer prepared for decoding: it computes one row of every item at a time with cached keys and values.
+
+The number of operators limits the speed of small models, so a row has few of them. The tensors of a row are allocated
+once. No operator of a row waits for a result of a GPU, so that the operators can be captured in a graph.
+"""
+
+from collections.abc import Sequence
+from math import ceil
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from audiolm_pytorch.nn.layers import FeedForward, GatedFeedForward
+from audiolm_pytorch.nn.row_products import RowProduct, prepare
+from audiolm_pytorch.nn.transformer import Block, FusedConditions, Transformer
+
+__all__ = ["CachedTransformer"]
+
+# Attention reads the cache up to a multiple of this number of positions, so that views of it are rarely renewed.
+_EXTENT_STEP = 64
+
+
+class CachedTransformer:
+    """A transformer with a cache of the keys and values of earlier rows. On a CPU, it contains a copy of the weights.
+
+    The first call is `prefill`, which starts new sequences. Each call of `step` adds one row to every sequence.
+
+    Args:
+        transformer: A causal transformer in eval mode.
+        batch: Number of items b.
+    """
+
+    def __init__(self, transformer: Transformer, batch: int) -> None:
+        if not transformer.causal or transformer.position_bias is not None:
+            raise ValueError("decoding needs a transformer with causal=True and position_bias=None")
+        self.transformer, self.batch = transformer, batch
+        self._buffers = _RowBuffers(transformer, batch)
+        self._blocks = [_CachedBlock(cast(Block, block), self._buffers) for block in transformer.blocks]
+
+    def prefill(self, x: Tensor, conditions: FusedConditions, counts: Sequence[int], num_positions: int) -> Tensor:
+        """Start new sequences with a prefix and first rows; return normalised rows `[b, n, d]`.
+
+        Args:
+            x: First rows `[b, n, d]`, padded on the right.
+            conditions: Conditions of all rows of the sequences.
+            counts: Number of rows of each item without padding.
+            num_positions: Largest length of a sequence, prefix included.
+        """
+        keys_values: list[tuple[Tensor, Tensor]] = []
+        normalised = self.transformer(x, conditions, keys_values=keys_values)
+        self._num_prefix, self._row_sums = conditions.num_rows, conditions.row_sums
+        self._buffers.start(num_positions, conditions, [conditions.num_rows + count for count in counts])
+        for block, (keys, values) in zip(self._blocks, keys_values):
+            block.start(keys, values, conditions)
+        self._set_extent(1)
+        return normalised
+
+    def step(self, x: Tensor, rows: Sequence[int]) -> Tensor:
+        """Add the row `x[i]` to item i as its row `rows[i]`; return normalised rows `[b, d]`.
+
+        Rows are counted from 0, without the prefix. If an item already has row `rows[i]`, it is replaced.
+        """
+        buffers, stack = self._buffers, self.transformer
+        positions = [row + self._num_prefix for row in rows]
+        if max(positions) >= buffers.extent:
+            self._set_extent(max(positions) + 1)
+        buffers.set_positions(positions)
+        buffers.x.copy_(x)
+        if self._row_sums is not None:
+            index = (buffers.positions - self._num_prefix).clamp(max=self._row_sums.shape[1] - 1)
+            buffers.x.add_(self._row_sums[buffers.items, index])
+        if stack.sinusoidal is not None:
+            buffers.x.add_(stack.sinusoidal(buffers.positions))
+        if stack.relative is not None:
+            bias = stack.relative(buffers.positions.unsqueeze(1), buffers.extent)[:, :, 0]
+            torch.add(bias.reshape(buffers.bias.shape), buffers.visible, out=buffers.bias)
+        for block in self._blocks:
+            block.step()
+        return stack.norm(buffers.x)
+
+    def _set_extent(self, num_positions: int) -> None:
+        """Let attention read at least `num_positions` positions of the cache."""
+        self._buffers.set_extent(num_positions)
+        for block in self._blocks:
+            block.view_memory()
+
+
+class _RowBuffers:
+    """Tensors of one row that all blocks share.
+
+    Attributes:
+        x: `[b, d]`, sums of the branches.
+        normed: `[b, d]`, normalised `x`.
+        branch: `[b, d]`, output of a branch.
+        qkv: `[b, (h + 2 g) d]`, product for queries, keys and values.
+        queries: `[b g, h / g, d]`. Heads of queries that share keys are rows of one head.
+        keys_values: `[2, b, g, 1, d]`, keys and values of the row.
+        attended: `[b g, h / g, d]`, outputs of attention.
+        slot: `[2, b, g, 1, d]` int64, the position of each item, as an index of the cache.
+        bias: `[b g, h / g or 1, extent]`, added to the scores: minus infinity where an item has no row yet.
+        scores: `[b g, h / g, extent]`, scores of attention.
+    """
+
+    def __init__(self, stack: Transformer, batch: int) -> None:
+        weight = cast(Block, stack.blocks[0]).attention.to_qkv.weight
+        options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        heads, num_kv, dim_head = stack.heads, stack.kv_heads, stack.dim_head
+        self.stack, self.batch, self.options = stack, batch, options
+        self.x = torch.zeros(batch, stack.dim, **options)
+        self.normed, self.branch = torch.zeros_like(self.x), torch.zeros_like(self.x)
+        self.qkv = torch.zeros(batch, (heads + 2 * num_kv) * dim_head, **options)
+        self._unrotated = self.qkv.view(batch, heads + 2 * num_kv, dim_head)
+        self._rotated = self._unrotated if stack.rotary is None else torch.zeros_like(self._unrotated)
+        query_heads = self._rotated[:, :heads].unflatten(1, (num_kv, -1))
+        self.queries = query_heads.reshape(batch * num_kv, heads // num_kv, dim_head)
+        self._query_heads = query_heads if self.queries.data_ptr() != query_heads.data_ptr() else None
+        self.keys_values = self._rotated[:, heads:].unflatten(1, (2, num_kv)).transpose(0, 1).unsqueeze(3)
+        self.attended = torch.zeros(batch * num_kv, heads // num_kv, dim_head, **options)
+        self.attended_rows = self.attended.view(batch, heads * dim_head)
+        self.items = torch.arange(batch, device=weight.device)
+        self.positions = torch.zeros(batch, dtype=torch.long, device=weight.device)
+        self.slot = self.positions.view(1, batch, 1, 1, 1).expand(self.keys_values.shape)
+        if stack.rotary is not None:
+            # Values are multiplied by 1.
+            self._cos = torch.ones(batch, heads + 2 * num_kv, dim_head, **options)
+            self._sin = torch.zeros(batch, 1, dim_head // 2, **options)
+            self._rotated_cos = self._cos[:, : heads + num_kv]
+            halves = self._unrotated[:, : heads + num_kv].chunk(2, dim=-1)
+            rotated_halves = self._rotated[:, : heads + num_kv].chunk(2, dim=-1)
+            self._halves = (rotated_halves[0], halves[1]), (rotated_halves[1], halves[0])
+
+    def start(self, num_positions: int, conditions: FusedConditions, known: Sequence[int]) -> None:
+        """Prepare masks and positions of sequences of up to `num_positions` positions, of which `known` are known."""
+        stack, device = self.stack, self.x.device
+        self.num_positions = _EXTENT_STEP * ceil(num_positions / _EXTENT_STEP)
+        places = torch.arange(self.num_positions, device=device)
+        visible = places < torch.tensor(known, device=device).unsqueeze(1)
+        if conditions.prefix_padding is not None:
+            visible &= places >= conditions.prefix_padding.to(device).unsqueeze(1)
+        mask = torch.zeros(visible.shape, **self.options).masked_fill(~visible, float("-inf"))
+        self._mask = mask.unsqueeze(1).repeat(1, stack.kv_heads, 1).view(self.batch * stack.kv_heads, 1, -1)
+        self._mask_slot = self.positions.view(-1, 1).expand(-1, stack.kv_heads).unsqueeze(-1)
+        self.cross_bias: Tensor | None = None
+        if conditions.states_mask is not None:
+            is_padding = ~conditions.states_mask.to(device)
+            bias = torch.zeros(is_padding.shape, **self.options).masked_fill(is_padding, float("-inf"))
+            self.cross_bias = bias.repeat_interleave(stack.heads, dim=0).unsqueeze(1)
+        if stack.rotary is not None:
+            cos, sin = stack.rotary(places)
+            self._cos_table, self._sin_table = cos.to(mask.dtype), sin[:, sin.shape[1] // 2 :].to(mask.dtype)
+
+    def set_extent(self, num_positions: int) -> None:
+        """Let attention read at least `num_positions` positions of the cache."""
+        stack = self.stack
+        self.extent = min(_EXTENT_STEP * ceil(num_positions / _EXTENT_STEP), self.num_positions)
+        self.visible = self._mask[:, :, : self.extent]
+        shape = (len(self.queries), self.queries.shape[1], self.extent)
+        self.bias = self.visible if stack.relative is None else torch.zeros(shape, **self.options)
+        self.scores = torch.zeros(shape, **self.options)
+
+    def set_positions(self, positions: Sequence[int]) -> None:
+        """Set the position of the row of each item, and let attention read it."""
+        if min(positions) == max(positions):
+            self.positions.fill_(positions[0])  # without a copy to the device
+        else:
+            self.positions.copy_(torch.tensor(positions), non_blocking=True)
+        self._mask.view(self.batch, -1, self.num_positions).scatter_(2, self._mask_slot, 0.0)
+        if self.stack.rotary is not None:
+            self._rotated_cos.copy_(self._cos_table[self.positions].unsqueeze(1))
+            self._sin.copy_(self._sin_table[self.positions].unsqueeze(1))
+
+    def rotate(self) -> None:
+        """Rotate queries and keys, and copy queries of several items."""
+        if self.stack.rotary is not None:
+            torch.mul(self._unrotated, self._cos, out=self._rotated)
+            self._halves[0][0].addcmul_(self._halves[0][1], self._sin, value=-1)
+            self._halves[1][0].addcmul_(self._halves[1][1], self._sin)
+        if self._query_heads is not None:
+            self.queries.view_as(self._query_heads).copy_(self._query_heads)
+
+
+def _product(linear: nn.Linear, num_rows: int) -> RowProduct:
+    return RowProduct(linear.weight, linear.bias, num_rows)
+
+
+class _CachedBlock:
+    """A block that computes one row of every item."""
+
+    def __init__(self, block: Block, buffers: _RowBuffers) -> None:
+        self.buffers, self._block = buffers, block
+        batch = buffers.batch
+        self._scale = buffers.stack.dim_head**-0.5
+        self._attention_norm, self._to_qkv = prepare(block.attention_norm, block.attention.to_qkv, batch)
+        self._to_out = _product(block.attention.to_out, batch)
+        if block.cross is not None and block.cross_norm is not None:
+            self._cross_norm, self._to_q = prepare(block.cross_norm, block.cross.to_q, batch)
+            self._cross_out = _product(block.cross.to_out, batch)
+            shape = (batch * buffers.stack.heads, 1, buffers.stack.dim_head)
+            self._cross_queries, self._cross_attended = (torch.zeros(shape, **buffers.options) for _ in range(2))
+        layer = block.feed_forward
+        if isinstance(layer, (GatedFeedForward, FeedForward)):
+            self._feed_forward_norm, self._up = prepare(block.feed_forward_norm, layer.up, batch)
+            self._down = _product(layer.down, batch)
+            self._hidden = torch.zeros(batch, layer.up.out_features, **buffers.options)
+            self._value, self._gate = self._hidden.chunk(2, dim=-1)
+            self._activated = torch.zeros(batch, layer.down.in_features, **buffers.options)
+
+    def start(self, keys: Tensor, values: Tensor, conditions: FusedConditions) -> None:
+        """Allocate the cache, and store the keys and values `[b, g, n, d]` of the first rows."""
+        _, batch, heads, _, dim_head = self.buffers.keys_values.shape
+        self._memory = torch.zeros(2, batch, heads, self.buffers.num_positions, dim_head, **self.buffers.options)
+        for stored, new in zip(self._memory, (keys, values)):
+            stored[:, :, : new.shape[2]] = new
+        if self._block.cross is not None and conditions.states is not None:
+            keys, values = self._block.cross.keys_values(conditions.states)
+            self._cross_keys, self._cross_values = keys.flatten(0, 1).mT, values.flatten(0, 1)
+
+    def view_memory(self) -> None:
+        """Renew the views of the cache after a change of the extent."""
+        keys, values = self._memory.flatten(1, 2)[:, :, : self.buffers.extent]
+        self._keys, self._values = keys.mT, values
+
+    def step(self) -> None:
+        """Add the branches of the block to the rows in `buffers.x`."""
+        shared = self.buffers
+        self._attention_norm(shared.x, shared.normed)
+        self._to_qkv(shared.normed, shared.qkv)
+        shared.rotate()
+        self._memory.scatter_(3, shared.slot, shared.keys_values)
+        torch.baddbmm(shared.bias, shared.queries, self._keys, alpha=self._scale, out=shared.scores)
+        torch.softmax(shared.scores, -1, out=shared.scores)
+        torch.bmm(shared.scores, self._values, out=shared.attended)
+        self._to_out(shared.attended_rows, shared.branch)
+        shared.x.add_(shared.branch)
+        if self._block.cross is not None:
+            self._step_cross()
+        self._step_feed_forward()
+
+    def _step_cross(self) -> None:
+        shared, queries = self.buffers, self._cross_queries
+        self._cross_norm(shared.x, shared.normed)
+        self._to_q(shared.normed, queries.view(shared.batch, -1))
+        if shared.cross_bias is None:
+            scores = torch.bmm(queries * self._scale, self._cross_keys)
+        else:
+            scores = torch.baddbmm(shared.cross_bias, queries, self._cross_keys, alpha=self._scale)
+        torch.bmm(scores.softmax(-1), self._cross_values, out=self._cross_attended)
+        self._cross_out(self._cross_attended.view(shared.batch, -1), shared.branch)
+        shared.x.add_(shared.branch)
+
+    def _step_feed_forward(self) -> None:
+        shared, layer = self.buffers, self._block.feed_forward
+        if not isinstance(layer, (GatedFeedForward, FeedForward)):
+            shared.x.add_(layer(self._block.feed_forward_norm(shared.x)))
+            return
+        self._feed_forward_norm(shared.x, shared.normed)
+        self._up(shared.normed, self._hidden)
+        if isinstance(layer, GatedFeedForward):
+            torch.nn.functional.silu(self._gate, inplace=True)
+            torch.mul(self._gate, self._value, out=self._activated)
+        else:
+            self._activated.copy_(layer.activation(self._hidden))
+        self._down(self._activated, shared.branch)
+        shared.x.add_(shared.branch)
