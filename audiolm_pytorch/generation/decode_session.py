@@ -63,7 +63,10 @@ class DecodeSession:
         settings: Sampling settings; None = temperature 1.
         seeds: Seed or generator of every item; None draws seeds from torch's global generator.
         callback: Called after every row as `callback(finished_rows, max_rows)`.
-        allow_eos: Whether an item may end early, after at least one frame. If False, the end token is never sampled.
+        allow_eos: Whether an item may end early, after at least one frame. If False, the end token is never sampled. If
+            True, every row waits for the device.
+        transformer: The attribute `transformer` of a finished session with the same model, whose prepared weights this
+            session uses again; None = prepare the weights.
 
     Raises:
         ValueError: If the inputs do not fit the layout of the model, the number of seeds differs from the number of
@@ -85,6 +88,7 @@ class DecodeSession:
         seeds: Sequence[int | torch.Generator] | None = None,
         callback: Callable[[int, int], None] | None = None,
         allow_eos: bool = False,
+        transformer: CachedTransformer | None = None,
     ) -> None:
         self.settings = settings if settings is not None else SamplingSettings()
         batch = len(next(iter(streams.values()))) if streams else batch_size
@@ -116,9 +120,11 @@ class DecodeSession:
         self.rows = [min(cells, default=1) for cells in self.pending]
         self.frames_after_row = [self._count_frames_after_rows(item) for item in range(batch)]
         self.known = [self.frames_after_row[item][row - 1] for item, row in enumerate(self.rows)]
-        self.transformer: CachedTransformer | None = None
+        is_usable = transformer is not None and transformer.batch == self.copies * batch
+        self.transformer = transformer if is_usable else None
+        self.is_prefilled = False
         self.heads: dict[tuple[int, ...], _Heads] = {}
-        self.has_read = False  # whether `hidden` belongs to the rows before `rows`
+        self.has_read = False  # whether the final states belong to the rows before `rows`
         self.bad_row = torch.full((), -1, device=model.device)
 
     @property
@@ -145,7 +151,7 @@ class DecodeSession:
                 cells and (until_frames is None or known < until_frames)
                 for cells, known in zip(self.pending, self.known)
             ):
-                if self.transformer is None:
+                if not self.is_prefilled:
                     self._prefill()
                 elif not self.has_read:
                     self._read_row()
@@ -183,12 +189,11 @@ class DecodeSession:
             all_items = torch.ones(self.batch, dtype=torch.bool)
             unconditional = model.layout.without_conditions(PackedTokens(ids, mask, mask), all_items)
             ids, mask = torch.cat((ids, unconditional.ids)), mask.repeat(2, 1, 1)
-        self.transformer = CachedTransformer(model.transformer, copies * self.batch)
+        if self.transformer is None:
+            self.transformer = CachedTransformer(model.transformer, copies * self.batch)
         num_positions = fused.num_rows + self.ids.shape[1]
-        hidden = self.transformer.prefill(model.embed(ids, mask), fused, self.rows * copies, num_positions)
-        last = torch.tensor(self.rows, device=hidden.device).repeat(copies) - 1
-        self.hidden = hidden[torch.arange(len(hidden), device=hidden.device), last]
-        self.has_read = True
+        self.transformer.prefill(model.embed(ids, mask), fused, self.rows * copies, num_positions)
+        self.is_prefilled = self.has_read = True
 
     def _doubled_conditions(self) -> Conditions | None:
         """Conditions of the batch; with guidance, followed by unconditional copies of all items."""
@@ -208,7 +213,7 @@ class DecodeSession:
         if self.copies == 2:
             x = x.repeat(2, 1)
         if self.transformer is not None:
-            self.hidden = self.transformer.step(x, rows * self.copies)
+            self.transformer.step(x, rows * self.copies)
         self.rows = [row + 1 for row in rows]
         self.has_read = True
 
@@ -232,15 +237,14 @@ class DecodeSession:
 
     def _sample(self, items: list[int], cells: list[_Cell]) -> dict[int, int]:
         """Sample one token per item into each of `cells`. Return `{item: frames}` for the items that end."""
-        key = tuple(cell.head for cell in cells)
-        if key not in self.heads:
-            self.heads[key] = _Heads(self.model, key, self.allow_eos, self.copies * self.batch)
+        key, transformer = tuple(cell.head for cell in cells), self.transformer
+        if key not in self.heads and transformer is not None:
+            self.heads[key] = _Heads(self.model, key, self.allow_eos, transformer.hidden)
         heads, rows = self.heads[key], [self.rows[item] for item in items]
-        if len(items) == self.batch:
-            logits = heads.logits(self.hidden)
-        else:
+        logits = heads.logits()
+        if len(items) < self.batch:
             copied_items = [item + self.batch for item in items] if self.copies == 2 else []
-            logits = heads.logits(self.hidden[[*items, *copied_items]])
+            logits = logits[[*items, *copied_items]]
         if self.copies == 2:
             conditional, unconditional = logits.chunk(2)
             logits = guide(conditional, unconditional, float(self.settings.guidance_scale))
@@ -251,8 +255,7 @@ class DecodeSession:
                 if len(without_frame):
                     logits[without_frame, place, -1] = float("-inf")
         index = _cells_of_items(items, rows, [cell.column for cell in cells], self.batch)
-        noise = self.noise[index]
-        tokens = sample_tokens(logits.flatten(0, 1), noise.flatten(), self.settings).view(len(items), -1)
+        tokens = sample_tokens(logits, self.noise[index], self.settings)
         self.ids[index] = tokens + heads.first_ids
         ends: dict[int, int] = {}
         for place, (_, column) in enumerate(cells):
@@ -330,24 +333,22 @@ def _cells_of_items(items: list[int], rows: list[int], columns: list[int], batch
 
 
 class _Heads:
-    """Heads of a model that are sampled together, because they have the same number of logits."""
+    """Heads of a model that are sampled together, because they have the same number of logits.
 
-    def __init__(self, model: TokenTransformer, heads: Sequence[int], allow_eos: bool, num_rows: int) -> None:
+    `hidden [b, d]` are the final states, which every call reads.
+    """
+
+    def __init__(self, model: TokenTransformer, heads: Sequence[int], allow_eos: bool, hidden: Tensor) -> None:
         selected = [model.layout.heads[head] for head in heads]
         self.num_logits = len(selected[0].ids(allow_eos))
         self.has_eos = [allow_eos and head.has_eos for head in selected]
         self.first_ids = torch.tensor([head.first_id for head in selected], device=model.device)
         layers: list[Any] = list(model.heads)
-        weights = [layers[head].weight[: self.num_logits] for head in heads]
-        self._weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        self._product = RowProduct(self._weight, None, num_rows)
-        self._out = torch.zeros(num_rows, len(self._weight), device=model.device, dtype=self._weight.dtype)
+        weight = torch.cat([layers[head].weight[: self.num_logits] for head in heads])
+        self._logits = torch.zeros(len(hidden), len(weight), device=model.device, dtype=weight.dtype)
+        self._product = RowProduct(weight, None, hidden, self._logits)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits `[n, heads, num_logits]` float32 of final states `[n, d]`."""
-        if len(hidden) == len(self._out):
-            self._product(hidden, self._out)
-            out = self._out
-        else:
-            out = F.linear(hidden, self._weight)
-        return out.view(len(hidden), len(self.has_eos), -1).float()
+    def logits(self) -> Tensor:
+        """Return the logits `[b, heads, num_logits]` float32."""
+        self._product()
+        return self._logits.view(len(self._logits), len(self.has_eos), -1).float()

@@ -126,11 +126,11 @@ def filter_logits(logits: Tensor, settings: SamplingSettings) -> Tensor:
 
 
 def sample_tokens(logits: Tensor, noise: Tensor, settings: SamplingSettings) -> Tensor:
-    """Sample tokens `[n]` int64 from logits `[n, v]` with uniform noise (inverse transform sampling).
+    """Sample tokens `[...]` int64 from logits `[..., v]` with uniform noise (inverse transform sampling).
 
     Args:
-        logits: Unscaled logits `[n, v]`.
-        noise: Uniform noise `[n]` in [0, 1).
+        logits: Unscaled logits `[..., v]`.
+        noise: Uniform noise `[...]` in [0, 1).
         settings: Temperature and filters.
     """
     logits = logits.float()
@@ -139,4 +139,4 @@ def sample_tokens(logits: Tensor, noise: Tensor, settings: SamplingSettings) -> 
     cumulative = filter_logits(logits / settings.temperature, settings).softmax(dim=-1).cumsum(dim=-1)
     # The threshold stays below the total also after rounding, so the token has a probability above zero.
     threshold = noise.clamp(max=1 - 2**-20).unsqueeze(-1) * cumulative[..., -1:]
-    return (cumulative <= threshold).sum(dim=-1)
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)

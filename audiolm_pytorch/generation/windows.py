@@ -227,6 +227,7 @@ class SlidingWindowDecoder:
             conditioning=self._conditions_of(items, window),
             seeds=[self._generators[item] for item in items.tolist()],
             callback=None if self._callback is None else lambda row, num_rows: self._report(window),
+            transformer=self._transformer,
             **self._options,
         )
 
@@ -252,7 +253,7 @@ class SlidingWindowDecoder:
         has_ended = ends < self._session_stops  # the model sampled the end
         self._num_frames[items[has_ended]] = ends[has_ended]
         if session.is_done:
-            self._session = None
+            self._session, self._transformer = None, session.transformer
             self._window_index += 1
 
     def _report(self, window: range) -> None:

@@ -9,10 +9,11 @@ from math import ceil
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import silu
 
 from audiolm_pytorch.nn.layers import FeedForward, GatedFeedForward
-from audiolm_pytorch.nn.row_products import RowProduct, prepare
+from audiolm_pytorch.nn.row_products import RowProduct, prepare_norm, prepare_norm_and_product
 from audiolm_pytorch.nn.transformer import Block, FusedConditions, Transformer
 
 __all__ = ["CachedTransformer"]
@@ -37,9 +38,12 @@ class CachedTransformer:
         self.transformer, self.batch = transformer, batch
         self._buffers = _RowBuffers(transformer, batch)
         self._blocks = [_CachedBlock(cast(Block, block), self._buffers) for block in transformer.blocks]
+        # Normalised rows `[b, d]`, written in place.
+        self.hidden = torch.zeros_like(self._buffers.x)
+        self._norm = prepare_norm(transformer.norm, self._buffers.x, self.hidden)
 
     def prefill(self, x: Tensor, conditions: FusedConditions, counts: Sequence[int], num_positions: int) -> Tensor:
-        """Start new sequences with a prefix and first rows; return normalised rows `[b, n, d]`.
+        """Start new sequences with a prefix and first rows; return the last normalised row of each item `[b, d]`.
 
         Args:
             x: First rows `[b, n, d]`, padded on the right.
@@ -54,10 +58,10 @@ class CachedTransformer:
         for block, (keys, values) in zip(self._blocks, keys_values):
             block.start(keys, values, conditions)
         self._set_extent(1)
-        return normalised
+        return self.hidden.copy_(normalised[self._buffers.items, torch.tensor(counts, device=x.device) - 1])
 
     def step(self, x: Tensor, rows: Sequence[int]) -> Tensor:
-        """Add the row `x[i]` to item i as its row `rows[i]`; return normalised rows `[b, d]`.
+        """Add the row `x[i]` to item i as its row `rows[i]`; return normalised rows `[b, d]`, which are `hidden`.
 
         Rows are counted from 0, without the prefix. If an item already has row `rows[i]`, it is replaced.
         """
@@ -77,7 +81,8 @@ class CachedTransformer:
             torch.add(bias.reshape(buffers.bias.shape), buffers.visible, out=buffers.bias)
         for block in self._blocks:
             block.step()
-        return stack.norm(buffers.x)
+        self._norm()
+        return self.hidden
 
     def _set_extent(self, num_positions: int) -> None:
         """Let attention read at least `num_positions` positions of the cache."""
@@ -123,9 +128,12 @@ class _RowBuffers:
         self.slot = self.positions.view(1, batch, 1, 1, 1).expand(self.keys_values.shape)
         if stack.rotary is not None:
             # Values are multiplied by 1.
-            self._cos = torch.ones(batch, heads + 2 * num_kv, dim_head, **options)
-            self._sin = torch.zeros(batch, 1, dim_head // 2, **options)
-            self._rotated_cos = self._cos[:, : heads + num_kv]
+            self._cos_row, self._sin_row = (
+                torch.zeros(batch, dim_head, **options),
+                torch.zeros(batch, dim_head // 2, **options),
+            )
+            self._cos, self._sin = torch.ones_like(self._rotated), self._sin_row.unsqueeze(1)
+            self._rotated_cos = self._cos[:, : heads + num_kv], self._cos_row.unsqueeze(1)
             halves = self._unrotated[:, : heads + num_kv].chunk(2, dim=-1)
             rotated_halves = self._rotated[:, : heads + num_kv].chunk(2, dim=-1)
             self._halves = (rotated_halves[0], halves[1]), (rotated_halves[1], halves[0])
@@ -140,6 +148,7 @@ class _RowBuffers:
             visible &= places >= conditions.prefix_padding.to(device).unsqueeze(1)
         mask = torch.zeros(visible.shape, **self.options).masked_fill(~visible, float("-inf"))
         self._mask = mask.unsqueeze(1).repeat(1, stack.kv_heads, 1).view(self.batch * stack.kv_heads, 1, -1)
+        self._mask_of_items = self._mask.view(self.batch, -1, self.num_positions)
         self._mask_slot = self.positions.view(-1, 1).expand(-1, stack.kv_heads).unsqueeze(-1)
         self.cross_bias: Tensor | None = None
         if conditions.states_mask is not None:
@@ -165,10 +174,11 @@ class _RowBuffers:
             self.positions.fill_(positions[0])  # without a copy to the device
         else:
             self.positions.copy_(torch.tensor(positions), non_blocking=True)
-        self._mask.view(self.batch, -1, self.num_positions).scatter_(2, self._mask_slot, 0.0)
+        self._mask_of_items.scatter_(2, self._mask_slot, 0.0)
         if self.stack.rotary is not None:
-            self._rotated_cos.copy_(self._cos_table[self.positions].unsqueeze(1))
-            self._sin.copy_(self._sin_table[self.positions].unsqueeze(1))
+            torch.index_select(self._cos_table, 0, self.positions, out=self._cos_row)
+            torch.index_select(self._sin_table, 0, self.positions, out=self._sin_row)
+            self._rotated_cos[0].copy_(self._rotated_cos[1])
 
     def rotate(self) -> None:
         """Rotate queries and keys, and copy queries of several items."""
@@ -180,31 +190,28 @@ class _RowBuffers:
             self.queries.view_as(self._query_heads).copy_(self._query_heads)
 
 
-def _product(linear: nn.Linear, num_rows: int) -> RowProduct:
-    return RowProduct(linear.weight, linear.bias, num_rows)
-
-
 class _CachedBlock:
     """A block that computes one row of every item."""
 
     def __init__(self, block: Block, buffers: _RowBuffers) -> None:
         self.buffers, self._block = buffers, block
-        batch = buffers.batch
         self._scale = buffers.stack.dim_head**-0.5
-        self._attention_norm, self._to_qkv = prepare(block.attention_norm, block.attention.to_qkv, batch)
-        self._to_out = _product(block.attention.to_out, batch)
-        if block.cross is not None and block.cross_norm is not None:
-            self._cross_norm, self._to_q = prepare(block.cross_norm, block.cross.to_q, batch)
-            self._cross_out = _product(block.cross.to_out, batch)
-            shape = (batch * buffers.stack.heads, 1, buffers.stack.dim_head)
+        x, normed, branch = buffers.x, buffers.normed, buffers.branch
+        to_out, layer, cross = block.attention.to_out, block.feed_forward, block.cross
+        self._qkv = prepare_norm_and_product(block.attention_norm, block.attention.to_qkv, x, normed, buffers.qkv)
+        self._out = RowProduct(to_out.weight, to_out.bias, buffers.attended_rows, branch)
+        if cross is not None and block.cross_norm is not None:
+            shape = (buffers.batch * buffers.stack.heads, 1, buffers.stack.dim_head)
             self._cross_queries, self._cross_attended = (torch.zeros(shape, **buffers.options) for _ in range(2))
-        layer = block.feed_forward
+            queries, attended = (part.view(buffers.batch, -1) for part in (self._cross_queries, self._cross_attended))
+            self._to_cross = prepare_norm_and_product(block.cross_norm, cross.to_q, x, normed, queries)
+            self._cross_out = RowProduct(cross.to_out.weight, cross.to_out.bias, attended, branch)
         if isinstance(layer, (GatedFeedForward, FeedForward)):
-            self._feed_forward_norm, self._up = prepare(block.feed_forward_norm, layer.up, batch)
-            self._down = _product(layer.down, batch)
-            self._hidden = torch.zeros(batch, layer.up.out_features, **buffers.options)
+            self._hidden = torch.zeros(buffers.batch, layer.up.out_features, **buffers.options)
             self._value, self._gate = self._hidden.chunk(2, dim=-1)
-            self._activated = torch.zeros(batch, layer.down.in_features, **buffers.options)
+            self._activated = torch.zeros(buffers.batch, layer.down.in_features, **buffers.options)
+            self._up = prepare_norm_and_product(block.feed_forward_norm, layer.up, x, normed, self._hidden)
+            self._down = RowProduct(layer.down.weight, layer.down.bias, self._activated, branch)
 
     def start(self, keys: Tensor, values: Tensor, conditions: FusedConditions) -> None:
         """Allocate the cache, and store the keys and values `[b, g, n, d]` of the first rows."""
@@ -224,14 +231,13 @@ class _CachedBlock:
     def step(self) -> None:
         """Add the branches of the block to the rows in `buffers.x`."""
         shared = self.buffers
-        self._attention_norm(shared.x, shared.normed)
-        self._to_qkv(shared.normed, shared.qkv)
+        self._qkv()
         shared.rotate()
         self._memory.scatter_(3, shared.slot, shared.keys_values)
         torch.baddbmm(shared.bias, shared.queries, self._keys, alpha=self._scale, out=shared.scores)
         torch.softmax(shared.scores, -1, out=shared.scores)
         torch.bmm(shared.scores, self._values, out=shared.attended)
-        self._to_out(shared.attended_rows, shared.branch)
+        self._out()
         shared.x.add_(shared.branch)
         if self._block.cross is not None:
             self._step_cross()
@@ -239,27 +245,25 @@ class _CachedBlock:
 
     def _step_cross(self) -> None:
         shared, queries = self.buffers, self._cross_queries
-        self._cross_norm(shared.x, shared.normed)
-        self._to_q(shared.normed, queries.view(shared.batch, -1))
+        self._to_cross()
         if shared.cross_bias is None:
             scores = torch.bmm(queries * self._scale, self._cross_keys)
         else:
             scores = torch.baddbmm(shared.cross_bias, queries, self._cross_keys, alpha=self._scale)
         torch.bmm(scores.softmax(-1), self._cross_values, out=self._cross_attended)
-        self._cross_out(self._cross_attended.view(shared.batch, -1), shared.branch)
+        self._cross_out()
         shared.x.add_(shared.branch)
 
     def _step_feed_forward(self) -> None:
         shared, layer = self.buffers, self._block.feed_forward
-        if not isinstance(layer, (GatedFeedForward, FeedForward)):
+        if isinstance(layer, GatedFeedForward):
+            self._up()
+            torch.mul(silu(self._gate, inplace=True), self._value, out=self._activated)
+        elif isinstance(layer, FeedForward):
+            self._up()
+            self._activated.copy_(layer.activation(self._hidden))
+        else:
             shared.x.add_(layer(self._block.feed_forward_norm(shared.x)))
             return
-        self._feed_forward_norm(shared.x, shared.normed)
-        self._up(shared.normed, self._hidden)
-        if isinstance(layer, GatedFeedForward):
-            torch.nn.functional.silu(self._gate, inplace=True)
-            torch.mul(self._gate, self._value, out=self._activated)
-        else:
-            self._activated.copy_(layer.activation(self._hidden))
-        self._down(self._activated, shared.branch)
+        self._down()
         shared.x.add_(shared.branch)

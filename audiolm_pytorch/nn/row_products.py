@@ -1,4 +1,4 @@
-"""Linear layers prepared for decoding, where each call has few rows and constant weights: the tricks for CPUs.
+"""Norms and linear layers prepared for decoding, where a call has few rows and the weights are constant.
 
 A product of few rows is limited by reading the weights. torch 2.13 reads them on one core for one row, and computes two
 to sixteen rows slowly. `tests/benchmarks/products.py` compares the products of this file with `F.linear`.
@@ -11,54 +11,63 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.nn.layers import RMSNorm
 
-__all__ = ["Normalize", "RowProduct", "prepare"]
+__all__ = ["RowProduct", "prepare_norm", "prepare_norm_and_product"]
 
 _MAX_ROWS = 16  # with more rows, the usual product is fast enough
 _MIN_SPLIT_WEIGHTS = 2**17  # smaller weights are read faster by one core
 
-# Writes the normalised rows of its first argument into its second argument.
-Normalize = Callable[[Tensor, Tensor], object]
+
+def prepare_norm(norm: nn.Module, x: Tensor, out: Tensor) -> Callable[[], object]:
+    """Return a function that normalises the rows in `x [b, d]` and writes the result into `out [b, d]`."""
+    if not _is_plain_cpu(x) or not isinstance(norm, RMSNorm):
+        return lambda: out.copy_(norm(x))
+    normalize, weight = _rms_norm(x, out, norm.eps), norm.weight.detach() * x.shape[-1] ** 0.5
+
+    def normalize_and_scale() -> None:
+        normalize()
+        out.mul_(weight)
+
+    return normalize_and_scale
 
 
-def prepare(norm: nn.Module, linear: nn.Linear, num_rows: int) -> tuple[Normalize, "RowProduct"]:
-    """Prepare a norm and the linear layer that follows it for rows `[num_rows, d]`.
+def prepare_norm_and_product(
+    norm: nn.Module, linear: nn.Linear, x: Tensor, normed: Tensor, out: Tensor
+) -> Callable[[], object]:
+    """Return a function that writes the norm of `x` into `normed`, and the product of it and `linear` into `out`.
 
-    On a CPU, scale and shift of the norm become a part of the weights of the linear layer.
+    On a CPU, scale and shift of the norm become a part of the weights of the product.
     """
-    if linear.weight.device.type == "cpu" and linear.weight.dtype == torch.float32:
-        if isinstance(norm, RMSNorm):
-            dim = norm.weight.shape[0]
-            return _rms_norm(dim, norm.eps), RowProduct(
-                linear.weight, linear.bias, num_rows, scale=norm.weight * dim**0.5
-            )
-        if isinstance(norm, nn.LayerNorm):
-            plain = nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False)
-            return _module_norm(plain), RowProduct(
-                linear.weight, linear.bias, num_rows, scale=norm.weight, shift=norm.bias
-            )
-    return _module_norm(norm), RowProduct(linear.weight, linear.bias, num_rows)
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    if _is_plain_cpu(x) and isinstance(norm, RMSNorm):
+        normalize, scale = _rms_norm(x, normed, norm.eps), norm.weight * x.shape[-1] ** 0.5
+    elif _is_plain_cpu(x) and isinstance(norm, nn.LayerNorm):
+        plain = nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False)
+        normalize, scale, shift = prepare_norm(plain, x, normed), norm.weight, norm.bias
+    else:
+        normalize = prepare_norm(norm, x, normed)
+    product = RowProduct(linear.weight, linear.bias, normed, out, scale=scale, shift=shift)
+
+    def normalize_and_multiply() -> None:
+        normalize()
+        product()
+
+    return normalize_and_multiply
 
 
-def _module_norm(norm: nn.Module) -> Normalize:
-    def normalize(x: Tensor, out: Tensor) -> None:
-        out.copy_(norm(x))
+def _rms_norm(x: Tensor, out: Tensor, eps: float) -> Callable[[], object]:
+    """Division by `sqrt(d)` times the root mean square in three operators; `F.rms_norm` has eight on a CPU."""
+    constant, length = torch.tensor((x.shape[-1] * eps) ** 0.5), torch.zeros(len(x), 1)
 
-    return normalize
-
-
-def _rms_norm(dim: int, eps: float) -> Normalize:
-    """Division by `sqrt(dim)` times the root mean square in three operators; `F.rms_norm` has eight on a CPU."""
-    constant = torch.tensor((dim * eps) ** 0.5)
-
-    def normalize(x: Tensor, out: Tensor) -> None:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    def normalize() -> None:
+        torch.linalg.vector_norm(x, 2, -1, True, out=length)
         torch.div(x, torch.hypot(length, constant, out=length), out=out)
 
     return normalize
 
 
 class RowProduct:
-    """A linear layer with constant weights for `num_rows` rows, which writes into a tensor that the caller allocates.
+    """A linear layer with constant weights, which multiplies the rows of one tensor and writes into another tensor.
 
     On a CPU in float32, one row is multiplied with one part of the weights on each core. For two to sixteen rows, the
     weights are stored in the layout of oneDNN.
@@ -66,16 +75,18 @@ class RowProduct:
     Args:
         weight: `[dim_out, dim_in]`. Later changes may have no effect.
         bias: `[dim_out]`; None = no bias.
-        num_rows: Number of rows of every call.
+        x: Rows `[b, dim_in]`, read in every call.
+        out: `[b, dim_out]`, written in every call.
         scale: `[dim_in]`, factor of the inputs, which becomes a part of the weights.
-        shift: `[dim_in]`, added to the inputs after `scale`.
+        shift: `[dim_in]`, added to the inputs after `scale`, which becomes a part of the bias.
     """
 
     def __init__(
         self,
         weight: Tensor,
         bias: Tensor | None,
-        num_rows: int,
+        x: Tensor,
+        out: Tensor,
         *,
         scale: Tensor | None = None,
         shift: Tensor | None = None,
@@ -83,28 +94,34 @@ class RowProduct:
         if shift is not None:
             bias = weight @ shift if bias is None else bias + weight @ shift
         weight = (weight if scale is None else weight * scale).detach()
-        self._bias, self._num_parts, self._packed = None if bias is None else bias.detach(), 1, None
-        if weight.device.type == "cpu" and weight.dtype == torch.float32:
-            if num_rows == 1 and weight.numel() >= _MIN_SPLIT_WEIGHTS:
-                threads = torch.get_num_threads()
-                self._num_parts = max(parts for parts in range(1, threads + 1) if len(weight) % parts == 0)
-            elif 1 < num_rows <= _MAX_ROWS and _can_pack():
-                self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, num_rows)
-        # `[parts, dim_in, dim_out / parts]`, or `[dim_in, dim_out]` if there is one part.
-        self._weight = weight.mT if self._num_parts == 1 else weight.view(self._num_parts, -1, weight.shape[1]).mT
-
-    def __call__(self, x: Tensor, out: Tensor) -> None:
-        """Write the product of rows `x [num_rows, dim_in]` into `out [num_rows, dim_out]`."""
-        if self._packed is not None:
-            out.copy_(torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], ""))
+        self._x, self._out, self._bias = x, out, None if bias is None else bias.detach()
+        num_rows, num_parts, self._packed = len(x), 1, None
+        if _is_plain_cpu(x) and num_rows == 1 and weight.numel() >= _MIN_SPLIT_WEIGHTS:
+            num_parts = max(parts for parts in range(1, torch.get_num_threads() + 1) if len(weight) % parts == 0)
+        elif _is_plain_cpu(x) and 1 < num_rows <= _MAX_ROWS and _can_pack():
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, num_rows)
             return
-        if self._num_parts == 1:
-            torch.mm(x, self._weight, out=out)
+        if num_parts > 1:
+            # All parts are multiplied with the same row.
+            self._x, self._out_parts = x.expand(num_parts, 1, -1), out.view(num_parts, 1, -1)
+            weight = weight.view(num_parts, -1, weight.shape[1])
+        self._weight = weight.mT
+
+    def __call__(self) -> None:
+        """Multiply."""
+        if self._packed is not None:
+            self._out.copy_(torch.ops.mkldnn._linear_pointwise(self._x, self._packed, self._bias, "none", [], ""))
+            return
+        if self._weight.ndim == 3:
+            torch.bmm(self._x, self._weight, out=self._out_parts)
         else:
-            rows = x.unsqueeze(0).expand(self._num_parts, -1, -1)
-            torch.bmm(rows, self._weight, out=out.view(self._num_parts, 1, -1))
+            torch.mm(self._x, self._weight, out=self._out)
         if self._bias is not None:
-            out.add_(self._bias)
+            self._out.add_(self._bias)
+
+
+def _is_plain_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32
 
 
 def _can_pack() -> bool:
