@@ -160,6 +160,8 @@ class DecodeSession:
                     self.callback(max(self.rows) + 1, self.ids.shape[1])
                 if max(self.rows) % _ROWS_BETWEEN_CHECKS == 0:
                     self._raise_recorded_error()
+        if self.is_done and self.transformer is not None:
+            self.transformer.release()
         self._raise_recorded_error()
 
     def decoded(self) -> Decoded:

@@ -84,6 +84,11 @@ class CachedTransformer:
         self._norm()
         return self.hidden
 
+    def release(self) -> None:
+        """Free the cache. The prepared weights stay, for a later `prefill`."""
+        for block in self._blocks:
+            block.release()
+
     def _set_extent(self, num_positions: int) -> None:
         """Let attention read at least `num_positions` positions of the cache."""
         self._buffers.set_extent(num_positions)
@@ -222,6 +227,10 @@ class _CachedBlock:
         if self._block.cross is not None and conditions.states is not None:
             keys, values = self._block.cross.keys_values(conditions.states)
             self._cross_keys, self._cross_values = keys.flatten(0, 1).mT, values.flatten(0, 1)
+
+    def release(self) -> None:
+        """Free the cache."""
+        self._memory = self._keys = self._values = self._cross_keys = self._cross_values = torch.empty(0)
 
     def view_memory(self) -> None:
         """Renew the views of the cache after a change of the extent."""

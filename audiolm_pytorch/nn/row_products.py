@@ -14,7 +14,8 @@ from audiolm_pytorch.nn.layers import RMSNorm
 __all__ = ["RowProduct", "prepare_norm", "prepare_norm_and_product"]
 
 _MAX_ROWS = 16  # with more rows, the usual product is fast enough
-_MIN_SPLIT_WEIGHTS = 2**17  # smaller weights are read faster by one core
+_MIN_SPLIT_WEIGHTS = 2**17  # one core multiplies one row with fewer weights faster than several cores
+_MIN_PACKED_WEIGHTS = 2**18  # for fewer weights, the operator of oneDNN has too much overhead
 
 
 def prepare_norm(norm: nn.Module, x: Tensor, out: Tensor) -> Callable[[], object]:
@@ -96,26 +97,27 @@ class RowProduct:
         weight = (weight if scale is None else weight * scale).detach()
         self._x, self._out, self._bias = x, out, None if bias is None else bias.detach()
         num_rows, num_parts, self._packed = len(x), 1, None
-        if _is_plain_cpu(x) and num_rows == 1 and weight.numel() >= _MIN_SPLIT_WEIGHTS:
-            num_parts = max(parts for parts in range(1, torch.get_num_threads() + 1) if len(weight) % parts == 0)
-        elif _is_plain_cpu(x) and 1 < num_rows <= _MAX_ROWS and _can_pack():
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, num_rows)
-            return
-        if num_parts > 1:
-            # All parts are multiplied with the same row.
-            self._x, self._out_parts = x.expand(num_parts, 1, -1), out.view(num_parts, 1, -1)
-            weight = weight.view(num_parts, -1, weight.shape[1])
-        self._weight = weight.mT
+        if _is_plain_cpu(x) and num_rows <= _MAX_ROWS:
+            if num_rows > 1 and weight.numel() >= _MIN_PACKED_WEIGHTS and _can_pack():
+                self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, num_rows)
+                return
+            if num_rows > 1 or weight.numel() >= _MIN_SPLIT_WEIGHTS:
+                num_parts = max(parts for parts in range(1, torch.get_num_threads() + 1) if len(weight) % parts == 0)
+        # Each part of the weights is multiplied with the same rows. One row needs no copy of the results.
+        self._rows, self._weight = x.expand(num_parts, -1, -1), weight.view(num_parts, -1, weight.shape[1]).mT
+        self._out_parts = out.view(num_rows, num_parts, -1).transpose(0, 1)
+        self._is_copied = min(num_rows, num_parts) > 1
+        self._results = torch.zeros_like(self._out_parts, memory_format=torch.contiguous_format)
+        self._results = self._results if self._is_copied else self._out_parts
 
     def __call__(self) -> None:
         """Multiply."""
         if self._packed is not None:
             self._out.copy_(torch.ops.mkldnn._linear_pointwise(self._x, self._packed, self._bias, "none", [], ""))
             return
-        if self._weight.ndim == 3:
-            torch.bmm(self._x, self._weight, out=self._out_parts)
-        else:
-            torch.mm(self._x, self._weight, out=self._out)
+        torch.bmm(self._rows, self._weight, out=self._results)
+        if self._is_copied:
+            self._out_parts.copy_(self._results)
         if self._bias is not None:
             self._out.add_(self._bias)
 
