@@ -63,10 +63,12 @@ def attend(
     num_rows, width = queries.shape[2], values.shape[-1]
     if queries.device.type != "cpu" or queries.dtype != torch.bfloat16 or num_rows > _PLAIN_PRODUCT_MAX_ROWS:
         # Fused kernels need values as wide as the keys. Other kernels store the matrix of all pairs.
-        values = F.pad(values, (0, queries.shape[-1] - width)) if width != queries.shape[-1] else values
-        return F.scaled_dot_product_attention(
+        num_missing = queries.shape[-1] - width
+        values = F.pad(values, (0, num_missing)) if num_missing else values
+        out = F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=bias, is_causal=is_causal, scale=scale, enable_gqa=shared
-        )[..., :width]
+        )
+        return out[..., :width] if num_missing else out
     if shared:
         keys, values = (part.repeat_interleave(queries.shape[1] // part.shape[1], dim=1) for part in (keys, values))
     if is_causal:
