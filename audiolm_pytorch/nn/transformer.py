@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from audiolm_pytorch.nn.attention import AttentionContext, CrossAttention, SelfAttention
-from audiolm_pytorch.nn.layers import FeedForward, GatedFeedForward, NormFactory, norm_factory
+from audiolm_pytorch.nn.layers import Dropout, FeedForward, GatedFeedForward, NormFactory, norm_factory
 from audiolm_pytorch.nn.positions import RelativePositions, RotaryPositions, SinusoidalPositions, WavePositionBias
 
 __all__ = [
@@ -91,7 +91,7 @@ class Block(nn.Module):
         self.attention_norm, self.attention = norm(dim), attention
         self.cross_norm, self.cross = None if cross is None else norm(dim), cross
         self.feed_forward_norm, self.feed_forward = norm(dim), feed_forward
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """Apply the block to rows `[b, n, d]`."""

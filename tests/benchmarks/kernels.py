@@ -19,7 +19,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from audiolm_pytorch.nn.attention import attend
-from audiolm_pytorch.nn.layers import GatedFeedForward, RMSNorm
+from audiolm_pytorch.nn.layers import Dropout, GatedFeedForward, RMSNorm
 from audiolm_pytorch.nn.row_products import RowProduct, prepare_norm
 
 ROUNDS = 5
@@ -40,6 +40,7 @@ def main() -> None:
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             print(f"norm, forward and backward, {name}: {trained_norm():6.2f}")
+            print(f"dropout, {name}: {dropout(dtype):6.2f}")
             print(f"gated feed-forward layer, forward and backward, {name}: {trained_feed_forward():6.2f}")
     print(f"causal attention, forward and backward, bfloat16: {trained_attention():6.2f}")
 
@@ -74,6 +75,12 @@ def trained_norm() -> float:
     """Forward and backward pass of the norm, compared with `nn.RMSNorm`."""
     x = torch.randn(16, 250, 192, requires_grad=True)
     return ratio(backward(nn.RMSNorm(192, eps=1e-6), x), backward(RMSNorm(192), x), 20)
+
+
+def dropout(dtype: torch.dtype) -> float:
+    """Dropout in training mode, compared with `nn.Dropout`."""
+    x = torch.randn(16, 250, 768, dtype=dtype)
+    return ratio(lambda: nn.Dropout(0.1)(x), lambda: Dropout(0.1)(x), 5)
 
 
 def trained_feed_forward() -> float:
