@@ -12,6 +12,7 @@ from audiolm_pytorch.generation.request import GenerationRequest
 from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.lm.stage_transformer import AudioTokens
 from audiolm_pytorch.lm.stages import SemanticTransformer
+from audiolm_pytorch.nn.cached_transformer import CachedTransformer
 from tests.helpers import fakes
 from tests.helpers.toy_audiolm import audiolm_of, wrapped_stages
 
@@ -47,18 +48,18 @@ def check_namespaces(audio_lm):
     """Every stage receives embeddings of its resampled table, for the codes of its resampled item."""
     prefixes = {}
     for name, stage in audio_lm.stages.items():
-        original = stage.condition_tensors
+        original = stage.fuse
 
         def spied(conditioning, batch, name=name, original=original):
             prefixes[name] = conditioning["codes"].embeddings
             return original(conditioning, batch)
 
-        stage.condition_tensors = spied
+        stage.fuse = spied
     try:
         audio_lm(text=["one", "three"], seconds=0.1)
     finally:
         for stage in audio_lm.stages.values():
-            del stage.condition_tensors
+            del stage.fuse
     for name, table in audio_lm.audio_conditioner.tables.items():
         codes = torch.tensor([[3, 0, 0], [5, 0, 0]]) + torch.tensor([0, 10, 20])
         assert torch.equal(prefixes[name], table(codes)), name
@@ -146,19 +147,16 @@ def test_an_item_depends_on_its_seed_alone():
 def check_candidates_are_one_batch(audio_lm):
     """Sixteen candidates need as many model calls as one."""
     calls = []
-    hidden = SemanticTransformer.hidden
 
-    def counted(self, *args, **kwargs):
-        calls.append(len(args[0]))
-        return hidden(self, *args, **kwargs)
+    def spied(call):
+        return lambda self, x, *rest: calls.append(len(x)) or call(self, x, *rest)
 
-    SemanticTransformer.hidden = counted
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("prefill", "step"):
+            patch.setattr(CachedTransformer, name, spied(getattr(CachedTransformer, name)))
         audio_lm(batch_size=1, seconds=0.2)
         alone = len(calls)
         audio_lm(batch_size=16, seconds=0.2)
-    finally:
-        del SemanticTransformer.hidden
     assert len(calls) == 2 * alone and set(calls[alone:]) == {16}
 
 
@@ -176,13 +174,14 @@ def test_candidates_are_sampled_as_one_batch(monkeypatch):
         check_candidates_are_one_batch(audio_lm)
 
 
-def test_long_results_are_generated_in_windows():
+def test_long_results_are_generated_in_windows(monkeypatch):
     """Stages trained on half a second generate two; no cache is longer than the training sequences."""
     audio_lm = audiolm_of(max_seconds=0.5)
     slots = []
-    for stage in audio_lm.stages.values():
-        original = stage.new_cache
-        stage.new_cache = lambda batch, n, original=original: slots.append(n) or original(batch, n)
+    original = CachedTransformer.prefill
+    monkeypatch.setattr(
+        CachedTransformer, "prefill", lambda self, *args: slots.append(args[-1]) or original(self, *args)
+    )
     result = audio_lm.generate(GenerationRequest(seconds=2.0, seeds=0))
     assert result.wave.shape == (1, 1600) and result.acoustic.min() >= 0
     assert max(slots) <= 25 + 2

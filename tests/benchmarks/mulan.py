@@ -25,8 +25,8 @@ from torch import Tensor, nn
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from audiolm_pytorch.nn.encoder import TransformerEncoder, WavePositionBias  # noqa: E402
-from audiolm_pytorch.nn.layers import rotate  # noqa: E402
+from audiolm_pytorch.nn.positions import WavePositionBias, rotate  # noqa: E402
+from audiolm_pytorch.nn.transformer import Transformer  # noqa: E402
 from musiclm_pytorch.mulan import AudioSpectrogramTransformer, MuLaN, TextTransformer  # noqa: E402
 from tests.helpers.alive_tensors import AliveTensors  # noqa: E402
 
@@ -38,20 +38,20 @@ CACHED_SAMPLES, CACHED_TOKENS = 1024, 32
 
 
 class PlainEncoder(nn.Module):
-    """The blocks of a `TransformerEncoder` as one would write them down first: einsum, a matrix of all pairs, autograd.
+    """The blocks of a `Transformer` as one would write them down first: einsum, a matrix of all pairs, autograd.
 
     Args:
         encoder: Gives the weights, which are shared.
     """
 
-    def __init__(self, encoder: TransformerEncoder) -> None:
+    def __init__(self, encoder: Transformer) -> None:
         super().__init__()
         self.encoder, self.depth = encoder, encoder.depth
 
     def hidden_states(
         self, x: Tensor, mask: Tensor | None = None, *, positions: Tensor | None = None, layers: list[int | None]
     ) -> list[Tensor]:
-        """What `TransformerEncoder.hidden_states` gives, for the whole stack."""
+        """What `Transformer.hidden_states` gives, for the whole stack."""
         encoder = self.encoder
         if positions is None:
             positions = torch.arange(x.shape[1])
@@ -66,7 +66,7 @@ class PlainEncoder(nn.Module):
         return [plain_norm(encoder.norm, x)]
 
     def forward(self, x: Tensor, mask: Tensor | None = None, *, positions: Tensor | None = None) -> Tensor:
-        """What `TransformerEncoder.forward` gives."""
+        """What `Transformer.forward` gives."""
         return self.hidden_states(x, mask, positions=positions, layers=[None])[0]
 
 
@@ -91,7 +91,7 @@ def plain_attention(attention: Any, x: Tensor, mask: Tensor | None, angles: list
     """Attention with its scores written out."""
     q, k, v = rearrange(attention.to_qkv(x), "b t (three h d) -> three b h t d", three=3, h=attention.heads)
     q, k = rotate(q, *angles), rotate(k, *angles)
-    scores = torch.einsum("b h i d, b h j d -> b h i j", q, k) * attention.scale
+    scores = torch.einsum("b h i d, b h j d -> b h i j", q, k) * q.shape[-1] ** -0.5
     if bias is not None:
         scores = scores + bias
     if mask is not None:

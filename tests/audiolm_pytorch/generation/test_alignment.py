@@ -1,5 +1,7 @@
 """Click tracks are cropped, packed, decoded and windowed. The clicks keep their times."""
 
+import weakref
+
 import numpy as np
 import pytest
 import soundfile
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from audiolm_pytorch.audiolm import AudioLM
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.data import TokenShards, load_items, write_shards
+from audiolm_pytorch.generation import decode_session
 from audiolm_pytorch.generation.request import GenerationRequest
 from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
@@ -195,48 +198,81 @@ def test_crops_of_token_records_have_the_same_clicks_in_every_stream(tmp_path, p
 
 
 class Copying:
-    """A stage without weights, which predicts clicks from the rows before.
+    """A stage that predicts clicks from the rows before, with one-hot embeddings and states in place of weights.
 
     It has no frame counts and no windows, so it predicts wrong tokens if a window does not start at a whole frame of
     every input stream.
     """
 
-    def hidden(self, ids, mask, condition_tensors=None, cache=None, cache_positions=None):
-        if not hasattr(cache, "seen"):
-            cache.seen = torch.full((len(ids), cache.keys.shape[3], ids.shape[2]), -1)
-        positions = cache_positions.positions.expand(len(ids), -1)
-        for item in range(len(ids)):
-            cache.seen[item, positions[item]] = ids[item].masked_fill(~mask[item], -1)
-        states = torch.zeros(*ids.shape[:2], len(self.layout.heads))
-        for item in range(len(ids)):
-            for number, row in enumerate(positions[item].tolist()):
-                states[item, number] = torch.tensor(self.answers(cache.seen[item, : row + 1]), dtype=torch.float32)
-        return states
+    def __init__(self, **options):
+        super().__init__(**options)
+        num_ids = self.layout.num_ids
+        self.embedding = nn.Embedding.from_pretrained(torch.eye(num_ids + 1, num_ids), padding_idx=num_ids)
+        self.transformer = nn.Module()
+        self.transformer.stage = weakref.proxy(self)
+        for layer, head in zip(self.heads, self.layout.heads):
+            layer.weight = nn.Parameter(50.0 * self.embedding.weight[head.first_id :][: head.num_logits])
 
-    def logits(self, hidden, head):
-        tokens = hidden[..., head].round().long()
-        return 50.0 * nn.functional.one_hot(tokens, self.layout.heads[head].num_logits).float()
-
-    def answers(self, rows: Tensor) -> list[int]:
-        """The token of each head in the row after `rows [r, columns]`; any token before the start row."""
-        is_start = (rows == 0).any(dim=1)
-        if not is_start.any():
+    def answers(self, rows: list[list[int]]) -> list[int]:
+        """The token of each head in the row after rows with the given ids; any token before the start row."""
+        starts = [row for row, ids in enumerate(rows) if 0 in ids]
+        if not starts:
             return [0] * len(self.layout.heads)
-        first = int(is_start.nonzero()[0])
-        self.words, rows = rows[:first, 0].tolist(), rows[first:]
+        self.words, rows = [ids[0] for ids in rows[: starts[0]]], rows[starts[0] :]
         source, num_levels = self.layout.inputs[0], self.layout.predicted[0].num_levels
+        last_id = source.vocab_size * source.num_levels
+        # Ids of the input stream by row, in the order of the levels.
+        inputs = [[(one - 1) % source.vocab_size for one in ids if 1 <= one <= last_id] for ids in rows]
         if self.layout.pattern == "flat":
-            is_input = (rows[:, 0] >= 1) & (rows[:, 0] < 1 + source.vocab_size * source.num_levels)
-            num_input = int(is_input.sum())
-            tokens = rows[is_input, 0][: num_input // source.num_levels * source.num_levels].view(-1, source.num_levels)
-            tokens = (tokens - 1) % source.vocab_size
-            frame, level = divmod(len(rows) - 1 - num_input, num_levels)
+            flat = [token for tokens in inputs for token in tokens]
+            size = source.num_levels
+            tokens = [flat[at : at + size] for at in range(0, len(flat) - size + 1, size)]
+            frame, level = divmod(len(rows) - 1 - len(flat), num_levels)
             frames = [frame if level == number else -1 for number in range(num_levels)]
         else:
             later = 1 if self.layout.pattern == "delayed" else 0
-            tokens = (rows[:, : source.num_levels] - 1) % source.vocab_size
+            tokens = [row if row else [0] * source.num_levels for row in inputs]
             frames = [len(rows) - 1 - later * number for number in range(num_levels)]
         return [self.copied(tokens, frame)[level] if frame >= 0 else 0 for level, frame in enumerate(frames)]
+
+
+class CopyingRows:
+    """Has the methods of a `CachedTransformer`, and calls `Copying.answers` with all rows before."""
+
+    def __init__(self, transformer: nn.Module, batch: int) -> None:
+        self.stage = transformer.stage
+        self.rows: list[list[list[int]]] = [[] for _ in range(batch)]  # ids by item and row
+
+    def prefill(self, x: Tensor, conditions: object, counts: list[int], num_positions: int) -> Tensor:
+        self.num_positions = num_positions
+        states = torch.zeros_like(x)
+        for item, count in enumerate(counts):
+            self.rows[item] = [present_ids(row) for row in x[item, :count]]
+            states[item, count - 1] = self.state(item)
+        return states
+
+    def step(self, x: Tensor, rows: list[int]) -> Tensor:
+        assert max(rows) < self.num_positions
+        for item, row in enumerate(rows):
+            assert row <= len(self.rows[item])
+            self.rows[item][row:] = [present_ids(x[item])]
+        return torch.stack([self.state(item) for item in range(len(x))])
+
+    def state(self, item: int) -> Tensor:
+        tokens, heads = self.stage.answers(self.rows[item]), self.stage.layout.heads
+        ids = [head.first_id + token for head, token in zip(heads, tokens)]
+        return self.stage.embedding.weight[ids].sum(dim=0)
+
+
+def present_ids(row: Tensor) -> list[int]:
+    """Ids of a row, from the sum of their one-hot embeddings."""
+    return row.nonzero().flatten().tolist()
+
+
+@pytest.fixture(autouse=True)
+def copying_rows(monkeypatch):
+    """Stages of this file decode without weights."""
+    monkeypatch.setattr(decode_session, "CachedTransformer", CopyingRows)
 
 
 class CopyingSemantic(Copying, SemanticTransformer):
@@ -244,17 +280,17 @@ class CopyingSemantic(Copying, SemanticTransformer):
 
     period = 7
 
-    def answers(self, rows: Tensor) -> list[int]:
-        tokens = rows[1:, 0] - 1
-        return [int(tokens[-self.period]) if len(tokens) >= self.period else 0]
+    def answers(self, rows: list[list[int]]) -> list[int]:
+        tokens = [ids[0] - 1 for ids in rows[1:]]
+        return [tokens[-self.period] if len(tokens) >= self.period else 0]
 
 
 class CopyingCoarse(Copying, CoarseTransformer):
     """Puts a click into the quarter of the frame that the semantic token names."""
 
-    def copied(self, tokens: Tensor, frame: int) -> list[int]:
+    def copied(self, tokens: list[list[int]], frame: int) -> list[int]:
         row = frame // 2 if self.layout.pattern == "flat" else frame
-        token = int(tokens[row, 0]) if row < len(tokens) else 0
+        token = tokens[row][0] if row < len(tokens) else 0
         half, quarter = divmod(token - 1, 4)
         return [1 + quarter, 2] if token and half == frame % 2 else [0, 0]
 
@@ -262,15 +298,15 @@ class CopyingCoarse(Copying, CoarseTransformer):
 class CopyingFine(Copying, FineTransformer):
     """Completes the coarse levels with a fixed digit and the checksum."""
 
-    def copied(self, tokens: Tensor, frame: int) -> list[int]:
-        quarter, digit = tokens[frame].tolist() if frame < len(tokens) else (0, 0)
+    def copied(self, tokens: list[list[int]], frame: int) -> list[int]:
+        quarter, digit = tokens[frame] if frame < len(tokens) else (0, 0)
         return [2, (quarter + digit + 2) % 8] if quarter else [0, 0]
 
 
 class WordCoarse(CopyingCoarse):
     """Has an input stream of three words, and puts clicks into the eighth of the frame that their sum names."""
 
-    def copied(self, tokens: Tensor, frame: int) -> list[int]:
+    def copied(self, tokens: list[list[int]], frame: int) -> list[int]:
         quarter, digit = super().copied(tokens, frame)
         first_id = self.layout.num_ids - 1 - WORDS.vocab_size  # the null token has the last id
         return [quarter, digit and sum(word - first_id for word in self.words) % 4]

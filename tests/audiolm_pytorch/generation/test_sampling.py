@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from audiolm_pytorch.conditioning.tensors import ConditionTensor, guide
+from audiolm_pytorch.generation import decode_session
 from audiolm_pytorch.generation.decode_session import DecodeSession
 from audiolm_pytorch.generation.sampling import SamplingSettings, filter_logits, sample_tokens
 from audiolm_pytorch.lm.token_model import TokenTransformer
-from audiolm_pytorch.nn.kv_cache import KVCache
+from audiolm_pytorch.nn.cached_transformer import CachedTransformer
 from audiolm_pytorch.nn.transformer import FusedConditions
 from audiolm_pytorch.tokens.layout import TokenLayout
 from audiolm_pytorch.tokens.patterns import cell_table
@@ -75,27 +78,29 @@ def test_greedy_decoding_equals_a_loop_without_cache(pattern, scale):
         for item, column in grid.packed.loss_mask[:, row].nonzero().tolist():
             head = int(grid.head[item, row, column])
             logits = [
-                model.logits(model.hidden(ids[:, :row], mask[:, :row], condition_tensors)[item, -1], head)
-                for condition_tensors in both_conditions
+                model.logits(model.hidden(ids[:, :row], mask[:, :row], fused)[item, -1], head)
+                for fused in both_conditions
             ]
             token = guide(logits[0], logits[1], scale)[:20].argmax()
             ids[item, row, column] = model.layout.heads[head].first_id + token
     assert torch.equal(result, model.layout.unpack(ids, {"s": 3, "a": 6})["a"])
 
 
-def test_guidance_follows_its_formula():
+def test_guidance_follows_its_formula(monkeypatch):
     """null + s * (cond - null); at scale 1 the batch is not doubled."""
     conditional, null = torch.randn(2, 4, 7)
     torch.testing.assert_close(guide(conditional, null, 3.0), null + 3.0 * (conditional - null))
     torch.testing.assert_close(guide(conditional, null, 0.0), null)
     model = model_of()
     batches = []
-    original = model.new_cache
-    model.new_cache = lambda batch, cache_positions: batches.append(batch) or original(batch, cache_positions)
+    original = CachedTransformer.step
+    monkeypatch.setattr(
+        CachedTransformer, "step", lambda self, x, rows: batches.append(len(x)) or original(self, x, rows)
+    )
     for scale in (1.0, 2.0):
         settings = SamplingSettings(guidance_scale=scale)
         decode(model, {"s": GIVEN}, {"a": 4}, conditioning=random_conditions(1), settings=settings)
-    assert batches == [3, 6]
+    assert batches == [3] * 4 + [6] * 4
     with pytest.raises(ValueError, match="needs `conditioning`"):
         decode(model, {"s": GIVEN}, {"a": 4}, settings=SamplingSettings(guidance_scale=2.0))
 
@@ -157,45 +162,81 @@ def test_ends_are_sampled_only_when_allowed():
         assert ((tokens[:length] >= 0) & (tokens[:length] < 20)).all() and (tokens[length:] == -1).all()
 
 
-def check_cost(model):
-    """Every step reads one row, and the cache stays at the same address."""
-    rows, addresses = [], set()
-    hidden = type(model).hidden
-    cache_write = KVCache.write
+class OperatorLog(TorchDispatchMode):
+    """Names and result sizes of all operators that run inside it."""
 
-    def counted(self, ids, mask, condition_tensors=None, cache=None, cache_positions=None):
-        rows.append(ids.shape[1])
-        out = hidden(self, ids, mask, condition_tensors, cache, cache_positions)
-        addresses.add(cache.keys.data_ptr())
-        return out
+    def __init__(self):
+        super().__init__()
+        self.operators = []
 
-    type(model).hidden = counted
-    try:
-        decode(model, {"s": GIVEN}, {"a": 10})
-    finally:
-        type(model).hidden = hidden
-    assert KVCache.write is cache_write
-    assert rows == [1] * 11
-    assert len(addresses) == 1
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.operators.append((str(func), *(part.numel() for part in tree_leaves(result) if torch.is_tensor(part))))
+        return result
+
+
+def check_cost(monkeypatch, faulty=CachedTransformer):
+    """A whole sequence is computed once, of the first row; every later row needs the same operators of equal sizes."""
+    num_rows, logs, memories = [], [], set()
+
+    class Spied(faulty):
+        def prefill(self, x, *rest):
+            num_rows.append(x.shape[1])
+            return super().prefill(x, *rest)
+
+        def step(self, x, rows):
+            num_rows.append(len(x) // self.batch)
+            with OperatorLog() as log:
+                hidden = super().step(x, rows)
+            logs.append(log.operators)
+            memories.add(tuple(block._memory.data_ptr() for block in self._blocks))
+            return hidden
+
+    monkeypatch.setattr(decode_session, "CachedTransformer", Spied)
+    decode(model_of(), {"s": GIVEN}, {"a": 10})
+    assert num_rows == [1] * 11 and len(logs) == 10 and len(logs[0]) > 20
+    assert all(log == logs[0] for log in logs)
+    assert len(memories) == 1
+
+
+class Concatenating(CachedTransformer):
+    """Fault 5: the keys and values of a row are concatenated to those of earlier rows."""
+
+    def step(self, x, rows):
+        hidden = super().step(x, rows)
+        row = self._buffers.keys_values
+        self.held = torch.cat((self.held, row), dim=3) if hasattr(self, "held") else row.clone()
+        return hidden
+
+
+class Reallocating(CachedTransformer):
+    """Fault 5: a row creates a new cache."""
+
+    def step(self, x, rows):
+        for block in self._blocks:
+            block._memory = block._memory.clone()
+            block.view_memory()
+        return super().step(x, rows)
+
+
+class Recomputing(CachedTransformer):
+    """Fault 5: earlier rows are computed again for every row."""
+
+    def prefill(self, x, conditions, counts, num_positions):
+        self.held, self.conditions = x, conditions
+        return super().prefill(x, conditions, counts, num_positions)
+
+    def step(self, x, rows):
+        self.held = torch.cat((self.held, x.unsqueeze(1)), dim=1)
+        return self.transformer(self.held, self.conditions)[:, -1]
 
 
 def test_cost_of_a_row_does_not_grow(monkeypatch):
     """Fault 5: caches are not concatenated, and nothing is computed again."""
-    model = model_of()
-    check_cost(model)
-
-    def concatenating(self, layer, keys, values, cache_positions):
-        held = [*getattr(self, "held", [(None, None)] * len(self.keys))]
-        old = held[layer]
-        held[layer] = (
-            (keys, values) if old[0] is None else (torch.cat((old[0], keys), 2), torch.cat((old[1], values), 2))
-        )
-        self.held, self.keys = held, torch.empty(len(held), cache_positions.extent)
-        return held[layer]
-
-    monkeypatch.setattr(KVCache, "write", concatenating)
-    with pytest.raises(AssertionError):
-        check_cost(model)
+    check_cost(monkeypatch)
+    for faulty in (Concatenating, Reallocating, Recomputing):
+        with pytest.raises(AssertionError):
+            check_cost(monkeypatch, faulty)
 
 
 def test_dropout_is_off_while_decoding():
@@ -251,8 +292,9 @@ def test_streams_end_together():
             whole = {name: tokens[item : item + 1, :length] for name, tokens in result.streams.items()}
             trained = layout.pack(whole, ends=torch.tensor([True]))
             rows = trained.ids.shape[1]
-            assert torch.equal(run.mask[item, :rows], trained.input_mask[0]) and not run.mask[item, rows:].any()
-            assert torch.equal(run.ids[item, :rows][run.mask[item, :rows]], trained.ids[trained.input_mask])
+            is_used = run.ids[item] != layout.num_ids
+            assert torch.equal(is_used[:rows], trained.input_mask[0]) and not is_used[rows:].any()
+            assert torch.equal(run.ids[item][is_used], trained.ids[trained.input_mask])
 
 
 @pytest.mark.slow
@@ -276,7 +318,8 @@ def test_decoding_fills_the_cells_that_packing_fills(pattern):
         whole = {"s": tokens["s"][item : item + 1], "t": text, "a": result[item : item + 1, :length]}
         packed = layout.pack(whole, ends=torch.tensor([length < 20]))
         num_rows = packed.ids.shape[1]
-        assert torch.equal(run.mask[item, :num_rows], packed.input_mask[0]) and not run.mask[item, num_rows:].any()
+        is_used = run.ids[item] != layout.num_ids
+        assert torch.equal(is_used[:num_rows], packed.input_mask[0]) and not is_used[num_rows:].any()
         assert torch.equal(run.ids[item, :num_rows][packed.input_mask[0]], packed.ids[packed.input_mask])
 
 

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
+from audiolm_pytorch.generation import decode_session
 from audiolm_pytorch.generation.decode_session import Decoded
 from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.lm.token_model import TokenTransformer
+from audiolm_pytorch.nn.cached_transformer import CachedTransformer
 from audiolm_pytorch.tokens.layout import TokenLayout
 from audiolm_pytorch.tokens.streams import Stream
 from tests.helpers.decoding import decode, decode_in_windows
@@ -233,18 +235,20 @@ def test_teacher_forced_logits_equal_those_of_decoding(case, monkeypatch):
     """Whole sequences and single rows with a cache have equal logits, to 1e-5, for unequal lengths."""
     own = memorised(case)
     model, order = own.model, orders(case)[1]
-    read, prefix_rows = {}, []
+    read = {}
 
-    def hidden(ids, mask, condition_tensors=None, cache=None, cache_positions=None):
-        states = type(model).hidden(model, ids, mask, condition_tensors, cache, cache_positions)
-        if condition_tensors is not None:
-            prefix_rows.append(condition_tensors.num_rows)
-        rows = cache_positions.positions.expand(len(ids), -1)[:, -ids.shape[1] :] - prefix_rows[0]
-        for item, numbers in enumerate(rows.tolist()):
-            read.update({(item, row): states[item, number] for number, row in enumerate(numbers)})
-        return states
+    class Spied(CachedTransformer):
+        def prefill(self, x, conditions, counts, num_positions):
+            states = super().prefill(x, conditions, counts, num_positions)
+            read.update({(item, row): states[item, row] for item, count in enumerate(counts) for row in range(count)})
+            return states
 
-    monkeypatch.setattr(model, "hidden", hidden)
+        def step(self, x, rows):
+            states = super().step(x, rows)
+            read.update({(item, row): states[item].clone() for item, row in enumerate(rows)})
+            return states
+
+    monkeypatch.setattr(decode_session, "CachedTransformer", Spied)
     complete(case, [1, 5, 2][: len(order)], order)
     monkeypatch.undo()
     items, wanted = torch.tensor(order), wanted_frames(case, order)

@@ -1,13 +1,14 @@
-"""Layers, attention and cache against plain formulas."""
+"""Layers, positions and attention against plain formulas."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from audiolm_pytorch.nn.attention import AttentionContext, CausalSelfAttention, attend
-from audiolm_pytorch.nn.kv_cache import CachePositions, KVCache, visible_positions
-from audiolm_pytorch.nn.layers import GatedFeedForward, RMSNorm, RotaryPositions, rotate
+from audiolm_pytorch.nn.attention import AttentionContext, SelfAttention, attend
+from audiolm_pytorch.nn.layers import GatedFeedForward, RMSNorm
+from audiolm_pytorch.nn.positions import RotaryPositions, rotate
+from audiolm_pytorch.nn.transformer import visible_positions
 
 
 def test_rms_norm_has_the_gradient_of_its_formula():
@@ -66,7 +67,7 @@ def test_rotary_scores_depend_on_distance_only():
 
 def test_attention_equals_the_formula():
     """Softmax of masked scaled products, written out."""
-    attention = CausalSelfAttention(24, heads=2, dim_head=12)
+    attention = SelfAttention(24, heads=2, dim_head=12)
     x = torch.randn(2, 7, 24)
     cos, sin = RotaryPositions(12)(torch.arange(7)[None])
     q, k, v = (part.unflatten(-1, (2, 12)).transpose(1, 2) for part in attention.to_qkv(x).chunk(3, dim=-1))
@@ -84,31 +85,13 @@ def test_plain_product_of_bfloat16_agrees_with_the_fused_kernel():
     torch.testing.assert_close(attend(q, k, v, is_causal=True).float(), fused, atol=0.03, rtol=0.03)
 
 
-@pytest.mark.parametrize("starts", [[0, 0], [3, 3], [2, 5], [0, 4]])
-@pytest.mark.parametrize("count", [1, 3])
-def test_every_row_attends_to_its_own_past(starts, count):
-    """Positions, extent and mask equal a loop over rows and keys. A padding row attends to itself alone."""
-    cache_positions = CachePositions.after(starts, count)
-    assert cache_positions.extent == max(starts) + count
-    assert cache_positions.start == (starts[0] if starts[0] == starts[1] else None)
-    padding = torch.tensor([0, 2])
-    for skip in (None, padding):
-        mask = visible_positions(cache_positions.positions, cache_positions.extent, skip)
-        for item, start in enumerate(starts):
-            hidden = 0 if skip is None else int(skip[item])
-            for row in range(count):
-                readable = [
-                    hidden <= slot <= start + row or slot == start + row for slot in range(cache_positions.extent)
-                ]
-                assert mask[item, 0, row].tolist() == readable
-
-
-def test_cache_is_written_in_place_at_each_items_position():
-    """Fault 5: rows are stored at their positions, and nothing is concatenated."""
-    cache = KVCache(depth=1, batch=2, heads=1, num_positions=6, dim_head=2)
-    address = cache.keys.data_ptr()
-    ones = torch.ones(2, 1, 1, 2)
-    keys, _ = cache.write(0, ones, 2 * ones, CachePositions.after([1, 4], 1))
-    assert keys.shape == (2, 1, 5, 2) and keys.data_ptr() == address == cache.keys.data_ptr()
-    assert cache.keys[0, :, 0, :, 0].tolist() == [[0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 0]]
-    assert cache.values[0, :, 0, :, 0].sum(dim=-1).tolist() == [2, 2]
+@pytest.mark.parametrize("padding", [None, [0, 0], [0, 2], [5, 3]])
+@pytest.mark.parametrize("num_rows", [1, 3, 7])
+def test_every_row_attends_to_its_own_past(num_rows, padding):
+    """The mask equals a loop over rows and keys. A padding row attends to itself alone."""
+    mask = visible_positions(num_rows, None if padding is None else torch.tensor(padding))
+    assert mask.shape == (1 if padding is None else 2, 1, num_rows, num_rows) and mask.dtype == torch.bool
+    for item, first in enumerate(padding or [0]):
+        for row in range(num_rows):
+            readable = [first <= key <= row or key == row for key in range(num_rows)]
+            assert mask[item, 0, row].tolist() == readable

@@ -3,28 +3,29 @@ import weakref
 import pytest
 import torch
 
-from audiolm_pytorch.nn.transformer import WavePositionBias
+from audiolm_pytorch.nn.positions import WavePositionBias
+from audiolm_pytorch.nn.transformer import Transformer, build_encoder
 
 
 @pytest.fixture
-def encoder() -> TransformerEncoder:
+def encoder() -> Transformer:
     torch.manual_seed(0)
-    return TransformerEncoder(dim=24, depth=2, heads=2, dim_head=8).eval()
+    return build_encoder(dim=24, depth=2, heads=2, dim_head=8).eval()
 
 
-def test_encoder_ignores_padding_and_other_items(encoder: TransformerEncoder) -> None:
+def test_encoder_ignores_padding_and_other_items(encoder: Transformer) -> None:
     """An item is the same alone, in a batch and with padding."""
     x = torch.randn(3, 11, 24)
     mask = torch.arange(11) < torch.tensor([[11], [4], [1]])
-    batch = encoder(x, mask)
+    batch = encoder(x, mask=mask)
     for item, size in enumerate((11, 4, 1)):
         torch.testing.assert_close(batch[item, :size], encoder(x[item : item + 1, :size])[0], atol=1e-5, rtol=0)
 
 
-def test_encoder_matches_a_naive_block(encoder: TransformerEncoder) -> None:
+def test_encoder_matches_a_naive_block(encoder: Transformer) -> None:
     """Oracle: attention written out with loops over heads, without rotary positions."""
     torch.manual_seed(1)
-    plain = TransformerEncoder(dim=24, depth=1, heads=2, dim_head=8, rotary_theta=None).eval()
+    plain = Transformer(dim=24, depth=1, heads=2, dim_head=8, positions="none", causal=False, init_std=None).eval()
     x = torch.randn(1, 5, 24)
     block = plain.blocks[0]
     qkv = block.attention.to_qkv(block.attention_norm(x))[0]
@@ -37,7 +38,7 @@ def test_encoder_matches_a_naive_block(encoder: TransformerEncoder) -> None:
     torch.testing.assert_close(plain(x), plain.norm(y))
 
 
-def test_encoder_is_bidirectional_with_relative_positions(encoder: TransformerEncoder) -> None:
+def test_encoder_is_bidirectional_with_relative_positions(encoder: Transformer) -> None:
     """A later token changes an earlier one, and a shift of all positions changes nothing."""
     x = torch.randn(1, 6, 24)
     changed = x.clone()
@@ -46,7 +47,7 @@ def test_encoder_is_bidirectional_with_relative_positions(encoder: TransformerEn
     torch.testing.assert_close(encoder(x), encoder(x, positions=torch.arange(6) + 7), atol=1e-5, rtol=0)
 
 
-def test_encoder_uses_the_positions_of_the_caller(encoder: TransformerEncoder) -> None:
+def test_encoder_uses_the_positions_of_the_caller(encoder: Transformer) -> None:
     """Tokens and positions in another order give the same outputs in that order."""
     x = torch.randn(2, 6, 24)
     order = torch.tensor([[3, 1, 0, 5, 4, 2], [5, 4, 3, 2, 1, 0]])
@@ -55,7 +56,7 @@ def test_encoder_uses_the_positions_of_the_caller(encoder: TransformerEncoder) -
     torch.testing.assert_close(encoder(shuffled, positions=order), expected, atol=1e-5, rtol=0)
 
 
-def test_encoder_returns_hidden_states(encoder: TransformerEncoder) -> None:
+def test_encoder_returns_hidden_states(encoder: Transformer) -> None:
     """Layer 0 is the input, the last layer lacks the final norm, and None is the output of `forward`."""
     x = torch.randn(2, 4, 24)
     last, first, whole = encoder.hidden_states(x, layers=(2, 0, None))
@@ -65,9 +66,7 @@ def test_encoder_returns_hidden_states(encoder: TransformerEncoder) -> None:
         encoder.hidden_states(x, layers=(3,))
 
 
-def test_encoder_stops_after_the_last_requested_layer(
-    encoder: TransformerEncoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_encoder_stops_after_the_last_requested_layer(encoder: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first layer of a deep encoder costs one block."""
     monkeypatch.setattr(encoder.blocks[1], "forward", None)
     encoder.hidden_states(torch.randn(1, 3, 24), layers=(1, 0))
@@ -75,7 +74,7 @@ def test_encoder_stops_after_the_last_requested_layer(
 
 def test_encoder_keeps_only_requested_layers() -> None:
     """At inference a deep encoder does not hold the states of all blocks."""
-    encoder = TransformerEncoder(dim=8, depth=6, heads=1, dim_head=8).eval()
+    encoder = build_encoder(dim=8, depth=6, heads=1, dim_head=8).eval()
     inputs: list[weakref.ref[torch.Tensor]] = []
     alive: list[int] = []
 
@@ -91,12 +90,13 @@ def test_encoder_keeps_only_requested_layers() -> None:
     assert max(alive) <= 3 and inputs[1]() is second
 
 
-def _biased_encoder() -> TransformerEncoder:
+def _biased_encoder() -> Transformer:
     torch.manual_seed(2)
     bias = WavePositionBias(heads=2, num_axes=2, num_waves=3)
     torch.nn.init.normal_(bias.amplitudes)
     torch.nn.init.normal_(bias.phases)
-    return TransformerEncoder(24, 1, 2, 8, rotary_theta=None, position_bias=bias).eval()
+    sizes = {"dim": 24, "depth": 1, "heads": 2, "dim_head": 8, "init_std": None}
+    return Transformer(**sizes, positions="none", position_bias=bias, causal=False).eval()
 
 
 def test_position_bias_is_a_sum_of_waves_over_offsets() -> None:
@@ -125,7 +125,7 @@ def test_position_bias_starts_at_zero() -> None:
     x, places = torch.randn(2, 5, 24), torch.cartesian_prod(torch.arange(5), torch.arange(1)).unsqueeze(0)
     torch.manual_seed(0)
     bias = WavePositionBias(heads=2, num_axes=2)
-    encoder = TransformerEncoder(24, 1, 2, 8, position_bias=bias).eval()
+    encoder = build_encoder(24, 1, 2, 8, position_bias=bias).eval()
     with_bias = encoder(x, positions=places)
     encoder.position_bias = None
     torch.testing.assert_close(with_bias, encoder(x, positions=places), atol=1e-6, rtol=0)
@@ -139,28 +139,28 @@ def test_position_bias_starts_at_zero() -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_encoder_bfloat16_attention_matches_float32(encoder: TransformerEncoder, masked: bool) -> None:
+def test_encoder_bfloat16_attention_matches_float32(encoder: Transformer, masked: bool) -> None:
     """The faster product of bfloat16 on a CPU computes the same attention."""
     x = torch.randn(2, 40, 24)
     mask = torch.arange(40) < torch.tensor([[40], [13]]) if masked else torch.ones(2, 40, dtype=torch.bool)
     with torch.autocast("cpu", torch.bfloat16):
-        half = encoder(x, mask)
-    difference = (half.float() - encoder(x, mask))[mask]
+        half = encoder(x, mask=mask)
+    difference = (half.float() - encoder(x, mask=mask))[mask]
     assert difference.abs().max() < 0.1
 
 
-def test_encoder_raises_errors_for_wrong_shapes(encoder: TransformerEncoder) -> None:
+def test_encoder_raises_errors_for_wrong_shapes(encoder: Transformer) -> None:
     """The message contains the shape that is needed."""
     with pytest.raises(ValueError, match="24"):
         encoder(torch.randn(2, 4, 23))
     with pytest.raises(ValueError, match="bool"):
-        encoder(torch.randn(2, 4, 24), torch.ones(2, 4))
+        encoder(torch.randn(2, 4, 24), mask=torch.ones(2, 4))
     for places in (torch.arange(3), torch.zeros(3, 4), torch.zeros(2, 4, 2, 1)):
         with pytest.raises(ValueError, match="positions"):
             encoder(torch.randn(2, 4, 24), positions=places)
-    with pytest.raises(ValueError, match=r"\[b or 1, t, 2\]"):
+    with pytest.raises(ValueError, match=r"\[b or 1, n, 2\]"):
         _biased_encoder()(torch.randn(2, 4, 24), positions=torch.arange(4))
     with pytest.raises(ValueError, match="even"):
-        TransformerEncoder(dim=8, depth=1, heads=1, dim_head=7)
+        build_encoder(dim=8, depth=1, heads=1, dim_head=7)
     with pytest.raises(ValueError, match="depth"):
-        TransformerEncoder(dim=8, depth=0, heads=1)
+        build_encoder(dim=8, depth=0, heads=1)

@@ -9,7 +9,7 @@ import torch
 from audiolm_pytorch.conditioning.tensors import ConditionTensor
 from audiolm_pytorch.lm.stages import SemanticTransformer
 from audiolm_pytorch.lm.token_model import TokenTransformer
-from audiolm_pytorch.nn.kv_cache import CachePositions
+from audiolm_pytorch.nn.cached_transformer import CachedTransformer
 from audiolm_pytorch.nn.transformer import Transformer
 from audiolm_pytorch.saving.modules import load_module, save_module
 from audiolm_pytorch.tokens.layout import TokenLayout
@@ -44,27 +44,23 @@ def test_cached_logits_equal_uncached_ones(pattern, conditioned):
     """Rows through the cache, at unequal positions, give the logits of one pass over all rows."""
     model = model_of(pattern)
     packed = batch_of(model)
-    condition_tensors = model.fuse(random_conditions(2) if conditioned else None, 2)
-    whole = model.hidden(packed.ids, packed.input_mask, condition_tensors)
-    rows, offset = packed.ids.shape[1], condition_tensors.num_rows
-    cache = model.new_cache(2, offset + rows)
+    fused = model.fuse(random_conditions(2) if conditioned else None, 2)
+    x, rows, items = model.embed(packed.ids, packed.input_mask), packed.ids.shape[1], torch.arange(2)
+    whole = model.hidden(packed.ids, packed.input_mask, fused)
+    cached = CachedTransformer(model.transformer, 2)
     # Item 1 starts two rows after item 0. Rows that the first call wrote too many are overwritten before they are read.
     starts = [2, 4]
-    first = model.hidden(
-        packed.ids[:, :4], packed.input_mask[:, :4], condition_tensors, cache, CachePositions.after([0, 0], offset + 4)
-    )
-    torch.testing.assert_close(first, whole[:, :4], atol=1e-5, rtol=1e-5)
-    items = torch.arange(2)
-    while min(starts) < rows:
-        at = torch.tensor(starts).clamp(max=rows - 1)
-        cache_positions = CachePositions.after((at + offset).tolist(), 1)
-        ids, mask = packed.ids[items, at][:, None], packed.input_mask[items, at][:, None]
-        step = model.hidden(ids, mask, None, cache, cache_positions)
-        for head in range(len(model.layout.heads)):
-            torch.testing.assert_close(
-                model.logits(step[:, 0], head), model.logits(whole[items, at], head), atol=1e-5, rtol=1e-5
-            )
-        starts = [start + 1 for start in starts]
+    with torch.no_grad():
+        first = cached.prefill(x[:, :4], fused, starts, fused.num_rows + rows)
+        torch.testing.assert_close(first, whole[:, :4], atol=1e-5, rtol=1e-5)
+        while min(starts) < rows:
+            at = torch.tensor(starts).clamp(max=rows - 1)
+            step = cached.step(x[items, at], at.tolist())
+            for head in range(len(model.layout.heads)):
+                torch.testing.assert_close(
+                    model.logits(step, head), model.logits(whole[items, at], head), atol=1e-5, rtol=1e-5
+                )
+            starts = [start + 1 for start in starts]
 
 
 def test_untrained_loss_is_at_chance_level():
@@ -121,10 +117,7 @@ def test_conditions_are_dropped_per_item_in_training_only():
     packed = batch_of(model, batch=1)
     packed = type(packed)(*(part.expand(64, -1, -1) for part in vars(packed).values()))
     seen = []
-    model.condition_tensors, original = (
-        lambda c, b: seen.append(c["codes"].mask.any(1)) or original(c, b),
-        model.condition_tensors,
-    )
+    model.fuse, original = lambda c, b: seen.append(c["codes"].mask.any(1)) or original(c, b), model.fuse
     model.eval()(packed, conditioning)
     model.train()(packed, conditioning)
     assert seen[0].all()
@@ -148,8 +141,7 @@ def test_right_padding_changes_nothing():
     streams = {"s": torch.randint(0, 10, (2, 5, 1)), "a": torch.randint(0, 20, (2, 10, 2))}
     both = model.layout.pack(streams, {"s": torch.tensor([2, 5]), "a": torch.tensor([4, 10])})
     alone = model.layout.pack({"s": streams["s"][:1, :2], "a": streams["a"][:1, :4]})
-    condition_tensors = model.fuse(None, 2)
-    padded = model.hidden(both.ids, both.input_mask, condition_tensors)[0, : alone.ids.shape[1]]
+    padded = model.hidden(both.ids, both.input_mask, model.fuse(None, 2))[0, : alone.ids.shape[1]]
     torch.testing.assert_close(
         padded, model.hidden(alone.ids, alone.input_mask, model.fuse(None, 1))[0], atol=1e-5, rtol=1e-5
     )

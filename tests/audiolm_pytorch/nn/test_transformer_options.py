@@ -1,5 +1,6 @@
 """Positions, shared heads, text conditions, forgetful masking, checkpointing and compilation against references."""
 
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -9,12 +10,13 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
+from audiolm_pytorch.generation import decode_session
 from audiolm_pytorch.generation.decode_session import DecodeSession
 from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.lm.token_model import TokenTransformer
-from audiolm_pytorch.nn.attention import AttentionContext, CausalSelfAttention, attend
-from audiolm_pytorch.nn.kv_cache import CachePositions
-from audiolm_pytorch.nn.layers import Projection, RelativePositions
+from audiolm_pytorch.nn.attention import AttentionContext, SelfAttention, attend
+from audiolm_pytorch.nn.cached_transformer import CachedTransformer
+from audiolm_pytorch.nn.positions import RelativePositions, WavePositionBias
 from audiolm_pytorch.nn.transformer import FusedConditions, Transformer
 from audiolm_pytorch.tokens.layout import TokenLayout
 from audiolm_pytorch.tokens.streams import Stream
@@ -68,23 +70,18 @@ def test_cached_logits_equal_those_of_one_pass(options: dict, pattern: str) -> N
     """Row by row through the cache, with items at unequal positions, to 1e-5."""
     model = model_of(pattern, **options)
     packed = model.layout.pack({**inputs(3), "a": torch.randint(0, 20, (3, 6, 2))})
-    condition_tensors = model.fuse(conditions_of(model), 3)
-    whole = model.hidden(packed.ids, packed.input_mask, condition_tensors)
-    rows, offset = packed.ids.shape[1], condition_tensors.num_rows
-    cache = model.new_cache(3, offset + rows)
-    ids, mask = packed.ids[:, :4], packed.input_mask[:, :4]
+    fused = model.fuse(conditions_of(model), 3)
+    x, rows, items = model.embed(packed.ids, packed.input_mask), packed.ids.shape[1], torch.arange(3)
+    whole = model.hidden(packed.ids, packed.input_mask, fused)
+    cached = CachedTransformer(model.transformer, 3)
     with torch.no_grad():
-        model.hidden(ids, mask, condition_tensors, cache, CachePositions.after([0, 0, 0], offset + 4))
-        items = torch.arange(3)
+        cached.prefill(x[:, :4], fused, [2, 3, 4], fused.num_rows + rows)
         for step in range(rows - 2):
             at = torch.tensor([2, 3, 4]).add(step).clamp(max=rows - 1)
-            cache_positions = CachePositions.after((at + offset).tolist(), 1)
-            here = model.hidden(
-                packed.ids[items, at][:, None], packed.input_mask[items, at][:, None], None, cache, cache_positions
-            )
+            here = cached.step(x[items, at], at.tolist())
             for head in range(len(model.layout.heads)):
                 expected = model.logits(whole[items, at], head)
-                torch.testing.assert_close(model.logits(here[:, 0], head), expected, atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(model.logits(here, head), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -142,7 +139,7 @@ def test_relative_positions_equal_t5() -> None:
 
 def test_grouped_queries_share_keys_and_values() -> None:
     """Two heads of keys for four heads of queries equal four heads of keys that occur twice each."""
-    few, many = CausalSelfAttention(24, 4, 6, kv_heads=2), CausalSelfAttention(24, 4, 6)
+    few, many = SelfAttention(24, 4, 6, kv_heads=2), SelfAttention(24, 4, 6)
     queries, keys, values = few.to_qkv.weight.data.split((24, 12, 12))
     twice = [part.view(2, 6, 24).repeat_interleave(2, dim=0).flatten(0, 1) for part in (keys, values)]
     many.to_qkv.weight.data = torch.cat((queries, *twice))
@@ -151,10 +148,10 @@ def test_grouped_queries_share_keys_and_values() -> None:
     torch.testing.assert_close(few(x, context), many(x, context))
     for count, valid in ((3, False), (0, False), (4, True), (1, True)):
         if valid:
-            CausalSelfAttention(24, 4, 6, kv_heads=count)
+            SelfAttention(24, 4, 6, kv_heads=count)
         else:
             with pytest.raises(ValueError, match="kv_heads must divide heads"):
-                CausalSelfAttention(24, 4, 6, kv_heads=count)
+                SelfAttention(24, 4, 6, kv_heads=count)
 
 
 @pytest.mark.parametrize(("shared", "masked"), product([False, True], [None, "bool", "float", "causal"]))
@@ -167,16 +164,6 @@ def test_plain_product_and_fused_kernel_agree(shared: bool, masked: str | None) 
     half = bias if bias is None or bias.dtype == torch.bool else bias.bfloat16()
     result = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), half, is_causal=masked == "causal")
     torch.testing.assert_close(result.float(), attend(q, k, v, bias, masked == "causal"), atol=0.05, rtol=0.05)
-
-
-@pytest.mark.parametrize("dim_out", [1, 7, 30, 41, 1025])
-@pytest.mark.parametrize("rows", [(1,), (3,), (2, 4), (40,), ()])
-def test_projection_of_few_rows_equals_the_product(dim_out: int, rows: tuple[int, ...]) -> None:
-    """With split and whole weights, with and without gradients."""
-    projection, x = Projection(12, dim_out), torch.randn(*rows, 12)
-    with torch.no_grad():
-        torch.testing.assert_close(projection(x), x @ projection.weight.T)
-    torch.testing.assert_close(projection(x), x @ projection.weight.T)
 
 
 def test_padding_of_a_prefix_has_no_influence() -> None:
@@ -198,7 +185,7 @@ def test_forgetful_masking_is_active_in_training_only() -> None:
     plain.load_state_dict(stack.state_dict())
     torch.testing.assert_close(stack.eval()(x, FusedConditions(prefix)), plain(x, FusedConditions(prefix)))
     stack.train()
-    hidden = stack._forgotten(torch.zeros(200, 33, 32), num_prefix=3)
+    hidden = stack._hidden_positions(torch.zeros(200, 33, 32), num_prefix=3)
     assert hidden is not None and not hidden[..., :4].any() and not hidden.diagonal(dim1=-2, dim2=-1).any()
     share = hidden[:, 0, -1, 4:-1].float().mean(dim=-1)
     assert share.min() < 0.2 and 0.6 < share.max() <= 1 and 0.35 < share.mean() < 0.55  # uniform in 0..0.9
@@ -261,45 +248,48 @@ def test_pauses_of_decoding_change_no_token(options: dict) -> None:
     assert decoding.is_done and torch.equal(decoding.decoded().streams["a"], whole)
 
 
+def change_logits(monkeypatch: pytest.MonkeyPatch, change: Callable[[decode_session._Heads, Tensor], None]) -> None:
+    """Let `change` modify the logits `[n, heads, num_logits]` of every row of decoding."""
+    original = decode_session._Heads.logits
+
+    def logits(self: decode_session._Heads, hidden: Tensor) -> Tensor:
+        result = original(self, hidden)
+        change(self, result)
+        return result
+
+    monkeypatch.setattr(decode_session._Heads, "logits", logits)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_logits_that_are_not_finite_raise_an_error(bad: float) -> None:
+def test_logits_that_are_not_finite_raise_an_error(bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The message contains step and item."""
-    model = model_of()
-    normal, calls = model.logits, []
+    calls = []
 
-    def broken(hidden: Tensor, head: int) -> Tensor:
-        calls.append(head)
-        logits = normal(hidden, head)
-        if len(calls) > 4:
+    def broken(heads: decode_session._Heads, logits: Tensor) -> None:
+        calls.append(heads)
+        if len(calls) > 2:
             logits[1] = bad
-        return logits
 
-    model.logits = broken  # type: ignore[method-assign]
+    change_logits(monkeypatch, broken)
     with pytest.raises(ValueError, match=r"items \[1\] are not finite.* at step 3 of 7"):
-        decode(model, inputs(2), {"a": 6}, seeds=[0, 1])
+        decode(model_of(), inputs(2), {"a": 6}, seeds=[0, 1])
 
 
-def test_an_item_has_at_least_one_frame() -> None:
+def test_an_item_has_at_least_one_frame(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that would end immediately ends after one frame, because the codec cannot decode an empty item."""
-    model = model_of()
-    model.heads[0].weight.data.zero_()
-    model.heads[0].weight.data[20] = 0
-    normal = model.logits
 
-    def ending(hidden: Tensor, head: int) -> Tensor:
-        logits = normal(hidden, head)
-        if head == 0:
-            logits[:, 20] = 50
-        return logits
+    def ending(heads: decode_session._Heads, logits: Tensor) -> None:
+        if any(heads.has_eos):
+            logits[..., 20] = 50
 
-    model.logits = ending  # type: ignore[method-assign]
-    result = decode(model, inputs(2), {"a": 6}, seeds=[0, 1], allow_eos=True)
+    change_logits(monkeypatch, ending)
+    result = decode(model_of(), inputs(2), {"a": 6}, seeds=[0, 1], allow_eos=True)
     assert result.lengths["a"].tolist() == [1, 1] and (result.streams["a"] >= 0).all()
 
 
 @pytest.mark.slow
 def test_transformer_compiles_without_a_graph_break() -> None:
-    """One graph for a whole pass, few graphs for all rows of decoding, and the same numbers."""
+    """One graph for a whole pass, and the same numbers."""
     counter = CompileCounter()
     stack = Transformer(**SIZES).eval()
     x = torch.randn(2, 30, 32)
@@ -307,14 +297,6 @@ def test_transformer_compiles_without_a_graph_break() -> None:
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), stack(x))
         assert counter.frame_count == 1
-        cache = stack.new_cache(2, 30)
-        outs = [compiled(x[:, :6], cache=cache, cache_positions=CachePositions.after([0, 0], 6))]
-        outs += [
-            compiled(x[:, row : row + 1], cache=cache, cache_positions=CachePositions.after([row, row], 1))
-            for row in range(6, 30)
-        ]
-    torch.testing.assert_close(torch.cat(outs, dim=1), stack(x), atol=1e-5, rtol=1e-5)
-    assert counter.frame_count <= 5
 
 
 @pytest.mark.slow
@@ -375,27 +357,33 @@ def test_bfloat16_autocast_trains_every_option(options: dict, extra: dict) -> No
         assert near.isfinite().all() and (near - exact).norm() <= 0.15 * exact.norm() + 1e-3
 
 
-def test_a_cache_can_be_used_again() -> None:
-    """A cache uses the conditions of its latest first call; cross-attention without states raises an error."""
+def test_a_cached_transformer_can_be_used_again() -> None:
+    """It uses the conditions of its latest prefill; cross-attention without states raises an error."""
     torch.manual_seed(0)
     stack = Transformer(**SIZES, cross=True).eval()
     x, states, prefix = torch.randn(2, 4, 32), torch.randn(2, 2, 3, 32), torch.randn(2, 2, 32)
     mask = torch.tensor([[True, True, False], [True, False, False]])
-    used = stack.new_cache(2, 7)
+    first, second = (
+        FusedConditions(prefix, torch.tensor([0, 1]), states[0], mask),
+        FusedConditions(None, None, states[1]),
+    )
+    used, unused = (CachedTransformer(stack, 2) for _ in range(2))
     with torch.no_grad():
-        for cache in (used, used, stack.new_cache(2, 7)):
-            again = cache is used and bool(cache.cross_keys_values)
-            first = FusedConditions(prefix, torch.tensor([0, 1]), states[0], mask)
-            condition_tensors = FusedConditions(prefix, None, states[1]) if again or cache is not used else first
-            stack(x[:, :3], condition_tensors, cache=cache, cache_positions=CachePositions.after([0, 0], 5))
-            result = stack(x[:, 3:], cache=cache, cache_positions=CachePositions.after([5, 5], 1))
-            if again:
-                expected = result
-    assert torch.equal(result, expected)
+        used.prefill(x, first, [4, 4], 200)  # a larger cache, with padding in the prefix and in the states
+        used.step(x[:, 3], [150, 2])
+        results = []
+        for cached in (used, unused):
+            start = cached.prefill(x[:, :3], second, [3, 3], 4)
+            results.append(torch.cat((start, cached.step(x[:, 3], [3, 3]).unsqueeze(1)), dim=1))
+    assert torch.equal(*results)
+    torch.testing.assert_close(results[0], stack(x, second), atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="needs states"):
         stack(x)
     with pytest.raises(ValueError, match="needs states"):
-        stack(x, cache=stack.new_cache(2, 4), cache_positions=CachePositions.after([0, 0], 4))
+        used.prefill(x, FusedConditions(prefix), [4, 4], 8)
+    for wrong in ({"causal": False}, {"position_bias": WavePositionBias(2)}):
+        with pytest.raises(ValueError, match="needs a transformer with causal=True and position_bias=None"):
+            CachedTransformer(Transformer(**SIZES, **wrong), 2)
 
 
 def test_invalid_options_raise_errors() -> None:
@@ -408,15 +396,9 @@ def test_invalid_options_raise_errors() -> None:
         with pytest.raises(ValueError, match="with m >= 1, and a bool mask"):
             ConditionTensor(torch.zeros(embeddings), mask)
     with pytest.raises(ValueError, match="does not accept text conditions"):
-<<<<<<< HEAD
         model_of().fuse({"text": ConditionTensor.of(torch.randn(1, 2, 6))}, 1)
     with pytest.raises(ValueError, match="text conditions of width 6, got width 5"):
         model_of(text_dim=6).fuse({"text": ConditionTensor.of(torch.randn(1, 2, 5))}, 1)
-=======
-        model_of().fuse({"text": ConditionTensor.of(torch.randn(1, 2, 6))}, 1)
-    with pytest.raises(ValueError, match="text conditions of width 6, got 5"):
-        model_of(text_dim=6).fuse({"text": ConditionTensor.of(torch.randn(1, 2, 5))}, 1)
->>>>>>> 9649e87 (One transformer of parts; decoding by a cached transformer with few operators per row)
 
 
 @pytest.mark.gpu
