@@ -141,7 +141,7 @@ def test_semantic_tokens_of_the_request_replace_the_first_stage(monkeypatch):
     """The semantic tokens of a result generate its audio again, for items of unequal length as for single items."""
     audio_lm = audiolm_of(**WINDOWS)
     whole = audio_lm.generate(GenerationRequest(batch_size=2, seconds=1.0, seeds=4))
-    monkeypatch.setattr(SemanticTransformer, "hidden", lambda *rows: pytest.fail("the semantic stage is to rest"))
+    monkeypatch.setattr(SemanticTransformer, "embed", lambda *rows: pytest.fail("the semantic stage is to rest"))
     again = audio_lm.generate(GenerationRequest(semantic_tokens=whole.semantic, seeds=[4, 5]))
     assert torch.equal(again.semantic, whole.semantic) and torch.equal(again.acoustic, whole.acoustic)
     assert torch.equal(again.wave, whole.wave)

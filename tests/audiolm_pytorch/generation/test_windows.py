@@ -10,6 +10,7 @@ from audiolm_pytorch.generation.decode_session import DecodeSession
 from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.generation.windows import SlidingWindowDecoder, StagePipeline, plan_windows
 from audiolm_pytorch.lm.token_model import TokenTransformer
+from audiolm_pytorch.nn.cached_transformer import CachedTransformer
 from audiolm_pytorch.tokens.layout import TokenLayout
 from audiolm_pytorch.tokens.streams import Stream
 from audiolm_pytorch.tokens.token_batch import TokenBatch
@@ -256,7 +257,8 @@ def test_empty_and_complete_prompts(monkeypatch):
     assert torch.equal(without.streams["a"], empty.streams["a"]) and torch.equal(
         without.streams["a"], zero_length.streams["a"]
     )
-    monkeypatch.setattr(TokenTransformer, "hidden", lambda self, *rows: pytest.fail("nothing was to be decoded"))
+    for name in ("prefill", "step"):
+        monkeypatch.setattr(CachedTransformer, name, lambda *rows: pytest.fail("nothing was to be decoded"))
     assert torch.equal(decode_in_windows(model, {"s": inputs, "a": prompt}, 16).streams["a"], prompt)
 
 
