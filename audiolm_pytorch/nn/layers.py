@@ -75,7 +75,7 @@ class Dropout(nn.Dropout):
         """Set random values of `x [...]` to zero and scale the others, in training mode."""
         if not self.training or self.p == 0 or x.device.type != "cpu":
             return super().forward(x)
-        num_dropped = max(1, round(self.p * 256))  # of 256 values of a byte
+        num_dropped = min(max(1, round(self.p * 256)), 255)  # of 256 values of a byte
         numbers = torch.empty(ceil(x.numel() / 8), dtype=torch.int64).random_(-(2**63), None)
         is_kept = numbers.view(torch.uint8)[: x.numel()] >= num_dropped
         return x * is_kept.to(x.dtype).mul_(256 / (256 - num_dropped)).view_as(x)
