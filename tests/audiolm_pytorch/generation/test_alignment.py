@@ -240,28 +240,30 @@ class CopyingRows:
     """Has the methods of a `CachedTransformer`, and calls `Copying.answers` with all rows before."""
 
     def __init__(self, transformer: nn.Module, batch: int) -> None:
-        self.stage = transformer.stage
+        self.stage, self.batch = transformer.stage, batch
+        self.hidden = torch.zeros(batch, self.stage.layout.num_ids)
         self.rows: list[list[list[int]]] = [[] for _ in range(batch)]  # ids by item and row
 
     def prefill(self, x: Tensor, conditions: object, counts: list[int], num_positions: int) -> Tensor:
         self.num_positions = num_positions
-        states = torch.zeros_like(x)
-        for item, count in enumerate(counts):
-            self.rows[item] = [present_ids(row) for row in x[item, :count]]
-            states[item, count - 1] = self.state(item)
-        return states
+        self.rows = [[present_ids(row) for row in rows[:count]] for rows, count in zip(x, counts)]
+        return self.states()
 
     def step(self, x: Tensor, rows: list[int]) -> Tensor:
         assert max(rows) < self.num_positions
         for item, row in enumerate(rows):
             assert row <= len(self.rows[item])
             self.rows[item][row:] = [present_ids(x[item])]
-        return torch.stack([self.state(item) for item in range(len(x))])
+        return self.states()
 
-    def state(self, item: int) -> Tensor:
-        tokens, heads = self.stage.answers(self.rows[item]), self.stage.layout.heads
-        ids = [head.first_id + token for head, token in zip(heads, tokens)]
-        return self.stage.embedding.weight[ids].sum(dim=0)
+    def states(self) -> Tensor:
+        for state, rows in zip(self.hidden, self.rows):
+            ids = [head.first_id + token for head, token in zip(self.stage.layout.heads, self.stage.answers(rows))]
+            state.copy_(self.stage.embedding.weight[ids].sum(dim=0))
+        return self.hidden
+
+    def release(self) -> None:
+        self.rows = []
 
 
 def present_ids(row: Tensor) -> list[int]:
