@@ -16,6 +16,7 @@ from audiolm_pytorch.generation.request import GenerationRequest
 from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.lm.training_data import ShardSource, WaveSource
+from audiolm_pytorch.nn.cached_transformer import CachedTransformer
 from audiolm_pytorch.tokens.streams import Stream
 from tests.helpers.decoding import decode_in_windows
 from tests.helpers.fakes import SIZES, FakeSemanticTokenizer
@@ -236,7 +237,7 @@ class Copying:
         return [self.copied(tokens, frame)[level] if frame >= 0 else 0 for level, frame in enumerate(frames)]
 
 
-class CopyingRows:
+class CopyingRows(CachedTransformer):
     """Has the methods of a `CachedTransformer`, and calls `Copying.answers` with all rows before."""
 
     def __init__(self, transformer: nn.Module, batch: int) -> None:
