@@ -13,6 +13,7 @@ from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
 from audiolm_pytorch.generation.decode_session import DecodeSession
 from audiolm_pytorch.generation.sampling import SamplingSettings, item_generators
 from audiolm_pytorch.lm.token_model import TokenTransformer
+from audiolm_pytorch.nn.cached_transformer import CachedTransformer
 from audiolm_pytorch.tokens.streams import frame_counts
 from audiolm_pytorch.tokens.token_batch import GrowingTokens, TokenBatch
 
@@ -110,6 +111,7 @@ class SlidingWindowDecoder:
         self._windows = plan_windows(int(self._requested.max()), window_frames, model.layout.frame_alignment)
         self._window_index = 0  # of the current or, between windows, of the next window
         self._session: DecodeSession | None = None
+        self._transformer: CachedTransformer | None = None  # of the last session
         self._session_items, self._session_stops = torch.empty(2, 0, dtype=torch.long)
         self._options: dict[str, Any] = {"settings": settings, "allow_eos": allow_eos}
         model.fuser.check(conditioning or {})

@@ -183,17 +183,19 @@ def test_a_window_waits_only_for_its_own_inputs(monkeypatch):
     """A window needs the inputs up to its own end, and decodes nothing beyond `until_frames`."""
     model, source = model_of(), source_of(source_model(), [40], [1])
     rows, requests = [], []
-    hidden, advance = TokenTransformer.hidden, SlidingWindowDecoder.advance
+    advance = SlidingWindowDecoder.advance
+    for name, original in (("prefill", CachedTransformer.prefill), ("step", CachedTransformer.step)):
 
-    def counted(self, *args):
-        rows.extend([1] if self is model else [])
-        return hidden(self, *args)
+        def counted(self, *args, call=original):
+            rows.extend([1] if self.transformer is model.transformer else [])
+            return call(self, *args)
+
+        monkeypatch.setattr(CachedTransformer, name, counted)
 
     def recorded(self, until_frames=None):
         requests.extend([until_frames] if self is source else [])
         advance(self, until_frames)
 
-    monkeypatch.setattr(TokenTransformer, "hidden", counted)
     monkeypatch.setattr(SlidingWindowDecoder, "advance", recorded)
     run = SlidingWindowDecoder(model, 40, sources={"s": source}, window_frames=8)
     assert not rows and not requests and run.known_frames.tolist() == [0]
