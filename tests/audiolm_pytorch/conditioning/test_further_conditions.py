@@ -142,6 +142,7 @@ def test_cached_decoding_with_guidance_equals_a_loop_without_cache(way: str, pat
     assert torch.equal(result, layout.unpack(ids, grid.num_frames)["a"])
 
 
+@pytest.mark.slow
 def test_a_condition_per_frame_is_followed_in_windows_and_from_cropped_shards(tmp_path: Path) -> None:
     """One embedding per frame decides the token of its frame, also in crops and in later windows."""
     tokens = np.random.default_rng(0).integers(0, 12, (8, 40))

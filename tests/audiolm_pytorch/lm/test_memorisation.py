@@ -223,6 +223,7 @@ def test_prompts_of_any_and_of_unequal_length_are_continued(case):
             check(case, prompts[: len(order)], order)
 
 
+@pytest.mark.slow
 @every_case(lambda case: case.condition != "none")
 def test_guidance_keeps_memorised_sequences(case):
     """Both halves of the doubled batch receive the same tokens, so certain tokens stay certain."""

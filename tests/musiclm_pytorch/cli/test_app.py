@@ -126,6 +126,7 @@ def test_steps_are_announced_on_a_terminal_only(monkeypatch, capsys):
     assert capsys.readouterr().err == "codec ...\n"
 
 
+@pytest.mark.slow
 def test_train_with_bundled_parts(musiclm_command, micro_data, tmp_path, capsys, offline):
     """Bundled parts are not trained, and the run continues only with the same parts."""
     words = ("train", "tokens", "--preset", "micro", "--data", micro_data, "--out", tmp_path / "run")

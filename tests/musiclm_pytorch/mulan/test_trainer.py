@@ -308,6 +308,7 @@ def _freeze(mulan: MuLaN) -> None:
         part.requires_grad_(False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["silent files", "frozen towers", "no learning rate", None])
 def test_loss_stuck_at_chance_warns(
     fault: str | None, corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture

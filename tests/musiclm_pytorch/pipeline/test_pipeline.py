@@ -85,6 +85,7 @@ def test_masked_prediction_is_logged_beside_chance(micro_run):
     assert rows[-1]["step"] == 12
 
 
+@pytest.mark.slow
 def test_steps_one_by_one_and_in_another_order_give_the_same_model(micro_data, micro_run, tmp_path):
     """The weights depend on seed and data only, not on earlier steps of the process."""
     torch.rand(7)

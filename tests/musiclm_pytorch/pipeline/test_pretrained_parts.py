@@ -132,6 +132,7 @@ def test_a_run_belongs_to_its_pretrained_parts(parts, pretrained_run, micro_data
     assert set(read_json(micro_run / "run.json")["pretrained"].values()) == {"none"}
 
 
+@pytest.mark.slow
 def test_a_pretrained_mulan_needs_no_captions_and_is_saved_when_needed(parts, tmp_path):
     """Captions are not needed, and a step also saves the pretrained parts that it needs."""
     pipeline = Pipeline(
@@ -147,6 +148,7 @@ def test_a_pretrained_mulan_needs_no_captions_and_is_saved_when_needed(parts, tm
     assert TokenShards(tmp_path / "run" / "tokens" / "train")[0]["text_latents"].shape == (0, 128)
 
 
+@pytest.mark.slow
 def test_dry_run_with_pretrained_parts(parts, micro_data, tmp_path):
     """Pretrained parts are not trained; their vocabularies and rates determine the other steps."""
     own = {one.step: one for one in estimate_steps(Pipeline(MICRO, data=micro_data, out=tmp_path / "run"))}
@@ -231,6 +233,7 @@ def write_encodec(folder: Path, channels: int) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 2])
 def test_a_published_codec_as_pretrained_part(parts, channels, tmp_path):
     """The tokens are the codes of EnCodec, mono or stereo, and a stage learns them."""
@@ -251,6 +254,7 @@ def test_a_published_codec_as_pretrained_part(parts, channels, tmp_path):
     assert fine.token_fingerprints == {"acoustic": codec.fingerprint(), "conditioner": quantizer.fingerprint()}
 
 
+@pytest.mark.slow
 def test_a_published_clap_as_pretrained_part(parts, tmp_path):
     """CLAP is not rounded in the quantizer."""
     pytest.importorskip("transformers")

@@ -55,6 +55,7 @@ def test_trained_conditioning_tables_are_in_the_model(micro_run):
         assert torch.equal(assembled.table(stage).weight, trained.half().float())
 
 
+@pytest.mark.slow
 def test_settings_of_the_card_are_the_defaults(micro_run, tmp_path):
     """Sampling settings and the number of levels are stored in the model."""
     export_musiclm(micro_run, tmp_path / "chosen", SETTINGS)
@@ -168,6 +169,7 @@ def test_model_of_an_older_release_is_loaded(model, tmp_path):
     assert "token_fingerprints" not in read_json(tmp_path / "out" / "coarse" / "config.json")["config"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "kind"), [("codec", "acoustic"), ("semantic_tokenizer", "semantic"), ("quantizer", "conditioner")]
 )

@@ -282,6 +282,7 @@ def _fitted(**changes: object) -> MuLaNEmbedQuantizer:
     return quantizer
 
 
+@pytest.mark.slow
 def test_fingerprint_is_of_what_codes_depend_on(tmp_path: Path) -> None:
     """Every weight behind the codes changes it; the stages' tables, their widths and names, mode and file do not."""
     quantizer = _fitted()

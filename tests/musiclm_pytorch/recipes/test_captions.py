@@ -107,6 +107,7 @@ def test_captions_of_unknown_values_are_an_error(labels: dict, count: int, messa
         caption_variants(labels, Random(0), count)
 
 
+@pytest.mark.slow
 def test_most_captions_name_the_instrument_and_most_attributes() -> None:
     """Shares over 200 clips, with a tolerance of 6 standard errors."""
     rows = [plan_clip("train", index, seed=7).row for index in range(200)]

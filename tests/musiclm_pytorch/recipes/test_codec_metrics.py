@@ -100,6 +100,7 @@ def test_table_and_report(classifier, tmp_path):
     assert "codec, 2 of 2 levels / instrument, share of real" in names and len(set(names)) == len(names) == 3 * 5
 
 
+@pytest.mark.slow
 @needs_opus
 @pytest.mark.parametrize(("sample_hz", "channels"), [(16000, 1), (24000, 1), (44100, 2)])
 def test_opus_is_aligned(sample_hz, channels):
