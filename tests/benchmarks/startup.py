@@ -26,11 +26,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=5.0, help="length of the music")
     parser.add_argument("--phases", nargs=2, help=argparse.SUPPRESS)  # used by `compare`: start of the process, file
-    options = parser.parse_args()
-    if options.phases:
-        print_phases(float(options.phases[0]), options.seconds, options.phases[1])
-    else:
-        compare({"old": options.old.resolve(), "new": ROOT}, options.rounds, str(options.seconds))
+    args = parser.parse_args()
+    if args.phases:
+        return print_phases(float(args.phases[0]), args.seconds, args.phases[1])
+    compare({"old": args.old.resolve(), "new": ROOT}, args.rounds, str(args.seconds))
 
 
 def compare(trees: dict[str, Path], rounds: int, seconds: str) -> None:
@@ -44,12 +43,11 @@ def compare(trees: dict[str, Path], rounds: int, seconds: str) -> None:
             pair = [run(tree, folder, command)[0] for tree in trees.values()]
             _, printed = run(ROOT, folder, [__file__, "--seconds", seconds, "--phases", str(time.time()), out])
             if number:
-                times.append(pair)
-                phases.append([float(word) for word in printed.split()[-len(PHASES) :]])
+                times, phases = [*times, pair], [*phases, [float(word) for word in printed.split()[-len(PHASES) :]]]
     for name, values in zip(trees, zip(*times)):
         print(f"{name:<16}{statistics.median(values):6.2f} s, {min(values):.2f} to {max(values):.2f}")
     print(f"{'old / new':<16}{statistics.median(old / new for old, new in times):6.2f}, median of {rounds} rounds\n")
-    print("phases of the new tree; codec and ranking are parts of generate")
+    print("phases of the new tree, with two parts of generate")
     for name, values in zip(PHASES, zip(*phases)):
         print(f"{name:<16}{statistics.median(values):6.2f} s")
 
