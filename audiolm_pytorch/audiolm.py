@@ -1,6 +1,7 @@
 """AudioLM (arXiv:2209.03143, sec. III): generates semantic tokens, then acoustic tokens, and decodes them to waves."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -119,27 +120,8 @@ class AudioLM(nn.Module):
         Returns:
             Waves `[b, n]`, or `[b, c, n]` for a codec of several channels; a list of waves if their lengths differ.
         """
-        request = GenerationRequest(
-            batch_size=batch_size,
-            seconds=seconds,
-            text=text,
-            wavs=wavs,
-            codes=codes,
-            conditions=conditions,
-            conditioning=conditioning,
-            input_streams=input_streams,
-            prime_wave=prime_wave,
-            prime_wave_input_sample_hz=prime_wave_input_sample_hz,
-            prime_lengths=prime_lengths,
-            semantic_tokens=semantic_tokens,
-            semantic_lengths=semantic_lengths,
-            coarse_only=coarse_only,
-            allow_eos=allow_eos,
-            seeds=seeds,
-            sampling=sampling,
-            callback=callback,
-            progress=progress,
-        )
+        arguments = locals()
+        request = GenerationRequest(**{field.name: arguments[field.name] for field in fields(GenerationRequest)})
         audio = self.generate(request)
         return audio.wave if audio.have_one_length else audio.waves
 
@@ -255,11 +237,12 @@ def _chunks(
     try:
         while not is_done:
             with torch.no_grad():
-                unfinished_frames = pipeline.known_frames[~pipeline.are_done]
-                pipeline.advance(chunk_frames + int(unfinished_frames.min()) if len(unfinished_frames) else 0)
+                unfinished_frames = pipeline.last.known_frames[~pipeline.last.are_done]
+                pipeline.last.advance(chunk_frames + int(unfinished_frames.min()) if len(unfinished_frames) else 0)
                 semantic, acoustic = pipeline.take()
-                is_done = bool(pipeline.are_done.all())
-                new_waves = waves.push(acoustic, pipeline.are_done.tolist())
+                are_done = pipeline.last.are_done
+                is_done = bool(are_done.all())
+                new_waves = waves.push(acoustic, are_done.tolist())
                 pending.append(GeneratedAudio.of_tokens(new_waves, sample_hz, semantic, acoustic))
             if is_done or any(wave.numel() for wave in new_waves):
                 yield GeneratedAudio.concatenate(pending)

@@ -245,14 +245,16 @@ class MusicLM(nn.Module):
                 sampling=sampling,
             )
             if num_samples == 1:
-                selected = replace(request, seeds=candidate_seeds * len(prompts))
-                return self._chunks(self.audio_lm.stream(selected, chunk_seconds=min(chunk_seconds, seconds)), selected)
+                request = replace(request, seeds=candidate_seeds * len(prompts))
+                stream = self.audio_lm.stream(request, chunk_seconds=min(chunk_seconds, seconds))
+                return self._chunks(stream, candidate_seeds * len(prompts))
             # Texts are ranked one after the other, because their audio prompts can differ in length.
             candidates = [
                 replace(request.select([item] * num_samples), seeds=candidate_seeds) for item in range(len(prompts))
             ]
             first_parts = [self.audio_lm.stream(part, chunk_seconds=min(rank_seconds, seconds)) for part in candidates]
-        return self._ranked_chunks(prompts, request, candidate_seeds, first_parts, min(chunk_seconds, seconds))
+            chunk_seconds, has_more = min(chunk_seconds, seconds), rank_seconds < seconds
+        return self._ranked_chunks(prompts, request, candidate_seeds, first_parts, chunk_seconds, has_more)
 
     @torch.no_grad()
     def scores(self, prompts: Sequence[str], waves: Tensor, *, max_batch: int = 16) -> Tensor:
@@ -310,8 +312,12 @@ class MusicLM(nn.Module):
         seeds: list[int],
         first_parts: list[Iterator[GeneratedAudio]],
         chunk_seconds: float,
+        has_more: bool,
     ) -> Iterator[MusicChunk]:
-        """Rank the first parts of all candidates, then yield the music of the best candidate of each text."""
+        """Rank the first parts of all candidates, then yield the music of the best candidate of each text.
+
+        `has_more` is False if the first parts are the whole music.
+        """
         with eval_mode(self), torch.no_grad():
             # Each stream is removed from the list, so that the caches of its candidates are freed.
             parts = [next(first_parts.pop(0)).wave.float() for _ in prompts]
@@ -319,24 +325,24 @@ class MusicLM(nn.Module):
             scores = torch.cat([self.scores([text], part[None]) for text, part in zip(prompts, peak_safe_parts)])
             best = _ranked(scores)[:, 0].tolist()
             waves = [part[candidate] for part, candidate in zip(parts, best)]
-            selected = replace(request, seeds=[seeds[candidate] for candidate in best])
-            # The seeds determine the selected candidates, so the stream repeats the first parts, which are skipped.
-            stream = self.audio_lm.stream(selected, chunk_seconds=chunk_seconds)
+            selected = [seeds[candidate] for candidate in best]
+            stream: Iterator[GeneratedAudio] = iter(())
+            if has_more:
+                # The seeds determine the candidates, so this stream repeats the first parts, which are skipped.
+                stream = self.audio_lm.stream(replace(request, seeds=selected), chunk_seconds=chunk_seconds)
         yield from self._chunks(stream, selected, scores, waves)
 
     def _chunks(
         self,
         stream: Iterator[GeneratedAudio],
-        request: GenerationRequest,
+        seeds: Sequence[int],
         scores: Tensor | None = None,
-        first_waves: list[Tensor] | None = None,
+        first_waves: Sequence[Tensor] = (),
     ) -> Iterator[MusicChunk]:
-        """Yield `first_waves`, then the rest of the stream after them."""
-        seeds = tuple(request.seeds) if isinstance(request.seeds, Sequence) else ()
-        skipped = [0] * len(seeds)  # samples of each text to skip
-        if first_waves is not None:
-            yield MusicChunk(first_waves, self.sample_hz, seeds, scores)
-            skipped = [wave.shape[-1] for wave in first_waves]
+        """Yield `first_waves`, then the samples of the stream that follow them."""
+        if first_waves:
+            yield MusicChunk(list(first_waves), self.sample_hz, tuple(seeds), scores)
+        skipped = [wave.shape[-1] for wave in first_waves] or [0] * len(seeds)  # samples of each text
         while True:
             with eval_mode(self), torch.no_grad():  # between chunks, the modules have their own mode
                 chunk = next(stream, None)
@@ -345,7 +351,7 @@ class MusicLM(nn.Module):
             waves = [wave[..., count:].float() for wave, count in zip(chunk.waves, skipped)]
             skipped = [max(0, count - wave.shape[-1]) for wave, count in zip(chunk.waves, skipped)]
             if any(wave.numel() for wave in waves):
-                yield MusicChunk(waves, self.sample_hz, seeds, scores)
+                yield MusicChunk(waves, self.sample_hz, tuple(seeds), scores)
 
     def _generate(self, request: GenerationRequest, seeds: list[int], max_batch: int) -> Tensor:
         """Generate waves `[b, ...]` with peaks below 1, one per item and seed, in batches of at most `max_batch`."""

@@ -12,7 +12,7 @@ from audiolm_pytorch.audio.units import frames_covering, samples_covering
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.base import Conditioner, TextEncoder
 from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
-from audiolm_pytorch.generation.prompts import PromptTokens, tokenize_prompts
+from audiolm_pytorch.generation.prompts import tokenize_prompts
 from audiolm_pytorch.generation.request import GenerationRequest
 from audiolm_pytorch.lm.stage_transformer import AudioTokens, StageTransformer
 from audiolm_pytorch.semantic.base import SemanticTokenizer
@@ -60,21 +60,18 @@ def plan_lengths(
         wav2vec.target_sample_hz, wav2vec.downsample_factor
     )
     batch = request.num_items
-    prompt = PromptTokens(TokenBatch.empty(batch, 1), TokenBatch.empty(batch, codec.num_quantizers), [0.0] * batch)
+    semantic, acoustic = TokenBatch.empty(batch, 1), TokenBatch.empty(batch, codec.num_quantizers)
+    prompt_seconds = [0.0] * batch
     if request.prime_wave is not None:
-        prompt = tokenize_prompts(request, wav2vec, codec, device)
+        semantic, acoustic, prompt_seconds = tokenize_prompts(request, wav2vec, codec, device)
     input_semantic = _input_semantic_tokens(request, semantic_stage)
     if request.seconds is None and input_semantic is not None:
         num_semantic = input_semantic.lengths
         num_samples = (_covering_frames(num_semantic, frames_per_token) * factor).tolist()
     else:
-        seconds = [
-            prompt_seconds + DEFAULT_SECONDS if request.seconds is None else request.seconds
-            for prompt_seconds in prompt.seconds
-        ]
+        seconds = [request.seconds if request.seconds is not None else DEFAULT_SECONDS + s for s in prompt_seconds]
         num_samples = [samples_covering(length, factor, codec.target_sample_hz) for length in seconds]
         num_semantic = torch.tensor([_num_semantic(n, wav2vec, codec.target_sample_hz) for n in num_samples])
-    semantic = prompt.semantic
     if input_semantic is not None:
         if (input_semantic.lengths < num_semantic).any():
             raise ValueError(
@@ -83,13 +80,13 @@ def plan_lengths(
             )
         semantic = input_semantic.truncate(num_semantic)
     num_frames = torch.tensor([codec.num_frames(n) for n in num_samples])
-    is_too_long = (prompt.acoustic.lengths > num_frames) | (semantic.lengths > num_semantic)
+    is_too_long = (acoustic.lengths > num_frames) | (semantic.lengths > num_semantic)
     for item in is_too_long.nonzero().flatten().tolist():
         raise ValueError(
-            f"the prompt of item {item} lasts {prompt.seconds[item]:.2f} s, longer than the requested "
+            f"the prompt of item {item} lasts {prompt_seconds[item]:.2f} s, longer than the requested "
             f"{num_samples[item] / codec.target_sample_hz:.2f} s (prompt included); request more, or shorten the prompt"
         )
-    return GenerationLengths(num_samples, num_semantic, num_frames, semantic, prompt.acoustic)
+    return GenerationLengths(num_samples, num_semantic, num_frames, semantic, acoustic)
 
 
 def extra_input_tokens(
@@ -144,7 +141,7 @@ def request_conditions(
     needs_states = any(stage.text_dim and name not in finished for name, stage in stages.items())
     if request.text is not None and text_conditioner is not None and needs_states:
         states = text_conditioner.forward(request.text)  # once, because all stages use the same states
-    conditioners: dict[str, Any] = {"audio_conditioner": audio_conditioner, "text_conditioner": text_conditioner}
+    conditioners = audio_conditioner, text_conditioner
     inputs: dict[str, Any] = {"text": request.text, "wavs": request.wavs, "codes": request.codes, "states": states}
     further = {name: ConditionTensor.of(value) for name, value in (request.conditions or {}).items()}
     accepted = {name for stage in stages.values() for name in stage.fuser.specs}
@@ -152,7 +149,7 @@ def request_conditions(
         raise ValueError(f"got the conditions {sorted(further)}, the stages accept {sorted(accepted)}")
     if "codes" not in accepted and ("text" not in accepted or request.wavs is not None or request.codes is not None):
         # Raises an error if there are inputs, because no stage uses them.
-        stage_conditions(next(iter(stages.values())), **conditioners, **inputs)
+        stage_conditions(next(iter(stages.values())), *conditioners, **inputs)
     conditions: dict[str, Conditions] = {}
     for name, stage in stages.items():
         names = stage.fuser.specs.keys()
@@ -160,18 +157,18 @@ def request_conditions(
         if name in finished:
             of_stage = finished[name]
         elif "codes" in names:
-            of_stage = stage_conditions(stage, **conditioners, **inputs)
+            of_stage = stage_conditions(stage, *conditioners, **inputs)
         elif "text" in names:
-            of_stage = stage_conditions(stage, **conditioners, text=request.text, states=states)
+            of_stage = stage_conditions(stage, *conditioners, text=request.text, states=states)
         conditions[name] = {key: further[key] for key in names & further.keys()} | dict(of_stage or {})
     return conditions
 
 
 def stage_conditions(
     stage: StageTransformer,
-    *,
     audio_conditioner: Conditioner | None,
     text_conditioner: TextEncoder | None,
+    *,
     text: str | Sequence[str] | None = None,
     wavs: Tensor | None = None,
     codes: Tensor | None = None,
@@ -183,8 +180,8 @@ def stage_conditions(
 
     Args:
         stage: The stage.
-        audio_conditioner: Computes codes of texts or waves; needed by a stage with `audio_text_condition`.
-        text_conditioner: Computes states of texts; needed by a stage with `text_dim`.
+        audio_conditioner: Computes codes; needed by a stage with `audio_text_condition`.
+        text_conditioner: Computes states; needed by a stage with `text_dim`.
         text: One text per item, or one text for all items.
         wavs: Waves `[b, n]` at the sample rate of the audio conditioner.
         codes: Codes `[b, q]` of the audio conditioner.

@@ -1,7 +1,6 @@
 """Prompts: reads the waves or files that generation continues, and tokenizes them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,30 +16,16 @@ from audiolm_pytorch.lm.tokenizing import tokenize
 from audiolm_pytorch.semantic.base import SemanticTokenizer
 from audiolm_pytorch.tokens.token_batch import TokenBatch
 
-__all__ = ["PromptTokens", "tokenize_prompts"]
-
-
-@dataclass(frozen=True)
-class PromptTokens:
-    """Tokens of the prompts of all items.
-
-    Attributes:
-        semantic: Semantic tokens of one level.
-        acoustic: Acoustic tokens of all levels.
-        seconds: Duration of every prompt; 0 for a prompt that is ignored because it is shorter than a frame.
-    """
-
-    semantic: TokenBatch
-    acoustic: TokenBatch
-    seconds: list[float]
+__all__ = ["tokenize_prompts"]
 
 
 def tokenize_prompts(
     request: GenerationRequest, wav2vec: SemanticTokenizer, codec: Codec, device: torch.device
-) -> PromptTokens:
-    """Tokenize the prompts of a request on `device`.
+) -> tuple[TokenBatch, TokenBatch, list[float]]:
+    """Return semantic tokens, acoustic tokens and the seconds of the prompts of all items.
 
     A last frame that is only partly inside the prompt is dropped, because its token would encode the end of the sound.
+    A prompt that is shorter than a frame is ignored and has 0 seconds.
 
     Raises:
         ValueError: If a file cannot be read, shape, length or number of channels of a prompt is wrong, or its samples
@@ -53,7 +38,7 @@ def tokenize_prompts(
         wave.shape[-1] / rate_hz if num_tokens else 0.0
         for (wave, rate_hz), num_tokens in zip(waves, (semantic.lengths + acoustic.lengths).tolist())
     ]
-    return PromptTokens(semantic.expand(batch), acoustic.expand(batch), seconds * (batch // len(waves)))
+    return semantic.expand(batch), acoustic.expand(batch), seconds * (batch // len(waves))
 
 
 def _read_prompts(request: GenerationRequest, codec_hz: int) -> list[tuple[Tensor, int]]:

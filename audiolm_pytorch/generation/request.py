@@ -102,26 +102,12 @@ class GenerationRequest:
 
         An input with a single item is not changed, because it applies to all items.
         """
-        inputs, prompts, seeds = self.input_streams, self.prime_wave, self.seeds
-        return replace(
-            self,
-            batch_size=len(items),
-            text=_select(self.text, items),
-            wavs=_select(self.wavs, items),
-            codes=_select(self.codes, items),
-            conditions=None if self.conditions is None else _select_each(self.conditions, items),
-            conditioning=None
-            if self.conditioning is None
-            else {stage: _select_each(conditions, items) for stage, conditions in self.conditioning.items()},
-            input_streams=None
-            if inputs is None
-            else AudioTokens(_select_each(inputs.tokens, items), _select_each(inputs.lengths, items)),
-            prime_wave=prompts if _is_one_wave(prompts) else _select(prompts, items),
-            prime_lengths=_select(self.prime_lengths, items),
-            semantic_tokens=_select(self.semantic_tokens, items),
-            semantic_lengths=_select(self.semantic_lengths, items),
-            seeds=[seeds + item for item in items] if isinstance(seeds, int) else _select(seeds, items),
-        )
+        names = ["text", "wavs", "codes", "conditions", "conditioning", "input_streams", "prime_wave", "prime_lengths"]
+        names += ["semantic_tokens", "semantic_lengths", "seeds"]
+        selected = {name: _select(getattr(self, name), items) for name in names}
+        if _is_one_wave(self.prime_wave):
+            selected["prime_wave"] = self.prime_wave
+        return replace(self, batch_size=len(items), **selected)
 
     @property
     def num_items(self) -> int:
@@ -159,7 +145,13 @@ def _is_one_wave(prompts: object) -> bool:
 
 
 def _select(value: Any, items: Sequence[int]) -> Any:
-    """Select items of an input. An input of one item is returned unchanged."""
+    """Select items of an input, or of every entry of a mapping. An input of one item is returned unchanged."""
+    if isinstance(value, Mapping):
+        return {name: _select(entry, items) for name, entry in value.items()}
+    if isinstance(value, AudioTokens):
+        return AudioTokens(_select(value.tokens, items), _select(value.lengths, items))
+    if isinstance(value, int):  # the first of consecutive seeds
+        return [value + item for item in items]
     if value is None or isinstance(value, (str, Path)) or (isinstance(value, Tensor) and value.ndim == 0):
         return value
     if len(value) == 1:
@@ -167,10 +159,6 @@ def _select(value: Any, items: Sequence[int]) -> Any:
     if isinstance(value, ConditionTensor):
         return value.select(torch.tensor(items))
     return value[torch.tensor(items)] if isinstance(value, Tensor) else [value[item] for item in items]
-
-
-def _select_each(values: Mapping[str, Any], items: Sequence[int]) -> dict[str, Any]:
-    return {name: _select(value, items) for name, value in values.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,14 +247,9 @@ class WaveStreams:
         self._streams: list[DecoderStream | None] = [codec.decoder_stream() for _ in num_samples]
 
     def push(self, acoustic: TokenBatch, are_last: Sequence[bool]) -> list[Tensor]:
-        """Decode the next tokens of every item. A later call returns samples that depend on later tokens.
+        """Decode the next tokens of every item to waves `[n_i]`, or `[c, n_i]` for a codec of several channels.
 
-        Args:
-            acoustic: Next tokens of every item.
-            are_last: For every item, whether these tokens are its last ones.
-
-        Returns:
-            Waves `[n_i]`, or `[c, n_i]` for a codec of several channels.
+        Samples that depend on later tokens are returned later. `are_last` marks the items that these tokens end.
         """
         return [self._push(item, *pair) for item, pair in enumerate(zip(acoustic.items(), are_last, strict=True))]
 

@@ -105,9 +105,11 @@ class SlidingWindowDecoder:
                 f"{self._num_frames.tolist()} frames; shorten it or request more"
             )
         self._requested = self._num_frames.clone()
+        self.tokens = GrowingTokens(prompt, model.device)
         self._sources = dict(sources or {})
-        self._inputs = self._checked_inputs(inputs or {}, batch_size)
-        self.tokens = GrowingTokens(TokenBatch(prompt.ids.to(model.device), prompt.lengths))
+        self._check_inputs(inputs or {}, batch_size)
+        self._inputs = {name: GrowingTokens(batch, model.device) for name, batch in (inputs or {}).items()}
+        self._inputs |= {name: source.tokens for name, source in self._sources.items()}
         self._windows = plan_windows(int(self._requested.max()), window_frames, model.layout.frame_alignment)
         self._window_index = 0  # of the current or, between windows, of the next window
         self._session: DecodeSession | None = None
@@ -118,8 +120,8 @@ class SlidingWindowDecoder:
         self._conditioning = {name: part.expand(batch_size) for name, part in (conditioning or {}).items()}
         self._generators = item_generators(seeds, batch_size)
 
-    def _checked_inputs(self, inputs: Mapping[str, TokenBatch], batch_size: int) -> dict[str, GrowingTokens]:
-        """Check the names and the numbers of items of all input streams, and collect their tokens by name."""
+    def _check_inputs(self, inputs: Mapping[str, TokenBatch], batch_size: int) -> None:
+        """Check the names and the numbers of items of all input streams."""
         streams, names = self._model.layout.inputs, [*inputs, *self._sources]
         known = [stream.name for stream in streams]
         missing = [stream.name for stream in streams if stream.is_in_time and stream.name not in names]
@@ -131,9 +133,6 @@ class SlidingWindowDecoder:
         for name, batch in inputs.items():
             if len(batch) != batch_size:
                 raise ValueError(f"got {name!r} tokens of {len(batch)} items, the decoder has {batch_size}")
-        fixed = {name: TokenBatch(batch.ids.to(self._model.device), batch.lengths) for name, batch in inputs.items()}
-        growing = {name: source.tokens for name, source in self._sources.items()}
-        return {**{name: GrowingTokens(batch) for name, batch in fixed.items()}, **growing}
 
     @property
     def num_frames(self) -> Tensor:
@@ -228,7 +227,7 @@ class SlidingWindowDecoder:
             lengths={name: part.lengths for name, part in parts.items()},
             conditioning=self._conditions_of(items, window),
             seeds=[self._generators[item] for item in items.tolist()],
-            callback=None if self._callback is None else lambda row, num_rows: self._report(window),
+            callback=None if self._callback is None else self._report,
             transformer=self._transformer,
             **self._options,
         )
@@ -258,9 +257,11 @@ class SlidingWindowDecoder:
             self._session, self._transformer = None, session.transformer
             self._window_index += 1
 
-    def _report(self, window: range) -> None:
+    def _report(self, row: int, num_rows: int) -> None:
+        """Convert the progress of a session to that of the whole sequence."""
         if self._callback is not None and self._session is not None:
-            self._callback(window.start + int(self._session.known_frames.max()), int(self.num_frames.max()))
+            start = self._windows[self._window_index].start
+            self._callback(start + int(self._session.known_frames.max()), int(self.num_frames.max()))
 
 
 class StagePipeline:
@@ -269,26 +270,15 @@ class StagePipeline:
     Args:
         semantic: Decoder of the semantic tokens.
         acoustic: Decoders of acoustic levels, coarse first. The source of each decoder is the decoder before it.
+
+    Attributes:
+        last: The last decoder, which advances the others.
     """
 
     def __init__(self, semantic: SlidingWindowDecoder, acoustic: Sequence[SlidingWindowDecoder]) -> None:
-        self._semantic, self._acoustic = semantic, list(acoustic)
+        self._semantic, self._acoustic, self.last = semantic, list(acoustic), acoustic[-1]
         self._items = torch.arange(len(semantic.known_frames))
         self._taken_semantic, self._taken_acoustic = torch.zeros(2, len(self._items), dtype=torch.long)
-
-    @property
-    def known_frames(self) -> Tensor:
-        """Number of acoustic frames `[b]` with all levels known."""
-        return self._acoustic[-1].known_frames
-
-    @property
-    def are_done(self) -> Tensor:
-        """Mask `[b]` of the items that have all their acoustic frames."""
-        return self._acoustic[-1].are_done
-
-    def advance(self, until_frames: int) -> None:
-        """Decode until every item has `until_frames` acoustic frames or is complete, and no more than needed."""
-        self._acoustic[-1].advance(until_frames)
 
     def finish(self) -> None:
         """Decode all frames, one stage after the other, so that only one cache is in memory at a time."""
@@ -297,7 +287,7 @@ class StagePipeline:
 
     def take(self) -> tuple[TokenBatch, TokenBatch]:
         """Return the new semantic tokens (1 level) and acoustic tokens of every item, and drop what is not needed."""
-        new_semantic, new_acoustic = self._semantic.known_frames, self._acoustic[-1].known_frames
+        new_semantic, new_acoustic = self._semantic.known_frames, self.last.known_frames
         semantic = self._semantic.tokens.between(self._items, self._taken_semantic, new_semantic)
         levels = [stage.tokens.between(self._items, self._taken_acoustic, new_acoustic) for stage in self._acoustic]
         self._taken_semantic, self._taken_acoustic = new_semantic, new_acoustic

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.base import Conditioner, TextEncoder
-from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
+from audiolm_pytorch.conditioning.tensors import Conditions
 from audiolm_pytorch.generation.decode_session import Decoded
 from audiolm_pytorch.generation.inputs import stage_conditions
 from audiolm_pytorch.generation.sampling import SamplingSettings
@@ -78,18 +78,10 @@ class StageWrapper(nn.Module):
         text: str | Sequence[str] | None = None,
         wavs: Tensor | None = None,
         codes: Tensor | None = None,
-        states: ConditionTensor | None = None,
     ) -> Conditions | None:
         """Compute the conditions `codes` and `text` of the stage, see `stage_conditions`."""
-        return stage_conditions(
-            self.transformer,
-            audio_conditioner=self.audio_conditioner,
-            text_conditioner=self.text_conditioner,
-            text=text,
-            wavs=wavs,
-            codes=codes,
-            states=states,
-        )
+        conditioners = self.audio_conditioner, self.text_conditioner
+        return stage_conditions(self.transformer, *conditioners, text=text, wavs=wavs, codes=codes)
 
     @beartype
     def forward(

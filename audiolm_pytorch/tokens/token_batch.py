@@ -58,10 +58,11 @@ class GrowingTokens:
 
     Args:
         batch: The first tokens of every item.
+        device: Device to keep the tokens on.
     """
 
-    def __init__(self, batch: TokenBatch) -> None:
-        self._items = batch.items()
+    def __init__(self, batch: TokenBatch, device: torch.device) -> None:
+        self._items = [tokens.to(device) for tokens in batch.items()]
         self._first = torch.zeros(len(batch), dtype=torch.long)
 
     @property

@@ -2,12 +2,10 @@
 
 import struct
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, BinaryIO
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -105,7 +103,10 @@ class Generate:
         if first.scores is not None:
             self._report(first.scores[0].tolist(), first.seeds[0] - self.seed)
         has_header = not self.raw and self.out.suffix.lower() != ".raw"
-        with self._opened() as file:
+        to_file = self.out != _STANDARD_OUTPUT
+        if to_file:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.out if to_file else sys.stdout.fileno(), "wb", closefd=to_file) as file:
             if has_header:
                 file.write(_wav_header(first.sample_hz, channels, None))
             num_bytes = 0
@@ -116,21 +117,10 @@ class Generate:
                 samples = (wave.clamp(-1, 1) * 32767).round().cpu().numpy()
                 num_bytes += file.write(samples.T.astype("<i2").tobytes())
                 file.flush()
-            if has_header and self.out != _STANDARD_OUTPUT:
+            if has_header and to_file:
                 file.seek(0)
                 file.write(_wav_header(first.sample_hz, channels, num_bytes))
-        self._print(f"wrote {'standard output' if self.out == _STANDARD_OUTPUT else self.out}")
-
-    @contextmanager
-    def _opened(self) -> Iterator[BinaryIO]:
-        """Open the file to stream into, or standard output."""
-        if self.out == _STANDARD_OUTPUT:
-            with open(sys.stdout.fileno(), "wb", closefd=False) as file:
-                yield file
-        else:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.out, "wb") as file:
-                yield file
+        self._print(f"wrote {self.out if to_file else 'standard output'}")
 
     def _report(self, scores: list[float], best: int) -> None:
         """Print the similarity of every candidate to the text."""

@@ -71,7 +71,7 @@ def test_every_stage_is_conditioned_through_its_own_namespace(monkeypatch):
     check_namespaces(audio_lm)
     assert audio_lm.audio_conditioner.asked == ["semantic", "coarse", "fine"]
 
-    def stage_conditions(stage, *, audio_conditioner, text, **nothing):
+    def stage_conditions(stage, audio_conditioner, text_conditioner, *, text, **nothing):
         return {"codes": audio_conditioner.conditioning(texts=text, namespace="semantic")}
 
     monkeypatch.setattr("audiolm_pytorch.generation.inputs.stage_conditions", stage_conditions)

@@ -84,11 +84,15 @@ def test_only_the_best_first_part_is_continued(monkeypatch: pytest.MonkeyPatch) 
     assert [len(wave) for wave in joined([first, *rest])] == [800, 800] and len(batches) == 3
 
 
-def test_a_first_part_of_the_whole_length_is_the_whole_music() -> None:
-    """`rank_seconds` and `chunk_seconds` can be longer than the music."""
-    musiclm = musiclm_of()
+def test_a_first_part_of_the_whole_length_is_the_whole_music(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`rank_seconds` and `chunk_seconds` can be longer than the music, which is then generated only once."""
+    musiclm, streams = musiclm_of(), []
+    stream = type(musiclm.audio_lm).stream
+    monkeypatch.setattr(
+        type(musiclm.audio_lm), "stream", lambda self, *rest, **named: streams.append(1) or stream(self, *rest, **named)
+    )
     chunks = list(musiclm.stream(TEXTS[0], seconds=0.3, rank_seconds=9.0, chunk_seconds=float("inf"), seed=1))
-    assert len(chunks) == 1 and chunks[0].wave.shape == (1, 240)
+    assert len(chunks) == len(streams) == 1 and chunks[0].wave.shape == (1, 240)
     best = musiclm(TEXTS[0], seconds=0.3, seed=1)
     torch.testing.assert_close(peak_safe(chunks[0].wave), best, atol=1e-5, rtol=1e-5)
 

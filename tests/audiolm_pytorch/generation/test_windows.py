@@ -161,9 +161,9 @@ def test_pauses_and_late_inputs_change_no_token(pattern, eos):
         options = {"window_frames": window, "allow_eos": eos}
         paused = chain_of(model, expected, prompt, seeds, source_of(before, expected, seeds, **options), **options)
         parts, until = [paused.take()], 0
-        while not paused.are_done.all():
+        while not paused.last.are_done.all():
             until += rng.randint(0, 5)
-            paused.advance(until)
+            paused.last.advance(until)
             parts.append(paused.take())
         inputs, results = ([torch.cat(item) for item in zip(*(part.items() for part in kind))] for kind in zip(*parts))
         source = source_of(before, expected, seeds, **options)
@@ -302,8 +302,8 @@ def peak_of(num_frames):
     with AliveTensors([*model.parameters(), *before.parameters()]) as alive:
         source = source_of(before, [num_frames], [1], window_frames=4)
         run = chain_of(model, [num_frames], [torch.zeros(0, 2).long()], [1], source, window_frames=8)
-        while not run.are_done.all():
-            run.advance(int(run.known_frames) + 4)
+        while not run.last.are_done.all():
+            run.last.advance(int(run.last.known_frames) + 4)
             run.take()
     return alive.peak_bytes
 
