@@ -32,8 +32,12 @@ def test_lengths_follow_the_seconds(monkeypatch):
     """Fault 4: no stage has a fixed number of steps; 512 steps for all stages fail the check."""
     audio_lm = audiolm_of()
     check_lengths(audio_lm)
-    windowed = audiolm.SlidingWindowDecoder
-    monkeypatch.setattr(audiolm, "SlidingWindowDecoder", lambda model, num_frames, **rest: windowed(model, 512, **rest))
+
+    class FixedLength(audiolm.SlidingWindowDecoder):
+        def __init__(self, model, num_frames, **rest):
+            super().__init__(model, 512, **rest)
+
+    monkeypatch.setattr(audiolm, "SlidingWindowDecoder", FixedLength)
     with pytest.raises(AssertionError):
         check_lengths(audio_lm)
 

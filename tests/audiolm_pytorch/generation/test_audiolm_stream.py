@@ -162,20 +162,23 @@ def small_chunks(monkeypatch):
 
 
 def peak_of_stream(audio_lm, seconds):
-    """Largest memory in bytes while a stream is read and its chunks are dropped."""
+    """Largest memory in bytes while a stream is read and its chunks are dropped.
+
+    The first chunk does not count, because preparing the weights for decoding needs more memory than short streams.
+    """
     with AliveTensors(list(audio_lm.parameters())) as alive:
-        for _ in audio_lm.stream(GenerationRequest(seconds=seconds, seeds=0), chunk_seconds=0.16):
-            pass
+        for number, _ in enumerate(audio_lm.stream(GenerationRequest(seconds=seconds, seeds=0), chunk_seconds=0.16)):
+            alive.peak_bytes = 0 if number == 0 else alive.peak_bytes
     return alive.peak_bytes
 
 
 @pytest.mark.slow
 def test_memory_of_a_stream_does_not_grow(small_chunks, monkeypatch):
     """A stream of twice the length has the same peak; stages that keep all tokens fail the check."""
-    peak_of_stream(small_chunks, 0.96)  # fills the caches of layouts
-    assert peak_of_stream(small_chunks, 0.96) <= peak_of_stream(small_chunks, 0.48)
+    peak_of_stream(small_chunks, 1.28)  # fills the caches of layouts
+    assert peak_of_stream(small_chunks, 1.28) <= peak_of_stream(small_chunks, 0.64)
     monkeypatch.setattr("audiolm_pytorch.generation.windows.GrowingTokens.drop_before", lambda self, frames: None)
-    assert peak_of_stream(small_chunks, 0.96) > peak_of_stream(small_chunks, 0.48)
+    assert peak_of_stream(small_chunks, 1.28) > peak_of_stream(small_chunks, 0.64)
 
 
 @pytest.mark.slow
