@@ -1,4 +1,4 @@
-"""AudioLM (arXiv:2209.03143, sec. III): generates semantic tokens, then acoustic tokens, and decodes them to waves."""
+"""AudioLM (arXiv:2209.03143, section III): semantic tokens, then acoustic tokens, which a codec decodes to waves."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -150,8 +150,8 @@ class AudioLM(nn.Module):
 
         Args:
             request: What to generate.
-            chunk_seconds: Minimum duration of a chunk. A chunk can be longer at the end of a window or if the codec
-                needs later frames; the last chunk can be shorter.
+            chunk_seconds: Minimum duration of a chunk. A chunk can be longer where a window ends, or because the codec
+                must wait for later frames; the last chunk can be shorter.
 
         Returns:
             An iterator of chunks. `GeneratedAudio.concatenate` of all chunks equals the result of `generate`. A chunk
@@ -222,7 +222,7 @@ class AudioLM(nn.Module):
         """Whether the semantic stage may sample the end token."""
         has_eos = self.semantic_transformer.layout.predicted[0].eos
         if request.allow_eos and not has_eos:
-            raise ValueError("got allow_eos=True, the semantic stage was trained without ends; train it with eos=True")
+            raise ValueError("got allow_eos=True, but the semantic stage has no end token; train it with eos=True")
         if request.allow_eos is None:
             return has_eos and request.seconds is None and request.semantic_tokens is None
         return request.allow_eos
@@ -252,7 +252,7 @@ def _chunks(
 
 
 def _can_be_guided(stage: StageTransformer, conditions: Conditions, inputs: Mapping[str, TokenBatch]) -> bool:
-    """Whether guidance changes the logits of a stage; guidance drops conditions and input streams without a rate."""
+    """Whether a stage has conditions or input streams without a rate; guidance needs such inputs, to drop them."""
     droppable = [stream for stream in stage.layout.inputs if not stream.is_in_time]
     return bool(conditions) or any(stream.name in inputs for stream in droppable)
 

@@ -45,13 +45,13 @@ def read_audio(
 ) -> tuple[Tensor, int]:
     """Read an audio file, or a part of it, and resample it to `sample_hz`.
 
-    A part of a file has the same samples as in the whole resampled file, because the filter also uses the samples
-    around it. `start_seconds` and `duration_seconds` are rounded to the nearest sample at `sample_hz`.
+    A part of a file equals the same part of the whole resampled file, because resampling also reads samples before and
+    after the part. `start_seconds` and `duration_seconds` are rounded to the nearest sample at `sample_hz`.
 
     Args:
         sample_hz: Sample rate of the returned wave (Hz); None keeps the rate of the file.
-        channels: Number of returned channels, to which a mono file is repeated; 1 averages all channels, None keeps all
-            channels.
+        channels: Number of returned channels; 1 averages all channels, a larger number repeats the channel of a mono
+            file, None keeps all channels.
         duration_seconds: Duration to read, or less if the file ends earlier; None reads to the end of the file.
 
     Returns:

@@ -58,8 +58,8 @@ def open_sound(path: Path) -> Iterator[soundfile.SoundFile]:
 def sound_blocks(file: soundfile.SoundFile, num_frames: int) -> Iterator[np.ndarray]:
     """Read up to `num_frames` samples per channel from the current file position, in float32 blocks `[n, c]`.
 
-    A single long read would stop at the first undecodable position of a damaged file. `SoundFile.blocks` is not used,
-    because it repeats old samples if the length in the file header is too large.
+    Blocks are used because a single long read would stop at the first undecodable position of a damaged file.
+    `SoundFile.blocks` is not used, because it repeats old samples if the length in the file header is too large.
     """
     while num_frames > 0 and len(block := file.read(min(num_frames, _BLOCK_FRAMES), dtype="float32", always_2d=True)):
         num_frames -= len(block)
@@ -93,8 +93,8 @@ class AudioSource:
 
     Args:
         sample_hz: Sample rate of the blocks (Hz); None keeps the rate of the file.
-        channels: Number of channels of the blocks, to which a mono file is repeated; 1 averages all channels, None
-            keeps all channels.
+        channels: Number of channels of the blocks; 1 averages all channels, a larger number repeats the channel of a
+            mono file, None keeps all channels.
 
     Raises:
         ValueError: If the file cannot be read, or, during iteration, if the file is damaged, empty or contains NaN.

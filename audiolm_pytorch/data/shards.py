@@ -48,8 +48,8 @@ def write_shards(
     Args:
         make_record: Function that returns record number `i` as a dict of arrays. All records need the same names, and
             arrays of the same shape apart from the first dimension (time). Integers are stored as int16 or int32, and
-            floats as float16 or float32. A single float (an array without dimensions) keeps its precision.
-        fingerprint: JSON-compatible description of the records; another fingerprint in `folder` raises a ValueError.
+            floats as float16 or float32; only a float64 array without dimensions (a scalar) remains float64.
+        fingerprint: JSON-compatible description of the records; a ValueError if `folder` contains another fingerprint.
         records_per_chunk: Number of records per chunk; an interrupted process loses at most one chunk.
     """
     if min(num_records, records_per_chunk) < 1 or not 0 <= rank < world_size:
@@ -89,11 +89,11 @@ def _storable(record: Record, number: int) -> Record:
     for name, value in record.items():
         array = np.asarray(value)
         if array.dtype.kind not in "biuf":
-            raise ValueError(f"record {number}, field {name!r} has type {array.dtype}; return integers or floats")
+            raise ValueError(f"record {number}, field {name!r} is {array.dtype}; make_record must return numbers")
         if array.dtype.kind != "f":
             array = array.astype(_integer_type(array, number, name))
         elif not np.isfinite(array).all():
-            raise ValueError(f"record {number}, field {name!r} contains NaN or infinite values; return finite values")
+            raise ValueError(f"record {number}, field {name!r} is not finite; make_record must return finite values")
         elif array.dtype not in _FLOAT_TYPES and array.ndim:
             array = array.astype(np.float32)
         stored[name] = array

@@ -47,7 +47,7 @@ def check_compatible(
     """Check that a stage can use the passed tokenizers and conditioners. Unneeded modules are ignored.
 
     Raises:
-        ValueError: If a tokenizer or conditioner has other sizes, frame rate ratios or fingerprints than the stage.
+        ValueError: If a module has other sizes, frame rate ratios or fingerprints than the stage expects.
     """
     tokenizers = {"semantic": wav2vec, "acoustic": codec}
     differences = [
@@ -87,7 +87,7 @@ def agreed_fingerprints(
     """Check that the fingerprints of the modules equal the fingerprints stored in the stage and in the shards.
 
     Args:
-        wav2vec: Semantic tokenizer; None = its fingerprint is not compared (also for the other modules).
+        wav2vec: Semantic tokenizer. The fingerprint of a module that is None is not compared.
         shards: Token shards that the stage is trained on.
         kinds: Keys of the fingerprints to compare; None = all fingerprints that the stage uses.
 
@@ -150,7 +150,7 @@ def _token_differences(transformer: StageTransformer, tokenizers: _Tokenizers) -
 
 
 def _rate_differences(transformer: StageTransformer, tokenizers: _Tokenizers) -> Iterator[str]:
-    """Yield a message for unequal ratios of frame rates; log a warning if all frame rates differ by one factor."""
+    """Yield a message for unequal ratios of frame rates; if only a common factor differs, log a warning instead."""
     declared_hz: dict[str, Fraction] = {}
     actual_hz: dict[str, Fraction] = {}
     for stream in transformer.layout.streams:

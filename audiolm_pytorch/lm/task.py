@@ -38,8 +38,8 @@ class StageTask:
         audio_conditioner: Conditioner; needed by a stage that is conditioned on codes.
         text_conditioner: Text encoder; needed by a stage with a `text_dim`; items without a caption are trained
             unconditionally.
-        level_drop_prob: Probability that training drops the last levels of the conditioning codes of an item, from a
-            random level on, so that the stage learns to use only the first levels.
+        level_drop_prob: Probability that training drops the last levels of the conditioning codes of an item, so that
+            the stage learns to work with the first levels; the number of dropped levels is random.
         batch_size: Number of items of a validation batch.
         token_fingerprints: Fingerprints of the tokenizers and conditioners.
 

@@ -26,8 +26,8 @@ class TokenLoss:
 
     Attributes:
         loss: `[]`, mean cross-entropy of all predicted tokens, in nats.
-        per_stream: Mean cross-entropy by name of each predicted stream. A stream of several levels also has an entry
-            `name.level` for each level. The loss of uniform predictions is the logarithm of the vocabulary size.
+        per_stream: Mean cross-entropy by name of each predicted stream; for streams of several levels also by
+            `name.level`, for each level. The loss of uniform predictions is the logarithm of the vocabulary size.
         accuracy: `[]`, share of predicted tokens for which the true token has the highest logit.
     """
 
@@ -40,9 +40,9 @@ class TokenLoss:
 class TokenTransformer(nn.Module):
     """Decoder-only language model over the rows of a token layout.
 
-    A row is embedded as the sum of its tokens. Every level of every predicted stream has its own linear head. A
-    `ConditionFuser` adds the conditions: `codes` (prepended), `text` and those in `conditions`. Null embeddings replace
-    missing conditions.
+    The embedding of a row is the sum of its token embeddings. Every level of every predicted stream has its own
+    linear head. A `ConditionFuser` adds the conditions: `codes` (prepended), `text` and those in `conditions`. Null
+    embeddings replace missing conditions.
 
     Args:
         layout: Layout of the streams in rows and columns.
@@ -55,8 +55,8 @@ class TokenTransformer(nn.Module):
         cond_dim: Width of the embeddings of codes; None = the model is not conditioned on codes.
         cond_drop_prob: Probability that training drops all conditions of an item, for classifier-free guidance.
         null_tokens: Number of null embeddings that replace missing codes, normally the number of codes.
-        max_seconds: Longest duration that the model was trained on. Longer generation uses sliding windows. None = no
-            limit.
+        max_seconds: Longest duration that the model was trained on; longer audio is generated in sliding windows.
+            None = no limit.
         text_dim: Width of the text states; None = the model is not conditioned on text states.
         text_as: How text states enter the model: `cross` (cross-attention in every block) or `prefix` (prepended before
             the codes).
@@ -123,7 +123,7 @@ class TokenTransformer(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """Constructor arguments as JSON-able data."""
+        """Constructor arguments, in a form that JSON can store."""
         return {"layout": self.layout.to_dict(), **self._config, "max_seconds": self.max_seconds}
 
     @classmethod
@@ -138,7 +138,7 @@ class TokenTransformer(nn.Module):
 
     @beartype
     def forward(self, packed: PackedTokens, conditioning: Conditions | None = None) -> TokenLoss:
-        """Compute the loss of the tokens in the loss mask. Each token is predicted from the rows before it.
+        """Compute the loss of the tokens that `packed.loss_mask` marks, each predicted from the rows before it.
 
         Args:
             packed: Tokens, as packed by `layout`.
@@ -161,7 +161,7 @@ class TokenTransformer(nn.Module):
         return self._loss(hidden, packed.ids[:, 1:], packed.loss_mask[:, 1:])
 
     def _loss(self, hidden: Tensor, targets: Tensor, loss_mask: Tensor) -> TokenLoss:
-        """Compute the loss of final states `[b, rows, d]`, for the ids `[b, rows, columns]` of the next rows.
+        """Compute the loss of predicting the ids `targets [b, rows, columns]` from final states `[b, rows, d]`.
 
         Logits are computed only where the loss mask is True.
         """
@@ -189,8 +189,8 @@ class TokenTransformer(nn.Module):
         fused: FusedConditions = self.fuser(conditions or {}, batch)
         if fused.row_sums is not None and fused.row_sums.shape[1] > 1 and not self.layout.has_row_per_frame:
             raise ValueError(
-                "a condition with one embedding per frame needs a layout with one row per frame: use the delayed or "
-                "the parallel pattern, without streams that have no rate, or pass one embedding per item"
+                "a condition with one embedding per frame needs a layout with one row per frame; use the delayed or "
+                "parallel pattern and only streams with a rate, or pass one embedding per item"
             )
         return fused
 

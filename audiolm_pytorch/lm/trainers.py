@@ -116,7 +116,7 @@ class StageTrainer:
             tokenizers = [tokenizer for tokenizer in (wav2vec, codec) if tokenizer is not None]
             token_seconds = max((one.downsample_factor / one.target_sample_hz for one in tokenizers), default=0.0)
             if seconds is not None and not seconds >= token_seconds:
-                raise ValueError(f"got crops of {seconds} s, a token lasts {token_seconds} s; use longer crops")
+                raise ValueError(f"got crops of {seconds} s, but a token lasts {token_seconds} s; use longer crops")
             train_items, valid_items = training_items(folder, items, min_seconds=token_seconds)
             options |= {"wav2vec": wav2vec, "codec": codec, "conditioners": conditioners}
             train = WaveSource(train_items, transformer, text_prob=text_prob, **options)

@@ -101,7 +101,7 @@ class StageSource(ABC):
         """Compute the inputs of the stage from a batch of crops, on the device of the batch."""
 
     def draws_text(self, epoch: int, index: int) -> bool:
-        """Choose at random whether the codes of a recording are from its caption (True) or its audio in an epoch."""
+        """Draw whether the codes of a recording are computed from its caption (True) or its audio in an epoch."""
         draw = np.random.default_rng([self.seed, epoch, index, _TEXT_DRAW]).random()
         return bool(draw < self.text_prob)
 
@@ -261,9 +261,9 @@ class ShardSource(StageSource):
     """Random crops of token sequences that are stored in shards.
 
     Shards need the tokens of the stage, `semantic [t]`, `acoustic [f, q]`, and extra streams by name. A conditioner
-    needs the field `latents [w, d]`, of w windows at equal distances in the recording. `text_prob` needs the field
-    `text_latents [k, d]`, of the k captions. A `text_dim` needs the field `captions`, see `encode_texts`. A further
-    condition needs a field `[d]` or `[m, d]` of its name. Extra streams without a rate are not cropped.
+    needs `latents [w, d]` of w windows at equal distances. `text_prob > 0` needs `text_latents [k, d]` of the captions.
+    A stage with a `text_dim` needs `captions`, see `encode_texts`. A further condition needs a field with its name, of
+    shape `[d]` or `[m, d]`. Extra streams without a rate are not cropped.
 
     Args:
         transformer: Language model of the stage; its streams declare the rates of the tokens.
@@ -303,7 +303,7 @@ class ShardSource(StageSource):
             self.crop_frames = frames_inside(seconds, self.rate_hz) // self.alignment * self.alignment
             if self.crop_frames < 1:
                 raise ValueError(
-                    f"got crops of {seconds} s, a crop needs at least {self.alignment} frames at "
+                    f"got crops of {seconds} s, but a crop needs at least {self.alignment} frames at "
                     f"{float(self.rate_hz)} frames per second; use longer crops"
                 )
 

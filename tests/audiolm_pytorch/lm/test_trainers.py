@@ -430,7 +430,7 @@ def test_wrong_arguments_raise_errors(tmp_path, write_folder):
     common = {**QUICK, "results_folder": tmp_path / "run"}
     for wrong, message in [
         ({"valid_shards": shards}, "valid_shards without shards"),
-        ({"data_max_length_seconds": 0.03}, "crops of 0.03 s, a token lasts 0.04 s"),
+        ({"data_max_length_seconds": 0.03}, "crops of 0.03 s, but a token lasts 0.04 s"),
         ({"level_drop_prob": 2.0}, "level_drop_prob must be in"),
     ]:
         with pytest.raises(ValueError, match=message):
