@@ -157,7 +157,7 @@ class StreamingCodec(Codec):
     @property
     @abstractmethod
     def encoder_latency_seconds(self) -> float:
-        """Longest delay of the encoder from a sample to its codes, the duration of one frame plus the look-ahead."""
+        """Longest delay from a sample to its codes, which is the duration of one frame and of the look-ahead frames."""
 
     @property
     @abstractmethod

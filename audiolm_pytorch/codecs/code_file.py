@@ -98,7 +98,7 @@ class StoredCodes:
         return bits / self.seconds / 1000
 
     def check_codec(self, codec: Codec, fingerprint: str) -> None:
-        """Check that the codec with `fingerprint` encoded the sound; other codecs would decode its codes to noise."""
+        """Check that `codec` encoded the sound, because another codec would decode the codes to noise."""
         info, (num_frames, num_levels) = self.info, self.codes.shape
         if fingerprint != info.codec_fingerprint:
             raise ValueError(
@@ -110,8 +110,8 @@ class StoredCodes:
         codec_sizes = (codec.target_sample_hz, codec.channels, codec.codebook_size, num_expected)
         if sizes != codec_sizes or num_levels > codec.num_quantizers:
             raise ValueError(
-                f"the file needs (Hz, channels, codebook size, frames, levels) {(*sizes, num_levels)}, the codec has "
-                f"{(*codec_sizes, codec.num_quantizers)}; encode the sound again"
+                f"sample rate, channels, codebook size, frames and levels are {(*sizes, num_levels)} in the file, but "
+                f"{(*codec_sizes, codec.num_quantizers)} in the codec; encode the sound again"
             )
         if (self.scales is not None) != codec.has_scales:
             raise ValueError(

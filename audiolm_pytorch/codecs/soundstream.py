@@ -66,7 +66,7 @@ class SoundStream(StreamingCodec):
         encoder: Network that replaces the default encoder, which `channels`, `strides` and `attn_...` define.
         decoder: Network that replaces the default decoder, which `channels`, `strides` and `attn_...` define.
         quantizer: Quantizer that replaces the default quantizer, which `codebook_size` and `rq_...` define.
-        denoising: FiLM layer before quantization that switches noise removal; None if the codec cannot remove noise.
+        denoising: FiLM layer before quantization that turns denoising on or off; None if the codec cannot denoise.
     """
 
     @beartype
@@ -149,7 +149,7 @@ class SoundStream(StreamingCodec):
 
     @property
     def encoder_latency_seconds(self) -> float:
-        """Longest delay of the encoder from a sample to its codes, the duration of one frame plus the look-ahead."""
+        """Longest delay from a sample to its codes, which is the duration of one frame and of the look-ahead frames."""
         return (1 + self.encoder.lookahead_frames) * self.downsample_factor / self.target_sample_hz
 
     @property

@@ -38,8 +38,8 @@ class FileCodec:
     def encode(self, path: str | Path, num_levels: int | None = None) -> StoredCodes:
         """Encode a sound file, and keep the first `num_levels` levels (None: all levels).
 
-        The sound is resampled to the rate of the codec. Channels are averaged for a mono codec, and a mono file is
-        repeated for a stereo codec. A stereo codec raises a ValueError for a file with more than two channels.
+        The sound is resampled to the rate of the codec. A mono codec encodes the mean of the channels. A stereo codec
+        encodes a mono file as two equal channels, and raises a ValueError for a file with more than two channels.
         """
         codec = self.codec
         num_levels = codec.check_num_levels(num_levels)

@@ -1,4 +1,4 @@
-"""Projection of condition tensors to inputs of a language model: prepended, summed, or for cross-attention."""
+"""Projection of condition tensors, which are prepended or added to tokens, or used in cross-attention."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,7 +97,7 @@ class ConditionFuser(nn.Module):
         self.entries = nn.ModuleDict({name: _Condition(spec, dim) for name, spec in specs.items()})
 
     def forward(self, conditions: Conditions, batch: int) -> FusedConditions:
-        """Project conditions of 1 or `batch` items to transformer inputs; a missing condition is a null embedding."""
+        """Project conditions of 1 or `batch` items for the transformer; null embeddings replace missing conditions."""
         self.check(conditions)
         parts: dict[str, list[tuple[Tensor, Tensor]]] = {"prepend": [], "cross": [], "sum": []}
         for name, entry in self.entries.items():

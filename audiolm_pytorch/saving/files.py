@@ -57,7 +57,7 @@ def write_weights(path: str | Path, weights: Mapping[str, Tensor], metadata: Map
 
     Args:
         path: File to write; missing folders are created.
-        weights: Tensors by name, on any device; no two tensors may share memory, as in the result of `weights_of`.
+        weights: Tensors by name, on any device, that share no memory; `weights_of` returns such tensors.
         metadata: Strings by name for the header of the file.
     """
     path = Path(path)

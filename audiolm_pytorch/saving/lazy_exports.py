@@ -16,7 +16,7 @@ _packages: dict[str, dict[str, str]] = {}  # package -> exported name -> module 
 def lazy_exports(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """Return `__getattr__`, `__dir__` and `__all__` of a package, for its `__init__.py`.
 
-    The exports are the imports in this file below `if TYPE_CHECKING:`, which type checkers and editors read as well.
+    The exports are the imports below `if TYPE_CHECKING:` in `__init__.py`, which type checkers and editors also read.
     """
     module = sys.modules[package]
     blocks = [node for node in ast.parse(Path(str(module.__file__)).read_text()).body if isinstance(node, ast.If)]
@@ -37,7 +37,7 @@ def lazy_exports(package: str) -> tuple[Callable[[str], Any], Callable[[], list[
 
 
 def import_exports(name: str | None = None) -> None:
-    """Import the exports with this name of all packages that are already imported; None imports all exports."""
+    """Import, from every package that is already imported, the lazy export `name`; None imports all lazy exports."""
     for package, exports in list(_packages.items()):
         for export in exports if name is None else exports.keys() & {name}:
             getattr(sys.modules[package], export)

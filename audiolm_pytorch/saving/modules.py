@@ -130,7 +130,7 @@ def save_module(
     folder, extra = Path(folder), dict(extra or {})
     reserved = [key for key in _RESERVED_KEYS if key in extra]
     if reserved:
-        raise ValueError(f"entries of extra may not be called {reserved}, which are reserved names; rename the entries")
+        raise ValueError(f"entries of `extra` may not be called {reserved}, which are reserved names; rename them")
     weights = weights_of(module)
     if dtype is not None:
         weights = {name: _converted(name, tensor, dtype) for name, tensor in weights.items()}

@@ -101,15 +101,15 @@ class DataUnpickler(_Unpickler):
             target.state = state
             self.stack[-1] = self.finish(target)
         elif type(target) is not dict:
-            raise RefusedFileError(f"the file is refused: a {type(target).__name__} in it cannot have a state")
+            raise RefusedFileError(f"the file is refused: it sets the state of a {type(target).__name__}")
 
     def load_setitem(self) -> None:
-        """Check the key of one entry, and set the entry of a dictionary."""
+        """Check a key, then add the key and its value to a dictionary."""
         _check_keys(self.stack[-2:-1])
         super().load_setitem()
 
     def load_setitems(self) -> None:
-        """Check the keys of several entries, and set the entries of a dictionary."""
+        """Check several keys, then add the keys and their values to a dictionary."""
         _check_keys(self.stack[::2])
         super().load_setitems()
 
@@ -123,7 +123,7 @@ def _check_keys(keys: list[Any]) -> None:
 
 
 class _Instructions:
-    """Functions that execute the allowed pickle instructions, by instruction code; the number of lookups is limited."""
+    """Functions that run the allowed pickle instructions, up to a total of `_MAX_INSTRUCTIONS`."""
 
     def __init__(self) -> None:
         self._left = _MAX_INSTRUCTIONS

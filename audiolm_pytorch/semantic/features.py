@@ -89,7 +89,7 @@ def write_features(
 
     Args:
         encoder: Encoder in eval mode.
-        origin: Description of encoder, layer and data; the argument `fingerprint` of `write_shards`.
+        origin: Description of encoder, layer and data, which is passed to `write_shards` as `fingerprint`.
         advance: Function that is called after every crop, for example to advance a progress bar.
     """
     # Batches start at fixed places of the plan, so that an interruption does not change which crops share a batch.
@@ -148,7 +148,7 @@ class FeatureShards:
         self._rows = max(min_rows, _PORTION_BYTES // (dim * np.dtype(np.float32).itemsize))
 
     def portions(self, order: tuple[int, ...] | None = None) -> Iterator[np.ndarray]:
-        """Yield all frames in several arrays; if a seed `order` is passed, shuffle crops and frames of each array."""
+        """Yield all frames in several arrays; with a seed `order`, shuffle the crops, then the frames of each array."""
         rng = None if order is None else np.random.default_rng(order)
         numbers = np.arange(len(self._shards)) if rng is None else rng.permutation(len(self._shards))
         waiting: list[np.ndarray] = []

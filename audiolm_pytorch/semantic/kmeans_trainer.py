@@ -130,11 +130,11 @@ class KMeansTrainer:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the results folder has a finished run; `train` checks that the settings of the run are equal."""
+        """Whether the results folder has a finished run; `train` checks that this run had the same settings."""
         return "usage" in self._record() and (self.results_folder / "tokenizer" / "config.json").is_file()
 
     def train(self) -> KMeansFit:
-        """Train a tokenizer, or continue an interrupted run; return the saved result of a finished run."""
+        """Train a tokenizer, or continue an interrupted run; if the run is finished, only load its result."""
         accelerator = self._accelerator = self._accelerator or create_accelerator()
         self._check_run_folder(accelerator)
         if not self.is_finished:
@@ -154,7 +154,7 @@ class KMeansTrainer:
         return dict(read_json(path)) if path.is_file() else {}
 
     def _check_run_folder(self, accelerator: "accelerate.Accelerator") -> None:
-        """Write the settings to a new folder, or check that the run in the folder has equal settings."""
+        """Write the settings to a new folder; for an existing run, check that it has the settings of this trainer."""
         settings = json.loads(json.dumps({"format_version": _FORMAT_VERSION, "run": self._identity}))
         record = self._record()
         if not record and accelerator.is_main_process:

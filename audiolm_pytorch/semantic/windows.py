@@ -46,7 +46,7 @@ class ReceptiveField:
 @beartype
 @dataclass(frozen=True)
 class Windows:
-    """Sizes of windows: window w returns frames `[w * keep, (w + 1) * keep)` and has `context` more on each side."""
+    """Window w returns `keep` frames from frame `w * keep`, and also encodes `context` more frames on each side."""
 
     keep: int
     context: int
@@ -66,7 +66,7 @@ def features_in_windows(
     depends on more than `context` neighbours, frames near the ends of a window are approximate.
 
     Args:
-        encode: Function of `[b, m, ...]` with the receptive field `frames` that returns `[b, frames.num_frames(m), d]`.
+        encode: Function that converts inputs `[b, m, ...]` to frames `[b, frames.num_frames(m), d]`.
         inputs: Samples or vectors of a front end, `[b, n, ...]`.
     """
     total = frames.num_frames(inputs.shape[1])

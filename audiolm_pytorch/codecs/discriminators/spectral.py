@@ -33,10 +33,10 @@ class ComplexSTFTDiscriminator(Discriminator):
     """Discriminator of one complex spectrogram, with residual units (SoundStream, section III-D and figure 4).
 
     The SoundStream paper defines the STFT, a 7x7 convolution, six residual units, and a last convolution over all
-    remaining frequencies. A residual unit has a 3x3 convolution and a convolution with alternating strides (1, 2) and
-    (2, 2) in time and frequency. The SoundStream paper does not define leaky ReLU, weight norm, real and imaginary
-    parts as input channels, and strided 1x1 convolutions as skip connections. The highest of the `window / 2 + 1` bins
-    is dropped, because SoundStream uses `window / 2` bins. The logits `[b, 1, f]` have one value per 8 STFT frames.
+    remaining frequencies. A residual unit has a 3x3 convolution and a strided convolution; the strides in time and
+    frequency are (1, 2) and (2, 2) in turn. This library adds leaky ReLU, weight norm, real and imaginary parts as
+    input channels, and strided 1x1 convolutions as skip connections. The highest of the `window / 2 + 1` bins is
+    dropped, because SoundStream uses `window / 2` bins. The logits `[b, 1, f]` have one value per 8 STFT frames.
 
     Args:
         channels: Number of audio channels; one network processes all channels together.
@@ -74,7 +74,7 @@ class ComplexSTFTDiscriminator(Discriminator):
 
 @register
 class MultiScaleSTFTDiscriminator(Discriminator):
-    """Discriminator with one network of equal design per STFT window (EnCodec, arXiv 2210.13438, section 3.4).
+    """Discriminator with one network for each STFT window (EnCodec, arXiv 2210.13438, section 3.4).
 
     The EnCodec paper defines the windows, real and imaginary parts as input channels, 32 filters per layer, leaky ReLU
     and weight norm. After a first convolution, three convolutions have dilations 1, 2, 4 in time and stride 2 in
@@ -149,7 +149,7 @@ class _ResidualUnit(nn.Module):
 
 
 class _ComplexSpectrogram(nn.Module):
-    """STFT with a Hann window, computed in float32 even under autocast. The STFT keeps the variance of white noise."""
+    """STFT with a Hann window, in float32 even under autocast; white noise has the same variance before and after."""
 
     window: Tensor
 

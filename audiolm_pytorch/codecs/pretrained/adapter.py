@@ -33,9 +33,9 @@ Wrapper = TypeVar("Wrapper", bound="PretrainedCodec")
 class PretrainedCodec(Codec):
     """Base class of frozen codecs from transformers, always in eval mode; weights are loaded in float32.
 
-    Items of a batch are encoded in groups of equal length without padding. Padding would change the codes, because
-    convolutions with look-ahead, and reflection at the end of a wave, use the samples of the padding. Subclasses set
-    the class attributes, call `_set_sizes` in the constructor and implement `options`, `_encode` and `_decode`.
+    Items of equal length are encoded in one batch, without padding. Padding would change the codes, because the
+    convolutions look ahead, and because published models reflect the wave at its end. Subclasses set the class
+    attributes, call `_set_sizes` in the constructor and implement `options`, `_encode` and `_decode`.
 
     Args:
         source: Folder in transformers' format, Hugging Face id, or a loaded model.

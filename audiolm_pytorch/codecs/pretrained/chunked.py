@@ -1,8 +1,8 @@
 """Run the convolutions of published models on chunks of long audio, with equal results and limited memory.
 
-Each chunk is extended on both sides by the range of inputs on which an output of the convolutions depends, and the
-outputs for the extension are dropped. Recurrent layers and norms over time run on the whole input, because their
-outputs depend on the whole input.
+Each chunk is extended on both sides by the neighbouring inputs that influence its outputs; the outputs for these
+neighbours are dropped. Recurrent layers and norms over time run on the whole input, because their outputs depend on
+the whole input.
 """
 
 from collections.abc import Callable, Iterable
@@ -24,7 +24,7 @@ class Span(NamedTuple):
     """Range and scale of the inputs on which an output of a stack of convolutions depends.
 
     Attributes:
-        reach: Upper bound of the distance in input steps from an output to the inputs that influence the output.
+        reach: Number of input steps on each side that can influence an output; the true number may be smaller.
         scale: Input steps per output step, for example 320 for an encoder and 1/320 for a decoder.
     """
 
@@ -94,7 +94,7 @@ def run_layers(stack: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def chunked_forward(stack: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Replace `stack.forward`: call `run_layers`, or the original forward method if there are further arguments."""
+    """Replacement for `stack.forward`, which runs in chunks unless it receives arguments besides `hidden_states`."""
     if args or any(value is not None for value in kwargs.values()):
         return type(stack).forward(stack, hidden_states, *args, **kwargs)
     return run_layers(stack, hidden_states)

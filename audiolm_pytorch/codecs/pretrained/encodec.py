@@ -39,8 +39,8 @@ class EncodecWrapper(PretrainedCodec):
     contain the frames of the first segment, then of the second segment, and so on. A segment of the 48 kHz model has
     150 frames, or fewer at the end of the wave. The second-last segment has 149 frames if at most 160 samples remain
     for the last segment, as in the original model. A frame of the 48 kHz model advances by 316.8 samples on average;
-    use `num_frames` instead of `downsample_factor`. Shorten decoded waves, not codes of the 48 kHz model. `encode`
-    returns the loudness of each segment as scales, and `decode` uses the scales. `tokenize` and
+    use `num_frames` instead of `downsample_factor`. To shorten a sound, cut the decoded wave; codes of the 48 kHz model
+    cannot be cut. `encode` returns the loudness of each segment as scales, and `decode` uses the scales. `tokenize` and
     `decode_from_codebook_indices` use only codes and no scales, as language models do. Without scales, every segment is
     decoded with the loudness `codes_only_rms`, and silence becomes faint sound.
 
@@ -176,16 +176,16 @@ class EncodecWrapper(PretrainedCodec):
     def _frames_of_segments(self, num_frames: int) -> list[int]:
         """Number of frames of each segment of a wave with `num_frames` frames.
 
-        All waves with `num_frames` frames have equal numbers of frames in each segment, because a longer wave never has
-        fewer frames in a segment.
+        All waves with the same total number of frames also have the same number in each segment, because a longer wave
+        never has fewer frames in any segment.
         """
         longest = range(num_frames * self.downsample_factor + 1)
         num_samples = bisect_left(longest, num_frames, key=self.num_frames)
         frames = [frames_covering(length, self.downsample_factor) for _, length in self._segments(num_samples)]
         if sum(frames) != num_frames:
             raise ValueError(
-                f"no wave has {num_frames} frames in this codec; compute frames with num_frames(), and shorten waves "
-                "instead of codes"
+                f"got {num_frames} frames of codes, but this codec encodes no wave as {num_frames} frames; decode all "
+                "frames that `tokenize` returned, then cut the wave"
             )
         return frames
 

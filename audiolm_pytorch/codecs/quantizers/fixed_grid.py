@@ -106,7 +106,7 @@ class ResidualLookupFreeQuantizer(_GridLevels):
         return self.rvq.layers[level].codebook
 
     def level_loss(self, residual: Tensor, level: int) -> Tensor | float:
-        """Compute the weighted entropy loss, 0 if each frame has one certain code and codes are equally frequent."""
+        """Compute the weighted entropy loss, which is 0 for certain and equally frequent codes."""
         if self.config["entropy_weight"] == 0:
             return 0.0
         logits = rearrange(residual, "b f d -> (b f) d") * (2 ** (level + 1) / self.config["temperature"])
@@ -169,7 +169,7 @@ class ResidualFiniteScalarQuantizer(_GridLevels):
 def grid_steps(codebook_size: int) -> tuple[int, ...]:
     """Split `codebook_size` into the numbers of grid points per dimension, which are similar factors from 3 to 8.
 
-    The grid has as many dimensions as possible, because all levels refine the same coordinates.
+    The result has as many factors as possible, so that the grid has as many dimensions as possible.
     """
     steps = _factors(codebook_size)
     if steps is None:

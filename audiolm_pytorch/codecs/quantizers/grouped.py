@@ -20,8 +20,8 @@ __all__ = ["GroupedQuantizer", "make_quantizer"]
 class GroupedQuantizer(FrameQuantizer):
     """Quantizer that divides a frame into equal parts, and quantizes each part with a separate residual quantizer.
 
-    The columns of codes are ordered level by level, with all groups of level 1 first. The first columns of the codes,
-    in any number, decode to a coarser version of the frames.
+    The columns of codes are ordered level by level, with all groups of level 1 first. The first q columns alone,
+    for any q, decode to a coarser version of the frames.
 
     Args:
         quantizers: One quantizer per part of the frame, in order, with equal numbers of levels and codes.
@@ -32,7 +32,7 @@ class GroupedQuantizer(FrameQuantizer):
         super().__init__()
         sizes = sorted({(part.num_quantizers, part.codebook_size) for part in quantizers})
         if len(sizes) != 1:
-            raise ValueError(f"all groups need equal numbers (levels, codes), got {sizes or 'no groups'}")
+            raise ValueError(f"all groups need the same (num_quantizers, codebook_size), got {sizes or 'no groups'}")
         self.quantizers = nn.ModuleList(quantizers)
         self.widths = [part.dim for part in quantizers]
         self.dim = sum(self.widths)
@@ -67,7 +67,7 @@ class GroupedQuantizer(FrameQuantizer):
         return torch.cat([part.decode(codes[..., group::groups]) for group, part in enumerate(self._parts)], dim=-1)
 
     def initialise(self, frames: Tensor) -> None:
-        """Fit the codebooks of every group to the columns of the group in frames `[n, d]`."""
+        """Fit the codebooks of every group to its part of the frames `[n, d]`."""
         for part, part_frames in zip(self._parts, self._split(frames)):
             part.initialise(part_frames)
 

@@ -22,7 +22,7 @@ _MAX_ROTATED_RATIO = 4.0
 
 
 class _Codebook(nn.Module):
-    """A codebook, with exponential averages of the number and of the sum of the frames that select a code."""
+    """A codebook, with exponential averages for each code of the count and the sum of the frames that select it."""
 
     embed: Tensor
     embed_avg: Tensor
@@ -107,8 +107,8 @@ class ResidualQuantizer(ResidualLevels):
         decay: Decay of the exponential averages.
         dead_below_share: Share of the mean use count below which a code is replaced by a random frame.
         level_dropout: Share of the training batches in which a random number of the last levels is skipped (0.5 in
-            arXiv 2306.06546, section 3.4), so that any number of levels can be decoded; 1 reduces the quality with all
-            levels.
+            arXiv 2306.06546, section 3.4), so that any number of levels can be decoded; a share of 1 would reduce the
+            quality of waves that are decoded from all levels.
         expected_frames: Number of frames in a training batch; `initialise` scales the averages to this number.
     """
 

@@ -50,8 +50,8 @@ class MultiScaleMelLoss(nn.Module):
 def discriminator_hinge(real: Sequence[ScaleOutput], fake: Sequence[ScaleOutput]) -> Tensor:
     """Hinge loss of the discriminators (SoundStream, arXiv 2107.03312, eq. 3; EnCodec, arXiv 2210.13438, section 3.4).
 
-    The outputs `fake` must come from decoded waves that are detached from the codec. The hinge loss is a float32 mean
-    over scales, items and times, 2 for zero logits, and 0 if real and decoded waves are separated perfectly.
+    The outputs `fake` must come from decoded waves that are detached from the codec. The float32 loss is a mean
+    over scales, items and times. It is 2 if all logits are 0, and 0 if real logits are >= 1 and decoded logits <= -1.
     """
     scales = _paired(real, fake)
     hinges = [F.relu(1 - r.logits.float()).mean() + F.relu(1 + f.logits.float()).mean() for r, f in scales]

@@ -31,8 +31,8 @@ class SoundStreamTrainer:
     """Trains a SoundStream on a folder of audio; an interrupted run can be resumed.
 
     To fine-tune, load the codec with `SoundStream.init_and_load_from(folder / "codec")` from the `results_folder` of an
-    earlier run. Load the discriminators with `load_module(folder / "discriminators")`, and set
-    `adversarial_start_step=0` and `discriminator_lead_steps=0`. In fine-tuning, the optimizer state starts empty.
+    earlier run. To fine-tune with the trained discriminators, load them with `load_module(folder / "discriminators")`,
+    and set `adversarial_start_step=0` and `discriminator_lead_steps=0`. The optimizer state starts empty.
 
     Args:
         soundstream: Codec to train; its weights are changed in place.
@@ -42,11 +42,11 @@ class SoundStreamTrainer:
         data_max_length_seconds: Length of a crop in seconds; 1 if neither length is passed.
         results_folder: Folder for checkpoints, metrics, samples, and, at the end of the run, the trained `codec` and
             `discriminators`.
-        loss_weights: Weights of the losses; by default `CodecLossWeights()`, or its `reconstruction_only` without
-            discriminators.
-        discriminators: Discriminators to train, such as `soundstream_discriminators(channels=1)`, which need more time
-            on a CPU than a small codec (with `width=8` a fifth of that time); their class must be registered with
-            `audiolm_pytorch.saving.modules.register`; None uses only reconstruction losses.
+        loss_weights: Weights of the losses; by default `CodecLossWeights()` with discriminators, and
+            `CodecLossWeights().reconstruction_only` without discriminators.
+        discriminators: Discriminators to train; None uses only reconstruction losses. On a CPU,
+            `soundstream_discriminators(channels=1)` needs more time than a small codec, and a fifth of that time with
+            `width=8`. Their class must be registered with `audiolm_pytorch.saving.modules.register`.
         adversarial_start_step: First training step of the discriminators; by default after a quarter of the run.
         discriminator_lead_steps: Steps of the discriminators before the codec uses their losses; by default a tenth of
             the steps of the discriminators, at most 200.

@@ -42,7 +42,7 @@ class RandomProjectionQuantizer(nn.Module):
 
     @torch.no_grad()
     def forward(self, frames: Tensor) -> Tensor:
-        """Quantize vectors `[..., dim]` to codes `[..., num_targets]` in float32; bfloat16 changes the codes."""
+        """Quantize vectors `[..., dim]` to codes `[..., num_targets]`, in float32 even under autocast."""
         with torch.autocast(frames.device.type, enabled=False):
             # The nearest unit vector has the largest inner product, whatever the norm of the projection.
             projected = torch.einsum("... d, q d e -> ... q e", frames.float(), self.projection)
@@ -102,7 +102,7 @@ class Decorrelation(nn.Module):
 
 
 class TokenTargets(nn.Module):
-    """Module for the targets of masked prediction: random codes of the decorrelated vectors of a token and neighbours.
+    """Computes the targets of masked prediction, which are random codes of the vectors of a token and its neighbours.
 
     Args:
         dim: Width of the front-end vectors.

@@ -121,7 +121,7 @@ class SemanticTokenizerTrainer:
     ) -> None:
         objective = BestRQ(encoder) if objective is None else objective
         if objective.encoder is not encoder:
-            raise ValueError("objective has another encoder than the argument encoder; pass BestRQ(encoder, ...)")
+            raise ValueError("`objective` was created for another encoder; pass objective=BestRQ(encoder, ...)")
         train, valid = training_items(folder, items, min_seconds=encoder.downsample_factor / encoder.sample_hz)
         settings = LoopSettings(num_train_steps=num_train_steps, batch_size=batch_size, **loop_settings)
         rates_hz = (encoder.sample_hz,)

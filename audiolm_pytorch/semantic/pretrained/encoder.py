@@ -74,11 +74,11 @@ class TransformersEncoder(FrameEncoder):
     Norms over time use the whole wave, also with windows.
 
     Args:
-        source: Folder in transformers' format, hub id, or a loaded model (which is changed).
+        source: Folder in transformers' format, hub id, or a loaded model, whose weights are frozen and not copied.
         layer_count: Number of transformer layers to keep, counted from the first; None means all layers.
-        normalise_wave: Whether each item is normalised to zero mean and unit variance; None means as in the training
-            of the model: True for layer norms in the convolutions, False for group norm (the value in
-            `preprocessor_config.json` is ignored).
+        normalise_wave: Whether each item is normalised to zero mean and unit variance; None means True for a model
+            with layer norms in the convolutions and False for a model with a group norm, as in their training. The
+            value in `preprocessor_config.json` is ignored.
         window_seconds: Length of a window without its context.
         offline: Use only local files and the local cache of the hub.
     """

@@ -35,7 +35,7 @@ class HubertWithKmeans(KMeansTokenizer):
         target_sample_hz: Sample rate of the model; another rate than that in the files raises a ValueError.
         output_layer: Number (1-based) of the layer that the centroids were fitted to; later layers are dropped.
         seq_len_multiple_of: Waves are cut to a multiple of this number of samples; None means no cut.
-        normalise_wave: Whether items are normalised to zero mean and unit variance; None means as in its training.
+        normalise_wave: Whether to normalise items to mean 0 and variance 1; None means as in the training of the model.
         offline: Use only local files and the local cache of the hub.
     """
 

@@ -115,9 +115,9 @@ def test_codes_of_another_codec_raise():
         stored(codec_fingerprint="other").check_codec(codec, "codec")
     changes = ({"num_samples": 10**12}, {"num_samples": 161}, {"channels": 2}, {"sample_hz": 16000})
     for one in changes:
-        with pytest.raises(ValueError, match="the file needs .*frames, levels.* the codec has"):
+        with pytest.raises(ValueError, match="frames and levels are .* in the file, but .* in the codec"):
             stored(**one).check_codec(codec, "codec")
-    with pytest.raises(ValueError, match="the file needs .*frames, levels.* the codec has"):
+    with pytest.raises(ValueError, match="frames and levels are .* in the file, but .* in the codec"):
         StoredCodes(torch.zeros(10, 5, dtype=torch.long), INFO).check_codec(codec, "codec")
 
 
