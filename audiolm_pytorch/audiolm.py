@@ -252,7 +252,7 @@ def _chunks(
 
 
 def _can_be_guided(stage: StageTransformer, conditions: Conditions, inputs: Mapping[str, TokenBatch]) -> bool:
-    """Whether a stage has conditions or input streams without a rate; guidance needs such inputs, to drop them."""
+    """Whether a stage has inputs that guidance can drop (conditions, or input streams without a frame rate)."""
     droppable = [stream for stream in stage.layout.inputs if not stream.is_in_time]
     return bool(conditions) or any(stream.name in inputs for stream in droppable)
 

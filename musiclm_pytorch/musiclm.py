@@ -67,7 +67,7 @@ class MusicChunk:
 
     @property
     def wave(self) -> Tensor:
-        """All waves, `[prompts, n]` or `[prompts, c, n]`. Raises an error after audio prompts of different lengths."""
+        """All waves, `[prompts, n]` or `[prompts, c, n]`. Raises RuntimeError if the waves differ in length."""
         return torch.stack(self.waves)
 
 
@@ -140,8 +140,8 @@ class MusicLM(nn.Module):
     ) -> Tensor | Candidates:
         """Generate music for one or several texts.
 
-        A candidate depends only on its text and its seed, not on the other candidates. The arguments without an
-        entry below are those of `GenerationRequest`; their inputs have 1 item, or 1 item per text.
+        A candidate depends only on its text and its seed, not on the other candidates. `GenerationRequest`
+        documents the arguments that are not listed below; their tensors have 1 item for all texts, or 1 item per text.
 
         Args:
             text: One text, or a list of texts.
@@ -150,9 +150,9 @@ class MusicLM(nn.Module):
             seed: First seed; the candidates use `seed`, `seed + 1`, ...; None = drawn from torch's global generator.
             seeds: One seed per candidate, instead of `seed`.
             num_levels: Condition only on the first `num_levels` levels of codes, on which text and audio agree more
-                often. Models trained with quantizer dropout (random removal of the last quantizer levels) can also
-                generate without the last levels. None = default of the model.
-            max_batch: Number of candidates, of all texts together, in one batch; larger needs more memory.
+                often; None = default of the model. Models trained with quantizer dropout (random removal of the last
+                quantizer levels) can also generate without the last levels.
+            max_batch: Number of candidates, of all texts together, in one batch; more candidates need more memory.
             return_all: Whether to return all candidates with their scores.
 
         Returns:
@@ -214,16 +214,16 @@ class MusicLM(nn.Module):
         """Generate one piece of music per text, and return it in chunks while it is generated.
 
         With several candidates, only a first part of each candidate is generated, and MuLaN ranks these parts. The
-        first chunk is the part of the best candidate, and only the best candidate of each text is continued. Its tokens
-        equal those of `forward` with its seed. The waves are not scaled, because earlier chunks are already returned:
-        samples can exceed 1, where `forward` scales the whole wave. Memory does not grow with `seconds`. The arguments
-        without an entry below are those of `forward`.
+        first part of the best candidate is the first chunk, and only this candidate is continued. `forward` generates
+        the same tokens from the same seed. Samples can exceed 1, because chunks are returned before the peak of the
+        whole wave is known, while `forward` scales the whole wave. Memory does not grow with `seconds`. `forward`
+        documents the arguments that are not listed below.
 
         Args:
             text: One text, or a list of texts.
             num_samples: Number of candidates per text; 1 = no ranking, and the first chunk is ready sooner.
             chunk_seconds: Minimum duration of a chunk, see `AudioLM.stream`.
-            rank_seconds: Minimum duration of the first part, after the audio prompt. MuLaN ranks a longer part better.
+            rank_seconds: Minimum duration of the first part, after the audio prompt; longer parts are ranked better.
 
         Raises:
             ValueError: If the codec has no `decoder_stream`, or for the reasons listed in `forward`.
@@ -339,7 +339,7 @@ class MusicLM(nn.Module):
         scores: Tensor | None = None,
         first_waves: Sequence[Tensor] = (),
     ) -> Iterator[MusicChunk]:
-        """Yield `first_waves`, then the samples of the stream that follow them."""
+        """Yield `first_waves`, then the rest of the stream."""
         if first_waves:
             yield MusicChunk(list(first_waves), self.sample_hz, tuple(seeds), scores)
         skipped = [wave.shape[-1] for wave in first_waves] or [0] * len(seeds)  # samples of each text
@@ -354,7 +354,7 @@ class MusicLM(nn.Module):
                 yield MusicChunk(waves, self.sample_hz, tuple(seeds), scores)
 
     def _generate(self, request: GenerationRequest, seeds: list[int], max_batch: int) -> Tensor:
-        """Generate waves `[b, ...]` with peaks below 1, one per item and seed, in batches of at most `max_batch`."""
+        """Generate a wave with peaks below 1 for each pair (item, seed), in batches of at most `max_batch` waves."""
         candidates = [(item, seed) for item in range(request.num_items) for seed in seeds]
         waves: list[Tensor] = []
         for start in range(0, len(candidates), max_batch):

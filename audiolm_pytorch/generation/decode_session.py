@@ -63,8 +63,8 @@ class DecodeSession:
         settings: Sampling settings; None = temperature 1.
         seeds: Seed or generator of every item; None draws seeds from torch's global generator.
         callback: Called after every row as `callback(finished_rows, max_rows)`.
-        allow_eos: Whether an item may end early, after at least one frame. If False, the end token is never sampled. If
-            True, every row waits for the device.
+        allow_eos: Whether an item may end early, after at least one frame; False = the end token is never sampled. True
+            is slower on a GPU, because every row waits for the sampled tokens of the row before.
         transformer: The attribute `transformer` of a finished session with the same model, whose prepared weights this
             session uses again; None = prepare the weights.
 
@@ -136,7 +136,7 @@ class DecodeSession:
     def known_frames(self) -> Tensor:
         """Number of complete frames `[b]` int64, prompts included.
 
-        If there are several predicted streams, each of them has at least this many complete frames or is finished.
+        If there are several predicted streams, every unfinished stream has at least `known_frames` complete frames.
         """
         return torch.tensor(self.known)
 
@@ -182,7 +182,7 @@ class DecodeSession:
         return Decoded(streams, lengths)
 
     def _prefill(self) -> None:
-        """Fill the cache with the conditions and all rows before the first row to decode of each item."""
+        """Fill the cache with the conditions and, for each item, all rows before the first row to decode."""
         model, copies, count = self.model, self.copies, max(self.rows)
         fused = model.fuse(self._doubled_conditions(), copies * self.batch)
         ids = self.ids[:, :count]
@@ -315,7 +315,7 @@ class DecodeSession:
 
 
 def _missing_cells(missing: Tensor, head: Tensor) -> dict[int, tuple[_Cell, ...]]:
-    """For each row of one item, the cells of its missing tokens; `missing` is `[rows, columns]`."""
+    """Map each row of one item to the cells of its missing tokens; `missing` is `[rows, columns]`."""
     cells: dict[int, tuple[_Cell, ...]] = {}
     for row, column in missing.nonzero().tolist():
         cells[row] = (*cells.get(row, ()), _Cell(int(head[row, column]), column))
@@ -323,12 +323,12 @@ def _missing_cells(missing: Tensor, head: Tensor) -> dict[int, tuple[_Cell, ...]
 
 
 def _rows_of_items(rows: Sequence[int]) -> Any:
-    """Index of row `rows[i]` of each item i in a tensor `[b, rows, columns]`; a slice if all are equal."""
+    """Return an index into a tensor `[b, rows, columns]` that selects row `rows[i]` of each item i."""
     return (slice(None), rows[0]) if min(rows) == max(rows) else (list(range(len(rows))), list(rows))
 
 
 def _cells_of_items(items: list[int], rows: list[int], columns: list[int], batch: int) -> Any:
-    """Index of cells `[items, columns]` in a tensor `[b, rows, columns]`; slices if that is possible."""
+    """Return an index into a tensor `[b, rows, columns]` that selects `columns` in row `rows[i]` of `items[i]`."""
     if len(items) == batch and min(rows) == max(rows) and columns == list(range(columns[0], columns[-1] + 1)):
         return slice(None), rows[0], slice(columns[0], columns[-1] + 1)
     return [[item] for item in items], [[row] for row in rows], columns
@@ -337,7 +337,7 @@ def _cells_of_items(items: list[int], rows: list[int], columns: list[int], batch
 class _Heads:
     """Heads of a model that are sampled together, because they have the same number of logits.
 
-    `hidden [b, d]` are the final states, which every call reads.
+    Every call of `logits` reads the current final states from `hidden [b, d]`.
     """
 
     def __init__(self, model: TokenTransformer, heads: Sequence[int], allow_eos: bool, hidden: Tensor) -> None:

@@ -95,13 +95,13 @@ def extra_input_tokens(
     """Return the tokens of extra input streams for all items, by stage name and stream name.
 
     Args:
-        inputs: Tokens of 1 or b items by stream name. A stream without a rate is optional.
+        inputs: Tokens of 1 or b items by stream name; a stream without a frame rate is optional.
         stages: Stages that can have extra input streams.
         batch: Number of items b.
 
     Raises:
-        ValueError: If `inputs` has an unknown stream, lacks a stream with a rate, or has tokens that do not fit their
-            stream.
+        ValueError: If `inputs` has an unknown stream, lacks a stream with a frame rate, or has tokens that do not fit
+            their stream.
     """
     inputs = AudioTokens({}, {}) if inputs is None else inputs
     extra = {
@@ -195,9 +195,9 @@ def stage_conditions(
     accepts_codes, accepts_states = stage.cond_dim is not None, stage.text_dim is not None
     if not (accepts_codes or (accepts_states and wavs is None and codes is None)):
         raise ValueError(
-            f"the {stage.namespace} stage does not accept such conditions: it needs an audio_conditioner and a "
-            "transformer with audio_text_condition=True, or for texts a text_conditioner and a transformer with a "
-            "text_dim"
+            f"the {stage.namespace} stage does not accept the passed text, wavs or codes: it needs an "
+            "audio_conditioner and a transformer with audio_text_condition=True, or for texts a text_conditioner and a "
+            "transformer with a text_dim"
         )
     texts = [text] if isinstance(text, str) else text
     conditions: dict[str, ConditionTensor] = {}

@@ -29,30 +29,29 @@ class GenerationRequest:
     """What `AudioLM` generates: the arguments of `AudioLM.forward`. All inputs can be combined.
 
     Attributes:
-        batch_size: Number of items b. Every other input has 1 or b items. If `batch_size` is 1, the other inputs
+        batch_size: Number of items b; all other inputs have 1 or b items. If `batch_size` is 1, the other inputs
             determine b.
-        seconds: Duration of every result, prompt included, rounded up to whole codec frames. None = the duration of
-            `semantic_tokens` or, if None, 5 s more than the prompt. Items with a sampled end token are shorter.
+        seconds: Duration of every result, prompt included, rounded up to whole codec frames; None = the duration of
+            `semantic_tokens` or, without them, of the prompt plus 5 s. Items with a sampled end token are shorter.
         text: Texts to condition on; the audio conditioner computes their codes and the text conditioner their states.
         wavs: Waves `[b, n]` to condition on, at the sample rate of the audio conditioner.
         codes: Codes `[b, q]` to condition on, computed by the audio conditioner.
-        conditions: Embeddings `[b, d]` or `[b, m, d]` of further conditions by name. Each stage uses the conditions
-            that it was built with.
-        conditioning: Precomputed conditions by stage name, then by name of the condition. Codes must be embedded in the
-            namespace of the stage. A stage without an entry uses `text`, `wavs` and `codes`.
+        conditions: Embeddings `[b, d]` or `[b, m, d]` of further conditions by name. A stage uses those of the
+            `conditions` that its transformer accepts.
+        conditioning: Precomputed conditions by stage name, then by name of the condition; codes must be embedded with
+            the table of the stage. A stage without an entry in `conditioning` uses `text`, `wavs` and `codes`.
         input_streams: Tokens `[b, f, levels]` and lengths of the extra input streams of the stages, by stream name.
         prime_wave: Prompts to continue: a tensor of waves `[n]`, `[b, n]` or `[b, c, n]`, the path of an audio file, or
             a list of paths and waves `[n]` or `[c, n]`. Only complete frames of a prompt are used.
         prime_wave_input_sample_hz: Sample rate in Hz of the waves in `prime_wave`; None = the rate of the codec.
         prime_lengths: Number of samples `[b]` of each wave in `prime_wave`, without padding.
-        semantic_tokens: Semantic tokens `[b, t]` of the whole result. If they are passed, the semantic stage is not
-            used.
+        semantic_tokens: Semantic tokens `[b, t]` of the whole result, instead of tokens of the semantic stage.
         semantic_lengths: Number of tokens `[b]` of each item in `semantic_tokens`, without padding.
         coarse_only: Whether to skip the fine stage and decode the wave from the coarse levels alone.
-        allow_eos: Whether the model may end an item early. None = only if the model was trained with end tokens, and
+        allow_eos: Whether the model may end an item early; None = yes if the model was trained with end tokens, and
             neither `seconds` nor `semantic_tokens` is set.
-        seeds: Seed of every item; an int n stands for n, n + 1, ... A result depends only on the seed and the inputs of
-            its item. None draws seeds from torch's global generator.
+        seeds: Seed of every item; an int n stands for n, n + 1, ...; None draws seeds from torch's global generator. A
+            result depends only on the seed and the inputs of its item.
         sampling: Sampling settings by stage name, or a dict of the fields that differ from the settings of the model. A
             guidance scale set in the model has no effect on stages without a condition.
         callback: Called as `callback(stage, known_frames, requested_frames)`, with the numbers of frames of the longest

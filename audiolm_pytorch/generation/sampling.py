@@ -30,7 +30,7 @@ class SamplingSettings:
     """Sampling settings of one stage.
 
     Args:
-        temperature: Divisor of the logits. Below 1e-6, the most likely token is selected.
+        temperature: Divisor of the logits; below 1e-6, the most likely token is selected.
         top_k: Number of most likely tokens to sample from; None = all tokens.
         top_p: Total probability of the smallest set of most likely tokens to sample from; None = all tokens.
         guidance_scale: Scale of classifier-free guidance; 1 = no guidance, which halves the cost.
@@ -91,7 +91,7 @@ def item_generators(seeds: Sequence[int | torch.Generator] | None, batch: int) -
     """Return one CPU generator per item, so that the noise of an item depends on its seed alone.
 
     Args:
-        seeds: One seed or one generator per item. None draws seeds from torch's global generator.
+        seeds: One seed or one generator per item; None draws seeds from torch's global generator.
         batch: Number of items.
 
     Raises:

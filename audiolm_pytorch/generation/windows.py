@@ -24,7 +24,7 @@ def plan_windows(num_frames: int, window_frames: int | None, alignment: int = 1)
     """Cover a sequence with windows. Each window starts in the middle of the previous one (MusicLM, sec. 5.4).
 
     Args:
-        num_frames: Number of frames to cover. The start positions of windows do not depend on it.
+        num_frames: Number of frames to cover; the start positions of windows do not depend on `num_frames`.
         window_frames: Number of frames of a window; None = one window over all frames.
         alignment: Windows start at multiples of this number of frames.
 
@@ -45,20 +45,20 @@ class SlidingWindowDecoder:
 
     The prompt of a window is the second half of the previous window (MusicLM, arXiv:2301.11325, sec. 5.4). The tokens
     of an input stream are either known, or another decoder predicts them when a window needs them. Every window
-    receives all tokens of the input streams that have no rate. All items have the same window positions and each item
-    has its own random generator, so the tokens of an item do not depend on the other items or on pauses. Memory is
-    bounded, because there is one cache at a time, if `tokens.drop_before` is called from time to time.
+    receives all tokens of the input streams without a frame rate. All items have the same window positions and each
+    item has its own random generator, so the tokens of an item do not depend on the other items or on pauses. There is
+    only one cache at a time, and `tokens.drop_before` deletes old tokens, so that memory stays bounded.
 
     Args:
         model: A model with one predicted stream.
         num_frames: Requested frames, prompt included, `[b]` or one int.
         inputs: Tokens of input streams by name.
-        sources: Decoders that predict further input streams, by name. An item that a source ends early is shortened.
+        sources: Decoders that predict further input streams, by name; an item that ends early in a source is shortened.
         prompt: Prompt tokens; None = no prompts.
         window_frames: Maximum number of frames of a window; None = one window over all frames.
         batch_size: Number of items b.
-        conditioning: Conditions by name, of 1 or b items. In a condition with one embedding per frame, embedding i
-            belongs to frame i of the whole sequence. All other conditions are the same in every window.
+        conditioning: Conditions by name, of 1 or b items. If a condition has one embedding per frame, embedding i
+            belongs to frame i of the whole sequence; if not, all windows receive the same condition.
         settings: Sampling settings. `settings`, `seeds` and `allow_eos` are the same as in `DecodeSession`.
         callback: Called after every row as `callback(known_frames, requested_frames)` of the longest item.
 
@@ -187,7 +187,7 @@ class SlidingWindowDecoder:
             self._window_index += 1
 
     def _advance_sources(self, items: Tensor, stops: Tensor) -> bool:
-        """Decode the missing input frames of a window. Return whether there were any."""
+        """Decode the missing input frames of a window, and return whether input frames were missing."""
         were_behind = False
         for name, source in self._sources.items():
             needed = _ceil_product(stops, self._ratio(name))
@@ -198,7 +198,7 @@ class SlidingWindowDecoder:
         return were_behind
 
     def _ratio(self, name: str) -> Fraction:
-        """Frames of an input stream per predicted frame."""
+        """Number of frames of an input stream per predicted frame."""
         layout = self._model.layout
         hz = {stream.name: stream.exact_hz for stream in layout.inputs if stream.is_in_time}
         return hz[name] / layout.predicted[0].exact_hz
@@ -286,7 +286,7 @@ class StagePipeline:
             stage.advance()
 
     def take(self) -> tuple[TokenBatch, TokenBatch]:
-        """Return the new semantic tokens (1 level) and acoustic tokens of every item, and drop what is not needed."""
+        """Return the new semantic tokens (1 level) and acoustic tokens of every item, and delete old tokens."""
         new_semantic, new_acoustic = self._semantic.known_frames, self.last.known_frames
         semantic = self._semantic.tokens.between(self._items, self._taken_semantic, new_semantic)
         levels = [stage.tokens.between(self._items, self._taken_acoustic, new_acoustic) for stage in self._acoustic]

@@ -1,4 +1,4 @@
-"""Wrappers of a stage with its tokenizers and conditioners, which compute losses of waves and sample tokens."""
+"""Wrappers of a stage with its tokenizers and conditioners; they compute losses of waves and generate tokens."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
@@ -139,8 +139,8 @@ class StageWrapper(nn.Module):
             lengths: Number of frames without padding by stream name, `[b]` or one int; a stream without an entry has no
                 padding.
             batch_size: Number of items b, used if `streams` is empty.
-            conditioning: Conditions by name, of 1 or b items; these and the other arguments are those of
-                `SlidingWindowDecoder`.
+            conditioning: Conditions by name, of 1 or b items; `SlidingWindowDecoder` documents this and the other
+                arguments.
         """
         inputs = batches_of_streams(self.transformer.layout.streams, streams or {}, lengths or {})
         name = self.transformer.layout.predicted[0].name

@@ -63,6 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command(name: str) -> tuple[Any, str | None]:
-    """Import the class of a command; return it with its description, which is None if the class has a docstring."""
+    """Import the class of a command; return it with its description (None = the docstring of the class)."""
     class_name, description = _COMMANDS[name]
     return getattr(import_module(f"musiclm_pytorch.cli.{name}"), class_name), description

@@ -146,7 +146,7 @@ def _evaluate_semantic(command: EvaluateSemantic) -> None:
 
 
 def _open_encoder(command: EvaluateSemantic) -> tuple[Any, Any]:
-    """Load the encoder (None if a tokenizer has no layers) and the tokenizer (None if an encoder has no tokens)."""
+    """Load an encoder without a tokenizer, or a tokenizer with its encoder (None = the tokenizer has no layers)."""
     from audiolm_pytorch.saving.modules import read_config, registered_class
     from audiolm_pytorch.semantic.base import FrameEncoder, SemanticTokenizer
     from musiclm_pytorch.pretrained.bundled import BUNDLED_TOKENIZERS, encoder_named, tokenizer_named

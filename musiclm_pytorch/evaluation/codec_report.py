@@ -86,8 +86,8 @@ def codec_report(
     """Measure how well a codec reconstructs clips, once for each number of codebook levels in `levels`.
 
     Args:
-        clips: Waves `[c, n]` with the sample rate and channels of the codec, read once, one at a time.
-        levels: Numbers of codebook levels to decode from, one row of the report each; None = all levels of the codec.
+        clips: Waves `[c, n]` with the sample rate and channels of the codec; each wave is read only once.
+        levels: Numbers of codebook levels to decode; the report has a row for each number; None = all levels.
     """
     counts = [codec.check_num_levels(num_levels) for num_levels in levels]
     device = device_of(codec)

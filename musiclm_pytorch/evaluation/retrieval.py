@@ -19,7 +19,7 @@ class Retrieval:
     """Ranks and precisions of a retrieval test with t queries.
 
     Attributes:
-        ranks: `[t]` rank of the relevant candidate that is ranked best for each query; 1 is the best rank.
+        ranks: `[t]` best rank of a relevant candidate, for each query; 1 is the best rank.
         average_precisions: `[t]` average precision of each query.
         num_relevant: `[t]` number of relevant candidates of each query.
     """

@@ -100,7 +100,7 @@ class AudioSpectrogramTransformer(nn.Module):
     def embed_layers(self, wavs: Tensor, lengths: Tensor | None = None, *, layers: Sequence[int]) -> Tensor:
         """Embed clips as the mean over the patches in each of `l` layers, `[l, b, dim]` float32, not of unit norm.
 
-        Each of `layers` is a number of transformer blocks in 0..depth; `depth` includes the final normalisation.
+        Each of `layers` is a number of transformer blocks in 0..depth; layer `depth` is the normalised output.
         """
         check_waves(wavs)
         if lengths is None:

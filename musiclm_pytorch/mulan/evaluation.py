@@ -1,4 +1,4 @@
-"""Evaluation of a joint embedding on held-out clips: retrieval, zero-shot tagging, labels of the best clips."""
+"""Evaluation of a joint embedding on held-out clips: retrieval, zero-shot tagging, labels of retrieved clips."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -125,7 +125,7 @@ def _embed_audio(mulan: JointEmbedding, items: Sequence[AudioItem]) -> Tensor:
 
 @beartype
 def joint_embedding_metrics(clips: EmbeddedClips) -> list[Metric]:
-    """Compute metrics of retrieval in both directions, of zero-shot tagging, and of the best clip of each caption."""
+    """Measure retrieval, zero-shot tagging, and how often the best clip for a caption has the right label."""
     described = clips.relevant.any(dim=0)
     text_to_audio = retrieval(clips.similarities, clips.relevant)
     audio_to_text = retrieval(clips.similarities.T[described], clips.relevant.T[described])
@@ -174,7 +174,7 @@ def top_clip_metrics(name: str, similarities: Tensor, relevant: Tensor, tests: S
 
 @beartype
 def ordered_similarities(clips: EmbeddedClips, label: str | None = None) -> tuple[Tensor, list[str], list[str]]:
-    """Order texts and clips by a label (default: that of the first test), so that matches form a diagonal in the plot.
+    """Order texts and clips by a label (default: the label of the first test); matches form a diagonal in the plot.
 
     Clips without labels stay in the order of the manifest.
 

@@ -27,7 +27,7 @@ def pooled_layers(
 ) -> Tensor:
     """Encode tokens `[b, t, d]` and return the means `[l, b, d]` float32 of the hidden states of several layers.
 
-    Each of `layers` is a number of transformer blocks in 0..depth; `depth` includes the final normalisation. The mask
+    Each of `layers` is a number of transformer blocks in 0..depth; layer `depth` is the normalised output. The mask
     `[b, t]` is True for real tokens and False for padding.
     """
     states = encoder.hidden_states(
@@ -70,7 +70,7 @@ class LayerContrast:
 class LayerHeads(nn.Module):
     """Projections of each pair of layers to a common space, and a contrastive loss for each pair of layers.
 
-    In `dims` and in each pair of `layers`, the audio tower is before the text tower.
+    In `dims` and in each pair of `layers`, the audio tower comes first.
     """
 
     def __init__(

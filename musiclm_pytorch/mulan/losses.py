@@ -149,7 +149,7 @@ class SoftmaxContrastiveLearning(ContrastiveLoss):
         return ((to_text / texts_of_clip).sum() / num_clips + to_audio.mean()) / 2
 
     def _cross_entropy(self, excess: Tensor, has_contrast: Tensor) -> Tensor:
-        """Compute the negative log-probability `[k]` of matches; `excess` is log-sum-exp(contrasts) minus match."""
+        """Compute the negative log-probability `[k]` of matches; `excess` is `logsumexp(contrasts) - match`."""
         if self.decoupled:
             return excess.where(has_contrast, 0.0)
         return -F.logsigmoid(-excess)

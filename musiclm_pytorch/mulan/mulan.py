@@ -106,8 +106,8 @@ class MuLaN(JointEmbedding):
             lengths: `[b]` number of samples of each clip, 1..n; None = `n` for every clip.
             clip_index: `[k]` integers, the row in `wavs` of the clip that each text describes, with at least one text
                 for every clip; None = one text per clip, in the order of the clips.
-            chunk_size: Number of clips, and of texts, in each forward pass of a tower, which is repeated in backward,
-                so that the batch needs the memory of one chunk (arXiv:2101.06983); None = the whole batch at once.
+            chunk_size: Number of clips, and of texts, per forward pass of a tower; backward repeats each pass, so that
+                only one chunk needs memory at a time (arXiv:2101.06983); None = one chunk with the whole batch.
         """
         ids = self.text.tokenize(texts)
         captions = _caption_numbers(ids)
@@ -146,7 +146,7 @@ def _unit_rows(states: Tensor, heads: Sequence[Any]) -> Tensor:
 
 
 def _in_chunks(embed: Callable[..., Tensor], chunk_size: int | None, *rows: Tensor) -> Tensor:
-    """Call `embed` for chunks of `chunk_size` rows; backward computes each chunk again with equal random numbers."""
+    """Call `embed` for chunks of `chunk_size` rows; backward repeats each chunk with the same random numbers."""
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, or None for one chunk; got {chunk_size}")
     if chunk_size is None or chunk_size >= len(rows[0]):

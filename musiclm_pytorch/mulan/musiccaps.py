@@ -1,7 +1,7 @@
 """Reader of the MusicCaps table of captions (MusicLM, arXiv:2301.11325) and of a folder with MusicCaps clips.
 
-The MusicCaps table (google/MusicCaps, `musiccaps-public.csv`) describes ten seconds of each of 5,521 videos, without
-audio. Some of the videos were deleted, so that copies of MusicCaps lack clips.
+The MusicCaps table (google/MusicCaps, `musiccaps-public.csv`) describes ten seconds of each of 5,521 videos, but
+contains no audio. Some of the videos were deleted, so copies of MusicCaps lack clips.
 """
 
 import csv

@@ -85,8 +85,8 @@ class Pipeline:
     Args:
         data: Folder of audio files, or a folder or file with a JSONL manifest.
         out: Output folder, which belongs to one preset, seed, list of files and set of pretrained modules.
-        pretrained: Modules by the name of the step that they replace ("codec", "semantic-tokenizer" or "mulan"), saved
-            without rounding as the results of the steps.
+        pretrained: Modules by the name of the step that they replace ("codec", "semantic-tokenizer" or "mulan"); they
+            are saved without rounding as the results of these steps.
     """
 
     @beartype
@@ -182,7 +182,7 @@ class Pipeline:
         return [*dict.fromkeys(needs), *names]
 
     def _check_needs(self, names: list[str]) -> None:
-        """Check that all results that the steps in `names` need exist, before the first step starts."""
+        """Check, before the first step starts, that every result needed by the steps in `names` exists."""
         for name in names:
             missing = [need for need in STEPS[name] if need not in names and not self.is_done(need)]
             if missing:
@@ -345,7 +345,7 @@ class Pipeline:
         return dict(results_folder=self.out / step, accelerator=self.accelerator, seed=self.seed)
 
     def _train(self, trainer: Any) -> dict[str, Any]:
-        """Train a model to the end; return the last metrics with the training time of earlier sessions in seconds."""
+        """Train a model to the end; return the last metrics, with the time of earlier sessions as `earlier_seconds`."""
         started = time.monotonic()
         result = trainer.train()
         total = float(read_json(trainer.results_folder / "finished.json")["seconds"])

@@ -136,7 +136,7 @@ class Preset:
 
     @beartype
     def scaled(self, scale: float | int) -> "Preset":
-        """Copy the preset with all numbers of training steps multiplied by `scale`, but at least ten steps a model."""
+        """Copy the preset with all numbers of training steps multiplied by `scale`, but to at least ten steps."""
         if not 0 < scale < math.inf:
             raise ValueError(f"scale must be positive, got {scale}; use 1 for the full number of steps")
         if scale == 1:

@@ -115,7 +115,7 @@ def save_parts(
 
 @beartype
 def exact_dtype(module: nn.Module, dtype: torch.dtype, *, but: Sequence[str] = ()) -> torch.dtype | None:
-    """Return `dtype` if it stores all weights of a module without rounding, else None; ignore the submodules `but`."""
+    """Return `dtype` if it stores all weights of a module without rounding, else None; skip the submodules in `but`."""
     weights = {name: weight for name, weight in weights_of(module).items() if name.partition(".")[0] not in but}
     floats = [weight for weight in weights.values() if weight.is_floating_point()]
     return dtype if all(torch.equal(weight.to(dtype).to(weight.dtype), weight) for weight in floats) else None

@@ -103,7 +103,7 @@ class MuLaNEmbedQuantizer(Conditioner):
         return self.mulan.sample_hz
 
     def fingerprint(self) -> str:
-        """Hash of everything on which codes depend, which are MuLaN, codebooks and the alignment of texts.
+        """Hash of everything that the codes depend on: MuLaN, codebooks and the alignment of texts.
 
         If rounding to half precision would change the codes, `save_parts` stores the quantizer in full precision.
         """

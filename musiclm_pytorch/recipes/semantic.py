@@ -42,8 +42,8 @@ FIRST_TRAINING_TAKE = 10
 def is_held_out(item: AudioItem) -> bool:
     """Whether a recording of a spoken digit is held out from training (takes 0 to 9 of each digit and speaker).
 
-    The file name must have the form `digit_speaker_take`. Takes 0 to 4 are the test set of the Free Spoken Digit
-    Dataset.
+    The file name must have the form `digit_speaker_take`. The test set of the Free Spoken Digit Dataset
+    consists of takes 0 to 4.
     """
     match = re.fullmatch(r"\d_[^_]+_(\d+)", item.path.stem)
     if match is None:

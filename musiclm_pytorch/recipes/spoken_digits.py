@@ -3,7 +3,7 @@
 Run as `python -m musiclm_pytorch.recipes.spoken_digits --data speech_digits --out run`.
 
 The folder `speech_digits` contains the Free Spoken Digit Dataset and a manifest with the fields `digit` and `speaker`.
-Takes 5 to 9 of each digit and speaker are prompts and test words, and are never used for training. The stages are
+Prompts and test words are takes 5 to 9 of each digit and speaker, which are never used for training. The stages are
 trained on takes 10 to 47 and validated on takes 48 and 49. The codec and the semantic tokenizer are trained on takes 10
 to 49.
 

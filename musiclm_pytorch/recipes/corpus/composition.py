@@ -148,7 +148,7 @@ class _Composer:
     def _new_bar(
         self, rhythms: tuple[tuple[float, ...], ...], chords: tuple[Chord, ...], end: int | None = None
     ) -> _Bar:
-        """Compose a bar whose groups of notes start on chord tones; `end` is the first degree of the last group."""
+        """Compose a bar in which every group of notes starts on a chord tone; the last group starts on degree `end`."""
         anchors: list[int] = []
         for chord in chords:
             anchors.append(self._anchor(chord, anchors[-1] if anchors else self.last))

@@ -40,7 +40,7 @@ PLAIN_ACCURACY = ("instrument",)
 
 @dataclass(frozen=True)
 class Generations:
-    """Generated waves `[b, n]` for b prompts, which are the best of several candidates and the first candidate."""
+    """Generated waves `[b, n]` for b prompts: the best candidate and the first candidate of each prompt."""
 
     best: Tensor
     first: Tensor
@@ -153,7 +153,7 @@ def from_captions(
 
 
 def _silence_if_not_finite(waves: Tensor) -> Tensor:
-    """Replace generated waves `[b, n]` with NaN or infinite samples by silence, and log a warning."""
+    """Silence the generated waves `[b, n]` that contain NaN or infinite samples, and log a warning."""
     failed = ~torch.isfinite(waves).all(dim=1)
     if failed.any():
         logger.warning(

@@ -269,8 +269,8 @@ def test_a_text_conditions_codes_and_states() -> None:
     assert list(wrapper_of(TEXT, **own).condition(text="a")) == ["text"]
     assert list(wrapper_of(fakes.CONDITION, **own).condition(text="a")) == ["codes"]
     for sizes, parts, given, message in [
-        ({}, own, {"text": "a"}, "does not accept such conditions: it needs an audio_conditioner"),
-        (TEXT, own, {"codes": codes}, "does not accept such conditions"),
+        ({}, own, {"text": "a"}, "does not accept the passed text, wavs or codes: it needs an audio_conditioner"),
+        (TEXT, own, {"codes": codes}, "does not accept the passed text, wavs or codes"),
         (TEXT, {}, {"text": "a"}, "pass a text_conditioner"),
         (fakes.CONDITION, {}, {"codes": codes}, "pass an audio_conditioner"),
         (

@@ -234,7 +234,7 @@ def test_texts_are_used_by_both_conditioners():
         )
     assert both.audio_conditioner.asked[:3] == ["semantic", "coarse", "fine"]
     for texts in ({}, {"text": "one"}):  # also together with a text
-        with pytest.raises(ValueError, match="does not accept such conditions"):
+        with pytest.raises(ValueError, match="does not accept the passed text, wavs or codes"):
             states(codes=torch.zeros(1, 3).long(), seconds=0.2, **texts)
 
 
