@@ -45,6 +45,8 @@ class CachedTransformer:
     def prefill(self, x: Tensor, conditions: FusedConditions, counts: Sequence[int], num_positions: int) -> Tensor:
         """Start new sequences with a prefix and first rows; return the last normalised row of each item `[b, d]`.
 
+        The returned tensor is `hidden`, which the next call overwrites.
+
         Args:
             x: First rows `[b, n, d]`, padded on the right.
             conditions: Conditions of all rows of the sequences.
@@ -61,7 +63,7 @@ class CachedTransformer:
         return self.hidden.copy_(normalised[self._buffers.items, torch.tensor(counts, device=x.device) - 1])
 
     def step(self, x: Tensor, rows: Sequence[int]) -> Tensor:
-        """Add the row `x[i]` to item i as its row `rows[i]`; return normalised rows `[b, d]`, which are `hidden`.
+        """Add the row `x[i]` to item i as its row `rows[i]`; return normalised rows `[b, d]`, see `prefill`.
 
         Rows are counted from 0, without the prefix. If an item already has row `rows[i]`, it is replaced.
         """

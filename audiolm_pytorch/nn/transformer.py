@@ -214,7 +214,8 @@ class Transformer(nn.Module):
             x: Rows.
             conditions: Prefix, states and sums.
             mask: `[b, n]` bool, False at padding, at least one True per item; None = no padding. Outputs at padding are
-                finite but have no meaning. Causal stacks need no mask, because their padding is on the right.
+                finite but have no meaning. Causal stacks need no mask, because their padding is on the right. With a
+                prefix, the mask includes the prefix.
             positions: Positions of the rows in any order, `[n]`, `[b, n]` or `[b, n, axes]`; None = 0..n-1. Rotary
                 positions use the first axis, `position_bias` uses all axes.
             keys_values: A list to which each block appends its keys and values `[b, g, n, dim_head]`, for a cache.
