@@ -347,7 +347,7 @@ class _Heads:
         self.first_ids = torch.tensor([head.first_id for head in selected], device=model.device)
         layers: list[Any] = list(model.heads)
         weight = torch.cat([layers[head].weight[: self.num_logits] for head in heads])
-        self._logits = torch.zeros(len(hidden), len(weight), device=model.device, dtype=weight.dtype)
+        self._logits = torch.zeros(len(hidden), len(weight), device=model.device, dtype=hidden.dtype)
         self._product = RowProduct(weight, None, hidden, self._logits)
 
     def logits(self) -> Tensor:

@@ -116,7 +116,9 @@ class _RowBuffers:
 
     def __init__(self, stack: Transformer, batch: int) -> None:
         weight = cast(Block, stack.blocks[0]).attention.to_qkv.weight
-        options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        # On a CPU, norms, sums and attention of one row are faster in float32, also if the weights are bfloat16.
+        dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
+        options: dict[str, Any] = {"device": weight.device, "dtype": dtype}
         heads, num_kv, dim_head = stack.heads, stack.kv_heads, stack.dim_head
         self.stack, self.batch, self.options = stack, batch, options
         self.x = torch.zeros(batch, stack.dim, **options)
@@ -202,7 +204,7 @@ class _CachedBlock:
 
     def __init__(self, block: Block, buffers: _RowBuffers) -> None:
         self.buffers, self._block = buffers, block
-        self._scale = buffers.stack.dim_head**-0.5
+        self._scale, self._weight_dtype = buffers.stack.dim_head**-0.5, block.attention.to_qkv.weight.dtype
         x, normed, branch = buffers.x, buffers.normed, buffers.branch
         to_out, layer, cross = block.attention.to_out, block.feed_forward, block.cross
         self._qkv = prepare_norm_and_product(block.attention_norm, block.attention.to_qkv, x, normed, buffers.qkv)
@@ -228,7 +230,8 @@ class _CachedBlock:
             stored[:, :, : new.shape[2]] = new
         if self._block.cross is not None and conditions.states is not None:
             keys, values = self._block.cross.keys_values(conditions.states)
-            self._cross_keys, self._cross_values = keys.flatten(0, 1).mT, values.flatten(0, 1)
+            dtype = self.buffers.x.dtype
+            self._cross_keys, self._cross_values = keys.flatten(0, 1).mT.to(dtype), values.flatten(0, 1).to(dtype)
 
     def release(self) -> None:
         """Free the cache."""
@@ -274,7 +277,7 @@ class _CachedBlock:
             self._up()
             self._activated.copy_(layer.activation(self._hidden))
         else:
-            shared.x.add_(layer(self._block.feed_forward_norm(shared.x)))
+            shared.x.add_(layer(self._block.feed_forward_norm(shared.x.to(self._weight_dtype))))
             return
         self._down()
         shared.x.add_(shared.branch)

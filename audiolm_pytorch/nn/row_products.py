@@ -21,8 +21,9 @@ _MIN_PACKED_WEIGHTS = 2**18  # for fewer weights, the operator of oneDNN has too
 def prepare_norm(norm: nn.Module, x: Tensor, out: Tensor) -> Callable[[], object]:
     """Return a function that normalises the rows in `x [b, d]` and writes the result into `out [b, d]`."""
     if not _is_plain_cpu(x) or not isinstance(norm, RMSNorm):
-        return lambda: out.copy_(norm(x))
-    normalize, weight = _rms_norm(x, out, norm.eps), norm.weight.detach() * x.shape[-1] ** 0.5
+        dtype = next((parameter.dtype for parameter in norm.parameters()), x.dtype)
+        return lambda: out.copy_(norm(x.to(dtype)))
+    normalize, weight = _rms_norm(x, out, norm.eps), norm.weight.detach().float() * x.shape[-1] ** 0.5
 
     def normalize_and_scale() -> None:
         normalize()
@@ -41,12 +42,14 @@ def prepare_norm_and_product(
     scale: Tensor | None = None
     shift: Tensor | None = None
     if _is_plain_cpu(x) and isinstance(norm, RMSNorm):
-        normalize, scale = _rms_norm(x, normed, norm.eps), norm.weight * x.shape[-1] ** 0.5
+        normalize, scale = _rms_norm(x, normed, norm.eps), norm.weight.float() * x.shape[-1] ** 0.5
     elif _is_plain_cpu(x) and isinstance(norm, nn.LayerNorm):
         plain = nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False)
-        normalize, scale, shift = prepare_norm(plain, x, normed), norm.weight, norm.bias
+        normalize, scale = prepare_norm(plain, x, normed), norm.weight.float()
+        shift = None if norm.bias is None else norm.bias.float()
     else:
         normalize = prepare_norm(norm, x, normed)
+    scale, shift = (None if part is None else part.detach() for part in (scale, shift))
     product = RowProduct(linear.weight, linear.bias, normed, out, scale=scale, shift=shift)
 
     def normalize_and_multiply() -> None:
@@ -70,8 +73,8 @@ def _rms_norm(x: Tensor, out: Tensor, eps: float) -> Callable[[], object]:
 class RowProduct:
     """A linear layer with constant weights, which multiplies the rows of one tensor and writes into another tensor.
 
-    On a CPU in float32, one row is multiplied with one part of the weights on each core. For two to sixteen rows, the
-    weights are stored in the layout of oneDNN.
+    On a CPU in float32, one row is multiplied with one part of the weights on each core. For two to sixteen rows, and
+    for bfloat16 weights, the weights are stored in the layout of oneDNN.
 
     Args:
         weight: `[dim_out, dim_in]`. Later changes may have no effect.
@@ -92,13 +95,17 @@ class RowProduct:
         scale: Tensor | None = None,
         shift: Tensor | None = None,
     ) -> None:
+        self._weight_dtype, num_rows, num_parts, self._packed = weight.dtype, len(x), 1, None
+        weight, bias = weight.detach().to(x.dtype), None if bias is None else bias.detach().to(x.dtype)
         if shift is not None:
             bias = weight @ shift if bias is None else bias + weight @ shift
-        weight = (weight if scale is None else weight * scale).detach()
-        self._x, self._out, self._bias = x, out, None if bias is None else bias.detach()
-        num_rows, num_parts, self._packed = len(x), 1, None
+        weight = weight if scale is None else weight * scale
+        self._x, self._out, self._bias = x, out, bias
         if _is_plain_cpu(x) and num_rows <= _MAX_ROWS:
-            if num_rows > 1 and weight.numel() >= _MIN_PACKED_WEIGHTS and _can_pack():
+            is_large = num_rows > 1 and weight.numel() >= _MIN_PACKED_WEIGHTS
+            if (is_large or self._weight_dtype == torch.bfloat16) and _can_pack():
+                weight = weight.to(self._weight_dtype)
+                self._bias = None if bias is None else bias.to(self._weight_dtype)
                 self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, num_rows)
                 return
             if num_rows > 1 or weight.numel() >= _MIN_SPLIT_WEIGHTS:
@@ -113,7 +120,8 @@ class RowProduct:
     def __call__(self) -> None:
         """Multiply."""
         if self._packed is not None:
-            self._out.copy_(torch.ops.mkldnn._linear_pointwise(self._x, self._packed, self._bias, "none", [], ""))
+            x = self._x.to(self._weight_dtype)
+            self._out.copy_(torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], ""))
             return
         torch.bmm(self._rows, self._weight, out=self._results)
         if self._is_copied:

@@ -6,8 +6,9 @@ random weights, each with the flat pattern of the paper (one token per row) and 
 
 - The limit of a row is the number of bytes that it reads (weights of the transformer and of the head, and earlier keys
   and values), divided by the best rate at which `limit.py` reads as many bytes, which is measured three times.
-- Each row is timed, sampling included, for one item and for four items. These alternate over five rounds. A speed is
-  the median row of the median round, a ratio is the median of the ratios of the rounds.
+- Each row is timed, sampling included, for one item and for four items, with float32 and with bfloat16 weights. These
+  alternate over five rounds. A speed is the median row of the median round, a ratio is the median of the ratios of the
+  rounds: four candidates compared with one, and bfloat16 compared with float32.
 - Growth compares the median row around position 200 with the one around position 2,000, and the bytes that they read.
 - A training step has 4 x 256 tokens, forward, backward and AdamW. Its floating point operations are those of torch's
   counter (matrix products only, 2 per multiply-add), and are divided by the rate of the matrix product of `limit.py`.
@@ -15,6 +16,7 @@ random weights, each with the flat pattern of the paper (one token per row) and 
 """
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -102,8 +104,9 @@ def measured_limit(script: Path, threads: int) -> dict[str, float]:
 
 
 def stage_results(stage: StageTransformer) -> dict[str, Any]:
-    """Time of a row for one item, speedup of four items, and the bytes that a row reads."""
-    variants = {"one": (stage, 1), "four": (stage, 4)}
+    """Time of a row for one item, speedups of four items and of bfloat16, and the bytes that a row reads."""
+    half = copy.deepcopy(stage).bfloat16()
+    variants = {"one": (stage, 1), "four": (stage, 4), "half_one": (half, 1), "half_four": (half, 4)}
     rounds: list[dict[str, float]] = []
     for _ in range(ROUNDS):  # alternate, so that a temporarily slow machine affects all of them
         times = {name: row_times(model, batch, ROWS) for name, (model, batch) in variants.items()}
@@ -112,6 +115,8 @@ def stage_results(stage: StageTransformer) -> dict[str, Any]:
     return {
         "row_ms": statistics.median(entry["one"] for entry in rounds),
         "four": statistics.median(4 * entry["one"] / entry["four"] for entry in rounds),
+        "half": statistics.median(entry["one"] / entry["half_one"] for entry in rounds),
+        "half_four": statistics.median(entry["four"] / entry["half_four"] for entry in rounds),
         "rounds_ms": rounds,
         "bytes": statistics.mean(bytes_read(stage, position) for position in range(ROWS - num_rows, ROWS)),
         "tokens_a_row": 1 if is_flat(stage) else sum(stream.num_levels for stream in stage.layout.predicted),
@@ -221,7 +226,7 @@ def table(results: dict[str, Any]) -> str:
         f"{machine['threads']} threads, torch {machine['torch']}, load {machine['load_average']:.2f} at the start",
         f"limit.py: {limit['stream_gb_s']:.1f} GB/s of weights, {limit['gemm_gflop_s']:.0f} GFLOP/s in float32",
         "",
-        row("stage", ("tokens/s", "limit", "of limit", "four, x")),
+        row("stage", ("tokens/s", "limit", "of limit", "four, x", "bf16, x", "four bf16, x")),
     ]
     for name, entry in results["stages"].items():
         possible = limit["stream_gb_s"] * 1e9 / entry["bytes"]
@@ -231,6 +236,8 @@ def table(results: dict[str, Any]) -> str:
             f"{possible * entry['tokens_a_row']:.0f}",
             f"{rows_a_second / possible:.0%}",
             f"{entry['four']:.2f}",
+            f"{entry['half']:.2f}",
+            f"{entry['half_four']:.2f}",
         )
         lines.append(row(name, cells))
     growth, training = results["growth"], results["training"]
