@@ -214,16 +214,17 @@ class MusicLM(nn.Module):
         """Generate one piece of music per text, and return it in chunks while it is generated.
 
         With several candidates, only a first part of each candidate is generated, and MuLaN ranks these parts. The
-        first part of the best candidate is the first chunk, and only this candidate is continued. `forward` generates
-        the same tokens from the same seed. Samples can exceed 1, because chunks are returned before the peak of the
-        whole wave is known, while `forward` scales the whole wave. Memory does not grow with `seconds`. `forward`
-        documents the arguments that are not listed below.
+        first part of the best candidate is the first chunk. After it, only the best candidate of each text is decoded,
+        from its beginning. `forward` generates the same tokens from the same seed. Samples can exceed 1, because chunks
+        are returned before the peak of the whole wave is known, while `forward` scales the whole wave. Memory does not
+        grow with `seconds`. `forward` documents the arguments that are not listed below.
 
         Args:
             text: One text, or a list of texts.
             num_samples: Number of candidates per text; 1 = no ranking, and the first chunk is ready sooner.
             chunk_seconds: Minimum duration of a chunk, see `AudioLM.stream`.
-            rank_seconds: Minimum duration of the first part, after the audio prompt; longer parts are ranked better.
+            rank_seconds: Duration of the first part, after the audio prompt; the look-ahead of the codec shortens it.
+                MuLaN ranks longer parts better.
 
         Raises:
             ValueError: If the codec has no `decoder_stream`, or for the reasons listed in `forward`.

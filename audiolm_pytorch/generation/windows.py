@@ -112,6 +112,7 @@ class SlidingWindowDecoder:
         self._inputs |= {name: source.tokens for name, source in self._sources.items()}
         self._windows = plan_windows(int(self._requested.max()), window_frames, model.layout.frame_alignment)
         self._window_index = 0  # of the current or, between windows, of the next window
+        self._longest = 0  # frames of the longest item, for the callback
         self._session: DecodeSession | None = None
         self._transformer: CachedTransformer | None = None  # of the last session
         self._session_items, self._session_stops = torch.empty(2, 0, dtype=torch.long)
@@ -169,6 +170,7 @@ class SlidingWindowDecoder:
                     continue  # because a source can end items early
                 self._session, self._session_items, self._session_stops = self._new_session(items, stops), items, stops
             window = self._windows[self._window_index]
+            self._longest = int(self.num_frames.max())
             self._session.advance(None if until_frames is None else until_frames - window.start)
             self._store_frames(self._session, window)
 
@@ -261,7 +263,7 @@ class SlidingWindowDecoder:
         """Convert the progress of a session to that of the whole sequence."""
         if self._callback is not None and self._session is not None:
             start = self._windows[self._window_index].start
-            self._callback(start + int(self._session.known_frames.max()), int(self.num_frames.max()))
+            self._callback(start + int(self._session.known_frames.max()), self._longest)
 
 
 class StagePipeline:

@@ -45,8 +45,8 @@ class Generate:
     """File to write (.wav, .flac or .ogg; with --stream .wav or .raw, or - for standard output). A missing folder is
     created."""
     stream: bool = False
-    """Write 16-bit samples while the music is generated. MuLaN then ranks the first --rank-seconds of each candidate,
-    and only the best candidate is continued; samples outside -1..1 are clipped."""
+    """Write 16-bit samples while the music is generated. MuLaN then ranks about the first --rank-seconds of each
+    candidate, and only the best candidate is continued; samples outside -1..1 are clipped."""
     rank_seconds: float = 3.0
     """With --stream: length of the first part that is ranked. --num-samples 1 starts without ranking."""
     raw: bool = False
