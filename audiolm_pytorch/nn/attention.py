@@ -24,8 +24,8 @@ class AttentionContext:
     Attributes:
         angles: Cosines and sines of rotary positions, `[b or 1, n, dim_head]` each; None = no rotary positions.
         bias: `[b or 1, h or 1, n or 1, n]`, float that is added to the scores, or a bool mask; None = no bias.
-        is_causal: True: row i attends to rows 0..i, and `bias` is None. False: `bias` alone hides rows.
-        waves: The two factors `[b or 1, h, n, r]` of `WavePositionBias`; None = no such bias.
+        is_causal: If True, row i attends to rows 0..i, and `bias` is None; if False, only `bias` excludes rows.
+        waves: Two tensors `[b or 1, h, n, r]` of `WavePositionBias`; their inner products are a bias. None = no bias.
         states: `[b, s, d]` states for cross-attention.
         cross_mask: `[b, 1, 1, s]` bool, False where `states` are padding.
         keys_values: If it is a list, each block appends its keys and values `[b, g, n, dim_head]`, for a cache.
@@ -52,10 +52,10 @@ def attend(
 
     Args:
         queries: `[b, h, n, d]`.
-        keys: `[b, g, k, d]`; g divides h. Each head of keys and values serves h / g consecutive heads of queries.
+        keys: `[b, g, k, d]`; g divides h. Each head of keys and values is shared by h / g consecutive heads of queries.
         values: `[b, g, k, v]` with v at most d.
         bias: Float that is added to the scores, or a bool mask; broadcastable to `[b, h, n, k]`.
-        is_causal: True: row i attends to keys 0..i, and `bias` must be None.
+        is_causal: If True, row i attends to keys 0..i, and `bias` must be None.
         scale: Factor of the inner products of queries and keys; None = `d ** -0.5`.
     """
     shared = queries.shape[1] != keys.shape[1]

@@ -1,7 +1,7 @@
 """A causal transformer prepared for decoding: it computes one row of every item at a time with cached keys and values.
 
-The number of operators limits the speed of small models, so a row has few of them. The tensors of a row are allocated
-once. No operator of a row waits for a result of a GPU, so that the operators can be captured in a graph.
+A row needs few operators, because the call of an operator takes most of the time in small models. All rows use the same
+tensors, and the program never waits for results of a GPU, so that the operators can be captured in a CUDA graph.
 """
 
 from collections.abc import Sequence
@@ -63,9 +63,9 @@ class CachedTransformer:
         return self.hidden.copy_(normalised[self._buffers.items, torch.tensor(counts, device=x.device) - 1])
 
     def step(self, x: Tensor, rows: Sequence[int]) -> Tensor:
-        """Add the row `x[i]` to item i as its row `rows[i]`; return normalised rows `[b, d]`, see `prefill`.
+        """Compute row `rows[i]` of every item i from its input `x[i]`; return normalised rows `[b, d]`, see `prefill`.
 
-        Rows are counted from 0, without the prefix. If an item already has row `rows[i]`, it is replaced.
+        Rows are counted from 0, without the prefix. If an item already has this row, the new row replaces it.
         """
         buffers, stack = self._buffers, self.transformer
         positions = [row + self._num_prefix for row in rows]
@@ -87,12 +87,12 @@ class CachedTransformer:
         return self.hidden
 
     def release(self) -> None:
-        """Free the cache. The prepared weights stay, for a later `prefill`."""
+        """Free the cache. The prepared weights stay in memory for a later `prefill`."""
         for block in self._blocks:
             block.release()
 
     def _set_extent(self, num_positions: int) -> None:
-        """Let attention read at least `num_positions` positions of the cache."""
+        """Include at least the first `num_positions` positions of the cache in attention."""
         self._buffers.set_extent(num_positions)
         for block in self._blocks:
             block.view_memory()
@@ -102,15 +102,15 @@ class _RowBuffers:
     """Tensors of one row that all blocks share.
 
     Attributes:
-        x: `[b, d]`, sums of the branches.
+        x: `[b, d]`, the rows, to which every branch of a block adds its output.
         normed: `[b, d]`, normalised `x`.
         branch: `[b, d]`, output of a branch.
-        qkv: `[b, (h + 2 g) d]`, product for queries, keys and values.
-        queries: `[b g, h / g, d]`. Heads of queries that share keys are rows of one head.
+        qkv: `[b, (h + 2 g) d]`, queries, keys and values before rotation.
+        queries: `[b g, h / g, d]`, one matrix for the h / g heads of queries that share keys.
         keys_values: `[2, b, g, 1, d]`, keys and values of the row.
         attended: `[b g, h / g, d]`, outputs of attention.
-        slot: `[2, b, g, 1, d]` int64, the position of each item, as an index of the cache.
-        bias: `[b g, h / g or 1, extent]`, added to the scores: minus infinity where an item has no row yet.
+        slot: `[2, b, g, 1, d]` int64, the position in the cache at which each item stores its row.
+        bias: `[b g, h / g or 1, extent]`, added to the scores; minus infinity at positions without a row.
         scores: `[b g, h / g, extent]`, scores of attention.
     """
 
@@ -169,7 +169,7 @@ class _RowBuffers:
             self._cos_table, self._sin_table = cos.to(mask.dtype), sin[:, sin.shape[1] // 2 :].to(mask.dtype)
 
     def set_extent(self, num_positions: int) -> None:
-        """Let attention read at least `num_positions` positions of the cache."""
+        """Include at least the first `num_positions` positions of the cache in attention."""
         stack = self.stack
         self.extent = min(_EXTENT_STEP * ceil(num_positions / _EXTENT_STEP), self.num_positions)
         self.visible = self._mask[:, :, : self.extent]
@@ -178,7 +178,7 @@ class _RowBuffers:
         self.scores = torch.zeros(shape, **self.options)
 
     def set_positions(self, positions: Sequence[int]) -> None:
-        """Set the position of the row of each item, and let attention read it."""
+        """Set the position of the current row of each item, and include this position in attention."""
         if min(positions) == max(positions):
             self.positions.fill_(positions[0])  # without a copy to the device
         else:
@@ -190,7 +190,7 @@ class _RowBuffers:
             self._rotated_cos[0].copy_(self._rotated_cos[1])
 
     def rotate(self) -> None:
-        """Rotate queries and keys, and copy queries of several items."""
+        """Apply rotary positions to queries and keys, and copy the queries to `queries` if it is not a view."""
         if self.stack.rotary is not None:
             torch.mul(self._unrotated, self._cos, out=self._rotated)
             self._halves[0][0].addcmul_(self._halves[0][1], self._sin, value=-1)
@@ -238,7 +238,7 @@ class _CachedBlock:
         self._memory = self._keys = self._values = self._cross_keys = self._cross_values = torch.empty(0)
 
     def view_memory(self) -> None:
-        """Renew the views of the cache after a change of the extent."""
+        """Update the views of the cache after a change of `buffers.extent`."""
         keys, values = self._memory.flatten(1, 2)[:, :, : self.buffers.extent]
         self._keys, self._values = keys.mT, values
 

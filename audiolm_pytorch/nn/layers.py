@@ -14,7 +14,7 @@ __all__ = ["Dropout", "FeedForward", "GatedFeedForward", "NormFactory", "RMSNorm
 
 
 def _is_differentiated_eagerly() -> bool:
-    """Whether to use the backward passes of this file; torch.compile has its own."""
+    """Whether to use the backward passes of this file; torch.compile generates other backward passes."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
@@ -69,7 +69,7 @@ def norm_factory(norm: Literal["rms", "layer"] | NormFactory) -> NormFactory:
 
 
 class Dropout(nn.Dropout):
-    """Dropout that needs less time on a CPU: eight masks per random number, so that `p` is rounded to 1 / 256."""
+    """Dropout that is faster on a CPU, as one random number decides on 8 values; `p` is a multiple of 1 / 256."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Set random values of `x [...]` to zero and scale the others, in training mode."""
@@ -88,7 +88,7 @@ def _gated(halves: Tensor) -> Tensor:
 
 
 class _GatedProjection(torch.autograd.Function):
-    """Projection of `value * silu(gate)` that stores half as much for the backward pass as autograd."""
+    """Projection of `value * silu(gate)`; for the backward pass, it stores half as many values as autograd."""
 
     @staticmethod
     def forward(ctx: Any, halves: Tensor, weight: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class RelativePositions(nn.Module):
         return torch.where(distances < exact, distances, far.clamp(max=self.num_buckets - 1))
 
     def forward(self, positions: Tensor, num_keys: int) -> Tensor:
-        """Compute the bias `[b or 1, h, n, num_keys]` of rows at `positions [b or 1, n]` for keys from 0 on."""
+        """Compute the bias `[b or 1, h, n, num_keys]` of rows at `positions [b or 1, n]` for keys at 0..num_keys-1."""
         by_distance = self.bias(self.buckets(torch.arange(num_keys, device=positions.device)))
         distances = positions.unsqueeze(-1) - torch.arange(num_keys, device=positions.device)
         # All distances are below the number of keys. The caller masks later keys.
@@ -101,9 +101,9 @@ class WavePositionBias(nn.Module):
 
     A dynamic position bias (CrossFormer, arXiv:2108.00154, sec. 3.3) evaluates a small network for every pair of
     tokens. Here the function is a sum of cosine waves with learned amplitudes, frequencies and phases,
-    `bias(p - q) = sum_r a_r cos(f_r (p - q) + o_r)`. Because `cos(x - y) = cos x cos y + sin x sin y`, it is an inner
-    product of a vector of the query and a vector of the key. The bias therefore needs `2 num_waves` more values per
-    head, not a matrix of all pairs, works in fused attention, and allows other positions per item (dropped patches).
+    `bias(p - q) = sum_r a_r cos(f_r (p - q) + o_r)`. Because `cos(x - y) = cos x cos y + sin x sin y`, the bias is
+    the inner product of a query vector and a key vector of `2 num_waves` values. It therefore needs no matrix of all
+    pairs, works in fused attention, and allows different positions in every item (dropped patches).
     """
 
     @beartype
@@ -123,9 +123,9 @@ class WavePositionBias(nn.Module):
         self.amplitudes = nn.Parameter(torch.zeros(heads, num_waves))
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute two factors `[b or 1, h, t, 2 waves]` float32 from positions `[b or 1, t, axes]`.
+        """Compute two tensors `[b or 1, h, t, 2 num_waves]` float32 from positions `[b or 1, t, num_axes]`.
 
-        The inner products of the first factor (queries) and the second factor (keys) are the bias `[b or 1, h, t, t]`.
+        The inner products of the first tensor (queries) and the second tensor (keys) are the bias `[b or 1, h, t, t]`.
         """
         phases = torch.einsum("b t a, h w a -> b h t w", positions.float(), self.frequencies.float())
         shifted = phases + rearrange(self.phases.float(), "h w -> h 1 w")

@@ -1,7 +1,7 @@
 """Norms and linear layers prepared for decoding, where a call has few rows and the weights are constant.
 
-A product of few rows is limited by reading the weights. torch 2.13 reads them on one core for one row, and computes two
-to sixteen rows slowly. `tests/benchmarks/products.py` compares the products of this file with `F.linear`.
+A product of few rows takes about the time to read the weights. For one row, torch 2.13 reads them on only one core; two
+to sixteen rows are slow. `tests/benchmarks/products.py` compares the products of this file with `F.linear`.
 """
 
 from collections.abc import Callable
@@ -35,9 +35,9 @@ def prepare_norm(norm: nn.Module, x: Tensor, out: Tensor) -> Callable[[], object
 def prepare_norm_and_product(
     norm: nn.Module, linear: nn.Linear, x: Tensor, normed: Tensor, out: Tensor
 ) -> Callable[[], object]:
-    """Return a function that writes the norm of `x` into `normed`, and the product of it and `linear` into `out`.
+    """Return a function that writes the normalised `x` into `normed`, and `linear(normed)` into `out`.
 
-    On a CPU, scale and shift of the norm become a part of the weights of the product.
+    On a CPU, `normed` lacks scale and shift of the norm, which are part of the weights of the product instead.
     """
     scale: Tensor | None = None
     shift: Tensor | None = None
@@ -60,7 +60,7 @@ def prepare_norm_and_product(
 
 
 def _rms_norm(x: Tensor, out: Tensor, eps: float) -> Callable[[], object]:
-    """Division by `sqrt(d)` times the root mean square in three operators; `F.rms_norm` has eight on a CPU."""
+    """Return a function that divides `x` by its L2 norm in 3 operators; `F.rms_norm` calls 8 operators on a CPU."""
     constant, length = torch.tensor((x.shape[-1] * eps) ** 0.5), torch.zeros(len(x), 1)
 
     def normalize() -> None:
@@ -73,11 +73,11 @@ def _rms_norm(x: Tensor, out: Tensor, eps: float) -> Callable[[], object]:
 class RowProduct:
     """A linear layer with constant weights, which multiplies the rows of one tensor and writes into another tensor.
 
-    On a CPU in float32, one row is multiplied with one part of the weights on each core. For two to sixteen rows, and
-    for bfloat16 weights, the weights are stored in the layout of oneDNN.
+    On a CPU in float32, every core multiplies a single row with a different part of the weights. For two to sixteen
+    rows, and for bfloat16 weights, the weights are stored in the layout of oneDNN.
 
     Args:
-        weight: `[dim_out, dim_in]`. Later changes may have no effect.
+        weight: `[dim_out, dim_in]`; later changes of `weight` may have no effect.
         bias: `[dim_out]`; None = no bias.
         x: Rows `[b, dim_in]`, read in every call.
         out: `[b, dim_out]`, written in every call.

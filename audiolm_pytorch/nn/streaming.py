@@ -78,7 +78,7 @@ class FrameStream:
         return self.push_last(self._pending.narrow(self._in_axis, 0, 0))
 
     def max_frames(self, batch: int) -> int:
-        """Largest number of new frames per run; at least `8 * reach_frames`, to compute few frames twice."""
+        """Largest number of new frames per run; at least `8 * reach_frames`, so that few frames are computed twice."""
         return max(1, 8 * self._reach, self._budget // max(1, batch))
 
     @torch.no_grad()

@@ -74,8 +74,8 @@ class Block(nn.Module):
         feed_forward: Module that receives normalised rows `[b, n, d]`.
         norm: Factory of the norms.
         dim: Width d.
-        cross: Cross-attention between both; None = no cross-attention.
-        dropout: Dropout probability of the outputs of all three.
+        cross: Cross-attention after `attention`; None = no cross-attention.
+        dropout: Dropout probability of the outputs of attention, cross-attention and feed-forward layer.
     """
 
     def __init__(
@@ -127,9 +127,9 @@ class Transformer(nn.Module):
         kv_heads: Heads of keys and values, a divisor of `heads`; 1 = multi-query, None = `heads`.
         cross: Whether every block also attends to the states of `FusedConditions`.
         checkpoint_blocks: Whether to store only the input of each block, and to compute the block again in the backward
-            pass. This needs the memory of one block instead of `depth` blocks, and a third more time.
-        forget_prob: Largest probability with which training hides past rows from attention. The probability is drawn
-            for each item from 0..`forget_prob` (forgetful causal masking, arXiv:2210.13432).
+            pass. This recomputation needs the memory of one block instead of `depth` blocks, and a third more time.
+        forget_prob: Largest probability with which training hides past rows from attention. Each item has a random
+            probability from 0 to `forget_prob` (forgetful causal masking, arXiv:2210.13432).
         init_std: Standard deviation of initial weights; None = `fan_in ** -0.5`.
     """
 
@@ -188,7 +188,7 @@ class Transformer(nn.Module):
         self._init_weights(init_std)
 
     def _init_weights(self, std: float | None) -> None:
-        """Draw normal weights. Weights of branch outputs are smaller in deeper stacks (GPT-2, sec. 2.3)."""
+        """Draw normal weights; `std` of the outputs of branches is divided by `sqrt(2 depth)` (GPT-2, sec. 2.3)."""
         if self.relative is not None:
             nn.init.normal_(self.relative.bias.weight, std=INIT_STD if std is None else std)
         for name, parameter in self.blocks.named_parameters():

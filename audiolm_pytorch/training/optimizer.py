@@ -77,7 +77,7 @@ class PhaseOptimizer:
         if {parameter for parameter in members if parameter.requires_grad} != set(self._parameters):
             raise ValueError(
                 f"the {type(optimizer).__name__} of phase {self.phase.name!r} must have exactly the trainable "
-                f"parameters of the phase ({', '.join(self._names[:3])}, ...); with more phases, pass a dict by phase"
+                f"parameters of the phase ({', '.join(self._names[:3])}, ...); for several phases, pass a dict by phase"
             )
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
@@ -96,7 +96,7 @@ class PhaseOptimizer:
             name = type(scheduler).__name__
             raise TypeError(f"schedule must return an LRScheduler whose step() needs no metric, got {name}")
         if scheduler.optimizer is not self.optimizer:
-            raise ValueError(f"schedule changes another optimizer; pass it as optimizer of phase {self.phase.name!r}")
+            raise ValueError(f"schedule changes another optimizer; use the same optimizer in phase {self.phase.name!r}")
         return scheduler
 
     def _set_learning_rate(self, step: int) -> None:
