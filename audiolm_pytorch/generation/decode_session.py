@@ -63,8 +63,8 @@ class DecodeSession:
         settings: Sampling settings; None = temperature 1.
         seeds: Seed or generator of every item; None draws seeds from torch's global generator.
         callback: Called after every row as `callback(finished_rows, max_rows)`.
-        allow_eos: Whether an item may end early, after at least one frame; False = the end token is never sampled. True
-            is slower on a GPU, because every row waits for the sampled tokens of the row before.
+        allow_eos: Whether an item may end early, after at least one frame; False = the end token is never sampled.
+            `allow_eos=True` is slower on a GPU, because every row waits for the sampled tokens of the row before.
         transformer: The attribute `transformer` of a finished session with the same model, whose prepared weights this
             session uses again; None = prepare the weights.
 
@@ -208,7 +208,7 @@ class DecodeSession:
         }
 
     def _read_row(self) -> None:
-        """Run the model on the current row of each item and go to the next. Complete items stay at their last row."""
+        """Run the model on the current row of each item and go to the next row. Complete items stay at the last row."""
         rows = [row if cells else row - 1 for row, cells in zip(self.rows, self.pending)]
         ids = self.ids[_rows_of_items(rows)]
         x = F.embedding(ids, self.model.embedding.weight).sum(dim=1)
@@ -238,7 +238,7 @@ class DecodeSession:
         self.has_read = False
 
     def _sample(self, items: list[int], cells: list[_Cell]) -> dict[int, int]:
-        """Sample one token per item into each of `cells`. Return `{item: frames}` for the items that end."""
+        """Sample one token per item into each of `cells`. Return a dict from each item that ends to its frames."""
         key, transformer = tuple(cell.head for cell in cells), self.transformer
         if key not in self.heads and transformer is not None:
             self.heads[key] = _Heads(self.model, key, self.allow_eos, transformer.hidden)

@@ -31,7 +31,7 @@ class GenerationLengths:
         num_samples: Number of audio samples of every item.
         num_semantic: Number of semantic tokens, `[b]`.
         num_frames: Number of acoustic frames, `[b]`.
-        semantic: Prompt of semantic tokens; all semantic tokens if the request contains them.
+        semantic: Prompt of semantic tokens, or all semantic tokens if the request contains them.
         acoustic: Prompt of acoustic tokens of all levels.
     """
 
@@ -115,7 +115,7 @@ def extra_input_tokens(
     known = {stream.name for streams in extra.values() for stream in streams}
     if set(inputs.tokens) - known:
         raise ValueError(
-            f"input_streams has streams {sorted(inputs.tokens)}, the stages have extra streams {sorted(known)}"
+            f"got the input_streams {sorted(inputs.tokens)}, the stages accept only {sorted(known)}; omit the others"
         )
     tokens: dict[str, dict[str, TokenBatch]] = {}
     for stage in stages:

@@ -26,7 +26,7 @@ Prompt = Tensor | str | Path
 @beartype
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GenerationRequest:
-    """What `AudioLM` generates: the arguments of `AudioLM.forward`. All inputs can be combined.
+    """Arguments of `AudioLM.forward`: inputs (which can be combined), lengths and settings of a generation.
 
     Attributes:
         batch_size: Number of items b; all other inputs have 1 or b items. If `batch_size` is 1, the other inputs
@@ -52,8 +52,8 @@ class GenerationRequest:
             neither `seconds` nor `semantic_tokens` is set.
         seeds: Seed of every item; an int n stands for n, n + 1, ...; None draws seeds from torch's global generator. A
             result depends only on the seed and the inputs of its item.
-        sampling: Sampling settings by stage name, or a dict of the fields that differ from the settings of the model. A
-            guidance scale set in the model has no effect on stages without a condition.
+        sampling: Sampling settings by stage name, or a dict of the fields that differ from the settings of the model.
+            Stages without a condition ignore a guidance scale in the settings of the model.
         callback: Called as `callback(stage, known_frames, requested_frames)`, with the numbers of frames of the longest
             item.
         progress: Whether to show a progress bar per stage on the terminal.
@@ -248,7 +248,7 @@ class WaveStreams:
     def push(self, acoustic: TokenBatch, are_last: Sequence[bool]) -> list[Tensor]:
         """Decode the next tokens of every item to waves `[n_i]`, or `[c, n_i]` for a codec of several channels.
 
-        Samples that depend on later tokens are returned later. `are_last` marks the items that these tokens end.
+        Samples that depend on later tokens are returned later. `are_last` is True for items without more tokens.
         """
         return [self._push(item, *pair) for item, pair in enumerate(zip(acoustic.items(), are_last, strict=True))]
 

@@ -79,7 +79,7 @@ def update_sampling(
     """
     unknown = set(changes) - set(DEFAULT_SAMPLING)
     if unknown:
-        raise ValueError(f"got sampling of unknown stages {sorted(unknown)}; use some of {sorted(DEFAULT_SAMPLING)}")
+        raise ValueError(f"got sampling of unknown stages {sorted(unknown)}; the stages are {sorted(DEFAULT_SAMPLING)}")
     changed = {
         name: change if isinstance(change, SamplingSettings) else replace(settings[name], **change)
         for name, change in changes.items()

@@ -157,7 +157,7 @@ class SlidingWindowDecoder:
         return self.known_frames >= self.num_frames
 
     def first_input_frame(self, name: str | None = None) -> int:
-        """Return the first frame of an input stream (None = the predicted stream) that the current window needs."""
+        """Return the first frame that the current window needs of an input stream (None = the predicted stream)."""
         start = self._windows[min(self._window_index, len(self._windows) - 1)].start
         return start if name is None else int(start * self._ratio(name))
 
@@ -179,7 +179,7 @@ class SlidingWindowDecoder:
         return bool((self.known_frames < num_frames).any())
 
     def _next_window(self) -> tuple[Tensor, Tensor]:
-        """Go to the next window with missing frames. Return its items `[k]` and their ends `[k]` in the window."""
+        """Go to the next window with missing frames. Return its items `[k]` and the end frame `[k]` of each."""
         num_frames, known = self.num_frames, self.known_frames
         while True:
             stops = num_frames.clamp(max=self._windows[self._window_index].stop)

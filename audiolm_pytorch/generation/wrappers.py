@@ -131,7 +131,7 @@ class StageWrapper(nn.Module):
         callback: Callable[[int, int], None] | None = None,
         allow_eos: bool = False,
     ) -> Decoded:
-        """Sample the tokens of the stage in windows as long as the longest training sequence.
+        """Sample the tokens of the stage in windows that have the length of the longest training sequence.
 
         Args:
             num_frames: Requested frames, prompt included, `[b]` or one int.

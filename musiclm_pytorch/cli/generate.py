@@ -25,7 +25,7 @@ _MAX_SECONDS = 3600
 
 @dataclass(frozen=True)
 class Generate:
-    """Generate music from a text. Of several candidates the one that MuLaN ranks best is kept."""
+    """Generate music from a text. MuLaN ranks the candidates, and the best candidate is written."""
 
     text: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TEXT")]
     """Description of the music, e.g. "a fast jig played on the flute"."""

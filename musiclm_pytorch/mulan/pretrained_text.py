@@ -21,7 +21,7 @@ __all__ = ["TransformersTextEncoder"]
 
 @register
 class TransformersTextEncoder(PublishedTextEncoder, TextTower):
-    """Text tower from a published encoder, which embeds a text as the mean over all tokens and special tokens.
+    """Text tower from a published encoder, which embeds a text as the mean over all tokens, special tokens included.
 
     Args:
         frozen: Whether the weights never change; if False, the encoder is trained with the MuLaN and with dropout.

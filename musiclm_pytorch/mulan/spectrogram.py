@@ -131,7 +131,7 @@ def log_spectrogram(
 
 
 def _random_span(sizes: Tensor, fraction: float, size: int) -> Tensor:
-    """Mask `[b, size]` of one random span per row, which covers up to `fraction` of the first `sizes [b]` positions."""
+    """Mask `[b, size]` with a random span in each row i, of up to `fraction` of the first `sizes[i]` positions."""
     width, start = torch.rand(2, len(sizes), device=sizes.device)
     widths = (width * (sizes * fraction + 1)).long().clamp(max=(sizes * fraction).long())
     starts = (start * (sizes - widths + 1)).long()

@@ -70,7 +70,7 @@ class TransformerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SemanticConfig(TransformerConfig):
-    """Settings of a BEST-RQ encoder, and of k-means clustering of the outputs of its layer number `layer`."""
+    """Settings of a BEST-RQ encoder, and of the k-means clustering of the outputs of layer number `layer`."""
 
     layer: int
     num_clusters: int
@@ -97,7 +97,7 @@ class MuLaNConfig(TransformerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizerConfig:
-    """Sizes of the quantizer of MuLaN embeddings; 12 levels of 1024 codes in MusicLM, for many thousands of clips."""
+    """Sizes of the quantizer of MuLaN embeddings; MusicLM has 12 levels of 1024 codes, for a very large corpus."""
 
     num_quantizers: int
     codebook_size: int

@@ -41,7 +41,7 @@ def compute_tokens(
     A record has the tokens `semantic [t]` and `acoustic [f, q]`, the texts `captions` (see `encode_texts`), and
     `duration_seconds`. The MuLaN latents of a record are `latents [w, d]` of windows and `text_latents [k, d]`. The
     codec receives all channels of a wave, the other models receive the mean of the channels. The fingerprint of the
-    shards includes `origin`. Each process of the accelerator encodes a share of the files.
+    shards includes the entries of `origin`. Each process of the accelerator encodes a share of the files.
     """
     fingerprint = {**shard_fingerprint(semantic_tokenizer, codec), "mulan": part_fingerprint(mulan), **origin}
     codec_hz, semantic_hz, mulan_hz = codec.target_sample_hz, semantic_tokenizer.target_sample_hz, mulan.sample_hz

@@ -41,7 +41,7 @@ class QuantizerReport:
         is_held_out: Whether `explained`, `agreement` and `chance` are measured on files that were not used in fitting.
         usage: Share of the codes of a level that occur for at least one audio latent.
         perplexity: `exp(entropy)` of the frequencies of the codes.
-        explained: Share of the variance of audio latents that the codes of all levels up to one level explain.
+        explained: Share of the variance of audio latents that the codes explain, with all levels up to each level.
         agreement: Share of the texts whose code equals the code of their audio; empty without texts.
         chance: Share of the texts whose code equals the code of random audio.
     """

@@ -144,7 +144,7 @@ def build_stages(codec: Codec, tokenizer: SemanticTokenizer, seed: int = 0) -> d
 
 
 def _train_codec(words: Sequence[AudioItem], out: Path, seed: int, scale: float) -> SoundStream:
-    """Train the bundled codec, which was trained only on music, on joined words."""
+    """Continue the training of the bundled codec, which was trained only on music, with joined words."""
     clips = join_words(words, out / "codec_clips", NUM_CODEC_CLIPS, seed)
     codec = codec_named("16khz")
     if not isinstance(codec, SoundStream):

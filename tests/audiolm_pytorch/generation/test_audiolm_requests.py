@@ -252,7 +252,7 @@ def test_extra_input_streams_reach_their_stages():
     assert not same(result, audio_lm.generate(GenerationRequest(input_streams=other, seconds=1.0, seeds=[2])), 1)
     with pytest.raises(ValueError, match="needs melody tokens"):
         audio_lm(seconds=1.0)
-    with pytest.raises(ValueError, match=r"\['chords'\], the stages have extra streams \['melody', 'text'\]"):
+    with pytest.raises(ValueError, match=r"\['chords'\], the stages accept only \['melody', 'text'\]"):
         audio_lm(seconds=1.0, input_streams=AudioTokens({"chords": tokens["melody"]}, {}))
 
 
