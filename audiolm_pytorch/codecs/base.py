@@ -174,7 +174,7 @@ class StreamingCodec(Codec):
 
 
 def _shape_advice(shape: list[int], channels: int) -> str:
-    """Return advice for an error message about the shape of a wave, or an empty text if the mistake is unclear."""
+    """Return advice on a wrong wave shape for an error message, or an empty string if the cause is not known."""
     if len(shape) == 1:
         return "; add the batch axis: wave.unsqueeze(0)"
     if len(shape) == 3 and shape[2] == channels != shape[1]:

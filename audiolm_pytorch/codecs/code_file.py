@@ -1,4 +1,4 @@
-"""Read and write safetensors files that contain the codes of a sound and the information to decode them."""
+"""Read and write safetensors files that contain the codes of a sound and the information for decoding."""
 
 import json
 import math

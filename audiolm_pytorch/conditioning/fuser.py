@@ -130,7 +130,7 @@ def _summed(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _padded_in_front(embeddings: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Move padding in `embeddings [b, m, d]` to the front; also return the padding per item, or None without padding.
+    """Move padding in `embeddings [b, m, d]` to the front; also return its length per item, or None without padding.
 
     With padding in front, the distance from an embedding to the tokens does not depend on other items of the batch.
     """

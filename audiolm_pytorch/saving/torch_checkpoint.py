@@ -173,18 +173,18 @@ class TorchCheckpoint:
         keys = DataUnpickler(mapped, (), ()).load()
         are_names = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
         if not are_names or sorted(keys) != sorted(unpickler.storages):
-            raise ValueError("the file lists other tensor storages than its tensors use")
+            raise ValueError("the tensor storages that the file lists are not those of its tensors")
         for key in keys:
             storage = unpickler.storages[key]
             num_bytes = storage.num_values * storage.dtype.itemsize
             if int.from_bytes(mapped.read(8), "little") != storage.num_values:
-                raise ValueError(f"the tensor storage {key[:40]!r} has another size than its tensors declare")
+                raise ValueError(f"the tensor storage {key[:40]!r} does not have the size that its tensors need")
             self._add_storage(storage, bytearray(mapped.read(num_bytes)))
         return content
 
     def _add_storage(self, storage: _Storage, data: bytearray) -> None:
         if len(data) != storage.num_values * storage.dtype.itemsize:
-            raise ValueError(f"the tensor storage {storage.key[:40]!r} has another size than its tensors declare")
+            raise ValueError(f"the tensor storage {storage.key[:40]!r} does not have the size that its tensors need")
         self._storages[storage.key] = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0).byte()
 
 

@@ -130,7 +130,7 @@ class KMeansTrainer:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the results folder has a finished run; `train` checks that this run had the same settings."""
+        """Whether the results folder has a finished run; `train` checks that its settings are those of this trainer."""
         return "usage" in self._record() and (self.results_folder / "tokenizer" / "config.json").is_file()
 
     def train(self) -> KMeansFit:

@@ -29,8 +29,8 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
 def distributed_mean(total: Tensor, count: int) -> Tensor:
     """Compute the mean over the rows of all processes, from the sum and the number of rows of each process.
 
-    In the backward pass, each process uses the gradient of the mean over its rows, without communication. Data-parallel
-    training averages the gradients of all processes, which results in the gradient of the mean over all rows.
+    The backward pass needs no communication; each process computes the gradient of the mean over its own rows. Then
+    data-parallel training averages these gradients, and the result is the gradient of the mean over all rows.
     """
     own = total / count
     if rank_and_count()[1] == 1:

@@ -167,7 +167,7 @@ class ResidualFiniteScalarQuantizer(_GridLevels):
 
 
 def grid_steps(codebook_size: int) -> tuple[int, ...]:
-    """Split `codebook_size` into the numbers of grid points per dimension, which are similar factors from 3 to 8.
+    """Split `codebook_size` into similar factors from 3 to 8, which are the numbers of grid points per dimension.
 
     The result has as many factors as possible, so that the grid has as many dimensions as possible.
     """

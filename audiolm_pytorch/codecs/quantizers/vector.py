@@ -68,7 +68,7 @@ class _Levels(nn.Module):
         self._trained_layers: tuple[Any, ...] = ()  # a tuple is not registered, because the state is in `layers`
 
     def trained_layers(self, decay: float) -> tuple[Any, ...]:
-        """Return one `VectorQuantize` per level, which shares and trains the codebook of the level in `layers`."""
+        """Return one `VectorQuantize` per level, which trains the codebook of its level in `layers` without a copy."""
         if not self._trained_layers:
             from vector_quantize_pytorch import VectorQuantize
 

@@ -44,7 +44,7 @@ class LossBalancer(nn.Module):
 
     @beartype
     def forward(self, losses: Mapping[str, Tensor], wave: Tensor) -> Tensor:
-        """Return the weighted mean of the losses, whose gradient is the weighted mean of their rescaled gradients.
+        """Return the weighted mean of the losses; its gradient is the weighted mean of the rescaled gradients.
 
         Args:
             losses: Scalar losses by name; the weight of a missing loss is distributed over the other losses.

@@ -73,7 +73,7 @@ class CodecLossWeights:
 
     @property
     def on_wave(self) -> dict[str, float]:
-        """Weights above 0, by name, of the losses that depend on the decoded wave."""
+        """Weights by name of the losses that depend on the decoded wave, without weights of 0."""
         return {name: float(value) for name, value in asdict(self).items() if value > 0 and name != "commitment"}
 
 
@@ -168,7 +168,7 @@ class CodecTask:
         )
 
     def before_training(self) -> None:
-        """Do nothing; the codebooks are initialised at step `unquantized_steps`, when the encoder is trained."""
+        """Do nothing; the codebooks are initialised at step `unquantized_steps`, after some training of the encoder."""
 
     def samples(self, folder: Path, step: int) -> None:
         """Write the first validation crops and their reconstructions as WAV files."""
@@ -300,7 +300,7 @@ def _check(
 
 @contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
-    """Context manager in which gradients pass through a module, but the parameters of the module receive none."""
+    """Context manager in which gradients pass through a module, but its parameters receive no gradients."""
     parameters = nn.ParameterList(parameter for parameter in module.parameters() if parameter.requires_grad)
     parameters.requires_grad_(False)
     try:

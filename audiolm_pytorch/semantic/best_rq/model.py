@@ -130,11 +130,11 @@ class BestRQ(nn.Module):
 
     Random spans of the front end's vectors are replaced by noise. The encoder predicts the codes of replaced vectors.
 
-    Three defaults of `BestRQ` differ from the paper, which is about speech recognition; measurements are in the recipe
-    of the bundled tokenizer. Targets are computed from decorrelated frames, because without decorrelation targets
-    describe mostly loudness. A target describes a token and its neighbours; with targets of single tokens, the encoder
-    learns no better features than mel frames. Codes of visible tokens are also predicted, as in HuBERT
-    (arXiv:2106.07447, section II-B).
+    Three defaults of `BestRQ` differ from the paper, which is about speech recognition; the recipe of the bundled
+    tokenizer explains them with measurements. Targets are computed from decorrelated frames, because without
+    decorrelation targets describe mostly loudness. A target describes a token and its neighbours; with targets of
+    single tokens, the encoder learns no better features than mel frames. Codes of visible tokens are also predicted, as
+    in HuBERT (arXiv:2106.07447, section II-B).
 
     Args:
         encoder: Encoder to train.

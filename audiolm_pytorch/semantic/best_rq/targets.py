@@ -145,7 +145,7 @@ class TokenTargets(nn.Module):
         return rearrange(around[selected], "m d r -> m (r d)")
 
     def fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Fit the decorrelation, if it is used, to pairs of frames `[b, t, dim]` and masks `[b, t]` of real tokens."""
+        """Fit the decorrelation, if any; a batch has frames `[b, t, dim]` and a mask `[b, t]`, True at real tokens."""
         if self.decorrelation is not None:
             self.decorrelation.fit(self.neighbourhoods(frames, mask) for frames, mask in batches)
 

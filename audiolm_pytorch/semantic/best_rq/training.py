@@ -151,7 +151,7 @@ class SemanticTokenizerTrainer:
     ) -> KMeansFit:
         """Fit k-means to a layer of the trained encoder, and save the tokenizer to `results_folder / "tokenizer"`.
 
-        After an interruption, another call of `fit_tokenizer` continues. If training of the encoder is not finished, a
+        Another call of `fit_tokenizer` continues an interrupted fit. If training of the encoder is not finished, a
         RuntimeError is raised.
 
         Args:

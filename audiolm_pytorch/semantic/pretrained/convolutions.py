@@ -36,8 +36,8 @@ def moments_of(chunks: Iterable[Tensor], dims: tuple[int, ...]) -> Moments:
 def group_norm_moments(extractor: Any, wave: Tensor, chunk_samples: int) -> Moments | None:
     """Compute mean and variance of the first convolution over whole waves; return None for a model without group norm.
 
-    For a small random HuBERT and two recordings, 66% and 77% of the tokens with windows of 30 s equal the tokens
-    without windows. With separate statistics for each window, only 54% and 67% of the tokens are equal.
+    In tests of a small random HuBERT on two recordings, windows of 30 s left 66% and 77% of the tokens unchanged. With
+    separate statistics for each window, only 54% and 67% of the tokens were unchanged.
 
     Args:
         extractor: Module `feature_extractor` of a transformers model.

@@ -138,7 +138,7 @@ class TransformersEncoder(FrameEncoder):
         if self._filterbank.dim != settings.feature_projection_input_dim:
             raise ValueError(
                 f"{loaded.source} needs vectors of width {settings.feature_projection_input_dim}, but the width in "
-                f"preprocessor_config.json is {self._filterbank.dim}; use files of one model"
+                f"preprocessor_config.json is {self._filterbank.dim}; use files of the same model"
             )
 
     @property

@@ -397,11 +397,11 @@ def test_storages_that_are_not_in_an_older_file(tmp_path):
     for count in (10, 10**10):
         content = pickled({"a": TensorOf(Reference(count), 0, (1,), (1,))})
         path = legacy_checkpoint(tmp_path / "a.pt", content)
-        assert "lists other tensor storages" in refusal(TorchCheckpoint, path)
+        assert "the tensor storages that the file lists" in refusal(TorchCheckpoint, path)
         path = legacy_checkpoint(
             tmp_path / "a.pt", content, pickle.dumps(["0"], 2) + struct.pack("<q", count) + b"abcd"
         )
-        assert "has another size" in refusal(TorchCheckpoint, path)
+        assert "does not have the size" in refusal(TorchCheckpoint, path)
 
 
 def test_records_are_as_torch_writes_them(tmp_path):
