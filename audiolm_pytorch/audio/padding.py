@@ -41,7 +41,7 @@ def checked_lengths(lengths: Tensor, wave: Tensor) -> Tensor:
             f"{list(lengths.shape)}"
         )
     if lengths.numel() and not 1 <= int(lengths.min()) <= int(lengths.max()) <= wave.shape[-1]:
-        raise ValueError(f"lengths must lie in 1..{wave.shape[-1]}, the samples of the wave, got {lengths.tolist()}")
+        raise ValueError(f"lengths must lie in 1..{wave.shape[-1]} (samples of the wave), got {lengths.tolist()}")
     return lengths.to(wave.device, torch.long)
 
 

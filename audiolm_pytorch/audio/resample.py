@@ -83,7 +83,7 @@ class StreamingResampler:
             self._stream = soxr.ResampleStream(from_hz, to_hz, channels, dtype="float32", quality=_QUALITY)
 
     def push(self, wave: Tensor) -> Tensor:
-        """Resample a chunk `[c, n]`; return the samples `[c, m]`, m >= 0, that later chunks cannot change."""
+        """Resample a chunk `[c, n]`; return the samples `[c, m]` that do not depend on later chunks (m can be 0)."""
         self.num_received += wave.shape[-1]
         output = wave if self._stream is None else self._resample(wave)
         self.num_returned += output.shape[-1]

@@ -25,7 +25,7 @@ def _permutation(num_items: int, seed: int, epoch: int) -> np.ndarray:
 class BatchPlan:
     """Random order of training items; every epoch is a new permutation, and a batch may contain items of two epochs.
 
-    All processes use the same order; in each step, every process receives the next `batch_size` items, by rank.
+    All processes use the same order; in each step, the processes receive successive batches, in order of rank.
 
     Args:
         num_items: Number of items in the data set. If the data set is smaller than a batch, an item occurs in the batch

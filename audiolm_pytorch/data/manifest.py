@@ -231,7 +231,7 @@ def split_items(
     """Split items into training and validation items by a hash of the file names.
 
     The choice between training and validation does not change if other items are added, if the folder is moved, or on
-    another machine. If there are two or more items, both results have at least one item.
+    another machine. If there are two or more items, both returned lists contain at least one item.
     """
     if not 0.0 <= valid_fraction <= 1.0 or not items:
         raise ValueError(

@@ -49,7 +49,7 @@ def write_shards(
         make_record: Function that returns record number `i` as a dict of arrays. All records need the same names, and
             arrays of the same shape apart from the first dimension (time). Integers are stored as int16 or int32, and
             floats as float16 or float32; only a float64 array without dimensions (a scalar) remains float64.
-        fingerprint: JSON-compatible description of the records; a ValueError if `folder` contains another fingerprint.
+        fingerprint: JSON-compatible description of the records; another fingerprint in `folder` is an error.
         records_per_chunk: Number of records per chunk; an interrupted process loses at most one chunk.
     """
     if min(num_records, records_per_chunk) < 1 or not 0 <= rank < world_size:

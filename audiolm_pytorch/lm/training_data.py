@@ -113,7 +113,7 @@ def _caption_in_turn(captions: Sequence[str], epoch: int) -> str | None:
 
 @dataclass(frozen=True)
 class WaveBatch:
-    """Batch of crops of audio files with captions and labels, from which functions compute further conditions.
+    """Crops of audio files with captions and labels; the input of functions that compute further conditions.
 
     Attributes:
         crops: Waves and lengths of the crops by sample rate in Hz.

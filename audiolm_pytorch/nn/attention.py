@@ -25,7 +25,7 @@ class AttentionContext:
         angles: Cosines and sines of rotary positions, `[b or 1, n, dim_head]` each; None = no rotary positions.
         bias: `[b or 1, h or 1, n or 1, n]`, float that is added to the scores, or a bool mask; None = no bias.
         is_causal: If True, row i attends to rows 0..i, and `bias` is None; if False, only `bias` excludes rows.
-        waves: Two tensors `[b or 1, h, n, r]` of `WavePositionBias`; their inner products are a bias. None = no bias.
+        waves: The result of `WavePositionBias`, two tensors `[b or 1, h, n, r]`; None = no such bias.
         states: `[b, s, d]` states for cross-attention.
         cross_mask: `[b, 1, 1, s]` bool, False where `states` are padding.
         keys_values: If it is a list, each block appends its keys and values `[b, g, n, dim_head]`, for a cache.

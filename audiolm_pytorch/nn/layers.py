@@ -69,7 +69,7 @@ def norm_factory(norm: Literal["rms", "layer"] | NormFactory) -> NormFactory:
 
 
 class Dropout(nn.Dropout):
-    """Dropout that is faster on a CPU, as one random number decides on 8 values; `p` is a multiple of 1 / 256."""
+    """Dropout that is faster on a CPU, as one random number masks 8 values; `p` is rounded to a multiple of 1/256."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Set random values of `x [...]` to zero and scale the others, in training mode."""

@@ -100,7 +100,7 @@ class WavePositionBias(nn.Module):
     """Learned attention bias that depends on the offset of two positions, for any number of axes and any length.
 
     A dynamic position bias (CrossFormer, arXiv:2108.00154, sec. 3.3) evaluates a small network for every pair of
-    tokens. Here the function is a sum of cosine waves with learned amplitudes, frequencies and phases,
+    tokens. This class uses a sum of cosine waves with learned amplitudes, frequencies and phases,
     `bias(p - q) = sum_r a_r cos(f_r (p - q) + o_r)`. Because `cos(x - y) = cos x cos y + sin x sin y`, the bias is
     the inner product of a query vector and a key vector of `2 num_waves` values. It therefore needs no matrix of all
     pairs, works in fused attention, and allows different positions in every item (dropped patches).

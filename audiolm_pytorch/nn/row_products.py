@@ -1,7 +1,7 @@
 """Norms and linear layers prepared for decoding, where a call has few rows and the weights are constant.
 
-A product of few rows takes about the time to read the weights. For one row, torch 2.13 reads them on only one core; two
-to sixteen rows are slow. `tests/benchmarks/products.py` compares the products of this file with `F.linear`.
+A product of few rows takes about the time to read the weights. For one row, torch 2.13 uses only one core; for two to
+sixteen rows, it is also slow. `tests/benchmarks/products.py` compares the products of this file with `F.linear`.
 """
 
 from collections.abc import Callable

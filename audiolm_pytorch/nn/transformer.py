@@ -212,7 +212,7 @@ class Transformer(nn.Module):
 
         Args:
             x: Rows.
-            conditions: Prefix, states and sums.
+            conditions: Projected conditions of the rows.
             mask: `[b, n]` bool, False at padding, at least one True per item; None = no padding. Outputs at padding are
                 finite but have no meaning. Causal stacks need no mask, because their padding is on the right. With a
                 prefix, the mask includes the prefix.

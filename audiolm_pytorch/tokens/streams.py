@@ -248,7 +248,7 @@ def _check_values(stream: Stream, ids: Tensor, count: Tensor) -> None:
     longest = int(count.max()) if len(count) else 0
     if longest > ids.shape[1]:
         raise ValueError(
-            f"lengths of stream '{stream.name}' must be at most {ids.shape[1]}, the frames of its tokens; got {longest}"
+            f"lengths of stream '{stream.name}' must be at most {ids.shape[1]}, the number of its frames; got {longest}"
         )
     is_real = rearrange(torch.arange(ids.shape[1]) < count.unsqueeze(1), "b f -> b f 1").to(ids.device)
     wrong = ((ids < 0) | (ids >= stream.vocab_size)) & is_real

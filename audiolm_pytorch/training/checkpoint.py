@@ -48,7 +48,7 @@ class CheckpointFolder:
         self._old = self._folder / "checkpoint.old"
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint that replaces the existing one; the tensors of a trained model need no copy before."""
+        """Write a checkpoint, which replaces the existing one; the tensors can be the parameters of a model."""
         self.recover()
         for name, tensors in checkpoint.tensors.items():
             write_weights(self._new / f"{name}.safetensors", tensors, {"step": str(checkpoint.step)})

@@ -328,7 +328,7 @@ def test_wrong_tokens_raise_errors():
     with pytest.raises(ValueError, match=r"tokens of streams \['s'\] are missing"):
         layout.pack({"a": streams["a"]})
     for lengths, match in [
-        ({"a": 9}, r"'a' must be at most 6, the frames of its tokens; got 9"),
+        ({"a": 9}, r"'a' must be at most 6, the number of its frames; got 9"),
         ({"a": torch.tensor([1, 2, 3])}, r"one integer or 2 integers, 0 or more; got \[1, 2, 3\]"),
         ({"a": -1}, "got -1"),
         ({"a": torch.tensor([2.5, 3.0])}, "one integer"),
