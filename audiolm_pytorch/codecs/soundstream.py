@@ -168,8 +168,8 @@ class SoundStream(StreamingCodec):
 
         Args:
             audio: Waves `[b, n]` or `[b, c, n]` in [-1, 1] at `target_sample_hz`, of any length.
-            return_recons_only: Whether to return only the waves to which the codes of `tokenize` decode; training mode
-                has no effect on these waves and updates no codebook.
+            return_recons_only: Whether to return only the reconstructed waves, decoded from the codes of `tokenize`;
+                then training mode changes neither waves nor codebooks.
             quantize: Whether to quantize frames; False calls `FrameQuantizer.bypass` instead (first training steps).
             denoise: Whether to remove noise, as one bool for all items or a bool tensor `[b]`; True needs a codec with
                 `denoising`.

@@ -25,9 +25,9 @@ class ConditionSpec:
 
     Attributes:
         dim: Width of the embeddings.
-        way: `prepend` places the embeddings before the tokens, and `cross` uses cross-attention in every layer. With
-            `sum`, an embedding is added to all tokens; if there is one embedding per frame, embedding i is added where
-            frame i is predicted.
+        way: `prepend` places the embeddings before the tokens, and `cross` uses cross-attention in every layer.
+            `sum` adds one embedding to all tokens, or, with one embedding per frame, adds embedding i to the tokens
+            that predict frame i.
         null: Embedding that replaces a missing condition, `learned` or `zero`.
         null_tokens: Number of null embeddings that replace a missing condition; a null embedding also replaces each
             masked embedding. If `null_tokens` is None, one null embedding replaces a missing condition, and masked

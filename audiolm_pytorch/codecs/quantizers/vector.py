@@ -105,7 +105,7 @@ class ResidualQuantizer(ResidualLevels):
     Args:
         codebook_dim: Width of the code vectors; frames are projected to this width and back.
         decay: Decay of the exponential averages.
-        dead_below_share: Share of the mean use count below which a code is replaced by a random frame.
+        dead_below_share: A random frame replaces a code whose use count is below this share of the mean use count.
         level_dropout: Share of the training batches in which a random number of the last levels is skipped (0.5 in
             arXiv 2306.06546, section 3.4), so that any number of levels can be decoded; a share of 1 would reduce the
             quality of waves that are decoded from all levels.

@@ -46,7 +46,7 @@ class SoundStreamTrainer:
             `CodecLossWeights().reconstruction_only` without discriminators.
         discriminators: Discriminators to train; None uses only reconstruction losses. On a CPU,
             `soundstream_discriminators(channels=1)` needs more time than a small codec; with `width=8` it needs a
-            fifth of that time. Their class must be registered with `audiolm_pytorch.saving.modules.register`.
+            fifth of that time. Register their class with `audiolm_pytorch.saving.modules.register`.
         adversarial_start_step: First training step of the discriminators; by default after a quarter of the run.
         discriminator_lead_steps: Steps of the discriminators before the codec uses their losses; by default a tenth of
             the steps of the discriminators, at most 200.

@@ -77,8 +77,8 @@ class TransformersEncoder(FrameEncoder):
         source: Folder in transformers' format, hub id, or a loaded model, whose weights are frozen and not copied.
         layer_count: Number of transformer layers to keep, counted from the first; None means all layers.
         normalise_wave: Whether each item is normalised to zero mean and unit variance; None means True for a model
-            with layer norms in the convolutions and False for a model with a group norm, as in their training. The
-            value in `preprocessor_config.json` is ignored.
+            with layer norms in the convolutions and False for a model with a group norm, as in their training. This
+            setting is not read from `preprocessor_config.json`.
         window_seconds: Length of a window without its context.
         offline: Use only local files and the local cache of the hub.
     """
@@ -296,8 +296,8 @@ def open_encoder(
     """Load an audio encoder in eval mode from local files or the hub.
 
     Args:
-        source: A folder of `save_module` with an encoder, or with a tokenizer whose encoder is returned, or a source
-            of `open_published`; if a local file or folder exists, the hub is not used.
+        source: A folder of `save_module` that contains an encoder, or a tokenizer with an encoder; or a source that
+            `open_published` accepts. If a local file or folder exists, the hub is not used.
         offline: Use only local files and the local cache of the hub.
     """
     if _is_checkpoint_file(Path(source).expanduser()):
