@@ -160,7 +160,7 @@ class MusicLM(nn.Module):
             codec of several channels) at `sample_hz`, with peaks below 1; `Candidates` if `return_all` is set.
 
         Raises:
-            ValueError: If a text is empty, a number is out of range, or inputs have neither 1 item nor 1 item per text.
+            ValueError: If a text is empty, a number is out of range, or an input has a wrong number of items.
         """
         prompts = [text] if isinstance(text, str) else list(text)
         candidate_seeds = _candidate_seeds(num_samples, seed, seeds)
@@ -214,7 +214,7 @@ class MusicLM(nn.Module):
         """Generate one piece of music per text, and return it in chunks while it is generated.
 
         With several candidates, only a first part of each candidate is generated, and MuLaN ranks these parts. The
-        first part of the best candidate is the first chunk. After it, only the best candidate of each text is decoded,
+        first part of the best candidate is the first chunk. After the first chunk, only the best candidate is decoded,
         from its beginning. `forward` generates the same tokens from the same seed. Samples can exceed 1, because chunks
         are returned before the peak of the whole wave is known, while `forward` scales the whole wave. Memory does not
         grow with `seconds`. `forward` documents the arguments that are not listed below.

@@ -198,7 +198,7 @@ class DecodeSession:
         self.is_prefilled = self.has_read = True
 
     def _doubled_conditions(self) -> Conditions | None:
-        """Conditions of the batch; with guidance, followed by unconditional copies of all items."""
+        """Conditions of the batch; guidance appends an unconditional copy of every item."""
         if self.conditioning is None or self.copies == 1:
             return self.conditioning
         items, is_copy = torch.arange(self.batch).repeat(2), torch.arange(2 * self.batch) >= self.batch

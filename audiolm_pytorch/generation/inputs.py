@@ -132,7 +132,7 @@ def request_conditions(
     audio_conditioner: Conditioner | None,
     text_conditioner: TextEncoder | None,
 ) -> dict[str, Conditions]:
-    """Return the conditions of all stages by stage name, from the request or computed from its inputs."""
+    """Return the conditions of all stages by stage name; conditions that the request lacks are computed."""
     finished = request.conditioning or {}
     unknown = set(finished) - set(stages)
     if unknown:

@@ -131,7 +131,7 @@ class GenerationRequest:
         sizes = {name: len(value) for name, value in inputs.items() if value is not None}
         empty = [name for name, size in sizes.items() if size < 1]
         if empty:
-            raise ValueError(f"{empty} have no items; omit them, or pass 1 item or one per item of the batch")
+            raise ValueError(f"{empty} have no items; omit them, or pass 1 item for all, or 1 item for each")
         several = {size for size in (self.batch_size, *sizes.values()) if size != 1}
         if len(several) > 1:
             sizes = {"batch_size": self.batch_size, **sizes}

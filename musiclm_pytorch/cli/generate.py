@@ -55,7 +55,7 @@ class Generate:
     """Plot the wave and its mel spectrogram into this picture file (needs the [plot] extra)."""
 
     def execute(self) -> int:
-        """Write the best candidate to a file and print the similarity of each to the text."""
+        """Write the best candidate to a file and print the similarity of each candidate to the text."""
         _check(self)
 
         from audiolm_pytorch.audio.files import write_audio
@@ -89,7 +89,7 @@ class Generate:
         return 0
 
     def _stream(self, musiclm: "MusicLM") -> None:
-        """Write the music chunk by chunk, and report the candidates after the first chunk."""
+        """Write the music chunk by chunk, and print the scores of the candidates after the first chunk."""
         chunks = musiclm.stream(
             self.text,
             num_samples=self.num_samples,
@@ -136,7 +136,7 @@ class Generate:
 
 
 def _wav_header(sample_hz: int, channels: int, num_bytes: int | None) -> bytes:
-    """Header of a 16-bit WAV file; None = the number of bytes of samples is unknown, because the file is a stream."""
+    """Header of a 16-bit WAV file; `num_bytes` is the size of the samples; None = unknown, for a stream."""
     sizes = (_UNKNOWN_SIZE, _UNKNOWN_SIZE) if num_bytes is None else (num_bytes + 36, num_bytes)
     sound = (16, 1, channels, sample_hz, sample_hz * channels * 2, channels * 2, 16)
     return struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", sizes[0], b"WAVE", b"fmt ", *sound, b"data", sizes[1])

@@ -83,7 +83,7 @@ def retrieval(similarities: Tensor, relevant: Tensor) -> Retrieval:
     """Rank the candidates of each query by similarity, the most similar candidate first.
 
     `similarities` and `relevant` are `[t, c]`, with a row per query and a column per candidate. Among candidates of
-    equal similarity, relevant candidates are ranked last, so that constant similarities retrieve nothing.
+    equal similarity, relevant candidates are ranked last, so that constant similarities have the worst ranks.
     """
     if similarities.ndim != 2 or similarities.shape != relevant.shape or relevant.dtype != torch.bool:
         raise ValueError(

@@ -72,8 +72,8 @@ def tag_labels(items: Sequence[AudioItem]) -> dict[str, list[str | None]]:
     UTF-8 are not tags.
 
     Returns:
-        For each label in the order of the manifest, the value of every clip as text: "yes" or "no" for a boolean,
-        "none" for a null in a text label (`"chords": null` means no chords), None for a clip without the label.
+        The values of all clips as texts, for each label in the order of the manifest. A boolean is "yes" or "no", a
+        null in a text label is "none" (`"chords": null` means no chords), and a missing value is None.
     """
     names = dict.fromkeys(name for item in items for name in item.labels if is_encodable(name))
     values = {name: _values_of(items, name) for name in names}

@@ -45,7 +45,7 @@ def aspects_of(item: AudioItem) -> list[str]:
 
 @beartype
 def texts_of(item: AudioItem) -> list[str]:
-    """Return the captions of an item, or one text with all aspects if there are no captions, or an empty list."""
+    """Return the captions of an item; without captions, return one text with all aspects, or an empty list."""
     return captions_of(item) or texts_in(", ".join(aspects_of(item)))
 
 

@@ -103,7 +103,7 @@ def embed_clips(
 @torch.no_grad()
 @beartype
 def zero_shot_similarities(mulan: JointEmbedding, audio_latents: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Compute cosines `[n, classes]` of clips, whose latents `[n, d]` have unit norm, and of text prompts."""
+    """Compute cosines `[n, classes]` between clip latents `[n, d]` of unit norm and text prompts."""
     texts = mulan.get_text_latents(list(prompts))
     return audio_latents.float() @ texts.float().to(audio_latents.device).T
 

@@ -99,7 +99,7 @@ class SpecAugment(nn.Module):
         return torch.lerp(below, above, (at - lower).unsqueeze(1)), stretched
 
     def mask(self, image: Tensor, num_frames: Tensor) -> Tensor:
-        """Set one band of bins and one span of frames in each standardised spectrogram of `[b, bins, f]` to 0."""
+        """In each standardised spectrogram of `[b, bins, f]`, set one band of bins and one span of frames to 0."""
         if not self.training:
             return image
         bins = torch.full_like(num_frames, image.shape[1])

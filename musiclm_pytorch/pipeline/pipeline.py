@@ -266,9 +266,9 @@ class Pipeline:
         return self.is_complete and read_record(self.model_folder / CARD).get("made_from") == self._hashes(STEPS)
 
     def _save(self, step: str, module: nn.Module, frozen: nn.Module | None = None) -> None:
-        """Save the result of a step as fp16, so that later steps use the weights of the exported model.
+        """Save the module of a step as fp16, so that later steps use the weights of the exported model.
 
-        If fp16 would round the weights of `frozen`, the result is saved without conversion.
+        If fp16 would round the weights of `frozen` (the module or a part of it), all weights keep their type.
         """
         if self.accelerator.is_main_process:
             dtype = torch.float16 if frozen is None else exact_dtype(frozen, torch.float16)

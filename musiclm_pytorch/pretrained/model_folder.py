@@ -177,7 +177,7 @@ def _load_parts(folder: Path, card: Mapping[str, Any]) -> dict[str, nn.Module]:
 
 
 def _bundled_parts(card: Mapping[str, Any], file: Path) -> dict[str, Path]:
-    """Return the folders of the bundled modules that `bundled_parts` in `musiclm.json` names, by name in `PARTS`."""
+    """Return, by name in `PARTS`, the folders of the modules in the field `bundled_parts` of `musiclm.json`."""
     named = card.get("bundled_parts", {})
     if not isinstance(named, dict) or not set(named) <= set(PARTS):
         raise ValueError(f"bundled_parts in {file} must be a dict with keys from {', '.join(PARTS)}, got {named!r}")

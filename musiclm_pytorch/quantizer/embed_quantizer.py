@@ -181,7 +181,7 @@ class MuLaNEmbedQuantizer(Conditioner):
     @beartype
     @torch.no_grad()
     def codes_from_latents(self, latents: Tensor, modality: Modality = "audio") -> Tensor:
-        """Quantize MuLaN latents `[..., d]` of a modality to codes `[..., q]` int64 in [0, codebook_size).
+        """Quantize MuLaN latents `[..., d]` of audio or text to codes `[..., q]` int64 in [0, codebook_size).
 
         At each level, the code is the index of the centroid that is nearest to the residual of the previous levels.
         """

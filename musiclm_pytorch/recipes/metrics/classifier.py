@@ -158,7 +158,7 @@ def fitted_classifier(data: str | Path, folder: str | Path | None = None) -> Att
         classifier = load_module(folder, expect=AttributeClassifier)
         if not isinstance(classifier, AttributeClassifier):
             raise ValueError(
-                f"{folder} contains a {type(classifier).__name__}, needs an AttributeClassifier; use another folder"
+                f"{folder} contains a {type(classifier).__name__}, not an AttributeClassifier; use another folder"
             )
         return classifier.requires_grad_(False)
     classifier = fit_attribute_classifier(load_items(Path(data, "train.jsonl")).items)

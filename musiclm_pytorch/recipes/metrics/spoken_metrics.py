@@ -1,4 +1,4 @@
-"""Metrics of an AudioLM on spoken digits, for the speaker of continuations and the digits in generated speech."""
+"""Metrics of an AudioLM on spoken digits: the speaker of continuations, and the digits in generated speech."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -26,7 +26,7 @@ _WORDS_PER_BATCH = 200
 
 
 class WordFeatures(nn.Module):
-    """Module that computes the log-mel spectrogram of a word in a fixed number of segments, with mean and deviation.
+    """Module that computes log-mel features of a word: means of a fixed number of segments, and statistics per band.
 
     The features do not depend on the loudness of the word or on silence around the word. The highest mel band ends at
     3.8 kHz, so that recordings with a sample rate of 8 kHz contain all bands.
