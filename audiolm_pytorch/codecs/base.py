@@ -15,11 +15,10 @@ __all__ = ["Codec", "EncodedWave", "StreamingCodec"]
 
 
 class EncodedWave(NamedTuple):
-    """Codes of a batch of waves, and the loudness of each wave segment if the codec normalises segments.
+    """Codes `[b, f, q]` int64 of a batch of waves; -1 after the last frame of an item.
 
-    Attributes:
-        codes: Codes `[b, f, q]` int64; -1 after the last frame of an item.
-        scales: RMS of each segment `[b, s]`, 0 after the last segment of an item; None if the codec has no scales.
+    `scales [b, s]` contains the RMS of each segment, 0 after the last segment of an item; None if the codec has no
+    scales.
     """
 
     codes: Tensor
@@ -30,11 +29,8 @@ class Codec(nn.Module, ABC):
     """A neural audio codec, which encodes waves as frames of discrete codes and decodes the codes.
 
     Attributes:
-        target_sample_hz: Sample rate of the waves.
         downsample_factor: Samples per frame.
-        channels: Number of audio channels.
         num_quantizers: Number of codes per frame (levels times groups of the quantizer), from coarse to fine.
-        codebook_size: Number of different values that a code can have.
         has_scales: Whether `encode` also returns the loudness of segments.
     """
 
@@ -51,26 +47,17 @@ class Codec(nn.Module, ABC):
 
     @abstractmethod
     def tokenize(self, wave: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Encode waves as codes.
+        """Encode waves as codes `[b, f, q]` int64, coarse level first; -1 after the last frame of an item.
 
-        Args:
-            wave: Waves `[b, n]` or `[b, c, n]` in [-1, 1] at `target_sample_hz`, of any length.
-            lengths: Number of samples of each item `[b]`; None if no item is padded.
-
-        Returns:
-            Codes `[b, f, q]` int64, coarse level first; -1 after the last frame of an item.
+        Waves `[b, n]` or `[b, c, n]` at `target_sample_hz` have any length and values in [-1, 1]. `lengths [b]` are the
+        numbers of samples of the items; None if no item is padded.
         """
 
     @abstractmethod
     def decode_from_codebook_indices(self, codes: Tensor, num_samples: int | None = None) -> Tensor:
-        """Decode codes to waves.
+        """Decode codes `[b, f, q']` of the first q' quantizers (at least one) to waves `[b, c, n]`.
 
-        Args:
-            codes: Codes `[b, f, q']` of the first q' quantizers; q' can be 1 to `num_quantizers`.
-            num_samples: Number of samples of the decoded waves; None for all samples that the frames cover.
-
-        Returns:
-            Waves `[b, c, n]` at `target_sample_hz`.
+        The waves have `num_samples` samples; None for all samples that the frames cover.
         """
 
     def encode(self, wave: Tensor, lengths: Tensor | None = None) -> EncodedWave:

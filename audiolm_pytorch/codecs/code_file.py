@@ -4,7 +4,6 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from beartype import beartype
@@ -22,19 +21,7 @@ _CODES, _SCALES, _HEADER = "codes", "scales", "audio_codes"
 
 @dataclass(frozen=True)
 class CodesInfo:
-    """Description of the codec and of the encoded sound in a code file.
-
-    Attributes:
-        codec_class: Class name of the codec.
-        codec_fingerprint: Hash of the weights and settings of the codec.
-        codebook_size: Number of different codes per level.
-        sample_hz: Sample rate of the codec.
-        num_samples: Samples per channel of the sound at `sample_hz`.
-        channels: Number of audio channels of the codec.
-        original_sample_hz: Sample rate of the encoded file.
-        original_num_samples: Samples per channel of the encoded file.
-        original_channels: Number of channels of the encoded file.
-    """
+    """Description of the codec and of the encoded sound; the fields `original_...` describe the encoded file."""
 
     codec_class: str
     codec_fingerprint: str
@@ -57,12 +44,9 @@ class CodesInfo:
 
 @dataclass(frozen=True)
 class StoredCodes:
-    """The codes of one sound, with the information to decode the codes.
+    """The codes `[f, q]` int64 of one sound, coarse level first, with the information to decode the codes.
 
-    Attributes:
-        codes: Codes `[f, q]` int64, coarse level first.
-        info: Description of the codec and of the sound.
-        scales: Loudness of each segment `[s]` float32; None if the codec has no scales.
+    `scales [s]` float32 contains the loudness of each segment; None if the codec has no scales.
     """
 
     codes: Tensor
@@ -155,20 +139,16 @@ def read_codes(path: str | Path) -> StoredCodes:
             f"{path} has format_version {version!r}, this release reads {_FORMAT_VERSION}; install the release that "
             "wrote it, or encode the sound again"
         )
+    names = {field.name for field in fields(CodesInfo)}
+    if header.keys() != names:
+        raise ValueError(
+            f"{path}: the header lacks the entries {sorted(names - header.keys())} and has the unknown entries "
+            f"{sorted(header.keys() - names)}; encode the sound again"
+        )
     codes = tensors[_CODES]
     if codes.dtype not in (torch.int16, torch.int32):
         raise ValueError(f"{path}: codes must be int16 or int32, got {codes.dtype}; encode the sound again")
     try:
-        return StoredCodes(codes.long(), _read_info(header), tensors.get(_SCALES))
+        return StoredCodes(codes.long(), CodesInfo(**header), tensors.get(_SCALES))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def _read_info(header: dict[str, Any]) -> CodesInfo:
-    names = {field.name for field in fields(CodesInfo)}
-    if header.keys() != names:
-        raise ValueError(
-            f"the header lacks the entries {sorted(names - header.keys())} and has the unknown entries "
-            f"{sorted(header.keys() - names)}; encode the sound again"
-        )
-    return CodesInfo(**header)

@@ -128,7 +128,6 @@ class _ConvNetwork(nn.Module, ABC):
     """Base class of `ConvEncoder` and `ConvDecoder`, with causal convolutions and local attention between frames.
 
     Args:
-        channels: Audio channels.
         base_dim: Number of channels after the first convolution of the encoder and before the last convolution of the
             decoder.
         strides: Downsampling factors in the order of the encoder; their product is the number of samples per frame.

@@ -19,15 +19,9 @@ _FFTS_WINDOWS_AND_HOPS = ((512, 240, 50), (1024, 600, 120), (2048, 1200, 240))
 def si_sdr_db(estimate: Tensor, target: Tensor) -> Tensor:
     """Scale-invariant signal-to-distortion ratio of zero-mean signals (arXiv 1811.02508, eq. 4 and 5).
 
-    The signal is the projection of the estimate onto the target, and the distortion is the rest of the estimate.
-
-    Args:
-        estimate: Waves `[..., n]`; their means are removed first.
-        target: Waves `[..., n]`; their means are removed first.
-
-    Returns:
-        Ratios `[...]` float64 in dB, limited to -100..100. The ratio is 100 dB for a scaled copy of the target or for
-        two silent waves, and -100 dB if only one wave is silent.
+    The means of the waves `[..., n]` are removed first. The signal is the projection of the estimate onto the target,
+    and the distortion is the rest of the estimate. The ratios `[...]` float64 in dB are limited to -100..100. The ratio
+    is 100 dB for a scaled copy of the target or for two silent waves, and -100 dB if only one wave is silent.
     """
     if estimate.shape != target.shape or estimate.shape[-1:].numel() == 0:
         raise ValueError(

@@ -13,9 +13,7 @@ __all__ = ["WaveDecoder", "WaveEncoder"]
 class _WaveNetwork(nn.Module, ABC):
     """Base class of encoders and decoders; without gradients, long inputs are processed in chunks to limit the memory.
 
-    Attributes:
-        channels: Audio channels.
-        lookahead_frames: Number of frames on each side that influence the output for a frame; 0 for causal networks.
+    For a causal network, `lookahead_frames`, the number of frames on each side that influence the output, is 0.
     """
 
     channels: int

@@ -26,13 +26,9 @@ __all__ = ["AudioLMSoundStream", "CodecOutput", "MusicLMSoundStream", "SoundStre
 
 
 class CodecOutput(NamedTuple):
-    """Output of `SoundStream.forward`, with the values that training needs.
+    """Output of `SoundStream.forward`: reconstructed waves `[b, c, n]` and the values that training needs.
 
-    Attributes:
-        wave: Reconstructed waves `[b, c, n]`.
-        codes: Codes `[b, f, q]` int64; -1 in levels that level dropout skipped.
-        frames: Frames before quantization, `[b, f, d]`.
-        commitment_loss: Scalar loss of the quantizer.
+    The codes `[b, f, q]` int64 are -1 in levels that level dropout skipped. The frames `[b, f, d]` are not quantized.
     """
 
     wave: Tensor
@@ -51,7 +47,6 @@ class SoundStream(StreamingCodec):
     frame alone describe a coarser version of the sound.
 
     Args:
-        codebook_size: Number of different codes per level.
         rq_num_quantizers: Number of levels of the residual quantizer.
         rq_groups: Number of equal parts of a frame; each part has `rq_num_quantizers` codes.
         use_lookup_free_quantizer: Whether codes are signs (LFQ) instead of learnt vectors.
@@ -62,9 +57,7 @@ class SoundStream(StreamingCodec):
         attn_window_size: Number of frames to which a frame attends in local attention, including itself.
         attn_depth: Number of local attention layers after the encoder convolutions and before the decoder convolutions;
             the paper has no attention.
-        audio_channels: 1 for mono, 2 for stereo.
-        encoder: Network that replaces the default encoder, which `channels`, `strides` and `attn_...` define.
-        decoder: Network that replaces the default decoder, which `channels`, `strides` and `attn_...` define.
+        encoder, decoder: Networks that replace the default networks, which `channels`, `strides` and `attn_...` define.
         quantizer: Quantizer that replaces the default quantizer, which `codebook_size` and `rq_...` define.
         denoising: FiLM layer before quantization that turns denoising on or off; None if the codec cannot denoise.
     """
@@ -158,16 +151,11 @@ class SoundStream(StreamingCodec):
         return self.decoder.lookahead_frames * self.downsample_factor / self.target_sample_hz
 
     def forward(
-        self,
-        audio: Tensor,
-        return_recons_only: bool = False,
-        quantize: bool = True,
-        denoise: bool | Tensor = False,
+        self, audio: Tensor, return_recons_only: bool = False, quantize: bool = True, denoise: bool | Tensor = False
     ) -> CodecOutput | Tensor:
-        """Encode, quantize and decode waves.
+        """Encode, quantize and decode waves `[b, n]` or `[b, c, n]` in [-1, 1] at `target_sample_hz`.
 
         Args:
-            audio: Waves `[b, n]` or `[b, c, n]` in [-1, 1] at `target_sample_hz`, of any length.
             return_recons_only: Whether to return only the reconstructed waves, decoded from the codes of `tokenize`;
                 then training mode changes neither waves nor codebooks.
             quantize: Whether to quantize frames; False calls `FrameQuantizer.bypass` instead (first training steps).
@@ -195,10 +183,7 @@ class SoundStream(StreamingCodec):
     def tokenize(self, wave: Tensor, lengths: Tensor | None = None, denoise: bool | Tensor = False) -> Tensor:
         """Encode waves as `Codec.tokenize` does, with memory that does not grow with the length of the waves.
 
-        Args:
-            wave: Waves `[b, n]` or `[b, c, n]` in [-1, 1] at `target_sample_hz`.
-            lengths: Number of samples of each item `[b]`; None if no item is padded.
-            denoise: Whether to remove noise from the encoded sound, as one bool for all items or a bool tensor `[b]`.
+        `denoise`, one bool for all items or a bool tensor `[b]`, is True to remove noise from the encoded sound.
         """
         wave = self._check_wave(wave)
         if lengths is None:
@@ -282,14 +267,8 @@ def SpectralSoundStream(
 ) -> SoundStream:
     """A SoundStream whose encoder and decoder run once per frame, so that two CPU cores can train it.
 
-    Args:
-        dim: Width of the layers of encoder and decoder.
-        encoder_depth: Number of ConvNeXt blocks of the encoder.
-        decoder_depth: Number of ConvNeXt blocks of the decoder.
-        hop_samples: Samples per frame.
-        rq_num_quantizers: Number of levels of the residual quantizer.
-        code_dim: Width of the code vectors; frames are projected to this width and back.
-        audio_channels: 1 for mono, 2 for stereo.
+    The depths are numbers of ConvNeXt blocks, and a frame has `hop_samples` samples. Frames are projected to code
+    vectors of width `code_dim` and back.
     """
     sizes: dict[str, Any] = dict(dim=dim, hop_samples=hop_samples, channels=audio_channels)
     return SoundStream(

@@ -93,10 +93,8 @@ def _config(channels: int, **config: Any) -> dict[str, Any]:
 class SpectralEncoder(_SpectralNetwork, WaveEncoder):
     """Encoder that applies ConvNeXt blocks to log-magnitude STFT frames; blocks and encoded frames have width `dim`.
 
-    Args:
-        hop_samples: Samples per frame.
-        window_samples: Length of the STFT window; None for `4 * hop_samples`.
-        channels: Number of audio channels; the first layer receives their concatenated spectra.
+    A frame has `hop_samples` samples. The default STFT window has `4 * hop_samples` samples. The first layer receives
+    the concatenated spectra of all audio channels.
     """
 
     @beartype
@@ -122,12 +120,7 @@ class SpectralEncoder(_SpectralNetwork, WaveEncoder):
             pad = (self.window_samples - self.hop_samples) // 2
             padded = F.pad(rearrange(wave.float(), "b c n -> (b c) n"), (pad, pad))
             spectrum = torch.stft(
-                padded,
-                self.window_samples,
-                self.hop_samples,
-                window=self.window,
-                center=False,
-                return_complex=True,
+                padded, self.window_samples, self.hop_samples, window=self.window, center=False, return_complex=True
             )
             # The peak of a full-scale sine is half the window's sum; the division brings it near 1 for any window.
             magnitude = spectrum.abs() * (2.0 / self.window.sum())
@@ -139,10 +132,8 @@ class SpectralEncoder(_SpectralNetwork, WaveEncoder):
 class SpectralDecoder(_SpectralNetwork, WaveDecoder):
     """Decoder of ConvNeXt blocks and an inverse-STFT head (Vocos, arXiv 2306.00814, section 3.2).
 
-    Args:
-        hop_samples: Samples per frame.
-        window_samples: Length of the STFT window; None for `4 * hop_samples`.
-        input_dim: Width of the quantized frames; None for `dim`.
+    A frame has `hop_samples` samples. The default STFT window has `4 * hop_samples` samples, and the default width of
+    the quantized frames, `input_dim`, is `dim`.
     """
 
     @beartype

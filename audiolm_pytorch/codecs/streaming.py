@@ -14,10 +14,7 @@ __all__ = ["DecoderStream", "EncoderStream"]
 class EncoderStream:
     """Encodes one wave in chunks, created by `StreamingCodec.encoder_stream`. Streams of one codec are independent.
 
-    Args:
-        frames: Stream of the encoder network, from waves to frames.
-        to_codes: Function that quantizes frames `[b, f, d]` to codes `[b, f, q]`.
-        check: Function that checks a wave and returns it as `[b, c, n]`.
+    The function `check` checks a wave and returns it as `[b, c, n]`.
     """
 
     def __init__(
@@ -42,13 +39,7 @@ class EncoderStream:
 
 
 class DecoderStream:
-    """Decodes one sequence of codes in chunks, created by `StreamingCodec.decoder_stream`.
-
-    Args:
-        waves: Stream of the decoder network, from frames to waves.
-        to_frames: Function that converts codes `[b, f, q']` to frames `[b, f, d]`.
-        check: Function that checks codes and returns them.
-    """
+    """Decodes one sequence of codes in chunks, created by `StreamingCodec.decoder_stream`."""
 
     def __init__(
         self, waves: FrameStream, to_frames: Callable[[Tensor], Tensor], check: Callable[[Tensor], Tensor]

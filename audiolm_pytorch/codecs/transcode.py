@@ -65,13 +65,10 @@ class FileCodec:
     def decode(
         self, stored: StoredCodes, path: str | Path, num_levels: int | None = None, original_rate: bool = False
     ) -> None:
-        """Decode codes to a sound file with exactly as many samples as were encoded.
+        """Decode codes that this codec encoded to a .wav, .flac or .ogg file of exactly the encoded length.
 
-        Args:
-            stored: Codes that this codec encoded.
-            path: File name ending in .wav, .flac or .ogg.
-            num_levels: Number of levels to decode; None for all stored levels.
-            original_rate: Whether to resample to the rate of the encoded file.
+        The first `num_levels` levels are decoded (None: all stored levels). With `original_rate`, the sound is
+        resampled to the rate of the encoded file.
         """
         info = stored.info
         stored.check_codec(self.codec, self.fingerprint)

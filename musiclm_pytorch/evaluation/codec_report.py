@@ -24,12 +24,8 @@ _DISTANCES = ("si_sdr_db", "stft", "mel_nepers")
 class CodecRow:
     """Row of a codec report: mean distances between reconstructed and original clips, bitrate, codebook usage.
 
-    Attributes:
-        seconds: Total length of the clips.
-        stft: Spectral distance, see `stft_distance`.
-        mel_nepers: Mel distance in nepers, see `MultiScaleMelLoss`.
-        kbps: Bitrate in kbit/s; None if the waves were not encoded.
-        usage: For each codebook level, the share of the codes that occur in the clips.
+    See `stft_distance` for `stft` and `MultiScaleMelLoss` for `mel_nepers`. `seconds` is the total length of the clips,
+    and `kbps` is None if the waves were not encoded. `usage` has, for each level, the share of codes that occur.
     """
 
     name: str
@@ -83,11 +79,9 @@ def distance_row(
 def codec_report(
     codec: Codec, clips: Iterable[Tensor], levels: Sequence[int | None] = (None,), name: str = "codec"
 ) -> list[CodecRow]:
-    """Measure how well a codec reconstructs clips, once for each number of codebook levels in `levels`.
+    """Measure how well a codec reconstructs clips, once for each number of codebook levels in `levels` (None = all).
 
-    Args:
-        clips: Waves `[c, n]` with the sample rate and channels of the codec; each wave is read only once.
-        levels: Numbers of codebook levels to decode; the report has a row for each number; None = all levels.
+    The clips are waves `[c, n]` with the sample rate and channels of the codec. Each wave is read only once.
     """
     counts = [codec.check_num_levels(num_levels) for num_levels in levels]
     device = device_of(codec)
@@ -99,9 +93,7 @@ def codec_report(
         for distance, count in zip(distances, counts):
             decoded = codec.decode(codes[..., :count], scales, clip.shape[-1])
             distance.add(decoded[0].float().cpu(), clip)
-    if not all_codes:
-        raise ValueError("there are no clips to measure")
-    usage = code_usage(torch.cat(all_codes), codec.codebook_size)["usage"].tolist()
+    usage = code_usage(torch.cat(all_codes), codec.codebook_size)["usage"].tolist() if all_codes else []
     return [
         distance.row(f"{name}, {count} level{'s' if count > 1 else ''}", codec.bitrate_kbps(count), usage[:count])
         for distance, count in zip(distances, counts)

@@ -48,12 +48,9 @@ def bootstrap_interval(
 class Metric:
     """Result of a measurement, with confidence interval and chance level.
 
-    Attributes:
-        name: What was measured, as `group / condition / measure`.
-        value: The measured value; fractions are in 0..1, not in per cent.
-        low, high: Ends of the 95% bootstrap interval.
-        chance: Expected result of random answers; None if random answers are not possible for this metric.
-        count: Number of measured items.
+    The name has the form `group / condition / measure`. Fractions are in 0..1, not in per cent. `low` and `high` limit
+    the 95% bootstrap interval of `count` items. `chance` is the expected result of random answers, or None if random
+    answers are not possible.
     """
 
     name: str

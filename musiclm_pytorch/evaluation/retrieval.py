@@ -16,12 +16,9 @@ __all__ = ["Retrieval", "different_captions", "retrieval"]
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Ranks and precisions of a retrieval test with t queries.
+    """Ranks and precisions of a retrieval test with t queries; all arrays are `[t]`.
 
-    Attributes:
-        ranks: `[t]` best rank of a relevant candidate, for each query; 1 is the best rank.
-        average_precisions: `[t]` average precision of each query.
-        num_relevant: `[t]` number of relevant candidates of each query.
+    The rank of a query is the best rank of a relevant candidate; 1 is the best rank.
     """
 
     ranks: np.ndarray
@@ -64,11 +61,8 @@ class Retrieval:
 def different_captions(captions: Sequence[Sequence[str]]) -> tuple[list[str], Tensor]:
     """List every different caption once, and mark the clips that each caption describes.
 
-    In retrieval, a caption of several clips is one query with several right answers.
-
-    Returns:
-        The t different captions in the order of their first clips, and `[t, clips]` bool, True where a caption
-        describes a clip.
+    In retrieval, a caption of several clips is one query with several right answers. The t captions are in the order of
+    their first clips. The mask `[t, clips]` is True where a caption describes a clip.
     """
     unique = list(dict.fromkeys(caption for of_clip in captions for caption in of_clip))
     index = {caption: number for number, caption in enumerate(unique)}

@@ -87,15 +87,9 @@ def evaluate_semantic(
 ) -> list[Metric]:
     """Measure linear probes of log-mel frames, encoder layers, k-means clusters of these features, and semantic tokens.
 
-    Each metric is named `FEATURES / LABEL`, for example `layer 9 / genre`.
-
-    Args:
-        labels: Names of labels in the manifest, see `probe`.
-        encoder: The encoder whose layers are probed; None = no layers are probed.
-        tokenizer: The tokenizer whose tokens are probed; None = no tokens are probed.
-        layers: Numbers of encoder layers; 0 is the input of the first layer.
-        clusters: Cluster counts for k-means; the frames are clustered once for each count.
-        announce: Function that is called with the name of each set of features before the features are probed.
+    Each metric is named `FEATURES / LABEL`, for example `layer 9 / genre`; see `probe` for the labels. Layer 0 is the
+    input of the first encoder layer. Frames are clustered once for each number in `clusters`. `announce` receives the
+    name of each set of features before the features are probed.
     """
     metrics: list[Metric] = []
 

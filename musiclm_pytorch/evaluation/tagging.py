@@ -39,10 +39,8 @@ _BOOTSTRAP_ROUNDS = 200
 class TagScores:
     """Scores of the zero-shot classification of one label, averaged over the classes that occur in the clips.
 
-    Attributes:
-        auc: Area under the ROC curve of each class against the other classes; chance is 0.5.
-        balanced_accuracy: Mean recall of the classes, where a clip is assigned to the class of its most similar prompt;
-            chance is 1 / number of prompts.
+    `auc` is the area under the ROC curve of each class against the other classes (chance 0.5). In `balanced_accuracy`,
+    a clip is assigned to the class of its most similar prompt (chance 1 / number of prompts).
     """
 
     auc: float
@@ -53,9 +51,7 @@ class TagScores:
 class TagTest:
     """Zero-shot classification task: assign each clip of a set to one of the values of a label.
 
-    Attributes:
-        prompts: One text per class.
-        truth: `[n]` int64 class of each clip; -1 = unknown.
+    Each value has one prompt. `truth [n]` int64 is the class of each clip; -1 = unknown.
     """
 
     label: str

@@ -122,16 +122,11 @@ class CaptionSampler:
             # Aspects follow after the last caption, unless `aspect_prob` is 0.
             needs_aspects = place >= len(captions) and (not captions or self.aspect_prob > 0)
             if aspects and (needs_aspects or rng.random() < self.aspect_prob):
-                texts.append(_random_aspects(aspects, rng))
+                count = int(rng.integers(1, len(aspects) + 1))
+                texts.append(", ".join(aspects[number] for number in rng.permutation(len(aspects))[:count]))
             elif place < len(captions):
                 texts.append(_shortened(captions[turn % len(captions)], self.caption_dropout, rng))
         return list(dict.fromkeys(texts))
-
-
-def _random_aspects(aspects: list[str], rng: np.random.Generator) -> str:
-    """Select a random subset of the aspects (at least one) in random order."""
-    count = int(rng.integers(1, len(aspects) + 1))
-    return ", ".join(aspects[place] for place in rng.permutation(len(aspects))[:count])
 
 
 def _shortened(caption: str, dropout: float, rng: np.random.Generator) -> str:

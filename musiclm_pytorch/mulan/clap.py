@@ -27,15 +27,14 @@ __all__ = ["ClapMuLaN", "ClapSpectrogram"]
 # Settings that change embeddings but not the shape of any weight; part of the fingerprint.
 _TEXT_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "pad_token_id", "projection_hidden_act")
 _AUDIO_SETTINGS = (
-    "depths",
-    "hidden_act",
-    "layer_norm_eps",
-    "num_attention_heads",
-    "patch_stride",
-    "projection_hidden_act",
-    "spec_size",
-    "window_size",
-)
+    "depths", "hidden_act", "layer_norm_eps", "num_attention_heads",
+    "patch_stride", "projection_hidden_act", "spec_size", "window_size",
+)  # fmt: skip
+# Settings of transformers' `ClapFeatureExtractor`, with its defaults.
+_PREPROCESSOR: dict[str, Any] = dict(
+    feature_size=64, sampling_rate=48_000, hop_length=480, max_length_s=10.0, fft_window_size=1024,
+    frequency_min=0.0, frequency_max=14_000.0, truncation="fusion", padding="repeatpad",
+)  # fmt: skip
 # Lower bound of the energies: -100 dB.
 _FLOOR = 1e-10
 # Clips that are transformed at a time; the float64 spectra of a clip need 25 MB.
@@ -46,22 +45,11 @@ class ClapSpectrogram:
     """Computes log-mel spectrograms (dB) of clips of up to `num_samples` like transformers' `ClapFeatureExtractor`.
 
     A clip shorter than `num_samples` is repeated a whole number of times and padded with zeros. Random crops of longer
-    clips are not supported, since a clip must always have the same embedding. Settings that are missing in
-    `preprocessor_config.json` have the defaults of `ClapFeatureExtractor`.
+    clips are not supported, since a clip must always have the same embedding.
     """
 
     def __init__(self, preprocessor: dict[str, Any]) -> None:
-        self.settings: dict[str, Any] = {
-            "feature_size": int(preprocessor.get("feature_size", 64)),
-            "sampling_rate": int(preprocessor.get("sampling_rate", 48_000)),
-            "hop_length": int(preprocessor.get("hop_length", 480)),
-            "max_length_s": float(preprocessor.get("max_length_s", 10)),
-            "fft_window_size": int(preprocessor.get("fft_window_size", 1024)),
-            "frequency_min": float(preprocessor.get("frequency_min", 0)),
-            "frequency_max": float(preprocessor.get("frequency_max", 14_000)),
-            "truncation": str(preprocessor.get("truncation", "fusion")),
-            "padding": str(preprocessor.get("padding", "repeatpad")),
-        }
+        self.settings = {name: type(value)(preprocessor.get(name, value)) for name, value in _PREPROCESSOR.items()}
         repeats = {"repeatpad": 0, "repeat": 1, "pad": None}
         if self.settings["padding"] not in repeats:
             raise ValueError(f"padding must be one of {sorted(repeats)}, got {self.settings['padding']!r}")
@@ -108,7 +96,6 @@ class ClapMuLaN(JointEmbedding):
         source: Folder in transformers' format, hub id, or a loaded model, which is not copied.
         tokenizer: Tokenizer of the texts; None = the tokenizer in `source`.
         offline: Whether to use only local folders and the local cache of the hub.
-        cache_dir: Folder for downloads; None = the default cache of Hugging Face.
     """
 
     @beartype

@@ -38,11 +38,9 @@ _TEXTS_PER_BATCH = 50
 class EmbeddedClips:
     """Similarities of clips to captions, and of clips to the prompts of their labels.
 
-    Attributes:
-        texts: The t different captions, or the prompts of the first label if the clips have no captions.
-        similarities: `[t, c]` cosines of texts and clips.
-        relevant: `[t, c]` bool, True where a text describes a clip.
-        prompted: For each of `tests`, the cosines `[c, classes]` of clips and of the prompts of the test.
+    The texts are the t different captions, or the prompts of the first label if the clips have no captions. The cosines
+    `similarities` and the bool tensor `relevant` are `[t, c]`; `relevant` is True where a text describes a clip. For
+    each of `tests`, `prompted` has the cosines `[c, classes]` of clips and prompts.
     """
 
     texts: list[str]
@@ -176,10 +174,8 @@ def top_clip_metrics(name: str, similarities: Tensor, relevant: Tensor, tests: S
 def ordered_similarities(clips: EmbeddedClips, label: str | None = None) -> tuple[Tensor, list[str], list[str]]:
     """Order texts and clips by a label (default: the label of the first test); matches form a diagonal in the plot.
 
-    Clips without labels stay in the order of the manifest.
-
-    Returns:
-        Cosines `[t, c]`, the class of each text, and the class of each clip.
+    Clips without labels stay in the order of the manifest. The function returns the cosines `[t, c]`, the class of each
+    text, and the class of each clip.
     """
     num_clips = clips.relevant.shape[1]
     truth = torch.full((num_clips,), -1)

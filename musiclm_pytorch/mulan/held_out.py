@@ -24,10 +24,8 @@ _RECALL_AT = (1, 5, 10)
 class HeldOutClips:
     """Evaluates a joint embedding on held-out clips, with the first caption and the labels of each clip.
 
-    Args:
-        dataset: Crops of the held-out clips, each of which has a caption or aspects.
-        labels: Labels for zero-shot tagging; None = all labels that can be used for tagging (see `tag_labels`).
-        max_batch: Number of clips, or of captions, that are embedded in one batch.
+    Each clip of the dataset has a caption or aspects. The default labels are all labels that can be used for tagging
+    (see `tag_labels`). A batch has at most `max_batch` clips or captions.
     """
 
     @beartype
@@ -53,10 +51,9 @@ class HeldOutClips:
     def measure(self, mulan: JointEmbedding) -> dict[str, float]:
         """Compute the retrieval and tagging metrics of a model in eval mode.
 
-        Returns:
-            `recall_at_<k>` and `map` (mean average precision) for text queries, and with the prefix `audio_` for audio
-            queries; for each label `<label>_auc` (area under the ROC curve, mean over values) and `<label>_accuracy`
-            (balanced accuracy).
+        The metrics are `recall_at_<k>` and `map` (mean average precision) for text queries, and with the prefix
+        `audio_` for audio queries. Each label has the metrics `<label>_auc` (area under the ROC curve, mean over
+        values) and `<label>_accuracy` (balanced accuracy).
         """
         audio = self._audio_latents(mulan)
         parts = range(0, len(self._captions), self.max_batch)
@@ -75,13 +72,11 @@ class HeldOutClips:
 
     def _audio_latents(self, mulan: JointEmbedding) -> Tensor:
         """Embed the first crop of every clip as latents `[n, d]`."""
-        device, rate_hz, count = device_of(mulan), mulan.sample_hz, len(self.dataset)
+        device, rate_hz = device_of(mulan), mulan.sample_hz
         latents = []
-        for start in range(0, count, self.max_batch):
-            indices = range(start, min(start + self.max_batch, count))
-            crops = collate_crops([self.dataset.get(0, index) for index in indices])
-            wavs, lengths = crops.waves[rate_hz].to(device), crops.lengths[rate_hz].to(device)
-            latents.append(mulan.get_audio_latents(wavs, lengths))
+        for indices in torch.arange(len(self.dataset)).split(self.max_batch):
+            crops = collate_crops([self.dataset.get(0, index) for index in indices.tolist()])
+            latents.append(mulan.get_audio_latents(crops.waves[rate_hz].to(device), crops.lengths[rate_hz].to(device)))
         return torch.cat(latents)
 
     def _retrieval(self, similarities: Tensor) -> dict[str, Retrieval]:

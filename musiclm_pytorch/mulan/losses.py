@@ -19,12 +19,10 @@ _EXCLUDED = -1e30
 
 
 class _Pairs(NamedTuple):
-    """Similarities of all pairs of the `b` clips and `k` texts of all processes.
+    """Similarities `[b, k]` of all pairs of the clips and texts of all processes: cosines divided by the temperature.
 
-    Attributes:
-        similarities: `[b, k]` cosines divided by the temperature.
-        clip_index: `[k]` int64, for each text the row of the clip that the text describes.
-        contrast: `[b, k]` bool, True where the text differs from every text of the clip.
+    `clip_index [k]` is the row of the clip that each text describes. `contrast [b, k]` is True where the text differs
+    from every text of the clip.
     """
 
     similarities: Tensor

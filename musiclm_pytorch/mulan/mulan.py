@@ -96,12 +96,11 @@ class MuLaN(JointEmbedding):
         clip_index: Tensor | None = None,
         chunk_size: int | None = None,
     ) -> Tensor:
-        """Compute the contrastive loss (nats) of clips and the texts that describe them.
+        """Compute the contrastive loss (nats) of clips `[b, n]` at `sample_hz` and the texts that describe them.
 
         Neither clips with a common text nor the texts of one clip are contrasted with each other.
 
         Args:
-            wavs: `[b, n]` float at `sample_hz`.
             texts: `k` texts, or ids `[k, t]` with -1 past the end of a text.
             lengths: `[b]` number of samples of each clip, 1..n; None = `n` for every clip.
             clip_index: `[k]` integers, the row in `wavs` of the clip that each text describes, with at least one text

@@ -37,13 +37,7 @@ _TRUTHS = {"true": True, "false": False, "1": True, "0": False, "": None}
 
 @dataclass(frozen=True)
 class CaptionedClip:
-    """Clip of a video with its descriptions in the MusicCaps table.
-
-    Attributes:
-        captions: One caption for each row of the table that describes this clip.
-        aspects: Short phrases that describe the clip.
-        about: Values of the other columns of the table.
-    """
+    """Clip of a video with its descriptions in the MusicCaps table; `about` has the values of the other columns."""
 
     ytid: str
     start_seconds: float
@@ -61,13 +55,9 @@ class CaptionedClip:
 
 @dataclass(frozen=True)
 class MusicCapsItems:
-    """Clips of the MusicCaps table, grouped by whether their files in a folder can be used.
+    """Usable clips of the MusicCaps table in the order of the table, rejected files with reasons, and missing clips.
 
-    Attributes:
-        items: Usable clips in the order of the table, with the labels `aspects` (a list) and `musiccaps` (the values of
-            all other columns).
-        rejected: Files that cannot be used, with reasons.
-        missing: Clips without a file.
+    The items have the labels `aspects` (a list) and `musiccaps` (the values of all other columns).
     """
 
     items: list[AudioItem]

@@ -23,9 +23,8 @@ __all__ = ["TransformersTextEncoder"]
 class TransformersTextEncoder(PublishedTextEncoder, TextTower):
     """Text tower from a published encoder, which embeds a text as the mean over all tokens, special tokens included.
 
-    Args:
-        frozen: Whether the weights never change; if False, the encoder is trained with the MuLaN and with dropout.
-        max_seq_len: Maximum number of tokens of a text; `PublishedTextEncoder` describes the other arguments.
+    With `frozen=False`, the encoder is trained with the MuLaN and with dropout. Texts are truncated to `max_seq_len`
+    tokens. `PublishedTextEncoder` describes the other arguments.
     """
 
     @beartype

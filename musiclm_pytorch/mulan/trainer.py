@@ -107,12 +107,7 @@ class MuLaNTask:
         return {"loss": value, **chance}
 
     def batch(self, indices: list[tuple[int, int]]) -> dict[str, Tensor]:
-        """Load the crops and texts of clips; `indices` contains a pair (epoch, index of the clip) for each clip.
-
-        Returns:
-            `wavs [b, n]`, `lengths [b]` in samples, token ids `ids [k, t]` of all texts, and `clip_index [k]`, the row
-            of the clip that each text describes.
-        """
+        """Load the crops and texts of clips; `indices` contains a pair (epoch, index of the clip) for each clip."""
         crops = collate_crops([self.dataset.get(epoch, index) for epoch, index in indices])
         texts = [self.captions.sample(self.dataset.items[index], epoch, index) for epoch, index in indices]
         rate_hz = self.mulan.sample_hz
@@ -156,10 +151,8 @@ class MuLaNTrainer:
         items: Training items and held-out items, instead of `folder`; items without captions and aspects are left out.
         batch_size: Clips per step and process, which are contrasted with each other.
         seconds: Length of the crops; files that are shorter are used whole.
-        captions: Sampler of the texts of a clip; None = the default `CaptionSampler` with the seed of the training.
         chunk_size: Number of clips, and of texts, that are embedded at a time; see `MuLaN.forward`.
         labels: Labels of the held-out files for zero-shot tagging; None = all labels that can be used for tagging.
-        valid_fraction: Share of the files that are held out if the folder has no `valid.jsonl`.
         results_folder: Folder of checkpoints and metrics, and finally of the model (`results_folder/mulan`).
         **settings: Further fields of `LoopSettings`.
     """

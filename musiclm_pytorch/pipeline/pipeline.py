@@ -154,9 +154,8 @@ class Pipeline:
     def run(self, step: str = "all", announce: Callable[[str], None] | None = None) -> Iterator[StepReport]:
         """Run one step, or all steps, and yield a report of each step. Finished steps are not run again.
 
-        Args:
-            step: Name of a step, or "all"; missing tokens and pretrained modules that the step needs are written first.
-            announce: Function that is called with the name of each step that starts.
+        Missing tokens and pretrained modules that a step needs are written first. `announce` receives the name of each
+        step that starts.
         """
         check_step(step)
         names = self._steps_to_run(step)

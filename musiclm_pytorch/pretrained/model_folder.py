@@ -61,8 +61,7 @@ _FINGERPRINTED_PARTS = {"codec": (), "semantic_tokenizer": (), "quantizer": ("ta
 def load_musiclm(name_or_folder: str | Path = "tiny", device: str | torch.device = "cpu") -> MusicLM:
     """Load a MusicLM in eval mode, without network access, with the default sampling settings in `musiclm.json`.
 
-    Args:
-        name_or_folder: Name of a bundled model, or a folder that `musiclm train all` or `musiclm export` wrote.
+    The model is a bundled model, or a folder that `musiclm train all` or `musiclm export` wrote.
     """
     folder = model_folder(name_or_folder)
     card = _read_card(folder)
@@ -71,13 +70,10 @@ def load_musiclm(name_or_folder: str | Path = "tiny", device: str | torch.device
 
 @beartype
 def export_musiclm(run: str | Path, out: str | Path, settings: Mapping[str, Any] | None = None) -> int:
-    """Write the model of a finished run with fp16 weights (see `save_parts`) and return its size in bytes.
+    """Write the model of a finished run, or a model folder, with fp16 weights; return its size in bytes.
 
-    Args:
-        run: Folder of `musiclm train all`, or a model folder.
-        out: Folder to write, which must be new or empty, or contain a model, which is then replaced.
-        settings: Fields of `musiclm.json` to set, for example `{"num_levels": 2}` or
-            `{"sampling": {"coarse": {"temperature": 0.8}}}`.
+    The folder `out` must be new or empty, or contain a model, which is then replaced. `settings` are fields of
+    `musiclm.json`, for example `{"num_levels": 2}` or `{"sampling": {"coarse": {"temperature": 0.8}}}`.
     """
     folder, out = model_folder(run), Path(out)
     if out.exists() and not _may_be_replaced(out):
@@ -96,11 +92,9 @@ def save_parts(
 ) -> list[Path]:
     """Write a model folder and return its files; `musiclm.json` is written last and marks a complete folder.
 
-    Args:
-        parts: Module for each name in `PARTS`.
-        about: More JSON-able fields of `musiclm.json`.
-        dtype: Type of the stored weights; None keeps the type of each weight; a codec, tokenizer or quantizer that
-            `dtype` would round keeps its type, because stages accept only the codes with which they were trained.
+    `musiclm.json` also has the JSON-able fields `about`. Weights are stored as `dtype` (None keeps their types). A
+    codec, tokenizer or quantizer that `dtype` would round keeps its type, because stages accept only the codes with
+    which they were trained.
     """
     folder = Path(folder)
     (folder / CARD).unlink(missing_ok=True)

@@ -35,7 +35,6 @@ class MuLaNEmbedQuantizer(Conditioner):
     Args:
         mulan: Joint embedding, which stays in eval mode and receives no gradients.
         conditioning_dims: Width of the code embeddings, for each name in `namespaces`.
-        namespaces: Names of the tables of code embeddings, one for each language model.
         rq_num_quantizers: Number of quantizer levels, which is the number of codes per recording.
     """
 

@@ -36,8 +36,6 @@ class QuantizerReport:
     """Metrics of the codes of a quantizer, where tuples have one number per level.
 
     Attributes:
-        num_windows: Number of audio latents on which usage is measured.
-        num_pairs: Number of texts on which agreement is measured.
         is_held_out: Whether `explained`, `agreement` and `chance` are measured on files that were not used in fitting.
         usage: Share of the codes of a level that occur for at least one audio latent.
         perplexity: `exp(entropy)` of the frequencies of the codes.
@@ -114,12 +112,9 @@ def fit_quantizer(
 ) -> QuantizerReport:
     """Fit the codebooks of a quantizer to windows of audio files.
 
-    Captions are used to align texts with audio if all files, or at least 32 files, have captions.
-
-    Args:
-        quantizer: Quantizer that has a trained MuLaN and is not fitted yet.
-        held_out: Files for the metrics; if empty, the metrics are computed on the fitted files.
-        max_windows: Maximum number of windows, and of captions, that are embedded, selected at random from all.
+    Captions are used to align texts with audio if all files, or at least 32 files, have captions. The metrics are
+    computed on the files `held_out`, or on the fitted files without `held_out`. At most `max_windows` random windows,
+    and as many captions, are embedded.
     """
     windows = _draw_windows(quantizer.mulan, items, max_windows, seed)
     quantizer.check_can_fit(sum(len(numbers) for numbers in windows))

@@ -13,11 +13,9 @@ _SLOPE = 0.2  # MelGAN (arXiv 1910.06711, appendix A) and EnCodec's published di
 
 
 class ScaleOutput(NamedTuple):
-    """Output of a discriminator at one scale.
+    """Logits `[b, 1, ...]` of a discriminator at one scale, and outputs `[b, d, ...]` of all layers except the last.
 
-    Attributes:
-        logits: Logits `[b, 1, ...]`; positive values classify audio as real.
-        features: Outputs `[b, d, ...]` of all layers except the last.
+    Positive logits classify audio as real.
     """
 
     logits: Tensor

@@ -46,12 +46,8 @@ def soundstream_discriminators(channels: int = 1, width: int = 32) -> Discrimina
         raise ValueError(
             f"width must be a multiple of 8, so that width / 2 channels form groups of 4 channels, got {width}"
         )
-    return Discriminators(
-        [
-            MultiScaleWaveDiscriminator(channels=channels, width=width // 2),
-            ComplexSTFTDiscriminator(channels=channels, width=width),
-        ]
-    )
+    waves = MultiScaleWaveDiscriminator(channels=channels, width=width // 2)
+    return Discriminators([waves, ComplexSTFTDiscriminator(channels=channels, width=width)])
 
 
 @beartype

@@ -16,14 +16,7 @@ __all__ = ["ComplexSTFTDiscriminator", "MultiScaleSTFTDiscriminator"]
 
 # SoundStream, section III-D and figure 4: inner and outer channels in units of the width, and stride in (time,
 # frequency), of the six residual units
-_UNITS = (
-    (1, 2, (1, 2)),
-    (2, 4, (2, 2)),
-    (4, 4, (1, 2)),
-    (4, 8, (2, 2)),
-    (8, 8, (1, 2)),
-    (8, 16, (2, 2)),
-)
+_UNITS = ((1, 2, (1, 2)), (2, 4, (2, 2)), (4, 4, (1, 2)), (4, 8, (2, 2)), (8, 8, (1, 2)), (8, 16, (2, 2)))
 _BINS_PER_LOGIT = 2 ** len(_UNITS)
 _FRAMES_PER_LOGIT = 8
 
@@ -38,11 +31,8 @@ class ComplexSTFTDiscriminator(Discriminator):
     input channels, and strided 1x1 convolutions as skip connections. The highest of the `window / 2 + 1` bins is
     dropped, because SoundStream uses `window / 2` bins. The logits `[b, 1, f]` have one value per 8 STFT frames.
 
-    Args:
-        channels: Number of audio channels; one network processes all channels together.
-        width: Number of channels C after the first convolution; the last unit has 16 C channels.
-        window_samples: Length of the STFT window, a multiple of 128.
-        hop_samples: Hop size of the STFT.
+    One network processes all audio channels together. The first convolution has `width` output channels, and the last
+    residual unit has 16 times as many. The STFT window has a multiple of 128 samples.
     """
 
     @beartype
@@ -84,19 +74,12 @@ class MultiScaleSTFTDiscriminator(Discriminator):
     together, so that their differences influence the logits. The logits of an STFT window are `[b, 1, f, k]`, one per
     frame and per 8 frequency bins.
 
-    Args:
-        channels: Audio channels.
-        width: Filters per layer.
-        windows_samples: Lengths of the STFT windows, which EnCodec doubles at 48 kHz.
+    `width` is the number of filters per layer. EnCodec doubles the lengths of the STFT windows at 48 kHz.
     """
 
     @beartype
     def __init__(
-        self,
-        *,
-        channels: int = 1,
-        width: int = 32,
-        windows_samples: Sequence[int] = (2048, 1024, 512, 256, 128),
+        self, *, channels: int = 1, width: int = 32, windows_samples: Sequence[int] = (2048, 1024, 512, 256, 128)
     ) -> None:
         super().__init__(dict(channels=channels, width=width, windows_samples=list(windows_samples)))
         if channels < 1 or width < 1 or not windows_samples or min(windows_samples) < 4:

@@ -26,10 +26,8 @@ class MultiScaleWaveDiscriminator(Discriminator):
     kernels (15, 41, 5, 3), 16 channels after the first convolution, pooling and weight norm. The logits for a
     resolution with n samples are `[b, 1, ceil(n / 256)]`.
 
-    Args:
-        channels: Number of audio channels; one network processes all channels together.
-        width: Channels after the first convolution, a multiple of 4; later layers have up to 64 times as many.
-        scales: Number of resolutions, each half of the previous one; the first output has the full resolution.
+    One network processes all audio channels together. The first convolution has `width` output channels, a multiple of
+    4, and later layers have up to 64 times as many. The first of the `scales` resolutions is the full resolution.
     """
 
     @beartype

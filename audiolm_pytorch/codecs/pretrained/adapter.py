@@ -15,13 +15,7 @@ from audiolm_pytorch.audio.padding import items_by_length
 from audiolm_pytorch.codecs.base import Codec, EncodedWave
 from audiolm_pytorch.codecs.pretrained.chunked import chunked_forward
 from audiolm_pytorch.saving.fingerprint import nameless_fingerprint
-from audiolm_pytorch.saving.hub import (
-    LoadedModel,
-    load_model,
-    model_settings,
-    portable_origin,
-    require_transformers,
-)
+from audiolm_pytorch.saving.hub import LoadedModel, load_model, model_settings, portable_origin, require_transformers
 
 __all__ = ["PretrainedCodec", "PretrainedLevelsCodec"]
 
@@ -36,10 +30,6 @@ class PretrainedCodec(Codec):
     Items of equal length are encoded in one batch, without padding. Padding would change the codes, because the
     convolutions look ahead, and because published models reflect the wave at its end. Subclasses set the class
     attributes, call `_set_sizes` in the constructor and implement `options`, `_encode` and `_decode`.
-
-    Args:
-        source: Folder in transformers' format, Hugging Face id, or a loaded model.
-        offline: Whether to load Hugging Face models only from the local cache.
     """
 
     model_type: ClassVar[str]
@@ -176,8 +166,6 @@ class PretrainedLevelsCodec(PretrainedCodec):
         source: Folder in transformers' format, Hugging Face id, or a loaded model; None for `default_source`.
         num_quantizers: Number of levels to use; None for `default_levels`, or all levels of a model with fewer levels.
         offline: Whether to load Hugging Face models only from the local cache.
-        revision: Branch, tag or commit on the Hugging Face hub.
-        cache_dir: Folder for downloads; None for Hugging Face's default.
     """
 
     default_source: ClassVar[str]

@@ -57,11 +57,8 @@ def apply_chunked(
 ) -> Tensor:
     """Compute `function(inputs)` in chunks of the last axis if the input is long; the results are equal up to rounding.
 
-    Args:
-        function: Function from `[..., n]` to `[..., m]`, which can pad both ends of the input.
-        inputs: Tensor `[..., n]`.
-        span: Range of inputs on which an output of the function depends.
-        chunk_samples: Largest number of input steps and of output steps per chunk; None for `CHUNK_SAMPLES`.
+    The function converts `[..., n]` to `[..., m]`, and can pad both ends of its input. A chunk has at most
+    `chunk_samples` input steps and output steps; None for `CHUNK_SAMPLES`.
     """
     unit, out = span.scale.numerator, span.scale.denominator
     chunk = max(1, (chunk_samples or CHUNK_SAMPLES) // max(unit, out))

@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Iterator
+from functools import partial
 from itertools import groupby
 from math import prod
 from pathlib import Path
@@ -37,12 +38,11 @@ class EncodecWrapper(PretrainedCodec):
 
     The 48 kHz model encodes segments of 1 s that overlap by 1%, and divides each segment by its loudness. The codes
     contain the frames of the first segment, then of the second segment, and so on. A segment of the 48 kHz model has
-    150 frames, or fewer at the end of the wave. The second-last segment has 149 frames if at most 160 samples remain
-    for the last segment, as in the original model. A frame of the 48 kHz model advances by 316.8 samples on average;
-    use `num_frames` instead of `downsample_factor`. To shorten a sound, cut the decoded wave; codes of the 48 kHz model
+    150 frames, or fewer at the end of the wave. A frame of the 48 kHz model advances by 316.8 samples on average; use
+    `num_frames` instead of `downsample_factor`. To shorten a sound, cut the decoded wave; codes of the 48 kHz model
     cannot be cut. `encode` returns the loudness of each segment as scales, and `decode` uses the scales. `tokenize` and
-    `decode_from_codebook_indices` use only codes and no scales, as language models do. Without scales, every segment is
-    decoded with the loudness `codes_only_rms`, and silence becomes faint sound.
+    `decode_from_codebook_indices` use only codes, as language models do. Without scales, every segment is decoded with
+    the loudness `codes_only_rms`, and silence becomes faint sound.
 
     Args:
         source: Folder in transformers' format, or Hugging Face id.
@@ -51,23 +51,13 @@ class EncodecWrapper(PretrainedCodec):
         codes_only_rms: Loudness (RMS of the mono mix) of segments that are decoded without scales; used only by models
             with scales.
         offline: Whether to load Hugging Face models only from the local cache.
-        revision: Branch, tag or commit on the Hugging Face hub.
-        cache_dir: Folder for downloads; None for Hugging Face's default.
     """
 
     model_type, model_class, config_class = "encodec", "EncodecModel", "EncodecConfig"
     code_settings = (
-        "normalize",
-        "chunk_length_s",
-        "overlap",
-        "upsampling_ratios",
-        "norm_type",
-        "dilation_growth_rate",
-        "use_causal_conv",
-        "pad_mode",
-        "trim_right_ratio",
-        "use_conv_shortcut",
-    )
+        "normalize", "chunk_length_s", "overlap", "upsampling_ratios", "norm_type", "dilation_growth_rate",
+        "use_causal_conv", "pad_mode", "trim_right_ratio", "use_conv_shortcut",
+    )  # fmt: skip
 
     @beartype
     def __init__(
@@ -130,12 +120,8 @@ class EncodecWrapper(PretrainedCodec):
             if self.has_scales:
                 segments = segments / rearrange(scale, "s b -> s b 1 1")
             frames = run_layers(self.model.encoder, rearrange(segments, "s b c n -> (s b) c n"))
-            run_codes = apply_chunked(
-                lambda chunk: self.model.quantizer.encode(chunk, self.bandwidth_kbps),
-                frames,
-                FRAMEWISE,
-                _QUANTIZER_CHUNK_FRAMES,
-            )
+            quantize = partial(self.model.quantizer.encode, bandwidth=self.bandwidth_kbps)
+            run_codes = apply_chunked(quantize, frames, FRAMEWISE, _QUANTIZER_CHUNK_FRAMES)
             codes.append(rearrange(run_codes, "q (s b) f -> b (s f) q", s=run.number))
             scales.append(rearrange(scale, "s b -> b s"))
         return EncodedWave(torch.cat(codes, dim=1), torch.cat(scales, dim=1))

@@ -30,16 +30,9 @@ class MimiWrapper(PretrainedLevelsCodec):
     default_source, default_levels = "kyutai/mimi", 8
     chunked_stacks = ("MimiEncoder", "MimiDecoder")
     code_settings = (
-        "upsampling_ratios",
-        "dilation_growth_rate",
-        "use_causal_conv",
-        "pad_mode",
-        "trim_right_ratio",
-        "num_attention_heads",
-        "hidden_act",
-        "norm_eps",
-        "sliding_window",
-    )
+        "upsampling_ratios", "dilation_growth_rate", "use_causal_conv", "pad_mode", "trim_right_ratio",
+        "num_attention_heads", "hidden_act", "norm_eps", "sliding_window",
+    )  # fmt: skip
 
     def _sizes(self, config: Any) -> dict[str, int]:
         return dict(

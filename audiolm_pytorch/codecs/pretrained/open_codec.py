@@ -25,10 +25,8 @@ def open_codec(
 ) -> Codec:
     """Open a codec of this library, or a published EnCodec, DAC or Mimi in the format of transformers, in eval mode.
 
-    Args:
-        source: A folder written by `save_module`, a folder in transformers' format, or a Hugging Face id; an existing
-            folder has precedence.
-        offline: Whether to load Hugging Face models only from the local cache.
+    `source` is a folder written by `save_module`, a folder in transformers' format, or a Hugging Face id; an existing
+    folder has precedence. With `offline`, Hugging Face models are loaded only from the local cache.
     """
     folder, _ = find_folder(source, offline=offline, revision=revision, cache_dir=cache_dir)
     config_file = folder / "config.json"

@@ -10,16 +10,14 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.codecs.quantizers.distributed import from_first_process
 
-__all__ = ["FrameQuantizer", "Quantized", "ResidualLevels", "code_usage"]
+__all__ = ["FrameQuantizer", "Quantized", "ResidualLevels", "code_usage", "usage_of_counts"]
 
 
 class Quantized(NamedTuple):
-    """Output of a quantizer.
+    """Quantized frames `[b, f, d]` with straight-through gradients, and their codes `[b, f, q]` int64.
 
-    Attributes:
-        frames: Quantized frames `[b, f, d]`, with straight-through gradients.
-        codes: Codes `[b, f, q]` int64; -1 in levels that level dropout skipped.
-        loss: Scalar training loss that pulls frames towards their code vectors; zero in eval mode.
+    Codes are -1 in levels that level dropout skipped. The scalar training loss pulls frames towards their code vectors;
+    in eval mode the loss is zero.
     """
 
     frames: Tensor
@@ -31,9 +29,7 @@ class FrameQuantizer(nn.Module, ABC):
     """Base class of quantizers, which convert frames of a codec to discrete codes and back.
 
     Attributes:
-        dim: Width of the frames.
         num_quantizers: Number of codes per frame (columns), the number of levels times the number of groups.
-        codebook_size: Number of different codes per column.
         num_groups: Number of equal parts of a frame that are quantized separately.
     """
 
@@ -155,6 +151,11 @@ def code_usage(codes: Tensor, codebook_size: int) -> dict[str, Tensor]:
     """
     levels = rearrange(codes, "... q -> q (...)")
     counts = torch.stack([torch.bincount(level[level >= 0], minlength=codebook_size) for level in levels]).float()
-    share = counts / counts.sum(dim=-1, keepdim=True).clamp(min=1.0)
+    return usage_of_counts(counts, used_above=0.0)
+
+
+def usage_of_counts(counts: Tensor, used_above: float) -> dict[str, Tensor]:
+    """Compute `usage [q]` and `perplexity [q]` as `code_usage` does, from counts `[q, v]` of the codes."""
+    share = counts / counts.sum(dim=-1, keepdim=True).clamp(min=1e-6)
     entropy = -(share * share.clamp(min=1e-12).log()).sum(dim=-1)
-    return {"usage": (counts > 0).float().mean(dim=-1), "perplexity": entropy.exp() / codebook_size}
+    return {"usage": (counts > used_above).float().mean(dim=-1), "perplexity": entropy.exp() / counts.shape[1]}

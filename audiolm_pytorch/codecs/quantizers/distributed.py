@@ -40,14 +40,9 @@ def distributed_mean(total: Tensor, count: int) -> Tensor:
 
 
 def distributed_sample(rows: Tensor, count: int) -> Tensor:
-    """Draw distinct random rows from all processes; every process receives the same rows.
+    """Draw distinct random rows from the rows `[n, d]` of all processes; every process receives the same rows.
 
-    Args:
-        rows: Rows `[n, d]` of this process; n can differ between processes.
-        count: Number of rows to draw.
-
-    Returns:
-        Rows `[m, d]`; m is less than `count` if there are too few distinct rows.
+    The numbers n can differ. The result has less than `count` rows if there are too few distinct rows.
     """
     rank, num_processes = rank_and_count()
     sizes = torch.zeros(num_processes, dtype=torch.long, device=rows.device)

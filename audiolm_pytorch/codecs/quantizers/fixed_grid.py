@@ -63,7 +63,7 @@ class ResidualLookupFreeQuantizer(_GridLevels):
     vector-quantize-pytorch 1.32 is not used, because it ignores the batches of other processes.
 
     Args:
-        codebook_size: Number of different codes per level, a power of 2.
+        codebook_size: Number of codes per level, a power of 2.
         entropy_weight: Weight of the entropy loss, which is the unused share (0 to 1) of the capacity of a codebook.
         temperature: Distance from zero, in grid steps of the level, at which the sign of a coordinate counts as
             certain.
@@ -135,11 +135,9 @@ def _code_probabilities(positive: Tensor) -> Tensor:
 
 @register
 class ResidualFiniteScalarQuantizer(_GridLevels):
-    """Residual finite scalar quantizer, which rounds coordinates to `codebook_size` grid points; it needs no loss.
+    """Residual finite scalar quantizer, which rounds coordinates to grid points and needs no loss.
 
-    Args:
-        codebook_size: Number of different codes per level; must be a product of numbers from 3 to 8 (see `grid_steps`).
-        level_dropout: Share of the training batches in which a random number of the last levels is skipped.
+    `codebook_size`, the number of grid points per level, must be a product of numbers from 3 to 8 (see `grid_steps`).
     """
 
     @beartype

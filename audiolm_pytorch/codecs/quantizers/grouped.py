@@ -22,9 +22,6 @@ class GroupedQuantizer(FrameQuantizer):
 
     The columns of codes are ordered level by level, with all groups of level 1 first. The first q columns alone,
     for any q, decode to a coarser version of the frames.
-
-    Args:
-        quantizers: One quantizer per part of the frame, in order, with equal numbers of levels and codes.
     """
 
     @beartype
@@ -95,13 +92,8 @@ def make_quantizer(
 ) -> FrameQuantizer:
     """Create a quantizer with learnt codebooks, a lookup-free (LFQ) quantizer, or a finite scalar (FSQ) quantizer.
 
-    Args:
-        dim: Width of the frames.
-        codebook_size: Number of different codes per level and group.
-        num_quantizers: Number of levels; a frame has `num_quantizers * groups` codes.
-        groups: Number of equal parts of a frame, which have separate quantizers.
-        lookup_free: Whether to create an LFQ quantizer, whose codes are the signs of coordinates.
-        finite_scalar: Whether to create an FSQ quantizer, whose codes are rounded coordinates.
+    A frame of width `dim` is divided into `groups` equal parts, which have separate quantizers of `num_quantizers`
+    levels. LFQ codes are the signs of coordinates, and FSQ codes are rounded coordinates.
     """
     if lookup_free and finite_scalar:
         raise ValueError("got lookup_free=True and finite_scalar=True; set at most one of them")

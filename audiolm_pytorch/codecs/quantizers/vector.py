@@ -145,12 +145,9 @@ class ResidualQuantizer(ResidualLevels):
             # The averages start as they are after a typical batch.
             counts = counts * (self.config["expected_frames"] / counts.sum())
             codebook = layer._codebook
-            for buffer, value in (
-                (codebook.embed, centroids),
-                (codebook.cluster_size, counts),
-                (codebook.embed_avg, centroids * counts[:, None]),
-            ):
-                from_first_process(buffer.copy_(value[None]))
+            from_first_process(codebook.embed.copy_(centroids[None]))
+            from_first_process(codebook.cluster_size.copy_(counts[None]))
+            from_first_process(codebook.embed_avg.copy_((centroids * counts[:, None])[None]))
             residual = residual - F.embedding(nearest_centroid(residual, self.codebook(level)), self.codebook(level))
 
     def _mean_code(self) -> Tensor:

@@ -46,9 +46,8 @@ class LossBalancer(nn.Module):
     def forward(self, losses: Mapping[str, Tensor], wave: Tensor) -> Tensor:
         """Return the weighted mean of the losses; its gradient is the weighted mean of the rescaled gradients.
 
-        Args:
-            losses: Scalar losses by name; the weight of a missing loss is distributed over the other losses.
-            wave: Output `[b, ...]` of the generator; it must require a gradient.
+        The weight of a missing loss is distributed over the other losses. The output `wave [b, ...]` of the generator
+        must require a gradient.
         """
         unknown = sorted(set(losses) - set(self.weights))
         active = {name: loss for name, loss in losses.items() if self.weights.get(name)}

@@ -36,7 +36,7 @@ class NoiseMixer:
     remove noise (SoundStream, section III-F). Each training example depends only on the seed, the epoch and the index.
 
     Args:
-        noise: Crops of noise at the sample rate of the clean crops; noise shorter than a clean crop is repeated.
+        noise: Crops of noise; noise shorter than a clean crop is repeated.
         snr_db: Lowest and highest signal-to-noise ratio (dB); each item draws a ratio uniformly.
         denoise_share: Share of the items (0 to 1) whose `denoise` flag is set.
         clean_share: Share of the items (0 to 1) to which no noise is added.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.audio.files import peak_safe, write_audio
 from audiolm_pytorch.codecs.distances import si_sdr_db
-from audiolm_pytorch.codecs.quantizers import code_usage
+from audiolm_pytorch.codecs.quantizers.base import code_usage, usage_of_counts
 from audiolm_pytorch.codecs.soundstream import SoundStream
 from audiolm_pytorch.codecs.training.denoising import Mixture
 from audiolm_pytorch.codecs.training.losses import MultiScaleMelLoss
@@ -33,7 +33,6 @@ class CodeUsage(nn.Module):
     @beartype
     def __init__(self, num_quantizers: int, codebook_size: int) -> None:
         super().__init__()
-        self.codebook_size = codebook_size
         self.register_buffer("counts", torch.zeros(num_quantizers, codebook_size))
 
     @torch.no_grad()
@@ -43,19 +42,15 @@ class CodeUsage(nn.Module):
         The metrics of a level k are the number of used codes, `usage_level_k`, and the perplexity,
         `perplexity_level_k`, both divided by the codebook size.
         """
-        num_quantizers = len(self.counts)
+        num_quantizers, size = self.counts.shape[0], self.counts.shape[1] + 1
         levels = rearrange(codes, "b f q -> (b f) q")
         # one bin more, in front, for codes of -1; then one bincount for all levels
-        size = self.codebook_size + 1
         offsets = torch.arange(num_quantizers, device=codes.device) * size + 1
         bins = torch.bincount((levels + offsets).reshape(-1), minlength=num_quantizers * size)
         new = rearrange(bins, "(q v) -> q v", q=num_quantizers)[:, 1:].float()
         # a level that was left out keeps its counts
         self.counts.mul_(torch.where(new.sum(dim=-1, keepdim=True) > 0, _WINDOW_DECAY, 1.0)).add_(new)
-        share = self.counts / self.counts.sum(dim=-1, keepdim=True).clamp(min=1e-6)
-        entropy = -(share * share.clamp(min=1e-12).log()).sum(dim=-1)
-        usage = (self.counts > _STILL_USED).float().mean(dim=-1)
-        return _by_level({"usage": usage, "perplexity": entropy.exp() / self.codebook_size})
+        return _by_level(usage_of_counts(self.counts, used_above=_STILL_USED))
 
 
 def _by_level(values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -166,15 +161,11 @@ class MelWarning:
         if uses_codes not in self._first:
             self._first[uses_codes] = distance
             return
-        first, is_late = self._first[uses_codes], row["step"] >= max(100, self.num_train_steps // 4)
-        if is_late and not distance < first and not self.is_logged:
+        first, step = self._first[uses_codes], row["step"]
+        if step >= max(100, self.num_train_steps // 4) and not distance < first and not self.is_logged:
             self.is_logged = True
             logger.warning(
-                "codec training, step %d of %d: the mel distance in validation is %.3f and has not fallen since the "
-                "first validation (%.3f). Listen to samples/, check that the codec is not frozen, or try a learning "
-                "rate 3 to 10 times lower",
-                row["step"],
-                self.num_train_steps,
-                distance,
-                first,
+                f"codec training, step {step} of {self.num_train_steps}: the mel distance in validation is "
+                f"{distance:.3f} and has not fallen since the first validation ({first:.3f}). Listen to samples/, "
+                "check that the codec is not frozen, or try a learning rate 3 to 10 times lower"
             )

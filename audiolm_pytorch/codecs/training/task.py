@@ -225,9 +225,7 @@ class CodecTask:
         return losses
 
     def _discriminator_loss(self, batch: CodecBatch, step: int) -> LossOutput:
-        if self.discriminators is None:
-            raise RuntimeError("the task has no discriminators; pass them to the constructor to train them")
-        if batch.decoded is None:
+        if self.discriminators is None or batch.decoded is None:
             raise RuntimeError("the discriminator phase must follow the generator phase of the same step and batches")
         real, fake = self.discriminators(batch.target), self.discriminators(batch.decoded)
         batch.decoded = None

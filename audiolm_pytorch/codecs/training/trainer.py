@@ -35,7 +35,6 @@ class SoundStreamTrainer:
     and set `adversarial_start_step=0` and `discriminator_lead_steps=0`. The optimizer state is not reused.
 
     Args:
-        soundstream: Codec to train; its weights are changed in place.
         folder: Folder of audio files or JSONL manifest.
         items: Training items and validation items, instead of `folder`.
         data_max_length: Length of a crop in samples at the codec's rate, instead of `data_max_length_seconds`.
@@ -55,7 +54,6 @@ class SoundStreamTrainer:
         noise_folder: Folder or manifest of noise recordings, for a codec with a denoising condition.
         noise_items: Training noise and validation noise, instead of `noise_folder`.
         noise_snr_db: Lowest and highest signal-to-noise ratio (dB).
-        accelerator: Accelerator to use, which several trainers can share; None creates an accelerator.
         **settings: Further fields of `LoopSettings`; the phases are "generator" and "discriminator".
     """
 
@@ -94,8 +92,9 @@ class SoundStreamTrainer:
         train, valid = _crops(data, seconds, crop_settings)
         noise = None
         if noise_folder is not None or noise_items is not None:
-            noise_data = training_items(noise_folder, noise_items)
-            noise = _mixers((train, valid), _crops(noise_data, seconds, crop_settings), noise_snr_db)
+            noise_train, noise_valid = _crops(training_items(noise_folder, noise_items), seconds, crop_settings)
+            mixing: dict[str, Any] = dict(sample_hz=rate_hz, snr_db=noise_snr_db, seed=loop_settings.seed)
+            noise = NoiseMixer(train, noise_train, **mixing), NoiseMixer(valid, noise_valid, clean_share=0.0, **mixing)
         if loss_weights is None:
             loss_weights = CodecLossWeights() if discriminators is not None else CodecLossWeights().reconstruction_only
         if discriminators is not None:
@@ -149,13 +148,3 @@ def _crops(
     train, valid = data
     longer = max(seconds, _MIN_VALIDATION_SECONDS)
     return CropDataset(train, seconds, **settings), CropDataset(valid, longer, **settings)
-
-
-def _mixers(
-    clean: tuple[CropDataset, CropDataset],
-    noise: tuple[CropDataset, CropDataset],
-    snr_db: tuple[float | int, float | int],
-) -> tuple[NoiseMixer, NoiseMixer]:
-    """Create the noise mixers for training and for validation; in validation every item has noise."""
-    settings: dict[str, Any] = dict(sample_hz=clean[0].rates_hz[0], snr_db=snr_db, seed=clean[0].seed)
-    return NoiseMixer(clean[0], noise[0], **settings), NoiseMixer(clean[1], noise[1], clean_share=0.0, **settings)
