@@ -84,8 +84,10 @@ class FileCodec:
         codes = rearrange(stored.codes[:, :num_levels], "f q -> 1 f q").to(self.device)
         with AudioWriter(path, to_hz, info.channels) as writer:
             for wave in self._decoded(codes, stored):
-                remaining -= _write(writer, resampler.push(wave), remaining)
-            _write(writer, resampler.finish(), remaining)
+                resampled = resampler.push(wave)[:, :remaining]
+                remaining -= resampled.shape[-1]
+                writer.write(resampled)
+            writer.write(resampler.finish()[:, :remaining])
 
     def _encoded(self, source: AudioSource) -> Iterator[EncodedWave]:
         """Yield the codes `[1, f, q]` of a file in chunks; a codec with scales yields one chunk."""
@@ -116,11 +118,3 @@ def _decode_chunks(stream: DecoderStream, codes: Tensor) -> Iterator[Tensor]:
     for chunk in codes.split(_FRAMES_PER_CHUNK, dim=1):
         yield stream.push(chunk)
     yield stream.finish()
-
-
-def _write(writer: AudioWriter, wave: Tensor, limit: int) -> int:
-    """Write at most `limit` samples of `wave [c, n]` and return their number."""
-    wave = wave[:, :limit]
-    if wave.shape[-1]:
-        writer.write(wave)
-    return wave.shape[-1]

@@ -38,29 +38,22 @@ class CodecRow:
     usage: tuple[float, ...] = ()
 
 
-class _Distances:
-    """Collects the distances between reconstructed and original clips."""
+@torch.no_grad()
+def _distances(estimate: Tensor, target: Tensor, mel_loss: MultiScaleMelLoss) -> list[float]:
+    """Measure `_DISTANCES` between two waves `[c, n]`; for SI-SDR the channels are concatenated."""
+    signals = [rearrange(zero_mean(wave.double()), "c n -> (c n)") for wave in (estimate, target)]
+    mel_nepers = mel_loss(estimate.unsqueeze(0), target.unsqueeze(0))
+    return [float(si_sdr_db(*signals)), float(stft_distance(estimate, target).mean()), float(mel_nepers)]
 
-    def __init__(self, sample_hz: int) -> None:
-        self.sample_hz, self.num_samples = sample_hz, 0
-        self.mel_loss = MultiScaleMelLoss(sample_hz)
-        self.values: dict[str, list[float]] = {name: [] for name in _DISTANCES}
 
-    @torch.no_grad()
-    def add(self, estimate: Tensor, target: Tensor) -> None:
-        """Measure the distances between two waves `[c, n]`; for SI-SDR the channels are concatenated."""
-        self.num_samples += target.shape[-1]
-        signals = [rearrange(zero_mean(wave.double()), "c n -> (c n)") for wave in (estimate, target)]
-        self.values["si_sdr_db"].append(float(si_sdr_db(*signals)))
-        self.values["stft"].append(float(stft_distance(estimate, target).mean()))
-        self.values["mel_nepers"].append(float(self.mel_loss(estimate.unsqueeze(0), target.unsqueeze(0))))
-
-    def row(self, name: str, kbps: float | None, usage: Sequence[float] = ()) -> CodecRow:
-        if not self.num_samples:
-            raise ValueError("there are no clips to measure")
-        means = {key: Metric.mean(f"{name} / {key}", values) for key, values in self.values.items()}
-        num_clips, seconds = len(self.values["stft"]), self.num_samples / self.sample_hz
-        return CodecRow(name, num_clips, seconds, **means, kbps=kbps, usage=tuple(usage))
+def _row(
+    name: str, distances: list[list[float]], seconds: float, kbps: float | None, usage: Sequence[float] = ()
+) -> CodecRow:
+    """Average the distances of all clips."""
+    if not distances:
+        raise ValueError("there are no clips to measure")
+    means = [Metric.mean(f"{name} / {key}", values) for key, values in zip(_DISTANCES, zip(*distances))]
+    return CodecRow(name, len(distances), seconds, *means, kbps=kbps, usage=tuple(usage))
 
 
 @beartype
@@ -68,10 +61,11 @@ def distance_row(
     name: str, pairs: Iterable[tuple[Tensor, Tensor]], sample_hz: int, kbps: float | None = None
 ) -> CodecRow:
     """Measure the distances between the waves `[c, n]` in each pair (reconstruction, original)."""
-    distances = _Distances(sample_hz)
+    mel_loss, distances, num_samples = MultiScaleMelLoss(sample_hz), [], 0
     for estimate, target in pairs:
-        distances.add(estimate, target)
-    return distances.row(name, kbps)
+        distances.append(_distances(estimate, target, mel_loss))
+        num_samples += target.shape[-1]
+    return _row(name, distances, num_samples / sample_hz, kbps)
 
 
 @beartype
@@ -84,19 +78,22 @@ def codec_report(
     The clips are waves `[c, n]` with the sample rate and channels of the codec. Each wave is read only once.
     """
     counts = [codec.check_num_levels(num_levels) for num_levels in levels]
-    device = device_of(codec)
-    distances = [_Distances(codec.target_sample_hz) for _ in counts]
+    device, mel_loss, num_samples = device_of(codec), MultiScaleMelLoss(codec.target_sample_hz), 0
+    all_distances: list[list[list[float]]] = [[] for _ in counts]
     all_codes: list[Tensor] = []
     for clip in clips:
+        num_samples += clip.shape[-1]
         codes, scales = codec.encode(rearrange(clip, "c n -> 1 c n").to(device))
         all_codes.append(codes[0].cpu())
-        for distance, count in zip(distances, counts):
+        for distances, count in zip(all_distances, counts):
             decoded = codec.decode(codes[..., :count], scales, clip.shape[-1])
-            distance.add(decoded[0].float().cpu(), clip)
+            distances.append(_distances(decoded[0].float().cpu(), clip, mel_loss))
+    seconds = num_samples / codec.target_sample_hz
     usage = code_usage(torch.cat(all_codes), codec.codebook_size)["usage"].tolist() if all_codes else []
+    names = [f"{name}, {count} level{'s' if count > 1 else ''}" for count in counts]
     return [
-        distance.row(f"{name}, {count} level{'s' if count > 1 else ''}", codec.bitrate_kbps(count), usage[:count])
-        for distance, count in zip(distances, counts)
+        _row(row_name, distances, seconds, codec.bitrate_kbps(count), usage[:count])
+        for row_name, distances, count in zip(names, all_distances, counts)
     ]
 
 

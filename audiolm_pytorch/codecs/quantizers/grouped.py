@@ -30,7 +30,7 @@ class GroupedQuantizer(FrameQuantizer):
         sizes = sorted({(part.num_quantizers, part.codebook_size) for part in quantizers})
         if len(sizes) != 1:
             raise ValueError(f"all groups need the same (num_quantizers, codebook_size), got {sizes or 'no groups'}")
-        self.quantizers = nn.ModuleList(quantizers)
+        self.quantizers: Any = nn.ModuleList(quantizers)
         self.widths = [part.dim for part in quantizers]
         self.dim = sum(self.widths)
         self.num_groups = len(quantizers)
@@ -45,35 +45,31 @@ class GroupedQuantizer(FrameQuantizer):
     def forward(self, frames: Tensor, num_levels: int | None = None) -> Quantized:
         """Quantize frames `[b, f, d]` (see `FrameQuantizer.forward`); all groups skip the same levels."""
         if self.training and num_levels is None:
-            num_levels = self._parts[0].draw_num_levels(frames.device)
-        outputs = [part(part_frames, num_levels) for part, part_frames in zip(self._parts, self._split(frames))]
-        quantized, codes, losses = zip(*outputs)
+            num_levels = self.quantizers[0].draw_num_levels(frames.device)
+        quantized, codes, losses = zip(*(part(x, num_levels) for part, x in self._parts(frames)))
         return Quantized(torch.cat(quantized, dim=-1), _interleave(codes), torch.stack(losses).mean())
 
     def bypass(self, frames: Tensor) -> Tensor:
         """Project frames `[b, f, d]` to the space of the code vectors and back, without quantization."""
-        return torch.cat([part.bypass(x) for part, x in zip(self._parts, self._split(frames))], dim=-1)
+        return torch.cat([part.bypass(x) for part, x in self._parts(frames)], dim=-1)
 
     def encode(self, frames: Tensor) -> Tensor:
         """Encode frames `[b, f, d]` as codes `[b, f, q]` int64, ordered by level, and by group in each level."""
-        return _interleave([part.encode(x) for part, x in zip(self._parts, self._split(frames))])
+        return _interleave([part.encode(x) for part, x in self._parts(frames)])
 
     def decode(self, codes: Tensor) -> Tensor:
         """Decode codes `[b, f, q']` to frames `[b, f, d]`; a group without codes is decoded to its mean vector."""
         groups = self.num_groups
-        return torch.cat([part.decode(codes[..., group::groups]) for group, part in enumerate(self._parts)], dim=-1)
+        return torch.cat([part.decode(codes[..., group::groups]) for group, part in enumerate(self.quantizers)], dim=-1)
 
     def initialise(self, frames: Tensor) -> None:
         """Fit the codebooks of every group to its part of the frames `[n, d]`."""
-        for part, part_frames in zip(self._parts, self._split(frames)):
+        for part, part_frames in self._parts(frames):
             part.initialise(part_frames)
 
-    def _split(self, frames: Tensor) -> tuple[Tensor, ...]:
-        return frames.split(self.widths, dim=-1)
-
-    @property
-    def _parts(self) -> list[Any]:
-        return list(self.quantizers)
+    def _parts(self, frames: Tensor) -> list[tuple[Any, Tensor]]:
+        """Return each quantizer with its part of the frames."""
+        return list(zip(self.quantizers, frames.split(self.widths, dim=-1)))
 
 
 def _interleave(codes: Sequence[Tensor]) -> Tensor:

@@ -122,12 +122,12 @@ class CodecTask:
         unquantized_steps: int = 300,
         noise: tuple[NoiseMixer, NoiseMixer] | None = None,
     ) -> None:
-        _check(codec, weights, discriminators, adversarial_start_step, discriminator_lead_steps, noise)
         self.codec, self.train, self.valid, self.noise = codec, train, valid, noise
         self.weights, self.discriminators = weights, discriminators
         self.unquantized_steps = unquantized_steps
         self.adversarial_start_step = adversarial_start_step
         self.adversarial_loss_start_step = adversarial_start_step + discriminator_lead_steps
+        self._check(discriminator_lead_steps)
         self.num_validation_crops = min(_MAX_VALIDATION_CROPS, len(valid))
         self.mel_loss = MultiScaleMelLoss(codec.target_sample_hz)
         self.balancer = LossBalancer(weights.on_wave) if len(weights.on_wave) > 1 else None
@@ -236,6 +236,30 @@ class CodecTask:
         return LossOutput(discriminator_hinge(real, fake), metrics)
 
     @torch.no_grad()
+    def _check(self, discriminator_lead_steps: int) -> None:
+        """Check that the codec, the losses, the discriminators and the noise can be used together."""
+        codec, weights, discriminators = self.codec, self.weights, self.discriminators
+        if (discriminators is not None) != (weights.adversarial > 0):
+            passed = "no discriminators" if discriminators is None else "discriminators"
+            raise ValueError(f"got {passed} and an adversarial weight of {weights.adversarial}; pass both or neither")
+        if min(self.adversarial_start_step, discriminator_lead_steps) < 0:
+            raise ValueError(
+                "adversarial_start_step and discriminator_lead_steps must be 0 or more, got "
+                f"{self.adversarial_start_step} and {discriminator_lead_steps}"
+            )
+        steps_before = self.adversarial_loss_start_step
+        if steps_before and not (weights.mel or weights.waveform):
+            raise ValueError(
+                f"the codec has no loss in the {steps_before} steps before the adversarial losses begin; set a mel or "
+                "waveform weight, or adversarial_start_step=0 and discriminator_lead_steps=0"
+            )
+        if discriminators is not None:
+            wave = next(discriminators.parameters()).new_zeros(1, codec.channels, codec.target_sample_hz // 4)
+            discriminators(wave)
+        if self.noise is not None and codec.denoising is None:
+            raise ValueError("noise needs a codec with denoising=FiLM(...), got one with no denoising condition")
+
+    @torch.no_grad()
     def _initialise_codebooks(self) -> None:
         """Initialise the codebooks by k-means on a fixed set of crops, so that a resumed run has the same codebooks.
 
@@ -265,35 +289,6 @@ def codebooks_are_untrained(codec: SoundStream) -> bool:
     """
     counts = [buffer for name, buffer in codec.quantizer.named_buffers() if name.endswith("cluster_size")]
     return bool(counts) and bool((counts[0] == 1).all())
-
-
-def _check(
-    codec: SoundStream,
-    weights: CodecLossWeights,
-    discriminators: nn.Module | None,
-    adversarial_start_step: int,
-    discriminator_lead_steps: int,
-    noise: tuple[NoiseMixer, NoiseMixer] | None,
-) -> None:
-    if (discriminators is not None) != (weights.adversarial > 0):
-        passed = "no discriminators" if discriminators is None else "discriminators"
-        raise ValueError(f"got {passed} and an adversarial weight of {weights.adversarial}; pass both or neither")
-    if min(adversarial_start_step, discriminator_lead_steps) < 0:
-        raise ValueError(
-            "adversarial_start_step and discriminator_lead_steps must be 0 or more, got "
-            f"{adversarial_start_step} and {discriminator_lead_steps}"
-        )
-    steps_before = adversarial_start_step + discriminator_lead_steps
-    if steps_before and not (weights.mel or weights.waveform):
-        raise ValueError(
-            f"the codec has no loss in the {steps_before} steps before the adversarial losses begin; set a mel or "
-            "waveform weight, or adversarial_start_step=0 and discriminator_lead_steps=0"
-        )
-    if discriminators is not None:
-        with torch.no_grad():
-            discriminators(next(discriminators.parameters()).new_zeros(1, codec.channels, codec.target_sample_hz // 4))
-    if noise is not None and getattr(codec, "denoising", None) is None:
-        raise ValueError("got noise, but the codec has no denoising condition; pass a codec with denoising=FiLM(...)")
 
 
 @contextmanager
