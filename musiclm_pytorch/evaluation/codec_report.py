@@ -52,8 +52,8 @@ def _row(
     """Average the distances of all clips."""
     if not distances:
         raise ValueError("there are no clips to measure")
-    means = [Metric.mean(f"{name} / {key}", values) for key, values in zip(_DISTANCES, zip(*distances))]
-    return CodecRow(name, len(distances), seconds, *means, kbps=kbps, usage=tuple(usage))
+    means = {key: Metric.mean(f"{name} / {key}", values) for key, values in zip(_DISTANCES, zip(*distances))}
+    return CodecRow(name, len(distances), seconds, **means, kbps=kbps, usage=tuple(usage))
 
 
 @beartype

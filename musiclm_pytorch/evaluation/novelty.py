@@ -1,6 +1,7 @@
 """Novelty metrics: whether generated music is more similar to the training clips than real held-out music is."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,14 +42,8 @@ def melody_spectrogram(waves: Tensor, sample_hz: int) -> Tensor:
 
     The spectrograms `[b, m, f]` of waves `[b, n]` have unit norm and ten frames per second; silence becomes zeros.
     """
-    mel = MelSpectrogram(
-        sample_hz=_SAMPLE_HZ,
-        n_fft=2 * _HOP_SAMPLES,
-        hop_length=_HOP_SAMPLES,
-        num_mels=_NUM_MELS,
-        f_min_hz=60,
-        power=2.0,
-    )
+    sizes: dict[str, Any] = dict(n_fft=2 * _HOP_SAMPLES, hop_length=_HOP_SAMPLES, num_mels=_NUM_MELS)
+    mel = MelSpectrogram(sample_hz=_SAMPLE_HZ, **sizes, f_min_hz=60, power=2.0)
     parts = []
     for part in waves.split(_CLIPS_PER_BATCH):
         energy = mel(resample(part.float(), sample_hz, _SAMPLE_HZ))

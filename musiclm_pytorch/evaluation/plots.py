@@ -60,14 +60,8 @@ def plot_wave(wave: Tensor, sample_hz: int, path: str | Path, title: str = "") -
     top.set(ylabel="amplitude", ylim=(-1, 1))
     # Without parse_math=False a "$" starts a formula.
     top.set_title(_title_line(title), parse_math=False)
-    bottom.imshow(
-        decibel,
-        origin="lower",
-        aspect="auto",
-        extent=(0, seconds, 0, len(decibel)),
-        vmin=float(decibel.max()) - 80,
-        cmap="magma",
-    )
+    extent, lowest_db = (0, seconds, 0, len(decibel)), float(decibel.max()) - 80
+    bottom.imshow(decibel, origin="lower", aspect="auto", extent=extent, vmin=lowest_db, cmap="magma")
     bottom.set(xlabel="seconds", ylabel="mel band")
     _write_figure(figure, path)
 

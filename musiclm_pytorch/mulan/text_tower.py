@@ -56,7 +56,7 @@ class TextTransformer(TextTower):
 
     Args:
         num_tokens: Size of the embedding table; at least the tokenizer's vocabulary.
-        max_seq_len: Maximum number of tokens of a text; longer texts are truncated with a warning.
+        max_seq_len: Number of tokens to which longer texts are truncated with a warning.
         tokenizer: Byte-pair tokenizer; None = single bytes (256 tokens, not trained).
         known_words: Words of the training captions (see `words_of`), used in eval mode for a warning about texts with
             mostly unknown words; None = no warning.

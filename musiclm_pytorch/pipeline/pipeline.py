@@ -26,16 +26,10 @@ from audiolm_pytorch.training.distributed import create_accelerator
 from audiolm_pytorch.training.rng import preserve_rng, seed_rng
 from musiclm_pytorch.mulan import JointEmbedding
 from musiclm_pytorch.mulan.captions import aspects_of
+from musiclm_pytorch.pipeline import run_folder
 from musiclm_pytorch.pipeline.builders import STAGES, build_quantizer, build_stage
 from musiclm_pytorch.pipeline.presets import Preset
 from musiclm_pytorch.pipeline.pretrained_parts import PRETRAINED_KINDS, check_pretrained
-from musiclm_pytorch.pipeline.run_folder import (
-    check_run_folder,
-    hash_of,
-    lock_folder,
-    read_record,
-    remove_partial_files,
-)
 from musiclm_pytorch.pipeline.token_shards import compute_tokens
 from musiclm_pytorch.pipeline.trainers import codec_trainer, mulan_trainer, semantic_tokenizer_trainer, stage_trainer
 from musiclm_pytorch.pretrained.model_folder import CARD, PARTS, exact_dtype, save_parts
@@ -85,8 +79,7 @@ class Pipeline:
     Args:
         data: Folder of audio files, or a folder or file with a JSONL manifest.
         out: Output folder, which belongs to one preset, seed, list of files and set of pretrained modules.
-        pretrained: Modules by the name of the step that they replace ("codec", "semantic-tokenizer" or "mulan"); they
-            are saved without rounding as the results of these steps.
+        pretrained: Modules that replace the steps "codec", "semantic-tokenizer" or "mulan", by the name of the step.
     """
 
     @beartype
@@ -160,7 +153,7 @@ class Pipeline:
         check_step(step)
         names = self._steps_to_run(step)
         self._check_needs(names)
-        with lock_folder(self.out) if self.accelerator.is_main_process else nullcontext():
+        with run_folder.lock_folder(self.out) if self.accelerator.is_main_process else nullcontext():
             self._check_run_folder()
             for name in names:
                 if self.is_done(name):
@@ -195,7 +188,7 @@ class Pipeline:
     def _run_step(self, step: str) -> StepReport:
         started = time.monotonic()
         if self.accelerator.is_main_process:
-            remove_partial_files(self.out / step)
+            run_folder.remove_partial_files(self.out / step)
         self.accelerator.wait_for_everyone()  # before another process writes files that would be removed
         with preserve_rng():
             # the initial weights depend on seed and step only, not on earlier steps of this process
@@ -232,22 +225,22 @@ class Pipeline:
             "preset": asdict(self.preset),
             "seed": self.seed,
             "num_files": len(paths),
-            "files": hash_of("\n".join(paths).encode()),
-            "captions": hash_of("\n".join(self.captions).encode()),
+            "files": run_folder.hash_of("\n".join(paths).encode()),
+            "captions": run_folder.hash_of("\n".join(self.captions).encode()),
             "pretrained": {
                 step: part_fingerprint(self.pretrained[step]) if step in self.pretrained else "none"
                 for step in PRETRAINED_KINDS
             },
         }
-        check_run_folder(self.out, facts, write=self.accelerator.is_main_process)
+        run_folder.check_run_folder(self.out, facts, write=self.accelerator.is_main_process)
 
     def _report(self, step: str) -> dict[str, Any]:
         file = self.out / step / "report.json"
-        return read_record(file) if file.is_file() else {}
+        return run_folder.read_record(file) if file.is_file() else {}
 
     def _hashes(self, steps: Iterable[str]) -> dict[str, str]:
         """Hash the result files of each of the finished steps."""
-        return {step: hash_of(b"".join(file.read_bytes() for file in self._files(step))) for step in steps}
+        return {step: run_folder.hash_of(b"".join(file.read_bytes() for file in self._files(step))) for step in steps}
 
     def _check_fresh(self, step: str) -> None:
         """Check that the results of earlier steps have not changed since a step used them."""
@@ -262,7 +255,8 @@ class Pipeline:
 
     def _is_up_to_date(self) -> bool:
         """Whether the assembled model was computed from the current results of all steps."""
-        return self.is_complete and read_record(self.model_folder / CARD).get("made_from") == self._hashes(STEPS)
+        card = run_folder.read_record(self.model_folder / CARD) if self.is_complete else {}
+        return card.get("made_from") == self._hashes(STEPS)
 
     def _save(self, step: str, module: nn.Module, frozen: nn.Module | None = None) -> None:
         """Save the module of a step as fp16, so that later steps use the weights of the exported model.
@@ -356,7 +350,7 @@ class Pipeline:
         """Write the trained modules of all steps as one fp16 model folder, and return the path of the folder."""
         self.accelerator.wait_for_everyone()  # until all processes have found that there is no model
         if self.accelerator.is_main_process:
-            remove_partial_files(self.model_folder)
+            run_folder.remove_partial_files(self.model_folder)
             parts = {name: self._load(name.replace("_", "-"), kind) for name, kind in PARTS.items()}
             sampling = {}
             for stage in STAGES:

@@ -146,13 +146,11 @@ class MuLaNEmbedQuantizer(Conditioner):
         clip_index: Tensor | None = None,
         seed: int = 0,
     ) -> None:
-        """Fit the codebooks, once only, by k-means of the latents and of the residuals of each level.
+        """Fit the codebooks, once only, by k-means of the audio latents `[n, d]` and of the residuals of each level.
 
-        Args:
-            audio_latents: `[n, d]`, with n at least `codebook_size`.
-            text_latents: `[k, d]` of texts that describe some of the audio, from which the alignment of texts is
-                learned (see `align_texts`); None = texts are not aligned.
-            clip_index: `[k]` int, the row in `audio_latents` that each text describes; None = text i describes row i.
+        The alignment of texts is learned from latents `[k, d]` of texts that describe some of the audio (see
+        `align_texts`). `clip_index [k]` is the row in `audio_latents` that each text describes; None = text i describes
+        row i.
         """
         self._check_latents(audio_latents)
         self.check_can_fit(len(audio_latents))

@@ -129,13 +129,11 @@ def fit_quantizer(
             report = measure_quantizer(quantizer, *held_out_latents[:2], clip_index=held_out_latents.clip_index)
             report = replace(report, is_held_out=True, **fitted)
     logger.info("quantizer: %s", {name: round(value, 3) for name, value in report.metrics.items()})
-    if min(report.usage) < _MIN_USAGE:
+    least = min(report.usage)
+    if least < _MIN_USAGE:
         logger.warning(
-            "level %d uses %.0f%% of its %d codes, since there are too few recordings or they are too similar; "
-            "use fewer levels or a smaller codebook",
-            1 + report.usage.index(min(report.usage)),
-            100 * min(report.usage),
-            quantizer.codebook_size,
+            f"level {1 + report.usage.index(least)} uses {least:.0%} of its {quantizer.codebook_size} codes, since "
+            "there are too few recordings or they are too similar; use fewer levels or a smaller codebook"
         )
     return report
 

@@ -26,10 +26,9 @@ class ComplexSTFTDiscriminator(Discriminator):
     """Discriminator of one complex spectrogram, with residual units (SoundStream, section III-D and figure 4).
 
     The SoundStream paper defines the STFT, a 7x7 convolution, six residual units, and a last convolution over all
-    remaining frequencies. A residual unit has a 3x3 convolution and a strided convolution; the strides in time and
-    frequency are (1, 2) and (2, 2) in turn. This library adds leaky ReLU, weight norm, real and imaginary parts as
-    input channels, and strided 1x1 convolutions as skip connections. The highest of the `window / 2 + 1` bins is
-    dropped, because SoundStream uses `window / 2` bins. The logits `[b, 1, f]` have one value per 8 STFT frames.
+    remaining frequencies. This library adds leaky ReLU, weight norm, real and imaginary parts as input channels, and
+    strided 1x1 convolutions as skip connections. The highest of the `window / 2 + 1` bins is dropped, because
+    SoundStream uses `window / 2` bins. The logits `[b, 1, f]` have one value per 8 STFT frames.
 
     One network processes all audio channels together. The first convolution has `width` output channels, and the last
     residual unit has 16 times as many. The STFT window has a multiple of 128 samples.
@@ -66,11 +65,9 @@ class ComplexSTFTDiscriminator(Discriminator):
 class MultiScaleSTFTDiscriminator(Discriminator):
     """Discriminator with one network for each STFT window (EnCodec, arXiv 2210.13438, section 3.4).
 
-    The EnCodec paper defines the windows, real and imaginary parts as input channels, 32 filters per layer, leaky ReLU
-    and weight norm. After a first convolution, three convolutions have dilations 1, 2, 4 in time and stride 2 in
-    frequency, and a 3x3 convolution computes the logits. The code of EnCodec defines kernels of 3x9 (3x8 in the paper),
-    a further 3x3 convolution before the last, the slope of the leaky ReLU, and the normalised STFT. The STFT hop is a
-    quarter of the window. EnCodec processes stereo channels separately; this library processes stereo channels
+    The EnCodec paper defines the windows, the inputs, the layers, leaky ReLU and weight norm. The code of EnCodec
+    defines kernels of 3x9 (3x8 in the paper), a further 3x3 convolution before the last, the slope of the leaky ReLU,
+    and the normalised STFT. EnCodec processes stereo channels separately; this library processes stereo channels
     together, so that their differences influence the logits. The logits of an STFT window are `[b, 1, f, k]`, one per
     frame and per 8 frequency bins.
 

@@ -6,7 +6,7 @@ from functools import partial
 from itertools import groupby
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from beartype import beartype
@@ -113,16 +113,16 @@ class EncodecWrapper(PretrainedCodec):
 
     def _encode(self, wave: Tensor) -> EncodedWave:
         codes, scales = [], []
-        for run in _runs([length for _, length in self._segments(wave.shape[-1])]):
-            starts = [index * (self.segment_stride_samples or 0) for index in range(run.first, run.first + run.number)]
-            segments = torch.stack([wave[..., start : start + run.size] for start in starts])
+        for first, number, size in _runs([length for _, length in self._segments(wave.shape[-1])]):
+            starts = [index * (self.segment_stride_samples or 0) for index in range(first, first + number)]
+            segments = torch.stack([wave[..., start : start + size] for start in starts])
             scale = segments.mean(dim=2).square().mean(dim=-1).sqrt() + 1e-8  # of the mono mix, as in the model
             if self.has_scales:
                 segments = segments / rearrange(scale, "s b -> s b 1 1")
             frames = run_layers(self.model.encoder, rearrange(segments, "s b c n -> (s b) c n"))
             quantize = partial(self.model.quantizer.encode, bandwidth=self.bandwidth_kbps)
             run_codes = apply_chunked(quantize, frames, FRAMEWISE, _QUANTIZER_CHUNK_FRAMES)
-            codes.append(rearrange(run_codes, "q (s b) f -> b (s f) q", s=run.number))
+            codes.append(rearrange(run_codes, "q (s b) f -> b (s f) q", s=number))
             scales.append(rearrange(scale, "s b -> b s"))
         return EncodedWave(torch.cat(codes, dim=1), torch.cat(scales, dim=1))
 
@@ -142,14 +142,14 @@ class EncodecWrapper(PretrainedCodec):
     def _decode_segments(self, codes: Tensor, frames: list[int], scales: Tensor | None) -> Iterator[Tensor]:
         """Decode all segments, and yield the wave `[b, c, n]` of each segment in order."""
         first_frame = 0
-        for run in _runs(frames):
-            run_codes = codes[:, first_frame : first_frame + run.number * run.size]
-            first_frame += run.number * run.size
-            levels = rearrange(run_codes, "b (s f) q -> q (s b) f", s=run.number)
+        for first, number, size in _runs(frames):
+            run_codes = codes[:, first_frame : first_frame + number * size]
+            first_frame += number * size
+            levels = rearrange(run_codes, "b (s f) q -> q (s b) f", s=number)
             waves = run_layers(self.model.decoder, self.model.quantizer.decode(levels))
-            waves = rearrange(waves, "(s b) c n -> s b c n", s=run.number)
+            waves = rearrange(waves, "(s b) c n -> s b c n", s=number)
             if scales is not None:
-                waves = waves * rearrange(scales[:, run.first : run.first + run.number], "b s -> s b 1 1").to(waves)
+                waves = waves * rearrange(scales[:, first : first + number], "b s -> s b 1 1").to(waves)
             yield from waves
 
     def _segments(self, num_samples: int) -> list[tuple[int, int]]:
@@ -176,22 +176,14 @@ class EncodecWrapper(PretrainedCodec):
         return frames
 
 
-class _Run(NamedTuple):
-    """Consecutive segments of equal size that are computed in one batch."""
-
-    first: int
-    number: int
-    size: int
-
-
-def _runs(sizes: list[int]) -> Iterator[_Run]:
-    """Group consecutive segments of equal size, at most `_SEGMENTS_PER_BATCH` per group."""
+def _runs(sizes: list[int]) -> Iterator[tuple[int, int, int]]:
+    """Group consecutive segments of equal size for one batch; yield (first segment, number of segments, size)."""
     first = 0
     for size, group in groupby(sizes):
         remaining = len(list(group))
         while remaining:
             number = min(remaining, _SEGMENTS_PER_BATCH)
-            yield _Run(first, number, size)
+            yield first, number, size
             first, remaining = first + number, remaining - number
 
 

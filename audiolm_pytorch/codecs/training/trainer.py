@@ -43,9 +43,8 @@ class SoundStreamTrainer:
             `discriminators`.
         loss_weights: Weights of the losses; by default `CodecLossWeights()` with discriminators, and
             `CodecLossWeights().reconstruction_only` without discriminators.
-        discriminators: Discriminators to train; None uses only reconstruction losses. On a CPU,
-            `soundstream_discriminators(channels=1)` needs more time than a small codec; with `width=8` it needs a
-            fifth of that time. Register their class with `audiolm_pytorch.saving.modules.register`.
+        discriminators: Discriminators to train, such as `soundstream_discriminators(channels=1)`; None uses only
+            reconstruction losses. Register their class with `audiolm_pytorch.saving.modules.register`.
         adversarial_start_step: First training step of the discriminators; by default after a quarter of the run.
         discriminator_lead_steps: Steps of the discriminators before the codec uses their losses; by default a tenth of
             the steps of the discriminators, at most 200.
