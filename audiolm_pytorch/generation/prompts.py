@@ -28,8 +28,8 @@ def tokenize_prompts(
     A prompt that is shorter than a frame is ignored and has 0 seconds.
 
     Raises:
-        ValueError: If a file cannot be read, shape, length or number of channels of a prompt is wrong, or its samples
-            are not finite floats.
+        ValueError: If a file cannot be read, if the shape, length or number of channels of a prompt is wrong, or if the
+            samples of a prompt are not finite floats.
     """
     batch, waves = request.num_items, _read_prompts(request, codec.target_sample_hz)
     semantic = _tokens_of_waves("semantic", waves, wav2vec, codec, device)

@@ -42,7 +42,7 @@ class StageWrapper(nn.Module):
         text_conditioner: Computes states of texts; needed by a stage with `text_dim`.
 
     Raises:
-        TypeError: If `transformer` is a stage of another class.
+        TypeError: If `transformer` is not a `stage_class` of the wrapper.
         ValueError: If a tokenizer or a conditioner is not compatible with the stage.
     """
 

@@ -68,8 +68,8 @@ class ContrastiveLoss(nn.Module, ABC):
     ) -> Tensor:
         """Compute the loss (nats) of clips and the texts that describe them, a scalar that is equal on all processes.
 
-        A clip matches all its texts. A clip ignores a text of another clip that is equal to one of its own texts.
-        The latents `[b, d]` of clips and `[k, d]` of texts have unit norm.
+        A clip matches all its texts. A pair of a clip and a text of another clip is left out if the text is equal to
+        a text of the clip. The latents `[b, d]` of clips and `[k, d]` of texts have unit norm.
 
         Args:
             captions: `[k]` integers that are equal for equal texts; None = all texts differ.

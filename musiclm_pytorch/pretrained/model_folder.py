@@ -4,8 +4,8 @@ MODEL/<part>/config.json       constructor arguments of the module with this nam
 MODEL/<part>/model.safetensors weights of the module with this name in `PARTS`
 MODEL/musiclm.json             format version, origin, and two optional defaults for generation:
                                "sampling" {stage: {temperature, top_k, top_p, guidance_scale}} and "num_levels".
-                               Optional "bundled_parts", e.g. {"codec": "codec_16khz"}, names the modules that the
-                               package has in bundled/<name> and the model folder does not have.
+                               Optional "bundled_parts", e.g. {"codec": "codec_16khz"}, lists modules that are not
+                               in the model folder, but in the folder bundled/<name> of the package.
 """
 
 from collections.abc import Mapping, Sequence
