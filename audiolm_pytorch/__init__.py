@@ -19,9 +19,9 @@ if TYPE_CHECKING:
         open_codec as open_codec,
     )
     from audiolm_pytorch.codecs.training import SoundStreamTrainer as SoundStreamTrainer
+    from audiolm_pytorch.conditioning.base import ConditionTensor as ConditionTensor
     from audiolm_pytorch.conditioning.fuser import ConditionSpec as ConditionSpec
-    from audiolm_pytorch.conditioning.tensors import ConditionTensor as ConditionTensor
-    from audiolm_pytorch.conditioning.text_conditioner import TextConditioner as TextConditioner
+    from audiolm_pytorch.conditioning.published_text import TextConditioner as TextConditioner
     from audiolm_pytorch.generation.request import (
         GeneratedAudio as GeneratedAudio,
         GenerationRequest as GenerationRequest,

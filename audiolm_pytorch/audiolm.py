@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.audio.units import samples_covering
 from audiolm_pytorch.codecs.base import Codec, StreamingCodec
-from audiolm_pytorch.conditioning.base import Conditioner, TextEncoder
-from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
+from audiolm_pytorch.conditioning.base import Conditioner, Conditions, ConditionTensor, TextEncoder
 from audiolm_pytorch.generation.inputs import (
     GenerationLengths,
     extra_input_tokens,

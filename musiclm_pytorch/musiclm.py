@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from audiolm_pytorch.audio.files import peak_safe
 from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.audiolm import AudioLM
-from audiolm_pytorch.conditioning.tensors import ConditionTensor
+from audiolm_pytorch.conditioning.base import ConditionTensor
 from audiolm_pytorch.generation.request import GeneratedAudio, GenerationRequest, Prompt
 from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.lm.compatibility import check_compatible

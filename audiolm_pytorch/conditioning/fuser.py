@@ -8,7 +8,7 @@ import torch
 from beartype import beartype
 from torch import Tensor, nn
 
-from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
+from audiolm_pytorch.conditioning.base import Conditions, ConditionTensor
 from audiolm_pytorch.nn.layers import RMSNorm
 from audiolm_pytorch.nn.transformer import INIT_STD, FusedConditions
 
@@ -83,12 +83,9 @@ class _Condition(nn.Module):
 
 
 class ConditionFuser(nn.Module):
-    """Module that projects the conditions of a language model to inputs of its transformer.
+    """Module that projects the conditions of a language model to inputs of its transformer of width `dim`.
 
-    Args:
-        specs: Settings of each condition by name. If several conditions are prepended, the last condition in `specs`
-            comes first.
-        dim: Width of the transformer.
+    If several conditions are prepended, the last condition in `specs` comes first.
     """
 
     def __init__(self, specs: dict[str, ConditionSpec], dim: int) -> None:

@@ -4,21 +4,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from beartype import beartype
 from torch import Tensor, nn
 
+from audiolm_pytorch.conditioning.base import ConditionTensor, TextEncoder
 from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer, ids_of
+from audiolm_pytorch.nn.module_state import device_of
+from audiolm_pytorch.saving import hub
 from audiolm_pytorch.saving.fingerprint import nameless_fingerprint
-from audiolm_pytorch.saving.hub import (
-    LoadedModel,
-    load_model,
-    load_tokenizer,
-    model_settings,
-    portable_origin,
-    require_transformers,
-)
+from audiolm_pytorch.saving.hub import LoadedModel
+from audiolm_pytorch.saving.modules import register
 
-__all__ = ["PublishedText", "PublishedTextEncoder", "tokenizer_of"]
+__all__ = ["PublishedText", "PublishedTextEncoder", "TextConditioner", "tokenizer_of"]
 
 _CLASSES = {
     "albert": "AlbertModel",
@@ -37,35 +35,19 @@ _CLASSES = {
 }
 # Settings that change embeddings but not the shape of any weight; part of the fingerprint.
 _SETTINGS = (
-    "activation",
-    "feed_forward_proj",
-    "global_attn_every_n_layers",
-    "hidden_act",
-    "hidden_activation",
-    "layer_norm_eps",
-    "layer_norm_epsilon",
-    "local_attention",
-    "max_relative_positions",
-    "norm_eps",
-    "num_attention_heads",
-    "pad_token_id",
-    "pos_att_type",
-    "position_buckets",
-    "relative_attention_max_distance",
-    "rope_parameters",
-)
+    "activation feed_forward_proj global_attn_every_n_layers hidden_act hidden_activation layer_norm_eps "
+    "layer_norm_epsilon local_attention max_relative_positions norm_eps num_attention_heads pad_token_id pos_att_type "
+    "position_buckets relative_attention_max_distance rope_parameters"
+).split()
 # As MuLan's BERT (arXiv:2208.12415, sec. 3.2); models with relative positions have no limit.
 _DEFAULT_MAX_TOKENS = 512
 _UNLIMITED = 2**31
 
 
 class PublishedText:
-    """Text input of a published text model: tokenizes texts, and builds the arguments of the model's `forward`.
+    """Text input of a model of transformers: tokenizes texts, and builds the arguments of the model's `forward`.
 
-    Args:
-        model: A text model of the transformers library.
-        tokenizer: The tokenizer of `model`.
-        max_tokens: Maximum number of tokens per text; None = the limit of `model`, but not more than 512.
+    If `max_tokens` is None, a text has at most as many tokens as the model allows, and at most 512.
     """
 
     def __init__(self, model: Any, tokenizer: TextTokenizer, max_tokens: int | None = None) -> None:
@@ -108,14 +90,9 @@ class PublishedTextEncoder(nn.Module):
         max_tokens: Maximum number of tokens per text, special tokens included; longer texts are truncated with a
             warning. If `max_tokens` is None, the limit is that of the model, but not more than 512.
         offline: Whether to use only local folders and the local cache of the hub, without downloads.
-        revision: Branch, tag or commit to load from the hub.
-        cache_dir: Folder for downloaded files; None = the default cache of Hugging Face.
-
-    Attributes:
-        frozen: Whether the weights never change; a frozen encoder is always in eval mode.
     """
 
-    frozen: bool = True
+    frozen: bool = True  # whether the weights never change
 
     @beartype
     def __init__(
@@ -130,16 +107,10 @@ class PublishedTextEncoder(nn.Module):
     ) -> None:
         super().__init__()
         where: dict[str, Any] = {"offline": offline, "revision": revision, "cache_dir": cache_dir}
-        loaded = source
-        if not isinstance(loaded, LoadedModel):
-            # files of masked language models have no pooling layer
-            loaded = load_model(loaded, _CLASSES, unneeded=("pooler.",), **where)
+        # Files of masked language models have no pooling layer.
+        loaded = hub.load_model(source, _CLASSES, unneeded=("pooler.",), **where)
         settings: Any = loaded.model.config
         self.model_type: str = settings.model_type
-        if self.model_type not in _CLASSES:
-            raise ValueError(
-                f"models of type {self.model_type!r} are not supported; use a model of type {sorted(_CLASSES)}"
-            )
         tokenizer = tokenizer_of(loaded, source, tokenizer, **where)
         self.origin = loaded.origin
         self.model: Any = loaded.model.requires_grad_(False)
@@ -163,18 +134,17 @@ class PublishedTextEncoder(nn.Module):
     def config(self) -> dict[str, Any]:
         """JSON-compatible description of the model and the tokenizer, from which `from_config` builds an encoder."""
         return {
-            "model": model_settings(self.model),
+            "model": hub.model_settings(self.model),
             "tokenizer": self._text.tokenizer.to_json(),
             "special_tokens": self._text.tokenizer.special_tokens,
             "options": self.options,
-            "origin": portable_origin(self.origin),
+            "origin": hub.portable_origin(self.origin),
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "PublishedTextEncoder":
         """Build an encoder with newly initialised weights from the value of the property `config`."""
-        model_class = getattr(require_transformers(), _CLASSES[config["model"]["model_type"]])
-        model = model_class(model_class.config_class.from_dict(dict(config["model"])))
+        model = hub.model_of(config["model"], _CLASSES)
         tokenizer = TextTokenizer.from_json(config["tokenizer"], special_tokens=config.get("special_tokens", True))
         return cls(LoadedModel(model, **config["origin"]), tokenizer=tokenizer, **config["options"])
 
@@ -193,6 +163,25 @@ class PublishedTextEncoder(nn.Module):
         return self._text.tokenize(texts)
 
 
+@register
+class TextConditioner(PublishedTextEncoder, TextEncoder):
+    """Frozen text encoder whose last hidden states are conditions, as T5 in MusicGen (arXiv:2306.05284, sec. 2.3).
+
+    The hidden states of a text do not depend on other texts in the batch, and are float32 even under autocast.
+    """
+
+    @beartype
+    @torch.no_grad()
+    def forward(self, texts: str | Sequence[str]) -> ConditionTensor:
+        """Return hidden states, padded with zeros to the length of the longest text."""
+        device = device_of(self.model)
+        ids = self.tokenize(texts).to(device)
+        mask = ids >= 0
+        with torch.autocast(device.type, enabled=False):
+            states = self.model(**self._text.inputs(ids)).last_hidden_state
+        return ConditionTensor(states.float().masked_fill(~mask.unsqueeze(-1), 0.0), mask)
+
+
 def tokenizer_of(
     loaded: LoadedModel, source: str | Path | LoadedModel, tokenizer: TextTokenizer | None, **where: Any
 ) -> TextTokenizer:
@@ -202,7 +191,7 @@ def tokenizer_of(
     if isinstance(source, LoadedModel):
         raise ValueError("got a loaded model without a tokenizer; pass tokenizer=TextTokenizer(...)")
     where["revision"] = loaded.revision or where["revision"]
-    return TextTokenizer(load_tokenizer(source, **where), special_tokens=True)
+    return TextTokenizer(hub.load_tokenizer(source, **where), special_tokens=True)
 
 
 def _num_positions(model: nn.Module) -> int:

@@ -13,9 +13,7 @@ __all__ = ["PADDING", "TextTokenizer", "ids_of"]
 
 logger = logging.getLogger(__name__)
 
-PADDING = -1
-"""Value past the end of a text in a batch of ids."""
-
+PADDING = -1  # value past the end of a text in a batch of ids
 _NUM_BYTES = 256
 
 
@@ -41,10 +39,8 @@ class TextTokenizer:
     def train(cls, captions: Iterable[str], vocab_size: int = 4096, min_frequency: int = 2) -> "TextTokenizer":
         """Train a tokenizer on captions. Equal captions result in equal tokenizers on every machine.
 
-        Args:
-            captions: Training texts; at least one must not be empty.
-            vocab_size: Maximum size of the vocabulary, at least 256, because every byte is a token.
-            min_frequency: Minimum number of occurrences of a pair of tokens; rarer pairs are not merged.
+        The vocabulary has at most `vocab_size` tokens, and at least 256, because every byte is a token. Pairs of tokens
+        with fewer than `min_frequency` occurrences are not merged.
         """
         if vocab_size < _NUM_BYTES:
             raise ValueError(f"vocab_size must be at least {_NUM_BYTES}, the number of bytes; got {vocab_size}")
@@ -88,10 +84,7 @@ class TextTokenizer:
     def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> Tensor:
         """Return token ids `[b, t]` int64 of texts, padded with -1 (`PADDING`) to the length t of the longest text.
 
-        Args:
-            texts: One or more texts; no text may be empty or only white space.
-            max_tokens: Maximum number of tokens per text, or None for no limit. A longer text is truncated to
-                `max_tokens` with a warning; its special tokens are kept.
+        A text with more than `max_tokens` tokens is truncated with a warning; its special tokens are kept.
         """
         if isinstance(texts, str):
             texts = [texts]
@@ -123,13 +116,9 @@ class TextTokenizer:
 
 
 def ids_of(texts: str | Sequence[str] | Tensor, tokenizer: TextTokenizer, num_tokens: int, max_tokens: int) -> Tensor:
-    """Return token ids `[b, t]` int64 of one or several texts; if `texts` are token ids, only check the ids.
+    """Return token ids `[b, t]` int64 of one or several texts, padded with -1.
 
-    Args:
-        texts: One text, several texts, or a tensor of token ids `[b, t]` padded with -1.
-        tokenizer: The tokenizer of the text encoder.
-        num_tokens: Number of token embeddings of the text encoder.
-        max_tokens: Maximum number of tokens per text.
+    If `texts` are token ids, the ids are checked; `num_tokens` is the number of token embeddings of the text encoder.
     """
     if isinstance(texts, Tensor):
         return _checked_ids(texts, num_tokens, max_tokens)

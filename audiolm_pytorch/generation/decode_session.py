@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from beartype import beartype
 from torch import Tensor
 
-from audiolm_pytorch.conditioning.tensors import Conditions, guide
+from audiolm_pytorch.conditioning.base import Conditions, guide
 from audiolm_pytorch.generation.sampling import SamplingSettings, item_generators, sample_tokens
 from audiolm_pytorch.lm.token_model import TokenTransformer
 from audiolm_pytorch.nn.cached_transformer import CachedTransformer

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from audiolm_pytorch.audio.units import frames_covering, samples_covering
 from audiolm_pytorch.codecs.base import Codec
-from audiolm_pytorch.conditioning.base import Conditioner, TextEncoder
-from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
+from audiolm_pytorch.conditioning.base import Conditioner, Conditions, ConditionTensor, TextEncoder
 from audiolm_pytorch.generation.prompts import tokenize_prompts
 from audiolm_pytorch.generation.request import GenerationRequest
 from audiolm_pytorch.lm.stage_transformer import AudioTokens, StageTransformer

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from audiolm_pytorch.codecs.base import Codec, StreamingCodec
 from audiolm_pytorch.codecs.streaming import DecoderStream
-from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
+from audiolm_pytorch.conditioning.base import Conditions, ConditionTensor
 from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.lm.stage_transformer import AudioTokens
 from audiolm_pytorch.nn.module_state import device_of

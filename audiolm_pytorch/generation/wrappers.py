@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.codecs.base import Codec
-from audiolm_pytorch.conditioning.base import Conditioner, TextEncoder
-from audiolm_pytorch.conditioning.tensors import Conditions
+from audiolm_pytorch.conditioning.base import Conditioner, Conditions, TextEncoder
 from audiolm_pytorch.generation.decode_session import Decoded
 from audiolm_pytorch.generation.inputs import stage_conditions
 from audiolm_pytorch.generation.sampling import SamplingSettings

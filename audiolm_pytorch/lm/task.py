@@ -11,8 +11,7 @@ import torch
 from beartype import beartype
 from torch import Tensor, nn
 
-from audiolm_pytorch.conditioning.base import Conditioner, TextEncoder
-from audiolm_pytorch.conditioning.tensors import ConditionTensor
+from audiolm_pytorch.conditioning.base import Conditioner, ConditionTensor, TextEncoder
 from audiolm_pytorch.lm.stage_transformer import StageTransformer
 from audiolm_pytorch.lm.token_model import TokenLoss
 from audiolm_pytorch.lm.training_data import StageSource

@@ -10,8 +10,8 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
+from audiolm_pytorch.conditioning.base import Conditions
 from audiolm_pytorch.conditioning.fuser import ConditionFuser, ConditionSpec
-from audiolm_pytorch.conditioning.tensors import Conditions
 from audiolm_pytorch.nn.transformer import INIT_STD, FusedConditions, Transformer
 from audiolm_pytorch.saving.modules import register
 from audiolm_pytorch.tokens.layout import TokenLayout

@@ -15,8 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from audiolm_pytorch.audio.units import frames_inside
 from audiolm_pytorch.codecs.base import Codec
-from audiolm_pytorch.conditioning.base import Conditioner
-from audiolm_pytorch.conditioning.tensors import ConditionTensor
+from audiolm_pytorch.conditioning.base import Conditioner, ConditionTensor
 from audiolm_pytorch.data.batches import CropBatch, collate_crops
 from audiolm_pytorch.data.captions import decode_texts
 from audiolm_pytorch.data.crops import CropDataset

@@ -53,12 +53,9 @@ def differences(found: Any, expected: Any, path: str = "") -> list[str]:
 
 @beartype
 def write_weights(path: str | Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write named tensors to a safetensors file, which is replaced atomically.
+    """Write named tensors and the header strings `metadata` to a safetensors file, which is replaced atomically.
 
-    Args:
-        path: File to write; missing folders are created.
-        weights: Tensors by name, on any device, that share no memory; `weights_of` returns such tensors.
-        metadata: Strings by name for the header of the file.
+    The tensors may be on any device and share no memory; `weights_of` returns such tensors.
     """
     path = Path(path)
     with staged_files(path.parent) as stage:
@@ -88,22 +85,16 @@ def staged_files(folder: Path) -> Iterator[Path]:
         stage = Path(name)
         yield stage
         files = sorted(stage.iterdir())
-        mode = _usual_mode(stage)
+        # A new file has the default permissions; safetensors writes files that only their owner can read.
+        sample = stage / ".mode"
+        sample.touch()
+        mode = stat.S_IMODE(sample.stat().st_mode)
         for file in files:
             file.chmod(mode)
             sync_to_disk(file)
         for file in files:
             os.replace(file, folder / file.name)
         sync_to_disk(folder)
-
-
-def _usual_mode(folder: Path) -> int:
-    """Return the default permissions of a new file, because safetensors writes files that only their owner can read."""
-    sample = folder / ".mode"
-    sample.touch()
-    mode = stat.S_IMODE(sample.stat().st_mode)
-    sample.unlink()
-    return mode
 
 
 @beartype

@@ -19,6 +19,7 @@ __all__ = [
     "find_folder",
     "load_model",
     "load_tokenizer",
+    "model_of",
     "model_settings",
     "model_type_of",
     "portable_origin",
@@ -51,13 +52,9 @@ _LICENCES = {
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model loaded with transformers, and its origin.
+    """A model loaded with transformers, its origin, and the settings of its feature extractor (`preprocessor`).
 
-    Attributes:
-        source: Local folder or hub id that the model was loaded from.
-        revision: Commit of the model on the hub; None for a local folder.
-        licence: Licence of the weights; the text "unknown: see the model card" if the licence is not known.
-        preprocessor: Settings of the feature extractor; an empty dict if the model has no file of these settings.
+    `source` is a local folder or a hub id; `revision` is the commit on the hub, and None for a local folder.
     """
 
     model: nn.Module
@@ -68,7 +65,7 @@ class LoadedModel:
 
     @property
     def origin(self) -> dict[str, Any]:
-        """Return the source, revision and licence of the model as a JSON-able dict."""
+        """Source, revision and licence of the model as a JSON-able dict."""
         return {"source": self.source, "revision": self.revision, "licence": self.licence}
 
 
@@ -85,9 +82,8 @@ def find_folder(
 ) -> tuple[Path, str | None]:
     """Return the local folder of a model, downloaded if necessary, and its commit on the hub (None for a local folder).
 
-    Args:
-        source: A local folder, or a hub id (owner/name); if a folder of this name exists, the hub is not used.
-        offline: Use only local files and the local cache of the hub.
+    If a folder of the name `source` exists, the hub is not used. If `offline` is True, only local files and the local
+    cache of the hub are used.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -127,23 +123,26 @@ def model_type_of(folder: Path) -> str:
 
 
 def load_model(
-    source: str | Path,
-    model_classes: Mapping[str, str],
-    *,
-    offline: bool = False,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-    unneeded: Sequence[str] = (),
+    source: str | Path | LoadedModel, model_classes: Mapping[str, str], *, unneeded: Sequence[str] = (), **hub: Any
 ) -> LoadedModel:
     """Load a model of transformers in float32; every weight must be in the safetensors files.
 
     Args:
-        source: Local folder or hub id, as in `find_folder`.
+        source: Local folder or hub id, as in `find_folder`; a loaded model is returned unchanged.
         model_classes: Name of the transformers class for each accepted `model_type`.
         unneeded: Prefixes of names of weights that may be missing, because the caller does not use these weights.
+        **hub: Further arguments of `find_folder`.
     """
+    if isinstance(source, LoadedModel):
+        settings: Any = source.model.config
+        if settings.model_type not in model_classes:
+            raise ValueError(
+                f"models of type {settings.model_type!r} are not supported; pass a model of a type in "
+                f"{sorted(model_classes)}"
+            )
+        return source
     transformers = require_transformers()
-    folder, commit = find_folder(source, offline=offline, revision=revision, cache_dir=cache_dir)
+    folder, commit = find_folder(source, **hub)
     model_type = model_type_of(folder)
     if model_type not in model_classes:
         raise ValueError(
@@ -180,16 +179,14 @@ def load_model(
     return LoadedModel(model.to(torch.float32), str(source), commit, licence, _preprocessor_in(folder))
 
 
-def load_tokenizer(
-    source: str | Path, *, offline: bool = False, revision: str | None = None, cache_dir: str | Path | None = None
-) -> Tokenizer:
+def load_tokenizer(source: str | Path, **hub: Any) -> Tokenizer:
     """Load a text tokenizer of transformers as a `tokenizers.Tokenizer`, which can be saved as one JSON string.
 
-    The tokenizer adds the special tokens of the model, and does not truncate or pad. The arguments of `load_tokenizer`
-    are those of `find_folder`. A ValueError is raised for a tokenizer that is not a fast tokenizer of transformers.
+    The tokenizer adds the special tokens of the model, and does not truncate or pad. The arguments are those of
+    `find_folder`. A ValueError is raised for a tokenizer that is not a fast tokenizer of transformers.
     """
     transformers = require_transformers()
-    folder, _ = find_folder(source, offline=offline, revision=revision, cache_dir=cache_dir)
+    folder, _ = find_folder(source, **hub)
     # Without a vocabulary, transformers makes an empty tokenizer and does not warn.
     if not any((folder / name).is_file() for name in _VOCABULARIES):
         raise ValueError(f"{folder} has no tokenizer; the folder needs one of the files {_VOCABULARIES}")
@@ -204,6 +201,12 @@ def load_tokenizer(
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def model_of(settings: Mapping[str, Any], model_classes: Mapping[str, str]) -> nn.Module:
+    """Build a model of transformers with random weights from the settings that `model_settings` returned."""
+    model_class = getattr(require_transformers(), model_classes[settings["model_type"]])
+    return model_class(model_class.config_class.from_dict(dict(settings)))
 
 
 def model_settings(model: nn.Module) -> dict[str, Any]:
@@ -235,8 +238,7 @@ def _licence_in(folder: Path) -> str | None:
     if not card.is_file():
         return None
     header = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    fields = dict(
-        re.findall(r"^(license|license_name):[ \t]*([^\s#]+)", header.group(1), re.MULTILINE) if header else []
-    )
+    text = header.group(1) if header else ""
+    fields = dict(re.findall(r"^(license|license_name):[ \t]*([^\s#]+)", text, re.MULTILINE))
     name = fields.get("license_name") if fields.get("license") == "other" else fields.get("license")
     return f"{name} (model card)" if name else None

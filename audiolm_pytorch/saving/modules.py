@@ -88,8 +88,7 @@ def module_spec(module: nn.Module) -> dict[str, Any]:
 @beartype
 def build_module(spec: Mapping[str, Any]) -> nn.Module:
     """Build a module with random weights from a spec of `module_spec`; raise a ValueError if the config is wrong."""
-    missing = [key for key in ("class", "config") if key not in spec]
-    if missing:
+    if not {"class", "config"} <= spec.keys():
         raise ValueError(f"a module spec needs the keys 'class' and 'config'; got the keys {sorted(spec)}")
     cls = registered_class(spec["class"])
     if cls is None:
@@ -119,10 +118,9 @@ def _built_parts(value: Any) -> Any:
 def save_module(
     module: nn.Module, folder: str | Path, extra: dict[str, Any] | None = None, dtype: torch.dtype | None = None
 ) -> None:
-    """Write a module as `model.safetensors` and `config.json`; other files in the folder are not changed.
+    """Write a module of a registered class as two files; other files in the folder are not changed.
 
     Args:
-        module: A module of a registered class.
         extra: Additional JSON-able entries for `config.json`; `read_config` returns them.
         dtype: Floating type of the stored weights, such as `torch.float16` for half the size; None keeps the dtypes.
             A weight with a value too large for `dtype` raises a ValueError.
@@ -146,9 +144,7 @@ def save_module(
 def load_module(folder: str | Path, expect: type | None = None, device: str | torch.device = "cpu") -> nn.Module:
     """Load a saved module in eval mode; its weights have the dtypes of its constructor (float32), not of the file.
 
-    Args:
-        folder: A folder written by `save_module`; if its files are damaged, a ValueError names the folder.
-        expect: Required class or base class of the module; None accepts any class.
+    A ValueError is raised if the files are damaged, or if the module is not of the class `expect` or a subclass.
     """
     folder = Path(folder)
     config = read_config(folder)

@@ -52,10 +52,8 @@ class StandIn:
 class DataUnpickler(_Unpickler):
     """Python's unpickler with a list of allowed instructions and names; every object becomes a `StandIn`.
 
-    Args:
-        file: Binary file with a pickle; after `load`, the file position is at the end of the pickle.
-        names: Full names of the allowed classes and functions.
-        roots: Modules and packages whose classes are all allowed.
+    A pickle may name the classes and functions in `names` (full names), and all classes of the packages `roots`. After
+    `load`, the position in the binary file is at the end of the pickle.
     """
 
     def __init__(self, file: Any, names: Collection[str], roots: Collection[str]) -> None:

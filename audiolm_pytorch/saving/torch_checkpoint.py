@@ -46,28 +46,18 @@ _STORAGE_DTYPES = {
 }
 _TENSORS = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2")
 _PARAMETER = "torch._utils._rebuild_parameter"
+_BUILTINS = "dict list tuple set int float str bool bytes".split()
 _ROOTS = ("argparse", "fairseq", "numpy.random", "omegaconf", "typing")
 _NAMES = (
     *_TENSORS,
     _PARAMETER,
     *(f"{module}.{name}" for module in ("torch", "torch.cuda") for name in _STORAGE_DTYPES),
-    "torch.Size",
-    "torch.device",
-    "torch.torch_version.TorchVersion",
     *(str(dtype) for dtype in _STORAGE_DTYPES.values()),
-    "collections.OrderedDict",
-    "collections.defaultdict",
-    *(
-        f"{module}.{name}"
-        for module in ("builtins", "__builtin__")
-        for name in "dict list tuple set int float str bool bytes".split()
-    ),
-    # numbers and arrays of numpy, and the generic types in the metadata of omegaconf
-    "numpy.dtype",
-    "numpy.ndarray",
+    *"torch.Size torch.device torch.torch_version.TorchVersion collections.OrderedDict collections.defaultdict".split(),
+    *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in _BUILTINS),
+    # Numbers and arrays of numpy, and the generic types in the metadata of omegaconf.
+    *"numpy.dtype numpy.ndarray _codecs.encode _operator.getitem".split(),
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
-    "_codecs.encode",
-    "_operator.getitem",
 )
 
 
@@ -82,11 +72,8 @@ class _Storage(NamedTuple):
 class TorchCheckpoint:
     """The dictionary in a file written by `torch.save` (torch 0.4 or later); no code in the file is run.
 
-    A ValueError is raised for other classes than tensors, Python data types, and those of fairseq, omegaconf, argparse.
-
-    Attributes:
-        content: The saved dictionary, which contains containers, numbers, text, and a `StandIn` for every other
-            object. The method `tensor` converts the `StandIn` of a tensor into the tensor.
+    The attribute `content` is the dictionary. It contains containers, numbers, text, and a `StandIn` for every other
+    object. A ValueError is raised for other classes than tensors and those of Python, fairseq, omegaconf and argparse.
     """
 
     @beartype

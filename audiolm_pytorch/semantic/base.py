@@ -16,9 +16,7 @@ class SemanticTokenizer(nn.Module, ABC):
     A tokenizer is always in eval mode, also if it is a submodule of a module in train mode.
 
     Attributes:
-        target_sample_hz: Sample rate of the waves that are converted to tokens.
         downsample_factor: Samples per token at `target_sample_hz`; `num_frames` returns the exact number of tokens.
-        codebook_size: Number of possible token ids.
         seq_len_multiple_of: Waves are cut to a multiple of this number of samples; None means no cut.
     """
 
@@ -68,19 +66,12 @@ class SemanticTokenizer(nn.Module, ABC):
 
 
 class FrameEncoder(nn.Module, ABC):
-    """Base class of audio encoders whose hidden states `KMeansTokenizer` converts to tokens.
-
-    Attributes:
-        sample_hz: Sample rate of the input waves.
-        downsample_factor: Samples per frame at `sample_hz`; `num_frames` returns the exact number of frames.
-        dim: Width of the hidden states.
-        depth: Number of layers.
-    """
+    """Base class of audio encoders whose hidden states `KMeansTokenizer` converts to tokens."""
 
     sample_hz: int
-    downsample_factor: int
-    dim: int
-    depth: int
+    downsample_factor: int  # samples per frame; `num_frames` returns the exact number of frames
+    dim: int  # width of the hidden states
+    depth: int  # number of layers
 
     @abstractmethod
     def num_frames(self, num_samples: int) -> int:
@@ -91,8 +82,7 @@ class FrameEncoder(nn.Module, ABC):
         """Compute the hidden states of a layer.
 
         Args:
-            wave: `[b, n]`, float, at `sample_hz`.
-            lengths: `[b]` int, number of samples of each item without padding; None means no padding.
+            wave: `[b, n]`, float, at `sample_hz`; `lengths [b]` are the numbers of samples without padding.
             layer: Number of the layer, 0..depth, where 0 is the input of the first layer; None means the last layer.
 
         Returns:

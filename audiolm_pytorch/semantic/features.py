@@ -87,10 +87,7 @@ def write_features(
 ) -> None:
     """Write the hidden states of every planned crop to shards; chunks that are already on disk are not computed again.
 
-    Args:
-        encoder: Encoder in eval mode.
-        origin: Description of encoder, layer and data, which is passed to `write_shards` as `fingerprint`.
-        advance: Function that is called after every crop, for example to advance a progress bar.
+    `origin` describes encoder, layer and data; the function `advance` is called after every crop.
     """
     # Batches start at fixed places of the plan, so that an interruption does not change which crops share a batch.
     batch_crops = min(_MAX_CROPS_PER_BATCH, max(1, int(_SECONDS_PER_BATCH / (dataset.seconds or _SECONDS_PER_BATCH))))

@@ -70,11 +70,9 @@ class KMeansTrainer:
 
     Args:
         encoder: Encoder of a registered class; the trainer uses a copy of it.
-        layer: Number of the encoder layer whose hidden states are clustered.
         folder: Folder or manifest of audio; only its training files are used (see `load_split`).
         results_folder: Folder of the run; a folder that has a run with other settings raises a ValueError.
         seconds: Length of the encoded crops; longer files have several crops.
-        max_tokens: Maximum number of frames for k-means.
         num_epochs: Minimum number of passes over the frames; for a small data set there are more passes.
         accelerator: Accelerator whose processes share the encoding; None creates an accelerator.
     """
@@ -119,10 +117,12 @@ class KMeansTrainer:
             )
         self.results_folder = Path(results_folder)
         self.features_folder = self.results_folder / "features"
+        facts = [(item.path.name, item.sample_hz, item.num_samples) for item in items]
         self._origin = {
             "encoder": part_fingerprint(self._encoder),
             "layer": layer,
-            "data": _digest_of(items),
+            # Paths are not hashed, because the folder may be moved.
+            "data": f"{len(items)} files, {hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}",
             "seconds": seconds,
             "max_tokens": max_tokens,
             "seed": seed,
@@ -217,18 +217,7 @@ class KMeansTrainer:
                 usage.num_clusters - usage.used,
                 usage.num_clusters,
             )
-        tokenizer = KMeansTokenizer(
-            encoder=self._encoder.cpu(),
-            layer=self._layer,
-            centroids=torch.from_numpy(state["centroids"]),
-            mean=torch.from_numpy(state["mean"]),
-            std=torch.from_numpy(state["std"]),
-        )
+        tensors: dict[str, Any] = {name: torch.from_numpy(part) for name, part in state.items()}
+        tokenizer = KMeansTokenizer(encoder=self._encoder.cpu(), layer=self._layer, **tensors)
         save_module(tokenizer, self.results_folder / "tokenizer", extra={"usage": asdict(usage), "fit": self._identity})
         write_json(self.results_folder / "kmeans.json", {**self._record(), "usage": asdict(usage)})
-
-
-def _digest_of(items: Sequence[AudioItem]) -> str:
-    """Hash names, rates and lengths of audio files; paths are not hashed, because the folder may be moved."""
-    facts = [(item.path.name, item.sample_hz, item.num_samples) for item in items]
-    return f"{len(facts)} files, {hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"

@@ -27,12 +27,10 @@ class KMeansTokenizer(SemanticTokenizer):
 
     Args:
         encoder: Audio encoder; `requires_grad` of its parameters is set to False.
-        layer: Encoder layer (0..encoder.depth) whose hidden states are compared with the centroids.
         num_clusters: Number of centroids; not needed if `centroids` is passed.
         centroids: Tensor `[k, d]`, compared with normalised hidden states; if None, `forward` raises a RuntimeError
             until centroids are loaded.
-        mean: Mean `[d]` of the hidden states; None means 0.
-        std: Standard deviation `[d]` of the hidden states, positive; None means 1.
+        mean: Mean `[d]` of the hidden states; None means 0. The default of the standard deviation `std [d]` is 1.
     """
 
     @beartype
@@ -55,25 +53,24 @@ class KMeansTokenizer(SemanticTokenizer):
             num_clusters = 0 if centroids is None else len(centroids)
         if num_clusters < 1:
             raise ValueError(f"got {num_clusters} clusters; pass centroids [k, d], or num_clusters of at least 1")
-        shapes = {"centroids": (num_clusters, encoder.dim), "mean": (encoder.dim,), "std": (encoder.dim,)}
-        for name, value in (("centroids", centroids), ("mean", mean), ("std", std)):
-            if value is not None and (value.shape != shapes[name] or not value.isfinite().all()):
-                raise ValueError(f"{name} must be finite and of shape {shapes[name]}, got shape {tuple(value.shape)}")
-        if std is not None and not (std > 0).all():
-            raise ValueError(f"std must be positive in every dimension, got values down to {std.min():g}")
+        self.centroids: Tensor
+        self.mean: Tensor
+        self.std: Tensor
+        # NaN marks centroids that are not loaded yet.
+        not_loaded = torch.full((num_clusters, encoder.dim), torch.nan)
+        defaults = {"centroids": not_loaded, "mean": torch.zeros(encoder.dim), "std": torch.ones(encoder.dim)}
+        for (name, default), value in zip(defaults.items(), (centroids, mean, std)):
+            if value is not None and (value.shape != default.shape or not value.isfinite().all()):
+                shape = tuple(default.shape)
+                raise ValueError(f"{name} must be finite and of shape {shape}, got shape {tuple(value.shape)}")
+            self.register_buffer(name, default if value is None else value.detach().float().clone())
+        if not (self.std > 0).all():
+            raise ValueError(f"std must be positive in every dimension, got values down to {self.std.min():g}")
         self.layer = layer
         self.seq_len_multiple_of = seq_len_multiple_of
         self.encoder = encoder.eval().requires_grad_(False)
         self.target_sample_hz, self.downsample_factor = encoder.sample_hz, encoder.downsample_factor
         self.codebook_size = num_clusters
-        self.centroids: Tensor
-        self.mean: Tensor
-        self.std: Tensor
-        # NaN marks centroids that are not loaded yet.
-        not_loaded = torch.full(shapes["centroids"], torch.nan)
-        self.register_buffer("centroids", not_loaded if centroids is None else centroids.detach().float().clone())
-        self.register_buffer("mean", torch.zeros(encoder.dim) if mean is None else mean.detach().float().clone())
-        self.register_buffer("std", torch.ones(encoder.dim) if std is None else std.detach().float().clone())
 
     @property
     def config(self) -> dict[str, Any]:

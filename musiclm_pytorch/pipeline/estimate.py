@@ -9,7 +9,7 @@ import torch
 from beartype import beartype
 from torch import Tensor, nn
 
-from audiolm_pytorch.conditioning.tensors import ConditionTensor
+from audiolm_pytorch.conditioning.base import ConditionTensor
 from audiolm_pytorch.lm.stage_transformer import AudioTokens
 from audiolm_pytorch.training.distributed import to_device
 from audiolm_pytorch.training.rng import preserve_rng

@@ -8,8 +8,7 @@ import torch
 from beartype import beartype
 from torch import Tensor, nn
 
-from audiolm_pytorch.conditioning.base import Conditioner
-from audiolm_pytorch.conditioning.tensors import ConditionTensor
+from audiolm_pytorch.conditioning.base import Conditioner, ConditionTensor
 from audiolm_pytorch.nn.kmeans import nearest_centroid
 from audiolm_pytorch.saving.fingerprint import digest_of, part_fingerprint
 from audiolm_pytorch.saving.modules import module_spec, register

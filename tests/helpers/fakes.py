@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from audiolm_pytorch.codecs.base import Codec
-from audiolm_pytorch.conditioning.base import Conditioner, TextEncoder
-from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
+from audiolm_pytorch.conditioning.base import Conditioner, Conditions, ConditionTensor, TextEncoder
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from audiolm_pytorch.lm.token_model import TokenTransformer
 from audiolm_pytorch.semantic.base import SemanticTokenizer

@@ -25,9 +25,7 @@ class StackedLogMel(nn.Module):
     zero, so that the vectors of an item do not depend on the batch.
 
     Args:
-        n_fft: Length of the analysis window in samples.
-        hop_length: Samples between mel frames.
-        frames_per_token: Number of mel frames in the vector of a token.
+        n_fft: Length of the analysis window in samples; `hop_length` is the number of samples between mel frames.
         floor: Lower bound of the mel magnitudes; 1e-2 is 88 dB below a full-scale sine at n_fft 1024.
     """
 
@@ -52,6 +50,8 @@ class StackedLogMel(nn.Module):
             raise ValueError(f"n_fft {n_fft} is smaller than hop_length {hop_length}, which skips samples; raise n_fft")
         self.sample_hz, self.num_mels, self.floor = sample_hz, num_mels, floor
         self.n_fft, self.hop_length, self.frames_per_token = n_fft, hop_length, frames_per_token
+        # Width of the vector of a token, and samples per token.
+        self.dim, self.downsample_factor = num_mels * frames_per_token, hop_length * frames_per_token
         self.mel = MelSpectrogram(
             sample_hz=sample_hz, n_fft=n_fft, hop_length=hop_length, num_mels=num_mels, power=1.0, center=False
         )
@@ -59,16 +59,6 @@ class StackedLogMel(nn.Module):
         self.std: Tensor
         self.register_buffer("mean", torch.zeros(num_mels))
         self.register_buffer("std", torch.ones(num_mels))
-
-    @property
-    def dim(self) -> int:
-        """Width of the vector of a token."""
-        return self.num_mels * self.frames_per_token
-
-    @property
-    def downsample_factor(self) -> int:
-        """Samples per token."""
-        return self.hop_length * self.frames_per_token
 
     def num_frames(self, num_samples: int) -> int:
         """Return the number of tokens of a wave; raise a ValueError if the wave is shorter than a token."""
@@ -83,9 +73,8 @@ class StackedLogMel(nn.Module):
         """Return the lengths of the items in samples, `[b]` int64; raise a ValueError if an item is too short."""
         if wave.ndim != 2 or not wave.is_floating_point():
             raise ValueError(f"wave must be float [b, n], got {wave.dtype} {tuple(wave.shape)}")
-        if lengths is None:
-            lengths = torch.full(wave.shape[:1], wave.shape[1], device=wave.device)
-        lengths = checked_lengths(lengths, wave)
+        whole = torch.full(wave.shape[:1], wave.shape[1], device=wave.device)
+        lengths = checked_lengths(whole if lengths is None else lengths, wave)
         self.num_frames(int(lengths.min()) if len(lengths) else wave.shape[1])
         return lengths
 
@@ -108,7 +97,7 @@ class StackedLogMel(nn.Module):
     def forward(self, wave: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Convert waves `[b, n]` to normalised vectors `[b, t, dim]` float32 and a mask `[b, t]` bool.
 
-        The mask is False at padding, where the vectors are zero. If `lengths [b]` is None, waves have no padding.
+        The mask is False at padding, where the vectors are zero.
         """
         lengths = self.checked_lengths(wave, lengths)
         frames = (self.log_mel(wave, lengths) - self.mean) / self.std
@@ -118,10 +107,7 @@ class StackedLogMel(nn.Module):
 
     @torch.no_grad()
     def fit(self, waves: Iterable[Tensor]) -> None:
-        """Compute mean and standard deviation of every mel band from waves `[n]` or `[b, n]` without padding.
-
-        A few minutes of audio are enough for the statistics.
-        """
+        """Compute mean and standard deviation of every mel band from a few minutes of waves `[n]` or `[b, n]`."""
         count = 0
         total = torch.zeros(self.num_mels, dtype=torch.float64, device=self.mean.device)
         squares = torch.zeros_like(total)

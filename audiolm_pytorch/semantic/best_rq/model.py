@@ -27,11 +27,8 @@ class BestRQEncoder(FrameEncoder):
     Long waves are encoded in windows at fixed positions. With windows, the computation per second of audio does not
     depend on the length of the wave, and attention covers about as many tokens as in training.
 
-    Args:
-        ff_mult: Inner width of the feed-forward layers, as a multiple of `dim`.
-        num_mels: Argument of `StackedLogMel`, like `n_fft`, `hop_length` and `frames_per_token`.
-        window_tokens: Number of tokens that a window returns (6 s by default), about the length of a training crop.
-        context_tokens: Number of additional tokens on each side of a window that attention uses.
+    A window returns `window_tokens` tokens (6 s by default), about the length of a training crop. Attention also uses
+    `context_tokens` tokens on each side of a window.
     """
 
     @beartype
@@ -110,13 +107,12 @@ class BestRQEncoder(FrameEncoder):
 
 
 class MaskedPrediction(NamedTuple):
-    """Result of a training step of BEST-RQ.
+    """Result of a training step of BEST-RQ: scalars, and a mask `hidden [b, t]`, which is True at hidden tokens.
 
     Attributes:
-        loss: Scalar, mean cross-entropy (nats) at hidden tokens plus the weighted mean cross-entropy at visible tokens.
-        accuracy: Scalar, share of correct predictions at hidden tokens; random guesses reach 1 / codebook_size.
-        majority: Scalar, accuracy at hidden tokens if the most frequent target is always predicted.
-        hidden: `[b, t]` bool, True at hidden tokens.
+        loss: Mean cross-entropy (nats) at hidden tokens plus the weighted mean cross-entropy at visible tokens.
+        accuracy: Share of correct predictions at hidden tokens; random guesses reach 1 / codebook_size.
+        majority: Accuracy at hidden tokens if the most frequent target is always predicted.
     """
 
     loss: Tensor
@@ -134,14 +130,9 @@ class BestRQ(nn.Module):
     tokenizer explains them with measurements. Targets are computed from decorrelated frames, because without
     decorrelation targets describe mostly loudness. A target describes a token and its neighbours; with targets of
     single tokens, the encoder learns no better features than mel frames. Codes of visible tokens are also predicted, as
-    in HuBERT (arXiv:2106.07447, section II-B).
+    in HuBERT (arXiv:2106.07447, section II-B); the weight of this loss is `seen_weight`.
 
-    Args:
-        encoder: Encoder to train.
-        codebook_size: Argument of `TokenTargets`, like `codebook_dim`, `num_targets`, `reach_tokens` and `seed`.
-        seen_weight: Weight of the loss of tokens that are not hidden.
-        start_prob: Probability that a hidden span starts at a token.
-        noise_std: Standard deviation of the noise that replaces hidden tokens.
+    A hidden span starts at a token with probability `start_prob`; `noise_std` is the standard deviation of the noise.
     """
 
     @beartype
@@ -170,10 +161,8 @@ class BestRQ(nn.Module):
         self.codebook_size, self.num_targets = codebook_size, num_targets
         self.seen_weight = seen_weight
         self.start_prob, self.span_tokens, self.noise_std = start_prob, span_tokens, noise_std
-        sizes: dict[str, Any] = dict(codebook_dim=codebook_dim, num_targets=num_targets, reach_tokens=reach_tokens)
-        self.targets = TokenTargets(
-            encoder.front_end.dim, codebook_size, **sizes, num_directions=num_directions, seed=seed
-        )
+        sizes: dict[str, Any] = dict(codebook_dim=codebook_dim, num_targets=num_targets, num_directions=num_directions)
+        self.targets = TokenTargets(encoder.front_end.dim, codebook_size, reach_tokens=reach_tokens, seed=seed, **sizes)
         self.to_logits = nn.Linear(encoder.dim, num_targets * codebook_size)
 
     def forward(
@@ -181,10 +170,7 @@ class BestRQ(nn.Module):
     ) -> MaskedPrediction:
         """Replace random spans of tokens by noise, and compute the loss and the accuracy of the predicted codes.
 
-        Args:
-            wave: `[b, n]`, float, at the sample rate of the encoder.
-            lengths: `[b]` int, number of samples of each item without padding.
-            generator: CPU random generator for masks and noise.
+        `wave` and `lengths` are those of `FrameEncoder.features`; the generator (on the CPU) draws masks and noise.
         """
         frames, valid = self.encoder.front_end(wave, lengths)
         hidden = sample_span_mask(valid, self.start_prob, self.span_tokens, generator)

@@ -53,10 +53,8 @@ class Decorrelation(nn.Module):
     """PCA whitening: a projection on the directions of largest variance, scaled to unit variance.
 
     Neighbouring mel bands and frames are correlated, so that a random projection of frames depends mostly on loudness.
-    After whitening, differences in pitch have as much weight as differences in loudness.
-
-    Args:
-        num_directions: Number of directions, at most `dim`; before `fit`, the directions are random and orthonormal.
+    After whitening, differences in pitch have as much weight as differences in loudness. Before `fit`, the directions
+    are random and orthonormal.
     """
 
     @beartype
@@ -105,9 +103,6 @@ class TokenTargets(nn.Module):
     """Computes the targets of masked prediction, which are random codes of the vectors of a token and its neighbours.
 
     Args:
-        dim: Width of the front-end vectors.
-        codebook_size: Number of codes in a codebook, v.
-        codebook_dim: Width of the random projection.
         num_targets: Number of codebooks, q; every codebook has a target for each token.
         reach_tokens: Number of neighbours on each side that a target also describes; 0 in the paper.
         num_directions: Number of directions of `Decorrelation`; None means no decorrelation, as in the paper.

@@ -98,7 +98,6 @@ class SemanticTokenizerTrainer:
         encoder: Encoder to train; its weights are changed in place.
         folder: Folder or manifest of audio files (see `load_split`).
         items: Training files and validation files, instead of `folder`.
-        batch_size: Number of crops per step and process.
         results_folder: Folder of checkpoints, metrics and the tokenizer; an unfinished run in this folder is continued.
         objective: `BestRQ` module whose encoder is `encoder`; None means `BestRQ(encoder)`.
         **loop_settings: Further fields of `LoopSettings`, such as `learning_rate` or `precision`.
@@ -152,12 +151,8 @@ class SemanticTokenizerTrainer:
         """Fit k-means to a layer of the trained encoder, and save the tokenizer to `results_folder / "tokenizer"`.
 
         Another call of `fit_tokenizer` continues an interrupted fit. If training of the encoder is not finished, a
-        RuntimeError is raised.
-
-        Args:
-            layer: Number of the encoder layer; None means the layer at three quarters of the depth, whose tokens
-                describe melody and words best in experiments with music and spoken digits.
-            results_folder: Folder of the k-means run; None means the results folder of the training.
+        RuntimeError is raised. The default layer is at three quarters of the depth, because its tokens describe melody
+        and words best in experiments with music and spoken digits. The default folder is that of the training.
         """
         if not self.loop.is_finished:
             raise RuntimeError("training of the encoder is not finished; call train() before fitting the tokenizer")

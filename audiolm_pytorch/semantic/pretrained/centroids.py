@@ -44,13 +44,9 @@ _ZLIB_OR_GZIP = 32 + 15
 def read_centroids(path: str | Path) -> dict[str, Tensor]:
     """Read k-means centroids from a file, without running code in the file.
 
-    Args:
-        path: File of a KMeans or MiniBatchKMeans of scikit-learn that joblib saved, possibly compressed (zlib, gzip,
-            bz2, lzma, xz), or a `.safetensors` file with `centroids [k, d]`, and with `mean [d]` and `std [d]` if
-            features are normalised.
-
-    Returns:
-        Tensors float32 by name: `centroids [k, d]`, and `mean [d]` and `std [d]` if the file has them.
+    The file has a KMeans or MiniBatchKMeans of scikit-learn that joblib saved, possibly compressed (zlib, gzip, bz2,
+    lzma, xz). A `.safetensors` file has `centroids [k, d]`, and `mean [d]` and `std [d]` if features are normalised.
+    The tensors are returned in float32.
     """
     path = Path(path).expanduser()
     if path.suffix == ".safetensors":

@@ -13,21 +13,13 @@ from audiolm_pytorch.audio.padding import check_waves, checked_lengths, items_by
 from audiolm_pytorch.nn.module_state import device_of
 from audiolm_pytorch.saving.files import read_json
 from audiolm_pytorch.saving.fingerprint import nameless_fingerprint
-from audiolm_pytorch.saving.hub import (
-    LoadedModel,
-    find_folder,
-    load_model,
-    model_settings,
-    portable_origin,
-    require_transformers,
-)
+from audiolm_pytorch.saving.hub import LoadedModel, find_folder, load_model, model_of, model_settings, portable_origin
 from audiolm_pytorch.saving.modules import load_module, register
 from audiolm_pytorch.semantic.base import FrameEncoder
-from audiolm_pytorch.semantic.pretrained.convolutions import convolved, group_norm_moments
 from audiolm_pytorch.semantic.pretrained.fairseq import hubert_from_fairseq, read_fairseq
 from audiolm_pytorch.semantic.pretrained.filterbank import Filterbank
 from audiolm_pytorch.semantic.tokenizer import KMeansTokenizer
-from audiolm_pytorch.semantic.windows import ReceptiveField, Windows, features_in_windows
+from audiolm_pytorch.semantic.windows import ReceptiveField, Windows, convolved, features_in_windows, group_norm_moments
 
 __all__ = ["TransformersEncoder", "open_encoder", "open_published"]
 
@@ -45,19 +37,10 @@ _CLASSES = {
 }
 # Settings that change features, but no shape of a weight.
 _FEATURE_SETTINGS = (
-    "do_stable_layer_norm",
-    "feat_extract_activation",
-    "feat_extract_norm",
-    "hidden_act",
-    "layer_norm_eps",
-    "left_max_position_embeddings",
-    "max_bucket_distance",
-    "num_attention_heads",
-    "num_buckets",
-    "position_embeddings_type",
-    "right_max_position_embeddings",
-    "rotary_embedding_base",
-)
+    "do_stable_layer_norm feat_extract_activation feat_extract_norm hidden_act layer_norm_eps "
+    "left_max_position_embeddings max_bucket_distance num_attention_heads num_buckets position_embeddings_type "
+    "right_max_position_embeddings rotary_embedding_base"
+).split()
 
 
 @register
@@ -79,7 +62,6 @@ class TransformersEncoder(FrameEncoder):
         normalise_wave: Whether each item is normalised to zero mean and unit variance; None means True for a model
             with layer norms in the convolutions and False for a model with a group norm, as in their training. This
             setting is not read from `preprocessor_config.json`.
-        window_seconds: Length of a window without its context.
         offline: Use only local files and the local cache of the hub.
     """
 
@@ -97,16 +79,10 @@ class TransformersEncoder(FrameEncoder):
         cache_dir: str | Path | None = None,
     ) -> None:
         super().__init__()
-        loaded = source
-        if not isinstance(loaded, LoadedModel):
-            loaded = load_model(loaded, _CLASSES, offline=offline, revision=revision, cache_dir=cache_dir)
+        loaded = load_model(source, _CLASSES, offline=offline, revision=revision, cache_dir=cache_dir)
         settings: Any = loaded.model.config
         self.origin = loaded.origin
         self.model_type: str = settings.model_type
-        if self.model_type not in _CLASSES:
-            raise ValueError(
-                f"models of type {self.model_type!r} are not supported; pass a model of a type in {sorted(_CLASSES)}"
-            )
         depth = len(loaded.model.encoder.layers)  # type: ignore[union-attr,arg-type]
         if layer_count is not None and not 0 <= layer_count <= depth:
             raise ValueError(f"{loaded.source} has {depth} layers; pass a layer in 0..{depth}, not {layer_count}")
@@ -144,11 +120,7 @@ class TransformersEncoder(FrameEncoder):
     @property
     def config(self) -> dict[str, Any]:
         """JSON-able description of the model and of the other constructor arguments."""
-        options = {
-            "normalise_wave": self.normalise_wave,
-            "window_seconds": self.window_seconds,
-            "context_seconds": self.context_seconds,
-        }
+        options = {name: getattr(self, name) for name in ("normalise_wave", "window_seconds", "context_seconds")}
         preprocessor: dict[str, Any] = {"sampling_rate": self.sample_hz}
         if self._filterbank:
             preprocessor |= {"num_mel_bins": self._filterbank.num_mels, "stride": self._filterbank.stride}
@@ -158,8 +130,7 @@ class TransformersEncoder(FrameEncoder):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "TransformersEncoder":
         """Build an encoder with random weights from the `config` of an encoder."""
-        model_class = getattr(require_transformers(), _CLASSES[config["model"]["model_type"]])
-        model = model_class(model_class.config_class.from_dict(dict(config["model"])))
+        model = model_of(config["model"], _CLASSES)
         return cls(LoadedModel(model, preprocessor=config["preprocessor"], **config["origin"]), **config["options"])
 
     def fingerprint(self) -> str:
@@ -257,13 +228,7 @@ def _first_blocks(model: Any, count: int) -> Any:
 
 @beartype
 def open_published(
-    source: str | Path,
-    *,
-    layer_count: int | None = None,
-    normalise_wave: bool | None = None,
-    offline: bool = False,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
+    source: str | Path, *, layer_count: int | None = None, normalise_wave: bool | None = None, **hub: Any
 ) -> TransformersEncoder:
     """Load an encoder from a HuBERT checkpoint of fairseq, a folder in transformers' format, or a hub id.
 
@@ -272,7 +237,7 @@ def open_published(
     path = Path(source).expanduser()
     options: dict[str, Any] = {"layer_count": layer_count, "normalise_wave": normalise_wave}
     if not _is_checkpoint_file(path):
-        return TransformersEncoder(source, offline=offline, revision=revision, cache_dir=cache_dir, **options)
+        return TransformersEncoder(source, **hub, **options)
     if not path.is_file():
         raise ValueError(f"there is no file {path}; pass the path of a checkpoint, a folder, or a hub id (owner/name)")
     checkpoint = read_fairseq(path)
@@ -295,10 +260,8 @@ def open_encoder(
 ) -> FrameEncoder:
     """Load an audio encoder in eval mode from local files or the hub.
 
-    Args:
-        source: A folder of `save_module` that contains an encoder, or a tokenizer with an encoder; or a source that
-            `open_published` accepts. If a local file or folder exists, the hub is not used.
-        offline: Use only local files and the local cache of the hub.
+    The source is a folder of `save_module` that contains an encoder, or a tokenizer with an encoder; or a source that
+    `open_published` accepts. If a local file or folder exists, the hub is not used.
     """
     if _is_checkpoint_file(Path(source).expanduser()):
         return open_published(source)

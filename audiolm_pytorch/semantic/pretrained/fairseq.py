@@ -1,7 +1,7 @@
 """Read weights and settings of fairseq checkpoints without fairseq, and build HuBERT models of transformers."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ __all__ = ["FairseqCheckpoint", "build_for", "conv_layers_of", "hubert_from_fair
 _MAX_NESTED = 32
 _MAX_LAYERS = 64
 _MAX_NAME_LENGTH = 256
-_MAX_HZ = 2**20
+_SIZES = range(1, 2**20)
 _CONV_LAYERS = r"\[((?:\(\d{1,6},\d{1,6},\d{1,6}\),?)+)\](?:\*(\d{1,2}))?"
 # fairseq's default, for settings without an entry.
 _HUBERT_CONVOLUTIONS = "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"
@@ -45,13 +45,9 @@ _WEIGHT_NORM = (("weight_g", "parametrizations.weight.original0"), ("weight_v", 
 
 @dataclass(frozen=True, eq=False)
 class FairseqCheckpoint:
-    """Weights and settings of the model in a fairseq checkpoint.
+    """Weights (by their names in fairseq) and settings of a fairseq checkpoint; `source` is the file name for errors.
 
-    Attributes:
-        weights: Tensors by their names in fairseq.
-        model: Settings of the model; for older files, all settings.
-        task: Settings of the task, such as the sample rate; for older files, all settings.
-        source: Name of the file for error messages.
+    In older files, settings of model and task are not separate, so that `model` and `task` contain all settings.
     """
 
     weights: dict[str, Tensor]
@@ -62,7 +58,15 @@ class FairseqCheckpoint:
     def renamed_weights(self, patterns: tuple[tuple[str, str], ...], unused: tuple[str, ...]) -> dict[str, Tensor]:
         """Return the weights, renamed by `patterns`, except weights whose names start with a prefix in `unused`."""
         used = {name: tensor for name, tensor in self.weights.items() if not name.startswith(unused)}
-        return {renamed(name, patterns): tensor for name, tensor in used.items()}
+        return {_renamed(name, patterns): tensor for name, tensor in used.items()}
+
+    def setting(self, name: str, kind: type, allowed: Container[Any], default: Any = None) -> Any:
+        """Return a setting of the model; raise a ValueError for a value of another type, or not in `allowed`."""
+        value = self.model.get(name)
+        value = default if value is None else value
+        if type(value) is not kind or value not in allowed:
+            raise ValueError(f"the setting {name} in args or cfg has the unsupported value {quoted(value)}")
+        return value
 
     @property
     def normalise_wave(self) -> bool:
@@ -73,7 +77,7 @@ class FairseqCheckpoint:
     def sample_hz(self) -> int:
         """Sample rate of the waves that the model was trained on, in Hz."""
         rate_hz = self.task.get("sample_rate")
-        return rate_hz if isinstance(rate_hz, int) and 0 < rate_hz <= _MAX_HZ else 16_000
+        return rate_hz if isinstance(rate_hz, int) and rate_hz in _SIZES else 16_000
 
 
 @beartype
@@ -85,16 +89,15 @@ def read_fairseq(path: str | Path) -> FairseqCheckpoint:
     checkpoint = TorchCheckpoint(path)
     content, advice = checkpoint.content, "give a file as published, e.g. hubert_base_ls960.pt"
     weights = content.get("model")
-    if type(weights) is not dict or not weights:
-        keys = ", ".join(quoted(key) for key in list(content)[:8])
-        raise ValueError(
-            f"{path} is not a checkpoint of fairseq: it has no 'model' with weights, only {keys}; {advice}"
-        )
-    for name in weights:
-        if not isinstance(name, str) or len(name) > _MAX_NAME_LENGTH or not name.isprintable():
-            raise ValueError(
-                f"{path} is not a checkpoint of fairseq: the key {quoted(name)} in 'model' is not the name of a tensor"
+    with one_line_errors(path, advice):
+        if type(weights) is not dict or not weights:
+            keys = ", ".join(quoted(key) for key in list(content)[:8])
+            raise RefusedFileError(
+                f"the file is not a checkpoint of fairseq; it has no 'model' with weights, only {keys}"
             )
+        for name in weights:
+            if not isinstance(name, str) or len(name) > _MAX_NAME_LENGTH or not name.isprintable():
+                raise RefusedFileError(f"in the file, the key {quoted(name)} in 'model' is not the name of a tensor")
     tensors = {name: checkpoint.tensor(value) for name, value in weights.items()}
     storage_bytes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()}
     with one_line_errors(path, advice):
@@ -109,7 +112,6 @@ def read_fairseq(path: str | Path) -> FairseqCheckpoint:
     return FairseqCheckpoint(tensors, model, task if isinstance(task, dict) else {}, str(path))
 
 
-@beartype
 def quoted(value: Any) -> str:
     """Format a value for a message: short text and numbers in quotes, any other value by its type."""
     if isinstance(value, str):
@@ -118,8 +120,7 @@ def quoted(value: Any) -> str:
     return repr(str(value)) if is_short else f"a {type(value).__name__}"
 
 
-@beartype
-def renamed(name: str, patterns: tuple[tuple[str, str], ...]) -> str:
+def _renamed(name: str, patterns: tuple[tuple[str, str], ...]) -> str:
     """Rename a weight by the first matching pattern in `patterns`; a name without a match is returned unchanged."""
     for pattern, replacement in patterns:
         if re.fullmatch(pattern, name):
@@ -127,22 +128,25 @@ def renamed(name: str, patterns: tuple[tuple[str, str], ...]) -> str:
     return name
 
 
-@beartype
-def build_for(weights: dict[str, Tensor], build: Callable[[], nn.Module]) -> Any:
-    """Build a module for `weights` with the function `build`; the global random generator does not change.
+def build_for(checkpoint: FairseqCheckpoint, build: Callable[[], nn.Module]) -> Any:
+    """Build a module for the weights of a checkpoint; the global random generator does not change.
 
-    If the module has more than twice as many parameters as `weights`, a ValueError is raised before memory is used.
+    A ValueError is raised if the settings or shapes in the file are not valid, or if the module has more than twice as
+    many parameters as the checkpoint. The size is compared before memory is used.
     """
-    with torch.random.fork_rng(devices=[]):
-        with torch.device("meta"):
-            needed = sum(parameter.numel() for parameter in build().parameters())
-        available = sum(tensor.numel() for tensor in weights.values())
-        if needed > 2 * available:
-            raise ValueError(f"the settings need a model of {needed} parameters, but the file has {available} numbers")
-        return build()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            with torch.device("meta"):
+                needed = sum(parameter.numel() for parameter in build().parameters())
+            available = sum(tensor.numel() for tensor in checkpoint.weights.values())
+            if needed > 2 * available:
+                raise ValueError(f"the settings need a model of {needed} parameters, the file has {available} numbers")
+            return build()
+    except (TypeError, ValueError, RuntimeError, OverflowError, ZeroDivisionError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{checkpoint.source} has no valid settings: {reason}; pass the file as published") from error
 
 
-@beartype
 def conv_layers_of(setting: Any) -> list[list[int]]:
     """Parse a fairseq setting like "[(512,10,5)] + [(512,3,2)] * 4" to [width, kernel, stride] of each convolution."""
     text = "".join(setting.split()) if isinstance(setting, str) and len(setting) <= 1000 else ""
@@ -167,14 +171,9 @@ def hubert_from_fairseq(checkpoint: FairseqCheckpoint) -> Any:
     transformers = require_transformers()
     _check_hubert(checkpoint)
     weights = checkpoint.renamed_weights(_HUBERT_NAMES, _HUBERT_UNUSED)
-    try:
-        config = transformers.HubertConfig(**_hubert_config(checkpoint))
-        model: nn.Module = build_for(checkpoint.weights, lambda: transformers.HubertModel(config))
-    except (TypeError, ValueError, RuntimeError, ZeroDivisionError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{checkpoint.source} has settings or shapes that are not valid for HuBERT: {reason}"
-        ) from error
+    model: nn.Module = build_for(
+        checkpoint, lambda: transformers.HubertModel(transformers.HubertConfig(**_hubert_config(checkpoint)))
+    )
     conv = "encoder.pos_conv_embed.conv."
     for old, new in _WEIGHT_NORM:
         if conv + new in model.state_dict() and conv + old in weights:
@@ -198,22 +197,15 @@ def _check_hubert(checkpoint: FairseqCheckpoint) -> None:
 
 def _hubert_config(checkpoint: FairseqCheckpoint) -> dict[str, Any]:
     """Return the config of transformers' HuBERT: sizes from the weights, other values from the fairseq settings."""
-    weights = checkpoint.weights
-
-    def setting(name: str, default: Any) -> Any:
-        value = checkpoint.model.get(name)
-        value = default if value is None else value
-        if type(value) is not type(default) or (type(value) is int and not 1 <= value < 2**20):
-            raise ValueError(f"the setting {name} has the unsupported value {quoted(value)}")
-        return value
+    weights, setting = checkpoint.weights, checkpoint.setting
 
     def shape(name: str, num_axes: int) -> tuple[int, ...]:
         if name not in weights or weights[name].ndim != num_axes:
-            raise ValueError(f"the weight {renamed(name, _HUBERT_NAMES)} is missing or of another shape")
+            raise ValueError(f"the weight {_renamed(name, _HUBERT_NAMES)} is missing or of another shape")
         return tuple(weights[name].shape)
 
     num_layers = len({*re.findall(r"^encoder\.layers\.(\d+)\.", "\n".join(weights), re.MULTILINE)})
-    expected_layers = setting("encoder_layers", num_layers)
+    expected_layers = setting("encoder_layers", int, _SIZES, default=num_layers)
     if expected_layers != num_layers or num_layers > _MAX_LAYERS:
         raise ValueError(
             f"the setting encoder_layers is {expected_layers}, but the file has weights of {num_layers} layers "
@@ -221,24 +213,22 @@ def _hubert_config(checkpoint: FairseqCheckpoint) -> dict[str, Any]:
         )
     conv_layers = conv_layers_of(checkpoint.model.get("conv_feature_layers") or _HUBERT_CONVOLUTIONS)
     is_layer_norm = "feature_extractor.conv_layers.0.2.1.weight" in weights
-    mode = setting("extractor_mode", "layer_norm" if is_layer_norm else "default")
-    activation = setting("activation_fn", "gelu")
-    if mode not in ("default", "layer_norm") or activation not in ("gelu", "relu"):
-        raise ValueError(f"extractor_mode {mode[:40]!r} or activation_fn {activation[:40]!r} is not supported")
+    modes = ("layer_norm", "default") if is_layer_norm else ("default", "layer_norm")
+    mode = setting("extractor_mode", str, modes, default=modes[0])
     (width,) = shape("encoder.layer_norm.weight", 1)
     _, group_width, num_positions = shape("encoder.pos_conv.0.weight_v", 3)
     return dict(
         hidden_size=width,
         num_hidden_layers=num_layers,
-        num_attention_heads=setting("encoder_attention_heads", 12),
+        num_attention_heads=setting("encoder_attention_heads", int, _SIZES, default=12),
         intermediate_size=shape("encoder.layers.0.fc1.weight", 2)[0],
-        hidden_act=activation,
+        hidden_act=setting("activation_fn", str, ("gelu", "relu"), default="gelu"),
         conv_dim=[width for width, _, _ in conv_layers],
         conv_kernel=[kernel for _, kernel, _ in conv_layers],
         conv_stride=[stride for _, _, stride in conv_layers],
         conv_bias="feature_extractor.conv_layers.0.0.bias" in weights,
         feat_extract_norm="layer" if mode == "layer_norm" else "group",
-        do_stable_layer_norm=setting("layer_norm_first", False),
+        do_stable_layer_norm=setting("layer_norm_first", bool, (False, True), default=False),
         num_conv_pos_embeddings=num_positions,
         num_conv_pos_embedding_groups=width // group_width,
         apply_spec_augment=False,
@@ -251,8 +241,8 @@ def _hubert_config(checkpoint: FairseqCheckpoint) -> dict[str, Any]:
 def _plain(value: Any, seen: dict[int, Any] | None = None, depth: int = 0) -> Any:
     """Convert omegaconf containers, Namespaces and enum members in settings to dictionaries, lists and values.
 
-    Missing values ("???"), references ("${...}") and objects that are not settings become None. Each object is
-    converted once, because a small file can describe a tree with more leaves than fit into memory.
+    Missing values ("???"), references ("${...}") and other objects become None. Each object is converted once, because
+    a small file can describe a tree with more leaves than fit into memory.
     """
     seen = {} if seen is None else seen
     if value is None or isinstance(value, bool | int | float | str):

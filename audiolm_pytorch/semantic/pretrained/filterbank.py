@@ -24,10 +24,7 @@ class Filterbank:
 
     A frame depends only on its 400 samples, so that processing long waves in chunks does not change the frames. Mean
     and variance of every band are computed over the whole wave. An incomplete last vector is dropped, while
-    transformers fills it with zeros and masks it.
-
-    Args:
-        stride: Number of frames that are stacked into one vector, at least 2.
+    transformers fills it with zeros and masks it. A vector has `stride` frames.
     """
 
     @beartype

@@ -18,8 +18,7 @@ class HubertWithKmeans(KMeansTokenizer):
     """HuBERT tokenizer (arXiv:2106.07447): a token is the k-means centroid nearest to the hidden state of a layer.
 
     The published `hubert_base_ls960.pt` and `hubert_base_ls960_L9_km500.bin` use layer 9, and have 500 token ids and 49
-    tokens in a wave of one second. No code in the files is run, and neither fairseq nor joblib is needed. The function
-    `save_module` writes encoder and centroids as safetensors.
+    tokens in a wave of one second. No code in the files is run, and neither fairseq nor joblib is needed.
 
     Model card. HuBERT base was trained on English audiobooks (LibriSpeech); measure how well its tokens describe music
     with `musiclm evaluate semantic`. Waves are not normalised, as in the training of HuBERT base. The code that reads
@@ -34,9 +33,7 @@ class HubertWithKmeans(KMeansTokenizer):
         kmeans_path: A file for `read_centroids`: a k-means of scikit-learn saved by joblib, or safetensors.
         target_sample_hz: Sample rate of the model; another rate than that in the files raises a ValueError.
         output_layer: Number (1-based) of the layer that the centroids were fitted to; later layers are dropped.
-        seq_len_multiple_of: Waves are cut to a multiple of this number of samples; None means no cut.
         normalise_wave: Whether to normalise items to mean 0 and variance 1; None means as in the training of the model.
-        offline: Use only local files and the local cache of the hub.
     """
 
     @beartype

@@ -1,44 +1,34 @@
 """Semantic tokenizer vq-wav2vec (arXiv:1910.05453), loaded from its published checkpoints."""
 
 import re
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from beartype import beartype
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from audiolm_pytorch.audio.padding import items_by_length
 from audiolm_pytorch.audio.units import exact_div
+from audiolm_pytorch.nn.kmeans import nearest_centroid
 from audiolm_pytorch.nn.module_state import device_of
 from audiolm_pytorch.saving.fingerprint import fingerprint_of
 from audiolm_pytorch.saving.modules import register
 from audiolm_pytorch.saving.weights import load_weights
 from audiolm_pytorch.semantic.base import SemanticTokenizer
-from audiolm_pytorch.semantic.pretrained.fairseq import (
-    FairseqCheckpoint,
-    build_for,
-    conv_layers_of,
-    quoted,
-    read_fairseq,
-)
-from audiolm_pytorch.semantic.pretrained.vq_wav2vec_network import (
-    ACTIVATIONS,
-    ConvFeatures,
-    GumbelQuantizer,
-    KMeansQuantizer,
-    VQWav2Vec,
-)
+from audiolm_pytorch.semantic.pretrained.fairseq import FairseqCheckpoint, build_for, conv_layers_of, read_fairseq
+from audiolm_pytorch.semantic.windows import Moments, ReceptiveField, moments_of
 
-__all__ = ["FairseqVQWav2Vec", "vq_wav2vec_from_fairseq"]
+__all__ = ["FairseqVQWav2Vec", "VQWav2Vec"]
 
 # Parts that codes do not depend on: the context network and its projection, the contrastive heads, and the vectors of
 # the Gumbel codebook, which only the context network reads.
 _UNUSED = ("feature_aggregator.", "project_features.", "wav2vec_predictions.", "vector_quantizer.vars")
-# Defaults of all releases of fairseq. A checkpoint must have `log_compression`, whose default differs between releases,
-# and the strides, which no shape shows.
-_DEFAULTS = {"activation": "relu", "skip_connections_feat": False, "vq_groups": 2}
 _NAMES = (
     (r"feature_extractor\.conv_layers\.(\d+)\.0\.(weight)", r"features.layers.\1.conv.\2"),
     (r"feature_extractor\.conv_layers\.(\d+)\.2\.(weight|bias)", r"features.layers.\1.norm.\2"),
@@ -49,6 +39,176 @@ _NAMES = (
     (r"vector_quantizer\.projection\.1\.(weight|bias)", r"quantizer.norm.\1"),
     (r"vector_quantizer\.embedding", "quantizer.codebook"),
 )
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
+# Longer waves are convolved in chunks of this length: 30 s at 16 kHz take 200 MB in the first layer.
+_SAMPLES_PER_CHUNK = 480_000
+
+
+class _ConvLayer(nn.Module):
+    """Convolution without padding and bias, followed by a norm over all channels and times, and by an activation."""
+
+    def __init__(self, dim_in: int, layer: list[int], activation: str) -> None:
+        super().__init__()
+        dim, kernel, stride = layer
+        self.conv = nn.Conv1d(dim_in, dim, kernel, stride, bias=False)
+        self.norm = nn.GroupNorm(1, dim)
+        self.activation = _ACTIVATIONS[activation]
+        self.kernel, self.stride = kernel, stride
+
+    def forward(self, x: Tensor, moments: Moments | None = None) -> Tensor:
+        """Convert features `[b, c, n]` to `[b, d, t]`; for a chunk of a wave, pass the moments of the whole wave."""
+        y = self.conv(x)
+        if moments is None:
+            y = self.norm(y)
+        else:
+            y = (y - moments.mean) * (moments.variance + self.norm.eps).rsqrt()
+            y = y * rearrange(self.norm.weight, "d -> d 1") + rearrange(self.norm.bias, "d -> d 1")
+        return self.activation(y)
+
+
+class ConvFeatures(nn.Module):
+    """Convolutional feature extractor of wav2vec (arXiv:1904.05862, section 2.1).
+
+    The output of every layer is normalised over the whole wave. Long waves are processed in chunks, which does not
+    change the features, but needs three to six times the computation. With `log_compression`, features x are replaced
+    by `log(1 + |x|)`. The list `layers` has width, kernel size and stride of every convolution.
+    """
+
+    @beartype
+    def __init__(self, *, layers: list[list[int]], activation: str, log_compression: bool) -> None:
+        super().__init__()
+        self.config = dict(layers=layers, activation=activation, log_compression=log_compression)
+        widths, kernels, strides = zip(*layers)
+        self.dim: int = widths[-1]
+        self.frames = ReceptiveField.of_convolutions(kernels, strides)
+        self.log_compression = log_compression
+        self.layers = nn.ModuleList(
+            _ConvLayer(dim_in, layer, activation) for dim_in, layer in zip((1, *widths), layers)
+        )
+
+    def forward(self, wave: Tensor) -> Tensor:
+        """Convert waves `[b, n]` without padding to features `[b, d, t]`."""
+        x = rearrange(wave, "b n -> b 1 n")
+        x = self._in_chunks(x) if wave.shape[1] > _SAMPLES_PER_CHUNK else nn.Sequential(*self.layers)(x)
+        return x.abs().log1p() if self.log_compression else x
+
+    def _in_chunks(self, x: Tensor) -> Tensor:
+        """Compute the features of a long wave `[b, 1, n]` in chunks.
+
+        Large outputs of layers are not stored, but computed again from the last stored output.
+        """
+        layers = cast(list[_ConvLayer], list(self.layers))
+        before: list[tuple[_ConvLayer, Moments]] = []  # the layers since the kept output, which is x
+        num_samples, stride = x.shape[-1], 1
+        for layer in layers:
+            chunk_frames = max(1, _SAMPLES_PER_CHUNK // stride)
+            moments = moments_of((layer.conv(chunk) for chunk in _chunks(x, before, layer, chunk_frames)), (1, 2))
+            next_stride = stride * prod(other.stride for other, _ in before) * layer.stride
+            is_small = num_samples // next_stride <= _SAMPLES_PER_CHUNK // layers[0].stride
+            if is_small or next_stride == self.frames.stride:
+                x = torch.cat([layer(chunk, moments) for chunk in _chunks(x, before, layer, chunk_frames)], dim=-1)
+                before, stride = [], next_stride
+            else:
+                before.append((layer, moments))
+        return x
+
+
+def _chunks(
+    x: Tensor, before: list[tuple[_ConvLayer, Moments]], layer: _ConvLayer, chunk_frames: int
+) -> Iterator[Tensor]:
+    """Yield the input of `layer` in chunks; the input is computed from x by the layers in `before`."""
+    layers = [*(other for other, _ in before), layer]
+    frames = ReceptiveField.of_convolutions([each.kernel for each in layers], [each.stride for each in layers])
+    total, step = frames.num_frames(x.shape[-1]), max(1, frames.num_frames(chunk_frames))
+    for start in range(0, total, step):
+        chunk = x[..., frames.span(start, min(start + step, total))]
+        for other, moments in before:
+            chunk = other(chunk, moments)
+        yield chunk
+
+
+class GumbelQuantizer(nn.Module):
+    """Quantizer that selects the codes with the largest logits, like a Gumbel softmax without noise.
+
+    The logits are computed by `depth` linear layers, whose hidden layers are twice as wide as the features.
+    """
+
+    @beartype
+    def __init__(self, *, dim: int, groups: int, codes: int, depth: int, activation: str) -> None:
+        super().__init__()
+        self.config = dict(dim=dim, groups=groups, codes=codes, depth=depth, activation=activation)
+        self.groups, self.codes = groups, codes
+        self.activation = _ACTIVATIONS[activation]
+        widths = [dim, *(depth - 1) * [2 * dim], groups * codes]
+        self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
+
+    def vectors(self, features: Tensor) -> Tensor:
+        """Convert features `[b, d, t]` to the input `[b, t, d]` of `assign`."""
+        return rearrange(features, "b d t -> b t d")
+
+    def assign(self, vectors: Tensor) -> Tensor:
+        """Compute the codes `[b, t, g]` int64 of frames `[b, t, d]`."""
+        *inner, last = self.layers
+        for layer in inner:
+            vectors = self.activation(layer(vectors))
+        return rearrange(last(vectors), "b t (g v) -> b t g v", g=self.groups).argmax(dim=-1)
+
+
+class KMeansQuantizer(nn.Module):
+    """Quantizer that selects the nearest codebook entry for each group of the projected and normalised features.
+
+    If `shared` is True, all groups use one codebook.
+    """
+
+    @beartype
+    def __init__(self, *, dim: int, groups: int, codes: int, shared: bool) -> None:
+        super().__init__()
+        self.config = dict(dim=dim, groups=groups, codes=codes, shared=shared)
+        self.groups, self.codes = groups, codes
+        self.projection = nn.Conv1d(dim, dim, 1, groups=groups, bias=False)
+        self.norm = nn.GroupNorm(groups, dim)
+        self.codebook = nn.Parameter(torch.zeros(codes, 1 if shared else groups, dim // groups))
+
+    def vectors(self, features: Tensor) -> Tensor:
+        """Project features `[b, d, t]` to the input `[b, t, d]` of `assign`, and normalise the result over time."""
+        return rearrange(self.norm(self.projection(features)), "b d t -> b t d")
+
+    def assign(self, vectors: Tensor) -> Tensor:
+        """Compute the codes `[b, t, g]` int64 of frames `[b, t, d]`."""
+        points = rearrange(vectors, "b t (g d) -> g (b t) d", g=self.groups)
+        books = rearrange(self.codebook.expand(-1, self.groups, -1), "v g d -> g v d")
+        codes = torch.stack([nearest_centroid(part, book) for part, book in zip(points, books)])
+        return rearrange(codes, "g (b t) -> b t g", b=len(vectors))
+
+
+_QUANTIZERS = {"gumbel": GumbelQuantizer, "kmeans": KMeansQuantizer}
+
+
+class VQWav2Vec(nn.Module):
+    """vq-wav2vec network that converts waves to features, and features to codes."""
+
+    def __init__(self, features: ConvFeatures, quantizer: GumbelQuantizer | KMeansQuantizer) -> None:
+        super().__init__()
+        self.features, self.quantizer, self.frames = features, quantizer, features.frames
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """JSON-able constructor arguments of the feature extractor and the quantizer."""
+        kind = next(name for name, cls in _QUANTIZERS.items() if isinstance(self.quantizer, cls))
+        return {"features": self.features.config, "kind": kind, "quantizer": self.quantizer.config}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "VQWav2Vec":
+        """Build a network with random weights from a `config`."""
+        return cls(ConvFeatures(**config["features"]), _QUANTIZERS[config["kind"]](**config["quantizer"]))
+
+    def vectors(self, wave: Tensor) -> Tensor:
+        """Compute the input `[b, t, d]` of the quantizer for waves `[b, n]` without padding."""
+        return self.quantizer.vectors(self.features(wave))
+
+    def forward(self, wave: Tensor) -> Tensor:
+        """Convert waves `[b, n]` without padding to codes `[b, t, g]` int64 in [0, codes)."""
+        return self.quantizer.assign(self.vectors(wave))
 
 
 @register
@@ -57,8 +217,7 @@ class FairseqVQWav2Vec(SemanticTokenizer):
 
     The published `vq-wav2vec.pt` (Gumbel softmax) and `vq-wav2vec_kmeans.pt` have two groups of 320 codes, and a frame
     every 160 samples at 16 kHz. Each frame becomes two successive tokens; the token id of code v in group g is
-    `g * 320 + v`. No code in the file is run, and fairseq is not needed. The function `save_module` writes the network
-    as safetensors.
+    `g * 320 + v`. No code in the file is run, and fairseq is not needed.
 
     Model card. The model was trained on crops of up to 9.4 s of English audiobooks (LibriSpeech); measure how well its
     tokens describe music. The norms of the model use the whole item, so tokens depend slightly on its length. Codes
@@ -68,7 +227,6 @@ class FairseqVQWav2Vec(SemanticTokenizer):
     Args:
         checkpoint_path: A fairseq checkpoint, or a `VQWav2Vec` network.
         target_sample_hz: Sample rate of the model; another rate than that in the file raises a ValueError.
-        seq_len_multiple_of: Waves are cut to a multiple of this number of samples; None means no cut.
     """
 
     @beartype
@@ -92,10 +250,9 @@ class FairseqVQWav2Vec(SemanticTokenizer):
                     f"target_sample_hz is {target_sample_hz}, but {network} needs {checkpoint.sample_hz} Hz; pass "
                     f"target_sample_hz={checkpoint.sample_hz}, and input_sample_hz={target_sample_hz} with the waves"
                 )
-            network = vq_wav2vec_from_fairseq(checkpoint)
+            network = _network_of(checkpoint)
         self.network = network.requires_grad_(False)
-        self.target_sample_hz = target_sample_hz
-        self.seq_len_multiple_of = seq_len_multiple_of
+        self.target_sample_hz, self.seq_len_multiple_of = target_sample_hz, seq_len_multiple_of
         self.groups = network.quantizer.groups
         self.codebook_size = self.groups * network.quantizer.codes
         self.downsample_factor = exact_div(network.frames.stride, self.groups, "samples a frame over groups")
@@ -146,8 +303,7 @@ class FairseqVQWav2Vec(SemanticTokenizer):
         return ids
 
 
-@beartype
-def vq_wav2vec_from_fairseq(checkpoint: FairseqCheckpoint) -> VQWav2Vec:
+def _network_of(checkpoint: FairseqCheckpoint) -> VQWav2Vec:
     """Build the network that computes the codes of a published checkpoint, in eval mode and float32."""
     weights = checkpoint.renamed_weights(_NAMES, _UNUSED)
     if not any(name.startswith("quantizer.") for name in weights):
@@ -155,33 +311,25 @@ def vq_wav2vec_from_fairseq(checkpoint: FairseqCheckpoint) -> VQWav2Vec:
             f"{checkpoint.source} has no vq-wav2vec: the weights vector_quantizer.* are missing; pass "
             "vq-wav2vec.pt or vq-wav2vec_kmeans.pt"
         )
-    settings = _DEFAULTS | {name: value for name, value in checkpoint.model.items() if value is not None}
-    try:
-        network = build_for(weights, lambda: _build_network(weights, settings))
-    except (ValueError, RuntimeError, OverflowError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{checkpoint.source}: {reason}; pass the file as published") from error
+    network = build_for(checkpoint, lambda: _build_network(checkpoint, weights))
     load_weights(network, weights, checkpoint.source)
     return network.eval()
 
 
-def _build_network(weights: dict[str, Tensor], settings: dict[str, Any]) -> VQWav2Vec:
-    """Build the network for the settings; the sizes of the quantizer are read from the shapes of its weights."""
+def _build_network(checkpoint: FairseqCheckpoint, weights: dict[str, Tensor]) -> VQWav2Vec:
+    """Build the network for the settings; the sizes of the quantizer are read from the shapes of its weights.
 
-    def setting(name: str, kind: type, allowed: Any = None) -> Any:
-        value = settings.get(name)
-        if type(value) is not kind or (allowed is not None and value not in allowed):
-            raise ValueError(f"the setting {name} in args or cfg has the unsupported value {quoted(value)}")
-        return value
-
-    activation = setting("activation", str, ACTIVATIONS)
+    Defaults are those of all releases of fairseq. A checkpoint must have the strides, which no shape shows, and
+    `log_compression`, whose default differs between releases.
+    """
+    activation = checkpoint.setting("activation", str, _ACTIVATIONS, default="relu")
+    checkpoint.setting("skip_connections_feat", bool, (False,), default=False)  # no published model has them
     features = ConvFeatures(
-        layers=conv_layers_of(settings.get("conv_feature_layers")),
+        layers=conv_layers_of(checkpoint.model.get("conv_feature_layers")),
         activation=activation,
-        log_compression=setting("log_compression", bool),
+        log_compression=checkpoint.setting("log_compression", bool, (False, True)),
     )
-    setting("skip_connections_feat", bool, (False,))  # no published model has them
-    dim, groups = features.dim, setting("vq_groups", int, range(1, features.dim + 1))
+    dim, groups = features.dim, checkpoint.setting("vq_groups", int, range(1, features.dim + 1), default=2)
     codebook = weights.get("quantizer.codebook")
     if codebook is not None:
         if codebook.ndim != 3 or dim % groups or not codebook.numel():

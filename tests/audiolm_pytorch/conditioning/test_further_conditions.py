@@ -10,8 +10,8 @@ from torch import Tensor
 
 from audiolm_pytorch.audio.files import write_audio
 from audiolm_pytorch.audiolm import AudioLM
+from audiolm_pytorch.conditioning.base import ConditionTensor
 from audiolm_pytorch.conditioning.fuser import ConditionSpec
-from audiolm_pytorch.conditioning.tensors import ConditionTensor
 from audiolm_pytorch.data.shards import TokenShards, write_shards
 from audiolm_pytorch.generation.request import GenerationRequest
 from audiolm_pytorch.generation.sampling import SamplingSettings

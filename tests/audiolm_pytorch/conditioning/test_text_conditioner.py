@@ -16,7 +16,7 @@ import transformers
 from beartype.roar import BeartypeCallHintViolation
 
 from audiolm_pytorch import SemanticTransformer, TextConditioner
-from audiolm_pytorch.conditioning.tensors import ConditionTensor
+from audiolm_pytorch.conditioning.base import ConditionTensor
 from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer
 from audiolm_pytorch.saving.hub import LoadedModel, load_model, load_tokenizer
 from audiolm_pytorch.saving.modules import load_module, save_module
@@ -209,7 +209,7 @@ def test_wrong_sources_raise_errors(encoder_folders, folder, tmp_path):
     )
     refused("tokenizer=", load_model(folder, {"t5": "T5EncoderModel"}))
     gpt = LoadedModel(transformers.GPT2Model(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=300)))
-    refused("'gpt2' are not supported; use a model of type .*'t5'", gpt, tokenizer=TextTokenizer())
+    refused("'gpt2' are not supported; pass a model of a type in .*'t5'", gpt, tokenizer=TextTokenizer())
     transformers.GPT2Config().save_pretrained(tmp_path / "gpt2")
     refused("'gpt2'.*'t5'", tmp_path / "gpt2")
 

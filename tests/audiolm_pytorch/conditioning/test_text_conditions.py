@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from audiolm_pytorch.conditioning.tensors import Conditions
+from audiolm_pytorch.conditioning.base import Conditions
 from audiolm_pytorch.data import TokenShards, write_shards
 from audiolm_pytorch.data.captions import decode_texts, encode_texts
 from audiolm_pytorch.data.manifest import load_items

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from audiolm_pytorch.conditioning.tensors import ConditionTensor, guide
+from audiolm_pytorch.conditioning.base import ConditionTensor, guide
 from audiolm_pytorch.generation import decode_session
 from audiolm_pytorch.generation.decode_session import DecodeSession
 from audiolm_pytorch.generation.sampling import SamplingSettings, filter_logits, sample_tokens

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from audiolm_pytorch.conditioning.tensors import Conditions, ConditionTensor
+from audiolm_pytorch.conditioning.base import Conditions, ConditionTensor
 from audiolm_pytorch.generation import decode_session
 from audiolm_pytorch.generation.decode_session import Decoded
 from audiolm_pytorch.generation.sampling import SamplingSettings

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from audiolm_pytorch.conditioning.tensors import ConditionTensor
+from audiolm_pytorch.conditioning.base import ConditionTensor
 from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.nn import row_products
 from audiolm_pytorch.nn.cached_transformer import CachedTransformer

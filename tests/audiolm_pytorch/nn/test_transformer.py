@@ -6,7 +6,7 @@ import socket
 import pytest
 import torch
 
-from audiolm_pytorch.conditioning.tensors import ConditionTensor
+from audiolm_pytorch.conditioning.base import ConditionTensor
 from audiolm_pytorch.lm.stages import SemanticTransformer
 from audiolm_pytorch.lm.token_model import TokenTransformer
 from audiolm_pytorch.nn.cached_transformer import CachedTransformer

@@ -7,7 +7,7 @@ import torch
 
 from audiolm_pytorch.audio.files import write_audio
 from audiolm_pytorch.codecs.base import Codec
-from audiolm_pytorch.conditioning.tensors import ConditionTensor
+from audiolm_pytorch.conditioning.base import ConditionTensor
 from audiolm_pytorch.data.manifest import AudioItem
 from audiolm_pytorch.saving.modules import load_module, save_module
 from musiclm_pytorch.recipes.metrics.classifier import AttributeClassifier, fit_attribute_classifier

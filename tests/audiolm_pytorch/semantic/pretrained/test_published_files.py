@@ -172,7 +172,7 @@ def test_wrong_weights(tmp_path, change, words):
         ({"_name": "wav2vec2"}, "has a model 'wav2vec2'"),
         ({"activation_fn": "swish"}, "swish"),
         ({"extractor_mode": "conformer"}, "conformer"),
-        ({"encoder_attention_heads": 3}, "not valid for HuBERT"),
+        ({"encoder_attention_heads": 3}, "no valid settings.*num_heads"),
         ({"encoder_attention_heads": 0}, "encoder_attention_heads"),
         ({"encoder_layers": 10**9}, "encoder_layers"),
         ({"encoder_layers": 2}, "encoder_layers is 2, but the file has weights of 1 "),

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.saving.modules import load_module, save_module
 from audiolm_pytorch.semantic import SemanticTokenizer
-from audiolm_pytorch.semantic.pretrained import vq_wav2vec_network
+from audiolm_pytorch.semantic.pretrained import vq_wav2vec
 from audiolm_pytorch.semantic.pretrained.vq_wav2vec import FairseqVQWav2Vec
 from tests.helpers.published_vq_wav2vec import CODES, WIDTH, naive_codes, vq_settings, vq_state, write_vq_wav2vec
 
@@ -131,7 +131,7 @@ def test_long_waves_have_no_seams(files, changes, samples_at_once, monkeypatch):
     tokenizer = FairseqVQWav2Vec(files(**changes))
     wave = sounds(2, 40_000, seed=5)
     whole, ids = tokenizer.network.vectors(wave), tokenizer(wave)
-    monkeypatch.setattr(vq_wav2vec_network, "_SAMPLES_PER_CHUNK", samples_at_once)
+    monkeypatch.setattr(vq_wav2vec, "_SAMPLES_PER_CHUNK", samples_at_once)
     parts = tokenizer.network.vectors(wave)
     torch.testing.assert_close(parts, whole, atol=2e-5, rtol=2e-5)
     assert not torch.equal(parts, whole), "the parts were not used"
