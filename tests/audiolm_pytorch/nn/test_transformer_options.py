@@ -21,7 +21,7 @@ from audiolm_pytorch.nn.transformer import FusedConditions, Transformer
 from audiolm_pytorch.tokens.layout import TokenLayout
 from audiolm_pytorch.tokens.streams import Stream
 from tests.helpers.decoding import decode
-from tests.helpers.fakes import SIZES, select
+from tests.helpers.fakes import SIZES, select, tiny_stages
 
 GREEDY = SamplingSettings(temperature=0)
 OPTIONS = [
@@ -297,6 +297,17 @@ def test_transformer_compiles_without_a_graph_break() -> None:
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), stack(x))
         assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+def test_a_compiled_stage_samples_the_same_tokens() -> None:
+    """The prompt is computed by the compiled transformer, the other rows by the cached transformer."""
+    stage = tiny_stages()["semantic"].eval()
+    prompt = {"semantic": torch.ones(2, 5, 1, dtype=torch.long)}
+    expected = decode(stage, prompt, {"semantic": 12}, seeds=[1, 2]).streams["semantic"]
+    stage.transformer.compile(backend="aot_eager")
+    assert torch.equal(decode(stage, prompt, {"semantic": 12}, seeds=[1, 2]).streams["semantic"], expected)
+
 
 
 @pytest.mark.slow
