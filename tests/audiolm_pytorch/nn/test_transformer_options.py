@@ -309,7 +309,6 @@ def test_a_compiled_stage_samples_the_same_tokens() -> None:
     assert torch.equal(decode(stage, prompt, {"semantic": 12}, seeds=[1, 2]).streams["semantic"], expected)
 
 
-
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"kv_heads": 1}, {"positions": "relative", "checkpoint_blocks": True}], ids=str)
 def test_training_compiles_without_a_graph_break(options: dict) -> None:
