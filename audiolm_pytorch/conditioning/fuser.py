@@ -30,7 +30,7 @@ class ConditionSpec:
             that predict frame i.
         null: Embedding that replaces a missing condition, `learned` or `zero`.
         null_tokens: Number of null embeddings that replace a missing condition; a null embedding also replaces each
-            masked embedding. If `null_tokens` is None, one null embedding replaces a missing condition, and masked
+            masked embedding. With `null_tokens=None`, one null embedding replaces a missing condition, and masked
             embeddings are ignored.
         drop_prob: Probability that training drops only this condition; `cond_drop_prob` of the model drops all
             conditions.

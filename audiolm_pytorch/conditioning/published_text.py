@@ -47,7 +47,7 @@ _UNLIMITED = 2**31
 class PublishedText:
     """Text input of a model of transformers: tokenizes texts, and builds the arguments of the model's `forward`.
 
-    If `max_tokens` is None, a text has at most as many tokens as the model allows, and at most 512.
+    With `max_tokens=None`, a text has at most as many tokens as the model allows, and at most 512.
     """
 
     def __init__(self, model: Any, tokenizer: TextTokenizer, max_tokens: int | None = None) -> None:
@@ -88,7 +88,7 @@ class PublishedTextEncoder(nn.Module):
         source: Folder of a model in the format of transformers, model id on the Hugging Face hub, or loaded model.
         tokenizer: Tokenizer of the model; None = loaded from `source`.
         max_tokens: Maximum number of tokens per text, special tokens included; longer texts are truncated with a
-            warning. If `max_tokens` is None, the limit is that of the model, but not more than 512.
+            warning. With `max_tokens=None`, the limit is that of the model, but not more than 512.
         offline: Whether to use only local folders and the local cache of the hub, without downloads.
     """
 

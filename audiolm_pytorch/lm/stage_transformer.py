@@ -155,7 +155,7 @@ class StageTransformer(TokenTransformer):
     def streams_of(
         self, tokens: AudioTokens, names: tuple[str, ...] | None = None
     ) -> tuple[dict[str, Tensor], dict[str, int | Tensor]]:
-        """Select the tokens of the streams `names`, or of all streams of the stage if `names` is None.
+        """Select the tokens of the streams `names`, or of all streams of the stage with `names=None`.
 
         Returns:
             Tokens `[b, f, levels]` by stream name, and numbers of frames `[b]` by stream name.

@@ -190,7 +190,7 @@ class _RowBuffers:
             self._rotated_cos[0].copy_(self._rotated_cos[1])
 
     def rotate(self) -> None:
-        """Apply rotary positions to queries and keys, and copy the queries to `queries` if it is not a view."""
+        """Apply rotary positions to queries and keys, and copy queries that `queries` does not share."""
         if self.stack.rotary is not None:
             torch.mul(self._unrotated, self._cos, out=self._rotated)
             self._halves[0][0].addcmul_(self._halves[0][1], self._sin, value=-1)
@@ -238,7 +238,7 @@ class _CachedBlock:
         self._memory = self._keys = self._values = self._cross_keys = self._cross_values = torch.empty(0)
 
     def view_memory(self) -> None:
-        """Update the views of the cache after a change of `buffers.extent`."""
+        """Select the part of the cache that attention reads, after a change of `buffers.extent`."""
         keys, values = self._memory.flatten(1, 2)[:, :, : self.buffers.extent]
         self._keys, self._values = keys.mT, values
 

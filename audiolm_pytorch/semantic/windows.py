@@ -127,7 +127,7 @@ def group_norm_moments(extractor: Any, wave: Tensor, chunk_samples: int) -> Mome
 
 
 def convolved(extractor: Any, wave: Tensor, moments: Moments | None = None) -> Tensor:
-    """Compute front-end vectors `[b, t, d]` of waves `[b, n]`; if `moments` is None, use the moments of the waves."""
+    """Compute front-end vectors `[b, t, d]` of waves `[b, n]`; with `moments=None`, use the moments of the waves."""
     if moments is None:
         return rearrange(extractor(wave), "b d t -> b t d")
     first = extractor.conv_layers[0]

@@ -90,7 +90,7 @@ def novelty_metrics(name: str, generated: Tensor, held_out: Tensor) -> list[Metr
 
 
 def _metric(name: str, values: np.ndarray, share: float | None) -> Metric:
-    """Build a metric from the quantile `share` (0..1) of the values, or from their mean if `share` is None."""
+    """Build a metric from the quantile `share` (0..1) of the values, or from their mean with `share=None`."""
     if share is None:
         return Metric.mean(name, values)
     return Metric.measured(name, lambda rows: float(np.quantile(values[rows], share)), len(values))

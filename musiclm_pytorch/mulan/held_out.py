@@ -91,7 +91,7 @@ class HeldOutClips:
 
 
 def _select_tests(tests: Sequence[TagTest], labels: Sequence[str] | None) -> list[TagTest]:
-    """Return the zero-shot tests of the labels in `labels`, or all tests if `labels` is None."""
+    """Return the zero-shot tests of the labels in `labels`, or all tests with `labels=None`."""
     by_label = {test.label: test for test in tests}
     unknown = sorted(set(labels or ()) - set(by_label))
     if unknown:

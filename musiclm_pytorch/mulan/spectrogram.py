@@ -22,7 +22,7 @@ _MIN_SPREAD = 0.5
 
 
 class LogSpectrogram(nn.Module):
-    """Computes log spectrograms of clips of unequal length, in mel bands, or in linear bins if `num_mels` is None.
+    """Computes log spectrograms of clips of unequal length, in mel bands, or in linear bins with `num_mels=None`.
 
     The spectrogram of a clip does not depend on the padding of the clip.
     """

@@ -52,7 +52,7 @@ class TextTower(nn.Module, ABC):
 
 @register
 class TextTransformer(TextTower):
-    """Text tower: a bidirectional transformer that is trained from scratch; MuLan (arXiv:2208.12415) uses BERT.
+    """Text tower with a bidirectional transformer that is trained from scratch; MuLan (arXiv:2208.12415) uses BERT.
 
     Args:
         num_tokens: Size of the embedding table; at least the tokenizer's vocabulary.

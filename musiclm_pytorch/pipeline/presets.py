@@ -83,7 +83,7 @@ class MuLaNConfig(TransformerConfig):
     """Settings of a MuLaN with two towers of equal size. The FFT length `n_fft` is in samples at 16 kHz.
 
     Training leaves out random audio patches (`patch_dropout`) and random phrases of captions (`caption_dropout`). A
-    forward pass embeds `chunk_size` clips, or the whole batch if `chunk_size` is None.
+    forward pass embeds `chunk_size` clips, or the whole batch with `chunk_size=None`.
     """
 
     num_mels: int

@@ -122,7 +122,7 @@ class MaskedPrediction(NamedTuple):
 
 
 class BestRQ(nn.Module):
-    """Training objective of BEST-RQ: masked prediction of frozen random targets (arXiv:2202.01855, section 3).
+    """Training objective of BEST-RQ, masked prediction of frozen random targets (arXiv:2202.01855, section 3).
 
     Random spans of the front end's vectors are replaced by noise. The encoder predicts the codes of replaced vectors.
 

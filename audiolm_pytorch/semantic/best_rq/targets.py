@@ -16,7 +16,7 @@ _SUBSPACE_ROUNDS = 8
 
 
 class RandomProjectionQuantizer(nn.Module):
-    """Frozen quantizer: a random projection, then the index of the nearest random code (arXiv:2202.01855, equation 1).
+    """Frozen quantizer that projects at random and selects the nearest random code (arXiv:2202.01855, equation 1).
 
     Projection and codes depend on `seed` only. If the input is not normalised, most codes are never selected.
     """

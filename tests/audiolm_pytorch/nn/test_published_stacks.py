@@ -17,6 +17,13 @@ transformers = pytest.importorskip("transformers")
 
 # The hidden layer is so wide that its products use packed weights in decoding.
 DIM, HIDDEN_DIM, DEPTH, HEADS, VOCAB, CODEBOOKS = 128, 2048, 2, 4, 50, 4
+SIZES: dict[str, Any] = {
+    "dim": DIM,
+    "depth": DEPTH,
+    "heads": HEADS,
+    "dim_head": DIM // HEADS,
+    "ff_mult": HIDDEN_DIM / DIM,
+}
 
 
 @dataclass
@@ -88,11 +95,7 @@ def gpt2() -> Published:
     )
     module = randomised(transformers.GPT2Model(config))
     stack = Transformer(
-        dim=DIM,
-        depth=DEPTH,
-        heads=HEADS,
-        dim_head=DIM // HEADS,
-        ff_mult=HIDDEN_DIM / DIM,
+        **SIZES,
         norm="layer",
         feed_forward="gelu_tanh",
         positions="none",
@@ -203,11 +206,7 @@ def musicgen() -> Published:
     )
     module = randomised(transformers.MusicgenForCausalLM(config).model.decoder)
     stack = Transformer(
-        dim=DIM,
-        depth=DEPTH,
-        heads=HEADS,
-        dim_head=DIM // HEADS,
-        ff_mult=HIDDEN_DIM / DIM,
+        **SIZES,
         norm="layer",
         feed_forward="gelu",
         positions="sinusoidal",
