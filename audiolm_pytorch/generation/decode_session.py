@@ -14,6 +14,7 @@ from audiolm_pytorch.conditioning.base import Conditions, guide
 from audiolm_pytorch.generation.sampling import SamplingSettings, item_generators, sample_tokens
 from audiolm_pytorch.lm.token_model import TokenTransformer
 from audiolm_pytorch.nn.cached_transformer import CachedTransformer
+from audiolm_pytorch.nn.layers import is_plain
 from audiolm_pytorch.nn.module_state import eval_mode
 from audiolm_pytorch.nn.row_products import RowProduct
 from audiolm_pytorch.tokens.streams import PackedTokens
@@ -66,7 +67,7 @@ class DecodeSession:
         allow_eos: Whether an item may end early, after at least one frame; False = the end token is never sampled.
             `allow_eos=True` is slower on a GPU, because every row waits for the sampled tokens of the row before.
         transformer: The attribute `transformer` of a finished session with the same model, whose prepared weights this
-            session uses again; None = prepare the weights.
+            session uses again if they are unchanged; None = prepare the weights.
 
     Raises:
         ValueError: If the inputs do not fit the layout of the model, the number of seeds differs from the number of
@@ -113,14 +114,17 @@ class DecodeSession:
         self.num_frames = {name: count.clone() for name, count in grid.num_frames.items()}
         num_rows = [int(rows.nonzero().max()) + 1 for rows in grid.packed.input_mask.any(dim=-1).cpu()]
         generators = item_generators(seeds, batch)
-        noise = [torch.rand(rows, self.ids.shape[2], generator=g) for rows, g in zip(num_rows, generators)]
+        noise = [
+            torch.rand(rows, self.ids.shape[2], generator=g, dtype=torch.float32)
+            for rows, g in zip(num_rows, generators)
+        ]
         self.noise = torch.nn.utils.rnn.pad_sequence(noise, batch_first=True).to(model.device)
         self.pending = [_missing_cells(self.missing[item], self.head[item]) for item in range(batch)]
         # Row of each item that is sampled next. A complete item starts at row 1 and repeats its last row.
         self.rows = [min(cells, default=1) for cells in self.pending]
         self.frames_after_row = [self._count_frames_after_rows(item) for item in range(batch)]
         self.known = [self.frames_after_row[item][row - 1] for item, row in enumerate(self.rows)]
-        is_usable = transformer is not None and transformer.batch == self.copies * batch
+        is_usable = transformer is not None and transformer.batch == self.copies * batch and transformer.is_current
         self.transformer = transformer if is_usable else None
         self.is_prefilled = False
         self.heads: dict[tuple[int, ...], _Heads] = {}
@@ -345,12 +349,16 @@ class _Heads:
         self.num_logits = len(selected[0].ids(allow_eos))
         self.has_eos = [allow_eos and head.has_eos for head in selected]
         self.first_ids = torch.tensor([head.first_id for head in selected], device=model.device)
-        layers: list[Any] = list(model.heads)
-        weight = torch.cat([layers[head].weight[: self.num_logits] for head in heads])
+        self._layers: list[Any] = [model.heads[head] for head in heads]
+        self._hidden, self._are_plain = hidden, all(map(is_plain, self._layers))
+        weight = torch.cat([layer.weight[: self.num_logits] for layer in self._layers])
         self._logits = torch.zeros(len(hidden), len(weight), device=model.device, dtype=hidden.dtype)
         self._product = RowProduct(weight, None, hidden, self._logits)
 
     def logits(self) -> Tensor:
         """Return the logits `[b, heads, num_logits]` float32."""
+        if not self._are_plain:
+            hidden = self._hidden.to(self._layers[0].weight.dtype)
+            return torch.stack([layer(hidden)[:, : self.num_logits] for layer in self._layers], dim=1).float()
         self._product()
         return self._logits.view(len(self._logits), len(self.has_eos), -1).float()

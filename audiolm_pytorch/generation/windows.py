@@ -254,7 +254,8 @@ class SlidingWindowDecoder:
             self.tokens.append(item, decoded.streams[self.name][row, start:stop])
         ends = window.start + session.num_frames[self.name]
         has_ended = ends < self._session_stops  # the model sampled the end
-        self._num_frames[items[has_ended]] = ends[has_ended]
+        # Not in place, because a stream can be created in inference mode and read outside of it.
+        self._num_frames = self._num_frames.index_put((items[has_ended],), ends[has_ended])
         if session.is_done:
             self._session, self._transformer = None, session.transformer
             self._window_index += 1

@@ -9,11 +9,11 @@ from math import ceil
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from audiolm_pytorch.nn.layers import FeedForward, GatedFeedForward
-from audiolm_pytorch.nn.row_products import RowProduct, prepare_norm, prepare_norm_and_product
+from audiolm_pytorch.nn.layers import FeedForward, GatedFeedForward, is_plain
+from audiolm_pytorch.nn.row_products import prepare_norm, prepare_norm_and_product, prepare_product
 from audiolm_pytorch.nn.transformer import Block, FusedConditions, Transformer
 
 __all__ = ["CachedTransformer"]
@@ -35,12 +35,17 @@ class CachedTransformer:
     def __init__(self, transformer: Transformer, batch: int) -> None:
         if not transformer.causal or transformer.position_bias is not None:
             raise ValueError("decoding needs a transformer with causal=True and position_bias=None")
-        self.transformer, self.batch = transformer, batch
+        self.transformer, self.batch, self._versions = transformer, batch, _versions(transformer)
         self._buffers = _RowBuffers(transformer, batch)
         self._blocks = [_CachedBlock(cast(Block, block), self._buffers) for block in transformer.blocks]
         # Normalised rows `[b, d]`, written in place.
         self.hidden = torch.zeros_like(self._buffers.x)
         self._norm = prepare_norm(transformer.norm, self._buffers.x, self.hidden)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the weights of the transformer are unchanged since they were prepared."""
+        return self._versions == _versions(self.transformer)
 
     def prefill(self, x: Tensor, conditions: FusedConditions, counts: Sequence[int], num_positions: int) -> Tensor:
         """Start new sequences with a prefix and first rows; return the last normalised row of each item `[b, d]`.
@@ -96,6 +101,11 @@ class CachedTransformer:
         self._buffers.set_extent(num_positions)
         for block in self._blocks:
             block.view_memory()
+
+
+def _versions(module: nn.Module) -> list[tuple[int, int]]:
+    """Address and number of changes of every parameter."""
+    return [(part.data_ptr(), 0 if part.is_inference() else part._version) for part in module.parameters()]
 
 
 class _RowBuffers:
@@ -208,19 +218,20 @@ class _CachedBlock:
         x, normed, branch = buffers.x, buffers.normed, buffers.branch
         to_out, layer, cross = block.attention.to_out, block.feed_forward, block.cross
         self._qkv = prepare_norm_and_product(block.attention_norm, block.attention.to_qkv, x, normed, buffers.qkv)
-        self._out = RowProduct(to_out.weight, to_out.bias, buffers.attended_rows, branch)
+        self._out = prepare_product(to_out, buffers.attended_rows, branch)
         if cross is not None and block.cross_norm is not None:
             shape = (buffers.batch * buffers.stack.heads, 1, buffers.stack.dim_head)
             self._cross_queries, self._cross_attended = (torch.zeros(shape, **buffers.options) for _ in range(2))
             queries, attended = (part.view(buffers.batch, -1) for part in (self._cross_queries, self._cross_attended))
             self._to_cross = prepare_norm_and_product(block.cross_norm, cross.to_q, x, normed, queries)
-            self._cross_out = RowProduct(cross.to_out.weight, cross.to_out.bias, attended, branch)
-        if isinstance(layer, (GatedFeedForward, FeedForward)):
+            self._cross_out = prepare_product(cross.to_out, attended, branch)
+        self._has_plain_layer = isinstance(layer, (GatedFeedForward, FeedForward)) and is_plain(layer)
+        if isinstance(layer, (GatedFeedForward, FeedForward)) and self._has_plain_layer:
             self._hidden = torch.zeros(buffers.batch, layer.up.out_features, **buffers.options)
             self._value, self._gate = self._hidden.chunk(2, dim=-1)
             self._activated = torch.zeros(buffers.batch, layer.down.in_features, **buffers.options)
             self._up = prepare_norm_and_product(block.feed_forward_norm, layer.up, x, normed, self._hidden)
-            self._down = RowProduct(layer.down.weight, layer.down.bias, self._activated, branch)
+            self._down = prepare_product(layer.down, self._activated, branch)
 
     def start(self, keys: Tensor, values: Tensor, conditions: FusedConditions) -> None:
         """Allocate the cache, and store the keys and values `[b, g, n, d]` of the first rows."""
@@ -270,14 +281,14 @@ class _CachedBlock:
 
     def _step_feed_forward(self) -> None:
         shared, layer = self.buffers, self._block.feed_forward
+        if not self._has_plain_layer:
+            x = self._block.feed_forward_norm(shared.x.to(self._weight_dtype))
+            shared.x.add_(layer(x.unsqueeze(1)).squeeze(1))
+            return
+        self._up()
         if isinstance(layer, GatedFeedForward):
-            self._up()
             torch.mul(silu(self._gate, inplace=True), self._value, out=self._activated)
         elif isinstance(layer, FeedForward):
-            self._up()
             self._activated.copy_(layer.activation(self._hidden))
-        else:
-            shared.x.add_(layer(self._block.feed_forward_norm(shared.x.to(self._weight_dtype))))
-            return
         self._down()
         shared.x.add_(shared.branch)

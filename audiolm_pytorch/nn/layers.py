@@ -10,7 +10,7 @@ from beartype import beartype
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Dropout", "FeedForward", "GatedFeedForward", "NormFactory", "RMSNorm", "norm_factory"]
+__all__ = ["Dropout", "FeedForward", "GatedFeedForward", "NormFactory", "RMSNorm", "is_plain", "norm_factory"]
 
 
 def _is_differentiated_eagerly() -> bool:
@@ -33,7 +33,7 @@ class _RootMeanSquareNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
         unit = x * inverse
-        grad_weight = (grads[0] * unit).flatten(0, -2).sum(0)
+        grad_weight = (grads[0] * unit).reshape(-1, len(weight)).sum(0)
         grad_unit = grads[0] * weight.to(x.dtype)
         # The component along x only changes the norm, which is divided out.
         along = (grad_unit * unit).mean(-1, keepdim=True)
@@ -73,9 +73,9 @@ class Dropout(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         """Set random values of `x [...]` to zero and scale the others, in training mode."""
-        if not self.training or self.p == 0 or x.device.type != "cpu":
+        num_dropped = round(self.p * 256)  # of 256 values of a byte
+        if not self.training or not 0 < num_dropped < 256 or x.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(x)
-        num_dropped = min(max(1, round(self.p * 256)), 255)  # of 256 values of a byte
         numbers = torch.empty(ceil(x.numel() / 8), dtype=torch.int64).random_(-(2**63), None)
         is_kept = numbers.view(torch.uint8)[: x.numel()] >= num_dropped
         return x * is_kept.to(x.dtype).mul_(256 / (256 - num_dropped)).view_as(x)
@@ -132,7 +132,7 @@ class GatedFeedForward(nn.Module):
         halves = self.up(x)
         # `_GatedProjection` cannot reproduce dropout in its backward pass.
         is_dropping = self.dropout.p > 0 and self.training
-        if _is_differentiated_eagerly() and not is_dropping:
+        if _is_differentiated_eagerly() and not is_dropping and is_plain(self.down):
             return _GatedProjection.apply(halves, self.down.weight)
         gated = _gated(halves)
         return self.down(self.dropout(gated) if is_dropping else gated)
@@ -169,3 +169,9 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to `x [..., d]`; the shape stays the same."""
         return self.down(self.dropout(self.activation(self.up(x))))
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a layer is no subclass (for example with adapters) and has no hooks, so that its weights determine it."""
+    kinds = (nn.Linear, nn.LayerNorm, RMSNorm, GatedFeedForward, FeedForward)
+    return type(module) in kinds and not module._forward_hooks and not module._forward_pre_hooks

@@ -9,9 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from audiolm_pytorch.nn.layers import RMSNorm
+from audiolm_pytorch.nn.layers import RMSNorm, is_plain
 
-__all__ = ["RowProduct", "prepare_norm", "prepare_norm_and_product"]
+__all__ = ["RowProduct", "prepare_norm", "prepare_norm_and_product", "prepare_product"]
 
 _MAX_ROWS = 16  # with more rows, the usual product is fast enough
 _MIN_SPLIT_WEIGHTS = 2**17  # one core multiplies one row with fewer weights faster than several cores
@@ -20,9 +20,8 @@ _MIN_PACKED_WEIGHTS = 2**18  # for fewer weights, the operator of oneDNN has too
 
 def prepare_norm(norm: nn.Module, x: Tensor, out: Tensor) -> Callable[[], object]:
     """Return a function that normalises the rows in `x [b, d]` and writes the result into `out [b, d]`."""
-    if not _is_plain_cpu(x) or not isinstance(norm, RMSNorm):
-        dtype = next((parameter.dtype for parameter in norm.parameters()), x.dtype)
-        return lambda: out.copy_(norm(x.to(dtype)))
+    if not _is_plain_cpu(x) or not isinstance(norm, RMSNorm) or not is_plain(norm):
+        return _prepare_call(norm, x, out)
     normalize, weight = _rms_norm(x, out, norm.eps), norm.weight.detach().float() * x.shape[-1] ** 0.5
 
     def normalize_and_scale() -> None:
@@ -41,16 +40,17 @@ def prepare_norm_and_product(
     """
     scale: Tensor | None = None
     shift: Tensor | None = None
-    if _is_plain_cpu(x) and isinstance(norm, RMSNorm):
+    is_folded = _is_plain_cpu(x) and is_plain(linear) and is_plain(norm)
+    if is_folded and isinstance(norm, RMSNorm):
         normalize, scale = _rms_norm(x, normed, norm.eps), norm.weight.float() * x.shape[-1] ** 0.5
-    elif _is_plain_cpu(x) and isinstance(norm, nn.LayerNorm):
+    elif is_folded and isinstance(norm, nn.LayerNorm) and norm.elementwise_affine:
         plain = nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False)
         normalize, scale = prepare_norm(plain, x, normed), norm.weight.float()
         shift = None if norm.bias is None else norm.bias.float()
     else:
         normalize = prepare_norm(norm, x, normed)
     scale, shift = (None if part is None else part.detach() for part in (scale, shift))
-    product = RowProduct(linear.weight, linear.bias, normed, out, scale=scale, shift=shift)
+    product = prepare_product(linear, normed, out, scale=scale, shift=shift)
 
     def normalize_and_multiply() -> None:
         normalize()
@@ -59,9 +59,23 @@ def prepare_norm_and_product(
     return normalize_and_multiply
 
 
+def prepare_product(
+    linear: nn.Linear, x: Tensor, out: Tensor, *, scale: Tensor | None = None, shift: Tensor | None = None
+) -> Callable[[], object]:
+    """Return a function that writes `linear(x)` into `out`; `RowProduct` documents `scale` and `shift`."""
+    if not is_plain(linear):
+        return _prepare_call(linear, x, out)
+    return RowProduct(linear.weight, linear.bias, x, out, scale=scale, shift=shift)
+
+
+def _prepare_call(module: nn.Module, x: Tensor, out: Tensor) -> Callable[[], object]:
+    dtype = next((parameter.dtype for parameter in module.parameters()), x.dtype)
+    return lambda: out.copy_(module(x.to(dtype)))
+
+
 def _rms_norm(x: Tensor, out: Tensor, eps: float) -> Callable[[], object]:
     """Return a function that divides `x` by its L2 norm in 3 operators; `F.rms_norm` calls 8 operators on a CPU."""
-    constant, length = torch.tensor((x.shape[-1] * eps) ** 0.5), torch.zeros(len(x), 1)
+    constant, length = x.new_tensor((x.shape[-1] * eps) ** 0.5), x.new_zeros(len(x), 1)
 
     def normalize() -> None:
         torch.linalg.vector_norm(x, 2, -1, True, out=length)
@@ -95,7 +109,8 @@ class RowProduct:
         scale: Tensor | None = None,
         shift: Tensor | None = None,
     ) -> None:
-        self._weight_dtype, num_rows, num_parts, self._packed = weight.dtype, len(x), 1, None
+        num_rows, num_parts, self._packed = len(x), 1, None
+        self._packed_dtype = weight.dtype if weight.dtype == torch.bfloat16 else x.dtype
         weight, bias = weight.detach().to(x.dtype), None if bias is None else bias.detach().to(x.dtype)
         if shift is not None:
             bias = weight @ shift if bias is None else bias + weight @ shift
@@ -103,10 +118,9 @@ class RowProduct:
         self._x, self._out, self._bias = x, out, bias
         if _is_plain_cpu(x) and num_rows <= _MAX_ROWS:
             is_large = num_rows > 1 and weight.numel() >= _MIN_PACKED_WEIGHTS
-            if (is_large or self._weight_dtype == torch.bfloat16) and _can_pack():
-                weight = weight.to(self._weight_dtype)
-                self._bias = None if bias is None else bias.to(self._weight_dtype)
-                self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, num_rows)
+            if (is_large or self._packed_dtype == torch.bfloat16) and _can_pack():
+                self._bias = None if bias is None else bias.to(self._packed_dtype)
+                self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(self._packed_dtype), num_rows)
                 return
             if num_rows > 1 or weight.numel() >= _MIN_SPLIT_WEIGHTS:
                 num_parts = max(parts for parts in range(1, torch.get_num_threads() + 1) if len(weight) % parts == 0)
@@ -120,7 +134,7 @@ class RowProduct:
     def __call__(self) -> None:
         """Multiply."""
         if self._packed is not None:
-            x = self._x.to(self._weight_dtype)
+            x = self._x.to(self._packed_dtype)
             self._out.copy_(torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], ""))
             return
         torch.bmm(self._rows, self._weight, out=self._results)

@@ -26,7 +26,7 @@ def lazy_exports(package: str) -> tuple[Callable[[str], Any], Callable[[], list[
     def import_name(name: str) -> Any:
         if name in exports:
             value = getattr(import_module(exports[name]), name)
-        elif not name.startswith("_") and find_spec(f"{package}.{name}") is not None:  # a submodule
+        elif name.isidentifier() and name[0] != "_" and find_spec(f"{package}.{name}") is not None:  # a submodule
             value = import_module(f"{package}.{name}")
         else:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")

@@ -117,7 +117,7 @@ class Generate:
                 samples = (wave.clamp(-1, 1) * 32767).round().cpu().numpy()
                 num_bytes += file.write(samples.T.astype("<i2").tobytes())
                 file.flush()
-            if has_header and to_file:
+            if has_header and to_file and file.seekable():
                 file.seek(0)
                 file.write(_wav_header(first.sample_hz, channels, num_bytes))
         self._print(f"wrote {self.out if to_file else 'standard output'}")
@@ -160,8 +160,8 @@ def _check(command: Generate) -> None:
         raise ValueError(f"{'--raw' if command.raw else '--out -'} needs --stream")
     if command.out != _STANDARD_OUTPUT:
         check_file(command.out, _STREAM_SUFFIXES if command.stream else _AUDIO_SUFFIXES)
-    elif sys.stdout.isatty():
-        raise ValueError("standard output is a terminal; pipe the samples into a player, or name a file")
+    elif sys.stdout is None or sys.stdout.isatty():
+        raise ValueError("standard output is a terminal or closed; pipe the samples into a player, or name a file")
     if command.plot is not None:
         from musiclm_pytorch.evaluation.plots import PICTURE_SUFFIXES, require_matplotlib
 

@@ -72,6 +72,17 @@ def test_streams_of_several_channels_and_of_semantic_tokens():
     assert [wave.shape[-1] for wave in GeneratedAudio.concatenate(chunks).waves] == [640, 224]
 
 
+def test_a_stream_leaves_inference_mode():
+    """A stream that is created in inference mode can be read outside of it, also if items end."""
+    audio_lm = audiolm_of(codec=streaming_codec(), ends=True, **WINDOWS)
+    request = GenerationRequest(batch_size=2, seeds=1)
+    with torch.inference_mode():
+        stream = audio_lm.stream(request, chunk_seconds=0.1)
+        chunks = [next(stream)]
+    joined = GeneratedAudio.concatenate([*chunks, *stream])
+    assert torch.equal(joined.acoustic, audio_lm.generate(request).acoustic)
+
+
 def test_the_first_chunk_needs_only_its_own_windows():
     """Before the first chunk no stage decodes more than the window of the next stage needs."""
     audio_lm = audiolm_of(codec=streaming_codec(), **WINDOWS)

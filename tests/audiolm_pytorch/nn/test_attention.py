@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from audiolm_pytorch.nn.attention import AttentionContext, SelfAttention, attend
-from audiolm_pytorch.nn.layers import GatedFeedForward, RMSNorm
+from audiolm_pytorch.nn.layers import Dropout, GatedFeedForward, RMSNorm
 from audiolm_pytorch.nn.positions import RotaryPositions, rotate
 from audiolm_pytorch.nn.transformer import visible_positions
 
@@ -24,6 +24,37 @@ def test_rms_norm_has_the_gradient_of_its_formula():
         results.append((norm(x).detach(), y.grad, norm.weight.grad))
     for mine, reference in zip(*results):
         torch.testing.assert_close(mine, reference, atol=1e-6, rtol=1e-5)
+
+
+def test_norm_and_feed_forward_accept_vectors() -> None:
+    """A vector `[d]` has the gradients of a batch of one vector."""
+    layer, x = nn.Sequential(RMSNorm(6), GatedFeedForward(6, 10)), torch.randn(6)
+    grads = [torch.autograd.grad(layer(part).square().sum(), list(layer.parameters())) for part in (x, x[None])]
+    for one, other in zip(*grads):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_hook_of_the_last_projection_is_called_in_training() -> None:
+    """For example a hook that adds the output of an adapter."""
+    layer, x = GatedFeedForward(6, 10), torch.randn(3, 6)
+    expected = 2 * layer(x)
+    layer.down.register_forward_hook(lambda down, inputs, output: 2 * output)
+    torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("p", [0.0001, 0.1, 0.5, 0.999, 1.0])
+def test_dropout_has_its_probability(p: float) -> None:
+    """The share of zeros is `p`, and the mean stays the same; probabilities near 0 and 1 are not rounded."""
+    torch.manual_seed(0)
+    y = Dropout(p)(torch.ones(2**20))
+    assert abs((y == 0).double().mean() - p) < (2e-3 if 0.01 < p < 0.99 else 1e-4)
+    assert abs(y.mean() - float(p < 1)) < 0.1
+
+
+@pytest.mark.slow
+def test_dropout_compiles_without_a_graph_break() -> None:
+    y = torch.compile(Dropout(0.3), backend="aot_eager", fullgraph=True)(torch.ones(1000))
+    assert abs((y == 0).double().mean() - 0.3) < 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -160,6 +161,43 @@ def test_logits_of_decoding_equal_those_of_whole_sequences(case: str, monkeypatc
     assert num_positions > (128 if plan.get("num_frames") == 130 else 64)
 
 
+class Adapted(nn.Linear):
+    """A linear layer with an adapter."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 0.1 * x.sum(dim=-1, keepdim=True)
+
+
+@pytest.mark.parametrize("part", ["to_qkv", "to_out", "up", "down", "to_q", "heads", "feed_forward", "norm"])
+def test_adapters_and_hooks_of_layers_have_an_effect(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding does not only use the weights of a subclass, or of a layer with a hook."""
+    stage = stage_of(text_dim=12, norm="layer" if part == "norm" else lambda dim: nn.LayerNorm(dim, bias=False))
+    for name, module in stage.named_modules():
+        if part in name and isinstance(module, nn.Linear):
+            module.__class__ = Adapted
+        elif part in name and not name.endswith("heads"):
+            module.register_forward_hook(lambda layer, inputs, output: 0.7 * output)
+    compare(session_of(stage, 3, 70, unequal=True, guidance=2.0), monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_large_weights_of_other_types_are_decoded(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, products are float32, also in programs with another default type."""
+    monkeypatch.setattr(row_products, "_MIN_PACKED_WEIGHTS", 0)
+    stage = stage_of(text_dim=12).to(dtype)
+    sessions = [session_of(copy, 3, 50) for copy in (stage, deepcopy(stage).float())]
+    sessions[1].conditioning = sessions[0].conditioning
+    sessions[1].ids.copy_(sessions[0].ids)
+    sessions[1].advance()
+    torch.set_default_dtype(torch.float64)
+    try:
+        sessions[0].advance()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    agreement = (sessions[0].ids == sessions[1].ids).double().mean()
+    assert agreement == 1 if dtype == torch.float64 else agreement > 0.8
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("path", ["split", "packed"])
 def test_products_of_large_weights_give_the_same_logits(path: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,6 +217,9 @@ def test_a_prepared_transformer_of_another_session_gives_the_same_logits(monkeyp
     assert second.transformer is first.transformer
     compare(second, monkeypatch)
     assert session_of(stage, 2, 50, transformer=first.transformer).transformer is None
+    with torch.no_grad():
+        stage.transformer.blocks[0].attention.to_qkv.weight.add_(0.1)
+    assert session_of(stage, 3, 50, transformer=first.transformer).transformer is None
 
 
 # memory

@@ -23,6 +23,7 @@ def test_every_export_exists(name):
         assert getattr(package, export) is not None
     with pytest.raises(AttributeError, match=f"module '{name}' has no attribute 'nothing'"):
         _ = package.nothing
+    assert getattr(package, "nothing.at_all", None) is None
 
 
 def test_exports_and_submodules_are_those_of_an_import():

@@ -129,6 +129,23 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert listing(tmp_path / "tmp") == {}
 
 
+def test_a_named_pipe_gets_a_header_of_unknown_length(musiclm_command, model, tmp_path):
+    """The header of a pipe cannot be changed at the end."""
+    pipe = tmp_path / "pipe.wav"
+    os.mkfifo(pipe)
+    with subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE) as reader:
+        assert musiclm_command(*WORDS, "--model", model, "--seconds", 0.5, "--out", pipe) == 0
+        data = reader.communicate()[0]
+    assert len(data) == 44 + 2 * 0.5 * 16000 and struct.unpack_from("<I", data, 40)[0] == 0xFFFFFFFF
+
+
+def test_samples_are_not_written_to_a_closed_output(musiclm_command, monkeypatch, capsys):
+    """A program that is started without standard output has None there."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert musiclm_command("generate", "x", "--stream", "--out", "-") == 2
+    assert "standard output is a terminal or closed" in capsys.readouterr().err
+
+
 def test_samples_are_not_written_to_a_terminal(musiclm_command, monkeypatch, capsys):
     """A terminal would show them as text."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
