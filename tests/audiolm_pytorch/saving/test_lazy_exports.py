@@ -1,6 +1,7 @@
 """Exports are imported on first use, and a saved module finds its class without an import by the user."""
 
 import importlib
+import os
 
 import pytest
 import torch
@@ -64,3 +65,12 @@ def test_loading_draws_no_random_weights(tmp_path, monkeypatch):
     assert torch.equal(torch.get_rng_state(), rng)
     for name, weight in codec.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weight)
+
+
+@pytest.mark.slow
+def test_a_type_checker_reports_unknown_names(tmp_path):
+    api = pytest.importorskip("mypy.api")
+    code = "from audiolm_pytorch import AudioLM, AudioLN\nimport musiclm_pytorch\nmusiclm_pytorch.MusicLN, AudioLM\n"
+    options = ["--config-file", os.devnull, "--cache-dir", str(tmp_path), "--follow-imports", "silent"]
+    report, _, _ = api.run([*options, "-c", code])
+    assert 'has no attribute "AudioLN"' in report and 'has no attribute "MusicLN"' in report and "Found 2" in report
