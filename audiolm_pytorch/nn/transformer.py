@@ -157,8 +157,9 @@ class Transformer(nn.Module):
         init_std: float | None = INIT_STD,
     ) -> None:
         super().__init__()
-        if min(dim, depth, heads, dim_head, ff_mult) <= 0:
-            raise ValueError(f"sizes must be positive, got {dim=} {depth=} {heads=} {dim_head=} {ff_mult=}")
+        if min(dim, depth, heads, dim_head, ff_mult, rotary_base) <= 0:
+            sizes = f"{dim=} {depth=} {heads=} {dim_head=} {ff_mult=} {rotary_base=}"
+            raise ValueError(f"sizes must be positive, got {sizes}")
         if not 0 <= forget_prob < 1 or not 0 <= dropout < 1:
             raise ValueError(
                 f"forget_prob and dropout must be in [0, 1), got forget_prob={forget_prob} and dropout={dropout}"
@@ -217,7 +218,7 @@ class Transformer(nn.Module):
                 finite but have no meaning. Causal stacks need no mask, because their padding is on the right. With a
                 prefix, the mask includes the prefix.
             positions: Positions of the rows in any order, `[n]`, `[b, n]` or `[b, n, axes]`; None = 0..n-1. Rotary
-                positions use the first axis, `position_bias` uses all axes.
+                positions use the first axis, `position_bias` uses all axes, other positions need None.
             keys_values: A list to which each block appends its keys and values `[b, g, n, dim_head]`, for a cache.
         """
         conditions = FusedConditions() if conditions is None else conditions
@@ -277,14 +278,8 @@ class Transformer(nn.Module):
             raise ValueError(f"mask must be bool {tuple(x.shape[:2])}, got {mask.dtype} {tuple(mask.shape)}")
         places = self._checked_positions(x, positions)
         hidden = self._hidden_positions(x, conditions.num_rows)
-        is_causal = False
-        if (
-            self.causal
-            and conditions.prefix_padding is None
-            and hidden is None
-            and self.relative is None
-            and mask is None
-        ):
+        is_causal, has_bias = False, any(part is not None for part in (conditions.prefix_padding, hidden, mask))
+        if self.causal and not has_bias and self.relative is None:
             # In a branch, because torch.compile would otherwise pass a symbol to the kernel, not a bool.
             is_causal = True
         bias = None if mask is None else rearrange(mask, "b k -> b 1 1 k")
@@ -308,6 +303,8 @@ class Transformer(nn.Module):
 
     def _checked_positions(self, x: Tensor, positions: Tensor | None) -> Tensor:
         """Check the positions of rows `x [b, n, d]`, and return them as `[b or 1, n, axes]`."""
+        if positions is not None and (self.relative is not None or self.sinusoidal is not None):
+            raise ValueError("relative and sinusoidal positions are numbered from 0; pass positions=None")
         places = torch.arange(x.shape[1], device=x.device) if positions is None else positions
         places = places.unsqueeze(0) if places.ndim == 1 else places
         places = places.unsqueeze(2) if places.ndim == 2 else places

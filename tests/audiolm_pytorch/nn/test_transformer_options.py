@@ -401,6 +401,11 @@ def test_invalid_options_raise_errors() -> None:
     """The message contains the name of the option."""
     with pytest.raises(ValueError, match="forget_prob"):
         Transformer(**SIZES, forget_prob=1.0)
+    with pytest.raises(ValueError, match="rotary_base=0"):
+        Transformer(**SIZES, rotary_base=0)
+    for positions in ("relative", "sinusoidal"):
+        with pytest.raises(ValueError, match="pass positions=None"):
+            Transformer(**SIZES, positions=positions)(torch.randn(1, 3, 32), positions=torch.arange(3))
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         decode(model_of(), {}, {"a": 6}, batch_size=0)
     for embeddings, mask in (((1, 0, 6), torch.ones(1, 0).bool()), ((1, 2, 6), torch.ones(1, 2))):
