@@ -19,7 +19,7 @@ from audiolm_pytorch.nn.transformer import Block, FusedConditions, Transformer
 __all__ = ["CachedTransformer"]
 
 # Attention reads the cache up to a multiple of this number of positions, so that views of it are rarely renewed.
-_EXTENT_STEP = 64
+_EXTENT_STEP = 32
 
 
 class CachedTransformer:
