@@ -147,10 +147,8 @@ class _RowBuffers:
         self.slot = self.positions.view(1, batch, 1, 1, 1).expand(self.keys_values.shape)
         if stack.rotary is not None:
             # Values are multiplied by 1.
-            self._cos_row, self._sin_row = (
-                torch.zeros(batch, dim_head, **options),
-                torch.zeros(batch, dim_head // 2, **options),
-            )
+            self._cos_row = torch.zeros(batch, dim_head, **options)
+            self._sin_row = torch.zeros(batch, dim_head // 2, **options)
             self._cos, self._sin = torch.ones_like(self._rotated), self._sin_row.unsqueeze(1)
             self._rotated_cos = self._cos[:, : heads + num_kv], self._cos_row.unsqueeze(1)
             halves = self._unrotated[:, : heads + num_kv].chunk(2, dim=-1)

@@ -160,9 +160,8 @@ class FeedForward(nn.Module):
     ) -> None:
         super().__init__()
         self.up = nn.Linear(dim, hidden_dim, bias=bias)
-        self.activation = (
-            nn.ReLU() if activation == "relu" else nn.GELU("tanh" if activation == "gelu_tanh" else "none")
-        )
+        gelu = nn.GELU("tanh" if activation == "gelu_tanh" else "none")
+        self.activation = nn.ReLU() if activation == "relu" else gelu
         self.down = nn.Linear(hidden_dim, dim, bias=bias)
         self.dropout = Dropout(dropout)
 

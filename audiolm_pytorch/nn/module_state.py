@@ -3,11 +3,15 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
+from threading import RLock
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 __all__ = ["device_of", "eval_mode"]
+
+_lock, _num_users = RLock(), WeakKeyDictionary[nn.Module, int]()  # number of `with` blocks that a module is in
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -19,11 +23,14 @@ def device_of(module: nn.Module) -> torch.device:
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
     """Switch a module to eval mode in a `with` block, then restore the mode of every submodule."""
-    training = [part for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
+    with _lock:  # several threads can use one module
+        training = [part for part in module.modules() if part.training or _num_users.get(part)]
+        for part in training:
+            part.training, _num_users[part] = False, _num_users.get(part, 0) + 1
     try:
         yield
     finally:
-        for part in training:
-            part.training = True
+        with _lock:
+            for part in training:
+                _num_users[part] -= 1
+                part.training = _num_users[part] == 0

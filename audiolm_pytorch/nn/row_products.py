@@ -42,14 +42,13 @@ def prepare_norm_and_product(
     shift: Tensor | None = None
     is_folded = _is_plain_cpu(x) and is_plain(linear) and is_plain(norm)
     if is_folded and isinstance(norm, RMSNorm):
-        normalize, scale = _rms_norm(x, normed, norm.eps), norm.weight.float() * x.shape[-1] ** 0.5
+        normalize, scale = _rms_norm(x, normed, norm.eps), norm.weight.detach().float() * x.shape[-1] ** 0.5
     elif is_folded and isinstance(norm, nn.LayerNorm) and norm.elementwise_affine:
         plain = nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False)
-        normalize, scale = prepare_norm(plain, x, normed), norm.weight.float()
-        shift = None if norm.bias is None else norm.bias.float()
+        normalize, scale = prepare_norm(plain, x, normed), norm.weight.detach().float()
+        shift = None if norm.bias is None else norm.bias.detach().float()
     else:
         normalize = prepare_norm(norm, x, normed)
-    scale, shift = (None if part is None else part.detach() for part in (scale, shift))
     product = prepare_product(linear, normed, out, scale=scale, shift=shift)
 
     def normalize_and_multiply() -> None:
