@@ -21,7 +21,7 @@ _CODES, _SCALES, _HEADER = "codes", "scales", "audio_codes"
 
 @dataclass(frozen=True)
 class CodesInfo:
-    """Description of the codec and of the encoded sound; the fields `original_...` describe the encoded file."""
+    """Description of the codec and of the encoded sound; the fields `original_...` describe the sound file."""
 
     codec_class: str
     codec_fingerprint: str

@@ -88,7 +88,7 @@ class CausalConvTranspose1d(nn.Module):
 def elu(x: Tensor, overwrite: bool = False) -> Tensor:
     """Apply ELU to `x`; if `overwrite` is True and gradients are disabled, the result can overwrite `x`.
 
-    On a CPU without gradients, `exp(x)` is computed as `2 ** (x log2 e)`, in half the time of `F.elu` of torch 2.13.
+    Without gradients on a CPU, `exp(x)` is computed as `2 ** (x log2 e)`, in half the time of `F.elu` of torch 2.13.
     With `F.elu`, a quarter of the time of the encoder is spent on ELU.
     """
     if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
@@ -154,7 +154,7 @@ class _ConvNetwork(nn.Module, ABC):
 
     @abstractmethod
     def _build(self, widths: list[int], strides: list[int], dim: int) -> None:
-        """Create the layers; `widths` lists the numbers of channels before the first encoder stride and after each."""
+        """Create the layers; `widths` are the numbers of channels before the first and after every encoder stride."""
 
     def _attention(self, dim: int) -> LocalTransformer:
         return LocalTransformer(dim, self.config["attn_depth"], self.config["attn_window_size"])

@@ -13,7 +13,7 @@ __all__ = ["WaveDecoder", "WaveEncoder"]
 class _WaveNetwork(nn.Module, ABC):
     """Base class of encoders and decoders; without gradients, long inputs are processed in chunks to limit the memory.
 
-    For a causal network, `lookahead_frames`, the number of frames on each side that influence the output, is 0.
+    `lookahead_frames` is 0 for a causal network, else the number of frames on each side that influence an output.
     """
 
     channels: int

@@ -28,7 +28,7 @@ __all__ = ["AudioLMSoundStream", "CodecOutput", "MusicLMSoundStream", "SoundStre
 class CodecOutput(NamedTuple):
     """Output of `SoundStream.forward`: reconstructed waves `[b, c, n]` and the values that training needs.
 
-    The codes `[b, f, q]` int64 are -1 in levels that level dropout skipped. The frames `[b, f, d]` are not quantized.
+    The codes `[b, f, q]` int64 are -1 in levels that level dropout skipped. `frames [b, f, d]` are not quantized.
     """
 
     wave: Tensor
@@ -267,8 +267,8 @@ def SpectralSoundStream(
 ) -> SoundStream:
     """A SoundStream whose encoder and decoder run once per frame, so that two CPU cores can train it.
 
-    The depths are numbers of ConvNeXt blocks, and a frame has `hop_samples` samples. Frames are projected to code
-    vectors of width `code_dim` and back.
+    `encoder_depth` and `decoder_depth` are numbers of ConvNeXt blocks, and a frame has `hop_samples` samples. Frames
+    are projected to code vectors of width `code_dim` and back.
     """
     sizes: dict[str, Any] = dict(dim=dim, hop_samples=hop_samples, channels=audio_channels)
     return SoundStream(

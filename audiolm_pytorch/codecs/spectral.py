@@ -69,7 +69,7 @@ class _SpectralNetwork(nn.Module):
         return _CHUNK_FRAMES
 
     def _reach_frames(self, num_convolutions: int) -> int:
-        """Number of frames on each side that influence the output for a frame (convolutions, overlapping windows)."""
+        """Number of frames on each side of a frame that influence its output (convolutions, overlapping windows)."""
         overlap_samples = (self.window_samples - self.hop_samples) // 2
         return num_convolutions * (_KERNEL_FRAMES // 2) + -(-overlap_samples // self.hop_samples)
 

@@ -23,8 +23,8 @@ _FRAMES_PER_CHUNK = 500
 class FileCodec:
     """Encodes sound files as codes, and decodes codes to sound files, with a codec on any device.
 
-    A `StreamingCodec` runs in chunks, with memory that does not grow with the length of the file. Codecs that are not a
-    `StreamingCodec` run on the whole file. The codes of a file always equal `tokenize` of the whole wave.
+    A `StreamingCodec` runs in chunks, with memory that does not grow with the length of the file. Other codecs run on
+    the whole file. The codes of a file always equal the codes that `tokenize` returns for the whole wave.
     """
 
     @beartype
@@ -65,7 +65,7 @@ class FileCodec:
     def decode(
         self, stored: StoredCodes, path: str | Path, num_levels: int | None = None, original_rate: bool = False
     ) -> None:
-        """Decode codes that this codec encoded to a .wav, .flac or .ogg file of exactly the encoded length.
+        """Decode stored codes of this codec, and write a .wav, .flac or .ogg file with the length of the encoded sound.
 
         The first `num_levels` levels are decoded (None: all stored levels). With `original_rate`, the sound is
         resampled to the rate of the encoded file.

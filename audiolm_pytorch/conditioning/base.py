@@ -18,7 +18,7 @@ class ConditionTensor:
     """Condition of a batch: embeddings of codes or texts, with a padding mask.
 
     Attributes:
-        embeddings: `[b, m, d]` with m >= 1. Embeddings of codes are ordered from the coarsest to the finest quantizer.
+        embeddings: `[b, m, d]`, m >= 1 per item. Embeddings of codes are ordered from coarse to fine quantizers.
         mask: `[b, m]` bool, False for padding. If the mask of an item is False everywhere, the item is unconditional,
             and the model uses a null embedding.
     """
@@ -40,7 +40,7 @@ class ConditionTensor:
 
     @classmethod
     def of(cls, value: "Tensor | ConditionTensor") -> "ConditionTensor":
-        """Build a condition tensor without padding from embeddings `[b, d]` (one per item) or `[b, m, d]`."""
+        """Build a condition tensor without padding from one or m embeddings per item, `[b, d]` or `[b, m, d]`."""
         if isinstance(value, ConditionTensor):
             return value
         embeddings = value.unsqueeze(1) if value.ndim == 2 else value

@@ -64,7 +64,7 @@ class _Condition(nn.Module):
             self.register_buffer("null", torch.zeros(dim), persistent=False)
 
     def forward(self, condition: ConditionTensor | None, batch: int) -> tuple[Tensor, Tensor]:
-        """Return projected embeddings `[b, m, d]` and a mask `[b, m]`, which is False for embeddings to ignore."""
+        """Return m projected embeddings `[b, m, d]` and a mask `[b, m]`, which is False for embeddings to ignore."""
         weight = self.projection.weight
         if condition is None:
             nothing = torch.zeros(batch, self.spec.null_tokens or 1, self.spec.dim, device=weight.device)
@@ -121,13 +121,13 @@ def _concatenated(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tenso
 
 
 def _summed(parts: Sequence[Tensor]) -> Tensor:
-    """Add embeddings `[b, m_i, d]` of several conditions; shorter conditions repeat their last embedding."""
+    """Add embeddings `[b, m_i, d]` of conditions of lengths m_i; shorter conditions repeat their last embedding."""
     rows = torch.arange(max(part.shape[1] for part in parts), device=parts[0].device)
     return torch.stack([part[:, rows.clamp(max=part.shape[1] - 1)] for part in parts]).sum(dim=0)
 
 
 def _padded_in_front(embeddings: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Move padding in `embeddings [b, m, d]` to the front; also return its length per item, or None without padding.
+    """Move padding in m embeddings `[b, m, d]` to the front; also return its length per item, or None without padding.
 
     With padding in front, the distance from an embedding to the tokens does not depend on other items of the batch.
     """

@@ -195,7 +195,7 @@ def tokenizer_of(
 
 
 def _num_positions(model: nn.Module) -> int:
-    """Return the number of positions of a model, or a very large number if the positions are relative."""
+    """Return the largest number of positions in a text, or a very large number for a model with relative positions."""
     for name, table in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(table, nn.Embedding):
             # RoBERTa's position numbers start after the index of the padding token

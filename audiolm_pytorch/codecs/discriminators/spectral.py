@@ -25,10 +25,10 @@ _FRAMES_PER_LOGIT = 8
 class ComplexSTFTDiscriminator(Discriminator):
     """Discriminator of one complex spectrogram, with residual units (SoundStream, section III-D and figure 4).
 
-    The SoundStream paper defines the STFT, a 7x7 convolution, six residual units, and a last convolution over all
-    remaining frequencies. This library adds leaky ReLU, weight norm, real and imaginary parts as input channels, and
-    strided 1x1 convolutions as skip connections. The highest of the `window / 2 + 1` bins is dropped, because
-    SoundStream uses `window / 2` bins. The logits `[b, 1, f]` have one value per 8 STFT frames.
+    The STFT, the 7x7 convolution, the six residual units, and the last convolution over all remaining frequencies
+    follow the SoundStream paper. Leaky ReLU, weight norm, real and imaginary parts as input channels, and strided 1x1
+    convolutions as skip connections are choices of this library. The highest of the `window / 2 + 1` bins is dropped,
+    because SoundStream uses `window / 2` bins. The logits `[b, 1, f]` have one value per 8 STFT frames.
 
     One network processes all audio channels together. The first convolution has `width` output channels, and the last
     residual unit has 16 times as many. The STFT window has a multiple of 128 samples.
@@ -65,11 +65,11 @@ class ComplexSTFTDiscriminator(Discriminator):
 class MultiScaleSTFTDiscriminator(Discriminator):
     """Discriminator with one network for each STFT window (EnCodec, arXiv 2210.13438, section 3.4).
 
-    The EnCodec paper defines the windows, the inputs, the layers, leaky ReLU and weight norm. The code of EnCodec
-    defines kernels of 3x9 (3x8 in the paper), a further 3x3 convolution before the last, the slope of the leaky ReLU,
-    and the normalised STFT. EnCodec processes stereo channels separately; this library processes stereo channels
-    together, so that their differences influence the logits. The logits of an STFT window are `[b, 1, f, k]`, one per
-    frame and per 8 frequency bins.
+    STFT windows, inputs, layers, leaky ReLU and weight norm follow the EnCodec paper. The kernel size 3x9 (3x8 in the
+    paper), an additional 3x3 convolution before the last one, the slope of leaky ReLU and the normalised STFT follow
+    the code of EnCodec. EnCodec processes stereo channels separately; this library processes stereo channels together,
+    so that their differences influence the logits. The logits of an STFT window are `[b, 1, f, k]`, one per frame and
+    per 8 frequency bins.
 
     `width` is the number of filters per layer. EnCodec doubles the lengths of the STFT windows at 48 kHz.
     """
@@ -121,7 +121,7 @@ class _ResidualUnit(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the residual unit to `x [b, d, f, k]`; return `[b, d', f / stride, k / stride]`."""
+        """Apply the residual unit to `x [b, d, f, k]` of k frequency bins; return `[b, d', f / stride, k / stride]`."""
         # A strided 1x1 convolution of fewer than 16 channels in channels-last memory writes past its memory in backward
         # on a CPU (torch 2.13, github.com/uxlfoundation/oneDNN/issues/6035), so the stride is applied before.
         strided = x[..., :: self.stride[0], :: self.stride[1]]
@@ -129,7 +129,7 @@ class _ResidualUnit(nn.Module):
 
 
 class _ComplexSpectrogram(nn.Module):
-    """STFT with a Hann window, in float32 even under autocast; white noise has the same variance before and after."""
+    """STFT with a Hann window, in float32 even under autocast; the STFT does not change the variance of white noise."""
 
     window: Tensor
 
@@ -139,7 +139,7 @@ class _ComplexSpectrogram(nn.Module):
         self.register_buffer("window", torch.hann_window(window_samples), persistent=False)
 
     def forward(self, wave: Tensor) -> Tensor:
-        """Compute real and imaginary STFT parts `[b, 2c, f, k]` of `wave [b, c, n]`; pad a short wave with zeros."""
+        """Compute real and imaginary parts `[b, 2c, f, k]` of k bins of `wave [b, c, n]`; zeros extend short waves."""
         with torch.autocast(wave.device.type, enabled=False):
             window = self.window.float()
             size = len(window)

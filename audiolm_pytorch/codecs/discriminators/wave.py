@@ -22,9 +22,9 @@ class MultiScaleWaveDiscriminator(Discriminator):
 
     SoundStream defines three resolutions (x1, x1/2, x1/4). The network of each resolution has an ordinary convolution,
     four grouped convolutions, and two ordinary convolutions. A grouped convolution has groups of 4 channels, stride 4,
-    and 4 times as many output channels as input channels, up to 1024. MelGAN (arXiv 1910.06711, appendix A) defines
-    kernels (15, 41, 5, 3), 16 channels after the first convolution, pooling and weight norm. The logits for a
-    resolution with n samples are `[b, 1, ceil(n / 256)]`.
+    and 4 times as many output channels as input channels, up to 1024. The kernel sizes (15, 41, 5, 3), the default
+    `width`, pooling and weight norm follow MelGAN (arXiv 1910.06711, appendix A). The logits for a resolution with n
+    samples are `[b, 1, ceil(n / 256)]`.
 
     One network processes all audio channels together. The first convolution has `width` output channels, a multiple of
     4, and later layers have up to 64 times as many. The first of the `scales` resolutions is the full resolution.
@@ -54,8 +54,8 @@ class MultiScaleWaveDiscriminator(Discriminator):
 class _GroupedConv1d(nn.Conv1d):
     """A strided convolution in groups of 4 channels, computed in float32 even under autocast.
 
-    On Xeons with AMX, bfloat16 gradients of short waves can be NaN. The bfloat16 kernels of oneDNN multiply
-    uninitialised memory by zero if a length is not a multiple of 32 (github.com/uxlfoundation/oneDNN/issues/5717).
+    On Xeons with AMX, bfloat16 gradients of short waves can be NaN, because oneDNN multiplies uninitialised memory by
+    zero if a length is not a multiple of 32 (github.com/uxlfoundation/oneDNN/issues/5717).
     """
 
     def __init__(self, dim_in: int, dim_out: int) -> None:

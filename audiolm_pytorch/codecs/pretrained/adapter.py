@@ -192,7 +192,7 @@ class PretrainedLevelsCodec(PretrainedCodec):
 
     @abstractmethod
     def _sizes(self, config: Any) -> dict[str, int]:
-        """Return the arguments of `_set_sizes` for all levels of the model, from the configuration of the model."""
+        """Return the arguments of `_set_sizes` for a codec that uses all levels of the model with this `config`."""
 
     @property
     def options(self) -> dict[str, Any]:

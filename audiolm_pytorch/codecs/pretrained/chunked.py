@@ -1,4 +1,4 @@
-"""Run the convolutions of published models on chunks of long audio, with equal results and limited memory.
+"""Run the convolutions of published models on chunks of long audio, to limit memory without changing the results.
 
 Each chunk is extended on both sides by the neighbouring inputs that influence its outputs; the outputs for these
 neighbours are dropped. Recurrent layers and norms over time run on the whole input, because their outputs depend on
@@ -21,7 +21,7 @@ CHUNK_SAMPLES = 2**18
 
 
 class Span(NamedTuple):
-    """Range and scale of the inputs on which an output of a stack of convolutions depends.
+    """Range of inputs that influence an output of a stack of convolutions, and ratio of input steps to output steps.
 
     Attributes:
         reach: Number of input steps on each side that can influence an output; the true number may be smaller.
@@ -36,7 +36,7 @@ FRAMEWISE = Span(Fraction(0), Fraction(1))
 
 
 def span_of(layers: Iterable[nn.Module]) -> Span:
-    """Compute the `Span` of layers that run one after another.
+    """Compute `reach` and `scale` of layers that run one after another.
 
     Parallel residual branches are counted as if they ran one after another, which can only increase `reach`.
     """
@@ -55,9 +55,9 @@ def span_of(layers: Iterable[nn.Module]) -> Span:
 def apply_chunked(
     function: Callable[[Tensor], Tensor], inputs: Tensor, span: Span, chunk_samples: int | None = None
 ) -> Tensor:
-    """Compute `function(inputs)` in chunks of the last axis if the input is long; the results are equal up to rounding.
+    """Compute `function(inputs)` in chunks of the last axis if the input is long; chunks change only rounding errors.
 
-    The function converts `[..., n]` to `[..., m]`, and can pad both ends of its input. A chunk has at most
+    The function can change the length of the last axis, and can pad both ends of its input. A chunk has at most
     `chunk_samples` input steps and output steps; None for `CHUNK_SAMPLES`.
     """
     unit, out = span.scale.numerator, span.scale.denominator
@@ -91,7 +91,7 @@ def run_layers(stack: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def chunked_forward(stack: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Replacement for `stack.forward`, which runs in chunks unless it receives arguments besides `hidden_states`."""
+    """Compute `stack.forward` in chunks, or without chunks if arguments besides `hidden_states` are passed."""
     if args or any(value is not None for value in kwargs.values()):
         return type(stack).forward(stack, hidden_states, *args, **kwargs)
     return run_layers(stack, hidden_states)

@@ -19,9 +19,9 @@ __all__ = ["DacWrapper"]
 class DacWrapper(PretrainedLevelsCodec):
     """The Descript Audio Codec (arXiv 2306.06546): 44.1 kHz mono, 86.1 frames per second, 9 levels of 1024 codes.
 
-    Long files are processed in chunks of 6 s with equal results, and need about 0.8 GB in addition to the model. The
-    DAC models of 16 and 24 kHz have a stride of 5, for which the decoder returns 8 samples too few; silence replaces
-    the missing samples.
+    Long files are processed in chunks of 6 s, which does not change the results and needs about 0.8 GB besides the
+    model. The DAC models of 16 and 24 kHz have a stride of 5, for which the decoder returns 8 samples too few; silence
+    replaces the missing samples.
     """
 
     model_type, model_class, config_class = "dac", "DacModel", "DacConfig"

@@ -31,25 +31,25 @@ _QUANTIZER_CHUNK_FRAMES = 4096
 class EncodecWrapper(PretrainedCodec):
     """EnCodec (arXiv 2210.13438): 24 kHz mono with 75 frames per second, or 48 kHz stereo with 150 frames per second.
 
-    The 24 kHz model is causal, with LSTMs in encoder and decoder. On a long file the convolutions run in chunks with
-    equal results, and the LSTMs run on the whole file at the frame rate. In addition to its weights, the 24 kHz model
-    needs 0.4 GB for 1 minute of audio and 1.0 GB for 10 minutes (without chunks 1.0 GB per minute). The 48 kHz model
-    runs 4 segments in a batch and needs 0.4 GB for 1 minute of audio.
+    The 24 kHz model is causal, with LSTMs in encoder and decoder. On a long file the convolutions run in chunks, which
+    does not change the results, and the LSTMs run on the whole file at the frame rate. In addition to its weights, the
+    24 kHz model needs 0.4 GB for 1 minute of audio and 1.0 GB for 10 minutes (without chunks 1.0 GB per minute). The 48
+    kHz model runs 4 segments in a batch and needs 0.4 GB for 1 minute of audio.
 
     The 48 kHz model encodes segments of 1 s that overlap by 1%, and divides each segment by its loudness. The codes
     contain the frames of the first segment, then of the second segment, and so on. A segment of the 48 kHz model has
     150 frames, or fewer at the end of the wave. A frame of the 48 kHz model advances by 316.8 samples on average; use
     `num_frames` instead of `downsample_factor`. To shorten a sound, cut the decoded wave; codes of the 48 kHz model
-    cannot be cut. `encode` returns the loudness of each segment as scales, and `decode` uses the scales. `tokenize` and
-    `decode_from_codebook_indices` use only codes, as language models do. Without scales, every segment is decoded with
-    the loudness `codes_only_rms`, and silence becomes faint sound.
+    cannot be cut. `encode` returns the loudness of each segment as scales, and `decode` uses the scales. `tokenize`
+    returns and `decode_from_codebook_indices` receives codes without scales, as language models need. Without scales,
+    every segment is decoded with the loudness `codes_only_rms`, and silence becomes faint sound.
 
     Args:
         source: Folder in transformers' format, or Hugging Face id.
         bandwidth_kbps: Bitrate that the model supports; None for 6 kbps, or for the highest bitrate of a model without
             6 kbps.
-        codes_only_rms: Loudness (RMS of the mono mix) of segments that are decoded without scales; used only by models
-            with scales.
+        codes_only_rms: For models that store a scale per segment: loudness (RMS of the mono mix) of segments whose
+            scale is not passed to the decoder. Other models ignore it.
         offline: Whether to load Hugging Face models only from the local cache.
     """
 
@@ -162,8 +162,8 @@ class EncodecWrapper(PretrainedCodec):
     def _frames_of_segments(self, num_frames: int) -> list[int]:
         """Number of frames of each segment of a wave with `num_frames` frames.
 
-        All waves with the same total number of frames also have the same number in each segment, because a longer wave
-        never has fewer frames in any segment.
+        Two waves with the same total number of frames also agree in the number of frames of each segment, because a
+        longer wave never has fewer frames in any segment.
         """
         longest = range(num_frames * self.downsample_factor + 1)
         num_samples = bisect_left(longest, num_frames, key=self.num_frames)

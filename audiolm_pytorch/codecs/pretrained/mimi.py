@@ -21,9 +21,9 @@ class MimiWrapper(PretrainedLevelsCodec):
     The first level of the codes is distilled from a speech model, and the other levels describe the sound. The
     published model has 32 levels; its first 8 levels, the default, have the 1.1 kbps of the paper.
 
-    On a long file the convolutions run in chunks with equal results, and the transformers run on the whole file at 25
-    Hz. In addition to its weights, Mimi needs 0.6 GB for 1 to 2.5 minutes of audio (without chunks 1.9 GB per minute).
-    The attention mask grows with the square of the audio length, to 225 MB for 10 minutes.
+    On a long file the convolutions run in chunks, which does not change the results, and the transformers run on the
+    whole file at 25 Hz. Besides its weights, Mimi needs 0.6 GB for audio of 1 to 2.5 minutes; without chunks 1.9 GB per
+    minute. The attention mask grows with the square of the audio length, to 225 MB for 10 minutes.
     """
 
     model_type, model_class, config_class = "mimi", "MimiModel", "MimiConfig"

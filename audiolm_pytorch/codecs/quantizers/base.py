@@ -109,7 +109,7 @@ class ResidualLevels(FrameQuantizer):
         return torch.stack(codes, dim=-1)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Decode codes `[b, f, q']` to frames `[b, f, d]` by summing code vectors; for q' = 0, return mean frames."""
+        """Decode codes `[b, f, q']` to frames `[b, f, d]` by summing code vectors (q' = 0: the mean code vector)."""
         with torch.autocast(codes.device.type, enabled=False):
             total = self._mean_code().expand(*codes.shape[:2], -1)
             for level, column in enumerate(codes.unbind(dim=-1)):

@@ -29,8 +29,8 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
 def distributed_mean(total: Tensor, count: int) -> Tensor:
     """Compute the mean over the rows of all processes, from the sum and the number of rows of each process.
 
-    The backward pass needs no communication; each process computes the gradient of the mean over its own rows. Then
-    data-parallel training averages these gradients, and the result is the gradient of the mean over all rows.
+    The backward pass needs no communication; each process computes the gradient of the mean over its own rows.
+    Data-parallel training averages the gradients of all processes to the gradient of the mean over all rows.
     """
     own = total / count
     if rank_and_count()[1] == 1:
@@ -42,7 +42,7 @@ def distributed_mean(total: Tensor, count: int) -> Tensor:
 def distributed_sample(rows: Tensor, count: int) -> Tensor:
     """Draw distinct random rows from the rows `[n, d]` of all processes; every process receives the same rows.
 
-    The numbers n can differ. The result has less than `count` rows if there are too few distinct rows.
+    The number n of rows can differ between processes. The result is shorter than `count` if too few rows are distinct.
     """
     rank, num_processes = rank_and_count()
     sizes = torch.zeros(num_processes, dtype=torch.long, device=rows.device)

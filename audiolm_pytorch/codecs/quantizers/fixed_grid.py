@@ -106,7 +106,7 @@ class ResidualLookupFreeQuantizer(_GridLevels):
         return self.rvq.layers[level].codebook
 
     def level_loss(self, residual: Tensor, level: int) -> Tensor | float:
-        """Compute the weighted entropy loss, which is 0 for certain and equally frequent codes."""
+        """Compute the weighted entropy loss; it is 0 if all codes are used equally and each choice is certain."""
         if self.config["entropy_weight"] == 0:
             return 0.0
         logits = rearrange(residual, "b f d -> (b f) d") * (2 ** (level + 1) / self.config["temperature"])

@@ -22,7 +22,7 @@ _MAX_ROTATED_RATIO = 4.0
 
 
 class _Codebook(nn.Module):
-    """A codebook, with exponential averages for each code of the count and the sum of the frames that select it."""
+    """A codebook, with exponential averages of the number and the sum of the frames that select each code."""
 
     embed: Tensor
     embed_avg: Tensor
@@ -37,7 +37,7 @@ class _Codebook(nn.Module):
         self.register_buffer("embed", embed)
 
     def revive(self, frames: Tensor, dead_below_share: float) -> None:
-        """Replace rarely used codes by random frames `[n, d]`, and set the use counts of these codes to the mean."""
+        """Replace rarely used codes by random rows of `frames [n, d]`; set their use counts to the mean use count."""
         uses = self.cluster_size[0]
         uniform_use = uses.mean()
         dead = (uses < dead_below_share * uniform_use).nonzero().flatten()
@@ -68,7 +68,7 @@ class _Levels(nn.Module):
         self._trained_layers: tuple[Any, ...] = ()  # a tuple is not registered, because the state is in `layers`
 
     def trained_layers(self, decay: float) -> tuple[Any, ...]:
-        """Return one `VectorQuantize` per level, which trains the codebook of its level in `layers` without a copy."""
+        """Return one `VectorQuantize` per level; each trains the codebook of its level in `layers`, not a copy."""
         if not self._trained_layers:
             from vector_quantize_pytorch import VectorQuantize
 
@@ -109,7 +109,7 @@ class ResidualQuantizer(ResidualLevels):
         level_dropout: Share of the training batches in which a random number of the last levels is skipped (0.5 in
             arXiv 2306.06546, section 3.4), so that any number of levels can be decoded; a share of 1 would reduce the
             quality of waves that are decoded from all levels.
-        expected_frames: Number of frames in a training batch; `initialise` scales the averages to this number.
+        expected_frames: Number of frames in a training batch; `initialise` sets the sum of use counts to this number.
     """
 
     @beartype

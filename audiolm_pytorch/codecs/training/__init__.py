@@ -1,4 +1,4 @@
-"""Training of codecs, with losses, the task for the training loop, and the trainer."""
+"""Training of codecs: losses, the task for the training loop, and the trainer."""
 
 from audiolm_pytorch.codecs.training.losses import MultiScaleMelLoss
 from audiolm_pytorch.codecs.training.task import MEL_ONLY, CodecLossWeights, CodecTask

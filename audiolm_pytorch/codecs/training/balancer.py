@@ -18,11 +18,11 @@ class LossBalancer(nn.Module):
     gradients. A loss that does not depend on the wave, such as a commitment loss, must be added outside the balancer.
 
     Losses must be means over the batch. The gradient norm of a loss is the root mean square of the gradient norms of
-    the batch items. The reference norm R of eq. 4 is 1 / sqrt(b), so that accumulated batches have the effect of one
-    large batch. In a distributed run each process has separate means; checkpoints store those of the first process.
+    the batch items. The reference norm R of eq. 4 is 1 / sqrt(b), so that accumulated batches act as one large batch.
+    In a distributed run each process has its own running means; checkpoints store the means of the first process.
 
-    The running means of the norms are buffers, with the bias correction of Adam. A step whose gradient is missing or
-    not finite does not change the running means.
+    The running means of the gradient norms are buffers, with the bias correction of Adam. A step in which the gradient
+    of a loss is missing or not finite does not change the running mean of this loss.
 
     Only the ratios of the `weights` matter. No gradient is computed for a loss of weight 0.
     """

@@ -1,4 +1,4 @@
-"""Losses that train codecs, the multi-scale mel distance and the adversarial losses."""
+"""Losses that train codecs: the multi-scale mel distance, adversarial losses and feature matching."""
 
 from collections.abc import Sequence
 
@@ -18,10 +18,10 @@ _FLOOR = 1e-4  # magnitudes below it count as silence: -80 dB of full scale, so 
 
 
 class MultiScaleMelLoss(nn.Module):
-    """L1 distance between log-mel spectrograms of several windows (SoundStream, eq. 6; mels as in arXiv 2306.06546).
+    """L1 distance of log-mel spectrograms with several window sizes (SoundStream, eq. 6; mels as in arXiv 2306.06546).
 
-    SoundStream uses 64 mel bands for every window, so that short windows have empty bands. In `MultiScaleMelLoss`, the
-    number of mel bands grows with the window. The hop of each spectrogram is a quarter of its window.
+    SoundStream uses 64 mel bands for every window, so that short windows have empty bands. In `MultiScaleMelLoss`, a
+    longer window has more mel bands, so that no band is empty. The hop of each spectrogram is a quarter of its window.
     """
 
     @beartype
@@ -50,8 +50,8 @@ class MultiScaleMelLoss(nn.Module):
 def discriminator_hinge(real: Sequence[ScaleOutput], fake: Sequence[ScaleOutput]) -> Tensor:
     """Hinge loss of the discriminators (SoundStream, arXiv 2107.03312, eq. 3; EnCodec, arXiv 2210.13438, section 3.4).
 
-    The outputs `fake` must come from decoded waves that are detached from the codec. The float32 loss is a mean
-    over scales, items and times. It is 2 if all logits are 0, and 0 if real logits are >= 1 and decoded logits <= -1.
+    The outputs `fake` must come from decoded waves that are detached from the codec. The float32 loss, a mean over
+    scales, items and times, is 2 if all logits are 0, and 0 if real logits are >= 1 and decoded logits <= -1.
     """
     scales = _paired(real, fake)
     hinges = [F.relu(1 - r.logits.float()).mean() + F.relu(1 + f.logits.float()).mean() for r, f in scales]
@@ -61,7 +61,7 @@ def discriminator_hinge(real: Sequence[ScaleOutput], fake: Sequence[ScaleOutput]
 def generator_hinge(fake: Sequence[ScaleOutput]) -> Tensor:
     """Adversarial hinge loss of the codec on logits for decoded waves (SoundStream, eq. 4; EnCodec, section 3.4).
 
-    The hinge loss is a float32 mean over scales, items and times; logits above 1 have no gradient.
+    The hinge loss is a float32 mean over scales, items and times; the gradient is zero for logits above 1.
     """
     return torch.stack([F.relu(1 - f.logits.float()).mean() for f, _ in _paired(fake, fake)]).mean()
 

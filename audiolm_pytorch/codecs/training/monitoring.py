@@ -153,7 +153,7 @@ class MelWarning:
         self._first: dict[bool, float] = {}
 
     def __call__(self, row: Mapping[str, Any]) -> None:
-        """Log the warning if the metrics in `row` show no progress; after the warning, calls log nothing."""
+        """Log the warning if the mel distance in `row` shows no progress; later calls do not repeat the warning."""
         distance = row.get("mel_distance")
         if row["phase"] != "valid" or distance is None:
             return

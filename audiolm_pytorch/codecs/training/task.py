@@ -46,11 +46,11 @@ class CodecLossWeights:
     """Weights of the losses that train a codec.
 
     If several losses on the wave have weights above 0, `LossBalancer` combines them. With `LossBalancer`, the weight of
-    a loss is its share of the gradient, independent of the scale of the loss. If only one loss has a weight above 0, it
-    is multiplied by its weight. The commitment loss is added without balancing.
+    a loss is its share of the gradient, independent of the scale of the loss. If only one loss on the wave has a weight
+    above 0, the loss is multiplied by its weight. The commitment loss is added without balancing.
 
     The mel distance has the largest default weight, as in arXiv 2306.06546 (15 mel, 2 feature matching, 1 adversarial).
-    EnCodec (arXiv 2210.13438, 24 kHz) uses `CodecLossWeights(adversarial=3, feature_matching=3)`, for long runs with
+    EnCodec (arXiv 2210.13438, 24 kHz) uses `CodecLossWeights(adversarial=3, feature_matching=3)` in long runs with
     large batches. With the EnCodec weights, even untrained discriminators contribute six sevenths of the gradient.
     """
 
@@ -73,7 +73,7 @@ class CodecLossWeights:
 
     @property
     def on_wave(self) -> dict[str, float]:
-        """Weights by name of the losses that depend on the decoded wave, without weights of 0."""
+        """Weights above 0 of the losses that depend on the decoded wave, by name of the loss."""
         return {name: float(value) for name, value in asdict(self).items() if value > 0 and name != "commitment"}
 
 
@@ -261,7 +261,7 @@ class CodecTask:
 
     @torch.no_grad()
     def _initialise_codebooks(self) -> None:
-        """Initialise the codebooks by k-means on a fixed set of crops, so that a resumed run has the same codebooks.
+        """Initialise the codebooks by k-means on fixed crops, so that resuming a run does not change the codebooks.
 
         Every process encodes an equal share of the crops.
         """

@@ -32,7 +32,7 @@ class SoundStreamTrainer:
 
     To fine-tune, load the codec with `SoundStream.init_and_load_from(folder / "codec")` from the `results_folder` of an
     earlier run. To fine-tune with the trained discriminators, load them with `load_module(folder / "discriminators")`,
-    and set `adversarial_start_step=0` and `discriminator_lead_steps=0`. The optimizer state is not reused.
+    and set `adversarial_start_step=0` and `discriminator_lead_steps=0`. The earlier optimizer state is not reused.
 
     Args:
         folder: Folder of audio files or JSONL manifest.
@@ -44,7 +44,7 @@ class SoundStreamTrainer:
         loss_weights: Weights of the losses; by default `CodecLossWeights()` with discriminators, and
             `CodecLossWeights().reconstruction_only` without discriminators.
         discriminators: Discriminators to train, such as `soundstream_discriminators(channels=1)`; None uses only
-            reconstruction losses. Register their class with `audiolm_pytorch.saving.modules.register`.
+            reconstruction losses. Register own discriminator classes with `audiolm_pytorch.saving.modules.register`.
         adversarial_start_step: First training step of the discriminators; by default after a quarter of the run.
         discriminator_lead_steps: Steps of the discriminators before the codec uses their losses; by default a tenth of
             the steps of the discriminators, at most 200.
