@@ -28,7 +28,7 @@ __all__ = ["AudioLMSoundStream", "CodecOutput", "MusicLMSoundStream", "SoundStre
 class CodecOutput(NamedTuple):
     """Output of `SoundStream.forward`: reconstructed waves `[b, c, n]` and the values that training needs.
 
-    The codes `[b, f, q]` int64 are -1 in levels that level dropout skipped. `frames [b, f, d]` are not quantized.
+    Codes `[b, f, q]` int64 are -1 in levels that level dropout skipped. `frames [b, f, d]` precede quantization.
     """
 
     wave: Tensor
@@ -265,7 +265,7 @@ def SpectralSoundStream(
     code_dim: int = 16,
     audio_channels: int = 1,
 ) -> SoundStream:
-    """A SoundStream whose encoder and decoder run once per frame, so that two CPU cores can train it.
+    """A SoundStream whose layers run once per frame, not once per sample, so that two CPU cores can train it.
 
     `encoder_depth` and `decoder_depth` are numbers of ConvNeXt blocks, and a frame has `hop_samples` samples. Frames
     are projected to code vectors of width `code_dim` and back.

@@ -23,8 +23,8 @@ _FRAMES_PER_CHUNK = 500
 class FileCodec:
     """Encodes sound files as codes, and decodes codes to sound files, with a codec on any device.
 
-    A `StreamingCodec` runs in chunks, with memory that does not grow with the length of the file. Other codecs run on
-    the whole file. The codes of a file always equal the codes that `tokenize` returns for the whole wave.
+    A `StreamingCodec` runs in chunks, with memory that does not grow with the length of the file. A codec that is not a
+    `StreamingCodec` runs on the whole file. The codes always equal those that `tokenize` returns for the whole wave.
     """
 
     @beartype

@@ -49,7 +49,7 @@ class EncodecWrapper(PretrainedCodec):
         bandwidth_kbps: Bitrate that the model supports; None for 6 kbps, or for the highest bitrate of a model without
             6 kbps.
         codes_only_rms: For models that store a scale per segment: loudness (RMS of the mono mix) of segments whose
-            scale is not passed to the decoder. Other models ignore it.
+            scale is not passed to the decoder. Models without scales ignore `codes_only_rms`.
         offline: Whether to load Hugging Face models only from the local cache.
     """
 

@@ -42,7 +42,7 @@ def distributed_mean(total: Tensor, count: int) -> Tensor:
 def distributed_sample(rows: Tensor, count: int) -> Tensor:
     """Draw distinct random rows from the rows `[n, d]` of all processes; every process receives the same rows.
 
-    The number n of rows can differ between processes. The result is shorter than `count` if too few rows are distinct.
+    The number n of rows can differ between processes. The result has fewer than `count` rows if too few differ.
     """
     rank, num_processes = rank_and_count()
     sizes = torch.zeros(num_processes, dtype=torch.long, device=rows.device)

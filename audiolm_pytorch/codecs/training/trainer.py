@@ -32,7 +32,7 @@ class SoundStreamTrainer:
 
     To fine-tune, load the codec with `SoundStream.init_and_load_from(folder / "codec")` from the `results_folder` of an
     earlier run. To fine-tune with the trained discriminators, load them with `load_module(folder / "discriminators")`,
-    and set `adversarial_start_step=0` and `discriminator_lead_steps=0`. The earlier optimizer state is not reused.
+    and set `adversarial_start_step=0` and `discriminator_lead_steps=0`. Fine-tuning creates a new optimizer state.
 
     Args:
         folder: Folder of audio files or JSONL manifest.
