@@ -31,7 +31,7 @@ class Candidates:
         waves: `[prompts, candidates, n]` (`[prompts, candidates, c, n]` for a codec of several channels) float32 in
             -1..1, in the order of `seeds`.
         scores: `[prompts, candidates]`, cosine similarity of the MuLaN embeddings of prompt and candidate.
-        seeds: Seeds of the candidates, equal for all prompts. `seeds=[seed]` generates one candidate again.
+        seeds: The candidates' seeds, equal for all prompts; `MusicLM` with `seeds=[seed]` generates a candidate again.
         order: `[prompts, candidates]` int64, indices of candidates, best first.
         sample_hz: Sample rate of the waves in Hz.
     """
@@ -56,7 +56,7 @@ class MusicChunk:
         waves: The next samples of the music of each text, `[n_i]` (`[c, n_i]` for a codec of several channels) float32.
         sample_hz: Sample rate of the waves in Hz.
         seeds: Seed of the selected candidate of each text.
-        scores: `[prompts, candidates]`, cosine similarity of the MuLaN embeddings of the text and the first part of
+        scores: `[prompts, candidates]`, cosine similarity of the MuLaN embeddings of the text and the ranked part of
             each candidate; None for one candidate per text.
     """
 
@@ -80,8 +80,8 @@ class MusicLM(nn.Module):
         num_levels: Default number of levels of codes to condition on; None = all levels.
 
     Raises:
-        ValueError: If no stage is conditioned, the namespaces differ from the stages, a stage was trained with another
-            quantizer, or `num_levels` is out of range.
+        ValueError: If no stage is conditioned, a conditioned stage has no fitting namespace or was trained
+            with another quantizer, or `num_levels` is out of range.
     """
 
     @beartype
@@ -213,18 +213,18 @@ class MusicLM(nn.Module):
     ) -> Iterator[MusicChunk]:
         """Generate one piece of music per text, and return it in chunks while it is generated.
 
-        With several candidates, only a first part of each candidate is generated, and MuLaN ranks these parts. The
-        first part of the best candidate is the first chunk. After the first chunk, only the best candidate is decoded,
-        from its beginning. `forward` generates the same tokens from the same seed. Samples can exceed 1, because chunks
-        are returned before the peak of the whole wave is known, while `forward` scales the whole wave. Memory does not
-        grow with `seconds`. `forward` documents the arguments that are not listed below.
+        With several candidates, MuLaN ranks only the first part of each candidate (see `rank_seconds`), and the stream
+        begins with the first part of the best candidate. Before the second chunk, the best candidate is decoded again
+        from its beginning. From one seed, `stream` and `forward` generate equal tokens. Samples can exceed 1, because
+        chunks are returned before the peak of the whole wave is known, while `forward` scales the whole wave. Memory
+        does not grow with `seconds`. `forward` documents the arguments that are not listed below.
 
         Args:
             text: One text, or a list of texts.
-            num_samples: Number of candidates per text; 1 = no ranking, and the first chunk is ready sooner.
+            num_samples: Number of candidates per text; a single candidate starts sooner, because it is not ranked.
             chunk_seconds: Minimum duration of a chunk, see `AudioLM.stream`.
-            rank_seconds: Duration of the first part, after the audio prompt; the look-ahead of the codec shortens it.
-                MuLaN ranks longer parts better.
+            rank_seconds: Duration of the part of a candidate that is ranked, counted from the end of the audio prompt;
+                the codec's look-ahead shortens it. MuLaN ranks longer parts more reliably.
 
         Raises:
             ValueError: If the codec has no `decoder_stream`, or for the reasons listed in `forward`.
@@ -317,7 +317,7 @@ class MusicLM(nn.Module):
     ) -> Iterator[MusicChunk]:
         """Rank the first parts of all candidates, then yield the music of the best candidate of each text.
 
-        `has_more` is False if the first parts are the whole music.
+        `has_more` is False if a first part already has the duration of the whole music.
         """
         with eval_mode(self), torch.no_grad():
             # Each stream is removed from the list, so that the caches of its candidates are freed.
@@ -340,7 +340,7 @@ class MusicLM(nn.Module):
         scores: Tensor | None = None,
         first_waves: Sequence[Tensor] = (),
     ) -> Iterator[MusicChunk]:
-        """Yield `first_waves`, then the rest of the stream."""
+        """Yield `first_waves`, then the samples of `stream` that follow them."""
         if first_waves:
             yield MusicChunk(list(first_waves), self.sample_hz, tuple(seeds), scores)
         skipped = [wave.shape[-1] for wave in first_waves] or [0] * len(seeds)  # samples of each text
@@ -388,5 +388,5 @@ def _check_positive(**numbers: float) -> None:
 
 
 def _ranked(scores: Tensor) -> Tensor:
-    """Indices of the candidates `[prompts, candidates]`, best first. A candidate with NaN is ranked last."""
+    """Indices of the candidates `[prompts, candidates]`, best first. A candidate whose score is NaN is last."""
     return scores.nan_to_num(nan=-2.0).argsort(dim=1, descending=True, stable=True)

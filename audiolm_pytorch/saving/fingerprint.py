@@ -60,7 +60,7 @@ def digest_of(spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
 
 
 def cached_fingerprint(module: nn.Module, facts: str, compute: Callable[[], str]) -> str:
-    """Return the fingerprint of a module; `compute` is called only if the weights or `facts` have changed.
+    """Return the fingerprint of a module; call `compute` only if weights or `facts` changed since the last call.
 
     Without the cache, hashing 95 million weights takes half a second per call. The cache detects in-place writes to
     weights and replaced weights (`module.half()`, EMA), but not writes to `tensor.data`.

@@ -182,8 +182,8 @@ def load_model(
 def load_tokenizer(source: str | Path, **hub: Any) -> Tokenizer:
     """Load a text tokenizer of transformers as a `tokenizers.Tokenizer`, which can be saved as one JSON string.
 
-    The tokenizer adds the special tokens of the model, and does not truncate or pad. The arguments are those of
-    `find_folder`. A ValueError is raised for a tokenizer that is not a fast tokenizer of transformers.
+    The tokenizer adds the special tokens of the model, and does not truncate or pad. `find_folder` documents the
+    arguments. A ValueError is raised for a tokenizer that is not a fast tokenizer of transformers.
     """
     transformers = require_transformers()
     folder, _ = find_folder(source, **hub)

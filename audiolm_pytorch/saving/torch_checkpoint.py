@@ -72,8 +72,8 @@ class _Storage(NamedTuple):
 class TorchCheckpoint:
     """The dictionary in a file written by `torch.save` (torch 0.4 or later); no code in the file is run.
 
-    The attribute `content` is the dictionary. It contains containers, numbers, text, and a `StandIn` for every other
-    object. A ValueError is raised for other classes than tensors and those of Python, fairseq, omegaconf and argparse.
+    The dictionary `content` has containers, numbers and text, and a `StandIn` for every other object. A ValueError is
+    raised if an object in the file is neither a tensor nor of a class of Python, fairseq, omegaconf or argparse.
     """
 
     @beartype

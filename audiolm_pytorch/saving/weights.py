@@ -41,7 +41,7 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], where: str = "the weights") -> None:
     """Copy the weights that `weights_of` returned into a module; dtypes and device of the module do not change.
 
-    If names or shapes differ, a ValueError lists them after the text `where`, which names the source of the weights.
+    If names or shapes do not fit the module, the message of the ValueError starts with `where`, the weights' source.
     """
     own = module.state_dict()
     filled_views = {_view_of(own[name]) for name in weights if name in own}

@@ -91,7 +91,7 @@ class FrameEncoder(nn.Module, ABC):
 
     @abstractmethod
     def truncated(self, layer: int) -> "FrameEncoder":
-        """Return an independent copy of the encoder that ends after `layer` (0..depth), with equal hidden states."""
+        """Copy the encoder without the layers after `layer`; hidden states of the remaining layers do not change."""
 
     def check_layer(self, layer: int) -> None:
         """Check that the number of a layer is in 0..depth."""

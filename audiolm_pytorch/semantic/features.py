@@ -85,7 +85,7 @@ def write_features(
     rank: int = 0,
     world_size: int = 1,
 ) -> None:
-    """Write the hidden states of every planned crop to shards; chunks that are already on disk are not computed again.
+    """Write the hidden states of every planned crop to `folder` in chunks, and skip chunks that are already on disk.
 
     `origin` describes encoder, layer and data; the function `advance` is called after every crop.
     """
@@ -145,7 +145,7 @@ class FeatureShards:
         self._rows = max(min_rows, _PORTION_BYTES // (dim * np.dtype(np.float32).itemsize))
 
     def portions(self, order: tuple[int, ...] | None = None) -> Iterator[np.ndarray]:
-        """Yield all frames in several arrays; with a seed `order`, shuffle the crops, then the frames of each array."""
+        """Yield all frames in several arrays; the seed `order` shuffles the crops, then the frames of each array."""
         rng = None if order is None else np.random.default_rng(order)
         numbers = np.arange(len(self._shards)) if rng is None else rng.permutation(len(self._shards))
         waiting: list[np.ndarray] = []

@@ -20,7 +20,7 @@ class Runs:
     Attributes:
         ids: `[b, r]` int64, the token of each run; -1 at padding.
         run_lengths: `[b, r]` int64, the number of tokens of each run; 0 at padding.
-        num_tokens: Number of columns of the original padded tokens; None means the length of the longest item.
+        num_tokens: Number of columns of the token ids before merging; None means the length of the longest item.
     """
 
     ids: Tensor

@@ -114,8 +114,8 @@ def moments_of(chunks: Iterable[Tensor], dims: tuple[int, ...]) -> Moments:
 def group_norm_moments(extractor: Any, wave: Tensor, chunk_samples: int) -> Moments | None:
     """Compute moments of the first convolution over whole waves `[b, n]`; return None for a model without group norm.
 
-    In tests of a small random HuBERT on two recordings, windows of 30 s left 66% and 77% of the tokens unchanged. With
-    separate statistics for each window, only 54% and 67% of the tokens were unchanged.
+    A small random HuBERT returned the same tokens in windows of 30 s as in one pass for 66% and 77% of two recordings;
+    with moments of each window instead of the whole wave, this share was 54% and 67%.
     """
     first = extractor.conv_layers[0]
     if not isinstance(getattr(first, "layer_norm", None), nn.GroupNorm):
@@ -127,7 +127,7 @@ def group_norm_moments(extractor: Any, wave: Tensor, chunk_samples: int) -> Mome
 
 
 def convolved(extractor: Any, wave: Tensor, moments: Moments | None = None) -> Tensor:
-    """Compute front-end vectors `[b, t, d]` of waves `[b, n]`; with `moments=None`, use the moments of the waves."""
+    """Compute front-end vectors `[b, t, d]` of waves `[b, n]`; `moments` None means the moments of these waves."""
     if moments is None:
         return rearrange(extractor(wave), "b d t -> b t d")
     first = extractor.conv_layers[0]

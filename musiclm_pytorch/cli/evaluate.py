@@ -68,7 +68,7 @@ class EvaluateMuLaN(_Evaluation):
     """Measure a joint embedding of audio and text on held-out clips.
 
     The metrics are retrieval in both directions, zero-shot tagging with the labels of the manifest, and whether the
-    best clip for a caption has the right labels. The similarities are plotted with matplotlib (extra [plot]).
+    best clip for a caption has the right labels. Plots of clip-caption similarity need matplotlib (extra [plot]).
     """
 
     model: str
@@ -146,7 +146,7 @@ def _evaluate_semantic(command: EvaluateSemantic) -> None:
 
 
 def _open_encoder(command: EvaluateSemantic) -> tuple[Any, Any]:
-    """Load an encoder without a tokenizer, or a tokenizer with its encoder (None = the tokenizer has no layers)."""
+    """Return (encoder, None) or (encoder, tokenizer); the encoder is None for a tokenizer without layers."""
     from audiolm_pytorch.saving.modules import read_config, registered_class
     from audiolm_pytorch.semantic.base import FrameEncoder, SemanticTokenizer
     from musiclm_pytorch.pretrained.bundled import BUNDLED_TOKENIZERS, encoder_named, tokenizer_named

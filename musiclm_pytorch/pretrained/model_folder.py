@@ -70,7 +70,7 @@ def load_musiclm(name_or_folder: str | Path = "tiny", device: str | torch.device
 
 @beartype
 def export_musiclm(run: str | Path, out: str | Path, settings: Mapping[str, Any] | None = None) -> int:
-    """Write the model of a finished run, or a model folder, with fp16 weights; return its size in bytes.
+    """Copy the model of the training run or model folder `run` to `out` with fp16 weights; return its size in bytes.
 
     The folder `out` must be new or empty, or contain a model, which is then replaced. `settings` are fields of
     `musiclm.json`, for example `{"num_levels": 2}` or `{"sampling": {"coarse": {"temperature": 0.8}}}`.
@@ -92,9 +92,8 @@ def save_parts(
 ) -> list[Path]:
     """Write a model folder and return its files; `musiclm.json` is written last and marks a complete folder.
 
-    `musiclm.json` also has the JSON-able fields `about`. Weights are stored as `dtype` (None keeps their types). A
-    codec, tokenizer or quantizer that `dtype` would round keeps its type, because stages accept only the codes with
-    which they were trained.
+    The JSON-able entries of `about` are added to `musiclm.json`. Weights are stored as `dtype` (None keeps their
+    types), except in a codec, tokenizer or quantizer that `dtype` would round, because rounding changes its codes.
     """
     folder = Path(folder)
     (folder / CARD).unlink(missing_ok=True)

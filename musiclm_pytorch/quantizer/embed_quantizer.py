@@ -256,7 +256,7 @@ class MuLaNEmbedQuantizer(Conditioner):
         lengths: Tensor | None = None,
         namespace: str,
     ) -> ConditionTensor:
-        """Return the embeddings of `forward` as a condition of a language model, without masked positions."""
+        """Return the embeddings of `forward` as a condition of a language model, in which no position is masked."""
         return ConditionTensor.of(self(wavs=wavs, texts=texts, codes=codes, lengths=lengths, namespace=namespace))
 
     def centred(self, latents: Tensor, modality: Modality = "audio") -> Tensor:

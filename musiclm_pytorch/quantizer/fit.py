@@ -39,7 +39,7 @@ class QuantizerReport:
         is_held_out: Whether `explained`, `agreement` and `chance` are measured on files that were not used in fitting.
         usage: Share of the codes of a level that occur for at least one audio latent.
         perplexity: `exp(entropy)` of the frequencies of the codes.
-        explained: Share of the variance of audio latents that the codes explain, with all levels up to each level.
+        explained: Share of the variance of audio latents that the codes of a level and all levels before it explain.
         agreement: Share of the texts whose code equals the code of their audio; empty without texts.
         chance: Share of the texts whose code equals the code of random audio.
     """
@@ -112,9 +112,9 @@ def fit_quantizer(
 ) -> QuantizerReport:
     """Fit the codebooks of a quantizer to windows of audio files.
 
-    Captions are used to align texts with audio if all files, or at least 32 files, have captions. The metrics are
-    computed on the files `held_out`, or on the fitted files without `held_out`. At most `max_windows` random windows,
-    and as many captions, are embedded.
+    Captions are used to align texts with audio if all files, or at least 32 files, have captions. Usage and perplexity
+    are measured on the fitted files, other metrics on `held_out` (if empty, on the fitted files). At most `max_windows`
+    random windows, and as many captions, are embedded.
     """
     windows = _draw_windows(quantizer.mulan, items, max_windows, seed)
     quantizer.check_can_fit(sum(len(numbers) for numbers in windows))
@@ -139,7 +139,7 @@ def fit_quantizer(
 
 
 class _Latents(NamedTuple):
-    """Latents `[n, d]` of windows and `[k, d]` of captions, and the row `[k]` of the window for each caption."""
+    """Latents `[n, d]` of audio windows and `[k, d]` of captions, and `clip_index [k]`, the window of each caption."""
 
     audio: Tensor
     text: Tensor | None
@@ -188,7 +188,7 @@ def _window_waves(mulan: JointEmbedding, items: Sequence[AudioItem], windows: Se
 
 
 def _captions(items: Sequence[AudioItem], num_windows: Sequence[int], limit: int) -> tuple[list[str], list[int]]:
-    """List captions and the window row of each caption; return empty lists if too few files have captions."""
+    """List captions, and the index of a window for each; the lists are empty if too few files have captions."""
     files = [(texts_of(item), count) for item, count in zip(items, num_windows) if count]
     num_captioned = sum(bool(captions) for captions, _ in files)
     if num_captioned < min(len(files), _MIN_CAPTIONED_FILES):

@@ -79,7 +79,7 @@ class StackedLogMel(nn.Module):
         return lengths
 
     def log_mel(self, wave: Tensor, lengths: Tensor) -> Tensor:
-        """Compute log-mel frames `[b, f, m]`, not normalised, of waves `[b, n]` that are padded to whole tokens."""
+        """Pad waves `[b, n]` to whole tokens, and compute log-mel frames `[b, f, num_mels]` without normalisation."""
         num_mel_frames = self.num_frames(wave.shape[-1]) * self.frames_per_token
         wave = wave.float().masked_fill(~length_mask(lengths, wave.shape[-1]), 0.0)
         # Window i is centred on hop i. Items in a longer batch have zeros on the right too.

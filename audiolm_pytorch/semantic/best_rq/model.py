@@ -107,10 +107,10 @@ class BestRQEncoder(FrameEncoder):
 
 
 class MaskedPrediction(NamedTuple):
-    """Result of a training step of BEST-RQ: scalars, and a mask `hidden [b, t]`, which is True at hidden tokens.
+    """Scalar results of a training step of BEST-RQ, and the mask `hidden [b, t]` (True where noise replaced a token).
 
     Attributes:
-        loss: Mean cross-entropy (nats) at hidden tokens plus the weighted mean cross-entropy at visible tokens.
+        loss: Mean cross-entropy (nats) at hidden tokens, plus `seen_weight` times that at the other tokens.
         accuracy: Share of correct predictions at hidden tokens; random guesses reach 1 / codebook_size.
         majority: Accuracy at hidden tokens if the most frequent target is always predicted.
     """
@@ -124,15 +124,15 @@ class MaskedPrediction(NamedTuple):
 class BestRQ(nn.Module):
     """Training objective of BEST-RQ, masked prediction of frozen random targets (arXiv:2202.01855, section 3).
 
-    Random spans of the front end's vectors are replaced by noise. The encoder predicts the codes of replaced vectors.
+    Noise replaces random spans of the front end's vectors, and the encoder predicts the codes of these vectors.
 
     Three defaults of `BestRQ` differ from the paper, which is about speech recognition; the recipe of the bundled
     tokenizer explains them with measurements. Targets are computed from decorrelated frames, because without
     decorrelation targets describe mostly loudness. A target describes a token and its neighbours; with targets of
-    single tokens, the encoder learns no better features than mel frames. Codes of visible tokens are also predicted, as
-    in HuBERT (arXiv:2106.07447, section II-B); the weight of this loss is `seen_weight`.
+    single tokens, the encoder learns no better features than mel frames. As in HuBERT (arXiv:2106.07447, section II-B),
+    codes of tokens without noise are predicted too; this loss has the weight `seen_weight`.
 
-    A hidden span starts at a token with probability `start_prob`; `noise_std` is the standard deviation of the noise.
+    A span of noise starts at each token with probability `start_prob`; `noise_std` is the noise's standard deviation.
     """
 
     @beartype
@@ -185,7 +185,7 @@ class BestRQ(nn.Module):
         return MaskedPrediction(loss, accuracy, most_frequent.float().mean() / len(targets), hidden)
 
     def _predict(self, features: Tensor, frames: Tensor, selected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return cross-entropy (nats), predicted codes and target codes `[m, q]` of the selected tokens `[b, t]`."""
+        """Return loss (nats), predicted and target codes `[m, q]` (m tokens with `selected` True, q codebooks)."""
         targets = self.targets(frames, selected)
         logits = rearrange(self.to_logits(features[selected]), "m (q v) -> m q v", q=self.num_targets)
         loss = F.cross_entropy(rearrange(logits.float(), "m q v -> (m q) v"), rearrange(targets, "m q -> (m q)"))

@@ -16,9 +16,9 @@ _SUBSPACE_ROUNDS = 8
 
 
 class RandomProjectionQuantizer(nn.Module):
-    """Frozen quantizer that projects at random and selects the nearest random code (arXiv:2202.01855, equation 1).
+    """Frozen random projection, followed by a search for the nearest random vector (arXiv:2202.01855, equation 1).
 
-    Projection and codes depend on `seed` only. If the input is not normalised, most codes are never selected.
+    Projection and codebooks depend on `seed` only. If the input is not normalised, most codes never occur.
     """
 
     @beartype
@@ -100,7 +100,7 @@ class Decorrelation(nn.Module):
 
 
 class TokenTargets(nn.Module):
-    """Computes the targets of masked prediction, which are random codes of the vectors of a token and its neighbours.
+    """Quantizes the vectors of a token and its neighbours to codes, which are the targets of masked prediction.
 
     Args:
         num_targets: Number of codebooks, q; every codebook has a target for each token.
@@ -131,22 +131,22 @@ class TokenTargets(nn.Module):
         )
 
     def neighbourhoods(self, frames: Tensor, selected: Tensor) -> Tensor:
-        """Concatenate each selected token (`[b, t]` bool) and its neighbours to `[m, (2 * reach_tokens + 1) * dim]`.
+        """Return `[m, (2 * reach_tokens + 1) * dim]`: m tokens where `selected [b, t]` is True, with neighbours.
 
-        Neighbours outside of the frames `[b, t, dim]` are zero, which is the mean of the corpus.
+        Neighbours outside of `frames [b, t, dim]` are zero, which is the mean of the corpus.
         """
         reach = self.reach_tokens
         around = F.pad(frames, (0, 0, reach, reach)).unfold(1, 2 * reach + 1, 1)
         return rearrange(around[selected], "m d r -> m (r d)")
 
     def fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Fit the decorrelation, if any; a batch has frames `[b, t, dim]` and a mask `[b, t]`, True at real tokens."""
+        """Fit the decorrelation, if any, to pairs of frames `[b, t, dim]` and masks `[b, t]` (False at padding)."""
         if self.decorrelation is not None:
             self.decorrelation.fit(self.neighbourhoods(frames, mask) for frames, mask in batches)
 
     @torch.no_grad()
     def forward(self, frames: Tensor, selected: Tensor) -> Tensor:
-        """Compute the targets `[m, q]` of the selected tokens (`[b, t]` bool) in frames `[b, t, dim]`."""
+        """Compute targets `[m, q]` (m tokens where `selected [b, t]` is True, q codebooks) of `frames [b, t, dim]`."""
         vectors = self.neighbourhoods(frames, selected)
         return self.quantizer(vectors if self.decorrelation is None else self.decorrelation(vectors))
 

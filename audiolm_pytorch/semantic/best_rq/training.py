@@ -152,7 +152,7 @@ class SemanticTokenizerTrainer:
 
         Another call of `fit_tokenizer` continues an interrupted fit. If training of the encoder is not finished, a
         RuntimeError is raised. The default layer is at three quarters of the depth, because its tokens describe melody
-        and words best in experiments with music and spoken digits. The default folder is that of the training.
+        and words best in experiments with music and spoken digits. `results_folder` defaults to that of the trainer.
         """
         if not self.loop.is_finished:
             raise RuntimeError("training of the encoder is not finished; call train() before fitting the tokenizer")

@@ -53,15 +53,15 @@ class TransformersEncoder(FrameEncoder):
     hidden states do not depend on `layer_count`.
 
     Items of equal length are encoded in one batch, so that padding does not change the result. Waves longer than
-    `window_seconds` are encoded in windows at fixed positions, with a context of `context_seconds` on each side.
-    Norms over time use the whole wave, also with windows.
+    `window_seconds` are encoded in windows at fixed positions, with a context of `context_seconds` on each side. Layers
+    that normalise over time use statistics of the whole wave, not of a window.
 
     Args:
         source: Folder in transformers' format, hub id, or a loaded model, whose weights are frozen and not copied.
         layer_count: Number of transformer layers to keep, counted from the first; None means all layers.
         normalise_wave: Whether each item is normalised to zero mean and unit variance; None means True for a model
-            with layer norms in the convolutions and False for a model with a group norm, as in their training. This
-            setting is not read from `preprocessor_config.json`.
+            with layer norms in the convolutions and False for a model with a group norm, as in their training.
+                `normalise_wave` is not read from `preprocessor_config.json`.
         offline: Use only local files and the local cache of the hub.
     """
 
@@ -176,7 +176,7 @@ class TransformersEncoder(FrameEncoder):
         return found, length_mask(counts, num_frames)
 
     def _encode(self, wave: Tensor, encoder: nn.Module, dtype: torch.dtype) -> Tensor:
-        """Compute hidden states `[r, t, d]` of waves `[r, n]` without padding, after all layers of `encoder`."""
+        """Compute the output `[b, t, d]` of the last layer of `encoder` for waves `[b, n]` without padding."""
         wave = wave.float()
         if self._filterbank:
             vectors = self._filterbank(wave).to(dtype)
@@ -196,7 +196,7 @@ class TransformersEncoder(FrameEncoder):
         return features_in_windows(of_waves, wave, self._frames, self._windows)
 
     def _run(self, vectors: Tensor, encoder: nn.Module) -> Tensor:
-        """Compute hidden states from front-end vectors `[r, t, d']`, without the random masks of training."""
+        """Compute hidden states of front-end vectors `[b, t, width]`, without the random masks of training."""
         projected = self.model.feature_projection(vectors)
         return encoder(projected[0] if isinstance(projected, tuple) else projected)[0]
 
@@ -232,7 +232,7 @@ def open_published(
 ) -> TransformersEncoder:
     """Load an encoder from a HuBERT checkpoint of fairseq, a folder in transformers' format, or a hub id.
 
-    The other arguments are those of `TransformersEncoder`. A fairseq checkpoint sets the default of `normalise_wave`.
+    `TransformersEncoder` documents the arguments; `normalise_wave=None` uses the setting in a fairseq checkpoint.
     """
     path = Path(source).expanduser()
     options: dict[str, Any] = {"layer_count": layer_count, "normalise_wave": normalise_wave}

@@ -132,7 +132,7 @@ def build_for(checkpoint: FairseqCheckpoint, build: Callable[[], nn.Module]) -> 
     """Build a module for the weights of a checkpoint; the global random generator does not change.
 
     A ValueError is raised if the settings or shapes in the file are not valid, or if the module has more than twice as
-    many parameters as the checkpoint. The size is compared before memory is used.
+    many parameters as the checkpoint. Parameters are counted before memory is allocated.
     """
     try:
         with torch.random.fork_rng(devices=[]):

@@ -24,7 +24,7 @@ class Filterbank:
 
     A frame depends only on its 400 samples, so that processing long waves in chunks does not change the frames. Mean
     and variance of every band are computed over the whole wave. An incomplete last vector is dropped, while
-    transformers fills it with zeros and masks it. A vector has `stride` frames.
+    transformers fills it with zeros and masks it. A vector is the concatenation of `stride` frames.
     """
 
     @beartype

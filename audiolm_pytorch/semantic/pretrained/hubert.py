@@ -25,8 +25,8 @@ class HubertWithKmeans(KMeansTokenizer):
     the files was compared with transformers and scikit-learn on files with random weights in the published format. THE
     PUBLISHED FILES THEMSELVES WERE NOT AVAILABLE FOR TESTS. Licence: MIT (fairseq, code and models).
 
-    Waves longer than 30 s are encoded in windows (see `TransformersEncoder`). With random weights, two thirds to three
-    quarters of the tokens with windows are equal to the tokens without windows.
+    Waves longer than 30 s are encoded in windows (see `TransformersEncoder`). In tests with random weights, windows
+    changed one quarter to one third of the tokens.
 
     Args:
         checkpoint_path: A fairseq checkpoint, or a folder or hub id of a model that `TransformersEncoder` can read.

@@ -69,9 +69,9 @@ class _ConvLayer(nn.Module):
 class ConvFeatures(nn.Module):
     """Convolutional feature extractor of wav2vec (arXiv:1904.05862, section 2.1).
 
-    The output of every layer is normalised over the whole wave. Long waves are processed in chunks, which does not
-    change the features, but needs three to six times the computation. With `log_compression`, features x are replaced
-    by `log(1 + |x|)`. The list `layers` has width, kernel size and stride of every convolution.
+    The output of every layer is normalised over the whole wave. Long waves are processed in chunks, which needs three
+    to six times the computation of a single pass, and returns the same features. With `log_compression`, features x are
+    replaced by `log(1 + |x|)`. The list `layers` has width, kernel size and stride of every convolution.
     """
 
     @beartype
@@ -147,7 +147,7 @@ class GumbelQuantizer(nn.Module):
         return rearrange(features, "b d t -> b t d")
 
     def assign(self, vectors: Tensor) -> Tensor:
-        """Compute the codes `[b, t, g]` int64 of frames `[b, t, d]`."""
+        """Compute the codes `[b, t, g]` int64 (g groups) of frames `[b, t, d]`."""
         *inner, last = self.layers
         for layer in inner:
             vectors = self.activation(layer(vectors))
@@ -174,7 +174,7 @@ class KMeansQuantizer(nn.Module):
         return rearrange(self.norm(self.projection(features)), "b d t -> b t d")
 
     def assign(self, vectors: Tensor) -> Tensor:
-        """Compute the codes `[b, t, g]` int64 of frames `[b, t, d]`."""
+        """Compute the codes `[b, t, g]` int64 (g groups) of frames `[b, t, d]`."""
         points = rearrange(vectors, "b t (g d) -> g (b t) d", g=self.groups)
         books = rearrange(self.codebook.expand(-1, self.groups, -1), "v g d -> g v d")
         codes = torch.stack([nearest_centroid(part, book) for part, book in zip(points, books)])
@@ -207,7 +207,7 @@ class VQWav2Vec(nn.Module):
         return self.quantizer.vectors(self.features(wave))
 
     def forward(self, wave: Tensor) -> Tensor:
-        """Convert waves `[b, n]` without padding to codes `[b, t, g]` int64 in [0, codes)."""
+        """Convert waves `[b, n]` without padding to codes `[b, t, g]` int64 (g groups)."""
         return self.quantizer.assign(self.vectors(wave))
 
 
@@ -319,8 +319,8 @@ def _network_of(checkpoint: FairseqCheckpoint) -> VQWav2Vec:
 def _build_network(checkpoint: FairseqCheckpoint, weights: dict[str, Tensor]) -> VQWav2Vec:
     """Build the network for the settings; the sizes of the quantizer are read from the shapes of its weights.
 
-    Defaults are those of all releases of fairseq. A checkpoint must have the strides, which no shape shows, and
-    `log_compression`, whose default differs between releases.
+    Settings that a checkpoint lacks get the defaults of fairseq. A checkpoint must contain the strides, which cannot be
+    read from shapes, and `log_compression`, whose default differs between releases of fairseq.
     """
     activation = checkpoint.setting("activation", str, _ACTIVATIONS, default="relu")
     checkpoint.setting("skip_connections_feat", bool, (False,), default=False)  # no published model has them
