@@ -75,7 +75,7 @@ class MusicLM(nn.Module):
     """Text to music with an AudioLM that is conditioned on MuLaN codes of the text (arXiv:2301.11325).
 
     Args:
-        audio_lm: AudioLM that was trained with codes of the same quantizer.
+        audio_lm: AudioLM that was trained with codes of `mulan_embed_quantizer`.
         mulan_embed_quantizer: Quantizer of texts, with a namespace for each conditioned stage.
         num_levels: Default number of levels of codes to condition on; None = all levels.
 

@@ -55,7 +55,7 @@ def differences(found: Any, expected: Any, path: str = "") -> list[str]:
 def write_weights(path: str | Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write named tensors and the header strings `metadata` to a safetensors file, which is replaced atomically.
 
-    The tensors may be on any device and share no memory; `weights_of` returns such tensors.
+    The tensors may be on any device, but must not share memory; `weights_of` returns such tensors.
     """
     path = Path(path)
     with staged_files(path.parent) as stage:

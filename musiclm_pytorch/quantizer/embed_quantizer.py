@@ -228,7 +228,7 @@ class MuLaNEmbedQuantizer(Conditioner):
         lengths: Tensor | None = None,
         namespace: str,
     ) -> Tensor:
-        """Embed waves, texts or codes `[b, q]` (exactly one of these) as `[b, q, dim]`; see `codes`.
+        """Embed waves, texts or codes `[b, q]` (exactly one of these) as `[b, q, dim]`; see the method `codes`.
 
         Gradients flow into the code embeddings of the language model `namespace`.
         """

@@ -119,7 +119,7 @@ class TransformersEncoder(FrameEncoder):
 
     @property
     def config(self) -> dict[str, Any]:
-        """JSON-able description of the model and of the other constructor arguments."""
+        """JSON-able description of the model, its preprocessor and origin, and the options of encoding."""
         options = {name: getattr(self, name) for name in ("normalise_wave", "window_seconds", "context_seconds")}
         preprocessor: dict[str, Any] = {"sampling_rate": self.sample_hz}
         if self._filterbank:

@@ -260,7 +260,7 @@ class FairseqVQWav2Vec(SemanticTokenizer):
 
     @property
     def config(self) -> dict[str, Any]:
-        """JSON-able description of the network and of the other constructor arguments."""
+        """JSON-able config of the network, with `target_sample_hz` and `seq_len_multiple_of`."""
         return {
             "network": self.network.config,
             "target_sample_hz": self.target_sample_hz,
