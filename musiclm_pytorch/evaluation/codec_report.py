@@ -24,8 +24,8 @@ _DISTANCES = ("si_sdr_db", "stft", "mel_nepers")
 class CodecRow:
     """Row of a codec report: mean distances between reconstructed and original clips, bitrate, codebook usage.
 
-    See `stft_distance` for `stft` and `MultiScaleMelLoss` for `mel_nepers`. `seconds` is the total length of the clips,
-    and `kbps` is None if the waves were not encoded. `usage` has, for each level, the share of codes that occur.
+    `stft_distance` computes `stft`, and `MultiScaleMelLoss` computes `mel_nepers`. `seconds` is the total length of the
+    clips, and `kbps` is None if the waves were not encoded. `usage` is the share of codes used, per codebook level.
     """
 
     name: str
@@ -40,7 +40,7 @@ class CodecRow:
 
 @torch.no_grad()
 def _distances(estimate: Tensor, target: Tensor, mel_loss: MultiScaleMelLoss) -> list[float]:
-    """Measure `_DISTANCES` between two waves `[c, n]`; for SI-SDR the channels are concatenated."""
+    """Compute the distances in `_DISTANCES` between two waves `[c, n]`; for SI-SDR the channels are concatenated."""
     signals = [rearrange(zero_mean(wave.double()), "c n -> (c n)") for wave in (estimate, target)]
     mel_nepers = mel_loss(estimate.unsqueeze(0), target.unsqueeze(0))
     return [float(si_sdr_db(*signals)), float(stft_distance(estimate, target).mean()), float(mel_nepers)]
@@ -75,7 +75,7 @@ def codec_report(
 ) -> list[CodecRow]:
     """Measure how well a codec reconstructs clips, once for each number of codebook levels in `levels` (None = all).
 
-    The clips are waves `[c, n]` with the sample rate and channels of the codec. Each wave is read only once.
+    The clips are waves `[c, n]` with the sample rate and channels of the codec. The iterable `clips` is read only once.
     """
     counts = [codec.check_num_levels(num_levels) for num_levels in levels]
     device, mel_loss, num_samples = device_of(codec), MultiScaleMelLoss(codec.target_sample_hz), 0

@@ -38,9 +38,9 @@ def _check_shapes(queries: Tensor, references: Tensor, num_axes: int) -> None:
 @beartype
 @torch.no_grad()
 def melody_spectrogram(waves: Tensor, sample_hz: int) -> Tensor:
-    """Compute coarse log-mel spectrograms minus their mean spectrum, which keeps the notes and little of the timbre.
+    """Compute coarse log-mel spectrograms minus their mean over time, to keep the notes and little of the timbre.
 
-    The spectrograms `[b, m, f]` of waves `[b, n]` have unit norm and ten frames per second; silence becomes zeros.
+    The spectrograms `[b, m, f]` of m mel bands have unit norm and ten frames per second; a silent wave becomes zeros.
     """
     sizes: dict[str, Any] = dict(n_fft=2 * _HOP_SAMPLES, hop_length=_HOP_SAMPLES, num_mels=_NUM_MELS)
     mel = MelSpectrogram(sample_hz=_SAMPLE_HZ, **sizes, f_min_hz=60, power=2.0)
@@ -57,8 +57,8 @@ def melody_spectrogram(waves: Tensor, sample_hz: int) -> Tensor:
 def melody_similarity(queries: Tensor, references: Tensor, max_shift_frames: int = 10) -> Tensor:
     """Correlation `[a]` of each melody with the most similar reference melody, at the best time shift.
 
-    The correlation is computed without a trained model. A copy of a training clip has similarity 1 even if the copy
-    starts a little earlier or later. Queries `[a, m, f]` and references `[r, m, f]` are outputs of
+    Melodies are compared as spectrograms, without a trained model. A copy of a training clip has similarity 1 even if
+    the copy starts a little earlier or later. Queries `[a, m, f]` and references `[r, m, f]` come from
     `melody_spectrogram`. Frames of a query that do not overlap with the shifted reference are left out.
     """
     _check_shapes(queries, references, num_axes=3)

@@ -48,9 +48,9 @@ def bootstrap_interval(
 class Metric:
     """Result of a measurement, with confidence interval and chance level.
 
-    The name has the form `group / condition / measure`. Fractions are in 0..1, not in per cent. `low` and `high` limit
-    the 95% bootstrap interval of `count` items. `chance` is the expected result of random answers, or None if random
-    answers are not possible.
+    The name has the form `group / condition / measure`. Fractions are in 0..1, not in per cent. `low` and `high` are
+    the ends of the 95% bootstrap interval of `value`, which is a statistic of `count` items. `chance` is the expected
+    result of random answers, or None if random answers are not possible.
     """
 
     name: str
@@ -153,7 +153,7 @@ def _three_digits(value: float | None) -> str:
 def write_report(
     path: str | Path, metrics: Sequence[Metric], settings: dict[str, Any], table: str | None = None
 ) -> None:
-    """Write a report: finite metrics as a JSON file, and a table (default: `markdown_table`) as a Markdown file."""
+    """Write metrics to the JSON file `path`, and a table (default: `markdown_table`) to the Markdown file beside it."""
     path = Path(path)
     if path.suffix != ".json":
         raise ValueError(f"cannot write a report to {path}; use a name that ends in .json")

@@ -49,7 +49,7 @@ class Retrieval:
         """Expected average precision if the candidates are in random order.
 
         In a random order of n candidates, the rank k of a relevant candidate is uniform in 1..n. If r of n candidates
-        are relevant, on average (k - 1) (r - 1) / (n - 1) other relevant candidates are ranked before rank k.
+        are relevant, on average (k - 1) (r - 1) / (n - 1) relevant candidates precede a relevant candidate at rank k.
         """
         n = self.num_candidates
         harmonic = float((1 / np.arange(1, n + 1)).sum())
@@ -61,8 +61,8 @@ class Retrieval:
 def different_captions(captions: Sequence[Sequence[str]]) -> tuple[list[str], Tensor]:
     """List every different caption once, and mark the clips that each caption describes.
 
-    In retrieval, a caption of several clips is one query with several right answers. The t captions are in the order of
-    their first clips. The mask `[t, clips]` is True where a caption describes a clip.
+    In retrieval, a caption of several clips is one query with several right answers. The t different captions are in
+    the order of their first occurrence. The mask `[t, clips]` is True where a caption describes a clip.
     """
     unique = list(dict.fromkeys(caption for of_clip in captions for caption in of_clip))
     index = {caption: number for number, caption in enumerate(unique)}

@@ -88,8 +88,8 @@ def evaluate_semantic(
     """Measure linear probes of log-mel frames, encoder layers, k-means clusters of these features, and semantic tokens.
 
     Each metric is named `FEATURES / LABEL`, for example `layer 9 / genre`; see `probe` for the labels. Layer 0 is the
-    input of the first encoder layer. Frames are clustered once for each number in `clusters`. `announce` receives the
-    name of each set of features before the features are probed.
+    input of the first encoder layer. Each number in `clusters` is a number of k-means clusters for every set of frames.
+    `announce` receives the name of each set of features before the features are probed.
     """
     metrics: list[Metric] = []
 
@@ -199,8 +199,8 @@ def kmeans_features(features: Features, num_clusters: int, seed: int = 0) -> Fea
 def probe(features: Features, clips: ProbeClips, label: str) -> Metric:
     """Train a linear classifier of a label on the training clips, and measure its accuracy on the held-out clips.
 
-    If the label is a text, number or boolean per clip, the classifier receives the mean frame or the token frequencies
-    of a clip. If the label is a list of events `[start_seconds, end_seconds, name]`, the classifier receives frames.
+    If the label is a text, number or boolean per clip, the model classifies the mean frame or the token frequencies of
+    a clip. If the label is a list of events `[start_seconds, end_seconds, name]`, the model classifies single frames.
     Clips without the label are left out. The chance level is the share of the most frequent class in the test clips.
     """
     from sklearn.linear_model import LogisticRegression

@@ -51,7 +51,7 @@ class TagScores:
 class TagTest:
     """Zero-shot classification task: assign each clip of a set to one of the values of a label.
 
-    Each value has one prompt. `truth [n]` int64 is the class of each clip; -1 = unknown.
+    Each value of the label has one text prompt. `truth [n]` int64 is the class of each clip; -1 = unknown.
     """
 
     label: str
@@ -97,7 +97,7 @@ def tag_prompts(label: str, values: Sequence[str]) -> list[str]:
     """Write a text prompt for each value of a label (see `tag_labels`).
 
     For the label "drums", the prompt of "yes" is "music with drums", and that of "no" and "none" is "music without
-    drums". Values other than "yes", "no" and "none" are inserted into the template of the label, if there is one.
+    drums". Any other value becomes the prompt, inserted into the template of the label if one exists.
     """
     thing = label.replace("_", " ")
     fixed = {_YES: f"music with {thing}", _NO: f"music without {thing}", _NONE: f"music without {thing}"}
@@ -153,7 +153,7 @@ def tag_metrics(name: str, similarities: Tensor, truth: Tensor) -> list[Metric]:
 
 
 def _class_mean(score: Callable[..., float], scores: np.ndarray, classes: np.ndarray) -> float:
-    """Average a binary score (one class against the others) over the classes that occur; 0.5 for a single class."""
+    """Average a score of one class against the others over the classes that occur; return 0.5 for a single class."""
     occurring = np.unique(classes)
     if len(occurring) < 2:
         return 0.5
@@ -161,7 +161,7 @@ def _class_mean(score: Callable[..., float], scores: np.ndarray, classes: np.nda
 
 
 def _known_rows(similarities: Tensor, truth: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Return the similarities `[m, classes]` and classes `[m]` of the clips whose class is known."""
+    """Return the similarities `[m, classes]` and classes `[m]` of the m clips whose class is known."""
     if similarities.ndim != 2 or truth.shape != similarities.shape[:1] or truth.is_floating_point():
         raise ValueError(
             "similarities must be [n, classes] and truth int [n], got "
@@ -172,7 +172,7 @@ def _known_rows(similarities: Tensor, truth: Tensor) -> tuple[np.ndarray, np.nda
     scores, classes = scores[known], classes[known]
     if len(np.unique(classes)) < 2 or classes.max() >= scores.shape[1] or np.isnan(scores).any():
         raise ValueError(
-            f"similarities must not contain NaN, and truth must contain at least two classes below {scores.shape[1]}; "
+            f"similarities must not contain NaN, and truth at least two classes of 0..{scores.shape[1] - 1}; "
             f"got the classes {np.unique(classes).tolist()[:10]}"
         )
     return scores, classes

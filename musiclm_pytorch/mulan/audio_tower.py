@@ -91,7 +91,7 @@ class AudioSpectrogramTransformer(nn.Module):
         """Embed clips as `[b, dim]` float32, not of unit norm.
 
         `wavs [b, n]` at `sample_hz` have values in about -1..1, and `lengths [b]` are the numbers of samples per clip
-        (None = `n` for every clip). In eval mode the embedding of a clip does not depend on the batch.
+        (None = `n` for every clip). In eval mode the embedding of a clip does not depend on the other clips in `wavs`.
         """
         return self.embed_layers(wavs, lengths, layers=(self.depth,))[0]
 

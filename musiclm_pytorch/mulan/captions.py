@@ -31,7 +31,7 @@ _TEXT_STREAM = 0x776F7264
 def aspects_of(item: AudioItem) -> list[str]:
     """List the different aspects of an item (e.g. "slow tempo", "piano") in its labels `aspects` and `aspect_list`.
 
-    The value of each of the two labels is a list of texts, or one text that `parse_aspects` splits.
+    The value of `aspects` and of `aspect_list` is a list of texts, or one text that `parse_aspects` splits.
     """
     aspects: list[str] = []
     for name in _ASPECT_LABELS:
@@ -53,8 +53,8 @@ def texts_of(item: AudioItem) -> list[str]:
 def parse_aspects(text: str) -> list[str]:
     """Parse a list in JSON or Python syntax (`['slow tempo', "children's song"]`), or texts separated by commas.
 
-    No code in the text is executed. Blank aspects are left out. A text that starts with "[" and is not a list of texts
-    raises a ValueError.
+    Python code in the text is never executed. Blank aspects are left out. A text that starts with "[" and is not a list
+    of texts raises a ValueError.
     """
     text = text.strip()
     if len(text) > _MAX_ASPECT_CHARACTERS:

@@ -17,7 +17,7 @@ _WINDOW_STEPS = 100
 class ChanceWatch:
     """Logs one warning if the mean loss of the last 100 training steps is at least 98% of the loss of guessing.
 
-    A `ChanceWatch` is passed to `TrainLoop` as `on_row`. The loss is first checked 100 steps after the warm-up.
+    Pass a `ChanceWatch` to `TrainLoop` as `on_row`. The first check is 100 steps after the learning-rate warm-up.
     """
 
     def __init__(self, warmup_steps: int, phase: str) -> None:
@@ -28,7 +28,7 @@ class ChanceWatch:
         self._rows: deque[tuple[int, int, float]] = deque()
 
     def __call__(self, row: Mapping[str, Any]) -> None:
-        """Compare the loss in a row of metrics with the loss of guessing, if the row contains both."""
+        """Compare `loss` in a row of training metrics with `chance`, the loss of guessing, if the row contains both."""
         loss, chance, step = row.get("loss"), row.get("chance"), int(row["step"])
         if row["phase"] != self.phase or loss is None or chance is None or step <= self._step:
             return

@@ -67,7 +67,7 @@ class ClapSpectrogram:
         self._filters = torch.from_numpy(filters)
 
     def __call__(self, wave: Tensor) -> Tensor:
-        """Compute spectrograms `[b, f, m]` float32 in dB of clips `[b, n]`, where n is at most `num_samples`."""
+        """Compute spectrograms `[b, f, m]` (dB, float32, m mel bands) of clips `[b, n]` with n <= `num_samples`."""
         missing = self.num_samples - wave.shape[1]
         if missing > 0 and self._repeats is not None:
             wave = wave.repeat(1, self.num_samples // wave.shape[1] + self._repeats)[:, : self.num_samples]
@@ -75,7 +75,7 @@ class ClapSpectrogram:
         return torch.cat([self._log_mel(part) for part in wave.split(_CLIPS_PER_CHUNK)])
 
     def _log_mel(self, wave: Tensor) -> Tensor:
-        """Compute spectrograms `[b, f, m]` of waves of `num_samples`, in float64 if the device supports it."""
+        """Compute spectrograms `[b, f, m]` of m mel bands, in float64 if the device supports it."""
         wide = torch.float32 if wave.device.type == "mps" else torch.float64
         n_fft, hop = self.settings["fft_window_size"], self.settings["hop_length"]
         window = torch.hann_window(n_fft, dtype=wide, device=wave.device)
@@ -204,7 +204,7 @@ class ClapMuLaN(JointEmbedding):
         return latents
 
     def _embed(self, spectrograms: Tensor) -> Tensor:
-        """Embed spectrograms `[b, f, m]` as latents `[b, d]`."""
+        """Embed spectrograms `[b, f, m]` of m mel bands as latents `[b, d]`."""
         features = rearrange(spectrograms, "b f m -> b 1 f m").to(next(self.model.parameters()).dtype)
         # Input of models that fuse: no clip is a crop of a longer one.
         is_longer = torch.zeros(len(spectrograms), 1, dtype=torch.bool, device=spectrograms.device)

@@ -30,7 +30,7 @@ def gather_counts(*parts: Tensor) -> list[list[int]]:
 
 
 class _GatherRows(torch.autograd.Function):
-    """Concatenates the rows of all processes; in backward each process receives the summed gradient of its rows."""
+    """Concatenates tensors of all processes; backward returns the gradient of the local rows, summed over processes."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: list[int]) -> Tensor:

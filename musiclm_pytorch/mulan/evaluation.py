@@ -107,7 +107,7 @@ def zero_shot_similarities(mulan: JointEmbedding, audio_latents: Tensor, prompts
 
 
 def _embed_audio(mulan: JointEmbedding, items: Sequence[AudioItem]) -> Tensor:
-    """Embed audio files as latents `[c, d]` float32 on the CPU."""
+    """Embed c audio files as latents `[c, d]` float32 on the CPU."""
     device = device_of(mulan)
     latents = torch.empty(len(items), mulan.dim_latent)
     # Batches of clips of similar length have little padding.
@@ -139,7 +139,7 @@ def joint_embedding_metrics(clips: EmbeddedClips) -> list[Metric]:
 def text_classes(truth: Tensor, relevant: Tensor) -> Tensor:
     """Return the common class `[t]` of the clips that each text describes, or -1 if they have no common class.
 
-    `truth [c]` is the class of each clip, or -1 if unknown. `relevant [t, c]` is True where a text describes a clip.
+    `truth [c]` is the class of each clip, or -1 if unknown. `relevant [t, c]` is True where text t describes clip c.
     """
     highest = truth.expand_as(relevant).masked_fill(~relevant, -1).amax(dim=1)
     lowest = truth.expand_as(relevant).masked_fill(~relevant, int(truth.max())).amin(dim=1)
@@ -174,8 +174,8 @@ def top_clip_metrics(name: str, similarities: Tensor, relevant: Tensor, tests: S
 def ordered_similarities(clips: EmbeddedClips, label: str | None = None) -> tuple[Tensor, list[str], list[str]]:
     """Order texts and clips by a label (default: the label of the first test); matches form a diagonal in the plot.
 
-    Clips without labels stay in the order of the manifest. The function returns the cosines `[t, c]`, the class of each
-    text, and the class of each clip.
+    Clips without labels stay in the order of the manifest. The function returns the cosines `[t, c]` of t texts and c
+    clips, the class of each text, and the class of each clip.
     """
     num_clips = clips.relevant.shape[1]
     truth = torch.full((num_clips,), -1)

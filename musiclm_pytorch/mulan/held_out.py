@@ -80,7 +80,7 @@ class HeldOutClips:
         return torch.cat(latents)
 
     def _retrieval(self, similarities: Tensor) -> dict[str, Retrieval]:
-        """Rank clips for each caption (key "") and captions for each clip (key "audio_") by similarity."""
+        """Rank by similarity the clips for each caption (key "") and the captions for each clip (key "audio_")."""
         describes = self._describes.to(similarities.device)
         # One query for each pair of clip and caption, as in the literature.
         caption_of_clip = describes.long().argmax(dim=0)

@@ -70,7 +70,7 @@ class LayerContrast:
 class LayerHeads(nn.Module):
     """Projections of each pair of layers to a common space, and a contrastive loss for each pair of layers.
 
-    In `dims` and in each pair of `layers`, the audio tower comes first.
+    The first number of `dims` and of each pair in `layers` belongs to the audio tower, the second to the text tower.
     """
 
     def __init__(

@@ -82,7 +82,7 @@ class ContrastiveLoss(nn.Module, ABC):
 
     @abstractmethod
     def chance(self, num_clips: int, texts_per_clip: float) -> float:
-        """Loss (nats) of guessing, when all latents are equal and all texts differ; 0 for one clip."""
+        """Loss (nats) of a model that guesses: its latents are all equal, while all texts differ; 0 for one clip."""
 
     @abstractmethod
     def _loss(self, pairs: _Pairs) -> Tensor:
@@ -112,9 +112,9 @@ class ContrastiveLoss(nn.Module, ABC):
 class SoftmaxContrastiveLearning(ContrastiveLoss):
     """Contrastive loss by cross entropy in both directions, audio to text and text to audio (arXiv:2208.12415).
 
-    The audio-to-text loss classifies each text of a clip among the texts of other clips, averaged over the texts of a
-    clip and then over clips. The text-to-audio loss classifies the clip of each text, averaged over texts. The total
-    loss is the mean of the audio-to-text loss and the text-to-audio loss.
+    The audio-to-text loss is the cross entropy of each text against the texts of other clips, averaged over the texts
+    of a clip and then over clips. The text-to-audio loss is the cross entropy of the clip of each text against other
+    clips, averaged over texts. The total loss is the mean of the audio-to-text loss and the text-to-audio loss.
 
     Args:
         decoupled: Whether to leave the matching pair out of the denominator (arXiv:2110.06848, eq. 5), which helps
@@ -130,7 +130,7 @@ class SoftmaxContrastiveLearning(ContrastiveLoss):
         self.decoupled = decoupled
 
     def chance(self, num_clips: int, texts_per_clip: float) -> float:
-        """Loss (nats) of guessing, when all latents are equal; `ln num_clips` for one text per clip."""
+        """Loss (nats) of a model whose latents are all equal, e.g. `ln num_clips` for one text per clip."""
         if num_clips < 2:
             return 0.0
         match, other_clips = 0 if self.decoupled else 1, num_clips - 1
@@ -147,7 +147,7 @@ class SoftmaxContrastiveLearning(ContrastiveLoss):
         return ((to_text / texts_of_clip).sum() / num_clips + to_audio.mean()) / 2
 
     def _cross_entropy(self, excess: Tensor, has_contrast: Tensor) -> Tensor:
-        """Compute the negative log-probability `[k]` of matches; `excess` is `logsumexp(contrasts) - match`."""
+        """Compute the cross entropy `[k]` of k matching pairs; `excess` is `logsumexp(contrasts) - match`."""
         if self.decoupled:
             return excess.where(has_contrast, 0.0)
         return -F.logsigmoid(-excess)
@@ -172,7 +172,7 @@ class SigmoidContrastiveLearning(ContrastiveLoss):
         self.bias = nn.Parameter(torch.tensor(init_bias))
 
     def chance(self, num_clips: int, texts_per_clip: float) -> float:
-        """Loss (nats) of guessing, when all latents are equal and the bias is optimal."""
+        """Loss (nats) of a model whose latents are all equal and whose bias is optimal."""
         if num_clips < 2:
             return 0.0
         contrasts = texts_per_clip * (num_clips - 1)
@@ -188,7 +188,7 @@ class SigmoidContrastiveLearning(ContrastiveLoss):
 
 
 def _checked_clip_index(audio: Tensor, text: Tensor, captions: Tensor | None, clip_index: Tensor | None) -> Tensor:
-    """Check the shapes, and return `clip_index [k]` int64 on the device of the latents."""
+    """Check the arguments; return the clip index of each of k texts, `[k]` int64, on the device of `audio`."""
     if audio.ndim != 2 or text.ndim != 2 or audio.shape[1] != text.shape[1]:
         raise ValueError(
             f"need audio latents [b, d] and text latents [k, d], got {tuple(audio.shape)} and {tuple(text.shape)}"

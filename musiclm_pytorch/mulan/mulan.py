@@ -120,12 +120,12 @@ class MuLaN(JointEmbedding):
         return outputs if self.layer_contrast is None else outputs + self.layer_contrast.weight * sum(layers)
 
     def _audio_levels(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Embed clips as unit vectors `[b, 1 + pairs, dim_latent]`: the output and all layers in `layer_contrast`."""
+        """Embed clips as unit vectors `[b, 1 + pairs, dim_latent]`: one of the output, and one per pair of layers."""
         states = self.audio.embed_layers(wavs, lengths, layers=[self.audio.depth, *self.layer_heads.audio_layers])
         return _unit_rows(states, [self.audio_to_latent, *self.layer_heads.audio_to_latent])
 
     def _text_levels(self, ids: Tensor) -> Tensor:
-        """Embed texts as unit vectors `[k, 1 + pairs, dim_latent]`: the output and all layers in `layer_contrast`."""
+        """Embed k texts as unit vectors `[k, 1 + pairs, dim_latent]`: one of the output, and one per pair of layers."""
         states = self.text.embed_layers(ids, layers=[self.text.depth, *self.layer_heads.text_layers])
         return _unit_rows(states, [self.text_to_latent, *self.layer_heads.text_to_latent])
 
@@ -145,7 +145,7 @@ def _unit_rows(states: Tensor, heads: Sequence[Any]) -> Tensor:
 
 
 def _in_chunks(embed: Callable[..., Tensor], chunk_size: int | None, *rows: Tensor) -> Tensor:
-    """Call `embed` for chunks of `chunk_size` rows; backward repeats each chunk with the same random numbers."""
+    """Call `embed` for chunks of `chunk_size` rows; to save memory, backward computes each output again."""
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, or None for one chunk; got {chunk_size}")
     if chunk_size is None or chunk_size >= len(rows[0]):

@@ -37,7 +37,7 @@ _TRUTHS = {"true": True, "false": False, "1": True, "0": False, "": None}
 
 @dataclass(frozen=True)
 class CaptionedClip:
-    """Clip of a video with its descriptions in the MusicCaps table; `about` has the values of the other columns."""
+    """Clip of a video in the MusicCaps table; `about` has the table columns that no other field contains."""
 
     ytid: str
     start_seconds: float
@@ -57,7 +57,7 @@ class CaptionedClip:
 class MusicCapsItems:
     """Usable clips of the MusicCaps table in the order of the table, rejected files with reasons, and missing clips.
 
-    The items have the labels `aspects` (a list) and `musiccaps` (the values of all other columns).
+    The items have the labels `aspects` (a list) and `musiccaps` (the table columns in `CaptionedClip.about`).
     """
 
     items: list[AudioItem]
@@ -104,7 +104,7 @@ def musiccaps_items(table: str | Path, clips: str | Path) -> MusicCapsItems:
             found.append((clip, file))
     if not found:
         first = " or ".join(f"{name}.wav" for name in described[0].file_names)
-        raise ValueError(f"{clips}: contains none of the {len(described)} clips of {table}; the first is named {first}")
+        raise ValueError(f"{clips}: contains none of the {len(described)} clips of {table}; expected e.g. {first}")
     if missing:
         ids = _list_names([clip.ytid for clip in missing])
         logger.warning("%s: %d of %d clips of %s are missing: %s", clips, len(missing), len(described), table, ids)

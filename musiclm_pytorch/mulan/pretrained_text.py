@@ -24,7 +24,7 @@ class TransformersTextEncoder(PublishedTextEncoder, TextTower):
     """Text tower from a published encoder, which embeds a text as the mean over all tokens, special tokens included.
 
     With `frozen=False`, the encoder is trained with the MuLaN and with dropout. Texts are truncated to `max_seq_len`
-    tokens. `PublishedTextEncoder` describes the other arguments.
+    tokens. `PublishedTextEncoder` describes the arguments except `frozen` and `max_seq_len`.
     """
 
     @beartype
@@ -47,12 +47,12 @@ class TransformersTextEncoder(PublishedTextEncoder, TextTower):
 
     @property
     def options(self) -> dict[str, Any]:
-        """JSON-able constructor arguments that are not settings of the model or its tokenizer."""
+        """JSON-able constructor arguments that are saved in addition to the model and its tokenizer."""
         return {"frozen": self.frozen, "max_seq_len": self._text.max_tokens}
 
     @beartype
     def embed_layers(self, texts: str | Sequence[str] | Tensor, *, layers: Sequence[int]) -> Tensor:
-        """Embed texts as `[l, b, dim]` float32; see `TextTower`."""
+        """Embed texts as the outputs `[l, b, dim]` float32 of l layers; see `TextTower`."""
         if not all(0 <= layer <= self.depth for layer in layers):
             raise ValueError(f"layers must be in 0..{self.depth}, got {tuple(layers)}")
         ids = self.tokenize(texts).to(device_of(self.model))

@@ -99,7 +99,7 @@ class SpecAugment(nn.Module):
         return torch.lerp(below, above, (at - lower).unsqueeze(1)), stretched
 
     def mask(self, image: Tensor, num_frames: Tensor) -> Tensor:
-        """In each standardised spectrogram of `[b, bins, f]`, set one band of bins and one span of frames to 0."""
+        """In training, set a random band of bins and a random span of frames of each spectrogram `[bins, f]` to 0."""
         if not self.training:
             return image
         bins = torch.full_like(num_frames, image.shape[1])
@@ -131,7 +131,7 @@ def log_spectrogram(
 
 
 def _random_span(sizes: Tensor, fraction: float, size: int) -> Tensor:
-    """Mask `[b, size]` with a random span in each row i, of up to `fraction` of the first `sizes[i]` positions."""
+    """Mark a random span in each row i of a mask `[b, size]`: at most `fraction` of the first `sizes[i]` positions."""
     width, start = torch.rand(2, len(sizes), device=sizes.device)
     widths = (width * (sizes * fraction + 1)).long().clamp(max=(sizes * fraction).long())
     starts = (start * (sizes - widths + 1)).long()

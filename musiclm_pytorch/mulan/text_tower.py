@@ -112,7 +112,7 @@ class TextTransformer(TextTower):
 
     @beartype
     def embed_layers(self, texts: str | Sequence[str] | Tensor, *, layers: Sequence[int]) -> Tensor:
-        """Embed texts as `[l, b, dim]` float32; see `TextTower`."""
+        """Embed texts as the outputs `[l, b, dim]` float32 of l layers; see `TextTower`."""
         ids = self.tokenize(texts).to(self.embedding.weight.device)
         return pooled_layers(self.encoder, self.embedding(ids.clamp(min=0)), ids >= 0, layers)
 

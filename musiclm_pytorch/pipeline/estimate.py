@@ -176,7 +176,7 @@ class _Probe:
         return StepEstimate(step, 0, num_tokens, disk_bytes, seconds)
 
     def _seconds(self, step: str, work: Callable[[], None]) -> float:
-        """Measure the shortest duration of three calls of `work`; return 0 for a finished step."""
+        """Call `work` three times and return the shortest duration in seconds; return 0 if `step` is finished."""
         if self.pipeline.is_done(step):
             return 0.0
         seconds = []

@@ -56,7 +56,7 @@ STEPS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class StepReport:
-    """Name of a finished step, its time in seconds over all sessions, and a line of metrics."""
+    """Name of a finished step, its duration in seconds (including interrupted runs), and a line of metrics."""
 
     step: str
     seconds: float
@@ -73,8 +73,8 @@ def check_step(step: str) -> None:
 class Pipeline:
     """Training pipeline, which runs all steps for one folder of audio and writes the results to one output folder.
 
-    Only the methods `run` and `assemble` write files. Each step writes its result to `OUT/<step>/model`, except for the
-    tokens in `OUT/tokens`. The method `assemble` writes the whole model to `OUT/model`.
+    Only the methods `run` and `assemble` write files. Each step writes its result to `OUT/<step>/model`, but the step
+    `tokens` writes to `OUT/tokens`. The method `assemble` writes the whole model to `OUT/model`.
 
     Args:
         data: Folder of audio files, or a folder or file with a JSONL manifest.
@@ -261,7 +261,7 @@ class Pipeline:
     def _save(self, step: str, module: nn.Module, frozen: nn.Module | None = None) -> None:
         """Save the module of a step as fp16, so that later steps use the weights of the exported model.
 
-        If fp16 would round the weights of `frozen` (the module or a part of it), all weights keep their type.
+        If fp16 would round weights of `frozen` (the module or a part of it), no weight of the module is rounded.
         """
         if self.accelerator.is_main_process:
             dtype = torch.float16 if frozen is None else exact_dtype(frozen, torch.float16)
@@ -338,7 +338,7 @@ class Pipeline:
         return dict(results_folder=self.out / step, accelerator=self.accelerator, seed=self.seed)
 
     def _train(self, trainer: Any) -> dict[str, Any]:
-        """Train a model to the end; return the last metrics, with the time of earlier sessions as `earlier_seconds`."""
+        """Train to the last step; return the last metrics, with the time of interrupted runs as `earlier_seconds`."""
         started = time.monotonic()
         result = trainer.train()
         total = float(read_json(trainer.results_folder / "finished.json")["seconds"])

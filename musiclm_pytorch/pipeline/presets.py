@@ -97,7 +97,7 @@ class MuLaNConfig(TransformerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizerConfig:
-    """Sizes of the quantizer of MuLaN embeddings; MusicLM has 12 levels of 1024 codes, for a very large corpus."""
+    """Sizes of the quantizer of MuLaN embeddings; the MusicLM paper uses 12 levels of 1024 codes for a huge corpus."""
 
     num_quantizers: int
     codebook_size: int
@@ -136,7 +136,7 @@ class Preset:
 
     @beartype
     def scaled(self, scale: float | int) -> "Preset":
-        """Copy the preset with all numbers of training steps multiplied by `scale`, but to at least ten steps."""
+        """Copy the preset and multiply every number of training steps by `scale`; each result is at least 10 steps."""
         if not 0 < scale < math.inf:
             raise ValueError(f"scale must be positive, got {scale}; use 1 for the full number of steps")
         if scale == 1:

@@ -39,9 +39,9 @@ def compute_tokens(
     """Encode every audio file, and write one record per file into shards; an interrupted call can be continued.
 
     A record has the tokens `semantic [t]` and `acoustic [f, q]`, the texts `captions` (see `encode_texts`), and
-    `duration_seconds`. The MuLaN latents of a record are `latents [w, d]` of windows and `text_latents [k, d]`. The
-    codec receives all channels of a wave, the other models receive the mean of the channels. The fingerprint of the
-    shards includes the entries of `origin`. Each process of the accelerator encodes a share of the files.
+    `duration_seconds`. The MuLaN latents of a record are `latents [w, d]` (windows) and `text_latents [k, d]`
+    (captions). The codec receives all channels of a wave, the other models receive the mean of the channels. `origin`
+    is added to the fingerprint of the shards. Each process of the accelerator encodes a share of the files.
     """
     fingerprint = {**shard_fingerprint(semantic_tokenizer, codec), "mulan": part_fingerprint(mulan), **origin}
     codec_hz, semantic_hz, mulan_hz = codec.target_sample_hz, semantic_tokenizer.target_sample_hz, mulan.sample_hz

@@ -7,8 +7,8 @@ Prompts and test words are takes 5 to 9 of each digit and speaker, which are nev
 trained on takes 10 to 47 and validated on takes 48 and 49. The codec and the semantic tokenizer are trained on takes 10
 to 49.
 
-Single words are too short for a continuation. Words of one speaker are joined into clips of 5 s, with pauses of 0.15 to
-0.4 s of digital silence. Running the command again continues an interrupted training.
+One word is too short to train continuations, so words of one speaker are joined into clips of 5 s, with pauses of 0.15
+to 0.4 s of digital silence. Running the command again continues an interrupted training.
 """
 
 import sys
@@ -277,7 +277,7 @@ def memory_metrics(folder: Path, sample_hz: int) -> list[Metric]:
     """Measure the peak memory (MiB) of processes that generate 10 s and 60 s, as one wave and as a stream of chunks.
 
     Each memory metric contains the median, the smallest and the largest value of three processes. Further metrics are
-    the difference in peak memory between 10 s and 60 s, and the size of the audio of 60 s.
+    how much the peak memory grows from 10 s to 60 s, and the size of 60 s of float32 audio.
     """
     metrics = []
     for name, in_chunks in (("generate", False), ("stream", True)):

@@ -46,7 +46,7 @@ def _is_solo(labels: Mapping[str, Any]) -> bool:
 
 
 def _backing(labels: Mapping[str, Any], words: Wordings, rng: Random) -> str:
-    """Draw words for the accompaniment, such as " with string chords and drums"; return "" without labels."""
+    """Draw words for the accompaniment, e.g. " with string chords and drums"; return "" if no label describes it."""
     players = []
     if labels.get("chords") is not None:
         players.append(rng.choice(words.chords[labels["chords"]]))

@@ -133,7 +133,7 @@ class _Composer:
         return bars
 
     def _chords_of_groups(self, names: tuple[Chord, ...]) -> tuple[Chord, ...]:
-        """Select a chord for each group of notes in a bar; a bar with only one group uses the last chord."""
+        """Select one of the chords `names` for each group of notes in a bar; a bar of one group has the last chord."""
         count = len(self.metre.groups)
         if count == 1:
             return (names[-1],)

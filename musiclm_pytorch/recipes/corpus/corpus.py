@@ -170,7 +170,7 @@ def _render(plans: Sequence[ClipPlan], out: Path) -> None:
 def _missing_runs(plans: Sequence[ClipPlan], out: Path) -> Iterator[Sequence[ClipPlan]]:
     """Find the groups of `CLIPS_PER_RUN` clips in which an audio file is missing.
 
-    A group of clips is rendered as a whole, so that the sound does not depend on an earlier interruption.
+    All clips of a group with a missing file are rendered again, so that interruptions do not change the audio.
     """
     for first in range(0, len(plans), CLIPS_PER_RUN):
         run = plans[first : first + CLIPS_PER_RUN]

@@ -60,7 +60,7 @@ def _tick(seconds: float) -> int:
 
 
 def _messages(event: Note | ProgramChange | ControlChange) -> list[tuple[int, int, bytes]]:
-    """Convert an event to MIDI messages (tick, order, bytes); `order` lets notes end before other notes start."""
+    """Convert an event to MIDI messages (tick, order, bytes); `order` puts the ends of notes first in a tick."""
     if not 0 <= event.channel <= 15:
         raise ValueError(f"a MIDI channel must be in 0..15, got {event.channel} in {event}")
     if event.start_seconds < 0:

@@ -1,7 +1,7 @@
 """Rendering of MIDI events with FluidSynth and the FluidR3 General MIDI soundfont.
 
 One run of the synthesizer renders many clips from one MIDI file, because loading the soundfont (148 MB) takes longer
-than rendering a clip. Silence between the clips lets the reverb decay.
+than rendering a clip. Silence after each clip lets its reverb decay before the next clip.
 """
 
 import shutil

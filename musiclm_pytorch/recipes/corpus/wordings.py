@@ -1,8 +1,8 @@
 """Words and templates of captions, separately for training captions and held-out captions.
 
-Held-out captions contain new phrases of words that occur in training captions. For example, "at a quick pace" is a
-held-out phrase, and training captions contain "quick" and "at a brisk pace". All captions use the same names of
-instruments and dances.
+Held-out captions contain phrases that training captions lack, but the main words occur in both. For example, "at a
+quick pace" is a held-out phrase, and training captions contain "quick" and "at a brisk pace". Instruments and dances
+have equal names in training captions and in held-out captions.
 
 Caption templates are sentences with slots. Words for the labels of a clip fill the slots `{instrument}`, `{tempo}`,
 `{pace}`, `{dance}`, `{mode}` and `{key}`. Words for the accompaniment fill the slot `{backing}`. Words for the pitch

@@ -114,7 +114,7 @@ class AttributeClassifier(nn.Module):
         return classifier.eval().requires_grad_(False)
 
     def _standardise(self, inputs: Tensor) -> Tensor:
-        """Standardise features with the training statistics, and limit the influence of single features."""
+        """Standardise features with the mean and scale of the training clips, and clip large deviations."""
         return ((inputs - self.mean) / self.scale).clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS)
 
     def describe(self, waves: Tensor, sample_hz: int) -> Tensor:

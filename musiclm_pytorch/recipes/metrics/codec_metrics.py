@@ -114,7 +114,7 @@ def _measure_copy(
     target: Tensor,
     sample_hz: int,
 ) -> CopyMetrics:
-    """Measure the distance of a copy to the real clips `target`, and the classifier accuracy on the copy."""
+    """Measure how far decoded clips are from the real clips `target`, and the classifier accuracy on decoded clips."""
     accuracy, kept = {}, {}
     for attribute, classes in truth.items():
         balanced = attribute not in PLAIN_ACCURACY

@@ -40,7 +40,7 @@ PLAIN_ACCURACY = ("instrument",)
 
 @dataclass(frozen=True)
 class Generations:
-    """Generated waves `[b, n]` for b prompts: the best candidate and the first candidate of each prompt."""
+    """Generated waves `[b, n]` of b prompts: the candidate most similar to the prompt, and the first candidate."""
 
     best: Tensor
     first: Tensor
@@ -102,7 +102,7 @@ def from_audio(
         batch_size: Number of waves per batch.
 
     Returns:
-        Generated waves `[b, m]` at the sample rate of the model, on the CPU.
+        Generated waves, one row per real wave, at the sample rate of the model, on the CPU.
     """
     quantizer = model.mulan_embed_quantizer
     codes = quantizer.codes_from_latents(audio_latents(quantizer, waves, sample_hz, batch_size), "audio")

@@ -1,4 +1,4 @@
-"""Metrics of a MusicLM, with the attributes, retrieval, codes and novelty of generated music.
+"""Metrics of a MusicLM: how well generated music agrees with its captions, and how new the generated music is.
 
 Run as `python -m musiclm_pytorch.recipes.metrics.model_metrics --model DIR --data TUNES --out metrics.json`.
 """
@@ -122,7 +122,7 @@ def measure(model: "MusicLM", classifier: AttributeClassifier, clips: ClipSet, s
 def _attributes(
     classifier: AttributeClassifier, clips: ClipSet, conditions: dict[str, Tensor], sample_hz: int
 ) -> list[Metric]:
-    """Measure attributes of all held-out clips, and of clips with a pair of attributes that no training clip has."""
+    """Measure attributes of generated clips, for all held-out captions and for attribute pairs unseen in training."""
     truth = clips.truth(classifier)
     metrics = []
     for condition, waves in conditions.items():
@@ -137,7 +137,7 @@ def _attributes(
 
 
 def _shuffled(classifier: AttributeClassifier, clips: ClipSet, generations: Tensor, sample_hz: int) -> list[Metric]:
-    """Compare generated clips with the attributes of other captions, as a control experiment."""
+    """Compare each generated clip with the attributes of another caption, as a control experiment."""
     other = other_clips(len(clips.valid))
     truth = {name: [names[index] for index in other] for name, names in clips.truth(classifier).items()}
     return attribute_metrics(

@@ -150,10 +150,10 @@ def speaker_metrics(truth: Sequence[str], answers: Mapping[str, Sequence[str]]) 
 
     Args:
         truth: True speaker of each prompt.
-        answers: Predicted speaker of each wave, by the name of the set of waves.
+        answers: For the name of each set of waves, the predicted speaker of each wave, in the order of `truth`.
 
     Returns:
-        One metric per set of waves, and a control metric that exchanges the prompts of the first set.
+        One metric per set of waves, and a control metric that compares each wave of the first set with another prompt.
     """
     metrics = [accuracy_metric(f"speaker kept / {name}", truth, speakers) for name, speakers in answers.items()]
     name, speakers = next(iter(answers.items()))
@@ -166,7 +166,7 @@ def confidence_metrics(words: Mapping[str, RecognizedWords], reference: str) -> 
     """Measure the share of words whose confidence is at least the 5th percentile of the reference words.
 
     Args:
-        words: Recognized words, by the name of the set of recordings.
+        words: For the name of each set of recordings, the words that the classifier recognized.
         reference: Name of the set of recordings with the reference words.
     """
     limit = float(np.quantile(words[reference].confidences, 0.05))

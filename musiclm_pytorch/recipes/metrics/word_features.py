@@ -82,7 +82,7 @@ class WordFeatures(nn.Module):
         return torch.stack(rows)
 
     def _describe(self, energy: Tensor) -> Tensor:
-        """Compute the features of the spectrogram `[m, f]` of one word."""
+        """Compute the features of one word from its spectrogram `[m, f]` of m mel bands."""
         level = reduce(energy, "m f -> f", "sum")
         loud = (level >= level.max() * 10.0 ** (-_PAUSE_DB / 10)).nonzero()
         word = energy[:, int(loud[0]) : int(loud[-1]) + 1]
