@@ -25,7 +25,7 @@ class CodecRow:
     """Row of a codec report: mean distances between reconstructed and original clips, bitrate, codebook usage.
 
     `stft_distance` computes `stft`, and `MultiScaleMelLoss` computes `mel_nepers`. `seconds` is the total length of the
-    clips, and `kbps` is None if the waves were not encoded. `usage` is the share of codes used, per codebook level.
+    clips, and `kbps` is None if the waves were not encoded. `usage` is the share of codes that occur in each level.
     """
 
     name: str

@@ -110,7 +110,7 @@ class CaptionSampler:
             )
 
     def sample(self, item: AudioItem, epoch: int, index: int) -> list[str]:
-        """Select up to `captions_per_clip` different texts of a clip; none for a clip without captions and aspects.
+        """Select up to `captions_per_clip` different texts of a clip; no text if it has neither captions nor aspects.
 
         `epoch` is the number of the pass over the data, and `index` is the number of the clip; both count from 0.
         """

@@ -150,9 +150,9 @@ def text_classes(truth: Tensor, relevant: Tensor) -> Tensor:
 def top_clip_metrics(name: str, similarities: Tensor, relevant: Tensor, tests: Sequence[TagTest]) -> list[Metric]:
     """Measure for each label how often the clip most similar to a caption has the right class (balanced accuracy).
 
-    The right class is the class of the clips that the caption describes. Captions whose clips have no common class and
-    labels with fewer than two classes are left out. The chance level is the accuracy of selecting a random clip.
-    `similarities` and `relevant` are `[t, c]`, with a row per caption and a column per clip.
+    The right class is the class of the clips that the caption describes. Captions whose clips have no common class are
+    left out, and so are labels with fewer than two classes. The chance level is the accuracy of selecting a random
+    clip. `similarities` and `relevant` are `[t, c]`, with a row per caption and a column per clip.
     """
     top = similarities.argmax(dim=1)
     metrics = []

@@ -149,7 +149,7 @@ class MuLaNTrainer:
         folder: Folder with `train.jsonl` (`audio`, `caption`, optionally a list `captions`), and optionally
             `valid.jsonl`; or a `.jsonl` file; or a folder of audio files with a text file beside each audio file.
         items: Training items and held-out items, instead of `folder`; items without captions and aspects are left out.
-        batch_size: Clips per step and process, which are contrasted with each other.
+        batch_size: Clips per step and process; the loss contrasts the clips of all processes with each other.
         seconds: Length of the crops; files that are shorter are used whole.
         chunk_size: Number of clips, and of texts, that are embedded at a time; see `MuLaN.forward`.
         labels: Labels of the held-out files for zero-shot tagging; None = all labels that can be used for tagging.

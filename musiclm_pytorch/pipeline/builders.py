@@ -102,7 +102,7 @@ def build_mulan(preset: Preset, captions: Sequence[str]) -> MuLaN:
 
 @beartype
 def build_quantizer(preset: Preset, mulan: JointEmbedding, num_clips: int) -> MuLaNEmbedQuantizer:
-    """Build an unfitted quantizer for `num_clips` clips, with at most `num_clips` codes per level."""
+    """Build an unfitted quantizer of MuLaN latents; a level has at most one code per training clip (`num_clips`)."""
     return MuLaNEmbedQuantizer(
         mulan=mulan,
         conditioning_dims=[getattr(preset, stage).dim for stage in STAGES],

@@ -304,7 +304,7 @@ class Pipeline:
 
     @beartype
     def tokens(self) -> list[TokenShards]:
-        """Return tokens and MuLaN latents of the training files and the held-out files; compute only missing ones."""
+        """Return tokens and MuLaN latents of the training files and the held-out files, computed where missing."""
         models = {
             "codec": self._load("codec", Codec),
             "semantic_tokenizer": self._load("semantic-tokenizer", SemanticTokenizer),

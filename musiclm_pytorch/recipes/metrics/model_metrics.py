@@ -83,7 +83,7 @@ class ClipSet:
         return [item.caption or "" for item in self.valid]
 
     def truth(self, classifier: AttributeClassifier) -> dict[str, list[str]]:
-        """Return the labels of the held-out clips, for attributes whose values are all classes of the classifier."""
+        """Return the labels of the held-out clips, for attributes of which every value is a class of `classifier`."""
         truth = {name: labels_of(self.valid, name) for name in classifier.classes}
         unknown = [name for name, names in truth.items() if set(names) - set(classifier.classes[name])]
         if unknown:

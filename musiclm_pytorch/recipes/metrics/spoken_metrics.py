@@ -110,7 +110,7 @@ def recognized_words(
 ) -> RecognizedWords:
     """Cut recordings `[b, n]` at their pauses and classify the digit of each whole word.
 
-    `backwards` reverses the words in time, as a control with the sounds of a voice but without digits.
+    `backwards` reverses the words in time; this control has the sounds of a voice, but contains no digits.
     """
     words = [word for wave in waves for word in cut_words(wave, sample_hz, whole_only=True)]
     if not words:
@@ -163,11 +163,11 @@ def speaker_metrics(truth: Sequence[str], answers: Mapping[str, Sequence[str]]) 
 
 @beartype
 def confidence_metrics(words: Mapping[str, RecognizedWords], reference: str) -> list[Metric]:
-    """Measure the share of words whose confidence is at least the 5th percentile of the reference words.
+    """Measure the share of words whose confidence is at least the 5th percentile of the reference confidences.
 
     Args:
         words: For the name of each set of recordings, the words that the classifier recognized.
-        reference: Name of the set of recordings with the reference words.
+        reference: Name of the set of recordings with the reference confidences.
     """
     limit = float(np.quantile(words[reference].confidences, 0.05))
     metrics = []
