@@ -70,8 +70,8 @@ def mel_edges(
 def triangular_filters(edges_hz: "np.ndarray[Any, Any]", sample_hz: int, n_fft: int) -> "np.ndarray[Any, Any]":
     """Build triangular filters over FFT bins; filter i rises from edge i to edge i + 1 and falls to edge i + 2.
 
-    The edges `[m + 2]` of the filters must be in ascending order. The filters `[m, n_fft // 2 + 1]` are float64. The
-    peak of each filter is 1, but it can lie between two FFT bins; the largest weight is then below 1.
+    For m filters, `edges_hz` contains m + 2 edges in ascending order. The filters `[m, n_fft // 2 + 1]` are float64.
+    The peak of each filter is 1, but it can lie between two FFT bins; the largest weight is then below 1.
     """
     lower, centre, upper = (rearrange(edges_hz[i : len(edges_hz) - 2 + i], "m -> m 1") for i in range(3))
     bins_hz = np.arange(n_fft // 2 + 1) * sample_hz / n_fft

@@ -54,7 +54,7 @@ def items_by_length(wave: Tensor, lengths: Tensor | None) -> Iterator[tuple[Tens
     """Split a padded batch `[b, n]` or `[b, c, n]` into batches of items of equal length, without padding.
 
     Yields:
-        Indices `[r]` of all items of equal length, and the waves `[r, length]` or `[r, c, length]` of these items.
+        For each length, the indices `[r]` of the r items of this length, and their waves `[r, (c,) length]`.
     """
     if lengths is None:
         yield torch.arange(len(wave), device=wave.device), wave
@@ -69,7 +69,7 @@ def resampled_items(wave: Tensor, from_hz: int, to_hz: int, lengths: Tensor | No
     """Resample every item of `wave [b, n]` without its padding, so that padding does not change the result.
 
     Returns:
-        The waves `[b, m]` at `to_hz`, padded with zeros, and the number of samples of each item `[b]`.
+        The resampled waves, padded with zeros to the longest, and the number of samples `[b]` of each wave.
     """
     if from_hz < 1:
         raise ValueError(f"input_sample_hz must be positive, got {from_hz}")

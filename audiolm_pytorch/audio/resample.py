@@ -90,7 +90,7 @@ class StreamingResampler:
         return output
 
     def finish(self) -> Tensor:
-        """Return the remaining samples `[c, m]` after the last chunk; `push` must not be called afterwards."""
+        """Return the remaining samples `[c, n]` after the last chunk; `push` must not be called afterwards."""
         remaining = resampled_length(self.num_received, self.from_hz, self.to_hz) - self.num_returned
         if self._stream is None or remaining <= 0:
             return torch.zeros(self.channels, 0)

@@ -113,7 +113,7 @@ class CropDataset:
         }
 
     def _decoded(self, index: int, start: int, stop: int) -> Tensor:
-        """Return samples `start <= i < stop` of a file at the highest sample rate, `[n]` or `[c, n]`."""
+        """Return samples `start <= i < stop` of a file at the highest of the `rates_hz`, `[n]` or `[c, n]`."""
         item, hz = self.items[index], self._decode_hz
         stop = min(stop, self._lengths[index])
         if index >= self._num_cached:

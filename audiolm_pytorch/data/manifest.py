@@ -68,7 +68,7 @@ class Rejected:
 
 @dataclass(frozen=True)
 class ItemReport:
-    """Usable audio files of a folder or manifest, in order, and the rejected files."""
+    """Usable audio files, in the order of the folder or manifest, and rejected files."""
 
     items: list[AudioItem]
     rejected: list[Rejected]

@@ -46,9 +46,9 @@ def write_shards(
     process that finds all chunks complete writes the file `index.json`.
 
     Args:
-        make_record: Function that returns record number `i` as a dict of arrays. All records need the same names, and
-            arrays of the same shape apart from the first dimension (time). Integers are stored as int16 or int32, and
-            floats as float16 or float32; only a float64 array without dimensions (a scalar) remains float64.
+        make_record: Function that returns record number `i` as a dict of arrays. All records need the same field names;
+            the shape of a field may differ in the first dimension only (time). Integers are stored as int16 or int32,
+            and floats as float16 or float32; only a float64 array without dimensions (a scalar) remains float64.
         fingerprint: JSON-compatible description of the records; another fingerprint in `folder` is an error.
         records_per_chunk: Number of records per chunk; an interrupted process loses at most one chunk.
     """

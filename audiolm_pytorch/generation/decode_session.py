@@ -39,7 +39,7 @@ class Decoded:
 
 
 class _Cell(NamedTuple):
-    """A column of a row, and the index of the head that predicts its token."""
+    """A column in a row of tokens, and the index of the output head that predicts the token in this column."""
 
     head: int
     column: int
@@ -242,7 +242,7 @@ class DecodeSession:
         self.has_read = False
 
     def _sample(self, items: list[int], cells: list[_Cell]) -> dict[int, int]:
-        """Sample one token per item into each of `cells`. Return a dict from each item that ends to its frames."""
+        """Sample one token per item into each of `cells`. Return the frames of each item that ends."""
         key, transformer = tuple(cell.head for cell in cells), self.transformer
         if key not in self.heads and transformer is not None:
             self.heads[key] = _Heads(self.model, key, self.allow_eos, transformer.hidden)
@@ -319,7 +319,7 @@ class DecodeSession:
 
 
 def _missing_cells(missing: Tensor, head: Tensor) -> dict[int, tuple[_Cell, ...]]:
-    """Map each row of one item to the cells of its missing tokens; `missing` is `[rows, columns]`."""
+    """Map each row of an item to its missing cells; `missing [rows, columns]` is True where a token is missing."""
     cells: dict[int, tuple[_Cell, ...]] = {}
     for row, column in missing.nonzero().tolist():
         cells[row] = (*cells.get(row, ()), _Cell(int(head[row, column]), column))

@@ -24,7 +24,7 @@ DEFAULT_SECONDS = 5.0
 
 @dataclass(frozen=True, eq=False)
 class GenerationLengths:
-    """Requested lengths and prompt tokens of all items. A sampled end token can make an item shorter.
+    """Requested lengths and prompt tokens of all items. If a stage samples an end token, the item becomes shorter.
 
     Attributes:
         num_samples: Number of audio samples of every item.
@@ -173,7 +173,7 @@ def stage_conditions(
     codes: Tensor | None = None,
     states: ConditionTensor | None = None,
 ) -> Conditions | None:
-    """Compute the conditions `codes` and `text` of a stage. Return None if there is no text, wave or code.
+    """Compute the conditions `codes` and `text` of a stage. Return None if no text, wave or code is passed.
 
     States are computed from the text. Codes are also computed from the text, unless `wavs` or `codes` is passed.
 

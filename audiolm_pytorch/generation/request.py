@@ -32,12 +32,12 @@ class GenerationRequest:
         batch_size: Number of items b; all other inputs have 1 or b items. If `batch_size` is 1, the other inputs
             determine b.
         seconds: Duration of every result, prompt included, rounded up to whole codec frames; None = the duration of
-            `semantic_tokens` or, without them, of the prompt plus 5 s. Items with a sampled end token are shorter.
+            `semantic_tokens` or, without them, of the prompt plus 5 s. A sampled end token makes a result shorter.
         text: Texts to condition on; the audio conditioner computes their codes and the text conditioner their states.
         wavs: Waves `[b, n]` to condition on, at the sample rate of the audio conditioner.
         codes: Codes `[b, q]` to condition on, computed by the audio conditioner.
-        conditions: Embeddings `[b, d]` or `[b, m, d]` of further conditions by name. A stage uses those of the
-            `conditions` that its transformer accepts.
+        conditions: Embeddings `[b, d]`, or `[b, m, d]` for m embeddings per item, of further conditions by name. A
+            stage uses those of the `conditions` that its transformer accepts.
         conditioning: Precomputed conditions by stage name, then by name of the condition; codes must be embedded with
             the table of the stage. A stage without an entry in `conditioning` uses `text`, `wavs` and `codes`.
         input_streams: Tokens `[b, f, levels]` and lengths of the extra input streams of the stages, by stream name.
@@ -187,7 +187,7 @@ class GeneratedAudio:
 
     @property
     def wave(self) -> Tensor:
-        """All waves as one tensor `[b, n]` or `[b, c, n]`. Raises ValueError if their lengths differ."""
+        """All waves as one tensor `[b, n]` or `[b, c, n]`; raises a ValueError if the waves differ in length."""
         if not self.have_one_length:
             raise ValueError(
                 f"the items have {[wave.shape[-1] for wave in self.waves]} samples; use the list `waves`, or request "
@@ -248,7 +248,7 @@ class WaveStreams:
     def push(self, acoustic: TokenBatch, are_last: Sequence[bool]) -> list[Tensor]:
         """Decode the next tokens of every item to waves `[n_i]`, or `[c, n_i]` for a codec of several channels.
 
-        Samples that depend on later tokens are returned later. `are_last` is True for items without more tokens.
+        Samples that also depend on later tokens are returned by later calls. `are_last[i]`: item i has no later tokens.
         """
         return [self._push(item, *pair) for item, pair in enumerate(zip(acoustic.items(), are_last, strict=True))]
 

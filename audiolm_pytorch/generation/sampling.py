@@ -104,7 +104,7 @@ def item_generators(seeds: Sequence[int | torch.Generator] | None, batch: int) -
 
 
 def stage_generator(seed: int, stage: str) -> torch.Generator:
-    """Return a generator for one item in one stage. The same noise in all stages would correlate their tokens."""
+    """Return a generator of one item in one stage; equal noise in all stages would correlate their tokens."""
     digest = hashlib.sha256(f"{stage}:{seed}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 

@@ -21,7 +21,7 @@ __all__ = ["SlidingWindowDecoder", "StagePipeline", "plan_windows"]
 
 
 def plan_windows(num_frames: int, window_frames: int | None, alignment: int = 1) -> list[range]:
-    """Cover a sequence with windows. Each window starts in the middle of the previous one (MusicLM, sec. 5.4).
+    """Plan windows over a sequence. Each window starts in the middle of the previous window (MusicLM, sec. 5.4).
 
     Args:
         num_frames: Number of frames to cover; the start positions of windows do not depend on `num_frames`.
@@ -53,13 +53,13 @@ class SlidingWindowDecoder:
         model: A model with one predicted stream.
         num_frames: Requested frames, prompt included, `[b]` or one int.
         inputs: Tokens of input streams by name.
-        sources: Decoders that predict further input streams, by name; an item that ends early in a source is shortened.
+        sources: Decoders that predict further input streams, by name; an item that ends early there also ends here.
         prompt: Prompt tokens; None = no prompts.
         window_frames: Maximum number of frames of a window; None = one window over all frames.
         batch_size: Number of items b.
         conditioning: Conditions by name, of 1 or b items. If a condition has one embedding per frame, embedding i
             belongs to frame i of the whole sequence; if not, all windows receive the same condition.
-        settings: Sampling settings. `settings`, `seeds` and `allow_eos` are the same as in `DecodeSession`.
+        settings: Sampling settings. `DecodeSession` documents `seeds` and `allow_eos`.
         callback: Called after every row as `callback(known_frames, requested_frames)` of the longest item.
 
     Attributes:
@@ -179,7 +179,7 @@ class SlidingWindowDecoder:
         return bool((self.known_frames < num_frames).any())
 
     def _next_window(self) -> tuple[Tensor, Tensor]:
-        """Go to the next window with missing frames. Return its items `[k]` and the end frame `[k]` of each."""
+        """Go to the next window in which items lack frames. Return these items, and the stop frame of each item."""
         num_frames, known = self.num_frames, self.known_frames
         while True:
             stops = num_frames.clamp(max=self._windows[self._window_index].stop)
@@ -261,7 +261,7 @@ class SlidingWindowDecoder:
             self._window_index += 1
 
     def _report(self, row: int, num_rows: int) -> None:
-        """Convert the progress of a session to that of the whole sequence."""
+        """Report the decoded frames of the whole sequence to the callback."""
         if self._callback is not None and self._session is not None:
             start = self._windows[self._window_index].start
             self._callback(start + int(self._session.known_frames.max()), self._longest)

@@ -91,7 +91,7 @@ class StageTask:
         }
 
     def batch(self, indices: list[tuple[int, int]]) -> Any:
-        """Return training crops for pairs of an epoch and a recording index."""
+        """Return one training crop for each pair (epoch, recording index)."""
         return self.train.batch(indices)
 
     def loss(self, batch: Any, step: int) -> LossOutput:

@@ -109,7 +109,7 @@ class TokenTransformer(nn.Module):
         if further:
             self._config["conditions"] = {name: asdict(spec) for name, spec in further.items()}
         if further.keys() & {"codes", "text"}:
-            raise ValueError("the conditions codes and text are set by cond_dim and text_dim; rename the others")
+            raise ValueError("codes and text are set by cond_dim and text_dim; choose other names for `conditions`")
         specs |= further
         cross = any(spec.way == "cross" for spec in specs.values())
         self.transformer = Transformer(**sizes, dropout=dropout, cross=cross, **stack)

@@ -93,14 +93,14 @@ class StageSource(ABC):
 
     @abstractmethod
     def batch(self, indices: Sequence[tuple[int, int]]) -> Any:
-        """Return crops on the CPU for pairs of an epoch and a recording index. Equal seeds lead to equal crops."""
+        """Return one crop on the CPU for each pair (epoch, recording index). Equal seeds lead to equal crops."""
 
     @abstractmethod
     def read(self, batch: Any) -> StageInput:
         """Compute the inputs of the stage from a batch of crops, on the device of the batch."""
 
     def draws_text(self, epoch: int, index: int) -> bool:
-        """Draw whether the codes of a recording are computed from its caption (True) or its audio in an epoch."""
+        """Draw for an epoch whether the codes of a recording are computed from its caption (True) or audio (False)."""
         draw = np.random.default_rng([self.seed, epoch, index, _TEXT_DRAW]).random()
         return bool(draw < self.text_prob)
 
@@ -188,7 +188,7 @@ class WaveSource(StageSource):
         return any(self.captions)
 
     def batch(self, indices: Sequence[tuple[int, int]]) -> WaveBatch:
-        """Return crops for pairs of an epoch and a file index, at the rates of the tokenizers and conditioners."""
+        """Return one crop for each pair (epoch, file index), at the rates of the tokenizers and conditioners."""
         crops = collate_crops([self.crops.get(epoch, index) for epoch, index in indices])
         captions = [_caption_in_turn(self.captions[index], epoch) for epoch, index in indices]
         labels = [self.crops.items[index].labels for _, index in indices]
@@ -259,10 +259,10 @@ class _TokenCrop:
 class ShardSource(StageSource):
     """Random crops of token sequences that are stored in shards.
 
-    Shards need the tokens of the stage, `semantic [t]`, `acoustic [f, q]`, and extra streams by name. A conditioner
-    needs `latents [w, d]` of w windows at equal distances. `text_prob > 0` needs `text_latents [k, d]` of the captions.
-    A stage with a `text_dim` needs `captions`, see `encode_texts`. A further condition needs a field with its name, of
-    shape `[d]` or `[m, d]`. Extra streams without a rate are not cropped.
+    The shards need fields with the tokens of the stage: `semantic [t]`, `acoustic [f, q]`, extra streams by name. For a
+    conditioner, they need the field `latents [w, d]` of w windows at equal distances; for `text_prob > 0`,
+    `text_latents [k, d]` of k captions; for a `text_dim`, `captions` (see `encode_texts`); for a further condition, a
+    field with its name, `[d]` or `[embeddings, d]`. Extra streams without a rate are not cropped.
 
     Args:
         transformer: Language model of the stage; its streams declare the rates of the tokens.
@@ -325,7 +325,7 @@ class ShardSource(StageSource):
         return any(decode_texts(self.shards[index]["captions"]) for index in range(len(self)))
 
     def batch(self, indices: Sequence[tuple[int, int]]) -> _TokenBatch:
-        """Return crops for pairs of an epoch and a record index."""
+        """Return one crop for each pair (epoch, record index)."""
         crops = [self._crop(epoch, index) for epoch, index in indices]
         kinds = [*self.ratios, *self.timeless]
         return _TokenBatch(

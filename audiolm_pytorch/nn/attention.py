@@ -25,10 +25,10 @@ class AttentionContext:
         angles: Cosines and sines of rotary positions, `[b or 1, n, dim_head]` each; None = no rotary positions.
         bias: `[b or 1, h or 1, n or 1, n]`, float that is added to the scores, or a bool mask; None = no bias.
         is_causal: If True, row i attends to rows 0..i, and `bias` is None; if False, only `bias` excludes rows.
-        waves: The result of `WavePositionBias`, two tensors `[b or 1, h, n, r]`; None = no such bias.
+        waves: The result of `WavePositionBias`, two tensors `[b or 1, h, n, 2 num_waves]`; None = no such bias.
         states: `[b, s, d]` states for cross-attention.
         cross_mask: `[b, 1, 1, s]` bool, False where `states` are padding.
-        keys_values: If it is a list, each block appends its keys and values `[b, g, n, dim_head]`, for a cache.
+        keys_values: If it is a list, each block appends its keys and values `[b, kv_heads, n, dim_head]`, for a cache.
     """
 
     angles: tuple[Tensor, Tensor] | None = None
@@ -48,12 +48,12 @@ def attend(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """Compute scaled dot-product attention `[b, h, n, v]` with the fastest method for the device.
+    """Compute scaled dot-product attention with the fastest method for the device; return `[b, h, n, v]`.
 
     Args:
-        queries: `[b, h, n, d]`.
-        keys: `[b, g, k, d]`; g divides h. Each head of keys and values is shared by h / g consecutive heads of queries.
-        values: `[b, g, k, v]` with v at most d.
+        queries: `[b, h, n, d]`, h heads of n queries.
+        keys: `[b, g, k, d]`, g heads of k keys; h / g consecutive heads of queries share a head of keys and values.
+        values: `[b, g, k, v]`, values of width v, which is at most d.
         bias: Float that is added to the scores, or a bool mask; broadcastable to `[b, h, n, k]`.
         is_causal: If True, row i attends to keys 0..i, and `bias` must be None.
         scale: Factor of the inner products of queries and keys; None = `d ** -0.5`.

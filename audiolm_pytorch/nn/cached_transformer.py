@@ -1,7 +1,7 @@
 """A causal transformer prepared for decoding: it computes one row of every item at a time with cached keys and values.
 
-A row needs few operators, because the call of an operator takes most of the time in small models. All rows use the same
-tensors, and the program never waits for results of a GPU, so that the operators can be captured in a CUDA graph.
+A row needs few operators, because the call of an operator takes most of the time in small models. Every step uses the
+same preallocated tensors, and the CPU never waits for the GPU, so that a CUDA graph can capture the operators.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ _EXTENT_STEP = 32
 
 
 class CachedTransformer:
-    """A transformer with a cache of the keys and values of earlier rows. On a CPU, it contains a copy of the weights.
+    """A transformer with a cache of the keys and values of earlier rows. On a CPU, the weights are copied.
 
     The first call is `prefill`, which starts new sequences. Each call of `step` adds one row to every sequence.
 
@@ -70,7 +70,7 @@ class CachedTransformer:
     def step(self, x: Tensor, rows: Sequence[int]) -> Tensor:
         """Compute row `rows[i]` of every item i from its input `x[i]`; return normalised rows `[b, d]`, see `prefill`.
 
-        Rows are counted from 0, without the prefix. If an item already has this row, the new row replaces it.
+        Row 0 is the first row after the prefix. If the cache already contains row `rows[i]` of item i, it is replaced.
         """
         buffers, stack = self._buffers, self.transformer
         positions = [row + self._num_prefix for row in rows]
@@ -115,7 +115,7 @@ class _RowBuffers:
         x: `[b, d]`, the rows, to which every branch of a block adds its output.
         normed: `[b, d]`, normalised `x`.
         branch: `[b, d]`, output of a branch.
-        qkv: `[b, (h + 2 g) d]`, queries, keys and values before rotation.
+        qkv: `[b, (h + 2 g) d]`, queries of h heads, keys and values of g heads, before rotation.
         queries: `[b g, h / g, d]`, one matrix for the h / g heads of queries that share keys.
         keys_values: `[2, b, g, 1, d]`, keys and values of the row.
         attended: `[b g, h / g, d]`, outputs of attention.
@@ -156,7 +156,7 @@ class _RowBuffers:
             self._halves = (rotated_halves[0], halves[1]), (rotated_halves[1], halves[0])
 
     def start(self, num_positions: int, conditions: FusedConditions, known: Sequence[int]) -> None:
-        """Prepare masks and positions of sequences of up to `num_positions` positions, of which `known` are known."""
+        """Prepare masks for up to `num_positions` positions; the first `known[i]` of item i are already cached."""
         stack, device = self.stack, self.x.device
         self.num_positions = _EXTENT_STEP * ceil(num_positions / _EXTENT_STEP)
         places = torch.arange(self.num_positions, device=device)
@@ -198,7 +198,7 @@ class _RowBuffers:
             self._rotated_cos[0].copy_(self._rotated_cos[1])
 
     def rotate(self) -> None:
-        """Apply rotary positions to queries and keys, and copy queries that `queries` does not share."""
+        """Apply rotary positions to queries and keys; copy the queries to `queries` unless both share memory."""
         if self.stack.rotary is not None:
             torch.mul(self._unrotated, self._cos, out=self._rotated)
             self._halves[0][0].addcmul_(self._halves[0][1], self._sin, value=-1)
@@ -232,7 +232,7 @@ class _CachedBlock:
             self._down = prepare_product(layer.down, self._activated, branch)
 
     def start(self, keys: Tensor, values: Tensor, conditions: FusedConditions) -> None:
-        """Allocate the cache, and store the keys and values `[b, g, n, d]` of the first rows."""
+        """Allocate the cache, and store the keys and values `[b, heads, n, d]` of the first n rows."""
         _, batch, heads, _, dim_head = self.buffers.keys_values.shape
         self._memory = torch.zeros(2, batch, heads, self.buffers.num_positions, dim_head, **self.buffers.options)
         for stored, new in zip(self._memory, (keys, values)):
@@ -252,7 +252,7 @@ class _CachedBlock:
         self._keys, self._values = keys.mT, values
 
     def step(self) -> None:
-        """Add the branches of the block to the rows in `buffers.x`."""
+        """Add the outputs of attention, cross-attention and feed-forward layer to the rows in `buffers.x`."""
         shared = self.buffers
         self._qkv()
         shared.rotate()

@@ -14,7 +14,7 @@ __all__ = ["Dropout", "FeedForward", "GatedFeedForward", "NormFactory", "RMSNorm
 
 
 def _is_differentiated_eagerly() -> bool:
-    """Whether to use the backward passes of this file; torch.compile generates other backward passes."""
+    """Whether to use the backward passes of this file: not under torch.compile, which generates its own."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
@@ -82,7 +82,7 @@ class Dropout(nn.Dropout):
 
 
 def _gated(halves: Tensor) -> Tensor:
-    """`value * silu(gate)` of the two halves of `[..., 2 h]`."""
+    """Return `value * silu(gate)`; `halves` is the concatenation of `value` and `gate` along the last axis."""
     value, gate = halves.chunk(2, dim=-1)
     return F.silu(gate) * value
 
@@ -171,6 +171,6 @@ class FeedForward(nn.Module):
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a layer is no subclass (for example with adapters) and has no hooks, so that its weights determine it."""
+    """Whether the weights of a layer determine its output: it has no hooks and is no subclass (e.g. with adapters)."""
     kinds = (nn.Linear, nn.LayerNorm, RMSNorm, GatedFeedForward, FeedForward)
     return type(module) in kinds and not module._forward_hooks and not module._forward_pre_hooks

@@ -44,8 +44,8 @@ class RelativePositions(nn.Module):
     """Learned bias for causal attention by the distance from row to key (T5, arXiv:1910.10683, sec. 2.1).
 
     Distances are grouped into buckets; all distances in a bucket share a bias per head. Half of the buckets contain one
-    distance each, the other buckets contain logarithmically growing ranges. As in T5, there are 32 buckets, and the
-    last one contains all distances from 128 on.
+    distance each, the other buckets contain logarithmically growing ranges of distances. As in T5, there are 32
+    buckets, and the last one contains all distances from 128 on.
     """
 
     num_buckets = 32
@@ -57,7 +57,7 @@ class RelativePositions(nn.Module):
         self.bias = nn.Embedding(self.num_buckets, heads)
 
     def buckets(self, distances: Tensor) -> Tensor:
-        """Index of the bucket of each distance, int64; negative distances count as 0."""
+        """Index (int64) of the bucket that contains each distance; negative distances count as 0."""
         exact = self.num_buckets // 2
         distances = distances.clamp(min=0)
         scale = (self.num_buckets - exact) / math.log(self.max_distance / exact)
@@ -102,8 +102,8 @@ class WavePositionBias(nn.Module):
     A dynamic position bias (CrossFormer, arXiv:2108.00154, sec. 3.3) evaluates a small network for every pair of
     tokens. This class uses a sum of cosine waves with learned amplitudes, frequencies and phases,
     `bias(p - q) = sum_r a_r cos(f_r (p - q) + o_r)`. Because `cos(x - y) = cos x cos y + sin x sin y`, the bias is
-    the inner product of a query vector and a key vector of `2 num_waves` values. It therefore needs no matrix of all
-    pairs, works in fused attention, and allows different positions in every item (dropped patches).
+    the inner product of a query vector and a key vector of `2 num_waves` values. The bias therefore needs no matrix of
+    all pairs, works in fused attention, and allows other positions in every item (dropped patches).
     """
 
     @beartype

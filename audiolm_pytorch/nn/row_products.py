@@ -1,7 +1,7 @@
 """Norms and linear layers prepared for decoding, where a call has few rows and the weights are constant.
 
-A product of few rows takes about the time to read the weights. For one row, torch 2.13 uses only one core; for two to
-sixteen rows, it is also slow. `tests/benchmarks/products.py` compares the products of this file with `F.linear`.
+A product of few rows can be as fast as reading the weights. For one row, `F.linear` of torch 2.13 uses only one core;
+for 2 to 16 rows, it is also slow. `tests/benchmarks/kernels.py` compares this file with plain torch.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def prepare_norm_and_product(
 ) -> Callable[[], object]:
     """Return a function that writes the normalised `x` into `normed`, and `linear(normed)` into `out`.
 
-    On a CPU, `normed` lacks scale and shift of the norm, which are part of the weights of the product instead.
+    On a CPU, the weights of the product include scale and shift of the norm; `normed` is neither scaled nor shifted.
     """
     scale: Tensor | None = None
     shift: Tensor | None = None
@@ -84,10 +84,10 @@ def _rms_norm(x: Tensor, out: Tensor, eps: float) -> Callable[[], object]:
 
 
 class RowProduct:
-    """A linear layer with constant weights, which multiplies the rows of one tensor and writes into another tensor.
+    """A linear layer with constant weights; every call reads the rows in the tensor `x` and writes into `out`.
 
-    On a CPU in float32, every core multiplies a single row with a different part of the weights. For two to sixteen
-    rows, and for bfloat16 weights, the weights are stored in the layout of oneDNN.
+    For one row in float32 on a CPU, every core multiplies the row with a part of the weights. For two to sixteen rows,
+    and for bfloat16 weights, the weights are stored in the layout of oneDNN.
 
     Args:
         weight: `[dim_out, dim_in]`; later changes of `weight` may have no effect.

@@ -33,14 +33,14 @@ class FrameStream:
 
     Args:
         run: Function `(chunk, first_frame) -> output` that runs the network. The output has as many frames as the
-            chunk, and `first_frame` is the index of the first frame in the stream.
+            chunk; `first_frame` is the index in the stream of the first frame of the chunk.
         in_axis: Time axis of the input.
         in_steps: Input steps per frame, for example samples.
         out_axis: Time axis of the output, 1 for `[b, f, width]` and -1 for `[b, width, n]`.
         out_steps: Output steps per frame.
         out_width: Width of the output.
         reach_frames: Each output frame depends on this number of frames before it and after it.
-        budget_frames: Largest number of new frames per run, summed over the batch; limits the memory.
+        budget_frames: Largest number of new frames per call of `run`, summed over the batch; limits the memory.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class FrameStream:
         return self.push_last(self._pending.narrow(self._in_axis, 0, 0))
 
     def max_frames(self, batch: int) -> int:
-        """Largest number of new frames per run; at least `8 * reach_frames`, so that few frames are computed twice."""
+        """Most new frames per call of `run`; at least `8 * reach_frames`, so that few frames are computed twice."""
         return max(1, 8 * self._reach, self._budget // max(1, batch))
 
     @torch.no_grad()

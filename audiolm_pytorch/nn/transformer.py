@@ -34,7 +34,7 @@ class FusedConditions:
     """Projected conditions of a model: the additional inputs of its transformer. Attention ignores their padding.
 
     Attributes:
-        prefix: `[b, m, d]` embeddings in front of the rows, padded on the left; None = no prefix.
+        prefix: m embeddings `[b, m, d]` in front of the rows, padded on the left; None = no prefix.
         prefix_padding: `[b]` int64, number of padding embeddings in `prefix`; None = no padding.
         states: `[b, s, d]` states for cross-attention, padded on the right; None = no states.
         states_mask: `[b, s]` bool, False at padding; at least one state of each item is not padding.
@@ -115,7 +115,7 @@ class Transformer(nn.Module):
         ff_mult: Width of the hidden layer of the feed-forward layer, divided by `dim`.
         dropout: Dropout probability of the residual branches and inside the feed-forward layer. Attention weights have
             no dropout, because fused kernels do not support it.
-        norm: `rms`, `layer`, or a function that creates the norm of a width.
+        norm: `rms`, `layer`, or a function that creates a norm from its width.
         feed_forward: `gated` (SwiGLU), `gelu`, `gelu_tanh`, `relu`, or a module class that is created with the width.
         positions: `rotary`; `relative` (biases of T5 by distance, shared by all blocks; causal only); `sinusoidal`
             (added to the inputs); or `none` (the caller adds positions to the inputs).
@@ -189,7 +189,7 @@ class Transformer(nn.Module):
         self._init_weights(init_std)
 
     def _init_weights(self, std: float | None) -> None:
-        """Draw normal weights; `std` of the outputs of branches is divided by `sqrt(2 depth)` (GPT-2, sec. 2.3)."""
+        """Draw normal weights; the last layer of a residual branch has `std / sqrt(2 depth)` (GPT-2, sec. 2.3)."""
         if self.relative is not None:
             nn.init.normal_(self.relative.bias.weight, std=INIT_STD if std is None else std)
         for name, parameter in self.blocks.named_parameters():
@@ -219,7 +219,7 @@ class Transformer(nn.Module):
                 prefix, the mask includes the prefix.
             positions: Positions of the rows in any order, `[n]`, `[b, n]` or `[b, n, axes]`; None = 0..n-1. Rotary
                 positions use the first axis, `position_bias` uses all axes, other positions need None.
-            keys_values: A list to which each block appends its keys and values `[b, g, n, dim_head]`, for a cache.
+            keys_values: If it is a list, each block appends keys and values `[b, kv_heads, n, dim_head]`, for a cache.
         """
         conditions = FusedConditions() if conditions is None else conditions
         x = self._inputs(x, conditions)
@@ -235,10 +235,10 @@ class Transformer(nn.Module):
     def hidden_states(
         self, x: Tensor, mask: Tensor | None = None, *, positions: Tensor | None = None, layers: Sequence[int | None]
     ) -> list[Tensor]:
-        """Return the rows `[b, n, d]` after each block of `layers`; later blocks are not computed.
+        """Return the rows `[b, n, d]` after each block in `layers`; blocks after the last of these are not computed.
 
-        `layers` are numbers of blocks in 0..depth. Layer 0 is the input of the first block. Layers are not normalised.
-        `layers=None` returns the output of `forward`. The other arguments are those of `forward`.
+        `layers` are block numbers: 1..depth, or 0 for the input of the first block. The returned rows are not
+        normalised. `layers=None` returns the output of `forward`. `forward` documents the other arguments.
         """
         if not all(layer is None or 0 <= layer <= self.depth for layer in layers):
             raise ValueError(f"layers must be in 0..{self.depth}, got {tuple(layers)}")
@@ -253,7 +253,7 @@ class Transformer(nn.Module):
         return [self.norm(states[self.depth]) if layer is None else states[layer] for layer in layers]
 
     def _inputs(self, x: Tensor, conditions: FusedConditions) -> Tensor:
-        """Add sums and sinusoidal positions to rows `[b, n, d]`, and prepend the prefix."""
+        """Add `row_sums` and sinusoidal positions to rows `[b, n, d]`, and prepend the prefix."""
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"x must be [b, n, {self.dim}], got shape {tuple(x.shape)}")
         if conditions.row_sums is not None:

@@ -33,7 +33,7 @@ class TokenLayout:
     - `delayed` has one row per predicted frame and one column per level. Residual level `k`, with all its groups, is
       delayed by `k` rows. Input streams are aligned in time; the input token at the time of predicted frame `f` is in
       the row that predicts frame `f`. The tokens of an input stream with a lower frame rate are repeated, and an input
-      stream with a higher frame rate uses several columns. If an input stream is too short, its last frame is repeated.
+      stream with a higher frame rate uses several columns. If an input stream ends early, its last frame is repeated.
     - `parallel` is the pattern `delayed` without delays.
 
     Attributes:
@@ -209,7 +209,7 @@ class TokenLayout:
     def without_conditions(self, packed: PackedTokens, drop: Tensor) -> PackedTokens:
         """Replace the tokens of streams without a frame rate by null tokens in the items where `drop [b]` is True.
 
-        The number of rows stays the same, so that both halves of a batch for classifier-free guidance stay aligned.
+        No row is removed, so that the two halves of a batch for classifier-free guidance have equal numbers of rows.
         """
         if drop.shape != packed.ids.shape[:1] or drop.dtype != torch.bool:
             raise ValueError(f"drop must be bool [{len(packed.ids)}], got {drop.dtype} {tuple(drop.shape)}")

@@ -54,7 +54,7 @@ class TokenBatch:
 
 
 class GrowingTokens:
-    """The known tokens of one stream. Frames can be appended, and old frames dropped; the others keep their indices.
+    """The known tokens of one stream. Frames can be appended, and old frames dropped; frames keep their indices.
 
     Args:
         batch: The first tokens of every item.
@@ -86,7 +86,7 @@ class GrowingTokens:
         return TokenBatch.of_items(self._items)
 
     def drop_before(self, frames: Tensor) -> None:
-        """Drop the frames of item i before `frames[i]`, but keep its last frame, which later windows may repeat."""
+        """Drop the frames of item i before frame `frames[i]`, except the last frame, which later windows may repeat."""
         dropped = (frames.minimum(self.counts - 1) - self._first).clamp(min=0)
         for item, count in enumerate(dropped.tolist()):
             if count:

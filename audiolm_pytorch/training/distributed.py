@@ -66,9 +66,9 @@ def average_gradients(
 ) -> Tensor:
     """Replace each gradient by its mean over the processes, and return the mean of the scalar losses.
 
-    DistributedDataParallel cannot be used, because the loss of a phase may call several modules in any way. Gradients
-    are averaged after the backward pass. If a parameter has a gradient on only some processes, the other processes use
-    a zero gradient. All processes must pass the parameters in the same order.
+    DistributedDataParallel supports one call of one module; the loss of a phase may call several modules. Gradients are
+    averaged after the backward pass. If a parameter has a gradient on only some processes, the other processes use a
+    zero gradient. All processes must pass the parameters in the same order.
     """
     if accelerator.num_processes == 1:
         return loss

@@ -96,7 +96,7 @@ class PhaseOptimizer:
             name = type(scheduler).__name__
             raise TypeError(f"schedule must return an LRScheduler whose step() needs no metric, got {name}")
         if scheduler.optimizer is not self.optimizer:
-            raise ValueError(f"schedule changes another optimizer; use the same optimizer in phase {self.phase.name!r}")
+            raise ValueError(f"schedule changes another optimizer; create it with that of phase {self.phase.name!r}")
         return scheduler
 
     def _set_learning_rate(self, step: int) -> None:
