@@ -68,7 +68,7 @@ class CropBatch:
 
 @beartype
 def collate_crops(crops: Sequence[Crop]) -> CropBatch:
-    """Collate crops into one batch in the same order; all crops need the same sample rates."""
+    """Collate crops into one batch, in which item i is `crops[i]`; all crops need the same sample rates."""
     if not crops:
         raise ValueError("cannot collate an empty list of crops; pass at least one crop")
     rates_hz = list(crops[0].waves)

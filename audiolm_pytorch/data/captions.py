@@ -28,7 +28,7 @@ _MAX_LINE_BYTES, _MAX_SIDECAR_BYTES = 2**24, 2**20
 def texts_in(value: Any) -> list[str]:
     """Return the texts in a caption value, which may be a text, a list of texts, or a dict of texts and lists.
 
-    Repeated texts, blank texts and values of other types are left out; the order does not change.
+    Repeated texts, blank texts and values that are not texts are left out; the order does not change.
     """
     return list(dict.fromkeys(leaf for leaf in _leaves(value) if isinstance(leaf, str) and leaf.strip()))
 

@@ -150,7 +150,7 @@ def _token_differences(transformer: StageTransformer, tokenizers: _Tokenizers) -
 
 
 def _rate_differences(transformer: StageTransformer, tokenizers: _Tokenizers) -> Iterator[str]:
-    """Yield a message if tokenizers have other frame rate ratios than the stage; warn of other rates of equal ratio."""
+    """Yield a message if the frame rate ratios of stage and tokenizers differ; warn if only the rates differ."""
     declared_hz: dict[str, Fraction] = {}
     actual_hz: dict[str, Fraction] = {}
     for stream in transformer.layout.streams:

@@ -259,8 +259,8 @@ class _TokenCrop:
 class ShardSource(StageSource):
     """Random crops of token sequences that are stored in shards.
 
-    The shards need fields with the tokens of the stage: `semantic [t]`, `acoustic [f, q]`, extra streams by name. For a
-    conditioner, they need the field `latents [w, d]` of w windows at equal distances; for `text_prob > 0`,
+    Shards need fields with the tokens of the stage: `semantic [t]`, `acoustic [f, q]`, extra streams by name. For a
+    conditioner, shards need the field `latents [w, d]` of w windows at equal distances; for `text_prob > 0`,
     `text_latents [k, d]` of k captions; for a `text_dim`, `captions` (see `encode_texts`); for a further condition, a
     field with its name, `[d]` or `[embeddings, d]`. Extra streams without a rate are not cropped.
 

@@ -238,7 +238,7 @@ class Transformer(nn.Module):
         """Return the rows `[b, n, d]` after each block in `layers`; blocks after the last of these are not computed.
 
         `layers` are block numbers: 1..depth, or 0 for the input of the first block. The returned rows are not
-        normalised. `layers=None` returns the output of `forward`. `forward` documents the other arguments.
+        normalised. An entry None is the output of `forward`. `forward` documents `x`, `mask` and `positions`.
         """
         if not all(layer is None or 0 <= layer <= self.depth for layer in layers):
             raise ValueError(f"layers must be in 0..{self.depth}, got {tuple(layers)}")

@@ -66,7 +66,7 @@ def average_gradients(
 ) -> Tensor:
     """Replace each gradient by its mean over the processes, and return the mean of the scalar losses.
 
-    DistributedDataParallel supports one call of one module; the loss of a phase may call several modules. Gradients are
+    DistributedDataParallel is not used, because it supports only one call of one module per loss. Gradients are
     averaged after the backward pass. If a parameter has a gradient on only some processes, the other processes use a
     zero gradient. All processes must pass the parameters in the same order.
     """

@@ -139,7 +139,7 @@ class Phase:
     Args:
         name: Name of the phase in metrics and messages.
         modules: Submodules of the task's module, whose parameters no other phase may train.
-        loss: Function of `(batch, step)` that computes the loss; it may call the modules in any way.
+        loss: Function of `(batch, step)` that computes the loss; it may call the modules any number of times.
         first_step: First step in which the phase is trained.
     """
 
