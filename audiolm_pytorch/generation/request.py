@@ -97,7 +97,7 @@ class GenerationRequest:
             raise ValueError("wavs contain NaN or infinite samples; clean them first, e.g. with torch.nan_to_num")
 
     def select(self, items: Sequence[int]) -> "GenerationRequest":
-        """Return a request for the items with these indices, in this order. An index may occur several times.
+        """Return a request for the items with the indices `items`, in this order. An index may occur several times.
 
         An input with a single item is not changed, because it applies to all items.
         """

@@ -95,7 +95,7 @@ class StageWrapper(nn.Module):
         """Compute the loss of waves or tokens.
 
         Args:
-            wave: Waves `[b, n]`. With `conditioning=None`, the codes of these waves are the condition.
+            wave: Waves `[b, n]`. With `conditioning=None`, the codes of `wave` are the condition.
             input_sample_hz: Sample rate of `wave` in Hz; None = the rate of the tokenizers.
             tokens: Tokens of the stage, instead of `wave`.
             conditioning: Conditions by name, of 1 or b items.

@@ -70,7 +70,7 @@ class CachedTransformer:
     def step(self, x: Tensor, rows: Sequence[int]) -> Tensor:
         """Compute row `rows[i]` of every item i from its input `x[i]`; return normalised rows `[b, d]`, see `prefill`.
 
-        Row 0 is the first row after the prefix. If the cache already contains row `rows[i]` of item i, it is replaced.
+        Row 0 is the first row after the prefix. The new row replaces a cached row of the same item and index.
         """
         buffers, stack = self._buffers, self.transformer
         positions = [row + self._num_prefix for row in rows]

@@ -34,7 +34,7 @@ _MAX_ROWS, _MAX_DISTANCES = 2**15, 2**25
 
 
 def nearest_centroid(points: Tensor, centroids: Tensor) -> Tensor:
-    """Return the indices `[m]` of the nearest (Euclidean) of k `centroids [k, d]` for m points `[m, d]`.
+    """Return the index of the nearest (Euclidean) of `centroids [k, d]` for each of m `points [m, d]`, `[m]` int64.
 
     Distances are computed in float32 also under autocast, because bfloat16 would select other centroids.
     """

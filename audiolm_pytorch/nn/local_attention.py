@@ -38,7 +38,7 @@ class LocalAttention(nn.Module):
         self.positions = RotaryPositions(_DIM_HEAD)
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
-        """Attend from frames `[b, f, d]` to their windows; `state` contains the frames of earlier chunks."""
+        """Attend from each of the frames `[b, f, d]` to its window; `state` contains the frames of earlier chunks."""
         qkv = rearrange(self.to_qkv(x), "b f (three h d) -> three b h f d", three=3, h=self.heads)
         queries, memory = qkv[0], qkv[1:]
         if state is not None:

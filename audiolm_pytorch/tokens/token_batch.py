@@ -76,7 +76,7 @@ class GrowingTokens:
             self._items[item] = torch.cat((self._items[item], tokens.to(self._items[item])))
 
     def between(self, items: Tensor, starts: Tensor, stops: Tensor) -> TokenBatch:
-        """Select the frames `starts[k]` to `stops[k]` (exclusive) of the items with the indices `items [k]`."""
+        """Select frames `starts[i]` to `stops[i]` (exclusive) of item `items[i]`, for every i."""
         first = self._first[items]
         spans = zip(items.tolist(), (starts - first).tolist(), (stops - first).tolist())
         return TokenBatch.of_items([self._items[item][start:stop] for item, start, stop in spans])
