@@ -1,4 +1,4 @@
-"""An encoder and a decoder that process the spectrum of the wave once per frame.
+"""An encoder and a decoder that work on a spectrogram with one column per codec frame.
 
 All layers of the networks run once per frame (50 Hz), not once per sample. Encoder and decoder need about 1% of the
 operations of a convolutional codec of the same width, so that two CPU cores train them in minutes. The networks follow

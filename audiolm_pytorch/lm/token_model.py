@@ -52,9 +52,9 @@ class TokenTransformer(nn.Module):
         dim_head: Width of a head.
         ff_mult: Inner width of the gated feed-forward, as a multiple of `dim`.
         dropout: Dropout probability.
-        cond_dim: Width of the embeddings of codes; None = the model is not conditioned on codes.
+        cond_dim: Width of the embeddings of conditioning codes; None = the model is not conditioned on codes.
         cond_drop_prob: Probability that training drops all conditions of an item, for classifier-free guidance.
-        null_tokens: Number of null embeddings that replace missing codes, normally the number of codes.
+        null_tokens: Number of null embeddings that replace missing conditioning codes; normally as many as the codes.
         max_seconds: Longest duration that the model was trained on; longer audio is generated in sliding windows.
             None = no limit.
         text_dim: Width of the text states; None = the model is not conditioned on text states.

@@ -38,7 +38,8 @@ class FusedConditions:
         prefix_padding: `[b]` int64, number of padding embeddings in `prefix`; None = no padding.
         states: `[b, s, d]` states for cross-attention, padded on the right; None = no states.
         states_mask: `[b, s]` bool, False at padding; at least one state of each item is not padding.
-        row_sums: `[b, r, d]`, added to the first r rows; the last one is also added to later rows. None = no sum.
+        row_sums: Embeddings `[b, r, d]` that are added to the first r rows, one to each row; the last embedding is also
+            added to all later rows. None = no sum.
     """
 
     prefix: Tensor | None = None

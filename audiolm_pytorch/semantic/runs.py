@@ -56,7 +56,7 @@ def deduplicate(ids: Tensor) -> Runs:
 def expand(runs: Runs) -> Tensor:
     """Repeat the token of every run by the run length; return ids `[b, t]` int64, -1 at padding.
 
-    Consecutive runs may have equal tokens. If the runs have more tokens than `num_tokens`, a ValueError is raised.
+    Two neighbouring runs can have the same token. More tokens than `num_tokens` raise a ValueError.
     """
     ids, run_lengths = runs.ids, runs.run_lengths
     _check_integers("ids", ids)

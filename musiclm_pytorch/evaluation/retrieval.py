@@ -48,8 +48,8 @@ class Retrieval:
     def chance_precision(self) -> float:
         """Expected average precision if the candidates are in random order.
 
-        In a random order of n candidates, the rank k of a relevant candidate is uniform in 1..n. If r of n candidates
-        are relevant, on average (k - 1) (r - 1) / (n - 1) relevant candidates precede a relevant candidate at rank k.
+        In a random order of n candidates, the rank k of a relevant candidate is uniform in 1..n. If r candidates are
+        relevant, the expected number of other relevant candidates before rank k is (k - 1) (r - 1) / (n - 1).
         """
         n = self.num_candidates
         harmonic = float((1 / np.arange(1, n + 1)).sum())

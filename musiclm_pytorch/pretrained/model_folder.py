@@ -170,7 +170,7 @@ def _load_parts(folder: Path, card: Mapping[str, Any]) -> dict[str, nn.Module]:
 
 
 def _bundled_parts(card: Mapping[str, Any], file: Path) -> dict[str, Path]:
-    """Return, by name in `PARTS`, the folders of the modules in the field `bundled_parts` of `musiclm.json`."""
+    """Return a dict from part (see `PARTS`) to folder, for the modules that `bundled_parts` in `musiclm.json` lists."""
     named = card.get("bundled_parts", {})
     if not isinstance(named, dict) or not set(named) <= set(PARTS):
         raise ValueError(f"bundled_parts in {file} must be a dict with keys from {', '.join(PARTS)}, got {named!r}")

@@ -104,7 +104,7 @@ class _Composer:
         self.last = self.centre
 
     def part(self) -> list[_Bar]:
-        """Compose eight bars, which are a phrase with an open cadence and a phrase that ends on the tonic."""
+        """Compose two phrases of four bars; the first phrase has an open cadence, the second ends on the tonic."""
         rng = self.rng
         opening = rng.choice(OPENINGS[self.mode])
         plan = rng.choice(_PHRASE_PLANS)
