@@ -68,9 +68,9 @@ class CachedTransformer:
         return self.hidden.copy_(normalised[self._buffers.items, torch.tensor(counts, device=x.device) - 1])
 
     def step(self, x: Tensor, rows: Sequence[int]) -> Tensor:
-        """Compute row `rows[i]` of every item i from its input `x[i]`; return normalised rows `[b, d]`, see `prefill`.
+        """Compute the output at sequence position `rows[i]` of every item i from `x[i]`; return the outputs `[b, d]`.
 
-        Row 0 is the first row after the prefix. The new row replaces a cached row of the same item and index.
+        Position 0 is the first row after the prefix. As in `prefill`, outputs are normalised. The new row replaces a cached row of the same item and index.
         """
         buffers, stack = self._buffers, self.transformer
         positions = [row + self._num_prefix for row in rows]

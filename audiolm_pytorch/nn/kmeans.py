@@ -92,7 +92,7 @@ class Normalised:
 
 
 class VectorStatistics(NamedTuple):
-    """Statistics of all vectors, and sampled vectors, from one pass over a `VectorSource`.
+    """Statistics of all vectors of a `VectorSource`, and a random sample of these vectors.
 
     Attributes:
         mean: Mean of the vectors, `[d]` float32.

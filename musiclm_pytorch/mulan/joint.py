@@ -45,7 +45,7 @@ class JointEmbedding(nn.Module, ABC):
 
     @abstractmethod
     def get_audio_latents(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Embed clips `[b, n]` at `sample_hz`, without windows, as `[b, dim_latent]` float32 of unit norm.
+        """Embed whole clips `[b, n]` at `sample_hz`, not split into windows, as `[b, dim_latent]` float32 of unit norm.
 
         `lengths [b]` are the numbers of samples of the clips, 1..n; None = every clip has `n` samples.
         """

@@ -1,4 +1,4 @@
-"""Rhythms of the dances of the toy corpus, in which each bar is divided into groups of notes.
+"""Rhythms of the dances of the toy corpus. A rhythm divides each bar into groups of notes.
 
 All durations in the tables of rhythms are in quarter notes. For example, a bar of a jig (6/8) lasts 3 quarter notes, in
 two groups of three eighth notes.

@@ -1,4 +1,4 @@
-"""Conversion of an excerpt of a tune to MIDI events, with the instruments and the tempo in the labels of a clip."""
+"""Conversion of an excerpt of a tune to MIDI events; the labels of the clip set the instruments and the tempo."""
 
 from dataclasses import dataclass
 from random import Random

@@ -25,7 +25,7 @@ def load_clips(items: Sequence[AudioItem], sample_hz: int, seconds: float | int 
 
 @beartype
 def labels_of(items: Sequence[AudioItem], name: str) -> list[str]:
-    """Return the label `name` of every item as text; booleans become "yes" and "no"."""
+    """Return the value of the label called `name` of every item as text; booleans become "yes" and "no"."""
     missing = [item.path for item in items if item.labels.get(name) is None]
     if missing:
         raise ValueError(f"{len(missing)} of {len(items)} clips have no label {name!r}, such as {missing[0]}; add it")

@@ -240,6 +240,8 @@ class Copying:
 class CopyingRows(CachedTransformer):
     """Has the methods of a `CachedTransformer`, and calls `Copying.answers` with all rows before."""
 
+    is_current = True
+
     def __init__(self, transformer: nn.Module, batch: int) -> None:
         self.stage, self.batch = transformer.stage, batch
         self.hidden = torch.zeros(batch, self.stage.layout.num_ids)
