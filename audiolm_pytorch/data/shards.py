@@ -42,8 +42,8 @@ def write_shards(
 ) -> int:
     """Compute the records of a corpus and store them in chunks; return the number of chunks that this call computed.
 
-    Complete chunks are not computed again. Any number of processes, each with its rank, may write to the same folder. When
-    all chunks are complete, a process writes the file `index.json`.
+    Complete chunks are not computed again. Any number of processes, each with its rank, may write to the same folder.
+    When all chunks are complete, a process writes the file `index.json`.
 
     Args:
         make_record: Function that returns record number `i` as a dict of arrays. All records need the same field names;

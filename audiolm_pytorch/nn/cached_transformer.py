@@ -70,7 +70,8 @@ class CachedTransformer:
     def step(self, x: Tensor, rows: Sequence[int]) -> Tensor:
         """Compute the output at sequence position `rows[i]` of every item i from `x[i]`; return the outputs `[b, d]`.
 
-        Position 0 is the first row after the prefix. As in `prefill`, outputs are normalised. The new row replaces a cached row of the same item and index.
+        Position 0 is the first row after the prefix. As in `prefill`, outputs are normalised. The new row replaces a
+        cached row of the same item and position.
         """
         buffers, stack = self._buffers, self.transformer
         positions = [row + self._num_prefix for row in rows]
