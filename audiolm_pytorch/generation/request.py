@@ -144,7 +144,7 @@ def _is_one_wave(prompts: object) -> bool:
 
 
 def _select(value: Any, items: Sequence[int]) -> Any:
-    """Select items of an input, or of every entry of a mapping. An input of one item is returned unchanged."""
+    """Select items of the batch in an input or in all values of a mapping; an input of one item stays unchanged."""
     if isinstance(value, Mapping):
         return {name: _select(entry, items) for name, entry in value.items()}
     if isinstance(value, AudioTokens):

@@ -56,7 +56,7 @@ def check_compatible(
         *_width_differences(transformer, audio_conditioner, text_conditioner),
     ]
     if differences:
-        raise ValueError(f"the {transformer.namespace} transformer cannot use these modules: {'; '.join(differences)}")
+        raise ValueError(f"the {transformer.namespace} transformer does not match the modules: {'; '.join(differences)}")
     # Fingerprints are compared last, because they are expensive. Only those stored in the stage can differ.
     kinds = transformer.token_fingerprints
     agreed_fingerprints(transformer, wav2vec, codec, audio_conditioner, text_conditioner, kinds=kinds)
@@ -186,7 +186,7 @@ def _width_differences(
 
 
 def _stage_differences(first: StageTransformer, second: StageTransformer) -> Iterator[str]:
-    """Yield a message for each shared stream and each fingerprint in which two stages differ."""
+    """Yield a message for each shared stream that two stages define differently, and each fingerprint that differs."""
     names = f"the {first.namespace} transformer", f"the {second.namespace} transformer"
     declared = _declarations(first), _declarations(second)
     for stream in [name for name in declared[0] if name in declared[1]]:

@@ -224,7 +224,7 @@ class TokenLayout:
         return replace(packed, ids=packed.ids.masked_fill(is_dropped, self.null_id))
 
     def _stacked_tables(self, counts: Tensor, ends: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return two tensors `[b, rows, columns]` on the CPU with the id range and the frame of each token."""
+        """Return the index of the id range and of the frame of each token, two `[b, rows, columns]` on the CPU."""
         flags = [False] * len(counts) if ends is None else ends.tolist()
         tables = [
             cell_table(self.streams, self.pattern, tuple(row), bool(end))

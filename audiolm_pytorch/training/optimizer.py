@@ -27,7 +27,7 @@ class PhaseOptimizer:
     The default optimizer is AdamW (arXiv:1711.05101), with linear warm-up and cosine decay of the learning rate.
 
     Args:
-        phase: Training phase; the parameters must already be on their device.
+        phase: Phase of the training task, with the parameters to train, which must already be on their device.
         names: Name of each trainable parameter of the task's module.
         buffers: Persistent buffers of the task's module.
 

@@ -179,7 +179,7 @@ def _evaluate_mulan(command: EvaluateMuLaN) -> None:
     items = evaluation.held_out_items(command.data, command.limit, command.seed)
     labels = list(tag_labels(items))
     if command.label is not None and command.label not in labels:
-        raise ValueError(f"got --label {command.label}; the labels with few values are: {', '.join(labels) or 'none'}")
+        raise ValueError(f"--label must be one of {', '.join(labels) or 'none'}, got {command.label}")
     clips = evaluation.embed_clips(mulan, items, _announce)
     _announce("computing metrics")
     metrics = evaluation.joint_embedding_metrics(clips)

@@ -19,7 +19,7 @@ _EXCLUDED = -1e30
 
 
 class _Pairs(NamedTuple):
-    """Similarities `[b, k]` of all pairs of the clips and texts of all processes: cosines divided by the temperature.
+    """Similarities `[b, k]` of b clips and k texts, gathered from all processes: cosines divided by the temperature.
 
     `clip_index [k]` is the row of the clip that each text describes. `contrast [b, k]` is True where the text differs
     from every text of the clip.

@@ -56,7 +56,7 @@ class _ConvLayer(nn.Module):
         self.kernel, self.stride = kernel, stride
 
     def forward(self, x: Tensor, moments: Moments | None = None) -> Tensor:
-        """Convert features `[b, c, n]` to `[b, d, t]`; for a chunk of a wave, pass the moments of the whole wave."""
+        """Convert features `[b, c, n]` to `[b, d, t]`; a chunk needs the `moments` (mean, variance) of its wave."""
         y = self.conv(x)
         if moments is None:
             y = self.norm(y)

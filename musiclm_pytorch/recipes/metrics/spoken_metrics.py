@@ -150,7 +150,7 @@ def speaker_metrics(truth: Sequence[str], answers: Mapping[str, Sequence[str]]) 
 
     Args:
         truth: True speaker of each prompt.
-        answers: For the name of each set of waves, the predicted speaker of each wave, in the order of `truth`.
+        answers: Dict from the name of a set of waves to the predicted speakers of its waves, in the order of `truth`.
 
     Returns:
         One metric per set of waves, and a control metric that compares each wave of the first set with another prompt.
@@ -166,7 +166,7 @@ def confidence_metrics(words: Mapping[str, RecognizedWords], reference: str) -> 
     """Measure the share of words whose confidence is at least the 5th percentile of the reference confidences.
 
     Args:
-        words: For the name of each set of recordings, the words that the classifier recognized.
+        words: Dict from the name of a set of recordings to the words that the classifier recognized.
         reference: Name of the set of recordings with the reference confidences.
     """
     limit = float(np.quantile(words[reference].confidences, 0.05))

@@ -102,7 +102,7 @@ def test_compatible_parts_are_accepted(pattern, caplog):
 def test_differences_from_modules_raise_errors(build, parts, message):
     """The message names the stage and both sides of the difference."""
     stage = build()
-    with pytest.raises(ValueError, match=rf"the {stage.namespace} transformer cannot use these modules: .*{message}"):
+    with pytest.raises(ValueError, match=rf"the {stage.namespace} transformer does not match the modules: .*{message}"):
         check_compatible(stage, **parts)
 
 

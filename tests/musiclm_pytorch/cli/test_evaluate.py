@@ -212,7 +212,7 @@ def test_a_joint_embedding_is_measured_and_plotted(musiclm_command, planted, tmp
         ("--model", "BARE", "bare contains no MuLaN"),
         ("--model", "16khz", "no model '16khz'.* bundled models: tiny"),
         ("--data", "nowhere", "nowhere: no such folder"),
-        ("--label", "mood", "got --label mood; the labels with few values are: instrument, tempo, drums"),
+        ("--label", "mood", "--label must be one of instrument, tempo, drums, got mood"),
         ("--limit", 1, "at least 2 clips"),
         ("--seed", -1, "--seed must be at least 0"),
         ("--device", "abacus", "--device abacus cannot be used"),
