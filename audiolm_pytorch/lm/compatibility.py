@@ -56,7 +56,9 @@ def check_compatible(
         *_width_differences(transformer, audio_conditioner, text_conditioner),
     ]
     if differences:
-        raise ValueError(f"the {transformer.namespace} transformer does not match the modules: {'; '.join(differences)}")
+        raise ValueError(
+            f"the {transformer.namespace} transformer does not match the modules: {'; '.join(differences)}"
+        )
     # Fingerprints are compared last, because they are expensive. Only those stored in the stage can differ.
     kinds = transformer.token_fingerprints
     agreed_fingerprints(transformer, wav2vec, codec, audio_conditioner, text_conditioner, kinds=kinds)
