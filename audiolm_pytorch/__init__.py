@@ -52,8 +52,8 @@ if TYPE_CHECKING:
         open_encoder as open_encoder,
     )
     from audiolm_pytorch.semantic.best_rq.training import SemanticTokenizerTrainer as SemanticTokenizerTrainer
-else:  # a type checker reports names that do not exist
-    __getattr__, __dir__, __all__ = lazy_exports(__name__)
+
+globals().update(lazy_exports(__name__))
 
 __version__ = "0.2.0"
 

@@ -28,5 +28,5 @@ if TYPE_CHECKING:
     )
     from musiclm_pytorch.pretrained.model_folder import load_musiclm as load_musiclm
     from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer as MuLaNEmbedQuantizer
-else:  # a type checker reports names that do not exist
-    __getattr__, __dir__, __all__ = lazy_exports(__name__)
+
+globals().update(lazy_exports(__name__))

@@ -19,5 +19,5 @@ if TYPE_CHECKING:
         SpectralSoundStream as SpectralSoundStream,
     )
     from audiolm_pytorch.nn.film import FiLM as FiLM
-else:  # a type checker reports names that do not exist
-    __getattr__, __dir__, __all__ = lazy_exports(__name__)
+
+globals().update(lazy_exports(__name__))

@@ -20,5 +20,5 @@ if TYPE_CHECKING:
         split_items as split_items,
     )
     from audiolm_pytorch.data.shards import TokenShards as TokenShards, write_shards as write_shards
-else:  # a type checker reports names that do not exist
-    __getattr__, __dir__, __all__ = lazy_exports(__name__)
+
+globals().update(lazy_exports(__name__))

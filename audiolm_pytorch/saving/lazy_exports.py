@@ -2,7 +2,6 @@
 
 import ast
 import sys
-from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,8 +12,8 @@ __all__ = ["import_exports", "lazy_exports"]
 _packages: dict[str, dict[str, str]] = {}  # package -> exported name -> module that defines it
 
 
-def lazy_exports(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """Return `__getattr__`, `__dir__` and `__all__` of a package, for its `__init__.py`.
+def lazy_exports(package: str) -> dict[str, Any]:
+    """Return the functions `__getattr__` and `__dir__` and the list `__all__` of a package, by name.
 
     The exports are the imports below `if TYPE_CHECKING:` in `__init__.py`, which type checkers and editors also read.
     """
@@ -33,7 +32,12 @@ def lazy_exports(package: str) -> tuple[Callable[[str], Any], Callable[[], list[
         setattr(module, name, value)
         return value
 
-    return import_name, lambda: sorted({*vars(module), *exports}), sorted(exports)
+    # Type checkers do not see these names. They would accept any name of a module that has a `__getattr__`.
+    return {
+        "__getattr__": import_name,
+        "__dir__": lambda: sorted({*vars(module), *exports}),
+        "__all__": sorted(exports),
+    }
 
 
 def import_exports(name: str | None = None) -> None:

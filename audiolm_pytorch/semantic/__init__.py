@@ -24,5 +24,5 @@ if TYPE_CHECKING:
     )
     from audiolm_pytorch.semantic.runs import Runs as Runs, deduplicate as deduplicate, expand as expand
     from audiolm_pytorch.semantic.tokenizer import KMeansTokenizer as KMeansTokenizer
-else:  # a type checker reports names that do not exist
-    __getattr__, __dir__, __all__ = lazy_exports(__name__)
+
+globals().update(lazy_exports(__name__))

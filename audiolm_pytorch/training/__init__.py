@@ -12,5 +12,5 @@ if TYPE_CHECKING:
         Phase as Phase,
         Task as Task,
     )
-else:  # a type checker reports names that do not exist
-    __getattr__, __dir__, __all__ = lazy_exports(__name__)
+
+globals().update(lazy_exports(__name__))

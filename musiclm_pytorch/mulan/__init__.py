@@ -20,5 +20,5 @@ if TYPE_CHECKING:
         TextTransformer as TextTransformer,
         words_of as words_of,
     )
-else:  # a type checker reports names that do not exist
-    __getattr__, __dir__, __all__ = lazy_exports(__name__)
+
+globals().update(lazy_exports(__name__))
