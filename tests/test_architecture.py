@@ -55,6 +55,7 @@ def imported_modules(tree: ast.AST) -> set[str]:
     return names
 
 
+@pytest.mark.slow
 @every_file
 def test_file_keeps_the_house_rules(file):
     """No assert, prompt, pickle or torch.load in libraries; print only in commands; files and functions stay short."""

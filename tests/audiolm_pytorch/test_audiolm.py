@@ -164,6 +164,7 @@ def check_candidates_are_one_batch(audio_lm):
     assert len(calls) == 2 * alone and set(calls[alone:]) == {16}
 
 
+@pytest.mark.slow
 def test_candidates_are_sampled_as_one_batch(monkeypatch):
     """Fault 6: candidates that are sampled one after another fail the check."""
     audio_lm = audiolm_of()

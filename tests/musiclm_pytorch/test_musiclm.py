@@ -313,6 +313,7 @@ def _real_musiclm(trained: MuLaN) -> MusicLM:
     return MusicLM(audio_lm=audio_lm, mulan_embed_quantizer=quantizer)
 
 
+@pytest.mark.slow
 def test_real_stages_generate_the_same_alone_and_in_batches(trained: MuLaN) -> None:
     """Lengths, peaks, and a candidate that depends on its prompt and seed alone."""
     musiclm = _real_musiclm(trained)

@@ -60,6 +60,7 @@ def generated(stage: SemanticTransformer, tempi: Tensor = TEMPI) -> Tensor:
     return audio_lm.generate(GenerationRequest(conditions={"tempo": tempi}, seconds=0.4, seeds=0)).semantic
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_a_tempo_is_learned_from_shards(way: str, tmp_path: Path) -> None:
     """Tempo A generates tokens A and tempo B tokens B, in any order, with guidance."""
@@ -74,6 +75,7 @@ def test_a_tempo_is_learned_from_shards(way: str, tmp_path: Path) -> None:
         assert torch.equal(generated(model, TEMPI[order]), torch.from_numpy(tokens)[order])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_a_tempo_is_learned_from_files_through_a_conditioner(way: str, tmp_path: Path) -> None:
     """The conditioner receives waves, captions and labels of the batch, and its tempo decides the tokens."""
@@ -193,6 +195,7 @@ def test_a_zero_null_is_no_parameter_and_specs_are_saved(tmp_path: Path) -> None
     assert "conditions" not in tiny_stages()["semantic"].config
 
 
+@pytest.mark.slow
 def test_a_memorised_condition_is_needed() -> None:
     """Fault 2: if dropped conditions were not removed, an unconditional item would have the conditional loss."""
     stage = stage_with_tempo("sum")

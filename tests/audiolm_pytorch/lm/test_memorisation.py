@@ -231,6 +231,7 @@ def test_guidance_keeps_memorised_sequences(case):
     check(case, [0, 3, 1][: len(order)], order, settings=SamplingSettings(temperature=0, guidance_scale=1.3))
 
 
+@pytest.mark.slow
 @every_case()
 def test_teacher_forced_logits_equal_those_of_decoding(case, monkeypatch):
     """Whole sequences and single rows with a cache have equal logits, to 1e-5, for unequal lengths."""

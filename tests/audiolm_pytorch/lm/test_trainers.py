@@ -93,6 +93,7 @@ def test_trains_from_a_folder_of_audio(name, tmp_path, write_folder):
     assert torch.equal(saved["weight"], conditioner.tables[name].weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINERS)
 def test_learns_from_shards_and_reports_chance(name, tmp_path):
     """A stage learns predictable tokens: the held-out loss is far below the chance level in the metrics."""
@@ -315,6 +316,7 @@ def test_a_run_is_not_resumed_with_another_config(finished, tmp_path):
     assert _run_of(tmp_path, stage={"checkpoint_blocks": True}).train().step == 4
 
 
+@pytest.mark.slow
 def test_shards_of_other_rates_raise_errors(tmp_path):
     """The error has the seconds of each kind of token; a few lost frames are allowed."""
     for folder, rate_hz, lost in (("double", 50, 0), ("hubert", 25, 2)):

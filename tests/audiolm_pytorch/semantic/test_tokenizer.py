@@ -140,6 +140,7 @@ def test_save_and_load_give_equal_ids(tokenizer, tmp_path):
     assert torch.equal(loaded(wave), tokenizer(wave)) and loaded.fingerprint() == tokenizer.fingerprint()
 
 
+@pytest.mark.slow
 def test_fingerprint_follows_everything_that_makes_the_ids(tmp_path):
     """Guards stale token shards: other centroids, encoder weights or normalisation give another fingerprint."""
     tokenizer = fit_tokenizer(tmp_path, 4, layer=1, num_clusters=4)

@@ -147,6 +147,7 @@ def test_train_with_bundled_parts(musiclm_command, micro_data, tmp_path, capsys,
     )
 
 
+@pytest.mark.slow
 def test_dry_run_measures_and_writes_nothing(musiclm_command, micro_data, tmp_path, capsys):
     """The table has parameters, tokens, disk space and time of every step."""
     before = listing(micro_data)
@@ -178,6 +179,7 @@ def test_dry_run_skips_finished_steps(musiclm_command, micro_data, micro_run, ca
     assert listing(micro_run) == before
 
 
+@pytest.mark.slow
 def test_estimated_parameters_are_those_of_the_models(micro_data, micro_run, tmp_path):
     """The table of a dry run has the parameters of the modules that are trained."""
     from musiclm_pytorch.pipeline.estimate import estimate_steps

@@ -131,6 +131,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_refusals_are_one_line_and_write_nothing(musiclm_command, published, tmp_path, case, capsys):
     """Exit status 2, one line with the reason, and existing files are not changed."""

@@ -93,6 +93,7 @@ def clap(folders):
     return ClapMuLaN.from_pretrained(folders[False])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", ["repeatpad", "repeat", "pad"])
 @pytest.mark.parametrize("fused", [False, True])
 def test_spectrograms_are_those_of_transformers(fused, padding):

@@ -189,6 +189,7 @@ def test_a_hub_id_takes_weights_and_tokenizer_of_one_commit(encoder_folders, tmp
     }
 
 
+@pytest.mark.slow
 def test_wrong_inputs_are_refused(encoder_folders, folder, tmp_path):
     """Each error names the fault and the fix."""
     with pytest.raises(ValueError, match=r"3\.\.40"):

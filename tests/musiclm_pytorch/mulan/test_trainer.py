@@ -147,6 +147,7 @@ def test_killed_run_resumes_exactly(corpus: Path, tmp_path: Path) -> None:
     assert not torch.equal(expected["audio_to_latent.weight"], untrained["audio_to_latent.weight"])
 
 
+@pytest.mark.slow
 def test_run_is_not_continued_with_other_texts_or_chunks(corpus: Path, tmp_path: Path) -> None:
     """Settings that change the weights belong to the run; defaults are not stored in a checkpoint."""
     trainer = _trainer(corpus, tmp_path)
@@ -359,6 +360,7 @@ def test_trainer_rejects_what_it_cannot_use(corpus: Path, tmp_path: Path) -> Non
         _trainer(corpus, tmp_path, mulan=Pretrained(dim_latent=2, sample_hz=8000))
 
 
+@pytest.mark.slow
 def test_model_saves_the_words_of_its_training(corpus: Path, tmp_path: Path) -> None:
     """Words of captions and aspects are saved with the model, together with earlier ones."""
     mulan = tiny_mulan()

@@ -106,6 +106,7 @@ def test_another_seed_gives_another_codec(micro_data, micro_run, tmp_path):
     assert (tmp_path / result).read_bytes() != (micro_run / result).read_bytes()
 
 
+@pytest.mark.slow
 def test_finished_steps_are_not_repeated_and_lost_results_are_restored(micro_data, micro_run, tmp_path):
     """After a kill between training and its result, or before the assembly, the same result is written."""
     run = shutil.copytree(micro_run, tmp_path / "run")

@@ -54,6 +54,7 @@ def test_preset_can_be_built(name):
     assert quantizer.codebook_size == preset.quantizer.codebook_size
 
 
+@pytest.mark.slow
 @every_preset
 def test_presets_keep_the_defaults_of_best_rq(name):
     """With the default rates, the encoder and its training have the default settings of BEST-RQ."""
@@ -80,6 +81,7 @@ def semantic_preset(sample_hz: int, token_hz: int) -> Preset:
 every_rate = pytest.mark.parametrize(("sample_hz", "token_hz"), [(16000, 25), (16000, 50), (24000, 25), (24000, 50)])
 
 
+@pytest.mark.slow
 @every_rate
 def test_semantic_tokens_have_the_rate_of_the_preset(sample_hz, token_hz):
     """200 random lengths have exactly `num_frames` tokens, alone and in a batch."""

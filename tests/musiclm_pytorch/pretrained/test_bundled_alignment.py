@@ -3,6 +3,7 @@
 from functools import cache
 from pathlib import Path
 
+import pytest
 import soundfile
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ def click_times(wave: Tensor, times: Tensor) -> Tensor:
     return torch.tensor(found)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_the_codec_keeps_the_times_of_clicks():
     """No click moves by half a frame (10 ms; measured: 3 ms)."""
@@ -77,6 +79,7 @@ def crops(tmp_path: Path) -> tuple[WaveSource, CoarseTransformer]:
     return WaveSource(load_items(tmp_path).items, stage, seconds=1.2, **made), stage
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_semantic_and_acoustic_tokens_of_a_crop_are_aligned(tmp_path):
     """After packing and unpacking, both kinds of tokens start with the crop, not a frame earlier or later."""

@@ -34,6 +34,7 @@ def change_card(model, **fields):
     write_json(model / "musiclm.json", {**read_json(model / "musiclm.json"), **fields})
 
 
+@pytest.mark.slow
 def test_exported_model_generates_the_same(micro_run, tmp_path):
     """The model of the run and its export in half precision generate equal waves."""
     num_bytes = export_musiclm(micro_run, tmp_path / "shipped")
@@ -74,6 +75,7 @@ def test_settings_of_the_card_are_the_defaults(micro_run, tmp_path):
     assert read_json(tmp_path / "again" / "musiclm.json")["sampling"] == SETTINGS["sampling"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -156,6 +158,7 @@ def test_parts_of_different_models_are_refused(model, tmp_path, part, kind, stag
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_model_of_an_older_release_is_loaded(model, tmp_path):
     """Stages without fingerprints accept any parts, and the export adds no fingerprints."""
     for stage in ("semantic", "coarse", "fine"):
@@ -222,6 +225,7 @@ def packaged(model, tmp_path, monkeypatch):
 SHARED = {"codec": "codec_micro", "semantic_tokenizer": "semantic_micro"}
 
 
+@pytest.mark.slow
 def test_parts_of_the_package_are_loaded(model, packaged, tmp_path):
     """A card may name parts that the package has: the model generates the same, and its export has all parts."""
     shared = shutil.copytree(model, tmp_path / "shared")
@@ -279,6 +283,7 @@ def test_export_destroys_nothing(micro_run, tmp_path):
     assert export_musiclm(micro_run, tmp_path / "new") == export_musiclm(micro_run, tmp_path / "new")
 
 
+@pytest.mark.slow
 def test_an_interrupted_export_is_not_loaded_and_can_be_repeated(micro_run, model, monkeypatch):
     """A folder with old and new parts is not a model."""
     (model / "README.md").write_text("about it")
@@ -300,6 +305,7 @@ def test_an_interrupted_export_is_not_loaded_and_can_be_repeated(micro_run, mode
     assert load_musiclm(model).num_levels == 2 and (model / "README.md").read_text() == "about it"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUNDLED_TOKENIZERS)
 def test_bundled_tokenizers_have_names(name):
     """Every name opens a tokenizer and its encoder."""
@@ -311,6 +317,7 @@ def test_bundled_tokenizers_have_names(name):
         tokenizer_named("32khz")
 
 
+@pytest.mark.slow
 def test_bundled_stages_have_fingerprints():
     """The bundled stages have the fingerprints of the bundled tokenizers and quantizer."""
     folder = bundled_folder("tiny")

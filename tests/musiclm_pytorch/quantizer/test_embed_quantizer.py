@@ -65,6 +65,7 @@ def test_codes_equal_a_naive_loop_over_k_means() -> None:
     assert quantizer.codes_from_latents(latents.view(4, 30, 16)).shape == (4, 30, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("levels", "size"), [(1, 2), (12, 16), (3, 64), (2, 120)])
 def test_every_size_is_the_nearest_code_level_by_level(levels: int, size: int) -> None:
     """Oracle: loops in float64 over the codebooks; every level brings the sum of its vectors closer to the latent."""

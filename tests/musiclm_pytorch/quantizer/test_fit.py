@@ -143,6 +143,7 @@ def test_every_window_is_embedded_as_mulan_does(tmp_path: Path, monkeypatch: pyt
     assert given["clip_index"].tolist() == [0, 0, 0, 1, 1, 1, 2, 3, 4, 6, 6, 6]
 
 
+@pytest.mark.slow
 def test_held_out_files_are_what_is_measured(tmp_path: Path) -> None:
     """Agreement is measured on held-out captions, usage on the fitted files; captions are optional."""
     items, others = _steps(tmp_path / "train", 12), _steps(tmp_path / "valid", 5)

@@ -31,6 +31,7 @@ def each_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(module, "_MIN_BATCHES", 1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("each_way")
 def test_every_level_codes_what_is_left() -> None:
     """Planted structure of two levels is found, exactly and in mini-batches, and the same again for the same seed."""
@@ -43,6 +44,7 @@ def test_every_level_codes_what_is_left() -> None:
     assert not torch.equal(codebooks, residual_kmeans(points, 3, 9, seed=3))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("distinct", [1, 5])
 def test_fewer_points_than_codes_may_differ(distinct: int) -> None:
@@ -56,6 +58,7 @@ def test_fewer_points_than_codes_may_differ(distinct: int) -> None:
     assert residual.abs().max() < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("each_way")
 def test_points_are_not_changed() -> None:
     """No way of k-means works on the caller's memory."""
@@ -65,6 +68,7 @@ def test_points_are_not_changed() -> None:
     assert torch.equal(points, before)
 
 
+@pytest.mark.slow
 def test_batches_come_as_close_as_all_points_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cloud without clusters, where the start alone leaves a tenth more than k-means can reach."""
     points = torch.randn(6000, 6, generator=torch.Generator().manual_seed(0))

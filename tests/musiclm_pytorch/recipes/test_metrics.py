@@ -49,6 +49,7 @@ def classifier() -> AttributeClassifier:
     return AttributeClassifier.fit(features(waves, SAMPLE_HZ), labels, features)
 
 
+@pytest.mark.slow
 def test_classifier_finds_instrument_and_tempo_of_new_tones(classifier):
     """Timbre and tempo of clips that it was not fitted to, also at another sample rate."""
     waves, labels = tones(12, seed=1)
@@ -60,6 +61,7 @@ def test_classifier_finds_instrument_and_tempo_of_new_tones(classifier):
         assert torch.allclose(chances.sum(dim=1), torch.ones(12))
 
 
+@pytest.mark.slow
 def test_classifier_agrees_with_scikit_learn():
     """Equal probabilities, for two classes (one row of weights in scikit-learn) and for three."""
     from sklearn.linear_model import LogisticRegression
@@ -122,6 +124,7 @@ def written_items(folder, count: int, seed: int, **extra) -> list[AudioItem]:
     return items
 
 
+@pytest.mark.slow
 def test_classifier_fits_on_files(tmp_path):
     """Fitting to the files of a manifest, which are padded to five seconds, is deterministic."""
     items = written_items(tmp_path, 8, seed=4)

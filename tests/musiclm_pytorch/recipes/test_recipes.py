@@ -189,6 +189,7 @@ def test_midi_numbers_out_of_range_are_an_error(event: Note | ProgramChange) -> 
         midi_bytes([event])
 
 
+@pytest.mark.slow
 def test_plans_are_deterministic_and_split_by_tune() -> None:
     """Equal seeds give equal labels, other seeds other labels, and no tune is in both splits."""
     plans = {split: [plan_clip(split, index, 0) for index in range(30)] for split in ("train", "valid")}

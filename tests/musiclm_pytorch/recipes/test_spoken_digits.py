@@ -88,6 +88,7 @@ def test_words_are_split_by_take(items: list[AudioItem]) -> None:
         split_words(words.test)
 
 
+@pytest.mark.slow
 def test_joined_clips_have_words_of_their_speaker(items: list[AudioItem], tmp_path: Path) -> None:
     """All words of a clip are by the speaker of its label, also if the clip exists already."""
     words = split_words(items)
@@ -128,6 +129,7 @@ def test_features_of_words_ignore_level_and_silence() -> None:
         features(torch.full((1, HZ), float("nan")))
 
 
+@pytest.mark.slow
 def test_classifier_of_words_is_the_same_after_saving(items: list[AudioItem], tmp_path: Path) -> None:
     """The classifier is right on held-out words, finds nobody in silence, and loads with equal outputs."""
     words = split_words(items)
@@ -181,6 +183,7 @@ def test_histogram_counts_every_share() -> None:
     assert lines[0] == f"0.0 to 0.1  50.0% {'#' * 15}" and lines[-1] == f"0.9 to 1.0  50.0% {'#' * 15}"
 
 
+@pytest.mark.slow
 def test_stages_are_compatible_with_the_bundled_parts() -> None:
     """Levels have no gap, rates are those of the tokenizers, and there is no condition."""
     stages = build_stages(codec_named("16khz"), tokenizer_named("16khz"))

@@ -41,6 +41,7 @@ def test_any_length_and_channels(make, num_samples, channels):
         assert all(tensor.numel() > 0 and tensor.shape[0] == 2 for tensor in [output.logits, *output.features])
 
 
+@pytest.mark.slow
 def test_default_shapes_are_those_of_the_papers():
     """Channels, strides and frames of SoundStream III-D / MelGAN and EnCodec 3.4."""
     wave = torch.randn(1, 1, 8192)
@@ -141,6 +142,7 @@ def test_an_item_alone_equals_itself_in_a_batch(make):
         torch.testing.assert_close(alone, together[1:2], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @every_kind
 @pytest.mark.parametrize("level", [0.0, 1.0, 1e4, 1e-20])
 def test_degenerate_waves_stay_finite(make, level):
@@ -223,6 +225,7 @@ def test_spectrogram_is_fp32_under_autocast():
     torch.testing.assert_close(mixed, spectrogram(wave.bfloat16().float()), atol=0, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [soundstream_discriminators, encodec_discriminators])
 def test_saved_discriminators_load_equal(make, tmp_path):
     """Weights and sizes are restored, so that a published codec can be fine-tuned."""

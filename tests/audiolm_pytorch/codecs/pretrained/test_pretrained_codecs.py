@@ -99,6 +99,7 @@ def ours(codec, wave):
     return codes, codec.decode_from_codebook_indices(codes)
 
 
+@pytest.mark.slow
 @every_codec
 @pytest.mark.parametrize("num_samples", [1, 5, 800, 1203])
 def test_codes_and_waves_are_those_of_transformers(models, name, num_samples):
@@ -202,6 +203,7 @@ def test_reach_is_an_upper_bound():
     assert (apply_chunked(model.encoder, wave, short, 200) - whole).abs().max() > 1e-6
 
 
+@pytest.mark.slow
 def test_stereo_segments_have_scales(models):
     """Scales restore the loudness of segments; without them all segments are equally loud."""
     codec = open_codec(models["encodec_stereo"][1])
@@ -254,6 +256,7 @@ def test_published_segments_have_150_frames():
     assert codec.num_frames(47520 * 9 + 1) == 150 * 8 + 149 + 1
 
 
+@pytest.mark.slow
 def test_a_local_folder_needs_no_network_and_a_hub_id_raises_offline(models, tmp_path, monkeypatch):
     """Without a network, local folders open and missing ones are named; no connection is tried."""
 

@@ -61,6 +61,7 @@ def mixer(data, **settings):
     return NoiseMixer(crops(data / "clean"), crops(data / "noise"), sample_hz=RATE_HZ, **settings)
 
 
+@pytest.mark.slow
 def test_mixtures_have_their_ratio_and_their_target(data):
     """Oracle: the noise has the power of the ratio; the target is clean where the flag is set."""
     made = [mixer(data, snr_db=(-5, 15)).get(epoch, index) for epoch in range(8) for index in range(6)]

@@ -110,6 +110,7 @@ def test_codebooks_are_initialised_in_either_precision(folder, tmp_path, precisi
     assert not torch.equal(before, after)
 
 
+@pytest.mark.slow
 def test_optimizers_of_the_phases_can_be_chosen(folder, tmp_path):
     """A function is called for both phases; a dict chooses for some, and the others keep the defaults of a codec."""
     rmsprop = partial(torch.optim.RMSprop, lr=np.float64(1e-3))
@@ -237,6 +238,7 @@ def test_phases_do_not_leak_and_reach_every_parameter(folder, tmp_path, make_cod
         assert all(parameter.grad is None for parameter in trained)
 
 
+@pytest.mark.slow
 def test_a_plain_backward_does_not_leak_either(folder, tmp_path):
     """Without the loop: the discriminators are frozen for one loss, the wave is detached for the other."""
     task = trainer_of(

@@ -111,6 +111,7 @@ def test_ids_are_those_of_transformers_and_scikit_learn(tmp_path, compression, l
     assert ids.unique().numel() > 10
 
 
+@pytest.mark.slow
 @needs_recordings
 @pytest.mark.parametrize("large", [False, True])
 def test_ids_are_equal_on_real_recordings(tmp_path, large):

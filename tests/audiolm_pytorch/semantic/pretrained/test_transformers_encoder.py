@@ -94,6 +94,7 @@ def test_truncated_is_shorter_and_the_same(models, name):
         encoder.truncated(4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hubert", "w2v_bert"])
 def test_frame_counts_are_exact(models, name):
     """The number of frames equals the model's for 200 random lengths; shorter waves raise an error."""
@@ -130,6 +131,7 @@ def test_alone_equals_in_batch(models, name):
         assert not features[row, count:].any()
 
 
+@pytest.mark.slow
 def test_waves_are_normalised_where_the_model_was_trained_so(models, tmp_path):
     """HuBERT base is not normalised by default, although the file in its folder has do_normalize."""
     wave = noise(1, 3000)
