@@ -126,7 +126,7 @@ class DecodeSession:
         self.known = [self.frames_after_row[item][row - 1] for item, row in enumerate(self.rows)]
         is_usable = transformer is not None and transformer.batch == self.copies * batch and transformer.is_current
         self.transformer = transformer if is_usable else None
-        self.is_prefilled = False
+        self.is_prefilled = False  # whether the cache of `transformer` belongs to this session
         self.heads: dict[tuple[int, ...], _Heads] = {}
         self.has_read = False  # whether the final states belong to the rows before `rows`
         self.bad_row = torch.full((), -1, device=model.device)
@@ -164,8 +164,9 @@ class DecodeSession:
                     self.callback(max(self.rows) + 1, self.ids.shape[1])
                 if max(self.rows) % _ROWS_BETWEEN_CHECKS == 0:
                     self._raise_recorded_error()
-        if self.is_done and self.transformer is not None:
+        if self.is_done and self.is_prefilled and self.transformer is not None:
             self.transformer.release()
+            self.is_prefilled = False  # the next session can use the transformer
         self._raise_recorded_error()
 
     def decoded(self) -> Decoded:

@@ -9,12 +9,13 @@ from math import ceil
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import silu
 
 from audiolm_pytorch.nn.layers import FeedForward, GatedFeedForward, is_plain
 from audiolm_pytorch.nn.row_products import prepare_norm, prepare_norm_and_product, prepare_product
 from audiolm_pytorch.nn.transformer import Block, FusedConditions, Transformer
+from audiolm_pytorch.saving.fingerprint import state_of
 
 __all__ = ["CachedTransformer"]
 
@@ -35,7 +36,7 @@ class CachedTransformer:
     def __init__(self, transformer: Transformer, batch: int) -> None:
         if not transformer.causal or transformer.position_bias is not None:
             raise ValueError("decoding needs a transformer with causal=True and position_bias=None")
-        self.transformer, self.batch, self._versions = transformer, batch, _versions(transformer)
+        self.transformer, self.batch, self._states = transformer, batch, list(map(state_of, transformer.parameters()))
         self._buffers = _RowBuffers(transformer, batch)
         self._blocks = [_CachedBlock(cast(Block, block), self._buffers) for block in transformer.blocks]
         # Normalised rows `[b, d]`, written in place.
@@ -45,7 +46,7 @@ class CachedTransformer:
     @property
     def is_current(self) -> bool:
         """Whether the weights of the transformer are unchanged since they were prepared."""
-        return self._versions == _versions(self.transformer)
+        return self._states == list(map(state_of, self.transformer.parameters()))
 
     def prefill(self, x: Tensor, conditions: FusedConditions, counts: Sequence[int], num_positions: int) -> Tensor:
         """Start new sequences with a prefix and first rows; return the last normalised row of each item `[b, d]`.
@@ -102,11 +103,6 @@ class CachedTransformer:
         self._buffers.set_extent(num_positions)
         for block in self._blocks:
             block.view_memory()
-
-
-def _versions(module: nn.Module) -> list[tuple[int, int]]:
-    """Address and number of changes of every parameter."""
-    return [(part.data_ptr(), 0 if part.is_inference() else part._version) for part in module.parameters()]
 
 
 class _RowBuffers:
@@ -168,7 +164,7 @@ class _RowBuffers:
         self._mask = mask.unsqueeze(1).repeat(1, stack.kv_heads, 1).view(self.batch * stack.kv_heads, 1, -1)
         self._mask_of_items = self._mask.view(self.batch, -1, self.num_positions)
         self._mask_slot = self.positions.view(-1, 1).expand(-1, stack.kv_heads).unsqueeze(-1)
-        self.cross_bias: Tensor | None = None
+        self.cross_bias = torch.zeros(1, 1, 1, **self.options)
         if conditions.states_mask is not None:
             is_padding = ~conditions.states_mask.to(device)
             bias = torch.zeros(is_padding.shape, **self.options).masked_fill(is_padding, float("-inf"))
@@ -270,10 +266,7 @@ class _CachedBlock:
     def _step_cross(self) -> None:
         shared, queries = self.buffers, self._cross_queries
         self._to_cross()
-        if shared.cross_bias is None:
-            scores = torch.bmm(queries * self._scale, self._cross_keys)
-        else:
-            scores = torch.baddbmm(shared.cross_bias, queries, self._cross_keys, alpha=self._scale)
+        scores = torch.baddbmm(shared.cross_bias, queries, self._cross_keys, alpha=self._scale)
         torch.bmm(scores.softmax(-1), self._cross_values, out=self._cross_attended)
         self._cross_out()
         shared.x.add_(shared.branch)

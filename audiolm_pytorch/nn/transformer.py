@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from beartype import beartype
@@ -226,10 +226,7 @@ class Transformer(nn.Module):
         x = self._inputs(x, conditions)
         context = self._attention_context(x, conditions, mask, positions, keys_values)
         for block in self.blocks:
-            if self.checkpoint_blocks and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, context, use_reentrant=False)
-            else:
-                x = block(x, context)
+            x = self._apply_block(block, x, context)
         return self.norm(x[:, conditions.num_rows :])
 
     @beartype
@@ -248,10 +245,15 @@ class Transformer(nn.Module):
         blocks = {self.depth if layer is None else layer for layer in layers}
         states = {0: x}  # only of the requested layers, to save memory without gradients
         for layer, block in enumerate(list(self.blocks)[: max(blocks, default=0)], start=1):
-            x = block(x, context)
+            x = self._apply_block(block, x, context)
             if layer in blocks:
                 states[layer] = x
         return [self.norm(states[self.depth]) if layer is None else states[layer] for layer in layers]
+
+    def _apply_block(self, block: nn.Module, x: Tensor, context: AttentionContext) -> Tensor:
+        if self.checkpoint_blocks and self.training and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(block, x, context, use_reentrant=False))
+        return cast(Tensor, block(x, context))
 
     def _inputs(self, x: Tensor, conditions: FusedConditions) -> Tensor:
         """Add `row_sums` and sinusoidal positions to rows `[b, n, d]`, and prepend the prefix."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.saving.weights import weights_of
 
-__all__ = ["cached_fingerprint", "digest_of", "fingerprint_of", "nameless_fingerprint", "part_fingerprint"]
+__all__ = ["cached_fingerprint", "digest_of", "fingerprint_of", "nameless_fingerprint", "part_fingerprint", "state_of"]
 
 # The last fingerprint of each module, with the facts and the tensor states that it was computed from.
 _cache: WeakKeyDictionary[nn.Module, tuple[str, list[tuple[ref[Tensor], tuple[int, int]]], str]] = WeakKeyDictionary()
@@ -71,18 +71,18 @@ def cached_fingerprint(module: nn.Module, facts: str, compute: Callable[[], str]
     if module in _cache:
         known_facts, states, fingerprint = _cache[module]
         is_same = len(states) == len(tensors) and all(
-            known() is tensor and state == _state_of(tensor) for (known, state), tensor in zip(states, tensors)
+            known() is tensor and state == state_of(tensor) for (known, state), tensor in zip(states, tensors)
         )
         if is_same and known_facts == facts:
             return fingerprint
     fingerprint = compute()
-    _cache[module] = facts, [(ref(tensor), _state_of(tensor)) for tensor in tensors], fingerprint
+    _cache[module] = facts, [(ref(tensor), state_of(tensor)) for tensor in tensors], fingerprint
     return fingerprint
 
 
-def _state_of(tensor: Tensor) -> tuple[int, int]:
-    """Return the number of writes to a tensor, and a hash of its memory address and dtype."""
-    return tensor._version, hash((tensor.data_ptr(), tensor.dtype))
+def state_of(tensor: Tensor) -> tuple[int, int]:
+    """Return the number of writes to a tensor (0 for an inference tensor), and a hash of its address and dtype."""
+    return 0 if tensor.is_inference() else tensor._version, hash((tensor.data_ptr(), tensor.dtype))
 
 
 def _bytes_of(tensor: Tensor) -> Any:

@@ -29,9 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     The returned exit status is 0 after success, 2 after an error that is printed on standard error, 130 after Ctrl-C.
     """
-    gc.set_threshold(
-        10_000, 10, 10
-    )  # importing torch creates 300,000 objects; the default collects 400 times meanwhile
+    # Importing torch creates 300,000 objects; with the default threshold, they would be searched 400 times for garbage.
+    gc.set_threshold(10_000, 10, 10)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:

@@ -20,6 +20,7 @@ from audiolm_pytorch.nn import row_products
 from audiolm_pytorch.nn.cached_transformer import CachedTransformer
 from audiolm_pytorch.nn.transformer import FusedConditions, Transformer
 from audiolm_pytorch.tokens.streams import PackedTokens
+from tests.helpers.fakes import tiny_stages
 
 SIZES: dict[str, Any] = {"dim": 24, "depth": 2, "heads": 4, "dim_head": 8, "ff_mult": 2.0}
 
@@ -341,3 +342,19 @@ def test_a_row_of_a_session_does_not_wait(
                 session._fill_row()
     assert max(session.rows) == first + 6 and int(session.bad_row) == -1
     assert places == {name: part.data_ptr() for name, part in tensors_of(session.transformer).items()}
+
+
+def test_a_finished_session_leaves_the_cache_to_the_next_one() -> None:
+    """A further call of a finished session does not free the cache of the session that uses its transformer."""
+    stage = tiny_stages()["semantic"].eval()
+    first = DecodeSession(stage, {}, {"semantic": 6}, seeds=[0])
+    first.advance()
+    alone, second = (
+        DecodeSession(stage, {}, {"semantic": 8}, seeds=[1], transformer=transformer)
+        for transformer in (None, first.transformer)
+    )
+    second.advance(3)
+    first.advance()
+    for session in (alone, second):
+        session.advance()
+    assert torch.equal(second.decoded().streams["semantic"], alone.decoded().streams["semantic"])
