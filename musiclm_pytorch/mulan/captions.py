@@ -13,7 +13,7 @@ from beartype import beartype
 from audiolm_pytorch.data.captions import is_encodable, texts_in
 from audiolm_pytorch.data.manifest import AudioItem, captions_of
 
-__all__ = ["CaptionSampler", "aspects_of", "parse_aspects", "texts_of"]
+__all__ = ["CaptionSampler", "aspects_of", "hard_negatives_of", "parse_aspects", "texts_of"]
 
 _ASPECT_LABELS = ("aspects", "aspect_list")
 _MAX_ASPECT_CHARACTERS = 2**16
@@ -47,6 +47,15 @@ def aspects_of(item: AudioItem) -> list[str]:
 def texts_of(item: AudioItem) -> list[str]:
     """Return the captions of an item; without captions, return one text with all aspects, or an empty list."""
     return captions_of(item) or texts_in(", ".join(aspects_of(item)))
+
+
+@beartype
+def hard_negatives_of(item: AudioItem) -> list[str]:
+    """Return the texts in the label `hard_negatives`: captions that differ from a true caption in one attribute."""
+    try:
+        return texts_in(item.labels.get("hard_negatives"))
+    except ValueError as error:
+        raise ValueError(f"{item.path}: label 'hard_negatives': {error}") from error
 
 
 @beartype

@@ -22,12 +22,15 @@ class _Pairs(NamedTuple):
     """Similarities `[b, k]` of b clips and k texts, gathered from all processes: cosines divided by the temperature.
 
     `clip_index [k]` is the row of the clip that each text describes. `contrast [b, k]` is True where the text differs
-    from every text of the clip.
+    from every text of the clip. `negatives [b, m]` are the similarities to m hard negatives, and `own_negative [b, m]`
+    is True where the hard negative belongs to the clip.
     """
 
     similarities: Tensor
     clip_index: Tensor
     contrast: Tensor
+    negatives: Tensor
+    own_negative: Tensor
 
 
 class ContrastiveLoss(nn.Module, ABC):
@@ -65,24 +68,38 @@ class ContrastiveLoss(nn.Module, ABC):
         text_latents: Tensor,
         captions: Tensor | None = None,
         clip_index: Tensor | None = None,
+        negative_latents: Tensor | None = None,
+        negative_index: Tensor | None = None,
     ) -> Tensor:
         """Compute the loss (nats) of clips and the texts that describe them, a scalar that is equal on all processes.
 
         A clip matches all its texts. A pair of a clip and a text of another clip is left out if the text is equal to
-        a text of the clip. The latents `[b, d]` of clips and `[k, d]` of texts have unit norm.
+        a text of the clip. The latents `[b, d]` of clips and `[k, d]` of texts have unit norm. A hard negative is a
+        false text of one clip, and is contrasted with this clip only, since it may describe another clip.
 
         Args:
             captions: `[k]` integers that are equal for equal texts; None = all texts differ.
             clip_index: `[k]` integers, the row in `audio_latents` that each text describes, with at least one text for
                 every row; None = one text per clip, in the order of the clips.
+            negative_latents: Latents `[m, d]` of hard negatives; None = no hard negatives. All processes must pass hard
+                negatives, or none.
+            negative_index: `[m]` integers, the row in `audio_latents` to which each hard negative belongs.
         """
         clip_index = _checked_clip_index(audio_latents, text_latents, captions, clip_index)
+        if (negative_latents is None) != (negative_index is None):
+            raise ValueError("got only one of negative_latents and negative_index; pass both or neither")
         with torch.autocast(device_type=audio_latents.device.type, enabled=False):
-            return self._loss(self._pairs(audio_latents, text_latents, captions, clip_index))
+            pairs = self._pairs(audio_latents, text_latents, captions, clip_index)
+            if negative_latents is not None and negative_index is not None:
+                pairs = self._with_negatives(pairs, audio_latents, negative_latents, negative_index)
+            return self._loss(pairs)
 
     @abstractmethod
-    def chance(self, num_clips: int, texts_per_clip: float) -> float:
-        """Loss (nats) of a model that guesses: its latents are all equal, while all texts differ; 0 for one clip."""
+    def chance(self, num_clips: int, texts_per_clip: float, negatives_per_clip: float = 0.0) -> float:
+        """Loss (nats) of a model that guesses: its latents are all equal, while all texts differ.
+
+        The loss is 0 for one clip without hard negatives.
+        """
 
     @abstractmethod
     def _loss(self, pairs: _Pairs) -> Tensor:
@@ -105,16 +122,28 @@ class ContrastiveLoss(nn.Module, ABC):
             numbers = gather_batch(captions.to(text.device), texts).unique(return_inverse=True)[1]
         describes = torch.zeros(similarities.shape, dtype=torch.bool, device=text.device)
         describes[clip_index, numbers] = True
-        return _Pairs(similarities, clip_index, ~describes[:, numbers])
+        no_negatives = similarities.new_empty(len(similarities), 0)
+        return _Pairs(similarities, clip_index, ~describes[:, numbers], no_negatives, no_negatives.bool())
+
+    def _with_negatives(self, pairs: _Pairs, audio: Tensor, negatives: Tensor, negative_index: Tensor) -> _Pairs:
+        """Add the similarities to the hard negatives of all processes, as `_pairs` does for texts."""
+        clips, texts = gather_counts(audio, negatives)
+        audio, negatives = (part if part.dtype == torch.float64 else part.float() for part in (audio, negatives))
+        similarities = gather_batch(audio, clips) @ gather_batch(negatives, texts).T
+        similarities = similarities / self.temperature.to(similarities.dtype)
+        rows = gather_batch(negative_index.to(audio.device) + sum(clips[: own_rank()]), texts)
+        own = rows == torch.arange(len(similarities), device=audio.device).unsqueeze(1)
+        return pairs._replace(negatives=similarities, own_negative=own)
 
 
 @register
 class SoftmaxContrastiveLearning(ContrastiveLoss):
     """Contrastive loss by cross entropy in both directions, audio to text and text to audio (arXiv:2208.12415).
 
-    The audio-to-text loss is the cross entropy of each text against the texts of other clips, averaged over the texts
-    of a clip and then over clips. The text-to-audio loss is the cross entropy of the clip of each text against other
-    clips, averaged over texts. The total loss is the mean of the audio-to-text loss and the text-to-audio loss.
+    The audio-to-text loss is the cross entropy of each text against the texts of other clips and the hard negatives of
+    the clip, averaged over the texts of a clip and then over clips. The text-to-audio loss is the cross entropy of the
+    clip of each text against other clips, averaged over texts. The total loss is the mean of the audio-to-text loss and
+    the text-to-audio loss.
 
     Args:
         decoupled: Whether to leave the matching pair out of the denominator (arXiv:2110.06848, eq. 5), which helps
@@ -129,19 +158,20 @@ class SoftmaxContrastiveLearning(ContrastiveLoss):
         self.config["decoupled"] = decoupled
         self.decoupled = decoupled
 
-    def chance(self, num_clips: int, texts_per_clip: float) -> float:
+    def chance(self, num_clips: int, texts_per_clip: float, negatives_per_clip: float = 0.0) -> float:
         """Loss (nats) of a model whose latents are all equal, e.g. `ln num_clips` for one text per clip."""
-        if num_clips < 2:
-            return 0.0
         match, other_clips = 0 if self.decoupled else 1, num_clips - 1
-        return (math.log(match + other_clips) + math.log(match + texts_per_clip * other_clips)) / 2
+        to_audio, to_text = match + other_clips, match + texts_per_clip * other_clips + negatives_per_clip
+        return (math.log(to_audio or 1) + math.log(to_text or 1)) / 2
 
     def _loss(self, pairs: _Pairs) -> Tensor:
         clip_index, num_clips = pairs.clip_index, len(pairs.similarities)
         matches = pairs.similarities.gather(0, clip_index.unsqueeze(0)).squeeze(0)
         contrasts = pairs.similarities.masked_fill(~pairs.contrast, _EXCLUDED)
-        has_contrast = pairs.contrast.any(dim=1)[clip_index]
-        to_text = self._cross_entropy(contrasts.logsumexp(dim=1)[clip_index] - matches, has_contrast)
+        negatives = pairs.negatives.masked_fill(~pairs.own_negative, _EXCLUDED)
+        false_texts = torch.cat((contrasts, negatives), dim=1).logsumexp(dim=1)[clip_index]
+        has_contrast = (pairs.contrast.any(dim=1) | pairs.own_negative.any(dim=1))[clip_index]
+        to_text = self._cross_entropy(false_texts - matches, has_contrast)
         to_audio = self._cross_entropy(contrasts.logsumexp(dim=0) - matches, pairs.contrast.any(dim=0))
         texts_of_clip = clip_index.bincount(minlength=num_clips)[clip_index]
         return ((to_text / texts_of_clip).sum() / num_clips + to_audio.mean()) / 2
@@ -171,11 +201,11 @@ class SigmoidContrastiveLearning(ContrastiveLoss):
         self.config["init_bias"] = init_bias
         self.bias = nn.Parameter(torch.tensor(init_bias))
 
-    def chance(self, num_clips: int, texts_per_clip: float) -> float:
+    def chance(self, num_clips: int, texts_per_clip: float, negatives_per_clip: float = 0.0) -> float:
         """Loss (nats) of a model whose latents are all equal and whose bias is optimal."""
-        if num_clips < 2:
+        contrasts = texts_per_clip * (num_clips - 1) + negatives_per_clip
+        if contrasts == 0:
             return 0.0
-        contrasts = texts_per_clip * (num_clips - 1)
         pairs = texts_per_clip + contrasts
         return texts_per_clip * math.log(pairs / texts_per_clip) + contrasts * math.log(pairs / contrasts)
 
@@ -183,8 +213,9 @@ class SigmoidContrastiveLearning(ContrastiveLoss):
         logits = pairs.similarities + self.bias.to(pairs.similarities.dtype)
         clips = torch.arange(len(logits), device=logits.device)
         match = pairs.clip_index == clips.unsqueeze(1)
-        losses = -F.logsigmoid(torch.where(match, logits, -logits))
-        return losses.masked_fill(~(match | pairs.contrast), 0.0).sum() / len(logits)
+        losses = -F.logsigmoid(torch.where(match, logits, -logits)).masked_fill(~(match | pairs.contrast), 0.0)
+        negatives = -F.logsigmoid(-pairs.negatives - self.bias.to(logits.dtype)).masked_fill(~pairs.own_negative, 0.0)
+        return (losses.sum() + negatives.sum()) / len(logits)
 
 
 def _checked_clip_index(audio: Tensor, text: Tensor, captions: Tensor | None, clip_index: Tensor | None) -> Tensor:

@@ -27,8 +27,8 @@ class MuLaN(JointEmbedding):
     See `JointEmbedding` for `window_seconds` and `window_stride_seconds`.
 
     Args:
-        loss: Module called as `loss(audio_latents, text_latents, captions, clip_index)`; None =
-            `SoftmaxContrastiveLearning`.
+        loss: Module called as `loss(audio_latents, text_latents, captions, clip_index)`, with the latents and rows of
+            hard negatives as two more arguments if there are any; None = `SoftmaxContrastiveLearning`.
         layer_contrast: Contrastive losses between inner layers of the towers; None = only the outputs are trained.
     """
 
@@ -94,6 +94,8 @@ class MuLaN(JointEmbedding):
         lengths: Tensor | None = None,
         *,
         clip_index: Tensor | None = None,
+        negatives: str | Sequence[str] | Tensor | None = None,
+        negative_index: Tensor | None = None,
         chunk_size: int | None = None,
     ) -> Tensor:
         """Compute the contrastive loss (nats) of clips `[b, n]` at `sample_hz` and the texts that describe them.
@@ -105,6 +107,8 @@ class MuLaN(JointEmbedding):
             lengths: `[b]` number of samples of each clip, 1..n; None = `n` for every clip.
             clip_index: `[k]` integers, the row in `wavs` of the clip that each text describes, with at least one text
                 for every clip; None = one text per clip, in the order of the clips.
+            negatives: `m` hard negatives, which are false texts of one clip; texts, or ids `[m, t]`.
+            negative_index: `[m]` integers, the row in `wavs` to which each hard negative belongs.
             chunk_size: Number of clips, and of texts, per forward pass of a tower; backward repeats each pass, so that
                 only one chunk needs memory at a time (arXiv:2101.06983); None = one chunk with the whole batch.
         """
@@ -114,9 +118,11 @@ class MuLaN(JointEmbedding):
         audio = _in_chunks(self._audio_levels, chunk_size, *clips)
         text = _in_chunks(self._text_levels, chunk_size, ids)
         losses = (self.loss, *self.layer_heads.losses)
-        outputs, *layers = (
-            loss(a, t, captions, clip_index) for loss, a, t in zip(losses, audio.unbind(1), text.unbind(1))
-        )
+        levels: list[tuple[Tensor, ...]] = [(t, captions, clip_index) for t in text.unbind(1)]  # type: ignore[misc]
+        if negatives is not None and negative_index is not None:
+            false_text = _in_chunks(self._text_levels, chunk_size, self.text.tokenize(negatives))
+            levels = [(*level, n, negative_index) for level, n in zip(levels, false_text.unbind(1))]
+        outputs, *layers = (loss(a, *level) for loss, a, level in zip(losses, audio.unbind(1), levels))
         return outputs if self.layer_contrast is None else outputs + self.layer_contrast.weight * sum(layers)
 
     def _audio_levels(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:

@@ -18,7 +18,7 @@ from audiolm_pytorch.data.manifest import AudioItem, captions_of, check_one_sour
 from audiolm_pytorch.saving.modules import save_module
 from audiolm_pytorch.training import LoopSettings, LossOutput, Phase, TrainLoop, TrainResult
 from audiolm_pytorch.training.arguments import trainer_arguments
-from musiclm_pytorch.mulan.captions import CaptionSampler, aspects_of, texts_of
+from musiclm_pytorch.mulan.captions import CaptionSampler, aspects_of, hard_negatives_of, texts_of
 from musiclm_pytorch.mulan.chance_watch import ChanceWatch
 from musiclm_pytorch.mulan.held_out import HeldOutClips
 from musiclm_pytorch.mulan.joint import JointEmbedding
@@ -85,6 +85,14 @@ class MuLaNTask:
         counted = captioned[:_CLIPS_COUNTED]
         num_texts = sum(len(self.captions.sample(item, 0, index)) for index, item in enumerate(counted))
         self._texts_per_clip = num_texts / len(counted)
+        # Every process needs hard negatives in every batch, since the processes gather them.
+        self._negatives = [hard_negatives_of(item) for item in captioned]
+        self._has_negatives = all(self._negatives)
+        if self._has_negatives:
+            self.config["hard_negatives"] = True
+        elif any(self._negatives):
+            missing = len(self._negatives) - sum(map(bool, self._negatives))
+            logger.warning("hard_negatives are not used, since %d of %d files have none", missing, len(captioned))
         held_out = [item for item in valid_items if texts_of(item)]
         self.held_out: HeldOutClips | None = None
         if labels and not held_out:
@@ -101,7 +109,7 @@ class MuLaNTask:
         if not isinstance(loss, ContrastiveLoss):
             loss = SoftmaxContrastiveLearning()
         processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        value = loss.chance(self.batch_size * processes, self._texts_per_clip)
+        value = loss.chance(self.batch_size * processes, self._texts_per_clip, float(self._has_negatives))
         if isinstance(self.mulan, MuLaN) and self.mulan.layer_contrast is not None:
             value *= 1 + self.mulan.layer_contrast.weight * len(self.mulan.layer_contrast.layers)
         return {"loss": value, **chance}
@@ -111,18 +119,22 @@ class MuLaNTask:
         crops = collate_crops([self.dataset.get(epoch, index) for epoch, index in indices])
         texts = [self.captions.sample(self.dataset.items[index], epoch, index) for epoch, index in indices]
         rate_hz = self.mulan.sample_hz
-        return {
+        batch = {
             "wavs": crops.waves[rate_hz],
+            "texts": self._tokenize([text for of_clip in texts for text in of_clip]),
             "lengths": crops.lengths[rate_hz],
-            "ids": self._tokenize([text for of_clip in texts for text in of_clip]),
             "clip_index": torch.tensor([row for row, of_clip in enumerate(texts) for _ in of_clip]),
         }
+        if self._has_negatives:
+            choices = [(self._negatives[index], epoch) for epoch, index in indices]
+            batch["negatives"] = self._tokenize([texts[epoch % len(texts)] for texts, epoch in choices])
+            batch["negative_index"] = torch.arange(len(indices))
+        return batch
 
     def loss(self, batch: dict[str, Tensor], step: int) -> LossOutput:
         """Compute the contrastive loss of a batch, with the current temperature as a metric."""
-        loss = self.mulan(
-            batch["wavs"], batch["ids"], batch["lengths"], clip_index=batch["clip_index"], chunk_size=self.chunk_size
-        )
+        keywords = {name: part for name, part in batch.items() if name not in ("wavs", "texts", "lengths")}
+        loss = self.mulan(batch["wavs"], batch["texts"], batch["lengths"], **keywords, chunk_size=self.chunk_size)
         temperature = getattr(getattr(self.mulan, "loss", None), "temperature", None)
         return LossOutput(loss, {} if temperature is None else {"temperature": temperature})
 
@@ -146,8 +158,8 @@ class MuLaNTrainer:
     Args:
         mulan: A MuLaN whose tokenizer was trained on the captions (`TextTokenizer.train`), or any joint embedding with
             a `forward` and a text tower like those of `MuLaN`.
-        folder: Folder with `train.jsonl` (`audio`, `caption`, optionally a list `captions`), and optionally
-            `valid.jsonl`; or a `.jsonl` file; or a folder of audio files with a text file beside each audio file.
+        folder: Folder with `train.jsonl` (`audio`, `caption`, optionally lists `captions` and `hard_negatives`), and
+            optionally `valid.jsonl`; or a `.jsonl` file; or a folder of audio files with a text file beside each.
         items: Training items and held-out items, instead of `folder`; items without captions and aspects are left out.
         batch_size: Clips per step and process; the loss contrasts the clips of all processes with each other.
         seconds: Length of the crops; files that are shorter are used whole.

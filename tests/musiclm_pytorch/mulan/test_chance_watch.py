@@ -99,6 +99,15 @@ def test_chance_is_the_loss_of_equal_embeddings(texts_per_clip: int, decoupled: 
         assert loss.chance(16, 1) == pytest.approx(math.log(16))
 
 
+@pytest.mark.parametrize("loss", [SoftmaxContrastiveLearning(), SoftmaxContrastiveLearning(decoupled=True)])
+def test_chance_counts_hard_negatives(loss: SoftmaxContrastiveLearning) -> None:
+    """Oracle: the loss module itself, on equal latents with two hard negatives per clip, also for a single clip."""
+    for num_clips in (1, 4):
+        same = torch.ones(3 * num_clips, 4) / 2
+        value = loss(same[:num_clips], same[:num_clips], None, None, same[num_clips:], torch.arange(2 * num_clips) // 2)
+        assert loss.chance(num_clips, 1, 2) == pytest.approx(value.item(), rel=1e-5)
+
+
 def test_chance_of_the_sigmoid_loss_is_that_of_the_best_constant() -> None:
     """Oracle: the lowest loss of equal embeddings over all biases."""
     texts = [[f"text {clip}", f"other {clip}"] for clip in range(16)]

@@ -82,6 +82,33 @@ def test_loss_equals_a_naive_loop(loss: nn.Module, texts: tuple[list[int], list[
 
 
 @every_loss
+def test_hard_negatives_equal_a_naive_loop(loss: nn.Module) -> None:
+    """Oracle in float64, with gradients: a clip is contrasted with its own hard negatives, and no other clip is."""
+    loss = copy.deepcopy(loss).double()
+    audio, text = _latents(5, 5)
+    own = [0, 2, 2, 4]
+    inputs = [latents.requires_grad_() for latents in (audio, text, _latents(1, len(own), dim=6)[1])]
+    value = loss(inputs[0], inputs[1], None, None, inputs[2], torch.tensor(own))
+    similarity = inputs[0] @ torch.cat(inputs[1:]).T / loss.log_temperature.exp()
+    expected = audio.new_zeros(())
+    for i in range(5):
+        negatives = [similarity[i, 5 + j] for j, row in enumerate(own) if row == i]
+        if isinstance(loss, SigmoidContrastiveLearning):
+            signs = [(1 if j == i else -1) for j in range(5)] + [-1] * len(negatives)
+            terms = [*similarity[i, :5].unbind(), *negatives]
+            expected = expected - sum(F.logsigmoid(sign * (z + loss.bias)) for sign, z in zip(signs, terms)) / 5
+            continue
+        for others in ([*similarity[i, :5].unbind(), *negatives], list(similarity[:5, i].unbind())):
+            others = [z for j, z in enumerate(others) if j != i or not loss.decoupled]
+            expected = expected + (torch.stack(others).logsumexp(0) - similarity[i, i]) / 10
+    torch.testing.assert_close(value, expected, atol=1e-12, rtol=0)
+    for gradient, naive in zip(torch.autograd.grad(value, inputs), torch.autograd.grad(expected, inputs)):
+        torch.testing.assert_close(gradient, naive, atol=1e-11, rtol=0)
+    with pytest.raises(ValueError, match="pass both or neither"):
+        loss(audio, text, negative_latents=inputs[2])
+
+
+@every_loss
 def test_loss_is_symmetric(loss: nn.Module) -> None:
     """Audio to text and text to audio count alike."""
     audio, text = _latents(5, 5)
@@ -250,9 +277,10 @@ def _step(loss: nn.Module, rows: slice, several: bool) -> tuple[Tensor, list[Ten
     audio, text = _latents(7, len(clip_index))
     own = (clip_index >= rows.start) & (clip_index < rows.stop)
     captions = SEVEN_CAPTIONS[: len(clip_index)][own]
-    value = loss(
-        F.normalize(tower(audio[rows]), dim=-1), text[own], captions, clip_index[own] - rows.start if several else None
-    )
+    texts = (text[own], captions, clip_index[own] - rows.start if several else None)
+    # In the case of several texts, each clip also has a hard negative.
+    negatives = (text[:7][rows] * -0.5 + audio[rows] * 0.5, torch.arange(rows.stop - rows.start)) if several else ()
+    value = loss(F.normalize(tower(audio[rows]), dim=-1), *texts, *negatives)
     value.backward()
     return value.detach(), [parameter.grad for parameter in (*tower.parameters(), *loss.parameters())]
 

@@ -202,7 +202,7 @@ def test_batch_holds_every_text_with_its_clip(corpus: Path, tmp_path: Path) -> N
     task = _trainer(corpus, tmp_path, **choices).task
     assert task.num_items == 3
     batch = task.batch([(0, 2), (0, 0), (0, 1)])
-    texts = task.mulan.text.tokenizer.decode(batch["ids"])
+    texts = task.mulan.text.tokenizer.decode(batch["texts"])
     assert texts == ["soft", first.caption, "second", items[1].caption] and batch["clip_index"].tolist() == [0, 1, 1, 2]
     assert batch["wavs"].shape == (3, 3200) and batch["lengths"].tolist() == [3200] * 3
     # four texts of three clips: each text is contrasted with two other clips, and with three or two other texts
@@ -214,8 +214,26 @@ def test_several_captions_of_a_file_alternate(corpus: Path, tmp_path: Path) -> N
     items, _ = load_split(corpus)
     item = replace(items[0], labels={"captions": [items[0].caption, "second", " ", "third"]})
     task = _trainer(corpus, tmp_path, folder=None, items=([item], []), batch_size=1).task
-    seen = [task.mulan.text.tokenizer.decode(task.batch([(epoch, 0)])["ids"])[0] for epoch in (0, 1, 2, 3, 1)]
+    seen = [task.mulan.text.tokenizer.decode(task.batch([(epoch, 0)])["texts"])[0] for epoch in (0, 1, 2, 3, 1)]
     assert seen == [item.caption, "second", "third", item.caption, "second"]
+
+
+def test_hard_negatives_of_a_manifest_are_contrasted(
+    corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each epoch has the next hard negative of every clip; they are left out, with a warning, if a clip has none."""
+    items, _ = load_split(corpus)
+    marked = [replace(item, labels={"hard_negatives": [f"not {item.caption}", "wrong"]}) for item in items[:4]]
+    task = _trainer(corpus, tmp_path, folder=None, items=(marked, [])).task
+    batches = [task.batch([(epoch, index) for index in (2, 0)]) for epoch in (0, 1)]
+    decoded = [task.mulan.text.tokenizer.decode(batch["negatives"]) for batch in batches]
+    assert decoded == [[f"not {marked[2].caption}", f"not {marked[0].caption}"], ["wrong", "wrong"]]
+    assert batches[0]["negative_index"].tolist() == [0, 1]
+    without = {name: part for name, part in batches[0].items() if "negative" not in name}
+    assert task.loss(batches[0], 0).loss > task.loss(without, 0).loss
+    assert task.chance["loss"] == pytest.approx((math.log(8) + math.log(9)) / 2)
+    mixed = _trainer(corpus, tmp_path / "mixed", folder=None, items=([*marked, items[5]], [])).task
+    assert "negatives" not in mixed.batch([(0, 0)]) and "1 of 5 files have none" in caplog.text
 
 
 def test_validation_counts_every_clip_of_a_caption(
@@ -441,6 +459,6 @@ def test_mulan_distinguishes_256_sounds_after_100_steps(tmp_path: Path) -> None:
         for rows in torch.randperm(256).split(64):
             batch = heard.batch([(0, int(row)) for row in rows])
             clips = mulan.get_audio_latents(batch["wavs"], batch["lengths"])
-            similarities = mulan.get_text_latents(batch["ids"]) @ clips.T
+            similarities = mulan.get_text_latents(batch["texts"]) @ clips.T
             found += [similarities.argmax(dim=way) == torch.arange(64) for way in (0, 1)]
     assert torch.cat(found).float().mean() > 0.9
