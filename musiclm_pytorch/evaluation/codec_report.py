@@ -13,7 +13,7 @@ from audiolm_pytorch.codecs.distances import si_sdr_db, stft_distance, zero_mean
 from audiolm_pytorch.codecs.quantizers import code_usage
 from audiolm_pytorch.codecs.training.losses import MultiScaleMelLoss
 from audiolm_pytorch.nn.module_state import device_of
-from musiclm_pytorch.evaluation.report import Metric, aligned_table
+from musiclm_pytorch.evaluation.report import MetricValue, aligned_table
 
 __all__ = ["CodecRow", "codec_report", "distance_row", "rows_table"]
 
@@ -31,9 +31,9 @@ class CodecRow:
     name: str
     num_clips: int
     seconds: float
-    si_sdr_db: Metric
-    stft: Metric
-    mel_nepers: Metric
+    si_sdr_db: MetricValue
+    stft: MetricValue
+    mel_nepers: MetricValue
     kbps: float | None = None
     usage: tuple[float, ...] = ()
 
@@ -52,7 +52,7 @@ def _row(
     """Average the distances of all clips."""
     if not distances:
         raise ValueError("there are no clips to measure")
-    means = {key: Metric.mean(f"{name} / {key}", values) for key, values in zip(_DISTANCES, zip(*distances))}
+    means = {key: MetricValue.mean(f"{name} / {key}", values) for key, values in zip(_DISTANCES, zip(*distances))}
     return CodecRow(name, len(distances), seconds, **means, kbps=kbps, usage=tuple(usage))
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from audiolm_pytorch.audio.files import resample
 from audiolm_pytorch.audio.mel import MelSpectrogram
-from musiclm_pytorch.evaluation.report import Metric
+from musiclm_pytorch.evaluation.report import MetricValue
 
 __all__ = ["melody_similarity", "melody_spectrogram", "nearest_similarity", "novelty_metrics"]
 
@@ -75,7 +75,7 @@ def melody_similarity(queries: Tensor, references: Tensor, max_shift_frames: int
 
 
 @beartype
-def novelty_metrics(name: str, generated: Tensor, held_out: Tensor) -> list[Metric]:
+def novelty_metrics(name: str, generated: Tensor, held_out: Tensor) -> list[MetricValue]:
     """Mean and 95th percentile of the similarity to the nearest training clip, for generated and real held-out clips.
 
     The `note` of a metric states whether generated clips are nearer to the training clips than real clips are.
@@ -89,14 +89,14 @@ def novelty_metrics(name: str, generated: Tensor, held_out: Tensor) -> list[Metr
     return metrics
 
 
-def _metric(name: str, values: np.ndarray, share: float | None) -> Metric:
+def _metric(name: str, values: np.ndarray, share: float | None) -> MetricValue:
     """Build a metric from the quantile `share` (0..1) of the values, or from their mean with `share=None`."""
     if share is None:
-        return Metric.mean(name, values)
-    return Metric.measured(name, lambda rows: float(np.quantile(values[rows], share)), len(values))
+        return MetricValue.mean(name, values)
+    return MetricValue.measured(name, lambda rows: float(np.quantile(values[rows], share)), len(values))
 
 
-def _comparison(generated: Metric, real: Metric) -> str:
+def _comparison(generated: MetricValue, real: MetricValue) -> str:
     if generated.value <= real.value:
         return "no nearer than real"
     return "as near as real, within the intervals" if generated.low <= real.high else "nearer than real"

@@ -12,7 +12,7 @@ from beartype import beartype
 from audiolm_pytorch.saving.files import staged_files, write_json
 
 __all__ = [
-    "Metric",
+    "MetricValue",
     "accuracy_metric",
     "accuracy_statistic",
     "aligned_table",
@@ -45,7 +45,7 @@ def bootstrap_interval(
 
 
 @dataclass(frozen=True)
-class Metric:
+class MetricValue:
     """Result of a measurement, with confidence interval and chance level.
 
     The name has the form `group / condition / measure`. Fractions are in 0..1, not in per cent. `low` and `high` are
@@ -71,14 +71,14 @@ class Metric:
         chance: float | None = None,
         note: str = "",
         rounds: int = BOOTSTRAP_ROUNDS,
-    ) -> "Metric":
+    ) -> "MetricValue":
         """Build a metric from a statistic of `count` items, with a bootstrap confidence interval."""
         low, high = bootstrap_interval(statistic, count, rounds)
         return cls(name, float(statistic(np.arange(count))), low, high, chance, count, note)
 
     @classmethod
     @beartype
-    def mean(cls, name: str, values: Sequence[float] | np.ndarray, chance: float | None = None) -> "Metric":
+    def mean(cls, name: str, values: Sequence[float] | np.ndarray, chance: float | None = None) -> "MetricValue":
         """Build a metric from the mean of one value per item."""
         known = np.asarray(values, dtype=float)
         return cls.measured(name, lambda rows: float(known[rows].mean()), len(known), chance)
@@ -118,11 +118,11 @@ def accuracy_metric(
     balanced: bool = False,
     note: str = "",
     chance: float | None = None,
-) -> Metric:
+) -> MetricValue:
     """Build a metric from the accuracy of answers; the default chance level is the accuracy of a uniform guess."""
     statistic = accuracy_statistic(truth, answers, balanced)
     chance = 1 / len(set(truth)) if chance is None else chance
-    return Metric.measured(name, statistic, len(truth), chance=chance, note=note)
+    return MetricValue.measured(name, statistic, len(truth), chance=chance, note=note)
 
 
 @beartype
@@ -135,7 +135,7 @@ def aligned_table(cells: Sequence[Sequence[str]]) -> str:
 
 
 @beartype
-def markdown_table(metrics: Sequence[Metric]) -> str:
+def markdown_table(metrics: Sequence[MetricValue]) -> str:
     """Format metrics as a Markdown table with one line per metric."""
     cells = [["metric", "value", "95% interval", "chance", "n", "note"]]
     for metric in metrics:
@@ -151,7 +151,7 @@ def _three_digits(value: float | None) -> str:
 
 @beartype
 def write_report(
-    path: str | Path, metrics: Sequence[Metric], settings: dict[str, Any], table: str | None = None
+    path: str | Path, metrics: Sequence[MetricValue], settings: dict[str, Any], table: str | None = None
 ) -> None:
     """Write metrics to the JSON file `path`, and a table (default: `markdown_table`) to the Markdown file beside it."""
     path = Path(path)

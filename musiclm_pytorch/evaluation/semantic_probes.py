@@ -22,7 +22,7 @@ from audiolm_pytorch.audio.mel import MelSpectrogram
 from audiolm_pytorch.data.manifest import AudioItem, load_split
 from audiolm_pytorch.nn.module_state import device_of, eval_mode
 from audiolm_pytorch.semantic.base import FrameEncoder, SemanticTokenizer
-from musiclm_pytorch.evaluation.report import Metric, aligned_table
+from musiclm_pytorch.evaluation.report import MetricValue, aligned_table
 
 __all__ = [
     "Features",
@@ -84,14 +84,14 @@ def evaluate_semantic(
     clusters: Sequence[int] = (),
     seed: int = 0,
     announce: Callable[[str], None] = lambda words: None,
-) -> list[Metric]:
+) -> list[MetricValue]:
     """Measure linear probes of log-mel frames, encoder layers, k-means clusters of these features, and semantic tokens.
 
     Each metric is named `FEATURES / LABEL`, for example `layer 9 / genre`; see `probe` for the labels. Layer 0 is the
     input of the first encoder layer. Each number in `clusters` is a number of k-means clusters for every set of frames.
     `announce` receives the name of each set of features before the features are probed.
     """
-    metrics: list[Metric] = []
+    metrics: list[MetricValue] = []
 
     def add(features: Features) -> None:
         announce(features.name)
@@ -196,7 +196,7 @@ def kmeans_features(features: Features, num_clusters: int, seed: int = 0) -> Fea
 
 
 @beartype
-def probe(features: Features, clips: ProbeClips, label: str) -> Metric:
+def probe(features: Features, clips: ProbeClips, label: str) -> MetricValue:
     """Train a linear classifier of a label on the training clips, and measure its accuracy on the held-out clips.
 
     If the label is a text, number or boolean per clip, the model classifies the mean frame or the token frequencies of
@@ -226,7 +226,7 @@ def probe(features: Features, clips: ProbeClips, label: str) -> Metric:
     def accuracy(rows: np.ndarray) -> float:
         return float(right[rows].sum() / totals[rows].sum())
 
-    return Metric.measured(f"{features.name} / {label}", accuracy, len(right), chance, note)
+    return MetricValue.measured(f"{features.name} / {label}", accuracy, len(right), chance, note)
 
 
 def _examples(
@@ -272,7 +272,7 @@ def event_classes(events: Sequence[Any], num_frames: int, seconds_per_frame: flo
 
 
 @beartype
-def probe_table(metrics: Sequence[Metric]) -> str:
+def probe_table(metrics: Sequence[MetricValue]) -> str:
     """Format probe accuracies in percent as a Markdown table, with a row per feature set and a column per label."""
     names = [metric.name.split(" / ", 1) for metric in metrics]
     labels = list(dict.fromkeys(label for _, label in names))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from audiolm_pytorch.data.captions import is_encodable
 from audiolm_pytorch.data.manifest import AudioItem
-from musiclm_pytorch.evaluation.report import Metric, accuracy_metric
+from musiclm_pytorch.evaluation.report import MetricValue, accuracy_metric
 
 __all__ = ["TagScores", "TagTest", "tag_labels", "tag_metrics", "tag_prompts", "tag_scores", "tag_tests"]
 
@@ -130,7 +130,7 @@ def tag_scores(similarities: Tensor, truth: Tensor) -> TagScores:
 
 
 @beartype
-def tag_metrics(name: str, similarities: Tensor, truth: Tensor) -> list[Metric]:
+def tag_metrics(name: str, similarities: Tensor, truth: Tensor) -> list[MetricValue]:
     """Compute AUC, average precision and balanced accuracy as metrics; see `tag_scores` for the arguments."""
     from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -138,11 +138,11 @@ def tag_metrics(name: str, similarities: Tensor, truth: Tensor) -> list[Metric]:
     num_classes = scores.shape[1]
     note = f"{num_classes} classes"
 
-    def metric(measure: str, score: Callable[..., float], chance: float) -> Metric:
+    def metric(measure: str, score: Callable[..., float], chance: float) -> MetricValue:
         def statistic(rows: np.ndarray) -> float:
             return _class_mean(score, scores[rows], classes[rows])
 
-        return Metric.measured(f"{name} / {measure}", statistic, len(classes), chance, note, _BOOTSTRAP_ROUNDS)
+        return MetricValue.measured(f"{name} / {measure}", statistic, len(classes), chance, note, _BOOTSTRAP_ROUNDS)
 
     truths, answers = classes.astype(str).tolist(), scores.argmax(axis=1).astype(str).tolist()
     return [

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from audiolm_pytorch.audio.files import read_audio
 from audiolm_pytorch.data.manifest import AudioItem, load_items
 from audiolm_pytorch.nn.module_state import device_of
-from musiclm_pytorch.evaluation.report import Metric, accuracy_metric
+from musiclm_pytorch.evaluation.report import MetricValue, accuracy_metric
 from musiclm_pytorch.evaluation.retrieval import different_captions, retrieval
 from musiclm_pytorch.evaluation.tagging import TagTest, tag_metrics, tag_tests
 from musiclm_pytorch.mulan.captions import texts_of
@@ -122,7 +122,7 @@ def _embed_audio(mulan: JointEmbedding, items: Sequence[AudioItem]) -> Tensor:
 
 
 @beartype
-def joint_embedding_metrics(clips: EmbeddedClips) -> list[Metric]:
+def joint_embedding_metrics(clips: EmbeddedClips) -> list[MetricValue]:
     """Measure retrieval, zero-shot tagging, and how often the best clip for a caption has the right label."""
     described = clips.relevant.any(dim=0)
     text_to_audio = retrieval(clips.similarities, clips.relevant)
@@ -147,7 +147,7 @@ def text_classes(truth: Tensor, relevant: Tensor) -> Tensor:
 
 
 @beartype
-def top_clip_metrics(name: str, similarities: Tensor, relevant: Tensor, tests: Sequence[TagTest]) -> list[Metric]:
+def top_clip_metrics(name: str, similarities: Tensor, relevant: Tensor, tests: Sequence[TagTest]) -> list[MetricValue]:
     """Measure for each label how often the clip most similar to a caption has the right class (balanced accuracy).
 
     The right class is the class of the clips that the caption describes. Captions whose clips have no common class are

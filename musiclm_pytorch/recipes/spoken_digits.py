@@ -46,10 +46,10 @@ from audiolm_pytorch.lm.compatibility import shard_fingerprint
 from audiolm_pytorch.lm.stage_transformer import StageTransformer
 from audiolm_pytorch.saving.modules import load_module, save_module
 from audiolm_pytorch.semantic.base import SemanticTokenizer
-from musiclm_pytorch.evaluation.report import Metric, markdown_table, write_report
+from musiclm_pytorch.evaluation.clips import labels_of, load_clips
+from musiclm_pytorch.evaluation.report import MetricValue, markdown_table, write_report
 from musiclm_pytorch.pretrained.bundled import codec_named, tokenizer_named
 from musiclm_pytorch.recipes.memory import peak_bytes_of
-from musiclm_pytorch.recipes.metrics.clips import labels_of, load_clips
 from musiclm_pytorch.recipes.metrics.generation_metrics import reconstruct
 from musiclm_pytorch.recipes.metrics.spoken_metrics import (
     classifier_metrics,
@@ -224,7 +224,7 @@ def open_audiolm(folder: str | Path) -> AudioLM:
 
 
 @beartype
-def evaluate(audiolm: AudioLM, words: Words, out: Path, seed: int = 0) -> tuple[list[Metric], str]:
+def evaluate(audiolm: AudioLM, words: Words, out: Path, seed: int = 0) -> tuple[list[MetricValue], str]:
     """Measure continuations of held-out prompts and unconditional samples with a classifier of spoken words.
 
     Args:
@@ -273,7 +273,7 @@ def _generate(folder: Path, seconds: int, in_chunks: bool) -> None:
 
 
 @beartype
-def memory_metrics(folder: Path, sample_hz: int) -> list[Metric]:
+def memory_metrics(folder: Path, sample_hz: int) -> list[MetricValue]:
     """Measure the peak memory (MiB) of processes that generate 10 s and 60 s, as one wave and as a stream of chunks.
 
     Each memory metric contains the median, the smallest and the largest value of three processes. Further metrics are
@@ -292,9 +292,9 @@ def memory_metrics(folder: Path, sample_hz: int) -> list[Metric]:
     return [*metrics, _memory_metric(f"audio of {MEMORY_SECONDS[1]} s", audio_bytes)]
 
 
-def _memory_metric(name: str, num_bytes: np.ndarray) -> Metric:
+def _memory_metric(name: str, num_bytes: np.ndarray) -> MetricValue:
     middle, low, high = (float(value) / 2**20 for value in (np.median(num_bytes), num_bytes.min(), num_bytes.max()))
-    return Metric(f"memory (MiB) / {name}", middle, low, high, None, len(num_bytes), "median, smallest, largest")
+    return MetricValue(f"memory (MiB) / {name}", middle, low, high, None, len(num_bytes), "median, smallest, largest")
 
 
 @beartype

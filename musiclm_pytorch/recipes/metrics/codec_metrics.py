@@ -19,18 +19,18 @@ from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.data.manifest import load_items
 from audiolm_pytorch.saving.fingerprint import fingerprint_of
+from musiclm_pytorch.evaluation.classifier import AttributeClassifier, fitted_classifier
+from musiclm_pytorch.evaluation.clips import labels_of, load_clips
 from musiclm_pytorch.evaluation.codec_report import CodecRow, distance_row
 from musiclm_pytorch.evaluation.report import (
-    Metric,
+    MetricValue,
     accuracy_metric,
     accuracy_statistic,
     aligned_table,
     write_report,
 )
 from musiclm_pytorch.pretrained.bundled import DEFAULT_CODEC, codec_named
-from musiclm_pytorch.recipes.metrics.classifier import AttributeClassifier, fitted_classifier
-from musiclm_pytorch.recipes.metrics.clips import labels_of, load_clips
-from musiclm_pytorch.recipes.metrics.generation_metrics import PLAIN_ACCURACY, reconstruct
+from musiclm_pytorch.recipes.metrics.generation_metrics import ATTRIBUTES, PLAIN_ACCURACY, reconstruct
 from musiclm_pytorch.recipes.metrics.opus import opus_copy, require_opus
 
 __all__ = ["CopyMetrics", "Copy", "measure_copies", "copies_table", "codec_copies", "main", "opus_copies"]
@@ -56,11 +56,11 @@ class CopyMetrics:
     """
 
     row: CodecRow
-    accuracy: dict[str, Metric]
-    kept: dict[str, Metric]
+    accuracy: dict[str, MetricValue]
+    kept: dict[str, MetricValue]
 
     @property
-    def metrics(self) -> list[Metric]:
+    def metrics(self) -> list[MetricValue]:
         """All numbers of the codec comparison, as a list of metrics."""
         row, note = self.row, "" if self.row.kbps is None else f"{self.row.kbps:.2f} kbps"
         distances = {
@@ -127,7 +127,7 @@ def _measure_copy(
 
 def _kept_metric(
     name: str, classes: list[str], answers: list[str], answers_on_real: list[str], balanced: bool
-) -> Metric:
+) -> MetricValue:
     """Divide the accuracy on a copy by the accuracy on the real clips; return 1 if the divisor is 0."""
     on_copy = accuracy_statistic(classes, answers, balanced)
     on_real = accuracy_statistic(classes, answers_on_real, balanced)
@@ -136,7 +136,7 @@ def _kept_metric(
         real = on_real(rows)
         return on_copy(rows) / real if real else 1.0
 
-    return Metric.measured(f"{name}, share of real", ratio, len(classes))
+    return MetricValue.measured(f"{name}, share of real", ratio, len(classes))
 
 
 @beartype
@@ -210,7 +210,7 @@ def main(
     if opus:
         require_opus()
     module = codec_named(codec, device, offline)
-    fitted = fitted_classifier(data, classifier)
+    fitted = fitted_classifier(data / "train.jsonl", ATTRIBUTES, classifier)
     items = load_items(data / "valid.jsonl").items[:limit]
     truth = {name: labels_of(items, name) for name in fitted.classes}
     waves_hz, sample_hz = max(item.sample_hz for item in items), module.target_sample_hz

@@ -13,14 +13,15 @@ from torch import Tensor
 from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.nn.module_state import device_of
-from musiclm_pytorch.evaluation.report import Metric, accuracy_metric
-from musiclm_pytorch.recipes.metrics.classifier import AttributeClassifier
+from musiclm_pytorch.evaluation.classifier import AttributeClassifier
+from musiclm_pytorch.evaluation.report import MetricValue, accuracy_metric
 
 if TYPE_CHECKING:
     from musiclm_pytorch.musiclm import MusicLM
     from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
 
 __all__ = [
+    "ATTRIBUTES",
     "Generations",
     "attribute_metrics",
     "audio_latents",
@@ -34,6 +35,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+ATTRIBUTES = ("instrument", "tempo", "drums", "register")
 # Instruments are about equally frequent, so that their accuracy needs no balancing.
 PLAIN_ACCURACY = ("instrument",)
 
@@ -179,7 +181,7 @@ def attribute_metrics(
     sample_hz: int,
     truth: dict[str, list[str]],
     note: str = "",
-) -> list[Metric]:
+) -> list[MetricValue]:
     """Measure how often a classifier recognises the requested attributes in generated clips.
 
     Args:
@@ -202,7 +204,7 @@ def attribute_metrics(
     return metrics
 
 
-def code_agreement_metrics(name: str, audio_codes: Tensor, text_codes: Tensor) -> list[Metric]:
+def code_agreement_metrics(name: str, audio_codes: Tensor, text_codes: Tensor) -> list[MetricValue]:
     """Measure for each level of MuLaN codes `[b, q]` how often caption and clip have equal codes.
 
     The chance level is the share of equal codes among all pairs of a caption and a clip.
@@ -210,5 +212,5 @@ def code_agreement_metrics(name: str, audio_codes: Tensor, text_codes: Tensor) -
     metrics = []
     for level, (audio, text) in enumerate(zip(audio_codes.T.cpu().numpy(), text_codes.T.cpu().numpy()), start=1):
         chance = float((audio[:, None] == text[None, :]).mean())
-        metrics.append(Metric.mean(f"{name} / level {level}", audio == text, chance))
+        metrics.append(MetricValue.mean(f"{name} / level {level}", audio == text, chance))
     return metrics

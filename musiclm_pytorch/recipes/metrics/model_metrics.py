@@ -16,17 +16,18 @@ from torch import Tensor
 
 from audiolm_pytorch.data.manifest import AudioItem, load_items
 from audiolm_pytorch.saving.fingerprint import fingerprint_of
+from musiclm_pytorch.evaluation.classifier import AttributeClassifier, fitted_classifier
+from musiclm_pytorch.evaluation.clips import labels_of, load_clips
 from musiclm_pytorch.evaluation.novelty import (
     melody_similarity,
     melody_spectrogram,
     nearest_similarity,
     novelty_metrics,
 )
-from musiclm_pytorch.evaluation.report import Metric, markdown_table, write_report
+from musiclm_pytorch.evaluation.report import MetricValue, markdown_table, write_report
 from musiclm_pytorch.evaluation.retrieval import retrieval
-from musiclm_pytorch.recipes.metrics.classifier import AttributeClassifier, fitted_classifier
-from musiclm_pytorch.recipes.metrics.clips import labels_of, load_clips
 from musiclm_pytorch.recipes.metrics.generation_metrics import (
+    ATTRIBUTES,
     attribute_metrics,
     audio_latents,
     code_agreement_metrics,
@@ -94,7 +95,7 @@ class ClipSet:
 
 
 @torch.no_grad()
-def measure(model: "MusicLM", classifier: AttributeClassifier, clips: ClipSet, settings: Settings) -> list[Metric]:
+def measure(model: "MusicLM", classifier: AttributeClassifier, clips: ClipSet, settings: Settings) -> list[MetricValue]:
     """Measure a MusicLM on one set of clips, with a classifier that is fitted to real clips."""
     waves = load_clips(clips.valid, model.sample_hz, settings.seconds)
     logger.info("%s: generating from %d real clips", clips.name, len(waves))
@@ -121,7 +122,7 @@ def measure(model: "MusicLM", classifier: AttributeClassifier, clips: ClipSet, s
 
 def _attributes(
     classifier: AttributeClassifier, clips: ClipSet, conditions: dict[str, Tensor], sample_hz: int
-) -> list[Metric]:
+) -> list[MetricValue]:
     """Measure attributes of generated clips, for all held-out captions and for attribute pairs unseen in training."""
     truth = clips.truth(classifier)
     metrics = []
@@ -136,7 +137,9 @@ def _attributes(
     return metrics
 
 
-def _shuffled(classifier: AttributeClassifier, clips: ClipSet, generations: Tensor, sample_hz: int) -> list[Metric]:
+def _shuffled(
+    classifier: AttributeClassifier, clips: ClipSet, generations: Tensor, sample_hz: int
+) -> list[MetricValue]:
     """Compare each generated clip with the attributes of another caption, as a control experiment."""
     other = other_clips(len(clips.valid))
     truth = {name: [names[index] for index in other] for name, names in clips.truth(classifier).items()}
@@ -145,7 +148,7 @@ def _shuffled(classifier: AttributeClassifier, clips: ClipSet, generations: Tens
     )
 
 
-def _retrieval_and_codes(model: "MusicLM", clips: ClipSet, waves: Tensor) -> list[Metric]:
+def _retrieval_and_codes(model: "MusicLM", clips: ClipSet, waves: Tensor) -> list[MetricValue]:
     """Measure how well MuLaN finds clips by their captions, and how often MuLaN codes of captions and clips agree."""
     quantizer = model.mulan_embed_quantizer
     audio = audio_latents(quantizer, waves, model.sample_hz)
@@ -163,7 +166,7 @@ def _retrieval_and_codes(model: "MusicLM", clips: ClipSet, waves: Tensor) -> lis
 
 def _novelty(
     model: "MusicLM", classifier: AttributeClassifier, clips: ClipSet, waves: Tensor, generations: Tensor
-) -> list[Metric]:
+) -> list[MetricValue]:
     """Measure how similar generated clips and held-out clips are to the nearest training clip, in three embeddings."""
     rate_hz, quantizer = model.sample_hz, model.mulan_embed_quantizer
     kinds: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
@@ -211,7 +214,7 @@ def main(
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     musiclm = load_musiclm(model, device)
-    fitted = fitted_classifier(data, classifier)
+    fitted = fitted_classifier(data / "train.jsonl", ATTRIBUTES, classifier)
     folders = {"tunes": data} | ({"corpus": corpus} if corpus is not None else {})
     report_settings: dict[str, Any] = {
         "model": model,
@@ -220,7 +223,7 @@ def main(
         "limit": limit,
         **asdict(settings),
     }
-    metrics: list[Metric] = []
+    metrics: list[MetricValue] = []
     for name, folder in folders.items():
         metrics += measure(musiclm, fitted, ClipSet.load(name, folder, limit), settings)
         # Written after each set, since generation takes long.

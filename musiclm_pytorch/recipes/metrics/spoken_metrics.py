@@ -11,9 +11,9 @@ from torch import Tensor
 from audiolm_pytorch.audiolm import AudioLM
 from audiolm_pytorch.data.manifest import AudioItem
 from audiolm_pytorch.generation.request import GenerationRequest
-from musiclm_pytorch.evaluation.report import Metric, accuracy_metric, aligned_table
-from musiclm_pytorch.recipes.metrics.classifier import AttributeClassifier, fit_attribute_classifier
-from musiclm_pytorch.recipes.metrics.clips import labels_of, load_clips
+from musiclm_pytorch.evaluation.classifier import AttributeClassifier, fit_attribute_classifier
+from musiclm_pytorch.evaluation.clips import labels_of, load_clips
+from musiclm_pytorch.evaluation.report import MetricValue, accuracy_metric, aligned_table
 from musiclm_pytorch.recipes.metrics.generation_metrics import other_clips, reconstruct
 from musiclm_pytorch.recipes.metrics.word_features import WordFeatures, cut_words, padded
 
@@ -124,7 +124,9 @@ def recognized_words(
 
 
 @beartype
-def classifier_metrics(classifier: AttributeClassifier, audiolm: AudioLM, words: Sequence[AudioItem]) -> list[Metric]:
+def classifier_metrics(
+    classifier: AttributeClassifier, audiolm: AudioLM, words: Sequence[AudioItem]
+) -> list[MetricValue]:
     """Measure the accuracy of the classifier on held-out words, before and after the codec."""
     codec = audiolm.codec
     waves = load_clips(words, codec.target_sample_hz, _WORD_SECONDS)
@@ -145,7 +147,7 @@ def _predicted_levels(audiolm: AudioLM) -> int:
 
 
 @beartype
-def speaker_metrics(truth: Sequence[str], answers: Mapping[str, Sequence[str]]) -> list[Metric]:
+def speaker_metrics(truth: Sequence[str], answers: Mapping[str, Sequence[str]]) -> list[MetricValue]:
     """Measure the share of generated waves whose speaker is the speaker of the prompt.
 
     Args:
@@ -162,7 +164,7 @@ def speaker_metrics(truth: Sequence[str], answers: Mapping[str, Sequence[str]]) 
 
 
 @beartype
-def confidence_metrics(words: Mapping[str, RecognizedWords], reference: str) -> list[Metric]:
+def confidence_metrics(words: Mapping[str, RecognizedWords], reference: str) -> list[MetricValue]:
     """Measure the share of words whose confidence is at least the 5th percentile of the reference confidences.
 
     Args:
@@ -174,7 +176,7 @@ def confidence_metrics(words: Mapping[str, RecognizedWords], reference: str) -> 
     for name, recognized in words.items():
         words_per_second = len(recognized.digits) / recognized.num_seconds
         note = f"confidence at least {limit:.3f}; {words_per_second:.2f} words per second"
-        metric = Metric.mean(f"recognised as a digit / {name}", recognized.confidences >= limit)
+        metric = MetricValue.mean(f"recognised as a digit / {name}", recognized.confidences >= limit)
         metrics.append(replace(metric, note=note))
     return metrics
 

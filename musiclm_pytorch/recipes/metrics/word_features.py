@@ -1,17 +1,18 @@
 """Cutting of recordings into spoken words at pauses, and features of spoken words of any length."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from beartype import beartype
 from einops import rearrange, reduce
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from audiolm_pytorch.audio.mel import MelSpectrogram
 from audiolm_pytorch.audio.resample import resample
+from musiclm_pytorch.evaluation.classifier import FEATURES
+from musiclm_pytorch.evaluation.clip_features import FeatureModule
 
 __all__ = ["WordFeatures", "cut_words", "padded"]
 
@@ -25,7 +26,7 @@ _F_MIN_HZ, _F_MAX_HZ = 80.0, 3800.0
 _WORDS_PER_BATCH = 200
 
 
-class WordFeatures(nn.Module):
+class WordFeatures(FeatureModule):
     """Module that computes log-mel features of a word: means of a fixed number of segments, and statistics per band.
 
     The features do not depend on the loudness of the word or on silence around the word. The highest mel band ends at
@@ -55,7 +56,7 @@ class WordFeatures(nn.Module):
                 f"sample_hz must be at least {2 * _F_MAX_HZ:.0f} and the other arguments positive, got {sample_hz=}, "
                 f"{num_mels=}, {num_segments=}, {dynamic_range_db=}"
             )
-        self.config: dict[str, Any] = {
+        self.config = {
             "sample_hz": sample_hz,
             "num_mels": num_mels,
             "num_segments": num_segments,
@@ -90,6 +91,9 @@ class WordFeatures(nn.Module):
         segments = F.adaptive_avg_pool1d(rearrange(bels, "m f -> 1 m f"), self.num_segments).flatten()
         length = bels.new_tensor([bels.shape[1] * _HOP_SECONDS])
         return torch.cat([segments, bels.mean(dim=1), bels.std(dim=1, correction=0), length])
+
+
+FEATURES["WordFeatures"] = WordFeatures
 
 
 @beartype

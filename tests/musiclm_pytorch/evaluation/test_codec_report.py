@@ -7,7 +7,7 @@ from audiolm_pytorch.codecs.base import EncodedWave
 from audiolm_pytorch.codecs.distances import si_sdr_db, stft_distance
 from audiolm_pytorch.codecs.training.losses import MultiScaleMelLoss
 from musiclm_pytorch.evaluation.codec_report import CodecRow, codec_report, distance_row, rows_table
-from musiclm_pytorch.evaluation.report import Metric, aligned_table
+from musiclm_pytorch.evaluation.report import MetricValue, aligned_table
 from tests.helpers.fakes import FakeCodec
 
 
@@ -76,7 +76,7 @@ def test_exact_copy_has_distance_zero():
 
 def test_interval_contains_the_mean():
     """The interval shrinks with the number of clips."""
-    few, many = (Metric.mean("x", torch.randn(count).tolist()) for count in (10, 1000))
+    few, many = (MetricValue.mean("x", torch.randn(count).tolist()) for count in (10, 1000))
     for metric in (few, many):
         assert metric.low < metric.value < metric.high
     assert many.high - many.low < (few.high - few.low) / 4
@@ -84,7 +84,7 @@ def test_interval_contains_the_mean():
 
 def test_table():
     """One aligned line per row; missing values are empty."""
-    value = Metric("x", 1.0, 0.5, 1.5, None, 2)
+    value = MetricValue("x", 1.0, 0.5, 1.5, None, 2)
     rows = [
         CodecRow("copy", 2, 3.0, value, value, value),
         CodecRow("codec", 2, 3.0, value, value, value, 2.0, (0.5, 1.0)),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from musiclm_pytorch.evaluation.report import (
-    Metric,
+    MetricValue,
     accuracy_metric,
     bootstrap_interval,
     markdown_table,
@@ -36,7 +36,7 @@ def test_bootstrap_interval_is_that_of_the_binomial():
 
 def test_report_writes_json_and_table(tmp_path):
     """Both files hold every metric with its chance and number of items."""
-    metrics = [Metric("a / b", 0.5, 0.4, 0.6, 0.1, 20, "x|y"), Metric("c", 2.0, 1.0, 3.0, None, 5)]
+    metrics = [MetricValue("a / b", 0.5, 0.4, 0.6, 0.1, 20, "x|y"), MetricValue("c", 2.0, 1.0, 3.0, None, 5)]
     write_report(tmp_path / "metrics.json", metrics, {"seed": 0})
     written = json.loads((tmp_path / "metrics.json").read_text())
     assert written["settings"] == {"seed": 0}

@@ -8,7 +8,7 @@ from torch import nn
 from audiolm_pytorch.audio.files import write_audio
 from audiolm_pytorch.data.manifest import AudioItem
 from audiolm_pytorch.semantic.base import FrameEncoder, SemanticTokenizer
-from musiclm_pytorch.evaluation.report import Metric
+from musiclm_pytorch.evaluation.report import MetricValue
 from musiclm_pytorch.evaluation.semantic_probes import (
     Features,
     ProbeClips,
@@ -182,10 +182,10 @@ def test_the_interval_resamples_clips():
 def test_the_table_has_a_line_per_features_and_a_column_per_label():
     """Percent with intervals, chance in the first line."""
     metrics = [
-        Metric("log-mel / digit", 0.5, 0.4, 0.6, 0.1, 9),
-        Metric("log-mel / a / b", 1.0, 1.0, 1.0, 0.25, 9),
-        Metric("layer 1 / digit", 0.75, 0.7, 0.8, 0.1, 9),
-        Metric("layer 1 / a / b", 0.0, 0.0, 0.0, 0.25, 9),
+        MetricValue("log-mel / digit", 0.5, 0.4, 0.6, 0.1, 9),
+        MetricValue("log-mel / a / b", 1.0, 1.0, 1.0, 0.25, 9),
+        MetricValue("layer 1 / digit", 0.75, 0.7, 0.8, 0.1, 9),
+        MetricValue("layer 1 / a / b", 0.0, 0.0, 0.0, 0.25, 9),
     ]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in probe_table(metrics).splitlines()]
     assert rows[0] == ["features", "digit", "a / b"] and rows[2] == ["chance", "10.0", "25.0"]

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from audiolm_pytorch.codecs.base import Codec
+from musiclm_pytorch.evaluation.classifier import AttributeClassifier
+from musiclm_pytorch.evaluation.clip_features import ClipFeatures
 from musiclm_pytorch.evaluation.codec_report import distance_row
 from musiclm_pytorch.evaluation.report import write_report
-from musiclm_pytorch.recipes.metrics.classifier import AttributeClassifier
-from musiclm_pytorch.recipes.metrics.clip_features import ClipFeatures
 from musiclm_pytorch.recipes.metrics.codec_metrics import Copy, codec_copies, copies_table, measure_copies, opus_copies
 from musiclm_pytorch.recipes.metrics.opus import opus_copy
 

@@ -10,9 +10,9 @@ from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.base import ConditionTensor
 from audiolm_pytorch.data.manifest import AudioItem
 from audiolm_pytorch.saving.modules import load_module, save_module
-from musiclm_pytorch.recipes.metrics.classifier import AttributeClassifier, fit_attribute_classifier
-from musiclm_pytorch.recipes.metrics.clip_features import ClipFeatures
-from musiclm_pytorch.recipes.metrics.clips import labels_of, load_clips
+from musiclm_pytorch.evaluation.classifier import AttributeClassifier, fit_attribute_classifier
+from musiclm_pytorch.evaluation.clip_features import ClipFeatures
+from musiclm_pytorch.evaluation.clips import labels_of, load_clips
 from musiclm_pytorch.recipes.metrics.generation_metrics import code_agreement_metrics, from_captions, other_clips
 from musiclm_pytorch.recipes.metrics.model_metrics import ClipSet, Settings, measure
 

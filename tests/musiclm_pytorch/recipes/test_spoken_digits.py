@@ -15,11 +15,11 @@ from audiolm_pytorch.audio.files import read_audio, write_audio
 from audiolm_pytorch.data import AudioItem
 from audiolm_pytorch.data.manifest import load_items
 from audiolm_pytorch.saving.modules import load_module, save_module
+from musiclm_pytorch.evaluation.classifier import AttributeClassifier
+from musiclm_pytorch.evaluation.clip_features import ClipFeatures
 from musiclm_pytorch.pretrained.bundled import codec_named, tokenizer_named
 from musiclm_pytorch.recipes import spoken_digits
 from musiclm_pytorch.recipes.memory import peak_bytes_of
-from musiclm_pytorch.recipes.metrics.classifier import AttributeClassifier
-from musiclm_pytorch.recipes.metrics.clip_features import ClipFeatures
 from musiclm_pytorch.recipes.metrics.spoken_metrics import (
     RecognizedWords,
     confidence_metrics,

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from audiolm_pytorch.audio.mel import MelSpectrogram
 from audiolm_pytorch.audio.resample import resample
 
-__all__ = ["ClipFeatures"]
+__all__ = ["ClipFeatures", "FeatureModule"]
 
 # Windows of 64 ms every 10 ms are long enough to separate neighbouring low notes, and short enough for onsets.
 FFT_SECONDS = 0.064
@@ -31,7 +31,14 @@ MIN_SECONDS = 2.5
 CLIPS_PER_BATCH = 50
 
 
-class ClipFeatures(nn.Module):
+class FeatureModule(nn.Module):
+    """Base class of modules that compute features `[b, d]` of waves `[b, n]` for a classifier."""
+
+    config: dict[str, Any]
+    sample_hz: int
+
+
+class ClipFeatures(FeatureModule):
     """Module that computes about 1,000 features of a clip, which hardly depend on loudness, faint noise or a codec.
 
     Levels of the mel spectrogram are in bels relative to the loudest value. Levels more than `dynamic_range_db` below
@@ -68,7 +75,7 @@ class ClipFeatures(nn.Module):
             )
         if not MIN_SECONDS <= window_seconds <= 5.0:
             raise ValueError(f"window_seconds must be in {MIN_SECONDS}..5, got {window_seconds}")
-        self.config: dict[str, Any] = {
+        self.config = {
             "sample_hz": sample_hz,
             "num_mels": num_mels,
             "dynamic_range_db": float(dynamic_range_db),

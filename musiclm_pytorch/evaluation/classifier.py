@@ -1,4 +1,4 @@
-"""Linear classifiers of music clips (instrument, tempo, drums, register) and of spoken words (digit, speaker)."""
+"""Linear classifiers of the labels of clips, such as instrument and tempo, fitted to features of real clips."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.data.manifest import AudioItem, load_items
 from audiolm_pytorch.saving.modules import load_module, register, save_module
-from musiclm_pytorch.recipes.metrics.clip_features import ClipFeatures
-from musiclm_pytorch.recipes.metrics.clips import labels_of, load_clips
-from musiclm_pytorch.recipes.metrics.word_features import WordFeatures
+from musiclm_pytorch.evaluation.clip_features import ClipFeatures, FeatureModule
+from musiclm_pytorch.evaluation.clips import labels_of, load_clips
+from musiclm_pytorch.evaluation.tagging import tag_labels
 
-__all__ = ["ATTRIBUTES", "AttributeClassifier", "fit_attribute_classifier", "fitted_classifier"]
+__all__ = ["FEATURES", "AttributeClassifier", "fit_attribute_classifier", "fitted_classifier"]
 
-ATTRIBUTES = ("instrument", "tempo", "drums", "register")
 # Selected on a fifth of the training tunes, clean and disturbed (Opus, low-pass, noise, smeared spectra). Between 0.005
 # and 0.06 the accuracies on clean clips differ by two points at most.
 INVERSE_REGULARISATION = 0.02
@@ -25,11 +24,8 @@ INVERSE_REGULARISATION = 0.02
 MIN_SCALE = 0.1
 MAX_DEVIATIONS = 4.0
 CLIPS_PER_BATCH = 50
-# Feature modules by the name in a config; a config without a name means ClipFeatures.
-_FEATURES: dict[str, type[ClipFeatures] | type[WordFeatures]] = {
-    "ClipFeatures": ClipFeatures,
-    "WordFeatures": WordFeatures,
-}
+# Feature modules by the name in a config; a config without a name means ClipFeatures. Other modules add themselves.
+FEATURES: dict[str, type[FeatureModule]] = {"ClipFeatures": ClipFeatures}
 
 
 @register
@@ -40,9 +36,7 @@ class AttributeClassifier(nn.Module):
     scale: Tensor
 
     @beartype
-    def __init__(
-        self, *, classes: Mapping[str, Sequence[str]], num_features: int, features: ClipFeatures | WordFeatures
-    ) -> None:
+    def __init__(self, *, classes: Mapping[str, Sequence[str]], num_features: int, features: FeatureModule) -> None:
         """Create a classifier without weights; call `fit` before use.
 
         Args:
@@ -70,7 +64,7 @@ class AttributeClassifier(nn.Module):
         return cls(
             classes=config["classes"],
             num_features=config["num_features"],
-            features=_FEATURES[config.get("features_class", "ClipFeatures")](**config["features"]),
+            features=FEATURES[config.get("features_class", "ClipFeatures")](**config["features"]),
         )
 
     @classmethod
@@ -79,7 +73,7 @@ class AttributeClassifier(nn.Module):
         cls,
         inputs: Tensor,
         labels: Mapping[str, Sequence[str]],
-        features: ClipFeatures | WordFeatures,
+        features: FeatureModule,
         inverse_regularisation: float = INVERSE_REGULARISATION,
     ) -> "AttributeClassifier":
         """Fit one multinomial logistic regression per attribute, with equal weight for each class.
@@ -138,8 +132,8 @@ class AttributeClassifier(nn.Module):
 @beartype
 def fit_attribute_classifier(
     items: Sequence[AudioItem],
-    attributes: Sequence[str] = ATTRIBUTES,
-    features: ClipFeatures | WordFeatures | None = None,
+    attributes: Sequence[str],
+    features: FeatureModule | None = None,
 ) -> AttributeClassifier:
     """Fit an attribute classifier to real clips and their labels, by default with the features of `ClipFeatures`."""
     features = features or ClipFeatures()
@@ -152,8 +146,13 @@ def fit_attribute_classifier(
 
 
 @beartype
-def fitted_classifier(data: str | Path, folder: str | Path | None = None) -> AttributeClassifier:
-    """Load the classifier in `folder`, or fit a classifier to the clips of `data/train.jsonl` and save it there."""
+def fitted_classifier(
+    manifest: str | Path, attributes: Sequence[str] | None = None, folder: str | Path | None = None
+) -> AttributeClassifier:
+    """Load the classifier in `folder`, or fit a classifier to the labels of a manifest of real clips and save it there.
+
+    Without `attributes`, the classifier has every label of the manifest that `tag_labels` returns for all clips.
+    """
     if folder is not None and Path(folder, "config.json").is_file():
         classifier = load_module(folder, expect=AttributeClassifier)
         if not isinstance(classifier, AttributeClassifier):
@@ -161,7 +160,12 @@ def fitted_classifier(data: str | Path, folder: str | Path | None = None) -> Att
                 f"{folder} contains a {type(classifier).__name__}, not an AttributeClassifier; use another folder"
             )
         return classifier.requires_grad_(False)
-    classifier = fit_attribute_classifier(load_items(Path(data, "train.jsonl")).items)
+    items = load_items(manifest).items
+    if attributes is None:
+        attributes = [name for name, values in tag_labels(items).items() if None not in values]
+        if not attributes:
+            raise ValueError(f"{manifest}: no label with few values is present in all clips; add one, e.g. instrument")
+    classifier = fit_attribute_classifier(items, attributes)
     if folder is not None:
         save_module(classifier, folder)
     return classifier
