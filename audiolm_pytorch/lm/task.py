@@ -12,7 +12,7 @@ from beartype import beartype
 from torch import Tensor, nn
 
 from audiolm_pytorch.conditioning.base import Conditioner, ConditionTensor, TextEncoder
-from audiolm_pytorch.lm.stage_transformer import StageTransformer
+from audiolm_pytorch.lm.stage_transformer import AudioTokens, StageTransformer
 from audiolm_pytorch.lm.token_model import TokenLoss
 from audiolm_pytorch.lm.training_data import StageSource
 from audiolm_pytorch.training import LossOutput, Phase
@@ -39,6 +39,10 @@ class StageTask:
             unconditionally.
         level_drop_prob: Probability that training drops the last levels of the conditioning codes of an item, so that
             the stage learns to work with the first levels; the number of dropped levels is random.
+        history_noise: Largest share of the predicted tokens that random tokens replace in the input of the stage, so
+            that the stage learns to continue its own imperfect samples. Training draws the share of each item uniformly
+            from 0 to `history_noise`. Targets have no noise.
+        input_noise: The same for the input tokens that an earlier stage predicts in generation.
         batch_size: Number of items of a validation batch.
         token_fingerprints: Fingerprints of the tokenizers and conditioners.
 
@@ -56,6 +60,8 @@ class StageTask:
         audio_conditioner: Conditioner | None = None,
         text_conditioner: TextEncoder | None = None,
         level_drop_prob: float | int = 0.0,
+        history_noise: float | int = 0.0,
+        input_noise: float | int = 0.0,
         batch_size: int = 16,
         token_fingerprints: Mapping[str, str] | None = None,
     ) -> None:
@@ -68,11 +74,14 @@ class StageTask:
             raise ValueError(
                 "got only one of a text_conditioner and a transformer with a text_dim; pass both or neither"
             )
-        if not 0 <= level_drop_prob <= 1:
-            raise ValueError(f"level_drop_prob must be in [0, 1], got {level_drop_prob}")
+        shares = {"level_drop_prob": level_drop_prob, "history_noise": history_noise, "input_noise": input_noise}
+        for name, share in shares.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {share}")
         self.transformer, self.train, self.valid = transformer, train, valid
         self.conditioner, self.text_conditioner = audio_conditioner, text_conditioner
         self.level_drop_prob, self.batch_size = level_drop_prob, batch_size
+        self.noise = _noise_of_streams(transformer, history_noise, input_noise)
         self.name = f"{transformer.namespace} transformer"
         parts: dict[str, nn.Module] = {"transformer": transformer}
         if audio_conditioner is not None:
@@ -85,7 +94,7 @@ class StageTask:
         self.token_fingerprints = dict(token_fingerprints or {})
         config = {name: value for name, value in transformer.config.items() if name not in _NOT_DECISIVE}
         self.config: dict[str, Any] = {
-            "level_drop_prob": level_drop_prob,
+            **shares,
             "transformer": json.loads(json.dumps(config)),
             "token_fingerprints": self.token_fingerprints,
         }
@@ -125,8 +134,23 @@ class StageTask:
         with torch.autocast(self.transformer.device.type, enabled=False):
             computed = {"codes": self._codes(inputs.condition), "text": self._states(inputs.texts)}
         conditions = {name: part for name, part in computed.items() if part is not None} | inputs.conditions
-        loss: TokenLoss = self.transformer(self.transformer.packed(inputs.tokens, inputs.ends), conditions)
+        packed, input_ids = self.transformer.packed(inputs.tokens, inputs.ends), None
+        if self.transformer.training and self.noise:
+            input_ids = self._noisy_ids(inputs.tokens, inputs.ends)
+        loss: TokenLoss = self.transformer(packed, conditions, input_ids)
         return loss
+
+    def _noisy_ids(self, tokens: AudioTokens, ends: Tensor) -> Tensor:
+        """Pack tokens in which random tokens replace a random share of the tokens of each item."""
+        streams, lengths = self.transformer.streams_of(tokens)
+        for stream in self.transformer.layout.streams:
+            if stream.name in self.noise:
+                ids = streams[stream.name]
+                shares = self.noise[stream.name] * torch.rand(len(ids), 1, 1)
+                is_replaced = torch.rand(ids.shape) < shares
+                random_ids = torch.randint(stream.vocab_size, ids.shape)
+                streams[stream.name] = torch.where(is_replaced.to(ids.device), random_ids.to(ids.device), ids)
+        return self.transformer.layout.pack(streams, lengths, ends).ids
 
     def _codes(self, conditioner_inputs: Mapping[str, Any]) -> ConditionTensor | None:
         """Compute the embeddings of the conditioning codes. Training drops the last code levels of random items."""
@@ -165,6 +189,21 @@ def _drop_levels(conditioning: ConditionTensor, probability: float) -> Condition
     kept = torch.randint(1, num_levels, (len(conditioning),)) if num_levels > 1 else torch.ones(len(conditioning))
     is_cut = torch.rand(len(conditioning)) < probability
     return conditioning.without_trailing(torch.where(is_cut, kept, num_levels))
+
+
+def _noise_of_streams(
+    transformer: StageTransformer, history_noise: float | int, input_noise: float | int
+) -> dict[str, float | int]:
+    """Return the largest share of noise by stream name, for streams with noise."""
+    generated = {name for name, source in transformer.sources.items() if source.kind in ("semantic", "acoustic")}
+    inputs = [stream.name for stream in transformer.layout.inputs if stream.name in generated]
+    if input_noise > 0 and not inputs:
+        raise ValueError(
+            f"got input_noise={input_noise}, but no earlier stage predicts the inputs of the {transformer.namespace} "
+            "transformer; set input_noise=0"
+        )
+    noise = {stream.name: history_noise for stream in transformer.layout.predicted} | dict.fromkeys(inputs, input_noise)
+    return {name: share for name, share in noise.items() if share > 0}
 
 
 def _metrics(prediction: TokenLoss) -> dict[str, Tensor | float]:

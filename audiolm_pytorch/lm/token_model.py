@@ -1,7 +1,7 @@
 """The token language model that is the base of every stage."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -137,17 +137,22 @@ class TokenTransformer(nn.Module):
         return self.embedding.weight.device
 
     @beartype
-    def forward(self, packed: PackedTokens, conditioning: Conditions | None = None) -> TokenLoss:
+    def forward(
+        self, packed: PackedTokens, conditioning: Conditions | None = None, input_ids: Tensor | None = None
+    ) -> TokenLoss:
         """Compute the loss of the tokens that `packed.loss_mask` marks, each predicted from the rows before it.
 
         Args:
             packed: Tokens, as packed by `layout`.
             conditioning: Conditions by name, of 1 or b items. In training, the conditions of random items are dropped.
+            input_ids: Ids `[b, rows, columns]` that the model reads instead of `packed.ids`, for example with noise;
+                the targets are always `packed.ids`.
 
         Returns:
             The loss, in float32.
         """
-        batch = len(packed.ids)
+        batch, targets = len(packed.ids), packed.ids
+        packed = packed if input_ids is None else replace(packed, ids=input_ids)
         conditions = dict(conditioning or {})
         if self.training and self.cond_drop_prob > 0 and (conditions or self.layout.null_id is not None):
             dropped = torch.rand(batch) < self.cond_drop_prob
@@ -158,7 +163,7 @@ class TokenTransformer(nn.Module):
                 dropped = torch.rand(batch) < spec.drop_prob
                 conditions[name] = conditions[name].expand(batch).without_items(dropped)
         hidden = self.hidden(packed.ids[:, :-1], packed.input_mask[:, :-1], self.fuse(conditions, batch))
-        return self._loss(hidden, packed.ids[:, 1:], packed.loss_mask[:, 1:])
+        return self._loss(hidden, targets[:, 1:], packed.loss_mask[:, 1:])
 
     def _loss(self, hidden: Tensor, targets: Tensor, loss_mask: Tensor) -> TokenLoss:
         """Compute the loss of predicting the ids `targets [b, rows, columns]` from final states `[b, rows, d]`.

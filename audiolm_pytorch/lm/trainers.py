@@ -59,6 +59,9 @@ class StageTrainer:
         results_folder: Folder for checkpoints, metrics and the trained stage.
         accelerator: Accelerator that several trainers of one program share; None = a new accelerator.
         level_drop_prob: Probability that the last levels of the conditioning codes of a training item are dropped.
+        history_noise: Largest share of the predicted tokens that random tokens replace in the input of the stage;
+            `StageTask` documents this argument and `input_noise`.
+        input_noise: The same for the input tokens that an earlier stage predicts in generation.
         text_prob: Probability that training computes the codes of a recording from its caption, as in generation,
             instead of its audio.
         conditioners: Functions that compute further conditions of the stage from a `WaveBatch`, by condition name; not
@@ -86,6 +89,8 @@ class StageTrainer:
         results_folder: str | Path = "./results",
         accelerator: "accelerate.Accelerator | None" = None,
         level_drop_prob: float | int = 0.0,
+        history_noise: float | int = 0.0,
+        input_noise: float | int = 0.0,
         text_prob: float | int = 0.0,
         conditioners: Mapping[str, ConditionFunction] | None = None,
         **settings: Any,
@@ -135,6 +140,8 @@ class StageTrainer:
             audio_conditioner=audio_conditioner,
             text_conditioner=text_conditioner,
             level_drop_prob=level_drop_prob,
+            history_noise=history_noise,
+            input_noise=input_noise,
             batch_size=batch_size,
             token_fingerprints=agreed_fingerprints(transformer, *modules, all_shards),
         )

@@ -75,6 +75,8 @@ def stage_trainer(preset: Preset, transformer: StageTransformer, stage: str, **d
         data_max_length_seconds=config.run.seconds,
         level_drop_prob=config.level_drop_prob,
         text_prob=config.text_prob,
+        history_noise=config.history_noise,
+        input_noise=config.input_noise,
         **_loop_settings(config.run),
         **data_and_loop,
     )
