@@ -1,7 +1,13 @@
-"""Read JSON and safetensors files, and replace them atomically: write a temporary file, sync it to disk, rename it."""
+"""Read JSON and safetensors files, and replace them atomically: write a temporary file, sync it to disk, rename it.
 
+A sealed JSON file contains its own SHA-256, and can contain the SHA-256 of other files of its folder, so that a changed
+bit in any of the files is an error.
+"""
+
+import hashlib
 import json
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -14,30 +20,88 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["differences", "read_json", "read_weights", "staged_files", "sync_to_disk", "write_json", "write_weights"]
+__all__ = [
+    "check_digest",
+    "differences",
+    "digest_of_file",
+    "read_json",
+    "read_weights",
+    "staged_files",
+    "sync_to_disk",
+    "write_json",
+    "write_weights",
+]
+
+_SEAL = "sha256"
+# While the digest of a sealed file is computed, zeros take its place.
+_NO_DIGEST = "0" * 64
+# Any name of six characters: the digest covers its own name.
+_SEALED_END = re.compile(r'"[^\n]{6}": "([0-9a-f]{64})"\n}\n\Z')
 
 
 @beartype
-def write_json(path: str | Path, obj: Any) -> None:
-    """Write a JSON-able object to a file, which is replaced atomically; raise a ValueError for NaN and infinity."""
+def write_json(path: str | Path, obj: Any, sealed: bool = False) -> None:
+    """Write a JSON-able object to a file, which is replaced atomically; raise a ValueError for NaN and infinity.
+
+    If `sealed`, the object must be a dict. The file then ends with an entry "sha256", which `read_json` checks and
+    removes.
+    """
     path = Path(path)
     try:
-        text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)
+        text = json.dumps({**obj, _SEAL: _NO_DIGEST} if sealed else obj, indent=2, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"cannot write {path}: the object cannot be stored as JSON ({error})") from error
+    text += "\n"
+    if sealed:
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        text = digest.join(text.rsplit(_NO_DIGEST, 1))
     with staged_files(path.parent) as stage:
-        (stage / path.name).write_text(text + "\n", encoding="utf-8")
+        (stage / path.name).write_bytes(text.encode())
 
 
 @beartype
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file; raise a ValueError if the file is missing or damaged."""
+    """Read a JSON file; raise a ValueError if the file is missing or damaged, or if its "sha256" is wrong."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_bytes().decode()
+        obj = json.loads(text)
     except FileNotFoundError as error:
         raise ValueError(f"there is no file {path}") from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:  # RecursionError: thousands of brackets
         raise ValueError(f"{path} is not a JSON file: {error}") from error
+    seal = _SEALED_END.search(text)
+    has_seal = isinstance(obj, dict) and isinstance(obj.get(_SEAL), str)
+    if seal is None and not has_seal:
+        return obj
+    if seal is not None:
+        unsealed = text[: seal.start(1)] + _NO_DIGEST + text[seal.end(1) :]
+        has_seal = has_seal and hashlib.sha256(unsealed.encode()).hexdigest() == seal[1]
+    if seal is None or not has_seal:
+        raise ValueError(
+            f"{path} has changed since it was written, its SHA-256 differs; restore the file, or remove the line "
+            f'"{_SEAL}" to use your own changes'
+        )
+    del obj[_SEAL]
+    return obj
+
+
+@beartype
+def digest_of_file(path: str | Path) -> str:
+    """Return the SHA-256 of the bytes of a file as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@beartype
+def check_digest(path: str | Path, expected: str) -> None:
+    """Raise a ValueError if a file is missing, or its SHA-256 is not the expected one."""
+    if not Path(path).is_file():
+        raise ValueError(f"there is no file {path}")
+    if digest_of_file(path) != expected:
+        raise ValueError(f"{path} has changed since it was written, its SHA-256 differs; restore the file")
 
 
 def differences(found: Any, expected: Any, path: str = "") -> list[str]:

@@ -17,7 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from audiolm_pytorch.saving.files import read_json, read_weights, staged_files, write_json
+from audiolm_pytorch.saving.files import (
+    check_digest,
+    digest_of_file,
+    read_json,
+    read_weights,
+    staged_files,
+    write_json,
+)
 from audiolm_pytorch.saving.fingerprint import digest_of
 from audiolm_pytorch.saving.lazy_exports import import_exports
 from audiolm_pytorch.saving.weights import load_weights, weights_of
@@ -36,7 +43,7 @@ __all__ = [
 _FORMAT_VERSION = 1
 _WEIGHTS_FILE = "model.safetensors"
 _CONFIG_FILE = "config.json"
-_RESERVED_KEYS = ("format_version", "class", "config", "save_id")
+_RESERVED_KEYS = ("format_version", "class", "config", "save_id", "weights_sha256", "sha256")
 
 _RANDOM_INITS = (nn.init.uniform_, nn.init.normal_, nn.init.trunc_normal_, nn.init.kaiming_uniform_)
 
@@ -137,7 +144,9 @@ def save_module(
     save_id = digest_of(spec, weights)
     with staged_files(folder) as stage:
         save_file(weights, stage / _WEIGHTS_FILE, metadata={"save_id": save_id})
-        write_json(stage / _CONFIG_FILE, {"format_version": _FORMAT_VERSION, **spec, "save_id": save_id, **extra})
+        ids = {"save_id": save_id, "weights_sha256": digest_of_file(stage / _WEIGHTS_FILE)}
+        content = {"format_version": _FORMAT_VERSION, **spec, **ids, **extra}
+        write_json(stage / _CONFIG_FILE, content, sealed=True)
 
 
 @beartype
@@ -161,6 +170,8 @@ def load_module(folder: str | Path, expect: type | None = None, device: str | to
             f"{folder / _WEIGHTS_FILE} and {_CONFIG_FILE} are not of the same save (a save was interrupted, or a file "
             "was exchanged); save the module again"
         )
+    if "weights_sha256" in config:  # modules saved by earlier releases have no digest
+        check_digest(folder / _WEIGHTS_FILE, config["weights_sha256"])
     load_weights(module, weights, where=f"the weights in {folder}")
     return module.to(device).eval()
 

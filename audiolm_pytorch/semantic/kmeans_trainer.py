@@ -24,13 +24,14 @@ from audiolm_pytorch.nn.kmeans import (
     mini_batch_size,
     vector_statistics,
 )
-from audiolm_pytorch.saving.files import differences, read_json, read_weights, write_json, write_weights
+from audiolm_pytorch.saving.files import differences, read_json, write_json
 from audiolm_pytorch.saving.fingerprint import part_fingerprint
 from audiolm_pytorch.saving.modules import load_module, module_spec, read_config, save_module
 from audiolm_pytorch.semantic.base import FrameEncoder
 from audiolm_pytorch.semantic.features import FeatureShards, plan_crops, write_features
 from audiolm_pytorch.semantic.tokenizer import KMeansTokenizer
 from audiolm_pytorch.training.arguments import trainer_arguments
+from audiolm_pytorch.training.checkpoint import Checkpoint, CheckpointFolder
 from audiolm_pytorch.training.distributed import create_accelerator
 from audiolm_pytorch.training.tracking import progress_bar
 
@@ -66,7 +67,7 @@ class KMeansTrainer:
     run can be continued; on the same machine, interruptions do not change any bit of the centroids.
 
     The results in `results_folder` are `tokenizer/` (a `KMeansTokenizer` whose encoder ends at `layer`) and
-    `kmeans.json` (settings and cluster usage). After training, `features/` and `kmeans.safetensors` may be deleted.
+    `kmeans.json` (settings and cluster usage). After training, `features/` and `kmeans/` may be deleted.
 
     Args:
         encoder: Encoder of a registered class; the trainer uses a copy of it.
@@ -158,7 +159,7 @@ class KMeansTrainer:
         settings = json.loads(json.dumps({"format_version": _FORMAT_VERSION, "run": self._identity}))
         record = self._record()
         if not record and accelerator.is_main_process:
-            write_json(self.results_folder / "kmeans.json", settings)
+            write_json(self.results_folder / "kmeans.json", settings, sealed=True)
         record.pop("usage", None)
         if record and (lines := differences(record, settings)):
             raise ValueError(
@@ -187,10 +188,10 @@ class KMeansTrainer:
         """Cluster the hidden states on disk, write the centroids every few seconds, and save the final tokenizer."""
         k, min_rows = self._num_clusters, mini_batch_size(self._num_clusters)
         shards = FeatureShards(self.features_folder, self._origin, self.num_tokens, self._encoder.dim, min_rows)
-        path = self.results_folder / "kmeans.safetensors"
-        if path.is_file():
-            weights, metadata = read_weights(path)
-            state, first_epoch = {name: weight.numpy() for name, weight in weights.items()}, int(metadata["epoch"])
+        checkpoints = CheckpointFolder(self.results_folder / "kmeans")
+        if checkpoint := checkpoints.recovered():
+            state = {name: weight.numpy() for name, weight in checkpoint.tensors["state"].items()}
+            first_epoch = checkpoint.step
         else:
             mean, std, start = vector_statistics(shards, k, self._seed)
             centroids = first_centroids((start - mean) / std, k, self._seed)
@@ -204,7 +205,7 @@ class KMeansTrainer:
                 bar.update()
                 if time.monotonic() - written >= _SECONDS_BETWEEN_STATES:
                     weights = {name: torch.from_numpy(part) for name, part in state.items()}
-                    write_weights(path, weights, {"epoch": str(epoch + 1)})
+                    checkpoints.write(Checkpoint(epoch + 1, {"state": weights}, {}))
                     written = time.monotonic()
         self._save(state, ClusterUsage.of(vectors, state["centroids"]))
 
@@ -220,4 +221,4 @@ class KMeansTrainer:
         tensors: dict[str, Any] = {name: torch.from_numpy(part) for name, part in state.items()}
         tokenizer = KMeansTokenizer(encoder=self._encoder.cpu(), layer=self._layer, **tensors)
         save_module(tokenizer, self.results_folder / "tokenizer", extra={"usage": asdict(usage), "fit": self._identity})
-        write_json(self.results_folder / "kmeans.json", {**self._record(), "usage": asdict(usage)})
+        write_json(self.results_folder / "kmeans.json", {**self._record(), "usage": asdict(usage)}, sealed=True)

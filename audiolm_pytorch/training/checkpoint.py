@@ -1,7 +1,10 @@
-"""Checkpoints in safetensors and JSON files; if writing is interrupted, a complete checkpoint remains."""
+"""Checkpoints in safetensors and JSON files: two generations, checked by SHA-256, complete after any interruption."""
 
+import logging
 import os
+import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,12 +12,22 @@ from typing import Any
 from beartype import beartype
 from torch import Tensor
 
-from audiolm_pytorch.saving.files import read_json, read_weights, sync_to_disk, write_json, write_weights
+from audiolm_pytorch.saving.files import (
+    check_digest,
+    digest_of_file,
+    read_json,
+    read_weights,
+    sync_to_disk,
+    write_json,
+    write_weights,
+)
 
 __all__ = ["Checkpoint", "CheckpointFolder"]
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 _STATE_FILE = "state.json"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,67 +46,124 @@ class Checkpoint:
 
 
 class CheckpointFolder:
-    """Folder with the latest checkpoint of a training run; a new checkpoint replaces the old checkpoint.
+    """Folder with the latest checkpoint of a training run (`checkpoint/`) and the one before (`checkpoint.previous/`).
 
-    A new checkpoint is written to a second folder; `state.json` is written last, and marks the checkpoint as complete.
-    Two renames then replace the old checkpoint by the new checkpoint. If the process dies at any time, `recover` finds
-    a complete checkpoint. The names `checkpoint`, `checkpoint.new` and `checkpoint.old` in the folder are reserved.
+    A new checkpoint is written to a second folder; `state.json` is written last, contains the SHA-256 of all files, and
+    marks the checkpoint as complete. Renames then replace the generations. If the process dies at any time, `recover`
+    finds a complete checkpoint. The names `checkpoint` and `checkpoint.*` in the folder are reserved.
     """
 
     @beartype
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
         self.path = self._folder / "checkpoint"
+        self.previous = self._folder / "checkpoint.previous"
         self._new = self._folder / "checkpoint.new"
         self._old = self._folder / "checkpoint.old"
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint, which replaces the existing one; the tensors can be the parameters of a model."""
+        """Write a checkpoint and keep the one before; the tensors can be the parameters of a model."""
         self.recover()
-        for name, tensors in checkpoint.tensors.items():
-            write_weights(self._new / f"{name}.safetensors", tensors, {"step": str(checkpoint.step)})
-        state = {"format_version": _FORMAT_VERSION, "step": checkpoint.step, "files": sorted(checkpoint.tensors)}
-        write_json(self._new / _STATE_FILE, state | {"state": checkpoint.state})
+        digests = {}
+        with ThreadPoolExecutor(1) as pool:  # computes the digest of one file while the next is written
+            for name, tensors in checkpoint.tensors.items():
+                file = self._new / f"{name}.safetensors"
+                write_weights(file, tensors, {"step": str(checkpoint.step)})
+                digests[file.name] = pool.submit(digest_of_file, file)
+        files = {name: digest.result() for name, digest in sorted(digests.items())}
+        state = {"format_version": _FORMAT_VERSION, "step": checkpoint.step, "files": files, "state": checkpoint.state}
+        write_json(self._new / _STATE_FILE, state, sealed=True)
         if self.path.exists():
-            os.replace(self.path, self._old)
+            if self.previous.exists():
+                os.replace(self.previous, self._old)
+            os.replace(self.path, self.previous)
         os.replace(self._new, self.path)
         sync_to_disk(self._folder)
         _remove(self._old)
 
     def recover(self) -> bool:
         """Finish or undo an interrupted `write`, on one process only; return whether a checkpoint exists."""
-        if not self.path.exists():
-            if (self._new / _STATE_FILE).is_file():
-                os.replace(self._new, self.path)
-            elif self._old.exists():
-                os.replace(self._old, self.path)
-        if self.path.exists():
-            _remove(self._old)
+        if not self.path.exists() and (self._new / _STATE_FILE).is_file():
+            os.replace(self._new, self.path)
+        if not self.previous.exists() and self._old.exists():
+            os.replace(self._old, self.previous)
+        _remove(self._old)
         _remove(self._new)
-        return self.path.exists()
+        return self.path.exists() or self.previous.exists()
+
+    def remove_previous(self) -> None:
+        """Remove all checkpoints except for the latest."""
+        _remove(self.previous)
+
+    def recovered(self) -> Checkpoint | None:
+        """Call `recover`, and read the latest undamaged checkpoint; return None if there is no checkpoint.
+
+        A damaged checkpoint is removed if the one before can be read. Only one process may call this method.
+
+        Raises:
+            ValueError: If no checkpoint can be read.
+        """
+        if not self.recover():
+            return None
+        try:
+            return self.read()
+        except (ValueError, OSError) as error:
+            if not self.previous.exists():
+                raise
+            reason, step = str(error), _step_of(self.path)
+        try:
+            checkpoint = self._read(self.previous)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{reason}; the checkpoint before is damaged too: {error}") from error
+        logger.warning(
+            "the checkpoint of step %s cannot be used (%s); training continues from the checkpoint before, of step %d",
+            *(step, reason, checkpoint.step),
+        )
+        _remove(self.path)
+        os.replace(self.previous, self.path)
+        return checkpoint
 
     def read(self) -> Checkpoint:
-        """Read the checkpoint, with all tensors on the CPU.
+        """Read the latest checkpoint, with all tensors on the CPU.
 
         Raises:
             ValueError: If a file of the checkpoint is missing or damaged, or has another format version or step.
         """
-        path = self.path / _STATE_FILE
-        state = read_json(path)
-        if state.get("format_version") != _FORMAT_VERSION:
+        return self._read(self.path)
+
+    def _read(self, folder: Path) -> Checkpoint:
+        path = folder / _STATE_FILE
+        content = read_json(path)
+        version = content.get("format_version") if isinstance(content, dict) else None
+        if version != _FORMAT_VERSION:
             raise ValueError(
-                f"{path} has format_version {state.get('format_version')!r}, this release reads {_FORMAT_VERSION}; "
+                f"{path} has format_version {version!r}, this release reads {_FORMAT_VERSION}; "
                 "continue with the release that wrote the checkpoint, or start in another folder"
             )
+        step, files, state = (content.get(name) for name in ("step", "files", "state"))
+        if not (isinstance(step, int) and isinstance(files, dict) and isinstance(state, dict)):
+            raise ValueError(f"{path} lacks step, files or state; restore the file")
         tensors = {}
-        for name in state["files"]:
-            tensors[name], metadata = read_weights(self.path / f"{name}.safetensors")
-            if metadata.get("step") != str(state["step"]):
+        for name, digest in files.items():
+            file = folder / Path(name).name
+            check_digest(file, str(digest))
+            tensors[file.stem], metadata = read_weights(file)
+            if metadata.get("step") != str(step):
                 raise ValueError(
-                    f"{self.path / name}.safetensors is from step {metadata.get('step')}, but {_STATE_FILE} is from "
-                    f"step {state['step']}; restore both files from one checkpoint"
+                    f"{file} is from step {metadata.get('step')}, but {_STATE_FILE} is from step {step}; restore both "
+                    "files from one checkpoint"
                 )
-        return Checkpoint(state["step"], tensors, state["state"])
+        return Checkpoint(step, tensors, state)
+
+
+def _step_of(folder: Path) -> str:
+    """Return the step of a damaged checkpoint as text, or "unknown"."""
+    for file in sorted(folder.glob("*"), key=lambda file: file.name != _STATE_FILE):
+        with file.open("rb") as opened:
+            found = re.search(rb'"step": ?"?(\d+)', opened.read(2**16))
+        if found:
+            return found[1].decode()
+    return "unknown"
 
 
 def _remove(folder: Path) -> None:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from beartype import beartype
 from torch import nn
 
-from audiolm_pytorch.saving.files import read_json, read_weights
+from audiolm_pytorch.saving.files import read_json
 from audiolm_pytorch.saving.weights import load_weights
+from audiolm_pytorch.training.checkpoint import CheckpointFolder
 from audiolm_pytorch.training.distributed import create_accelerator
 from audiolm_pytorch.training.rng import preserve_rng
 from audiolm_pytorch.training.run import OnRow, TrainingRun, TrainResult, check_same_run, run_config
@@ -28,7 +29,7 @@ class TrainLoop:
     to the folder; only the first process writes to it.
 
     Args:
-        folder: Output folder for `metrics.jsonl`, `checkpoint/`, `samples/`, and at the end `model.safetensors` and
+        folder: Output folder for `metrics.jsonl`, `checkpoint/`, `checkpoint.previous/`, `samples/`, and at the end
             `finished.json`. The constructor writes nothing to the folder.
         accelerator: Accelerator that several trainings can share; the caller must call its `end_training`. If
             `accelerator` is None, `train` creates an Accelerator.
@@ -107,8 +108,10 @@ class TrainLoop:
         """Return the task's module in eval mode with the final weights of a finished run (the EMA if there is one)."""
         if not self.is_finished:
             raise ValueError(f"the run in {self.folder} is not finished; call train() until the run is finished")
-        path = self.folder / "model.safetensors"
-        load_weights(self.task.module, read_weights(path)[0], where=str(path))
+        checkpoints = CheckpointFolder(self.folder)
+        tensors = checkpoints.read().tensors
+        weights = {**tensors["model"], **tensors.get("ema", {})}
+        load_weights(self.task.module, weights, where=f"the weights in {checkpoints.path}")
         return self.task.module.eval()
 
     def on_main_process(self, job: Callable[[], object]) -> None:

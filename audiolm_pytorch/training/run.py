@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from audiolm_pytorch.data.batches import BatchPlan
-from audiolm_pytorch.saving.files import differences, write_json, write_weights
+from audiolm_pytorch.saving.files import differences, write_json
 from audiolm_pytorch.saving.weights import load_weights, weights_of
 from audiolm_pytorch.training.checkpoint import Checkpoint, CheckpointFolder
 from audiolm_pytorch.training.distributed import PersistentBuffers, broadcast_tensors, merge_means, to_device
@@ -82,10 +82,10 @@ class TrainingRun:
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
         )
-        if accelerator.is_main_process:
-            self.checkpoints.recover()
+        checkpoint = self.checkpoints.recovered() if accelerator.is_main_process else None
         accelerator.wait_for_everyone()
-        checkpoint = self.checkpoints.read() if self.checkpoints.path.exists() else None
+        if not accelerator.is_main_process and self.checkpoints.path.exists():
+            checkpoint = self.checkpoints.read()
         if checkpoint is not None:
             check_same_run(folder, checkpoint.step, checkpoint.state["run"], self.config)
         task.module.to(accelerator.device)
@@ -261,14 +261,14 @@ class TrainingRun:
                     self.on_row(row)
 
     def _finish(self) -> None:
-        """Write the final weights, and the file that marks the run as finished."""
+        """Write the file that marks the run as finished; the final weights are in the checkpoint."""
         if not self.accelerator.is_main_process:
             return
-        with self._ema_weights():
-            write_weights(self.folder / "model.safetensors", weights_of(self.task.module))
+        self.checkpoints.remove_previous()
         progress = self.progress
         finished = {"format_version": _FORMAT_VERSION, "step": progress.step, "seconds": progress.seconds}
-        write_json(self.folder / "finished.json", {**finished, "run": self.config, "metrics": progress.metrics})
+        finished |= {"run": self.config, "metrics": progress.metrics}
+        write_json(self.folder / "finished.json", finished, sealed=True)
 
 
 def run_config(task: Task, settings: LoopSettings, accelerator: "accelerate.Accelerator") -> dict[str, Any]:

@@ -205,7 +205,7 @@ class Pipeline:
         seconds = time.monotonic() - started + metrics.pop("earlier_seconds", 0.0)
         if self.accelerator.is_main_process:
             report = {"seconds": seconds, "metrics": metrics, "made_from": self._hashes(STEPS[step])}
-            write_json(self.out / step / "report.json", report)
+            write_json(self.out / step / "report.json", report, sealed=True)
         if step in self.pretrained:
             return StepReport(step, seconds, f"pretrained: {type(self.pretrained[step]).__name__}")
         values = [

@@ -26,7 +26,7 @@ def check_run_folder(folder: Path, facts: Mapping[str, Any], write: bool = True)
     file = folder / _RUN_FILE
     if not file.is_file():
         if write:
-            write_json(file, facts)
+            write_json(file, facts, sealed=True)
         return
     lines = differences(read_record(file), facts)
     if lines:

@@ -102,7 +102,7 @@ def save_parts(
         if dtype is not None and name in _FINGERPRINTED_PARTS:
             stored_dtype = exact_dtype(parts[name], dtype, but=_FINGERPRINTED_PARTS[name])
         save_module(parts[name], folder / name, dtype=stored_dtype)
-    write_json(folder / CARD, {"format_version": FORMAT_VERSION, **about})
+    write_json(folder / CARD, {"format_version": FORMAT_VERSION, **about}, sealed=True)
     return [*(folder / name / file for name in PARTS for file in _PART_FILES), folder / CARD]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.data import AudioItem, CropDataset, load_split
 from audiolm_pytorch.data.shards import TokenShards
-from audiolm_pytorch.saving.files import read_json, read_weights
+from audiolm_pytorch.saving.files import read_json
 from audiolm_pytorch.saving.modules import load_module, read_config, register
 from audiolm_pytorch.semantic import (
     ClusterUsage,
@@ -28,6 +28,7 @@ from audiolm_pytorch.semantic import (
     kmeans_trainer,
 )
 from audiolm_pytorch.semantic.features import PlannedCrop, plan_crops
+from audiolm_pytorch.training.checkpoint import CheckpointFolder
 from tests.helpers.processes import run_python, run_two_processes
 
 RATE_HZ, DIM = 1000, 20
@@ -236,13 +237,13 @@ def test_what_is_done_is_not_done_again(sounds, tmp_path, monkeypatch, small_chu
     monkeypatch.setattr(kmeans_trainer, "cluster_epoch", counting)
     with pytest.raises(Interrupted):
         job(sounds, tmp_path).train()
-    assert read_weights(tmp_path / "kmeans.safetensors")[1]["epoch"] == "4"
+    assert CheckpointFolder(tmp_path / "kmeans").read().step == 4
     shutil.rmtree(tmp_path / "features" / "chunk-00002")
     (tmp_path / "features" / "index.json").unlink()
     encoder = SampleEncoder()
     job(sounds, tmp_path, encoder=encoder).train()
     assert sum(encoder.calls) == 4
-    assert read_weights(tmp_path / "kmeans.safetensors")[1]["epoch"] == "10"
+    assert CheckpointFolder(tmp_path / "kmeans").read().step == 10
     assert count[0] == 5 + 6
 
 
@@ -250,7 +251,7 @@ def test_a_finished_run_needs_nothing_but_its_result(sounds, straight, tmp_path,
     """Guards the end: found finished, nothing computed or written, with features and state removed by the user."""
     job(sounds, tmp_path).train()
     shutil.rmtree(tmp_path / "features")
-    (tmp_path / "kmeans.safetensors").unlink()
+    shutil.rmtree(tmp_path / "kmeans")
     before, encoder = listing(tmp_path), SampleEncoder()
     again = job(sounds, tmp_path, encoder=encoder)
     assert again.is_finished and result(again.train()) == straight

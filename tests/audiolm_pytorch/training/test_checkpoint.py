@@ -68,13 +68,14 @@ def die_at(call: int) -> None:
 def test_death_between_any_two_changes_of_the_disk_leaves_a_whole_generation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At every instant of the swap there is a complete checkpoint, and the next write works."""
+    """At every instant of the swap there are two complete checkpoints, and the next write works."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # a killed process loses nothing that it wrote; time
     call, outcomes, interrupted = 0, set(), True
     while interrupted:
         call += 1
         folder = tmp_path / str(call)
-        CheckpointFolder(folder).write(generation(1))
+        for step in (0, 1):
+            CheckpointFolder(folder).write(generation(step))
 
         def action(folder: Path = folder, call: int = call) -> None:
             die_at(call)
@@ -87,9 +88,13 @@ def test_death_between_any_two_changes_of_the_disk_leaves_a_whole_generation(
         assert_whole(survivor.read(), step)
         outcomes.add(step)
         assert step == 2 or interrupted
+        shutil.rmtree(survivor.path)
+        before = survivor.recovered()
+        assert before is not None
+        assert_whole(before, step - 1)
         survivor.write(generation(3))
         assert_whole(survivor.read(), 3)
-        assert [path.name for path in folder.iterdir()] == ["checkpoint"]
+        assert sorted(path.name for path in folder.iterdir()) == ["checkpoint", "checkpoint.previous"]
     assert outcomes == {1, 2}
     assert call > 12
 
@@ -104,6 +109,7 @@ def test_death_while_recovering_is_recovered_from(tmp_path: Path) -> None:
         checkpoints.write(generation(1))
         shutil.copytree(checkpoints.path, folder / "spare")
         checkpoints.write(generation(2))
+        checkpoints.remove_previous()
         # As a kill between the two renames leaves it: the new generation is whole, the old one is set aside.
         (folder / "checkpoint").rename(folder / "checkpoint.new")
         (folder / "spare").rename(folder / "checkpoint.old")
@@ -134,11 +140,10 @@ def test_mixed_and_damaged_generations_are_refused(tmp_path: Path) -> None:
     old = (tmp_path / "checkpoint" / "model.safetensors").read_bytes()
     checkpoints.write(generation(2))
     (tmp_path / "checkpoint" / "model.safetensors").write_bytes(old)
-    with pytest.raises(ValueError, match="from step 1, but state.json is from step 2"):
-        checkpoints.read()
-    (tmp_path / "checkpoint" / "model.safetensors").write_bytes(old[:-3])
-    with pytest.raises(ValueError, match="model.safetensors is not a readable safetensors file"):
-        checkpoints.read()
+    for damaged in (old, old[:-3]):
+        (tmp_path / "checkpoint" / "model.safetensors").write_bytes(damaged)
+        with pytest.raises(ValueError, match="model.safetensors has changed since it was written, its SHA-256 differs"):
+            checkpoints.read()
     (tmp_path / "checkpoint" / "state.json").write_text('{"format_version": 99}')
     with pytest.raises(ValueError, match="format_version 99"):
         checkpoints.read()
@@ -158,3 +163,56 @@ def test_constructing_touches_nothing(tmp_path: Path) -> None:
     CheckpointFolder(tmp_path)
     CheckpointFolder(tmp_path / "nowhere")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.new"]
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "removed": Path.unlink,
+    "bit": lambda path: path.write_bytes(path.read_bytes()[:-9] + b"\x07" + path.read_bytes()[-8:]),
+}
+
+
+@pytest.mark.parametrize("file", ["state.json", "model.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_replaced_by_the_one_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, damage: str
+) -> None:
+    """One line names both steps and the damaged file, and the next checkpoint keeps the undamaged one."""
+    checkpoints = CheckpointFolder(tmp_path)
+    for step in (10, 20):
+        checkpoints.write(generation(step))
+    DAMAGES[damage](checkpoints.path / file)
+    recovered = checkpoints.recovered()
+    assert recovered is not None
+    assert_whole(recovered, 10)
+    [message] = caplog.messages
+    assert "\n" not in message and file in message and message.endswith("from the checkpoint before, of step 10")
+    assert message.startswith("the checkpoint of step 20 cannot be used")
+    checkpoints.write(generation(11))
+    shutil.rmtree(checkpoints.path)
+    before = checkpoints.recovered()
+    assert before is not None
+    assert_whole(before, 10)
+
+
+def test_two_damaged_checkpoints_are_one_error(tmp_path: Path) -> None:
+    """The error names a file of each, and nothing is removed."""
+    checkpoints = CheckpointFolder(tmp_path)
+    for step in (1, 2):
+        checkpoints.write(generation(step))
+    for folder in (checkpoints.path, checkpoints.previous):
+        DAMAGES["bit"](folder / "model.safetensors")
+    with pytest.raises(ValueError, match="checkpoint/model.*; the checkpoint before is damaged too: .*previous/model"):
+        checkpoints.recovered()
+    assert checkpoints.path.exists() and checkpoints.previous.exists()
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{}", '{"format_version": 2}', '{"format_version": 2, "step": "1"}'])
+def test_altered_state_is_a_named_error(tmp_path: Path, content: str) -> None:
+    """A state file with other content raises a ValueError with the name of the file, never a KeyError."""
+    checkpoints = CheckpointFolder(tmp_path)
+    checkpoints.write(generation(1))
+    (checkpoints.path / "state.json").write_text(content)
+    with pytest.raises(ValueError, match="state.json"):
+        checkpoints.recovered()

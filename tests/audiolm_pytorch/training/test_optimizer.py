@@ -196,7 +196,7 @@ def test_what_does_not_fit_raises_an_error(tmp_path: Path) -> None:
     check("must return a torch.optim.Optimizer, got list", TypeError, optimizer=lambda groups: groups)
     check("whose step.. needs no metric, got ReduceLROnPlateau", TypeError, schedule=ReduceLROnPlateau)
     check("has phases .'critic', 'main'., but .*'discriminator'", optimizer={"discriminator": SGD})
-    assert not (tmp_path / "model.safetensors").exists()
+    assert not (tmp_path / "finished.json").exists()
 
 
 def test_settings_that_a_choice_replaces_raise_an_error() -> None:

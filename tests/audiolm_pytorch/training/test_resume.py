@@ -239,7 +239,7 @@ def test_tied_weights_are_trained_once_and_resume(tmp_path: Path) -> None:
     assert_same_run(tmp_path / "straight", tmp_path / "resumed")
     module = final.final_module()
     assert module["a"].weight is module["b"].weight
-    assert "b.weight" not in read_weights(tmp_path / "straight" / "model.safetensors")[0]
+    assert "b.weight" not in read_weights(tmp_path / "straight" / "checkpoint" / "model.safetensors")[0]
 
 
 def test_metrics_file_survives_a_cut_line(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_two_processes_equal_one_with_the_joined_batch(tmp_path: Path) -> None:
     run_two(tmp_path, tmp_path / "two")
     for name, (untrained, _) in models().items():
         folders = [tmp_path / count / name for count in ("one", "two")]
-        one, two = (read_weights(folder / "model.safetensors")[0] for folder in folders)
+        one, two = (read_weights(folder / "checkpoint" / "model.safetensors")[0] for folder in folders)
         assert sorted(one) == sorted(two)
         for key, value in one.items():
             torch.testing.assert_close(two[key], value, rtol=0, atol=1e-5, msg=f"{name}: {key}")

@@ -143,7 +143,7 @@ def test_denoising_run_resumes_bit_for_bit_and_reports(data, tmp_path):
     trainer_of(data, tmp_path / "straight", 4, denoising_codec(), **settings).train()
     for stop in (1, 2, None):
         trainer_of(data, tmp_path / "resumed", 4, denoising_codec(), **settings).train(stop_after_steps=stop)
-    for file in ("model.safetensors", "checkpoint/optimizer.safetensors"):
+    for file in ("checkpoint/model.safetensors", "checkpoint/optimizer.safetensors"):
         assert (tmp_path / "straight" / file).read_bytes() == (tmp_path / "resumed" / file).read_bytes()
     rows = [json.loads(line) for line in (tmp_path / "straight" / "metrics.jsonl").read_text().splitlines()]
     last = rows[-1]
