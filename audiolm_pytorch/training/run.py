@@ -266,8 +266,8 @@ class TrainingRun:
             return
         self.checkpoints.remove_previous()
         progress = self.progress
-        finished = {"format_version": _FORMAT_VERSION, "step": progress.step, "seconds": progress.seconds}
-        finished |= {"run": self.config, "metrics": progress.metrics}
+        finished: dict[str, Any] = {"format_version": _FORMAT_VERSION, "step": progress.step}
+        finished |= {"seconds": progress.seconds, "run": self.config, "metrics": progress.metrics}
         write_json(self.folder / "finished.json", finished, sealed=True)
 
 
