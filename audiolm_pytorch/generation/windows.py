@@ -192,12 +192,17 @@ class SlidingWindowDecoder:
         """Decode the missing input frames of a window, and return whether input frames were missing."""
         were_behind = False
         for name, source in self._sources.items():
-            needed = _ceil_product(stops, self._ratio(name))
+            needed = self._input_stops(name, stops)
             is_behind = (source.known_frames[items] < needed) & ~source.are_done[items]
             if is_behind.any():
                 source.advance(int(needed[is_behind].max()))
                 were_behind = True
         return were_behind
+
+    def _input_stops(self, name: str, stops: Tensor) -> Tensor:
+        """Number of frames of an input stream up to the end of the predicted frames `stops`, and of its look-ahead."""
+        lookahead = {stream.name: stream.lookahead_frames for stream in self._model.layout.inputs}
+        return _ceil_product(stops, self._ratio(name)) + lookahead[name]
 
     def _ratio(self, name: str) -> Fraction:
         """Number of frames of an input stream per predicted frame."""
@@ -217,7 +222,7 @@ class SlidingWindowDecoder:
                 if stream.is_in_time:
                     # The last frame of an item that ends before the window is repeated.
                     starts = counts.sub(1).clamp(min=0, max=self.first_input_frame(stream.name))
-                    ends = _ceil_product(stops, self._ratio(stream.name)).maximum(starts + 1).minimum(counts)
+                    ends = self._input_stops(stream.name, stops).maximum(starts + 1).minimum(counts)
                 parts[stream.name] = tokens.between(items, starts, ends)
         counts = self.known_frames[items]
         parts[self.name] = self.tokens.between(items, torch.full_like(counts, window.start), counts)

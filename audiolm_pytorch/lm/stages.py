@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from fractions import Fraction
+from math import ceil
 from typing import Any
 
 from beartype import beartype
@@ -66,6 +67,9 @@ class CoarseTransformer(StageTransformer):
         semantic_rate_hz: Semantic tokens per second.
         rate_hz: Acoustic frames per second.
         num_groups: Number of codes per residual level of the codec.
+        semantic_lookahead_seconds: Duration of the semantic tokens after the time of a predicted frame that the stage
+            also reads, rounded up to whole tokens; streams wait for these tokens. Codes of a codec can depend on later
+            sound. Not for the flat pattern.
     """
 
     namespace = "coarse"
@@ -83,9 +87,20 @@ class CoarseTransformer(StageTransformer):
         semantic_rate_hz: int | str | Fraction = 25,
         rate_hz: int | str | Fraction = 50,
         num_groups: int = 1,
+        semantic_lookahead_seconds: float | int = 0,
         audio_text_condition: bool = False,
         **options: Any,
     ) -> None:
+        # Rounding errors of seconds as a float do not add a token.
+        exact_frames = Fraction(semantic_rate_hz) * Fraction(semantic_lookahead_seconds) - Fraction(1, 10**6)
+        semantic = Stream(
+            "semantic",
+            num_semantic_tokens,
+            rate_hz=Fraction(semantic_rate_hz),
+            is_input=True,
+            lookahead_frames=ceil(exact_frames),
+        )
+        lookahead = {"semantic_lookahead_seconds": semantic_lookahead_seconds} if semantic.lookahead_frames else {}
         super().__init__(
             sources={
                 "semantic": TokenSource("semantic", 0, 1),
@@ -98,9 +113,10 @@ class CoarseTransformer(StageTransformer):
                 "semantic_rate_hz": str(semantic_rate_hz),
                 "rate_hz": str(rate_hz),
                 "num_groups": num_groups,
+                **lookahead,
             },
             streams=[
-                Stream("semantic", num_semantic_tokens, rate_hz=Fraction(semantic_rate_hz), is_input=True),
+                semantic,
                 Stream("coarse", codebook_size, num_coarse_quantizers, Fraction(rate_hz), num_groups=num_groups),
             ],
             pattern=pattern,

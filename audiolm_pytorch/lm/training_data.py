@@ -131,7 +131,7 @@ ConditionFunction = Callable[[WaveBatch], Tensor | ConditionTensor]
 
 
 class WaveSource(StageSource):
-    """Random crops of audio files, which are tokenized during training.
+    """Random crops of audio files, which are tokenized during training. Crops end without look-ahead tokens.
 
     Args:
         items: Audio files with captions and labels.
@@ -297,6 +297,9 @@ class ShardSource(StageSource):
         # By kind: frames per predicted frame.
         self.ratios = {kind: stream.exact_hz / self.rate_hz for stream, kind in kinds.items() if stream.is_in_time}
         self.timeless = [kind for stream, kind in kinds.items() if not stream.is_in_time]
+        # Crops contain the look-ahead tokens after their end, except for levels of a codec that is also predicted.
+        predicted = {kinds[stream] for stream in layout.predicted}
+        self.lookahead = {kind: 0 if kind in predicted else stream.lookahead_frames for stream, kind in kinds.items()}
         self.crop_frames: int | None = None
         if seconds is not None:
             self.crop_frames = frames_inside(seconds, self.rate_hz) // self.alignment * self.alignment
@@ -357,7 +360,10 @@ class ShardSource(StageSource):
         count = num_frames if self.crop_frames is None else min(self.crop_frames, num_frames)
         num_starts = (num_frames - count) // self.alignment + 1
         start = int(np.random.default_rng([self.seed, epoch, index]).integers(num_starts)) * self.alignment
-        spans = {kind: slice(int(start * ratio), ceil((start + count) * ratio)) for kind, ratio in self.ratios.items()}
+        spans = {
+            kind: slice(int(start * ratio), ceil((start + count) * ratio) + self.lookahead[kind])
+            for kind, ratio in self.ratios.items()
+        }
         spans |= dict.fromkeys(self.timeless, slice(None))
         tokens = {kind: torch.from_numpy(record[kind][span].astype(np.int64)) for kind, span in spans.items()}
         latent, is_text = torch.empty(0), False

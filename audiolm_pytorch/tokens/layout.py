@@ -34,6 +34,7 @@ class TokenLayout:
       delayed by `k` rows. Input streams are aligned in time; the input token at the time of predicted frame `f` is in
       the row that predicts frame `f`. The tokens of an input stream with a lower frame rate are repeated, and an input
       stream with a higher frame rate uses several columns. If an input stream ends early, its last frame is repeated.
+      The next `lookahead_frames` frames of an input stream have further columns, which are empty after its end.
     - `parallel` is the pattern `delayed` without delays.
 
     Attributes:
@@ -60,6 +61,12 @@ class TokenLayout:
             )
         if pattern not in PATTERNS:
             raise ValueError(f"unknown pattern '{pattern}'; use one of {sorted(PATTERNS)}")
+        ahead = [stream.name for stream in self.streams if stream.lookahead_frames]
+        if pattern == "flat" and ahead:
+            raise ValueError(
+                f"got lookahead_frames for {ahead} in the flat pattern, in which predicted tokens follow all input "
+                "tokens; use the delayed or parallel pattern, or set lookahead_frames=0"
+            )
         rates_hz = {stream.name: str(stream.exact_hz) for stream in self.predicted}
         if pattern != "flat" and len(set(rates_hz.values())) > 1:
             raise ValueError(f"with the {pattern} pattern, all predicted streams need the same rate_hz, got {rates_hz}")

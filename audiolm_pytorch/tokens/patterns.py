@@ -62,7 +62,9 @@ def cell_table(streams: tuple[Stream, ...], pattern: str, counts: tuple[int, ...
             f"every input stream with a rate_hz needs one or more frames; {empty} have none (frames: {num_frames})"
         )
     id_blocks = number_ids(streams)[0]
-    blocks = {(block.stream, block.level, block.is_token): i for i, block in enumerate(id_blocks)}
+    # The id ranges of look-ahead tokens follow the range of their level.
+    levels = [(i, block) for i, block in enumerate(id_blocks) if not block.ahead]
+    blocks = {(block.stream, block.level, block.is_token): i for i, block in levels}
     cells = list(_out_of_time(streams, blocks, counts, null=len(id_blocks) - 1))
     first_row = sum(len(part.rows) for part in cells)
     for part in PATTERNS[pattern](streams, blocks, counts, ends):
@@ -115,7 +117,8 @@ def _framewise(
 ) -> Iterator[_Cells]:
     """Yield tokens with one row per predicted frame; residual level k is delayed by `k * level_delay` rows.
 
-    The token of an input stream is in the row that predicts the frame at the time of the token.
+    The token of an input stream is in the row that predicts the frame at the time of the token. Look-ahead tokens that
+    do not exist, at the end of an input stream, are missing in their row.
     """
     predicted = [index for index, stream in enumerate(streams) if not stream.is_input]
     if len({counts[index] for index in predicted}) > 1:
@@ -128,9 +131,16 @@ def _framewise(
     column = 0
     for index, stream in enumerate(streams):
         if stream.is_input and stream.is_in_time:
-            for covering in _covering_frames(stream, streams[predicted[0]], frames):
+            covering = list(_covering_frames(stream, streams[predicted[0]], frames))
+            for part in covering:
                 for level in range(stream.num_levels):
-                    yield _Cells(column, blocks[index, level, True], frames, covering.clamp(max=counts[index] - 1))
+                    yield _Cells(column, blocks[index, level, True], frames, part.clamp(max=counts[index] - 1))
+                    column += 1
+            for ahead in range(1, 1 + stream.lookahead_frames):
+                later = covering[-1] + ahead
+                exists = later < counts[index]
+                for level in range(stream.num_levels):
+                    yield _Cells(column, blocks[index, level, True] + ahead, frames[exists], later[exists])
                     column += 1
     yield _Cells(column, _START, _ZERO, _ZERO)  # row 0 of the first predicted column is free
     for index in predicted:

@@ -28,6 +28,8 @@ class Stream:
         is_input: True if the model only reads the stream, False if the model predicts it.
         eos: Whether the stream has an end-of-sequence id, with which the model can end the stream early.
         num_groups: Number of codes per residual level; in the delayed pattern, all groups of a level have equal delays.
+        lookahead_frames: Number of later frames of an input stream that each row also contains, in further columns with
+            ids of their own; not for the flat pattern, in which predicted streams follow all input tokens.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Stream:
     is_input: bool = False
     eos: bool = False
     num_groups: int = 1
+    lookahead_frames: int = 0
 
     def __post_init__(self) -> None:
         numbers = {name: getattr(self, name) for name in ("vocab_size", "num_levels", "rate_hz", "num_groups")}
@@ -52,6 +55,11 @@ class Stream:
             raise ValueError(f"stream '{self.name}' is an input, so the model cannot predict its end; set eos=False")
         if not self.is_input and self.rate_hz is None:
             raise ValueError(f"stream '{self.name}' is predicted, so it needs a rate_hz (frames per second)")
+        if self.lookahead_frames < 0 or (self.lookahead_frames and not (self.is_input and self.is_in_time)):
+            raise ValueError(
+                f"stream '{self.name}' has lookahead_frames={self.lookahead_frames}; an input stream with a rate_hz "
+                "can have 0 or more, every other stream has 0"
+            )
 
     @property
     def is_in_time(self) -> bool:
@@ -69,6 +77,8 @@ class Stream:
         """Convert the stream to data that JSON can store."""
         fields = {**asdict(self), "rate_hz": str(self.exact_hz) if self.is_in_time else None}
         fields["given"] = fields.pop("is_input")  # the key in saved files
+        if not self.lookahead_frames:  # as in files from before look-ahead
+            del fields["lookahead_frames"]
         return fields
 
     @classmethod
@@ -115,6 +125,7 @@ class IdBlock:
         first_id: Smallest id of the range.
         is_token: True for the tokens of a level, False for a special token.
         head: Index of the output head that predicts the ids of the range; -1 for ids that are never predicted.
+        ahead: Number of frames between the time of a row and the look-ahead tokens of an input stream.
     """
 
     stream: int
@@ -122,6 +133,7 @@ class IdBlock:
     first_id: int
     is_token: bool
     head: int
+    ahead: int = 0
 
 
 def number_ids(streams: Sequence[Stream]) -> tuple[tuple[IdBlock, ...], tuple[Head, ...], int]:
@@ -140,8 +152,9 @@ def number_ids(streams: Sequence[Stream]) -> tuple[tuple[IdBlock, ...], tuple[He
             head = -1 if stream.is_input else len(heads)
             if not stream.is_input:
                 heads.append(Head(stream.name, level, next_id, stream.vocab_size, has_eos))
-            blocks.append(IdBlock(index, level, next_id, True, head))
-            next_id += stream.vocab_size
+            for ahead in range(1 + stream.lookahead_frames):
+                blocks.append(IdBlock(index, level, next_id, True, head, ahead))
+                next_id += stream.vocab_size
             if has_eos:  # directly after the level, so that the ids of a head are contiguous
                 blocks.append(IdBlock(index, level, next_id, False, head))
                 next_id += 1

@@ -142,5 +142,10 @@ def build_stage(preset: Preset, stage: str, *, codec: Codec, tokenizer: Semantic
         rate_hz=Fraction(codec.target_sample_hz, codec.downsample_factor),
     )
     if stage == "coarse":
-        return CoarseTransformer(num_semantic_tokens=tokenizer.codebook_size, semantic_rate_hz=semantic_hz, **sizes)
+        return CoarseTransformer(
+            num_semantic_tokens=tokenizer.codebook_size,
+            semantic_rate_hz=semantic_hz,
+            semantic_lookahead_seconds=config.semantic_lookahead_seconds,
+            **sizes,
+        )
     return FineTransformer(num_fine_quantizers=levels - preset.num_coarse_quantizers, **sizes)

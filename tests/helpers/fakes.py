@@ -121,12 +121,18 @@ class FakeTextConditioner(TextEncoder):
         return ConditionTensor(states, torch.arange(longest) < torch.tensor([[len(text)] for text in texts]))
 
 
-def tiny_stages(**changes: object) -> dict[str, TokenTransformer]:
+def tiny_stages(lookahead_seconds: float = 0.0, **changes: object) -> dict[str, TokenTransformer]:
     """The three stages for the fakes."""
     sizes = {**SIZES, **changes}
     return {
         "semantic": SemanticTransformer(num_semantic_tokens=12, **sizes),
-        "coarse": CoarseTransformer(num_semantic_tokens=12, codebook_size=16, num_coarse_quantizers=2, **sizes),
+        "coarse": CoarseTransformer(
+            num_semantic_tokens=12,
+            codebook_size=16,
+            num_coarse_quantizers=2,
+            semantic_lookahead_seconds=lookahead_seconds,
+            **sizes,
+        ),
         "fine": FineTransformer(num_coarse_quantizers=2, num_fine_quantizers=2, codebook_size=16, **sizes),
     }
 
