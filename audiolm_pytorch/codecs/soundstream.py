@@ -1,6 +1,6 @@
 """The SoundStream codec, which combines encoder, residual quantizer and decoder (arXiv 2107.03312)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,12 +29,14 @@ class CodecOutput(NamedTuple):
     """Output of `SoundStream.forward`: reconstructed waves `[b, c, n]` and the values that training needs.
 
     Codes `[b, f, q]` int64 are -1 in levels that level dropout skipped. `frames [b, f, d]` precede quantization.
+    `decoded_codes` are the codes that `replace_codes` returned; None if it was not used.
     """
 
     wave: Tensor
     codes: Tensor
     frames: Tensor
     commitment_loss: Tensor
+    decoded_codes: Tensor | None = None
 
 
 @register
@@ -151,7 +153,12 @@ class SoundStream(StreamingCodec):
         return self.decoder.lookahead_frames * self.downsample_factor / self.target_sample_hz
 
     def forward(
-        self, audio: Tensor, return_recons_only: bool = False, quantize: bool = True, denoise: bool | Tensor = False
+        self,
+        audio: Tensor,
+        return_recons_only: bool = False,
+        quantize: bool = True,
+        denoise: bool | Tensor = False,
+        replace_codes: Callable[[Tensor], Tensor] | None = None,
     ) -> CodecOutput | Tensor:
         """Encode, quantize and decode waves `[b, n]` or `[b, c, n]` in [-1, 1] at `target_sample_hz`.
 
@@ -161,23 +168,34 @@ class SoundStream(StreamingCodec):
             quantize: Whether to quantize frames; False calls `FrameQuantizer.bypass` instead (first training steps).
             denoise: Whether to remove noise, as one bool for all items or a bool tensor `[b]`; True needs a codec with
                 `denoising`.
+            replace_codes: Function that receives the codes `[b, f, q']` of the levels that level dropout kept, and
+                returns the codes to decode instead; gradients still reach the encoder. `CodecOutput.codes` keeps the
+                encoded codes. Only training with `quantize` uses this function.
 
         Returns:
             The reconstructed waves with as many samples as the input, or a `CodecOutput` that contains them.
         """
-        wave = self._check_wave(audio)
-        self._check_denoise(denoise)
-        whole_frames = F.pad(wave, (0, -wave.shape[-1] % self.downsample_factor))
-        frames = self._condition(self.encoder(whole_frames), denoise)
+        frames, num_samples, decoded_codes = self.encode_frames(audio, denoise), audio.shape[-1], None
         if quantize and return_recons_only:
-            return self.decoder(self.quantizer.decode(self.quantizer.encode(frames)))[..., : wave.shape[-1]]
+            return self.decoder(self.quantizer.decode(self.quantizer.encode(frames)))[..., :num_samples]
         if quantize:
             quantized, codes, loss = self.quantizer(frames)
+            if replace_codes is not None:
+                kept = codes[..., : int((codes[0, 0] >= 0).sum())]
+                decoded_codes = replace_codes(kept)
+                quantized = quantized + (self.quantizer.decode(decoded_codes) - self.quantizer.decode(kept))
         else:
             quantized, loss = self.quantizer.bypass(frames), frames.new_zeros(())
             codes = frames.new_full((*frames.shape[:2], self.num_quantizers), -1, dtype=torch.long)
-        reconstruction = self.decoder(quantized)[..., : wave.shape[-1]]
-        return reconstruction if return_recons_only else CodecOutput(reconstruction, codes, frames, loss)
+        wave = self.decoder(quantized)[..., :num_samples]
+        return wave if return_recons_only else CodecOutput(wave, codes, frames, loss, decoded_codes)
+
+    def encode_frames(self, audio: Tensor, denoise: bool | Tensor = False) -> Tensor:
+        """Encode waves `[b, n]` or `[b, c, n]` as frames `[b, f, d]` without quantization; gradients pass."""
+        wave = self._check_wave(audio)
+        self._check_denoise(denoise)
+        whole_frames = F.pad(wave, (0, -wave.shape[-1] % self.downsample_factor))
+        return self._condition(self.encoder(whole_frames), denoise)
 
     @torch.no_grad()
     def tokenize(self, wave: Tensor, lengths: Tensor | None = None, denoise: bool | Tensor = False) -> Tensor:
@@ -264,15 +282,16 @@ def SpectralSoundStream(
     rq_num_quantizers: int = 4,
     code_dim: int = 16,
     audio_channels: int = 1,
+    magnitude_floor: float = 1e-5,
 ) -> SoundStream:
     """A SoundStream whose layers run once per frame, not once per sample, so that two CPU cores can train it.
 
     `encoder_depth` and `decoder_depth` are numbers of ConvNeXt blocks, and a frame has `hop_samples` samples. Frames
-    are projected to code vectors of width `code_dim` and back.
+    are projected to code vectors of width `code_dim` and back. `SpectralEncoder` documents `magnitude_floor`.
     """
     sizes: dict[str, Any] = dict(dim=dim, hop_samples=hop_samples, channels=audio_channels)
     return SoundStream(
-        encoder=SpectralEncoder(depth=encoder_depth, **sizes),
+        encoder=SpectralEncoder(depth=encoder_depth, magnitude_floor=magnitude_floor, **sizes),
         decoder=SpectralDecoder(depth=decoder_depth, **sizes),
         quantizer=ResidualQuantizer(
             dim=dim, codebook_size=codebook_size, num_quantizers=rq_num_quantizers, codebook_dim=code_dim

@@ -20,7 +20,7 @@ from audiolm_pytorch.saving.modules import register
 __all__ = ["ConvNeXtBlock", "SpectralDecoder", "SpectralEncoder"]
 
 # Log-magnitudes of 16-bit audio run from about -11 (silence) to 3; this maps them to about [-1.5, 1.5].
-_LOG_FLOOR = 1e-5
+_MAGNITUDE_FLOOR = 1e-5
 _LOG_CENTRE, _LOG_SCALE = -5.0, 4.0
 # Upper bound of predicted magnitudes, as in the code of Vocos; it limits extreme values early in training.
 _MAX_MAGNITUDE = 1e2
@@ -84,9 +84,14 @@ def _checked_window(hop_samples: int, window_samples: int | None) -> int:
     return window_samples
 
 
-def _config(channels: int, **config: Any) -> dict[str, Any]:
-    """Return the constructor arguments without `channels=1`, so that fingerprints equal those of older models."""
-    return config if channels == 1 else {**config, "channels": channels}
+def _config(
+    sizes: dict[str, Any], *, channels: int, magnitude_floor: float = _MAGNITUDE_FLOOR, **config: Any
+) -> dict[str, Any]:
+    """Return the constructor arguments without later defaults, so that fingerprints equal those of older models."""
+    added = {} if channels == 1 else {"channels": channels}
+    if magnitude_floor != _MAGNITUDE_FLOOR:
+        added["magnitude_floor"] = magnitude_floor
+    return {**sizes, **config, **added}
 
 
 @register
@@ -95,16 +100,31 @@ class SpectralEncoder(_SpectralNetwork, WaveEncoder):
 
     A frame has `hop_samples` samples. The default STFT window has `4 * hop_samples` samples. The first layer receives
     the concatenated spectra of all audio channels.
+
+    Args:
+        magnitude_floor: Smallest magnitude that the encoder receives, where a full-scale sine has magnitude 1. Without
+            a floor near the hearing threshold, inaudible noise changes the logarithms of quiet bins, and so the codes.
+            Noise at -50 dB below music has magnitudes of about 2e-5 in windows of 80 ms; the default is -100 dB.
     """
 
     @beartype
     def __init__(
-        self, *, dim: int, depth: int, hop_samples: int, window_samples: int | None = None, channels: int = 1
+        self,
+        *,
+        dim: int,
+        depth: int,
+        hop_samples: int,
+        window_samples: int | None = None,
+        channels: int = 1,
+        magnitude_floor: float = _MAGNITUDE_FLOOR,
     ) -> None:
+        if not 0 < magnitude_floor < 1:
+            raise ValueError(f"magnitude_floor must be above 0 and below 1 (full scale), got {magnitude_floor}")
         window_samples = _checked_window(hop_samples, window_samples)
         sizes = dict(dim=dim, depth=depth, hop_samples=hop_samples, window_samples=window_samples)
         super().__init__(nn.Linear(channels * (window_samples // 2 + 1), dim), channels=channels, **sizes)
-        self.config = _config(channels, **sizes)
+        self.config = _config(sizes, channels=channels, magnitude_floor=magnitude_floor)
+        self.magnitude_floor = magnitude_floor
         self.dim, self.downsample_factor, self.lookahead_frames = dim, hop_samples, self._reach_frames(depth)
 
     def _encode(self, wave: Tensor, mask: Tensor | None, state: StreamState | None) -> Tensor:
@@ -124,7 +144,7 @@ class SpectralEncoder(_SpectralNetwork, WaveEncoder):
             )
             # The peak of a full-scale sine is half the window's sum; the division brings it near 1 for any window.
             magnitude = spectrum.abs() * (2.0 / self.window.sum())
-            log_magnitude = magnitude.clamp(min=_LOG_FLOOR).log()
+            log_magnitude = magnitude.clamp(min=self.magnitude_floor).log()
         return rearrange((log_magnitude - _LOG_CENTRE) / _LOG_SCALE, "(b c) bins f -> b f (c bins)", c=self.channels)
 
 
@@ -151,7 +171,7 @@ class SpectralDecoder(_SpectralNetwork, WaveDecoder):
         embed = nn.Conv1d(input_dim, dim, _KERNEL_FRAMES, padding=_KERNEL_FRAMES // 2)
         sizes = dict(dim=dim, depth=depth, hop_samples=hop_samples, window_samples=window_samples)
         super().__init__(embed, channels=channels, **sizes)
-        self.config = _config(channels, **sizes, input_dim=input_dim)
+        self.config = _config(sizes, channels=channels, input_dim=input_dim)
         self.input_dim, self.upsample_factor = input_dim, hop_samples
         self.lookahead_frames = self._reach_frames(1 + depth)
         self.head = nn.Linear(dim, channels * (window_samples + 2))

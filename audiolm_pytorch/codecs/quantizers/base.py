@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.codecs.quantizers.distributed import from_first_process
 
-__all__ = ["FrameQuantizer", "Quantized", "ResidualLevels", "code_usage", "usage_of_counts"]
+__all__ = ["CodeStatistics", "FrameQuantizer", "Quantized", "ResidualLevels", "code_usage", "usage_of_counts"]
 
 
 class Quantized(NamedTuple):
@@ -23,6 +23,18 @@ class Quantized(NamedTuple):
     frames: Tensor
     codes: Tensor
     loss: Tensor
+
+
+class CodeStatistics(NamedTuple):
+    """Statistics `[q]` of frames and their codes by level, in nats, see `ResidualLevels.code_statistics`.
+
+    `entropy` is the entropy of the mean probability of each code, and `equal_share` the share of frames whose nearest
+    code is the expected code. Only `cross_entropy` and `entropy` have gradients.
+    """
+
+    cross_entropy: Tensor
+    entropy: Tensor
+    equal_share: Tensor
 
 
 class FrameQuantizer(nn.Module, ABC):
@@ -121,6 +133,32 @@ class ResidualLevels(FrameQuantizer):
         """Project frames `[b, f, d]` to the space of the code vectors and back, without quantization."""
         with torch.autocast(frames.device.type, enabled=False):
             return self.rvq.project_out(self._project(frames))
+
+    def code_statistics(self, frames: Tensor, codes: Tensor, temperature: float) -> CodeStatistics:
+        """Compare frames `[b, f, d]` with codes `[b, f, q']` that they should have, level by level.
+
+        The logits of a frame are negative squared distances to the code vectors, divided by `temperature` times the
+        mean squared distance to the codes. The cross-entropy is low if each frame is much nearer to its code than to
+        other codes, so that small changes of a frame do not change the code. The residual of a level follows from
+        `codes` of the earlier levels, so that a wrong code does not influence later levels. Codebooks receive no
+        gradients.
+        """
+        rows: list[tuple[Tensor, Tensor, Tensor]] = []
+        with torch.autocast(frames.device.type, enabled=False):
+            residual = rearrange(self._project(frames), "b f d -> (b f) d")
+            for level, column in enumerate(rearrange(codes, "b f q -> q (b f)")):
+                codebook = self.codebook(level)
+                code = codebook[column]
+                # the squared norm of the residual is the same for all codes, and cancels in the softmax
+                distances = codebook.square().sum(dim=-1) - 2.0 * residual @ codebook.t()
+                scale = (residual - code).detach().square().sum(dim=-1).mean().clamp(min=1e-6)
+                log_probability = (-distances / (temperature * scale)).log_softmax(dim=-1)
+                usage = log_probability.exp().mean(dim=0)
+                entropy = -(usage * usage.clamp(min=1e-12).log()).sum()
+                equal_share = (distances.detach().argmin(dim=-1) == column).float().mean()
+                rows.append((F.nll_loss(log_probability, column), entropy, equal_share))
+                residual = residual - code
+        return CodeStatistics(*(torch.stack(values) for values in zip(*rows)))
 
     @abstractmethod
     def codebook(self, level: int) -> Tensor:

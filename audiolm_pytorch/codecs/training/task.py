@@ -1,16 +1,20 @@
 """Task that trains codecs in the training loop, with reconstruction losses and discriminators."""
 
 import itertools
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from beartype import beartype
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from audiolm_pytorch.codecs.quantizers.base import ResidualLevels
 from audiolm_pytorch.codecs.quantizers.distributed import rank_and_count
 from audiolm_pytorch.codecs.soundstream import CodecOutput, SoundStream
 from audiolm_pytorch.codecs.training.balancer import LossBalancer
@@ -28,6 +32,7 @@ from audiolm_pytorch.codecs.training.monitoring import (
     reconstruction_metrics,
     write_pairs,
 )
+from audiolm_pytorch.codecs.training.robustness import StableCodes, WrongCodes
 from audiolm_pytorch.data.crops import CropDataset
 from audiolm_pytorch.nn.module_state import device_of
 from audiolm_pytorch.training import LossOutput, Phase
@@ -121,8 +126,12 @@ class CodecTask:
         discriminator_lead_steps: int = 0,
         unquantized_steps: int = 300,
         noise: tuple[NoiseMixer, NoiseMixer] | None = None,
+        stable_codes: StableCodes | None = None,
+        wrong_codes: WrongCodes | None = None,
     ) -> None:
         self.codec, self.train, self.valid, self.noise = codec, train, valid, noise
+        self.stable_codes = stable_codes
+        self._replace_codes = None if wrong_codes is None else partial(wrong_codes.replaced, codec.quantizer)
         self.weights, self.discriminators = weights, discriminators
         self.unquantized_steps = unquantized_steps
         self.adversarial_start_step = adversarial_start_step
@@ -153,6 +162,10 @@ class CodecTask:
             "crop_seconds": train.seconds,
             "noise_snr_db": None if noise is None else list(noise[0].snr_db),
         }
+        # Without these settings, the config equals that of older runs, which can then be resumed.
+        for name, setting in (("stable_codes", stable_codes), ("wrong_codes", wrong_codes)):
+            if setting is not None:
+                self.config[name] = json.loads(json.dumps(asdict(setting)))
 
     def batch(self, indices: list[tuple[int, int]]) -> CodecBatch:
         """Load the training examples of (epoch, index) pairs; shorter waves are padded with zeros."""
@@ -193,7 +206,9 @@ class CodecTask:
         # computed at every step and not stored: a skipped step restores the untrained codebooks
         if self._quantizes and codebooks_are_untrained(self.codec):
             self._initialise_codebooks()
-        output: CodecOutput = self.codec(batch.wave, quantize=self._quantizes, denoise=batch.denoise)
+        output: CodecOutput = self.codec(
+            batch.wave, quantize=self._quantizes, denoise=batch.denoise, replace_codes=self._replace_codes
+        )
         wave = output.wave.float()
         losses: dict[str, Tensor] = {}
         if self.weights.mel:
@@ -212,7 +227,27 @@ class CodecTask:
             loss = self.balancer(losses, wave)
         else:
             loss = sum((self.weights.on_wave[name] * loss for name, loss in losses.items()), start=wave.new_zeros(()))
-        return LossOutput(loss + self.weights.commitment * output.commitment_loss, metrics)
+        loss = loss + self.weights.commitment * output.commitment_loss
+        if self.stable_codes is not None and self._quantizes:
+            stability, stability_metrics = self._stability_loss(self.stable_codes, batch, output)
+            loss = loss + stability
+            metrics.update(stability_metrics)
+        return LossOutput(loss, metrics)
+
+    def _stability_loss(
+        self, stable_codes: StableCodes, batch: CodecBatch, output: CodecOutput
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Encode a changed copy of each wave, and compute the stability loss; the codes of the waves are the targets.
+
+        The reconstruction from wrong codes is no copy of a wave.
+        """
+        decoded, codes = output.wave.detach(), output.codes
+        can_be_own = torch.ones(len(codes), dtype=torch.bool, device=codes.device)
+        if output.decoded_codes is not None:
+            can_be_own = (output.decoded_codes == codes[..., : output.decoded_codes.shape[-1]]).all(dim=2).all(dim=1)
+        copies = stable_codes.copies(batch.wave, decoded, can_be_own, self.codec.target_sample_hz)
+        quantizer: Any = self.codec.quantizer
+        return stable_codes.loss(quantizer, self.codec.encode_frames(copies, batch.denoise), codes)
 
     def _adversarial_losses(self, discriminators: nn.Module, wave: Tensor, target: Tensor) -> dict[str, Tensor]:
         with _frozen(discriminators):
@@ -258,6 +293,11 @@ class CodecTask:
             discriminators(wave)
         if self.noise is not None and codec.denoising is None:
             raise ValueError("noise needs a codec with denoising=FiLM(...), got one with no denoising condition")
+        if not isinstance(codec.quantizer, ResidualLevels) and (self.stable_codes or self._replace_codes):
+            raise ValueError(
+                "stable_codes and wrong_codes need a codec with one residual quantizer, got "
+                f"{type(codec.quantizer).__name__}; use rq_groups=1"
+            )
 
     @torch.no_grad()
     def _initialise_codebooks(self) -> None:
