@@ -88,7 +88,7 @@ def _config(
     sizes: dict[str, Any], *, channels: int, magnitude_floor: float = _MAGNITUDE_FLOOR, **config: Any
 ) -> dict[str, Any]:
     """Return the constructor arguments without later defaults, so that fingerprints equal those of older models."""
-    added = {} if channels == 1 else {"channels": channels}
+    added: dict[str, Any] = {} if channels == 1 else {"channels": channels}
     if magnitude_floor != _MAGNITUDE_FLOOR:
         added["magnitude_floor"] = magnitude_floor
     return {**sizes, **config, **added}

@@ -131,7 +131,8 @@ class CodecTask:
     ) -> None:
         self.codec, self.train, self.valid, self.noise = codec, train, valid, noise
         self.stable_codes = stable_codes
-        self._replace_codes = None if wrong_codes is None else partial(wrong_codes.replaced, codec.quantizer)
+        quantizer: Any = codec.quantizer  # `_check` checks the type that stable and wrong codes need
+        self._replace_codes = None if wrong_codes is None else partial(wrong_codes.replaced, quantizer)
         self.weights, self.discriminators = weights, discriminators
         self.unquantized_steps = unquantized_steps
         self.adversarial_start_step = adversarial_start_step

@@ -19,9 +19,9 @@ from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.codecs.quantizers import code_usage
 from audiolm_pytorch.codecs.training import MultiScaleMelLoss
 from audiolm_pytorch.data.manifest import load_items
+from musiclm_pytorch.evaluation.clips import load_clips
 from musiclm_pytorch.evaluation.report import aligned_table
 from musiclm_pytorch.pretrained.bundled import DEFAULT_CODEC, codec_named
-from musiclm_pytorch.recipes.metrics.clips import load_clips
 
 __all__ = ["beat_strength", "code_stability", "main", "stability_table"]
 
