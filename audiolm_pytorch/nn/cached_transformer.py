@@ -5,7 +5,7 @@ same preallocated tensors, and the CPU never waits for the GPU, so that a CUDA g
 """
 
 from collections.abc import Sequence
-from math import ceil
+from math import ceil, prod
 from typing import Any, cast
 
 import torch
@@ -19,7 +19,7 @@ from audiolm_pytorch.saving.fingerprint import state_of
 
 __all__ = ["CachedTransformer"]
 
-# Attention reads the cache up to a multiple of this number of positions, so that views of it are rarely renewed.
+# Attention reads the cache up to a multiple of this number of positions, so that the cache is rarely arranged again.
 _EXTENT_STEP = 32
 
 
@@ -62,10 +62,11 @@ class CachedTransformer:
         keys_values: list[tuple[Tensor, Tensor]] = []
         normalised = self.transformer(x, conditions, keys_values=keys_values)
         self._num_prefix, self._row_sums = conditions.num_rows, conditions.row_sums
-        self._buffers.start(num_positions, conditions, [conditions.num_rows + count for count in counts])
+        known = [conditions.num_rows + count for count in counts]
+        self._buffers.start(num_positions, conditions, known)
+        self._buffers.set_extent(max(known))
         for block, (keys, values) in zip(self._blocks, keys_values):
             block.start(keys, values, conditions)
-        self._set_extent(1)
         return self.hidden.copy_(normalised[self._buffers.items, torch.tensor(counts, device=x.device) - 1])
 
     def step(self, x: Tensor, rows: Sequence[int]) -> Tensor:
@@ -77,7 +78,9 @@ class CachedTransformer:
         buffers, stack = self._buffers, self.transformer
         positions = [row + self._num_prefix for row in rows]
         if max(positions) >= buffers.extent:
-            self._set_extent(max(positions) + 1)
+            buffers.set_extent(max(positions) + 1)
+            for block in self._blocks:
+                block.extend()
         buffers.set_positions(positions)
         buffers.x.copy_(x)
         if self._row_sums is not None:
@@ -97,12 +100,6 @@ class CachedTransformer:
         """Free the cache. The prepared weights stay in memory for a later `prefill`."""
         for block in self._blocks:
             block.release()
-
-    def _set_extent(self, num_positions: int) -> None:
-        """Include at least the first `num_positions` positions of the cache in attention."""
-        self._buffers.set_extent(num_positions)
-        for block in self._blocks:
-            block.view_memory()
 
 
 class _RowBuffers:
@@ -230,10 +227,9 @@ class _CachedBlock:
 
     def start(self, keys: Tensor, values: Tensor, conditions: FusedConditions) -> None:
         """Allocate the cache, and store the keys and values `[b, heads, n, d]` of the first n rows."""
-        _, batch, heads, _, dim_head = self.buffers.keys_values.shape
-        self._memory = torch.zeros(2, batch, heads, self.buffers.num_positions, dim_head, **self.buffers.options)
-        for stored, new in zip(self._memory, (keys, values)):
-            stored[:, :, : new.shape[2]] = new
+        num_values = self.buffers.keys_values.numel() * self.buffers.num_positions
+        self._memory = torch.zeros(num_values, **self.buffers.options)
+        self._arrange(torch.stack((keys, values)))
         if self._block.cross is not None and conditions.states is not None:
             keys, values = self._block.cross.keys_values(conditions.states)
             dtype = self.buffers.x.dtype
@@ -241,11 +237,19 @@ class _CachedBlock:
 
     def release(self) -> None:
         """Free the cache."""
-        self._memory = self._keys = self._values = self._cross_keys = self._cross_values = torch.empty(0)
+        self._memory = self._cache = self._keys = self._values = torch.empty(0)
+        self._cross_keys = self._cross_values = torch.empty(0)
 
-    def view_memory(self) -> None:
-        """Select the part of the cache that attention reads, after a change of `buffers.extent`."""
-        keys, values = self._memory.flatten(1, 2)[:, :, : self.buffers.extent]
+    def extend(self) -> None:
+        """Make room for more rows, after a change of `buffers.extent`."""
+        self._arrange(self._cache.clone())
+
+    def _arrange(self, rows: Tensor) -> None:
+        """Store `rows [2, b, g, n, d]` without gaps up to the extent; a CPU reads gaps at half the speed."""
+        shape = (*rows.shape[:3], self.buffers.extent, rows.shape[4])
+        self._cache = self._memory[: prod(shape)].view(shape)
+        self._cache[:, :, :, : rows.shape[3]] = rows
+        keys, values = self._cache.flatten(1, 2)
         self._keys, self._values = keys.mT, values
 
     def step(self) -> None:
@@ -253,7 +257,7 @@ class _CachedBlock:
         shared = self.buffers
         self._qkv()
         shared.rotate()
-        self._memory.scatter_(3, shared.slot, shared.keys_values)
+        self._cache.scatter_(3, shared.slot, shared.keys_values)
         torch.baddbmm(shared.bias, shared.queries, self._keys, alpha=self._scale, out=shared.scores)
         torch.softmax(shared.scores, -1, out=shared.scores)
         torch.bmm(shared.scores, self._values, out=shared.attended)

@@ -1,7 +1,8 @@
 """Norms and linear layers prepared for decoding, where a call has few rows and the weights are constant.
 
-A product of few rows can be as fast as reading the weights. For one row, `F.linear` of torch 2.13 uses only one core;
-for 2 to 16 rows, it is also slow. `tests/benchmarks/kernels.py` compares this file with plain torch.
+A product of few rows takes as long as reading the weights, so the order of the weights in memory decides its speed.
+`F.linear` of torch 2.13 uses only one core for one row, and reads the weights at a third of the possible speed.
+`tests/benchmarks/kernels.py` compares this file with plain torch.
 """
 
 from collections.abc import Callable
@@ -14,8 +15,8 @@ from audiolm_pytorch.nn.layers import RMSNorm, is_plain
 __all__ = ["RowProduct", "prepare_norm", "prepare_norm_and_product", "prepare_product"]
 
 _MAX_ROWS = 16  # with more rows, the usual product is fast enough
-_MIN_SPLIT_WEIGHTS = 2**17  # one core multiplies one row with fewer weights faster than several cores
-_MIN_PACKED_WEIGHTS = 2**18  # for fewer weights, the operator of oneDNN has too much overhead
+_MIN_PACKED_ROWS, _MIN_PACKED_WEIGHTS = 3, 2**18  # below one of them, tiles are faster than the layout of oneDNN
+_TILE_WIDTHS = (16, *range(32, 7, -1))  # columns of a tile; the first that divides the width of the output is used
 
 
 def prepare_norm(norm: nn.Module, x: Tensor, out: Tensor) -> Callable[[], object]:
@@ -86,8 +87,9 @@ def _rms_norm(x: Tensor, out: Tensor, eps: float) -> Callable[[], object]:
 class RowProduct:
     """A linear layer with constant weights; every call reads the rows in the tensor `x` and writes into `out`.
 
-    For one row in float32 on a CPU, every core multiplies the row with a part of the weights. For two to sixteen rows,
-    and for bfloat16 weights, the weights are stored in the layout of oneDNN.
+    On a CPU, the weights are stored in tiles of 16 columns `[dim_in, 16]`, which are multiplied in one batch. The
+    partial sums of a tile stay in registers while its weights are read once, from the first to the last. Large weights
+    of three to sixteen rows and bfloat16 weights are stored in the layout of oneDNN.
 
     Args:
         weight: `[dim_out, dim_in]`; later changes of `weight` may have no effect.
@@ -108,27 +110,27 @@ class RowProduct:
         scale: Tensor | None = None,
         shift: Tensor | None = None,
     ) -> None:
-        num_rows, num_parts, self._packed = len(x), 1, None
+        self._x, self._out, self._packed = x, out, None
         self._packed_dtype = weight.dtype if weight.dtype == torch.bfloat16 else x.dtype
         weight, bias = weight.detach().to(x.dtype), None if bias is None else bias.detach().to(x.dtype)
         if shift is not None:
             bias = weight @ shift if bias is None else bias + weight @ shift
         weight = weight if scale is None else weight * scale
-        self._x, self._out, self._bias = x, out, bias
+        num_rows, width = len(x), len(weight)
         if _is_plain_cpu(x) and num_rows <= _MAX_ROWS:
-            is_large = num_rows > 1 and weight.numel() >= _MIN_PACKED_WEIGHTS
+            is_large = num_rows >= _MIN_PACKED_ROWS and weight.numel() >= _MIN_PACKED_WEIGHTS
             if (is_large or self._packed_dtype == torch.bfloat16) and _can_pack():
                 self._bias = None if bias is None else bias.to(self._packed_dtype)
                 self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(self._packed_dtype), num_rows)
                 return
-            if num_rows > 1 or weight.numel() >= _MIN_SPLIT_WEIGHTS:
-                num_parts = max(parts for parts in range(1, torch.get_num_threads() + 1) if len(weight) % parts == 0)
-        # Each part of the weights is multiplied with the same rows. One row needs no copy of the results.
-        self._rows, self._weight = x.expand(num_parts, -1, -1), weight.view(num_parts, -1, weight.shape[1]).mT
-        self._out_parts = out.view(num_rows, num_parts, -1).transpose(0, 1)
-        self._is_copied = min(num_rows, num_parts) > 1
-        self._results = torch.zeros_like(self._out_parts, memory_format=torch.contiguous_format)
-        self._results = self._results if self._is_copied else self._out_parts
+            width = next((width for width in _TILE_WIDTHS if len(weight) % width == 0), width)
+        self._bias, self._tiles = bias, weight.view(-1, width, weight.shape[1]).mT
+        if width < len(weight):  # otherwise the weights of the model are used, and not copied
+            self._tiles = self._tiles.contiguous()
+        self._rows, self._out_tiles = x.expand(len(self._tiles), -1, -1), out.view(num_rows, -1, width).transpose(0, 1)
+        self._is_copied = min(num_rows, len(self._tiles)) > 1  # else the results have the order of `out`
+        self._results = torch.zeros_like(self._out_tiles, memory_format=torch.contiguous_format)
+        self._results = self._results if self._is_copied else self._out_tiles
 
     def __call__(self) -> None:
         """Multiply."""
@@ -136,9 +138,9 @@ class RowProduct:
             x = self._x.to(self._packed_dtype)
             self._out.copy_(torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], ""))
             return
-        torch.bmm(self._rows, self._weight, out=self._results)
+        torch.bmm(self._rows, self._tiles, out=self._results)
         if self._is_copied:
-            self._out_parts.copy_(self._results)
+            self._out_tiles.copy_(self._results)
         if self._bias is not None:
             self._out.add_(self._bias)
 

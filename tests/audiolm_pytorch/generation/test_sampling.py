@@ -215,7 +215,7 @@ class Reallocating(CachedTransformer):
     def step(self, x, rows):
         for block in self._blocks:
             block._memory = block._memory.clone()
-            block.view_memory()
+            block.extend()
         return super().step(x, rows)
 
 

@@ -11,19 +11,17 @@ from audiolm_pytorch.nn import row_products
 from audiolm_pytorch.nn.layers import RMSNorm
 from audiolm_pytorch.nn.row_products import RowProduct, prepare_norm, prepare_norm_and_product
 
-PATHS = ["plain", "split", "packed", "without packing"]
+PATHS = ["tiles", "packed", "without packing"]
 
 
 @pytest.fixture(params=PATHS)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The way in which small weights are multiplied."""
-    limits = {"plain": (2**30, 2**30), "split": (0, 2**30), "packed": (2**30, 0), "without packing": (0, 0)}
-    monkeypatch.setattr(row_products, "_MIN_SPLIT_WEIGHTS", limits[request.param][0])
-    monkeypatch.setattr(row_products, "_MIN_PACKED_WEIGHTS", limits[request.param][1])
+    if request.param != "tiles":
+        monkeypatch.setattr(row_products, "_MIN_PACKED_ROWS", 1)
+        monkeypatch.setattr(row_products, "_MIN_PACKED_WEIGHTS", 0)
     if request.param == "without packing":
         monkeypatch.setattr(row_products, "_can_pack", lambda: False)
-    if request.param != "plain":
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     return request.param
 
 
@@ -35,7 +33,7 @@ def expected(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | Non
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 16, 17, 40])
-@pytest.mark.parametrize("dim_out", [1, 7, 12, 40])
+@pytest.mark.parametrize("dim_out", [1, 7, 12, 40, 48])
 def test_row_product_equals_the_linear_layer(num_rows: int, dim_out: int, path: str) -> None:
     """With and without bias, scale and shift; a second call reads new rows and overwrites the first result."""
     torch.manual_seed(num_rows)
@@ -57,8 +55,7 @@ def test_row_product_equals_the_linear_layer(num_rows: int, dim_out: int, path: 
 
 
 def test_every_path_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One large row is split over the threads; few rows of large weights are packed; other rows are multiplied."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    """Few rows are multiplied with tiles, or with packed weights if these are large; many rows with plain weights."""
     packed: list[int] = []
     original = torch.ops.mkldnn._linear_pointwise
     if not row_products._can_pack():
@@ -71,7 +68,7 @@ def test_every_path_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         torch, "bmm", lambda rows, weight, out: parts.append(tuple(rows.shape[:2])) or bmm(rows, weight, out=out)
     )
-    for size in (16, 512):
+    for size in (32, 512, 37):
         weight = torch.randn(size, 512)
         for num_rows in (1, 3, 17):
             x, out = torch.randn(num_rows, 512), torch.empty(num_rows, size)
@@ -79,7 +76,8 @@ def test_every_path_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
             wanted = F.linear(x.double(), weight.double())
             torch.testing.assert_close(out.double(), wanted, atol=1e-3, rtol=1e-4)
     assert packed == [3]
-    assert (4, 1) in parts and (1, 17) in parts and (1, 1) in parts
+    tiles_and_rows = [(2, 1), (2, 3), (1, 17), (32, 1), (1, 17), (1, 1), (1, 3), (1, 17)]  # no tile has 37 columns
+    assert parts == tiles_and_rows
 
 
 @pytest.mark.parametrize("num_rows", [1, 3, 17])
