@@ -251,9 +251,9 @@ def _chunks(
 
 
 def _can_be_guided(stage: StageTransformer, conditions: Conditions, inputs: Mapping[str, TokenBatch]) -> bool:
-    """Whether a stage has inputs that guidance can drop (conditions, or input streams without a frame rate)."""
-    droppable = [stream for stream in stage.layout.inputs if not stream.is_in_time]
-    return bool(conditions) or any(stream.name in inputs for stream in droppable)
+    """Whether a stage has inputs that guidance can drop (conditions, or input streams that are conditions)."""
+    droppable = [stream for stream in stage.layout.inputs if stream.is_condition]
+    return bool(conditions) or any(stream.is_in_time or stream.name in inputs for stream in droppable)
 
 
 def _predicted_levels(stage: StageTransformer, acoustic: TokenBatch) -> TokenBatch:

@@ -96,7 +96,7 @@ class DecodeSession:
         if batch < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch}")
         layout, scale = model.layout, self.settings.guidance_scale
-        if scale != 1 and not conditioning and layout.null_id is None:
+        if scale != 1 and not conditioning and not layout.has_conditions:
             raise ValueError(f"guidance_scale {scale} needs `conditioning`; pass it, or set guidance_scale to 1")
         if allow_eos and layout.pattern == "flat" and len(layout.predicted) > 1:
             raise ValueError(
@@ -109,6 +109,8 @@ class DecodeSession:
         packed = grid.packed.to(model.device)
         # Empty cells contain the id of the zero embedding.
         self.ids = packed.ids.masked_fill(~packed.input_mask, layout.num_ids)
+        unconditional = layout.without_conditions(packed, torch.ones(batch, dtype=torch.bool))
+        self.is_dropped = packed.input_mask & ~unconditional.input_mask  # cells that guidance empties
         # The tensors that control the loop stay on the CPU, so that no row waits for the device.
         self.missing, self.head, self.frame = grid.packed.loss_mask.cpu().clone(), grid.head, grid.frame
         self.num_frames = {name: count.clone() for name, count in grid.num_frames.items()}
@@ -195,7 +197,7 @@ class DecodeSession:
         if copies == 2:
             all_items = torch.ones(self.batch, dtype=torch.bool)
             unconditional = model.layout.without_conditions(PackedTokens(ids, mask, mask), all_items)
-            ids, mask = torch.cat((ids, unconditional.ids)), mask.repeat(2, 1, 1)
+            ids, mask = torch.cat((ids, unconditional.ids)), torch.cat((mask, unconditional.input_mask))
         if self.transformer is None:
             self.transformer = CachedTransformer(model.transformer, copies * self.batch)
         num_positions = fused.num_rows + self.ids.shape[1]
@@ -216,9 +218,10 @@ class DecodeSession:
         """Run the model on the current row of each item and go to the next row. Complete items stay at the last row."""
         rows = [row if cells else row - 1 for row, cells in zip(self.rows, self.pending)]
         ids = self.ids[_rows_of_items(rows)]
-        x = F.embedding(ids, self.model.embedding.weight).sum(dim=1)
         if self.copies == 2:
-            x = x.repeat(2, 1)
+            is_dropped = self.is_dropped[_rows_of_items(rows)]
+            ids = torch.cat((ids, ids.masked_fill(is_dropped, self.model.layout.num_ids)))
+        x = F.embedding(ids, self.model.embedding.weight).sum(dim=1)
         if self.transformer is not None:
             self.transformer.step(x, rows * self.copies)
         self.rows = [row + 1 for row in rows]

@@ -70,6 +70,8 @@ class CoarseTransformer(StageTransformer):
         semantic_lookahead_seconds: Duration of the semantic tokens after the time of a predicted frame that the stage
             also reads, rounded up to whole tokens; streams wait for these tokens. Codes of a codec can depend on later
             sound. Not for the flat pattern.
+        guide_semantic: Whether training also drops the semantic tokens when it drops the conditions of an item, so that
+            guidance makes the stage follow its semantic tokens more closely.
     """
 
     namespace = "coarse"
@@ -88,6 +90,7 @@ class CoarseTransformer(StageTransformer):
         rate_hz: int | str | Fraction = 50,
         num_groups: int = 1,
         semantic_lookahead_seconds: float | int = 0,
+        guide_semantic: bool = False,
         audio_text_condition: bool = False,
         **options: Any,
     ) -> None:
@@ -99,8 +102,10 @@ class CoarseTransformer(StageTransformer):
             rate_hz=Fraction(semantic_rate_hz),
             is_input=True,
             lookahead_frames=ceil(exact_frames),
+            guided=guide_semantic,
         )
-        lookahead = {"semantic_lookahead_seconds": semantic_lookahead_seconds} if semantic.lookahead_frames else {}
+        # The config has no default values of these arguments, so that it equals that of files from before them.
+        options_of_stream = {"semantic_lookahead_seconds": semantic_lookahead_seconds, "guide_semantic": guide_semantic}
         super().__init__(
             sources={
                 "semantic": TokenSource("semantic", 0, 1),
@@ -113,7 +118,7 @@ class CoarseTransformer(StageTransformer):
                 "semantic_rate_hz": str(semantic_rate_hz),
                 "rate_hz": str(rate_hz),
                 "num_groups": num_groups,
-                **lookahead,
+                **{name: value for name, value in options_of_stream.items() if value},
             },
             streams=[
                 semantic,

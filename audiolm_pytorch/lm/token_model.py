@@ -154,7 +154,7 @@ class TokenTransformer(nn.Module):
         batch, targets = len(packed.ids), packed.ids
         packed = packed if input_ids is None else replace(packed, ids=input_ids)
         conditions = dict(conditioning or {})
-        if self.training and self.cond_drop_prob > 0 and (conditions or self.layout.null_id is not None):
+        if self.training and self.cond_drop_prob > 0 and (conditions or self.layout.has_conditions):
             dropped = torch.rand(batch) < self.cond_drop_prob
             packed = self.layout.without_conditions(packed, dropped)
             conditions = {name: part.expand(batch).without_items(dropped) for name, part in conditions.items()}

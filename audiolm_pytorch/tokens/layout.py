@@ -89,6 +89,11 @@ class TokenLayout:
         is_one_column = len(self.streams) == self.streams[0].num_levels == 1
         return self.null_id is None and (self.pattern != "flat" or is_one_column)
 
+    @property
+    def has_conditions(self) -> bool:
+        """Whether classifier-free guidance can drop an input stream."""
+        return any(stream.is_condition for stream in self.streams)
+
     def to_dict(self) -> dict[str, Any]:
         """Convert the layout to data that JSON can store."""
         return {"streams": [stream.to_dict() for stream in self.streams], "pattern": self.pattern}
@@ -214,21 +219,26 @@ class TokenLayout:
 
     @beartype
     def without_conditions(self, packed: PackedTokens, drop: Tensor) -> PackedTokens:
-        """Replace the tokens of streams without a frame rate by null tokens in the items where `drop [b]` is True.
+        """Drop the tokens of conditions (`Stream.is_condition`) in the items where `drop [b]` is True.
 
-        No row is removed, so that the two halves of a batch for classifier-free guidance have equal numbers of rows.
+        Null tokens replace the tokens of streams without a frame rate, and the cells of other streams become empty. No
+        row is removed, so that the two halves of a batch for classifier-free guidance have equal numbers of rows.
         """
         if drop.shape != packed.ids.shape[:1] or drop.dtype != torch.bool:
             raise ValueError(f"drop must be bool [{len(packed.ids)}], got {drop.dtype} {tuple(drop.shape)}")
-        if self.null_id is None:
+        if not self.has_conditions:
             return packed
-        is_condition = torch.zeros_like(packed.ids, dtype=torch.bool)
+        ids, mask = packed.ids, packed.input_mask
+        is_dropped = rearrange(drop.to(ids.device), "b -> b 1 1")
         for block in self._blocks:
-            if block.is_token and not self.streams[block.stream].is_in_time:
-                end = block.first_id + self.streams[block.stream].vocab_size
-                is_condition |= (packed.ids >= block.first_id) & (packed.ids < end)
-        is_dropped = is_condition & rearrange(drop.to(packed.ids.device), "b -> b 1 1")
-        return replace(packed, ids=packed.ids.masked_fill(is_dropped, self.null_id))
+            stream = self.streams[block.stream]
+            if block.is_token and stream.is_condition:
+                is_in_block = (packed.ids >= block.first_id) & (packed.ids < block.first_id + stream.vocab_size)
+                if stream.is_in_time:
+                    mask = mask & ~(is_dropped & is_in_block)
+                elif self.null_id is not None:
+                    ids = ids.masked_fill(is_dropped & is_in_block, self.null_id)
+        return replace(packed, ids=ids, input_mask=mask)
 
     def _stacked_tables(self, counts: Tensor, ends: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the index of the id range and of the frame of each token, two `[b, rows, columns]` on the CPU."""

@@ -30,6 +30,8 @@ class Stream:
         num_groups: Number of codes per residual level; in the delayed pattern, all groups of a level have equal delays.
         lookahead_frames: Number of later frames of an input stream that each row also contains, in further columns with
             ids of their own; not for the flat pattern, in which predicted streams follow all input tokens.
+        guided: Whether training drops the tokens of an input stream together with the conditions, and guidance is also
+            along this stream. Input streams without a `rate_hz` are always guided.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Stream:
     eos: bool = False
     num_groups: int = 1
     lookahead_frames: int = 0
+    guided: bool = False
 
     def __post_init__(self) -> None:
         numbers = {name: getattr(self, name) for name in ("vocab_size", "num_levels", "rate_hz", "num_groups")}
@@ -60,11 +63,18 @@ class Stream:
                 f"stream '{self.name}' has lookahead_frames={self.lookahead_frames}; an input stream with a rate_hz "
                 "can have 0 or more, every other stream has 0"
             )
+        if self.guided and not self.is_input:
+            raise ValueError(f"stream '{self.name}' is predicted, so it cannot be guided; set is_input=True")
 
     @property
     def is_in_time(self) -> bool:
         """Whether the stream has a frame rate."""
         return self.rate_hz is not None
+
+    @property
+    def is_condition(self) -> bool:
+        """Whether the stream is dropped for classifier-free guidance."""
+        return self.guided or not self.is_in_time
 
     @property
     def exact_hz(self) -> Fraction:
@@ -77,9 +87,8 @@ class Stream:
         """Convert the stream to data that JSON can store."""
         fields = {**asdict(self), "rate_hz": str(self.exact_hz) if self.is_in_time else None}
         fields["given"] = fields.pop("is_input")  # the key in saved files
-        if not self.lookahead_frames:  # as in files from before look-ahead
-            del fields["lookahead_frames"]
-        return fields
+        # Without default values, as in files from before these fields.
+        return {key: value for key, value in fields.items() if value or key not in ("lookahead_frames", "guided")}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Stream":

@@ -146,6 +146,7 @@ def build_stage(preset: Preset, stage: str, *, codec: Codec, tokenizer: Semantic
             num_semantic_tokens=tokenizer.codebook_size,
             semantic_rate_hz=semantic_hz,
             semantic_lookahead_seconds=config.semantic_lookahead_seconds,
+            guide_semantic=config.guide_semantic,
             **sizes,
         )
     return FineTransformer(num_fine_quantizers=levels - preset.num_coarse_quantizers, **sizes)

@@ -111,7 +111,7 @@ class StageConfig(TransformerConfig):
     first levels with probability `level_drop_prob`. With probability `text_prob`, condition codes are computed from a
     caption instead of the recording. Random tokens replace up to a share `history_noise` of the predicted tokens that
     the model reads, and up to `input_noise` of the tokens of the stage before. Only the coarse stage uses
-    `semantic_lookahead_seconds`.
+    `semantic_lookahead_seconds` and `guide_semantic`.
     """
 
     dropout: float
@@ -123,6 +123,7 @@ class StageConfig(TransformerConfig):
     history_noise: float = 0.0
     input_noise: float = 0.0
     semantic_lookahead_seconds: float = 0.0
+    guide_semantic: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
