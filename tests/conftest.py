@@ -37,6 +37,12 @@ def rng() -> np.random.Generator:
 
 
 @pytest.fixture
+def low_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Allow files at the rate of `tests.helpers.fakes`, 800 Hz, which is too low for a real sound."""
+    monkeypatch.setattr("audiolm_pytorch.audio.waves.MIN_HZ", 800)
+
+
+@pytest.fixture
 def write_tone(tmp_path: Path) -> WriteTone:
     """A function that writes a tone in a little noise under the test's folder and returns its path."""
 

@@ -13,11 +13,10 @@ from audiolm_pytorch.audio.stream import (
     AudioInfo,
     AudioSource,
     AudioWriter,
-    check_finite,
     open_sound,
     sound_blocks,
-    with_channels,
 )
+from audiolm_pytorch.audio.waves import check_dtype, check_rate, with_channels
 
 __all__ = ["decoded_info", "peak_safe", "read_audio", "write_audio"]
 
@@ -27,7 +26,8 @@ def decoded_info(path: str | Path) -> AudioInfo:
     """Return sample rate, length and number of channels of an audio file, after decoding the whole file.
 
     Raises:
-        ValueError: If the file cannot be decoded, is damaged or empty, or contains NaN or infinite samples.
+        ValueError: If the file cannot be decoded, is damaged or empty, or contains samples that are not
+            finite or beyond 100.
     """
     source = AudioSource(path, channels=None)
     for _ in source:
@@ -58,10 +58,12 @@ def read_audio(
         `wave [c, n]` float32 and its sample rate (Hz).
 
     Raises:
-        ValueError: If the file cannot be read, contains NaN or infinite samples, ends before `start_seconds`, or cannot
-            be converted to `channels` channels.
+        ValueError: If the file cannot be read, contains samples that are not finite or beyond 100, ends before
+            `start_seconds`, or cannot be converted to `channels` channels.
     """
     path = Path(path)
+    if sample_hz is not None:
+        check_rate(sample_hz)
     if start_seconds < 0 or (duration_seconds is not None and duration_seconds <= 0):
         raise ValueError(
             f"{path}: start_seconds must be >= 0 and duration_seconds > 0, got {start_seconds} and {duration_seconds}"
@@ -79,7 +81,7 @@ def read_audio(
         file.seek(first)
         # Channels are mixed block by block, because all channels of a long file would need several times the memory.
         blocks = [
-            with_channels(np.ascontiguousarray(block.T), channels, path)
+            with_channels(torch.from_numpy(np.ascontiguousarray(block.T)), channels, f"{path}: the file")
             for block in sound_blocks(file, min(last, file.frames) - first)
         ]
     if not blocks:
@@ -87,9 +89,8 @@ def read_audio(
             f"{path}: the file is damaged; its header contains a longer duration, but no samples can be decoded at "
             f"{start_seconds} s"
         )
-    wave = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
-    check_finite(wave, path)
-    return resample(torch.from_numpy(wave), from_hz, to_hz)[:, skip : skip + count], to_hz
+    wave = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+    return resample(wave, from_hz, to_hz)[:, skip : skip + count], to_hz
 
 
 @beartype
@@ -98,11 +99,11 @@ def write_audio(path: str | Path, wave: Tensor, sample_hz: int) -> None:
 
     Args:
         path: File name ending in .wav (16-bit), .flac (16-bit) or .ogg (Vorbis); missing folders are created.
-        wave: Samples in -1..1; samples outside this range are clipped, unless `peak_safe` scales the wave first.
+        wave: Float samples in -1..1; samples outside this range are clipped, unless `peak_safe` scales the wave first.
 
     Raises:
-        ValueError: If the suffix, the sample rate or the shape of the wave is not supported, or if a sample is not
-            finite.
+        ValueError: If the suffix, the sample rate, the type or the shape of the wave is not supported, or if a sample
+            is not finite or beyond 100.
     """
     if wave.ndim not in (1, 2) or wave.numel() == 0:
         raise ValueError(f"{path}: wave must be [n] or [c, n] with at least one sample, got shape {tuple(wave.shape)}")
@@ -113,6 +114,7 @@ def write_audio(path: str | Path, wave: Tensor, sample_hz: int) -> None:
 
 @beartype
 def peak_safe(wave: Tensor, ceiling: float = 0.99) -> Tensor:
-    """Scale down a wave of any shape, so that its peak is at most `ceiling`."""
+    """Scale down a float wave of any shape, so that its peak is at most `ceiling`."""
+    check_dtype(wave)
     peak = wave.detach().abs().amax() if wave.numel() else wave.new_zeros(())
     return wave * (ceiling / peak) if peak > ceiling else wave

@@ -9,6 +9,8 @@ from einops import pack, rearrange, unpack
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from audiolm_pytorch.audio.waves import check_dtype
+
 __all__ = ["MelSpectrogram", "mel_edges", "mel_filterbank", "triangular_filters"]
 
 
@@ -124,6 +126,7 @@ class MelSpectrogram(nn.Module):
 
     def forward(self, wave: Tensor) -> Tensor:
         """Compute the spectrogram `[..., num_mels, f]` (float32, >= 0) of `wave [..., n]`; f is `num_frames(n)`."""
+        check_dtype(wave)
         num_samples = wave.shape[-1]
         if num_samples < (1 if self.center else self.n_fft):
             raise ValueError(f"wave has {num_samples} samples, must have at least {1 if self.center else self.n_fft}")

@@ -10,8 +10,12 @@ from beartype import beartype
 from einops import pack, rearrange, unpack
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-__all__ = ["StreamingResampler", "resample", "resample_source_span", "resampled_length"]
+from audiolm_pytorch.audio.padding import checked_lengths
+from audiolm_pytorch.audio.waves import MAX_HZ, MIN_HZ, check_rate, check_samples
+
+__all__ = ["StreamingResampler", "resample", "resample_source_span", "resampled_items", "resampled_length"]
 
 _QUALITY = "HQ"
 # Reach of the soxr HQ filter, in samples of the lower of the two rates. Samples at a distance of more than 160 do not
@@ -22,6 +26,15 @@ _REACH_SAMPLES = 256
 def resampled_length(num_samples: int, from_hz: int, to_hz: int) -> int:
     """Number of samples of a wave after resampling, rounded up."""
     return -(-num_samples * to_hz // from_hz)
+
+
+def _check_rates(from_hz: int, to_hz: int) -> None:
+    """Check that resampling does not need a memory that is thousands of times larger than the wave."""
+    low, high = min(from_hz, to_hz), max(from_hz, to_hz)
+    if not 1 <= low <= high <= min(MAX_HZ, low * MAX_HZ // MIN_HZ):
+        raise ValueError(
+            f"cannot resample from {from_hz} Hz to {to_hz} Hz; sample rates of audio are in {MIN_HZ}..{MAX_HZ} Hz"
+        )
 
 
 def _flush_samples(from_hz: int, to_hz: int) -> int:
@@ -36,8 +49,8 @@ def resample(wave: Tensor, from_hz: int, to_hz: int) -> Tensor:
     Returns:
         Wave `[..., ceil(n * to_hz / from_hz)]` float32 on the device of `wave`; `wave` itself if both rates are equal.
     """
-    if min(from_hz, to_hz) < 1:
-        raise ValueError(f"sample rates must be at least 1 Hz, got {from_hz} and {to_hz}")
+    check_samples(wave)
+    _check_rates(from_hz, to_hz)
     if from_hz == to_hz:
         return wave
     num_out = resampled_length(wave.shape[-1], from_hz, to_hz)
@@ -46,6 +59,18 @@ def resample(wave: Tensor, from_hz: int, to_hz: int) -> Tensor:
     rows = [soxr.resample(row, from_hz, to_hz, quality=_QUALITY)[:num_out] for row in flat.numpy()]
     out = torch.from_numpy(np.stack(rows)) if rows else padded.new_zeros(0, num_out)
     return unpack(out, leading, "* n")[0].to(wave.device)
+
+
+def resampled_items(wave: Tensor, from_hz: int, to_hz: int, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Resample every item of `wave [b, n]` without its padding, so that padding does not change the result.
+
+    Returns:
+        The resampled waves, padded with zeros to the longest, and the number of samples `[b]` of each wave.
+    """
+    check_rate(from_hz, "input_sample_hz")
+    samples = [wave.shape[1]] * len(wave) if lengths is None else checked_lengths(lengths, wave).tolist()
+    items = [resample(item[:length], from_hz, to_hz) for item, length in zip(wave, samples)]
+    return pad_sequence(items, batch_first=True), torch.tensor([len(item) for item in items], device=wave.device)
 
 
 @beartype
@@ -76,6 +101,7 @@ class StreamingResampler:
 
     @beartype
     def __init__(self, from_hz: int, to_hz: int, channels: int) -> None:
+        _check_rates(from_hz, to_hz)
         self.from_hz, self.to_hz, self.channels = from_hz, to_hz, channels
         self.num_received = self.num_returned = 0
         self._stream: Any = None
@@ -84,6 +110,7 @@ class StreamingResampler:
 
     def push(self, wave: Tensor) -> Tensor:
         """Resample a chunk `[c, n]`; return the samples `[c, m]` that do not depend on later chunks (m can be 0)."""
+        check_samples(wave)
         self.num_received += wave.shape[-1]
         output = wave if self._stream is None else self._resample(wave)
         self.num_returned += output.shape[-1]

@@ -11,25 +11,23 @@ import numpy as np
 import soundfile
 import torch
 from beartype import beartype
-from einops import rearrange, reduce
+from einops import rearrange
 from torch import Tensor
 
+from audiolm_pytorch.audio.formats import WRITE_SUBTYPES, unreadable_reason
 from audiolm_pytorch.audio.resample import StreamingResampler, resampled_length
+from audiolm_pytorch.audio.waves import check_rate, check_samples, with_channels
 
 __all__ = [
-    "WRITABLE_SUFFIXES",
     "AudioInfo",
     "AudioSource",
     "AudioWriter",
-    "check_finite",
     "open_sound",
     "sound_blocks",
-    "with_channels",
 ]
 
 _BLOCK_FRAMES = 2**16
-_SUBTYPES = {".wav": "PCM_16", ".flac": "PCM_16", ".ogg": "VORBIS"}
-WRITABLE_SUFFIXES = tuple(_SUBTYPES)
+_MAX_VALUES_PER_BLOCK = 8 * _BLOCK_FRAMES
 
 
 @dataclass(frozen=True)
@@ -45,44 +43,34 @@ class AudioInfo:
 def open_sound(path: Path) -> Iterator[soundfile.SoundFile]:
     """Open an audio file for a `with` statement; errors of libsndfile become ValueErrors that name the path."""
     if not path.is_file():
-        raise ValueError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
+        is_link = path.is_symlink() and not path.exists()
+        reason = (
+            "is a folder, not a file" if path.is_dir() else "points to a missing file" if is_link else "no such file"
+        )
+        raise ValueError(f"{path}: {reason}")
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty (0 bytes)")
     try:
-        with soundfile.SoundFile(path) as file:
+        # Bytes, because a file name may have characters that are not UTF-8.
+        with soundfile.SoundFile(os.fsencode(path)) as file:
+            check_rate(file.samplerate, f"{path}: the sample rate of the file")
             yield file
     except soundfile.LibsndfileError as error:
-        raise ValueError(f"{path}: cannot be read as audio ({error.error_string})") from error
+        reason = unreadable_reason(path, error.error_string)
+        raise ValueError(f"{path}: cannot be read as audio ({reason})") from error
 
 
 def sound_blocks(file: soundfile.SoundFile, num_frames: int) -> Iterator[np.ndarray]:
-    """Read up to `num_frames` samples per channel from the current file position, in float32 blocks `[n, c]`.
+    """Read up to `num_frames` samples per channel from the current position, in checked float32 blocks `[n, c]`.
 
     Blocks are used because a single long read would stop at the first undecodable position of a damaged file.
     `SoundFile.blocks` is not used, because it repeats old samples if the length in the file header is too large.
     """
-    while num_frames > 0 and len(block := file.read(min(num_frames, _BLOCK_FRAMES), dtype="float32", always_2d=True)):
+    block_frames = max(1, min(_BLOCK_FRAMES, _MAX_VALUES_PER_BLOCK // file.channels))
+    while num_frames > 0 and len(block := file.read(min(num_frames, block_frames), dtype="float32", always_2d=True)):
         num_frames -= len(block)
+        check_samples(torch.from_numpy(block), f"{os.fsdecode(file.name)}: the file")
         yield block
-
-
-def check_finite(samples: np.ndarray, path: Path) -> None:
-    """Raise a ValueError that names the path if a sample is NaN or infinite."""
-    if not np.isfinite(samples).all():
-        raise ValueError(f"{path}: the file contains NaN or infinite samples")
-
-
-def with_channels(wave: np.ndarray, channels: int | None, path: Path) -> np.ndarray:
-    """Average, keep or repeat the channels of `wave [c, n]` to obtain `channels` channels."""
-    if channels is None or channels == len(wave):
-        return wave
-    if channels == 1:
-        return reduce(wave, "c n -> 1 n", "mean")
-    if len(wave) == 1:
-        return np.repeat(wave, channels, axis=0)
-    raise ValueError(
-        f"{path}: the file has {len(wave)} channels, got channels={channels}; use channels=1 (average) or None (all)"
-    )
 
 
 class AudioSource:
@@ -97,12 +85,15 @@ class AudioSource:
             mono file, None keeps all channels.
 
     Raises:
-        ValueError: If the file cannot be read, or, during iteration, if the file is damaged, empty or contains NaN.
+        ValueError: If the file cannot be read, or, during iteration, if the file is damaged or empty, or contains
+            samples that are not finite or beyond 100.
     """
 
     @beartype
     def __init__(self, path: str | Path, sample_hz: int | None = None, channels: int | None = 1) -> None:
         self.path = Path(path)
+        if sample_hz is not None:
+            check_rate(sample_hz)
         with open_sound(self.path) as file:
             self.info = AudioInfo(sample_hz=file.samplerate, num_samples=file.frames, channels=file.channels)
         self.sample_hz, self.channels = sample_hz or self.info.sample_hz, channels or self.info.channels
@@ -114,10 +105,9 @@ class AudioSource:
         num_samples = 0
         with open_sound(self.path) as file:
             for block in sound_blocks(file, file.frames):
-                check_finite(block, self.path)
                 num_samples += len(block)
-                columns = with_channels(np.ascontiguousarray(block.T), self.channels, self.path)
-                chunk = resampler.push(torch.from_numpy(columns))
+                wave = torch.from_numpy(np.ascontiguousarray(block.T))
+                chunk = resampler.push(with_channels(wave, self.channels, f"{self.path}: the file"))
                 if chunk.shape[-1]:
                     yield chunk
             if num_samples == 0:
@@ -146,19 +136,20 @@ class AudioWriter:
         path: File name ending in .wav (16-bit), .flac (16-bit) or .ogg (Vorbis).
 
     Raises:
-        ValueError: If the suffix, the sample rate or the number of channels is not supported, if a sample is not
-            finite, or if no samples are written.
+        ValueError: If the suffix, the sample rate or the number of channels is not supported, if the samples are not
+            floats, not finite or beyond 100, or if no samples are written.
     """
 
     @beartype
     def __init__(self, path: str | Path, sample_hz: int, channels: int) -> None:
         self.path, self.sample_hz, self.channels = Path(path), sample_hz, channels
         suffix = self.path.suffix.lower()
-        if suffix not in _SUBTYPES:
+        if suffix not in WRITE_SUBTYPES:
             raise ValueError(
-                f"{path}: cannot write {suffix or 'a file without a suffix'}; use one of {', '.join(_SUBTYPES)}"
+                f"{path}: cannot write {suffix or 'a file without a suffix'}; use one of {', '.join(WRITE_SUBTYPES)}"
             )
-        self._subtype = _SUBTYPES[suffix]
+        check_rate(sample_hz)
+        self._subtype = WRITE_SUBTYPES[suffix]
         self._partial = self.path.with_name(f".{self.path.stem}.{os.getpid()}.partial{suffix}")
         self._file: soundfile.SoundFile | None = None
 
@@ -168,14 +159,19 @@ class AudioWriter:
     @beartype
     def write(self, wave: Tensor) -> None:
         """Append `wave [c, n]` to the file; samples outside -1..1 are clipped."""
-        samples = wave.detach().to("cpu", torch.float32).numpy()
-        check_finite(samples, self.path)
-        columns = rearrange(samples, "c n -> n c")
+        if wave.ndim != 2 or len(wave) != self.channels:
+            raise ValueError(f"{self.path}: wave must be [{self.channels}, n], got shape {list(wave.shape)}")
+        check_samples(wave, f"{self.path}: wave")
+        columns = rearrange(wave.detach().to("cpu", torch.float32).numpy(), "c n -> n c")
         with self._errors():
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = soundfile.SoundFile(
-                    self._partial, "w", samplerate=self.sample_hz, channels=self.channels, subtype=self._subtype
+                    os.fsencode(self._partial),
+                    "w",
+                    samplerate=self.sample_hz,
+                    channels=self.channels,
+                    subtype=self._subtype,
                 )
             # The Vorbis encoder of libsndfile stores the samples of one call on the stack, which a long call would
             # overflow.

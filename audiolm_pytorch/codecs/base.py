@@ -5,10 +5,10 @@ from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from audiolm_pytorch.audio.units import frames_covering
+from audiolm_pytorch.audio.waves import checked_wave
 from audiolm_pytorch.codecs.streaming import DecoderStream, EncoderStream
 
 __all__ = ["Codec", "EncodedWave", "StreamingCodec"]
@@ -49,8 +49,8 @@ class Codec(nn.Module, ABC):
     def tokenize(self, wave: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Encode waves as codes `[b, f, q]` int64, coarse level first; -1 after the last frame of an item.
 
-        Waves `[b, n]` or `[b, c, n]` at `target_sample_hz` have any length and values in [-1, 1]. `lengths [b]` are the
-        numbers of samples of the items; None if no item is padded.
+        Waves `[n]`, `[b, n]` or `[b, c, n]` at `target_sample_hz` have any length and values in [-1, 1]. `lengths [b]`
+        are the numbers of samples of the items; None if no item is padded.
         """
 
     @abstractmethod
@@ -93,25 +93,12 @@ class Codec(nn.Module, ABC):
             raise ValueError(f"num_levels must be in 1..{self.num_quantizers}, got {num_levels}")
         return num_levels
 
-    def _check_wave(self, wave: Tensor, may_be_empty: bool = False) -> Tensor:
-        """Check a float wave `[b, n]` or `[b, c, n]` and return it as `[b, c, n]` in the precision of the weights."""
-        shape = list(wave.shape)
-        if wave.ndim == 2:
-            wave = rearrange(wave, "b n -> b 1 n")
-        if wave.ndim != 3 or wave.shape[1] != self.channels or not (may_be_empty or wave.shape[-1]):
-            shapes = "[b, n] or [b, 1, n]" if self.channels == 1 else f"[b, {self.channels}, n]"
-            raise ValueError(
-                f"audio must be {shapes} with n > 0 samples at {self.target_sample_hz} Hz, got shape {shape}"
-                f"{_shape_advice(shape, self.channels)}"
-            )
-        if not wave.is_floating_point():
-            raise ValueError(
-                f"audio must be floating point in [-1, 1], got {wave.dtype}; divide integers by their full scale"
-            )
-        # Unlike isfinite().all(), the two extremes need no second copy of a long recording.
-        if wave.numel() and not all(extreme.isfinite() for extreme in torch.aminmax(wave.detach())):
-            raise ValueError("audio contains NaN or infinite samples; replace them first, e.g. with torch.nan_to_num")
-        return wave.to(next(self.parameters()).dtype)
+    def _check_wave(
+        self, wave: Tensor, lengths: Tensor | None = None, may_be_empty: bool = False, name: str = "wave"
+    ) -> Tensor:
+        """Check a wave with `checked_wave`, and return it as `[b, c, n]` in the precision of the weights."""
+        checked = checked_wave(wave, self.channels, lengths=lengths, may_be_empty=may_be_empty, name=name)
+        return checked.to(next(self.parameters()).dtype)
 
     def _check_codes(self, codes: Tensor) -> Tensor:
         """Check that codes are integers `[b, f, q']` in the range of the codebooks, and return them."""
@@ -158,16 +145,3 @@ class StreamingCodec(Codec):
     @abstractmethod
     def decoder_stream(self) -> DecoderStream:
         """Create a stream that decodes chunks of codes to the wave of `decode_from_codebook_indices(codes)`."""
-
-
-def _shape_advice(shape: list[int], channels: int) -> str:
-    """Return advice on a wrong wave shape for an error message, or an empty string if the cause is not known."""
-    if len(shape) == 1:
-        return "; add the batch axis: wave.unsqueeze(0)"
-    if len(shape) == 3 and shape[2] == channels != shape[1]:
-        return "; samples are the last axis: wave.transpose(1, 2)"
-    if len(shape) == 3 and channels == 1 and shape[1] > 1:
-        return "; mix the channels down: wave.mean(dim=1)"
-    if channels > 1 and (len(shape) == 2 or shape[1:2] == [1]):
-        return f"; repeat the channel with wave.view(len(wave), 1, -1).repeat(1, {channels}, 1)"
-    return ""

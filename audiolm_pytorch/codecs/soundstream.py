@@ -160,7 +160,7 @@ class SoundStream(StreamingCodec):
         denoise: bool | Tensor = False,
         replace_codes: Callable[[Tensor], Tensor] | None = None,
     ) -> CodecOutput | Tensor:
-        """Encode, quantize and decode waves `[b, n]` or `[b, c, n]` in [-1, 1] at `target_sample_hz`.
+        """Encode, quantize and decode waves `[n]`, `[b, n]` or `[b, c, n]` in [-1, 1] at `target_sample_hz`.
 
         Args:
             return_recons_only: Whether to return only the reconstructed waves, decoded from the codes of `tokenize`;
@@ -192,7 +192,7 @@ class SoundStream(StreamingCodec):
 
     def encode_frames(self, audio: Tensor, denoise: bool | Tensor = False) -> Tensor:
         """Encode waves `[b, n]` or `[b, c, n]` as frames `[b, f, d]` without quantization; gradients pass."""
-        wave = self._check_wave(audio)
+        wave = self._check_wave(audio, name="audio")
         self._check_denoise(denoise)
         whole_frames = F.pad(wave, (0, -wave.shape[-1] % self.downsample_factor))
         return self._condition(self.encoder(whole_frames), denoise)
@@ -203,12 +203,12 @@ class SoundStream(StreamingCodec):
 
         `denoise`, one bool for all items or a bool tensor `[b]`, is True to remove noise from the encoded sound.
         """
-        wave = self._check_wave(wave)
+        wave = self._check_wave(wave, lengths)
         if lengths is None:
             return self._encoder_stream(None, denoise).encode_checked(wave)
         lengths = rearrange(checked_lengths(lengths, wave), "b -> b 1")
         positions = torch.arange(wave.shape[-1], device=wave.device)
-        wave = wave * rearrange(positions < lengths, "b n -> b 1 n")
+        wave = wave.masked_fill(rearrange(positions >= lengths, "b n -> b 1 n"), 0.0)
         mask = positions[: self.num_frames(wave.shape[-1])] * self.downsample_factor < lengths
         codes = self._encoder_stream(mask, denoise).encode_checked(wave)
         return codes.masked_fill(~rearrange(mask, "b f -> b f 1"), -1)

@@ -23,7 +23,7 @@ class EncoderStream:
         self._frames, self._to_codes, self._check = frames, to_codes, check
 
     def push(self, wave: Tensor) -> Tensor:
-        """Add samples `[b, n]` or `[b, c, n]`; return the codes `[b, f, q]` of the complete frames; f can be 0."""
+        """Add samples `[n]`, `[b, n]` or `[b, c, n]`; return the codes `[b, f, q]` of complete frames; f can be 0."""
         return self._codes(self._check(wave), is_last=False)
 
     def finish(self) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from beartype import beartype
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn import functional as F
 
 from audiolm_pytorch.data.crops import Crop
 
@@ -57,8 +57,8 @@ class BatchPlan:
 class CropBatch:
     """Batch of crops of several audio files, padded with zeros to the length of the longest crop.
 
-    `waves` and `lengths` map each sample rate in Hz to waves `[b, n]` and to lengths `[b]` in samples. `ends_file [b]`
-    is True for crops that end where their file ends.
+    `waves` and `lengths` map each sample rate in Hz to waves `[b, n]` or `[b, c, n]` and to lengths `[b]` in samples.
+    `ends_file [b]` is True for crops that end where their file ends.
     """
 
     waves: dict[int, Tensor]
@@ -75,7 +75,13 @@ def collate_crops(crops: Sequence[Crop]) -> CropBatch:
     if any(list(crop.waves) != rates_hz for crop in crops):
         raise ValueError(f"all crops need the same sample rates, got {sorted({tuple(crop.waves) for crop in crops})}")
     return CropBatch(
-        waves={hz: pad_sequence([crop.waves[hz] for crop in crops], batch_first=True) for hz in rates_hz},
-        lengths={hz: torch.tensor([len(crop.waves[hz]) for crop in crops]) for hz in rates_hz},
+        waves={hz: _padded([crop.waves[hz] for crop in crops]) for hz in rates_hz},
+        lengths={hz: torch.tensor([crop.waves[hz].shape[-1] for crop in crops]) for hz in rates_hz},
         ends_file=torch.tensor([crop.ends_file for crop in crops]),
     )
+
+
+def _padded(waves: Sequence[Tensor]) -> Tensor:
+    """Pad waves `[n]` or `[c, n]` with zeros at the end to a batch `[b, n]` or `[b, c, n]`."""
+    longest = max(wave.shape[-1] for wave in waves)
+    return torch.stack([F.pad(wave, (0, longest - wave.shape[-1])) for wave in waves])

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce
+from einops import rearrange
 from torch import Tensor
 
 from audiolm_pytorch.audio.files import read_audio
 from audiolm_pytorch.audio.resample import resample
+from audiolm_pytorch.audio.waves import check_samples, with_channels
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.generation.request import GenerationRequest, Prompt
 from audiolm_pytorch.lm.tokenizing import tokenize
@@ -45,8 +46,6 @@ def _read_prompts(request: GenerationRequest, codec_hz: int) -> list[tuple[Tenso
     """Wave `[c, n]` and sample rate in Hz of every prompt."""
     prompts, lengths = request.prime_wave, request.prime_lengths
     if isinstance(prompts, Tensor):
-        if prompts.ndim not in (1, 2, 3):
-            raise ValueError(f"prime_wave must be [n], [b, n] or [b, c, n], got {tuple(prompts.shape)}")
         waves: list[Prompt] = list(prompts.unsqueeze(0) if prompts.ndim == 1 else prompts)
         if lengths is not None:
             if lengths.shape != (len(waves),) or lengths.is_floating_point():
@@ -71,7 +70,9 @@ def _tokens_of_waves(
     is_acoustic = kind == "acoustic"
     tokenizer: SemanticTokenizer | Codec = codec if is_acoustic else wav2vec
     channels, levels = (codec.channels, codec.num_quantizers) if is_acoustic else (1, 1)
-    resampled = [resample(_of_channels(wave, channels), hz, tokenizer.target_sample_hz) for wave, hz in waves]
+    resampled = [
+        resample(with_channels(wave, channels, "the prompt"), hz, tokenizer.target_sample_hz) for wave, hz in waves
+    ]
     samples = [wave.shape[-1] * tokenizer.target_sample_hz // hz for wave, hz in waves]
     frames = [_whole_frames(tokenizer, count) for count in samples]
     tokens = [torch.zeros(0, levels, dtype=torch.long, device=device)] * len(waves)
@@ -91,25 +92,12 @@ def _read(item: int, prompt: Prompt, sample_hz: int) -> tuple[Tensor, int]:
     """Wave `[c, n]` and sample rate in Hz of one prompt."""
     if not isinstance(prompt, Tensor):
         return read_audio(prompt, channels=None)
+    name = f"prompt {item}"
+    check_samples(prompt, name)
     wave = rearrange(prompt, "n -> 1 n") if prompt.ndim == 1 else prompt
-    if wave.ndim != 2 or not wave.is_floating_point():
-        raise ValueError(
-            f"prompt {item} must be a float tensor [n] or [c, n] in [-1, 1], got {prompt.dtype} {tuple(prompt.shape)}"
-        )
-    if not wave.isfinite().all():
-        raise ValueError(f"prompt {item} contains NaN or infinite samples; clean it first, e.g. with torch.nan_to_num")
+    if wave.ndim != 2:
+        raise ValueError(f"{name} must be [n] or [c, n], got shape {list(prompt.shape)}")
     return wave, sample_hz
-
-
-def _of_channels(wave: Tensor, channels: int) -> Tensor:
-    """Convert a wave `[c, n]` to `channels` channels: average all channels, or repeat a single channel."""
-    if len(wave) == channels:
-        return wave
-    if channels == 1:
-        return reduce(wave, "c n -> 1 n", "mean")
-    if len(wave) == 1:
-        return wave.expand(channels, -1)
-    raise ValueError(f"got a prompt of {len(wave)} channels, the codec has {channels}; pass 1 or {channels} channels")
 
 
 def _whole_frames(tokenizer: SemanticTokenizer | Codec, num_samples: int) -> int:

@@ -9,6 +9,7 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
+from audiolm_pytorch.audio.waves import check_rate, mono_waves
 from audiolm_pytorch.codecs.base import Codec, StreamingCodec
 from audiolm_pytorch.codecs.streaming import DecoderStream
 from audiolm_pytorch.conditioning.base import Conditions, ConditionTensor
@@ -88,13 +89,15 @@ class GenerationRequest:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         if self.seconds is not None and not 0 < self.seconds < float("inf"):
             raise ValueError(f"seconds must be positive and finite, got {self.seconds}")
-        if self.prime_wave_input_sample_hz is not None and self.prime_wave_input_sample_hz < 1:
-            raise ValueError(f"prime_wave_input_sample_hz must be positive, got {self.prime_wave_input_sample_hz}")
+        if self.prime_wave_input_sample_hz is not None:
+            check_rate(self.prime_wave_input_sample_hz, "prime_wave_input_sample_hz")
         for name, lengths in (("prime_wave", "prime_lengths"), ("semantic_tokens", "semantic_lengths")):
             if getattr(self, name) is None and getattr(self, lengths) is not None:
                 raise ValueError(f"got {lengths} without {name}; pass both or neither")
-        if self.wavs is not None and not self.wavs.isfinite().all():
-            raise ValueError("wavs contain NaN or infinite samples; clean them first, e.g. with torch.nan_to_num")
+        if self.wavs is not None:
+            object.__setattr__(self, "wavs", mono_waves(self.wavs, name="wavs"))
+        if isinstance(self.prime_wave, Tensor) and self.prime_wave.ndim not in (1, 2, 3):
+            raise ValueError(f"prime_wave must be [n], [b, n] or [b, c, n], got shape {list(self.prime_wave.shape)}")
 
     def select(self, items: Sequence[int]) -> "GenerationRequest":
         """Return a request for the items with the indices `items`, in this order. An index may occur several times.

@@ -8,6 +8,7 @@ from beartype import beartype
 from torch import Tensor, nn
 
 from audiolm_pytorch.audio.resample import resample
+from audiolm_pytorch.audio.waves import checked_wave, with_channels
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.base import Conditioner, Conditions, TextEncoder
 from audiolm_pytorch.generation.decode_session import Decoded
@@ -95,7 +96,7 @@ class StageWrapper(nn.Module):
         """Compute the loss of waves or tokens.
 
         Args:
-            wave: Waves `[b, n]`. With `conditioning=None`, the codes of `wave` are the condition.
+            wave: Waves `[n]`, `[b, n]` or `[b, c, n]`. With `conditioning=None`, the codes of `wave` are the condition.
             input_sample_hz: Sample rate of `wave` in Hz; None = the rate of the tokenizers.
             tokens: Tokens of the stage, instead of `wave`.
             conditioning: Conditions by name, of 1 or b items.
@@ -105,13 +106,16 @@ class StageWrapper(nn.Module):
             ValueError: If not exactly one of `wave` and `tokens` is passed, or a tokenizer is missing.
         """
         if wave is not None and tokens is None:
+            wave = checked_wave(wave, 1 if self.codec is None else self.codec.channels)
             rates_hz = sample_rates(self.transformer.kinds, self.wav2vec, self.codec)
             wave_hz = input_sample_hz or rates_hz[self.transformer.kinds[-1]]
             waves = {kind: resample(wave, wave_hz, rate_hz) for kind, rate_hz in rates_hz.items()}
             lengths = {kind: torch.full((len(batch),), batch.shape[-1]) for kind, batch in waves.items()}
             tokens = tokenize(waves, lengths, self.wav2vec, self.codec)
             if conditioning is None and self.audio_conditioner is not None and self.transformer.cond_dim is not None:
-                conditioning = self.condition(wavs=resample(wave, wave_hz, self.audio_conditioner.sample_hz))
+                conditioning = self.condition(
+                    wavs=resample(with_channels(wave, 1)[:, 0], wave_hz, self.audio_conditioner.sample_hz)
+                )
         elif wave is not None or tokens is None:
             raise ValueError("got both or neither of wave and tokens; pass exactly one of them")
         return self.transformer(self.transformer.packed(tokens, ends), conditioning)

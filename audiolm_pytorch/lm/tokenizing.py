@@ -3,8 +3,10 @@
 from collections.abc import Collection, Mapping
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
+from audiolm_pytorch.audio.waves import with_channels
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.lm.stage_transformer import AudioTokens
 from audiolm_pytorch.semantic.base import SemanticTokenizer
@@ -35,7 +37,7 @@ def tokenize(
     """Tokenize waves without autocast, so that tokens do not depend on the precision of training.
 
     Args:
-        waves: Waves `[b, n]` by token type (`semantic`, `acoustic`), at the sample rate of the tokenizer.
+        waves: Waves `[b, n]` or `[b, c, n]` by token type (`semantic`, `acoustic`), at the rate of the tokenizer.
         lengths: Number of samples without padding, `[b]`, by token type.
         wav2vec: Semantic tokenizer; needed if `waves` has the key `semantic`.
         codec: Codec; needed if `waves` has the key `acoustic`.
@@ -44,6 +46,9 @@ def tokenize(
     tokens: dict[str, Tensor] = {}
     frames: dict[str, Tensor] = {}
     for kind, wave in waves.items():
+        channels = codec.channels if kind == "acoustic" and codec is not None else 1
+        wave = with_channels(wave if wave.ndim == 3 else rearrange(wave, "b n -> b 1 n"), channels)
+        wave = rearrange(wave, "b 1 n -> b n") if channels == 1 else wave
         with torch.autocast(device_type=wave.device.type, enabled=False):
             if kind == "semantic" and wav2vec is not None:
                 tokens[kind] = wav2vec.to(wave.device).eval().forward(wave, lengths=lengths[kind])

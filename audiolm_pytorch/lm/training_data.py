@@ -169,7 +169,8 @@ class WaveSource(StageSource):
             )
         rates_hz = (getattr(one, "sample_hz", None) for one in (audio_conditioner, *self.conditioners.values()))
         conditioners_hz = [rate_hz for rate_hz in rates_hz if rate_hz is not None]
-        self.crops = CropDataset(items, seconds, [*self.rates_hz.values(), *conditioners_hz], seed)
+        channels = 1 if codec is None else codec.channels
+        self.crops = CropDataset(items, seconds, [*self.rates_hz.values(), *conditioners_hz], seed, channels=channels)
         self.captions = [captions_of(item) for item in items]
 
     def __len__(self) -> int:
@@ -220,6 +221,7 @@ class WaveSource(StageSource):
             return {}
         sample_hz = self.conditioner.sample_hz
         wavs = batch.crops.waves[sample_hz]
+        wavs = wavs if wavs.ndim == 2 else wavs.mean(dim=1)
         inputs: dict[str, Any] = {"wavs": wavs, "lengths": batch.crops.lengths[sample_hz]}
         self.conditioner.to(wavs.device)
         if not len(batch.captioned):

@@ -5,7 +5,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from audiolm_pytorch.audio.padding import check_waves, resampled_items
+from audiolm_pytorch.audio.resample import resampled_items
+from audiolm_pytorch.audio.waves import mono_waves
 
 __all__ = ["FrameEncoder", "SemanticTokenizer"]
 
@@ -34,7 +35,7 @@ class SemanticTokenizer(nn.Module, ABC):
         """Tokenize waves.
 
         Args:
-            wave: `[b, n]`, float.
+            wave: `[n]`, `[b, n]` or `[b, 1, n]`, float.
             input_sample_hz: Sample rate of `wave`, which is resampled if necessary; None means `target_sample_hz`.
             lengths: `[b]` int, number of samples of each item without padding; None means no padding.
 
@@ -58,8 +59,8 @@ class SemanticTokenizer(nn.Module, ABC):
     def checked_waves(
         self, wave: Tensor, input_sample_hz: int | None, lengths: Tensor | None, device: torch.device
     ) -> tuple[Tensor, Tensor | None]:
-        """Check the arguments of `forward`; return the waves, resampled to `target_sample_hz`, and their lengths."""
-        check_waves(wave, lengths, device)
+        """Check the arguments of `forward`; return waves `[b, n]` at `target_sample_hz`, and their lengths."""
+        wave = mono_waves(wave, lengths, device)
         if input_sample_hz is None or input_sample_hz == self.target_sample_hz:
             return wave, lengths
         return resampled_items(wave, input_sample_hz, self.target_sample_hz, lengths)
@@ -82,7 +83,8 @@ class FrameEncoder(nn.Module, ABC):
         """Compute the hidden states of a layer.
 
         Args:
-            wave: `[b, n]`, float, at `sample_hz`; `lengths [b]` are the numbers of samples without padding.
+            wave: `[n]`, `[b, n]` or `[b, 1, n]`, float, at `sample_hz`.
+            lengths: `[b]` int, number of samples of each item without padding; None means no padding.
             layer: Number of the layer, 0..depth, where 0 is the input of the first layer; None means the last layer.
 
         Returns:

@@ -11,8 +11,8 @@ import tyro
 from torch import Tensor
 
 from audiolm_pytorch.audio.files import read_audio
+from audiolm_pytorch.audio.formats import WRITE_SUBTYPES
 from audiolm_pytorch.audio.resample import resample
-from audiolm_pytorch.audio.stream import WRITABLE_SUFFIXES
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.codecs.code_file import read_codes, write_codes
 from audiolm_pytorch.codecs.transcode import FileCodec
@@ -124,11 +124,11 @@ def _encode(command: Encode) -> int:
 
 
 def _decode(command: Decode) -> int:
-    if command.suffix not in WRITABLE_SUFFIXES:
-        raise ValueError(f"--suffix must be one of {', '.join(WRITABLE_SUFFIXES)}, got {command.suffix}")
+    if command.suffix not in WRITE_SUBTYPES:
+        raise ValueError(f"--suffix must be one of {', '.join(WRITE_SUBTYPES)}, got {command.suffix}")
     if command.source.is_dir() and command.source.resolve() == command.out.resolve():
         raise ValueError(f"--out {command.out} is the input folder, where sounds may be overwritten; use another --out")
-    suffixes = (command.suffix, *(suffix for suffix in WRITABLE_SUFFIXES if suffix != command.suffix))
+    suffixes = (command.suffix, *(suffix for suffix in WRITE_SUBTYPES if suffix != command.suffix))
     pairs = _pairs(command.source, command.out, _CODES_SUFFIXES, suffixes)
     file_codec = FileCodec(command.open_codec())
 

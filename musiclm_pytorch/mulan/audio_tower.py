@@ -10,7 +10,8 @@ from beartype import beartype
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from audiolm_pytorch.audio.padding import check_waves, checked_lengths, length_mask
+from audiolm_pytorch.audio.padding import checked_lengths, length_mask
+from audiolm_pytorch.audio.waves import mono_waves
 from audiolm_pytorch.nn.positions import WavePositionBias
 from audiolm_pytorch.nn.transformer import build_encoder
 from audiolm_pytorch.saving.modules import constructor_arguments, register
@@ -90,8 +91,9 @@ class AudioSpectrogramTransformer(nn.Module):
     def forward(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Embed clips as `[b, dim]` float32, not of unit norm.
 
-        `wavs [b, n]` at `sample_hz` have values in about -1..1, and `lengths [b]` are the numbers of samples per clip
-        (None = `n` for every clip). In eval mode the embedding of a clip does not depend on the other clips in `wavs`.
+        `wavs` (`[n]`, `[b, n]` or `[b, 1, n]`) at `sample_hz` have values in about -1..1, and `lengths [b]` are the
+        numbers of samples per clip (None = `n` for every clip). In eval mode the embedding of a clip does not depend on
+        the other clips in `wavs`.
         """
         return self.embed_layers(wavs, lengths, layers=(self.depth,))[0]
 
@@ -101,7 +103,7 @@ class AudioSpectrogramTransformer(nn.Module):
 
         Each of `layers` is a number of transformer blocks in 0..depth; layer `depth` is the normalised output.
         """
-        check_waves(wavs)
+        wavs = mono_waves(wavs, lengths, name="wavs")
         if lengths is None:
             lengths = torch.full((len(wavs),), wavs.shape[1], device=wavs.device)
         lengths = checked_lengths(lengths, wavs)

@@ -11,7 +11,8 @@ from einops import rearrange
 from torch import Tensor
 
 from audiolm_pytorch.audio.mel import mel_edges, triangular_filters
-from audiolm_pytorch.audio.padding import check_waves, items_by_length
+from audiolm_pytorch.audio.padding import items_by_length
+from audiolm_pytorch.audio.waves import mono_waves
 from audiolm_pytorch.conditioning.published_text import PublishedText, tokenizer_of
 from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer
 from audiolm_pytorch.nn.module_state import device_of
@@ -189,7 +190,7 @@ class ClapMuLaN(JointEmbedding):
     @torch.no_grad()
     def get_audio_latents(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Embed clips (see `JointEmbedding`); a clip longer than a window is embedded as the mean over its windows."""
-        check_waves(wavs, lengths, device_of(self.model))
+        wavs = mono_waves(wavs, lengths, device_of(self.model), name="wavs")
         latents = torch.empty(len(wavs), self.dim_latent, device=wavs.device)
         spectrograms, short_rows = [], []
         with torch.autocast(wavs.device.type, enabled=False):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.audio.padding import checked_lengths
 from audiolm_pytorch.audio.units import samples_in
+from audiolm_pytorch.audio.waves import mono_waves
 
 __all__ = ["JointEmbedding", "average_latents"]
 
@@ -45,9 +46,10 @@ class JointEmbedding(nn.Module, ABC):
 
     @abstractmethod
     def get_audio_latents(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Embed whole clips `[b, n]` at `sample_hz`, not split into windows, as `[b, dim_latent]` float32 of unit norm.
+        """Embed whole clips at `sample_hz`, not split into windows, as `[b, dim_latent]` float32 of unit norm.
 
-        `lengths [b]` are the numbers of samples of the clips, 1..n; None = every clip has `n` samples.
+        The clips are `[n]`, `[b, n]` or `[b, 1, n]`. `lengths [b]` are the numbers of samples of the clips, 1..n;
+        None = every clip has `n` samples.
         """
 
     @abstractmethod
@@ -63,8 +65,10 @@ class JointEmbedding(nn.Module, ABC):
 
         A recording shorter than a window is embedded as one window. Samples after the last full window are left out.
         """
-        if wav.ndim != 1:
-            raise ValueError(f"wav must be one recording [n], got {tuple(wav.shape)}")
+        wavs = mono_waves(wav, name="wav")
+        if len(wavs) != 1:
+            raise ValueError(f"wav must be one recording [n], got shape {list(wav.shape)}; pass one item at a time")
+        wav = wavs[0]
         if len(wav) <= self.window_samples:
             return self.get_audio_latents(wav.unsqueeze(0))
         windows = wav.unfold(0, self.window_samples, self.window_stride_samples)
@@ -73,8 +77,7 @@ class JointEmbedding(nn.Module, ABC):
     @beartype
     def get_long_audio_latents(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Embed recordings `[b, n]` of any length as the average over their windows; see `get_audio_latents`."""
-        if wavs.ndim != 2:
-            raise ValueError(f"wavs must be recordings [b, n], got {tuple(wavs.shape)}")
+        wavs = mono_waves(wavs, lengths, name="wavs")
         if wavs.shape[1] <= self.window_samples:
             return self.get_audio_latents(wavs, lengths)
         sizes = [wavs.shape[1]] * len(wavs) if lengths is None else checked_lengths(lengths, wavs).tolist()

@@ -10,6 +10,7 @@ from beartype import beartype
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from audiolm_pytorch.audio.waves import mono_waves
 from audiolm_pytorch.saving.modules import build_module, module_spec, register
 from musiclm_pytorch.mulan.audio_tower import AudioSpectrogramTransformer
 from musiclm_pytorch.mulan.joint import JointEmbedding
@@ -112,6 +113,7 @@ class MuLaN(JointEmbedding):
             chunk_size: Number of clips, and of texts, per forward pass of a tower; backward repeats each pass, so that
                 only one chunk needs memory at a time (arXiv:2101.06983); None = one chunk with the whole batch.
         """
+        wavs = mono_waves(wavs, lengths, name="wavs")
         ids = self.text.tokenize(texts)
         captions = _caption_numbers(ids)
         clips = (wavs,) if lengths is None else (wavs, lengths)

@@ -40,11 +40,11 @@ class LogSpectrogram(nn.Module):
         """Compute spectrograms `[b, bins, f]` (natural log, float32) of waves `[b, n]`, and the frame counts `[b]`."""
         num_frames = (lengths + self.hop_length - 1) // self.hop_length  # the last one may be partly filled
         with torch.autocast(device_type=wavs.device.type, enabled=False):
-            real = torch.arange(wavs.shape[-1], device=wavs.device) < lengths.unsqueeze(-1)
+            real = length_mask(lengths, wavs.shape[-1])
             # Padding with zeros, not by reflection, does not depend on the length of the batch.
             left = self.n_fft // 2
             whole = int(num_frames.max()) * self.hop_length
-            padded = F.pad(wavs.float() * real, (left, whole - wavs.shape[-1] + self.n_fft - left - 1))
+            padded = F.pad(wavs.float().masked_fill(~real, 0.0), (left, whole - wavs.shape[-1] + self.n_fft - left - 1))
             if self.mel is not None:
                 magnitudes = self.mel(padded)
             else:

@@ -16,6 +16,8 @@ from audiolm_pytorch.nn.cached_transformer import CachedTransformer
 from tests.helpers import fakes
 from tests.helpers.toy_audiolm import audiolm_of, wrapped_stages
 
+pytestmark = pytest.mark.usefixtures("low_rates")
+
 
 def check_lengths(audio_lm):
     """Semantic, coarse and fine tokens and the wave last the same seconds, rounded up to whole frames."""

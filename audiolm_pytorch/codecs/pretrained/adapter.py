@@ -120,7 +120,7 @@ class PretrainedCodec(Codec):
     @torch.no_grad()
     def encode(self, wave: Tensor, lengths: Tensor | None = None) -> EncodedWave:
         """Encode waves as `tokenize` does, and also return the scales if the model normalises segments."""
-        wave = self._check_wave(wave)
+        wave = self._check_wave(wave, lengths)
         batch, num_samples = len(wave), wave.shape[-1]
         codes = torch.full((batch, self.num_frames(num_samples), self.num_quantizers), -1, device=wave.device)
         scales = wave.new_zeros(batch, self._num_segments(num_samples))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from audiolm_pytorch.audio.mel import MelSpectrogram
 from audiolm_pytorch.audio.padding import checked_lengths, length_mask
 from audiolm_pytorch.audio.units import frames_covering
+from audiolm_pytorch.audio.waves import mono_waves
 
 __all__ = ["StackedLogMel"]
 
@@ -71,8 +72,6 @@ class StackedLogMel(nn.Module):
 
     def checked_lengths(self, wave: Tensor, lengths: Tensor | None) -> Tensor:
         """Return the lengths of the items in samples, `[b]` int64; raise a ValueError if an item is too short."""
-        if wave.ndim != 2 or not wave.is_floating_point():
-            raise ValueError(f"wave must be float [b, n], got {wave.dtype} {tuple(wave.shape)}")
         whole = torch.full(wave.shape[:1], wave.shape[1], device=wave.device)
         lengths = checked_lengths(whole if lengths is None else lengths, wave)
         self.num_frames(int(lengths.min()) if len(lengths) else wave.shape[1])
@@ -95,10 +94,11 @@ class StackedLogMel(nn.Module):
             return rearrange(torch.cat(parts, dim=-1), "b m f -> b f m")
 
     def forward(self, wave: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Convert waves `[b, n]` to normalised vectors `[b, t, dim]` float32 and a mask `[b, t]` bool.
+        """Convert waves (see `mono_waves`) to normalised vectors `[b, t, dim]` float32 and a mask `[b, t]` bool.
 
         The mask is False at padding, where the vectors are zero.
         """
+        wave = mono_waves(wave, lengths)
         lengths = self.checked_lengths(wave, lengths)
         frames = (self.log_mel(wave, lengths) - self.mean) / self.std
         stacked = rearrange(frames, "b (t k) m -> b t (k m)", k=self.frames_per_token)
@@ -112,7 +112,7 @@ class StackedLogMel(nn.Module):
         total = torch.zeros(self.num_mels, dtype=torch.float64, device=self.mean.device)
         squares = torch.zeros_like(total)
         for wave in waves:
-            batch = (wave.unsqueeze(0) if wave.ndim == 1 else wave).to(self.mean.device)
+            batch = mono_waves(wave).to(self.mean.device)
             frames = rearrange(self.log_mel(batch, self.checked_lengths(batch, None)), "b f m -> (b f) m").double()
             count += len(frames)
             total += frames.sum(dim=0)

@@ -9,7 +9,8 @@ from beartype import beartype
 from einops import reduce
 from torch import Tensor, nn
 
-from audiolm_pytorch.audio.padding import check_waves, checked_lengths, items_by_length, length_mask
+from audiolm_pytorch.audio.padding import checked_lengths, items_by_length, length_mask
+from audiolm_pytorch.audio.waves import mono_waves
 from audiolm_pytorch.nn.module_state import device_of
 from audiolm_pytorch.saving.files import read_json
 from audiolm_pytorch.saving.fingerprint import nameless_fingerprint
@@ -159,7 +160,7 @@ class TransformersEncoder(FrameEncoder):
         """Compute the hidden states `[b, t, d]` of a layer, which are zero at padding, and the mask `[b, t]`."""
         layer = self.depth if layer is None else layer
         self.check_layer(layer)
-        check_waves(wave, lengths, device_of(self.model))
+        wave = mono_waves(wave, lengths, device_of(self.model))
         if lengths is not None:
             lengths = checked_lengths(lengths, wave)
             self.num_frames(int(lengths.min()))

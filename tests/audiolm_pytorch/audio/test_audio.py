@@ -100,7 +100,7 @@ def test_channels_are_averaged_kept_repeated_or_refused(write_tone: Callable[...
     assert torch.equal(read_audio(stereo, channels=2)[0], kept)
     mono = write_tone("mono.wav")
     assert torch.equal(read_audio(mono, channels=2)[0], read_audio(mono)[0].expand(2, -1))
-    with pytest.raises(ValueError, match="has 2 channels, got channels=3"):
+    with pytest.raises(ValueError, match="has 2 channels, need 1 or 3"):
         read_audio(stereo, channels=3)
 
 
@@ -172,7 +172,7 @@ def test_equal_rates_change_nothing_and_wrong_ones_are_refused(rng: np.random.Ge
     """Guards the shortcut and the check of rates."""
     wave = torch.from_numpy(rng.standard_normal(100)).float()
     assert resample(wave, 16000, 16000) is wave
-    with pytest.raises(ValueError, match="at least 1 Hz"):
+    with pytest.raises(ValueError, match="cannot resample from 16000 Hz to 0 Hz"):
         resample(wave, 16000, 0)
 
 

@@ -37,7 +37,7 @@ def test_source_repeats_mono_and_refuses_five_channels(write_tone):
     """Mono is repeated for stereo; five channels for two raise an error."""
     stereo = torch.cat(list(AudioSource(write_tone("mono.wav"), channels=2)), dim=1)
     assert stereo.shape[0] == 2 and torch.equal(stereo[0], stereo[1])
-    with pytest.raises(ValueError, match=r"five.wav: the file has 5 channels, got channels=2"):
+    with pytest.raises(ValueError, match=r"five.wav: the file has 5 channels, need 1 or 2"):
         list(AudioSource(write_tone("five.wav", channels=5), channels=2))
 
 

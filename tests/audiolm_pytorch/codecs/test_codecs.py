@@ -346,14 +346,13 @@ def test_bitrate():
 @pytest.mark.parametrize(
     ("wave", "message"),
     [
-        (torch.randn(512), r"\[b, n\].*unsqueeze"),
         (torch.randn(1, 2, 512), r"\[b, 1, n\].*mean\(dim=1\)"),
         (torch.randn(1, 512, 1), r"\[b, 1, n\].*transpose"),
         (torch.randn(1, 1, 1, 512), r"\[b, 1, n\]"),
-        (torch.randn(1, 0), "n > 0"),
+        (torch.randn(1, 0), "not empty"),
         (torch.cat([torch.randn(1, 511), torch.full((1, 1), -math.inf)], dim=1), "infinite"),
         (torch.full((1, 512), float("nan")), "NaN"),
-        (torch.zeros(1, 512, dtype=torch.int16), "floating point"),
+        (torch.zeros(1, 512, dtype=torch.int16), "float tensor"),
     ],
 )
 def test_bad_audio_raises_with_the_reason(wave, message):

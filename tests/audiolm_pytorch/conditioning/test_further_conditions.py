@@ -34,6 +34,8 @@ from tests.helpers.fakes import (
     tiny_stages,
 )
 
+pytestmark = pytest.mark.usefixtures("low_rates")
+
 WAYS = ["prepend", "cross", "sum"]
 TEMPI = torch.tensor([[1.0, 0.0, 0.5], [0.0, 1.0, -0.5]])  # one vector per clip
 RUN = {"batch_size": 4, "num_train_steps": 120, "learning_rate": 1e-2, "validate_every": 60, "log_every": 60}

@@ -20,6 +20,8 @@ from audiolm_pytorch.lm.training_data import ShardSource, WaveSource
 from audiolm_pytorch.tokens.streams import Stream
 from tests.helpers import fakes
 
+pytestmark = pytest.mark.usefixtures("low_rates")
+
 DRAWS = [(epoch, index) for epoch in range(50) for index in range(4)]
 TEXT = {"text_dim": 6}
 RUN = {"batch_size": 2, "num_train_steps": 2, "warmup_steps": 0}

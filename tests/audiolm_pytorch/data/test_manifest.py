@@ -63,7 +63,7 @@ def test_mixed_and_broken_folder(
     assert reasons["empty.wav"] == "the file is empty (0 bytes)"
     assert reasons["text.wav"].startswith("cannot be read as audio")
     assert reasons["corrupt.flac"].startswith("cannot be read as audio")
-    assert reasons["nan.wav"] == "the file contains NaN or infinite samples"
+    assert reasons["nan.wav"].startswith("the file contains NaN or infinite samples")
     assert "no samples" in reasons["nothing.wav"]
     assert len(caplog.records) == 1 and all(name in caplog.text for name in reasons)
 

@@ -18,6 +18,8 @@ from audiolm_pytorch.saving.modules import load_module, save_module
 from audiolm_pytorch.tokens.streams import Stream
 from tests.helpers import fakes
 
+pytestmark = pytest.mark.usefixtures("low_rates")
+
 TRAINERS = {
     "semantic": SemanticTransformerTrainer,
     "coarse": CoarseTransformerTrainer,

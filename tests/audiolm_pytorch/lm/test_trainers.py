@@ -29,6 +29,8 @@ from tests.helpers.fakes import (
     tiny_stages,
 )
 
+pytestmark = pytest.mark.usefixtures("low_rates")
+
 TRAINERS = {
     "semantic": SemanticTransformerTrainer,
     "coarse": CoarseTransformerTrainer,

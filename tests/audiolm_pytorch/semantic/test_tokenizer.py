@@ -188,12 +188,12 @@ def test_bad_input_is_refused(tokenizer):
     """Guards the messages: shapes, short waves with the minimum, rates, lengths."""
     for wave, arguments, message in [
         (torch.zeros(1, 159), {}, "at least 160 samples"),
-        (torch.zeros(800), {}, r"\[b, n\]"),
+        (torch.zeros(1, 2, 800), {}, r"\[b, n\].*got shape \[1, 2, 800\]"),
         (torch.zeros(1, 800), {"input_sample_hz": 0}, "input_sample_hz"),
         (torch.zeros(1, 800), {"input_sample_hz": 8000, "lengths": torch.tensor([801])}, "801"),
         (torch.zeros(1, 800), {"lengths": torch.tensor([100])}, "at least 160 samples"),
         (torch.zeros(0, 800), {}, "not empty"),
-        (torch.zeros(1, 800, dtype=torch.int16), {"input_sample_hz": 8000}, "must be float"),
+        (torch.zeros(1, 800, dtype=torch.int16), {"input_sample_hz": 8000}, "must be a float tensor"),
         (torch.full((1, 800), torch.nan), {}, "NaN"),
         (torch.full((1, 800), torch.inf), {"input_sample_hz": 8000}, "NaN or infinite"),
         (torch.zeros(1, 800, device="meta"), {}, "wave is on meta, the model on cpu"),

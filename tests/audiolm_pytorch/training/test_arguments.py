@@ -15,6 +15,8 @@ from audiolm_pytorch.training.arguments import _FORMER_NAMES
 from musiclm_pytorch import MuLaNTrainer
 from tests.helpers.fakes import SAMPLE_HZ, FakeSemanticTokenizer, tiny_stages
 
+pytestmark = pytest.mark.usefixtures("low_rates")
+
 SIZES = {"num_train_steps": 1, "batch_size": 1}
 
 

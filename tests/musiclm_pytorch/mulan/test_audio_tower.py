@@ -154,7 +154,7 @@ def test_tower_rejects_what_it_cannot_use() -> None:
     """Error messages name the input and the requirement."""
     tower = _tower()
     with pytest.raises(ValueError, match=r"\[b, n\]"):
-        tower(torch.randn(100))
+        tower(torch.randn(1, 2, 100))
     with pytest.raises(ValueError, match="NaN"):
         tower(torch.full((1, 100), torch.nan))
     with pytest.raises(ValueError, match="lengths"):

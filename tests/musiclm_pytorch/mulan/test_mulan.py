@@ -234,7 +234,7 @@ def test_mulan_trains_in_bfloat16() -> None:
         (lambda: tiny_mulan()(torch.randn(1, 1000), "a", chunk_size=0), "chunk_size"),
         (lambda: tiny_mulan(window_seconds=0), "window"),
         (lambda: tiny_mulan().window_latents(torch.randn(2, 100)), r"\[n\]"),
-        (lambda: tiny_mulan().get_long_audio_latents(torch.randn(9000)), r"\[b, n\]"),
+        (lambda: tiny_mulan().get_long_audio_latents(torch.randn(1, 2, 9000)), r"\[b, n\]"),
         (lambda: tiny_mulan().get_long_audio_latents(torch.randn(1, 9000), torch.tensor([-5000])), "1..9000"),
         (lambda: tiny_mulan().get_long_audio_latents(torch.randn(1, 9000), torch.tensor([9001])), "1..9000"),
         (lambda: tiny_mulan().get_long_audio_latents(torch.randn(2, 9000), torch.tensor([9000])), "lengths"),

@@ -409,9 +409,8 @@ def test_codec_is_copied_moved_and_saved_as_a_module(models, name, tmp_path):
 @pytest.mark.parametrize(
     "wave, message",
     [
-        (torch.zeros(100), r"audio must be \[b, n\] or \[b, 1, n\].*got shape \[100\]"),
         (torch.zeros(1, 2, 100), r"got shape \[1, 2, 100\]"),
-        (torch.zeros(1, 0), "n > 0"),
+        (torch.zeros(1, 0), "not empty"),
         (torch.zeros(1, 100, dtype=torch.int16), "divide integers"),
         (torch.full((1, 100), torch.nan), "NaN"),
         (torch.full((1, 100), torch.inf), "infinite"),

@@ -272,7 +272,7 @@ def test_learns_far_below_chance():
         (torch.zeros(2, 800), torch.tensor([800, 801]), "801"),
         (torch.zeros(2, 800), torch.tensor([800]), "2 integers"),
         (torch.zeros(2, 800), torch.tensor([800.0, 800.0]), "integers"),
-        (torch.zeros(2, 1, 800), None, r"\[b, n\]"),
+        (torch.zeros(2, 2, 800), None, r"\[b, n\]"),
         (torch.zeros(2, 800, dtype=torch.int64), None, "float"),
     ],
 )

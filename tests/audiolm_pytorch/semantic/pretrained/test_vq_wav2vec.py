@@ -203,7 +203,7 @@ def faulty(files, tmp_path, case):
         case "cut short":
             return lambda: FairseqVQWav2Vec(files(), seq_len_multiple_of=1000)(torch.randn(1, 999))
         case "shape":
-            return lambda: FairseqVQWav2Vec(files())(torch.randn(4000))
+            return lambda: FairseqVQWav2Vec(files())(torch.randn(1, 2, 4000))
         case "infinite":
             return lambda: FairseqVQWav2Vec(files())(torch.full((1, 4000), torch.nan))
         case "no quantizer":
@@ -242,12 +242,12 @@ CASES = {
     "missing": "nowhere.pt cannot be read",
     "truncated": "damaged.*again",
     "rate": "needs 16000 Hz.*target_sample_hz=16000, and input_sample_hz=24000",
-    "input rate": "input_sample_hz must be positive",
+    "input rate": "input_sample_hz must be in 1000",
     "multiple": "at least 1",
     "short": "464 samples is too short.*465 samples.*pass a longer wave",
     "short item": "400 samples is too short",
     "cut short": "999 samples is too short.*multiples of 1000",
-    "shape": "add a batch axis",
+    "shape": "mix the channels down",
     "infinite": "nan_to_num",
     "no quantizer": "has no vq-wav2vec.*pass vq-wav2vec.pt",
     "lacking": "missing: features.layers.2.norm.bias",
