@@ -1,4 +1,4 @@
-"""`musiclm evaluate semantic | mulan`: measure a semantic encoder or tokenizer, or a joint embedding."""
+"""`musiclm evaluate music | semantic | mulan`: measure generated music, a semantic encoder, or a joint embedding."""
 
 import shlex
 import sys
@@ -11,10 +11,11 @@ import tyro
 
 from musiclm_pytorch.cli.checks import check_folder, device_named
 
-__all__ = ["EvaluateCommand", "EvaluateMuLaN", "EvaluateSemantic"]
+__all__ = ["EvaluateCommand", "EvaluateMuLaN", "EvaluateMusic", "EvaluateSemantic"]
 
 _REPORT_FILE = "metrics.json"
 _PLOT_FILE = "similarities.png"
+_MUSIC_PLOT_FILE = "metrics.png"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,13 +89,65 @@ class EvaluateMuLaN(_Evaluation):
         _evaluate_mulan(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluateMusic(_Evaluation):
+    """Compare generated music with real clips.
+
+    The metrics are Fréchet and kernel distance, KL divergence, inception score, similarity to the captions (CLAP score,
+    MuLan cycle consistency), retrieval, labels found by a classifier, instrument tags of musicnn, beat and tempo,
+    chroma, diversity, novelty and memorisation. A metric without the clips or labels that it needs is left out. Every
+    value has a bootstrap interval; real clips, or two halves of them, show the best value that can be expected.
+    """
+
+    out: Path
+    """Folder for metrics.json, metrics.md, and new clips."""
+    generated: tuple[Path, ...] = ()
+    """Folders or manifests (.jsonl) of generated clips. The field `reference` of a manifest is the file name of the
+    real clip with the same caption; without it, files of equal names belong together."""
+    real: Path | None = None
+    """Manifest or folder (with a valid.jsonl, or any audio) of real clips that the model was not trained on."""
+    musiccaps: Path | None = None
+    """Table musiccaps-public.csv; --real is then the folder of its clips."""
+    training: Path | None = None
+    """Clips that the model was trained on, for novelty and memorisation."""
+    labelled: Path | None = None
+    """Real clips with labels (instrument, tempo, ...), to which a classifier is fitted."""
+    classifier: Path | None = None
+    """Folder of the classifier; it is written if it does not exist."""
+    model: str | None = None
+    """Model that generates clips from --captions: a bundled one (tiny), or a folder."""
+    captions: Path | None = None
+    """Manifest or MusicCaps table with captions; by default the captions of the real clips."""
+    num_samples: int = 4
+    """Candidates per caption; MuLan selects the best one."""
+    codec: str | None = None
+    """Also measure copies of the real clips by this codec: a bundled one (16khz), a folder or a hub id."""
+    seconds: float | None = None
+    """Length of generated clips (default 5), and of the first part of all clips that is used (default: all)."""
+    mulan: str = "tiny"
+    """MuLan of the metrics: a bundled one, or a folder."""
+    clap: str | None = None
+    """CLAP of the metrics: a folder or hub id in transformers' format, e.g. laion/larger_clap_music."""
+    tokenizer: str = "16khz"
+    """Semantic tokenizer for memorisation."""
+    metrics: tuple[str, ...] = ()
+    """Compute only metrics whose name contains one of these texts, e.g. beat musicnn."""
+    limit: int | None = None
+    """Use only this number of clips of each set; real clips are drawn at random."""
+
+    def evaluate(self) -> None:
+        """Generate clips if asked to, measure all sets, print a table and write a report."""
+        _evaluate_music(self)
+
+
 EvaluateCommand = (
-    Annotated[EvaluateSemantic, tyro.conf.subcommand("semantic")]
+    Annotated[EvaluateMusic, tyro.conf.subcommand("music")]
+    | Annotated[EvaluateSemantic, tyro.conf.subcommand("semantic")]
     | Annotated[EvaluateMuLaN, tyro.conf.subcommand("mulan")]
 )
 
 
-def _command_line(name: str, command: EvaluateSemantic | EvaluateMuLaN) -> str:
+def _command_line(name: str, command: EvaluateSemantic | EvaluateMuLaN | EvaluateMusic) -> str:
     """Return the command line that runs `command` again."""
     words = ["musiclm", "evaluate", name]
     for option, value in asdict(command).items():
@@ -196,6 +249,19 @@ def _evaluate_mulan(command: EvaluateMuLaN) -> None:
     title = f"{command.model} on {command.data}"
     plot_similarities(cosines, text_classes, clip_classes, command.out / _PLOT_FILE, title)
     _report(command.out, f"Joint embedding {title}", settings, metrics, markdown_table(metrics))
+
+
+def _evaluate_music(command: EvaluateMusic) -> None:
+    from musiclm_pytorch.cli.evaluate_music import measured_sets
+    from musiclm_pytorch.evaluation.music import comparison_table
+    from musiclm_pytorch.evaluation.plots import plot_metrics, require_matplotlib
+
+    require_matplotlib()
+    check_folder(command.out)
+    values, settings = measured_sets(command, device_named(command.device), _announce)
+    plot_metrics(values, command.out / _MUSIC_PLOT_FILE)
+    settings = {"command": _command_line("music", command), **settings}
+    _report(command.out, "Generated music", settings, values, comparison_table(values))
 
 
 def _report(out: Path, title: str, settings: dict[str, Any], metrics: list[Any], table: str) -> None:

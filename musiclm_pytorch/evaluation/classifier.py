@@ -162,7 +162,7 @@ def fitted_classifier(
         return classifier.requires_grad_(False)
     items = load_items(manifest).items
     if attributes is None:
-        attributes = [name for name, values in tag_labels(items).items() if None not in values]
+        attributes = [name for name in tag_labels(items) if all(item.labels.get(name) is not None for item in items)]
         if not attributes:
             raise ValueError(f"{manifest}: no label with few values is present in all clips; add one, e.g. instrument")
     classifier = fit_attribute_classifier(items, attributes)

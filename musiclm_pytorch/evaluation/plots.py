@@ -1,5 +1,6 @@
-"""Plots of a sound and of a similarity matrix, drawn with matplotlib (extra [plot])."""
+"""Plots of a sound, of a similarity matrix and of metrics, drawn with matplotlib (extra [plot])."""
 
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from audiolm_pytorch.audio.mel import MelSpectrogram
 from audiolm_pytorch.saving.files import staged_files
+from musiclm_pytorch.evaluation.report import MetricValue
 
-__all__ = ["PICTURE_SUFFIXES", "plot_similarities", "plot_wave", "require_matplotlib"]
+__all__ = ["PICTURE_SUFFIXES", "plot_metrics", "plot_similarities", "plot_wave", "require_matplotlib"]
 
 PICTURE_SUFFIXES = (".png", ".svg", ".pdf", ".jpg")
 # A class with a smaller share of an axis has no room for its name.
@@ -79,6 +81,35 @@ def plot_similarities(
     axes.set_yticks(*_class_ticks(text_classes), parse_math=False)
     axes.set(xlabel="clips", ylabel="texts, each at the position of its first clip")
     axes.set_title(_title_line(title), parse_math=False)
+    _write_figure(figure, path)
+
+
+@beartype
+def plot_metrics(values: Sequence[MetricValue], path: str | Path) -> None:
+    """Plot values named `metric / set / measure` into an image file, one panel a measure, one line a set of clips.
+
+    A line is the 95% interval, a dot the value, and a dashed line the chance level.
+    """
+    panels: dict[str, list[tuple[str, MetricValue]]] = {}
+    for value in values:
+        metric, clips, *measure = value.name.split(" / ")
+        panels.setdefault("\n".join([metric, *measure]), []).append((clips, value))
+    num_columns = min(3, len(panels))
+    num_rows = -(-len(panels) // num_columns)
+    figure = _new_figure((5.5 * num_columns, 2.0 * num_rows))
+    grid = figure.subplots(num_rows, num_columns, squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (title, lines) in zip(grid.flat, panels.items()):
+        for row, (_, value) in enumerate(lines):
+            axes.plot([value.low, value.high], [row, row], linewidth=3, color="C0", alpha=0.5)
+            axes.plot([value.value], [row], "o", color="C0")
+        if lines[0][1].chance is not None:
+            axes.axvline(lines[0][1].chance, linestyle="--", color="gray", linewidth=1)
+        axes.set_yticks(range(len(lines)), [_title_line(clips)[:28] for clips, _ in lines], parse_math=False)
+        axes.set(ylim=(len(lines) - 0.5, -0.5))
+        axes.set_title("\n".join(_title_line(line) for line in title.split("\n")), fontsize=8, parse_math=False)
+        axes.tick_params(labelsize=7)
     _write_figure(figure, path)
 
 

@@ -78,10 +78,12 @@ class MetricValue:
 
     @classmethod
     @beartype
-    def mean(cls, name: str, values: Sequence[float] | np.ndarray, chance: float | None = None) -> "MetricValue":
+    def mean(
+        cls, name: str, values: Sequence[float] | np.ndarray, chance: float | None = None, note: str = ""
+    ) -> "MetricValue":
         """Build a metric from the mean of one value per item."""
         known = np.asarray(values, dtype=float)
-        return cls.measured(name, lambda rows: float(known[rows].mean()), len(known), chance)
+        return cls.measured(name, lambda rows: float(known[rows].mean()), len(known), chance, note)
 
     def text(self, digits: int, scale: float = 1.0) -> str:
         """Format the value and, in brackets, the confidence interval, both multiplied by `scale`."""

@@ -26,7 +26,7 @@ class Retrieval:
     num_relevant: np.ndarray
     num_candidates: int
 
-    def metrics(self, name: str) -> list[MetricValue]:
+    def metrics(self, name: str, note: str = "") -> list[MetricValue]:
         """Compute recall at ranks 1, 5 and 10, median rank and mean average precision, named `NAME / R@1` and so on."""
 
         def median_rank(rows: np.ndarray) -> float:
@@ -35,9 +35,9 @@ class Retrieval:
         # In a random order the first of r relevant candidates among n has rank (n + 1) / (r + 1) on average.
         random_rank = float(np.median((self.num_candidates + 1) / (self.num_relevant + 1)))
         return [
-            *(MetricValue.mean(f"{name} / R@{k}", self.ranks <= k, self.chance_recall(k)) for k in (1, 5, 10)),
-            MetricValue.measured(f"{name} / median rank", median_rank, len(self.ranks), random_rank),
-            MetricValue.mean(f"{name} / mAP", self.average_precisions, self.chance_precision()),
+            *(MetricValue.mean(f"{name} / R@{k}", self.ranks <= k, self.chance_recall(k), note) for k in (1, 5, 10)),
+            MetricValue.measured(f"{name} / median rank", median_rank, len(self.ranks), random_rank, note),
+            MetricValue.mean(f"{name} / mAP", self.average_precisions, self.chance_precision(), note),
         ]
 
     def chance_recall(self, cutoff: int) -> float:

@@ -5,7 +5,6 @@ Run as `python -m musiclm_pytorch.recipes.metrics.model_metrics --model DIR --da
 
 import logging
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,16 +13,15 @@ import torch
 import tyro
 from torch import Tensor
 
+from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.data.manifest import AudioItem, load_items
 from audiolm_pytorch.saving.fingerprint import fingerprint_of
 from musiclm_pytorch.evaluation.classifier import AttributeClassifier, fitted_classifier
 from musiclm_pytorch.evaluation.clips import labels_of, load_clips
-from musiclm_pytorch.evaluation.novelty import (
-    melody_similarity,
-    melody_spectrogram,
-    nearest_similarity,
-    novelty_metrics,
-)
+from musiclm_pytorch.evaluation.joint_embedder import JointEmbedder
+from musiclm_pytorch.evaluation.metric import ClipSet as Clips, Extractor, evaluate, extract
+from musiclm_pytorch.evaluation.metrics.adherence import AttributeFeatures
+from musiclm_pytorch.evaluation.metrics.novelty import MelodySpectrogram, Novelty
 from musiclm_pytorch.evaluation.report import MetricValue, markdown_table, write_report
 from musiclm_pytorch.evaluation.retrieval import retrieval
 from musiclm_pytorch.recipes.metrics.generation_metrics import (
@@ -44,8 +42,6 @@ if TYPE_CHECKING:
 __all__ = ["ClipSet", "Settings", "main", "measure"]
 
 logger = logging.getLogger(__name__)
-
-CLIPS_PER_BATCH = 200
 
 
 @dataclass(frozen=True)
@@ -168,24 +164,14 @@ def _novelty(
     model: "MusicLM", classifier: AttributeClassifier, clips: ClipSet, waves: Tensor, generations: Tensor
 ) -> list[MetricValue]:
     """Measure how similar generated clips and held-out clips are to the nearest training clip, in three embeddings."""
-    rate_hz, quantizer = model.sample_hz, model.mulan_embed_quantizer
-    kinds: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
-        "MuLaN": (lambda batch: audio_latents(quantizer, batch, rate_hz), nearest_similarity),
-        "log-mel statistics": (lambda batch: classifier.describe(batch, rate_hz), nearest_similarity),
-        "melody": (lambda batch: melody_spectrogram(batch, rate_hz), melody_similarity),
-    }
-    seconds = waves.shape[-1] / rate_hz
-    references: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
-    for first in range(0, len(clips.train), CLIPS_PER_BATCH):
-        batch = load_clips(clips.train[first : first + CLIPS_PER_BATCH], rate_hz, seconds)
-        for kind, (embed, _) in kinds.items():
-            references[kind].append(embed(batch))
-    metrics = []
-    for kind, (embed, nearest) in kinds.items():
-        training = torch.cat(references[kind])
-        generated, held_out = nearest(embed(generations), training), nearest(embed(waves), training)
-        metrics += novelty_metrics(f"{clips.name} / nearest training clip, {kind}", generated, held_out)
-    return metrics
+    mulan = JointEmbedder(model.mulan_embed_quantizer.mulan, "MuLan")
+    embedders: list[Extractor] = [mulan, AttributeFeatures(classifier), MelodySpectrogram()]
+    seconds = waves.shape[-1] / model.sample_hz
+    real = Clips(f"{clips.name}, real held-out", clips.valid, extract(clips.valid, embedders, seconds))
+    training = Clips("training", clips.train, extract(clips.train, embedders, seconds))
+    features = {e.name: list(e(resample(generations, model.sample_hz, e.sample_hz))) for e in embedders}
+    generated = Clips(f"{clips.name}, generated", clips.valid, features)
+    return evaluate([Novelty(embedder) for embedder in embedders], [generated], real, training)[0]
 
 
 def main(

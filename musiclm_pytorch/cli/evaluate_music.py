@@ -1,0 +1,244 @@
+"""The sets of clips and the models of `musiclm evaluate music`."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from audiolm_pytorch.codecs.base import Codec
+    from audiolm_pytorch.data.manifest import AudioItem
+    from musiclm_pytorch.cli.evaluate import EvaluateMusic
+    from musiclm_pytorch.evaluation.metric import Metric
+    from musiclm_pytorch.evaluation.report import MetricValue
+    from musiclm_pytorch.musiclm import MusicLM
+
+__all__ = ["Prompt", "generate_clips", "load_real", "measured_sets", "prompts_of", "read_prompts", "write_codec_copies"]
+
+_MANIFEST = "manifest.jsonl"
+_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Caption to generate from, the name of the real clip that it describes, and the labels of the real clip."""
+
+    caption: str
+    reference: str | None = None
+    labels: dict[str, Any] = field(default_factory=dict)
+
+
+def load_real(source: Path, musiccaps: Path | None, limit: int | None, seed: int) -> "list[AudioItem]":
+    """Load real clips: a manifest, a folder (its valid.jsonl if there is one), or clips of the MusicCaps table."""
+    from musiclm_pytorch.mulan.evaluation import held_out_items
+    from musiclm_pytorch.mulan.musiccaps import musiccaps_items
+
+    if musiccaps is None:
+        return held_out_items(source, limit, seed)
+    return musiccaps_items(musiccaps, source).items[:limit]
+
+
+def read_prompts(source: Path, limit: int | None) -> list[Prompt]:
+    """Read the captions of a JSON-lines manifest (the audio files may be missing) or of the MusicCaps table."""
+    from audiolm_pytorch.data.captions import caption_and_labels, json_lines
+    from musiclm_pytorch.mulan.musiccaps import read_musiccaps
+
+    if source.suffix.lower() == ".csv":
+        prompts = [Prompt(clip.captions[0], clip.file_names[0]) for clip in read_musiccaps(source) if clip.captions]
+        return prompts[:limit]
+    prompts = []
+    for number, fields in json_lines(source):
+        audio = fields.pop("audio", None)
+        caption, labels = caption_and_labels(fields)
+        if not caption:
+            raise ValueError(f"{source}, line {number}: has no caption; add one, or delete the line")
+        prompts.append(Prompt(caption, None if audio is None else Path(str(audio)).name, labels))
+    if not prompts:
+        raise ValueError(f"{source}: the manifest has no lines; write one JSON object with a caption per line")
+    return prompts[:limit]
+
+
+def prompts_of(items: "Sequence[AudioItem]") -> list[Prompt]:
+    """Return the captions of real clips as prompts."""
+    missing = [item.path for item in items if not item.caption]
+    if missing:
+        raise ValueError(f"{len(missing)} real clips have no caption, such as {missing[0]}; pass --captions")
+    return [Prompt(item.caption or "", item.path.name, item.labels) for item in items]
+
+
+def generate_clips(
+    musiclm: "MusicLM",
+    prompts: Sequence[Prompt],
+    folder: Path,
+    seconds: float,
+    num_samples: int = 4,
+    seed: int = 0,
+    max_batch: int = 16,
+    announce: Callable[[str], None] = lambda words: None,
+) -> Path:
+    """Write the best of `num_samples` candidates for every prompt as FLAC, and return the path of the manifest.
+
+    Candidate i of every prompt has the seed `seed + i`.
+    """
+    from audiolm_pytorch.audio.files import write_audio
+    from audiolm_pytorch.saving.files import staged_files
+
+    prompts_per_batch = max(max_batch // num_samples, 1)
+    lines = []
+    for first in range(0, len(prompts), prompts_per_batch):
+        part = prompts[first : first + prompts_per_batch]
+        announce(f"generating clip {first + 1} of {len(prompts)}")
+        waves = musiclm(
+            [prompt.caption for prompt in part],
+            num_samples=num_samples,
+            seconds=seconds,
+            seeds=list(range(seed, seed + num_samples)),
+            max_batch=max_batch,
+        )
+        for number, (prompt, wave) in enumerate(zip(part, waves), start=first):
+            name = f"{number:05d}.flac"
+            if not wave.isfinite().all():
+                raise RuntimeError(f"the model generated NaN samples for {prompt.caption!r}; train it longer")
+            write_audio(folder / name, wave.cpu(), musiclm.sample_hz)
+            known = {} if prompt.reference is None else {"reference": prompt.reference}
+            lines.append(json.dumps({**prompt.labels, **known, "audio": name, "caption": prompt.caption}) + "\n")
+    with staged_files(folder) as stage:
+        (stage / _MANIFEST).write_text("".join(lines), encoding="utf-8")
+    return folder / _MANIFEST
+
+
+def write_codec_copies(codec: "Codec", items: "Sequence[AudioItem]", folder: Path, seconds: float | None) -> Path:
+    """Write a decoded copy of every clip as FLAC, with its caption and labels, and return the path of the manifest."""
+    import torch
+
+    from audiolm_pytorch.audio.files import peak_safe, read_audio, write_audio
+    from audiolm_pytorch.nn.module_state import device_of
+    from audiolm_pytorch.saving.files import staged_files
+
+    lines = []
+    for number, item in enumerate(items):
+        wave, _ = read_audio(item.path, codec.target_sample_hz, codec.channels, duration_seconds=seconds)
+        with torch.no_grad():
+            codes, scales = codec.encode(wave[None].to(device_of(codec)))
+            copy = codec.decode(codes, scales, wave.shape[-1])[0].float().cpu()
+        name = f"{number:05d}.flac"
+        write_audio(folder / name, peak_safe(copy), codec.target_sample_hz)
+        fields = {**item.labels, "reference": item.path.name, "audio": name, "caption": item.caption}
+        lines.append(json.dumps(fields) + "\n")
+    with staged_files(folder) as stage:
+        (stage / _MANIFEST).write_text("".join(lines), encoding="utf-8")
+    return folder / _MANIFEST
+
+
+def measured_sets(
+    command: "EvaluateMusic", device: "torch.device", announce: Callable[[str], None]
+) -> "tuple[list[MetricValue], dict[str, Any]]":
+    """Generate or load all sets of clips and measure them; return the values, and facts for the report."""
+    from musiclm_pytorch.evaluation.metric import ClipSet, Extractor, evaluate, extract, pair_with
+
+    if command.musiccaps is not None and command.real is None:
+        raise ValueError("--musiccaps needs --real, the folder of its clips")
+    real = None if command.real is None else load_real(command.real, command.musiccaps, command.limit, command.seed)
+    metrics = _metrics(command, device)
+    sources = _generated_sources(command, real, device, announce)
+
+    def clip_set(name: str, items: "list[AudioItem]", selected: "Sequence[Metric]", pairs: Any = None) -> ClipSet:
+        announce(f"{name}: {len(items)} clips")
+        extractors: list[Extractor] = [extractor for metric in selected for extractor in metric.extractors]
+        return ClipSet(name, items, extract(items, extractors, command.seconds, announce), pairs)
+
+    held_out = None if real is None else clip_set("real clips", real, metrics)
+    training = None
+    if command.training is not None:
+        users = [metric for metric in metrics if metric.uses_training]
+        training = clip_set("training clips", _load_clips(command.training, None), users)
+    sets = [clip_set(name, items, metrics, pair_with(items, real or [])) for name, items in sources.items()]
+    values, left_out = evaluate(metrics, sets, held_out, training, announce)
+    if not values:
+        raise ValueError(f"no metric can be computed for these clips: {'; '.join(left_out.values())}")
+    counts = {part.name: len(part) for part in (*sets, held_out, training) if part is not None}
+    return values, {"clips": counts, "left_out": left_out}
+
+
+def _generated_sources(
+    command: "EvaluateMusic",
+    real: "list[AudioItem] | None",
+    device: "torch.device",
+    announce: Callable[[str], None],
+) -> "dict[str, list[AudioItem]]":
+    """Return the clips of every set to measure by its name; generate clips and write codec copies if asked to."""
+    from musiclm_pytorch.pretrained.bundled import codec_named
+    from musiclm_pytorch.pretrained.model_folder import load_musiclm
+
+    sources: dict[str, list[AudioItem]] = {}
+    if command.codec is not None:
+        if real is None:
+            raise ValueError("--codec copies real clips and needs --real")
+        codec = codec_named(command.codec, device, command.offline)
+        manifest = write_codec_copies(codec, real, command.out / "codec_copies", command.seconds)
+        sources["codec copies"] = _load_clips(manifest, None)
+    for path in command.generated:
+        name = path.parent.name if path.suffix else path.name
+        sources[name if name not in sources else str(path)] = _load_clips(path, command.limit)
+    if command.model is not None:
+        if command.captions is not None:
+            prompts = read_prompts(command.captions, command.limit)
+        elif real is not None:
+            prompts = prompts_of(real)
+        else:
+            raise ValueError("--model needs --captions, or --real clips with captions")
+        manifest = generate_clips(
+            load_musiclm(command.model, device=device),
+            prompts,
+            command.out / "generated",
+            command.seconds or _SECONDS,
+            command.num_samples,
+            command.seed,
+            announce=announce,
+        )
+        sources[f"{Path(command.model).name}, best of {command.num_samples}"] = _load_clips(manifest, None)
+    if not sources and real is None:
+        raise ValueError("nothing to measure; pass --generated, --model with --captions, or --real")
+    return sources
+
+
+def _load_clips(source: Path, limit: int | None) -> "list[AudioItem]":
+    """Load a folder (its manifest if there is one) or a manifest."""
+    from audiolm_pytorch.data.manifest import load_items
+
+    manifest = source / _MANIFEST
+    return load_items(manifest if manifest.is_file() else source).items[:limit]
+
+
+def _metrics(command: "EvaluateMusic", device: "torch.device") -> "list[Metric]":
+    """Open the models and list the metrics; with `--metrics`, only those whose name contains one of the texts."""
+    from musiclm_pytorch.evaluation.classifier import fitted_classifier
+    from musiclm_pytorch.evaluation.joint_embedder import JointEmbedder
+    from musiclm_pytorch.evaluation.metrics.memorisation import SemanticTokens
+    from musiclm_pytorch.evaluation.music import music_metrics
+    from musiclm_pytorch.evaluation.musicnn import MusicNNExtractor, bundled_musicnn
+    from musiclm_pytorch.pretrained.bundled import mulan_named, tokenizer_named
+
+    models = {"MuLan": command.mulan} | ({} if command.clap is None else {"CLAP": command.clap})
+    joint: list[Any] = [
+        JointEmbedder(mulan_named(source, device, command.offline), name) for name, source in models.items()
+    ]
+    fitted = None
+    if command.labelled is not None or command.classifier is not None:
+        if command.labelled is None and not (command.classifier or Path()).joinpath("config.json").is_file():
+            raise ValueError(f"{command.classifier}: contains no classifier; pass --labelled, clips to fit one to")
+        fitted = fitted_classifier(command.labelled or "", None, command.classifier).to(device)
+    metrics = music_metrics(
+        joint=joint,
+        musicnn=MusicNNExtractor(bundled_musicnn().to(device)),
+        classifier=fitted,
+        tokens=SemanticTokens(tokenizer_named(command.tokenizer, device)) if command.training is not None else None,
+    )
+    selected = [metric for metric in metrics if not command.metrics or any(n in metric.name for n in command.metrics)]
+    if not selected:
+        names = ", ".join(metric.name for metric in metrics)
+        raise ValueError(f"--metrics {' '.join(command.metrics)}: no metric has such a name; there are {names}")
+    return selected

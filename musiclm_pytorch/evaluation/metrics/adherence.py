@@ -1,0 +1,65 @@
+"""Adherence to labels: how often a classifier of real clips finds the requested instrument, tempo and so on."""
+
+import torch
+from torch import Tensor
+
+from audiolm_pytorch.saving.fingerprint import fingerprint_of
+from musiclm_pytorch.evaluation.classifier import AttributeClassifier
+from musiclm_pytorch.evaluation.clip_features import MIN_SECONDS
+from musiclm_pytorch.evaluation.metric import ClipSet, Extractor, Metric, UnmetNeed
+from musiclm_pytorch.evaluation.report import MetricValue, accuracy_metric
+
+__all__ = ["AttributeFeatures", "LabelAdherence"]
+
+
+class AttributeFeatures(Extractor):
+    """Standardised features `[b, d]` of an attribute classifier: statistics of log-mel spectra, and rhythm."""
+
+    name, min_seconds = "log-mel statistics", MIN_SECONDS
+
+    def __init__(self, classifier: AttributeClassifier) -> None:
+        self.classifier, self.sample_hz = classifier, classifier.features.sample_hz
+
+    def __call__(self, waves: Tensor) -> Tensor:
+        """Compute the features of waves `[b, n]`."""
+        return self.classifier.describe(waves, self.sample_hz)
+
+    def fingerprint(self) -> str:
+        """Hash of the classifier."""
+        return fingerprint_of(self.classifier)
+
+
+class LabelAdherence(Metric):
+    """Accuracy, plain and balanced over classes, of an attribute classifier on clips with known labels."""
+
+    name = "labels"
+
+    def __init__(self, features: AttributeFeatures) -> None:
+        self.features = features
+        self.extractors = (features,)
+
+    @torch.no_grad()
+    def measure(self, clips: ClipSet, real: ClipSet | None, training: ClipSet | None) -> list[MetricValue]:
+        """Measure every attribute of the classifier whose labels are classes of the classifier."""
+        classifier = self.features.classifier
+        inputs = torch.stack(clips.of(self.features)).to(classifier.mean.device)
+        values: list[MetricValue] = []
+        for attribute, classes in classifier.classes.items():
+            truth = [_as_text(label) for label in clips.labels(attribute)]
+            rows = [row for row, name in enumerate(truth) if name in classes]
+            if not rows:
+                continue
+            best = classifier.heads[attribute](inputs[rows]).argmax(dim=1).tolist()
+            expected, answers = [truth[row] for row in rows], [classes[index] for index in best]
+            note = f"{self.features.note()}; {len(classes)} classes"
+            for balanced, words in ((False, "accuracy"), (True, "balanced accuracy")):
+                name = f"{self.name} / {clips.name} / {attribute}, {words}"
+                values.append(accuracy_metric(name, expected, answers, balanced, note, chance=1 / len(classes)))
+        if not values:
+            raise UnmetNeed(f"{clips.name}: the manifest has none of the labels {', '.join(classifier.classes)}")
+        return values
+
+
+def _as_text(label: object) -> str:
+    """Return a label as the text that `labels_of` returns."""
+    return ("yes" if label else "no") if isinstance(label, bool) else str(label)

@@ -1,0 +1,32 @@
+"""Inception score: whether clips are classified with confidence and belong to many classes (arXiv:1606.03498)."""
+
+import numpy as np
+from beartype import beartype
+
+from musiclm_pytorch.evaluation.metric import ClipSet, Extractor, Metric
+from musiclm_pytorch.evaluation.metrics.kl_divergence import kl_divergence
+from musiclm_pytorch.evaluation.report import MetricValue
+
+__all__ = ["InceptionScore", "inception_score"]
+
+
+@beartype
+def inception_score(posteriors: np.ndarray) -> float:
+    """Compute exp of the mean KL divergence of class probabilities `[n, k]` and their mean; 1..k."""
+    return float(np.exp(kl_divergence(posteriors, posteriors.mean(axis=0)).mean()))
+
+
+class InceptionScore(Metric):
+    """Inception score of the class probabilities of a classifier."""
+
+    def __init__(self, classifier: Extractor) -> None:
+        self.classifier = classifier
+        self.extractors = (classifier,)
+        self.name = f"inception score ({classifier.name})"
+
+    def measure(self, clips: ClipSet, real: ClipSet | None, training: ClipSet | None) -> list[MetricValue]:
+        """Measure the clips; a single clip has the score 1."""
+        posteriors = clips.posteriors(self.classifier)
+        name = f"{self.name} / {clips.name}"
+        note = self.classifier.note()
+        return [MetricValue.measured(name, lambda rows: inception_score(posteriors[rows]), len(clips), None, note)]
