@@ -43,6 +43,8 @@ class StageTask:
             that the stage learns to continue its own imperfect samples. Training draws the share of each item uniformly
             from 0 to `history_noise`. Targets have no noise.
         input_noise: The same for the input tokens that an earlier stage predicts in generation.
+        level_weights: Weight of every predicted level in the training loss, which is the weighted mean of the levels;
+            empty = equal weights. Metrics and validation have equal weights.
         batch_size: Number of items of a validation batch.
         token_fingerprints: Fingerprints of the tokenizers and conditioners.
 
@@ -62,6 +64,7 @@ class StageTask:
         level_drop_prob: float | int = 0.0,
         history_noise: float | int = 0.0,
         input_noise: float | int = 0.0,
+        level_weights: Sequence[float | int] = (),
         batch_size: int = 16,
         token_fingerprints: Mapping[str, str] | None = None,
     ) -> None:
@@ -82,6 +85,9 @@ class StageTask:
         self.conditioner, self.text_conditioner = audio_conditioner, text_conditioner
         self.level_drop_prob, self.batch_size = level_drop_prob, batch_size
         self.noise = _noise_of_streams(transformer, history_noise, input_noise)
+        self.level_weights, stream = tuple(level_weights), transformer.layout.predicted[0]
+        if self.level_weights and (len(level_weights) != stream.num_levels or min(level_weights) <= 0):
+            raise ValueError(f"level_weights needs {stream.num_levels} positive numbers, got {self.level_weights}")
         self.name = f"{transformer.namespace} transformer"
         parts: dict[str, nn.Module] = {"transformer": transformer}
         if audio_conditioner is not None:
@@ -95,6 +101,7 @@ class StageTask:
         config = {name: value for name, value in transformer.config.items() if name not in _NOT_DECISIVE}
         self.config: dict[str, Any] = {
             **shares,
+            "level_weights": list(self.level_weights),
             "transformer": json.loads(json.dumps(config)),
             "token_fingerprints": self.token_fingerprints,
         }
@@ -104,9 +111,14 @@ class StageTask:
         return self.train.batch(indices)
 
     def loss(self, batch: Any, step: int) -> LossOutput:
-        """Return the cross-entropy of a training batch in nats per token."""
+        """Return the cross-entropy of a training batch in nats per token, as the mean with weights of the levels."""
         prediction = self._predict(self.train, batch)
-        return LossOutput(prediction.loss, _metrics(prediction))
+        loss, weights = prediction.loss, self.level_weights
+        if len(weights) > 1:
+            name = self.transformer.layout.predicted[0].name
+            levels = torch.stack([prediction.per_stream[f"{name}.{level}"] for level in range(len(weights))])
+            loss = (levels * levels.new_tensor(weights)).sum() / sum(weights)
+        return LossOutput(loss, _metrics(prediction))
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

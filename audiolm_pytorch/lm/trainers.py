@@ -60,8 +60,9 @@ class StageTrainer:
         accelerator: Accelerator that several trainers of one program share; None = a new accelerator.
         level_drop_prob: Probability that the last levels of the conditioning codes of a training item are dropped.
         history_noise: Largest share of the predicted tokens that random tokens replace in the input of the stage;
-            `StageTask` documents this argument and `input_noise`.
+            `StageTask` documents this argument, `input_noise` and `level_weights`.
         input_noise: The same for the input tokens that an earlier stage predicts in generation.
+        level_weights: Weight of every predicted level in the loss; empty = equal weights.
         text_prob: Probability that training computes the codes of a recording from its caption, as in generation,
             instead of its audio.
         conditioners: Functions that compute further conditions of the stage from a `WaveBatch`, by condition name; not
@@ -91,6 +92,7 @@ class StageTrainer:
         level_drop_prob: float | int = 0.0,
         history_noise: float | int = 0.0,
         input_noise: float | int = 0.0,
+        level_weights: Sequence[float | int] = (),
         text_prob: float | int = 0.0,
         conditioners: Mapping[str, ConditionFunction] | None = None,
         **settings: Any,
@@ -142,6 +144,7 @@ class StageTrainer:
             level_drop_prob=level_drop_prob,
             history_noise=history_noise,
             input_noise=input_noise,
+            level_weights=level_weights,
             batch_size=batch_size,
             token_fingerprints=agreed_fingerprints(transformer, *modules, all_shards),
         )

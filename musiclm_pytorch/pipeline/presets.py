@@ -110,7 +110,8 @@ class StageConfig(TransformerConfig):
     In training, the condition codes of an item are removed with probability `cond_drop_prob`, and truncated to the
     first levels with probability `level_drop_prob`. With probability `text_prob`, condition codes are computed from a
     caption instead of the recording. Random tokens replace up to a share `history_noise` of the predicted tokens that
-    the model reads, and up to `input_noise` of the tokens of the stage before. Only the coarse stage uses
+    the model reads, and up to `input_noise` of the tokens of the stage before. The loss is the mean over the predicted
+    levels, weighted by `level_weights`. Only the coarse stage uses
     `semantic_lookahead_seconds` and `guide_semantic`.
     """
 
@@ -122,6 +123,7 @@ class StageConfig(TransformerConfig):
     text_prob: float = 0.0
     history_noise: float = 0.0
     input_noise: float = 0.0
+    level_weights: tuple[float, ...] = ()
     semantic_lookahead_seconds: float = 0.0
     guide_semantic: bool = False
 

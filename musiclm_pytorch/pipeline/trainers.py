@@ -77,6 +77,7 @@ def stage_trainer(preset: Preset, transformer: StageTransformer, stage: str, **d
         text_prob=config.text_prob,
         history_noise=config.history_noise,
         input_noise=config.input_noise,
+        level_weights=config.level_weights,
         **_loop_settings(config.run),
         **data_and_loop,
     )

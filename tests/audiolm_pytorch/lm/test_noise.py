@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from tests.helpers.processes import run_two_processes
 EXTRA = [Stream("words", 5, rate_hz=None, is_input=True), Stream("melody", 7, rate_hz=25, is_input=True)]
 
 
-def noisy_task(folder: Path, name: str, pattern: str = "delayed", **noise: float) -> StageTask:
+def noisy_task(folder: Path, name: str, pattern: str = "delayed", **noise: Any) -> StageTask:
     """The task of a stage with further input streams, on four random records; two of them end inside the crop."""
 
     def make_record(index):
@@ -133,6 +134,23 @@ def test_two_processes_resume_with_the_same_noise(tmp_path):
         assert (folder / "coarse" / "config.json").exists(), done.stderr[-3000:]
         weights.append(read_weights(folder / "coarse" / "model.safetensors")[0])
     assert equal(*weights)
+
+
+def test_level_weights_change_only_the_training_loss(tmp_path):
+    """The loss is the weighted mean of the levels; equal weights are the default; metrics have no weights."""
+    losses = {}
+    for weights in ((), (1, 1), (3, 1)):
+        task = noisy_task(tmp_path, "coarse", level_weights=weights)
+        torch.manual_seed(1)
+        task.transformer.load_state_dict({k: torch.randn_like(v) for k, v in task.transformer.state_dict().items()})
+        losses[weights] = task.loss(task.batch([(0, 1), (0, 2)]), 0)
+    levels = [losses[3, 1].metrics[f"loss_coarse.{level}"] for level in (0, 1)]
+    torch.testing.assert_close(losses[3, 1].loss.detach(), 0.75 * levels[0] + 0.25 * levels[1])
+    torch.testing.assert_close(losses[1, 1].loss, losses[()].loss)
+    assert losses[3, 1].metrics["loss_coarse"] == losses[()].metrics["loss_coarse"]
+    for wrong in ((1,), (1, 0)):
+        with pytest.raises(ValueError, match="level_weights needs 2 positive numbers, got"):
+            noisy_task(tmp_path, "coarse", level_weights=wrong)
 
 
 def test_wrong_noise_raises_errors(tmp_path):
