@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from audiolm_pytorch.audio.files import write_audio
-from musiclm_pytorch.recipes.corpus.corpus import plan_clip
+from musiclm_pytorch.recipes.corpus.planning import plan_clip
 
 RATE_HZ = 8000
 

@@ -1,21 +1,32 @@
-"""Random composition of tunes in eight-bar parts, each with two phrases of melody over a chord progression.
+"""Random composition of folk tunes and of songs, in phrases of four bars of melody over a chord progression.
 
-The first phrase of an eight-bar part ends with an open cadence, which needs a continuation. The second phrase repeats
-the first two bars of the first phrase and ends on the tonic. Notes on strong beats belong to the chord; other notes
-move along the scale or the chord. A repeated motif is transposed along the scale to the new chord.
+The first phrase of a part ends with an open cadence, which needs a continuation. The next phrases repeat the first
+two bars of the first phrase, and the last phrase ends on the tonic. Notes on strong beats belong to the chord; other
+notes move along the scale or the chord. A repeated motif is transposed along the scale to the new chord.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from random import Random
 from typing import TypeVar
 
 from beartype import beartype
 
 from musiclm_pytorch.recipes.corpus.dances import DANCES, Metre
-from musiclm_pytorch.recipes.corpus.theory import CADENCES, KEYS, OPENINGS, SCALES, Chord, Scale
+from musiclm_pytorch.recipes.corpus.styles import Progression, Style
+from musiclm_pytorch.recipes.corpus.theory import (
+    CADENCES,
+    KEYS,
+    NAMED_SCALES,
+    OPENINGS,
+    SCALES,
+    Chord,
+    Scale,
+    parse_phrases,
+)
 
-__all__ = ["ChordSpan", "MelodyNote", "Tune", "compose_tune"]
+__all__ = ["ChordSpan", "MelodyNote", "Tune", "compose_song", "compose_tune"]
 
 # Range of melodies in the middle register, and the pitch that they tend to (MIDI).
 LOWEST_PITCH, CENTRE_PITCH, HIGHEST_PITCH = 61, 72, 83
@@ -27,6 +38,7 @@ BUSY_FRACTION = 0.4
 
 # Motif of each bar of a phrase; z and y are cadences.
 _PHRASE_PLANS = ("abaz", "aabz", "abcz", "abbz")
+_SONG_FORMS = ("AABA", "ABAB", "AABB")
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,7 @@ class ChordSpan:
 
     start_quarters: float
     duration_quarters: float
-    pitches: tuple[int, int, int]
+    pitches: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,7 @@ class Tune:
     """A composed tune with melody, chords, scale and rhythm.
 
     Args:
-        dance: Name of the dance, a key of `DANCES`.
+        style: Name of the dance or style.
         mode: "major" or "minor".
         scale: Scale of the melody and the chords.
         metre: Rhythms and drum positions of every bar.
@@ -62,7 +74,7 @@ class Tune:
         chords: Chords of the accompaniment in order of time, without gaps.
     """
 
-    dance: str
+    style: str
     mode: str
     scale: Scale
     metre: Metre
@@ -103,19 +115,26 @@ class _Composer:
         self.centre = min(degrees, key=lambda degree: abs(scale.pitch(degree) - CENTRE_PITCH))
         self.last = self.centre
 
-    def part(self) -> list[_Bar]:
-        """Compose two phrases of four bars; the first phrase has an open cadence, the second ends on the tonic."""
+    def part(self, phrases: Sequence[Sequence[tuple[Chord, ...]]]) -> list[_Bar]:
+        """Compose phrases of four bars over chords; later phrases repeat two bars, and the last ends on the tonic."""
         rng = self.rng
-        opening = rng.choice(OPENINGS[self.mode])
         plan = rng.choice(_PHRASE_PLANS)
-        question = self._phrase([*opening, *rng.choice(CADENCES[self.mode, "open"])], plan, {}, closed=False)
-        answer_plan = plan[:2] + rng.choice(("a", "b", "d")) + "y"
+        bars = self._phrase(phrases[0], plan, {}, closed=len(phrases) == 1)
         # `reversed` keeps the first occurrence of each motif.
-        motifs = dict(zip(reversed(plan), reversed(question), strict=True))
-        answer = self._phrase([*opening, *rng.choice(CADENCES[self.mode, "closed"])], answer_plan, motifs, closed=True)
-        return question + answer
+        motifs = dict(zip(reversed(plan), reversed(bars), strict=True))
+        for number, phrase in enumerate(phrases[1:], start=2):
+            answer_plan = plan[:2] + rng.choice(("a", "b", "d")) + "y"
+            bars += self._phrase(phrase, answer_plan, motifs, closed=number == len(phrases))
+        return bars
 
-    def _phrase(self, harmony: list[tuple[Chord, ...]], plan: str, motifs: dict[str, _Bar], closed: bool) -> list[_Bar]:
+    def folk_phrases(self) -> list[list[tuple[Chord, ...]]]:
+        """Draw the chords of two phrases; the first phrase has an open cadence, the second ends on the tonic."""
+        opening = self.rng.choice(OPENINGS[self.mode])
+        return [[*opening, *self.rng.choice(CADENCES[self.mode, ending])] for ending in ("open", "closed")]
+
+    def _phrase(
+        self, harmony: Sequence[tuple[Chord, ...]], plan: str, motifs: dict[str, _Bar], closed: bool
+    ) -> list[_Bar]:
         bars = []
         for position, (motif, names) in enumerate(zip(plan, harmony, strict=True)):
             chords = self._chords_of_groups(names)
@@ -207,12 +226,14 @@ class _Composer:
     def _cadence(self, chords: tuple[Chord, ...], closed: bool) -> _Bar:
         """Compose the last bar of a phrase, which leads to the tonic if `closed`, or else to the root of the chord."""
         rhythms = self.rng.choice(self.metre.closing)
-        goal = 0 if closed else chords[-1].degree
+        goal = 0 if closed and chords[-1].has(0) else chords[-1].degree
         homes = [degree for degree in range(self.lowest, self.highest + 1) if degree % 7 == goal]
         return self._new_bar(rhythms, chords, end=min(homes, key=lambda degree: abs(degree - self.last)))
 
 
-def _score(bars: list[_Bar], scale: Scale, metre: Metre, busy: bool) -> tuple[list[MelodyNote], list[ChordSpan]]:
+def _score(
+    bars: list[_Bar], scale: Scale, metre: Metre, busy: bool, chord_size: int = 3
+) -> tuple[list[MelodyNote], list[ChordSpan]]:
     """Convert composed bars to notes and chords. If `busy` is True, every group of notes repeats the chord."""
     notes: list[MelodyNote] = []
     spans: list[ChordSpan] = []
@@ -220,27 +241,37 @@ def _score(bars: list[_Bar], scale: Scale, metre: Metre, busy: bool) -> tuple[li
         position = index * metre.quarters_per_bar
         for group, (rhythm, chord, degrees) in enumerate(zip(bar.rhythms, bar.chords, bar.degrees, strict=True)):
             if busy or group == 0 or chord != bar.chords[group - 1]:
-                spans.append(ChordSpan(position, metre.groups[group], scale.triad(chord, LOWEST_CHORD_ROOT)))
+                spans.append(
+                    ChordSpan(position, metre.groups[group], scale.chord(chord, LOWEST_CHORD_ROOT, chord_size))
+                )
             else:
                 spans[-1] = ChordSpan(
                     spans[-1].start_quarters, spans[-1].duration_quarters + metre.groups[group], spans[-1].pitches
                 )
             start = position
             for number, (duration, degree) in enumerate(zip(rhythm, degrees, strict=True)):
-                notes.append(MelodyNote(start, duration, scale.pitch(degree, chord.leading), number == 0))
-                start += duration
+                if duration > 0:
+                    notes.append(MelodyNote(start, duration, scale.pitch(degree, chord.leading), number == 0))
+                start += abs(duration)
             position += metre.groups[group]
     return notes, spans
 
 
+def _dense(metre: Metre, density: float) -> Metre:
+    """Multiply the weight of every rhythm by `density` per note."""
+    figures = {figure: weight * density ** sum(step > 0 for step in figure) for figure, weight in metre.figures.items()}
+    return replace(metre, figures=figures)
+
+
 @beartype
-def compose_tune(dance: str, mode: str, rng: Random) -> Tune:
+def compose_tune(dance: str, mode: str, rng: Random, density: float = 1.0) -> Tune:
     """Compose a tune of 32 bars from two eight-bar parts A and B, in an order such as AABB.
 
     Args:
         dance: Name of the dance, a key of `DANCES`.
         mode: "major" or "minor".
         rng: Random generator; equal generator states create equal tunes.
+        density: Factor on the weight of a rhythm for each of its notes; above 1 = more notes.
     """
     if dance not in DANCES:
         raise ValueError(f"unknown dance {dance!r}; use one of {', '.join(sorted(DANCES))}")
@@ -249,8 +280,30 @@ def compose_tune(dance: str, mode: str, rng: Random) -> Tune:
     kind = DANCES[dance]
     metre = rng.choices([metre for metre, _ in kind.metres], weights=[weight for _, weight in kind.metres])[0]
     scale = Scale(_pick(rng, KEYS[mode]), _pick(rng, SCALES[mode]))
-    composer = _Composer(scale, mode, metre, rng)
-    parts = {"A": composer.part(), "B": composer.part()}
+    composer = _Composer(scale, mode, _dense(metre, density), rng)
+    parts = {letter: composer.part(composer.folk_phrases()) for letter in "AB"}
     bars = [bar for letter in rng.choice(kind.forms) for bar in parts[letter]]
     notes, chords = _score(bars, scale, metre, busy=rng.random() < BUSY_FRACTION)
     return Tune(dance, mode, scale, metre, len(bars), tuple(notes), tuple(chords))
+
+
+@beartype
+def compose_song(style: Style, progression: Progression, rng: Random, density: float = 1.0) -> Tune:
+    """Compose a song of two parts A and B over the chords of a progression, in an order such as AABA.
+
+    Args:
+        style: Style that provides the rhythms of the melody.
+        progression: Scale and chords.
+        rng: Random generator; equal generator states create equal songs.
+        density: Factor on the weight of a rhythm for each of its notes; above 1 = more notes.
+    """
+    metre = rng.choice(style.metres)
+    scale = Scale(rng.randrange(60, 72), NAMED_SCALES[progression.scale])
+    composer = _Composer(scale, progression.mode, _dense(metre, density), rng)
+    phrases = parse_phrases(progression.chords)
+    if len(phrases) == 1:
+        phrases = phrases * 2
+    parts = {letter: composer.part(phrases) for letter in "AB"}
+    bars = [bar for letter in rng.choice(_SONG_FORMS) for bar in parts[letter]]
+    notes, chords = _score(bars, scale, metre, busy=False, chord_size=style.chord_size)
+    return Tune(style.name, progression.mode, scale, metre, len(bars), tuple(notes), tuple(chords))

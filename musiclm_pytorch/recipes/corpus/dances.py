@@ -6,7 +6,7 @@ two groups of three eighth notes.
 
 from dataclasses import dataclass
 
-__all__ = ["DANCES", "Dance", "Metre"]
+__all__ = ["DANCES", "HORNPIPE", "JIG", "MARCH", "SONG", "WALTZ", "Dance", "Metre"]
 
 Figure = tuple[float, ...]
 
@@ -17,7 +17,7 @@ class Metre:
 
     Args:
         groups: Length in quarter notes of each group of notes in a bar; a group starts on a strong beat.
-        figures: Possible rhythms of one group of notes, with the weight of each rhythm.
+        figures: Possible rhythms of one group of notes, with the weight of each rhythm; negative durations are rests.
         closing: Possible rhythms of the last bar of a phrase, with one rhythm per group of notes.
         kick: Positions of bass drum hits in the bar, in quarter notes.
         snare: Positions of snare drum hits in the bar, in quarter notes.
@@ -26,8 +26,8 @@ class Metre:
     groups: tuple[float, ...]
     figures: dict[Figure, float]
     closing: tuple[tuple[Figure, ...], ...]
-    kick: tuple[float, ...]
-    snare: tuple[float, ...]
+    kick: tuple[float, ...] = ()
+    snare: tuple[float, ...] = ()
 
     @property
     def quarters_per_bar(self) -> float:
@@ -45,7 +45,7 @@ class Dance:
 
 _THIRD = 1 / 3
 
-_REEL = Metre(
+REEL = Metre(
     groups=(2.0, 2.0),
     figures={
         (0.5, 0.5, 0.5, 0.5): 8.0,
@@ -64,7 +64,7 @@ _REEL = Metre(
     kick=(0.0, 2.0),
     snare=(1.0, 3.0),
 )
-_HORNPIPE = Metre(
+HORNPIPE = Metre(
     groups=(2.0, 2.0),
     figures={
         (0.75, 0.25, 0.75, 0.25): 8.0,
@@ -77,14 +77,14 @@ _HORNPIPE = Metre(
     kick=(0.0, 2.0),
     snare=(1.0, 3.0),
 )
-_JIG = Metre(
+JIG = Metre(
     groups=(1.5, 1.5),
     figures={(0.5, 0.5, 0.5): 8.0, (1.0, 0.5): 4.0, (1.5,): 0.6, (0.75, 0.25, 0.5): 0.8, (0.5, 1.0): 0.3},
     closing=(((0.5, 0.5, 0.5), (1.5,)), ((1.0, 0.5), (1.5,)), ((1.0, 0.5), (1.0, 0.5)), ((0.5, 0.5, 0.5), (1.0, 0.5))),
     kick=(0.0,),
     snare=(1.5,),
 )
-_SLIP_JIG = Metre(
+SLIP_JIG = Metre(
     groups=(1.5, 1.5, 1.5),
     figures={(0.5, 0.5, 0.5): 7.0, (1.0, 0.5): 5.0, (1.5,): 0.8},
     closing=(
@@ -95,7 +95,7 @@ _SLIP_JIG = Metre(
     kick=(0.0,),
     snare=(1.5, 3.0),
 )
-_WALTZ = Metre(
+WALTZ = Metre(
     groups=(3.0,),
     figures={
         (1.0, 1.0, 1.0): 5.0,
@@ -109,7 +109,7 @@ _WALTZ = Metre(
     kick=(0.0,),
     snare=(1.0, 2.0),
 )
-_SONG = Metre(
+SONG = Metre(
     groups=(2.0, 2.0),
     figures={
         (1.0, 1.0): 5.0,
@@ -123,7 +123,7 @@ _SONG = Metre(
     kick=(0.0, 2.0),
     snare=(1.0, 3.0),
 )
-_MARCH = Metre(
+MARCH = Metre(
     groups=(2.0, 2.0),
     figures={
         (1.0, 1.0): 4.0,
@@ -143,13 +143,13 @@ _SONG_FORMS = ("AABA", "ABAB", "AABB")
 
 # Every value of the label `dance`.
 DANCES: dict[str, Dance] = {
-    "reel": Dance(((_REEL, 1.0),), _DANCE_FORMS),
-    "jig": Dance(((_JIG, 1.0),), _DANCE_FORMS),
-    "hornpipe": Dance(((_HORNPIPE, 1.0),), _DANCE_FORMS),
-    "waltz": Dance(((_WALTZ, 1.0),), ("AABB", "AABA")),
-    "slip jig": Dance(((_SLIP_JIG, 1.0),), _DANCE_FORMS),
-    "folk tune": Dance(((_SONG, 3.0), (_WALTZ, 1.0), (_JIG, 1.0)), _SONG_FORMS),
-    "morris dance": Dance(((_MARCH, 2.0), (_JIG, 1.0)), _DANCE_FORMS),
-    "country dance": Dance(((_MARCH, 2.0), (_REEL, 1.0), (_JIG, 1.0)), _DANCE_FORMS),
-    "christmas carol": Dance(((_SONG, 3.0), (_WALTZ, 1.0)), _SONG_FORMS),
+    "reel": Dance(((REEL, 1.0),), _DANCE_FORMS),
+    "jig": Dance(((JIG, 1.0),), _DANCE_FORMS),
+    "hornpipe": Dance(((HORNPIPE, 1.0),), _DANCE_FORMS),
+    "waltz": Dance(((WALTZ, 1.0),), ("AABB", "AABA")),
+    "slip jig": Dance(((SLIP_JIG, 1.0),), _DANCE_FORMS),
+    "folk tune": Dance(((SONG, 3.0), (WALTZ, 1.0), (JIG, 1.0)), _SONG_FORMS),
+    "morris dance": Dance(((MARCH, 2.0), (JIG, 1.0)), _DANCE_FORMS),
+    "country dance": Dance(((MARCH, 2.0), (REEL, 1.0), (JIG, 1.0)), _DANCE_FORMS),
+    "christmas carol": Dance(((SONG, 3.0), (WALTZ, 1.0)), _SONG_FORMS),
 }

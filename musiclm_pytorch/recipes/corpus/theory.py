@@ -6,7 +6,17 @@ tonic). A motif of scale degrees stays in the key when it is transposed.
 
 from dataclasses import dataclass
 
-__all__ = ["CADENCES", "KEYS", "OPENINGS", "SCALES", "Chord", "Scale"]
+__all__ = ["CADENCES", "KEYS", "NAMED_SCALES", "OPENINGS", "SCALES", "Chord", "Scale", "parse_phrases"]
+
+# Scales of the progressions of styles, as semitones above the tonic.
+NAMED_SCALES: dict[str, tuple[int, ...]] = {
+    "ionian": (0, 2, 4, 5, 7, 9, 11),
+    "mixolydian": (0, 2, 4, 5, 7, 9, 10),
+    "dorian": (0, 2, 3, 5, 7, 9, 10),
+    "aeolian": (0, 2, 3, 5, 7, 8, 10),
+    "harmonic": (0, 2, 3, 5, 7, 8, 11),
+    "phrygian": (0, 1, 3, 5, 7, 8, 10),
+}
 
 # Scales of each value of the label `mode`, as semitones above the tonic, with weights.
 SCALES: dict[str, dict[tuple[int, ...], float]] = {
@@ -23,15 +33,17 @@ KEYS: dict[str, dict[int, float]] = {
 
 @dataclass(frozen=True)
 class Chord:
-    """A triad whose root is a degree of a scale.
+    """A chord whose root is a degree of a scale.
 
     Args:
         degree: Scale degree of the root, 0..6.
         leading: Whether the seventh degree of the scale is raised (the major dominant of a minor key).
+        dominant: Whether the chord is a dominant seventh chord, also if the scale lacks its notes (blues).
     """
 
     degree: int
     leading: bool = False
+    dominant: bool = False
 
     def has(self, degree: int) -> bool:
         """Whether the scale degree `degree`, in any octave, belongs to the chord."""
@@ -56,16 +68,28 @@ class Scale:
         raised = int(leading and step == 6 and self.steps[6] == 10)
         return self.tonic + 12 * octave + self.steps[step] + raised
 
-    def triad(self, chord: Chord, lowest: int) -> tuple[int, int, int]:
-        """Return the MIDI pitches of a chord in root position, with the root in the octave above the pitch `lowest`."""
-        root, third, fifth = (self.pitch(chord.degree + offset, chord.leading) for offset in (0, 2, 4))
+    def chord(self, chord: Chord, lowest: int, size: int = 3) -> tuple[int, ...]:
+        """Return the MIDI pitches of a chord of `size` notes in root position (root in the octave above `lowest`)."""
+        root = self.pitch(chord.degree, chord.leading)
+        if chord.dominant:
+            pitches = [root + interval for interval in (0, 4, 7, 10)]
+        else:
+            pitches = [self.pitch(chord.degree + 2 * third, chord.leading) for third in range(size)]
         shift = lowest + (root - lowest) % 12 - root
-        return root + shift, third + shift, fifth + shift
+        return tuple(pitch + shift for pitch in pitches)
 
 
 def _bars(*bars: str) -> tuple[tuple[Chord, ...], ...]:
-    """Parse one string of chords per bar; "1 5" means chords on degrees 1 and 5, and "+" raises the seventh degree."""
-    return tuple(tuple(Chord(int(name[0]) - 1, name.endswith("+")) for name in bar.split()) for bar in bars)
+    """Parse one string of chords per bar, such as "1 5" for chords on degrees 1 and 5.
+
+    A "+" raises the seventh degree of the scale, and "d" makes a dominant seventh chord.
+    """
+    return tuple(tuple(Chord(int(name[0]) - 1, "+" in name, "d" in name) for name in bar.split()) for bar in bars)
+
+
+def parse_phrases(progression: str) -> list[tuple[tuple[Chord, ...], ...]]:
+    """Parse the chords of a progression, such as "1|4|1|5 / 1|4|5|1" for two phrases of four bars."""
+    return [_bars(*phrase.split("|")) for phrase in progression.split("/")]
 
 
 # First two bars of a phrase, by mode.

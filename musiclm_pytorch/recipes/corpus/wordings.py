@@ -12,6 +12,9 @@ range of the melody fill the slot `{register}`, which often stays empty. The art
 
 from typing import NamedTuple
 
+from musiclm_pytorch.recipes.corpus.instruments import INSTRUMENTS
+from musiclm_pytorch.recipes.corpus.vocabulary import STYLE_CHORDS
+
 __all__ = ["HELD_OUT", "TRAINING", "Wordings"]
 
 
@@ -32,25 +35,7 @@ class Wordings(NamedTuple):
     partial: tuple[str, ...]
 
 
-_PLAIN_INSTRUMENTS: dict[str, tuple[str, ...]] = {
-    name: (name,)
-    for name in (
-        "accordion",
-        "acoustic guitar",
-        "cello",
-        "choir",
-        "church organ",
-        "clarinet",
-        "distorted electric guitar",
-        "flute",
-        "harpsichord",
-        "marimba",
-        "music box",
-        "piano",
-        "trumpet",
-        "violin",
-    )
-}
+_PLAIN_INSTRUMENTS: dict[str, tuple[str, ...]] = {name: (name,) for name in INSTRUMENTS}
 _PLAIN_DANCES: dict[str, tuple[str, ...]] = {
     name: (name,)
     for name in (
@@ -70,13 +55,36 @@ TRAINING = Wordings(
     instrument=_PLAIN_INSTRUMENTS
     | {
         "acoustic guitar": ("acoustic guitar",) * 5 + ("nylon-string guitar", "classical guitar", "guitar"),
+        "bagpipes": ("bagpipes",) * 3 + ("bagpipe", "highland bagpipes"),
+        "banjo": ("banjo",) * 4 + ("country banjo", "plucked banjo"),
+        "bass guitar": ("bass guitar",) * 3 + ("bass", "electric bass guitar"),
+        "brass section": ("brass section",) * 3 + ("brass", "brass ensemble", "brass band"),
+        "cello": ("cello",) * 5 + ("deep cello",),
         "choir": ("choir",) * 5 + ("singing choir", "choir of voices", "vocal choir"),
         "church organ": ("church organ",) * 5 + ("pipe organ", "organ"),
+        "clean electric guitar": ("clean electric guitar",) * 3 + ("electric guitar", "clean guitar", "jazz guitar"),
         "distorted electric guitar": ("distorted electric guitar",) * 4
         + ("electric guitar with distortion", "distorted guitar", "electric guitar", "overdriven electric guitar"),
+        "electric organ": ("electric organ",) * 3 + ("hammond organ", "organ"),
+        "electric piano": ("electric piano",) * 3 + ("rhodes", "keyboard", "electric keyboard"),
         "flute": ("flute",) * 7 + ("concert flute",),
+        "french horn": ("french horn",) * 3 + ("horn",),
+        "glockenspiel": ("glockenspiel",) * 3 + ("bells", "glockenspiel bells"),
+        "harmonica": ("harmonica",) * 3 + ("blues harp", "mouth organ"),
+        "harp": ("harp",) * 4 + ("plucked harp", "concert harp"),
+        "kalimba": ("kalimba",) * 3 + ("thumb piano",),
         "marimba": ("marimba",) * 7 + ("wooden marimba",),
         "piano": ("piano",) * 6 + ("grand piano", "acoustic piano"),
+        "recorder": ("recorder",) * 3 + ("wooden recorder", "recorder flute"),
+        "saxophone": ("saxophone",) * 4 + ("sax", "alto saxophone", "saxophone"),
+        "sitar": ("sitar",) * 3 + ("indian sitar",),
+        "steel guitar": ("steel guitar",) * 2
+        + ("steel string guitar", "acoustic guitar", "steel string acoustic guitar"),
+        "string ensemble": ("string ensemble",) * 3 + ("strings", "string orchestra", "violins", "string section"),
+        "synth lead": ("synth lead",) * 3
+        + ("synth", "synthesizer", "lead synth", "digital synthesizer", "synthesiser"),
+        "synth pad": ("synth pad",) * 3 + ("synth", "ambient synth", "synthesizer pad", "warm pad"),
+        "vibraphone": ("vibraphone",) * 3 + ("vibes",),
         "violin": ("violin",) * 5 + ("fiddle", "folk violin"),
     },
     tempo={
@@ -127,7 +135,8 @@ TRAINING = Wordings(
         "guitar chords": ("guitar chords",) * 4 + ("guitar accompaniment", "chords on the guitar", "a strummed guitar"),
         "piano chords": ("piano chords",) * 4 + ("piano accompaniment", "chords on the piano", "a piano behind it"),
         "string chords": ("string chords",) * 4 + ("string accompaniment", "strings", "sustained strings"),
-    },
+    }
+    | STYLE_CHORDS,
     drums=("drums",) * 4 + ("a drum kit", "percussion", "a drum beat"),
     solo=(" solo", " alone", ", unaccompanied", " solo", ", without accompaniment", ", no accompaniment", " by itself"),
     register={
@@ -202,7 +211,8 @@ HELD_OUT = Wordings(
         "guitar chords": ("chords from a guitar", "a guitar playing chords"),
         "piano chords": ("chords from a piano", "a piano playing chords"),
         "string chords": ("chords from strings", "strings playing chords"),
-    },
+    }
+    | {name: (f"background {name}",) for name in STYLE_CHORDS},
     drums=("a drum rhythm", "drums playing along"),
     solo=(" with no other instruments", " all alone", ", a solo"),
     register={

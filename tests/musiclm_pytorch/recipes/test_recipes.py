@@ -9,11 +9,14 @@ import pytest
 
 from musiclm_pytorch.recipes.corpus import corpus
 from musiclm_pytorch.recipes.corpus.composition import HIGHEST_PITCH, LOWEST_PITCH, Tune, compose_tune
-from musiclm_pytorch.recipes.corpus.corpus import HELD_OUT_PAIRS, make_corpus, plan_clip
+from musiclm_pytorch.recipes.corpus.corpus import make_corpus
 from musiclm_pytorch.recipes.corpus.dances import DANCES
+from musiclm_pytorch.recipes.corpus.instruments import INSTRUMENTS, REGISTERS
 from musiclm_pytorch.recipes.corpus.midi import DRUM_CHANNEL, TICKS_PER_SECOND, Note, ProgramChange, midi_bytes
-from musiclm_pytorch.recipes.corpus.performance import INSTRUMENTS, REGISTERS, TEMPI_BPM, ClipLabels, perform
-from musiclm_pytorch.recipes.corpus.render import find_synthesizer, render_performances
+from musiclm_pytorch.recipes.corpus.performance import TEMPI_BPM, ClipLabels, perform
+from musiclm_pytorch.recipes.corpus.planning import HELD_OUT_PAIRS, plan_clip
+from musiclm_pytorch.recipes.corpus.render import SOUNDFONTS, Soundfont, find_synthesizer, render_performances
+from musiclm_pytorch.recipes.corpus.repertoire import STYLES
 from musiclm_pytorch.recipes.corpus.theory import SCALES, Chord, Scale
 
 
@@ -48,7 +51,7 @@ def _labels(**changes: object) -> ClipLabels:
 )
 def test_triads_match_the_textbook(tonic: int, steps: tuple, degree: int, leading: bool, triad: tuple) -> None:
     """A wrong third would turn major into minor."""
-    assert Scale(tonic, steps).triad(Chord(degree, leading), lowest=36) == triad
+    assert Scale(tonic, steps).chord(Chord(degree, leading), lowest=36) == triad
 
 
 @pytest.mark.parametrize("dance", sorted(DANCES))
@@ -131,7 +134,7 @@ def test_performance_follows_its_labels() -> None:
     plain = perform(tune, _labels(), 3, 5.0, Random(0))
     melody = [event for event in plain if isinstance(event, Note)]
     assert {event.channel for event in melody} == {0}
-    assert [event.program for event in plain if isinstance(event, ProgramChange)] == [INSTRUMENTS["flute"]]
+    assert [event.program for event in plain if isinstance(event, ProgramChange)] == [INSTRUMENTS["flute"].program]
     assert min(note.start_seconds for note in melody) == 0.0
     assert max(note.start_seconds + note.duration_seconds for note in melody) <= 5.0 + 1e-9
 
@@ -212,7 +215,12 @@ def test_held_out_pairs_are_held_out_and_tested() -> None:
         ]
         assert marked == paired
         assert len(marked) == 0 if split == "train" else 5 <= len(marked) <= 40
-        assert all(abs(row["bpm"] / TEMPI_BPM[row["tempo"]] - 1) <= 0.061 for row in rows)
+        for row in rows:
+            if row["style"] == "folk dance":
+                assert abs(row["bpm"] / TEMPI_BPM[row["tempo"]] - 1) <= 0.061
+            else:
+                low, high = STYLES[row["style"]].tempi[row["tempo"]]
+                assert low - 0.1 <= row["bpm"] <= high + 0.1
     assert {"caption", "caption_seen"} <= set(rows[0])
 
 
@@ -222,19 +230,20 @@ def test_find_synthesizer_names_the_packages(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(RuntimeError, match=r"apt-get install fluidsynth"):
         find_synthesizer()
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/fluidsynth")
+    monkeypatch.setitem(SOUNDFONTS, "FluidR3 GM", Soundfont(Path("/nowhere/font.sf2"), "fluid-soundfont-gm"))
     with pytest.raises(RuntimeError, match="fluid-soundfont-gm"):
-        find_synthesizer(Path("/nowhere/font.sf2"))
+        find_synthesizer()
 
 
 def test_make_corpus_continues_an_interrupted_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An interrupted run has no manifest and is completed by the next run; other folders are an error."""
     np = pytest.importorskip("numpy")
-    monkeypatch.setattr(corpus, "find_synthesizer", lambda: "fluidsynth")
+    monkeypatch.setattr(corpus, "find_synthesizer", lambda name: "fluidsynth")
     monkeypatch.setattr(corpus, "CLIPS_PER_RUN", 2)
     monkeypatch.setattr(corpus, "NUM_WORKERS", 1)
     rendered: list[int] = []
 
-    def fake(performances: list, peaks: list, seconds: float, sample_hz: int) -> list:
+    def fake(performances: list, peaks: list, seconds: float, sample_hz: int, soundfont: str) -> list:
         if len(rendered) == 1:
             rendered.append(0)
             raise RuntimeError("interrupted")
@@ -243,10 +252,10 @@ def test_make_corpus_continues_an_interrupted_run(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(corpus, "render_performances", fake)
     with pytest.raises(RuntimeError, match="interrupted"):
-        make_corpus(tmp_path, 4, 2)
+        make_corpus(tmp_path, 4, 2, soundfont="FluidR3 GM")
     assert not (tmp_path / "train.jsonl").exists()
     rendered[:] = [9, 9]
-    make_corpus(tmp_path, 4, 2)
+    make_corpus(tmp_path, 4, 2, soundfont="FluidR3 GM")
     # The first run of the first attempt is not rendered again.
     assert len(rendered) <= 4
     rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
