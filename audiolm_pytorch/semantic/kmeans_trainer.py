@@ -5,7 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from audiolm_pytorch.nn.kmeans import (
     mini_batch_size,
     vector_statistics,
 )
-from audiolm_pytorch.saving.files import differences, read_json, write_json
+from audiolm_pytorch.saving.files import differences, write_json
 from audiolm_pytorch.saving.fingerprint import part_fingerprint
 from audiolm_pytorch.saving.modules import load_module, module_spec, read_config, save_module
 from audiolm_pytorch.semantic.base import FrameEncoder
@@ -33,6 +33,9 @@ from audiolm_pytorch.semantic.tokenizer import KMeansTokenizer
 from audiolm_pytorch.training.arguments import trainer_arguments
 from audiolm_pytorch.training.checkpoint import Checkpoint, CheckpointFolder
 from audiolm_pytorch.training.distributed import create_accelerator
+from audiolm_pytorch.training.loop import RUN_FILES
+from audiolm_pytorch.training.run_folder import claimed_folder, read_record
+from audiolm_pytorch.training.stopping import StopRequest, stop_signals
 from audiolm_pytorch.training.tracking import progress_bar
 
 if TYPE_CHECKING:
@@ -137,11 +140,14 @@ class KMeansTrainer:
     def train(self) -> KMeansFit:
         """Train a tokenizer, or continue an interrupted run; if the run is finished, only load its result."""
         accelerator = self._accelerator = self._accelerator or create_accelerator()
-        self._check_run_folder(accelerator)
-        if not self.is_finished:
-            self._write_features(accelerator)
-            if accelerator.is_main_process:
-                self._fit()
+        claim = claimed_folder(self.results_folder, RUN_FILES) if accelerator.is_main_process else nullcontext()
+        with claim, stop_signals() as request:
+            accelerator.wait_for_everyone()
+            self._check_run_folder(accelerator)
+            if not self.is_finished:
+                self._write_features(accelerator, request)
+                if accelerator.is_main_process:
+                    self._fit(request)
             accelerator.wait_for_everyone()
         tokenizer: Any = load_module(self.results_folder / "tokenizer", expect=KMeansTokenizer)
         return KMeansFit(tokenizer, ClusterUsage(**read_config(self.results_folder / "tokenizer")["usage"]))
@@ -152,7 +158,7 @@ class KMeansTrainer:
 
     def _record(self) -> dict[str, Any]:
         path = self.results_folder / "kmeans.json"
-        return dict(read_json(path)) if path.is_file() else {}
+        return read_record(path) if path.is_file() else {}
 
     def _check_run_folder(self, accelerator: "accelerate.Accelerator") -> None:
         """Write the settings to a new folder; for an existing run, check that it has the settings of this trainer."""
@@ -168,9 +174,14 @@ class KMeansTrainer:
             )
         accelerator.wait_for_everyone()
 
-    def _write_features(self, accelerator: "accelerate.Accelerator") -> None:
+    def _write_features(self, accelerator: "accelerate.Accelerator", request: StopRequest) -> None:
         total = -(-len(self._plan) // accelerator.num_processes)
         with closing(progress_bar("features", 0, total, shown=accelerator.is_main_process)) as bar:
+
+            def advance() -> None:
+                bar.update()
+                request.end_if_requested("while hidden states were computed; complete chunks are kept")
+
             write_features(
                 self.features_folder,
                 self._encoder,
@@ -178,13 +189,13 @@ class KMeansTrainer:
                 self._plan,
                 layer=self._layer,
                 origin=self._origin,
-                advance=bar.update,
+                advance=advance,
                 rank=accelerator.process_index,
                 world_size=accelerator.num_processes,
             )
         accelerator.wait_for_everyone()
 
-    def _fit(self) -> None:
+    def _fit(self, request: StopRequest) -> None:
         """Cluster the hidden states on disk, write the centroids every few seconds, and save the final tokenizer."""
         k, min_rows = self._num_clusters, mini_batch_size(self._num_clusters)
         shards = FeatureShards(self.features_folder, self._origin, self.num_tokens, self._encoder.dim, min_rows)
@@ -203,10 +214,11 @@ class KMeansTrainer:
             for epoch in range(first_epoch, num_epochs):
                 state["centroids"] = cluster_epoch(vectors, state["centroids"], (self._seed, 1, epoch))
                 bar.update()
-                if time.monotonic() - written >= _SECONDS_BETWEEN_STATES:
+                if request.number or time.monotonic() - written >= _SECONDS_BETWEEN_STATES:
                     weights = {name: torch.from_numpy(part) for name, part in state.items()}
                     checkpoints.write(Checkpoint(epoch + 1, {"state": weights}, {}))
                     written = time.monotonic()
+                request.end_if_requested(f"after epoch {epoch + 1} of {num_epochs} of k-means")
         self._save(state, ClusterUsage.of(vectors, state["centroids"]))
 
     def _save(self, state: dict[str, np.ndarray], usage: ClusterUsage) -> None:

@@ -1,24 +1,28 @@
 """The training loop: trains a task, writes checkpoints to a folder, and resumes interrupted runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from beartype import beartype
 from torch import nn
 
-from audiolm_pytorch.saving.files import read_json
 from audiolm_pytorch.saving.weights import load_weights
 from audiolm_pytorch.training.checkpoint import CheckpointFolder
 from audiolm_pytorch.training.distributed import create_accelerator
 from audiolm_pytorch.training.rng import preserve_rng
 from audiolm_pytorch.training.run import OnRow, TrainingRun, TrainResult, check_same_run, run_config
+from audiolm_pytorch.training.run_folder import claimed_folder, read_record
 from audiolm_pytorch.training.task import LoopSettings, Phase, Task
 
 if TYPE_CHECKING:
     import accelerate
 
-__all__ = ["TrainLoop", "TrainResult"]
+__all__ = ["RUN_FILES", "TrainLoop", "TrainResult"]
+
+# Files and folders by which the folder of a run is recognised.
+RUN_FILES = ("checkpoint", "checkpoint.previous", "checkpoint.new", "finished.json", "kmeans.json")
 
 
 class TrainLoop:
@@ -75,17 +79,24 @@ class TrainLoop:
             ValueError: If the folder contains a run with other settings; the message lists the differences.
             RuntimeError: If the loss or its gradients are not finite in 10 steps in a row.
         """
-        if stop_after_steps is not None and stop_after_steps < 1:
-            raise ValueError(f"stop_after_steps is {stop_after_steps}; it must be 1 or more, or None")
+        _check_stop_after(stop_after_steps)
+        with self._claimed_folder():
+            return self._train(stop_after_steps)
+
+    def _train(self, stop_after_steps: int | None) -> TrainResult:
         accelerator = self._running_accelerator()
         if self.is_finished:
-            finished = read_json(self.folder / "finished.json")
+            finished = read_record(self.folder / "finished.json", "step", "run", "metrics")
             config = run_config(self.task, self.settings, accelerator)
-            check_same_run(self.folder, finished["step"], finished["run"], config)
-            return TrainResult(finished["step"], finished["metrics"])
+            if not check_same_run(self.folder, finished["step"], finished["run"], config, self.settings):
+                return TrainResult(finished["step"], finished["metrics"])
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                (self.folder / "finished.json").unlink()
+            accelerator.wait_for_everyone()
         with preserve_rng():
             try:
-                if self._run is None:
+                if self._run is None or not self._run.is_current():
                     self._run = TrainingRun(self.task, self.settings, self.folder, accelerator, self._on_row)
                 result = self._run.advance(stop_after_steps)
             except BaseException:
@@ -98,11 +109,21 @@ class TrainLoop:
 
     def train_and_save(self, save: Callable[[], object], stop_after_steps: int | None = None) -> TrainResult:
         """Call `train`; at the end of the run, load the final weights and call `save` on the first process."""
-        result = self.train(stop_after_steps)
-        if self.is_finished:
-            self.final_module()
-            self.on_main_process(save)
+        _check_stop_after(stop_after_steps)
+        with self._claimed_folder():
+            result = self._train(stop_after_steps)
+            if self.is_finished:
+                self.final_module()
+                self.on_main_process(save)
         return result
+
+    @contextmanager
+    def _claimed_folder(self) -> Iterator[None]:
+        """Claim the folder on the first process while the other processes wait."""
+        accelerator = self._running_accelerator()
+        with claimed_folder(self.folder, RUN_FILES) if accelerator.is_main_process else nullcontext():
+            accelerator.wait_for_everyone()
+            yield
 
     def final_module(self) -> nn.Module:
         """Return the task's module in eval mode with the final weights of a finished run (the EMA if there is one)."""
@@ -125,6 +146,11 @@ class TrainLoop:
         if self._accelerator is None:
             self._accelerator = create_accelerator()
         return self._accelerator
+
+
+def _check_stop_after(stop_after_steps: int | None) -> None:
+    if stop_after_steps is not None and stop_after_steps < 1:
+        raise ValueError(f"stop_after_steps is {stop_after_steps}; it must be 1 or more, or None")
 
 
 def _check_phases(phases: tuple[Phase, ...]) -> None:

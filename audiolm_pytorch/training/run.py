@@ -1,6 +1,7 @@
 """Execution of a training run: steps, validations, metrics and checkpoints."""
 
 import logging
+import signal
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -11,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from audiolm_pytorch.data.batches import BatchPlan
-from audiolm_pytorch.saving.files import differences, write_json
+from audiolm_pytorch.saving.files import read_json, write_json
 from audiolm_pytorch.saving.weights import load_weights, weights_of
 from audiolm_pytorch.training.checkpoint import Checkpoint, CheckpointFolder
 from audiolm_pytorch.training.distributed import PersistentBuffers, broadcast_tensors, merge_means, to_device
 from audiolm_pytorch.training.ema import WeightEMA
 from audiolm_pytorch.training.optimizer import PhaseOptimizer
 from audiolm_pytorch.training.rng import seed_rng
+from audiolm_pytorch.training.run_folder import changed_settings
+from audiolm_pytorch.training.stopping import StopRequest, end_by_signal, stop_signals
 from audiolm_pytorch.training.task import LoopSettings, Task
 from audiolm_pytorch.training.tracking import MetricsFile, MetricWindow, finite_or_none, progress_bar
 
@@ -56,6 +59,7 @@ class _Progress:
     skipped: int = 0
     skips_in_a_row: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, float | None] = field(default_factory=dict)
+    changes: list[str] = field(default_factory=list)
 
 
 class TrainingRun:
@@ -86,8 +90,9 @@ class TrainingRun:
         accelerator.wait_for_everyone()
         if not accelerator.is_main_process and self.checkpoints.path.exists():
             checkpoint = self.checkpoints.read()
+        changes = []
         if checkpoint is not None:
-            check_same_run(folder, checkpoint.step, checkpoint.state["run"], self.config)
+            changes = check_same_run(folder, checkpoint.step, checkpoint.state["run"], self.config, settings)
         task.module.to(accelerator.device)
         if checkpoint is None:
             # without the rank: the preparation has to be the same on every process
@@ -105,6 +110,14 @@ class TrainingRun:
             self._write_checkpoint()
         else:
             self._restore(checkpoint)
+            self.progress.changes += [f"step {checkpoint.step}: {change}" for change in changes]
+
+    def is_current(self) -> bool:
+        """Whether the checkpoint in the folder is that of this run, and no other trainer has continued it."""
+        try:
+            return bool(read_json(self.checkpoints.path / "state.json")["step"] == self.progress.step)
+        except (ValueError, OSError):
+            return False
 
     def advance(self, stop_after_steps: int | None) -> TrainResult:
         """Train to the end of the run, or for `stop_after_steps` steps, and write a checkpoint."""
@@ -115,9 +128,11 @@ class TrainingRun:
         started = time.monotonic() - progress.seconds
         written_at = time.monotonic()
         self.task.module.train()
-        with progress_bar(
-            self.task.name, progress.step, settings.num_train_steps, self.accelerator.is_main_process
-        ) as bar:
+        is_main = self.accelerator.is_main_process
+        with (
+            stop_signals() as request,
+            progress_bar(self.task.name, progress.step, settings.num_train_steps, is_main) as bar,
+        ):
             while progress.step < end:
                 self._step()
                 progress.seconds = time.monotonic() - started
@@ -132,11 +147,24 @@ class TrainingRun:
                 if progress.step < end and (by_time or (every is not None and progress.step % every == 0)):
                     self._write_checkpoint()
                     written_at = time.monotonic()
+                self._stop_if_requested(request)
         self._write_checkpoint()
         if progress.step == settings.num_train_steps:
             self._finish()
         self.accelerator.wait_for_everyone()
         return TrainResult(progress.step, dict(progress.metrics))
+
+    def _stop_if_requested(self, request: StopRequest) -> None:
+        """End with a checkpoint if any process has received SIGTERM or Ctrl-C."""
+        number = request.number
+        if self.accelerator.num_processes > 1:
+            # all processes end after the same step; a signal that arrives now counts at the next step
+            numbers = self.accelerator.reduce(torch.tensor([number], device=self.accelerator.device), reduction="sum")
+            number = (number or signal.SIGTERM) if numbers.item() else 0
+        if number:
+            self._write_checkpoint()
+            step = f"after step {self.progress.step} of {self.settings.num_train_steps} of the {self.task.name}"
+            end_by_signal(number, f"{step}; a checkpoint is in {self.checkpoints.path}")
 
     def _step(self) -> None:
         """Run one step of every phase that has begun; all phases use the same batches."""
@@ -286,11 +314,15 @@ def run_config(task: Task, settings: LoopSettings, accelerator: "accelerate.Acce
     }
 
 
-def check_same_run(folder: Path, step: int, found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Check that the run in a folder has the expected `run_config`; the error message lists the differences."""
-    changes = differences(found, expected)
-    if changes:
+def check_same_run(
+    folder: Path, step: int, found: dict[str, Any], expected: dict[str, Any], settings: LoopSettings
+) -> list[str]:
+    """Check that the run in a folder has the expected `run_config`, and return the allowed differences."""
+    changes = changed_settings(folder, found, expected, settings.allow_changed, f" (step {step})")
+    fixed = [line for line in changes if line.startswith(("task:", "phases:"))]
+    if fixed or settings.num_train_steps < step:
         raise ValueError(
-            f"{folder} contains a run with other settings (step {step}): {'; '.join(changes)}. "
-            "Use the same settings to continue the run, or another folder for a new run"
+            f"{folder} contains a run of {step} steps that cannot be continued with num_train_steps="
+            f"{settings.num_train_steps}{''.join(f', {line}' for line in fixed)}; use another folder"
         )
+    return changes

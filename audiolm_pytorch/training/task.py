@@ -17,7 +17,7 @@ from audiolm_pytorch.training.arguments import trainer_arguments
 __all__ = ["LoopSettings", "LossOutput", "Phase", "Task"]
 
 # These settings decide when files are written, and have no influence on the weights.
-_FREE_TO_CHANGE = ("checkpoint_every_seconds", "checkpoint_every_steps", "validate_every", "log_every")
+_FREE_TO_CHANGE = ("checkpoint_every_seconds", "checkpoint_every_steps", "validate_every", "log_every", "allow_changed")
 
 # Settings that have no effect beside an optimizer or a schedule.
 _REPLACED = {
@@ -58,6 +58,8 @@ class LoopSettings:
         checkpoint_every_steps: Steps between additional checkpoints; None writes checkpoints by time only.
         validate_every: Steps between validations.
         log_every: Steps between rows in the metrics file.
+        allow_changed: Names of settings that may differ from those of the interrupted or finished run to continue, e.g.
+            `("batch_size", "num_train_steps")`. By default every difference is an error.
     """
 
     num_train_steps: int
@@ -78,6 +80,7 @@ class LoopSettings:
     checkpoint_every_steps: int | None = None
     validate_every: int = 500
     log_every: int = 20
+    allow_changed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("num_train_steps", "batch_size", "grad_accum_every", "validate_every", "log_every"):

@@ -28,7 +28,8 @@ _COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the `musiclm` command with `arguments`, by default the command-line arguments of the process.
 
-    The returned exit status is 0 after success, 2 after an error that is printed on standard error, 130 after Ctrl-C.
+    The returned exit status is 0 after success, 2 after an error that is printed on standard error, 130 after Ctrl-C,
+    and 143 after SIGTERM.
     """
     # Importing torch creates 300,000 objects; with the default threshold, they would be searched 400 times for garbage.
     gc.set_threshold(10_000, 10, 10)
@@ -40,10 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words[:2] == ["train", "kmeans"]:  # `train` expects a step there, and kmeans has other options
             from musiclm_pytorch.cli.kmeans import TrainKmeans
 
-            return tyro.cli(TrainKmeans, prog="musiclm train kmeans", args=words[2:]).execute()
-        if words and words[0] in _COMMANDS:  # the modules of the other commands are not imported
+            command: Any = tyro.cli(TrainKmeans, prog="musiclm train kmeans", args=words[2:])
+        elif words and words[0] in _COMMANDS:  # the modules of the other commands are not imported
             class_, about = _command(words[0])
-            command: Any = tyro.cli(class_, prog=f"musiclm {words[0]}", description=about, args=words[1:])
+            command = tyro.cli(class_, prog=f"musiclm {words[0]}", description=about, args=words[1:])
         else:
             subcommands: list[Any] = []
             for name in _COMMANDS:
@@ -52,15 +53,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             about = "Generate music from text, and train, convert and evaluate the models for it."
             commands: Any = reduce(or_, subcommands)
             command = tyro.cli(commands, prog="musiclm", description=about, args=words)
-        return int(command.execute())
+        from audiolm_pytorch.training.stopping import stop_signals
+
+        with stop_signals(at_once=True):
+            return int(command.execute())
     except SystemExit as stop:  # tyro has printed the help text, or what is wrong with the arguments
         return int(stop.code or 0)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"musiclm: {message}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("musiclm: interrupted; run the same command again, and training continues", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        reason = str(interrupt) or "interrupted"
+        print(f"musiclm: {reason}; run the same command again, and training continues", file=sys.stderr)
         return 130
 
 

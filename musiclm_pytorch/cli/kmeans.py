@@ -1,6 +1,5 @@
 """`musiclm train kmeans`: train a semantic tokenizer on a layer of any encoder."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +45,6 @@ class TrainKmeans:
 
         from audiolm_pytorch.semantic import KMeansTrainer
         from audiolm_pytorch.training.distributed import create_accelerator
-        from musiclm_pytorch.pipeline.run_folder import lock_folder, remove_partial_files
         from musiclm_pytorch.pretrained.bundled import encoder_named
 
         accelerator = create_accelerator()
@@ -60,11 +58,7 @@ class TrainKmeans:
             **settings,
         )
         done_before = " (done before)" if trainer.is_finished else ""
-        with lock_folder(self.out) if accelerator.is_main_process else nullcontext():
-            if accelerator.is_main_process:
-                remove_partial_files(self.out)
-            accelerator.wait_for_everyone()
-            fit = trainer.train()
+        fit = trainer.train()
         if not accelerator.is_main_process:
             return 0
         usage, tokenizer = fit.usage, fit.tokenizer

@@ -39,6 +39,8 @@ class Train:
     """Use this MuLaN or CLAP instead of training one: tiny (bundled), a folder, or a hub id of CLAP."""
     offline: bool = False
     """Do not use the network. A hub id is then looked up in the local cache only."""
+    allow_changed: tuple[str, ...] = ()
+    """Names of settings that may differ from those of the interrupted run, such as batch_size or num_train_steps."""
     dry_run: bool = False
     """Print parameters, tokens, disk space and estimated time. Nothing is written."""
 
@@ -52,7 +54,8 @@ class Train:
         check_step(self.step)
         preset = preset_named(self.preset).scaled(self.scale)
         parts = _pretrained_parts(self)
-        pipeline = Pipeline(preset, data=self.data, out=self.out, seed=self.seed, pretrained=parts)
+        about = {"seed": self.seed, "pretrained": parts, "allow_changed": self.allow_changed}
+        pipeline = Pipeline(preset, data=self.data, out=self.out, **about)
         if self.dry_run:
             from musiclm_pytorch.pipeline.estimate import estimate
 

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -17,13 +17,14 @@ from audiolm_pytorch.codecs import Codec
 from audiolm_pytorch.data.manifest import captions_of, training_items
 from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.lm.trainers import TABLE_FILE
-from audiolm_pytorch.saving.files import read_json, read_weights, write_json
+from audiolm_pytorch.saving.files import read_weights, write_json
 from audiolm_pytorch.saving.fingerprint import part_fingerprint
 from audiolm_pytorch.saving.modules import load_module, save_module
 from audiolm_pytorch.saving.weights import load_weights
 from audiolm_pytorch.semantic import SemanticTokenizer
 from audiolm_pytorch.training.distributed import create_accelerator
 from audiolm_pytorch.training.rng import preserve_rng, seed_rng
+from audiolm_pytorch.training.run_folder import check_own_folder, claimed_folder, read_record
 from musiclm_pytorch.mulan import JointEmbedding
 from musiclm_pytorch.mulan.captions import aspects_of
 from musiclm_pytorch.pipeline import run_folder
@@ -80,6 +81,8 @@ class Pipeline:
         data: Folder of audio files, or a folder or file with a JSONL manifest.
         out: Output folder, which belongs to one preset, seed, list of files and set of pretrained modules.
         pretrained: Modules that replace the steps "codec", "semantic-tokenizer" or "mulan", by the name of the step.
+        allow_changed: Names of settings in `run.json` or of trainers that may differ from those of an interrupted run.
+            Unfinished steps continue with the new settings; finished steps are not repeated.
     """
 
     @beartype
@@ -92,17 +95,17 @@ class Pipeline:
         seed: int = 0,
         accelerator: "accelerate.Accelerator | None" = None,
         pretrained: Mapping[str, nn.Module] | None = None,
+        allow_changed: Sequence[str] = (),
     ) -> None:
         self.preset, self.data, self.out, self.seed = preset, Path(data), Path(out), seed
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
-        existing = next(place for place in (self.out.absolute(), *self.out.absolute().parents) if place.exists())
-        if not existing.is_dir():
-            raise ValueError(f"{existing} is a file; pass a folder with --out")
+        check_own_folder(self.out, [run_folder.RUN_FILE])
         self.items = self.train_items, self.valid_items = training_items(self.data, None, min_seconds=1.0)
         self.pretrained = dict(pretrained or {})
         check_pretrained(preset, self.pretrained)
         self._accelerator = accelerator
+        self.allow_changed = tuple(allow_changed)
 
     @cached_property
     def accelerator(self) -> "accelerate.Accelerator":
@@ -153,7 +156,9 @@ class Pipeline:
         check_step(step)
         names = self._steps_to_run(step)
         self._check_needs(names)
-        with run_folder.lock_folder(self.out) if self.accelerator.is_main_process else nullcontext():
+        is_main = self.accelerator.is_main_process
+        with claimed_folder(self.out, [run_folder.RUN_FILE]) if is_main else nullcontext():
+            self.accelerator.wait_for_everyone()  # before another process writes files that would be removed
             self._check_run_folder()
             for name in names:
                 if self.is_done(name):
@@ -187,9 +192,6 @@ class Pipeline:
 
     def _run_step(self, step: str) -> StepReport:
         started = time.monotonic()
-        if self.accelerator.is_main_process:
-            run_folder.remove_partial_files(self.out / step)
-        self.accelerator.wait_for_everyone()  # before another process writes files that would be removed
         with preserve_rng():
             # the initial weights depend on seed and step only, not on earlier steps of this process
             seed_rng(self.seed, step, device=self.accelerator.device)
@@ -232,11 +234,13 @@ class Pipeline:
                 for step in PRETRAINED_KINDS
             },
         }
-        run_folder.check_run_folder(self.out, facts, write=self.accelerator.is_main_process)
+        is_main = self.accelerator.is_main_process
+        run_folder.check_run_folder(self.out, facts, write=is_main, allow_changed=self.allow_changed)
+        self.accelerator.wait_for_everyone()
 
     def _report(self, step: str) -> dict[str, Any]:
         file = self.out / step / "report.json"
-        return run_folder.read_record(file) if file.is_file() else {}
+        return read_record(file) if file.is_file() else {}
 
     def _hashes(self, steps: Iterable[str]) -> dict[str, str]:
         """Hash the result files of each of the finished steps."""
@@ -255,7 +259,7 @@ class Pipeline:
 
     def _is_up_to_date(self) -> bool:
         """Whether the assembled model was computed from the current results of all steps."""
-        card = run_folder.read_record(self.model_folder / CARD) if self.is_complete else {}
+        card = read_record(self.model_folder / CARD) if self.is_complete else {}
         return card.get("made_from") == self._hashes(STEPS)
 
     def _save(self, step: str, module: nn.Module, frozen: nn.Module | None = None) -> None:
@@ -335,13 +339,14 @@ class Pipeline:
         return metrics
 
     def _loop(self, step: str) -> dict[str, Any]:
-        return dict(results_folder=self.out / step, accelerator=self.accelerator, seed=self.seed)
+        shared = dict(accelerator=self.accelerator, seed=self.seed, allow_changed=self.allow_changed)
+        return dict(results_folder=self.out / step, **shared)
 
     def _train(self, trainer: Any) -> dict[str, Any]:
         """Train to the last step; return the last metrics, with the time of interrupted runs as `earlier_seconds`."""
         started = time.monotonic()
         result = trainer.train()
-        total = float(read_json(trainer.results_folder / "finished.json")["seconds"])
+        total = float(read_record(trainer.results_folder / "finished.json", "seconds")["seconds"])
         return {**result.metrics, "earlier_seconds": max(0.0, total - (time.monotonic() - started))}
 
     # the model
@@ -350,7 +355,6 @@ class Pipeline:
         """Write the trained modules of all steps as one fp16 model folder, and return the path of the folder."""
         self.accelerator.wait_for_everyone()  # until all processes have found that there is no model
         if self.accelerator.is_main_process:
-            run_folder.remove_partial_files(self.model_folder)
             parts = {name: self._load(name.replace("_", "-"), kind) for name, kind in PARTS.items()}
             sampling = {}
             for stage in STAGES:

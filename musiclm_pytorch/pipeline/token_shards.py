@@ -16,6 +16,7 @@ from audiolm_pytorch.data.shards import TokenShards, write_shards
 from audiolm_pytorch.lm.compatibility import shard_fingerprint
 from audiolm_pytorch.saving.fingerprint import part_fingerprint
 from audiolm_pytorch.semantic import SemanticTokenizer
+from audiolm_pytorch.training.stopping import stop_signals
 from musiclm_pytorch.mulan import JointEmbedding
 from musiclm_pytorch.mulan.captions import texts_of
 
@@ -62,7 +63,12 @@ def compute_tokens(
             "duration_seconds": np.asarray(item.num_samples / item.sample_hz, dtype=np.float32),
         }
 
+    def interruptible(index: int) -> dict[str, np.ndarray]:
+        request.end_if_requested(f"before record {index + 1} of {len(items)} of the tokens; complete chunks are kept")
+        return make_record(index)
+
     processes = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    write_shards(folder, make_record, len(items), fingerprint, **processes)
+    with stop_signals() as request:
+        write_shards(folder, interruptible, len(items), fingerprint, **processes)
     accelerator.wait_for_everyone()
     return TokenShards(folder, fingerprint)

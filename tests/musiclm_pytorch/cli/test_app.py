@@ -256,7 +256,7 @@ pretrained, another run | train all --preset micro --data DATA --out RUN --codec
 missing stage | train fine --data DATA --out TMP/out | first run musiclm train semantic-tokenizer
 out is a file | train codec --data DATA --out DATA/00.wav | 00.wav is a file
 out in a file | train codec --preset micro --data DATA --out DATA/00.wav/run | 00.wav is a file
-another run | train all --data DATA --out RUN | RUN contains a run with other settings.*another --out
+another run | train all --data DATA --out RUN | RUN contains a run with other settings.*--allow-changed
 no model | generate x --model nobody --out TMP/x.wav | no model 'nobody'; pass the folder
 run without model | generate x --model EMPTY --out TMP/x.wav | EMPTY contains no complete model.*musiclm train all
 model in part | generate x --model MODEL --out TMP/x.wav | MODEL lacks coarse/model.safetensors; copy

@@ -16,7 +16,7 @@ import soundfile
 import torch
 
 from audiolm_pytorch.data.shards import TokenShards
-from audiolm_pytorch.saving.files import read_json
+from audiolm_pytorch.saving.files import read_json, write_json
 from audiolm_pytorch.saving.modules import load_module
 from musiclm_pytorch.pipeline.pipeline import STEPS, Pipeline
 from musiclm_pytorch.pretrained.model_folder import PARTS, load_musiclm
@@ -127,8 +127,8 @@ def test_wall_time_counts_all_sessions(micro_data, micro_run, tmp_path):
     """The time of a resumed step includes the earlier sessions."""
     run = shutil.copytree(micro_run, tmp_path / "run")
     shutil.rmtree(run / "codec" / "model")
-    finished = json.loads((run / "codec" / "finished.json").read_text())
-    (run / "codec" / "finished.json").write_text(json.dumps({**finished, "seconds": 3600.0}))
+    finished = read_json(run / "codec" / "finished.json")
+    write_json(run / "codec" / "finished.json", {**finished, "seconds": 3600.0})
     report = next(Pipeline(MICRO, data=micro_data, out=run).run("codec"))
     assert 3600 <= report.seconds < 3700
 
@@ -145,7 +145,7 @@ def test_folder_of_another_run_is_refused(micro_data, micro_run, tmp_path):
         "num_files: found 10, expected 8": Pipeline(MICRO, data=write_clips(tmp_path / "other", 8), out=run),
     }
     for difference, pipeline in others.items():
-        with pytest.raises(ValueError, match=f"contains a run with other settings .*{difference}.*another --out"):
+        with pytest.raises(ValueError, match=f"contains a run with other settings.*{difference}.*another folder"):
             list(pipeline.run())
     assert listing(run) == before
 
@@ -173,7 +173,7 @@ def test_two_programs_do_not_share_a_folder(micro_data, tmp_path):
     """A second training in the same folder raises an error."""
     first = Pipeline(MICRO, data=micro_data, out=tmp_path).run()
     next(first)
-    with pytest.raises(ValueError, match="in use by another musiclm train"):
+    with pytest.raises(ValueError, match="in use by another training"):
         list(Pipeline(MICRO, data=micro_data, out=tmp_path).run())
     first.close()
     assert next(Pipeline(MICRO, data=micro_data, out=tmp_path).run()).summary == "done before"
@@ -196,7 +196,7 @@ def test_missing_input_is_reported_before_anything_is_written(micro_data, tmp_pa
     with pytest.raises(ValueError, match="seed must not be negative"):
         Pipeline(MICRO, data=micro_data, out=tmp_path / "out", seed=-1)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="file is a file; pass a folder with --out"):
+    with pytest.raises(ValueError, match="file is a file; pass a folder"):
         Pipeline(MICRO, data=micro_data, out=tmp_path / "file")
     assert not (tmp_path / "out").exists()
 

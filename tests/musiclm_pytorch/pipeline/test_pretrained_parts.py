@@ -127,7 +127,7 @@ def test_a_run_belongs_to_its_pretrained_parts(parts, pretrained_run, micro_data
         "pretrained.mulan: found none, expected .*": (micro_run, {"mulan": parts["mulan"]}),
     }
     for message, (folder, passed) in others.items():
-        with pytest.raises(ValueError, match=f"contains a run with other settings .*{message}"):
+        with pytest.raises(ValueError, match=f"contains a run with other settings.*{message}"):
             list(Pipeline(MICRO, data=micro_data, out=folder, pretrained=passed).run())
     assert set(read_json(micro_run / "run.json")["pretrained"].values()) == {"none"}
 

@@ -1,0 +1,121 @@
+"""Output folder of a training run: checks that the folder may be used, locks it, and compares the settings of runs."""
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from audiolm_pytorch.saving.files import differences, read_json
+
+__all__ = ["changed_settings", "check_own_folder", "claimed_folder", "read_record"]
+
+_LOCK_FILE = ".lock"
+# Names of files and folders that a process leaves behind if it is killed in the middle of a write.
+_PARTIAL_START, _PARTIAL_END = (".writing-", ".chunk-"), ".partial"
+_MAX_SHOWN = 3
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def claimed_folder(folder: Path, markers: Sequence[str]) -> Iterator[None]:
+    """Lock an output folder for this process, create it if it is missing, and remove partial files of killed processes.
+
+    `markers` are names of files and folders that only a run of the same kind writes; see `check_own_folder`. If another
+    process or another trainer of this process has locked the folder, a ValueError is raised.
+    """
+    check_own_folder(folder, markers)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        _remove_partial_files(folder)
+        yield
+
+
+def check_own_folder(folder: Path, markers: Sequence[str]) -> None:
+    """Raise a ValueError if a folder has files, but none of the `markers` of an earlier run."""
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not existing.is_dir():
+        raise ValueError(f"{existing} is a file; pass a folder for the results")
+    if not folder.exists() or any((folder / marker).exists() for marker in markers):
+        return
+    foreign = sorted(path.name for path in folder.iterdir() if path.name != _LOCK_FILE and not _is_partial(path.name))
+    if foreign:
+        more = f" and {len(foreign) - _MAX_SHOWN} more" if len(foreign) > _MAX_SHOWN else ""
+        raise ValueError(
+            f"{folder} contains files that do not belong to a run of this kind ({', '.join(foreign[:_MAX_SHOWN])}"
+            f"{more}); pass a new or empty folder, or the folder of the run to continue"
+        )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder. The system releases a lock when its process ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with (folder / _LOCK_FILE).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{folder} is in use by another training; wait until it ends, or use another folder"
+            ) from error
+        except OSError as error:  # a file system without locks
+            logger.warning("%s cannot be locked (%s); start only one training in this folder", folder, error)
+        yield
+
+
+def _is_partial(name: str) -> bool:
+    return name.startswith(_PARTIAL_START) or name.endswith(_PARTIAL_END)
+
+
+def _remove_partial_files(folder: Path) -> None:
+    """Remove partial files below a locked folder, except in folders below it that have a lock of their own."""
+    for place, folders, names in os.walk(folder):
+        for name in [name for name in folders if _is_partial(name)]:
+            shutil.rmtree(Path(place, name), ignore_errors=True)
+        folders[:] = [name for name in folders if not _is_partial(name) and not Path(place, name, _LOCK_FILE).exists()]
+        for name in names:
+            if _is_partial(name):
+                with suppress(OSError):
+                    Path(place, name).unlink()
+
+
+def read_record(file: Path, *keys: str) -> dict[str, Any]:
+    """Read a JSON object from a file of a run; raise a ValueError for anything else, or if one of `keys` is missing."""
+    record = read_json(file)
+    if not isinstance(record, dict):
+        raise ValueError(f"{file} must contain a JSON object, got {type(record).__name__}; use another folder")
+    if missing := [key for key in keys if key not in record]:
+        raise ValueError(f"{file} lacks the entries {missing}; restore the file, or use another folder")
+    return record
+
+
+def changed_settings(
+    folder: Path, found: Mapping[str, Any], expected: Mapping[str, Any], allowed: Sequence[str], about: str = ""
+) -> list[str]:
+    """Compare the settings of the run in a folder with the expected settings, and return the allowed differences.
+
+    Any other difference raises a ValueError. A name in `allowed` is the last part of a setting's path, or its
+    beginning: "batch_size", "settings.batch_size" and "settings" allow another "settings.batch_size".
+    """
+    lines = differences(dict(found), dict(expected))
+    names = [line.partition(": ")[0] for line in lines]
+    is_allowed = [any(f".{one}." in f".{name}." for one in allowed) for name in names]
+    refused = [line for line, allow in zip(lines, is_allowed, strict=True) if not allow]
+    if refused:
+        more = f"; and {len(refused) - _MAX_SHOWN} more" if len(refused) > _MAX_SHOWN else ""
+        changed = [name for name, allow in zip(names, is_allowed, strict=True) if not allow]
+        raise ValueError(
+            f"{folder} contains a run with other settings{about}: {'; '.join(refused[:_MAX_SHOWN])}{more}. Use the "
+            f"same settings or another folder, or continue with the new settings: allow_changed={changed} in Python, "
+            f"--allow-changed {' '.join(changed)} on the command line"
+        )
+    if lines:
+        logger.warning("%s continues%s with other settings: %s", folder, about, "; ".join(lines))
+    return lines

@@ -1,0 +1,65 @@
+"""The one place where SIGTERM and Ctrl-C end a training, after the current unit of work."""
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+__all__ = ["StopRequest", "end_by_signal", "stop_signals"]
+
+_SIGTERM_STATUS = 128 + signal.SIGTERM
+
+logger = logging.getLogger(__name__)
+
+
+class StopRequest:
+    """The number of the first SIGTERM or SIGINT (Ctrl-C) in a `stop_signals` block, or 0; a second signal raises."""
+
+    def __init__(self, at_once: bool) -> None:
+        self.number = 0
+        self._at_once = at_once
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Store the signal; this method is the signal handler."""
+        if self._at_once or self.number:
+            end_by_signal(number, "")
+        self.number = number
+
+    def end_if_requested(self, place: str) -> None:
+        """Call `end_by_signal` if a signal has arrived; `place` names the finished work, e.g. "after epoch 3"."""
+        if self.number:
+            end_by_signal(self.number, place)
+
+
+def end_by_signal(number: int, place: str) -> None:
+    """Raise KeyboardInterrupt after SIGINT, and SystemExit with status 143 after SIGTERM, which also logs a warning."""
+    message = f"stopped by {signal.Signals(number).name} {place}".rstrip()
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt(message)
+    logger.warning("%s", message)
+    raise SystemExit(_SIGTERM_STATUS)
+
+
+@contextmanager
+def stop_signals(at_once: bool = False) -> Iterator[StopRequest]:
+    """Receive SIGTERM and SIGINT inside a `with` block; afterwards the handlers of the caller are active again.
+
+    The work in the block calls `end_if_requested` where it can end without a loss. With `at_once`, a signal ends the
+    block immediately. Signals that the caller ignores stay ignored. Only the main thread can receive signals; in other
+    threads this block changes nothing.
+    """
+    request = StopRequest(at_once)
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, request)
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -1,0 +1,184 @@
+"""The folder of a run: whose files it may hold, one training at a time, other settings on request, signals."""
+
+import logging
+import os
+import signal
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from audiolm_pytorch.training import TrainLoop
+from audiolm_pytorch.training.run_folder import claimed_folder
+from audiolm_pytorch.training.stopping import stop_signals
+from tests.helpers.toy_training import SETTINGS, ToyTask, assert_same_run, rows_of, tensors_in
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exactness is promised on a CPU."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+@pytest.mark.parametrize("name", ["codec/config.json", "model.safetensors", "metrics.jsonl", "samples/1.wav", "a.wav"])
+def test_files_of_the_user_are_not_touched(tmp_path: Path, name: str) -> None:
+    """A folder that has files, but no run, is refused, and nothing in it changes."""
+    file = tmp_path / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("mine")
+    with pytest.raises(ValueError, match=f"do not belong to a run .*{name.split('/')[0]}.*new or empty folder"):
+        TrainLoop(ToyTask(), SETTINGS, tmp_path).train()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file] and file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["checkpoint/state.json", "finished.json"])
+def test_a_file_of_the_user_with_a_name_of_ours_is_not_overwritten(tmp_path: Path, name: str) -> None:
+    """The error names the file."""
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text('{"mine": 1}')
+    with pytest.raises(ValueError, match=name.split("/")[-1]):
+        TrainLoop(ToyTask(), SETTINGS, tmp_path).train()
+    assert file.read_text() == '{"mine": 1}'
+
+
+def test_an_empty_folder_and_leftovers_of_a_kill_are_accepted(tmp_path: Path) -> None:
+    """Leftovers are removed at the next start, also deep in the folder, and in a finished run."""
+    (tmp_path / ".writing-abc").mkdir()
+    (tmp_path / ".lock").touch()
+    loop = TrainLoop(ToyTask(), SETTINGS, tmp_path)
+    for _ in range(2):
+        loop.train()
+        assert not list(tmp_path.rglob(".writing-*")) and not list(tmp_path.rglob("*.partial"))
+        (tmp_path / "codec" / ".writing-1").mkdir(parents=True)
+        (tmp_path / "codec" / ".chunk-00001.77.partial").mkdir()
+    loop.train()
+    assert list((tmp_path / "codec").iterdir()) == []
+
+
+def test_leftovers_in_the_folder_of_another_run_stay(tmp_path: Path) -> None:
+    """Another training may be writing there."""
+    (tmp_path / "other" / ".writing-1").mkdir(parents=True)
+    (tmp_path / "other" / ".lock").touch()
+    with claimed_folder(tmp_path, ["other"]):
+        assert (tmp_path / "other" / ".writing-1").exists()
+
+
+def test_two_trainers_do_not_share_a_folder(tmp_path: Path) -> None:
+    """The second one is refused, in a thread of the same process too, and the first is not disturbed."""
+    started, may_end = threading.Event(), threading.Event()
+    second = TrainLoop(ToyTask(), SETTINGS, tmp_path / "run")
+    task = ToyTask(on_batch=lambda count: (started.set(), may_end.wait(20)) if count == 2 else None)
+    thread = threading.Thread(target=TrainLoop(task, SETTINGS, tmp_path / "run").train)
+    thread.start()
+    assert started.wait(20)
+    try:
+        with pytest.raises(ValueError, match="is in use by another training"):
+            second.train()
+    finally:
+        may_end.set()
+        thread.join()
+    TrainLoop(ToyTask(), SETTINGS, tmp_path / "straight").train()
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+
+
+def test_a_trainer_continues_from_the_checkpoint_of_another_one(tmp_path: Path) -> None:
+    """The state in memory is not used if another trainer has advanced the run in the meantime."""
+    first, second = (TrainLoop(ToyTask(), SETTINGS, tmp_path / "run") for _ in range(2))
+    assert [loop.train(stop_after_steps=3).step for loop in (first, second, first, second)] == [3, 6, 9, 12]
+    TrainLoop(ToyTask(), SETTINGS, tmp_path / "straight").train()
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("change", "allowed"),
+    [
+        ({"batch_size": 4}, ("batch_size",)),
+        ({"learning_rate": 0.1, "seed": 3}, ("settings.learning_rate", "settings.seed")),
+        ({"num_train_steps": 14, "weight_decay": 0.1}, ("settings",)),
+    ],
+    ids=["name", "paths", "all"],
+)
+@pytest.mark.parametrize("steps", [5, 12], ids=["interrupted", "finished"])
+def test_other_settings_continue_on_request(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, change: dict[str, Any], allowed: tuple[str, ...], steps: int
+) -> None:
+    """The default error names the switch; with it, the change is logged and stored, and steps that are left follow."""
+    TrainLoop(ToyTask(), SETTINGS, tmp_path).train(stop_after_steps=steps)
+    with pytest.raises(ValueError, match=f"allow_changed=.*settings.{next(iter(change))}.*--allow-changed settings"):
+        TrainLoop(ToyTask(), replace(SETTINGS, **change), tmp_path).train()
+    settings = replace(SETTINGS, **change, allow_changed=allowed)
+    loop = TrainLoop(ToyTask(), settings, tmp_path)
+    with caplog.at_level(logging.WARNING):
+        result = loop.train()
+    assert result.step == settings.num_train_steps and loop.is_finished
+    assert all(f"settings.{name}: found" in caplog.text for name in change) and f"(step {steps})" in caplog.text
+    again = TrainLoop(ToyTask(), replace(settings, allow_changed=()), tmp_path)
+    assert again.train() == result
+
+
+def test_only_the_named_settings_may_change(tmp_path: Path) -> None:
+    """Another difference beside the allowed one is an error, as are fewer steps than were done and other phases."""
+    TrainLoop(ToyTask(), SETTINGS, tmp_path).train(stop_after_steps=5)
+    files = tensors_in(tmp_path)
+    for change, allowed, task in [
+        ({"batch_size": 4, "seed": 1}, ("batch_size",), ToyTask()),
+        ({"num_train_steps": 4}, ("num_train_steps",), ToyTask()),
+        ({}, ("phases",), ToyTask(critic=True)),
+    ]:
+        with pytest.raises(ValueError, match="other settings .*seed|run of 5 steps that cannot be continued"):
+            TrainLoop(task, replace(SETTINGS, **change, allow_changed=allowed), tmp_path).train()
+    assert tensors_in(tmp_path) == files
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)],
+    ids=["Ctrl-C", "SIGTERM"],
+)
+def test_a_signal_ends_the_step_and_writes_a_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, number: signal.Signals, expected: type[BaseException]
+) -> None:
+    """No step is lost: the step ends, its number is named, and the resumed run equals the straight one."""
+    handlers = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    task = ToyTask(on_batch=lambda count: os.kill(os.getpid(), number) if count == 7 else None)
+    with pytest.raises(expected) as raised, caplog.at_level(logging.WARNING):
+        TrainLoop(task, SETTINGS, tmp_path / "run").train()
+    message = str(raised.value) if number == signal.SIGINT else caplog.text
+    assert f"stopped by {number.name} after step 7 of 12 of the toy" in message
+    assert number == signal.SIGINT or raised.value.args == (143,)
+    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert task.batches_made == 7
+    loop = TrainLoop(ToyTask(seed=4), SETTINGS, tmp_path / "run")
+    assert loop.train(stop_after_steps=1).step == 8
+    loop.train()
+    TrainLoop(ToyTask(), SETTINGS, tmp_path / "straight").train()
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+    assert rows_of(tmp_path / "straight") == rows_of(tmp_path / "run")
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    """A hanging step can be interrupted."""
+    with pytest.raises(KeyboardInterrupt, match="stopped by SIGINT"), stop_signals() as request:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.number == signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ignored_signals_stay_ignored_and_threads_train(tmp_path: Path) -> None:
+    """Under nohup-like settings nothing changes; in a thread, where no handler can be set, training works."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with stop_signals() as request:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert not request.number
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    results: list[Any] = []
+    loop = TrainLoop(ToyTask(), SETTINGS, tmp_path)
+    thread = threading.Thread(target=lambda: results.append(loop.train().step))
+    thread.start()
+    thread.join()
+    assert results == [12]
