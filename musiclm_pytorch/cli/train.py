@@ -54,8 +54,8 @@ class Train:
         check_step(self.step)
         preset = preset_named(self.preset).scaled(self.scale)
         parts = _pretrained_parts(self)
-        about = {"seed": self.seed, "pretrained": parts, "allow_changed": self.allow_changed}
-        pipeline = Pipeline(preset, data=self.data, out=self.out, **about)
+        folders: dict[str, Any] = {"data": self.data, "out": self.out}
+        pipeline = Pipeline(preset, **folders, seed=self.seed, pretrained=parts, allow_changed=self.allow_changed)
         if self.dry_run:
             from musiclm_pytorch.pipeline.estimate import estimate
 
