@@ -19,9 +19,9 @@ class StableCodes:
     """Settings of the stability loss, which gives a wave and its inaudibly changed copies the same codes.
 
     A language model cannot predict codes that inaudible changes decide. The loss is the cross-entropy of the codes of
-    the clean wave, given the encoded copy, minus `entropy_weight` times the entropy of the codes of a batch, summed
-    over the levels with decreasing weights (`level_decay`). With an entropy weight of 1, the loss is the negative
-    mutual information of the codes and the copies. Without the entropy, frames gather at a few codes.
+    the clean wave, given the encoded copy, summed over the levels with decreasing weights (`level_decay`). The
+    cross-entropy alone would gather all frames at a few codes. Therefore, an entropy of the codes of a batch below
+    `min_entropy` adds the missing entropy to the loss.
 
     Use the loss with slow codebooks, such as `ResidualQuantizer(decay=0.99, dead_below_share=0.02)`. Codes that move or
     are replaced often cut the clusters of frames that the loss creates. All random numbers come from the global
@@ -30,7 +30,8 @@ class StableCodes:
     Args:
         weight: Weight of the loss of level 1.
         level_decay: Weight of each level as a multiple of the weight of the level before.
-        entropy_weight: Weight of the entropy, as a multiple of the weight of the cross-entropy.
+        min_entropy: Smallest entropy of the codes of each level in a batch, in nats; n equally frequent codes have an
+            entropy of log(n). A small entropy makes codes stable and easy to predict; a large entropy makes them exact.
         temperature: Temperature of the softmax over the codes, see `ResidualLevels.code_statistics`. With a low
             temperature, only the codes nearest to a frame matter.
         own_copy_share: Share of the items whose copy is the codec's own reconstruction instead of a changed wave,
@@ -42,7 +43,7 @@ class StableCodes:
 
     weight: float | int = 1.0
     level_decay: float | int = 0.7
-    entropy_weight: float | int = 1.0
+    min_entropy: float | int = 4.0
     temperature: float | int = 0.1
     own_copy_share: float | int = 0.5
     shift_seconds: float | int = 0.005
@@ -52,10 +53,10 @@ class StableCodes:
     def __post_init__(self) -> None:
         if min(self.weight, self.temperature) <= 0 or not 0 <= self.own_copy_share <= 1:
             raise ValueError(f"need weight and temperature above 0 and own_copy_share in 0..1, got {self}")
-        not_negative = (self.level_decay, self.entropy_weight, self.shift_seconds, self.gain_db)
+        not_negative = (self.level_decay, self.min_entropy, self.shift_seconds, self.gain_db)
         if min(not_negative) < 0 or self.noise_db[0] > self.noise_db[1]:
             raise ValueError(
-                "need level_decay, entropy_weight, shift_seconds and gain_db of 0 or more and noise_db = (lowest, "
+                "need level_decay, min_entropy, shift_seconds and gain_db of 0 or more and noise_db = (lowest, "
                 f"highest), got {self}"
             )
 
@@ -84,7 +85,7 @@ class StableCodes:
         """
         kept = codes[..., : int((codes[0, 0] >= 0).sum())]
         statistics = quantizer.code_statistics(frames, kept, float(self.temperature))
-        losses = statistics.cross_entropy - self.entropy_weight * statistics.entropy
+        losses = statistics.cross_entropy + (self.min_entropy - statistics.entropy).clamp(min=0)
         weights = self.weight * self.level_decay ** torch.arange(len(losses), device=losses.device)
         metrics = {f"same_level_{level}": share for level, share in enumerate(statistics.equal_share, start=1)}
         return (weights * losses).sum(), {"stability": losses.detach().mean(), **metrics}
