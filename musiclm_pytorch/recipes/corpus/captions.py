@@ -12,7 +12,7 @@ from musiclm_pytorch.recipes.corpus import vocabulary
 from musiclm_pytorch.recipes.corpus.sentences import CLAUSES, HELD_OUT_SENTENCES, OPENINGS, SHORT
 from musiclm_pytorch.recipes.corpus.wordings import HELD_OUT, TRAINING, Wordings
 
-__all__ = ["FULL_FRACTION", "caption_variants"]
+__all__ = ["FULL_FRACTION", "caption_variants", "hard_negatives"]
 
 # Share of classic captions that mention most labels. The others mention the instrument and one or two labels.
 FULL_FRACTION = 0.62
@@ -20,6 +20,9 @@ FULL_FRACTION = 0.62
 _FOLK_KINDS = {"classic": 0.62, "short": 0.13, "sentences": 0.15, "keywords": 0.10}
 _STYLE_KINDS = {"classic": 0.30, "short": 0.22, "sentences": 0.30, "keywords": 0.18}
 _HELD_OUT_KINDS = {"classic": 0.6, "held-out sentences": 0.4}
+
+# Weights of the attributes that hard negatives change. MuLaN learns the tempo last.
+_CHANGES = {"tempo": 6.0, "instrument": 2.0, "mood": 1.0, "drums": 1.0, "register": 1.0}
 
 # Possible keywords.
 _REMARKS = ("instrumental", "no vocals", "no drums", "solo")
@@ -233,4 +236,34 @@ def caption_variants(labels: Mapping[str, Any], rng: Random, count: int, held_ou
             f"no caption template exists for the labels {sorted(labels)}; pass an instrument, or a tempo, a "
             "mode and a dance"
         )
+    return captions
+
+
+@beartype
+def hard_negatives(labels: Mapping[str, Any], rng: Random, count: int) -> list[str]:
+    """Generate captions that are false for a clip, because they mention another value of one attribute.
+
+    The arguments are those of `caption_variants`. The attribute is most often the tempo.
+    """
+    values = {
+        "tempo": TRAINING.tempo,
+        "instrument": TRAINING.instrument,
+        "mood": vocabulary.MOODS,
+        "drums": (True,),
+        "register": TRAINING.register,
+    }
+    true_words = {word for words in _words_of(labels, TRAINING).values() for word in words}
+    captions: list[str] = []
+    for _ in range(20 * count):
+        name = rng.choices(list(_CHANGES), weights=list(_CHANGES.values()))[0]
+        others = [value for value in values[name] if value != labels.get(name)]
+        if labels.get(name) is None or not others:
+            continue
+        changed = {**labels, name: rng.choice(others)}
+        false_words = {word for words in _words_of(changed, TRAINING).values() for word in words} - true_words
+        caption = caption_variants(changed, rng, 1)[0]
+        if caption not in captions and any(re.search(rf"\b{re.escape(word)}\b", caption) for word in false_words):
+            captions.append(caption)
+        if len(captions) == count:
+            break
     return captions

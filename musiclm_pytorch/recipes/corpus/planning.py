@@ -8,7 +8,7 @@ from typing import Any
 
 from beartype import beartype
 
-from musiclm_pytorch.recipes.corpus.captions import caption_variants
+from musiclm_pytorch.recipes.corpus.captions import caption_variants, hard_negatives
 from musiclm_pytorch.recipes.corpus.composition import Tune, compose_song, compose_tune
 from musiclm_pytorch.recipes.corpus.instruments import FOLK_INSTRUMENTS, INSTRUMENTS
 from musiclm_pytorch.recipes.corpus.midi import ControlChange, Note, ProgramChange
@@ -30,6 +30,7 @@ CLIP_SECONDS = 5.0
 SAMPLE_HZ = 24_000
 CLIPS_PER_TUNE = 2
 CAPTIONS_PER_CLIP = 6
+NEGATIVES_PER_CLIP = 4
 
 Pair = tuple[tuple[str, str], tuple[str, str]]
 _Weights = dict[Any, float]
@@ -225,7 +226,9 @@ def _captions(labels: dict[str, Any], split: str, rng: Random) -> dict[str, Any]
     """Generate the caption fields of a manifest row; validation clips have phrases that training captions lack."""
     seen = caption_variants(labels, rng, CAPTIONS_PER_CLIP)
     if split == "train":
-        return {"caption": seen[0], "captions": seen}
+        # A separate generator: the hard negatives do not change the music.
+        negatives = hard_negatives(labels, Random(" ".join(seen)), NEGATIVES_PER_CLIP)
+        return {"caption": seen[0], "captions": seen, "hard_negatives": negatives}
     unseen = caption_variants(labels, rng, CAPTIONS_PER_CLIP // 2, held_out=True)
     return {"caption": unseen[0], "caption_seen": seen[0], "captions": unseen}
 

@@ -6,7 +6,7 @@ from random import Random
 import pytest
 
 from musiclm_pytorch.recipes.corpus import vocabulary
-from musiclm_pytorch.recipes.corpus.captions import FULL_FRACTION, caption_variants
+from musiclm_pytorch.recipes.corpus.captions import FULL_FRACTION, caption_variants, hard_negatives
 from musiclm_pytorch.recipes.corpus.dances import DANCES
 from musiclm_pytorch.recipes.corpus.effects import EFFECTS
 from musiclm_pytorch.recipes.corpus.instruments import BASSES, CHORDS, INSTRUMENTS, REGISTERS
@@ -246,3 +246,22 @@ def test_every_template_is_used() -> None:
     pieces = {max(re.split(r"{\w+}|a\(n\)", template), key=len).strip() for template in templates}
     missing = [piece for piece in pieces if piece and piece not in shown]
     assert len(missing) <= 3, missing
+
+
+@pytest.mark.slow
+def test_hard_negatives_have_a_word_that_no_true_caption_has() -> None:
+    """Oracle: the words of 300 true captions of the same labels. Most hard negatives change the tempo."""
+    num_tempo = 0
+    for index in range(12):
+        row = plan_clip("train", index, seed=5).row
+        labels = {name: row[name] for name in ("instrument", "tempo", "style", "dance", "mode", "mood", "chords")}
+        labels |= {name: row[name] for name in ("pad", "bass", "drums", "register", "effect")}
+        true_words = set(" ".join(caption_variants(labels, Random(0), 300)).replace(".", "").split())
+        negatives = hard_negatives(labels, Random(1), 4)
+        assert len(set(negatives)) == 4 and negatives == hard_negatives(labels, Random(1), 4)
+        for caption in negatives:
+            words = {*caption.replace(",", "").replace(".", "").replace(":", "").split()}
+            assert words - true_words, (caption, row)
+            other_tempi = {tempo: words_ for tempo, words_ in vocabulary.TEMPO_WORDS.items() if tempo != row["tempo"]}
+            num_tempo += any(word in caption for words_ in other_tempi.values() for word in words_)
+    assert num_tempo > 16
