@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         FineTransformerTrainer as FineTransformerTrainer,
         SemanticTransformerTrainer as SemanticTransformerTrainer,
     )
+    from audiolm_pytorch.saving.modules import load_module as load_module, save_module as save_module
     from audiolm_pytorch.semantic import (
         BestRQEncoder as BestRQEncoder,
         FairseqVQWav2Vec as FairseqVQWav2Vec,

@@ -1,11 +1,13 @@
 """AudioLM (arXiv:2209.03143, section III): semantic tokens, then acoustic tokens, which a codec decodes to waves."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from beartype import beartype
+from beartype.roar import BeartypeCallHintViolation
 from torch import Tensor, nn
 
 from audiolm_pytorch.audio.units import samples_covering
@@ -30,10 +32,23 @@ from audiolm_pytorch.generation.windows import SlidingWindowDecoder, StagePipeli
 from audiolm_pytorch.lm.compatibility import check_compatible, check_stages_compatible
 from audiolm_pytorch.lm.stage_transformer import AudioTokens, StageTransformer
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
+from audiolm_pytorch.saving.model_folder import load_parts, read_card, write_model_folder
 from audiolm_pytorch.semantic.base import SemanticTokenizer
 from audiolm_pytorch.tokens.token_batch import TokenBatch
 
 __all__ = ["AudioLM", "GeneratedAudio"]
+
+# Files of a model folder: the card, and one folder for each part, which has the name of the constructor argument.
+_CARD = "audiolm.json"
+_PARTS: dict[str, Any] = {
+    "wav2vec": SemanticTokenizer,
+    "codec": Codec,
+    "semantic_transformer": SemanticTransformer,
+    "coarse_transformer": CoarseTransformer,
+    "fine_transformer": FineTransformer,
+    "audio_conditioner": Conditioner,
+    "text_conditioner": TextEncoder,
+}
 
 
 class AudioLM(nn.Module):
@@ -79,6 +94,28 @@ class AudioLM(nn.Module):
             check_compatible(stage, wav2vec, codec, audio_conditioner, text_conditioner)
         check_stages_compatible(*self.stages.values())
         self.sampling = update_sampling(DEFAULT_SAMPLING, sampling or {})
+
+    @beartype
+    def save(self, folder: str | Path) -> None:
+        """Write the model to a folder, which `from_folder` loads; a model in the folder is replaced."""
+        parts = {name: getattr(self, name) for name in _PARTS if getattr(self, name) is not None}
+        sampling = {name: asdict(settings) for name, settings in self.sampling.items()}
+        write_model_folder(folder, _CARD, parts, {"sampling": sampling})
+
+    @classmethod
+    @beartype
+    def from_folder(cls, folder: str | Path, device: str | torch.device = "cpu") -> "AudioLM":
+        """Load the model that `save` wrote in eval mode."""
+        folder = Path(folder)
+        card = read_card(folder / _CARD)
+        names = card.get("parts")
+        if not isinstance(names, list) or not {*map(str, names)} <= _PARTS.keys():
+            raise ValueError(f"parts in {folder / _CARD} must be a list of {', '.join(_PARTS)}, got {names!r:.200}")
+        parts = load_parts(folder, {name: folder / name for name in names}, _PARTS)
+        try:
+            return cls(**parts, sampling=card.get("sampling")).to(device).eval()
+        except (TypeError, ValueError, OverflowError, BeartypeCallHintViolation) as error:
+            raise ValueError(f"the modules in {folder} are not compatible: {error}") from error
 
     @property
     def stages(self) -> dict[str, StageTransformer]:

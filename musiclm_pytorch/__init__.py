@@ -7,6 +7,7 @@ from audiolm_pytorch.saving.lazy_exports import lazy_exports
 if TYPE_CHECKING:
     from audiolm_pytorch import __version__ as __version__
     from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer as TextTokenizer
+    from audiolm_pytorch.saving.modules import load_module as load_module, save_module as save_module
     from musiclm_pytorch.mulan import (
         AudioSpectrogramTransformer as AudioSpectrogramTransformer,
         ClapMuLaN as ClapMuLaN,

@@ -1,11 +1,13 @@
 """MusicLM: generates several pieces of music for a text and returns the one that matches the text best."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from beartype import beartype
+from beartype.roar import BeartypeCallHintViolation
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
@@ -18,6 +20,7 @@ from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.lm.compatibility import check_compatible
 from audiolm_pytorch.lm.stage_transformer import AudioTokens
 from audiolm_pytorch.nn.module_state import eval_mode
+from musiclm_pytorch.pretrained.parts import read_parts, save_parts
 from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
 
 __all__ = ["Candidates", "MusicChunk", "MusicLM"]
@@ -109,6 +112,48 @@ class MusicLM(nn.Module):
         else:
             self.mulan_embed_quantizer = mulan_embed_quantizer
         self.num_levels = self._checked_levels(num_levels)
+
+    @beartype
+    def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write the model to a folder, which `from_folder` and `load_musiclm` load; a model in the folder is replaced.
+
+        Weights are stored as `dtype` (see `save_parts`), for example torch.float16 for half the size.
+        """
+        audio_lm = self.audio_lm
+        parts = {
+            "codec": audio_lm.codec,
+            "semantic_tokenizer": audio_lm.wav2vec,
+            "quantizer": self.mulan_embed_quantizer,
+            **audio_lm.stages,
+            **({} if audio_lm.text_conditioner is None else {"text_conditioner": audio_lm.text_conditioner}),
+        }
+        sampling = {name: asdict(settings) for name, settings in audio_lm.sampling.items()}
+        save_parts(folder, parts, {"sampling": sampling, "num_levels": self.num_levels}, dtype)
+
+    @classmethod
+    @beartype
+    def from_folder(cls, folder: str | Path, device: str | torch.device = "cpu") -> "MusicLM":
+        """Load the model in a folder in eval mode; see `load_musiclm` for bundled models and training runs."""
+        card, parts = read_parts(folder)
+        return cls.of_parts(parts, card, folder).to(device).eval()
+
+    @classmethod
+    def of_parts(cls, parts: Mapping[str, Any], card: Mapping[str, Any], source: str | Path) -> "MusicLM":
+        """Build a model from parts (see `read_parts`); the ValueError for incompatible parts names their `source`."""
+        try:
+            audio_lm = AudioLM(
+                wav2vec=parts["semantic_tokenizer"],
+                codec=parts["codec"],
+                semantic_transformer=parts["semantic"],
+                coarse_transformer=parts["coarse"],
+                fine_transformer=parts.get("fine"),
+                audio_conditioner=parts["quantizer"],
+                text_conditioner=parts.get("text_conditioner"),
+                sampling=card.get("sampling"),
+            )
+            return cls(audio_lm=audio_lm, mulan_embed_quantizer=parts["quantizer"], num_levels=card.get("num_levels"))
+        except (TypeError, ValueError, OverflowError, BeartypeCallHintViolation) as error:
+            raise ValueError(f"the modules in {source} are not compatible: {error}") from error
 
     @property
     def sample_hz(self) -> int:

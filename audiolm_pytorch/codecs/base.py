@@ -5,11 +5,12 @@ from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from audiolm_pytorch.audio.units import frames_covering
 from audiolm_pytorch.audio.waves import checked_wave
 from audiolm_pytorch.codecs.streaming import DecoderStream, EncoderStream
+from audiolm_pytorch.saving.modules import SavedModule
 
 __all__ = ["Codec", "EncodedWave", "StreamingCodec"]
 
@@ -25,7 +26,7 @@ class EncodedWave(NamedTuple):
     scales: Tensor | None = None
 
 
-class Codec(nn.Module, ABC):
+class Codec(SavedModule, ABC):
     """A neural audio codec, which encodes waves as frames of discrete codes and decodes the codes.
 
     Attributes:

@@ -3,14 +3,15 @@
 from abc import ABC, abstractmethod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from audiolm_pytorch.nn.streaming import FrameStream, StreamState
+from audiolm_pytorch.saving.modules import SavedModule
 
 __all__ = ["WaveDecoder", "WaveEncoder"]
 
 
-class _WaveNetwork(nn.Module, ABC):
+class _WaveNetwork(SavedModule, ABC):
     """Base class of encoders and decoders; without gradients, long inputs are processed in chunks to limit the memory.
 
     `lookahead_frames` is 0 for a causal network, else the number of frames on each side that influence an output.

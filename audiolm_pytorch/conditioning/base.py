@@ -9,6 +9,8 @@ import torch
 from beartype import beartype
 from torch import Tensor, nn
 
+from audiolm_pytorch.saving.modules import SavedModule
+
 __all__ = ["ConditionTensor", "Conditioner", "Conditions", "TextEncoder", "guide"]
 
 
@@ -80,7 +82,7 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     return unconditional + scale * (conditional - unconditional)
 
 
-class Conditioner(nn.Module, ABC):
+class Conditioner(SavedModule, ABC):
     """Base class of conditioners, which turn texts or waves into integer codes and embed the codes for language models.
 
     A conditioner has one embedding table per language model stage; `namespace` is the name of the stage.
@@ -129,7 +131,7 @@ class Conditioner(nn.Module, ABC):
         """Return the width of the embeddings in the table of a namespace."""
 
 
-class TextEncoder(nn.Module, ABC):
+class TextEncoder(SavedModule, ABC):
     """Base class of frozen text encoders, which return one hidden state per text token as a condition tensor."""
 
     dim: int  # width of the hidden states

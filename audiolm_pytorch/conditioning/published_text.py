@@ -14,7 +14,7 @@ from audiolm_pytorch.nn.module_state import device_of
 from audiolm_pytorch.saving import hub
 from audiolm_pytorch.saving.fingerprint import nameless_fingerprint
 from audiolm_pytorch.saving.hub import LoadedModel
-from audiolm_pytorch.saving.modules import register
+from audiolm_pytorch.saving.modules import SavedModule, register
 
 __all__ = ["PublishedText", "PublishedTextEncoder", "TextConditioner", "tokenizer_of"]
 
@@ -77,7 +77,7 @@ class PublishedText:
         return {"input_ids": ids.clamp(min=0), "attention_mask": (ids >= 0).long()}
 
 
-class PublishedTextEncoder(nn.Module):
+class PublishedTextEncoder(SavedModule):
     """A published text encoder with its tokenizer, saved as one module. Subclasses define `forward`.
 
     The class loads encoders in the format of the transformers library: T5 (arXiv:1910.10683), mT5, UMT5, BERT

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from audiolm_pytorch.conditioning.base import Conditions
 from audiolm_pytorch.conditioning.fuser import ConditionFuser, ConditionSpec
 from audiolm_pytorch.nn.transformer import INIT_STD, FusedConditions, Transformer
-from audiolm_pytorch.saving.modules import register
+from audiolm_pytorch.saving.modules import SavedModule, register
 from audiolm_pytorch.tokens.layout import TokenLayout
 from audiolm_pytorch.tokens.streams import PackedTokens
 
@@ -37,7 +37,7 @@ class TokenLoss:
 
 
 @register
-class TokenTransformer(nn.Module):
+class TokenTransformer(SavedModule):
     """Decoder-only language model over the rows of a token layout.
 
     The embedding of a row is the sum of its token embeddings. Every level of every predicted stream has its own

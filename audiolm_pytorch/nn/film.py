@@ -6,13 +6,13 @@ import torch
 from beartype import beartype
 from torch import Tensor, nn
 
-from audiolm_pytorch.saving.modules import register
+from audiolm_pytorch.saving.modules import SavedModule, register
 
 __all__ = ["FiLM"]
 
 
 @register
-class FiLM(nn.Module):
+class FiLM(SavedModule):
     """Scale and shift of each channel, selected by a denoising flag (SoundStream, arXiv 2107.03312, section III-F).
 
     SoundStream applies FiLM between encoder and quantizer, so that the codes describe the sound without noise. Before

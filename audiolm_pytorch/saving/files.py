@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from beartype import beartype
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 __all__ = [
@@ -32,11 +33,20 @@ __all__ = [
     "write_weights",
 ]
 
+# The JSON files of this library are smaller. Each container needs up to 100 bytes of memory.
+_MAX_JSON_BYTES, _MAX_JSON_CONTAINERS = 2**26, 2**21
 _SEAL = "sha256"
 # While the digest of a sealed file is computed, zeros take its place.
 _NO_DIGEST = "0" * 64
 # Any name of six characters: the digest covers its own name.
 _SEALED_END = re.compile(r'"[^\n]{6}": "([0-9a-f]{64})"\n}\n\Z')
+
+# Number types of safetensors files. Types of less than 8 bits are not supported.
+_DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    **{"BOOL": torch.bool, "C64": torch.complex64},
+}
 
 
 @beartype
@@ -62,13 +72,18 @@ def write_json(path: str | Path, obj: Any, sealed: bool = False) -> None:
 @beartype
 def read_json(path: str | Path) -> Any:
     """Read a JSON file; raise a ValueError if the file is missing or damaged, or if its "sha256" is wrong."""
+    if not Path(path).is_file():
+        raise ValueError(f"there is no file {path}")
+    num_bytes = Path(path).stat().st_size
+    if num_bytes > _MAX_JSON_BYTES:
+        raise ValueError(f"{path} has {num_bytes} bytes, but JSON files have at most {_MAX_JSON_BYTES}; restore the file")
     try:
         text = Path(path).read_bytes().decode()
-        obj = json.loads(text)
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no file {path}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:  # RecursionError: thousands of brackets
-        raise ValueError(f"{path} is not a JSON file: {error}") from error
+        if text.count("[") + text.count("{") > _MAX_JSON_CONTAINERS:
+            raise ValueError(f"more than {_MAX_JSON_CONTAINERS} lists and dicts")
+        obj = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:  # RecursionError: thousands of brackets
+        raise ValueError(f"{path} is not a JSON file: {one_line(error)}") from error
     seal = _SEALED_END.search(text)
     has_seal = isinstance(obj, dict) and isinstance(obj.get(_SEAL), str)
     if seal is None and not has_seal:
@@ -83,6 +98,10 @@ def read_json(path: str | Path) -> Any:
         )
     del obj[_SEAL]
     return obj
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 @beartype
@@ -130,15 +149,40 @@ def write_weights(path: str | Path, weights: Mapping[str, Tensor], metadata: Map
 @beartype
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read tensors (on the CPU) and header strings of a safetensors file; raise a ValueError if the file is damaged."""
-    path = Path(path)
-    if not path.is_file():
+    with open_weights(path) as file:
+        return file.tensors(), file.metadata
+
+
+class WeightsFile:
+    """An open safetensors file: its header strings, and dtype and shape of its tensors by name."""
+
+    def __init__(self, opened: Any) -> None:
+        self._opened = opened
+        self.metadata: dict[str, str] = dict(opened.metadata() or {})
+        slices = {name: opened.get_slice(name) for name in opened.keys()}
+        self.facts = {name: (_DTYPES[part.get_dtype()], tuple(part.get_shape())) for name, part in slices.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Read all tensors on the CPU."""
+        return {name: self._opened.get_tensor(name) for name in self.facts}
+
+
+@contextmanager
+def open_weights(path: str | Path) -> Iterator[WeightsFile]:
+    """Open a safetensors file without reading its tensors; raise a ValueError if the file is missing or damaged."""
+    if not Path(path).is_file():
         raise ValueError(f"there is no file {path}")
     try:
         with safe_open(path, framework="pt") as opened:
-            metadata = dict(opened.metadata() or {})
-        return load_file(path), metadata
-    except Exception as error:  # SafetensorError derives from Exception only
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+            yield WeightsFile(opened)
+    except (SafetensorError, OSError, KeyError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {one_line(error)}") from error
+
+
+def one_line(error: Exception, max_letters: int = 300) -> str:
+    """Return type and message of an error as one line of printable letters."""
+    text = "".join(letter if letter.isprintable() else " " for letter in f"{type(error).__name__}: {error}"[:2000])
+    return " ".join(text.split())[:max_letters]
 
 
 @contextmanager

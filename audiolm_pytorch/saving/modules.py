@@ -12,24 +12,25 @@ from typing import Any, TypeVar
 
 import torch
 from beartype import beartype
-from beartype.roar import BeartypeCallHintViolation
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from audiolm_pytorch.saving.construction import build_within
 from audiolm_pytorch.saving.files import (
     check_digest,
     digest_of_file,
+    one_line,
+    open_weights,
     read_json,
-    read_weights,
     staged_files,
     write_json,
 )
 from audiolm_pytorch.saving.fingerprint import digest_of
 from audiolm_pytorch.saving.lazy_exports import import_exports
-from audiolm_pytorch.saving.weights import load_weights, weights_of
+from audiolm_pytorch.saving.weights import check_weights, load_weights, weights_of
 
 __all__ = [
+    "SavedModule",
     "build_module",
     "constructor_arguments",
     "load_module",
@@ -45,9 +46,8 @@ _WEIGHTS_FILE = "model.safetensors"
 _CONFIG_FILE = "config.json"
 _RESERVED_KEYS = ("format_version", "class", "config", "save_id", "weights_sha256", "sha256")
 
-_RANDOM_INITS = (nn.init.uniform_, nn.init.normal_, nn.init.trunc_normal_, nn.init.kaiming_uniform_)
-
 ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
+Saved = TypeVar("Saved", bound="SavedModule")
 _registry: dict[str, type[nn.Module]] = {}
 
 
@@ -97,21 +97,29 @@ def build_module(spec: Mapping[str, Any]) -> nn.Module:
     """Build a module with random weights from a spec of `module_spec`; raise a ValueError if the config is wrong."""
     if not {"class", "config"} <= spec.keys():
         raise ValueError(f"a module spec needs the keys 'class' and 'config'; got the keys {sorted(spec)}")
-    cls = registered_class(spec["class"])
-    if cls is None:
-        raise ValueError(
-            f"unknown module class {spec['class']!r}; import the package that defines this class before loading "
-            f"(registered classes: {sorted(_registry)})"
-        )
+    cls = _class_of(spec)
     try:
         if hasattr(cls, "from_config"):
             return cls.from_config(spec["config"])
         return cls(**{name: _built_parts(value) for name, value in spec["config"].items()})
-    except (TypeError, KeyError, AttributeError, BeartypeCallHintViolation) as error:
+    except (ImportError, ValueError):  # a missing package, or a message of the constructor
+        raise
+    except Exception as error:
         raise ValueError(
-            f"the config of {spec['class']} does not fit this release of the library "
-            f"({type(error).__name__}: {error}); install the release that wrote the config, or save the module again"
+            f"the config of {cls.__name__} does not fit this release of the library ({one_line(error)}); install the "
+            "release that wrote the config, or save the module again"
         ) from error
+
+
+def _class_of(spec: Mapping[str, Any]) -> Any:
+    name = spec["class"]
+    cls = registered_class(name) if isinstance(name, str) else None
+    if cls is None:
+        raise ValueError(
+            f"unknown module class {name!r:.100}; import the package that defines this class before loading "
+            f"(registered classes: {sorted(_registry)})"
+        )
+    return cls
 
 
 def _built_parts(value: Any) -> Any:
@@ -153,26 +161,33 @@ def save_module(
 def load_module(folder: str | Path, expect: type | None = None, device: str | torch.device = "cpu") -> nn.Module:
     """Load a saved module in eval mode; its weights have the dtypes of its constructor (float32), not of the file.
 
-    A ValueError is raised if the files are damaged, or if the module is not of the class `expect` or a subclass.
+    A ValueError is raised if the files are damaged, or if the module is not of the class `expect` or a subclass. The
+    random generators do not change.
     """
     folder = Path(folder)
     config = read_config(folder)
-    try:
-        with _SkipRandomInit():
-            module = build_module(config)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
-    if expect is not None and not isinstance(module, expect):
+    cls = _class_of(config)
+    if expect is not None and not issubclass(cls, expect):
         raise ValueError(f"{folder} holds a {config['class']}, but a {expect.__name__} is needed")
-    weights, metadata = read_weights(folder / _WEIGHTS_FILE)
-    if metadata.get("save_id") != config.get("save_id"):
-        raise ValueError(
-            f"{folder / _WEIGHTS_FILE} and {_CONFIG_FILE} are not of the same save (a save was interrupted, or a file "
-            "was exchanged); save the module again"
-        )
-    if "weights_sha256" in config:  # modules saved by earlier releases have no digest
-        check_digest(folder / _WEIGHTS_FILE, config["weights_sha256"])
-    load_weights(module, weights, where=f"the weights in {folder}")
+    where, save_id = f"the weights in {folder}", config.get("save_id")
+    with open_weights(folder / _WEIGHTS_FILE) as file:
+        if file.metadata.get("save_id") != save_id:
+            raise ValueError(
+                f"{folder / _WEIGHTS_FILE} and {_CONFIG_FILE} are not of the same save (a save was interrupted, or a "
+                "file was exchanged); save the module again"
+            )
+        try:
+            with build_within({name: shape for name, (_, shape) in file.facts.items()}):
+                module = build_module(config)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
+        check_weights(module, file.facts, where)
+        weights = file.tensors()
+    if "weights_sha256" in config:
+        check_digest(folder / _WEIGHTS_FILE, str(config["weights_sha256"]))
+    elif "save_id" in config and digest_of({key: config[key] for key in ("class", "config")}, weights) != save_id:
+        raise ValueError(f"{folder} has changed since it was written, its digest differs; restore both files")
+    load_weights(module, weights, where)
     return module.to(device).eval()
 
 
@@ -195,11 +210,18 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return dict(config)
 
 
-class _SkipRandomInit(TorchFunctionMode):
-    """Context in which weights are not initialized, because random values would take most of the time of loading."""
+class SavedModule(nn.Module):
+    """Base class of modules with the methods `save` and `from_folder`; subclasses are registered with `register`."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return kwargs["tensor"] if func in _RANDOM_INITS else func(*args, **(kwargs or {}))
+    def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write the module as two files; see `save_module`."""
+        save_module(self, folder, dtype=dtype)
+
+    @classmethod
+    def from_folder(cls: type[Saved], folder: str | Path, device: str | torch.device = "cpu") -> Saved:
+        """Load a module of this class, or of a subclass, that `save` wrote; see `load_module`."""
+        module: Any = load_module(folder, expect=cls, device=device)
+        return module
 
 
 def _converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

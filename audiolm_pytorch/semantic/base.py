@@ -3,15 +3,16 @@
 from abc import ABC, abstractmethod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from audiolm_pytorch.audio.resample import resampled_items
 from audiolm_pytorch.audio.waves import mono_waves
+from audiolm_pytorch.saving.modules import SavedModule
 
 __all__ = ["FrameEncoder", "SemanticTokenizer"]
 
 
-class SemanticTokenizer(nn.Module, ABC):
+class SemanticTokenizer(SavedModule, ABC):
     """Base class of tokenizers that convert waves to semantic tokens (AudioLM, arXiv:2209.03143, section III-B).
 
     A tokenizer is always in eval mode, also if it is a submodule of a module in train mode.
@@ -66,7 +67,7 @@ class SemanticTokenizer(nn.Module, ABC):
         return resampled_items(wave, input_sample_hz, self.target_sample_hz, lengths)
 
 
-class FrameEncoder(nn.Module, ABC):
+class FrameEncoder(SavedModule, ABC):
     """Base class of audio encoders whose hidden states `KMeansTokenizer` converts to tokens."""
 
     sample_hz: int

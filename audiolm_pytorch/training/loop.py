@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from beartype import beartype
 from torch import nn
 
+from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.saving.weights import load_weights
 from audiolm_pytorch.training.checkpoint import CheckpointFolder
 from audiolm_pytorch.training.distributed import create_accelerator
-from audiolm_pytorch.training.rng import preserve_rng
 from audiolm_pytorch.training.run import OnRow, TrainingRun, TrainResult, check_same_run, run_config
 from audiolm_pytorch.training.run_folder import claimed_folder, read_record
 from audiolm_pytorch.training.task import LoopSettings, Phase, Task

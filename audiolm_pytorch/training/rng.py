@@ -2,13 +2,11 @@
 
 import hashlib
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
 
-__all__ = ["preserve_rng", "seed_rng"]
+__all__ = ["seed_rng"]
 
 
 def seed_rng(seed: int, *position: int | str, device: torch.device) -> None:
@@ -25,16 +23,3 @@ def seed_rng(seed: int, *position: int | str, device: torch.device) -> None:
         torch.get_device_module(device).manual_seed(torch_seed)
     np.random.seed(int.from_bytes(digest[8:12], "little"))
     random.seed(int.from_bytes(digest[16:24], "little"))
-
-
-@contextmanager
-def preserve_rng() -> Iterator[None]:
-    """Restore the states of the global random generators after a `with` statement."""
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)

@@ -14,7 +14,7 @@ from audiolm_pytorch.audio.padding import checked_lengths, length_mask
 from audiolm_pytorch.audio.waves import mono_waves
 from audiolm_pytorch.nn.positions import WavePositionBias
 from audiolm_pytorch.nn.transformer import build_encoder
-from audiolm_pytorch.saving.modules import constructor_arguments, register
+from audiolm_pytorch.saving.modules import SavedModule, constructor_arguments, register
 from musiclm_pytorch.mulan.layers import pooled_layers
 from musiclm_pytorch.mulan.spectrogram import SpecAugment, log_spectrogram
 
@@ -22,7 +22,7 @@ __all__ = ["AudioSpectrogramTransformer"]
 
 
 @register
-class AudioSpectrogramTransformer(nn.Module):
+class AudioSpectrogramTransformer(SavedModule):
     """Embeds a clip as the mean of the outputs of a transformer, whose tokens are patches of the log spectrogram.
 
     The architecture is AST (arXiv:2104.01778) as in MuLan (arXiv:2208.12415, sec. 3.1), but for clips of any length.

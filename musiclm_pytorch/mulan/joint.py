@@ -6,16 +6,17 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from beartype import beartype
-from torch import Tensor, nn
+from torch import Tensor
 
 from audiolm_pytorch.audio.padding import checked_lengths
 from audiolm_pytorch.audio.units import samples_in
 from audiolm_pytorch.audio.waves import mono_waves
+from audiolm_pytorch.saving.modules import SavedModule
 
 __all__ = ["JointEmbedding", "average_latents"]
 
 
-class JointEmbedding(nn.Module, ABC):
+class JointEmbedding(SavedModule, ABC):
     """Base class of models that embed audio and text as unit vectors in one space, such as `MuLaN`.
 
     Args:

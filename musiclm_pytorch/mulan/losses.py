@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from beartype import beartype
 from torch import Tensor, nn
 
-from audiolm_pytorch.saving.modules import register
+from audiolm_pytorch.saving.modules import SavedModule, register
 from musiclm_pytorch.mulan.distributed import gather_batch, gather_counts, own_rank
 
 __all__ = ["ContrastiveLoss", "SigmoidContrastiveLearning", "SoftmaxContrastiveLearning"]
@@ -33,7 +33,7 @@ class _Pairs(NamedTuple):
     own_negative: Tensor
 
 
-class ContrastiveLoss(nn.Module, ABC):
+class ContrastiveLoss(SavedModule, ABC):
     """Base class of contrastive losses, which computes the scaled similarities of all pairs in the global batch.
 
     Every process computes the loss of the batch of all processes, so all processes must call the loss together.

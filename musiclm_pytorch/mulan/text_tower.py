@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer, ids_of
 from audiolm_pytorch.nn.transformer import build_encoder
-from audiolm_pytorch.saving.modules import register
+from audiolm_pytorch.saving.modules import SavedModule, register
 from musiclm_pytorch.mulan.layers import pooled_layers
 
 __all__ = ["TextTower", "TextTransformer", "words_of"]
@@ -25,7 +25,7 @@ _WORD = re.compile(r"[^\W\d_]{2,}")
 _WORDS_IN_WARNING = 8
 
 
-class TextTower(nn.Module, ABC):
+class TextTower(SavedModule, ABC):
     """Base class of text towers: a module of `depth` blocks that embeds texts in `dim` dimensions."""
 
     dim: int

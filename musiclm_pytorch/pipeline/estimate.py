@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.conditioning.base import ConditionTensor
 from audiolm_pytorch.lm.stage_transformer import AudioTokens
+from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.training.distributed import to_device
-from audiolm_pytorch.training.rng import preserve_rng
 from musiclm_pytorch.pipeline.builders import STAGES, build_codec, build_mulan, build_semantic_tokenizer, build_stage
 from musiclm_pytorch.pipeline.pipeline import STEPS, Pipeline, check_step
 from musiclm_pytorch.pipeline.trainers import NUM_VALIDATIONS, codec_trainer, mulan_trainer, semantic_tokenizer_trainer

@@ -17,13 +17,15 @@ from audiolm_pytorch.codecs import Codec
 from audiolm_pytorch.data.manifest import captions_of, training_items
 from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.lm.trainers import TABLE_FILE
+from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.saving.files import read_weights, write_json
 from audiolm_pytorch.saving.fingerprint import part_fingerprint
+from audiolm_pytorch.saving.model_folder import exact_dtype
 from audiolm_pytorch.saving.modules import load_module, save_module
 from audiolm_pytorch.saving.weights import load_weights
 from audiolm_pytorch.semantic import SemanticTokenizer
 from audiolm_pytorch.training.distributed import create_accelerator
-from audiolm_pytorch.training.rng import preserve_rng, seed_rng
+from audiolm_pytorch.training.rng import seed_rng
 from audiolm_pytorch.training.run_folder import check_own_folder, claimed_folder, read_record
 from musiclm_pytorch.mulan import JointEmbedding
 from musiclm_pytorch.mulan.captions import aspects_of
@@ -33,7 +35,7 @@ from musiclm_pytorch.pipeline.presets import Preset
 from musiclm_pytorch.pipeline.pretrained_parts import PRETRAINED_KINDS, check_pretrained
 from musiclm_pytorch.pipeline.token_shards import compute_tokens
 from musiclm_pytorch.pipeline.trainers import codec_trainer, mulan_trainer, semantic_tokenizer_trainer, stage_trainer
-from musiclm_pytorch.pretrained.model_folder import CARD, PARTS, exact_dtype, save_parts
+from musiclm_pytorch.pretrained.parts import CARD, PARTS, save_parts
 from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.quantizer.fit import fit_quantizer
 

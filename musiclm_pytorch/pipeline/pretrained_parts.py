@@ -9,9 +9,9 @@ from torch import nn
 
 from audiolm_pytorch.audio.units import frames_inside
 from audiolm_pytorch.codecs import Codec
+from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.saving.modules import module_spec
 from audiolm_pytorch.semantic import SemanticTokenizer
-from audiolm_pytorch.training.rng import preserve_rng
 from musiclm_pytorch.mulan import JointEmbedding
 from musiclm_pytorch.pipeline.builders import STAGES, build_codec, build_semantic_tokenizer, build_stage
 from musiclm_pytorch.pipeline.presets import Preset

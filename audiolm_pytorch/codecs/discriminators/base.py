@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from audiolm_pytorch.saving.modules import SavedModule
+
 __all__ = ["Discriminator", "ScaleOutput", "leaky_relu_", "run_layers"]
 
 _SLOPE = 0.2  # MelGAN (arXiv 1910.06711, appendix A) and EnCodec's published discriminator
@@ -22,7 +24,7 @@ class ScaleOutput(NamedTuple):
     features: list[Tensor]
 
 
-class Discriminator(nn.Module, ABC):
+class Discriminator(SavedModule, ABC):
     """Base class of discriminators with one or several scales, such as resolutions or STFT windows."""
 
     def __init__(self, config: dict[str, Any]) -> None:

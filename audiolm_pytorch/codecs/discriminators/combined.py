@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from audiolm_pytorch.codecs.discriminators.base import ScaleOutput
 from audiolm_pytorch.codecs.discriminators.spectral import ComplexSTFTDiscriminator, MultiScaleSTFTDiscriminator
 from audiolm_pytorch.codecs.discriminators.wave import MultiScaleWaveDiscriminator
-from audiolm_pytorch.saving.modules import module_spec, register
+from audiolm_pytorch.saving.modules import SavedModule, module_spec, register
 
 __all__ = ["Discriminators", "encodec_discriminators", "soundstream_discriminators"]
 
 
 @register
-class Discriminators(nn.Module):
+class Discriminators(SavedModule):
     """Combination of discriminators, each of which returns a list of `ScaleOutput` for waves `[b, c, n]`."""
 
     @beartype

@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from audiolm_pytorch.codecs.quantizers.distributed import from_first_process
+from audiolm_pytorch.saving.modules import SavedModule
 
 __all__ = ["CodeStatistics", "FrameQuantizer", "Quantized", "ResidualLevels", "code_usage", "usage_of_counts"]
 
@@ -37,7 +38,7 @@ class CodeStatistics(NamedTuple):
     equal_share: Tensor
 
 
-class FrameQuantizer(nn.Module, ABC):
+class FrameQuantizer(SavedModule, ABC):
     """Base class of quantizers, which convert frames of a codec to discrete codes and back.
 
     Attributes:

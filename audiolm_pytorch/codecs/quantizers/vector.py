@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from audiolm_pytorch.codecs.quantizers.base import ResidualLevels
 from audiolm_pytorch.codecs.quantizers.distributed import distributed_sample, from_first_process, sum_over_processes
 from audiolm_pytorch.nn.kmeans import nearest_centroid
+from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.saving.modules import constructor_arguments, register
-from audiolm_pytorch.training.rng import preserve_rng
 
 __all__ = ["ResidualQuantizer"]
 

@@ -15,11 +15,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.saving.files import read_weights
 from audiolm_pytorch.training import LoopSettings, LossOutput, Phase, Task, TrainLoop
 from audiolm_pytorch.training.ema import WeightEMA
 from audiolm_pytorch.training.optimizer import learning_rate_at
-from audiolm_pytorch.training.rng import preserve_rng, seed_rng
+from audiolm_pytorch.training.rng import seed_rng
 from tests.helpers.toy_training import SETTINGS, Tiny, ToyTask, assert_same_run, linear_task, rows_of
 
 CPU = torch.device("cpu")

@@ -1,0 +1,115 @@
+"""Folders of composed models, with one saved module per part and a JSON file (the card) that lists the parts.
+
+MODEL/<card>                    format version, names of the parts, and settings of the model
+MODEL/<part>/config.json        constructor arguments of a part
+MODEL/<part>/model.safetensors  weights of a part
+"""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from beartype import beartype
+from torch import nn
+
+from audiolm_pytorch.saving.files import read_json, write_json
+from audiolm_pytorch.saving.fingerprint import part_fingerprint
+from audiolm_pytorch.saving.modules import load_module, save_module
+from audiolm_pytorch.saving.weights import weights_of
+
+__all__ = ["FORMAT_VERSION", "PART_FILES", "exact_dtype", "load_parts", "read_card", "write_model_folder"]
+
+FORMAT_VERSION = 1
+PART_FILES = ("config.json", "model.safetensors")
+
+
+@beartype
+def write_model_folder(
+    folder: str | Path,
+    card: str,
+    parts: Mapping[str, nn.Module],
+    settings: Mapping[str, Any],
+    dtypes: Mapping[str, torch.dtype | None] | None = None,
+) -> list[Path]:
+    """Write a model folder and return its files; an existing model is replaced only after all files are written.
+
+    Other files in the folder do not change. `settings` are further entries of the card, and `dtypes` are the types of
+    stored weights by part; a missing type keeps the types of the weights.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as name:
+        new, old = Path(name) / "new", Path(name) / "old"
+        old.mkdir()
+        for part, module in parts.items():
+            save_module(module, new / part, dtype=(dtypes or {}).get(part))
+        write_json(new / card, {"format_version": FORMAT_VERSION, "parts": list(parts), **settings}, sealed=True)
+        _swap(new, folder, old, [card, *parts])
+    return [*(folder / part / file for part in parts for file in PART_FILES), folder / card]
+
+
+def _swap(new: Path, folder: Path, old: Path, names: Sequence[str]) -> None:
+    """Move entries of `folder` to `old`, and entries of `new` to `folder`; if a move fails, undo all moves.
+
+    The card is the first of `names`. It is moved away first and moved in last, because it marks a complete model.
+    """
+    moves = [(folder / name, old / name) for name in names if (folder / name).exists()]
+    moves += [(new / name, folder / name) for name in reversed(names)]
+    done: list[tuple[Path, Path]] = []
+    try:
+        for source, target in moves:
+            source.rename(target)
+            done.append((source, target))
+    except BaseException:
+        for source, target in reversed(done):
+            target.rename(source)
+        raise
+
+
+@beartype
+def read_card(path: str | Path) -> dict[str, Any]:
+    """Read the card of a model folder; raise a ValueError if its format version is not supported."""
+    card = read_json(path)
+    version = card.get("format_version") if isinstance(card, dict) else None
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {version!r:.40}, but this library reads version {FORMAT_VERSION}; install the "
+            "library release that wrote the file"
+        )
+    return dict(card)
+
+
+@beartype
+def load_parts(
+    folder: Path, folders: Mapping[str, Path], kinds: Mapping[str, Any], fingerprinted: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Load the parts of a model from the folders `folders` by name; check that each part has its class in `kinds`.
+
+    `folder` is the model folder for error messages. For the parts `fingerprinted`, fingerprints are computed too, while
+    other parts are loaded.
+    """
+    missing = [
+        f"{name}/{file}" for name, place in folders.items() for file in PART_FILES if not (place / file).is_file()
+    ]
+    if missing:
+        raise ValueError(f"the model in {folder} lacks {', '.join(missing)}; copy the whole folder again")
+
+    def load(name: str) -> nn.Module:
+        module = load_module(folders[name], expect=kinds[name])
+        if name in fingerprinted:
+            part_fingerprint(module)
+        return module
+
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return dict(zip(folders, pool.map(load, folders)))
+
+
+@beartype
+def exact_dtype(module: nn.Module, dtype: torch.dtype, *, but: Sequence[str] = ()) -> torch.dtype | None:
+    """Return `dtype` if it stores all weights of a module without rounding, else None; skip the submodules in `but`."""
+    weights = {name: weight for name, weight in weights_of(module).items() if name.partition(".")[0] not in but}
+    floats = [weight for weight in weights.values() if weight.is_floating_point()]
+    return dtype if all(torch.equal(weight.to(dtype).to(weight.dtype), weight) for weight in floats) else None
