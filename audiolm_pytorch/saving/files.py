@@ -76,7 +76,9 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"there is no file {path}")
     num_bytes = Path(path).stat().st_size
     if num_bytes > _MAX_JSON_BYTES:
-        raise ValueError(f"{path} has {num_bytes} bytes, but JSON files have at most {_MAX_JSON_BYTES}; restore the file")
+        raise ValueError(
+            f"{path} has {num_bytes} bytes, but JSON files have at most {_MAX_JSON_BYTES}; restore the file"
+        )
     try:
         text = Path(path).read_bytes().decode()
         if text.count("[") + text.count("{") > _MAX_JSON_CONTAINERS:

@@ -41,18 +41,22 @@ def write_model_folder(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    files = [card, *(f"{part}/{file}" for part in parts for file in PART_FILES)]
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as name:
         new, old = Path(name) / "new", Path(name) / "old"
-        old.mkdir()
         for part, module in parts.items():
             save_module(module, new / part, dtype=(dtypes or {}).get(part))
-        write_json(new / card, {"format_version": FORMAT_VERSION, "parts": list(parts), **settings}, sealed=True)
-        _swap(new, folder, old, [card, *parts])
-    return [*(folder / part / file for part in parts for file in PART_FILES), folder / card]
+        content = {"format_version": FORMAT_VERSION, "parts": list(parts), **settings}
+        write_json(new / card, content, sealed=True)
+        for place in (folder, old):
+            for part in parts:
+                (place / part).mkdir(parents=True, exist_ok=True)
+        _swap(new, folder, old, files)
+    return [folder / file for file in files]
 
 
 def _swap(new: Path, folder: Path, old: Path, names: Sequence[str]) -> None:
-    """Move entries of `folder` to `old`, and entries of `new` to `folder`; if a move fails, undo all moves.
+    """Move files of `folder` to `old`, and files of `new` to `folder`; if a move fails, undo all moves.
 
     The card is the first of `names`. It is moved away first and moved in last, because it marks a complete model.
     """

@@ -169,7 +169,7 @@ def load_module(folder: str | Path, expect: type | None = None, device: str | to
     cls = _class_of(config)
     if expect is not None and not issubclass(cls, expect):
         raise ValueError(f"{folder} holds a {config['class']}, but a {expect.__name__} is needed")
-    where, save_id = f"the weights in {folder}", config.get("save_id")
+    where, save_id = f"the weights in {folder / _WEIGHTS_FILE}", config.get("save_id")
     with open_weights(folder / _WEIGHTS_FILE) as file:
         if file.metadata.get("save_id") != save_id:
             raise ValueError(

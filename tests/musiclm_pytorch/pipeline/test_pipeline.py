@@ -19,7 +19,8 @@ from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.saving.files import read_json, write_json
 from audiolm_pytorch.saving.modules import load_module
 from musiclm_pytorch.pipeline.pipeline import STEPS, Pipeline
-from musiclm_pytorch.pretrained.model_folder import PARTS, load_musiclm
+from musiclm_pytorch.pretrained.model_folder import load_musiclm
+from musiclm_pytorch.pretrained.parts import PARTS
 from tests.helpers import micro
 from tests.helpers.bad_input import listing
 from tests.helpers.micro import MICRO, write_clips

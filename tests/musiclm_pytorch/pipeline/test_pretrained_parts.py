@@ -16,6 +16,7 @@ from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.generation.request import GenerationRequest
 from audiolm_pytorch.saving.files import read_json
 from audiolm_pytorch.saving.fingerprint import fingerprint_of
+from audiolm_pytorch.saving.model_folder import exact_dtype
 from audiolm_pytorch.saving.modules import load_module
 from audiolm_pytorch.semantic import SemanticTokenizer
 from musiclm_pytorch.mulan import JointEmbedding
@@ -23,7 +24,7 @@ from musiclm_pytorch.pipeline.builders import build_codec, build_mulan, build_se
 from musiclm_pytorch.pipeline.estimate import estimate, estimate_steps
 from musiclm_pytorch.pipeline.pipeline import STEPS, Pipeline
 from musiclm_pytorch.pipeline.pretrained_parts import check_pretrained
-from musiclm_pytorch.pretrained.model_folder import exact_dtype, export_musiclm, load_musiclm
+from musiclm_pytorch.pretrained.model_folder import export_musiclm, load_musiclm
 from tests.helpers.micro import MICRO, WORDS, write_clips
 
 PRETRAINED = ("codec", "semantic-tokenizer", "mulan")

@@ -5,9 +5,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from audiolm_pytorch.saving import model_folder as folders
 from audiolm_pytorch.saving.files import read_json, write_json
 from audiolm_pytorch.saving.modules import load_module, save_module
-from musiclm_pytorch.pretrained import model_folder as bundle
+from musiclm_pytorch.pretrained import parts as model_parts
 from musiclm_pytorch.pretrained.bundled import (
     BUNDLED_TOKENIZERS,
     bundled_folder,
@@ -15,7 +16,8 @@ from musiclm_pytorch.pretrained.bundled import (
     encoder_named,
     tokenizer_named,
 )
-from musiclm_pytorch.pretrained.model_folder import PARTS, export_musiclm, load_musiclm, model_folder
+from musiclm_pytorch.pretrained.model_folder import export_musiclm, load_musiclm, model_folder
+from musiclm_pytorch.pretrained.parts import PARTS
 
 SETTINGS = {
     "sampling": {"semantic": {"temperature": 0.7, "top_k": 5}, "coarse": {"guidance_scale": 2.0}},
@@ -218,7 +220,7 @@ def packaged(model, tmp_path, monkeypatch):
     exchange_copy = shutil.copytree(model / "codec", folder / "codec_another")
     exchange(exchange_copy.parent, exchange_copy.name)
     shutil.copytree(model, folder / "whole")
-    monkeypatch.setattr(bundle, "bundled_folder", lambda name: folder / name)
+    monkeypatch.setattr(model_parts, "bundled_folder", lambda name: folder / name)
     return folder
 
 
@@ -280,29 +282,48 @@ def test_export_destroys_nothing(micro_run, tmp_path):
     with pytest.raises(ValueError, match="photos contains files that do not belong to a model"):
         export_musiclm(micro_run, tmp_path / "photos")
     assert [file.name for file in (tmp_path / "photos").iterdir()] == ["me.jpg"]
+    for own_file in ("codec/config.json", "musiclm.json", "fine/model.safetensors"):  # not those of a model
+        file = tmp_path / own_file.replace("/", "_") / own_file
+        file.parent.mkdir(parents=True)
+        file.write_text("{}")
+        with pytest.raises(ValueError, match="contains files that do not belong to a model"):
+            export_musiclm(micro_run, tmp_path / own_file.replace("/", "_"))
+        assert file.read_text() == "{}"
     assert export_musiclm(micro_run, tmp_path / "new") == export_musiclm(micro_run, tmp_path / "new")
 
 
-@pytest.mark.slow
-def test_an_interrupted_export_is_not_loaded_and_can_be_repeated(micro_run, model, monkeypatch):
-    """A folder with old and new parts is not a model."""
+def test_an_interrupted_export_leaves_the_old_model(micro_run, model, monkeypatch):
+    """A full disk or an interrupt, while parts are written or moved, leaves the old model and no other files."""
     (model / "README.md").write_text("about it")
-    saved = []
+    (model / "codec" / "notes.txt").write_text("mine")
+    before = {file: file.read_bytes() for file in model.rglob("*") if file.is_file()}
+    rename = type(model).rename
 
-    def die_in_the_third(*arguments, **named):
-        saved.append(arguments)
-        if len(saved) == 3:
+    def fail_in_the_third(*arguments, **named):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        return save_module(*arguments, **named)
+
+    def fail_in_the_twentieth(source, target):
+        calls.append(source)
+        if len(calls) == 20:
             raise KeyboardInterrupt
-        save_module(*arguments, **named)
+        return rename(source, target)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(bundle, "save_module", die_in_the_third)
-        with pytest.raises(KeyboardInterrupt):
-            export_musiclm(micro_run, model)
-    with pytest.raises(ValueError, match="no complete model"):
-        load_musiclm(model)
+    for owner, name, fault in (
+        (folders, "save_module", fail_in_the_third),
+        (type(model), "rename", fail_in_the_twentieth),
+    ):
+        calls = []
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, fault)
+            with pytest.raises((OSError, KeyboardInterrupt)):
+                export_musiclm(micro_run, model)
+        assert {file: file.read_bytes() for file in model.rglob("*") if file.is_file()} == before
     export_musiclm(micro_run, model)
-    assert load_musiclm(model).num_levels == 2 and (model / "README.md").read_text() == "about it"
+    assert read_json(model / "musiclm.json")["weights"] == "float16"
+    assert (model / "README.md").read_text() == "about it" and (model / "codec" / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.slow

@@ -1,0 +1,180 @@
+"""Models composed of own parts become folders, from Python alone, and come back with equal tokens."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+
+import audiolm_pytorch
+import musiclm_pytorch
+from audiolm_pytorch.audiolm import AudioLM
+from audiolm_pytorch.codecs import SoundStream
+from audiolm_pytorch.lm.stages import CoarseTransformer, SemanticTransformer
+from audiolm_pytorch.nn.film import FiLM
+from audiolm_pytorch.saving.files import read_json, write_json
+from audiolm_pytorch.saving.modules import SavedModule, load_module, save_module
+from musiclm_pytorch.musiclm import MusicLM
+from tests.helpers.small_models import small_audiolm, small_musiclm, small_soundstream, small_spectral_codec
+
+REQUEST = {"num_samples": 2, "seconds": 0.1, "seed": 3, "return_all": True}
+
+
+@pytest.fixture(scope="module")
+def musiclm():
+    """A MusicLM with other than the default settings."""
+    model = small_musiclm()
+    model.audio_lm.sampling["coarse"] = type(model.audio_lm.sampling["coarse"])(temperature=0.5, top_k=3)
+    model.num_levels = 1
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(musiclm, tmp_path_factory):
+    """The folder of the MusicLM; tests must not change it."""
+    path = tmp_path_factory.mktemp("musiclm")
+    musiclm.save(path)
+    return path
+
+
+def test_musiclm_comes_back(musiclm, folder):
+    """Weights, sampling settings and the number of levels."""
+    loaded = MusicLM.from_folder(folder)
+    assert not loaded.training and loaded.num_levels == 1 and loaded.audio_lm.sampling == musiclm.audio_lm.sampling
+    assert torch.equal(loaded("a low tone", **REQUEST).waves, musiclm("a low tone", **REQUEST).waves)
+
+
+def test_audiolm_comes_back(tmp_path):
+    """An AudioLM without fine stage and conditioner keeps only the parts that it has."""
+    whole = small_audiolm()
+    sizes = {"num_semantic_tokens": 12, "dim": 16, "depth": 1, "heads": 2, "dim_head": 8}
+    rates = {"codebook_size": 16, "num_coarse_quantizers": 3, "semantic_rate_hz": 100, "rate_hz": 200}
+    model = AudioLM(
+        wav2vec=whole.wav2vec,
+        codec=small_spectral_codec().eval(),
+        semantic_transformer=SemanticTransformer(rate_hz=100, **sizes),
+        coarse_transformer=CoarseTransformer(**sizes, **rates),
+        sampling={"coarse": {"temperature": 0.3}},
+    ).eval()
+    model.save(tmp_path)
+    loaded = AudioLM.from_folder(str(tmp_path))
+    assert loaded.fine_transformer is None and loaded.sampling == model.sampling
+    waves = [each(batch_size=2, seconds=0.1, seeds=[1, 2]) for each in (model, loaded)]
+    assert torch.equal(*waves)
+    with pytest.raises(ValueError, match="parts in .*audiolm.json must be a list of wav2vec, codec"):
+        write_json(tmp_path / "audiolm.json", {"format_version": 1, "parts": ["../codec"]})
+        AudioLM.from_folder(tmp_path)
+    with pytest.raises(ValueError, match="there is no file .*audiolm.json"):
+        AudioLM.from_folder(tmp_path / "nowhere")
+
+
+def test_every_part_is_saved_and_loaded_by_its_class(musiclm, tmp_path):
+    """All parts of a MusicLM, down to encoders and towers, have `save` and `from_folder`."""
+    parts = [module for module in musiclm.modules() if isinstance(module, SavedModule)]
+    assert len(parts) > 12
+    for number, module in enumerate(parts):
+        place = tmp_path / str(number)
+        module.save(place)
+        loaded = type(module).from_folder(place)
+        assert type(loaded) is type(module)
+        for name, value in module.state_dict().items():
+            assert torch.equal(value, loaded.state_dict()[name])
+    with pytest.raises(ValueError, match="holds a SoundStream, but a FiLM is needed"):
+        small_soundstream().save(tmp_path / "codec")
+        FiLM.from_folder(tmp_path / "codec")
+
+
+def test_save_and_load_are_exported():
+    """Both packages export the two functions."""
+    for package in (audiolm_pytorch, musiclm_pytorch):
+        assert package.save_module is save_module and package.load_module is load_module
+
+
+def test_loading_leaves_global_state_alone(folder):
+    """Random generators of torch, numpy and Python, the default dtype and the default device."""
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    MusicLM.from_folder(folder)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.random.get_state()[1].tolist() == states[1] and random.getstate() == states[2]
+
+
+def test_default_dtype_and_device_do_not_change_what_is_loaded(folder, musiclm):
+    """Weights are float32 on the CPU, so that fingerprints are those of training."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            loaded = MusicLM.from_folder(folder)
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {weight.dtype for weight in loaded.parameters()} == {torch.float32}
+    assert loaded.mulan_embed_quantizer.fingerprint() == musiclm.mulan_embed_quantizer.fingerprint()
+    assert torch.equal(loaded("a low tone", **REQUEST).waves, musiclm("a low tone", **REQUEST).waves)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": NaN}', "9" * 5000, "\ud800".encode("utf-8", "surrogatepass")])
+def test_damaged_json_is_one_line(tmp_path, text):
+    """Deep nesting, numbers that JSON does not have, integers of thousands of digits, bytes that are not UTF-8."""
+    (tmp_path / "x.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match="x.json is not a JSON file") as caught:
+        read_json(tmp_path / "x.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_huge_json_is_not_read(tmp_path):
+    """A sparse file of 6 GB, and millions of small lists, which need 50 times the memory of the file."""
+    with (tmp_path / "x.json").open("wb") as file:
+        file.truncate(6 * 2**30)
+    with pytest.raises(ValueError, match="x.json has 6442450944 bytes, but JSON files have at most"):
+        read_json(tmp_path / "x.json")
+    (tmp_path / "y.json").write_text(json.dumps([[]] * (2**21 + 1)))
+    with pytest.raises(ValueError, match="more than 2097152 lists and dicts"):
+        read_json(tmp_path / "y.json")
+
+
+HOSTILE = [
+    {"config": {"depth": 20_000}},
+    {"config": {"dim": 20_000}},
+    {"config": {"dim": 1e25}},
+    {"config": {"dim": 10**25}},
+    {"config": {"heads": 0}},
+    {"config": {"dim_head": -2}},
+    {"config": {"num_semantic_tokens": 2**40}},
+    {"config": {"rate_hz": "1e999999999"}},
+    {"config": {"rate_hz": "1/0"}},
+    {"config": {"extra_streams": [{"name": "x", "vocab_size": 4, "num_levels": 10**9, "is_input": True}]}},
+    {"class": []},
+    {"class": "SoundStream\x1b[2J"},
+    {"class": "Linear"},
+]
+
+
+@pytest.mark.parametrize("change", HOSTILE, ids=str)
+def test_hostile_config_is_refused_before_memory_is_needed(folder, tmp_path, change):
+    """Sizes that the file of the weights cannot have, numbers that overflow, classes that are no names."""
+    loaded = load_module(folder / "semantic")
+    loaded.save(tmp_path)
+    config = read_json(tmp_path / "config.json")
+    config |= {key: {**config[key], **value} if key == "config" else value for key, value in change.items()}
+    write_json(tmp_path / "config.json", config)
+    with pytest.raises(ValueError) as caught:
+        load_module(tmp_path)
+    assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
+
+
+def test_nested_parts_and_quantizers_without_end_are_refused(tmp_path):
+    """900 parts in each other, and 20,000 levels of a codec."""
+    codec = small_soundstream()
+    codec.save(tmp_path)
+    config = read_json(tmp_path / "config.json")
+    levels = json.loads(json.dumps(config))
+    levels["config"]["quantizer"]["config"]["num_quantizers"] = 20_000
+    nested = config["config"]["quantizer"]
+    for _ in range(900):
+        nested = {"class": "GroupedQuantizer", "config": {"quantizers": [nested]}}
+    for bad in (levels, {**config, "config": {**config["config"], "quantizer": nested}}):
+        write_json(tmp_path / "config.json", bad)
+        with pytest.raises(ValueError) as caught:
+            SoundStream.from_folder(tmp_path)
+        assert "\n" not in str(caught.value)
