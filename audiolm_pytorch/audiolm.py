@@ -32,6 +32,7 @@ from audiolm_pytorch.generation.windows import SlidingWindowDecoder, StagePipeli
 from audiolm_pytorch.lm.compatibility import check_compatible, check_stages_compatible
 from audiolm_pytorch.lm.stage_transformer import AudioTokens, StageTransformer
 from audiolm_pytorch.lm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
+from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.saving.model_folder import load_parts, read_card, write_model_folder
 from audiolm_pytorch.semantic.base import SemanticTokenizer
 from audiolm_pytorch.tokens.token_batch import TokenBatch
@@ -104,6 +105,7 @@ class AudioLM(nn.Module):
 
     @classmethod
     @beartype
+    @preserve_rng()
     def from_folder(cls, folder: str | Path, device: str | torch.device = "cpu") -> "AudioLM":
         """Load the model that `save` wrote in eval mode."""
         folder = Path(folder)

@@ -20,6 +20,7 @@ from audiolm_pytorch.generation.sampling import SamplingSettings
 from audiolm_pytorch.lm.compatibility import check_compatible
 from audiolm_pytorch.lm.stage_transformer import AudioTokens
 from audiolm_pytorch.nn.module_state import eval_mode
+from audiolm_pytorch.saving.construction import preserve_rng
 from musiclm_pytorch.pretrained.parts import read_parts, save_parts
 from musiclm_pytorch.quantizer.embed_quantizer import MuLaNEmbedQuantizer
 
@@ -132,6 +133,7 @@ class MusicLM(nn.Module):
 
     @classmethod
     @beartype
+    @preserve_rng()
     def from_folder(cls, folder: str | Path, device: str | torch.device = "cpu") -> "MusicLM":
         """Load the model in a folder in eval mode; see `load_musiclm` for bundled models and training runs."""
         card, parts = read_parts(folder)

@@ -9,7 +9,7 @@ from beartype import beartype
 
 from audiolm_pytorch.lm.stage_transformer import StageTransformer, TokenSource
 from audiolm_pytorch.saving.modules import register
-from audiolm_pytorch.tokens.streams import Stream
+from audiolm_pytorch.tokens.streams import Stream, exact_rate
 
 __all__ = ["CoarseTransformer", "FineTransformer", "SemanticTransformer"]
 
@@ -37,7 +37,7 @@ class SemanticTransformer(StageTransformer):
         num_semantic_tokens: int,
         dim: int,
         depth: int,
-        rate_hz: int | str | Fraction = 25,
+        rate_hz: float | int | str | Fraction = 25,
         eos: bool = True,
         pattern: str = "flat",
         audio_text_condition: bool = False,
@@ -46,7 +46,7 @@ class SemanticTransformer(StageTransformer):
         super().__init__(
             sources={"semantic": TokenSource("semantic", 0, 1)},
             config={"num_semantic_tokens": num_semantic_tokens, "rate_hz": str(rate_hz), "eos": eos},
-            streams=[Stream("semantic", num_semantic_tokens, rate_hz=Fraction(rate_hz), eos=eos)],
+            streams=[Stream("semantic", num_semantic_tokens, rate_hz=exact_rate(rate_hz), eos=eos)],
             pattern=pattern,
             dim=dim,
             depth=depth,
@@ -86,8 +86,8 @@ class CoarseTransformer(StageTransformer):
         dim: int,
         depth: int,
         pattern: str = "delayed",
-        semantic_rate_hz: int | str | Fraction = 25,
-        rate_hz: int | str | Fraction = 50,
+        semantic_rate_hz: float | int | str | Fraction = 25,
+        rate_hz: float | int | str | Fraction = 50,
         num_groups: int = 1,
         semantic_lookahead_seconds: float | int = 0,
         guide_semantic: bool = False,
@@ -95,11 +95,11 @@ class CoarseTransformer(StageTransformer):
         **options: Any,
     ) -> None:
         # Rounding errors of seconds as a float do not add a token.
-        exact_frames = Fraction(semantic_rate_hz) * Fraction(semantic_lookahead_seconds) - Fraction(1, 10**6)
+        exact_frames = exact_rate(semantic_rate_hz) * Fraction(semantic_lookahead_seconds) - Fraction(1, 10**6)
         semantic = Stream(
             "semantic",
             num_semantic_tokens,
-            rate_hz=Fraction(semantic_rate_hz),
+            rate_hz=exact_rate(semantic_rate_hz),
             is_input=True,
             lookahead_frames=ceil(exact_frames),
             guided=guide_semantic,
@@ -122,7 +122,7 @@ class CoarseTransformer(StageTransformer):
             },
             streams=[
                 semantic,
-                Stream("coarse", codebook_size, num_coarse_quantizers, Fraction(rate_hz), num_groups=num_groups),
+                Stream("coarse", codebook_size, num_coarse_quantizers, exact_rate(rate_hz), num_groups=num_groups),
             ],
             pattern=pattern,
             dim=dim,
@@ -157,12 +157,14 @@ class FineTransformer(StageTransformer):
         dim: int,
         depth: int,
         pattern: str = "delayed",
-        rate_hz: int | str | Fraction = 50,
+        rate_hz: float | int | str | Fraction = 50,
         num_groups: int = 1,
         audio_text_condition: bool = False,
         **options: Any,
     ) -> None:
-        coarse = Stream("coarse", codebook_size, num_coarse_quantizers, Fraction(rate_hz), True, num_groups=num_groups)
+        coarse = Stream(
+            "coarse", codebook_size, num_coarse_quantizers, exact_rate(rate_hz), True, num_groups=num_groups
+        )
         super().__init__(
             sources={
                 "coarse": TokenSource("acoustic", 0, num_coarse_quantizers),

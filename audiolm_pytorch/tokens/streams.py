@@ -10,7 +10,32 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor
 
-__all__ = ["Grid", "Head", "IdBlock", "PackedTokens", "Stream", "checked_streams", "frame_counts", "number_ids"]
+__all__ = [
+    "exact_rate",
+    "Grid",
+    "Head",
+    "IdBlock",
+    "PackedTokens",
+    "Stream",
+    "checked_streams",
+    "frame_counts",
+    "number_ids",
+]
+
+
+_MAX_LEVELS = 2048
+
+
+def exact_rate(rate_hz: float | str | Fraction) -> Fraction:
+    """Convert frames per second to a fraction; 12.5, "12.5" and "25/2" are the same rate."""
+    text = str(rate_hz)
+    try:
+        # An exponent can stand for a number of a billion digits.
+        if len(text) <= 40 and "e" not in text.lower() and "_" not in text:
+            return Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        pass
+    raise ValueError(f"rate_hz must be a number like 25, 12.5 or '25/2', got {text:.40}")
 
 
 @beartype
@@ -49,6 +74,11 @@ class Stream:
         wrong = {name: number for name, number in numbers.items() if number is not None and number <= 0}
         if wrong:
             raise ValueError(f"stream '{self.name}' needs positive numbers, got {wrong}")
+        if max(self.num_levels, self.vocab_size / 2**20) > _MAX_LEVELS:
+            raise ValueError(
+                f"stream '{self.name}' has num_levels={self.num_levels} and vocab_size={self.vocab_size}; at most "
+                f"{_MAX_LEVELS} levels of {_MAX_LEVELS * 2**20} tokens are possible"
+            )
         if self.num_levels % self.num_groups:
             raise ValueError(
                 f"stream '{self.name}' has num_levels={self.num_levels}, which is not a multiple of "
@@ -93,7 +123,7 @@ class Stream:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Stream":
         """Build a stream from the result of `to_dict`."""
-        fields = {**data, "rate_hz": None if data["rate_hz"] is None else Fraction(data["rate_hz"])}
+        fields = {**data, "rate_hz": None if data["rate_hz"] is None else exact_rate(data["rate_hz"])}
         return cls(**{"is_input" if key == "given" else key: value for key, value in fields.items()})
 
 

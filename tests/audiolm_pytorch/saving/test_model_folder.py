@@ -170,11 +170,12 @@ def test_nested_parts_and_quantizers_without_end_are_refused(tmp_path):
     config = read_json(tmp_path / "config.json")
     levels = json.loads(json.dumps(config))
     levels["config"]["quantizer"]["config"]["num_quantizers"] = 20_000
-    nested = config["config"]["quantizer"]
-    for _ in range(900):
-        nested = {"class": "GroupedQuantizer", "config": {"quantizers": [nested]}}
-    for bad in (levels, {**config, "config": {**config["config"], "quantizer": nested}}):
-        write_json(tmp_path / "config.json", bad)
+    part = json.dumps(config["config"]["quantizer"])
+    opening = '{"class": "GroupedQuantizer", "config": {"quantizers": ['
+    nested = json.dumps(config).replace(part, 200 * opening + part + 200 * "]}}")
+    deeper = json.dumps(config).replace(part, 900 * opening + part + 900 * "]}}")
+    for bad in (json.dumps(levels), nested, deeper):
+        (tmp_path / "config.json").write_text(bad)
         with pytest.raises(ValueError) as caught:
             SoundStream.from_folder(tmp_path)
         assert "\n" not in str(caught.value)
