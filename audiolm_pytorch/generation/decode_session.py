@@ -325,8 +325,8 @@ class DecodeSession:
 def _missing_cells(missing: Tensor, head: Tensor) -> dict[int, tuple[_Cell, ...]]:
     """Map each row of an item to its missing cells; `missing [rows, columns]` is True where a token is missing."""
     cells: dict[int, tuple[_Cell, ...]] = {}
-    for row, column in missing.nonzero().tolist():
-        cells[row] = (*cells.get(row, ()), _Cell(int(head[row, column]), column))
+    for (row, column), head_index in zip(missing.nonzero().tolist(), head[missing].tolist()):
+        cells[row] = (*cells.get(row, ()), _Cell(head_index, column))
     return cells
 
 

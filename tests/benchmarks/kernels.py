@@ -37,6 +37,7 @@ def main() -> None:
             ratios = [f"{row_product(dim_in, dim_out, rows):6.2f}" for rows in (1, 2, 4, 8)]
             print(f"product of 1, 2, 4, 8 rows, {dim_in} x {dim_out}:", *ratios)
         print(f"norm of one row, width 512: {row_norm():6.2f}")
+        print(f"attention over 96 of 128 positions, 8 rows of 3 heads: {row_attention():6.2f}")
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             print(f"norm, forward and backward, {name}: {trained_norm():6.2f}")
@@ -60,9 +61,27 @@ def ratio(plain: Callable[[], object], kernel: Callable[[], object], repeats: in
 
 
 def row_product(dim_in: int, dim_out: int, num_rows: int) -> float:
-    """A prepared product of `num_rows` rows, compared with `F.linear`."""
-    weight, x, out = torch.randn(dim_out, dim_in), torch.randn(num_rows, dim_in), torch.zeros(num_rows, dim_out)
-    return ratio(lambda: F.linear(x, weight), RowProduct(weight, None, x, out), 500)
+    """Prepared products of `num_rows` rows with weights of 24 MB in turn, compared with `F.linear`."""
+    weights = [torch.randn(dim_out, dim_in) for _ in range(6 * 2**20 // (dim_in * dim_out))]
+    x, out = torch.randn(num_rows, dim_in), torch.zeros(num_rows, dim_out)
+    products = [RowProduct(weight, None, x, out) for weight in weights]
+    return ratio(lambda: [F.linear(x, weight) for weight in weights], lambda: [product() for product in products], 5)
+
+
+def row_attention() -> float:
+    """Attention of 24 heads over 96 of 128 cached positions of 6 layers, without gaps compared with gaps."""
+    query, scores, out = torch.randn(24, 1, 64), torch.zeros(24, 1, 96), torch.zeros(24, 1, 64)
+    with_gaps = [torch.randn(2, 24, 128, 64)[:, :, :96] for _ in range(6)]
+    without_gaps = [cache.contiguous() for cache in with_gaps]
+    other_weights = torch.zeros(4 * 2**20)  # read between two rows, as those of the other layers of a model
+
+    def attend_to(caches: list[Tensor]) -> None:
+        other_weights.add_(1)
+        for keys, values in caches:
+            torch.softmax(torch.bmm(query, keys.mT, out=scores), -1, out=scores)
+            torch.bmm(scores, values, out=out)
+
+    return ratio(lambda: attend_to(with_gaps), lambda: attend_to(without_gaps), 20)
 
 
 def row_norm() -> float:

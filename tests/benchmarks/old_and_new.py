@@ -2,7 +2,8 @@
 
 `git worktree add ../old 0ca9a9c && python tests/benchmarks/old_and_new.py --old ../old` needs ten minutes on two idle
 cores. Each measure runs in a fresh process for each tree, and both trees alternate for five rounds. The table has the
-medians and the median of the ratios.
+medians and the median of the ratios. On a busy machine, one core can be measured with real-time priority:
+`chrt -r 1 taskset -c 1 python tests/benchmarks/old_and_new.py --old ../old --threads 1 --rounds 3`.
 """
 
 import argparse
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-ROUNDS = 5
 
 
 def main() -> None:
@@ -26,6 +26,8 @@ def main() -> None:
     parser.add_argument("--old", type=Path, help="work tree of the older commit")
     parser.add_argument("--only", nargs="*", choices=list(MEASURES), default=list(MEASURES), help="measures to run")
     parser.add_argument("--measure", choices=list(MEASURES), help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, help="threads of torch instead of those of each measure")
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     if options.measure:
         print(*(f"{name}={value}" for name, value in MEASURES[options.measure][0]().items()))
@@ -34,17 +36,18 @@ def main() -> None:
         parser.error("pass the work tree of the older commit with --old")
     print(f"load {os.getloadavg()[0]:.2f} at the start")
     for name in options.only:
-        rounds = [[run(name, tree) for tree in (options.old.resolve(), ROOT)] for _ in range(ROUNDS)]
+        trees, threads = (options.old.resolve(), ROOT), options.threads or MEASURES[name][1]
+        rounds = [[run(name, tree, threads) for tree in trees] for _ in range(options.rounds)]
         for key in rounds[0][0]:
             old, new = (statistics.median(entry[tree][key] for entry in rounds) for tree in (0, 1))
             ratio = statistics.median(entry[0][key] / entry[1][key] for entry in rounds)
             print(f"{name:12} {key:32} old {old:10.3f}   new {new:10.3f}   old / new {ratio:6.2f}", flush=True)
 
 
-def run(measure: str, tree: Path) -> dict[str, float]:
-    """Run one measure with the packages of a tree in a fresh process."""
-    threads = str(MEASURES[measure][1])
-    environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": threads}
+def run(measure: str, tree: Path, threads: int) -> dict[str, float]:
+    """Run one measure with the packages of a tree in a fresh process, with cached bytecode."""
+    environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": str(threads)}
+    environment |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": "/tmp/old_and_new_bytecode"}
     command = [sys.executable, __file__, "--measure", measure]
     done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True)
     if done.returncode:
