@@ -10,6 +10,7 @@ from musiclm_pytorch.recipes.corpus.styles import Beat
 __all__ = ["Hit", "bass_bar", "chord_bar", "drum_bar"]
 
 LOWEST_BASS_PITCH = 28
+BASS_VELOCITY = 80
 # Factor on the velocity of each symbol that is a loud or a soft hit.
 _LOUDNESS = {"X": 1.2, "o": 0.6}
 _DRUM_VELOCITY = {"kick": 92, "snare": 79, "clap": 79, "hat": 66, "open": 62, "shaker": 58, "crash": 84}
@@ -61,7 +62,7 @@ def bass_bar(pattern: str, quarters: float, spans: Sequence[ChordSpan], next_roo
             pitch = goal - 1 if goal > root else goal + 1
         else:
             pitch = root + {"r": 0, "t": pitches[1] - pitches[0], "f": pitches[2] - pitches[0], "o": 12}[symbol]
-        hits.append(Hit(start, duration, pitch, 88))
+        hits.append(Hit(start, duration, pitch, BASS_VELOCITY))
     return hits
 
 

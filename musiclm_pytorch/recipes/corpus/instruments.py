@@ -133,24 +133,24 @@ class Accompaniment:
     program: int
     sustained: bool = False
     lowest_pitch: int = 55
-    velocity: int = 64
+    velocity: int = 58
     power: bool = False
 
 
 CHORDS: dict[str, Accompaniment] = {
     "piano chords": Accompaniment(0),
     "guitar chords": Accompaniment(24, lowest_pitch=52),
-    "string chords": Accompaniment(48, sustained=True),
+    "string chords": Accompaniment(48, sustained=True, velocity=52),
     "electric piano chords": Accompaniment(4),
-    "organ chords": Accompaniment(16, sustained=True, velocity=56),
+    "organ chords": Accompaniment(16, sustained=True, velocity=50),
     "steel guitar chords": Accompaniment(25, lowest_pitch=52),
     "electric guitar chords": Accompaniment(27, lowest_pitch=52),
-    "distorted guitar chords": Accompaniment(30, lowest_pitch=40, velocity=60, power=True),
-    "synth pad": Accompaniment(89, sustained=True),
-    "choir chords": Accompaniment(52, sustained=True, velocity=58),
+    "distorted guitar chords": Accompaniment(30, lowest_pitch=40, velocity=46, power=True),
+    "synth pad": Accompaniment(89, sustained=True, velocity=50),
+    "choir chords": Accompaniment(52, sustained=True, velocity=50),
     "brass chords": Accompaniment(61, lowest_pitch=53),
     "harp arpeggios": Accompaniment(46),
-    "accordion chords": Accompaniment(21, velocity=56),
+    "accordion chords": Accompaniment(21, velocity=50),
 }
 
 # Programs of the bass instruments; their notes are in the octave from E1 (MIDI pitch 28) upwards.

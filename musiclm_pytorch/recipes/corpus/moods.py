@@ -30,11 +30,11 @@ class Mood:
 
 MOODS: dict[str, Mood] = {
     "happy": Mood(("major",), ("medium tempo", "fast"), ("mid", "high"), density=1.2, held=0.9, velocity=4),
-    "sad": Mood(("minor",), ("slow",), density=0.75, held=1.1, velocity=-16),
-    "calm": Mood(tempi=("slow",), density=0.65, held=1.1, velocity=-22),
+    "sad": Mood(("minor",), ("slow",), density=0.75, held=1.1, velocity=-12),
+    "calm": Mood(tempi=("slow",), density=0.65, held=1.1, velocity=-16),
     "energetic": Mood(tempi=("fast",), density=1.3, held=0.85, velocity=14),
     "dark": Mood(("minor",), ("slow", "medium tempo"), ("low",)),
-    "dreamy": Mood(("major",), ("slow", "medium tempo"), ("mid", "high"), density=0.75, held=1.1, velocity=-16),
+    "dreamy": Mood(("major",), ("slow", "medium tempo"), ("mid", "high"), density=0.75, held=1.1, velocity=-12),
     "tense": Mood(("minor",), ("medium tempo", "fast"), density=1.3, held=0.5, scales=("harmonic", "phrygian")),
     "romantic": Mood(("major",), ("slow",), ("mid", "high"), held=1.1, velocity=-8),
     "epic": Mood(tempi=("medium tempo", "fast"), held=1.0, velocity=16),

@@ -198,7 +198,7 @@ def _accompaniment(excerpt: _Excerpt, labels: ClipLabels, style: Style, mood: Mo
             if chords is not None:
                 hits = chord_bar(chords, comping, quarters, spans, restrike)
                 hits = [
-                    Hit(hit.start_quarters, hit.duration_quarters, hit.pitch, hit.velocity + mood.velocity // 2)
+                    Hit(hit.start_quarters, hit.duration_quarters, hit.pitch, hit.velocity + mood.velocity)
                     for hit in hits
                 ]
                 events += excerpt.notes(hits, offset, channel, min(_HELD_FRACTION, mood.held))
