@@ -1,5 +1,6 @@
 """Trainers of the three stages of AudioLM."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ __all__ = ["CoarseTransformerTrainer", "FineTransformerTrainer", "SemanticTransf
 
 TABLE_FILE = "conditioning_table.safetensors"
 
+logger = logging.getLogger(__name__)
+
 
 @trainer_arguments(LoopSettings)
 class StageTrainer:
@@ -56,7 +59,8 @@ class StageTrainer:
             whole recordings.
         batch_size: Number of crops per optimizer step and process.
         num_train_steps: Number of optimizer steps of the whole run.
-        results_folder: Folder for checkpoints, metrics and the trained stage.
+        results_folder: Folder for checkpoints, metrics and the trained stage; by default
+            `./results/<stage>_transformer`.
         accelerator: Accelerator that several trainers of one program share; None = a new accelerator.
         level_drop_prob: Probability that the last levels of the conditioning codes of a training item are dropped.
         history_noise: Largest share of the predicted tokens that random tokens replace in the input of the stage;
@@ -87,7 +91,7 @@ class StageTrainer:
         data_max_length_seconds: float | int | None = None,
         batch_size: int,
         num_train_steps: int,
-        results_folder: str | Path = "./results",
+        results_folder: str | Path | None = None,
         accelerator: "accelerate.Accelerator | None" = None,
         level_drop_prob: float | int = 0.0,
         history_noise: float | int = 0.0,
@@ -133,6 +137,8 @@ class StageTrainer:
                 f"the {transformer.namespace} transformer has a text_dim, but none of {len(train)} recordings has a "
                 "caption; add captions to the manifest, or build the stage without a text_dim"
             )
+        if shards is None:
+            _warn_of_unused(transformer, wav2vec, codec, train, bool(conditioners))
         self.transformer, self.conditioner = transformer, audio_conditioner
         all_shards = [part for part in (shards, valid_shards) if part is not None]
         self.task = StageTask(
@@ -151,7 +157,7 @@ class StageTrainer:
         self.task.config |= {"crop_seconds": seconds, "text_prob": text_prob}
         if transformer.max_seconds is None:
             transformer.max_seconds = train.crop_seconds
-        self.results_folder = Path(results_folder)
+        self.results_folder = Path(results_folder or f"./results/{transformer.namespace}_transformer")
         self.loop = TrainLoop(self.task, loop_settings, self.results_folder, accelerator)
 
     @beartype
@@ -176,6 +182,29 @@ class StageTrainer:
         if self.conditioner is not None:
             write_weights(self.results_folder / TABLE_FILE, weights_of(self.conditioner.table(namespace)))
         save_module(self.transformer, self.results_folder / namespace)
+
+
+def _warn_of_unused(
+    transformer: StageTransformer,
+    wav2vec: SemanticTokenizer | None,
+    codec: Codec | None,
+    train: StageSource,
+    has_conditioners: bool,
+) -> None:
+    """Log a warning if the training data or a tokenizer has no influence on the stage."""
+    if train.has_captions and not (train.uses_captions or train.text_prob or has_conditioners):
+        reason = "condition codes are computed from the audio, since text_prob=0"
+        if train.conditioner is None:
+            reason = "the stage has no condition"
+        logger.warning(
+            "the %s transformer is trained without the captions of the recordings: %s. To train on captions, set "
+            "text_prob (0.9 for fine-tuning with few recordings) with an audio_conditioner, or build the stage with a "
+            "text_dim",
+            *(transformer.namespace, reason),
+        )
+    for name, tokenizer, kind in (("wav2vec", wav2vec, "semantic"), ("codec", codec, "acoustic")):
+        if tokenizer is not None and kind not in transformer.kinds:
+            logger.warning("the %s transformer has no %s tokens; %s is not used", transformer.namespace, kind, name)
 
 
 class SemanticTransformerTrainer(StageTrainer):

@@ -27,6 +27,7 @@ __all__ = [
     "digest_of_file",
     "read_json",
     "read_weights",
+    "save_tensors",
     "staged_files",
     "sync_to_disk",
     "write_json",
@@ -145,7 +146,15 @@ def write_weights(path: str | Path, weights: Mapping[str, Tensor], metadata: Map
     path = Path(path)
     with staged_files(path.parent) as stage:
         contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
-        save_file(contiguous, stage / path.name, metadata=dict(metadata or {}))
+        save_tensors(stage / path.name, contiguous, metadata or {})
+
+
+def save_tensors(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, not atomically; a full disk raises an OSError."""
+    try:
+        save_file(dict(weights), path, metadata=dict(metadata))
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 @beartype

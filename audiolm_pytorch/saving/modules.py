@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import torch
 from beartype import beartype
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from audiolm_pytorch.saving.construction import build_within
@@ -22,6 +21,7 @@ from audiolm_pytorch.saving.files import (
     one_line,
     open_weights,
     read_json,
+    save_tensors,
     staged_files,
     write_json,
 )
@@ -151,7 +151,7 @@ def save_module(
     # Two files cannot be replaced in one step: different ids show a save that was cut between the two renames.
     save_id = digest_of(spec, weights)
     with staged_files(folder) as stage:
-        save_file(weights, stage / _WEIGHTS_FILE, metadata={"save_id": save_id})
+        save_tensors(stage / _WEIGHTS_FILE, weights, {"save_id": save_id})
         ids = {"save_id": save_id, "weights_sha256": digest_of_file(stage / _WEIGHTS_FILE)}
         content = {"format_version": _FORMAT_VERSION, **spec, **ids, **extra}
         write_json(stage / _CONFIG_FILE, content, sealed=True)

@@ -33,8 +33,8 @@ class TrainLoop:
     to the folder; only the first process writes to it.
 
     Args:
-        folder: Output folder for `metrics.jsonl`, `checkpoint/`, `checkpoint.previous/`, `samples/`, and at the end
-            `finished.json`. The constructor writes nothing to the folder.
+        folder: Output folder for `metrics.jsonl`, `loss.svg`, `checkpoint/`, `checkpoint.previous/`, `samples/`, and at
+            the end `finished.json`. The constructor writes nothing to the folder.
         accelerator: Accelerator that several trainings can share; the caller must call its `end_training`. If
             `accelerator` is None, `train` creates an Accelerator.
         on_row: Function that receives every row of metrics, on the first process. When a run is resumed, `on_row` first

@@ -17,6 +17,7 @@ from audiolm_pytorch.saving.weights import load_weights, weights_of
 from audiolm_pytorch.training.checkpoint import Checkpoint, CheckpointFolder
 from audiolm_pytorch.training.distributed import PersistentBuffers, broadcast_tensors, merge_means, to_device
 from audiolm_pytorch.training.ema import WeightEMA
+from audiolm_pytorch.training.loss_curve import write_loss_curve
 from audiolm_pytorch.training.optimizer import PhaseOptimizer
 from audiolm_pytorch.training.rng import seed_rng
 from audiolm_pytorch.training.run_folder import changed_settings
@@ -92,7 +93,7 @@ class TrainingRun:
             checkpoint = self.checkpoints.read()
         changes = []
         if checkpoint is not None:
-            changes = check_same_run(folder, checkpoint.step, checkpoint.state["run"], self.config, settings)
+            changes = check_same_run(folder, checkpoint.step, checkpoint.state.get("run"), self.config, settings)
         task.module.to(accelerator.device)
         if checkpoint is None:
             # without the rank: the preparation has to be the same on every process
@@ -109,7 +110,13 @@ class TrainingRun:
         if checkpoint is None:
             self._write_checkpoint()
         else:
-            self._restore(checkpoint)
+            try:
+                self._restore(checkpoint)
+            except (KeyError, TypeError) as error:
+                file, reason = self.checkpoints.path / "state.json", f"{type(error).__name__}: {error}"
+                raise ValueError(
+                    f"{file} does not describe this run ({reason}); restore the checkpoint, or use another folder"
+                ) from error
             self.progress.changes += [f"step {checkpoint.step}: {change}" for change in changes]
 
     def is_current(self) -> bool:
@@ -234,6 +241,7 @@ class TrainingRun:
                 samples = self.folder / "samples"
                 samples.mkdir(parents=True, exist_ok=True)
                 self.task.samples(samples, self.progress.step)
+                write_loss_curve(self.folder / "loss.svg", self.metrics_file.rows(), self.task.name)
         self.accelerator.wait_for_everyone()
         self.task.module.train()
 
@@ -314,9 +322,7 @@ def run_config(task: Task, settings: LoopSettings, accelerator: "accelerate.Acce
     }
 
 
-def check_same_run(
-    folder: Path, step: int, found: dict[str, Any], expected: dict[str, Any], settings: LoopSettings
-) -> list[str]:
+def check_same_run(folder: Path, step: int, found: Any, expected: dict[str, Any], settings: LoopSettings) -> list[str]:
     """Check that the run in a folder has the expected `run_config`, and return the allowed differences."""
     changes = changed_settings(folder, found, expected, settings.allow_changed, f" (step {step})")
     fixed = [line for line in changes if line.startswith(("task:", "phases:"))]

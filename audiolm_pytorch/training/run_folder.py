@@ -97,14 +97,16 @@ def read_record(file: Path, *keys: str) -> dict[str, Any]:
 
 
 def changed_settings(
-    folder: Path, found: Mapping[str, Any], expected: Mapping[str, Any], allowed: Sequence[str], about: str = ""
+    folder: Path, found: Any, expected: Mapping[str, Any], allowed: Sequence[str], about: str = ""
 ) -> list[str]:
     """Compare the settings of the run in a folder with the expected settings, and return the allowed differences.
 
     Any other difference raises a ValueError. A name in `allowed` is the last part of a setting's path, or its
     beginning: "batch_size", "settings.batch_size" and "settings" allow another "settings.batch_size".
     """
-    lines = differences(dict(found), dict(expected))
+    if not isinstance(found, dict):
+        raise ValueError(f"{folder} contains a run without settings{about}; use another folder")
+    lines = differences(found, dict(expected))
     names = [line.partition(": ")[0] for line in lines]
     is_allowed = [any(f".{one}." in f".{name}." for one in allowed) for name in names]
     refused = [line for line, allow in zip(lines, is_allowed, strict=True) if not allow]

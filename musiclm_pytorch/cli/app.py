@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from musiclm_pytorch.cli.checks import OneLineFormatter, one_line
+
 __all__ = ["main"]
 
 # Command (and module of this package) -> class in the module, and a description if the class has none.
@@ -35,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gc.set_threshold(10_000, 10, 10)
     # At its end, Python would search them once more, which takes 0.4 s.
     atexit.register(gc.freeze)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(OneLineFormatter("%(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if words[:2] == ["train", "kmeans"]:  # `train` expects a step there, and kmeans has other options
@@ -60,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # tyro has printed the help text, or what is wrong with the arguments
         return int(stop.code or 0)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = one_line(str(error)) or type(error).__name__
         print(f"musiclm: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:

@@ -1,5 +1,6 @@
 """Checks of command-line arguments."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,7 +8,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["check_file", "check_folder", "device_named"]
+__all__ = ["OneLineFormatter", "check_file", "check_folder", "device_named", "one_line"]
+
+
+def one_line(text: str) -> str:
+    """Return a text as one line in which control characters, such as ESC in a file name, are escaped."""
+    line = " ".join(text.split())
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in line)
+
+
+class OneLineFormatter(logging.Formatter):
+    """Formatter of log messages that calls `one_line`, so that a file name cannot imitate another message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format a record as one line; a traceback keeps its lines."""
+        return f"{record.levelname} {one_line(record.getMessage())}" if not record.exc_info else super().format(record)
 
 
 def device_named(name: str) -> "torch.device":

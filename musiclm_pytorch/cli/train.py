@@ -43,6 +43,8 @@ class Train:
     """Names of settings that may differ from those of the interrupted run, such as batch_size or num_train_steps."""
     dry_run: bool = False
     """Print parameters, tokens, disk space and estimated time. Nothing is written."""
+    dry_run_device: str | None = None
+    """GPU for which --dry-run estimates the time, such as a100, instead of a measurement on this machine."""
 
     def execute(self) -> int:
         """Run the selected steps and print a line for each step."""
@@ -59,7 +61,7 @@ class Train:
         if self.dry_run:
             from musiclm_pytorch.pipeline.estimate import estimate
 
-            print(estimate(pipeline, self.step))
+            print(estimate(pipeline, self.step, self.dry_run_device))
             return 0
         total_seconds = 0.0
         for report in pipeline.run(self.step, announce=_announce):

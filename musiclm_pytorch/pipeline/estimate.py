@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from beartype import beartype
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from audiolm_pytorch.conditioning.base import ConditionTensor
 from audiolm_pytorch.lm.stage_transformer import AudioTokens
@@ -19,10 +20,21 @@ from musiclm_pytorch.pipeline.trainers import NUM_VALIDATIONS, codec_trainer, mu
 
 __all__ = ["StepEstimate", "estimate", "estimate_steps"]
 
-# Largest size of a timed batch. The time of a training step is in proportion.
-_MAX_CROPS, _MAX_CROP_SECONDS = 4, 2.0
-# For a trained parameter: weights and two moments of AdamW, twice the final weights, and twice as float16.
-_BYTES_PER_PARAMETER = 12 + 8 + 4
+# Sizes of a timed batch: first one crop, then several if one crop is fast. The time of a step is in proportion.
+_MAX_CROPS, _MAX_CROP_SECONDS = 4, 1.0
+_FAST_SECONDS, _MAX_TIMED_SECONDS, _MAX_CALLS = 0.25, 1.0, 5
+# Peak TFLOP/s of dense bf16 products (fp16 for t4 and v100), from the data sheets, and the share that training reaches.
+DEVICES = {
+    **{"t4": 65, "v100": 125, "l4": 121, "a10g": 70, "a100": 312, "h100": 989, "h200": 989},
+    **{"rtx3090": 71, "rtx4090": 165},
+}
+_UTILISATION = 0.3
+# Held-out crops of a validation and their least length in seconds, and decodings per crop. Other steps use all crops.
+_VALIDATION = {"codec": (64, 3.0, 2), "semantic": (128, 0.0, 1), "coarse": (128, 0.0, 1), "fine": (128, 0.0, 1)}
+_MAX_CAPTIONS = 1000
+# For a trained parameter: two checkpoints (weights and two moments of AdamW), the final weights, and twice as float16.
+# At the end of a step, the float16 files remain.
+_BYTES_PER_PARAMETER = 2 * 12 + 4 + 4
 _BYTES_PER_TOKEN = 2
 
 
@@ -38,9 +50,12 @@ class StepEstimate:
 
 
 @beartype
-def estimate(pipeline: Pipeline, step: str = "all") -> str:
-    """Estimate the cost of one pipeline step, or of all steps, and return a table as text."""
-    rows = estimate_steps(pipeline, step)
+def estimate(pipeline: Pipeline, step: str = "all", device: str | None = None) -> str:
+    """Estimate the cost of one pipeline step, or of all steps, and return a table as text.
+
+    Times are measured on this machine, or computed for a GPU in `DEVICES` from the number of operations.
+    """
+    rows = estimate_steps(pipeline, step, device)
     totals = {name: sum(getattr(row, name) for row in rows) for name in vars(rows[0]) if name != "step"}
     lines = [f"{'step':20}{'parameters':>12}{'tokens':>15}{'disk':>14}{'time':>12}"]
     for row in [*rows, StepEstimate("total", **totals)]:
@@ -52,23 +67,29 @@ def estimate(pipeline: Pipeline, step: str = "all") -> str:
         disk = f"{row.disk_bytes / 1e6:,.1f} MB"
         lines.append(f"{row.step:20}{row.num_parameters:12,}{row.num_tokens:15,}{disk:>14}{duration:>12}")
     files = f"{len(pipeline.train_items):,} training and {len(pipeline.valid_items):,} held-out files"
-    lines.append(f"{files}; times on {pipeline.accelerator.device} with {torch.get_num_threads()} threads")
+    times = f"times on {pipeline.accelerator.device} with {torch.get_num_threads()} threads"
+    if device is not None:
+        times = f"times of a {device} at {_UTILISATION:.0%} of {DEVICES[device]} TFLOP/s, without reading of files"
+    lines.append(f"{files}; {times}")
     return "\n".join(lines)
 
 
 @beartype
-def estimate_steps(pipeline: Pipeline, step: str = "all") -> list[StepEstimate]:
+def estimate_steps(pipeline: Pipeline, step: str = "all", device: str | None = None) -> list[StepEstimate]:
     """Estimate the cost of one pipeline step, or of all steps, from a few timed training steps; no file is written."""
     check_step(step)
+    if device is not None and device not in DEVICES:
+        raise ValueError(f"there is no estimate for the device {device!r}; choose one of: {', '.join(DEVICES)}")
     with preserve_rng():
-        probe = _Probe(pipeline)
+        probe = _Probe(pipeline, device)
         return [probe.estimate(name) for name in (STEPS if step == "all" else [step])]
 
 
 class _Probe:
     """Estimates the cost of pipeline steps, with untrained modules where no pretrained module was passed."""
 
-    def __init__(self, pipeline: Pipeline) -> None:
+    def __init__(self, pipeline: Pipeline, assumed: str | None) -> None:
+        self.assumed = assumed
         self.pipeline, self.preset, self.device = pipeline, pipeline.preset, pipeline.accelerator.device
         self.codec: Any = pipeline.pretrained.get("codec") or build_codec(self.preset)
         self.tokenizer: Any = pipeline.pretrained.get("semantic-tokenizer") or build_semantic_tokenizer(self.preset)
@@ -82,36 +103,38 @@ class _Probe:
             return self._encoding(step)
         config = getattr(self.preset, step.replace("-", "_"))
         run, crop_seconds = config.run, min(config.run.seconds, _MAX_CROP_SECONDS)
-        num_crops = min(run.batch_size, _MAX_CROPS)
         shortened = replace(config, run=replace(run, seconds=crop_seconds))
         build = self._stage if step in STAGES else self._tokenizer_or_mulan
-        module, token_hz, loss = build(step, shortened, num_crops)
+        module, token_hz, loss = build(step, shortened)
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=1e-6)
 
-        def train_step() -> None:
+        def train_step(num_crops: int) -> None:
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=run.precision == "bf16"):
-                value = loss()
+                value = loss(num_crops)
             value.backward()
             optimizer.step()
             optimizer.zero_grad()
             value.item()  # waits for the device
 
         @torch.no_grad()
-        def validate() -> None:
-            loss().item()
+        def validate(num_crops: int) -> None:
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=run.precision == "bf16"):
+                loss(num_crops).item()
 
         num_parameters = sum(parameter.numel() for parameter in parameters)
         total_seconds = run.num_train_steps * run.batch_size * run.seconds
-        valid_seconds = NUM_VALIDATIONS * len(self.pipeline.valid_items) * run.seconds
-        timed_seconds = num_crops * crop_seconds
-        seconds = self._seconds(step, train_step) * total_seconds / timed_seconds
-        seconds += self._seconds(step, validate) * valid_seconds / timed_seconds
+        num_held_out = len(self.pipeline.valid_items)
+        max_crops, least_seconds, num_decodings = _VALIDATION.get(step, (num_held_out, 0.0, 1))
+        valid_seconds = min(num_held_out, max_crops) * max(run.seconds, least_seconds) * num_decodings * NUM_VALIDATIONS
+        limit = min(run.batch_size, _MAX_CROPS)
+        seconds = self._seconds(step, train_step, limit) * total_seconds / crop_seconds
+        seconds += self._seconds(step, validate, limit) * valid_seconds / crop_seconds
         num_tokens = round(total_seconds * token_hz)
         return StepEstimate(step, num_parameters, num_tokens, num_parameters * _BYTES_PER_PARAMETER, seconds)
 
-    def _tokenizer_or_mulan(self, step: str, config: Any, num_crops: int) -> tuple[nn.Module, float, Any]:
-        """Build the module of a step; also return the tokens per second of audio and a function to compute a loss."""
+    def _tokenizer_or_mulan(self, step: str, config: Any) -> tuple[nn.Module, float, Any]:
+        """Build the module of a step; also return the tokens per second of audio and the loss of a number of crops."""
         preset, items = replace(self.preset, **{step.replace("-", "_"): config}), self.pipeline.items
         loop: dict[str, Any] = dict(results_folder=self.pipeline.out / step, seed=self.pipeline.seed)
         trainer: Any
@@ -122,27 +145,38 @@ class _Probe:
             trainer, token_hz = semantic_tokenizer_trainer(preset, items, **loop), config.token_hz
         else:
             self.pipeline.require_captions()
-            trainer = mulan_trainer(preset, items, self.pipeline.captions, **loop)
+            trainer = mulan_trainer(preset, items, self.pipeline.captions[:_MAX_CAPTIONS], **loop)
             token_hz = 100 / 16 * config.num_mels / 16  # patches of 16 frames of 10 ms by 16 mel bands
         task = trainer.task
         task.module.to(self.device)
-        indices = [(0, index % task.num_items) for index in range(num_crops)]
-        return task.module, token_hz, lambda: task.phases[0].loss(to_device(task.batch(indices), self.device), 0).loss
 
-    def _stage(self, step: str, config: Any, num_crops: int) -> tuple[nn.Module, float, Any]:
-        """Build a language model; also return the tokens per second of audio and a function to compute a loss."""
+        def loss(num_crops: int) -> Tensor:
+            batch = task.batch([(0, index % task.num_items) for index in range(num_crops)])
+            value: Tensor = task.phases[0].loss(to_device(batch, self.device), 0).loss
+            return value
+
+        return task.module, token_hz, loss
+
+    def _stage(self, step: str, config: Any) -> tuple[nn.Module, float, Any]:
+        """Build a language model; also return the tokens per second of audio and the loss of a number of crops."""
         codec, tokenizer, device, seconds = self.codec, self.tokenizer, self.device, config.run.seconds
         transformer = build_stage(self.preset, step, codec=codec, tokenizer=tokenizer).to(device)
-        semantic = (num_crops, max(1, int(seconds * _frame_hz(tokenizer))))
-        acoustic = (num_crops, max(1, int(seconds * _frame_hz(codec))), codec.num_quantizers)
-        tokens = {
-            "semantic": torch.randint(tokenizer.codebook_size, semantic, device=device),
-            "acoustic": torch.randint(codec.codebook_size, acoustic, device=device),
-        }
-        embeddings = torch.randn(num_crops, self.preset.quantizer.num_quantizers, config.dim, device=device)
-        conditions = {"codes": ConditionTensor.of(embeddings)}
+        num_semantic = max(1, int(seconds * _frame_hz(tokenizer)))
+        num_acoustic = max(1, int(seconds * _frame_hz(codec)))
+
+        def loss(num_crops: int) -> Tensor:
+            acoustic = (num_crops, num_acoustic, codec.num_quantizers)
+            tokens = {
+                "semantic": torch.randint(tokenizer.codebook_size, (num_crops, num_semantic), device=device),
+                "acoustic": torch.randint(codec.codebook_size, acoustic, device=device),
+            }
+            embeddings = torch.randn(num_crops, self.preset.quantizer.num_quantizers, config.dim, device=device)
+            conditions = {"codes": ConditionTensor.of(embeddings)}
+            value: Tensor = transformer(transformer.packed(AudioTokens(tokens, {})), conditions).loss
+            return value
+
         token_hz = sum(stream.num_levels * float(stream.exact_hz) for stream in transformer.layout.predicted)
-        return transformer, token_hz, lambda: transformer(transformer.packed(AudioTokens(tokens, {})), conditions).loss
+        return transformer, token_hz, loss
 
     @torch.no_grad()
     def _encoding(self, step: str) -> StepEstimate:
@@ -151,7 +185,7 @@ class _Probe:
         mulan: Any = pipeline.pretrained.get("mulan")
         if mulan is None:
             pipeline.require_captions()
-            mulan = build_mulan(self.preset, pipeline.captions)
+            mulan = build_mulan(self.preset, pipeline.captions[:_MAX_CAPTIONS])
         mulan.to(self.device).eval()
         items = [*pipeline.train_items, *(pipeline.valid_items if step == "tokens" else [])]
         total_seconds = sum(item.num_samples / item.sample_hz for item in items)
@@ -160,13 +194,13 @@ class _Probe:
         def noise(channels: int, sample_hz: int) -> Tensor:
             return torch.randn(channels, round(crop_seconds * sample_hz), device=self.device) * 0.1
 
-        def encode() -> None:
+        def encode(num_crops: int) -> None:
             mulan.window_latents(noise(1, mulan.sample_hz)[0])
             if step == "tokens":
                 codec.tokenize(noise(codec.channels, codec.target_sample_hz)[None])
                 tokenizer(noise(1, tokenizer.target_sample_hz))
 
-        seconds = self._seconds(step, encode) * total_seconds / crop_seconds
+        seconds = self._seconds(step, encode, 1) * total_seconds / crop_seconds
         if step == "quantizer":
             # a quantizer holds its MuLaN, which is far larger than the codebooks
             return StepEstimate(step, 0, len(items) * self.preset.quantizer.num_quantizers, _num_bytes(mulan), seconds)
@@ -175,16 +209,30 @@ class _Probe:
         disk_bytes = round(_BYTES_PER_TOKEN * (num_tokens + num_windows * mulan.dim_latent))
         return StepEstimate(step, 0, num_tokens, disk_bytes, seconds)
 
-    def _seconds(self, step: str, work: Callable[[], None]) -> float:
-        """Call `work` three times and return the shortest duration in seconds; return 0 if `step` is finished."""
+    def _seconds(self, step: str, work: Callable[[int], None], max_crops: int) -> float:
+        """Return the duration in seconds of `work` per crop; return 0 if `step` is finished.
+
+        The result is the minimum of a few calls. On a CPU, the processor time of this thread is measured, so that other
+        programs have little influence.
+        """
         if self.pipeline.is_done(step):
             return 0.0
-        seconds = []
-        for _ in range(3):
-            started = time.perf_counter()
-            work()
-            seconds.append(time.perf_counter() - started)
-        return min(seconds)
+        if self.assumed is not None:
+            with FlopCounterMode(display=False) as counter:
+                work(1)
+            return counter.get_total_flops() / (_UTILISATION * DEVICES[self.assumed] * 1e12)
+        clock = time.thread_time if self.device.type == "cpu" else time.perf_counter
+        seconds: list[float] = []
+        num_crops = 1
+        while len(seconds) < 2 or (sum(seconds) < _MAX_TIMED_SECONDS and len(seconds) < _MAX_CALLS):
+            started = clock()
+            work(num_crops)
+            seconds.append(clock() - started)
+            if seconds[0] > _MAX_TIMED_SECONDS:
+                break
+            if num_crops < max_crops and seconds[-1] < _FAST_SECONDS:
+                num_crops, seconds = max_crops, []
+        return min(seconds) / num_crops
 
 
 def _frame_hz(tokenizer: Any) -> float:

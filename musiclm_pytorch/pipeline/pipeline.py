@@ -1,6 +1,8 @@
 """The training pipeline, which runs all steps of a preset in order and continues interrupted steps."""
 
+import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -44,6 +46,11 @@ if TYPE_CHECKING:
 
 __all__ = ["STEPS", "Pipeline", "StepReport", "check_step"]
 
+logger = logging.getLogger(__name__)
+
+# Folders of a step that are removed when its result is complete, beside the saved module of its trainer.
+_TRAINING_FILES = ("checkpoint", "checkpoint.previous", "discriminators", "features", "kmeans", "tokenizer")
+
 # Each step, with the steps whose results it needs.
 STEPS: dict[str, tuple[str, ...]] = {
     "codec": (),
@@ -77,7 +84,8 @@ class Pipeline:
     """Training pipeline, which runs all steps for one folder of audio and writes the results to one output folder.
 
     Only the methods `run` and `assemble` write files. Each step writes its result to `OUT/<step>/model`, but the step
-    `tokens` writes to `OUT/tokens`. The method `assemble` writes the whole model to `OUT/model`.
+    `tokens` writes to `OUT/tokens`. The method `assemble` writes the whole model to `OUT/model`. When the result of a
+    step is complete, its checkpoints are removed, so that weights are not stored several times.
 
     Args:
         data: Folder of audio files, or a folder or file with a JSONL manifest.
@@ -194,6 +202,8 @@ class Pipeline:
 
     def _run_step(self, step: str) -> StepReport:
         started = time.monotonic()
+        if (self.out / step / "finished.json").is_file() and not (self.out / step / "checkpoint").is_dir():
+            self._remove_lost_step(step)
         with preserve_rng():
             # the initial weights depend on seed and step only, not on earlier steps of this process
             seed_rng(self.seed, step, device=self.accelerator.device)
@@ -210,6 +220,8 @@ class Pipeline:
         if self.accelerator.is_main_process:
             report = {"seconds": seconds, "metrics": metrics, "made_from": self._hashes(STEPS[step])}
             write_json(self.out / step / "report.json", report, sealed=True)
+            for name in (*_TRAINING_FILES, step):
+                shutil.rmtree(self.out / step / name, ignore_errors=True)
         if step in self.pretrained:
             return StepReport(step, seconds, f"pretrained: {type(self.pretrained[step]).__name__}")
         values = [
@@ -218,6 +230,14 @@ class Pipeline:
             if key.startswith(("valid.", "fitted.")) and value is not None
         ]
         return StepReport(step, seconds, "  ".join(values[:4]))
+
+    def _remove_lost_step(self, step: str) -> None:
+        """Remove the folder of a finished step whose result was deleted, so that the step is trained again."""
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            logger.warning("the result of the step %s is missing; the step is trained again", step)
+            shutil.rmtree(self.out / step)
+        self.accelerator.wait_for_everyone()
 
     # the folder of the run
 

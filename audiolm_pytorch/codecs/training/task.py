@@ -1,9 +1,8 @@
 """Task that trains codecs in the training loop, with reconstruction losses and discriminators."""
 
-import itertools
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,12 +36,14 @@ from audiolm_pytorch.data.crops import CropDataset
 from audiolm_pytorch.nn.module_state import device_of
 from audiolm_pytorch.training import LossOutput, Phase
 from audiolm_pytorch.training.distributed import to_device
+from audiolm_pytorch.training.tracking import progress_bar
 
 __all__ = ["MEL_ONLY", "CodecBatch", "CodecLossWeights", "CodecTask", "codebooks_are_untrained"]
 
 _NUM_PAIRS = 3
 _MAX_VALIDATION_CROPS = 64
 _FRAMES_PER_CODE = 25  # frames that initialise the codebooks, for each of their codes
+_CROPS_PER_BATCH = 16
 
 
 @beartype
@@ -304,18 +305,31 @@ class CodecTask:
     def _initialise_codebooks(self) -> None:
         """Initialise the codebooks by k-means on fixed crops, so that resuming a run does not change the codebooks.
 
-        Every process encodes an equal share of the crops.
+        Every process encodes an equal share of the crops, in at most two passes over the data.
         """
         rank, num_processes = rank_and_count()
-        num_missing, frames = _FRAMES_PER_CODE * self.codec.codebook_size / num_processes, []
-        for number in itertools.count(rank, num_processes):
-            batch = to_device(self.batch([divmod(number, self.num_items)]), device_of(self.codec))
-            output: CodecOutput = self.codec(batch.wave, quantize=False, denoise=batch.denoise)
-            frames.append(output.frames[0].float())
-            num_missing -= len(frames[-1])
-            if num_missing <= 0:
-                break
+        num_missing, frames = round(_FRAMES_PER_CODE * self.codec.codebook_size / num_processes), []
+        numbers = range(rank, max(2 * self.num_items, num_processes), num_processes)
+        with closing(progress_bar("codebooks", 0, num_missing, shown=rank == 0)) as bar:
+            for first in range(0, len(numbers), _CROPS_PER_BATCH):
+                indices = [divmod(number, self.num_items) for number in numbers[first : first + _CROPS_PER_BATCH]]
+                batch = to_device(self.batch(indices), device_of(self.codec))
+                encoded = self.codec.encode_frames(batch.wave, batch.denoise).float()
+                frames += [rows[: self._num_frames(index)] for rows, (_, index) in zip(encoded, indices, strict=True)]
+                num_new = sum(map(len, frames[-len(indices) :]))
+                num_missing -= num_new
+                bar.update(num_new)
+                if num_missing <= 0:
+                    break
         self.codec.quantizer.initialise(torch.cat(frames))
+
+    def _num_frames(self, index: int) -> int:
+        """Return the number of frames in a training crop of a file, without padding."""
+        item, hz = self.train.items[index], self.codec.target_sample_hz
+        num_samples = -(-item.num_samples * hz // item.sample_hz)
+        if self.train.seconds is not None:
+            num_samples = min(num_samples, round(self.train.seconds * hz))
+        return self.codec.num_frames(num_samples)
 
     def _validation_waves(self, count: int) -> list[Tensor]:
         """Load the first `count` validation crops as waves `[1, c, n]`."""

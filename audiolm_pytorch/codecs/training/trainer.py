@@ -1,5 +1,6 @@
 """Trainer of a codec on a folder of audio."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,9 @@ __all__ = ["SoundStreamTrainer"]
 
 _MIN_VALIDATION_SECONDS = 3.0
 _MAX_LEAD_STEPS = 200
+_NOISE_SNR_DB = (0.0, 15.0)
+
+logger = logging.getLogger(__name__)
 
 
 @trainer_arguments(LoopSettings)
@@ -78,7 +82,7 @@ class SoundStreamTrainer:
         unquantized_steps: int | None = None,
         noise_folder: str | Path | None = None,
         noise_items: tuple[Sequence[AudioItem], Sequence[AudioItem]] | None = None,
-        noise_snr_db: tuple[float | int, float | int] = (0.0, 15.0),
+        noise_snr_db: tuple[float | int, float | int] = _NOISE_SNR_DB,
         stable_codes: StableCodes | None = None,
         wrong_codes: WrongCodes | None = None,
         accelerator: "accelerate.Accelerator | None" = None,
@@ -101,6 +105,14 @@ class SoundStreamTrainer:
             noise = NoiseMixer(train, noise_train, **mixing), NoiseMixer(valid, noise_valid, clean_share=0.0, **mixing)
         if loss_weights is None:
             loss_weights = CodecLossWeights() if discriminators is not None else CodecLossWeights().reconstruction_only
+        for name, value in (
+            ("adversarial_start_step", adversarial_start_step if discriminators is None else None),
+            ("discriminator_lead_steps", discriminator_lead_steps if discriminators is None else None),
+            ("noise_snr_db", noise_snr_db if noise is None and noise_snr_db != _NOISE_SNR_DB else None),
+        ):
+            if value is not None:
+                needed = "noise_folder or noise_items" if name == "noise_snr_db" else "discriminators"
+                logger.warning("%s=%s is not used without %s", name, value, needed)
         if discriminators is not None:
             module_spec(discriminators)  # raises now, and not when they are saved at the end
         if unquantized_steps is None:

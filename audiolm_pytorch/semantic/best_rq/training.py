@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from audiolm_pytorch.semantic.best_rq.model import BestRQ, BestRQEncoder, Masked
 from audiolm_pytorch.semantic.kmeans_trainer import KMeansFit, KMeansTrainer
 from audiolm_pytorch.training import LoopSettings, LossOutput, Phase, TrainLoop, TrainResult
 from audiolm_pytorch.training.arguments import trainer_arguments
+from audiolm_pytorch.training.tracking import progress_bar
 
 if TYPE_CHECKING:
     import accelerate
@@ -76,9 +78,11 @@ class BestRQTask:
 
     def _statistics_waves(self) -> Iterator[Tensor]:
         count = min(_STATISTICS_CROPS, self.num_items)
-        for place in range(count):
-            crop = self._train.get(0, place * self.num_items // count)
-            yield crop.waves[self._model.encoder.sample_hz].unsqueeze(0).to(self._model.to_logits.weight.device)
+        with closing(progress_bar("statistics", 0, count, shown=True)) as bar:
+            for place in range(count):
+                crop = self._train.get(0, place * self.num_items // count)
+                yield crop.waves[self._model.encoder.sample_hz].unsqueeze(0).to(self._model.to_logits.weight.device)
+                bar.update()
 
     def _predict(self, batch: CropBatch, generator: torch.Generator | None = None) -> MaskedPrediction:
         rate_hz = self._model.encoder.sample_hz

@@ -8,17 +8,21 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from audiolm_pytorch.saving import files
 from audiolm_pytorch.saving.construction import preserve_rng
-from audiolm_pytorch.saving.files import read_weights
+from audiolm_pytorch.saving.files import read_json, read_weights, write_json
 from audiolm_pytorch.training import LoopSettings, LossOutput, Phase, Task, TrainLoop
 from audiolm_pytorch.training.ema import WeightEMA
+from audiolm_pytorch.training.loss_curve import write_loss_curve
 from audiolm_pytorch.training.optimizer import learning_rate_at
 from audiolm_pytorch.training.rng import seed_rng
 from tests.helpers.toy_training import SETTINGS, Tiny, ToyTask, assert_same_run, linear_task, rows_of
@@ -395,3 +399,47 @@ def test_results_are_saved_by_the_first_process_while_the_others_wait(tmp_path: 
     loop._accelerator = SimpleNamespace(is_main_process=is_main, wait_for_everyone=lambda: done.append("waited"))
     loop.on_main_process(lambda: done.append("saved"))
     assert done == (["saved", "waited"] if is_main else ["waited"])
+
+
+def test_the_loss_curve_has_every_phase(tmp_path: Path) -> None:
+    """An SVG file with a line per phase, a dashed line of the loss of guessing, and escaped names; NaN is left out."""
+    TrainLoop(ToyTask(critic=True), SETTINGS, tmp_path).train()
+    curve = (tmp_path / "loss.svg").read_text()
+    root = ElementTree.fromstring(curve)
+    assert root.tag.endswith("svg") and len(root.findall("{*}polyline")) == 1 + 2 * 3
+    assert all(f">{phase} " in curve for phase in ("main", "critic", "valid"))
+    rows = [{"phase": "a<b", "step": step, "loss": math.nan if step == 2 else 1.0} for step in range(3000)]
+    write_loss_curve(tmp_path / "other.svg", rows, "x")
+    assert len((tmp_path / "other.svg").read_bytes()) < 30_000
+    assert "a&lt;b" in ElementTree.tostring(ElementTree.parse(tmp_path / "other.svg").getroot(), encoding="unicode")
+    write_loss_curve(tmp_path / "none.svg", [{"phase": "valid", "step": 1, "mel": 1.0}], "x")
+    assert not (tmp_path / "none.svg").exists()
+
+
+def test_a_full_disk_is_an_error_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The OSError names the file; the checkpoint before remains, and training continues when there is space again."""
+    TrainLoop(ToyTask(), SETTINGS, tmp_path).train(stop_after_steps=5)
+
+    def full(tensors: Any, path: Path, metadata: Any) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError("No space left on device (os error 28)")
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(OSError, match="cannot write .*model.safetensors: No space left"),
+    ):
+        patch.setattr(files, "save_file", full)
+        TrainLoop(ToyTask(), SETTINGS, tmp_path).train(stop_after_steps=2)
+    assert TrainLoop(ToyTask(), SETTINGS, tmp_path).train().step == 12
+    assert not list(tmp_path.rglob(".writing-*"))
+
+
+@pytest.mark.parametrize("change", [{"optimizers": {}}, {"progress": {"stage": 1}}, {"progress": None}, {"run": 3}])
+def test_an_altered_state_is_a_named_error(tmp_path: Path, change: dict[str, Any]) -> None:
+    """A state with other entries raises a ValueError with the name of the file or folder."""
+    TrainLoop(ToyTask(), SETTINGS, tmp_path).train(stop_after_steps=1)
+    for name in ("checkpoint", "checkpoint.previous"):
+        state = read_json(tmp_path / name / "state.json")
+        write_json(tmp_path / name / "state.json", {**state, "state": {**state["state"], **change}})
+    with pytest.raises(ValueError, match="state.json does not describe this run|contains a run without settings"):
+        TrainLoop(ToyTask(), SETTINGS, tmp_path).train()

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import soundfile
 import torch
 
 from audiolm_pytorch.data.shards import TokenShards
-from audiolm_pytorch.saving.files import read_json, write_json
+from audiolm_pytorch.saving.files import read_json, read_weights, write_json
 from audiolm_pytorch.saving.modules import load_module
 from musiclm_pytorch.pipeline.pipeline import STEPS, Pipeline
 from musiclm_pytorch.pretrained.model_folder import load_musiclm
@@ -69,9 +70,8 @@ def test_stages_store_fingerprints(micro_run):
     makers = {"semantic": shards["semantic_tokenizer"], "acoustic": shards["codec"]}
     for stage, kinds in {"semantic": ["semantic"], "coarse": ["semantic", "acoustic"], "fine": ["acoustic"]}.items():
         known = {**{kind: makers[kind] for kind in kinds}, "conditioner": quantizer}
-        state = read_json(micro_run / stage / "checkpoint" / "state.json")["state"]
-        assert state["run"]["token_fingerprints"] == known
-        for folder in (micro_run / stage / "model", micro_run / stage / stage, micro_run / "model" / stage):
+        assert read_json(micro_run / stage / "finished.json")["run"]["token_fingerprints"] == known
+        for folder in (micro_run / stage / "model", micro_run / "model" / stage):
             assert read_json(folder / "config.json")["config"]["token_fingerprints"] == known
 
 
@@ -124,14 +124,65 @@ def test_finished_steps_are_not_repeated_and_lost_results_are_restored(micro_dat
     assert not (run / "coarse" / ".writing-123").exists()
 
 
-def test_wall_time_counts_all_sessions(micro_data, micro_run, tmp_path):
+def test_wall_time_counts_all_sessions(micro_data, tmp_path, monkeypatch):
     """The time of a resumed step includes the earlier sessions."""
-    run = shutil.copytree(micro_run, tmp_path / "run")
-    shutil.rmtree(run / "codec" / "model")
+    run = tmp_path / "run"
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Pipeline, "_save", interrupted)
+        next(Pipeline(MICRO, data=micro_data, out=run).run("codec"))
     finished = read_json(run / "codec" / "finished.json")
     write_json(run / "codec" / "finished.json", {**finished, "seconds": 3600.0})
     report = next(Pipeline(MICRO, data=micro_data, out=run).run("codec"))
     assert 3600 <= report.seconds < 3700
+
+
+def test_a_run_keeps_no_training_files_and_few_copies_of_weights(micro_run):
+    """A finished run has no checkpoint, a loss curve per trained step, and its weights in two files.
+
+    Weights of MuLaN are also in the quantizer.
+    """
+    for step in ("codec", "semantic-tokenizer", "mulan", "semantic", "coarse", "fine"):
+        names = {path.name for path in (micro_run / step).iterdir()}
+        assert "metrics.jsonl" in names and not names & {"checkpoint", "checkpoint.previous", "features", "tokenizer"}
+        assert step == "codec" or "<polyline" in (micro_run / step / "loss.svg").read_text()
+    copies = Counter()
+    for file in micro_run.rglob("*.safetensors"):
+        for name, tensor in read_weights(file)[0].items():
+            if (
+                tensor.is_floating_point()
+                and tensor.numel() >= 256
+                and not name.startswith(("mulan.", "audio.", "text."))
+            ):
+                copies[tensor.half().numpy().tobytes()] += 1
+    assert len(copies) > 20 and max(copies.values()) == 2
+
+
+def test_settings_of_a_run_change_on_request(micro_data, micro_run, tmp_path, caplog):
+    """Finished steps stay, the new settings are stored, and the change is logged."""
+    run = shutil.copytree(micro_run, tmp_path / "run")
+    preset = replace(MICRO, fine=replace(MICRO.fine, run=replace(MICRO.fine.run, batch_size=3)))
+    with pytest.raises(ValueError, match="--allow-changed preset.fine.run.batch_size"):
+        list(Pipeline(preset, data=micro_data, out=run).run())
+    changed = Pipeline(preset, data=micro_data, out=run, allow_changed=["batch_size"])
+    assert {report.summary for report in changed.run()} == {"done before"}
+    assert "preset.fine.run.batch_size: found 4, expected 3" in caplog.text
+    assert {report.summary for report in Pipeline(preset, data=micro_data, out=run).run()} == {"done before"}
+
+
+@pytest.mark.parametrize("name", ["codec/config.json", "model/musiclm.json", "notes.txt"])
+def test_files_of_the_user_are_not_overwritten(micro_data, tmp_path, name):
+    """A folder that has files, but no run, is refused before anything is written."""
+    file = tmp_path / "project" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    with pytest.raises(ValueError, match="contains files that do not belong to a run"):
+        list(Pipeline(MICRO, data=micro_data, out=tmp_path / "project").run())
+    assert [path for path in (tmp_path / "project").rglob("*") if path.is_file()] == [file]
+    assert file.read_text() == "mine"
 
 
 def test_folder_of_another_run_is_refused(micro_data, micro_run, tmp_path):

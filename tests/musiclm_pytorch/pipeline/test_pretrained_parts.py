@@ -71,7 +71,7 @@ def test_pretrained_parts_are_saved_without_rounding_or_training(parts, pretrain
         assert exact_dtype(parts[stage], torch.float16) is None
         assert fingerprint_of(load_module(out / stage / "model")) == fingerprint_of(parts[stage])
     for stage in ("semantic", "coarse", "fine"):
-        assert (out / stage / "checkpoint").is_dir() and "accuracy" in reports[stage].summary
+        assert (out / stage / "finished.json").is_file() and "accuracy" in reports[stage].summary
     known = read_json(out / "run.json")["pretrained"]
     assert known["codec"] == parts["codec"].fingerprint() and list(known) == list(PRETRAINED)
 
@@ -164,6 +164,12 @@ def test_dry_run_with_pretrained_parts(parts, micro_data, tmp_path):
     # 12 steps of 4 crops of a second, one coarse level of the preset's
     assert found["coarse"].num_tokens == 12 * 4 * 40 and own["coarse"].num_tokens == 12 * 4 * 50
     assert found["semantic"].num_parameters < own["semantic"].num_parameters
+    assert all(one.seconds < 60 for one in found.values())
+    assumed = {one.step: one.seconds for one in estimate_steps(pipeline, device="a100")}
+    assert 0 < assumed["semantic"] < found["semantic"].seconds
+    with pytest.raises(ValueError, match="no estimate for the device 'b52'; choose one of: t4, "):
+        estimate(pipeline, "codec", device="b52")
+    assert "times of a h100 at 30% of 989 TFLOP/s" in estimate(pipeline, "codec", device="h100")
     table = estimate(pipeline)
     assert table.count("  pretrained\n") == 3 and not (tmp_path / "run").exists()
 
