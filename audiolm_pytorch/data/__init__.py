@@ -11,10 +11,13 @@ if TYPE_CHECKING:
         collate_crops as collate_crops,
     )
     from audiolm_pytorch.data.crops import Crop as Crop, CropDataset as CropDataset
-    from audiolm_pytorch.data.manifest import (
+    from audiolm_pytorch.data.items import (
         AudioItem as AudioItem,
         ItemReport as ItemReport,
         Rejected as Rejected,
+        items_digest as items_digest,
+    )
+    from audiolm_pytorch.data.manifest import (
         load_items as load_items,
         load_split as load_split,
         split_items as split_items,

@@ -1,5 +1,6 @@
-"""Read captions and labels of audio files from manifest lines and from `.txt` and `.json` files beside the audio."""
+"""Read captions and labels of audio files from manifests, tables and `.txt` and `.json` files beside the audio."""
 
+import csv
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,14 +15,14 @@ __all__ = [
     "decode_texts",
     "encode_texts",
     "is_encodable",
-    "json_lines",
+    "manifest_rows",
     "read_sidecar",
     "texts_in",
 ]
 
 SIDECAR_SUFFIXES = (".json", ".txt")
 # Far longer than any caption; a file without line ends must not fill the memory.
-_MAX_LINE_BYTES, _MAX_SIDECAR_BYTES = 2**24, 2**20
+_MAX_LINE_BYTES, _MAX_SIDECAR_BYTES, _MAX_TABLE_BYTES = 2**24, 2**20, 2**26
 
 
 @beartype
@@ -75,7 +76,7 @@ def caption_and_labels(fields: dict[str, Any]) -> tuple[str | None, dict[str, An
     `caption` and `captions` are labels. The label `captions` lists the captions after the first caption.
     """
     for name in ("caption", "captions"):
-        leaves = [leaf for leaf in _leaves(fields.get(name)) if leaf is not None]
+        leaves = [leaf for leaf in _leaves(fields.get(name)) if leaf is not None and leaf == leaf]  # NaN is missing
         if not all(isinstance(leaf, str) and is_encodable(leaf) for leaf in leaves):
             raise ValueError(
                 f"{name!r} must be a text, a list of texts, or a dict of texts, got {ascii(fields[name])[:100]}"
@@ -95,9 +96,7 @@ def read_sidecar(path: Path) -> tuple[str | None, dict[str, Any]]:
     Each line of a `.txt` file is a caption. A `.json` file contains the fields of a manifest line; the field `audio` is
     ignored. Error messages do not contain the file name; the caller must add the file name.
     """
-    num_bytes = path.stat().st_size
-    if num_bytes > _MAX_SIDECAR_BYTES:
-        raise ValueError(f"the file has {num_bytes} bytes; shorten it to {_MAX_SIDECAR_BYTES} bytes or fewer")
+    _check_size(path, _MAX_SIDECAR_BYTES)
     text = _decoded(path.read_bytes())
     if path.suffix.lower() == ".json":
         fields = _json_object(text)
@@ -107,8 +106,20 @@ def read_sidecar(path: Path) -> tuple[str | None, dict[str, Any]]:
 
 
 @beartype
-def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the line number (from 1) and the JSON object of each line of a JSONL file; blank lines are skipped."""
+def manifest_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the place ("line 3") and the fields of each row of a manifest.
+
+    A manifest is a JSONL file with one object per line, a file with one JSON array of objects, or a `.csv` table with
+    the names of the fields in its first line.
+    """
+    if path.suffix.lower() == ".csv":
+        yield from _table_rows(path)
+        return
+    with path.open("rb") as file:
+        begin = file.read(2**16).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if begin.startswith(b"["):
+        yield from _array_rows(path)
+        return
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE_BYTES + 1), b""), start=1):
             try:
@@ -116,16 +127,52 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     raise ValueError(f"the line is longer than {_MAX_LINE_BYTES} bytes; write one JSON object per line")
                 text = _decoded(line)
                 if text.strip():
-                    yield number, _json_object(text)
+                    yield f"line {number}", _json_object(text)
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def _array_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        fields = json.loads(text)
+        _check_size(path, _MAX_TABLE_BYTES)
+        entries = _parsed_json(_decoded(path.read_bytes()))
+        for number, fields in enumerate(entries, start=1):
+            if not isinstance(fields, dict):
+                raise ValueError(f"entry {number} must be a JSON object, {{...}}, got {type(fields).__name__}")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    for number, fields in enumerate(entries, start=1):
+        yield f"entry {number}", fields
+
+
+def _table_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        _check_size(path, _MAX_TABLE_BYTES)
+        reader = csv.DictReader(_decoded(path.read_bytes()).splitlines(keepends=True), strict=True)
+        for row in reader:
+            if None in row or None in row.values():
+                raise ValueError(f"line {reader.line_num} must have {len(reader.fieldnames or [])} values, as line 1")
+            yield f"line {reader.line_num}", {name: cell or None for name, cell in row.items()}
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _check_size(path: Path, max_bytes: int) -> None:
+    num_bytes = path.stat().st_size
+    if num_bytes > max_bytes:
+        raise ValueError(f"the file has {num_bytes} bytes; shorten it to {max_bytes} bytes or fewer")
+
+
+def _parsed_json(text: str) -> Any:
+    """Parse JSON; NaN and infinity, with which pandas marks missing values, become None."""
+    try:
+        return json.loads(text, parse_constant=lambda constant: None)
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and thousands of brackets
         raise ValueError(f"the text is not JSON ({error}); write one JSON object") from error
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    fields = _parsed_json(text)
     if not isinstance(fields, dict):
         raise ValueError(f"the text must be a JSON object, {{...}}, got {type(fields).__name__}")
     return fields

@@ -8,9 +8,8 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
-from audiolm_pytorch.audio.files import read_audio
 from audiolm_pytorch.audio.resample import resample, resample_source_span
-from audiolm_pytorch.data.manifest import AudioItem
+from audiolm_pytorch.data.items import AudioItem
 
 __all__ = ["Crop", "CropDataset", "crop_seconds"]
 
@@ -118,9 +117,9 @@ class CropDataset:
         stop = min(stop, self._lengths[index])
         if index >= self._num_cached:
             span = dict(start_seconds=start / hz, duration_seconds=(stop - start) / hz)
-            return self._shaped(read_audio(item.path, hz, self.channels, **span)[0])
+            return self._shaped(item.read(hz, self.channels, **span))
         if index not in self._cache:
-            wave = self._shaped(read_audio(item.path, hz, self.channels)[0]).numpy()
+            wave = self._shaped(item.read(hz, self.channels)).numpy()
             # exact for 16-bit files at their own rate, without clipping of others
             scale = max(float(np.abs(wave).max(initial=0.0)) / (_FULL_SCALE - 1), 1 / _FULL_SCALE)
             self._cache[index] = np.round(wave / scale).astype(np.int16), scale

@@ -1,26 +1,31 @@
-"""List the audio files of a folder or a JSON-lines manifest, and check each file before training."""
+"""List the audio of folders, JSON or CSV manifests and torch data sets, and check every file before training."""
 
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from beartype import beartype
+from torch.utils.data import Dataset
 
 from audiolm_pytorch.audio.files import decoded_info
-from audiolm_pytorch.data.captions import SIDECAR_SUFFIXES, caption_and_labels, json_lines, read_sidecar, texts_in
+from audiolm_pytorch.data.captions import caption_and_labels, manifest_rows, read_sidecar, texts_in
+from audiolm_pytorch.data.folder import scan_folder
+from audiolm_pytorch.data.items import AudioItem, ItemEntry, ItemReport, Rejected, Requirements, content_digest
+from audiolm_pytorch.data.wave_dataset import dataset_items
+from audiolm_pytorch.saving.files import printable
 
 __all__ = [
     "AudioItem",
-    "ItemEntry",
+    "AudioSplit",
+    "DataSource",
     "ItemReport",
-    "Rejected",
-    "audio_files",
     "captions_of",
     "check_entries",
     "load_items",
@@ -32,46 +37,15 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
 _TRAIN_MANIFEST, _VALID_MANIFEST = "train.jsonl", "valid.jsonl"
+_MANIFEST_SUFFIXES = (".jsonl", ".json", ".csv")
+# Fields with the path of the audio: of this library, of Hugging Face's AudioFolder, and of NeMo.
+_PATH_FIELDS = ("audio", "file_name", "audio_filepath")
 _MAX_REJECTED_IN_LOG = 20
 _MAX_READERS = 8
 
-
-@dataclass(frozen=True)
-class ItemEntry:
-    """Path, caption and labels of an audio file that is not checked yet."""
-
-    path: Path
-    caption: str | None = None
-    labels: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class AudioItem:
-    """Audio file that can be decoded, with caption and labels; `num_samples` is the number of decoded samples."""
-
-    path: Path
-    caption: str | None
-    labels: dict[str, Any]
-    sample_hz: int
-    num_samples: int
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """Audio or caption file that cannot be used, and the reason."""
-
-    path: Path
-    reason: str
-
-
-@dataclass(frozen=True)
-class ItemReport:
-    """Usable audio files, in the order of the folder or manifest, and rejected files."""
-
-    items: list[AudioItem]
-    rejected: list[Rejected]
+DataSource = str | Path | Dataset | Sequence[str | Path | Dataset]
+AudioSplit = tuple[Sequence[AudioItem] | Dataset, Sequence[AudioItem] | Dataset]
 
 
 @beartype
@@ -81,129 +55,188 @@ def captions_of(item: AudioItem) -> list[str]:
 
 
 @beartype
-def load_items(source: str | Path, min_seconds: float | int = 0.0) -> ItemReport:
-    """List the audio files of a folder or manifest, and decode each file to check that it can be used.
+def load_items(
+    source: DataSource, min_seconds: float | int = 0.0, channels: int = 1, sample_hz: int | None = None
+) -> ItemReport:
+    """List the audio of a data source, and decode each file to check that it can be used.
 
     Args:
-        source: A folder or a `.jsonl` manifest. If a folder contains a `train.jsonl`, only the files in this manifest
-            are used. In a folder without `train.jsonl`, all .wav, .flac, .mp3 and .ogg files are used, also those in
-            subfolders, sorted by name; hidden files are skipped. The captions of `x.wav` may be in `x.txt`, one caption
-            per line, or in `x.json`, with the fields of a manifest line. A manifest line is a JSON object with the
-            field `audio` (path relative to the manifest), and optionally `caption` and `captions` (see
-            `caption_and_labels`). All other fields of a manifest line become labels.
+        source: A folder, a manifest (`.jsonl`, `.json` or `.csv`), a torch `Dataset` of waves (see `dataset_items`), or
+            a list of such sources. If a folder contains a `train.jsonl`, only the files in this manifest are used. In a
+            folder without `train.jsonl`, all audio files are used, also those in subfolders and linked folders, sorted
+            by name; hidden files are skipped. The captions of `x.wav` may be in `x.txt`, one caption per line, in
+            `x.json`, with the fields of a manifest line, or in a `metadata.jsonl` or `metadata.csv` of Hugging Face. A
+            line of a manifest is a JSON object with the field `audio` (path relative to the manifest, or file:// URL;
+            also called `file_name`), and optionally `caption` and `captions` (see `caption_and_labels`). All other
+            fields of a line become labels.
         min_seconds: Minimum duration of an audio file; shorter files are rejected.
+        channels: Number of channels of the model (see `Requirements`).
+        sample_hz: Sample rate of the waves of a `Dataset` that has no attribute `sample_hz`.
 
     Returns:
-        Usable and rejected files. A warning lists rejected audio files and caption files that cannot be read. An audio
-        file is used even if its caption file cannot be read. If no audio file can be used, a ValueError is raised.
+        Usable and rejected files. A warning lists everything that is left out, with the reason. An audio file is used
+        even if its caption file cannot be read. If no audio file can be used, a ValueError is raised.
     """
-    source = Path(source)
+    requirements = Requirements(min_seconds, channels)
+    if isinstance(source, Dataset):
+        return _report(dataset_items(source, sample_hz), [], type(source).__name__, requirements)
+    if not isinstance(source, (str, Path)):
+        if not source:
+            raise ValueError("got an empty list of data sources; pass at least one folder")
+        reports = [load_items(part, min_seconds, channels, sample_hz) for part in source]
+        items = _without_repetitions([report.items for report in reports])
+        return ItemReport(items, [rejected for report in reports for rejected in report.rejected])
+    source = _source_path(source)
     manifest: Path | None = source
-    if source.is_dir() or source.suffix.lower() != ".jsonl":
+    if source.is_dir() or source.suffix.lower() not in _MANIFEST_SUFFIXES:
         manifest = source / _TRAIN_MANIFEST
         if not manifest.is_file():
             manifest = None
-    entries, unreadable = _folder_entries(source) if manifest is None else (_manifest_entries(manifest), [])
-    report = check_entries(entries, source, min_seconds)
-    if unreadable:
-        logger.warning("%s: %d caption files cannot be used: %s", source, len(unreadable), _summary(unreadable))
-    return ItemReport(report.items, [*report.rejected, *unreadable])
+    entries, left_out = _folder_entries(source) if manifest is None else (_manifest_entries(manifest), [])
+    return check_entries(entries, source, requirements, left_out)
+
+
+def _source_path(source: str | Path) -> Path:
+    return _local_path(str(source)).expanduser()
+
+
+def _local_path(text: str) -> Path:
+    """Convert a path or a file:// URL to a path; raise a ValueError for an address in the network."""
+    if "://" not in text[:12] and not text.startswith("file:/"):
+        return Path(text)
+    url = urlsplit(text)
+    if url.scheme.lower() != "file":
+        raise ValueError(f"{text[:200]} is an address; download the file, and pass its path")
+    return Path(url2pathname(url.path))
+
+
+def _without_repetitions(parts: Sequence[Sequence[AudioItem]]) -> list[AudioItem]:
+    """Join the items of several sources to one list, in which no file of one source is repeated by another source.
+
+    The files of one source may be repeated, e.g. with different captions.
+    """
+    known: set[str] = set()
+    kept: list[AudioItem] = []
+    for part in parts:
+        names = [os.path.realpath(item.path) if item.load is None else f"{id(item.load)}" for item in part]
+        kept += [item for item, name in zip(part, names) if name not in known]
+        if repeated := [printable(item.path) for item, name in zip(part, names) if name in known]:
+            shown = ", ".join(repeated[:_MAX_REJECTED_IN_LOG])
+            logger.warning("%d files are in several data sources, and are used once: %s", len(repeated), shown)
+        known |= set(names)
+    return kept
 
 
 @beartype
-def check_entries(entries: Sequence[ItemEntry], source: Path, min_seconds: float | int = 0.0) -> ItemReport:
-    """Decode the audio files of `entries` to check that they can be used; error messages begin with `source`."""
+def check_entries(
+    entries: Sequence[ItemEntry],
+    source: Path,
+    requirements: Requirements | None = None,
+    left_out: Sequence[Rejected] = (),
+) -> ItemReport:
+    """Decode the audio files of `entries` to check that they can be used; messages begin with `source`.
+
+    The files in `left_out` are reported together with the files that cannot be used.
+    """
     with ThreadPoolExecutor(min(_MAX_READERS, os.cpu_count() or 1)) as readers:
-        checked = list(readers.map(lambda entry: _checked(entry, min_seconds), entries))
-    report = ItemReport(
-        items=[item for item in checked if isinstance(item, AudioItem)],
-        rejected=[item for item in checked if isinstance(item, Rejected)],
-    )
-    summary = _summary(report.rejected)
-    if not report.items:
-        raise ValueError(f"{source}: none of {len(checked)} audio files can be used: {summary}")
-    if report.rejected:
-        logger.warning("%s: left out %d of %d audio files: %s", source, len(report.rejected), len(checked), summary)
-    return report
+        checked = list(readers.map(_checked, entries))
+    return _report(checked, left_out, str(source), requirements or Requirements())
 
 
-def _checked(entry: ItemEntry, min_seconds: float) -> AudioItem | Rejected:
+def _checked(entry: ItemEntry) -> AudioItem | Rejected:
     try:
-        info = decoded_info(entry.path)
+        info, digest = decoded_info(entry.path), content_digest(entry.path)
     except (ValueError, OSError) as error:
         return Rejected(entry.path, str(error).removeprefix(f"{entry.path}: "))
-    if info.num_samples < min_seconds * info.sample_hz:
-        seconds = info.num_samples / info.sample_hz
-        return Rejected(entry.path, f"too short: {seconds:.3f} s, at least {min_seconds} s are needed")
-    return AudioItem(entry.path, entry.caption, entry.labels, info.sample_hz, info.num_samples)
+    numbers = (info.sample_hz, info.num_samples, info.channels, digest)
+    return AudioItem(entry.path, entry.caption, entry.labels, *numbers)
+
+
+def _report(
+    checked: Sequence[AudioItem | Rejected], left_out: Sequence[Rejected], source: str, requirements: Requirements
+) -> ItemReport:
+    """Separate usable from rejected items, and log one warning with everything that is left out."""
+    items: list[AudioItem] = []
+    rejected: list[Rejected] = []
+    for item in checked:
+        reason = item.reason if isinstance(item, Rejected) else requirements.reason(item)
+        if isinstance(item, AudioItem) and reason is None:
+            items.append(item)
+        else:
+            rejected.append(Rejected(item.path, str(reason)))
+    rejected += left_out
+    if not items:
+        raise ValueError(printable(f"{source}: none of {len(checked)} audio files can be used: {_summary(rejected)}"))
+    if rejected:
+        logger.warning("%s: left out %d files: %s", printable(source), len(rejected), _summary(rejected))
+    return ItemReport(items, rejected)
 
 
 def _summary(rejected: Sequence[Rejected]) -> str:
     """Format rejected files and their reasons as one line of limited length."""
-    shown = [f"{item.path} ({item.reason})" for item in rejected[:_MAX_REJECTED_IN_LOG]]
+    shown = [printable(f"{item.path} ({item.reason})") for item in rejected[:_MAX_REJECTED_IN_LOG]]
     more = len(rejected) - len(shown)
     return "; ".join(shown) + (f"; and {more} more" if more else "")
 
 
-@beartype
-def audio_files(folder: Path) -> dict[Path, list[Path]]:
-    """Find the audio files below a folder, each with its `.json` and `.txt` caption files; hidden files are skipped.
-
-    The audio files are sorted by path, independently of the file system.
-    """
-    if not folder.is_dir():
-        reason = (
-            "is a file; pass its folder, or a .jsonl manifest" if folder.is_file() else "no such folder or manifest"
-        )
-        raise ValueError(f"{folder}: {reason}")
-    sidecars: dict[Path, list[Path]] = {}
-    audio: list[Path] = []
-    for path in sorted(path.relative_to(folder) for path in folder.rglob("*")):
-        suffix = path.suffix.lower()
-        # hidden: macOS "._song.wav", and unfinished files of this library
-        if suffix not in (*_SUFFIXES, *SIDECAR_SUFFIXES) or any(part.startswith(".") for part in path.parts):
-            continue
-        if (folder / path).is_file():
-            (audio if suffix in _SUFFIXES else sidecars.setdefault(path.with_suffix(""), [])).append(path)
-    return {folder / path: [folder / sidecar for sidecar in sidecars.get(path.with_suffix(""), ())] for path in audio}
-
-
 def _folder_entries(folder: Path) -> tuple[list[ItemEntry], list[Rejected]]:
-    """List the audio files below a folder with their captions, and the caption files that cannot be read."""
-    files = audio_files(folder)
-    if not files:
-        raise ValueError(f"{folder}: the folder has no {', '.join(_SUFFIXES)} files and no {_TRAIN_MANIFEST}")
-    entries, unreadable = [], []
-    for path, sidecars in files.items():
-        captions: list[str | None] = []
-        labels: dict[str, Any] = {}
+    """List the audio files below a folder with their captions, and the files that are left out."""
+    scan = scan_folder(folder)
+    left_out = list(scan.rejected)
+    if not scan.audio:
+        reason = f": {_summary(left_out)}" if left_out else ""
+        raise ValueError(printable(f"{folder}: the folder has no audio files and no {_TRAIN_MANIFEST}{reason}"))
+    rows: dict[Path, dict[str, Any]] = {}
+    for table in scan.tables:
+        try:
+            described = dict(_rows(table, folder_of_table=True))
+        except (ValueError, OSError) as error:
+            reason = str(error).removeprefix(f"{table}: ")
+            left_out.append(Rejected(table, f"{reason}; fix or delete it, the audio files are used without it"))
+            continue
+        left_out += [Rejected(path, f"no such file, described in {table}") for path in described.keys() - scan.audio]
+        rows |= described
+    entries = []
+    for path, sidecars in scan.audio.items():
+        labels = dict(rows.get(path, {}))
+        captions: list[str | None] = [*texts_in(labels.pop("caption", None)), *texts_in(labels.pop("captions", None))]
         for sidecar in sidecars:
             try:
                 caption, further = read_sidecar(sidecar)
             except (ValueError, OSError) as error:
-                unreadable.append(Rejected(sidecar, f"{error}; fix or delete it, {path.name} is used without it"))
+                left_out.append(Rejected(sidecar, f"{error}; fix or delete it, {path.name} is used without it"))
                 continue
             captions += [caption, *further.pop("captions", ())]
             labels |= further
         entries.append(ItemEntry(path, *caption_and_labels(labels | {"captions": captions})))
-    return entries, unreadable
+    return entries, left_out
 
 
 def _manifest_entries(manifest: Path) -> list[ItemEntry]:
     if not manifest.is_file():
         raise ValueError(f"{manifest}: the manifest does not exist; pass an existing .jsonl file")
-    entries = []
-    for number, fields in json_lines(manifest):
-        audio = fields.pop("audio", None)
-        try:
-            if not isinstance(audio, str) or not audio:
-                raise ValueError(f"the field 'audio' must be a path, got {audio!r}")
-            entries.append(ItemEntry(manifest.parent / audio, *caption_and_labels(fields)))
-        except ValueError as error:
-            raise ValueError(f"{manifest}, line {number}: {error}") from error
+    entries = [ItemEntry(path, *caption_and_labels(fields)) for path, fields in _rows(manifest)]
     if not entries:
         raise ValueError(f"{manifest}: the manifest has no lines; write one JSON object per audio file")
     return entries
+
+
+def _rows(manifest: Path, folder_of_table: bool = False) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield the path and the other, checked fields of each row of a manifest.
+
+    In a table of Hugging Face, the field `text` is the caption if there is no other caption.
+    """
+    for place, fields in manifest_rows(manifest):
+        try:
+            audio = next((fields.pop(name) for name in _PATH_FIELDS if name in fields), None)
+            if not isinstance(audio, str) or not audio:
+                raise ValueError(f"the field 'audio' must be a path, got {ascii(audio)[:100]}")
+            if folder_of_table and not {"caption", "captions"} & fields.keys() and isinstance(fields.get("text"), str):
+                fields["caption"] = fields.pop("text")
+            caption_and_labels(fields)
+            yield manifest.parent / _local_path(audio), fields
+        except ValueError as error:
+            raise ValueError(f"{manifest}, {place}: {error}") from error
 
 
 @beartype
@@ -261,52 +294,82 @@ def _distinct_names(paths: Sequence[Path]) -> list[str]:
 
 def _uniform_hash(name: str, seed: int) -> float:
     """Hash a name and a seed to a number in [0, 1), which is equal on all machines."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    digest = hashlib.sha256(os.fsencode(f"{seed}:{name}")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
 @beartype
 def load_split(
-    source: str | Path, valid_fraction: float | int = 0.05, seed: int = 0, min_seconds: float | int = 0.0
+    source: DataSource,
+    valid_fraction: float | int = 0.05,
+    seed: int = 0,
+    min_seconds: float | int = 0.0,
+    channels: int = 1,
+    sample_hz: int | None = None,
 ) -> tuple[list[AudioItem], list[AudioItem]]:
-    """Load the training items and the validation items of a folder or manifest (see `load_items` and `split_items`).
+    """Load the training items and the validation items of a data source (see `load_items` and `split_items`).
 
-    If a folder contains `train.jsonl` and `valid.jsonl`, the two manifests list the training and validation items.
+    If a folder contains `train.jsonl` and `valid.jsonl`, the two manifests list the training and validation items. The
+    sources of a list are split one by one.
     """
-    source = Path(source)
-    manifests = [source / _TRAIN_MANIFEST, source / _VALID_MANIFEST]
-    if all(manifest.is_file() for manifest in manifests):
-        train, valid = (load_items(manifest, min_seconds).items for manifest in manifests)
-        return train, valid
-    return split_items(load_items(source, min_seconds).items, valid_fraction, seed)
-
-
-def check_one_source(folder: str | Path | None, items: Sequence[Any] | None) -> None:
-    """Check that a trainer received either a folder or items, not both."""
-    if (folder is None) == (items is None):
-        received = "neither folder nor items" if folder is None else "both folder and items"
-        raise ValueError(f"got {received}; pass either a folder (or a manifest) or items")
+    needs = min_seconds, channels, sample_hz
+    if not isinstance(source, (str, Path, Dataset)):
+        splits = [load_split(part, valid_fraction, seed, *needs) for part in source]
+        if not splits:
+            raise ValueError("got an empty list of data sources; pass at least one folder")
+        sides = _without_repetitions([side for split in splits for side in split])
+        in_training = {id(item) for train, _ in splits for item in train}
+        train = [item for item in sides if id(item) in in_training]
+        return train, [item for item in sides if id(item) not in in_training]
+    if not isinstance(source, Dataset):
+        manifests = [_source_path(source) / name for name in (_TRAIN_MANIFEST, _VALID_MANIFEST)]
+        if all(manifest.is_file() for manifest in manifests):
+            train, valid = (load_items(manifest, *needs).items for manifest in manifests)
+            return train, valid
+    return split_items(load_items(source, *needs).items, valid_fraction, seed)
 
 
 @beartype
 def training_items(
-    folder: str | Path | None,
-    items: tuple[Sequence[AudioItem], Sequence[AudioItem]] | None,
+    folder: DataSource | None,
+    items: AudioSplit | Dataset | None,
+    *,
     min_seconds: float | int = 0.0,
+    channels: int = 1,
+    sample_hz: int | None = None,
+    valid_fraction: float | int = 0.05,
+    reuse_for_validation: bool = True,
+    name: str = "folder",
 ) -> tuple[list[AudioItem], list[AudioItem]]:
-    """Return the training and validation items of a trainer, from a folder (see `load_split`) or from loaded items.
-
-    If there are no validation items, the training items are also used for validation.
+    """Return the training and validation items of a trainer, from a data source (see `load_split`) or from items.
 
     Args:
-        min_seconds: Duration of one token. Files of `folder` that are shorter than one token are left out; an item of
-            `items` that is shorter than one token raises a ValueError.
+        folder: Folder, manifest, torch `Dataset`, or a list of them.
+        items: Instead of `folder`: training and validation items, or one or two torch data sets of waves.
+        min_seconds: Duration of one token. Files of `folder` that are shorter, or have other channels, are left out;
+            items of `items` raise a ValueError.
+        channels: Number of channels of the model (see `Requirements`).
+        sample_hz: Sample rate of the waves of a `Dataset` that has no attribute `sample_hz`.
+        reuse_for_validation: Whether the training items are also used for validation if there are no others.
+        name: Name of the argument `folder` in messages.
     """
-    check_one_source(folder, items)
-    train, valid = items if items is not None else load_split(folder or "", min_seconds=min_seconds)
+    if (folder is None) == (items is None):
+        both = f"{name} and {name.replace('folder', 'items')}"
+        received = f"neither {both.replace(' and ', ' nor ')}" if folder is None else f"both {both}"
+        raise ValueError(f"got {received}; pass either a folder (or a manifest) or items")
+    needs: dict[str, Any] = dict(min_seconds=min_seconds, channels=channels, sample_hz=sample_hz)
+    if isinstance(items, Dataset):
+        folder, items = items, None
+    if folder is not None:
+        train, valid = load_split(folder, valid_fraction, **needs)
+        return train, valid or list(train if reuse_for_validation else ())
+    train, valid = (
+        load_items(side, **needs).items if isinstance(side, Dataset) else list(side) for side in items or ()
+    )
     if not train:
         raise ValueError("got an empty list of training items; pass at least one audio item")
-    too_short = [str(item.path) for item in (*train, *valid) if item.num_samples < min_seconds * item.sample_hz]
-    if too_short:
-        raise ValueError(f"{len(too_short)} files are shorter than one token ({min_seconds} s); remove {too_short[:5]}")
-    return list(train), list(valid) or list(train)
+    requirements = Requirements(min_seconds, channels)
+    reasons = [(item, requirements.reason(item)) for item in (*train, *valid)]
+    if unusable := [Rejected(item.path, reason) for item, reason in reasons if reason is not None]:
+        raise ValueError(f"{len(unusable)} items cannot be used; remove them: {_summary(unusable)}")
+    return train, valid or list(train if reuse_for_validation else ())

@@ -3,11 +3,13 @@
 A shard folder contains `plan.json` (arguments of `write_shards`), the folders `chunk-00000`, `chunk-00001` and so on,
 and `index.json` once all chunks are complete. For each field, a chunk folder contains one `.npy` file of all values and
 one `.npy` file of record offsets. A chunk folder gets its final name when the chunk is complete, so that an interrupted
-run continues with the first missing chunk.
+run continues with the first missing chunk. Every file of a chunk has a digest in the file `fields.json` of the chunk,
+whose digest is in `index.json`; a chunk is checked when it is opened.
 """
 
 import json
 import os
+import re
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable
@@ -17,12 +19,16 @@ from typing import Any
 import numpy as np
 from beartype import beartype
 
-from audiolm_pytorch.saving.files import differences, read_json, write_json
+from audiolm_pytorch.saving.files import check_digest, differences, digest_of_file, read_json, write_json
 
 __all__ = ["TokenShards", "write_shards"]
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
+# Names of fields are parts of file names.
+_FIELD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_ .-]{0,99}")
+_FILE_SUFFIXES = (".npy", ".offsets.npy")
 _PLAN_NAME, _INDEX_NAME, _FIELDS_NAME = "plan.json", "index.json", "fields.json"
+_DTYPES = ("int16", "int32", "float16", "float32", "float64")
 _FLOAT_TYPES = (np.float16, np.float32)
 # Two maps per field stay open for every chunk in use; the usual limit is 1,024 open files per process.
 _MAX_OPEN_CHUNKS = 64
@@ -79,7 +85,8 @@ def write_shards(
             _write_chunk(chunks[number], [_storable(make_record(i), i) for i in range(first, last)], first)
             num_computed += 1
     if all(chunk.is_dir() for chunk in chunks):
-        write_json(folder / _INDEX_NAME, {**plan, "fields": _joint_fields(chunks)})
+        digests = [digest_of_file(chunk / _FIELDS_NAME) for chunk in chunks]
+        write_json(folder / _INDEX_NAME, {**plan, "fields": _joint_fields(chunks), "chunks": digests}, sealed=True)
     return num_computed
 
 
@@ -87,6 +94,8 @@ def _storable(record: Record, number: int) -> Record:
     """Convert the arrays of a record to the number types that shards can store."""
     stored = {}
     for name, value in record.items():
+        if not _FIELD_NAME.fullmatch(name):
+            raise ValueError(f"record {number}: the field name {name!r} cannot be part of a file name; use letters")
         array = np.asarray(value)
         if array.dtype.kind not in "biuf":
             raise ValueError(f"record {number}, field {name!r} is {array.dtype}; make_record must return numbers")
@@ -123,8 +132,10 @@ def _write_chunk(chunk: Path, records: list[Record], first: int) -> None:
             offsets = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64)
             np.save(partial / f"{name}.npy", values, allow_pickle=False)
             np.save(partial / f"{name}.offsets.npy", offsets, allow_pickle=False)
-            fields[name] = {"dtype": values.dtype.name, "shape": list(values.shape[1:]), "scalar": array.ndim == 0}
-        write_json(partial / _FIELDS_NAME, fields)
+            digests = [digest_of_file(partial / f"{name}{suffix}") for suffix in _FILE_SUFFIXES]
+            shape, is_scalar = list(values.shape[1:]), array.ndim == 0
+            fields[name] = {"dtype": values.dtype.name, "shape": shape, "scalar": is_scalar, "digests": digests}
+        write_json(partial / _FIELDS_NAME, fields, sealed=True)
         try:
             partial.rename(chunk)
         except OSError:
@@ -158,6 +169,7 @@ def _joint_fields(chunks: list[Path]) -> dict[str, dict[str, Any]]:
         )
         _require_equal(layout, expected, f"{chunk} has other fields than {chunks[0]}")
         for name, field in fields.items():
+            joint[name].pop("digests", None)
             joint[name]["dtype"] = np.result_type(joint[name]["dtype"], field["dtype"]).name
     return joint
 
@@ -188,18 +200,19 @@ class TokenShards:
             is_begun = (self.folder / _PLAN_NAME).is_file()
             state = "unfinished: run write_shards again" if is_begun else "not a shard folder"
             raise ValueError(f"{self.folder}: no {_INDEX_NAME} ({state})")
-        index = read_json(self.folder / _INDEX_NAME)
-        if (version := index.get("format_version")) != _FORMAT_VERSION:
-            raise ValueError(f"{self.folder}: format version {version}, need {_FORMAT_VERSION}; write the shards again")
+        index = _checked_index(self.folder)
         self.fingerprint: dict[str, Any] = index["fingerprint"]
         if expect_fingerprint is not None:
             expected = json.loads(json.dumps(expect_fingerprint))
             _require_equal(
                 self.fingerprint, expected, f"{self.folder} holds tokens of another origin; write them again"
             )
+        self.digest = digest_of_file(self.folder / _INDEX_NAME)[:16]
         self._num_records: int = index["num_records"]
         self._records_per_chunk: int = index["records_per_chunk"]
         self._fields: dict[str, dict[str, Any]] = index["fields"]
+        self._chunk_digests: list[str] = index["chunks"]
+        self._checked: set[int] = set()
         self._max_open_chunks = max_open_chunks
         self._open: OrderedDict[int, dict[str, tuple[np.ndarray, np.ndarray]]] = OrderedDict()
 
@@ -214,9 +227,7 @@ class TokenShards:
 
     def longest(self, field: str) -> int:
         """Return the largest number of rows of a field in any record; only record offsets are read from disk."""
-        numbers = range(-(-self._num_records // self._records_per_chunk))
-        files = (self.folder / f"chunk-{number:05d}" / f"{field}.offsets.npy" for number in numbers)
-        return max(int(np.diff(np.load(file, allow_pickle=False)).max()) for file in files)
+        return max(int(np.diff(self._offsets(number, field)).max()) for number in range(len(self._chunk_digests)))
 
     def __getitem__(self, index: int) -> Record:
         """Read a record as a dict of arrays, which are copies in memory."""
@@ -233,20 +244,99 @@ class TokenShards:
     def _chunk(self, number: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Return values and record offsets of each field of a chunk; recently used chunks stay memory-mapped."""
         if number not in self._open:
-            folder = self.folder / f"chunk-{number:05d}"
-            self._open[number] = {
-                name: (_load(folder / f"{name}.npy"), np.load(folder / f"{name}.offsets.npy", allow_pickle=False))
-                for name in self._fields
-            }
+            self._check_chunk(number)
+            self._open[number] = {name: self._arrays(number, name) for name in self._fields}
             if len(self._open) > self._max_open_chunks:
                 self._open.popitem(last=False)
         self._open.move_to_end(number)
         return self._open[number]
 
+    def _folder_of(self, number: int) -> Path:
+        return self.folder / f"chunk-{number:05d}"
 
-def _load(path: Path) -> np.ndarray:
-    """Memory-map an array from a file; an empty array cannot be mapped and is read instead."""
+    def _check_chunk(self, number: int) -> None:
+        """Check the digests of all files of a chunk, once per process; a changed file raises a ValueError."""
+        if number in self._checked:
+            return
+        file = self._folder_of(number) / _FIELDS_NAME
+        try:
+            check_digest(file, self._chunk_digests[number])
+            for name, field in read_json(file).items():
+                for end, digest in zip(_FILE_SUFFIXES, field["digests"]):
+                    check_digest(file.with_name(f"{name}{end}"), digest)
+        except ValueError as error:
+            again = f"or delete {file.parent} and {_INDEX_NAME}, and write the shards again"
+            raise ValueError(f"{error}, {again}") from error
+        self._checked.add(number)
+
+    def _offsets(self, number: int, name: str) -> np.ndarray:
+        """Read the record offsets of a field, and check that they ascend."""
+        path = self._folder_of(number) / f"{name}.offsets.npy"
+        first = number * self._records_per_chunk
+        num_records = min(self._records_per_chunk, self._num_records - first)
+        offsets = _load(path, mapped=False)
+        if (
+            offsets.dtype != np.int64
+            or offsets.shape != (num_records + 1,)
+            or offsets[0]
+            or (np.diff(offsets) < 0).any()
+        ):
+            raise ValueError(f"{path} must contain {num_records + 1} ascending offsets; write the shards again")
+        return offsets
+
+    def _arrays(self, number: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+        path, field = self._folder_of(number) / f"{name}.npy", self._fields[name]
+        values, offsets = _load(path, mapped=True), self._offsets(number, name)
+        if values.dtype.kind not in "if" or values.shape != (int(offsets[-1]), *field["shape"]):
+            raise ValueError(
+                f"{path} has {values.dtype} values of shape {values.shape}, but the index needs "
+                f"{(int(offsets[-1]), *field['shape'])}; write the shards again"
+            )
+        return values, offsets
+
+
+def _checked_index(folder: Path) -> dict[str, Any]:
+    """Read the index of a shard folder, and check its numbers and the names and types of its fields."""
+    path = folder / _INDEX_NAME
+    index: dict[str, Any] = read_json(path)
+    version = index.get("format_version") if isinstance(index, dict) else None
+    if version != _FORMAT_VERSION:
+        raise ValueError(f"{folder}: format version {version!r}, need {_FORMAT_VERSION}; write the shards again")
+    numbers: list[Any] = [index.get(name) for name in ("num_records", "records_per_chunk")]
+    fields, chunks, fingerprint = (index.get(name) for name in ("fields", "chunks", "fingerprint"))
+    is_valid = (
+        all(type(number) is int and number >= 1 for number in numbers)
+        and isinstance(fingerprint, dict)
+        and isinstance(fields, dict)
+        and all(_FIELD_NAME.fullmatch(name) and _is_field(field) for name, field in fields.items())
+        and isinstance(chunks, list)
+        and all(isinstance(chunk, str) for chunk in chunks)
+        and len(chunks) == -(-numbers[0] // numbers[1])
+    )
+    if not is_valid:
+        raise ValueError(f"{path} is not an index of token shards; write the shards again")
+    return index
+
+
+def _is_field(field: Any) -> bool:
+    """Return whether a value describes number type and shape of a field."""
+    return (
+        isinstance(field, dict)
+        and field.get("dtype") in _DTYPES
+        and isinstance(field.get("scalar"), bool)
+        and isinstance(field.get("shape"), list)
+        and all(type(size) is int and 0 <= size < 2**31 for size in field["shape"])
+    )
+
+
+def _load(path: Path, mapped: bool) -> np.ndarray:
+    """Read or memory-map an array from a file; an empty array cannot be mapped and is read instead."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError:
+        if mapped:
+            try:
+                return np.load(path, mmap_mode="r", allow_pickle=False)
+            except ValueError:
+                pass
         return np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path} is not a readable array ({error}); write the shards again") from error

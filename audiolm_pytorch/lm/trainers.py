@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from beartype import beartype
+from torch.utils.data import Dataset
 
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.conditioning.base import Conditioner, TextEncoder
 from audiolm_pytorch.data.crops import crop_seconds
-from audiolm_pytorch.data.manifest import AudioItem, training_items
+from audiolm_pytorch.data.manifest import AudioSplit, DataSource, training_items
 from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.lm.compatibility import agreed_fingerprints, check_compatible
 from audiolm_pytorch.lm.stage_transformer import StageTransformer
@@ -50,8 +51,8 @@ class StageTrainer:
         audio_conditioner: Conditioner; needed by a stage with `audio_text_condition`.
         text_conditioner: Frozen text encoder; needed by a stage with a `text_dim`; each epoch uses the next caption of
             a recording.
-        folder: Folder of audio files, or path of a JSONL manifest.
-        items: Training and validation items, instead of `folder`.
+        folder: Folder of audio files, manifest, torch `Dataset` of waves, or a list of them (see `load_items`).
+        items: Training and validation items, or one or two torch data sets, instead of `folder`.
         shards: Token shards, instead of `folder` and `items`.
         valid_shards: Validation shards; None = validate on `shards`.
         data_max_length: Length of a crop in samples, at the sample rate of the codec or, without a codec, of `wav2vec`.
@@ -83,8 +84,8 @@ class StageTrainer:
         codec: Codec | None = None,
         audio_conditioner: Conditioner | None = None,
         text_conditioner: TextEncoder | None = None,
-        folder: str | Path | None = None,
-        items: tuple[Sequence[AudioItem], Sequence[AudioItem]] | None = None,
+        folder: DataSource | None = None,
+        items: AudioSplit | Dataset | None = None,
         shards: TokenShards | None = None,
         valid_shards: TokenShards | None = None,
         data_max_length: int | None = None,
@@ -128,7 +129,10 @@ class StageTrainer:
             token_seconds = max((one.downsample_factor / one.target_sample_hz for one in tokenizers), default=0.0)
             if seconds is not None and not seconds >= token_seconds:
                 raise ValueError(f"got crops of {seconds} s, but a token lasts {token_seconds} s; use longer crops")
-            train_items, valid_items = training_items(folder, items, min_seconds=token_seconds)
+            channels = 1 if codec is None else codec.channels
+            train_items, valid_items = training_items(
+                folder, items, min_seconds=token_seconds, channels=channels, sample_hz=sample_hz
+            )
             options |= {"wav2vec": wav2vec, "codec": codec, "conditioners": conditioners}
             train = WaveSource(train_items, transformer, text_prob=text_prob, **options)
             valid = WaveSource(valid_items, transformer, **options)
@@ -154,7 +158,7 @@ class StageTrainer:
             batch_size=batch_size,
             token_fingerprints=agreed_fingerprints(transformer, *modules, all_shards),
         )
-        self.task.config |= {"crop_seconds": seconds, "text_prob": text_prob}
+        self.task.config |= {"data": f"{train.digest}, {valid.digest}", "crop_seconds": seconds, "text_prob": text_prob}
         if transformer.max_seconds is None:
             transformer.max_seconds = train.crop_seconds
         self.results_folder = Path(results_folder or f"./results/{transformer.namespace}_transformer")

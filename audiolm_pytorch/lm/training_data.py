@@ -19,7 +19,8 @@ from audiolm_pytorch.conditioning.base import Conditioner, ConditionTensor
 from audiolm_pytorch.data.batches import CropBatch, collate_crops
 from audiolm_pytorch.data.captions import decode_texts
 from audiolm_pytorch.data.crops import CropDataset
-from audiolm_pytorch.data.manifest import AudioItem, captions_of
+from audiolm_pytorch.data.items import AudioItem, items_digest
+from audiolm_pytorch.data.manifest import captions_of
 from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.lm.stage_transformer import AudioTokens, StageTransformer
 from audiolm_pytorch.lm.tokenizing import sample_rates, tokenize
@@ -90,6 +91,11 @@ class StageSource(ABC):
     @abstractmethod
     def has_captions(self) -> bool:
         """Whether any recording has a caption."""
+
+    @property
+    @abstractmethod
+    def digest(self) -> str:
+        """Hash of the recordings, which must not change when a run is resumed."""
 
     @abstractmethod
     def batch(self, indices: Sequence[tuple[int, int]]) -> Any:
@@ -187,6 +193,11 @@ class WaveSource(StageSource):
     def has_captions(self) -> bool:
         """Whether any file has a caption."""
         return any(self.captions)
+
+    @property
+    def digest(self) -> str:
+        """Hash of names, lengths and contents of the files."""
+        return items_digest(self.crops.items)
 
     def batch(self, indices: Sequence[tuple[int, int]]) -> WaveBatch:
         """Return one crop for each pair (epoch, file index), at the rates of the tokenizers and conditioners."""
@@ -328,6 +339,11 @@ class ShardSource(StageSource):
         if "captions" not in self.shards.fields:
             return False
         return any(decode_texts(self.shards[index]["captions"]) for index in range(len(self)))
+
+    @property
+    def digest(self) -> str:
+        """Hash of the stored tokens."""
+        return self.shards.digest
 
     def batch(self, indices: Sequence[tuple[int, int]]) -> _TokenBatch:
         """Return one crop for each pair (epoch, record index)."""

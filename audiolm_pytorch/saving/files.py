@@ -24,6 +24,8 @@ from torch import Tensor
 __all__ = [
     "check_digest",
     "differences",
+    "one_line",
+    "printable",
     "digest_of_file",
     "read_json",
     "read_weights",
@@ -124,6 +126,12 @@ def check_digest(path: str | Path, expected: str) -> None:
         raise ValueError(f"there is no file {path}")
     if digest_of_file(path) != expected:
         raise ValueError(f"{path} has changed since it was written, its SHA-256 differs; restore the file")
+
+
+def printable(text: object) -> str:
+    """Return a text for logs and messages in one line, in which control characters are escaped."""
+    letters = (letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(text))
+    return "".join(letters)
 
 
 def differences(found: Any, expected: Any, path: str = "") -> list[str]:

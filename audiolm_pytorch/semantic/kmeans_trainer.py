@@ -1,6 +1,5 @@
 """Trainer of a k-means tokenizer, which clusters the hidden states of an encoder layer."""
 
-import hashlib
 import json
 import logging
 import time
@@ -13,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from beartype import beartype
+from torch.utils.data import Dataset
 
-from audiolm_pytorch.data import AudioItem, CropDataset, load_split
-from audiolm_pytorch.data.manifest import check_one_source
+from audiolm_pytorch.data import AudioItem, CropDataset, items_digest
+from audiolm_pytorch.data.manifest import DataSource, training_items
 from audiolm_pytorch.nn.kmeans import (
     ClusterUsage,
     Normalised,
@@ -74,7 +74,9 @@ class KMeansTrainer:
 
     Args:
         encoder: Encoder of a registered class; the trainer uses a copy of it.
-        folder: Folder or manifest of audio; only its training files are used (see `load_split`).
+        folder: Folder of audio files, manifest, torch `Dataset` of waves, or a list of them; only the training files
+            are used (see `load_split`).
+        items: Training items, or a torch `Dataset` of waves, instead of `folder`.
         results_folder: Folder of the run; a folder that has a run with other settings raises a ValueError.
         seconds: Length of the encoded crops; longer files have several crops.
         num_epochs: Minimum number of passes over the frames; for a small data set there are more passes.
@@ -88,8 +90,8 @@ class KMeansTrainer:
         encoder: FrameEncoder,
         layer: int,
         num_clusters: int,
-        folder: str | Path | None = None,
-        items: Sequence[AudioItem] | None = None,
+        folder: DataSource | None = None,
+        items: Sequence[AudioItem] | Dataset | None = None,
         results_folder: str | Path = "./results/kmeans",
         seconds: float | int = 10.0,
         max_tokens: int = 1_000_000,
@@ -103,14 +105,11 @@ class KMeansTrainer:
                 f"num_clusters {num_clusters}, max_tokens {max_tokens} and num_epochs {num_epochs} must be at least 1, "
                 f"seed {seed} at least 0, and seconds {seconds} positive"
             )
-        check_one_source(folder, items)
         self._encoder = encoder.truncated(layer).eval().requires_grad_(False)
         module_spec(self._encoder)  # raises here, before the work, if the tokenizer could not be saved at the end
         self._layer, self._num_clusters, self._num_epochs = layer, num_clusters, num_epochs
         self._seed, self._accelerator = seed, accelerator
-        items = load_split(folder)[0] if folder is not None else list(items or ())
-        if not items:
-            raise ValueError("got an empty list of audio files; pass at least one file to train on")
+        items, _ = training_items(folder, None if items is None else (items, ()), sample_hz=encoder.sample_hz)
         self._dataset = CropDataset(items, seconds, (encoder.sample_hz,), seed, cache_bytes=0)
         self._plan = plan_crops(encoder, self._dataset, max_tokens)
         self.num_tokens = sum(crop.num_frames for crop in self._plan)
@@ -121,12 +120,10 @@ class KMeansTrainer:
             )
         self.results_folder = Path(results_folder)
         self.features_folder = self.results_folder / "features"
-        facts = [(item.path.name, item.sample_hz, item.num_samples) for item in items]
         self._origin = {
             "encoder": part_fingerprint(self._encoder),
             "layer": layer,
-            # Paths are not hashed, because the folder may be moved.
-            "data": f"{len(items)} files, {hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}",
+            "data": items_digest(items),
             "seconds": seconds,
             "max_tokens": max_tokens,
             "seed": seed,

@@ -2,6 +2,7 @@
 
 import sys
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,20 +12,21 @@ import tyro
 from torch import Tensor
 
 from audiolm_pytorch.audio.files import read_audio
-from audiolm_pytorch.audio.formats import WRITE_SUBTYPES
+from audiolm_pytorch.audio.formats import AUDIO_SUFFIXES, WRITE_SUBTYPES
 from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.codecs.code_file import read_codes, write_codes
 from audiolm_pytorch.codecs.transcode import FileCodec
-from audiolm_pytorch.saving.files import write_json
+from audiolm_pytorch.data.folder import scan_folder
+from audiolm_pytorch.saving.files import printable, write_json
 from musiclm_pytorch.cli.checks import check_file, check_folder, device_named
 from musiclm_pytorch.evaluation.codec_report import codec_report, rows_table
 from musiclm_pytorch.pretrained.bundled import DEFAULT_CODEC, codec_named
 
 __all__ = ["CodecCommand", "Decode", "Encode", "Evaluate"]
 
-_SOUND_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif")
 _CODES_SUFFIXES = (".safetensors",)
+_MAX_REASONS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +109,7 @@ CodecCommand = Encode | Decode | Evaluate
 
 
 def _encode(command: Encode) -> int:
-    pairs = _pairs(command.source, command.out, _SOUND_SUFFIXES, _CODES_SUFFIXES)
+    pairs = _pairs(command.source, command.out, _sounds_in, _CODES_SUFFIXES)
     file_codec = FileCodec(command.open_codec())
 
     def encode(source: Path, target: Path) -> str:
@@ -129,7 +131,7 @@ def _decode(command: Decode) -> int:
     if command.source.is_dir() and command.source.resolve() == command.out.resolve():
         raise ValueError(f"--out {command.out} is the input folder, where sounds may be overwritten; use another --out")
     suffixes = (command.suffix, *(suffix for suffix in WRITE_SUBTYPES if suffix != command.suffix))
-    pairs = _pairs(command.source, command.out, _CODES_SUFFIXES, suffixes)
+    pairs = _pairs(command.source, command.out, _codes_in, suffixes)
     file_codec = FileCodec(command.open_codec())
 
     def decode(source: Path, target: Path) -> str:
@@ -146,7 +148,7 @@ def _evaluate(command: Evaluate) -> int:
         raise ValueError(f"--seconds must be above 0, got {command.seconds:g}")
     if command.json is not None:
         check_file(command.json, (".json",))
-    paths = _files_below(command.source, _SOUND_SUFFIXES) if command.source.is_dir() else [command.source]
+    paths = _sounds_in(command.source) if command.source.is_dir() else [command.source]
     codec = command.open_codec()
     sample_hz = codec.target_sample_hz
 
@@ -182,28 +184,45 @@ def _evaluate(command: Evaluate) -> int:
 
 
 def _pairs(
-    source: Path, out: Path, suffixes: Sequence[str], out_suffixes: Sequence[str]
+    source: Path, out: Path, files_in: Callable[[Path], list[Path]], out_suffixes: Sequence[str]
 ) -> list[tuple[Path, Path | None]]:
-    """List the pairs (input file, output file); the output file is None if an earlier pair has the same output."""
+    """List the pairs (input file, output file); the output file is None if an earlier pair has the same output.
+
+    The outputs of `x.wav` and `x.mp3` in one folder keep the whole name, as in `x.wav.safetensors`.
+    """
     if not source.is_dir():
         check_file(out, out_suffixes)
         return [(source, out)]
     check_folder(out)
+    names = [path.relative_to(source) for path in files_in(source)]
+    num_of_name = Counter(str(name.with_suffix("")).lower() for name in names)
     pairs: list[tuple[Path, Path | None]] = []
-    targets: set[Path] = set()
-    for path in _files_below(source, suffixes):
-        target = out / path.relative_to(source).with_suffix(out_suffixes[0])
-        pairs.append((path, None if target in targets else target))
-        targets.add(target)
+    targets: set[str] = set()
+    for name in names:
+        is_alone = num_of_name[str(name.with_suffix("")).lower()] == 1
+        target = out / (name.with_suffix(out_suffixes[0]) if is_alone else f"{name}{out_suffixes[0]}")
+        pairs.append((source / name, None if str(target).lower() in targets else target))
+        targets.add(str(target).lower())
     return pairs
 
 
-def _files_below(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    """List the files with one of the `suffixes` below a folder, sorted by path, without hidden files."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+def _sounds_in(folder: Path) -> list[Path]:
+    """List the sound files below a folder, as for training, and print what is left out."""
+    scan = scan_folder(folder)
+    if not scan.audio:
+        reasons = "".join(f"; {rejected.path}: {rejected.reason}" for rejected in scan.rejected[:_MAX_REASONS])
+        raise ValueError(f"{folder}: contains no {', '.join(AUDIO_SUFFIXES)} files{reasons}")
+    for rejected in scan.rejected:
+        sys.stderr.write(f"musiclm: left out {printable(rejected.path)}: {printable(rejected.reason)}\n")
+    return list(scan.audio)
+
+
+def _codes_in(folder: Path) -> list[Path]:
+    """List the files of codes below a folder, sorted by path, without hidden files."""
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _CODES_SUFFIXES and path.is_file())
     visible = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if not visible:
-        raise ValueError(f"{folder}: contains no {', '.join(suffixes)} files")
+        raise ValueError(f"{folder}: contains no {', '.join(_CODES_SUFFIXES)} files")
     return visible
 
 
@@ -219,7 +238,7 @@ def _for_each(pairs: Sequence[tuple[Path, Path | None]], work: Callable[[Path, P
             _fail(source, error, is_only_file=len(pairs) == 1)
             num_failed += 1
         else:
-            sys.stdout.write(f"{target}  {summary}\n")
+            sys.stdout.write(f"{printable(target)}  {summary}\n")
             sys.stdout.flush()
     if len(pairs) > 1:
         sys.stdout.write(f"{len(pairs) - num_failed} of {len(pairs)} files done\n")
@@ -229,7 +248,7 @@ def _for_each(pairs: Sequence[tuple[Path, Path | None]], work: Callable[[Path, P
 def _fail(path: Path, error: Exception, is_only_file: bool) -> None:
     """Report an error with `path` in one line: raise a ValueError if `path` is the only file, else print the line."""
     message = " ".join(str(error).split()) or type(error).__name__
-    message = message if str(path) in message else f"{path}: {message}"
+    message = printable(message if str(path) in message else f"{path}: {message}")
     if is_only_file:
         raise ValueError(message) from error
     sys.stderr.write(f"musiclm: {message}\n")

@@ -43,18 +43,18 @@ def load_real(source: Path, musiccaps: Path | None, limit: int | None, seed: int
 
 def read_prompts(source: Path, limit: int | None) -> list[Prompt]:
     """Read the captions of a JSON-lines manifest (the audio files may be missing) or of the MusicCaps table."""
-    from audiolm_pytorch.data.captions import caption_and_labels, json_lines
+    from audiolm_pytorch.data.captions import caption_and_labels, manifest_rows
     from musiclm_pytorch.mulan.musiccaps import read_musiccaps
 
     if source.suffix.lower() == ".csv":
         prompts = [Prompt(clip.captions[0], clip.file_names[0]) for clip in read_musiccaps(source) if clip.captions]
         return prompts[:limit]
     prompts = []
-    for number, fields in json_lines(source):
+    for place, fields in manifest_rows(source):
         audio = fields.pop("audio", None)
         caption, labels = caption_and_labels(fields)
         if not caption:
-            raise ValueError(f"{source}, line {number}: has no caption; add one, or delete the line")
+            raise ValueError(f"{source}, {place}: has no caption; add one, or delete the line")
         prompts.append(Prompt(caption, None if audio is None else Path(str(audio)).name, labels))
     if not prompts:
         raise ValueError(f"{source}: the manifest has no lines; write one JSON object with a caption per line")

@@ -17,7 +17,9 @@ from typing import Any
 from beartype import beartype
 
 from audiolm_pytorch.data.captions import caption_and_labels
-from audiolm_pytorch.data.manifest import AudioItem, ItemEntry, ItemReport, Rejected, audio_files, check_entries
+from audiolm_pytorch.data.folder import scan_folder
+from audiolm_pytorch.data.items import AudioItem, ItemEntry, ItemReport, Rejected
+from audiolm_pytorch.data.manifest import check_entries
 from musiclm_pytorch.mulan.captions import parse_aspects
 
 __all__ = ["CaptionedClip", "MusicCapsItems", "musiccaps_items", "read_musiccaps"]
@@ -32,7 +34,9 @@ _MAX_NAMES_IN_LOG = 20
 _MAX_EXCESS_SECONDS = 2.0
 # Ids are parts of file names; other texts could name a file in another folder.
 _VIDEO_ID = re.compile(r"[A-Za-z0-9_-]{11}")
-_TRUTHS = {"true": True, "false": False, "1": True, "0": False, "": None}
+# Texts that table tools write for a missing value.
+_MISSING = ("", "nan", "none", "null")
+_TRUTHS = {"true": True, "false": False, "1": True, "0": False, **dict.fromkeys(_MISSING)}
 
 
 @dataclass(frozen=True)
@@ -88,9 +92,12 @@ def musiccaps_items(table: str | Path, clips: str | Path) -> MusicCapsItems:
     """
     table, clips = Path(table), Path(clips)
     described = read_musiccaps(table)
+    scan = scan_folder(clips)
     files: dict[str, Path] = {}
-    for path in audio_files(clips):
+    for path in scan.audio:
         files.setdefault(path.stem, path)
+    unreadable = {rejected.path.stem: rejected for rejected in scan.rejected}
+    left_out: list[Rejected] = []
     num_of_video = Counter(clip.ytid for clip in described)
     found: list[tuple[CaptionedClip, Path]] = []
     missing: list[CaptionedClip] = []
@@ -98,17 +105,20 @@ def musiccaps_items(table: str | Path, clips: str | Path) -> MusicCapsItems:
         # If several parts of a video are described, the id of the video alone is ambiguous.
         names = clip.file_names if num_of_video[clip.ytid] == 1 else clip.file_names[:-1]
         file = next((files[name] for name in names if name in files), None)
-        if file is None:
-            missing.append(clip)
-        else:
+        other = next((unreadable[name] for name in names if name in unreadable), None)
+        if file is not None:
             found.append((clip, file))
-    if not found:
+        elif other is not None:
+            left_out.append(other)
+        else:
+            missing.append(clip)
+    if not found and not left_out:
         first = " or ".join(f"{name}.wav" for name in described[0].file_names)
         raise ValueError(f"{clips}: contains none of the {len(described)} clips of {table}; expected e.g. {first}")
     if missing:
         ids = _list_names([clip.ytid for clip in missing])
         logger.warning("%s: %d of %d clips of %s are missing: %s", clips, len(missing), len(described), table, ids)
-    report = check_entries([_entry(clip, path) for clip, path in found], clips)
+    report = check_entries([_entry(clip, path) for clip, path in found], clips, left_out=left_out)
     return MusicCapsItems(*_without_whole_videos(report, clips), missing)
 
 
@@ -191,7 +201,7 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 def _clip(cells: dict[str, str]) -> CaptionedClip:
     """Convert a row of the MusicCaps table to a clip."""
-    ytid, caption = cells["ytid"], cells["caption"].strip()
+    ytid, caption = cells["ytid"], "" if cells["caption"].strip().lower() in _MISSING else cells["caption"].strip()
     if not _VIDEO_ID.fullmatch(ytid):
         raise ValueError(f"'ytid' must be 11 letters, digits, - or _, got {ytid[:50]!r}")
     try:
@@ -202,7 +212,8 @@ def _clip(cells: dict[str, str]) -> CaptionedClip:
         cells_text = f"{cells['start_s'][:20]!r} and {cells['end_s'][:20]!r}"
         raise ValueError(f"'start_s' and 'end_s' must be seconds, with start before end, got {cells_text}")
     try:
-        aspects = parse_aspects(cells["aspect_list"])
+        aspect_list = cells["aspect_list"]
+        aspects = parse_aspects("" if aspect_list.strip().lower() in _MISSING else aspect_list)
     except ValueError as error:
         raise ValueError(f"'aspect_list': {error}") from error
     if not caption and not aspects:

@@ -11,10 +11,12 @@ import torch
 import torch.distributed as dist
 from beartype import beartype
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from audiolm_pytorch.data.batches import collate_crops
 from audiolm_pytorch.data.crops import CropDataset
-from audiolm_pytorch.data.manifest import AudioItem, captions_of, check_one_source, load_split
+from audiolm_pytorch.data.items import AudioItem, items_digest
+from audiolm_pytorch.data.manifest import AudioSplit, DataSource, captions_of, training_items
 from audiolm_pytorch.saving.modules import save_module
 from audiolm_pytorch.training import LoopSettings, LossOutput, Phase, TrainLoop, TrainResult
 from audiolm_pytorch.training.arguments import trainer_arguments
@@ -79,7 +81,9 @@ class MuLaNTask:
         self.num_items = len(captioned)
         self.phases = (Phase("mulan", (mulan,), self.loss),)
         # Values that a resumed run must not change; defaults are left out.
-        self.config: dict[str, Any] = {} if chunk_size is None else {"chunk_size": chunk_size}
+        self.config: dict[str, Any] = {"data": items_digest([*captioned, *valid_items])}
+        if chunk_size is not None:
+            self.config["chunk_size"] = chunk_size
         if self.captions != CaptionSampler(seed=seed):
             self.config["captions"] = asdict(self.captions)
         counted = captioned[:_CLIPS_COUNTED]
@@ -159,8 +163,10 @@ class MuLaNTrainer:
         mulan: A MuLaN whose tokenizer was trained on the captions (`TextTokenizer.train`), or any joint embedding with
             a `forward` and a text tower like those of `MuLaN`.
         folder: Folder with `train.jsonl` (`audio`, `caption`, optionally lists `captions` and `hard_negatives`), and
-            optionally `valid.jsonl`; or a `.jsonl` file; or a folder of audio files with a text file beside each.
-        items: Training items and held-out items, instead of `folder`; items without captions and aspects are left out.
+            optionally `valid.jsonl`; or a `.jsonl` file; or a folder of audio files with a text file beside each;
+            or a torch `Dataset` of waves and captions; or a list of such sources (see `load_items`).
+        items: Training and held-out items, or one or two torch data sets, instead of `folder`; items without captions
+            and aspects are left out.
         batch_size: Clips per step and process; the loss contrasts the clips of all processes with each other.
         seconds: Length of the crops; files that are shorter are used whole.
         chunk_size: Number of clips, and of texts, that are embedded at a time; see `MuLaN.forward`.
@@ -174,8 +180,8 @@ class MuLaNTrainer:
         self,
         *,
         mulan: JointEmbedding,
-        folder: str | Path | None = None,
-        items: tuple[Sequence[AudioItem], Sequence[AudioItem]] | None = None,
+        folder: DataSource | None = None,
+        items: AudioSplit | Dataset | None = None,
         batch_size: int,
         num_train_steps: int,
         seconds: float | int = 10.0,
@@ -188,9 +194,10 @@ class MuLaNTrainer:
         cache_bytes: int = 2**30,
         **settings: Any,
     ) -> None:
-        check_one_source(folder, items)
         loop_settings = LoopSettings(num_train_steps=num_train_steps, batch_size=batch_size, **settings)
-        train_items, valid_items = load_split(folder or "", valid_fraction) if items is None else items
+        train_items, valid_items = training_items(
+            folder, items, sample_hz=mulan.sample_hz, valid_fraction=valid_fraction, reuse_for_validation=False
+        )
         self.task = MuLaNTask(
             mulan,
             train_items,

@@ -16,6 +16,7 @@ from beartype import beartype
 from torch import nn
 
 from audiolm_pytorch.codecs import Codec
+from audiolm_pytorch.data.items import items_digest
 from audiolm_pytorch.data.manifest import captions_of, training_items
 from audiolm_pytorch.data.shards import TokenShards
 from audiolm_pytorch.lm.trainers import TABLE_FILE
@@ -111,9 +112,11 @@ class Pipeline:
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
         check_own_folder(self.out, [run_folder.RUN_FILE])
-        self.items = self.train_items, self.valid_items = training_items(self.data, None, min_seconds=1.0)
         self.pretrained = dict(pretrained or {})
         check_pretrained(preset, self.pretrained)
+        channels = getattr(self.pretrained.get("codec"), "channels", 1)
+        self.items = training_items(self.data, None, min_seconds=1.0, channels=channels)
+        self.train_items, self.valid_items = self.items
         self._accelerator = accelerator
         self.allow_changed = tuple(allow_changed)
 
@@ -249,7 +252,8 @@ class Pipeline:
             "preset": asdict(self.preset),
             "seed": self.seed,
             "num_files": len(paths),
-            "files": run_folder.hash_of("\n".join(paths).encode()),
+            "files": run_folder.hash_of(os.fsencode("\n".join(paths))),
+            "data": items_digest([*self.train_items, *self.valid_items]),
             "captions": run_folder.hash_of("\n".join(self.captions).encode()),
             "pretrained": {
                 step: part_fingerprint(self.pretrained[step]) if step in self.pretrained else "none"

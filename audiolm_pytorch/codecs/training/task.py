@@ -33,6 +33,7 @@ from audiolm_pytorch.codecs.training.monitoring import (
 )
 from audiolm_pytorch.codecs.training.robustness import StableCodes, WrongCodes
 from audiolm_pytorch.data.crops import CropDataset
+from audiolm_pytorch.data.items import items_digest
 from audiolm_pytorch.nn.module_state import device_of
 from audiolm_pytorch.training import LossOutput, Phase
 from audiolm_pytorch.training.distributed import to_device
@@ -164,6 +165,8 @@ class CodecTask:
             "crop_seconds": train.seconds,
             "noise_snr_db": None if noise is None else list(noise[0].snr_db),
         }
+        noises = () if noise is None else (noise[0].noise, noise[1].noise)
+        self.config["data"] = items_digest([item for crops in (train, valid, *noises) for item in crops.items])
         # Without these settings, the config equals that of older runs, which can then be resumed.
         for name, setting in (("stable_codes", stable_codes), ("wrong_codes", wrong_codes)):
             if setting is not None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from beartype import beartype
 from torch import nn
+from torch.utils.data import Dataset
 
 from audiolm_pytorch.codecs.soundstream import SoundStream
 from audiolm_pytorch.codecs.training.denoising import NoiseMixer
@@ -14,7 +15,7 @@ from audiolm_pytorch.codecs.training.monitoring import MelWarning
 from audiolm_pytorch.codecs.training.robustness import StableCodes, WrongCodes
 from audiolm_pytorch.codecs.training.task import CodecLossWeights, CodecTask, codebooks_are_untrained
 from audiolm_pytorch.data.crops import CropDataset, crop_seconds
-from audiolm_pytorch.data.manifest import AudioItem, training_items
+from audiolm_pytorch.data.manifest import AudioItem, AudioSplit, DataSource, training_items
 from audiolm_pytorch.saving.modules import module_spec, save_module
 from audiolm_pytorch.training import LoopSettings, TrainLoop, TrainResult
 from audiolm_pytorch.training.arguments import trainer_arguments
@@ -40,8 +41,9 @@ class SoundStreamTrainer:
     and set `adversarial_start_step=0` and `discriminator_lead_steps=0`. Fine-tuning creates a new optimizer state.
 
     Args:
-        folder: Folder of audio files or JSONL manifest.
-        items: Training items and validation items, instead of `folder`.
+        folder: Folder of audio files, manifest, torch `Dataset` of waves, or a list of them (see `load_items`). Files
+            that are shorter than a frame, or have other channels than the codec, are left out.
+        items: Training items and validation items, or one or two torch data sets, instead of `folder`.
         data_max_length: Length of a crop in samples at the codec's rate, instead of `data_max_length_seconds`.
         data_max_length_seconds: Length of a crop in seconds; 1 if neither length is passed.
         results_folder: Folder for checkpoints, metrics, samples, and, at the end of the run, the trained `codec` and
@@ -68,8 +70,8 @@ class SoundStreamTrainer:
         self,
         soundstream: SoundStream,
         *,
-        folder: str | Path | None = None,
-        items: tuple[Sequence[AudioItem], Sequence[AudioItem]] | None = None,
+        folder: DataSource | None = None,
+        items: AudioSplit | Dataset | None = None,
         batch_size: int,
         num_train_steps: int,
         data_max_length: int | None = None,
@@ -80,8 +82,8 @@ class SoundStreamTrainer:
         adversarial_start_step: int | None = None,
         discriminator_lead_steps: int | None = None,
         unquantized_steps: int | None = None,
-        noise_folder: str | Path | None = None,
-        noise_items: tuple[Sequence[AudioItem], Sequence[AudioItem]] | None = None,
+        noise_folder: DataSource | None = None,
+        noise_items: AudioSplit | Dataset | None = None,
         noise_snr_db: tuple[float | int, float | int] = _NOISE_SNR_DB,
         stable_codes: StableCodes | None = None,
         wrong_codes: WrongCodes | None = None,
@@ -95,12 +97,14 @@ class SoundStreamTrainer:
         if isinstance(settings.get("optimizer"), dict | None):
             defaults["betas"] = 0.8, 0.99
         loop_settings = LoopSettings(**{**defaults, **settings}, num_train_steps=num_train_steps, batch_size=batch_size)
-        data = training_items(folder, items, min_seconds=soundstream.downsample_factor / rate_hz)
+        needs: dict[str, Any] = dict(channels=soundstream.channels, sample_hz=rate_hz)
+        data = training_items(folder, items, min_seconds=soundstream.downsample_factor / rate_hz, **needs)
         crop_settings: dict[str, Any] = dict(rates_hz=[rate_hz], seed=loop_settings.seed, channels=soundstream.channels)
         train, valid = _crops(data, seconds, crop_settings)
         noise = None
         if noise_folder is not None or noise_items is not None:
-            noise_train, noise_valid = _crops(training_items(noise_folder, noise_items), seconds, crop_settings)
+            noise_data = training_items(noise_folder, noise_items, name="noise_folder", **needs)
+            noise_train, noise_valid = _crops(noise_data, seconds, crop_settings)
             mixing: dict[str, Any] = dict(sample_hz=rate_hz, snr_db=noise_snr_db, seed=loop_settings.seed)
             noise = NoiseMixer(train, noise_train, **mixing), NoiseMixer(valid, noise_valid, clean_share=0.0, **mixing)
         if loss_weights is None:

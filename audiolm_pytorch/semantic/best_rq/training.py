@@ -1,7 +1,7 @@
 """Trainer of a semantic tokenizer: BEST-RQ training of an encoder, and k-means on a layer of the encoder."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from beartype import beartype
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from audiolm_pytorch.data import AudioItem, CropBatch, CropDataset, collate_crops
-from audiolm_pytorch.data.manifest import training_items
+from audiolm_pytorch.data import CropBatch, CropDataset, collate_crops
+from audiolm_pytorch.data.items import items_digest
+from audiolm_pytorch.data.manifest import AudioSplit, DataSource, training_items
 from audiolm_pytorch.semantic.best_rq.model import BestRQ, BestRQEncoder, MaskedPrediction
 from audiolm_pytorch.semantic.kmeans_trainer import KMeansFit, KMeansTrainer
 from audiolm_pytorch.training import LoopSettings, LossOutput, Phase, TrainLoop, TrainResult
@@ -41,6 +43,7 @@ class BestRQTask:
         self.module = model
         self.phases = (Phase(self.name, (model,), self._loss),)
         self.num_items = len(train)
+        self.config = {"data": items_digest([*train.items, *valid.items])}
         # Guessing has the same loss at visible tokens.
         chance_loss = (1 + model.seen_weight) * math.log(model.codebook_size)
         self.chance = {"loss": chance_loss, "accuracy": 1 / model.codebook_size}
@@ -100,8 +103,8 @@ class SemanticTokenizerTrainer:
 
     Args:
         encoder: Encoder to train; its weights are changed in place.
-        folder: Folder or manifest of audio files (see `load_split`).
-        items: Training files and validation files, instead of `folder`.
+        folder: Folder of audio files, manifest, torch `Dataset` of waves, or a list of them (see `load_items`).
+        items: Training and validation items, or one or two torch data sets, instead of `folder`.
         results_folder: Folder of checkpoints, metrics and the tokenizer; an unfinished run in this folder is continued.
         objective: `BestRQ` module whose encoder is `encoder`; None means `BestRQ(encoder)`.
         **loop_settings: Further fields of `LoopSettings`, such as `learning_rate` or `precision`.
@@ -112,8 +115,8 @@ class SemanticTokenizerTrainer:
         self,
         *,
         encoder: BestRQEncoder,
-        folder: str | Path | None = None,
-        items: tuple[Sequence[AudioItem], Sequence[AudioItem]] | None = None,
+        folder: DataSource | None = None,
+        items: AudioSplit | Dataset | None = None,
         batch_size: int,
         num_train_steps: int,
         seconds: float | int = 5.0,
@@ -125,7 +128,8 @@ class SemanticTokenizerTrainer:
         objective = BestRQ(encoder) if objective is None else objective
         if objective.encoder is not encoder:
             raise ValueError("`objective` was created for another encoder; pass objective=BestRQ(encoder, ...)")
-        train, valid = training_items(folder, items, min_seconds=encoder.downsample_factor / encoder.sample_hz)
+        token_seconds = encoder.downsample_factor / encoder.sample_hz
+        train, valid = training_items(folder, items, min_seconds=token_seconds, sample_hz=encoder.sample_hz)
         settings = LoopSettings(num_train_steps=num_train_steps, batch_size=batch_size, **loop_settings)
         rates_hz = (encoder.sample_hz,)
         self.results_folder = Path(results_folder)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from audiolm_pytorch.data.shards import TokenShards, write_shards
+from audiolm_pytorch.saving.files import read_json, write_json
 
 FINGERPRINT = {"codec": "ab12", "semantic": {"name": "w2v", "layer": 7}, "rates_hz": (16000, 24000)}
 
@@ -157,8 +158,8 @@ def test_folders_that_are_no_shards_are_refused(tmp_path: Path) -> None:
         TokenShards(tmp_path)
     write_shards(tmp_path / "s", make_record, 2, {})
     index = tmp_path / "s" / "index.json"
-    index.write_text(index.read_text().replace('"format_version": 1', '"format_version": 9'))
-    with pytest.raises(ValueError, match="format version 9, need 1"):
+    write_json(index, read_json(index) | {"format_version": 9}, sealed=True)
+    with pytest.raises(ValueError, match="format version 9, need 2"):
         TokenShards(tmp_path / "s")
     with pytest.raises(ValueError, match="num_records >= 1"):
         write_shards(tmp_path / "t", make_record, 0, {})

@@ -358,10 +358,10 @@ def test_bad_settings_are_refused_before_anything_is_written(sounds, tmp_path):
         ({"num_clusters": 2000}, "1000 tokens, too few for 2000 clusters; use more audio or fewer clusters"),
         ({"max_tokens": 11}, "11 tokens, too few for 12 clusters"),
         ({"items": None, "folder": tmp_path / "none"}, "no such folder"),
-        ({"items": None, "folder": tmp_path / "empty"}, "the folder has no .wav"),
+        ({"items": None, "folder": tmp_path / "empty"}, "the folder has no audio files"),
         ({"items": None}, "either a folder"),
         ({"folder": sounds}, "either a folder"),
-        ({"items": []}, "empty list of audio files"),
+        ({"items": []}, "empty list of training items"),
         ({"seconds": 0.01}, "crops of 0.01 s of all 20 files are shorter than a frame"),
     ]:
         with pytest.raises(ValueError, match=message) as refused:

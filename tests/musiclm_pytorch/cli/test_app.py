@@ -234,7 +234,7 @@ def test_arguments_that_cannot_be_parsed_are_explained(words, message, musiclm_c
 # Each with a pattern of the message. DATA, BARE, EMPTY, JUNK, MODEL, RUN and TMP are folders.
 BAD_INPUT = r"""
 no data folder | train all --data TMP/none --out TMP/out | TMP/none: no such folder
-empty data folder | train all --data EMPTY --out TMP/out | EMPTY: the folder has no .wav
+empty data folder | train all --data EMPTY --out TMP/out | EMPTY: the folder has no audio files
 nothing readable | train codec --data JUNK --out TMP/out | JUNK: none of 1 audio files can be used.*noise.wav
 no captions | train mulan --data BARE --out TMP/out | BARE has no captions.*pass a train.jsonl
 no captions, all | train all --data BARE --out TMP/out | BARE has no captions.*pass a train.jsonl

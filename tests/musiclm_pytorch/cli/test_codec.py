@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -87,13 +88,47 @@ def test_folders_keep_their_tree_and_failed_files_are_named(musiclm_command, cod
 
 
 def test_two_sounds_of_one_name_do_not_overwrite_each_other(musiclm_command, codec, write_tone, tmp_path, capsys):
-    """song.flac and song.wav have the same target song.safetensors: the second raises."""
-    for name in ("song.flac", "song.wav"):
-        write_tone(f"sounds/{name}", 0.1, 8000)
-    assert musiclm_command("codec", "encode", tmp_path / "sounds", "--out", tmp_path / "o", "--codec", codec) == 2
-    said = capsys.readouterr()
-    assert re.search("song.wav: another input file has the same.*rename", said.err) and said.err.count("\n") == 1
-    assert read_codes(tmp_path / "o" / "song.safetensors").info.num_samples == 800
+    """song.flac, song.wav and SONG.mp3 keep their whole names; a file with another name does not."""
+    for seconds, name in enumerate(("song.flac", "song.wav", "SONG.mp3", "other.wav", "sub/song.wav"), 1):
+        write_tone(f"sounds/{name}", 0.1 * seconds, 8000)
+    words = ("codec", "encode", tmp_path / "sounds", "--out", tmp_path / "o", "--codec", codec)
+    assert musiclm_command(*words) == 0
+    assert "5 of 5 files done" in capsys.readouterr().out
+    names = ["SONG.mp3", "other", "song.flac", "song.wav", "sub/song"]
+    assert set(listing(tmp_path / "o")) == {"sub", *(f"{name}.safetensors" for name in names)}
+    assert read_codes(tmp_path / "o" / "song.wav.safetensors").info.num_samples == 1600
+    assert musiclm_command("codec", "decode", tmp_path / "o", "--out", tmp_path / "back", "--codec", codec) == 0
+    assert set(listing(tmp_path / "back")) == {"sub", *(f"{name}.wav" for name in names)}
+
+
+def test_sounds_that_cannot_be_decoded_are_named(musiclm_command, codec, write_tone, tmp_path, capsys):
+    """One list of formats serves training and `codec encode`: .caf and .oga are read, .m4a and links are named."""
+    folder = tmp_path / "sounds"
+    write_tone("sounds/a.wav", 0.1, 8000)
+    shutil.copy(folder / "a.wav", folder / "b.aiff")
+    write_tone("elsewhere/c.wav", 0.1, 8000)
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "d.m4a").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(100))
+    (folder / "gone.wav").symlink_to(tmp_path / "nowhere.wav")
+    words = ("codec", "encode", folder, "--out", tmp_path / "o", "--codec", codec)
+    assert musiclm_command(*words) == 0
+    printed = capsys.readouterr()
+    assert "3 of 3 files done" in printed.out
+    assert re.search(r"left out \S+d.m4a: .m4a cannot be decoded; convert it", printed.err)
+    assert re.search(r"left out \S+gone.wav: the link points to a missing file", printed.err)
+    assert printed.err.count("\n") == 2
+
+
+@pytest.mark.parametrize("levels", [None, 2])
+def test_printed_bitrates_are_those_of_codes_and_file(musiclm_command, codec, write_tone, tmp_path, capsys, levels):
+    """The rate of the codes without coding, and the rate of the bytes that were written, are both printed."""
+    sound, out = write_tone("a.wav", 2.0, 8000), tmp_path / "a.safetensors"
+    more = () if levels is None else ("--levels", levels)
+    assert musiclm_command("codec", "encode", sound, "--out", out, "--codec", codec, *more) == 0
+    codes, file = re.search(r"([\d.]+) kbps of codes, ([\d.]+) kbps as a file", capsys.readouterr().out).groups()
+    stored = read_codes(out)
+    assert float(codes) == pytest.approx(stored.kbps, abs=0.005)
+    assert float(file) == pytest.approx(8 * out.stat().st_size / 2.0 / 1000, abs=0.005)
 
 
 def test_evaluate_prints_a_table_and_writes_json(musiclm_command, codec, sounds, tmp_path, capsys):

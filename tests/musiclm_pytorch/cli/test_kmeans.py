@@ -99,7 +99,7 @@ def test_kmeans_of_a_published_checkpoint(musiclm_command, write_folder, tmp_pat
 # Each with a pattern of the message. SOUNDS, ENCODER, EMPTY and TMP are folders.
 BAD_INPUT = r"""
 no data | --encoder ENCODER --layer 1 --data TMP/none --out TMP/out | TMP/none: no such folder
-empty data | --encoder ENCODER --layer 1 --data EMPTY --out TMP/out | EMPTY: the folder has no .wav
+empty data | --encoder ENCODER --layer 1 --data EMPTY --out TMP/out | EMPTY: the folder has no audio files
 no encoder | --encoder TMP/none/model --layer 1 --data SOUNDS --out TMP/out --offline | none/model
 no layer | --encoder ENCODER --layer 3 --data SOUNDS --out TMP/out | layer must be in 0\.\.2.*got 3
 few tokens | --encoder ENCODER --layer 1 --data SOUNDS --out TMP/out |

@@ -1,0 +1,117 @@
+"""Search of a folder for audio files, caption files and Hugging Face tables."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from beartype import beartype
+
+from audiolm_pytorch.audio.formats import AUDIO_SUFFIXES, OTHER_AUDIO_SUFFIXES
+from audiolm_pytorch.data.captions import SIDECAR_SUFFIXES
+from audiolm_pytorch.data.items import Rejected
+
+__all__ = ["FolderScan", "scan_folder"]
+
+# Tables of captions in the format "AudioFolder" of Hugging Face datasets.
+_TABLE_NAMES = ("metadata.jsonl", "metadata.csv")
+# A folder `samples` beside this file belongs to a training run.
+_RUN_FILE, _SAMPLES = "metrics.jsonl", "samples"
+
+
+@dataclass(frozen=True)
+class FolderScan:
+    """Files below a folder, sorted by path: audio files with their caption files, tables, and files left out."""
+
+    audio: dict[Path, list[Path]]
+    tables: list[Path]
+    rejected: list[Rejected]
+
+
+@beartype
+def scan_folder(folder: Path) -> FolderScan:
+    """Find the audio files below a folder, each with its `.json` and `.txt` caption files; hidden files are skipped.
+
+    Links to folders are followed, but each folder is searched once. Audio that cannot be decoded by its suffix, links
+    without a target, folders that cannot be read and the samples of training runs are left out with a reason.
+    """
+    if not folder.is_dir():
+        reason = (
+            "is a file; pass its folder, or a .jsonl manifest" if folder.is_file() else "no such folder or manifest"
+        )
+        raise ValueError(f"{folder}: {reason}")
+    search = _Search(folder)
+    sidecars: dict[Path, list[Path]] = {}
+    for sidecar in sorted(search.sidecars):
+        sidecars.setdefault(sidecar.with_suffix(""), []).append(folder / sidecar)
+    return FolderScan(
+        audio={folder / path: sidecars.get(path.with_suffix(""), []) for path in sorted(search.audio)},
+        tables=[folder / path for path in sorted(search.tables)],
+        rejected=[Rejected(folder / path, reason) for path, reason in sorted(search.rejected.items())],
+    )
+
+
+class _Search:
+    """Paths below a folder, relative to the folder. Linked folders are searched after all other folders."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.audio: list[Path] = []
+        self.sidecars: list[Path] = []
+        self.tables: list[Path] = []
+        self.rejected: dict[Path, str] = {}
+        self.searched: dict[tuple[int, int], Path] = {}
+        self.links: list[Path] = []
+        self._walk(Path())
+        while self.links:
+            self.links.sort()
+            self._walk(self.links.pop(0))
+
+    def _walk(self, first: Path) -> None:
+        waiting = [first]
+        while waiting:
+            place = waiting.pop()
+            status = (self.root / place).stat()
+            known = self.searched.setdefault((status.st_dev, status.st_ino), place)
+            if known != place:
+                self.rejected[place] = f"a link to the folder {self.root / known}, whose files are listed already"
+                continue
+            try:
+                with os.scandir(self.root / place) as entries:
+                    waiting += self._folders_in(place, sorted(entries, key=lambda entry: entry.name))
+            except OSError as error:
+                self.rejected[place] = f"the folder cannot be read ({error.strerror})"
+
+    def _folders_in(self, place: Path, entries: list["os.DirEntry[str]"]) -> list[Path]:
+        """Sort the files of a folder by kind, and return its subfolders."""
+        folders = []
+        is_run = any(entry.name == _RUN_FILE for entry in entries)
+        for entry in entries:
+            if entry.name.startswith("."):  # hidden: macOS "._song.wav", and unfinished files of this library
+                continue
+            path = place / entry.name
+            try:
+                if entry.is_symlink() and not (self.root / path).exists():
+                    self.rejected[path] = "the link points to a missing file or to itself"
+                elif entry.is_file():
+                    self._add_file(path)
+                elif is_run and entry.name == _SAMPLES:
+                    self.rejected[path] = "samples of a training run"
+                elif entry.is_dir(follow_symlinks=False):
+                    folders.append(path)
+                elif entry.is_dir():
+                    self.links.append(path)
+            except OSError as error:
+                self.rejected[path] = f"cannot be read ({error.strerror})"
+        return folders
+
+    def _add_file(self, path: Path) -> None:
+        suffix = path.suffix.lower()
+        if path.name in _TABLE_NAMES:
+            self.tables.append(path)
+        elif suffix in AUDIO_SUFFIXES:
+            self.audio.append(path)
+        elif suffix in SIDECAR_SUFFIXES:
+            self.sidecars.append(path)
+        elif suffix in OTHER_AUDIO_SUFFIXES:
+            advice = "download the file again" if suffix == ".part" else "convert it to .wav or .flac, e.g. with ffmpeg"
+            self.rejected[path] = f"{suffix} cannot be decoded; {advice}"

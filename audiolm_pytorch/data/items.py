@@ -1,0 +1,156 @@
+"""Audio items of a data set: their identity, their requirements, and reading of their waves."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from beartype import beartype
+from torch import Tensor
+
+from audiolm_pytorch.audio.files import read_audio
+from audiolm_pytorch.audio.resample import resample, resample_source_span, resampled_length
+from audiolm_pytorch.audio.stream import AudioSource
+from audiolm_pytorch.audio.waves import with_channels
+
+__all__ = ["AudioItem", "ItemEntry", "ItemReport", "Rejected", "Requirements", "content_digest", "items_digest"]
+
+_DIGEST_BLOCK_BYTES = 2**14
+
+
+@dataclass(frozen=True)
+class ItemEntry:
+    """Path, caption and labels of an audio file that is not checked yet."""
+
+    path: Path
+    caption: str | None = None
+    labels: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AudioItem:
+    """Audio file that can be decoded, with caption and labels.
+
+    Attributes:
+        num_samples: Number of decoded samples per channel.
+        channels: Number of channels of the file; None if it is not known.
+        digest: `content_digest` of the file; empty if it is not known.
+        load: Function that returns the wave `[c, n]` of an item that is not a file; `path` is then only a name.
+    """
+
+    path: Path
+    caption: str | None
+    labels: dict[str, Any]
+    sample_hz: int
+    num_samples: int
+    channels: int | None = None
+    digest: str = ""
+    load: Callable[[], Tensor] | None = field(default=None, compare=False, repr=False)
+
+    @beartype
+    def read(
+        self,
+        sample_hz: int,
+        channels: int = 1,
+        start_seconds: float | int = 0.0,
+        duration_seconds: float | int | None = None,
+    ) -> Tensor:
+        """Read the wave `[c, n]` of the item, or a part of it, as `read_audio` does.
+
+        If the file has another size or fewer samples than when it was listed, a ValueError names the file.
+        """
+        total, start = resampled_length(self.num_samples, self.sample_hz, sample_hz), round(start_seconds * sample_hz)
+        count = total - start if duration_seconds is None else min(round(duration_seconds * sample_hz), total - start)
+        if self.load is not None:
+            first, last, skip = resample_source_span(start, count, self.sample_hz, sample_hz)
+            wave = resample(with_channels(self.load()[:, first:last], channels), self.sample_hz, sample_hz)[:, skip:]
+        else:
+            num_bytes = self.digest.partition(":")[0]
+            if num_bytes and self.path.is_file() and self.path.stat().st_size != int(num_bytes):
+                raise ValueError(self._changed(f"{self.path.stat().st_size} bytes, but {num_bytes} bytes"))
+            wave = read_audio(self.path, sample_hz, channels, start_seconds, duration_seconds)[0]
+        if wave.shape[1] < count:
+            raise ValueError(self._changed(f"{wave.shape[1]} samples from {start_seconds:g} s, but {count} samples"))
+        return wave[:, :count]
+
+    def _changed(self, change: str) -> str:
+        return f"{self.path}: has {change} when it was listed; restore it, or start again with the changed data"
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """Audio or caption file that cannot be used, and the reason."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class ItemReport:
+    """Usable audio files, in the order of the folder or manifest, and rejected files."""
+
+    items: list[AudioItem]
+    rejected: list[Rejected]
+
+
+@beartype
+@dataclass(frozen=True)
+class Requirements:
+    """Requirements for the files of a data set, which are tested when the files are listed.
+
+    Args:
+        min_seconds: Minimum duration.
+        channels: Number of channels of the model. A model of one channel uses the mean of the channels of any file; a
+            model of more channels needs files with as many channels, or mono files.
+    """
+
+    min_seconds: float | int = 0.0
+    channels: int = 1
+
+    def __post_init__(self) -> None:
+        if not (self.min_seconds >= 0 and self.channels >= 1):
+            raise ValueError(f"need min_seconds >= 0 and channels >= 1, got {self.min_seconds} and {self.channels}")
+
+    def reason(self, item: AudioItem) -> str | None:
+        """Return why an item cannot be used, or None if it can be used."""
+        if item.num_samples < self.min_seconds * item.sample_hz:
+            seconds = item.num_samples / item.sample_hz
+            return f"too short: {seconds:.3f} s, at least {self.min_seconds} s are needed"
+        if self.channels > 1:
+            channels = item.channels or AudioSource(item.path, channels=None).info.channels
+            if channels not in (1, self.channels):
+                return f"has {channels} channels, 1 or {self.channels} are needed; mix the channels down first"
+        return None
+
+
+@beartype
+def content_digest(path: Path) -> str:
+    """Return the size of a file in bytes, and a hash of three blocks of the file, as `size:hash`.
+
+    Large files are not read whole, because the files of a data set are digested at every start of a run.
+    """
+    num_bytes = path.stat().st_size
+    last = max(0, num_bytes - _DIGEST_BLOCK_BYTES)
+    digest = hashlib.blake2b(digest_size=8)
+    with path.open("rb", buffering=0) as file:
+        for start in sorted({0, last // 2, last}):
+            file.seek(start)
+            digest.update(file.read(_DIGEST_BLOCK_BYTES))
+    return f"{num_bytes}:{digest.hexdigest()}"
+
+
+@beartype
+def items_digest(items: Sequence[AudioItem]) -> str:
+    """Hash file names, lengths, sample rates and contents of items in order, for the identity of a training run.
+
+    Folders are not part of the hash, because a data set may be moved.
+    """
+    facts = []
+    for item in items:
+        digest = item.digest
+        if not digest and item.load is None and item.path.is_file():
+            digest = content_digest(item.path)
+        facts.append((item.path.name, item.sample_hz, item.num_samples, digest))
+    return f"{len(items)} files, {hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
