@@ -184,7 +184,8 @@ class StageTrainer:
         self._set_fingerprints()
         namespace = self.transformer.namespace
         if self.conditioner is not None:
-            write_weights(self.results_folder / TABLE_FILE, weights_of(self.conditioner.table(namespace)))
+            table = weights_of(self.conditioner.table(namespace))
+            write_weights(self.results_folder / TABLE_FILE, table, sealed=True)
         save_module(self.transformer, self.results_folder / namespace)
 
 

@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from audiolm_pytorch.saving.fingerprint import digest_of
+
 __all__ = [
     "check_digest",
     "differences",
@@ -146,12 +148,20 @@ def differences(found: Any, expected: Any, path: str = "") -> list[str]:
 
 
 @beartype
-def write_weights(path: str | Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_weights(
+    path: str | Path,
+    weights: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    sealed: bool = False,
+) -> None:
     """Write named tensors and the header strings `metadata` to a safetensors file, which is replaced atomically.
 
-    The tensors may be on any device, but must not share memory; `weights_of` returns such tensors.
+    The tensors may be on any device, but must not share memory; `weights_of` returns such tensors. The header of a
+    `sealed` file has a digest of the tensors, which `read_weights` can check.
     """
     path = Path(path)
+    if sealed:
+        metadata = {**(metadata or {}), _SEAL: digest_of({}, weights)}
     with staged_files(path.parent) as stage:
         contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
         save_tensors(stage / path.name, contiguous, metadata or {})
@@ -166,10 +176,16 @@ def save_tensors(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[st
 
 
 @beartype
-def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read tensors (on the CPU) and header strings of a safetensors file; raise a ValueError if the file is damaged."""
+def read_weights(path: str | Path, sealed: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read tensors (on the CPU) and header strings of a safetensors file; raise a ValueError if the file is damaged.
+
+    If `sealed`, the file must have been written with `sealed`.
+    """
     with open_weights(path) as file:
-        return file.tensors(), file.metadata
+        tensors, metadata = file.tensors(), file.metadata
+    if sealed and metadata.get(_SEAL) != digest_of({}, tensors):
+        raise ValueError(f"{path} has changed since it was written, its digest differs; restore the file")
+    return tensors, metadata
 
 
 class WeightsFile:

@@ -278,7 +278,7 @@ class TrainingRun:
         if self.ema is not None:
             tensors["ema"] = self.ema.weights()
         run = {"run": self.config, "progress": vars(self.progress), "window": self.window.state()}
-        state = {**run, "optimizers": optimizers}
+        state = {**run, "optimizers": optimizers, "metrics_file": self.metrics_file.state()}
         self.checkpoints.write(Checkpoint(self.progress.step, tensors, state))
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -291,7 +291,7 @@ class TrainingRun:
         self.progress = _Progress(**checkpoint.state["progress"])
         if self.accelerator.is_main_process:
             self.window.load_state(checkpoint.state["window"])
-            self.metrics_file.remove_after(checkpoint.step)
+            self.metrics_file.remove_after(checkpoint.step, checkpoint.state["metrics_file"])
             if self.on_row is not None:
                 for row in self.metrics_file.rows():
                     self.on_row(row)

@@ -1,6 +1,8 @@
 """Metrics of a training run: rows in a JSONL file, and a progress bar on a terminal."""
 
+import hashlib
 import json
+import logging
 import math
 import os
 import sys
@@ -13,6 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 __all__ = ["MetricWindow", "MetricsFile", "finite_or_none", "progress_bar"]
+
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsFile:
@@ -29,22 +34,35 @@ class MetricsFile:
             file.write(json.dumps(values) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
-        """Read all rows of metrics; a line that is incomplete after an interruption is skipped."""
+        """Read all rows of metrics; a line that is incomplete after an interruption, or damaged, is skipped."""
         if not self.path.is_file():
             return []
         rows = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_bytes().splitlines():
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
+                row = json.loads(line)
+            except ValueError:  # not JSON, or not UTF-8
                 continue
+            if isinstance(row, dict) and isinstance(row.get("step"), int) and "phase" in row:
+                rows.append(row)
         return rows
 
-    def remove_after(self, step: int) -> None:
-        """Remove the rows after a step, because a resumed run writes the rows again."""
-        if not self.path.is_file():
+    def state(self) -> dict[str, Any]:
+        """Return the number of bytes in the file and their SHA-256, for a checkpoint."""
+        content = self.path.read_bytes() if self.path.is_file() else b""
+        return {"num_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+    def remove_after(self, step: int, state: Mapping[str, Any]) -> None:
+        """Remove the rows after a step, because a resumed run writes the rows again.
+
+        A warning is logged if the rows before the step are not those of `state`; they have no influence on training.
+        """
+        content = self.path.read_bytes() if self.path.is_file() else b""
+        if hashlib.sha256(content[: state["num_bytes"]]).hexdigest() != state["sha256"]:
+            logger.warning("%s has changed since the checkpoint of step %d was written", self.path, step)
+        if not content:
             return
-        kept = [row for row in self.rows() if row.get("step", 0) <= step]
+        kept = [row for row in self.rows() if row["step"] <= step]
         shorter = self.path.with_name(self.path.name + ".tmp")
         shorter.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(shorter, self.path)

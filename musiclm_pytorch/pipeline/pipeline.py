@@ -385,7 +385,7 @@ class Pipeline:
             sampling = {}
             for stage in STAGES:
                 file = self.out / stage / TABLE_FILE
-                load_weights(parts["quantizer"].table(stage), read_weights(file)[0], where=str(file))
+                load_weights(parts["quantizer"].table(stage), read_weights(file, sealed=True)[0], where=str(file))
                 config = getattr(self.preset, stage)
                 sampling[stage] = {"temperature": config.temperature, "guidance_scale": config.guidance_scale}
             about = {"preset": self.preset.name, "seed": self.seed, "sampling": sampling}

@@ -1,0 +1,281 @@
+"""Small runs of all trainers that are killed at random instants, or whose files are damaged.
+
+`python -m tests.helpers.killed_runs kills 100` prints how many resumed runs equal the straight ones;
+`damage 60` and `flips 200` do the same for damaged checkpoints and for changed bits.
+"""
+
+import logging
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from audiolm_pytorch.audio import waves
+from audiolm_pytorch.data.manifest import load_split
+from audiolm_pytorch.lm.trainers import (
+    TABLE_FILE,
+    CoarseTransformerTrainer,
+    FineTransformerTrainer,
+    SemanticTransformerTrainer,
+)
+from audiolm_pytorch.saving.files import read_json, read_weights
+from audiolm_pytorch.saving.modules import load_module
+from audiolm_pytorch.semantic import BestRQEncoder, KMeansTrainer
+from audiolm_pytorch.training.checkpoint import CheckpointFolder
+from audiolm_pytorch.training.run_folder import read_record
+from musiclm_pytorch.pipeline.builders import build_semantic_encoder
+from musiclm_pytorch.pipeline.pipeline import Pipeline
+from musiclm_pytorch.pipeline.trainers import codec_trainer, mulan_trainer, semantic_tokenizer_trainer
+from tests.helpers import fakes
+from tests.helpers.micro import MICRO, write_clips
+from tests.helpers.toy_training import rows_of
+
+_STAGES = {
+    "semantic": SemanticTransformerTrainer,
+    "coarse": CoarseTransformerTrainer,
+    "fine": FineTransformerTrainer,
+}
+
+
+def make_trainers(data: Path) -> dict[str, Callable[[Path], Any]]:
+    """Functions that build the trainer of each kind for a results folder, with a checkpoint at every step."""
+    items = load_split(data)
+    captions = [item.caption for item in items[0]]
+    shared: dict[str, Any] = {"seed": 0}
+
+    def with_checkpoints(trainer: Any) -> Any:
+        trainer.loop.settings.__dict__["checkpoint_every_steps"] = 1
+        return trainer
+
+    def stage(name: str, folder: Path) -> Any:
+        torch.manual_seed(0)
+        tokenizers = {"wav2vec": fakes.FakeSemanticTokenizer(), "codec": fakes.FakeCodec()}
+        if name == "semantic":
+            del tokenizers["codec"]
+        if name == "fine":
+            del tokenizers["wav2vec"]
+        return _STAGES[name](
+            transformer=fakes.tiny_stages()[name],
+            items=items,
+            data_max_length_seconds=0.5,
+            num_train_steps=12,
+            batch_size=2,
+            ema_decay=0.9,
+            results_folder=folder,
+            checkpoint_every_steps=1,
+            **tokenizers,
+        )
+
+    def preset(build: Callable[..., Any], *arguments: Any, folder: Path) -> Any:
+        torch.manual_seed(0)
+        return with_checkpoints(build(MICRO, items, *arguments, results_folder=folder, **shared))
+
+    def kmeans(folder: Path) -> Any:
+        torch.manual_seed(0)
+        encoder: BestRQEncoder = build_semantic_encoder(MICRO)
+        return KMeansTrainer(encoder=encoder, layer=1, num_clusters=8, items=items[0], results_folder=folder)
+
+    trainers: dict[str, Callable[[Path], Any]] = {
+        "codec": lambda folder: preset(codec_trainer, folder=folder),
+        "best_rq": lambda folder: preset(semantic_tokenizer_trainer, folder=folder),
+        "mulan": lambda folder: preset(mulan_trainer, captions, folder=folder),
+        "kmeans": kmeans,
+    }
+    return trainers | {name: partial(stage, name) for name in _STAGES}
+
+
+def prepared() -> dict[str, Callable[[Path], Any]]:
+    """Trainers on clips in a temporary folder."""
+    waves.MIN_HZ = fakes.SAMPLE_HZ  # type: ignore[misc]
+    torch.set_num_threads(1)
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    from audiolm_pytorch.semantic import kmeans_trainer
+
+    kmeans_trainer._SECONDS_BETWEEN_STATES = 0.0  # type: ignore[misc]
+    return make_trainers(write_clips(Path(tempfile.mkdtemp(prefix="clips")) / "data", 5))
+
+
+def in_child(action: Callable[[], object], kill_after_seconds: float | None = None) -> int:
+    """Run in a forked process, which is killed after some time; return its exit status, 0 after success."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            sys.stderr = sys.stdout = open(os.devnull, "w")
+            action()
+            status = 0
+        finally:
+            os._exit(status)
+    if kill_after_seconds is not None:
+        time.sleep(kill_after_seconds)
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _train(make: Callable[[Path], Any], folder: Path, log: Path | None = None, **options: Any) -> None:
+    """Train in a folder, with warnings in the file `log`."""
+    if log is not None:
+        logging.basicConfig(filename=log, level=logging.WARNING, force=True)
+    make(folder).train(**options)
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """Bytes of all safetensors files of a finished run, and its metrics without the clock."""
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))}
+    rows = rows_of(folder) if (folder / "metrics.jsonl").exists() else []
+    return {name: data for name, data in files.items() if "previous" not in name} | {"rows": rows}
+
+
+def kill_runs(number: int, seed: int, names: list[str] | None = None) -> tuple[int, int]:
+    """Kill runs of all trainers `number` times at random instants; return the numbers of kills and of equal runs."""
+    trainers, rng, kills, equal, runs = prepared(), random.Random(seed), 0, 0, 0
+    names = names or list(trainers)
+    root = Path(tempfile.mkdtemp(prefix="kills"))
+    for turn, name in enumerate(names):
+        straight, killed = root / name / "straight", root / name / "killed"
+        started = time.monotonic()
+        train = partial(_train, trainers[name])
+        assert in_child(partial(train, straight)) == 0, name
+        seconds = time.monotonic() - started
+        share = number // len(names) + (turn < number % len(names))
+        done = 0
+        while done < share:
+            if in_child(partial(train, killed), rng.uniform(0, 0.8) * seconds) == 0:
+                shutil.rmtree(killed)  # finished before the kill: begin again
+                continue
+            done += 1
+        kills += done
+        runs += 1
+        assert in_child(partial(train, killed)) == 0, name
+        is_equal = content(straight) == content(killed)
+        leftovers = [path for path in killed.rglob("*") if path.name.startswith(".writing-")]
+        equal += is_equal and not leftovers
+        print(f"{name}: {done} kills, {'equal' if is_equal else 'DIFFERENT'}, {len(leftovers)} leftovers", flush=True)
+    return kills, runs - equal
+
+
+def damage(folder: Path, rng: random.Random) -> str:
+    """Damage one file of a checkpoint, or remove the whole folder; return what was done."""
+    file = rng.choice(sorted(path for path in folder.iterdir() if path.is_file()))
+    data, kind = file.read_bytes(), rng.choice(["cut", "zeros", "removed", "bit", "folder"])
+    if kind == "cut":
+        file.write_bytes(data[: rng.randrange(len(data))])
+    elif kind == "zeros":
+        file.write_bytes(bytes(len(data)))
+    elif kind == "removed":
+        file.unlink()
+    elif kind == "bit":
+        flip(file, rng)
+    else:
+        shutil.rmtree(folder)
+    return f"{kind} {file.name}"
+
+
+def flip(file: Path, rng: random.Random) -> None:
+    """Change one random bit of a file."""
+    data = bytearray(file.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    file.write_bytes(data)
+
+
+def damage_runs(number: int, seed: int, names: list[str] | None = None) -> int:
+    """Damage the newest checkpoint of interrupted runs; return how many did not continue from the one before.
+
+    A run continues rightly if one line is logged, and the next step has the bytes of the damaged checkpoint's step.
+    """
+    trainers, rng, faults = prepared(), random.Random(seed), 0
+    names = names or [name for name in trainers if name != "kmeans"]
+    root = Path(tempfile.mkdtemp(prefix="damage"))
+    for turn, name in enumerate(names):
+        base = root / name / "base"
+        assert in_child(partial(_train, trainers[name], base, stop_after_steps=6)) == 0, name
+        expected = {path.name: path.read_bytes() for path in (base / "checkpoint").glob("*.safetensors")}
+        for _ in range(number // len(names) + (turn < number % len(names))):
+            folder, log = root / name / "damaged", root / name / "log"
+            shutil.copytree(base, folder)
+            kind = damage(folder / "checkpoint", rng)
+            status = in_child(partial(_train, trainers[name], folder, log, stop_after_steps=1))
+            lines = [line for line in log.read_text().splitlines() if "checkpoint before, of step 5" in line]
+            found = {path.name: path.read_bytes() for path in (folder / "checkpoint").glob("*.safetensors")}
+            if status or len(lines) != 1 or found != expected:
+                faults += 1
+                print(f"{name}: {kind}: status {status}, lines {lines}", flush=True)
+            shutil.rmtree(folder)
+            log.unlink()
+        print(f"{name}: done", flush=True)
+    return faults
+
+
+def readers(run: Path) -> dict[str, Callable[[], object]]:
+    """Functions that read each kind of file of a pipeline run, by the file's path in the run, as a resumed run does."""
+
+    def part(folder: Path) -> Callable[[], object]:
+        return lambda: load_module(folder)
+
+    kinds: dict[str, Callable[[], object]] = {
+        "run.json": lambda: read_record(run / "run.json"),
+        "fine/finished.json": lambda: read_record(run / "fine" / "finished.json"),
+        "fine/report.json": lambda: read_record(run / "fine" / "report.json"),
+        f"fine/{TABLE_FILE}": lambda: read_weights(run / "fine" / TABLE_FILE, sealed=True),
+        "semantic-tokenizer/kmeans.json": lambda: read_record(run / "semantic-tokenizer" / "kmeans.json"),
+        "model/musiclm.json": lambda: read_json(run / "model" / "musiclm.json"),
+    }
+    for name in ("state.json", "model.safetensors", "optimizer.safetensors", "ema.safetensors"):
+        kinds[f"stage/checkpoint/{name}"] = CheckpointFolder(run / "stage").read
+    for name in ("codec", "semantic_tokenizer", "quantizer", "semantic", "coarse", "fine"):
+        for file in ("config.json", "model.safetensors"):
+            kinds[f"model/{name}/{file}"] = part(run / "model" / name)
+    return kinds
+
+
+def flip_bits(run: Path, number: int, seed: int) -> dict[str, int]:
+    """Change `number` random bits, one at a time, in each kind of file; return the numbers of silent ones by file."""
+    rng, silent = random.Random(seed), {}
+    for name, read in readers(run).items():
+        file = run / name
+        data, count = file.read_bytes(), 0
+        read()
+        for _ in range(number):
+            flip(file, rng)
+            try:
+                read()
+                count += 1
+            except ValueError:
+                pass
+            file.write_bytes(data)
+        silent[name] = count
+    return silent
+
+
+def run_for_flips(folder: Path) -> Path:
+    """A finished pipeline run, with an unfinished stage in `stage/`."""
+    trainers = prepared()
+    pipeline = Pipeline(MICRO, data=write_clips(folder / "clips"), out=folder / "run")
+    assert in_child(lambda: list(pipeline.run())) == 0
+    assert in_child(partial(_train, trainers["fine"], folder / "run" / "stage", stop_after_steps=3)) == 0
+    return folder / "run"
+
+
+def _main(words: list[str]) -> None:
+    kind, number = words[0], int(words[1])
+    if kind == "kills":
+        kills, unequal = kill_runs(number, seed=0)
+        print(f"{kills} kills, {unequal} runs differ from the straight run")
+    elif kind == "damage":
+        print(f"{number} damaged checkpoints, {damage_runs(number, seed=0)} runs did not continue from the one before")
+    else:
+        silent = flip_bits(run_for_flips(Path(tempfile.mkdtemp(prefix="flips"))), number, seed=0)
+        print(f"{number} changed bits in each of {len(silent)} files, silent: {silent}")
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])
