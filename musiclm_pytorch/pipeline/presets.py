@@ -159,10 +159,10 @@ class Preset:
 
 
 _TINY_STAGE = StageConfig(
-    dim=192, depth=6, heads=3, dropout=0.1, cond_drop_prob=0.1, level_drop_prob=0.2, guidance_scale=3.0,
-    run=RunConfig(1200, 32, 5.0, 1e-3),
+    dim=256, depth=6, heads=4, dropout=0.05, cond_drop_prob=0.1, level_drop_prob=0.2, guidance_scale=3.0,
+    run=RunConfig(4000, 16, 5.0, 1e-3),
 )  # fmt: skip
-# For two CPU cores: about an hour and a half, at most 40 MB as fp16. recipes/README.md lists the trials behind it.
+# For two CPU cores: about two hours, at most 50 MB as fp16. recipes/README.md lists the trials behind it.
 _TINY = Preset(
     name="tiny",
     codec=CodecConfig(
@@ -178,9 +178,13 @@ _TINY = Preset(
     ),
     quantizer=QuantizerConfig(num_quantizers=12, codebook_size=8),
     semantic=_TINY_STAGE,
-    coarse=replace(_TINY_STAGE, run=RunConfig(2000, 16, 5.0, 1e-3), temperature=0.95),
+    coarse=replace(
+        _TINY_STAGE, dim=192, heads=3, run=RunConfig(3000, 16, 5.0, 1e-3), temperature=0.95, guidance_scale=1.5,
+        history_noise=0.6, semantic_lookahead_seconds=0.32, guide_semantic=True,
+    ),
     fine=replace(
-        _TINY_STAGE, dim=96, depth=3, heads=2, run=RunConfig(2000, 32, 2.0, 1e-3), temperature=0.4, guidance_scale=1.0
+        _TINY_STAGE, dim=96, depth=3, heads=2, run=RunConfig(2000, 32, 2.0, 1e-3), temperature=0.4, guidance_scale=1.0,
+        history_noise=0.6, input_noise=0.2,
     ),
     num_coarse_quantizers=2,
 )  # fmt: skip

@@ -58,8 +58,8 @@ MICRO = Preset(
     ),
     quantizer=QuantizerConfig(num_quantizers=2, codebook_size=4),
     semantic=_STAGE,
-    coarse=_STAGE,
-    fine=replace(_STAGE, dim=16, run=_run(0.5)),
+    coarse=replace(_STAGE, history_noise=0.5, semantic_lookahead_seconds=0.08, guide_semantic=True),
+    fine=replace(_STAGE, dim=16, run=_run(0.5), history_noise=0.5, input_noise=0.2, level_weights=(2.0, 1.0)),
     num_coarse_quantizers=1,
 )
 
