@@ -23,9 +23,10 @@ class StableCodes:
     cross-entropy alone would gather all frames at a few codes. Therefore, an entropy of the codes of a batch below
     `min_entropy` adds the missing entropy to the loss.
 
-    Use the loss with slow codebooks, such as `ResidualQuantizer(decay=0.99, dead_below_share=0.02)`. Codes that move or
-    are replaced often cut the clusters of frames that the loss creates. All random numbers come from the global
-    generator, which the training loop seeds for each step.
+    Use the loss with slow codebooks, such as `ResidualQuantizer(decay=0.99, dead_below_share=0.03)`. Codes that move or
+    are replaced often cut the clusters of frames that the loss creates. Use a commitment weight of about 10. With a
+    weight of 1, the squared norm of the frames of the bundled codec became 45 times larger within 700 steps. All random
+    numbers come from the global generator, which the training loop seeds for each step.
 
     Args:
         weight: Weight of the loss of level 1.
@@ -41,8 +42,8 @@ class StableCodes:
         gain_db: Largest change of the gain of a copy (dB), up or down.
     """
 
-    weight: float | int = 1.0
-    level_decay: float | int = 0.7
+    weight: float | int = 0.15
+    level_decay: float | int = 0.6
     min_entropy: float | int = 4.0
     temperature: float | int = 0.1
     own_copy_share: float | int = 0.5

@@ -107,6 +107,9 @@ def test_cross_entropy_follows_the_codes_of_earlier_levels():
     assert (statistics.entropy > 0).all() and (statistics.entropy < np.log(16)).all()
     shuffled = codec.quantizer.code_statistics(frames, codes.roll(5, dims=1), 0.1)
     assert (shuffled.cross_entropy > statistics.cross_entropy).all()
+    plain, spread = (StableCodes(min_entropy=nats).loss(codec.quantizer, frames, codes)[0] for nats in (0.0, 10.0))
+    missing = 0.15 * ((10 - statistics.entropy) * torch.tensor([1.0, 0.6])).sum()
+    torch.testing.assert_close(spread - plain, missing)
     statistics.cross_entropy.sum().backward()
     assert codec.encoder.embed.weight.grad.abs().sum() > 0
     assert not codec.quantizer.codebook(0).requires_grad
