@@ -90,7 +90,10 @@ def read_audio(
             f"{start_seconds} s"
         )
     wave = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
-    return resample(wave, from_hz, to_hz)[:, skip : skip + count], to_hz
+    part = resample(wave, from_hz, to_hz)[:, skip : skip + count]
+    if not part.shape[1]:
+        raise ValueError(f"{path}: the file is damaged; it ends before {start_seconds} s, and its header is wrong")
+    return part, to_hz
 
 
 @beartype

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from beartype import beartype
 
-from audiolm_pytorch.saving.files import check_digest, differences, digest_of_file, read_json, write_json
+from audiolm_pytorch.saving.files import check_digest, differences, digest_of_file, one_line, read_json, write_json
 
 __all__ = ["TokenShards", "write_shards"]
 
@@ -226,7 +226,7 @@ class TokenShards:
         return self._num_records
 
     def longest(self, field: str) -> int:
-        """Return the largest number of rows of a field in any record; only record offsets are read from disk."""
+        """Return the largest number of rows of a field in any record."""
         return max(int(np.diff(self._offsets(number, field)).max()) for number in range(len(self._chunk_digests)))
 
     def __getitem__(self, index: int) -> Record:
@@ -244,7 +244,6 @@ class TokenShards:
     def _chunk(self, number: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Return values and record offsets of each field of a chunk; recently used chunks stay memory-mapped."""
         if number not in self._open:
-            self._check_chunk(number)
             self._open[number] = {name: self._arrays(number, name) for name in self._fields}
             if len(self._open) > self._max_open_chunks:
                 self._open.popitem(last=False)
@@ -271,6 +270,7 @@ class TokenShards:
 
     def _offsets(self, number: int, name: str) -> np.ndarray:
         """Read the record offsets of a field, and check that they ascend."""
+        self._check_chunk(number)
         path = self._folder_of(number) / f"{name}.offsets.npy"
         first = number * self._records_per_chunk
         num_records = min(self._records_per_chunk, self._num_records - first)
@@ -286,7 +286,7 @@ class TokenShards:
 
     def _arrays(self, number: int, name: str) -> tuple[np.ndarray, np.ndarray]:
         path, field = self._folder_of(number) / f"{name}.npy", self._fields[name]
-        values, offsets = _load(path, mapped=True), self._offsets(number, name)
+        offsets, values = self._offsets(number, name), _load(path, mapped=True)
         if values.dtype.kind not in "if" or values.shape != (int(offsets[-1]), *field["shape"]):
             raise ValueError(
                 f"{path} has {values.dtype} values of shape {values.shape}, but the index needs "
@@ -338,5 +338,5 @@ def _load(path: Path, mapped: bool) -> np.ndarray:
             except ValueError:
                 pass
         return np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path} is not a readable array ({error}); write the shards again") from error
+    except Exception as error:  # numpy parses the header as Python text, which raises errors of many kinds
+        raise ValueError(f"{path} is not a readable array ({one_line(error)}); write the shards again") from error

@@ -28,10 +28,10 @@ from tests.helpers.toy_audiolm import audiolm_of
 NUM = 3200
 
 
-def codec(channels: int = 1) -> SoundStream:
+def codec(channels: int = 1, levels: int = 2) -> SoundStream:
     """A tiny codec at 16 kHz."""
     torch.manual_seed(0)
-    sizes: dict[str, Any] = dict(codebook_size=16, rq_num_quantizers=2, codebook_dim=8, channels=4, strides=(4, 8))
+    sizes: dict[str, Any] = dict(codebook_size=16, rq_num_quantizers=levels, codebook_dim=8, channels=4, strides=(4, 8))
     return SoundStream(**sizes, audio_channels=channels).eval()
 
 

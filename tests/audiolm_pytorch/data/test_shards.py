@@ -1,12 +1,14 @@
 """Token shards: what is written is what is read, nothing is computed twice, and nothing is mixed up."""
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from audiolm_pytorch.data.shards import TokenShards, write_shards
-from audiolm_pytorch.saving.files import read_json, write_json
+from audiolm_pytorch.saving.files import digest_of_file, read_json, write_json
 
 FINGERPRINT = {"codec": "ab12", "semantic": {"name": "w2v", "layer": 7}, "rates_hz": (16000, 24000)}
 
@@ -171,3 +173,120 @@ def test_many_chunks_do_not_keep_many_files_open(tmp_path: Path) -> None:
     shards = TokenShards(tmp_path / "s", max_open_chunks=3)
     assert [shards[number]["a"].item() for number in [*range(8), 0]] == [*range(8), 0]
     assert sorted(shards._open) == [0, 6, 7]
+
+
+def edit_index(folder: Path, **changes: Any) -> None:
+    """Change entries of the index as an attacker does, with a correct digest."""
+    write_json(folder / "index.json", read_json(folder / "index.json") | changes, sealed=True)
+
+
+def forge_chunk(folder: Path, name: str, array: np.ndarray) -> None:
+    """Replace an array of chunk 0, and correct all digests."""
+    chunk = folder / "chunk-00000"
+    np.save(chunk / name, array, allow_pickle=False)
+    fields = read_json(chunk / "fields.json")
+    field = fields[name.split(".")[0]]
+    field["digests"] = [digest_of_file(chunk / f"{name.split('.')[0]}{end}") for end in (".npy", ".offsets.npy")]
+    write_json(chunk / "fields.json", fields, sealed=True)
+    edit_index(folder, chunks=[digest_of_file(chunk / "fields.json")])
+
+
+@pytest.mark.parametrize(
+    "offsets",
+    [[0, 2, 10**12], [0, 3, 2], [1, 2, 3], [0, 2], [[0, 1, 2]], [0.0, 1.0, 2.0], [-5, 0, 2], [0, 1, 1]],
+)
+def test_wild_offsets_are_refused_also_with_correct_digests(tmp_path: Path, offsets: Any) -> None:
+    """Offsets that descend, leave the values, or have another shape or type."""
+    write_shards(tmp_path / "s", lambda number: {"a": np.arange(number + 1)}, 2, {})
+    forge_chunk(tmp_path / "s", "a.offsets.npy", np.asarray(offsets))
+    with pytest.raises(ValueError, match="ascending offsets|the index needs"):
+        TokenShards(tmp_path / "s")[1]
+
+
+@pytest.mark.parametrize(
+    "values", [np.zeros((3, 2)), np.zeros(3, dtype=bool), np.zeros(3, dtype=complex), np.zeros(99)]
+)
+def test_values_of_another_shape_or_type_are_refused(tmp_path: Path, values: np.ndarray) -> None:
+    """The index names shape and type of each field."""
+    write_shards(tmp_path / "s", lambda number: {"a": np.arange(number + 1)}, 2, {})
+    forge_chunk(tmp_path / "s", "a.npy", values)
+    with pytest.raises(ValueError, match="the index needs"):
+        TokenShards(tmp_path / "s")[0]
+
+
+FIELD = {"dtype": "int16", "shape": [], "scalar": False}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_records": 0},
+        {"num_records": 10**9},
+        {"num_records": True},
+        {"num_records": "2"},
+        {"records_per_chunk": -1},
+        {"records_per_chunk": 0.5},
+        {"fingerprint": []},
+        {"fields": []},
+        {"fields": {"../../../etc/passwd": FIELD}},
+        {"fields": {"/etc/passwd": FIELD}},
+        {"fields": {"..": FIELD}},
+        {"fields": {"": FIELD}},
+        {"fields": {"a": None}},
+        {"fields": {"a": FIELD | {"dtype": "object"}}},
+        {"fields": {"a": FIELD | {"dtype": []}}},
+        {"fields": {"a": FIELD | {"shape": [-1]}}},
+        {"fields": {"a": FIELD | {"scalar": 1}}},
+        {"chunks": []},
+        {"chunks": None},
+        {"chunks": [None]},
+    ],
+)
+def test_an_index_that_makes_no_sense_is_refused_when_it_is_opened(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Numbers, names of fields, types and shapes; no path leaves the folder."""
+    write_shards(tmp_path / "s", lambda number: {"a": np.arange(2)}, 2, {})
+    edit_index(tmp_path / "s", **changes)
+    with pytest.raises(ValueError, match="index.json is not an index of token shards; write the shards again"):
+        TokenShards(tmp_path / "s")
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "null", '"x"', "", "[" * 10_000])
+@pytest.mark.parametrize("name", ["index.json", "plan.json", "chunk-00000/fields.json"])
+def test_other_json_files_are_refused(tmp_path: Path, name: str, text: str) -> None:
+    """Opening, reading and continuing a folder."""
+    write_shards(tmp_path / "s", lambda number: {"a": np.arange(2)}, 2, {})
+    (tmp_path / "s" / name).write_text(text)
+    with pytest.raises(ValueError, match="s"):
+        if name == "plan.json":
+            write_shards(tmp_path / "s", lambda number: {"a": np.arange(2)}, 2, {})
+        else:
+            TokenShards(tmp_path / "s")[0]
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "a\nb", "ö", "x" * 101])
+def test_field_names_must_be_plain(tmp_path: Path, name: str) -> None:
+    """A field name is part of two file names."""
+    with pytest.raises(ValueError, match="cannot be part of a file name"):
+        write_shards(tmp_path / "s", lambda number: {name: np.arange(2)}, 2, {})
+    assert not list(tmp_path.glob("up*"))
+
+
+def test_a_bit_flip_in_a_chunk_is_found_when_the_chunk_is_opened(tmp_path: Path) -> None:
+    """Other chunks can still be read; after deleting the chunk, only the chunk is computed again."""
+    arguments = make_record, 8, {}, 4
+    write_shards(tmp_path / "s", *arguments)
+    path = next((tmp_path / "s" / "chunk-00001").glob("*.npy"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    shards = TokenShards(tmp_path / "s")
+    assert shards[3]
+    with pytest.raises(ValueError, match="chunk-00001.* has changed since it was written.*write the shards again"):
+        shards[4]
+    shutil.rmtree(path.parent)
+    (tmp_path / "s" / "index.json").unlink()
+    assert write_shards(tmp_path / "s", *arguments) == 1
+    assert TokenShards(tmp_path / "s")[4]
+    digest = TokenShards(tmp_path / "s").digest
+    write_shards(tmp_path / "t", lambda number: {"a": np.arange(number + 1)}, 8, {})
+    assert TokenShards(tmp_path / "t").digest != digest

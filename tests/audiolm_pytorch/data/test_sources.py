@@ -610,3 +610,17 @@ def test_every_trainer_takes_data_sets_and_lists_of_folders(
         stage = SemanticTransformer(num_semantic_tokens=8, rate_hz=rate_hz, **SIZES)
         job = SemanticTransformerTrainer(transformer=stage, wav2vec=tokenizer, data_max_length=3200, **loop)
     assert job.train().step == 1
+
+
+def test_a_pipeline_tests_the_channels_of_its_codec(tmp_path: Path, write_tone: WriteTone) -> None:
+    """A surround file would stop the step of the tokens, hours after the start."""
+    from musiclm_pytorch.pipeline.pipeline import Pipeline
+    from tests.audiolm_pytorch.audio.test_waves import codec
+    from tests.helpers.micro import MICRO
+
+    for name, channels in (("a", 2), ("b", 1), ("c", 6)):
+        write_tone(f"data/{name}.wav", 1.2, 16000, channels=channels)
+    mono = Pipeline(MICRO, data=tmp_path / "data", out=tmp_path / "out")
+    assert {item.path.stem for items in mono.items for item in items} == {"a", "b", "c"}
+    stereo = Pipeline(MICRO, data=tmp_path / "data", out=tmp_path / "out", pretrained={"codec": codec(2, levels=3)})
+    assert {item.path.stem for items in stereo.items for item in items} == {"a", "b"}

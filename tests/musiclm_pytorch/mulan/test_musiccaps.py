@@ -4,7 +4,9 @@ import csv
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
 from audiolm_pytorch.data.manifest import AudioItem, captions_of, load_items, load_split, manifest_text
 from musiclm_pytorch.mulan.captions import CaptionSampler, aspects_of
@@ -266,3 +268,35 @@ def test_the_published_table(tmp_path):
     labels = {"aspects": list(clips[0].aspects)}
     texts = CaptionSampler(aspect_prob=1.0).sample(AudioItem(tmp_path, clips[0].captions[0], labels, 1, 1), 0, 0)
     assert set(texts[0].split(", ")) <= set(clips[0].aspects)
+
+
+def test_clips_as_yt_dlp_leaves_them(tmp_path, write_tone, caplog):
+    """`ID.opus` is read, `ID.m4a` and `ID.webm.part` are named with a reason, and the rest is missing."""
+    wave = np.random.default_rng(0).uniform(-0.1, 0.1, 48000)
+    (tmp_path / "clips").mkdir()
+    soundfile.write(tmp_path / "clips" / f"{IDS[0]}.opus", wave, 48000, format="OGG", subtype="OPUS")
+    for name in (f"{IDS[1]}.m4a", f"[{IDS[2]}]-[30-31].webm"):
+        (tmp_path / "clips" / name).write_bytes(b"\0" * 100)
+    write_tone(f"clips/{IDS[3]}.flac")
+    (tmp_path / "clips" / f"{IDS[3]}.m4a").write_bytes(b"\0" * 100)
+    table = write_table(tmp_path / "table.csv", [row(ytid) for ytid in IDS])
+    with caplog.at_level(logging.WARNING):
+        found = musiccaps_items(table, tmp_path / "clips")
+    assert [item.path.name for item in found.items] == [f"{IDS[0]}.opus", f"{IDS[3]}.flac"]
+    assert [(item.path.suffix, "cannot be decoded" in item.reason) for item in found.rejected] == [
+        (".m4a", True),
+        (".webm", True),
+    ]
+    assert [clip.ytid for clip in found.missing] == [IDS[4]]
+    assert "1 of 5 clips" in caplog.messages[0] and "left out 2 files" in caplog.messages[1]
+    for name in (f"{IDS[0]}.opus", f"{IDS[3]}.flac"):
+        (tmp_path / "clips" / name).unlink()
+    with pytest.raises(ValueError, match="can be used: .*m4a .*cannot be decoded; convert it"):
+        musiccaps_items(table, tmp_path / "clips")
+
+
+def test_missing_captions_of_tables(tmp_path):
+    """Cells that table tools write for a missing value are no captions."""
+    rows = [row(IDS[0], caption="nan"), row(IDS[1], aspects="NaN"), row(IDS[2], is_audioset_eval="nan")]
+    clips = read_musiccaps(write_table(tmp_path / "table.csv", rows))
+    assert clips[0].captions == () and clips[1].aspects == () and clips[2].about["is_audioset_eval"] is None
