@@ -181,7 +181,7 @@ def _generated_sources(
         manifest = write_codec_copies(codec, real, command.out / "codec_copies", command.seconds)
         sources["codec copies"] = _load_clips(manifest, None)
     for path in command.generated:
-        name = path.parent.name if path.suffix else path.name
+        name = path.parent.name if path.name == _MANIFEST else path.stem
         sources[name if name not in sources else str(path)] = _load_clips(path, command.limit)
     if command.model is not None:
         if command.captions is not None:
