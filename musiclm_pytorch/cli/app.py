@@ -23,7 +23,7 @@ _COMMANDS = {
     "export": ("Export", None),
     "codec": ("CodecCommand", "Encode, decode and evaluate audio with a codec."),
     "convert": ("ConvertCommand", "Convert published checkpoints to safetensors, and MusicCaps."),
-    "evaluate": ("EvaluateCommand", "Evaluate a semantic tokenizer or encoder, or a MuLaN or CLAP."),
+    "evaluate": ("EvaluateCommand", "Evaluate generated music, a semantic tokenizer or encoder, or a MuLaN or CLAP."),
 }
 
 

@@ -1,7 +1,19 @@
-"""Evaluation of models: retrieval, zero-shot tagging, linear probes, novelty, and reports of metrics."""
+"""Evaluation of generated music and of models: metrics, retrieval, tagging, linear probes, and reports."""
 
+from musiclm_pytorch.evaluation.metric import ClipSet, Extractor, Metric, evaluate, extract
 from musiclm_pytorch.evaluation.metrics.novelty import melody_similarity, nearest_similarity
 from musiclm_pytorch.evaluation.report import MetricValue, write_report
 from musiclm_pytorch.evaluation.retrieval import Retrieval
 
-__all__ = ["MetricValue", "Retrieval", "melody_similarity", "nearest_similarity", "write_report"]
+__all__ = [
+    "ClipSet",
+    "Extractor",
+    "Metric",
+    "MetricValue",
+    "Retrieval",
+    "evaluate",
+    "extract",
+    "melody_similarity",
+    "nearest_similarity",
+    "write_report",
+]

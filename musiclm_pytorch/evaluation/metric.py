@@ -17,7 +17,7 @@ from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.data.manifest import AudioItem
 from musiclm_pytorch.evaluation.report import MetricValue
 
-__all__ = ["ClipSet", "Extractor", "Metric", "UnmetNeed", "evaluate", "extract", "pair_with"]
+__all__ = ["ClipSet", "Extractor", "Metric", "UnmetNeed", "evaluate", "extract", "extract_waves", "pair_with"]
 
 _CLIPS_PER_BATCH = 16
 
@@ -100,6 +100,12 @@ class ClipSet:
     def labels(self, name: str) -> list[Any]:
         """Return the value of a label for every clip, None where it is missing."""
         return [item.labels.get(name) for item in self.items]
+
+    def select(self, rows: Sequence[int], name: str) -> "ClipSet":
+        """Return the clips with the given indices as a set with another name."""
+        references = None if self.references is None else [self.references[row] for row in rows]
+        features = {key: [parts[row] for row in rows] for key, parts in self.features.items()}
+        return ClipSet(name, [self.items[row] for row in rows], features, references)
 
 
 class Metric(ABC):
@@ -184,6 +190,18 @@ def extract(
                     if not torch.isfinite(values).all():
                         raise ValueError(f"{part[row].path}: the features of {extractor.name} are not finite")
                     features[extractor.name][first + row] = values.cpu()
+    return features
+
+
+@beartype
+@torch.no_grad()
+def extract_waves(waves: Tensor, sample_hz: int, extractors: Sequence[Extractor]) -> dict[str, list[Tensor]]:
+    """Compute the features of clips `[b, n]` in memory; see `extract`."""
+    features: dict[str, list[Tensor]] = {}
+    for extractor in extractors:
+        if extractor.name not in features:
+            parts = resample(waves, sample_hz, extractor.sample_hz).split(_CLIPS_PER_BATCH)
+            features[extractor.name] = [values.cpu() for part in parts for values in extractor(part)]
     return features
 
 

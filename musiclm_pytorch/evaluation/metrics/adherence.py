@@ -52,9 +52,11 @@ class LabelAdherence(Metric):
             best = classifier.heads[attribute](inputs[rows]).argmax(dim=1).tolist()
             expected, answers = [truth[row] for row in rows], [classes[index] for index in best]
             note = f"{self.features.note()}; {len(classes)} classes"
-            for balanced, words in ((False, "accuracy"), (True, "balanced accuracy")):
+            # Expected accuracy of the same answers in random order, as for exchanged captions.
+            shuffled = sum(expected.count(name) * answers.count(name) for name in classes) / len(rows) ** 2
+            for balanced, words, chance in ((False, "accuracy", shuffled), (True, "balanced accuracy", None)):
                 name = f"{self.name} / {clips.name} / {attribute}, {words}"
-                values.append(accuracy_metric(name, expected, answers, balanced, note, chance=1 / len(classes)))
+                values.append(accuracy_metric(name, expected, answers, balanced, note, chance))
         if not values:
             raise UnmetNeed(f"{clips.name}: the manifest has none of the labels {', '.join(classifier.classes)}")
         return values

@@ -21,7 +21,7 @@ _MAX_TEMPO_RATIO = 1.08
 # Share of an octave within the tolerance, on both sides.
 _TEMPO_CHANCE = 2 * float(np.log2(_MAX_TEMPO_RATIO))
 # Envelopes with less energy per frame have no onsets.
-_MIN_VARIANCE = 1e-8
+_MIN_VARIANCE = 1e-6
 
 
 class OnsetEnvelope(Extractor):

@@ -11,11 +11,10 @@ from audiolm_pytorch.semantic.base import SemanticTokenizer
 from musiclm_pytorch.evaluation.metric import ClipSet, Extractor, Metric, UnmetNeed
 from musiclm_pytorch.evaluation.report import MetricValue
 
-__all__ = ["Memorisation", "SemanticTokens", "longest_shared_runs", "matching_costs"]
+__all__ = ["Memorisation", "SemanticTokens", "longest_shared_runs", "matching_cost"]
 
 # Training clips per clip for which the costly transport problem is solved.
 _NUM_CANDIDATES = 10
-_SINKHORN_ROUNDS, _REGULARISATION = 200, 0.02
 _REAL_QUANTILE = 0.01
 _BREAK = -1
 
@@ -52,28 +51,18 @@ def longest_shared_runs(queries: list[Tensor], references: list[Tensor]) -> np.n
 
 
 @beartype
-def matching_costs(query: Tensor, references: list[Tensor], centroids: Tensor) -> Tensor:
-    """Cost `[r]` of transporting the token histogram of a query to that of each reference (Sinkhorn, arXiv:1306.0895).
+def matching_cost(a: Tensor, b: Tensor, distances: np.ndarray) -> float:
+    """Cost of transporting the histogram of the tokens `a` to that of the tokens `b` (optimal transport), per token.
 
-    The cost of moving a token is the distance of the centroids `[k, d]` of the two tokens.
+    Moving token i to token j costs `distances[i, j]`, the distance of their centroids. The longer one of two token
+    sequences is cut. MusicLM approximates this cost by Sinkhorn's algorithm; for equally many tokens it is the cost of
+    the best assignment, which is computed exactly.
     """
-    ids, counts = query.unique(return_counts=True)
-    log_query = (counts / counts.sum()).log()
-    num_ids = max(len(tokens.unique()) for tokens in references)
-    costs = torch.zeros(len(references), len(ids), num_ids)
-    log_references = torch.full((len(references), num_ids), -torch.inf)
-    for number, tokens in enumerate(references):
-        other_ids, other_counts = tokens.unique(return_counts=True)
-        costs[number, :, : len(other_ids)] = torch.cdist(centroids[ids], centroids[other_ids])
-        log_references[number, : len(other_ids)] = (other_counts / other_counts.sum()).log()
-    scale = _REGULARISATION * float(costs.mean()) + 1e-12
-    kernel = -costs / scale
-    right = torch.zeros_like(log_references)
-    for _ in range(_SINKHORN_ROUNDS):
-        left = log_query - (kernel + right[:, None, :]).logsumexp(dim=2)
-        right = (log_references - (kernel + left[:, :, None]).logsumexp(dim=1)).nan_to_num(neginf=-1e30)
-    plan = (kernel + left[:, :, None] + right[:, None, :]).exp()
-    return (plan * costs).sum(dim=(1, 2))
+    from scipy.optimize import linear_sum_assignment
+
+    count = min(len(a), len(b))
+    costs = distances[a[:count].numpy()[:, None], b[:count].numpy()]
+    return float(costs[linear_sum_assignment(costs)].mean())
 
 
 class Memorisation(Metric):
@@ -121,10 +110,11 @@ class Memorisation(Metric):
 
 def _nearest_costs(queries: list[Tensor], references: list[Tensor], centroids: Tensor) -> np.ndarray:
     """Return the cost `[n]` of the nearest reference of each query."""
+    distances = torch.cdist(centroids, centroids).numpy()
     means = torch.stack([centroids[tokens].mean(dim=0) for tokens in references])
     costs = []
     for query in queries:
         bounds = torch.linalg.vector_norm(means - centroids[query].mean(dim=0), dim=1)
         nearest = bounds.argsort()[:_NUM_CANDIDATES].tolist()
-        costs.append(float(matching_costs(query, [references[index] for index in nearest], centroids).min()))
+        costs.append(min(matching_cost(query, references[index], distances) for index in nearest))
     return np.array(costs)

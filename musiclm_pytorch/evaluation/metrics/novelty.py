@@ -108,10 +108,14 @@ class Novelty(Metric):
         values = []
         for title, share in (("mean", None), ("95th percentile", 0.95)):
             value = _value(f"{self.name} / {clips.name} / {title}", similarities, share, note)
-            if expected is not None and clips is not real and clips.items != getattr(real, "items", None):
+            if expected is not None:
                 value = replace(value, note=f"{note}; {_comparison(value, _value('', expected, share, note))}")
             values.append(value)
         return values
+
+    def floor(self, real: ClipSet, training: ClipSet | None) -> list[MetricValue]:
+        """Measure the real clips, without a comparison with themselves."""
+        return self.measure(real, None, training)
 
     def _similarities(self, clips: ClipSet, training: ClipSet) -> np.ndarray:
         queries, references = (torch.stack(_equal_shapes(part.of(self.embedder))) for part in (clips, training))

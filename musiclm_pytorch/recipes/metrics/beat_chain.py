@@ -26,7 +26,7 @@ from audiolm_pytorch.lm.tokenizing import tokenize
 from audiolm_pytorch.nn.module_state import eval_mode
 from audiolm_pytorch.saving.fingerprint import fingerprint_of
 from musiclm_pytorch.evaluation.clips import load_clips
-from musiclm_pytorch.evaluation.metric import ClipSet, evaluate
+from musiclm_pytorch.evaluation.metric import ClipSet, evaluate, extract_waves
 from musiclm_pytorch.evaluation.metrics.beat import Beat
 from musiclm_pytorch.evaluation.music import comparison_table
 from musiclm_pytorch.evaluation.report import MetricValue, write_report
@@ -137,7 +137,7 @@ def chain_waves(model: "MusicLM", waves: Tensor, captions: Sequence[str], seed: 
 
 
 def _fine_codes(model: "MusicLM", real: _Real, coarse: Tensor) -> Tensor:
-    """Generate fine codes for real coarse codes `[b, f, levels]`; return both, or only `coarse` without a fine stage."""
+    """Generate fine codes for real coarse codes `[b, f, levels]`; return all, or `coarse` without a fine stage."""
     fine = model.audio_lm.fine_transformer
     if fine is None:
         return coarse
@@ -165,7 +165,7 @@ def measure_chain(
         waves = load_clips(part, model.sample_hz, seconds)
         links = chain_waves(model, waves, [item.caption or "" for item in part], seed + first)
         for name, made in {"real clips": waves, **links}.items():
-            features.setdefault(name, []).extend(envelope(resample(made, model.sample_hz, envelope.sample_hz)))
+            features.setdefault(name, []).extend(extract_waves(made, model.sample_hz, [envelope])[envelope.name])
     indices = list(range(len(items)))
     sets = [ClipSet(name, list(items), {envelope.name: rows}, indices) for name, rows in features.items()]
     real = replace(sets[0], references=None)

@@ -13,8 +13,7 @@ from torch import Tensor
 from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.nn.module_state import device_of
-from musiclm_pytorch.evaluation.classifier import AttributeClassifier
-from musiclm_pytorch.evaluation.report import MetricValue, accuracy_metric
+from musiclm_pytorch.evaluation.report import MetricValue
 
 if TYPE_CHECKING:
     from musiclm_pytorch.musiclm import MusicLM
@@ -23,14 +22,12 @@ if TYPE_CHECKING:
 __all__ = [
     "ATTRIBUTES",
     "Generations",
-    "attribute_metrics",
     "audio_latents",
     "code_agreement_metrics",
     "from_audio",
     "from_captions",
     "other_clips",
     "reconstruct",
-    "text_latents",
 ]
 
 logger = logging.getLogger(__name__)
@@ -80,13 +77,6 @@ def audio_latents(quantizer: "MuLaNEmbedQuantizer", waves: Tensor, sample_hz: in
     mulan, device = quantizer.mulan, device_of(quantizer)
     parts = [resample(part, sample_hz, mulan.sample_hz).to(device) for part in waves.split(batch_size)]
     return torch.cat([mulan.get_long_audio_latents(part).float().cpu() for part in parts])
-
-
-@torch.no_grad()
-def text_latents(quantizer: "MuLaNEmbedQuantizer", captions: Sequence[str], batch_size: int = 50) -> Tensor:
-    """Compute MuLaN latents `[b, d]` on the CPU for captions."""
-    parts = [captions[first : first + batch_size] for first in range(0, len(captions), batch_size)]
-    return torch.cat([quantizer.mulan.get_text_latents(part).float().cpu() for part in parts])
 
 
 @torch.no_grad()
@@ -172,36 +162,6 @@ def other_clips(count: int, seed: int = 0) -> list[int]:
     other = np.empty(count, dtype=int)
     other[order] = np.roll(order, 1)
     return other.tolist()
-
-
-def attribute_metrics(
-    name: str,
-    classifier: AttributeClassifier,
-    waves: Tensor,
-    sample_hz: int,
-    truth: dict[str, list[str]],
-    note: str = "",
-) -> list[MetricValue]:
-    """Measure how often a classifier recognises the requested attributes in generated clips.
-
-    Args:
-        name: Prefix of the metric names.
-        classifier: Attribute classifier that is fitted to real clips.
-        waves: Generated waves `[b, n]`.
-        sample_hz: Sample rate of the generated waves.
-        truth: Requested class of each clip, for each attribute.
-        note: Remark that is stored with the metrics.
-
-    Returns:
-        The accuracy for the instrument, and the balanced accuracy for all other attributes.
-    """
-    answers = classifier.predict(waves, sample_hz)
-    metrics = []
-    for attribute, classes in truth.items():
-        balanced = attribute not in PLAIN_ACCURACY
-        full_name = f"{name} / {attribute}{' (balanced)' if balanced else ''}"
-        metrics.append(accuracy_metric(full_name, classes, answers[attribute], balanced, note))
-    return metrics
 
 
 def code_agreement_metrics(name: str, audio_codes: Tensor, text_codes: Tensor) -> list[MetricValue]:

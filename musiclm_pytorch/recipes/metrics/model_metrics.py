@@ -5,7 +5,7 @@ Run as `python -m musiclm_pytorch.recipes.metrics.model_metrics --model DIR --da
 
 import logging
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,33 +13,29 @@ import torch
 import tyro
 from torch import Tensor
 
-from audiolm_pytorch.audio.resample import resample
 from audiolm_pytorch.data.manifest import AudioItem, load_items
 from audiolm_pytorch.saving.fingerprint import fingerprint_of
 from musiclm_pytorch.evaluation.classifier import AttributeClassifier, fitted_classifier
-from musiclm_pytorch.evaluation.clips import labels_of, load_clips
+from musiclm_pytorch.evaluation.clips import load_clips
 from musiclm_pytorch.evaluation.joint_embedder import JointEmbedder
-from musiclm_pytorch.evaluation.metric import ClipSet as Clips, Extractor, evaluate, extract
-from musiclm_pytorch.evaluation.metrics.adherence import AttributeFeatures
-from musiclm_pytorch.evaluation.metrics.novelty import MelodySpectrogram, Novelty
-from musiclm_pytorch.evaluation.report import MetricValue, markdown_table, write_report
-from musiclm_pytorch.evaluation.retrieval import retrieval
+from musiclm_pytorch.evaluation.metric import ClipSet, evaluate, extract, extract_waves
+from musiclm_pytorch.evaluation.metrics.adherence import AttributeFeatures, LabelAdherence
+from musiclm_pytorch.evaluation.music import comparison_table, music_metrics
+from musiclm_pytorch.evaluation.musicnn import MusicNNExtractor, bundled_musicnn
+from musiclm_pytorch.evaluation.report import MetricValue, write_report
 from musiclm_pytorch.recipes.metrics.generation_metrics import (
     ATTRIBUTES,
-    attribute_metrics,
-    audio_latents,
     code_agreement_metrics,
     from_audio,
     from_captions,
     other_clips,
     reconstruct,
-    text_latents,
 )
 
 if TYPE_CHECKING:
     from musiclm_pytorch.musiclm import MusicLM
 
-__all__ = ["ClipSet", "Settings", "main", "measure"]
+__all__ = ["CaptionedClips", "Settings", "main", "measure"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,15 +55,15 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class ClipSet:
-    """Set of real music clips, with training clips and with held-out clips that have captions."""
+class CaptionedClips:
+    """Real music clips, with training clips and with held-out clips that have captions."""
 
     name: str
     train: list[AudioItem]
     valid: list[AudioItem]
 
     @classmethod
-    def load(cls, name: str, folder: Path, limit: int | None = None) -> "ClipSet":
+    def load(cls, name: str, folder: Path, limit: int | None = None) -> "CaptionedClips":
         """Read the manifest `train.jsonl`, and at most `limit` clips with captions in the manifest `valid.jsonl`."""
         valid = [item for item in load_items(folder / "valid.jsonl").items if item.caption][:limit]
         if len(valid) < 2:
@@ -79,20 +75,49 @@ class ClipSet:
         """Captions of the held-out clips, one per clip."""
         return [item.caption or "" for item in self.valid]
 
-    def truth(self, classifier: AttributeClassifier) -> dict[str, list[str]]:
-        """Return the labels of the held-out clips, for attributes of which every value is a class of `classifier`."""
-        truth = {name: labels_of(self.valid, name) for name in classifier.classes}
-        unknown = [name for name, names in truth.items() if set(names) - set(classifier.classes[name])]
-        if unknown:
-            logger.warning(
-                "%s: the classifier does not know all values of %s; these attributes are left out", self.name, unknown
-            )
-        return {name: names for name, names in truth.items() if name not in unknown}
-
 
 @torch.no_grad()
-def measure(model: "MusicLM", classifier: AttributeClassifier, clips: ClipSet, settings: Settings) -> list[MetricValue]:
-    """Measure a MusicLM on one set of clips, with a classifier that is fitted to real clips."""
+def measure(
+    model: "MusicLM",
+    classifier: AttributeClassifier,
+    clips: CaptionedClips,
+    settings: Settings,
+    musicnn: MusicNNExtractor | None = None,
+) -> list[MetricValue]:
+    """Measure a MusicLM on one set of clips, with a classifier that is fitted to real clips.
+
+    The names of the sets in the values begin with the name of the clips.
+    """
+    mulan = JointEmbedder(model.mulan_embed_quantizer.mulan, "MuLan")
+    metrics = music_metrics(joint=[mulan], musicnn=musicnn, classifier=classifier)
+    extractors = [extractor for metric in metrics for extractor in metric.extractors]
+    users = [extractor for metric in metrics if metric.uses_training for extractor in metric.extractors]
+    real = ClipSet(f"{clips.name}, real", clips.valid, extract(clips.valid, extractors, settings.seconds))
+    training = ClipSet("training", clips.train, extract(clips.train, users, settings.seconds))
+    sets = [
+        ClipSet(
+            f"{clips.name}, {name}",
+            clips.valid,
+            extract_waves(waves, model.sample_hz, extractors),
+            list(range(len(clips.valid))),
+        )
+        for name, waves in _conditions(model, clips, settings).items()
+    ]
+    values, left_out = evaluate(metrics, sets, real, training)
+    for name, reason in left_out.items():
+        logger.warning("%s: %s", name, reason)
+    labels = LabelAdherence(AttributeFeatures(classifier))
+    best = sets[-1]
+    other = [clips.valid[index] for index in other_clips(len(clips.valid))]
+    controls = [replace(best, name=f"{best.name}, shuffled captions (must be chance)", items=other)]
+    unseen = [index for index, item in enumerate(clips.valid) if item.labels.get("held_out_pair") is True]
+    if unseen:
+        controls += [part.select(unseen, f"{part.name}, pairs unseen in training") for part in (real, *sets)]
+    return [*values, *evaluate([labels], controls)[0], *_code_agreement(model, mulan, clips, real)]
+
+
+def _conditions(model: "MusicLM", clips: CaptionedClips, settings: Settings) -> dict[str, Tensor]:
+    """Return the waves `[b, n]` of every condition; the last one are the best candidates for the captions."""
     waves = load_clips(clips.valid, model.sample_hz, settings.seconds)
     logger.info("%s: generating from %d real clips", clips.name, len(waves))
     from_real = from_audio(model, waves, model.sample_hz, settings.seconds, settings.seed, settings.batch_size)
@@ -100,78 +125,20 @@ def measure(model: "MusicLM", classifier: AttributeClassifier, clips: ClipSet, s
     generations = from_captions(
         model, clips.captions, settings.seconds, settings.num_samples, settings.seed, settings.batch_size
     )
-    conditions = {
-        "real held-out": waves,
-        "codec reconstruction": reconstruct(model.audio_lm.codec, waves, settings.batch_size),
-        "generated from audio (N = 1)": from_real,
-        f"generated from captions (N = {settings.num_samples})": generations.best,
-        "generated from captions (N = 1)": generations.first,
+    return {
+        "codec copies": reconstruct(model.audio_lm.codec, waves, settings.batch_size),
+        "from audio, N = 1": from_real,
+        "from captions, N = 1": generations.first,
+        f"from captions, N = {settings.num_samples}": generations.best,
     }
-    logger.info("%s: attributes, retrieval, codes and novelty", clips.name)
-    return [
-        *_attributes(classifier, clips, conditions, model.sample_hz),
-        *_shuffled(classifier, clips, generations.best, model.sample_hz),
-        *_retrieval_and_codes(model, clips, waves),
-        *_novelty(model, classifier, clips, waves, generations.best),
-    ]
 
 
-def _attributes(
-    classifier: AttributeClassifier, clips: ClipSet, conditions: dict[str, Tensor], sample_hz: int
-) -> list[MetricValue]:
-    """Measure attributes of generated clips, for all held-out captions and for attribute pairs unseen in training."""
-    truth = clips.truth(classifier)
-    metrics = []
-    for condition, waves in conditions.items():
-        metrics += attribute_metrics(f"{clips.name} / {condition}", classifier, waves, sample_hz, truth)
-    unseen = [index for index, item in enumerate(clips.valid) if item.labels.get("held_out_pair") is True]
-    if unseen:
-        rows = {name: [names[index] for index in unseen] for name, names in truth.items()}
-        for condition, waves in conditions.items():
-            name = f"{clips.name}, unseen pairs / {condition}"
-            metrics += attribute_metrics(name, classifier, waves[unseen], sample_hz, rows)
-    return metrics
-
-
-def _shuffled(
-    classifier: AttributeClassifier, clips: ClipSet, generations: Tensor, sample_hz: int
-) -> list[MetricValue]:
-    """Compare each generated clip with the attributes of another caption, as a control experiment."""
-    other = other_clips(len(clips.valid))
-    truth = {name: [names[index] for index in other] for name, names in clips.truth(classifier).items()}
-    return attribute_metrics(
-        f"{clips.name} / shuffled captions", classifier, generations, sample_hz, truth, note="must be chance"
-    )
-
-
-def _retrieval_and_codes(model: "MusicLM", clips: ClipSet, waves: Tensor) -> list[MetricValue]:
-    """Measure how well MuLaN finds clips by their captions, and how often MuLaN codes of captions and clips agree."""
+def _code_agreement(model: "MusicLM", mulan: JointEmbedder, clips: CaptionedClips, real: ClipSet) -> list[MetricValue]:
+    """Measure how often the MuLaN codes of captions and clips agree."""
     quantizer = model.mulan_embed_quantizer
-    audio = audio_latents(quantizer, waves, model.sample_hz)
-    text = text_latents(quantizer, clips.captions)
-    # Equal captions describe each other's clips.
-    relevant = torch.tensor([[caption == other for other in clips.captions] for caption in clips.captions])
-    ranked = retrieval(text @ audio.T, relevant)
-    audio_codes = quantizer.codes_from_latents(audio, "audio")
-    text_codes = quantizer.codes_from_latents(text, "text")
-    return [
-        *ranked.metrics(f"{clips.name} / MuLaN text to audio"),
-        *code_agreement_metrics(f"{clips.name} / text and audio codes agree", audio_codes, text_codes),
-    ]
-
-
-def _novelty(
-    model: "MusicLM", classifier: AttributeClassifier, clips: ClipSet, waves: Tensor, generations: Tensor
-) -> list[MetricValue]:
-    """Measure how similar generated clips and held-out clips are to the nearest training clip, in three embeddings."""
-    mulan = JointEmbedder(model.mulan_embed_quantizer.mulan, "MuLan")
-    embedders: list[Extractor] = [mulan, AttributeFeatures(classifier), MelodySpectrogram()]
-    seconds = waves.shape[-1] / model.sample_hz
-    real = Clips(f"{clips.name}, real held-out", clips.valid, extract(clips.valid, embedders, seconds))
-    training = Clips("training", clips.train, extract(clips.train, embedders, seconds))
-    features = {e.name: list(e(resample(generations, model.sample_hz, e.sample_hz))) for e in embedders}
-    generated = Clips(f"{clips.name}, generated", clips.valid, features)
-    return evaluate([Novelty(embedder) for embedder in embedders], [generated], real, training)[0]
+    audio = quantizer.codes_from_latents(torch.stack(real.of(mulan)), "audio")
+    text = quantizer.codes_from_latents(mulan.texts(clips.captions), "text")
+    return code_agreement_metrics(f"MuLan codes of text and audio agree / {real.name}", audio, text)
 
 
 def main(
@@ -209,12 +176,13 @@ def main(
         "limit": limit,
         **asdict(settings),
     }
+    musicnn = MusicNNExtractor(bundled_musicnn().to(device))
     metrics: list[MetricValue] = []
     for name, folder in folders.items():
-        metrics += measure(musiclm, fitted, ClipSet.load(name, folder, limit), settings)
+        metrics += measure(musiclm, fitted, CaptionedClips.load(name, folder, limit), settings, musicnn)
         # Written after each set, since generation takes long.
-        write_report(out, metrics, report_settings)
-    sys.stdout.write(markdown_table(metrics))
+        write_report(out, metrics, report_settings, comparison_table(metrics))
+    sys.stdout.write(comparison_table(metrics))
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from audiolm_pytorch.saving.modules import load_module, save_module
 from musiclm_pytorch.evaluation.classifier import AttributeClassifier, fit_attribute_classifier
 from musiclm_pytorch.evaluation.clip_features import ClipFeatures
 from musiclm_pytorch.evaluation.clips import labels_of, load_clips
+from musiclm_pytorch.mulan.joint import JointEmbedding
 from musiclm_pytorch.recipes.metrics.generation_metrics import code_agreement_metrics, from_captions, other_clips
-from musiclm_pytorch.recipes.metrics.model_metrics import ClipSet, Settings, measure
+from musiclm_pytorch.recipes.metrics.model_metrics import CaptionedClips, Settings, measure
 
 SAMPLE_HZ = 16_000
 SECONDS = 3.0
@@ -176,6 +177,28 @@ class SignCodec(Codec):
         return ((codes[..., 0] - 32_768) / 32_767)[:, None, :num_samples]
 
 
+class FakeMuLaN(JointEmbedding):
+    """Recognises pitch and tempo of the tones, and their words in captions."""
+
+    config: dict = {}
+
+    def __init__(self) -> None:
+        super().__init__(dim_latent=4, sample_hz=SAMPLE_HZ)
+
+    def get_audio_latents(self, wavs, lengths=None):
+        crossings = (wavs[:, 1:].sign() != wavs[:, :-1].sign()).float().mean(dim=1)
+        envelope = wavs.abs().unfold(1, 400, 400).amax(dim=2)
+        rises = ((envelope[:, 1:] > 2 * envelope[:, :-1]) & (envelope[:, 1:] > 0.02)).sum(dim=1)
+        return self.latents(crossings < 0.08, rises > 8)
+
+    def get_text_latents(self, texts):
+        cello, fast = (torch.tensor([word in text for text in texts]) for word in ("cello", "fast"))
+        return self.latents(cello, fast)
+
+    def latents(self, is_cello, is_fast):
+        return torch.nn.functional.one_hot(2 * is_cello.long() + is_fast.long(), 4).float()
+
+
 class FakeMusicLM:
     """Plays the instrument and tempo of the caption, or of the codes."""
 
@@ -184,9 +207,7 @@ class FakeMusicLM:
 
     def __init__(self) -> None:
         self.mulan_embed_quantizer = self
-        self.mulan = SimpleNamespace(
-            sample_hz=SAMPLE_HZ, get_long_audio_latents=self.audio_latents, get_text_latents=self.text_latents
-        )
+        self.mulan = FakeMuLaN()
         self.audio_lm = self.AudioLM()
 
     class AudioLM:
@@ -203,19 +224,6 @@ class FakeMusicLM:
         return iter(())
 
     buffers = parameters
-
-    def audio_latents(self, waves):
-        crossings = (waves[:, 1:].sign() != waves[:, :-1].sign()).float().mean(dim=1)
-        envelope = waves.abs().unfold(1, 400, 400).amax(dim=2)
-        rises = ((envelope[:, 1:] > 2 * envelope[:, :-1]) & (envelope[:, 1:] > 0.02)).sum(dim=1)
-        return self.latents(crossings < 0.08, rises > 8)
-
-    def text_latents(self, texts):
-        cello, fast = (torch.tensor([word in text for text in texts]) for word in ("cello", "fast"))
-        return self.latents(cello, fast)
-
-    def latents(self, is_cello, is_fast):
-        return torch.nn.functional.one_hot(2 * is_cello.long() + is_fast.long(), 4).float()
 
     def codes_from_latents(self, latents, modality):
         best = latents.argmax(dim=1)
@@ -234,22 +242,21 @@ class FakeMusicLM:
 @pytest.mark.slow
 def test_metrics_of_a_model_that_follows_its_prompts(classifier, tmp_path):
     """A fake model that follows every prompt has accuracy 1, and its shuffled control has not."""
-    clips = ClipSet("toy", written_items(tmp_path, 8, seed=6), written_items(tmp_path, 16, seed=7, held_out_pair=True))
+    clips = CaptionedClips(
+        "toy", written_items(tmp_path, 8, seed=6), written_items(tmp_path, 16, seed=7, held_out_pair=True)
+    )
     settings = Settings(seconds=SECONDS, num_samples=2, batch_size=5)
     metrics = {metric.name: metric for metric in measure(FakeMusicLM(), classifier, clips, settings)}
-    for condition in (
-        "real held-out",
-        "codec reconstruction",
-        "generated from audio (N = 1)",
-        "generated from captions (N = 2)",
-        "generated from captions (N = 1)",
-    ):
-        assert metrics[f"toy / {condition} / instrument"].value == 1.0
-        assert metrics[f"toy, unseen pairs / {condition} / tempo (balanced)"].value == 1.0
-    assert metrics["toy / shuffled captions / instrument"].value < 0.9
-    assert metrics["toy / MuLaN text to audio / R@1"].count == 16
-    assert metrics["toy / text and audio codes agree / level 2"].value == 1.0
-    assert metrics["toy / nearest training clip, melody / generated / mean"].note
+    for condition in ("real", "codec copies", "from audio, N = 1", "from captions, N = 2", "from captions, N = 1"):
+        assert metrics[f"labels / toy, {condition} / instrument, accuracy"].value == 1.0
+        unseen = f"labels / toy, {condition}, pairs unseen in training / tempo, balanced accuracy"
+        assert metrics[unseen].value == 1.0
+    shuffled = "labels / toy, from captions, N = 2, shuffled captions (must be chance) / instrument, accuracy"
+    assert metrics[shuffled].value < 0.9
+    assert metrics["retrieval (MuLan) / toy, from captions, N = 2 / R@1"].count == 4
+    assert metrics["MuLan codes of text and audio agree / toy, real / level 2"].value == 1.0
+    assert "real" in metrics["nearest training clip (melody) / toy, from captions, N = 2 / mean"].note
+    assert metrics["beat / toy, codec copies / onsets follow the real clip"].value > 0.99
 
 
 def test_generations_that_are_not_finite_count_as_silence(classifier, caplog):
