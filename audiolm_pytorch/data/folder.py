@@ -100,6 +100,8 @@ class _Search:
                     folders.append(path)
                 elif entry.is_dir():
                     self.links.append(path)
+                elif path.suffix.lower() in AUDIO_SUFFIXES:
+                    self.rejected[path] = "is not a regular file"
             except OSError as error:
                 self.rejected[path] = f"cannot be read ({error.strerror})"
         return folders

@@ -1,6 +1,7 @@
 """Audio items of a torch `Dataset` of waves."""
 
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def _item(dataset: Any, index: int, path: Path, rate_hz: int | None) -> AudioIte
     rate_hz = example_hz or rate_hz
     if rate_hz is None:
         raise ValueError("the sample rate is not known; give the data set an attribute sample_hz")
-    check_rate(rate_hz)
+    rate_hz = check_rate(int(rate_hz))
     step = max(1, wave.shape[1] // _DIGEST_SAMPLES)
     first, labels = caption_and_labels({"caption": caption})
     digest = digest_of({"shape": list(wave.shape)}, {"samples": wave[:, ::step].contiguous()})
@@ -74,8 +75,8 @@ def _example(example: Any) -> tuple[Tensor, int | None, Any]:
     wave = rearrange(wave, "n -> 1 n") if wave.ndim == 1 else wave
     if wave.ndim != 2 or not wave.numel():
         raise ValueError(f"wave must be [n] or [c, n] and not empty, got shape {list(wave.shape)}")
-    rates_hz = [other for other in others if type(other) is int]
-    captions = [other for other in others if type(other) is not int]
+    rates_hz = [int(other) for other in others if isinstance(other, Integral)]
+    captions = [other for other in others if not isinstance(other, Integral)]
     if len(rates_hz) > 1 or len(captions) > 1:
         raise ValueError(f"an example must be (wave, sample rate, caption), got {len(others)} values beside the wave")
     return wave, rates_hz[0] if rates_hz else None, captions[0] if captions else None

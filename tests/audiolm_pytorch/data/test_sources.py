@@ -69,12 +69,12 @@ def test_links_are_followed_once_and_broken_links_are_named(tmp_path: Path, writ
     (data / "itself").symlink_to(data / "itself")
     (data / "gone.wav").symlink_to(tmp_path / "gone.wav")
     (data / "file.wav").symlink_to(data / "a.wav")
+    os.mkfifo(data / "pipe.wav")
     report = load_items(data)
     assert names_of(report.items, data) == ["a.wav", "again/deep/b.wav", "file.wav"]
     reasons = {item.path.relative_to(data).as_posix(): item.reason for item in report.rejected}
-    assert set(reasons) == {"again/up/data", "again/up/elsewhere", "circle", "gone.wav", "itself", "link"} - {
-        name for name in ("again/up/data", "again/up/elsewhere") if name not in reasons
-    }
+    assert {"circle", "gone.wav", "itself", "link", "pipe.wav"} < set(reasons)
+    assert reasons.pop("pipe.wav") == "is not a regular file"
     assert "are listed already" in reasons["link"] and "are listed already" in reasons["circle"]
     assert "missing file or to itself" in reasons["gone.wav"] and "missing file or to itself" in reasons["itself"]
 
@@ -497,7 +497,7 @@ def test_a_torch_data_set_becomes_items() -> None:
     assert [item.path.name for item in items] == [f"Waves[{index}]" for index in range(4)]
     assert [captions_of(item) for item in items] == [["a low tone"], ["a tone", "another"], [], ["a high tone"]]
     assert all((item.sample_hz, item.num_samples, item.channels) == (16000, 8000, 1) for item in items)
-    assert items == load_items(Waves(), sample_hz=16000).items
+    assert items == load_items(Waves(), sample_hz=16000).items == load_items(Waves(np.int64(16000))).items
     assert items_digest(items) != items_digest(items[:3]) != items_digest([*items[:2], items[3]])
 
 
