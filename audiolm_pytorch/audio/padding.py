@@ -16,7 +16,8 @@ def checked_lengths(lengths: Tensor, wave: Tensor) -> Tensor:
             f"lengths must be {wave.shape[0]} integers, one per item of the batch, got {lengths.dtype} with shape "
             f"{list(lengths.shape)}"
         )
-    if lengths.numel() and not 1 <= int(lengths.min()) <= int(lengths.max()) <= wave.shape[-1]:
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # then values are not known
+    if not is_traced and lengths.numel() and not 1 <= int(lengths.min()) <= int(lengths.max()) <= wave.shape[-1]:
         raise ValueError(f"lengths must lie in 1..{wave.shape[-1]} (samples of the wave), got {lengths.tolist()}")
     return lengths.to(wave.device, torch.long)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from audiolm_pytorch.audio.units import frames_covering
 from audiolm_pytorch.audio.waves import checked_wave
 from audiolm_pytorch.codecs.streaming import DecoderStream, EncoderStream
+from audiolm_pytorch.nn.module_state import is_traced
 from audiolm_pytorch.saving.modules import SavedModule
 
 __all__ = ["Codec", "EncodedWave", "StreamingCodec"]
@@ -109,7 +110,7 @@ class Codec(SavedModule, ABC):
             )
         if codes.is_floating_point() or codes.dtype == torch.bool:
             raise ValueError(f"codes must be integers, got {codes.dtype}; convert them with .long()")
-        if codes.numel() and (codes.min() < 0 or codes.max() >= self.codebook_size):
+        if not is_traced() and codes.numel() and (codes.min() < 0 or codes.max() >= self.codebook_size):
             raise ValueError(
                 f"codes must lie in 0..{self.codebook_size - 1}, got {int(codes.min())}..{int(codes.max())}; remove "
                 "padding (-1) first"

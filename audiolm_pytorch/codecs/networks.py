@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from audiolm_pytorch.nn.module_state import is_traced
 from audiolm_pytorch.nn.streaming import FrameStream, StreamState
 from audiolm_pytorch.saving.modules import SavedModule
 
@@ -33,7 +34,8 @@ class WaveEncoder(_WaveNetwork):
 
     def forward(self, wave: Tensor, mask: Tensor | None = None) -> Tensor:
         """Encode waves `[b, c, n]`, n a multiple of `downsample_factor`; `mask [b, f]` is False for padding frames."""
-        return self._encode(wave, mask, None) if torch.is_grad_enabled() else self.stream(mask).push_last(wave)
+        is_whole = torch.is_grad_enabled() or is_traced()
+        return self._encode(wave, mask, None) if is_whole else self.stream(mask).push_last(wave)
 
     def stream(self, mask: Tensor | None = None) -> FrameStream:
         """Create a stream that encodes chunks `[b, c, n]` of any length; `mask [b, f]` covers the whole wave."""
@@ -67,7 +69,8 @@ class WaveDecoder(_WaveNetwork):
 
     def forward(self, frames: Tensor) -> Tensor:
         """Decode frames `[b, f, d]` to waves `[b, c, f * upsample_factor]`."""
-        return self._decode(frames, None) if torch.is_grad_enabled() else self.stream().push_last(frames)
+        is_whole = torch.is_grad_enabled() or is_traced()
+        return self._decode(frames, None) if is_whole else self.stream().push_last(frames)
 
     def stream(self) -> FrameStream:
         """Create a stream that decodes chunks of frames to waves."""

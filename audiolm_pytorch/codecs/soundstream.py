@@ -19,6 +19,7 @@ from audiolm_pytorch.codecs.quantizers import FrameQuantizer, ResidualQuantizer,
 from audiolm_pytorch.codecs.spectral import SpectralDecoder, SpectralEncoder
 from audiolm_pytorch.codecs.streaming import DecoderStream, EncoderStream
 from audiolm_pytorch.nn.film import FiLM
+from audiolm_pytorch.nn.module_state import is_traced
 from audiolm_pytorch.saving.fingerprint import fingerprint_of
 from audiolm_pytorch.saving.modules import load_module, module_spec, register
 
@@ -204,6 +205,9 @@ class SoundStream(StreamingCodec):
         `denoise`, one bool for all items or a bool tensor `[b]`, is True to remove noise from the encoded sound.
         """
         wave = self._check_wave(wave, lengths)
+        if is_traced() and lengths is None:
+            whole_frames = F.pad(wave, (0, -wave.shape[-1] % self.downsample_factor))
+            return self.quantizer.encode(self._condition(self.encoder(whole_frames), denoise))
         if lengths is None:
             return self._encoder_stream(None, denoise).encode_checked(wave)
         lengths = rearrange(checked_lengths(lengths, wave), "b -> b 1")
@@ -218,6 +222,8 @@ class SoundStream(StreamingCodec):
         """Decode codes as `Codec.decode_from_codebook_indices` does, with little memory in addition to the waves."""
         codes = self._check_codes(codes)
         self._check_num_samples(num_samples, codes.shape[1])
+        if is_traced():
+            return self.decoder(self.quantizer.decode(codes))[..., :num_samples]
         return self.decoder_stream().decode_checked(codes)[..., :num_samples]
 
     def encoder_stream(self, denoise: bool | Tensor = False) -> EncoderStream:

@@ -53,17 +53,18 @@ class ConvNeXtBlock(nn.Module):
 class _SpectralNetwork(nn.Module):
     """Base class of `SpectralEncoder` and `SpectralDecoder`, with STFT window, ConvNeXt blocks and final norm."""
 
-    window: Tensor
-
     def __init__(
         self, embed: nn.Module, *, dim: int, depth: int, hop_samples: int, window_samples: int, channels: int
     ) -> None:
         super().__init__()
         self.hop_samples, self.window_samples, self.channels = hop_samples, window_samples, channels
-        self.register_buffer("window", torch.hann_window(window_samples), persistent=False)
         self.embed = embed
         self.blocks = nn.ModuleList([ConvNeXtBlock(dim) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim)
+
+    def _window(self, device: torch.device) -> Tensor:
+        """Return the STFT window; a buffer would lose its precision together with the weights."""
+        return torch.hann_window(self.window_samples, dtype=torch.float32, device=device)
 
     def _budget_frames(self) -> int:
         return _CHUNK_FRAMES
@@ -128,7 +129,7 @@ class SpectralEncoder(_SpectralNetwork, WaveEncoder):
         self.dim, self.downsample_factor, self.lookahead_frames = dim, hop_samples, self._reach_frames(depth)
 
     def _encode(self, wave: Tensor, mask: Tensor | None, state: StreamState | None) -> Tensor:
-        x = _masked(self.embed(self.features(wave)), mask)
+        x = _masked(self.embed(self.features(wave).to(self.norm.weight.dtype)), mask)
         for block in self.blocks:
             x = block(x, mask)
         return _masked(self.norm(x), mask)
@@ -139,11 +140,12 @@ class SpectralEncoder(_SpectralNetwork, WaveEncoder):
             # With same-padding, frame k is centred on samples [k * hop, (k + 1) * hop).
             pad = (self.window_samples - self.hop_samples) // 2
             padded = F.pad(rearrange(wave.float(), "b c n -> (b c) n"), (pad, pad))
+            window = self._window(wave.device)
             spectrum = torch.stft(
-                padded, self.window_samples, self.hop_samples, window=self.window, center=False, return_complex=True
+                padded, self.window_samples, self.hop_samples, window=window, center=False, return_complex=True
             )
             # The peak of a full-scale sine is half the window's sum; the division brings it near 1 for any window.
-            magnitude = spectrum.abs() * (2.0 / self.window.sum())
+            magnitude = spectrum.abs() * (2.0 / window.sum())
             log_magnitude = magnitude.clamp(min=self.magnitude_floor).log()
         return rearrange((log_magnitude - _LOG_CENTRE) / _LOG_SCALE, "(b c) bins f -> b f (c bins)", c=self.channels)
 
@@ -186,13 +188,15 @@ class SpectralDecoder(_SpectralNetwork, WaveDecoder):
                 head.float(), "b f (c two bins) -> two (b c) bins f", two=2, c=self.channels
             )
             spectrum = torch.polar(log_magnitude.exp().clamp(max=_MAX_MAGNITUDE), phase)
-            return rearrange(self._overlap_add(spectrum), "(b c) n -> b c n", c=self.channels)
+            wave = self._overlap_add(spectrum).to(self.norm.weight.dtype)
+            return rearrange(wave, "(b c) n -> b c n", c=self.channels)
 
     def _overlap_add(self, spectrum: Tensor) -> Tensor:
         """Compute waves `[b, f * hop]` of an STFT `[b, bins, f]` by overlap-add and division by the window envelope."""
         hop, window_samples, num_frames = self.hop_samples, self.window_samples, spectrum.shape[-1]
-        frames = torch.fft.irfft(spectrum, n=window_samples, dim=1) * rearrange(self.window, "w -> w 1")
-        squares = (self.window**2).view(1, -1, 1).expand(1, -1, num_frames)
+        window = self._window(spectrum.device)
+        frames = torch.fft.irfft(spectrum, n=window_samples, dim=1) * rearrange(window, "w -> w 1")
+        squares = (window**2).view(1, -1, 1).expand(1, -1, num_frames)
         size = (1, (num_frames - 1) * hop + window_samples)
         wave, envelope = (
             F.fold(x, output_size=size, kernel_size=(1, window_samples), stride=(1, hop))[:, 0, 0]

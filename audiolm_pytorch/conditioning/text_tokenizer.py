@@ -9,6 +9,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from audiolm_pytorch.nn.module_state import is_traced
+from audiolm_pytorch.saving.tokenizer_json import rust_errors, tokenizer_of_json
+
 __all__ = ["PADDING", "TextTokenizer", "ids_of"]
 
 logger = logging.getLogger(__name__)
@@ -61,10 +64,7 @@ class TextTokenizer:
     @beartype
     def from_json(cls, text: str, *, special_tokens: bool = False) -> "TextTokenizer":
         """Build a tokenizer from the string that `to_json` returned."""
-        try:
-            return cls(Tokenizer.from_str(text), special_tokens=special_tokens)
-        except Exception as error:  # `tokenizers` raises bare Exception
-            raise ValueError(f"the text is not a tokenizer in JSON ({error}); pass the result of to_json") from error
+        return cls(tokenizer_of_json(text), special_tokens=special_tokens)
 
     def to_json(self) -> str:
         """Return the tokenizer as a JSON string for `from_json`."""
@@ -97,7 +97,8 @@ class TextTokenizer:
         empty = [index for index, text in enumerate(cleaned) if not text]
         if empty:
             raise ValueError(f"text {empty[0]} of {len(cleaned)} is empty; every text needs at least one word")
-        encodings = self._tokenizer.encode_batch(cleaned, add_special_tokens=False)
+        with rust_errors("the tokenizer cannot encode these texts"):
+            encodings = self._tokenizer.encode_batch(cleaned, add_special_tokens=False)
         num_special = self.num_special_tokens
         longest = num_special + max(map(len, encodings))
         if max_tokens is not None and longest > max_tokens:
@@ -122,13 +123,18 @@ def ids_of(texts: str | Sequence[str] | Tensor, tokenizer: TextTokenizer, num_to
     """
     if isinstance(texts, Tensor):
         return _checked_ids(texts, num_tokens, max_tokens)
-    return tokenizer.encode([texts] if isinstance(texts, str) else texts, max_tokens)
+    ids = tokenizer.encode([texts] if isinstance(texts, str) else texts, max_tokens)
+    if int(ids.max()) >= num_tokens:
+        raise ValueError(f"the tokenizer returned the id {int(ids.max())}, but the text encoder has {num_tokens} ids")
+    return ids
 
 
 def _checked_ids(ids: Tensor, num_tokens: int, max_tokens: int) -> Tensor:
     """Check that each row of ids `[b, t]` has one or more ids in [0, num_tokens), followed only by -1."""
     if ids.ndim != 2 or ids.is_floating_point() or ids.shape[1] > max_tokens:
         raise ValueError(f"text ids must be integers [b, t] with t <= {max_tokens}, got {ids.dtype} {tuple(ids.shape)}")
+    if is_traced():
+        return ids.long()
     if ids.numel() == 0 or not (ids >= 0).any(dim=1).all():
         raise ValueError("got a row of text ids that are all -1 (padding); pass at least one id per text")
     if int(ids.max()) >= num_tokens or int(ids.min()) < PADDING:

@@ -58,7 +58,7 @@ def attend(
         is_causal: If True, row i attends to keys 0..i, and `bias` must be None.
         scale: Factor of the inner products of queries and keys; None = `d ** -0.5`.
     """
-    shared = queries.shape[1] != keys.shape[1]
+    shared = bool(queries.shape[1] != keys.shape[1])  # in a trace, sizes are tensors
     scale = queries.shape[-1] ** -0.5 if scale is None else scale
     num_rows, width = queries.shape[2], values.shape[-1]
     if queries.device.type != "cpu" or queries.dtype != torch.bfloat16 or num_rows > _PLAIN_PRODUCT_MAX_ROWS:

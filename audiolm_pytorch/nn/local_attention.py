@@ -7,6 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from audiolm_pytorch.nn.layers import GatedFeedForward, RMSNorm
+from audiolm_pytorch.nn.module_state import is_traced
 from audiolm_pytorch.nn.positions import RotaryPositions, rotate
 from audiolm_pytorch.nn.streaming import StreamState
 
@@ -47,6 +48,8 @@ class LocalAttention(nn.Module):
             state.keep(self, memory[:, :, :, max(0, memory.shape[3] - self.window + 1) :])
         # chunks of `window` queries with their keys, so that memory grows linearly with the length
         num_past = memory.shape[3] - queries.shape[2]
+        if is_traced():  # the number of chunks would become a constant
+            return self.to_out(rearrange(self._attend(queries, *memory), "b h f d -> b f (h d)"))
         outputs = []
         for start in range(0, queries.shape[2], self.window):
             chunk = queries[:, :, start : start + self.window]
@@ -57,12 +60,12 @@ class LocalAttention(nn.Module):
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Attend from queries `[b, h, n, d]` of the last n frames to keys `[b, h, m, d]` of all m frames."""
         key_positions = torch.arange(keys.shape[2], device=keys.device)
-        query_positions = key_positions[-queries.shape[2] :]
+        query_positions = key_positions[keys.shape[2] - queries.shape[2] :]
         distance = rearrange(query_positions, "n -> n 1") - key_positions
         cos, sin = self.positions(key_positions)
-        num_queries = len(query_positions)
+        num_past = keys.shape[2] - queries.shape[2]
         return F.scaled_dot_product_attention(
-            rotate(queries, cos[-num_queries:], sin[-num_queries:]),
+            rotate(queries, cos[num_past:], sin[num_past:]),
             rotate(keys, cos, sin),
             values,
             attn_mask=(distance >= 0) & (distance < self.window),

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-__all__ = ["device_of", "eval_mode"]
+__all__ = ["device_of", "eval_mode", "is_traced"]
 
 _lock, _num_users = RLock(), WeakKeyDictionary[nn.Module, int]()  # number of `with` blocks that a module is in
 
@@ -18,6 +18,11 @@ def device_of(module: nn.Module) -> torch.device:
     """Device of the first parameter or buffer of a module; the CPU if the module has none."""
     tensors = chain(module.parameters(), module.buffers())
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+def is_traced() -> bool:
+    """Whether the caller is compiled, exported or traced, so that code must not depend on values of tensors."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 @contextmanager

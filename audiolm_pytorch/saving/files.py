@@ -214,7 +214,7 @@ def open_weights(path: str | Path) -> Iterator[WeightsFile]:
         raise ValueError(f"{path} is not a readable safetensors file: {one_line(error)}") from error
 
 
-def one_line(error: Exception, max_letters: int = 300) -> str:
+def one_line(error: BaseException, max_letters: int = 300) -> str:
     """Return type and message of an error as one line of printable letters."""
     text = "".join(letter if letter.isprintable() else " " for letter in f"{type(error).__name__}: {error}"[:2000])
     return " ".join(text.split())[:max_letters]

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from audiolm_pytorch.saving.files import read_json
+from audiolm_pytorch.saving.tokenizer_json import rust_errors, tokenizer_of_json
 
 __all__ = [
     "LoadedModel",
@@ -190,17 +191,21 @@ def load_tokenizer(source: str | Path, **hub: Any) -> Tokenizer:
     # Without a vocabulary, transformers makes an empty tokenizer and does not warn.
     if not any((folder / name).is_file() for name in _VOCABULARIES):
         raise ValueError(f"{folder} has no tokenizer; the folder needs one of the files {_VOCABULARIES}")
+    # The file is checked before transformers reads it. Alone, without other files, it is a whole tokenizer.
+    own_file = folder / "tokenizer.json"
+    own = tokenizer_of_json(own_file.read_text(encoding="utf-8")) if own_file.is_file() else None
     try:
-        loaded = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        tokenizer = Tokenizer.from_str(loaded.backend_tokenizer.to_str())
-    except Exception as error:
+        with rust_errors(f"transformers cannot read the tokenizer in {folder}"):
+            options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+            loaded = transformers.AutoTokenizer.from_pretrained(str(folder), **options)
+            return tokenizer_of_json(loaded.backend_tokenizer.to_str())
+    except ValueError as error:
+        if own is not None:
+            return own
         raise ValueError(
             f"the tokenizer in {folder} cannot be read ({_one_line(error)}); save it as tokenizer.json with "
             "save_pretrained of a fast tokenizer"
         ) from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def model_of(settings: Mapping[str, Any], model_classes: Mapping[str, str]) -> nn.Module:

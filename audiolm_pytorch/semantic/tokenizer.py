@@ -9,6 +9,7 @@ from torch import Tensor
 
 from audiolm_pytorch.audio.padding import checked_lengths
 from audiolm_pytorch.nn.kmeans import nearest_centroid
+from audiolm_pytorch.nn.module_state import is_traced
 from audiolm_pytorch.saving.fingerprint import digest_of, part_fingerprint
 from audiolm_pytorch.saving.modules import module_spec, register
 from audiolm_pytorch.semantic.base import FrameEncoder, SemanticTokenizer
@@ -104,7 +105,7 @@ class KMeansTokenizer(SemanticTokenizer):
     @torch.no_grad()
     def forward(self, wave: Tensor, input_sample_hz: int | None = None, lengths: Tensor | None = None) -> Tensor:
         """Tokenize waves; see `SemanticTokenizer`."""
-        if self.centroids[:1, :1].isnan().any():
+        if not is_traced() and self.centroids[:1, :1].isnan().any():
             raise RuntimeError(
                 "this tokenizer has no centroids; fit centroids with KMeansTrainer, or load a saved tokenizer"
             )

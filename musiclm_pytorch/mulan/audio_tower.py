@@ -1,6 +1,5 @@
 """MuLan's audio tower: a transformer over patches of log spectrograms, for clips of any length."""
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -115,7 +114,7 @@ class AudioSpectrogramTransformer(SavedModule):
 
     def _num_patches(self, size: int) -> int:
         """Return how many patches (at least one) cover `size` bins or frames along one axis."""
-        return 1 + max(0, math.ceil((size - self.patch_size) / self.patch_stride))
+        return 1 + max(0, -(-(size - self.patch_size) // self.patch_stride))
 
     def _patches(self, image: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Embed patches as `[b, t, d]`; also return positions `[b, t, 2]` (time, frequency) and the mask `[b, t]`."""

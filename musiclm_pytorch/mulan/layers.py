@@ -10,6 +10,7 @@ from beartype import beartype
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
+from audiolm_pytorch.nn.module_state import is_traced
 from audiolm_pytorch.nn.transformer import Transformer
 
 __all__ = ["LayerContrast", "LayerHeads", "pooled_layers", "token_means"]
@@ -32,7 +33,7 @@ def pooled_layers(
     """
     states = encoder.hidden_states(
         tokens,
-        None if bool(mask.all()) else mask,
+        mask if is_traced() or not bool(mask.all()) else None,
         positions=positions,
         layers=[None if layer == encoder.depth else layer for layer in layers],
     )

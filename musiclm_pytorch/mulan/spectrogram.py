@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.audio.mel import MelSpectrogram
 from audiolm_pytorch.audio.padding import length_mask
+from audiolm_pytorch.nn.module_state import is_traced
 
 __all__ = ["LogSpectrogram", "SpecAugment", "log_spectrogram"]
 
@@ -43,7 +44,8 @@ class LogSpectrogram(nn.Module):
             real = length_mask(lengths, wavs.shape[-1])
             # Padding with zeros, not by reflection, does not depend on the length of the batch.
             left = self.n_fft // 2
-            whole = int(num_frames.max()) * self.hop_length
+            longest = -(-wavs.shape[-1] // self.hop_length) if is_traced() else int(num_frames.max())
+            whole = longest * self.hop_length
             padded = F.pad(wavs.float().masked_fill(~real, 0.0), (left, whole - wavs.shape[-1] + self.n_fft - left - 1))
             if self.mel is not None:
                 magnitudes = self.mel(padded)
@@ -51,7 +53,7 @@ class LogSpectrogram(nn.Module):
                 window = torch.hann_window(self.win_length, dtype=torch.float32, device=wavs.device)
                 sizes = self.n_fft, self.hop_length, self.win_length
                 magnitudes = torch.stft(padded, *sizes, window, center=False, return_complex=True).abs()
-            return torch.log(magnitudes[..., : int(num_frames.max())] + _LOG_FLOOR), num_frames
+            return torch.log(magnitudes[..., :longest] + _LOG_FLOOR), num_frames
 
     def standardise(self, logs: Tensor, num_frames: Tensor) -> Tensor:
         """Normalise each spectrogram of `[b, bins, f]` to mean 0 and standard deviation 1; padding frames become 0.

@@ -102,7 +102,7 @@ class ResidualLevels(FrameQuantizer):
         num_levels = self.draw_num_levels(frames.device) if num_levels is None else num_levels
         with torch.autocast(frames.device.type, enabled=False):
             quantized, codes, loss = self._quantize_in_training(self._project(frames), num_levels)
-            quantized = self.rvq.project_out(quantized)
+            quantized = self._unproject(quantized)
         return Quantized(quantized, F.pad(codes, (0, self.num_quantizers - num_levels), value=-1), loss)
 
     def draw_num_levels(self, device: torch.device) -> int:
@@ -128,12 +128,12 @@ class ResidualLevels(FrameQuantizer):
             for level, column in enumerate(codes.unbind(dim=-1)):
                 code = F.embedding(column, self.codebook(level))
                 total = code if level == 0 else total + code
-            return self.rvq.project_out(total)
+            return self._unproject(total)
 
     def bypass(self, frames: Tensor) -> Tensor:
         """Project frames `[b, f, d]` to the space of the code vectors and back, without quantization."""
         with torch.autocast(frames.device.type, enabled=False):
-            return self.rvq.project_out(self._project(frames))
+            return self._unproject(self._project(frames))
 
     def code_statistics(self, frames: Tensor, codes: Tensor, temperature: float) -> CodeStatistics:
         """Compare frames `[b, f, d]` with codes `[b, f, q']` that they should have, level by level.
@@ -168,7 +168,12 @@ class ResidualLevels(FrameQuantizer):
     def _project(self, frames: Tensor) -> Tensor:
         """Project frames `[..., d]` to the space of the code vectors, `[..., codebook_dim]`."""
         with torch.autocast(frames.device.type, enabled=False):
-            return self.rvq.project_in(frames.float())
+            return self.rvq.project_in(frames.to(self.codebook(0).dtype)).float()
+
+    def _unproject(self, codes: Tensor) -> Tensor:
+        """Project vectors `[..., codebook_dim]` back to frames `[..., d]`, in the precision of the weights."""
+        frames: Tensor = self.rvq.project_out(codes.to(self.codebook(0).dtype))
+        return frames
 
     def _mean_code(self) -> Tensor:
         """Mean code vector `[codebook_dim]`, which represents a frame without codes."""

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.audio.mel import MelSpectrogram
 from audiolm_pytorch.audio.padding import checked_lengths, length_mask
-from audiolm_pytorch.audio.units import frames_covering
 from audiolm_pytorch.audio.waves import mono_waves
+from audiolm_pytorch.nn.module_state import is_traced
 
 __all__ = ["StackedLogMel"]
 
@@ -68,13 +68,13 @@ class StackedLogMel(nn.Module):
                 f"a wave of {num_samples} samples is shorter than one token: at least {self.downsample_factor} samples "
                 f"at {self.sample_hz} Hz are needed; pass a longer wave"
             )
-        return frames_covering(num_samples, self.downsample_factor)
+        return -(-num_samples // self.downsample_factor)
 
     def checked_lengths(self, wave: Tensor, lengths: Tensor | None) -> Tensor:
         """Return the lengths of the items in samples, `[b]` int64; raise a ValueError if an item is too short."""
         whole = torch.full(wave.shape[:1], wave.shape[1], device=wave.device)
         lengths = checked_lengths(whole if lengths is None else lengths, wave)
-        self.num_frames(int(lengths.min()) if len(lengths) else wave.shape[1])
+        self.num_frames(wave.shape[1] if is_traced() or not len(lengths) else int(lengths.min()))
         return lengths
 
     def log_mel(self, wave: Tensor, lengths: Tensor) -> Tensor:
