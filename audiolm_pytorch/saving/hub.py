@@ -193,8 +193,10 @@ def load_tokenizer(source: str | Path, **hub: Any) -> Tokenizer:
         raise ValueError(f"{folder} has no tokenizer; the folder needs one of the files {_VOCABULARIES}")
     # The file is checked before transformers reads it. Alone, without other files, it is a whole tokenizer.
     own_file = folder / "tokenizer.json"
-    own = tokenizer_of_json(own_file.read_text(encoding="utf-8")) if own_file.is_file() else None
+    own = None
     try:
+        if own_file.is_file():
+            own = tokenizer_of_json(own_file.read_text(encoding="utf-8"))
         with rust_errors(f"transformers cannot read the tokenizer in {folder}"):
             options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
             loaded = transformers.AutoTokenizer.from_pretrained(str(folder), **options)
