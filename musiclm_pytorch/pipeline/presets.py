@@ -173,10 +173,10 @@ _TINY = Preset(
         dim=192, depth=4, heads=3, layer=3, num_clusters=512, run=RunConfig(1200, 16, 5.0, 1e-3)
     ),
     mulan=MuLaNConfig(
-        dim=192, depth=4, heads=3, num_mels=64, n_fft=1024, text_vocab_size=1024, text_max_tokens=64,
-        patch_dropout=0.25, run=RunConfig(800, 64, 5.0, 7e-4),
+        dim=256, depth=4, heads=4, num_mels=64, n_fft=1024, text_vocab_size=2048, text_max_tokens=96,
+        patch_dropout=0.25, caption_dropout=0.1, run=RunConfig(1200, 64, 5.0, 7e-4),
     ),
-    quantizer=QuantizerConfig(num_quantizers=12, codebook_size=8),
+    quantizer=QuantizerConfig(num_quantizers=12, codebook_size=16),
     semantic=_TINY_STAGE,
     coarse=replace(
         _TINY_STAGE, dim=192, heads=3, run=RunConfig(3000, 16, 5.0, 1e-3), temperature=0.95, guidance_scale=1.5,
