@@ -237,8 +237,10 @@ def _metrics(command: "EvaluateMusic", device: "torch.device") -> "list[Metric]"
         classifier=fitted,
         tokens=SemanticTokens(tokenizer_named(command.tokenizer, device)) if command.training is not None else None,
     )
-    selected = [metric for metric in metrics if not command.metrics or any(n in metric.name for n in command.metrics)]
+    usable = [metric for metric in metrics if command.training is not None or not metric.uses_training]
+    selected = [metric for metric in usable if not command.metrics or any(n in metric.name for n in command.metrics)]
     if not selected:
-        names = ", ".join(metric.name for metric in metrics)
-        raise ValueError(f"--metrics {' '.join(command.metrics)}: no metric has such a name; there are {names}")
+        names = ", ".join(metric.name for metric in usable)
+        hint = "" if command.training is not None else "; more with --training"
+        raise ValueError(f"--metrics {' '.join(command.metrics)}: no metric has such a name; there are {names}{hint}")
     return selected
