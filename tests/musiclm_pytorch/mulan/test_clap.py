@@ -154,8 +154,8 @@ def test_alone_in_batch_and_padded_are_the_same(clap):
     for row, text in enumerate(TEXTS):
         for form in (text, [text], F.pad(clap.tokenize(text), (0, 3), value=-1)):
             torch.testing.assert_close(clap.get_text_latents(form)[0], texts[row], rtol=0, atol=1e-5)
-    for bad in (torch.full((1, 900), float("nan")), torch.zeros(900), torch.zeros(1, 0)):
-        with pytest.raises(ValueError, match="wave"):
+    for bad in (torch.full((1, 900), float("nan")), torch.zeros(1, 2, 900), torch.zeros(1, 0)):
+        with pytest.raises(ValueError, match="wav"):
             clap.get_audio_latents(bad)
     with pytest.raises(ValueError, match="empty"):
         clap.get_text_latents(" ")

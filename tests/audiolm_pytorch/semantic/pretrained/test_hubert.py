@@ -253,8 +253,7 @@ def test_what_cannot_be_is_one_line_with_the_mend(published, tokenizer, tmp_path
         (opening(kmeans_path, checkpoint), "is a torch checkpoint, not a k-means; check the order of the two paths"),
         (lambda: tokenizer(torch.zeros(1, 399)), "399 samples is too short: a frame needs 400.*longer wave"),
         (lambda: tokenizer(torch.zeros(1, 1000), input_sample_hz=44_100), "363 samples is too short"),
-        (lambda: tokenizer(torch.zeros(1000)), r"must be float \[b, n\].*batch axis"),
-        (lambda: tokenizer(torch.zeros(1, 2, 1000)), "mix channels down"),
+        (lambda: tokenizer(torch.zeros(1, 2, 1000)), "mix the channels down"),
         (lambda: tokenizer(torch.full((1, 1000), torch.nan)), "NaN"),
     ]:
         with pytest.raises(ValueError, match=message) as caught:

@@ -317,7 +317,7 @@ def test_bad_waves_are_refused(models):
     """Wrong inputs raise an error instead of giving plausible features."""
     encoder = TransformersEncoder(LoadedModel(models["hubert"]))
     for wave, lengths, layer, message in [
-        (torch.zeros(800), None, None, r"\[b, n\]"),
+        (torch.zeros(1, 2, 800), None, None, r"\[b, n\]"),
         (torch.zeros(1, 800, dtype=torch.int64), None, None, "float"),
         (torch.zeros(0, 800), None, None, "not empty"),
         (torch.full((1, 800), torch.nan), None, None, "NaN"),
