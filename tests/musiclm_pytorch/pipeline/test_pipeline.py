@@ -194,7 +194,7 @@ def test_folder_of_another_run_is_refused(micro_data, micro_run, tmp_path):
         "preset.fine.depth: found 1, expected 2": Pipeline(
             replace(MICRO, fine=replace(MICRO.fine, depth=2)), data=micro_data, out=run
         ),
-        "num_files: found 10, expected 8": Pipeline(MICRO, data=write_clips(tmp_path / "other", 8), out=run),
+        "data: found 10 files, .* expected 8 files": Pipeline(MICRO, data=write_clips(tmp_path / "other", 8), out=run),
     }
     for difference, pipeline in others.items():
         with pytest.raises(ValueError, match=f"contains a run with other settings.*{difference}.*another folder"):
