@@ -35,7 +35,7 @@ def named_tags(text: str, tags: tuple[str, ...] = INSTRUMENT_TAGS) -> list[str]:
 class InstrumentTags(Metric):
     """Share of (clip, requested instrument) whose tag is above its mean over the clips that do not request it.
 
-    The requested instrument is the label `instrument`, or if there is none, each instrument named in the caption.
+    The requested instrument is the label `instrument`; without this label, it is each instrument in the caption.
     """
 
     name = "musicnn tags"
