@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.codecs.networks import WaveDecoder, WaveEncoder
 from audiolm_pytorch.nn.local_attention import LocalTransformer
+from audiolm_pytorch.nn.module_state import check_positive
 from audiolm_pytorch.nn.streaming import StreamState
 from audiolm_pytorch.saving.modules import constructor_arguments, register
 
@@ -149,6 +150,7 @@ class _ConvNetwork(nn.Module, ABC):
     ) -> None:
         self.config = {**constructor_arguments(locals()), "strides": list(strides)}
         super().__init__()
+        check_positive(channels=channels, base_dim=base_dim, strides=strides, dim=dim)
         self.channels, self._samples_per_frame = channels, math.prod(strides)
         self._build([base_dim * 2**level for level in range(len(strides) + 1)], list(strides), dim)
 

@@ -19,7 +19,7 @@ from audiolm_pytorch.codecs.quantizers import FrameQuantizer, ResidualQuantizer,
 from audiolm_pytorch.codecs.spectral import SpectralDecoder, SpectralEncoder
 from audiolm_pytorch.codecs.streaming import DecoderStream, EncoderStream
 from audiolm_pytorch.nn.film import FiLM
-from audiolm_pytorch.nn.module_state import is_traced
+from audiolm_pytorch.nn.module_state import check_positive, is_traced
 from audiolm_pytorch.saving.fingerprint import fingerprint_of
 from audiolm_pytorch.saving.modules import load_module, module_spec, register
 
@@ -87,6 +87,8 @@ class SoundStream(StreamingCodec):
         denoising: FiLM | None = None,
     ) -> None:
         super().__init__()
+        check_positive(codebook_dim=codebook_dim, channels=channels, rq_num_quantizers=rq_num_quantizers)
+        check_positive(codebook_size=codebook_size, rq_groups=rq_groups)
         conv: dict[str, Any] = dict(channels=audio_channels, base_dim=channels, strides=strides, dim=codebook_dim)
         conv |= dict(attn_window_size=attn_window_size, attn_depth=attn_depth)
         self.encoder: WaveEncoder = encoder or ConvEncoder(**conv)

@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from audiolm_pytorch.codecs.networks import WaveDecoder, WaveEncoder
+from audiolm_pytorch.nn.module_state import check_positive
 from audiolm_pytorch.nn.streaming import StreamState
 from audiolm_pytorch.saving.modules import register
 
@@ -57,6 +58,7 @@ class _SpectralNetwork(nn.Module):
         self, embed: nn.Module, *, dim: int, depth: int, hop_samples: int, window_samples: int, channels: int
     ) -> None:
         super().__init__()
+        check_positive(dim=dim, channels=channels)
         self.hop_samples, self.window_samples, self.channels = hop_samples, window_samples, channels
         self.embed = embed
         self.blocks = nn.ModuleList([ConvNeXtBlock(dim) for _ in range(depth)])
@@ -76,6 +78,7 @@ class _SpectralNetwork(nn.Module):
 
 
 def _checked_window(hop_samples: int, window_samples: int | None) -> int:
+    check_positive(hop_samples=hop_samples)
     window_samples = window_samples or hop_samples * 4
     if window_samples < hop_samples or (window_samples - hop_samples) % 2:
         raise ValueError(
@@ -121,6 +124,7 @@ class SpectralEncoder(_SpectralNetwork, WaveEncoder):
     ) -> None:
         if not 0 < magnitude_floor < 1:
             raise ValueError(f"magnitude_floor must be above 0 and below 1 (full scale), got {magnitude_floor}")
+        check_positive(dim=dim, channels=channels)
         window_samples = _checked_window(hop_samples, window_samples)
         sizes = dict(dim=dim, depth=depth, hop_samples=hop_samples, window_samples=window_samples)
         super().__init__(nn.Linear(channels * (window_samples // 2 + 1), dim), channels=channels, **sizes)

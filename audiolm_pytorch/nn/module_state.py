@@ -1,6 +1,6 @@
-"""The device of a module, and a context manager for eval mode."""
+"""The device of a module, a context manager for eval mode, and a check of sizes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from threading import RLock
@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-__all__ = ["device_of", "eval_mode", "is_traced"]
+__all__ = ["check_positive", "device_of", "eval_mode", "is_traced"]
 
 _lock, _num_users = RLock(), WeakKeyDictionary[nn.Module, int]()  # number of `with` blocks that a module is in
 
@@ -18,6 +18,14 @@ def device_of(module: nn.Module) -> torch.device:
     """Device of the first parameter or buffer of a module; the CPU if the module has none."""
     tensors = chain(module.parameters(), module.buffers())
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+def check_positive(**sizes: int | Sequence[int]) -> None:
+    """Check that each size of a module, or each of its sizes, is at least 1; the ValueError names the argument."""
+    for name, value in sizes.items():
+        values = [value] if isinstance(value, int) else list(value)
+        if not values or min(values) < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def is_traced() -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from audiolm_pytorch.audio.padding import checked_lengths, length_mask
 from audiolm_pytorch.audio.waves import mono_waves
+from audiolm_pytorch.nn.module_state import check_positive
 from audiolm_pytorch.nn.positions import WavePositionBias
 from audiolm_pytorch.nn.transformer import build_encoder
 from audiolm_pytorch.saving.modules import SavedModule, constructor_arguments, register
@@ -69,6 +70,7 @@ class AudioSpectrogramTransformer(SavedModule):
     ) -> None:
         self.config = constructor_arguments(locals())
         super().__init__()
+        check_positive(dim=dim, patch_size=patch_size)
         stride = patch_size if patch_stride is None else patch_stride
         if not (1 <= stride <= patch_size and sample_hz >= 1 and position_waves >= 0):
             raise ValueError(

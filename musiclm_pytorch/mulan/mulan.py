@@ -65,6 +65,16 @@ class MuLaN(JointEmbedding):
         self.layer_heads = LayerHeads(layers, dims, dim_latent, self.loss)
 
     @property
+    def audio_transformer(self) -> AudioSpectrogramTransformer:
+        """The audio tower, which has the name `audio` in `state_dict`."""
+        return self.audio
+
+    @property
+    def text_transformer(self) -> TextTower:
+        """The text tower, which has the name `text` in `state_dict`."""
+        return self.text
+
+    @property
     def config(self) -> dict[str, Any]:
         """JSON-able constructor arguments, in which a class name and a config describe every submodule."""
         config = {

@@ -12,6 +12,7 @@ from beartype import beartype
 from torch import Tensor, nn
 
 from audiolm_pytorch.conditioning.text_tokenizer import TextTokenizer, ids_of
+from audiolm_pytorch.nn.module_state import check_positive
 from audiolm_pytorch.nn.transformer import build_encoder
 from audiolm_pytorch.saving.modules import SavedModule, register
 from musiclm_pytorch.mulan.layers import pooled_layers
@@ -79,6 +80,7 @@ class TextTransformer(TextTower):
     ) -> None:
         self._sizes = {k: v for k, v in locals().items() if k not in ("self", "__class__", "tokenizer", "known_words")}
         super().__init__()
+        check_positive(dim=dim, num_tokens=num_tokens)
         self.tokenizer = TextTokenizer() if tokenizer is None else tokenizer
         if self.tokenizer.vocab_size > num_tokens:
             raise ValueError(f"this tokenizer needs num_tokens >= {self.tokenizer.vocab_size}, got {num_tokens}")

@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from audiolm_pytorch.codecs.quantizers.distributed import from_first_process
+from audiolm_pytorch.nn.module_state import check_positive
 from audiolm_pytorch.saving.modules import SavedModule
 
 __all__ = ["CodeStatistics", "FrameQuantizer", "Quantized", "ResidualLevels", "code_usage", "usage_of_counts"]
@@ -89,6 +90,8 @@ class ResidualLevels(FrameQuantizer):
 
     def __init__(self, rvq: nn.Module, config: dict[str, Any]) -> None:
         super().__init__()
+        sizes = ("dim", "codebook_size", "num_quantizers", "codebook_dim")
+        check_positive(**{name: config[name] for name in sizes if name in config})
         self.rvq: Any = rvq
         self.config = config
         self.dim, self.codebook_size = config["dim"], config["codebook_size"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from audiolm_pytorch.codecs.quantizers.base import ResidualLevels
 from audiolm_pytorch.codecs.quantizers.distributed import distributed_sample, from_first_process, sum_over_processes
 from audiolm_pytorch.nn.kmeans import nearest_centroid
+from audiolm_pytorch.nn.module_state import check_positive
 from audiolm_pytorch.saving.construction import preserve_rng
 from audiolm_pytorch.saving.modules import constructor_arguments, register
 
@@ -125,7 +126,8 @@ class ResidualQuantizer(ResidualLevels):
         level_dropout: float = 0.5,
         expected_frames: int = 1600,
     ) -> None:
-        codebook_dim = codebook_dim or dim
+        codebook_dim = dim if codebook_dim is None else codebook_dim
+        check_positive(dim=dim, codebook_size=codebook_size, num_quantizers=num_quantizers, codebook_dim=codebook_dim)
         config = constructor_arguments(locals())
         super().__init__(_Levels(dim, codebook_dim, codebook_size, num_quantizers), config)
 

@@ -8,6 +8,7 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
+from audiolm_pytorch.nn.module_state import check_positive
 from audiolm_pytorch.nn.transformer import build_encoder
 from audiolm_pytorch.saving.modules import constructor_arguments, register
 from audiolm_pytorch.semantic.base import FrameEncoder
@@ -51,6 +52,7 @@ class BestRQEncoder(FrameEncoder):
     ) -> None:
         self.config = constructor_arguments(locals())
         super().__init__()
+        check_positive(dim=dim)
         if window_tokens < 1 or context_tokens < 0:
             raise ValueError(f"window_tokens {window_tokens} must be >= 1 and context_tokens {context_tokens} >= 0")
         self.dim, self.depth, self.sample_hz = dim, depth, sample_hz

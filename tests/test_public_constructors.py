@@ -1,0 +1,84 @@
+"""Constructors of all exported modules refuse sizes of zero, negative sizes and wrong types."""
+
+import inspect
+
+import numpy as np
+import pytest
+from beartype.roar import BeartypeCallHintViolation
+from torch import nn
+
+import audiolm_pytorch
+import musiclm_pytorch
+from tests.helpers import small_models as small
+
+MODELS = {"dim": 16, "depth": 1, "heads": 2, "dim_head": 8}
+STAGE = {"num_semantic_tokens": 12, **MODELS}
+# Arguments that build each exported module; modules of published weights have no sizes.
+ARGUMENTS = {
+    "SoundStream": {"codebook_dim": 16, "channels": 4, "strides": (2, 4), "codebook_size": 16, "rq_num_quantizers": 2},
+    "BestRQEncoder": {**MODELS, "num_mels": 8, "n_fft": 256, "hop_length": 80},
+    "SemanticTransformer": STAGE,
+    "CoarseTransformer": {**STAGE, "codebook_size": 16, "num_coarse_quantizers": 2},
+    "FineTransformer": {**MODELS, "codebook_size": 16, "num_coarse_quantizers": 2, "num_fine_quantizers": 2},
+    "AudioSpectrogramTransformer": {**MODELS, "num_mels": 16, "spec_n_fft": 512},
+    "TextTransformer": {**MODELS, "num_tokens": 256},
+    "SpectralSoundStream": {"dim": 16, "encoder_depth": 1, "decoder_depth": 1, "hop_samples": 40, "code_dim": 4},
+    "AudioLMSoundStream": {"codebook_dim": 16, "channels": 4, "codebook_size": 16},
+    "MusicLMSoundStream": {"codebook_dim": 16, "channels": 4, "codebook_size": 16},
+    "MuLaN": {"dim_latent": 8, "window_seconds": 1.0},
+    "MuLaNEmbedQuantizer": {"conditioning_dims": (8,), "namespaces": ("coarse",), "rq_num_quantizers": 2},
+}
+BAD = [0, -1, float("nan"), "x", [], np.zeros(3), None]
+# None and zero have a meaning for these arguments.
+ALLOWED = {"depth", "encoder_depth", "decoder_depth", "spec_hop_length", "window_seconds"}
+
+
+def constructor(name):
+    """Return an exported class or function, with the modules that it needs."""
+    package = audiolm_pytorch if name in audiolm_pytorch.__all__ else musiclm_pytorch
+    build, parts = getattr(package, name), {}
+    if name == "MuLaN":
+        whole = small.small_mulan()
+        parts = {"audio_transformer": whole.audio, "text_transformer": whole.text}
+    if name == "MuLaNEmbedQuantizer":
+        parts = {"mulan": small.small_mulan()}
+    return build, parts
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"), [(name, argument) for name, arguments in ARGUMENTS.items() for argument in arguments]
+)
+def test_wrong_sizes_are_refused(name, argument):
+    """Nothing divides by zero, indexes an empty list, or builds a module without codes."""
+    build, parts = constructor(name)
+    arguments = {**ARGUMENTS[name], **parts}
+    build(**arguments)
+    for value in BAD:
+        try:
+            build(**{**arguments, argument: value})
+        except (ValueError, TypeError, BeartypeCallHintViolation) as error:
+            assert str(error)
+        else:
+            assert value is None or argument in ALLOWED, f"{argument}={value!r} was accepted"
+
+
+def test_all_exported_modules_are_listed_or_need_other_models():
+    """A new exported module is added to `ARGUMENTS`."""
+    wrappers = {"AudioLM", "MusicLM", "KMeansTokenizer", "TextConditioner", "TransformersTextEncoder", "ClapMuLaN"}
+    wrappers |= {"DacWrapper", "EncodecWrapper", "MimiWrapper", "FairseqVQWav2Vec", "HubertWithKmeans"}
+    wrappers |= {"SigmoidContrastiveLearning", "SoftmaxContrastiveLearning"}
+    wrappers |= {f"{stage}TransformerWrapper" for stage in ("Semantic", "Coarse", "Fine")}
+    for package in (audiolm_pytorch, musiclm_pytorch):
+        exported = {name: getattr(package, name) for name in package.__all__}
+        modules = {n for n, value in exported.items() if inspect.isclass(value) and issubclass(value, nn.Module)}
+        assert modules <= ARGUMENTS.keys() | wrappers
+
+
+def test_constructor_names_of_modules_are_attributes():
+    """Modules that a constructor receives are found under the names of its arguments."""
+    musiclm = small.small_musiclm()
+    quantizer = musiclm.mulan_embed_quantizer
+    for module in (musiclm, musiclm.audio_lm, quantizer, quantizer.mulan, musiclm.audio_lm.wav2vec):
+        names = inspect.signature(type(module).__init__).parameters
+        for name in set(names) & {*dict(module.named_children()), "audio_transformer", "text_transformer"}:
+            assert isinstance(getattr(module, name), nn.Module)
