@@ -1,10 +1,12 @@
 """Training of the 16 kHz codec in rounds: `python -m musiclm_pytorch.recipes.codec --data corpus --out run`.
 
-Each round starts from the weights of the round before. The first two rounds train with the mel distance alone. The
-robust rounds give the encoder a floor, below which it receives no sound, make the codes survive inaudible changes, and
-train the decoder on partly wrong codes. The first robust round reduces the number of used codes to about a fifth, and
-the second one replaces no unused codes, which would divide the groups of frames again. The rounds take 63, 18, 3 and 15
-minutes on one CPU core. Running the command again continues an interrupted training.
+Each round starts from the weights of the round before. The first two rounds train with the mel distance alone, in 63
+and 18 minutes on one CPU core; their result is the bundled codec. With `--robust`, two more rounds of 3 and 15 minutes
+give the encoder a floor, below which it receives no sound, make the codes survive inaudible changes, and train the
+decoder on partly wrong codes. Running the command again continues an interrupted training.
+
+The robust rounds are an experiment. On 200 held-out tunes they raised the mel distance from 0.33 to 0.46 nepers and
+lowered the accuracy of the instrument classifier from 89 to 79%, though single wrong codes disturb the beat less.
 """
 
 import sys
@@ -71,7 +73,9 @@ def build_codec(seed: int = 0, *, is_robust: bool = False, dead_below_share: flo
 
 
 @beartype
-def main(data: tuple[Path, ...], out: Path, start: str | None = None, seed: int = 0, scale: float = 1.0) -> None:
+def main(
+    data: tuple[Path, ...], out: Path, start: str | None = None, robust: bool = False, seed: int = 0, scale: float = 1.0
+) -> None:
     """Train the codec and save its weights as float16 in the folder OUT/codec_16khz.
 
     Args:
@@ -83,11 +87,13 @@ def main(data: tuple[Path, ...], out: Path, start: str | None = None, seed: int 
         seed: Seed of weights, data order and noise.
         scale: Factor for the number of training steps; use a factor below 1 for a quick test.
     """
+    if start is not None and not robust:
+        raise ValueError(f"got start={start!r} without robust rounds, so that nothing would be trained; add --robust")
     items = _items(data, "train"), _items(data, "valid")
     codec = build_codec(seed) if start is None else codec_named(start)
     for number, training in enumerate(_ROUNDS):
         is_robust = training.stable_codes is not None
-        if start is not None and not is_robust:
+        if (is_robust and not robust) or (start is not None and not is_robust):
             continue
         weights = codec.float().state_dict()
         codec = build_codec(seed, is_robust=is_robust, dead_below_share=training.dead_below_share)

@@ -70,7 +70,7 @@ def test_recipe_trains_all_rounds_and_continues(
 ) -> None:
     """Only the robust rounds have stable codes and the floor; a second run trains nothing; `start` skips rounds."""
     monkeypatch.setattr(recipe, "build_codec", tiny_codec)
-    recipe.main((folder,), tmp_path / "run", scale=1e-4)
+    recipe.main((folder,), tmp_path / "run", robust=True, scale=1e-4)
     rows = {}
     for training in recipe._ROUNDS:
         lines = (tmp_path / "run" / training.name / "metrics.jsonl").read_text()
@@ -78,11 +78,13 @@ def test_recipe_trains_all_rounds_and_continues(
         assert ("same_level_1" in lines) == (training.stable_codes is not None), training.name
     codec = SoundStream.init_and_load_from(tmp_path / "run" / "codec_16khz")
     assert codec.encoder.magnitude_floor == 1e-4
-    recipe.main((folder,), tmp_path / "run", scale=1e-4)
+    recipe.main((folder,), tmp_path / "run", robust=True, scale=1e-4)
     assert all((tmp_path / "run" / name / "metrics.jsonl").read_text() == lines for name, lines in rows.items())
     start = str(tmp_path / "run" / "codec_16khz")
-    recipe.main((folder,), tmp_path / "other", start=start, scale=1e-4)
+    recipe.main((folder,), tmp_path / "other", start=start, robust=True, scale=1e-4)
     assert {path.name for path in (tmp_path / "other").iterdir()} == {"robust_first", "robust_second", "codec_16khz"}
+    with pytest.raises(ValueError, match="without robust rounds"):
+        recipe.main((folder,), tmp_path / "other", start=start)
     metrics.main(folder, codecs=(start,), limit=2, json=tmp_path / "stability.json")
     assert "own copy" in capsys.readouterr().out
     assert set(json.loads((tmp_path / "stability.json").read_text())["codecs"]) == {start}
