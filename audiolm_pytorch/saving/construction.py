@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from math import prod
+from math import ceil, prod
 from threading import RLock
 from typing import Any
 
@@ -23,6 +23,22 @@ _FACTORIES = (
 # have fewer values than these allowances, multiplied by the number of values and of tensors in its file.
 _VALUES_PER_WEIGHT, _EXTRA_VALUES = 2, 2**24
 _TENSORS_PER_WEIGHT, _EXTRA_TENSORS = 20, 2000
+
+
+def _empty_range(*bounds: Any, **options: Any) -> torch.Tensor:
+    start, end, step = (0, *bounds, 1) if len(bounds) == 1 else (*bounds, 1)[:3]
+    return torch.empty(max(0, ceil((end - start) / step)), **options)
+
+
+# Functions with results of the same size. Their meta versions import torch's compiler, a second of computing time.
+_SAME_SIZE: dict[Any, Any] = {
+    torch.rand: torch.empty,
+    torch.randn: torch.empty,
+    torch.arange: _empty_range,
+    torch.hann_window: lambda length, **options: torch.empty(length, **options),
+    torch.linspace: lambda start, end, steps, **options: torch.empty(steps, **options),
+    torch.eye: lambda rows, columns=None, **options: torch.empty(rows, columns or rows, **options),
+}
 _lock = RLock()  # the default dtype and the random generators belong to the whole process
 
 
@@ -48,7 +64,7 @@ class _Construction(TorchFunctionMode):
         if func not in _FACTORIES:
             return func(*args, **kwargs)
         options = {name: value for name, value in kwargs.items() if name != "generator"}
-        on_meta = func(*args, **{**options, "device": "meta"})
+        on_meta = _SAME_SIZE.get(func, func)(*args, **{**options, "device": "meta"})
         self._values_left -= on_meta.numel()
         self._tensors_left -= 1
         if min(self._values_left, self._tensors_left) < 0:

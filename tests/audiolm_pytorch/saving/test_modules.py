@@ -3,6 +3,8 @@
 import copy
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -360,3 +362,10 @@ def test_fingerprint_follows_exchanged_memory():
     with average.in_place():
         assert fingerprint_of(module) == fingerprint_of(copy.deepcopy(module)) != raw
     assert fingerprint_of(module) == raw
+
+
+def test_loading_does_not_import_the_compiler_of_torch() -> None:
+    """The meta version of some functions imports sympy and torch._dynamo, a second of computing time."""
+    code = "import sys; from musiclm_pytorch import load_musiclm; load_musiclm('tiny'); print('sympy' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
