@@ -108,11 +108,7 @@ class StageTrainer:
         tokenizer = wav2vec if codec is None else codec
         sample_hz = None if tokenizer is None else tokenizer.target_sample_hz
         seconds = crop_seconds(data_max_length, data_max_length_seconds, sample_hz)
-        options: dict[str, Any] = {
-            "seconds": seconds,
-            "audio_conditioner": audio_conditioner,
-            "seed": loop_settings.seed,
-        }
+        options: dict[str, Any] = dict(seconds=seconds, audio_conditioner=audio_conditioner, seed=loop_settings.seed)
         train: StageSource
         valid: StageSource
         if shards is not None:
@@ -125,10 +121,7 @@ class StageTrainer:
         else:
             if valid_shards is not None:
                 raise ValueError("got valid_shards without shards; pass validation files in items or in a manifest")
-            tokenizers = [tokenizer for tokenizer in (wav2vec, codec) if tokenizer is not None]
-            token_seconds = max((one.downsample_factor / one.target_sample_hz for one in tokenizers), default=0.0)
-            if seconds is not None and not seconds >= token_seconds:
-                raise ValueError(f"got crops of {seconds} s, but a token lasts {token_seconds} s; use longer crops")
+            token_seconds = _token_seconds(seconds, wav2vec, codec)
             channels = 1 if codec is None else codec.channels
             train_items, valid_items = training_items(
                 folder, items, min_seconds=token_seconds, channels=channels, sample_hz=sample_hz
@@ -159,8 +152,7 @@ class StageTrainer:
             token_fingerprints=agreed_fingerprints(transformer, *modules, all_shards),
         )
         self.task.config |= {"data": f"{train.digest}, {valid.digest}", "crop_seconds": seconds, "text_prob": text_prob}
-        if transformer.max_seconds is None:
-            transformer.max_seconds = train.crop_seconds
+        transformer.max_seconds = transformer.max_seconds or train.crop_seconds
         self.results_folder = Path(results_folder or f"./results/{transformer.namespace}_transformer")
         self.loop = TrainLoop(self.task, loop_settings, self.results_folder, accelerator)
 
@@ -187,6 +179,15 @@ class StageTrainer:
             table = weights_of(self.conditioner.table(namespace))
             write_weights(self.results_folder / TABLE_FILE, table, sealed=True)
         save_module(self.transformer, self.results_folder / namespace)
+
+
+def _token_seconds(seconds: float | None, *tokenizers: SemanticTokenizer | Codec | None) -> float:
+    """Return the length of the longest token, and check that a crop of `seconds` has at least one token."""
+    lengths = [one.downsample_factor / one.target_sample_hz for one in tokenizers if one is not None]
+    token_seconds = max(lengths, default=0.0)
+    if seconds is not None and not seconds >= token_seconds:
+        raise ValueError(f"got crops of {seconds} s, but a token lasts {token_seconds} s; use longer crops")
+    return token_seconds
 
 
 def _warn_of_unused(

@@ -109,16 +109,13 @@ class SoundStreamTrainer:
             noise = NoiseMixer(train, noise_train, **mixing), NoiseMixer(valid, noise_valid, clean_share=0.0, **mixing)
         if loss_weights is None:
             loss_weights = CodecLossWeights() if discriminators is not None else CodecLossWeights().reconstruction_only
-        for name, value in (
-            ("adversarial_start_step", adversarial_start_step if discriminators is None else None),
-            ("discriminator_lead_steps", discriminator_lead_steps if discriminators is None else None),
-            ("noise_snr_db", noise_snr_db if noise is None and noise_snr_db != _NOISE_SNR_DB else None),
-        ):
-            if value is not None:
-                needed = "noise_folder or noise_items" if name == "noise_snr_db" else "discriminators"
-                logger.warning("%s=%s is not used without %s", name, value, needed)
+        if noise is None and noise_snr_db != _NOISE_SNR_DB:
+            logger.warning("noise_snr_db=%s is not used without noise_folder or noise_items", noise_snr_db)
         if discriminators is not None:
             module_spec(discriminators)  # raises now, and not when they are saved at the end
+        elif adversarial_start_step is not None or discriminator_lead_steps is not None:
+            steps = f"{adversarial_start_step=} and {discriminator_lead_steps=}"
+            logger.warning("%s are not used without discriminators", steps)
         if unquantized_steps is None:
             unquantized_steps = num_train_steps // 10 if codebooks_are_untrained(soundstream) else 0
         has_reconstruction_loss = loss_weights.mel > 0 or loss_weights.waveform > 0

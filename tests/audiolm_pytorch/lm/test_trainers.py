@@ -360,13 +360,14 @@ def conditioned_trainer(folder, ema_decay):
             "captions": encode_texts([TEXTS[index]]),
         }
 
-    write_shards(folder / "shards", make_record, 4, {})
+    shards = folder.with_name(f"shards of {folder.name}")
+    write_shards(shards, make_record, 4, {})
     torch.manual_seed(1)
     return CoarseTransformerTrainer(
         transformer=tiny_stages(**CONDITION, text_dim=6, dropout=0.1)["coarse"],
         audio_conditioner=FakeConditioner(),
         text_conditioner=FakeTextConditioner(),
-        shards=TokenShards(folder / "shards"),
+        shards=TokenShards(shards),
         results_folder=folder,
         level_drop_prob=0.3,
         ema_decay=ema_decay,

@@ -189,7 +189,7 @@ class Interrupted(BaseException):
         ("kmeans_trainer.first_centroids", 1),
         ("kmeans_trainer.cluster_epoch", 1),
         ("kmeans_trainer.cluster_epoch", 3),
-        ("kmeans_trainer.write_weights", 2),
+        ("kmeans_trainer.CheckpointFolder.write", 2),
         ("kmeans_trainer.save_module", 1),
         ("kmeans_trainer.write_json", 2),
     ],

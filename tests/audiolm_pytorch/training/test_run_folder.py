@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,14 @@ from tests.helpers.toy_training import SETTINGS, ToyTask, assert_same_run, rows_
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exactness is promised on a CPU."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """The handler of Ctrl-C in a terminal; a shell starts background processes with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("name", ["codec/config.json", "model.safetensors", "metrics.jsonl", "samples/1.wav", "a.wav"])
@@ -139,7 +148,11 @@ def test_only_the_named_settings_may_change(tmp_path: Path) -> None:
     ids=["Ctrl-C", "SIGTERM"],
 )
 def test_a_signal_ends_the_step_and_writes_a_checkpoint(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, number: signal.Signals, expected: type[BaseException]
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    ctrl_c: None,
+    number: signal.Signals,
+    expected: type[BaseException],
 ) -> None:
     """No step is lost: the step ends, its number is named, and the resumed run equals the straight one."""
     handlers = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
@@ -159,7 +172,7 @@ def test_a_signal_ends_the_step_and_writes_a_checkpoint(
     assert rows_of(tmp_path / "straight") == rows_of(tmp_path / "run")
 
 
-def test_a_second_signal_ends_at_once() -> None:
+def test_a_second_signal_ends_at_once(ctrl_c: None) -> None:
     """A hanging step can be interrupted."""
     with pytest.raises(KeyboardInterrupt, match="stopped by SIGINT"), stop_signals() as request:
         os.kill(os.getpid(), signal.SIGTERM)

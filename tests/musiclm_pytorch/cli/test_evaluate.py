@@ -130,7 +130,7 @@ def test_a_tokenizer_without_layers(musiclm_command, places, tmp_path, capsys):
         ({"clusters": "4,100000"}, r"100000 clusters need at least \d+ training frames.*more clips"),
         ({"limit": 0}, r"at least 2 for --limit and for each of --clusters; .*--limit 0"),
         ({"seed": -1}, r"--seed must be at least 0"),
-        ({"labels": "mood"}, r"'mood' needs two classes.*'digit'"),
+        ({"labels": "singer"}, r"'singer' needs two classes.*'digit'"),
         ({"data": "nowhere"}, r"nowhere: no such folder"),
         ({"device": "abacus"}, r"--device abacus cannot be used"),
     ],

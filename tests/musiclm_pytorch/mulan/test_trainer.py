@@ -104,9 +104,9 @@ def test_training_learns_to_retrieve(corpus: Path, tmp_path: Path) -> None:
 
 def test_every_metric_has_its_chance(corpus: Path, tmp_path: Path) -> None:
     """Loss, recalls and precisions of both directions, and tagging have their chance in each row."""
-    trainer = _trainer(corpus, tmp_path, steps=1)
+    trainer = _trainer(corpus, tmp_path / "run", steps=1)
     trainer.train()
-    train_row, valid_row = _rows(tmp_path)
+    train_row, valid_row = _rows(tmp_path / "run")
     assert train_row["chance"] == pytest.approx(math.log(8))
     directions = [f"{way}{name}" for way in ("", "audio_") for name in ("recall_at_1", "recall_at_5", "map")]
     for name in [*directions, "register_auc", "register_accuracy"]:
@@ -150,14 +150,15 @@ def test_killed_run_resumes_exactly(corpus: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_run_is_not_continued_with_other_texts_or_chunks(corpus: Path, tmp_path: Path) -> None:
     """Settings that change the weights belong to the run; defaults are not stored in a checkpoint."""
-    trainer = _trainer(corpus, tmp_path)
-    assert trainer.task.config == {}
+    run = tmp_path / "run"
+    trainer = _trainer(corpus, run)
+    assert trainer.task.config.keys() == {"data"}
     trainer.train(stop_after_steps=1)
     with pytest.raises(ValueError, match="chunk_size"):
-        _trainer(corpus, tmp_path, chunk_size=4).train()
+        _trainer(corpus, run, chunk_size=4).train()
     with pytest.raises(ValueError, match="caption_dropout"):
-        _trainer(corpus, tmp_path, captions=CaptionSampler(caption_dropout=0.1)).train()
-    assert _trainer(corpus, tmp_path, captions=CaptionSampler()).train(stop_after_steps=1).step == 2
+        _trainer(corpus, run, captions=CaptionSampler(caption_dropout=0.1)).train()
+    assert _trainer(corpus, run, captions=CaptionSampler()).train(stop_after_steps=1).step == 2
 
 
 @pytest.mark.slow
@@ -383,8 +384,8 @@ def test_model_saves_the_words_of_its_training(corpus: Path, tmp_path: Path) -> 
     """Words of captions and aspects are saved with the model, together with earlier ones."""
     mulan = tiny_mulan()
     mulan.text.known_words = ["flute"]
-    _trainer(corpus, tmp_path, steps=1, mulan=mulan, folder=None, items=_with_several_texts(corpus)).train()
-    known = load_module(tmp_path / "mulan", MuLaN).text.known_words
+    _trainer(corpus, tmp_path / "run", steps=1, mulan=mulan, folder=None, items=_with_several_texts(corpus)).train()
+    known = load_module(tmp_path / "run" / "mulan", MuLaN).text.known_words
     assert known == ["flute", "hertz", "of", "played", "soft", "softly", "tone"]
 
 
@@ -406,7 +407,7 @@ def test_any_joint_embedding_with_a_loss_can_be_trained(corpus: Path, tmp_path: 
         def get_text_latents(self, texts):
             return self.inner.get_text_latents(texts)
 
-    trainer = _trainer(corpus, tmp_path, steps=2, mulan=Wrapped())
+    trainer = _trainer(corpus, tmp_path / "run", steps=2, mulan=Wrapped())
     assert trainer.train(stop_after_steps=1).step == 1 and trainer.task.chance["loss"] == pytest.approx(math.log(8))
 
 

@@ -242,7 +242,7 @@ def write_encodec(folder: Path, channels: int) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 2])
-def test_a_published_codec_as_pretrained_part(parts, channels, tmp_path):
+def test_a_published_codec_as_pretrained_part(parts, channels, tmp_path, low_rates):
     """The tokens are the codes of EnCodec, mono or stereo, and a stage learns them."""
     codec = open_codec(write_encodec(tmp_path / "encodec", channels))
     passed = {**parts, "codec": codec}

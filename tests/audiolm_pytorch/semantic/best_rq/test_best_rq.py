@@ -343,7 +343,7 @@ def test_trainer_refuses_what_does_not_fit(tmp_path: Path):
     with pytest.raises(ValueError, match="folder"):
         SemanticTokenizerTrainer(encoder=tiny_encoder(), **numbers)
     short = [AudioItem(tmp_path / "short.wav", None, {}, RATE_HZ, TOKEN_SAMPLES - 1)]
-    with pytest.raises(ValueError, match="shorter than one token"):
+    with pytest.raises(ValueError, match="short.wav .too short"):
         SemanticTokenizerTrainer(encoder=tiny_encoder(), items=(short, short), **numbers)
     with pytest.raises(ValueError, match="empty list of training items"):
         SemanticTokenizerTrainer(encoder=tiny_encoder(), items=([], short), **numbers)
