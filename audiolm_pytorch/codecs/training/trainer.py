@@ -109,13 +109,12 @@ class SoundStreamTrainer:
             noise = NoiseMixer(train, noise_train, **mixing), NoiseMixer(valid, noise_valid, clean_share=0.0, **mixing)
         if loss_weights is None:
             loss_weights = CodecLossWeights() if discriminators is not None else CodecLossWeights().reconstruction_only
-        if noise is None and noise_snr_db != _NOISE_SNR_DB:
-            logger.warning("noise_snr_db=%s is not used without noise_folder or noise_items", noise_snr_db)
+        unused_noise = None if noise_snr_db == _NOISE_SNR_DB else noise_snr_db
+        _warn_of_unused(discriminators is None, "discriminators", adversarial_start_step=adversarial_start_step)
+        _warn_of_unused(discriminators is None, "discriminators", discriminator_lead_steps=discriminator_lead_steps)
+        _warn_of_unused(noise is None, "noise_folder or noise_items", noise_snr_db=unused_noise)
         if discriminators is not None:
             module_spec(discriminators)  # raises now, and not when they are saved at the end
-        elif adversarial_start_step is not None or discriminator_lead_steps is not None:
-            steps = f"{adversarial_start_step=} and {discriminator_lead_steps=}"
-            logger.warning("%s are not used without discriminators", steps)
         if unquantized_steps is None:
             unquantized_steps = num_train_steps // 10 if codebooks_are_untrained(soundstream) else 0
         has_reconstruction_loss = loss_weights.mel > 0 or loss_weights.waveform > 0
@@ -143,8 +142,7 @@ class SoundStreamTrainer:
             wrong_codes=wrong_codes,
         )
         self.results_folder = Path(results_folder)
-        warning = MelWarning(num_train_steps)
-        self.loop = TrainLoop(self.task, loop_settings, self.results_folder, accelerator, warning)
+        self.loop = TrainLoop(self.task, loop_settings, self.results_folder, accelerator, MelWarning(num_train_steps))
 
     @beartype
     def train(self, stop_after_steps: int | None = None) -> TrainResult:
@@ -158,6 +156,12 @@ class SoundStreamTrainer:
         save_module(self.task.codec, self.results_folder / "codec")
         if self.task.discriminators is not None:
             save_module(self.task.discriminators, self.results_folder / "discriminators")
+
+
+def _warn_of_unused(is_missing: bool, needed: str, **settings: Any) -> None:
+    for name, value in settings.items():
+        if is_missing and value is not None:
+            logger.warning("%s=%s is not used without %s", name, value, needed)
 
 
 def _crops(
