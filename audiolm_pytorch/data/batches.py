@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from audiolm_pytorch.data.crops import Crop
 
-__all__ = ["BatchPlan", "CropBatch", "collate_crops"]
+__all__ = ["BatchPlan", "CropBatch", "collate_crops", "padded_waves"]
 
 
 @lru_cache(maxsize=4)
@@ -75,13 +75,13 @@ def collate_crops(crops: Sequence[Crop]) -> CropBatch:
     if any(list(crop.waves) != rates_hz for crop in crops):
         raise ValueError(f"all crops need the same sample rates, got {sorted({tuple(crop.waves) for crop in crops})}")
     return CropBatch(
-        waves={hz: _padded([crop.waves[hz] for crop in crops]) for hz in rates_hz},
+        waves={hz: padded_waves([crop.waves[hz] for crop in crops]) for hz in rates_hz},
         lengths={hz: torch.tensor([crop.waves[hz].shape[-1] for crop in crops]) for hz in rates_hz},
         ends_file=torch.tensor([crop.ends_file for crop in crops]),
     )
 
 
-def _padded(waves: Sequence[Tensor]) -> Tensor:
+def padded_waves(waves: Sequence[Tensor]) -> Tensor:
     """Pad waves `[n]` or `[c, n]` with zeros at the end to a batch `[b, n]` or `[b, c, n]`."""
     longest = max(wave.shape[-1] for wave in waves)
     return torch.stack([F.pad(wave, (0, longest - wave.shape[-1])) for wave in waves])

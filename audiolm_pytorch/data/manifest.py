@@ -19,7 +19,7 @@ from audiolm_pytorch.data.captions import caption_and_labels, manifest_rows, rea
 from audiolm_pytorch.data.folder import scan_folder
 from audiolm_pytorch.data.items import AudioItem, ItemEntry, ItemReport, Rejected, Requirements, content_digest
 from audiolm_pytorch.data.wave_dataset import dataset_items
-from audiolm_pytorch.saving.files import printable
+from audiolm_pytorch.saving.text import printable
 
 __all__ = [
     "AudioItem",

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from beartype import beartype
 
-from audiolm_pytorch.saving.files import check_digest, differences, digest_of_file, one_line, read_json, write_json
+from audiolm_pytorch.saving.files import check_digest, differences, digest_of_file, read_json, write_json
+from audiolm_pytorch.saving.text import one_line
 
 __all__ = ["TokenShards", "write_shards"]
 

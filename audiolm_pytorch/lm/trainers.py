@@ -152,7 +152,8 @@ class StageTrainer:
             token_fingerprints=agreed_fingerprints(transformer, *modules, all_shards),
         )
         self.task.config |= {"data": f"{train.digest}, {valid.digest}", "crop_seconds": seconds, "text_prob": text_prob}
-        transformer.max_seconds = transformer.max_seconds or train.crop_seconds
+        if transformer.max_seconds is None:
+            transformer.max_seconds = train.crop_seconds
         self.results_folder = Path(results_folder or f"./results/{transformer.namespace}_transformer")
         self.loop = TrainLoop(self.task, loop_settings, self.results_folder, accelerator)
 

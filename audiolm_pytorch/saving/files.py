@@ -22,12 +22,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from audiolm_pytorch.saving.fingerprint import digest_of
+from audiolm_pytorch.saving.text import one_line
 
 __all__ = [
     "check_digest",
     "differences",
-    "one_line",
-    "printable",
     "digest_of_file",
     "read_json",
     "read_weights",
@@ -130,12 +129,6 @@ def check_digest(path: str | Path, expected: str) -> None:
         raise ValueError(f"{path} has changed since it was written, its SHA-256 differs; restore the file")
 
 
-def printable(text: object) -> str:
-    """Return a text for logs and messages in one line, in which control characters are escaped."""
-    letters = (letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(text))
-    return "".join(letters)
-
-
 def differences(found: Any, expected: Any, path: str = "") -> list[str]:
     """Return one line for each difference of two JSON values, such as `settings.seed: found 0, expected 1`."""
     if not isinstance(found, dict) or not isinstance(expected, dict):
@@ -212,12 +205,6 @@ def open_weights(path: str | Path) -> Iterator[WeightsFile]:
             yield WeightsFile(opened)
     except (SafetensorError, OSError, KeyError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {one_line(error)}") from error
-
-
-def one_line(error: BaseException, max_letters: int = 300) -> str:
-    """Return type and message of an error as one line of printable letters."""
-    text = "".join(letter if letter.isprintable() else " " for letter in f"{type(error).__name__}: {error}"[:2000])
-    return " ".join(text.split())[:max_letters]
 
 
 @contextmanager

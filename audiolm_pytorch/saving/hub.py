@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from audiolm_pytorch.saving.files import read_json
+from audiolm_pytorch.saving.text import one_line
 from audiolm_pytorch.saving.tokenizer_json import rust_errors, tokenizer_of_json
 
 __all__ = [
@@ -166,7 +167,7 @@ def load_model(
             ignore_mismatched_sizes=True,  # they raise an error below, with their names
         )
     except Exception as error:
-        raise ValueError(f"{folder} cannot be loaded as {model_class}: {_one_line(error)}") from error
+        raise ValueError(f"{folder} cannot be loaded as {model_class}: {one_line(error, 2000)}") from error
     missing = (name for name in report["missing_keys"] if not name.startswith(tuple(unneeded)))
     absent = [*sorted(missing), *sorted(map(str, report["mismatched_keys"]))]
     if absent:
@@ -205,7 +206,7 @@ def load_tokenizer(source: str | Path, **hub: Any) -> Tokenizer:
         if own is not None:
             return own
         raise ValueError(
-            f"the tokenizer in {folder} cannot be read ({_one_line(error)}); save it as tokenizer.json with "
+            f"the tokenizer in {folder} cannot be read ({one_line(error, 2000)}); save it as tokenizer.json with "
             "save_pretrained of a fast tokenizer"
         ) from error
 
@@ -225,10 +226,6 @@ def model_settings(model: nn.Module) -> dict[str, Any]:
 def portable_origin(origin: Mapping[str, Any]) -> dict[str, Any]:
     """Return the origin of a model for a saved file; the path of a local folder is replaced by the folder's name."""
     return {**origin, "source": origin["source"] if origin["revision"] else Path(origin["source"]).name}
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _preprocessor_in(folder: Path) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from audiolm_pytorch.saving.construction import build_within
 from audiolm_pytorch.saving.files import (
     check_digest,
     digest_of_file,
-    one_line,
     open_weights,
     read_json,
     save_tensors,
@@ -27,6 +26,7 @@ from audiolm_pytorch.saving.files import (
 )
 from audiolm_pytorch.saving.fingerprint import digest_of
 from audiolm_pytorch.saving.lazy_exports import import_exports
+from audiolm_pytorch.saving.text import one_line
 from audiolm_pytorch.saving.weights import check_weights, load_weights, weights_of
 
 __all__ = [

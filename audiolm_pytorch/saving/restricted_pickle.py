@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from audiolm_pytorch.saving.text import joined_lines, one_line
+
 __all__ = ["ClassName", "DataUnpickler", "RefusedFileError", "StandIn", "one_line_errors"]
 
 # Instructions for plain data, tensors, arrays and objects, as protocols 2 to 5 write them.
@@ -145,13 +147,9 @@ def one_line_errors(source: str | Path, advice: str) -> Iterator[None]:
     try:
         yield
     except RefusedFileError as error:
-        raise ValueError(f"{source}: {_one_line(error)}; {advice}") from error
+        raise ValueError(f"{source}: {joined_lines(error)}; {advice}") from error
     except Exception as error:
         if isinstance(error, OSError) and error.strerror:
             raise ValueError(f"{source} cannot be read ({error.strerror}); {advice}") from error
-        reason = _one_line(f"{type(error).__name__}: {error}")[:120]
+        reason = one_line(error, 120)
         raise ValueError(f"{source} is damaged or cut short ({reason}); download or copy it again") from error
-
-
-def _one_line(message: object) -> str:
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in str(message)[:2000]).split())

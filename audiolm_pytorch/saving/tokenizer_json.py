@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from audiolm_pytorch.saving.files import one_line
+from audiolm_pytorch.saving.text import one_line
 
 __all__ = ["rust_errors", "tokenizer_of_json"]
 

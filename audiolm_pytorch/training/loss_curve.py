@@ -1,11 +1,12 @@
 """Loss curve of a training run as an SVG file, drawn without a plotting library."""
 
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
+
+from audiolm_pytorch.saving.files import staged_files
 
 __all__ = ["write_loss_curve"]
 
@@ -56,13 +57,12 @@ def write_loss_curve(path: Path, rows: Iterable[Mapping[str, Any]], title: str) 
             parts.append(f'<polyline points="{ends}" fill="none" stroke="{colour}" stroke-dasharray="4"/>')
     size = f'width="{_WIDTH}" height="{_HEIGHT}"'
     content = "\n".join(parts)
-    shorter = path.with_name(path.name + ".tmp")
-    shorter.write_text(
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">\n'
-        f'<rect {size} fill="white"/>\n{content}\n</svg>\n',
-        encoding="utf-8",
-    )
-    os.replace(shorter, path)
+    with staged_files(path.parent) as stage:
+        (stage / path.name).write_text(
+            f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">\n'
+            f'<rect {size} fill="white"/>\n{content}\n</svg>\n',
+            encoding="utf-8",
+        )
 
 
 def _thinned(points: Points) -> Sequence[tuple[float, float]]:

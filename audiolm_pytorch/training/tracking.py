@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from audiolm_pytorch.saving.files import staged_files
 
 __all__ = ["MetricWindow", "MetricsFile", "finite_or_none", "progress_bar"]
 
@@ -63,9 +64,9 @@ class MetricsFile:
         if not content:
             return
         kept = [row for row in self.rows() if row["step"] <= step]
-        shorter = self.path.with_name(self.path.name + ".tmp")
-        shorter.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(shorter, self.path)
+        with staged_files(self.path.parent) as stage:
+            shorter = "".join(json.dumps(row) + "\n" for row in kept)
+            (stage / self.path.name).write_text(shorter, encoding="utf-8")
 
 
 class MetricWindow:

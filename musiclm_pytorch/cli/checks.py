@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from audiolm_pytorch.saving.text import printable
+
 if TYPE_CHECKING:
     import torch
 
@@ -13,8 +15,7 @@ __all__ = ["OneLineFormatter", "check_file", "check_folder", "device_named", "on
 
 def one_line(text: str) -> str:
     """Return a text as one line in which control characters, such as ESC in a file name, are escaped."""
-    line = " ".join(text.split())
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in line)
+    return printable(" ".join(text.split()))
 
 
 class OneLineFormatter(logging.Formatter):

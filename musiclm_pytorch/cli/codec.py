@@ -18,7 +18,8 @@ from audiolm_pytorch.codecs.base import Codec
 from audiolm_pytorch.codecs.code_file import read_codes, write_codes
 from audiolm_pytorch.codecs.transcode import FileCodec
 from audiolm_pytorch.data.folder import scan_folder
-from audiolm_pytorch.saving.files import printable, write_json
+from audiolm_pytorch.saving.files import write_json
+from audiolm_pytorch.saving.text import printable
 from musiclm_pytorch.cli.checks import check_file, check_folder, device_named
 from musiclm_pytorch.evaluation.codec_report import codec_report, rows_table
 from musiclm_pytorch.pretrained.bundled import DEFAULT_CODEC, codec_named

@@ -1,6 +1,5 @@
 """The sets of clips and the models of `musiclm evaluate music`."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ if TYPE_CHECKING:
     import torch
 
     from audiolm_pytorch.codecs.base import Codec
+    from audiolm_pytorch.data.items import ItemEntry
     from audiolm_pytorch.data.manifest import AudioItem
     from musiclm_pytorch.cli.evaluate import EvaluateMusic
     from musiclm_pytorch.evaluation.metric import Metric
@@ -84,10 +84,10 @@ def generate_clips(
     Candidate i of every prompt has the seed `seed + i`.
     """
     from audiolm_pytorch.audio.files import write_audio
-    from audiolm_pytorch.saving.files import staged_files
+    from audiolm_pytorch.data.items import ItemEntry
 
     prompts_per_batch = max(max_batch // num_samples, 1)
-    lines = []
+    entries = []
     for first in range(0, len(prompts), prompts_per_batch):
         part = prompts[first : first + prompts_per_batch]
         announce(f"generating clip {first + 1} of {len(prompts)}")
@@ -104,10 +104,8 @@ def generate_clips(
                 raise RuntimeError(f"the model generated NaN samples for {prompt.caption!r}; train it longer")
             write_audio(folder / name, wave.cpu(), musiclm.sample_hz)
             known = {} if prompt.reference is None else {"reference": prompt.reference}
-            lines.append(json.dumps({**prompt.labels, **known, "audio": name, "caption": prompt.caption}) + "\n")
-    with staged_files(folder) as stage:
-        (stage / _MANIFEST).write_text("".join(lines), encoding="utf-8")
-    return folder / _MANIFEST
+            entries.append(ItemEntry(folder / name, prompt.caption, {**prompt.labels, **known}))
+    return _write_manifest(folder, entries)
 
 
 def write_codec_copies(codec: "Codec", items: "Sequence[AudioItem]", folder: Path, seconds: float | None) -> Path:
@@ -115,10 +113,10 @@ def write_codec_copies(codec: "Codec", items: "Sequence[AudioItem]", folder: Pat
     import torch
 
     from audiolm_pytorch.audio.files import peak_safe, read_audio, write_audio
+    from audiolm_pytorch.data.items import ItemEntry
     from audiolm_pytorch.nn.module_state import device_of
-    from audiolm_pytorch.saving.files import staged_files
 
-    lines = []
+    entries = []
     for number, item in enumerate(items):
         wave, _ = read_audio(item.path, codec.target_sample_hz, codec.channels, duration_seconds=seconds)
         with torch.no_grad():
@@ -126,10 +124,17 @@ def write_codec_copies(codec: "Codec", items: "Sequence[AudioItem]", folder: Pat
             copy = codec.decode(codes, scales, wave.shape[-1])[0].float().cpu()
         name = f"{number:05d}.flac"
         write_audio(folder / name, peak_safe(copy), codec.target_sample_hz)
-        fields = {**item.labels, "reference": item.path.name, "audio": name, "caption": item.caption}
-        lines.append(json.dumps(fields) + "\n")
+        entries.append(ItemEntry(folder / name, item.caption, {**item.labels, "reference": item.path.name}))
+    return _write_manifest(folder, entries)
+
+
+def _write_manifest(folder: Path, entries: "Sequence[ItemEntry]") -> Path:
+    """Write the manifest of the clips in a folder, and return its path."""
+    from audiolm_pytorch.data.manifest import manifest_text
+    from audiolm_pytorch.saving.files import staged_files
+
     with staged_files(folder) as stage:
-        (stage / _MANIFEST).write_text("".join(lines), encoding="utf-8")
+        (stage / _MANIFEST).write_text(manifest_text(entries, folder), encoding="utf-8")
     return folder / _MANIFEST
 
 

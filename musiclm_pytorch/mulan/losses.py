@@ -89,10 +89,8 @@ class ContrastiveLoss(SavedModule, ABC):
         if (negative_latents is None) != (negative_index is None):
             raise ValueError("got only one of negative_latents and negative_index; pass both or neither")
         with torch.autocast(device_type=audio_latents.device.type, enabled=False):
-            pairs = self._pairs(audio_latents, text_latents, captions, clip_index)
-            if negative_latents is not None and negative_index is not None:
-                pairs = self._with_negatives(pairs, audio_latents, negative_latents, negative_index)
-            return self._loss(pairs)
+            negatives = (negative_latents, negative_index)
+            return self._loss(self._pairs(audio_latents, text_latents, captions, clip_index, *negatives))
 
     @abstractmethod
     def chance(self, num_clips: int, texts_per_clip: float, negatives_per_clip: float = 0.0) -> float:
@@ -105,17 +103,25 @@ class ContrastiveLoss(SavedModule, ABC):
     def _loss(self, pairs: _Pairs) -> Tensor:
         """Compute the loss from similarities in float32 or float64."""
 
-    def _pairs(self, audio: Tensor, text: Tensor, captions: Tensor | None, clip_index: Tensor) -> _Pairs:
+    def _pairs(
+        self,
+        audio: Tensor,
+        text: Tensor,
+        captions: Tensor | None,
+        clip_index: Tensor,
+        negatives: Tensor | None,
+        negative_index: Tensor | None,
+    ) -> _Pairs:
         """Gather the latents of all processes, and mark the pairs of clips and texts that must not match."""
         clips, texts = gather_counts(audio, text)
         if sum(clips) == 0:
             raise ValueError("the batch has no clips; the loss needs at least one clip")
-        # Half precision becomes float32; float64 stays.
-        audio, text = (part if part.dtype == torch.float64 else part.float() for part in (audio, text))
-        audio, text = gather_batch(audio, clips), gather_batch(text, texts)
-        similarities = audio @ text.T / self.temperature.to(audio.dtype)
+        audio, text = gather_batch(_single_or_double(audio), clips), gather_batch(_single_or_double(text), texts)
+        temperature = self.temperature.to(audio.dtype)
+        similarities = audio @ text.T / temperature
         # Rows count from the first clip of the first process.
-        clip_index = gather_batch(clip_index + sum(clips[: own_rank()]), texts)
+        first_row = sum(clips[: own_rank()])
+        clip_index = gather_batch(clip_index + first_row, texts)
         if captions is None:
             numbers = torch.arange(len(text), device=text.device)
         else:
@@ -123,17 +129,19 @@ class ContrastiveLoss(SavedModule, ABC):
         describes = torch.zeros(similarities.shape, dtype=torch.bool, device=text.device)
         describes[clip_index, numbers] = True
         no_negatives = similarities.new_empty(len(similarities), 0)
-        return _Pairs(similarities, clip_index, ~describes[:, numbers], no_negatives, no_negatives.bool())
+        pairs = _Pairs(similarities, clip_index, ~describes[:, numbers], no_negatives, no_negatives.bool())
+        if negatives is None or negative_index is None:
+            return pairs
+        (counts,) = gather_counts(negatives)
+        false_texts = gather_batch(_single_or_double(negatives), counts)
+        rows = gather_batch(negative_index.to(audio.device) + first_row, counts)
+        own_negative = rows == torch.arange(len(audio), device=audio.device).unsqueeze(1)
+        return pairs._replace(negatives=audio @ false_texts.T / temperature, own_negative=own_negative)
 
-    def _with_negatives(self, pairs: _Pairs, audio: Tensor, negatives: Tensor, negative_index: Tensor) -> _Pairs:
-        """Add the similarities to the hard negatives of all processes, as `_pairs` does for texts."""
-        clips, texts = gather_counts(audio, negatives)
-        audio, negatives = (part if part.dtype == torch.float64 else part.float() for part in (audio, negatives))
-        similarities = gather_batch(audio, clips) @ gather_batch(negatives, texts).T
-        similarities = similarities / self.temperature.to(similarities.dtype)
-        rows = gather_batch(negative_index.to(audio.device) + sum(clips[: own_rank()]), texts)
-        own = rows == torch.arange(len(similarities), device=audio.device).unsqueeze(1)
-        return pairs._replace(negatives=similarities, own_negative=own)
+
+def _single_or_double(latents: Tensor) -> Tensor:
+    """Convert half precision to float32; float64 stays."""
+    return latents if latents.dtype == torch.float64 else latents.float()
 
 
 @register

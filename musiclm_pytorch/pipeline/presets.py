@@ -111,8 +111,7 @@ class StageConfig(TransformerConfig):
     first levels with probability `level_drop_prob`. With probability `text_prob`, condition codes are computed from a
     caption instead of the recording. Random tokens replace up to a share `history_noise` of the predicted tokens that
     the model reads, and up to `input_noise` of the tokens of the stage before. The loss is the mean over the predicted
-    levels, weighted by `level_weights`. Only the coarse stage uses
-    `semantic_lookahead_seconds` and `guide_semantic`.
+    levels, weighted by `level_weights`. Only the coarse stage uses `semantic_lookahead_seconds` and `guide_semantic`.
     """
 
     dropout: float

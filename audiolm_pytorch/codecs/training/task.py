@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from beartype import beartype
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from audiolm_pytorch.codecs.quantizers.base import ResidualLevels
 from audiolm_pytorch.codecs.quantizers.distributed import rank_and_count
@@ -32,6 +31,7 @@ from audiolm_pytorch.codecs.training.monitoring import (
     write_pairs,
 )
 from audiolm_pytorch.codecs.training.robustness import StableCodes, WrongCodes
+from audiolm_pytorch.data.batches import padded_waves
 from audiolm_pytorch.data.crops import CropDataset
 from audiolm_pytorch.data.items import items_digest
 from audiolm_pytorch.nn.module_state import device_of
@@ -176,12 +176,12 @@ class CodecTask:
         """Load the training examples of (epoch, index) pairs; shorter waves are padded with zeros."""
         if self.noise is None:
             crops = [self.train.get(epoch, index) for epoch, index in indices]
-            wave = _padded([crop.waves[self.codec.target_sample_hz] for crop in crops])
+            wave = padded_waves([torch.atleast_2d(crop.waves[self.codec.target_sample_hz]) for crop in crops])
             return CodecBatch(wave, wave)
         mixtures = [self.noise[0].get(epoch, index) for epoch, index in indices]
         return CodecBatch(
-            wave=_padded([mixture.wave for mixture in mixtures]),
-            target=_padded([mixture.target for mixture in mixtures]),
+            wave=padded_waves([torch.atleast_2d(mixture.wave) for mixture in mixtures]),
+            target=padded_waves([torch.atleast_2d(mixture.target) for mixture in mixtures]),
             denoise=torch.tensor([mixture.denoise for mixture in mixtures]),
         )
 
@@ -358,9 +358,3 @@ def _frozen(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         parameters.requires_grad_(True)
-
-
-def _padded(waves: list[Tensor]) -> Tensor:
-    """Pad waves `[n]` or `[c, n]` of several lengths with zeros, and stack them to `[b, c, n]`."""
-    columns = [torch.atleast_2d(wave).T for wave in waves]
-    return pad_sequence(columns, batch_first=True).transpose(1, 2).contiguous()

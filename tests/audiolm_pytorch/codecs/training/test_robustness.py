@@ -4,32 +4,19 @@ import json
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 
-from audiolm_pytorch.codecs import SoundStream, SpectralSoundStream
+from audiolm_pytorch.codecs import SoundStream
 from audiolm_pytorch.codecs.spectral import SpectralEncoder
 from audiolm_pytorch.codecs.training import MEL_ONLY, SoundStreamTrainer, StableCodes, WrongCodes
 from audiolm_pytorch.codecs.training.task import CodecBatch
-
-RATE_HZ = 16000
+from tests.helpers.small_codecs import RATE_HZ, tiny_codec, write_chords
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Four decaying chords of 1 s."""
-    folder = tmp_path_factory.mktemp("chords")
-    time_seconds = np.arange(RATE_HZ) / RATE_HZ
-    for number in range(4):
-        partials = sum(np.sin(2 * np.pi * 110 * (number + 2) * k * time_seconds) / k for k in (1, 2, 3))
-        soundfile.write(folder / f"{number}.wav", 0.2 * partials * np.exp(-2 * time_seconds), RATE_HZ)
-    return folder
-
-
-def tiny_codec(**changes):
-    torch.manual_seed(0)
-    sizes = dict(dim=16, encoder_depth=1, decoder_depth=1, codebook_size=16, rq_num_quantizers=2, code_dim=8)
-    return SpectralSoundStream(**{**sizes, **changes})
+    return write_chords(tmp_path_factory.mktemp("chords"), seconds=1.0)
 
 
 def trained_codebooks(codec, wave):

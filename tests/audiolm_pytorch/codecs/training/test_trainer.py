@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from audiolm_pytorch.audio.files import read_audio
-from audiolm_pytorch.codecs import SoundStream, SpectralSoundStream
+from audiolm_pytorch.codecs import SoundStream
 from audiolm_pytorch.codecs.discriminators import (
     ComplexSTFTDiscriminator,
     Discriminators,
@@ -30,26 +30,15 @@ from audiolm_pytorch.saving.modules import load_module
 from audiolm_pytorch.training import TrainLoop
 from audiolm_pytorch.training.distributed import PersistentBuffers
 from audiolm_pytorch.training.optimizer import PhaseOptimizer
+from tests.helpers.small_codecs import RATE_HZ, tiny_codec, write_chords
 
-RATE_HZ = 16000
 ALL_LOSSES = CodecLossWeights()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Four clips of chords with a decay, 1.2 s."""
-    folder = tmp_path_factory.mktemp("chords")
-    time_seconds = np.arange(int(1.2 * RATE_HZ)) / RATE_HZ
-    for number in range(4):
-        partials = sum(np.sin(2 * np.pi * 110 * (number + 2) * k * time_seconds) / k for k in (1, 2, 3))
-        soundfile.write(folder / f"{number}.wav", 0.2 * partials * np.exp(-2 * time_seconds), RATE_HZ)
-    return folder
-
-
-def tiny_codec(**changes):
-    torch.manual_seed(0)
-    sizes = dict(dim=16, encoder_depth=1, decoder_depth=1, codebook_size=16, rq_num_quantizers=2, code_dim=8)
-    return SpectralSoundStream(**{**sizes, **changes})
+    return write_chords(tmp_path_factory.mktemp("chords"), seconds=1.2)
 
 
 def tiny_discriminators(seed=1):

@@ -1,0 +1,19 @@
+"""Texts of error messages and logs in one line of printable letters; this module does not import torch."""
+
+__all__ = ["joined_lines", "one_line", "printable"]
+
+
+def joined_lines(text: object) -> str:
+    """Return a text in one line, in which single spaces replace white space and control characters."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in str(text)[:2000]).split())
+
+
+def one_line(error: BaseException, max_letters: int = 300) -> str:
+    """Return type and message of an error as one line of printable letters."""
+    return joined_lines(f"{type(error).__name__}: {error}")[:max_letters]
+
+
+def printable(text: object) -> str:
+    """Return a text for logs and messages in one line, in which control characters are escaped."""
+    letters = (letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(text))
+    return "".join(letters)
