@@ -1,6 +1,5 @@
 import json
 import re
-import shutil
 import sys
 
 import pytest
@@ -13,6 +12,7 @@ from audiolm_pytorch.semantic.pretrained import FairseqVQWav2Vec
 from musiclm_pytorch.pretrained.bundled import mulan_named
 from musiclm_pytorch.recipes.corpus.corpus import make_corpus
 from musiclm_pytorch.recipes.semantic import write_probe_manifests
+from tests.helpers.installed_sounds import sounds_are_missing
 from tests.helpers.planted_mulan import PlantedMuLaN, planted_items
 from tests.helpers.semantic_sounds import RATE_HZ, written_corpus, written_digits
 
@@ -269,7 +269,7 @@ def test_a_hub_is_asked_only_for_its_ids(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("fluidsynth") is None, reason="fluidsynth is not installed")
+@pytest.mark.skipif(sounds_are_missing(), reason="sounds are not installed")
 def test_a_rendered_corpus_from_end_to_end(musiclm_command, tmp_path, places):
     """The real corpus, compressed and at another rate: log-mel frames hold the pitch class."""
     corpus = make_corpus(tmp_path / "corpus", num_train=40, num_valid=12, seed=1)

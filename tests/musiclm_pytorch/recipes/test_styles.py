@@ -20,9 +20,9 @@ from musiclm_pytorch.recipes.corpus.midi import DRUM_CHANNEL, Note
 from musiclm_pytorch.recipes.corpus.moods import MOODS
 from musiclm_pytorch.recipes.corpus.performance import MELODY_CHANNEL, TEMPI_BPM
 from musiclm_pytorch.recipes.corpus.planning import perform_plan, plan_clip
-from musiclm_pytorch.recipes.corpus.render import SOUNDFONTS, find_synthesizer
 from musiclm_pytorch.recipes.corpus.repertoire import STYLES
-from musiclm_pytorch.recipes.corpus.samples import LOOPS_BPM, RECORDED_KITS, drum_track, find_samples
+from musiclm_pytorch.recipes.corpus.samples import RECORDED_KITS, drum_track
+from tests.helpers.installed_sounds import samples_are_missing, sounds_are_missing
 
 
 def test_the_corpus_is_wide() -> None:
@@ -105,16 +105,8 @@ def test_a_test_soundfont_changes_only_the_sounds() -> None:
         assert perform_plan(usual) == perform_plan(other)
 
 
-def _samples_are_missing() -> bool:
-    try:
-        find_samples([*LOOPS_BPM, "vinyl_hiss", *(name for kit in RECORDED_KITS.values() for name in kit.values())])
-    except RuntimeError:
-        return True
-    return False
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(_samples_are_missing(), reason="sonic-pi-samples is not installed")
+@pytest.mark.skipif(samples_are_missing(), reason="sonic-pi-samples is not installed")
 def test_recorded_drums_are_on_time() -> None:
     """A loop at twice its tempo repeats after half its length, and the hits of a kit start with their notes."""
     np = pytest.importorskip("numpy")
@@ -126,17 +118,8 @@ def test_recorded_drums_are_on_time() -> None:
         assert np.abs(track[:23_990]).max() == 0 and np.abs(track[24_000:26_400]).max() > 0.3
 
 
-def _fonts_are_missing() -> bool:
-    try:
-        for name in SOUNDFONTS:
-            find_synthesizer(name)
-    except RuntimeError:
-        return True
-    return False
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(_fonts_are_missing() or _samples_are_missing(), reason="sounds are not installed")
+@pytest.mark.skipif(sounds_are_missing(), reason="sounds are not installed")
 @pytest.mark.parametrize("soundfont", [None, "Csound GM"])
 def test_clips_of_all_styles_sound(tmp_path: Path, soundfont: str | None) -> None:
     """Every clip has the requested peak, and no clip is silent; a sounding melody is in every clip."""
