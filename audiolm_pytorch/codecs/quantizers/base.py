@@ -79,7 +79,8 @@ class FrameQuantizer(SavedModule, ABC):
 class ResidualLevels(FrameQuantizer):
     """Base class of residual quantizers, in which each level quantizes the remaining error of the previous levels.
 
-    The codes of the first levels can be decoded without the codes of later levels. Level dropout skips the same levels
+    The codes of the first levels can be decoded without the codes of later levels. `requires_grad_(False)` on a
+    quantizer with projections keeps its codebooks unchanged, so that a decoder is trained on fixed codes. Level dropout skips the same levels
     on every process and in every group. Residual quantizers compute in float32 even under autocast, because distances
     in bfloat16 would select other codes.
 
@@ -103,10 +104,20 @@ class ResidualLevels(FrameQuantizer):
             codes = self.encode(frames)
             return Quantized(self.decode(codes), codes, codes.new_zeros((), dtype=torch.float32))
         num_levels = self.draw_num_levels(frames.device) if num_levels is None else num_levels
+        if self._is_frozen:
+            codes = self.encode(frames)[..., :num_levels]
+            quantized, loss = self.decode(codes), codes.new_zeros((), dtype=torch.float32)
+            return Quantized(quantized, F.pad(codes, (0, self.num_quantizers - num_levels), value=-1), loss)
         with torch.autocast(frames.device.type, enabled=False):
             quantized, codes, loss = self._quantize_in_training(self._project(frames), num_levels)
             quantized = self._unproject(quantized)
         return Quantized(quantized, F.pad(codes, (0, self.num_quantizers - num_levels), value=-1), loss)
+
+    @property
+    def _is_frozen(self) -> bool:
+        """Whether the quantizer has parameters, and none requires gradients; then its codebooks do not change either."""
+        parameters = list(self.parameters())
+        return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
     def draw_num_levels(self, device: torch.device) -> int:
         """Draw a random number of levels for a training batch; every process receives the same number."""
