@@ -30,14 +30,12 @@ class CodecOutput(NamedTuple):
     """Output of `SoundStream.forward`: reconstructed waves `[b, c, n]` and the values that training needs.
 
     Codes `[b, f, q]` int64 are -1 in levels that level dropout skipped. `frames [b, f, d]` precede quantization.
-    `decoded_codes` are the codes that `replace_codes` returned; None if it was not used.
     """
 
     wave: Tensor
     codes: Tensor
     frames: Tensor
     commitment_loss: Tensor
-    decoded_codes: Tensor | None = None
 
 
 @register
@@ -178,20 +176,19 @@ class SoundStream(StreamingCodec):
         Returns:
             The reconstructed waves with as many samples as the input, or a `CodecOutput` that contains them.
         """
-        frames, num_samples, decoded_codes = self.encode_frames(audio, denoise), audio.shape[-1], None
+        frames, num_samples = self.encode_frames(audio, denoise), audio.shape[-1]
         if quantize and return_recons_only:
             return self.decoder(self.quantizer.decode(self.quantizer.encode(frames)))[..., :num_samples]
         if quantize:
             quantized, codes, loss = self.quantizer(frames)
             if replace_codes is not None:
                 kept = codes[..., : int((codes[0, 0] >= 0).sum())]
-                decoded_codes = replace_codes(kept)
-                quantized = quantized + (self.quantizer.decode(decoded_codes) - self.quantizer.decode(kept))
+                quantized = quantized + (self.quantizer.decode(replace_codes(kept)) - self.quantizer.decode(kept))
         else:
             quantized, loss = self.quantizer.bypass(frames), frames.new_zeros(())
             codes = frames.new_full((*frames.shape[:2], self.num_quantizers), -1, dtype=torch.long)
         wave = self.decoder(quantized)[..., :num_samples]
-        return wave if return_recons_only else CodecOutput(wave, codes, frames, loss, decoded_codes)
+        return wave if return_recons_only else CodecOutput(wave, codes, frames, loss)
 
     def encode_frames(self, audio: Tensor, denoise: bool | Tensor = False) -> Tensor:
         """Encode waves `[b, n]` or `[b, c, n]` as frames `[b, f, d]` without quantization; gradients pass."""

@@ -12,7 +12,7 @@ from audiolm_pytorch.codecs.quantizers.distributed import from_first_process
 from audiolm_pytorch.nn.module_state import check_positive
 from audiolm_pytorch.saving.modules import SavedModule
 
-__all__ = ["CodeStatistics", "FrameQuantizer", "Quantized", "ResidualLevels", "code_usage", "usage_of_counts"]
+__all__ = ["FrameQuantizer", "Quantized", "ResidualLevels", "code_usage", "usage_of_counts"]
 
 
 class Quantized(NamedTuple):
@@ -25,18 +25,6 @@ class Quantized(NamedTuple):
     frames: Tensor
     codes: Tensor
     loss: Tensor
-
-
-class CodeStatistics(NamedTuple):
-    """Statistics `[q]` of frames and their codes by level, in nats, see `ResidualLevels.code_statistics`.
-
-    `entropy` is the entropy of the mean probability of each code, and `equal_share` the share of frames whose nearest
-    code is the expected code. Only `cross_entropy` and `entropy` have gradients.
-    """
-
-    cross_entropy: Tensor
-    entropy: Tensor
-    equal_share: Tensor
 
 
 class FrameQuantizer(SavedModule, ABC):
@@ -79,10 +67,10 @@ class FrameQuantizer(SavedModule, ABC):
 class ResidualLevels(FrameQuantizer):
     """Base class of residual quantizers, in which each level quantizes the remaining error of the previous levels.
 
-    The codes of the first levels can be decoded without the codes of later levels. `requires_grad_(False)` on a
-    quantizer with projections keeps its codebooks unchanged, so that a decoder is trained on fixed codes. Level dropout skips the same levels
-    on every process and in every group. Residual quantizers compute in float32 even under autocast, because distances
-    in bfloat16 would select other codes.
+    The codes of the first levels can be decoded without the codes of later levels. Level dropout skips the same levels
+    on every process and in every group. A quantizer with projections and `requires_grad_(False)` keeps its codebooks in
+    training, so that a decoder can be trained on fixed codes. Residual quantizers compute in float32 even under
+    autocast, because distances in bfloat16 would select other codes.
 
     Args:
         rvq: Module with `project_in`, `project_out` and one entry per level in `layers`.
@@ -115,7 +103,7 @@ class ResidualLevels(FrameQuantizer):
 
     @property
     def _is_frozen(self) -> bool:
-        """Whether the quantizer has parameters, and none requires gradients; then its codebooks do not change either."""
+        """Whether the quantizer has parameters, but none that requires gradients."""
         parameters = list(self.parameters())
         return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
@@ -148,32 +136,6 @@ class ResidualLevels(FrameQuantizer):
         """Project frames `[b, f, d]` to the space of the code vectors and back, without quantization."""
         with torch.autocast(frames.device.type, enabled=False):
             return self._unproject(self._project(frames))
-
-    def code_statistics(self, frames: Tensor, codes: Tensor, temperature: float) -> CodeStatistics:
-        """Compare frames `[b, f, d]` with codes `[b, f, q']` that they should have, level by level.
-
-        The logits of a frame are negative squared distances to the code vectors, divided by `temperature` times the
-        mean squared distance to the codes. The cross-entropy is low if each frame is much nearer to its code than to
-        other codes, so that small changes of a frame do not change the code. The residual of a level follows from
-        `codes` of the earlier levels, so that a wrong code does not influence later levels. Codebooks receive no
-        gradients.
-        """
-        rows: list[tuple[Tensor, Tensor, Tensor]] = []
-        with torch.autocast(frames.device.type, enabled=False):
-            residual = rearrange(self._project(frames), "b f d -> (b f) d")
-            for level, column in enumerate(rearrange(codes, "b f q -> q (b f)")):
-                codebook = self.codebook(level)
-                code = codebook[column]
-                # the squared norm of the residual is the same for all codes, and cancels in the softmax
-                distances = codebook.square().sum(dim=-1) - 2.0 * residual @ codebook.t()
-                scale = (residual - code).detach().square().sum(dim=-1).mean().clamp(min=1e-6)
-                log_probability = (-distances / (temperature * scale)).log_softmax(dim=-1)
-                usage = log_probability.exp().mean(dim=0)
-                entropy = -(usage * usage.clamp(min=1e-12).log()).sum()
-                equal_share = (distances.detach().argmin(dim=-1) == column).float().mean()
-                rows.append((F.nll_loss(log_probability, column), entropy, equal_share))
-                residual = residual - code
-        return CodeStatistics(*(torch.stack(values) for values in zip(*rows)))
 
     @abstractmethod
     def codebook(self, level: int) -> Tensor:

@@ -1,9 +1,9 @@
 """Training of codecs: losses, the task for the training loop, and the trainer."""
 
 from audiolm_pytorch.codecs.training.losses import MultiScaleMelLoss
-from audiolm_pytorch.codecs.training.robustness import StableCodes, WrongCodes
 from audiolm_pytorch.codecs.training.task import MEL_ONLY, CodecLossWeights, CodecTask
 from audiolm_pytorch.codecs.training.trainer import SoundStreamTrainer
+from audiolm_pytorch.codecs.training.wrong_codes import WrongCodes
 
 __all__ = [
     "MEL_ONLY",
@@ -11,6 +11,5 @@ __all__ = [
     "CodecTask",
     "MultiScaleMelLoss",
     "SoundStreamTrainer",
-    "StableCodes",
     "WrongCodes",
 ]

@@ -1,6 +1,5 @@
 """Task that trains codecs in the training loop, with reconstruction losses and discriminators."""
 
-import json
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +29,7 @@ from audiolm_pytorch.codecs.training.monitoring import (
     reconstruction_metrics,
     write_pairs,
 )
-from audiolm_pytorch.codecs.training.robustness import StableCodes, WrongCodes
+from audiolm_pytorch.codecs.training.wrong_codes import WrongCodes
 from audiolm_pytorch.data.batches import padded_waves
 from audiolm_pytorch.data.crops import CropDataset
 from audiolm_pytorch.data.items import items_digest
@@ -128,12 +127,10 @@ class CodecTask:
         discriminator_lead_steps: int = 0,
         unquantized_steps: int = 300,
         noise: tuple[NoiseMixer, NoiseMixer] | None = None,
-        stable_codes: StableCodes | None = None,
         wrong_codes: WrongCodes | None = None,
     ) -> None:
         self.codec, self.train, self.valid, self.noise = codec, train, valid, noise
-        self.stable_codes = stable_codes
-        quantizer: Any = codec.quantizer  # `_check` checks the type that stable and wrong codes need
+        quantizer: Any = codec.quantizer  # `_check` checks the type that wrong codes need
         self._replace_codes = None if wrong_codes is None else partial(wrong_codes.replaced, quantizer)
         self.weights, self.discriminators = weights, discriminators
         self.unquantized_steps = unquantized_steps
@@ -167,10 +164,8 @@ class CodecTask:
         }
         noises = () if noise is None else (noise[0].noise, noise[1].noise)
         self.config["data"] = items_digest([item for crops in (train, valid, *noises) for item in crops.items])
-        # Without these settings, the config equals that of older runs, which can then be resumed.
-        for name, setting in (("stable_codes", stable_codes), ("wrong_codes", wrong_codes)):
-            if setting is not None:
-                self.config[name] = json.loads(json.dumps(asdict(setting)))
+        if wrong_codes is not None:
+            self.config["wrong_codes"] = asdict(wrong_codes)
 
     def batch(self, indices: list[tuple[int, int]]) -> CodecBatch:
         """Load the training examples of (epoch, index) pairs; shorter waves are padded with zeros."""
@@ -233,26 +228,7 @@ class CodecTask:
         else:
             loss = sum((self.weights.on_wave[name] * loss for name, loss in losses.items()), start=wave.new_zeros(()))
         loss = loss + self.weights.commitment * output.commitment_loss
-        if self.stable_codes is not None and self._quantizes:
-            stability, stability_metrics = self._stability_loss(self.stable_codes, batch, output)
-            loss = loss + stability
-            metrics.update(stability_metrics)
         return LossOutput(loss, metrics)
-
-    def _stability_loss(
-        self, stable_codes: StableCodes, batch: CodecBatch, output: CodecOutput
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Encode a changed copy of each wave, and compute the stability loss; the codes of the waves are the targets.
-
-        The reconstruction from wrong codes is no copy of a wave.
-        """
-        decoded, codes = output.wave.detach(), output.codes
-        can_be_own = torch.ones(len(codes), dtype=torch.bool, device=codes.device)
-        if output.decoded_codes is not None:
-            can_be_own = (output.decoded_codes == codes[..., : output.decoded_codes.shape[-1]]).all(dim=2).all(dim=1)
-        copies = stable_codes.copies(batch.wave, decoded, can_be_own, self.codec.target_sample_hz)
-        quantizer: Any = self.codec.quantizer
-        return stable_codes.loss(quantizer, self.codec.encode_frames(copies, batch.denoise), codes)
 
     def _adversarial_losses(self, discriminators: nn.Module, wave: Tensor, target: Tensor) -> dict[str, Tensor]:
         with _frozen(discriminators):
@@ -298,9 +274,9 @@ class CodecTask:
             discriminators(wave)
         if self.noise is not None and codec.denoising is None:
             raise ValueError("noise needs a codec with denoising=FiLM(...), got one with no denoising condition")
-        if not isinstance(codec.quantizer, ResidualLevels) and (self.stable_codes or self._replace_codes):
+        if not isinstance(codec.quantizer, ResidualLevels) and self._replace_codes:
             raise ValueError(
-                "stable_codes and wrong_codes need a codec with one residual quantizer, got "
+                "wrong_codes needs a codec with one residual quantizer, got "
                 f"{type(codec.quantizer).__name__}; use rq_groups=1"
             )
 

@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 from audiolm_pytorch.codecs.soundstream import SoundStream
 from audiolm_pytorch.codecs.training.denoising import NoiseMixer
 from audiolm_pytorch.codecs.training.monitoring import MelWarning
-from audiolm_pytorch.codecs.training.robustness import StableCodes, WrongCodes
 from audiolm_pytorch.codecs.training.task import CodecLossWeights, CodecTask, codebooks_are_untrained
+from audiolm_pytorch.codecs.training.wrong_codes import WrongCodes
 from audiolm_pytorch.data.crops import CropDataset, crop_seconds
 from audiolm_pytorch.data.manifest import AudioItem, AudioSplit, DataSource, training_items
 from audiolm_pytorch.saving.modules import module_spec, save_module
@@ -60,7 +60,6 @@ class SoundStreamTrainer:
         noise_folder: Folder or manifest of noise recordings, for a codec with a denoising condition.
         noise_items: Training noise and validation noise, instead of `noise_folder`.
         noise_snr_db: Lowest and highest signal-to-noise ratio (dB).
-        stable_codes: Loss that gives a wave and its inaudibly changed copies the same codes; None trains without it.
         wrong_codes: Wrong codes that the decoder receives in training; None trains only with the encoded codes.
         **settings: Further fields of `LoopSettings`; the phases are "generator" and "discriminator".
     """
@@ -85,7 +84,6 @@ class SoundStreamTrainer:
         noise_folder: DataSource | None = None,
         noise_items: AudioSplit | Dataset | None = None,
         noise_snr_db: tuple[float | int, float | int] = _NOISE_SNR_DB,
-        stable_codes: StableCodes | None = None,
         wrong_codes: WrongCodes | None = None,
         accelerator: "accelerate.Accelerator | None" = None,
         **settings: Any,
@@ -138,7 +136,6 @@ class SoundStreamTrainer:
             discriminator_lead_steps=discriminator_lead_steps,
             unquantized_steps=unquantized_steps,
             noise=noise,
-            stable_codes=stable_codes,
             wrong_codes=wrong_codes,
         )
         self.results_folder = Path(results_folder)
